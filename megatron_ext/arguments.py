@@ -1,0 +1,179 @@
+"""The command line of `pretrain_et.py`: Megatron's flags, ours, and recipes."""
+
+import sys
+import traceback
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import yaml
+from megatron.core.transformer import TransformerConfig
+from megatron.training.argument_utils import ArgumentGroupFactory
+from megatron.training.arguments import (
+    add_megatron_arguments,
+    core_transformer_config_from_args,
+    parse_and_validate_args,
+)
+
+from megatron_ext.config import ETConfig
+from megatron_ext.devices import cpu_default_args, is_cpu_device
+from megatron_ext.errors import ToolParser, UserError
+
+# Megatron's mask is a square matrix a sample; attention here is causal by itself.
+_DEFAULTS = ["--no-create-attention-mask-in-dataloader"]
+
+
+def parse_args(argv: Sequence[str]) -> tuple[Namespace, ETConfig]:
+    """Parse and validate a command line and set Megatron's global state.
+
+    Args:
+        argv: flags, without the program's name. `--recipe FILE` expands in place; what stands
+            after it overrides it.
+
+    Raises:
+        UserError: one sentence on what is wrong with the command line, on every rank.
+    """
+    parser = ToolParser(add_help=False, allow_abbrev=False)
+    add_arguments(add_megatron_arguments(parser))
+    argv = [*_DEFAULTS, *(cpu_default_args() if is_cpu_device() else []), *argv]
+    argv = expand_recipes(argv, parser)
+    if not {"-h", "--help"} & set(argv):
+        args = parser.parse_args(argv)
+        _check_before_megatron(args)
+        argv = [*_run_dir_flags(args.run_dir), *argv]
+    with mock.patch.object(sys, "argv", [sys.argv[0], *argv]):
+        args = explained(lambda: parse_and_validate_args(extra_args_provider=add_arguments))
+    config: ETConfig = explained(lambda: core_transformer_config_from_args(args, ETConfig))
+    for name in ("moe_router_load_balancing_type", "moe_aux_loss_coeff", "moe_router_dtype"):
+        setattr(args, name, getattr(config, name))  # the trainer's logs go by the arguments
+    return args, config
+
+
+def add_arguments(parser: ArgumentParser) -> ArgumentParser:
+    """Add this project's flags, those of ETConfig and a few of the run itself."""
+    megatron = [field.name for field in fields(TransformerConfig)]
+    ArgumentGroupFactory(ETConfig, exclude=megatron).build_group(parser, "expert threshold")
+    group = parser.add_argument_group("run")
+    group.add_argument(
+        "--recipe",
+        metavar="FILE.yaml",
+        help="Flags from a YAML mapping; 'base: OTHER.yaml' in it is read first. Flags that "
+        "follow on the command line override it. May be repeated.",
+    )
+    group.add_argument(
+        "--run-dir",
+        metavar="DIR",
+        help="Folder of the run: checkpoints/ (saved, and resumed from when there are any), "
+        "tensorboard/, metrics.jsonl and run.json. --save, --load, --tensorboard-dir and "
+        "--save-interval (1000) override the parts.",
+    )
+    group.add_argument(
+        "--peak-tflops",
+        type=float,
+        help="Peak TFLOP/s of one device, to report MFU. Default: known for some GPUs, measured "
+        "by a matrix multiplication on a CPU.",
+    )
+    return parser
+
+
+def expand_recipes(argv: Sequence[str], parser: ArgumentParser) -> list[str]:
+    """Replace each `--recipe FILE` by the flags it stands for.
+
+    Raises:
+        UserError: a file that cannot be read, or a key that is no flag.
+    """
+    expanded: list[str] = []
+    remaining = list(argv)
+    while remaining:
+        word = remaining.pop(0)
+        name, equals, value = word.partition("=")
+        if name != "--recipe":
+            expanded.append(word)
+            continue
+        if not equals:
+            if not remaining:
+                raise UserError("--recipe needs the name of a YAML file")
+            value = remaining.pop(0)
+        expanded += _recipe_flags(Path(value), parser)
+    return expanded
+
+
+def _recipe_flags(path: Path, parser: ArgumentParser, seen: tuple[Path, ...] = ()) -> list[str]:
+    if path in seen:
+        raise UserError(f"{path}: recipes are each other's base")
+    try:
+        recipe = yaml.safe_load(path.read_text()) or {}
+    except OSError as error:
+        raise UserError(f"--recipe {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--recipe {path} is not YAML: {error}") from error
+    if not isinstance(recipe, dict):
+        raise UserError(f"--recipe {path} must be a mapping of flags to values")
+    flags: list[str] = []
+    if base := recipe.pop("base", None):
+        flags = _recipe_flags(path.parent / str(base), parser, (*seen, path))
+    for key, value in recipe.items():
+        flags += _flag(str(key), value, parser, path)
+    return flags
+
+
+def _flag(key: str, value: Any, parser: ArgumentParser, path: Path) -> list[str]:
+    """One entry of a recipe as words of the command line."""
+    option = "--" + key.replace("_", "-")
+    action = parser._option_string_actions.get(option)
+    if action is None:
+        # A key may name what a negative flag turns off: `bias_swiglu_fusion: false`.
+        action = next((a for a in parser._actions if a.dest == key.replace("-", "_")), None)
+    if action is None or key == "recipe":
+        raise UserError(f"{path}: {key} is not a flag of pretrain_et.py (see --help)")
+    if option not in action.option_strings:
+        option = action.option_strings[0]
+        if action.nargs == 0:
+            return [option] if value == action.const else []
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            raise UserError(f"{path}: {key} must be true or false, not {value!r}")
+        return [option] if value else []
+    values = value if isinstance(value, list) and action.nargs else [value]
+    return [option, *("none" if v is None else str(v) for v in values)]
+
+
+def _run_dir_flags(run_dir: str | None) -> list[str]:
+    """Where a run keeps its parts, unless flags that follow say otherwise."""
+    if run_dir is None:
+        return []
+    checkpoints = str(Path(run_dir, "checkpoints"))
+    tensorboard = str(Path(run_dir, "tensorboard"))
+    flags = ["--save", checkpoints, "--load", checkpoints, "--tensorboard-dir", tensorboard]
+    return [*flags, "--save-interval", "1000"]
+
+
+def _check_before_megatron(args: Namespace) -> None:
+    """What Megatron would answer with a stack trace or a wrong guess."""
+    if args.num_experts and args.num_experts % args.expert_model_parallel_size:
+        raise UserError(
+            f"--num-experts {args.num_experts} is not divisible by "
+            f"--expert-model-parallel-size {args.expert_model_parallel_size}: make it a multiple"
+        )
+    if args.reset_attention_mask:
+        raise UserError("--reset-attention-mask is not supported: attention is causal throughout")
+    if args.tensor_model_parallel_size > 1 and args.num_experts and not args.sequence_parallel:
+        raise UserError(
+            "--tensor-model-parallel-size above 1 with experts needs --sequence-parallel"
+        )
+
+
+def explained(call: Callable[[], Any]) -> Any:
+    """Call Megatron's validation and turn its refusal into one sentence."""
+    try:
+        return call()
+    except UserError:
+        raise
+    except (AssertionError, ValueError, RuntimeError, ImportError, OSError) as error:
+        # An assertion may have no message; then its own source line says what must hold.
+        line = (traceback.extract_tb(error.__traceback__)[-1].line or "").removeprefix("assert ")
+        message = " ".join(str(error).split()) or f"Megatron requires that {line}"
+        raise UserError(message) from error

@@ -1,0 +1,156 @@
+"""Configuration of Expert Threshold models: Megatron's, and the fields Megatron lacks."""
+
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any, Literal
+
+from megatron.core.transformer import TransformerConfig
+
+from megatron_ext.errors import UserError
+from megatron_ext.moe.thresholds import RoutingRate
+
+RouterType = Literal["expert-threshold", "expert-choice", "token-choice", "quantile-balancing"]
+
+
+def _number_or_none(text: str) -> float | None:
+    return None if text.lower() == "none" else float(text)
+
+
+@dataclass
+class ETConfig(TransformerConfig):
+    """Expert Threshold options (arXiv 2603.11535), on top of Megatron's TransformerConfig.
+
+    Every field is a command line flag of the same name and every docstring its help.
+    """
+
+    router_type: RouterType = "expert-threshold"
+    """How tokens and experts find each other. expert-threshold: an expert takes the tokens whose
+    logit exceeds the expert's own threshold. expert-choice: an expert takes the k largest logits
+    of the micro-batch over all data-parallel ranks, in training; evaluation goes by thresholds.
+    token-choice: Megatron's top-k router with the balancing of --moe-router-load-balancing-type.
+    quantile-balancing: top-k with Megatron's quantile bias."""
+
+    et_mean_experts: float | None = None
+    """Mean number of routed experts a token gets; may be fractional. Default: --moe-router-topk."""
+
+    et_ema_decay: float = 0.999
+    """Decay of the moving average that turns an expert's cutoffs into its threshold, in [0, 1)."""
+
+    et_warmup_iters: int = 4000
+    """Optimizer steps that route by expert choice before thresholds take over."""
+
+    et_capacity: float | None = field(
+        default=0.5, metadata={"argparse_meta": {"type": _number_or_none}}
+    )
+    """In training an expert takes between (1 - C) and (1 + C) times its mean share of the pool's
+    tokens; C in [0, 1), or 'none' for no limit. Evaluation has no limit."""
+
+    et_capacity_pool: Literal["rank", "global"] = "rank"
+    """Whose tokens the capacity counts. rank: the rank's own, with no communication. global: those
+    of all ranks, at a few small reductions in each layer's forward pass."""
+
+    et_cutoff_pool: Literal["microbatch", "step"] = "microbatch"
+    """Tokens a cutoff is taken over: each micro-batch of all ranks, then averaged (the paper), or
+    all tokens of the optimizer step."""
+
+    et_gate: Literal["sigmoid", "softmax", "relu"] = "sigmoid"
+    """How a router logit becomes the weight of an expert's output. Never normalised over the
+    selected experts."""
+
+    et_norm_scale: bool = False
+    """Give every RMSNorm a learnable scale."""
+
+    et_embedding_norm: bool = True
+    """Do not normalise the token embeddings before the first layer."""
+
+    et_logit_softcap: float = 15.0
+    """Bound the output logits by c * tanh(logits / c); 0 turns it off."""
+
+    et_init: Literal["paper", "normal"] = "paper"
+    """Initial weights. paper: embeddings N(0, 1), output head and projections into the residual
+    stream 0, router N(0, 1/d), others scaled by fan-in and fan-out. normal:
+    N(0, --init-method-std), residual projections divided by sqrt(2 * layers). Both depend on the
+    seed and the parameter alone, not on the parallel layout."""
+
+    def __post_init__(self) -> None:
+        if self.uses_thresholds:
+            self._refuse_unsupported()
+            self.moe_router_dtype = "fp32"
+            self.moe_router_load_balancing_type = "none"
+            self.moe_aux_loss_coeff = 0.0
+        elif self.router_type == "quantile-balancing":
+            self.moe_router_load_balancing_type = "quantile_balancing"
+            self.moe_aux_loss_coeff = 0.0
+        super().__post_init__()
+
+    @property
+    def uses_thresholds(self) -> bool:
+        """Whether the MoE layers hold one threshold per expert."""
+        return self.num_moe_experts is not None and self.router_type in (
+            "expert-threshold",
+            "expert-choice",
+        )
+
+    @property
+    def mean_experts(self) -> Fraction:
+        """Mean number of routed experts a token gets, exactly as the user wrote it."""
+        mean = self.moe_router_topk if self.et_mean_experts is None else self.et_mean_experts
+        return Fraction(str(mean))
+
+    @property
+    def routing_rate(self) -> RoutingRate:
+        """How many tokens of a pool an expert takes."""
+        assert self.num_moe_experts is not None
+        capacity = None if self.et_capacity is None else Fraction(str(self.et_capacity))
+        return RoutingRate(self.mean_experts / self.num_moe_experts, capacity)
+
+    def _refuse_unsupported(self) -> None:
+        """Raise for values and combinations that cannot work, naming the flag and the fix."""
+        mean, experts = self.mean_experts, self.num_moe_experts
+        flag = "--moe-router-topk" if self.et_mean_experts is None else "--et-mean-experts"
+        if not 0 < mean <= experts:
+            raise UserError(
+                f"{flag} {float(mean):g} must be above 0 and at most --num-experts {experts}: it "
+                "is the mean number of experts a token gets"
+            )
+        if not 0 <= self.et_ema_decay < 1:
+            raise UserError(f"--et-ema-decay {self.et_ema_decay} must be in [0, 1)")
+        if self.et_capacity is not None and not 0 <= self.et_capacity < 1:
+            raise UserError(
+                f"--et-capacity {self.et_capacity} must be in [0, 1), or none for no limit"
+            )
+        if self.et_warmup_iters < 0:
+            raise UserError(f"--et-warmup-iters {self.et_warmup_iters} must not be negative")
+        if self.et_logit_softcap < 0:
+            raise UserError(f"--et-logit-softcap {self.et_logit_softcap} must not be negative")
+        for name, why in _UNSUPPORTED.items():
+            if getattr(self, name, None):
+                raise UserError(
+                    f"--{name.replace('_', '-')} cannot be used with --router-type "
+                    f"{self.router_type}: {why}"
+                )
+        if self.moe_token_dispatcher_type == "flex":
+            raise UserError(
+                "--moe-token-dispatcher-type flex takes a fixed number of experts a token, which "
+                f"--router-type {self.router_type} does not have: use alltoall or allgather"
+            )
+        if self.cuda_graph_impl != "none":
+            raise UserError(
+                f"--cuda-graph-impl needs fixed shapes, which --router-type {self.router_type} "
+                "does not have: use none"
+            )
+
+
+_UNSUPPORTED: dict[str, Any] = {
+    "moe_router_fusion": "the fused kernel selects a fixed number of experts a token",
+    "moe_expert_capacity_factor": "use --et-capacity",
+    "moe_pad_expert_input_to_capacity": "experts take a variable number of tokens",
+    "moe_enable_routing_replay": "it replays a fixed number of experts a token",
+    "moe_router_enable_expert_bias": "thresholds balance the load without a bias",
+    "moe_router_num_groups": "experts choose on their own, not in groups",
+    "moe_input_jitter_eps": "noise would make the cutoffs random",
+    "moe_apply_probs_on_input": "a token may have any number of experts",
+    "moe_z_loss_coeff": "the router has no auxiliary loss",
+    "moe_latent_size": "it needs a dispatcher of its own",
+    "mtp_num_layers": "thresholds of repeated prediction layers are not defined",
+}

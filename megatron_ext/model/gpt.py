@@ -1,0 +1,61 @@
+"""The GPT model: Megatron's, with our layers, embedding norm, softcap and initial weights."""
+
+from argparse import Namespace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.training.argument_utils import gpt_config_from_args
+from megatron.training.models import GPTModelConfig
+from torch import Tensor
+
+from megatron_ext.config import ETConfig
+from megatron_ext.model.initialization import initialize_parameters
+from megatron_ext.model.specs import decoder_block_spec
+
+
+def gpt_model_config(args: Namespace, config: ETConfig) -> GPTModelConfig:
+    """What Megatron's trainer builds the model from."""
+    model_config = gpt_config_from_args(args, config=config)
+    model_config.transformer_layer_spec = _layer_spec
+    config.perform_initialization = False  # the hook below sets every parameter
+    model_config.pre_wrap_hooks = [
+        partial(_finish_stages, seed=args.seed, vocab_size=model_config.vocab_size)
+    ]
+    return model_config
+
+
+def _layer_spec(
+    model_config: GPTModelConfig, vp_stage: int | None = None
+) -> TransformerBlockSubmodules:
+    assert isinstance(model_config.transformer, ETConfig)
+    return decoder_block_spec(model_config.transformer, vp_stage)
+
+
+def _finish_stages(stages: list[GPTModel], seed: int, vocab_size: int) -> list[GPTModel]:
+    for model in stages:
+        initialize_parameters(model, seed, vocab_size)
+        config = model.config
+        if config.et_embedding_norm and model.pre_process:
+            model.embedding.register_forward_hook(
+                partial(_normalize_embedding, eps=config.layernorm_epsilon)
+            )
+        if config.et_logit_softcap and model.post_process:
+            model.output_layer.register_forward_hook(
+                partial(_cap_logits, cap=config.et_logit_softcap)
+            )
+    return stages
+
+
+def _normalize_embedding(_: torch.nn.Module, inputs: Any, output: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(output, output.shape[-1:], eps=eps)
+
+
+def _cap_logits(
+    _: torch.nn.Module, inputs: Any, output: tuple[Tensor, Tensor | None], cap: float
+) -> tuple[Tensor, Tensor | None]:
+    logits, bias = output
+    return cap * torch.tanh(logits / cap), bias

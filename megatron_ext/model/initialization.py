@@ -1,0 +1,131 @@
+"""Initial weights that depend on the seed and the parameter alone.
+
+Megatron draws a shard at a time from a stream per rank, so that a seed means another model on
+another layout. Here each matrix has a generator of its own, seeded by its global name; a rank
+draws the whole matrix and keeps its shard.
+"""
+
+import hashlib
+import re
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+
+from megatron_ext.config import ETConfig
+
+
+def initialize_parameters(model: GPTModel, seed: int, vocab_size: int) -> None:
+    """Set every parameter of one pipeline stage.
+
+    Args:
+        model: one stage, not yet wrapped.
+        seed: together with a parameter's name decides its value.
+        vocab_size: without the padding that tensor parallelism asks for; padding rows are 0.
+
+    Raises:
+        ValueError: a parameter that no rule covers.
+    """
+    config = model.config
+    assert isinstance(config, ETConfig)
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            continue
+        value = _value(global_parameter_name(model, name), parameter, model, seed, vocab_size)
+        with torch.no_grad():
+            parameter.copy_(value)
+
+
+def global_parameter_name(model: GPTModel, name: str) -> str:
+    """The name a parameter has in every layout: layers and experts by their global number.
+
+    >>> 'decoder.layers.0.mlp.experts.local_experts.1.linear_fc1.weight'  # stage 2, EP rank 1
+    'decoder.layers.2.mlp.experts.3.linear_fc1.weight'
+    """
+    layer_match = re.match(r"decoder\.layers\.(\d+)\.", name)
+    if layer_match is None:
+        return name
+    layer = model.decoder.layers[int(layer_match[1])]
+    name = f"decoder.layers.{layer.layer_number - 1}.{name[layer_match.end() :]}"
+
+    def global_expert(local: str) -> str:
+        return f"experts.{layer.mlp.local_expert_indices[int(local)]}"
+
+    name = re.sub(r"experts\.local_experts\.(\d+)", lambda m: global_expert(m[1]), name)
+    return re.sub(  # grouped experts: one parameter an expert, numbered at the end
+        r"experts\.(linear_fc[12]\.(?:weight|bias))(\d+)$",
+        lambda m: f"{global_expert(m[2])}.{m[1]}",
+        name,
+    )
+
+
+def _value(name: str, parameter: Any, model: GPTModel, seed: int, vocab_size: int) -> Tensor:
+    config = model.config
+    if name.endswith("norm.weight"):
+        return torch.ones_like(parameter)
+    if name.endswith("bias"):
+        return torch.zeros_like(parameter)
+    expert = not getattr(parameter, "allreduce", True)
+    group = model.pg_collection.expt_tp if expert else model.pg_collection.tp
+    sharded = getattr(parameter, "tensor_model_parallel", False) and group.size() > 1
+    shape = list(parameter.shape)
+    if sharded:
+        shape[parameter.partition_dim] *= group.size()
+    vocabulary = name in ("embedding.word_embeddings.weight", "output_layer.weight")
+    rows = shape[0]
+    if vocabulary:
+        shape[0] = min(rows, vocab_size)
+    full = _draw(name, shape, config, seed)
+    if vocabulary and rows > shape[0]:
+        full = torch.cat([full, full.new_zeros(rows - shape[0], shape[1])])
+    if not sharded:
+        return full
+    # A gated fc1 keeps its rank's part of both halves: the stride counts them.
+    dim, stride = parameter.partition_dim, parameter.partition_stride
+    pieces = full.chunk(group.size() * stride, dim=dim)
+    return torch.cat(pieces[group.rank() :: group.size()], dim=dim)
+
+
+def _draw(name: str, shape: list[int], config: ETConfig, seed: int) -> Tensor:
+    """The whole matrix of a name, fp32 `[d_out, d_in]`."""
+    d_out, d_in = shape
+    residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
+    std: float | Tensor
+    if config.et_init == "normal":
+        std = config.init_method_std
+        if residual:
+            std /= (2 * config.num_layers) ** 0.5
+    elif name == "output_layer.weight" or residual:
+        return torch.zeros(shape)
+    elif name == "embedding.word_embeddings.weight":
+        std = 1.0
+    elif name.endswith(("router.weight", "gate_weight")):
+        std = d_in**-0.5
+    elif name.endswith("linear_qkv.weight"):
+        std = _qkv_std(d_in, config)
+    elif name.endswith("linear_fc1.weight"):
+        d_out //= 2 if config.gated_linear_unit else 1
+        std = _fan_std(d_out, d_in)
+    else:
+        raise ValueError(f"no rule initialises {name} {shape}: add it to {__name__}")
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.randn(shape, generator=generator) * std
+
+
+def _fan_std(d_out: int, d_in: int) -> float:
+    return d_in**-0.5 * min(1.0, (d_out / d_in) ** 0.5)
+
+
+def _qkv_std(d_in: int, config: ETConfig) -> Tensor:
+    """Standard deviation by row, `[d_out, 1]`: Megatron interleaves q, k and v by KV head."""
+    heads, kv_heads, head_dim = (
+        config.num_attention_heads,
+        config.num_query_groups,
+        config.kv_channels,
+    )
+    assert kv_heads is not None and head_dim is not None
+    q = torch.full((heads // kv_heads * head_dim,), _fan_std(heads * head_dim, d_in))
+    kv = torch.full((2 * head_dim,), _fan_std(kv_heads * head_dim, d_in))
+    return torch.cat([q, kv]).repeat(kv_heads).unsqueeze(1)

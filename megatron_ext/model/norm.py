@@ -1,0 +1,28 @@
+"""Root mean square normalisation that works under sequence parallelism on every device."""
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor
+
+from megatron_ext.config import ETConfig
+
+
+class RMSNorm(torch.nn.Module):
+    """`x / rms(x)` over the last dimension, with a learnable scale if the config asks for it.
+
+    Megatron's local norm refuses sequence parallelism; this one marks its scale, so that its
+    gradient is summed over the tensor-parallel ranks, which each see other tokens.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.shape, self.eps = (hidden_size,), eps
+        self.weight: torch.nn.Parameter | None = None
+        if isinstance(config, ETConfig) and config.et_norm_scale:
+            self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+            self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise `x [..., hidden_size]`, in its own dtype."""
+        return F.rms_norm(x, self.shape, self.weight, self.eps)

@@ -1,0 +1,101 @@
+"""Layer specifications: which modules make up the decoder's layers."""
+
+from functools import partial
+from typing import Any
+
+from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
+
+from megatron_ext.config import ETConfig
+from megatron_ext.model.attention import SDPAttention
+from megatron_ext.model.norm import RMSNorm
+from megatron_ext.moe.layer import VariableFanOutMoELayer
+from megatron_ext.moe.router import ThresholdRouter, TokenChoiceRouter
+
+
+def moe_layer_pattern(config: ETConfig) -> list[bool]:
+    """Which layers hold experts, from `--moe-layer-freq`: every n-th, or a list of 0 and 1."""
+    if config.num_moe_experts is None:
+        return [False] * config.num_layers
+    if isinstance(config.moe_layer_freq, int):
+        return [i % config.moe_layer_freq == 0 for i in range(config.num_layers)]
+    return [bool(flag) for flag in config.moe_layer_freq]
+
+
+def decoder_block_spec(config: ETConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """The layers of this pipeline stage, dense or with experts, on Transformer Engine or torch."""
+    use_te = config.transformer_impl == "transformer_engine"
+    assert not use_te or HAVE_TE
+    backend: BackendSpecProvider = TESpecProvider() if use_te else LocalSpecProvider()
+    core_attention = backend.core_attention() if use_te else SDPAttention
+    kinds = {
+        moe: _layer_spec(config, backend, core_attention, _mlp(config, backend, moe))
+        for moe in set(moe_layer_pattern(config))
+    }
+    layers = [kinds[moe] for moe in moe_layer_pattern(config)]
+    offset = get_transformer_layer_offset(config, vp_stage=vp_stage)
+    count = get_num_layers_to_build(config, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(
+        layer_specs=layers[offset : offset + count], layer_norm=RMSNorm
+    )
+
+
+def _mlp(config: ETConfig, backend: BackendSpecProvider, moe: bool) -> Any:
+    if not moe:
+        submodules = MLPSubmodules(
+            linear_fc1=backend.column_parallel_linear(), linear_fc2=backend.row_parallel_linear()
+        )
+        return partial(MLP.as_mlp_submodule, submodules=submodules)
+    spec = get_moe_module_spec_for_backend(backend, config.num_moe_experts, config.moe_grouped_gemm)
+    experts: MoESubmodules = spec.keywords["submodules"]
+    if config.uses_thresholds:
+        experts.router = ThresholdRouter
+        return partial(VariableFanOutMoELayer, submodules=experts)
+    experts.router = TokenChoiceRouter
+    return spec
+
+
+def _layer_spec(
+    config: ETConfig, backend: BackendSpecProvider, core_attention: type, mlp: Any
+) -> ModuleSpec:
+    # Without a scale, normalising queries and keys before the rotation is the same as after it.
+    qk_norm = RMSNorm if config.qk_layernorm else IdentityOp
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=backend.column_parallel_linear(),
+                    core_attention=core_attention,
+                    linear_proj=backend.row_parallel_linear(),
+                    q_layernorm=qk_norm,
+                    k_layernorm=qk_norm,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=mlp,
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )

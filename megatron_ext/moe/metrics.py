@@ -1,0 +1,96 @@
+"""What the routers did in a step: counts kept by each router, and the figures made of them.
+
+Counts are integers and add up over micro-batches and ranks, so every layout reports the same.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class RoutingCounts(torch.nn.Module):
+    """Routing decisions of one MoE layer on this rank since the last :meth:`reset`."""
+
+    experts: Tensor  # int64 [4, experts]: selected, above, dropped, forced
+    fan_out: Tensor  # int64 [experts + 1]: tokens by the number of experts that took them
+
+    def __init__(self, experts: int) -> None:
+        super().__init__()
+        device = torch.cuda.current_device() if torch.cuda.is_available() else None
+        for name, shape in (("experts", (4, experts)), ("fan_out", (experts + 1,))):
+            zeros = torch.zeros(shape, dtype=torch.int64, device=device)
+            self.register_buffer(name, zeros, persistent=False)
+
+    def add(
+        self, routing_map: Tensor, above: Tensor | None = None, by_threshold: bool = False
+    ) -> None:
+        """Count one micro-batch.
+
+        Args:
+            routing_map: bool `[tokens, experts]`, where tokens go.
+            above: bool `[tokens, experts]`, which logits exceed the thresholds, where there are
+                thresholds.
+            by_threshold: whether thresholds decided, so that what differs from `above` was
+                dropped or forced by the capacity.
+        """
+        selected = routing_map.sum(dim=0)
+        self.experts[0] += selected
+        if above is not None:
+            raw = above.sum(dim=0)
+            self.experts[1] += raw
+            if by_threshold:
+                kept = (routing_map & above).sum(dim=0)
+                self.experts[2] += raw - kept
+                self.experts[3] += selected - kept
+        self.fan_out += torch.bincount(routing_map.sum(dim=1), minlength=self.fan_out.numel())
+
+    def packed(self) -> Tensor:
+        """All counts in one int64 vector, to be summed over ranks."""
+        return torch.cat([self.experts.flatten(), self.fan_out])
+
+    def reset(self) -> None:
+        """Start a new step."""
+        self.experts.zero_()
+        self.fan_out.zero_()
+
+
+def routing_figures(
+    packed: Tensor, threshold: Tensor | None, cutoff: Tensor | None, k_min_rate: float
+) -> dict[str, Any]:
+    """The figures of one layer and step from its summed counts.
+
+    Args:
+        packed: int64, :meth:`RoutingCounts.packed` summed over ranks and micro-batches.
+        threshold: fp32 `[experts]` that routed this step, None before the first update.
+        cutoff: fp32 `[experts]` of this step.
+        k_min_rate: the share of tokens that the capacity guarantees an expert; 0 for none.
+
+    Returns:
+        Scalars by name, and lists by expert under `experts/`. Shares are in [0, 1].
+    """
+    packed = packed.cpu()
+    experts = (packed.numel() - 1) // 5
+    selected, above, dropped, forced = packed[: 4 * experts].view(4, experts).double()
+    fan_out = packed[4 * experts :].double()
+    tokens = max(1.0, float(fan_out.sum()))
+    load = selected / tokens
+    mean_load = float(load.mean())
+    figures: dict[str, Any] = {
+        "fan_out": float(selected.sum()) / tokens,
+        "no_expert_share": float(fan_out[0]) / tokens,
+        "load_max_over_mean": float(load.max()) / mean_load if mean_load else 0.0,
+        "dead_experts": int((selected == 0).sum()),
+        "saturation": float(dropped.sum() / above.sum().clamp(min=1)),
+        "starvation": float(forced.sum()) / (k_min_rate * tokens * experts) if k_min_rate else 0.0,
+        "experts/load": load.tolist(),
+        "fan_out_histogram": [int(count) for count in fan_out],
+    }
+    if threshold is not None:
+        figures["raw_usage"] = float(above.sum()) / (tokens * experts)
+        figures["threshold"] = float(threshold.mean())
+        figures["experts/threshold"] = threshold.tolist()
+    if cutoff is not None:
+        figures["cutoff"] = float(cutoff.mean())
+        figures["experts/cutoff"] = cutoff.tolist()
+    return figures
