@@ -78,6 +78,7 @@ class ETConfig(TransformerConfig):
             self.moe_router_dtype = "fp32"
             self.moe_router_load_balancing_type = "none"
             self.moe_aux_loss_coeff = 0.0
+            self.moe_router_score_function = "sigmoid"  # unused; Megatron checks others with top 1
         elif self.router_type == "quantile-balancing":
             self.moe_router_load_balancing_type = "quantile_balancing"
             self.moe_aux_loss_coeff = 0.0

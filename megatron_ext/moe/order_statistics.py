@@ -104,15 +104,16 @@ def _extract(pools: Sequence[Tensor], low: Tensor, high: Tensor) -> _Candidates:
 
 
 def _sampled_bracket(
-    pools: Sequence[Tensor], rank_of: Sequence[RankOf], group: Group
+    pools: Sequence[Tensor], shares: Sequence[float], group: Group
 ) -> tuple[Tensor, Tensor]:
     """Brackets (int64 images, `[columns]` each) from a sample of every rank's own rows.
 
-    A rank looks a few standard deviations of the sampling error to either side of its own
-    quantile; the global quantile lies between the least and the greatest of the ranks' own.
+    `shares` say what part of each pool lies above its answer. A rank looks a few standard
+    deviations of the sampling error to either side of its own quantile; the global quantile lies
+    between the least and the greatest of the ranks' own.
     """
     lows, highs = [], []
-    for logits, rank in zip(pools, rank_of, strict=True):
+    for logits, share in zip(pools, shares, strict=True):
         tokens, n = logits.shape
         if tokens == 0:  # nothing to say: the neutral element of the reduction below
             lows.append(torch.full((n,), _HIGHEST, dtype=torch.int64, device=logits.device))
@@ -122,9 +123,8 @@ def _sampled_bracket(
         sample = logits[::stride].nan_to_num(-torch.inf, torch.inf, -torch.inf)
         sample = sample.sort(dim=0, descending=True).values  # [rows, n]
         rows = sample.shape[0]
-        fraction = min(1.0, rank(tokens) / tokens)
-        spread = 4.0 * (rows * fraction * (1.0 - fraction)) ** 0.5 + 2.0 if stride > 1 else 1.0
-        centre = fraction * rows
+        spread = 4.0 * (rows * share * (1.0 - share)) ** 0.5 + 2.0 if stride > 1 else 1.0
+        centre = share * rows
         first = min(max(int(centre - spread), 0), rows - 1)
         last = min(max(int(centre + spread), 0), rows - 1)
         highs.append(order_preserving_image(sample[first]).long())
@@ -213,7 +213,8 @@ def kth_largest(pools: Sequence[Tensor], rank_of: Sequence[RankOf], group: Group
             raise ValueError(f"there is no {rank}-th largest of {total} tokens: k must be >= 1")
     widths = torch.tensor([p.shape[1] for p in pools], device=device)
     k = torch.tensor(wanted, device=device).repeat_interleave(widths)
-    low, high = _sampled_bracket(pools, rank_of, group)
+    shares = [min(1.0, rank / max(total, 1)) for rank, total in zip(wanted, totals, strict=True)]
+    low, high = _sampled_bracket(pools, shares, group)
     image, greater, at_least = _narrow(lambda lo, hi: _extract(pools, lo, hi), low, high, k, group)
     tokens = sizes.repeat_interleave(widths)
     return Cutoffs(value_of_image(image), k, greater, at_least, tokens)

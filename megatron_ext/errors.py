@@ -1,0 +1,59 @@
+"""How a command tells a user what to fix: one sentence on stderr, exit code 2, no stack trace."""
+
+import argparse
+import errno
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+# Failures of the machine that a user can mend. Other OSErrors are bugs and keep their stack trace.
+_MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+class UserError(ValueError):
+    """Something a user can put right. The message is one sentence naming the flag or file and the
+    fix."""
+
+
+class ToolParser(argparse.ArgumentParser):
+    """An argument parser whose complaints are a `UserError`, without argparse's usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see --help)")
+
+
+def run_tool(main: Callable[[], int | None]) -> NoReturn:
+    """Run a tool's `main` and exit with its code: 0 on success, 2 on a `UserError`, 130 on Ctrl-C.
+
+    Errors are prefixed by the tool's name, taken from the command line.
+    """
+    name = Path(sys.argv[0]).stem
+    try:
+        code = main() or 0
+    except UserError as error:
+        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
+        code = 2
+    except OSError as error:
+        if error.errno not in _MENDABLE:
+            raise
+        print(f"{name}: {error.filename or 'output'}: {error.strerror}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        code = 130
+    sys.exit(code)
+
+
+def run_on_ranks(main: Callable[[], None]) -> None:
+    """Run a program that torchrun starts on many ranks; a `UserError` ends it with exit code 2.
+
+    Every rank meets the same error, so one on each node tells.
+    """
+    try:
+        main()
+    except UserError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,136 @@
+"""The distributed order statistic against a sort of the gathered logits."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from megatron_ext.moe.order_statistics import (
+    kth_largest,
+    order_preserving_image,
+    top_k_mask,
+    value_of_image,
+)
+from tests.distributed import run_ranks
+
+KINDS = ["normal", "skewed", "tied", "constant", "infinite", "bf16", "zeros", "huge"]
+
+
+def make_logits(kind: str, tokens: int, experts: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, experts, generator=generator)
+    coin = torch.rand(tokens, experts, generator=generator) < 0.5
+    match kind:
+        case "skewed":  # the parts that ranks hold have nothing in common
+            x += 10 * torch.arange(tokens).unsqueeze(1) / max(tokens, 1)
+        case "tied":
+            x = (2 * x).round() / 2
+        case "constant":
+            x[:] = 1.5
+        case "infinite":
+            x[coin] = -torch.inf
+        case "bf16":
+            x = x.bfloat16().float()
+        case "zeros":
+            x = torch.where(coin, 0.0, -0.0)
+        case "huge":
+            x = torch.where(coin, x * 1e38, x * 1e-42)
+    return x
+
+
+def brute_force(x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cutoffs and mask of the k largest of each column by a stable sort of everything."""
+    order = (x + 0.0).sort(dim=0, descending=True, stable=True)
+    mask = torch.zeros_like(x, dtype=torch.bool).scatter_(0, order.indices[:k], True)
+    return order.values[k - 1], mask
+
+
+case = st.fixed_dictionaries(
+    {
+        "kind": st.sampled_from(KINDS),
+        "tokens": st.integers(1, 6000),
+        "experts": st.integers(1, 9),
+        "share": st.floats(0, 1),
+        "seed": st.integers(0, 2**31),
+        "splits": st.lists(st.floats(0, 1), min_size=3, max_size=3),
+        "shuffled": st.booleans(),
+    }
+)
+
+
+def check(case: dict[str, Any], group: Any, rank: int, world: int) -> None:
+    tokens = case["tokens"]
+    x = make_logits(case["kind"], tokens, case["experts"], case["seed"])
+    k = max(1, round(case["share"] * tokens))
+    # Uneven parts, some of them empty; positions need not follow the ranks.
+    bounds = [0, *sorted(int(s * tokens) for s in case["splits"][: world - 1]), tokens]
+    generator = torch.Generator().manual_seed(case["seed"])
+    order = torch.randperm(tokens, generator=generator) if case["shuffled"] else None
+    mine = torch.arange(tokens) if order is None else order
+    mine = mine[bounds[rank] : bounds[rank + 1]]
+
+    cutoffs = kth_largest([x[mine]], [lambda total: k if total == tokens else -1], group)
+    mask = top_k_mask(x[mine], cutoffs, mine, group)
+
+    value, expected = brute_force(x, k)
+    torch.testing.assert_close(cutoffs.value, value, rtol=0, atol=0)
+    assert torch.equal(cutoffs.greater, (x > value).sum(0))
+    assert torch.equal(cutoffs.at_least, (x >= value).sum(0))
+    assert torch.equal(mask, expected[mine])
+
+
+def check_on_ranks(cases: list[dict[str, Any]]) -> None:
+    for case in cases:
+        check(case, dist.group.WORLD, dist.get_rank(), dist.get_world_size())
+
+
+@given(case)
+@settings(max_examples=80)
+def test_equals_sort_on_one_rank(case: dict[str, Any]) -> None:
+    check(case, None, 0, 1)
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+@given(cases=st.lists(case, min_size=12, max_size=12))
+@settings(max_examples=4, phases=[Phase.generate])  # shrinking would start ranks by the dozen
+def test_equals_sort_of_all_ranks(world: int, cases: list[dict[str, Any]]) -> None:
+    run_ranks(check_on_ranks, world, cases, timeout=60)
+
+
+def many_pools_on_a_rank() -> None:
+    """Pools of several layers and ranks resolved together equal one at a time."""
+    rank = dist.get_rank()
+    pools = [make_logits(kind, 700 + 100 * rank, 4, rank) for kind in KINDS]
+    rank_of = [lambda n, i=i: max(1, n // (i + 2)) for i in range(len(pools))]
+    together = kth_largest(pools, rank_of, dist.group.WORLD)
+    alone = [kth_largest([p], [r], dist.group.WORLD) for p, r in zip(pools, rank_of)]
+    for name in together._fields:
+        expected = torch.cat([getattr(cutoffs, name) for cutoffs in alone])
+        assert torch.equal(getattr(together, name), expected), name
+
+
+def test_pools_resolved_together_equal_one_at_a_time() -> None:
+    run_ranks(many_pools_on_a_rank, 2)
+
+
+@given(st.lists(st.floats(width=32, allow_nan=False), min_size=2, max_size=50))
+def test_image_preserves_order_and_value(values: list[float]) -> None:
+    x = torch.tensor(values, dtype=torch.float32)
+    images = order_preserving_image(x)
+    assert torch.equal(images.unsqueeze(0) < images.unsqueeze(1), x.unsqueeze(0) < x.unsqueeze(1))
+    assert torch.equal(value_of_image(images), x)
+
+
+def test_nan_is_absent_and_missing_values_are_minus_infinity() -> None:
+    x = torch.tensor([[float("nan"), 1.0], [2.0, float("nan")], [float("nan"), 0.5]])
+    cutoffs = kth_largest([x], [lambda _: 2], None)
+    assert cutoffs.value.tolist() == [-torch.inf, 0.5]
+    assert not top_k_mask(x, cutoffs, torch.arange(3), None)[x.isnan()].any()
+
+
+def test_rank_below_one_is_refused() -> None:
+    with pytest.raises(ValueError, match="k must be >= 1"):
+        kth_largest([torch.zeros(3, 2)], [lambda n: n // 16], None)

@@ -1,0 +1,117 @@
+"""Rates, thresholds and selection against the formulas of the paper, written out."""
+
+from fractions import Fraction
+from math import floor
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_ext.moe.thresholds import RoutingRate, Thresholds, select_by_threshold
+from tests.distributed import run_ranks
+
+
+def test_rates_are_exact() -> None:
+    rate = RoutingRate(Fraction("0.3") / 1, Fraction("0.5"))
+    assert [rate.k(n) for n in (10, 100, 0)] == [3, 30, 0]  # 0.3 * 10 is 3.0000000000000004
+    assert RoutingRate(Fraction("0.29")).k(100) == 29  # 0.29 * 100 is 28.999999999999996
+    assert (rate.k_min(100), rate.k_max(100)) == (15, 45)
+    assert (RoutingRate(Fraction(1, 2)).k_min(8), RoutingRate(Fraction(1, 2)).k_max(8)) == (0, 8)
+    assert RoutingRate(Fraction(9, 10), Fraction(1, 2)).k_max(10) == 10  # never above the pool
+
+
+@given(st.lists(st.floats(-5, 5), min_size=1, max_size=12), st.floats(0, 0.999))
+def test_thresholds_are_the_bias_corrected_average(cutoffs: list[float], decay: float) -> None:
+    thresholds = Thresholds(1, decay)
+    raw = 0.0
+    for count, cutoff in enumerate(cutoffs, start=1):
+        thresholds.update(torch.tensor([cutoff]))
+        raw = decay * raw + (1 - decay) * cutoff
+        expected = raw / (1 - decay**count)
+        assert thresholds.value().item() == pytest.approx(expected, abs=2e-5)
+    assert int(thresholds.updates) == len(cutoffs)
+
+
+def test_thresholds_without_an_update_have_no_value() -> None:
+    with pytest.raises(RuntimeError, match="no value yet"):
+        Thresholds(2, 0.9).value()
+
+
+def test_a_cutoff_that_is_not_finite_leaves_the_threshold() -> None:
+    thresholds = Thresholds(2, 0.5)
+    thresholds.update(torch.tensor([1.0, 3.0]))
+    thresholds.update(torch.tensor([-torch.inf, 4.0]))
+    assert thresholds.value()[0] == 1.0
+    assert thresholds.value()[1] > 3.0
+
+
+def test_thresholds_keep_their_bits_whatever_the_dtype_of_the_model() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), Thresholds(3, 0.9))
+    cutoffs = torch.tensor([0.1, 1 / 3, -2.7182818])
+    model[1].update(cutoffs)
+    before = model[1].value()
+    for cast in (torch.nn.Module.bfloat16, torch.nn.Module.half, torch.nn.Module.double):
+        cast(model)
+        assert model[1].average.dtype == torch.float32
+        assert torch.equal(model[1].value(), before)
+    restored = torch.nn.Sequential(torch.nn.Linear(2, 2), Thresholds(3, 0.9)).bfloat16()
+    restored.load_state_dict(model.state_dict())
+    assert torch.equal(restored[1].value(), before)
+    assert restored[1].update_count == 1
+    assert Thresholds(2, 0.9, device="meta").bfloat16().average.dtype == torch.float32
+
+
+def reference_selection(x: torch.Tensor, c: torch.Tensor, rate: RoutingRate) -> torch.Tensor:
+    """Token by token: above the threshold, cut to the k_max largest or filled to the k_min."""
+    tokens, experts = x.shape
+    chosen = torch.zeros(tokens, experts, dtype=torch.bool)
+    k = floor(rate.rate * tokens)
+    for expert in range(experts):
+        ranking = sorted(range(tokens), key=lambda t: (-float(x[t, expert]), t))
+        count = sum(float(x[t, expert]) > float(c[expert]) for t in range(tokens))
+        if rate.capacity is not None:
+            most = min(tokens, floor(k * (1 + rate.capacity)))
+            count = min(max(count, floor(k * (1 - rate.capacity))), most)
+        chosen[ranking[:count], expert] = True
+    return chosen
+
+
+selection_case = st.tuples(
+    st.integers(1, 200),  # tokens
+    st.integers(0, 2**31),  # seed
+    st.sampled_from([0.0, 1.0, 4.0]),  # rounding: ties or none
+    st.sampled_from([None, "0", "0.25", "0.5", "0.99"]),  # capacity
+    st.floats(-2, 2),  # where the thresholds lie
+)
+
+
+def check_selection(case: tuple, world: int, rank: int, group: object) -> None:
+    tokens, seed, rounding, capacity, centre = case
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, 5, generator=generator)
+    if rounding:
+        x = (x * rounding).round() / rounding
+    c = centre + torch.randn(5, generator=generator)
+    rate = RoutingRate(Fraction(3, 16), None if capacity is None else Fraction(capacity))
+    expected = reference_selection(x, c, rate)
+    mine = torch.arange(tokens)[rank::world]
+    chosen = select_by_threshold(x[mine], c, rate, mine, group)  # type: ignore[arg-type]
+    assert torch.equal(chosen, expected[mine])
+
+
+@given(selection_case)
+def test_selection_equals_the_definition(case: tuple) -> None:
+    check_selection(case, 1, 0, None)
+
+
+def selection_on_ranks(seeds: int) -> None:
+    for seed in range(seeds):
+        capacity = [None, "0", "0.25", "0.5"][seed % 4]
+        case = (150 + seed, seed, [0.0, 1.0][seed % 2], capacity, (seed % 5) - 2.0)
+        check_selection(case, dist.get_world_size(), dist.get_rank(), dist.group.WORLD)
+
+
+def test_global_capacity_pool_equals_the_definition_on_all_tokens() -> None:
+    run_ranks(selection_on_ranks, 3, 24, timeout=60)

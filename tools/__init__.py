@@ -1,0 +1,1 @@
+"""Commands around training, each run as `python -m tools.NAME`."""
