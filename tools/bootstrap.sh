@@ -1,0 +1,84 @@
+#!/usr/bin/env bash
+# Make .venv with everything the project needs; when it is up to date, return at once.
+#
+#   tools/bootstrap.sh                   the environment
+#   tools/bootstrap.sh PACKAGE==X ...    and these, without their dependencies
+#   tools/bootstrap.sh --find            only print the Python it would be made with
+#
+# PYTHON=/path/to/python chooses the interpreter. Exits with 2 when there is no usable Python or
+# the packages cannot be installed.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+venv=.venv
+python=$venv/bin/python
+
+fail() {
+    echo "bootstrap: $*" >&2
+    exit 2
+}
+
+# Runs it, for a name on PATH may be a pyenv shim with nothing behind it, and Debian's python3 may
+# lack venv and pip.
+usable() {
+    "$1" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 12))' \
+        </dev/null >/dev/null 2>&1
+}
+
+candidates() {
+    local name
+    for name in python3.12 python3.13 python3.14 python3 python; do
+        type -P "$name" || true
+    done
+    ls -d "${PYENV_ROOT:-${HOME:-}/.pyenv}"/versions/3.*/bin/python 2>/dev/null | sort -V || true
+    ls -d "${HOME:-}"/{miniforge3,miniconda3,anaconda3}{,/envs/*}/bin/python 2>/dev/null || true
+    uv python find '>=3.12' 2>/dev/null || true
+}
+
+find_python() {
+    if [[ -n ${PYTHON:-} ]]; then
+        usable "$PYTHON" || fail "PYTHON=$PYTHON is not a Python of version 3.12 or newer with venv and pip."
+        echo "$PYTHON"
+        return
+    fi
+    local candidate
+    while read -r candidate; do
+        if usable "$candidate"; then
+            echo "$candidate"
+            return
+        fi
+    done < <(candidates)
+    fail "found no Python of version 3.12 or newer with venv and pip; install one" \
+        "(for example: apt install python3.12-venv, pyenv install 3.12, or uv python install 3.12)" \
+        "or name one with PYTHON=/path/to/python3.12."
+}
+
+# ensure STAMP KEY PIP-ARGUMENTS...: once for each KEY; the stamp is written when all is done.
+ensure() {
+    local stamp=$venv/$1 key=$2
+    shift 2
+    [[ -f $stamp && $(<"$stamp") == "$key" ]] && return
+    rm -f "$stamp"
+    echo "bootstrap: installing into $venv (the first time takes a few minutes) ..."
+    "$python" -m pip install --disable-pip-version-check "$@" ||
+        fail "pip could not install the packages (its message is above);" \
+            "check the network and the free disk space, then run the same command again."
+    echo "$key" >"$stamp.new"
+    mv "$stamp.new" "$stamp"
+}
+
+if [[ ${1:-} == --find ]]; then
+    find_python
+    exit
+fi
+
+if ! usable "$python" || ! "$python" -m pip --version >/dev/null 2>&1; then
+    base=$(find_python)
+    echo "bootstrap: making $venv with $base"
+    "$base" -m venv --clear "$venv" || fail "$base could not make $venv."
+fi
+
+# The folder is part of the key: an environment that has moved is installed anew.
+ensure .installed "$(cat setup.py constraints.txt | cksum) $PWD" -c constraints.txt -e '.[dev]'
+if (($#)); then
+    ensure .extra-packages "$*" --no-deps "$@"
+fi
