@@ -4,9 +4,12 @@ import argparse
 import errno
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
+
+import psutil
 
 # Failures of the machine that a user can mend. Other OSErrors are bugs and keep their stack trace.
 _MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
@@ -49,11 +52,29 @@ def run_tool(main: Callable[[], int | None]) -> NoReturn:
 def run_on_ranks(main: Callable[[], None]) -> None:
     """Run a program that torchrun starts on many ranks; a `UserError` ends it with exit code 2.
 
-    Every rank meets the same error, so one on each node tells.
+    Ranks meet the same error at about the same time, and torchrun kills the others when the first
+    ends: whoever is first on its node tells.
     """
     try:
         main()
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
+        if _first_on_node():
+            name = Path(sys.argv[0]).name
+            print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         sys.exit(2)
+
+
+def _first_on_node() -> bool:
+    """Whether no other rank of the same launch on this node has asked before."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return True
+    launcher = psutil.Process(os.getppid())
+    launch = f"{launcher.pid}-{launcher.create_time():.2f}"
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    try:
+        Path(tempfile.gettempdir(), f"pretrain_et-error-{launch}-{restart}").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:
+        return True
+    return True

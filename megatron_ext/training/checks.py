@@ -1,14 +1,256 @@
-"""What can be known to be wrong before the first collective."""
+"""What can be known to be wrong with a run before its first collective, and its record."""
 
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
 from argparse import Namespace
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.training.utils import get_blend_and_blend_per_split
+
+from megatron_ext.checkpoint import find_checkpoint, read_common_state
 from megatron_ext.config import ETConfig
+from megatron_ext.errors import UserError
+
+# Token ids read from a dataset without a manifest, to see whether the vocabulary holds them.
+_IDS_READ = 10_000_000
 
 
 def check_run(args: Namespace, config: ETConfig) -> Path | None:
+    """Check folders, data, pools and the checkpoint to resume from, and record the run.
+
+    Returns:
+        the run directory, if there is one.
+
+    Raises:
+        UserError: what is wrong, naming the flag or file and the fix.
+    """
+    args.tokenizer_sha256 = _sha256(args.tokenizer_model)  # saved in checkpoints with the rest
+    for flag in ("run_dir", "save", "tensorboard_dir"):
+        _check_writable(flag, getattr(args, flag))
+    if not args.mock_data:
+        _check_data(args)
+    if config.uses_thresholds:
+        _check_pools(args, config)
+    if args.load is not None:
+        _check_checkpoint(args, config)
     if args.run_dir is None:
         return None
-    path = Path(args.run_dir)
-    path.mkdir(parents=True, exist_ok=True)
-    return path
+    run_dir = Path(args.run_dir)
+    if args.rank == 0:
+        _record(run_dir, args)
+    return run_dir
+
+
+def _check_writable(flag: str, folder: str | None) -> None:
+    if folder is None:
+        return
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        option = "--" + flag.replace("_", "-")
+        raise UserError(f"{option} {folder} cannot be written: {error.strerror}") from error
+
+
+def _check_data(args: Namespace) -> None:
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    blends = [b for b in [blend, *(blend_per_split or [])] if b is not None]
+    prefixes = [prefix for paths, _ in blends for prefix in paths]
+    if not prefixes:
+        raise UserError("no data: give --data-path, or --train-data-path and --valid-data-path")
+    for prefix in prefixes:
+        _check_dataset(prefix, args)
+
+
+def _check_dataset(prefix: str, args: Namespace) -> None:
+    """Existence, wholeness, length and tokenizer of one indexed dataset."""
+    files = {suffix: Path(f"{prefix}.{suffix}") for suffix in ("idx", "bin")}
+    for file in files.values():
+        if not file.is_file():
+            raise UserError(f"dataset file {file} does not exist: make it with preprocess_data")
+        if file.stat().st_size == 0:
+            raise UserError(f"dataset file {file} is empty: make it again with preprocess_data")
+    try:
+        dataset = IndexedDataset(prefix)
+    except Exception as error:
+        raise UserError(
+            f"dataset index {files['idx']} is damaged: make it again with preprocess_data"
+        ) from error
+    tokens = int(dataset.sequence_lengths.sum())
+    expected = tokens * np.dtype(dataset.index.dtype).itemsize
+    if files["bin"].stat().st_size != expected:
+        raise UserError(
+            f"dataset file {files['bin']} has {files['bin'].stat().st_size:,} bytes where its "
+            f"index says {expected:,}: it is truncated, make it again with preprocess_data"
+        )
+    if tokens <= args.seq_length:
+        raise UserError(
+            f"dataset {prefix} holds {tokens:,} tokens, fewer than a sample of --seq-length "
+            f"{args.seq_length} needs"
+        )
+    _check_tokenizer(prefix, files["bin"], dataset.index.dtype, args)
+
+
+def _check_tokenizer(prefix: str, data: Path, dtype: Any, args: Namespace) -> None:
+    manifest = Path(prefix.removesuffix("_text_document").rsplit("_", 1)[0] + ".json")
+    if args.tokenizer_sha256 and manifest.is_file():
+        made_with = json.loads(manifest.read_text()).get("tokenizer", {}).get("sha256")
+        if made_with not in (None, args.tokenizer_sha256):
+            raise UserError(
+                f"dataset {prefix} was made with another tokenizer than --tokenizer-model "
+                f"{args.tokenizer_model}: give that one, or make the dataset again"
+            )
+    ids = np.memmap(data, dtype=dtype, mode="r")[:_IDS_READ]
+    largest = int(ids.max())
+    if largest >= args.padded_vocab_size:
+        raise UserError(
+            f"dataset {prefix} holds token id {largest}, beyond the vocabulary of "
+            f"{args.padded_vocab_size:,}: it does not belong to this tokenizer"
+        )
+
+
+def _check_pools(args: Namespace, config: ETConfig) -> None:
+    """An expert whose share of a pool is less than one token would never get any."""
+    rate = config.routing_rate
+    per_rank = args.micro_batch_size * args.seq_length // args.context_parallel_size
+    pool = per_rank * args.data_parallel_size * args.context_parallel_size
+    least = -(-1 // rate.rate)
+    if rate.k(pool) < 1:
+        raise UserError(
+            f"an expert takes {float(rate.rate):g} of the tokens, less than one of the {pool} in "
+            f"a micro-batch of all ranks: raise --micro-batch-size or --seq-length to make it at "
+            f"least {least}"
+        )
+    per_rank //= args.tensor_model_parallel_size
+    limited = config.et_capacity is not None and config.et_capacity_pool == "rank"
+    if limited and rate.k(per_rank) < 1:
+        raise UserError(
+            f"an expert takes {float(rate.rate):g} of the tokens, less than one of a rank's "
+            f"{per_rank}: use --et-capacity-pool global, or micro-batches of at least {least} "
+            "tokens a rank"
+        )
+
+
+_SAME_IN_CHECKPOINT = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "num_experts",
+    "moe_ffn_hidden_size",
+    "moe_shared_expert_intermediate_size",
+    "moe_layer_freq",
+    "vocab_size",
+    "swiglu",
+    "squared_relu",
+    "untie_embeddings_and_output_weights",
+    "add_bias_linear",
+    "position_embedding_type",
+    "rotary_base",
+    "qk_layernorm",
+    "et_norm_scale",
+    "et_embedding_norm",
+    "et_logit_softcap",
+)
+# What thresholds of a checkpoint depend on.
+_SAME_WITH_THRESHOLDS = ("et_ema_decay", "et_gate")
+
+
+def _check_checkpoint(args: Namespace, config: ETConfig) -> None:
+    """Compare the flags with those of the checkpoint that training would resume from."""
+    if not Path(args.load, "latest_checkpointed_iteration.txt").is_file():
+        return
+    checkpoint = find_checkpoint(args.load)
+    saved = read_common_state(checkpoint)["args"]
+    threshold_routers = ("expert-threshold", "expert-choice")
+    had_thresholds = saved.num_experts is not None and saved.router_type in threshold_routers
+    if config.uses_thresholds != had_thresholds and saved.router_type != args.router_type:
+        raise UserError(
+            f"{checkpoint} was trained with --router-type {saved.router_type} and cannot continue "
+            f"as {args.router_type}: only expert-threshold and expert-choice share thresholds"
+        )
+    names = _SAME_IN_CHECKPOINT + (_SAME_WITH_THRESHOLDS if config.uses_thresholds else ())
+    for name in names:
+        here, there = _shape(args, name), _shape(saved, name)
+        if here != there:
+            raise UserError(
+                f"{checkpoint} was trained with {name} = {there}, but the flags say {here}: make "
+                "them equal, or choose another --run-dir or --load"
+            )
+    if config.uses_thresholds and config.mean_experts != _mean_experts(saved):
+        raise UserError(
+            f"{checkpoint} was trained with {float(_mean_experts(saved)):g} experts a token on "
+            f"average, but the flags say {float(config.mean_experts):g}: make them equal"
+        )
+    if getattr(saved, "tokenizer_sha256", None) != args.tokenizer_sha256:
+        raise UserError(
+            f"{checkpoint} was trained with another tokenizer than --tokenizer-model "
+            f"{args.tokenizer_model}"
+        )
+
+
+def _shape(args: Namespace, name: str) -> Any:
+    if name == "num_query_groups" and not args.group_query_attention:
+        return args.num_attention_heads
+    return getattr(args, name, None)
+
+
+def _mean_experts(args: Namespace) -> Fraction:
+    mean = args.moe_router_topk if args.et_mean_experts is None else args.et_mean_experts
+    return Fraction(str(mean))
+
+
+def _sha256(file: str | None) -> str | None:
+    if file is None or not Path(file).is_file():
+        return None
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+
+
+def _record(run_dir: Path, args: Namespace) -> None:
+    """Write `run.json`: every command that worked on this run, and the latest's settings."""
+    path = run_dir / "run.json"
+    earlier = json.loads(path.read_text())["commands"] if path.is_file() else []
+    packages = ("torch", "megatron-core", "transformer-engine", "numpy")
+    record = {
+        "commands": [*earlier, " ".join(sys.argv)],
+        "commit": _commit(),
+        "versions": {"python": platform.python_version()}
+        | {name: version for name in packages if (version := _version(name))},
+        "world_size": args.world_size,
+        "settings": {name: _plain(value) for name, value in sorted(vars(args).items())},
+    }
+    temporary = path.with_name("run.json.tmp")
+    temporary.write_text(json.dumps(record, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, str | int | float | bool | list | None) else str(value)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    here = Path(__file__).parent
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

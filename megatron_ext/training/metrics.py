@@ -59,8 +59,6 @@ class MetricLog:
             result = training_log(loss_dict, total, lr, iteration, *args, **kw)
             # loss_scale, report_memory_flag, skipped_iter, grad_norm
             skipped, grad_norm = args[2], args[3]
-            if kw.get("is_first_iteration"):  # Megatron logs the first step a second time
-                return result
             figures = self._all_figures()
             if is_last_rank():
                 loss = loss_dict.get("lm loss")

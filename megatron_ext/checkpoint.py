@@ -1,0 +1,65 @@
+"""Finding and reading checkpoints, for training that resumes and for inference."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron.core import dist_checkpointing
+
+from megatron_ext.errors import UserError
+
+
+def find_checkpoint(path: str | os.PathLike[str]) -> Path:
+    """The folder of the newest iteration under a run directory or a folder of checkpoints.
+
+    Raises:
+        UserError: there is none, or it is incomplete.
+    """
+    root = Path(path)
+    if not root.is_dir():
+        raise UserError(f"{root} is not a folder: give a run directory or one of its checkpoints")
+    if (root / "metadata.json").is_file() and (root / ".metadata").is_file():
+        return root
+    trackers = [f / "latest_checkpointed_iteration.txt" for f in (root / "checkpoints", root)]
+    tracker = next((file for file in trackers if file.is_file()), None)
+    if tracker is None:
+        if root.name.startswith("iter_"):
+            raise UserError(f"{root} is an incomplete checkpoint: it has no metadata")
+        raise UserError(f"{root} holds no checkpoint: train with --run-dir or --save first")
+    newest = tracker.read_text().strip()
+    folder = tracker.parent / (f"iter_{int(newest):07d}" if newest.isdigit() else newest)
+    if not (folder / "metadata.json").is_file() or not (folder / ".metadata").is_file():
+        raise UserError(
+            f"{tracker} names {newest or 'nothing'}, but {folder} is missing or incomplete: "
+            "give the folder of an earlier iteration"
+        )
+    return folder
+
+
+def read_common_state(checkpoint: Path) -> dict[str, Any]:
+    """Everything in a checkpoint that is not spread over ranks, the run's arguments above all.
+
+    Raises:
+        UserError: it is damaged, or another program saved it.
+    """
+    state = readable(checkpoint, lambda: dist_checkpointing.load_common_state_dict(checkpoint))
+    if not hasattr(state.get("args"), "router_type"):
+        raise UserError(f"{checkpoint} was not saved by pretrain_et.py: it lacks --router-type")
+    return state
+
+
+def readable(checkpoint: Path, read: Callable[[], Any]) -> Any:
+    """The result of `read`; torch and Megatron raise anything at all over a damaged file.
+
+    Raises:
+        UserError: in place of what `read` raised.
+    """
+    try:
+        return read()
+    except Exception as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = " ".join(str(cause).split())[:200] or type(cause).__name__
+        raise UserError(f"{checkpoint} is incomplete or damaged: {reason}") from error
