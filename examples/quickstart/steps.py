@@ -1,0 +1,196 @@
+"""Steps that are done once: each is a command with a stamp of everything its result depends on."""
+
+import hashlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+import psutil
+
+from megatron_ext.errors import UserError
+
+_GRACE_S = 40.0  # for a stopped training to save its checkpoint
+_POLL_S = 0.5
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of a procedure.
+
+    Attributes:
+        name: a word; also names the stamp.
+        about: what it does, for the console.
+        command: arguments after the Python interpreter.
+        makes: files that are there when it is done.
+        depends: files whose content decides the result, beside the command and earlier steps.
+        resumes: what an interrupted run goes on from; removed when the inputs have changed.
+        output: file for the command's standard output, instead of the log.
+        environment: variables to add.
+        watch: called while the command runs; says on the console how far it is.
+    """
+
+    name: str
+    about: str
+    command: Sequence[str]
+    log: Path
+    makes: Sequence[Path] = ()
+    depends: Sequence[Path] = ()
+    resumes: Sequence[Path] = ()
+    output: Path | None = None
+    environment: dict[str, str] = field(default_factory=dict)
+    watch: Callable[[], None] | None = None
+
+
+class Stopped(BaseException):
+    """A signal asked this process to stop."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+def stop_on_signals() -> None:
+    """Let SIGINT and SIGTERM raise `Stopped`, so that children are stopped on the way out."""
+
+    def stop(number: int, _: FrameType | None) -> NoReturn:
+        raise Stopped(number)
+
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+
+
+def run_steps(steps: Sequence[Step], folder: Path) -> None:
+    """Run what is not done yet, in order.
+
+    Args:
+        folder: for the stamps. A stamp covers those of the steps before.
+
+    Raises:
+        UserError: a step failed; the message is the tool's own.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    stamp = ""
+    for number, step in enumerate(steps, 1):
+        stamp = _stamp(step, stamp)
+        label = f"[{number}/{len(steps)}] {step.name}:"
+        done, begun = folder / f"{step.name}.done", folder / f"{step.name}.begun"
+        if _holds(done, stamp) and all(path.exists() for path in step.makes):
+            say(f"{label} done before, reused")
+            continue
+        done.unlink(missing_ok=True)
+        resuming = _holds(begun, stamp) and any(path.exists() for path in step.resumes)
+        if not resuming:
+            _remove(step.resumes)
+        begun.write_text(stamp)
+        say(f"{label} {step.about}{', going on from where it was' if resuming else ''} ...")
+        start = time.monotonic()
+        _run(step)
+        missing = [str(path) for path in step.makes if not path.exists()]
+        if missing:
+            raise UserError(f"{step.name} ended without making {missing[0]}: see {step.log}")
+        done.write_text(stamp)
+        say(f"{label} done in {duration(time.monotonic() - start)}")
+
+
+def say(line: str) -> None:
+    """A line on the console, at once."""
+    print(line, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as `5 s` or `4 min 08 s`."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def _stamp(step: Step, before: str) -> str:
+    digest = hashlib.sha256("\0".join([before, *step.command]).encode())
+    for path in step.depends:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _holds(path: Path, text: str) -> bool:
+    return path.is_file() and path.read_text() == text
+
+
+def _remove(paths: Sequence[Path]) -> None:
+    for path in paths:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _run(step: Step) -> None:
+    """Run the command to its end; leave no process behind, however this function is left."""
+    environment = {**os.environ, **step.environment, "PYTHONUNBUFFERED": "1"}
+    temporary = step.output and step.output.with_name(step.output.name + ".tmp")
+    start = step.log.stat().st_size if step.log.exists() else 0
+    with (
+        step.log.open("a") as log,
+        temporary.open("w") if temporary else nullcontext(log) as output,
+    ):
+        # In a session of its own, so that Ctrl-C reaches only this process, which stops it.
+        process = subprocess.Popen(
+            [sys.executable, *step.command],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=log,
+            env=environment,
+            start_new_session=True,
+        )
+        try:
+            while process.poll() is None:
+                time.sleep(_POLL_S)
+                if step.watch:
+                    step.watch()
+        finally:
+            _stop(process)
+    if process.returncode:
+        with step.log.open(errors="replace") as log:
+            log.seek(start)
+            reason = failure(step.command, log.read())
+        raise UserError(f"{reason} (step {step.name}; its log is {step.log})")
+    if temporary and step.output:
+        temporary.replace(step.output)
+
+
+def _stop(process: "subprocess.Popen[bytes]") -> None:
+    """Ask a process to end, wait a while, and kill what is left of it and its descendants."""
+    if process.poll() is not None:
+        return
+    family = psutil.Process(process.pid).children(recursive=True)
+    try:
+        process.terminate()
+        process.wait(_GRACE_S)
+    except (subprocess.TimeoutExpired, Stopped):  # too slow, or asked a second time
+        pass
+    finally:
+        for member in family:
+            if member.is_running():
+                member.kill()
+        process.kill()
+        process.wait()
+
+
+def failure(command: Sequence[str], written: str) -> str:
+    """What a failed command wrote about why: its own sentence, else the first exception of any
+    rank, else the last line."""
+    lines = [line.strip() for line in written.splitlines() if line.strip()]
+    script = next((word for word in command if word.endswith(".py")), "")
+    tool = script or command[command.index("-m") + 1].rpartition(".")[2]
+    for wanted in (rf"{re.escape(tool)}: ", r"(\[rank\d+\]: ?)?[\w.]*(Error|Exception): \S"):
+        found = next((line for line in lines if re.match(wanted, line)), None)
+        if found:
+            return found
+    return lines[-1] if lines else f"{tool} failed without a word"

@@ -1,0 +1,105 @@
+"""The CPU device: Megatron's real trainer over gloo on a machine without CUDA.
+
+Megatron asks `torch.cuda` for its device, streams, memory and random state, and places tensors on
+"cuda". The CPU device answers those questions for the CPU and places those tensors in host memory;
+Megatron's own code runs as it is. Each concern has a file: `runtime` (what `torch.cuda` says),
+`placement` (where tensors go), `randomness` (two random states on one generator) and `gloo`
+(collectives that gloo lacks).
+"""
+
+import importlib.util
+import os
+import sys
+
+import torch
+
+_device: str | None = None
+
+
+def activate() -> str:
+    """Decide once which device Megatron runs on and return it: "cuda" or "cpu".
+
+    With CUDA available torch stays untouched. Otherwise the CPU device is installed, which must
+    happen before Megatron is imported, because its modules keep references to torch functions.
+    On either device Megatron is kept from two failures of its own: compiling dataset helpers it
+    has, and resuming with torch's Adam. Calling again returns the first decision.
+
+    Raises:
+        RuntimeError: no CUDA is available and Megatron has been imported already.
+    """
+    global _device
+    if _device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cpu":
+            _install()
+        _use_prebuilt_dataset_helpers()
+        _mend_torch_optimizer()
+        _device = device
+    return _device
+
+
+def is_cpu_device() -> bool:
+    """Whether `activate` has installed the CPU device in this process."""
+    return _device == "cpu"
+
+
+def cpu_default_args() -> list[str]:
+    """Megatron's flags that the CPU device needs, to go before the user's on the command line.
+
+    They choose gloo and the layers written in plain torch, and turn off kernels that exist for
+    CUDA only. (Megatron's `args_defaults` cannot carry them: it fills only flags without a value.)
+    """
+    return [
+        "--distributed-backend", "gloo",
+        "--transformer-impl", "local",
+        "--no-rope-fusion",
+        "--no-gradient-accumulation-fusion",
+        "--no-masked-softmax-fusion",
+        "--no-persist-layer-norm",
+    ]  # fmt: skip
+
+
+def _install() -> None:
+    if "megatron.core" in sys.modules:
+        raise RuntimeError("activate() must be called before anything of megatron is imported")
+    _disable_compiler()
+    # Megatron refuses tensor parallelism unless CUDA would run its kernels in launch order.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+    from megatron_ext.devices import gloo, placement, randomness, runtime
+
+    runtime.install()
+    randomness.install()
+    placement.install()
+    gloo.install()
+
+
+def _disable_compiler() -> None:
+    """Run `torch.compile`d functions eagerly: compiling them takes minutes and a C++ compiler.
+
+    Dynamo is imported here and not later by Megatron, because it files torch's functions by
+    identity and must see the originals.
+    """
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    import torch._dynamo
+
+    torch._dynamo.config.disable = True
+
+
+def _use_prebuilt_dataset_helpers() -> None:
+    """Keep Megatron from compiling its dataset helpers where the wheel brought them compiled.
+
+    Its trainer runs `make` in the package, but the wheel leaves the Makefile out, and a failing
+    `make` ends the process, whatever the device.
+    """
+    if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None:
+        from megatron.core.datasets import utils
+
+        utils.compile_helpers = lambda: None
+
+
+def _mend_torch_optimizer() -> None:
+    # Imports Megatron, hence not before the device is installed.
+    from megatron_ext.devices import torch_optimizer
+
+    torch_optimizer.install()

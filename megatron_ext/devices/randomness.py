@@ -1,0 +1,67 @@
+"""Two random states, the host's and the device's, where torch has one generator.
+
+Megatron keeps them apart: parameters and dropout draw from the device's state, which its tracker
+forks per parallel rank; data loading draws from the host's. On the CPU every tensor operation
+draws from torch's one default generator, so that generator becomes the *device's*, and
+`torch.get_rng_state`, `torch.set_rng_state` and `torch.seed`, which mean the host, get a generator
+of their own; `torch.manual_seed` seeds both, as it does with CUDA.
+
+Data loaders draw on the host without naming a generator, so they run with the host's state
+swapped in. Otherwise a loader that exists on the first tensor-parallel rank alone would shift that
+rank's dropout away from its peers'.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch.utils.data import dataloader
+
+_device_generator = torch.random.default_generator
+_host_generator = torch.Generator()
+
+
+@contextmanager
+def drawing_on_host() -> Iterator[None]:
+    """Let torch operations inside draw from the host's state and leave the device's alone."""
+    device_state = _device_generator.get_state()
+    _device_generator.set_state(_host_generator.get_state())
+    try:
+        yield
+    finally:
+        _host_generator.set_state(_device_generator.get_state())
+        _device_generator.set_state(device_state)
+
+
+def _draws_on_host(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def swapped(*args: Any, **kwargs: Any) -> Any:
+        with drawing_on_host():
+            return function(*args, **kwargs)
+
+    return swapped
+
+
+def _device_states(*args: Any) -> tuple[list[int], list[torch.Tensor]]:
+    """For `torch.utils.checkpoint`, which looks for devices among its arguments and finds none."""
+    return [0], [_device_generator.get_state()]
+
+
+def install() -> None:
+    """Give host and device a random state each; both begin where torch's was."""
+    _host_generator.set_state(_device_generator.get_state())
+    loader, iterator = dataloader.DataLoader, dataloader._BaseDataLoaderIter
+    replacements: list[tuple[Any, str, Any]] = [
+        (torch.cuda, "default_generators", (_device_generator,)),
+        (torch.random, "default_generator", _host_generator),
+        (torch, "default_generator", _host_generator),
+        (torch.utils.checkpoint, "get_device_states", _device_states),
+        (loader, "__iter__", _draws_on_host(loader.__iter__)),
+        (iterator, "__next__", _draws_on_host(iterator.__next__)),
+    ]
+    for owner, name, replacement in replacements:
+        setattr(owner, name, replacement)
+    torch.utils.checkpoint.DefaultDeviceType.set_device_type("cuda")

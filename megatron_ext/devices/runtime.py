@@ -1,0 +1,221 @@
+"""What `torch.cuda` answers when the device is the CPU.
+
+Everything runs in program order, so streams and events are done whenever they are asked, and
+memory is the process's resident set.
+"""
+
+import contextlib
+import os
+import platform
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import torch
+
+DEVICE_INDEX = 0
+# Ampere's: bf16 is there, and none of the kernels Megatron keeps for newer architectures.
+CAPABILITY = (8, 0)
+TENSOR_TYPES = (
+    "BFloat16", "Bool", "Byte", "Char", "Double", "Float", "Half", "Int", "Long", "Short",
+)  # fmt: skip
+
+
+class Stream:
+    """The one stream there is: every instance is equal to every other."""
+
+    device = torch.device("cuda", DEVICE_INDEX)
+    device_index = DEVICE_INDEX
+    priority = 0
+    stream_id = 0
+    cuda_stream = 0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    @staticmethod
+    def priority_range() -> tuple[int, int]:
+        return 0, 0
+
+    def wait_stream(self, stream: "Stream") -> None:
+        pass
+
+    def wait_event(self, event: "Event") -> None:
+        pass
+
+    def record_event(self, event: "Event | None" = None) -> "Event":
+        event = Event() if event is None else event
+        event.record(self)
+        return event
+
+    def synchronize(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Stream)
+
+    def __hash__(self) -> int:
+        return hash(Stream)
+
+
+class Event:
+    """A point in program order; two of them measure wall-clock time."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._recorded_at: float | None = None
+
+    def record(self, stream: Stream | None = None) -> None:
+        self._recorded_at = time.perf_counter()
+
+    def elapsed_time(self, end: "Event") -> float:
+        """Milliseconds from this event to `end`."""
+        if self._recorded_at is None or end._recorded_at is None:
+            raise RuntimeError("elapsed_time needs two events that have been recorded")
+        return (end._recorded_at - self._recorded_at) * 1e3
+
+    def wait(self, stream: Stream | None = None) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+
+class DeviceGuard:
+    """Stands for `torch.cuda.device`: its block runs on the one device anyway."""
+
+    def __init__(self, device: Any = None) -> None:
+        self.idx = self.prev_idx = DEVICE_INDEX
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *exc: object) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def stream_guard(stream: Stream | None) -> Iterator[None]:
+    yield
+
+
+class Memory:
+    """Resident bytes of the process; the peak is the highest of the readings."""
+
+    def __init__(self) -> None:
+        self._peak = 0
+
+    def current(self, device: Any = None) -> int:
+        resident = psutil.Process().memory_info().rss
+        self._peak = max(self._peak, resident)
+        return resident
+
+    def peak(self, device: Any = None) -> int:
+        self.current()
+        return self._peak
+
+    def reset_peak(self, device: Any = None) -> None:
+        self._peak = 0
+
+    def stats(self, device: Any = None) -> dict[str, int]:
+        """`torch.cuda.memory_stats`, with zero for whatever has no meaning here."""
+        stats: dict[str, int] = defaultdict(int)
+        for kind in ("active", "allocated", "requested", "reserved"):
+            stats[f"{kind}_bytes.all.current"] = self.current()
+            stats[f"{kind}_bytes.all.peak"] = self.peak()
+        return stats
+
+    def info(self, device: Any = None) -> tuple[int, int]:
+        """Free and total bytes of the machine."""
+        memory = psutil.virtual_memory()
+        return memory.available, memory.total
+
+
+def device_name(device: Any = None) -> str:
+    return platform.processor() or platform.machine()
+
+
+def device_properties(device: Any = None) -> SimpleNamespace:
+    major, minor = CAPABILITY
+    return SimpleNamespace(
+        name=device_name(),
+        major=major,
+        minor=minor,
+        total_memory=psutil.virtual_memory().total,
+        multi_processor_count=os.cpu_count() or 1,
+    )
+
+
+def _always(value: Any) -> Callable[..., Any]:
+    return lambda *args, **kwargs: value
+
+
+def answers() -> dict[str, Any]:
+    """What replaces the attributes of `torch.cuda`, by name."""
+    memory = Memory()
+    nothing = _always(None)
+    stream = _always(Stream())
+    return {
+        "is_available": _always(True),
+        "device_count": _always(1),
+        "current_device": _always(DEVICE_INDEX),
+        "set_device": nothing,
+        "device": DeviceGuard,
+        "device_of": DeviceGuard,
+        "get_device_name": device_name,
+        "get_device_capability": _always(CAPABILITY),
+        "get_device_properties": device_properties,
+        "is_bf16_supported": _always(True),
+        "synchronize": nothing,
+        "Stream": Stream,
+        "ExternalStream": Stream,
+        "Event": Event,
+        "stream": stream_guard,
+        "current_stream": stream,
+        "default_stream": stream,
+        "set_stream": nothing,
+        "is_current_stream_capturing": _always(False),
+        "memory_allocated": memory.current,
+        "memory_reserved": memory.current,
+        "max_memory_allocated": memory.peak,
+        "max_memory_reserved": memory.peak,
+        "reset_peak_memory_stats": memory.reset_peak,
+        "reset_max_memory_allocated": memory.reset_peak,
+        "memory_stats": memory.stats,
+        "mem_get_info": memory.info,
+        "empty_cache": nothing,
+        "ipc_collect": nothing,
+        **{f"{name}Tensor": getattr(torch, f"{name}Tensor") for name in TENSOR_TYPES},
+    }
+
+
+def install() -> None:
+    """Put the answers into `torch.cuda`, its submodules, nvtx and `torch.accelerator`."""
+    for name, answer in answers().items():
+        _rebind(name, answer)
+    for name in ("mark", "range_end", "range_pop", "range_push", "range_start"):
+        setattr(torch.cuda.nvtx, name, _always(None))
+    setattr(torch.cuda.nvtx, "range", _always(contextlib.nullcontext()))  # noqa: B010
+    # Initialisation counts as done: what waits for it, seeding for example, runs at once.
+    setattr(torch.cuda, "_initialized", True)  # noqa: B010
+    # Having looked for CUDA marks forks as unfit for it; there is none here to be unfit for.
+    setattr(torch.cuda, "_is_in_bad_fork", _always(False))  # noqa: B010
+    # Through `torch.accelerator` torch asks for real hardware, to pin memory for example.
+    setattr(torch.accelerator, "is_available", _always(False))  # noqa: B010
+
+
+def _rebind(name: str, answer: object) -> None:
+    """Bind `answer` wherever `torch.cuda` or a submodule holds the original of that name."""
+    original = getattr(torch.cuda, name)
+    for module_name, module in list(sys.modules.items()):
+        if f"{module_name}.".startswith("torch.cuda.") and vars(module).get(name) is original:
+            setattr(module, name, answer)

@@ -1,0 +1,240 @@
+"""Loading a trained model for inference, in any layout of ranks.
+
+`activate` of `megatron_ext.devices` must have been called before this module is imported.
+"""
+
+import os
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+from megatron.core.utils import unwrap_model
+from megatron.training.argument_utils import core_transformer_config_from_args
+from megatron.training.arguments import add_megatron_arguments
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_ext.arguments import explained
+from megatron_ext.config import ETConfig
+from megatron_ext.devices import cpu_default_args, is_cpu_device
+from megatron_ext.errors import UserError
+from megatron_ext.inference.checkpoints import find_checkpoint
+from megatron_ext.model.gpt import gpt_model_config
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a model is spread over ranks; what is left of them holds copies of it.
+
+    Attributes:
+        expert_tensor: tensor parallelism inside an expert; None for that of the other layers.
+    """
+
+    tensor: int = 1
+    pipeline: int = 1
+    expert: int = 1
+    expert_tensor: int | None = None
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model in eval mode with what belongs to it.
+
+    Attributes:
+        module: this rank's pipeline stage, in Megatron's wrapper when it is not fp32.
+        tokenizer: Megatron's, with `tokenize`, `detokenize`, `eod` and `vocab_size`.
+        args: those of the training run, changed to this layout and device.
+        checkpoint: the folder of the iteration that was loaded.
+        iteration: optimizer steps it was trained for.
+    """
+
+    module: torch.nn.Module
+    tokenizer: Any
+    args: Namespace
+    checkpoint: Path
+    iteration: int
+
+    @property
+    def model(self) -> GPTModel:
+        """The stage without its wrapper."""
+        return unwrap_model(self.module)
+
+    @property
+    def groups(self) -> ProcessGroupCollection:
+        """The process groups the model communicates in."""
+        return self.model.pg_collection
+
+    @property
+    def max_length(self) -> int:
+        """The longest sequence of prompt and continuation, in tokens."""
+        return self.args.max_position_embeddings
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids the tokenizer knows; the model may have more, as padding."""
+        return self.tokenizer.vocab_size
+
+
+def load_model(
+    path: str | os.PathLike[str],
+    layout: Layout | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    tokenizer_model: str | None = None,
+) -> TrainedModel:
+    """Load weights, thresholds and tokenizer. Every rank that torchrun started must call it.
+
+    Args:
+        path: a run directory, a folder of checkpoints, or the folder of one iteration.
+        layout: may differ from the training run's.
+        dtype: of the weights. Default: the training run's on a GPU, fp32 on a CPU.
+        tokenizer_model: where the tokenizer's file is, if not where it was in training.
+
+    Raises:
+        UserError: no checkpoint, an incomplete one, one of another project, or a layout that the
+            ranks or the model do not allow.
+    """
+    checkpoint = find_checkpoint(path)
+    state = _read_common_state(checkpoint)
+    args = state["args"]
+    _adapt(args, layout or Layout(), dtype)
+    if tokenizer_model is not None:
+        args.tokenizer_model = tokenizer_model
+    tokenizer = _build_tokenizer(args)
+    config: ETConfig = explained(lambda: core_transformer_config_from_args(args, ETConfig))
+    explained(lambda: _start_ranks(args))
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    model_config = gpt_model_config(args, config)
+    builder = model_config.get_builder_cls()(model_config)
+    [module] = explained(
+        lambda: builder.build_distributed_models(
+            groups, wrap_with_ddp=False, data_parallel_random_init=False
+        )
+    )
+    module.eval().requires_grad_(False)
+    _load_weights(module, checkpoint, state)
+    return TrainedModel(module, tokenizer, args, checkpoint, state["iteration"])
+
+
+def _read_common_state(checkpoint: Path) -> dict[str, Any]:
+    """Everything in a checkpoint that is not spread over ranks, the run's arguments above all."""
+    state = _readable(checkpoint, lambda: dist_checkpointing.load_common_state_dict(checkpoint))
+    if not hasattr(state.get("args"), "router_type"):
+        raise UserError(f"{checkpoint} was not saved by pretrain_et.py: it lacks --router-type")
+    return state
+
+
+def _load_weights(module: torch.nn.Module, checkpoint: Path, state: dict[str, Any]) -> None:
+    metadata = dist_checkpointing.load_content_metadata(preloaded_state_dict=state)
+    sharded = {"model": module.sharded_state_dict(metadata=metadata)}  # type: ignore[operator]
+    loaded = _readable(checkpoint, lambda: dist_checkpointing.load(sharded, str(checkpoint)))
+    module.load_state_dict(loaded["model"])
+
+
+def _readable(checkpoint: Path, read: Callable[[], Any]) -> Any:
+    """The result of `read`; torch and Megatron raise anything at all over a damaged file."""
+    try:
+        return read()
+    except (Exception, CheckpointException) as error:
+        cause: BaseException = error
+        if isinstance(error, CheckpointException):  # holds the errors of all ranks
+            cause = next(iter(error.failures.values()))[0]
+        reason = " ".join(str(cause).split())[:200] or type(cause).__name__
+        raise UserError(f"{checkpoint} is incomplete or damaged: {reason}") from error
+
+
+def _adapt(args: Namespace, layout: Layout, dtype: torch.dtype | None) -> None:
+    """Change the training run's arguments to this layout, this device and inference."""
+    if is_cpu_device():
+        dtype = dtype or torch.float32
+        parser = add_megatron_arguments(ArgumentParser(add_help=False, allow_abbrev=False))
+        needed = vars(parser.parse_args(cpu_default_args()))
+        usual = vars(parser.parse_args([]))
+        vars(args).update({name: v for name, v in needed.items() if v != usual[name]})
+        args.moe_grouped_gemm = False
+    dtype = dtype or args.params_dtype
+    expert_tensor = layout.expert_tensor or layout.tensor
+    vars(args).update(
+        rank=int(os.environ.get("RANK", "0")),
+        world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        fp8=None,
+        fp4=None,
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=expert_tensor,
+        # Megatron's validation derives these from the sizes above.
+        tensor_parallel_num_weight_shards=layout.tensor,
+        expert_tensor_parallel_num_weight_shards=expert_tensor,
+        gtp_weight_remat_size=1,
+        expert_gtp_weight_remat_size=1,
+        context_parallel_size=1,
+        virtual_pipeline_model_parallel_size=None,
+        pipeline_model_parallel_layout=None,
+        decoder_first_pipeline_num_layers=None,
+        decoder_last_pipeline_num_layers=None,
+        account_for_embedding_in_pipeline_split=False,
+        account_for_loss_in_pipeline_split=False,
+        # One new token a row cannot be split along the sequence.
+        sequence_parallel=False,
+        tp_comm_overlap=False,
+        # It allows ranks to have different numbers of tokens.
+        moe_token_dispatcher_type="alltoall",
+        moe_shared_expert_overlap=False,
+        overlap_moe_expert_parallel_comm=False,
+        recompute_granularity=None,
+        recompute_method=None,
+        recompute_num_layers=None,
+        cuda_graph_impl="none",
+        cpu_offloading_num_layers=0,
+        fine_grained_activation_offloading=False,
+    )
+
+
+def _build_tokenizer(args: Namespace) -> Any:
+    try:
+        return build_tokenizer(args)
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        raise UserError(
+            f"the tokenizer {args.tokenizer_model or args.tokenizer_type} cannot be loaded "
+            f"({error}): say where its file is with --tokenizer-model"
+        ) from error
+
+
+def _start_ranks(args: Namespace) -> None:
+    """Initialise torch.distributed and model parallelism, unless the caller has."""
+    if not dist.is_initialized():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        backend = "gloo" if is_cpu_device() else "nccl"
+        if "WORLD_SIZE" in os.environ:
+            dist.init_process_group(backend)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    sizes = {
+        "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size,
+        "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size,
+        "expert_model_parallel_size": parallel_state.get_expert_model_parallel_world_size,
+        "expert_tensor_parallel_size": parallel_state.get_expert_tensor_parallel_world_size,
+    }
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(**{name: getattr(args, name) for name in sizes})
+    for name, present in sizes.items():
+        if present() != getattr(args, name):
+            raise UserError(
+                f"--{name.replace('_', '-')} {getattr(args, name)}: the ranks of this process are "
+                f"laid out with {present()} already"
+            )
+    model_parallel_cuda_manual_seed(args.seed)

@@ -1,0 +1,339 @@
+"""Generation with a cache against full forward passes, alone against in a batch, one rank against
+several, and what it tells of routing.
+
+Starting ranks and loading a model costs more than these checks do, so each layout starts once and
+brings back all that tests look at.
+"""
+
+import dataclasses
+import math
+import shutil
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron_ext.errors import UserError
+from megatron_ext.inference.checkpoints import find_checkpoint
+from megatron_ext.inference.sampling import Sampling, choose
+from tests.distributed import run_ranks
+from tests.inference.checkpoint import MAX_LENGTH, run_dir  # noqa: F401
+
+PROMPTS = [[10, 11, 12], [200, 201, 202, 203, 204, 205, 206], [77], [40, 300, 20, 31, 32]]
+SEEDS = [5, 6, 7, 8]
+GREEDY = Sampling(max_new_tokens=12, greedy=True, stop_at_eod=False)
+RANDOM = Sampling(max_new_tokens=12, temperature=1.5, top_k=200, top_p=0.95, stop_at_eod=False)
+TEXT = list(range(100, 130))
+
+
+def plain(records):
+    """Without their classes, whose module would bring Megatron into the process of the tests."""
+    return [SimpleNamespace(**vars(record)) for record in records]
+
+
+def on_every_layout(trained):
+    from megatron_ext.inference.generation import generate
+    from megatron_ext.inference.routing import routing_of
+
+    routing = routing_of(trained, TEXT)
+    return SimpleNamespace(
+        greedy=plain(generate(trained, PROMPTS, GREEDY)),
+        random=plain(generate(trained, PROMPTS, RANDOM, SEEDS)),
+        layers=routing.layers,
+        maps=routing.maps,
+        fan_out=routing.fan_out,
+    )
+
+
+def on_one_rank(path):
+    from megatron_ext.inference.generation import generate
+    from megatron_ext.inference.loading import load_model
+    from megatron_ext.inference.routing import routing_of
+
+    trained = load_model(path)
+    facts = on_every_layout(trained)
+    facts.logits = logits_with_cache_and_in_full(trained)
+    facts.step_by_step = [greedy_by_full_forwards(trained, prompt) for prompt in PROMPTS]
+    facts.reverse = plain(generate(trained, PROMPTS[::-1], RANDOM, SEEDS[::-1]))
+    facts.alone = plain(generate(trained, [p], RANDOM, [s])[0] for p, s in zip(PROMPTS, SEEDS))
+    facts.other_seeds = plain(generate(trained, PROMPTS, RANDOM, [1, 2, 3, 4]))
+    facts.prefix_maps = routing_of(trained, TEXT[:7]).maps
+    # Hot enough for byte tokens, which make half characters.
+    hot = Sampling(max_new_tokens=40, temperature=20.0, stop_at_eod=False)
+    facts.streamed = streamed(trained, [[260, 261], [270], [280, 281, 282]], hot)
+    facts.stopped = stopped(trained)
+    facts.ended = ended(trained)
+    near_the_end = [list(range(10, 10 + MAX_LENGTH - 3)), [50]]
+    at_most_five = dataclasses.replace(GREEDY, max_new_tokens=5)
+    facts.at_the_end = plain(generate(trained, near_the_end, at_most_five))
+    facts.refusals = [
+        refusal(trained, prompts) for prompts in ([[1], []], [[1] * MAX_LENGTH], [[500]], [[-1]])
+    ]
+    return facts
+
+
+def logits_with_cache_and_in_full(trained):
+    from megatron.core.inference.contexts import StaticInferenceContext
+
+    from megatron_ext.inference.forward import full_logits, next_token_logits
+
+    tokens = torch.tensor([list(range(10, 40)), list(range(400, 430))])
+    full = full_logits(trained, tokens)
+    context = StaticInferenceContext(2, 30)
+    with_cache = [next_token_logits(trained, tokens[:, :20], context)]
+    with_cache += [next_token_logits(trained, tokens[:, i : i + 1], context) for i in range(20, 30)]
+    assert full is not None
+    return torch.stack([last for last in with_cache if last is not None], dim=1), full[:, 19:]
+
+
+def greedy_by_full_forwards(trained, prompt):
+    from megatron_ext.inference.forward import full_logits
+
+    tokens, log_probs = list(prompt), []
+    for _ in range(GREEDY.max_new_tokens):
+        full = full_logits(trained, torch.tensor([tokens]))
+        assert full is not None
+        logits = full[0, -1]
+        tokens.append(int(logits[: trained.vocab_size].argmax()))
+        log_probs.append(float(logits.log_softmax(-1)[tokens[-1]]))
+    return tokens[len(prompt) :], log_probs
+
+
+def streamed(trained, prompts, sampling):
+    """The pieces of a stream, its completions, and their texts decoded at once."""
+    from megatron_ext.inference.generation import stream
+
+    decode = trained.tokenizer.detokenize
+    generation, pieces = stream(trained, prompts, sampling), []
+    while True:
+        try:
+            pieces.append(next(generation))
+        except StopIteration as end:
+            texts = [decode(p + c.tokens)[len(decode(p)) :] for p, c in zip(prompts, end.value)]
+            return plain(pieces), plain(end.value), texts
+
+
+def stopped(trained):
+    """A continuation, a part of its text, and the continuation and stream stopped by that part."""
+    from megatron_ext.inference.generation import generate
+
+    prompt = [300, 301]
+    [free] = generate(trained, [prompt], GREEDY)
+    stop = free.text[len(free.text) // 2 :][:4]
+    sampling = dataclasses.replace(GREEDY, stop=("§", stop))
+    pieces, [cut], _ = streamed(trained, [prompt], sampling)
+    return *plain([free]), stop, cut, "".join(piece.text for piece in pieces)
+
+
+def ended(trained):
+    """A continuation by itself, and where its fourth token is the end of the document."""
+    from megatron_ext.inference.generation import generate
+
+    class OtherEnd:
+        eod = None
+
+        def __getattr__(self, name):
+            return getattr(trained.tokenizer, name)
+
+    [free] = generate(trained, [[300]], GREEDY)
+    tokenizer = OtherEnd()
+    tokenizer.eod = free.tokens[3]
+    other = dataclasses.replace(trained, tokenizer=tokenizer)
+    stopping = dataclasses.replace(GREEDY, stop_at_eod=True)
+    [ended], [ignoring] = (generate(other, [[300]], s) for s in (stopping, GREEDY))
+    return plain([free, ended, ignoring])
+
+
+def refusal(trained, prompts):
+    from megatron_ext.inference.generation import generate
+
+    try:
+        generate(trained, prompts, GREEDY)
+    except UserError as error:
+        return str(error)
+
+
+@pytest.fixture(scope="module")
+def one_rank(run_dir):  # noqa: F811
+    [facts] = run_ranks(on_one_rank, 1, run_dir, timeout=240)
+    return facts
+
+
+def tokens_of(completions):
+    return [completion.tokens for completion in completions]
+
+
+def test_logits_with_a_cache_are_those_of_the_full_forward(one_rank):
+    with_cache, full = one_rank.logits
+    assert full.std() > 1  # a trained model: equality is not that of zeros
+    torch.testing.assert_close(with_cache, full, atol=1e-5, rtol=0)
+
+
+def test_greedy_tokens_and_log_probs_of_a_ragged_batch_are_those_of_full_forwards(one_rank):
+    for completion, (tokens, log_probs) in zip(one_rank.greedy, one_rank.step_by_step):
+        assert completion.tokens == tokens
+        assert completion.log_probs == pytest.approx(log_probs, abs=1e-5)
+        assert completion.finish == "length"
+
+
+def test_a_sample_depends_on_its_prompt_and_seed_alone(one_rank):
+    tokens = tokens_of(one_rank.random)
+    assert tokens_of(one_rank.reverse[::-1]) == tokens
+    assert tokens_of(one_rank.alone) == tokens
+    assert all(a != b for a, b in zip(tokens, tokens_of(one_rank.other_seeds)))
+
+
+def test_streamed_pieces_make_up_the_text(one_rank):
+    pieces, completions, texts = one_rank.streamed
+    for row, (completion, text) in enumerate(zip(completions, texts)):
+        assert completion.text == text
+        assert "".join(piece.text for piece in pieces if piece.row == row) == text
+        assert [piece.token for piece in pieces if piece.row == row] == completion.tokens
+    assert any(piece.text == "" for piece in pieces)
+
+
+def test_a_stop_string_ends_a_continuation_and_is_never_shown(one_rank):
+    free, stop, cut, shown = one_rank.stopped
+    assert cut.finish == "stop" and cut.text == free.text[: free.text.index(stop)] == shown
+    assert cut.tokens == free.tokens[: len(cut.tokens)] and len(cut.tokens) < len(free.tokens)
+
+
+def test_the_end_of_the_document_ends_a_continuation_unless_told_otherwise(one_rank):
+    free, ended, ignoring = one_rank.ended
+    assert ended.finish == "eod" and ignoring.finish == "length"
+    first = free.tokens.index(free.tokens[3])
+    assert ended.tokens == free.tokens[: first + 1] and ignoring.tokens == free.tokens
+    assert len(ended.log_probs) == len(ended.tokens) and free.text.startswith(ended.text)
+
+
+def test_a_continuation_ends_at_the_length_of_the_model(one_rank):
+    long, short = one_rank.at_the_end
+    assert (len(long.tokens), long.finish) == (3, "length")
+    assert (len(short.tokens), short.finish) == (5, "length")
+
+
+def test_prompts_the_model_cannot_continue_are_refused(one_rank):
+    empty, long, unknown, negative = one_rank.refusals
+    assert "empty" in empty
+    assert f"--max-position-embeddings {MAX_LENGTH}" in long
+    assert "vocabulary of 500" in unknown and "vocabulary of 500" in negative
+
+
+def test_routing_of_a_text_is_causal(one_rank):
+    maps, fan_out = one_rank.maps, one_rank.fan_out
+    assert one_rank.layers == [1, 3] and maps.shape == (2, 30, 8) and maps.dtype == torch.bool
+    assert fan_out.dtype == torch.int64 and torch.equal(fan_out, maps.sum(-1))
+    assert fan_out.unique().numel() > 1  # the number of experts varies
+    assert torch.equal(one_rank.prefix_maps, maps[:, :7])
+
+
+def on_two_ranks(path, sizes):
+    import torch.distributed as dist
+
+    from megatron_ext.inference.generation import generate
+    from megatron_ext.inference.loading import Layout, load_model
+
+    trained = load_model(path, Layout(**sizes))
+    facts = on_every_layout(trained)
+    if trained.groups.ep.size() > 1:
+        batches = [PROMPTS, [], PROMPTS[1:2]]
+        first = dist.get_rank()
+        facts.own = [plain(generate(trained, batches[(first + i) % 3], GREEDY)) for i in range(3)]
+    return facts
+
+
+@pytest.mark.parametrize("sizes", [{"tensor": 2}, {"expert": 2}, {"pipeline": 2}], ids=str)
+def test_two_ranks_generate_and_route_as_one_does(run_dir, one_rank, sizes):  # noqa: F811
+    for rank, facts in enumerate(run_ranks(on_two_ranks, 2, run_dir, sizes)):
+        for name in ("greedy", "random"):
+            for completion, alone in zip(getattr(facts, name), getattr(one_rank, name)):
+                assert completion.tokens == alone.tokens
+                assert completion.log_probs == pytest.approx(alone.log_probs, abs=1e-4)
+        assert facts.layers == one_rank.layers and torch.equal(facts.maps, one_rank.maps)
+        if "expert" in sizes:  # copies that share experts may continue different prompts
+            alone = tokens_of(one_rank.greedy)
+            for i, completions in enumerate(facts.own):
+                assert tokens_of(completions) == [alone, [], alone[1:2]][(rank + i) % 3]
+
+
+def refusals_to_load(path):
+    from megatron_ext.inference.loading import Layout, load_model
+
+    messages = []
+    for options in ({"layout": Layout(tensor=2)}, {"tokenizer_model": "nowhere.model"}):
+        with pytest.raises(UserError) as refused:
+            load_model(path, **options)
+        messages.append(str(refused.value))
+    return messages
+
+
+def test_layouts_and_tokenizers_that_do_not_fit_are_refused(run_dir):  # noqa: F811
+    [(layout, tokenizer)] = run_ranks(refusals_to_load, 1, run_dir)
+    assert "divisible" in layout and "--tokenizer-model" in tokenizer
+
+
+def damage_weights(folder):
+    for file in folder.glob("*.distcp"):
+        file.write_bytes(file.read_bytes()[:1000])
+
+
+def lose_metadata(folder):
+    (folder / ".metadata").unlink()
+
+
+@pytest.mark.parametrize("damage", [damage_weights, lose_metadata])
+def test_a_damaged_checkpoint_is_refused(run_dir, tmp_path, damage):  # noqa: F811
+    copy = shutil.copytree(run_dir, tmp_path / "copy")
+    damage(copy / "checkpoints" / "iter_0000040")
+    with pytest.raises(UserError, match="incomplete"):
+        run_ranks(on_one_rank, 1, copy)
+
+
+def test_a_run_its_checkpoints_and_one_of_them_are_the_same(run_dir):  # noqa: F811
+    checkpoints = run_dir / "checkpoints"
+    newest = checkpoints / "iter_0000040"
+    assert [find_checkpoint(p) for p in (run_dir, checkpoints, newest)] == [newest] * 3
+
+
+def test_sampling_follows_the_filtered_distribution():
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -torch.inf]).expand(4000, -1)
+    generators = [torch.Generator().manual_seed(i) for i in range(4000)]
+
+    def shares(**options):
+        chosen = choose(logits, Sampling(**options), generators)
+        return torch.bincount(chosen, minlength=5) / 4000
+
+    def expected(scores):
+        return torch.softmax(torch.tensor(scores), dim=0)
+
+    close = partial(torch.testing.assert_close, atol=0.03, rtol=0)
+    inf = math.inf
+    close(shares(), expected([2.0, 1, 0, -1, -inf]))
+    close(shares(temperature=0.5), expected([4.0, 2, 0, -2, -inf]))
+    close(shares(top_k=2), expected([2.0, 1, -inf, -inf, -inf]))
+    # The first two have 0.88 of the mass: 0.9 takes a third, 0.5 only the first.
+    close(shares(top_p=0.9), expected([2.0, 1, 0, -inf, -inf]))
+    assert shares(top_p=0.5)[0] == 1
+    assert shares(greedy=True)[0] == 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_new_tokens": 0},
+        {"temperature": 0.0},
+        {"temperature": -1.0},
+        {"temperature": math.nan},
+        {"temperature": math.inf},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"stop": ("",)},
+    ],
+    ids=str,
+)
+def test_impossible_sampling_is_refused_with_the_flag_to_change(options):
+    flag = next(iter(options)).replace("_", "-")
+    with pytest.raises(UserError, match=f"--{flag}"):
+        Sampling(**options)

@@ -1,0 +1,103 @@
+"""The generating tool as a user runs it: output, streaming, and answers to bad input."""
+
+import json
+import os
+import pty
+import subprocess
+import sys
+
+import pytest
+
+from megatron_ext.errors import UserError
+from tests.distributed import ROOT, SINGLE_THREADED, torchrun
+from tests.inference.checkpoint import MAX_LENGTH, run_dir  # noqa: F401
+from tools import generate
+
+COMMAND = [sys.executable, "-m", "tools.generate"]
+PROMPTS = ["ba ké lo", "mü"]
+
+
+def tool(*flags, **options):
+    return subprocess.run(
+        [*COMMAND, *map(str, flags)],
+        cwd=ROOT,
+        env={**os.environ, **SINGLE_THREADED},
+        text=True,
+        timeout=240,
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def rows(run_dir):  # noqa: F811
+    """The tool's JSON, of two prompts with two samples each."""
+    flags = ["--load", run_dir, "--json", "--logprobs", "--num-samples", 2, "--seed", 3]
+    flags += ["--prompt", PROMPTS[0], "--max-new-tokens", 8, "--batch-size", 3]
+    file = run_dir.parent / "prompts.txt"
+    file.write_text(PROMPTS[1] + "\n")
+    done = tool(*flags, "--prompt-file", file, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_json_holds_every_sample_and_nothing_else_reaches_stdout(rows):
+    assert [(row["prompt"], row["seed"]) for row in rows] == [
+        (prompt, seed) for prompt in PROMPTS for seed in (3, 4)
+    ]
+    for row in rows:
+        assert list(row) == ["prompt", "seed", "text", "finish", "tokens", "log_probs"]
+        assert 1 <= len(row["tokens"]) == len(row["log_probs"]) <= 8
+        assert all(log_prob < 0 for log_prob in row["log_probs"])
+
+
+def test_a_terminal_sees_the_same_text_as_it_comes(run_dir, rows):  # noqa: F811
+    ours, theirs = pty.openpty()
+    flags = ["--load", run_dir, "--prompt", PROMPTS[0], "--seed", 3, "--max-new-tokens", 8]
+    done = tool(*flags, stdout=theirs, stderr=subprocess.PIPE)
+    os.close(theirs)
+    seen = b""
+    try:
+        while piece := os.read(ours, 4096):
+            seen += piece
+    except OSError:  # Linux's way to say that the other side is closed
+        pass
+    os.close(ours)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert seen.decode().replace("\r\n", "\n") == f"{PROMPTS[0]}{rows[0]['text']}\n"
+
+
+def test_two_ranks_print_what_one_does_once(run_dir, rows):  # noqa: F811
+    flags = ["--load", run_dir, "--json", "--prompt", PROMPTS[0], "--seed", "3"]
+    flags += ["--max-new-tokens", "8", "--expert-model-parallel-size", "2"]
+    done = torchrun(["-m", "tools.generate", *flags], nproc=2)
+    assert done.returncode == 0, done.stderr
+    [row] = [json.loads(line) for line in done.stdout.splitlines()]
+    assert row == {name: rows[0][name] for name in row}
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--prompt", "a"], "--load"),
+        (["--load", "{run}"], "--prompt"),
+        (["--load", "{run}", "--prompt", ""], "empty"),
+        (["--load", "{run}", "--prompt-file", "{run}/none.txt"], "none.txt"),
+        (["--load", "{run}", "--prompt", "a", "--temperature", "0"], "--temperature 0.0"),
+        (["--load", "{run}", "--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens 0"),
+        (["--load", "{run}", "--prompt", "a", "--num-samples", "0"], "--num-samples"),
+        (["--load", "{run}", "--prompt", "a", "--batch-size", "0"], "--batch-size"),
+        (["--load", "{run}", "--prompt", "a", "--dtype", "fp4"], "--dtype"),
+        (["--load", "{run}/nowhere", "--prompt", "a"], "is not a folder"),
+        (["--load", "{run}/tensorboard", "--prompt", "a"], "holds no checkpoint"),
+    ],
+)
+def test_a_bad_command_line_is_refused_before_anything_is_loaded(run_dir, flags, message):  # noqa: F811
+    with pytest.raises(UserError, match=message):
+        generate.main([flag.format(run=run_dir) for flag in flags])
+
+
+def test_what_cannot_be_done_is_one_sentence_and_exit_code_2(run_dir):  # noqa: F811
+    done = tool("--load", run_dir, "--prompt", "ba " * 100, capture_output=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("generate: a prompt has ") and done.stderr.count("\n") == 1
+    assert f"--max-position-embeddings {MAX_LENGTH}" in done.stderr

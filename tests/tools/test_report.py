@@ -1,0 +1,145 @@
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_ext.errors import UserError
+from tests.inference.checkpoint import run_dir  # noqa: F401
+from tools import report
+from tools.report_picture import RoutedText, draw
+from tools.run_metrics import RunMetrics
+
+EXPERTS = 4
+
+
+def training_row(step: int, warmup: int = 5, layers: tuple[int, ...] = (1, 2)) -> dict[str, Any]:
+    """A row as the trainer writes it; lists come with every tenth step."""
+    row: dict[str, Any] = {"step": step, "loss": 7 - math.log(step), "lr": 1e-3, "grad_norm": 1.0}
+    row |= {"skipped": False, "tokens_per_s": 1000.0 + step, "mfu": 0.3}
+    even = step <= warmup
+    for layer in layers:
+        prefix = f"moe/layer_{layer:02d}/"
+        figures = {
+            "fan_out": 1.0, "no_expert_share": 0.3, "load_max_over_mean": 1.0 if even else 1.2,
+            "dead_experts": 0, "saturation": 0.01 * layer, "starvation": 0.02,
+        }  # fmt: skip
+        if step > 1:
+            figures |= {"raw_usage": 0.25, "threshold": -1.0}
+        figures["cutoff"] = -1.1
+        row |= {prefix + name: value for name, value in figures.items()}
+        if step % 10 == 0:
+            row[prefix + "experts/load"] = [
+                0.25 if even else 0.2 + 0.04 * e for e in range(EXPERTS)
+            ]
+            row[prefix + "fan_out_histogram"] = [30, 50, 15, 5, 0]
+            row[prefix + "experts/threshold"] = [-1.0 - 0.1 * e for e in range(EXPERTS)]
+            row[prefix + "experts/cutoff"] = [-1.1 - 0.1 * e for e in range(EXPERTS)]
+    return row
+
+
+def write_run(folder: Path, rows: list[dict[str, Any]], tail: str = "") -> Path:
+    folder.mkdir(exist_ok=True)
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "metrics.jsonl").write_text(text + tail)
+    return folder
+
+
+def is_png(path: Path) -> bool:
+    return path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_report_shows_baselines_sample_and_configuration(tmp_path: Path, capsys: Any) -> None:
+    rows = [training_row(step) for step in range(1, 41)] + [{"step": 40, "val_loss": 3.5}]
+    run = write_run(tmp_path / "some run", rows)
+    sample = {"prompt": "Once <b>", "seed": 0, "text": "upon & a time"}
+    (run / "sample.json").write_text(json.dumps(sample))
+    (run / "run.json").write_text(json.dumps({"commit": "abc123", "settings": {"num_layers": 3}}))
+    report.main(["--run-dir", str(run), "--unigram", "6.5", "--bigram", "4.25"])
+    summary = "validation 3.500 against unigram 6.500, bigram 4.250 (nats per token)"
+    assert capsys.readouterr().out.splitlines()[-1] == summary
+    assert is_png(run / "report.png")
+    page = (run / "report.html").read_text()
+    for shown in (summary, "Once &lt;b&gt;", "upon &amp; a time", "num layers", "abc123"):
+        assert shown in page
+    assert not any(outside in page for outside in ('src="http', "<script", "<link"))
+    assert not list(run.glob("*.tmp"))
+
+
+def test_report_does_with_a_run_that_has_just_begun(tmp_path: Path, capsys: Any) -> None:
+    run = write_run(tmp_path / "run", [training_row(1)], tail='{"step": 2, "lo')
+    report.main(["--run-dir", str(run)])
+    assert is_png(run / "report.png")
+    assert "nats per token)" not in capsys.readouterr().out
+
+
+def test_report_does_with_a_run_without_experts(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [training_row(step, layers=()) for step in range(1, 20)])
+    report.main(["--run-dir", str(run)])
+    assert is_png(run / "report.png")
+    assert "Routing by layer" not in (run / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (None, "metrics.jsonl: No such file"),
+        ("", "no training step"),
+        ('{"step": 1}\nnonsense\n{"step": 2}\n', "line 2 is not JSON"),
+    ],
+)
+def test_report_says_what_is_wrong_with_a_log(
+    tmp_path: Path, content: str | None, message: str
+) -> None:
+    if content is not None:
+        (tmp_path / "metrics.jsonl").write_text(content)
+    with pytest.raises(UserError, match=message):
+        report.main(["--run-dir", str(tmp_path)])
+
+
+def test_a_step_written_again_counts_as_it_was_last() -> None:
+    rows = [{**training_row(step), "loss": 9.0} for step in (1, 2, 3)]
+    rows += [{"step": 3, "val_loss": 8.0}, training_row(2), training_row(3)]
+    rows += [{"step": 3, "val_loss": 7.0}]
+    metrics = RunMetrics(rows)
+    steps, losses = metrics.series("loss")
+    assert steps.tolist() == [1, 2, 3]
+    assert losses.tolist() == [9.0, training_row(2)["loss"], training_row(3)["loss"]]
+    assert metrics.evaluations == {3: 7.0}
+
+
+def test_warmup_and_target_are_read_off_the_loads() -> None:
+    metrics = RunMetrics([training_row(step, warmup=12) for step in range(1, 31)])
+    assert metrics.warmup_end == 12
+    assert metrics.target_rate == pytest.approx(1 / EXPERTS)
+    only_warmup = RunMetrics([training_row(step, warmup=99) for step in range(1, 31)])
+    assert only_warmup.warmup_end is None
+    assert RunMetrics([training_row(step, warmup=0) for step in range(1, 31)]).warmup_end is None
+
+
+def test_recent_is_the_mean_of_the_last_tenth() -> None:
+    metrics = RunMetrics([training_row(step) for step in range(1, 101)])
+    expected = np.mean([training_row(step)["loss"] for step in range(90, 101)])
+    assert metrics.recent("loss") == pytest.approx(expected)
+    assert metrics.recent("experts/load", 1).shape == (EXPERTS,)
+    assert metrics.recent("nothing") is None
+
+
+def test_picture_of_a_text_with_line_ends_and_markup(tmp_path: Path) -> None:
+    tokens = ["A", " $x^2", "\n", "", "end", " of", " it", "é" * 200]
+    experts = [[list(range(i % 3)) for i in range(len(tokens))] for _ in range(2)]
+    metrics = RunMetrics([training_row(step) for step in range(1, 31)])
+    draw(metrics, tmp_path / "p.png", "a title", {}, text=RoutedText(tokens, [1, 2], experts))
+    assert is_png(tmp_path / "p.png")
+
+
+@pytest.mark.slow
+def test_report_of_a_real_run_routes_a_text(run_dir: Path, tmp_path: Path) -> None:  # noqa: F811
+    text = tmp_path / "text.txt"
+    text.write_text("ba kélo müni rasuté vozi ba")
+    report.main(["--run-dir", str(run_dir), "--text-file", str(text)])
+    assert is_png(run_dir / "report.png")
+    page = (run_dir / "report.html").read_text()
+    assert "Where experts go" in page and "layer 1: " in page and "layer 3: " in page

@@ -1,0 +1,175 @@
+"""Each mistake of a user ends in one sentence that names the flag or file, and exit code 2."""
+
+import contextlib
+import io
+import json
+import runpy
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.distributed import ROOT, run_ranks, torchrun
+from tests.megatron import TINY
+
+REAL_DATA = [flag for flag in TINY if flag != "--mock-data"]
+
+
+def _start(flags: list[str]) -> tuple[int, str]:
+    sys.argv = [str(ROOT / "pretrain_et.py"), *flags]
+    with contextlib.redirect_stderr(io.StringIO()) as stderr:
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        except SystemExit as end:
+            return int(end.code or 0), stderr.getvalue()
+    return 0, stderr.getvalue()
+
+
+def refusal(flags: list[str]) -> str:
+    """The one sentence that a run with these flags ends in."""
+    [(code, stderr)] = run_ranks(_start, 1, flags)
+    lines = [line for line in stderr.splitlines() if line.startswith("pretrain_et.py:")]
+    assert code == 2, stderr[-2000:]
+    assert len(lines) == 1, stderr[-2000:]
+    assert "Traceback" not in stderr
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The prefix of a small indexed dataset with a manifest, and a tokenizer file beside it."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    folder = tmp_path_factory.mktemp("data")
+    prefix = folder / "text_train_text_document"
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    for document in range(40):
+        builder.add_document(np.arange(document, document + 60) % 127, [60])
+    builder.finalize(f"{prefix}.idx")
+    return prefix
+
+
+def changed(dataset: Path, folder: Path) -> Path:
+    for suffix in ("bin", "idx"):
+        shutil.copy(f"{dataset}.{suffix}", folder)
+    return folder / dataset.name
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--num-experts", "6", "--expert-model-parallel-size", "4"], "--num-experts 6 is not"),
+        (["--moe-router-topk", "5"], "--moe-router-topk 5 must be above 0 and at most"),
+        (["--et-mean-experts", "4.5"], "--et-mean-experts 4.5 must be above 0 and at most"),
+        (["--et-mean-experts", "0"], "--et-mean-experts 0 must be above 0"),
+        (["--et-mean-experts", "0.01"], "less than one of the 64 in a micro-batch"),
+        (["--et-capacity", "1"], "--et-capacity 1.0 must be in [0, 1)"),
+        (["--et-capacity", "-0.1"], "--et-capacity -0.1 must be in [0, 1)"),
+        (["--et-ema-decay", "1"], "--et-ema-decay 1.0 must be in [0, 1)"),
+        (["--et-warmup-iters", "-1"], "--et-warmup-iters -1 must not be negative"),
+        (["--router-type", "expert"], "--router-type"),
+        (["--moe-token-dispatcher-type", "flex"], "use alltoall or allgather"),
+        (["--moe-expert-capacity-factor", "1"], "use --et-capacity"),
+        (["--moe-router-enable-expert-bias"], "thresholds balance the load"),
+        (["--no-such-flag"], "--no-such-flag"),
+        (["--recipe", "no_such_recipe.yaml"], "no_such_recipe.yaml: No such file"),
+        (["--tensor-model-parallel-size", "3"], "3"),
+        (["--run-dir", "/dev/null/run"], "--run-dir /dev/null/run cannot be written"),
+    ],
+)
+def test_flags(flags: list[str], said: str) -> None:
+    assert said in refusal([*TINY, *flags])
+
+
+def test_recipes(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    for text, said in (
+        ("no_such_key: 1\n", "no_such_key is not a flag"),
+        ("lr: [1\n", "is not YAML"),
+        ("- 1\n", "must be a mapping"),
+        ("squared_relu: 7\n", "must be true or false"),
+        ("base: recipe.yaml\n", "each other's base"),
+    ):
+        recipe.write_text(text)
+        assert said in refusal([*TINY, "--recipe", str(recipe)])
+
+
+def test_missing_empty_truncated_and_short_data(dataset: Path, tmp_path: Path) -> None:
+    assert "no data: give --data-path" in refusal(REAL_DATA)
+    missing = tmp_path / "missing"
+    assert f"{missing}.idx does not exist" in refusal([*REAL_DATA, "--data-path", str(missing)])
+
+    prefix = changed(dataset, tmp_path)
+    whole = Path(f"{prefix}.bin").read_bytes()
+    Path(f"{prefix}.bin").write_bytes(whole[:-10])
+    assert "is truncated" in refusal([*REAL_DATA, "--data-path", str(prefix)])
+    Path(f"{prefix}.bin").write_bytes(b"")
+    assert ".bin is empty" in refusal([*REAL_DATA, "--data-path", str(prefix)])
+    Path(f"{prefix}.bin").write_bytes(whole)
+    index = Path(f"{prefix}.idx").read_bytes()
+    for damaged in (index[:20], index[:-30], b"nonsense" * 20):
+        Path(f"{prefix}.idx").write_bytes(damaged)
+        assert ".idx is damaged" in refusal([*REAL_DATA, "--data-path", str(prefix)])
+    Path(f"{prefix}.idx").write_bytes(index)
+    longer = ["--seq-length", "4096", "--max-position-embeddings", "4096"]
+    said = refusal([*REAL_DATA, *longer, "--data-path", str(prefix)])
+    assert "holds 2,400 tokens, fewer than" in said
+
+
+def test_tokenizer_that_does_not_match_the_data(dataset: Path, tmp_path: Path) -> None:
+    small = ["--vocab-size", "90", "--make-vocab-size-divisible-by", "1"]
+    said = refusal([*REAL_DATA, *small, "--data-path", str(dataset)])
+    assert "holds token id 98, beyond the vocabulary of" in said
+
+    prefix = changed(dataset, tmp_path)
+    tokenizers = []
+    for seed in (1, 2):
+        text = tmp_path / f"{seed}.txt"
+        words = np.random.default_rng(seed).integers(0, 999, 4000)
+        text.write_text("\n".join(" ".join(map(str, row)) for row in words.reshape(-1, 20)))
+        tokenizers.append(tmp_path / f"{seed}.model")
+        from tools import train_tokenizer
+
+        sys_argv, sys.argv = sys.argv, ["train_tokenizer"]
+        try:
+            train_tokenizer.main(
+                ["--input", str(text), "--vocab-size", "300", "--output", str(tokenizers[-1])]
+            )
+        finally:
+            sys.argv = sys_argv
+    import hashlib
+
+    sha256 = hashlib.sha256(tokenizers[0].read_bytes()).hexdigest()
+    (tmp_path / "text.json").write_text(json.dumps({"tokenizer": {"sha256": sha256}}))
+    sentencepiece = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model"]
+    flags = [*REAL_DATA, "--data-path", str(prefix), *sentencepiece]
+    assert "made with another tokenizer" in refusal([*flags, str(tokenizers[1])])
+    assert "--tokenizer-model" in refusal([*flags, str(tmp_path / "no.model")])
+
+
+def test_checkpoint_of_another_model(tmp_path: Path) -> None:
+    run = [*TINY, "--run-dir", str(tmp_path)]
+    trained = torchrun(["pretrain_et.py", *run, "--exit-interval", "2"], 1)
+    assert trained.returncode == 0, trained.stderr[-2000:]
+    for flags, said in (
+        (["--router-type", "token-choice"], "cannot continue as token-choice"),
+        (["--hidden-size", "64"], "hidden_size = 32, but the flags say 64"),
+        (["--num-experts", "8"], "num_experts = 4, but the flags say 8"),
+        (["--vocab-size", "120"], "vocab_size = 127, but the flags say 120"),
+        (["--et-mean-experts", "0.5"], "1 experts a token on average, but the flags say 0.5"),
+        (["--et-ema-decay", "0.9"], "et_ema_decay = 0.5, but the flags say 0.9"),
+    ):
+        assert said in refusal([*run, *flags])
+    newest = next((tmp_path / "checkpoints").glob("iter_*"))
+    (newest / ".metadata").unlink()
+    assert "missing or incomplete" in refusal(run)
+
+
+def test_under_torchrun_one_rank_tells() -> None:
+    result = torchrun(["pretrain_et.py", *TINY, "--et-capacity", "2"], 2)
+    told = [line for line in result.stderr.splitlines() if line.startswith("pretrain_et.py:")]
+    assert len(told) == 1
+    assert "--et-capacity 2.0" in told[0]
+    assert result.returncode != 0

@@ -1,0 +1,169 @@
+"""Draw what a run did: report.png, and report.html with the figures and texts beside it.
+
+    python -m tools.report --run-dir runs/NAME [--unigram NATS --bigram NATS] [--text-file FILE]
+
+Works while a run goes on and after it was resumed. What the run directory also holds is shown:
+run.json (configuration), validation.json (final loss and baselines, as the quickstart writes it),
+sample.json (as `tools.generate --json` prints it) and text.txt, which the newest checkpoint routes
+to show how many experts each token gets.
+"""
+
+import argparse
+import json
+import logging
+import os
+import warnings
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+from megatron_ext.errors import ToolParser, UserError, run_tool
+from tools.report_page import Page
+from tools.report_picture import RoutedText, draw
+from tools.run_metrics import RunMetrics
+
+_LONGEST_TEXT = 1200  # characters; a picture holds no more
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = _parser().parse_args(argv)
+    run_dir = Path(options.run_dir)
+    metrics = RunMetrics.read(run_dir)
+    validation = _optional_json(options.validation or run_dir / "validation.json")
+    for name in ("unigram", "bigram"):
+        if (value := getattr(options, name)) is not None:
+            validation[name] = value
+    if metrics.evaluations:
+        validation.setdefault("validation", list(metrics.evaluations.values())[-1])
+    text_file = Path(options.text_file or run_dir / "text.txt")
+    text = None
+    if options.text_file or text_file.is_file():
+        text = route_text(run_dir, _read(text_file))
+    names: list[str] = [name for name in ("unigram", "bigram") if name in validation]
+    baselines = {name: float(validation[name]) for name in names}
+    headline = summary(validation)
+    title = f"{run_dir.name}: {headline}" if headline else run_dir.name
+    final = (validation["step"], validation["validation"]) if "step" in validation else None
+    draw(metrics, run_dir / "report.png", title, baselines, final, text)
+    page = Page(
+        run=run_dir.name,
+        summary=headline,
+        metrics=metrics,
+        picture=(run_dir / "report.png").read_bytes(),
+        configuration=_optional_json(run_dir / "run.json"),
+        validation=validation,
+        sample=_optional_json(options.sample or run_dir / "sample.json"),
+        text=text,
+    )
+    target = run_dir / "report.html"
+    temporary = target.with_name(target.name + ".tmp")
+    temporary.write_text(page.html(), encoding="utf-8")
+    temporary.replace(target)
+    print(f"wrote {run_dir / 'report.png'} and {target}")
+    if headline:
+        print(headline)
+
+
+def summary(validation: dict[str, Any]) -> str:
+    """The run in one line, as far as its losses are known; empty when none is.
+
+    >>> summary({"validation": 3.9, "unigram": 6.4, "bigram": 4.4})
+    'validation 3.900 against unigram 6.400, bigram 4.400 (nats per token)'
+    """
+    if "validation" not in validation:
+        return ""
+    known = [f"{n} {validation[n]:.3f}" for n in ("unigram", "bigram") if n in validation]
+    against = f" against {', '.join(known)}" if known else ""
+    return f"validation {validation['validation']:.3f}{against} (nats per token)"
+
+
+def route_text(run_dir: Path, text: str) -> RoutedText:
+    """Send a text, or as much as the model takes at once, through the newest checkpoint.
+
+    Raises:
+        UserError: no checkpoint, no text, or a model without experts.
+    """
+    with (
+        warnings.catch_warnings(),
+        open(os.devnull, "w") as nowhere,
+        redirect_stdout(nowhere),  # Megatron's notices
+    ):
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        from megatron_ext.devices import activate
+
+        activate()
+        from megatron_ext.inference.loading import load_model
+        from megatron_ext.inference.routing import routing_of
+
+        trained = load_model(run_dir)
+        tokens = trained.tokenizer.tokenize(text[:_LONGEST_TEXT])[: trained.max_length]
+        try:
+            routing = routing_of(trained, tokens)
+        except ValueError as error:
+            raise UserError(f"the text cannot be routed: {error}") from error
+        logging.disable(logging.NOTSET)
+    return RoutedText(
+        tokens=pieces(trained.tokenizer, tokens),
+        layers=routing.layers,
+        experts=[
+            [chosen.nonzero().flatten().tolist() for chosen in layer] for layer in routing.maps
+        ],
+    )
+
+
+def pieces(tokenizer: Any, tokens: list[int]) -> list[str]:
+    """What each token adds to the text; bytes of one letter show at the last of them."""
+    shown, before = [], ""
+    for count in range(1, len(tokens) + 1):
+        after = tokenizer.detokenize(tokens[:count])
+        if after.endswith("\N{REPLACEMENT CHARACTER}") or not after.startswith(before):
+            shown.append("")
+        else:
+            shown.append(after[len(before) :])
+            before = after
+    return shown
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = ToolParser(
+        prog="python -m tools.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--run-dir", required=True, metavar="DIR", help="run to show; the report is written here")
+    add("--unigram", type=float, metavar="NATS", help="loss per token of a unigram baseline")
+    add("--bigram", type=float, metavar="NATS", help="loss per token of a bigram baseline")
+    add("--validation", metavar="FILE", help="JSON with unigram, bigram, validation")
+    add("--sample", metavar="FILE", help="a line of tools.generate --json")
+    add("--text-file", metavar="FILE", help="text to colour by the experts its tokens get")
+    return parser
+
+
+def _optional_json(path: Path | str) -> dict[str, Any]:
+    """The object in a file; empty without the file.
+
+    Raises:
+        UserError: the file holds something else.
+    """
+    if not Path(path).is_file():
+        return {}
+    try:
+        value = json.loads(_read(Path(path)))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} must hold one JSON object")
+    return value
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+
+
+if __name__ == "__main__":
+    run_tool(main)

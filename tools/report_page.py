@@ -1,0 +1,186 @@
+"""The report as one HTML page that needs no other file."""
+
+import base64
+import html
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib.colors import to_hex
+
+from tools.report_picture import FAN_OUT_COLOURS, RoutedText, shown_token
+from tools.run_metrics import RunMetrics
+
+# What of a run's arguments says what was trained; the rest is folded away.
+_CHOSEN = (
+    "num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "num_experts",
+    "moe_router_topk", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size",
+    "moe_layer_freq", "seq_length", "global_batch_size", "train_iters", "optimizer", "lr",
+    "router_type", "et_warmup_iters", "et_ema_decay", "et_capacity", "world_size",
+    "expert_model_parallel_size", "use_distributed_optimizer", "seed",
+)  # fmt: skip
+_LAYER_COLUMNS = {
+    "fan_out": ("experts a token", "{:.2f}"),
+    "no_expert_share": ("tokens without", "{:.1%}"),
+    "load_max_over_mean": ("greatest load / mean", "{:.2f}"),
+    "dead_experts": ("experts without a token", "{:.1f}"),
+    "raw_usage": ("raw usage", "{:.2%}"),
+    "saturation": ("saturation", "{:.2%}"),
+    "starvation": ("starvation", "{:.2%}"),
+}
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff;
+       max-width: 1080px; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; margin: 0; }
+h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
+.summary { font-size: 1.15rem; margin: .3rem 0 1.5rem; }
+img { width: 100%; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+td, th { padding: .2rem .9rem .2rem 0; text-align: left; border-bottom: 1px solid #ddd; }
+th { font-weight: 600; }
+td.number, th.number { text-align: right; }
+.text { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.8; }
+.text span { border-radius: 2px; padding: 1px 0; }
+.scale span { padding: .1rem .6rem; border: 1px solid #ddd; }
+blockquote { margin: 0; padding: .2rem 1rem; border-left: 3px solid #0072B2;
+             white-space: pre-wrap; }
+blockquote b { font-weight: 600; }
+.note { color: #666; font-size: .9rem; }
+"""
+
+
+@dataclass(frozen=True)
+class Page:
+    """What the page shows; parts that are empty are left out.
+
+    Attributes:
+        picture: PNG.
+        configuration: of run.json.
+        validation: losses in nats per token.
+        sample: prompt and text of a continuation.
+    """
+
+    run: str
+    summary: str
+    metrics: RunMetrics
+    picture: bytes
+    configuration: dict[str, Any]
+    validation: dict[str, Any]
+    sample: dict[str, Any]
+    text: RoutedText | None
+
+    def html(self) -> str:
+        """The page."""
+        parts = [
+            f"<h1>{html.escape(self.run)}</h1>",
+            f'<p class="summary">{html.escape(self.summary)}</p>',
+            f'<img alt="losses, thresholds, loads and fan-out of the run" src="data:image/png;'
+            f'base64,{base64.b64encode(self.picture).decode()}">',
+            self._text(),
+            self._sample(),
+            self._figures(),
+            self._layers(),
+            self._configuration(),
+        ]
+        return (
+            f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+            f'<meta name="viewport" content="width=device-width">'
+            f"<title>{html.escape(self.run)}</title><style>{_STYLE}</style></head>\n<body>\n"
+            + "\n".join(part for part in parts if part)
+            + "\n</body></html>\n"
+        )
+
+    def _text(self) -> str:
+        if self.text is None:
+            return ""
+        fan_out = self.text.fan_out
+        greatest = max(1.0, float(fan_out.max()))
+
+        def colour(value: float) -> str:
+            return to_hex(FAN_OUT_COLOURS(value / greatest))
+
+        spans = []
+        for index, token in enumerate(self.text.tokens):
+            routes = [
+                f"layer {layer}: {', '.join(map(str, taken[index])) or 'none'}"
+                for layer, taken in zip(self.text.layers, self.text.experts)
+            ]
+            tip = html.escape(f"{shown_token(token)!r}\n" + "\n".join(routes))
+            spans.append(
+                f'<span style="background:{colour(fan_out[index])}" title="{tip}">'
+                f"{html.escape(token)}</span>"
+            )
+        steps = [greatest * i / 4 for i in range(5)]
+        scale = "".join(f'<span style="background:{colour(s)}">{s:.1f}</span>' for s in steps)
+        return (
+            "<h2>Where experts go</h2>"
+            '<p class="note">A text coloured by the number of routed experts a token gets, the '
+            "mean over the MoE layers. Point at a token to see which.</p>"
+            f'<p class="scale">{scale}</p><p class="text">{"".join(spans)}</p>'
+        )
+
+    def _sample(self) -> str:
+        if "text" not in self.sample:
+            return ""
+        prompt, text = (html.escape(str(self.sample.get(name, ""))) for name in ("prompt", "text"))
+        return (
+            "<h2>A continued text</h2>"
+            f"<blockquote><b>{prompt}</b>{text}</blockquote>"
+            '<p class="note">The prompt is bold; the rest was sampled from the last checkpoint.</p>'
+        )
+
+    def _figures(self) -> str:
+        metrics = self.metrics
+        rows: list[tuple[str, str]] = [("optimizer steps", f"{metrics.last_step:,}")]
+        for name, value in self.validation.items():
+            if isinstance(value, float):
+                rows.append((f"{name} loss, nats per token", f"{value:.4f}"))
+            elif name == "tokens":
+                rows.append(("validation tokens", f"{value:,}"))
+        rows.append(("training loss, last tenth of steps", f"{metrics.recent('loss'):.4f}"))
+        if (tokens_per_s := metrics.recent("tokens_per_s")) is not None:
+            rows.append(("tokens per second", f"{tokens_per_s:,.0f}"))
+        if (mfu := metrics.recent("mfu")) is not None:
+            rows.append(("model FLOP/s utilisation", f"{mfu:.1%}"))
+        return "<h2>Final figures</h2>" + _table([], [list(row) for row in rows])
+
+    def _layers(self) -> str:
+        rows = []
+        for layer in self.metrics.layers:
+            cells = [str(layer)]
+            for name, (_, form) in _LAYER_COLUMNS.items():
+                value = self.metrics.recent(name, layer)
+                cells.append("" if value is None else form.format(value))
+            rows.append(cells)
+        if not rows:
+            return ""
+        header = ["layer", *(label for label, _ in _LAYER_COLUMNS.values())]
+        return "<h2>Routing by layer, mean over the last tenth of steps</h2>" + _table(header, rows)
+
+    def _configuration(self) -> str:
+        if not self.configuration:
+            return ""
+        flat: dict[str, Any] = {}
+        for key, value in self.configuration.items():
+            flat.update(value if isinstance(value, dict) else {key: value})
+        chosen = [[key.replace("_", " "), str(flat[key])] for key in _CHOSEN if key in flat]
+        rest = [[key.replace("_", " "), str(flat[key])] for key in flat if key not in _CHOSEN]
+        return (
+            "<h2>Configuration</h2>"
+            + (_table([], chosen) if chosen else "")
+            + (f"<details><summary>all of it</summary>{_table([], rest)}</details>" if rest else "")
+        )
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    """A table whose first column is words and whose others, under a header, are numbers."""
+
+    def line(tag: str, cells: list[str]) -> str:
+        kinds = ["", *([' class="number"' if header else ""] * (len(cells) - 1))]
+        return (
+            "<tr>"
+            + "".join(f"<{tag}{k}>{html.escape(c)}</{tag}>" for k, c in zip(kinds, cells))
+            + "</tr>"
+        )
+
+    head = line("th", header) if header else ""
+    return f"<table>{head}{''.join(line('td', row) for row in rows)}</table>"

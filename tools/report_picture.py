@@ -1,0 +1,317 @@
+"""The picture of a run: loss, routing over steps, loads, fan-out, and a text coloured by it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import CenteredNorm, LinearSegmentedColormap, Normalize
+from matplotlib.figure import Figure
+from matplotlib.gridspec import GridSpec, SubplotSpec
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from tools.run_metrics import Floats, RunMetrics
+
+# Okabe and Ito's colours, which the colour-blind can tell apart.
+BLUE, ORANGE, GREEN, VERMILION, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#666666"
+# Light enough everywhere for black text.
+FAN_OUT_COLOURS = LinearSegmentedColormap.from_list("fan-out", ["#FFFFFF", "#CDE5F5", "#6FB1DE"])
+STYLE: Any = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 8,
+    "font.size": 9,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+}
+_MOST_LAYERS = 3  # that get a panel of thresholds
+_SHOWN_EXPERTS = 3
+_TEXT_SIZE = 8.5  # points
+_COLUMNS = 158  # letters of that size side by side
+
+
+@dataclass(frozen=True)
+class RoutedText:
+    """A text and where its tokens were routed.
+
+    Attributes:
+        tokens: the text in pieces.
+        layers: numbers of the MoE layers.
+        experts: for each layer and token the experts that took it.
+    """
+
+    tokens: list[str]
+    layers: list[int]
+    experts: list[list[list[int]]]
+
+    @property
+    def fan_out(self) -> Floats:
+        """Mean number of routed experts over the MoE layers, `[tokens]`."""
+        return np.array([[len(e) for e in layer] for layer in self.experts], dtype=float).mean(0)
+
+
+def draw(
+    metrics: RunMetrics,
+    path: Path,
+    title: str,
+    baselines: Mapping[str, float],
+    final: tuple[int, float] | None = None,
+    text: RoutedText | None = None,
+) -> None:
+    """Write the picture, whole or not at all.
+
+    Args:
+        final: step and loss of an evaluation after training.
+        baselines: losses to compare with, by name, nats per token.
+    """
+    matplotlib.use("agg")
+    lines = _wrapped(text) if text else []
+    text_height = (len(lines) * 1.55 * _TEXT_SIZE + 20) / 72  # inches
+    heights = [3.1, 2.5, 2.5] if metrics.layers else [3.1]
+    heights += [text_height] if text else []
+    gap, top, bottom = 0.85, 0.95, 0.55  # inches; a gap holds one panel's axis, the next's title
+    height = sum(heights) + gap * (len(heights) - 1) + top + bottom
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(12, height))
+        figure.text(0.06, 1 - 0.35 / height, title, fontsize=13)
+        rows = GridSpec(
+            len(heights), 1, figure, height_ratios=heights, hspace=gap / float(np.mean(heights)),
+            left=0.06, right=0.98, top=1 - top / height, bottom=bottom / height,
+        )  # fmt: skip
+        if not metrics.layers:
+            _loss(figure.add_subplot(rows[0]), metrics, baselines, final)
+        else:
+            first, third = (rows[i].subgridspec(1, 2, wspace=0.24) for i in (0, 2))
+            _loss(figure.add_subplot(first[0]), metrics, baselines, final)
+            _usage(figure.add_subplot(first[1]), metrics)
+            _all_thresholds(figure, rows[1], metrics)
+            _loads(figure.add_subplot(third[0]), metrics)
+            _fan_out(figure.add_subplot(third[1]), metrics)
+        if text:
+            _text(figure.add_subplot(rows[-1]), text, lines)
+        temporary = path.with_name(path.name + ".tmp")
+        figure.savefig(temporary, dpi=130, format="png")
+        temporary.replace(path)
+
+
+def _over_steps(axes: Axes, metrics: RunMetrics) -> None:
+    """What all panels over steps share: the axis, and the warm-up shaded."""
+    axes.set_xlabel("optimizer step")
+    axes.set_xlim(0, max(metrics.last_step, 1))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    if end := metrics.warmup_end:
+        axes.axvspan(0, end, color="#EFEFEF", lw=0, label="expert-choice warm-up", zorder=0)
+
+
+def _loss(
+    axes: Axes,
+    metrics: RunMetrics,
+    baselines: Mapping[str, float],
+    final: tuple[int, float] | None,
+) -> None:
+    steps, loss = metrics.series("loss")
+    axes.plot(steps, loss, color=BLUE, alpha=0.25, lw=0.8)
+    axes.plot(*_smoothed(steps, loss), color=BLUE, lw=1.6, label="training (smoothed)")
+    if metrics.evaluations:
+        points = list(metrics.evaluations.items())
+        axes.plot(
+            *zip(*points), "o-", color=VERMILION, lw=1, ms=4.5, label="validation in training"
+        )
+    if final:
+        label = f"final validation {final[1]:.3f}"
+        axes.plot(*final, "*", color="black", ms=11, label=label, clip_on=False, zorder=5)
+    for (name, value), style in zip(baselines.items(), ["--", "-.", ":"] * len(baselines)):
+        axes.axhline(value, color=GREY, lw=1.2, ls=style, label=f"{name} {value:.3f}")
+    _over_steps(axes, metrics)
+    axes.set_ylabel("loss (nats per token)")
+    axes.set_title("Loss")
+    axes.legend(loc="upper right")
+
+
+def _smoothed(steps: Floats, values: Floats) -> tuple[Floats, Floats]:
+    """A running mean over a fortieth of the rows, each at the middle of its window."""
+    window = max(1, len(values) // 40)
+    kernel = np.ones(window) / window
+    return np.convolve(steps, kernel, "valid"), np.convolve(values, kernel, "valid")
+
+
+def _usage(axes: Axes, metrics: RunMetrics) -> None:
+    kinds = {
+        "raw_usage": ("raw usage: pairs above threshold", BLUE),
+        "saturation": ("saturation: of those, dropped", VERMILION),
+        "starvation": ("starvation: of minimum, forced", GREEN),
+    }
+    highest = peak = 0.0
+    for name, (label, colour) in kinds.items():
+        steps, values = metrics.over_layers(name)
+        if not len(steps):
+            continue
+        smooth = [_smoothed(steps, layer) for layer in values]
+        curves = np.array([curve for _, curve in smooth])
+        at = smooth[0][0]
+        axes.fill_between(at, curves.min(0), curves.max(0), color=colour, alpha=0.18, lw=0)
+        axes.plot(at, curves.mean(0), color=colour, lw=1.6, label=label)
+        late = at > (metrics.warmup_end or 0)
+        highest = max(highest, float(curves[:, late].max(initial=0.0)))
+        peak = max(peak, float(curves.max()))
+    if (rate := metrics.target_rate) is not None:
+        axes.axhline(rate, color=GREY, lw=1.2, ls="--", label=f"target of raw usage: {rate:.2%}")
+    axes.legend(loc="upper right")
+    _over_steps(axes, metrics)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    # The first steps, when thresholds chase the logits, would dwarf the rest.
+    top = min(peak, highest or peak) * 1.7 or 1.0
+    axes.set_ylim(0, top)
+    if peak > top and metrics.warmup_end:
+        axes.text(metrics.warmup_end, top, f" ↑ up to {peak:.0%}", va="top", color=BLUE, fontsize=8)
+    axes.set_ylabel("share (mean and range over layers)")
+    axes.set_title("Usage and capacity")
+
+
+def _all_thresholds(figure: Figure, row: SubplotSpec, metrics: RunMetrics) -> None:
+    layers = [layer for layer in metrics.layers if len(metrics.series("threshold", layer)[0])]
+    if not layers:
+        return _nothing_yet(figure.add_subplot(row), "thresholds")
+    chosen = np.unique(np.linspace(0, len(layers) - 1, min(_MOST_LAYERS, len(layers))).round())
+    columns = row.subgridspec(1, len(chosen), wspace=0.15)
+    for position, index in enumerate(chosen.astype(int)):
+        axes = figure.add_subplot(columns[position])
+        _thresholds(axes, metrics, layers[index])
+        if position == 0:
+            axes.set_ylabel("router logit")
+
+
+def _thresholds(axes: Axes, metrics: RunMetrics, layer: int) -> None:
+    threshold_steps, thresholds = metrics.series("experts/threshold", layer)
+    cutoff_steps, cutoffs = metrics.series("experts/cutoff", layer)
+    # Experts at the ends and in the middle of the range that the thresholds reach.
+    order = np.argsort(thresholds[-1]) if len(thresholds) else np.arange(0)
+    places = np.linspace(0, len(order) - 1, min(_SHOWN_EXPERTS, len(order))).round().astype(int)
+    for expert, colour in zip(order[places], (VERMILION, ORANGE, GREEN)):
+        axes.plot(cutoff_steps, cutoffs[:, expert], color=colour, lw=0.8, alpha=0.5)
+        axes.plot(
+            threshold_steps, thresholds[:, expert], color=colour, lw=1.4, label=f"expert {expert}"
+        )
+    axes.plot(*metrics.series("cutoff", layer), color="black", lw=0.8, alpha=0.35)
+    axes.plot(*metrics.series("threshold", layer), color="black", lw=1.8, label="mean")
+    axes.legend(loc="best", ncols=2, handlelength=1.4, columnspacing=1.0)
+    _over_steps(axes, metrics)
+    axes.set_title(f"Layer {layer}: thresholds (bold), cutoffs (thin)", fontsize=10)
+
+
+def _loads(axes: Axes, metrics: RunMetrics) -> None:
+    means = [metrics.recent("experts/load", layer) for layer in metrics.layers]
+    if any(mean is None for mean in means):
+        return _nothing_yet(axes, "loads")
+    loads = np.array(means)
+    relative = loads / loads.mean(axis=1, keepdims=True).clip(1e-12)  # [layers, experts]
+    norm = CenteredNorm(1.0, halfrange=max(0.25, float(np.abs(relative - 1).max())))
+    image = axes.imshow(relative, cmap="PuOr_r", norm=norm, aspect="auto")
+    if relative.size <= 200:
+        for (row, column), value in np.ndenumerate(relative):
+            dark = abs(norm(value) - 0.5) > 0.33
+            axes.text(
+                column, row, f"{value:.2f}", ha="center", va="center", fontsize=8,
+                color="white" if dark else "black",
+            )  # fmt: skip
+    axes.set_yticks(range(len(metrics.layers)), [str(layer) for layer in metrics.layers])
+    axes.xaxis.set_major_locator(MaxNLocator(16, integer=True))
+    axes.set_xlabel("expert")
+    axes.set_ylabel("layer")
+    axes.set_title("Load of an expert / mean of its layer (last tenth of steps)")
+    assert axes.figure is not None
+    axes.figure.colorbar(image, cax=axes.inset_axes((1.015, 0, 0.02, 1)))
+
+
+def _fan_out(axes: Axes, metrics: RunMetrics) -> None:
+    colours = matplotlib.colormaps["viridis"](np.linspace(0.1, 0.85, len(metrics.layers)))
+    shown = 1
+    for layer, colour in zip(metrics.layers, colours):
+        counts = metrics.recent("fan_out_histogram", layer)
+        if counts is None:
+            return _nothing_yet(axes, "fan-out")
+        share = counts / counts.sum()
+        mean = float((share * np.arange(len(share))).sum())
+        shown = max(shown, int(np.flatnonzero(share > 0.001).max(initial=1)))
+        label = f"layer {layer}: mean {mean:.2f}"
+        axes.plot(np.arange(len(share)), share, "o-", color=colour, ms=3.5, lw=1.3, label=label)
+    axes.set_xlim(-0.2, shown + 0.3)
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(10, integer=True))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.set_xlabel("routed experts a token (fan-out)")
+    axes.set_ylabel("share of tokens")
+    axes.set_title("Fan-out (last tenth of steps)")
+    if len(metrics.layers) <= 8:
+        axes.legend(loc="upper right")
+
+
+def _nothing_yet(axes: Axes, what: str) -> None:
+    axes.text(0.5, 0.5, f"no {what} in this log", color=GREY, ha="center", va="center")
+    axes.set_axis_off()
+
+
+def _wrapped(text: RoutedText) -> list[list[int]]:
+    """Indices of the tokens on each line, broken between words."""
+    words: list[list[int]] = []
+    for index, token in enumerate(text.tokens):
+        if not words or token[:1].isspace() or "\n" in text.tokens[index - 1]:
+            words.append([])
+        words[-1].append(index)
+    lines: list[list[int]] = [[]]
+    used = 0
+    for word in words:
+        width = sum(len(shown_token(text.tokens[index])) for index in word)
+        ended = lines[-1] and "\n" in text.tokens[lines[-1][-1]]
+        if used and (ended or used + width > _COLUMNS):
+            lines.append([])
+            used = 0
+        lines[-1] += word
+        used += width
+    return lines
+
+
+def shown_token(token: str) -> str:
+    """A token as one line shows it: line ends as a sign."""
+    return token.replace("\n", "↵").replace("\t", " ")
+
+
+def _text(axes: Axes, text: RoutedText, lines: list[list[int]]) -> None:
+    fan_out = text.fan_out
+    norm = Normalize(0, max(1.0, float(fan_out.max())))
+    font: dict[str, Any] = {"family": "DejaVu Sans Mono", "size": _TEXT_SIZE, "va": "center"}
+    for row, line in enumerate(lines):
+        column = 0
+        for index in line:
+            token = shown_token(text.tokens[index])
+            colour = FAN_OUT_COLOURS(norm(fan_out[index]))
+            axes.add_patch(Rectangle((column, row - 0.42), len(token), 0.84, color=colour, lw=0))
+            # One by one, so that letters keep to the grid whatever the size of the picture.
+            for offset, letter in enumerate(token):
+                axes.text(column + offset + 0.5, row, letter, ha="center", **font)
+            column += len(token)
+    axes.set_xlim(0, _COLUMNS + 2)
+    axes.set_ylim(len(lines) - 0.5, -0.6)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    axes.set_title("Where experts go: a text routed by thresholds", y=1.0)
+    scale = ScalarMappable(norm, FAN_OUT_COLOURS)
+    assert axes.figure is not None
+    bar = axes.figure.colorbar(
+        scale, cax=axes.inset_axes((0.82, 1.09, 0.18, 0.06)), orientation="horizontal"
+    )
+    bar.ax.tick_params(length=2, labelsize=8)
+    axes.text(
+        0.81, 1.1, "experts a token (mean of the MoE layers)", ha="right", va="center",
+        fontsize=8, transform=axes.transAxes,
+    )  # fmt: skip
