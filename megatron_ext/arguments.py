@@ -11,6 +11,7 @@ from unittest import mock
 
 import yaml
 from megatron.core.transformer import TransformerConfig
+from megatron.training import get_tokenizer
 from megatron.training.argument_utils import ArgumentGroupFactory
 from megatron.training.arguments import (
     add_megatron_arguments,
@@ -46,6 +47,7 @@ def parse_args(argv: Sequence[str]) -> tuple[Namespace, ETConfig]:
         argv = [*_run_dir_flags(args.run_dir), *argv]
     with mock.patch.object(sys, "argv", [sys.argv[0], *argv]):
         args = explained(lambda: parse_and_validate_args(extra_args_provider=add_arguments))
+    args.vocab_size = get_tokenizer().vocab_size  # without padding
     config: ETConfig = explained(lambda: core_transformer_config_from_args(args, ETConfig))
     for name in ("moe_router_load_balancing_type", "moe_aux_loss_coeff", "moe_router_dtype"):
         setattr(args, name, getattr(config, name))  # the trainer's logs go by the arguments

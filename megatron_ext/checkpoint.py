@@ -1,11 +1,12 @@
-"""Finding and reading checkpoints, for training that resumes and for inference."""
+"""Finding and reading checkpoints, for training that resumes and for inference.
+
+Megatron is imported where it is needed, so that a wrong path is told at once.
+"""
 
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-from megatron.core import dist_checkpointing
 
 from megatron_ext.errors import UserError
 
@@ -43,6 +44,8 @@ def read_common_state(checkpoint: Path) -> dict[str, Any]:
     Raises:
         UserError: it is damaged, or another program saved it.
     """
+    from megatron.core import dist_checkpointing
+
     state = readable(checkpoint, lambda: dist_checkpointing.load_common_state_dict(checkpoint))
     if not hasattr(state.get("args"), "router_type"):
         raise UserError(f"{checkpoint} was not saved by pretrain_et.py: it lacks --router-type")
@@ -55,11 +58,13 @@ def readable(checkpoint: Path, read: Callable[[], Any]) -> Any:
     Raises:
         UserError: in place of what `read` raised.
     """
+    from torch.distributed.checkpoint.api import CheckpointException  # no subclass of Exception
+
     try:
         return read()
-    except Exception as error:
+    except (Exception, CheckpointException) as error:
         cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
+        if isinstance(error, CheckpointException):  # holds the errors of all ranks
+            cause = next(iter(error.failures.values()))[0]
         reason = " ".join(str(cause).split())[:200] or type(cause).__name__
         raise UserError(f"{checkpoint} is incomplete or damaged: {reason}") from error

@@ -5,7 +5,6 @@
 
 import os
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,12 @@ from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.core.utils import unwrap_model
 from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.arguments import add_megatron_arguments
-from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_ext.arguments import explained
+from megatron_ext.checkpoint import find_checkpoint, read_common_state, readable
 from megatron_ext.config import ETConfig
 from megatron_ext.devices import cpu_default_args, is_cpu_device
 from megatron_ext.errors import UserError
-from megatron_ext.inference.checkpoints import find_checkpoint
 from megatron_ext.model.gpt import gpt_model_config
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -105,7 +103,7 @@ def load_model(
             ranks or the model do not allow.
     """
     checkpoint = find_checkpoint(path)
-    state = _read_common_state(checkpoint)
+    state = read_common_state(checkpoint)
     args = state["args"]
     _adapt(args, layout or Layout(), dtype)
     if tokenizer_model is not None:
@@ -126,31 +124,11 @@ def load_model(
     return TrainedModel(module, tokenizer, args, checkpoint, state["iteration"])
 
 
-def _read_common_state(checkpoint: Path) -> dict[str, Any]:
-    """Everything in a checkpoint that is not spread over ranks, the run's arguments above all."""
-    state = _readable(checkpoint, lambda: dist_checkpointing.load_common_state_dict(checkpoint))
-    if not hasattr(state.get("args"), "router_type"):
-        raise UserError(f"{checkpoint} was not saved by pretrain_et.py: it lacks --router-type")
-    return state
-
-
 def _load_weights(module: torch.nn.Module, checkpoint: Path, state: dict[str, Any]) -> None:
     metadata = dist_checkpointing.load_content_metadata(preloaded_state_dict=state)
     sharded = {"model": module.sharded_state_dict(metadata=metadata)}  # type: ignore[operator]
-    loaded = _readable(checkpoint, lambda: dist_checkpointing.load(sharded, str(checkpoint)))
+    loaded = readable(checkpoint, lambda: dist_checkpointing.load(sharded, str(checkpoint)))
     module.load_state_dict(loaded["model"])
-
-
-def _readable(checkpoint: Path, read: Callable[[], Any]) -> Any:
-    """The result of `read`; torch and Megatron raise anything at all over a damaged file."""
-    try:
-        return read()
-    except (Exception, CheckpointException) as error:
-        cause: BaseException = error
-        if isinstance(error, CheckpointException):  # holds the errors of all ranks
-            cause = next(iter(error.failures.values()))[0]
-        reason = " ".join(str(cause).split())[:200] or type(cause).__name__
-        raise UserError(f"{checkpoint} is incomplete or damaged: {reason}") from error
 
 
 def _adapt(args: Namespace, layout: Layout, dtype: torch.dtype | None) -> None:

@@ -23,7 +23,7 @@ def gpt_model_config(args: Namespace, config: ETConfig) -> GPTModelConfig:
     model_config.transformer_layer_spec = _layer_spec
     config.perform_initialization = False  # the hook below sets every parameter
     model_config.pre_wrap_hooks = [
-        partial(_finish_stages, seed=args.seed, vocab_size=model_config.vocab_size)
+        partial(_finish_stages, seed=args.seed, vocab_size=args.vocab_size)
     ]
     return model_config
 
@@ -43,9 +43,10 @@ def _finish_stages(stages: list[GPTModel], seed: int, vocab_size: int) -> list[G
             model.embedding.register_forward_hook(
                 partial(_normalize_embedding, eps=config.layernorm_epsilon)
             )
-        if config.et_logit_softcap and model.post_process:
+        if model.post_process:
+            rank = model.pg_collection.tp.rank() if model.parallel_output else 0
             model.output_layer.register_forward_hook(
-                partial(_cap_logits, cap=config.et_logit_softcap)
+                partial(_finish_logits, cap=config.et_logit_softcap, rank=rank, size=vocab_size)
             )
     return stages
 
@@ -54,8 +55,23 @@ def _normalize_embedding(_: torch.nn.Module, inputs: Any, output: Tensor, eps: f
     return F.rms_norm(output, output.shape[-1:], eps=eps)
 
 
-def _cap_logits(
-    _: torch.nn.Module, inputs: Any, output: tuple[Tensor, Tensor | None], cap: float
+def _finish_logits(
+    _: torch.nn.Module,
+    inputs: Any,
+    output: tuple[Tensor, Tensor | None],
+    cap: float,
+    rank: int,
+    size: int,
 ) -> tuple[Tensor, Tensor | None]:
+    """Cap the logits `[sequence, batch, vocabulary of this rank]` and rule out its padding.
+
+    How many rows pad the vocabulary depends on the tensor-parallel size; the loss must not.
+    """
     logits, bias = output
-    return cap * torch.tanh(logits / cap), bias
+    if cap:
+        logits = cap * torch.tanh(logits / cap)
+    width = logits.shape[-1]
+    real = max(0, size - rank * width)
+    if real < width:
+        logits[..., real:] = -torch.inf
+    return logits, bias

@@ -14,8 +14,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from megatron_ext.checkpoint import find_checkpoint
 from megatron_ext.errors import UserError
-from megatron_ext.inference.checkpoints import find_checkpoint
 from megatron_ext.inference.sampling import Sampling, choose
 from tests.distributed import run_ranks
 from tests.inference.checkpoint import MAX_LENGTH, run_dir  # noqa: F401

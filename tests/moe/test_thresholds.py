@@ -2,6 +2,7 @@
 
 from fractions import Fraction
 from math import floor
+from typing import Any
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ def test_a_cutoff_that_is_not_finite_leaves_the_threshold() -> None:
 
 
 def test_thresholds_keep_their_bits_whatever_the_dtype_of_the_model() -> None:
-    model = torch.nn.Sequential(torch.nn.Linear(2, 2), Thresholds(3, 0.9))
+    model: Any = torch.nn.Sequential(torch.nn.Linear(2, 2), Thresholds(3, 0.9))
     cutoffs = torch.tensor([0.1, 1 / 3, -2.7182818])
     model[1].update(cutoffs)
     before = model[1].value()
@@ -56,7 +57,7 @@ def test_thresholds_keep_their_bits_whatever_the_dtype_of_the_model() -> None:
         cast(model)
         assert model[1].average.dtype == torch.float32
         assert torch.equal(model[1].value(), before)
-    restored = torch.nn.Sequential(torch.nn.Linear(2, 2), Thresholds(3, 0.9)).bfloat16()
+    restored: Any = torch.nn.Sequential(torch.nn.Linear(2, 2), Thresholds(3, 0.9)).bfloat16()
     restored.load_state_dict(model.state_dict())
     assert torch.equal(restored[1].value(), before)
     assert restored[1].update_count == 1
