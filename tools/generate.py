@@ -19,9 +19,9 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from megatron_ext.checkpoint import find_checkpoint
 from megatron_ext.devices import activate
 from megatron_ext.errors import ToolParser, UserError, run_on_ranks, run_tool
-from megatron_ext.inference.checkpoints import find_checkpoint
 from megatron_ext.inference.sampling import Sampling
 
 if TYPE_CHECKING:

@@ -21,15 +21,9 @@ from pathlib import Path
 import sentencepiece
 
 from megatron_ext.errors import ToolParser, UserError, run_tool
-from tools.documents import (
-    FORMATS,
-    Layout,
-    Malformed,
-    Progress,
-    ShardReader,
-    expand_inputs,
-    plan_shards,
-)
+from tools.documents import Malformed, ShardReader
+from tools.progress import Progress
+from tools.shards import FORMATS, Layout, expand_inputs, plan_shards
 
 _SHARD_BYTES = 1 << 30
 

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.distributed import torchrun
 from tests.megatron import TINY
 
@@ -24,6 +26,7 @@ def pretrain(run_dir: Path, *flags: str, nproc: int = 2) -> list[dict[str, Any]]
 EP2 = ("--expert-model-parallel-size", "2", "--use-distributed-optimizer")
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_an_undisturbed_one_bit_for_bit(tmp_path: Path) -> None:
     undisturbed = pretrain(tmp_path / "whole", *EP2)
     assert [row["step"] for row in undisturbed] == [1, 2, 3, 4, 5, 6]
@@ -36,6 +39,7 @@ def test_a_resumed_run_equals_an_undisturbed_one_bit_for_bit(tmp_path: Path) -> 
     assert len(record["commands"]) == 3
 
 
+@pytest.mark.slow
 def test_recomputation_and_evaluation_change_nothing(tmp_path: Path) -> None:
     plain = pretrain(tmp_path / "plain", nproc=1)
     full = ("--recompute-granularity", "full", "--recompute-method", "uniform")
@@ -43,3 +47,46 @@ def test_recomputation_and_evaluation_change_nothing(tmp_path: Path) -> None:
     assert recomputed == plain
     evaluated = pretrain(tmp_path / "evaluated", "--eval-interval", "1", nproc=1)
     assert evaluated == plain
+
+
+@pytest.mark.slow
+def test_every_router_trains_and_expert_choice_continues_by_thresholds(tmp_path: Path) -> None:
+    topk = ("--moe-router-pre-softmax", "--moe-aux-loss-coeff", "1e-3")
+    for router_type, flags in {
+        "expert-choice": (),
+        "token-choice": topk,
+        "quantile-balancing": topk[:1],
+    }.items():
+        folder = tmp_path / router_type
+        rows = pretrain(
+            folder, "--router-type", router_type, *flags, "--exit-interval", "3", nproc=1
+        )
+        assert rows[-1]["loss"] < rows[0]["loss"]
+        fan_out = rows[-1]["moe/layer_01/fan_out"]
+        assert fan_out == pytest.approx(1.0)  # the experts' places are all taken
+    rows = pretrain(tmp_path / "expert-choice", "--router-type", "expert-threshold", nproc=1)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    # The thresholds of the first three steps route the fourth: the fan-out is no longer exact.
+    assert rows[3]["moe/layer_01/fan_out"] != pytest.approx(1.0)
+    assert rows[3]["moe/layer_01/threshold"] == pytest.approx(
+        rows[2]["moe/layer_01/threshold"], abs=0.2
+    )
+
+
+@pytest.mark.slow
+def test_a_llama_like_mixture_trains(tmp_path: Path) -> None:
+    """Every part of the paper's model has a flag that turns it into the usual one."""
+    base = {*TINY} - {"--squared-relu", "--untie-embeddings-and-output-weights", "--qk-layernorm"}
+    llama = [flag for flag in TINY if flag in base]
+    arguments = [
+        *("pretrain_et.py", *llama, "--run-dir", str(tmp_path), "--swiglu", "--et-norm-scale"),
+        *("--no-et-embedding-norm", "--et-logit-softcap", "0", "--et-gate", "softmax"),
+        *("--group-query-attention", "--num-query-groups", "1", "--et-mean-experts", "1.5"),
+        *("--et-cutoff-pool", "step", "--et-capacity-pool", "global", "--rotary-base", "500000"),
+    ]
+    result = torchrun(arguments, 2)
+    assert result.returncode == 0, result.stderr[-3000:]
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert losses[-1] < losses[0] - 0.1
+    assert rows[0]["moe/layer_01/fan_out"] == pytest.approx(1.5)

@@ -76,7 +76,7 @@ def changed(dataset: Path, folder: Path) -> Path:
         (["--moe-router-enable-expert-bias"], "thresholds balance the load"),
         (["--no-such-flag"], "--no-such-flag"),
         (["--recipe", "no_such_recipe.yaml"], "no_such_recipe.yaml: No such file"),
-        (["--tensor-model-parallel-size", "3"], "3"),
+        (["--tensor-model-parallel-size", "3", "--sequence-parallel"], "is not divisible by"),
         (["--run-dir", "/dev/null/run"], "--run-dir /dev/null/run cannot be written"),
     ],
 )
@@ -128,7 +128,7 @@ def test_tokenizer_that_does_not_match_the_data(dataset: Path, tmp_path: Path) -
     tokenizers = []
     for seed in (1, 2):
         text = tmp_path / f"{seed}.txt"
-        words = np.random.default_rng(seed).integers(0, 999, 4000)
+        words = np.random.default_rng(seed).integers(0, 99999, 8000)
         text.write_text("\n".join(" ".join(map(str, row)) for row in words.reshape(-1, 20)))
         tokenizers.append(tmp_path / f"{seed}.model")
         from tools import train_tokenizer
@@ -136,7 +136,7 @@ def test_tokenizer_that_does_not_match_the_data(dataset: Path, tmp_path: Path) -
         sys_argv, sys.argv = sys.argv, ["train_tokenizer"]
         try:
             train_tokenizer.main(
-                ["--input", str(text), "--vocab-size", "270", "--output", str(tokenizers[-1])]
+                ["--input", str(text), "--vocab-size", "300", "--output", str(tokenizers[-1])]
             )
         finally:
             sys.argv = sys_argv

@@ -1,0 +1,61 @@
+"""The sum of the parts, and the limits on what may be wrong with them."""
+
+import itertools
+from typing import Any
+
+from megatron_ext.errors import UserError
+from tools.preprocessing.parts import KEPT_MALFORMED, Part, Work
+from tools.progress import Progress
+
+
+class Tally:
+    """Adds parts up in the files' order, so that malformed lines get their number in the file and
+    the limits are met at the same place for any number of workers."""
+
+    def __init__(self, works: list[Work], max_malformed: int, progress: Progress):
+        self._works, self._limit, self._progress = works, max_malformed, progress
+        self._next = self._lines = self._file_documents = 0
+        self.documents = self.tokens = self.empty = self.malformed = 0
+        self.examples: list[dict[str, Any]] = []
+        self.files: dict[str, dict[str, int]] = {}
+
+    @property
+    def summary(self) -> str:
+        return f"{self.documents:,} documents, {self.tokens:,} tokens"
+
+    def add(self, part: Part) -> None:
+        path = self._works[self._next].shard.path
+        self._next += 1
+        file = self.files.setdefault(
+            path, {"lines": 0, "documents": 0, "tokens": 0, "empty": 0, "malformed": 0}
+        )
+        for line, reason in part["malformed_lines"][: KEPT_MALFORMED - len(self.examples)]:
+            self.examples.append({"path": path, "line": file["lines"] + line, "reason": reason})
+            self._progress.log(f"malformed: {self._shown(-1)}")
+        counts = {
+            "lines": part["lines"],
+            "documents": sum(part["documents"].values()),
+            "tokens": sum(part["tokens"].values()),
+            "empty": part["empty"],
+            "malformed": part["malformed"],
+        }
+        for key, count in counts.items():
+            file[key] += count
+        self.documents += counts["documents"]
+        self.tokens += counts["tokens"]
+        self.empty += counts["empty"]
+        self.malformed += counts["malformed"]
+        if self.malformed > self._limit:
+            raise UserError(
+                f"{self.malformed:,} malformed lines by {path}, more than --max-malformed "
+                f"{self._limit:,}; the first is {self._shown(0)}"
+            )
+        last = self._next == len(self._works) or self._works[self._next].shard.path != path
+        if last and not file["documents"]:
+            of_file = (i for i, example in enumerate(self.examples) if example["path"] == path)
+            why = "".join(f": {self._shown(i)}" for i in itertools.islice(of_file, 1))
+            raise UserError(f"{path} holds no document, leave it out or mend it{why}")
+
+    def _shown(self, index: int) -> str:
+        example = self.examples[index]
+        return f"{example['path']}: line {example['line']}: {example['reason']}"

@@ -1,0 +1,60 @@
+"""How far a tool is through its input."""
+
+import sys
+import time
+from typing import Any
+
+
+class Progress:
+    """Bytes of input done, speed and ETA: a bar on a terminal, elsewhere a line every ten seconds.
+
+    Everything goes to stdout; stderr is left to errors.
+    """
+
+    INTERVAL = 10.0  # seconds
+
+    def __init__(self, label: str, total: int):
+        self.label, self.total = label, max(1, total)
+        self._begin = self._last = time.monotonic()
+        self._bar: Any = None
+
+    def __enter__(self) -> "Progress":
+        if sys.stdout.isatty():
+            from rich import progress
+
+            self._bar = progress.Progress(
+                progress.TextColumn("{task.description}"), progress.BarColumn(),
+                progress.DownloadColumn(), progress.TransferSpeedColumn(),
+                progress.TimeRemainingColumn(), progress.TextColumn("{task.fields[note]}"),
+            )  # fmt: skip
+            self._task = self._bar.add_task(self.label, total=self.total, note="")
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(self, done: int, note: str = "") -> None:
+        """Show `done` bytes of the total and a note on what came of them."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, note=note)
+            return
+        now = time.monotonic()
+        if now - self._last >= self.INTERVAL:
+            self._last = now
+            speed = done / (now - self._begin)
+            left = round((self.total - done) / speed) if speed else 0
+            print(
+                f"{self.label}: {done / self.total:.0%} of {self.total / 1e6:,.1f} MB, "
+                f"{speed / 1e6:.1f} MB/s, ETA {left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
+                f"{', ' + note if note else ''}",
+                flush=True,
+            )
+
+    def log(self, message: str) -> None:
+        """Print a line above the bar."""
+        if self._bar is not None:
+            self._bar.console.print(message, markup=False, highlight=False)
+        else:
+            print(message, flush=True)
