@@ -160,6 +160,9 @@ def _check_before_megatron(args: Namespace) -> None:
             f"--num-experts {args.num_experts} is not divisible by "
             f"--expert-model-parallel-size {args.expert_model_parallel_size}: make it a multiple"
         )
+    files = ("SentencePieceTokenizer", "TikTokenizer")  # others may name a model of a hub
+    if args.tokenizer_type in files and not Path(args.tokenizer_model or "").is_file():
+        raise UserError(f"--tokenizer-model {args.tokenizer_model} does not exist")
     if args.reset_attention_mask:
         raise UserError("--reset-attention-mask is not supported: attention is causal throughout")
     if args.tensor_model_parallel_size > 1 and args.num_experts and not args.sequence_parallel:

@@ -44,7 +44,7 @@ def _finish_stages(stages: list[GPTModel], seed: int, vocab_size: int) -> list[G
                 partial(_normalize_embedding, eps=config.layernorm_epsilon)
             )
         if model.post_process:
-            rank = model.pg_collection.tp.rank() if model.parallel_output else 0
+            rank = model.pg_collection.tp.rank()
             model.output_layer.register_forward_hook(
                 partial(_finish_logits, cap=config.et_logit_softcap, rank=rank, size=vocab_size)
             )
@@ -56,14 +56,14 @@ def _normalize_embedding(_: torch.nn.Module, inputs: Any, output: Tensor, eps: f
 
 
 def _finish_logits(
-    _: torch.nn.Module,
+    layer: Any,
     inputs: Any,
     output: tuple[Tensor, Tensor | None],
     cap: float,
     rank: int,
     size: int,
 ) -> tuple[Tensor, Tensor | None]:
-    """Cap the logits `[sequence, batch, vocabulary of this rank]` and rule out its padding.
+    """Cap the logits `[sequence, batch, vocabulary of this rank or all]`; rule out its padding.
 
     How many rows pad the vocabulary depends on the tensor-parallel size; the loss must not.
     """
@@ -71,7 +71,8 @@ def _finish_logits(
     if cap:
         logits = cap * torch.tanh(logits / cap)
     width = logits.shape[-1]
-    real = max(0, size - rank * width)
+    start = rank * width if width < layer.output_size else 0  # inference gathers all of them
+    real = max(0, size - start)
     if real < width:
         logits[..., real:] = -torch.inf
     return logits, bias

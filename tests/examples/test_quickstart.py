@@ -37,7 +37,7 @@ def test_a_step_runs_again_only_when_what_it_depends_on_has_changed(
     source = tmp_path / "source"
     source.write_text("1")
     steps = [writing(tmp_path, "a"), writing(tmp_path, "b", depends=(source,))]
-    steps.append(writing(tmp_path, "c"))
+    steps.append(writing(tmp_path, "c", depends=(tmp_path / "b",)))
 
     def runs() -> list[int]:
         run_steps(steps, tmp_path / "stamps")

@@ -166,7 +166,9 @@ def tokens_of(completions):
 
 def test_logits_with_a_cache_are_those_of_the_full_forward(one_rank):
     with_cache, full = one_rank.logits
-    assert full.std() > 1  # a trained model: equality is not that of zeros
+    assert (
+        full.isfinite().any() and full[full.isfinite()].std() > 1
+    )  # a trained model: equality is not that of zeros
     torch.testing.assert_close(with_cache, full, atol=1e-5, rtol=0)
 
 

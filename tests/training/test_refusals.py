@@ -128,8 +128,8 @@ def test_tokenizer_that_does_not_match_the_data(dataset: Path, tmp_path: Path) -
     tokenizers = []
     for seed in (1, 2):
         text = tmp_path / f"{seed}.txt"
-        words = np.random.default_rng(seed).integers(0, 99999, 8000)
-        text.write_text("\n".join(" ".join(map(str, row)) for row in words.reshape(-1, 20)))
+        letters = np.random.default_rng(seed).choice(list("abcdefgh    "), 20000)
+        text.write_text("\n".join("".join(row) for row in letters.reshape(-1, 40)))
         tokenizers.append(tmp_path / f"{seed}.model")
         from tools import train_tokenizer
 
