@@ -41,10 +41,12 @@ def parse_args(argv: Sequence[str]) -> tuple[Namespace, ETConfig]:
     add_arguments(add_megatron_arguments(parser))
     argv = [*_DEFAULTS, *(cpu_default_args() if is_cpu_device() else []), *argv]
     argv = expand_recipes(argv, parser)
-    if not {"-h", "--help"} & set(argv):
-        args = parser.parse_args(argv)
-        _check_before_megatron(args)
-        argv = [*_run_dir_flags(args.run_dir), *argv]
+    if {"-h", "--help"} & set(argv):
+        _print_help(parser)
+        sys.exit(0)
+    args = parser.parse_args(argv)
+    _check_before_megatron(args)
+    argv = [*_run_dir_flags(args.run_dir), *argv]
     with mock.patch.object(sys, "argv", [sys.argv[0], *argv]):
         args = explained(lambda: parse_and_validate_args(extra_args_provider=add_arguments))
     args.vocab_size = get_tokenizer().vocab_size  # without padding
@@ -141,6 +143,16 @@ def _flag(key: str, value: Any, parser: ArgumentParser, path: Path) -> list[str]
         return [option] if value else []
     values = value if isinstance(value, list) and action.nargs else [value]
     return [option, *("none" if v is None else str(v) for v in values)]
+
+
+def _print_help(parser: ArgumentParser) -> None:
+    """Print every flag; some of Megatron's help texts hold a percent sign that argparse trips on."""
+    for action in parser._actions:
+        try:
+            parser._get_formatter()._expand_help(action)
+        except (ValueError, TypeError, KeyError):
+            action.help = (action.help or "").replace("%", "%%")
+    parser.print_help()
 
 
 def _run_dir_flags(run_dir: str | None) -> list[str]:

@@ -11,7 +11,7 @@ TINY = [
     *("--seq-length", "32", "--max-position-embeddings", "32"),
     *("--micro-batch-size", "2", "--global-batch-size", "8", "--split", "90,5,5"),
     *("--train-iters", "6", "--lr", "1e-2", "--min-lr", "1e-3", "--lr-decay-style", "linear"),
-    *("--eval-iters", "1", "--eval-interval", "1000", "--log-interval", "1"),
+    *("--eval-iters", "1", "--eval-interval", "1000", "--log-interval", "1", "--num-workers", "0"),
     *("--num-experts", "4", "--moe-router-topk", "1", "--moe-layer-freq", "[0,1]"),
     *("--moe-ffn-hidden-size", "48", "--ffn-hidden-size", "96"),
     *("--moe-shared-expert-intermediate-size", "48"),

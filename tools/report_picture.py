@@ -29,7 +29,8 @@ STYLE: Any = {
     "axes.titlelocation": "left",
     "axes.titlepad": 8,
     "font.size": 9,
-    "legend.frameon": False,
+    "legend.edgecolor": "none",
+    "legend.framealpha": 0.9,
     "legend.fontsize": 8,
 }
 _MOST_LAYERS = 3  # that get a panel of thresholds

@@ -32,7 +32,7 @@ class Step:
         about: what it does, for the console.
         command: arguments after the Python interpreter.
         makes: files that are there when it is done.
-        depends: files whose content decides the result, beside the command and earlier steps.
+        depends: files whose content decides the result, with those of earlier steps.
         resumes: what an interrupted run goes on from; removed when the inputs have changed.
         output: file for the command's standard output, instead of the log.
         environment: variables to add.
@@ -72,15 +72,15 @@ def run_steps(steps: Sequence[Step], folder: Path) -> None:
     """Run what is not done yet, in order.
 
     Args:
-        folder: for the stamps. A stamp covers those of the steps before.
+        folder: for the stamps. A step whose inputs are the same bytes again is not run again,
+            whatever happened before it.
 
     Raises:
         UserError: a step failed; the message is the tool's own.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    stamp = ""
     for number, step in enumerate(steps, 1):
-        stamp = _stamp(step, stamp)
+        stamp = _stamp(step)
         label = f"[{number}/{len(steps)}] {step.name}:"
         done, begun = folder / f"{step.name}.done", folder / f"{step.name}.begun"
         if _holds(done, stamp) and all(path.exists() for path in step.makes):
@@ -112,11 +112,9 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
-def _stamp(step: Step, before: str) -> str:
-    digest = hashlib.sha256("\0".join([before, *step.command]).encode())
-    for path in step.depends:
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+def _stamp(step: Step) -> str:
+    inputs = ["\0".join(step.command).encode(), *(path.read_bytes() for path in step.depends)]
+    return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in inputs)).hexdigest()
 
 
 def _holds(path: Path, text: str) -> bool:
@@ -188,7 +186,7 @@ def failure(command: Sequence[str], written: str) -> str:
     rank, else the last line."""
     lines = [line.strip() for line in written.splitlines() if line.strip()]
     script = next((word for word in command if word.endswith(".py")), "")
-    tool = script or command[command.index("-m") + 1].rpartition(".")[2]
+    tool = script or command[1].rpartition(".")[2]
     for wanted in (rf"{re.escape(tool)}: ", r"(\[rank\d+\]: ?)?[\w.]*(Error|Exception): \S"):
         found = next((line for line in lines if re.match(wanted, line)), None)
         if found:

@@ -174,3 +174,29 @@ def test_under_torchrun_one_rank_tells() -> None:
     assert len(told) == 1
     assert "--et-capacity 2.0" in told[0]
     assert result.returncode != 0
+
+
+def _help() -> str:
+    sys.argv = [str(ROOT / "pretrain_et.py"), "--help"]
+    with contextlib.redirect_stdout(io.StringIO()) as stdout, contextlib.suppress(SystemExit):
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    return stdout.getvalue()
+
+
+def test_help_lists_every_option() -> None:
+    [text] = run_ranks(_help, 1)
+    from dataclasses import fields
+
+    from megatron_ext.devices import activate
+
+    activate()
+    from megatron.core.transformer import TransformerConfig
+
+    from megatron_ext.config import ETConfig
+
+    ours = {f.name for f in fields(ETConfig)} - {f.name for f in fields(TransformerConfig)}
+    assert "router_type" in ours
+    for name in ours:
+        assert "--" + name.replace("_", "-") in text or "--no-" + name.replace("_", "-") in text
+    assert "--recipe" in text
+    assert "--tensor-model-parallel-size" in text
