@@ -146,7 +146,7 @@ def _flag(key: str, value: Any, parser: ArgumentParser, path: Path) -> list[str]
 
 
 def _print_help(parser: ArgumentParser) -> None:
-    """Print every flag; some of Megatron's help texts hold a percent sign that argparse trips on."""
+    """Print every flag; some of Megatron's texts hold a percent sign that argparse trips on."""
     for action in parser._actions:
         try:
             parser._get_formatter()._expand_help(action)
