@@ -3,8 +3,6 @@
 from argparse import Namespace
 from typing import Any
 
-import torch
-
 TINY = [
     *("--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "127"),
     *("--num-layers", "2", "--hidden-size", "32", "--num-attention-heads", "2"),
@@ -25,7 +23,7 @@ TINY = [
 """A decoder with one dense and one MoE layer; weights of both kinds of projections are not 0."""
 
 
-def start(*flags: str) -> tuple[Namespace, Any, list[torch.nn.Module]]:
+def start(*flags: str) -> tuple[Namespace, Any, list[Any]]:
     """Parse the flags, start Megatron on this rank and build the model, in training mode.
 
     Call it inside `run_ranks`, once a process: Megatron's state is global.
