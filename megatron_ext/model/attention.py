@@ -6,16 +6,22 @@ import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    get_cuda_rng_tracker,
+)
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
+
+from megatron_ext.sequence import sequence_positions
 
 
 class SDPAttention(torch.nn.Module):
     """Causal attention, also of a few new queries against a cache of earlier keys.
 
-    Megatron's local attention writes every score to memory; torch's kernels do not.
+    Megatron's local attention writes every score to memory; torch's kernels do not. Under context
+    parallelism, which Megatron's refuses, a rank gathers the keys and values of the others.
     """
 
     def __init__(
@@ -30,8 +36,8 @@ class SDPAttention(torch.nn.Module):
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         super().__init__()
-        if config.context_parallel_size > 1:
-            raise ValueError("--context-parallel-size above 1 needs Transformer Engine's attention")
+        assert pg_collection is not None
+        self.cp_group = pg_collection.cp
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.scale = softmax_scale
 
@@ -59,7 +65,10 @@ class SDPAttention(torch.nn.Module):
         assert packed_seq_params is None and attention_bias is None
         queries, keys = query.shape[0], key.shape[0]
         mask = None
-        if 1 < queries < keys:
+        if self.cp_group.size() > 1:
+            assert queries == keys, "no cache under context parallelism"
+            key, value, mask = self._gather(key, value)
+        elif 1 < queries < keys:
             mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
             mask = mask.tril(keys - queries)
         # Tensor-parallel ranks hold other heads and must drop other weights.
@@ -71,8 +80,24 @@ class SDPAttention(torch.nn.Module):
                 value.permute(1, 2, 0, 3),
                 attn_mask=mask,
                 dropout_p=dropout,
-                is_causal=queries == keys and queries > 1,
+                is_causal=mask is None and queries > 1,
                 scale=self.scale,
                 enable_gqa=query.shape[2] != key.shape[2],
             )  # [batch, heads, queries, head_dim]
         return context.permute(2, 0, 1, 3).flatten(2)
+
+    def _gather(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values of all context-parallel ranks, and which of them a query may see.
+
+        Returns:
+            keys and values `[ranks * keys, batch, kv_heads, head_dim]`, in the order of the ranks,
+            and bool `[queries, ranks * keys]`.
+        """
+        size, rank, length = self.cp_group.size(), self.cp_group.rank(), key.shape[0]
+        positions = [sequence_positions(length, r, size, key.device) for r in range(size)]
+        mask = positions[rank].unsqueeze(1) >= torch.cat(positions)
+        key, value = (
+            gather_from_sequence_parallel_region(x.contiguous(), group=self.cp_group)
+            for x in (key, value)
+        )
+        return key, value, mask

@@ -22,6 +22,7 @@ from megatron_ext.config import ETConfig
 from megatron_ext.moe.metrics import RoutingCounts
 from megatron_ext.moe.order_statistics import kth_largest, top_k_mask
 from megatron_ext.moe.thresholds import Thresholds, select_by_threshold
+from megatron_ext.sequence import sequence_positions
 
 GATES = {
     "sigmoid": torch.sigmoid,
@@ -134,12 +135,8 @@ class ThresholdRouter(Router):
         """
         dp_rank, cp_rank, tp_rank = self.ranks
         length = sequence * self.tp_size  # of the part of a sequence that a CP rank holds
-        index = torch.arange(sequence, device=device) + tp_rank * sequence
-        if self.cp_size > 1:  # a CP rank holds the chunks r and 2 cp - 1 - r of 2 cp
-            half = length // 2
-            second = index >= half
-            chunk = torch.where(second, 2 * self.cp_size - 1 - cp_rank, cp_rank)
-            index = chunk * half + index - half * second
+        index = sequence_positions(length, cp_rank, self.cp_size, device)
+        index = index[tp_rank * sequence : (tp_rank + 1) * sequence]
         sample = torch.arange(batch, device=device) + dp_rank * batch
         return (sample * (length * self.cp_size) + index.unsqueeze(1)).view(-1)
 

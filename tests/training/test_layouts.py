@@ -42,6 +42,8 @@ LAYOUTS: dict[str, tuple[int, int, tuple[str, ...]]] = {
     "EP 4": (4, 4, ("--expert-model-parallel-size", "4")),
     "TP 2, expert TP 2": (2, 1, TP2),
     "TP 2, EP 2": (2, 1, (*TP2, *EP2, "--expert-tensor-parallel-size", "1")),
+    "CP 2": (2, 1, ("--context-parallel-size", "2")),
+    "CP 2, TP 2, EP 2": (4, 1, ("--context-parallel-size", "2", *TP2, *EP2)),
     "PP 2": (2, 1, PP2),
     "PP 2, interleaved": (2, 1, (*PP2, "--num-layers-per-virtual-pipeline-stage", "1")),
     "TP 2, DP 2, EP 2": (4, 2, (*TP2, *EP2, "--use-distributed-optimizer")),
