@@ -142,7 +142,12 @@ class ThresholdRouter(Router):
 
 
 class TokenChoiceRouter(TopKRouter):
-    """Megatron's top-k router, counted like the others."""
+    """Megatron's top-k router, counted like the others.
+
+    Two slips of megatron-core 0.19.2 in loss-free balancing are mended, so that it is a fair
+    baseline: padding was refused for a missing dimension, and in bf16 the counts were rounded, so
+    that the bias could move the wrong way.
+    """
 
     def __init__(
         self,
@@ -160,7 +165,17 @@ class TokenChoiceRouter(TopKRouter):
         probs, routing_map = super().routing(logits, padding_mask)
         if self.training and torch.is_grad_enabled():
             with torch.no_grad():
-                self.counts.add(
-                    routing_map if padding_mask is None else routing_map[~padding_mask.view(-1)]
-                )
+                real = slice(None) if padding_mask is None else ~padding_mask.reshape(-1)
+                self.counts.add(routing_map[real])
         return probs, routing_map
+
+    def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
+        if padding_mask is not None:
+            routing_map = routing_map & ~padding_mask.reshape(-1, 1)
+        super()._apply_expert_bias(routing_map)
+
+    def _maintain_float32_expert_bias(self) -> None:
+        super()._maintain_float32_expert_bias()
+        counts = self.local_tokens_per_expert
+        if counts is not None and counts.dtype != torch.float32:
+            counts.data = counts.data.float()

@@ -293,3 +293,28 @@ def padding() -> None:
 
 def test_padding_is_neither_routed_nor_counted() -> None:
     run_ranks(padding, 1)
+
+
+# Token choice without a loss, where Megatron 0.19.2 slips
+
+
+def bias_counts() -> None:
+    _, _, model = megatron.start(
+        "--router-type", "token-choice", "--moe-router-load-balancing-type", "none", "--bf16",
+        "--moe-router-score-function", "sigmoid", "--moe-router-enable-expert-bias",
+    )  # fmt: skip
+    router = model[0].module.decoder.layers[1].mlp.router
+    hidden = torch.randn(32, 40, 32, generator=torch.Generator().manual_seed(8)).bfloat16()
+    mask = torch.zeros(32, 40, dtype=torch.bool)
+    mask[30:, ::2] = True
+    expected = torch.zeros(4)
+    for _ in range(3):  # counts past 256, where bf16 knows even numbers only
+        _, routing_map = router(hidden, mask)
+        expected += routing_map[~mask.reshape(-1)].sum(dim=0)
+    assert router.local_tokens_per_expert.dtype == torch.float32
+    assert expected.max() > 512
+    assert torch.equal(router.local_tokens_per_expert, expected)
+
+
+def test_loss_free_balancing_counts_every_token_once_and_no_padding() -> None:
+    run_ranks(bias_counts, 1)
