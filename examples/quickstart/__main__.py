@@ -199,7 +199,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("--output", default="runs/quickstart", metavar="DIR", help="default: %(default)s")
-    add("--ranks", type=int, choices=(1, 2), default=2, help="default: %(default)s")
+    add("--ranks", type=int, choices=(1, 2), help="default: 2, or 1 where there is one GPU")
     add("--train-iters", type=int, metavar="N", help="optimizer steps; default: the recipe's")
     options = parser.parse_args(argv)
     if options.train_iters is not None and options.train_iters < 1:
@@ -215,7 +215,9 @@ def main(argv: list[str] | None = None) -> int:
     start = time.monotonic()
     stop_on_signals()
     try:
-        steps = plan(run, options.ranks, options.train_iters, _gpus() >= options.ranks)
+        gpus = _gpus()
+        ranks = options.ranks or (1 if gpus == 1 else 2)
+        steps = plan(run, ranks, options.train_iters, on_gpus=gpus >= ranks)
         run_steps(steps, stamps)
     except Stopped as stopped:
         say("stopped; the same command goes on from here")
