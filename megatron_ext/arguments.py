@@ -1,5 +1,6 @@
 """The command line of `pretrain_et.py`: Megatron's flags, ours, and recipes."""
 
+import os
 import sys
 import traceback
 from argparse import ArgumentParser, Namespace
@@ -47,6 +48,7 @@ def parse_args(argv: Sequence[str]) -> tuple[Namespace, ETConfig]:
     args = parser.parse_args(argv)
     _check_before_megatron(args)
     argv = [*_run_dir_flags(args.run_dir), *argv]
+    _check_folders(parser.parse_args(argv))
     with mock.patch.object(sys, "argv", [sys.argv[0], *argv]):
         args = explained(lambda: parse_and_validate_args(extra_args_provider=add_arguments))
     args.vocab_size = get_tokenizer().vocab_size  # without padding
@@ -181,6 +183,20 @@ def _check_before_megatron(args: Namespace) -> None:
         raise UserError(
             "--tensor-model-parallel-size above 1 with experts needs --sequence-parallel"
         )
+
+
+def _check_folders(args: Namespace) -> None:
+    """Whether the run's folders can be made and written; nothing is made yet."""
+    for flag in ("run_dir", "save", "tensorboard_dir"):
+        folder = getattr(args, flag)
+        if folder is None:
+            continue
+        path = Path(folder).absolute()
+        existing = next(p for p in (path, *path.parents) if p.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+            option = "--" + flag.replace("_", "-")
+            why = "is not a folder" if not existing.is_dir() else "is not writable"
+            raise UserError(f"{option} {folder} cannot be written: {existing} {why}")
 
 
 def explained(call: Callable[[], Any]) -> Any:

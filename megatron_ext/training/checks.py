@@ -7,7 +7,6 @@ import os
 import platform
 import subprocess
 import sys
-import tempfile
 from argparse import Namespace
 from fractions import Fraction
 from pathlib import Path
@@ -26,7 +25,7 @@ _IDS_READ = 10_000_000
 
 
 def check_run(args: Namespace, config: ETConfig) -> Path | None:
-    """Check folders, data, pools and the checkpoint to resume from, and record the run.
+    """Check data, pools and the checkpoint to resume from, and record the run.
 
     Returns:
         the run directory, if there is one.
@@ -35,8 +34,6 @@ def check_run(args: Namespace, config: ETConfig) -> Path | None:
         UserError: what is wrong, naming the flag or file and the fix.
     """
     args.tokenizer_sha256 = _sha256(args.tokenizer_model)  # saved in checkpoints with the rest
-    for flag in ("run_dir", "save", "tensorboard_dir"):
-        _check_writable(flag, getattr(args, flag))
     if not args.mock_data:
         _check_data(args)
     if config.uses_thresholds:
@@ -46,20 +43,10 @@ def check_run(args: Namespace, config: ETConfig) -> Path | None:
     if args.run_dir is None:
         return None
     run_dir = Path(args.run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
     if args.rank == 0:
         _record(run_dir, args)
     return run_dir
-
-
-def _check_writable(flag: str, folder: str | None) -> None:
-    if folder is None:
-        return
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        option = "--" + flag.replace("_", "-")
-        raise UserError(f"{option} {folder} cannot be written: {error.strerror}") from error
 
 
 def _check_data(args: Namespace) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from megatron_ext.errors import UserError
+from tests.distributed import run_ranks
 from tests.inference.checkpoint import run_dir  # noqa: F401
 from tools import report
 from tools.report_picture import RoutedText, draw
@@ -139,7 +140,8 @@ def test_picture_of_a_text_with_line_ends_and_markup(tmp_path: Path) -> None:
 def test_report_of_a_real_run_routes_a_text(run_dir: Path, tmp_path: Path) -> None:  # noqa: F811
     text = tmp_path / "text.txt"
     text.write_text("ba kélo müni rasuté vozi ba")
-    report.main(["--run-dir", str(run_dir), "--text-file", str(text)])
+    # In a process of its own: this one may have Megatron without the device.
+    run_ranks(report.main, 1, ["--run-dir", str(run_dir), "--text-file", str(text)])
     assert is_png(run_dir / "report.png")
     page = (run_dir / "report.html").read_text()
     assert "Where experts go" in page and "layer 1: " in page and "layer 3: " in page
