@@ -149,6 +149,13 @@ def test_tokenizer_that_does_not_match_the_data(dataset: Path, tmp_path: Path) -
     assert "made with another tokenizer" in refusal([*flags, str(tokenizers[1])])
     assert "--tokenizer-model" in refusal([*flags, str(tmp_path / "no.model")])
 
+    run = [*flags, str(tokenizers[0]), "--run-dir", str(tmp_path / "run"), "--exit-interval", "1"]
+    trained = torchrun(["pretrain_et.py", *run], 1)
+    assert trained.returncode == 0, trained.stderr[-2000:]
+    (tmp_path / "text.json").unlink()  # without it nothing but the checkpoint tells
+    run[run.index(str(tokenizers[0]))] = str(tokenizers[1])
+    assert "was trained with another tokenizer" in refusal(run)
+
 
 def test_checkpoint_of_another_model(tmp_path: Path) -> None:
     run = [*TINY, "--run-dir", str(tmp_path)]
