@@ -6,6 +6,7 @@ Megatron's `pretrain` does the work; this file parses the command line, builds t
 configuration and ties the thresholds' end-of-step work to the trainer.
 """
 
+import signal
 import sys
 
 from megatron_ext.devices import activate
@@ -19,31 +20,41 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args  #
 from megatron_ext.arguments import parse_args  # noqa: E402
 from megatron_ext.errors import run_on_ranks  # noqa: E402
 from megatron_ext.model.gpt import gpt_model_config  # noqa: E402
+from megatron_ext.training.checkpoints import explain_failure, install_integrity  # noqa: E402
 from megatron_ext.training.checks import check_run  # noqa: E402
 from megatron_ext.training.data import forward_step, train_valid_test_datasets  # noqa: E402
+from megatron_ext.training.launch import Launch  # noqa: E402
 from megatron_ext.training.metrics import MetricLog, peak_flops  # noqa: E402
 from megatron_ext.training.step import RoutingStep, commit_after  # noqa: E402
+from megatron_ext.training.watchdog import Watchdog  # noqa: E402
 
 
 def main() -> None:
     args, config = parse_args(sys.argv[1:])
-    run_dir = check_run(args, config)
+    launch = Launch.join(args.rank, args.world_size, args.stall_timeout)
+    run_dir = check_run(args, config, launch)
 
     step = RoutingStep(config)
     config.finalize_model_grads_func = step.finalize_model_grads
+    watchdog = Watchdog(launch, args.stall_timeout, lambda: args.curr_iteration + 1)
     log = MetricLog(run_dir and run_dir / "metrics.jsonl", step, peak_flops(args))
-    training.train_step = log.time_step(commit_after(training.train_step, step))
+    training.train_step = watchdog.watch(log.time_step(commit_after(training.train_step, step)))
     training.training_log = log.training_log(training.training_log)
-    training.evaluate = log.evaluate(training.evaluate)
+    training.evaluate = watchdog.watch(log.evaluate(training.evaluate))
     training.evaluate_and_print_results = log.evaluate_and_print_results(
         training.evaluate_and_print_results
     )
+    training.save_checkpoint = explain_failure(training.save_checkpoint, args)
+    install_integrity()
+    # Schedulers warn of a time limit by SIGUSR1; Megatron saves and ends on SIGTERM.
+    signal.signal(signal.SIGUSR1, lambda *_: signal.raise_signal(args.exit_signal))
 
     training.pretrain(
         pretrain_cfg_container_from_args(args, gpt_model_config(args, config)),
         train_valid_test_datasets,
         ModelType.encoder_or_decoder,
-        forward_step,
+        watchdog.progress(forward_step),
+        store=launch.store,
     )
 
 

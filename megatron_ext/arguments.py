@@ -24,8 +24,11 @@ from megatron_ext.config import ETConfig
 from megatron_ext.devices import cpu_default_args, is_cpu_device
 from megatron_ext.errors import ToolParser, UserError
 
-# Megatron's mask is a square matrix a sample; attention here is causal by itself.
-_DEFAULTS = ["--no-create-attention-mask-in-dataloader"]
+_DEFAULTS = [
+    # Megatron's mask is a square matrix a sample; attention here is causal by itself.
+    "--no-create-attention-mask-in-dataloader",
+    "--exit-signal-handler",
+]
 
 
 def parse_args(argv: Sequence[str]) -> tuple[Namespace, ETConfig]:
@@ -52,6 +55,8 @@ def parse_args(argv: Sequence[str]) -> tuple[Namespace, ETConfig]:
     with mock.patch.object(sys, "argv", [sys.argv[0], *argv]):
         args = explained(lambda: parse_and_validate_args(extra_args_provider=add_arguments))
     args.vocab_size = get_tokenizer().vocab_size  # without padding
+    if args.stall_timeout is None:
+        args.stall_timeout = 0.9 * 60 * args.distributed_timeout_minutes
     config: ETConfig = explained(lambda: core_transformer_config_from_args(args, ETConfig))
     for name in ("moe_router_load_balancing_type", "moe_aux_loss_coeff", "moe_router_dtype"):
         setattr(args, name, getattr(config, name))  # the trainer's logs go by the arguments
@@ -75,6 +80,19 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
         help="Folder of the run: checkpoints/ (saved, and resumed from when there are any), "
         "tensorboard/, metrics.jsonl and run.json. --save, --load, --tensorboard-dir and "
         "--save-interval (1000) override the parts.",
+    )
+    group.add_argument(
+        "--allow-older-checkpoint",
+        action="store_true",
+        help="When the newest checkpoint is damaged, resume from the newest one that is whole.",
+    )
+    group.add_argument(
+        "--stall-timeout",
+        type=float,
+        metavar="SECONDS",
+        help="End the run, naming the rank that holds it up, when a rank is not there at the start "
+        "or none gets on in a step for so long. Default: nine tenths of "
+        "--distributed-timeout-minutes.",
     )
     group.add_argument(
         "--peak-tflops",
@@ -169,6 +187,8 @@ def _run_dir_flags(run_dir: str | None) -> list[str]:
 
 def _check_before_megatron(args: Namespace) -> None:
     """What Megatron would answer with a stack trace or a wrong guess."""
+    if args.stall_timeout is not None and args.stall_timeout <= 0:
+        raise UserError(f"--stall-timeout {args.stall_timeout:g} must be above 0 seconds")
     if args.num_experts and args.num_experts % args.expert_model_parallel_size:
         raise UserError(
             f"--num-experts {args.num_experts} is not divisible by "

@@ -1,14 +1,23 @@
-"""Finding and reading checkpoints, for training that resumes and for inference.
+"""Finding, checking and reading checkpoints, for training that resumes and for inference.
 
-Megatron is imported where it is needed, so that a wrong path is told at once.
+A checkpoint is valid whole or not at all: what Megatron's `integrity.json`, written last, says of
+its files must be so. Megatron is imported where it is needed, so that a wrong path is told at once.
 """
 
+import hashlib
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from megatron_ext.errors import UserError
+
+TRACKER = "latest_checkpointed_iteration.txt"
+"""Megatron's file beside the iterations; names the newest."""
+
+INTEGRITY_FILE = "integrity.json"
+"""Megatron's list of a checkpoint's files with their SHA-256, the last file to be written."""
 
 
 def find_checkpoint(path: str | os.PathLike[str]) -> Path:
@@ -22,7 +31,7 @@ def find_checkpoint(path: str | os.PathLike[str]) -> Path:
         raise UserError(f"{root} is not a folder: give a run directory or one of its checkpoints")
     if (root / "metadata.json").is_file() and (root / ".metadata").is_file():
         return root
-    trackers = [f / "latest_checkpointed_iteration.txt" for f in (root / "checkpoints", root)]
+    trackers = [f / TRACKER for f in (root / "checkpoints", root)]
     tracker = next((file for file in trackers if file.is_file()), None)
     if tracker is None:
         if root.name.startswith("iter_"):
@@ -36,6 +45,49 @@ def find_checkpoint(path: str | os.PathLike[str]) -> Path:
             "give the folder of an earlier iteration"
         )
     return folder
+
+
+def iterations(folder: Path) -> list[str]:
+    """Names of the iterations saved in a folder of checkpoints, whole or not, newest first."""
+    return sorted((f.name for f in folder.glob("iter_*") if f.name[5:].isdigit()), reverse=True)
+
+
+def file_digest(file: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def damage(checkpoint: Path, share: int = 0, shares: int = 1) -> str | None:
+    """What is wrong with the files of a checkpoint, or None.
+
+    Args:
+        checkpoint: the folder of one iteration.
+        share: only every `shares`-th file is read, from this one on, so that many ranks can read a
+            large checkpoint together. Whether all files are there is always checked.
+        shares: see `share`.
+    """
+    manifest = checkpoint / INTEGRITY_FILE
+    try:
+        digests: dict[str, str] = json.loads(manifest.read_text())["files"]
+    except FileNotFoundError:
+        return f"it has no {INTEGRITY_FILE}: its saving did not come to an end"
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"its {INTEGRITY_FILE} cannot be read"
+    for number, (name, digest) in enumerate(sorted(digests.items())):
+        file = checkpoint / name
+        if not file.is_file():
+            return f"its file {name} is missing"
+        try:
+            if number % shares == share and file_digest(file) != digest:
+                return f"its file {name} is not as it was saved"
+        except OSError as error:
+            return f"its file {name} cannot be read: {error.strerror}"
+    return None
 
 
 def read_common_state(checkpoint: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.arguments import add_megatron_arguments
 
 from megatron_ext.arguments import explained
-from megatron_ext.checkpoint import find_checkpoint, read_common_state, readable
+from megatron_ext.checkpoint import damage, find_checkpoint, read_common_state, readable
 from megatron_ext.config import ETConfig
 from megatron_ext.devices import cpu_default_args, is_cpu_device
 from megatron_ext.errors import UserError
@@ -103,6 +103,9 @@ def load_model(
             ranks or the model do not allow.
     """
     checkpoint = find_checkpoint(path)
+    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if problem := damage(checkpoint, rank, ranks):
+        raise UserError(f"{checkpoint} is incomplete or damaged: {problem}")
     state = read_common_state(checkpoint)
     args = state["args"]
     _adapt(args, layout or Layout(), dtype)

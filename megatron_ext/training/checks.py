@@ -16,30 +16,34 @@ import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.training.utils import get_blend_and_blend_per_split
 
-from megatron_ext.checkpoint import find_checkpoint, read_common_state
+from megatron_ext.checkpoint import read_common_state
 from megatron_ext.config import ETConfig
 from megatron_ext.errors import UserError
+from megatron_ext.training.checkpoints import choose_checkpoint
+from megatron_ext.training.launch import Launch
 
 # Token ids read from a dataset without a manifest, to see whether the vocabulary holds them.
 _IDS_READ = 10_000_000
 
 
-def check_run(args: Namespace, config: ETConfig) -> Path | None:
-    """Check data, pools and the checkpoint to resume from, and record the run.
+def check_run(args: Namespace, config: ETConfig, launch: Launch) -> Path | None:
+    """Check flags, data, pools and the checkpoint to resume from, and record the run.
 
     Returns:
         the run directory, if there is one.
 
     Raises:
-        UserError: what is wrong, naming the flag or file and the fix.
+        UserError: what is wrong, naming the flag or file and the fix, on every rank.
     """
     args.tokenizer_sha256 = _sha256(args.tokenizer_model)  # saved in checkpoints with the rest
-    if not args.mock_data:
-        _check_data(args)
-    if config.uses_thresholds:
-        _check_pools(args, config)
-    if args.load is not None:
-        _check_checkpoint(args, config)
+    settings = launch.share("settings", _settings(args))
+    launch.agree("flags", lambda: _check_same_settings(settings, args))
+    launch.agree("inputs", lambda: _check_inputs(args, config))
+    checkpoint = choose_checkpoint(args, launch) if args.load is not None else None
+    if checkpoint is not None and launch.rank == 0:
+        launch.agree("checkpoint", lambda: _check_checkpoint(checkpoint, args, config))
+    else:
+        launch.agree("checkpoint", lambda: None)
     if args.run_dir is None:
         return None
     run_dir = Path(args.run_dir)
@@ -47,6 +51,34 @@ def check_run(args: Namespace, config: ETConfig) -> Path | None:
     if args.rank == 0:
         _record(run_dir, args)
     return run_dir
+
+
+def _settings(args: Namespace) -> dict[str, Any]:
+    """Everything that all ranks must have the same."""
+    settings = {
+        name: _plain(value)
+        for name, value in sorted(vars(args).items())
+        if name not in ("rank", "local_rank")
+    }
+    return json.loads(json.dumps(settings | _versions()))
+
+
+def _check_same_settings(rank_0: dict[str, Any], args: Namespace) -> None:
+    here = _settings(args)
+    for name in sorted(rank_0.keys() | here.keys()):
+        if rank_0.get(name) != here.get(name):
+            raise UserError(
+                f"rank {args.rank} on {platform.node()} was started with {name} = "
+                f"{here.get(name)} and rank 0 with {rank_0.get(name)}: start all ranks alike"
+            )
+
+
+def _check_inputs(args: Namespace, config: ETConfig) -> None:
+    """Data, once on each node, for it is read there; and pools."""
+    if not args.mock_data and args.local_rank == 0:
+        _check_data(args)
+    if config.uses_thresholds:
+        _check_pools(args, config)
 
 
 def _check_data(args: Namespace) -> None:
@@ -68,7 +100,7 @@ def _check_dataset(prefix: str, args: Namespace) -> None:
         if file.stat().st_size == 0:
             raise UserError(f"dataset file {file} is empty: make it again with preprocess_data")
     try:
-        dataset = IndexedDataset(prefix)
+        dataset = _Dataset(prefix)
     except Exception as error:
         raise UserError(
             f"dataset index {files['idx']} is damaged: make it again with preprocess_data"
@@ -86,6 +118,12 @@ def _check_dataset(prefix: str, args: Namespace) -> None:
             f"{args.seq_length} needs"
         )
     _check_tokenizer(prefix, files["bin"], dataset.index.dtype, args)
+
+
+class _Dataset(IndexedDataset):
+    def __del__(self) -> None:
+        if hasattr(self, "index"):  # else it failed to open, and Megatron's prints that again
+            super().__del__()
 
 
 def _check_tokenizer(prefix: str, data: Path, dtype: Any, args: Namespace) -> None:
@@ -151,15 +189,26 @@ _SAME_IN_CHECKPOINT = (
     "et_embedding_norm",
     "et_logit_softcap",
 )
+# What Megatron's learning rate schedule insists on, unless one of the flags says which one counts.
+_SAME_SCHEDULE = (
+    "train_iters",
+    "global_batch_size",
+    "lr",
+    "min_lr",
+    "lr_decay_style",
+    "lr_decay_iters",
+    "lr_warmup_iters",
+    "lr_warmup_fraction",
+    "start_weight_decay",
+    "end_weight_decay",
+    "weight_decay_incr_style",
+)
 # What thresholds of a checkpoint depend on.
 _SAME_WITH_THRESHOLDS = ("et_ema_decay", "et_gate")
 
 
-def _check_checkpoint(args: Namespace, config: ETConfig) -> None:
+def _check_checkpoint(checkpoint: Path, args: Namespace, config: ETConfig) -> None:
     """Compare the flags with those of the checkpoint that training would resume from."""
-    if not Path(args.load, "latest_checkpointed_iteration.txt").is_file():
-        return
-    checkpoint = find_checkpoint(args.load)
     saved = read_common_state(checkpoint)["args"]
     threshold_routers = ("expert-threshold", "expert-choice")
     had_thresholds = saved.num_experts is not None and saved.router_type in threshold_routers
@@ -176,6 +225,15 @@ def _check_checkpoint(args: Namespace, config: ETConfig) -> None:
                 f"{checkpoint} was trained with {name} = {there}, but the flags say {here}: make "
                 "them equal, or choose another --run-dir or --load"
             )
+    if not (args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler):
+        for name in _SAME_SCHEDULE:
+            here, there = (_scheduled(a, name) for a in (args, saved))
+            if here != there:
+                raise UserError(
+                    f"{checkpoint} was trained with {name} = {there}, but the flags say {here}: "
+                    "give --override-opt-param-scheduler to go on by the flags, or "
+                    "--use-checkpoint-opt-param-scheduler to keep the checkpoint's schedule"
+                )
     if config.uses_thresholds and config.mean_experts != _mean_experts(saved):
         raise UserError(
             f"{checkpoint} was trained with {float(_mean_experts(saved)):g} experts a token on "
@@ -194,6 +252,11 @@ def _shape(args: Namespace, name: str) -> Any:
     return getattr(args, name, None)
 
 
+def _scheduled(args: Namespace, name: str) -> Any:
+    value = getattr(args, name, None)
+    return args.train_iters if name == "lr_decay_iters" and value is None else value
+
+
 def _mean_experts(args: Namespace) -> Fraction:
     mean = args.moe_router_topk if args.et_mean_experts is None else args.et_mean_experts
     return Fraction(str(mean))
@@ -209,12 +272,10 @@ def _record(run_dir: Path, args: Namespace) -> None:
     """Write `run.json`: every command that worked on this run, and the latest's settings."""
     path = run_dir / "run.json"
     earlier = json.loads(path.read_text())["commands"] if path.is_file() else []
-    packages = ("torch", "megatron-core", "transformer-engine", "numpy")
     record = {
         "commands": [*earlier, " ".join(sys.argv)],
         "commit": _commit(),
-        "versions": {"python": platform.python_version()}
-        | {name: version for name in packages if (version := _version(name))},
+        "versions": _versions(),
         "world_size": args.world_size,
         "settings": {name: _plain(value) for name, value in sorted(vars(args).items())},
     }
@@ -225,6 +286,12 @@ def _record(run_dir: Path, args: Namespace) -> None:
 
 def _plain(value: Any) -> Any:
     return value if isinstance(value, str | int | float | bool | list | None) else str(value)
+
+
+def _versions() -> dict[str, str]:
+    packages = ("torch", "megatron-core", "transformer-engine", "numpy")
+    found = {name: version for name in packages if (version := _version(name))}
+    return {"python": platform.python_version(), **found}
 
 
 def _version(package: str) -> str | None:

@@ -172,7 +172,7 @@ def test_checkpoint_of_another_model(tmp_path: Path) -> None:
         assert said in refusal([*run, *flags])
     newest = next((tmp_path / "checkpoints").glob("iter_*"))
     (newest / ".metadata").unlink()
-    assert "missing or incomplete" in refusal(run)
+    assert "is damaged: its file .metadata is missing" in refusal(run)
 
 
 def test_under_torchrun_one_rank_tells() -> None:

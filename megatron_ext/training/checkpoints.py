@@ -1,0 +1,165 @@
+"""Checkpoints of a run that are whole or not at all: chosen, written and, if that fails, removed.
+
+Megatron's `--verify-integrity` hashes and checks every file on rank 0. Here the ranks share that
+work, the check comes before anything is set up, and an older checkpoint can stand in.
+"""
+
+import json
+import os
+import shutil
+from argparse import Namespace
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_ext.checkpoint import INTEGRITY_FILE, TRACKER, damage, file_digest, iterations
+from megatron_ext.errors import UserError
+from megatron_ext.training.launch import Launch
+
+
+def choose_checkpoint(args: Namespace, launch: Launch) -> Path | None:
+    """The checkpoint under `--load` that training resumes from, or None to start anew.
+
+    It is the newest, or that of `--ckpt-step`, and every file of it is as it was saved. With
+    `--allow-older-checkpoint` the newest one that is whole; then `args.ckpt_step` names it.
+
+    Raises:
+        UserError: naming the damaged file, on every rank.
+    """
+    folder = Path(args.load)
+    launch.agree("tracker", lambda: _mend_tracker(folder) if launch.rank == 0 else None)
+    candidates = launch.share("checkpoints", _candidates(folder, args.ckpt_step))
+    if not candidates:
+        return None
+    newest, *older = candidates
+    problem = launch.first_problem(newest, damage(folder / newest, launch.rank, launch.size))
+    if problem is None:
+        return folder / newest
+    told = f"{folder / newest} is damaged: {problem}"
+    if not args.allow_older_checkpoint:
+        raise UserError(
+            f"{told}; give --allow-older-checkpoint to resume from the newest one that is whole"
+        )
+    for name in older:
+        if not launch.first_problem(name, damage(folder / name, launch.rank, launch.size)):
+            if launch.rank == 0:
+                print(f"{told}; resuming from {folder / name}", flush=True)
+            args.ckpt_step = int(name.removeprefix("iter_"))
+            return folder / name
+    raise UserError(f"{told}, and no older checkpoint beside it is whole: use another folder")
+
+
+def _candidates(folder: Path, step: int | None) -> list[str]:
+    """Names of checkpoints to resume from, the best first."""
+    tracker = folder / TRACKER
+    if step is not None:
+        newest = f"iter_{step:07d}"
+    elif not tracker.is_file():
+        return []
+    else:
+        newest = _tracked(tracker) or ""
+    return [newest, *(name for name in iterations(folder) if name < newest)]
+
+
+def _tracked(tracker: Path) -> str | None:
+    text = tracker.read_text().strip()
+    return f"iter_{int(text):07d}" if text.isdigit() else "release" if text == "release" else None
+
+
+def _mend_tracker(folder: Path) -> None:
+    """Name the newest complete checkpoint where a run was killed before or while doing so."""
+    tracker = folder / TRACKER
+    if tracker.is_file() and _tracked(tracker):
+        return
+    complete = [name for name in iterations(folder) if (folder / name / INTEGRITY_FILE).is_file()]
+    if complete:
+        write_atomically(tracker, str(int(complete[0].removeprefix("iter_"))))
+    elif tracker.is_file():
+        raise UserError(f"{tracker} is damaged and no checkpoint beside it is whole: remove it")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file that is there with all of `text` or not at all.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def install_integrity() -> None:
+    """Have Megatron end every checkpoint with its list of digests, made by all ranks together."""
+    save = dist_checkpointing.save
+
+    @wraps(save)
+    def save_whole(state: Any, checkpoint_dir: str, *args: Any, **kwargs: Any) -> Any:
+        folder = Path(checkpoint_dir)
+        if dist.get_rank() == 0:  # what an interrupted save of this iteration left
+            for file in folder.iterdir():
+                file.unlink()
+        dist.barrier()
+        request = save(state, checkpoint_dir, *args, **kwargs)
+        if request is None:
+            _write_digests(folder)
+        else:  # asynchronous: after the files, before the tracker
+            request.finalize_fns.append(lambda: _write_digests(folder))
+        return request
+
+    dist_checkpointing.save = save_whole
+
+
+def _write_digests(folder: Path) -> None:
+    """Hash the files of a checkpoint, each rank its share, and list them in Megatron's format.
+
+    Raises:
+        UserError: on every rank, when a file cannot be read or the list not be written.
+    """
+    rank, size = dist.get_rank(), dist.get_world_size()
+    names = [sorted(file.name for file in folder.iterdir())] if rank == 0 else [[]]
+    dist.broadcast_object_list(names, src=0)  # a network file system may show others a later list
+    shares: list[Any] = [None] * size
+    try:
+        mine: Any = {name: file_digest(folder / name) for name in names[0][rank::size]}
+    except OSError as error:
+        mine = f"{error.filename} cannot be read: {error.strerror}"
+    dist.all_gather_object(shares, mine)
+    problem = [next((share for share in shares if isinstance(share, str)), None)]
+    if rank == 0 and problem[0] is None:
+        digests = {name: digest for share in shares for name, digest in share.items()}
+        manifest = {"algorithm": "sha256", "files": digests}
+        try:
+            write_atomically(folder / INTEGRITY_FILE, json.dumps(manifest, indent=1) + "\n")
+        except UserError as error:
+            problem = [str(error)]
+    dist.broadcast_object_list(problem, src=0)
+    if problem[0] is not None:
+        raise UserError(problem[0])
+
+
+def explain_failure(save_checkpoint: Callable[..., None], args: Namespace) -> Callable[..., None]:
+    """Megatron's `save_checkpoint`, which leaves nothing half written and says why it failed."""
+
+    @wraps(save_checkpoint)
+    def explained(iteration: int, *rest: Any, **kwargs: Any) -> None:
+        try:
+            save_checkpoint(iteration, *rest, **kwargs)
+        except (Exception, CheckpointException) as error:
+            folder = Path(args.save, f"iter_{iteration:07d}")
+            shutil.rmtree(folder, ignore_errors=True)
+            reason = str(error).strip().splitlines()[-1] if str(error).strip() else repr(error)
+            raise UserError(
+                f"checkpoint {folder} could not be saved: {reason}; earlier checkpoints are whole, "
+                "the same command resumes from the newest"
+            ) from error
+
+    return explained

@@ -1,0 +1,129 @@
+"""What the ranks of a launch tell each other through its store, before and beside collectives.
+
+The store is the one that torchrun, or rank 0, serves at MASTER_ADDR:MASTER_PORT. It works before
+there is a process group and while collectives hang, so a rank that is late, was started with other
+flags or found something wrong is named to all.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_ext.errors import UserError
+
+
+class Launch:
+    """The ranks that were started together.
+
+    Attributes:
+        store: shared by all ranks, None when there is one. Its keys belong to this attempt of
+            torchrun alone.
+        rank: of this process.
+        size: number of ranks.
+    """
+
+    def __init__(self, store: dist.Store | None, rank: int, size: int, timeout: float) -> None:
+        """See :meth:`join`."""
+        self.store, self.rank, self.size, self.timeout = store, rank, size, timeout
+
+    @classmethod
+    def join(cls, rank: int, size: int, timeout: float) -> "Launch":
+        """Connect to the store of this launch.
+
+        Args:
+            rank: of this process.
+            size: number of ranks.
+            timeout: seconds to wait for any other rank.
+
+        Raises:
+            UserError: the store does not answer in time.
+        """
+        if size == 1:
+            return cls(None, 0, 1, timeout)
+        try:
+            store, _, _ = next(
+                dist.rendezvous("env://", rank, size, timeout=timedelta(seconds=timeout))
+            )
+        except (dist.DistNetworkError, dist.DistStoreError) as error:
+            address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise UserError(
+                f"rank {rank} cannot reach the launch's store at {address} within {timeout:g} s: "
+                "see that rank 0 was started and that the address is right"
+            ) from error
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return cls(dist.PrefixStore(f"launch/{attempt}", store), rank, size, timeout)
+
+    def agree(self, topic: str, check: Callable[[], None]) -> None:
+        """Go on only when `check` raises no UserError on any rank.
+
+        Args:
+            topic: a name that every rank uses once, in the same order.
+            check: what this rank looks at; may be another function on each.
+
+        Raises:
+            UserError: the first rank's, or one that names the ranks that did not say anything in
+                time; the same on every rank.
+        """
+        problem = None
+        try:
+            check()
+        except UserError as error:
+            problem = str(error)
+        if problem := self.first_problem(topic, problem):
+            raise UserError(problem)
+
+    def first_problem(self, topic: str, problem: str | None) -> str | None:
+        """The problem of the first rank that has one, on every rank; see :meth:`agree`."""
+        if self.store is None:
+            return problem
+        if self.rank == 0:
+            problem = self._collect(topic, problem)
+            self.store.set(f"{topic}/verdict", problem or "")
+            return problem
+        self.store.set(f"{topic}/{self.rank}", problem or "")
+        return self._wait(f"{topic}/verdict") or None
+
+    def share(self, topic: str, value: Any) -> Any:
+        """Rank 0's `value`, which must be plain data, on every rank."""
+        if self.store is None:
+            return value
+        if self.rank == 0:
+            self.store.set(topic, json.dumps(value))
+        return json.loads(self._wait(topic))
+
+    def _collect(self, topic: str, problem: str | None) -> str | None:
+        """Rank 0's verdict on what the ranks say; it stops waiting for the rest at a problem."""
+        assert self.store is not None
+        deadline = time.monotonic() + self.timeout
+        waiting = set(range(1, self.size))
+        while waiting and not problem and time.monotonic() < deadline:
+            for rank in sorted(waiting):
+                if self.store.check([f"{topic}/{rank}"]):
+                    waiting.discard(rank)
+                    problem = problem or self.store.get(f"{topic}/{rank}").decode() or None
+            if waiting:
+                time.sleep(0.02)
+        if waiting and not problem:
+            late = ", ".join(map(str, sorted(waiting)[:8])) + (", ..." if len(waiting) > 8 else "")
+            problem = (
+                f"of {self.size} ranks these did not get ready within {self.timeout:g} s "
+                f"({topic}): {late}; see what holds them up, or raise --stall-timeout"
+            )
+        return problem
+
+    def _wait(self, key: str) -> str:
+        assert self.store is not None
+        try:
+            # Rank 0 may itself wait the whole time for another.
+            self.store.wait([key], timedelta(seconds=2 * self.timeout))
+        except dist.DistError as error:
+            raise UserError(
+                f"rank {self.rank} has heard nothing from rank 0 for {2 * self.timeout:g} s: see "
+                "what holds it up, or raise --stall-timeout"
+            ) from error
+        return self.store.get(key).decode()

@@ -1,0 +1,137 @@
+"""A run in which no rank gets on is ended, and the rank that holds it up is named.
+
+Collectives that hang end in a timeout that tells who waited, not for whom. Here each rank watches
+itself. The first that has not got on for too long calls all others through the launch's store;
+each answers where it stands, and who stands in no collective, or does not answer, is the one.
+"""
+
+import json
+import os
+import platform
+import sys
+import threading
+import time
+from collections.abc import Callable
+from functools import wraps
+from types import FrameType
+from typing import Any
+
+from megatron_ext.training.launch import Launch
+
+# Where a rank stands that waits for others.
+_WAITING = ("torch/distributed/", "torch/cuda/", "megatron_ext/devices/gloo.py")
+
+
+class Watchdog:
+    """Watches this rank's steps.
+
+    Args:
+        launch: the ranks of the run.
+        timeout: seconds without progress after which the run is ended.
+        step: tells the number of the step that runs.
+    """
+
+    def __init__(self, launch: Launch, timeout: float, step: Callable[[], int]) -> None:
+        self.launch, self.timeout, self.step = launch, timeout, step
+        self._last: float | None = None  # None outside of steps, where nothing is watched
+        self._main = threading.main_thread().ident
+        # A store serves one thread at a time, and the main thread may wait in it.
+        self._store = None if launch.store is None else launch.store.clone()  # type: ignore[attr-defined]
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    def watch(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, watched while it runs."""
+
+        @wraps(function)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            self._last = time.monotonic()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._last = None
+
+        return watched
+
+    def progress(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, every call of which shows that this rank gets on."""
+
+        @wraps(function)
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            if self._last is not None:
+                self._last = time.monotonic()
+            return function(*args, **kwargs)
+
+        return noted
+
+    def _watch(self) -> None:
+        pause = min(5.0, self.timeout / 10)
+        while True:
+            time.sleep(pause)
+            last = self._last
+            stalled = last is not None and time.monotonic() - last > self.timeout
+            try:
+                if stalled or (self._store is not None and self._store.check(["stall"])):
+                    self._end(2 * pause + 1)
+            except RuntimeError as error:  # the store has gone, with the node that serves it
+                if stalled:
+                    self._say(
+                        f"rank {self.launch.rank} stands in {self._place()[0]}, and the "
+                        f"launch's store does not answer: {str(error).splitlines()[0]}"
+                    )
+                    os._exit(1)
+
+    def _end(self, patience: float) -> None:
+        """Answer the call, let one rank tell what all answered, and leave."""
+        place, waits = self._place()
+        if self._store is None:
+            self._say(f"rank 0 stands in {place}")
+            os._exit(1)
+        self._store.set("stall", "")
+        answer = {"place": place, "waits": waits, "node": platform.node()}
+        self._store.set(f"stall/{self.launch.rank}", json.dumps(answer))
+        if self._store.add("stall/teller", 1) == 1:
+            time.sleep(patience)
+            self._tell()
+            self._store.set("stall/told", "")
+        else:
+            deadline = time.monotonic() + 2 * patience
+            while time.monotonic() < deadline and not self._store.check(["stall/told"]):
+                time.sleep(0.1)
+        os._exit(1)
+
+    def _tell(self) -> None:
+        assert self._store is not None
+        holding: list[str] = []
+        waiting: list[str] = []
+        for rank in range(self.launch.size):
+            if not self._store.check([f"stall/{rank}"]):
+                holding.append(f"rank {rank} does not answer: it is stopped, or its node cut off")
+                continue
+            answer = json.loads(self._store.get(f"stall/{rank}"))
+            told = f"rank {rank} on {answer['node']} stands in {answer['place']}"
+            (waiting if answer["waits"] else holding).append(told)
+        if not holding:
+            self._say("every rank waits in a collective; " + "; ".join(waiting[:8]))
+        else:
+            rest = f"; {len(waiting)} others wait, {waiting[0]}" if waiting else ""
+            self._say("; ".join(holding[:8]) + rest)
+
+    def _say(self, what: str) -> None:
+        name = os.path.basename(sys.argv[0])
+        print(
+            f"{name}: no progress for {self.timeout:g} s in step {self.step()}: {what}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def _place(self) -> tuple[str, bool]:
+        """Where the main thread stands outside of libraries, and whether it waits for others."""
+        frame: FrameType | None = sys._current_frames()[self._main or 0]
+        waits, depth = False, 0
+        while frame is not None:
+            file = frame.f_code.co_filename
+            waits |= depth < 4 and any(part in file for part in _WAITING)
+            if "site-packages" not in file and "megatron_ext/devices/" not in file:
+                return f"{os.path.relpath(file)}:{frame.f_lineno} ({frame.f_code.co_name})", waits
+            frame, depth = frame.f_back, depth + 1
+        return "no function of this project", waits
