@@ -69,7 +69,8 @@ def _first_on_node() -> bool:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return True
     launcher = psutil.Process(os.getppid())
-    launch = f"{launcher.pid}-{launcher.create_time():.2f}"
+    port = os.environ.get("MASTER_PORT")
+    launch = f"{launcher.pid}-{launcher.create_time():.2f}-{port}"
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     try:
         Path(tempfile.gettempdir(), f"pretrain_et-error-{launch}-{restart}").touch(exist_ok=False)

@@ -155,11 +155,14 @@ def explain_failure(save_checkpoint: Callable[..., None], args: Namespace) -> Ca
             save_checkpoint(iteration, *rest, **kwargs)
         except (Exception, CheckpointException) as error:
             folder = Path(args.save, f"iter_{iteration:07d}")
-            shutil.rmtree(folder, ignore_errors=True)
-            reason = str(error).strip().splitlines()[-1] if str(error).strip() else repr(error)
+            free = shutil.disk_usage(args.save).free / 1e6
+            if not (folder / INTEGRITY_FILE).exists():  # else it is whole
+                shutil.rmtree(folder, ignore_errors=True)
+            reason = (str(error).strip() or repr(error)).splitlines()[-1]
             raise UserError(
-                f"checkpoint {folder} could not be saved: {reason}; earlier checkpoints are whole, "
-                "the same command resumes from the newest"
+                f"checkpoint {folder} could not be saved, with {free:,.1f} MB free in "
+                f"{args.save}: {reason}; earlier ones are whole, and the same command resumes from "
+                "the newest"
             ) from error
 
     return explained

@@ -20,6 +20,7 @@ from megatron_ext.training.launch import Launch
 
 # Where a rank stands that waits for others.
 _WAITING = ("torch/distributed/", "torch/cuda/", "megatron_ext/devices/gloo.py")
+_LIBRARIES = ("site-packages/", "lib/python", "megatron_ext/devices/")
 
 
 class Watchdog:
@@ -131,7 +132,7 @@ class Watchdog:
         while frame is not None:
             file = frame.f_code.co_filename
             waits |= depth < 4 and any(part in file for part in _WAITING)
-            if "site-packages" not in file and "megatron_ext/devices/" not in file:
+            if not any(part in file for part in _LIBRARIES):
                 return f"{os.path.relpath(file)}:{frame.f_lineno} ({frame.f_code.co_name})", waits
             frame, depth = frame.f_back, depth + 1
         return "no function of this project", waits

@@ -1,0 +1,120 @@
+"""`pretrain_et.py` with things going wrong, for tests of what becomes of the run.
+
+The environment variable FAULTS says what: `name:rank:step` for each attempt of torchrun, separated
+by commas. A name is that of a function below; the fault befalls that rank in that training step.
+"""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.distributed import DistributedDataParallel
+from megatron.training import checkpointing, get_args, training
+
+import pretrain_et  # activates the device
+from megatron_ext.errors import run_on_ranks
+from megatron_ext.training import step
+
+
+def before(owner: Any, name: str, at: int, fault: Callable[..., None]) -> None:
+    """Call `fault` before the first call of a function in step `at`."""
+    function, done = getattr(owner, name), False
+
+    def faulty(*args: Any, **kwargs: Any) -> Any:
+        nonlocal done
+        if not done and get_args().curr_iteration + 1 == at:
+            done = True
+            fault(*args)
+        return function(*args, **kwargs)
+
+    setattr(owner, name, faulty)
+
+
+def kill(*_: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed_in_forward(at: int) -> None:
+    before(pretrain_et, "forward_step", at, kill)
+
+
+def hung_in_forward(at: int) -> None:
+    before(pretrain_et, "forward_step", at, lambda *_: time.sleep(600))
+
+
+def stopped_in_forward(at: int) -> None:
+    """As a machine does that freezes."""
+    before(pretrain_et, "forward_step", at, lambda *_: os.kill(os.getpid(), signal.SIGSTOP))
+
+
+def killed_in_cutoff_collective(at: int) -> None:
+    before(step, "kth_largest", at, kill)
+
+
+def when_saving(at: int, arm: Callable[[], None]) -> None:
+    """Call `arm` before iteration `at` is saved."""
+    save = training.save_checkpoint
+
+    def armed(iteration: int, *args: Any, **kwargs: Any) -> None:
+        if iteration == at:
+            arm()
+        save(iteration, *args, **kwargs)
+
+    training.save_checkpoint = armed
+
+
+def killed_while_saving(at: int) -> None:
+    rank = os.getpid()
+
+    def torn(*_: Any) -> None:  # in the process that writes the file
+        os.kill(rank, signal.SIGKILL)
+        os._exit(1)
+
+    when_saving(at, lambda: setattr(filesystem_async, "_write_item", torn))
+
+
+def killed_before_tracker(at: int) -> None:
+    """The files are whole, but nothing names them the newest yet."""
+    when_saving(at, lambda: setattr(checkpointing, "get_checkpoint_tracker_filename", kill))
+
+
+def nan_in_gradient(at: int) -> None:
+    def poison(model: torch.nn.Module, *_: Any) -> None:
+        gradient: Any = next(p for p in model.parameters() if p.requires_grad)
+        gradient.main_grad.fill_(torch.nan)
+
+    before(DistributedDataParallel, "finish_grad_sync", at, poison)
+
+
+def other_flags(at: int) -> None:
+    sys.argv += ["--lr", "0.5"]
+
+
+def late(seconds: int) -> None:
+    time.sleep(seconds)
+
+
+def slow(at: int) -> None:
+    """Every step takes long enough for a test to act."""
+    train_step = training.train_step
+
+    def slowed(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(0.5)
+        return train_step(*args, **kwargs)
+
+    training.train_step = slowed
+
+
+if __name__ == "__main__":
+    faults = os.environ.get("FAULTS", "").split(",")
+    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if attempt < len(faults) and faults[attempt]:
+        name, rank, at = faults[attempt].split(":")
+        if os.environ["RANK"] == rank:
+            globals()[name](int(at))
+    run_on_ranks(pretrain_et.main)

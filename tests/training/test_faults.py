@@ -1,0 +1,241 @@
+"""What becomes of a run when something breaks: nothing is lost, and who or what it was is told."""
+
+import contextlib
+import io
+import json
+import os
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_ext.checkpoint import damage
+from tests.distributed import ROOT, run_ranks, torchrun
+from tests.megatron import TINY
+
+STEPS = 14
+SAME = [*TINY, "--train-iters", str(STEPS), "--save-interval", "2"]
+SPEED = ("tokens_per_s", "flops_per_device", "mfu")
+
+
+def start(flags: list[str], of_rank: dict[int, list[str]], delay: dict[int, float]) -> Any:
+    """Run `pretrain_et.py` on this rank; its exit code and stderr."""
+    rank = int(os.environ["RANK"])
+    time.sleep(delay.get(rank, 0))
+    sys.argv = [str(ROOT / "pretrain_et.py"), *flags, *of_rank.get(rank, [])]
+    stdout, stderr = io.StringIO(), io.StringIO()
+    code: Any = 0
+    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        except SystemExit as end:
+            code = end.code
+    return int(code or 0), stderr.getvalue()
+
+
+def start_and_signal(flags: list[str], signals: dict[int, list[int]], step: int) -> Any:
+    """As `start`; in `step` each rank of `signals` gets its signals."""
+    from megatron.training import training
+
+    train_step, steps = training.train_step, 0
+    mine = signals.get(int(os.environ["RANK"]), [])
+
+    def signalled(*args: Any, **kwargs: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == step:
+            for number in mine:
+                signal.raise_signal(number)
+        return train_step(*args, **kwargs)
+
+    training.train_step = signalled
+    return start(flags, {}, {})
+
+
+def train(flags: list[str]) -> None:
+    """Run `pretrain_et.py` on two ranks to its end."""
+    ended = run_ranks(start, 2, flags, {}, {})
+    assert [code for code, _ in ended] == [0, 0], ended
+
+
+def rows(run_dir: Path) -> list[dict[str, Any]]:
+    """The training rows of a run without what depends on the clock."""
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    found = [json.loads(line) for line in lines]
+    return [{k: v for k, v in row.items() if k not in SPEED} for row in found if "loss" in row]
+
+
+def whole_checkpoints(run_dir: Path) -> list[str]:
+    """Iterations under a run directory; all must be whole."""
+    folders = sorted((run_dir / "checkpoints").glob("iter_*"))
+    assert [damage(folder) for folder in folders] == [None] * len(folders)
+    return [folder.name for folder in folders]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The rows of a run on two ranks that nothing happened to."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    train([*SAME, "--run-dir", str(folder)])
+    found = rows(folder)
+    assert [row["step"] for row in found] == list(range(1, STEPS + 1))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_torchrun_restarts_a_run_after_every_kind_of_death(
+    undisturbed: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    faults = {
+        "killed_in_forward:1:4": "exitcode: -9",
+        "killed_in_cutoff_collective:1:5": "exitcode: -9",
+        "killed_while_saving:0:6": "exitcode: -9",
+        "killed_before_tracker:0:6": "exitcode: -9",
+        "nan_in_gradient:1:8": "Unexpected result nan on rank 1",
+        "hung_in_forward:1:9": "in step 9: rank 1 on ",
+        "stopped_in_forward:0:11": "in step 11: rank 0 does not answer",
+    }
+    result = torchrun(
+        [
+            *("--max-restarts", str(len(faults)), "--shutdown-timeout", "1"),
+            *("tests/training/faulty_pretrain.py", *SAME, "--run-dir", str(tmp_path)),
+            *("--stall-timeout", "10"),
+        ],
+        nproc=2,
+        env={"FAULTS": ",".join(faults), "PYTHONPATH": str(ROOT)},
+        timeout=550,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert result.stderr.count("failed (exitcode") == len(faults)
+    for said in faults.values():
+        assert said in result.stderr
+    assert rows(tmp_path) == undisturbed
+    assert whole_checkpoints(tmp_path) == [f"iter_{i:07d}" for i in range(2, STEPS + 1, 2)]
+
+
+def test_ranks_started_unlike_or_not_at_all_are_named_before_training(tmp_path: Path) -> None:
+    flags = [*SAME, "--run-dir", str(tmp_path / "run"), "--stall-timeout", "4"]
+    ended = run_ranks(start, 2, flags, {1: ["--lr", "0.5"]}, {})
+    assert [code for code, _ in ended] == [2, 2]
+    told = "".join(stderr for _, stderr in ended)
+    assert "rank 1 on " in told
+    assert "with lr = 0.5 and rank 0 with 0.01: start all ranks alike" in told
+    assert told.count("pretrain_et.py:") == 1
+
+    ended = run_ranks(start, 2, flags, {}, {1: 12})
+    assert [code for code, _ in ended] == [2, 2]
+    assert "these did not get ready within 4 s" in "".join(stderr for _, stderr in ended)
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+
+    ended = run_ranks(start, 2, [*flags, "--train-iters", "2"], {}, {1: 2})  # late, but in time
+    assert [code for code, _ in ended] == [0, 0]
+
+
+@pytest.mark.slow
+def test_a_signal_to_some_or_all_ranks_saves_and_ends_the_run(
+    undisturbed: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    flags = [*SAME, "--run-dir", str(tmp_path)]
+    both = {rank: [signal.SIGTERM] for rank in range(2)}
+    ended = run_ranks(start_and_signal, 2, flags, both, 3)
+    assert [code for code, _ in ended] == [0, 0]
+    assert whole_checkpoints(tmp_path)[-1] == "iter_0000003"
+    for step in (4, 2):  # steps of this start
+        one = {1: [signal.SIGUSR1, signal.SIGTERM][:1]}
+        ended = run_ranks(start_and_signal, 2, flags, one, step)
+        assert [code for code, _ in ended] == [0, 0]
+    assert whole_checkpoints(tmp_path)[-1] == "iter_0000009"
+    assert rows(tmp_path) == undisturbed[:9]
+    train(flags)
+    assert rows(tmp_path) == undisturbed
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system with room for a run and one checkpoint."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1200k", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.slow
+def test_a_full_disk_loses_nothing(undisturbed: list[dict[str, Any]], small_disk: Path) -> None:
+    run = small_disk / "run"
+    ended = run_ranks(start, 2, [*SAME, "--run-dir", str(run)], {}, {})
+    assert {code for code, _ in ended} == {2}
+    told = "".join(stderr for _, stderr in ended)
+    assert f"{run}/checkpoints/iter_0000004 could not be saved" in told
+    assert "MB free" in told
+    assert "Traceback" not in told
+    assert whole_checkpoints(run) == ["iter_0000002"]
+    subprocess.run(["mount", "-o", "remount,size=16m", str(small_disk)], check=True)
+    train([*SAME, "--run-dir", str(run)])
+    assert rows(run) == undisturbed
+
+
+@pytest.mark.parametrize("harm", ["flipped bit", "truncated", "missing"])
+def test_a_damaged_checkpoint_is_named_and_an_older_one_used_when_allowed(
+    harm: str, trained: Path, undisturbed: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    run = shutil.copytree(trained, tmp_path / "run")
+    file = run / "checkpoints/iter_0000004/__1_0.distcp"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.unlink()
+    if harm != "missing":
+        file.write_bytes(content if harm == "flipped bit" else content[:-1])
+    flags = [*SAME, "--run-dir", str(run)]
+    ended = run_ranks(start, 2, flags, {}, {})
+    assert [code for code, _ in ended] == [2, 2]
+    told = "".join(stderr for _, stderr in ended)
+    assert "iter_0000004 is damaged: its file __1_0.distcp is " in told
+    assert "--allow-older-checkpoint" in told
+
+    flags += ["--allow-older-checkpoint", "--exit-interval", "6"]
+    train(flags)
+    assert rows(run) == undisturbed[:6]
+    assert whole_checkpoints(run)[-1] == "iter_0000006"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run stopped after four steps."""
+    folder = tmp_path_factory.mktemp("trained")
+    flags = [*SAME, "--run-dir", str(folder), "--exit-interval", "4"]
+    train(flags)
+    return folder
+
+
+def test_without_a_whole_checkpoint_there_is_nothing_to_resume(
+    trained: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(trained, tmp_path / "run")
+    for folder in (run / "checkpoints").glob("iter_*"):
+        (folder / "integrity.json").unlink()
+    flags = [*SAME, "--run-dir", str(run), "--allow-older-checkpoint"]
+    [(code, told), _] = run_ranks(start, 2, flags, {}, {})
+    assert code == 2
+    assert "its saving did not come to an end" in told
+    assert "no older checkpoint beside it is whole" in told
+
+
+def test_a_torn_tracker_is_mended(
+    trained: Path, undisturbed: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    run = shutil.copytree(trained, tmp_path / "run")
+    (run / "checkpoints/latest_checkpointed_iteration.txt").write_text("")
+    flags = [*SAME, "--run-dir", str(run), "--exit-interval", "6"]
+    train(flags)
+    assert rows(run) == undisturbed[:6]
