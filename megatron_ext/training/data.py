@@ -18,6 +18,8 @@ from megatron.training import get_args, get_timers, get_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 from torch import Tensor
 
+from megatron_ext.errors import UserError
+
 _FIELDS = ("tokens", "labels", "loss_mask", "position_ids")
 
 
@@ -94,7 +96,13 @@ def _get_batch(data_iterator: Iterator[Any], vp_stage: int | None) -> dict[str, 
     batch: dict[str, Tensor | None] = {}
     tp_rank = mpu.get_tensor_model_parallel_rank()
     if tp_rank == 0:
-        sample = next(data_iterator)
+        try:
+            sample = next(data_iterator)
+        except OSError as error:
+            raise UserError(
+                f"the data cannot be read any more: {error}; bring it back and start the same "
+                "command again, which resumes"
+            ) from error
         batch = {name: sample[name].cuda(non_blocking=True) for name in _FIELDS}
         batch["attention_mask"] = None
     batch = get_batch_on_this_tp_rank(

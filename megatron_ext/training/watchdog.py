@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
 from types import FrameType
 from typing import Any
@@ -38,7 +39,9 @@ class Watchdog:
         self._main = threading.main_thread().ident
         # A store serves one thread at a time, and the main thread may wait in it.
         self._store = None if launch.store is None else launch.store.clone()  # type: ignore[attr-defined]
-        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        self._pause = min(5.0, timeout / 10)
+        for target in (self._watch, *([self._listen] if self._store is not None else [])):
+            threading.Thread(target=target, name="watchdog", daemon=True).start()
 
     def watch(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function`, watched while it runs."""
@@ -64,41 +67,44 @@ class Watchdog:
 
         return noted
 
-    def _watch(self) -> None:
-        pause = min(5.0, self.timeout / 10)
-        while True:
-            time.sleep(pause)
-            last = self._last
-            stalled = last is not None and time.monotonic() - last > self.timeout
-            try:
-                if stalled or (self._store is not None and self._store.check(["stall"])):
-                    self._end(2 * pause + 1)
-            except RuntimeError as error:  # the store has gone, with the node that serves it
-                if stalled:
-                    self._say(
-                        f"rank {self.launch.rank} stands in {self._place()[0]}, and the "
-                        f"launch's store does not answer: {str(error).splitlines()[0]}"
-                    )
-                    os._exit(1)
+    def _stalled_for(self) -> float:
+        """Seconds beyond the timeout since this rank got on, or a negative number."""
+        last = self._last
+        return -1.0 if last is None else time.monotonic() - last - self.timeout
 
-    def _end(self, patience: float) -> None:
-        """Answer the call, let one rank tell what all answered, and leave."""
-        place, waits = self._place()
-        if self._store is None:
-            self._say(f"rank 0 stands in {place}")
+    def _watch(self) -> None:
+        """End this rank by the clock alone: the store may hang too, its node being cut off."""
+        patience = 0.0 if self._store is None else 10 * self._pause
+        while self._stalled_for() <= patience:
+            time.sleep(self._pause)
+        silent = "" if self._store is None else ", and the launch's store does not answer"
+        self._say(f"rank {self.launch.rank} stands in {self._place()[0]}{silent}")
+        os._exit(1)
+
+    def _listen(self) -> None:
+        """Call the other ranks when this one has stalled, and answer their call."""
+        assert self._store is not None
+        with suppress(RuntimeError):  # the store has gone: the other thread tells
+            while self._stalled_for() < 0 and not self._store.check(["stall"]):
+                time.sleep(self._pause)
+            self._answer()
             os._exit(1)
-        self._store.set("stall", "")
+
+    def _answer(self) -> None:
+        """Say where this rank stands; one rank then tells what all said."""
+        assert self._store is not None
+        place, waits = self._place()
         answer = {"place": place, "waits": waits, "node": platform.node()}
         self._store.set(f"stall/{self.launch.rank}", json.dumps(answer))
+        self._store.set("stall", "")
         if self._store.add("stall/teller", 1) == 1:
-            time.sleep(patience)
+            time.sleep(3 * self._pause)
             self._tell()
             self._store.set("stall/told", "")
         else:
-            deadline = time.monotonic() + 2 * patience
+            deadline = time.monotonic() + 6 * self._pause
             while time.monotonic() < deadline and not self._store.check(["stall/told"]):
                 time.sleep(0.1)
-        os._exit(1)
 
     def _tell(self) -> None:
         assert self._store is not None

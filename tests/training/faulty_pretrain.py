@@ -11,14 +11,18 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.distributed import DistributedDataParallel
-from megatron.training import checkpointing, get_args, training
+from megatron_ext.devices import activate
 
-import pretrain_et  # activates the device
-from megatron_ext.errors import run_on_ranks
-from megatron_ext.training import step
+activate()  # before anything of Megatron is imported
+
+import torch  # noqa: E402
+from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: E402
+from megatron.core.distributed import DistributedDataParallel  # noqa: E402
+from megatron.training import checkpointing, get_args, training  # noqa: E402
+
+import pretrain_et  # noqa: E402
+from megatron_ext.errors import run_on_ranks  # noqa: E402
+from megatron_ext.training import step  # noqa: E402
 
 
 def before(owner: Any, name: str, at: int, fault: Callable[..., None]) -> None:

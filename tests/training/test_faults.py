@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import runpy
@@ -11,10 +12,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.distributed import checkpoint
 
 from megatron_ext.checkpoint import damage
 from tests.distributed import ROOT, run_ranks, torchrun
@@ -40,22 +44,21 @@ def start(flags: list[str], of_rank: dict[int, list[str]], delay: dict[int, floa
     return int(code or 0), stderr.getvalue()
 
 
-def start_and_signal(flags: list[str], signals: dict[int, list[int]], step: int) -> Any:
-    """As `start`; in `step` each rank of `signals` gets its signals."""
+def start_and_do(flags: list[str], step: int, deeds: dict[int, partial[Any]]) -> Any:
+    """As `start`; before the `step`-th step of this start each rank of `deeds` does its deed."""
     from megatron.training import training
 
     train_step, steps = training.train_step, 0
-    mine = signals.get(int(os.environ["RANK"]), [])
+    deed = deeds.get(int(os.environ["RANK"]))
 
-    def signalled(*args: Any, **kwargs: Any) -> Any:
+    def disturbed(*args: Any, **kwargs: Any) -> Any:
         nonlocal steps
         steps += 1
-        if steps == step:
-            for number in mine:
-                signal.raise_signal(number)
+        if steps == step and deed is not None:
+            deed()
         return train_step(*args, **kwargs)
 
-    training.train_step = signalled
+    training.train_step = disturbed
     return start(flags, {}, {})
 
 
@@ -144,13 +147,13 @@ def test_a_signal_to_some_or_all_ranks_saves_and_ends_the_run(
     undisturbed: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     flags = [*SAME, "--run-dir", str(tmp_path)]
-    both = {rank: [signal.SIGTERM] for rank in range(2)}
-    ended = run_ranks(start_and_signal, 2, flags, both, 3)
+    terminate = partial(signal.raise_signal, signal.SIGTERM)
+    ended = run_ranks(start_and_do, 2, flags, 3, {0: terminate, 1: terminate})
     assert [code for code, _ in ended] == [0, 0]
     assert whole_checkpoints(tmp_path)[-1] == "iter_0000003"
-    for step in (4, 2):  # steps of this start
-        one = {1: [signal.SIGUSR1, signal.SIGTERM][:1]}
-        ended = run_ranks(start_and_signal, 2, flags, one, step)
+    for rank, step in ((1, 4), (0, 2)):
+        warned = {rank: partial(signal.raise_signal, signal.SIGUSR1)}
+        ended = run_ranks(start_and_do, 2, flags, step, warned)
         assert [code for code, _ in ended] == [0, 0]
     assert whole_checkpoints(tmp_path)[-1] == "iter_0000009"
     assert rows(tmp_path) == undisturbed[:9]
@@ -239,3 +242,48 @@ def test_a_torn_tracker_is_mended(
     flags = [*SAME, "--run-dir", str(run), "--exit-interval", "6"]
     train(flags)
     assert rows(run) == undisturbed[:6]
+
+
+@pytest.mark.slow
+def test_a_skipped_step_leaves_the_thresholds_alone(tmp_path: Path) -> None:
+    """In fp16 a loss scale that is too high overflows the gradients."""
+    scale = ["--initial-loss-scale", "1048576", "--hysteresis", "1", "--loss-scale-window", "4"]
+    train([*SAME, "--run-dir", str(tmp_path), "--fp16", *scale])
+    found = rows(tmp_path)
+    skipped = [row["step"] for row in found if row["skipped"]]
+    assert skipped[0] == 1 and 3 <= len(skipped) < STEPS / 2
+    name = "moe/layer_01/experts/threshold"
+    # The first two steps had no thresholds to go by.
+    for row, following in itertools.pairwise(found[2:]):
+        assert (row[name] == following[name]) == row["skipped"]
+    updates = torch.zeros((), dtype=torch.int64)
+    checkpoint.load(
+        {"decoder.layers.1.mlp.router.thresholds.updates": updates},
+        storage_reader=checkpoint.FileSystemReader(tmp_path / f"checkpoints/iter_{STEPS:07d}"),
+        no_dist=True,
+    )
+    assert int(updates) == STEPS - len(skipped)
+
+
+@pytest.mark.slow
+def test_data_that_vanishes_is_named(dataset: Path, tmp_path: Path) -> None:
+    for suffix in ("bin", "idx"):
+        shutil.copy(f"{dataset}.{suffix}", tmp_path)
+    prefix, run = tmp_path / dataset.name, tmp_path / "run"
+    flags = [flag for flag in SAME if flag != "--mock-data"]
+    flags += ["--data-path", str(prefix), "--run-dir", str(run)]
+    vanish = {0: partial(os.remove, f"{prefix}.bin")}
+
+    # A mapped file is there as long as it is used; the next start misses it.
+    ended = run_ranks(start_and_do, 2, [*flags, "--exit-interval", "4"], 3, vanish)
+    assert [code for code, _ in ended] == [0, 0], ended
+    ended = run_ranks(start, 2, flags, {}, {})
+    assert [code for code, _ in ended] == [2, 2]
+    assert f"{prefix}.bin does not exist" in "".join(stderr for _, stderr in ended)
+
+    shutil.copy(f"{dataset}.bin", tmp_path)
+    ended = run_ranks(start_and_do, 2, [*flags, "--no-mmap-bin-files"], 3, vanish)
+    assert {code for code, _ in ended} == {2}
+    told = "".join(stderr for _, stderr in ended)
+    assert "the data cannot be read any more" in told and f"{prefix}.bin" in told
+    assert whole_checkpoints(run) == ["iter_0000002", "iter_0000004", "iter_0000006"]

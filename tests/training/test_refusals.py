@@ -38,20 +38,6 @@ def refusal(flags: list[str]) -> str:
     return lines[0]
 
 
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The prefix of a small indexed dataset with a manifest, and a tokenizer file beside it."""
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-    folder = tmp_path_factory.mktemp("data")
-    prefix = folder / "text_train_text_document"
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
-    for document in range(40):
-        builder.add_document(np.arange(document, document + 60) % 127, [60])
-    builder.finalize(f"{prefix}.idx")
-    return prefix
-
-
 def changed(dataset: Path, folder: Path) -> Path:
     for suffix in ("bin", "idx"):
         shutil.copy(f"{dataset}.{suffix}", folder)
