@@ -10,7 +10,8 @@ import sys
 
 from megatron_ext.devices import activate
 
-activate()  # before anything of Megatron is imported
+# Before anything of Megatron is imported. A dry run needs no GPU, and makes nothing on one.
+activate(use_cuda=not any(word.startswith("--dry-run") for word in sys.argv))
 
 from megatron.core.enums import ModelType  # noqa: E402
 from megatron.training import training  # noqa: E402
@@ -27,6 +28,11 @@ from megatron_ext.training.step import RoutingStep, commit_after  # noqa: E402
 
 def main() -> None:
     args, config = parse_args(sys.argv[1:])
+    if args.dry_run is not None:
+        from megatron_ext.training.dry_run import dry_run
+
+        dry_run(args, config)
+        return
     run_dir = check_run(args, config)
 
     step = RoutingStep(config)

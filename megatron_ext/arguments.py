@@ -1,5 +1,7 @@
 """The command line of `pretrain_et.py`: Megatron's flags, ours, and recipes."""
 
+import contextlib
+import io
 import os
 import sys
 import traceback
@@ -46,10 +48,21 @@ def parse_args(argv: Sequence[str]) -> tuple[Namespace, ETConfig]:
         _print_help(parser)
         sys.exit(0)
     args = parser.parse_args(argv)
-    _check_before_megatron(args)
-    argv = [*_run_dir_flags(args.run_dir), *argv]
-    _check_folders(parser.parse_args(argv))
-    with mock.patch.object(sys, "argv", [sys.argv[0], *argv]):
+    if args.dry_run is None:
+        _check_before_megatron(args)
+        argv = [*_run_dir_flags(args.run_dir), *argv]
+        _check_folders(parser.parse_args(argv))
+        environment: dict[str, str] = {}
+    else:
+        argv = [*argv, *_dry_run_flags(args)]
+        _check_before_megatron(parser.parse_args(argv))
+        environment = {"WORLD_SIZE": str(args.dry_run), "RANK": "0", "LOCAL_RANK": "0"}
+    quiet = contextlib.redirect_stdout(io.StringIO()) if environment else contextlib.nullcontext()
+    with (
+        mock.patch.object(sys, "argv", [sys.argv[0], *argv]),
+        mock.patch.dict(os.environ, environment),
+        quiet,  # Megatron prints every setting
+    ):
         args = explained(lambda: parse_and_validate_args(extra_args_provider=add_arguments))
     args.vocab_size = get_tokenizer().vocab_size  # without padding
     config: ETConfig = explained(lambda: core_transformer_config_from_args(args, ETConfig))
@@ -81,6 +94,16 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
         type=float,
         help="Peak TFLOP/s of one device, to report MFU. Default: known for some GPUs, measured "
         "by a matrix multiplication on a CPU.",
+    )
+    group.add_argument(
+        "--dry-run",
+        metavar="RANKS",
+        type=int,
+        nargs="?",
+        const=int(os.environ.get("WORLD_SIZE", "1")),
+        help="Train nothing: print parameters, memory of a rank, FLOPs a token and collectives of "
+        "a step for a world of RANKS (default: WORLD_SIZE, or 1), and end. One process is enough, "
+        "without torchrun, data, tokenizer (give --vocab-size) or GPU.",
     )
     return parser
 
@@ -165,6 +188,21 @@ def _run_dir_flags(run_dir: str | None) -> list[str]:
     tensorboard = str(Path(run_dir, "tensorboard"))
     flags = ["--save", checkpoints, "--load", checkpoints, "--tensorboard-dir", tensorboard]
     return [*flags, "--save-interval", "1000"]
+
+
+def _dry_run_flags(args: Namespace) -> list[str]:
+    """Flags that keep a run without peers from reading and writing files."""
+    if args.dry_run < 1:
+        raise UserError(f"--dry-run {args.dry_run} must be at least one rank")
+    if not is_cpu_device():
+        raise UserError("give --dry-run on the command line, not in a recipe")
+    flags = ["--fake-process-group", "--tensorboard-dir", "", "--wandb-project", ""]
+    file = args.tokenizer_model
+    if args.tokenizer_type is None or (file is not None and not Path(file).exists()):
+        if args.vocab_size is None:
+            raise UserError("--dry-run needs --vocab-size, or a tokenizer that is there")
+        flags += ["--tokenizer-type", "NullTokenizer"]
+    return flags
 
 
 def _check_before_megatron(args: Namespace) -> None:

@@ -37,7 +37,7 @@ def check_run(args: Namespace, config: ETConfig) -> Path | None:
     if not args.mock_data:
         _check_data(args)
     if config.uses_thresholds:
-        _check_pools(args, config)
+        check_pools(args, config)
     if args.load is not None:
         _check_checkpoint(args, config)
     if args.run_dir is None:
@@ -106,7 +106,7 @@ def _check_tokenizer(prefix: str, data: Path, dtype: Any, args: Namespace) -> No
         )
 
 
-def _check_pools(args: Namespace, config: ETConfig) -> None:
+def check_pools(args: Namespace, config: ETConfig) -> None:
     """An expert whose share of a pool is less than one token would never get any."""
     rate = config.routing_rate
     per_rank = args.micro_batch_size * args.seq_length // args.context_parallel_size

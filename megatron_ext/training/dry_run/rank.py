@@ -1,77 +1,222 @@
-"""One rank of a world of any size, built without data and without its peers."""
+"""One training step of one rank, in a world of any size, without data and without its peers.
 
-import contextlib
-import io
+Megatron's own trainer builds the rank's stages and optimizer on the meta device, under torch's
+fake process group, and takes a step with its own schedule.
+"""
+
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from copy import copy
 from dataclasses import dataclass
+from typing import Any
 from unittest import mock
 
 import torch
 import torch.distributed as dist
+from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
 from megatron.core.enums import ModelType
 from megatron.core.parallel_state import destroy_model_parallel, get_global_memory_buffer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
 from megatron.core.rerun_state_machine import RerunDataIterator, destroy_rerun_state_machine
-from megatron.core.utils import unwrap_model
 from megatron.training import training
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.initialize import initialize_megatron
 from torch import Tensor
+from torch.testing._internal.distributed import fake_pg  # noqa: F401  registers the backend
 
 from megatron_ext.arguments import explained
 from megatron_ext.config import ETConfig
 from megatron_ext.devices.placement import without_data
 from megatron_ext.model.gpt import gpt_model_config
+from megatron_ext.moe.router import ThresholdRouter
 from megatron_ext.training.data import forward_step
 from megatron_ext.training.dry_run.memory import SavedTensors, optimizer_tensors, storage_bytes
+from megatron_ext.training.dry_run.parameters import Parameters, count_parameters
 from megatron_ext.training.dry_run.stand_ins import EvenLoad, prepare_router
 from megatron_ext.training.dry_run.traffic import Amount, Collective, Traffic
 from megatron_ext.training.step import RoutingStep, routers_of
 
-def trace(args, config, rank, microbatches, updates=10**9):
-    with fake_rank(args, rank):
-        config = copy(config)
-        step = RoutingStep(config)
-        config.finalize_model_grads_func = step.finalize_model_grads
-        container = pretrain_cfg_container_from_args(args, gpt_model_config(args, config))
-        with torch.device('meta'):
-          model, optimizer, scheduler = training.setup_model_and_optimizer(ModelType.encoder_or_decoder, cfg_container=container, pg_collection=ProcessGroupCollection.use_mpu_process_groups())
-        for router in routers_of(model):
-            prepare_router(router, updates)
-        for m in model: m.train()
-        even = EvenLoad(config.mean_experts/config.num_moe_experts)
-        config.grad_scale_func = optimizer.scale_loss
-        iterator = [RerunDataIterator(batches(args)) for _ in model]
-        if len(iterator) == 1: iterator = iterator[0]
-        traffic = Traffic(even.answers())
-        saved = SavedTensors([p for m in model for p in m.parameters()])
-        with even.installed(), mock.patch.object(training, "get_num_microbatches", lambda: microbatches), mock.patch("megatron_ext.training.step.routing_figures", lambda *a: {}):
-            with traffic, saved:
-                training.train_step(forward_step, iterator, model, optimizer, scheduler, config, get_forward_backward_func(), iteration=0)
-        params=[p for m in model for p in m.parameters()]
-        print(storage_bytes(params), storage_bytes([p.main_grad for p in params]), storage_bytes(optimizer_tensors(optimizer), params))
-        return traffic, saved.peak, even.kept_bytes
 
-def batches(args):
-    shape=(args.micro_batch_size, args.seq_length)
-    z = torch.empty(shape, dtype=torch.int64, device="meta")
+@dataclass
+class Memory:
+    """Bytes a rank holds in a step.
+
+    Attributes:
+        parameters: weights, with the padding of Megatron's buffers.
+        gradients: the buffers that they are accumulated and reduced in.
+        optimizer: main parameters, where they are not the weights themselves, and their state.
+        activations: the most that waits for the backward pass at once.
+        router_logits: kept for the cutoffs at the end of the step.
+        gather_buffer: what sequence parallelism gathers activations into.
+    """
+
+    parameters: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    activations: int = 0
+    router_logits: int = 0
+    gather_buffer: int = 0
+
+
+@dataclass
+class Step:
+    """What a rank does in a step.
+
+    Attributes:
+        flops: of matrix products and attention, recomputation included.
+    """
+
+    memory: Memory
+    collectives: dict[Collective, Amount]
+    flops: int
+
+
+class Rank:
+    """A rank's model and optimizer; make it inside :func:`fake_rank`.
+
+    Args:
+        args: of the run.
+        config: of the model; left as it is.
+    """
+
+    def __init__(self, args: Namespace, config: ETConfig) -> None:
+        self.args = args
+        self.config = copy(config)
+        self.step = RoutingStep(self.config)
+        self.config.finalize_model_grads_func = self.step.finalize_model_grads
+        with torch.device("meta"):
+            self.model, self.optimizer, self.scheduler = training.setup_model_and_optimizer(
+                ModelType.encoder_or_decoder,
+                cfg_container=pretrain_cfg_container_from_args(
+                    args, gpt_model_config(args, self.config)
+                ),
+                pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+            )
+        for chunk in self.model:
+            chunk.train()
+        self.microbatches = args.global_batch_size // (
+            args.micro_batch_size * args.data_parallel_size
+        )
+        self.weights = [weight for chunk in self.model for weight in chunk.parameters()]
+        self.parameters: Parameters = count_parameters(self.model, args)
+        self._prepare_schedule()
+
+    def _prepare_schedule(self) -> None:
+        """What Megatron's `train` sets up, and what its first step leaves."""
+        self.config.grad_scale_func = self.optimizer.scale_loss
+        load = EvenLoad(self.config)
+        with load.installed(), Traffic(load.answers()):
+            self.optimizer.step()  # the first asks the other ranks more than later ones do
+        if self.args.overlap_grad_reduce:
+            functions = [chunk.no_sync for chunk in self.model]
+            self.config.no_sync_func = functions if len(functions) > 1 else functions[0]
+
+    def take_step(self, by_threshold: bool) -> Step:
+        """Count a whole step, routed by thresholds or by expert choice.
+
+        Only as many micro-batches run as show what each of them adds.
+        """
+        first, stride = self._shortest_step()
+        total = self.microbatches
+        if total <= first + stride:
+            return self._run(total, by_threshold)
+        short, longer = (self._run(n, by_threshold) for n in (first, first + stride))
+        return _extended(short, longer, (total - first) // stride)
+
+    def _shortest_step(self) -> tuple[int, int]:
+        """Micro-batches that fill the pipeline, and by how many a step can grow."""
+        stages = self.args.pipeline_model_parallel_size
+        if self.args.virtual_pipeline_model_parallel_size is None:
+            return stages, 1
+        return 2 * stages + self.microbatches % stages, stages
+
+    def _run(self, microbatches: int, by_threshold: bool) -> Step:
+        for router in routers_of(self.model):
+            if isinstance(router, ThresholdRouter):
+                prepare_router(router, self.config.et_warmup_iters + 1 if by_threshold else 0)
+        load = EvenLoad(self.config)
+        traffic = Traffic(load.answers())
+        saved = SavedTensors(self.weights)
+        batches = [RerunDataIterator(_batches(self.args)) for _ in self.model]
+        with load.installed(), _purposes(traffic), traffic, saved:
+            with mock.patch.object(training, "get_num_microbatches", lambda: microbatches):
+                training.train_step(
+                    forward_step,
+                    batches if len(batches) > 1 else batches[0],
+                    self.model,
+                    self.optimizer,
+                    self.scheduler,
+                    self.config,
+                    get_forward_backward_func(),
+                    iteration=0,
+                )
+        self.step.discard()
+        memory = Memory(
+            parameters=storage_bytes(self.weights),
+            gradients=storage_bytes(weight.main_grad for weight in self.weights),
+            optimizer=storage_bytes(optimizer_tensors(self.optimizer), apart_from=self.weights),
+            activations=saved.peak,
+            router_logits=load.kept_bytes,
+            gather_buffer=storage_bytes(get_global_memory_buffer().buffer.values()),
+        )
+        return Step(memory, traffic.collectives, traffic.flops)
+
+
+def _extended(short: Step, longer: Step, times: int) -> Step:
+    """`short` with what `longer` has more, so many times. Activations do not grow further."""
+    memory = copy(longer.memory)
+    logits = [step.memory.router_logits for step in (short, longer)]
+    memory.router_logits = logits[0] + times * (logits[1] - logits[0])
+    collectives = {}
+    for key, more in longer.collectives.items():
+        base = short.collectives.get(key, Amount(0, 0))
+        collectives[key] = Amount(*(b + times * (m - b) for b, m in zip(base, more, strict=True)))
+    return Step(memory, collectives, short.flops + times * (longer.flops - short.flops))
+
+
+def _batches(args: Namespace) -> Iterator[dict[str, Tensor]]:
+    ids = torch.empty(args.micro_batch_size, args.seq_length, dtype=torch.int64, device="meta")
     while True:
-        yield dict(tokens=z, labels=z, loss_mask=z.float(), position_ids=z)
+        yield {"tokens": ids, "labels": ids, "loss_mask": ids.float(), "position_ids": ids}
+
+
+@contextmanager
+def _purposes(traffic: Traffic) -> Iterator[None]:
+    """Tell apart what travels over the same groups for different ends."""
+
+    def serving(function: Any, purpose: str) -> Any:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            with traffic.purpose(purpose):
+                return function(*args, **kwargs)
+
+        return wrapped
+
+    with ExitStack() as stack:
+        for owner, name, purpose in (
+            (_ParamAndGradBucketGroup, "start_grad_sync", "gradient reduction"),
+            (_ParamAndGradBucketGroup, "start_param_sync", "parameter gather"),
+            (ThresholdRouter, "_select", "routing"),
+            (RoutingStep, "resolve", "routing"),
+        ):
+            function = serving(getattr(owner, name), purpose)
+            stack.enter_context(mock.patch.object(owner, name, function))
+        yield
 
 
 @contextmanager
 def fake_rank(args: Namespace, rank: int) -> Iterator[None]:
-    """Be `rank` of `args.world_size` inside; the peers exist in name alone."""
+    """Be `rank` of `args.world_size` inside; the other ranks exist in name alone.
+
+    Raises:
+        UserError: the ranks cannot be laid out as the flags say.
+    """
     args.rank = rank
-    backends = dist.Backend.backend_capability
-    from torch.testing._internal.distributed import fake_pg
-    with mock.patch.dict(backends, fake=[*backends["fake"], "meta"]), without_data():
-        initialize_megatron()
+    capability = dist.Backend.backend_capability
+    with_meta = mock.patch.dict(capability, fake=[*capability["fake"], "meta"])
+    with with_meta, without_data():
+        explained(initialize_megatron)
         try:
             yield
         finally:

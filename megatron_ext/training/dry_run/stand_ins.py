@@ -8,6 +8,7 @@ memory, with the code that trains; attention uses the kernel that keeps no score
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from fractions import Fraction
+from statistics import NormalDist
 from typing import Any
 from unittest import mock
 
@@ -17,6 +18,7 @@ from megatron.core.optimizer import clip_grads
 from megatron.core.transformer.moe import token_dispatcher
 from torch import Tensor
 
+from megatron_ext.config import ETConfig
 from megatron_ext.moe.metrics import RoutingCounts
 from megatron_ext.moe.router import ThresholdRouter
 from megatron_ext.moe.thresholds import Thresholds
@@ -27,14 +29,14 @@ _aten = torch.ops.aten
 
 
 class EvenLoad:
-    """Every expert takes the share `rate` of every rank's tokens.
+    """Every expert takes its mean share of every rank's tokens.
 
     Attributes:
         kept_bytes: of router logits that wait for the end of the step.
     """
 
-    def __init__(self, rate: Fraction) -> None:
-        self.rate = rate
+    def __init__(self, config: ETConfig) -> None:
+        self.rate = expert_rate(config)
         self.kept_bytes = 0
         self._copied = 0
 
@@ -112,18 +114,22 @@ class EvenLoad:
 
 def _random_logits(tokens: int, experts: int, rate: Fraction) -> Tensor:
     """Normal logits, fp32 `[tokens, experts]`, of which the share `rate` is above 0."""
-    quantile = torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor(1.0 - float(rate)))
-    return torch.randn(tokens, experts, device="cpu") - quantile.clamp(-10, 10)
+    quantile = NormalDist().inv_cdf(1.0 - float(rate)) if rate < 1 else -10.0
+    return torch.randn(tokens, experts, device="cpu") - quantile
+
+
+def expert_rate(config: ETConfig) -> Fraction:
+    """The share of all tokens that one expert takes; 0 without experts."""
+    experts = config.num_moe_experts
+    return config.mean_experts / experts if experts else Fraction(0)
 
 
 def prepare_router(router: ThresholdRouter, updates: int) -> None:
-    """Give a router on the meta device thresholds of 0 in host memory, after so many updates."""
-    experts = router.num_experts
-    router.thresholds = Thresholds(experts, router.thresholds.decay, device="cpu")
+    """Put a router's own state into host memory, its thresholds at 0 after so many updates."""
+    router.thresholds = Thresholds(router.num_experts, router.thresholds.decay, device="cpu")
     router.thresholds._updates_on_host = updates
-    counts = RoutingCounts(experts)
-    router.counts = counts.to_empty(device="cpu")
-    counts.reset()
+    router.counts = RoutingCounts(router.num_experts).to_empty(device="cpu")
+    router.counts.reset()
 
 
 def _zero_norm(*args: Any) -> tuple[Tensor, None]:

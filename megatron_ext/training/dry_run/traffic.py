@@ -57,6 +57,18 @@ _OPERATIONS = {
 }
 
 
+_aten = torch.ops.aten
+_FLOPS = {
+    **flop_registry,  # lacks the CPU's names of two kernels
+    _aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[
+        _aten._scaled_dot_product_flash_attention
+    ],
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        _aten._scaled_dot_product_flash_attention_backward
+    ],
+}
+
+
 class Traffic(TorchDispatchMode):
     """Counts while it is active.
 
@@ -95,7 +107,7 @@ class Traffic(TorchDispatchMode):
         if answer is not None and args[0].is_meta:
             return answer(func, *args, **kwargs)
         result = func(*args, **kwargs)
-        if count := flop_registry.get(func.overloadpacket):
+        if count := _FLOPS.get(func.overloadpacket):
             self.flops += count(*args, **kwargs, out_val=result)
         return result
 
@@ -106,7 +118,10 @@ class Traffic(TorchDispatchMode):
             return
         sizes = [_bytes(arg) for arg in args[:index]]  # outputs stand before inputs
         operation = _OPERATIONS.get(name, name)
-        purpose = self._purpose or _PURPOSES.get(group.group_desc, "step statistics")
+        # Two pipeline stages talk over the default group too.
+        point_to_point = operation in ("send", "receive")
+        default = "pipeline" if point_to_point else "step statistics"
+        purpose = self._purpose or _PURPOSES.get(group.group_desc, default)
         key = Collective(purpose, operation, group.group_desc, group.size())
         calls, total = self.collectives.get(key, (0, 0))
         size = sizes[-1] if operation == "all-to-all" else max(sizes)
