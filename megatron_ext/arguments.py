@@ -215,11 +215,31 @@ def _check_before_megatron(args: Namespace) -> None:
     files = ("SentencePieceTokenizer", "TikTokenizer")  # others may name a model of a hub
     if args.tokenizer_type in files and not Path(args.tokenizer_model or "").is_file():
         raise UserError(f"--tokenizer-model {args.tokenizer_model} does not exist")
+    _check_batch(args)
     if args.reset_attention_mask:
         raise UserError("--reset-attention-mask is not supported: attention is causal throughout")
     if args.tensor_model_parallel_size > 1 and args.num_experts and not args.sequence_parallel:
         raise UserError(
             "--tensor-model-parallel-size above 1 with experts needs --sequence-parallel"
+        )
+
+
+def _check_batch(args: Namespace) -> None:
+    """Megatron would name a flag of the evaluation that the user never gave."""
+    ranks = args.dry_run or int(os.environ.get("WORLD_SIZE", "1"))
+    ranks_of_a_model = (
+        args.tensor_model_parallel_size
+        * args.pipeline_model_parallel_size
+        * args.context_parallel_size
+    )
+    together, batch = args.micro_batch_size, args.global_batch_size
+    if ranks % ranks_of_a_model or None in (together, batch) or args.decrease_batch_size_if_needed:
+        return
+    data_parallel = ranks // ranks_of_a_model
+    if batch % (together * data_parallel):
+        raise UserError(
+            f"--global-batch-size {batch} is not divisible by --micro-batch-size {together} times "
+            f"{data_parallel} data-parallel ranks: make it a multiple of {together * data_parallel}"
         )
 
 

@@ -19,8 +19,9 @@ _device: str | None = None
 def activate(use_cuda: bool = True) -> str:
     """Decide once which device Megatron runs on and return it: "cuda" or "cpu".
 
-    With CUDA available, and unless `use_cuda` is False, torch stays untouched. Otherwise the CPU device is installed, which must
-    happen before Megatron is imported, because its modules keep references to torch functions.
+    With CUDA available, and unless `use_cuda` is False, torch stays untouched. Otherwise the CPU
+    device is installed, which must happen before Megatron is imported, because its modules keep
+    references to torch functions.
     On either device Megatron is kept from two failures of its own: compiling dataset helpers it
     has, and resuming with torch's Adam. Calling again returns the first decision.
 

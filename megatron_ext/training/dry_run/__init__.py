@@ -39,8 +39,11 @@ def measure(args: Namespace, config: ETConfig) -> dict[str, Any]:
     stages, parameters, flops = [], [], 0
     ranks_of_a_stage = args.world_size // args.pipeline_model_parallel_size
     for stage in range(args.pipeline_model_parallel_size):
-        rank = stage * (args.tensor_model_parallel_size * args.context_parallel_size
-                        if args.use_tp_pp_dp_mapping else ranks_of_a_stage)
+        rank = stage * (
+            args.tensor_model_parallel_size * args.context_parallel_size
+            if args.use_tp_pp_dp_mapping
+            else ranks_of_a_stage
+        )
         with fake_rank(args, rank):
             built = Rank(args, config)
             parameters.append(built.parameters)
@@ -71,7 +74,7 @@ def measure(args: Namespace, config: ETConfig) -> dict[str, Any]:
         },
         "flops_per_token": {
             "megatron": _megatron_flops(args, config),
-            "counted": flops / tokens,
+            "executed": flops / tokens,
         },
         "stages": stages,
     }

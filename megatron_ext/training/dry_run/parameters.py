@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from megatron.core import mpu
 from megatron.core.utils import unwrap_model
 
 
@@ -46,16 +45,17 @@ class Parameters:
 def count_parameters(model: Sequence[Any], args: Namespace) -> Parameters:
     """Parameters of this rank's pipeline stage, those on its tensor and expert peers included."""
     counts = {"embeddings": 0, "experts": 0, "others": 0}
+    tensor, expert_tensor = args.tensor_model_parallel_size, args.expert_tensor_parallel_size
+    padding = args.padded_vocab_size - args.vocab_size
     for chunk in unwrap_model(list(model)):
         for name, parameter in chunk.named_parameters():
             experts = ".experts." in name
             size = parameter.numel()
             if getattr(parameter, "tensor_model_parallel", False):
-                size *= args.expert_tensor_parallel_size if experts else mpu.get_tensor_model_parallel_world_size()
+                size *= expert_tensor if experts else tensor
             if name.endswith(("word_embeddings.weight", "output_layer.weight")):
                 if getattr(parameter, "shared_embedding", False) and not chunk.pre_process:
                     continue  # the last stage's copy of tied embeddings
-                padding = args.padded_vocab_size - args.vocab_size
                 counts["embeddings"] += size - padding * parameter.shape[1]
             elif experts:
                 counts["experts"] += size * args.expert_model_parallel_size

@@ -141,7 +141,7 @@ class Rank:
         saved = SavedTensors(self.weights)
         batches = [RerunDataIterator(_batches(self.args)) for _ in self.model]
         with load.installed(), _purposes(traffic), traffic, saved:
-            with mock.patch.object(training, "get_num_microbatches", lambda: microbatches):
+            with mock.patch.object(training, "get_num_microbatches", return_value=microbatches):
                 training.train_step(
                     forward_step,
                     batches if len(batches) > 1 else batches[0],

@@ -14,6 +14,12 @@ _MEMORY = {
 }
 
 
+_NOTE = """
+Activations, all-to-all and FLOPs are those of evenly loaded experts. Under routing, the cutoff search
+took what it takes on random logits. The rest does not depend on the data. A rank's bytes are what it
+hands in, or what it gets when that is more, its own part included; of an all-to-all what it hands in."""
+
+
 def print_report(facts: dict[str, Any]) -> None:
     """Print the tables and the JSON line."""
     sizes = " x ".join(f"{size} {name.replace('_', ' ')}" for name, size in facts["layout"].items())
@@ -33,12 +39,13 @@ def print_report(facts: dict[str, Any]) -> None:
         ("FLOPs a token, forward and backward", ""),
         [
             ("Megatron's formula", f"{flops['megatron']:.4g}"),
-            ("counted, recomputation and masked attention too", f"{flops['counted']:.4g}"),
+            ("as executed: recomputation and masked scores too", f"{flops['executed']:.4g}"),
         ],
     )
     _print_memory(facts["stages"])
     for stage in facts["stages"]:
         _print_collectives(stage, len(facts["stages"]) > 1)
+    print(_NOTE)
     print(json.dumps(facts))
 
 
@@ -60,6 +67,9 @@ def _print_collectives(stage: dict[str, Any], several: bool) -> None:
     where = f" of stage {stage['stage']}" if several else ""
     phases = list(stage["collectives"].items())
     _, main = phases[-1]
+    if not main:
+        print("\nno collectives between ranks")
+        return
     header = (f"a step{where}, on each rank", "", "group", "ranks", "calls", "MiB")
     _table(header, [_collective(row) for row in main], left=3)
     for phase, rows in phases[:-1]:
