@@ -5,8 +5,9 @@ import io
 import os
 import sys
 import traceback
+import warnings
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -57,11 +58,10 @@ def parse_args(argv: Sequence[str]) -> tuple[Namespace, ETConfig]:
         argv = [*argv, *_dry_run_flags(args)]
         _check_before_megatron(parser.parse_args(argv))
         environment = {"WORLD_SIZE": str(args.dry_run), "RANK": "0", "LOCAL_RANK": "0"}
-    quiet = contextlib.redirect_stdout(io.StringIO()) if environment else contextlib.nullcontext()
     with (
         mock.patch.object(sys, "argv", [sys.argv[0], *argv]),
         mock.patch.dict(os.environ, environment),
-        quiet,  # Megatron prints every setting
+        _silence() if environment else contextlib.nullcontext(),
     ):
         args = explained(lambda: parse_and_validate_args(extra_args_provider=add_arguments))
     args.vocab_size = get_tokenizer().vocab_size  # without padding
@@ -188,6 +188,14 @@ def _run_dir_flags(run_dir: str | None) -> list[str]:
     tensorboard = str(Path(run_dir, "tensorboard"))
     flags = ["--save", checkpoints, "--load", checkpoints, "--tensorboard-dir", tensorboard]
     return [*flags, "--save-interval", "1000"]
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Megatron prints every setting, and warns of what a dry run turns off."""
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _dry_run_flags(args: Namespace) -> list[str]:

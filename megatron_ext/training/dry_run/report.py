@@ -15,16 +15,19 @@ _MEMORY = {
 
 
 _NOTE = """
-Activations, all-to-all and FLOPs are those of evenly loaded experts. Under routing, the cutoff search
-took what it takes on random logits. The rest does not depend on the data. A rank's bytes are what it
-hands in, or what it gets when that is more, its own part included; of an all-to-all what it hands in."""
+Activations are what autograd keeps; temporary tensors come on top. They, the expert dispatch and
+the FLOPs as executed suppose evenly loaded experts; routing is what random logits take. All else
+does not depend on the data. A rank's bytes are what it hands in, or what it gets when that is
+more, its own part included; of an all-to-all what it hands in."""
 
 
 def print_report(facts: dict[str, Any]) -> None:
     """Print the tables and the JSON line."""
     sizes = " x ".join(f"{size} {name.replace('_', ' ')}" for name, size in facts["layout"].items())
     print(f"{facts['world_size']:,} ranks: {sizes}")
-    print(f"{facts['tokens_per_step']:,} tokens a step in {facts['micro_batches']} micro-batches")
+    print(
+        f"{facts['tokens_per_step']:,} tokens a step, {facts['micro_batches']} times a micro-batch"
+    )
     parameters = facts["parameters"]
     rows = [
         ("embeddings and output head", parameters["embeddings"]),
@@ -80,11 +83,11 @@ def _print_collectives(stage: dict[str, Any], several: bool) -> None:
 
 
 def _collective(row: dict[str, Any]) -> tuple[str, ...]:
-    group = row["group"].removesuffix("_GROUP").replace("_", " ").lower()
+    group = row["group"].replace("_GROUP", "").replace("_PARALLEL", "").replace("_", " ").lower()
     return (
         row["purpose"],
         row["operation"],
-        group,
+        "world" if group == "default pg" else group,
         f"{row['ranks']:,}",
         f"{row['calls']:,}",
         _mib(row["bytes"]),
@@ -92,7 +95,7 @@ def _collective(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _mib(size: int) -> str:
-    return f"{size / 2**20:,.2f}"
+    return f"{size / 2**20:,.2f}" if size == 0 or size >= 2**20 / 100 else "<0.01"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
