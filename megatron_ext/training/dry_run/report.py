@@ -25,9 +25,7 @@ def print_report(facts: dict[str, Any]) -> None:
     """Print the tables and the JSON line."""
     sizes = " x ".join(f"{size} {name.replace('_', ' ')}" for name, size in facts["layout"].items())
     print(f"{facts['world_size']:,} ranks: {sizes}")
-    print(
-        f"{facts['tokens_per_step']:,} tokens a step, {facts['micro_batches']} times a micro-batch"
-    )
+    print(f"{facts['tokens_per_step']:,} tokens a step, {facts['micro_batches']} micro-batch(es)")
     parameters = facts["parameters"]
     rows = [
         ("embeddings and output head", parameters["embeddings"]),
@@ -42,7 +40,7 @@ def print_report(facts: dict[str, Any]) -> None:
         ("FLOPs a token, forward and backward", ""),
         [
             ("Megatron's formula", f"{flops['megatron']:.4g}"),
-            ("as executed: recomputation and masked scores too", f"{flops['executed']:.4g}"),
+            ("as executed, recomputation and masked scores too", f"{flops['executed']:.4g}"),
         ],
     )
     _print_memory(facts["stages"])
