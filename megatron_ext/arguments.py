@@ -204,7 +204,8 @@ def _dry_run_flags(args: Namespace) -> list[str]:
         raise UserError(f"--dry-run {args.dry_run} must be at least one rank")
     if not is_cpu_device():
         raise UserError("give --dry-run on the command line, not in a recipe")
-    flags = ["--fake-process-group", "--tensorboard-dir", "", "--wandb-project", ""]
+    flags = [*cpu_default_args(), "--fake-process-group"]  # whatever the recipe says
+    flags += ["--tensorboard-dir", "", "--wandb-project", ""]
     file = args.tokenizer_model
     if args.tokenizer_type is None or (file is not None and not Path(file).exists()):
         if args.vocab_size is None:
@@ -248,6 +249,15 @@ def _check_batch(args: Namespace) -> None:
         raise UserError(
             f"--global-batch-size {batch} is not divisible by --micro-batch-size {together} times "
             f"{data_parallel} data-parallel ranks: make it a multiple of {together * data_parallel}"
+        )
+    interleaved = (
+        args.num_layers_per_virtual_pipeline_stage or args.num_virtual_stages_per_pipeline_rank
+    )
+    microbatches, stages = batch // (together * data_parallel), args.pipeline_model_parallel_size
+    if interleaved and not args.microbatch_group_size_per_vp_stage and microbatches % stages:
+        raise UserError(
+            f"an interleaved pipeline needs a multiple of {stages} micro-batches a step, and "
+            f"--global-batch-size {batch} makes {microbatches}: choose another batch size"
         )
 
 
