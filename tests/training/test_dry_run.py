@@ -100,7 +100,7 @@ def predicted() -> dict[str, list[dict[str, Any]]]:
 def by_group(step: Any, routing: bool = False) -> Counter[tuple[str, str]]:
     found: Counter[tuple[str, str]] = Counter()
     for key, amount in step.collectives.items():
-        if (key.purpose == "routing") == routing:
+        if key.purpose.startswith("routing") == routing:
             found[key.operation, key.group] += amount.bytes
     return found
 
@@ -159,6 +159,37 @@ def test_totals_do_not_depend_on_the_layout_and_traffic_follows_from_them(
     # Recomputing a layer leaves less to keep than saving it.
     least = plain["thresholds"].memory.activations
     assert least < predicted["DP4-sharded"][0]["thresholds"].memory.activations / 1.5
+
+
+def _short_and_whole(flags: list[str]) -> list[tuple[Any, Any]]:
+    """A step of every stage, told from few micro-batches and run with all of them."""
+    from megatron_ext.arguments import parse_args
+    from megatron_ext.training.dry_run.rank import Rank, fake_rank
+
+    dist.destroy_process_group()
+    args, config = parse_args([*flags, "--dry-run", "2"])
+    steps = []
+    for number in range(2):
+        with contextlib.redirect_stdout(io.StringIO()), fake_rank(args, number):
+            rank = Rank(args, config)
+            steps.append((rank.take_step(True), rank._run(rank.microbatches, True)))
+    return steps
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stages", ["1", "2", "interleaved"])
+def test_few_microbatches_tell_of_many(stages: str) -> None:
+    flags = [*SHORT, "--num-layers", "4", "--moe-layer-freq", "2", "--global-batch-size", "32"]
+    if stages != "1":
+        flags += ["--pipeline-model-parallel-size", "2"]
+    if stages == "interleaved":
+        flags += ["--num-layers-per-virtual-pipeline-stage", "1"]
+    for told, whole in run_ranks(_short_and_whole, 1, flags, timeout=200)[0]:
+        assert told.memory == whole.memory
+        assert told.flops == whole.flops
+        assert by_group(told) == by_group(whole)
+        searches = [by_group(step, routing=True).total() for step in (told, whole)]
+        assert searches[0] == pytest.approx(searches[1], rel=0.5)
 
 
 def _dry_run(*flags: str) -> dict[str, Any]:

@@ -38,6 +38,8 @@ from megatron_ext.training.dry_run.stand_ins import EvenLoad, prepare_router
 from megatron_ext.training.dry_run.traffic import Amount, Collective, Traffic
 from megatron_ext.training.step import RoutingStep, routers_of
 
+_ROUTING, _STEP_END = "routing", "routing at the step's end"
+
 
 @dataclass
 class Memory:
@@ -123,7 +125,7 @@ class Rank:
         if total <= first + stride:
             return self._run(total, by_threshold)
         short, longer = (self._run(n, by_threshold) for n in (first, first + stride))
-        return _extended(short, longer, (total - first) // stride)
+        return _extended(short, longer, first + stride, stride, total)
 
     def _shortest_step(self) -> tuple[int, int]:
         """Micro-batches that fill the pipeline, and by how many a step can grow."""
@@ -136,7 +138,7 @@ class Rank:
         for router in routers_of(self.model):
             if isinstance(router, ThresholdRouter):
                 prepare_router(router, self.config.et_warmup_iters + 1 if by_threshold else 0)
-        load = EvenLoad(self.config)
+        load = EvenLoad(self.config, self.microbatches)
         traffic = Traffic(load.answers())
         saved = SavedTensors(self.weights)
         batches = [RerunDataIterator(_batches(self.args)) for _ in self.model]
@@ -164,16 +166,27 @@ class Rank:
         return Step(memory, traffic.collectives, traffic.flops)
 
 
-def _extended(short: Step, longer: Step, times: int) -> Step:
-    """`short` with what `longer` has more, so many times. Activations do not grow further."""
+def _extended(short: Step, longer: Step, ran: int, stride: int, total: int) -> Step:
+    """A step of `total` micro-batches from two shorter ones: `longer` ran `ran` of them, `stride`
+    more than `short`.
+
+    Activations do not grow once the pipeline is full. What a search for cutoffs takes varies: in
+    the forward pass the mean counts, and the step's end has searched for all micro-batches.
+    """
+
+    def extend(before: int, after: int) -> int:
+        return after + (after - before) * (total - ran) // stride
+
     memory = copy(longer.memory)
-    logits = [step.memory.router_logits for step in (short, longer)]
-    memory.router_logits = logits[0] + times * (logits[1] - logits[0])
-    collectives = {}
-    for key, more in longer.collectives.items():
-        base = short.collectives.get(key, Amount(0, 0))
-        collectives[key] = Amount(*(b + times * (m - b) for b, m in zip(base, more, strict=True)))
-    return Step(memory, collectives, short.flops + times * (longer.flops - short.flops))
+    memory.router_logits = extend(short.memory.router_logits, memory.router_logits)
+    collectives = dict(longer.collectives)
+    for key, amount in longer.collectives.items():
+        if key.purpose == _ROUTING:
+            collectives[key] = Amount(*(part * total // ran for part in amount))
+        elif key.purpose != _STEP_END:
+            base = short.collectives.get(key, Amount(0, 0))
+            collectives[key] = Amount(*map(extend, base, amount))
+    return Step(memory, collectives, extend(short.flops, longer.flops))
 
 
 def _batches(args: Namespace) -> Iterator[dict[str, Tensor]]:
@@ -197,8 +210,8 @@ def _purposes(traffic: Traffic) -> Iterator[None]:
         for owner, name, purpose in (
             (_ParamAndGradBucketGroup, "start_grad_sync", "gradient reduction"),
             (_ParamAndGradBucketGroup, "start_param_sync", "parameter gather"),
-            (ThresholdRouter, "_select", "routing"),
-            (RoutingStep, "resolve", "routing"),
+            (ThresholdRouter, "_select", _ROUTING),
+            (RoutingStep, "resolve", _STEP_END),
         ):
             function = serving(getattr(owner, name), purpose)
             stack.enter_context(mock.patch.object(owner, name, function))

@@ -5,7 +5,7 @@ expert takes its mean share of every rank's tokens; a router decides over random
 memory, with the code that trains; attention uses the kernel that keeps no scores.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from statistics import NormalDist
@@ -22,21 +22,27 @@ from megatron_ext.config import ETConfig
 from megatron_ext.moe.metrics import RoutingCounts
 from megatron_ext.moe.router import ThresholdRouter
 from megatron_ext.moe.thresholds import Thresholds
+from megatron_ext.training.step import RoutingStep
 
 # Logits a router decides over: so many tokens, or those that give an expert a few.
-_TOKENS, _TOKENS_OF_AN_EXPERT = 2048, 8
+_TOKENS, _TOKENS_OF_AN_EXPERT, _TOKENS_OF_A_STEP = 2048, 8, 65536
 _aten = torch.ops.aten
 
 
 class EvenLoad:
     """Every expert takes its mean share of every rank's tokens.
 
+    Args:
+        config: of the model.
+        microbatches: of the whole step; the step's end gets logits of so many, run or not.
+
     Attributes:
         kept_bytes: of router logits that wait for the end of the step.
     """
 
-    def __init__(self, config: ETConfig) -> None:
+    def __init__(self, config: ETConfig, microbatches: int = 1) -> None:
         self.rate = expert_rate(config)
+        self.microbatches = microbatches
         self.kept_bytes = 0
         self._copied = 0
 
@@ -70,7 +76,7 @@ class EvenLoad:
         alltoall = token_dispatcher.MoEAlltoAllTokenDispatcher
         allgather = token_dispatcher.MoEAllGatherTokenDispatcher
         postprocess = allgather.dispatch_postprocess
-        select = ThresholdRouter._select
+        select, resolve = ThresholdRouter._select, RoutingStep.resolve
 
         def counts_on_host(dispatcher: Any, point: str, tokens_per_expert: Any = None) -> Any:
             if point != dispatcher.cuda_dtoh_point:
@@ -93,18 +99,27 @@ class EvenLoad:
         ) -> Tensor:
             kept = len(router.kept_logits)
             enough = int(_TOKENS_OF_AN_EXPERT / self.rate) + 1
-            tokens = min(logits.shape[0], max(_TOKENS, enough))
+            affordable = min(_TOKENS, _TOKENS_OF_A_STEP // self.microbatches)
+            tokens = min(logits.shape[0], max(affordable, enough))
             sample = _random_logits(tokens, router.num_experts, self.rate)
             select(router, sample, torch.arange(tokens), counting)
             if len(router.kept_logits) > kept:
                 self.kept_bytes += logits.numel() * logits.element_size()
             return torch.empty_like(logits, dtype=torch.bool)
 
+        def resolve_whole_step(step: RoutingStep, routers: Sequence[Any]) -> None:
+            for router in routers:
+                if isinstance(router, ThresholdRouter) and (kept := router.kept_logits):
+                    more = self.microbatches - len(kept)
+                    router.kept_logits = kept + [kept[i % len(kept)] for i in range(more)]
+            resolve(step, routers)
+
         with ExitStack() as stack:
             for owner, name, stand_in in (
                 (alltoall, "_maybe_dtoh_and_synchronize", counts_on_host),
                 (allgather, "dispatch_postprocess", gathered),
                 (ThresholdRouter, "_select", select_at_random),
+                (RoutingStep, "resolve", resolve_whole_step),
                 (F, "scaled_dot_product_attention", _flash_attention),
                 (clip_grads, "multi_tensor_applier", _zero_norm),
             ):
