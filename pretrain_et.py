@@ -6,6 +6,7 @@ Megatron's `pretrain` does the work; this file parses the command line, builds t
 configuration and ties the thresholds' end-of-step work to the trainer.
 """
 
+import os
 import sys
 
 from megatron_ext.devices import activate
@@ -31,7 +32,8 @@ def main() -> None:
     if args.dry_run is not None:
         from megatron_ext.training.dry_run import dry_run
 
-        dry_run(args, config)
+        if os.environ.get("RANK", "0") == "0":  # torchrun may have started more
+            dry_run(args, config)
         return
     run_dir = check_run(args, config)
 

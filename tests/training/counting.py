@@ -68,6 +68,8 @@ def nbytes(tensors: list[torch.Tensor], apart_from: frozenset[int] = frozenset()
 
 def owned(model: Any, optimizer: Any) -> dict[str, int]:
     """What a rank owns after a step, in bytes, and how many parameters it holds."""
+    from megatron.core.parallel_state import get_global_memory_buffer
+
     weights = [p for chunk in model for p in chunk.parameters()]
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     groups = [g for part in parts for g in part.optimizer.param_groups]
@@ -82,6 +84,7 @@ def owned(model: Any, optimizer: Any) -> dict[str, int]:
     return {
         "held": sum(p.numel() for p in weights),
         "parameters": nbytes(weights),
+        "gather_buffer": nbytes(list(get_global_memory_buffer().buffer.values())),
         "gradients": nbytes([p.main_grad for p in weights]),
         "optimizer": nbytes([*stepped, *state], apart_from=addresses),
     }

@@ -113,7 +113,7 @@ def test_predicts_what_real_ranks_hold_and_send(
     real = run_ranks(_really, RANKS, [*SHORT, *LAYOUTS[name]], timeout=200)
     for rank, (truth, guess) in enumerate(zip(real, predicted[name])):
         memory = guess["thresholds"].memory
-        for kind in ("parameters", "gradients", "optimizer"):
+        for kind in ("parameters", "gradients", "optimizer", "gather_buffer"):
             assert getattr(memory, kind) == truth["owned"][kind], (rank, kind)
         assert guess["held"] == truth["owned"]["held"]
         for phase in ("expert choice", "thresholds"):
