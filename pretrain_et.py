@@ -6,12 +6,14 @@ Megatron's `pretrain` does the work; this file parses the command line, builds t
 configuration and ties the thresholds' end-of-step work to the trainer.
 """
 
+import os
 import signal
 import sys
 
 from megatron_ext.devices import activate
 
-activate()  # before anything of Megatron is imported
+# Before anything of Megatron is imported. A dry run needs no GPU, and makes nothing on one.
+activate(use_cuda=not any(word.startswith("--dry-run") for word in sys.argv))
 
 from megatron.core.enums import ModelType  # noqa: E402
 from megatron.training import training  # noqa: E402
@@ -31,6 +33,12 @@ from megatron_ext.training.watchdog import Watchdog  # noqa: E402
 
 def main() -> None:
     args, config = parse_args(sys.argv[1:])
+    if args.dry_run is not None:
+        from megatron_ext.training.dry_run import dry_run
+
+        if os.environ.get("RANK", "0") == "0":  # torchrun may have started more
+            dry_run(args, config)
+        return
     launch = Launch.join(args.rank, args.world_size, args.stall_timeout)
     run_dir = check_run(args, config, launch)
 

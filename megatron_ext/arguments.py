@@ -1,10 +1,13 @@
 """The command line of `pretrain_et.py`: Megatron's flags, ours, and recipes."""
 
+import contextlib
+import io
 import os
 import sys
 import traceback
+import warnings
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -49,10 +52,20 @@ def parse_args(argv: Sequence[str]) -> tuple[Namespace, ETConfig]:
         _print_help(parser)
         sys.exit(0)
     args = parser.parse_args(argv)
-    _check_before_megatron(args)
-    argv = [*_run_dir_flags(args.run_dir), *argv]
-    _check_folders(parser.parse_args(argv))
-    with mock.patch.object(sys, "argv", [sys.argv[0], *argv]):
+    if args.dry_run is None:
+        _check_before_megatron(args)
+        argv = [*_run_dir_flags(args.run_dir), *argv]
+        _check_folders(parser.parse_args(argv))
+        environment: dict[str, str] = {}
+    else:
+        argv = [*argv, *_dry_run_flags(args)]
+        _check_before_megatron(parser.parse_args(argv))
+        environment = {"WORLD_SIZE": str(args.dry_run), "RANK": "0", "LOCAL_RANK": "0"}
+    with (
+        mock.patch.object(sys, "argv", [sys.argv[0], *argv]),
+        mock.patch.dict(os.environ, environment),
+        _silence() if environment else contextlib.nullcontext(),
+    ):
         args = explained(lambda: parse_and_validate_args(extra_args_provider=add_arguments))
     args.vocab_size = get_tokenizer().vocab_size  # without padding
     if args.stall_timeout is None:
@@ -99,6 +112,16 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
         type=float,
         help="Peak TFLOP/s of one device, to report MFU. Default: known for some GPUs, measured "
         "by a matrix multiplication on a CPU.",
+    )
+    group.add_argument(
+        "--dry-run",
+        metavar="RANKS",
+        type=int,
+        nargs="?",
+        const=int(os.environ.get("WORLD_SIZE", "1")),
+        help="Train nothing: print parameters, memory of a rank, FLOPs a token and collectives of "
+        "a step for a world of RANKS (default: WORLD_SIZE, or 1), and end. One process is enough, "
+        "without torchrun, data, tokenizer (give --vocab-size) or GPU.",
     )
     return parser
 
@@ -185,6 +208,30 @@ def _run_dir_flags(run_dir: str | None) -> list[str]:
     return [*flags, "--save-interval", "1000"]
 
 
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Megatron prints every setting, and warns of what a dry run turns off."""
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _dry_run_flags(args: Namespace) -> list[str]:
+    """Flags that keep a run without peers from reading and writing files."""
+    if args.dry_run < 1:
+        raise UserError(f"--dry-run {args.dry_run} must be at least one rank")
+    if not is_cpu_device():
+        raise UserError("give --dry-run on the command line, not in a recipe")
+    flags = [*cpu_default_args(), "--fake-process-group"]  # whatever the recipe says
+    flags += ["--tensorboard-dir", "", "--wandb-project", ""]
+    file = args.tokenizer_model
+    if args.tokenizer_type is None or (file is not None and not Path(file).exists()):
+        if args.vocab_size is None:
+            raise UserError("--dry-run needs --vocab-size, or a tokenizer that is there")
+        flags += ["--tokenizer-type", "NullTokenizer"]
+    return flags
+
+
 def _check_before_megatron(args: Namespace) -> None:
     """What Megatron would answer with a stack trace or a wrong guess."""
     if args.stall_timeout is not None and args.stall_timeout <= 0:
@@ -197,11 +244,40 @@ def _check_before_megatron(args: Namespace) -> None:
     files = ("SentencePieceTokenizer", "TikTokenizer")  # others may name a model of a hub
     if args.tokenizer_type in files and not Path(args.tokenizer_model or "").is_file():
         raise UserError(f"--tokenizer-model {args.tokenizer_model} does not exist")
+    _check_batch(args)
     if args.reset_attention_mask:
         raise UserError("--reset-attention-mask is not supported: attention is causal throughout")
     if args.tensor_model_parallel_size > 1 and args.num_experts and not args.sequence_parallel:
         raise UserError(
             "--tensor-model-parallel-size above 1 with experts needs --sequence-parallel"
+        )
+
+
+def _check_batch(args: Namespace) -> None:
+    """Megatron would name a flag of the evaluation that the user never gave."""
+    ranks = args.dry_run or int(os.environ.get("WORLD_SIZE", "1"))
+    ranks_of_a_model = (
+        args.tensor_model_parallel_size
+        * args.pipeline_model_parallel_size
+        * args.context_parallel_size
+    )
+    together, batch = args.micro_batch_size, args.global_batch_size
+    if ranks % ranks_of_a_model or None in (together, batch) or args.decrease_batch_size_if_needed:
+        return
+    data_parallel = ranks // ranks_of_a_model
+    if batch % (together * data_parallel):
+        raise UserError(
+            f"--global-batch-size {batch} is not divisible by --micro-batch-size {together} times "
+            f"{data_parallel} data-parallel ranks: make it a multiple of {together * data_parallel}"
+        )
+    interleaved = (
+        args.num_layers_per_virtual_pipeline_stage or args.num_virtual_stages_per_pipeline_rank
+    )
+    microbatches, stages = batch // (together * data_parallel), args.pipeline_model_parallel_size
+    if interleaved and not args.microbatch_group_size_per_vp_stage and microbatches % stages:
+        raise UserError(
+            f"an interleaved pipeline needs a multiple of {stages} micro-batches a step, and "
+            f"--global-batch-size {batch} makes {microbatches}: choose another batch size"
         )
 
 

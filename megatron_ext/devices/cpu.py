@@ -16,20 +16,21 @@ import torch
 _device: str | None = None
 
 
-def activate() -> str:
+def activate(use_cuda: bool = True) -> str:
     """Decide once which device Megatron runs on and return it: "cuda" or "cpu".
 
-    With CUDA available torch stays untouched. Otherwise the CPU device is installed, which must
-    happen before Megatron is imported, because its modules keep references to torch functions.
+    With CUDA available, and unless `use_cuda` is False, torch stays untouched. Otherwise the CPU
+    device is installed, which must happen before Megatron is imported, because its modules keep
+    references to torch functions.
     On either device Megatron is kept from two failures of its own: compiling dataset helpers it
     has, and resuming with torch's Adam. Calling again returns the first decision.
 
     Raises:
-        RuntimeError: no CUDA is available and Megatron has been imported already.
+        RuntimeError: the device is the CPU and Megatron has been imported already.
     """
     global _device
     if _device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if use_cuda and torch.cuda.is_available() else "cpu"
         if device == "cpu":
             _install()
         _use_prebuilt_dataset_helpers()

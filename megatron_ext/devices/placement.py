@@ -6,14 +6,16 @@ The torch functions and Tensor methods that take a device are wrapped one by one
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.jit import _builtins
 from torch.utils import _device as device_context
 
-_HOST = torch.device("cpu")
+# Where "cuda" is: host memory, or the meta device inside `without_data`.
+_device = torch.device("cpu")
 
 FACTORIES = (
     "arange", "as_tensor", "asarray", "bartlett_window", "blackman_window", "empty", "empty_like",
@@ -26,16 +28,27 @@ FACTORIES = (
 METHODS = ("new_empty", "new_empty_strided", "new_full", "new_ones", "new_tensor", "new_zeros")
 
 
+@contextmanager
+def without_data() -> Iterator[None]:
+    """Let "cuda" mean the meta device inside: tensors placed there have a shape and no data."""
+    global _device
+    _device = torch.device("meta")
+    try:
+        yield
+    finally:
+        _device = torch.device("cpu")
+
+
 def on_host(device: Any) -> Any:
-    """The device a tensor is placed on: the CPU for any spelling of a CUDA device.
+    """The device a tensor is placed on: the CPU (or meta) for any spelling of a CUDA device.
 
     An integer is a CUDA device to torch. What is no device comes back unchanged.
     """
     if isinstance(device, torch.device):
-        return _HOST if device.type == "cuda" else device
+        return _device if device.type == "cuda" else device
     if isinstance(device, str):
-        return _HOST if device.startswith("cuda") else device
-    return _HOST if isinstance(device, int) else device
+        return _device if device.startswith("cuda") else device
+    return _device if isinstance(device, int) else device
 
 
 def _placed_on_host(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -67,7 +80,8 @@ def tensor_type(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any
     if dtype is None:
         # Under a TorchFunctionMode the original calls this function again.
         name = _type(self).removeprefix("torch.cuda.").removeprefix("torch.")
-        return f"torch.cuda.{name}" if self.device.type == "cpu" else f"torch.{name}"
+        on_device = self.device.type in ("cpu", "meta")
+        return f"torch.cuda.{name.removeprefix('meta.')}" if on_device else f"torch.{name}"
     if isinstance(dtype, str):
         dtype = dtype.replace("torch.cuda.", "torch.", 1)
     return _type(self, dtype, *args, **kwargs)

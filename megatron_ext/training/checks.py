@@ -78,7 +78,7 @@ def _check_inputs(args: Namespace, config: ETConfig) -> None:
     if not args.mock_data and args.local_rank == 0:
         _check_data(args)
     if config.uses_thresholds:
-        _check_pools(args, config)
+        check_pools(args, config)
 
 
 def _check_data(args: Namespace) -> None:
@@ -144,7 +144,7 @@ def _check_tokenizer(prefix: str, data: Path, dtype: Any, args: Namespace) -> No
         )
 
 
-def _check_pools(args: Namespace, config: ETConfig) -> None:
+def check_pools(args: Namespace, config: ETConfig) -> None:
     """An expert whose share of a pool is less than one token would never get any."""
     rate = config.routing_rate
     per_rank = args.micro_batch_size * args.seq_length // args.context_parallel_size

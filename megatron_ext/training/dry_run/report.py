@@ -1,0 +1,110 @@
+"""The facts of a dry run as tables, and as one JSON object on the last line."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+_MEMORY = {
+    "parameters": "parameters",
+    "gradients": "gradients",
+    "optimizer": "optimizer",
+    "activations": "activations",
+    "router_logits": "router logits until the step's end",
+    "gather_buffer": "gathered activations",
+}
+
+
+_NOTE = """
+Activations are what autograd keeps; temporary tensors come on top. They, the expert dispatch and
+the FLOPs as executed suppose evenly loaded experts; routing is what random logits take. All else
+does not depend on the data. A rank's bytes are what it hands in, or what it gets when that is
+more, its own part included; of an all-to-all what it hands in."""
+
+
+def print_report(facts: dict[str, Any]) -> None:
+    """Print the tables and the JSON line."""
+    sizes = " x ".join(f"{size} {name.replace('_', ' ')}" for name, size in facts["layout"].items())
+    print(f"{facts['world_size']:,} ranks: {sizes}")
+    print(f"{facts['tokens_per_step']:,} tokens a step, {facts['micro_batches']} micro-batch(es)")
+    parameters = facts["parameters"]
+    rows = [
+        ("embeddings and output head", parameters["embeddings"]),
+        ("routed experts", parameters["experts"]),
+        ("everything else", parameters["others"]),
+        ("total", parameters["total"]),
+        ("active a token", parameters["active"]),
+    ]
+    _table(("parameters", ""), [(name, f"{count:,}") for name, count in rows])
+    flops = facts["flops_per_token"]
+    _table(
+        ("FLOPs a token, forward and backward", ""),
+        [
+            ("Megatron's formula", f"{flops['megatron']:.4g}"),
+            ("as executed, recomputation and masked scores too", f"{flops['executed']:.4g}"),
+        ],
+    )
+    _print_memory(facts["stages"])
+    for stage in facts["stages"]:
+        _print_collectives(stage, len(facts["stages"]) > 1)
+    print(_NOTE)
+    print(json.dumps(facts))
+
+
+def _print_memory(stages: Sequence[dict[str, Any]]) -> None:
+    header = ["memory of a rank (MiB)", *(f"stage {stage['stage']}" for stage in stages)]
+    if len(stages) == 1:
+        header = ["memory of a rank (MiB)", ""]
+    rows = [
+        [label, *(_mib(stage["memory"][name]) for stage in stages)]
+        for name, label in _MEMORY.items()
+    ]
+    rows.append(["total", *(_mib(sum(stage["memory"].values())) for stage in stages)])
+    rows.append(["(parameters held)", *(f"{stage['parameters']:,}" for stage in stages)])
+    _table(header, rows)
+
+
+def _print_collectives(stage: dict[str, Any], several: bool) -> None:
+    """The last phase's collectives, and what an earlier phase does otherwise."""
+    where = f" of stage {stage['stage']}" if several else ""
+    phases = list(stage["collectives"].items())
+    _, main = phases[-1]
+    if not main:
+        print("\nno collectives between ranks")
+        return
+    header = (f"a step{where}, on each rank", "", "group", "ranks", "calls", "MiB")
+    _table(header, [_collective(row) for row in main], left=3)
+    for phase, rows in phases[:-1]:
+        different = [row for row in rows if row not in main]
+        if different:
+            header = (f"instead, by {phase}", "", "group", "ranks", "calls", "MiB")
+            _table(header, [_collective(row) for row in different], left=3)
+
+
+def _collective(row: dict[str, Any]) -> tuple[str, ...]:
+    group = row["group"].replace("_GROUP", "").replace("_PARALLEL", "").replace("_", " ").lower()
+    return (
+        row["purpose"],
+        row["operation"],
+        "world" if group == "default pg" else group,
+        f"{row['ranks']:,}",
+        f"{row['calls']:,}",
+        _mib(row["bytes"]),
+    )
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.2f}" if size == 0 or size >= 2**20 / 100 else "<0.01"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
+    """Print aligned columns, the first `left` of them to the left."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    print()
+    for line, row in enumerate([header, *rows]):
+        cells = [
+            cell.ljust(width) if column < left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        print("  ".join(cells).rstrip())
+        if line == 0:
+            print("-" * (sum(widths) + 2 * (len(widths) - 1)))

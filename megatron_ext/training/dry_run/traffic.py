@@ -1,0 +1,145 @@
+"""Collectives and FLOPs of a training step, counted as torch dispatches them."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.distributed._tools.fake_collectives
+from torch import Tensor
+from torch._C._distributed_c10d import FakeWork
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+
+class Collective(NamedTuple):
+    """What is counted together; `group` is Megatron's name of it."""
+
+    purpose: str
+    operation: str
+    group: str
+    ranks: int
+
+
+class Amount(NamedTuple):
+    """Calls and bytes on one rank: of what it hands in, or of what it gets when that is more; of
+    an all-to-all what it hands in. A rank's part for itself is included."""
+
+    calls: int
+    bytes: int
+
+
+# What a group's traffic is for, unless `Traffic.purpose` says otherwise.
+_PURPOSES = {
+    "TENSOR_MODEL_PARALLEL_GROUP": "tensor parallel",
+    "CONTEXT_PARALLEL_GROUP": "context parallel",
+    "PIPELINE_MODEL_PARALLEL_GROUP": "pipeline",
+    "EXPERT_MODEL_PARALLEL_GROUP": "expert dispatch",
+    "EXPERT_TENSOR_PARALLEL_GROUP": "expert dispatch",
+    "EXPERT_TENSOR_AND_MODEL_PARALLEL_GROUP": "expert dispatch",
+    "EMBEDDING_GROUP": "tied embeddings",
+}
+_OPERATIONS = {
+    "allreduce_": "all-reduce",
+    "allreduce_coalesced_": "all-reduce",
+    "_allgather_base_": "all-gather",
+    "allgather_": "all-gather",
+    "allgather_into_tensor_coalesced_": "all-gather",
+    "_reduce_scatter_base_": "reduce-scatter",
+    "reduce_scatter_": "reduce-scatter",
+    "reduce_scatter_tensor_coalesced_": "reduce-scatter",
+    "alltoall_base_": "all-to-all",
+    "alltoall_": "all-to-all",
+    "broadcast_": "broadcast",
+    "send": "send",
+    "recv_": "receive",
+}
+
+
+_aten = torch.ops.aten
+_FLOPS = {
+    **flop_registry,  # lacks the CPU's names of two kernels
+    _aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[
+        _aten._scaled_dot_product_flash_attention
+    ],
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        _aten._scaled_dot_product_flash_attention_backward
+    ],
+}
+
+
+class Traffic(TorchDispatchMode):
+    """Counts while it is active.
+
+    Args:
+        answers: what stands for operations that need data where tensors have none.
+
+    Attributes:
+        collectives: calls and bytes; groups of one rank are left out.
+        flops: of matrix products and attention, a multiplication and an addition counting two.
+    """
+
+    def __init__(self, answers: Mapping[Any, Callable[..., Any]] | None = None) -> None:
+        super().__init__()
+        self.collectives: dict[Collective, Amount] = {}
+        self.flops = 0
+        self._answers = answers or {}
+        self._purpose: str | None = None
+
+    @contextmanager
+    def purpose(self, name: str) -> Iterator[None]:
+        """Count the collectives inside as serving `name`."""
+        outer, self._purpose = self._purpose, name
+        try:
+            yield
+        finally:
+            self._purpose = outer
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace == "c10d":
+            self._count(func.overloadpacket.__name__, args)
+            return _run_collective(func, args, kwargs)
+        answer = self._answers.get(func)
+        if answer is not None and args[0].is_meta:
+            return answer(func, *args, **kwargs)
+        result = func(*args, **kwargs)
+        if count := _FLOPS.get(func.overloadpacket):
+            self.flops += count(*args, **kwargs, out_val=result)
+        return result
+
+    def _count(self, name: str, args: tuple[Any, ...]) -> None:
+        index = next(i for i, arg in enumerate(args) if isinstance(arg, torch.ScriptObject))
+        group = dist.ProcessGroup.unbox(args[index])
+        if group.size() == 1 or name == "barrier":
+            return
+        sizes = [_bytes(arg) for arg in args[:index]]  # outputs stand before inputs
+        operation = _OPERATIONS.get(name, name)
+        # Two pipeline stages talk over the default group too.
+        point_to_point = operation in ("send", "receive")
+        default = "pipeline" if point_to_point else "step statistics"
+        purpose = self._purpose or _PURPOSES.get(group.group_desc, default)
+        key = Collective(purpose, operation, group.group_desc, group.size())
+        calls, total = self.collectives.get(key, (0, 0))
+        size = sizes[-1] if operation == "all-to-all" else max(sizes)
+        self.collectives[key] = Amount(calls + 1, total + size)
+
+
+def _bytes(tensors: Any) -> int:
+    if isinstance(tensors, Tensor):
+        return tensors.numel() * tensors.element_size()
+    return sum(_bytes(tensor) for tensor in tensors)
+
+
+def _run_collective(func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
+    name = func.overloadpacket.__name__
+    if name.endswith("coalesced_") and _first_tensor(args).is_meta:
+        return FakeWork().boxed()  # torch has no meta kernel of these
+    return func(*args, **kwargs)
+
+
+def _first_tensor(args: Any) -> Tensor:
+    return args if isinstance(args, Tensor) else _first_tensor(args[0])

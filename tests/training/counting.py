@@ -1,0 +1,90 @@
+"""What a real rank holds and sends, counted apart from the code that predicts it."""
+
+from collections import Counter
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class Counted(TorchDispatchMode):
+    """Bytes of every collective that torch dispatches, by (operation, group)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: Counter[tuple[str, str]] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        c10d = torch.ops.c10d
+        # operation: name, argument whose bytes count, argument that is the group
+        table = {
+            c10d.allreduce_.default: ("all-reduce", 0, 1),
+            c10d.allreduce_coalesced_.default: ("all-reduce", 0, 1),
+            c10d._allgather_base_.default: ("all-gather", 0, 2),
+            c10d.allgather_.default: ("all-gather", 0, 2),
+            c10d.allgather_into_tensor_coalesced_.default: ("all-gather", 0, 2),
+            c10d._reduce_scatter_base_.default: ("reduce-scatter", 1, 2),
+            c10d.reduce_scatter_.default: ("reduce-scatter", 1, 2),
+            c10d.reduce_scatter_tensor_coalesced_.default: ("reduce-scatter", 1, 2),
+            c10d.alltoall_base_.default: ("all-to-all", 1, 2),
+            c10d.broadcast_.default: ("broadcast", 0, 1),
+            c10d.send.default: ("send", 0, 1),
+            c10d.recv_.default: ("receive", 0, 1),
+        }
+        if func.namespace == "c10d" and func is not c10d.barrier.default:
+            name, counted, index = table[func]
+            group = dist.ProcessGroup.unbox(args[index])
+            if group.size() > 1:
+                leaves = tree_leaves(args[counted])
+                size = sum(t.numel() * t.element_size() for t in leaves)
+                self.bytes[name, group.group_desc] += size
+        return func(*args, **(kwargs or {}))
+
+
+class Saved(torch.autograd.graph.saved_tensors_hooks):
+    """Bytes of the distinct storages that autograd saves, parameters apart."""
+
+    def __init__(self, parameters: list[torch.Tensor]) -> None:
+        super().__init__(self._pack, lambda tensor: tensor)
+        self._own = {p.untyped_storage().data_ptr() for p in parameters}
+        self._kept: dict[int, torch.Tensor] = {}  # kept alive, so that no address returns
+
+    def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        kept = tensor.detach()
+        if kept.untyped_storage().data_ptr() not in self._own:
+            self._kept[kept.untyped_storage().data_ptr()] = kept
+        return kept
+
+    def bytes(self) -> int:
+        return sum(kept.untyped_storage().nbytes() for kept in self._kept.values())
+
+
+def nbytes(tensors: list[torch.Tensor], apart_from: frozenset[int] = frozenset()) -> int:
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(size for address, size in storages.items() if address not in apart_from)
+
+
+def owned(model: Any, optimizer: Any) -> dict[str, int]:
+    """What a rank owns after a step, in bytes, and how many parameters it holds."""
+    from megatron.core.parallel_state import get_global_memory_buffer
+
+    weights = [p for chunk in model for p in chunk.parameters()]
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    groups = [g for part in parts for g in part.optimizer.param_groups]
+    stepped = [p for group in groups for p in group["params"]]
+    state = [
+        value
+        for part in parts
+        for values in part.optimizer.state.values()
+        for value in values.values()
+    ]
+    addresses = frozenset(p.untyped_storage().data_ptr() for p in weights)
+    return {
+        "held": sum(p.numel() for p in weights),
+        "parameters": nbytes(weights),
+        "gather_buffer": nbytes(list(get_global_memory_buffer().buffer.values())),
+        "gradients": nbytes([p.main_grad for p in weights]),
+        "optimizer": nbytes([*stepped, *state], apart_from=addresses),
+    }
