@@ -1,6 +1,7 @@
 """The command line of `pretrain_et.py`: Megatron's flags, ours, and recipes."""
 
 import os
+import re
 import sys
 import traceback
 from argparse import ArgumentParser, Namespace
@@ -21,11 +22,17 @@ from megatron.training.arguments import (
 )
 
 from megatron_ext.config import ETConfig
+from megatron_ext.conflicts import check_conflicts
 from megatron_ext.devices import cpu_default_args, is_cpu_device
 from megatron_ext.errors import ToolParser, UserError
+from megatron_ext.layout import check_layout
 
-# Megatron's mask is a square matrix a sample; attention here is causal by itself.
-_DEFAULTS = ["--no-create-attention-mask-in-dataloader"]
+_DEFAULTS = [
+    # Megatron's mask is a square matrix a sample; attention here is causal by itself.
+    "--no-create-attention-mask-in-dataloader",
+    # Any layout can go on from a checkpoint of any other, see megatron_ext.training.resharding.
+    "--dist-ckpt-optim-fully-reshardable",
+]
 
 
 def parse_args(argv: Sequence[str]) -> tuple[Namespace, ETConfig]:
@@ -40,13 +47,15 @@ def parse_args(argv: Sequence[str]) -> tuple[Namespace, ETConfig]:
     """
     parser = ToolParser(add_help=False, allow_abbrev=False)
     add_arguments(add_megatron_arguments(parser))
-    argv = [*_DEFAULTS, *(cpu_default_args() if is_cpu_device() else []), *argv]
-    argv = expand_recipes(argv, parser)
+    expanded = expand_recipes(argv, parser)
+    argv = [*_DEFAULTS, *(cpu_default_args() if is_cpu_device() else []), *expanded]
     if {"-h", "--help"} & set(argv):
         _print_help(parser)
         sys.exit(0)
     args = parser.parse_args(argv)
-    _check_before_megatron(args)
+    _check_before_megatron(args, _given(expanded, parser))
+    if args.async_save:
+        argv = [*argv, "--use-persistent-ckpt-worker"]  # without it Megatron saves synchronously
     argv = [*_run_dir_flags(args.run_dir), *argv]
     _check_folders(parser.parse_args(argv))
     with mock.patch.object(sys, "argv", [sys.argv[0], *argv]):
@@ -75,6 +84,13 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
         help="Folder of the run: checkpoints/ (saved, and resumed from when there are any), "
         "tensorboard/, metrics.jsonl and run.json. --save, --load, --tensorboard-dir and "
         "--save-interval (1000) override the parts.",
+    )
+    group.add_argument(
+        "--no-dist-ckpt-optim-fully-reshardable",
+        dest="dist_ckpt_optim_fully_reshardable",
+        action="store_false",
+        help="Save the distributed optimizer's shards as they are: no rank gathers them in host "
+        "memory, and only the same tensor, pipeline and expert parallel sizes can resume.",
     )
     group.add_argument(
         "--peak-tflops",
@@ -167,22 +183,25 @@ def _run_dir_flags(run_dir: str | None) -> list[str]:
     return [*flags, "--save-interval", "1000"]
 
 
-def _check_before_megatron(args: Namespace) -> None:
+def _given(argv: Sequence[str], parser: ArgumentParser) -> set[str]:
+    """Names of the arguments that a command line sets, its recipes expanded."""
+    options = (word.partition("=")[0] for word in argv)
+    actions = parser._option_string_actions
+    return {actions[option].dest for option in options if option in actions}
+
+
+def _check_before_megatron(args: Namespace, given: set[str]) -> None:
     """What Megatron would answer with a stack trace or a wrong guess."""
-    if args.num_experts and args.num_experts % args.expert_model_parallel_size:
-        raise UserError(
-            f"--num-experts {args.num_experts} is not divisible by "
-            f"--expert-model-parallel-size {args.expert_model_parallel_size}: make it a multiple"
-        )
+    check_layout(args, int(os.environ.get("WORLD_SIZE", "1")))
+    for warning in check_conflicts(args, given):
+        if os.environ.get("RANK", "0") == "0":
+            name = Path(sys.argv[0]).name
+            print(f"{name}: warning: {warning}", file=sys.stderr, flush=True)
     files = ("SentencePieceTokenizer", "TikTokenizer")  # others may name a model of a hub
     if args.tokenizer_type in files and not Path(args.tokenizer_model or "").is_file():
         raise UserError(f"--tokenizer-model {args.tokenizer_model} does not exist")
     if args.reset_attention_mask:
         raise UserError("--reset-attention-mask is not supported: attention is causal throughout")
-    if args.tensor_model_parallel_size > 1 and args.num_experts and not args.sequence_parallel:
-        raise UserError(
-            "--tensor-model-parallel-size above 1 with experts needs --sequence-parallel"
-        )
 
 
 def _check_folders(args: Namespace) -> None:
@@ -209,4 +228,5 @@ def explained(call: Callable[[], Any]) -> Any:
         # An assertion may have no message; then its own source line says what must hold.
         line = (traceback.extract_tb(error.__traceback__)[-1].line or "").removeprefix("assert ")
         message = " ".join(str(error).split()) or f"Megatron requires that {line}"
+        message = re.sub(r"\bargs\.(\w+)", lambda m: "--" + m[1].replace("_", "-"), message)
         raise UserError(message) from error
