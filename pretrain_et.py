@@ -19,6 +19,7 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args  #
 from megatron_ext.arguments import parse_args  # noqa: E402
 from megatron_ext.errors import run_on_ranks  # noqa: E402
 from megatron_ext.model.gpt import gpt_model_config  # noqa: E402
+from megatron_ext.training import resharding  # noqa: E402
 from megatron_ext.training.checks import check_run  # noqa: E402
 from megatron_ext.training.data import forward_step, train_valid_test_datasets  # noqa: E402
 from megatron_ext.training.metrics import MetricLog, peak_flops  # noqa: E402
@@ -27,6 +28,7 @@ from megatron_ext.training.step import RoutingStep, commit_after  # noqa: E402
 
 def main() -> None:
     args, config = parse_args(sys.argv[1:])
+    resharding.install()
     run_dir = check_run(args, config)
 
     step = RoutingStep(config)

@@ -19,6 +19,7 @@ from megatron.training.utils import get_blend_and_blend_per_split
 from megatron_ext.checkpoint import find_checkpoint, read_common_state
 from megatron_ext.config import ETConfig
 from megatron_ext.errors import UserError
+from megatron_ext.training.resharding import check_resharding
 
 # Token ids read from a dataset without a manifest, to see whether the vocabulary holds them.
 _IDS_READ = 10_000_000
@@ -168,6 +169,7 @@ def _check_checkpoint(args: Namespace, config: ETConfig) -> None:
             f"{checkpoint} was trained with --router-type {saved.router_type} and cannot continue "
             f"as {args.router_type}: only expert-threshold and expert-choice share thresholds"
         )
+    check_resharding(checkpoint, saved, args)
     names = _SAME_IN_CHECKPOINT + (_SAME_WITH_THRESHOLDS if config.uses_thresholds else ())
     for name in names:
         here, there = _shape(args, name), _shape(saved, name)
