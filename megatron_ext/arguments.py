@@ -7,6 +7,7 @@ import traceback
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -53,9 +54,10 @@ def parse_args(argv: Sequence[str]) -> tuple[Namespace, ETConfig]:
         _print_help(parser)
         sys.exit(0)
     args = parser.parse_args(argv)
-    _check_before_megatron(args, _given(expanded, parser))
+    given = _given(expanded, parser)
+    _check_before_megatron(args, given)
     if args.async_save:
-        argv = [*argv, "--use-persistent-ckpt-worker"]  # without it Megatron saves synchronously
+        argv += _async_save_flags(args, given)
     argv = [*_run_dir_flags(args.run_dir), *argv]
     _check_folders(parser.parse_args(argv))
     with mock.patch.object(sys, "argv", [sys.argv[0], *argv]):
@@ -202,6 +204,19 @@ def _check_before_megatron(args: Namespace, given: set[str]) -> None:
         raise UserError(f"--tokenizer-model {args.tokenizer_model} does not exist")
     if args.reset_attention_mask:
         raise UserError("--reset-attention-mask is not supported: attention is causal throughout")
+
+
+def _async_save_flags(args: Namespace, given: set[str]) -> list[str]:
+    """Without the first Megatron saves synchronously, without the second it may not start."""
+    flags = ["--use-persistent-ckpt-worker"]
+    if args.async_strategy == "nvrx" and find_spec("nvidia_resiliency_ext") is None:
+        if "async_strategy" in given:
+            raise UserError(
+                "--async-strategy nvrx needs the package nvidia-resiliency-ext: install it, or "
+                "use mcore"
+            )
+        flags += ["--async-strategy", "mcore"]
+    return flags
 
 
 def _check_folders(args: Namespace) -> None:

@@ -6,6 +6,7 @@ import json
 import runpy
 import shutil
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +88,14 @@ def changed(dataset: Path, folder: Path) -> Path:
 )
 def test_flags(flags: list[str], said: str) -> None:
     assert said in refusal([*TINY, *flags])
+
+
+@pytest.mark.skipif(
+    find_spec("nvidia_resiliency_ext") is not None, reason="nvidia-resiliency-ext is installed"
+)
+def test_async_strategy_without_its_package() -> None:
+    flags = ["--async-save", "--async-strategy", "nvrx"]
+    assert "needs the package nvidia-resiliency-ext" in refusal([*TINY, *flags])
 
 
 def test_recipes(tmp_path: Path) -> None:
