@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 from collections.abc import Set
+from importlib.util import find_spec
 
 from megatron_ext.errors import UserError
 
@@ -52,6 +53,20 @@ def check_conflicts(args: Namespace, given: Set[str]) -> list[str]:
             f"--train-iters {args.train_iters} and --train-samples {args.train_samples} both say "
             "how long to train: give one of them"
         )
+    if args.bf16 and args.fp16:
+        raise UserError("--bf16 and --fp16 both say what to compute in: give one of them")
+    if args.tokenizer_type == "NullTokenizer" and not args.vocab_size:
+        raise UserError("--tokenizer-type NullTokenizer needs --vocab-size of at least 1: give it")
+    if not args.skip_train:
+        _check_steps(args)
+    pattern, layers = args.moe_layer_freq, args.num_layers
+    if isinstance(pattern, list) and layers is not None and len(pattern) != layers:
+        raise UserError(
+            f"--moe-layer-freq is a list of {len(pattern)}, but --num-layers is {layers}: give one "
+            "number a layer"
+        )
+    if find_spec("transformer_engine") is None:
+        _check_without_transformer_engine(args)
     if args.ckpt_format != "torch_dist":
         raise UserError(
             f"--ckpt-format {args.ckpt_format} cannot be resumed or read by the tools here: leave "
@@ -60,6 +75,35 @@ def check_conflicts(args: Namespace, given: Set[str]) -> list[str]:
     if args.num_experts and args.router_type in _THRESHOLD_ROUTERS:
         _check_replaced(args, given)
     return _without_effect(args, given)
+
+
+def _check_steps(args: Namespace) -> None:
+    """Megatron finds these out once the model is built."""
+    if not args.train_iters and not args.train_samples:
+        raise UserError("nothing to train: give --train-iters of at least 1")
+    for unit in ("iters", "samples"):
+        total = f"lr_decay_{unit}"
+        if getattr(args, total) is None:
+            total = f"train_{unit}"
+        warmup, steps = getattr(args, f"lr_warmup_{unit}"), getattr(args, total)
+        if steps is not None and steps <= (warmup or 0):
+            raise UserError(
+                f"--lr-warmup-{unit} {warmup or 0} must be below {_flag(total)} {steps}: lower the "
+                "one or raise the other"
+            )
+
+
+def _check_without_transformer_engine(args: Namespace) -> None:
+    if args.transformer_impl == "transformer_engine":
+        raise UserError(
+            "--transformer-impl transformer_engine needs the package transformer-engine: install "
+            "it, or use local"
+        )
+    if args.use_precision_aware_optimizer:
+        raise UserError(
+            "--use-precision-aware-optimizer needs the package transformer-engine: install it, or "
+            "leave the flag out"
+        )
 
 
 def _check_replaced(args: Namespace, given: Set[str]) -> None:

@@ -1,6 +1,7 @@
 """Flags that contradict each other are refused, and what has no effect is told."""
 
 from argparse import Namespace
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -15,6 +16,10 @@ DEFAULTS = {
     "moe_router_score_function": "softmax", "moe_router_topk_scaling_factor": None,
     "moe_router_pre_softmax": False, "moe_router_dtype": None,
     "moe_router_force_load_balancing": False, "moe_router_force_biased": None,
+    "bf16": False, "fp16": False, "tokenizer_type": "SentencePieceTokenizer", "vocab_size": None,
+    "skip_train": False, "moe_layer_freq": 1, "num_layers": 4, "transformer_impl": "local",
+    "use_precision_aware_optimizer": False, "lr_decay_iters": None, "lr_decay_samples": None,
+    "lr_warmup_iters": 0, "lr_warmup_samples": 0,
 }  # fmt: skip
 
 
@@ -26,6 +31,16 @@ def warnings(**given: Any) -> list[str]:
     "given, said",
     [
         ({"train_samples": 5}, "--train-iters 10000 and --train-samples 5 both say how long"),
+        ({"bf16": True, "fp16": True}, "--bf16 and --fp16 both say"),
+        ({"tokenizer_type": "NullTokenizer"}, "needs --vocab-size"),
+        ({"train_iters": 0}, "give --train-iters of at least 1"),
+        ({"lr_warmup_iters": 10000}, "--lr-warmup-iters 10000 must be below --train-iters 10000"),
+        ({"lr_decay_iters": 0}, "--lr-warmup-iters 0 must be below --lr-decay-iters 0"),
+        (
+            {"train_iters": None, "train_samples": 8, "lr_warmup_samples": 9},
+            "--lr-warmup-samples 9 must be below --train-samples 8",
+        ),
+        ({"moe_layer_freq": [0, 1]}, "--moe-layer-freq is a list of 2, but --num-layers is 4"),
         ({"ckpt_format": "torch"}, "--ckpt-format torch cannot be resumed"),
         ({"moe_aux_loss_coeff": 0.01}, "--moe-aux-loss-coeff has no place with --router-type"),
         ({"moe_router_load_balancing_type": "sinkhorn"}, "without an auxiliary loss; leave it out"),
@@ -42,9 +57,22 @@ def test_contradictions_are_refused(given: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError) as caught:
         warnings(**given)
     assert said in str(caught.value)
-    if not {"train_samples", "ckpt_format"} & set(given):  # these are for the other routers
+    if all(name.startswith("moe_router") or name == "moe_aux_loss_coeff" for name in given):
+        # these are for the other routers
         assert warnings(**given, router_type="token-choice") == []
         assert warnings(**given, num_experts=None) == []
+
+
+@pytest.mark.skipif(
+    find_spec("transformer_engine") is not None, reason="transformer-engine is installed"
+)
+@pytest.mark.parametrize(
+    "given",
+    [{"transformer_impl": "transformer_engine"}, {"use_precision_aware_optimizer": True}],
+)
+def test_what_needs_transformer_engine_says_so(given: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="needs the package transformer-engine: install it, or"):
+        warnings(**given)
 
 
 @pytest.mark.parametrize(
