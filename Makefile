@@ -16,7 +16,7 @@ system := slurm-wlm munge chromium
 commands := slurmctld munged chromium
 
 .DEFAULT_GOAL := help
-.PHONY: help environment quickstart test test-fast lint bench gpu-test system-deps clean
+.PHONY: help environment quickstart test test-fast lint layouts bench gpu-test system-deps clean
 
 help:  ## this list
 	@echo "make TARGET, where TARGET is one of"
@@ -41,6 +41,9 @@ lint: environment  ## style, formatting and types
 	$(python) -m ruff check .
 	$(python) -m ruff format --check .
 	$(python) -m mypy .
+
+layouts: environment  ## train every layout and write docs/layouts.md (ten minutes on two cores)
+	$(python) -m tests.training.layout_table docs/layouts.md
 
 bench: environment  ## every benchmark: a table and JSON lines from each
 	@set -e; for file in benchmarks/[!_]*.py; do echo "== $$file"; $(python) "$$file"; done

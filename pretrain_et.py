@@ -22,6 +22,7 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args  #
 from megatron_ext.arguments import parse_args  # noqa: E402
 from megatron_ext.errors import run_on_ranks  # noqa: E402
 from megatron_ext.model.gpt import gpt_model_config  # noqa: E402
+from megatron_ext.training import resharding  # noqa: E402
 from megatron_ext.training.checkpoints import explain_failure, install_integrity  # noqa: E402
 from megatron_ext.training.checks import check_run  # noqa: E402
 from megatron_ext.training.data import forward_step, train_valid_test_datasets  # noqa: E402
@@ -39,6 +40,7 @@ def main() -> None:
         if os.environ.get("RANK", "0") == "0":  # torchrun may have started more
             dry_run(args, config)
         return
+    resharding.install()
     launch = Launch.join(args.rank, args.world_size, args.stall_timeout)
     run_dir = check_run(args, config, launch)
 

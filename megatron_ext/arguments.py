@@ -3,12 +3,14 @@
 import contextlib
 import io
 import os
+import re
 import sys
 import traceback
 import warnings
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -24,13 +26,17 @@ from megatron.training.arguments import (
 )
 
 from megatron_ext.config import ETConfig
+from megatron_ext.conflicts import check_conflicts
 from megatron_ext.devices import cpu_default_args, is_cpu_device
 from megatron_ext.errors import ToolParser, UserError
+from megatron_ext.layout import check_layout
 
 _DEFAULTS = [
     # Megatron's mask is a square matrix a sample; attention here is causal by itself.
     "--no-create-attention-mask-in-dataloader",
     "--exit-signal-handler",
+    # Any layout can go on from a checkpoint of any other, see megatron_ext.training.resharding.
+    "--dist-ckpt-optim-fully-reshardable",
 ]
 
 
@@ -46,21 +52,24 @@ def parse_args(argv: Sequence[str]) -> tuple[Namespace, ETConfig]:
     """
     parser = ToolParser(add_help=False, allow_abbrev=False)
     add_arguments(add_megatron_arguments(parser))
-    argv = [*_DEFAULTS, *(cpu_default_args() if is_cpu_device() else []), *argv]
-    argv = expand_recipes(argv, parser)
+    expanded = expand_recipes(argv, parser)
+    argv = [*_DEFAULTS, *(cpu_default_args() if is_cpu_device() else []), *expanded]
     if {"-h", "--help"} & set(argv):
         _print_help(parser)
         sys.exit(0)
     args = parser.parse_args(argv)
+    given = _given(expanded, parser)
+    environment: dict[str, str] = {}
+    if args.dry_run is not None:
+        environment = {"WORLD_SIZE": str(args.dry_run), "RANK": "0", "LOCAL_RANK": "0"}
+        argv += _dry_run_flags(args)
+        args = parser.parse_args(argv)
+    _check_before_megatron(args, given)
+    if args.async_save:
+        argv += _async_save_flags(args, given)
     if args.dry_run is None:
-        _check_before_megatron(args)
         argv = [*_run_dir_flags(args.run_dir), *argv]
         _check_folders(parser.parse_args(argv))
-        environment: dict[str, str] = {}
-    else:
-        argv = [*argv, *_dry_run_flags(args)]
-        _check_before_megatron(parser.parse_args(argv))
-        environment = {"WORLD_SIZE": str(args.dry_run), "RANK": "0", "LOCAL_RANK": "0"}
     with (
         mock.patch.object(sys, "argv", [sys.argv[0], *argv]),
         mock.patch.dict(os.environ, environment),
@@ -106,6 +115,13 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
         help="End the run, naming the rank that holds it up, when a rank is not there at the start "
         "or none gets on in a step for so long. Default: nine tenths of "
         "--distributed-timeout-minutes.",
+    )
+    group.add_argument(
+        "--no-dist-ckpt-optim-fully-reshardable",
+        dest="dist_ckpt_optim_fully_reshardable",
+        action="store_false",
+        help="Save the distributed optimizer's shards as they are: no rank gathers them in host "
+        "memory, and only the same tensor, pipeline and expert parallel sizes can resume.",
     )
     group.add_argument(
         "--peak-tflops",
@@ -232,53 +248,40 @@ def _dry_run_flags(args: Namespace) -> list[str]:
     return flags
 
 
-def _check_before_megatron(args: Namespace) -> None:
+def _given(argv: Sequence[str], parser: ArgumentParser) -> set[str]:
+    """Names of the arguments that a command line sets, its recipes expanded."""
+    options = (word.partition("=")[0] for word in argv)
+    actions = parser._option_string_actions
+    return {actions[option].dest for option in options if option in actions}
+
+
+def _check_before_megatron(args: Namespace, given: set[str]) -> None:
     """What Megatron would answer with a stack trace or a wrong guess."""
     if args.stall_timeout is not None and args.stall_timeout <= 0:
         raise UserError(f"--stall-timeout {args.stall_timeout:g} must be above 0 seconds")
-    if args.num_experts and args.num_experts % args.expert_model_parallel_size:
-        raise UserError(
-            f"--num-experts {args.num_experts} is not divisible by "
-            f"--expert-model-parallel-size {args.expert_model_parallel_size}: make it a multiple"
-        )
+    check_layout(args, args.dry_run or int(os.environ.get("WORLD_SIZE", "1")))
+    for warning in check_conflicts(args, given):
+        if os.environ.get("RANK", "0") == "0":
+            name = Path(sys.argv[0]).name
+            print(f"{name}: warning: {warning}", file=sys.stderr, flush=True)
     files = ("SentencePieceTokenizer", "TikTokenizer")  # others may name a model of a hub
     if args.tokenizer_type in files and not Path(args.tokenizer_model or "").is_file():
         raise UserError(f"--tokenizer-model {args.tokenizer_model} does not exist")
-    _check_batch(args)
     if args.reset_attention_mask:
         raise UserError("--reset-attention-mask is not supported: attention is causal throughout")
-    if args.tensor_model_parallel_size > 1 and args.num_experts and not args.sequence_parallel:
-        raise UserError(
-            "--tensor-model-parallel-size above 1 with experts needs --sequence-parallel"
-        )
 
 
-def _check_batch(args: Namespace) -> None:
-    """Megatron would name a flag of the evaluation that the user never gave."""
-    ranks = args.dry_run or int(os.environ.get("WORLD_SIZE", "1"))
-    ranks_of_a_model = (
-        args.tensor_model_parallel_size
-        * args.pipeline_model_parallel_size
-        * args.context_parallel_size
-    )
-    together, batch = args.micro_batch_size, args.global_batch_size
-    if ranks % ranks_of_a_model or None in (together, batch) or args.decrease_batch_size_if_needed:
-        return
-    data_parallel = ranks // ranks_of_a_model
-    if batch % (together * data_parallel):
-        raise UserError(
-            f"--global-batch-size {batch} is not divisible by --micro-batch-size {together} times "
-            f"{data_parallel} data-parallel ranks: make it a multiple of {together * data_parallel}"
-        )
-    interleaved = (
-        args.num_layers_per_virtual_pipeline_stage or args.num_virtual_stages_per_pipeline_rank
-    )
-    microbatches, stages = batch // (together * data_parallel), args.pipeline_model_parallel_size
-    if interleaved and not args.microbatch_group_size_per_vp_stage and microbatches % stages:
-        raise UserError(
-            f"an interleaved pipeline needs a multiple of {stages} micro-batches a step, and "
-            f"--global-batch-size {batch} makes {microbatches}: choose another batch size"
-        )
+def _async_save_flags(args: Namespace, given: set[str]) -> list[str]:
+    """Without the first Megatron saves synchronously, without the second it may not start."""
+    flags = ["--use-persistent-ckpt-worker"]
+    if args.async_strategy == "nvrx" and find_spec("nvidia_resiliency_ext") is None:
+        if "async_strategy" in given:
+            raise UserError(
+                "--async-strategy nvrx needs the package nvidia-resiliency-ext: install it, or "
+                "use mcore"
+            )
+        flags += ["--async-strategy", "mcore"]
+    return flags
 
 
 def _check_folders(args: Namespace) -> None:
@@ -305,4 +308,5 @@ def explained(call: Callable[[], Any]) -> Any:
         # An assertion may have no message; then its own source line says what must hold.
         line = (traceback.extract_tb(error.__traceback__)[-1].line or "").removeprefix("assert ")
         message = " ".join(str(error).split()) or f"Megatron requires that {line}"
+        message = re.sub(r"\bargs\.(\w+)", lambda m: "--" + m[1].replace("_", "-"), message)
         raise UserError(message) from error

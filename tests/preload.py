@@ -12,6 +12,7 @@ _before = dict(os.environ)
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     activate()
+    import megatron.core.tokenizers.text  # brings transformers
     import megatron.training  # noqa: F401
 
 # What activation set; ranks take the rest of their environment from the test.

@@ -34,7 +34,7 @@ def activate(use_cuda: bool = True) -> str:
         if device == "cpu":
             _install()
         _use_prebuilt_dataset_helpers()
-        _mend_torch_optimizer()
+        _mend_megatron()
         _device = device
     return _device
 
@@ -99,8 +99,9 @@ def _use_prebuilt_dataset_helpers() -> None:
         utils.compile_helpers = lambda: None
 
 
-def _mend_torch_optimizer() -> None:
+def _mend_megatron() -> None:
     # Imports Megatron, hence not before the device is installed.
-    from megatron_ext.devices import torch_optimizer
+    from megatron_ext.devices import async_save, torch_optimizer
 
     torch_optimizer.install()
+    async_save.install()

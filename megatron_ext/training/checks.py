@@ -21,6 +21,7 @@ from megatron_ext.config import ETConfig
 from megatron_ext.errors import UserError
 from megatron_ext.training.checkpoints import choose_checkpoint
 from megatron_ext.training.launch import Launch
+from megatron_ext.training.resharding import check_resharding
 
 # Token ids read from a dataset without a manifest, to see whether the vocabulary holds them.
 _IDS_READ = 10_000_000
@@ -217,6 +218,7 @@ def _check_checkpoint(checkpoint: Path, args: Namespace, config: ETConfig) -> No
             f"{checkpoint} was trained with --router-type {saved.router_type} and cannot continue "
             f"as {args.router_type}: only expert-threshold and expert-choice share thresholds"
         )
+    check_resharding(checkpoint, saved, args)
     names = _SAME_IN_CHECKPOINT + (_SAME_WITH_THRESHOLDS if config.uses_thresholds else ())
     for name in names:
         here, there = _shape(args, name), _shape(saved, name)

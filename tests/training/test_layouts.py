@@ -1,95 +1,176 @@
 """The same seed and data give the same losses, cutoffs and thresholds on every layout.
 
-Each layout trains with `pretrain_et.py` on real ranks, first by expert choice and then by
-thresholds, and is compared with one rank. Expert choice pools a micro-batch over the data-parallel
-ranks, so micro-batch times data-parallel size is the same everywhere.
+Each layout trains with `pretrain_et.py` on real ranks, and is compared with one rank; runs also go
+from one layout to another in the middle.
 """
 
-import contextlib
-import io
-import json
-import runpy
-import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
 
-from tests.distributed import ROOT, run_ranks
+from megatron_ext.moe.thresholds import Thresholds
+from tests.distributed import ROOT
 from tests.megatron import TINY
+from tests.training.layout_table import HEADER, holds, row, start_flags
+from tests.training.layouts import (
+    CP2,
+    EP2,
+    KINDS,
+    LAYOUTS,
+    ONE_RANK,
+    PP2,
+    SHARDED,
+    STEPS,
+    TP2,
+    WARMUP,
+    WHOLE_EXPERTS,
+    Layout,
+    difference,
+    train,
+)
 
-STEPS = 20
-SAME = [
-    *("--num-layers", "4", "--moe-layer-freq", "[0,1,1,1]", "--train-iters", str(STEPS)),
-    *("--et-warmup-iters", "8", "--et-capacity-pool", "global", "--et-capacity", "0.1"),
-]
-TP2 = ("--tensor-model-parallel-size", "2", "--sequence-parallel")
-EP2 = ("--expert-model-parallel-size", "2")
-PP2 = ("--pipeline-model-parallel-size", "2")
-FULL = ("--recompute-granularity", "full", "--recompute-method", "uniform")
-
-# name: ranks, data-parallel size, flags
-LAYOUTS: dict[str, tuple[int, int, tuple[str, ...]]] = {
-    "DP 2": (2, 2, ()),
-    "DP 4": (4, 4, ()),
-    "DP 2, distributed optimizer, overlap": (
-        2,
-        2,
-        ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"),
-    ),
-    "EP 2": (2, 2, EP2),
-    "EP 2, all-gather dispatcher": (2, 2, (*EP2, "--moe-token-dispatcher-type", "allgather")),
-    "EP 4": (4, 4, ("--expert-model-parallel-size", "4")),
-    "TP 2, expert TP 2": (2, 1, TP2),
-    "TP 2, EP 2": (2, 1, (*TP2, *EP2, "--expert-tensor-parallel-size", "1")),
-    "CP 2": (2, 1, ("--context-parallel-size", "2")),
-    "CP 2, TP 2, EP 2": (4, 1, ("--context-parallel-size", "2", *TP2, *EP2)),
-    "PP 2": (2, 1, PP2),
-    "PP 2, interleaved": (2, 1, (*PP2, "--num-layers-per-virtual-pipeline-stage", "1")),
-    "TP 2, DP 2, EP 2": (4, 2, (*TP2, *EP2, "--use-distributed-optimizer")),
-    "full recomputation": (1, 1, (*FULL, "--recompute-num-layers", "1")),
-    "recomputed MoE layers": (
-        1,
-        1,
-        ("--recompute-granularity", "selective", "--recompute-modules", "moe"),
-    ),
-}
-
-
-def _train(flags: list[str]) -> None:
-    sys.argv = [str(ROOT / "pretrain_et.py"), *flags]
-    with contextlib.redirect_stdout(io.StringIO()):
-        runpy.run_path(sys.argv[0], run_name="__main__")
-
-
-def train(run_dir: Path, ranks: int, data_parallel: int, flags: tuple[str, ...]) -> list[Any]:
-    """The training rows of a run; 4 samples a micro-batch of all ranks, 2 micro-batches a step."""
-    batch = ["--micro-batch-size", str(4 // data_parallel), "--run-dir", str(run_dir)]
-    run_ranks(_train, ranks, [*TINY, *SAME, *batch, *flags], timeout=200)
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in rows if "loss" in row]
+SAVED, WATCHED = 12, 16
 
 
 @pytest.fixture(scope="module")
-def one_rank(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    rows = train(tmp_path_factory.mktemp("one"), 1, 1, ())
-    assert rows[-1]["loss"] < rows[0]["loss"] - 0.05
-    saturations = [row["moe/layer_01/saturation"] + row["moe/layer_01/starvation"] for row in rows]
-    assert max(saturations[8:]) > 0  # the capacity is at work
-    return rows
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, list[Any]]]:
+    """The folder and the rows of each comparison's run on one rank."""
+
+    @cache
+    def run(kind: str) -> tuple[Path, list[Any]]:
+        folder = tmp_path_factory.mktemp(kind)
+        start = start_flags(ONE_RANK[kind], lambda kind: run(kind)[0])
+        saved = kind == "fp32"
+        interval = ("--save-interval", str(WARMUP))
+        return folder, train(folder, ONE_RANK[kind], *interval, *start, save=saved)
+
+    return run
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_layout_trains_as_one_rank_does(name: str, one_rank: list[Any], tmp_path: Path) -> None:
-    rows = train(tmp_path, *LAYOUTS[name])
-    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
-    for row, expected in zip(rows, one_rank):
-        assert row.keys() == expected.keys()
-        assert row["loss"] == pytest.approx(expected["loss"], abs=1e-5), row["step"]
-        assert row["grad_norm"] == pytest.approx(expected["grad_norm"], abs=1e-4)
-        for key, value in expected.items():
-            if "threshold" in key or "cutoff" in key:
-                assert row[key] == pytest.approx(value, abs=1e-4), (row["step"], key)
-            if key.endswith("fan_out_histogram"):
-                assert sum(row[key]) == sum(value) == 8 * 32
+def test_the_model_learns_and_its_capacity_is_at_work(one_rank: Any) -> None:
+    _, rows = one_rank("fp32")
+    assert [r["step"] for r in rows] == list(range(1, STEPS + 1))
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.05
+    saturations = [r["moe/layer_01/saturation"] + r["moe/layer_01/starvation"] for r in rows]
+    assert max(saturations[WARMUP:]) > 0
+    for r in rows:
+        assert sum(r["moe/layer_01/fan_out_histogram"]) == 8 * 32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout.kind}: {layout.name}")
+def test_layout_trains_as_one_rank_does(layout: Layout, one_rank: Any, tmp_path: Path) -> None:
+    _, expected = one_rank(layout.kind)
+    rows = train(tmp_path, layout, *start_flags(layout, lambda kind: one_rank(kind)[0]))
+    found = difference(rows, expected)
+    assert holds(found, layout), found
+
+
+def test_the_table_in_the_documentation_is_of_these_layouts() -> None:
+    page = (ROOT / "docs" / "layouts.md").read_text()
+    sections = page.split("\n## ")[1:]
+    assert [section.splitlines()[0] for section in sections] == [k.title for k in KINDS.values()]
+    for section, (key, kind) in zip(sections, KINDS.items()):
+        lines = [line for line in section.splitlines() if line.startswith("| ")]
+        table = [line.strip("|").split("|") for line in lines]
+        cells = [[cell.strip() for cell in line] for line in table]
+        assert cells[0] == HEADER
+        known = [row(layout, []) for layout in LAYOUTS if layout.kind == key]
+        assert [line[:3] for line in cells[2:]] == known
+        for line in cells[2:]:
+            assert float(line[3]) <= kind.loss, line
+            assert float(line[4]) <= kind.rest, line
+            assert line[5] == "equal" or kind.counts_may, line
+            assert line[6:] == ["yes", "yes"], line
+
+
+# Going from one layout to another
+
+TWO_RANKS = [
+    ONE_RANK["fp32"],
+    Layout("TP 2", 2, 1, TP2),
+    Layout("PP 2", 2, 1, PP2),
+    Layout("EP 2", 2, 2, EP2),
+    Layout("DP 2 distributed optimizer", 2, 2, SHARDED),
+]
+BF16 = [
+    Layout("bf16 EP 2", 2, 2, EP2, kind="bf16"),
+    Layout("bf16 DP 2 distributed optimizer", 2, 2, SHARDED, kind="bf16"),
+]
+FOUR_RANKS = [
+    Layout("TP 2 EP 2 DP 2", 4, 2, (*TP2, *EP2, *WHOLE_EXPERTS, *SHARDED)),
+    Layout("PP 2 CP 2", 4, 1, (*PP2, *CP2)),
+]
+
+
+def saved_thresholds(run: Path) -> dict[str, list[float]]:
+    """The thresholds of each layer in a run's checkpoint, by the name they have in a row."""
+    folder = run / "checkpoints" / f"iter_{SAVED:07d}"
+    metadata = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    names = [name for name in metadata if ".thresholds." in name]
+    state = {
+        name: torch.zeros(metadata[name].size, dtype=metadata[name].properties.dtype)  # type: ignore[union-attr]
+        for name in names
+    }
+    dcp.load(state, checkpoint_id=folder, no_dist=True)
+    decay = float(TINY[TINY.index("--et-ema-decay") + 1])
+    values = {}
+    for name in names:
+        if name.endswith(".average"):
+            layer = name.split(".")[2]
+            thresholds = Thresholds(len(state[name]), decay)
+            prefix = name.removesuffix("average")
+            thresholds.load_state_dict({key: state[prefix + key] for key in ("average", "updates")})
+            values[f"moe/layer_{int(layer):02d}/experts/threshold"] = thresholds.value().tolist()
+    return values
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize(
+    "source, targets",
+    [
+        *((source, [t for t in TWO_RANKS if t != source]) for source in TWO_RANKS),
+        *((source, [t for t in BF16 if t != source]) for source in BF16),
+        (FOUR_RANKS[0], FOUR_RANKS[1:]),
+    ],
+    ids=lambda value: value.name if isinstance(value, Layout) else "",
+)
+def test_any_layout_goes_on_from(
+    source: Layout, targets: list[Layout], one_rank: Any, tmp_path: Path
+) -> None:
+    _, undisturbed = one_rank(source.kind)
+    train(tmp_path / "source", source, "--exit-interval", str(SAVED), save=True)
+    load = ("--load", str(tmp_path / "source" / "checkpoints"))
+    thresholds = saved_thresholds(tmp_path / "source")
+    assert len(thresholds) == 3
+    for number, target in enumerate(targets):
+        until = ("--exit-interval", str(WATCHED))
+        rows = train(tmp_path / str(number), target, *load, *until)
+        assert {key: rows[0][key] for key in thresholds} == thresholds, target.name
+        found = difference(rows, undisturbed[SAVED:WATCHED])
+        assert holds(found, target), (target.name, found)
+
+
+@pytest.mark.slow
+def test_state_that_is_not_reshardable_is_refused_elsewhere(tmp_path: Path) -> None:
+    from megatron_ext.errors import UserError
+
+    sharded = TWO_RANKS[-1]
+    plain = "--no-dist-ckpt-optim-fully-reshardable"
+    train(tmp_path / "source", sharded, "--exit-interval", "2", plain, save=True)
+    load = ("--load", str(tmp_path / "source" / "checkpoints"), "--exit-interval", "4")
+    rows = train(tmp_path / "same", sharded, *load)
+    assert [r["step"] for r in rows] == [3, 4]
+    with pytest.raises(UserError, match="save it once more from there without that flag"):
+        train(tmp_path / "other", Layout("TP 2", 2, 1, (*TP2, *SHARDED)), *load)
+    with pytest.raises(UserError, match="trained with bf16 = False, but the flags say True"):
+        train(tmp_path / "bf16", sharded, *load, "--bf16")
+    rows = train(tmp_path / "anew", Layout("TP 2", 2, 1, TP2), *load, "--no-load-optim")
+    assert [r["step"] for r in rows] == [3, 4]

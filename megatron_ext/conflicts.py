@@ -1,0 +1,146 @@
+"""Flags that contradict each other, and flags that would be overridden without a word."""
+
+from argparse import Namespace
+from collections.abc import Set
+from importlib.util import find_spec
+
+from megatron_ext.errors import UserError
+
+_THRESHOLD_ROUTERS = ("expert-threshold", "expert-choice")
+
+# What configures thresholds and nothing else.
+_ROUTING_FLAGS = (
+    "et_mean_experts",
+    "et_ema_decay",
+    "et_warmup_iters",
+    "et_capacity",
+    "et_capacity_pool",
+    "et_cutoff_pool",
+    "et_gate",
+)
+
+# Megatron's options of a router that thresholds replace: a value that changes nothing, and why.
+_REPLACED = {
+    "moe_aux_loss_coeff": ((0, [0.0]), "thresholds balance the load without an auxiliary loss"),
+    "moe_router_load_balancing_type": (
+        ("none", ["none"]),
+        "thresholds balance the load without an auxiliary loss",
+    ),
+    "moe_router_topk_scaling_factor": ((None, 1), "use --et-gate for the weight of an expert"),
+    "moe_router_score_function": (("sigmoid",), "use --et-gate for the weight of an expert"),
+    "moe_router_pre_softmax": ((False,), "use --et-gate for the weight of an expert"),
+    "moe_router_dtype": (("fp32",), "logits, cutoffs and thresholds are fp32"),
+    "moe_router_force_load_balancing": ((False,), "its random logits would never reach it"),
+    "moe_router_force_biased": ((None,), "its random logits would never reach it"),
+}
+
+
+def check_conflicts(args: Namespace, given: Set[str]) -> list[str]:
+    """Refuse flags that contradict each other.
+
+    Args:
+        args: as parsed, before Megatron's validation.
+        given: names of the arguments that the command line or a recipe sets.
+
+    Returns:
+        what has no effect, one sentence each, to be told as a warning.
+
+    Raises:
+        UserError: naming both flags and the way out.
+    """
+    if args.train_iters and args.train_samples:
+        raise UserError(
+            f"--train-iters {args.train_iters} and --train-samples {args.train_samples} both say "
+            "how long to train: give one of them"
+        )
+    if args.bf16 and args.fp16:
+        raise UserError("--bf16 and --fp16 both say what to compute in: give one of them")
+    if args.tokenizer_type == "NullTokenizer" and not args.vocab_size:
+        raise UserError("--tokenizer-type NullTokenizer needs --vocab-size of at least 1: give it")
+    if not args.skip_train:
+        _check_steps(args)
+    pattern, layers = args.moe_layer_freq, args.num_layers
+    if isinstance(pattern, list) and layers is not None and len(pattern) != layers:
+        raise UserError(
+            f"--moe-layer-freq is a list of {len(pattern)}, but --num-layers is {layers}: give one "
+            "number a layer"
+        )
+    if find_spec("transformer_engine") is None:
+        _check_without_transformer_engine(args)
+    if args.ckpt_format != "torch_dist":
+        raise UserError(
+            f"--ckpt-format {args.ckpt_format} cannot be resumed or read by the tools here: leave "
+            "it out or use torch_dist"
+        )
+    if args.num_experts and args.router_type in _THRESHOLD_ROUTERS:
+        _check_replaced(args, given)
+    return _without_effect(args, given)
+
+
+def _check_steps(args: Namespace) -> None:
+    """Megatron finds these out once the model is built."""
+    if not args.train_iters and not args.train_samples:
+        raise UserError("nothing to train: give --train-iters of at least 1")
+    for unit in ("iters", "samples"):
+        total = f"lr_decay_{unit}"
+        if getattr(args, total) is None:
+            total = f"train_{unit}"
+        warmup, steps = getattr(args, f"lr_warmup_{unit}"), getattr(args, total)
+        if steps is not None and steps <= (warmup or 0):
+            raise UserError(
+                f"--lr-warmup-{unit} {warmup or 0} must be below {_flag(total)} {steps}: lower the "
+                "one or raise the other"
+            )
+
+
+def _check_without_transformer_engine(args: Namespace) -> None:
+    if args.transformer_impl == "transformer_engine":
+        raise UserError(
+            "--transformer-impl transformer_engine needs the package transformer-engine: install "
+            "it, or use local"
+        )
+    if args.use_precision_aware_optimizer:
+        raise UserError(
+            "--use-precision-aware-optimizer needs the package transformer-engine: install it, or "
+            "leave the flag out"
+        )
+
+
+def _check_replaced(args: Namespace, given: Set[str]) -> None:
+    for name, (harmless, why) in _REPLACED.items():
+        value = getattr(args, name, None)
+        if name in given and value not in harmless:
+            raise UserError(
+                f"{_flag(name)} has no place with --router-type {args.router_type}: {why}; leave "
+                "it out, or use --router-type token-choice"
+            )
+
+
+def _without_effect(args: Namespace, given: Set[str]) -> list[str]:
+    """One sentence for each flag that was given and will not be looked at."""
+    unread: dict[str, str] = {}
+    if not args.num_experts:
+        unread = dict.fromkeys(_ROUTING_FLAGS, "a model without --num-experts")
+    elif args.router_type not in _THRESHOLD_ROUTERS:
+        unread = dict.fromkeys(_ROUTING_FLAGS, f"--router-type {args.router_type}")
+    elif args.router_type == "expert-choice":
+        unread = dict.fromkeys(
+            ("et_warmup_iters", "et_capacity", "et_capacity_pool"), "--router-type expert-choice"
+        )
+    elif args.et_capacity is None:
+        unread = {"et_capacity_pool": "--et-capacity none"}
+    told = [
+        f"{_flag(name)} has no effect with {why}" for name, why in unread.items() if name in given
+    ]
+    steps, warmup = args.train_iters, args.et_warmup_iters
+    by_threshold = args.num_experts and args.router_type == "expert-threshold"
+    if by_threshold and steps and warmup >= steps:
+        told.append(
+            f"--et-warmup-iters {warmup} is not below --train-iters {steps}: every step routes by "
+            "expert choice and none by thresholds"
+        )
+    return told
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,281 @@
+"""Whether ranks, parallel sizes, model and batch fit each other, and the nearest that do.
+
+Megatron finds most of this out itself, some of it after minutes, and says what is wrong but not
+what would be right. Nothing here knows of Megatron's state: sizes in, one sentence out.
+"""
+
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+
+from megatron_ext.errors import UserError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The sizes that must fit each other; a model's size is 0 where the flags do not say it."""
+
+    ranks: int
+    tensor: int
+    pipeline: int
+    context: int
+    expert: int
+    expert_tensor: int
+    layers: int
+    stage_layers: int  # a virtual stage's; 0 without interleaving
+    heads: int
+    kv_heads: int
+    ffn: int
+    experts: int
+    moe_ffn: int
+    shared_ffn: int
+    sequence: int
+    micro_batch: int
+    global_batch: int
+    even_stages: bool  # every pipeline stage has as many layers
+    interleaved_batches: bool  # micro-batches go through virtual stages in groups of `pipeline`
+
+    @property
+    def model_ranks(self) -> int:
+        """How many ranks hold one copy of the model and one sample."""
+        return self.tensor * self.pipeline * self.context
+
+    @property
+    def data(self) -> int:
+        """How many ranks hold samples of their own."""
+        return max(1, self.ranks // self.model_ranks)
+
+    @property
+    def stage_ranks(self) -> int:
+        """The ranks of a pipeline stage: an expert-parallel group is of these."""
+        return self.ranks // self.pipeline
+
+    @property
+    def micro_batches(self) -> int:
+        """Of a step, on each data-parallel rank."""
+        return self.global_batch // (self.micro_batch * self.data)
+
+
+FLAGS = {
+    "ranks": "ranks",
+    "tensor": "--tensor-model-parallel-size",
+    "pipeline": "--pipeline-model-parallel-size",
+    "context": "--context-parallel-size",
+    "expert": "--expert-model-parallel-size",
+    "expert_tensor": "--expert-tensor-parallel-size",
+    "layers": "--num-layers",
+    "stage_layers": "--num-layers-per-virtual-pipeline-stage",
+    "heads": "--num-attention-heads",
+    "kv_heads": "--num-query-groups",
+    "ffn": "--ffn-hidden-size",
+    "experts": "--num-experts",
+    "moe_ffn": "--moe-ffn-hidden-size",
+    "shared_ffn": "--moe-shared-expert-intermediate-size",
+    "sequence": "--seq-length",
+    "micro_batch": "--micro-batch-size",
+    "global_batch": "--global-batch-size",
+}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One thing that must hold.
+
+    Attributes:
+        total: the size that is divided.
+        parts: the sizes whose product divides it; the first are the first to be changed.
+        of: the number that is divided, where it is not the size of that name.
+        factor: a further divisor that no flag changes.
+        when: whether the rule applies at all.
+    """
+
+    total: str
+    parts: tuple[str, ...]
+    of: Callable[[Layout], int] | None = None
+    factor: Callable[[Layout], int] = lambda layout: 1
+    when: Callable[[Layout], bool] = lambda layout: True
+
+    def holds(self, layout: Layout) -> bool:
+        if not self.when(layout):
+            return True
+        number = getattr(layout, self.total) if self.of is None else self.of(layout)
+        return number % self.divisor(layout) == 0
+
+    def divisor(self, layout: Layout) -> int:
+        return prod(getattr(layout, part) for part in self.parts) * self.factor(layout)
+
+
+RULES = (
+    Rule("ranks", ("tensor", "context", "pipeline")),
+    Rule("heads", ("tensor",)),
+    Rule("heads", ("kv_heads",), when=lambda x: x.kv_heads > 0),
+    # Fewer KV heads than tensor-parallel ranks are copied, a whole number of times.
+    Rule("kv_heads", ("tensor",), when=lambda x: x.kv_heads >= x.tensor),
+    Rule("tensor", ("kv_heads",), when=lambda x: 0 < x.kv_heads < x.tensor),
+    Rule("ffn", ("tensor",)),
+    Rule("shared_ffn", ("tensor",)),
+    Rule("moe_ffn", ("expert_tensor",)),
+    Rule("experts", ("expert",)),
+    Rule("ranks", ("expert", "expert_tensor"), of=lambda x: x.stage_ranks),
+    Rule("layers", ("pipeline",), when=lambda x: x.even_stages),
+    Rule(
+        "layers",
+        ("stage_layers", "pipeline"),
+        when=lambda x: x.even_stages and x.stage_layers > 0,
+    ),
+    # Causal attention is shared out in two chunks a rank, and sequence parallelism cuts them.
+    Rule("sequence", ("context",), factor=lambda x: 2, when=lambda x: x.context > 1),
+    Rule(
+        "sequence",
+        ("tensor", "context"),
+        factor=lambda x: 2 if x.context > 1 else 1,
+        when=lambda x: x.tensor > 1,
+    ),
+    Rule("global_batch", ("micro_batch",), factor=lambda x: x.data),
+    Rule(
+        "global_batch",
+        ("micro_batch", "pipeline"),
+        factor=lambda x: x.data,
+        when=lambda x: x.interleaved_batches,
+    ),
+)
+
+
+def check_layout(args: Namespace, ranks: int) -> None:
+    """Refuse a layout that cannot work.
+
+    Args:
+        args: as parsed, before Megatron's validation.
+        ranks: the world size.
+
+    Raises:
+        UserError: what does not fit, and the nearest that does.
+    """
+    _check_sizes(args)
+    if args.tensor_model_parallel_size > 1 and args.num_experts and not args.sequence_parallel:
+        raise UserError(
+            "--tensor-model-parallel-size above 1 with experts needs --sequence-parallel: add it"
+        )
+    for flag in ("hierarchical_context_parallel_sizes", "hybrid_context_parallel"):
+        if getattr(args, flag, None):
+            raise UserError(
+                f"--{flag.replace('_', '-')} deals tokens out to ranks in an order that ties at a "
+                "cutoff do not know: use --context-parallel-size alone"
+            )
+    if args.num_layers_per_virtual_pipeline_stage and args.pipeline_model_parallel_size == 1:
+        raise UserError(
+            "--num-layers-per-virtual-pipeline-stage needs --pipeline-model-parallel-size of at "
+            "least 2: raise that one or leave this one out"
+        )
+    layout = layout_of(args, ranks)
+    for rule in RULES:
+        if not rule.holds(layout):
+            raise UserError(f"{_complaint(rule, layout)}: {_advice(rule, layout)}")
+
+
+def layout_of(args: Namespace, ranks: int) -> Layout:
+    """The sizes that a command line and a world size make."""
+    tensor = args.tensor_model_parallel_size
+    context, pipeline = args.context_parallel_size, args.pipeline_model_parallel_size
+    heads, experts = args.num_attention_heads or 0, args.num_experts or 0
+    data = max(1, ranks // (tensor * pipeline * context))
+    uneven = (
+        "decoder_first_pipeline_num_layers",
+        "decoder_last_pipeline_num_layers",
+        "pipeline_model_parallel_layout",
+        "account_for_embedding_in_pipeline_split",
+        "account_for_loss_in_pipeline_split",
+        "hybrid_layer_pattern",
+    )
+    batch = None if args.decrease_batch_size_if_needed else args.global_batch_size
+    ffn = args.ffn_hidden_size or (0 if args.swiglu else 4 * (args.hidden_size or 0))
+    return Layout(
+        ranks=ranks,
+        tensor=tensor,
+        pipeline=pipeline,
+        context=context,
+        expert=args.expert_model_parallel_size,
+        expert_tensor=args.expert_tensor_parallel_size or tensor,
+        layers=args.num_layers or 0,
+        stage_layers=args.num_layers_per_virtual_pipeline_stage or 0,
+        heads=heads,
+        kv_heads=(args.num_query_groups or 0) if args.group_query_attention else heads,
+        ffn=ffn,
+        experts=experts,
+        moe_ffn=(args.moe_ffn_hidden_size or ffn) if experts else 0,
+        shared_ffn=(args.moe_shared_expert_intermediate_size or 0) if experts else 0,
+        sequence=args.seq_length or 0,
+        micro_batch=args.micro_batch_size or 1,
+        global_batch=batch or (args.micro_batch_size or 1) * data,
+        even_stages=not any(getattr(args, name, None) for name in uneven),
+        interleaved_batches=bool(
+            args.num_layers_per_virtual_pipeline_stage or args.num_virtual_stages_per_pipeline_rank
+        )
+        and not getattr(args, "microbatch_group_size_per_vp_stage", None),
+    )
+
+
+def _check_sizes(args: Namespace) -> None:
+    """A size below 1 would divide by zero further on."""
+    for name, flag in FLAGS.items():
+        value = getattr(args, flag.removeprefix("--").replace("-", "_"), None)
+        if name != "ranks" and value is not None and value < 1:
+            raise UserError(f"{flag} {value} must be at least 1")
+
+
+def _complaint(rule: Rule, layout: Layout) -> str:
+    """What does not divide by what."""
+    parts = [f"{FLAGS[part]} {getattr(layout, part)}" for part in rule.parts]
+    parts = [text for text, part in zip(parts, rule.parts) if getattr(layout, part) > 1] or parts
+    total = getattr(layout, rule.total)
+    text = f"{FLAGS[rule.total]} {total}"
+    if rule.total == "ranks":
+        text = f"{total} ranks" if total > 1 else "1 rank"
+        if rule.of is not None and layout.pipeline > 1:
+            text = f"a pipeline stage of {rule.of(layout)} ranks"
+        return f"{text} cannot be shared out over {' times '.join(parts)}"
+    if rule.total == "global_batch" and layout.data > 1:
+        parts.append(f"{layout.data} data-parallel ranks")
+    elif (factor := rule.factor(layout)) > 1:
+        parts.insert(0, str(factor))
+    verb = "is not divisible by" if total >= rule.divisor(layout) else "is too small for"
+    return f"{text} {verb} {' times '.join(parts)}"
+
+
+def _advice(rule: Rule, layout: Layout) -> str:
+    """The nearest sizes with which everything holds, one flag changed at a time."""
+    names = [part for part in rule.parts if getattr(layout, part) > 1] or list(rule.parts)
+    names.append(rule.total)
+    if rule.total == "global_batch" and layout.data > 1:
+        names.append("ranks")
+    # Where no one change mends everything, begin with what was found first.
+    furthest = 2 * max(rule.divisor(layout), *(getattr(layout, name) for name in names))
+    ways = _ways(names, layout, RULES, furthest) or _ways(names, layout, (rule,), furthest)
+    text = ", or ".join(ways)
+    return text if text.startswith("start") else f"use {text}"
+
+
+def _ways(names: Sequence[str], layout: Layout, rules: Sequence[Rule], furthest: int) -> list[str]:
+    """For each size, in words, the nearest values with which the rules hold."""
+    ways = []
+    for name in names:
+
+        def works(value: int, name: str = name) -> bool:
+            changed = replace(layout, **{name: value})  # type: ignore[arg-type]
+            if name == "tensor" and layout.expert_tensor == layout.tensor:
+                changed = replace(changed, expert_tensor=value)  # it follows unless a flag sets it
+            return all(rule.holds(changed) for rule in rules)
+
+        if values := nearest(getattr(layout, name), works, furthest):
+            choice = " or ".join(map(str, values))
+            start = "start 1 rank" if choice == "1" else f"start {choice} ranks"
+            ways.append(start if name == "ranks" else f"{FLAGS[name]} {choice}")
+    return ways
+
+
+def nearest(value: int, works: Callable[[int], bool], furthest: int) -> list[int]:
+    """The next smaller and the next larger number from 1 to `furthest` that work, if any do."""
+    smaller = next((n for n in range(value - 1, 0, -1) if works(n)), None)
+    larger = next((n for n in range(value + 1, furthest + 1) if works(n)), None)
+    return [n for n in (smaller, larger) if n is not None]

@@ -1,0 +1,20 @@
+"""Helper processes that end with the process they help."""
+
+import multiprocessing
+import os
+import threading
+
+
+def end_with_parent() -> None:
+    """End this process, a child of `multiprocessing`, when its parent has ended in any way.
+
+    A parent that is killed cannot tell its children, and some of Megatron's would wait for ever.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_wait_and_exit, args=(parent,), daemon=True).start()
+
+
+def _wait_and_exit(parent: multiprocessing.process.BaseProcess) -> None:
+    parent.join()
+    os._exit(1)

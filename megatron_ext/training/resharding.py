@@ -1,0 +1,212 @@
+"""Going on from a checkpoint of another layout: the optimizer's part of it.
+
+Tensors in a checkpoint have global names and shapes, and any layout can load them. What Megatron
+saves beside them has the form of the optimizer that saved it: one optimizer or two (experts have
+their own once they are expert parallel), sharded over data-parallel ranks or not, parameter groups
+of the first rank alone. It expects to find the form of the run that loads, and fails otherwise.
+Here that part is found in whatever form it has and put into the form of this run.
+"""
+
+import functools
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import (
+    ChainedOptimizer,
+    Float16OptimizerWithFloat16Params,
+    FP32Optimizer,
+    MegatronOptimizer,
+    param_group_identifier_keys,
+)
+
+from megatron_ext.errors import UserError
+
+_RESHARDABLE = "fully_reshardable"
+_KNOWN = (DistributedOptimizer, FP32Optimizer, Float16OptimizerWithFloat16Params)
+# What the main parameters are called by an optimizer that is sharded, and by one that is not.
+_SHARDED_NAME, _WHOLE_NAME = "optimizer.state.param.", "optimizer.state.fp32_param."
+
+_load_content_metadata = dist_checkpointing.load_content_metadata
+_sharded_state_dict = ChainedOptimizer.sharded_state_dict
+_load_state_dict = ChainedOptimizer.load_state_dict
+_set_states = DistributedOptimizer._set_main_param_and_optimizer_states
+
+
+def check_resharding(checkpoint: Path, saved: Namespace, args: Namespace) -> None:
+    """Refuse a checkpoint whose optimizer state this run cannot take up.
+
+    Args:
+        checkpoint: its folder, for the message.
+        saved: the arguments of the run that saved it.
+        args: of this run.
+
+    Raises:
+        UserError: what differs, and what to do.
+    """
+    if args.no_load_optim or args.finetune or getattr(saved, "no_save_optim", False):
+        return
+    way_out = "or begin with a new optimizer by --no-load-optim"
+    for name in ("optimizer", "bf16", "fp16"):
+        here, there = getattr(args, name), getattr(saved, name)
+        if here != there:
+            raise UserError(
+                f"{checkpoint} was trained with {name} = {there}, but the flags say {here}: make "
+                f"them equal, {way_out}"
+            )
+    if not saved.use_distributed_optimizer or saved.dist_ckpt_optim_fully_reshardable:
+        return
+    names = (
+        "use_distributed_optimizer",
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+        "virtual_pipeline_model_parallel_size",
+        "expert_model_parallel_size",
+        "expert_tensor_parallel_size",
+    )
+    for name in names:
+        here, there = getattr(args, name), getattr(saved, name)
+        if here != there:
+            raise UserError(
+                f"{checkpoint} was saved with --no-dist-ckpt-optim-fully-reshardable and {name} = "
+                f"{there}, but the flags say {here}: save it once more from there without that "
+                f"flag, {way_out}"
+            )
+
+
+@functools.wraps(_load_content_metadata)
+def load_content_metadata(*args: Any, **kwargs: Any) -> Any:
+    """Say of every checkpoint how a sharded optimizer has to read it."""
+    metadata = _load_content_metadata(*args, **kwargs)
+    if metadata is not None and "distrib_optim_sharding_type" not in metadata:
+        metadata["distrib_optim_sharding_type"] = _RESHARDABLE
+        metadata["saved_unsharded"] = True
+    return metadata
+
+
+@functools.wraps(_sharded_state_dict)
+def sharded_state_dict(
+    self: ChainedOptimizer, model: Any, is_loading: bool = False, **kwargs: Any
+) -> Any:
+    """Ask for main parameters by the name the checkpoint has for them."""
+    state = _sharded_state_dict(self, model, is_loading, **kwargs)
+    metadata = kwargs.get("metadata") or {}
+    if is_loading and metadata.get("distrib_optim_sharding_type") == _RESHARDABLE:
+        unsharded = metadata.get("saved_unsharded", False)
+        names = (_SHARDED_NAME, _WHOLE_NAME) if unsharded else (_WHOLE_NAME, _SHARDED_NAME)
+        for optimizer, part in _parts(self, state):
+            if isinstance(optimizer, DistributedOptimizer) and not _has_main_params(optimizer):
+                for tensors in part["param_state"].values():
+                    tensors.pop("param")  # the model's own parameters, which the model loads
+        for tensor in nested_values(state):
+            if str(getattr(tensor, "key", "")).startswith(names[0]):
+                tensor.key = names[1] + tensor.key.removeprefix(names[0])
+    return state
+
+
+@functools.wraps(_load_state_dict)
+def load_state_dict(self: ChainedOptimizer, state: Any) -> None:
+    """Load the optimizer state of any layout."""
+    parts = list(_parts(self, state))
+    reshardable = set(_found(state, "param_state_sharding_type")) <= {_RESHARDABLE}
+    if all(type(optimizer) in _KNOWN for optimizer, _ in parts) and reshardable:
+        parts = [(optimizer, _in_form_of(optimizer, part, state)) for optimizer, part in parts]
+        state = parts[0][1] if len(parts) == 1 else {i: p for i, (_, p) in enumerate(parts)}
+    _load_state_dict(self, state)
+
+
+@functools.wraps(_set_states)
+def set_states(self: DistributedOptimizer, parameter: Any, tensors: dict[str, Any]) -> None:
+    _set_states(self, parameter, {"param": None, **tensors})  # None: leave as it is
+
+
+def install() -> None:
+    """Put these functions in the place of Megatron's."""
+    dist_checkpointing.load_content_metadata = load_content_metadata
+    ChainedOptimizer.sharded_state_dict = sharded_state_dict
+    ChainedOptimizer.load_state_dict = load_state_dict
+    DistributedOptimizer._set_main_param_and_optimizer_states = set_states
+
+
+def _has_main_params(optimizer: MegatronOptimizer) -> bool:
+    """Whether there is an fp32 copy of the model's parameters."""
+    return bool(optimizer.config.bf16 or optimizer.config.fp16)
+
+
+def _parts(chain: ChainedOptimizer, state: Any) -> Iterator[tuple[MegatronOptimizer, Any]]:
+    """Each optimizer of a chain with its part of the chain's state."""
+    optimizers = chain.chained_optimizers
+    if len(optimizers) == 1:
+        yield optimizers[0], state
+    else:
+        yield from ((optimizer, state.get(i, {})) for i, optimizer in enumerate(optimizers))
+
+
+def _found(state: Any, name: str) -> Iterator[Any]:
+    """Every entry of that name, wherever it stands."""
+    if isinstance(state, dict):
+        if state.get(name) is not None:
+            yield state[name]
+        for key, value in state.items():
+            if key != name:
+                yield from _found(value, name)
+
+
+def _in_form_of(optimizer: MegatronOptimizer, part: Any, state: Any) -> dict[str, Any]:
+    """The state that an optimizer loads.
+
+    Args:
+        optimizer: of this run.
+        part: of the loaded state, with the tensors that this optimizer asked for.
+        state: all of the loaded state; what is not a tensor stands where it was when saved.
+    """
+    saved_groups = [group for groups in _found(state, "param_groups") for group in groups]
+    steps = [*_found(state, "common_step"), *(g["step"] for g in saved_groups if g.get("step"))]
+    groups = []
+    for current in optimizer.optimizer.state_dict()["param_groups"]:
+        groups.append(_like(current, saved_groups))
+        if steps:
+            groups[-1]["step"] = int(steps[0])
+    scalers = list(_found(state, "grad_scaler"))
+    scaler = {"grad_scaler": scalers[0]} if scalers else {}
+    if isinstance(optimizer, DistributedOptimizer):
+        return {
+            "optimizer": {"param_groups": groups},
+            "param_state": part["param_state"],
+            "param_state_sharding_type": _RESHARDABLE,
+            **scaler,
+        }
+    mixed = isinstance(optimizer, Float16OptimizerWithFloat16Params)
+    tensors = (part["optimizer"] if mixed else part)["state"]
+    inner: dict[str, Any] = {
+        "state": {key: value for key, value in tensors.items() if key != "common_step"},
+        "param_groups": groups,
+    }
+    if steps and isinstance(optimizer.optimizer, torch.optim.Adam):
+        inner["state"]["common_step"] = torch.tensor(float(steps[0]))
+    if not mixed:
+        return inner
+    return {"optimizer": inner, "fp32_from_fp16_params": part["fp32_from_fp16_params"], **scaler}
+
+
+def _like(current: dict[str, Any], saved_groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """The saved settings of a parameter group, with the parameters and the marks of this run.
+
+    A group that the first rank had no part of has not been saved. It differs by its marks alone,
+    and the scheduler sets its learning rate and weight decay before the next step.
+    """
+    marks = {key: current[key] for key in param_group_identifier_keys if key in current}
+
+    def alike(saved: dict[str, Any], but: str = "") -> bool:
+        keys = [key for key in param_group_identifier_keys if key != but]
+        return all(saved.get(key) == current.get(key) for key in keys)
+
+    exact = (group for group in saved_groups if alike(group))
+    near = (group for group in saved_groups if alike(group, "is_expert_parallel"))
+    settings = next(exact, None) or next(near, None) or current
+    return {**settings, **marks, "params": current["params"]}

@@ -1,0 +1,119 @@
+"""Flags that contradict each other are refused, and what has no effect is told."""
+
+from argparse import Namespace
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+
+from megatron_ext.conflicts import check_conflicts
+from megatron_ext.errors import UserError
+
+DEFAULTS = {
+    "router_type": "expert-threshold", "num_experts": 8, "ckpt_format": "torch_dist",
+    "train_iters": 10000, "train_samples": None, "et_warmup_iters": 4000, "et_capacity": 0.5,
+    "moe_aux_loss_coeff": 0.0, "moe_router_load_balancing_type": "aux_loss",
+    "moe_router_score_function": "softmax", "moe_router_topk_scaling_factor": None,
+    "moe_router_pre_softmax": False, "moe_router_dtype": None,
+    "moe_router_force_load_balancing": False, "moe_router_force_biased": None,
+    "bf16": False, "fp16": False, "tokenizer_type": "SentencePieceTokenizer", "vocab_size": None,
+    "skip_train": False, "moe_layer_freq": 1, "num_layers": 4, "transformer_impl": "local",
+    "use_precision_aware_optimizer": False, "lr_decay_iters": None, "lr_decay_samples": None,
+    "lr_warmup_iters": 0, "lr_warmup_samples": 0,
+}  # fmt: skip
+
+
+def warnings(**given: Any) -> list[str]:
+    return check_conflicts(Namespace(**{**DEFAULTS, **given}), set(given))
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ({"train_samples": 5}, "--train-iters 10000 and --train-samples 5 both say how long"),
+        ({"bf16": True, "fp16": True}, "--bf16 and --fp16 both say"),
+        ({"tokenizer_type": "NullTokenizer"}, "needs --vocab-size"),
+        ({"train_iters": 0}, "give --train-iters of at least 1"),
+        ({"lr_warmup_iters": 10000}, "--lr-warmup-iters 10000 must be below --train-iters 10000"),
+        ({"lr_decay_iters": 0}, "--lr-warmup-iters 0 must be below --lr-decay-iters 0"),
+        (
+            {"train_iters": None, "train_samples": 8, "lr_warmup_samples": 9},
+            "--lr-warmup-samples 9 must be below --train-samples 8",
+        ),
+        ({"moe_layer_freq": [0, 1]}, "--moe-layer-freq is a list of 2, but --num-layers is 4"),
+        ({"ckpt_format": "torch"}, "--ckpt-format torch cannot be resumed"),
+        ({"moe_aux_loss_coeff": 0.01}, "--moe-aux-loss-coeff has no place with --router-type"),
+        ({"moe_router_load_balancing_type": "sinkhorn"}, "without an auxiliary loss; leave it out"),
+        ({"moe_router_load_balancing_type": "aux_loss"}, "--moe-router-load-balancing-type has no"),
+        ({"moe_router_topk_scaling_factor": 2.5}, "use --et-gate for the weight"),
+        ({"moe_router_score_function": "softmax"}, "use --et-gate for the weight"),
+        ({"moe_router_pre_softmax": True}, "use --et-gate for the weight"),
+        ({"moe_router_dtype": "fp64"}, "thresholds are fp32"),
+        ({"moe_router_force_load_balancing": True}, "--moe-router-force-load-balancing has no"),
+        ({"moe_router_force_biased": 1.0}, "--moe-router-force-biased has no place"),
+    ],
+)
+def test_contradictions_are_refused(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        warnings(**given)
+    assert said in str(caught.value)
+    if all(name.startswith("moe_router") or name == "moe_aux_loss_coeff" for name in given):
+        # these are for the other routers
+        assert warnings(**given, router_type="token-choice") == []
+        assert warnings(**given, num_experts=None) == []
+
+
+@pytest.mark.skipif(
+    find_spec("transformer_engine") is not None, reason="transformer-engine is installed"
+)
+@pytest.mark.parametrize(
+    "given",
+    [{"transformer_impl": "transformer_engine"}, {"use_precision_aware_optimizer": True}],
+)
+def test_what_needs_transformer_engine_says_so(given: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="needs the package transformer-engine: install it, or"):
+        warnings(**given)
+
+
+@pytest.mark.parametrize(
+    "given, told",
+    [
+        ({"train_iters": 4000}, ["--et-warmup-iters 4000 is not below --train-iters 4000"]),
+        ({"et_warmup_iters": 20, "train_iters": 9}, ["--et-warmup-iters 20 is not below"]),
+        (
+            {"router_type": "token-choice", "et_gate": "relu", "et_capacity": 0.1},
+            [
+                "--et-capacity has no effect with --router-type token-choice",
+                "--et-gate has no effect with --router-type token-choice",
+            ],
+        ),
+        (
+            {"router_type": "quantile-balancing", "et_mean_experts": 1.5},
+            ["--et-mean-experts has no effect with --router-type quantile-balancing"],
+        ),
+        (
+            {"num_experts": None, "et_ema_decay": 0.9, "train_iters": 10},
+            ["--et-ema-decay has no effect with a model without --num-experts"],
+        ),
+        (
+            {"router_type": "expert-choice", "et_warmup_iters": 5, "et_cutoff_pool": "step"},
+            ["--et-warmup-iters has no effect with --router-type expert-choice"],
+        ),
+        (
+            {"et_capacity": None, "et_capacity_pool": "global"},
+            ["--et-capacity-pool has no effect with --et-capacity none"],
+        ),
+    ],
+)
+def test_what_has_no_effect_is_told(given: dict[str, Any], told: list[str]) -> None:
+    sentences = warnings(**given)
+    assert len(sentences) == len(told)
+    for sentence, start in zip(sentences, told):
+        assert sentence.startswith(start)
+
+
+def test_defaults_are_not_held_against_anyone() -> None:
+    for router_type in ("expert-threshold", "token-choice", "quantile-balancing"):
+        assert warnings(router_type=router_type) == []
+    harmless = {"moe_aux_loss_coeff": 0, "moe_router_load_balancing_type": "none"}
+    assert warnings(**harmless, moe_router_dtype="fp32") == []

@@ -1,0 +1,129 @@
+"""Measures every layout against one rank and writes the documentation's table.
+
+    python -m tests.training.layout_table docs/layouts.md
+
+It takes about ten minutes on two cores; `make layouts` runs it.
+"""
+
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from tests.training.layouts import (
+    KINDS,
+    LAYOUTS,
+    ONE_RANK,
+    STEPS,
+    WARMUP,
+    Difference,
+    Layout,
+    difference,
+    train,
+)
+
+# Resumed in the middle of the steps that thresholds route, and watched for this long.
+SAVED, WATCHED = 12, 16
+
+HEADER = [
+    "layout", "ranks", "flags", "loss", "gradient norm, thresholds", "routing counts",
+    "resumes one rank", "one rank resumes it",
+]  # fmt: skip
+
+INTRODUCTION = f"""\
+# Layouts
+
+Each row is a run of {STEPS} steps on real ranks, the first {WARMUP} by expert choice, compared with
+the same run on one rank: the largest difference of a loss, of a gradient norm or an expert's cutoff
+or threshold, and whether the number of tokens of every expert and the fan-out of every step are the
+same. Each is also resumed after {SAVED} steps from the checkpoint of one rank, and one rank from
+its checkpoint, with the losses of the undisturbed run. The table is written by `make layouts`, on
+CPUs; `tests/training/test_layouts.py` trains all of them again.
+"""
+
+
+def holds(found: Difference, layout: Layout) -> bool:
+    """Whether a difference is within what the layout's comparison allows."""
+    kind = KINDS[layout.kind]
+    return found.loss <= kind.loss and found.rest <= kind.rest and (found.counts or kind.counts_may)
+
+
+def start_flags(layout: Layout, one_rank: Callable[[str], Path]) -> tuple[str, ...]:
+    """The flags that let a run begin where its comparison begins."""
+    if not KINDS[layout.kind].after_warmup:
+        return ()
+    return ("--load", str(one_rank("fp32") / "checkpoints"), "--ckpt-step", str(WARMUP))
+
+
+def row(layout: Layout, cells: list[str]) -> list[str]:
+    """A line of the table; the first three cells are known without measuring."""
+    return [layout.name, str(layout.ranks), f"`{' '.join(layout.flags)}`" if layout.flags else "",
+            *cells]  # fmt: skip
+
+
+def as_line(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def measure(folder: Path) -> dict[str, list[list[str]]]:
+    """Train everything; the rows of each comparison by its key."""
+    rows_of: dict[str, list[Any]] = {}
+
+    @cache
+    def one_rank(kind: str) -> Path:
+        run = folder / f"one-{kind}"
+        layout = ONE_RANK[kind]
+        interval = ("--save-interval", "4")
+        rows_of[kind] = train(run, layout, *interval, *start_flags(layout, one_rank), save=True)
+        return run
+
+    tables: dict[str, list[list[str]]] = {kind: [] for kind in KINDS}
+    for number, layout in enumerate(LAYOUTS):
+        reference = one_rank(layout.kind)
+        expected = rows_of[layout.kind]
+        run = folder / str(number)
+        start = start_flags(layout, one_rank)
+        rows = train(run, layout, "--save-interval", str(SAVED), *start, save=True)
+        whole = difference(rows, expected)
+        watched = [r for r in expected if SAVED < r["step"] <= WATCHED]
+        stop = ("--exit-interval", str(WATCHED), "--ckpt-step", str(SAVED))
+        verdicts: list[str] = []
+        for resuming, source in ((layout, reference), (ONE_RANK[layout.kind], run)):
+            load = ("--load", str(source / "checkpoints"), *stop)
+            resumed = train(folder / f"{number}-{len(verdicts)}", resuming, *load)
+            found = difference(resumed, watched)
+            verdicts.append("yes" if found.loss <= KINDS[layout.kind].loss else f"{found.loss:.0e}")
+        measured = [f"{whole.loss:.0e}", f"{whole.rest:.0e}", "equal" if whole.counts else "differ"]
+        assert holds(whole, layout), (layout, whole)
+        tables[layout.kind].append(row(layout, [*measured, *verdicts]))
+        print(as_line(tables[layout.kind][-1]), flush=True)
+    return tables
+
+
+def document(tables: dict[str, list[list[str]]]) -> str:
+    """The page."""
+    parts = [INTRODUCTION]
+    for key, kind in KINDS.items():
+        shared = f" Shared flags: `{' '.join(kind.flags)}`." if kind.flags else ""
+        parts.append(
+            f"\n## {kind.title}\n\n{kind.about}{shared} Allowed: {kind.loss:.0e} of a loss, "
+            f"{kind.rest:.0e} of the rest.\n\n"
+        )
+        lines = [HEADER, ["---"] * len(HEADER), *tables[key]]
+        parts.append("".join(as_line(cells) + "\n" for cells in lines))
+    return "".join(parts)
+
+
+def main() -> None:
+    [target] = sys.argv[1:]
+    with tempfile.TemporaryDirectory(prefix="layouts-") as folder:
+        page = document(measure(Path(folder)))
+    temporary = Path(target + ".tmp")
+    temporary.write_text(page)
+    temporary.replace(target)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""The layouts that must train as one rank does, and how a run is trained on one of them."""
+
+import contextlib
+import io
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.distributed import run_ranks
+from tests.megatron import TINY
+
+STEPS, WARMUP = 20, 8
+MODEL = [
+    *TINY,
+    *("--num-layers", "4", "--moe-layer-freq", "[0,1,1,1]", "--train-iters", str(STEPS)),
+    *("--et-warmup-iters", str(WARMUP), "--et-capacity-pool", "global", "--et-capacity", "0.1"),
+]
+# Of TINY's 8 samples a step; expert choice pools the micro-batch of all ranks.
+POOL = 4
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How ranks share a run.
+
+    Attributes:
+        name: as in the table.
+        ranks: how many.
+        data_parallel: how many of them hold samples of their own.
+        flags: what a user would add to the command.
+        kind: the comparison it belongs to, a key of :data:`KINDS`.
+        pool: samples in a micro-batch of all data-parallel ranks.
+    """
+
+    name: str
+    ranks: int
+    data_parallel: int
+    flags: tuple[str, ...] = ()
+    kind: str = "fp32"
+    pool: int = POOL
+
+    @property
+    def all_flags(self) -> tuple[str, ...]:
+        """Those of the layout and of its comparison, the micro-batch a rank too."""
+        micro_batch = ("--micro-batch-size", str(self.pool // self.data_parallel))
+        return (*micro_batch, *KINDS[self.kind].flags, *self.flags)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Runs that are compared with one of their own on one rank.
+
+    Attributes:
+        title, about: for the table.
+        flags: shared by all of them.
+        loss, rest: how far a loss, and a gradient norm, cutoff or threshold, may lie from one
+            rank's.
+        counts_may: whether counts of routed tokens may differ.
+        after_warmup: start from the fp32 run on one rank at the end of its warm-up.
+    """
+
+    title: str
+    about: str
+    flags: tuple[str, ...]
+    loss: float
+    rest: float
+    counts_may: bool = False
+    after_warmup: bool = False
+
+
+KINDS = {
+    "fp32": Kind(
+        "fp32",
+        "By expert choice and then by thresholds, with the capacity at work. Micro-batch times "
+        "data-parallel size is the same everywhere: expert choice pools it.",
+        (),
+        1e-5,
+        1e-4,
+    ),
+    "thresholds": Kind(
+        "Any micro-batch",
+        "From one rank's checkpoint at the end of the warm-up, by thresholds: with cutoffs over "
+        "the whole step and no capacity, only the global batch counts.",
+        ("--et-cutoff-pool", "step", "--et-capacity", "none"),
+        1e-5,
+        1e-4,
+        after_warmup=True,
+    ),
+    "bf16": Kind(
+        "bf16",
+        "Compared with one rank in bf16; main parameters and gradients are fp32. Sums of bf16 in "
+        "another order move logits across cutoffs, so that counts may differ.",
+        ("--bf16",),
+        5e-3,
+        1e-1,
+        counts_may=True,
+    ),
+}
+
+TP2 = ("--tensor-model-parallel-size", "2", "--sequence-parallel")
+EP2 = ("--expert-model-parallel-size", "2")
+PP2 = ("--pipeline-model-parallel-size", "2")
+CP2 = ("--context-parallel-size", "2")
+WHOLE_EXPERTS = ("--expert-tensor-parallel-size", "1")
+SHARDED = ("--use-distributed-optimizer",)
+OVERLAP = ("--overlap-grad-reduce", "--overlap-param-gather")
+INTERLEAVED = ("--num-layers-per-virtual-pipeline-stage", "1")
+FULL = ("--recompute-granularity", "full", "--recompute-method", "uniform")
+
+ONE_RANK = {kind: Layout("one rank", 1, 1, kind=kind) for kind in KINDS}
+LAYOUTS = [
+    Layout("DP 2", 2, 2),
+    Layout("DP 4", 4, 4),
+    Layout("DP 2, gradient reduction overlapped", 2, 2, OVERLAP[:1]),
+    Layout("DP 2, distributed optimizer", 2, 2, SHARDED),
+    Layout("DP 2, distributed optimizer, both overlapped", 2, 2, (*SHARDED, *OVERLAP)),
+    Layout("EP 2", 2, 2, EP2),
+    Layout("EP 2, distributed optimizer", 2, 2, (*EP2, *SHARDED)),
+    Layout("EP 2, all-gather dispatcher", 2, 2, (*EP2, "--moe-token-dispatcher-type", "allgather")),
+    Layout("EP 4", 4, 4, ("--expert-model-parallel-size", "4")),
+    Layout("TP 2, expert TP 2", 2, 1, TP2),
+    Layout("TP 2, EP 2", 2, 1, (*TP2, *EP2, *WHOLE_EXPERTS)),
+    Layout("TP 2, EP 2, expert TP 2", 4, 2, (*TP2, *EP2)),
+    Layout("TP 2, EP 2, DP 2", 4, 2, (*TP2, *EP2, *WHOLE_EXPERTS, *SHARDED)),
+    Layout("CP 2", 2, 1, CP2),
+    Layout("CP 2, TP 2, EP 2", 4, 1, (*CP2, *TP2, *EP2)),
+    Layout("PP 2", 2, 1, PP2),
+    Layout("PP 2, interleaved", 2, 1, (*PP2, *INTERLEAVED)),
+    Layout("PP 2, EP 2", 4, 2, (*PP2, *EP2, *SHARDED)),
+    Layout("PP 2, CP 2", 4, 1, (*PP2, *CP2)),
+    Layout("full recomputation", 1, 1, (*FULL, "--recompute-num-layers", "1")),
+    Layout("MoE layers recomputed", 1, 1, ("--recompute-granularity", "selective",
+                                           "--recompute-modules", "moe")),
+    Layout("DP 1, 1 micro-batch", 1, 1, kind="thresholds", pool=8),
+    Layout("DP 1, 4 micro-batches", 1, 1, kind="thresholds", pool=2),
+    Layout("DP 2, 4 micro-batches", 2, 2, kind="thresholds", pool=2),
+    Layout("DP 2", 2, 2, kind="bf16"),
+    Layout("TP 2, EP 2, distributed optimizer", 2, 1, (*TP2, *EP2, *WHOLE_EXPERTS, *SHARDED),
+           kind="bf16"),
+]  # fmt: skip
+
+
+def _pretrain(flags: list[str]) -> None:
+    from pretrain_et import main
+
+    sys.argv = ["pretrain_et.py", *flags]
+    with contextlib.redirect_stdout(io.StringIO()):
+        try:
+            main()
+        except SystemExit as end:  # so does a run end that --exit-interval stops
+            if end.code:
+                raise
+
+
+def train(run_dir: Path, layout: Layout, *flags: str, save: bool = False) -> list[Any]:
+    """Train on real ranks and return the training rows.
+
+    Args:
+        run_dir: of the run; its checkpoints are written if `save` says so, and read if there are.
+        layout: who trains.
+        flags: added to the layout's.
+        save: whether the run leaves checkpoints; they take a third of its time.
+    """
+    unsaved = () if save else ("--save", "")
+    argv = [*MODEL, "--run-dir", str(run_dir), *layout.all_flags, *unsaved, *flags]
+    run_ranks(_pretrain, layout.ranks, argv, timeout=200)
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if "loss" in row]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The largest differences between two runs, and whether every routing count is equal."""
+
+    loss: float
+    rest: float
+    counts: bool
+
+
+def difference(rows: list[Any], expected: list[Any]) -> Difference:
+    """Compare the training rows of the same steps of two runs."""
+    assert [row["step"] for row in rows] == [row["step"] for row in expected]
+    loss, rest, counts = 0.0, 0.0, True
+    for row, other in zip(rows, expected):
+        assert row.keys() == other.keys()
+        loss = max(loss, abs(row["loss"] - other["loss"]))
+        rest = max(rest, abs(row["grad_norm"] - other["grad_norm"]))
+        for key in row:
+            name = key.rsplit("/", 1)[-1]
+            if name in ("threshold", "cutoff"):
+                pairs = _pairs(row[key], other[key])
+                rest = max(rest, *(abs(a - b) for a, b in pairs))
+            elif name in ("load", "fan_out_histogram", "saturation", "starvation"):
+                counts = counts and row[key] == other[key]
+    return Difference(loss, rest, counts)
+
+
+def _pairs(a: Any, b: Any) -> Iterator[tuple[float, float]]:
+    return zip(a, b) if isinstance(a, list) else iter([(a, b)])

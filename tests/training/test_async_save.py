@@ -1,0 +1,106 @@
+"""Saving asynchronously: as exact as saving at once, and no process outlives its rank."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from tests.distributed import ROOT, SINGLE_THREADED, run_ranks
+from tests.megatron import TINY
+from tests.training.test_pretrain import EP2, pretrain
+
+
+def of_run(mark: str) -> list[psutil.Process]:
+    """Every process with that mark in its environment."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("TEST_RUN") == mark:
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
+@pytest.mark.slow
+def test_resumes_bit_for_bit_from_every_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mark = uuid.uuid4().hex
+    monkeypatch.setenv("TEST_RUN", mark)
+    undisturbed = pretrain(tmp_path / "run", *EP2, "--async-save", "--save-interval", "1")
+    assert of_run(mark) == []
+    load = ("--load", str(tmp_path / "run" / "checkpoints"))
+    for step in (1, 4):  # in the warm-up and after it, while training went on
+        resumed = pretrain(tmp_path / str(step), *EP2, *load, "--ckpt-step", str(step))
+        assert resumed == undisturbed[step:]
+
+
+def later_changes() -> tuple[list[float], list[float]]:
+    """What a checkpoint would hold if training changed a tensor while it is written."""
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    from megatron_ext.devices import async_save
+
+    results = []
+    for writing in (False, True):
+        async_save._writing = writing
+        tensor = torch.ones(2)
+        [(_, _, (_, [(_, kept)]))] = FileSystemWriterAsync.preload_tensors(
+            [("file", "key", ([], [("item", tensor)]))], True
+        )
+        tensor += 1
+        results.append(kept.tolist())
+    return results[0], results[1]
+
+
+def test_what_is_written_is_not_what_training_makes_of_it() -> None:
+    [(by_the_rank, by_another)] = run_ranks(later_changes, 1)
+    assert by_another == [1.0, 1.0]
+    assert by_the_rank == [2.0, 2.0]  # no copy where the rank waits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [("--async-save",), ()], ids=["async", "sync"])
+def test_killed_ranks_leave_no_process_behind(flags: tuple[str, ...], tmp_path: Path) -> None:
+    mark = uuid.uuid4().hex
+    command = [sys.executable, "pretrain_et.py", *TINY, "--run-dir", str(tmp_path), *flags]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    network = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
+    run = subprocess.Popen(
+        [*command, "--train-iters", "1000000", "--save-interval", "2"],
+        cwd=ROOT,
+        env={**os.environ, **SINGLE_THREADED, **network, "TEST_RUN": mark},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        saved = tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt"
+        _wait(lambda: saved.is_file() or run.poll() is not None, 200)
+        assert run.poll() is None
+        assert len(of_run(mark)) > 1  # those that write, or hold what was written
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+        _wait(lambda: not of_run(mark), 60)
+    finally:
+        for process in of_run(mark):
+            process.kill()
+        run.wait()
+
+
+def _wait(condition: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
