@@ -188,7 +188,9 @@ def layout_of(args: Namespace, ranks: int) -> Layout:
         "account_for_loss_in_pipeline_split",
         "hybrid_layer_pattern",
     )
-    batch = None if args.decrease_batch_size_if_needed else args.global_batch_size
+    batch = (
+        None if getattr(args, "decrease_batch_size_if_needed", False) else args.global_batch_size
+    )
     ffn = args.ffn_hidden_size or (0 if args.swiglu else 4 * (args.hidden_size or 0))
     return Layout(
         ranks=ranks,
@@ -210,7 +212,8 @@ def layout_of(args: Namespace, ranks: int) -> Layout:
         global_batch=batch or (args.micro_batch_size or 1) * data,
         even_stages=not any(getattr(args, name, None) for name in uneven),
         interleaved_batches=bool(
-            args.num_layers_per_virtual_pipeline_stage or args.num_virtual_stages_per_pipeline_rank
+            args.num_layers_per_virtual_pipeline_stage
+            or getattr(args, "num_virtual_stages_per_pipeline_rank", None)
         )
         and not getattr(args, "microbatch_group_size_per_vp_stage", None),
     )
