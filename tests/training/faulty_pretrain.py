@@ -51,11 +51,6 @@ def hung_in_forward(at: int) -> None:
     before(pretrain_et, "forward_step", at, lambda *_: time.sleep(600))
 
 
-def stopped_in_forward(at: int) -> None:
-    """As a machine does that freezes."""
-    before(pretrain_et, "forward_step", at, lambda *_: os.kill(os.getpid(), signal.SIGSTOP))
-
-
 def killed_in_cutoff_collective(at: int) -> None:
     before(step, "kth_largest", at, kill)
 
@@ -93,14 +88,6 @@ def nan_in_gradient(at: int) -> None:
         gradient.main_grad.fill_(torch.nan)
 
     before(DistributedDataParallel, "finish_grad_sync", at, poison)
-
-
-def other_flags(at: int) -> None:
-    sys.argv += ["--lr", "0.5"]
-
-
-def late(seconds: int) -> None:
-    time.sleep(seconds)
 
 
 def slow(at: int) -> None:

@@ -93,7 +93,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_torchrun_restarts_a_run_after_every_kind_of_death(
     undisturbed: list[dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -104,7 +104,6 @@ def test_torchrun_restarts_a_run_after_every_kind_of_death(
         "killed_before_tracker:0:6": "exitcode: -9",
         "nan_in_gradient:1:8": "Unexpected result nan on rank 1",
         "hung_in_forward:1:9": "in step 9: rank 1 on ",
-        "stopped_in_forward:0:11": "in step 11: rank 0 does not answer",
     }
     result = torchrun(
         [
@@ -114,7 +113,7 @@ def test_torchrun_restarts_a_run_after_every_kind_of_death(
         ],
         nproc=2,
         env={"FAULTS": ",".join(faults), "PYTHONPATH": str(ROOT)},
-        timeout=550,
+        timeout=850,
     )
     assert result.returncode == 0, result.stderr[-4000:]
     assert result.stderr.count("failed (exitcode") == len(faults)
