@@ -6,7 +6,6 @@ by commas. A name is that of a function below; the fault befalls that rank in th
 
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
