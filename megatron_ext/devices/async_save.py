@@ -10,6 +10,7 @@ must be active before.
 """
 
 import multiprocessing
+import queue
 from collections.abc import Callable
 from multiprocessing.managers import SyncManager
 from typing import Any
@@ -44,9 +45,15 @@ def preload_tensors(write_buckets: list[Any], non_blocking: bool = True) -> list
 
 
 def get_write_results_queue(mp_mode: str = "spawn") -> Any:
-    """Megatron's function of that name; the process that holds the queue ends with its rank."""
+    """Megatron's function of that name; the process that holds the queue ends with its rank.
+
+    Only a process that writes needs one. A rank that writes by itself, which asks for "spawn", gets
+    a queue of its own; Megatron's would import this whole program again to hold it.
+    """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
+    if filesystem_async._results_queue is None and mp_mode == "spawn":
+        filesystem_async._results_queue = queue.Queue()
     if filesystem_async._results_queue is None:
         manager = SyncManager(ctx=multiprocessing.get_context(mp_mode))
         manager.start(end_with_parent)
