@@ -11,9 +11,9 @@ logits costs 4 bytes a token and expert on every rank. Here only integer counts 
    and sums the ranks' histograms; the bin with the answer is the next bracket. A bracket that the
    counts show to be wrong is replaced by the part next to it that they point to.
 
-The number of values in a bracket is known to all ranks from the round before, so a bin's count
-needs no more bits than that, and many bins share a 64-bit word: the fewer values are left, the
-more bins a round has. A value that is alone in its bracket is sent itself.
+The number of values in a bracket is known to all ranks from the round before, and no bin's count
+needs more bits than that. So many bins share a 64-bit word: the fewer values are left, the more
+bins a round has. A value that is alone in its bracket is sent itself.
 
 Sums of integers do not depend on their order, so the result is exact and the same bits on every
 rank and for every way of laying the tokens out over ranks.
@@ -101,27 +101,24 @@ def _extract(pools: Sequence[Sequence[Tensor]], low: Tensor, high: Tensor) -> _C
     """
     above, columns, images = torch.zeros_like(low), [low[:0]], [low[:0]]
     wanted = low <= high
+    high = high - (high == -1).long()  # the image of -0.0, which is equal to the next value
     start = 0
     for parts in pools:
         stop = start + parts[0].shape[1]
-        mine = slice(start, stop)
-        chosen = wanted[mine].nonzero().squeeze(1)  # [n']
-        count = chosen.numel()
-        if count:
-            here = chosen + start
-            floor, ceiling = value_of_image(low[here]), high[here]
-            rows = max(1, _CHUNK // count)
-            for logits in (chunk for part in parts for chunk in part.split(rows)):
-                if count < stop - start:
-                    logits = logits[:, chosen]
-                index = (logits >= floor).view(-1).nonzero().squeeze(1)
-                column = index % count
-                image = order_preserving_image(logits.reshape(-1)[index]).long()
-                beyond = image > ceiling[column]
-                above.index_add_(0, here[column], beyond.long())
-                inside = (~beyond).nonzero().squeeze(1)
-                columns.append(here[column[inside]])
-                images.append(image[inside])
+        chosen = wanted[start:stop].nonzero().squeeze(1)  # [n']
+        here, count = chosen + start, chosen.numel()
+        floor, ceiling = value_of_image(low[here]), value_of_image(high[here])
+        rows = max(1, _CHUNK // max(1, count))
+        for logits in (chunk for part in parts if count for chunk in part.split(rows)):
+            if count < stop - start:
+                logits = logits[:, chosen]
+            index = (logits >= floor).view(-1).nonzero().squeeze(1)
+            value, column = logits.reshape(-1).take(index), index % count
+            beyond = value > ceiling.take(column)
+            above.index_add_(0, here.take(column), beyond.long())
+            inside = (~beyond).nonzero().squeeze(1)
+            columns.append(here.take(column.take(inside)))
+            images.append(order_preserving_image(value.take(inside)).long())
         start = stop
     return _Candidates(above, torch.cat(columns), torch.cat(images))
 
@@ -160,57 +157,28 @@ def _sampled_brackets(
 
 
 class _Bins(NamedTuple):
-    """How a round divides brackets into bins, and packs the bins' counts into words.
+    """How a round divides the brackets into bins, and packs the bins' counts into words."""
 
-    `bins` to `alone` are `[columns]`, int64 and bool; a column that is done has no bins.
-    """
-
-    bins: Tensor
-    bits: Tensor  # of a bin's count
-    per_word: Tensor  # bins in a word
-    first_word: Tensor
-    alone: Tensor  # the bracket holds one value: its offset is sent for a count
-    word_count: Tensor  # int64 []
+    bins: Tensor  # int64 [columns]; a column that is done has none
+    words: Tensor  # int64 [columns]; all of a column's own
+    alone: Tensor  # bool [columns]: the bracket holds one value, and its word is that value
+    bits: Tensor  # int64 [], of a bin's count
+    per_word: Tensor  # int64 [], bins in a word
 
     @staticmethod
     def divide(width: Tensor, inside: Tensor, done: Tensor, replaced: Tensor) -> "_Bins":
         """As many bins for each bracket as its share of the round's words holds."""
-        alone = inside == 1
-        bits = torch.frexp(inside.double()).exponent.long()  # what `inside` takes in binary
-        bits = bits.masked_fill(alone, _WORD_BITS - 1).clamp(min=1)
+        alone = ~done & (inside == 1)
+        searching = ~(done | alone)
+        most = inside.where(searching, 1).max()
+        bits = torch.frexp(most.double()).exponent.long()  # of the number in binary
         per_word = _WORD_BITS // bits
-        share = torch.where(replaced | (width > _WIDE), _WIDE_SHARE, 1).masked_fill(done | alone, 0)
+        share = torch.where(replaced | (width > _WIDE), _WIDE_SHARE, 1).where(searching, 0)
         total = max(_LEAST_WORDS, _WORDS_PER_COLUMN * width.numel())
-        words = (share * total // share.sum().clamp(min=1)).clamp(min=1)
-        bins = torch.minimum(words * per_word, width)
-        bins = bins.masked_fill(alone, 1).masked_fill(done, 0)
-        words = (bins + per_word - 1) // per_word
-        return _Bins(bins, bits, per_word, words.cumsum(0) - words, alone, words.sum())
-
-    def place(self, column: Tensor, bin: Tensor) -> tuple[Tensor, Tensor]:
-        """The word of a bin, and the bits it is shifted by there."""
-        per_word = self.per_word[column]
-        word, shift = bin // per_word, bin % per_word * self.bits[column]
-        return self.first_word[column] + word, shift
-
-    def pack(self, column: Tensor, bin: Tensor, offset: Tensor, word_count: int) -> Tensor:
-        """The histogram of values in the brackets, int64 `[word_count]`."""
-        word, shift = self.place(column, bin)
-        weight = torch.where(self.alone[column], offset, torch.ones_like(bin) << shift)
-        words = torch.zeros(word_count, dtype=torch.int64, device=bin.device)
-        return words.index_add_(0, word, weight)
-
-    def unpack(self, words: Tensor, bin_count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Column and count of each bin of all columns, `[bin_count]`, from low to high; and
-        where each column's bins start, `[columns]`."""
-        starts = self.bins.cumsum(0) - self.bins
-        column = torch.arange(self.bins.numel(), device=words.device)
-        column = column.repeat_interleave(self.bins, output_size=bin_count)
-        bin = torch.arange(bin_count, device=words.device) - starts[column]
-        word, shift = self.place(column, bin)
-        mask = (torch.ones_like(self.bits) << self.bits) - 1
-        counts = (words[word] >> shift) & mask[column]
-        return column, counts.masked_fill_(self.alone[column], 1), starts
+        words = share * total // share.sum().clamp(min=1)
+        words = torch.minimum(words, (width + per_word - 1) // per_word).clamp(min=1)
+        words = words.masked_fill(alone, 1).masked_fill(done, 0)
+        return _Bins(torch.minimum(words * per_word, width), words, alone, bits, per_word)
 
 
 class _Found(NamedTuple):
@@ -245,22 +213,27 @@ def _search(
     done = torch.zeros_like(low, dtype=torch.bool)
     fresh = ~done  # brackets whose values have yet to be looked for
     column, image = low[:0], low[:0]
-    plan = _Bins.divide(high - low + 1, inside, done, done)
-    first = True
+    first_round = True
     while True:
-        sizes = torch.stack([plan.word_count, plan.bins.sum(), fresh.sum()])
-        word_count, bin_count, looking = sizes.tolist()
-        if bin_count == 0:
-            return _Found(low, k, above, above + inside)
         width = high - low + 1
-        parts = [header] if first else []
+        plan = _Bins.divide(width, inside, done, fresh & (not first_round))
+        sizes = torch.stack([plan.bits, plan.per_word, plan.words.sum(), fresh.sum()])
+        bits, per_word, word_count, looking = sizes.tolist()
+        if word_count == 0:
+            return _Found(low, k, above, above + inside)
+        parts = [header] if first_round else []
         if looking:
             found = extract(low.where(fresh, high + 1), high)
             column, image = torch.cat([column, found.column]), torch.cat([image, found.image])
             parts.append(found.above)
-        offset = image - low[column]
-        bin = offset * plan.bins[column] // width[column]
-        parts.append(plan.pack(column, bin, offset, word_count))
+        # Where each column's words lie; those of a column without any are beyond the others.
+        first_word = (plan.words.cumsum(0) - plan.words).masked_fill(done, word_count)
+        offset = image - low.take(column)
+        bin = offset * plan.bins.take(column) // width.take(column)
+        value = torch.where(plan.alone.take(column), offset, 1 << (bin % per_word * bits))
+        words = torch.zeros(word_count + 1, dtype=torch.int64, device=low.device)
+        words.index_add_(0, first_word.take(column) + bin // per_word, value)
+        parts.append(words)
         message = torch.cat(parts)
         if group is not None:
             dist.all_reduce(message, group=group)
@@ -268,43 +241,47 @@ def _search(
         words = sums.pop()
         if looking:
             above = sums.pop().where(fresh, above)
-        if first:
-            k, first = rank_of(header.copy_(sums.pop())), False
+        if first_round:
+            k, first_round = rank_of(header.copy_(sums.pop())), False
 
-        of, counts, starts = plan.unpack(words, bin_count)
-        below = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        # Values that are not below a bin. The answer is in the last bin where they are k or more.
-        at_least = (above + below[starts + plan.bins])[of] - below[:-1]
-        answer = torch.zeros_like(low).index_add_(0, of, (at_least >= k[of]).long()) - 1
+        lone = words[first_word]
+        words[first_word] = lone.masked_fill(plan.alone, 1)  # a count like the others
+        shifts = bits * torch.arange(per_word, device=low.device)
+        counts = ((words.unsqueeze(1) >> shifts) & ((1 << bits) - 1)).view(-1)
+        below = torch.cat([counts.new_zeros(1), counts.cumsum(0)])  # bins of all columns in a row
+        first_bin = first_word * per_word
+        last_bin = first_bin + plan.bins.clamp(min=1) - 1
+        # The answer is in the last bin that has k or more values at or above its lower edge.
+        most_below = above + below[last_bin + 1] - k
+        at = torch.searchsorted(below, most_below, right=True) - 1
+        answer = torch.minimum(at, last_bin) - first_bin
+        at = at.clamp(first_bin, last_bin)
 
         too_low = ~done & (above >= k)  # the bracket is, for the answer
-        too_high = ~done & (answer < 0)
+        too_high = ~done & (most_below < below[first_bin])
         hit = ~(done | too_low | too_high)
         absent = too_high & (low == _LOWEST)  # fewer than k values: -inf stands for the answer
         counted = absent & (width == 1)
-        at = (starts + answer.clamp(min=0)).clamp(max=bin_count - 1)
-        above = torch.where(hit, at_least[at] - counts[at], above)
+        above = torch.where(hit, above + below[last_bin + 1] - below[at + 1], above)
         inside = torch.where(hit | counted, counts[at], inside)
-
-        lone = low + words[plan.first_word.clamp(max=word_count - 1)]
         bins = plan.bins.clamp(min=1)
         edges = [low + ((answer + i) * width + bins - 1) // bins for i in (0, 1)]
         reach = _REACH * width.clamp(min=_LEAST_WIDTH)
         lowest = torch.full_like(low, _LOWEST)
         for chosen, new_low, new_high in (
             (hit, edges[0], edges[1] - 1),
-            (hit & plan.alone, lone, lone),
+            (hit & plan.alone, low + lone, low + lone),
             (too_low, high + 1, (high + reach).clamp(max=_HIGHEST)),
             (too_high, (low - reach).clamp(min=_LOWEST), low - 1),
             (absent, lowest, lowest),
         ):
             low, high = new_low.where(chosen, low), new_high.where(chosen, high)
         done = done | counted | (hit & (low == high))
-        kept = ((hit & ~done)[column] & (bin == answer[column])).nonzero().squeeze(1)
-        column, image = column[kept], image[kept]
         fresh = (too_low | too_high) & ~done
         inside = inside.masked_fill(fresh, _ANY_COUNT)
-        plan = _Bins.divide(high - low + 1, inside, done, fresh)
+        answer = answer.where(hit & ~done, -1)
+        kept = (bin == answer.take(column)).nonzero().squeeze(1)
+        column, image = column.take(kept), image.take(kept)
 
 
 def kth_largest(
