@@ -11,7 +11,7 @@ from megatron_ext.moe.order_statistics import Bracket
 
 # How much of the largest move seen is remembered from one pool to the next, and how many times
 # that move the bracket extends to either side.
-_MEMORY, _MARGIN = 0.9, 3.0
+_MEMORY, _MARGIN = 0.8, 4.0
 
 
 class Forecast:
@@ -38,6 +38,7 @@ class Forecast:
         cutoffs = torch.where(cutoffs.isfinite(), cutoffs, last)
         if self._last is not None:
             moves = (cutoffs - last).abs().nan_to_num(0.0, 0.0, 0.0)
-            remembered = moves if self._moves is None else _MEMORY * self._moves
+            # One move alone says little of how large others may be.
+            remembered = 2 * moves if self._moves is None else _MEMORY * self._moves
             self._moves = torch.maximum(moves, remembered)
         self._last = cutoffs

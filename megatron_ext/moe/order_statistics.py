@@ -41,7 +41,7 @@ _LOWEST, _HIGHEST = -0x7F800001, 0x7F800000
 # Rows a rank contributes to a sampled bracket: its width falls with the root of this.
 _SAMPLE_ROWS = 2048
 # 64-bit words reduced in a round: at least so many in all (32 KiB), and on average per column.
-_LEAST_WORDS, _WORDS_PER_COLUMN = 4096, 16
+_LEAST_WORDS, _WORDS_PER_COLUMN = 4096, 11
 _WORD_BITS = 63  # the sign is left alone
 _ANY_COUNT = (1 << 31) - 1  # bound on the number of values where none is known
 # A bracket so wide that usual rounds would not exhaust it, or one that had to be replaced, gets so
