@@ -12,9 +12,9 @@ is 1/16 of them), on real gloo ranks and in the same run:
                              interpolated, as its proposed successor does
 
 Logits are new in every step. `equal` ranks draw them from one distribution, `skewed` ranks each
-from its own. Times are medians over steps of the slowest rank; bytes are what a rank sends where
-collectives go around a ring, counted at the calls; syncs are operations that would wait for a GPU;
-memory is the most that new tensors held at a time.
+from its own. Times are the median and the least over steps of the slowest rank; bytes are what a
+rank sends where collectives go around a ring, counted at the calls; syncs are operations that would
+wait for a GPU; memory is the most that new tensors held at a time.
 
     python benchmarks/router_stage.py [--ranks 4] [--tokens 524288] [--experts 16] [--layers 1]
 
@@ -261,6 +261,7 @@ def measure(
                 "data": "skewed" if skewed else "equal",
                 "method": name,
                 "ms": round(1e3 * median(seconds[name]), 2),
+                "ms_least": round(1e3 * min(seconds[name]), 2),
                 "kB_sent": round(sum(sent[name]) / steps / 1e3, 1),
                 "collectives": max(calls[name]),
                 "syncs": watched.syncs,
