@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from megatron_ext.moe.forecast import Forecast
 from megatron_ext.moe.order_statistics import (
     Bracket,
+    column_counts,
     kth_largest,
     order_preserving_image,
     top_k_mask,
@@ -158,6 +159,13 @@ def test_image_preserves_order_and_value(values: list[float]) -> None:
     assert torch.equal(value_of_image(images), x)
 
 
+@pytest.mark.parametrize("rows, n", [(0, 3), (5, 1), (1024, 3), (3000, 7), (263_000, 2)])
+def test_column_counts_equal_a_sum(rows: int, n: int) -> None:
+    coin = torch.rand(rows, n, generator=torch.Generator().manual_seed(0))
+    for mask in (coin < 0.3, coin < 2, (coin < 0.5).t().contiguous().t()):
+        assert torch.equal(column_counts(mask), mask.sum(dim=0))
+
+
 def test_nan_is_absent_and_missing_values_are_minus_infinity() -> None:
     x = torch.tensor([[float("nan"), 1.0], [2.0, float("nan")], [float("nan"), 0.5]])
     cutoffs = kth_largest([x], [lambda _: 2], None)
@@ -193,7 +201,6 @@ def wide_search() -> list[Collectives]:
 
 def test_cutoffs_of_6144_experts_take_four_reductions_and_four_megabytes() -> None:
     first, second = run_ranks(wide_search, 2)
-    print([(len(c.calls), c.payload, c.sent) for c in first])
     for collectives, other in zip(first, second):
         assert collectives == other
         assert set(collectives.calls) == {"all_reduce"}
