@@ -54,7 +54,7 @@ DEFAULT_CASES = [
     (4, 65536, 256, 1),
     (4, 524288, 16, 1),
     (4, 8192, 16, 48),
-    (2, 8192, 128, 48),
+    (2, 4096, 128, 48),
     (8, 65536, 16, 1),
 ]
 FORECAST_STEPS = 3  # before the first one that is timed

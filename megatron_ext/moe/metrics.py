@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_ext.moe.order_statistics import column_counts
+from megatron_ext.moe.candidates import column_counts
 
 
 class RoutingCounts(torch.nn.Module):

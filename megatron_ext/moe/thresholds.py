@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_ext.moe.order_statistics import Group, column_counts, kth_largest, top_k_mask
+from megatron_ext.moe.candidates import column_counts
+from megatron_ext.moe.order_statistics import Group, kth_largest, top_k_mask
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,9 @@ import torch.distributed as dist
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from megatron_ext.moe.candidates import column_counts, order_preserving_image, value_of_image
 from megatron_ext.moe.forecast import Forecast
-from megatron_ext.moe.order_statistics import (
-    Bracket,
-    column_counts,
-    kth_largest,
-    order_preserving_image,
-    top_k_mask,
-    value_of_image,
-)
+from megatron_ext.moe.order_statistics import Bracket, kth_largest, top_k_mask
 from tests.collectives import Collectives, counted_collectives
 from tests.distributed import run_ranks
 
