@@ -50,7 +50,9 @@ def few_indices(mask: Tensor) -> Tensor:
     occupied = words.nonzero().squeeze(1)
     inside = words.take(occupied).view(torch.bool).nonzero().squeeze(1)
     index = occupied.take(inside // 8) * 8 + inside % 8
-    return torch.cat([index, whole + flat[whole:].nonzero().squeeze(1)])
+    if whole < flat.numel():
+        index = torch.cat([index, whole + flat[whole:].nonzero().squeeze(1)])
+    return index
 
 
 class Candidates(NamedTuple):
@@ -67,18 +69,19 @@ def extract(pools: Sequence[Sequence[Tensor]], low: Tensor, high: Tensor) -> Can
     A column whose `low` is above its `high` is passed over.
     """
     above, columns, images = torch.zeros_like(low), [low[:0]], [low[:0]]
-    wanted = low <= high
+    wanted = (low <= high).tolist()  # waits for the device once, not for each pool
     high = high - (high == -1).long()  # the image of -0.0, which is equal to the next value
     start = 0
     for parts in pools:
         stop = start + parts[0].shape[1]
-        chosen = wanted[start:stop].nonzero().squeeze(1)  # [n']
-        here, count = chosen + start, chosen.numel()
+        chosen = [column for column in range(start, stop) if wanted[column]]
+        count = len(chosen)
+        here = torch.tensor(chosen, dtype=torch.int64, device=low.device)  # [n']
         floor, ceiling = value_of_image(low[here]), value_of_image(high[here])  # [n']
         rows = max(1, _CHUNK // max(1, count))
         for logits in (chunk for part in parts if count for chunk in part.split(rows)):
             if count < stop - start:
-                logits = logits[:, chosen]
+                logits = logits[:, here - start]
             higher = logits > ceiling
             above[here] += column_counts(higher)
             index = few_indices((logits >= floor) ^ higher)
