@@ -53,6 +53,11 @@ class ETConfig(TransformerConfig):
     """Tokens a cutoff is taken over: each micro-batch of all ranks, then averaged (the paper), or
     all tokens of the optimizer step."""
 
+    et_kept_logits_mb: float = 256.0
+    """Bound, in MiB a rank, on the router logits that are kept until the end of the step to find
+    cutoffs. Beyond it, cutoffs of micro-batches are found earlier, by a few small reductions in the
+    forward pass, and come out the same. A layer keeps at least one micro-batch."""
+
     et_gate: Literal["sigmoid", "softmax", "relu"] = "sigmoid"
     """How a router logit becomes the weight of an expert's output. Never normalised over the
     selected experts."""
@@ -105,6 +110,12 @@ class ETConfig(TransformerConfig):
         capacity = None if self.et_capacity is None else Fraction(str(self.et_capacity))
         return RoutingRate(self.mean_experts / self.num_moe_experts, capacity)
 
+    @property
+    def kept_logits_bytes(self) -> int:
+        """How much of `et_kept_logits_mb` is for each MoE layer of a pipeline stage."""
+        layers = -(-sum(moe_layer_pattern(self)) // self.pipeline_model_parallel_size)
+        return int(self.et_kept_logits_mb * 2**20) // max(layers, 1)
+
     def _refuse_unsupported(self) -> None:
         """Raise for values and combinations that cannot work, naming the flag and the fix."""
         mean, experts = self.mean_experts, self.num_moe_experts
@@ -124,6 +135,8 @@ class ETConfig(TransformerConfig):
             raise UserError(f"--et-warmup-iters {self.et_warmup_iters} must not be negative")
         if self.et_logit_softcap < 0:
             raise UserError(f"--et-logit-softcap {self.et_logit_softcap} must not be negative")
+        if self.et_kept_logits_mb < 0:
+            raise UserError(f"--et-kept-logits-mb {self.et_kept_logits_mb} must not be negative")
         for name, why in _UNSUPPORTED.items():
             if getattr(self, name, None):
                 raise UserError(
@@ -140,6 +153,15 @@ class ETConfig(TransformerConfig):
                 f"--cuda-graph-impl needs fixed shapes, which --router-type {self.router_type} "
                 "does not have: use none"
             )
+
+
+def moe_layer_pattern(config: ETConfig) -> list[bool]:
+    """Which layers hold experts, from `--moe-layer-freq`: every n-th, or a list of 0 and 1."""
+    if config.num_moe_experts is None:
+        return [False] * config.num_layers
+    if isinstance(config.moe_layer_freq, int):
+        return [i % config.moe_layer_freq == 0 for i in range(config.num_layers)]
+    return [bool(flag) for flag in config.moe_layer_freq]
 
 
 _UNSUPPORTED: dict[str, Any] = {

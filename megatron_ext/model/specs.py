@@ -24,20 +24,11 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
-from megatron_ext.config import ETConfig
+from megatron_ext.config import ETConfig, moe_layer_pattern
 from megatron_ext.model.attention import SDPAttention
 from megatron_ext.model.norm import RMSNorm
 from megatron_ext.moe.layer import VariableFanOutMoELayer
 from megatron_ext.moe.router import ThresholdRouter, TokenChoiceRouter
-
-
-def moe_layer_pattern(config: ETConfig) -> list[bool]:
-    """Which layers hold experts, from `--moe-layer-freq`: every n-th, or a list of 0 and 1."""
-    if config.num_moe_experts is None:
-        return [False] * config.num_layers
-    if isinstance(config.moe_layer_freq, int):
-        return [i % config.moe_layer_freq == 0 for i in range(config.num_layers)]
-    return [bool(flag) for flag in config.moe_layer_freq]
 
 
 def decoder_block_spec(config: ETConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:

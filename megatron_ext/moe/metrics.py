@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_ext.moe.candidates import column_counts
+
 
 class RoutingCounts(torch.nn.Module):
     """Routing decisions of one MoE layer on this rank since the last :meth:`reset`."""
@@ -34,13 +36,13 @@ class RoutingCounts(torch.nn.Module):
             by_threshold: whether thresholds decided, so that what differs from `above` was
                 dropped or forced by the capacity.
         """
-        selected = routing_map.sum(dim=0)
+        selected = column_counts(routing_map)
         self.experts[0] += selected
         if above is not None:
-            raw = above.sum(dim=0)
+            raw = column_counts(above)
             self.experts[1] += raw
             if by_threshold:
-                kept = (routing_map & above).sum(dim=0)
+                kept = column_counts(routing_map & above)
                 self.experts[2] += raw - kept
                 self.experts[3] += selected - kept
         self.fan_out += torch.bincount(routing_map.sum(dim=1), minlength=self.fan_out.numel())

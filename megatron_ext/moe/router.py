@@ -9,9 +9,11 @@ and the paper's (arXiv 2603.11535):
     threshold: the moving average of an expert's cutoffs.
 """
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
@@ -19,8 +21,9 @@ from megatron.core.transformer.moe.router import Router, TopKRouter
 from torch import Tensor
 
 from megatron_ext.config import ETConfig
+from megatron_ext.moe.forecast import Forecast
 from megatron_ext.moe.metrics import RoutingCounts
-from megatron_ext.moe.order_statistics import kth_largest, top_k_mask
+from megatron_ext.moe.order_statistics import Group, Pool, kth_largest, top_k_mask
 from megatron_ext.moe.thresholds import Thresholds, select_by_threshold
 from megatron_ext.sequence import sequence_positions
 
@@ -60,6 +63,7 @@ class ThresholdRouter(Router):
             config.num_moe_experts, config.et_ema_decay, device=torch.cuda.current_device()
         )
         self.counts = RoutingCounts(config.num_moe_experts)
+        self.forecast = Forecast()
         self.kept_logits: list[Tensor] = []
         self.cutoffs: list[Tensor] = []
 
@@ -67,6 +71,13 @@ class ThresholdRouter(Router):
     def pools_whole_step(self) -> bool:
         """Whether a cutoff is taken over all tokens of the step, not of each micro-batch."""
         return cast(ETConfig, self.config).et_cutoff_pool == "step"
+
+    @property
+    def kept_pools(self) -> list[Pool]:
+        """The kept logits by the pools that cutoffs are taken over."""
+        if self.kept_logits and self.pools_whole_step:
+            return [self.kept_logits]
+        return list(self.kept_logits)
 
     @property
     def expert_choice_phase(self) -> bool:
@@ -94,6 +105,8 @@ class ThresholdRouter(Router):
         sequence, batch = logits.shape[:2]
         logits = logits.reshape(-1, self.num_experts).float()
         with torch.no_grad():
+            if counting:
+                self._make_room(logits.numel() * logits.element_size())
             positions = self._positions(sequence, batch, logits.device)
             if padding_mask is None:
                 routing_map = self._select(logits.detach(), positions, counting)
@@ -110,12 +123,14 @@ class ThresholdRouter(Router):
             return logits > self.thresholds.value()
         above = logits > self.thresholds.value() if self.thresholds.update_count else None
         if self.expert_choice_phase:
-            cutoffs = kth_largest([logits], [self.rate.k], self.pool_group)
+            bracket = self.forecast.bracket()
+            cutoffs = kth_largest([logits], [self.rate.k], self.pool_group, [bracket])
             routing_map = top_k_mask(logits, cutoffs, positions, self.pool_group)
+            if counting:
+                self.forecast.observe(cutoffs.value)
+                self.counts.add(routing_map, above)
             if counting and not self.pools_whole_step:
                 self.cutoffs.append(cutoffs.value)
-            if counting:
-                self.counts.add(routing_map, above)
         else:
             group = self.pool_group if config.et_capacity_pool == "global" else None
             routing_map = select_by_threshold(
@@ -126,6 +141,15 @@ class ThresholdRouter(Router):
         if counting and (self.pools_whole_step or not self.expert_choice_phase):
             self.kept_logits.append(logits)
         return routing_map
+
+    def _make_room(self, nbytes: int) -> None:
+        """Resolve what is kept when the next micro-batch's logits would exceed the bound.
+
+        All ranks come here together: Megatron gives them micro-batches of one shape.
+        """
+        bound = cast(ETConfig, self.config).kept_logits_bytes
+        if not self.pools_whole_step and (len(self.kept_logits) + 1) * nbytes > bound:
+            resolve_kept_logits([self], self.pool_group)
 
     def _positions(self, sequence: int, batch: int, device: torch.device) -> Tensor:
         """Where this rank's tokens stand in the micro-batch of all ranks, int64 `[tokens]`.
@@ -139,6 +163,31 @@ class ThresholdRouter(Router):
         index = index[tp_rank * sequence : (tp_rank + 1) * sequence]
         sample = torch.arange(batch, device=device) + dp_rank * batch
         return (sample * (length * self.cp_size) + index.unsqueeze(1)).view(-1)
+
+
+def resolve_kept_logits(
+    routers: Sequence[ThresholdRouter], group: Group, counts: Tensor | None = None
+) -> None:
+    """Turn what the routers of a pipeline stage keep into cutoffs, all in one search.
+
+    Args:
+        routers: the routers, in the same order on all ranks.
+        group: the ranks that share the pools.
+        counts: int64 of any shape, summed over the ranks in place by a reduction of the search.
+    """
+    pools = [pool for router in routers for pool in router.kept_pools]
+    if not pools:
+        if counts is not None:
+            dist.all_reduce(counts, group=group)
+        return
+    brackets = [router.forecast.bracket() for router in routers for _ in router.kept_pools]
+    found = kth_largest(pools, [routers[0].rate.k] * len(pools), group, brackets, counts)
+    values = iter(found.value.view(len(pools), -1))  # [pools, experts]
+    for router in routers:
+        for _ in router.kept_pools:
+            router.cutoffs.append(next(values))
+            router.forecast.observe(router.cutoffs[-1])
+        router.kept_logits = []
 
 
 class TokenChoiceRouter(TopKRouter):

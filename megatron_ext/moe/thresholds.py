@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_ext.moe.candidates import column_counts
 from megatron_ext.moe.order_statistics import Group, kth_largest, top_k_mask
 
 
@@ -137,7 +138,7 @@ def select_by_threshold(
     routing_map = logits > thresholds
     if rate.capacity is None:
         return routing_map
-    above = routing_map.sum(dim=0)
+    above = column_counts(routing_map)
     counts = torch.cat([above, above.new_tensor([logits.shape[0]])])
     if group is not None:
         dist.all_reduce(counts, group=group)

@@ -158,6 +158,16 @@ def check_pools(args: Namespace, config: ETConfig) -> None:
             f"least {least}"
         )
     per_rank //= args.tensor_model_parallel_size
+    if config.et_cutoff_pool == "step":
+        micro_batches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
+        needed = 4 * per_rank * micro_batches * config.num_moe_experts
+        if needed > config.kept_logits_bytes:
+            raise UserError(
+                f"--et-cutoff-pool step keeps the router logits of a whole step, and "
+                f"--et-kept-logits-mb {config.et_kept_logits_mb:g} holds only "
+                f"{config.kept_logits_bytes / needed:.0%} of them: raise it, or use "
+                "--et-cutoff-pool microbatch"
+            )
     limited = config.et_capacity is not None and config.et_capacity_pool == "rank"
     if limited and rate.k(per_rank) < 1:
         raise UserError(

@@ -9,15 +9,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megatron_ext.config import ETConfig
 from megatron_ext.moe.metrics import routing_figures
-from megatron_ext.moe.order_statistics import kth_largest
-from megatron_ext.moe.router import ThresholdRouter, TokenChoiceRouter
+from megatron_ext.moe.router import ThresholdRouter, TokenChoiceRouter, resolve_kept_logits
 
 AnyRouter = ThresholdRouter | TokenChoiceRouter
 
@@ -48,13 +46,14 @@ class RoutingStep:
             return
         group = routers[0].pool_group
         counts = torch.stack([router.counts.packed() for router in routers])
-        dist.all_reduce(counts, group=group)
         choosing = [router for router in routers if isinstance(router, ThresholdRouter)]
-        cutoffs = dict(zip(choosing, _resolve_cutoffs(choosing), strict=True))
+        resolve_kept_logits(choosing, group, counts)
         for router, packed in zip(routers, counts, strict=True):
-            cutoff = cutoffs.get(router)  # type: ignore[call-overload]
-            threshold = None
-            if isinstance(router, ThresholdRouter) and cutoff is not None:
+            cutoff = threshold = None
+            if isinstance(router, ThresholdRouter):
+                assert router.cutoffs, "a training step without a micro-batch"
+                cutoff = torch.stack(router.cutoffs).mean(dim=0)
+                router.cutoffs = []
                 self._pending.append((router, cutoff))
                 if router.thresholds.update_count:
                     threshold = router.thresholds.value()
@@ -88,31 +87,6 @@ def routers_of(model: Sequence[torch.nn.Module]) -> list[AnyRouter]:
         if isinstance(module, ThresholdRouter | TokenChoiceRouter)
     ]
     return sorted(routers, key=lambda router: router.layer_number)
-
-
-def _resolve_cutoffs(routers: Sequence[ThresholdRouter]) -> list[Tensor]:
-    """One cutoff per expert for each router, fp32 `[experts]`; all kept logits in one search."""
-    pools: list[Tensor] = []
-    for router in routers:
-        kept = router.kept_logits
-        if kept and router.pools_whole_step:
-            kept = [torch.cat(kept)]
-        pools += kept
-        router.kept_logits = kept
-    values: list[Tensor] = []
-    if pools:
-        rank_of = [routers[0].rate.k] * len(pools)
-        group = routers[0].pool_group
-        values = list(kth_largest(pools, rank_of, group).value.split([p.shape[1] for p in pools]))
-    cutoffs = []
-    for router in routers:
-        count = len(router.kept_logits)
-        per_pool = router.cutoffs + values[:count]
-        values = values[count:]
-        router.kept_logits, router.cutoffs = [], []
-        assert per_pool, "a training step without a micro-batch"
-        cutoffs.append(torch.stack(per_pool).mean(dim=0))
-    return cutoffs
 
 
 def commit_after(train_step: Callable[..., Any], step: RoutingStep) -> Callable[..., Any]:

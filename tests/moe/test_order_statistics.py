@@ -8,15 +8,14 @@ import torch.distributed as dist
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from megatron_ext.moe.order_statistics import (
-    kth_largest,
-    order_preserving_image,
-    top_k_mask,
-    value_of_image,
-)
+from megatron_ext.moe.candidates import column_counts, order_preserving_image, value_of_image
+from megatron_ext.moe.forecast import Forecast
+from megatron_ext.moe.order_statistics import Bracket, kth_largest, top_k_mask
+from tests.collectives import Collectives, counted_collectives
 from tests.distributed import run_ranks
 
-KINDS = ["normal", "skewed", "tied", "constant", "infinite", "bf16", "zeros", "huge"]
+KINDS = ["normal", "skewed", "tied", "constant", "infinite", "absent", "bf16", "zeros", "huge"]
+BRACKETS = ["sampled", "near", "narrow", "below", "above", "anywhere", "useless"]
 
 
 def make_logits(kind: str, tokens: int, experts: int, seed: int) -> torch.Tensor:
@@ -32,6 +31,8 @@ def make_logits(kind: str, tokens: int, experts: int, seed: int) -> torch.Tensor
             x[:] = 1.5
         case "infinite":
             x[coin] = -torch.inf
+        case "absent":
+            x[coin] = torch.nan
         case "bf16":
             x = x.bfloat16().float()
         case "zeros":
@@ -43,14 +44,37 @@ def make_logits(kind: str, tokens: int, experts: int, seed: int) -> torch.Tensor
 
 def brute_force(x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Cutoffs and mask of the k largest of each column by a stable sort of everything."""
-    order = (x + 0.0).sort(dim=0, descending=True, stable=True)
+    present = x.nan_to_num(-torch.inf, torch.inf, -torch.inf) + 0.0
+    order = present.sort(dim=0, descending=True, stable=True)
     mask = torch.zeros_like(x, dtype=torch.bool).scatter_(0, order.indices[:k], True)
-    return order.values[k - 1], mask
+    return order.values[k - 1], mask & ~x.isnan()
+
+
+def make_bracket(kind: str, answer: torch.Tensor, seed: int) -> Bracket | None:
+    """A bracket that is right, wrong in some way, or none."""
+    generator = torch.Generator().manual_seed(seed)
+    width = torch.rand(len(answer), generator=generator) * 10 ** (seed % 9 - 6)
+    anywhere = 3 * torch.randn(2, len(answer), generator=generator)
+    match kind:
+        case "near":
+            return answer - width, answer + width
+        case "narrow":
+            return answer, answer
+        case "below":
+            return answer - 3 * width - 1e-3, answer - width - 1e-3
+        case "above":
+            return answer + width + 1e-3, answer + 3 * width + 1e-3
+        case "anywhere":  # upside down for some columns
+            return anywhere[0], anywhere[1]
+        case "useless":
+            return torch.full_like(answer, torch.nan), torch.full_like(answer, torch.inf)
+    return None
 
 
 case = st.fixed_dictionaries(
     {
         "kind": st.sampled_from(KINDS),
+        "bracket": st.sampled_from(BRACKETS),
         "tokens": st.integers(1, 6000),
         "experts": st.integers(1, 9),
         "share": st.floats(0, 1),
@@ -71,15 +95,20 @@ def check(case: dict[str, Any], group: Any, rank: int, world: int) -> None:
     order = torch.randperm(tokens, generator=generator) if case["shuffled"] else None
     mine = torch.arange(tokens) if order is None else order
     mine = mine[bounds[rank] : bounds[rank + 1]]
+    value, expected = brute_force(x, k)
+    bracket = make_bracket(case["bracket"], value, case["seed"])
+    pieces = x[mine].tensor_split(1 + case["seed"] % 3)
+    counts = torch.arange(6).view(2, 3) + rank
 
-    cutoffs = kth_largest([x[mine]], [lambda total: k if total == tokens else -1], group)
+    cutoffs = kth_largest([pieces], [lambda total: k], group, [bracket], counts)
     mask = top_k_mask(x[mine], cutoffs, mine, group)
 
-    value, expected = brute_force(x, k)
     torch.testing.assert_close(cutoffs.value, value, rtol=0, atol=0)
     assert torch.equal(cutoffs.greater, (x > value).sum(0))
     assert torch.equal(cutoffs.at_least, (x >= value).sum(0))
+    assert cutoffs.tokens.tolist() == [tokens] * case["experts"]
     assert torch.equal(mask, expected[mine])
+    assert torch.equal(counts, torch.arange(6).view(2, 3) * world + sum(range(world)))
 
 
 def check_on_ranks(cases: list[dict[str, Any]]) -> None:
@@ -124,11 +153,54 @@ def test_image_preserves_order_and_value(values: list[float]) -> None:
     assert torch.equal(value_of_image(images), x)
 
 
+@pytest.mark.parametrize("rows, n", [(0, 3), (5, 1), (1024, 3), (3000, 7), (263_000, 2)])
+def test_column_counts_equal_a_sum(rows: int, n: int) -> None:
+    coin = torch.rand(rows, n, generator=torch.Generator().manual_seed(0))
+    for mask in (coin < 0.3, coin < 2, (coin < 0.5).t().contiguous().t()):
+        assert torch.equal(column_counts(mask), mask.sum(dim=0))
+
+
 def test_nan_is_absent_and_missing_values_are_minus_infinity() -> None:
     x = torch.tensor([[float("nan"), 1.0], [2.0, float("nan")], [float("nan"), 0.5]])
     cutoffs = kth_largest([x], [lambda _: 2], None)
     assert cutoffs.value.tolist() == [-torch.inf, 0.5]
     assert not top_k_mask(x, cutoffs, torch.arange(3), None)[x.isnan()].any()
+
+
+def wide_search() -> list[Collectives]:
+    """48 layers of 128 experts, with forecasts that some experts' logits leave."""
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    forecasts = [Forecast() for _ in range(48)]
+    used = []
+    for step in range(5):
+        pools = [torch.randn(300, 128, generator=generator) + 0.02 * step for _ in forecasts]
+        if step == 4:
+            for pool in pools:
+                pool[:, ::40] += 1.0
+        brackets = [forecast.bracket() for forecast in forecasts]
+        counts = torch.ones(48, 5 * 128 + 1, dtype=torch.int64)
+        ranks = [lambda tokens: tokens // 16] * 48
+        with counted_collectives() as collectives:
+            found = kth_largest(pools, ranks, dist.group.WORLD, brackets, counts)
+        used.append(collectives)
+        whole = torch.empty(dist.get_world_size() * 300, 48 * 128)
+        dist.all_gather_single(whole, torch.cat(pools, dim=1))
+        expected = whole.topk(int(found.k[0]), dim=0).values[-1]
+        assert torch.equal(found.value, expected)
+        assert bool((counts == dist.get_world_size()).all())
+        for forecast, cutoff in zip(forecasts, found.value.view(48, 128)):
+            forecast.observe(cutoff)
+    return used
+
+
+def test_cutoffs_of_6144_experts_take_four_reductions_and_four_megabytes() -> None:
+    first, second = run_ranks(wide_search, 2)
+    for collectives, other in zip(first, second):
+        assert collectives == other
+        assert set(collectives.calls) == {"all_reduce"}
+        assert len(collectives.calls) <= 4
+        # However many ranks there are, a ring passes on at most twice what each handed in.
+        assert 2 * collectives.payload <= 4e6
 
 
 def test_rank_below_one_is_refused() -> None:

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from tests import megatron
+from tests.collectives import counted_collectives
 from tests.distributed import run_ranks
 
 
@@ -242,6 +243,69 @@ def test_a_step_moves_thresholds_once_by_the_cutoffs_of_all_ranks(pool: str) -> 
     first, second = run_ranks(step_on_ranks, 2, pool)
     assert torch.equal(first[0], second[0])
     assert first[1] == second[1]
+
+
+def communication(pool: str) -> list[tuple[int, int, int]]:
+    """Collectives in forward and at the end of each of six steps, and the most logits kept."""
+    _, config, model = megatron.start(
+        "--num-layers", "5", "--moe-layer-freq", "[0,1,1,1,1]", "--et-cutoff-pool", pool
+    )  # fmt: skip
+    from megatron_ext.training.step import RoutingStep, routers_of
+
+    routers, step, used = routers_of(model), RoutingStep(config), []
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    for _ in range(6):
+        with counted_collectives() as forward:
+            for _ in range(3):
+                for router in routers:
+                    router.routing(torch.randn(32, 4, 4, generator=generator))
+        kept = max(len(router.kept_logits) for router in routers)
+        with counted_collectives() as end:
+            step.resolve(routers)
+        step.commit()
+        used.append((len(forward.calls), len(end.calls), kept))
+    return used
+
+
+@pytest.mark.parametrize("pool", ["microbatch", "step"])
+def test_thresholds_need_no_collective_in_forward_and_four_a_step(pool: str) -> None:
+    warm_up, by_threshold = 2, 4
+    for used in run_ranks(communication, 2, pool):
+        forward, end, kept = zip(*used)
+        assert min(forward[:warm_up]) > 0
+        assert forward[warm_up:] == (0,) * by_threshold
+        assert max(end) <= 4
+        assert kept[warm_up:] == (3,) * by_threshold
+
+
+def thresholds_with_bound(mebibytes: str) -> tuple[torch.Tensor, int, int]:
+    _, config, model = megatron.start("--et-kept-logits-mb", mebibytes)
+    from megatron_ext.training.step import RoutingStep, routers_of
+
+    router, _ = _router_and_layer(model)
+    step, most, calls = RoutingStep(config), 0, 0
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    for _ in range(4):
+        for _ in range(5):
+            with counted_collectives() as forward:
+                router.routing(torch.randn(32, 2, 4, generator=generator))
+            calls = len(forward.calls)
+            most = max(most, sum(kept.nbytes for kept in router.kept_logits))
+        step.resolve(routers_of(model))
+        step.commit()
+    return router.thresholds.value(), most, calls
+
+
+def test_a_bound_on_kept_logits_holds_and_changes_no_threshold() -> None:
+    micro_batch = 32 * 2 * 4 * 4  # bytes
+    whole = run_ranks(thresholds_with_bound, 2, "1")
+    assert [(most, calls) for _, most, calls in whole] == [(5 * micro_batch, 0)] * 2
+    for pools in (2, 1, 0):  # one is kept even where none fits
+        bounded = run_ranks(thresholds_with_bound, 2, str(pools * micro_batch / 2**20))
+        for (expected, _, _), (value, most, calls) in zip(whole, bounded):
+            assert torch.equal(value, expected)
+            assert most == max(pools, 1) * micro_batch
+            assert calls > 0
 
 
 def counting() -> None:

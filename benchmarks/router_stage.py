@@ -1,0 +1,319 @@
+"""What the cutoffs of a step cost: the exact search against gathering and against estimates.
+
+Every method finds, for each expert, the k-th largest router logit over the tokens of all ranks (k
+is 1/16 of them), on real gloo ranks and in the same run:
+
+    ours, expert choice      in each layer's forward pass, with the mask of what each expert takes
+    ours, expert threshold   at the end of the step, all layers in one search, with the counts that
+                             the figures are made of
+    gather and top-k         all logits on every rank, as the paper's code does
+    mean of rank quantiles   as megatron-core 0.19.2's quantile balancing does
+    histogram of 1,000 bins  from one below the least to one above the greatest threshold,
+                             interpolated, as its proposed successor does
+
+Logits are new in every step. `equal` ranks draw them from one distribution, `skewed` ranks each
+from its own. Times are the median and the least over steps of the slowest rank; bytes are what a
+rank sends where collectives go around a ring, counted at the calls; syncs are operations that would
+wait for a GPU; memory is the most that new tensors held at a time.
+
+    python benchmarks/router_stage.py [--ranks 4] [--tokens 524288] [--experts 16] [--layers 1]
+
+Each takes several values; then all combinations are run.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any, Self
+from unittest import mock
+
+sys.path.insert(0, os.fspath(Path(__file__).resolve().parent.parent))
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_ext.moe.forecast import Forecast
+from megatron_ext.moe.order_statistics import kth_largest, top_k_mask
+from tests.collectives import counted_collectives
+from tests.distributed import run_ranks
+
+# ranks, tokens of all ranks, experts, layers
+DEFAULT_CASES = [
+    (1, 65536, 16, 1),
+    (2, 65536, 64, 1),
+    (4, 8192, 16, 1),
+    (4, 65536, 256, 1),
+    (4, 524288, 16, 1),
+    (4, 8192, 16, 48),
+    (2, 4096, 128, 48),
+    (8, 65536, 16, 1),
+]
+FORECAST_STEPS = 3  # before the first one that is timed
+BINS = 1000
+
+
+def rank_of(tokens: int) -> int:
+    return tokens // 16
+
+
+class Ours:
+    """State that the search carries from step to step."""
+
+    def __init__(self, layers: int) -> None:
+        self.forecasts = [Forecast() for _ in range(layers)]
+
+    def expert_choice(self, logits: list[Tensor]) -> list[Tensor]:
+        cutoffs = []
+        positions = torch.arange(len(logits[0])) + dist.get_rank() * len(logits[0])
+        for layer, forecast in zip(logits, self.forecasts):
+            found = kth_largest([layer], [rank_of], dist.group.WORLD, [forecast.bracket()])
+            top_k_mask(layer, found, positions, dist.group.WORLD)
+            forecast.observe(found.value)
+            cutoffs.append(found.value)
+        return cutoffs
+
+    def expert_threshold(self, logits: list[Tensor]) -> list[Tensor]:
+        brackets = [forecast.bracket() for forecast in self.forecasts]
+        counts = torch.zeros(len(logits), 5 * logits[0].shape[1] + 1, dtype=torch.int64)
+        ranks = [rank_of] * len(logits)
+        values = kth_largest(logits, ranks, dist.group.WORLD, brackets, counts).value
+        cutoffs = list(values.view(len(logits), -1))
+        for forecast, cutoff in zip(self.forecasts, cutoffs):
+            forecast.observe(cutoff)
+        return cutoffs
+
+
+def gathered(logits: Tensor) -> Tensor:
+    whole = logits.new_empty(dist.get_world_size() * len(logits), logits.shape[1])
+    dist.all_gather_single(whole, logits)
+    return whole
+
+
+def gather_and_top_k(logits: list[Tensor]) -> list[Tensor]:
+    cutoffs = []
+    for layer in logits:
+        whole = gathered(layer)
+        cutoffs.append(whole.topk(rank_of(len(whole)), dim=0).values[-1])
+        _ = layer >= cutoffs[-1]
+    return cutoffs
+
+
+def mean_of_rank_quantiles(logits: list[Tensor]) -> list[Tensor]:
+    own = [layer.topk(rank_of(len(layer)), dim=0).values[-1] for layer in logits]
+    stacked = torch.stack(own)
+    dist.all_reduce(stacked)
+    return list(stacked / dist.get_world_size())
+
+
+def histogram(logits: list[Tensor], thresholds: list[Tensor]) -> list[Tensor]:
+    counts, ranges = [], []
+    for layer, threshold in zip(logits, thresholds):
+        low, high = float(threshold.min()) - 1, float(threshold.max()) + 1
+        width = (high - low) / BINS
+        bins = ((layer - low) / width).clamp_(0, BINS - 1).to(torch.int64)
+        bins += BINS * torch.arange(layer.shape[1])
+        flat = torch.bincount(bins.view(-1), minlength=BINS * layer.shape[1])
+        counts.append(flat.view(-1, BINS).to(torch.int32))
+        ranges.append((low, width))
+    stacked = torch.stack(counts)  # [layers, experts, bins]
+    dist.all_reduce(stacked)
+    k = rank_of(len(logits[0]) * dist.get_world_size())
+    cutoffs = []
+    for count, (low, width) in zip(stacked, ranges):
+        at_least = count.flip(1).cumsum(1).flip(1)
+        bin = (at_least >= k).sum(dim=1, keepdim=True) - 1
+        missing = (at_least.gather(1, bin) - k) / count.gather(1, bin)
+        cutoffs.append((low + width * (bin + missing.double())).squeeze(1).float())
+    return cutoffs
+
+
+class Watched(TorchDispatchMode):
+    """Counts operations whose result, or its size, the host would wait for on a GPU, and the most
+    bytes that new tensors held at a time."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "bincount")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.syncs, self.peak = 0, 0
+        self.held: dict[StorageWeakRef, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        by_mask = name in ("index", "index_put_") and any(
+            index is not None and index.dtype == torch.bool for index in args[1]
+        )
+        self.syncs += name in self.WAITING or by_mask
+        storages = {StorageWeakRef(x.untyped_storage()) for x in args if isinstance(x, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for x in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(x, Tensor) and StorageWeakRef(x.untyped_storage()) not in storages:
+                self.held[StorageWeakRef(x.untyped_storage())] = x.untyped_storage().nbytes()
+        self.held = {ref: nbytes for ref, nbytes in self.held.items() if not ref.expired()}
+        self.peak = max(self.peak, sum(self.held.values()))
+        return result
+
+    def __enter__(self) -> Self:
+        tolist = Tensor.tolist  # not dispatched on the CPU
+
+        def counting(tensor: Tensor) -> Any:
+            self.syncs += 1
+            return tolist(tensor)
+
+        self.patch = mock.patch.object(Tensor, "tolist", counting)
+        self.patch.start()
+        return super().__enter__()
+
+    def __exit__(self, *args: Any) -> None:
+        super().__exit__(*args)
+        self.patch.stop()
+
+
+def draw(step: int, tokens: int, experts: int, layers: int, skewed: bool) -> list[Tensor]:
+    """This rank's logits of a step, `[tokens, experts]` a layer; they drift from step to step."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    generator = torch.Generator().manual_seed(1000 * step + rank)
+    offsets = torch.linspace(-1, 1, experts) + 0.002 * step
+    shift, scale = (rank / ranks, 1 + rank / ranks) if skewed else (0.0, 1.0)
+    return [
+        torch.randn(tokens, experts, generator=generator).mul_(scale).add_(offsets + shift)
+        for _ in range(layers)
+    ]
+
+
+def greatest(value: float) -> float:
+    """Over all ranks."""
+    result = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(result, op=dist.ReduceOp.MAX)
+    return float(result)
+
+
+def load_error(logits: list[Tensor], cutoffs: list[Tensor]) -> float:
+    """The largest difference of an expert's load from k, as a share of k."""
+    loads = torch.stack([(layer >= cutoff).sum(dim=0) for layer, cutoff in zip(logits, cutoffs)])
+    dist.all_reduce(loads)
+    k = rank_of(len(logits[0]) * dist.get_world_size())
+    return float((loads - k).abs().max()) / k
+
+
+def measure(
+    tokens: int, experts: int, layers: int, skewed: bool, steps: int
+) -> list[dict[str, Any]]:
+    """The rows of one case; runs on every rank."""
+    ranks = dist.get_world_size()
+    thresholds: list[Tensor] = []
+    methods: dict[str, Callable[[list[Tensor]], list[Tensor]]] = {
+        "ours, expert choice": Ours(layers).expert_choice,
+        "ours, expert threshold": Ours(layers).expert_threshold,
+        "gather and top-k": gather_and_top_k,
+        "mean of rank quantiles": mean_of_rank_quantiles,
+        "histogram of 1,000 bins": lambda logits: histogram(logits, thresholds),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in methods}
+    calls: dict[str, list[int]] = {name: [] for name in methods}
+    sent: dict[str, list[float]] = {name: [] for name in methods}
+    errors = dict.fromkeys(methods, 0.0)
+    for step in range(FORECAST_STEPS + steps):
+        logits = draw(step, tokens // ranks, experts, layers, skewed)
+        exact: list[Tensor] = []
+        # The gathered answer first: the others are compared with it.
+        for name in sorted(methods, key=lambda name: name != "gather and top-k"):
+            if step < FORECAST_STEPS and not name.startswith("ours"):
+                continue
+            dist.barrier()
+            with counted_collectives() as collectives:
+                start = time.perf_counter()
+                cutoffs = methods[name](logits)
+                elapsed = time.perf_counter() - start
+            if step < FORECAST_STEPS:
+                continue
+            exact = exact or cutoffs
+            difference = (torch.stack(cutoffs) - torch.stack(exact)).abs().max()
+            errors[name] = max(errors[name], float(difference))
+            seconds[name].append(greatest(elapsed))
+            calls[name].append(len(collectives.calls))
+            sent[name].append(collectives.sent)
+        thresholds[:] = exact or cutoffs
+    for layer, cutoff in zip(logits, exact):  # by yet another way
+        whole = gathered(layer)
+        k = rank_of(len(whole))
+        assert torch.equal(whole.kthvalue(len(whole) - k + 1, dim=0).values, cutoff)
+    rows = []
+    for name, method in methods.items():
+        loads = load_error(logits, method(logits))
+        with Watched() as watched:
+            method(logits)
+        rows.append(
+            {
+                "ranks": ranks,
+                "tokens": tokens,
+                "experts": experts,
+                "layers": layers,
+                "data": "skewed" if skewed else "equal",
+                "method": name,
+                "ms": round(1e3 * median(seconds[name]), 2),
+                "ms_least": round(1e3 * min(seconds[name]), 2),
+                "kB_sent": round(sum(sent[name]) / steps / 1e3, 1),
+                "collectives": max(calls[name]),
+                "syncs": watched.syncs,
+                "MB_extra": round(greatest(watched.peak) / 1e6, 1),
+                "cutoff_error": float(f"{errors[name]:.2g}"),
+                "load_error_percent": round(100 * loads, 2),
+            }
+        )
+    return rows
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    for case, group in itertools.groupby(
+        rows, key=lambda row: [row[key] for key in ("ranks", "tokens", "experts", "layers", "data")]
+    ):
+        ranks, tokens, experts, layers, data = case
+        print(f"\n{ranks} ranks, {tokens:,} tokens, {experts} experts, {layers} layers, {data}")
+        columns = list(rows[0])[6:]
+        print(f"  {'':<24}" + "".join(f"{column:>20}" for column in columns), flush=True)
+        for row in group:
+            print(f"  {row['method']:<24}" + "".join(f"{row[column]:>20}" for column in columns))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name, default in (("ranks", 4), ("tokens", 524288), ("experts", 16), ("layers", 1)):
+        parser.add_argument(f"--{name}", type=int, nargs="+", help=f"{default} if others are given")
+    parser.add_argument("--data", choices=("equal", "skewed"), nargs="+", help="both")
+    parser.add_argument("--steps", type=int, default=5, help="steps that are timed")
+    args = parser.parse_args()
+    grid = (args.ranks, args.tokens, args.experts, args.layers)
+    cases = DEFAULT_CASES
+    if any(grid):
+        cases = list(
+            itertools.product(
+                args.ranks or [4], args.tokens or [524288], args.experts or [16], args.layers or [1]
+            )
+        )
+    rows = []
+    for ranks, tokens, experts, layers in cases:
+        for data in args.data or ("equal", "skewed"):
+            skewed = data == "skewed"
+            if skewed and ranks == 1:
+                continue
+            case = (tokens, experts, layers, skewed, args.steps)
+            found = run_ranks(measure, ranks, *case, timeout=600)[0]
+            print_table(found)
+            rows += found
+    print()
+    for row in rows:
+        print(json.dumps({"benchmark": "router_stage", **row}))
+
+
+if __name__ == "__main__":
+    main()
