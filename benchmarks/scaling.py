@@ -79,7 +79,7 @@ MODELS = {
             *("--kv-channels", "128", "--group-query-attention", "--num-query-groups", "4"),
             *("--seq-length", "4096", "--max-position-embeddings", "4096"),
             *("--num-experts", "128", "--moe-router-topk", "8", "--moe-ffn-hidden-size", "768"),
-            *("--ffn-hidden-size", "6144", "--train-iters", "1000", "--lr", "1e-3"),
+            *("--ffn-hidden-size", "6144", "--train-iters", "10000", "--lr", "1e-3"),
             *("--use-distributed-optimizer", "--bf16"),
         ),
         4,
@@ -155,14 +155,9 @@ def group_places(
     with _ranks(flags, ranks, batch) as (args, _):
         for number in stage_ranks(args):
             with fake_rank(args, number):
-                stages.append(
-                    {
-                        group.group_desc: Place.of(
-                            dist.get_process_group_ranks(group), ranks_a_node
-                        )
-                        for group in dist.distributed_c10d._world.pg_map
-                    }
-                )
+                groups = list(dist.distributed_c10d._world.pg_map)
+                members = {g.group_desc: dist.get_process_group_ranks(g) for g in groups}
+            stages.append({name: Place.of(m, ranks_a_node) for name, m in members.items()})
     return stages
 
 
