@@ -3,6 +3,16 @@
 Hooks around Megatron's modules, forward and backward, and around a few functions keep a stack of
 phases; time counts for the innermost. Autograd runs on the CPU in the caller's thread, and in the
 exact reverse of the forward pass, so that phases nest there too.
+
+    attention   with its projections
+    experts     routed and shared, and the feed-forward of dense layers
+    dispatch    the rest of an MoE layer: permutation, all-to-all, sum
+    router      gating, selection, gates
+    cutoffs     searches for them, and the routing figures at the step's end
+    gradients   their reduction
+    optimizer   with the gathering of parameters
+    data        the next batch
+    other       embedding, norms, output head, loss, clearing gradients
 """
 
 import time
@@ -21,18 +31,6 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_ext.moe import router as routing
 from megatron_ext.training import data, step
-
-PHASES = {
-    "attention": "with its projections",
-    "experts": "routed and shared, and the dense layers' feed-forward",
-    "dispatch": "the rest of an MoE layer: permutation, all-to-all, sum",
-    "router": "gating, selection, gates",
-    "cutoffs": "searches for them, and the routing figures at the step's end",
-    "gradients": "their reduction",
-    "optimizer": "with the gathering of parameters",
-    "data": "the next batch",
-    "other": "embedding, norms, output head, loss, clearing gradients",
-}
 
 
 class Phases:

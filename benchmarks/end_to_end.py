@@ -15,8 +15,8 @@ each rank keeps the time of every phase (`_phases.py`), and what that costs is r
 On several ranks the experts are spread over all of them. Expert threshold trains by expert choice
 for two steps of the warm-up, and then by thresholds.
 
-    python benchmarks/end_to_end.py [--ranks 1 2] [--hidden-size 384] [--layers 4] [--rounds 2]
-        [flags of pretrain_et.py]
+    python benchmarks/end_to_end.py [--ranks 1 2] [--hidden-size 384] [--layers 4] [--seq-length 256]
+        [--rounds 2]
 """
 
 import argparse
@@ -46,6 +46,7 @@ from tests.distributed import run_ranks
 WARMUP = 4  # steps that are not timed
 TURNS = 4  # steps of a round: there and back, without and with phases
 TIMEOUT = 600
+SEQUENCES = 8  # a rank in a step
 MIXTURE = (
     *("--num-experts", "16", "--moe-router-topk", "1", "--moe-token-dispatcher-type", "alltoall"),
     *("--moe-router-score-function", "sigmoid"),
@@ -80,17 +81,17 @@ class Step:
     experts: float = 0.0
 
 
-def model_flags(hidden: int, layers: int) -> list[str]:
+def model_flags(hidden: int, layers: int, sequence: int) -> list[str]:
     """A model in the paper's style: granularity 2, one shared expert, the first layer dense."""
     sizes = {
         "num-layers": layers,
         "hidden-size": hidden,
         "num-attention-heads": max(1, hidden // 64),
         "ffn-hidden-size": 4 * hidden,
-        "seq-length": 256,
-        "max-position-embeddings": 256,
-        "vocab-size": 4095,
-        "micro-batch-size": 8,
+        "seq-length": sequence,
+        "max-position-embeddings": sequence,
+        "vocab-size": 1023,
+        "micro-batch-size": SEQUENCES,
     }
     return [
         *("--recipe", str(Path(__file__).parent.parent / "examples" / "recipes" / "base.yaml")),
@@ -174,7 +175,13 @@ def take_turns(flags: dict[str, list[str]], ranks: int, rounds: int) -> dict[str
 
     with ThreadPoolExecutor(len(flags)) as threads:
         for name, words in flags.items():
-            words = [*words, "--global-batch-size", str(8 * ranks), "--train-iters", str(steps)]
+            words = [
+                *words,
+                "--global-batch-size",
+                str(SEQUENCES * ranks),
+                "--train-iters",
+                str(steps),
+            ]
             started[name] = threads.submit(
                 run_ranks, train, ranks, words, turns.port, name, timeout=TIMEOUT
             )
@@ -250,23 +257,20 @@ def main() -> None:
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--hidden-size", type=int, default=384)
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--seq-length", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=2, help=f"of {TURNS} timed steps each")
-    options, others = parser.parse_known_args()
-    hidden, layers = options.hidden_size, options.layers
-    names = "attention experts dispatch router cutoffs gradients optimizer data other".split()
+    options = parser.parse_args()
+    hidden, layers, sequence = options.hidden_size, options.layers, options.seq_length
+    phases = "attention, experts, dispatch, router, cutoffs, gradients, optimizer, data, other"
     rows: list[dict[str, Any]] = []
     for ranks in options.ranks:
         flags = {
-            name: [
-                *model_flags(hidden, layers),
-                *router_flags(name, hidden, layers, ranks),
-                *others,
-            ]
+            name: model_flags(hidden, layers, sequence) + router_flags(name, hidden, layers, ranks)
             for name in ROUTERS
         }
         steps = take_turns(flags, ranks, options.rounds)
-        found = summary(steps, ranks, tokens=8 * 256 * ranks)
-        print_table(found, names)
+        found = summary(steps, ranks, tokens=SEQUENCES * sequence * ranks)
+        print_table(found, phases.split(", "))
         rows += found
     print()
     for row in rows:
