@@ -38,12 +38,7 @@ def measure(args: Namespace, config: ETConfig) -> dict[str, Any]:
     """Everything that `--dry-run` prints, by names of JSON."""
     stages, parameters, flops = [], [], 0
     ranks_of_a_stage = args.world_size // args.pipeline_model_parallel_size
-    for stage in range(args.pipeline_model_parallel_size):
-        rank = stage * (
-            args.tensor_model_parallel_size * args.context_parallel_size
-            if args.use_tp_pp_dp_mapping
-            else ranks_of_a_stage
-        )
+    for stage, rank in enumerate(stage_ranks(args)):
         with fake_rank(args, rank):
             built = Rank(args, config)
             parameters.append(built.parameters)
@@ -78,6 +73,15 @@ def measure(args: Namespace, config: ETConfig) -> dict[str, Any]:
         },
         "stages": stages,
     }
+
+
+def stage_ranks(args: Namespace) -> list[int]:
+    """The first rank of each pipeline stage."""
+    stages = args.pipeline_model_parallel_size
+    stride = args.world_size // stages
+    if args.use_tp_pp_dp_mapping:
+        stride = args.tensor_model_parallel_size * args.context_parallel_size
+    return [stage * stride for stage in range(stages)]
 
 
 def _phases(config: ETConfig) -> list[str]:
