@@ -15,8 +15,8 @@ each rank keeps the time of every phase (`_phases.py`), and what that costs is r
 On several ranks the experts are spread over all of them. Expert threshold trains by expert choice
 for two steps of the warm-up, and then by thresholds.
 
-    python benchmarks/end_to_end.py [--ranks 1 2] [--hidden-size 384] [--layers 4] [--seq-length 256]
-        [--rounds 2]
+    python benchmarks/end_to_end.py [--ranks 1 2] [--hidden-size 384] [--layers 4]
+        [--seq-length 256] [--rounds 2]
 """
 
 import argparse
