@@ -263,10 +263,10 @@ def test_layouts_that_cannot_work_are_refused_in_one_sentence() -> None:
     cases = {
         "must be at least one rank": [*TINY, "--dry-run", "0"],
         "needs --vocab-size": [*no_vocabulary, "--dry-run", "2", "--tokenizer-model", "none"],
-        "world size (6) is not divisible": [*TINY, "--dry-run", *six],
-        "make it a multiple": [*TINY, "--dry-run", "3", "--expert-model-parallel-size", "3"],
-        "--global-batch-size 8 is not divisible": [*TINY, "--dry-run", "16"],
-        "needs a multiple of 2 micro-batches": [*TINY, "--dry-run", "2", *interleaved],
+        "6 ranks cannot be shared out": [*TINY, "--dry-run", *six],
+        "--num-experts 4 is not divisible": [*TINY, "--dry-run", "3", "--expert-model-parallel-size", "3"],
+        "--global-batch-size 8 is too small": [*TINY, "--dry-run", "16"],
+        "--global-batch-size 10 is not divisible": [*TINY, "--dry-run", "2", *interleaved],
         "less than one of the": [*TINY, "--dry-run", "2", "--et-mean-experts", "0.01"],
     }
     messages = run_ranks(_refusals, 1, list(cases.values()))[0]
