@@ -66,14 +66,14 @@ def test_speed_is_the_median_ratio_of_the_slowest_ranks() -> None:
 def _watched() -> dict[str, float]:
     from benchmarks._phases import Phases
 
-    clock = iter([0.0, 1.0, 3.0, 7.0, 15.0])
-    with mock.patch.object(time, "perf_counter", lambda: next(clock)):
+    clock = [0.0, 1.0, 3.0, 7.0, 15.0]
+    with mock.patch.object(time, "perf_counter", side_effect=clock):
         phases = Phases()
         phases.enter("dispatch")
         phases.enter("experts")
         phases.leave("experts")
         phases.leave("dispatch")
-    return phases.seconds
+    return dict(phases.seconds)
 
 
 def test_time_counts_for_the_innermost_phase() -> None:
