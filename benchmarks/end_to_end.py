@@ -15,7 +15,7 @@ each rank keeps the time of every phase (`_phases.py`), and what that costs is r
 On several ranks the experts are spread over all of them. Expert threshold trains by expert choice
 for two steps of the warm-up, and then by thresholds.
 
-    python benchmarks/end_to_end.py [--ranks 1 2] [--hidden-size 384] [--layers 4]
+    python benchmarks/end_to_end.py [--ranks 1 2] [--hidden-size 256] [--layers 4]
         [--seq-length 256] [--rounds 2]
 """
 
@@ -166,9 +166,8 @@ def take_turns(flags: dict[str, list[str]], ranks: int, rounds: int) -> dict[str
     started: dict[str, Future[list[list[Step]]]] = {}
 
     def wait(*keys: str) -> None:
-        while True:
-            with contextlib.suppress(dist.DistStoreError):
-                return turns.wait(list(keys), timedelta(seconds=5))
+        while not turns.check(list(keys)):
+            time.sleep(2e-3)
             for future in started.values():
                 if future.done():
                     future.result()  # raises what a rank raised
@@ -255,7 +254,7 @@ def print_table(rows: list[dict[str, Any]], phases: Sequence[str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--hidden-size", type=int, default=384)
+    parser.add_argument("--hidden-size", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--seq-length", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=2, help=f"of {TURNS} timed steps each")

@@ -105,8 +105,8 @@ def _ranks(
 ) -> Iterator[tuple[argparse.Namespace, Any]]:
     """Megatron's global state of a run on so many ranks."""
     apart = data_parallel(flags, ranks)
-    together = batch.micro_batch * batch.micro_batches * apart
-    sizes = ["--micro-batch-size", str(batch.micro_batch), "--global-batch-size", str(together)]
+    whole = batch.micro_batch * batch.micro_batches * apart
+    sizes = ("--micro-batch-size", str(batch.micro_batch), "--global-batch-size", str(whole))
     words = [*flags, "--dry-run", str(ranks), *sizes]
     logging.disable(logging.WARNING)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):

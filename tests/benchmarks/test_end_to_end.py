@@ -66,7 +66,8 @@ def test_speed_is_the_median_ratio_of_the_slowest_ranks() -> None:
 def _watched() -> dict[str, float]:
     from benchmarks._phases import Phases
 
-    with mock.patch.object(time, "perf_counter", side_effect=[0.0, 1.0, 3.0, 7.0, 15.0]):
+    clock = [0.0, 1.0, 3.0, 7.0, 15.0]
+    with mock.patch.object(time, "perf_counter", side_effect=clock):
         phases = Phases()
         phases.enter("dispatch")
         phases.enter("experts")

@@ -27,6 +27,7 @@ def _told_and_traced() -> list[tuple[Any, Any]]:
     return [(extend(f, p, 2, batch), n) for f, p, n in zip(far, places, near)]
 
 
+@pytest.mark.slow
 def test_traffic_is_that_of_a_trace_and_gathers_that_of_the_formula() -> None:
     for told, traced in run_ranks(_told_and_traced, 1, timeout=200)[0]:
         for method in ("thresholds", "expert choice"):
@@ -58,6 +59,7 @@ def _main(*argv: str) -> str:
     return printed.getvalue()
 
 
+@pytest.mark.slow
 def test_a_table_a_json_object_a_row_and_a_picture(tmp_path: Path) -> None:
     argv = ["--ranks", "2", "4", "16", "--output", str(tmp_path), *EP2]
     printed = run_ranks(_main, 1, *argv, timeout=200)[0]
@@ -72,7 +74,7 @@ def test_a_table_a_json_object_a_row_and_a_picture(tmp_path: Path) -> None:
         assert row["tokens"] == tokens
         assert row["total_ms"] == pytest.approx(sum(row["ms"].values()), abs=0.01)
         share = 100 * row["routing_ms"] / row["total_ms"]
-        assert row["routing_percent"] == pytest.approx(share, abs=0.5)
+        assert row["routing_percent"] == pytest.approx(share, rel=0.05)  # times are rounded
         assert f"{row['routing_ms']:,.2f}" in printed
         if row["method"] == "gather logits":
             assert row["routing_bytes"] == 4 * 4 * tokens  # one layer, four experts

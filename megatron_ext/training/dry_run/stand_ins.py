@@ -110,8 +110,11 @@ class EvenLoad:
         def resolve_whole_step(step: RoutingStep, routers: Sequence[Any]) -> None:
             for router in routers:
                 if isinstance(router, ThresholdRouter) and (kept := router.kept_logits):
-                    more = self.microbatches - len(kept)
-                    router.kept_logits = kept + [kept[i % len(kept)] for i in range(more)]
+                    # Not the same again: a search takes longer where values are tied.
+                    sizes = [len(kept[i % len(kept)]) for i in range(len(kept), self.microbatches)]
+                    router.kept_logits = kept + [
+                        _random_logits(tokens, router.num_experts, self.rate) for tokens in sizes
+                    ]
             resolve(step, routers)
 
         with ExitStack() as stack:
