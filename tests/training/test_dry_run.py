@@ -260,11 +260,12 @@ def test_layouts_that_cannot_work_are_refused_in_one_sentence() -> None:
         *("--num-layers-per-virtual-pipeline-stage", "1", "--global-batch-size", "10"),
     ]
     six = ("6", *TP2, "--pipeline-model-parallel-size", "2")
+    experts = ("3", "--expert-model-parallel-size", "3")
     cases = {
         "must be at least one rank": [*TINY, "--dry-run", "0"],
         "needs --vocab-size": [*no_vocabulary, "--dry-run", "2", "--tokenizer-model", "none"],
         "6 ranks cannot be shared out": [*TINY, "--dry-run", *six],
-        "--num-experts 4 is not divisible": [*TINY, "--dry-run", "3", "--expert-model-parallel-size", "3"],
+        "--num-experts 4 is not divisible": [*TINY, "--dry-run", *experts],
         "--global-batch-size 8 is too small": [*TINY, "--dry-run", "16"],
         "--global-batch-size 10 is not divisible": [*TINY, "--dry-run", "2", *interleaved],
         "less than one of the": [*TINY, "--dry-run", "2", "--et-mean-experts", "0.01"],
