@@ -48,9 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"largest difference of logits: {difference:.3g}")
 
 
-def _convert(
-    options: argparse.Namespace, load: Path, save: Path, beside: Path
-) -> float | None:
+def _convert(options: argparse.Namespace, load: Path, save: Path, beside: Path) -> float | None:
     total = sum(file.stat().st_size for file in load.iterdir() if file.is_file())
     with Progress("converting", total) as progress, quiet_megatron():
         activate()  # before anything of Megatron is imported

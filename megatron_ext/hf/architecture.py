@@ -164,7 +164,11 @@ def from_args(args: Namespace) -> Architecture:
     if args.swiglu == args.squared_relu:
         raise UserError("only models with --swiglu or --squared-relu can be converted")
     heads = args.num_attention_heads
-    has_experts = {"router": router, "moe_layers": _moe_layers(args), "experts": experts}
+    has_experts: dict[str, Any] = {
+        "router": router,
+        "moe_layers": _moe_layers(args),
+        "experts": experts,
+    }
     return Architecture(
         layers=args.num_layers,
         hidden=args.hidden_size,

@@ -153,9 +153,7 @@ class _LazyPlanner(SavePlanner):
         pass
 
     def create_local_plan(self) -> SavePlan:
-        items = [
-            WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO) for name in self._objects
-        ]
+        items = [WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO) for name in self._objects]
         items += [
             WriteItem(
                 index,
