@@ -227,7 +227,10 @@ def _check_checkpoint(checkpoint: Path, args: Namespace, config: ETConfig) -> No
                 f"{checkpoint} was trained with {name} = {there}, but the flags say {here}: make "
                 "them equal, or choose another --run-dir or --load"
             )
-    if not (args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler):
+    # A converted checkpoint has weights alone, and --finetune takes nothing else.
+    weights_only = args.finetune or getattr(saved, "no_save_optim", False)
+    flags_decide = args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler
+    if not (weights_only or flags_decide):
         for name in _SAME_SCHEDULE:
             here, there = (_scheduled(a, name) for a in (args, saved))
             if here != there:
