@@ -49,11 +49,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _convert(options: argparse.Namespace, load: Path, save: Path, beside: Path) -> float | None:
-    total = sum(file.stat().st_size for file in load.iterdir() if file.is_file())
-    with Progress("converting", total) as progress, quiet_megatron():
+    """Convert into the folder `beside`; the largest difference of logits with --verify."""
+    with quiet_megatron():
         activate()  # before anything of Megatron is imported
         from megatron_ext.hf.convert import to_hf, to_megatron
+        from megatron_ext.hf.verify import largest_difference
 
+        if options.target == "hf":
+            conversion = to_hf(load, beside, options.tokenizer_model)
+        else:
+            conversion = to_megatron(load, beside, save)
+    with Progress("converting", conversion.bytes) as progress:
         written = 0
 
         def done(size: int) -> None:
@@ -61,15 +67,11 @@ def _convert(options: argparse.Namespace, load: Path, save: Path, beside: Path) 
             written += size
             progress.update(written)
 
-        if options.target == "hf":
-            to_hf(load, beside, done, tokenizer_model=options.tokenizer_model)
-        else:
-            to_megatron(load, beside, save, done)
-        if not options.verify:
-            return None
-        from megatron_ext.hf.verify import largest_difference
-
-        megatron, hf = (load, beside) if options.target == "hf" else (beside, load)
+        conversion.write(done)
+    if not options.verify:
+        return None
+    megatron, hf = (load, beside) if options.target == "hf" else (beside, load)
+    with quiet_megatron():
         return largest_difference(megatron, hf, options.tokenizer_model)
 
 

@@ -4,9 +4,9 @@ Every tensor of either side is accounted for before anything is written: what is
 or of another shape is an error. `activate` of `megatron_ext.devices` must have been called.
 """
 
-import shutil
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,16 @@ from megatron_ext.arguments import parse_args
 from megatron_ext.checkpoint import TRACKER, damage, read_common_state
 from megatron_ext.errors import UserError
 from megatron_ext.hf.architecture import Architecture, from_args, to_flags
-from megatron_ext.hf.families import OWN, Family, family_named, family_of, read_config, write_config
+from megatron_ext.hf.configs import load_config, save_config
+from megatron_ext.hf.families import family_named, family_of, read_config
 from megatron_ext.hf.names import Layout, Link, join, split
 from megatron_ext.hf.safetensors_folder import Planned, SafetensorsReader, write_safetensors
 from megatron_ext.hf.tokenizers import export_tokenizer, import_tokenizer
 from megatron_ext.hf.torch_dist import Chunk, TorchDistReader, write_torch_dist
+from megatron_ext.moe.thresholds import Thresholds
+from megatron_ext.training.checks import sha256
 
 SHARD_BYTES = 5 * 10**9
-_REMOTE = Path(__file__).with_name("remote")
 _AVERAGE, _THRESHOLDS = ".gate.threshold_average", ".gate.thresholds"
 # A name that Megatron gives to what is not a step of training; such a checkpoint has no optimizer.
 _RELEASE = "release"
@@ -34,15 +36,25 @@ Done = Callable[[int], None]
 """Told the bytes of each tensor written."""
 
 
-def to_hf(
-    checkpoint: Path, folder: Path, done: Done, *, tokenizer_model: str | None = None
-) -> None:
-    """Write a checkpoint as a Hugging Face folder.
+@dataclass(frozen=True)
+class Conversion:
+    """What is ready to be written.
+
+    Attributes:
+        bytes: of all tensors.
+        write: writes them.
+    """
+
+    bytes: int
+    write: Callable[[Done], None]
+
+
+def to_hf(checkpoint: Path, folder: Path, tokenizer_model: str | None = None) -> Conversion:
+    """Write a checkpoint as a Hugging Face folder, all but its tensors.
 
     Args:
         checkpoint: of one iteration.
         folder: must be there and empty.
-        done: told the bytes of each tensor written.
         tokenizer_model: where the tokenizer's file is, if not where it was in training.
 
     Raises:
@@ -60,7 +72,8 @@ def to_hf(
     links = family.links(model)
     _account_megatron(checkpoint, links, model, reader)
     special = export_tokenizer(args, folder)
-    _write_config(folder, model, family, reader, special)
+    dtype = reader.dtypes["embedding.word_embeddings.weight"]
+    save_config(folder, model, family, dtype, special)
 
     def tensors() -> Iterator[Tensor]:
         for link in links:
@@ -76,7 +89,11 @@ def to_hf(
         plan += [Planned(name, shape, dtype) for name, shape in link.parts]
         if link.key.endswith(".router.thresholds.average"):
             plan.append(Planned(_derived(link.parts[0][0]), link.shape, torch.float32))
-    write_safetensors(folder, plan, tensors(), SHARD_BYTES, done)
+
+    def write(done: Done) -> None:
+        write_safetensors(folder, plan, tensors(), SHARD_BYTES, done)
+
+    return Conversion(sum(entry.bytes for entry in plan), write)
 
 
 def _with_rows(model: Architecture, args: Namespace, reader: TorchDistReader) -> Architecture:
@@ -85,7 +102,7 @@ def _with_rows(model: Architecture, args: Namespace, reader: TorchDistReader) ->
     embedding = reader.shapes.get("embedding.word_embeddings.weight", (0,))
     if rows is None or rows > embedding[0]:
         return model
-    return Architecture(**(vars(model) | {"vocab": rows}))
+    return replace(model, vocab=rows)
 
 
 def _account_megatron(
@@ -115,8 +132,6 @@ def _account(place: Path, expected: dict[str, Any], found: dict[str, Any]) -> No
 
 
 def _thresholds(average: Tensor, updates: Tensor, model: Architecture) -> Tensor:
-    from megatron_ext.moe.thresholds import Thresholds
-
     if not int(updates):
         raise UserError("the thresholds have no value yet: train for at least one step first")
     state = Thresholds(model.experts, model.ema_decay, device="cpu")
@@ -128,39 +143,10 @@ def _derived(name: str) -> str:
     return name.replace(_AVERAGE, _THRESHOLDS)
 
 
-def _write_config(
-    folder: Path,
-    model: Architecture,
-    family: Family,
-    reader: TorchDistReader,
-    special: dict[str, int],
-) -> None:
-    from transformers import CONFIG_MAPPING, GenerationConfig
+def to_megatron(source: Path, folder: Path, final: Path) -> Conversion:
+    """Make of a Hugging Face folder one of checkpoints, all but its one checkpoint.
 
-    from megatron_ext.hf.remote.configuration_et import ExpertThresholdConfig
-
-    entries = write_config(model, family) | {"bos_token_id": None, "eos_token_id": None} | special
-    entries["dtype"] = reader.dtypes["embedding.word_embeddings.weight"]
-    if family is OWN:
-        for name in ("configuration_et.py", "modeling_et.py"):
-            shutil.copy(_REMOTE / name, folder)
-        config: Any = ExpertThresholdConfig(**entries)
-        config.architectures = ["ExpertThresholdForCausalLM"]
-        config.auto_map = {
-            "AutoConfig": "configuration_et.ExpertThresholdConfig",
-            "AutoModelForCausalLM": "modeling_et.ExpertThresholdForCausalLM",
-        }
-    else:
-        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-        config = CONFIG_MAPPING[family.name](**entries)
-        config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family.name]]
-    config.save_pretrained(folder)
-    GenerationConfig(**special).save_pretrained(folder)
-
-
-def to_megatron(source: Path, folder: Path, final: Path, done: Done) -> None:
-    """Write a Hugging Face folder as a folder of checkpoints with one, without an optimizer.
+    That has no optimizer.
 
     Sets Megatron's global arguments: once a process.
 
@@ -168,7 +154,6 @@ def to_megatron(source: Path, folder: Path, final: Path, done: Done) -> None:
         source: with config.json and safetensors.
         folder: must be there and empty.
         final: where the folder will be moved, for what names its place.
-        done: told the bytes of each tensor written.
 
     Raises:
         UserError: the source is incomplete, or of no family known here.
@@ -186,35 +171,17 @@ def to_megatron(source: Path, folder: Path, final: Path, done: Done) -> None:
     dtype = reader.dtypes["model.embed_tokens.weight"]
     args = _arguments(source, folder, final, model, dtype)
     checkpoint = folder / _RELEASE
-    checkpoint.mkdir()
-    chunks = [_chunk(link, model, reader, args.padded_vocab_size, done) for link in links]
-    write_torch_dist(checkpoint, chunks, _objects(links, model, args))
-    save_integrity_manifest(str(checkpoint))
-    (folder / TRACKER).write_text(_RELEASE)
 
+    def write(done: Done) -> None:
+        checkpoint.mkdir()
+        chunks = [_chunk(link, model, reader, args.padded_vocab_size, done) for link in links]
+        write_torch_dist(checkpoint, chunks, _objects(links, model, args))
+        save_integrity_manifest(str(checkpoint))
+        (folder / TRACKER).write_text(_RELEASE)
 
-def load_config(source: Path) -> Any:
-    """The configuration of a Hugging Face folder, by transformers' class or our own.
-
-    Raises:
-        UserError: there is none, or its family is not known.
-    """
-    import json
-
-    from transformers import CONFIG_MAPPING
-
-    from megatron_ext.hf.remote.configuration_et import ExpertThresholdConfig
-
-    file = source / "config.json"
-    if not file.is_file():
-        raise UserError(f"{source} is no Hugging Face model: it has no config.json")
-    try:
-        entries = json.loads(file.read_text())
-        family = family_named(entries["model_type"])
-    except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is damaged: copy it again") from error
-    kind = ExpertThresholdConfig if family is OWN else CONFIG_MAPPING[family.name]
-    return kind.from_pretrained(source)
+    sizes = {n: torch.Size(shape).numel() for n, shape in reader.shapes.items()}
+    total = sum(sizes[n] * reader.dtypes[n].itemsize for link in links for n, _ in link.parts)
+    return Conversion(total, write)
 
 
 def _check_thresholds(
@@ -239,12 +206,21 @@ def _arguments(
     """The arguments that a run of this model would save, its tokenizer beside them."""
     tokenizer = import_tokenizer(source, folder, model.vocab)
     precision = {torch.bfloat16: ["--bf16"], torch.float16: ["--fp16"]}.get(dtype, [])
-    run = ["--mock-data", "--micro-batch-size", "1", "--train-iters", "1", "--lr", "1e-4"]
+    # What only matters to the run itself, and a run that goes on gives anew.
+    run = [
+        "--et-warmup-iters",
+        "0",
+        "--mock-data",
+        "--micro-batch-size",
+        "1",
+        "--train-iters",
+        "1",
+        "--lr",
+        "1e-4",
+    ]
     args, _ = parse_args([*to_flags(model), *tokenizer, *precision, *run])
     if args.tokenizer_model is not None:
-        from megatron_ext.training.checks import _sha256
-
-        args.tokenizer_sha256 = _sha256(args.tokenizer_model)
+        args.tokenizer_sha256 = sha256(args.tokenizer_model)
         args.tokenizer_model = str(final.absolute() / Path(args.tokenizer_model).name)
     else:
         args.tokenizer_sha256 = None
@@ -261,9 +237,9 @@ def _chunk(
     link: Link, model: Architecture, reader: SafetensorsReader, rows: int, done: Done
 ) -> Chunk:
     def make() -> Tensor:
-        whole = join(link, [reader.read(name) for name, _ in link.parts], model, rows)
-        done(whole.nbytes)
-        return whole
+        parts = [reader.read(name) for name, _ in link.parts]
+        done(sum(part.nbytes for part in parts))
+        return join(link, parts, model, rows)
 
     shape: tuple[int, ...] = link.shape
     if link.layout is Layout.VOCABULARY:

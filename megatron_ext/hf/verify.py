@@ -6,10 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from megatron_ext.errors import UserError
-from megatron_ext.hf.convert import load_config
+from megatron_ext.hf.configs import load_config
 from megatron_ext.hf.families import OWN
+from megatron_ext.hf.remote.modeling_et import ExpertThresholdForCausalLM
 from megatron_ext.inference.forward import full_logits
 from megatron_ext.inference.loading import load_model
 
@@ -62,10 +65,7 @@ def _tokens(trained: Any) -> Tensor:
 @torch.no_grad()
 def hf_logits(folder: Path, tokens: Tensor) -> Tensor:
     """Logits `[batch, sequence, vocabulary]` of a Hugging Face folder, fp32, on the CPU."""
-    from transformers import AutoModelForCausalLM
-
-    from megatron_ext.hf.remote.modeling_et import ExpertThresholdForCausalLM
-
+    disable_progress_bar()  # it goes to stderr
     own = load_config(folder).model_type == OWN.name
     kind: Any = ExpertThresholdForCausalLM if own else AutoModelForCausalLM
     model = kind.from_pretrained(folder, dtype=torch.float32).eval()
