@@ -31,8 +31,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--save {save} is there already: give a new folder")
     if options.source == "megatron":
         load = find_checkpoint(load)
-    elif not load.is_dir():
-        raise UserError(f"--load {load} is not a folder")
+    elif not (load / "config.json").is_file():
+        raise UserError(f"--load {load} is no Hugging Face model: it has no config.json")
     save.absolute().parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{save.name}-", dir=save.absolute().parent))
     try:

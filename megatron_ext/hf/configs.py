@@ -52,14 +52,12 @@ def save_config(
 
 
 def load_config(source: Path) -> Any:
-    """The configuration of a Hugging Face folder, by transformers' class or our own.
+    """The configuration of a Hugging Face folder with one, by transformers' class or our own.
 
     Raises:
-        UserError: there is none, or its family is not known.
+        UserError: it is damaged, or its family is not known.
     """
     file = source / "config.json"
-    if not file.is_file():
-        raise UserError(f"{source} is no Hugging Face model: it has no config.json")
     try:
         entries = json.loads(file.read_text())
         family = family_named(entries["model_type"])

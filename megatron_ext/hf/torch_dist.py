@@ -5,17 +5,19 @@ is asked for, and made when it is its turn to be written.
 """
 
 import io
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -33,9 +35,14 @@ from torch.distributed.checkpoint.planner import (
     WriteItem,
     WriteItemType,
 )
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.checkpoint.utils import _create_file_view
+from torch.futures import Future
 
 from megatron_ext.errors import UserError
+
+FILE_BYTES = 5 * 10**9
+"""When a file is larger, another begins: ranks that check a checkpoint share its files."""
 
 
 class TorchDistReader:
@@ -182,6 +189,40 @@ class _LazyPlanner(SavePlanner):
         return chunk.make().reshape(_sizes(chunk))
 
 
+class _OneByOne(dcp.FileSystemWriter):
+    """Torch's writer, which keeps every tensor of a file until the file is closed, without that."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        results: list[WriteResult] = []
+        items, number = iter(plan.items), 0
+        item = next(items, None)
+        while item is not None:
+            name = f"__0_{number}.distcp"
+            with Path(self.path, name).open("wb") as stream:
+                while item is not None and stream.tell() < FILE_BYTES:
+                    begin = stream.tell()
+                    _write(planner.resolve_data(item), stream)
+                    length = stream.tell() - begin
+                    place = _StorageInfo(name, begin, length)
+                    results.append(WriteResult(item.index, length, place))
+                    item = next(items, None)
+                stream.flush()
+                os.fsync(stream.fileno())
+            number += 1
+        future: Future[list[WriteResult]] = Future()
+        future.set_result(results)
+        return future
+
+
+def _write(data: Tensor | io.BytesIO, stream: BinaryIO) -> None:
+    if isinstance(data, io.BytesIO):
+        stream.write(data.getbuffer())
+        return
+    if data.untyped_storage().nbytes() != data.nbytes:
+        data = data.clone()  # torch.save would write all of the storage
+    torch.save(data, stream)
+
+
 def _sizes(chunk: Chunk) -> torch.Size:
     return torch.Size(chunk.shape if chunk.place is None else (1, *chunk.shape[1:]))
 
@@ -203,8 +244,7 @@ def write_torch_dist(folder: Path, chunks: list[Chunk], objects: dict[str, Any])
     from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 
     planner = _LazyPlanner(chunks, {name: _serialized(value) for name, value in objects.items()})
-    # Nothing ahead of its turn: that would be held in memory.
-    writer = dcp.FileSystemWriter(folder, thread_count=1, per_thread_copy_ahead=0)
+    writer = _OneByOne(folder)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it should be
         dcp.save({}, storage_writer=writer, planner=planner, no_dist=True)

@@ -43,7 +43,6 @@ def refusals(cases):
     return messages
 
 
-@pytest.mark.slow
 def test_it_says_what_it_wrote_and_how_large_the_difference_is(run_dir, tmp_path):  # noqa: F811
     flags = ["--load", run_dir, "--save", tmp_path / "new" / "hf", "--verify"]
     done = tool("--from", "megatron", "--to", "hf", *flags)
@@ -177,7 +176,6 @@ def test_neither_format_is_refused_before_anything_is_loaded(tmp_path):
     assert sorted(f.name for f in tmp_path.iterdir()) == ["empty", "full"]
 
 
-@pytest.mark.slow
 def test_a_refusal_is_one_sentence_and_exit_code_2(tmp_path):
     (tmp_path / "empty").mkdir()
     flags = ["--load", tmp_path / "empty", "--save", tmp_path / "out"]
