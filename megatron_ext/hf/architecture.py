@@ -258,7 +258,7 @@ def to_flags(model: Architecture) -> list[str]:
         values |= {
             "router-type": model.router,
             "num-experts": model.experts,
-            "moe-layer-freq": f"[{pattern}]",
+            "moe-layer-freq": 1 if model.moe_everywhere else f"[{pattern}]",
             "moe-ffn-hidden-size": model.moe_ffn,
             "moe-router-topk": model.topk,
         }

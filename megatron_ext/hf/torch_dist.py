@@ -157,7 +157,9 @@ class _LazyPlanner(SavePlanner):
         self._chunks = {_index(chunk): chunk for chunk in chunks}
         self._objects = objects
 
-    def set_up_planner(self, *args: Any, **kwargs: Any) -> None:
+    def set_up_planner(
+        self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False
+    ) -> None:
         pass
 
     def create_local_plan(self) -> SavePlan:

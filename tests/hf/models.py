@@ -1,5 +1,6 @@
 """Small random models of every family of transformers that is converted."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,19 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "norm_topk_prob": False,
     },
 }
+
+
+def add_tokenizer(folder: Path, size: int) -> None:
+    """Put a tokenizer of transformers beside a model; its words are w0, w1 and so on."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+
+    tokenizer = Tokenizer(WordLevel({f"w{i}": i for i in range(size)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "w1"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 def make(name: str, folder: Path, **changes: Any) -> Any:

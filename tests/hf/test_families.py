@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 from tests.distributed import run_ranks
-from tests.hf.models import CONFIGS, VOCAB, make
+from tests.hf.models import CONFIGS, VOCAB, add_tokenizer, make
 
-TOKENS = torch.arange(60).reshape(2, 30) * 7919 % VOCAB
+TOKENS = torch.arange(60).reshape(2, 30) * 7919 % 450
 
 
 def there_and_back(folder):
@@ -56,3 +56,18 @@ def test_megatron_computes_the_same_logits_and_nothing_is_lost_on_the_way_back(n
     assert {k: v for k, v in new.items() if k not in ignored} == {
         k: v for k, v in old.items() if k not in ignored
     }
+
+
+def test_rows_beyond_the_tokenizers_come_back_and_its_files_go_along(tmp_path):
+    """Qwen's embeddings have more rows than its tokenizer has entries."""
+    make("qwen2", tmp_path / "hf")
+    add_tokenizer(tmp_path / "hf", known := 450)
+    [facts] = run_ranks(there_and_back, 1, tmp_path)
+    ours, theirs = facts.megatron[..., :known], facts.hf[..., :known]
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+    assert facts.megatron[..., known:].isneginf().all()  # never sampled
+    before, after = tensors(tmp_path / "hf"), tensors(tmp_path / "back")
+    assert all(torch.equal(tensor, after[key]) for key, tensor in before.items())
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        file, copy = tmp_path / "hf" / name, tmp_path / "back" / name
+        assert file.read_bytes() == copy.read_bytes()

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_ext.errors import UserError
 from tests.distributed import ROOT, SINGLE_THREADED, run_ranks
-from tests.hf.models import make
+from tests.hf.models import add_tokenizer, make
 from tests.inference.checkpoint import run_dir  # noqa: F401
 from tools import convert_checkpoint
 
@@ -43,14 +43,18 @@ def refusals(cases):
     return messages
 
 
+@pytest.mark.slow
 def test_it_says_what_it_wrote_and_how_large_the_difference_is(run_dir, tmp_path):  # noqa: F811
-    flags = ["--load", run_dir, "--save", tmp_path / "new" / "hf", "--verify"]
-    done = tool("--from", "megatron", "--to", "hf", *flags)
-    assert (done.returncode, done.stderr) == (0, "")
-    wrote, difference = done.stdout.splitlines()
-    assert wrote == f"wrote {tmp_path / 'new' / 'hf'}"
-    assert 0 <= float(difference.removeprefix("largest difference of logits: ")) < 1e-4
-    assert [f.name for f in (tmp_path / "new").iterdir()] == ["hf"]
+    hf, back = tmp_path / "new" / "hf", tmp_path / "new" / "back"
+    there = ("--from", "megatron", "--to", "hf", "--load", run_dir, "--save", hf)
+    again = ("--from", "hf", "--to", "megatron", "--load", hf, "--save", back)
+    for flags, target in ((there, hf), (again, back)):
+        done = tool(*flags, "--verify")
+        assert (done.returncode, done.stderr) == (0, "")
+        wrote, difference = done.stdout.splitlines()
+        assert wrote == f"wrote {target}"
+        assert 0 <= float(difference.removeprefix("largest difference of logits: ")) < 1e-4
+    assert sorted(f.name for f in hf.parent.iterdir()) == ["back", "hf"]
 
 
 def change_config(folder, **changes):
@@ -81,17 +85,6 @@ def cut_a_file(folder):
 def reshape(tensors):
     name = "model.layers.1.mlp.up_proj.weight"
     tensors[name] = tensors[name][1:].clone()
-
-
-def add_tokenizer(folder):
-    """One of 600 entries, for a model of 500."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-
-    words = {f"w{i}": i for i in range(600)}
-    Tokenizer(WordLevel(words, unk_token="w0")).save(str(folder / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 HF = {
@@ -127,7 +120,7 @@ HF = {
             "original_max_position_embeddings": 8192,
         },
     ),
-    "has 600 entries, the model 500": add_tokenizer,
+    "has 600 entries, the model 500": lambda f: add_tokenizer(f, 600),
     "neither model.safetensors.index.json": lambda f: [
         file.unlink() for file in f.glob("model*.safetensors*")
     ],
