@@ -10,12 +10,9 @@ with --json one object a line. A model that needs several ranks runs the same wa
 
 import argparse
 import json
-import logging
 import os
 import sys
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -23,6 +20,7 @@ from megatron_ext.checkpoint import find_checkpoint
 from megatron_ext.devices import activate
 from megatron_ext.errors import ToolParser, UserError, run_on_ranks, run_tool
 from megatron_ext.inference.sampling import Sampling
+from megatron_ext.quiet import quiet_megatron
 
 if TYPE_CHECKING:
     from megatron_ext.inference.generation import Completion
@@ -42,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     checkpoint = find_checkpoint(options.load)
     out = sys.stdout if os.environ.get("RANK", "0") == "0" else open(os.devnull, "w")  # noqa: SIM115
-    with _quiet_megatron():
+    with quiet_megatron():
         activate()  # before anything of Megatron is imported, which takes seconds
         from megatron_ext.inference.loading import DTYPES, Layout, load_model
 
@@ -114,22 +112,6 @@ def _tokenize(trained: "TrainedModel", text: str) -> list[int]:
         raise UserError(
             f"the model's {trained.args.tokenizer_type} cannot read the prompt {text!r}: {error}"
         ) from error
-
-
-@contextmanager
-def _quiet_megatron() -> Iterator[None]:
-    """Keep stdout for results, and stderr free of Megatron's and torch's notices."""
-    logging.disable(logging.WARNING)
-    try:
-        with (
-            warnings.catch_warnings(),
-            open(os.devnull, "w") as nowhere,
-            redirect_stdout(nowhere),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
 
 
 def _print_as_it_comes(

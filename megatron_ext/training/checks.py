@@ -36,7 +36,7 @@ def check_run(args: Namespace, config: ETConfig, launch: Launch) -> Path | None:
     Raises:
         UserError: what is wrong, naming the flag or file and the fix, on every rank.
     """
-    args.tokenizer_sha256 = _sha256(args.tokenizer_model)  # saved in checkpoints with the rest
+    args.tokenizer_sha256 = sha256(args.tokenizer_model)  # saved in checkpoints with the rest
     settings = launch.share("settings", _settings(args))
     launch.agree("flags", lambda: _check_same_settings(settings, args))
     launch.agree("inputs", lambda: _check_inputs(args, config))
@@ -237,7 +237,10 @@ def _check_checkpoint(checkpoint: Path, args: Namespace, config: ETConfig) -> No
                 f"{checkpoint} was trained with {name} = {there}, but the flags say {here}: make "
                 "them equal, or choose another --run-dir or --load"
             )
-    if not (args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler):
+    # A converted checkpoint has weights alone, and --finetune takes nothing else.
+    weights_only = args.finetune or getattr(saved, "no_save_optim", False)
+    flags_decide = args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler
+    if not (weights_only or flags_decide):
         for name in _SAME_SCHEDULE:
             here, there = (_scheduled(a, name) for a in (args, saved))
             if here != there:
@@ -274,7 +277,8 @@ def _mean_experts(args: Namespace) -> Fraction:
     return Fraction(str(mean))
 
 
-def _sha256(file: str | None) -> str | None:
+def sha256(file: str | None) -> str | None:
+    """Of a tokenizer's file, in hexadecimal; None where the tokenizer has none."""
     if file is None or not Path(file).is_file():
         return None
     return hashlib.sha256(Path(file).read_bytes()).hexdigest()

@@ -12,6 +12,17 @@ from tools import train_tokenizer
 
 MAX_LENGTH = 64
 _SYLLABLES = ["ba", "ké", "lo", "mü", "ni", "ra", "su", "té", "vo", "zi"]
+MODEL = [
+    *("--num-layers", "4", "--hidden-size", "64", "--num-attention-heads", "4"),
+    *("--group-query-attention", "--num-query-groups", "2", "--qk-layernorm"),
+    *("--seq-length", str(MAX_LENGTH), "--max-position-embeddings", str(MAX_LENGTH)),
+    *("--num-experts", "8", "--moe-router-topk", "2", "--moe-ffn-hidden-size", "64"),
+    *("--moe-shared-expert-intermediate-size", "64", "--moe-layer-freq", "[0,1,0,1]"),
+    *("--ffn-hidden-size", "128", "--squared-relu", "--disable-bias-linear"),
+    *("--no-bias-gelu-fusion", "--untie-embeddings-and-output-weights"),
+    *("--position-embedding-type", "rope", "--normalization", "RMSNorm"),
+    *("--hidden-dropout", "0", "--attention-dropout", "0"),
+]
 
 
 @pytest.fixture(scope="session")
@@ -39,15 +50,7 @@ def train(folder: Path) -> Path:
         [
             *("pretrain_et.py", "--run-dir", run, "--mock-data", "--split", "90,5,5"),
             *("--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", tokenizer),
-            *("--num-layers", "4", "--hidden-size", "64", "--num-attention-heads", "4"),
-            *("--group-query-attention", "--num-query-groups", "2", "--qk-layernorm"),
-            *("--seq-length", str(MAX_LENGTH), "--max-position-embeddings", str(MAX_LENGTH)),
-            *("--num-experts", "8", "--moe-router-topk", "2", "--moe-ffn-hidden-size", "64"),
-            *("--moe-shared-expert-intermediate-size", "64", "--moe-layer-freq", "[0,1,0,1]"),
-            *("--ffn-hidden-size", "128", "--squared-relu", "--disable-bias-linear"),
-            *("--no-bias-gelu-fusion", "--untie-embeddings-and-output-weights"),
-            *("--position-embedding-type", "rope", "--normalization", "RMSNorm"),
-            *("--hidden-dropout", "0", "--attention-dropout", "0"),
+            *MODEL,
             *("--micro-batch-size", "8", "--global-batch-size", "8", "--train-iters", "40"),
             *("--lr", "1e-2", "--min-lr", "1e-2", "--lr-decay-style", "constant"),
             *("--et-warmup-iters", "10", "--et-ema-decay", "0.9"),

@@ -1,0 +1,276 @@
+"""What a model is, told neither in Megatron's words nor in those of a Hugging Face family."""
+
+from argparse import Namespace
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_ext.errors import UserError
+
+# What Megatron calls RoPE scaling has Llama 3's constants built in; only the factor is free.
+LLAMA3_ROPE = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+# Arguments of Megatron that change what a model computes and that no family here has.
+_FIXED: dict[str, Any] = {
+    "position_embedding_type": "rope",
+    "normalization": "RMSNorm",
+    "rotary_percent": 1.0,
+    "rotary_interleaved": False,
+    "rotary_seq_len_interpolation_factor": None,
+    "no_rope_freq": None,
+    "add_bias_linear": False,
+    "apply_layernorm_1p": False,
+    "multi_latent_attention": False,
+    "attention_output_gate": False,
+    "window_size": None,
+    "softmax_type": "vanilla",
+    "linear_attention_freq": None,
+    "heterogeneous_layers_config_path": None,
+    "mtp_num_layers": None,
+    "use_mup": False,
+    "quick_geglu": False,
+    "glu_linear_offset": 0.0,
+    "activation_func_clamp_value": None,
+    "moe_shared_expert_gate": False,
+    "moe_latent_size": None,
+    "moe_apply_probs_on_input": False,
+    "moe_router_force_load_balancing": False,
+}
+_FIXED_WITH_TOKEN_CHOICE: dict[str, Any] = {
+    "moe_router_score_function": "softmax",
+    "moe_router_enable_expert_bias": False,
+    "moe_router_num_groups": None,
+    "moe_router_topk_scaling_factor": None,
+    "moe_expert_capacity_factor": None,
+    "moe_input_jitter_eps": None,
+}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A decoder with RMSNorm before each block and rotary positions.
+
+    Attributes:
+        vocab: rows of the embedding without those that only pad it.
+        eps: added to the mean square in every norm.
+        rope_factor: how much longer than 8,192 tokens Llama 3's scaling makes positions; None for
+            plain RoPE.
+        gated: SwiGLU rather than squared ReLU.
+        norm_scale: every norm has a learnable scale.
+        qk_norm: queries and keys are normalised before the rotation.
+        router: how experts are found; None where there are none.
+        moe_layers: for each layer, whether it holds experts.
+        topk: experts of a token, a whole number; see `mean_experts`.
+        normalize_topk: the weights of a token's experts sum to 1 (token choice).
+        gate: what makes a weight of a logit (thresholds).
+        ema_decay: of the thresholds.
+        mean_experts: experts of a token on average where it is not `topk`.
+    """
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocab: int
+    max_length: int
+    eps: float
+    rope_base: int
+    rope_factor: float | None = None
+    gated: bool = True
+    norm_scale: bool = True
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    tied: bool = False
+    embedding_norm: bool = False
+    softcap: float = 0.0
+    router: str | None = None
+    moe_layers: tuple[bool, ...] = ()
+    experts: int = 0
+    moe_ffn: int = 0
+    shared_ffn: int = 0
+    topk: int = 0
+    normalize_topk: bool = True
+    aux_loss: float = 0.0
+    gate: str = "sigmoid"
+    ema_decay: float = 0.0
+    mean_experts: float | None = None
+
+    @property
+    def dims(self) -> dict[str, int]:
+        """Sizes by the names that the name maps use."""
+        sizes = ("hidden", "head_dim", "ffn", "vocab", "experts", "moe_ffn", "shared_ffn")
+        return {
+            "q": self.heads * self.head_dim,
+            "kv": self.kv_heads * self.head_dim,
+            **{name: getattr(self, name) for name in sizes},
+        }
+
+    @property
+    def usual_head_dim(self) -> bool:
+        return self.head_dim * self.heads == self.hidden
+
+    @property
+    def moe_everywhere(self) -> bool:
+        return all(self.moe_layers)
+
+    @property
+    def thresholds(self) -> bool:
+        return self.router == "expert-threshold"
+
+    @property
+    def shared(self) -> bool:
+        return self.shared_ffn > 0
+
+    @property
+    def qk_norm_scale(self) -> bool:
+        return self.qk_norm and self.norm_scale
+
+    @property
+    def untied(self) -> bool:
+        return not self.tied
+
+    @property
+    def ungated(self) -> bool:
+        return not self.gated
+
+
+def from_args(args: Namespace) -> Architecture:
+    """The architecture of a training run.
+
+    Raises:
+        UserError: the run used something that no family here has, naming the flag.
+    """
+    experts = args.num_experts or 0
+    router = args.router_type if experts else None
+    if router == "expert-choice":
+        router = "expert-threshold"  # the same state, and the same at inference
+    if router == "quantile-balancing":
+        raise UserError(
+            "--router-type quantile-balancing adds a bias that no Hugging Face family has: only "
+            "expert-threshold, expert-choice and token-choice can be converted"
+        )
+    fixed = _FIXED | (_FIXED_WITH_TOKEN_CHOICE if router == "token-choice" else {})
+    for name, value in fixed.items():
+        if (found := getattr(args, name, value)) != value:
+            raise UserError(
+                f"the model was trained with {name} = {found}, which no Hugging Face family known "
+                f"here has: only {value} can be converted"
+            )
+    if args.swiglu == args.squared_relu:
+        raise UserError("only models with --swiglu or --squared-relu can be converted")
+    heads = args.num_attention_heads
+    has_experts: dict[str, Any] = {
+        "router": router,
+        "moe_layers": _moe_layers(args),
+        "experts": experts,
+    }
+    return Architecture(
+        layers=args.num_layers,
+        hidden=args.hidden_size,
+        heads=heads,
+        kv_heads=args.num_query_groups if args.group_query_attention else heads,
+        head_dim=args.kv_channels,
+        ffn=args.ffn_hidden_size,
+        vocab=args.vocab_size,
+        max_length=args.max_position_embeddings,
+        eps=args.layernorm_epsilon,
+        rope_base=args.rotary_base,
+        rope_factor=args.rope_scaling_factor if args.use_rope_scaling else None,
+        gated=args.swiglu,
+        norm_scale=args.et_norm_scale,
+        qk_norm=args.qk_layernorm,
+        qkv_bias=args.add_qkv_bias,
+        tied=not args.untie_embeddings_and_output_weights,
+        embedding_norm=args.et_embedding_norm,
+        softcap=args.et_logit_softcap,
+        **(has_experts | _expert_settings(args, router) if experts else {}),
+    )
+
+
+def _moe_layers(args: Namespace) -> tuple[bool, ...]:
+    if isinstance(args.moe_layer_freq, int):
+        return tuple(i % args.moe_layer_freq == 0 for i in range(args.num_layers))
+    return tuple(bool(flag) for flag in args.moe_layer_freq)
+
+
+def _expert_settings(args: Namespace, router: str | None) -> dict[str, Any]:
+    settings: dict[str, Any] = {
+        "moe_ffn": args.moe_ffn_hidden_size or args.ffn_hidden_size,
+        "shared_ffn": args.moe_shared_expert_intermediate_size or 0,
+        "topk": args.moe_router_topk,
+    }
+    if router == "token-choice":
+        coefficient = args.moe_aux_loss_coeff
+        balanced = args.moe_router_load_balancing_type == "aux_loss"
+        aux_loss = float(coefficient) if balanced and not isinstance(coefficient, list) else 0.0
+        return settings | {
+            "normalize_topk": not args.moe_router_pre_softmax,
+            "aux_loss": aux_loss,
+        }
+    return settings | {
+        "gate": args.et_gate,
+        "ema_decay": args.et_ema_decay,
+        "mean_experts": args.et_mean_experts,
+    }
+
+
+def to_flags(model: Architecture) -> list[str]:
+    """The command line of `pretrain_et.py` that builds this model."""
+    values: dict[str, Any] = {
+        "num-layers": model.layers,
+        "hidden-size": model.hidden,
+        "num-attention-heads": model.heads,
+        "num-query-groups": model.kv_heads,
+        "kv-channels": model.head_dim,
+        "ffn-hidden-size": model.ffn,
+        "seq-length": model.max_length,
+        "max-position-embeddings": model.max_length,
+        "norm-epsilon": model.eps,
+        "rotary-base": model.rope_base,
+        "et-logit-softcap": model.softcap,
+        "position-embedding-type": "rope",
+        "normalization": "RMSNorm",
+        "hidden-dropout": 0,
+        "attention-dropout": 0,
+    }
+    switches = {
+        "group-query-attention": True,
+        "disable-bias-linear": True,
+        "no-bias-gelu-fusion": True,
+        "swiglu": model.gated,
+        "squared-relu": not model.gated,
+        "et-norm-scale": model.norm_scale,
+        "qk-layernorm": model.qk_norm,
+        "add-qkv-bias": model.qkv_bias,
+        "untie-embeddings-and-output-weights": not model.tied,
+        "no-et-embedding-norm": not model.embedding_norm,
+        "use-rope-scaling": model.rope_factor is not None,
+    }
+    if model.rope_factor is not None:
+        values["rope-scaling-factor"] = model.rope_factor
+    if model.router is not None:
+        pattern = ",".join(str(int(moe)) for moe in model.moe_layers)
+        values |= {
+            "router-type": model.router,
+            "num-experts": model.experts,
+            "moe-layer-freq": 1 if model.moe_everywhere else f"[{pattern}]",
+            "moe-ffn-hidden-size": model.moe_ffn,
+            "moe-router-topk": model.topk,
+        }
+        if model.shared_ffn:
+            values["moe-shared-expert-intermediate-size"] = model.shared_ffn
+        if model.thresholds:
+            values |= {"et-gate": model.gate, "et-ema-decay": model.ema_decay}
+            if model.mean_experts is not None:
+                values["et-mean-experts"] = model.mean_experts
+        else:
+            switches["moe-router-pre-softmax"] = not model.normalize_topk
+            values |= {"moe-router-load-balancing-type": "aux_loss"}
+            values |= {"moe-aux-loss-coeff": model.aux_loss}
+    words = [word for name, value in values.items() for word in (f"--{name}", str(value))]
+    return words + [f"--{name}" for name, on in switches.items() if on]

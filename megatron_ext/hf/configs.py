@@ -1,0 +1,67 @@
+"""Configurations of transformers, read and written."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, GenerationConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from megatron_ext.errors import UserError
+from megatron_ext.hf.architecture import Architecture
+from megatron_ext.hf.families import OWN, Family, family_named, write_config
+from megatron_ext.hf.remote.configuration_et import ExpertThresholdConfig
+
+_REMOTE = Path(__file__).with_name("remote")
+
+
+def save_config(
+    folder: Path,
+    model: Architecture,
+    family: Family,
+    dtype: torch.dtype,
+    special: dict[str, int],
+) -> None:
+    """Write the configuration of a model, its code if it is ours, and that of generation.
+
+    Args:
+        folder: must be there.
+        model: what to describe.
+        family: as which.
+        dtype: of the weights.
+        special: ids of special tokens, by the names the configuration has for them.
+    """
+    entries = write_config(model, family) | {"bos_token_id": None, "eos_token_id": None} | special
+    entries["dtype"] = dtype
+    if family is OWN:
+        for name in ("configuration_et.py", "modeling_et.py"):
+            shutil.copy(_REMOTE / name, folder)
+        config: Any = ExpertThresholdConfig(**entries)
+        config.architectures = ["ExpertThresholdForCausalLM"]
+        config.auto_map = {
+            "AutoConfig": "configuration_et.ExpertThresholdConfig",
+            "AutoModelForCausalLM": "modeling_et.ExpertThresholdForCausalLM",
+        }
+    else:
+        config = CONFIG_MAPPING[family.name](**entries)
+        config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family.name]]
+    config.save_pretrained(folder)
+    GenerationConfig(**special).save_pretrained(folder)
+
+
+def load_config(source: Path) -> Any:
+    """The configuration of a Hugging Face folder with one, by transformers' class or our own.
+
+    Raises:
+        UserError: it is damaged, or its family is not known.
+    """
+    file = source / "config.json"
+    try:
+        entries = json.loads(file.read_text())
+        family = family_named(entries["model_type"])
+    except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} is damaged: copy it again") from error
+    kind = ExpertThresholdConfig if family is OWN else CONFIG_MAPPING[family.name]
+    return kind.from_pretrained(source)

@@ -1,0 +1,263 @@
+"""How the tensors of a Megatron checkpoint and of a Hugging Face folder correspond: maps, as data.
+
+A rule names one tensor of Megatron and the tensors that hold the same numbers on the other side.
+`{l}` stands for the number of a layer and `{e}` for that of an expert; in Megatron's checkpoint the
+experts of a layer are one tensor, the expert its first dimension.
+"""
+
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from megatron_ext.hf.architecture import Architecture
+
+
+class Layout(Enum):
+    """How the parts make up Megatron's tensor."""
+
+    SAME = auto()  # one part
+    ROWS = auto()  # one below the other
+    QKV = auto()  # for each KV head its queries, its key and its value
+    VOCABULARY = auto()  # one part, and rows that pad it
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor of a Hugging Face folder: its name, and its shape by names of dimensions."""
+
+    name: str
+    shape: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One tensor of Megatron, or one in each of some layers.
+
+    Attributes:
+        key: its name in Megatron.
+        parts: the same numbers on the other side.
+        where: which layers have it.
+        when: the property of the architecture without which it is not there.
+    """
+
+    key: str
+    parts: tuple[Part, ...]
+    layout: Layout = Layout.SAME
+    where: Literal["model", "layer", "dense", "moe", "expert"] = "model"
+    when: str | None = None
+
+
+@dataclass(frozen=True)
+class Link:
+    """A rule for one layer and expert, with shapes.
+
+    Attributes:
+        expert: number along the first dimension of Megatron's tensor, or None.
+        parts: names and shapes on the other side.
+    """
+
+    key: str
+    expert: int | None
+    parts: tuple[tuple[str, tuple[int, ...]], ...]
+    layout: Layout
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of Megatron's tensor, or of this expert's part of it, without padding."""
+        first = self.parts[0][1]
+        if len(self.parts) == 1:
+            return first
+        return (sum(shape[0] for _, shape in self.parts), *first[1:])
+
+
+def expand(rules: tuple[Rule, ...], model: Architecture) -> list[Link]:
+    """Every tensor that a model has, in the order of its layers."""
+    links = [link for rule in rules if rule.where == "model" for link in _links(rule, model)]
+    per_layer = [rule for rule in rules if rule.where != "model"]
+    for layer in range(model.layers):
+        moe = model.router is not None and model.moe_layers[layer]
+        kinds = {"layer", "moe", "expert"} if moe else {"layer", "dense"}
+        for rule in per_layer:
+            if rule.where in kinds:
+                links += _links(rule, model, layer)
+    return links
+
+
+def _links(rule: Rule, model: Architecture, layer: int | None = None) -> list[Link]:
+    if rule.when is not None and not getattr(model, rule.when):
+        return []
+    dims = model.dims
+    experts = range(model.experts) if rule.where == "expert" else [None]
+
+    def named(text: str, expert: int | None) -> str:
+        return text.replace("{l}", str(layer)).replace("{e}", str(expert))
+
+    return [
+        Link(
+            named(rule.key, expert),
+            expert,
+            tuple((named(p.name, expert), tuple(dims[d] for d in p.shape)) for p in rule.parts),
+            rule.layout,
+        )
+        for expert in experts
+    ]
+
+
+def join(link: Link, parts: list[Tensor], model: Architecture, rows: int | None = None) -> Tensor:
+    """Megatron's tensor, made of its parts.
+
+    Args:
+        link: how they belong together.
+        parts: in the order of the link's, of its shapes.
+        model: for the number of heads.
+        rows: of a vocabulary with its padding, which is 0.
+    """
+    if link.layout is Layout.SAME:
+        return parts[0]
+    if link.layout is Layout.VOCABULARY:
+        assert rows is not None
+        padded = parts[0].new_zeros(rows, *parts[0].shape[1:])
+        padded[: parts[0].shape[0]] = parts[0]
+        return padded
+    whole = parts[0].new_empty(link.shape)
+    for view, part in zip(_views(link, whole, model), parts):
+        view.copy_(part.view(view.shape))
+    return whole
+
+
+def split(link: Link, whole: Tensor, model: Architecture) -> list[Tensor]:
+    """The parts of Megatron's tensor, of the link's shapes; views of it where they can be."""
+    views = _views(link, whole, model)
+    return [view.reshape(shape) for view, (_, shape) in zip(views, link.parts)]
+
+
+def _views(link: Link, whole: Tensor, model: Architecture) -> list[Tensor]:
+    if link.layout is Layout.SAME:
+        return [whole]
+    if link.layout is Layout.VOCABULARY:
+        return [whole[: link.shape[0]]]
+    if link.layout is Layout.ROWS:
+        return list(torch.split(whole, [shape[0] for _, shape in link.parts]))
+    queries = model.heads // model.kv_heads
+    grouped = whole.view(model.kv_heads, queries + 2, model.head_dim, *whole.shape[1:])
+    return [grouped[:, :queries], grouped[:, queries], grouped[:, queries + 1]]
+
+
+_LAYER, _HF_LAYER = "decoder.layers.{l}.", "model.layers.{l}."
+
+
+def _attention() -> tuple[Rule, ...]:
+    megatron, hf = _LAYER + "self_attention.", _HF_LAYER + "self_attn."
+    sizes = {"q": "q", "k": "kv", "v": "kv"}
+    weights = tuple(Part(f"{hf}{x}_proj.weight", (size, "hidden")) for x, size in sizes.items())
+    biases = tuple(Part(f"{hf}{x}_proj.bias", (size,)) for x, size in sizes.items())
+    output = Part(f"{hf}o_proj.weight", ("hidden", "q"))
+    return (
+        Rule(megatron + "linear_qkv.weight", weights, Layout.QKV, "layer"),
+        Rule(megatron + "linear_qkv.bias", biases, Layout.QKV, "layer", "qkv_bias"),
+        Rule(megatron + "linear_proj.weight", (output,), where="layer"),
+        *(
+            Rule(
+                f"{megatron}{x}_layernorm.weight",
+                (Part(f"{hf}{x}_norm.weight", ("head_dim",)),),
+                where="layer",
+                when="qk_norm_scale",
+            )
+            for x in "qk"
+        ),
+    )
+
+
+def _norm(key: str, name: str, where: Literal["model", "layer"]) -> Rule:
+    return Rule(key, (Part(name, ("hidden",)),), where=where, when="norm_scale")
+
+
+def _mlp(
+    key: str,
+    hf: str,
+    size: str,
+    where: Literal["dense", "moe", "expert"],
+    when: str | None = None,
+    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+    gated: bool = True,
+) -> tuple[Rule, Rule]:
+    """The two matrices of a feed-forward block; the first is two when it is gated."""
+    gate, up, down = (f"{hf}{name}.weight" for name in names)
+    inner = [Part(name, (size, "hidden")) for name in ((gate, up) if gated else (up,))]
+    layout = Layout.ROWS if gated else Layout.SAME
+    return (
+        Rule(key + "linear_fc1.weight", tuple(inner), layout, where, when),
+        Rule(key + "linear_fc2.weight", (Part(down, ("hidden", size)),), Layout.SAME, where, when),
+    )
+
+
+def _experts(hf: str, names: tuple[str, str, str], gated: bool = True) -> tuple[Rule, ...]:
+    key = _LAYER + "mlp.experts.experts."
+    return _mlp(key, hf + "experts.{e}.", "moe_ffn", "expert", names=names, gated=gated)
+
+
+def _router(hf: str) -> Rule:
+    gate = Part(hf + "gate.weight", ("experts", "hidden"))
+    return Rule(_LAYER + "mlp.router.weight", (gate,), where="moe")
+
+
+_ENDS = (
+    Rule(
+        "embedding.word_embeddings.weight",
+        (Part("model.embed_tokens.weight", ("vocab", "hidden")),),
+        Layout.VOCABULARY,
+    ),
+    _norm("decoder.final_layernorm.weight", "model.norm.weight", "model"),
+    Rule(
+        "output_layer.weight",
+        (Part("lm_head.weight", ("vocab", "hidden")),),
+        Layout.VOCABULARY,
+        when="untied",
+    ),
+)
+_BLOCK = (
+    _norm(_LAYER + "input_layernorm.weight", _HF_LAYER + "input_layernorm.weight", "layer"),
+    *_attention(),
+    _norm(
+        _LAYER + "pre_mlp_layernorm.weight", _HF_LAYER + "post_attention_layernorm.weight", "layer"
+    ),
+)
+_MLP, _HF_MLP = _LAYER + "mlp.", _HF_LAYER + "mlp."
+_USUAL = ("gate_proj", "up_proj", "down_proj")
+
+DENSE = (*_ENDS, *_BLOCK, *_mlp(_MLP, _HF_MLP, "ffn", "dense"))
+QWEN3_MOE = (*DENSE, _router(_HF_MLP), *_experts(_HF_MLP, _USUAL))
+_MIXTRAL_BLOCK = _HF_LAYER + "block_sparse_moe."
+MIXTRAL = (*_ENDS, *_BLOCK, _router(_MIXTRAL_BLOCK), *_experts(_MIXTRAL_BLOCK, ("w1", "w3", "w2")))
+
+
+def expert_threshold(gated: bool) -> tuple[Rule, ...]:
+    """This project's own: thresholds beside the router's weight, and a shared expert."""
+    thresholds = {"average": ("experts",), "updates": ()}
+    return (
+        *_ENDS,
+        *_BLOCK,
+        *_mlp(_MLP, _HF_MLP, "ffn", "dense", gated=gated),
+        _router(_HF_MLP),
+        *(
+            Rule(
+                f"{_MLP}router.thresholds.{name}",
+                (Part(f"{_HF_MLP}gate.threshold_{name}", shape),),
+                where="moe",
+                when="thresholds",
+            )
+            for name, shape in thresholds.items()
+        ),
+        *_mlp(
+            _MLP + "shared_experts.",
+            _HF_MLP + "shared_expert.",
+            "shared_ffn",
+            "moe",
+            "shared",
+            gated=gated,
+        ),
+        *_experts(_HF_MLP, _USUAL, gated),
+    )

@@ -1,0 +1,85 @@
+"""Configuration of Expert Threshold models (arXiv 2603.11535) for transformers."""
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+
+class ExpertThresholdConfig(PreTrainedConfig):
+    """Sizes and switches of a decoder whose experts take the tokens above their thresholds.
+
+    Args:
+        moe_layers: for each layer 1 where it holds experts, else 0.
+        gated_mlp: SwiGLU (`hidden_act` "silu") rather than squared ReLU ("relu2").
+        norm_scale: every RMSNorm has a learnable scale.
+        qk_norm: queries and keys are normalised before the rotation.
+        embedding_norm: embeddings are normalised, without a scale.
+        logit_softcap: c of c * tanh(logits / c); 0 for none.
+        router_gate: what makes an expert's weight of its logit: sigmoid, softmax or relu.
+        num_experts_per_tok: experts of a token on average, unless `mean_experts` is given.
+        threshold_ema_decay: of the moving average behind the thresholds, for training.
+    """
+
+    model_type = "expert_threshold"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    def __init__(
+        self,
+        vocab_size: int = 512,
+        hidden_size: int = 64,
+        num_hidden_layers: int = 2,
+        num_attention_heads: int = 4,
+        num_key_value_heads: int = 4,
+        head_dim: int = 16,
+        intermediate_size: int = 128,
+        max_position_embeddings: int = 2048,
+        rms_norm_eps: float = 1e-5,
+        rope_parameters: dict[str, Any] | None = None,
+        hidden_act: str = "relu2",
+        gated_mlp: bool = False,
+        norm_scale: bool = False,
+        qk_norm: bool = True,
+        qkv_bias: bool = False,
+        embedding_norm: bool = True,
+        logit_softcap: float = 15.0,
+        moe_layers: list[int] | None = None,
+        num_experts: int = 8,
+        moe_intermediate_size: int = 64,
+        shared_expert_intermediate_size: int = 0,
+        router_gate: str = "sigmoid",
+        num_experts_per_tok: int = 1,
+        mean_experts: float | None = None,
+        threshold_ema_decay: float = 0.999,
+        tie_word_embeddings: bool = False,
+        use_cache: bool = True,
+        attention_dropout: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_key_value_heads
+        self.head_dim = head_dim
+        self.intermediate_size = intermediate_size
+        self.max_position_embeddings = max_position_embeddings
+        self.rms_norm_eps = rms_norm_eps
+        self.rope_parameters = rope_parameters or {"rope_type": "default", "rope_theta": 10000.0}
+        self.hidden_act = hidden_act
+        self.gated_mlp = gated_mlp
+        self.norm_scale = norm_scale
+        self.qk_norm = qk_norm
+        self.qkv_bias = qkv_bias
+        self.embedding_norm = embedding_norm
+        self.logit_softcap = logit_softcap
+        self.moe_layers = moe_layers or [0] * num_hidden_layers
+        self.num_experts = num_experts
+        self.moe_intermediate_size = moe_intermediate_size
+        self.shared_expert_intermediate_size = shared_expert_intermediate_size
+        self.router_gate = router_gate
+        self.num_experts_per_tok = num_experts_per_tok
+        self.mean_experts = mean_experts
+        self.threshold_ema_decay = threshold_ema_decay
+        self.use_cache = use_cache
+        self.attention_dropout = attention_dropout
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)

@@ -1,0 +1,72 @@
+"""Whether a checkpoint and its conversion are the same model: their logits on a short text."""
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
+
+from megatron_ext.errors import UserError
+from megatron_ext.hf.configs import load_config
+from megatron_ext.hf.families import OWN
+from megatron_ext.hf.remote.modeling_et import ExpertThresholdForCausalLM
+from megatron_ext.inference.forward import full_logits
+from megatron_ext.inference.loading import load_model
+
+TEXT = "The quick brown fox jumps over the lazy dog, and nobody is surprised."
+LENGTH = 32  # tokens at most
+# In fp32 two orders of the same sums differ by less; another model differs by far more.
+TOLERANCE = 1e-3
+
+
+def largest_difference(megatron: Path, hf: Path, tokenizer_model: str | None = None) -> float:
+    """The largest difference of any logit of a text, both models in fp32, one loaded at a time.
+
+    Args:
+        megatron: a folder of checkpoints or one of them.
+        hf: a Hugging Face folder.
+        tokenizer_model: where the checkpoint's tokenizer is, if not where it says.
+
+    Raises:
+        UserError: they are not the same model.
+    """
+    if tokenizer_model is None:
+        beside = (megatron / name for name in ("tokenizer.model", "tokenizer"))
+        tokenizer_model = next((str(path) for path in beside if path.exists()), None)
+    trained = load_model(megatron, dtype=torch.float32, tokenizer_model=tokenizer_model)
+    tokens = _tokens(trained)
+    logits = full_logits(trained, tokens)
+    assert logits is not None
+    ours = logits[..., : trained.vocab_size].clone()
+    del trained, logits
+    gc.collect()
+    theirs = hf_logits(hf, tokens)[..., : ours.shape[-1]]
+    difference = float((ours - theirs).abs().max())
+    if not difference <= TOLERANCE:
+        raise UserError(
+            f"the logits of {megatron} and of its conversion differ by up to {difference:.3g}: "
+            "nothing was kept, please report this"
+        )
+    return difference
+
+
+def _tokens(trained: Any) -> Tensor:
+    """Token ids of the text, `[1, tokens]`; of no text where the tokenizer has none."""
+    if trained.args.tokenizer_type == "NullTokenizer":
+        ids = [(7919 * i) % trained.vocab_size for i in range(LENGTH)]
+    else:
+        ids = trained.tokenizer.tokenize(TEXT)
+    return torch.tensor([ids[: min(LENGTH, trained.max_length)]])
+
+
+@torch.no_grad()
+def hf_logits(folder: Path, tokens: Tensor) -> Tensor:
+    """Logits `[batch, sequence, vocabulary]` of a Hugging Face folder, fp32, on the CPU."""
+    disable_progress_bar()  # it goes to stderr
+    own = load_config(folder).model_type == OWN.name
+    kind: Any = ExpertThresholdForCausalLM if own else AutoModelForCausalLM
+    model = kind.from_pretrained(folder, dtype=torch.float32).eval()
+    return model(input_ids=tokens, use_cache=False).logits

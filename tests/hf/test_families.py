@@ -1,0 +1,73 @@
+"""Every family of transformers: into a checkpoint, run by Megatron, and back again."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.distributed import run_ranks
+from tests.hf.models import CONFIGS, VOCAB, add_tokenizer, make
+
+TOKENS = torch.arange(60).reshape(2, 30) * 7919 % 450
+
+
+def there_and_back(folder):
+    """On a rank, whose global state it may fill: convert both ways and run both models."""
+    from megatron_ext.hf.verify import hf_logits
+    from megatron_ext.inference.forward import full_logits
+    from megatron_ext.inference.loading import load_model
+    from tools import convert_checkpoint
+
+    def convert(source, target, load, save):
+        flags = ["--from", source, "--to", target, "--load", folder / load]
+        convert_checkpoint.main([*map(str, flags), "--save", str(folder / save)])
+
+    convert("hf", "megatron", "hf", "checkpoints")
+    convert("megatron", "hf", "checkpoints", "back")
+    logits = full_logits(load_model(folder / "checkpoints"), TOKENS)
+    assert logits is not None
+    return SimpleNamespace(
+        megatron=logits[..., :VOCAB], hf=hf_logits(folder / "hf", TOKENS), padded=logits.shape[-1]
+    )
+
+
+def tensors(folder):
+    return {
+        name: tensor
+        for file in folder.glob("*.safetensors")
+        for name, tensor in load_file(file).items()
+    }
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_megatron_computes_the_same_logits_and_nothing_is_lost_on_the_way_back(name, tmp_path):
+    make(name, tmp_path / "hf")
+    [facts] = run_ranks(there_and_back, 1, tmp_path)
+    assert facts.hf.std() > 0.5 and facts.padded > VOCAB
+    torch.testing.assert_close(facts.megatron, facts.hf, atol=1e-4, rtol=0)
+    before, after = tensors(tmp_path / "hf"), tensors(tmp_path / "back")
+    assert before.keys() == after.keys()
+    for key, tensor in before.items():
+        assert torch.equal(tensor, after[key]) and tensor.dtype == after[key].dtype, key
+    old, new = (json.loads((tmp_path / f / "config.json").read_text()) for f in ("hf", "back"))
+    ignored = {"initializer_range", "bos_token_id", "eos_token_id", "layer_types"}
+    assert {k: v for k, v in new.items() if k not in ignored} == {
+        k: v for k, v in old.items() if k not in ignored
+    }
+
+
+def test_rows_beyond_the_tokenizers_come_back_and_its_files_go_along(tmp_path):
+    """Qwen's embeddings have more rows than its tokenizer has entries."""
+    make("qwen2", tmp_path / "hf")
+    add_tokenizer(tmp_path / "hf", known := 450)
+    [facts] = run_ranks(there_and_back, 1, tmp_path)
+    ours, theirs = facts.megatron[..., :known], facts.hf[..., :known]
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+    assert facts.megatron[..., known:].isneginf().all()  # never sampled
+    before, after = tensors(tmp_path / "hf"), tensors(tmp_path / "back")
+    assert all(torch.equal(tensor, after[key]) for key, tensor in before.items())
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        file, copy = tmp_path / "hf" / name, tmp_path / "back" / name
+        assert file.read_bytes() == copy.read_bytes()

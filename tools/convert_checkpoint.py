@@ -1,0 +1,93 @@
+"""Turn a checkpoint of this project into a Hugging Face folder, or the other way round.
+
+    python -m tools.convert_checkpoint --from megatron --to hf --load RUN_DIR --save DIR
+
+Models trained here become Llama, Qwen2, Qwen3, Mixtral or Qwen3-MoE models where they are such, and
+Expert Threshold models with their own code otherwise. From Hugging Face the same families become a
+checkpoint without an optimizer, which tools.generate and pretrain_et.py load.
+"""
+
+import argparse
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_ext.checkpoint import find_checkpoint
+from megatron_ext.devices import activate
+from megatron_ext.errors import ToolParser, UserError, run_tool
+from megatron_ext.quiet import quiet_megatron
+from tools.progress import Progress
+
+FORMATS = ("megatron", "hf")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = _parser().parse_args(argv)
+    if options.source == options.target:
+        raise UserError(f"--from and --to are both {options.source}: there is nothing to convert")
+    load, save = Path(options.load), Path(options.save)
+    if save.exists() and (not save.is_dir() or any(save.iterdir())):
+        raise UserError(f"--save {save} is there already: give a new folder")
+    if options.source == "megatron":
+        load = find_checkpoint(load)
+    elif not (load / "config.json").is_file():
+        raise UserError(f"--load {load} is no Hugging Face model: it has no config.json")
+    save.absolute().parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{save.name}-", dir=save.absolute().parent))
+    try:
+        beside.chmod(0o755)
+        difference = _convert(options, load, save, beside)
+        if save.exists():
+            save.rmdir()  # empty
+        beside.rename(save)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    print(f"wrote {save}")
+    if difference is not None:
+        print(f"largest difference of logits: {difference:.3g}")
+
+
+def _convert(options: argparse.Namespace, load: Path, save: Path, beside: Path) -> float | None:
+    """Convert into the folder `beside`; the largest difference of logits with --verify."""
+    with quiet_megatron():
+        activate()  # before anything of Megatron is imported
+        from megatron_ext.hf.convert import to_hf, to_megatron
+        from megatron_ext.hf.verify import largest_difference
+
+        if options.target == "hf":
+            conversion = to_hf(load, beside, options.tokenizer_model)
+        else:
+            conversion = to_megatron(load, beside, save)
+    with Progress("converting", conversion.bytes) as progress:
+        written = 0
+
+        def done(size: int) -> None:
+            nonlocal written
+            written += size
+            progress.update(written)
+
+        conversion.write(done)
+    if not options.verify:
+        return None
+    megatron, hf = (load, beside) if options.target == "hf" else (beside, load)
+    with quiet_megatron():
+        return largest_difference(megatron, hf, options.tokenizer_model)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = ToolParser(
+        prog="python -m tools.convert_checkpoint", description=__doc__.split("\n")[0]
+    )
+    add = parser.add_argument
+    add("--from", dest="source", choices=FORMATS, required=True, help="format of --load")
+    add("--to", dest="target", choices=FORMATS, required=True, help="format of --save")
+    add("--load", required=True, metavar="DIR", help="run directory or Hugging Face folder")
+    add("--save", required=True, metavar="DIR", help="folder to make")
+    add("--verify", action="store_true", help="compare the logits of both, in fp32, on a text")
+    add("--tokenizer-model", metavar="FILE", help="if it is not where it was in training")
+    return parser
+
+
+if __name__ == "__main__":
+    run_tool(main)
