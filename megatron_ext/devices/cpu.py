@@ -7,6 +7,7 @@ Megatron's own code runs as it is. Each concern has a file: `runtime` (what `tor
 (collectives that gloo lacks).
 """
 
+import ctypes
 import importlib.util
 import os
 import sys
@@ -64,6 +65,7 @@ def _install() -> None:
     if "megatron.core" in sys.modules:
         raise RuntimeError("activate() must be called before anything of megatron is imported")
     _disable_compiler()
+    _keep_freed_memory()
     # Megatron refuses tensor parallelism unless CUDA would run its kernels in launch order.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
@@ -85,6 +87,20 @@ def _disable_compiler() -> None:
     import torch._dynamo
 
     torch._dynamo.config.disable = True
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep what tensors free for the next ones, as torch does with CUDA's memory.
+
+    It would give blocks of megabytes back to the system, which clears every page of them before
+    the next tensor gets them: 10,000 page faults and some percent of the time of an MoE layer's
+    step. Blocks of 32 MiB and more are always given back. Other C libraries are left alone.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        trim_threshold, mmap_threshold = -1, -3  # of malloc.h
+        mallopt(mmap_threshold, 32 << 20)
+        mallopt(trim_threshold, (1 << 31) - 1)
 
 
 def _use_prebuilt_dataset_helpers() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core import activations
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.training.argument_utils import gpt_config_from_args
@@ -13,6 +14,8 @@ from megatron.training.models import GPTModelConfig
 from torch import Tensor
 
 from megatron_ext.config import ETConfig
+from megatron_ext.devices import is_cpu_device
+from megatron_ext.model.activation import squared_relu
 from megatron_ext.model.initialization import initialize_parameters
 from megatron_ext.model.specs import decoder_block_spec
 
@@ -22,6 +25,8 @@ def gpt_model_config(args: Namespace, config: ETConfig) -> GPTModelConfig:
     model_config = gpt_config_from_args(args, config=config)
     model_config.transformer_layer_spec = _layer_spec
     config.perform_initialization = False  # the hook below sets every parameter
+    if config.activation_func is activations.squared_relu and is_cpu_device():
+        config.activation_func = squared_relu  # on CUDA Megatron's own is compiled into one kernel
     model_config.pre_wrap_hooks = [
         partial(_finish_stages, seed=args.seed, vocab_size=args.vocab_size)
     ]
