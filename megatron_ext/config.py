@@ -149,10 +149,13 @@ class ETConfig(TransformerConfig):
                 f"--router-type {self.router_type} does not have: use alltoall or allgather"
             )
         if self.cuda_graph_impl != "none":
-            raise UserError(
-                f"--cuda-graph-impl needs fixed shapes, which --router-type {self.router_type} "
-                "does not have: use none"
-            )
+            captured = {module.name for module in self.cuda_graph_modules}
+            if not captured or not captured <= {"attn", "mlp"}:  # none named: whole layers
+                raise UserError(
+                    f"--cuda-graph-impl {self.cuda_graph_impl} would capture the experts, which "
+                    f"take a varying number of tokens with --router-type {self.router_type}: add "
+                    "--cuda-graph-modules attn, and mlp for dense layers"
+                )
 
 
 def moe_layer_pattern(config: ETConfig) -> list[bool]:

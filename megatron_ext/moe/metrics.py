@@ -45,7 +45,8 @@ class RoutingCounts(torch.nn.Module):
                 kept = column_counts(routing_map & above)
                 self.experts[2] += raw - kept
                 self.experts[3] += selected - kept
-        self.fan_out += torch.bincount(routing_map.sum(dim=1), minlength=self.fan_out.numel())
+        fan_out = routing_map.sum(dim=1)  # no bincount, for which a GPU's host would wait
+        self.fan_out.scatter_add_(0, fan_out, torch.ones_like(fan_out))
 
     def packed(self) -> Tensor:
         """All counts in one int64 vector, to be summed over ranks."""

@@ -139,6 +139,9 @@ def select_by_threshold(
     if rate.capacity is None:
         return routing_map
     above = column_counts(routing_map)
+    if group is None and not logits.is_cpu:
+        allowed = above.clamp(rate.k_min(len(logits)), rate.k_max(len(logits)))
+        return _largest_by_sorting(logits, allowed, positions)
     counts = torch.cat([above, above.new_tensor([logits.shape[0]])])
     if group is not None:
         dist.all_reduce(counts, group=group)
@@ -154,3 +157,25 @@ def select_by_threshold(
         cutoffs = kth_largest(columns.split(1, dim=1), ranks, group)
         routing_map[:, chosen] = top_k_mask(columns, cutoffs, positions, group)
     return routing_map
+
+
+def _largest_by_sorting(logits: Tensor, counts: Tensor, positions: Tensor) -> Tensor:
+    """The so many largest logits of each expert, ties to the lowest position.
+
+    It sorts all of them, which a GPU does sooner than it tells the host whose counts differ.
+
+    Args:
+        logits: fp32 `[tokens, experts]`.
+        counts: int64 `[experts]`.
+        positions: int64 `[tokens]`, distinct.
+
+    Returns:
+        bool `[tokens, experts]`.
+    """
+    absent = logits.isnan()
+    order = positions.argsort()
+    ranking = logits.masked_fill(absent, -torch.inf)[order].argsort(
+        dim=0, descending=True, stable=True
+    )
+    chosen = torch.arange(len(logits), device=logits.device).unsqueeze(1) < counts
+    return torch.zeros_like(absent).scatter_(0, order[ranking], chosen) & ~absent

@@ -10,7 +10,13 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_ext.moe.thresholds import RoutingRate, Thresholds, select_by_threshold
+from megatron_ext.moe.metrics import RoutingCounts
+from megatron_ext.moe.thresholds import (
+    RoutingRate,
+    Thresholds,
+    _largest_by_sorting,
+    select_by_threshold,
+)
 from tests.distributed import run_ranks
 
 
@@ -100,6 +106,10 @@ def check_selection(case: tuple, world: int, rank: int, group: object) -> None:
     mine = torch.arange(tokens)[rank::world]
     chosen = select_by_threshold(x[mine], c, rate, mine, group)  # type: ignore[arg-type]
     assert torch.equal(chosen, expected[mine])
+    if group is None:  # what a GPU does
+        shuffled = torch.randperm(tokens, generator=generator)
+        by_sorting = _largest_by_sorting(x[shuffled], expected.sum(dim=0), shuffled)
+        assert torch.equal(by_sorting, expected[shuffled])
 
 
 @given(selection_case)
@@ -116,3 +126,23 @@ def selection_on_ranks(seeds: int) -> None:
 
 def test_global_capacity_pool_equals_the_definition_on_all_tokens() -> None:
     run_ranks(selection_on_ranks, 3, 24, timeout=60)
+
+
+def test_sorting_counts_nan_as_absent() -> None:
+    x = torch.tensor([[torch.nan, 1.0], [-torch.inf, torch.nan], [2.0, 0.0]])
+    chosen = _largest_by_sorting(x, torch.tensor([3, 1]), torch.arange(3))
+    assert chosen.tolist() == [[False, True], [True, False], [True, False]]
+
+
+@pytest.mark.parametrize("capacity", [None, Fraction(1, 2)])
+def test_a_device_is_not_waited_for(capacity: Fraction | None) -> None:
+    # The meta device has no values: whatever asks for one fails.
+    logits = torch.empty(64, 4, device="meta")
+    thresholds = Thresholds(4, 0.9, device="meta")
+    thresholds.update(logits[0])
+    positions = torch.empty(64, dtype=torch.int64, device="meta")
+    rate = RoutingRate(Fraction(1, 4), capacity)
+    routing_map = select_by_threshold(logits, thresholds.value(), rate, positions, None)
+    assert routing_map.shape == logits.shape
+    counts = RoutingCounts(4).to("meta")
+    counts.add(routing_map, logits > thresholds.value(), by_threshold=True)
