@@ -1,10 +1,12 @@
 """One MoE layer, forward and backward: threshold routing against token choice and plain matmuls.
 
 8,192 tokens, 16 routed experts and a shared one of twice the model's width each, squared ReLU, and
-one routed expert a token on average in every row. `matmuls` are the layer's matrix products alone,
-with each expert's rows together and all experts alike; a row's `of_matmul_rate` is their time over
-its own. Each rank has one thread, and ratios are of its processor's time, which other load on the
-machine disturbs less than the clock. Thresholds come from two steps of expert choice before.
+one routed expert a token on average in every row. `of_matmul_rate` is the time of the layer's
+matrix products alone, with each expert's rows together and all experts alike, over the row's own.
+Every step is timed next to its products, because a machine's speed drifts by more than rows
+differ; `of_token_choice` compares rows by that rate. The last row has squared ReLU as Megatron
+writes it. Each rank has one thread, and times are of its processor, which other load on the machine
+disturbs less than the clock. Thresholds come from two steps of expert choice before.
 
     python benchmarks/moe_layer.py [--d-model 256 768] [--ranks 1] [--steps 5]
 """
@@ -40,6 +42,7 @@ ROUTERS = {
     "expert threshold": ["--et-warmup-iters", str(WARM_UP - 1)],
     "expert choice": ["--router-type", "expert-choice"],
     "token choice": TOKEN_CHOICE,
+    "token choice, plain ReLU²": TOKEN_CHOICE,
 }
 
 
@@ -85,6 +88,12 @@ def matmuls(tokens: int, d_model: int) -> Callable[[], None]:
 
 def measure(router: str, dispatcher: str, d_model: int, steps: int) -> dict[str, float]:
     """Medians of a step's seconds, of its share of the matmul rate, and experts a token."""
+    from megatron.core import activations
+
+    from megatron_ext.model import gpt
+
+    if router.endswith("plain ReLU²"):
+        gpt.squared_relu = activations.squared_relu
     with contextlib.redirect_stdout(io.StringIO()):
         _, config, model = megatron.start(*flags(d_model, dispatcher), *ROUTERS[router])
     from megatron_ext.training.step import RoutingStep, routers_of
@@ -126,13 +135,13 @@ def main() -> None:
     for d_model in args.d_model:
         print(f"\nd_model {d_model}, {args.ranks} ranks")
         columns = ("ms", "cpu_ms", "of_token_choice", "of_matmul_rate", "fan_out")
-        print(f"  {'':<32}" + "".join(f"{column:>17}" for column in columns), flush=True)
+        print(f"  {'':<38}" + "".join(f"{column:>17}" for column in columns), flush=True)
         for dispatcher in ("alltoall", "allgather"):
             reference = 0.0
-            for router in reversed(ROUTERS):
+            for router in ("token choice", *(name for name in ROUTERS if name != "token choice")):
                 case = (router, dispatcher, d_model, args.steps)
                 found = run_ranks(measure, args.ranks, *case, timeout=600)[0]
-                reference = reference or found["busy"]
+                reference = reference or found["rate"]
                 row = {
                     "d_model": d_model,
                     "ranks": args.ranks,
@@ -140,13 +149,13 @@ def main() -> None:
                     "dispatcher": dispatcher,
                     "ms": round(1e3 * found["seconds"], 1),
                     "cpu_ms": round(1e3 * found["busy"], 1),
-                    "of_token_choice": round(found["busy"] / reference, 2),
-                    "of_matmul_rate": round(found["rate"], 2),
+                    "of_token_choice": round(reference / found["rate"], 3),
+                    "of_matmul_rate": round(found["rate"], 3),
                     "fan_out": round(found["fan_out"], 3),
                 }
                 rows.append(row)
                 print(
-                    f"  {router + ', ' + dispatcher:<32}"
+                    f"  {router + ', ' + dispatcher:<38}"
                     + "".join(f"{row[column]:>17}" for column in columns),
                     flush=True,
                 )
