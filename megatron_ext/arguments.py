@@ -35,6 +35,8 @@ _DEFAULTS = [
     # Megatron's mask is a square matrix a sample; attention here is causal by itself.
     "--no-create-attention-mask-in-dataloader",
     "--exit-signal-handler",
+    # Megatron divides by it, and has no default.
+    "--eval-interval=1000",
     # Any layout can go on from a checkpoint of any other, see megatron_ext.training.resharding.
     "--dist-ckpt-optim-fully-reshardable",
 ]

@@ -79,6 +79,11 @@ def check_conflicts(args: Namespace, given: Set[str]) -> list[str]:
 
 def _check_steps(args: Namespace) -> None:
     """Megatron finds these out once the model is built."""
+    if args.eval_interval < 1:
+        raise UserError(
+            f"--eval-interval {args.eval_interval} must be at least 1: use --eval-iters 0 to leave "
+            "validation out"
+        )
     if not args.train_iters and not args.train_samples:
         raise UserError("nothing to train: give --train-iters of at least 1")
     for unit in ("iters", "samples"):

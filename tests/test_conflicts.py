@@ -19,7 +19,7 @@ DEFAULTS = {
     "bf16": False, "fp16": False, "tokenizer_type": "SentencePieceTokenizer", "vocab_size": None,
     "skip_train": False, "moe_layer_freq": 1, "num_layers": 4, "transformer_impl": "local",
     "use_precision_aware_optimizer": False, "lr_decay_iters": None, "lr_decay_samples": None,
-    "lr_warmup_iters": 0, "lr_warmup_samples": 0,
+    "lr_warmup_iters": 0, "lr_warmup_samples": 0, "eval_interval": 1000,
 }  # fmt: skip
 
 
@@ -35,6 +35,7 @@ def warnings(**given: Any) -> list[str]:
         ({"tokenizer_type": "NullTokenizer"}, "needs --vocab-size"),
         ({"train_iters": 0}, "give --train-iters of at least 1"),
         ({"lr_warmup_iters": 10000}, "--lr-warmup-iters 10000 must be below --train-iters 10000"),
+        ({"eval_interval": 0}, "--eval-interval 0 must be at least 1: use --eval-iters 0"),
         ({"lr_decay_iters": 0}, "--lr-warmup-iters 0 must be below --lr-decay-iters 0"),
         (
             {"train_iters": None, "train_samples": 8, "lr_warmup_samples": 9},
