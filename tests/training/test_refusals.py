@@ -71,6 +71,7 @@ def changed(dataset: Path, folder: Path) -> Path:
         (["--recipe", "no_such_recipe.yaml"], "no_such_recipe.yaml: No such file"),
         (["--tensor-model-parallel-size", "3", "--sequence-parallel"], "1 rank cannot"),
         (["--global-batch-size", "7"], "--global-batch-size 7 is not divisible by"),
+        (["--cuda-graph-impl", "local"], "add --cuda-graph-modules attn"),
         (["--min-lr", "1"], "Megatron requires that --min-lr <= --lr"),
         (["--moe-aux-loss-coeff", "0.01"], "without an auxiliary loss"),
         (["--ckpt-format", "torch"], "use torch_dist"),
