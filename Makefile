@@ -29,7 +29,7 @@ quickstart: environment  ## text, tokenizer, a small model trained on two ranks,
 	$(python) -m examples.quickstart
 
 test: environment  ## the whole test suite (at most 30 minutes on two cores)
-	$(pytest) --session-timeout=1800
+	$(pytest) --session-timeout=1800 --durations=40
 
 test-fast: environment  ## the tests that are not slow (under 5 minutes)
 	$(pytest) -m "not slow" --session-timeout=600
