@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.inference.config import InferenceConfig
 from megatron.core.inference.contexts import BaseInferenceContext
+from megatron.core.models.common.embeddings.rope_utils import _rotate_half
 from torch import Tensor
 
 _FIRST_LENGTH = 64  # tokens of a line, before any row is longer
@@ -52,7 +53,7 @@ class RaggedCache(BaseInferenceContext):
         self._size = (1, min(_FIRST_LENGTH, max_length))
         # Of each layer, keys (rotated) and values `[lines, length, kv_heads, head_dim]`.
         self._memory: dict[int, tuple[Tensor, Tensor]] = {}
-        self._rotation: Tensor | None = None  # of the pass's tokens
+        self._rotation: tuple[Tensor, Tensor] | None = None  # cosines and sines of the pass
 
     def is_static_batching(self) -> bool:
         return False
@@ -117,11 +118,22 @@ class RaggedCache(BaseInferenceContext):
             length_now = min(max(length, 2 * length_now), self.max_sequence_length)
         self._size = (lines_now, length_now)
 
-    def rotation(self, table: Tensor) -> Tensor:
-        """The angles of the pass's tokens, `[tokens, 1, 1, dim]`, out of those of all positions."""
-        if self._rotation is None:
-            self._rotation = table[self.positions[0]]
-        return self._rotation
+    def rotate(self, heads: Tensor, table: Tensor, scale: float, interleaved: bool) -> Tensor:
+        """Rotate queries or keys to their positions.
+
+        Args:
+            heads: `[tokens, 1, heads, head_dim]`.
+            table: Megatron's angles of all positions, `[positions, 1, 1, dim]`, dim <= head_dim.
+            scale: of what is rotated.
+            interleaved: whether neighbours are rotated together, not halves.
+        """
+        if self._rotation is None:  # the same for all layers of a pass
+            angles = table[self.positions[0]]
+            self._rotation = (angles.cos() * scale, angles.sin() * scale)
+        cos, sin = (x.to(heads.dtype) for x in self._rotation)
+        turned, rest = heads[..., : cos.shape[-1]], heads[..., cos.shape[-1] :]
+        turned = torch.addcmul(turned * cos, _rotate_half(turned, interleaved), sin)
+        return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
 
     def last_token_logits(self, hidden: Tensor) -> Tensor:
         """Megatron's name for it: of `[1, tokens, hidden]` what logits are asked for."""

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+import torch
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
@@ -25,11 +25,13 @@ class CachedSelfAttention(SelfAttention):
         table = kwargs.get("rotary_pos_emb")
         rotated = not (self.config.no_rope_freq and self.config.no_rope_freq[self.layer_number - 1])
         if table is not None and rotated:
-            angles = cache.rotation(table)
-            query, key = (
-                apply_rotary_pos_emb(x, angles, self.config, cp_group=self.pg_collection.cp)
-                for x in (query, key)
+            both = cache.rotate(
+                torch.cat((query, key), dim=2),
+                table,
+                self._yarn_concentration_factor,
+                self.config.rotary_interleaved,
             )
+            query, key = both[:, :, : query.shape[2]], both[:, :, query.shape[2] :]
         query, key, value = (x.squeeze(1) for x in (query, key, value))
         context = cache.attend(self.layer_number, query, key, value, self.config.softmax_scale)
         return self.linear_proj(context.unsqueeze(1))
