@@ -10,7 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_ext.inference.engine import Engine
+from megatron_ext.inference.engine import PROMPT_TOKENS, Engine
 from megatron_ext.inference.loading import TrainedModel
 from megatron_ext.inference.row import Row, Score
 from megatron_ext.inference.sampling import Sampling
@@ -63,15 +63,17 @@ class Plan:
 class Copies:
     """This rank's part in running all copies of the model."""
 
-    def __init__(self, trained: TrainedModel, lines: int) -> None:
-        """Make room for `lines` rows in each copy."""
+    def __init__(
+        self, trained: TrainedModel, lines: int, prompt_tokens: int = PROMPT_TOKENS
+    ) -> None:
+        """Make room for rows in each copy; see `Engine`."""
         self.trained, self.lines = trained, lines
         groups = trained.groups
         self.count, self._copy = groups.dp.size(), groups.dp.rank()
         self._alone = dist.get_world_size() == 1
         self._shares_experts = groups.ep.size() > 1
         self._reports = groups.tp.rank() == 0 and groups.pp.rank() == 0
-        self._engine = Engine(trained, lines)
+        self._engine = Engine(trained, lines, prompt_tokens)
         self._rows: dict[int, Row] = {}
         self._numbers: dict[Row, int] = {}
 
