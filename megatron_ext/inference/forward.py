@@ -1,33 +1,33 @@
 """One forward pass of a trained model, through all stages of its pipeline."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
-from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.inference.utils import InferenceMode
 from torch import Tensor
 
+from megatron_ext.inference.cache import Chunk, RaggedCache
 from megatron_ext.inference.loading import TrainedModel
 
 
 @torch.no_grad()
-def next_token_logits(
-    trained: TrainedModel, tokens: Tensor, context: StaticInferenceContext
+def next_logits(
+    trained: TrainedModel, cache: RaggedCache, chunks: Sequence[Chunk]
 ) -> Tensor | None:
-    """Run new tokens against the cache of earlier ones, and add them to it.
+    """Run the next tokens of some rows, and add them to the cache.
 
     Args:
-        tokens: int64 `[batch, new]`, the next of every row: the first call may bring many, later
-            ones bring one.
-        context: the cache. Its `sequence_len_offset` is moved here.
+        chunks: at least one, those of one token first.
 
     Returns:
-        logits after the last token, `[batch, padded vocabulary]`, on the last pipeline stage; None
-        on the others.
+        the logits each chunk asks for, in order, `[wanted, padded vocabulary]`, on the last
+        pipeline stage; None on the others.
     """
-    with InferenceMode.active():  # materialises the logits of the last token only
-        logits = _through_the_pipeline(trained, tokens, context)
-    context.sequence_len_offset += tokens.shape[1]
-    return None if logits is None else logits[:, -1]
+    tokens = cache.lay_out(chunks, torch.cuda.current_device())
+    with InferenceMode.active():  # materialises only the logits that are asked for
+        logits = _through_the_pipeline(trained, tokens, cache.positions, cache)
+    return None if logits is None else logits[0]
 
 
 @torch.no_grad()
@@ -40,16 +40,15 @@ def full_logits(trained: TrainedModel, tokens: Tensor) -> Tensor | None:
     Returns:
         `[batch, sequence, padded vocabulary]` on the last pipeline stage; None on the others.
     """
-    return _through_the_pipeline(trained, tokens, None)
+    positions = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
+    return _through_the_pipeline(trained, tokens, positions, None)
 
 
 def _through_the_pipeline(
-    trained: TrainedModel, tokens: Tensor, context: StaticInferenceContext | None
+    trained: TrainedModel, tokens: Tensor, positions: Tensor, cache: RaggedCache | None
 ) -> Tensor | None:
     model, pipeline = trained.model, trained.groups.pp
     batch, length = tokens.shape
-    start = context.sequence_len_offset if context else 0
-    positions = torch.arange(start, start + length, device=tokens.device).expand(batch, -1)
     if pipeline.rank() > 0:
         hidden = torch.empty(
             (length, batch, model.config.hidden_size),
@@ -59,7 +58,7 @@ def _through_the_pipeline(
         dist.recv(hidden, group=pipeline, group_src=pipeline.rank() - 1)
         model.set_input_tensor(hidden)
     output = trained.module(
-        tokens, positions, None, inference_context=context, runtime_gather_output=True
+        tokens, positions, None, inference_context=cache, runtime_gather_output=True
     )
     if pipeline.rank() == pipeline.size() - 1:
         return output

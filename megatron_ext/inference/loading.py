@@ -25,6 +25,7 @@ from megatron_ext.checkpoint import damage, find_checkpoint, read_common_state, 
 from megatron_ext.config import ETConfig
 from megatron_ext.devices import cpu_default_args, is_cpu_device
 from megatron_ext.errors import UserError
+from megatron_ext.inference.plain_linear import simplify_linear_layers
 from megatron_ext.model.gpt import gpt_model_config
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -124,6 +125,7 @@ def load_model(
     )
     module.eval().requires_grad_(False)
     _load_weights(module, checkpoint, state)
+    simplify_linear_layers(module)
     return TrainedModel(module, tokenizer, args, checkpoint, state["iteration"])
 
 

@@ -47,6 +47,11 @@ class Sampling:
         if not all(self.stop):
             raise UserError("--stop must not be empty")
 
+    @property
+    def distribution(self) -> tuple[object, ...]:
+        """What rows must have in common for one call of `choose`."""
+        return (self.greedy,) if self.greedy else (self.temperature, self.top_k, self.top_p)
+
 
 def choose(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> Tensor:
     """The next token of each row.
@@ -81,10 +86,11 @@ def log_probs_of(logits: Tensor, tokens: Tensor) -> Tensor:
     """Log-probabilities the model itself gives tokens: temperature 1, nothing cut off.
 
     Args:
-        logits: `[rows, vocabulary]`, padding included, as in the training loss.
+        logits: `[rows, vocabulary]`.
         tokens: int64 `[rows]`.
 
     Returns:
         fp32 `[rows]`, nats.
     """
-    return torch.log_softmax(logits.float(), dim=-1).gather(1, tokens.unsqueeze(1)).squeeze(1)
+    logits = logits.float()
+    return logits.gather(1, tokens.unsqueeze(1)).squeeze(1) - logits.logsumexp(dim=-1)

@@ -8,7 +8,7 @@ from megatron.core.extensions.transformer_engine_spec_provider import TESpecProv
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -26,6 +26,7 @@ from megatron.core.transformer.transformer_layer import (
 
 from megatron_ext.config import ETConfig, moe_layer_pattern
 from megatron_ext.model.attention import SDPAttention
+from megatron_ext.model.cached_attention import CachedSelfAttention
 from megatron_ext.model.norm import RMSNorm
 from megatron_ext.moe.layer import VariableFanOutMoELayer
 from megatron_ext.moe.router import ThresholdRouter, TokenChoiceRouter
@@ -74,7 +75,7 @@ def _layer_spec(
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
             self_attention=ModuleSpec(
-                module=SelfAttention,
+                module=CachedSelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=backend.column_parallel_linear(),

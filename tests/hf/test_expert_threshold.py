@@ -36,9 +36,11 @@ def there_and_back(run, folder):
     trained = load_model(run)
     ours, again = full_logits(trained, TEXTS), full_logits(load_model(folder / "back"), TEXTS)
     assert ours is not None and again is not None
+    generated = generate(trained, PROMPTS, greedy)
     return SimpleNamespace(
         logits=ours[..., : trained.vocab_size],
-        tokens=[c.tokens for c in generate(trained, PROMPTS, greedy)],
+        tokens=[c.tokens for c in generated],
+        log_probs=[c.log_probs for c in generated],
         ids=[trained.tokenizer.tokenize(text) for text in WORDS],
         eod=trained.tokenizer.eod,
         back=again[..., : trained.vocab_size],
@@ -88,6 +90,14 @@ def test_greedy_tokens_with_a_cache_are_those_of_megatron_alone_and_in_a_batch(m
             ids = torch.tensor([prompt])
             alone = model.generate(ids, use_cache=use_cache, eos_token_id=-1, **options)
             assert alone[0, len(prompt) :].tolist() == tokens
+
+
+def test_log_probs_of_what_was_generated_are_those_of_megatron(megatron, model):
+    for prompt, tokens, log_probs in zip(PROMPTS, megatron.tokens, megatron.log_probs):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+        theirs = logits.log_softmax(-1).gather(1, torch.tensor(tokens).unsqueeze(1))
+        assert theirs[:, 0].tolist() == pytest.approx(log_probs, abs=1e-4)
 
 
 def test_thresholds_stay_fp32_in_a_model_of_another_dtype(model, folder):

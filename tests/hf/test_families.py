@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 from tests.distributed import run_ranks
 from tests.hf.models import CONFIGS, VOCAB, add_tokenizer, make
 
+PROMPTS = [[3, 5, 7, 11], list(range(100, 120)), [42], [9, 8, 7, 6, 5, 4, 3]]
+NEW = 10
 TOKENS = torch.arange(60).reshape(2, 30) * 7919 % 450
 
 
@@ -17,7 +19,9 @@ def there_and_back(folder):
     """On a rank, whose global state it may fill: convert both ways and run both models."""
     from megatron_ext.hf.verify import hf_logits
     from megatron_ext.inference.forward import full_logits
+    from megatron_ext.inference.generation import generate
     from megatron_ext.inference.loading import load_model
+    from megatron_ext.inference.sampling import Sampling
     from tools import convert_checkpoint
 
     def convert(source, target, load, save):
@@ -26,11 +30,32 @@ def there_and_back(folder):
 
     convert("hf", "megatron", "hf", "checkpoints")
     convert("megatron", "hf", "checkpoints", "back")
-    logits = full_logits(load_model(folder / "checkpoints"), TOKENS)
+    trained = load_model(folder / "checkpoints")
+    logits = full_logits(trained, TOKENS)
     assert logits is not None
+    greedy = Sampling(max_new_tokens=NEW, greedy=True, stop_at_eod=False)
     return SimpleNamespace(
-        megatron=logits[..., :VOCAB], hf=hf_logits(folder / "hf", TOKENS), padded=logits.shape[-1]
+        megatron=logits[..., :VOCAB],
+        hf=hf_logits(folder / "hf", TOKENS),
+        padded=logits.shape[-1],
+        generated=[(c.tokens, c.log_probs) for c in generate(trained, PROMPTS, greedy)],
     )
+
+
+def generate_alone(model, prompt):
+    """Greedy tokens of transformers and their log-probabilities."""
+    found = model.generate(
+        torch.tensor([prompt]),
+        max_new_tokens=NEW,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    tokens = found.sequences[0, len(prompt) :].tolist()
+    logits = torch.cat(found.logits)  # [NEW, vocabulary]
+    return tokens, [float(row.log_softmax(-1)[t]) for row, t in zip(logits, tokens)]
 
 
 def tensors(folder):
@@ -43,10 +68,13 @@ def tensors(folder):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_megatron_computes_the_same_logits_and_nothing_is_lost_on_the_way_back(name, tmp_path):
-    make(name, tmp_path / "hf")
+    model = make(name, tmp_path / "hf")
     [facts] = run_ranks(there_and_back, 1, tmp_path)
     assert facts.hf.std() > 0.5 and facts.padded > VOCAB
     torch.testing.assert_close(facts.megatron, facts.hf, atol=1e-4, rtol=0)
+    for prompt, (tokens, log_probs) in zip(PROMPTS, facts.generated):  # ours, in a batch
+        theirs, their_log_probs = generate_alone(model, prompt)
+        assert tokens == theirs and log_probs == pytest.approx(their_log_probs, abs=1e-4)
     before, after = tensors(tmp_path / "hf"), tensors(tmp_path / "back")
     assert before.keys() == after.keys()
     for key, tensor in before.items():

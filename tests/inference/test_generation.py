@@ -74,17 +74,30 @@ def on_one_rank(path):
 
 
 def logits_with_cache_and_in_full(trained):
-    from megatron.core.inference.contexts import StaticInferenceContext
+    """Two rows of unequal length that begin, grow and meet other rows at different times."""
+    from megatron_ext.inference.cache import Chunk, RaggedCache
+    from megatron_ext.inference.forward import full_logits, next_logits
 
-    from megatron_ext.inference.forward import full_logits, next_token_logits
-
-    tokens = torch.tensor([list(range(10, 40)), list(range(400, 430))])
-    full = full_logits(trained, tokens)
-    context = StaticInferenceContext(2, 30)
-    with_cache = [next_token_logits(trained, tokens[:, :20], context)]
-    with_cache += [next_token_logits(trained, tokens[:, i : i + 1], context) for i in range(20, 30)]
-    assert full is not None
-    return torch.stack([last for last in with_cache if last is not None], dim=1), full[:, 19:]
+    rows = [list(range(10, 40)), list(range(400, 450))]
+    cache, done = RaggedCache(lines=3, max_length=50), {0: 0, 2: 0}
+    found: dict[int, list[torch.Tensor]] = {0: [], 2: []}
+    # (line, number of tokens) of each pass, those with one token first
+    passes = [[(0, 7)], [(0, 1), (2, 30)], [(0, 1), (2, 1)], [(2, 1), (0, 20)]]
+    passes += [[(0, 1), (2, 17)], [(2, 1)]]
+    for parts in passes:
+        chunks = []
+        for line, count in parts:
+            tokens = rows[line // 2][done[line] : done[line] + count]
+            chunks.append(Chunk(line, done[line], tokens, wanted=count))
+            done[line] += count
+        logits = next_logits(trained, cache, chunks)
+        assert logits is not None
+        for (line, _), part in zip(parts, logits.split([count for _, count in parts])):
+            found[line].append(part)
+    full = [
+        logits for row in rows if (logits := full_logits(trained, torch.tensor([row]))) is not None
+    ]
+    return torch.cat(found[0] + found[2]), torch.cat([logits[0] for logits in full])
 
 
 def greedy_by_full_forwards(trained, prompt):

@@ -1,0 +1,85 @@
+"""A served model as its users meet it: a process of its own, and clients over HTTP."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import httpx
+import psutil
+from openai import OpenAI
+
+from tests.distributed import ROOT, SINGLE_THREADED
+
+KEY = "tests-only"
+TEMPLATE = (
+    "{% for m in messages %}"
+    "{% if m.role == 'witch' %}{{ raise_exception('which role?') }}{% endif %}"
+    "{{ m.content }} {% endfor %}"
+)
+
+
+class Server:
+    """`tools.serve` in a process; its stderr is read all the time."""
+
+    def __init__(self, *flags: object, key: str | None = KEY) -> None:
+        environment = {**os.environ, **SINGLE_THREADED}
+        if key is not None:
+            environment["MEGATRON_ET_API_KEY"] = key
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tools.serve", "--port", "0", *map(str, flags)],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.stderr: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        assert self.process.stdout is not None
+        first = self.process.stdout.readline()
+        found = re.fullmatch(r"serving (\S+) at (http://127\.0\.0\.1:\d+)\n", first)
+        if found is None:
+            self.stop()
+            raise RuntimeError(f"{first}{''.join(self.stderr)}")
+        self.model, self.url = found.groups()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.stderr.append(line)
+
+    def openai(self) -> OpenAI:
+        return OpenAI(base_url=f"{self.url}/v1", api_key=KEY, max_retries=0, timeout=60)
+
+    def http(self) -> httpx.Client:
+        headers = {"Authorization": f"Bearer {KEY}"}
+        return httpx.Client(base_url=self.url, headers=headers, timeout=60)
+
+    def health(self) -> dict:
+        return httpx.get(f"{self.url}/health", timeout=30).json()
+
+    def threads(self) -> int:
+        return psutil.Process(self.process.pid).num_threads()
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait(30)
+        self._reader.join(30)
+
+
+def write_template(folder: Path) -> Path:
+    file = folder / "template.jinja"
+    file.write_text(TEMPLATE)
+    return file
+
+
+def events(response: httpx.Response) -> list:
+    """Objects of a streamed answer; [DONE] as text."""
+    lines = [line.removeprefix("data: ") for line in response.iter_lines() if line]
+    return [line if line == "[DONE]" else json.loads(line) for line in lines]

@@ -1,0 +1,344 @@
+"""A trained model served by a process of its own, asked by OpenAI's client and by clients that
+misbehave."""
+
+import asyncio
+import json
+import math
+import signal
+import socket
+import threading
+import time
+
+import httpx
+import openai
+import pytest
+
+from tests.inference.checkpoint import MAX_LENGTH, run_dir  # noqa: F401
+from tests.serving.client import KEY, Server, events, write_template
+
+PROMPT = "ba ké lo mü"
+
+
+@pytest.fixture(scope="module")
+def server(run_dir, tmp_path_factory):  # noqa: F811
+    flags = ["--load", run_dir, "--max-batch-size", 8, "--max-waiting", 250, "--max-tokens", 48]
+    template = write_template(tmp_path_factory.mktemp("template"))
+    server = Server(*flags, "--chat-template", template, "--model-name", "tiny")
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    with server.openai() as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def http(server):
+    with server.http() as client:
+        yield client
+
+
+def settled(server):
+    """The server's counts once nothing runs."""
+    for _ in range(200):
+        health = server.health()
+        if health["running"] == health["waiting"] == 0:
+            return health
+        time.sleep(0.05)
+    raise AssertionError(health)
+
+
+def test_the_model_is_listed_and_healthy(server, client):
+    [model] = client.models.list().data
+    assert model.id == "tiny" and model.max_model_len == MAX_LENGTH
+    assert settled(server) == {"status": "ok", "running": 0, "waiting": 0}
+
+
+def test_completions_are_those_of_the_tool(server, client, run_dir, capsys):  # noqa: F811
+    """Same seeds, same texts and log-probabilities as tools.generate, in another process."""
+    import subprocess
+    import sys
+
+    from tests.distributed import ROOT
+
+    command = [sys.executable, "-m", "tools.generate", "--load", run_dir, "--prompt", PROMPT]
+    command += ["--num-samples", "3", "--seed", "5", "--temperature", "1.3", "--top-p", "0.9"]
+    command += ["--max-new-tokens", "10", "--json", "--logprobs"]
+    done = subprocess.run(
+        list(map(str, command)), cwd=ROOT, capture_output=True, text=True, check=True, timeout=120
+    )
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    options = {"seed": 5, "temperature": 1.3, "top_p": 0.9, "max_tokens": 10}
+    answer = client.completions.create(model="tiny", prompt=PROMPT, n=3, logprobs=2, **options)
+    assert [choice.text for choice in answer.choices] == [row["text"] for row in rows]
+    for choice, row in zip(answer.choices, rows):
+        assert choice.logprobs.token_logprobs == pytest.approx(row["log_probs"], abs=1e-4)
+        assert choice.finish_reason == {"length": "length", "eod": "stop"}[row["finish"]]
+    assert answer.usage.completion_tokens == sum(len(row["tokens"]) for row in rows)
+    assert len({row["text"] for row in rows}) > 1
+    assert answer.usage.total_tokens - answer.usage.completion_tokens == answer.usage.prompt_tokens
+
+
+def test_log_probs_name_the_likeliest_and_greedy_takes_it(client):
+    answer = client.completions.create(
+        model="tiny", prompt=PROMPT, temperature=0, max_tokens=6, logprobs=3
+    )
+    found = answer.choices[0].logprobs
+    assert len(found.tokens) == answer.usage.completion_tokens
+    assert "".join(found.tokens) == answer.choices[0].text
+    for token, value, top in zip(found.tokens, found.token_logprobs, found.top_logprobs):
+        assert top[token] == value == max(top.values())
+        assert sum(math.exp(v) for v in top.values()) <= 1 + 1e-6
+
+
+def test_echo_scores_the_prompt_as_generation_scored_it(client):
+    """What was sampled greedily has the same log-probability when it comes as a prompt."""
+    first = client.completions.create(
+        model="tiny", prompt=[10, 11, 12], temperature=0, max_tokens=5, logprobs=1
+    )
+    text, scores = first.choices[0].text, first.choices[0].logprobs.token_logprobs
+    prompt = [10, 11, 12]
+    for number in range(1, 6):  # its ids, one longer prompt at a time
+        longer = client.completions.create(
+            model="tiny", prompt=prompt, temperature=0, max_tokens=1, logprobs=1, echo=True
+        )
+        found = longer.choices[0].logprobs
+        assert found.token_logprobs[0] is None and len(found.tokens) == len(prompt) + 1
+        assert found.token_logprobs[-1] == pytest.approx(scores[number - 1], abs=1e-5)
+        if number > 1:
+            got = found.token_logprobs[3:]
+            assert got == pytest.approx(scores[:number], abs=1e-5)
+        prompt = [*prompt, prompt[-1] + 1]  # the model counts, as its training data did
+        if not text:
+            break
+    scored = client.completions.create(
+        model="tiny", prompt=prompt, max_tokens=0, logprobs=1, echo=True
+    )
+    assert scored.usage.completion_tokens == 0
+    assert len(scored.choices[0].logprobs.tokens) == len(prompt)
+
+
+def test_streams_add_up_to_the_whole_answer(client):
+    options = {"model": "tiny", "prompt": [PROMPT, "su té"], "seed": 3, "max_tokens": 12, "n": 2}
+    whole = client.completions.create(**options)
+    texts: dict[int, str] = {}
+    reasons, usage = {}, None
+    for chunk in client.completions.create(
+        **options, stream=True, stream_options={"include_usage": True}
+    ):
+        usage = chunk.usage or usage
+        for choice in chunk.choices:
+            texts[choice.index] = texts.get(choice.index, "") + choice.text
+            reasons[choice.index] = choice.finish_reason
+    assert [texts[i] for i in range(4)] == [choice.text for choice in whole.choices]
+    assert [reasons[i] for i in range(4)] == [choice.finish_reason for choice in whole.choices]
+    assert usage == whole.usage
+
+
+def test_a_stop_string_is_neither_sent_nor_passed(client):
+    options = {"model": "tiny", "prompt": PROMPT, "temperature": 0, "max_tokens": 20}
+    free = client.completions.create(**options).choices[0].text
+    stop = free[len(free) // 2 :][:3]
+    cut = client.completions.create(**options, stop=["§", stop]).choices[0]
+    assert (cut.text, cut.finish_reason) == (free[: free.index(stop)], "stop")
+    chunks = client.completions.create(**options, stop=stop, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in chunks) == cut.text
+
+
+def test_chat_is_a_completion_of_the_rendered_template(client):
+    messages = [{"role": "system", "content": "ba ké"}, {"role": "user", "content": "lo"}]
+    options = {"model": "tiny", "seed": 8, "temperature": 0.7}
+    plain = client.completions.create(prompt="ba ké lo ", max_tokens=9, **options)
+    chat = client.chat.completions.create(
+        messages=messages, max_completion_tokens=9, logprobs=True, top_logprobs=2, **options
+    )
+    choice = chat.choices[0]
+    assert choice.message.content == plain.choices[0].text and choice.message.role == "assistant"
+    assert len(choice.logprobs.content) == chat.usage.completion_tokens
+    assert all(len(entry.top_logprobs) == 2 for entry in choice.logprobs.content)
+    parts = [{"type": "text", "text": "ba ké lo"}]
+    stream = client.chat.completions.create(
+        messages=[{"role": "user", "content": parts}], max_tokens=9, stream=True, **options
+    )
+    chunks = list(stream)
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(c.choices[0].delta.content or "" for c in chunks) == choice.message.content
+
+
+@pytest.mark.parametrize(
+    "change, status, named",
+    [
+        ({"prompt": "ba " * 200}, 400, "at most 63"),
+        ({"prompt": []}, 400, "prompt"),
+        ({"prompt": [1, -1]}, 400, "below 500"),
+        ({"prompt": [[1, "a"]]}, 400, "prompt"),
+        ({"prompt": [500]}, 400, "below 500"),
+        ({"prompt": ["ba"] * 33}, 400, "at most 32"),
+        ({"n": 33}, 400, "at most 32"),
+        ({"n": 0}, 400, "n must be"),
+        ({"max_tokens": 49}, 400, "at most 48"),
+        ({"max_tokens": 48, "prompt": [1] * 20}, 400, "length of 64"),
+        ({"max_tokens": True}, 400, "max_tokens"),
+        ({"temperature": -1}, 400, "temperature"),
+        ({"temperature": "hot"}, 400, "temperature"),
+        ({"top_p": 0}, 400, "top_p"),
+        ({"seed": 2**70}, 400, "seed"),
+        ({"stop": [""]}, 400, "stop"),
+        ({"logprobs": 21}, 400, "logprobs"),
+        ({"stream": "yes"}, 400, "stream"),
+        ({"stream_options": []}, 400, "stream_options"),
+        ({"logit_bias": {"5": 1}}, 400, "logit_bias"),
+        ({"model": "other"}, 404, "tiny"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_served_is_refused_by_name(http, change, status, named):
+    body = {"model": "tiny", "prompt": "ba", "max_tokens": 2} | change
+    answer = http.post("/v1/completions", json=body)
+    assert answer.status_code == status and named in answer.json()["error"]["message"]
+
+
+def test_malformed_requests_are_refused(server, http):
+    for body in (b"", b"{", b"[]", b"\xff\xfe", b'"text"', b"[" * 100_000):
+        assert http.post("/v1/completions", content=body).status_code == 400
+    assert http.post("/v1/completions", content=b" " * (9 * 2**20)).status_code == 413
+    assert http.get("/v1/completions").status_code == 405
+    assert http.get("/v1/nothing").json()["error"]["code"] == 404
+    for messages in (None, [], ["a"], [{"role": "user"}], [{"role": "witch", "content": "a"}]):
+        answer = http.post("/v1/chat/completions", json={"messages": messages})
+        assert answer.status_code == 400, messages
+    with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as raw:
+        raw.sendall(b"NONSENSE\r\n\r\n")
+        assert b" 400 " in raw.recv(1000)
+    settled(server)
+
+
+def test_a_wrong_key_is_refused(server):
+    body = {"prompt": "ba", "max_tokens": 1}
+    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": KEY}):
+        for path in ("/v1/completions", "/v1/chat/completions"):
+            answer = httpx.post(f"{server.url}{path}", json=body, headers=headers)
+            assert answer.status_code == 401
+    assert httpx.get(f"{server.url}/v1/models").status_code == 401
+    assert httpx.get(f"{server.url}/health").status_code == 200
+    with pytest.raises(openai.AuthenticationError):
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong").models.list()
+
+
+def test_two_hundred_requests_at_once_get_what_each_gets_alone(server):
+    """A quarter leave before they are answered; no tokens change, and nothing stays behind."""
+    bodies = [
+        {
+            "prompt": [10 + i % 7] * (1 + i % 5),
+            "max_tokens": 2 + i % 9,
+            "seed": i,
+            "temperature": [0, 1, 1.5][i % 3],
+            "logprobs": 0,
+        }
+        for i in range(200)
+    ]
+
+    async def ask(client, body, leave):
+        try:
+            answer = await client.post("/v1/completions", json=body, timeout=0.05 if leave else 120)
+        except httpx.TimeoutException:
+            return None
+        assert answer.status_code == 200
+        [choice] = answer.json()["choices"]
+        return choice["text"], choice["logprobs"]["token_logprobs"]
+
+    async def all_at_once():
+        headers = {"Authorization": f"Bearer {KEY}"}
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(base_url=server.url, headers=headers, limits=limits) as client:
+            calls = [ask(client, body, i % 4 == 3) for i, body in enumerate(bodies)]
+            together = await asyncio.gather(*calls)
+            settled(server)
+            some = range(0, 200, 23)
+            return together, {i: await ask(client, bodies[i], False) for i in some}
+
+    threads = server.threads()
+    together, alone = asyncio.run(all_at_once())
+    assert sum(answer is not None for answer in together) >= 150
+    for i, (text, scores) in alone.items():
+        if together[i] is not None:
+            assert together[i][0] == text
+            assert together[i][1] == pytest.approx(scores, abs=1e-4)
+    # Those that read bodies in threads stay, at most as many as asyncio keeps.
+    assert server.threads() <= threads + 32
+    assert any(" 499 " in line for line in server.stderr)
+    lines = [line for line in server.stderr if "/v1/completions 200" in line]
+    assert len(lines) >= 150 and "prompt=" in lines[-1]
+
+
+def test_a_stream_that_is_left_frees_its_rows(server, http):
+    body = {"prompt": [300], "max_tokens": 48, "n": 8, "ignore_eos": True, "stream": True}
+    with http.stream("POST", "/v1/completions", json=body) as response:
+        next(response.iter_lines())
+        assert server.health()["running"] == 8
+    settled(server)
+    left = [line for line in server.stderr if " 499 " in line][-1]
+    assert 8 <= int(left.split("new=")[1].split()[0]) < 8 * 48
+
+
+def test_a_full_queue_says_when_to_try_again(server, http):
+    """Eight rows and 250 places: the ninth request of 32 continuations does not fit."""
+    body = {"prompt": [300], "max_tokens": 40, "n": 32, "ignore_eos": True}
+    codes, retry = [], []
+
+    def ask():
+        with server.http() as client:
+            answer = client.post("/v1/completions", json=body)
+            codes.append(answer.status_code)
+            retry.append(answer.headers.get("Retry-After"))
+
+    threads = [threading.Thread(target=ask) for _ in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert set(codes) == {200, 429} and codes.count(200) >= 8
+    assert [code == 429 for code in codes] == [value == "1" for value in retry]
+    settled(server)
+
+
+def test_sigterm_finishes_what_runs_and_refuses_the_rest(server):  # the last: it ends the server
+    body = {"prompt": [300], "max_tokens": 48, "n": 8, "ignore_eos": True, "stream": True}
+    with server.http() as client, client.stream("POST", "/v1/completions", json=body) as response:
+        lines = response.iter_lines()
+        next(lines)
+        server.process.send_signal(signal.SIGTERM)
+        late = httpx.post(
+            f"{server.url}/v1/completions",
+            json={"prompt": "ba", "max_tokens": 2},
+            headers={"Authorization": f"Bearer {KEY}"},
+        )
+        assert late.status_code == 503 and "Retry-After" in late.headers
+        assert server.health()["status"] == "closing"
+        rest = [line for line in lines if line]
+    finished = sum('"finish_reason": "length"' in line for line in rest)
+    assert finished == 8 and rest[-1] == "data: [DONE]"
+    assert server.process.wait(30) == 0
+    assert not any("Traceback" in line for line in server.stderr)
+
+
+def test_without_a_template_or_time_there_is_a_sentence(run_dir):  # noqa: F811
+    server = Server("--load", run_dir, "--timeout", 0.02, "--max-prompt-tokens", 3)
+    try:
+        with server.http() as http:
+            message = {"messages": [{"role": "user", "content": "ba"}]}
+            chat = http.post("/v1/chat/completions", json=message)
+            assert chat.status_code == 400 and "chat template" in chat.json()["error"]["message"]
+            long = http.post("/v1/completions", json={"prompt": [1] * 4})
+            assert long.status_code == 400 and "at most 3" in long.json()["error"]["message"]
+            body = {"prompt": [300], "max_tokens": 60, "ignore_eos": True}
+            assert http.post("/v1/completions", json=body).status_code == 504
+            with http.stream("POST", "/v1/completions", json=body | {"stream": True}) as stream:
+                assert events(stream)[-1]["error"]["code"] == 504
+            settled(server)
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(30) == 0
+    finally:
+        server.stop()
