@@ -8,13 +8,14 @@ from typing import Any
 class Progress:
     """Bytes of input done, speed and ETA: a bar on a terminal, elsewhere a line every ten seconds.
 
-    Everything goes to stdout; stderr is left to errors.
+    With a `unit` it counts those instead of bytes. Everything goes to stdout; stderr is left to
+    errors.
     """
 
     INTERVAL = 10.0  # seconds
 
-    def __init__(self, label: str, total: int):
-        self.label, self.total = label, max(1, total)
+    def __init__(self, label: str, total: int, unit: str | None = None):
+        self.label, self.total, self.unit = label, max(1, total), unit
         self._begin = self._last = time.monotonic()
         self._bar: Any = None
 
@@ -22,9 +23,11 @@ class Progress:
         if sys.stdout.isatty():
             from rich import progress
 
+            counts: list[Any] = [progress.DownloadColumn(), progress.TransferSpeedColumn()]
+            if self.unit is not None:
+                counts = [progress.MofNCompleteColumn(), progress.TextColumn(self.unit)]
             self._bar = progress.Progress(
-                progress.TextColumn("{task.description}"), progress.BarColumn(),
-                progress.DownloadColumn(), progress.TransferSpeedColumn(),
+                progress.TextColumn("{task.description}"), progress.BarColumn(), *counts,
                 progress.TimeRemainingColumn(), progress.TextColumn("{task.fields[note]}"),
             )  # fmt: skip
             self._task = self._bar.add_task(self.label, total=self.total, note="")
@@ -36,7 +39,7 @@ class Progress:
             self._bar.stop()
 
     def update(self, done: int, note: str = "") -> None:
-        """Show `done` bytes of the total and a note on what came of them."""
+        """Show how much of the total is done and a note on what came of it."""
         if self._bar is not None:
             self._bar.update(self._task, completed=done, note=note)
             return
@@ -44,10 +47,13 @@ class Progress:
         if now - self._last >= self.INTERVAL:
             self._last = now
             speed = done / (now - self._begin)
-            left = round((self.total - done) / speed) if speed else 0
+            seconds = round((self.total - done) / speed) if speed else 0
+            left = f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+            unit, scale = ("MB", 1e6) if self.unit is None else (self.unit, 1)
             print(
-                f"{self.label}: {done / self.total:.0%} of {self.total / 1e6:,.1f} MB, "
-                f"{speed / 1e6:.1f} MB/s, ETA {left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
+                f"{self.label}: {done / self.total:.0%} of "
+                f"{self.total / scale:,.{int(self.unit is None)}f} {unit}, "
+                f"{speed / scale:.1f} {unit}/s, ETA {left}"
                 f"{', ' + note if note else ''}",
                 flush=True,
             )

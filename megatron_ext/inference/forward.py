@@ -1,6 +1,7 @@
 """One forward pass of a trained model, through all stages of its pipeline."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -9,6 +10,10 @@ from torch import Tensor
 
 from megatron_ext.inference.cache import Chunk, RaggedCache
 from megatron_ext.inference.loading import TrainedModel
+from megatron_ext.inference.sampling import log_probs_of
+
+# Places whose logits are made in one go: bounds their memory at any vocabulary.
+_HEAD_TOKENS = 1024
 
 
 @torch.no_grad()
@@ -40,12 +45,66 @@ def full_logits(trained: TrainedModel, tokens: Tensor) -> Tensor | None:
     Returns:
         `[batch, sequence, padded vocabulary]` on the last pipeline stage; None on the others.
     """
-    positions = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
-    return _through_the_pipeline(trained, tokens, positions, None)
+    return _through_the_pipeline(trained, tokens, _from_the_start(tokens), None)
+
+
+@torch.no_grad()
+def target_log_probs(
+    trained: TrainedModel,
+    tokens: Tensor,
+    places: Tensor,
+    targets: Tensor,
+    padding_mask: Tensor | None = None,
+) -> Tensor | None:
+    """Log-probabilities of given tokens. The output head runs where they are wanted alone.
+
+    Args:
+        tokens: int64 `[batch, sequence]`.
+        places: int64 `[n]`, of the tokens before the targets, in `tokens.flatten()`.
+        targets: int64 `[n]`.
+        padding_mask: bool `[batch, sequence]`, True where the router should pass a token over.
+
+    Returns:
+        fp32 `[2, n]` on the last pipeline stage, None on the others: log-probabilities in nats, and
+        1 where the target is the likeliest token.
+    """
+
+    def score(
+        hidden_states: Tensor, output_layer: Any, output_weight: Any, scale_logits: Any, **_: Any
+    ) -> Tensor:
+        hidden = hidden_states.transpose(0, 1).flatten(0, 1)[places]  # [n, hidden]
+        scores = [hidden.new_empty(2, 0, dtype=torch.float32)]
+        for part, wanted in zip(hidden.split(_HEAD_TOKENS), targets.split(_HEAD_TOKENS)):
+            if not len(wanted):
+                continue
+            logits, _ = output_layer(
+                part.unsqueeze(1), weight=output_weight, runtime_gather_output=True
+            )
+            logits = scale_logits(logits).squeeze(1)  # [n, padded vocabulary]
+            likeliest = logits.argmax(dim=-1) == wanted
+            scores.append(torch.stack([log_probs_of(logits, wanted), likeliest.float()]))
+        return torch.cat(scores, dim=1)
+
+    return _through_the_pipeline(
+        trained,
+        tokens,
+        _from_the_start(tokens),
+        None,
+        padding_mask=padding_mask,
+        output_processor=score,
+    )
+
+
+def _from_the_start(tokens: Tensor) -> Tensor:
+    return torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
 
 
 def _through_the_pipeline(
-    trained: TrainedModel, tokens: Tensor, positions: Tensor, cache: RaggedCache | None
+    trained: TrainedModel,
+    tokens: Tensor,
+    positions: Tensor,
+    cache: RaggedCache | None,
+    **options: Any,
 ) -> Tensor | None:
     model, pipeline = trained.model, trained.groups.pp
     batch, length = tokens.shape
@@ -58,7 +117,12 @@ def _through_the_pipeline(
         dist.recv(hidden, group=pipeline, group_src=pipeline.rank() - 1)
         model.set_input_tensor(hidden)
     output = trained.module(
-        tokens, positions, None, inference_context=cache, runtime_gather_output=True
+        tokens,
+        positions,
+        None,
+        inference_context=cache,
+        runtime_gather_output=True,
+        **options,
     )
     if pipeline.rank() == pipeline.size() - 1:
         return output

@@ -176,6 +176,9 @@ def _adapt(args: Namespace, layout: Layout, dtype: torch.dtype | None) -> None:
         tp_comm_overlap=False,
         # It allows ranks to have different numbers of tokens.
         moe_token_dispatcher_type="alltoall",
+        # It would drop tokens depending on what else is in the batch.
+        moe_expert_capacity_factor=None,
+        moe_pad_expert_input_to_capacity=False,
         moe_shared_expert_overlap=False,
         overlap_moe_expert_parallel_comm=False,
         recompute_granularity=None,

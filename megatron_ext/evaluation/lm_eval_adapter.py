@@ -1,0 +1,190 @@
+"""Checkpoints of this project as a model of EleutherAI's lm-evaluation-harness.
+
+Importing this module registers it as `megatron-et`; see `tools.eval_harness`. `activate` of
+`megatron_ext.devices` must have been called before.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from megatron_ext.errors import UserError
+from megatron_ext.evaluation.models import MegatronModel
+from megatron_ext.evaluation.scoring import BATCH_TOKENS, Request, merged
+from megatron_ext.inference.generation import generate
+from megatron_ext.inference.loading import DTYPES, Layout, load_model
+from megatron_ext.inference.sampling import Sampling
+
+Tokenized = tuple[tuple[str, str], list[int], list[int]]
+"""Context and continuation as text and as tokens."""
+
+
+@register_model("megatron-et")
+class MegatronLM(TemplateLM):
+    """A checkpoint in any layout.
+
+    To the harness it is one process: every rank gets all requests, copies of the model share them,
+    and every rank gets all answers.
+
+    Args:
+        load: a run directory, a folder of checkpoints or one of them.
+        tensor_model_parallel_size, pipeline_model_parallel_size, expert_model_parallel_size: the
+            layout.
+        dtype: "fp32", "bf16" or "fp16". Default: as trained on a GPU, fp32 on a CPU.
+        tokenizer_model: where the tokenizer's file is, if not where it was in training.
+        max_length: tokens of a sequence. Default: the model's.
+        prefix_token_id: what stands before a text that nothing precedes. Default: what the
+            tokenizer puts there, or else the token that ends a document.
+        batch_size: sequences of full length in a batch, or "auto".
+    """
+
+    def __init__(
+        self,
+        load: str,
+        tensor_model_parallel_size: int = 1,
+        pipeline_model_parallel_size: int = 1,
+        expert_model_parallel_size: int = 1,
+        dtype: str | None = None,
+        tokenizer_model: str | None = None,
+        max_length: int | None = None,
+        prefix_token_id: int | None = None,
+        batch_size: int | str = 1,
+        max_batch_size: int | None = None,
+        device: str | None = None,
+    ) -> None:
+        super().__init__()
+        if dtype is not None and dtype not in DTYPES:
+            raise UserError(f"--model_args dtype={dtype}: give one of {', '.join(DTYPES)}")
+        layout = Layout(
+            tensor_model_parallel_size, pipeline_model_parallel_size, expert_model_parallel_size
+        )
+        trained = load_model(
+            str(load),
+            layout,
+            dtype=DTYPES[dtype] if dtype else None,
+            tokenizer_model=tokenizer_model,
+        )
+        self.model = MegatronModel(trained)
+        self.max_length = max_length or self.model.max_length
+        if self.max_length > self.model.max_length:
+            raise UserError(
+                f"--model_args max_length={max_length}: the model takes {self.model.max_length}"
+            )
+        self._prefix = prefix_token_id
+        auto = str(batch_size).startswith("auto")
+        self.batch_rows = max(1, BATCH_TOKENS // self.max_length) if auto else int(batch_size)
+
+    @property
+    def eot_token_id(self) -> int:
+        end = self.model.codec.end
+        return self.prefix_token_id if end is None else end
+
+    @property
+    def prefix_token_id(self) -> int:
+        return self.model.codec.prefix if self._prefix is None else self._prefix
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[int]:
+        """Tokens of a text, with what the tokenizer puts around it unless told otherwise."""
+        return self.model.codec.encode(string, special=add_special_tokens is not False)
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Tokenized], disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        scores = self.model.score(
+            [self._request(context, continuation) for _, context, continuation in requests],
+            self.batch_rows * self.max_length,
+        )
+        answers = [(-score.loss, score.greedy) for score in scores]
+        for (texts, _, _), answer in zip(requests, answers):
+            self.cache_hook.add_partial("loglikelihood", texts, answer)
+        return answers
+
+    def _request(self, context: list[int], continuation: list[int]) -> Request:
+        # The last token is only predicted, so that one more fits.
+        tokens = np.array([*context, *continuation][-self.max_length - 1 :], dtype=np.int32)
+        return Request(tokens, max(1, len(tokens) - len(continuation)))
+
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Log-likelihood of whole texts, in windows of the model's length."""
+        windows: list[Request] = []
+        ends = []
+        for request in requests:
+            pairs = get_rolling_token_windows(
+                self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length, 1
+            )
+            windows += [self._request(*make_disjoint_window(pair)) for pair in pairs]
+            ends.append(len(windows))
+        scores = self.model.score(windows, self.batch_rows * self.max_length)
+        answers = []
+        for request, start, end in zip(requests, [0, *ends], ends):
+            answers.append(-sum(score.loss for score in scores[start:end]))
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, answers[-1])
+        return answers
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Continue contexts up to a stop string, a number of tokens or the end of the document.
+
+        A context that leaves no room for so many tokens loses some at its beginning.
+        """
+        jobs: dict[Sampling, list[int]] = {}
+        prompts = []
+        for i, request in enumerate(requests):
+            context, options = request.args
+            sampling = _sampling(options)
+            room = self.max_length - sampling.max_new_tokens
+            if room < 1:
+                raise UserError(
+                    f"max_gen_toks {sampling.max_new_tokens} leaves no room for a context in the "
+                    f"model's {self.max_length} tokens: set it lower with --gen_kwargs"
+                )
+            prompts.append((self.tok_encode(context) or [self.prefix_token_id])[-room:])
+            jobs.setdefault(sampling, []).append(i)
+        own: dict[int, str] = {}
+        copies = self.model.copies
+        for sampling, members in jobs.items():
+            members.sort(key=lambda i: len(prompts[i]))
+            turn = self.batch_rows * copies.number
+            for start in range(0, len(members), turn):
+                first = start + copies.own * self.batch_rows
+                mine = members[first : first + self.batch_rows]
+                # Copies with nothing left run along with those whose experts they hold.
+                if mine or copies.in_step:
+                    texts = generate(self.model.trained, [prompts[i] for i in mine], sampling, mine)
+                    own.update(zip(mine, (completion.text for completion in texts)))
+        texts_of = merged(own)
+        for i, request in enumerate(requests):
+            self.cache_hook.add_partial("generate_until", request.args, texts_of[i])
+        return [texts_of[i] for i in range(len(requests))]
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What the harness writes beside its results."""
+        return {
+            "model_num_parameters": sum(p.numel() for p in self.model.trained.model.parameters()),
+            "model_dtype": self.model.description["dtype"],
+            "model_iteration": self.model.description["iteration"],
+        }
+
+
+def _sampling(options: dict[str, Any]) -> Sampling:
+    """How the harness wants a continuation drawn."""
+    wanted: dict[str, Any] = dict(normalize_gen_kwargs(options))
+    stop = tuple(text for text in wanted["until"] if text)
+    if not wanted["do_sample"]:
+        return Sampling(wanted["max_gen_toks"], greedy=True, stop=stop)
+    return Sampling(
+        wanted["max_gen_toks"],
+        temperature=wanted.get("temperature") or 1.0,
+        top_k=int(wanted.get("top_k") or 0),
+        top_p=float(wanted.get("top_p") or 1.0),
+        stop=stop,
+    )

@@ -1,0 +1,176 @@
+"""Routing a trained model another way than it evaluates by, to see what the difference costs.
+
+- `et`: by thresholds, the model's own way.
+- `et-capacity`: by thresholds within the capacity of training.
+- `ec`: an expert takes its k largest logits of a pool of tokens; it sees tokens to come.
+- `tc`: a token goes to its k largest logits, as many as it has experts on average.
+
+A pool is a number of whole sequences of the data, whatever ranks hold them; ties go to the token
+that comes first in the data.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_ext.config import ETConfig
+from megatron_ext.errors import UserError
+from megatron_ext.inference.loading import TrainedModel
+from megatron_ext.moe.metrics import RoutingCounts, routing_figures
+from megatron_ext.moe.order_statistics import Group, kth_largest, top_k_mask
+from megatron_ext.moe.router import ThresholdRouter
+from megatron_ext.moe.thresholds import select_by_threshold
+from megatron_ext.training.step import AnyRouter, routers_of
+
+POOLED = ("ec", "et-capacity")
+NAMES = ("et", "tc", *POOLED)
+
+
+class Routing:
+    """One way to route, while it is in force, and what it did.
+
+    Args:
+        name: one of `NAMES`, or "none" for a model without experts.
+
+    Raises:
+        UserError: the model cannot be routed so.
+    """
+
+    def __init__(self, trained: TrainedModel, name: str) -> None:
+        self.name, self.trained = name, trained
+        self.pooled = name in POOLED
+        self._routers = routers_of([trained.module])
+        self._counts = [RoutingCounts(trained.args.num_experts) for _ in self._routers]
+        # Ranks of a copy hold the same tokens.
+        self._group: Group = trained.groups.dp if trained.groups.dp.size() > 1 else None
+        self._real = self._positions = torch.zeros(0)
+        _check(trained.model.config, name)
+        thresholds = [r.thresholds for r in self._routers if isinstance(r, ThresholdRouter)]
+        if name in ("et", "et-capacity") and not all(t.update_count for t in thresholds):
+            raise UserError(
+                f"--routing {name}: the thresholds have no value yet; train for at least one step"
+            )
+
+    def lay_out(self, padding: Tensor, first: int, stride: int) -> None:
+        """Say what the next forward pass holds.
+
+        Args:
+            padding: bool `[rows, length]`, True where there is no token.
+            first: how many rows of the pool other ranks hold before these.
+            stride: length of a row in the data, at least that of the tensor.
+        """
+        rows, length = padding.shape
+        row = first + torch.arange(rows, device=padding.device)
+        positions = row * stride + torch.arange(length, device=padding.device).unsqueeze(1)
+        self._real = ~padding.t().reshape(-1)  # a router sees the sequence first
+        self._positions = positions.reshape(-1)
+
+    @contextmanager
+    def in_force(self) -> Iterator[None]:
+        """Route so, and count, until the end of the block."""
+        hooks = []
+        for router, counts in zip(self._routers, self._counts):
+            if isinstance(router, ThresholdRouter):
+                router.routing = partial(self._route, router)  # type: ignore[method-assign]
+            hooks.append(router.register_forward_hook(partial(self._count, counts)))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for router in self._routers:
+                router.__dict__.pop("routing", None)
+
+    def figures(self) -> dict[int, dict[str, Any]]:
+        """What `routing_figures` says of each MoE layer, over all ranks; every rank must ask."""
+        layers = {}
+        for router, counts in zip(self._routers, self._counts):
+            packed = counts.packed()
+            if self._group is not None:
+                dist.all_reduce(packed, group=self._group)
+            layers[router.layer_number - 1] = routing_figures(packed, None, None, 0.0)
+        stages: list[Any] = [None] * self.trained.groups.pp.size()
+        dist.all_gather_object(stages, layers, group=self.trained.groups.pp)
+        return {layer: stage[layer] for stage in stages for layer in sorted(stage)}
+
+    def _route(
+        self, router: ThresholdRouter, logits: Tensor, padding_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """In place of `ThresholdRouter.routing`."""
+        logits = logits.reshape(-1, router.num_experts).float()
+        routing_map = torch.zeros_like(logits, dtype=torch.bool)
+        select = _SELECT[self.name]
+        routing_map[self._real] = select(
+            router, logits[self._real], self._positions[self._real], self._group
+        )
+        return router.gate(logits) * routing_map, routing_map
+
+    def _count(self, counts: RoutingCounts, _: AnyRouter, __: Any, output: tuple[Any, Any]) -> None:
+        counts.add(output[1][self._real].bool())
+
+
+def default_routing(config: ETConfig) -> str:
+    """How a model routes by itself."""
+    if config.num_moe_experts is None:
+        return "none"
+    return "et" if config.uses_thresholds else "tc"
+
+
+def _check(config: ETConfig, name: str) -> None:
+    own = default_routing(config)
+    if name == own:
+        return
+    if own == "none":
+        raise UserError(f"--routing {name}: the model has no experts")
+    if own == "tc":
+        raise UserError(
+            f"--routing {name} needs thresholds, which a model of --router-type "
+            f"{config.router_type} has not: use tc"
+        )
+    if name == "tc" and config.mean_experts.denominator != 1:
+        raise UserError(
+            f"--routing tc takes a whole number of experts, the model has "
+            f"{float(config.mean_experts):g} a token"
+        )
+    if name == "et-capacity" and config.et_capacity is None:
+        raise UserError("--routing et-capacity: the model was trained without a capacity")
+
+
+Select = Callable[[ThresholdRouter, Tensor, Tensor, Group], Tensor]
+
+
+def _by_threshold(router: ThresholdRouter, logits: Tensor, _: Tensor, __: Group) -> Tensor:
+    return logits > router.thresholds.value()
+
+
+def _within_capacity(
+    router: ThresholdRouter, logits: Tensor, positions: Tensor, group: Group
+) -> Tensor:
+    thresholds = router.thresholds.value()
+    return select_by_threshold(logits, thresholds, router.rate, positions, group)
+
+
+def _by_expert(router: ThresholdRouter, logits: Tensor, positions: Tensor, group: Group) -> Tensor:
+    # The last pool may be too small for a token of its own.
+    cutoffs = kth_largest([logits], [lambda tokens: max(1, router.rate.k(tokens))], group)
+    return top_k_mask(logits, cutoffs, positions, group)
+
+
+def _by_token(router: ThresholdRouter, logits: Tensor, _: Tensor, __: Group) -> Tensor:
+    config = router.config
+    assert isinstance(config, ETConfig)
+    chosen = logits.topk(int(config.mean_experts), dim=1).indices
+    return torch.zeros_like(logits, dtype=torch.bool).scatter_(1, chosen, True)
+
+
+_SELECT: dict[str, Select] = {
+    "et": _by_threshold,
+    "et-capacity": _within_capacity,
+    "ec": _by_expert,
+    "tc": _by_token,
+}
