@@ -10,16 +10,14 @@ to show how many experts each token gets.
 
 import argparse
 import json
-import logging
-import os
-import warnings
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 from megatron_ext.errors import ToolParser, UserError, run_tool
+from megatron_ext.quiet import quiet_megatron
 from tools.report_page import Page
-from tools.report_picture import RoutedText, draw
+from tools.report_picture import draw
+from tools.routed_text import RoutedText, route
 from tools.run_metrics import RunMetrics
 
 _LONGEST_TEXT = 1200  # characters; a picture holds no more
@@ -83,46 +81,18 @@ def route_text(run_dir: Path, text: str) -> RoutedText:
     Raises:
         UserError: no checkpoint, no text, or a model without experts.
     """
-    with (
-        warnings.catch_warnings(),
-        open(os.devnull, "w") as nowhere,
-        redirect_stdout(nowhere),  # Megatron's notices
-    ):
-        warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
+    with quiet_megatron():
         from megatron_ext.devices import activate
 
         activate()
         from megatron_ext.inference.loading import load_model
-        from megatron_ext.inference.routing import routing_of
 
         trained = load_model(run_dir)
         tokens = trained.tokenizer.tokenize(text[:_LONGEST_TEXT])[: trained.max_length]
         try:
-            routing = routing_of(trained, tokens)
+            return route(trained, tokens)
         except ValueError as error:
             raise UserError(f"the text cannot be routed: {error}") from error
-        logging.disable(logging.NOTSET)
-    return RoutedText(
-        tokens=pieces(trained.tokenizer, tokens),
-        layers=routing.layers,
-        experts=[
-            [chosen.nonzero().flatten().tolist() for chosen in layer] for layer in routing.maps
-        ],
-    )
-
-
-def pieces(tokenizer: Any, tokens: list[int]) -> list[str]:
-    """What each token adds to the text; bytes of one letter show at the last of them."""
-    shown, before = [], ""
-    for count in range(1, len(tokens) + 1):
-        after = tokenizer.detokenize(tokens[:count])
-        if after.endswith("\N{REPLACEMENT CHARACTER}") or not after.startswith(before):
-            shown.append("")
-        else:
-            shown.append(after[len(before) :])
-            before = after
-    return shown
 
 
 def _parser() -> argparse.ArgumentParser:

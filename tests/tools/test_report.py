@@ -10,7 +10,8 @@ from megatron_ext.errors import UserError
 from tests.distributed import run_ranks
 from tests.inference.checkpoint import run_dir  # noqa: F401
 from tools import report
-from tools.report_picture import RoutedText, draw
+from tools.report_picture import draw
+from tools.routed_text import RoutedText
 from tools.run_metrics import RunMetrics
 
 EXPERTS = 4
@@ -131,8 +132,10 @@ def test_recent_is_the_mean_of_the_last_tenth() -> None:
 def test_picture_of_a_text_with_line_ends_and_markup(tmp_path: Path) -> None:
     tokens = ["A", " $x^2", "\n", "", "end", " of", " it", "é" * 200]
     experts = [[list(range(i % 3)) for i in range(len(tokens))] for _ in range(2)]
+    margins = [[[0.5] * len(taken) for taken in layer] for layer in experts]
+    text = RoutedText(tokens, [1, 2], experts, margins, [1.0] * len(tokens))
     metrics = RunMetrics([training_row(step) for step in range(1, 31)])
-    draw(metrics, tmp_path / "p.png", "a title", {}, text=RoutedText(tokens, [1, 2], experts))
+    draw(metrics, tmp_path / "p.png", "a title", {}, text=text)
     assert is_png(tmp_path / "p.png")
 
 

@@ -6,10 +6,11 @@ Shapes: D domains, L MoE layers, E experts.
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from megatron_ext.inference.routing import Routing
 
 Counts = NDArray[np.int64]
@@ -65,7 +66,7 @@ class RoutingSums:
         self._add_by_loss(0, fan_out[:, :-1], losses[1:])
         self._add_by_loss(1, fan_out[:, 1:], losses[1:])
 
-    def _add_margins(self, margins: torch.Tensor) -> None:
+    def _add_margins(self, margins: "Tensor") -> None:
         values = margins.flatten(1).double().numpy()
         if self.margin_limits is None:
             finite = np.where(np.isfinite(values), np.abs(values), 0.0)

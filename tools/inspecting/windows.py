@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from megatron_ext.errors import UserError
 from tools.documents import Malformed, ShardReader
-from tools.shards import Layout, Shard, expand_inputs, plan_shards
+from tools.shards import Layout, Shard, expand_inputs, format_of_suffix, plan_shards
 
 _PIECE = 1 << 16  # characters of a plain text that are tokenised at once
 
@@ -23,16 +23,22 @@ class Domain:
     Attributes:
         size: of the files, bytes.
 
+    Args:
+        patterns: paths and globs; a file is plain text unless its suffix says otherwise.
+        text_key: the field or column of the text.
+
     Raises:
-        UserError: a file is not there or its format cannot be told.
+        UserError: a file is not there or empty.
     """
 
     def __init__(self, name: str, patterns: list[str], text_key: str) -> None:
         self.name = name
-        # A plain text is read by lines, so that memory stays bounded, and put together again.
-        self.layout = Layout(text_key=text_key, separator="\n")
-        paths = expand_inputs(patterns, f"--domain {name}")
-        self.shards: list[Shard] = plan_shards(paths, self.layout, 1 << 62)
+        self.shards: list[Shard] = []
+        for path in expand_inputs(patterns, f"--domain {name}"):
+            # A plain text is read by lines, so that memory stays bounded, and put together again.
+            kind = format_of_suffix(path) or "text"
+            self.layout = Layout(kind, text_key, separator="\n")
+            self.shards += plan_shards([path], self.layout, 1 << 62)
         self.size = sum(shard.size for shard in self.shards)
 
     def windows(self, tokenizer: Any, length: int) -> Iterator[Window]:
@@ -58,11 +64,6 @@ class Domain:
             yield Window(held, read)
 
 
-def split(tokens: list[int], length: int) -> list[list[int]]:
-    """Tokens in windows; none reaches into the next."""
-    return [tokens[start : start + length] for start in range(0, len(tokens), length)]
-
-
 def _pieces(reader: ShardReader) -> Iterator[tuple[str, bool]]:
     """Texts, and whether each is the end of a document."""
     documents = _sound(reader)
@@ -70,11 +71,13 @@ def _pieces(reader: ShardReader) -> Iterator[tuple[str, bool]]:
         yield from ((text, True) for text in documents)
         return
     lines: list[str] = []
+    held = 0
     for line in documents:
         lines.append(line + "\n")
-        if sum(map(len, lines)) >= _PIECE:
+        held += len(line)
+        if held >= _PIECE:
             yield "".join(lines), False
-            lines = []
+            lines, held = [], 0
     yield "".join(lines), True
 
 
