@@ -190,7 +190,7 @@ def _routed(trained: "TrainedModel", name: str, text: str) -> RoutedText:
 
 
 def _texts(options: argparse.Namespace) -> dict[str, str]:
-    texts = {f"--text {number}": text for number, text in enumerate(options.text, 1)}
+    texts = {f"text {number}": text for number, text in enumerate(options.text, 1)}
     for file in options.text_file:
         try:
             texts[file] = Path(file).read_text(encoding="utf-8")

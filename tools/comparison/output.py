@@ -3,12 +3,15 @@
 import html
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from tools import page
 from tools.comparison.figures import NOTES, figures_table
 from tools.comparison.picture import draw_comparison
 from tools.comparison.runs import differences, grouped, read_runs
+
+_CURVES = "losses, thresholds, loads and fan-out against tokens"
 
 
 def compare(paths: Sequence[str], output: Path, markdown: Path | None) -> None:
@@ -21,60 +24,59 @@ def compare(paths: Sequence[str], output: Path, markdown: Path | None) -> None:
     output.mkdir(parents=True, exist_ok=True)
     picture = output / "comparison.png"
     smoothing = draw_comparison(groups, picture)
-    names = ["", *(group.name for group in groups)]
-    figures = figures_table(groups)
-    settings = [
-        [name.replace("_", " "), *("" if value is None else str(value) for value in values)]
-        for name, values in differences(groups).items()
-    ]
-    notes = [*NOTES, f"Curves named so are smoothed by a {smoothing}."]
-    title = "Comparison of " + ", ".join(names[1:])
-    text = _page(title, names, figures, settings, notes, picture.read_bytes())
-    _write(output / "comparison.html", text)
+    names = [group.name for group in groups]
+    contents = Contents(
+        title="Comparison of " + ", ".join(names),
+        header=["", *names],
+        figures=figures_table(groups),
+        settings=[
+            [name.replace("_", " "), *("" if value is None else str(value) for value in values)]
+            for name, values in differences(groups).items()
+        ],
+        notes=" ".join([*NOTES, f"Curves called smoothed are a {smoothing}."]),
+    )
+    _write(output / "comparison.html", contents.html(picture.read_bytes()))
     print(f"wrote {picture} and {output / 'comparison.html'}")
     if markdown is not None:
         markdown.parent.mkdir(parents=True, exist_ok=True)
-        shown = os.path.relpath(picture, markdown.parent)
-        _write(markdown, _markdown(title, names, figures, settings, notes, shown))
+        _write(markdown, contents.markdown(os.path.relpath(picture, markdown.parent)))
         print(f"wrote {markdown}")
 
 
-def _page(
-    title: str,
-    names: list[str],
-    figures: list[list[str]],
-    settings: list[list[str]],
-    notes: list[str],
-    picture: bytes,
-) -> str:
-    curves = page.picture(picture, "losses, thresholds, loads and fan-out against tokens")
-    return page.document(
-        title,
-        [
-            f"<h1>{html.escape(title)}</h1>",
-            f'<div class="wide">{page.table(names, figures)}</div>',
-            f'<p class="note">{html.escape(" ".join(notes))}</p>',
-            curves,
-            "<h2>Settings that differ</h2>",
-            f'<div class="wide">{page.table(names, settings)}</div>'
-            if settings
-            else "<p>None.</p>",
-        ],
-    )
+@dataclass(frozen=True)
+class Contents:
+    """What the page and the Markdown show; rows are a label and a cell for each group."""
 
+    title: str
+    header: list[str]
+    figures: list[list[str]]
+    settings: list[list[str]]
+    notes: str
 
-def _markdown(
-    title: str,
-    names: list[str],
-    figures: list[list[str]],
-    settings: list[list[str]],
-    notes: list[str],
-    picture: str,
-) -> str:
-    parts = [f"# {title}", _markdown_table(names, figures), " ".join(notes)]
-    parts.append(f"![losses, thresholds, loads and fan-out against tokens]({picture})")
-    parts += ["## Settings that differ", _markdown_table(names, settings) if settings else "None."]
-    return "\n\n".join(parts) + "\n"
+    def html(self, png: bytes) -> str:
+        """A page that holds the picture itself."""
+        figures, settings = (page.table(self.header, rows) for rows in self._tables())
+        return page.document(
+            self.title,
+            [
+                f"<h1>{html.escape(self.title)}</h1>",
+                f'<div class="wide">{figures}</div>',
+                f'<p class="note">{html.escape(self.notes)}</p>',
+                page.picture(png, _CURVES),
+                "<h2>Settings that differ</h2>",
+                f'<div class="wide">{settings}</div>' if self.settings else "None.",
+            ],
+        )
+
+    def markdown(self, picture: str) -> str:
+        """Markdown that shows the picture of a file."""
+        figures, settings = (_markdown_table(self.header, rows) for rows in self._tables())
+        parts = [f"# {self.title}", figures, self.notes, f"![{_CURVES}]({picture})"]
+        parts += ["## Settings that differ", settings if self.settings else "None."]
+        return "\n\n".join(parts) + "\n"
+
+    def _tables(self) -> tuple[list[list[str]], list[list[str]]]:
+        return self.figures, self.settings
 
 
 def _markdown_table(header: list[str], rows: list[list[str]]) -> str:

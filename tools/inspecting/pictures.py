@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from tools.inspecting.figures import FORMULAS
-from tools.plotting import BLUE, GREY, STYLE, VERMILION, write_picture
+from tools.plotting import BLUE, STYLE, VERMILION, write_picture
 
 _CELLS_WITH_NUMBERS = 400  # more are too small to read
 
@@ -62,6 +62,7 @@ def _array(values: Any) -> np.ndarray:
 def _heat(axes: Axes, values: np.ndarray, norm: Normalize, colours: str, form: str = "") -> None:
     """Rows and columns as coloured cells, with numbers where there are few and `form` is given."""
     image = axes.imshow(values, cmap=colours, norm=norm, aspect="auto")
+    axes.set_facecolor("#DDDDDD")  # of what is not defined
     axes.spines[:].set_visible(False)
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     if not form or values.size > _CELLS_WITH_NUMBERS:
@@ -110,7 +111,9 @@ def _specialisation(figures: dict[str, Any]) -> Figure:
     nmi, chance = _array(found["nmi"]), _array(found["nmi_by_chance"])
     at = np.arange(len(layers))
     left.barh(at, nmi, color=BLUE, height=0.65, label="measured")
-    left.plot(chance, at, "|", color=VERMILION, ms=11, mew=2, label="independent pairs")
+    left.plot(
+        chance, at, "|", color=VERMILION, ms=11, mew=2, label="independent pairs", clip_on=False
+    )
     _layer_ticks(left, layers)
     left.set_ylim(len(layers) - 0.4, -0.6)
     left.set_xlim(left=0)
@@ -132,13 +135,14 @@ def _specialisation(figures: dict[str, Any]) -> Figure:
 
 def _margins(figures: dict[str, Any]) -> Figure:
     figure, panels = _grid(len(figures["layers"]), 3.6, 2.7)
+    by_threshold = figures["router"] in ("expert-threshold", "expert-choice")
+    unit = "logit − threshold" if by_threshold else "score − k-th of the others"
     for axes, layer, margins in zip(panels, figures["layers"], figures["margins"]):
         counts = _array(margins["counts"])
         edges = np.linspace(-margins["limit"], margins["limit"], len(counts) + 1)
         pairs = counts.sum() + margins["below"] + margins["above"]
         density = counts / max(pairs, 1) / (edges[1] - edges[0])
         taken = edges[:-1] >= -1e-12
-        axes.stairs(density, edges, color=GREY, lw=0.8)
         axes.stairs(density[~taken], edges[: np.count_nonzero(~taken) + 1], fill=True, color="#CCC")
         selected = edges[np.count_nonzero(~taken) :]
         axes.stairs(density[taken], selected, fill=True, color=BLUE)
@@ -149,7 +153,7 @@ def _margins(figures: dict[str, Any]) -> Figure:
         if len(used):
             axes.set_xlim(edges[used[0]], edges[used[-1] + 1])
         axes.set_ylim(bottom=0)
-        axes.set_xlabel("margin (logit)")
+        axes.set_xlabel(f"margin ({unit})")
         axes.set_ylabel("density of pairs")
     return figure
 
