@@ -72,6 +72,7 @@ def inspect(
     Raises:
         UserError: a model or a text that cannot be inspected.
     """
+    from megatron_ext.inference.routing import routing_of
     from megatron_ext.moe.margins import refuse_without_margins
     from megatron_ext.training.step import routers_of
     from tools.inspecting.sums import RoutingSums
@@ -84,8 +85,6 @@ def inspect(
     names = [domain.name for domain in domains] or [_OWN_DOMAIN]
     sums: RoutingSums | None = None
     for at, tokens in _counted(trained, texts, domains, max_tokens):
-        from megatron_ext.inference.routing import routing_of
-
         routing = routing_of(trained, tokens)
         if sums is None:
             layers, (_, _, experts) = routing.layers, routing.maps.shape

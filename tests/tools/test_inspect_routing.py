@@ -44,7 +44,7 @@ def on_one_rank(run: Path, folder: Path) -> SimpleNamespace:
     from megatron_ext.inference.loading import load_model
     from megatron_ext.inference.routing import routing_of
 
-    facts = SimpleNamespace()
+    facts = SimpleNamespace(folder=folder)
     flags = ["--load", str(run), *write_domains(folder)]
     text = folder / "text.txt"
     text.write_text("ba <b>kélo</b> müni\n" * 20)
@@ -178,6 +178,20 @@ def test_experts_made_for_a_domain_are_found_to_be_so(facts):
     assert found["domains"]["first"]["share"][0] == pytest.approx([share] * 4 + [0] * 4)
     assert found["domains"]["second"]["share"][1] == [1.0] * 8
     assert "first (its first 64 tokens)" in facts.made.page
+
+
+def on_two_ranks(run: Path, folder: Path) -> None:
+    text = ["--text-file", str(folder / "text.txt"), "--pipeline-model-parallel-size", "2"]
+    output = ["--output", str(folder / "two")]
+    inspect_routing.main(["--load", str(run), *write_domains(folder), *text, *output])
+
+
+@pytest.mark.slow
+def test_two_pipeline_stages_find_what_one_rank_does(facts, run_dir):  # noqa: F811
+    run_ranks(on_two_ranks, 2, run_dir, facts.folder)
+    two = result(facts.folder / "two")
+    assert two.figures == facts.et.figures
+    assert set(two.files) == set(facts.et.files)
 
 
 def other_models(folder: Path) -> SimpleNamespace:
