@@ -120,7 +120,7 @@ def _specialisation(figures: dict[str, Any]) -> Figure:
     left.xaxis.set_major_locator(MaxNLocator(5))
     left.set_xlabel("normalised mutual information (0 to 1)")
     left.set_title("Domain and expert")
-    left.legend(loc="best")
+    left.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
     scores = _array(found["experts"])  # [L, E]
     norm = Normalize(0, max(0.05, float(np.nanmax(scores, initial=0.0))))
     _heat(right, scores, norm, "viridis", "{:.2f}")
