@@ -110,17 +110,14 @@ def _specialisation(figures: dict[str, Any]) -> Figure:
     found = figures["specialisation"]
     nmi, chance = _array(found["nmi"]), _array(found["nmi_by_chance"])
     at = np.arange(len(layers))
-    left.barh(at, nmi, color=BLUE, height=0.65, label="measured")
-    left.plot(
-        chance, at, "|", color=VERMILION, ms=11, mew=2, label="independent pairs", clip_on=False
-    )
+    left.barh(at, nmi, color=BLUE, height=0.65)
+    left.plot(chance, at, "|", color=VERMILION, ms=11, mew=2, clip_on=False)
     _layer_ticks(left, layers)
     left.set_ylim(len(layers) - 0.4, -0.6)
     left.set_xlim(left=0)
     left.xaxis.set_major_locator(MaxNLocator(5))
-    left.set_xlabel("normalised mutual information (0 to 1)")
+    left.set_xlabel("normalised mutual information (red: of independent pairs)")
     left.set_title("Domain and expert")
-    left.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
     scores = _array(found["experts"])  # [L, E]
     norm = Normalize(0, max(0.05, float(np.nanmax(scores, initial=0.0))))
     _heat(right, scores, norm, "viridis", "{:.2f}")
