@@ -19,6 +19,7 @@ setup(
     packages=find_namespace_packages(
         include=["megatron_ext*", "alignment*", "tools*"], exclude=["*__pycache__*"]
     ),
+    package_data={"tools.inspecting": ["page.css", "page.js"]},
     py_modules=["pretrain_et"],
     install_requires=[
         "torch>=2.13,<2.15",

@@ -1,33 +1,50 @@
-"""Draw what a run did: report.png, and report.html with the figures and texts beside it.
+"""Draw what a run did, or compare several.
 
     python -m tools.report --run-dir runs/NAME [--unigram NATS --bigram NATS] [--text-file FILE]
+    python -m tools.report runs/A runs/B ... [--output DIR] [--markdown FILE]
 
-Works while a run goes on and after it was resumed. What the run directory also holds is shown:
-run.json (configuration), validation.json (final loss and baselines, as the quickstart writes it),
+One run: report.png, and report.html with the figures and texts, in the run's directory; while a run
+goes on, too, and after it was resumed. What the run directory also holds is shown: run.json
+(configuration), validation.json (final loss and baselines, as the quickstart writes it),
 sample.json (as `tools.generate --json` prints it) and text.txt, which the newest checkpoint routes
 to show how many experts each token gets.
+
+Several: comparison.png and comparison.html, tables and curves against tokens. Runs that differ in
+their seed alone are shown as mean and standard deviation.
 """
 
 import argparse
 import json
-import logging
-import os
-import warnings
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 from megatron_ext.errors import ToolParser, UserError, run_tool
+from megatron_ext.quiet import quiet_megatron
 from tools.report_page import Page
-from tools.report_picture import RoutedText, draw
+from tools.report_picture import draw
+from tools.routed_text import RoutedText, route
 from tools.run_metrics import RunMetrics
 
 _LONGEST_TEXT = 1200  # characters; a picture holds no more
+_OF_ONE_RUN = ("unigram", "bigram", "validation", "sample", "text_file")
+_OF_SEVERAL = ("output", "markdown")
 
 
 def main(argv: list[str] | None = None) -> None:
     options = _parser().parse_args(argv)
-    run_dir = Path(options.run_dir)
+    runs = [*([options.run_dir] if options.run_dir else []), *options.runs]
+    _refuse_what_does_not_fit(options, len(runs))
+    if len(runs) > 1:
+        from tools.comparison.output import compare
+
+        markdown = Path(options.markdown) if options.markdown else None
+        compare(runs, Path(options.output or Path(runs[0]).resolve().parent), markdown)
+    else:
+        report(Path(runs[0]), options)
+
+
+def report(run_dir: Path, options: argparse.Namespace) -> None:
+    """Write report.png and report.html of one run."""
     metrics = RunMetrics.read(run_dir)
     validation = _optional_json(options.validation or run_dir / "validation.json")
     for name in ("unigram", "bigram"):
@@ -83,46 +100,28 @@ def route_text(run_dir: Path, text: str) -> RoutedText:
     Raises:
         UserError: no checkpoint, no text, or a model without experts.
     """
-    with (
-        warnings.catch_warnings(),
-        open(os.devnull, "w") as nowhere,
-        redirect_stdout(nowhere),  # Megatron's notices
-    ):
-        warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
+    with quiet_megatron():
         from megatron_ext.devices import activate
 
         activate()
         from megatron_ext.inference.loading import load_model
-        from megatron_ext.inference.routing import routing_of
 
         trained = load_model(run_dir)
         tokens = trained.tokenizer.tokenize(text[:_LONGEST_TEXT])[: trained.max_length]
         try:
-            routing = routing_of(trained, tokens)
+            return route(trained, tokens)
         except ValueError as error:
             raise UserError(f"the text cannot be routed: {error}") from error
-        logging.disable(logging.NOTSET)
-    return RoutedText(
-        tokens=pieces(trained.tokenizer, tokens),
-        layers=routing.layers,
-        experts=[
-            [chosen.nonzero().flatten().tolist() for chosen in layer] for layer in routing.maps
-        ],
-    )
 
 
-def pieces(tokenizer: Any, tokens: list[int]) -> list[str]:
-    """What each token adds to the text; bytes of one letter show at the last of them."""
-    shown, before = [], ""
-    for count in range(1, len(tokens) + 1):
-        after = tokenizer.detokenize(tokens[:count])
-        if after.endswith("\N{REPLACEMENT CHARACTER}") or not after.startswith(before):
-            shown.append("")
-        else:
-            shown.append(after[len(before) :])
-            before = after
-    return shown
+def _refuse_what_does_not_fit(options: argparse.Namespace, runs: int) -> None:
+    if not runs:
+        raise UserError("no run to show: give its directory, or those of several to compare")
+    names = _OF_ONE_RUN if runs > 1 else _OF_SEVERAL
+    given = next((name for name in names if getattr(options, name) is not None), None)
+    if given:
+        expected = "one run" if runs > 1 else "a comparison: give two or more runs"
+        raise UserError(f"--{given.replace('_', '-')} is for {expected}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -132,12 +131,15 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--run-dir", required=True, metavar="DIR", help="run to show; the report is written here")
+    add("runs", nargs="*", metavar="DIR", help="run to show, or runs to compare")
+    add("--run-dir", metavar="DIR", help="the same")
     add("--unigram", type=float, metavar="NATS", help="loss per token of a unigram baseline")
     add("--bigram", type=float, metavar="NATS", help="loss per token of a bigram baseline")
     add("--validation", metavar="FILE", help="JSON with unigram, bigram, validation")
     add("--sample", metavar="FILE", help="a line of tools.generate --json")
     add("--text-file", metavar="FILE", help="text to colour by the experts its tokens get")
+    add("--output", metavar="DIR", help="for the comparison (the folder that the first run is in)")
+    add("--markdown", metavar="FILE", help="write the comparison as Markdown too")
     return parser
 
 

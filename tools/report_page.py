@@ -1,13 +1,13 @@
 """The report as one HTML page that needs no other file."""
 
-import base64
 import html
 from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.colors import to_hex
 
-from tools.report_picture import FAN_OUT_COLOURS, RoutedText, shown_token
+from tools.page import document, picture, table
+from tools.routed_text import FAN_OUT_COLOURS, RoutedText, shown_token
 from tools.run_metrics import RunMetrics
 
 # What of a run's arguments says what was trained; the rest is folded away.
@@ -28,23 +28,10 @@ _LAYER_COLUMNS = {
     "starvation": ("starvation", "{:.2%}"),
 }
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff;
-       max-width: 1080px; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; margin: 0; }
-h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
-.summary { font-size: 1.15rem; margin: .3rem 0 1.5rem; }
-img { width: 100%; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-td, th { padding: .2rem .9rem .2rem 0; text-align: left; border-bottom: 1px solid #ddd; }
-th { font-weight: 600; }
-td.number, th.number { text-align: right; }
 .text { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.8; }
-.text span { border-radius: 2px; padding: 1px 0; }
-.scale span { padding: .1rem .6rem; border: 1px solid #ddd; }
-blockquote { margin: 0; padding: .2rem 1rem; border-left: 3px solid #0072B2;
-             white-space: pre-wrap; }
+.text span { border-radius: 2px; padding: 1px 0; color: #222; }
+.scale span { padding: .1rem .6rem; border: 1px solid var(--line); color: #222; }
 blockquote b { font-weight: 600; }
-.note { color: #666; font-size: .9rem; }
 """
 
 
@@ -73,21 +60,14 @@ class Page:
         parts = [
             f"<h1>{html.escape(self.run)}</h1>",
             f'<p class="summary">{html.escape(self.summary)}</p>',
-            f'<img alt="losses, thresholds, loads and fan-out of the run" src="data:image/png;'
-            f'base64,{base64.b64encode(self.picture).decode()}">',
+            picture(self.picture, "losses, thresholds, loads and fan-out of the run"),
             self._text(),
             self._sample(),
             self._figures(),
             self._layers(),
             self._configuration(),
         ]
-        return (
-            f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-            f'<meta name="viewport" content="width=device-width">'
-            f"<title>{html.escape(self.run)}</title><style>{_STYLE}</style></head>\n<body>\n"
-            + "\n".join(part for part in parts if part)
-            + "\n</body></html>\n"
-        )
+        return document(self.run, parts, _STYLE)
 
     def _text(self) -> str:
         if self.text is None:
@@ -141,7 +121,7 @@ class Page:
             rows.append(("tokens per second", f"{tokens_per_s:,.0f}"))
         if (mfu := metrics.recent("mfu")) is not None:
             rows.append(("model FLOP/s utilisation", f"{mfu:.1%}"))
-        return "<h2>Final figures</h2>" + _table([], [list(row) for row in rows])
+        return "<h2>Final figures</h2>" + table([], [list(row) for row in rows])
 
     def _layers(self) -> str:
         rows = []
@@ -154,7 +134,7 @@ class Page:
         if not rows:
             return ""
         header = ["layer", *(label for label, _ in _LAYER_COLUMNS.values())]
-        return "<h2>Routing by layer, mean over the last tenth of steps</h2>" + _table(header, rows)
+        return "<h2>Routing by layer, mean over the last tenth of steps</h2>" + table(header, rows)
 
     def _configuration(self) -> str:
         if not self.configuration:
@@ -166,21 +146,6 @@ class Page:
         rest = [[key.replace("_", " "), str(flat[key])] for key in flat if key not in _CHOSEN]
         return (
             "<h2>Configuration</h2>"
-            + (_table([], chosen) if chosen else "")
-            + (f"<details><summary>all of it</summary>{_table([], rest)}</details>" if rest else "")
+            + (table([], chosen) if chosen else "")
+            + (f"<details><summary>all of it</summary>{table([], rest)}</details>" if rest else "")
         )
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    """A table whose first column is words and whose others, under a header, are numbers."""
-
-    def line(tag: str, cells: list[str]) -> str:
-        kinds = ["", *([' class="number"' if header else ""] * (len(cells) - 1))]
-        return (
-            "<tr>"
-            + "".join(f"<{tag}{k}>{html.escape(c)}</{tag}>" for k, c in zip(kinds, cells))
-            + "</tr>"
-        )
-
-    head = line("th", header) if header else ""
-    return f"<table>{head}{''.join(line('td', row) for row in rows)}</table>"

@@ -1,62 +1,33 @@
 """The picture of a run: loss, routing over steps, loads, fan-out, and a text coloured by it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import CenteredNorm, LinearSegmentedColormap, Normalize
+from matplotlib.colors import CenteredNorm
 from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec, SubplotSpec
-from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from tools.plotting import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    STYLE,
+    VERMILION,
+    nothing_yet,
+    smoothed,
+    write_picture,
+)
+from tools.routed_text import RoutedText, draw_text, lines_of
+from tools.routed_text import height as text_height
 from tools.run_metrics import Floats, RunMetrics
 
-# Okabe and Ito's colours, which the colour-blind can tell apart.
-BLUE, ORANGE, GREEN, VERMILION, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#666666"
-# Light enough everywhere for black text.
-FAN_OUT_COLOURS = LinearSegmentedColormap.from_list("fan-out", ["#FFFFFF", "#CDE5F5", "#6FB1DE"])
-STYLE: Any = {
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlepad": 8,
-    "font.size": 9,
-    "legend.edgecolor": "none",
-    "legend.framealpha": 0.9,
-    "legend.fontsize": 8,
-}
 _MOST_LAYERS = 3  # that get a panel of thresholds
 _SHOWN_EXPERTS = 3
-_TEXT_SIZE = 8.5  # points
-_COLUMNS = 158  # letters of that size side by side
-
-
-@dataclass(frozen=True)
-class RoutedText:
-    """A text and where its tokens were routed.
-
-    Attributes:
-        tokens: the text in pieces.
-        layers: numbers of the MoE layers.
-        experts: for each layer and token the experts that took it.
-    """
-
-    tokens: list[str]
-    layers: list[int]
-    experts: list[list[list[int]]]
-
-    @property
-    def fan_out(self) -> Floats:
-        """Mean number of routed experts over the MoE layers, `[tokens]`."""
-        return np.array([[len(e) for e in layer] for layer in self.experts], dtype=float).mean(0)
 
 
 def draw(
@@ -74,10 +45,9 @@ def draw(
         baselines: losses to compare with, by name, nats per token.
     """
     matplotlib.use("agg")
-    lines = _wrapped(text) if text else []
-    text_height = (len(lines) * 1.55 * _TEXT_SIZE + 20) / 72  # inches
+    lines = lines_of(text) if text else []
     heights = [3.1, 2.5, 2.5] if metrics.layers else [3.1]
-    heights += [text_height] if text else []
+    heights += [text_height(lines)] if text else []
     gap, top, bottom = 0.85, 0.95, 0.55  # inches; a gap holds one panel's axis, the next's title
     height = sum(heights) + gap * (len(heights) - 1) + top + bottom
     with matplotlib.rc_context(STYLE):
@@ -97,10 +67,8 @@ def draw(
             _loads(figure.add_subplot(third[0]), metrics)
             _fan_out(figure.add_subplot(third[1]), metrics)
         if text:
-            _text(figure.add_subplot(rows[-1]), text, lines)
-        temporary = path.with_name(path.name + ".tmp")
-        figure.savefig(temporary, dpi=130, format="png")
-        temporary.replace(path)
+            draw_text(figure.add_subplot(rows[-1]), text, lines)
+        write_picture(figure, path)
 
 
 def _over_steps(axes: Axes, metrics: RunMetrics) -> None:
@@ -138,10 +106,7 @@ def _loss(
 
 
 def _smoothed(steps: Floats, values: Floats) -> tuple[Floats, Floats]:
-    """A running mean over a fortieth of the rows, each at the middle of its window."""
-    window = max(1, len(values) // 40)
-    kernel = np.ones(window) / window
-    return np.convolve(steps, kernel, "valid"), np.convolve(values, kernel, "valid")
+    return smoothed(steps, values, max(1, len(values) // 40))
 
 
 def _usage(axes: Axes, metrics: RunMetrics) -> None:
@@ -180,7 +145,7 @@ def _usage(axes: Axes, metrics: RunMetrics) -> None:
 def _all_thresholds(figure: Figure, row: SubplotSpec, metrics: RunMetrics) -> None:
     layers = [layer for layer in metrics.layers if len(metrics.series("threshold", layer)[0])]
     if not layers:
-        return _nothing_yet(figure.add_subplot(row), "thresholds")
+        return nothing_yet(figure.add_subplot(row), "thresholds")
     chosen = np.unique(np.linspace(0, len(layers) - 1, min(_MOST_LAYERS, len(layers))).round())
     columns = row.subgridspec(1, len(chosen), wspace=0.15)
     for position, index in enumerate(chosen.astype(int)):
@@ -211,7 +176,7 @@ def _thresholds(axes: Axes, metrics: RunMetrics, layer: int) -> None:
 def _loads(axes: Axes, metrics: RunMetrics) -> None:
     means = [metrics.recent("experts/load", layer) for layer in metrics.layers]
     if any(mean is None for mean in means):
-        return _nothing_yet(axes, "loads")
+        return nothing_yet(axes, "loads")
     loads = np.array(means)
     relative = loads / loads.mean(axis=1, keepdims=True).clip(1e-12)  # [layers, experts]
     norm = CenteredNorm(1.0, halfrange=max(0.25, float(np.abs(relative - 1).max())))
@@ -238,7 +203,7 @@ def _fan_out(axes: Axes, metrics: RunMetrics) -> None:
     for layer, colour in zip(metrics.layers, colours):
         counts = metrics.recent("fan_out_histogram", layer)
         if counts is None:
-            return _nothing_yet(axes, "fan-out")
+            return nothing_yet(axes, "fan-out")
         share = counts / counts.sum()
         mean = float((share * np.arange(len(share))).sum())
         shown = max(shown, int(np.flatnonzero(share > 0.001).max(initial=1)))
@@ -253,66 +218,3 @@ def _fan_out(axes: Axes, metrics: RunMetrics) -> None:
     axes.set_title("Fan-out (last tenth of steps)")
     if len(metrics.layers) <= 8:
         axes.legend(loc="upper right")
-
-
-def _nothing_yet(axes: Axes, what: str) -> None:
-    axes.text(0.5, 0.5, f"no {what} in this log", color=GREY, ha="center", va="center")
-    axes.set_axis_off()
-
-
-def _wrapped(text: RoutedText) -> list[list[int]]:
-    """Indices of the tokens on each line, broken between words."""
-    words: list[list[int]] = []
-    for index, token in enumerate(text.tokens):
-        if not words or token[:1].isspace() or "\n" in text.tokens[index - 1]:
-            words.append([])
-        words[-1].append(index)
-    lines: list[list[int]] = [[]]
-    used = 0
-    for word in words:
-        width = sum(len(shown_token(text.tokens[index])) for index in word)
-        ended = lines[-1] and "\n" in text.tokens[lines[-1][-1]]
-        if used and (ended or used + width > _COLUMNS):
-            lines.append([])
-            used = 0
-        lines[-1] += word
-        used += width
-    return lines
-
-
-def shown_token(token: str) -> str:
-    """A token as one line shows it: line ends as a sign."""
-    return token.replace("\n", "↵").replace("\t", " ")
-
-
-def _text(axes: Axes, text: RoutedText, lines: list[list[int]]) -> None:
-    fan_out = text.fan_out
-    norm = Normalize(0, max(1.0, float(fan_out.max())))
-    font: dict[str, Any] = {"family": "DejaVu Sans Mono", "size": _TEXT_SIZE, "va": "center"}
-    for row, line in enumerate(lines):
-        column = 0
-        for index in line:
-            token = shown_token(text.tokens[index])
-            colour = FAN_OUT_COLOURS(norm(fan_out[index]))
-            axes.add_patch(Rectangle((column, row - 0.42), len(token), 0.84, color=colour, lw=0))
-            # One by one, so that letters keep to the grid whatever the size of the picture.
-            for offset, letter in enumerate(token):
-                axes.text(column + offset + 0.5, row, letter, ha="center", **font)
-            column += len(token)
-    axes.set_xlim(0, _COLUMNS + 2)
-    axes.set_ylim(len(lines) - 0.5, -0.6)
-    axes.set_xticks([])
-    axes.set_yticks([])
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-    axes.set_title("Where experts go: a text routed by thresholds", y=1.0)
-    scale = ScalarMappable(norm, FAN_OUT_COLOURS)
-    assert axes.figure is not None
-    bar = axes.figure.colorbar(
-        scale, cax=axes.inset_axes((0.82, 1.09, 0.18, 0.06)), orientation="horizontal"
-    )
-    bar.ax.tick_params(length=2, labelsize=8)
-    axes.text(
-        0.81, 1.1, "experts a token (mean of the MoE layers)", ha="right", va="center",
-        fontsize=8, transform=axes.transAxes,
-    )  # fmt: skip

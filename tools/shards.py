@@ -107,14 +107,18 @@ def too_large(path: str) -> UserError:
     )
 
 
-def _format_of(path: str, layout: Layout) -> str:
+def format_of_suffix(path: str) -> str:
+    """The format that a file's suffix tells, of the decompressed file; empty when it tells none."""
     suffixes = [suffix.lower() for suffix in Path(path).suffixes]
     compressed = bool(suffixes) and suffixes[-1] in COMPRESSIONS
-    suffix = suffixes[-1 - compressed] if len(suffixes) > compressed else ""
-    kind = _SUFFIXES.get(suffix, "") if layout.format == "auto" else layout.format
+    return _SUFFIXES.get(suffixes[-1 - compressed], "") if len(suffixes) > compressed else ""
+
+
+def _format_of(path: str, layout: Layout) -> str:
+    kind = format_of_suffix(path) if layout.format == "auto" else layout.format
     if not kind:
         raise UserError(f"{path} has no suffix that tells its format: give --format jsonl or text")
-    if kind == "parquet" and compressed:
+    if kind == "parquet" and path.endswith(COMPRESSIONS):
         raise UserError(f"{path} is a compressed Parquet file: decompress it, Parquet has its own")
     return kind
 

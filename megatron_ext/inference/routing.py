@@ -1,4 +1,4 @@
-"""Which experts a text is routed to."""
+"""Which experts a text is routed to, by how much, and how well the text is predicted."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megatron_ext.inference.forward import full_logits
 from megatron_ext.inference.loading import TrainedModel
+from megatron_ext.moe.margins import routing_margins
 from megatron_ext.training.step import routers_of
 
 
@@ -19,10 +20,15 @@ class Routing:
     Attributes:
         layers: numbers of the MoE layers, counted from 0 over all layers.
         maps: bool `[layers, tokens, experts]`.
+        margins: fp32 `[layers, tokens, experts]`, see :func:`routing_margins`.
+        losses: fp32 `[tokens]`, nats: how surprising each token was after those before it; NaN for
+            the first, which nothing predicts.
     """
 
     layers: list[int]
     maps: Tensor
+    margins: Tensor
+    losses: Tensor
 
     @property
     def fan_out(self) -> Tensor:
@@ -38,22 +44,32 @@ def routing_of(trained: TrainedModel, tokens: list[int]) -> Routing:
     """
     if not 0 < len(tokens) <= trained.max_length:
         raise ValueError(f"{len(tokens)} tokens: routing takes 1 to {trained.max_length}")
-    maps: dict[int, Tensor] = {}
+    found: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def keep(router: Any, _: Any, output: tuple[Tensor, Tensor]) -> None:
-        maps[router.layer_number - 1] = output[1].bool().cpu()
+    def keep(router: Any, args: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+        margins = routing_margins(router, router.gating(args[0]))
+        found[router.layer_number - 1] = output[1].bool().cpu(), margins.cpu()
 
     hooks = [router.register_forward_hook(keep) for router in routers_of([trained.module])]
+    text = torch.tensor([tokens], device=torch.cuda.current_device())
     try:
-        full_logits(trained, torch.tensor([tokens], device=torch.cuda.current_device()))
+        logits = full_logits(trained, text)
     finally:
         for hook in hooks:
             hook.remove()
+    losses = None if logits is None else _losses(logits[0], text[0])
     pipeline = trained.groups.pp
     stages: list[Any] = [None] * pipeline.size()
-    dist.all_gather_object(stages, maps, group=pipeline)
-    found: dict[int, Tensor] = {layer: m for stage in stages for layer, m in stage.items()}
-    if not found:
+    dist.all_gather_object(stages, (found, losses), group=pipeline)
+    layers = sorted(layer for stage, _ in stages for layer in stage)
+    if not layers:
         raise ValueError("the model has no experts")
-    layers = sorted(found)
-    return Routing(layers, torch.stack([found[layer] for layer in layers]))
+    everywhere = {layer: pair for stage, _ in stages for layer, pair in stage.items()}
+    maps, margins = (torch.stack([everywhere[layer][i] for layer in layers]) for i in (0, 1))
+    return Routing(layers, maps, margins, stages[-1][1])
+
+
+def _losses(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Losses of `tokens [n]` by `logits [n, vocabulary]`, which follow each token."""
+    nats = torch.nn.functional.cross_entropy(logits[:-1].float(), tokens[1:], reduction="none")
+    return torch.cat([nats.new_full((1,), torch.nan), nats]).cpu()

@@ -64,6 +64,7 @@ class MetricLog:
                 loss = loss_dict.get("lm loss")
                 row = {
                     "step": iteration,
+                    "tokens": get_args().consumed_train_samples * get_args().seq_length,
                     "loss": None if loss is None else float(loss),
                     "lr": lr,
                     "grad_norm": None if grad_norm is None else float(grad_norm),

@@ -43,6 +43,8 @@ def on_every_layout(trained):
         layers=routing.layers,
         maps=routing.maps,
         fan_out=routing.fan_out,
+        margins=routing.margins,
+        losses=routing.losses,
     )
 
 
@@ -266,6 +268,9 @@ def test_two_ranks_generate_and_route_as_one_does(run_dir, one_rank, sizes):  # 
                 assert completion.tokens == alone.tokens
                 assert completion.log_probs == pytest.approx(alone.log_probs, abs=1e-4)
         assert facts.layers == one_rank.layers and torch.equal(facts.maps, one_rank.maps)
+        for name in ("margins", "losses"):
+            ours, alone = getattr(facts, name), getattr(one_rank, name)
+            torch.testing.assert_close(ours, alone, atol=1e-4, rtol=0, equal_nan=True)
         if "expert" in sizes:  # copies that share experts may continue different prompts
             alone = tokens_of(one_rank.greedy)
             for i, completions in enumerate(facts.own):

@@ -1,0 +1,242 @@
+"""Show which experts a trained model sends texts to, by how much, and where its experts specialise.
+
+    python -m tools.inspect_routing --load RUN_DIR --output DIR \\
+        --text-file story.txt --domain news=news.jsonl --domain code=code.jsonl
+
+Writes to DIR routing.html, a page to read: the texts coloured by the number of experts each token
+got, and every picture; routing.json, all figures; and the pictures as PNG. Works for every router.
+A model that needs several ranks runs the same way under torchrun, with the flags of its layout.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_ext.checkpoint import find_checkpoint
+from megatron_ext.devices import activate
+from megatron_ext.errors import ToolParser, UserError, run_on_ranks, run_tool
+from megatron_ext.quiet import quiet_megatron
+from tools.inspecting.windows import Domain
+from tools.progress import Progress
+from tools.routed_text import RoutedText, route
+
+if TYPE_CHECKING:
+    from megatron_ext.inference.loading import TrainedModel
+    from tools.inspecting.sums import RoutingSums
+
+_OWN_DOMAIN = "text"  # of what --text and --text-file give, where no --domain is
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = _parser().parse_args(argv)
+    texts, domains = _texts(options), _domains(options)
+    if not texts and not domains:
+        raise UserError("nothing to route: give --text, --text-file or --domain")
+    checkpoint = find_checkpoint(options.load)
+    output = Path(options.output)
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output {output} is a file: give a folder")
+    with quiet_megatron():
+        activate()  # before anything of Megatron is imported, which takes seconds
+        from megatron_ext.inference.loading import Layout, load_model
+
+        layout = Layout(
+            tensor=options.tensor_model_parallel_size,
+            pipeline=options.pipeline_model_parallel_size,
+            expert=options.expert_model_parallel_size,
+        )
+        trained = load_model(checkpoint, layout, tokenizer_model=options.tokenizer_model)
+    inspect(trained, texts, domains, output, options.max_tokens)
+
+
+def inspect(
+    trained: "TrainedModel",
+    texts: dict[str, str],
+    domains: list[Domain],
+    output: Path,
+    max_tokens: int | None = None,
+) -> None:
+    """Route texts and domains and write everything to `output`; every rank must call it.
+
+    Args:
+        texts: to read, by name. Without domains they are also what is counted; without texts the
+            first window of each domain is read.
+        max_tokens: counted of each domain; all without.
+
+    Raises:
+        UserError: a model or a text that cannot be inspected.
+    """
+    from megatron_ext.inference.routing import routing_of
+    from megatron_ext.moe.margins import refuse_without_margins
+    from megatron_ext.training.step import routers_of
+    from tools.inspecting.sums import RoutingSums
+
+    refuse_without_margins(trained.model.config)
+    for router in routers_of([trained.module]):
+        if trained.model.config.uses_thresholds and router.thresholds.update_count == 0:
+            raise UserError(f"{trained.checkpoint} has no thresholds yet: train it for a step")
+    routed = {name: _routed(trained, name, text) for name, text in texts.items()}
+    names = [domain.name for domain in domains] or [_OWN_DOMAIN]
+    sums: RoutingSums | None = None
+    for at, tokens in _counted(trained, texts, domains, max_tokens):
+        routing = routing_of(trained, tokens)
+        if sums is None:
+            layers, (_, _, experts) = routing.layers, routing.maps.shape
+            sums = RoutingSums(len(names), len(layers), experts)
+        if not texts and sums.tokens[at] == 0:
+            routed[f"{names[at]} (its first {len(tokens):,} tokens)"] = route(trained, tokens)
+        sums.add(at, routing)
+    for at, name in enumerate(names):
+        if sums is None or sums.tokens[at] == 0:
+            raise UserError(f"--domain {name} holds no text")
+    assert sums is not None
+    if int(os.environ.get("RANK", "0")) == 0:
+        _write(trained, routed, sums, layers, names, output)
+
+
+def _counted(
+    trained: "TrainedModel",
+    texts: dict[str, str],
+    domains: list[Domain],
+    max_tokens: int | None,
+) -> Iterator[tuple[int, list[int]]]:
+    """Number of the domain and tokens of each window, telling how far it is."""
+    length = trained.max_length
+    if not domains:
+        for text in texts.values():
+            tokens = trained.tokenizer.tokenize(text)
+            for start in range(0, len(tokens), length):
+                yield 0, tokens[start : start + length]
+        return
+    first = int(os.environ.get("RANK", "0")) == 0
+    total, before = sum(domain.size for domain in domains), 0
+    with Progress("routing", total) if first else nullcontext() as progress:
+        for at, domain in enumerate(domains):
+            counted = 0
+            for window in domain.windows(trained.tokenizer, length):
+                tokens = window.tokens[: max_tokens and max_tokens - counted]
+                yield at, tokens
+                counted += len(tokens)
+                done = window.bytes_read
+                if max_tokens is not None:
+                    done = max(done, domain.size * counted // max_tokens)
+                if progress is not None:
+                    progress.update(before + done, f"{counted:,} tokens of {domain.name}")
+                if counted == max_tokens:
+                    break
+            before += domain.size
+
+
+def _write(
+    trained: "TrainedModel",
+    routed: dict[str, RoutedText],
+    sums: "RoutingSums",
+    layers: list[int],
+    names: list[str],
+    output: Path,
+) -> None:
+    """Make all files beside the output folder, then move them there."""
+    from tools.inspecting.figures import figures_of
+    from tools.inspecting.page import reading_page
+    from tools.inspecting.pictures import draw_pictures
+
+    router = trained.args.router_type
+    figures: dict[str, Any] = {
+        "checkpoint": str(trained.checkpoint),
+        "iteration": trained.iteration,
+        "router": router,
+        **figures_of(sums, layers, names),
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".routing-", dir=output) as beside:
+        made = Path(beside)
+        captions = draw_pictures(figures, made)
+        pictures = {
+            name: ((made / f"{name}.png").read_bytes(), caption)
+            for name, caption in captions.items()
+        }
+        run = trained.checkpoint.parent.parent.name
+        about = (
+            f"{router}, step {trained.iteration:,}; {figures['experts']} experts in "
+            f"{len(layers)} layers; {figures['tokens']:,} tokens counted"
+        )
+        title = f"Where {run or trained.checkpoint.name} sends tokens"
+        html = reading_page(title, about, routed, figures, pictures)
+        (made / "routing.html").write_text(html, encoding="utf-8")
+        encoded = json.dumps(figures, ensure_ascii=False, allow_nan=False)
+        (made / "routing.json").write_text(encoded + "\n", encoding="utf-8")
+        for file in made.iterdir():
+            shutil.move(file, output / file.name)
+    print(f"wrote {output / 'routing.html'}, routing.json and {len(pictures)} pictures")
+
+
+def _routed(trained: "TrainedModel", name: str, text: str) -> RoutedText:
+    try:
+        tokens = trained.tokenizer.tokenize(text)
+    except (ValueError, KeyError) as error:
+        raise UserError(
+            f"the model's {trained.args.tokenizer_type} cannot read {name}: {error}"
+        ) from error
+    if not tokens:
+        raise UserError(f"{name} is empty: give it some text")
+    return route(trained, tokens)
+
+
+def _texts(options: argparse.Namespace) -> dict[str, str]:
+    texts = {f"text {number}": text for number, text in enumerate(options.text, 1)}
+    for file in options.text_file:
+        try:
+            texts[file] = Path(file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--text-file {file} cannot be read: {error}") from error
+    return texts
+
+
+def _domains(options: argparse.Namespace) -> list[Domain]:
+    if options.max_tokens is not None and options.max_tokens < 1:
+        raise UserError("--max-tokens must be at least 1")
+    files: dict[str, list[str]] = {}
+    for argument in options.domain:
+        name, equals, file = argument.partition("=")
+        if not (name and equals and file):
+            raise UserError(f"--domain {argument} must be NAME=FILE")
+        files.setdefault(name, []).append(file)
+    return [Domain(name, paths, options.text_key) for name, paths in files.items()]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = ToolParser(
+        prog="python -m tools.inspect_routing",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--load", required=True, metavar="DIR", help="run directory, or folder of checkpoints")
+    add("--output", required=True, metavar="DIR", help="folder for the page, figures and pictures")
+    add("--text", action="append", default=[], help="text to read; may be repeated")
+    add("--text-file", action="append", default=[], metavar="FILE", help="one more text to read")
+    add(
+        "--domain", action="append", default=[], metavar="NAME=FILE",
+        help="texts to count as one domain: JSONL, Parquet or plain text; a domain may have more "
+        "files",
+    )  # fmt: skip
+    add("--text-key", default="text", metavar="KEY", help="field that holds the text (%(default)s)")
+    add("--max-tokens", type=int, metavar="N", help="count at most so many of each domain (all)")
+    add("--tokenizer-model", metavar="FILE", help="if it is not where it was in training")
+    add("--tensor-model-parallel-size", type=int, default=1, metavar="N")
+    add("--pipeline-model-parallel-size", type=int, default=1, metavar="N")
+    add("--expert-model-parallel-size", type=int, default=1, metavar="N")
+    return parser
+
+
+if __name__ == "__main__":
+    if "LOCAL_RANK" in os.environ:
+        run_on_ranks(main)
+    else:
+        run_tool(main)
