@@ -20,6 +20,7 @@ from megatron_ext.errors import UserError
 from megatron_ext.hf.architecture import Architecture, from_args, to_flags
 from megatron_ext.hf.configs import load_config, save_config
 from megatron_ext.hf.families import family_named, family_of, read_config
+from megatron_ext.hf.gguf import GGUFModel
 from megatron_ext.hf.names import Layout, Link, join, split
 from megatron_ext.hf.safetensors_folder import Planned, SafetensorsReader, write_safetensors
 from megatron_ext.hf.tokenizers import export_tokenizer, import_tokenizer
@@ -92,6 +93,33 @@ def to_hf(checkpoint: Path, folder: Path, tokenizer_model: str | None = None) ->
 
     def write(done: Done) -> None:
         write_safetensors(folder, plan, tensors(), SHARD_BYTES, done)
+
+    return Conversion(sum(entry.bytes for entry in plan), write)
+
+
+def gguf_to_hf(file: Path, folder: Path, dtype: torch.dtype = torch.float32) -> Conversion:
+    """Write a GGUF file of a Llama model as a Hugging Face folder, all but its tensors.
+
+    Args:
+        file: to be read.
+        folder: must be there and empty.
+        dtype: of the folder's tensors. What is quantised needs fp32 to be kept as it is.
+
+    Raises:
+        UserError: the file is damaged, or of an architecture or tokenizer not known here.
+    """
+    from megatron_ext.hf.gguf_tokenizer import save_tokenizer  # of an optional package
+
+    source = GGUFModel(file)
+    model, family = source.architecture, family_named("llama")
+    parts = [part for link in family.links(model) for part in link.parts]
+    _account(file, dict(parts), source.shapes)
+    save_config(folder, model, family, dtype, save_tokenizer(source, folder))
+    plan = [Planned(name, shape, dtype) for name, shape in parts]
+
+    def write(done: Done) -> None:
+        tensors = (source.read(name).to(dtype) for name, _ in parts)
+        write_safetensors(folder, plan, tensors, SHARD_BYTES, done)
 
     return Conversion(sum(entry.bytes for entry in plan), write)
 

@@ -187,12 +187,17 @@ def _adapt(args: Namespace, layout: Layout, dtype: torch.dtype | None) -> None:
 
 def _build_tokenizer(args: Namespace) -> Any:
     try:
-        return build_tokenizer(args)
+        tokenizer = build_tokenizer(args)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         raise UserError(
             f"the tokenizer {args.tokenizer_model or args.tokenizer_type} cannot be loaded "
             f"({error}): say where its file is with --tokenizer-model"
         ) from error
+    if args.tokenizer_type == "HuggingFaceTokenizer":
+        # Megatron knows a text's end only by this name, which it does not take from the files.
+        inner = tokenizer._tokenizer
+        inner.eos_token = inner.tokenizer.eos_token
+    return tokenizer
 
 
 def _start_ranks(args: Namespace) -> None:
