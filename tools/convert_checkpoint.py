@@ -9,8 +9,6 @@ Llama model becomes a Hugging Face folder first.
 """
 
 import argparse
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +16,8 @@ from megatron_ext.checkpoint import find_checkpoint
 from megatron_ext.devices import activate
 from megatron_ext.errors import ToolParser, UserError, run_tool
 from megatron_ext.quiet import quiet_megatron
-from tools.progress import Progress
+from tools.new_folder import check_new, new_folder
+from tools.progress import write_with_progress
 
 SOURCES, TARGETS = ("megatron", "hf", "gguf"), ("megatron", "hf")
 
@@ -35,8 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.dtype != "fp32" and options.source != "gguf":
         raise UserError("--dtype is for --from gguf: between the others weights keep theirs")
     load, save = Path(options.load), Path(options.save)
-    if save.exists() and (not save.is_dir() or any(save.iterdir())):
-        raise UserError(f"--save {save} is there already: give a new folder")
+    check_new(save)
     if options.source == "megatron":
         load = find_checkpoint(load)
     elif options.source == "gguf":
@@ -44,16 +42,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError(f"--load {load} is no file: give a GGUF file")
     elif not (load / "config.json").is_file():
         raise UserError(f"--load {load} is no Hugging Face model: it has no config.json")
-    save.absolute().parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{save.name}-", dir=save.absolute().parent))
-    try:
-        beside.chmod(0o755)
+    with new_folder(save) as beside:
         difference = _convert(options, load, save, beside)
-        if save.exists():
-            save.rmdir()  # empty
-        beside.rename(save)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
     print(f"wrote {save}")
     if difference is not None:
         print(f"largest difference of logits: {difference:.3g}")
@@ -73,15 +63,7 @@ def _convert(options: argparse.Namespace, load: Path, save: Path, beside: Path) 
             conversion = to_hf(load, beside, options.tokenizer_model)
         else:
             conversion = to_megatron(load, beside, save)
-    with Progress("converting", conversion.bytes) as progress:
-        written = 0
-
-        def done(size: int) -> None:
-            nonlocal written
-            written += size
-            progress.update(written)
-
-        conversion.write(done)
+    write_with_progress("converting", conversion.bytes, conversion.write)
     if not options.verify:
         return None
     megatron, hf = (load, beside) if options.target == "hf" else (beside, load)

@@ -80,7 +80,32 @@ def _export_sentencepiece(source: Path, vocab: int, folder: Path) -> dict[str, i
     return {f"{kind}_token_id": ids[kind] for kind in _SPECIAL if kind in ids}
 
 
-def import_tokenizer(source: Path, folder: Path, vocab: int) -> list[str]:
+def carry_tokenizer(args: Namespace, folder: Path) -> list[str]:
+    """Put a run's tokenizer beside another checkpoint.
+
+    Returns:
+        the flags of `pretrain_et.py` for it.
+
+    Raises:
+        UserError: its file is not there.
+    """
+    if args.tokenizer_type == "NullTokenizer":
+        return ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(args.vocab_size)]
+    source = Path(args.tokenizer_model or "")
+    if not source.name or not source.exists():
+        raise UserError(
+            f"the tokenizer {args.tokenizer_model or args.tokenizer_type} of the run is not there: "
+            "say where its file is with --tokenizer-model"
+        )
+    target = folder / ("tokenizer" if source.is_dir() else _SENTENCEPIECE)
+    if source.is_dir():
+        shutil.copytree(source, target)
+    else:
+        shutil.copy(source, target)
+    return ["--tokenizer-type", args.tokenizer_type, "--tokenizer-model", str(target)]
+
+
+def import_tokenizer(source: Path, vocab: int, folder: Path) -> list[str]:
     """Put the tokenizer of a Hugging Face folder beside a checkpoint.
 
     Returns:

@@ -5,6 +5,7 @@
 
 import os
 from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,7 @@ def load_model(
     *,
     dtype: torch.dtype | None = None,
     tokenizer_model: str | None = None,
+    with_thresholds: Callable[[Namespace], None] | None = None,
 ) -> TrainedModel:
     """Load weights, thresholds and tokenizer. Every rank that torchrun started must call it.
 
@@ -97,6 +99,8 @@ def load_model(
         layout: may differ from the training run's.
         dtype: of the weights. Default: the training run's on a GPU, fp32 on a CPU.
         tokenizer_model: where the tokenizer's file is, if not where it was in training.
+        with_thresholds: changes the run's arguments to those of a model with thresholds, whatever
+            its router was. The thresholds are left without a value.
 
     Raises:
         UserError: no checkpoint, an incomplete one, one of another project, or a layout that the
@@ -108,6 +112,8 @@ def load_model(
         raise UserError(f"{checkpoint} is incomplete or damaged: {problem}")
     state = read_common_state(checkpoint)
     args = state["args"]
+    if with_thresholds is not None:
+        with_thresholds(args)
     _adapt(args, layout or Layout(), dtype)
     if tokenizer_model is not None:
         args.tokenizer_model = tokenizer_model
@@ -123,15 +129,20 @@ def load_model(
         )
     )
     module.eval().requires_grad_(False)
-    _load_weights(module, checkpoint, state)
+    _load_weights(module, checkpoint, state, with_thresholds is None)
     return TrainedModel(module, tokenizer, args, checkpoint, state["iteration"])
 
 
-def _load_weights(module: torch.nn.Module, checkpoint: Path, state: dict[str, Any]) -> None:
+def _load_weights(
+    module: torch.nn.Module, checkpoint: Path, state: dict[str, Any], thresholds: bool
+) -> None:
     metadata = dist_checkpointing.load_content_metadata(preloaded_state_dict=state)
-    sharded = {"model": module.sharded_state_dict(metadata=metadata)}  # type: ignore[operator]
+    weights: dict[str, Any] = module.sharded_state_dict(metadata=metadata)  # type: ignore[operator]
+    if not thresholds:
+        weights = {name: part for name, part in weights.items() if ".thresholds." not in name}
+    sharded = {"model": weights}
     loaded = readable(checkpoint, lambda: dist_checkpointing.load(sharded, str(checkpoint)))
-    module.load_state_dict(loaded["model"])
+    module.load_state_dict(loaded["model"], strict=thresholds)
 
 
 def _adapt(args: Namespace, layout: Layout, dtype: torch.dtype | None) -> None:

@@ -100,6 +100,19 @@ class Thresholds(torch.nn.Module):
         self.updates.add_(1)
         self._updates_on_host = self.update_count + 1
 
+    @torch.no_grad()
+    def start_at(self, values: Tensor) -> None:
+        """Begin the average anew: one update, which gives these thresholds, fp32 `[experts]`.
+
+        The average is rounded, so that a threshold may be one unit in the last place above its
+        value; it is never below.
+        """
+        self.updates.fill_(1)
+        self._updates_on_host = 1
+        self.average.copy_(values.double() * (1.0 - self.decay))
+        above = torch.nextafter(self.average, torch.full_like(self.average, torch.inf))
+        self.average.copy_(torch.where(self.value() < values, above, self.average))
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Thresholds":
         """Follow the model to its device but not to its dtype: rounding would move thresholds."""
         average = self.average
