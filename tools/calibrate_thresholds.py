@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_ext.checkpoint import find_checkpoint
+from megatron_ext.checkpoint import find_checkpoint, read_common_state
 from megatron_ext.devices import activate
 from megatron_ext.errors import ToolParser, UserError, run_on_ranks, run_tool
 from megatron_ext.quiet import quiet_megatron
@@ -26,6 +26,8 @@ from tools.new_folder import check_new, new_folder
 from tools.progress import Progress, write_with_progress
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from megatron_ext.inference.calibration import Measured
 
 _HOLD_OUT = 8
@@ -65,6 +67,7 @@ def _calibrated(options: argparse.Namespace, checkpoint: Path, out: Any) -> Any:
     from megatron_ext.training.step import routers_of
     from tools.token_stream import sequences_of
 
+    use_thresholds(read_common_state(checkpoint)["args"])  # refuses early
     layout = Layout(
         tensor=options.tensor_model_parallel_size,
         pipeline=options.pipeline_model_parallel_size,
@@ -87,15 +90,7 @@ def _calibrated(options: argparse.Namespace, checkpoint: Path, out: Any) -> Any:
     if not 1 < length <= trained.max_length:
         raise UserError(f"--seq-length {length} must be from 2 to the model's {trained.max_length}")
     sequences = sequences_of(options.data, trained.tokenizer, length, options.tokens)
-    if len(sequences) < 2:
-        raise UserError(
-            f"--data has one sequence of {length} tokens: calibrating needs two or more"
-        )
-    held_out = (
-        sequences[_HOLD_OUT - 1 :: _HOLD_OUT] if len(sequences) >= _HOLD_OUT else sequences[-1:]
-    )
-    keep = [i for i in range(len(sequences)) if i % _HOLD_OUT != _HOLD_OUT - 1]
-    text = sequences[keep if len(sequences) >= _HOLD_OUT else range(len(sequences) - 1)]
+    text, held_out = _held_out(sequences)
     routers = routers_of([trained.module])
     thresholds = [r for r in routers if isinstance(r, ThresholdRouter)]
     before = None
@@ -115,6 +110,15 @@ def _calibrated(options: argparse.Namespace, checkpoint: Path, out: Any) -> Any:
     after = measure(trained, held_out, options.batch_size)
     notes.append(f"calibrated on {text.numel():,} tokens, measured on {held_out.numel():,}")
     return before, after, cutoffs, notes
+
+
+def _held_out(sequences: "Tensor") -> "tuple[Tensor, Tensor]":
+    """What to calibrate on, and what to measure on."""
+    if len(sequences) < 2:
+        raise UserError("--data and --tokens give one sequence: calibrating needs two or more")
+    every = min(_HOLD_OUT, len(sequences))
+    held_out = [number % every == every - 1 for number in range(len(sequences))]
+    return sequences[[not held for held in held_out]], sequences[held_out]
 
 
 def _table(before: "Measured | None", after: "Measured") -> str:

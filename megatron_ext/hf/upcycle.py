@@ -212,6 +212,7 @@ class _UpcycledTensors:
         rows = rows.view(groups, plan.group, plan.routed_slices, model.hidden)
         if plan.group > 1:
             rows = rows - rows.mean(dim=1, keepdim=True)
+            rows[:, -1] = -rows[:, :-1].sum(dim=1)  # to the bit where there are two
             rows = rows * (plan.group / (plan.group - 1)) ** 0.5
         spread = 1.0
         if model.norm_scale:

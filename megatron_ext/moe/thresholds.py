@@ -102,16 +102,20 @@ class Thresholds(torch.nn.Module):
 
     @torch.no_grad()
     def start_at(self, values: Tensor) -> None:
-        """Begin the average anew: one update, which gives these thresholds, fp32 `[experts]`.
+        """Begin the average anew: one update, which gives thresholds just below these logits.
 
-        The average is rounded, so that a threshold may be one unit in the last place above its
-        value; it is never below.
+        So an expert takes the logit itself and all above it. A threshold is at most two or three
+        units in the last place below, since the average behind it is rounded as well.
+
+        Args:
+            values: fp32 `[experts]`.
         """
         self.updates.fill_(1)
         self._updates_on_host = 1
         self.average.copy_(values.double() * (1.0 - self.decay))
-        above = torch.nextafter(self.average, torch.full_like(self.average, torch.inf))
-        self.average.copy_(torch.where(self.value() < values, above, self.average))
+        for _ in range(3):
+            lower = torch.nextafter(self.average, torch.full_like(self.average, -torch.inf))
+            self.average.copy_(torch.where(self.value() < values, self.average, lower))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Thresholds":
         """Follow the model to its device but not to its dtype: rounding would move thresholds."""
