@@ -47,7 +47,7 @@ def sequences_of(
         raise UserError(
             f"{flag} {inputs[0]} has {read} tokens: not one sequence of {length}: give more"
         )
-    stream = np.concatenate(parts)[: count * length].astype(np.int64)
+    stream = np.concatenate(parts)[: count * length]
     if (highest := int(stream.max())) >= tokenizer.vocab_size:
         raise UserError(
             f"{flag} {inputs[0]} has token {highest}, and the model's tokenizer only "
@@ -60,7 +60,8 @@ def _indexed(prefix: str) -> Iterator[np.ndarray[Any, Any]]:
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     dataset = IndexedDataset(prefix)
-    return (dataset[number] for number in range(len(dataset)))
+    # Copies: the dataset unmaps its file when it goes.
+    return (dataset[number].astype(np.int64) for number in range(len(dataset)))
 
 
 def _texts(inputs: list[str], tokenizer: Any, flag: str) -> Iterator[np.ndarray[Any, Any]]:

@@ -14,7 +14,7 @@ from tests.hf.models import VOCAB, add_tokenizer, make
 TOKENS = torch.arange(240).reshape(8, 30) * 7919 % 450
 # Family, flags, and how far logits may be from the dense model's, whose spread is about 1.
 CASES = {
-    "qwen2": (["--num-experts", "8", "--granularity", "4", "--router-std", "1e-4"], 1e-3),
+    "qwen2": (["--num-experts", "8", "--granularity", "4", "--router-std", "1e-5"], 1e-3),
     "llama-tied": (
         ["--num-experts", "8", "--granularity", "2", "--shared-slices", "2"]
         + ["--mean-experts", "1.5", "--gate", "softmax", "--moe-layer-freq", "[0,1,1]"],
@@ -22,7 +22,7 @@ CASES = {
     ),
     "qwen3": (
         ["--num-experts", "8", "--granularity", "3", "--shared-slices", "1"]
-        + ["--mean-experts", "4", "--gate", "softmax", "--router-std", "1e-4"],
+        + ["--mean-experts", "4", "--gate", "softmax", "--router-std", "1e-5"],
         1e-3,
     ),
 }
