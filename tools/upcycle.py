@@ -12,7 +12,6 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_ext.checkpoint import find_checkpoint
 from megatron_ext.devices import activate
 from megatron_ext.errors import ToolParser, UserError, run_tool
 from megatron_ext.quiet import quiet_megatron
@@ -24,14 +23,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(argv)
     load, save = Path(options.load), Path(options.save)
     check_new(save)
-    checkpoint = None if (load / "config.json").is_file() else find_checkpoint(load)
     with quiet_megatron():
         activate()  # before anything of Megatron is imported
         from megatron_ext.hf.convert import as_checkpoint
         from megatron_ext.hf.sources import open_dense
         from megatron_ext.hf.upcycle import Upcycling, upcycled
 
-        dense = open_dense(load, checkpoint)
+        dense = open_dense(load)
         plan = Upcycling(
             experts=options.num_experts,
             moe_layers=_pattern(options.moe_layer_freq, dense.model.layers),

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from megatron_ext.checkpoint import damage, read_common_state
+from megatron_ext.checkpoint import damage, find_checkpoint, read_common_state
 from megatron_ext.errors import UserError
 from megatron_ext.hf.architecture import Architecture, from_args
 from megatron_ext.hf.configs import load_config
@@ -116,17 +116,17 @@ def open_megatron(
     return Source(checkpoint, model, family, tensors, partial(carry_tokenizer, args), args)
 
 
-def open_dense(path: Path, checkpoint: Path | None) -> Source:
-    """A model without experts under the names of Expert Threshold models, which all have.
+def open_dense(path: Path) -> Source:
+    """A model without experts; its tensors have the names that Expert Threshold models have.
 
     Args:
-        path: a Hugging Face folder, where `checkpoint` is None.
-        checkpoint: of one iteration.
+        path: a Hugging Face folder, a run directory, or a folder of checkpoints.
 
     Raises:
         UserError: it cannot be read, or has experts.
     """
-    source = open_hf(path) if checkpoint is None else open_megatron(checkpoint, family=OWN)
+    hf = (path / "config.json").is_file()
+    source = open_hf(path) if hf else open_megatron(find_checkpoint(path), family=OWN)
     if source.model.router is not None:
         raise UserError(f"{source.place} has experts already: only a dense model can be upcycled")
     return source

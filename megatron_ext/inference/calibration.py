@@ -73,11 +73,11 @@ def calibrate(
     for layer in model.decoder.layers:
         router = getattr(layer.mlp, "router", None)
         if isinstance(router, ThresholdRouter):
-            logits = _logits(layer, router, hidden, share, rotary)
             if router.rate.k(sequences.numel()) < 1:
                 raise UserError(
                     f"{sequences.numel()} tokens are too few for an expert to take one: give more"
                 )
+            logits = _logits(layer, router, hidden, share, rotary)
             found = kth_largest([logits], [router.rate.k], trained.groups.dp).value
             router.thresholds.start_at(found)
             cutoffs[layer.layer_number - 1] = found.cpu()

@@ -90,7 +90,7 @@ def tensors_of(folder, **options):
     from megatron_ext.hf.sources import open_dense
     from megatron_ext.hf.upcycle import Upcycling, upcycled
 
-    dense = open_dense(folder, None)
+    dense = open_dense(folder)
     return dense.tensors, upcycled(dense, Upcycling(moe_layers=(True,) * 3, **options)).tensors
 
 
