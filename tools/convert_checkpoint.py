@@ -4,12 +4,11 @@
 
 Models trained here become Llama, Qwen2, Qwen3, Mixtral or Qwen3-MoE models where they are such, and
 Expert Threshold models with their own code otherwise. From Hugging Face the same families become a
-checkpoint without an optimizer, which tools.generate and pretrain_et.py load.
+checkpoint without an optimizer, which tools.generate and pretrain_et.py load. A GGUF file of a
+Llama model becomes a Hugging Face folder first.
 """
 
 import argparse
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,32 +16,34 @@ from megatron_ext.checkpoint import find_checkpoint
 from megatron_ext.devices import activate
 from megatron_ext.errors import ToolParser, UserError, run_tool
 from megatron_ext.quiet import quiet_megatron
-from tools.progress import Progress
+from tools.new_folder import check_new, new_folder
+from tools.progress import write_with_progress
 
-FORMATS = ("megatron", "hf")
+SOURCES, TARGETS = ("megatron", "hf", "gguf"), ("megatron", "hf")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(argv)
     if options.source == options.target:
         raise UserError(f"--from and --to are both {options.source}: there is nothing to convert")
+    if options.source == "gguf" and (options.target != "hf" or options.verify):
+        raise UserError(
+            "--from gguf goes --to hf alone and has nothing to --verify: convert the folder that "
+            "it gives on to megatron with --verify"
+        )
+    if options.dtype != "fp32" and options.source != "gguf":
+        raise UserError("--dtype is for --from gguf: between the others weights keep theirs")
     load, save = Path(options.load), Path(options.save)
-    if save.exists() and (not save.is_dir() or any(save.iterdir())):
-        raise UserError(f"--save {save} is there already: give a new folder")
+    check_new(save)
     if options.source == "megatron":
         load = find_checkpoint(load)
+    elif options.source == "gguf":
+        if not load.is_file():
+            raise UserError(f"--load {load} is no file: give a GGUF file")
     elif not (load / "config.json").is_file():
         raise UserError(f"--load {load} is no Hugging Face model: it has no config.json")
-    save.absolute().parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{save.name}-", dir=save.absolute().parent))
-    try:
-        beside.chmod(0o755)
+    with new_folder(save) as beside:
         difference = _convert(options, load, save, beside)
-        if save.exists():
-            save.rmdir()  # empty
-        beside.rename(save)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
     print(f"wrote {save}")
     if difference is not None:
         print(f"largest difference of logits: {difference:.3g}")
@@ -52,22 +53,17 @@ def _convert(options: argparse.Namespace, load: Path, save: Path, beside: Path) 
     """Convert into the folder `beside`; the largest difference of logits with --verify."""
     with quiet_megatron():
         activate()  # before anything of Megatron is imported
-        from megatron_ext.hf.convert import to_hf, to_megatron
+        from megatron_ext.hf.convert import gguf_to_hf, to_hf, to_megatron
         from megatron_ext.hf.verify import largest_difference
+        from megatron_ext.inference.loading import DTYPES
 
-        if options.target == "hf":
+        if options.source == "gguf":
+            conversion = gguf_to_hf(load, beside, DTYPES[options.dtype])
+        elif options.target == "hf":
             conversion = to_hf(load, beside, options.tokenizer_model)
         else:
             conversion = to_megatron(load, beside, save)
-    with Progress("converting", conversion.bytes) as progress:
-        written = 0
-
-        def done(size: int) -> None:
-            nonlocal written
-            written += size
-            progress.update(written)
-
-        conversion.write(done)
+    write_with_progress("converting", conversion.bytes, conversion.write)
     if not options.verify:
         return None
     megatron, hf = (load, beside) if options.target == "hf" else (beside, load)
@@ -80,11 +76,22 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m tools.convert_checkpoint", description=__doc__.split("\n")[0]
     )
     add = parser.add_argument
-    add("--from", dest="source", choices=FORMATS, required=True, help="format of --load")
-    add("--to", dest="target", choices=FORMATS, required=True, help="format of --save")
-    add("--load", required=True, metavar="DIR", help="run directory or Hugging Face folder")
+    add("--from", dest="source", choices=SOURCES, required=True, help="format of --load")
+    add("--to", dest="target", choices=TARGETS, required=True, help="format of --save")
+    add(
+        "--load",
+        required=True,
+        metavar="PATH",
+        help="run directory, Hugging Face folder, GGUF file",
+    )
     add("--save", required=True, metavar="DIR", help="folder to make")
     add("--verify", action="store_true", help="compare the logits of both, in fp32, on a text")
+    add(
+        "--dtype",
+        choices=("fp32", "bf16", "fp16"),
+        default="fp32",
+        help="of the weights with --from gguf (%(default)s, which keeps them as they are)",
+    )
     add("--tokenizer-model", metavar="FILE", help="if it is not where it was in training")
     return parser
 

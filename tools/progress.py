@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 
@@ -64,3 +65,18 @@ class Progress:
             self._bar.console.print(message, markup=False, highlight=False)
         else:
             print(message, flush=True)
+
+
+def write_with_progress(
+    label: str, total: int, write: Callable[[Callable[[int], None]], None]
+) -> None:
+    """Run what writes `total` bytes and tells of each piece it has written."""
+    with Progress(label, total) as progress:
+        written = 0
+
+        def done(size: int) -> None:
+            nonlocal written
+            written += size
+            progress.update(written)
+
+        write(done)

@@ -20,6 +20,7 @@ _FILES = (
     "chat_template.jinja",
     _SENTENCEPIECE,
 )
+_SPECIAL = ("bos", "eos", "pad")
 _OWN_CLASS = "ExpertThresholdTokenizer"
 _REMOTE = Path(__file__).with_name("remote")
 
@@ -40,13 +41,21 @@ def export_tokenizer(args: Namespace, folder: Path) -> dict[str, int]:
         for file in (source / name for name in _FILES):
             if file.is_file():
                 shutil.copy(file, folder)
-        return {}
+        return _special_ids(folder)
     if args.tokenizer_type != "SentencePieceTokenizer" or not source.is_file():
         raise UserError(
             f"the tokenizer {args.tokenizer_model or args.tokenizer_type} of the run is not there "
             "or not of SentencePiece: say where its file is with --tokenizer-model"
         )
     return _export_sentencepiece(source, args.vocab_size, folder)
+
+
+def _special_ids(folder: Path) -> dict[str, int]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in _SPECIAL}
+    return {name: number for name, number in ids.items() if number is not None}
 
 
 def _export_sentencepiece(source: Path, vocab: int, folder: Path) -> dict[str, int]:
@@ -58,8 +67,7 @@ def _export_sentencepiece(source: Path, vocab: int, folder: Path) -> dict[str, i
         )
     shutil.copy(source, folder / _SENTENCEPIECE)
     shutil.copy(_REMOTE / "tokenization_et.py", folder)
-    kinds = ("unk", "bos", "eos", "pad")
-    ids = {kind: getattr(processor, f"{kind}_id")() for kind in kinds}
+    ids = {kind: getattr(processor, f"{kind}_id")() for kind in ("unk", *_SPECIAL)}
     ids = {kind: number for kind, number in ids.items() if number >= 0}
     tokens = {f"{kind}_token": processor.id_to_piece(number) for kind, number in ids.items()}
     settings: dict[str, Any] = {
@@ -69,10 +77,35 @@ def _export_sentencepiece(source: Path, vocab: int, folder: Path) -> dict[str, i
         **tokens,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    return {f"{kind}_token_id": ids[kind] for kind in kinds[1:] if kind in ids}
+    return {f"{kind}_token_id": ids[kind] for kind in _SPECIAL if kind in ids}
 
 
-def import_tokenizer(source: Path, folder: Path, vocab: int) -> list[str]:
+def carry_tokenizer(args: Namespace, folder: Path) -> list[str]:
+    """Put a run's tokenizer beside another checkpoint.
+
+    Returns:
+        the flags of `pretrain_et.py` for it.
+
+    Raises:
+        UserError: its file is not there.
+    """
+    if args.tokenizer_type == "NullTokenizer":
+        return ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(args.vocab_size)]
+    source = Path(args.tokenizer_model or "")
+    if not source.name or not source.exists():
+        raise UserError(
+            f"the tokenizer {args.tokenizer_model or args.tokenizer_type} of the run is not there: "
+            "say where its file is with --tokenizer-model"
+        )
+    target = folder / ("tokenizer" if source.is_dir() else _SENTENCEPIECE)
+    if source.is_dir():
+        shutil.copytree(source, target)
+    else:
+        shutil.copy(source, target)
+    return ["--tokenizer-type", args.tokenizer_type, "--tokenizer-model", str(target)]
+
+
+def import_tokenizer(source: Path, vocab: int, folder: Path) -> list[str]:
     """Put the tokenizer of a Hugging Face folder beside a checkpoint.
 
     Returns:

@@ -5,6 +5,7 @@
 
 import os
 from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,7 @@ def load_model(
     *,
     dtype: torch.dtype | None = None,
     tokenizer_model: str | None = None,
+    with_thresholds: Callable[[Namespace], None] | None = None,
 ) -> TrainedModel:
     """Load weights, thresholds and tokenizer. Every rank that torchrun started must call it.
 
@@ -98,6 +100,8 @@ def load_model(
         layout: may differ from the training run's.
         dtype: of the weights. Default: the training run's on a GPU, fp32 on a CPU.
         tokenizer_model: where the tokenizer's file is, if not where it was in training.
+        with_thresholds: changes the run's arguments to those of a model with thresholds, whatever
+            its router was. The thresholds are left without a value.
 
     Raises:
         UserError: no checkpoint, an incomplete one, one of another project, or a layout that the
@@ -109,6 +113,8 @@ def load_model(
         raise UserError(f"{checkpoint} is incomplete or damaged: {problem}")
     state = read_common_state(checkpoint)
     args = state["args"]
+    if with_thresholds is not None:
+        with_thresholds(args)
     _adapt(args, layout or Layout(), dtype)
     if tokenizer_model is not None:
         args.tokenizer_model = tokenizer_model
@@ -124,16 +130,21 @@ def load_model(
         )
     )
     module.eval().requires_grad_(False)
-    _load_weights(module, checkpoint, state)
+    _load_weights(module, checkpoint, state, with_thresholds is None)
     simplify_linear_layers(module)
     return TrainedModel(module, tokenizer, args, checkpoint, state["iteration"])
 
 
-def _load_weights(module: torch.nn.Module, checkpoint: Path, state: dict[str, Any]) -> None:
+def _load_weights(
+    module: torch.nn.Module, checkpoint: Path, state: dict[str, Any], thresholds: bool
+) -> None:
     metadata = dist_checkpointing.load_content_metadata(preloaded_state_dict=state)
-    sharded = {"model": module.sharded_state_dict(metadata=metadata)}  # type: ignore[operator]
+    weights: dict[str, Any] = module.sharded_state_dict(metadata=metadata)  # type: ignore[operator]
+    if not thresholds:
+        weights = {name: part for name, part in weights.items() if ".thresholds." not in name}
+    sharded = {"model": weights}
     loaded = readable(checkpoint, lambda: dist_checkpointing.load(sharded, str(checkpoint)))
-    module.load_state_dict(loaded["model"])
+    module.load_state_dict(loaded["model"], strict=thresholds)
 
 
 def _adapt(args: Namespace, layout: Layout, dtype: torch.dtype | None) -> None:
@@ -192,12 +203,17 @@ def _adapt(args: Namespace, layout: Layout, dtype: torch.dtype | None) -> None:
 
 def _build_tokenizer(args: Namespace) -> Any:
     try:
-        return build_tokenizer(args)
+        tokenizer = build_tokenizer(args)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         raise UserError(
             f"the tokenizer {args.tokenizer_model or args.tokenizer_type} cannot be loaded "
             f"({error}): say where its file is with --tokenizer-model"
         ) from error
+    if args.tokenizer_type == "HuggingFaceTokenizer":
+        # Megatron knows a text's end only by this name, which it does not take from the files.
+        inner = tokenizer._tokenizer
+        inner.eos_token = inner.tokenizer.eos_token
+    return tokenizer
 
 
 def _start_ranks(args: Namespace) -> None:

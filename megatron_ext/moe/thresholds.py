@@ -100,6 +100,23 @@ class Thresholds(torch.nn.Module):
         self.updates.add_(1)
         self._updates_on_host = self.update_count + 1
 
+    @torch.no_grad()
+    def start_at(self, values: Tensor) -> None:
+        """Begin the average anew: one update, which gives thresholds just below these logits.
+
+        So an expert takes the logit itself and all above it. A threshold is at most two or three
+        units in the last place below, since the average behind it is rounded as well.
+
+        Args:
+            values: fp32 `[experts]`.
+        """
+        self.updates.fill_(1)
+        self._updates_on_host = 1
+        self.average.copy_(values.double() * (1.0 - self.decay))
+        for _ in range(3):
+            lower = torch.nextafter(self.average, torch.full_like(self.average, -torch.inf))
+            self.average.copy_(torch.where(self.value() < values, self.average, lower))
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Thresholds":
         """Follow the model to its device but not to its dtype: rounding would move thresholds."""
         average = self.average

@@ -41,6 +41,25 @@ def test_thresholds_are_the_bias_corrected_average(cutoffs: list[float], decay: 
     assert int(thresholds.updates) == len(cutoffs)
 
 
+@given(
+    st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=20),
+    st.sampled_from([0.0, 0.5, 0.9, 0.999]),
+)
+def test_thresholds_started_at_logits_are_just_below_them(
+    logits: list[float], decay: float
+) -> None:
+    values = torch.tensor(logits)
+    thresholds = Thresholds(len(logits), decay)
+    thresholds.start_at(values)
+    below = values - thresholds.value()
+    assert (values > thresholds.value()).all() and thresholds.update_count == 1
+    assert (below <= 4e-7 * values.abs() + 1e-40).all()
+    # Training goes on from there as after one step.
+    thresholds.update(torch.ones(len(logits)))
+    expected = (decay * values.double() + 1) / (1 + decay)
+    torch.testing.assert_close(thresholds.value().double(), expected, atol=1e-4, rtol=1e-5)
+
+
 def test_thresholds_without_an_update_have_no_value() -> None:
     with pytest.raises(RuntimeError, match="no value yet"):
         Thresholds(2, 0.9).value()

@@ -1,0 +1,106 @@
+"""A checkpoint as it is, but with thresholds of its own, whatever router it was trained with."""
+
+from argparse import Namespace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_ext.checkpoint import read_common_state
+from megatron_ext.errors import UserError
+from megatron_ext.hf.architecture import from_args
+from megatron_ext.hf.convert import Conversion, Done
+from megatron_ext.hf.release import settle, write_release
+from megatron_ext.hf.tokenizers import carry_tokenizer
+from megatron_ext.hf.torch_dist import Chunk, TorchDistReader
+from megatron_ext.moe.thresholds import Thresholds
+
+_ROUTER, _THRESHOLDS = ".mlp.router.weight", ".mlp.router.thresholds."
+_EXPERTS = ".mlp.experts.experts."
+
+
+def use_thresholds(args: Namespace) -> None:
+    """Change a run's arguments to those of the same model with thresholds.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    model = from_args(args)
+    if model.router is None:
+        raise UserError("the model has no experts: tools.upcycle gives it some")
+    if model.router == "token-choice":
+        # An expert's weight was its softmax over all experts, or over those chosen.
+        vars(args).update(
+            et_gate="softmax",
+            et_mean_experts=None,
+            moe_router_pre_softmax=False,
+            moe_router_load_balancing_type="none",
+            moe_aux_loss_coeff=0.0,
+            moe_router_dtype="fp32",
+        )
+    args.router_type = "expert-threshold"
+
+
+def with_thresholds(
+    checkpoint: Path,
+    folder: Path,
+    final: Path,
+    cutoffs: dict[int, Tensor],
+    tokenizer_model: str | None = None,
+) -> Conversion:
+    """Copy a checkpoint without its optimizer, with these thresholds, all but its tensors.
+
+    Args:
+        checkpoint: of one iteration.
+        folder: must be there and empty.
+        final: where the folder will be moved, for what names its place.
+        cutoffs: for each layer with experts, counted from 0, fp32 `[experts]`.
+        tokenizer_model: where the tokenizer is, if not where it was in training.
+    """
+    args = read_common_state(checkpoint)["args"]
+    use_thresholds(args)
+    if tokenizer_model is not None:
+        args.tokenizer_model = tokenizer_model
+    if (beside := carry_tokenizer(args, folder))[-2] == "--tokenizer-model":
+        args.tokenizer_model = beside[-1]
+    settle(args, final)
+    reader = TorchDistReader(checkpoint)
+
+    def write(done: Done) -> None:
+        write_release(folder, _chunks(reader, args, cutoffs, done), args)
+
+    sizes = (torch.Size(shape).numel() * reader.dtypes[n].itemsize for n, shape in _kept(reader))
+    return Conversion(sum(sizes), write)
+
+
+def _kept(reader: TorchDistReader) -> list[tuple[str, tuple[int, ...]]]:
+    return [(name, shape) for name, shape in reader.shapes.items() if _THRESHOLDS not in name]
+
+
+def _chunks(
+    reader: TorchDistReader, args: Namespace, cutoffs: dict[int, Tensor], done: Done
+) -> list[Chunk]:
+    def copy(name: str, place: int | None = None) -> Tensor:
+        tensor = reader.read(name, place)
+        done(tensor.nbytes)
+        return tensor
+
+    def constant(tensor: Tensor) -> Tensor:
+        return tensor
+
+    chunks: list[Chunk] = []
+    for name, shape in _kept(reader):
+        for place in range(shape[0]) if _EXPERTS in name else (None,):
+            chunks.append(
+                Chunk(name, shape, place, reader.dtypes[name], partial(copy, name, place))
+            )
+        if name.endswith(_ROUTER):
+            prefix = name.removesuffix(_ROUTER)
+            values = cutoffs[int(prefix.rpartition(".")[2])]
+            state = Thresholds(len(values), args.et_ema_decay, device="cpu")
+            state.start_at(values)
+            for key, tensor in state.state_dict().items():
+                key, shape = f"{prefix}{_THRESHOLDS}{key}", tuple(tensor.shape)
+                chunks.append(Chunk(key, shape, None, tensor.dtype, partial(constant, tensor)))
+    return chunks

@@ -1,0 +1,118 @@
+"""Checkpoints of Megatron that no run wrote: weights and thresholds without an optimizer."""
+
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.validation import save_integrity_manifest
+from torch import Tensor
+
+from megatron_ext.arguments import parse_args
+from megatron_ext.checkpoint import TRACKER
+from megatron_ext.hf.architecture import Architecture, to_flags
+from megatron_ext.hf.names import Layout, Link, join
+from megatron_ext.hf.sources import Tensors
+from megatron_ext.hf.torch_dist import Chunk, write_torch_dist
+from megatron_ext.training.checks import sha256
+
+_NAME = "release"
+"""Megatron's name for what is not a step of training."""
+
+
+def release_arguments(
+    model: Architecture, dtype: torch.dtype, tokenizer: list[str], final: Path
+) -> Namespace:
+    """The arguments that a run of this model would save.
+
+    Sets Megatron's global arguments: once a process.
+
+    Args:
+        model: what the run would train.
+        dtype: of its weights.
+        tokenizer: flags.
+        final: where the tokenizer will be when the folder of checkpoints has its name.
+    """
+    precision = {torch.bfloat16: ["--bf16"], torch.float16: ["--fp16"]}.get(dtype, [])
+    # What only matters to the run itself, and a run that goes on gives anew.
+    run = ["--mock-data", "--micro-batch-size", "1", "--train-iters", "1", "--lr", "1e-4"]
+    run += ["--et-warmup-iters", "0"] if model.thresholds else []
+    args, _ = parse_args([*to_flags(model), *tokenizer, *precision, *run])
+    multiple = args.make_vocab_size_divisible_by
+    args.hf_vocab_size = model.vocab
+    args.padded_vocab_size = max(args.padded_vocab_size, -(-model.vocab // multiple) * multiple)
+    settle(args, final)
+    return args
+
+
+def settle(args: Namespace, final: Path) -> None:
+    """Say that a tokenizer lies beside the checkpoint, and that there is no optimizer."""
+    args.tokenizer_sha256 = sha256(args.tokenizer_model)
+    if args.tokenizer_model is not None:
+        args.tokenizer_model = str(final.absolute() / Path(args.tokenizer_model).name)
+    args.no_save_optim = True
+    args.iteration = 0
+
+
+def chunk_of(
+    link: Link, model: Architecture, tensors: Tensors, rows: int, done: Callable[[int], None]
+) -> Chunk:
+    """One tensor of Megatron, to be made of its parts when it is written.
+
+    Args:
+        link: names and parts.
+        model: for their shapes.
+        tensors: where the parts are.
+        rows: of the vocabulary, with padding.
+        done: told the bytes of the parts.
+    """
+
+    def make() -> Tensor:
+        parts = [tensors.read(name) for name, _ in link.parts]
+        done(sum(part.nbytes for part in parts))
+        return join(link, parts, model, rows)
+
+    shape: tuple[int, ...] = link.shape
+    if link.layout is Layout.VOCABULARY:
+        shape = (rows, *shape[1:])
+    if link.expert is not None:
+        shape = (model.experts, *shape)
+    return Chunk(link.key, shape, link.expert, tensors.dtypes[link.parts[0][0]], make)
+
+
+def write_release(folder: Path, chunks: list[Chunk], args: Namespace) -> None:
+    """Write a folder of checkpoints with one in it.
+
+    Args:
+        folder: must be there; may hold the tokenizer.
+        chunks: all tensors; those of an expert one by one.
+        args: of the run it stands for.
+    """
+    checkpoint = folder / _NAME
+    checkpoint.mkdir()
+    write_torch_dist(checkpoint, chunks, _objects(chunks, args))
+    save_integrity_manifest(str(checkpoint))
+    (folder / TRACKER).write_text(_NAME)
+
+
+def _objects(chunks: list[Chunk], args: Namespace) -> dict[str, Any]:
+    """What Megatron saves beside tensors: each linear layer has a place for a state of its own."""
+    objects: dict[str, Any] = {}
+    for chunk in chunks:
+        module, _, kind = chunk.key.rpartition(".")
+        if kind == "weight" and module.rpartition(".")[2].startswith("linear_"):
+            place = "0_1" if chunk.place is None else f"{chunk.place}_{chunk.shape[0]}"
+            objects[f"{module}._extra_state/shard_{place}"] = None
+    common = {
+        "args": args,
+        "checkpoint_version": 3.0,
+        "iteration": 0,
+        "num_floating_point_operations_so_far": 0,
+        "content_metadata": {
+            "singleton_local_shards": False,
+            "chained_optim_avoid_prefix": True,
+            "non_homogeneous_layers": True,
+        },
+    }
+    return objects | {"common_state/shard_0_1": common}

@@ -1,0 +1,203 @@
+"""Thresholds that give every expert its share of a text.
+
+A layer's cutoffs depend on what it is fed, and that on the thresholds of the layers before it. So
+the layers are done in order, and the whole text goes through a layer before the next one: its
+logits come from layers that route by the thresholds they keep. Run over the same text, the
+resulting model gives each expert exactly its share. Logits collected under expert choice would come
+from layers that route another way, batch by batch, and would have to be averaged.
+
+A layer with experts is run twice, first with thresholds that nothing exceeds: that costs attention
+and shared expert alone, and no router has to be called by itself.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_ext.errors import UserError
+from megatron_ext.inference.forward import full_logits
+from megatron_ext.inference.loading import TrainedModel
+from megatron_ext.moe.order_statistics import kth_largest
+from megatron_ext.moe.router import ThresholdRouter
+from megatron_ext.training.step import routers_of
+
+
+class _Share:
+    """This data-parallel rank's part of the sequences, in batches, as many as every rank has.
+
+    Experts are shared by the copies of the model, so all must come along with each batch. A rank
+    with fewer sequences repeats the first, which is not counted.
+    """
+
+    def __init__(self, trained: TrainedModel, sequences: Tensor, batch_size: int) -> None:
+        group = trained.groups.dp
+        rounds = -(-len(sequences) // group.size())
+        numbers = torch.arange(group.rank(), rounds * group.size(), group.size())
+        counted = numbers < len(sequences)
+        mine = sequences[numbers.where(counted, 0)].to(torch.cuda.current_device())
+        self.batches = list(zip(mine.split(batch_size), counted.split(batch_size), strict=True))
+
+
+@torch.no_grad()
+def calibrate(
+    trained: TrainedModel,
+    sequences: Tensor,
+    batch_size: int = 8,
+    layer_done: Callable[[int], None] = lambda layer: None,
+) -> dict[int, Tensor]:
+    """Set the thresholds of every layer to the cutoffs of a text at the model's rate.
+
+    Args:
+        trained: with thresholds, of whatever value. All ranks must call it.
+        sequences: int64 `[sequences, length]`, the same on all ranks.
+        batch_size: sequences in a forward pass.
+        layer_done: told the number of each layer, counted from 0, when it is done.
+
+    Returns:
+        for each layer with experts, counted from 0, its cutoffs, fp32 `[experts]`: the k-th
+        largest logit of each expert. The same on every rank.
+
+    Raises:
+        UserError: too few tokens for an expert to take one.
+    """
+    model, pipeline = trained.model, trained.groups.pp
+    share = _Share(trained, sequences, batch_size)
+    rotary = model.rotary_pos_emb(sequences.shape[1])
+    hidden = [_first_hidden(trained, tokens) for tokens, _ in share.batches]  # [length, batch, h]
+    cutoffs: dict[int, Tensor] = {}
+    for layer in model.decoder.layers:
+        router = getattr(layer.mlp, "router", None)
+        if isinstance(router, ThresholdRouter):
+            if router.rate.k(sequences.numel()) < 1:
+                raise UserError(
+                    f"{sequences.numel()} tokens are too few for an expert to take one: give more"
+                )
+            logits = _logits(layer, router, hidden, share, rotary)
+            found = kth_largest([logits], [router.rate.k], trained.groups.dp).value
+            router.thresholds.start_at(found)
+            cutoffs[layer.layer_number - 1] = found.cpu()
+        hidden = [layer(h, attention_mask=None, rotary_pos_emb=rotary)[0] for h in hidden]
+        layer_done(layer.layer_number - 1)
+    if pipeline.rank() + 1 < pipeline.size():
+        for h in hidden:
+            dist.send(h.contiguous(), group=pipeline, group_dst=pipeline.rank() + 1)
+    return _of_all_stages(trained, cutoffs)
+
+
+def _first_hidden(trained: TrainedModel, tokens: Tensor) -> Tensor:
+    """What this stage's first layer is fed, `[length, batch, hidden]`."""
+    model, pipeline = trained.model, trained.groups.pp
+    batch, length = tokens.shape
+    if pipeline.rank() == 0:
+        positions = torch.arange(length, device=tokens.device).expand(batch, -1)
+        return model.embedding(input_ids=tokens, position_ids=positions)
+    shape = (length, batch, model.config.hidden_size)
+    hidden = torch.empty(shape, dtype=trained.args.params_dtype, device=tokens.device)
+    dist.recv(hidden, group=pipeline, group_src=pipeline.rank() - 1)
+    return hidden
+
+
+def _logits(
+    layer: Any, router: ThresholdRouter, hidden: list[Tensor], share: _Share, rotary: Tensor
+) -> Tensor:
+    """A layer's logits of all this rank's tokens that count, fp32 `[tokens, experts]`."""
+    kept: list[Tensor] = []
+    hook = router.register_forward_pre_hook(
+        lambda _, inputs: kept.append(router.gating(inputs[0]).float())
+    )
+    router.thresholds.start_at(torch.full_like(router.thresholds.average, torch.inf))
+    for h in hidden:
+        layer(h, attention_mask=None, rotary_pos_emb=rotary)
+    hook.remove()
+    counted = [
+        logits.view(*h.shape[:2], -1)[:, real].flatten(0, 1)
+        for logits, h, (_, real) in zip(kept, hidden, share.batches, strict=True)
+    ]
+    return torch.cat(counted)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """How a model routes a text, and how well it predicts it.
+
+    Attributes:
+        load: by layer with experts, counted from 0, the share of tokens that each expert takes,
+            fp64 `[experts]`.
+        no_expert: by layer, the share of tokens without a routed expert.
+        loss: nats per token.
+        tokens: that were routed.
+    """
+
+    load: dict[int, Tensor]
+    no_expert: dict[int, float]
+    loss: float
+    tokens: int
+
+    def fan_out(self, layer: int) -> float:
+        """Routed experts of a token on average."""
+        return float(self.load[layer].sum())
+
+
+@torch.no_grad()
+def measure(trained: TrainedModel, sequences: Tensor, batch_size: int = 8) -> Measured:
+    """Route and predict a text as evaluation does. All ranks must call it, with the same text.
+
+    Args:
+        trained: with any router.
+        sequences: int64 `[sequences, length]`.
+        batch_size: sequences in a forward pass.
+    """
+    groups, share = trained.groups, _Share(trained, sequences, batch_size)
+    routers = {router.layer_number - 1: router for router in routers_of([trained.module])}
+    maps: dict[int, Tensor] = {}
+
+    def keep(router: Any, _: Any, output: tuple[Tensor, Tensor]) -> None:
+        maps[router.layer_number - 1] = output[1].bool()
+
+    hooks = [router.register_forward_hook(keep) for router in routers.values()]
+    counts = {
+        layer: torch.zeros(router.num_experts + 1, dtype=torch.float64)
+        for layer, router in routers.items()
+    }
+    loss = torch.zeros((), dtype=torch.float64)
+    for tokens, real in share.batches:
+        logits = full_logits(trained, tokens)
+        for layer, routing_map in maps.items():  # tokens in the order of [length, batch]
+            chosen = routing_map.view(tokens.shape[1], len(tokens), -1)[:, real].flatten(0, 1)
+            counts[layer][:-1] += chosen.sum(dim=0).cpu()
+            counts[layer][-1] += (~chosen.any(dim=1)).sum().cpu()
+        if logits is not None and real.any():
+            known = logits[real, :-1].float().flatten(0, 1)
+            loss += F.cross_entropy(known, tokens[real, 1:].flatten(), reduction="sum").cpu()
+    for hook in hooks:
+        hook.remove()
+    for total in (*counts.values(), loss):
+        _sum(total, groups.dp)
+    counts = _of_all_stages(trained, counts)
+    losses: list[Any] = [None] * groups.pp.size()
+    dist.all_gather_object(losses, float(loss), group=groups.pp)
+    return Measured(
+        load={layer: count[:-1] / sequences.numel() for layer, count in counts.items()},
+        no_expert={layer: float(count[-1]) / sequences.numel() for layer, count in counts.items()},
+        loss=losses[-1] / (len(sequences) * (sequences.shape[1] - 1)),
+        tokens=sequences.numel(),
+    )
+
+
+def _sum(total: Tensor, group: dist.ProcessGroup) -> None:
+    """Sum over ranks in place, wherever the backend wants the tensor."""
+    device = total.to(torch.cuda.current_device())
+    dist.all_reduce(device, group=group)
+    total.copy_(device)
+
+
+def _of_all_stages(trained: TrainedModel, mine: dict[int, Tensor]) -> dict[int, Tensor]:
+    """What the stages of the pipeline have by layer, in the order of the layers."""
+    stages: list[Any] = [None] * trained.groups.pp.size()
+    dist.all_gather_object(stages, mine, group=trained.groups.pp)
+    return dict(sorted((layer, value) for stage in stages for layer, value in stage.items()))

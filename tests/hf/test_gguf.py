@@ -1,0 +1,243 @@
+"""A real quantised model out of a GGUF file, through transformers and through Megatron."""
+
+import itertools
+import json
+import subprocess
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import regex
+import torch
+
+from megatron_ext.errors import UserError
+from tests.distributed import run_ranks
+from tests.hf.smollm import QUESTION, gguf_file
+
+TEXTS = [
+    "In 1984, 12345 pipes cost $67.89 -- don't they?\n\n\tThey'll see.",
+    "  Zwölf Boxkämpfer jagen Viktor quer über den großen Sylter Deich,   日本語 ½ Ⅷ ٣٤.",
+    "def f(x):\n    return x**2  # of 10_000\n",
+]
+TOKENS = torch.arange(40).unsqueeze(0) * 7919 % 49152
+
+
+def convert(source, target, load, save):
+    from tools import convert_checkpoint
+
+    flags = ["--from", source, "--to", target, "--load", str(load), "--save", str(save)]
+    convert_checkpoint.main(flags)
+
+
+def there_and_back(folder, file):
+    """On a rank: GGUF to Hugging Face, to Megatron, and back; what Megatron computes and says."""
+    from transformers import AutoTokenizer
+
+    from megatron_ext.inference.forward import full_logits
+    from megatron_ext.inference.loading import load_model
+
+    convert("gguf", "hf", file, folder / "hf")
+    convert("hf", "megatron", folder / "hf", folder / "megatron")
+    convert("megatron", "hf", folder / "megatron", folder / "back")
+    trained = load_model(folder / "megatron")
+    logits = full_logits(trained, TOKENS)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "hf")
+    turns = [{"role": "user", "content": QUESTION}]
+    return SimpleNamespace(
+        logits=logits,
+        prompt=tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True),
+        eod=trained.tokenizer.eod,
+        ids=[trained.tokenizer.tokenize(text) for text in TEXTS],
+        text=[trained.tokenizer.detokenize(trained.tokenizer.tokenize(text)) for text in TEXTS],
+    )
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("smollm")
+
+
+@pytest.fixture(scope="session")
+def megatron(folder):
+    [facts] = run_ranks(there_and_back, 1, folder, gguf_file(), timeout=200)
+    return facts
+
+
+@pytest.fixture(scope="session")
+def model(megatron, folder):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32).eval()
+
+
+def test_every_file_comes_back_byte_for_byte(megatron, folder):
+    done = subprocess.run(
+        ["diff", "-r", folder / "hf", folder / "back"], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, "")
+    config = json.loads((folder / "hf" / "config.json").read_text())
+    assert (config["model_type"], config["eos_token_id"]) == ("llama", 2)
+
+
+def test_tensors_are_those_of_the_file_in_llama_cpps_order(model):
+    """Dequantised by transformers' own code, rows permuted as llama.cpp's converter does it."""
+    from gguf import GGUFReader
+    from transformers.integrations.gguf.dequant import dequantize
+
+    ours = model.state_dict()
+    for tensor in GGUFReader(gguf_file()).tensors:
+        name, shape = hf_name(tensor.name), [int(size) for size in reversed(tensor.shape)]
+        raw = torch.from_numpy(tensor.data.copy())
+        fp32 = raw.dtype == torch.float32
+        stored = raw if fp32 else dequantize(raw.flatten(), int(tensor.tensor_type))
+        expected = ours.pop(name)
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            heads = {"q": 9, "k": 3}[name.split(".")[-2][0]]
+            halves = expected.view(heads, 2, shape[0] // heads // 2, shape[1])
+            expected = halves.swapaxes(1, 2).reshape(shape)
+        assert torch.equal(stored.view(shape), expected), name
+    assert list(ours) == ["lm_head.weight"]  # tied
+
+
+def hf_name(name):
+    ends = {
+        "token_embd.weight": "model.embed_tokens.weight",
+        "output_norm.weight": "model.norm.weight",
+    }
+    parts = {
+        "attn_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm",
+        **{f"attn_{x}": f"self_attn.{x}_proj" for x in "qkv"},
+        "attn_output": "self_attn.o_proj",
+        **{f"ffn_{x}": f"mlp.{x}_proj" for x in ("gate", "up", "down")},
+    }
+    if name in ends:
+        return ends[name]
+    _, layer, part, _ = name.split(".")
+    return f"model.layers.{layer}.{parts[part]}.weight"
+
+
+def test_megatron_computes_the_logits_of_transformers(megatron, model):
+    with torch.no_grad():
+        logits = model(TOKENS).logits
+    assert logits.std() > 1
+    torch.testing.assert_close(megatron.logits, logits, atol=1e-4, rtol=0)
+
+
+def test_it_knows_the_capital_of_france(megatron, model, folder):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "hf")
+    prompt = tokenizer(megatron.prompt, return_tensors="pt")
+    ids = model.generate(**prompt, max_new_tokens=16, do_sample=False)[0]
+    answer = ids[prompt.input_ids.shape[1] :].tolist()
+    assert "Paris" in tokenizer.decode(answer)
+    assert answer[-1] == megatron.eod == tokenizer.eos_token_id == 2
+    [(tokens, text)] = run_ranks(generate, 1, folder / "megatron", megatron.prompt)
+    assert tokens == answer and "Paris" in text
+
+
+def generate(checkpoint, prompt):
+    """On a rank: what tools.generate answers."""
+    import contextlib
+    import io
+
+    from tools import generate
+
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        flags = ["--load", str(checkpoint), "--prompt", prompt, "--max-new-tokens", "16"]
+        generate.main([*flags, "--greedy", "--json"])
+    row = json.loads(out.getvalue())
+    return row["tokens"], row["text"]
+
+
+def test_the_tokenizer_merges_by_rank_within_words_and_single_digits(megatron):
+    """Compared with byte pair encoding written out, on llama.cpp's rules for cutting a text."""
+    from gguf import GGUFReader
+
+    fields = GGUFReader(gguf_file()).fields
+    tokens = {t: i for i, t in enumerate(fields["tokenizer.ggml.tokens"].contents())}
+    merges = fields["tokenizer.ggml.merges"].contents()
+    ranks = {tuple(merge.split(" ")): rank for rank, merge in enumerate(merges)}
+    for text, ids, again in zip(TEXTS, megatron.ids, megatron.text):
+        assert again == text
+        assert ids == [tokens[piece] for word in words(text) for piece in merged(word, ranks)]
+
+
+def words(text):
+    gpt2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+    for part in regex.split(r"(\p{N})", text):
+        yield from regex.findall(gpt2, part)
+
+
+def merged(word, ranks):
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
+    pieces = [letters[byte] for byte in word.encode()]
+    while len(pieces) > 1:
+        pairs = list(itertools.pairwise(pieces))
+        best = min(pairs, key=lambda pair: ranks.get(pair, len(ranks)))
+        if best not in ranks:
+            break
+        at = pairs.index(best)
+        pieces[at : at + 2] = ["".join(best)]
+    return pieces
+
+
+def write_gguf(file, architecture="llama", **extra):
+    """A file of one tensor, which says what it is."""
+    import numpy as np
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(file, architecture)
+    writer.add_block_count(1)
+    writer.add_embedding_length(8)
+    writer.add_head_count(2)
+    writer.add_feed_forward_length(8)
+    writer.add_context_length(8)
+    writer.add_layer_norm_rms_eps(1e-5)
+    for key, value in extra.items():
+        getattr(writer, key)(value)
+    writer.add_tensor("token_embd.weight", np.zeros((16, 8), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_what_is_wrong_with_a_gguf_file_is_told_and_nothing_is_left(tmp_path):
+    pytest.importorskip("gguf")
+    cases: dict[str, dict[str, Any]] = {
+        "holds a model of architecture gemma3": {"architecture": "gemma3"},
+        "has 8 experts": {"add_expert_count": 8},
+        "rotates 2 of 4 channels": {"add_rope_dimension_count": 2},
+        "has no tensor lm_head.weight": {},
+    }
+    for number, extra in enumerate(cases.values()):
+        write_gguf(tmp_path / f"{number}.gguf", **extra)
+    (tmp_path / "other.gguf").write_bytes(b"not of this kind" * 20)
+    half = (tmp_path / "0.gguf").read_bytes()[:-300]
+    (tmp_path / "half.gguf").write_bytes(half)
+    files = {f"{number}.gguf": text for number, text in enumerate(cases)}
+    files |= dict.fromkeys(("other.gguf", "half.gguf"), "no GGUF file or an incomplete one")
+    files["none.gguf"] = "is no file"
+    [messages] = run_ranks(refusals, 1, tmp_path, list(files))
+    for expected, message in zip(files.values(), messages):
+        assert expected in message
+    assert not (tmp_path / "saved").exists() or not list((tmp_path / "saved").iterdir())
+
+
+def refusals(folder, names):
+    messages = []
+    for name in names:
+        with pytest.raises(UserError) as refused:
+            convert("gguf", "hf", folder / name, folder / "saved" / "hf")
+        messages.append(str(refused.value))
+    return messages
+
+
+def test_a_gguf_file_becomes_a_hugging_face_folder_first(tmp_path):
+    with pytest.raises(UserError, match="--from gguf goes --to hf alone"):
+        convert("gguf", "megatron", tmp_path, tmp_path / "save")
