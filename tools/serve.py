@@ -9,6 +9,7 @@ accepted requests are answered. A model that needs several ranks runs the same w
 
 import argparse
 import os
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     key = _key(options.api_key_file)
     template = _read("--chat-template", options.chat_template) if options.chat_template else None
     checkpoint = find_checkpoint(options.load)
+    leads = os.environ.get("RANK", "0") == "0"
+    listening = listen(options.host, options.port) if leads else None
     with quiet_megatron():
         activate()  # before anything of Megatron is imported, which takes seconds
         from megatron_ext.inference.loading import DTYPES, Layout, load_model
@@ -35,10 +38,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         from megatron_ext.serving.copies import Copies
         from megatron_ext.serving.protocol import Limits, Reader
         from megatron_ext.serving.scheduler import Scheduler
-        from megatron_ext.serving.server import listen, serve
+        from megatron_ext.serving.server import serve
 
-        leads = os.environ.get("RANK", "0") == "0"
-        listening = listen(options.host, options.port) if leads else None
         layout = Layout(
             tensor=options.tensor_model_parallel_size,
             pipeline=options.pipeline_model_parallel_size,
@@ -117,6 +118,21 @@ def _read(flag: str, file: str) -> str:
         return Path(file).read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{flag} {file}: {error}") from error
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket for the server; port 0 is any free one.
+
+    Raises:
+        UserError: the address cannot be had.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=1024)
+    except OSError as error:
+        raise UserError(
+            f"--host {host} --port {port} cannot be listened on ({error.strerror}): choose another"
+        ) from error
 
 
 if __name__ == "__main__":

@@ -51,9 +51,11 @@ class RaggedCache(BaseInferenceContext):
         super().__init__(InferenceConfig(materialize_only_last_token_logits=True))
         self.max_lines, self.max_sequence_length = lines, max_length
         self._size = (1, min(_FIRST_LENGTH, max_length))
-        # Of each layer, keys (rotated) and values `[lines, length, kv_heads, head_dim]`.
+        # Of each layer, keys (rotated) and values `[lines, kv_heads, length, head_dim]`.
         self._memory: dict[int, tuple[Tensor, Tensor]] = {}
-        self._rotation: tuple[Tensor, Tensor] | None = None  # cosines and sines of the pass
+        # Of the present pass: cosines and sines, and where keys go.
+        self._rotation: tuple[Tensor, Tensor] | None = None
+        self._places: Tensor | None = None
 
     def is_static_batching(self) -> bool:
         return False
@@ -74,9 +76,8 @@ class RaggedCache(BaseInferenceContext):
         """
         assert all(len(a.tokens) == 1 or len(b.tokens) > 1 for a, b in pairwise(chunks))
         self._grow(1 + max(c.line for c in chunks), max(c.end for c in chunks))
-        length = self._size[1]
         positions = [p for c in chunks for p in range(c.start, c.end)]
-        places = [c.line * length + p for c in chunks for p in range(c.start, c.end)]
+        lines = [c.line for c in chunks for _ in c.tokens]
         single = [c for c in chunks if len(c.tokens) == 1]
         self._long = chunks[len(single) :]
         first = 0
@@ -85,8 +86,8 @@ class RaggedCache(BaseInferenceContext):
             first += len(chunk.tokens)
             self._wanted += range(first - chunk.wanted, first)
         self.positions = torch.tensor([positions], device=device)
-        self._places = torch.tensor(places, device=device)
-        self._rotation = None
+        self._line_of = torch.tensor(lines, device=device)
+        self._rotation = self._places = None
         self._lay_out_single([c.line for c in single], [c.end for c in single], device)
         return torch.tensor([[token for c in chunks for token in c.tokens]], device=device)
 
@@ -153,33 +154,34 @@ class RaggedCache(BaseInferenceContext):
             `[tokens, heads * head_dim]`.
         """
         keys, values = self._room(layer, key)
-        keys.flatten(0, 1).index_copy_(0, self._places, key)
-        values.flatten(0, 1).index_copy_(0, self._places, value)
+        if self._places is None:  # the same for all layers of a pass
+            kv_heads, length = keys.shape[1:3]
+            heads = torch.arange(kv_heads, device=key.device)
+            place = self._line_of.unsqueeze(1) * kv_heads + heads  # [tokens, kv_heads]
+            self._places = (place * length + self.positions.T).flatten()
+        keys.flatten(0, 2).index_copy_(0, self._places, key.flatten(0, 1))
+        values.flatten(0, 2).index_copy_(0, self._places, value.flatten(0, 1))
         parts, first = [], len(query) - sum(len(chunk.tokens) for chunk in self._long)
         if first:
             parts.append(self._attend_single(query[:first], keys, values, scale))
         for chunk in self._long:
             last = first + len(chunk.tokens)
-            row = slice(0, chunk.end)
-            parts.append(
-                _attend_long(
-                    query[first:last], keys[chunk.line, row], values[chunk.line, row], scale
-                )
-            )
+            row = (chunk.line, slice(None), slice(0, chunk.end))
+            parts.append(_attend_long(query[first:last], keys[row], values[row], scale))
             first = last
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _attend_single(
         self, query: Tensor, keys: Tensor, values: Tensor, scale: float | None
     ) -> Tensor:
-        heads, kv_heads = query.shape[1], keys.shape[2]
+        heads, kv_heads = query.shape[1], keys.shape[1]
         # Query heads that share a key head are its queries: [rows, kv_heads, group, head_dim].
         grouped = query.view(len(query), kv_heads, heads // kv_heads, -1)
         mask = None if self._mask is None else self._mask.to(query.dtype)
         output = F.scaled_dot_product_attention(
             grouped,
-            keys[self._lines, : self._seen].transpose(1, 2),
-            values[self._lines, : self._seen].transpose(1, 2),
+            keys[self._lines, :, : self._seen],
+            values[self._lines, :, : self._seen],
             attn_mask=mask,
             scale=scale,
         )
@@ -187,12 +189,14 @@ class RaggedCache(BaseInferenceContext):
 
     def _room(self, layer: int, like: Tensor) -> tuple[Tensor, Tensor]:
         now = self._memory.get(layer)
-        if now is None or now[0].shape[:2] != self._size:
+        lines, length = self._size
+        shape = (lines, like.shape[1], length, like.shape[2])
+        if now is None or now[0].shape != shape:
             # Zeros, because what is masked out must still be finite.
-            keys, values = (like.new_zeros(*self._size, *like.shape[1:]) for _ in range(2))
+            keys, values = (like.new_zeros(shape) for _ in range(2))
             if now is not None:
                 for new, old in zip((keys, values), now):
-                    new[: old.shape[0], : old.shape[1]] = old
+                    new[: old.shape[0], :, : old.shape[2]] = old
             self._memory[layer] = (keys, values)
         return self._memory[layer]
 
@@ -202,23 +206,23 @@ def _attend_long(query: Tensor, keys: Tensor, values: Tensor, scale: float | Non
 
     Args:
         query: `[new, heads, head_dim]`.
-        keys: `[all, kv_heads, head_dim]`.
+        keys: `[kv_heads, all, head_dim]`.
         values: as `keys`.
 
     Returns:
         `[new, heads * head_dim]`.
     """
-    new, length = len(query), len(keys)
+    new, length = len(query), keys.shape[1]
     mask = None
     if new < length:
         mask = torch.ones(new, length, dtype=torch.bool, device=query.device).tril(length - new)
     output = F.scaled_dot_product_attention(
         query.transpose(0, 1).unsqueeze(0),
-        keys.transpose(0, 1).unsqueeze(0),
-        values.transpose(0, 1).unsqueeze(0),
+        keys.unsqueeze(0),
+        values.unsqueeze(0),
         attn_mask=mask,
         is_causal=mask is None,
         scale=scale,
-        enable_gqa=query.shape[1] != keys.shape[1],
+        enable_gqa=query.shape[1] != keys.shape[0],
     )  # [1, heads, new, head_dim]
     return output[0].transpose(0, 1).flatten(1)

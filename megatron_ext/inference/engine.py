@@ -62,7 +62,8 @@ class Engine:
         """Give up a row; the last line moves into the gap."""
         line, last = self.rows.index(row), len(self.rows) - 1
         if line < last:
-            self._cache.move(last, line)
+            if self.rows[last].cached:
+                self._cache.move(last, line)
             self.rows[line], self._arrivals[line] = self.rows[last], self._arrivals[last]
         self.rows.pop()
         self._arrivals.pop()

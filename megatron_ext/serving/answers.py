@@ -26,6 +26,7 @@ class Answer:
     def __init__(self, call: Call, model: str, tokenizer: Any) -> None:
         self.call, self._tokenizer = call, tokenizer
         self.new_tokens = 0
+        self.left = False  # whether the client went away
         kind = "chat.completion" if call.chat else "text_completion"
         self._head = {
             "id": f"{'chatcmpl' if call.chat else 'cmpl'}-{secrets.token_hex(12)}",

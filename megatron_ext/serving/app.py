@@ -199,6 +199,9 @@ async def _events(answer: Answer, pieces: Pieces) -> AsyncIterator[str]:
                 opened = True
                 for chunk in [*chunks, *answer.add(index, piece)]:
                     yield _event(chunk)
+        except ClientDisconnect:
+            answer.left = True
+            return
         except Refusal as refusal:
             yield _event(error(str(refusal), refusal.status))
             return
@@ -283,10 +286,10 @@ class _AccessLine:
             status = _GONE
             raise
         finally:
-            if not ended:
-                status = _GONE if status == 200 else status
-            client = (scope.get("client") or ("-",))[0]
             answer: Answer | None = scope["state"].get("answer")
+            if status == 200 and (not ended or (answer is not None and answer.left)):
+                status = _GONE
+            client = (scope.get("client") or ("-",))[0]
             usage = answer.usage if answer else {"prompt_tokens": 0, "completion_tokens": 0}
             print(
                 f"{client} {scope['method']} {scope['path']} {status} "

@@ -91,7 +91,9 @@ class Reader:
         prompts, texts = self._prompts(body.get("prompt"))
         count = _integer(body, "logprobs", 0, _MOST_LIKELIEST, None)
         echo = _boolean(body, "echo")
-        most = _integer(body, "max_tokens", 0 if echo else 1, None, 16)
+        left = self.trained.max_length - max(map(len, prompts))
+        default = max(1, min(16, left, self.limits.new_tokens or left))
+        most = _integer(body, "max_tokens", 0 if echo else 1, None, default)
         works = self._works(
             body, prompts, max(most or 0, 1), count or 0, echo and count is not None
         )
@@ -113,7 +115,8 @@ class Reader:
         count = _integer(body, "top_logprobs", 0, _MOST_LIKELIEST, 0) or 0
         if count and not log_probs:
             raise BadRequest("top_logprobs needs logprobs: true", "top_logprobs")
-        name = "max_completion_tokens" if body.get("max_completion_tokens") else "max_tokens"
+        newer = body.get("max_completion_tokens") is not None
+        name = "max_completion_tokens" if newer else "max_tokens"
         left = self.trained.max_length - len(prompt)
         rest = min(left, self.limits.new_tokens or left)
         most = _integer(body, name, 1, None, max(rest, 1))
@@ -170,6 +173,7 @@ class Reader:
 
     def _tokenize(self, text: str) -> list[int]:
         try:
+            text.encode()  # JSON can hold halves of characters
             return self.trained.tokenizer.tokenize(text)
         except (ValueError, KeyError) as error:
             raise BadRequest(

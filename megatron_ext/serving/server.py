@@ -10,25 +10,9 @@ from types import FrameType
 import uvicorn
 from starlette.types import ASGIApp
 
-from megatron_ext.errors import UserError
 from megatron_ext.serving.scheduler import Scheduler
 
 _LINGER = 10  # seconds that answers which are done may take to be sent
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A socket for the server; port 0 is any free one.
-
-    Raises:
-        UserError: the address cannot be had.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family, backlog=1024)
-    except OSError as error:
-        raise UserError(
-            f"--host {host} --port {port} cannot be listened on ({error.strerror}): choose another"
-        ) from error
 
 
 def serve(scheduler: Scheduler, app: ASGIApp, listening: socket.socket) -> None:

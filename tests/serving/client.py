@@ -1,6 +1,5 @@
 """A served model as its users meet it: a process of its own, and clients over HTTP."""
 
-import json
 import os
 import re
 import subprocess
@@ -77,9 +76,3 @@ def write_template(folder: Path) -> Path:
     file = folder / "template.jinja"
     file.write_text(TEMPLATE)
     return file
-
-
-def events(response: httpx.Response) -> list:
-    """Objects of a streamed answer; [DONE] as text."""
-    lines = [line.removeprefix("data: ") for line in response.iter_lines() if line]
-    return [line if line == "[DONE]" else json.loads(line) for line in lines]
