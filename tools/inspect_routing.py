@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -52,7 +53,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             expert=options.expert_model_parallel_size,
         )
         trained = load_model(checkpoint, layout, tokenizer_model=options.tokenizer_model)
-    inspect(trained, texts, domains, output, options.max_tokens)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's and Megatron's
+        inspect(trained, texts, domains, output, options.max_tokens)
 
 
 def inspect(

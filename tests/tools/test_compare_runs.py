@@ -118,7 +118,9 @@ def test_runs_that_differ_in_their_seed_alone_are_a_mean_with_a_deviation(tmp_pa
     assert at.tolist() == [10 * STEP, 20 * STEP, 30 * STEP, 40 * STEP]
     assert mean == pytest.approx(values.mean(axis=0))
     assert spread == pytest.approx(values.std(axis=0, ddof=1))
-    cell = table_of(paths)["final validation loss, nats per token"][0]
+    table = table_of(paths)
+    assert table["FLOPs, by Megatron's formula"][0] == "2.4e+11 ± 0"
+    cell = table["final validation loss, nats per token"][0]
     assert cell == f"{values[:, -1].mean():.4f} ± {values[:, -1].std(ddof=1):.4f}"
 
 

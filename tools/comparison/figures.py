@@ -141,7 +141,9 @@ def cells(figure: Figure, groups: Sequence[Group]) -> list[str]:
         values = np.array(found, dtype=float)
         cell = figure.form.format(values.mean())
         if len(values) > 1:
-            cell += " ± " + figure.form.format(float(deviation(values)))
+            spread = float(deviation(values))
+            rounding = 1e-9 * abs(values.mean())  # what equal figures may differ by
+            cell += " ± " + figure.form.format(spread if spread > rounding else 0.0)
         row.append(cell)
     return row
 
