@@ -58,6 +58,13 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def reader():
+    from gguf import GGUFReader
+
+    return GGUFReader(gguf_file())  # which takes seconds
+
+
+@pytest.fixture(scope="session")
 def megatron(folder):
     [facts] = run_ranks(there_and_back, 1, folder, gguf_file(), timeout=200)
     return facts
@@ -79,13 +86,12 @@ def test_every_file_comes_back_byte_for_byte(megatron, folder):
     assert (config["model_type"], config["eos_token_id"]) == ("llama", 2)
 
 
-def test_tensors_are_those_of_the_file_in_llama_cpps_order(model):
+def test_tensors_are_those_of_the_file_in_llama_cpps_order(model, reader):
     """Dequantised by transformers' own code, rows permuted as llama.cpp's converter does it."""
-    from gguf import GGUFReader
     from transformers.integrations.gguf.dequant import dequantize
 
     ours = model.state_dict()
-    for tensor in GGUFReader(gguf_file()).tensors:
+    for tensor in reader.tensors:
         name, shape = hf_name(tensor.name), [int(size) for size in reversed(tensor.shape)]
         raw = torch.from_numpy(tensor.data.copy())
         fp32 = raw.dtype == torch.float32
@@ -152,11 +158,9 @@ def generate(checkpoint, prompt):
     return row["tokens"], row["text"]
 
 
-def test_the_tokenizer_merges_by_rank_within_words_and_single_digits(megatron):
+def test_the_tokenizer_merges_by_rank_within_words_and_single_digits(megatron, reader):
     """Compared with byte pair encoding written out, on llama.cpp's rules for cutting a text."""
-    from gguf import GGUFReader
-
-    fields = GGUFReader(gguf_file()).fields
+    fields = reader.fields
     tokens = {t: i for i, t in enumerate(fields["tokenizer.ggml.tokens"].contents())}
     merges = fields["tokenizer.ggml.merges"].contents()
     ranks = {tuple(merge.split(" ")): rank for rank, merge in enumerate(merges)}
@@ -213,7 +217,7 @@ def test_what_is_wrong_with_a_gguf_file_is_told_and_nothing_is_left(tmp_path):
         "holds a model of architecture gemma3": {"architecture": "gemma3"},
         "has 8 experts": {"add_expert_count": 8},
         "rotates 2 of 4 channels": {"add_rope_dimension_count": 2},
-        "has no tensor lm_head.weight": {},
+        "has no tensor model.layers.0.input_layernorm.weight": {},
     }
     for number, extra in enumerate(cases.values()):
         write_gguf(tmp_path / f"{number}.gguf", **extra)
