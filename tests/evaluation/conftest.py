@@ -101,16 +101,17 @@ def hf_tokenizer(hf_folder):
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory) -> Path:
-    """The prefix of an indexed dataset: counting upwards, as the model learnt, with mistakes."""
+    """The prefix of an indexed dataset: counting upwards, as the model learnt, with mistakes, and a
+    stretch of a few words, which overload some experts."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     choose = np.random.default_rng(0)
     prefix = tmp_path_factory.mktemp("evaluation") / "valid"
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
-    for length in (150, 3, 480, 97):
+    for length, words in ((150, 450), (3, 450), (480, 4), (97, 450)):
         tokens = np.arange(length) * choose.integers(1, 3) % 450 + 20
-        noise = choose.random(length) < 0.2
-        tokens[noise] = choose.integers(20, 480, noise.sum())
+        noise = choose.random(length) < (0.2 if words == 450 else 1)
+        tokens[noise] = choose.integers(20, 20 + words, noise.sum())
         builder.add_document(np.append(tokens, 2), [length + 1])
     builder.finalize(f"{prefix}.idx")
     return prefix
