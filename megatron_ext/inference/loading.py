@@ -156,6 +156,7 @@ def _adapt(args: Namespace, layout: Layout, dtype: torch.dtype | None) -> None:
         usual = vars(parser.parse_args([]))
         vars(args).update({name: v for name, v in needed.items() if v != usual[name]})
         args.moe_grouped_gemm = False
+        args.bias_swiglu_fusion = False  # an autograd function, slower than its parts
     dtype = dtype or args.params_dtype
     expert_tensor = layout.expert_tensor or layout.tensor
     vars(args).update(

@@ -19,14 +19,13 @@ from megatron.core.transformer.transformer_block import (
     get_num_layers_to_build,
 )
 from megatron.core.transformer.transformer_layer import (
-    TransformerLayer,
     TransformerLayerSubmodules,
     get_transformer_layer_offset,
 )
 
 from megatron_ext.config import ETConfig, moe_layer_pattern
 from megatron_ext.model.attention import SDPAttention
-from megatron_ext.model.cached_attention import CachedSelfAttention
+from megatron_ext.model.cached_layer import CachedSelfAttention, CachedTransformerLayer
 from megatron_ext.model.norm import RMSNorm
 from megatron_ext.moe.layer import VariableFanOutMoELayer
 from megatron_ext.moe.router import ThresholdRouter, TokenChoiceRouter
@@ -71,7 +70,7 @@ def _layer_spec(
     # Without a scale, normalising queries and keys before the rotation is the same as after it.
     qk_norm = RMSNorm if config.qk_layernorm else IdentityOp
     return ModuleSpec(
-        module=TransformerLayer,
+        module=CachedTransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
             self_attention=ModuleSpec(

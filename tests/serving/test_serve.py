@@ -22,6 +22,7 @@ PROMPT = "ba ké lo mü"
 @pytest.fixture(scope="module")
 def server(run_dir, tmp_path_factory):  # noqa: F811
     flags = ["--load", run_dir, "--max-batch-size", 8, "--max-waiting", 250, "--max-tokens", 48]
+    flags += ["--max-choices", 128]
     template = write_template(tmp_path_factory.mktemp("template"))
     server = Server(*flags, "--chat-template", template, "--model-name", "tiny")
     yield server
@@ -176,8 +177,8 @@ def test_chat_is_a_completion_of_the_rendered_template(client):
         ({"prompt": [1, -1]}, 400, "below 500"),
         ({"prompt": [[1, "a"]]}, 400, "prompt"),
         ({"prompt": [500]}, 400, "below 500"),
-        ({"prompt": ["ba"] * 33}, 400, "at most 32"),
-        ({"n": 33}, 400, "at most 32"),
+        ({"prompt": ["ba"] * 129}, 400, "at most 128"),
+        ({"n": 129}, 400, "at most 128"),
         ({"n": 0}, 400, "n must be"),
         ({"max_tokens": 49}, 400, "at most 48"),
         ({"max_tokens": 48, "prompt": [1] * 20}, 400, "length of 64"),
@@ -279,17 +280,17 @@ def test_two_hundred_requests_at_once_get_what_each_gets_alone(server):
     assert len(lines) >= 180 and "prompt=" in lines[-1]
 
 
-LONG = {"prompt": [300], "max_tokens": 48, "n": 32, "ignore_eos": True, "stream": True}
+LONG = {"prompt": [300], "max_tokens": 48, "n": 128, "ignore_eos": True, "stream": True}
 
 
 def test_a_stream_that_is_left_frees_its_rows(server, http):
     with http.stream("POST", "/v1/completions", json=LONG) as response:
         next(response.iter_lines())
-        health = server.health()
+        health = http.get("/health").json()
         assert health["running"] == 8 and health["waiting"] > 0
     settled(server)
     left = [line for line in server.stderr if " 499 " in line][-1]
-    assert 1 <= int(left.split("new=")[1].split()[0]) < 32 * 48
+    assert 1 <= int(left.split("new=")[1].split()[0]) < 128 * 48
 
 
 def test_a_full_queue_says_when_to_try_again(server, http):
@@ -318,16 +319,12 @@ def test_sigterm_finishes_what_runs_and_refuses_the_rest(server):  # the last: i
         lines = response.iter_lines()
         next(lines)
         server.process.send_signal(signal.SIGTERM)
-        late = httpx.post(
-            f"{server.url}/v1/completions",
-            json={"prompt": "ba", "max_tokens": 2},
-            headers={"Authorization": f"Bearer {KEY}"},
-        )
+        late = client.post("/v1/completions", json={"prompt": "ba", "max_tokens": 2})
         assert late.status_code == 503 and "Retry-After" in late.headers
-        assert server.health()["status"] == "closing"
+        assert client.get("/health").json()["status"] == "closing"
         rest = [line for line in lines if line]
     finished = sum('"finish_reason": "length"' in line for line in rest)
-    assert finished == 32 and rest[-1] == "data: [DONE]"
+    assert finished == 128 and rest[-1] == "data: [DONE]"
     assert server.process.wait(30) == 0
     assert not any("Traceback" in line for line in server.stderr)
 
