@@ -12,6 +12,7 @@ import torch
 
 from megatron_ext.errors import UserError
 from tests.distributed import run_ranks
+from tests.hf.models import make
 from tests.inference.checkpoint import MAX_LENGTH, MODEL
 
 ROUTINGS = ["et", "ec", "tc", "et-capacity"]
@@ -159,6 +160,51 @@ def test_two_ranks_measure_what_one_does(sizes, one_rank, run_dir, data, stream)
             assert row["loss"] == pytest.approx(expected["loss"], abs=1e-5)
             assert row["standard_error"] == pytest.approx(expected["standard_error"], abs=1e-5)
             assert row["layers"] == expected["layers"]
+
+
+def of_other_families(folder, data, name):
+    """The loss of a converted model, and again as if it had been trained to drop tokens."""
+    from megatron_ext.inference import loading
+    from tools import convert_checkpoint, validation_loss
+
+    save, out = folder / "checkpoints", folder / "loss.json"
+    flags = ["--from", "hf", "--to", "megatron", "--load", str(folder / "hf")]
+    convert_checkpoint.main([*flags, "--save", str(save)])
+    read = loading.read_common_state
+
+    def read_with_capacity(checkpoint):
+        state = read(checkpoint)
+        state["args"].moe_expert_capacity_factor = 0.5
+        return state
+
+    flags = ["--load", str(save), "--data", str(data), "--batch-tokens", "300"]
+    results = []
+    for loading.read_common_state in (read, read_with_capacity)[: 1 + (name == "mixtral")]:
+        validation_loss.main([*flags, "--out", str(out)])
+        results.append(json.loads(out.read_text()))
+    with pytest.raises(UserError) as refused:
+        validation_loss.main([*flags, "--routing", "et"])
+    return results, str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "llama"])
+def test_models_without_thresholds_have_the_loss_of_transformers(name, data, tmp_path):
+    model = make(name, tmp_path / "hf")
+    [(results, refusal)] = run_ranks(of_other_families, 1, tmp_path, data, name)
+    tokens = torch.from_numpy(np.fromfile(f"{data}.bin", dtype=np.uint16).astype(np.int64))
+    total = 0.0
+    for start in range(0, len(tokens) - 1, MAX_LENGTH):
+        window = tokens[start : start + MAX_LENGTH + 1].unsqueeze(0)
+        with torch.no_grad():
+            logits = model(window[:, :-1], use_cache=False).logits
+        total += float(torch.nn.functional.cross_entropy(logits.mT, window[:, 1:], reduction="sum"))
+    for result in results:
+        [row] = result["routings"]
+        assert row["loss"] == pytest.approx(total / (len(tokens) - 1), abs=1e-5)
+        assert result["bytes"] is None and row["nats_per_byte"] is None
+        assert row["routing"] == ("tc" if name == "mixtral" else "none")
+        assert row["fan_out"] == (TOPK if name == "mixtral" else None)
+    assert ("needs thresholds" if name == "mixtral" else "no experts") in refusal
 
 
 def validate_as_training_does(run_dir, stream, tmp_path):

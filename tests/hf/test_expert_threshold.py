@@ -128,6 +128,9 @@ def test_the_tokenizer_is_the_runs(megatron, folder):
             assert tokenizer(text).input_ids == ids
             assert tokenizer.decode(ids) == text
     assert tokenizer.eos_token_id == megatron.eod and len(tokenizer) == 500
+    ids = [*megatron.ids[0], tokenizer.eos_token_id, *megatron.ids[1]]
+    assert tokenizer.decode(ids) == f"{WORDS[0]}</s>{WORDS[1]}"
+    assert tokenizer.decode(ids, skip_special_tokens=True) != tokenizer.decode(ids)
 
 
 def test_every_tensor_comes_back_bit_for_bit(megatron, run_dir, folder):  # noqa: F811

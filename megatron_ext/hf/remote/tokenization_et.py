@@ -16,4 +16,14 @@ class ExpertThresholdTokenizer(SentencePieceBackend):
         super().__init__(vocab_file=vocab_file, legacy=True, **kwargs)
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        return self.sp_model.decode_pieces(tokens)
+        """Text of tokens, with the names of special tokens, which SentencePiece leaves out."""
+        named = {*self.all_special_tokens} - {self.unk_token}
+        text = ""
+        run: list[str] = []
+        for token in tokens:
+            if token in named:
+                text += self.sp_model.decode_pieces(run) + token
+                run = []
+            else:
+                run.append(token)
+        return text + self.sp_model.decode_pieces(run)
