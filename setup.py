@@ -32,6 +32,7 @@ setup(
         # text and models
         "sentencepiece>=0.2,<0.3",
         "transformers>=5.16,<6",
+        "tokenizers>=0.22",
         "safetensors>=0.5,<1",
         "pyarrow>=17",
         "zstandard>=0.23",
@@ -54,6 +55,7 @@ setup(
         "wandb": ["wandb>=0.19"],
         "mlflow": ["mlflow>=3"],
         "dev": [
+            "accelerate>=1",  # lm-eval's own model on transformers, to compare with
             "gguf>=0.17",
             "httpx>=0.27",
             "hypothesis>=6.100",

@@ -12,6 +12,7 @@ and shared expert alone, and no router has to be called by itself.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 from megatron_ext.errors import UserError
 from megatron_ext.inference.forward import full_logits
 from megatron_ext.inference.loading import TrainedModel
-from megatron_ext.moe.order_statistics import kth_largest
+from megatron_ext.moe.order_statistics import RankOf, kth_largest
 from megatron_ext.moe.router import ThresholdRouter
 from megatron_ext.training.step import routers_of
 
@@ -78,8 +79,11 @@ def calibrate(
                     f"{sequences.numel()} tokens are too few for an expert to take one: give more"
                 )
             logits = _logits(layer, router, hidden, share, rotary)
-            found = kth_largest([logits], [router.rate.k], trained.groups.dp).value
-            router.thresholds.start_at(found)
+            # Halfway to the next largest: rounding moves no token across it.
+            k = router.rate.k
+            ranks: list[RankOf] = [k, partial(_next_rank, k)]
+            found, following = kth_largest([logits] * 2, ranks, trained.groups.dp).value.chunk(2)
+            router.thresholds.start_at((found + following) / 2)
             cutoffs[layer.layer_number - 1] = found.cpu()
         hidden = [layer(h, attention_mask=None, rotary_pos_emb=rotary)[0] for h in hidden]
         layer_done(layer.layer_number - 1)
@@ -87,6 +91,10 @@ def calibrate(
         for h in hidden:
             dist.send(h.contiguous(), group=pipeline, group_dst=pipeline.rank() + 1)
     return _of_all_stages(trained, cutoffs)
+
+
+def _next_rank(k: RankOf, tokens: int) -> int:
+    return min(k(tokens) + 1, tokens)
 
 
 def _first_hidden(trained: TrainedModel, tokens: Tensor) -> Tensor:
