@@ -28,8 +28,8 @@ environment:  ## make or refresh .venv, and nothing else
 quickstart: environment  ## text, tokenizer, a small model trained on two ranks, a sample and a report
 	$(python) -m examples.quickstart
 
-test: environment  ## the whole test suite (at most 30 minutes on two cores)
-	$(pytest) --session-timeout=1800 --durations=40
+test: environment  ## the whole test suite (half an hour on two cores)
+	$(pytest) --session-timeout=2400 --durations=40
 
 test-fast: environment  ## the tests that are not slow (under 5 minutes)
 	$(pytest) -m "not slow" --session-timeout=600
