@@ -221,7 +221,7 @@ def validate_as_training_does(run_dir, stream, tmp_path):
                 *MODEL,
                 *("--micro-batch-size", "4", "--global-batch-size", "8", "--train-iters", "40"),
                 *("--lr", "1e-2", "--min-lr", "1e-2", "--lr-decay-style", "constant"),
-                *("--no-load-optim", "--no-load-rng"),
+                *("--no-load-optim", "--no-load-rng", "--num-workers", "0"),
                 *("--et-warmup-iters", "10", "--et-ema-decay", "0.9"),
                 *("--eval-iters", "1", "--eval-interval", "40"),
             ],
