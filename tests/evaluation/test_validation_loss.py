@@ -221,9 +221,9 @@ def validate_as_training_does(run_dir, stream, tmp_path):
                 *MODEL,
                 *("--micro-batch-size", "4", "--global-batch-size", "8", "--train-iters", "40"),
                 *("--lr", "1e-2", "--min-lr", "1e-2", "--lr-decay-style", "constant"),
-                *("--no-load-optim", "--no-load-rng", "--num-workers", "0"),
+                *("--no-load-optim", "--no-load-rng"),
                 *("--et-warmup-iters", "10", "--et-ema-decay", "0.9"),
-                *("--eval-iters", "1", "--eval-interval", "40"),
+                *("--eval-iters", "1", "--eval-interval", "40", "--num-workers", "0"),
             ],
         )
     )
