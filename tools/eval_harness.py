@@ -8,10 +8,12 @@ layout under torchrun, for one, as expert_model_parallel_size=2.
 
 import os
 import sys
+import warnings
 from importlib.util import find_spec
 
 from megatron_ext.devices import activate
 from megatron_ext.errors import UserError, run_on_ranks, run_tool
+from megatron_ext.quiet import quiet_megatron
 
 
 def main() -> None:
@@ -19,12 +21,14 @@ def main() -> None:
         raise UserError("lm-eval is not installed: pip install 'megatron-et[evaluation]'")
     if os.environ.get("RANK", "0") != "0":
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    activate()  # before anything of Megatron is imported
-    from lm_eval.__main__ import cli_evaluate
+    with quiet_megatron():
+        activate()  # before anything of Megatron is imported
+        from lm_eval.__main__ import cli_evaluate
 
-    import megatron_ext.evaluation.lm_eval_adapter  # noqa: F401
-
-    cli_evaluate()
+        import megatron_ext.evaluation.lm_eval_adapter  # noqa: F401
+    with warnings.catch_warnings():  # the harness has its own by logging
+        warnings.simplefilter("ignore")
+        cli_evaluate()
 
 
 if __name__ == "__main__":

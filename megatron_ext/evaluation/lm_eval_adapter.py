@@ -20,6 +20,7 @@ from megatron_ext.evaluation.scoring import BATCH_TOKENS, Request, merged
 from megatron_ext.inference.generation import generate
 from megatron_ext.inference.loading import DTYPES, Layout, load_model
 from megatron_ext.inference.sampling import Sampling
+from megatron_ext.quiet import quiet_megatron
 
 Tokenized = tuple[tuple[str, str], list[int], list[int]]
 """Context and continuation as text and as tokens."""
@@ -64,12 +65,13 @@ class MegatronLM(TemplateLM):
         layout = Layout(
             tensor_model_parallel_size, pipeline_model_parallel_size, expert_model_parallel_size
         )
-        trained = load_model(
-            str(load),
-            layout,
-            dtype=DTYPES[dtype] if dtype else None,
-            tokenizer_model=tokenizer_model,
-        )
+        with quiet_megatron():
+            trained = load_model(
+                str(load),
+                layout,
+                dtype=DTYPES[dtype] if dtype else None,
+                tokenizer_model=tokenizer_model,
+            )
         self.model = MegatronModel(trained)
         self.max_length = max_length or self.model.max_length
         if self.max_length > self.model.max_length:
