@@ -64,6 +64,14 @@ def run_on_ranks(main: Callable[[], None]) -> None:
         sys.exit(2)
 
 
+def run_tool_or_ranks(main: Callable[[], None]) -> None:
+    """Run a tool that works alone and, started by torchrun, on many ranks."""
+    if "LOCAL_RANK" in os.environ:
+        run_on_ranks(main)
+    else:
+        run_tool(main)
+
+
 def _first_on_node() -> bool:
     """Whether no other rank of the same launch on this node has asked before."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:

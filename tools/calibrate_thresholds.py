@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_ext.checkpoint import find_checkpoint, read_common_state
 from megatron_ext.devices import activate
-from megatron_ext.errors import ToolParser, UserError, run_on_ranks, run_tool
+from megatron_ext.errors import ToolParser, UserError, run_tool_or_ranks
 from megatron_ext.quiet import quiet_megatron
+from tools.model_flags import add_model_flags, check_at_least_one, is_first_rank, loading_options
 from tools.new_folder import check_new, new_folder
 from tools.progress import Progress, write_with_progress
 
@@ -36,9 +37,10 @@ REPORT = "calibration.json"
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(argv)
+    check_at_least_one(options, "tokens", "batch_size")
     checkpoint, save = find_checkpoint(options.load), Path(options.save)
     check_new(save)
-    first = os.environ.get("RANK", "0") == "0"
+    first = is_first_rank()
     out = sys.stdout if first else open(os.devnull, "w")  # noqa: SIM115
     with quiet_megatron():
         activate()  # before anything of Megatron is imported
@@ -62,27 +64,16 @@ def _calibrated(options: argparse.Namespace, checkpoint: Path, out: Any) -> Any:
     """Figures on held-out text before (None without thresholds) and after, cutoffs, and notes."""
     from megatron_ext.hf.recalibrate import use_thresholds
     from megatron_ext.inference.calibration import calibrate, measure
-    from megatron_ext.inference.loading import DTYPES, Layout, load_model
+    from megatron_ext.inference.loading import load_model
     from megatron_ext.moe.router import ThresholdRouter
     from megatron_ext.training.step import routers_of
     from tools.token_stream import sequences_of
 
     use_thresholds(read_common_state(checkpoint)["args"])  # refuses early
-    layout = Layout(
-        tensor=options.tensor_model_parallel_size,
-        pipeline=options.pipeline_model_parallel_size,
-        expert=options.expert_model_parallel_size,
-    )
-    dtype = DTYPES[options.dtype] if options.dtype else None
+    layout, others = loading_options(options)
 
     def load(change: Any = None) -> Any:
-        return load_model(
-            checkpoint,
-            layout,
-            dtype=dtype,
-            tokenizer_model=options.tokenizer_model,
-            with_thresholds=change,
-        )
+        return load_model(checkpoint, layout, with_thresholds=change, **others)
 
     trained = load()
     notes: list[str] = []
@@ -171,17 +162,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--tokens", type=int, default=65536, metavar="N", help="to read at most (%(default)s)")
     add("--seq-length", type=int, metavar="N", help="of a sequence (the model's, at most 2048)")
     add("--batch-size", type=int, default=8, metavar="N", help="sequences at a time (%(default)s)")
-    add("--dtype", choices=("fp32", "bf16", "fp16"), help="of the weights (fp32 on a CPU)")
-    add("--tokenizer-model", metavar="FILE", help="if it is not where it was in training")
-    add("--tensor-model-parallel-size", type=int, default=1, metavar="N")
-    add("--pipeline-model-parallel-size", type=int, default=1, metavar="N")
-    add("--expert-model-parallel-size", type=int, default=1, metavar="N")
+    add_model_flags(parser)
     # fmt: on
     return parser
 
 
 if __name__ == "__main__":
-    if "LOCAL_RANK" in os.environ:
-        run_on_ranks(main)
-    else:
-        run_tool(main)
+    run_tool_or_ranks(main)

@@ -11,13 +11,12 @@ layout may be any:
 """
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_ext.devices import activate
-from megatron_ext.errors import ToolParser, UserError, run_on_ranks, run_tool
+from megatron_ext.errors import ToolParser, UserError, run_tool_or_ranks
 from megatron_ext.evaluation.core.bundle import read_bundle
 from megatron_ext.evaluation.core.results import Results, markdown
 from megatron_ext.quiet import quiet_megatron, quiet_warnings
@@ -92,12 +91,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--tasks", metavar="A,B", help="labels of the tasks to do (all)")
     add("--max-items", type=int, metavar="N", help="questions a task, always the same (all)")
     add("--max-length", type=int, metavar="N", help="tokens of a prompt (the model's length)")
+    add("--batch-tokens", type=int, default=4096, metavar="N", help="of a batch (%(default)s)")
     add_model_flags(parser)
     return parser
 
 
 if __name__ == "__main__":
-    if "LOCAL_RANK" in os.environ:
-        run_on_ranks(main)
-    else:
-        run_tool(main)
+    run_tool_or_ranks(main)

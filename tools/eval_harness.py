@@ -12,14 +12,15 @@ import warnings
 from importlib.util import find_spec
 
 from megatron_ext.devices import activate
-from megatron_ext.errors import UserError, run_on_ranks, run_tool
+from megatron_ext.errors import UserError, run_tool_or_ranks
 from megatron_ext.quiet import quiet_megatron
+from tools.model_flags import is_first_rank
 
 
 def main() -> None:
     if find_spec("lm_eval") is None:
         raise UserError("lm-eval is not installed: pip install 'megatron-et[evaluation]'")
-    if os.environ.get("RANK", "0") != "0":
+    if not is_first_rank():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     with quiet_megatron():
         activate()  # before anything of Megatron is imported
@@ -32,7 +33,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if "LOCAL_RANK" in os.environ:
-        run_on_ranks(main)
-    else:
-        run_tool(main)
+    run_tool_or_ranks(main)

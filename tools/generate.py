@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from megatron_ext.checkpoint import find_checkpoint
 from megatron_ext.devices import activate
-from megatron_ext.errors import ToolParser, UserError, run_on_ranks, run_tool
+from megatron_ext.errors import ToolParser, UserError, run_tool_or_ranks
 from megatron_ext.inference.sampling import Sampling
 from megatron_ext.quiet import quiet_megatron
+from tools.model_flags import add_model_flags, check_at_least_one, is_first_rank, loading_options
 
 if TYPE_CHECKING:
     from megatron_ext.inference.generation import Completion
@@ -39,22 +40,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         stop=tuple(options.stop),
     )
     checkpoint = find_checkpoint(options.load)
-    out = sys.stdout if os.environ.get("RANK", "0") == "0" else open(os.devnull, "w")  # noqa: SIM115
+    out = sys.stdout if is_first_rank() else open(os.devnull, "w")  # noqa: SIM115
     with quiet_megatron():
         activate()  # before anything of Megatron is imported, which takes seconds
-        from megatron_ext.inference.loading import DTYPES, Layout, load_model
+        from megatron_ext.inference.loading import load_model
 
-        layout = Layout(
-            tensor=options.tensor_model_parallel_size,
-            pipeline=options.pipeline_model_parallel_size,
-            expert=options.expert_model_parallel_size,
-        )
-        trained = load_model(
-            checkpoint,
-            layout,
-            dtype=DTYPES[options.dtype] if options.dtype else None,
-            tokenizer_model=options.tokenizer_model,
-        )
+        layout, others = loading_options(options)
+        trained = load_model(checkpoint, layout, **others)
         prompts = [(text, _tokenize(trained, text)) for text in texts]
         jobs = [(*p, options.seed + i) for p in prompts for i in range(options.num_samples)]
         if len(jobs) == 1 and out.isatty() and not options.json:
@@ -80,18 +72,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--logprobs", action="store_true", help="also the log-probability of each token, in nats")
     add("--json", action="store_true", help="one JSON object a continuation and line")
     add("--batch-size", type=int, default=16, help="continuations at a time (%(default)s)")
-    add("--dtype", choices=("fp32", "bf16", "fp16"), help="of the weights (fp32 on a CPU)")
-    add("--tokenizer-model", metavar="FILE", help="if it is not where it was in training")
-    add("--tensor-model-parallel-size", type=int, default=1, metavar="N")
-    add("--pipeline-model-parallel-size", type=int, default=1, metavar="N")
-    add("--expert-model-parallel-size", type=int, default=1, metavar="N")
+    add_model_flags(parser)
     return parser
 
 
 def _prompts(options: argparse.Namespace) -> list[str]:
-    for flag in ("num_samples", "batch_size"):
-        if getattr(options, flag) < 1:
-            raise UserError(f"--{flag.replace('_', '-')} must be at least 1")
+    check_at_least_one(options, "num_samples", "batch_size")
     texts = list(options.prompt)
     if options.prompt_file is not None:
         try:
@@ -177,7 +163,4 @@ def _print_log_probs(trained: "TrainedModel", completion: "Completion", out: Tex
 
 
 if __name__ == "__main__":
-    if "LOCAL_RANK" in os.environ:
-        run_on_ranks(main)
-    else:
-        run_tool(main)
+    run_tool_or_ranks(main)

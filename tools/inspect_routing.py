@@ -10,7 +10,6 @@ A model that needs several ranks runs the same way under torchrun, with the flag
 
 import argparse
 import json
-import os
 import shutil
 import tempfile
 import warnings
@@ -21,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_ext.checkpoint import find_checkpoint
 from megatron_ext.devices import activate
-from megatron_ext.errors import ToolParser, UserError, run_on_ranks, run_tool
+from megatron_ext.errors import ToolParser, UserError, run_tool_or_ranks
 from megatron_ext.quiet import quiet_megatron
 from tools.inspecting.windows import Domain
+from tools.model_flags import add_model_flags, check_at_least_one, is_first_rank, loading_options
 from tools.progress import Progress
 from tools.routed_text import RoutedText, route
 
@@ -45,14 +45,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--output {output} is a file: give a folder")
     with quiet_megatron():
         activate()  # before anything of Megatron is imported, which takes seconds
-        from megatron_ext.inference.loading import Layout, load_model
+        from megatron_ext.inference.loading import load_model
 
-        layout = Layout(
-            tensor=options.tensor_model_parallel_size,
-            pipeline=options.pipeline_model_parallel_size,
-            expert=options.expert_model_parallel_size,
-        )
-        trained = load_model(checkpoint, layout, tokenizer_model=options.tokenizer_model)
+        layout, others = loading_options(options)
+        trained = load_model(checkpoint, layout, **others)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's and Megatron's
         inspect(trained, texts, domains, output, options.max_tokens)
@@ -99,7 +95,7 @@ def inspect(
         if sums is None or sums.tokens[at] == 0:
             raise UserError(f"--domain {name} holds no text")
     assert sums is not None
-    if int(os.environ.get("RANK", "0")) == 0:
+    if is_first_rank():
         _write(trained, routed, sums, layers, names, output)
 
 
@@ -117,7 +113,7 @@ def _counted(
             for start in range(0, len(tokens), length):
                 yield 0, tokens[start : start + length]
         return
-    first = int(os.environ.get("RANK", "0")) == 0
+    first = is_first_rank()
     total, before = sum(domain.size for domain in domains), 0
     with Progress("routing", total) if first else nullcontext() as progress:
         for at, domain in enumerate(domains):
@@ -202,8 +198,7 @@ def _texts(options: argparse.Namespace) -> dict[str, str]:
 
 
 def _domains(options: argparse.Namespace) -> list[Domain]:
-    if options.max_tokens is not None and options.max_tokens < 1:
-        raise UserError("--max-tokens must be at least 1")
+    check_at_least_one(options, "max_tokens")
     files: dict[str, list[str]] = {}
     for argument in options.domain:
         name, equals, file = argument.partition("=")
@@ -231,15 +226,9 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add("--text-key", default="text", metavar="KEY", help="field that holds the text (%(default)s)")
     add("--max-tokens", type=int, metavar="N", help="count at most so many of each domain (all)")
-    add("--tokenizer-model", metavar="FILE", help="if it is not where it was in training")
-    add("--tensor-model-parallel-size", type=int, default=1, metavar="N")
-    add("--pipeline-model-parallel-size", type=int, default=1, metavar="N")
-    add("--expert-model-parallel-size", type=int, default=1, metavar="N")
+    add_model_flags(parser)
     return parser
 
 
 if __name__ == "__main__":
-    if "LOCAL_RANK" in os.environ:
-        run_on_ranks(main)
-    else:
-        run_tool(main)
+    run_tool_or_ranks(main)

@@ -1,4 +1,4 @@
-"""Flags of the tools that evaluate a model: which, in what layout and precision."""
+"""Flags of the tools that run a trained model: in what layout and precision."""
 
 import argparse
 import os
@@ -17,7 +17,6 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--tensor-model-parallel-size", type=int, default=1, metavar="N")
     add("--pipeline-model-parallel-size", type=int, default=1, metavar="N")
     add("--expert-model-parallel-size", type=int, default=1, metavar="N")
-    add("--batch-tokens", type=int, default=4096, metavar="N", help="of a batch (%(default)s)")
 
 
 def check_at_least_one(options: argparse.Namespace, *flags: str) -> None:

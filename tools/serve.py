@@ -16,8 +16,9 @@ from pathlib import Path
 
 from megatron_ext.checkpoint import find_checkpoint
 from megatron_ext.devices import activate
-from megatron_ext.errors import ToolParser, UserError, run_on_ranks, run_tool
+from megatron_ext.errors import ToolParser, UserError, run_tool_or_ranks
 from megatron_ext.quiet import quiet_megatron
+from tools.model_flags import add_model_flags, check_at_least_one, is_first_rank, loading_options
 
 KEY = "MEGATRON_ET_API_KEY"
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -29,28 +30,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     key = _key(options.api_key_file)
     template = _read("--chat-template", options.chat_template) if options.chat_template else None
     checkpoint = find_checkpoint(options.load)
-    leads = os.environ.get("RANK", "0") == "0"
-    listening = listen(options.host, options.port) if leads else None
+    listening = listen(options.host, options.port) if is_first_rank() else None
     with quiet_megatron():
         activate()  # before anything of Megatron is imported, which takes seconds
-        from megatron_ext.inference.loading import DTYPES, Layout, load_model
+        from megatron_ext.inference.loading import load_model
         from megatron_ext.serving.app import Api, make_app
         from megatron_ext.serving.copies import Copies
         from megatron_ext.serving.protocol import Limits, Reader
         from megatron_ext.serving.scheduler import Scheduler
         from megatron_ext.serving.server import serve
 
-        layout = Layout(
-            tensor=options.tensor_model_parallel_size,
-            pipeline=options.pipeline_model_parallel_size,
-            expert=options.expert_model_parallel_size,
-        )
-        trained = load_model(
-            checkpoint,
-            layout,
-            dtype=DTYPES[options.dtype] if options.dtype else None,
-            tokenizer_model=options.tokenizer_model,
-        )
+        layout, others = loading_options(options)
+        trained = load_model(checkpoint, layout, **others)
         copies = Copies(trained, options.max_batch_size)
     if listening is None:
         copies.follow()
@@ -82,19 +73,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-prompt-tokens", type=int, help="the longest prompt (the model's length)")
     add("--timeout", type=float, default=600, help="seconds for a request (%(default)s)")
     add("--chat-template", metavar="FILE", help="Jinja template, if the tokenizer has none")
-    add("--dtype", choices=("fp32", "bf16", "fp16"), help="of the weights (fp32 on a CPU)")
-    add("--tokenizer-model", metavar="FILE", help="if it is not where it was in training")
-    add("--tensor-model-parallel-size", type=int, default=1, metavar="N")
-    add("--pipeline-model-parallel-size", type=int, default=1, metavar="N")
-    add("--expert-model-parallel-size", type=int, default=1, metavar="N")
+    add_model_flags(parser)
     return parser
 
 
 def _check(options: argparse.Namespace) -> None:
-    for flag in ("max_batch_size", "max_choices", "max_tokens", "max_prompt_tokens"):
-        value = getattr(options, flag)
-        if value is not None and value < 1:
-            raise UserError(f"--{flag.replace('_', '-')} must be at least 1")
+    flags = ("max_batch_size", "max_choices", "max_tokens", "max_prompt_tokens")
+    check_at_least_one(options, *flags)
     if options.max_waiting < 0:
         raise UserError("--max-waiting must not be negative")
     if not options.timeout > 0:
@@ -136,7 +121,4 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 if __name__ == "__main__":
-    if "LOCAL_RANK" in os.environ:
-        run_on_ranks(main)
-    else:
-        run_tool(main)
+    run_tool_or_ranks(main)

@@ -10,13 +10,12 @@ first routing named. Runs in any layout under torchrun; data-parallel copies sha
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_ext.devices import activate
-from megatron_ext.errors import ToolParser, UserError, run_on_ranks, run_tool
+from megatron_ext.errors import ToolParser, UserError, run_tool_or_ranks
 from megatron_ext.quiet import quiet_megatron, quiet_warnings
 from tools.model_flags import add_model_flags, check_at_least_one, is_first_rank, loading_options
 from tools.progress import Progress
@@ -155,12 +154,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--seq-length", type=int, metavar="N", help="tokens of a sequence (as in training)")
     add("--max-sequences", type=int, metavar="N", help="from the beginning of the data (all)")
     add("--out", metavar="FILE", help="write the JSON there instead of below the table")
+    add("--batch-tokens", type=int, default=4096, metavar="N", help="of a batch (%(default)s)")
     add_model_flags(parser)
     return parser
 
 
 if __name__ == "__main__":
-    if "LOCAL_RANK" in os.environ:
-        run_on_ranks(main)
-    else:
-        run_tool(main)
+    run_tool_or_ranks(main)
