@@ -74,7 +74,7 @@ on_nodes() {
 # pretrain [flags]: train in the run directory, after a check of the nodes if that is wanted.
 pretrain() {
     if [[ -n ${PREFLIGHT:-} && ${SLURM_RESTART_COUNT:-0} == 0 ]]; then
-        MAX_RESTARTS=0 on_nodes -m tools.preflight --run-dir "$run_dir" "$@"
+        on_nodes -m tools.preflight --run-dir "$run_dir" "$@"
         ((code == 0)) || fail "tools.preflight found what to fix: see $run_dir/logs"
     fi
     on_nodes pretrain_et.py --run-dir "$run_dir" "$@"

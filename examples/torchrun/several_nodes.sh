@@ -8,7 +8,8 @@
 #   MASTER_ADDR           name or address of node 0
 #   MASTER_PORT           29500; on one machine each run needs its own
 #   NPROC_PER_NODE        ranks of a node: the GPUs that Slurm or nvidia-smi shows, or 1
-#   MAX_RESTARTS          3: all ranks start again this often, from the newest checkpoint
+#   MAX_RESTARTS          how often all ranks start again, from the newest checkpoint: 3, and 0
+#                         for a tool
 #   SAVE_SECONDS          270: how long ranks may save after SIGTERM before they are killed
 #   INTERFACE             network interface of NCCL and gloo, such as ib0; they choose otherwise
 #   NODE_ADDR             this node's own address, where its host name does not resolve
@@ -40,6 +41,7 @@ python=${PYTHON:-}
 if [[ -z $python ]]; then
     [[ -x .venv/bin/python ]] && python=.venv/bin/python || python=python3
 fi
+[[ $1 == -m ]] && restarts=0 || restarts=3
 ranks=${NPROC_PER_NODE:-$(gpus)}
 ((ranks > 0)) || ranks=1
 
@@ -53,7 +55,7 @@ options=(
     --nnodes "$NNODES" --nproc-per-node "$ranks"
     --rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:${MASTER_PORT:-29500}"
     --rdzv-id "${SLURM_JOB_ID:-run}" --rdzv-conf "is_host=$((NODE_RANK == 0))"
-    --max-restarts "${MAX_RESTARTS:-3}" --shutdown-timeout "${SAVE_SECONDS:-270}"
+    --max-restarts "${MAX_RESTARTS:-$restarts}" --shutdown-timeout "${SAVE_SECONDS:-270}"
 )
 [[ -z ${NODE_ADDR:-} ]] || options+=(--local-addr "$NODE_ADDR")
 [[ -z ${LOG_DIR:-} ]] || options+=(--log-dir "$LOG_DIR/node$NODE_RANK" --tee 3)

@@ -181,8 +181,8 @@ def _configuration(folder: Path, host: str, controller: int, nodes: list[int]) -
         "ClusterName": "test",
         "SlurmctldHost": f"{host}(127.0.0.1)",
         "SlurmctldPort": controller,
-        # A requeued job waits as long as the credential of its last start lives.
-        "AuthInfo": f"socket={folder}/munge.socket,cred_expire=1",
+        # How long a requeued job waits; with less than 5 it would be two minutes.
+        "AuthInfo": f"socket={folder}/munge.socket,cred_expire=5",
         "SlurmUser": "root",
         "StateSaveLocation": folder / "state",
         "SlurmdSpoolDir": folder / "%n",

@@ -8,6 +8,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -16,6 +17,7 @@ import torch
 
 from tests.distributed import ROOT, SINGLE_THREADED, run_ranks
 from tests.megatron import TINY
+from tests.training.test_faults import start_and_do, whole_checkpoints
 from tests.training.test_pretrain import EP2, pretrain
 
 
@@ -96,6 +98,16 @@ def test_killed_ranks_leave_no_process_behind(tmp_path: Path) -> None:
         for process in of_run(mark):
             process.kill()
         run.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_to_a_rank_and_all_its_helpers_lets_them_save(name: str, tmp_path: Path) -> None:
+    flags = [*TINY, "--run-dir", str(tmp_path), "--async-save", "--save-interval", "2"]
+    to_all = partial(os.killpg, 0, getattr(signal, name))
+    ended = run_ranks(start_and_do, 2, flags, 4, {0: to_all, 1: to_all})
+    assert [code for code, _ in ended] == [0, 0], ended
+    assert whole_checkpoints(tmp_path) == ["iter_0000002", "iter_0000004"]
 
 
 def _wait(condition: Callable[[], bool], seconds: float) -> None:
