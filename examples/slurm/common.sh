@@ -9,7 +9,8 @@
 #   PREFLIGHT     1: run tools.preflight on the job's nodes before the first start
 
 cd "${SLURM_SUBMIT_DIR:?submit this file with sbatch, from the root of the repository}" || exit 2
-warned=0
+warned=0 step='' signal=USR1
+trap 'warned=1; [[ -z $step ]] || warn "$step" &' USR1
 
 fail() {
     echo "${SLURM_JOB_NAME:-job}: $*" >&2
@@ -42,8 +43,10 @@ record() {
 }
 
 # on_nodes PROGRAM [flags]: run it on all nodes under torchrun and wait. A warning that Slurm sends
-# to this script is passed on to the ranks until they have saved and ended. Sets `code`.
+# to this script is passed on to the ranks until they have saved and ended; a tool is ended at once.
+# Sets `code`.
 on_nodes() {
+    [[ $1 == pretrain_et.py ]] && signal=USR1 || signal=TERM
     local command=(bash examples/torchrun/several_nodes.sh "$@") options=()
     local folder extra=${MOUNTS:-} mounts=
     for folder in "$PWD" "$(realpath "$run_dir")" ${extra//,/ }; do
@@ -61,14 +64,13 @@ on_nodes() {
     srun --ntasks-per-node 1 --cpu-bind none --open-mode append \
         --output "$run_dir/logs/%x-%j-%N-%n.log" "${options[@]}" \
         bash -c 'NODE_RANK=$SLURM_NODEID exec "$@"' - "${command[@]}" &
-    local step=$!
-    trap 'warned=1; warn "$step" &' USR1
+    step=$!
     while
         code=0
         wait "$step" || code=$?
         kill -0 "$step" 2>/dev/null
     do :; done
-    trap '' USR1
+    step=
 }
 
 # pretrain [flags]: train in the run directory, after a check of the nodes if that is wanted.
@@ -82,7 +84,7 @@ pretrain() {
 
 # Ranks that have not come to their first step do not hear a warning yet.
 warn() {
-    while kill -USR1 "$1" 2>/dev/null; do
+    while kill -"$signal" "$1" 2>/dev/null; do
         sleep 10
     done
 }

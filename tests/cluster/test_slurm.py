@@ -22,9 +22,12 @@ import json, os, signal, sys, time
 if "pip" in sys.argv:
     sys.exit()
 warned = []
-signal.signal(signal.SIGUSR1, lambda *_: warned.append(1))
+if "pretrain_et.py" in sys.argv:
+    signal.signal(signal.SIGUSR1, lambda *_: warned.append(1))
 names = ("NODE_RANK", "NNODES", "MASTER_ADDR", "CUDA_DEVICE_MAX_CONNECTIONS", "GLOO_SOCKET_IFNAME")
 print(json.dumps([sys.argv[1:], *(os.environ.get(name) for name in names)]), flush=True)
+if "tools.preflight" in sys.argv:
+    sys.exit(2 * ("--broken" in sys.argv))
 while "--wait-for-warning" in sys.argv and not warned:
     time.sleep(0.05)
 """
@@ -61,7 +64,7 @@ def steps(run: Path) -> int:
     return metrics.read_text().count('"loss"') if metrics.exists() else 0
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
+def wait_until(condition: Callable[[], Any]) -> None:
     """Wait, at most a minute."""
     deadline = time.monotonic() + 60
     while not condition():
@@ -136,7 +139,13 @@ def test_every_script_starts_its_tool_on_every_node_and_requeues_only_itself(
 
     def of_nodes(folder: Path) -> list[list[Any]]:
         files = sorted(folder.glob("logs/*-[0-9].log"))
-        return [json.loads(file.read_text().splitlines()[-1]) for file in files]
+        return [json.loads(lines[-1]) for f in files if (lines := f.read_text().splitlines())]
+
+    evaluation = submitted("evaluate", str(tmp_path / "cut"), "--wait-for-warning")
+    wait_until(lambda: any(tmp_path.glob("cut/logs/*-0.log")) and of_nodes(tmp_path / "cut"))
+    slurm.run("scancel", "--batch", "--signal=USR1", evaluation)
+    slurm.wait_for(evaluation, ("PENDING",), 30)
+    slurm.run("scancel", evaluation)
 
     sweep = submitted("sweep", "--array=1-2", str(lines), str(tmp_path / "runs"), "--seed", "5")
     slurm.wait_for(f"{sweep}_1", ("COMPLETED",), 30)
@@ -158,10 +167,19 @@ def test_every_script_starts_its_tool_on_every_node_and_requeues_only_itself(
     jobs = [
         submitted("convert", str(tmp_path / "convert"), "--from", "hf"),
         submitted("evaluate", str(tmp_path / "core"), "--load", "run"),
-        submitted("pretrain", str(tmp_path / "two"), "--seed", "1", variables=",CONTAINER=it.sif"),
+        submitted(
+            "pretrain",
+            str(tmp_path / "two"),
+            "--seed",
+            "1",
+            variables=",CONTAINER=it.sif,PREFLIGHT=1",
+        ),
     ]
     for job in jobs:
         slurm.wait_for(job, ("COMPLETED",), 30)
+    job = submitted("pretrain", str(tmp_path / "bad"), "--broken", variables=",PREFLIGHT=1")
+    assert slurm.wait_for(job, ("COMPLETED", "FAILED"), 30)["ExitCode"] == "2:0"
+    assert all("tools.preflight" in row[0] for row in of_nodes(tmp_path / "bad"))
     [[command, *_]] = of_nodes(tmp_path / "convert")
     assert command[-4:] == ["-m", "tools.convert_checkpoint", "--from", "hf"]
     assert command[command.index("--max-restarts") + 1] == "0"
@@ -172,5 +190,6 @@ def test_every_script_starts_its_tool_on_every_node_and_requeues_only_itself(
         assert row[1:] == [str(node), "2", "127.0.0.1", "1", "lo"]
         assert row[0][row[0].index("--rdzv-conf") + 1] == f"is_host={int(node == 0)}"
         assert row[0][-2:] == ["--seed", "1"]
-    log = next((tmp_path / "two/logs").glob("pretrain-*-1.log")).read_text().splitlines()[0]
-    assert log.startswith(f"exec --nv --bind {ROOT}:{ROOT},{tmp_path}/two:{tmp_path}/two it.sif")
+    first, *log = next((tmp_path / "two/logs").glob("pretrain-*-1.log")).read_text().splitlines()
+    assert any("tools.preflight" in line for line in log)
+    assert first.startswith(f"exec --nv --bind {ROOT}:{ROOT},{tmp_path}/two:{tmp_path}/two it.sif")

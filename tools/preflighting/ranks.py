@@ -1,5 +1,6 @@
 """What the ranks of a launch are like: their clocks, and how fast each does work of its own."""
 
+import os
 import platform
 import statistics
 import time
@@ -43,6 +44,8 @@ def clock_offsets(launch: Launch) -> list[tuple[float, float]]:
 def own_work(launch: Launch) -> list[dict[str, Any]]:
     """Seconds that each rank takes for the same matrix products, all ranks at once; the best of
     some rounds."""
+    if not is_cpu_device():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     size = _SIZES[is_cpu_device()]
     dtype = torch.float32 if is_cpu_device() else torch.bfloat16
     a, b = (torch.randn(size, size, device="cuda", dtype=dtype) for _ in range(2))
