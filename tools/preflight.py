@@ -36,6 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     if any(word.startswith("--dry-run") for word in flags):
         raise UserError("--dry-run is part of what is checked: leave it out")
+    for name in ("ranks", "stall_timeout", "megabytes"):
+        if getattr(options, name) is not None and getattr(options, name) <= 0:
+            raise UserError(f"--{name.replace('_', '-')} must be above 0")
     if size > 1 and options.ranks not in (None, size):
         raise UserError(f"--ranks {options.ranks} differs from the {size} that were started")
     options.ranks = options.ranks or size
@@ -114,7 +117,7 @@ def _facts(runner: "Runner", dry_run: DryRun | None) -> dict[str, Any] | None:
     def share() -> Found:
         problem = None
         try:
-            facts[0] = dry_run and dry_run.facts(5 * runner.patience)
+            facts[0] = dry_run and dry_run.facts(1.5 * runner.patience)
         except UserError as error:
             problem = str(error)
         if problem := runner.launch.first_problem("facts found", problem):

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_ext.checkpoint import read_common_state
 from megatron_ext.config import ETConfig
+from megatron_ext.devices import is_cpu_device
 from megatron_ext.errors import UserError
 from megatron_ext.training.checkpoints import choose_checkpoint
 from megatron_ext.training.launch import Launch
@@ -331,6 +333,9 @@ def versions() -> dict[str, str]:
     """Of Python and of the packages that decide what a run computes, where they are installed."""
     packages = ("torch", "megatron-core", "transformer-engine", "numpy")
     found = {name: version for name in packages if (version := _version(name))}
+    if not is_cpu_device():
+        nccl = ".".join(map(str, torch.cuda.nccl.version()))
+        found |= {"cuda": str(torch.version.cuda), "nccl": nccl}
     return {"python": platform.python_version(), **found}
 
 

@@ -47,15 +47,16 @@ class Report:
         return any(row["status"] == FAILED for row in self.rows)
 
     def end(self) -> None:
-        """Tell how many checks ended how, and write the file."""
-        counts = {s: sum(row["status"] == s for row in self.rows) for s in (OK, WARNING, FAILED)}
-        self._print(", ".join(f"{count} {status}" for status, count in counts.items()))
+        """Write the file, and tell how many checks ended how."""
         if self._file is not None:
             content = {"failed": self.failed, "checks": self.rows}
             try:
                 Path(self._file).write_text(json.dumps(content, indent=1) + "\n")
             except OSError as error:
-                print(f"preflight: --json {self._file}: {error.strerror}", file=sys.stderr)
+                told = f"{self._file} cannot be written ({error.strerror}): give another"
+                self.add("--json", Found(told, FAILED))
+        counts = {s: sum(row["status"] == s for row in self.rows) for s in (OK, WARNING, FAILED)}
+        self._print(", ".join(f"{count} {status}" for status, count in counts.items()))
 
     def _print(self, line: str) -> None:
         if self._output is not None:

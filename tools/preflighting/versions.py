@@ -17,7 +17,12 @@ _GPU = ("transformer-engine",)
 def check_versions(has_gpu: bool) -> Iterator[tuple[str, Found]]:
     """The rows on packages."""
     found, outside = {}, []
-    for requirement in _requirements():
+    try:
+        requirements = _requirements()
+    except importlib.metadata.PackageNotFoundError:
+        yield "packages", Found("megatron-et is not installed: pip install -e .", WARNING)
+        requirements = []
+    for requirement in requirements:
         version = _version(requirement.name)
         if version is None:
             continue
@@ -30,8 +35,10 @@ def check_versions(has_gpu: bool) -> Iterator[tuple[str, Found]]:
             f"pip install '{requirement.name}{requirement.specifier}'"
         )
         yield requirement.name, Found(told, FAILED)
-    shown = ", ".join(f"{name} {found[name]}" for name in ("torch", "megatron-core"))
-    yield "packages", Found(f"{shown} and {len(found) - 2} others, {len(outside)} out of range")
+    if found:
+        shown = ", ".join(f"{name} {found[name]}" for name in ("torch", "megatron-core"))
+        fit = len(found) - len(outside)
+        yield "packages", Found(f"{shown} and others, {fit} of {len(found)} within their ranges")
     yield from _check_apex(importlib.util.find_spec("apex"))
     if "transformer-engine" in found:
         yield "transformer-engine", Found(f"version {found['transformer-engine']}")
