@@ -23,7 +23,7 @@ from tests.megatron import TINY
 
 REAL_DATA = [flag for flag in TINY if flag != "--mock-data"]
 SLOW = """
-while [[ -e $1 ]]; do kill -STOP $0; sleep 0.08; kill -CONT $0; sleep 0.02; done
+while [[ -e $1 ]]; do kill -STOP $0; sleep 0.06; kill -CONT $0; sleep 0.02; done
 """
 
 
@@ -51,7 +51,7 @@ def start(argv: list[str], port: int, trouble: dict[int, str], mark: str) -> tup
 
 
 def slow_and_with_a_wrong_clock(mark: Path) -> Any:
-    """Stop this process four fifths of the time, from outside; its clock is five seconds ahead."""
+    """Stop this process most of the time, from outside; its clock is five seconds ahead."""
     mark.touch()
     stopper = subprocess.Popen(["bash", "-c", SLOW, str(os.getpid()), str(mark)])
     right = time.time

@@ -1,6 +1,5 @@
 """`--dry-run` in a process beside a preflight."""
 
-import contextlib
 import multiprocessing
 import os
 import traceback
@@ -66,21 +65,19 @@ class DryRun:
 
 
 def _measure(pipe: Connection, flags: list[str]) -> None:
-    with (
-        open(os.devnull, "w") as nowhere,
-        contextlib.redirect_stdout(nowhere),
-        contextlib.redirect_stderr(nowhere),  # the preflight itself tells warnings
-    ):
-        try:
-            activate(use_cuda=False)
-            from megatron_ext.arguments import parse_args
-            from megatron_ext.training.dry_run import measure
+    with open(os.devnull, "w") as nowhere:  # the preflight itself tells warnings
+        for stream in (1, 2):
+            os.dup2(nowhere.fileno(), stream)
+    try:
+        activate(use_cuda=False)
+        from megatron_ext.arguments import parse_args
+        from megatron_ext.training.dry_run import measure
 
-            pipe.send(("measured", measure(*parse_args(flags))))
-        except UserError as error:
-            pipe.send(("refused", str(error)))
-        except BaseException:
-            pipe.send(("failed", traceback.format_exc()))
+        pipe.send(("measured", measure(*parse_args(flags))))
+    except UserError as error:
+        pipe.send(("refused", str(error)))
+    except BaseException:
+        pipe.send(("failed", traceback.format_exc()))
 
 
 def memory_of_a_rank(facts: dict[str, Any]) -> tuple[int, int]:

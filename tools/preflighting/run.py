@@ -30,8 +30,11 @@ def configuration(flags: Sequence[str], ranks: int) -> tuple[Namespace, ETConfig
     Raises:
         UserError: they are wrong, or do not fit each other.
     """
+    nothing_written = ["--tensorboard-dir", "", "--wandb-project", ""]
     with mock.patch.dict(os.environ, WORLD_SIZE=str(ranks)):
-        return parse_args(flags)
+        args, config = parse_args([*flags, *nothing_written])
+    args.tokenizer_sha256 = checks.sha256(args.tokenizer_model)
+    return args, config
 
 
 def layout(args: Namespace) -> Found:

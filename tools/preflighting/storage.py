@@ -79,7 +79,7 @@ def check_room(args: Namespace, size: int, keep: int) -> tuple[bool, str]:
     """
     folder = nearest_folder(args.save)
     free = shutil.disk_usage(folder).free
-    told = f"{free / GB:,.3f} GB free in {folder}, a checkpoint takes {size / GB:,.3f} GB"
+    told = f"{free / GB:,.3g} GB free in {folder}, a checkpoint takes {size / GB:,.3g} GB"
     if keep * size > free:
         raise UserError(
             f"{told} and {keep} must fit: make room, give another --run-dir or --save, or lower "
