@@ -73,49 +73,35 @@ def wait_until(condition: Callable[[], Any]) -> None:
 
 
 @pytest.mark.slow
-def test_a_job_that_slurm_cuts_short_twice_ends_like_an_undisturbed_run(
+def test_a_job_that_is_preempted_ends_like_an_undisturbed_run(
     slurm: Cluster, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     script = "examples/slurm/pretrain.sbatch"
     job = submit(slurm, tmp_path, "--partition=low", script, str(run), *SAME)
-    began = time.monotonic()
     wait_until(lambda: steps(run) >= 5)
-    print("5 steps", time.monotonic() - began)
-    # Another job needs the nodes: after a preemption with GraceTime the ranks get SIGTERM.
+    # With GraceTime the ranks get SIGTERM, and the script must requeue itself.
     urgent = submit(slurm, tmp_path, "--partition=high", "--nodes=2", "--wrap=true")
     slurm.wait_for(urgent, ("COMPLETED",), 60)
-    print("urgent", time.monotonic() - began)
     cut = steps(run)
     assert 5 <= cut < STEPS
     assert whole_checkpoints(run) == [f"iter_{cut:07d}"]
 
-    wait_until(lambda: steps(run) >= cut + 5)
-    print("resumed", time.monotonic() - began)
-    # What --signal=B:USR1@N does before the time limit.
-    slurm.run("scancel", "--batch", "--signal=USR1", job)
-    slurm.wait_for(job, ("PENDING",), 60)
-    print("requeued", time.monotonic() - began)
-    again = steps(run)
-    assert cut + 5 <= again < STEPS
-    assert whole_checkpoints(run)[-1] == f"iter_{again:07d}"
-
-    ended = slurm.wait_for(job, ("COMPLETED", "FAILED"), 120)
-    print("ended", time.monotonic() - began)
-    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "2")
     train([*SAME, "--run-dir", str(tmp_path / "undisturbed")])
-    print("ref", time.monotonic() - began)
+    ended = slurm.wait_for(job, ("COMPLETED", "FAILED"), 120)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1")
     assert rows(run) == rows(tmp_path / "undisturbed")
 
     logs = run / "logs"
     for node in range(2):
         assert next(logs.glob(f"pretrain-{job}-*-{node}.log")).read_text()
-        assert len(list(logs.glob(f"ranks/node{node}/*/attempt_0/0/stdout.log"))) == 3
-    for start in range(3):
+        assert len(list(logs.glob(f"ranks/node{node}/*/attempt_0/0/stdout.log"))) == 2
+    for start in range(2):
         recorded = (logs / f"environment-{job}-{start}.txt").read_text()
         assert f"JobId={job}" in recorded and "torch==" in recorded
 
 
+@pytest.mark.slow
 def test_every_script_starts_its_tool_on_every_node_and_requeues_only_itself(
     slurm: Cluster, tmp_path: Path
 ) -> None:
@@ -142,15 +128,14 @@ def test_every_script_starts_its_tool_on_every_node_and_requeues_only_itself(
         return [json.loads(lines[-1]) for f in files if (lines := f.read_text().splitlines())]
 
     evaluation = submitted("evaluate", str(tmp_path / "cut"), "--wait-for-warning")
-    wait_until(lambda: any(tmp_path.glob("cut/logs/*-0.log")) and of_nodes(tmp_path / "cut"))
+    wait_until(lambda: of_nodes(tmp_path / "cut"))
     slurm.run("scancel", "--batch", "--signal=USR1", evaluation)
     slurm.wait_for(evaluation, ("PENDING",), 30)
     slurm.run("scancel", evaluation)
 
     sweep = submitted("sweep", "--array=1-2", str(lines), str(tmp_path / "runs"), "--seed", "5")
     slurm.wait_for(f"{sweep}_1", ("COMPLETED",), 30)
-    waiting = next((tmp_path / "runs/2/logs").glob("sweep-*-0.log"))
-    wait_until(lambda: waiting.read_text() != "")
+    wait_until(lambda: of_nodes(tmp_path / "runs/2"))
     slurm.run("scancel", "--batch", "--signal=USR1", f"{sweep}_2")
     slurm.wait_for(f"{sweep}_2", ("PENDING",), 30)
     assert slurm.job(f"{sweep}_1")["JobState"] == "COMPLETED"

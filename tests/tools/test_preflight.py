@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from tests.distributed import ROOT, run_ranks, torchrun
+from tests.distributed import ROOT, run_ranks
 from tests.megatron import TINY
+from tests.training.test_faults import start as train
 
 REAL_DATA = [flag for flag in TINY if flag != "--mock-data"]
 SLOW = """
@@ -51,16 +52,26 @@ def start(argv: list[str], port: int, trouble: dict[int, str], mark: str) -> tup
 
 
 def slow_and_with_a_wrong_clock(mark: Path) -> Any:
-    """Stop this process most of the time, from outside; its clock is five seconds ahead."""
-    mark.touch()
-    stopper = subprocess.Popen(["bash", "-c", SLOW, str(os.getpid()), str(mark)])
-    right = time.time
+    """While ranks work, stop this process most of the time, from outside; its clock is five seconds
+    ahead."""
+    from tools.preflighting import ranks
+
+    right, work = time.time, ranks.own_work
     time.time = lambda: right() + 5
+
+    def slowed(launch: Any) -> Any:
+        mark.touch()
+        stopper = subprocess.Popen(["bash", "-c", SLOW, str(os.getpid()), str(mark)])
+        try:
+            return work(launch)
+        finally:
+            mark.unlink()
+            stopper.wait()
+
+    ranks.own_work = slowed
 
     def undo() -> None:
         time.time = right
-        mark.unlink()
-        stopper.wait()
 
     return undo
 
@@ -71,7 +82,7 @@ def stopped_in_a_collective(mark: Path) -> Any:
 
     def stop(*args: Any, **kwargs: Any) -> Any:
         dist.all_to_all_single = all_to_all
-        subprocess.Popen(["bash", "-c", "sleep 10; kill -CONT $0", str(os.getpid())])
+        subprocess.Popen(["bash", "-c", "sleep 8; kill -CONT $0", str(os.getpid())])
         os.kill(os.getpid(), signal.SIGSTOP)
         return all_to_all(*args, **kwargs)
 
@@ -117,8 +128,7 @@ def test_a_good_run_passes_with_what_it_needs(dataset: Path, tmp_path: Path) -> 
     # 8 sequences of 32 tokens, 2 at once; each of 4 experts takes a quarter.
     assert "256 tokens a step in 4 micro-batch(es); k = 16 of" in table["routing"]["text"]
 
-    trained = torchrun(["pretrain_et.py", *flags, "--exit-interval", "1"], 1)
-    assert trained.returncode == 0, trained.stderr[-2000:]
+    assert [end for end, _ in run_ranks(train, 1, [*flags, "--exit-interval", "1"], {}, {})] == [0]
     folder = run / "checkpoints/iter_0000001"
     tensors = sum(file.stat().st_size for file in folder.glob("*.distcp"))
     assert table["room for checkpoints"]["bytes"] == pytest.approx(tensors, rel=0.2)
@@ -210,7 +220,7 @@ def test_groups_of_a_layout_the_slow_rank_and_the_wrong_clock(tmp_path: Path) ->
 def test_a_rank_that_stands_still_is_named_in_time(tmp_path: Path) -> None:
     code, table, told = preflight(
         tmp_path,
-        *(*TINY, "--expert-model-parallel-size", "2", "--stall-timeout", "4"),
+        *(*TINY, "--expert-model-parallel-size", "2", "--stall-timeout", "3"),
         ranks=2,
         trouble={1: "stopped_in_a_collective"},
     )

@@ -19,7 +19,7 @@ from megatron_ext.training import checks
 from megatron_ext.training.launch import Launch
 from tools.preflighting import storage
 from tools.preflighting.dry_run import GIB, memory_of_a_rank
-from tools.preflighting.report import WARNING, Found
+from tools.preflighting.report import OK, WARNING, Found
 
 _FULL = 0.9  # of a device's memory: the rest is for CUDA, NCCL, fragments, uneven routing
 
@@ -141,4 +141,4 @@ def room(args: Namespace, facts: dict[str, Any], keep: int) -> Found:
     """Whether there is room for the checkpoints that are to be kept."""
     size = storage.checkpoint_bytes(args, facts)
     enough, told = storage.check_room(args, size, keep)
-    return Found(told) if enough else Found(told, WARNING)
+    return Found(told, OK if enough else WARNING, {"bytes": size})
