@@ -119,9 +119,11 @@ def statuses(table: dict[str, dict[str, Any]], status: str) -> set[str]:
     return {name for name, row in table.items() if row["status"] == status}
 
 
+@pytest.mark.slow
 def test_a_good_run_passes_with_what_it_needs(dataset: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     flags = [*REAL_DATA, "--data-path", str(dataset), "--run-dir", str(run)]
+    flags += ["--hidden-size", "128", "--ffn-hidden-size", "512"]
     code, table, told = preflight(tmp_path, *flags)
     assert (code, statuses(table, "FAILED"), statuses(table, "warning")) == (0, set(), set()), told
     assert not run.exists()  # it leaves nothing behind
@@ -131,7 +133,7 @@ def test_a_good_run_passes_with_what_it_needs(dataset: Path, tmp_path: Path) -> 
     assert [end for end, _ in run_ranks(train, 1, [*flags, "--exit-interval", "1"], {}, {})] == [0]
     folder = run / "checkpoints/iter_0000001"
     tensors = sum(file.stat().st_size for file in folder.glob("*.distcp"))
-    assert table["room for checkpoints"]["bytes"] == pytest.approx(tensors, rel=0.2)
+    assert table["room for checkpoints"]["bytes"] == pytest.approx(tensors, rel=0.1)
     code, table, told = preflight(tmp_path, *flags)
     assert (code, table["checkpoint to resume"]["text"]) == (0, f"{folder} is whole"), told
 
@@ -193,6 +195,7 @@ def test_a_tokenizer_of_another_size_and_a_full_disk(
     assert "No space left on device" in table["checkpoint folder"]["text"]
 
 
+@pytest.mark.slow
 def test_groups_of_a_layout_the_slow_rank_and_the_wrong_clock(tmp_path: Path) -> None:
     layout = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
     layout += ["--expert-model-parallel-size", "2", "--expert-tensor-parallel-size", "1"]
@@ -217,6 +220,7 @@ def test_groups_of_a_layout_the_slow_rank_and_the_wrong_clock(tmp_path: Path) ->
     assert all(g["all-to-all"] > 0 for groups in found.values() for g in groups)
 
 
+@pytest.mark.slow
 def test_a_rank_that_stands_still_is_named_in_time(tmp_path: Path) -> None:
     code, table, told = preflight(
         tmp_path,
