@@ -26,6 +26,7 @@ setup(
         "megatron-core>=0.19.2,<0.20",
         "emerging-optimizers>=0.3,<0.4",  # Muon
         "numpy>=2.0,<3",
+        "packaging>=24.2",
         "scipy>=1.14,<2",
         "psutil>=6",  # without it Megatron fails late, when it saves a checkpoint
         "pyyaml>=6",
@@ -62,7 +63,6 @@ setup(
             "lm-eval>=0.4.9,<0.5",
             "mypy>=2.0,<3",
             "openai>=2",
-            "packaging>=24.2",
             "pytest>=9,<10",
             "pytest-timeout>=2.3,<3",
             "ruff>=0.17,<0.18",

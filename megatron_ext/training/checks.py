@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_ext.checkpoint import read_common_state
 from megatron_ext.config import ETConfig
+from megatron_ext.devices import is_cpu_device
 from megatron_ext.errors import UserError
 from megatron_ext.training.checkpoints import choose_checkpoint
 from megatron_ext.training.launch import Launch
@@ -37,14 +39,9 @@ def check_run(args: Namespace, config: ETConfig, launch: Launch) -> Path | None:
         UserError: what is wrong, naming the flag or file and the fix, on every rank.
     """
     args.tokenizer_sha256 = sha256(args.tokenizer_model)  # saved in checkpoints with the rest
-    settings = launch.share("settings", _settings(args))
-    launch.agree("flags", lambda: _check_same_settings(settings, args))
-    launch.agree("inputs", lambda: _check_inputs(args, config))
-    checkpoint = choose_checkpoint(args, launch) if args.load is not None else None
-    if checkpoint is not None and launch.rank == 0:
-        launch.agree("checkpoint", lambda: _check_checkpoint(checkpoint, args, config))
-    else:
-        launch.agree("checkpoint", lambda: None)
+    check_same_settings(args, launch)
+    launch.agree("inputs", lambda: check_inputs(args, config))
+    check_checkpoint(args, config, launch)
     if args.run_dir is None:
         return None
     run_dir = Path(args.run_dir)
@@ -54,6 +51,30 @@ def check_run(args: Namespace, config: ETConfig, launch: Launch) -> Path | None:
     return run_dir
 
 
+def check_same_settings(args: Namespace, launch: Launch) -> None:
+    """Compare flags and versions of all ranks.
+
+    Raises:
+        UserError: naming a rank that differs from rank 0, on every rank.
+    """
+    settings = launch.share("settings", _settings(args))
+    launch.agree("flags", lambda: _check_same_settings(settings, args))
+
+
+def check_checkpoint(args: Namespace, config: ETConfig, launch: Launch) -> Path | None:
+    """The checkpoint that training resumes from, if any: whole, and of these flags' model.
+
+    Raises:
+        UserError: naming the damaged file or the flag that differs, on every rank.
+    """
+    checkpoint = choose_checkpoint(args, launch) if args.load is not None else None
+    if checkpoint is not None and launch.rank == 0:
+        launch.agree("checkpoint", lambda: _check_checkpoint(checkpoint, args, config))
+    else:
+        launch.agree("checkpoint", lambda: None)
+    return checkpoint
+
+
 def _settings(args: Namespace) -> dict[str, Any]:
     """Everything that all ranks must have the same."""
     settings = {
@@ -61,7 +82,7 @@ def _settings(args: Namespace) -> dict[str, Any]:
         for name, value in sorted(vars(args).items())
         if name not in ("rank", "local_rank")
     }
-    return json.loads(json.dumps(settings | _versions()))
+    return json.loads(json.dumps(settings | versions()))
 
 
 def _check_same_settings(rank_0: dict[str, Any], args: Namespace) -> None:
@@ -74,8 +95,12 @@ def _check_same_settings(rank_0: dict[str, Any], args: Namespace) -> None:
             )
 
 
-def _check_inputs(args: Namespace, config: ETConfig) -> None:
-    """Data, once on each node, for it is read there; and pools."""
+def check_inputs(args: Namespace, config: ETConfig) -> None:
+    """Data, once on each node, for it is read there; and pools.
+
+    Raises:
+        UserError: naming the file or flag and the fix.
+    """
     if not args.mock_data and args.local_rank == 0:
         _check_data(args)
     if config.uses_thresholds:
@@ -291,7 +316,7 @@ def _record(run_dir: Path, args: Namespace) -> None:
     record = {
         "commands": [*earlier, " ".join(sys.argv)],
         "commit": _commit(),
-        "versions": _versions(),
+        "versions": versions(),
         "world_size": args.world_size,
         "settings": {name: _plain(value) for name, value in sorted(vars(args).items())},
     }
@@ -304,9 +329,13 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, str | int | float | bool | list | None) else str(value)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that decide what a run computes, where they are installed."""
     packages = ("torch", "megatron-core", "transformer-engine", "numpy")
     found = {name: version for name in packages if (version := _version(name))}
+    if not is_cpu_device():
+        nccl = ".".join(map(str, torch.cuda.nccl.version()))
+        found |= {"cuda": str(torch.version.cuda), "nccl": nccl}
     return {"python": platform.python_version(), **found}
 
 

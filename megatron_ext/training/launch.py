@@ -86,7 +86,7 @@ class Launch:
             self.store.set(f"{topic}/verdict", problem or "")
             return problem
         self.store.set(f"{topic}/{self.rank}", problem or "")
-        return self._wait(f"{topic}/verdict") or None
+        return self.wait(f"{topic}/verdict") or None
 
     def share(self, topic: str, value: Any) -> Any:
         """Rank 0's `value`, which must be plain data, on every rank."""
@@ -94,7 +94,23 @@ class Launch:
             return value
         if self.rank == 0:
             self.store.set(topic, json.dumps(value))
-        return json.loads(self._wait(topic))
+        return json.loads(self.wait(topic))
+
+    def gather(self, topic: str, value: Any) -> list[Any]:
+        """Every rank's `value`, which must be plain data, in rank order, on every rank.
+
+        Raises:
+            UserError: naming the ranks that do not give theirs in time.
+        """
+        if self.store is None:
+            return [value]
+        self.store.set(f"{topic}/value/{self.rank}", json.dumps(value))
+        self.agree(topic, lambda: None)
+        values = []
+        if self.rank == 0:
+            keys = [f"{topic}/value/{rank}" for rank in range(self.size)]
+            values = [json.loads(self.store.get(key)) for key in keys]
+        return self.share(f"{topic}/values", values)
 
     def _collect(self, topic: str, problem: str | None) -> str | None:
         """Rank 0's verdict on what the ranks say; it stops waiting for the rest at a problem."""
@@ -116,7 +132,12 @@ class Launch:
             )
         return problem
 
-    def _wait(self, key: str) -> str:
+    def wait(self, key: str) -> str:
+        """What some rank sets in the store, once it is there.
+
+        Raises:
+            UserError: it is not there in time.
+        """
         assert self.store is not None
         try:
             # Rank 0 may itself wait the whole time for another.

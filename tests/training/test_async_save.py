@@ -16,6 +16,7 @@ import torch
 
 from tests.distributed import ROOT, SINGLE_THREADED, run_ranks
 from tests.megatron import TINY
+from tests.training.test_faults import start_and_do, whole_checkpoints
 from tests.training.test_pretrain import EP2, pretrain
 
 
@@ -96,6 +97,20 @@ def test_killed_ranks_leave_no_process_behind(tmp_path: Path) -> None:
         for process in of_run(mark):
             process.kill()
         run.wait()
+
+
+@pytest.mark.slow
+def test_signals_to_a_rank_and_all_its_helpers_let_them_save(tmp_path: Path) -> None:
+    flags = [*TINY, "--run-dir", str(tmp_path), "--async-save", "--save-interval", "2"]
+    [(code, stderr)] = run_ranks(start_and_do, 1, flags, 4, {0: signals_to_all})
+    assert code == 0, stderr
+    assert whole_checkpoints(tmp_path) == ["iter_0000002", "iter_0000004"]
+
+
+def signals_to_all() -> None:
+    """What Slurm and torchrun do to every process of a rank."""
+    os.killpg(0, signal.SIGUSR1)
+    os.killpg(0, signal.SIGTERM)
 
 
 def _wait(condition: Callable[[], bool], seconds: float) -> None:

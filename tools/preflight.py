@@ -1,0 +1,179 @@
+"""Check a run before hours are spent on it: flags, memory, data, folders, packages, nodes, network.
+
+    python -m tools.preflight --ranks 64 --device-memory 80 --recipe FILE.yaml [flags]
+    torchrun --nproc-per-node 8 -m tools.preflight --recipe FILE.yaml [flags]
+
+The flags are those of pretrain_et.py. Alone it checks what one process can see; under torchrun,
+where and as the run will be started, also that the ranks are alike, their clocks and speed, and
+collectives over every group of the layout. It trains nothing and leaves nothing behind. Exit code 0
+when nothing failed, 2 otherwise.
+"""
+
+import argparse
+import os
+import platform
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from megatron_ext.devices import activate, is_cpu_device
+from megatron_ext.errors import ToolParser, UserError, run_on_ranks, run_tool
+from megatron_ext.quiet import quiet_megatron
+from tools.preflighting.dry_run import DryRun
+from tools.preflighting.report import SKIPPED, Found, Report
+from tools.preflighting.versions import check_versions
+
+if TYPE_CHECKING:
+    from tools.preflighting.runner import Runner
+
+_HASHING = 20 * 60  # seconds for reading a checkpoint whole
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options, flags = _parser().parse_known_args(argv)
+    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    if any(word.startswith("--dry-run") for word in flags):
+        raise UserError("--dry-run is part of what is checked: leave it out")
+    for name in ("ranks", "stall_timeout", "megabytes"):
+        if getattr(options, name) is not None and getattr(options, name) <= 0:
+            raise UserError(f"--{name.replace('_', '-')} must be above 0")
+    if size > 1 and options.ranks not in (None, size):
+        raise UserError(f"--ranks {options.ranks} differs from the {size} that were started")
+    options.ranks = options.ranks or size
+    dry_run = DryRun(flags, options.ranks) if rank == 0 else None  # before Megatron and CUDA
+    try:
+        report = Report(rank, options.json)
+        with quiet_megatron():
+            activate()  # before anything of Megatron is imported, which takes seconds
+            from tools.preflighting.runner import Runner
+
+            runner = Runner(report, options.stall_timeout)
+            _check_all(runner, options, flags, rank, size, dry_run)
+        return runner.end()
+    finally:
+        if dry_run is not None:
+            dry_run.stop()
+
+
+def _check_all(
+    runner: "Runner",
+    options: Namespace,
+    flags: list[str],
+    rank: int,
+    size: int,
+    dry_run: DryRun | None,
+) -> None:
+    """Every check that those before it allow."""
+    from megatron_ext.training.launch import Launch
+    from tools.preflighting import run
+
+    def meet() -> Found:
+        runner.launch = Launch.join(rank, size, runner.patience)
+        nodes = runner.launch.gather("nodes", platform.node())
+        return Found(f"{size} on {len(set(nodes))} node(s)")
+
+    if size > 1 and not runner.check("ranks", meet):
+        return
+    for package, found in check_versions(has_gpu=not is_cpu_device()):
+        runner.report.add(package, found)
+    parsed: list[Any] = []
+
+    def configure() -> Found:
+        parsed[:] = run.configuration(flags, options.ranks)
+        return run.layout(parsed[0])
+
+    if not runner.check("configuration", configure):
+        runner.report.add("everything else", Found("depends on the configuration", SKIPPED))
+        return
+    args, config = parsed
+    if size > 1:
+        runner.check("ranks alike", lambda: run.same_settings(args, runner.launch))
+    runner.check("routing", lambda: run.routing(args, config))
+    facts = _facts(runner, dry_run)
+    if facts is not None:
+        alone = size < options.ranks
+        runner.check("memory of a rank", lambda: run.memory(facts, options.device_memory, alone))
+    runner.check("data and tokenizer", lambda: run.data(args, config))
+    saved = runner.check("checkpoint folder", lambda: run.folder(args, runner.launch))
+    if saved and args.save is not None and facts is not None:
+        keep = options.keep_checkpoints
+        runner.check("room for checkpoints", lambda: run.room(args, facts, keep))
+    runner.check(
+        "checkpoint to resume", lambda: run.resuming(args, config, runner.launch), _HASHING
+    )
+    if size > 1:
+        _check_nodes(runner, options, args)
+    else:
+        told = "start it under torchrun to check ranks, clocks, speeds and collectives"
+        runner.report.add("nodes and network", Found(told, SKIPPED))
+
+
+def _facts(runner: "Runner", dry_run: DryRun | None) -> dict[str, Any] | None:
+    """What rank 0's dry run found, on every rank; None where it failed."""
+    facts: list[Any] = [None]
+
+    def share() -> Found:
+        problem = None
+        try:
+            facts[0] = dry_run and dry_run.facts(1.5 * runner.patience)
+        except UserError as error:
+            problem = str(error)
+        if problem := runner.launch.first_problem("facts found", problem):
+            raise UserError(problem)
+        facts[0] = runner.launch.share("facts", facts[0])
+        return Found(f"{facts[0]['parameters']['total']:,} parameters")
+
+    return facts[0] if runner.check("model", share) else None
+
+
+def _check_nodes(runner: "Runner", options: Namespace, args: Namespace) -> None:
+    """Clocks, speeds, and collectives over every group of the layout."""
+    from tools.preflighting import groups, ranks
+
+    launch = runner.launch
+    runner.check("clocks", lambda: ranks.clocks(launch, options.clock_tolerance))
+    runner.check("speed of ranks", lambda: ranks.speeds(launch, options.slow_rank))
+    if not runner.check("network", lambda: groups.meet(args, launch)):
+        return
+    size = round(options.megabytes * 1e6)
+    for kind, group in groups.kinds():
+        if not runner.check(kind, partial(groups.measure, launch, kind, group, size)):
+            return  # ranks may still stand in a collective
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = ToolParser(
+        prog="python -m tools.preflight",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--ranks", type=int, metavar="N", help="of the run, where this is started alone")
+    add("--device-memory", type=float, metavar="GIB", help="of a device, where it is not this one")
+    add("--keep-checkpoints", type=int, default=2, metavar="K", help="that must fit (2)")
+    add("--megabytes", type=float, default=16, help="of each collective (16)")
+    add("--slow-rank", type=float, default=1.5, metavar="X", help="times the median (1.5)")
+    add("--clock-tolerance", type=float, default=1.0, metavar="SECONDS", help="between nodes (1)")
+    add(
+        "--stall-timeout",
+        type=float,
+        default=60,
+        metavar="SECONDS",
+        help="to wait for another rank (60)",
+    )
+    add("--json", metavar="FILE", help="write the table there too, with figures")
+    return parser
+
+
+def _on_ranks() -> None:
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        run_on_ranks(_on_ranks)
+    else:
+        run_tool(main)
