@@ -177,7 +177,15 @@ def check_layout(args: Namespace, ranks: int) -> None:
 
 def _check_shared_out_matrices(args: Namespace, layout: Layout) -> None:
     """Megatron's distributed Muon shares out experts only where it shares out the rest."""
-    if args.optimizer != "muon" or not args.use_distributed_optimizer or not layout.experts:
+    if args.optimizer != "muon" or not args.use_distributed_optimizer:
+        return
+    if layout.pipeline > 2 and not args.et_norm_scale and args.muon_router == "muon":
+        raise UserError(
+            "--muon-router muon with --use-distributed-optimizer leaves AdamW no parameter on the "
+            "inner of more than 2 pipeline stages, which Megatron cannot save: use --muon-router "
+            "adam, or --pipeline-model-parallel-size 2"
+        )
+    if not layout.experts:
         return
     copies = layout.stage_ranks // (layout.expert * layout.expert_tensor)
     if layout.data * layout.context == 1 and copies > 1:

@@ -9,9 +9,10 @@ momentum that warms up; and a distributed optimizer in fp32.
 
 import functools
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import torch
 from megatron.core.optimizer import FP32Optimizer, OptimizerConfig
@@ -19,6 +20,7 @@ from megatron.core.optimizer.emerging_optimizers import _EMERGING_OPTIMIZERS
 from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 from megatron.training import get_args, training
+from megatron.training.models import dist_utils
 
 from megatron_ext.devices import is_cpu_device
 
@@ -28,6 +30,7 @@ _ROUTERS, _EMBEDDINGS = ("router.weight", "gate_weight"), "embeddings.weight"
 
 _init_layer_wise = LayerWiseDistributedOptimizer.__init__
 _get_config = training.get_megatron_optimizer_config
+_wrap = dist_utils._ddp_wrap
 
 
 def add_muon_arguments(parser: ArgumentParser) -> None:
@@ -105,7 +108,7 @@ def install() -> None:
     _EMERGING_OPTIMIZERS["muon"] = replace(
         muon, default_param_overrides={key: {"optimizer": "adam"}}
     )
-    training.tag_params_for_buffer_routing = tag_parameters
+    dist_utils._ddp_wrap = wrap
     training.get_megatron_optimizer_config = optimizer_config
     LayerWiseDistributedOptimizer.__init__ = init_layer_wise  # type: ignore[method-assign]
 
@@ -161,11 +164,21 @@ def optimizer_config(args: Namespace) -> tuple[OptimizerConfig, Any]:
     return config, overrides
 
 
-def tag_parameters(model: Sequence[torch.nn.Module]) -> None:
-    """Megatron's `tag_params_for_buffer_routing`: which parameters lie in Muon's buffers."""
+@functools.wraps(_wrap)
+def wrap(model: list[torch.nn.Module], random: bool, ddp_config: Any, *rest: Any, **kw: Any) -> Any:
+    """Wrap a model so that gradients of whole matrices reach the rank that steps them.
+
+    Megatron does so where it builds a model by its older way only; by this one every rank would
+    hold, and reduce, all gradients.
+    """
+    if not get_args().use_layer_wise_distributed_optimizer:
+        return _wrap(model, random, ddp_config, *rest, **kw)
+    ddp_config.use_distributed_optimizer = True
     for chunk in model:
         for name, parameter in chunk.named_parameters():
             parameter.is_managed_by_layer_wise_optimizer = _is_muons(parameter, name)  # type: ignore[attr-defined]
+    with mock.patch.object(dist_utils, "DistributedOptimizer", LayerWiseDistributedOptimizer):
+        return _wrap(model, random, ddp_config, *rest, **kw)
 
 
 class WholeMatrices(FP32Optimizer):

@@ -20,7 +20,7 @@ D12 = {
     "tensor_model_parallel_size": 1, "context_parallel_size": 1,
     "pipeline_model_parallel_size": 1, "num_layers_per_virtual_pipeline_stage": None,
     "expert_model_parallel_size": 1, "expert_tensor_parallel_size": None, "optimizer": "adam",
-    "use_distributed_optimizer": True,
+    "use_distributed_optimizer": True, "muon_router": "adam", "et_norm_scale": False,
 }  # fmt: skip
 
 
@@ -152,6 +152,11 @@ VIRTUAL = "num_layers_per_virtual_pipeline_stage"
             {TP: 2, "expert_tensor_parallel_size": 1, "optimizer": "muon"},
             "there are 2 copies where there is one of all else: leave it out, or use "
             "--expert-model-parallel-size 2",
+        ),
+        (
+            4,
+            {PP: 4, "optimizer": "muon", "muon_router": "muon"},
+            "leaves AdamW no parameter on the inner of more than 2 pipeline stages",
         ),
         (1, {"num_experts": -1}, "--num-experts -1 must be at least 0"),
         (1, {TP: 0}, "--tensor-model-parallel-size 0 must be at least 1"),
