@@ -22,6 +22,7 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args  #
 from megatron_ext.arguments import parse_args  # noqa: E402
 from megatron_ext.errors import run_on_ranks  # noqa: E402
 from megatron_ext.model.gpt import gpt_model_config  # noqa: E402
+from megatron_ext.optimizer import warm_momentum  # noqa: E402
 from megatron_ext.training import resharding  # noqa: E402
 from megatron_ext.training.checkpoints import explain_failure, install_integrity  # noqa: E402
 from megatron_ext.training.checks import check_run  # noqa: E402
@@ -48,7 +49,8 @@ def main() -> None:
     config.finalize_model_grads_func = step.finalize_model_grads
     watchdog = Watchdog(launch, args.stall_timeout, lambda: args.curr_iteration + 1)
     log = MetricLog(run_dir and run_dir / "metrics.jsonl", step, peak_flops(args))
-    training.train_step = watchdog.watch(log.time_step(commit_after(training.train_step, step)))
+    train_step = commit_after(warm_momentum(training.train_step), step)
+    training.train_step = watchdog.watch(log.time_step(train_step))
     training.training_log = log.training_log(training.training_log)
     training.evaluate = watchdog.watch(log.evaluate(training.evaluate))
     training.evaluate_and_print_results = log.evaluate_and_print_results(

@@ -30,6 +30,8 @@ from megatron_ext.conflicts import check_conflicts
 from megatron_ext.devices import cpu_default_args, is_cpu_device
 from megatron_ext.errors import ToolParser, UserError
 from megatron_ext.layout import check_layout
+from megatron_ext.optimizer import add_muon_arguments, paper_flags
+from megatron_ext.optimizer import install as install_muon
 
 _DEFAULTS = [
     # Megatron's mask is a square matrix a sample; attention here is causal by itself.
@@ -67,6 +69,7 @@ def parse_args(argv: Sequence[str]) -> tuple[Namespace, ETConfig]:
         argv += _dry_run_flags(args)
         args = parser.parse_args(argv)
     _check_before_megatron(args, given)
+    argv = [*paper_flags(args), *argv]
     if args.async_save:
         argv += _async_save_flags(args, given)
     if args.dry_run is None:
@@ -78,6 +81,7 @@ def parse_args(argv: Sequence[str]) -> tuple[Namespace, ETConfig]:
         _silence() if environment else contextlib.nullcontext(),
     ):
         args = explained(lambda: parse_and_validate_args(extra_args_provider=add_arguments))
+    install_muon()
     args.vocab_size = get_tokenizer().vocab_size  # without padding
     if args.stall_timeout is None:
         args.stall_timeout = 0.9 * 60 * args.distributed_timeout_minutes
@@ -91,6 +95,7 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     """Add this project's flags, those of ETConfig and a few of the run itself."""
     megatron = [field.name for field in fields(TransformerConfig)]
     ArgumentGroupFactory(ETConfig, exclude=megatron).build_group(parser, "expert threshold")
+    add_muon_arguments(parser)
     group = parser.add_argument_group("run")
     group.add_argument(
         "--recipe",

@@ -84,6 +84,8 @@ class ETConfig(TransformerConfig):
             self.moe_router_load_balancing_type = "none"
             self.moe_aux_loss_coeff = 0.0
             self.moe_router_score_function = "sigmoid"  # unused; Megatron checks others with top 1
+        elif self.num_moe_experts is None:
+            self.moe_router_score_function = "sigmoid"  # for the same reason
         elif self.router_type == "quantile-balancing":
             self.moe_router_load_balancing_type = "quantile_balancing"
             self.moe_aux_loss_coeff = 0.0

@@ -19,6 +19,28 @@ _ROUTING_FLAGS = (
     "et_gate",
 )
 
+_MUON_FLAGS = (
+    "muon_embedding_lr",
+    "muon_head_lr",
+    "muon_router",
+    "muon_momentum_warmup_iters",
+    "muon_reference_width",
+)
+
+# What Megatron's Muon would fail on or pass over: a value that changes nothing, and the way out.
+_NOT_WITH_MUON = {
+    "fp16": (False, "use --bf16"),
+    "decoupled_lr": (None, "use --muon-embedding-lr and --muon-head-lr"),
+    "decoupled_min_lr": (None, "every learning rate falls to the same share of its peak"),
+    "use_mup": (False, "--muon-reference-width scales learning rates by width"),
+    "optimizer_cpu_offload": (False, "its matrices stay where they are; leave it out"),
+    "use_precision_aware_optimizer": (False, "its state is fp32; leave it out"),
+    "moe_single_grouped_weight": (False, "it takes each expert's matrices on their own"),
+    "overlap_param_gather_with_optimizer_step": (False, "use --overlap-param-gather alone"),
+    "num_distributed_optimizer_instances": (1, "it knows one instance; leave it out"),
+    "use_layer_wise_param_layout": (True, "its checkpoints could not be resumed; leave it out"),
+}
+
 # Megatron's options of a router that thresholds replace: a value that changes nothing, and why.
 _REPLACED = {
     "moe_aux_loss_coeff": ((0, [0.0]), "thresholds balance the load without an auxiliary loss"),
@@ -74,6 +96,13 @@ def check_conflicts(args: Namespace, given: Set[str]) -> list[str]:
         )
     if args.num_experts and args.router_type in _THRESHOLD_ROUTERS:
         _check_replaced(args, given)
+    if args.optimizer == "dist_muon":
+        raise UserError(
+            "--optimizer dist_muon is Megatron's old name of --optimizer muon with "
+            "--use-distributed-optimizer: give these"
+        )
+    if args.optimizer == "muon":
+        _check_muon(args)
     return _without_effect(args, given)
 
 
@@ -121,6 +150,30 @@ def _check_replaced(args: Namespace, given: Set[str]) -> None:
             )
 
 
+def _check_muon(args: Namespace) -> None:
+    for name, (harmless, why) in _NOT_WITH_MUON.items():
+        if getattr(args, name, harmless) != harmless:
+            flag = "no_use_layer_wise_param_layout" if harmless is True else name
+            raise UserError(f"{_flag(flag)} has no place with --optimizer muon: {why}")
+    expert_biases = args.add_bias_linear and args.num_experts
+    if expert_biases and args.use_distributed_optimizer and args.expert_model_parallel_size > 1:
+        raise UserError(
+            "--optimizer muon with --use-distributed-optimizer and "
+            "--expert-model-parallel-size above 1 has no place for the experts' biases: add "
+            "--disable-bias-linear"
+        )
+    for name in ("lr", "muon_embedding_lr", "muon_head_lr", "muon_reference_width"):
+        value = getattr(args, name)
+        if value is not None and value <= 0:
+            raise UserError(f"{_flag(name)} {value:g} must be above 0 with --optimizer muon")
+    if args.muon_momentum_warmup_iters < 0:
+        raise UserError(
+            f"--muon-momentum-warmup-iters {args.muon_momentum_warmup_iters} must not be negative"
+        )
+    if not 0 <= args.muon_momentum < 1:
+        raise UserError(f"--muon-momentum {args.muon_momentum:g} must be in [0, 1)")
+
+
 def _without_effect(args: Namespace, given: Set[str]) -> list[str]:
     """One sentence for each flag that was given and will not be looked at."""
     unread: dict[str, str] = {}
@@ -134,6 +187,10 @@ def _without_effect(args: Namespace, given: Set[str]) -> list[str]:
         )
     elif args.et_capacity is None:
         unread = {"et_capacity_pool": "--et-capacity none"}
+    if args.optimizer != "muon":
+        unread |= dict.fromkeys(_MUON_FLAGS, f"--optimizer {args.optimizer}")
+    elif not args.num_experts:
+        unread["muon_router"] = "a model without --num-experts"
     told = [
         f"{_flag(name)} has no effect with {why}" for name, why in unread.items() if name in given
     ]

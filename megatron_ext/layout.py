@@ -172,6 +172,28 @@ def check_layout(args: Namespace, ranks: int) -> None:
     for rule in RULES:
         if not rule.holds(layout):
             raise UserError(f"{_complaint(rule, layout)}: {_advice(rule, layout)}")
+    _check_shared_out_matrices(args, layout)
+
+
+def _check_shared_out_matrices(args: Namespace, layout: Layout) -> None:
+    """Megatron's distributed Muon shares out experts only where it shares out the rest."""
+    if args.optimizer != "muon" or not args.use_distributed_optimizer:
+        return
+    if layout.pipeline > 2 and not args.et_norm_scale and args.muon_router == "muon":
+        raise UserError(
+            "--muon-router muon with --use-distributed-optimizer leaves AdamW no parameter on the "
+            "inner of more than 2 pipeline stages, which Megatron cannot save: use --muon-router "
+            "adam, or --pipeline-model-parallel-size 2"
+        )
+    if not layout.experts:
+        return
+    copies = layout.stage_ranks // (layout.expert * layout.expert_tensor)
+    if layout.data * layout.context == 1 and copies > 1:
+        raise UserError(
+            f"--use-distributed-optimizer with --optimizer muon cannot share out experts of which "
+            f"there are {copies} copies where there is one of all else: leave it out, or use "
+            f"--expert-model-parallel-size {layout.expert * copies}"
+        )
 
 
 def layout_of(args: Namespace, ranks: int) -> Layout:
@@ -223,8 +245,9 @@ def _check_sizes(args: Namespace) -> None:
     """A size below 1 would divide by zero further on."""
     for name, flag in FLAGS.items():
         value = getattr(args, flag.removeprefix("--").replace("-", "_"), None)
-        if name != "ranks" and value is not None and value < 1:
-            raise UserError(f"{flag} {value} must be at least 1")
+        least = 0 if name == "experts" else 1  # Megatron's word for a dense model
+        if name != "ranks" and value is not None and value < least:
+            raise UserError(f"{flag} {value} must be at least {least}")
 
 
 def _complaint(rule: Rule, layout: Layout) -> str:

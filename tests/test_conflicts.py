@@ -19,7 +19,11 @@ DEFAULTS = {
     "bf16": False, "fp16": False, "tokenizer_type": "SentencePieceTokenizer", "vocab_size": None,
     "skip_train": False, "moe_layer_freq": 1, "num_layers": 4, "transformer_impl": "local",
     "use_precision_aware_optimizer": False, "lr_decay_iters": None, "lr_decay_samples": None,
-    "lr_warmup_iters": 0, "lr_warmup_samples": 0, "eval_interval": 1000,
+    "lr_warmup_iters": 0, "lr_warmup_samples": 0, "optimizer": "adam", "lr": None,
+    "muon_embedding_lr": 0.2, "muon_head_lr": 0.004, "muon_reference_width": 768,
+    "muon_momentum": 0.95, "muon_momentum_warmup_iters": 300, "add_bias_linear": True,
+    "use_distributed_optimizer": False, "expert_model_parallel_size": 1,
+    "eval_interval": 1000,
 }  # fmt: skip
 
 
@@ -64,6 +68,39 @@ def test_contradictions_are_refused(given: dict[str, Any], said: str) -> None:
         assert warnings(**given, num_experts=None) == []
 
 
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ({"fp16": True}, "--fp16 has no place with --optimizer muon: use --bf16"),
+        ({"decoupled_lr": 0.1}, "--decoupled-lr has no place with --optimizer muon: use --muon-em"),
+        ({"decoupled_min_lr": 0.1}, "falls to the same share"),
+        ({"use_mup": True}, "--muon-reference-width scales"),
+        ({"optimizer_cpu_offload": True}, "--optimizer-cpu-offload has no place"),
+        ({"num_distributed_optimizer_instances": 2}, "it knows one instance"),
+        ({"use_layer_wise_param_layout": False}, "--no-use-layer-wise-param-layout has no place"),
+        (
+            {"use_distributed_optimizer": True, "expert_model_parallel_size": 2},
+            "no place for the experts' biases: add --disable-bias-linear",
+        ),
+        ({"lr": 0.0}, "--lr 0 must be above 0 with --optimizer muon"),
+        ({"muon_embedding_lr": -1.0}, "--muon-embedding-lr -1 must be above 0"),
+        ({"muon_reference_width": 0}, "--muon-reference-width 0 must be above 0"),
+        ({"muon_momentum_warmup_iters": -1}, "--muon-momentum-warmup-iters -1 must not be neg"),
+        ({"muon_momentum": 1.0}, "--muon-momentum 1 must be in [0, 1)"),
+        ({"optimizer": "dist_muon"}, "old name of --optimizer muon with --use-distributed-opt"),
+    ],
+)
+def test_what_muon_cannot_have_is_refused(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        warnings(**{"optimizer": "muon", **given})
+    assert said in str(caught.value)
+
+
+def test_muon_without_contradiction_is_silent() -> None:
+    fine = {"add_bias_linear": False, "use_distributed_optimizer": True, "lr": 0.02}
+    assert warnings(optimizer="muon", **fine, expert_model_parallel_size=2) == []
+
+
 @pytest.mark.skipif(
     find_spec("transformer_engine") is not None, reason="transformer-engine is installed"
 )
@@ -99,6 +136,17 @@ def test_what_needs_transformer_engine_says_so(given: dict[str, Any]) -> None:
         (
             {"router_type": "expert-choice", "et_warmup_iters": 5, "et_cutoff_pool": "step"},
             ["--et-warmup-iters has no effect with --router-type expert-choice"],
+        ),
+        (
+            {"muon_head_lr": 0.01, "muon_router": "muon"},
+            [
+                "--muon-head-lr has no effect with --optimizer adam",
+                "--muon-router has no effect with --optimizer adam",
+            ],
+        ),
+        (
+            {"optimizer": "muon", "muon_router": "muon", "num_experts": None},
+            ["--muon-router has no effect with a model without --num-experts"],
         ),
         (
             {"et_capacity": None, "et_capacity_pool": "global"},

@@ -19,7 +19,8 @@ D12 = {
     "micro_batch_size": 4, "global_batch_size": 48, "sequence_parallel": True,
     "tensor_model_parallel_size": 1, "context_parallel_size": 1,
     "pipeline_model_parallel_size": 1, "num_layers_per_virtual_pipeline_stage": None,
-    "expert_model_parallel_size": 1, "expert_tensor_parallel_size": None,
+    "expert_model_parallel_size": 1, "expert_tensor_parallel_size": None, "optimizer": "adam",
+    "use_distributed_optimizer": True, "muon_router": "adam", "et_norm_scale": False,
 }  # fmt: skip
 
 
@@ -146,6 +147,18 @@ VIRTUAL = "num_layers_per_virtual_pipeline_stage"
             "ranks: use --micro-batch-size 24",
         ),
         (2, {TP: 2, "sequence_parallel": False}, "needs --sequence-parallel: add it"),
+        (
+            2,
+            {TP: 2, "expert_tensor_parallel_size": 1, "optimizer": "muon"},
+            "there are 2 copies where there is one of all else: leave it out, or use "
+            "--expert-model-parallel-size 2",
+        ),
+        (
+            4,
+            {PP: 4, "optimizer": "muon", "muon_router": "muon"},
+            "leaves AdamW no parameter on the inner of more than 2 pipeline stages",
+        ),
+        (1, {"num_experts": -1}, "--num-experts -1 must be at least 0"),
         (1, {TP: 0}, "--tensor-model-parallel-size 0 must be at least 1"),
         (2, {CP: 2, "hierarchical_context_parallel_sizes": [2]}, "use --context-parallel-size"),
     ],

@@ -51,6 +51,11 @@ class Step:
     watch: Callable[[], None] | None = None
 
 
+def module(name: str, *arguments: str | Path) -> list[str]:
+    """The command that runs a module."""
+    return ["-m", name, *map(str, arguments)]
+
+
 class Stopped(BaseException):
     """A signal asked this process to stop."""
 

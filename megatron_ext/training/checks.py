@@ -238,6 +238,10 @@ _SAME_SCHEDULE = (
     "start_weight_decay",
     "end_weight_decay",
     "weight_decay_incr_style",
+    "muon_embedding_lr",
+    "muon_head_lr",
+    "muon_reference_width",
+    "muon_momentum_warmup_iters",
 )
 # What thresholds of a checkpoint depend on.
 _SAME_WITH_THRESHOLDS = ("et_ema_decay", "et_gate")
@@ -268,7 +272,7 @@ def _check_checkpoint(checkpoint: Path, args: Namespace, config: ETConfig) -> No
     if not (weights_only or flags_decide):
         for name in _SAME_SCHEDULE:
             here, there = (_scheduled(a, name) for a in (args, saved))
-            if here != there:
+            if here != there and hasattr(saved, name):  # older checkpoints know fewer flags
                 raise UserError(
                     f"{checkpoint} was trained with {name} = {there}, but the flags say {here}: "
                     "give --override-opt-param-scheduler to go on by the flags, or "

@@ -3,8 +3,9 @@
 Tensors in a checkpoint have global names and shapes, and any layout can load them. What Megatron
 saves beside them has the form of the optimizer that saved it: one optimizer or two (experts have
 their own once they are expert parallel), sharded over data-parallel ranks or not, parameter groups
-of the first rank alone. It expects to find the form of the run that loads, and fails otherwise.
-Here that part is found in whatever form it has and put into the form of this run.
+of the first rank alone; with Muon, a chain of optimizers within another. It expects to find the
+form of the run that loads, and fails otherwise. Here that part is found in whatever form it has and
+put into the form of this run.
 """
 
 import functools
@@ -17,6 +18,8 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.emerging_optimizers import TensorParallelMuon
+from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
 from megatron.core.optimizer.optimizer import (
     ChainedOptimizer,
     Float16OptimizerWithFloat16Params,
@@ -26,11 +29,20 @@ from megatron.core.optimizer.optimizer import (
 )
 
 from megatron_ext.errors import UserError
+from megatron_ext.optimizer import WholeMatrices
 
 _RESHARDABLE = "fully_reshardable"
-_KNOWN = (DistributedOptimizer, FP32Optimizer, Float16OptimizerWithFloat16Params)
-# What the main parameters are called by an optimizer that is sharded, and by one that is not.
+_KNOWN = (
+    DistributedOptimizer,
+    FP32Optimizer,
+    Float16OptimizerWithFloat16Params,
+    WholeMatrices,
+)
+# What the main parameters are called by an optimizer that is sharded, and by one that is not. Muon
+# steps whole matrices in either case; a checkpoint has one name for all.
 _SHARDED_NAME, _WHOLE_NAME = "optimizer.state.param.", "optimizer.state.fp32_param."
+# Where the tensors that a run asks for stand, apart from what the checkpoint saved beside them.
+_ASKED = "asked"
 
 _load_content_metadata = dist_checkpointing.load_content_metadata
 _sharded_state_dict = ChainedOptimizer.sharded_state_dict
@@ -52,17 +64,20 @@ def check_resharding(checkpoint: Path, saved: Namespace, args: Namespace) -> Non
     if args.no_load_optim or args.finetune or getattr(saved, "no_save_optim", False):
         return
     way_out = "or begin with a new optimizer by --no-load-optim"
-    for name in ("optimizer", "bf16", "fp16"):
-        here, there = getattr(args, name), getattr(saved, name)
+    muon = ("muon_router",) if args.optimizer == "muon" else ()
+    for name in ("optimizer", "bf16", "fp16", *muon):
+        here, there = getattr(args, name), getattr(saved, name, None)
         if here != there:
             raise UserError(
                 f"{checkpoint} was trained with {name} = {there}, but the flags say {here}: make "
                 f"them equal, {way_out}"
             )
-    if not saved.use_distributed_optimizer or saved.dist_ckpt_optim_fully_reshardable:
+    sharded = saved.use_distributed_optimizer or _whole_matrices(saved)
+    if not sharded or saved.dist_ckpt_optim_fully_reshardable:
         return
     names = (
         "use_distributed_optimizer",
+        "use_layer_wise_distributed_optimizer",
         "tensor_model_parallel_size",
         "pipeline_model_parallel_size",
         "virtual_pipeline_model_parallel_size",
@@ -70,7 +85,7 @@ def check_resharding(checkpoint: Path, saved: Namespace, args: Namespace) -> Non
         "expert_tensor_parallel_size",
     )
     for name in names:
-        here, there = getattr(args, name), getattr(saved, name)
+        here, there = getattr(args, name), getattr(saved, name, False)
         if here != there:
             raise UserError(
                 f"{checkpoint} was saved with --no-dist-ckpt-optim-fully-reshardable and {name} = "
@@ -93,30 +108,34 @@ def load_content_metadata(*args: Any, **kwargs: Any) -> Any:
 def sharded_state_dict(
     self: ChainedOptimizer, model: Any, is_loading: bool = False, **kwargs: Any
 ) -> Any:
-    """Ask for main parameters by the name the checkpoint has for them."""
+    """Name main parameters as the whole checkpoint does."""
     state = _sharded_state_dict(self, model, is_loading, **kwargs)
     metadata = kwargs.get("metadata") or {}
-    if is_loading and metadata.get("distrib_optim_sharding_type") == _RESHARDABLE:
-        unsharded = metadata.get("saved_unsharded", False)
-        names = (_SHARDED_NAME, _WHOLE_NAME) if unsharded else (_WHOLE_NAME, _SHARDED_NAME)
-        for optimizer, part in _parts(self, state):
-            if isinstance(optimizer, DistributedOptimizer) and not _has_main_params(optimizer):
-                for tensors in part["param_state"].values():
-                    tensors.pop("param")  # the model's own parameters, which the model loads
-        for tensor in nested_values(state):
-            if str(getattr(tensor, "key", "")).startswith(names[0]):
-                tensor.key = names[1] + tensor.key.removeprefix(names[0])
-    return state
+    reshardable = metadata.get("distrib_optim_sharding_type") == _RESHARDABLE
+    inner = isinstance(self, LayerWiseDistributedOptimizer)
+    if inner or not reshardable or any(type(part) not in _KNOWN for part, _ in _parts(self, state)):
+        return state
+    names = (_WHOLE_NAME, _SHARDED_NAME)
+    for tensor in nested_values(state):
+        old, new = names[::-1] if metadata.get("saved_unsharded", False) else names
+        if str(getattr(tensor, "key", "")).startswith(old):
+            tensor.key = new + tensor.key.removeprefix(old)
+    if not is_loading:
+        return state
+    for optimizer, part in _parts(self, state):
+        if isinstance(optimizer, DistributedOptimizer) and not _has_main_params(optimizer):
+            for tensors in part["param_state"].values():
+                tensors.pop("param")  # the model's own parameters, which the model loads
+    return {_ASKED: state}
 
 
 @functools.wraps(_load_state_dict)
 def load_state_dict(self: ChainedOptimizer, state: Any) -> None:
     """Load the optimizer state of any layout."""
-    parts = list(_parts(self, state))
-    reshardable = set(_found(state, "param_state_sharding_type")) <= {_RESHARDABLE}
-    if all(type(optimizer) in _KNOWN for optimizer, _ in parts) and reshardable:
-        parts = [(optimizer, _in_form_of(optimizer, part, state)) for optimizer, part in parts]
-        state = parts[0][1] if len(parts) == 1 else {i: p for i, (_, p) in enumerate(parts)}
+    if isinstance(state, dict) and _ASKED in state:
+        parts = _parts(self, state.pop(_ASKED))
+        formed = [_in_form_of(optimizer, part, state) for optimizer, part in parts]
+        state = formed[0] if len(formed) == 1 else dict(enumerate(formed))
     _load_state_dict(self, state)
 
 
@@ -133,18 +152,25 @@ def install() -> None:
     DistributedOptimizer._set_main_param_and_optimizer_states = set_states
 
 
+def _whole_matrices(args: Namespace) -> bool:
+    """Whether Megatron has made `--use-distributed-optimizer` one that shares out matrices."""
+    return getattr(args, "use_layer_wise_distributed_optimizer", False)
+
+
 def _has_main_params(optimizer: MegatronOptimizer) -> bool:
     """Whether there is an fp32 copy of the model's parameters."""
     return bool(optimizer.config.bf16 or optimizer.config.fp16)
 
 
 def _parts(chain: ChainedOptimizer, state: Any) -> Iterator[tuple[MegatronOptimizer, Any]]:
-    """Each optimizer of a chain with its part of the chain's state."""
+    """Each optimizer of a chain, and of the chains in it, with its part of the chain's state."""
     optimizers = chain.chained_optimizers
-    if len(optimizers) == 1:
-        yield optimizers[0], state
-    else:
-        yield from ((optimizer, state.get(i, {})) for i, optimizer in enumerate(optimizers))
+    for i, optimizer in enumerate(optimizers):
+        part = state if len(optimizers) == 1 else state.get(i, {})
+        if isinstance(optimizer, ChainedOptimizer):
+            yield from _parts(optimizer, part)
+        else:
+            yield optimizer, part
 
 
 def _found(state: Any, name: str) -> Iterator[Any]:
@@ -157,41 +183,43 @@ def _found(state: Any, name: str) -> Iterator[Any]:
                 yield from _found(value, name)
 
 
-def _in_form_of(optimizer: MegatronOptimizer, part: Any, state: Any) -> dict[str, Any]:
+def _in_form_of(optimizer: MegatronOptimizer, part: Any, saved: Any) -> dict[str, Any]:
     """The state that an optimizer loads.
 
     Args:
         optimizer: of this run.
-        part: of the loaded state, with the tensors that this optimizer asked for.
-        state: all of the loaded state; what is not a tensor stands where it was when saved.
+        part: the tensors that it asked for.
+        saved: all the rest of the loaded state, where it stood when it was saved.
     """
-    saved_groups = [group for groups in _found(state, "param_groups") for group in groups]
-    steps = [*_found(state, "common_step"), *(g["step"] for g in saved_groups if g.get("step"))]
+    saved_groups = [group for groups in _found(saved, "param_groups") for group in groups]
+    steps = [*_found(saved, "common_step"), *(g["step"] for g in saved_groups if g.get("step"))]
+    counts_steps = not isinstance(optimizer.optimizer, TensorParallelMuon)
     groups = []
     for current in optimizer.optimizer.state_dict()["param_groups"]:
         groups.append(_like(current, saved_groups))
-        if steps:
+        if steps and counts_steps:
             groups[-1]["step"] = int(steps[0])
-    scalers = list(_found(state, "grad_scaler"))
+    scalers = list(_found(saved, "grad_scaler"))
     scaler = {"grad_scaler": scalers[0]} if scalers else {}
     if isinstance(optimizer, DistributedOptimizer):
         return {
             "optimizer": {"param_groups": groups},
-            "param_state": part["param_state"],
+            "param_state": part.get("param_state", {}),
             "param_state_sharding_type": _RESHARDABLE,
             **scaler,
         }
-    mixed = isinstance(optimizer, Float16OptimizerWithFloat16Params)
-    tensors = (part["optimizer"] if mixed else part)["state"]
+    nested = isinstance(optimizer, WholeMatrices | Float16OptimizerWithFloat16Params)
+    tensors = (part.get("optimizer", {}) if nested else part).get("state", {})
     inner: dict[str, Any] = {
         "state": {key: value for key, value in tensors.items() if key != "common_step"},
         "param_groups": groups,
     }
     if steps and isinstance(optimizer.optimizer, torch.optim.Adam):
         inner["state"]["common_step"] = torch.tensor(float(steps[0]))
-    if not mixed:
+    if not nested:
         return inner
-    return {"optimizer": inner, "fp32_from_fp16_params": part["fp32_from_fp16_params"], **scaler}
+    main = {key: part[key] for key in ("fp32_from_fp16_params",) if key in part}
+    return {"optimizer": inner, **main, **scaler}
 
 
 def _like(current: dict[str, Any], saved_groups: list[dict[str, Any]]) -> dict[str, Any]:

@@ -66,12 +66,19 @@ def nbytes(tensors: list[torch.Tensor], apart_from: frozenset[int] = frozenset()
     return sum(size for address, size in storages.items() if address not in apart_from)
 
 
+def _parts(optimizer: Any) -> list[Any]:
+    """The optimizers of a chain, and of chains in it."""
+    if not hasattr(optimizer, "chained_optimizers"):
+        return [optimizer]
+    return [part for link in optimizer.chained_optimizers for part in _parts(link)]
+
+
 def owned(model: Any, optimizer: Any) -> dict[str, int]:
     """What a rank owns after a step, in bytes, and how many parameters it holds."""
     from megatron.core.parallel_state import get_global_memory_buffer
 
     weights = [p for chunk in model for p in chunk.parameters()]
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    parts = _parts(optimizer)
     groups = [g for part in parts for g in part.optimizer.param_groups]
     stepped = [p for group in groups for p in group["params"]]
     state = [

@@ -21,10 +21,10 @@ def storage_bytes(tensors: Iterable[Any], apart_from: Iterable[Any] = ()) -> int
 
 def optimizer_tensors(optimizer: Any) -> Iterator[Any]:
     """Every tensor of a Megatron optimizer: the parameters it steps and the state it keeps."""
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        inner = part.optimizer
-        if inner is None:
-            continue
+    if hasattr(optimizer, "chained_optimizers"):  # Muon's part of a distributed one is a chain too
+        for part in optimizer.chained_optimizers:
+            yield from optimizer_tensors(part)
+    elif (inner := optimizer.optimizer) is not None:
         for group in inner.param_groups:
             for parameter in group["params"]:
                 yield parameter

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
 from megatron.core.enums import ModelType
+from megatron.core.optimizer.emerging_optimizers import TensorParallelMuon
 from megatron.core.parallel_state import destroy_model_parallel, get_global_memory_buffer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -210,6 +211,7 @@ def _purposes(traffic: Traffic) -> Iterator[None]:
         for owner, name, purpose in (
             (_ParamAndGradBucketGroup, "start_grad_sync", "gradient reduction"),
             (_ParamAndGradBucketGroup, "start_param_sync", "parameter gather"),
+            (TensorParallelMuon, "step", "Muon"),
             (ThresholdRouter, "_select", _ROUTING),
             (RoutingStep, "resolve", _STEP_END),
         ):

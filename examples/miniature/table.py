@@ -1,0 +1,111 @@
+"""The table of all rows, with paired differences."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from examples.miniature.rows import REFERENCES, ROWS, Row
+from tools.comparison.figures import final_loss, load_ratio, tokens_per_second, worst_load_ratio
+from tools.comparison.output import compare
+from tools.comparison.runs import Run, read_runs
+
+
+def write_table(output: Path, rows: Sequence[Row], seeds: Sequence[int]) -> str:
+    """Write table.md, results.json and the comparison of all runs; returns the table.
+
+    Args:
+        output: the folder of the runs.
+        rows, seeds: what has been trained.
+    """
+    names = [row.run(seed) for seed in seeds for row in rows]
+    runs = dict(zip(names, read_runs([str(output / name) for name in names])))
+    found = {row.name: [_figures(runs[row.run(seed)]) for seed in seeds] for row in rows}
+    if len(names) > 1:
+        in_rows = [str(output / row.run(seed)) for row in rows for seed in seeds]
+        compare(in_rows, output, None)
+    results = {
+        row.name: {
+            "label": row.label,
+            "seeds": dict(zip(map(str, seeds), found[row.name])),
+            "difference": {
+                other: _paired(_losses(found[row.name]), _losses(found[other]))
+                for other in REFERENCES
+                if other in found and other != row.name
+            },
+        }
+        for row in rows
+    }
+    table = "\n".join(_table(results))
+    _write(output / "results.json", json.dumps(results, indent=1) + "\n")
+    _write(output / "table.md", f"{table}\n\n{_NOTE}\n")
+    return table
+
+
+_NOTE = (
+    "Validation loss in nats per token on the same held-out tokens, at the end of training: mean ± "
+    "standard deviation over seeds. Differences are from each token-choice row, seed by seed: mean "
+    "± standard error. Load is the busiest expert's tokens over the mean, in the last tenth of the "
+    "steps: mean of the layers, and the worst layer."
+)
+
+
+def _figures(run: Run) -> dict[str, float | None]:
+    return {
+        "loss": final_loss(run),
+        "load": load_ratio(run),
+        "worst_load": worst_load_ratio(run),
+        "tokens": run.tokens,
+        "tokens_per_s": tokens_per_second(run),
+    }
+
+
+def _losses(found: Sequence[dict[str, Any]]) -> np.ndarray:
+    return np.array([figures["loss"] for figures in found], dtype=float)
+
+
+def _paired(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float | None]:
+    """Mean difference over seeds and its standard error, none of a single seed."""
+    differences = ours - theirs
+    count = len(differences)
+    error = float(differences.std(ddof=1) / count**0.5) if count > 1 else None
+    return {"mean": float(differences.mean()), "standard_error": error}
+
+
+def _table(results: dict[str, Any]) -> list[str]:
+    references = [name for name in REFERENCES if name in results]
+    header = ["", "validation loss", *(f"− {ROWS[name].label}" for name in references)]
+    header += ["load", "tokens/s"]
+    lines = [header, ["---", *["---:"] * (len(header) - 1)]]
+    for name, row in results.items():
+        seeds = list(row["seeds"].values())
+        losses = _losses(seeds)
+        spread = f" ± {losses.std(ddof=1):.4f}" if len(losses) > 1 else ""
+        cells = [row["label"], f"{losses.mean():.4f}{spread}"]
+        for other in references:
+            cells.append("" if other == name else _difference(row["difference"][other]))
+        loads = [f"{_mean(seeds, key):.2f}" for key in ("load", "worst_load") if _has(seeds, key)]
+        cells += [", ".join(loads), f"{_mean(seeds, 'tokens_per_s'):,.0f}"]
+        lines.append(cells)
+    return ["| " + " | ".join(cells) + " |" for cells in lines]
+
+
+def _difference(pair: dict[str, float | None]) -> str:
+    error = pair["standard_error"]
+    return f"{pair['mean']:+.4f}" + ("" if error is None else f" ± {error:.4f}")
+
+
+def _has(seeds: Sequence[dict[str, Any]], key: str) -> bool:
+    return all(figures[key] is not None for figures in seeds)
+
+
+def _mean(seeds: Sequence[dict[str, Any]], key: str) -> float:
+    return float(np.mean([figures[key] for figures in seeds]))
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,127 @@
+"""A training as a step: torchrun, pretrain_et.py, and a look at it from outside."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from examples.quickstart.corpus import Corpus
+from examples.quickstart.steps import Step, duration, module, say
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = ROOT / "examples" / "recipes"
+
+_PROGRESS_S = 15.0
+
+
+class TrainingProgress:
+    """Says how far training is, from `metrics.jsonl` as it grows.
+
+    Args:
+        last_step: at which training ends.
+        to_follow: how many trainings of about this length come after it.
+    """
+
+    def __init__(self, metrics: Path, last_step: int, to_follow: int = 0) -> None:
+        self.metrics, self.last_step, self.to_follow = metrics, last_step, to_follow
+        self.origin: tuple[int, float] | None = None  # the first step seen, and when
+        self.told = 0, 0.0  # the last step said, and when
+
+    def __call__(self) -> None:
+        now = time.monotonic()
+        if now - self.told[1] < _PROGRESS_S or (row := self._last_row()) is None:
+            return
+        step = int(row["step"])
+        if self.origin is None or step <= self.origin[0]:
+            self.origin = step, now
+            return
+        if step == self.told[0]:
+            return
+        self.told = step, now
+        seconds = (now - self.origin[1]) / (step - self.origin[0])
+        left = (self.last_step - step) * seconds
+        all_left = left + self.to_follow * self.last_step * seconds
+        say(
+            f"      step {step:,} of {self.last_step:,}: loss {row['loss']:.2f}, "
+            f"{row['tokens_per_s']:,.0f} tokens/s, {duration(left)} left"
+            + (f", {duration(all_left)} for all" if self.to_follow else "")
+        )
+
+    def _last_row(self) -> dict[str, float] | None:
+        """The newest training row."""
+        if not self.metrics.is_file():
+            return None
+        with self.metrics.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 100_000))
+            lines = file.read().decode(errors="replace").split("\n")[:-1]
+        for line in reversed(lines):
+            try:
+                row = json.loads(line)
+            except ValueError:  # the cut beginning
+                return None
+            if row.get("loss") is not None:
+                return row
+        return None
+
+
+def device(on_gpus: bool) -> dict[str, str]:
+    """Variables that choose where a process computes."""
+    return {} if on_gpus else {"CUDA_VISIBLE_DEVICES": ""}
+
+
+def training(
+    name: str,
+    about: str,
+    run: Path,
+    corpus: Corpus,
+    flags: Sequence[str],
+    recipes: Sequence[Path],
+    *,
+    ranks: int,
+    on_gpus: bool,
+    progress: TrainingProgress,
+) -> Step:
+    """The step that trains one model.
+
+    Args:
+        name, about: see :class:`Step`.
+        run: the run's directory; its log is train.log.
+        flags: of pretrain_et.py, after those of the corpus and the recipes.
+        recipes: in order.
+    """
+    # Neither Transformer Engine nor Apex has to be there; on the CPU these are set anyway.
+    plain = ["--transformer-impl", "local", "--no-gradient-accumulation-fusion"]
+    plain += ["--no-persist-layer-norm", "--no-masked-softmax-fusion"]
+    network = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
+    left = ("checkpoints", "tensorboard", "metrics.jsonl", "run.json")
+    return Step(
+        name,
+        f"{about} on {ranks} {'GPU' if on_gpus else 'CPU'} rank{'s' if ranks > 1 else ''}",
+        [
+            *module("torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"),
+            *("--nproc-per-node", str(ranks), str(ROOT / "pretrain_et.py")),
+            *(word for recipe in recipes for word in ("--recipe", str(recipe))),
+            *("--run-dir", str(run), *corpus.flags, *plain, *flags),
+        ],
+        run / "train.log",
+        makes=[run / "checkpoints", run / "metrics.jsonl"],
+        depends=[*corpus.files, *recipes, RECIPES / "base.yaml"],
+        resumes=[run / part for part in left],
+        environment={"OMP_NUM_THREADS": "1", **network, **device(on_gpus)},
+        watch=progress,
+    )
+
+
+def find_gpus() -> int:
+    """How many CUDA devices there are."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def let_import() -> None:
+    """Let the steps' processes import the project from wherever this one runs."""
+    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(path)

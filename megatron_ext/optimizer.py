@@ -1,0 +1,218 @@
+"""The paper's optimizer: Muon on the matrices of the blocks, AdamW on the rest.
+
+Megatron's `--optimizer muon` does the work: it orthogonalises q, k and v apart, each expert's
+matrices on their own, a tensor-parallel matrix as a whole, and lets each data-parallel rank step
+whole matrices when the optimizer is distributed. What it lacks is here: learning rates for the
+embedding and for the rest of AdamW's parameters, all of them scaled by width; AdamW for the router;
+momentum that warms up; and a distributed optimizer in fp32.
+"""
+
+import functools
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import torch
+from megatron.core.optimizer import FP32Optimizer, OptimizerConfig
+from megatron.core.optimizer.emerging_optimizers import _EMERGING_OPTIMIZERS
+from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
+from megatron.training import get_args, training
+from megatron.training.models import dist_utils
+
+from megatron_ext.devices import is_cpu_device
+
+# What momentum begins at; the paper's code has no option for it either.
+_FIRST_MOMENTUM = 0.85
+_ROUTERS, _EMBEDDINGS = ("router.weight", "gate_weight"), "embeddings.weight"
+
+_init_layer_wise = LayerWiseDistributedOptimizer.__init__
+_get_config = training.get_megatron_optimizer_config
+_wrap = dist_utils._ddp_wrap
+
+
+def add_muon_arguments(parser: ArgumentParser) -> None:
+    """Add the flags that Megatron's Muon lacks."""
+    group = parser.add_argument_group("muon")
+    group.add_argument(
+        "--muon-embedding-lr",
+        type=float,
+        default=0.2,
+        metavar="LR",
+        help="With --optimizer muon, AdamW's learning rate of the token embeddings.",
+    )
+    group.add_argument(
+        "--muon-head-lr",
+        type=float,
+        default=0.004,
+        metavar="LR",
+        help="With --optimizer muon, AdamW's learning rate of the output head, of the routers (see "
+        "--muon-router) and of all that is no matrix. --lr is Muon's. All decay to the same share.",
+    )
+    group.add_argument(
+        "--muon-router",
+        choices=["adam", "muon"],
+        default="adam",
+        help="What optimizes the routers' matrices: AdamW, as the paper's code does, or Muon, as "
+        "its table says.",
+    )
+    group.add_argument(
+        "--muon-momentum-warmup-iters",
+        type=int,
+        default=300,
+        metavar="STEPS",
+        help=f"Steps over which Muon's momentum grows from {_FIRST_MOMENTUM} to --muon-momentum; 0 "
+        "for none.",
+    )
+    group.add_argument(
+        "--muon-reference-width",
+        type=int,
+        default=768,
+        metavar="SIZE",
+        help="With --optimizer muon, learning rates are those of a model of this hidden size; in "
+        "another they are multiplied by (hidden size / SIZE) ** -0.5.",
+    )
+
+
+def paper_flags(args: Namespace) -> list[str]:
+    """Flags of Megatron that give `--optimizer muon` the paper's values unless a user's follow.
+
+    The learning rate is constant, and falls to --min-lr over the last fifth of the steps.
+    """
+    if args.optimizer != "muon":
+        return []
+    unit = "samples" if args.train_samples else "iters"
+    steps = getattr(args, f"lr_decay_{unit}") or getattr(args, f"train_{unit}") or 0
+    flags = [
+        *("--lr", "0.02", "--lr-decay-style", "WSD", "--lr-wsd-decay-style", "linear"),
+        *(f"--lr-wsd-decay-{unit}", str(round(steps / 5))),
+        *("--muon-momentum", "0.95", "--muon-nesterov", "--muon-coefficient-type", "simple"),
+        *("--muon-scale-mode", "shape_scaling", "--muon-tp-mode", "duplicated"),
+        *("--adam-beta1", "0.8", "--adam-beta2", "0.95", "--adam-eps", "1e-10"),
+        *("--weight-decay", "0", "--clip-grad", "0"),
+    ]
+    if is_cpu_device():
+        flags += ["--muon-fp32-matmul-prec", "high"]  # the GPU's default computes in bf16
+    return flags
+
+
+def install() -> None:
+    """Put what is lacking into Megatron; without `--optimizer muon` it changes nothing."""
+    muon = _EMERGING_OPTIMIZERS["muon"]
+    rest = ParamWithNamePredicate(
+        "not of muon", lambda parameter, name: not _is_muons(parameter, name)
+    )
+    key = ParamKey(with_name_predicate=rest)
+    _EMERGING_OPTIMIZERS["muon"] = replace(
+        muon, default_param_overrides={key: {"optimizer": "adam"}}
+    )
+    dist_utils._ddp_wrap = wrap
+    training.get_megatron_optimizer_config = optimizer_config
+    LayerWiseDistributedOptimizer.__init__ = init_layer_wise  # type: ignore[method-assign]
+
+
+def warm_momentum(train_step: Callable[..., Any]) -> Callable[..., Any]:
+    """Megatron's `train_step`, with the momentum that Muon has in its iteration."""
+
+    @functools.wraps(train_step)
+    def wrapped(step: Any, data: Any, model: Any, optimizer: Any, *rest: Any, **kwargs: Any) -> Any:
+        args = get_args()
+        if args.optimizer == "muon":
+            for group in optimizer.param_groups:
+                if "momentum" in group:
+                    group["momentum"] = momentum_at(
+                        kwargs["iteration"], args.muon_momentum, args.muon_momentum_warmup_iters
+                    )
+        return train_step(step, data, model, optimizer, *rest, **kwargs)
+
+    return wrapped
+
+
+def momentum_at(iteration: int, momentum: float, warmup: int) -> float:
+    """Muon's momentum in a step; steps count from 0."""
+    done = min(iteration / warmup, 1.0) if warmup else 1.0
+    first = min(_FIRST_MOMENTUM, momentum)
+    return first + (momentum - first) * done
+
+
+@functools.wraps(_get_config)
+def optimizer_config(args: Namespace) -> tuple[OptimizerConfig, Any]:
+    """Megatron's function of that name; with Muon, each kind of parameter has its learning rate."""
+    config, overrides = _get_config(args)
+    if args.optimizer != "muon":
+        return config, overrides
+    scale = (args.hidden_size / args.muon_reference_width) ** -0.5
+
+    def rates(peak: float) -> dict[str, float]:
+        return {"max_lr": peak * scale, "min_lr": peak * scale * args.min_lr / args.lr}
+
+    def is_embedding(parameter: torch.nn.Parameter, name: str) -> bool:
+        return name.endswith(_EMBEDDINGS)
+
+    def is_other(parameter: torch.nn.Parameter, name: str) -> bool:
+        return not is_embedding(parameter, name) and not _is_muons(parameter, name)
+
+    config.lr, config.min_lr = rates(args.lr).values()
+    for kind, belongs, peak in (
+        ("embedding", is_embedding, args.muon_embedding_lr),
+        ("other", is_other, args.muon_head_lr),
+    ):
+        key = ParamKey(with_name_predicate=ParamWithNamePredicate(kind, belongs))
+        overrides[key] = rates(peak)
+    return config, overrides
+
+
+@functools.wraps(_wrap)
+def wrap(model: list[torch.nn.Module], random: bool, ddp_config: Any, *rest: Any, **kw: Any) -> Any:
+    """Wrap a model so that gradients of whole matrices reach the rank that steps them.
+
+    Megatron does so where it builds a model by its older way only; by this one every rank would
+    hold, and reduce, all gradients.
+    """
+    if not get_args().use_layer_wise_distributed_optimizer:
+        return _wrap(model, random, ddp_config, *rest, **kw)
+    ddp_config.use_distributed_optimizer = True
+    for chunk in model:
+        for name, parameter in chunk.named_parameters():
+            parameter.is_managed_by_layer_wise_optimizer = _is_muons(parameter, name)  # type: ignore[attr-defined]
+    with mock.patch.object(dist_utils, "DistributedOptimizer", LayerWiseDistributedOptimizer):
+        return _wrap(model, random, ddp_config, *rest, **kw)
+
+
+class WholeMatrices(FP32Optimizer):
+    """Muon's part of a distributed optimizer in fp32, saved in the form of one in bf16."""
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return {"optimizer": super().sharded_state_dict(*args, **kwargs)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict["optimizer"])
+
+
+@functools.wraps(_init_layer_wise)
+def init_layer_wise(
+    self: LayerWiseDistributedOptimizer,
+    optimizers: list[Any],
+    config: OptimizerConfig,
+    pg_collection: Any = None,
+    init_state_fn_list: list[Any] | None = None,
+    model_chunks: list[Any] | None = None,
+) -> None:
+    """Megatron's constructor, which wraps torch's optimizers for bf16 and leaves fp32's bare."""
+    if not config.bf16:
+        assert init_state_fn_list is not None
+        optimizers = [
+            WholeMatrices(optimizer, config, init_state)
+            for optimizer, init_state in zip(optimizers, init_state_fn_list, strict=True)
+        ]
+    _init_layer_wise(self, optimizers, config, pg_collection, init_state_fn_list, model_chunks)
+
+
+def _is_muons(parameter: torch.nn.Parameter, name: str) -> bool:
+    """Whether Muon optimizes a parameter: a matrix of a block, by choice a router's too."""
+    outer = getattr(parameter, "is_embedding_or_output_parameter", False)
+    if parameter.dim() != 2 or outer or name.endswith(_EMBEDDINGS):
+        return False
+    return get_args().muon_router == "muon" or not name.endswith(_ROUTERS)

@@ -1,0 +1,91 @@
+"""The comparison in miniature: its table by hand, its trainings for real."""
+
+import json
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from examples.miniature.rows import ROWS
+from examples.miniature.table import write_table
+from tests.distributed import ROOT
+from tests.examples.test_quickstart import has_texts
+from tests.tools.metric_rows import training_row, write_run
+
+LOSSES = {"dense": [5.0, 5.2, 5.1], "tc": [4.9, 5.0, 4.7], "et": [4.8, 4.7, 4.75]}
+
+
+def make_runs(output: Path, seeds: list[int]) -> None:
+    for name, losses in LOSSES.items():
+        layers = () if name == "dense" else (1, 2)
+        for seed, loss in zip(seeds, losses):
+            rows = [training_row(step, layers=layers) for step in range(1, 21)]
+            run = write_run(output / f"{name}-seed{seed}", [*rows, {"step": 20, "val_loss": loss}])
+            settings = {"seed": seed, "global_batch_size": 8, "seq_length": 16, "row": name}
+            (run / "run.json").write_text(json.dumps({"settings": settings}))
+
+
+def test_differences_are_paired_by_seed(tmp_path: Path) -> None:
+    seeds = [3, 5, 9]
+    make_runs(tmp_path, seeds)
+    table = write_table(tmp_path, [ROWS[name] for name in LOSSES], seeds)
+    results = json.loads((tmp_path / "results.json").read_text())
+    differences = [ours - theirs for ours, theirs in zip(LOSSES["et"], LOSSES["tc"])]
+    found = results["et"]["difference"]["tc"]
+    assert found["mean"] == pytest.approx(statistics.mean(differences))
+    assert found["standard_error"] == pytest.approx(statistics.stdev(differences) / 3**0.5)
+    assert list(results["tc"]["difference"]) == []
+    assert results["et"]["seeds"]["5"]["loss"] == 4.7
+    assert table.splitlines()[0].startswith("|  | validation loss | − token choice, unbalanced |")
+    [row] = [line for line in table.splitlines() if "warm-up" in line]
+    assert row.startswith("| expert threshold, warm-up | 4.7500 ± 0.0500 | -0.1167 ± 0.1014 | 1.20")
+    [dense] = [line for line in table.splitlines() if line.startswith("| dense")]
+    assert dense.split("|")[4].strip() == ""  # no load
+    assert table in (tmp_path / "table.md").read_text()
+    assert (tmp_path / "comparison.png").stat().st_size > 10_000
+
+
+def test_one_seed_has_no_spread(tmp_path: Path) -> None:
+    make_runs(tmp_path, [1])
+    table = write_table(tmp_path, [ROWS[name] for name in LOSSES], [1])
+    assert "±" not in table
+    assert "| -0.1000 |" in table
+
+
+def miniature(*words: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "examples.miniature", *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_texts(), reason="the packages with the text are missing")
+def test_rows_are_trained_once_and_compared(tmp_path: Path) -> None:
+    short = ("--", "--train-iters", "6", "--et-warmup-iters", "2", "--eval-iters", "1")
+    shape = ("--output", str(tmp_path), "--ranks", "1")
+    first = miniature(*shape, "--rows", "et", *short)
+    assert first.returncode == 0, first.stderr
+    both = miniature(*shape, "--rows", "tc-aux", "et", *short)
+    assert both.returncode == 0, both.stderr
+    assert re.search(r"\] et-seed1: done before, reused", both.stdout)
+    results = json.loads((tmp_path / "results.json").read_text())
+    difference = results["et"]["difference"]["tc-aux"]["mean"]
+    losses = [results[name]["seeds"]["1"]["loss"] for name in ("et", "tc-aux")]
+    assert difference == pytest.approx(losses[0] - losses[1])
+    assert 5 < losses[0] < 9
+    assert (tmp_path / "comparison.html").is_file()
+
+
+def test_what_is_wrong_is_told_in_a_sentence(tmp_path: Path) -> None:
+    for words, said in (
+        (("--seeds", "1", "1"), "--seeds names one twice"),
+        (("--ranks", "0"), "--ranks 0 must be at least 1"),
+        (("--rows", "xy"), "invalid choice: 'xy'"),
+    ):
+        done = miniature("--output", str(tmp_path / "none"), *words)
+        assert done.returncode == 2
+        assert said in done.stderr
+        assert "Traceback" not in done.stderr
+    assert not (tmp_path / "none").exists()

@@ -1,0 +1,121 @@
+"""Every recipe is one that trains, and the models of the paper have its parameters."""
+
+import contextlib
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from tests.distributed import ROOT, run_ranks
+
+RECIPES = ROOT / "examples" / "recipes"
+ROUTERS = sorted(path.stem for path in (RECIPES / "routers").glob("*.yaml"))
+# Data-parallel ranks: those that a recipe speaks of.
+RANKS = {"d12": 16, "d20": 8, "modern": 64, "quickstart": 2}
+POOL_RANKS = {"ec-2k": 1, "ec-8k": 4, "ec-64k": 8, "ec-256k": 8, "ec-512k": 16}
+RUNS = [
+    *((name,) for name in RANKS),
+    *((size, router) for size in ("d12", "d20") for router in ROUTERS),
+]
+COUNTED = [("d12",), ("d12", "dense"), ("d20",), ("d20", "dense"), ("modern",)]
+Run = tuple[str, ...]
+
+
+def _read(runs: list[Run]) -> dict[Run, dict[str, Any]]:
+    from megatron.training.training import destroy_global_state
+
+    from megatron_ext.arguments import parse_args
+    from megatron_ext.training.checks import check_pools
+    from megatron_ext.training.dry_run.rank import Rank, fake_rank
+    from megatron_ext.training.dry_run.stand_ins import expert_rate
+
+    dist.destroy_process_group()
+    found: dict[Run, dict[str, Any]] = {}
+    for run in runs:
+        files = [f"{run[0]}.yaml", *(f"routers/{name}.yaml" for name in run[1:])]
+        flags = [word for file in files for word in ("--recipe", str(RECIPES / file))]
+        ranks = POOL_RANKS.get(run[-1], RANKS[run[0]])
+        args, config = parse_args([*flags, "--vocab-size", "65536", "--dry-run", str(ranks)])
+        if config.uses_thresholds:
+            check_pools(args, config)
+        found[run] = dict(vars(args), thresholds=config.uses_thresholds)
+        if run in COUNTED:
+            with contextlib.redirect_stdout(io.StringIO()), fake_rank(args, 0):
+                parameters = Rank(args, config).parameters
+            found[run]["total"] = parameters.total
+            found[run]["active"] = parameters.active(expert_rate(config))
+        destroy_global_state()
+    return {run: {k: v for k, v in a.items() if _plain(v)} for run, a in found.items()}
+
+
+def _plain(value: Any) -> bool:
+    return isinstance(value, str | int | float | bool | list | None)
+
+
+@pytest.fixture(scope="module")
+def read() -> dict[Run, dict[str, Any]]:
+    return run_ranks(_read, 1, RUNS, timeout=200)[0]
+
+
+@pytest.mark.slow
+def test_parameters_are_the_papers(read: dict[Run, dict[str, Any]]) -> None:
+    expected = {
+        ("d12",): (575.0e6, 185.7e6),
+        ("d12", "dense"): (185.6e6, 185.6e6),
+        ("d20",): (2_429e6, 561e6),
+        ("d20", "dense"): (561e6, 561e6),
+        ("modern",): (6.8e9, 1.3e9),
+    }
+    for run, (total, active) in expected.items():
+        assert read[run]["total"] == pytest.approx(total, rel=1e-2 if run[0] == "modern" else 1e-3)
+        assert read[run]["active"] == pytest.approx(
+            active, rel=5e-2 if run[0] == "modern" else 1e-3
+        )
+
+
+@pytest.mark.slow
+def test_a_recipe_does_what_its_name_says(read: dict[Run, dict[str, Any]]) -> None:
+    token_choice = {"token-choice", "token-choice-aux", "token-choice-loss-free"}
+    assert {*ROUTERS} == {*POOL_RANKS, "dense", "et-cold", *token_choice}
+    for run, args in read.items():
+        size, router = run[0], run[-1]
+        assert args["thresholds"] == (not router.startswith(("dense", "token"))), run
+        assert args["optimizer"] == ("adam" if size == "quickstart" else "muon"), run
+        if router in POOL_RANKS:
+            assert args["router_type"] == "expert-choice"
+            pool = args["micro_batch_size"] * args["data_parallel_size"] * args["seq_length"]
+            assert pool == 1024 * int(router[3:-1]), run
+            assert (
+                f"pools of {pool:,} tokens" in (RECIPES / "routers" / f"{router}.yaml").read_text()
+            )
+        if len(run) > 1:
+            changed = {k for k, v in args.items() if v != read[(size,)][k]}
+            assert changed, run
+    for size in ("d12", "d20"):
+        assert read[size,]["et_warmup_iters"] == 4000
+        assert read[size,]["global_batch_size"] * read[size,]["seq_length"] == 524_288
+        assert read[size,]["lr_wsd_decay_iters"] == round(read[size,]["train_iters"] / 5)
+        assert read[size, "et-cold"]["et_warmup_iters"] == 0
+        balance = {
+            router: (
+                read[size, router]["moe_router_load_balancing_type"],
+                read[size, router]["moe_aux_loss_coeff"],
+                read[size, router]["moe_router_enable_expert_bias"],
+            )
+            for router in token_choice
+        }
+        assert balance == {
+            "token-choice": ("none", 0.0, False),
+            "token-choice-aux": ("aux_loss", 1e-3, False),
+            "token-choice-loss-free": ("none", 0.0, True),
+        }
+
+
+def test_the_documentation_names_every_recipe() -> None:
+    page = (ROOT / "docs" / "pretraining.md").read_text()
+    named = set(re.findall(r"`([\w/-]+\.yaml)`", page))
+    there = {str(path.relative_to(RECIPES)) for path in Path(RECIPES).rglob("*.yaml")}
+    assert there <= named
