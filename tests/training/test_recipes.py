@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from tests.distributed import ROOT, run_ranks
@@ -25,12 +26,11 @@ Run = tuple[str, ...]
 
 
 def _read(runs: list[Run]) -> dict[Run, dict[str, Any]]:
+    """The arguments of every run as the trainer has them, of some with the model's parameters."""
     from megatron.training.training import destroy_global_state
 
     from megatron_ext.arguments import parse_args
     from megatron_ext.training.checks import check_pools
-    from megatron_ext.training.dry_run.rank import Rank, fake_rank
-    from megatron_ext.training.dry_run.stand_ins import expert_rate
 
     dist.destroy_process_group()
     found: dict[Run, dict[str, Any]] = {}
@@ -43,12 +43,27 @@ def _read(runs: list[Run]) -> dict[Run, dict[str, Any]]:
             check_pools(args, config)
         found[run] = dict(vars(args), thresholds=config.uses_thresholds)
         if run in COUNTED:
-            with contextlib.redirect_stdout(io.StringIO()), fake_rank(args, 0):
-                parameters = Rank(args, config).parameters
-            found[run]["total"] = parameters.total
-            found[run]["active"] = parameters.active(expert_rate(config))
+            found[run]["total"], found[run]["active"] = _count(args, config)
         destroy_global_state()
     return {run: {k: v for k, v in a.items() if _plain(v)} for run, a in found.items()}
+
+
+def _count(args: Any, config: Any) -> tuple[int, int]:
+    """Parameters of the model, and of those the ones active, built on one of its ranks."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    from megatron_ext.model.gpt import gpt_model_config
+    from megatron_ext.training.dry_run.parameters import count_parameters
+    from megatron_ext.training.dry_run.rank import fake_rank
+    from megatron_ext.training.dry_run.stand_ins import expert_rate
+
+    with contextlib.redirect_stdout(io.StringIO()), fake_rank(args, 0), torch.device("meta"):
+        model_config = gpt_model_config(args, config)
+        model = model_config.get_builder_cls()(model_config).build_distributed_models(
+            pg_collection=ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False
+        )
+        parameters = count_parameters(model, args)
+    return parameters.total, parameters.active(expert_rate(config))
 
 
 def _plain(value: Any) -> bool:
