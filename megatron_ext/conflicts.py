@@ -38,6 +38,7 @@ _NOT_WITH_MUON = {
     "moe_single_grouped_weight": (False, "it takes each expert's matrices on their own"),
     "overlap_param_gather_with_optimizer_step": (False, "use --overlap-param-gather alone"),
     "num_distributed_optimizer_instances": (1, "it knows one instance; leave it out"),
+    "distrib_optim_fully_reshardable_mem_efficient": (False, "it gathers on devices; leave it out"),
     "use_layer_wise_param_layout": (True, "its checkpoints could not be resumed; leave it out"),
 }
 

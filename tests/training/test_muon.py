@@ -178,26 +178,19 @@ def test_a_layout_trains_as_the_reference_and_goes_on_from_another(
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_the_same_layout_resumes_bit_for_bit_and_in_bf16_any_does(
-    trained: Any, tmp_path: Path
-) -> None:
-    sharded = LAYOUTS[1]
-    load = ("--load", str(trained(sharded) / "checkpoints"), "--ckpt-step", str(SAVED))
-    train(tmp_path / "resumed", sharded, *FLAGS, *load, save=True)
+def test_in_bf16_the_same_layout_resumes_bit_for_bit_and_another_closely(tmp_path: Path) -> None:
+    shared_out, whole = (
+        Layout(x.name, x.ranks, x.data_parallel, x.flags, kind="bf16") for x in LAYOUTS[1:5:3]
+    )
+    rows = train(tmp_path / "run", shared_out, *FLAGS, save=True)
+    load = ("--load", str(tmp_path / "run" / "checkpoints"), "--ckpt-step", str(SAVED))
+    train(tmp_path / "same", shared_out, *FLAGS, *load, save=True)
     for prefix in ("", "optimizer.state."):
-        parts = [weights(run, prefix=prefix) for run in (trained(sharded), tmp_path / "resumed")]
-        assert furthest(*parts)[0] == 0.0
-
-    def bf16(layout: Layout) -> Layout:
-        return Layout(layout.name, layout.ranks, layout.data_parallel, layout.flags, kind="bf16")
-
-    rows = train(tmp_path / "sharded", bf16(sharded), *FLAGS, save=True)
-    load = ("--load", str(tmp_path / "sharded" / "checkpoints"), "--ckpt-step", str(SAVED))
-    for number, layout in enumerate((LAYOUTS[4], sharded)):  # whole and shared-out optimizers
-        run = tmp_path / str(number)
-        resumed = train(run, bf16(layout), *FLAGS, *load, save=True)
-        for row, undisturbed in zip(resumed, rows[SAVED:], strict=True):
-            assert row["loss"] == pytest.approx(undisturbed["loss"], abs=5e-3)
+        runs = [weights(tmp_path / name, prefix=prefix) for name in ("run", "same")]
+        assert furthest(*runs)[0] == 0.0
+    resumed = train(tmp_path / "other", whole, *FLAGS, *load)
+    for row, undisturbed in zip(resumed, rows[SAVED:], strict=True):
+        assert row["loss"] == pytest.approx(undisturbed["loss"], abs=5e-3)
 
 
 def test_momentum_grows_over_the_warmup() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from tests.distributed import ROOT, run_ranks
@@ -18,19 +19,20 @@ RANKS = {"d12": 16, "d20": 8, "modern": 64, "quickstart": 2}
 POOL_RANKS = {"ec-2k": 1, "ec-8k": 4, "ec-64k": 8, "ec-256k": 8, "ec-512k": 16}
 RUNS = [
     *((name,) for name in RANKS),
-    *((size, router) for size in ("d12", "d20") for router in ROUTERS),
+    *(("d12", router) for router in ROUTERS),
+    ("d20", "ec-256k"),
+    ("d20", "dense"),
 ]
 COUNTED = [("d12",), ("d12", "dense"), ("d20",), ("d20", "dense"), ("modern",)]
 Run = tuple[str, ...]
 
 
 def _read(runs: list[Run]) -> dict[Run, dict[str, Any]]:
+    """The arguments of every run as the trainer has them, of some with the model's parameters."""
     from megatron.training.training import destroy_global_state
 
     from megatron_ext.arguments import parse_args
     from megatron_ext.training.checks import check_pools
-    from megatron_ext.training.dry_run.rank import Rank, fake_rank
-    from megatron_ext.training.dry_run.stand_ins import expert_rate
 
     dist.destroy_process_group()
     found: dict[Run, dict[str, Any]] = {}
@@ -43,12 +45,27 @@ def _read(runs: list[Run]) -> dict[Run, dict[str, Any]]:
             check_pools(args, config)
         found[run] = dict(vars(args), thresholds=config.uses_thresholds)
         if run in COUNTED:
-            with contextlib.redirect_stdout(io.StringIO()), fake_rank(args, 0):
-                parameters = Rank(args, config).parameters
-            found[run]["total"] = parameters.total
-            found[run]["active"] = parameters.active(expert_rate(config))
+            found[run]["total"], found[run]["active"] = _count(args, config)
         destroy_global_state()
     return {run: {k: v for k, v in a.items() if _plain(v)} for run, a in found.items()}
+
+
+def _count(args: Any, config: Any) -> tuple[int, int]:
+    """Parameters of the model, and of those the ones active, built on one of its ranks."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    from megatron_ext.model.gpt import gpt_model_config
+    from megatron_ext.training.dry_run.parameters import count_parameters
+    from megatron_ext.training.dry_run.rank import fake_rank
+    from megatron_ext.training.dry_run.stand_ins import expert_rate
+
+    with contextlib.redirect_stdout(io.StringIO()), fake_rank(args, 0), torch.device("meta"):
+        model_config = gpt_model_config(args, config)
+        model = model_config.get_builder_cls()(model_config).build_distributed_models(
+            pg_collection=ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False
+        )
+        parameters = count_parameters(model, args)
+    return parameters.total, parameters.active(expert_rate(config))
 
 
 def _plain(value: Any) -> bool:
@@ -95,23 +112,24 @@ def test_a_recipe_does_what_its_name_says(read: dict[Run, dict[str, Any]]) -> No
             changed = {k for k, v in args.items() if v != read[(size,)][k]}
             assert changed, run
     for size in ("d12", "d20"):
-        assert read[size,]["et_warmup_iters"] == 4000
-        assert read[size,]["global_batch_size"] * read[size,]["seq_length"] == 524_288
-        assert read[size,]["lr_wsd_decay_iters"] == round(read[size,]["train_iters"] / 5)
-        assert read[size, "et-cold"]["et_warmup_iters"] == 0
-        balance = {
-            router: (
-                read[size, router]["moe_router_load_balancing_type"],
-                read[size, router]["moe_aux_loss_coeff"],
-                read[size, router]["moe_router_enable_expert_bias"],
-            )
-            for router in token_choice
-        }
-        assert balance == {
-            "token-choice": ("none", 0.0, False),
-            "token-choice-aux": ("aux_loss", 1e-3, False),
-            "token-choice-loss-free": ("none", 0.0, True),
-        }
+        args = read[size,]
+        assert args["et_warmup_iters"] == 4000
+        assert args["global_batch_size"] * args["seq_length"] == 524_288
+        assert args["lr_wsd_decay_iters"] == round(args["train_iters"] / 5)
+    assert read["d12", "et-cold"]["et_warmup_iters"] == 0
+    names = ("load_balancing_type", "enable_expert_bias")
+    balance = {
+        router: (
+            *(read["d12", router][f"moe_router_{name}"] for name in names),
+            read["d12", router]["moe_aux_loss_coeff"],
+        )
+        for router in token_choice
+    }
+    assert balance == {
+        "token-choice": ("none", False, 0.0),
+        "token-choice-aux": ("aux_loss", False, 1e-3),
+        "token-choice-loss-free": ("none", True, 0.0),
+    }
 
 
 def test_the_documentation_names_every_recipe() -> None:

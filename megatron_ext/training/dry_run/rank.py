@@ -36,7 +36,7 @@ from megatron_ext.training.data import forward_step
 from megatron_ext.training.dry_run.memory import SavedTensors, optimizer_tensors, storage_bytes
 from megatron_ext.training.dry_run.parameters import Parameters, count_parameters
 from megatron_ext.training.dry_run.stand_ins import EvenLoad, prepare_router
-from megatron_ext.training.dry_run.traffic import Amount, Collective, Traffic
+from megatron_ext.training.dry_run.traffic import MUON, Amount, Collective, Traffic
 from megatron_ext.training.step import RoutingStep, routers_of
 
 _ROUTING, _STEP_END = "routing", "routing at the step's end"
@@ -211,7 +211,7 @@ def _purposes(traffic: Traffic) -> Iterator[None]:
         for owner, name, purpose in (
             (_ParamAndGradBucketGroup, "start_grad_sync", "gradient reduction"),
             (_ParamAndGradBucketGroup, "start_param_sync", "parameter gather"),
-            (TensorParallelMuon, "step", "Muon"),
+            (TensorParallelMuon, "step", MUON),
             (ThresholdRouter, "_select", _ROUTING),
             (RoutingStep, "resolve", _STEP_END),
         ):

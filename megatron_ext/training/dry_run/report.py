@@ -16,10 +16,9 @@ _MEMORY = {
 
 _NOTE = """
 Activations are what autograd keeps; temporary tensors come on top. They, the expert dispatch and
-the FLOPs as executed suppose evenly loaded experts; Muon's matrix products are among the FLOPs.
-Routing is what random logits take. All else does not depend on the data. A rank's bytes are what it
-hands in, or what it gets when that is more, its own part included; of an all-to-all what it hands
-in."""
+the FLOPs as executed suppose evenly loaded experts; routing is what random logits take. All else
+does not depend on the data. A rank's bytes are what it hands in, or what it gets when that is
+more, its own part included; of an all-to-all what it hands in."""
 
 
 def print_report(facts: dict[str, Any]) -> None:

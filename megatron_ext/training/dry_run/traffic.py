@@ -30,6 +30,8 @@ class Amount(NamedTuple):
     bytes: int
 
 
+MUON = "Muon"
+
 # What a group's traffic is for, unless `Traffic.purpose` says otherwise.
 _PURPOSES = {
     "TENSOR_MODEL_PARALLEL_GROUP": "tensor parallel",
@@ -77,7 +79,8 @@ class Traffic(TorchDispatchMode):
 
     Attributes:
         collectives: calls and bytes; groups of one rank are left out.
-        flops: of matrix products and attention, a multiplication and an addition counting two.
+        flops: of matrix products and attention, Muon's apart; a multiplication and an addition
+            count two.
     """
 
     def __init__(self, answers: Mapping[Any, Callable[..., Any]] | None = None) -> None:
@@ -107,7 +110,8 @@ class Traffic(TorchDispatchMode):
         if answer is not None and args[0].is_meta:
             return answer(func, *args, **kwargs)
         result = func(*args, **kwargs)
-        if count := _FLOPS.get(func.overloadpacket):
+        # How much of Muon's falls to a rank depends on the rank.
+        if self._purpose != MUON and (count := _FLOPS.get(func.overloadpacket)):
             self.flops += count(*args, **kwargs, out_val=result)
         return result
 
