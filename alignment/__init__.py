@@ -1,0 +1,1 @@
+"""Alignment with trained judges, on the parallelism of pretraining."""

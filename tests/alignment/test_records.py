@@ -1,0 +1,56 @@
+"""Rows of alignment's files."""
+
+import json
+from typing import Any
+
+import pytest
+
+from alignment.records import Message, Outcome, Pair, Prompt, Response, Side, Verdict
+from megatron_ext.errors import UserError
+
+PROMPT = Prompt("p", [Message("user", "Why?")], "here")
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        PROMPT,
+        Response("r", PROMPT, "", "model"),
+        Pair("x", PROMPT, "a", "b", Side.SECOND),
+        Verdict("r", Outcome.SCORE, score=3.5, judge="j"),
+        Verdict("x", Outcome.PREFERENCE, preferred=Side.FIRST, swapped=True),
+        Verdict("r", Outcome.FAILED, reason="timed out after 3 s"),
+    ],
+)
+def test_comes_back_from_json(record: Any) -> None:
+    row = json.loads(json.dumps(record.to_row()))
+    back = type(record).from_row(row)
+    assert back == record
+    assert back.to_row() == record.to_row()
+
+
+@pytest.mark.parametrize(
+    "kind, row, said",
+    [
+        (Prompt, {"id": "p"}, "missing 1 required positional argument: 'messages'"),
+        (Prompt, {"id": "p", "messages": []}, "messages must be a list of at least one"),
+        (Prompt, {"id": "p", "messages": ["hi"]}, "a message has a role and content, not 'hi'"),
+        (Prompt, {"id": "p", "messages": [{"role": "me", "content": ""}]}, "role is one of"),
+        (Prompt, {"id": 3, "messages": [{"role": "user", "content": ""}]}, "id must be text"),
+        (Prompt, {"id": "p", "mesages": []}, "unknown field 'mesages'"),
+        (
+            Prompt,
+            {"id": "p", "messages": [{"role": "assistant", "content": "x"}]},
+            "ends with the assistant's message",
+        ),
+        (Response, {"id": "r", "prompt": "hi", "text": ""}, "prompt must have fields"),
+        (Pair, PROMPT.to_row() | {"preferred": "a"}, "unknown field 'messages'"),
+        (Verdict, {"item": "r", "outcome": "score"}, "has a score just when"),
+        (Verdict, {"item": "r", "outcome": "failed"}, "has a reason just when"),
+        (Verdict, {"item": "r", "outcome": "tie", "score": 0}, "has a score just when"),
+        (Verdict, {"item": "r", "outcome": "zero", "score": 0}, "outcome is one of score, "),
+    ],
+)
+def test_what_is_wrong_is_told(kind: Any, row: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        kind.from_row(row)
