@@ -5,7 +5,8 @@
 Trains every row with every seed on the same tokens at equal active parameters, then writes
 table.md, results.json and the comparison of all runs (comparison.html, comparison.png). Run again,
 it reuses what is done and goes on from where it was stopped; more seeds or rows are added. Flags
-after `--` go to pretrain_et.py in every row: other sizes, another optimizer.
+after `--` go to pretrain_et.py in every row: other sizes, another optimizer. The micro-batches of
+rows of expert choice follow from their pools.
 """
 
 import argparse
@@ -31,18 +32,29 @@ def plan(
     corpus = Corpus(output / "data")
     steps = corpus.steps(output / "miniature.log")
     total = len(rows) * len(seeds)
-    last = _last_step(flags)
+    settings = _settings(flags)
+    last = settings.train_iters
     for number, (seed, row) in enumerate(((seed, row) for seed in seeds for row in rows), 1):
         run = output / row.run(seed)
         run.mkdir(parents=True, exist_ok=True)
         own = ["--expert-model-parallel-size", str(ranks)] if row is not DENSE else []
+        pools = []
+        if row.pools:
+            batch, rest = divmod(settings.global_batch_size, row.pools * ranks)
+            if rest:
+                raise UserError(
+                    f"--global-batch-size {settings.global_batch_size} does not make {row.pools} "
+                    f"equal pools on {ranks} ranks for row {row.name}: choose a multiple of "
+                    f"{row.pools * ranks}"
+                )
+            pools = ["--micro-batch-size", str(batch)]
         steps.append(
             training(
                 row.run(seed),
                 f"{row.label}, seed {seed}, {last:,} steps",
                 run,
                 corpus,
-                [*own, *row.flags, *flags, "--seed", str(seed)],
+                [*own, *flags, *pools, "--seed", str(seed)],
                 [RECIPES / "miniature.yaml", *row.recipes],
                 ranks=ranks,
                 on_gpus=on_gpus,
@@ -52,12 +64,14 @@ def plan(
     return steps
 
 
-def _last_step(flags: list[str]) -> int:
-    """At which training ends: as the flags say, or the recipe."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+def _settings(flags: list[str]) -> argparse.Namespace:
+    """What the recipe and flags say of `train_iters` and `global_batch_size`."""
+    parser = ToolParser(add_help=False, allow_abbrev=False)
     recipe = yaml.safe_load((RECIPES / "miniature.yaml").read_text())
-    parser.add_argument("--train-iters", type=int, default=recipe["train_iters"])
-    return int(parser.parse_known_args(flags)[0].train_iters)
+    for name in ("train_iters", "global_batch_size"):
+        flag = f"--{name.replace('_', '-')}"
+        parser.add_argument(flag, type=int, default=recipe[name])
+    return parser.parse_known_args(flags)[0]
 
 
 def main(argv: list[str] | None = None) -> int:

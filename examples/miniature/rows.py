@@ -1,6 +1,5 @@
 """The rows of the comparison."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,13 +14,13 @@ class Row:
         name: of its folder.
         label: in the table.
         router: a file of examples/recipes/routers, without its ending; none for the recipe's own.
-        flags: what the file does not say.
+        pools: for expert choice, how many a step's tokens make; else 0.
     """
 
     name: str
     label: str
     router: str | None = None
-    flags: Sequence[str] = ()
+    pools: int = 0
 
     @property
     def recipes(self) -> list[Path]:
@@ -38,9 +37,8 @@ _ROWS = (
     Row("tc", "token choice, unbalanced", "token-choice"),
     Row("tc-aux", "token choice, auxiliary loss", "token-choice-aux"),
     Row("tc-loss-free", "token choice, loss-free", "token-choice-loss-free"),
-    # Two ranks' micro-batches of sequences of 256 tokens.
-    Row("ec-512", "expert choice, pool 512", "ec-2k", ("--micro-batch-size", "1")),
-    Row("ec-2k", "expert choice, pool 2,048", "ec-2k", ("--micro-batch-size", "4")),
+    Row("ec-quarter", "expert choice, pools of a quarter step", "ec-2k", pools=4),
+    Row("ec-step", "expert choice, pools of a step", "ec-2k", pools=1),
     Row("et-cold", "expert threshold", "et-cold"),
     Row("et", "expert threshold, warm-up"),
 )
