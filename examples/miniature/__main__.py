@@ -15,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import yaml
 
 from examples.miniature.rows import DENSE, ROWS, Row
@@ -26,42 +27,52 @@ from megatron_ext.errors import ToolParser, UserError, run_tool
 
 
 def plan(
-    output: Path, rows: list[Row], seeds: list[int], ranks: int, flags: list[str], on_gpus: bool
+    output: Path,
+    corpus: Corpus,
+    rows: list[Row],
+    seeds: list[int],
+    ranks: int,
+    jobs: int,
+    flags: list[str],
+    on_gpus: bool,
 ) -> list[Step]:
-    """The corpus, and a training for each row and seed; all rows of a seed before the next."""
-    corpus = Corpus(output / "data")
-    steps = corpus.steps(output / "miniature.log")
-    total = len(rows) * len(seeds)
+    """A training for each row and seed; all rows of a seed before the next."""
+    steps = []
     settings = _settings(flags)
-    last = settings.train_iters
+    last, total = settings.train_iters, len(rows) * len(seeds)
     for number, (seed, row) in enumerate(((seed, row) for seed in seeds for row in rows), 1):
-        run = output / row.run(seed)
+        name, run = row.run(seed), output / row.run(seed)
         run.mkdir(parents=True, exist_ok=True)
-        own = ["--expert-model-parallel-size", str(ranks)] if row is not DENSE else []
-        pools = []
-        if row.pools:
-            batch, rest = divmod(settings.global_batch_size, row.pools * ranks)
-            if rest:
-                raise UserError(
-                    f"--global-batch-size {settings.global_batch_size} does not make {row.pools} "
-                    f"equal pools on {ranks} ranks for row {row.name}: choose a multiple of "
-                    f"{row.pools * ranks}"
-                )
-            pools = ["--micro-batch-size", str(batch)]
+        experts = [] if row is DENSE else ["--expert-model-parallel-size", str(ranks)]
+        batch = _micro_batch(row, settings.global_batch_size, ranks)
+        own = [*flags, *batch] if row.pools else [*batch, *flags]
+        follow = -(-(total - number) // jobs)
         steps.append(
             training(
-                row.run(seed),
+                name,
                 f"{row.label}, seed {seed}, {last:,} steps",
                 run,
                 corpus,
-                [*own, *flags, *pools, "--seed", str(seed)],
+                [*experts, *own, "--seed", str(seed)],
                 [RECIPES / "miniature.yaml", *row.recipes],
                 ranks=ranks,
                 on_gpus=on_gpus,
-                progress=TrainingProgress(run / "metrics.jsonl", last, total - number),
+                progress=TrainingProgress(run / "metrics.jsonl", last, name, follow),
             )
         )
     return steps
+
+
+def _micro_batch(row: Row, global_batch: int, ranks: int) -> list[str]:
+    """The flag for a step of one micro-batch, or of as many as the row has pools."""
+    pools = row.pools or 1
+    size, rest = divmod(global_batch, pools * ranks)
+    if rest:
+        raise UserError(
+            f"--global-batch-size {global_batch} does not make {pools} equal pools on {ranks} "
+            f"ranks for row {row.name}: choose a multiple of {pools * ranks}"
+        )
+    return ["--micro-batch-size", str(size)]
 
 
 def _settings(flags: list[str]) -> argparse.Namespace:
@@ -88,25 +99,32 @@ def main(argv: list[str] | None = None) -> int:
     add("--output", default="runs/miniature", metavar="DIR", help="default: %(default)s")
     add("--rows", nargs="+", choices=names, default=names, metavar="ROW", help=f"of {names}")
     add("--seeds", nargs="+", type=int, default=[1], metavar="SEED", help="default: 1")
-    add("--ranks", type=int, help="default: 2, or 1 where there is one GPU")
+    add("--ranks", type=int, help="of each training; default: all GPUs, or 1 without")
+    add("--jobs", type=int, help="trainings at once; default: 1 on GPUs, or one a CPU core")
     options = parser.parse_args(words[:cut])
     for name in ("seeds", "rows"):
         given = getattr(options, name)
         if len(set(given)) < len(given):
             raise UserError(f"--{name} names one twice")
-    if options.ranks is not None and options.ranks < 1:
-        raise UserError(f"--ranks {options.ranks} must be at least 1")
+    for name in ("ranks", "jobs"):
+        if (given := getattr(options, name)) is not None and given < 1:
+            raise UserError(f"--{name} {given} must be at least 1")
     output = Path(options.output).absolute()
     (output / "data").mkdir(parents=True, exist_ok=True)
     let_import()
     start = time.monotonic()
     stop_on_signals()
     gpus = find_gpus()
-    ranks = options.ranks or (1 if gpus == 1 else 2)
+    ranks = options.ranks or gpus or 1
+    on_gpus = gpus >= ranks
+    cores = psutil.cpu_count(logical=False) or 1
+    jobs = options.jobs or (1 if on_gpus else max(1, cores // ranks))
     rows = [ROWS[name] for name in options.rows]
-    steps = plan(output, rows, options.seeds, ranks, flags, on_gpus=gpus >= ranks)
+    corpus = Corpus(output / "data")
+    trainings = plan(output, corpus, rows, options.seeds, ranks, jobs, flags, on_gpus)
     try:
-        run_steps(steps, output / "data" / "steps")
+        run_steps(corpus.steps(output / "miniature.log"), output / "steps")
+        run_steps(trainings, output / "steps", jobs)
     except Stopped as stopped:
         say("stopped; the same command goes on from here")
         return 128 + stopped.number

@@ -9,11 +9,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import NoReturn, Self
 
 import psutil
 
@@ -73,37 +73,39 @@ def stop_on_signals() -> None:
     signal.signal(signal.SIGTERM, stop)
 
 
-def run_steps(steps: Sequence[Step], folder: Path) -> None:
+def run_steps(steps: Sequence[Step], folder: Path, jobs: int = 1) -> None:
     """Run what is not done yet, in order.
 
     Args:
         folder: for the stamps. A step whose inputs are the same bytes again is not run again,
             whatever happened before it.
+        jobs: how many steps run at once; more than one only for steps that do not use each
+            other's results.
 
     Raises:
-        UserError: a step failed; the message is the tool's own.
+        UserError: a step failed; the message is the tool's own. Those beside it are stopped.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for number, step in enumerate(steps, 1):
-        stamp = _stamp(step)
-        label = f"[{number}/{len(steps)}] {step.name}:"
-        done, begun = folder / f"{step.name}.done", folder / f"{step.name}.begun"
-        if _holds(done, stamp) and all(path.exists() for path in step.makes):
-            say(f"{label} done before, reused")
-            continue
-        done.unlink(missing_ok=True)
-        resuming = _holds(begun, stamp) and any(path.exists() for path in step.resumes)
-        if not resuming:
-            _remove(step.resumes)
-        begun.write_text(stamp)
-        say(f"{label} {step.about}{', going on from where it was' if resuming else ''} ...")
-        start = time.monotonic()
-        _run(step)
-        missing = [str(path) for path in step.makes if not path.exists()]
-        if missing:
-            raise UserError(f"{step.name} ended without making {missing[0]}: see {step.log}")
-        done.write_text(stamp)
-        say(f"{label} done in {duration(time.monotonic() - start)}")
+    running: list[_Running] = []
+    with ExitStack() as stack:
+        for number, step in enumerate(steps, 1):
+            label = f"[{number}/{len(steps)}] {step.name}:"
+            stamp, begun = _stamp(step), folder / f"{step.name}.begun"
+            done = folder / f"{step.name}.done"
+            if _holds(done, stamp) and all(path.exists() for path in step.makes):
+                say(f"{label} done before, reused")
+                continue
+            done.unlink(missing_ok=True)
+            resuming = _holds(begun, stamp) and any(path.exists() for path in step.resumes)
+            if not resuming:
+                _remove(step.resumes)
+            begun.write_text(stamp)
+            while len(running) == jobs:
+                running = _still_running(running)
+            say(f"{label} {step.about}{', going on from where it was' if resuming else ''} ...")
+            running.append(stack.enter_context(_Running(step, label, done, stamp)))
+        while running:
+            running = _still_running(running)
 
 
 def say(line: str) -> None:
@@ -134,38 +136,62 @@ def _remove(paths: Sequence[Path]) -> None:
             path.unlink(missing_ok=True)
 
 
-def _run(step: Step) -> None:
-    """Run the command to its end; leave no process behind, however this function is left."""
-    environment = {**os.environ, **step.environment, "PYTHONUNBUFFERED": "1"}
-    temporary = step.output and step.output.with_name(step.output.name + ".tmp")
-    start = step.log.stat().st_size if step.log.exists() else 0
-    with (
-        step.log.open("a") as log,
-        temporary.open("w") if temporary else nullcontext(log) as output,
-    ):
-        # In a session of its own, so that Ctrl-C reaches only this process, which stops it.
-        process = subprocess.Popen(
-            [sys.executable, *step.command],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=log,
-            env=environment,
-            start_new_session=True,
-        )
-        try:
-            while process.poll() is None:
-                time.sleep(_POLL_S)
-                if step.watch:
-                    step.watch()
-        finally:
-            _stop(process)
-    if process.returncode:
-        with step.log.open(errors="replace") as log:
-            log.seek(start)
-            reason = failure(step.command, log.read())
-        raise UserError(f"{reason} (step {step.name}; its log is {step.log})")
-    if temporary and step.output:
-        temporary.replace(step.output)
+class _Running:
+    """A step's process; leaving the context leaves no process behind."""
+
+    def __init__(self, step: Step, label: str, done: Path, stamp: str) -> None:
+        self.step, self.label, self.done, self.stamp = step, label, done, stamp
+        self.start = time.monotonic()
+        output = step.output
+        self.temporary = output and output.with_name(output.name + ".tmp")
+        self.logged = step.log.stat().st_size if step.log.exists() else 0
+
+    def __enter__(self) -> Self:
+        step = self.step
+        environment = {**os.environ, **step.environment, "PYTHONUNBUFFERED": "1"}
+        with (
+            step.log.open("a") as log,
+            self.temporary.open("w") if self.temporary else nullcontext(log) as output,
+        ):
+            # In a session of its own, so that Ctrl-C reaches only this process, which stops it.
+            self.process = subprocess.Popen(
+                [sys.executable, *step.command],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=log,
+                env=environment,
+                start_new_session=True,
+            )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _stop(self.process)
+
+    def ended(self) -> bool:
+        """Whether the step is done; says how far it is if not."""
+        step = self.step
+        if self.process.poll() is None:
+            if step.watch:
+                step.watch()
+            return False
+        if self.process.returncode:
+            with step.log.open(errors="replace") as log:
+                log.seek(self.logged)
+                reason = failure(step.command, log.read())
+            raise UserError(f"{reason} (step {step.name}; its log is {step.log})")
+        if self.temporary and step.output:
+            self.temporary.replace(step.output)
+        if missing := [str(path) for path in step.makes if not path.exists()]:
+            raise UserError(f"{step.name} ended without making {missing[0]}: see {step.log}")
+        self.done.write_text(self.stamp)
+        say(f"{self.label} done in {duration(time.monotonic() - self.start)}")
+        return True
+
+
+def _still_running(running: Sequence[_Running]) -> list[_Running]:
+    """Those that have not ended a moment later."""
+    time.sleep(_POLL_S)
+    return [one for one in running if not one.ended()]
 
 
 def _stop(process: "subprocess.Popen[bytes]") -> None:

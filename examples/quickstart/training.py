@@ -21,11 +21,13 @@ class TrainingProgress:
 
     Args:
         last_step: at which training ends.
-        to_follow: how many trainings of about this length come after it.
+        name: of the training, where there are several.
+        to_follow: how many times as long the trainings after it take.
     """
 
-    def __init__(self, metrics: Path, last_step: int, to_follow: int = 0) -> None:
+    def __init__(self, metrics: Path, last_step: int, name: str = "", to_follow: float = 0) -> None:
         self.metrics, self.last_step, self.to_follow = metrics, last_step, to_follow
+        self.title = f"{name}: " if name else ""
         self.origin: tuple[int, float] | None = None  # the first step seen, and when
         self.told = 0, 0.0  # the last step said, and when
 
@@ -44,7 +46,7 @@ class TrainingProgress:
         left = (self.last_step - step) * seconds
         all_left = left + self.to_follow * self.last_step * seconds
         say(
-            f"      step {step:,} of {self.last_step:,}: loss {row['loss']:.2f}, "
+            f"      {self.title}step {step:,} of {self.last_step:,}: loss {row['loss']:.2f}, "
             f"{row['tokens_per_s']:,.0f} tokens/s, {duration(left)} left"
             + (f", {duration(all_left)} for all" if self.to_follow else "")
         )
