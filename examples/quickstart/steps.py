@@ -89,6 +89,8 @@ def run_steps(steps: Sequence[Step], folder: Path, jobs: int = 1) -> None:
     running: list[_Running] = []
     with ExitStack() as stack:
         for number, step in enumerate(steps, 1):
+            while len(running) == jobs:
+                running = _still_running(running)
             label = f"[{number}/{len(steps)}] {step.name}:"
             stamp, begun = _stamp(step), folder / f"{step.name}.begun"
             done = folder / f"{step.name}.done"
@@ -100,8 +102,6 @@ def run_steps(steps: Sequence[Step], folder: Path, jobs: int = 1) -> None:
             if not resuming:
                 _remove(step.resumes)
             begun.write_text(stamp)
-            while len(running) == jobs:
-                running = _still_running(running)
             say(f"{label} {step.about}{', going on from where it was' if resuming else ''} ...")
             running.append(stack.enter_context(_Running(step, label, done, stamp)))
         while running:
