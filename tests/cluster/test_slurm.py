@@ -65,8 +65,8 @@ def steps(run: Path) -> int:
 
 
 def wait_until(condition: Callable[[], Any]) -> None:
-    """Wait, at most a minute."""
-    deadline = time.monotonic() + 60
+    """Wait, at most three minutes."""
+    deadline = time.monotonic() + 180
     while not condition():
         assert time.monotonic() < deadline, "it did not come to pass"
         time.sleep(0.1)
