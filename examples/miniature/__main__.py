@@ -2,11 +2,11 @@
 
     python -m examples.miniature [--seeds 1 2 3] [--rows ROW ...] [--output DIR]
 
-Trains every row with every seed on the same tokens at equal active parameters, then writes
-table.md, results.json and the comparison of all runs (comparison.html, comparison.png). Run again,
-it reuses what is done and goes on from where it was stopped; more seeds or rows are added. Flags
-after `--` go to pretrain_et.py in every row: other sizes, another optimizer. The micro-batches of
-rows of expert choice follow from their pools.
+Trains every row with every seed on the same tokens at equal active parameters, computes the loss
+of all held-out tokens, and writes table.md, results.json and the comparison of all runs
+(comparison.html, comparison.png). Run again, it reuses what is done and goes on from where it was
+stopped; more seeds or rows are added. Flags after `--` go to pretrain_et.py in every row, for other
+sizes say. The micro-batches of rows of expert choice follow from their pools.
 """
 
 import argparse
@@ -21,7 +21,15 @@ import yaml
 from examples.miniature.rows import DENSE, ROWS, Row
 from examples.miniature.table import write_table
 from examples.quickstart.corpus import Corpus
-from examples.quickstart.steps import Step, Stopped, duration, run_steps, say, stop_on_signals
+from examples.quickstart.steps import (
+    Step,
+    Stopped,
+    duration,
+    module,
+    run_steps,
+    say,
+    stop_on_signals,
+)
 from examples.quickstart.training import RECIPES, TrainingProgress, find_gpus, let_import, training
 from megatron_ext.errors import ToolParser, UserError, run_tool
 
@@ -33,6 +41,7 @@ def plan(
     seeds: list[int],
     ranks: int,
     jobs: int,
+    optimizer: str,
     flags: list[str],
     on_gpus: bool,
 ) -> list[Step]:
@@ -54,13 +63,38 @@ def plan(
                 run,
                 corpus,
                 [*experts, *own, "--seed", str(seed)],
-                [RECIPES / "miniature.yaml", *row.recipes],
+                [RECIPES / "miniature.yaml", optimizer_recipe(optimizer), *row.recipes],
                 ranks=ranks,
                 on_gpus=on_gpus,
                 progress=TrainingProgress(run / "metrics.jsonl", last, name, follow),
             )
         )
     return steps
+
+
+def validate(row: Row, run: Path, corpus: Corpus, flags: list[str]) -> Step:
+    """The loss of every held-out token: as the model routes, and as it was trained."""
+    settings = _settings(flags)
+    words = []
+    if row.trained_as:
+        pool = settings.global_batch_size * settings.seq_length // (row.pools or 1)
+        words = ["--routing", "et", row.trained_as, "--pool-tokens", str(pool)]
+    file = run / "validation.json"
+    return Step(
+        f"{run.name}-validation",
+        "every held-out token",
+        module(
+            "tools.validation_loss", "--load", run, "--data", corpus.valid, "--out", file, *words
+        ),
+        run / "validation.log",
+        makes=[file],
+        depends=[run / "metrics.jsonl", *corpus.files],
+        environment={"OMP_NUM_THREADS": "1"},
+    )
+
+
+def optimizer_recipe(name: str) -> Path:
+    return RECIPES / "optimizers" / f"{name}.yaml"
 
 
 def _micro_batch(row: Row, global_batch: int, ranks: int) -> list[str]:
@@ -76,10 +110,10 @@ def _micro_batch(row: Row, global_batch: int, ranks: int) -> list[str]:
 
 
 def _settings(flags: list[str]) -> argparse.Namespace:
-    """What the recipe and flags say of `train_iters` and `global_batch_size`."""
+    """What the recipe and flags say of `train_iters`, the batch and the sequences."""
     parser = ToolParser(add_help=False, allow_abbrev=False)
     recipe = yaml.safe_load((RECIPES / "miniature.yaml").read_text())
-    for name in ("train_iters", "global_batch_size"):
+    for name in ("train_iters", "global_batch_size", "seq_length"):
         flag = f"--{name.replace('_', '-')}"
         parser.add_argument(flag, type=int, default=recipe[name])
     return parser.parse_known_args(flags)[0]
@@ -99,6 +133,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--output", default="runs/miniature", metavar="DIR", help="default: %(default)s")
     add("--rows", nargs="+", choices=names, default=names, metavar="ROW", help=f"of {names}")
     add("--seeds", nargs="+", type=int, default=[1], metavar="SEED", help="default: 1")
+    add("--optimizer", choices=("adamw", "muon"), default="adamw", help="default: %(default)s")
     add("--ranks", type=int, help="of each training; default: all GPUs, or 1 without")
     add("--jobs", type=int, help="trainings at once; default: 1 on GPUs, or one a CPU core")
     options = parser.parse_args(words[:cut])
@@ -121,10 +156,18 @@ def main(argv: list[str] | None = None) -> int:
     jobs = options.jobs or (1 if on_gpus else max(1, cores // ranks))
     rows = [ROWS[name] for name in options.rows]
     corpus = Corpus(output / "data")
-    trainings = plan(output, corpus, rows, options.seeds, ranks, jobs, flags, on_gpus)
+    trainings = plan(
+        output, corpus, rows, options.seeds, ranks, jobs, options.optimizer, flags, on_gpus
+    )
+    validations = [
+        validate(row, output / row.run(seed), corpus, flags)
+        for seed in options.seeds
+        for row in rows
+    ]
     try:
         run_steps(corpus.steps(output / "miniature.log"), output / "steps")
         run_steps(trainings, output / "steps", jobs)
+        run_steps(validations, output / "steps", jobs)
     except Stopped as stopped:
         say("stopped; the same command goes on from here")
         return 128 + stopped.number

@@ -23,6 +23,14 @@ class Row:
     pools: int = 0
 
     @property
+    def trained_as(self) -> str | None:
+        """What the routing of its training is called by tools.validation_loss, if it is not that
+        of the model itself."""
+        if self.pools:
+            return "ec"
+        return "et-capacity" if self.name.startswith("et") else None
+
+    @property
     def recipes(self) -> list[Path]:
         return [] if self.router is None else [RECIPES / "routers" / f"{self.router}.yaml"]
 

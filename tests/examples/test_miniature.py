@@ -24,6 +24,8 @@ def make_runs(output: Path, seeds: list[int]) -> None:
         for seed, loss in zip(seeds, losses):
             rows = [training_row(step, layers=layers) for step in range(1, 21)]
             run = write_run(output / f"{name}-seed{seed}", [*rows, {"step": 20, "val_loss": loss}])
+            routings = [{"loss": loss}, {"loss": loss - 0.01}][: 2 if name == "et" else 1]
+            (run / "validation.json").write_text(json.dumps({"routings": routings}))
             settings = {"seed": seed, "global_batch_size": 8, "seq_length": 16, "row": name}
             (run / "run.json").write_text(json.dumps({"settings": settings}))
 
@@ -41,9 +43,11 @@ def test_differences_are_paired_by_seed(tmp_path: Path) -> None:
     assert results["et"]["seeds"]["5"]["loss"] == 4.7
     assert table.splitlines()[0].startswith("|  | validation loss | − token choice, unbalanced |")
     [row] = [line for line in table.splitlines() if "warm-up" in line]
-    assert row.startswith("| expert threshold, warm-up | 4.7500 ± 0.0500 | -0.1167 ± 0.1014 | 1.20")
+    assert row.startswith(
+        "| expert threshold, warm-up | 4.7500 ± 0.0500 | -0.1167 ± 0.1014 | +0.0100 | 1.20"
+    )
     [dense] = [line for line in table.splitlines() if line.startswith("| dense")]
-    assert dense.split("|")[4].strip() == ""  # no load
+    assert [cell.strip() for cell in dense.split("|")[4:6]] == ["", ""]  # no gap, no load
     assert table in (tmp_path / "table.md").read_text()
     assert (tmp_path / "comparison.png").stat().st_size > 10_000
 
@@ -75,6 +79,8 @@ def test_rows_are_trained_once_and_compared(tmp_path: Path) -> None:
     losses = [results[name]["seeds"]["1"]["loss"] for name in ("et", "tc-aux")]
     assert difference == pytest.approx(losses[0] - losses[1])
     assert 5 < losses[0] < 9
+    assert results["et"]["seeds"]["1"]["gap"] is not None
+    assert results["tc-aux"]["seeds"]["1"]["gap"] is None
     assert (tmp_path / "comparison.html").is_file()
 
 
