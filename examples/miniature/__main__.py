@@ -3,10 +3,10 @@
     python -m examples.miniature [--seeds 1 2 3] [--rows ROW ...] [--output DIR]
 
 Trains every row with every seed on the same tokens at equal active parameters, computes the loss
-of all held-out tokens, and writes table.md, results.json and the comparison of all runs
-(comparison.html, comparison.png). Run again, it reuses what is done and goes on from where it was
-stopped; more seeds or rows are added. Flags after `--` go to pretrain_et.py in every row, for other
-sizes say. The micro-batches of rows of expert choice follow from their pools.
+of all held-out tokens, and writes table.md, results.json, differences.png and the comparison of all
+runs (comparison.html, comparison.png). Run again, it reuses what is done and goes on from where it
+was stopped; more seeds or rows are added. Flags after `--` go to pretrain_et.py in every row, for
+other sizes say. The micro-batches of rows of expert choice follow from their pools.
 """
 
 import argparse

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from examples.miniature.picture import draw_differences
 from examples.miniature.rows import REFERENCES, ROWS, Row
 from tools.comparison.figures import load_ratio, tokens_per_second, worst_load_ratio
 from tools.comparison.output import compare
@@ -14,7 +15,7 @@ from tools.comparison.runs import Run, read_runs
 
 
 def write_table(output: Path, rows: Sequence[Row], seeds: Sequence[int]) -> str:
-    """Write table.md, results.json and the comparison of all runs; returns the table.
+    """Write table.md, results.json, pictures and the comparison of all runs; returns the table.
 
     Args:
         output: the folder of the runs.
@@ -29,6 +30,9 @@ def write_table(output: Path, rows: Sequence[Row], seeds: Sequence[int]) -> str:
     if len(names) > 1:
         in_rows = [str(output / row.run(seed)) for row in rows for seed in seeds]
         compare(in_rows, output, None)
+    if reference := next((name for name in ("tc-aux", *REFERENCES) if name in found), None):
+        by_row = {row.label: [runs[row.run(seed)] for seed in seeds] for row in rows}
+        draw_differences(by_row, ROWS[reference].label, output / "differences.png")
     results = {
         row.name: {
             "label": row.label,
