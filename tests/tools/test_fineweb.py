@@ -1,6 +1,5 @@
 """Shards as FineWeb-Edu has them: streamed, blended, one array task a shard."""
 
-import json
 import os
 import subprocess
 import sys
@@ -12,7 +11,7 @@ import pytest
 from examples import fineweb_shard
 from megatron_ext.errors import UserError
 from tests.distributed import ROOT
-from tests.tools.preprocessed import output_bytes, preprocess, stored
+from tests.tools.preprocessed import output_bytes, preprocess
 
 
 @pytest.fixture(scope="module")
@@ -40,15 +39,14 @@ def test_a_shard_without_so_many_articles_is_refused(tmp_path):
         fineweb_shard.main(["--output", str(tmp_path / "a.parquet"), "--skip", "100000"])
 
 
-def test_array_tasks_give_what_one_command_gives_for_all_shards(shards, model, tmp_path):
-    both = preprocess(model, [shards / "*.parquet"], tmp_path / "both", "--valid-fraction", 0.2)
+def test_an_array_task_gives_what_a_command_for_its_shard_gives(shards, model, tmp_path):
+    preprocess(model, [shards / "001_00000.parquet"], tmp_path / "alone", "--valid-fraction", 0.2)
     script = ["bash", "examples/slurm/preprocess.sbatch", str(shards), str(tmp_path / "each")]
     script += ["--tokenizer-model", str(model), "--valid-fraction", "0.2"]
-    (tmp_path / "each").mkdir()
-    for task in ("0", "1", "2"):
+    for task in ("1", "2"):
         environment = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_ARRAY_TASK_ID": task}
         done = subprocess.run(
-            script, env={**os.environ, **environment, "PYTHON": sys.executable},
+            script, env={**os.environ, **environment, "PYTHON": sys.executable}, cwd=ROOT,
             capture_output=True, text=True,
         )  # fmt: skip
         if task == "2":
@@ -56,10 +54,5 @@ def test_array_tasks_give_what_one_command_gives_for_all_shards(shards, model, t
             assert "no file number 2: submit with --array 0-1" in done.stderr
         else:
             assert done.returncode == 0, done.stderr
-    for split in ("train", "valid"):
-        each = [stored(tmp_path / f"each/{i:03}_00000", split) for i in range(2)]
-        assert each[0] + each[1] == stored(tmp_path / "both", split)
-    counts = [json.loads((tmp_path / f"each/{i:03}_00000.json").read_text()) for i in range(2)]
-    tokens = [manifest["splits"]["train"]["tokens"] for manifest in counts]
-    assert sum(tokens) == both["splits"]["train"]["tokens"]
-    assert len(output_bytes(tmp_path / "both")) == 4
+    assert output_bytes(tmp_path / "each/001_00000") == output_bytes(tmp_path / "alone")
+    assert not list((tmp_path / "each").glob("000*"))
