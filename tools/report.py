@@ -1,6 +1,7 @@
 """Draw what a run did, or compare several.
 
     python -m tools.report --run-dir runs/NAME [--unigram NATS --bigram NATS] [--text-file FILE]
+        [--panels DIR]
     python -m tools.report runs/A runs/B ... [--output DIR] [--markdown FILE]
 
 One run: report.png, and report.html with the figures and texts, in the run's directory; while a run
@@ -21,12 +22,12 @@ from typing import Any
 from megatron_ext.errors import ToolParser, UserError, run_tool
 from megatron_ext.quiet import quiet_megatron
 from tools.report_page import Page
-from tools.report_picture import draw
+from tools.report_picture import draw, draw_panels
 from tools.routed_text import RoutedText, route
 from tools.run_metrics import RunMetrics
 
 _LONGEST_TEXT = 1200  # characters; a picture holds no more
-_OF_ONE_RUN = ("unigram", "bigram", "validation", "sample", "text_file")
+_OF_ONE_RUN = ("unigram", "bigram", "validation", "sample", "text_file", "panels")
 _OF_SEVERAL = ("output", "markdown")
 
 
@@ -77,6 +78,8 @@ def report(run_dir: Path, options: argparse.Namespace) -> None:
     temporary.write_text(page.html(), encoding="utf-8")
     temporary.replace(target)
     print(f"wrote {run_dir / 'report.png'} and {target}")
+    if options.panels and metrics.layers:
+        print(f"wrote {', '.join(map(str, draw_panels(metrics, Path(options.panels))))}")
     if headline:
         print(headline)
 
@@ -138,6 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--validation", metavar="FILE", help="JSON with unigram, bigram, validation")
     add("--sample", metavar="FILE", help="a line of tools.generate --json")
     add("--text-file", metavar="FILE", help="text to colour by the experts its tokens get")
+    add("--panels", metavar="DIR", help="write the panels on routing there, a picture each")
     add("--output", metavar="DIR", help="for the comparison (the folder that the first run is in)")
     add("--markdown", metavar="FILE", help="write the comparison as Markdown too")
     return parser

@@ -71,6 +71,26 @@ def draw(
         write_picture(figure, path)
 
 
+def draw_panels(metrics: RunMetrics, folder: Path) -> list[Path]:
+    """Write each panel on routing as a picture of its own, for a page that explains it."""
+    panels = {"usage": _usage, "loads": _loads, "fan_out": _fan_out}
+    matplotlib.use("agg")
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    with matplotlib.rc_context(STYLE):
+        for name in ("thresholds", *panels):
+            width = 12 if name == "thresholds" else 7
+            figure = Figure(figsize=(width, 3), layout="constrained")
+            row = GridSpec(1, 1, figure)[0]
+            if name == "thresholds":
+                _all_thresholds(figure, row, metrics)
+            else:
+                panels[name](figure.add_subplot(row), metrics)
+            paths.append(folder / f"{name}.png")
+            write_picture(figure, paths[-1])
+    return paths
+
+
 def _over_steps(axes: Axes, metrics: RunMetrics) -> None:
     """What all panels over steps share: the axis, and the warm-up shaded."""
     axes.set_xlabel("optimizer step")

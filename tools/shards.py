@@ -124,11 +124,13 @@ def _format_of(path: str, layout: Layout) -> str:
 
 
 def open_parquet(path: str) -> Any:
+    """A Parquet file, read as a stream: pyarrow's own choice keeps all of a column that it has read
+    until the last row."""
     import pyarrow
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.ParquetFile(path)
+        return pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path} is no readable Parquet file, or truncated: {error}") from error
 

@@ -1,7 +1,11 @@
 """Documents read a shard at a time."""
 
 import json
+import random
 
+import pyarrow
+import pyarrow.parquet
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -43,3 +47,18 @@ def test_shards_of_any_size_hold_every_document_once_in_order(tmp_path, lines, s
         assert reader.consumed <= shard.size
     assert found == expected
     assert count == len(lines)
+
+
+@pytest.mark.parametrize("rows", [200, 10_000], ids=["many row groups", "one row group"])
+def test_a_parquet_file_is_read_without_holding_it(tmp_path, rows):
+    choose = random.Random(0)
+    texts = [choose.randbytes(2000).hex() for _ in range(10_000)]
+    path = tmp_path / "texts.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path, row_group_size=rows)
+    size = path.stat().st_size
+    [shard] = plan_shards([str(path)], Layout(), 1 << 30)
+    before, held = pyarrow.total_allocated_bytes(), 0
+    for text, found in zip(texts, ShardReader(shard, Layout()), strict=True):
+        assert text == found
+        held = max(held, pyarrow.total_allocated_bytes() - before)
+    assert 0 < held < size / 3

@@ -25,7 +25,13 @@ def test_report_shows_baselines_sample_and_configuration(tmp_path: Path, capsys:
     sample = {"prompt": "Once <b>", "seed": 0, "text": "upon & a time"}
     (run / "sample.json").write_text(json.dumps(sample))
     (run / "run.json").write_text(json.dumps({"commit": "abc123", "settings": {"num_layers": 3}}))
-    report.main(["--run-dir", str(run), "--unigram", "6.5", "--bigram", "4.25"])
+    panels = tmp_path / "panels"
+    baselines = ["--unigram", "6.5", "--bigram", "4.25"]
+    report.main(["--run-dir", str(run), *baselines, "--panels", str(panels)])
+    assert {path.name for path in panels.iterdir()} == {
+        "thresholds.png", "usage.png", "loads.png", "fan_out.png",
+    }  # fmt: skip
+    assert all(map(is_png, panels.iterdir()))
     summary = "validation 3.500 against unigram 6.500, bigram 4.250 (nats per token)"
     assert capsys.readouterr().out.splitlines()[-1] == summary
     assert is_png(run / "report.png")

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import sentencepiece
 
 from tools.documents import Malformed, ShardReader
+from tools.preprocessing.encoding import DocumentEncoder
 from tools.shards import Layout, Shard
 
 SPLITS = ("train", "valid")
@@ -63,9 +63,7 @@ def publish(temporary: Path, final: Path) -> None:
     os.close(folder)
 
 
-def write_part(
-    work: Work, folder: Path, tokenizer: sentencepiece.SentencePieceProcessor, consumed: Any
-) -> Part:
+def write_part(work: Work, folder: Path, encode: DocumentEncoder, consumed: Any) -> Part:
     """Tokenize a shard into NAME.SPLIT.bin (tokens), NAME.SPLIT.len (int32 tokens of each document)
     and, last, NAME.json (counts), which is returned and whose presence says that all is there."""
     reader = ShardReader(work.shard, work.layout)
@@ -74,6 +72,7 @@ def write_part(
     checksums = dict.fromkeys(SPLITS, 0)
     malformed: list[Malformed] = []
     malformed_count = empty = reported = 0
+    itemsize = np.dtype(work.dtype).itemsize
     with contextlib.ExitStack() as stack:
         files = {split: stack.enter_context(open(temporary[split], "wb")) for split in SPLITS}
         for document in reader:
@@ -88,10 +87,10 @@ def write_part(
                 empty += 1
             else:
                 split = work.split_of(document)
-                tokens = np.array([*tokenizer.encode(document), work.eod], dtype=work.dtype)
-                checksums[split] = zlib.crc32(tokens.data, checksums[split])
-                files[split].write(tokens.data)
-                lengths[split].append(tokens.size)
+                tokens = encode(document)
+                checksums[split] = zlib.crc32(tokens, checksums[split])
+                files[split].write(tokens)
+                lengths[split].append(len(tokens) // itemsize)
     with consumed.get_lock():
         consumed.value += work.shard.size - reported
     for split in SPLITS:

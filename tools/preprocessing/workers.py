@@ -8,22 +8,21 @@ import threading
 from pathlib import Path
 from typing import Any, NoReturn
 
-import sentencepiece
-
 from megatron_ext.errors import UserError
+from tools.preprocessing.encoding import DocumentEncoder
 from tools.preprocessing.parts import Part, Work, read_part, write_part
 from tools.preprocessing.tally import Tally
 from tools.progress import Progress
 
 # A worker process's own, set once by start_worker.
-_tokenizer: sentencepiece.SentencePieceProcessor
+_encoder: DocumentEncoder
 _consumed: Any
 
 
-def start_worker(model: str, consumed: Any) -> None:
-    """Set a worker process up: one tokenizer, and an end when the main process is killed."""
-    global _tokenizer, _consumed
-    _tokenizer, _consumed = sentencepiece.SentencePieceProcessor(model_file=model), consumed
+def start_worker(model: str, dtype: str, consumed: Any) -> None:
+    """Set a worker process up: one encoder, and an end when the main process is killed."""
+    global _encoder, _consumed
+    _encoder, _consumed = DocumentEncoder(model, dtype), consumed
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -35,7 +34,7 @@ def start_worker(model: str, consumed: Any) -> None:
 
 
 def write_part_in_worker(work: Work, folder: Path) -> Part:
-    return write_part(work, folder, _tokenizer, _consumed)
+    return write_part(work, folder, _encoder, _consumed)
 
 
 def write_parts(
@@ -58,7 +57,7 @@ def write_parts(
         tally = Tally(works, max_malformed, progress)
         with concurrent.futures.ProcessPoolExecutor(
             max(1, min(workers, len(todo))), context, start_worker,
-            (works[0].tokenizer_model, consumed),
+            (works[0].tokenizer_model, works[0].dtype, consumed),
         ) as pool:  # fmt: skip
             try:
                 # Workers start here and inherit a deaf ear to Ctrl-C; the main process decides.

@@ -1,0 +1,36 @@
+"""The benchmark of preprocessing, small and without the peer; its text."""
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.preprocessing import US, articles, measure
+from tools import train_tokenizer
+
+
+def test_copies_of_the_articles_hold_as_many_new_words_as_their_end(tmp_path: Path) -> None:
+    text = tmp_path / "text.jsonl"
+    share = articles(text, 12)
+    assert text.stat().st_size >= 12e6
+    lines = [json.loads(line)["text"].split(" ") for line in text.open()]
+    count = len(lines) // 2  # of articles, each of which is there twice
+    assert [len(words) for words in lines[:count]] == [len(words) for words in lines[count:]]
+    known = set().union(*lines[:count])
+    copied = [word for words in lines[count:] for word in words]
+    new = sum(word not in known for word in copied) / len(copied)
+    assert 0.02 < share < 0.2 and abs(new - share) < 0.002
+
+
+@pytest.mark.slow
+def test_ours_is_measured_alone(tmp_path: Path) -> None:
+    text, model = tmp_path / "text.jsonl", tmp_path / "model"
+    texts = [f"{number} tokens went to expert {number % 7}" for number in range(300)]
+    text.write_text("".join(json.dumps({"text": one}) + "\n" for one in texts))
+    model.write_bytes(train_tokenizer.train(texts, 320, 1.0))
+    options = argparse.Namespace(rounds=1, megatron_tool=None)
+    row = measure([US], options, text, model, workers=2)
+    assert row["megabytes"] == round(sum(map(len, texts)) / 1e6, 3)
+    assert row["workers"] == 2 and row["seconds"] > 0 and row["start_seconds"] > 0
+    assert "ratio" not in row
