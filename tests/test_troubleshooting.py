@@ -60,7 +60,8 @@ def commands() -> list[tuple[str, str]]:
 
 
 def said(lines: list[str]) -> list[str]:
-    """On a rank: what each of the commands ends with on stderr."""
+    """On a rank: what each of the commands ends with on stderr. Only the last may get as far as to
+    hand its flags over to Megatron, which takes them once."""
     told = []
     for line in lines:
         sys.argv = shlex.split(line)
