@@ -60,10 +60,14 @@ def commands() -> list[tuple[str, str]]:
 
 
 def said(lines: list[str]) -> list[str]:
-    """On a rank: what each of the commands ends with on stderr. Only the last may get as far as to
-    hand its flags over to Megatron, which takes them once."""
+    """On a rank: what each of the commands ends with on stderr."""
+    from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
+    from megatron.training.global_vars import destroy_global_vars
+
     told = []
     for line in lines:
+        destroy_global_vars()
+        destroy_num_microbatches_calculator()
         sys.argv = shlex.split(line)
         with contextlib.redirect_stderr(io.StringIO()) as stderr:
             with pytest.raises(SystemExit) as end:
