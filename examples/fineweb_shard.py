@@ -78,7 +78,9 @@ def main(argv: list[str] | None = None) -> None:
         )
     options.output.parent.mkdir(parents=True, exist_ok=True)
     table = pyarrow.Table.from_pylist(chosen, SCHEMA)
-    pyarrow.parquet.write_table(table, options.output, row_group_size=1000)
+    temporary = options.output.with_name(options.output.name + ".tmp")
+    pyarrow.parquet.write_table(table, temporary, row_group_size=1000)
+    temporary.replace(options.output)
     print(f"wrote {options.output}: {len(chosen):,} documents")
 
 

@@ -30,7 +30,14 @@ from examples.quickstart.steps import (
     say,
     stop_on_signals,
 )
-from examples.quickstart.training import RECIPES, TrainingProgress, find_gpus, let_import, training
+from examples.quickstart.training import (
+    RECIPES,
+    TrainingProgress,
+    device,
+    find_gpus,
+    let_import,
+    training,
+)
 from megatron_ext.errors import ToolParser, UserError, run_tool
 
 
@@ -41,7 +48,7 @@ def plan(
     seeds: list[int],
     ranks: int,
     jobs: int,
-    optimizer: str,
+    optimizer: Path,
     flags: list[str],
     on_gpus: bool,
 ) -> list[Step]:
@@ -63,7 +70,7 @@ def plan(
                 run,
                 corpus,
                 [*experts, *own, "--seed", str(seed)],
-                [RECIPES / "miniature.yaml", optimizer_recipe(optimizer), *row.recipes],
+                [RECIPES / "miniature.yaml", optimizer, *row.recipes],
                 ranks=ranks,
                 on_gpus=on_gpus,
                 progress=TrainingProgress(run / "metrics.jsonl", last, name, follow),
@@ -72,7 +79,7 @@ def plan(
     return steps
 
 
-def validate(row: Row, run: Path, corpus: Corpus, flags: list[str]) -> Step:
+def validate(row: Row, run: Path, corpus: Corpus, flags: list[str], on_gpus: bool) -> Step:
     """The loss of every held-out token: as the model routes, and as it was trained."""
     settings = _settings(flags)
     words = []
@@ -89,12 +96,8 @@ def validate(row: Row, run: Path, corpus: Corpus, flags: list[str]) -> Step:
         run / "validation.log",
         makes=[file],
         depends=[run / "metrics.jsonl", *corpus.files],
-        environment={"OMP_NUM_THREADS": "1"},
+        environment={"OMP_NUM_THREADS": "1", **device(on_gpus)},
     )
-
-
-def optimizer_recipe(name: str) -> Path:
-    return RECIPES / "optimizers" / f"{name}.yaml"
 
 
 def _micro_batch(row: Row, global_batch: int, ranks: int) -> list[str]:
@@ -156,11 +159,10 @@ def main(argv: list[str] | None = None) -> int:
     jobs = options.jobs or (1 if on_gpus else max(1, cores // ranks))
     rows = [ROWS[name] for name in options.rows]
     corpus = Corpus(output / "data")
-    trainings = plan(
-        output, corpus, rows, options.seeds, ranks, jobs, options.optimizer, flags, on_gpus
-    )
+    optimizer = RECIPES / "optimizers" / f"{options.optimizer}.yaml"
+    trainings = plan(output, corpus, rows, options.seeds, ranks, jobs, optimizer, flags, on_gpus)
     validations = [
-        validate(row, output / row.run(seed), corpus, flags)
+        validate(row, output / row.run(seed), corpus, flags, on_gpus)
         for seed in options.seeds
         for row in rows
     ]

@@ -7,6 +7,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
+
 from examples.quickstart.corpus import Corpus
 from examples.quickstart.steps import Step, duration, module, say
 
@@ -109,11 +111,17 @@ def training(
         ],
         run / "train.log",
         makes=[run / "checkpoints", run / "metrics.jsonl"],
-        depends=[*corpus.files, *recipes, RECIPES / "base.yaml"],
+        depends=[*corpus.files, *(file for recipe in recipes for file in with_bases(recipe))],
         resumes=[run / part for part in left],
         environment={"OMP_NUM_THREADS": "1", **network, **device(on_gpus)},
         watch=progress,
     )
+
+
+def with_bases(recipe: Path) -> list[Path]:
+    """A recipe and those it starts from."""
+    base = yaml.safe_load(recipe.read_text()).get("base")
+    return [recipe, *(with_bases(recipe.parent / base) if base else ())]
 
 
 def find_gpus() -> int:
