@@ -128,7 +128,8 @@ def open_parquet(path: str) -> Any:
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.ParquetFile(path)
+        # Buffering ahead would keep all row groups that have been read.
+        return pyarrow.parquet.ParquetFile(path, pre_buffer=False)
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path} is no readable Parquet file, or truncated: {error}") from error
 
