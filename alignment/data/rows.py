@@ -16,7 +16,8 @@ from tools.decompression import BROKEN, decompressed
 from tools.shards import COMPRESSIONS, format_of_suffix, open_parquet
 
 Record = Prompt | Response | Pair | Verdict
-_BATCH = 512  # rows
+_BATCH = 256  # rows that are read at a time
+_GROUP = 2048  # rows of a Parquet row group, each of which adds to what a reader must hold
 
 
 class Malformed(UserError):
@@ -156,7 +157,7 @@ class RecordWriter:
             )
         self.count += 1
         self._batch.append(record.to_row())
-        if len(self._batch) == _BATCH:
+        if len(self._batch) == (_GROUP if self.path.suffix == ".parquet" else _BATCH):
             self._flush()
 
     def _flush(self) -> None:

@@ -57,7 +57,7 @@ def text_of(prompt: Prompt) -> list[str]:
 class Splitter:
     """Takes prompts, repeated ones too, and then tells the split of each.
 
-    Memory: about 150 bytes a different prompt, and 512 on disk.
+    Memory: some 300 bytes a different prompt, and 512 of a file.
 
     Attributes:
         near: how many prompts were left out of each split.
