@@ -21,14 +21,16 @@ NAMES = ["pointwise", "pointwise-rubric", "pairwise", "pairwise-rubric", "rubric
 
 def blocks(text: str) -> list[tuple[str, str]]:
     """What a reader who goes by the lines with the mark takes for material: (label, text)."""
-    marks = re.findall(r'the next line ">>> ([g-v]{16})"', text)
-    assert len(set(marks)) == 1
+    said = re.search(r"^The mark is ([g-v]{16})\.$", text, flags=re.MULTILINE)
+    assert said
+    mark = said[1]
+    assert mark not in text[: said.start()]  # it is told before anything is fenced
     found, label, lines = [], None, []  # type: ignore[var-annotated]
     for line in text.split("\n"):
-        opening = re.fullmatch(rf"<<< (.*) {marks[0]}", line)
+        opening = re.fullmatch(rf"<<< (.*) {mark}", line)
         if label is None and opening:
             label, lines = opening[1], []
-        elif label is not None and line == f">>> {marks[0]}":
+        elif label is not None and line == f">>> {mark}":
             found.append((label, "\n".join(lines)))
             label = None
         elif label is not None:
@@ -85,7 +87,7 @@ def test_no_text_closes_its_fence_even_one_that_knows_the_mark_of_an_earlier_pro
             text = asked(name, item)
             assert [material for _, material in blocks(text)] == given_
             if turn == 0 and number == 1:
-                mark = re.findall(r'line ">>> ([g-v]{16})"', text)[0]
+                mark = re.findall(r"The mark is ([g-v]{16})\.", text)[0]
         # Now with the mark that these very texts were given.
         texts = [t.replace("MARK", mark).replace("MA", mark[:8]).replace("RK", mark[8:])
                  for t in texts]  # fmt: skip
@@ -99,6 +101,12 @@ def test_a_mark_is_in_no_text_and_the_same_for_the_same_texts(texts: list[str], 
     # A text that holds the mark it would get, gets another.
     assert mark_for([*texts, more + mark]) not in more + mark
     assert fenced("a", more.replace(mark, ""), mark).count(mark) == 2
+
+
+def test_the_system_message_is_the_same_for_every_item() -> None:
+    other = Response("s", Prompt("q", [Message("user", "Else?")]), "Else.")
+    one, two = (judge_prompt("pointwise").messages(item) for item in (RESPONSE, other))
+    assert one[0] == two[0] and one[1] != two[1]  # servers keep the state of a common beginning
 
 
 def test_swapping_shows_the_second_response_first() -> None:
