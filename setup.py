@@ -19,8 +19,12 @@ setup(
     packages=find_namespace_packages(
         include=["megatron_ext*", "alignment*", "tools*"], exclude=["*__pycache__*"]
     ),
-    package_data={"tools.inspecting": ["page.css", "page.js"]},
+    package_data={
+        "alignment.judges": ["prompts/*.txt", "prompts/answers/*.txt"],
+        "tools.inspecting": ["page.css", "page.js"],
+    },
     py_modules=["pretrain_et"],
+    entry_points={"console_scripts": ["et-align = alignment.__main__:entry"]},
     install_requires=[
         "torch>=2.13,<2.15",
         "megatron-core>=0.19.2,<0.20",
@@ -35,6 +39,7 @@ setup(
         "transformers>=5.16,<6",
         "tokenizers>=0.22",
         "safetensors>=0.5,<1",
+        "jinja2>=3.1",  # chat templates of tokenizers
         "pyarrow>=17",
         "zstandard>=0.23",
         # what a run shows

@@ -5,6 +5,7 @@ of one of them. A row stands for itself: a response carries its prompt, so that 
 joined and shuffled without another file beside them.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
@@ -167,6 +168,9 @@ class Verdict(_Record):
         object.__setattr__(self, "outcome", _member(Outcome, "outcome", self.outcome))
         if self.preferred is not None:
             object.__setattr__(self, "preferred", _member(Side, "preferred", self.preferred))
+        number = isinstance(self.score, int | float) and not isinstance(self.score, bool)
+        if self.score is not None and not (number and math.isfinite(self.score)):
+            raise UserError(f"score must be a finite number, not {self.score!r}")
         for name, outcome in (("score", Outcome.SCORE), ("preferred", Outcome.PREFERENCE)):
             if (getattr(self, name) is not None) != (self.outcome is outcome):
                 raise UserError(f"a verdict has a {name} just when its outcome is {outcome}")

@@ -46,6 +46,12 @@ def test_comes_back_from_json(record: Any) -> None:
         (Response, {"id": "r", "prompt": "hi", "text": ""}, "prompt must have fields"),
         (Pair, PROMPT.to_row() | {"preferred": "a"}, "unknown field 'messages'"),
         (Verdict, {"item": "r", "outcome": "score"}, "has a score just when"),
+        (
+            Verdict,
+            {"item": "r", "outcome": "score", "score": "7"},
+            "must be a finite number, not '7'",
+        ),
+        (Verdict, {"item": "r", "outcome": "score", "score": float("nan")}, "a finite number"),
         (Verdict, {"item": "r", "outcome": "failed"}, "has a reason just when"),
         (Verdict, {"item": "r", "outcome": "tie", "score": 0}, "has a score just when"),
         (Verdict, {"item": "r", "outcome": "zero", "score": 0}, "outcome is one of score, "),

@@ -1,0 +1,36 @@
+"""`et-align NAME ...`, or `python -m alignment NAME ...`: the tools of alignment."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from megatron_ext.errors import UserError, run_tool
+
+# Name: a module with `main(argv)`, and what it is for. Modules are imported when they are asked
+# for, so that help does not wait for torch.
+COMMANDS = {
+    "data": ("alignment.data.tool", "import, split and count prompts, responses and preferences"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int | None:
+    """Run the tool that the first word names, with the others."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print("usage: et-align NAME ... (et-align NAME --help tells more), where NAME is one of")
+        for name, (_, purpose) in COMMANDS.items():
+            print(f"  {name:14}{purpose}")
+        return 0
+    if words[0] not in COMMANDS:
+        raise UserError(f"there is no tool {words[0]!r}: known are {', '.join(COMMANDS)}")
+    module, _ = COMMANDS[words[0]]
+    return importlib.import_module(module).main(words[1:])
+
+
+def entry() -> None:
+    sys.argv[0] = "et-align"
+    run_tool(main)
+
+
+if __name__ == "__main__":
+    entry()

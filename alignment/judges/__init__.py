@@ -1,0 +1,1 @@
+"""Judges: asking them, what they answer, and how far they agree."""

@@ -1,0 +1,156 @@
+"""What a judge is asked: templates as files, with untrusted text in fences that it cannot close.
+
+A template has sections, each headed by a line `=== system ===` or `=== user ===`, and placeholders:
+{prompt}, {response} or {response_a} and {response_b}, and {rubric} become fenced text, {mark} the
+mark that is on every fence, {rules} and {answer} the files of these names. Plain text is enough for
+that, what is filled in is never read again as a template, and a file that differs by a byte has
+another hash. Variants are files of their own, so that a reader sees what a judge sees.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+from alignment.records import Message, Pair, Prompt, Response
+from megatron_ext.errors import UserError
+
+FOLDER = Path(__file__).with_name("prompts")
+# Of the code below: how conversations and fences are written.
+_VERSION = 1
+_SECTION = re.compile(r"^=== (system|user) ===\n", re.MULTILINE)
+_PLACEHOLDER = re.compile(r"\{([a-z_]+)\}")
+_MATERIAL = {
+    "pointwise": {"prompt", "response"},
+    "pairwise": {"prompt", "response_a", "response_b"},
+    "rubric": {"prompt"},
+}
+
+
+@dataclass(frozen=True)
+class JudgePrompt:
+    """A template.
+
+    Attributes:
+        kind: "pointwise" (asks about a Response), "pairwise" (about a Pair) or "rubric" (asks for
+            the rubric of a Prompt).
+        thinks: the judge is asked to think before its label.
+        with_rubric: the judge is shown the prompt's rubric.
+        sections: role and text, with the placeholders of what is to be judged.
+        identity: a hash of everything that the messages depend on besides the item.
+    """
+
+    kind: str
+    thinks: bool
+    with_rubric: bool
+    sections: Sequence[tuple[str, str]]
+    identity: str
+
+    def messages(self, item: Prompt | Response | Pair, swapped: bool = False) -> list[Message]:
+        """What to ask a judge about an item.
+
+        Args:
+            swapped: show a pair's second response first, as A.
+
+        Raises:
+            UserError: the item is not of the template's kind, or has no rubric and needs one.
+        """
+        material = self._material(item, swapped)
+        mark = mark_for(text for blocks in material.values() for _, text in blocks)
+        filled = {
+            name: "\n".join(fenced(label, text, mark) for label, text in blocks)
+            for name, blocks in material.items()
+        }
+        filled["mark"] = mark
+        return [
+            Message(role, _PLACEHOLDER.sub(lambda found: filled[found[1]], text))
+            for role, text in self.sections
+        ]
+
+    def _material(
+        self, item: Prompt | Response | Pair, swapped: bool
+    ) -> Mapping[str, Sequence[tuple[str, str]]]:
+        """Labelled texts for each placeholder."""
+        prompt = item if isinstance(item, Prompt) else item.prompt
+        material = {"prompt": [(f"{m.role} message", m.content) for m in prompt.messages]}
+        if self.kind == "pointwise" and isinstance(item, Response):
+            material["response"] = [("response", item.text)]
+        elif self.kind == "pairwise" and isinstance(item, Pair):
+            a, b = (item.second, item.first) if swapped else (item.first, item.second)
+            material["response_a"] = [("response A", a)]
+            material["response_b"] = [("response B", b)]
+        elif self.kind != "rubric" or not isinstance(item, Prompt):
+            raise UserError(f"a {self.kind} prompt cannot ask about a {type(item).__name__}")
+        if self.with_rubric:
+            if prompt.rubric is None:
+                raise UserError(
+                    f"prompt {prompt.id!r} has no rubric, and the judge is to be shown it: write "
+                    f"rubrics first, or take a judge prompt without"
+                )
+            material["rubric"] = [("rubric", prompt.rubric)]
+        return material
+
+
+def judge_prompt(name: str, thinks: bool = False) -> JudgePrompt:
+    """A template of this package by name, or of a file whose name begins with one's kind.
+
+    Args:
+        name: "pointwise", "pointwise-rubric", "pairwise", "pairwise-rubric", "rubric"; or a path.
+        thinks: ask for thinking before the label.
+
+    Raises:
+        UserError: there is no such template, or it lacks a placeholder or has an unknown one.
+    """
+    path = Path(name) if name.endswith(".txt") else FOLDER / f"{name}.txt"
+    kind = path.name.removesuffix(".txt").partition("-")[0]
+    known = sorted(file.stem for file in FOLDER.glob("*.txt") if file.stem != "rules")
+    if not path.is_file() or kind not in _MATERIAL:
+        raise UserError(
+            f"there is no judge prompt {name}: give one of {', '.join(known)}, or a file "
+            f"{'-NAME.txt, '.join(_MATERIAL)}-NAME.txt"
+        )
+    text = path.read_text(encoding="utf-8")
+    answer = f"{kind}-{'think' if thinks else 'label'}"
+    parts = {"rules": _file("rules")}
+    if kind != "rubric":
+        parts["answer"] = _file(f"answers/{answer}")
+    text = _PLACEHOLDER.sub(lambda found: parts.get(found[1], found[0]), text)
+    before, *sections = _SECTION.split(text)
+    if before.strip() or not sections:
+        raise UserError(f"{path} must begin with a line === system === or === user ===")
+    used = set(_PLACEHOLDER.findall(text)) - {"mark"}
+    allowed = _MATERIAL[kind] | ({"rubric"} if kind != "rubric" else set())
+    if wrong := sorted(used - allowed) or sorted(_MATERIAL[kind] - used):
+        problem = "has an unknown" if wrong[0] in used else "lacks the"
+        raise UserError(f"{path} {problem} placeholder {{{wrong[0]}}}")
+    pairs = [(role, body.strip()) for role, body in zip(sections[::2], sections[1::2])]
+    identity = sha256(repr((_VERSION, kind, pairs)).encode()).hexdigest()
+    return JudgePrompt(kind, thinks and kind != "rubric", "rubric" in used, pairs, identity)
+
+
+def _file(name: str) -> str:
+    return (FOLDER / f"{name}.txt").read_text(encoding="utf-8").strip()
+
+
+def mark_for(texts: Iterable[str]) -> str:
+    """A mark of 16 letters that occurs in none of the texts, and is the same for the same texts."""
+    texts = list(texts)
+    trial = 0
+    while True:
+        digest = sha256(repr((trial, texts)).encode()).hexdigest()[:16]
+        # Letters only: a tokenizer or model cannot take it for a number to be read.
+        mark = "".join(chr(ord("g") + int(digit, 16)) for digit in digest)
+        if not any(mark in text for text in texts):
+            return mark
+        trial += 1
+
+
+def fenced(label: str, text: str, mark: str) -> str:
+    """Text between two lines with the mark.
+
+    The mark is on no line of the text, and holds no line break, so that no line of the text, nor
+    its end joined with what follows, can be taken for a fence.
+    """
+    assert mark not in text
+    return f"<<< {label} {mark}\n{text}\n>>> {mark}"
