@@ -46,6 +46,8 @@ setup(
         "tensorboard>=2.18,<3",
         "matplotlib>=3.9,<4",
         "rich>=13",
+        # judges
+        "httpx>=0.27",
         # serving
         "starlette>=1",
         "uvicorn>=0.40",
@@ -63,8 +65,8 @@ setup(
         "dev": [
             "accelerate>=1",  # lm-eval's own model on transformers, to compare with
             "gguf>=0.17",
-            "httpx>=0.27",
             "hypothesis>=6.100",
+            "krippendorff>=0.8",
             "lm-eval>=0.4.9,<0.5",
             "mypy>=2.0,<3",
             "openai>=2",
@@ -72,6 +74,7 @@ setup(
             "pytest-timeout>=2.3,<3",
             "pytest-xdist>=3.6,<4",
             "ruff>=0.17,<0.18",
+            "scikit-learn>=1.5",
             "setuptools>=77",
             "types-psutil",
             "types-PyYAML",

@@ -10,6 +10,11 @@ from megatron_ext.errors import UserError, run_tool
 # for, so that help does not wait for torch.
 COMMANDS = {
     "data": ("alignment.data.tool", "import, split and count prompts, responses and preferences"),
+    "annotate": (
+        "alignment.judges.annotate",
+        "verdicts of a judge, or responses of a policy",
+    ),
+    "agreement": ("alignment.judges.agreement.tool", "how far two judges agree"),
 }
 
 

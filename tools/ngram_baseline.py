@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_ext.devices import activate
 from megatron_ext.errors import ToolParser, UserError, run_tool
 
 Tokens = NDArray[np.int64]
@@ -122,6 +121,8 @@ def read_stream(prefix: str) -> Tokens:
     """
     if not Path(prefix + ".idx").is_file():
         raise UserError(f"{prefix}.idx does not exist: give the prefix of an indexed dataset")
+    from megatron_ext.devices import activate
+
     activate()
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 

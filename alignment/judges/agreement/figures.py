@@ -1,0 +1,171 @@
+"""Figures of agreement, each a number or, where it has no meaning, the reason.
+
+Labels are numbers. In a pair of arrays `a` is what is held to be right (the gold judge) and `b`
+what is measured, both `[units]`; `Undefined` is raised rather than a 0 or a NaN given.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+Floats = NDArray[np.float64]
+
+
+class Undefined(Exception):
+    """The figure has no value for these labels; says why."""
+
+
+def _check(a: Floats) -> None:
+    if not a.size:
+        raise Undefined("nothing that both judged")
+
+
+def krippendorff_alpha(ratings: Floats, metric: str) -> float:
+    """Krippendorff's α = 1 - observed / expected disagreement.
+
+    Args:
+        ratings: `[raters, units]`, NaN where a rater gave none; units with fewer than two do not
+            count.
+        metric: "interval", where disagreement is a squared difference, or "nominal", where it is
+            1 for any two labels that differ.
+
+    Raises:
+        Undefined: no unit has two ratings, or all labels are the same.
+    """
+    count = np.sum(~np.isnan(ratings), axis=0)
+    ratings, count = ratings[:, count > 1], count[count > 1]
+    if not ratings.size:
+        raise Undefined("no item has two labels")
+    pooled = ratings[~np.isnan(ratings)]
+    n = len(pooled)
+    if metric == "interval":
+        ratings = ratings - pooled.mean()
+        within = 2 * (count * np.nansum(ratings**2, axis=0) - np.nansum(ratings, axis=0) ** 2)
+        expected = 2 * n * float(((pooled - pooled.mean()) ** 2).sum())
+    else:
+        labels, sizes = np.unique(pooled, return_counts=True)
+        within = count**2.0 - sum(np.sum(ratings == label, axis=0) ** 2.0 for label in labels)
+        expected = n**2.0 - float((sizes.astype(float) ** 2).sum())
+    if np.ptp(pooled) == 0:
+        raise Undefined(f"all labels are {pooled[0]:g}")
+    observed = float((within / (count - 1)).sum()) / n
+    return 1.0 - observed / (expected / (n * (n - 1)))
+
+
+def quadratic_kappa(a: Floats, b: Floats) -> float:
+    """Cohen's κ weighted by squared differences.
+
+    Raises:
+        Undefined: both give one and the same label only.
+    """
+    _check(a)
+    expected = float(a.var() + b.var() + (a.mean() - b.mean()) ** 2)
+    if expected == 0:
+        raise Undefined(f"all labels are {a[0]:g}")
+    return 1.0 - float(((a - b) ** 2).mean()) / expected
+
+
+def kappa(a: Floats, b: Floats) -> float:
+    """Cohen's κ without weights.
+
+    Raises:
+        Undefined: see `quadratic_kappa`.
+    """
+    _check(a)
+    labels = np.union1d(a, b)
+    chance = sum(float((a == label).mean() * (b == label).mean()) for label in labels)
+    if len(labels) == 1:
+        raise Undefined(f"all labels are {a[0]:g}")
+    return (float((a == b).mean()) - chance) / (1.0 - chance)
+
+
+def spearman(a: Floats, b: Floats) -> float:
+    """Rank correlation.
+
+    Raises:
+        Undefined: one of them gives one label only.
+    """
+    _check_varies(a, b)
+    return float(stats.spearmanr(a, b).statistic)
+
+
+def kendall(a: Floats, b: Floats) -> float:
+    """Kendall's τ-b, which allows for ties.
+
+    Raises:
+        Undefined: one of them gives one label only.
+    """
+    _check_varies(a, b)
+    return float(stats.kendalltau(a, b).statistic)
+
+
+def _check_varies(a: Floats, b: Floats) -> None:
+    _check(a)
+    for name, labels in (("the first", a), ("the second", b)):
+        if np.ptp(labels) == 0:
+            raise Undefined(f"{name} gives nothing but {labels[0]:g}: there is no order")
+
+
+def exact(a: Floats, b: Floats) -> float:
+    """Share of equal labels."""
+    _check(a)
+    return float((a == b).mean())
+
+
+def absolute_error(a: Floats, b: Floats) -> float:
+    """Mean absolute difference, in labels."""
+    _check(a)
+    return float(np.abs(a - b).mean())
+
+
+def bias(a: Floats, b: Floats) -> float:
+    """How much more the second gives, in labels."""
+    _check(a)
+    return float((b - a).mean())
+
+
+def calibration(a: Floats, b: Floats, width: float = 1.0) -> list[tuple[float, float, int]]:
+    """What the second gives against what the first gives there.
+
+    Args:
+        width: of a bin; bins are centred on multiples of it.
+
+    Returns: for each bin of b with anything in it, mean of b, mean of a, and how many.
+    """
+    bins = np.floor(b / width + 0.5)
+    return [
+        (float(b[bins == x].mean()), float(a[bins == x].mean()), int((bins == x).sum()))
+        for x in np.unique(bins)
+    ]
+
+
+def calibration_error(a: Floats, b: Floats, width: float = 1.0) -> float:
+    """Expected calibration error, in units of the labels: the mean over items of the distance of
+    their bin's mean of `a` from its mean of `b`."""
+    _check(a)
+    curve = calibration(a, b, width)
+    return sum(abs(there - given) * count for given, there, count in curve) / len(a)
+
+
+def repeats_agree(ratings: Floats) -> float:
+    """Share of pairs of answers to the same question that are equal, a mean over questions.
+
+    Args:
+        ratings: `[samples, questions]`, NaN where there is none.
+
+    Raises:
+        Undefined: no question has two answers.
+    """
+    count = np.sum(~np.isnan(ratings), axis=0)
+    ratings, count = ratings[:, count > 1], count[count > 1]
+    if not ratings.size:
+        raise Undefined("no question was answered twice: ask with --samples 2 or more")
+    labels = np.unique(ratings[~np.isnan(ratings)])
+    equal = sum(_pairs(np.sum(ratings == label, axis=0)) for label in labels)
+    return float(np.mean(equal / _pairs(count)))
+
+
+def _pairs(count: Any) -> Any:
+    return count * (count - 1) / 2

@@ -1,0 +1,89 @@
+"""Ask a judge about responses or pairs, or a policy about prompts, and keep every answer.
+
+    et-align annotate --input FILE --output FILE --judge http://HOST:PORT/v1 --model NAME
+    et-align annotate --input FILE --output FILE --judge rule --rule-text FILE
+
+Stopped or killed at any moment, the same command goes on where it was. --output is written when all
+questions have been asked; until then the answers are in --cache.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from alignment.judges.endpoint import ask_endpoint
+from alignment.judges.flags import Options, parse
+from alignment.judges.output import Output, outcomes
+from alignment.judges.questions import Item, Question, questions
+from alignment.judges.rows import read_all
+from alignment.judges.rule_judge import RULES, Fluency, RuleJudge
+from alignment.records import Pair, Prompt, Response
+from megatron_ext.errors import UserError, run_tool
+from tools.progress import Progress
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse(argv, __doc__)
+    items = read_items(Path(options.input), options.generate)
+    asked = list(questions(items, options.orders, options.samples))
+    output = Output(
+        Path(options.output), Path(options.input), options.overwrite,
+        orders=options.orders, samples=options.samples,
+    )  # fmt: skip
+    if options.judge.startswith("rule"):
+        _ask_rule(options, asked, output)
+        return 0
+    return ask_endpoint(options, asked, output)
+
+
+def read_items(path: Path, generate: bool) -> list[Item]:
+    """What is to be judged, or answered.
+
+    Raises:
+        UserError: the file holds something else.
+    """
+    items: list[Item] = read_all(path, Prompt) if generate else read_all(path, Response, Pair)
+    return items
+
+
+def _ask_rule(options: Options, asked: Sequence[Question], output: Output) -> None:
+    judge = rule_judge(options.judge, options.rule_text)
+    output.claim(judge.identity)
+    rows = []
+    with Progress("judging", len(asked), "items") as progress:
+        for done, question in enumerate(asked, start=1):
+            assert not isinstance(question.item, Prompt)
+            verdict = judge.verdict(question.item, question.swapped, question.sample)
+            rows.append(verdict)
+            progress.update(done)
+    output.write(rows, {"judge": {"rule": judge.rule.name, "weights": dict(judge.rule.weights)}})
+    print(f"{outcomes(rows)}; wrote {options.output}")
+
+
+def rule_judge(name: str, file: str | None) -> RuleJudge:
+    """The judge that `rule` or `rule:NAME` names, to which the texts of a file are fluent.
+
+    Raises:
+        UserError: there is no such rule, or no text.
+    """
+    rule = RULES.get(name.partition(":")[2] or "gold")
+    if rule is None:
+        raise UserError(f"--judge {name}: there is no such rule, only {', '.join(RULES)}")
+    if file is None:
+        raise UserError("--judge rule measures fluency: give text to compare with as --rule-text")
+    return RuleJudge(rule, Fluency.fit(_texts(file)))
+
+
+def _texts(file: str) -> Iterable[str]:
+    """The documents of a file; the lines of plain text."""
+    from tools.documents import Malformed, ShardReader
+    from tools.shards import Layout, expand_inputs, plan_shards
+
+    layout = Layout(separator="\n")
+    for shard in plan_shards(expand_inputs([file], "--rule-text"), layout, 1 << 40):
+        for text in ShardReader(shard, layout):
+            if not isinstance(text, Malformed):
+                yield text
+
+
+if __name__ == "__main__":
+    run_tool(main)

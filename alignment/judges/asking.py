@@ -1,0 +1,250 @@
+"""Many questions asked at a time, each answered once and kept, until all are or something ends it.
+
+There is one way to end early, whatever the cause: no call is begun any more, the calls under way
+are waited for, because they are paid for, and their answers are kept.
+"""
+
+import asyncio
+import json
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from hashlib import sha256
+
+from alignment.judges.client import Answer, CallFailed, Client, Request, Stopped
+from alignment.judges.store import AnswerStore
+from alignment.judges.used import Used
+from megatron_ext.errors import UserError
+from tools.progress import Progress
+
+# Failures are a share of the questions that are done with, or of so many where fewer are: two
+# failures among the first three calls say little.
+_LEAST_DONE = 100
+# So many calls in a row that failed in every try, and the endpoint is taken for dead.
+_DEAD = 20
+
+
+def key_of(request: Request) -> str:
+    """A hash of everything that the answer depends on; where it is asked does not count."""
+    return sha256(json.dumps(asdict(request), sort_keys=True).encode()).hexdigest()
+
+
+class Ending:
+    """Whether the run is to end, and why.
+
+    Attributes:
+        error: what ended it; None after a signal.
+        signal: the number of the signal that ended it, or 0.
+    """
+
+    def __init__(self) -> None:
+        self._event = asyncio.Event()
+        self.error: Exception | None = None
+        self.signal = 0
+
+    @property
+    def begun(self) -> bool:
+        return self._event.is_set()
+
+    def begin(self, error: Exception | None = None, signal_number: int = 0) -> None:
+        """The first cause stays."""
+        if not self.begun:
+            self.error, self.signal = error, signal_number
+            self._event.set()
+
+    async def sleep(self, seconds: float) -> None:
+        """Wait, or raise `Stopped` as soon as the run is to end."""
+        if self.begun:
+            raise Stopped
+        try:
+            await asyncio.wait_for(self._event.wait(), seconds)
+        except TimeoutError:
+            return
+        raise Stopped
+
+
+@dataclass
+class Tally:
+    """What came of the questions of this run.
+
+    Attributes:
+        failed: why a question has no answer, by its key.
+        notes: of answers, counted by what `seen` said of them.
+    """
+
+    used: Used = field(default_factory=Used)
+    failed: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def ended(self) -> int:
+        return self.used.answers + len(self.failed)
+
+
+@dataclass
+class Asking:
+    """A run over questions.
+
+    Attributes:
+        todo: keys of the questions, each once.
+        request: makes the request of a key.
+        seen: looks at an answer that has been kept; says in a word what is wrong with it, or
+            nothing; may raise a UserError, which ends the run.
+        before: how many questions had their answers before the run.
+        max_failed: the share of questions that may fail.
+        describe: what the progress says besides counts.
+    """
+
+    todo: Sequence[str]
+    request: Callable[[str], Request]
+    store: AnswerStore
+    client: Client
+    ending: Ending
+    seen: Callable[[str, Answer], str] = lambda key, answer: ""
+    before: int = 0
+    concurrency: int = 32
+    max_failed: float = 0.05
+    describe: Callable[[Tally], str] = lambda tally: ""
+    tally: Tally = field(default_factory=Tally, init=False)
+    _in_a_row: int = field(default=0, init=False)
+
+    async def run(self, progress: Progress) -> Tally:
+        """Ask.
+
+        Raises:
+            UserError: too many calls failed, or none can be answered.
+            OSError: an answer could not be kept.
+            Stopped: a signal came; its number is the argument.
+        """
+        left = iter(self.todo)
+        keeper = _Keeper(self.store)
+        keeping = asyncio.create_task(keeper.run())
+        watching = asyncio.create_task(self._show(progress))
+        workers = [
+            asyncio.create_task(self._work(left, keeper))
+            for _ in range(min(self.concurrency, len(self.todo)))
+        ]
+        try:
+            with self._signals(workers, progress):
+                await asyncio.gather(*workers)
+        except asyncio.CancelledError:
+            if not self.ending.begun:
+                raise
+        finally:
+            for task in (*workers, watching):
+                task.cancel()
+            await keeper.finish()
+            keeping.cancel()
+            await asyncio.gather(*workers, watching, keeping, return_exceptions=True)
+        progress.update(self.tally.ended, self._note())
+        if self.ending.error is not None:
+            raise self.ending.error
+        if self.ending.begun:
+            raise Stopped(self.ending.signal)
+        return self.tally
+
+    async def _work(self, left: Iterator[str], keeper: "_Keeper") -> None:
+        for key in left:
+            if self.ending.begun:
+                return
+            try:
+                answer = await self.client.ask(self.request(key))
+                await keeper.keep(key, answer)
+                self.tally.used += Used.of(answer)
+                self._in_a_row = 0
+                if note := self.seen(key, answer):
+                    self.tally.notes[note] = self.tally.notes.get(note, 0) + 1
+            except CallFailed as error:
+                self.tally.failed[key] = str(error)
+                self._in_a_row = 0 if error.refused else self._in_a_row + 1
+                self._check_failures(str(error))
+            except Stopped:
+                return
+            except Exception as error:
+                self.ending.begin(error)
+                return
+
+    def _check_failures(self, last: str) -> None:
+        failed, done = len(self.tally.failed), self.before + self.tally.ended
+        out_of = max(done, min(_LEAST_DONE, self.before + len(self.todo)))
+        why = ""
+        if failed > self.max_failed * out_of:
+            why = f"{failed} of {done} questions failed, more than --max-failed {self.max_failed:g}"
+        elif self._in_a_row >= max(_DEAD, self.concurrency):
+            why = f"{self._in_a_row} calls in a row failed in every try"
+        if why:
+            advice = "mend the endpoint, and the same command goes on"
+            self.ending.begin(UserError(f"{why}, the last with {last}: {advice}"))
+
+    def _note(self) -> str:
+        waits = [f"{self.client.retried:,} tries repeated"] if self.client.retried else []
+        failed = [f"{len(self.tally.failed):,} failed"] if self.tally.failed else []
+        notes = [f"{count:,} {note}" for note, count in sorted(self.tally.notes.items())]
+        return ", ".join([*filter(None, [self.describe(self.tally)]), *failed, *notes, *waits])
+
+    async def _show(self, progress: Progress) -> None:
+        while True:
+            progress.update(self.tally.ended, self._note())
+            await asyncio.sleep(0.5)
+
+    @contextmanager
+    def _signals(
+        self, workers: Sequence["asyncio.Task[None]"], progress: Progress
+    ) -> Iterator[None]:
+        """The first SIGINT or SIGTERM ends the run in order, the second drops calls under way."""
+        loop = asyncio.get_running_loop()
+
+        def stop(number: int) -> None:
+            if self.ending.begun:
+                for worker in workers:
+                    worker.cancel()
+                return
+            self.ending.begin(signal_number=number)
+            progress.log("stopping when the calls under way are answered; again to drop them")
+
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        for number in numbers:
+            loop.add_signal_handler(number, stop, number)
+        try:
+            yield
+        finally:
+            for number in numbers:
+                loop.remove_signal_handler(number)
+
+
+class _Keeper:
+    """Puts answers on the disk, those that came while the disk was busy all at once."""
+
+    def __init__(self, store: AnswerStore) -> None:
+        self._store = store
+        self._queue: asyncio.Queue[tuple[str, Answer, asyncio.Future[None]]] = asyncio.Queue()
+
+    async def keep(self, key: str, answer: Answer) -> None:
+        """Return when the answer is on the disk."""
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        await self._queue.put((key, answer, done))
+        await asyncio.shield(done)
+
+    async def finish(self) -> None:
+        """Return when everything that came is on the disk, or cannot be put there."""
+        await self._queue.join()
+
+    async def run(self) -> None:
+        while True:
+            batch = [await self._queue.get()]
+            while not self._queue.empty():
+                batch.append(self._queue.get_nowait())
+            rows: list[tuple[str, Mapping[str, object]]] = [
+                (key, answer.to_row()) for key, answer, _ in batch
+            ]
+            try:
+                await asyncio.to_thread(self._store.add, rows)
+            except OSError as error:
+                for _, _, done in batch:
+                    done.set_exception(error)
+            else:
+                for _, _, done in batch:
+                    done.set_result(None)
+            for _ in batch:
+                self._queue.task_done()

@@ -1,0 +1,139 @@
+"""An annotation by a judge at an address, from questions to rows."""
+
+import asyncio
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from alignment.judges.asking import Asking, Ending, Tally, key_of
+from alignment.judges.client import Answer, Client, Request, Sampling, Stopped, connect
+from alignment.judges.flags import Options
+from alignment.judges.form import form_for
+from alignment.judges.output import Output, counted, outcomes
+from alignment.judges.pacing import Pace
+from alignment.judges.questions import Generating, Judging, Question, Task
+from alignment.judges.store import AnswerStore
+from alignment.judges.used import Prices, Used
+from alignment.records import Pair
+from megatron_ext.errors import UserError
+from tools.progress import Progress
+
+
+def ask_endpoint(options: Options, asked: Sequence[Question], output: Output) -> int:
+    """Ask what has not been answered, and write the rows of all answers; returns the exit code.
+
+    Raises:
+        UserError: the run ended early, for a reason to mend; its answers are kept.
+    """
+    judge, task = _judge(options, pairwise=isinstance(asked[0].item, Pair))
+    output.claim(_hash(judge))
+    sampling, prices = _sampling(options), Prices(options.price_in, options.price_out)
+
+    def request(question: Question) -> Request:
+        return Request(
+            options.model, task.messages(question), sampling, options.revision, question.sample,
+            options.expected_score,
+        )  # fmt: skip
+
+    keys = [key_of(request(question)) for question in asked]
+    by_key = dict(zip(keys, asked))
+    cache = Path(options.cache or f"{options.output}.answers.jsonl")
+    begin = time.monotonic()
+    with AnswerStore(cache) as store:
+        if store.mended:
+            print(f"{cache}: took away the last line, which a killed run had not finished")
+        todo = [key for key in by_key if key not in store]
+        print(f"{len(by_key):,} questions, {len(by_key) - len(todo):,} answered before", flush=True)
+        try:
+            tally = asyncio.run(
+                _ask(
+                    options, todo, len(by_key) - len(todo), store, prices,
+                    lambda key: request(by_key[key]),
+                    lambda key, answer: task.note(by_key[key], answer),
+                )
+            )  # fmt: skip
+        except Stopped as stopped:
+            kept = sum(key in store for key in by_key)
+            print(f"stopped: the same command goes on, with {kept:,} answers kept", flush=True)
+            return 128 + int(stopped.args[0])
+        answers = {key: Answer.from_row(store[key]) for key in by_key if key in store}
+    made = [
+        task.record(question, answers.get(key), tally.failed.get(key, ""))
+        for key, question in zip(keys, asked)
+    ]
+    records = [record for record in made if record is not None]
+    used = sum(map(Used.of, answers.values()), Used())
+    told: dict[str, Any] = {"judge": judge, "used": used.to_json(prices)}
+    said = f"{len(records):,} responses"
+    if not options.generate:
+        told["outcomes"], said = counted(records), outcomes(records)
+    output.write(records, told)
+    print(
+        f"{said}; {used.told(prices)}; now asked {tally.used.answers:,}: "
+        f"{tally.used.told(prices)}, {time.monotonic() - begin:.1f} s; wrote {output.path}"
+    )
+    if tally.failed:
+        print(f"{len(tally.failed):,} calls failed: the same command asks these again")
+    return 0
+
+
+def _judge(options: Options, pairwise: bool) -> tuple[dict[str, Any], Task]:
+    """All that the answers and their reading depend on, and what is done."""
+    judge: dict[str, Any] = {
+        "model": options.model,
+        "revision": options.revision,
+        "sampling": asdict(_sampling(options)),
+    }
+    if options.generate:
+        return judge, Generating(options.model, _hash(judge))
+    form = form_for(options, pairwise)
+    judge |= {"form": form.identity, "expected_score": options.expected_score}
+    return judge, Judging(form, _hash(judge), options.expected_score)
+
+
+def _sampling(options: Options) -> Sampling:
+    return Sampling(
+        options.temperature, options.max_tokens, options.top_p, options.top_k,
+        options.reasoning_effort, options.seed,
+    )  # fmt: skip
+
+
+def _hash(values: Mapping[str, Any]) -> str:
+    return sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+async def _ask(
+    options: Options,
+    todo: Sequence[str],
+    before: int,
+    store: AnswerStore,
+    prices: Prices,
+    request: Callable[[str], Request],
+    seen: Callable[[str, Answer], str],
+) -> Tally:
+    ending = Ending()
+    pace = Pace(options.requests_per_minute, options.tokens_per_minute, sleep=ending.sleep)
+    async with connect(_key(options), options.concurrency) as http:
+        client = Client(
+            options.judge, http, pace, ending.sleep, options.timeout, options.tries,
+            options.first_wait,
+        )  # fmt: skip
+        asking = Asking(
+            todo, request, store, client, ending, seen, before, options.concurrency,
+            options.max_failed, lambda tally: tally.used.told(prices),
+        )  # fmt: skip
+        with Progress("asking", len(todo), "answers") as progress:
+            return await asking.run(progress)
+
+
+def _key(options: Options) -> str | None:
+    """The endpoint's key; a command line can be read by other users."""
+    key = os.environ.get(options.api_key_variable)
+    if key is not None and (not key.strip() or not key.isascii()):
+        raise UserError(f"the key in {options.api_key_variable} is empty or not ASCII")
+    return key and key.strip()

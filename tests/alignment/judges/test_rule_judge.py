@@ -1,0 +1,111 @@
+"""The gold judge that is a rule: what it likes, what follows from its thinking, and its bias."""
+
+import random
+import re
+from typing import Any
+
+import pytest
+
+from alignment.judges.parsing import Parser
+from alignment.judges.rule_judge import (
+    GOLD,
+    NUMBERS,
+    RULES,
+    Fluency,
+    RuleJudge,
+    round_half_up,
+)  # fmt: skip
+from alignment.records import Message, Outcome, Pair, Prompt, Response
+from megatron_ext.errors import UserError
+from tests.distributed import ROOT
+
+PROMPT = Prompt("p", [Message("user", "Which experts take tokens above their threshold?")])
+
+
+@pytest.fixture(scope="module")
+def fluency() -> Fluency:
+    pages = sorted(ROOT.glob("docs/*.md"))
+    return Fluency.fit(line for page in pages for line in page.read_text().splitlines())
+
+
+def test_the_score_follows_from_the_thinking_alone(fluency: Fluency) -> None:
+    judge, draw = RuleJudge(GOLD, fluency), random.Random(0)
+    words = (ROOT / "docs" / "serving.md").read_text().split()
+    seen = set()
+    for number in range(80):
+        at = draw.randrange(len(words) - 60)
+        text = words[at : at + draw.randrange(60)]
+        if number % 3 == 0:
+            draw.shuffle(text)
+        prompt = Prompt("p", [Message("user", " ".join(draw.sample(words[at : at + 60], 6)))])
+        said = judge.verdict(Response("r", prompt, " ".join(text) + draw.choice([".", ""])))
+        levels = {
+            name: NUMBERS.index(word)
+            for name, word in re.findall(r"([a-z ]+?) ([a-z]+)[,.] ?", said.thinking)
+        }
+        assert set(levels) == set(GOLD.weights)
+        read = Parser(thinks=True).read(said.answer)
+        assert read == {"outcome": "score", "score": said.score, "thinking": said.thinking}
+        mean = sum(GOLD.weights[n] * level for n, level in levels.items()) / 12
+        assert said.score == round_half_up(mean)
+        seen.add(said.score)
+    assert len(seen) >= 5
+
+
+def test_each_feature_tells_what_it_is_for(fluency: Fluency) -> None:
+    judge = RuleJudge(GOLD, fluency)
+
+    def levels(text: str) -> dict[str, int]:
+        return judge.levels(PROMPT.messages, text)
+
+    good = (
+        "Tokens go to experts whose threshold is below the score, and the run tells how many of "
+        "the tokens there are above it in each of the layers."
+    )
+    assert levels(good)["topic"] == round_half_up(9 * 4 / 5)  # all but "take"
+    assert levels(good)["ending"] == 9 and levels(good[:-1])["ending"] == 0
+    assert levels(good)["length"] == 9 and levels("Above.")["length"] == 1
+    assert levels("an expert and " * 8)["variety"] == 0 and levels(good)["variety"] == 9
+    shuffled = good.split()
+    random.Random(1).shuffle(shuffled)
+    assert levels(good)["fluency"] > levels(" ".join(shuffled))["fluency"] + 2
+    assert levels("")["topic"] == levels("")["fluency"] == levels("")["length"] == 0
+
+
+def test_the_second_rule_differs_by_one_feature_that_copying_does_not_please(
+    fluency: Fluency,
+) -> None:
+    second = RULES["no-copying"]
+    assert set(GOLD.weights) ^ set(second.weights) == {"topic", "own topic"}
+    judges = [RuleJudge(rule, fluency) for rule in (GOLD, second)]
+    copied = Response("r", PROMPT, PROMPT.messages[0].content)
+    first_score, second_score = (judge.verdict(copied).score for judge in judges)
+    assert first_score is not None and second_score is not None
+    assert second_score == first_score - 3  # weight 4 of 12
+    assert judges[0].identity != judges[1].identity
+
+
+def test_pairs_are_compared_alike_in_both_orders_and_tied_within_the_margin(
+    fluency: Fluency,
+) -> None:
+    judge = RuleJudge(GOLD, fluency)
+    texts = ["Experts take tokens above a threshold.", "Experts take tokens", "", "no no no no"]
+    outcomes = set()
+    for a in texts:
+        for b in texts:
+            pair = Pair("x", PROMPT, a, b)
+            given, swapped = judge.verdict(pair), judge.verdict(pair, swapped=True)
+            assert (given.outcome, given.preferred) == (swapped.outcome, swapped.preferred)
+            outcomes.add(given.outcome)
+            for said in (given, swapped):
+                read = Parser(pairwise=True, thinks=True).read(said.answer, said.swapped)
+                assert read["outcome"] == said.outcome and read.get("preferred") == said.preferred
+            if a == b:
+                assert given.outcome is Outcome.TIE
+    assert outcomes == {Outcome.TIE, Outcome.PREFERENCE}
+
+
+@pytest.mark.parametrize("texts", [["one two three"], ["x " * 50] * 20])
+def test_a_reference_that_tells_nothing_is_refused(texts: Any) -> None:
+    with pytest.raises(UserError, match="--rule-text"):
+        Fluency.fit(texts)
