@@ -57,6 +57,7 @@ setup(
         "mlflow": ["mlflow>=3"],
         "dev": [
             "accelerate>=1",  # lm-eval's own model on transformers, to compare with
+            "deepspeed>=0.19.8,<0.20",
             "gguf>=0.17",
             "httpx>=0.27",
             "hypothesis>=6.100",

@@ -170,14 +170,16 @@ class DeepSpeedEngine:
         model, given = self._engine.module, dict(tensors)
         for name, tensor in _tensors(model):
             with self._gathered(tensor, changed=True):
-                # A fused tensor has parts, each a view of it.
-                for theirs, part in revert_weight_conversion(model, {name: tensor.data}).items():
+                # transformers fuses some tensors: what becomes of a count of the elements tells
+                # which of them each part is.
+                count = torch.arange(tensor.numel(), device=tensor.device).view(tensor.shape)
+                for theirs, part in revert_weight_conversion(model, {name: count}).items():
                     if theirs not in given:
                         raise UserError(f"there is no tensor {theirs}, which the model needs")
                     if given[theirs].shape != part.shape:
                         raise UserError(f"{theirs} is of another model: it should be {part.shape}")
-                    assert part.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
-                    part.copy_(given[theirs])
+                    new = given[theirs].to(tensor.device, tensor.dtype).flatten()
+                    tensor.view(-1)[part.flatten()] = new
         self._optimizer.refresh_fp32_params()
 
     def save(self, folder: str | os.PathLike[str]) -> None:

@@ -219,7 +219,9 @@ class MegatronEngine:
         if problem := damage(checkpoint, dist.get_rank(), dist.get_world_size()):
             raise UserError(f"{checkpoint} is incomplete or damaged: {problem}")
         self.args.load = str(folder)
+        # These count on from where they are.
         self.args.consumed_train_samples = self.args.skipped_train_samples = 0
+        self._schedule.num_steps = 0
         with quiet_megatron():
             self.step, _ = load_checkpoint(self._model, self._optimizer, self._schedule)
 
