@@ -16,6 +16,7 @@ from torch import Tensor
 
 from alignment.engines.batch import Batch
 from alignment.engines.decoding import decode
+from alignment.engines.micro_batches import micro_batches
 from alignment.engines.protocol import (
     Generated,
     Loss,
@@ -107,9 +108,10 @@ class DeepSpeedEngine:
         self._engine.eval()
         with torch.no_grad():
             found = [self._score(part, temperature, entropy) for part in self._split(batch)]
-        log_probs = torch.cat([scores.log_probs for scores in found])[: batch.rows]
+        real = (slice(batch.rows), slice(batch.length))
+        log_probs = torch.cat([scores.log_probs for scores in found])[real]
         entropies = [scores.entropy for scores in found if scores.entropy is not None]
-        return Scores(log_probs, torch.cat(entropies)[: batch.rows] if entropies else None)
+        return Scores(log_probs, torch.cat(entropies)[real] if entropies else None)
 
     def train_step(
         self, batch: Batch, loss: Loss, *, temperature: float = 1.0, entropy: bool = False
@@ -120,9 +122,9 @@ class DeepSpeedEngine:
         # scale to DeepSpeed. Its own mean over ranks is undone in the same place.
         self._optimizer.override_loss_scale(1.0)
         found: list[Sums] = []
-        micro_batches = self._split(batch)
-        for number, part in enumerate(micro_batches, start=1):
-            self._engine.set_gradient_accumulation_boundary(number == len(micro_batches))
+        parts = self._split(batch)
+        for number, part in enumerate(parts, start=1):
+            self._engine.set_gradient_accumulation_boundary(number == len(parts))
             sums = loss(self._score(part, temperature, entropy), part)
             self._engine.backward(sums.total, scale_wrt_gas=False)
             found.append(Sums(sums.total.detach(), sums.weight, sums.metrics))
@@ -215,12 +217,8 @@ class DeepSpeedEngine:
         }
 
     def _split(self, batch: Batch) -> list[Batch]:
-        """Micro-batches, as many as any rank has: with ZeRO they need each other's parts."""
-        rows = self.zero.micro_batch
-        count = torch.tensor(-(-batch.rows // rows), device=self._device)
-        dist.all_reduce(count, op=dist.ReduceOp.MAX)
-        whole = batch.padded(max(1, int(count)) * rows, max(1, batch.length)).to(self._device)
-        return [whole.slice(slice(i, i + rows)) for i in range(0, whole.rows, rows)]
+        # With ZeRO ranks need each other's parts in every one.
+        return micro_batches(batch, self.zero.micro_batch, None, self._device)
 
     def _score(self, batch: Batch, temperature: float, entropy: bool) -> Scores:
         mask = None

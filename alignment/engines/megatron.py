@@ -6,28 +6,24 @@ arguments and process groups are global.
 
 import os
 import tempfile
-from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import finalize_model_grads
-from megatron.core.enums import ModelType
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
-from megatron.training import get_tokenizer, training
-from megatron.training.argument_utils import pretrain_cfg_container_from_args
+from megatron.training import get_tokenizer
 from megatron.training.checkpointing import load_checkpoint, save_checkpoint
-from megatron.training.global_vars import get_args
-from megatron.training.initialize import initialize_megatron
 from torch import Tensor
 
 from alignment.engines.batch import Batch
+from alignment.engines.megatron_launch import MegatronLayout, build, start
+from alignment.engines.micro_batches import micro_batches
 from alignment.engines.protocol import (
     Generated,
     Loss,
@@ -39,62 +35,16 @@ from alignment.engines.protocol import (
 )
 from alignment.engines.sampler import Sampler
 from alignment.engines.scoring import Scorer
-from megatron_ext.arguments import explained, parse_args
 from megatron_ext.checkpoint import damage, find_checkpoint
-from megatron_ext.config import ETConfig
 from megatron_ext.errors import UserError
-from megatron_ext.hf.architecture import to_flags
 from megatron_ext.hf.live import LiveTensors
-from megatron_ext.hf.sources import Source, open_hf, open_megatron
+from megatron_ext.hf.sources import open_hf, open_megatron
 from megatron_ext.inference.sampling import Sampling
-from megatron_ext.model.gpt import gpt_model_config
 from megatron_ext.model.packing import rotate_by_position_ids
 from megatron_ext.moe.router import ThresholdRouter
 from megatron_ext.quiet import quiet_megatron
-from megatron_ext.training import resharding
-from megatron_ext.training.checkpoints import explain_failure, install_integrity
-from megatron_ext.training.checks import sha256
+from megatron_ext.training.checkpoints import explain_failure
 from megatron_ext.training.step import routers_of
-
-
-@dataclass(frozen=True)
-class MegatronLayout:
-    """How a model is spread over ranks; what is left of them holds copies, with data of their own.
-
-    Attributes:
-        expert_tensor: tensor parallelism inside an expert; None for that of the other layers.
-        shard_optimizer: copies share the optimizer's state out among them.
-        micro_batch: rows that go through the model at a time.
-    """
-
-    tensor: int = 1
-    pipeline: int = 1
-    context: int = 1
-    expert: int = 1
-    expert_tensor: int | None = None
-    shard_optimizer: bool = False
-    micro_batch: int = 1
-
-    @property
-    def flags(self) -> list[str]:
-        """Of `pretrain_et.py`."""
-        sizes = {
-            "tensor-model-parallel-size": self.tensor,
-            "pipeline-model-parallel-size": self.pipeline,
-            "context-parallel-size": self.context,
-            "expert-model-parallel-size": self.expert,
-            "expert-tensor-parallel-size": self.expert_tensor or self.tensor,
-            "micro-batch-size": self.micro_batch,
-        }
-        flags = [word for name, size in sizes.items() for word in (f"--{name}", str(size))]
-        flags += ["--sequence-parallel"] if self.tensor > 1 else []
-        flags += ["--use-distributed-optimizer"] if self.shard_optimizer else []
-        return flags
-
-    @property
-    def length_multiple(self) -> int:
-        """What the length of rows must be a multiple of."""
-        return self.tensor * (2 * self.context if self.context > 1 else 1)
 
 
 class MegatronEngine:
@@ -109,6 +59,7 @@ class MegatronEngine:
         optimization: Optimization | None = None,
         layout: MegatronLayout | None = None,
         *,
+        dtype: torch.dtype | None = None,
         flags: Sequence[str] = (),
     ) -> None:
         """Start Megatron on this rank and load the weights of a model.
@@ -117,6 +68,7 @@ class MegatronEngine:
             path: a Hugging Face folder, a run directory, or a folder of checkpoints.
             optimization: how it is trained.
             layout: of the ranks that were started.
+            dtype: of the weights. Default: fp32 on a CPU, else the model's.
             flags: more of `pretrain_et.py`; they override all others.
 
         Raises:
@@ -131,13 +83,13 @@ class MegatronEngine:
         with tempfile.TemporaryDirectory() as place, quiet_megatron():
             tokenizer = source.carry_tokenizer(Path(place))
             flags = [*tokenizer, *self.layout.flags, *flags]
-            self.args, self.config = _start(source, self.layout, self.optimization, flags)
+            self.args, self.config = start(source, self.layout, self.optimization, dtype, flags)
         self._carry_tokenizer = source.carry_tokenizer
         self.groups = ProcessGroupCollection.use_mpu_process_groups()
         self.data_rank, self.data_size = self.groups.dp.rank(), self.groups.dp.size()
         self.step = 0
         with quiet_megatron():
-            self._model, self._optimizer, self._schedule = _build(self.args, self.config)
+            self._model, self._optimizer, self._schedule = build(self.args, self.config)
         [self._stage] = unwrap_model(self._model)
         for router in routers_of(self._model):
             if isinstance(router, ThresholdRouter):
@@ -149,24 +101,26 @@ class MegatronEngine:
 
     def log_probs(self, batch: Batch, *, temperature: float = 1.0, entropy: bool = False) -> Scores:
         """See the protocol."""
-        micro_batches = self._split(batch)
+        parts = self._split(batch)
         with torch.no_grad():
-            found = self._run(micro_batches, temperature, entropy, None)
-        kept = [
-            torch.cat(parts)[: batch.rows, : batch.length]
-            for parts in zip(*self._from_last_stage(found))
-        ]
-        return Scores(kept[0], kept[1] if entropy else None)
+            found = self._run(parts, temperature, entropy, None)
+        shape = (len(parts), 1 + entropy, self.layout.micro_batch, parts[0].length)
+        device = parts[0].tokens.device
+        values = torch.stack(found) if found else torch.empty(shape, device=device)
+        pipeline = self.groups.pp
+        dist.broadcast(values, group=pipeline, group_src=pipeline.size() - 1)
+        values = values.transpose(0, 1).flatten(1, 2)[:, : batch.rows, : batch.length]
+        return Scores(values[0], values[1] if entropy else None)
 
     def train_step(
         self, batch: Batch, loss: Loss, *, temperature: float = 1.0, entropy: bool = False
     ) -> StepResult:
         """See the protocol."""
-        micro_batches = self._split(batch)
+        parts = self._split(batch)
         for chunk in self._model:
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
-        found = self._run(micro_batches, temperature, entropy, loss)
+        found = self._run(parts, temperature, entropy, loss)
         lr = self._schedule.get_lr(self._optimizer.param_groups[0])
         stepped, norm, _ = self._optimizer.step()
         if stepped:
@@ -183,7 +137,8 @@ class MegatronEngine:
     ) -> list[Generated]:
         """See the protocol; a row's sample depends on its prompt and seed alone."""
         if self._sampler is None:
-            self._sampler = Sampler(self._stage, self.args, get_tokenizer())
+            with quiet_megatron():
+                self._sampler = Sampler(self._stage, self.args, get_tokenizer())
         return self._sampler.generate(prompts, sampling, seeds)
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
@@ -226,19 +181,18 @@ class MegatronEngine:
             self.step, _ = load_checkpoint(self._model, self._optimizer, self._schedule)
 
     def _split(self, batch: Batch) -> list[Batch]:
-        """Micro-batches of one shape, as many as any data-parallel rank has."""
-        rows, multiple = self.layout.micro_batch, self.layout.length_multiple
         if self.args.transformer_impl != "local" and batch.is_packed:
             raise UserError("several samples a row need --transformer-impl local")
-        shape = torch.tensor([-(-batch.rows // rows), -(-batch.length // multiple)])
-        shape = shape.to(torch.cuda.current_device())
-        dist.all_reduce(shape, op=dist.ReduceOp.MAX, group=self.groups.dp)
-        count, length = max(1, int(shape[0])), max(1, int(shape[1])) * multiple
-        whole = batch.padded(count * rows, length).to(torch.cuda.current_device())
-        return [whole.slice(slice(i * rows, (i + 1) * rows)) for i in range(count)]
+        return micro_batches(
+            batch,
+            self.layout.micro_batch,
+            self.groups.dp,
+            torch.cuda.current_device(),
+            self.layout.length_multiple,
+        )
 
     def _run(
-        self, micro_batches: list[Batch], temperature: float, entropy: bool, loss: Loss | None
+        self, parts: list[Batch], temperature: float, entropy: bool, loss: Loss | None
     ) -> list[Any]:
         """Micro-batches through the pipeline, forward and, with a loss, backward.
 
@@ -262,10 +216,10 @@ class MegatronEngine:
 
         return get_forward_backward_func()(
             forward_step_func=forward,
-            data_iterator=iter(micro_batches),
+            data_iterator=iter(parts),
             model=self._model,
-            num_microbatches=len(micro_batches),
-            seq_length=micro_batches[0].length,
+            num_microbatches=len(parts),
+            seq_length=parts[0].length,
             micro_batch_size=self.layout.micro_batch,
             forward_only=loss is None,
             collect_non_loss_data=loss is None,
@@ -276,95 +230,22 @@ class MegatronEngine:
             sums = loss(scorer.scores(output), scorer.batch)
             # Ranks that share rows all find the same: it counts once.
             counts = sums.weight.to(torch.int) * (self.groups.cp.rank() == 0)
-            return sums.total, counts, sums
+            # The pipeline's schedule frees the first.
+            return sums.total, counts, replace(sums, total=sums.total.detach())
 
         return weighed
 
-    def _from_last_stage(self, found: list[Any]) -> list[Any]:
-        pipeline = self.groups.pp
-        if pipeline.size() == 1:
-            return found
-        message = [found]
-        dist.broadcast_object_list(message, group=pipeline, group_src=pipeline.size() - 1)
-        return message[0]
-
     def _means(self, found: list[Sums]) -> dict[str, float]:
         """Loss and metrics of all micro-batches and data-parallel ranks, divided once."""
-        means: dict[str, float] = {}
-        if found:
-            means = means_of(found, self.groups.dp)
-        return self._from_last_stage([means])[0]
+        means = [means_of(found, self.groups.dp) if found else {}]
+        pipeline = self.groups.pp
+        if pipeline.size() > 1:
+            dist.broadcast_object_list(means, group=pipeline, group_src=pipeline.size() - 1)
+        return means[0]
 
 
-def _scored(scorer: Scorer, output: Tensor, non_loss_data: bool = True) -> tuple[Tensor, ...]:
+def _scored(scorer: Scorer, output: Tensor, non_loss_data: bool = True) -> Tensor:
+    """What the schedule keeps of a micro-batch: fp32 `[1 or 2, rows, length]`."""
     scores = scorer.scores(output)
-    return (scores.log_probs,) if scores.entropy is None else (scores.log_probs, scores.entropy)
-
-
-def _start(
-    source: Source,
-    layout: MegatronLayout,
-    optimization: Optimization,
-    flags: Sequence[str],
-) -> tuple[Namespace, ETConfig]:
-    """Parse the flags of this model and start Megatron with them."""
-    try:
-        get_args()
-    except AssertionError:
-        pass
-    else:
-        raise UserError("this process has a Megatron engine already: start another process")
-    model = source.model
-    precision = {torch.bfloat16: ["--bf16"], torch.float16: ["--fp16"]}.get(source.dtype, [])
-    copies = int(os.environ.get("WORLD_SIZE", "1")) // (
-        layout.tensor * layout.pipeline * layout.context
-    )
-    values: dict[str, Any] = {
-        "global-batch-size": layout.micro_batch * max(copies, 1),  # of the schedule's bookkeeping
-        "train-iters": optimization.steps,
-        "lr": optimization.lr,
-        "min-lr": 0.0,
-        "lr-decay-style": "linear",
-        "lr-warmup-iters": optimization.warmup,
-        "weight-decay": optimization.weight_decay,
-        "adam-beta1": optimization.betas[0],
-        "adam-beta2": optimization.betas[1],
-        "adam-eps": optimization.eps,
-        "clip-grad": optimization.clip,
-        # Attention of Transformer Engine takes no samples that share a row.
-        "transformer-impl": "local",
-    }
-    if model.router is not None:
-        values |= {
-            "moe-token-dispatcher-type": "alltoall",
-            "moe-router-load-balancing-type": "none",
-            "moe-aux-loss-coeff": 0.0,
-        }
-    words = [word for name, value in values.items() for word in (f"--{name}", str(value))]
-    # A step is not repeated here: what is not finite ends it.
-    words += ["--rerun-mode", "disabled"]
-    words += ["--mock-data", "--calculate-per-token-loss", "--no-rope-fusion"]
-    words += ["--et-warmup-iters", "0"] if model.thresholds else []
-    args, config = parse_args([*to_flags(model), *precision, *words, *flags])
-    multiple = args.make_vocab_size_divisible_by * layout.tensor
-    args.hf_vocab_size = model.vocab
-    args.padded_vocab_size = max(args.padded_vocab_size, -(-model.vocab // multiple) * multiple)
-    args.tokenizer_sha256 = sha256(args.tokenizer_model)
-    if not dist.is_initialized() and "WORLD_SIZE" not in os.environ:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    explained(initialize_megatron)
-    resharding.install()
-    install_integrity()
-    return args, config
-
-
-def _build(args: Namespace, config: ETConfig) -> tuple[list[Any], Any, Any]:
-    """The model in its data-parallel wrapper, the optimizer and its schedule."""
-    model, optimizer, schedule = training.setup_model_and_optimizer(
-        ModelType.encoder_or_decoder,
-        cfg_container=pretrain_cfg_container_from_args(args, gpt_model_config(args, config)),
-        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
-    )
-    config.grad_scale_func = optimizer.scale_loss
-    config.finalize_model_grads_func = finalize_model_grads
-    return model, optimizer, schedule
+    kept = [scores.log_probs] if scores.entropy is None else [scores.log_probs, scores.entropy]
+    return torch.stack(kept)

@@ -27,7 +27,7 @@ def samples(step):
         return int(torch.randint(low, high, (), generator=generator))
 
     made = []
-    for length in (5, 24, 11, 17, 40, 3, 9, 16, 8):
+    for length in (5, 24, 11, 40, 3, 9, 16):
         tokens = [whole(0, VOCAB) for _ in range(length)]
         advantages = torch.rand(length, generator=generator).tolist()
         made.append(Sample(tokens, whole(1, length), {"advantage": advantages}))
@@ -55,8 +55,9 @@ def loss_of(step):
 
 
 def share(engine, step, packed=False):
-    """What this rank has of a step's samples: of three ranks the last would have none at all."""
-    mine = samples(step)[engine.data_rank :: engine.data_size]
+    """What this rank has of a step's samples; in the third step the first rank has all."""
+    rank, size = (engine.data_rank, engine.data_size) if step != 2 else (engine.data_rank, 1)
+    mine = samples(step)[rank::size] if rank < size else []
     return Batch.packed(mine, LENGTH) if packed else Batch.of(mine)
 
 
@@ -71,18 +72,18 @@ def train(engine, steps=range(STEPS), packed=False):
     return found
 
 
-def log_probs(engine, packed=False, **options):
-    """Log-probabilities of the first step's samples of this rank, by their tokens."""
+def scores(engine, packed=False):
+    """Log-probabilities and entropies of this rank's first samples, each by its tokens."""
     batch = share(engine, 0, packed)
-    scores = engine.log_probs(batch, **options)
-    assert scores.log_probs.shape == batch.tokens.shape
-    values = scores.entropy if options.get("entropy") else scores.log_probs
-    found = {}
+    found = engine.log_probs(batch, temperature=TEMPERATURE, entropy=True)
+    assert found.log_probs.shape == found.entropy.shape == batch.tokens.shape
+    by_tokens = {}
     for row in range(batch.rows):
         for number in range(int(batch.samples[row].max()) + 1):
             at = batch.samples[row] == number
-            found[tuple(batch.tokens[row, at].tolist())] = values[row, at].tolist()
-    return found
+            values = (found.log_probs[row, at].tolist(), found.entropy[row, at].tolist())
+            by_tokens[tuple(batch.tokens[row, at].tolist())] = values
+    return by_tokens
 
 
 def generate(engine):
@@ -115,22 +116,19 @@ def observe(engine, folder, checkpoint, packed=False):
     """
     found = SimpleNamespace()
     found.first = dict(engine.parameters())
-    found.log_probs = log_probs(engine, temperature=TEMPERATURE)
-    found.entropies = log_probs(engine, temperature=TEMPERATURE, entropy=True)
-    found.packed = log_probs(engine, packed=True, temperature=TEMPERATURE)
-    found.generated = generate(engine)
+    found.alone, found.packed = scores(engine), scores(engine, packed=True)
     half = STEPS // 2
     found.steps = train(engine, range(half), packed)
+    found.generated = generate(engine)
     engine.save(checkpoint)
     rest = train(engine, range(half, STEPS), packed)
     found.steps += rest
     found.last = dict(engine.parameters())
-    found.generated += generate(engine)
     engine.load(checkpoint)
     assert engine.step == half
     found.resumed = rest, train(engine, range(half, STEPS), packed)
     engine.load_parameters(saved(folder).items())
-    found.again = log_probs(engine, temperature=TEMPERATURE)
+    found.again = scores(engine)
     return found
 
 
@@ -152,13 +150,13 @@ def brute_force(folder):
         tokens = torch.tensor(sample.tokens[1:])
         return table[:-1].gather(1, tokens.unsqueeze(1)).squeeze(1), table
 
-    found = SimpleNamespace(log_probs={}, entropies={}, losses=[], norms=[])
+    found = SimpleNamespace(scores={}, losses=[], norms=[])
     with torch.no_grad():
         for sample in samples(0):
             values, table = of_tokens(sample, TEMPERATURE)
             entropy = -(table.exp() * table).sum(-1)[:-1]
-            found.log_probs[tuple(sample.tokens)] = [0.0, *values.tolist()]
-            found.entropies[tuple(sample.tokens)] = [0.0, *entropy.tolist()]
+            both = ([0.0, *values.tolist()], [0.0, *entropy.tolist()])
+            found.scores[tuple(sample.tokens)] = both
 
     decayed = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]

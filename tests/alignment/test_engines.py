@@ -70,6 +70,19 @@ def on_megatron(folder, checkpoint, layout, packed):
     return observe(engine, folder, checkpoint, packed)
 
 
+def go_on(checkpoint, layout):
+    """On another layout than the checkpoint's, from the middle of the course."""
+    from alignment.engines.megatron import MegatronEngine, MegatronLayout
+    from tests.alignment.engine_runs import OPTIMIZATION, STEPS, train
+
+    engine = MegatronEngine(checkpoint, OPTIMIZATION, MegatronLayout(**layout))
+    first = dict(engine.parameters())
+    engine.load(checkpoint)
+    again = dict(engine.parameters())
+    assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())
+    return train(engine, range(engine.step, STEPS))
+
+
 def on_deepspeed(folder, checkpoint, each):
     from alignment.engines.deepspeed import DeepSpeedEngine, Zero
     from tests.alignment.engine_runs import OPTIMIZATION
@@ -81,30 +94,26 @@ def on_deepspeed(folder, checkpoint, each):
     return found
 
 
-def check(reference, folder, ranks, packed=False):
-    """What all ranks of one engine observed, against plain torch."""
-    seen: dict[str, dict] = {name: {} for name in ("log_probs", "entropies", "packed", "again")}
-    for rank in ranks:
-        for name, values in seen.items():
-            values.update(getattr(rank, name))
-    for name, values in seen.items():
-        expected = reference.entropies if name == "entropies" else reference.log_probs
-        assert values.keys() == expected.keys()
-        for tokens, row in values.items():
-            assert row == pytest.approx(expected[tokens], abs=TOLERANCE), name
-    for tokens, row in seen["log_probs"].items():
-        assert seen["packed"][tokens] == pytest.approx(row, abs=1e-5)
-        assert seen["again"][tokens] == pytest.approx(row, abs=1e-6)
+def check(reference, folder, ranks):
+    """Hold what all ranks of one engine observed to plain torch; the samples they drew."""
+    seen: dict[str, dict] = {
+        name: {tokens: row for rank in ranks for tokens, row in getattr(rank, name).items()}
+        for name in ("alone", "packed", "again")
+    }
+    for tokens, (log_probs, entropies) in reference.scores.items():
+        assert seen["alone"][tokens][0] == pytest.approx(log_probs, abs=TOLERANCE)
+        assert seen["alone"][tokens][1] == pytest.approx(entropies, abs=TOLERANCE)
+        for name in ("packed", "again"):
+            assert seen[name][tokens][0] == pytest.approx(seen["alone"][tokens][0], abs=1e-5)
+    assert all(values.keys() == reference.scores.keys() for values in seen.values())
     files = saved(folder)
+    drawn: dict = {}
     for rank in ranks:
         losses, norms, rates = zip(*rank.steps)
         assert losses == pytest.approx(reference.losses, abs=TOLERANCE)
         assert norms == pytest.approx(reference.norms, rel=1e-3)
         assert rates[:3] == pytest.approx((0, 1e-3, 2e-3)) and rates[-1] == pytest.approx(2.5e-4)
         assert rank.resumed[0] == rank.resumed[1]  # to the bit
-        for _, tokens, log_probs, scored in rank.generated:
-            assert len(tokens) == 7
-            assert log_probs == pytest.approx(scored, abs=TOLERANCE)
         assert rank.first.keys() == rank.last.keys() == files.keys()
         for name, tensor in files.items():
             assert torch.equal(rank.first[name].cpu(), tensor), name
@@ -114,12 +123,11 @@ def check(reference, folder, ranks, packed=False):
                 moved = (reference.weights[name] - tensor).abs().mean()
                 error = (reference.weights[name] - rank.last[name].cpu()).abs().mean()
                 assert error < 1e-2 * moved, name
-    drawn: dict = {}
-    for rank in ranks:
-        for number, (prompt, tokens, _, _) in enumerate(rank.generated):
-            half = number < len(rank.generated) // 2
-            assert drawn.setdefault((half, prompt), tokens) == tokens
-    return {prompt: tokens for (first, prompt), tokens in drawn.items() if first}
+        for prompt, tokens, log_probs, scored in rank.generated:
+            assert len(tokens) == 7
+            assert log_probs == pytest.approx(scored, abs=TOLERANCE)
+            assert drawn.setdefault(prompt, tokens) == tokens
+    return drawn
 
 
 LAYOUTS = {
@@ -157,6 +165,10 @@ def test_engines_are_plain_torch_on_every_layout(model, tmp_path):
         drawn.append(
             check(reference, folder, run_ranks(on_megatron, ranks, folder, place, layout, packed))
         )
+    if name == "llama":
+        for steps in run_ranks(go_on, 2, tmp_path / "2", {"shard_optimizer": True}):
+            losses = [loss for loss, _, _ in steps]
+            assert losses == pytest.approx(reference.losses[-len(losses) :], abs=TOLERANCE)
     facts = run_ranks(on_deepspeed, 2, folder, tmp_path / "zero", ZERO[name])
     for stage in ZERO[name]:
         drawn.append(check(reference, folder, [rank[stage] for rank in facts]))
