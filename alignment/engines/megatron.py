@@ -124,7 +124,7 @@ class MegatronEngine:
         lr = self._schedule.get_lr(self._optimizer.param_groups[0])
         stepped, norm, _ = self._optimizer.step()
         if stepped:
-            self._schedule.step(increment=self.args.global_batch_size)
+            self._schedule.step(increment=1)
         self.step += 1
         means = self._means(found)
         return StepResult(means.pop("loss"), float(norm), lr, means)

@@ -5,6 +5,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -90,7 +91,7 @@ def start(
         layout.tensor * layout.pipeline * layout.context
     )
     values: dict[str, Any] = {
-        "global-batch-size": layout.micro_batch * max(copies, 1),  # of the schedule's bookkeeping
+        "global-batch-size": layout.micro_batch * max(copies, 1),  # Megatron wants a multiple
         "train-iters": optimization.steps,
         "lr": optimization.lr,
         "min-lr": 0.0,
@@ -131,11 +132,15 @@ def start(
 
 def build(args: Namespace, config: ETConfig) -> tuple[list[Any], Any, Any]:
     """The model in its data-parallel wrapper, the optimizer and its schedule."""
-    model, optimizer, schedule = training.setup_model_and_optimizer(
+    model, optimizer, _ = training.setup_model_and_optimizer(
         ModelType.encoder_or_decoder,
         cfg_container=pretrain_cfg_container_from_args(args, gpt_model_config(args, config)),
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
     )
+    # Megatron's schedule counts samples, as many a step as the layout says: let it count steps, so
+    # that another layout can go on with it.
+    with mock.patch.object(args, "global_batch_size", 1):
+        schedule = training.get_optimizer_param_scheduler(optimizer)
     config.grad_scale_func = optimizer.scale_loss
     config.finalize_model_grads_func = finalize_model_grads
     return model, optimizer, schedule
