@@ -64,6 +64,7 @@ setup(
         "mlflow": ["mlflow>=3"],
         "dev": [
             "accelerate>=1",  # lm-eval's own model on transformers, to compare with
+            "deepspeed>=0.19.8,<0.20",
             "gguf>=0.17",
             "hypothesis>=6.100",
             "krippendorff>=0.8",

@@ -68,6 +68,8 @@ def _install() -> None:
     _keep_freed_memory()
     # Megatron refuses tensor parallelism unless CUDA would run its kernels in launch order.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    # transformers imports DeepSpeed where it is installed, which would ask `torch.cuda`.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
     from megatron_ext.devices import gloo, placement, randomness, runtime
 

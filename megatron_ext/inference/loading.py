@@ -115,7 +115,7 @@ def load_model(
     args = state["args"]
     if with_thresholds is not None:
         with_thresholds(args)
-    _adapt(args, layout or Layout(), dtype)
+    for_inference(args, layout or Layout(), dtype)
     if tokenizer_model is not None:
         args.tokenizer_model = tokenizer_model
     tokenizer = _build_tokenizer(args)
@@ -147,7 +147,7 @@ def _load_weights(
     module.load_state_dict(loaded["model"], strict=thresholds)
 
 
-def _adapt(args: Namespace, layout: Layout, dtype: torch.dtype | None) -> None:
+def for_inference(args: Namespace, layout: Layout, dtype: torch.dtype | None) -> None:
     """Change the training run's arguments to this layout, this device and inference."""
     if is_cpu_device():
         dtype = dtype or torch.float32

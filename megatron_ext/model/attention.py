@@ -57,7 +57,8 @@ class SDPAttention(torch.nn.Module):
             query: `[queries, batch, heads, head_dim]`.
             key: `[keys, batch, kv_heads, head_dim]`; the last key belongs to the last query.
             value: as `key`.
-            attention_mask: ignored: attention is causal.
+            attention_mask: int64 `[batch, length]`, the sample of every token of the whole rows,
+                to which its attention is limited; None for one sample a row. Causal in any case.
 
         Returns:
             `[queries, batch, heads * head_dim]`.
@@ -67,7 +68,12 @@ class SDPAttention(torch.nn.Module):
         mask = None
         if self.cp_group.size() > 1:
             assert queries == keys, "no cache under context parallelism"
-            key, value, mask = self._gather(key, value)
+            key, value, mask = self._gather(key, value, attention_mask)
+        elif attention_mask is not None:
+            assert queries == keys, "no cache with several samples a row"
+            places = torch.arange(keys, device=query.device)
+            causal = places.unsqueeze(1) >= places
+            mask = _within_samples(causal, attention_mask, places, places)
         elif 1 < queries < keys:
             mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
             mask = mask.tril(keys - queries)
@@ -86,18 +92,39 @@ class SDPAttention(torch.nn.Module):
             )  # [batch, heads, queries, head_dim]
         return context.permute(2, 0, 1, 3).flatten(2)
 
-    def _gather(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _gather(
+        self, key: Tensor, value: Tensor, samples: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Keys and values of all context-parallel ranks, and which of them a query may see.
 
         Returns:
             keys and values `[ranks * keys, batch, kv_heads, head_dim]`, in the order of the ranks,
-            and bool `[queries, ranks * keys]`.
+            and bool `[queries, ranks * keys]`, or `[batch, 1, queries, ranks * keys]`.
         """
         size, rank, length = self.cp_group.size(), self.cp_group.rank(), key.shape[0]
         positions = [sequence_positions(length, r, size, key.device) for r in range(size)]
-        mask = positions[rank].unsqueeze(1) >= torch.cat(positions)
+        own, everyones = positions[rank], torch.cat(positions)
+        mask = own.unsqueeze(1) >= everyones
+        if samples is not None:
+            mask = _within_samples(mask, samples, own, everyones)
         key, value = (
             gather_from_sequence_parallel_region(x.contiguous(), group=self.cp_group)
             for x in (key, value)
         )
         return key, value, mask
+
+
+def _within_samples(mask: Tensor, samples: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
+    """Keep of a causal mask what lies within one sample.
+
+    Args:
+        mask: bool `[queries, keys]`.
+        samples: int64 `[batch, length]`, the sample of every token.
+        queries: int64, places of the queries in the row.
+        keys: as `queries`.
+
+    Returns:
+        bool `[batch, 1, queries, keys]`.
+    """
+    same = samples[:, queries].unsqueeze(2) == samples[:, keys].unsqueeze(1)
+    return torch.logical_and(mask, same).unsqueeze(1)

@@ -41,7 +41,13 @@ class ThresholdRouter(Router):
     the micro-batch over all ranks. Otherwise it takes the logits above its threshold. Forward
     only reads thresholds. What the end of the step needs to move them is kept in `kept_logits`
     and `cutoffs`, once per micro-batch however often recomputation repeats the forward pass.
+
+    Attributes:
+        frozen: training routes as evaluation does, by thresholds alone, and keeps nothing: of a
+            token's experts nothing depends on the other tokens.
     """
+
+    frozen = False
 
     def __init__(
         self,
@@ -101,7 +107,7 @@ class ThresholdRouter(Router):
         Returns:
             probs, fp32 `[tokens, experts]`, and routing map, bool `[tokens, experts]`.
         """
-        counting = self.training and torch.is_grad_enabled()
+        counting = self.training and torch.is_grad_enabled() and not self.frozen
         sequence, batch = logits.shape[:2]
         logits = logits.reshape(-1, self.num_experts).float()
         with torch.no_grad():
@@ -119,7 +125,7 @@ class ThresholdRouter(Router):
     def _select(self, logits: Tensor, positions: Tensor, counting: bool) -> Tensor:
         """The routing map of `logits [tokens, experts]`, keeping what the step's end needs."""
         config = cast(ETConfig, self.config)
-        if not self.training:
+        if self.frozen or not self.training:
             return logits > self.thresholds.value()
         above = logits > self.thresholds.value() if self.thresholds.update_count else None
         if self.expert_choice_phase:

@@ -117,6 +117,10 @@ class Thresholds(torch.nn.Module):
             lower = torch.nextafter(self.average, torch.full_like(self.average, -torch.inf))
             self.average.copy_(torch.where(self.value() < values, self.average, lower))
 
+    def forget_count(self) -> None:
+        """The state has been written to from outside: ask the device for it anew."""
+        self._updates_on_host = None
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Thresholds":
         """Follow the model to its device but not to its dtype: rounding would move thresholds."""
         average = self.average
@@ -130,7 +134,7 @@ class Thresholds(torch.nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._updates_on_host = None
+        self.forget_count()
 
 
 @torch.no_grad()

@@ -156,7 +156,8 @@ class MoE(nn.Module):
         output = torch.zeros_like(tokens)
         for number, expert in enumerate(self.experts):
             chosen = routing_map[:, number].nonzero().squeeze(1)
-            if chosen.numel():
+            # In training, data-parallel ranks must all have gradients of the same experts.
+            if chosen.numel() or self.training:
                 weight = weights[chosen, number].unsqueeze(1)
                 output.index_add_(0, chosen, expert(tokens[chosen], weight))
         if self.shared_expert is not None:

@@ -1,0 +1,1 @@
+"""Engines: what trains, scores and samples a policy or a judge, behind one protocol."""

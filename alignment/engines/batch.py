@@ -1,0 +1,168 @@
+"""Batches of token ids: rows that hold one sample each, or several end to end."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PADDING = -1
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt and its response, in tokens.
+
+    Attributes:
+        tokens: ids of both.
+        prompt: how many of them are the prompt's, at least one; the others are trained on.
+        extras: by name, a number for each token, or one for all: an advantage, log-probabilities
+            of the sampler.
+    """
+
+    tokens: Sequence[int]
+    prompt: int = 1
+    extras: Mapping[str, float | Sequence[float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.prompt <= len(self.tokens):
+            raise ValueError(f"{self.prompt} prompt tokens of a sample of {len(self.tokens)}")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of equal length. All that belongs to a token stands in the token's own place.
+
+    Attributes:
+        tokens: int64 `[rows, length]`.
+        samples: int64 `[rows, length]`, which sample of its row a token is of, from 0 on;
+            `PADDING` after the last.
+        loss_mask: bool `[rows, length]`, the tokens that are trained on. A sample's first token,
+            which nothing predicts, is none of them.
+        extras: fp32 `[rows, length]`, by name.
+    """
+
+    tokens: Tensor
+    samples: Tensor
+    loss_mask: Tensor
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, samples: Sequence[Sample], length: int | None = None) -> "Batch":
+        """One sample a row.
+
+        Args:
+            length: of the rows. Default: the longest sample's.
+        """
+        return cls.of_rows([[sample] for sample in samples], length)
+
+    @classmethod
+    def packed(cls, samples: Sequence[Sample], length: int) -> "Batch":
+        """Several samples a row, each in the first row that has room for it, longest first.
+
+        Raises:
+            ValueError: a sample is longer than a row.
+        """
+        rows: list[list[Sample]] = []
+        room: list[int] = []
+        for sample in sorted(samples, key=lambda sample: -len(sample.tokens)):
+            size = len(sample.tokens)
+            if size > length:
+                raise ValueError(f"a sample of {size} tokens does not fit a row of {length}")
+            place = next((row for row, left in enumerate(room) if left >= size), len(rows))
+            if place == len(rows):
+                rows.append([])
+                room.append(length)
+            rows[place].append(sample)
+            room[place] -= size
+        return cls.of_rows(rows, length)
+
+    @classmethod
+    def of_rows(cls, rows: Sequence[Sequence[Sample]], length: int | None = None) -> "Batch":
+        """Rows of given samples, padded at their end."""
+        longest = max((sum(len(sample.tokens) for sample in row) for row in rows), default=0)
+        length = longest if length is None else length
+        if longest > length:
+            raise ValueError(f"samples of {longest} tokens do not fit a row of {length}")
+        shape = (len(rows), length)
+        tokens = torch.zeros(shape, dtype=torch.int64)
+        numbers = torch.full(shape, PADDING)
+        mask = torch.zeros(shape, dtype=torch.bool)
+        names = sorted({name for row in rows for sample in row for name in sample.extras})
+        extras = {name: torch.zeros(shape) for name in names}
+        for place, row in enumerate(rows):
+            begin = 0
+            for number, sample in enumerate(row):
+                end = begin + len(sample.tokens)
+                tokens[place, begin:end] = torch.as_tensor(sample.tokens)
+                numbers[place, begin:end] = number
+                mask[place, begin + sample.prompt : end] = True
+                for name in names:
+                    extras[name][place, begin:end] = torch.as_tensor(sample.extras[name])
+                begin = end
+        return cls(tokens, numbers, mask, extras)
+
+    @property
+    def rows(self) -> int:
+        return self.tokens.shape[0]
+
+    @property
+    def length(self) -> int:
+        return self.tokens.shape[1]
+
+    @cached_property
+    def is_packed(self) -> bool:
+        """Whether any row holds more than one sample."""
+        return bool((self.samples > 0).any())
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """Places of the tokens in their samples, int64 `[rows, length]`; padding counts as one."""
+        index = torch.arange(self.length, device=self.tokens.device)
+        begins = self.samples != F.pad(self.samples, (1, 0), value=PADDING - 1)[:, :-1]
+        return index - torch.where(begins, index, 0).cummax(dim=1).values
+
+    @cached_property
+    def predicted(self) -> Tensor:
+        """The tokens that others of their sample come before, bool `[rows, length]`."""
+        return (self.samples != PADDING) & (self.positions > 0)
+
+    def sum_by_sample(self, values: Tensor) -> Tensor:
+        """Sums over the tokens of each sample, in the order of rows and samples.
+
+        Args:
+            values: `[rows, length]`.
+
+        Returns:
+            `[samples]`.
+        """
+        real = self.samples != PADDING
+        row = torch.arange(self.rows, device=values.device).unsqueeze(1)
+        key = (row * (self.length + 1) + self.samples)[real]
+        _, place = key.unique(return_inverse=True)
+        count = int(place.max()) + 1 if len(place) else 0
+        return values.new_zeros(count).index_add(0, place, values[real])
+
+    def to(self, device: torch.device | int | str) -> "Batch":
+        """The same on a device."""
+        return self._each(lambda tensor: tensor.to(device))
+
+    def slice(self, rows: slice) -> "Batch":
+        """Some of the rows."""
+        return self._each(lambda tensor: tensor[rows])
+
+    def padded(self, rows: int, length: int) -> "Batch":
+        """The same with padding up to this size."""
+        more = (0, length - self.length, 0, rows - self.rows)
+        padded = self._each(lambda tensor: F.pad(tensor, more))
+        return replace(padded, samples=F.pad(self.samples, more, value=PADDING))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        return Batch(
+            change(self.tokens),
+            change(self.samples),
+            change(self.loss_mask),
+            {name: change(tensor) for name, tensor in self.extras.items()},
+        )

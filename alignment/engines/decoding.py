@@ -1,0 +1,90 @@
+"""Sampling from a model of transformers: row by row the same draws as Megatron's engine makes.
+
+`generate` of transformers draws for all rows from one state, and its ranks do not wait for each
+other unless told to; here a row's sample depends on its prompt and seed alone.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from alignment.engines.protocol import Generated
+from megatron_ext.errors import UserError
+from megatron_ext.inference.sampling import Sampling, choose, log_probs_of
+
+
+@torch.no_grad()
+def decode(
+    model: Any,
+    eod: frozenset[int],
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    seeds: Sequence[int],
+    device: torch.device | str,
+) -> list[Generated]:
+    """Continue prompts, all at a time. Ranks make as many passes as the one that needs the most.
+
+    Args:
+        model: in eval mode.
+        eod: tokens that end a row, where `sampling` says so.
+        prompts: token ids, at least one a row.
+        seeds: one a prompt.
+
+    Raises:
+        UserError: an empty prompt, or one that leaves no room.
+    """
+    longest = model.config.max_position_embeddings
+    for prompt in prompts:
+        if not 0 < len(prompt) < longest:
+            raise UserError(f"a prompt has {len(prompt)} tokens: give 1 to {longest - 1}")
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    found = [Generated([], [], False) for _ in prompts]
+    going = list(range(len(prompts)))
+    tokens, mask = _aligned_right(prompts or [[0]])
+    tokens, mask = tokens.to(device), mask.to(device)
+    cache = None
+    while _any_rank(bool(going), device):
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+        output = model(
+            input_ids=tokens,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        cache = output.past_key_values
+        tokens = torch.zeros(len(mask), 1, dtype=torch.int64, device=device)
+        if going:
+            logits = output.logits[going, -1].float()
+            chosen = choose(logits, sampling, [generators[row] for row in going])
+            scores = log_probs_of(logits, chosen).tolist()
+            tokens[going, 0] = chosen
+            for row, token, score in zip(list(going), chosen.tolist(), scores):
+                found[row].tokens.append(token)
+                found[row].log_probs.append(score)
+                size = len(found[row].tokens)
+                if token in eod and sampling.stop_at_eod:
+                    found[row] = Generated(found[row].tokens, found[row].log_probs, True)
+                    going.remove(row)
+                elif size == sampling.max_new_tokens or size + len(prompts[row]) == longest:
+                    going.remove(row)
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+    return found
+
+
+def _aligned_right(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Tokens and where they are, int64 `[rows, longest]`."""
+    width = max(map(len, prompts))
+    tokens = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    return tokens, mask
+
+
+def _any_rank(works: bool, device: torch.device | str) -> bool:
+    flag = torch.tensor(int(works), device=device)
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag)

@@ -1,0 +1,303 @@
+"""The engine on DeepSpeed: any causal language model of transformers, with ZeRO 1 to 3.
+
+Every rank has data of its own. Without CUDA it runs over gloo, in plain torch.
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from alignment.engines.batch import Batch
+from alignment.engines.decoding import decode
+from alignment.engines.micro_batches import micro_batches
+from alignment.engines.protocol import (
+    Generated,
+    Loss,
+    Optimization,
+    Scores,
+    StepResult,
+    Sums,
+    means_of,
+    scores_of,
+)
+from megatron_ext.devices import is_cpu_device
+from megatron_ext.errors import UserError
+from megatron_ext.hf.families import OWN
+from megatron_ext.inference.sampling import Sampling, log_probs_of
+
+ON_CPU = is_cpu_device() or not torch.cuda.is_available()
+if ON_CPU:
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when DeepSpeed is imported
+try:
+    import deepspeed
+except ImportError as error:
+    raise UserError("DeepSpeed is not installed: pip install 'megatron-et[deepspeed]'") from error
+from deepspeed.utils.logging import logger  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Zero:
+    """What ranks share out among them.
+
+    Attributes:
+        stage: 1 for the optimizer's state, 2 for gradients too, 3 for parameters too.
+        offload_optimizer: keep the optimizer's state in host memory, and step there.
+        offload_parameters: keep parameters there as well; stage 3 only.
+        micro_batch: rows that go through the model at a time.
+    """
+
+    stage: int = 2
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+    micro_batch: int = 1
+
+    def __post_init__(self) -> None:
+        if self.stage not in (1, 2, 3):
+            raise UserError(f"ZeRO stage {self.stage}: there are 1, 2 and 3")
+        if self.offload_parameters and self.stage < 3:
+            raise UserError("offload_parameters needs ZeRO stage 3")
+
+
+class DeepSpeedEngine:
+    """See `alignment.engines.protocol.Engine`."""
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        optimization: Optimization | None = None,
+        zero: Zero | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Load the weights of a model.
+
+        Args:
+            path: a Hugging Face folder.
+            optimization: how it is trained.
+            zero: what ranks share out.
+            dtype: fp32 or bf16. Default: fp32 on a CPU, else bf16.
+
+        Raises:
+            UserError: the model cannot be read.
+        """
+        self.optimization, self.zero = optimization or Optimization(), zero or Zero()
+        self.dtype = dtype or (torch.float32 if ON_CPU else torch.bfloat16)
+        _start_ranks()
+        self.data_rank, self.data_size = dist.get_rank(), dist.get_world_size()
+        self.step = 0
+        model = _load(Path(path), self.dtype)
+        self.eod = _eod(model)
+        groups = _decayed_apart(model, self.optimization)
+        optimizer = torch.optim.AdamW(
+            groups, betas=self.optimization.betas, eps=self.optimization.eps, lr=0.0
+        )
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=self._config(), dist_init_required=False
+        )
+        self._device = self._engine.device
+
+    def log_probs(self, batch: Batch, *, temperature: float = 1.0, entropy: bool = False) -> Scores:
+        """See the protocol."""
+        self._engine.eval()
+        with torch.no_grad():
+            found = [self._score(part, temperature, entropy) for part in self._split(batch)]
+        real = (slice(batch.rows), slice(batch.length))
+        log_probs = torch.cat([scores.log_probs for scores in found])[real]
+        entropies = [scores.entropy for scores in found if scores.entropy is not None]
+        return Scores(log_probs, torch.cat(entropies)[real] if entropies else None)
+
+    def train_step(
+        self, batch: Batch, loss: Loss, *, temperature: float = 1.0, entropy: bool = False
+    ) -> StepResult:
+        """See the protocol."""
+        self._engine.train()
+        # Sums are differentiated, and divided when all of the weight is known: what is a loss's
+        # scale to DeepSpeed. Its own mean over ranks is undone in the same place.
+        self._optimizer.override_loss_scale(1.0)
+        found: list[Sums] = []
+        parts = self._split(batch)
+        for number, part in enumerate(parts, start=1):
+            self._engine.set_gradient_accumulation_boundary(number == len(parts))
+            sums = loss(self._score(part, temperature, entropy), part)
+            self._engine.backward(sums.total, scale_wrt_gas=False)
+            found.append(Sums(sums.total.detach(), sums.weight, sums.metrics))
+        weight = torch.stack([sums.weight.to(torch.int64) for sums in found]).sum()
+        dist.all_reduce(weight)
+        self._optimizer.override_loss_scale(max(int(weight), 1) / self.data_size)
+        lr = self.optimization.rate(self.step)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+        self.step += 1
+        means = means_of(found, None)
+        norm = float(self._engine.get_global_grad_norm())
+        return StepResult(means.pop("loss"), norm, lr, means)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        seeds: Sequence[int] | None = None,
+    ) -> list[Generated]:
+        """See the protocol; `Sampling.stop` needs a tokenizer, which this engine has not."""
+        if sampling.stop:
+            raise UserError("the DeepSpeed engine takes no stop strings: end by tokens")
+        self._engine.eval()
+        seeds = range(len(prompts)) if seeds is None else seeds
+        return decode(self._engine.module, self.eod, prompts, sampling, seeds, self._device)
+
+    @torch.no_grad()
+    def parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """See the protocol."""
+        from transformers.core_model_loading import revert_weight_conversion
+
+        model = self._engine.module
+        for name, tensor in _tensors(model):
+            with self._gathered(tensor):
+                for theirs, part in revert_weight_conversion(model, {name: tensor.data}).items():
+                    yield theirs, part.clone()
+
+    @torch.no_grad()
+    def load_parameters(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """See the protocol; all tensors are held in memory until they have their places."""
+        from transformers.core_model_loading import revert_weight_conversion
+
+        model, given = self._engine.module, dict(tensors)
+        for name, tensor in _tensors(model):
+            with self._gathered(tensor, changed=True):
+                # transformers fuses some tensors: what becomes of a count of the elements tells
+                # which of them each part is.
+                count = torch.arange(tensor.numel(), device=tensor.device).view(tensor.shape)
+                for theirs, part in revert_weight_conversion(model, {name: count}).items():
+                    if theirs not in given:
+                        raise UserError(f"there is no tensor {theirs}, which the model needs")
+                    if given[theirs].shape != part.shape:
+                        raise UserError(f"{theirs} is of another model: it should be {part.shape}")
+                    new = given[theirs].to(tensor.device, tensor.dtype).flatten()
+                    tensor.view(-1)[part.flatten()] = new
+        self._optimizer.refresh_fp32_params()
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """See the protocol; DeepSpeed's own form, for the same number of ranks."""
+        self._engine.save_checkpoint(
+            os.fspath(folder), tag=f"step_{self.step}", client_state={"step": self.step}
+        )
+
+    def load(self, folder: str | os.PathLike[str]) -> None:
+        """See the protocol."""
+        if not Path(folder, "latest").is_file():
+            raise UserError(f"{folder} holds no checkpoint of DeepSpeed: save one first")
+        place, state = self._engine.load_checkpoint(os.fspath(folder))
+        if place is None:
+            raise UserError(f"the checkpoint in {folder} is incomplete or damaged")
+        self.step = state["step"]
+
+    def _config(self) -> dict[str, Any]:
+        zero = self.zero
+        settings: dict[str, Any] = {"stage": zero.stage}
+        if zero.offload_optimizer:
+            settings["offload_optimizer"] = {"device": "cpu"}
+        if zero.offload_parameters:
+            settings["offload_param"] = {"device": "cpu"}
+        return {
+            "train_micro_batch_size_per_gpu": zero.micro_batch,
+            # Boundaries are set by hand; with 1, offloading keeps only the last micro-batch.
+            "gradient_accumulation_steps": 2,
+            "zero_optimization": settings,
+            "zero_force_ds_cpu_optimizer": False,
+            "gradient_clipping": self.optimization.clip,
+            "bf16": {"enabled": self.dtype == torch.bfloat16},
+        }
+
+    def _split(self, batch: Batch) -> list[Batch]:
+        # With ZeRO ranks need each other's parts in every one.
+        return micro_batches(batch, self.zero.micro_batch, None, self._device)
+
+    def _score(self, batch: Batch, temperature: float, entropy: bool) -> Scores:
+        mask = None
+        places = torch.arange(batch.length, device=self._device)
+        positions = places.expand(batch.rows, -1)
+        if batch.is_packed:
+            positions = batch.positions
+            seen = batch.samples.unsqueeze(2) == batch.samples.unsqueeze(1)
+            seen = seen & (places.unsqueeze(1) >= places)  # [rows, queries, keys]
+            mask = torch.zeros(seen.shape, dtype=self.dtype, device=self._device)
+            mask = mask.masked_fill(~seen, torch.finfo(self.dtype).min).unsqueeze(1)
+        output = self._engine(
+            input_ids=batch.tokens, attention_mask=mask, position_ids=positions, use_cache=False
+        )
+        logits = output.logits.float() / temperature  # [rows, length, vocabulary]
+        targets = torch.nn.functional.pad(batch.tokens, (0, 1))[:, 1:]
+        found = [log_probs_of(logits.flatten(0, 1), targets.flatten()).view_as(targets)]
+        if entropy:
+            table = logits.log_softmax(dim=-1)
+            found.append(-(table.exp() * table).sum(dim=-1))
+        return scores_of(torch.stack(found), batch)
+
+    def _gathered(self, tensor: Tensor, changed: bool = False) -> Any:
+        if not hasattr(tensor, "ds_id"):
+            return nullcontext()
+        return deepspeed.zero.GatheredParameters([tensor], modifier_rank=0 if changed else None)
+
+
+def _start_ranks() -> None:
+    """Initialise torch.distributed, unless the caller has, and DeepSpeed's view of it."""
+    logger.setLevel("WARNING")
+    backend = "gloo" if ON_CPU else "nccl"
+    if not dist.is_initialized() and "WORLD_SIZE" not in os.environ:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    if ON_CPU:
+        # Its collectives in shared memory would be compiled at their first use.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)
+
+
+def _load(folder: Path, dtype: torch.dtype) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from megatron_ext.hf.configs import load_config
+    from megatron_ext.hf.remote.modeling_et import ExpertThresholdForCausalLM, MoE
+
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} is no Hugging Face folder: it has no config.json")
+    if f'"{OWN.name}"' not in (folder / "config.json").read_text():
+        config = AutoConfig.from_pretrained(folder)
+        return AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype)
+    model = ExpertThresholdForCausalLM.from_pretrained(
+        folder, config=load_config(folder), dtype=dtype
+    )
+    # Which experts run depends on the tokens: ZeRO 3 must not follow them one by one.
+    deepspeed.utils.set_z3_leaf_modules(model, [MoE], raise_if_not_found=False)
+    return model
+
+
+def _eod(model: Any) -> frozenset[int]:
+    ids = model.generation_config.eos_token_id
+    return frozenset() if ids is None else frozenset(ids if isinstance(ids, list) else [ids])
+
+
+def _decayed_apart(model: Any, optimization: Optimization) -> list[dict[str, Any]]:
+    """Parameters that decay, and those that do not."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": params, "weight_decay": decay}
+        for params, decay in (
+            ([p for p in trained if p.dim() > 1], optimization.weight_decay),
+            ([p for p in trained if p.dim() <= 1], 0.0),
+        )
+        if params
+    ]
+
+
+def _tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, each once, and buffers that are saved."""
+    yield from model.named_parameters()
+    saved = model.state_dict().keys()
+    yield from ((name, buffer) for name, buffer in model.named_buffers() if name in saved)

@@ -1,0 +1,251 @@
+"""The engine on Megatron: tensor, pipeline, context, expert and data parallelism.
+
+`activate` of `megatron_ext.devices` must have been called. One engine a process: Megatron's
+arguments and process groups are global.
+"""
+
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import unwrap_model
+from megatron.training import get_tokenizer
+from megatron.training.checkpointing import load_checkpoint, save_checkpoint
+from torch import Tensor
+
+from alignment.engines.batch import Batch
+from alignment.engines.megatron_launch import MegatronLayout, build, start
+from alignment.engines.micro_batches import micro_batches
+from alignment.engines.protocol import (
+    Generated,
+    Loss,
+    Optimization,
+    Scores,
+    StepResult,
+    Sums,
+    means_of,
+)
+from alignment.engines.sampler import Sampler
+from alignment.engines.scoring import Scorer
+from megatron_ext.checkpoint import damage, find_checkpoint
+from megatron_ext.errors import UserError
+from megatron_ext.hf.live import LiveTensors
+from megatron_ext.hf.sources import open_hf, open_megatron
+from megatron_ext.inference.sampling import Sampling
+from megatron_ext.model.packing import rotate_by_position_ids
+from megatron_ext.moe.router import ThresholdRouter
+from megatron_ext.quiet import quiet_megatron
+from megatron_ext.training.checkpoints import explain_failure
+from megatron_ext.training.step import routers_of
+
+
+class MegatronEngine:
+    """See `alignment.engines.protocol.Engine`.
+
+    Thresholds are frozen: training routes by them as generation does, and never moves them.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        optimization: Optimization | None = None,
+        layout: MegatronLayout | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        flags: Sequence[str] = (),
+    ) -> None:
+        """Start Megatron on this rank and load the weights of a model.
+
+        Args:
+            path: a Hugging Face folder, a run directory, or a folder of checkpoints.
+            optimization: how it is trained.
+            layout: of the ranks that were started.
+            dtype: of the weights. Default: fp32 on a CPU, else the model's.
+            flags: more of `pretrain_et.py`; they override all others.
+
+        Raises:
+            UserError: the model cannot be read, or the layout does not fit it or the ranks.
+        """
+        self.layout = layout or MegatronLayout()
+        self.optimization = optimization or Optimization()
+        folder = Path(path)
+        hf = (folder / "config.json").is_file()
+        source = open_hf(folder) if hf else open_megatron(find_checkpoint(folder))
+        # Megatron reads the tokenizer from files while it starts.
+        with tempfile.TemporaryDirectory() as place, quiet_megatron():
+            tokenizer = source.carry_tokenizer(Path(place))
+            flags = [*tokenizer, *self.layout.flags, *flags]
+            self.args, self.config = start(source, self.layout, self.optimization, dtype, flags)
+        self._carry_tokenizer = source.carry_tokenizer
+        self.groups = ProcessGroupCollection.use_mpu_process_groups()
+        self.data_rank, self.data_size = self.groups.dp.rank(), self.groups.dp.size()
+        self.step = 0
+        with quiet_megatron():
+            self._model, self._optimizer, self._schedule = build(self.args, self.config)
+        [self._stage] = unwrap_model(self._model)
+        for router in routers_of(self._model):
+            if isinstance(router, ThresholdRouter):
+                router.frozen = True
+        rotate_by_position_ids(self._stage)
+        self._tensors = LiveTensors([self._stage], source.model, source.family)
+        self.load_parameters((name, source.tensors.read(name)) for name in self._tensors.needed)
+        self._sampler: Sampler | None = None
+
+    def log_probs(self, batch: Batch, *, temperature: float = 1.0, entropy: bool = False) -> Scores:
+        """See the protocol."""
+        parts = self._split(batch)
+        with torch.no_grad():
+            found = self._run(parts, temperature, entropy, None)
+        shape = (len(parts), 1 + entropy, self.layout.micro_batch, parts[0].length)
+        device = parts[0].tokens.device
+        values = torch.stack(found) if found else torch.empty(shape, device=device)
+        pipeline = self.groups.pp
+        dist.broadcast(values, group=pipeline, group_src=pipeline.size() - 1)
+        values = values.transpose(0, 1).flatten(1, 2)[:, : batch.rows, : batch.length]
+        return Scores(values[0], values[1] if entropy else None)
+
+    def train_step(
+        self, batch: Batch, loss: Loss, *, temperature: float = 1.0, entropy: bool = False
+    ) -> StepResult:
+        """See the protocol."""
+        parts = self._split(batch)
+        for chunk in self._model:
+            chunk.zero_grad_buffer()
+        self._optimizer.zero_grad()
+        found = self._run(parts, temperature, entropy, loss)
+        lr = self._schedule.get_lr(self._optimizer.param_groups[0])
+        stepped, norm, _ = self._optimizer.step()
+        if stepped:
+            self._schedule.step(increment=1)
+        self.step += 1
+        means = self._means(found)
+        return StepResult(means.pop("loss"), float(norm), lr, means)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        seeds: Sequence[int] | None = None,
+    ) -> list[Generated]:
+        """See the protocol; a row's sample depends on its prompt and seed alone."""
+        if self._sampler is None:
+            with quiet_megatron():
+                self._sampler = Sampler(self._stage, self.args, get_tokenizer())
+        return self._sampler.generate(prompts, sampling, seeds)
+
+    def parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """See the protocol."""
+        return iter(self._tensors)
+
+    def load_parameters(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """See the protocol; a rank needs only what it holds a part of."""
+        self._tensors.load(tensors)
+        with torch.no_grad():
+            self._optimizer.reload_model_params()
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write a checkpoint of this step, which `pretrain_et.py` and the tools read too."""
+        place = Path(folder)
+        if dist.get_rank() == 0:
+            place.mkdir(parents=True, exist_ok=True)
+            if not any((place / name).exists() for name in ("tokenizer", "tokenizer.model")):
+                self._carry_tokenizer(place)
+        dist.barrier()
+        args = self.args
+        args.save, args.iteration = str(place), self.step
+        if args.tokenizer_model is not None:
+            args.tokenizer_model = str(place.absolute() / Path(args.tokenizer_model).name)
+        with quiet_megatron():
+            explain_failure(save_checkpoint, args)(
+                self.step, self._model, self._optimizer, self._schedule, 0
+            )
+
+    def load(self, folder: str | os.PathLike[str]) -> None:
+        """See the protocol."""
+        checkpoint = find_checkpoint(folder)
+        if problem := damage(checkpoint, dist.get_rank(), dist.get_world_size()):
+            raise UserError(f"{checkpoint} is incomplete or damaged: {problem}")
+        self.args.load = str(folder)
+        # These count on from where they are.
+        self.args.consumed_train_samples = self.args.skipped_train_samples = 0
+        self._schedule.num_steps = 0
+        with quiet_megatron():
+            self.step, _ = load_checkpoint(self._model, self._optimizer, self._schedule)
+
+    def _split(self, batch: Batch) -> list[Batch]:
+        if self.args.transformer_impl != "local" and batch.is_packed:
+            raise UserError("several samples a row need --transformer-impl local")
+        return micro_batches(
+            batch,
+            self.layout.micro_batch,
+            self.groups.dp,
+            torch.cuda.current_device(),
+            self.layout.length_multiple,
+        )
+
+    def _run(
+        self, parts: list[Batch], temperature: float, entropy: bool, loss: Loss | None
+    ) -> list[Any]:
+        """Micro-batches through the pipeline, forward and, with a loss, backward.
+
+        Returns:
+            on the last stage, what `_scored` or `_weighed` gives for each; nothing on the others.
+        """
+        for chunk in self._model:
+            chunk.train(loss is not None)
+
+        def forward(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Any]:
+            batch = next(batches)
+            scorer = Scorer(batch, self.groups, temperature, entropy)
+            output = model(
+                batch.tokens[:, scorer.places],
+                batch.positions[:, scorer.places],
+                batch.samples if batch.is_packed else None,
+                output_processor=scorer,
+            )
+            reduce = partial(_scored, scorer) if loss is None else self._weigh(scorer, loss)
+            return output, reduce
+
+        return get_forward_backward_func()(
+            forward_step_func=forward,
+            data_iterator=iter(parts),
+            model=self._model,
+            num_microbatches=len(parts),
+            seq_length=parts[0].length,
+            micro_batch_size=self.layout.micro_batch,
+            forward_only=loss is None,
+            collect_non_loss_data=loss is None,
+        )
+
+    def _weigh(self, scorer: Scorer, loss: Loss) -> Any:
+        def weighed(output: Tensor) -> tuple[Tensor, Tensor, Sums]:
+            sums = loss(scorer.scores(output), scorer.batch)
+            # Ranks that share rows all find the same: it counts once.
+            counts = sums.weight.to(torch.int) * (self.groups.cp.rank() == 0)
+            # The pipeline's schedule frees the first.
+            return sums.total, counts, replace(sums, total=sums.total.detach())
+
+        return weighed
+
+    def _means(self, found: list[Sums]) -> dict[str, float]:
+        """Loss and metrics of all micro-batches and data-parallel ranks, divided once."""
+        means = [means_of(found, self.groups.dp) if found else {}]
+        pipeline = self.groups.pp
+        if pipeline.size() > 1:
+            dist.broadcast_object_list(means, group=pipeline, group_src=pipeline.size() - 1)
+        return means[0]
+
+
+def _scored(scorer: Scorer, output: Tensor, non_loss_data: bool = True) -> Tensor:
+    """What the schedule keeps of a micro-batch: fp32 `[1 or 2, rows, length]`."""
+    scores = scorer.scores(output)
+    kept = [scores.log_probs] if scores.entropy is None else [scores.log_probs, scores.entropy]
+    return torch.stack(kept)

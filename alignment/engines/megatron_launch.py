@@ -1,0 +1,146 @@
+"""Starting Megatron for an engine: flags of the model, its layout and its training; the parts."""
+
+import os
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.enums import ModelType
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.training import training
+from megatron.training.argument_utils import pretrain_cfg_container_from_args
+from megatron.training.global_vars import get_args
+from megatron.training.initialize import initialize_megatron
+
+from alignment.engines.protocol import Optimization
+from megatron_ext.arguments import explained, parse_args
+from megatron_ext.config import ETConfig
+from megatron_ext.devices import is_cpu_device
+from megatron_ext.errors import UserError
+from megatron_ext.hf.architecture import to_flags
+from megatron_ext.hf.sources import Source
+from megatron_ext.model.gpt import gpt_model_config
+from megatron_ext.training import resharding
+from megatron_ext.training.checkpoints import install_integrity
+from megatron_ext.training.checks import sha256
+
+
+@dataclass(frozen=True)
+class MegatronLayout:
+    """How a model is spread over ranks; what is left of them holds copies, with data of their own.
+
+    Attributes:
+        expert_tensor: tensor parallelism inside an expert; None for that of the other layers.
+        shard_optimizer: copies share the optimizer's state out among them.
+        micro_batch: rows that go through the model at a time.
+    """
+
+    tensor: int = 1
+    pipeline: int = 1
+    context: int = 1
+    expert: int = 1
+    expert_tensor: int | None = None
+    shard_optimizer: bool = False
+    micro_batch: int = 1
+
+    @property
+    def flags(self) -> list[str]:
+        """Of `pretrain_et.py`."""
+        sizes = {
+            "tensor-model-parallel-size": self.tensor,
+            "pipeline-model-parallel-size": self.pipeline,
+            "context-parallel-size": self.context,
+            "expert-model-parallel-size": self.expert,
+            "expert-tensor-parallel-size": self.expert_tensor or self.tensor,
+            "micro-batch-size": self.micro_batch,
+        }
+        flags = [word for name, size in sizes.items() for word in (f"--{name}", str(size))]
+        flags += ["--sequence-parallel"] if self.tensor > 1 else []
+        flags += ["--use-distributed-optimizer"] if self.shard_optimizer else []
+        return flags
+
+    @property
+    def length_multiple(self) -> int:
+        """What the length of rows must be a multiple of."""
+        return self.tensor * (2 * self.context if self.context > 1 else 1)
+
+
+def start(
+    source: Source,
+    layout: MegatronLayout,
+    optimization: Optimization,
+    dtype: torch.dtype | None,
+    flags: Sequence[str],
+) -> tuple[Namespace, ETConfig]:
+    """Parse the flags of this model and start Megatron with them; see `MegatronEngine`."""
+    try:
+        get_args()
+    except AssertionError:
+        pass
+    else:
+        raise UserError("this process has a Megatron engine already: start another process")
+    model = source.model
+    dtype = dtype or (torch.float32 if is_cpu_device() else source.dtype)
+    precision = {torch.bfloat16: ["--bf16"], torch.float16: ["--fp16"]}.get(dtype, [])
+    copies = int(os.environ.get("WORLD_SIZE", "1")) // (
+        layout.tensor * layout.pipeline * layout.context
+    )
+    values: dict[str, Any] = {
+        "global-batch-size": layout.micro_batch * max(copies, 1),  # Megatron wants a multiple
+        "train-iters": optimization.steps,
+        "lr": optimization.lr,
+        "min-lr": 0.0,
+        "lr-decay-style": "linear",
+        "lr-warmup-iters": optimization.warmup,
+        "weight-decay": optimization.weight_decay,
+        "adam-beta1": optimization.betas[0],
+        "adam-beta2": optimization.betas[1],
+        "adam-eps": optimization.eps,
+        "clip-grad": optimization.clip,
+        # Attention of Transformer Engine takes no samples that share a row.
+        "transformer-impl": "local",
+    }
+    if model.router is not None:
+        values |= {
+            "moe-token-dispatcher-type": "alltoall",
+            "moe-router-load-balancing-type": "none",
+            "moe-aux-loss-coeff": 0.0,
+        }
+    words = [word for name, value in values.items() for word in (f"--{name}", str(value))]
+    # A step is not repeated here: what is not finite ends it.
+    words += ["--rerun-mode", "disabled"]
+    words += ["--mock-data", "--calculate-per-token-loss", "--no-rope-fusion"]
+    words += ["--et-warmup-iters", "0"] if model.thresholds else []
+    args, config = parse_args([*to_flags(model), *precision, *words, *flags])
+    multiple = args.make_vocab_size_divisible_by * layout.tensor
+    args.hf_vocab_size = model.vocab
+    args.padded_vocab_size = max(args.padded_vocab_size, -(-model.vocab // multiple) * multiple)
+    args.tokenizer_sha256 = sha256(args.tokenizer_model)
+    if not dist.is_initialized() and "WORLD_SIZE" not in os.environ:
+        backend = "gloo" if is_cpu_device() else "nccl"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    explained(initialize_megatron)
+    resharding.install()
+    install_integrity()
+    return args, config
+
+
+def build(args: Namespace, config: ETConfig) -> tuple[list[Any], Any, Any]:
+    """The model in its data-parallel wrapper, the optimizer and its schedule."""
+    model, optimizer, _ = training.setup_model_and_optimizer(
+        ModelType.encoder_or_decoder,
+        cfg_container=pretrain_cfg_container_from_args(args, gpt_model_config(args, config)),
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+    )
+    # Megatron's schedule counts samples, as many a step as the layout says: let it count steps, so
+    # that another layout can go on with it.
+    with mock.patch.object(args, "global_batch_size", 1):
+        schedule = training.get_optimizer_param_scheduler(optimizer)
+    config.grad_scale_func = optimizer.scale_loss
+    config.finalize_model_grads_func = finalize_model_grads
+    return model, optimizer, schedule

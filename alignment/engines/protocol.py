@@ -1,0 +1,202 @@
+"""What every engine can do, and what a loss is.
+
+A loss is a plain function of the log-probabilities of a batch's tokens and of the batch. It gives
+a sum and what the sum is to be divided by, a number of tokens or of samples; the engine adds both
+up over all micro-batches and data-parallel ranks and divides once. So a step is the same however
+its samples are spread over ranks and micro-batches.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from alignment.engines.batch import Batch
+from megatron_ext.errors import UserError
+from megatron_ext.inference.sampling import Sampling
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a model says of the tokens of a batch.
+
+    Attributes:
+        log_probs: fp32 `[rows, length]`, nats: of each token after those of its sample before it; 0
+            for a sample's first token and for padding.
+        entropy: fp32 `[rows, length]`, nats, where asked for: of the distribution that a token was
+            drawn from; 0 in the same places.
+    """
+
+    log_probs: Tensor
+    entropy: Tensor | None = None
+
+
+def scores_of(found: Tensor, batch: Batch) -> Scores:
+    """Move scores to the tokens they are of.
+
+    Args:
+        found: fp32 `[1 or 2, rows, length]`, of the token after each.
+    """
+    moved = F.pad(found, (1, 0))[..., :-1]
+    moved = torch.where(batch.predicted, moved, 0.0)
+    return Scores(moved[0], moved[1] if len(moved) > 1 else None)
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What a loss gives for some rows.
+
+    Attributes:
+        total: scalar with a gradient.
+        weight: int64 scalar; depends on the batch alone.
+        metrics: by name, a total and a weight to divide it by, both without a gradient. The same
+            names for every batch.
+    """
+
+    total: Tensor
+    weight: Tensor
+    metrics: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+Loss = Callable[[Scores, Batch], Sums]
+
+
+def negative_log_likelihood(scores: Scores, batch: Batch) -> Sums:
+    """The mean over trained tokens, of supervised fine-tuning."""
+    return Sums(-(scores.log_probs * batch.loss_mask).sum(), batch.loss_mask.sum())
+
+
+def means_of(found: Sequence[Sums], group: dist.ProcessGroup | None) -> dict[str, float]:
+    """Loss and metrics of all micro-batches and of all ranks of a group, each divided once."""
+    each = [{"loss": (sums.total, sums.weight), **sums.metrics} for sums in found]
+    flat = [[part.detach().double() for pair in e.values() for part in pair] for e in each]
+    total = torch.stack([torch.stack(parts) for parts in flat]).sum(dim=0)
+    dist.all_reduce(total, group=group)
+    sums, weights = total.view(-1, 2).unbind(dim=1)
+    return dict(zip(each[0], (sums / weights.clamp(min=1)).tolist()))
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """AdamW with a linear schedule. Biases and scales of norms are not decayed.
+
+    Attributes:
+        lr: the highest learning rate.
+        steps: in which the rate falls to 0.
+        warmup: of them, in which it rises from 0.
+        clip: the largest norm of all gradients together; 0 for no bound.
+    """
+
+    lr: float = 1e-6
+    steps: int = 1000
+    warmup: int = 0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.warmup < self.steps:
+            raise UserError(f"warmup {self.warmup} must be at least 0 and below steps {self.steps}")
+        if self.lr <= 0 or self.clip < 0 or self.weight_decay < 0:
+            raise UserError("lr must be above 0; clip and weight_decay must not be negative")
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step; they count from 0."""
+        if step < self.warmup:
+            return self.lr * step / self.warmup
+        return self.lr * max(0.0, (self.steps - step) / (self.steps - self.warmup))
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step, the same on every rank.
+
+    Attributes:
+        loss: mean before the step.
+        grad_norm: of all gradients, before they were clipped.
+        lr: the rate that was applied.
+        metrics: means by name.
+    """
+
+    loss: float
+    grad_norm: float
+    lr: float
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Generated:
+    """A continuation.
+
+    Attributes:
+        tokens: ids, with the one that ended it.
+        log_probs: of each under the model at temperature 1, nats.
+        ended: by the model itself, not by the limit.
+    """
+
+    tokens: list[int]
+    log_probs: list[float]
+    ended: bool
+
+
+class Engine(Protocol):
+    """A model on all ranks, with its optimizer. Every method is a collective of all ranks.
+
+    Ranks with the same `data_rank` hold parts of one copy of the model and must pass the same
+    batches and prompts; others pass their own, of any number of rows, even none.
+
+    Attributes:
+        data_rank: which of the batches a rank has.
+        data_size: how many there are.
+        step: optimizer steps taken.
+    """
+
+    data_rank: int
+    data_size: int
+    step: int
+
+    def log_probs(self, batch: Batch, *, temperature: float = 1.0, entropy: bool = False) -> Scores:
+        """Scores without gradients; `temperature` divides the logits."""
+
+    def train_step(
+        self, batch: Batch, loss: Loss, *, temperature: float = 1.0, entropy: bool = False
+    ) -> StepResult:
+        """One optimizer step on the batches of all ranks together."""
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        seeds: Sequence[int] | None = None,
+    ) -> list[Generated]:
+        """Continue prompts with the present weights.
+
+        Args:
+            seeds: one a prompt. Default: 0, 1, ...
+        """
+
+    def parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """The model's tensors under their Hugging Face names, whole, on every rank."""
+
+    def load_parameters(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Take over such tensors, whole, on every rank; the optimizer's state stays.
+
+        Raises:
+            UserError: one is missing or of another shape.
+        """
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write everything that training goes on from."""
+
+    def load(self, folder: str | os.PathLike[str]) -> None:
+        """Go on from what `save` wrote, exactly.
+
+        Raises:
+            UserError: it is not there, or not whole.
+        """

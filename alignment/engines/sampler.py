@@ -1,0 +1,88 @@
+"""Sampling from the weights that are being trained, without a copy of them.
+
+Generation wants another model around the same tensors: tokens one at a time cannot be spread along
+their sequence, and rows need no context parallelism.
+"""
+
+import copy
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.training.argument_utils import core_transformer_config_from_args
+
+from alignment.engines.protocol import Generated
+from megatron_ext.config import ETConfig
+from megatron_ext.inference.generation import generate
+from megatron_ext.inference.loading import Layout, TrainedModel, for_inference
+from megatron_ext.inference.plain_linear import simplify_linear_layers
+from megatron_ext.inference.sampling import Sampling
+from megatron_ext.model.gpt import gpt_model_config
+
+
+class Sampler:
+    """Generates with the weights of a model in training."""
+
+    def __init__(self, trained: torch.nn.Module, args: Namespace, tokenizer: Any) -> None:
+        """See the class.
+
+        Args:
+            trained: this rank's stage, without wrappers.
+            args: of its training.
+            tokenizer: Megatron's.
+        """
+        layout = Layout(
+            args.tensor_model_parallel_size,
+            args.pipeline_model_parallel_size,
+            args.expert_model_parallel_size,
+            args.expert_tensor_parallel_size,
+        )
+        args = copy.copy(args)
+        for_inference(args, layout, args.params_dtype)
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        self._sharers = groups.cp
+        if groups.cp.size() > 1:
+            groups.cp, _ = dist.new_subgroups(group_size=1)
+        config: ETConfig = core_transformer_config_from_args(args, ETConfig)
+        model_config = gpt_model_config(args, config)
+        builder = model_config.get_builder_cls()(model_config)
+        [module] = builder.build_distributed_models(
+            groups, wrap_with_ddp=False, data_parallel_random_init=False
+        )
+        model = TrainedModel(module, tokenizer, args, Path(), 0)
+        _share(trained, model.model)
+        module.eval()
+        simplify_linear_layers(module)
+        self._model = model
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int] | None
+    ) -> list[Generated]:
+        """Continue prompts; ranks that share rows in training share the prompts out."""
+        seeds = range(len(prompts)) if seeds is None else seeds
+        rank, size = self._sharers.rank(), self._sharers.size()
+        mine = slice(rank, None, size)
+        found = generate(self._model, list(prompts)[mine], sampling, list(seeds)[mine])
+        own = [Generated(c.tokens, c.log_probs, c.finish != "length") for c in found]
+        if size == 1:
+            return own
+        parts: list[list[Generated]] = [[] for _ in range(size)]
+        dist.all_gather_object(parts, own, group=self._sharers)
+        return [parts[i % size][i // size] for i in range(len(prompts))]
+
+
+def _share(source: torch.nn.Module, target: torch.nn.Module) -> None:
+    """Let a module have the very tensors of another of the same form."""
+    modules = dict(source.named_modules())
+    for name, module in list(target.named_modules()):
+        theirs = modules[name]
+        assert module._parameters.keys() == theirs._parameters.keys(), name
+        module._parameters, module._buffers = theirs._parameters, theirs._buffers
+        for child, thresholds in theirs.named_children():
+            if child == "thresholds":  # it knows more of itself than its tensors
+                setattr(module, child, thresholds)

@@ -1,0 +1,95 @@
+"""Log-probabilities and entropies of tokens from logits that ranks share, and their places."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    vocab_parallel_cross_entropy,
+)
+from torch import Tensor
+
+from alignment.engines.batch import Batch
+from alignment.engines.protocol import Scores, scores_of
+from megatron_ext.sequence import sequence_positions
+
+
+class Scorer:
+    """Takes the place of the model's loss: from its last hidden states to scores of a batch."""
+
+    def __init__(
+        self, batch: Batch, groups: ProcessGroupCollection, temperature: float, entropy: bool
+    ) -> None:
+        """See the class.
+
+        Args:
+            batch: whole rows, on the model's device.
+            groups: whose ranks share a vocabulary (tp) and a row (cp).
+            temperature: divides the logits.
+            entropy: whether it is asked for.
+        """
+        self.batch, self.groups = batch, groups
+        self.temperature, self.entropy = temperature, entropy
+        ranks, length = groups.cp.size(), batch.length // groups.cp.size()
+        device = batch.tokens.device
+        places = [sequence_positions(length, rank, ranks, device) for rank in range(ranks)]
+        self.places = places[groups.cp.rank()]  # of this rank's tokens in their rows
+        self._order = torch.cat(places).argsort()
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        output_layer: Any,
+        output_weight: Any,
+        scale_logits: Any,
+        **_: Any,
+    ) -> Tensor:
+        """Score the token after each of this rank's.
+
+        Returns:
+            fp32 `[length of this rank, rows, 1 or 2]`: log-probabilities, and entropies if asked.
+        """
+        logits, _ = output_layer(hidden_states, weight=output_weight)
+        logits = scale_logits(logits).float() / self.temperature  # [length, rows, vocabulary part]
+        targets = F.pad(self.batch.tokens, (0, 1))[:, 1:][:, self.places]
+        found = [] if not self.entropy else [vocab_parallel_entropy(logits.clone(), self.groups.tp)]
+        # In place of the logits it writes what its backward pass needs.
+        found.insert(0, -vocab_parallel_cross_entropy(logits, targets.T.contiguous()))
+        return torch.stack(found, dim=-1)
+
+    def scores(self, found: Tensor) -> Scores:
+        """Scores of the whole rows, on every rank that shares them, each score at its own token.
+
+        A gradient goes back to the rank whose score it is.
+        """
+        if self.groups.cp.size() > 1:
+            found = gather_from_sequence_parallel_region(
+                found, tensor_parallel_output_grad=False, group=self.groups.cp
+            )[self._order]
+        return scores_of(found.permute(2, 1, 0), self.batch)
+
+
+def vocab_parallel_entropy(logits: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Entropy of distributions over a vocabulary that ranks hold parts of.
+
+    Args:
+        logits: fp32 `[..., vocabulary of this rank]`, -inf for what cannot be drawn.
+        group: the ranks.
+
+    Returns:
+        nats, `[...]`.
+    """
+    with torch.no_grad():
+        largest = logits.amax(dim=-1, keepdim=True)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+    logits = logits - largest
+    weights = logits.exp()
+    # 0 * -inf has no value; its limit is 0.
+    products = weights * torch.where(logits.isneginf(), 0.0, logits)
+    sums = torch.stack([weights.sum(dim=-1), products.sum(dim=-1)])
+    total, product = reduce_from_tensor_model_parallel_region(sums, group=group)
+    return total.log() - product / total

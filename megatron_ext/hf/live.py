@@ -1,0 +1,166 @@
+"""The tensors of a model in memory, on any layout of ranks, by their Hugging Face names.
+
+Where a rank's part of a tensor belongs is what Megatron's own checkpoints go by: the sharded state
+dict of the model.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedTensor,
+    apply_factories,
+    is_main_replica,
+)
+from torch import Tensor
+
+from megatron_ext.errors import UserError
+from megatron_ext.hf.architecture import Architecture
+from megatron_ext.hf.families import Family
+from megatron_ext.hf.names import Layout, Link, join, split
+from megatron_ext.hf.sources import AVERAGE, THRESHOLDS, UPDATES
+from megatron_ext.moe.thresholds import Thresholds
+
+# Every layer has its own name and every tensor a place in a whole one.
+_METADATA = {
+    "non_homogeneous_layers": True,
+    "singleton_local_shards": False,
+    "chained_optim_avoid_prefix": True,
+}
+
+Key = tuple[str, int | None]
+"""Megatron's name, and the number of an expert."""
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A part of a whole tensor, and the rank that gives it."""
+
+    rank: int
+    place: tuple[slice, ...]
+    dtype: torch.dtype
+
+
+class LiveTensors:
+    """The tensors of a model whose parts the ranks hold. Ranks must make the same calls."""
+
+    def __init__(
+        self, stages: Sequence[torch.nn.Module], model: Architecture, family: Family
+    ) -> None:
+        """See the class.
+
+        Args:
+            stages: this rank's part of the model, without wrappers.
+            model: what all of it is.
+            family: whose names its tensors get.
+        """
+        self._model, self._links = model, family.links(model)
+        self._stages = stages
+        self._parts: dict[Key, list[tuple[tuple[slice, ...], Tensor]]] = defaultdict(list)
+        mine: list[tuple[Key, _Piece]] = []
+        for shard in chain.from_iterable(_shards(stage) for stage in stages):
+            place = shard.global_slice()
+            expert = next((part for part in place if isinstance(part, int)), None)
+            key = (shard.key, expert)
+            where = tuple(part for part in place if isinstance(part, slice))
+            assert shard.data is not None
+            self._parts[key].append((where, shard.data))
+            if is_main_replica(shard.replica_id):
+                mine.append((key, _Piece(dist.get_rank(), where, shard.dtype)))
+        everyones: list[list[tuple[Key, _Piece]]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(everyones, mine)
+        self._pieces: dict[Key, list[_Piece]] = defaultdict(list)
+        for key, piece in chain.from_iterable(everyones):
+            self._pieces[key].append(piece)
+        rows = [
+            piece.place[0].stop for piece in self._pieces["embedding.word_embeddings.weight", None]
+        ]
+        self._rows = max(rows)
+
+    @property
+    def needed(self) -> list[str]:
+        """Names of what this rank holds a part of, in order."""
+        links = (link for link in self._links if (link.key, link.expert) in self._parts)
+        return [name for link in links for name, _ in link.parts]
+
+    @torch.no_grad()
+    def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Take over whole tensors, in any order, each rank what it needs.
+
+        Raises:
+            UserError: one is missing, or of another shape.
+        """
+        place = {
+            name: (link, number)
+            for link in self._links
+            for number, (name, _) in enumerate(link.parts)
+        }
+        left, pending = set(self.needed), defaultdict[Key, dict[int, Tensor]](dict)
+        for name, tensor in tensors:
+            if name not in left:
+                continue
+            link, number = place[name]
+            if tuple(tensor.shape) != link.parts[number][1]:
+                raise UserError(
+                    f"{name} has shape {tuple(tensor.shape)} where {link.parts[number][1]} is "
+                    "expected: it is of another model"
+                )
+            left.discard(name)
+            key = (link.key, link.expert)
+            pending[key][number] = tensor
+            if len(pending[key]) == len(link.parts):
+                parts = pending.pop(key)
+                whole = join(link, [parts[i] for i in range(len(parts))], self._model, self._rows)
+                for where, part in self._parts[key]:
+                    part.copy_(whole[where])
+        if left:
+            raise UserError(f"there is no tensor {min(left)}, which the model needs")
+        for module in chain.from_iterable(stage.modules() for stage in self._stages):
+            if isinstance(module, Thresholds):
+                module.forget_count()
+
+    @torch.no_grad()
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        """Names and whole tensors, on every rank, on its device; thresholds follow their state."""
+        state: dict[str, Tensor] = {}
+        for link in self._links:
+            whole = self._gather(link)
+            for (name, _), tensor in zip(link.parts, split(link, whole, self._model)):
+                yield name, tensor
+                if name.endswith((AVERAGE, UPDATES)):
+                    state[name] = tensor
+                if name.endswith(UPDATES):
+                    average = name.replace(UPDATES, AVERAGE)
+                    yield name.replace(UPDATES, THRESHOLDS), self._value(state[average], tensor)
+
+    def _value(self, average: Tensor, updates: Tensor) -> Tensor:
+        thresholds = Thresholds(self._model.experts, self._model.ema_decay, average.device)
+        thresholds.load_state_dict({"average": average, "updates": updates})
+        return thresholds.value()
+
+    def _gather(self, link: Link) -> Tensor:
+        key = (link.key, link.expert)
+        pieces = self._pieces[key]
+        shape: tuple[int, ...] = link.shape
+        if link.layout is Layout.VOCABULARY:
+            shape = (self._rows, *shape[1:])
+        device = torch.cuda.current_device()
+        whole = torch.empty(shape, dtype=pieces[0].dtype, device=device)
+        own = dict(self._parts.get(key, []))
+        for piece in pieces:
+            part = own.get(piece.place) if piece.rank == dist.get_rank() else None
+            sent = torch.empty_like(whole[piece.place]) if part is None else part.contiguous()
+            dist.broadcast(sent, src=piece.rank)
+            whole[piece.place] = sent
+        return whole
+
+
+def _shards(stage: torch.nn.Module) -> list[ShardedTensor]:
+    state = stage.sharded_state_dict(metadata=_METADATA)  # type: ignore[operator]
+    apply_factories(state)
+    return [part for part in nested_values(state) if isinstance(part, ShardedTensor)]

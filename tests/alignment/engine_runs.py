@@ -1,0 +1,189 @@
+"""One course of training for every engine, and the same by plain torch, a sample at a time."""
+
+import json
+from types import SimpleNamespace
+
+import torch
+from safetensors.torch import load_file
+
+from alignment.engines.batch import Batch, Sample
+from alignment.engines.protocol import Optimization, Sums
+from megatron_ext.inference.sampling import Sampling
+
+STEPS = 10
+LENGTH = 48
+VOCAB = 128
+TEMPERATURE = 0.7
+OPTIMIZATION = Optimization(
+    lr=2e-3, steps=STEPS, warmup=2, betas=(0.9, 0.95), weight_decay=0.1, clip=0.3
+)
+
+
+def samples(step):
+    """Samples of one step: of all lengths, so that no two ranks have as many tokens."""
+    generator = torch.Generator().manual_seed(step)
+
+    def whole(low, high):
+        return int(torch.randint(low, high, (), generator=generator))
+
+    made = []
+    for length in (5, 24, 11, 40, 3, 9, 16):
+        tokens = [whole(0, VOCAB) for _ in range(length)]
+        advantages = torch.rand(length, generator=generator).tolist()
+        made.append(Sample(tokens, whole(1, length), {"advantage": advantages}))
+    return made
+
+
+def by_token(scores, batch):
+    weight = batch.loss_mask.sum()
+    total = -(scores.log_probs * batch.extras["advantage"] * batch.loss_mask).sum()
+    first = scores.log_probs.detach() * batch.loss_mask
+    return Sums(total, weight, {"log_prob": (first.sum(), weight)})
+
+
+def by_sample(scores, batch):
+    """The mean over samples of their mean over tokens; it needs whole samples."""
+    tokens = batch.sum_by_sample(batch.loss_mask.float())
+    found = batch.sum_by_sample(scores.log_probs * batch.extras["advantage"] * batch.loss_mask)
+    means = found / tokens.clamp(min=1)
+    weight = torch.tensor(len(tokens), device=tokens.device)
+    return Sums(-means.sum(), weight, {"log_prob": (scores.log_probs.detach().sum(), weight)})
+
+
+def loss_of(step):
+    return by_sample if step % 2 else by_token
+
+
+def share(engine, step, packed=False):
+    """What this rank has of a step's samples; in the third step the first rank has all."""
+    rank, size = (engine.data_rank, engine.data_size) if step != 2 else (engine.data_rank, 1)
+    mine = samples(step)[rank::size] if rank < size else []
+    return Batch.packed(mine, LENGTH) if packed else Batch.of(mine)
+
+
+def train(engine, steps=range(STEPS), packed=False):
+    """Train, and tell the loss and the norm of the gradients in each step."""
+    found = []
+    for step in steps:
+        result = engine.train_step(
+            share(engine, step, packed), loss_of(step), temperature=TEMPERATURE
+        )
+        found.append((result.loss, result.grad_norm, result.lr))
+    return found
+
+
+def scores(engine, packed=False):
+    """Log-probabilities and entropies of this rank's first samples, each by its tokens."""
+    batch = share(engine, 0, packed)
+    found = engine.log_probs(batch, temperature=TEMPERATURE, entropy=True)
+    assert found.log_probs.shape == found.entropy.shape == batch.tokens.shape
+    by_tokens = {}
+    for row in range(batch.rows):
+        for number in range(int(batch.samples[row].max()) + 1):
+            at = batch.samples[row] == number
+            values = (found.log_probs[row, at].tolist(), found.entropy[row, at].tolist())
+            by_tokens[tuple(batch.tokens[row, at].tolist())] = values
+    return by_tokens
+
+
+def generate(engine):
+    """Sampled continuations, and what scoring gives for their tokens."""
+    prompts = [sample.tokens[: sample.prompt] for sample in samples(1)]
+    prompts = prompts[engine.data_rank :: engine.data_size]
+    sampling = Sampling(max_new_tokens=7, top_k=50, stop_at_eod=False)
+    found = engine.generate(prompts, sampling, seeds=[sum(prompt) for prompt in prompts])
+    rows = [Sample(p + g.tokens, len(p)) for p, g in zip(prompts, found)]
+    scores = engine.log_probs(Batch.of(rows)).log_probs
+    return [
+        (tuple(p), g.tokens, g.log_probs, scores[i, len(p) : len(p) + len(g.tokens)].tolist())
+        for i, (p, g) in enumerate(zip(prompts, found))
+    ]
+
+
+def saved(folder):
+    """The tensors of a Hugging Face folder."""
+    files = folder.glob("*.safetensors")
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def observe(engine, folder, checkpoint, packed=False):
+    """All that is compared, of one engine on one rank.
+
+    Args:
+        folder: the Hugging Face folder the engine has loaded.
+        checkpoint: where to save.
+        packed: whether it trains on packed rows.
+    """
+    found = SimpleNamespace()
+    found.first = dict(engine.parameters())
+    found.alone, found.packed = scores(engine), scores(engine, packed=True)
+    half = STEPS // 2
+    found.steps = train(engine, range(half), packed)
+    found.generated = generate(engine)
+    engine.save(checkpoint)
+    rest = train(engine, range(half, STEPS), packed)
+    found.steps += rest
+    found.last = dict(engine.parameters())
+    engine.load(checkpoint)
+    assert engine.step == half
+    found.resumed = rest, train(engine, range(half, STEPS), packed)
+    engine.load_parameters(saved(folder).items())
+    found.again = scores(engine)
+    return found
+
+
+def brute_force(folder):
+    """Log-probabilities, entropies, losses and last weights by transformers and torch alone."""
+    from transformers import AutoModelForCausalLM
+
+    from megatron_ext.hf.remote.modeling_et import ExpertThresholdForCausalLM
+
+    own = json.loads((folder / "config.json").read_text())["model_type"] == "expert_threshold"
+    loader = ExpertThresholdForCausalLM if own else AutoModelForCausalLM
+    model = loader.from_pretrained(folder, dtype=torch.float32)
+
+    def logits(sample):
+        return model(input_ids=torch.tensor([sample.tokens]), use_cache=False).logits[0]
+
+    def of_tokens(sample, temperature):
+        table = (logits(sample) / temperature).log_softmax(-1)
+        tokens = torch.tensor(sample.tokens[1:])
+        return table[:-1].gather(1, tokens.unsqueeze(1)).squeeze(1), table
+
+    found = SimpleNamespace(scores={}, losses=[], norms=[])
+    with torch.no_grad():
+        for sample in samples(0):
+            values, table = of_tokens(sample, TEMPERATURE)
+            entropy = -(table.exp() * table).sum(-1)[:-1]
+            both = ([0.0, *values.tolist()], [0.0, *entropy.tolist()])
+            found.scores[tuple(sample.tokens)] = both
+
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
+        lr=2e-3,
+        betas=(0.9, 0.95),
+        eps=1e-8,
+    )
+    for step in range(STEPS):
+        parts, trained, samples_now = [], 0, samples(step)
+        for sample in samples_now:
+            values, _ = of_tokens(sample, TEMPERATURE)
+            values = values[sample.prompt - 1 :]
+            advantages = torch.tensor(sample.extras["advantage"][sample.prompt :])
+            each = -values * advantages
+            parts.append(each.sum() if step % 2 == 0 else each.sum() / max(len(each), 1))
+            trained += len(each)
+        loss = torch.stack(parts).sum() / (trained if step % 2 == 0 else len(samples_now))
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.3)
+        rate = 2e-3 * (step / 2 if step < 2 else (10 - step) / 8)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        found.losses.append(loss.item())
+        found.norms.append(norm.item())
+    found.weights = {name: value.detach().clone() for name, value in model.named_parameters()}
+    return found

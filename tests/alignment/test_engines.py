@@ -1,0 +1,206 @@
+"""Engines on every layout against plain torch: equal log-probabilities, losses and weights.
+
+Each layout starts its ranks once; `engine_runs.observe` looks at everything there.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from alignment.engines.batch import Batch, Sample
+from tests.alignment.engine_runs import brute_force, observe, saved
+from tests.distributed import run_ranks
+from tests.hf.models import make
+
+TOLERANCE = 1e-4
+
+
+def make_expert_threshold(folder):
+    """A model with thresholds, nothing of it at 0 or 1."""
+    from megatron_ext.hf.remote.configuration_et import ExpertThresholdConfig
+    from megatron_ext.hf.remote.modeling_et import ExpertThresholdForCausalLM, Router
+    from megatron_ext.moe.thresholds import Thresholds
+
+    torch.manual_seed(3)
+    config = ExpertThresholdConfig(
+        vocab_size=128,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        norm_scale=True,
+        moe_layers=[0, 1],
+        num_experts=4,
+        moe_intermediate_size=48,
+        shared_expert_intermediate_size=32,
+    )
+    model = ExpertThresholdForCausalLM(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, float(parameter.dim() == 1), 0.2)
+    for router in (m for m in model.modules() if isinstance(m, Router)):
+        thresholds = Thresholds(4, config.threshold_ema_decay)
+        thresholds.update(torch.randn(4))
+        router.threshold_average.copy_(thresholds.average)
+        router.threshold_updates.copy_(thresholds.updates)
+        router.thresholds.copy_(thresholds.value())
+    model.save_pretrained(folder)
+
+
+MODELS: dict[str, Callable[..., Any]] = {
+    "llama": partial(make, "llama", vocab_size=128, num_hidden_layers=2),
+    "mixtral": partial(make, "mixtral", vocab_size=128, num_hidden_layers=2),
+    "expert_threshold": make_expert_threshold,
+}
+
+
+@pytest.fixture(scope="module")
+def model(request, tmp_path_factory):
+    """A folder, and what plain torch makes of it."""
+    folder = tmp_path_factory.mktemp("model")
+    MODELS[request.param](folder)
+    return request.param, folder, brute_force(folder)
+
+
+def on_megatron(folder, checkpoint, layout, packed):
+    from alignment.engines.megatron import MegatronEngine, MegatronLayout
+    from tests.alignment.engine_runs import OPTIMIZATION
+
+    engine = MegatronEngine(folder, OPTIMIZATION, MegatronLayout(**layout))
+    return observe(engine, folder, checkpoint, packed)
+
+
+def go_on(checkpoint, layout):
+    """On another layout than the checkpoint's, from the middle of the course."""
+    from alignment.engines.megatron import MegatronEngine, MegatronLayout
+    from tests.alignment.engine_runs import OPTIMIZATION, STEPS, train
+
+    engine = MegatronEngine(checkpoint, OPTIMIZATION, MegatronLayout(**layout))
+    first = dict(engine.parameters())
+    engine.load(checkpoint)
+    again = dict(engine.parameters())
+    assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())
+    return train(engine, range(engine.step, STEPS))
+
+
+def on_deepspeed(folder, checkpoint, each):
+    from alignment.engines.deepspeed import DeepSpeedEngine, Zero
+    from tests.alignment.engine_runs import OPTIMIZATION
+
+    found: dict = {}
+    for name, zero in each.items():
+        engine = DeepSpeedEngine(folder, OPTIMIZATION, Zero(**zero))
+        found[name] = observe(engine, folder, checkpoint / name)
+    return found
+
+
+def check(reference, folder, ranks):
+    """Hold what all ranks of one engine observed to plain torch; the samples they drew."""
+    seen: dict[str, dict] = {
+        name: {tokens: row for rank in ranks for tokens, row in getattr(rank, name).items()}
+        for name in ("alone", "packed", "again")
+    }
+    for tokens, (log_probs, entropies) in reference.scores.items():
+        assert seen["alone"][tokens][0] == pytest.approx(log_probs, abs=TOLERANCE)
+        assert seen["alone"][tokens][1] == pytest.approx(entropies, abs=TOLERANCE)
+        for name in ("packed", "again"):
+            assert seen[name][tokens][0] == pytest.approx(seen["alone"][tokens][0], abs=1e-5)
+    assert all(values.keys() == reference.scores.keys() for values in seen.values())
+    files = saved(folder)
+    drawn: dict = {}
+    for rank in ranks:
+        losses, norms, rates = zip(*rank.steps)
+        assert losses == pytest.approx(reference.losses, abs=TOLERANCE)
+        assert norms == pytest.approx(reference.norms, rel=1e-3)
+        assert rates[:3] == pytest.approx((0, 1e-3, 2e-3)) and rates[-1] == pytest.approx(2.5e-4)
+        assert rank.resumed[0] == rank.resumed[1]  # to the bit
+        assert rank.first.keys() == rank.last.keys() == files.keys()
+        for name, tensor in files.items():
+            assert torch.equal(rank.first[name].cpu(), tensor), name
+            if "threshold" in name:
+                assert torch.equal(rank.last[name].cpu(), tensor), name
+            elif name in reference.weights:
+                moved = (reference.weights[name] - tensor).abs().mean()
+                error = (reference.weights[name] - rank.last[name].cpu()).abs().mean()
+                assert error < 1e-2 * moved, name
+        for prompt, tokens, log_probs, scored in rank.generated:
+            assert len(tokens) == 7
+            assert log_probs == pytest.approx(scored, abs=TOLERANCE)
+            assert drawn.setdefault(prompt, tokens) == tokens
+    return drawn
+
+
+LAYOUTS = {
+    "llama": [
+        (1, {"micro_batch": 3}, False),
+        (2, {"micro_batch": 2, "shard_optimizer": True}, False),
+        (2, {"tensor": 2}, True),
+        (2, {"pipeline": 2, "micro_batch": 2}, False),
+        (2, {"context": 2}, True),
+    ],
+    "mixtral": [(2, {"expert": 2}, True)],
+    "expert_threshold": [
+        (2, {"tensor": 2, "expert": 2, "expert_tensor": 1}, True),
+        (2, {"pipeline": 2, "micro_batch": 2}, True),
+    ],
+}
+ZERO = {
+    "llama": {
+        "1": {"stage": 1, "micro_batch": 2},
+        "2": {"stage": 2, "offload_optimizer": True},
+        "3": {"stage": 3, "micro_batch": 2},
+    },
+    "mixtral": {"3": {"stage": 3}},
+    "expert_threshold": {"2": {"stage": 2}},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", MODELS, indirect=True)
+def test_engines_are_plain_torch_on_every_layout(model, tmp_path):
+    name, folder, reference = model
+    drawn = []
+    for number, (ranks, layout, packed) in enumerate(LAYOUTS[name]):
+        place = tmp_path / str(number)
+        drawn.append(
+            check(reference, folder, run_ranks(on_megatron, ranks, folder, place, layout, packed))
+        )
+    if name == "llama":
+        for steps in run_ranks(go_on, 2, tmp_path / "2", {"shard_optimizer": True}):
+            losses = [loss for loss, _, _ in steps]
+            assert losses == pytest.approx(reference.losses[-len(losses) :], abs=TOLERANCE)
+    facts = run_ranks(on_deepspeed, 2, folder, tmp_path / "zero", ZERO[name])
+    for stage in ZERO[name]:
+        drawn.append(check(reference, folder, [rank[stage] for rank in facts]))
+    # The same seeds give the same samples everywhere.
+    assert all(tokens == drawn[0] for tokens in drawn)
+
+
+def test_a_packed_batch_holds_every_token_in_its_place():
+    samples = [
+        Sample(range(10, 10 + length), prompt, {"x": range(length)})
+        for length, prompt in ((4, 1), (7, 3), (2, 2), (3, 1))
+    ]
+    batch = Batch.packed(samples, 8)
+    assert batch.rows == 3 and batch.is_packed and not Batch.of(samples).is_packed
+    found: dict = {}
+    for row in range(batch.rows):
+        for number in range(int(batch.samples[row].max()) + 1):
+            at = batch.samples[row] == number
+            length = int(at.sum())
+            assert batch.positions[row, at].tolist() == list(range(length))
+            assert batch.extras["x"][row, at].tolist() == list(range(length))
+            assert batch.predicted[row, at].tolist() == [False] + [True] * (length - 1)
+            found[length] = int(batch.loss_mask[row, at].sum())
+    assert found == {4: 3, 7: 4, 2: 0, 3: 2}
+    assert batch.sum_by_sample(batch.extras["x"]).sort().values.tolist() == [1.0, 3.0, 6.0, 21.0]
+    padded = batch.padded(5, 11)
+    assert torch.equal(padded.slice(slice(0, 3)).tokens[:, :8], batch.tokens)
+    assert not padded.loss_mask[3:].any() and not padded.predicted[:, 8:].any()
+
+
+def test_a_sample_that_is_too_long_or_all_response_is_refused():
+    with pytest.raises(ValueError, match="does not fit a row of 3"):
+        Batch.packed([Sample([1, 2, 3, 4])], 3)
+    with pytest.raises(ValueError, match="0 prompt tokens"):
+        Sample([1, 2], 0)
