@@ -1,0 +1,1 @@
+"""Reinforcement learning of policies and judges: rewards to advantages to losses."""

@@ -1,0 +1,93 @@
+"""Advantages against the formulas written out."""
+
+import math
+import statistics
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from alignment.rl.advantages import (
+    centered,
+    generalized_advantages,
+    group_advantages,
+    informative,
+    leave_one_out,
+    overlong_penalty,
+    standardized,
+)
+
+REWARDS = [1.0, 4.0, None, 2.0, 7.0, 7.0, 3.0, None, 5.0]
+GROUPS = ["a", "b", "a", "a", "c", "c", "a", "d", "b"]
+
+
+def by_hand(rule: str) -> list[float]:
+    found = []
+    for place, (reward, group) in enumerate(zip(REWARDS, GROUPS)):
+        peers = [r for r, g in zip(REWARDS, GROUPS) if g == group and r is not None]
+        others = [
+            r
+            for other, (r, g) in enumerate(zip(REWARDS, GROUPS))
+            if g == group and r is not None and other != place
+        ]
+        if reward is None or not others:
+            found.append(0.0)
+        elif rule == "leave_one_out":
+            found.append(reward - statistics.mean(others))
+        else:
+            spread = statistics.stdev(peers) if rule == "standardized" else 1.0
+            found.append((reward - statistics.mean(peers)) / spread if spread else 0.0)
+    return found
+
+
+@pytest.mark.parametrize("rule", [standardized, centered, leave_one_out])
+def test_groups_of_any_order_with_rewards_missing(rule) -> None:
+    found = group_advantages(REWARDS, GROUPS, rule)
+    np.testing.assert_allclose(found, by_hand(rule.__name__), atol=1e-12)
+
+
+@given(st.floats(-1e6, 1e6), st.integers(2, 9))
+def test_equal_rewards_have_no_advantage(reward: float, count: int) -> None:
+    assert not group_advantages([reward] * count, [0] * count).any()
+
+
+@given(st.lists(st.floats(-100, 100), min_size=2, max_size=16))
+def test_standardized_sums_to_zero_and_has_the_deviation_of_one(rewards: list[float]) -> None:
+    found = group_advantages(rewards, [0] * len(rewards))
+    assert abs(found.sum()) < 1e-6
+    assert not found.any() or math.isclose(found.std(ddof=1), 1, rel_tol=1e-6)
+
+
+def test_a_reward_that_is_no_number_is_refused() -> None:
+    with pytest.raises(ValueError, match="response 1 is nan"):
+        group_advantages([1.0, math.nan], [0, 0])
+    with pytest.raises(ValueError, match="1 rewards of 2 responses"):
+        group_advantages([1.0], [0, 0])
+
+
+def test_groups_that_teach_nothing() -> None:
+    kept = informative(REWARDS, GROUPS)
+    assert [group for group, keep in zip(GROUPS, kept) if keep] == list("abaaab")
+
+
+def test_overlong_responses() -> None:
+    found = overlong_penalty([10, 80, 85, 95, 100, 200], limit=100, margin=20)
+    np.testing.assert_allclose(found, [0, 0, -0.25, -0.75, -1, -1])
+    with pytest.raises(ValueError, match="margin 0"):
+        overlong_penalty([1], 10, 0)
+
+
+@pytest.mark.parametrize("discount, trace", [(1.0, 1.0), (0.9, 0.8), (0.99, 0.0)])
+def test_generalized_advantages_are_the_sum_of_discounted_errors(discount, trace) -> None:
+    generator = np.random.default_rng(0)
+    rewards, values = generator.normal(size=7), generator.normal(size=7)
+    after = [*values[1:], 0.0]
+    errors = [r + discount * n - v for r, n, v in zip(rewards, after, values)]
+    hand = [
+        sum((discount * trace) ** (later - now) * errors[later] for later in range(now, 7))
+        for now in range(7)
+    ]
+    advantages, returns = generalized_advantages(rewards, values, discount, trace)
+    np.testing.assert_allclose(advantages, hand)
+    np.testing.assert_allclose(returns, hand + values)

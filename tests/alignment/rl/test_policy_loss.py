@@ -1,0 +1,183 @@
+"""Losses of policies against their formulas, sample by sample."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from alignment.engines.batch import Batch, Sample
+from alignment.engines.protocol import Scores, Sums
+from alignment.rl.policy_loss import LOSSES, PolicyLoss, kl, policy_loss
+from megatron_ext.errors import UserError
+
+LENGTHS = [(2, 5), (1, 9), (3, 3), (2, 4), (1, 1), (4, 7)]  # prompt, response
+
+
+def numbers(generator: torch.Generator, count: int, spread: float) -> list[float]:
+    return (spread * torch.randn(count, generator=generator)).tolist()
+
+
+def samples(spread: float = 0.3) -> list[Sample]:
+    """Of responses, with everything that any loss asks for. Tokens are the sample's number."""
+    generator = torch.Generator().manual_seed(1)
+    found = []
+    for number, (prompt, response) in enumerate(LENGTHS):
+        size = prompt + response
+        old = numbers(generator, size, 1.0)
+        near = [[a + b for a, b in zip(old, numbers(generator, size, spread))] for _ in range(3)]
+        extras: dict[str, float | list[float]] = {
+            "advantage": numbers(generator, 1, 1.0)[0],
+            "old_log_probs": old,
+            "rollout_log_probs": near[0],
+            "reference_log_probs": near[1],
+            "log_probs": near[2],
+            "entropy": numbers(generator, size, 1.0),
+        }
+        found.append(Sample([number] * size, prompt, extras))
+    return found
+
+
+def scored(batch: Batch) -> tuple[Scores, Tensor]:
+    log_probs = batch.extras["log_probs"].double().requires_grad_()
+    return Scores(log_probs, batch.extras["entropy"].double()), log_probs
+
+
+def by_hand(rule: PolicyLoss, sample: Sample, log_probs: list[Tensor]) -> list[Tensor]:
+    """The loss of each token of a response."""
+    extras: Any = sample.extras
+    part = {name: extras[name][sample.prompt :] for name in extras if name != "advantage"}
+    changes = [new - old for new, old in zip(log_probs, part["old_log_probs"])]
+    if rule.ratio_of == "sample":
+        mean = torch.stack(changes).mean()
+        changes = [mean] * len(changes)
+    losses = []
+    for place, (change, new) in enumerate(zip(changes, log_probs)):
+        ratio, advantage = change.exp(), extras["advantage"]
+        gain = ratio * advantage
+        if rule.clip is not None:
+            low, high = 1 - rule.clip[0], 1 + rule.clip[1]
+            gain = min(gain, min(max(ratio, torch.tensor(low)), torch.tensor(high)) * advantage)
+        if rule.rollout_bound is not None:
+            weight = math.exp(part["old_log_probs"][place] - part["rollout_log_probs"][place])
+            if rule.rollout_rule == "truncate":
+                weight = min(weight, rule.rollout_bound)
+            elif not 1 / rule.rollout_bound <= weight <= rule.rollout_bound:
+                weight = 0.0
+            gain = gain * weight
+        loss = -gain - rule.entropy * part["entropy"][place]
+        if rule.kl:
+            gap = new - part["reference_log_probs"][place]
+            estimate = gap**2 / 2 if rule.divergence == "k2" else (-gap).exp() + gap - 1
+            loss = loss + rule.kl * estimate
+        losses.append(loss)
+    return losses
+
+
+def whole(rule: PolicyLoss, given: list[Sample]) -> tuple[float, list[list[float]]]:
+    """The loss of all samples together and its gradients, by the formulas."""
+    leaves = [
+        [torch.tensor(value, dtype=torch.float64, requires_grad=True)
+         for value in sample.extras["log_probs"][sample.prompt :]]  # type: ignore[index]
+        for sample in given
+    ]  # fmt: skip
+    tokens = [by_hand(rule, sample, mine) for sample, mine in zip(given, leaves)]
+    if rule.aggregation == "token-mean":
+        loss = torch.stack([one for each in tokens for one in each]).mean()
+    elif rule.aggregation == "sample-mean":
+        loss = torch.stack([torch.stack(each).mean() for each in tokens]).mean()
+    else:
+        sums = [torch.stack(each).sum() / rule.max_tokens for each in tokens]
+        loss = torch.stack(sums).mean()
+    loss.backward()
+    # What is clipped has no gradient at all.
+    return loss.item(), [
+        [0.0 if leaf.grad is None else leaf.grad.item() for leaf in mine] for mine in leaves
+    ]
+
+
+RULES = {
+    **LOSSES,
+    "constant divisor": replace(LOSSES["dr-grpo"], max_tokens=9),
+    "near a reference, k3": replace(LOSSES["grpo"], kl=0.1),
+    "near a reference, k2": replace(LOSSES["dapo"], kl=0.1, divergence="k2"),
+    "entropy": replace(LOSSES["ppo"], entropy=0.05),
+    "rollout weights cut": replace(LOSSES["grpo"], rollout_bound=1.2),
+    "rollout weights masked": replace(LOSSES["dapo"], rollout_bound=1.2, rollout_rule="mask"),
+}
+LAYOUTS: dict[str, Callable[[list[Sample]], list[Batch]]] = {
+    "a row each": lambda given: [Batch.of(given)],
+    "packed": lambda given: [Batch.packed(given, 14)],
+    "micro-batches": lambda given: [
+        Batch.of(given[:1], 20),
+        Batch.packed(given[1:4], 11),
+        Batch.of_rows([[], given[4:]]),
+    ],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", RULES)
+def test_value_and_gradient_are_the_formulas_on_every_layout(name: str, layout: str) -> None:
+    rule, given = RULES[name], samples()
+    loss, gradients = whole(rule, given)
+    batches = LAYOUTS[layout](given)
+    found: list[tuple[Sums, Tensor, Batch]] = []
+    for batch in batches:
+        scores, log_probs = scored(batch)
+        found.append((rule(scores, batch), log_probs, batch))
+    weight = sum(int(sums.weight) for sums, _, _ in found)
+    assert sum(sums.total.item() for sums, _, _ in found) / weight == pytest.approx(loss, rel=1e-5)
+    by_sample: dict[int, list[float]] = {}
+    for sums, log_probs, batch in found:
+        (gradient,) = torch.autograd.grad(sums.total / weight, log_probs)
+        assert not gradient[~batch.loss_mask].any()
+        for token, value in zip(batch.tokens[batch.loss_mask], gradient[batch.loss_mask]):
+            by_sample.setdefault(int(token), []).append(float(value))
+    for number, expected in enumerate(gradients):
+        assert by_sample[number] == pytest.approx(expected, rel=1e-4, abs=1e-8)
+
+
+def test_clipping_stops_what_goes_too_far_in_the_wrong_direction_only() -> None:
+    rule = PolicyLoss(clip=(0.2, 0.3))
+    for ratio, advantage, pulls in (
+        (1.5, 1.0, False),
+        (1.5, -1.0, True),
+        (0.5, 1.0, True),
+        (0.5, -1.0, False),
+        (1.29, 1.0, True),
+        (0.81, -1.0, True),
+    ):
+        extras = {"advantage": advantage, "old_log_probs": 0.0}
+        batch = Batch.of([Sample([1, 2], 1, extras)])
+        log_probs = torch.full((1, 2), math.log(ratio), requires_grad=True)
+        sums = rule(Scores(log_probs), batch)
+        sums.total.backward()
+        assert bool(log_probs.grad[0, 1]) is pulls  # type: ignore[index]
+        assert float(sums.metrics["clipped"][0]) == (not pulls)
+        assert float(sums.metrics["ratio"][0]) == pytest.approx(ratio)
+
+
+def test_divergences_are_those_of_two_distributions() -> None:
+    generator = torch.Generator().manual_seed(2)
+    ours, theirs = (torch.randn(8, generator=generator).double().log_softmax(0) for _ in range(2))
+    truth = float((ours.exp() * (ours - theirs)).sum())
+    for estimator in ("k1", "k3"):
+        estimates = kl(ours, theirs, estimator)  # type: ignore[arg-type]
+        assert float((ours.exp() * estimates).sum()) == pytest.approx(truth)
+    assert (kl(ours, theirs, "k3") >= 0).all()
+
+
+def test_what_is_wrong_is_told() -> None:
+    with pytest.raises(UserError, match="no loss 'grop'; known are grpo, "):
+        policy_loss("grop")
+    with pytest.raises(UserError, match="k1 has no gradient"):
+        policy_loss("grpo", kl=0.1, divergence="k1")
+    with pytest.raises(UserError, match="must be at least 1"):
+        policy_loss("grpo", rollout_bound=0.5)
+    with pytest.raises(UserError, match="a share below 1"):
+        policy_loss("grpo", clip=(1.0, 0.2))
+    assert policy_loss("dapo", kl=0.5).kl == 0.5
