@@ -61,7 +61,7 @@ def decode(
         if going:
             logits = output.logits[going, -1].float()
             chosen = choose(logits, sampling, [generators[row] for row in going])
-            scores = log_probs_of(logits, chosen).tolist()
+            scores = log_probs_of(logits / sampling.score_temperature, chosen).tolist()
             tokens[going, 0] = chosen
             for row, token, score in zip(list(going), chosen.tolist(), scores):
                 found[row].tokens.append(token)

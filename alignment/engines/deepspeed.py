@@ -16,6 +16,7 @@ from torch import Tensor
 
 from alignment.engines.batch import Batch
 from alignment.engines.decoding import decode
+from alignment.engines.export import export
 from alignment.engines.micro_batches import micro_batches
 from alignment.engines.protocol import (
     Generated,
@@ -92,7 +93,8 @@ class DeepSpeedEngine:
         _start_ranks()
         self.data_rank, self.data_size = dist.get_rank(), dist.get_world_size()
         self.step = 0
-        model = _load(Path(path), self.dtype)
+        self._path = Path(path)
+        model = _load(self._path, self.dtype)
         self.eod = _eod(model)
         groups = _decayed_apart(model, self.optimization)
         optimizer = torch.optim.AdamW(
@@ -112,6 +114,14 @@ class DeepSpeedEngine:
         log_probs = torch.cat([scores.log_probs for scores in found])[real]
         entropies = [scores.entropy for scores in found if scores.entropy is not None]
         return Scores(log_probs, torch.cat(entropies)[real] if entropies else None)
+
+    def next_log_probs(self, batch: Batch, tokens: Sequence[int]) -> Tensor:
+        """See the protocol."""
+        self._engine.eval()
+        with torch.no_grad():
+            parts = [self._logits(part) for part in self._split(batch)]
+        table = [part[..., list(tokens)] - part.logsumexp(-1, keepdim=True) for part in parts]
+        return torch.cat(table)[: batch.rows, : batch.length]
 
     def train_step(
         self, batch: Batch, loss: Loss, *, temperature: float = 1.0, entropy: bool = False
@@ -184,6 +194,10 @@ class DeepSpeedEngine:
                     tensor.view(-1)[part.flatten()] = new
         self._optimizer.refresh_fp32_params()
 
+    def export(self, folder: str | os.PathLike[str]) -> None:
+        """See the protocol."""
+        export(Path(folder), self._path, self.parameters())
+
     def save(self, folder: str | os.PathLike[str]) -> None:
         """See the protocol; DeepSpeed's own form, for the same number of ranks."""
         self._engine.save_checkpoint(
@@ -221,6 +235,16 @@ class DeepSpeedEngine:
         return micro_batches(batch, self.zero.micro_batch, None, self._device)
 
     def _score(self, batch: Batch, temperature: float, entropy: bool) -> Scores:
+        logits = self._logits(batch) / temperature
+        targets = torch.nn.functional.pad(batch.tokens, (0, 1))[:, 1:]
+        found = [log_probs_of(logits.flatten(0, 1), targets.flatten()).view_as(targets)]
+        if entropy:
+            table = logits.log_softmax(dim=-1)
+            found.append(-(table.exp() * table).sum(dim=-1))
+        return scores_of(torch.stack(found), batch)
+
+    def _logits(self, batch: Batch) -> Tensor:
+        """fp32 `[rows, length, vocabulary]`."""
         mask = None
         places = torch.arange(batch.length, device=self._device)
         positions = places.expand(batch.rows, -1)
@@ -233,13 +257,7 @@ class DeepSpeedEngine:
         output = self._engine(
             input_ids=batch.tokens, attention_mask=mask, position_ids=positions, use_cache=False
         )
-        logits = output.logits.float() / temperature  # [rows, length, vocabulary]
-        targets = torch.nn.functional.pad(batch.tokens, (0, 1))[:, 1:]
-        found = [log_probs_of(logits.flatten(0, 1), targets.flatten()).view_as(targets)]
-        if entropy:
-            table = logits.log_softmax(dim=-1)
-            found.append(-(table.exp() * table).sum(dim=-1))
-        return scores_of(torch.stack(found), batch)
+        return output.logits.float()
 
     def _gathered(self, tensor: Tensor, changed: bool = False) -> Any:
         if not hasattr(tensor, "ds_id"):

@@ -6,7 +6,7 @@ arguments and process groups are global.
 
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from megatron.training.checkpointing import load_checkpoint, save_checkpoint
 from torch import Tensor
 
 from alignment.engines.batch import Batch
+from alignment.engines.export import export
 from alignment.engines.megatron_launch import MegatronLayout, build, start
 from alignment.engines.micro_batches import micro_batches
 from alignment.engines.protocol import (
@@ -84,7 +85,7 @@ class MegatronEngine:
             tokenizer = source.carry_tokenizer(Path(place))
             flags = [*tokenizer, *self.layout.flags, *flags]
             self.args, self.config = start(source, self.layout, self.optimization, dtype, flags)
-        self._carry_tokenizer = source.carry_tokenizer
+        self._source, self._carry_tokenizer = source, source.carry_tokenizer
         self.groups = ProcessGroupCollection.use_mpu_process_groups()
         self.data_rank, self.data_size = self.groups.dp.rank(), self.groups.dp.size()
         self.step = 0
@@ -101,16 +102,25 @@ class MegatronEngine:
 
     def log_probs(self, batch: Batch, *, temperature: float = 1.0, entropy: bool = False) -> Scores:
         """See the protocol."""
+        scorer = partial(Scorer, temperature=temperature, entropy=entropy)
+        values = self._evaluate(batch, scorer, 1 + entropy)
+        return Scores(values[0], values[1] if entropy else None)
+
+    def next_log_probs(self, batch: Batch, tokens: Sequence[int]) -> Tensor:
+        """See the protocol."""
+        return self._evaluate(batch, partial(Scorer, choices=tokens), len(tokens)).permute(1, 2, 0)
+
+    def _evaluate(self, batch: Batch, scorer: Callable[..., Scorer], kinds: int) -> Tensor:
+        """Scores of a batch on every rank that shares it, fp32 `[kinds, rows, length]`."""
         parts = self._split(batch)
         with torch.no_grad():
-            found = self._run(parts, temperature, entropy, None)
-        shape = (len(parts), 1 + entropy, self.layout.micro_batch, parts[0].length)
+            found = self._run(parts, scorer, None)
+        shape = (len(parts), kinds, self.layout.micro_batch, parts[0].length)
         device = parts[0].tokens.device
         values = torch.stack(found) if found else torch.empty(shape, device=device)
         pipeline = self.groups.pp
         dist.broadcast(values, group=pipeline, group_src=pipeline.size() - 1)
-        values = values.transpose(0, 1).flatten(1, 2)[:, : batch.rows, : batch.length]
-        return Scores(values[0], values[1] if entropy else None)
+        return values.transpose(0, 1).flatten(1, 2)[:, : batch.rows, : batch.length]
 
     def train_step(
         self, batch: Batch, loss: Loss, *, temperature: float = 1.0, entropy: bool = False
@@ -120,7 +130,8 @@ class MegatronEngine:
         for chunk in self._model:
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
-        found = self._run(parts, temperature, entropy, loss)
+        scorer = partial(Scorer, temperature=temperature, entropy=entropy)
+        found = self._run(parts, scorer, loss)
         lr = self._schedule.get_lr(self._optimizer.param_groups[0])
         stepped, norm, _ = self._optimizer.step()
         if stepped:
@@ -150,6 +161,10 @@ class MegatronEngine:
         self._tensors.load(tensors)
         with torch.no_grad():
             self._optimizer.reload_model_params()
+
+    def export(self, folder: str | os.PathLike[str]) -> None:
+        """See the protocol."""
+        export(Path(folder), self._source, self.parameters())
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write a checkpoint of this step, which `pretrain_et.py` and the tools read too."""
@@ -192,7 +207,7 @@ class MegatronEngine:
         )
 
     def _run(
-        self, parts: list[Batch], temperature: float, entropy: bool, loss: Loss | None
+        self, parts: list[Batch], scorer_of: Callable[..., Scorer], loss: Loss | None
     ) -> list[Any]:
         """Micro-batches through the pipeline, forward and, with a loss, backward.
 
@@ -204,7 +219,7 @@ class MegatronEngine:
 
         def forward(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Any]:
             batch = next(batches)
-            scorer = Scorer(batch, self.groups, temperature, entropy)
+            scorer = scorer_of(batch, self.groups)
             output = model(
                 batch.tokens[:, scorer.places],
                 batch.positions[:, scorer.places],
@@ -245,7 +260,9 @@ class MegatronEngine:
 
 
 def _scored(scorer: Scorer, output: Tensor, non_loss_data: bool = True) -> Tensor:
-    """What the schedule keeps of a micro-batch: fp32 `[1 or 2, rows, length]`."""
+    """What the schedule keeps of a micro-batch: fp32 `[kinds, rows, length]`."""
+    if scorer.choices:
+        return scorer.whole(output)
     scores = scorer.scores(output)
     kept = [scores.log_probs] if scores.entropy is None else [scores.log_probs, scores.entropy]
     return torch.stack(kept)

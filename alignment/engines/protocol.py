@@ -136,7 +136,7 @@ class Generated:
 
     Attributes:
         tokens: ids, with the one that ended it.
-        log_probs: of each under the model at temperature 1, nats.
+        log_probs: of each under the model, nats, at `Sampling.score_temperature`.
         ended: by the model itself, not by the limit.
     """
 
@@ -164,6 +164,14 @@ class Engine(Protocol):
     def log_probs(self, batch: Batch, *, temperature: float = 1.0, entropy: bool = False) -> Scores:
         """Scores without gradients; `temperature` divides the logits."""
 
+    def next_log_probs(self, batch: Batch, tokens: Sequence[int]) -> Tensor:
+        """What the model says of some tokens, each to come next: labels of a judge.
+
+        Returns:
+            fp32 `[rows, length, tokens]`, nats, at temperature 1, without gradients: of each of
+            `tokens` after the batch's token in that place and those of its sample before it.
+        """
+
     def train_step(
         self, batch: Batch, loss: Loss, *, temperature: float = 1.0, entropy: bool = False
     ) -> StepResult:
@@ -190,6 +198,10 @@ class Engine(Protocol):
         Raises:
             UserError: one is missing or of another shape.
         """
+
+    def export(self, folder: str | os.PathLike[str]) -> None:
+        """Write the model as a Hugging Face folder, which is there whole or not at all; one of
+        that name is replaced."""
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write everything that training goes on from."""

@@ -1,5 +1,6 @@
 """Log-probabilities and entropies of tokens from logits that ranks share, and their places."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,7 +23,12 @@ class Scorer:
     """Takes the place of the model's loss: from its last hidden states to scores of a batch."""
 
     def __init__(
-        self, batch: Batch, groups: ProcessGroupCollection, temperature: float, entropy: bool
+        self,
+        batch: Batch,
+        groups: ProcessGroupCollection,
+        temperature: float = 1.0,
+        entropy: bool = False,
+        choices: Sequence[int] = (),
     ) -> None:
         """See the class.
 
@@ -31,9 +37,10 @@ class Scorer:
             groups: whose ranks share a vocabulary (tp) and a row (cp).
             temperature: divides the logits.
             entropy: whether it is asked for.
+            choices: score these tokens after each token, and not the batch's own.
         """
         self.batch, self.groups = batch, groups
-        self.temperature, self.entropy = temperature, entropy
+        self.temperature, self.entropy, self.choices = temperature, entropy, choices
         ranks, length = groups.cp.size(), batch.length // groups.cp.size()
         device = batch.tokens.device
         places = [sequence_positions(length, rank, ranks, device) for rank in range(ranks)]
@@ -51,10 +58,13 @@ class Scorer:
         """Score the token after each of this rank's.
 
         Returns:
-            fp32 `[length of this rank, rows, 1 or 2]`: log-probabilities, and entropies if asked.
+            fp32 `[length of this rank, rows, 1 or 2]`: log-probabilities, and entropies if asked;
+            or `[length of this rank, rows, choices]`.
         """
         logits, _ = output_layer(hidden_states, weight=output_weight)
         logits = scale_logits(logits).float() / self.temperature  # [length, rows, vocabulary part]
+        if self.choices:
+            return vocab_parallel_log_probs(logits, self.choices, self.groups.tp)
         targets = F.pad(self.batch.tokens, (0, 1))[:, 1:][:, self.places]
         found = [] if not self.entropy else [vocab_parallel_entropy(logits.clone(), self.groups.tp)]
         # In place of the logits it writes what its backward pass needs.
@@ -66,11 +76,43 @@ class Scorer:
 
         A gradient goes back to the rank whose score it is.
         """
+        return scores_of(self.whole(found), self.batch)
+
+    def whole(self, found: Tensor) -> Tensor:
+        """What was found for the rows' parts, on every rank that shares them: `[kinds, rows,
+        length]`, each at the token that it comes after."""
         if self.groups.cp.size() > 1:
             found = gather_from_sequence_parallel_region(
                 found, tensor_parallel_output_grad=False, group=self.groups.cp
             )[self._order]
-        return scores_of(found.permute(2, 1, 0), self.batch)
+        return found.permute(2, 1, 0)
+
+
+@torch.no_grad()
+def vocab_parallel_log_probs(
+    logits: Tensor, tokens: Sequence[int], group: dist.ProcessGroup
+) -> Tensor:
+    """Log-probabilities of some tokens in distributions over a vocabulary that ranks hold parts of.
+
+    Args:
+        logits: fp32 `[..., vocabulary of this rank]`, -inf for what cannot be drawn.
+        tokens: ids.
+        group: the ranks.
+
+    Returns:
+        nats, `[..., tokens]`.
+    """
+    size = logits.shape[-1]
+    first = group.rank() * size
+    largest = logits.amax(dim=-1, keepdim=True)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+    parts = [(logits - largest).exp().sum(dim=-1)]
+    for token in tokens:
+        mine = first <= token < first + size
+        parts.append(logits[..., token - first] if mine else torch.zeros_like(parts[0]))
+    sums = torch.stack(parts, dim=-1)
+    dist.all_reduce(sums, group=group)
+    return sums[..., 1:] - sums[..., :1].log() - largest
 
 
 def vocab_parallel_entropy(logits: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -151,6 +151,9 @@ class Engine:
             rows = [wanted[number][0] for number in numbers]
             theirs = logits if len(numbers) == len(wanted) else logits[numbers]
             tokens[numbers] = choose(theirs, rows[0].sampling, [row.generator for row in rows])
+        scales = [row.sampling.score_temperature for row, _ in wanted]
+        if any(scale != 1 for scale in scales):
+            logits = logits / torch.tensor(scales, device=logits.device).unsqueeze(1)
         packed[0], packed[1] = tokens, log_probs_of(logits, tokens)
         if most:
             values, ids = logits.topk(most)  # [wanted, most]

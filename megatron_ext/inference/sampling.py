@@ -22,6 +22,7 @@ class Sampling:
         greedy: always take the likeliest token; the three above are then not looked at.
         stop: strings that end a continuation; not part of its text.
         stop_at_eod: whether the end-of-document token ends it.
+        score_temperature: divides the logits whose log-probabilities are told.
     """
 
     max_new_tokens: int = 64
@@ -31,6 +32,7 @@ class Sampling:
     greedy: bool = False
     stop: tuple[str, ...] = ()
     stop_at_eod: bool = True
+    score_temperature: float = 1.0
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:

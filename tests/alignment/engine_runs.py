@@ -14,6 +14,7 @@ STEPS = 10
 LENGTH = 48
 VOCAB = 128
 TEMPERATURE = 0.7
+CHOICES = [3, VOCAB - 1, 70]
 OPTIMIZATION = Optimization(
     lr=2e-3, steps=STEPS, warmup=2, betas=(0.9, 0.95), weight_decay=0.1, clip=0.3
 )
@@ -86,14 +87,33 @@ def scores(engine, packed=False):
     return by_tokens
 
 
+def after_last(engine, packed=False):
+    """Of this rank's first samples: log-probabilities of some tokens to come after the last."""
+    batch = share(engine, 0, packed)
+    found = engine.next_log_probs(batch, CHOICES)
+    assert found.shape == (*batch.tokens.shape, len(CHOICES))
+    by_tokens = {}
+    for row in range(batch.rows):
+        for number in range(int(batch.samples[row].max()) + 1):
+            at = batch.samples[row] == number
+            by_tokens[tuple(batch.tokens[row, at].tolist())] = found[row, at][-1].tolist()
+    return by_tokens
+
+
 def generate(engine):
     """Sampled continuations, and what scoring gives for their tokens."""
     prompts = [sample.tokens[: sample.prompt] for sample in samples(1)]
     prompts = prompts[engine.data_rank :: engine.data_size]
-    sampling = Sampling(max_new_tokens=7, top_k=50, stop_at_eod=False)
+    sampling = Sampling(
+        max_new_tokens=7,
+        temperature=TEMPERATURE,
+        top_k=50,
+        stop_at_eod=False,
+        score_temperature=TEMPERATURE,
+    )
     found = engine.generate(prompts, sampling, seeds=[sum(prompt) for prompt in prompts])
     rows = [Sample(p + g.tokens, len(p)) for p, g in zip(prompts, found)]
-    scores = engine.log_probs(Batch.of(rows)).log_probs
+    scores = engine.log_probs(Batch.of(rows), temperature=TEMPERATURE).log_probs
     return [
         (tuple(p), g.tokens, g.log_probs, scores[i, len(p) : len(p) + len(g.tokens)].tolist())
         for i, (p, g) in enumerate(zip(prompts, found))
@@ -117,6 +137,7 @@ def observe(engine, folder, checkpoint, packed=False):
     found = SimpleNamespace()
     found.first = dict(engine.parameters())
     found.alone, found.packed = scores(engine), scores(engine, packed=True)
+    found.after = after_last(engine, packed)
     half = STEPS // 2
     found.steps = train(engine, range(half), packed)
     found.generated = generate(engine)
@@ -124,6 +145,10 @@ def observe(engine, folder, checkpoint, packed=False):
     rest = train(engine, range(half, STEPS), packed)
     found.steps += rest
     found.last = dict(engine.parameters())
+    engine.export(folder / "exported")
+    exported = saved(folder / "exported")
+    assert exported.keys() == found.last.keys()
+    assert all(torch.equal(found.last[name].cpu(), tensor) for name, tensor in exported.items())
     engine.load(checkpoint)
     assert engine.step == half
     found.resumed = rest, train(engine, range(half, STEPS), packed)
@@ -150,9 +175,11 @@ def brute_force(folder):
         tokens = torch.tensor(sample.tokens[1:])
         return table[:-1].gather(1, tokens.unsqueeze(1)).squeeze(1), table
 
-    found = SimpleNamespace(scores={}, losses=[], norms=[])
+    found = SimpleNamespace(scores={}, after={}, losses=[], norms=[])
     with torch.no_grad():
         for sample in samples(0):
+            last = logits(sample)[-1].log_softmax(-1)
+            found.after[tuple(sample.tokens)] = last[CHOICES].tolist()
             values, table = of_tokens(sample, TEMPERATURE)
             entropy = -(table.exp() * table).sum(-1)[:-1]
             both = ([0.0, *values.tolist()], [0.0, *entropy.tolist()])

@@ -106,6 +106,10 @@ def check(reference, folder, ranks):
         for name in ("packed", "again"):
             assert seen[name][tokens][0] == pytest.approx(seen["alone"][tokens][0], abs=1e-5)
     assert all(values.keys() == reference.scores.keys() for values in seen.values())
+    after = {tokens: row for rank in ranks for tokens, row in rank.after.items()}
+    assert after.keys() == reference.after.keys()
+    for tokens, log_probs in after.items():
+        assert log_probs == pytest.approx(reference.after[tokens], abs=TOLERANCE)
     files = saved(folder)
     drawn: dict = {}
     for rank in ranks:
