@@ -4,7 +4,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from megatron_ext.errors import UserError, run_tool
+from megatron_ext.devices import activate
+from megatron_ext.errors import UserError, run_tool_or_ranks
 
 # Name: a module with `main(argv)`, and what it is for. Modules are imported when they are asked
 # for, so that help does not wait for torch.
@@ -14,8 +15,15 @@ COMMANDS = {
         "alignment.judges.annotate",
         "verdicts of a judge, or responses of a policy",
     ),
+    "train-judge": (
+        "alignment.judges.train",
+        "a judge that says what a gold judge says (torchrun)",
+    ),
     "agreement": ("alignment.judges.agreement.tool", "how far two judges agree"),
 }
+
+# These hold models on their ranks: before Megatron is imported, the device must be chosen.
+ON_RANKS = {"train-judge", "judge"}
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
@@ -28,13 +36,15 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         return 0
     if words[0] not in COMMANDS:
         raise UserError(f"there is no tool {words[0]!r}: known are {', '.join(COMMANDS)}")
+    if words[0] in ON_RANKS:
+        activate(use_cuda=not any(word.startswith("--dry-run") for word in words))
     module, _ = COMMANDS[words[0]]
     return importlib.import_module(module).main(words[1:])
 
 
 def entry() -> None:
     sys.argv[0] = "et-align"
-    run_tool(main)
+    run_tool_or_ranks(main)
 
 
 if __name__ == "__main__":

@@ -49,14 +49,16 @@ def run_tool(main: Callable[[], int | None]) -> NoReturn:
     sys.exit(code)
 
 
-def run_on_ranks(main: Callable[[], None]) -> None:
-    """Run a program that torchrun starts on many ranks; a `UserError` ends it with exit code 2.
+def run_on_ranks(main: Callable[[], int | None]) -> None:
+    """Run a program that torchrun starts on many ranks and exit with its code; a `UserError` ends
+    it with exit code 2.
 
     Ranks meet the same error at about the same time, and torchrun kills the others when the first
     ends: whoever is first on its node tells.
     """
     try:
-        main()
+        if code := main():
+            sys.exit(code)
     except UserError as error:
         if _first_on_node():
             name = Path(sys.argv[0]).name
@@ -64,7 +66,7 @@ def run_on_ranks(main: Callable[[], None]) -> None:
         sys.exit(2)
 
 
-def run_tool_or_ranks(main: Callable[[], None]) -> None:
+def run_tool_or_ranks(main: Callable[[], int | None]) -> None:
     """Run a tool that works alone and, started by torchrun, on many ranks."""
     if "LOCAL_RANK" in os.environ:
         run_on_ranks(main)

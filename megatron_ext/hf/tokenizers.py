@@ -47,7 +47,7 @@ def export_tokenizer(args: Namespace, folder: Path) -> dict[str, int]:
             f"the tokenizer {args.tokenizer_model or args.tokenizer_type} of the run is not there "
             "or not of SentencePiece: say where its file is with --tokenizer-model"
         )
-    return _export_sentencepiece(source, args.vocab_size, folder)
+    return export_sentencepiece(source, args.vocab_size, folder)
 
 
 def _special_ids(folder: Path) -> dict[str, int]:
@@ -58,7 +58,7 @@ def _special_ids(folder: Path) -> dict[str, int]:
     return {name: number for name, number in ids.items() if number is not None}
 
 
-def _export_sentencepiece(source: Path, vocab: int, folder: Path) -> dict[str, int]:
+def export_sentencepiece(source: Path, vocab: int, folder: Path) -> dict[str, int]:
     processor = _sentencepiece(source)
     if processor.get_piece_size() != vocab:
         raise UserError(

@@ -319,7 +319,7 @@ def _record(run_dir: Path, args: Namespace) -> None:
     earlier = json.loads(path.read_text())["commands"] if path.is_file() else []
     record = {
         "commands": [*earlier, " ".join(sys.argv)],
-        "commit": _commit(),
+        "commit": commit(),
         "versions": versions(),
         "world_size": args.world_size,
         "settings": {name: _plain(value) for name, value in sorted(vars(args).items())},
@@ -350,7 +350,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     here = Path(__file__).parent
     command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"]
     try:

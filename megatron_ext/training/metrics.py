@@ -141,7 +141,7 @@ class MetricLog:
             return
         if not self._opened:
             self._opened = True
-            _drop_rows_after(self.path, args.iteration)
+            drop_rows_after(self.path, args.iteration)
         if iteration % args.log_interval:  # lists by expert are long
             row = {name: value for name, value in row.items() if not isinstance(value, list)}
         with self.path.open("a") as file:
@@ -176,7 +176,7 @@ _DENSE_BF16 = {
 }
 
 
-def _drop_rows_after(path: Path, step: int) -> None:
+def drop_rows_after(path: Path, step: int) -> None:
     """Keep the rows of `path` up to `step`; a torn last line goes too."""
     if not path.exists():
         return

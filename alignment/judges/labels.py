@@ -1,0 +1,103 @@
+"""Labels of judges: their texts, their tokens, and what verdict a distribution over them is."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from alignment.data.chat import example
+from alignment.judges.parsing import CLOSE, OPEN
+from alignment.records import Message, Outcome, Side, Verdict
+from megatron_ext.errors import UserError
+
+SCORES = tuple(str(score) for score in range(10))
+SIDES = ("A", "B", "tie")
+# Labels that together are less likely than this are not what the judge is about to say.
+LEAST_MASS = 0.01
+
+
+def answer_text(label: str, thinking: str | None) -> str:
+    """An answer in the form that `parsing.Parser` reads."""
+    return label if thinking is None else f"{OPEN}\n{thinking.strip()}\n{CLOSE}\n{label}"
+
+
+def label_of(verdict: Verdict) -> str:
+    """The label that a judge gives who agrees with a verdict, in the verdict's order.
+
+    Raises:
+        ValueError: the verdict is no judgement.
+    """
+    if verdict.outcome is Outcome.SCORE:
+        assert verdict.score is not None
+        return str(min(9, max(0, math.floor(verdict.score + 0.5))))
+    if verdict.outcome is Outcome.TIE:
+        return "tie"
+    if verdict.outcome is not Outcome.PREFERENCE:
+        raise ValueError(f"a verdict of outcome {verdict.outcome} has no label")
+    first_shown = Side.SECOND if verdict.swapped else Side.FIRST
+    return "A" if verdict.preferred is first_shown else "B"
+
+
+@dataclass(frozen=True)
+class LabelTokens:
+    """The one token that each label is, where an answer has it.
+
+    Attributes:
+        labels, ids: in the same order.
+    """
+
+    labels: Sequence[str]
+    ids: Sequence[int]
+
+    @classmethod
+    def of(
+        cls, tokenizer: Any, labels: Sequence[str], thinks: bool, template: Mapping[str, Any]
+    ) -> "LabelTokens":
+        """Find them by encoding answers that differ in the label alone.
+
+        Raises:
+            UserError: a label is several tokens, or one together with what stands beside it.
+        """
+        ask = [Message("user", "Which?")]
+        thinking = "So." if thinks else None
+        answers = [
+            example(tokenizer, ask, answer_text(label, thinking), **template).completion
+            for label in labels
+        ]
+        lengths = {len(answer) for answer in answers}
+        for label, answer in zip(labels, answers):
+            if len(answer) > min(lengths):
+                raise UserError(
+                    f"the tokenizer splits the label {label!r} into several tokens, and a judge's "
+                    "score is read from one: give a template with other labels, or another model"
+                )
+        places = [i for i, ids in enumerate(zip(*answers)) if len(set(ids)) > 1]
+        ids = [answer[places[0]] for answer in answers] if places else []
+        if len(places) != 1 or len(set(ids)) != len(labels):
+            raise UserError(
+                "the tokenizer does not give each label of a judge one token of its own: "
+                f"{', '.join(labels)} differ in {len(places)} tokens"
+            )
+        return cls(tuple(labels), tuple(ids))
+
+    def judgement(self, log_probs: Sequence[float], swapped: bool = False) -> Mapping[str, Any]:
+        """The fields of a verdict by the probabilities of the labels.
+
+        A score is the expectation over the ten, renormalised among themselves (arXiv 2603.12246);
+        of a pair the likeliest label counts.
+
+        Args:
+            log_probs: of each label, in their order.
+        """
+        mass = sum(map(math.exp, log_probs))
+        if not mass >= LEAST_MASS:
+            reason = f"all labels together have a probability of {mass:.2g}"
+            return {"outcome": Outcome.UNPARSEABLE, "reason": reason}
+        if tuple(self.labels) == SCORES:
+            expected = sum(s * math.exp(value) for s, value in enumerate(log_probs)) / mass
+            return {"outcome": Outcome.SCORE, "score": expected}
+        label = self.labels[max(range(len(log_probs)), key=lambda i: log_probs[i])]
+        if label == "tie":
+            return {"outcome": Outcome.TIE}
+        side = Side.SECOND if (label == "B") != swapped else Side.FIRST
+        return {"outcome": Outcome.PREFERENCE, "preferred": side}

@@ -1,0 +1,273 @@
+"""Train a judge to say what a gold judge says.
+
+    torchrun --nproc-per-node 8 -m alignment train-judge --stage sft --model DIR --run-dir DIR \\
+        --input ITEMS.jsonl --gold VERDICTS.jsonl \\
+        --validation-input ITEMS.jsonl --validation-gold VERDICTS.jsonl
+
+Stage sft imitates gold's labels, or with --thinking its thinking and labels. Stage grpo lets a
+judge that thinks answer, and rewards answers close to gold's. The best model by agreement on the
+validation items is RUN/best, a Hugging Face folder. Stopped or killed, the same command goes on.
+"""
+
+import argparse
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from alignment.data.rows import RecordWriter
+from alignment.data.tokenizers import load_tokenizer
+from alignment.engines.protocol import Engine
+from alignment.judges import examples
+from alignment.judges.examples import Labelled
+from alignment.judges.local import JudgeForm, LocalJudge
+from alignment.judges.parsing import Parser
+from alignment.judges.prompting import judge_prompt
+from alignment.judges.rewards import judge_reward
+from alignment.judges.validation import BEST, agreement, judge_all
+from alignment.records import Pair
+from alignment.rl.algorithms import ALGORITHMS
+from alignment.rl.rollouts import Rewarded, Rollout
+from alignment.rl.trainer import ReinforcementStep, Settings, Task
+from alignment.training import flags
+from alignment.training.dry_run import dry_run
+from alignment.training.loop import Plan, fit
+from alignment.training.run import Run
+from alignment.training.sft import SupervisedStep, steps_of
+from megatron_ext.errors import ToolParser, UserError
+from megatron_ext.inference.sampling import Sampling
+from megatron_ext.recipes import expand_recipes
+
+
+def main(argv: Sequence[str]) -> int:
+    options = parse(argv)
+    if options.dry_run is not None:
+        dry_run(options)
+        return 0
+    gold = examples.read_labelled(options.input, options.gold, options.thinking == "none")
+    held_out = []
+    if options.validation_input:
+        held_out = examples.read_labelled(
+            options.validation_input, options.validation_gold, options.thinking == "none"
+        )
+    form = form_of(options, isinstance(gold[0].question.item, Pair))
+    form.label_tokens  # noqa: B018  (fails before anything is loaded)
+    if options.stage == "sft":
+        return _imitate(options, form, gold, held_out)
+    return _reinforce(options, form, gold, held_out)
+
+
+def form_of(options: argparse.Namespace, pairwise: bool) -> JudgeForm:
+    """How the judge is asked and answers.
+
+    Raises:
+        UserError: the template is for something else, or the tokenizer has none of chats.
+    """
+    kind = "pairwise" if pairwise else "pointwise"
+    thinks = options.thinking != "none"
+    prompt = judge_prompt(options.template or kind, thinks)
+    if prompt.kind != kind:
+        holds = "pairs" if pairwise else "responses"
+        raise UserError(f"--template {options.template} is {prompt.kind}, not for {holds}")
+    chat_template = Path(options.chat_template) if options.chat_template else None
+    return JudgeForm(
+        prompt,
+        Parser(pairwise, thinks, options.thinking == "opened"),
+        load_tokenizer(Path(options.model), chat_template),
+        flags.template_kwargs(options),
+    )
+
+
+def judge_of(options: argparse.Namespace, engine: Engine, form: JudgeForm) -> LocalJudge:
+    """The engine's model as a judge, as it is asked when it is used."""
+    sampling = Sampling(
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.judging_temperature or 1.0,
+        greedy=options.judging_temperature == 0,
+        top_k=options.judging_top_k,
+        top_p=options.judging_top_p,
+    )
+    return LocalJudge(engine, form, options.seq_length, sampling, options.rows, form.identity)
+
+
+def _imitate(
+    options: argparse.Namespace,
+    form: JudgeForm,
+    gold: Sequence[Labelled],
+    held_out: Sequence[Labelled],
+) -> int:
+    encoded = examples.encode(gold, form, options.seq_length, options.max_thinking_tokens)
+    steps = options.steps or steps_of(len(encoded.samples), options.batch_size, options.epochs)
+    engine = flags.engine_of(options, steps)
+    step = SupervisedStep(
+        engine, encoded.samples, options.batch_size, options.seq_length, options.seed
+    )
+    return _run(options, engine, form, held_out, steps, lambda run: step, encoded.told())
+
+
+def _reinforce(
+    options: argparse.Namespace,
+    form: JudgeForm,
+    gold: Sequence[Labelled],
+    held_out: Sequence[Labelled],
+) -> int:
+    algorithm = ALGORITHMS[options.algorithm]
+    if options.steps is None:
+        raise UserError("--stage grpo needs --steps")
+    if options.batch_size % options.group_size:
+        raise UserError(
+            f"--batch-size {options.batch_size} must be a multiple of --group-size "
+            f"{options.group_size}: it counts responses"
+        )
+    settings = Settings(
+        algorithm=algorithm,
+        groups=options.batch_size // options.group_size,
+        group_size=options.group_size,
+        mini_batches=options.mini_batches,
+        length=options.seq_length,
+        sampling=Sampling(options.max_new_tokens, options.temperature),
+        rows=options.rows,
+    )
+    tasks = [
+        Task(json.dumps([r.gold.item, r.gold.swapped, r.gold.sample]), form.ask(r.question), r)
+        for r in gold
+    ]
+    engine = flags.engine_of(options, options.steps * options.mini_batches)
+    judge = judge_of(options, engine, form)
+
+    def reward(
+        groups: Sequence[tuple[Task, Sequence[Rollout]]], check: Callable[[], None]
+    ) -> list[list[Rewarded]]:
+        return [[_rewarded(judge, task.about, r) for r in rollouts] for task, rollouts in groups]
+
+    def step_of(run: Run) -> ReinforcementStep:
+        return ReinforcementStep(engine, run, tasks, reward, settings, options.seed)
+
+    told = f"{len(tasks):,} questions"
+    return _run(options, engine, form, held_out, options.steps, step_of, told)
+
+
+def _rewarded(judge: LocalJudge, row: Labelled, rollout: Rollout) -> Rewarded:
+    answer = judge.answer(rollout.tokens, rollout.ended)
+    fields = judge.read(row.question, answer)
+    reward = judge_reward(fields, row.gold)
+    return Rewarded(reward, str(fields["outcome"]), {"answer": fields["answer"]})
+
+
+def _run(
+    options: argparse.Namespace,
+    engine: Engine,
+    form: JudgeForm,
+    held_out: Sequence[Labelled],
+    steps: int,
+    step_of: Callable[[Run], Callable[[int], Mapping[str, Any]]],
+    told: str,
+) -> int:
+    judge = judge_of(options, engine, form)
+    with Run(Path(options.run_dir), engine, _settings(options)) as run:
+        run.note(judge={"identity": form.identity, "template": form.prompt.identity})
+
+        def evaluate(step: int) -> Mapping[str, Any]:
+            found = judge_all(judge, held_out, run.check_signals)
+            if run.writes:
+                file = run.folder / "validation" / f"step_{step:06d}.jsonl"
+                with RecordWriter(file, overwrite=True) as writer:
+                    for verdict in found:
+                        writer.write(verdict)
+            return agreement([row.gold for row in held_out], found)
+
+        if run.writes:
+            print(f"{told}; {len(held_out):,} for validation; {steps:,} steps", flush=True)
+        best = BEST[form.parser.pairwise] if held_out else None
+        plan = Plan(steps, options.save_interval, options.eval_interval, best)
+        stopped = fit(run, plan, step_of(run), evaluate if held_out else None)
+        if stopped:
+            return 128 + stopped
+        if not held_out:
+            engine.export(run.folder / "best")
+        if run.writes:
+            print(f"the best judge is {run.folder / 'best'}", flush=True)
+    return 0
+
+
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    """What must stay the same when a run goes on: not the layout, nor how often it saves."""
+    free = {
+        "recipe", "run_dir", "save_interval", "dry_run", "rows", "micro_batch_size", "dtype",
+        "use_distributed_optimizer", "offload_optimizer", "offload_parameters", "megatron_flags",
+        "zero_stage",
+    }  # fmt: skip
+    kept = {
+        name: value
+        for name, value in vars(options).items()
+        if name not in free and not name.endswith("_parallel_size")
+    }
+    for name in ("input", "gold", "validation_input", "validation_gold"):
+        kept[name] = [hashlib.sha256(Path(f).read_bytes()).hexdigest() for f in kept[name]]
+    return kept
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Read and check the flags.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    parser = _parser()
+    options = parser.parse_args(expand_recipes(argv, parser))
+    flags.check(options)
+    if len(options.input) != len(options.gold):
+        raise UserError("--input and --gold go together: give one of verdicts for each of items")
+    if len(options.validation_input) != len(options.validation_gold):
+        raise UserError("--validation-input and --validation-gold go together")
+    if options.dry_run is None and not options.input:
+        raise UserError("give --input with items to learn from, and --gold with verdicts on them")
+    if options.stage == "grpo" and options.thinking == "none":
+        raise UserError("--stage grpo is for a judge that thinks: give --thinking asked or opened")
+    if options.epochs <= 0:
+        raise UserError(f"--epochs {options.epochs} must be above 0")
+    if options.steps is not None and options.steps < 1:
+        raise UserError(f"--steps {options.steps} must be at least 1")
+    return options
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = ToolParser(
+        prog="et-align train-judge",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    # fmt: off
+    add = parser.add_argument_group("judge").add_argument
+    add("--stage", choices=["sft", "grpo"], required=True)
+    add("--input", nargs="+", default=[], metavar="FILE", help="responses or pairs to learn from")
+    add("--gold", nargs="+", default=[], metavar="FILE", help="verdicts on them, of a gold judge")
+    add("--validation-input", nargs="+", default=[], metavar="FILE", help="held-out items")
+    add("--validation-gold", nargs="+", default=[], metavar="FILE", help="verdicts on them")
+    add("--template", metavar="NAME", help="of the judge's prompt: pointwise-rubric, "
+        "pairwise-rubric or a file (plain)")
+    add("--thinking", choices=["none", "asked", "opened"], default="none",
+        help="before the label, in <think>; opened: the chat template has begun it (%(default)s)")
+    add = parser.add_argument_group("stage sft").add_argument
+    add("--epochs", type=float, default=2.0, metavar="N", help="(%(default)s)")
+    add("--max-thinking-tokens", type=int, metavar="N",
+        help="leave longer answers of gold out: a judge of less effort")
+    add = parser.add_argument_group("stage grpo").add_argument
+    add("--steps", type=int, metavar="N", help="(sft: by --epochs)")
+    add("--algorithm", choices=[n for n, a in ALGORITHMS.items() if not a.values], default="grpo")
+    add("--group-size", type=int, default=8, metavar="N", help="answers a question (%(default)s)")
+    add("--mini-batches", type=int, default=4, metavar="N",
+        help="optimizer steps on the --batch-size answers of a step (%(default)s)")
+    add("--temperature", type=float, default=1.0, help="of answers in training (%(default)s)")
+    add = parser.add_argument_group("answers of a judge that thinks").add_argument
+    add("--max-new-tokens", type=int, default=4096, metavar="N", help="(%(default)s)")
+    add("--rows", type=int, default=64, metavar="N", help="asked at a time on a rank (%(default)s)")
+    add("--judging-temperature", type=float, default=0.7, help="in validation (%(default)s)")
+    add("--judging-top-k", type=int, default=20, help="in validation (%(default)s)")
+    add("--judging-top-p", type=float, default=0.95, help="in validation (%(default)s)")
+    # fmt: on
+    flags.add_engine_flags(parser)
+    flags.add_training_flags(parser, lr=1e-5, batch_size=128)
+    return parser

@@ -1,0 +1,54 @@
+"""How a judge in training agrees with gold on held-out items."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from alignment.judges.agreement.figures import Undefined
+from alignment.judges.agreement.joining import by_item, judged
+from alignment.judges.agreement.measuring import Compared, alone
+from alignment.judges.examples import Labelled
+from alignment.judges.local import LocalJudge
+from alignment.ranks import shares_of
+from alignment.records import Verdict
+
+BEST = {False: "val/alpha_interval", True: "val/accuracy"}
+"""The figure that marks the best judge, of scores and of preferences."""
+
+
+def judge_all(
+    judge: LocalJudge, rows: Sequence[Labelled], check: Callable[[], None] = lambda: None
+) -> list[Verdict]:
+    """Verdicts on all questions, on every rank, each asked on one share of the ranks."""
+    engine = judge.engine
+    mine = [row.question for row in rows[engine.data_rank :: engine.data_size]]
+    shares = shares_of(engine, judge.judge(mine, check))
+    return [shares[i % engine.data_size][i // engine.data_size] for i in range(len(rows))]
+
+
+def agreement(gold: Sequence[Verdict], found: Sequence[Verdict]) -> dict[str, float | None]:
+    """Figures named `val/...`; None where they are not defined."""
+    pairwise = gold[0].score is None
+    shares: dict[str, float | None] = {
+        "val/malformed_rate": float(np.mean([v.outcome == "unparseable" for v in found])),
+        "val/failed_rate": float(np.mean([v.outcome == "failed" for v in found])),
+    }
+    figures: dict[str, float | None] = {BEST[pairwise]: None}
+    if any(verdict.judged for verdict in found):
+        items = list(dict.fromkeys(verdict.item for verdict in gold))
+        places = np.arange(len(items))
+        right = judged(by_item(gold, "gold"), items, "gold")
+        judge = judged(by_item(found, "the judge"), items, "the judge")
+        compared = Compared(right, judge)
+        wanted: dict[str, Callable[[Any], float]] = dict(compared.agreement())
+        if pairwise:
+            wanted["flip_rate"] = alone(judge)["flip_rate"]
+        for name, figure in wanted.items():
+            try:
+                value: float | None = figure(places)
+            except Undefined:
+                value = None
+            figures[f"val/{name}"] = value if value is not None and math.isfinite(value) else None
+    return figures | shares

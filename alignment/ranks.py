@@ -1,0 +1,31 @@
+"""What ranks tell each other beside training."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from alignment.engines.protocol import Engine
+
+
+def most_of_ranks(count: int) -> int:
+    """The largest count of any rank."""
+    device = torch.cuda.current_device() if dist.get_backend() == "nccl" else "cpu"
+    flag = torch.tensor(count, device=device)
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return int(flag)
+
+
+def shares_of(engine: Engine, value: Any) -> list[Any]:
+    """What each share of the data gives, `[data_size]`, on every rank; ranks of one share agree."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, (engine.data_rank, value))
+    by_rank = dict(reversed(found))
+    return [by_rank[rank] for rank in range(engine.data_size)]
+
+
+def speaks_for_share(engine: Engine) -> bool:
+    """Whether this is the first of the ranks that hold this rank's share of the data."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, engine.data_rank)
+    return found.index(engine.data_rank) == dist.get_rank()

@@ -1,0 +1,39 @@
+"""Algorithms by name: which advantages go with which loss."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from alignment.rl.advantages import Floats, centered, leave_one_out, standardized
+from alignment.rl.policy_loss import LOSSES, PolicyLoss
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """What is done with the rewards of a group of responses to one prompt.
+
+    Attributes:
+        advantages: of a group's rewards.
+        loss: of the policy.
+        dynamic: draw more prompts in the place of groups whose rewards are all equal.
+        overlong: soften the limit of length by a penalty before it.
+        values: advantages are over a critic's values (GAE) and not over the group.
+    """
+
+    advantages: Callable[[Floats], Floats]
+    loss: PolicyLoss
+    dynamic: bool = False
+    overlong: bool = False
+    values: bool = False
+
+
+ALGORITHMS: Mapping[str, Algorithm] = MappingProxyType(
+    {
+        "grpo": Algorithm(standardized, LOSSES["grpo"]),
+        "dr-grpo": Algorithm(centered, LOSSES["dr-grpo"]),
+        "dapo": Algorithm(standardized, LOSSES["dapo"], dynamic=True, overlong=True),
+        "gspo": Algorithm(standardized, LOSSES["gspo"]),
+        "rloo": Algorithm(leave_one_out, LOSSES["rloo"]),
+        "ppo": Algorithm(centered, LOSSES["ppo"], values=True),
+    }
+)

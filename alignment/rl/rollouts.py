@@ -1,0 +1,131 @@
+"""Sampled responses and what was said of them, kept on disk as they come.
+
+A step's rollouts are in files of its own folder, a file for each share of the data, each line
+synced to the disk before it counts. A run that was killed reads them again, whatever the number of
+ranks that it goes on with, so that none is sampled or judged twice.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from alignment.engines.protocol import Engine
+from alignment.judges.store import AnswerStore
+from alignment.ranks import speaks_for_share
+from alignment.records import Outcome
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A response to a prompt, in tokens.
+
+    Attributes:
+        task: the prompt's id.
+        sample: which of its group.
+        tokens: of the response, with the one that ended it.
+        log_probs: of each when it was drawn, nats, at the temperature it was drawn at.
+        ended: by the model itself, not by the limit.
+        version: optimizer steps of the weights that drew it.
+    """
+
+    task: str
+    sample: int
+    tokens: list[int]
+    log_probs: list[float]
+    ended: bool
+    version: int = 0
+
+    @property
+    def key(self) -> str:
+        return f"{self.task}:{self.sample}"
+
+
+@dataclass(frozen=True)
+class Rewarded:
+    """What a response is worth.
+
+    Attributes:
+        reward: None where there is no judgement; never a 0 instead.
+        outcome: of the judgement: "score", "preference", "unparseable", "failed".
+        facts: plain data for people and metrics.
+    """
+
+    reward: float | None
+    outcome: str
+    facts: Mapping[str, Any]
+
+
+class RolloutStore:
+    """The rollouts and rewards of one step. Ranks make the same calls, each about its own share."""
+
+    def __init__(self, folder: Path, engine: Engine) -> None:
+        """Read what is there; a collective."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self._known: dict[str, Any] = {}
+        for file in sorted(folder.glob("*.jsonl")):
+            self._known |= _read(file)
+        self._file: AnswerStore | None = None
+        writes = speaks_for_share(engine)  # also: all have read before one writes
+        if writes:
+            self._file = AnswerStore(folder / f"share_{engine.data_rank:05d}.jsonl")
+
+    def __enter__(self) -> "RolloutStore":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.__exit__()
+
+    def rollout(self, task: str, sample: int) -> Rollout | None:
+        """One that is kept."""
+        found = self._known.get(f"rollout:{task}:{sample}")
+        return None if found is None else Rollout(**found)
+
+    def reward(self, rollout: Rollout) -> Rewarded | None:
+        """One that is kept."""
+        found = self._known.get(f"reward:{rollout.key}")
+        return None if found is None else Rewarded(**found)
+
+    def keep_rollouts(self, rollouts: Sequence[Rollout]) -> None:
+        self._keep([(f"rollout:{r.key}", asdict(r)) for r in rollouts])
+
+    def keep_rewards(self, rewards: Sequence[tuple[Rollout, Rewarded]]) -> None:
+        """Those of calls that failed are for now alone: a run that goes on asks again."""
+        rows = [(f"reward:{r.key}", {**asdict(w), "facts": dict(w.facts)}) for r, w in rewards]
+        self._known |= dict(rows)
+        self._keep([row for row in rows if row[1]["outcome"] != Outcome.FAILED])
+
+    def _keep(self, rows: Sequence[tuple[str, dict[str, Any]]]) -> None:
+        self._known |= dict(rows)
+        if self._file is not None and rows:
+            self._file.add(rows)
+
+
+def forget_before(folder: Path, step: int) -> None:
+    """Remove the rollouts of steps before this one; rank 0 does."""
+    if dist.get_rank() == 0 and folder.is_dir():
+        for place in folder.iterdir():
+            if int(place.name.removeprefix("step_")) < step:
+                shutil.rmtree(place)
+    dist.barrier()
+
+
+def folder_of(root: Path, step: int) -> Path:
+    """Of a step's rollouts."""
+    return root / f"step_{step:06d}"
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """The whole lines of a store that a killed run may have left torn."""
+    found = {}
+    for line in file.read_bytes().splitlines(keepends=True):
+        if not line.endswith(b"\n"):
+            break
+        row = json.loads(line)
+        found[row["key"]] = row["answer"]
+    return found

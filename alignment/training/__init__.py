@@ -1,0 +1,1 @@
+"""Training runs of judges and policies: flags, engines, directories, the loop."""

@@ -1,0 +1,170 @@
+"""Flags that every training command has, and the engine that they describe."""
+
+import argparse
+import json
+import os
+import shlex
+from pathlib import Path
+from typing import Any
+
+from alignment.engines.protocol import Engine, Optimization
+from megatron_ext.errors import UserError
+
+
+def add_training_flags(parser: argparse.ArgumentParser, lr: float, batch_size: int) -> None:
+    """Add those of commands that train.
+
+    Args:
+        lr: default of `--lr`.
+        batch_size: default of `--batch-size`.
+    """
+    # fmt: off
+    add = parser.add_argument_group("run").add_argument
+    add("--run-dir", required=True, metavar="DIR",
+        help="of this run, which goes on from what is there: checkpoints/, best/ (a Hugging Face "
+        "folder), metrics.jsonl, tensorboard/, run.json")
+    add("--seed", type=int, default=0)
+    add("--save-interval", type=int, default=50, metavar="STEPS", help="(%(default)s)")
+    add("--eval-interval", type=int, default=50, metavar="STEPS", help="(%(default)s)")
+    add("--dry-run", metavar="RANKS", type=int, nargs="?",
+        const=int(os.environ.get("WORLD_SIZE", "1")),
+        help="train nothing: print parameters, memory of a rank and collectives of a step for a "
+        "world of RANKS, and end; of --model only config.json is read, data are not looked at")
+    add = parser.add_argument_group("optimization").add_argument
+    add("--lr", type=float, default=lr, help="falls linearly to 0 (%(default)s)")
+    add("--lr-warmup-fraction", type=float, default=0.03, metavar="SHARE", help="(%(default)s)")
+    add("--batch-size", type=int, default=batch_size, metavar="SAMPLES",
+        help="of a step, on all ranks (%(default)s)")
+    add("--seq-length", type=int, default=4096, metavar="TOKENS",
+        help="of a row, into which samples are packed (%(default)s)")
+    add("--weight-decay", type=float, default=0.0)
+    add("--clip-grad", type=float, default=1.0)
+    add("--adam-beta1", type=float, default=0.9)
+    add("--adam-beta2", type=float, default=0.999)
+    add("--use-distributed-optimizer", action="store_true")
+    add("--offload-optimizer", action="store_true", help="DeepSpeed: to host memory")
+    # fmt: on
+
+
+def add_engine_flags(parser: argparse.ArgumentParser) -> None:
+    """Add those of commands that hold a model on their ranks."""
+    # fmt: off
+    add = parser.add_argument_group("model").add_argument
+    add("--recipe", metavar="FILE.yaml",
+        help="flags from a YAML mapping; flags that follow override it; may be repeated")
+    add("--model", required=True, metavar="DIR",
+        help="a Hugging Face folder, a run directory, or a checkpoint")
+    add("--chat-template", metavar="FILE", help="Jinja, for a tokenizer that has none, or instead")
+    add("--chat-template-kwargs", default="{}", metavar="JSON",
+        help="variables of the chat template, such as {\"enable_thinking\": false}")
+    add = parser.add_argument_group("engine").add_argument
+    add("--engine", choices=["megatron", "deepspeed"], default="megatron", help="(%(default)s)")
+    add("--micro-batch-size", type=int, default=1, metavar="ROWS", help="(%(default)s)")
+    add("--dtype", choices=["fp32", "bf16"],
+        help="of the weights (fp32 on a CPU, else the model's)")
+    add("--tensor-model-parallel-size", type=int, default=1)
+    add("--pipeline-model-parallel-size", type=int, default=1)
+    add("--context-parallel-size", type=int, default=1)
+    add("--expert-model-parallel-size", type=int, default=1)
+    add("--expert-tensor-parallel-size", type=int)
+    add("--megatron-flags", default="", metavar="'FLAGS'",
+        help="more flags of pretrain_et.py, such as '--recompute-granularity full'")
+    add("--zero-stage", type=int, default=2, choices=[1, 2, 3], help="of DeepSpeed (%(default)s)")
+    add("--offload-parameters", action="store_true", help="DeepSpeed: to host memory; stage 3")
+    # fmt: on
+
+
+def check(options: argparse.Namespace) -> None:
+    """Look at the numbers before anything is loaded.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    for name in ("save_interval", "eval_interval", "batch_size", "seq_length", "micro_batch_size"):
+        if getattr(options, name, 1) < 1:
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} {getattr(options, name)} must be at least 1")
+    if not 0 <= getattr(options, "lr_warmup_fraction", 0) < 1:
+        raise UserError(f"--lr-warmup-fraction {options.lr_warmup_fraction} must be in [0, 1)")
+    if getattr(options, "lr", 1) <= 0:
+        raise UserError(f"--lr {options.lr} must be above 0")
+    if not Path(options.model).is_dir():
+        raise UserError(f"--model {options.model} is not a folder")
+    zero = [n for n in ("offload_optimizer", "offload_parameters") if getattr(options, n, False)]
+    if options.engine == "megatron" and zero:
+        raise UserError(f"--{zero[0].replace('_', '-')} is for --engine deepspeed")
+    if options.engine == "deepspeed":
+        sizes = [name for name in vars(options) if name.endswith("_parallel_size")]
+        if wrong := [name for name in sizes if (getattr(options, name) or 1) > 1]:
+            raise UserError(f"--{wrong[0].replace('_', '-')} is for --engine megatron")
+
+
+def template_kwargs(options: argparse.Namespace) -> dict[str, Any]:
+    """Variables of the chat template.
+
+    Raises:
+        UserError: they are no JSON object.
+    """
+    try:
+        values = json.loads(options.chat_template_kwargs)
+    except ValueError:
+        values = None
+    if not isinstance(values, dict):
+        raise UserError(
+            f"--chat-template-kwargs {options.chat_template_kwargs} is no JSON object such as "
+            '{"enable_thinking": false}'
+        )
+    return values
+
+
+def engine_of(options: argparse.Namespace, steps: int) -> Engine:
+    """Start the engine on this rank and load `--model`.
+
+    Args:
+        steps: optimizer steps, over which the learning rate falls; 0 to train none.
+
+    Raises:
+        UserError: see the engines.
+    """
+    import torch
+
+    dtype: Any = {"fp32": torch.float32, "bf16": torch.bfloat16, None: None}[options.dtype]
+    optimization = Optimization()
+    if steps:
+        optimization = Optimization(
+            lr=options.lr,
+            steps=steps,
+            warmup=min(round(options.lr_warmup_fraction * steps), steps - 1),
+            betas=(options.adam_beta1, options.adam_beta2),
+            weight_decay=options.weight_decay,
+            clip=options.clip_grad,
+        )
+    if options.engine == "deepspeed":
+        from alignment.engines.deepspeed import DeepSpeedEngine, Zero
+
+        zero = Zero(
+            options.zero_stage,
+            getattr(options, "offload_optimizer", False),
+            options.offload_parameters,
+            options.micro_batch_size,
+        )
+        return DeepSpeedEngine(options.model, optimization, zero, dtype=dtype)
+    from alignment.engines.megatron import MegatronEngine
+
+    flags = shlex.split(options.megatron_flags)
+    return MegatronEngine(options.model, optimization, layout_of(options), dtype=dtype, flags=flags)
+
+
+def layout_of(options: argparse.Namespace) -> Any:
+    """Of the ranks, for Megatron."""
+    from alignment.engines.megatron_launch import MegatronLayout
+
+    return MegatronLayout(
+        tensor=options.tensor_model_parallel_size,
+        pipeline=options.pipeline_model_parallel_size,
+        context=options.context_parallel_size,
+        expert=options.expert_model_parallel_size,
+        expert_tensor=options.expert_tensor_parallel_size,
+        shard_optimizer=getattr(options, "use_distributed_optimizer", False),
+        micro_batch=options.micro_batch_size,
+    )

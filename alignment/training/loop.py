@@ -1,0 +1,99 @@
+"""The loop of every training here: steps, evaluations, checkpoints, signals."""
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from alignment.training.run import Run, Stopped
+from megatron_ext.errors import UserError
+from tools.progress import Progress
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long a training is, and what happens on the way.
+
+    Attributes:
+        steps: in all.
+        save_every, evaluate_every: steps; both also happen after the last.
+        best: the figure of an evaluation whose highest value marks the model to keep.
+    """
+
+    steps: int
+    save_every: int
+    evaluate_every: int
+    best: str | None = None
+
+
+def fit(
+    run: Run,
+    plan: Plan,
+    train: Callable[[int], Row],
+    evaluate: Callable[[int], Row] | None = None,
+) -> int:
+    """Train from where the run stands to the end.
+
+    Args:
+        train: does a step, counted from 0, and tells its figures.
+        evaluate: tells figures of the model after so many steps; also before the first.
+
+    Returns:
+        the number of the signal that ended it, or 0.
+    """
+    run.resume()
+
+    def evaluated() -> None:
+        if evaluate is None:
+            return
+        row = evaluate(run.step)
+        run.evaluated = True
+        run.log({"step": run.step, **row})
+        if run.writes:
+            print(f"step {run.step}: {_told(row)}", flush=True)
+        if plan.best is not None:
+            if row.get(plan.best) is None:
+                raise UserError(
+                    f"the evaluation after step {run.step} has no {plan.best}: no item has a "
+                    "judgement of both judges, or all have the same label"
+                )
+            run.keep_best(plan.best, row[plan.best])
+
+    shown = Progress("training", plan.steps, "steps") if run.writes else nullcontext()
+    with shown as progress:
+        try:
+            if run.step % plan.evaluate_every == 0 and not run.evaluated:
+                evaluated()
+            while run.step < plan.steps:
+                run.check_signals()
+                begin = time.perf_counter()
+                row = train(run.step)
+                run.step += 1
+                run.evaluated = False
+                seconds = time.perf_counter() - begin
+                run.log({"step": run.step, **row, "seconds": seconds})
+                if progress is not None:
+                    progress.update(run.step, _told(row, most=4))
+                last = run.step == plan.steps
+                if run.step % plan.evaluate_every == 0 or last:
+                    evaluated()
+                if run.step % plan.save_every == 0 or last:
+                    run.save()
+        except Stopped as stopped:
+            if run.step > run.saved:
+                run.save()
+            if run.writes:
+                print(
+                    f"{stopped} after step {run.step}: the same command goes on from here",
+                    flush=True,
+                )
+            return stopped.number
+    return 0
+
+
+def _told(row: Row, most: int = 12) -> str:
+    numbers = [(n, v) for n, v in row.items() if isinstance(v, int | float)]
+    return ", ".join(f"{name} {value:.4g}" for name, value in numbers[:most])

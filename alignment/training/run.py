@@ -1,0 +1,216 @@
+"""What a training run keeps: metrics, checkpoints, its best model, and what it was started with.
+
+Rank 0 writes. Killed at any moment, the same command goes on from the newest checkpoint that is
+whole, and the rows of later steps are written again.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+
+from alignment.engines.protocol import Engine
+from megatron_ext.errors import UserError
+from megatron_ext.training.checkpoints import write_atomically
+from megatron_ext.training.checks import commit, versions
+from megatron_ext.training.metrics import drop_rows_after
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class Stopped(Exception):
+    """A signal came, on some rank; all ranks raise this together."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+class Run:
+    """A run's directory and the signals that end it. Use as a context; ranks make the same calls.
+
+    Attributes:
+        step: of the trainer, from 0; the next to be done.
+        evaluated: whether this step's evaluation is done.
+        saved: the step of the newest checkpoint; 0 before the first.
+    """
+
+    def __init__(self, folder: Path, engine: Engine, settings: Mapping[str, Any]) -> None:
+        """Make the directory, or see that it belongs to the same run.
+
+        Args:
+            settings: plain data that must not change when a run goes on.
+
+        Raises:
+            UserError: the directory belongs to a run with other settings, or is in use.
+        """
+        self.folder, self.engine, self.step = folder, engine, 0
+        self.evaluated, self.saved = False, 0
+        self.writes = dist.get_rank() == 0
+        self._signal = 0
+        self._lock: Any = None
+        self._board: Any = None
+        self._before: dict[int, Any] = {}
+        self.settings = json.loads(json.dumps(settings))
+        if self.writes:
+            self._open()
+        dist.barrier()
+
+    def __enter__(self) -> Self:
+        for number in _SIGNALS:
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: Any, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if self._board is not None:
+            self._board.close()
+        if self._lock is not None:
+            self._lock.close()
+
+    def resume(self) -> bool:
+        """Go on from the newest checkpoint, if there is one; drop the rows that come after it."""
+        state = self._state
+        if state.is_file():
+            self.engine.load(self.folder / "checkpoints")
+            rows = json.loads(state.read_text())
+            # Several steps of the trainer may share one of the engine, whose weights they left.
+            known = [row for row in rows if row["engine_step"] == self.engine.step]
+            if not known:
+                raise UserError(f"{state} tells nothing of engine step {self.engine.step}")
+            newest = max(known, key=lambda row: row["step"])
+            self.step, self.evaluated = newest["step"], newest["evaluated"]
+            self.saved = self.step
+        if self.writes:
+            drop_rows_after(self.folder / "metrics.jsonl", self.step)
+        dist.barrier()
+        return state.is_file()
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Write a row of metrics; it has a `step`."""
+        if not self.writes:
+            return
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+        for name, value in row.items():
+            if name != "step" and isinstance(value, int | float):
+                self._writer().add_scalar(name, value, row["step"])
+
+    def save(self) -> None:
+        """Write a checkpoint of this step; the one before stays until it is whole."""
+        checkpoints = self.folder / "checkpoints"
+        if self.writes:
+            checkpoints.mkdir(parents=True, exist_ok=True)
+            rows = json.loads(self._state.read_text()) if self._state.is_file() else []
+            row = {"step": self.step, "evaluated": self.evaluated}
+            rows = [*rows[-3:], {**row, "engine_step": self.engine.step}]
+            write_atomically(self._state, json.dumps(rows))
+        self.engine.save(checkpoints)
+        self.saved = self.step
+        if self.writes:
+            made = [*checkpoints.glob("iter_*"), *checkpoints.glob("step_*")]
+            for old in sorted(made, key=lambda folder: int(folder.name[5:]))[:-1]:
+                shutil.rmtree(old)
+        dist.barrier()
+
+    def keep_best(self, name: str, value: float) -> bool:
+        """Export the model to `best/` if `value` is the highest so far; ranks pass the same."""
+        note = self.folder / "best" / "best.json"
+        found = [None]
+        if self.writes and note.is_file():
+            before = json.loads(note.read_text())
+            # A step that comes again was left by a run that was killed after it.
+            if before["step"] < self.step and before[name] >= value:
+                found = [before]
+        dist.broadcast_object_list(found, src=0)
+        if found[0] is not None:
+            return False
+        self.engine.export(self.folder / "best")
+        if self.writes:
+            write_atomically(note, json.dumps({"step": self.step, name: value}) + "\n")
+        return True
+
+    def check_signals(self) -> None:
+        """Raise `Stopped` on all ranks if a signal has come on any."""
+        flag = torch.tensor(self._signal, device=_device())
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        if int(flag):
+            raise Stopped(int(flag))
+
+    @property
+    def _state(self) -> Path:
+        return self.folder / "checkpoints" / "trainer.json"
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._signal == signal.SIGINT == number:
+            raise KeyboardInterrupt  # the second time it is meant
+        self._signal = number
+
+    def _open(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = os.fdopen(os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT), "w")
+        except OSError as error:
+            raise UserError(
+                f"--run-dir {self.folder} cannot be written: {error.strerror}"
+            ) from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process trains in --run-dir {self.folder}") from None
+        path = self.folder / "run.json"
+        earlier = json.loads(path.read_text()) if path.is_file() else {}
+        before = earlier.get("settings", self.settings)
+        changed = sorted(
+            name
+            for name in {*before, *self.settings}
+            if before.get(name) != self.settings.get(name)
+        )
+        if changed:
+            flag = changed[0].replace("_", "-")
+            raise UserError(
+                f"--run-dir {self.folder} was begun with another --{flag} "
+                f"({before.get(changed[0])!r}, now {self.settings.get(changed[0])!r}): give it "
+                "back, or another --run-dir"
+            )
+        record = {
+            **earlier,
+            "commands": [*earlier.get("commands", []), " ".join(sys.argv)],
+            "commit": commit(),
+            "versions": versions(),
+            "world_size": dist.get_world_size(),
+            "settings": self.settings,
+        }
+        write_atomically(path, json.dumps(record, indent=1) + "\n")
+
+    def note(self, **facts: Any) -> None:
+        """Add facts to `run.json`."""
+        if self.writes:
+            path = self.folder / "run.json"
+            record = json.loads(path.read_text()) | facts
+            write_atomically(path, json.dumps(record, indent=1) + "\n")
+
+    def _writer(self) -> Any:
+        if self._board is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(
+                os.fspath(self.folder / "tensorboard"), purge_step=self.step
+            )
+        return self._board
+
+
+def _device() -> Any:
+    return torch.cuda.current_device() if dist.get_backend() == "nccl" else "cpu"

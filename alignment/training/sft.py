@@ -1,0 +1,60 @@
+"""Supervised fine-tuning on completions, in packed rows."""
+
+from collections.abc import Sequence
+from math import ceil
+
+import numpy as np
+
+from alignment.engines.batch import Batch, Sample
+from alignment.engines.protocol import Engine, negative_log_likelihood
+from alignment.training.loop import Row
+
+
+def steps_of(samples: int, batch_size: int, epochs: float) -> int:
+    """Optimizer steps of so many passes over the samples."""
+    return max(1, ceil(samples * epochs / batch_size))
+
+
+class SupervisedStep:
+    """A step of training: the next samples in the order of their epoch.
+
+    The order depends on the seed and the epoch alone, and the loss is the mean over all trained
+    tokens of the step, so that a step is the same on any number of ranks.
+    """
+
+    def __init__(
+        self, engine: Engine, samples: Sequence[Sample], batch_size: int, length: int, seed: int
+    ) -> None:
+        """See the class.
+
+        Args:
+            samples: all, the same on every rank.
+            batch_size: samples of a step, on all ranks.
+            length: of the rows that they are packed into.
+        """
+        self.engine, self.samples, self.length = engine, samples, length
+        self.batch_size, self.seed = batch_size, seed
+        self._orders: dict[int, np.ndarray] = {}
+
+    def __call__(self, step: int) -> Row:
+        """Train on the samples of a step, which count from 0."""
+        first = step * self.batch_size
+        chosen = [self._at(place) for place in range(first, first + self.batch_size)]
+        mine = chosen[self.engine.data_rank :: self.engine.data_size]
+        batch = Batch.packed(mine, self.length)
+        result = self.engine.train_step(batch, negative_log_likelihood)
+        return {
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "lr": result.lr,
+            "tokens": sum(len(sample.tokens) for sample in chosen),
+            "trained_tokens": sum(len(s.tokens) - s.prompt for s in chosen),
+            "epoch": (first + self.batch_size) / len(self.samples),
+        }
+
+    def _at(self, place: int) -> Sample:
+        epoch, index = divmod(place, len(self.samples))
+        if epoch not in self._orders:
+            order = np.random.default_rng((self.seed, epoch)).permutation(len(self.samples))
+            self._orders[epoch] = order
+        return self.samples[self._orders[epoch][index]]
