@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from megatron_ext.devices import activate
 from megatron_ext.errors import UserError, run_tool_or_ranks
+from megatron_ext.quiet import quiet_megatron
 
 # Name: a module with `main(argv)`, and what it is for. Modules are imported when they are asked
 # for, so that help does not wait for torch.
@@ -19,6 +20,7 @@ COMMANDS = {
         "alignment.judges.train",
         "a judge that says what a gold judge says (torchrun)",
     ),
+    "judge": ("alignment.judges.judge", "verdicts of a judge whose model is at hand (torchrun)"),
     "agreement": ("alignment.judges.agreement.tool", "how far two judges agree"),
 }
 
@@ -36,10 +38,13 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         return 0
     if words[0] not in COMMANDS:
         raise UserError(f"there is no tool {words[0]!r}: known are {', '.join(COMMANDS)}")
-    if words[0] in ON_RANKS:
-        activate(use_cuda=not any(word.startswith("--dry-run") for word in words))
     module, _ = COMMANDS[words[0]]
-    return importlib.import_module(module).main(words[1:])
+    if words[0] not in ON_RANKS:
+        return importlib.import_module(module).main(words[1:])
+    with quiet_megatron():
+        activate(use_cuda=not any(word.startswith("--dry-run") for word in words))
+        tool = importlib.import_module(module)
+    return tool.main(words[1:])
 
 
 def entry() -> None:

@@ -17,13 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from alignment.data.rows import RecordWriter
-from alignment.data.tokenizers import load_tokenizer
 from alignment.engines.protocol import Engine
 from alignment.judges import examples
 from alignment.judges.examples import Labelled
+from alignment.judges.form_flags import add_answer_flags, add_form_flags, form_of, judge_of
 from alignment.judges.local import JudgeForm, LocalJudge
-from alignment.judges.parsing import Parser
-from alignment.judges.prompting import judge_prompt
 from alignment.judges.rewards import judge_reward
 from alignment.judges.validation import BEST, agreement, judge_all
 from alignment.records import Pair
@@ -51,44 +49,16 @@ def main(argv: Sequence[str]) -> int:
         held_out = examples.read_labelled(
             options.validation_input, options.validation_gold, options.thinking == "none"
         )
+        if len({row.label for row in held_out} - {"tie"}) < 2:
+            raise UserError(
+                f"all {len(held_out):,} labels of --validation-gold are {held_out[0].label}: "
+                "agreement with one label has no meaning"
+            )
     form = form_of(options, isinstance(gold[0].question.item, Pair))
     form.label_tokens  # noqa: B018  (fails before anything is loaded)
     if options.stage == "sft":
         return _imitate(options, form, gold, held_out)
     return _reinforce(options, form, gold, held_out)
-
-
-def form_of(options: argparse.Namespace, pairwise: bool) -> JudgeForm:
-    """How the judge is asked and answers.
-
-    Raises:
-        UserError: the template is for something else, or the tokenizer has none of chats.
-    """
-    kind = "pairwise" if pairwise else "pointwise"
-    thinks = options.thinking != "none"
-    prompt = judge_prompt(options.template or kind, thinks)
-    if prompt.kind != kind:
-        holds = "pairs" if pairwise else "responses"
-        raise UserError(f"--template {options.template} is {prompt.kind}, not for {holds}")
-    chat_template = Path(options.chat_template) if options.chat_template else None
-    return JudgeForm(
-        prompt,
-        Parser(pairwise, thinks, options.thinking == "opened"),
-        load_tokenizer(Path(options.model), chat_template),
-        flags.template_kwargs(options),
-    )
-
-
-def judge_of(options: argparse.Namespace, engine: Engine, form: JudgeForm) -> LocalJudge:
-    """The engine's model as a judge, as it is asked when it is used."""
-    sampling = Sampling(
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.judging_temperature or 1.0,
-        greedy=options.judging_temperature == 0,
-        top_k=options.judging_top_k,
-        top_p=options.judging_top_p,
-    )
-    return LocalJudge(engine, form, options.seq_length, sampling, options.rows, form.identity)
 
 
 def _imitate(
@@ -134,7 +104,7 @@ def _reinforce(
         for r in gold
     ]
     engine = flags.engine_of(options, options.steps * options.mini_batches)
-    judge = judge_of(options, engine, form)
+    judge = judge_of(options, engine, form, form.identity)
 
     def reward(
         groups: Sequence[tuple[Task, Sequence[Rollout]]], check: Callable[[], None]
@@ -164,7 +134,7 @@ def _run(
     step_of: Callable[[Run], Callable[[int], Mapping[str, Any]]],
     told: str,
 ) -> int:
-    judge = judge_of(options, engine, form)
+    judge = judge_of(options, engine, form, form.identity)
     with Run(Path(options.run_dir), engine, _settings(options)) as run:
         run.note(judge={"identity": form.identity, "template": form.prompt.identity})
 
@@ -184,7 +154,7 @@ def _run(
         stopped = fit(run, plan, step_of(run), evaluate if held_out else None)
         if stopped:
             return 128 + stopped
-        if not held_out:
+        if not (run.folder / "best").is_dir():
             engine.export(run.folder / "best")
         if run.writes:
             print(f"the best judge is {run.folder / 'best'}", flush=True)
@@ -246,10 +216,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--gold", nargs="+", default=[], metavar="FILE", help="verdicts on them, of a gold judge")
     add("--validation-input", nargs="+", default=[], metavar="FILE", help="held-out items")
     add("--validation-gold", nargs="+", default=[], metavar="FILE", help="verdicts on them")
-    add("--template", metavar="NAME", help="of the judge's prompt: pointwise-rubric, "
-        "pairwise-rubric or a file (plain)")
-    add("--thinking", choices=["none", "asked", "opened"], default="none",
-        help="before the label, in <think>; opened: the chat template has begun it (%(default)s)")
     add = parser.add_argument_group("stage sft").add_argument
     add("--epochs", type=float, default=2.0, metavar="N", help="(%(default)s)")
     add("--max-thinking-tokens", type=int, metavar="N",
@@ -261,13 +227,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--mini-batches", type=int, default=4, metavar="N",
         help="optimizer steps on the --batch-size answers of a step (%(default)s)")
     add("--temperature", type=float, default=1.0, help="of answers in training (%(default)s)")
-    add = parser.add_argument_group("answers of a judge that thinks").add_argument
-    add("--max-new-tokens", type=int, default=4096, metavar="N", help="(%(default)s)")
-    add("--rows", type=int, default=64, metavar="N", help="asked at a time on a rank (%(default)s)")
-    add("--judging-temperature", type=float, default=0.7, help="in validation (%(default)s)")
-    add("--judging-top-k", type=int, default=20, help="in validation (%(default)s)")
-    add("--judging-top-p", type=float, default=0.95, help="in validation (%(default)s)")
     # fmt: on
+    add_form_flags(parser)
+    add_answer_flags(parser)
     flags.add_engine_flags(parser)
     flags.add_training_flags(parser, lr=1e-5, batch_size=128)
     return parser

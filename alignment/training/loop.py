@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from alignment.training.run import Run, Stopped
-from megatron_ext.errors import UserError
 from tools.progress import Progress
 
 Row = Mapping[str, Any]
@@ -54,13 +53,10 @@ def fit(
         run.log({"step": run.step, **row})
         if run.writes:
             print(f"step {run.step}: {_told(row)}", flush=True)
-        if plan.best is not None:
-            if row.get(plan.best) is None:
-                raise UserError(
-                    f"the evaluation after step {run.step} has no {plan.best}: no item has a "
-                    "judgement of both judges, or all have the same label"
-                )
-            run.keep_best(plan.best, row[plan.best])
+        # An untrained judge may not agree enough for the figure to be defined.
+        value = row.get(plan.best) if plan.best is not None else None
+        if plan.best is not None and value is not None:
+            run.keep_best(plan.best, value)
 
     shown = Progress("training", plan.steps, "steps") if run.writes else nullcontext()
     with shown as progress:
