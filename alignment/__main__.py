@@ -15,6 +15,7 @@ COMMANDS = {
         "verdicts of a judge, or responses of a policy",
     ),
     "agreement": ("alignment.judges.agreement.tool", "how far two judges agree"),
+    "evaluate": ("alignment.evaluation.tool", "policies compared by judges"),
 }
 
 
