@@ -16,6 +16,7 @@ COMMANDS = {
     ),
     "agreement": ("alignment.judges.agreement.tool", "how far two judges agree"),
     "evaluate": ("alignment.evaluation.tool", "policies compared by judges"),
+    "report": ("alignment.evaluation.report", "what a study of policies and judges found"),
 }
 
 
