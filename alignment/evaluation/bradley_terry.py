@@ -60,9 +60,7 @@ def maximum_likelihood(design: Floats, outcomes: Floats) -> Floats:
         outcomes: shares from 0 to 1, `[n]`.
     """
     while len(design):
-        # Coordinates in which no column depends on others, `[rank, columns]`.
-        _, sizes, basis = np.linalg.svd(design, full_matrices=False)
-        basis = basis[sizes > _ZERO * max(sizes[0], _ZERO)]
+        basis = _independent(design)
         weights = _newton(design @ basis.T, outcomes)
         if weights is not None:
             told = (basis**2).sum(axis=0) > 1 - _ZERO
@@ -72,10 +70,19 @@ def maximum_likelihood(design: Floats, outcomes: Floats) -> Floats:
     return np.full(design.shape[1], np.nan)
 
 
+def _independent(design: Floats) -> Floats:
+    """Coordinates in which no column depends on others, `[rank, columns]`."""
+    sizes = np.linalg.eigvalsh(design.T @ design)
+    if sizes[0] > 1e-8 * sizes[-1]:  # no need to look closer, which takes longer
+        return np.eye(design.shape[1])
+    _, sizes, basis = np.linalg.svd(design, full_matrices=False)
+    return basis[sizes > _ZERO * max(sizes[0], _ZERO)]
+
+
 def _newton(design: Floats, outcomes: Floats) -> Floats | None:
     """The maximum, or None where there is none; columns are independent."""
     weights = np.zeros(design.shape[1])
-    checked = False
+    checked, reached = False, _log_likelihood(np.zeros(len(design)), outcomes)
     for _ in range(_STEPS):
         logits = design @ weights
         if not checked and np.abs(logits).max(initial=0.0) > _SUSPICIOUS:
@@ -86,8 +93,8 @@ def _newton(design: Floats, outcomes: Floats) -> Floats | None:
         slope = design.T @ (outcomes - wins)
         curvature = (design * (wins * (1 - wins))[:, None]).T @ design
         step = np.linalg.lstsq(curvature, slope)[0]
-        before = _log_likelihood(logits, outcomes) - 1e-12 * len(outcomes)
-        while _log_likelihood(design @ (weights + step), outcomes) < before:
+        least = reached - 1e-12 * len(outcomes)
+        while (reached := _log_likelihood(design @ (weights + step), outcomes)) < least:
             step = step / 2
         weights = weights + step
         if np.abs(step).max(initial=0.0) < _ZERO:

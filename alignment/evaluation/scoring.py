@@ -202,7 +202,9 @@ class _Fits:
         if isinstance(self._last, Undefined):
             raise self._last
         if np.isnan(self._last[number]):
-            raise Undefined("style separates wins from losses, or goes with who wrote the response")
+            raise Undefined(
+                "style does not vary, goes with the policy, or separates wins from losses"
+            )
         return float(self._last[number])
 
     def _fit(self, places: Indices) -> Floats | Undefined:

@@ -61,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for judge in judges:
         for kind in judge.kinds:
             file = Path(options.output) / f"{_plain(judge.name)}.{kind}.jsonl"
+            judge.options.overwrite = options.overwrite
             if code := _ask(judge.options, kind, file):
                 return code
             files[judge.name, kind] = [file]

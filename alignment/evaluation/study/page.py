@@ -26,7 +26,8 @@ from tools.page import document, picture, table
 _STYLE = f"""
 img {{ width: auto; max-width: 100%; }}
 .wide table {{ white-space: nowrap; }}
-.wide td:first-child {{ white-space: normal; min-width: 9rem; }}
+.wide th {{ white-space: normal; vertical-align: bottom; }}
+.wide td:first-child {{ white-space: normal; min-width: 12rem; }}
 {samples.STYLE}"""
 _INTERVALS = (
     "In brackets and shaded: 95 % t-intervals of the mean over seeds; with one seed there is none."
@@ -59,6 +60,10 @@ def page(study: Study, pictures: Mapping[str, Path]) -> str:
         _wide(_agreement(study)),
         "<h2>Signs of hacking</h2>",
         _wide(_hacking(study)),
+        _note(
+            "Gap: proxy - gold; its slope is a 100 steps. KL: from the start policy, nats a "
+            "response. Unrewarded: responses without a score in the last tenth of training."
+        ),
         *_monitors(study),
         "<h2>Gold against KL</h2>",
         _picture(pictures, "kl", "gold against KL from the start policy"),
@@ -116,8 +121,8 @@ def _agreement(study: Study) -> str:
 
 def _hacking(study: Study) -> str:
     header = [
-        "judge", "runs with an alarm", "first alarm", "proxy - gold, first", "last",
-        "slope at the last (a 100 steps)", "KL at the last (nats)", "unrewarded at the end",
+        "judge", "alarm", "first", "gap, first", "gap, last", "slope, last", "KL, last",
+        "unrewarded, end",
     ]  # fmt: skip
     rows = []
     for group in study.groups:
@@ -125,7 +130,7 @@ def _hacking(study: Study) -> str:
         gap = courses(group)["proxy - gold"]
         unrewarded = mean_of(tenths(run, "unrewarded")[1] for run in group.runs)
         rows.append([
-            study.label(group), f"{len(alarmed)} of {len(group.graded)}",
+            study.label(group), f"{len(alarmed)} of {len(group.graded)} runs",
             f"step {min(alarmed):,}" if alarmed else "–", gap.first.told(), gap.last.told(),
             slope(group).told(), kl(group).told(), _share(unrewarded),
         ])  # fmt: skip

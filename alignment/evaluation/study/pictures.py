@@ -62,8 +62,8 @@ def _curves(study: Study) -> Figure:
         _group(axes, group, shown)
         name = _short(group.judge, 30)
         if several:
-            name = f"{_short(group.judge, 18)} on {_short(group.policy, 14)}"
-        axes.set_title(f"{name}, n = {len(group.graded)}")
+            name = f"{_short(group.judge, 16)} on {_short(group.policy, 12)}"
+        axes.set_title(f"{name}, n = {len(group.graded)}", fontsize=10)
         axes.tick_params(labelbottom=True)
         axes.set_xlabel("step")
         if place[1] == 0:

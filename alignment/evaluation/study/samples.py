@@ -1,6 +1,7 @@
 """Responses of a policy before and after training, side by side. All text in them is untrusted."""
 
 import html
+import unicodedata
 from collections.abc import Sequence
 
 from alignment.evaluation.study.runs import Group, Run, Sample, Study
@@ -69,7 +70,7 @@ def _gap(sample: Sample) -> float:
 def _pair(start: Sample, end: Sample) -> str:
     prompt = "\n".join(f"{role}: {text}" for role, text in start.messages)
     return (
-        f'<div class="said prompt">{html.escape(prompt)}</div>'
+        f'<div class="said prompt">{_text(prompt)}</div>'
         f'<div class="sides">{_side("start", start)}{_side("end", end)}</div>'
     )
 
@@ -79,9 +80,21 @@ def _side(name: str, sample: Sample) -> str:
         f"{role.replace('_', ' ')} {'no judgement' if score is None else f'{score:.2f}'}"
         for role, score in sample.scores.items()
     )
-    flags = "".join(f'<span class="flag">{html.escape(flag)}</span>' for flag in sample.flags)
+    flags = "".join(f'<span class="flag">{_text(flag)}</span>' for flag in sample.flags)
     return (
         f"<div><b>{name}</b>, step {sample.step:,}: {html.escape(scores)}"
         f"<div>{flags or 'no flags'}</div>"
-        f'<div class="said">{html.escape(sample.response)}</div></div>'
+        f'<div class="said">{_text(sample.response)}</div></div>'
     )
+
+
+def _text(text: str) -> str:
+    """Escaped, with what would be invisible, or turn letters around, as its number."""
+    shown = (f"\\u{ord(c):04x}" if _hidden(c) else c for c in text)
+    return html.escape("".join(shown))
+
+
+def _hidden(character: str) -> bool:
+    # The joiner of emoji is of use.
+    kind = unicodedata.category(character)
+    return (kind == "Cf" and character != "\u200d") or (kind == "Cc" and character not in "\n\t")

@@ -144,7 +144,7 @@ def test_runs_that_are_not_whole_are_shown_as_such(tmp_path: Path) -> None:
     write_run(tmp_path / names[2], "label", 2, [s for s in STEPS if s not in (40, 60)], changes)
     write_run(tmp_path / names[3], "label", 3, [0, 20], changes)
     (tmp_path / names[3] / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "lo')
-    write_index(tmp_path, [entry("label", seed) for seed in range(5)])
+    write_index(tmp_path, [*(entry("label", seed) for seed in range(5)), entry("thinking", 0)])
     rows = [json.loads(line) for line in (tmp_path / names[0] / "metrics.jsonl").open()]
     for row in rows:
         if row["step"] == 20 and "grade/gold" in row:
@@ -158,9 +158,11 @@ def test_runs_that_are_not_whole_are_shown_as_such(tmp_path: Path) -> None:
     assert state[names[3]] == ["–", "0", "no grading yet"]
     assert state[names[4]] == ["–", "0", "not begun"]
     assert opening(page) == (
-        "Of 1 judge: proxy and gold part under label. 5 of 5 runs are not whole."
+        "Of 2 judges: proxy and gold part under label; there is nothing to compare yet under "
+        "thinking. 6 of 6 runs are not whole."
     )
     assert sentences(page)[0].startswith("label (3 seeds): ")
+    assert sentences(page)[1] == "thinking (0 seeds): no run has two gradings to compare."
 
 
 def test_one_run_is_a_study_of_itself(tmp_path: Path) -> None:
@@ -178,6 +180,7 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     page = reported(tmp_path)
     assert "<script" not in page and "<img src=x" not in page and "<b>label" not in page
     assert "<i>" not in page and "&lt;script&gt;" in page and "\\ud83d" in page
+    assert "\u202e" not in page and "\\u202e" in page
     assert not re.search(r"""(src|href)=["']?(https?:)?//""", page)
     assert "script-src" not in page  # so that nothing of the page may run, were it markup
     # Escaping alone has to do, too.
