@@ -25,25 +25,21 @@ def strengths(
     """Logits of beating the baseline at equal style, `[count]`, then weights of style, `[k]`.
 
     Plus or minus infinity is a policy that won, or lost, every comparison. NaN is what the
-    comparisons do not tell: style and policy cannot be told apart, or a weight grows without end.
+    comparisons do not tell: a policy has none, style and policy cannot be told apart, or a weight
+    grows without end.
 
     Args:
         policies: whose comparison it is, from 0, `[n]`.
         outcomes: from 0, lost, to 1, won, `[n]`.
         style: of each comparison, `[n, k]`.
-
-    Raises:
-        Undefined: a policy has no comparison.
     """
     style = np.empty((len(outcomes), 0)) if style is None else style
     found = np.full(count + style.shape[1], np.nan)
     for policy in range(count):
         own = outcomes[policies == policy]
-        if not own.size:
-            raise Undefined("a policy has no comparison that was judged")
-        if own.min() == own.max() and own[0] in (0.0, 1.0):
+        if own.size and own.min() == own.max() and own[0] in (0.0, 1.0):
             found[policy] = np.inf if own[0] else -np.inf
-    kept = np.flatnonzero(np.isnan(found[:count]))
+    kept = np.intersect1d(np.flatnonzero(np.isnan(found[:count])), policies)
     if kept.size:
         rows = np.isin(policies, kept)
         design = np.hstack([policies[rows, None] == kept, style[rows]]).astype(float)

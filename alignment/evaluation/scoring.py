@@ -202,6 +202,9 @@ class _Fits:
         if isinstance(self._last, Undefined):
             raise self._last
         if np.isnan(self._last[number]):
+            own = places[self._policies[places] == number]
+            if number < self._count and np.isnan(self._outcomes[own]).all():
+                raise Undefined("no comparison that was judged")
             raise Undefined(
                 "style does not vary, goes with the policy, or separates wins from losses"
             )

@@ -149,6 +149,29 @@ def test_a_policy_that_always_wins_has_a_limit_and_its_rule_is_told(
     assert "∞" in capsys.readouterr().out
 
 
+def test_a_policy_without_a_judgement_takes_no_figure_from_others(
+    tmp_path: Path, files: list[str]
+) -> None:
+    out = tmp_path / "out"
+    main(["--responses", *files, "--baseline", files[0], "--output", str(out)])
+    verdicts = []
+    for i, pair in enumerate(read_all(out / "pairs.jsonl", Pair)):
+        for swapped in (False, True):
+            side = Side.FIRST if i % 3 else Side.SECOND
+            verdicts.append(
+                Verdict(pair.id, Outcome.PREFERENCE, None, side, swapped)
+                if pair.source == "good"
+                else Verdict(pair.id, Outcome.FAILED, swapped=swapped, reason="timed out")
+            )
+    given = write(tmp_path / "v.jsonl", verdicts)
+    of = evaluated(tmp_path, files, "--verdicts", f"j={given}")["judges"]["j"]["preferences"]
+    good, bad = of["policies"]["good"], of["policies"]["bad"]
+    assert good["strength"]["value"] == pytest.approx(logit(2 / 3))
+    assert good["controlled"]["value"] is not None
+    for kind in ("win_rate", "strength", "controlled"):
+        assert bad[kind]["value"] is None and "judged" in bad[kind]["reason"]
+
+
 def test_infinite_resamples_are_no_finite_limit() -> None:
     wins = np.ones(40)
     wins[0] = 0.0
