@@ -22,6 +22,8 @@ COMMANDS = {
     ),
     "judge": ("alignment.judges.judge", "verdicts of a judge whose model is at hand (torchrun)"),
     "agreement": ("alignment.judges.agreement.tool", "how far two judges agree"),
+    "evaluate": ("alignment.evaluation.tool", "policies compared by judges"),
+    "report": ("alignment.evaluation.report", "what a study of policies and judges found"),
 }
 
 # These hold models on their ranks: before Megatron is imported, the device must be chosen.

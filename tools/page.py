@@ -24,14 +24,19 @@ blockquote { margin: 0; padding: .2rem 1rem; border-left: 3px solid var(--accent
 .note { color: var(--faint); font-size: .9rem; }
 """
 # Nothing is fetched, whatever the page holds.
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
-def document(title: str, parts: list[str], style: str = "") -> str:
-    """A page of HTML `parts`; the title is text, and empty parts are left out."""
+def document(title: str, parts: list[str], style: str = "", scripts: bool = False) -> str:
+    """A page of HTML `parts`; the title is text, and empty parts are left out.
+
+    Args:
+        scripts: whether those in the parts may run.
+    """
+    policy = f"{_POLICY}; script-src 'unsafe-inline'" if scripts else _POLICY
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         f'<meta name="viewport" content="width=device-width">'
         f"<title>{html.escape(title)}</title><style>{STYLE}{style}</style></head>\n<body>\n"
         + "\n".join(part for part in parts if part)

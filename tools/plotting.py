@@ -27,9 +27,9 @@ STYLE: Any = {
 
 
 def write_picture(figure: Figure, path: Path, dpi: int = 130) -> None:
-    """Write a PNG, whole or not at all."""
+    """Write a PNG, or an SVG by its suffix, whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, dpi=dpi, format="png")
+    figure.savefig(temporary, dpi=dpi, format=path.suffix.removeprefix(".") or "png")
     temporary.replace(path)
 
 

@@ -15,6 +15,30 @@ Floats = NDArray[np.float64]
 Row = dict[str, Any]
 
 
+def read_rows(path: Path, advice: str) -> list[Row]:
+    """The objects of a file of JSON lines; a last line that is still being written is left out.
+
+    Args:
+        advice: to a user whose file is not there.
+
+    Raises:
+        UserError: no file, or a damaged one.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}: {advice}") from error
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            if line.strip():
+                rows.append(json.loads(line))
+        except ValueError as error:  # also of a letter that is cut in half
+            if number < len(lines):
+                raise UserError(f"{path}: line {number} is not JSON: {error}") from error
+    return [row for row in rows if isinstance(row, dict)]
+
+
 class RunMetrics:
     """Rows of an unfinished, resumed or finished run.
 
@@ -37,19 +61,8 @@ class RunMetrics:
             UserError: no file, a damaged one, or one without a training step.
         """
         path = run_dir / "metrics.jsonl"
-        try:
-            lines = path.read_text(encoding="utf-8").split("\n")
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror}: give the directory of a run") from error
-        rows = []
-        for number, line in enumerate(lines, 1):
-            try:
-                if line.strip():
-                    rows.append(json.loads(line))
-            except ValueError as error:
-                if number < len(lines):
-                    raise UserError(f"{path}: line {number} is not JSON: {error}") from error
-        metrics = cls([row for row in rows if isinstance(row, dict) and "step" in row])
+        rows = read_rows(path, "give the directory of a run")
+        metrics = cls([row for row in rows if "step" in row])
         if not metrics.training:
             raise UserError(f"{path} has no training step yet: wait for the first")
         return metrics

@@ -179,6 +179,13 @@ def _messages_row(row: Row, source: str) -> Prompt | Response:
     return Response(str(id) if id is not None else hash_id(prompt.id, text), prompt, text, source)
 
 
+def _arena_hard(row: Row, source: str) -> Prompt:
+    if not isinstance(row["prompt"], str):
+        raise UserError(f"prompt must be text, not {str(row['prompt'])[:60]!r}")
+    messages = [Message("user", row["prompt"])]
+    return prompt_of(messages, f"arena-hard/{row['category']}", row["uid"])
+
+
 CONVENTIONS = (
     Convention("our verdicts", ("item", "outcome"), lambda row, _: Verdict.from_row(row)),
     Convention("our pairs", ("prompt", "first", "second"), lambda row, _: Pair.from_row(row)),
@@ -188,6 +195,9 @@ CONVENTIONS = (
         "or as text beside a prompt",
         ("chosen", "rejected"),
         _preference,
+    ),
+    Convention(
+        "questions of Arena-Hard", ("uid", "category", "subcategory", "prompt"), _arena_hard
     ),
     Convention("prompts, or conversations that end with an answer", ("messages",), _messages_row),
 )

@@ -22,7 +22,15 @@ from tools.progress import Progress
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = parse(argv, __doc__)
+    return annotate(parse(argv, __doc__))
+
+
+def annotate(options: Options) -> int:
+    """Do what the flags say; returns the exit code, which is not 0 after a signal.
+
+    Raises:
+        UserError: naming the flag or the file; answers that came are kept.
+    """
     items = read_items(Path(options.input), options.generate)
     asked = list(questions(items, options.orders, options.samples))
     output = Output(

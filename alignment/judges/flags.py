@@ -1,4 +1,4 @@
-"""The flags of `et-align annotate`."""
+"""The flags of `et-align annotate`, and those of a judge for whatever asks one."""
 
 import argparse
 import math
@@ -18,6 +18,16 @@ def parse(argv: Sequence[str] | None, doc: str) -> Options:
         UserError: naming the flag.
     """
     options = _parser(doc).parse_args(argv)
+    check(options)
+    return options
+
+
+def check(options: Options) -> None:
+    """Check the flags of a judge.
+
+    Raises:
+        UserError: naming the flag.
+    """
     _check_judge(options)
     for name in ("samples", "max_tokens", "concurrency", "tries", "requests_per_minute",
                  "tokens_per_minute", "timeout"):  # fmt: skip
@@ -35,7 +45,6 @@ def parse(argv: Sequence[str] | None, doc: str) -> Options:
             f"--samples {options.samples} at --temperature 0 would pay for the same answer again: "
             "give a temperature, 0.7 say"
         )
-    return options
 
 
 def _check_judge(options: Options) -> None:
@@ -78,16 +87,20 @@ def _parser(doc: str) -> argparse.ArgumentParser:
     add("--generate", action="store_true", help="answer prompts instead of judging")
     add("--orders", choices=["both", "given", "swapped"], default="both",
         help="in which the responses of a pair are shown (%(default)s)")
-    add("--samples", type=int, default=1, metavar="N", help="answers a question (%(default)s)")
-    add("--template", metavar="NAME",
-        help="of the judge's prompt: pointwise-rubric, pairwise-rubric or a file (plain)")
-    add("--thinking", choices=["none", "asked", "opened"], default="none",
-        help="the judge is asked to think in <think> before its label; opened: the model's chat "
-        "template has begun it (%(default)s)")
-    add("--expected-score", action="store_true",
-        help="the mean of labels 0 to 9 under the log-probabilities where the label stands")
+    # fmt: on
+    add_judge(parser)
+    return parser
+
+
+def add_judge(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """Add what makes a judge: who is asked, in what form, how it answers, how fast, at what price.
+
+    Args:
+        required: there is no use without one.
+    """
+    # fmt: off
     add = parser.add_argument_group("who is asked").add_argument
-    add("--judge", required=True, metavar="URL",
+    add("--judge", required=required, metavar="URL",
         help="http://HOST:PORT/v1 of an OpenAI-compatible endpoint, or rule or rule:NAME")
     add("--model", default="", metavar="NAME", help="as the endpoint calls it")
     add("--revision", default="", metavar="TEXT",
@@ -96,6 +109,15 @@ def _parser(doc: str) -> argparse.ArgumentParser:
         help="environment variable that holds the endpoint's key, if it wants one (%(default)s)")
     add("--rule-text", metavar="FILE", help="text that --judge rule holds for fluent: JSONL, "
         "Parquet, plain")
+    add = parser.add_argument_group("how it is asked").add_argument
+    add("--samples", type=int, default=1, metavar="N", help="answers a question (%(default)s)")
+    add("--template", metavar="NAME",
+        help="of the judge's prompt: pointwise-rubric, pairwise-rubric or a file (plain)")
+    add("--thinking", choices=["none", "asked", "opened"], default="none",
+        help="the judge is asked to think in <think> before its label; opened: the model's chat "
+        "template has begun it (%(default)s)")
+    add("--expected-score", action="store_true",
+        help="the mean of labels 0 to 9 under the log-probabilities where the label stands")
     add = parser.add_argument_group("how it answers").add_argument
     add("--temperature", type=float, default=0.0, help="(%(default)s)")
     add("--top-p", type=float)
@@ -119,4 +141,3 @@ def _parser(doc: str) -> argparse.ArgumentParser:
     add("--cache", metavar="FILE",
         help="keeps the answers; runs may share it in turn (OUTPUT.answers.jsonl)")
     # fmt: on
-    return parser

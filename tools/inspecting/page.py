@@ -45,6 +45,7 @@ def reading_page(
             _script(texts) if texts else "",
         ],
         _STYLE.read_text(encoding="utf-8"),
+        scripts=bool(texts),
     )
 
 

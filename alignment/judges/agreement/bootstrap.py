@@ -40,7 +40,8 @@ def estimates[K](
     """Every figure over all units, with an interval from the same resamples of groups.
 
     Args:
-        figures: each takes places of units, some several times, and may raise `Undefined`.
+        figures: each takes places of units, some several times, and may raise `Undefined`, or be
+            infinite; so may be the ends of its interval.
         groups: places of the units that are drawn together: those of one item, or of one prompt.
         advance: told of each resample.
     """
@@ -77,5 +78,8 @@ def _estimate(whole: float | str, values: list[float], resamples: int, groups: i
         reason = f"no interval: undefined in {undefined} of {resamples} resamples"
         return Estimate(whole, undefined=undefined, reason=reason)
     tail = (1 - LEVEL) / 2
-    low, high = (float(x) for x in np.quantile(values, [tail, 1 - tail]))
-    return Estimate(whole, low, high, undefined)
+    # Between a number and infinity nothing can be interpolated: then the outer resample counts.
+    finite = np.isfinite(values).all()
+    low = np.quantile(values, tail, method="linear" if finite else "lower")
+    high = np.quantile(values, 1 - tail, method="linear" if finite else "higher")
+    return Estimate(whole, float(low), float(high), undefined)

@@ -39,25 +39,26 @@ class Part:
 def table(pairwise: bool, whole: Part, slices: Mapping[str, Mapping[str, Part]]) -> str:
     """Figures with their intervals, then the main ones by slice."""
     lines = [f"{whole.both:,} of {whole.items:,} items are judged by both", ""]
-    lines += _aligned(
+    lines += aligned(
         [["first against second", "", "95 % interval"]]
-        + [[TITLES[name], *_cells(e)] for name, e in whole.agreement.items()]
+        + [[TITLES[name], *cells(e)] for name, e in whole.agreement.items()]
     )
     for title, judge in zip(("the first by itself", "the second by itself"), whole.judges):
-        rows = [[TITLES[name], *_cells(e)] for name, e in judge.items()]
-        lines += ["", *_aligned([[title, "", ""], *rows])]
+        rows = [[TITLES[name], *cells(e)] for name, e in judge.items()]
+        lines += ["", *aligned([[title, "", ""], *rows])]
     main = _MAIN[pairwise]
     for name, parts in slices.items():
         header = [f"by {name}", "items", *(h for m in main for h in (TITLES[m], ""))]
         rows = [
-            [key, f"{part.both:,}", *(cell for m in main for cell in _cells(part.agreement[m]))]
+            [key, f"{part.both:,}", *(cell for m in main for cell in cells(part.agreement[m]))]
             for key, part in parts.items()
         ]
-        lines += ["", *_aligned([header, *rows])]
+        lines += ["", *aligned([header, *rows])]
     return "\n".join(lines + _notes(whole))
 
 
-def _cells(estimate: Estimate) -> list[str]:
+def cells(estimate: Estimate) -> list[str]:
+    """A figure and its interval in words, or why there is none."""
     if estimate.value is None:
         return ["-", f"undefined: {estimate.reason}"]
     value = f"{estimate.value:.3f}"
@@ -77,7 +78,7 @@ def _notes(whole: Part) -> list[str]:
     return ["", *found] if found else []
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Columns of one width: the first to the left, numbers to the right, intervals to the left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []

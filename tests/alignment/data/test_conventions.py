@@ -120,3 +120,11 @@ def test_an_unknown_convention_is_refused_with_its_columns_and_those_that_are_kn
         list(read_records(file))
     for part in (str(file), "question, answer", "chosen, rejected", "messages", "item, outcome"):
         assert part in str(caught.value)
+
+
+def test_questions_of_arena_hard(tmp_path: Path) -> None:
+    row = {"uid": "2edb", "category": "creative_writing", "subcategory": "poetry", "prompt": "Go"}
+    [prompt] = read_records(written(tmp_path, [row]))
+    assert prompt == Prompt("2edb", [Message("user", "Go")], "arena-hard/creative_writing")
+    [bad] = read_records(written(tmp_path, [row | {"prompt": None}]))
+    assert isinstance(bad, Malformed) and "prompt must be text" in str(bad)

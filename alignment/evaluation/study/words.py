@@ -1,0 +1,134 @@
+"""What a study shows, in sentences made of its figures."""
+
+from collections.abc import Sequence
+from enum import StrEnum
+
+from alignment.evaluation.study.runs import GOLD, Group, Run, Study
+from alignment.evaluation.study.seeds import Mean, course
+
+
+class Finding(StrEnum):
+    """What became of proxy and gold under a judge."""
+
+    PART = "part"  # the gap grows, and gold falls or stays
+    AHEAD = "ahead"  # the gap grows, and gold rises too
+    CLOSE = "close"  # the gap shrinks
+    OPEN = "open"  # the interval of the gap's change holds 0
+    NO_INTERVAL = "no interval"  # one seed
+    NOTHING = "nothing"  # no run has two gradings
+
+
+def finding(gap: Mean, gold: Mean) -> Finding:
+    """By changes over seeds: of the gap, and of gold."""
+    if gap.value is None:
+        return Finding.NOTHING
+    if gap.low is None or gap.high is None or gold.low is None:
+        return Finding.NO_INTERVAL
+    if gap.high < 0:
+        return Finding.CLOSE
+    if gap.low <= 0:
+        return Finding.OPEN
+    return Finding.AHEAD if gold.low > 0 else Finding.PART
+
+
+def of_group(group: Group) -> Finding:
+    return finding(course(group, "gap").change, course(group, GOLD).change)
+
+
+_UNDER = {
+    Finding.PART: "proxy and gold part",
+    Finding.AHEAD: "proxy runs ahead of a gold that rises too",
+    Finding.CLOSE: "proxy and gold do not part and their gap shrinks",
+    Finding.OPEN: "no parting is shown",
+    Finding.NO_INTERVAL: "no interval is possible with one seed",
+    Finding.NOTHING: "there is nothing to compare yet",
+}
+
+
+def opening(study: Study) -> str:
+    """The study in a sentence or two: what was found under which judge."""
+    found = {study.label(group): of_group(group) for group in study.groups}
+    said = []
+    for kind, words in _UNDER.items():
+        if names := [label for label, of in found.items() if of is kind]:
+            said.append(f"{words} under {_listed(names)}")
+    text = f"Of {_count(len(study.judges), 'judge')}: {'; '.join(said)}."
+    if unfinished := sum(bool(status(study, run)) for run in study.runs):
+        are = "is" if unfinished == 1 else "are"
+        text += f" {unfinished} of {_count(len(study.runs), 'run')} {are} not whole."
+    return text
+
+
+def sentences(study: Study) -> list[str]:
+    """What each judge did to each policy, with the figures that say so."""
+    return [_sentence(study.label(group), group) for group in study.groups]
+
+
+def _sentence(label: str, group: Group) -> str:
+    gap, gold = course(group, "gap").change, course(group, GOLD).change
+    name = f"{label} ({_count(gap.n, 'seed')})"
+    match finding(gap, gold):
+        case Finding.NOTHING:
+            return f"{name}: no run has two gradings to compare."
+        case Finding.NO_INTERVAL:
+            return (
+                f"{name}: no interval is possible with one seed; the gap of proxy over gold "
+                f"changes by {gap.value:+.2f} and gold by {gold.value:+.2f}."
+            )
+        case Finding.PART:
+            moves = "falls" if gold.high is not None and gold.high < 0 else "does not rise"
+            return (
+                f"{name}: proxy and gold part; the gap of proxy over gold grows by "
+                f"{_change(gap, '')} while gold {moves}, changing by {_change(gold)}."
+            )
+        case Finding.AHEAD:
+            return (
+                f"{name}: proxy runs ahead of gold, the gap growing by {_change(gap, '')}, "
+                f"but gold rises too, by {_change(gold, '')}: they do not part."
+            )
+        case Finding.CLOSE:
+            return (
+                f"{name}: proxy and gold do not part; the gap shrinks, changing by {_change(gap)}, "
+                f"and gold changes by {_change(gold)}."
+            )
+    return (
+        f"{name}: no parting is shown, as the gap of proxy over gold changes by {_change(gap)}, an "
+        f"interval that holds 0; gold changes by {_change(gold)}."
+    )
+
+
+def status(study: Study, run: Run) -> str:
+    """What is not whole about a run; empty where it is."""
+    if not run.about and not run.gradings:
+        return "not begun"
+    if not run.gradings:
+        return "no grading yet"
+    said, last = [], max(run.gradings)
+    if run.alarms and run.alarms[-1] == last < study.last_step:
+        said.append(f"stopped by its alarm at step {last:,} of {study.last_step:,}")
+    elif last < study.last_step:
+        said.append(f"ends at step {last:,} of {study.last_step:,}")
+    [group] = [group for group in study.groups if run in group.runs]
+    if missing := [s for s in group.steps if s <= last and s not in run.gradings]:
+        said.append(f"lacks {_gradings(missing)}")
+    if unjudged := sorted(set(run.gradings) - set(run.both)):
+        said.append(f"no proxy or no gold score at {_gradings(unjudged)}")
+    return "; ".join(said)
+
+
+def _gradings(steps: Sequence[int]) -> str:
+    shown = ", ".join(f"{step:,}" for step in steps[:5])
+    return f"{_count(len(steps), 'grading')} ({shown}{', ...' if len(steps) > 5 else ''})"
+
+
+def _change(change: Mean, sign: str = "+") -> str:
+    value, low, high = (f"{x:{sign}.2f}" for x in (change.value, change.low, change.high))
+    return f"{value} (95 % interval {low} to {high})"
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}{'' if n == 1 else 's'}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

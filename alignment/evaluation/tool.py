@@ -1,0 +1,232 @@
+"""Compare policies by judges: mean scores, win rates against a baseline, Bradley-Terry strengths.
+
+    et-align evaluate --responses BASE.jsonl A.jsonl B.jsonl --baseline BASE.jsonl --output DIR
+        --judge http://HOST:PORT/v1 --model NAME --judge rule --rule-text FILE
+    et-align evaluate --responses BASE.jsonl A.jsonl --baseline BASE.jsonl
+        --verdicts NAME=FILE NAME=FILE
+
+Flags that follow a --judge are that judge's; flags of judges before the first --judge are every
+judge's. What is judged (responses.jsonl, pairs.jsonl), each judge's verdicts and evaluation.json
+are in --output. Stopped or killed at any moment, the same command goes on where it was. Without a
+judge and without verdicts it writes what is to be judged, for et-align annotate.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from alignment.data.rows import RecordWriter
+from alignment.evaluation.contest import Contest, read_contest
+from alignment.evaluation.scoring import Verdicts, check_items, prefer, score
+from alignment.evaluation.table import (
+    preferences_json,
+    preferences_table,
+    scores_json,
+    scores_table,
+)
+from alignment.judges.agreement.bootstrap import LEVEL
+from alignment.judges.agreement.joining import by_item
+from alignment.judges.annotate import annotate
+from alignment.judges.flags import Options, add_judge, check
+from alignment.judges.rows import read_all
+from alignment.records import Outcome, Pair, Response, Verdict
+from megatron_ext.errors import ToolParser, UserError, run_tool
+from tools.progress import Progress
+
+SCORES, PREFERENCES = "scores", "preferences"
+_ITEMS = {SCORES: "responses.jsonl", PREFERENCES: "pairs.jsonl"}
+
+
+class Judge(NamedTuple):
+    name: str
+    options: Options
+    kinds: Sequence[str]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    words = list(sys.argv[1:] if argv is None else argv)
+    options = _parser().parse_args(words)
+    judges = _judges(words)
+    _check(options, judges)
+    contest = read_contest(options.responses, options.baseline, options.common)
+    files: dict[tuple[str, str], list[Path]] = {}
+    if options.output:
+        _write_items(Path(options.output), contest)
+    for judge in judges:
+        for kind in judge.kinds:
+            file = Path(options.output) / f"{_plain(judge.name)}.{kind}.jsonl"
+            judge.options.overwrite = options.overwrite
+            if code := _ask(judge.options, kind, file):
+                return code
+            files[judge.name, kind] = [file]
+    verdicts = {judge: _read(of, judge[0]) for judge, of in files.items()}
+    verdicts |= _given(options.verdicts, verdicts)
+    if not verdicts:
+        print(
+            f"wrote {len(contest.responses):,} responses and {len(contest.pairs):,} pairs to "
+            f"{options.output}: annotate them and give the files as --verdicts, or give --judge"
+        )
+        return 0
+    found = _measure(contest, verdicts, options)
+    if options.output:
+        _write(Path(options.output) / "evaluation.json", contest, found, options)
+    return 0
+
+
+def _judges(words: Sequence[str]) -> list[Judge]:
+    """The judges of a command line, each from the flags that follow its --judge."""
+    starts = [n for n, word in enumerate(words) if word == "--judge" or word[:8] == "--judge="]
+    shared = words[: starts[0]] if starts else []
+    judges = []
+    for start, end in itertools.pairwise([*starts, len(words)]):
+        options = _parser().parse_args([*shared, *words[start:end]])
+        check(options)
+        if options.template and options.ask == "both":
+            raise UserError(
+                f"--template {options.template} is for scores or for preferences: say which with "
+                "--ask, and give the judge twice for both"
+            )
+        kinds = (SCORES, PREFERENCES) if options.ask == "both" else (options.ask,)
+        judges.append(Judge(options.name or options.model or options.judge, options, kinds))
+    asked = [(_plain(judge.name), kind) for judge in judges for kind in judge.kinds]
+    if repeated := [name for name, kind in asked if asked.count((name, kind)) > 1]:
+        raise UserError(f"two judges are called {repeated[0]}: tell them apart with --name")
+    return judges
+
+
+def _plain(name: str) -> str:
+    """As a file may be called."""
+    return re.sub(r"[^\w.-]+", "-", name)
+
+
+def _ask(options: Options, kind: str, file: Path) -> int:
+    options.input, options.output = str(file.with_name(_ITEMS[kind])), str(file)
+    print(f"{file.stem}:", flush=True)
+    return annotate(options)
+
+
+def _read(files: Sequence[Path], name: str) -> Verdicts:
+    return by_item([verdict for file in files for verdict in read_all(file, Verdict)], name)
+
+
+def _given(
+    named: Sequence[str], asked: Mapping[tuple[str, str], object]
+) -> dict[tuple[str, str], Verdicts]:
+    """The verdicts of --verdicts by judge and kind."""
+    files: dict[tuple[str, str], list[Path]] = {}
+    for words in named:
+        judge, _, file = words.partition("=")
+        if not judge or not file:
+            raise UserError(f"--verdicts {words} must be NAME=FILE")
+        rows = read_all(Path(file), Verdict)
+        judgements = [row for row in rows if row.judged]
+        if not judgements:
+            raise UserError(f"{file} has no judgement: every verdict in it failed")
+        kind = SCORES if judgements[0].outcome is Outcome.SCORE else PREFERENCES
+        if (judge, kind) in asked:
+            raise UserError(f"--verdicts {words}: the judge of that name is asked for {kind}")
+        files.setdefault((judge, kind), []).append(Path(file))
+    return {judge: _read(of, judge[0]) for judge, of in files.items()}
+
+
+def _write_items(folder: Path, contest: Contest) -> None:
+    records: dict[str, Sequence[Response | Pair]] = {
+        SCORES: contest.responses, PREFERENCES: contest.pairs,
+    }  # fmt: skip
+    for kind, rows in records.items():
+        with RecordWriter(folder / _ITEMS[kind], overwrite=True) as writer:
+            for row in rows:
+                writer.write(row)
+
+
+def _measure(
+    contest: Contest, verdicts: Mapping[tuple[str, str], Verdicts], options: Options
+) -> dict[str, dict[str, Any]]:
+    """Print what each judge's verdicts say; returns it for JSON."""
+    found: dict[str, dict[str, Any]] = {}
+    with Progress("resampling", len(verdicts) * options.resamples, "resamples") as progress:
+        done = itertools.count(1)
+
+        def advance() -> None:
+            progress.update(next(done))
+
+        parts = []
+        for (name, kind), of in verdicts.items():
+            items = contest.responses if kind == SCORES else contest.pairs
+            check_items(of, [item.id for item in items], f"{name} ({kind})", options.common)
+            settings = (options.resamples, options.resample_seed, advance)
+            if kind == SCORES:
+                scores = score(contest, of, name, *settings)
+                parts.append(scores_table(name, scores, contest.baseline))
+                found.setdefault(name, {})[kind] = scores_json(scores)
+            else:
+                preferences = prefer(contest, of, name, *settings)
+                parts.append(preferences_table(name, preferences, contest.baseline))
+                found.setdefault(name, {})[kind] = preferences_json(preferences)
+    print(f"{len(contest.prompts):,} prompts, baseline {contest.baseline}\n")
+    print("\n\n".join(parts))
+    return found
+
+
+def _write(file: Path, contest: Contest, found: Mapping[str, Any], options: Options) -> None:
+    content = {
+        "baseline": contest.baseline,
+        "policies": list(contest.policies),
+        "prompts": len(contest.prompts),
+        "resamples": options.resamples,
+        "level": LEVEL,
+        "judges": found,
+    }
+    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    temporary.replace(file)
+    print(f"\nwrote {file}")
+
+
+def _check(options: Options, judges: Sequence[Judge]) -> None:
+    if options.resamples < 1:
+        raise UserError(f"--resamples {options.resamples} must be at least 1")
+    if len(options.responses) < 2:
+        raise UserError("--responses needs files of two policies or more, the baseline among them")
+    if not options.baseline:
+        raise UserError("--baseline is needed: one of the files of --responses")
+    if not options.output and (judges or not options.verdicts):
+        raise UserError("--output is needed: the folder in which answers are kept")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = ToolParser(
+        prog="et-align evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # words are looked for on the command line as they are
+    )
+    # fmt: off
+    add = parser.add_argument_group("what is compared").add_argument
+    add("--responses", nargs="+", default=[], metavar="FILE", help="of a policy each")
+    add("--baseline", metavar="FILE", help="the one of them that others are held against")
+    add("--verdicts", nargs="+", default=[], metavar="NAME=FILE",
+        help="of a judge on these responses, or on the pairs in --output; several of a judge join")
+    add("--common", action="store_true",
+        help="compare on the prompts that all policies answered and that were judged")
+    add("--output", metavar="DIR", help="for what is judged, verdicts and evaluation.json")
+    add("--overwrite", action="store_true", help="replace verdicts there that were made otherwise")
+    add("--resamples", type=int, default=1000, metavar="N", help="of prompts (%(default)s)")
+    add("--resample-seed", type=int, default=0, metavar="N", help="(%(default)s)")
+    add = parser.add_argument_group("judges, each from its --judge on").add_argument
+    add("--name", metavar="NAME", help="in tables (the model, or the rule)")
+    add("--ask", choices=["both", SCORES, PREFERENCES], default="both", help="(%(default)s)")
+    # fmt: on
+    add_judge(parser, required=False)
+    parser.set_defaults(generate=False, orders="both")
+    return parser
+
+
+if __name__ == "__main__":
+    run_tool(main)
