@@ -14,6 +14,7 @@ COMMANDS = {
         "alignment.judges.annotate",
         "verdicts of a judge, or responses of a policy",
     ),
+    "monitor": ("alignment.monitors.tool", "what games a judge in responses"),
     "agreement": ("alignment.judges.agreement.tool", "how far two judges agree"),
 }
 
