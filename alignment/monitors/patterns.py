@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-END = "\x1e"  # in folded text, in the place of the mark that ends a sentence
+# In folded text, in the place of the mark that ends a sentence: neither a letter nor white space.
+END = "\x01"
 
 _GAP = rf"[^{END}\n]{{0,60}}?"
 _SPACE = r"(?:\s{1,8}+)"
