@@ -29,6 +29,7 @@ _RUN = 4  # words of the runs whose repeats are counted
 _LEAST_RUNS = 24  # of a response that is judged by their share
 _REPEATED = 0.5
 _LOOP_WORDS = 12  # at least, that say again what was said just before, and twice at least
+_PERIODS = 3  # the most frequent distances from a run to the same run before it
 _CHARACTERS_A_WORD = 15  # beyond, the script has no spaces: its characters are taken for words
 _LOOPED = 20  # times the same few characters
 _LOOP_OF_CHARACTERS = re.compile(rf"([^\W_]{{1,10}}?)\1{{{_LOOPED - 1},}}+")
@@ -86,7 +87,7 @@ def repetition(reading: Reading) -> Evidence:
     if len(runs) >= _LEAST_RUNS and again >= _REPEATED * len(runs):
         first = runs.index(Counter(runs).most_common(1)[0][0])
         unit = (first, first + _RUN - 1)
-    elif loop := _loop(runs):
+    elif loop := _loop(words, runs):
         unit = loop
     else:
         return ()
@@ -94,17 +95,20 @@ def repetition(reading: Reading) -> Evidence:
     return (found_in(reading, (places[unit[0]][0], places[unit[1]][1])),)
 
 
-def _loop(runs: Sequence[tuple[str, ...]]) -> tuple[int, int] | None:
+def _loop(words: Sequence[str], runs: Sequence[tuple[str, ...]]) -> tuple[int, int] | None:
     """The first and last word of what is said over and over."""
     seen: dict[tuple[str, ...], int] = {}
-    period = length = 0
+    periods: Counter[int] = Counter()
     for at, run in enumerate(runs):
-        # In a loop, each run was last seen the same number of words ago.
-        ago = at - seen.get(run, at)
-        length = length + 1 if ago == period else 1
-        seen[run], period = at, ago
-        if period and length + _RUN - 1 >= max(_LOOP_WORDS, 2 * period):
-            return at - period + 1, at
+        if run in seen:
+            periods[at - seen[run]] += 1
+        seen[run] = at
+    for period, _ in periods.most_common(_PERIODS):
+        length = 0
+        for at in range(period, len(words)):
+            length = length + 1 if words[at] == words[at - period] else 0
+            if length >= max(_LOOP_WORDS, 2 * period):
+                return at - period + 1, at
     return None
 
 

@@ -33,4 +33,5 @@ class Lengths:
         middle = float(np.median(logs))
         spread = _DEVIATIONS * float(np.median(np.abs(logs - middle)))
         far = max(_SPREAD * spread, math.log(_LEAST_FACTOR))
-        return cls(math.expm1(middle), math.expm1(middle + far))
+        # Rounded, so that a length at the limit is not beyond it by an error of the logarithms.
+        return cls(round(math.expm1(middle), 6), round(math.expm1(middle + far), 6))

@@ -78,7 +78,7 @@ class Reading:
 
     def is_own(self, found: re.Match[str]) -> bool:
         """Whether a match is the response's own saying: neither quoted nor given by the prompt."""
-        if any(start < found.start() and found.end() <= end for start, end in self._quoted):
+        if any(start <= found.start() and found.end() <= end for start, end in self._quoted):
             return False
         return _squeezed(found[0]) not in _given(self.messages)
 
