@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
 import numpy as np
-from scipy import stats
 
+from alignment.judges.agreement.figures import Undefined, spearman
 from alignment.monitors.detectors import NAMES, Evidence, detect
 from alignment.monitors.lengths import Lengths
 from alignment.monitors.reading import words_of
@@ -169,16 +169,18 @@ class Monitor:
 
 
 def rank_correlation(scores: np.ndarray, words: np.ndarray) -> float | None:
-    """Spearman's, over the finite scores.
+    """Spearman's, over the finite scores; None where it has no value.
 
     Args:
         scores, words: `[responses]`.
     """
     there = np.isfinite(scores)
-    scores, words = scores[there], words[there]
-    if len(scores) < 3 or np.ptp(scores) == 0 or np.ptp(words) == 0:
+    if there.sum() < 3:
         return None
-    return float(stats.spearmanr(scores, words).statistic)
+    try:
+        return spearman(scores[there], words[there])
+    except Undefined:
+        return None
 
 
 def _length_figures(words: Sequence[int]) -> dict[str, float]:

@@ -76,7 +76,7 @@ def repetition(reading: Reading) -> Evidence:
     words, places = reading.words, None
     long = max(map(len, words), default=0) >= _LOOPED
     if long and (found := _LOOP_OF_CHARACTERS.search(reading.folded)):
-        return (found_in(reading, found.span()),)
+        return (_piece(reading, found.span()),)
     if len(reading.text) > _CHARACTERS_A_WORD * len(words):
         places = [(at, at + 1) for at, c in enumerate(reading.folded) if c.isalpha()]
         words = [reading.folded[at] for at, _ in places]
@@ -92,7 +92,7 @@ def repetition(reading: Reading) -> Evidence:
     else:
         return ()
     places = places or reading.places
-    return (found_in(reading, (places[unit[0]][0], places[unit[1]][1])),)
+    return (_piece(reading, (places[unit[0]][0], places[unit[1]][1])),)
 
 
 def _loop(words: Sequence[str], runs: Sequence[tuple[str, ...]]) -> tuple[int, int] | None:
@@ -112,7 +112,7 @@ def _loop(words: Sequence[str], runs: Sequence[tuple[str, ...]]) -> tuple[int, i
     return None
 
 
-def found_in(reading: Reading, span: tuple[int, int]) -> str:
+def _piece(reading: Reading, span: tuple[int, int]) -> str:
     return reading.text[span[0] : span[1]][:_LONGEST]
 
 

@@ -65,8 +65,8 @@ def test_a_line_uses_the_signs_and_nothing_that_folded_text_does_not_have(
     expanded = ENGLISH.expand(line)
     re.compile(expanded)
     assert "@" not in expanded and " " not in re.sub(r"\[[^\]]*\]", "", expanded)
-    literal = re.sub(r"\\.", "", line)
-    assert literal == literal.lower() and not set(literal) & set("“”’*") - {"*"}
+    assert not set(line) & set("“”‘’")
+    assert line.replace("\\A", "").replace("\\W", "").replace("\\Z", "").islower()
 
 
 def test_sections_name_detectors() -> None:
@@ -95,4 +95,4 @@ def test_folded_text_has_the_same_length(text: str) -> None:
 
 @given(st.text(alphabet=st.characters(codec="ascii")))
 def test_the_fast_way_for_ascii_gives_the_same(text: str) -> None:
-    assert fold(text) == fold(text + "é")[:-1] or text[-1:] in (".", "!", "?")
+    assert fold(text) == fold("é" + text)[1:]
