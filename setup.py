@@ -21,6 +21,7 @@ setup(
     ),
     package_data={
         "alignment.judges": ["prompts/*.txt", "prompts/answers/*.txt"],
+        "alignment.monitors": ["english.txt", "fixtures/*.jsonl"],
         "tools.inspecting": ["page.css", "page.js"],
     },
     py_modules=["pretrain_et"],

@@ -21,6 +21,7 @@ COMMANDS = {
         "a judge that says what a gold judge says (torchrun)",
     ),
     "judge": ("alignment.judges.judge", "verdicts of a judge whose model is at hand (torchrun)"),
+    "monitor": ("alignment.monitors.tool", "what games a judge in responses"),
     "agreement": ("alignment.judges.agreement.tool", "how far two judges agree"),
     "evaluate": ("alignment.evaluation.tool", "policies compared by judges"),
     "report": ("alignment.evaluation.report", "what a study of policies and judges found"),

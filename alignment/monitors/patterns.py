@@ -1,0 +1,75 @@
+"""Patterns of words, read from a file that is there to be read by people: `english.txt`."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+# In folded text, in the place of the mark that ends a sentence: neither a letter nor white space.
+END = "\x01"
+
+_GAP = rf"[^{END}\n]{{0,60}}?"
+_SPACE = r"(?:\s{1,8}+)"
+_START = rf"(?:\A|(?<=[{END}\n:]))[^\w\n]{{0,6}}"
+# Character classes and escapes stay as they are.
+_SIGN = re.compile(r"\[(?:\\.|[^\]\\])+\]|\\.|\.\.|@[a-z]+|\^| ")
+_SECTION = re.compile(r"\[([a-z_ ]+)\]")
+
+
+@dataclass(frozen=True)
+class Patterns:
+    """The sections of a file, and what they say as regular expressions over folded text."""
+
+    sections: Mapping[str, Sequence[str]]
+
+    @classmethod
+    def read(cls, path: Path) -> "Patterns":
+        sections: dict[str, list[str]] = {}
+        for line in path.read_text(encoding="utf-8").split("\n"):
+            if line.startswith("# ") or not line.strip("# "):
+                continue
+            if header := _SECTION.fullmatch(line):
+                section = sections.setdefault(header[1], [])
+            else:
+                section.append(line)
+        return cls(sections)
+
+    def expand(self, pattern: str) -> str:
+        """A line without signs of our own."""
+
+        def meaning(sign: re.Match[str]) -> str:
+            match sign[0]:
+                case "..":
+                    return _GAP
+                case " ":
+                    return _SPACE
+                case "^":
+                    return _START
+                case name if name[0] == "@":
+                    words = "|".join(self.sections[f"word {name[1:]}"])
+                    return f"(?:{self.expand(words)})"
+                case same:
+                    return same
+
+        return _SIGN.sub(meaning, pattern)
+
+    @cached_property
+    def fires(self) -> dict[str, re.Pattern[str]]:
+        """By detector, any of its patterns."""
+        names = [name for name in self.sections if " " not in name or name.endswith(" anywhere")]
+        return {name.partition(" ")[0]: self._any_of(name) for name in names}
+
+    @cached_property
+    def asked(self) -> dict[str, re.Pattern[str]]:
+        """By detector, what a prompt says that keeps it quiet."""
+        names = [name for name in self.sections if name.endswith(" asked")]
+        return {name.partition(" ")[0]: self._any_of(name) for name in names}
+
+    def _any_of(self, section: str) -> re.Pattern[str]:
+        any_of = "|".join(map(self.expand, self.sections[section]))
+        whole = any_of if section.endswith(" anywhere") else rf"(?<!\w)(?:{any_of})(?!\w)"
+        return re.compile(whole)
+
+
+ENGLISH = Patterns.read(Path(__file__).with_name("english.txt"))
