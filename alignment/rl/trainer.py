@@ -220,8 +220,8 @@ class ReinforcementStep:
                     for (task, sample), g in zip(part, found)
                 ]
             )
-        rollouts = iter([store.rollout(task.id, sample) for task, sample in wanted])
-        return [[r for r, _ in zip(rollouts, range(size)) if r is not None] for _ in tasks]
+        kept = [[store.rollout(task.id, sample) for sample in range(size)] for task in tasks]
+        return [[rollout for rollout in group if rollout is not None] for group in kept]
 
     def _reward(
         self, tasks: Sequence[Task], sampled: Sequence[list[Rollout]], store: RolloutStore

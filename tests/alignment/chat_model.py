@@ -20,8 +20,8 @@ BRIEF = """=== user ===
 """
 
 
-def make_tokenizer(folder: Path) -> None:
-    """Bytes and the words above, each a token."""
+def make_tokenizer(folder: Path) -> int:
+    """Bytes and the words above, each a token; how many there are."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -41,6 +41,7 @@ def make_tokenizer(folder: Path) -> None:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END)
     fast.chat_template = TEMPLATE
     fast.save_pretrained(folder)
+    return len(fast)
 
 
 def make_model(folder: Path, **changes) -> None:
@@ -48,9 +49,9 @@ def make_model(folder: Path, **changes) -> None:
     import torch
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-    make_tokenizer(folder)
+    size = make_tokenizer(folder)
     settings = {
-        "vocab_size": 400,
+        "vocab_size": size,
         "hidden_size": 64,
         "intermediate_size": 128,
         "num_hidden_layers": 2,
