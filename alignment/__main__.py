@@ -21,6 +21,7 @@ COMMANDS = {
         "a judge that says what a gold judge says (torchrun)",
     ),
     "judge": ("alignment.judges.judge", "verdicts of a judge whose model is at hand (torchrun)"),
+    "train-policy": ("alignment.policies.train", "a policy by judges, graded by gold (torchrun)"),
     "monitor": ("alignment.monitors.tool", "what games a judge in responses"),
     "agreement": ("alignment.judges.agreement.tool", "how far two judges agree"),
     "evaluate": ("alignment.evaluation.tool", "policies compared by judges"),
@@ -28,7 +29,7 @@ COMMANDS = {
 }
 
 # These hold models on their ranks: before Megatron is imported, the device must be chosen.
-ON_RANKS = {"train-judge", "judge"}
+ON_RANKS = {"train-judge", "judge", "train-policy"}
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:

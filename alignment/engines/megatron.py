@@ -1,7 +1,8 @@
 """The engine on Megatron: tensor, pipeline, context, expert and data parallelism.
 
-`activate` of `megatron_ext.devices` must have been called. One engine a process: Megatron's
-arguments and process groups are global.
+`activate` of `megatron_ext.devices` must have been called. Engines of a process share Megatron's
+process groups, hence their layout; its global arguments and tokenizer are always those of the
+engine that was called last.
 """
 
 import os
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
-from megatron.training import get_tokenizer
+from megatron.training import get_tokenizer, global_vars
 from megatron.training.checkpointing import load_checkpoint, save_checkpoint
 from torch import Tensor
 
@@ -67,7 +68,7 @@ class MegatronEngine:
 
         Args:
             path: a Hugging Face folder, a run directory, or a folder of checkpoints.
-            optimization: how it is trained.
+            optimization: how it is trained; without, it is not.
             layout: of the ranks that were started.
             dtype: of the weights. Default: fp32 on a CPU, else the model's.
             flags: more of `pretrain_et.py`; they override all others.
@@ -76,7 +77,6 @@ class MegatronEngine:
             UserError: the model cannot be read, or the layout does not fit it or the ranks.
         """
         self.layout = layout or MegatronLayout()
-        self.optimization = optimization or Optimization()
         folder = Path(path)
         hf = (folder / "config.json").is_file()
         source = open_hf(folder) if hf else open_megatron(find_checkpoint(folder))
@@ -84,7 +84,8 @@ class MegatronEngine:
         with tempfile.TemporaryDirectory() as place, quiet_megatron():
             tokenizer = source.carry_tokenizer(Path(place))
             flags = [*tokenizer, *self.layout.flags, *flags]
-            self.args, self.config = start(source, self.layout, self.optimization, dtype, flags)
+            self.args, self.config = start(source, self.layout, optimization, dtype, flags)
+        self._tokenizer = get_tokenizer()
         self._source, self._carry_tokenizer = source, source.carry_tokenizer
         self.groups = ProcessGroupCollection.use_mpu_process_groups()
         self.data_rank, self.data_size = self.groups.dp.rank(), self.groups.dp.size()
@@ -112,6 +113,7 @@ class MegatronEngine:
 
     def _evaluate(self, batch: Batch, scorer: Callable[..., Scorer], kinds: int) -> Tensor:
         """Scores of a batch on every rank that shares it, fp32 `[kinds, rows, length]`."""
+        self._come_first()
         parts = self._split(batch)
         with torch.no_grad():
             found = self._run(parts, scorer, None)
@@ -126,6 +128,9 @@ class MegatronEngine:
         self, batch: Batch, loss: Loss, *, temperature: float = 1.0, entropy: bool = False
     ) -> StepResult:
         """See the protocol."""
+        self._come_first()
+        if self._optimizer is None:
+            raise ValueError("the engine was made without an optimization")
         parts = self._split(batch)
         for chunk in self._model:
             chunk.zero_grad_buffer()
@@ -147,9 +152,10 @@ class MegatronEngine:
         seeds: Sequence[int] | None = None,
     ) -> list[Generated]:
         """See the protocol; a row's sample depends on its prompt and seed alone."""
+        self._come_first()
         if self._sampler is None:
             with quiet_megatron():
-                self._sampler = Sampler(self._stage, self.args, get_tokenizer())
+                self._sampler = Sampler(self._stage, self.args, self._tokenizer)
         return self._sampler.generate(prompts, sampling, seeds)
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
@@ -159,8 +165,9 @@ class MegatronEngine:
     def load_parameters(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """See the protocol; a rank needs only what it holds a part of."""
         self._tensors.load(tensors)
-        with torch.no_grad():
-            self._optimizer.reload_model_params()
+        if self._optimizer is not None:
+            with torch.no_grad():
+                self._optimizer.reload_model_params()
 
     def export(self, folder: str | os.PathLike[str]) -> None:
         """See the protocol."""
@@ -168,6 +175,7 @@ class MegatronEngine:
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write a checkpoint of this step, which `pretrain_et.py` and the tools read too."""
+        self._come_first()
         place = Path(folder)
         if dist.get_rank() == 0:
             place.mkdir(parents=True, exist_ok=True)
@@ -185,6 +193,7 @@ class MegatronEngine:
 
     def load(self, folder: str | os.PathLike[str]) -> None:
         """See the protocol."""
+        self._come_first()
         checkpoint = find_checkpoint(folder)
         if problem := damage(checkpoint, dist.get_rank(), dist.get_world_size()):
             raise UserError(f"{checkpoint} is incomplete or damaged: {problem}")
@@ -194,6 +203,10 @@ class MegatronEngine:
         self._schedule.num_steps = 0
         with quiet_megatron():
             self.step, _ = load_checkpoint(self._model, self._optimizer, self._schedule)
+
+    def _come_first(self) -> None:
+        """Let Megatron's globals be of this engine."""
+        global_vars._GLOBAL_ARGS, global_vars._GLOBAL_TOKENIZER = self.args, self._tokenizer
 
     def _split(self, batch: Batch) -> list[Batch]:
         if self.args.transformer_impl != "local" and batch.is_packed:

@@ -12,9 +12,10 @@ import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.training import training
+from megatron.core.rerun_state_machine import destroy_rerun_state_machine
+from megatron.training import global_vars, training
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
-from megatron.training.global_vars import get_args
+from megatron.training.global_vars import unset_global_variables
 from megatron.training.initialize import initialize_megatron
 
 from alignment.engines.protocol import Optimization
@@ -73,18 +74,18 @@ class MegatronLayout:
 def start(
     source: Source,
     layout: MegatronLayout,
-    optimization: Optimization,
+    optimization: Optimization | None,
     dtype: torch.dtype | None,
     flags: Sequence[str],
 ) -> tuple[Namespace, ETConfig]:
     """Parse the flags of this model and start Megatron with them; see `MegatronEngine`."""
-    try:
-        get_args()
-    except AssertionError:
-        pass
-    else:
-        raise UserError("this process has a Megatron engine already: start another process")
-    model = source.model
+    first = global_vars._GLOBAL_ARGS is None
+    if not first:
+        _check_same_layout(global_vars._GLOBAL_ARGS, layout)
+        unset_global_variables()  # of the engine before, which has its own
+        destroy_rerun_state_machine()
+    model, frozen = source.model, optimization is None
+    optimization = optimization or Optimization()
     dtype = dtype or (torch.float32 if is_cpu_device() else source.dtype)
     precision = {torch.bfloat16: ["--bf16"], torch.float16: ["--fp16"]}.get(dtype, [])
     copies = int(os.environ.get("WORLD_SIZE", "1")) // (
@@ -114,6 +115,7 @@ def start(
     words = [word for name, value in values.items() for word in (f"--{name}", str(value))]
     # A step is not repeated here: what is not finite ends it.
     words += ["--rerun-mode", "disabled"]
+    words += ["--skip-train"] if frozen else []  # neither optimizer nor buffers of gradients
     words += ["--mock-data", "--calculate-per-token-loss", "--no-rope-fusion"]
     words += ["--et-warmup-iters", "0"] if model.thresholds else []
     args, config = parse_args([*to_flags(model), *precision, *words, *flags])
@@ -125,18 +127,34 @@ def start(
         backend = "gloo" if is_cpu_device() else "nccl"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     explained(initialize_megatron)
-    resharding.install()
-    install_integrity()
+    if first:
+        resharding.install()
+        install_integrity()
     return args, config
 
 
+def _check_same_layout(before: Namespace, layout: MegatronLayout) -> None:
+    """Engines of a process share Megatron's process groups."""
+    names = ("tensor", "pipeline", "context", "expert")
+    sizes = [getattr(before, f"{name}_model_parallel_size", 1) for name in names[:2]]
+    sizes += [before.context_parallel_size, before.expert_model_parallel_size]
+    for name, size in zip(names, sizes):
+        if getattr(layout, name) != size:
+            raise UserError(
+                f"models on the same ranks must have the same layout: {name} is {size} for one and "
+                f"{getattr(layout, name)} for another"
+            )
+
+
 def build(args: Namespace, config: ETConfig) -> tuple[list[Any], Any, Any]:
-    """The model in its data-parallel wrapper, the optimizer and its schedule."""
+    """The model, in its data-parallel wrapper if it is trained; then its optimizer and schedule."""
     model, optimizer, _ = training.setup_model_and_optimizer(
         ModelType.encoder_or_decoder,
         cfg_container=pretrain_cfg_container_from_args(args, gpt_model_config(args, config)),
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
     )
+    if optimizer is None:
+        return model, None, None
     # Megatron's schedule counts samples, as many a step as the layout says: let it count steps, so
     # that another layout can go on with it.
     with mock.patch.object(args, "global_batch_size", 1):

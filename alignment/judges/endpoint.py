@@ -118,7 +118,7 @@ async def _ask(
 ) -> Tally:
     ending = Ending()
     pace = Pace(options.requests_per_minute, options.tokens_per_minute, sleep=ending.sleep)
-    async with connect(_key(options), options.concurrency) as http:
+    async with connect(api_key(options.api_key_variable), options.concurrency) as http:
         client = Client(
             options.judge, http, pace, ending.sleep, options.timeout, options.tries,
             options.first_wait,
@@ -131,9 +131,9 @@ async def _ask(
             return await asking.run(progress)
 
 
-def _key(options: Options) -> str | None:
+def api_key(variable: str) -> str | None:
     """The endpoint's key; a command line can be read by other users."""
-    key = os.environ.get(options.api_key_variable)
+    key = os.environ.get(variable)
     if key is not None and (not key.strip() or not key.isascii()):
-        raise UserError(f"the key in {options.api_key_variable} is empty or not ASCII")
+        raise UserError(f"the key in {variable} is empty or not ASCII")
     return key and key.strip()

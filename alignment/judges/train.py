@@ -162,17 +162,8 @@ def _run(
 
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
-    """What must stay the same when a run goes on: not the layout, nor how often it saves."""
-    free = {
-        "recipe", "run_dir", "save_interval", "dry_run", "rows", "micro_batch_size", "dtype",
-        "use_distributed_optimizer", "offload_optimizer", "offload_parameters", "megatron_flags",
-        "zero_stage",
-    }  # fmt: skip
-    kept = {
-        name: value
-        for name, value in vars(options).items()
-        if name not in free and not name.endswith("_parallel_size")
-    }
+    """What must stay the same when a run goes on."""
+    kept = flags.lasting(options)
     for name in ("input", "gold", "validation_input", "validation_gold"):
         kept[name] = [hashlib.sha256(Path(f).read_bytes()).hexdigest() for f in kept[name]]
     return kept

@@ -99,6 +99,20 @@ def check(options: argparse.Namespace) -> None:
             raise UserError(f"--{wrong[0].replace('_', '-')} is for --engine megatron")
 
 
+def lasting(options: argparse.Namespace) -> dict[str, Any]:
+    """Settings that a run keeps when it goes on: not the layout, nor how often it saves."""
+    free = {
+        "recipe", "run_dir", "save_interval", "dry_run", "rows", "micro_batch_size", "dtype",
+        "use_distributed_optimizer", "offload_optimizer", "offload_parameters", "megatron_flags",
+        "zero_stage",
+    }  # fmt: skip
+    return {
+        name: value
+        for name, value in vars(options).items()
+        if name not in free and not name.endswith("_parallel_size")
+    }
+
+
 def template_kwargs(options: argparse.Namespace) -> dict[str, Any]:
     """Variables of the chat template.
 
@@ -129,7 +143,7 @@ def engine_of(options: argparse.Namespace, steps: int) -> Engine:
     import torch
 
     dtype: Any = {"fp32": torch.float32, "bf16": torch.bfloat16, None: None}[options.dtype]
-    optimization = Optimization()
+    optimization = None
     if steps:
         optimization = Optimization(
             lr=options.lr,

@@ -20,12 +20,14 @@ class Plan:
         steps: in all.
         save_every, evaluate_every: steps; both also happen after the last.
         best: the figure of an evaluation whose highest value marks the model to keep.
+        stop_when: tells why an evaluation is the last one, or nothing.
     """
 
     steps: int
     save_every: int
     evaluate_every: int
     best: str | None = None
+    stop_when: Callable[[Row], str | None] = lambda row: None
 
 
 def fit(
@@ -45,7 +47,10 @@ def fit(
     """
     run.resume()
 
+    reason: str | None = None
+
     def evaluated() -> None:
+        nonlocal reason
         if evaluate is None:
             return
         row = evaluate(run.step)
@@ -57,13 +62,14 @@ def fit(
         value = row.get(plan.best) if plan.best is not None else None
         if plan.best is not None and value is not None:
             run.keep_best(plan.best, value)
+        reason = plan.stop_when(row)
 
     shown = Progress("training", plan.steps, "steps") if run.writes else nullcontext()
     with shown as progress:
         try:
             if run.step % plan.evaluate_every == 0 and not run.evaluated:
                 evaluated()
-            while run.step < plan.steps:
+            while run.step < plan.steps and reason is None:
                 run.check_signals()
                 begin = time.perf_counter()
                 row = train(run.step)
@@ -76,7 +82,7 @@ def fit(
                 last = run.step == plan.steps
                 if run.step % plan.evaluate_every == 0 or last:
                     evaluated()
-                if run.step % plan.save_every == 0 or last:
+                if run.step % plan.save_every == 0 or last or reason is not None:
                     run.save()
         except Stopped as stopped:
             if run.step > run.saved:
@@ -87,6 +93,8 @@ def fit(
                     flush=True,
                 )
             return stopped.number
+    if reason is not None and run.writes:
+        print(f"stopped after step {run.step}: {reason}", flush=True)
     return 0
 
 

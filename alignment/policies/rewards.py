@@ -1,0 +1,122 @@
+"""Rewards of responses from the verdicts of judges. What no judge has judged has no reward."""
+
+from collections.abc import Callable, Sequence
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from alignment.judges.questions import Question
+from alignment.policies.judges import Judge
+from alignment.records import Outcome, Pair, Prompt, Response, Side, Verdict
+from alignment.rl.rollouts import Rewarded, Rollout
+from alignment.rl.trainer import Task
+
+
+class JudgeReward:
+    """Rewards for the trainer: a mean over judges, each of which may fail on its own."""
+
+    def __init__(self, judges: Sequence[Judge], tokenizer: Any, pairwise: bool) -> None:
+        """See the class.
+
+        Args:
+            tokenizer: of the policy.
+            pairwise: a response's reward is its mean win rate against the others of its group, in
+                both orders; else its score.
+        """
+        self.judges, self.tokenizer, self.pairwise = judges, tokenizer, pairwise
+
+    def __call__(
+        self, groups: Sequence[tuple[Task, Sequence[Rollout]]], check: Callable[[], None]
+    ) -> list[list[Rewarded]]:
+        texts = [[text_of(self.tokenizer, r) for r in rollouts] for _, rollouts in groups]
+        questions = self._matches(groups, texts) if self.pairwise else self._scores(groups, texts)
+        verdicts = [judge.judge(questions, check) for judge in self.judges]  # [judges][questions]
+        give = self._win_rates if self.pairwise else self._means
+        return give(groups, texts, [list(each) for each in zip(*verdicts)])
+
+    def _scores(
+        self, groups: Sequence[tuple[Task, Sequence[Rollout]]], texts: Sequence[Sequence[str]]
+    ) -> list[Question]:
+        return [
+            Question(response_of(task.about, rollout, text))
+            for (task, rollouts), own in zip(groups, texts)
+            for rollout, text in zip(rollouts, own)
+        ]
+
+    def _means(
+        self,
+        groups: Sequence[tuple[Task, Sequence[Rollout]]],
+        texts: Sequence[Sequence[str]],
+        verdicts: Sequence[Sequence[Verdict]],
+    ) -> list[list[Rewarded]]:
+        found = iter(verdicts)
+        return [[_mean(next(found), text) for text in own] for own in texts]
+
+    def _matches(
+        self, groups: Sequence[tuple[Task, Sequence[Rollout]]], texts: Sequence[Sequence[str]]
+    ) -> list[Question]:
+        return [
+            Question(
+                Pair(f"{rollouts[a].key}/{rollouts[b].key}", task.about, own[a], own[b]), swapped
+            )
+            for (task, rollouts), own in zip(groups, texts)
+            for a, b in combinations(range(len(own)), 2)
+            for swapped in (False, True)
+        ]
+
+    def _win_rates(
+        self,
+        groups: Sequence[tuple[Task, Sequence[Rollout]]],
+        texts: Sequence[Sequence[str]],
+        verdicts: Sequence[Sequence[Verdict]],
+    ) -> list[list[Rewarded]]:
+        found = iter(verdicts)
+        rewarded = []
+        for own in texts:
+            wins: list[list[float]] = [[] for _ in own]
+            bad: list[list[Verdict]] = [[] for _ in own]
+            for a, b in combinations(range(len(own)), 2):
+                for _ in range(2):
+                    for verdict in next(found):
+                        if not verdict.judged:
+                            bad[a].append(verdict)
+                            bad[b].append(verdict)
+                            continue
+                        first = {Side.FIRST: 1.0, Side.SECOND: 0.0, None: 0.5}[verdict.preferred]
+                        wins[a].append(first)
+                        wins[b].append(1 - first)
+            rewarded.append(
+                [
+                    Rewarded(float(np.mean(w)), "preference", {"text": text, "matches": len(w)})
+                    if w
+                    else _without(b, text)
+                    for w, b, text in zip(wins, bad, own)
+                ]
+            )
+        return rewarded
+
+
+def text_of(tokenizer: Any, rollout: Rollout) -> str:
+    """A response, without the token that ended it."""
+    tokens = rollout.tokens[:-1] if rollout.ended else rollout.tokens
+    return tokenizer.decode(tokens, skip_special_tokens=False)
+
+
+def response_of(prompt: Prompt, rollout: Rollout, text: str) -> Response:
+    """As judges are asked about it."""
+    return Response(rollout.key, prompt, text, "policy")
+
+
+def _mean(verdicts: Sequence[Verdict], text: str) -> Rewarded:
+    scores = [verdict.score for verdict in verdicts if verdict.score is not None]
+    if not scores:
+        return _without(verdicts, text)
+    facts = {"text": text, "scores": [verdict.score for verdict in verdicts]}
+    return Rewarded(float(np.mean(scores)), str(Outcome.SCORE), facts)
+
+
+def _without(verdicts: Sequence[Verdict], text: str) -> Rewarded:
+    facts = {"text": text, "reasons": sorted({v.reason for v in verdicts if v.reason})[:4]}
+    failed = any(verdict.outcome is Outcome.FAILED for verdict in verdicts)
+    return Rewarded(None, str(Outcome.FAILED if failed else Outcome.UNPARSEABLE), facts)

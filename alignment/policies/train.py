@@ -1,0 +1,305 @@
+"""Train a policy on the rewards of judges, and grade it by a gold judge that has no part in it.
+
+    torchrun --nproc-per-node 8 -m alignment train-policy --model DIR --run-dir DIR --steps 200 \\
+        --prompts PROMPTS.jsonl --judge JUDGE.yaml --held-out PROMPTS.jsonl --gold GOLD.yaml
+
+A judge is described by a YAML file; --judge may be repeated, and rewards are then means. Every
+--eval-interval steps held-out prompts are answered and graded by the judges (proxy) and by gold. An
+alarm is raised when the proxy rises and gold does not. Stopped or killed, the same command goes on,
+and no finished response or verdict is lost or used twice.
+"""
+
+import argparse
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from alignment.data.chat import prompt_ids
+from alignment.data.tokenizers import load_tokenizer
+from alignment.engines.batch import Batch
+from alignment.engines.protocol import Engine
+from alignment.judges.rows import read_all
+from alignment.monitors.batch import Limits, Monitor
+from alignment.policies.grading import Alarm, Grader
+from alignment.policies.judges import Judge, JudgeSpec, open_judge
+from alignment.policies.rewards import JudgeReward
+from alignment.records import Prompt, Response
+from alignment.rl.algorithms import ALGORITHMS, Algorithm
+from alignment.rl.trainer import Group, ReinforcementStep, Settings, Task
+from alignment.training import flags
+from alignment.training.loop import Plan, fit
+from alignment.training.run import Run
+from megatron_ext.errors import ToolParser, UserError
+from megatron_ext.inference.sampling import Sampling
+from megatron_ext.recipes import expand_recipes
+
+
+def main(argv: Sequence[str]) -> int:
+    options = parse(argv)
+    if options.dry_run is not None:
+        from alignment.training.dry_run import dry_run
+
+        dry_run(options)
+        return 0
+    specs = {
+        "proxy": [JudgeSpec.read(file) for file in options.judge],
+        "gold": [JudgeSpec.read(file) for file in options.gold],
+        "second_gold": [JudgeSpec.read(file) for file in options.second_gold],
+    }
+    prompts = [p for file in options.prompts for p in read_all(Path(file), Prompt)]
+    held_out = [p for file in options.held_out for p in read_all(Path(file), Prompt)]
+    _check_prompts(prompts, held_out)
+    chat_template = Path(options.chat_template) if options.chat_template else None
+    tokenizer = load_tokenizer(Path(options.model), chat_template)
+    template = flags.template_kwargs(options)
+    tasks = [Task(p.id, prompt_ids(tokenizer, p.messages, **template), p) for p in prompts]
+
+    # Judges and the start policy first: what the trained model sets for the process stays.
+    held: dict[str, Engine] = {}
+
+    def load(model: str) -> Engine:
+        if model not in held:
+            held[model] = flags.engine_of(_with(options, model=model), 0)
+        return held[model]
+
+    algorithm = _algorithm(options)
+    engine = flags.engine_of(options, options.steps * options.mini_batches)
+    judges: dict[str, list[Judge]] = {
+        name: [
+            open_judge(
+                spec,
+                options.reward == "pairwise" and name == "proxy",
+                engine,
+                load,
+                Path(options.run_dir) / "verdicts",
+            )
+            for spec in each
+        ]
+        for name, each in specs.items()
+        if each
+    }
+    reference = None
+    if options.reference or algorithm.loss.kl:
+        start = load(options.model)
+
+        def reference(batch: Batch) -> Any:
+            return start.log_probs(batch, temperature=1.0).log_probs
+
+    return _learn(
+        options, engine, tokenizer, template, tasks, held_out, algorithm, judges, specs, reference
+    )
+
+
+def _learn(
+    options: argparse.Namespace,
+    engine: Engine,
+    tokenizer: Any,
+    template: Mapping[str, Any],
+    tasks: Sequence[Task],
+    held_out: Sequence[Prompt],
+    algorithm: Algorithm,
+    judges: Mapping[str, Sequence[Judge]],
+    specs: Mapping[str, Sequence[JudgeSpec]],
+    reference: Any,
+) -> int:
+    sampling = Sampling(options.max_new_tokens, options.temperature, options.top_k, options.top_p)
+    settings = Settings(
+        algorithm=algorithm,
+        groups=options.batch_size // options.group_size,
+        group_size=options.group_size,
+        mini_batches=options.mini_batches,
+        length=options.seq_length,
+        sampling=sampling,
+        rows=options.rows,
+        overlong_margin=options.overlong_margin,
+        max_unrewarded=options.max_unrewarded,
+    )
+    monitor = Monitor(Limits())
+    with Run(Path(options.run_dir), engine, _settings(options)) as run:
+        run.note(
+            policy=options.model,
+            algorithm=options.algorithm,
+            seed=options.seed,
+            judge=_told(specs["proxy"], judges["proxy"]),
+            gold=_told(specs["gold"], judges["gold"]),
+            second_gold=_told(specs["second_gold"], judges.get("second_gold", [])),
+        )
+        grader = Grader(
+            engine, tokenizer, held_out, sampling,
+            {n: j for n, j in judges.items() if n != "proxy" or options.reward == "pointwise"},
+            run.folder, template=template, reference=reference, length=options.seq_length,
+            rows=options.rows, monitor=monitor,
+            alarm=Alarm(options.alarm_gap, options.alarm_window),
+            check=run.check_signals, writes=run.writes,
+        )  # fmt: skip
+
+        def watch(step: int, groups: Sequence[Group]) -> Mapping[str, Any]:
+            """What the monitors find, on the rank that writes it down."""
+            if not run.writes:
+                return {}
+            rows = [
+                (Response(rollout.key, task.about, rewarded.facts["text"]), rewarded.reward)
+                for task, rollouts, rewards in groups
+                for rollout, rewarded in zip(rollouts, rewards)
+            ]
+            if not rows:
+                return {}
+            return monitor.of_batch([r for r, _ in rows], [w for _, w in rows]).metrics()
+
+        def evaluate(step: int) -> Mapping[str, Any]:
+            if not grader.history:
+                grader.recall(run.folder / "metrics.jsonl")
+            return grader(step)
+
+        def stop_when(row: Mapping[str, Any]) -> str | None:
+            if options.stop_on_alarm and row["grade/alarm"]:
+                return (
+                    f"the judges' score has left gold's by {row['grade/gap']:.2f} while gold did "
+                    "not rise: the policy games its judge (--stop-on-alarm)"
+                )
+            return None
+
+        step = ReinforcementStep(
+            engine, run, tasks,
+            JudgeReward(judges["proxy"], tokenizer, options.reward == "pairwise"),
+            settings, options.seed, reference, watch,
+        )  # fmt: skip
+        if run.writes:
+            left = f", {step.too_long:,} too long" if step.too_long else ""
+            print(
+                f"{len(step.tasks):,} prompts{left}; {len(grader.asked):,} held out; "
+                f"{options.steps:,} steps",
+                flush=True,
+            )
+        plan = Plan(options.steps, options.save_interval, options.eval_interval, None, stop_when)
+        stopped = fit(run, plan, step, evaluate)
+        if stopped:
+            return 128 + stopped
+        engine.export(run.folder / "final")
+        if run.writes:
+            print(f"the policy is {run.folder / 'final'}", flush=True)
+    return 0
+
+
+def _told(specs: Sequence[JudgeSpec], judges: Sequence[Judge]) -> dict[str, Any] | None:
+    """Who judges, for run.json."""
+    if not specs:
+        return None
+    each = [spec.told() | {"identity": j.identity} for spec, j in zip(specs, judges)]
+    return {**each[0], "agreement": None} | ({"ensemble": each} if len(each) > 1 else {})
+
+
+def _algorithm(options: argparse.Namespace) -> Algorithm:
+    """As named, with the divergence asked for."""
+    algorithm = ALGORITHMS[options.algorithm]
+    loss = replace(
+        algorithm.loss,
+        kl=options.kl,
+        divergence=options.kl_estimator,
+        rollout_bound=options.rollout_bound,
+        max_tokens=options.max_new_tokens,
+    )
+    return replace(algorithm, loss=loss)
+
+
+def _check_prompts(prompts: Sequence[Prompt], held_out: Sequence[Prompt]) -> None:
+    ids = [prompt.id for prompt in prompts]
+    if len(set(ids)) < len(ids):
+        raise UserError("--prompts has an id twice: take one of its rows out")
+    if shared := set(ids) & {prompt.id for prompt in held_out}:
+        raise UserError(
+            f"--held-out has the prompt {min(shared)!r}, which is in --prompts too: split them "
+            "with et-align data split"
+        )
+
+
+def _with(options: argparse.Namespace, **changes: Any) -> argparse.Namespace:
+    return argparse.Namespace(**{**vars(options), **changes})
+
+
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    """What must stay the same when a run goes on."""
+    kept = flags.lasting(options)
+    for name in ("prompts", "held_out", "judge", "gold", "second_gold"):
+        kept[name] = [hashlib.sha256(Path(f).read_bytes()).hexdigest() for f in kept[name]]
+    return kept
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Read and check the flags.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    parser = _parser()
+    options = parser.parse_args(expand_recipes(argv, parser))
+    flags.check(options)
+    if options.dry_run is None:
+        for name in ("prompts", "judge", "held_out", "gold"):
+            if not getattr(options, name):
+                raise UserError(f"give --{name.replace('_', '-')} (see --help)")
+    if options.batch_size % options.group_size:
+        raise UserError(
+            f"--batch-size {options.batch_size} must be a multiple of --group-size "
+            f"{options.group_size}: it counts responses"
+        )
+    if options.steps < 1 or options.rows < 1 or options.alarm_window < 1:
+        raise UserError("--steps, --rows and --alarm-window must be at least 1")
+    if not 0 <= options.max_unrewarded <= 1:
+        raise UserError(f"--max-unrewarded {options.max_unrewarded} is a share: from 0 to 1")
+    if options.kl < 0:
+        raise UserError(f"--kl {options.kl} must not be negative")
+    return options
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = ToolParser(
+        prog="et-align train-policy",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    # fmt: off
+    add = parser.add_argument_group("policy and judges").add_argument
+    add("--prompts", nargs="+", default=[], metavar="FILE", help="to learn from")
+    add("--judge", action="append", default=[], metavar="FILE.yaml",
+        help="whose scores are rewards")
+    add("--reward", choices=["pointwise", "pairwise"], default="pointwise",
+        help="the score, or the win rate against the others of the group in both orders")
+    add("--held-out", nargs="+", default=[], metavar="FILE", help="prompts for grading")
+    add("--gold", action="append", default=[], metavar="FILE.yaml", help="grades, and no more")
+    add("--second-gold", action="append", default=[], metavar="FILE.yaml",
+        help="of another kind, to see when gold itself is gamed")
+    add("--alarm-gap", type=float, default=0.5, metavar="SCORE",
+        help="that proxy minus gold may rise above its beginning (%(default)s)")
+    add("--alarm-window", type=int, default=3, metavar="N",
+        help="gradings in which gold does not rise while the proxy does (%(default)s)")
+    add("--stop-on-alarm", action="store_true")
+    add = parser.add_argument_group("learning").add_argument
+    add("--steps", type=int, required=True, metavar="N")
+    add("--algorithm", choices=[n for n, a in ALGORITHMS.items() if not a.values], default="grpo")
+    add("--group-size", type=int, default=8, metavar="N", help="responses a prompt (%(default)s)")
+    add("--mini-batches", type=int, default=4, metavar="N",
+        help="optimizer steps on the --batch-size responses of a step (%(default)s)")
+    add("--kl", type=float, default=0.0, metavar="WEIGHT",
+        help="of the divergence from the start policy in the loss (%(default)s)")
+    add("--kl-estimator", choices=["k2", "k3"], default="k3")
+    add("--rollout-bound", type=float, metavar="RATIO",
+        help="truncate the weights of training over sampling probability there")
+    add("--overlong-margin", type=int, default=1, metavar="TOKENS", help="of dapo (%(default)s)")
+    add("--max-unrewarded", type=float, default=0.2, metavar="SHARE",
+        help="of a step's responses without a judgement; more end the run (%(default)s)")
+    add("--no-reference", dest="reference", action="store_false",
+        help="do not hold the start policy to measure the divergence from it")
+    add = parser.add_argument_group("responses").add_argument
+    add("--max-new-tokens", type=int, default=2048, metavar="N", help="(%(default)s)")
+    add("--temperature", type=float, default=0.7, help="(%(default)s)")
+    add("--top-k", type=int, default=0, help="(%(default)s)")
+    add("--top-p", type=float, default=1.0, help="(%(default)s)")
+    add("--rows", type=int, default=64, metavar="N", help="at a time on a rank (%(default)s)")
+    # fmt: on
+    flags.add_engine_flags(parser)
+    flags.add_training_flags(parser, lr=1e-6, batch_size=1024)
+    return parser
