@@ -76,6 +76,7 @@ def test_models_have_their_published_sizes_and_fit_their_ranks() -> None:
 
 
 def test_settings_are_the_papers() -> None:
+    from alignment.judges.judge import _parse
     from alignment.judges.train import parse
 
     both = {"lr_warmup_fraction": 0.03}
@@ -104,6 +105,11 @@ def test_settings_are_the_papers() -> None:
         options = vars(parse([*words(*recipes, "sizes/qwen3-8b"), "--dry-run", "8"]))
         assert settings == {name: options[name] for name in settings}, recipes
         assert options["megatron_flags"].startswith("--recompute")
+    for size in SIZES:  # a trained judge is asked on the same layout
+        file = str(RECIPES / "sizes" / f"{size}.yaml")
+        given = ["--input", "a.jsonl", "--output", "b.jsonl"]
+        judging = _parse(["--recipe", file, "--model", str(SHAPES / shape_of(size)), *given])
+        assert (judging.dtype, judging.rows >= 32) == ("bf16", True)
     tried = {name for recipes in expected for name in recipes} | {f"sizes/{s}" for s in SIZES}
     there = {str(file.relative_to(RECIPES).with_suffix("")) for file in RECIPES.rglob("*.yaml")}
     assert there == tried
