@@ -1,4 +1,4 @@
-"""The job scripts of judges on a real Slurm: training that is cut short, a served judge that labels."""
+"""Job scripts of judges on a real Slurm: training that is cut short, a served judge that labels."""
 
 import json
 import sys
