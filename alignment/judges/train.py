@@ -56,9 +56,22 @@ def main(argv: Sequence[str]) -> int:
             )
     form = form_of(options, isinstance(gold[0].question.item, Pair))
     form.label_tokens  # noqa: B018  (fails before anything is loaded)
+    _check_room(options, form, held_out)
     if options.stage == "sft":
         return _imitate(options, form, gold, held_out)
     return _reinforce(options, form, gold, held_out)
+
+
+def _check_room(options: argparse.Namespace, form: JudgeForm, held_out: Sequence[Labelled]) -> None:
+    """Refuse validation that can only fail: a question without room for an answer is not asked."""
+    room = options.seq_length - (options.max_new_tokens if form.parser.thinks else 1)
+    lengths = [len(form.ask(row.question)) for row in held_out]
+    if lengths and min(lengths) > room:
+        raise UserError(
+            f"every question of --validation-input has more than the {max(room, 0):,} tokens that "
+            f"--seq-length {options.seq_length} leaves beside an answer (the shortest "
+            f"{min(lengths):,}): raise it, or lower --max-new-tokens"
+        )
 
 
 def _imitate(

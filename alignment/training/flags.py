@@ -9,6 +9,7 @@ from typing import Any
 
 from alignment.engines.protocol import Engine, Optimization
 from megatron_ext.errors import UserError
+from megatron_ext.quiet import quiet_megatron
 
 
 def add_training_flags(parser: argparse.ArgumentParser, lr: float, batch_size: int) -> None:
@@ -163,7 +164,8 @@ def engine_of(options: argparse.Namespace, steps: int) -> Engine:
             options.micro_batch_size,
         )
         return DeepSpeedEngine(options.model, optimization, zero, dtype=dtype)
-    from alignment.engines.megatron import MegatronEngine
+    with quiet_megatron():
+        from alignment.engines.megatron import MegatronEngine
 
     flags = shlex.split(options.megatron_flags)
     return MegatronEngine(options.model, optimization, layout_of(options), dtype=dtype, flags=flags)

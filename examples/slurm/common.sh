@@ -46,7 +46,10 @@ record() {
 # to this script is passed on to the ranks until they have saved and ended; a tool is ended at once.
 # Sets `code`.
 on_nodes() {
-    [[ $1 == pretrain_et.py ]] && signal=USR1 || signal=TERM
+    case $* in
+        pretrain_et.py* | "-m alignment train-judge"*) signal=USR1 ;;
+        *) signal=TERM ;;
+    esac
     local command=(bash examples/torchrun/several_nodes.sh "$@") options=()
     local folder extra=${MOUNTS:-} mounts=
     for folder in "$PWD" "$(realpath "$run_dir")" ${extra//,/ }; do
@@ -65,6 +68,11 @@ on_nodes() {
         --output "$run_dir/logs/%x-%j-%N-%n.log" "${options[@]}" \
         bash -c 'NODE_RANK=$SLURM_NODEID exec "$@"' - "${command[@]}" &
     step=$!
+    await
+}
+
+# await: wait for `step`, whatever signals come meanwhile. Sets `code`.
+await() {
     while
         code=0
         wait "$step" || code=$?

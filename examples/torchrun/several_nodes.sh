@@ -3,13 +3,13 @@
 #
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=node1 examples/torchrun/several_nodes.sh PROGRAM [flags]
 #
-# PROGRAM is pretrain_et.py, or -m tools.NAME. From the environment:
+# PROGRAM is pretrain_et.py, -m tools.NAME or -m alignment NAME. From the environment:
 #   NNODES, NODE_RANK     how many nodes there are, and which of them this is, from 0
 #   MASTER_ADDR           name or address of node 0
 #   MASTER_PORT           29500; on one machine each run needs its own
 #   NPROC_PER_NODE        ranks of a node: the GPUs that Slurm or nvidia-smi shows, or 1
 #   MAX_RESTARTS          how often all ranks start again, from the newest checkpoint: 3, and 0
-#                         for a tool
+#                         for what is started by -m
 #   SAVE_SECONDS          270: how long ranks may save after SIGTERM before they are killed
 #   INTERFACE             network interface of NCCL and gloo, such as ib0; they choose otherwise
 #   NODE_ADDR             this node's own address, where its host name does not resolve
