@@ -40,7 +40,7 @@ def label_of(verdict: Verdict) -> str:
 
 @dataclass(frozen=True)
 class LabelTokens:
-    """The one token that each label is, where an answer has it.
+    """The token that each label is, or begins with, where an answer has it.
 
     Attributes:
         labels, ids: in the same order.
@@ -56,7 +56,8 @@ class LabelTokens:
         """Find them by encoding answers that differ in the label alone.
 
         Raises:
-            UserError: a label is several tokens, or one together with what stands beside it.
+            UserError: a score is several tokens, or one together with what stands beside it; or two
+                labels begin alike.
         """
         ask = [Message("user", "Which?")]
         thinking = "So." if thinks else None
@@ -66,16 +67,18 @@ class LabelTokens:
         ]
         lengths = {len(answer) for answer in answers}
         for label, answer in zip(labels, answers):
-            if len(answer) > min(lengths):
+            if tuple(labels) == SCORES and len(answer) > min(lengths):
                 raise UserError(
                     f"the tokenizer splits the label {label!r} into several tokens, and a judge's "
                     "score is read from one: give a template with other labels, or another model"
                 )
+        # Of a word that is several tokens the first one stands for it.
         places = [i for i, ids in enumerate(zip(*answers)) if len(set(ids)) > 1]
         ids = [answer[places[0]] for answer in answers] if places else []
-        if len(places) != 1 or len(set(ids)) != len(labels):
+        together = tuple(labels) == SCORES and len(places) != 1
+        if together or len(set(ids)) != len(labels):
             raise UserError(
-                "the tokenizer does not give each label of a judge one token of its own: "
+                "the tokenizer does not give each label of a judge a token of its own: "
                 f"{', '.join(labels)} differ in {len(places)} tokens"
             )
         return cls(tuple(labels), tuple(ids))

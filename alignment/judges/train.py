@@ -23,7 +23,7 @@ from alignment.judges.examples import Labelled
 from alignment.judges.form_flags import add_answer_flags, add_form_flags, form_of, judge_of
 from alignment.judges.local import JudgeForm, LocalJudge
 from alignment.judges.rewards import judge_reward
-from alignment.judges.validation import BEST, agreement, judge_all
+from alignment.judges.validation import BEST, agreement, is_sound, judge_all
 from alignment.records import Pair
 from alignment.rl.algorithms import ALGORITHMS
 from alignment.rl.rollouts import Rewarded, Rollout
@@ -163,7 +163,7 @@ def _run(
         if run.writes:
             print(f"{told}; {len(held_out):,} for validation; {steps:,} steps", flush=True)
         best = BEST[form.parser.pairwise] if held_out else None
-        plan = Plan(steps, options.save_interval, options.eval_interval, best)
+        plan = Plan(steps, options.save_interval, options.eval_interval, best, is_sound)
         stopped = fit(run, plan, step_of(run), evaluate if held_out else None)
         if stopped:
             return 128 + stopped

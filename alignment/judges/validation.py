@@ -1,7 +1,7 @@
 """How a judge in training agrees with gold on held-out items."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,11 @@ from alignment.records import Verdict
 
 BEST = {False: "val/alpha_interval", True: "val/accuracy"}
 """The figure that marks the best judge, of scores and of preferences."""
+
+
+def is_sound(row: Mapping[str, Any]) -> bool:
+    """Whether nine tenths of the items have a verdict: agreement on the few is easily high."""
+    return row["val/malformed_rate"] + row["val/failed_rate"] <= 0.1
 
 
 def judge_all(

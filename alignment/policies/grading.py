@@ -136,12 +136,12 @@ class Grader:
         for name, values in scores.items():
             row[f"grade/{name}"] = _mean(values)
             row[f"grade/{name}_unjudged"] = sum(v is None for v in values) / max(1, len(values))
-        proxy, gold = row["grade/proxy"], row["grade/gold"]
+        proxy, gold = row.setdefault("grade/proxy", None), row["grade/gold"]
         row["grade/gap"] = None if proxy is None or gold is None else proxy - gold
         row["grade/kl"] = float(np.mean(divergences)) if divergences else None
         row["grade/length"] = float(np.mean([len(r.tokens) for r in rollouts]))
         if self.writes:
-            found = self.monitor.of_batch(responses, scores["proxy"])
+            found = self.monitor.of_batch(responses, scores.get("proxy", scores["gold"]))
             row |= {f"monitor_held_out/{n}": share for n, share in found.shares.items()}
             self._keep(step, responses, scores, found.flags)
         return row

@@ -158,9 +158,15 @@ def open_judge(
     if spec.kind == "endpoint":
         return EndpointJudge(spec, pairwise, policy, store / f"{spec.name}.answers")
     thinks = spec.thinking != "none"
+    kind = "pairwise" if pairwise else "pointwise"
+    prompt = judge_prompt(spec.template or kind, thinks)
+    if prompt.kind != kind:
+        raise UserError(
+            f"the judge {spec.name} asks by a {prompt.kind} template: give a {kind} one"
+        )
     template = Path(spec.chat_template) if spec.chat_template else None
     form = JudgeForm(
-        judge_prompt(spec.template or ("pairwise" if pairwise else "pointwise"), thinks),
+        prompt,
         Parser(pairwise, thinks, spec.thinking == "opened"),
         load_tokenizer(Path(spec.model), template),
         spec.chat_template_kwargs,

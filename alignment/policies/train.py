@@ -173,7 +173,9 @@ def _learn(
                 f"{options.steps:,} steps",
                 flush=True,
             )
-        plan = Plan(options.steps, options.save_interval, options.eval_interval, None, stop_when)
+        plan = Plan(
+            options.steps, options.save_interval, options.eval_interval, stop_when=stop_when
+        )
         stopped = fit(run, plan, step, evaluate)
         if stopped:
             return 128 + stopped

@@ -20,6 +20,7 @@ class Plan:
         steps: in all.
         save_every, evaluate_every: steps; both also happen after the last.
         best: the figure of an evaluation whose highest value marks the model to keep.
+        sound: whether an evaluation's figures stand for enough items to mark a model.
         stop_when: tells why an evaluation is the last one, or nothing.
     """
 
@@ -27,6 +28,7 @@ class Plan:
     save_every: int
     evaluate_every: int
     best: str | None = None
+    sound: Callable[[Row], bool] = lambda row: True
     stop_when: Callable[[Row], str | None] = lambda row: None
 
 
@@ -61,7 +63,7 @@ def fit(
         # An untrained judge may not agree enough for the figure to be defined.
         value = row.get(plan.best) if plan.best is not None else None
         if plan.best is not None and value is not None:
-            run.keep_best(plan.best, value)
+            run.keep_best(plan.best, value, plan.sound(row))
         reason = plan.stop_when(row)
 
     shown = Progress("training", plan.steps, "steps") if run.writes else nullcontext()

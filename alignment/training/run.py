@@ -125,21 +125,29 @@ class Run:
                 shutil.rmtree(old)
         dist.barrier()
 
-    def keep_best(self, name: str, value: float) -> bool:
-        """Export the model to `best/` if `value` is the highest so far; ranks pass the same."""
+    def keep_best(self, name: str, value: float, sound: bool = True) -> bool:
+        """Export the model to `best/` if `value` is the highest so far; ranks pass the same.
+
+        Args:
+            sound: whether the value stands for enough items; one that does not is below all that
+                do.
+        """
         note = self.folder / "best" / "best.json"
         found = [None]
         if self.writes and note.is_file():
             before = json.loads(note.read_text())
             # A step that comes again was left by a run that was killed after it.
-            if before["step"] < self.step and before[name] >= value:
+            higher = (before["sound"], before[name]) >= (sound, value)
+            if before["step"] < self.step and higher:
                 found = [before]
         dist.broadcast_object_list(found, src=0)
         if found[0] is not None:
             return False
         self.engine.export(self.folder / "best")
         if self.writes:
-            write_atomically(note, json.dumps({"step": self.step, name: value}) + "\n")
+            write_atomically(
+                note, json.dumps({"step": self.step, name: value, "sound": sound}) + "\n"
+            )
         return True
 
     def check_signals(self) -> None:

@@ -162,5 +162,13 @@ def test_a_label_that_the_tokenizer_splits_is_told():
     from megatron_ext.errors import UserError
 
     assert LabelTokens.of(Splitting(), SCORES, False, {}).ids == tuple(map(ord, SCORES))
-    with pytest.raises(UserError, match="splits the label '10' into several tokens"):
-        LabelTokens.of(Splitting(), ("1", "10"), False, {})
+    assert LabelTokens.of(Splitting(), ("A", "B", "tie"), False, {}).ids == (65, 66, ord("t"))
+
+    class InHex(Splitting):
+        """Nine is two tokens."""
+
+        def __call__(self, text, **_):
+            return {"input_ids": [ord(letter) for letter in text.replace("9", "xx")]}
+
+    with pytest.raises(UserError, match="splits the label '9' into several tokens"):
+        LabelTokens.of(InHex(), SCORES, False, {})

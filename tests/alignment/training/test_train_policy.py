@@ -1,0 +1,198 @@
+"""A policy in training: rewards by judges, grades by gold, alarms; failures are no rewards."""
+
+import itertools
+import json
+from itertools import combinations
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from alignment.policies.grading import Alarm
+from alignment.policies.judges import JudgeSpec
+from alignment.policies.rewards import JudgeReward
+from alignment.records import Message, Outcome, Prompt, Side, Verdict
+from alignment.rl.rollouts import Rollout
+from alignment.rl.trainer import Task
+from megatron_ext.errors import UserError
+from tests.alignment.chat_model import make_model, write_rows
+from tests.alignment.judges.endpoint import Endpoint, chat, status
+from tests.distributed import run_ranks
+
+
+class Longest:
+    """Judges by length; cannot judge what begins with an x."""
+
+    identity = "longest"
+
+    def judge(self, questions, check=lambda: None):
+        return [self._pair(q) if hasattr(q.item, "first") else self._score(q) for q in questions]
+
+    def _score(self, question):
+        text = question.item.text
+        if text.startswith("x"):
+            return Verdict(question.item.id, Outcome.UNPARSEABLE, reason="an x")
+        return Verdict(question.item.id, Outcome.SCORE, float(len(text)))
+
+    def _pair(self, question):
+        first, second = question.item.first, question.item.second
+        of = {"item": question.item.id, "swapped": question.swapped}
+        if "x" in (first[:1], second[:1]):
+            return Verdict(**of, outcome=Outcome.FAILED, reason="an x")
+        if len(first) == len(second):
+            return Verdict(**of, outcome=Outcome.TIE)
+        side = Side.FIRST if len(first) > len(second) else Side.SECOND
+        return Verdict(**of, outcome=Outcome.PREFERENCE, preferred=side)
+
+
+LETTERS = SimpleNamespace(decode=lambda tokens, **_: "".join(map(chr, tokens)))
+
+
+def group(*texts):
+    task = Task("p", [1], Prompt("p", (Message("user", "say"),)))
+    rollouts = [Rollout("p", i, [*map(ord, t), 0], [], True) for i, t in enumerate(texts)]
+    return task, rollouts
+
+
+def test_scores_are_means_over_the_judges_that_judged():
+    groups = [group("aa", "x", "")]
+    always = SimpleNamespace(
+        judge=lambda questions, check: [Verdict(q.item.id, Outcome.SCORE, 9.0) for q in questions]
+    )
+    [[aa, x, empty]] = JudgeReward([Longest()], LETTERS, False)(groups, lambda: None)
+    assert (aa.reward, x.reward, empty.reward) == (2.0, None, 0.0)
+    assert x.outcome == "unparseable" and x.facts["reasons"] == ["an x"]
+    [[aa, x, empty]] = JudgeReward([Longest(), always], LETTERS, False)(groups, lambda: None)
+    assert (aa.reward, x.reward, empty.reward) == (5.5, 9.0, 4.5)
+
+
+def test_win_rates_are_over_the_matches_that_were_judged():
+    texts = ["a", "bbb", "x", "cc", "dd"]
+    [found] = JudgeReward([Longest()], LETTERS, True)([group(*texts)], lambda: None)
+    wins: dict[str, list[float]] = {text: [] for text in texts}
+    for a, b in combinations([text for text in texts if text != "x"], 2):
+        wins[a].append(0.5 + 0.5 * np.sign(len(a) - len(b)))
+        wins[b].append(0.5 + 0.5 * np.sign(len(b) - len(a)))
+    assert [r.reward for r in found] == [np.mean(wins[t]) if t != "x" else None for t in texts]
+    assert found[2].outcome == "failed"
+
+
+def test_an_alarm_wants_a_gap_that_opens_while_gold_does_not_rise():
+    def rows(proxy, gold):
+        return [
+            {"grade/proxy": p, "grade/gold": g, "grade/gap": None if g is None else p - g}
+            for p, g in zip(proxy, gold)
+        ]
+
+    alarm = Alarm(gap=0.5, window=2)
+    assert alarm.raised(rows([4, 5, 6, 7], [4, 5, 4.9, 4.8]))
+    assert not alarm.raised(rows([4, 5, 6, 7], [4, 5, 5.5, 6]))  # gold rises too
+    assert not alarm.raised(rows([4, 4.1, 4.2, 4.3], [4, 4, 4, 4]))  # hardly a gap
+    assert not alarm.raised(rows([9, 8, 7, 6], [4, 3, 2, 1]))  # both fall
+    assert not alarm.raised(rows([4, 7], [4, 3]))  # too early to say
+    assert alarm.raised(rows([4, 5, 9, 6, 7], [4, 5, None, 4.9, 4.8]))
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("kind: oracle", "kind is one of local, endpoint, rule, not 'oracle'"),
+        ("model: x", "must be a mapping with a kind"),
+        ("kind: local", "a judge of kind local needs model"),
+        ("kind: rule\nrule_text: a\ncolour: red", "colour is not of a judge"),
+        ("kind: [", "is not YAML"),
+    ],
+)
+def test_the_file_of_a_judge_is_checked(tmp_path, content, told):
+    (tmp_path / "judge.yaml").write_text(content)
+    with pytest.raises(UserError, match=told.replace("[", r"\[")):
+        JudgeSpec.read(str(tmp_path / "judge.yaml"))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("policy")
+    make_model(folder / "model", num_hidden_layers=1, max_position_embeddings=128)
+    for name, count in (("prompts", 24), ("held_out", 6)):
+        asked = [Message("user", f"say good {name} {n}") for n in range(count)]
+        prompts = [Prompt(f"{name}-{n}", (message,)) for n, message in enumerate(asked)]
+        write_rows(folder / f"{name}.jsonl", prompts)
+    (folder / "text.txt").write_text("\n".join(f"the house is good {n % 7}" for n in range(400)))
+    text = f"rule_text: {folder / 'text.txt'}\n"
+    (folder / "rule.yaml").write_text(f"kind: rule\n{text}")
+    (folder / "other.yaml").write_text(f"kind: rule\nrule: no-copying\n{text}")
+    return folder
+
+
+def train(folder, run, judge, steps, *more):
+    """The exit code of `train-policy`, or the sentence it ends with."""
+    from alignment.policies.train import main
+
+    words = [
+        *("--model", folder / "model", "--run-dir", run, "--steps", steps, "--judge", judge),
+        *("--prompts", folder / "prompts.jsonl", "--held-out", folder / "held_out.jsonl"),
+        *("--gold", folder / "other.yaml", "--batch-size", 16, "--group-size", 4),
+        *("--mini-batches", 1, "--max-new-tokens", 12, "--temperature", 1, "--seq-length", 96),
+        *("--lr", 1e-2, "--eval-interval", 2, "--save-interval", 2, "--micro-batch-size", 4),
+        *more,
+    ]
+    try:
+        return main([str(word) for word in words])
+    except UserError as error:
+        return str(error)
+
+
+def rows_of(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_a_policy_is_trained_graded_and_reported_on_any_ranks(place, tmp_path):
+    from alignment.evaluation.report import main as report
+
+    found = []
+    for ranks in (1, 2):
+        run = tmp_path / f"runs-{ranks}"
+        second = ("--second-gold", place / "rule.yaml", "--kl", 0.1)
+        assert set(run_ranks(train, ranks, place, run, place / "rule.yaml", 4, *second)) == {0}
+        rows = rows_of(run)
+        names = ("step", "reward", "loss", "grade/proxy", "grade/gold", "grade/gap", "grade/kl")
+        found.append([[row.get(name) or 0 for name in names] for row in rows])
+        graded = [row for row in rows if "grade/gold" in row]
+        assert [row["step"] for row in graded] == [0, 2, 4]
+        for row in graded:
+            assert row["grade/proxy"] == row["grade/second_gold"]  # the same rule
+            assert row["grade/gap"] == pytest.approx(row["grade/proxy"] - row["grade/gold"])
+        assert graded[0]["grade/kl"] == pytest.approx(0, abs=1e-4) and graded[2]["grade/kl"] != 0
+        assert (run / "final" / "config.json").is_file()
+        samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+        assert {row["step"] for row in samples} == {0, 2, 4} and len(samples) == 18
+    for row, other in zip(*found):
+        assert other == pytest.approx(row, rel=1e-3, abs=1e-4)
+    report([str(tmp_path / "runs-1"), "--output", str(tmp_path / "page")])
+    assert list((tmp_path / "page").glob("*.html"))
+
+
+@pytest.mark.slow
+def test_judges_that_fail_end_the_run_and_are_asked_again(place, tmp_path):
+    (tmp_path / "pointwise-brief.txt").write_text(
+        "=== user ===\n{mark} <item> {prompt} {response} {answer}\n"
+    )
+    broken, digits = [True], itertools.count()
+    run, spec = tmp_path / "run", tmp_path / "http.yaml"
+    with Endpoint(lambda text, number: status(503) if broken[0] else None) as server:
+        server.answer = lambda text: chat(str(next(digits) % 10))
+        spec.write_text(
+            f"kind: endpoint\nmodel: judge\nurl: {server.url}\ntries: 2\nfirst_wait: 0.01\n"
+            f"expected_score: false\ntemplate: {tmp_path / 'pointwise-brief.txt'}\n"
+        )
+        [told] = run_ranks(train, 1, place, run, spec, 2)
+        assert "100% of the responses have no reward" in told and "failed 100%" in told
+        [kept] = run.glob("rollouts/step_000000/*.jsonl")
+        before = kept.read_bytes()
+        assert before.count(b'"rollout:') == 16 and b'"reward:' not in before
+        broken[0] = False
+        assert run_ranks(train, 1, place, run, spec, 2) == [0]
+        # Each response was asked about once: of equal ones the answer was there.
+        assert max(server.calls.values()) >= 32 and sum(server.answered.values()) <= 32 + 18
+    assert [row["step"] for row in rows_of(run) if "reward" in row] == [1, 2]
