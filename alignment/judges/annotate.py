@@ -31,7 +31,7 @@ def annotate(options: Options) -> int:
     Raises:
         UserError: naming the flag or the file; answers that came are kept.
     """
-    items = read_items(Path(options.input), options.generate)
+    items = read_items(Path(options.input), options.generate or options.rubrics)
     asked = list(questions(items, options.orders, options.samples))
     output = Output(
         Path(options.output), Path(options.input), options.overwrite,
@@ -43,13 +43,13 @@ def annotate(options: Options) -> int:
     return ask_endpoint(options, asked, output)
 
 
-def read_items(path: Path, generate: bool) -> list[Item]:
-    """What is to be judged, or answered.
+def read_items(path: Path, prompts: bool) -> list[Item]:
+    """What is to be judged; or prompts, to be answered or given rubrics.
 
     Raises:
         UserError: the file holds something else.
     """
-    items: list[Item] = read_all(path, Prompt) if generate else read_all(path, Response, Pair)
+    items: list[Item] = read_all(path, Prompt) if prompts else read_all(path, Response, Pair)
     return items
 
 

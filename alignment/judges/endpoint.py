@@ -16,7 +16,8 @@ from alignment.judges.flags import Options
 from alignment.judges.form import form_for
 from alignment.judges.output import Output, counted, outcomes
 from alignment.judges.pacing import Pace
-from alignment.judges.questions import Generating, Judging, Question, Task
+from alignment.judges.prompting import judge_prompt
+from alignment.judges.questions import Generating, Judging, Question, Task, WritingRubrics
 from alignment.judges.store import AnswerStore
 from alignment.judges.used import Prices, Used
 from alignment.records import Pair
@@ -69,8 +70,8 @@ def ask_endpoint(options: Options, asked: Sequence[Question], output: Output) ->
     records = [record for record in made if record is not None]
     used = sum(map(Used.of, answers.values()), Used())
     told: dict[str, Any] = {"judge": judge, "used": used.to_json(prices)}
-    said = f"{len(records):,} responses"
-    if not options.generate:
+    said = f"{len(records):,} {'prompts with rubrics' if options.rubrics else 'responses'}"
+    if not (options.generate or options.rubrics):
         told["outcomes"], said = counted(records), outcomes(records)
     output.write(records, told)
     print(
@@ -89,6 +90,10 @@ def _judge(options: Options, pairwise: bool) -> tuple[dict[str, Any], Task]:
         "revision": options.revision,
         "sampling": asdict(_sampling(options)),
     }
+    if options.rubrics:
+        template = judge_prompt("rubric")
+        judge |= {"form": template.identity}
+        return judge, WritingRubrics(template.messages)
     if options.generate:
         return judge, Generating(options.model, _hash(judge))
     form = form_for(options, pairwise)

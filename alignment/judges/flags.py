@@ -50,7 +50,7 @@ def check(options: Options) -> None:
 def _check_judge(options: Options) -> None:
     judge = options.judge
     if judge == "rule" or judge.startswith("rule:"):
-        for name in ("model", "generate", "expected_score", "cache", "template"):
+        for name in ("model", "generate", "rubrics", "expected_score", "cache", "template"):
             if getattr(options, name):
                 flag = name.replace("_", "-")
                 raise UserError(f"--{flag} is for a judge at an address, and --judge is {judge}")
@@ -67,6 +67,10 @@ def _check_judge(options: Options) -> None:
     options.judge = judge.rstrip("/")
     if not options.model:
         raise UserError("--judge at an address needs --model: the name that the endpoint serves")
+    if options.rubrics and (options.generate or options.samples > 1 or options.template):
+        raise UserError("--rubrics goes without --generate, --template and several --samples")
+    if options.expected_score and options.rubrics:
+        raise UserError("--expected-score is for judging, and --rubrics does not judge")
     if options.expected_score and options.generate:
         raise UserError("--expected-score is for judging, and --generate does not judge")
     if options.rule_text:
@@ -81,10 +85,14 @@ def _parser(doc: str) -> argparse.ArgumentParser:
     )
     # fmt: off
     add = parser.add_argument_group("what is asked").add_argument
-    add("--input", required=True, metavar="FILE", help="responses or pairs (--generate: prompts)")
-    add("--output", required=True, metavar="FILE", help="verdicts to write (--generate: responses)")
+    add("--input", required=True, metavar="FILE",
+        help="responses or pairs (--generate, --rubrics: prompts)")
+    add("--output", required=True, metavar="FILE",
+        help="verdicts to write (--generate: responses; --rubrics: prompts)")
     add("--overwrite", action="store_true", help="replace an --output that was made otherwise")
     add("--generate", action="store_true", help="answer prompts instead of judging")
+    add("--rubrics", action="store_true",
+        help="write what a good answer to each prompt has, for judges that are shown rubrics")
     add("--orders", choices=["both", "given", "swapped"], default="both",
         help="in which the responses of a pair are shown (%(default)s)")
     # fmt: on

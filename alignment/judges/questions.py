@@ -1,7 +1,7 @@
 """What an annotation asks, and the rows that it makes of the answers."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Any, Protocol
 
@@ -11,7 +11,7 @@ from megatron_ext.errors import UserError
 
 Judgeable = Response | Pair
 Item = Prompt | Judgeable
-Made = Verdict | Response
+Made = Verdict | Response | Prompt
 
 
 @dataclass(frozen=True)
@@ -152,3 +152,30 @@ class Generating:
 
     def note(self, question: Question, answer: Answer) -> str:
         return "cut off" if answer.finish == "length" else ""
+
+
+@dataclass(frozen=True)
+class WritingRubrics:
+    """Asks a gold judge what a good answer to a prompt has.
+
+    Attributes:
+        ask: the messages for a prompt.
+    """
+
+    ask: Callable[[Prompt], Sequence[Message]]
+
+    def messages(self, question: Question) -> Sequence[Message]:
+        assert isinstance(question.item, Prompt)
+        return self.ask(question.item)
+
+    def record(self, question: Question, answer: Answer | None, reason: str = "") -> Prompt | None:
+        """The prompt with the rubric in place of any that it had; none that is cut off or empty."""
+        if answer is None or self.note(question, answer):
+            return None
+        assert isinstance(question.item, Prompt)
+        return replace(question.item, rubric=answer.text.strip())
+
+    def note(self, question: Question, answer: Answer) -> str:
+        if answer.finish == "length":
+            return "cut off"
+        return "" if answer.text.strip() else "empty"

@@ -269,3 +269,28 @@ def test_an_endpoint_that_died_is_noticed_before_a_share_of_all_has_failed(tmp_p
         assert done.returncode == 2 and "20 calls in a row" in done.stderr, done.stderr
         assert sum(server.answered.values()) == 30
         assert 2 * 20 <= sum(server.calls.values()) - 30 <= 2 * 24
+
+
+def test_gold_writes_rubrics_which_judges_are_then_shown(tmp_path):
+    rows = [prompt("<one>"), prompt("<two>") | {"rubric": "an old one"}, prompt("<cut>")]
+    prompts = write(tmp_path / "prompts.jsonl", rows)
+    with Endpoint() as server:
+        server.answer = lambda text: (
+            chat("- half of", finish_reason="length") if text == "cut" else chat(f"- says {text}\n")
+        )
+        assert annotate(prompts, server, "--rubrics").returncode == 0
+        made = [json.loads(line) for line in (tmp_path / "verdicts.jsonl").open()]
+        assert {row["id"]: row["rubric"] for row in made} == {
+            "p-<one>": "- says one",
+            "p-<two>": "- says two",
+        }
+        [system, user] = server.bodies[0]["messages"]
+        assert "rubrics" in system["content"] and "Write a rubric" in user["content"]
+        items = [{"id": "r", "prompt": made[0], "text": "<item>"}]
+        server.answer = lambda text: chat("7")
+        again = write(tmp_path / "shown.jsonl", items)
+        flags = ("--template", "pointwise-rubric", "--overwrite")
+        assert annotate(again, server, *flags).returncode == 0
+        assert "- says one" in server.bodies[-1]["messages"][1]["content"]
+    with pytest.raises(UserError, match="--rubrics goes without --generate"):
+        main(command(prompts, server, "--rubrics", "--generate")[4:])
