@@ -224,7 +224,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--ask", choices=["both", SCORES, PREFERENCES], default="both", help="(%(default)s)")
     # fmt: on
     add_judge(parser, required=False)
-    parser.set_defaults(generate=False, orders="both")
+    parser.set_defaults(generate=False, rubrics=False, orders="both")
     return parser
 
 

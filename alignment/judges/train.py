@@ -125,7 +125,10 @@ def _reinforce(
         return [[_rewarded(judge, task.about, r) for r in rollouts] for task, rollouts in groups]
 
     def step_of(run: Run) -> ReinforcementStep:
-        return ReinforcementStep(engine, run, tasks, reward, settings, options.seed)
+        generate = flags.rollouts_of(options, engine, form.tokenizer.eos_token_id)
+        return ReinforcementStep(
+            engine, run, tasks, reward, settings, options.seed, generate=generate
+        )
 
     told = f"{len(tasks):,} questions"
     return _run(options, engine, form, held_out, options.steps, step_of, told)
@@ -234,6 +237,7 @@ def _parser() -> argparse.ArgumentParser:
     # fmt: on
     add_form_flags(parser)
     add_answer_flags(parser)
+    flags.add_rollout_flags(parser)
     flags.add_engine_flags(parser)
     flags.add_training_flags(parser, lr=1e-5, batch_size=128)
     return parser

@@ -165,6 +165,7 @@ def _learn(
             engine, run, tasks,
             JudgeReward(judges["proxy"], tokenizer, options.reward == "pairwise"),
             settings, options.seed, reference, watch,
+            flags.rollouts_of(options, engine, tokenizer.eos_token_id),
         )  # fmt: skip
         if run.writes:
             left = f", {step.too_long:,} too long" if step.too_long else ""
@@ -302,6 +303,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--top-p", type=float, default=1.0, help="(%(default)s)")
     add("--rows", type=int, default=64, metavar="N", help="at a time on a rank (%(default)s)")
     # fmt: on
+    flags.add_rollout_flags(parser)
     flags.add_engine_flags(parser)
     flags.add_training_flags(parser, lr=1e-6, batch_size=1024)
     return parser

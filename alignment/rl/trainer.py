@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from alignment.engines.batch import Batch, Sample
-from alignment.engines.protocol import Engine
+from alignment.engines.protocol import Engine, Generated
 from alignment.ranks import most_of_ranks, shares_of
 from alignment.rl.advantages import group_advantages, informative, overlong_penalty
 from alignment.rl.algorithms import Algorithm
@@ -109,6 +109,7 @@ class ReinforcementStep:
         seed: int,
         reference: Reference | None = None,
         watch: Callable[[int, Sequence[Group]], Mapping[str, Any]] | None = None,
+        generate: Callable[..., Sequence[Generated]] | None = None,
     ) -> None:
         """See the class.
 
@@ -116,6 +117,7 @@ class ReinforcementStep:
             tasks: all, the same on every rank.
             reference: log-probabilities of a batch's tokens under another policy.
             watch: further figures of a step's groups, all of them, called on every rank.
+            generate: draws the responses, with the engine's weights; the engine by default.
 
         Raises:
             UserError: no prompt leaves room for a response.
@@ -136,6 +138,7 @@ class ReinforcementStep:
         )
         self.engine, self.run, self.reward, self.seed = engine, run, reward, seed
         self.reference, self.watch = reference, watch
+        self.generate = generate or engine.generate
         self._rollouts = run.folder / "rollouts"
         self._orders: dict[int, np.ndarray] = {}
 
@@ -213,7 +216,7 @@ class ReinforcementStep:
             part = missing[begin : begin + self.settings.rows]
             seeds = [seed_of(self.seed, step, task.id, sample) for task, sample in part]
             prompts = [task.prompt for task, _ in part]
-            found = self.engine.generate(prompts, self.settings.sampling, seeds)
+            found = self.generate(prompts, self.settings.sampling, seeds)
             store.keep_rollouts(
                 [
                     Rollout(task.id, sample, g.tokens, g.log_probs, g.ended, self.engine.step)

@@ -75,6 +75,30 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     # fmt: on
 
 
+def add_rollout_flags(parser: argparse.ArgumentParser) -> None:
+    """Add who draws responses in reinforcement learning."""
+    add = parser.add_argument_group("rollouts").add_argument
+    add(
+        "--rollout-url",
+        nargs="+",
+        default=[],
+        metavar="URL",
+        help="http://HOST:PORT/v1 of vLLM servers that were started on RUN/served (the engine "
+        "itself draws)",
+    )
+    add("--rollout-model", default="policy", metavar="NAME", help="they serve (%(default)s)")
+
+
+def rollouts_of(options: argparse.Namespace, engine: Engine, eod: int) -> Any:
+    """What draws responses; None for the engine itself."""
+    if not options.rollout_url:
+        return None
+    from alignment.rl.served import ServedRollouts
+
+    folder = Path(options.run_dir) / "served"
+    return ServedRollouts(engine, options.rollout_url, options.rollout_model, folder, eod).generate
+
+
 def check(options: argparse.Namespace) -> None:
     """Look at the numbers before anything is loaded.
 
@@ -105,7 +129,7 @@ def lasting(options: argparse.Namespace) -> dict[str, Any]:
     free = {
         "recipe", "run_dir", "save_interval", "dry_run", "rows", "micro_batch_size", "dtype",
         "use_distributed_optimizer", "offload_optimizer", "offload_parameters", "megatron_flags",
-        "zero_stage",
+        "zero_stage", "rollout_url", "rollout_model",
     }  # fmt: skip
     return {
         name: value

@@ -1,0 +1,185 @@
+"""Rollouts by a vLLM server with the weights of the policy, which are handed over as files.
+
+The server is started on a folder that the training writes,
+
+    VLLM_SERVER_DEV_MODE=1 vllm serve RUN/served --served-model-name policy \\
+        --logprobs-mode processed_logprobs
+
+and reads it again when it is told to: token ids go in and come out, so that nothing is encoded
+twice. Both see the folder, over a shared file system.
+"""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch.distributed as dist
+
+from alignment.engines.protocol import Engine, Generated
+from alignment.ranks import shares_of, speaks_for_share
+from megatron_ext.errors import UserError
+from megatron_ext.inference.sampling import Sampling
+
+_WAIT = 2.0  # seconds between tries
+
+
+class ServedRollouts:
+    """Generates as an engine does. Ranks make the same calls; one of each share asks."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        urls: Sequence[str],
+        model: str,
+        folder: Path,
+        eod: int,
+        patience: float = 600.0,
+        at_once: int = 256,
+    ) -> None:
+        """See the class.
+
+        Args:
+            engine: whose weights are served.
+            urls: of the servers, each up to and with /v1; shares of the data take turns.
+            model: the name that they serve.
+            folder: that they were started on.
+            eod: the token that ends a response.
+            patience: seconds to wait for a server that does not answer.
+            at_once: calls under way of a rank.
+        """
+        self.engine, self.folder, self.model, self.eod = engine, folder, model, eod
+        self.urls = [url.rstrip("/") for url in urls]
+        self.patience, self.at_once = patience, at_once
+        self._asks = speaks_for_share(engine)
+        self._served: int | None = None
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        seeds: Sequence[int] | None = None,
+    ) -> list[Generated]:
+        """See `alignment.engines.protocol.Engine`; first the servers get the present weights.
+
+        Log-probabilities are as the server tells them: of the distribution that was drawn from,
+        if it was started with --logprobs-mode processed_logprobs.
+
+        Raises:
+            UserError: a server does not answer within the patience, or refuses.
+        """
+        self._refresh()
+        seeds = list(range(len(prompts)) if seeds is None else seeds)
+        found: list[Any] = []
+        problem = None
+        if self._asks:
+            url = self.urls[self.engine.data_rank % len(self.urls)]
+            try:
+                found = asyncio.run(self._ask(url, prompts, sampling, seeds))
+            except UserError as error:
+                problem = str(error)
+        shares = shares_of(self.engine, (found, problem))
+        if told := next((problem for _, problem in shares if problem), None):
+            raise UserError(told)
+        return shares[self.engine.data_rank][0]
+
+    def _refresh(self) -> None:
+        if self._served == self.engine.step:
+            return
+        self.engine.export(self.folder)
+        problem = [None]
+        if dist.get_rank() == 0:
+            try:
+                asyncio.run(self._reload())
+            except UserError as error:
+                problem = [str(error)]  # type: ignore[list-item]
+        dist.broadcast_object_list(problem, src=0)
+        if problem[0] is not None:
+            raise UserError(problem[0])
+        self._served = self.engine.step
+
+    async def _reload(self) -> None:
+        async with httpx.AsyncClient(timeout=None) as http:
+            for url in self.urls:
+                root = url.removesuffix("/v1")
+                await self._post(http, f"{root}/collective_rpc", {"method": "reload_weights"})
+                # Keys and values of the old weights must not be taken for those of the new.
+                await self._post(http, f"{root}/reset_prefix_cache", {})
+
+    async def _ask(
+        self,
+        url: str,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        seeds: Sequence[int],
+    ) -> list[Generated]:
+        slots = asyncio.Semaphore(self.at_once)
+        limits = httpx.Limits(max_connections=self.at_once)
+        async with httpx.AsyncClient(timeout=None, limits=limits) as http:
+
+            async def one(prompt: Sequence[int], seed: int) -> Generated:
+                async with slots:
+                    body = self._body(prompt, sampling, seed)
+                    answer = await self._post(http, f"{url}/completions", body)
+                return self._read(answer, url)
+
+            return list(await asyncio.gather(*map(one, prompts, seeds)))
+
+    def _body(self, prompt: Sequence[int], sampling: Sampling, seed: int) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "prompt": list(prompt),
+            "max_tokens": sampling.max_new_tokens,
+            "temperature": 0.0 if sampling.greedy else sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k or -1,
+            "seed": seed % (1 << 31),
+            "logprobs": 0,
+            "return_token_ids": True,
+            "skip_special_tokens": False,
+            "ignore_eos": not sampling.stop_at_eod,
+        }
+
+    def _read(self, answer: Any, url: str) -> Generated:
+        try:
+            [choice] = answer["choices"]
+            tokens = [int(token) for token in choice["token_ids"]]
+            log_probs = [float(value) for value in choice["logprobs"]["token_logprobs"]]
+            ended = choice["finish_reason"] == "stop"
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{url} gives no token ids with log-probabilities: vLLM of version 0.10.2 or later "
+                "does"
+            ) from error
+        if len(tokens) != len(log_probs):
+            raise UserError(f"{url} gives {len(tokens)} tokens and {len(log_probs)} values")
+        if ended and tokens[-1:] != [self.eod]:
+            raise UserError(
+                f"{url} ended a response at {tokens[-1:]}, not at the policy's {self.eod}: it "
+                "serves another tokenizer or generation_config.json"
+            )
+        return Generated(tokens, log_probs, ended)
+
+    async def _post(self, http: httpx.AsyncClient, url: str, body: dict[str, Any]) -> Any:
+        """The answer; waits for a server that is away or busy."""
+        begin = time.monotonic()
+        while True:
+            try:
+                response = await http.post(url, json=body)
+                reason = f"status {response.status_code}: {response.text[:200]}"
+                if response.status_code < 400:
+                    return response.json() if response.content else None
+                if response.status_code < 500 and response.status_code not in (408, 425, 429):
+                    raise UserError(
+                        f"{url} refuses ({reason}): start vLLM as docs/training-judges.md says"
+                    )
+            except (httpx.HTTPError, ValueError) as error:
+                reason = str(error) or type(error).__name__
+            if time.monotonic() - begin > self.patience:
+                raise UserError(
+                    f"{url} has not answered for {self.patience:.0f} s ({reason}): see the server, "
+                    "then give the same command, which goes on"
+                )
+            await asyncio.sleep(min(_WAIT, self.patience / 4))
