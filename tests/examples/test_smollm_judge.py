@@ -1,0 +1,52 @@
+"""The real judge on two cores, with a few pairs of the test's own in the place of TruthfulQA's."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from alignment.records import Message, Pair, Prompt, Side
+from tests.alignment.chat_model import write_rows
+from tests.distributed import ROOT
+from tests.hf.smollm import gguf_file
+
+TRUTHS = [
+    ("What is the capital of France?", "Paris.", "London."),
+    ("What do cows drink?", "Water.", "Petrol."),
+    ("How many legs has a spider?", "Eight.", "Three."),
+    ("Where do fish live?", "In water.", "In trees."),
+    ("What colour is snow?", "White.", "Black."),
+    ("Is the sun hot?", "Yes, very.", "No, it is icy."),
+    ("Who wrote Hamlet?", "Shakespeare.", "Napoleon."),
+    ("What is two plus two?", "Four.", "Nine."),
+    ("Which planet do we live on?", "The Earth.", "Mars."),
+    ("What do bees make?", "Honey.", "Bread."),
+]
+
+
+@pytest.mark.slow
+def test_a_real_model_is_trained_as_a_judge_and_measured(tmp_path):
+    gguf_file()
+    pairs = []
+    for number, (question, true, false) in enumerate(TRUTHS):
+        prompt = Prompt(f"q{number}", (Message("user", question),))
+        sides = (true, false, Side.FIRST) if number % 2 else (false, true, Side.SECOND)
+        pairs.append(Pair(f"pair{number}", prompt, *sides))
+    file = write_rows(tmp_path / "pairs.jsonl", pairs)
+    command = [
+        *(sys.executable, "-m", "examples.alignment.smollm_judge", "--pairs", str(file)),
+        *("--run-dir", str(tmp_path / "run"), "--test-questions", "4", "--train-answers", "12"),
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    last = done.stdout.splitlines()[-4:]
+    assert [line.split()[0] for line in last[:3]] == ["majority", "untrained", "trained"]
+    assert all("95 % interval" in line for line in last[:3])
+    for name in ("untrained", "trained"):
+        scores = [json.loads(x) for x in (tmp_path / "run" / f"{name}.scores.jsonl").open()]
+        assert len(scores) == 8 and all(0 <= row["score"] <= 9 for row in scores)
+    rows = [json.loads(x) for x in (tmp_path / "run" / "judge" / "metrics.jsonl").open()]
+    assert rows[0]["trained_tokens"] == 2 * 16  # a label and the end of each answer
+    # What is done is not done again.
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "$" not in again.stdout and again.stdout.splitlines()[:3] == last[:3]
