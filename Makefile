@@ -32,7 +32,7 @@ environment:  ## make or refresh .venv, and nothing else
 quickstart: environment  ## text, tokenizer, a small model trained on two ranks, a sample and a report
 	$(python) -m examples.quickstart
 
-test: environment  ## the whole test suite (25 minutes on two cores)
+test: environment  ## the whole test suite (half an hour on two cores)
 	$(pytest) $(workers) --session-timeout=2400 --durations=40
 
 test-fast: environment  ## the tests that are not slow (under 5 minutes)
