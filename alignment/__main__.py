@@ -4,9 +4,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from megatron_ext.devices import activate
 from megatron_ext.errors import UserError, run_tool_or_ranks
-from megatron_ext.quiet import quiet_megatron
 
 # Name: a module with `main(argv)`, and what it is for. Modules are imported when they are asked
 # for, so that help does not wait for torch.
@@ -23,6 +21,7 @@ COMMANDS = {
     "judge": ("alignment.judges.judge", "verdicts of a judge whose model is at hand (torchrun)"),
     "train-policy": ("alignment.policies.train", "a policy by judges, graded by gold (torchrun)"),
     "monitor": ("alignment.monitors.tool", "what games a judge in responses"),
+    "promote": ("alignment.judges.promote", "a retrained judge past a regression gate"),
     "agreement": ("alignment.judges.agreement.tool", "how far two judges agree"),
     "evaluate": ("alignment.evaluation.tool", "policies compared by judges"),
     "report": ("alignment.evaluation.report", "what a study of policies and judges found"),
@@ -45,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     module, _ = COMMANDS[words[0]]
     if words[0] not in ON_RANKS:
         return importlib.import_module(module).main(words[1:])
+    from megatron_ext.devices import activate  # imports torch, for which help does not wait
+    from megatron_ext.quiet import quiet_megatron
+
     with quiet_megatron():
         activate(use_cuda=not any(word.startswith("--dry-run") for word in words))
         tool = importlib.import_module(module)

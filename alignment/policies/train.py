@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment.data.chat import prompt_ids
+from alignment.data.rows import RecordWriter
 from alignment.data.tokenizers import load_tokenizer
 from alignment.engines.batch import Batch
 from alignment.engines.protocol import Engine
@@ -146,6 +147,8 @@ def _learn(
             ]
             if not rows:
                 return {}
+            if options.keep_responses:
+                keep_responses(run.folder, step + 1, [r for r, _ in rows][: options.keep_responses])
             return monitor.of_batch([r for r, _ in rows], [w for _, w in rows]).metrics()
 
         def evaluate(step: int) -> Mapping[str, Any]:
@@ -184,6 +187,14 @@ def _learn(
         if run.writes:
             print(f"the policy is {run.folder / 'final'}", flush=True)
     return 0
+
+
+def keep_responses(folder: Path, step: int, responses: Sequence[Response]) -> None:
+    """Leave some of a step's responses for gold to label, and a judge to be trained on."""
+    with RecordWriter(folder / "responses" / f"step_{step:06d}.jsonl", overwrite=True) as writer:
+        for response in responses:
+            name = f"step-{step}-{response.id}"
+            writer.write(replace(response, id=name, source=f"policy at step {step}"))
 
 
 def _told(specs: Sequence[JudgeSpec], judges: Sequence[Judge]) -> dict[str, Any] | None:
@@ -294,6 +305,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--overlong-margin", type=int, default=1, metavar="TOKENS", help="of dapo (%(default)s)")
     add("--max-unrewarded", type=float, default=0.2, metavar="SHARE",
         help="of a step's responses without a judgement; more end the run (%(default)s)")
+    add("--keep-responses", type=int, default=0, metavar="N",
+        help="of each step, in RUN/responses, to train the judge again on (%(default)s)")
     add("--no-reference", dest="reference", action="store_false",
         help="do not hold the start policy to measure the divergence from it")
     add = parser.add_argument_group("responses").add_argument

@@ -129,7 +129,7 @@ def lasting(options: argparse.Namespace) -> dict[str, Any]:
     free = {
         "recipe", "run_dir", "save_interval", "dry_run", "rows", "micro_batch_size", "dtype",
         "use_distributed_optimizer", "offload_optimizer", "offload_parameters", "megatron_flags",
-        "zero_stage", "rollout_url", "rollout_model",
+        "zero_stage", "rollout_url", "rollout_model", "keep_responses",
     }  # fmt: skip
     return {
         name: value

@@ -8,10 +8,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from alignment.judges.rows import read_all
 from alignment.policies.grading import Alarm
 from alignment.policies.judges import JudgeSpec
 from alignment.policies.rewards import JudgeReward
-from alignment.records import Message, Outcome, Prompt, Side, Verdict
+from alignment.records import Message, Outcome, Prompt, Response, Side, Verdict
 from alignment.rl.rollouts import Rollout
 from alignment.rl.trainer import Task
 from megatron_ext.errors import UserError
@@ -153,7 +154,7 @@ def test_a_policy_is_trained_graded_and_reported_on_any_ranks(place, tmp_path):
     found = []
     for ranks in (1, 2):
         run = tmp_path / f"runs-{ranks}"
-        second = ("--second-gold", place / "rule.yaml", "--kl", 0.1)
+        second = ("--second-gold", place / "rule.yaml", "--kl", 0.1, "--keep-responses", 5)
         assert set(run_ranks(train, ranks, place, run, place / "rule.yaml", 4, *second)) == {0}
         rows = rows_of(run)
         names = ("step", "reward", "loss", "grade/proxy", "grade/gold", "grade/gap", "grade/kl")
@@ -167,6 +168,9 @@ def test_a_policy_is_trained_graded_and_reported_on_any_ranks(place, tmp_path):
         assert (run / "final" / "config.json").is_file()
         samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
         assert {row["step"] for row in samples} == {0, 2, 4} and len(samples) == 18
+        kept = [read_all(file, Response) for file in sorted((run / "responses").iterdir())]
+        assert [len(rows) for rows in kept] == [5] * 4
+        assert kept[2][0].source == "policy at step 3"
     for row, other in zip(*found):
         assert other == pytest.approx(row, rel=1e-3, abs=1e-4)
     report([str(tmp_path / "runs-1"), "--output", str(tmp_path / "page")])

@@ -1,0 +1,169 @@
+"""Let a retrained judge take the place of the one before, if it has not become worse.
+
+    et-align promote --candidate RUN/best --current DIR \\
+        --old-gold GOLD.jsonl --old-current V.jsonl --old-candidate V.jsonl \\
+        [--new-gold GOLD.jsonl --new-current V.jsonl --new-candidate V.jsonl]
+
+A policy leaves the texts that its judge was trained on. A judge that is trained again on what the
+policy writes, labelled by gold, must still judge the old test set: the candidate is refused when
+its agreement there may have fallen by more than --margin. On new items, samples of the policy say,
+it must agree better than the current judge. Both differences are taken on the same items, and it is
+the end of their 95 % interval that counts. A candidate that passes is copied to --current, whole or
+not at all, and the exit code is 0; one that does not leaves it as it is, and the code is 3.
+"""
+
+import argparse
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from alignment.judges.agreement.bootstrap import Estimate, Indices, estimates
+from alignment.judges.agreement.joining import by_item, judged, shared_items
+from alignment.judges.agreement.measuring import Compared
+from alignment.judges.agreement.report import aligned, cells
+from alignment.judges.rows import read_all
+from alignment.records import Verdict
+from megatron_ext.errors import ToolParser, UserError, run_tool
+
+REFUSED = 3
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Agreement of two judges with gold on the same items.
+
+    Attributes:
+        difference: candidate less current.
+    """
+
+    items: int
+    current: Estimate
+    candidate: Estimate
+    difference: Estimate
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = _parse(argv)
+    old = compare(options.old_gold, options.old_current, options.old_candidate, options.resamples)
+    found = {"old test set": old}
+    problems = []
+    if old.difference.low is None:
+        problems.append(f"its agreement on the old test set is unknown ({_reason(old)})")
+    elif old.difference.low < -options.margin:
+        problems.append(
+            f"on the old test set it may agree less by {-old.difference.low:.3f}, more than "
+            f"--margin {options.margin}"
+        )
+    if options.new_gold:
+        new = compare(
+            options.new_gold, options.new_current, options.new_candidate, options.resamples
+        )
+        found["new items"] = new
+        if new.difference.low is None:
+            problems.append(f"its agreement on the new items is unknown ({_reason(new)})")
+        elif new.difference.low <= 0:
+            problems.append("on the new items it may agree no better than the current judge")
+    print(_table(found))
+    if problems:
+        print(f"refused: {'; '.join(problems)}; {options.current} stays as it is")
+        return REFUSED
+    _replace(Path(options.candidate), Path(options.current), found)
+    print(f"promoted: {options.current} is now {options.candidate}")
+    return 0
+
+
+def compare(gold: str, current: str, candidate: str, resamples: int) -> Comparison:
+    """Read three files of verdicts on the same items and compare two of them with the first.
+
+    Raises:
+        UserError: they are on different items, or of different kinds.
+    """
+    names = [gold, current, candidate]
+    verdicts = [by_item(read_all(Path(name), Verdict), name) for name in names]
+    items = shared_items(verdicts[0], verdicts[1], False, names[:2])
+    shared_items(verdicts[0], verdicts[2], False, [names[0], names[2]])
+    judges = [judged(v, items, name) for v, name in zip(verdicts, names)]
+    if len({judge.pairwise for judge in judges}) > 1:
+        raise UserError(f"{', '.join(names)}: some have scores, others have preferences")
+    name = "accuracy" if judges[0].pairwise else "alpha_interval"
+    figures: list[Callable[[Indices], float]] = [
+        Compared(judges[0], judge).agreement()[name] for judge in judges[1:]
+    ]
+    each = estimates(
+        {
+            "current": figures[0],
+            "candidate": figures[1],
+            "difference": lambda places: figures[1](places) - figures[0](places),
+        },
+        [np.array([place]) for place in range(len(items))],
+        resamples,
+    )
+    return Comparison(len(items), each["current"], each["candidate"], each["difference"])
+
+
+def _reason(found: Comparison) -> str:
+    return found.difference.reason or "no interval"
+
+
+def _table(found: dict[str, Comparison]) -> str:
+    rows = [["", "items", "current", "", "candidate", "", "difference", ""]]
+    for name, c in found.items():
+        each = [*cells(c.current), *cells(c.candidate), *cells(c.difference)]
+        rows.append([name, str(c.items), *each])
+    return "\n".join(aligned(rows))
+
+
+def _replace(candidate: Path, current: Path, found: dict[str, Comparison]) -> None:
+    """Copy the candidate's folder to the current judge's place."""
+    temporary = current.with_name(f".{current.name}.{os.getpid()}.tmp")
+    old = current.with_name(f".{current.name}.{os.getpid()}.old")
+    shutil.copytree(candidate, temporary)
+    promoted = {
+        "from": str(candidate),
+        **{name: [c.current.value, c.candidate.value] for name, c in found.items()},
+    }
+    (temporary / "promoted.json").write_text(json.dumps(promoted, indent=1) + "\n")
+    if current.exists():
+        os.replace(current, old)
+    os.replace(temporary, current)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = ToolParser(
+        prog="et-align promote",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    # fmt: off
+    add = parser.add_argument
+    add("--candidate", required=True, metavar="DIR", help="the retrained judge")
+    add("--current", required=True, metavar="DIR", help="the judge in use, to be replaced")
+    for when, what in (("old", "the old test set"), ("new", "new items")):
+        for who in ("gold", "current", "candidate"):
+            add(f"--{when}-{who}", required=when == "old", metavar="FILE",
+                help=f"verdicts on {what}")
+    add("--margin", type=float, default=0.02, metavar="X",
+        help="agreement (alpha, or accuracy on pairs) that may be lost (%(default)s)")
+    add("--resamples", type=int, default=2000, metavar="N", help="(%(default)s)")
+    # fmt: on
+    options = parser.parse_args(argv)
+    new = [options.new_gold, options.new_current, options.new_candidate]
+    if any(new) and not all(new):
+        raise UserError("--new-gold, --new-current and --new-candidate go together")
+    if options.margin < 0 or options.resamples < 100:
+        raise UserError("--margin must not be negative, and --resamples be at least 100")
+    if not (Path(options.candidate) / "config.json").is_file():
+        raise UserError(f"--candidate {options.candidate} is no Hugging Face folder of a judge")
+    if Path(options.current).resolve() == Path(options.candidate).resolve():
+        raise UserError("--candidate and --current are the same folder")
+    return options
+
+
+if __name__ == "__main__":
+    run_tool(main)
