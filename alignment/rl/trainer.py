@@ -155,6 +155,7 @@ class ReinforcementStep:
         times["training"] = done - trained
         tokens = facts["tokens"]
         row |= {f"time/{name}": value for name, value in times.items()}
+        row |= {f"share/{name}": value / (done - begin) for name, value in times.items()}
         row |= {"tokens_per_s": tokens / (done - begin)}
         return row
 
