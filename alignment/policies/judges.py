@@ -69,6 +69,7 @@ class JudgeSpec:
         rule, rule_text: see `et-align annotate`.
         template, thinking: what it is asked, and whether it thinks.
         temperature, top_k, top_p, max_new_tokens: of a judge that thinks, or of an endpoint.
+        reasoning_effort: of an endpoint that has it: low, medium or high.
         expected_score: of an endpoint: the mean over the labels' probabilities.
         length: the most tokens of a question and its answer, of a local judge.
         rows: questions asked at a time: local, of a rank; endpoint, calls at a time of a rank.
@@ -88,6 +89,7 @@ class JudgeSpec:
     top_k: int = 20
     top_p: float = 0.95
     max_new_tokens: int = 4096
+    reasoning_effort: str | None = None
     expected_score: bool = True
     length: int = 8192
     rows: int = 32
@@ -126,6 +128,11 @@ class JudgeSpec:
         if spec.thinking not in ("none", "asked", "opened"):
             raise UserError(f"{file}: thinking is none, asked or opened, not {spec.thinking!r}")
         return spec
+
+    def lasting(self) -> dict[str, Any]:
+        """What verdicts depend on: not where a server is, nor how it is asked."""
+        free = ("name", "url", "rows", "timeout", "tries", "first_wait")
+        return {name: value for name, value in asdict(self).items() if name not in free}
 
     def told(self) -> dict[str, Any]:
         """What a reader of a run wants to know."""
@@ -213,7 +220,7 @@ class EndpointJudge:
         form = form_for(options, pairwise)
         self._spec, self._policy, self._store = spec, policy, store
         self._sampling = EndpointSampling(
-            spec.temperature, spec.max_new_tokens, spec.top_p, spec.top_k
+            spec.temperature, spec.max_new_tokens, spec.top_p, spec.top_k, spec.reasoning_effort
         )
         self._expected = spec.expected_score and not pairwise
         depends = [spec.model, spec.revision, asdict(self._sampling), form.identity, self._expected]

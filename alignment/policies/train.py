@@ -236,8 +236,10 @@ def _with(options: argparse.Namespace, **changes: Any) -> argparse.Namespace:
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
     """What must stay the same when a run goes on."""
     kept = flags.lasting(options)
-    for name in ("prompts", "held_out", "judge", "gold", "second_gold"):
+    for name in ("prompts", "held_out"):
         kept[name] = [hashlib.sha256(Path(f).read_bytes()).hexdigest() for f in kept[name]]
+    for name in ("judge", "gold", "second_gold"):
+        kept[name] = [JudgeSpec.read(file).lasting() for file in kept[name]]
     return kept
 
 

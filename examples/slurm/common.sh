@@ -47,7 +47,7 @@ record() {
 # Sets `code`.
 on_nodes() {
     case $* in
-        pretrain_et.py* | "-m alignment train-judge"*) signal=USR1 ;;
+        pretrain_et.py* | "-m alignment train-"*) signal=USR1 ;;
         *) signal=TERM ;;
     esac
     local command=(bash examples/torchrun/several_nodes.sh "$@") options=()

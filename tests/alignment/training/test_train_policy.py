@@ -110,6 +110,16 @@ def test_the_file_of_a_judge_is_checked(tmp_path, content, told):
         JudgeSpec.read(str(tmp_path / "judge.yaml"))
 
 
+def test_a_server_may_move_and_a_judge_may_not_change(tmp_path):
+    def lasting(**changes):
+        given = {"kind": "endpoint", "model": "m", "url": "http://a/v1"} | changes
+        (tmp_path / "judge.yaml").write_text(json.dumps(given))
+        return JudgeSpec.read(str(tmp_path / "judge.yaml")).lasting()
+
+    assert lasting() == lasting(url="http://b/v1", rows=3, tries=1)
+    assert lasting() != lasting(temperature=0.5) and lasting() != lasting(model="n")
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("policy")
