@@ -318,21 +318,6 @@ def test_a_full_queue_says_when_to_try_again(server, http):
     settled(server)
 
 
-def test_sigterm_finishes_what_runs_and_refuses_the_rest(server):  # the last: it ends the server
-    with server.http() as client, client.stream("POST", "/v1/completions", json=LONG) as response:
-        lines = response.iter_lines()
-        next(lines)
-        server.process.send_signal(signal.SIGTERM)
-        late = client.post("/v1/completions", json={"prompt": "ba", "max_tokens": 2})
-        assert late.status_code == 503 and "Retry-After" in late.headers
-        assert client.get("/health").json()["status"] == "closing"
-        rest = [line for line in lines if line]
-    finished = sum('"finish_reason": "length"' in line for line in rest)
-    assert finished == 64 and rest[-1] == "data: [DONE]"
-    assert server.process.wait(30) == 0
-    assert not any("Traceback" in line for line in server.stderr)
-
-
 def test_annotation_has_its_responses_and_log_probabilities_of_it(
     server, client, tmp_path, monkeypatch
 ):
@@ -366,6 +351,21 @@ def test_annotation_has_its_responses_and_log_probabilities_of_it(
     for line in verdicts.read_text().splitlines():
         verdict = json.loads(line)
         assert verdict["outcome"] == "failed" and "status 400: a prompt has" in verdict["reason"]
+
+
+def test_sigterm_finishes_what_runs_and_refuses_the_rest(server):  # the last: it ends the server
+    with server.http() as client, client.stream("POST", "/v1/completions", json=LONG) as response:
+        lines = response.iter_lines()
+        next(lines)
+        server.process.send_signal(signal.SIGTERM)
+        late = client.post("/v1/completions", json={"prompt": "ba", "max_tokens": 2})
+        assert late.status_code == 503 and "Retry-After" in late.headers
+        assert client.get("/health").json()["status"] == "closing"
+        rest = [line for line in lines if line]
+    finished = sum('"finish_reason": "length"' in line for line in rest)
+    assert finished == 64 and rest[-1] == "data: [DONE]"
+    assert server.process.wait(30) == 0
+    assert not any("Traceback" in line for line in server.stderr)
 
 
 def answers_without_time_or_template(path):
