@@ -9,16 +9,22 @@ not repeated.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
+import numpy as np
+
 from alignment.data.rows import RecordWriter
+from alignment.judges.agreement.bootstrap import Indices, estimates
+from alignment.judges.agreement.joining import groups_of
 from alignment.judges.rows import read_all
 from alignment.records import Outcome, Pair, Response, Side, Verdict
 from megatron_ext.errors import ToolParser, UserError, run_tool
@@ -39,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     begin = time.monotonic()
     run = Path(options.run_dir)
     run.mkdir(parents=True, exist_ok=True)
+    _claim(run, options)
     (run / "chat.jinja").write_text(CHAT)
     _convert(run)
     _split(run, options)
@@ -56,11 +63,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         )  # fmt: skip
     _judge(run, "trained", run / "judge" / "best", form)
     _majority(run)
-    found = {name: _agreement(run, name) for name in ("majority", "untrained", "trained")}
-    for name, (value, low, high) in found.items():
-        interval = f"95 % interval {low:.1%} to {high:.1%}"
-        print(f"{name:10} prefers the true answer in {value:.1%} ({interval})")
+    for name in ("majority", "untrained", "trained"):
+        _agreement(run, name)
+    for line in _figures(run):
+        print(line)
     print(f"{time.monotonic() - begin:.0f} s; everything is in {run}")
+
+
+def _claim(run: Path, options: argparse.Namespace) -> None:
+    """Let a run have one set of settings: what is there was made with them."""
+    file = run / "settings.json"
+    source = Path(options.archive or options.pairs)
+    with source.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    free = ("archive", "pairs", "run_dir")
+    settings = {k: v for k, v in vars(options).items() if k not in free} | {"source": digest}
+    if file.is_file() and json.loads(file.read_text()) != settings:
+        raise UserError(f"--run-dir {run} was made with other settings: give another --run-dir")
+    file.write_text(json.dumps(settings, indent=1) + "\n")
 
 
 def _convert(run: Path) -> None:
@@ -115,9 +135,7 @@ def _answers(run: Path, name: str, most: int | None) -> None:
 
 
 def _id(pair: Pair, text: str) -> str:
-    from hashlib import sha256
-
-    return sha256(json.dumps([pair.prompt.id, text]).encode()).hexdigest()[:24]
+    return hashlib.sha256(json.dumps([pair.prompt.id, text]).encode()).hexdigest()[:24]
 
 
 def _judge(run: Path, name: str, model: Path, form: Sequence[object]) -> None:
@@ -154,16 +172,41 @@ def _test_pairs(run: Path) -> list[Pair]:
     return read_all(run / "splits" / "test.jsonl", Pair)
 
 
-def _agreement(run: Path, name: str) -> tuple[float, float, float]:
-    """Accuracy on the test's pairs, with its interval over questions."""
-    folder = run / f"agreement-{name}"
+def _agreement(run: Path, name: str) -> None:
+    """All figures of `et-align agreement`, over the pairs that have a verdict."""
     _align(
         "agreement", run / "test.pairs.gold.jsonl", run / f"{name}.pairs.jsonl",
-        "--items", run / "splits" / "test.jsonl", "--resample", "prompt", "--output", folder,
-        quiet=True,
+        "--items", run / "splits" / "test.jsonl", "--resample", "prompt",
+        "--output", run / f"agreement-{name}", quiet=True,
     )  # fmt: skip
-    figures = json.loads((folder / "agreement.json").read_text())["all"]["agreement"]["accuracy"]
-    return figures["value"], figures["low"], figures["high"]
+
+
+def _figures(run: Path) -> list[str]:
+    """How often each prefers the true answer of all pairs, and differences on the same pairs.
+
+    A pair without a verdict counts as wrong. Intervals resample questions.
+    """
+    pairs = _test_pairs(run)
+    groups = groups_of([pair.prompt.id for pair in pairs])
+    right = {}
+    for name in ("majority", "untrained", "trained"):
+        side = {v.item: v.preferred for v in read_all(run / f"{name}.pairs.jsonl", Verdict)}
+        right[name] = np.array([side[pair.id] is pair.preferred for pair in pairs], float)
+    for other in ("majority", "untrained"):
+        right[f"trained less {other}"] = right["trained"] - right[other]
+    means = {name: partial(_mean, values) for name, values in right.items()}
+    told = []
+    for name, found in estimates(means, groups, resamples=2000).items():
+        assert found.value is not None
+        value, interval = f"{found.value:+.1%}" if "less" in name else f"{found.value:.1%}", ""
+        if found.low is not None and found.high is not None:
+            interval = f" (95 % interval {found.low:.1%} to {found.high:.1%})"
+        told.append(f"{name:22} {value}{interval}")
+    return [f"true answer preferred, of {len(pairs)} pairs of {len(groups)} questions:", *told]
+
+
+def _mean(values: np.ndarray, places: Indices) -> float:
+    return float(values[places].mean())
 
 
 def _write(file: Path, records: Sequence[Response | Verdict]) -> None:

@@ -7,6 +7,8 @@ import sys
 import pytest
 
 from alignment.records import Message, Pair, Prompt, Side
+from examples.alignment.smollm_judge import main
+from megatron_ext.errors import UserError
 from tests.alignment.chat_model import write_rows
 from tests.distributed import ROOT
 from tests.hf.smollm import gguf_file
@@ -39,14 +41,16 @@ def test_a_real_model_is_trained_as_a_judge_and_measured(tmp_path):
         *("--run-dir", str(tmp_path / "run"), "--test-questions", "4", "--train-answers", "12"),
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    last = done.stdout.splitlines()[-4:]
-    assert [line.split()[0] for line in last[:3]] == ["majority", "untrained", "trained"]
-    assert all("95 % interval" in line for line in last[:3])
+    *_, first = [line for line in done.stdout.splitlines() if line.startswith("true answer")]
+    assert "of 4 pairs of 4 questions" in first
+    last = done.stdout.splitlines()[-6:-1]
+    names = ["majority", "untrained", "trained", "trained less majority", "trained less untrained"]
+    assert [line[:22].strip() for line in last] == names
+    assert all("95 % interval" in line for line in last)
     for name in ("untrained", "trained"):
         scores = [json.loads(x) for x in (tmp_path / "run" / f"{name}.scores.jsonl").open()]
         assert len(scores) == 8 and all(0 <= row["score"] <= 9 for row in scores)
     rows = [json.loads(x) for x in (tmp_path / "run" / "judge" / "metrics.jsonl").open()]
     assert rows[0]["trained_tokens"] == 2 * 16  # a label and the end of each answer
-    # What is done is not done again.
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "$" not in again.stdout and again.stdout.splitlines()[:3] == last[:3]
+    with pytest.raises(UserError, match="was made with other settings"):
+        main([*command[3:], "--lr", "9"])
