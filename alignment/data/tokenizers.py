@@ -1,5 +1,6 @@
 """The tokenizer of a model, as transformers has it, with its chat template."""
 
+import atexit
 import shutil
 import tempfile
 from pathlib import Path
@@ -73,10 +74,7 @@ def _described(file: Path) -> Path:
     from megatron_ext.hf.tokenizers import export_sentencepiece
 
     folder = Path(tempfile.mkdtemp(prefix="tokenizer-"))
-    try:
-        size = SentencePieceProcessor(model_file=str(file)).get_piece_size()
-        export_sentencepiece(file, size, folder)
-    except BaseException:
-        shutil.rmtree(folder)
-        raise
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    size = SentencePieceProcessor(model_file=str(file)).get_piece_size()
+    export_sentencepiece(file, size, folder)
     return folder

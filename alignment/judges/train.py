@@ -25,7 +25,7 @@ from alignment.judges.local import JudgeForm, LocalJudge
 from alignment.judges.rewards import judge_reward
 from alignment.judges.validation import BEST, agreement, is_sound, judge_all
 from alignment.records import Pair
-from alignment.rl.algorithms import ALGORITHMS
+from alignment.rl.algorithms import named
 from alignment.rl.rollouts import Rewarded, Rollout
 from alignment.rl.trainer import ReinforcementStep, Settings, Task
 from alignment.training import flags
@@ -95,17 +95,12 @@ def _reinforce(
     gold: Sequence[Labelled],
     held_out: Sequence[Labelled],
 ) -> int:
-    algorithm = ALGORITHMS[options.algorithm]
+    algorithm = named(options.algorithm, max_tokens=options.max_new_tokens)
     if options.steps is None:
         raise UserError("--stage grpo needs --steps")
-    if options.batch_size % options.group_size:
-        raise UserError(
-            f"--batch-size {options.batch_size} must be a multiple of --group-size "
-            f"{options.group_size}: it counts responses"
-        )
     settings = Settings(
         algorithm=algorithm,
-        groups=options.batch_size // options.group_size,
+        groups=flags.groups_of(options),
         group_size=options.group_size,
         mini_batches=options.mini_batches,
         length=options.seq_length,
@@ -229,15 +224,11 @@ def _parser() -> argparse.ArgumentParser:
         help="leave longer answers of gold out: a judge of less effort")
     add = parser.add_argument_group("stage grpo").add_argument
     add("--steps", type=int, metavar="N", help="(sft: by --epochs)")
-    add("--algorithm", choices=[n for n, a in ALGORITHMS.items() if not a.values], default="grpo")
-    add("--group-size", type=int, default=8, metavar="N", help="answers a question (%(default)s)")
-    add("--mini-batches", type=int, default=4, metavar="N",
-        help="optimizer steps on the --batch-size answers of a step (%(default)s)")
     add("--temperature", type=float, default=1.0, help="of answers in training (%(default)s)")
     # fmt: on
     add_form_flags(parser)
     add_answer_flags(parser)
-    flags.add_rollout_flags(parser)
+    flags.add_reinforcement_flags(parser)
     flags.add_engine_flags(parser)
     flags.add_training_flags(parser, lr=1e-5, batch_size=128)
     return parser

@@ -62,7 +62,7 @@ class Grader:
         folder: Path,
         *,
         template: Mapping[str, Any],
-        reference: Callable[[Batch], Any] | None,
+        reference: Callable[[Batch, float], Any] | None,
         length: int,
         rows: int,
         monitor: Monitor,
@@ -190,7 +190,7 @@ class Grader:
         ]
         batch = Batch.of(samples)
         own = self.policy.log_probs(batch).log_probs.cpu()
-        change = (own - self.reference(batch).cpu()) * batch.loss_mask
+        change = (own - self.reference(batch, 1.0).cpu()) * batch.loss_mask
         return change.double().sum(dim=1).tolist()
 
     def _slope(self) -> float | None:

@@ -27,7 +27,7 @@ from alignment.policies.grading import Alarm, Grader
 from alignment.policies.judges import Judge, JudgeSpec, open_judge
 from alignment.policies.rewards import JudgeReward
 from alignment.records import Prompt, Response
-from alignment.rl.algorithms import ALGORITHMS, Algorithm
+from alignment.rl.algorithms import Algorithm, named
 from alignment.rl.trainer import Group, ReinforcementStep, Settings, Task
 from alignment.training import flags
 from alignment.training.loop import Plan, fit
@@ -85,8 +85,8 @@ def main(argv: Sequence[str]) -> int:
     if options.reference or algorithm.loss.kl:
         start = load(options.model)
 
-        def reference(batch: Batch) -> Any:
-            return start.log_probs(batch, temperature=1.0).log_probs
+        def reference(batch: Batch, temperature: float) -> Any:
+            return start.log_probs(batch, temperature=temperature).log_probs
 
     return _learn(
         options, engine, tokenizer, template, tasks, held_out, algorithm, judges, specs, reference
@@ -108,7 +108,7 @@ def _learn(
     sampling = Sampling(options.max_new_tokens, options.temperature, options.top_k, options.top_p)
     settings = Settings(
         algorithm=algorithm,
-        groups=options.batch_size // options.group_size,
+        groups=flags.groups_of(options),
         group_size=options.group_size,
         mini_batches=options.mini_batches,
         length=options.seq_length,
@@ -207,15 +207,13 @@ def _told(specs: Sequence[JudgeSpec], judges: Sequence[Judge]) -> dict[str, Any]
 
 def _algorithm(options: argparse.Namespace) -> Algorithm:
     """As named, with the divergence asked for."""
-    algorithm = ALGORITHMS[options.algorithm]
-    loss = replace(
-        algorithm.loss,
+    return named(
+        options.algorithm,
         kl=options.kl,
         divergence=options.kl_estimator,
         rollout_bound=options.rollout_bound,
         max_tokens=options.max_new_tokens,
     )
-    return replace(algorithm, loss=loss)
 
 
 def _check_prompts(prompts: Sequence[Prompt], held_out: Sequence[Prompt]) -> None:
@@ -256,11 +254,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         for name in ("prompts", "judge", "held_out", "gold"):
             if not getattr(options, name):
                 raise UserError(f"give --{name.replace('_', '-')} (see --help)")
-    if options.batch_size % options.group_size:
-        raise UserError(
-            f"--batch-size {options.batch_size} must be a multiple of --group-size "
-            f"{options.group_size}: it counts responses"
-        )
+    flags.groups_of(options)
     if options.steps < 1 or options.rows < 1 or options.alarm_window < 1:
         raise UserError("--steps, --rows and --alarm-window must be at least 1")
     if not 0 <= options.max_unrewarded <= 1:
@@ -295,10 +289,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--stop-on-alarm", action="store_true")
     add = parser.add_argument_group("learning").add_argument
     add("--steps", type=int, required=True, metavar="N")
-    add("--algorithm", choices=[n for n, a in ALGORITHMS.items() if not a.values], default="grpo")
-    add("--group-size", type=int, default=8, metavar="N", help="responses a prompt (%(default)s)")
-    add("--mini-batches", type=int, default=4, metavar="N",
-        help="optimizer steps on the --batch-size responses of a step (%(default)s)")
     add("--kl", type=float, default=0.0, metavar="WEIGHT",
         help="of the divergence from the start policy in the loss (%(default)s)")
     add("--kl-estimator", choices=["k2", "k3"], default="k3")
@@ -318,7 +308,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--top-p", type=float, default=1.0, help="(%(default)s)")
     add("--rows", type=int, default=64, metavar="N", help="at a time on a rank (%(default)s)")
     # fmt: on
-    flags.add_rollout_flags(parser)
+    flags.add_reinforcement_flags(parser)
     flags.add_engine_flags(parser)
     flags.add_training_flags(parser, lr=1e-6, batch_size=1024)
     return parser

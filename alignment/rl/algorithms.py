@@ -1,7 +1,7 @@
 """Algorithms by name: which advantages go with which loss."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from alignment.rl.advantages import Floats, centered, leave_one_out, standardized
@@ -17,14 +17,12 @@ class Algorithm:
         loss: of the policy.
         dynamic: draw more prompts in the place of groups whose rewards are all equal.
         overlong: soften the limit of length by a penalty before it.
-        values: advantages are over a critic's values (GAE) and not over the group.
     """
 
     advantages: Callable[[Floats], Floats]
     loss: PolicyLoss
     dynamic: bool = False
     overlong: bool = False
-    values: bool = False
 
 
 ALGORITHMS: Mapping[str, Algorithm] = MappingProxyType(
@@ -34,6 +32,11 @@ ALGORITHMS: Mapping[str, Algorithm] = MappingProxyType(
         "dapo": Algorithm(standardized, LOSSES["dapo"], dynamic=True, overlong=True),
         "gspo": Algorithm(standardized, LOSSES["gspo"]),
         "rloo": Algorithm(leave_one_out, LOSSES["rloo"]),
-        "ppo": Algorithm(centered, LOSSES["ppo"], values=True),
     }
 )
+
+
+def named(name: str, **settings: object) -> Algorithm:
+    """An algorithm by name, its loss with other settings."""
+    algorithm = ALGORITHMS[name]
+    return replace(algorithm, loss=replace(algorithm.loss, **settings))  # type: ignore[arg-type]

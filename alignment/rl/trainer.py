@@ -93,7 +93,7 @@ class Settings:
 
 
 Group = tuple[Task, list[Rollout], list[Rewarded]]
-Reference = Callable[[Batch], torch.Tensor]
+Reference = Callable[[Batch, float], torch.Tensor]
 
 
 class ReinforcementStep:
@@ -115,7 +115,7 @@ class ReinforcementStep:
 
         Args:
             tasks: all, the same on every rank.
-            reference: log-probabilities of a batch's tokens under another policy.
+            reference: log-probabilities of a batch's tokens under another policy, at a temperature.
             watch: further figures of a step's groups, all of them, called on every rank.
             generate: draws the responses, with the engine's weights; the engine by default.
 
@@ -323,7 +323,7 @@ class ReinforcementStep:
         old = self.engine.log_probs(batch, temperature=temperature).log_probs.cpu()
         extras = {**batch.extras, "old_log_probs": old}
         if self.settings.algorithm.loss.kl and self.reference is not None:
-            extras["reference_log_probs"] = self.reference(batch).cpu()
+            extras["reference_log_probs"] = self.reference(batch, temperature).cpu()
         return replace(batch, extras=extras)
 
     def _all(self, groups: Sequence[Group]) -> list[Group]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment.engines.protocol import Engine, Optimization
+from alignment.rl.algorithms import ALGORITHMS
 from megatron_ext.errors import UserError
 from megatron_ext.quiet import quiet_megatron
 
@@ -75,18 +76,35 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     # fmt: on
 
 
-def add_rollout_flags(parser: argparse.ArgumentParser) -> None:
-    """Add who draws responses in reinforcement learning."""
-    add = parser.add_argument_group("rollouts").add_argument
-    add(
-        "--rollout-url",
-        nargs="+",
-        default=[],
-        metavar="URL",
+def add_reinforcement_flags(parser: argparse.ArgumentParser) -> None:
+    """Add how rewards are learned from, and who draws the responses."""
+    # fmt: off
+    add = parser.add_argument_group("reinforcement").add_argument
+    add("--algorithm", choices=ALGORITHMS, default="grpo")
+    add("--group-size", type=int, default=8, metavar="N", help="responses a prompt (%(default)s)")
+    add("--mini-batches", type=int, default=4, metavar="N",
+        help="optimizer steps on the --batch-size responses of a step (%(default)s)")
+    add("--rollout-url", nargs="+", default=[], metavar="URL",
         help="http://HOST:PORT/v1 of vLLM servers that were started on RUN/served (the engine "
-        "itself draws)",
-    )
+        "itself draws)")
     add("--rollout-model", default="policy", metavar="NAME", help="they serve (%(default)s)")
+    # fmt: on
+
+
+def groups_of(options: argparse.Namespace) -> int:
+    """Prompts of a step.
+
+    Raises:
+        UserError: its responses are not whole groups.
+    """
+    if options.group_size < 2:
+        raise UserError(f"--group-size {options.group_size} must be at least 2, to compare")
+    if options.batch_size % options.group_size:
+        raise UserError(
+            f"--batch-size {options.batch_size} must be a multiple of --group-size "
+            f"{options.group_size}: it counts responses"
+        )
+    return options.batch_size // options.group_size
 
 
 def rollouts_of(options: argparse.Namespace, engine: Engine, eod: int) -> Any:

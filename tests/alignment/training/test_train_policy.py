@@ -143,7 +143,7 @@ def train(folder, run, judge, steps, *more):
         *("--model", folder / "model", "--run-dir", run, "--steps", steps, "--judge", judge),
         *("--prompts", folder / "prompts.jsonl", "--held-out", folder / "held_out.jsonl"),
         *("--gold", folder / "other.yaml", "--batch-size", 16, "--group-size", 4),
-        *("--mini-batches", 1, "--max-new-tokens", 12, "--temperature", 1, "--seq-length", 96),
+        *("--mini-batches", 1, "--max-new-tokens", 12, "--temperature", 0.8, "--seq-length", 96),
         *("--lr", 1e-2, "--eval-interval", 2, "--save-interval", 2, "--micro-batch-size", 4),
         *more,
     ]
@@ -169,6 +169,9 @@ def test_a_policy_is_trained_graded_and_reported_on_any_ranks(place, tmp_path):
         rows = rows_of(run)
         names = ("step", "reward", "loss", "grade/proxy", "grade/gold", "grade/gap", "grade/kl")
         found.append([[row.get(name) or 0 for name in names] for row in rows])
+        first = next(row for row in rows if "kl_from_reference" in row)
+        # At the temperature of the loss, the start policy is the policy.
+        assert first["kl_from_reference"] == pytest.approx(0, abs=1e-5)
         graded = [row for row in rows if "grade/gold" in row]
         assert [row["step"] for row in graded] == [0, 2, 4]
         for row in graded:

@@ -187,7 +187,7 @@ def stop():
 
 def rows_of(place: Path) -> list[dict]:
     """What was logged, without times."""
-    timed = ("time/", "seconds", "tokens_per_s")
+    timed = ("time/", "share/", "seconds", "tokens_per_s")
     rows = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows]
 
