@@ -19,6 +19,8 @@ COMMANDS = {
         "a judge that says what a gold judge says (torchrun)",
     ),
     "judge": ("alignment.judges.judge", "verdicts of a judge whose model is at hand (torchrun)"),
+    "generate": ("alignment.policies.generate", "responses of a model at hand (torchrun)"),
+    "train-sft": ("alignment.policies.sft", "a model that answers, on responses (torchrun)"),
     "train-policy": ("alignment.policies.train", "a policy by judges, graded by gold (torchrun)"),
     "monitor": ("alignment.monitors.tool", "what games a judge in responses"),
     "promote": ("alignment.judges.promote", "a retrained judge past a regression gate"),
@@ -28,7 +30,7 @@ COMMANDS = {
 }
 
 # These hold models on their ranks: before Megatron is imported, the device must be chosen.
-ON_RANKS = {"train-judge", "judge", "train-policy"}
+ON_RANKS = {"train-judge", "judge", "generate", "train-sft", "train-policy"}
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:

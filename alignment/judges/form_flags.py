@@ -74,13 +74,22 @@ def judge_of(
 
 def held_identity(options: argparse.Namespace, form: JudgeForm) -> str:
     """A hash of all that a verdict depends on: the model's files, the form, and its sampling."""
-    from hashlib import file_digest, sha256
+    from hashlib import sha256
 
     digest = sha256(form.identity.encode())
     if form.parser.thinks:
         names = ("max_new_tokens", "judging_temperature", "judging_top_k", "judging_top_p")
         digest.update(repr([getattr(options, name) for name in names]).encode())
-    for file in sorted(Path(options.model).rglob("*")):
+    digest.update(files_digest(options.model).encode())
+    return digest.hexdigest()
+
+
+def files_digest(model: str) -> str:
+    """A hash of a model's weights and settings."""
+    from hashlib import file_digest, sha256
+
+    digest = sha256()
+    for file in sorted(Path(model).rglob("*")):
         if file.is_file() and file.suffix in (".safetensors", ".distcp", ".json"):
             with file.open("rb") as stream:
                 digest.update(file_digest(stream, "sha256").digest())

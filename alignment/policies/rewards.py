@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from alignment.engines.protocol import Generated
 from alignment.judges.questions import Question
 from alignment.policies.judges import Judge
 from alignment.records import Outcome, Pair, Prompt, Response, Side, Verdict
@@ -97,7 +98,7 @@ class JudgeReward:
         return rewarded
 
 
-def text_of(tokenizer: Any, rollout: Rollout) -> str:
+def text_of(tokenizer: Any, rollout: Rollout | Generated) -> str:
     """A response, without the token that ended it."""
     tokens = rollout.tokens[:-1] if rollout.ended else rollout.tokens
     return tokenizer.decode(tokens, skip_special_tokens=False)
