@@ -16,19 +16,25 @@ def check_new(save: Path) -> None:
 
 
 @contextmanager
-def new_folder(save: Path) -> Iterator[Path]:
+def new_folder(save: Path, overwrite: bool = False) -> Iterator[Path]:
     """A folder to write into, which gets the name `save` when all went well, and else is removed.
+
+    Args:
+        overwrite: replace a folder of that name.
 
     Raises:
         UserError: `save` is there already.
     """
-    check_new(save)
+    if not overwrite:
+        check_new(save)
     save.absolute().parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{save.name}-", dir=save.absolute().parent))
     try:
         beside.chmod(0o755)
         yield beside
-        if save.exists():
+        if overwrite:
+            shutil.rmtree(save, ignore_errors=True)
+        elif save.exists():
             save.rmdir()  # empty
         beside.rename(save)
     finally:

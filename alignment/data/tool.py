@@ -47,6 +47,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--split", nargs="+", required=True, metavar="NAME=SIZE",
         help="in order of precedence: a number of prompts, a share below 1, or for the last: rest")
     add("--save", required=True, metavar="DIR", help="new folder for NAME.jsonl and split.json")
+    add("--overwrite", action="store_true", help="replace --save")
     add("--format", choices=("jsonl", "parquet"), default="jsonl", help="default jsonl")
     add("--near", type=float, default=0.7, metavar="SIMILARITY",
         help="prompts this alike are near-duplicates: the Jaccard similarity of their runs of "
@@ -153,14 +154,15 @@ def split_rows(arguments: argparse.Namespace) -> None:
     splits = [Split.parse(text) for text in arguments.split]
     splitter = Splitter(splits, arguments.seed, arguments.near)
     save = Path(arguments.save)
-    check_new(save)
+    if not arguments.overwrite:
+        check_new(save)
     reading = Reading(expand_inputs(arguments.input), arguments.max_malformed)
     for record in reading("finding prompts"):
         splitter.add(_prompt(record))
     splitter.assign()
     rows: Counter[str] = Counter()
     repeated, seen = 0, set[int]()
-    with new_folder(save) as folder, ExitStack() as stack:
+    with new_folder(save, arguments.overwrite) as folder, ExitStack() as stack:
         writers = {
             split.name: stack.enter_context(
                 RecordWriter(folder / f"{split.name}.{arguments.format}")

@@ -2,16 +2,19 @@
 
     et-align annotate --input FILE --output FILE --judge http://HOST:PORT/v1 --model NAME
     et-align annotate --input FILE --output FILE --judge rule --rule-text FILE
+    et-align annotate --input FILE --output FILE --judge function:CHECKS.py:score
 
 Stopped or killed at any moment, the same command goes on where it was. --output is written when all
 questions have been asked; until then the answers are in --cache.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from alignment.judges.endpoint import ask_endpoint
 from alignment.judges.flags import Options, parse
+from alignment.judges.function_judge import FunctionJudge
 from alignment.judges.output import Output, outcomes
 from alignment.judges.questions import Item, Question, questions
 from alignment.judges.rows import read_all
@@ -37,8 +40,14 @@ def annotate(options: Options) -> int:
         Path(options.output), Path(options.input), options.overwrite,
         orders=options.orders, samples=options.samples,
     )  # fmt: skip
+    if options.judge.startswith("function:"):
+        function = FunctionJudge(options.judge.partition(":")[2])
+        _ask_program(function, asked, output, {"function": options.judge})
+        return 0
     if options.judge.startswith("rule"):
-        _ask_rule(options, asked, output)
+        judge = rule_judge(options.judge, options.rule_text)
+        told = {"rule": judge.rule.name, "weights": dict(judge.rule.weights)}
+        _ask_program(judge, asked, output, told)
         return 0
     return ask_endpoint(options, asked, output)
 
@@ -53,8 +62,12 @@ def read_items(path: Path, prompts: bool) -> list[Item]:
     return items
 
 
-def _ask_rule(options: Options, asked: Sequence[Question], output: Output) -> None:
-    judge = rule_judge(options.judge, options.rule_text)
+def _ask_program(
+    judge: RuleJudge | FunctionJudge,
+    asked: Sequence[Question],
+    output: Output,
+    told: Mapping[str, Any],
+) -> None:
     output.claim(judge.identity)
     rows = []
     with Progress("judging", len(asked), "items") as progress:
@@ -63,8 +76,8 @@ def _ask_rule(options: Options, asked: Sequence[Question], output: Output) -> No
             verdict = judge.verdict(question.item, question.swapped, question.sample)
             rows.append(verdict)
             progress.update(done)
-    output.write(rows, {"judge": {"rule": judge.rule.name, "weights": dict(judge.rule.weights)}})
-    print(f"{outcomes(rows)}; wrote {options.output}")
+    output.write(rows, {"judge": told})
+    print(f"{outcomes(rows)}; wrote {output.path}")
 
 
 def rule_judge(name: str, file: str | None) -> RuleJudge:

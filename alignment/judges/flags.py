@@ -40,7 +40,8 @@ def check(options: Options) -> None:
             raise UserError(f"--{name.replace('_', '-')} {value} must not be negative")
     if not 0 <= options.max_failed <= 1:
         raise UserError(f"--max-failed {options.max_failed} is a share: from 0 to 1")
-    if options.samples > 1 and options.temperature == 0 and not options.judge.startswith("rule"):
+    program = options.judge.startswith(("rule", "function:"))
+    if options.samples > 1 and options.temperature == 0 and not program:
         raise UserError(
             f"--samples {options.samples} at --temperature 0 would pay for the same answer again: "
             "give a temperature, 0.7 say"
@@ -49,7 +50,7 @@ def check(options: Options) -> None:
 
 def _check_judge(options: Options) -> None:
     judge = options.judge
-    if judge == "rule" or judge.startswith("rule:"):
+    if judge == "rule" or judge.startswith(("rule:", "function:")):
         for name in ("model", "generate", "rubrics", "expected_score", "cache", "template"):
             if getattr(options, name):
                 flag = name.replace("_", "-")
@@ -61,7 +62,10 @@ def _check_judge(options: Options) -> None:
     except ValueError:
         good = False
     if not good or parts.query or parts.fragment:
-        raise UserError(f"--judge {judge} is neither http://HOST:PORT/v1 nor rule or rule:NAME")
+        raise UserError(
+            f"--judge {judge} is neither http://HOST:PORT/v1 nor rule, rule:NAME or "
+            "function:FILE.py:NAME"
+        )
     if parts.username or parts.password:
         raise UserError(f"--judge must not hold a key, which others could read: set {KEY} instead")
     options.judge = judge.rstrip("/")
@@ -109,7 +113,8 @@ def add_judge(parser: argparse.ArgumentParser, required: bool = True) -> None:
     # fmt: off
     add = parser.add_argument_group("who is asked").add_argument
     add("--judge", required=required, metavar="URL",
-        help="http://HOST:PORT/v1 of an OpenAI-compatible endpoint, or rule or rule:NAME")
+        help="http://HOST:PORT/v1 of an OpenAI-compatible endpoint, rule, rule:NAME, or "
+        "function:FILE.py:NAME, which takes a Response and gives a score")
     add("--model", default="", metavar="NAME", help="as the endpoint calls it")
     add("--revision", default="", metavar="TEXT",
         help="of the model: answers are kept apart by it where one name serves several")

@@ -5,8 +5,8 @@
     template: pointwise
     thinking: asked
 
-A judge is one of three kinds: `local`, `endpoint` (an OpenAI-compatible address) or `rule`. Ranks
-make the same calls, each with questions of its own.
+A judge is one of four kinds: `local`, `endpoint` (an OpenAI-compatible address), `rule`, or
+`function` of a Python file. Ranks make the same calls, each with questions of its own.
 """
 
 import asyncio
@@ -30,11 +30,13 @@ from alignment.judges.endpoint import api_key
 from alignment.judges.flags import KEY
 from alignment.judges.form import form_for
 from alignment.judges.form_flags import held_identity
+from alignment.judges.function_judge import FunctionJudge
 from alignment.judges.local import JudgeForm, LocalJudge
 from alignment.judges.pacing import Pace
 from alignment.judges.parsing import Parser
 from alignment.judges.prompting import judge_prompt
 from alignment.judges.questions import Judging, Question
+from alignment.judges.rule_judge import RuleJudge
 from alignment.judges.store import AnswerStore
 from alignment.ranks import shares_of, speaks_for_share
 from alignment.records import Prompt, Verdict
@@ -63,10 +65,11 @@ class JudgeSpec:
     """What a file says of a judge.
 
     Attributes:
-        kind: "local", "endpoint" or "rule".
+        kind: "local", "endpoint", "rule" or "function".
         model: local: a folder; endpoint: the name that it serves.
         url: of an endpoint, up to and with /v1.
         rule, rule_text: see `et-align annotate`.
+        function: FILE.py:NAME, which takes a Response and gives a score, or None where it has none.
         template, thinking: what it is asked, and whether it thinks.
         temperature, top_k, top_p, max_new_tokens: of a judge that thinks, or of an endpoint.
         reasoning_effort: of an endpoint that has it: low, medium or high.
@@ -74,6 +77,7 @@ class JudgeSpec:
         length: the most tokens of a question and its answer, of a local judge.
         rows: questions asked at a time: local, of a rank; endpoint, calls at a time of a rank.
         timeout, tries, first_wait: of a call of an endpoint; waits double up to a minute.
+        agreement: agreement.json of the judge with gold, for the report of a study.
     """
 
     name: str
@@ -83,6 +87,7 @@ class JudgeSpec:
     revision: str = ""
     rule: str = "gold"
     rule_text: str | None = None
+    function: str = ""
     template: str | None = None
     thinking: str = "none"
     temperature: float = 0.7
@@ -96,6 +101,7 @@ class JudgeSpec:
     timeout: float = 600.0
     tries: int = 12
     first_wait: float = 1.0
+    agreement: str | None = None
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
 
@@ -120,6 +126,7 @@ class JudgeSpec:
         values: dict[str, Any] = {"name": Path(file).stem, **given}
         spec = cls(**values)
         needs = {"local": ["model"], "endpoint": ["model", "url"], "rule": ["rule_text"]}
+        needs["function"] = ["function"]
         if spec.kind not in needs:
             raise UserError(f"{file}: kind is one of {', '.join(needs)}, not {spec.kind!r}")
         for name in needs[spec.kind]:
@@ -131,8 +138,25 @@ class JudgeSpec:
 
     def lasting(self) -> dict[str, Any]:
         """What verdicts depend on: not where a server is, nor how it is asked."""
-        free = ("name", "url", "rows", "timeout", "tries", "first_wait")
+        free = ("name", "url", "rows", "timeout", "tries", "first_wait", "agreement")
         return {name: value for name, value in asdict(self).items() if name not in free}
+
+    def agreed(self) -> dict[str, float | None] | None:
+        """Its figures of agreement with gold, by name.
+
+        Raises:
+            UserError: the file that they are in cannot be used.
+        """
+        if self.agreement is None:
+            return None
+        try:
+            figures = json.loads(Path(self.agreement).read_text())["all"]["agreement"]
+            return {name: figure["value"] for name, figure in figures.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"the judge {self.name} names {self.agreement} as its agreement, which is no "
+                f"agreement.json of et-align agreement: {error}"
+            ) from error
 
     def told(self) -> dict[str, Any]:
         """What a reader of a run wants to know."""
@@ -161,7 +185,13 @@ def open_judge(
         UserError: it cannot be made.
     """
     if spec.kind == "rule":
-        return _RuleJudge(spec)
+        return _ProgramJudge(rule_judge(f"rule:{spec.rule}", spec.rule_text))
+    if spec.kind == "function":
+        if pairwise:
+            raise UserError(
+                f"the judge {spec.name} is a function, which scores: no pairwise reward"
+            )
+        return _ProgramJudge(FunctionJudge(spec.function))
     if spec.kind == "endpoint":
         return EndpointJudge(spec, pairwise, policy, store / f"{spec.name}.answers")
     thinks = spec.thinking != "none"
@@ -196,12 +226,11 @@ def open_judge(
     return LocalJudge(load(spec.model), form, spec.length, sampling, spec.rows, identity)
 
 
-class _RuleJudge:
-    """See `alignment.judges.rule_judge`."""
+class _ProgramJudge:
+    """A rule or a function."""
 
-    def __init__(self, spec: JudgeSpec) -> None:
-        self._judge = rule_judge(f"rule:{spec.rule}", spec.rule_text)
-        self.identity = self._judge.identity
+    def __init__(self, judge: RuleJudge | FunctionJudge) -> None:
+        self._judge, self.identity = judge, judge.identity
 
     def judge(self, questions: Sequence[Question], check: Check = lambda: None) -> list[Verdict]:
         found = []

@@ -202,7 +202,9 @@ def _told(specs: Sequence[JudgeSpec], judges: Sequence[Judge]) -> dict[str, Any]
     if not specs:
         return None
     each = [spec.told() | {"identity": j.identity} for spec, j in zip(specs, judges)]
-    return {**each[0], "agreement": None} | ({"ensemble": each} if len(each) > 1 else {})
+    return {**each[0], "agreement": specs[0].agreed()} | (
+        {"ensemble": each} if len(each) > 1 else {}
+    )
 
 
 def _algorithm(options: argparse.Namespace) -> Algorithm:

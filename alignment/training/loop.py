@@ -48,7 +48,7 @@ def fit(
         the number of the signal that ended it, or 0.
     """
     run.resume()
-
+    run.note(steps=plan.steps)
     reason: str | None = None
 
     def evaluated() -> None:

@@ -22,13 +22,22 @@ class TrainingProgress:
     """Says how far training is, from `metrics.jsonl` as it grows.
 
     Args:
-        last_step: at which training ends.
+        last_step: at which training ends; none if the run tells it itself, in run.json.
         name: of the training, where there are several.
         to_follow: how many times as long the trainings after it take.
+        figure: of the metrics, that is told.
     """
 
-    def __init__(self, metrics: Path, last_step: int, name: str = "", to_follow: float = 0) -> None:
-        self.metrics, self.last_step, self.to_follow = metrics, last_step, to_follow
+    def __init__(
+        self,
+        metrics: Path,
+        last_step: int | None,
+        name: str = "",
+        to_follow: float = 0,
+        figure: str = "loss",
+    ) -> None:
+        self.metrics, self.last, self.to_follow = metrics, last_step, to_follow
+        self.figure = figure
         self.title = f"{name}: " if name else ""
         self.origin: tuple[int, float] | None = None  # the first step seen, and when
         self.told = 0, 0.0  # the last step said, and when
@@ -48,10 +57,18 @@ class TrainingProgress:
         left = (self.last_step - step) * seconds
         all_left = left + self.to_follow * self.last_step * seconds
         say(
-            f"      {self.title}step {step:,} of {self.last_step:,}: loss {row['loss']:.2f}, "
-            f"{row['tokens_per_s']:,.0f} tokens/s, {duration(left)} left"
+            f"      {self.title}step {step:,} of {self.last_step:,}: "
+            f"{self.figure} {row[self.figure]:.2f}, "
+            + (f"{row['tokens_per_s']:,.0f} tokens/s, " if "tokens_per_s" in row else "")
+            + f"{duration(left)} left"
             + (f", {duration(all_left)} for all" if self.to_follow else "")
         )
+
+    @property
+    def last_step(self) -> int:
+        if self.last is None:
+            self.last = int(json.loads((self.metrics.parent / "run.json").read_text())["steps"])
+        return self.last
 
     def _last_row(self) -> dict[str, float] | None:
         """The newest training row."""
@@ -65,7 +82,7 @@ class TrainingProgress:
                 row = json.loads(line)
             except ValueError:  # the cut beginning
                 return None
-            if row.get("loss") is not None:
+            if row.get(self.figure) is not None:
                 return row
         return None
 

@@ -1,0 +1,346 @@
+"""The commands of the study, in phases; steps of a phase do not need each other's results."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from examples.quickstart.corpus import Corpus
+from examples.quickstart.steps import Step, module
+from examples.quickstart.training import RECIPES, TrainingProgress, device, training
+from megatron_ext.errors import UserError
+
+HERE = Path(__file__).parent
+QUESTION = HERE / "pointwise-brief.txt"
+CHAT = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content }}</s>"
+    "{% else %}<s>{{ m.content }}\n{% endif %}{% endfor %}"
+)
+JUDGES = {"label": "judge of labels", "reasoning": "judge that thinks", "gold": "gold itself"}
+_TRAINED = ("label", "reasoning")
+_PARTS = ("train", "validation", "test")
+_SECTIONS = {
+    "name", "recipe", "base", "splits", "start", "drawn", "labels", "judge", "label", "reasoning",
+    "reinforced", "thinking", "policy",
+}  # fmt: skip
+
+
+def read_settings(file: Path) -> Mapping[str, Any]:
+    """A study's file.
+
+    Raises:
+        UserError: it cannot be read, lacks a section or has an unknown one.
+    """
+    try:
+        settings = yaml.safe_load(file.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"the study {file} cannot be read: {error}") from error
+    if not isinstance(settings, dict) or set(settings) != _SECTIONS:
+        given = set(settings) if isinstance(settings, dict) else set()
+        wrong = sorted(given ^ _SECTIONS)
+        raise UserError(
+            f"{file} must have the sections {', '.join(sorted(_SECTIONS))}: see {wrong}"
+        )
+    return settings
+
+
+class Study:
+    """What is done, in phases.
+
+    Args:
+        output: folder of everything.
+        settings: of the study's file.
+        ranks: of what is trained once.
+    """
+
+    def __init__(
+        self, output: Path, settings: Mapping[str, Any], ranks: int, on_gpus: bool
+    ) -> None:
+        self.output, self.settings, self.ranks, self.on_gpus = output, settings, ranks, on_gpus
+        self.corpus = Corpus(output / "data")
+        self.chat = output / "chat.jinja"
+        self.start = output / "start" / "best"
+        self.prompts = output / "prompts"
+
+    def phases(self, seeds: Sequence[int]) -> Iterator[list[Step]]:
+        """Everything after what is shared; a phase is to be run before the next is taken, as steps
+        depend on files that others make."""
+        yield [self._drawn(seed) for seed in seeds]
+        yield [self._labels(seed) for seed in seeds]
+        yield [self._gold(seed, part) for seed in seeds for part in _PARTS]
+        yield [self._judge(seed, name) for name in ("reasoning", "label") for seed in seeds]
+        yield [self._reinforced(seed) for seed in seeds]
+        yield [self._verdicts(seed, name) for seed in seeds for name in _TRAINED]
+        yield [self._agreement(seed, name) for seed in seeds for name in _TRAINED]
+        yield [
+            self._policy(seed, name) for seed in seeds for name in ("reasoning", "label", "gold")
+        ]
+
+    def shared(self) -> list[Step]:
+        """Text, the pretrained model, prompts, and the model that has learned to answer."""
+        recipe = RECIPES / f"{self.settings['recipe']}.yaml"
+        base, log = self.output / "base", self.output / "study.log"
+        base.mkdir(exist_ok=True)
+        flags = ["--expert-model-parallel-size", str(self.ranks), *_flags(self.settings["base"])]
+        iters = self.settings["base"].get("train_iters")
+        steps = iters or yaml.safe_load(recipe.read_text())["train_iters"]
+        splits, sizes = self.output / "splits", self.settings["splits"]
+        names = [*sizes, "start"]
+        return [
+            *self.corpus.steps(log),
+            training(
+                "base", f"{steps:,} steps", base, self.corpus, flags, [recipe],
+                ranks=self.ranks, on_gpus=self.on_gpus,
+                progress=TrainingProgress(base / "metrics.jsonl", steps),
+            ),
+            self._step(
+                "passages", "sentences, and those that follow them",
+                module(
+                    "examples.alignment.study.passages", "--text", self.corpus.text,
+                    "--output", self.output / "passages.jsonl",
+                ),
+                log, [self.output / "passages.jsonl"],
+                [self.corpus.text, HERE / "passages.py"],
+            ),
+            self._step(
+                "splits", "prompts for grading, policies, judges and the start policy",
+                self._align(
+                    "data", "split", "--input", self.output / "passages.jsonl", "--save", splits,
+                    "--overwrite", "--split", *(f"{n}={size}" for n, size in sizes.items()),
+                    "start=rest",
+                ),
+                log, [splits / f"{name}.jsonl" for name in names],
+                [self.output / "passages.jsonl"],
+            ),
+            *(
+                self._step(
+                    f"prompts-{name}", "prompts alone",
+                    self._align(
+                        "data", "import", "--input", splits / f"{name}.jsonl", "--as", "prompts",
+                        "--output", self.prompts / f"{name}.jsonl", "--overwrite",
+                    ),
+                    log, [self.prompts / f"{name}.jsonl"], [splits / f"{name}.jsonl"],
+                )
+                for name in sizes
+            ),
+            self._training(
+                "start", "a model that answers", self.output / "start",
+                self._align(
+                    "train-sft", "--model", base, "--input", splits / "start.jsonl",
+                    "--validation-input", splits / "held_out.jsonl", *self._form("start"),
+                ),
+                self.start,
+                [base / "metrics.jsonl", splits / "start.jsonl", splits / "held_out.jsonl"],
+                ranks=self.ranks,
+            ),
+        ]  # fmt: skip
+
+    def report(self, seeds: Sequence[int]) -> list[Step]:
+        """The page over all seeds."""
+        runs = [
+            {"folder": f"{name}-seed{seed}", "policy": "start", "judge": told, "seed": seed}
+            for name, told in JUDGES.items()
+            for seed in seeds
+        ]
+        file = self.output / "study.json"
+        file.write_text(json.dumps({"runs": runs}, indent=1) + "\n")
+        depends = [self.output / str(run["folder"]) / "metrics.jsonl" for run in runs]
+        output = self.output / "report.txt"
+        return [
+            self._step(
+                "report", "drawing", self._align("report", self.output), self.output / "study.log",
+                [output, self.output / "report" / "report.html"], [file, *depends], output=output,
+            )
+        ]  # fmt: skip
+
+    def _drawn(self, seed: int) -> Step:
+        file = self._of(seed) / "drawn.jsonl"
+        return self._step(
+            f"drawn-seed{seed}", "what the start policy answers",
+            self._align(
+                "generate", "--model", self.start, "--input", self.prompts / "judge.jsonl",
+                "--output", file, "--overwrite", "--source", "start", "--seed", seed,
+                *self._form("drawn"),
+            ),
+            self._of(seed) / "study.log", [file],
+            [*_weights(self.start), self.prompts / "judge.jsonl"],
+        )  # fmt: skip
+
+    def _labels(self, seed: int) -> Step:
+        real, drawn = self.output / "splits" / "judge.jsonl", self._of(seed) / "drawn.jsonl"
+        responses = self._of(seed) / "responses"
+        return self._step(
+            f"labels-seed{seed}", "responses for gold to label",
+            module(
+                "examples.alignment.study.labels", "--real", real, "--drawn", drawn,
+                "--save", responses, "--seed", str(seed), *_flags(self.settings["labels"]),
+            ),
+            self._of(seed) / "study.log", [responses / f"{part}.jsonl" for part in _PARTS],
+            [real, drawn, HERE / "labels.py"],
+        )  # fmt: skip
+
+    def _gold(self, seed: int, part: str) -> Step:
+        responses, verdicts = self._items(seed, part)
+        return self._step(
+            f"gold-{part}-seed{seed}", "gold's verdicts",
+            self._align(
+                "annotate", "--judge", "rule", "--rule-text", self.corpus.text,
+                "--input", responses, "--output", verdicts, "--overwrite",
+            ),
+            self._of(seed) / "study.log", [verdicts], [responses, self.corpus.text],
+        )  # fmt: skip
+
+    def _judge(self, seed: int, name: str) -> Step:
+        thinks = ["--thinking", "asked"] if name == "reasoning" else []
+        return self._judge_training(seed, name, "sft", self.start, [*thinks, *self._form(name)])
+
+    def _reinforced(self, seed: int) -> Step:
+        start = self._of(seed) / "judges" / "reasoning" / "best"
+        flags = ["--thinking", "asked", *self._form("reinforced")]
+        return self._judge_training(seed, "reinforced", "grpo", start, flags)
+
+    def _judge_training(
+        self, seed: int, name: str, stage: str, model: Path, flags: Sequence[str]
+    ) -> Step:
+        train, validation = self._items(seed, "train"), self._items(seed, "validation")
+        run = self._of(seed) / "judges" / name
+        return self._training(
+            f"{name}-judge-seed{seed}", f"a judge, stage {stage}", run,
+            self._align(
+                "train-judge", "--stage", stage, "--model", model, "--template", QUESTION,
+                "--input", train[0], "--gold", train[1], "--validation-input", validation[0],
+                "--validation-gold", validation[1], "--seed", seed,
+                *_flags(self.settings["judge"]), *flags,
+            ),
+            run / "best", [*train, *validation, *_weights(model), QUESTION],
+        )  # fmt: skip
+
+    def _verdicts(self, seed: int, name: str) -> Step:
+        responses, _ = self._items(seed, "test")
+        model, file = self._model(seed, name), self._of(seed) / f"{name}.verdicts.jsonl"
+        length = self.settings["judge"]["seq_length"]
+        words: list[object] = ["--seq-length", length]
+        if name == "reasoning":
+            words += ["--thinking", "asked"]
+            for flag, value in self.settings["thinking"].items():
+                prefix = "" if flag == "max_new_tokens" else "judging-"
+                words += [f"--{prefix}{flag.replace('_', '-')}", value]
+        return self._step(
+            f"{name}-verdicts-seed{seed}", "the judge on test responses",
+            self._align(
+                "judge", "--model", model, "--template", QUESTION, "--chat-template", self.chat,
+                "--input", responses, "--output", file, "--overwrite", *words,
+            ),
+            self._of(seed) / "study.log", [file], [responses, *_weights(model), QUESTION],
+        )  # fmt: skip
+
+    def _agreement(self, seed: int, name: str) -> Step:
+        responses, gold = self._items(seed, "test")
+        file, folder = (
+            self._of(seed) / f"{name}.verdicts.jsonl",
+            self._of(seed) / f"{name}.agreement",
+        )
+        return self._step(
+            f"{name}-agreement-seed{seed}", "how far it agrees with gold",
+            self._align(
+                "agreement", gold, file, "--items", responses, "--resample", "prompt",
+                "--slice", "source", "--output", folder,
+            ),
+            self._of(seed) / "study.log", [folder / "agreement.json"], [gold, file, responses],
+        )  # fmt: skip
+
+    def _policy(self, seed: int, name: str) -> Step:
+        run = self.output / f"{name}-seed{seed}"
+        gold = {"kind": "rule", "rule_text": str(self.corpus.text)}
+        files = self._of(seed) / "policies"
+        _yaml(files / "gold.yaml", gold)
+        _yaml(files / "no-copying.yaml", {**gold, "rule": "no-copying"})
+        depends = [self.corpus.text, *(self.prompts / f"{n}.jsonl" for n in ("policy", "held_out"))]
+        if name in _TRAINED:
+            model, folder = self._model(seed, name), self._of(seed) / f"{name}.agreement"
+            judge: dict[str, Any] = {
+                "kind": "local", "model": str(model), "template": str(QUESTION),
+                "chat_template": str(self.chat), "length": self.settings["judge"]["seq_length"],
+                "agreement": str(folder / "agreement.json"),
+            }  # fmt: skip
+            if name == "reasoning":
+                judge |= {"thinking": "asked", **self.settings["thinking"]}
+            _yaml(files / f"{name}.yaml", judge)
+            depends += [*_weights(model), folder / "agreement.json"]
+        return self._training(
+            f"{name}-seed{seed}", f"a policy against {JUDGES[name]}", run,
+            self._align(
+                "train-policy", "--model", self.start, "--judge", files / f"{name}.yaml",
+                "--prompts", self.prompts / "policy.jsonl",
+                "--held-out", self.prompts / "held_out.jsonl", "--gold", files / "gold.yaml",
+                "--second-gold", files / "no-copying.yaml", "--seed", seed, *self._form("policy"),
+            ),
+            run / "final", [*depends, *_weights(self.start)], figure="reward",
+        )  # fmt: skip
+
+    def _of(self, seed: int) -> Path:
+        folder = self.output / f"seed{seed}"
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    def _items(self, seed: int, part: str) -> tuple[Path, Path]:
+        """Responses, and gold's verdicts on them."""
+        of = self._of(seed)
+        return of / "responses" / f"{part}.jsonl", of / "gold" / f"{part}.jsonl"
+
+    def _model(self, seed: int, judge: str) -> Path:
+        run = "reinforced" if judge == "reasoning" else judge
+        return self._of(seed) / "judges" / run / "best"
+
+    def _form(self, section: str) -> list[str]:
+        return [*_flags(self.settings[section]), "--chat-template", str(self.chat)]
+
+    def _align(self, *words: object) -> list[str]:
+        return module("alignment", *map(str, words))
+
+    def _step(
+        self, name: str, about: str, command: list[str], log: Path, makes: Sequence[Path],
+        depends: Sequence[Path], **more: Any,
+    ) -> Step:  # fmt: skip
+        environment = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **device(self.on_gpus)}
+        return Step(name, about, command, log, makes, depends, environment=environment, **more)
+
+    def _training(
+        self, name: str, about: str, run: Path, command: list[str], makes: Path,
+        depends: Sequence[Path], ranks: int = 1, figure: str = "loss",
+    ) -> Step:  # fmt: skip
+        """A step that trains in a run's folder, and goes on there."""
+        run.mkdir(parents=True, exist_ok=True)
+        command = [*command, "--run-dir", str(run)]
+        if ranks > 1:
+            launch = ("--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", str(ranks))
+            command = [*module("torch.distributed.run", *launch), *command]
+        left = ("best", "checkpoints", "final", "rollouts", "tensorboard", "verdicts")
+        files = ("metrics.jsonl", "run.json", "samples.jsonl")
+        return self._step(
+            name, about, command, run / "train.log", [makes], depends,
+            resumes=[run / part for part in (*left, *files)],
+            watch=TrainingProgress(run / "metrics.jsonl", None, name, figure=figure),
+        )  # fmt: skip
+
+
+def _flags(values: Mapping[str, Any]) -> list[str]:
+    """`{lr: 1}` as `--lr 1`."""
+    words = []
+    for name, value in values.items():
+        words += [f"--{name.replace('_', '-')}", str(value)]
+    return words
+
+
+def _weights(model: Path) -> list[Path]:
+    return [model / "model.safetensors.index.json", *sorted(model.glob("*.safetensors"))]
+
+
+def _yaml(file: Path, values: Mapping[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    temporary.write_text(yaml.safe_dump(values, sort_keys=False))
+    temporary.replace(file)
