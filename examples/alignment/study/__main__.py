@@ -36,7 +36,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     stop_on_signals()
     gpus = find_gpus()
     jobs = options.jobs or (1 if gpus else psutil.cpu_count(logical=False) or 1)
-    study = Study(output, settings, ranks=min(2, gpus or jobs), on_gpus=bool(gpus))
+    quickstart = Path(options.quickstart).absolute() if options.quickstart else None
+    study = Study(
+        output, settings, ranks=min(2, gpus or jobs), on_gpus=bool(gpus), quickstart=quickstart,
+        judges_of=options.seeds[0] if options.share_judges else None,
+    )  # fmt: skip
     stamps = output / "steps"
     try:
         run_steps(study.shared(), stamps)
@@ -66,6 +70,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="(examples/alignment/study.yaml)",
     )
     add("--seeds", nargs="+", type=int, default=[1], metavar="SEED", help="(1)")
+    add(
+        "--share-judges",
+        action="store_true",
+        help="train judges with the first seed alone: then intervals are over policies' seeds",
+    )
+    add("--quickstart", metavar="DIR", help="take text and model of a finished make quickstart")
     add("--output", metavar="DIR", help="(runs/study-NAME)")
     add("--jobs", type=int, help="steps at once (one a CPU core; 1 on GPUs)")
     options = parser.parse_args(argv)
@@ -73,6 +83,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         raise UserError("--seeds names one twice")
     if options.jobs is not None and options.jobs < 1:
         raise UserError(f"--jobs {options.jobs} must be at least 1")
+    if options.quickstart and not (Path(options.quickstart) / "metrics.jsonl").is_file():
+        raise UserError(f"--quickstart {options.quickstart} is no finished quickstart")
     return options
 
 

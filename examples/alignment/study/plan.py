@@ -54,13 +54,23 @@ class Study:
         output: folder of everything.
         settings: of the study's file.
         ranks: of what is trained once.
+        quickstart: a finished quickstart, whose text and model are taken.
+        judges_of: the seed whose judges policies of all seeds have; none for each its own.
     """
 
     def __init__(
-        self, output: Path, settings: Mapping[str, Any], ranks: int, on_gpus: bool
+        self,
+        output: Path,
+        settings: Mapping[str, Any],
+        ranks: int,
+        on_gpus: bool,
+        quickstart: Path | None = None,
+        judges_of: int | None = None,
     ) -> None:
         self.output, self.settings, self.ranks, self.on_gpus = output, settings, ranks, on_gpus
-        self.corpus = Corpus(output / "data")
+        self.quickstart, self.judges_of = quickstart, judges_of
+        self.corpus = Corpus((quickstart or output) / "data")
+        self.base = quickstart or output / "base"
         self.chat = output / "chat.jinja"
         self.start = output / "start" / "best"
         self.prompts = output / "prompts"
@@ -68,34 +78,25 @@ class Study:
     def phases(self, seeds: Sequence[int]) -> Iterator[list[Step]]:
         """Everything after what is shared; a phase is to be run before the next is taken, as steps
         depend on files that others make."""
-        yield [self._drawn(seed) for seed in seeds]
-        yield [self._labels(seed) for seed in seeds]
-        yield [self._gold(seed, part) for seed in seeds for part in _PARTS]
-        yield [self._judge(seed, name) for name in ("reasoning", "label") for seed in seeds]
-        yield [self._reinforced(seed) for seed in seeds]
-        yield [self._verdicts(seed, name) for seed in seeds for name in _TRAINED]
-        yield [self._agreement(seed, name) for seed in seeds for name in _TRAINED]
+        own = seeds if self.judges_of is None else [self.judges_of]
+        yield [self._drawn(seed) for seed in own]
+        yield [self._labels(seed) for seed in own]
+        yield [self._gold(seed, part) for seed in own for part in _PARTS]
+        yield [self._judge(seed, name) for name in ("reasoning", "label") for seed in own]
+        yield [self._reinforced(seed) for seed in own]
+        yield [self._verdicts(seed, name) for seed in own for name in _TRAINED]
+        yield [self._agreement(seed, name) for seed in own for name in _TRAINED]
         yield [
             self._policy(seed, name) for seed in seeds for name in ("reasoning", "label", "gold")
         ]
 
     def shared(self) -> list[Step]:
         """Text, the pretrained model, prompts, and the model that has learned to answer."""
-        recipe = RECIPES / f"{self.settings['recipe']}.yaml"
-        base, log = self.output / "base", self.output / "study.log"
-        base.mkdir(exist_ok=True)
-        flags = ["--expert-model-parallel-size", str(self.ranks), *_flags(self.settings["base"])]
-        iters = self.settings["base"].get("train_iters")
-        steps = iters or yaml.safe_load(recipe.read_text())["train_iters"]
+        log, base = self.output / "study.log", self.base
         splits, sizes = self.output / "splits", self.settings["splits"]
         names = [*sizes, "start"]
         return [
-            *self.corpus.steps(log),
-            training(
-                "base", f"{steps:,} steps", base, self.corpus, flags, [recipe],
-                ranks=self.ranks, on_gpus=self.on_gpus,
-                progress=TrainingProgress(base / "metrics.jsonl", steps),
-            ),
+            *([] if self.quickstart else [*self.corpus.steps(log), self._pretraining()]),
             self._step(
                 "passages", "sentences, and those that follow them",
                 module(
@@ -137,6 +138,18 @@ class Study:
                 ranks=self.ranks,
             ),
         ]  # fmt: skip
+
+    def _pretraining(self) -> Step:
+        recipe = RECIPES / f"{self.settings['recipe']}.yaml"
+        self.base.mkdir(exist_ok=True)
+        flags = ["--expert-model-parallel-size", str(self.ranks), *_flags(self.settings["base"])]
+        iters = self.settings["base"].get("train_iters")
+        steps = iters or yaml.safe_load(recipe.read_text())["train_iters"]
+        return training(
+            "base", f"{steps:,} steps", self.base, self.corpus, flags, [recipe],
+            ranks=self.ranks, on_gpus=self.on_gpus,
+            progress=TrainingProgress(self.base / "metrics.jsonl", steps),
+        )  # fmt: skip
 
     def report(self, seeds: Sequence[int]) -> list[Step]:
         """The page over all seeds."""
@@ -260,7 +273,8 @@ class Study:
         _yaml(files / "no-copying.yaml", {**gold, "rule": "no-copying"})
         depends = [self.corpus.text, *(self.prompts / f"{n}.jsonl" for n in ("policy", "held_out"))]
         if name in _TRAINED:
-            model, folder = self._model(seed, name), self._of(seed) / f"{name}.agreement"
+            source = seed if self.judges_of is None else self.judges_of
+            model, folder = self._model(source, name), self._of(source) / f"{name}.agreement"
             judge: dict[str, Any] = {
                 "kind": "local", "model": str(model), "template": str(QUESTION),
                 "chat_template": str(self.chat), "length": self.settings["judge"]["seq_length"],
