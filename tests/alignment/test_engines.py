@@ -18,7 +18,7 @@ from tests.hf.models import make
 TOLERANCE = 1e-4
 
 
-def make_expert_threshold(folder):
+def make_expert_threshold(folder, moe_layers=(0, 1)):
     """A model with thresholds, nothing of it at 0 or 1."""
     from megatron_ext.hf.remote.configuration_et import ExpertThresholdConfig
     from megatron_ext.hf.remote.modeling_et import ExpertThresholdForCausalLM, Router
@@ -30,7 +30,7 @@ def make_expert_threshold(folder):
         num_key_value_heads=2,
         max_position_embeddings=64,
         norm_scale=True,
-        moe_layers=[0, 1],
+        moe_layers=list(moe_layers),
         num_experts=4,
         moe_intermediate_size=48,
         shared_expert_intermediate_size=32,
