@@ -41,9 +41,10 @@ from megatron_ext.recipes import expand_recipes
 def main(argv: Sequence[str]) -> int:
     options = parse(argv)
     if options.dry_run is not None:
+        from alignment.policies.held import held_beside
         from alignment.training.dry_run import dry_run
 
-        dry_run(options)
+        dry_run(options, held_beside(options))
         return 0
     specs = {
         "proxy": [JudgeSpec.read(file) for file in options.judge],
