@@ -11,6 +11,7 @@ and no finished response or verdict is lost or used twice.
 
 import argparse
 import hashlib
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -180,6 +181,8 @@ def _learn(
             flags.rollouts_of(options, engine, tokenizer.eos_token_id),
         )  # fmt: skip
         if run.writes:
+            if same := shared_with_gold(judges):
+                print(f"train-policy: warning: {same}", file=sys.stderr, flush=True)
             left = f", {step.too_long:,} too long" if step.too_long else ""
             print(
                 f"{len(step.tasks):,} prompts{left}; {len(grader.asked):,} held out; "
@@ -196,6 +199,18 @@ def _learn(
         if run.writes:
             print(f"the policy is {run.folder / 'final'}", flush=True)
     return 0
+
+
+def shared_with_gold(judges: Mapping[str, Sequence[Judge]]) -> str | None:
+    """What to say where a judge of the rewards grades too, and nothing is left to tell by."""
+    rewarding = {judge.identity for judge in judges["proxy"]}
+    for name in ("gold", "second_gold"):
+        if rewarding & {judge.identity for judge in judges.get(name, ())}:
+            return (
+                f"--{name.replace('_', '-')} is a judge that --judge has too: gold must stay "
+                "outside of the training, or no gap can show that the policy games its judge"
+            )
+    return None
 
 
 def keep_responses(folder: Path, step: int, responses: Sequence[Response]) -> None:
