@@ -6,10 +6,10 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from alignment.records import Message, Prompt
 from tests.alignment.chat_model import BRIEF, make_model, write_rows
+from tests.alignment.engine_runs import saved
 from tests.alignment.judges.endpoint import Endpoint, chat
 from tests.alignment.test_routing_gap import make_expert_threshold
 from tests.alignment.training.test_train_policy import place as place
@@ -70,7 +70,7 @@ def cases(folder, runs, url):
     found = {}
     (folder / "slow.yaml").write_text(
         f"kind: endpoint\nmodel: judge\nurl: {url}\nexpected_score: false\nrows: 1\n"
-        f"template: {folder / 'pointwise-brief.txt'}\n"
+        f"tries: 2\ntemplate: {folder / 'pointwise-item.txt'}\n"
     )
     (folder / "local.yaml").write_text(
         f"kind: local\nmodel: {folder / 'judge'}\nlength: 512\n"
@@ -80,11 +80,10 @@ def cases(folder, runs, url):
     for name, judge, more in (
         ("silent", rule, ["--model", folder / "silent", "--no-reference"]),
         ("equal", rule, ["--model", folder / "silent", "--algorithm", "dapo", "--no-reference"]),
-        ("some long", rule, ["--prompts", folder / "prompts.jsonl", long]),
+        ("some long", folder / "other.yaml", ["--prompts", folder / "prompts.jsonl", long]),
         ("all long", rule, ["--prompts", long]),
         ("held out long", rule, ["--held-out", long]),
         ("other tokenizer", folder / "local.yaml", []),
-        ("gold", folder / "other.yaml", []),
         ("slow", folder / "slow.yaml", []),
         ("routed", rule, ["--model", folder / "routed", "--routing-interval", "2"]),
     ):
@@ -98,6 +97,9 @@ def cases(folder, runs, url):
 @pytest.mark.slow
 def test_a_policy_copes_with_what_it_is_given(place, tmp_path):
     (place / "pointwise-brief.txt").write_text(BRIEF)
+    (place / "pointwise-item.txt").write_text(
+        "=== user ===\n{mark} <item> {prompt} {response} {answer}\n"
+    )
     make_silent(place / "silent")
     make_other_tokenizer(place / "judge")
     make_routed(place / "routed", place / "model")
@@ -105,7 +107,7 @@ def test_a_policy_copes_with_what_it_is_given(place, tmp_path):
     write_rows(place / "long.jsonl", [Prompt(f"long-{n}", asked) for n in range(5)])
     with Endpoint() as server:
         server.seconds, server.answer = LATENCY, lambda text: chat(str(len(text) % 10))
-        [found] = run_ranks(cases, 1, place, tmp_path, server.url, timeout=200)
+        [found] = run_ranks(cases, 1, place, tmp_path, server.url)
         answered = sum(server.answered.values())
 
     for name in ("silent", "equal"):
@@ -114,11 +116,8 @@ def test_a_policy_copes_with_what_it_is_given(place, tmp_path):
         assert row["length"] == 1 and row["groups_that_differ"] == 0 == row["grad_norm"]
         graded = [row["grade/length"] for row in rows_of(tmp_path / name) if "grade/gold" in row]
         assert graded == [1, 1]
-        before, after = (
-            load_file(folder / "model.safetensors")
-            for folder in (place / "silent", tmp_path / name / "final")
-        )
-        assert all(torch.equal(before[tensor], after[tensor]) for tensor in before)
+        before, after = saved(place / "silent"), saved(tmp_path / name / "final")
+        assert before and all(torch.equal(before[tensor], after[tensor]) for tensor in before)
         assert "NaN" not in (tmp_path / name / "metrics.jsonl").read_text()
 
     assert "24 prompts, 5 too long; 6 held out" in found["some long"][1]
@@ -129,8 +128,8 @@ def test_a_policy_copes_with_what_it_is_given(place, tmp_path):
     [row] = [row for row in rows_of(tmp_path / "other tokenizer") if "reward" in row]
     assert row["unrewarded"] == 0 and 0 < row["reward"] < 9 and row["reward_std"] > 0
 
-    assert "--gold is a judge that --judge has too" in found["gold"][2]
-    assert "too:" not in found["some long"][2]
+    assert "--gold is a judge that --judge has too" in found["some long"][2]
+    assert "--gold" not in found["other tokenizer"][2]
 
     assert found["slow"][0] == 0, found["slow"]
     [row] = [row for row in rows_of(tmp_path / "slow") if "reward" in row]
