@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from alignment.engines.batch import Batch
+from alignment.engines.batch import Batch, Sample
 from alignment.engines.decoding import decode
 from alignment.engines.export import export
 from alignment.engines.micro_batches import micro_batches
@@ -162,6 +162,12 @@ class DeepSpeedEngine:
         self._engine.eval()
         seeds = range(len(prompts)) if seeds is None else seeds
         return decode(self._engine.module, self.eod, prompts, sampling, seeds, self._device)
+
+    def routing_gap(
+        self, samples: Sequence[Sample], length: int, temperature: float = 1.0
+    ) -> dict[str, float]:
+        """Nothing: models of transformers do not tell how they route."""
+        return {}
 
     @torch.no_grad()
     def parameters(self) -> Iterator[tuple[str, Tensor]]:

@@ -22,7 +22,7 @@ from megatron.training import get_tokenizer, global_vars
 from megatron.training.checkpointing import load_checkpoint, save_checkpoint
 from torch import Tensor
 
-from alignment.engines.batch import Batch
+from alignment.engines.batch import Batch, Sample
 from alignment.engines.export import export
 from alignment.engines.megatron_launch import MegatronLayout, build, start
 from alignment.engines.micro_batches import micro_batches
@@ -35,6 +35,7 @@ from alignment.engines.protocol import (
     Sums,
     means_of,
 )
+from alignment.engines.routing import Comparison, marked
 from alignment.engines.sampler import Sampler
 from alignment.engines.scoring import Scorer
 from megatron_ext.checkpoint import damage, find_checkpoint
@@ -44,6 +45,7 @@ from megatron_ext.hf.sources import open_hf, open_megatron
 from megatron_ext.inference.sampling import Sampling
 from megatron_ext.model.packing import rotate_by_position_ids
 from megatron_ext.moe.router import ThresholdRouter
+from megatron_ext.moe.watching import watched
 from megatron_ext.quiet import quiet_megatron
 from megatron_ext.training.checkpoints import explain_failure
 from megatron_ext.training.step import routers_of
@@ -111,12 +113,14 @@ class MegatronEngine:
         """See the protocol."""
         return self._evaluate(batch, partial(Scorer, choices=tokens), len(tokens)).permute(1, 2, 0)
 
-    def _evaluate(self, batch: Batch, scorer: Callable[..., Scorer], kinds: int) -> Tensor:
+    def _evaluate(
+        self, batch: Batch, scorer: Callable[..., Scorer], kinds: int, train: bool = False
+    ) -> Tensor:
         """Scores of a batch on every rank that shares it, fp32 `[kinds, rows, length]`."""
         self._come_first()
         parts = self._split(batch)
         with torch.no_grad():
-            found = self._run(parts, scorer, None)
+            found = self._run(parts, scorer, None, train)
         shape = (len(parts), kinds, self.layout.micro_batch, parts[0].length)
         device = parts[0].tokens.device
         values = torch.stack(found) if found else torch.empty(shape, device=device)
@@ -136,7 +140,7 @@ class MegatronEngine:
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
         scorer = partial(Scorer, temperature=temperature, entropy=entropy)
-        found = self._run(parts, scorer, loss)
+        found = self._run(parts, scorer, loss, train=True)
         lr = self._schedule.get_lr(self._optimizer.param_groups[0])
         stepped, norm, _ = self._optimizer.step()
         if stepped:
@@ -152,11 +156,27 @@ class MegatronEngine:
         seeds: Sequence[int] | None = None,
     ) -> list[Generated]:
         """See the protocol; a row's sample depends on its prompt and seed alone."""
+        return self._sampling().generate(prompts, sampling, seeds)
+
+    def _sampling(self) -> Sampler:
         self._come_first()
         if self._sampler is None:
             with quiet_megatron():
                 self._sampler = Sampler(self._stage, self.args, self._tokenizer)
-        return self._sampler.generate(prompts, sampling, seeds)
+        return self._sampler
+
+    def routing_gap(
+        self, samples: Sequence[Sample], length: int, temperature: float = 1.0
+    ) -> dict[str, float]:
+        """See the protocol; the routers are those of training, in training mode."""
+        if not self.config.num_moe_experts:
+            return {}
+        decoded = self._sampling().decode(samples, temperature)
+        batch = Batch.packed(marked(samples, decoded), length)
+        comparison = Comparison(decoded, self._split(batch), self.groups)
+        with watched(routers_of(self._model), comparison.saw):
+            found = self._evaluate(batch, partial(Scorer, temperature=temperature), 1, train=True)
+        return comparison.figures(batch, found[0])
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
         """See the protocol."""
@@ -220,15 +240,22 @@ class MegatronEngine:
         )
 
     def _run(
-        self, parts: list[Batch], scorer_of: Callable[..., Scorer], loss: Loss | None
+        self,
+        parts: list[Batch],
+        scorer_of: Callable[..., Scorer],
+        loss: Loss | None,
+        train: bool,
     ) -> list[Any]:
         """Micro-batches through the pipeline, forward and, with a loss, backward.
+
+        Args:
+            train: whether modules are in training mode.
 
         Returns:
             on the last stage, what `_scored` or `_weighed` gives for each; nothing on the others.
         """
         for chunk in self._model:
-            chunk.train(loss is not None)
+            chunk.train(train)
 
         def forward(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Any]:
             batch = next(batches)

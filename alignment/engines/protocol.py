@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from alignment.engines.batch import Batch
+from alignment.engines.batch import Batch, Sample
 from megatron_ext.errors import UserError
 from megatron_ext.inference.sampling import Sampling
 
@@ -187,6 +187,22 @@ class Engine(Protocol):
 
         Args:
             seeds: one a prompt. Default: 0, 1, ...
+        """
+
+    def routing_gap(
+        self, samples: Sequence[Sample], length: int, temperature: float = 1.0
+    ) -> Mapping[str, float]:
+        """How far apart generation and training route the same responses, with present weights.
+
+        Generation takes a prompt and then one token at a time; training takes rows of `length`
+        that the samples are packed into.
+
+        Args:
+            samples: this rank's, each with a response; `temperature` divides the logits.
+
+        Returns:
+            the same on all ranks: figures named `routing/...`, see `docs/engines.md`; nothing for
+            a model without experts, or an engine that does not see their routing.
         """
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:

@@ -15,7 +15,9 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.argument_utils import core_transformer_config_from_args
 
+from alignment.engines.batch import Sample
 from alignment.engines.protocol import Generated
+from alignment.engines.routing import Decoded, decode
 from megatron_ext.config import ETConfig
 from megatron_ext.inference.generation import generate
 from megatron_ext.inference.loading import Layout, TrainedModel, for_inference
@@ -74,6 +76,11 @@ class Sampler:
         parts: list[list[Generated]] = [[] for _ in range(size)]
         dist.all_gather_object(parts, own, group=self._sharers)
         return [parts[i % size][i // size] for i in range(len(prompts))]
+
+    def decode(self, samples: Sequence[Sample], temperature: float) -> Decoded:
+        """Responses that are there, routed and scored as `generate` does. Ranks that share rows in
+        training each decode them all."""
+        return decode(self._model, samples, temperature)
 
 
 def _share(source: torch.nn.Module, target: torch.nn.Module) -> None:

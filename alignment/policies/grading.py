@@ -23,6 +23,7 @@ from alignment.ranks import most_of_ranks, shares_of
 from alignment.records import Prompt, Response
 from alignment.rl.rollouts import Rollout
 from alignment.seeds import seed_of
+from megatron_ext.errors import UserError
 from megatron_ext.inference.sampling import Sampling
 
 
@@ -79,6 +80,9 @@ class Grader:
             folder: of the run, for samples.jsonl.
             reference: log-probabilities under the start policy, for the divergence from it.
             shown: how many samples a grading keeps.
+
+        Raises:
+            UserError: none of the prompts fits.
         """
         self.policy, self.tokenizer = policy, tokenizer
         self.sampling = replace(sampling, score_temperature=1.0)
@@ -88,6 +92,11 @@ class Grader:
         room = length - sampling.max_new_tokens
         asked = [(p, prompt_ids(tokenizer, p.messages, **template)) for p in prompts]
         self.asked = [(prompt, ids) for prompt, ids in asked if len(ids) <= room]
+        if not self.asked:
+            raise UserError(
+                f"no prompt of --held-out leaves room for {sampling.max_new_tokens} tokens in "
+                f"--seq-length {length}: raise it, or lower --max-new-tokens"
+            )
         self.history: list[Mapping[str, Any]] = []
 
     def recall(self, file: Path) -> None:

@@ -11,6 +11,8 @@ and no finished response or verdict is lost or used twice.
 
 import argparse
 import hashlib
+import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +21,7 @@ from typing import Any
 from alignment.data.chat import prompt_ids
 from alignment.data.rows import RecordWriter
 from alignment.data.tokenizers import load_tokenizer
-from alignment.engines.batch import Batch
+from alignment.engines.batch import Batch, Sample
 from alignment.engines.protocol import Engine
 from alignment.judges.rows import read_all
 from alignment.monitors.batch import Limits, Monitor
@@ -40,9 +42,10 @@ from megatron_ext.recipes import expand_recipes
 def main(argv: Sequence[str]) -> int:
     options = parse(argv)
     if options.dry_run is not None:
+        from alignment.policies.held import held_beside
         from alignment.training.dry_run import dry_run
 
-        dry_run(options)
+        dry_run(options, held_beside(options))
         return 0
     specs = {
         "proxy": [JudgeSpec.read(file) for file in options.judge],
@@ -137,19 +140,26 @@ def _learn(
         )  # fmt: skip
 
         def watch(step: int, groups: Sequence[Group]) -> Mapping[str, Any]:
-            """What the monitors find, on the rank that writes it down."""
+            """How rollouts and training route; and what the monitors find, on the rank that
+            writes it down."""
+            routing = {}
+            if options.routing_interval and step % options.routing_interval == 0:
+                begin = time.perf_counter()
+                if routing := routing_of(engine, groups, options.routing_samples, settings):
+                    routing["time/routing"] = time.perf_counter() - begin
             if not run.writes:
-                return {}
+                return routing
             rows = [
                 (Response(rollout.key, task.about, rewarded.facts["text"]), rewarded.reward)
                 for task, rollouts, rewards in groups
                 for rollout, rewarded in zip(rollouts, rewards)
             ]
             if not rows:
-                return {}
+                return routing
             if options.keep_responses:
                 keep_responses(run.folder, step + 1, [r for r, _ in rows][: options.keep_responses])
-            return monitor.of_batch([r for r, _ in rows], [w for _, w in rows]).metrics()
+            found = monitor.of_batch([r for r, _ in rows], [w for _, w in rows])
+            return {**routing, **found.metrics()}
 
         def evaluate(step: int) -> Mapping[str, Any]:
             if not grader.history:
@@ -171,6 +181,8 @@ def _learn(
             flags.rollouts_of(options, engine, tokenizer.eos_token_id),
         )  # fmt: skip
         if run.writes:
+            if same := shared_with_gold(judges):
+                print(f"train-policy: warning: {same}", file=sys.stderr, flush=True)
             left = f", {step.too_long:,} too long" if step.too_long else ""
             print(
                 f"{len(step.tasks):,} prompts{left}; {len(grader.asked):,} held out; "
@@ -189,12 +201,45 @@ def _learn(
     return 0
 
 
+def shared_with_gold(judges: Mapping[str, Sequence[Judge]]) -> str | None:
+    """What to say where a judge of the rewards grades too, and nothing is left to tell by."""
+    rewarding = {judge.identity for judge in judges["proxy"]}
+    for name in ("gold", "second_gold"):
+        if rewarding & {judge.identity for judge in judges.get(name, ())}:
+            return (
+                f"--{name.replace('_', '-')} is a judge that --judge has too: gold must stay "
+                "outside of the training, or no gap can show that the policy games its judge"
+            )
+    return None
+
+
 def keep_responses(folder: Path, step: int, responses: Sequence[Response]) -> None:
     """Leave some of a step's responses for gold to label, and a judge to be trained on."""
     with RecordWriter(folder / "responses" / f"step_{step:06d}.jsonl", overwrite=True) as writer:
         for response in responses:
             name = f"step-{step}-{response.id}"
             writer.write(replace(response, id=name, source=f"policy at step {step}"))
+
+
+def routing_of(
+    engine: Engine, groups: Sequence[Group], most: int, settings: Settings
+) -> dict[str, float]:
+    """How far apart generation and training route some of a step's responses; a collective.
+
+    Args:
+        groups: of all ranks; whatever their order, the same responses are taken, of as many prompts
+            as there are.
+        most: responses, on all ranks.
+    """
+    given = [
+        (rollout.sample, task.id, Sample([*task.prompt, *rollout.tokens], len(task.prompt)))
+        for task, rollouts, _ in groups
+        for rollout in rollouts
+        if rollout.tokens
+    ]
+    chosen = [sample for _, _, sample in sorted(given, key=lambda row: row[:2])[:most]]
+    mine = chosen[engine.data_rank :: engine.data_size]
+    return dict(engine.routing_gap(mine, settings.length, settings.sampling.temperature))
 
 
 def _told(specs: Sequence[JudgeSpec], judges: Sequence[Judge]) -> dict[str, Any] | None:
@@ -259,6 +304,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     flags.groups_of(options)
     if options.steps < 1 or options.rows < 1 or options.alarm_window < 1:
         raise UserError("--steps, --rows and --alarm-window must be at least 1")
+    if options.routing_interval < 0 or options.routing_samples < 1:
+        raise UserError("--routing-interval must not be negative, --routing-samples at least 1")
     if not 0 <= options.max_unrewarded <= 1:
         raise UserError(f"--max-unrewarded {options.max_unrewarded} is a share: from 0 to 1")
     if options.kl < 0:
@@ -301,6 +348,11 @@ def _parser() -> argparse.ArgumentParser:
         help="of a step's responses without a judgement; more end the run (%(default)s)")
     add("--keep-responses", type=int, default=0, metavar="N",
         help="of each step, in RUN/responses, to train the judge again on (%(default)s)")
+    add("--routing-interval", type=int, default=50, metavar="STEPS",
+        help="compare how rollouts and training route, of models with experts; 0: never "
+        "(%(default)s)")
+    add("--routing-samples", type=int, default=8, metavar="N",
+        help="responses that are compared, on all ranks (%(default)s)")
     add("--no-reference", dest="reference", action="store_false",
         help="do not hold the start policy to measure the divergence from it")
     add = parser.add_argument_group("responses").add_argument

@@ -3,44 +3,114 @@
 import argparse
 import os
 import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from megatron.training.training import destroy_global_state
 
 from alignment.engines.megatron_launch import MegatronLayout
 from alignment.training.flags import layout_of
 from megatron_ext.arguments import parse_args
+from megatron_ext.config import ETConfig
 from megatron_ext.errors import UserError
 from megatron_ext.hf.architecture import Architecture, to_flags
 from megatron_ext.hf.configs import load_config
 from megatron_ext.hf.families import read_config
 from megatron_ext.training.dry_run import dry_run as pretraining_dry_run
+from megatron_ext.training.dry_run import held_parameters
+
+# What a step needs while it runs, and answers do not.
+_PASSING = ("activations", "router_logits", "gather_buffer")
 
 
-def dry_run(options: argparse.Namespace) -> None:
+@dataclass(frozen=True)
+class Held:
+    """A model that ranks hold beside the one that is trained, in the same layout.
+
+    Attributes:
+        name: what it is, for people.
+        model: its folder; models of one folder are one copy.
+        rows, length: of the answers that it writes at a time; 0 if it writes none.
+    """
+
+    name: str
+    model: str
+    rows: int = 0
+    length: int = 0
+
+
+def dry_run(options: argparse.Namespace, beside: Sequence[Held] | None = None) -> None:
     """Print parameters, memory of a rank, FLOPs a token and collectives of a step; of a model that
     is to write answers also what their keys and values take.
 
     The step is a short one, of as many micro-batches as there are pipeline stages: longer ones
     take no more memory.
 
+    Args:
+        beside: of a policy: the other models that its ranks hold. What all takes together is told.
+
     Raises:
-        UserError: the model is of no known family, or --engine is not megatron.
+        UserError: a model is of no known family, or --engine is not megatron.
     """
     if options.engine != "megatron":
         raise UserError("--dry-run is for --engine megatron")
     if os.environ.get("RANK", "0") != "0":
         return
-    folder = Path(options.model)
-    if not (folder / "config.json").is_file():
-        raise UserError(f"--model {folder} has no config.json, which --dry-run reads")
-    model = read_config(load_config(folder))
+    model = _architecture(options.model, "--model")
+    others = {held.model: _architecture(held.model, held.name) for held in beside or ()}
     layout = layout_of(options)
+    args, config = _parsed(model, options, layout)
+
+    def cache(of: Architecture, rows: int, length: int) -> int:
+        return cache_bytes(of, layout, rows, length, args.params_dtype)
+
+    def together(facts: Mapping[str, Any]) -> dict[str, Any]:
+        if beside is None:
+            return {}
+        stages = [stage["memory"] for stage in facts["stages"]]
+        passing = [sum(memory[name] for name in _PASSING) for memory in stages]
+        lasting = [sum(memory.values()) for memory in stages]
+        lasting = [whole - part for whole, part in zip(lasting, passing)]
+        kept = {"policy: weights, gradients, optimizer": lasting}
+        for folder, other in others.items():
+            destroy_global_state()
+            names = ", ".join(held.name for held in beside if held.model == folder)
+            counts = held_parameters(*_parsed(other, options, layout))
+            kept[f"{names}: weights"] = [n * args.params_dtype.itemsize for n in counts]
+        answers = {"policy": cache(model, options.rows, options.seq_length)}
+        answers |= {h.name: cache(others[h.model], h.rows, h.length) for h in beside if h.rows}
+        rows = {**kept, "what a step needs besides": passing}
+        rows |= {f"or keys and values, {n}": [size] * len(stages) for n, size in answers.items()}
+        most = [max(part, *answers.values()) for part in passing]
+        rows["together at most"] = [sum(column) for column in zip(*kept.values(), most)]
+        return {"together": rows}
+
+    if getattr(options, "thinking", "none") != "none":
+        answers = cache(model, options.rows, options.seq_length)
+        print(
+            f"while it answers, keys and values of --rows {options.rows} take up to "
+            f"{answers / 2**20:,.0f} MiB of a rank, in place of the activations\n"
+        )
+    pretraining_dry_run(args, config, together)
+
+
+def _architecture(folder: str, of: str) -> Architecture:
+    if not (Path(folder) / "config.json").is_file():
+        raise UserError(f"{of} {folder} has no config.json, which --dry-run reads")
+    return read_config(load_config(Path(folder)))
+
+
+def _parsed(
+    model: Architecture, options: argparse.Namespace, layout: MegatronLayout
+) -> tuple[argparse.Namespace, ETConfig]:
+    """Of `pretrain_et.py`, for a model in the layout of these options."""
     copies = max(1, options.dry_run // (layout.tensor * layout.pipeline * layout.context))
-    rows = layout.micro_batch * copies * layout.pipeline
     values = {
         "seq-length": options.seq_length,
-        "global-batch-size": rows,
+        "global-batch-size": layout.micro_batch * copies * layout.pipeline,
         "lr": options.lr,
         "train-iters": 1,
         "vocab-size": model.vocab,
@@ -50,16 +120,7 @@ def dry_run(options: argparse.Namespace) -> None:
     words = [word for name, value in values.items() for word in (f"--{name}", str(value))]
     precision = [] if options.dtype == "fp32" else ["--bf16"]
     extra = shlex.split(options.megatron_flags)
-    args, config = parse_args(
-        [*to_flags(model), *precision, *layout.flags, *words, "--mock-data", *extra]
-    )
-    if getattr(options, "thinking", "none") != "none":
-        answers = cache_bytes(model, layout, options.rows, options.seq_length, args.params_dtype)
-        print(
-            f"while it answers, keys and values of --rows {options.rows} take up to "
-            f"{answers / 2**20:,.0f} MiB of a rank, in place of the activations\n"
-        )
-    pretraining_dry_run(args, config)
+    return parse_args([*to_flags(model), *precision, *layout.flags, *words, "--mock-data", *extra])
 
 
 def cache_bytes(

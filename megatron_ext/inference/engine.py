@@ -43,6 +43,7 @@ class Engine:
         self.trained, self.prompt_tokens = trained, prompt_tokens
         self.lines = lines
         self.rows: list[Row] = []  # by their line in the cache
+        self.chunks: list[Chunk] = []  # of the present pass, in the order of its tokens
         self._cache = RaggedCache(lines, trained.max_length)
         self._arrivals: list[int] = []  # of the same rows
         self._count = itertools.count()
@@ -75,7 +76,7 @@ class Engine:
             each row that got a token, with its score and the text that can be shown since the
             last; a row whose completion has a finish has left the engine.
         """
-        chunks = self._plan()
+        self.chunks = chunks = self._plan()
         scores = iter(self._scored(next_logits(self.trained, self._cache, chunks), chunks))
         events = []
         for chunk in chunks:
@@ -94,6 +95,7 @@ class Engine:
 
     def idle(self) -> None:
         """Take part in a pass of copies that share experts with this one, without a row."""
+        self.chunks = []
         device = torch.cuda.current_device()
         full_logits(self.trained, torch.zeros(1, 1, dtype=torch.int64, device=device))
 

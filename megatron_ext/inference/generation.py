@@ -1,6 +1,6 @@
 """Continuing prompts."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from megatron_ext.inference.engine import Engine
 from megatron_ext.inference.loading import TrainedModel
-from megatron_ext.inference.row import Completion, Row
+from megatron_ext.inference.row import Completion, Row, Score
 from megatron_ext.inference.sampling import Sampling
 
 
@@ -70,13 +70,21 @@ def stream(
     engine = Engine(trained, lines=len(rows))
     for row in rows:
         engine.add(row)
-    while _any_copy_works(trained, bool(engine.rows)):
-        if not engine.rows:
-            engine.idle()
-            continue
-        for row, score, text in engine.step():
+    for events in passes(engine):
+        for row, score, text in events:
             yield Token(numbers[row], score.token, score.log_prob, text)
     return [row.completion for row in rows]
+
+
+def passes(engine: Engine) -> Iterator[list[tuple[Row, Score, str]]]:
+    """Run passes until the rows of all copies that share experts have left their engines; each
+    gives what `Engine.step` does."""
+    while _any_copy_works(engine.trained, bool(engine.rows)):
+        if engine.rows:
+            yield engine.step()
+        else:
+            engine.idle()
+            yield []
 
 
 def _any_copy_works(trained: TrainedModel, works: bool) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 from megatron_ext.inference.forward import full_logits
 from megatron_ext.inference.loading import TrainedModel
 from megatron_ext.moe.margins import routing_margins
+from megatron_ext.moe.watching import watched
 from megatron_ext.training.step import routers_of
 
 
@@ -46,17 +47,12 @@ def routing_of(trained: TrainedModel, tokens: list[int]) -> Routing:
         raise ValueError(f"{len(tokens)} tokens: routing takes 1 to {trained.max_length}")
     found: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def keep(router: Any, args: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-        margins = routing_margins(router, router.gating(args[0]))
-        found[router.layer_number - 1] = output[1].bool().cpu(), margins.cpu()
+    def keep(router: Any, logits: Tensor, routing_map: Tensor) -> None:
+        found[router.layer_number - 1] = routing_map.cpu(), routing_margins(router, logits).cpu()
 
-    hooks = [router.register_forward_hook(keep) for router in routers_of([trained.module])]
     text = torch.tensor([tokens], device=torch.cuda.current_device())
-    try:
+    with watched(routers_of([trained.module]), keep):
         logits = full_logits(trained, text)
-    finally:
-        for hook in hooks:
-            hook.remove()
     losses = None if logits is None else _losses(logits[0], text[0])
     pipeline = trained.groups.pp
     stages: list[Any] = [None] * pipeline.size()

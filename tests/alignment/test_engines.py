@@ -18,23 +18,24 @@ from tests.hf.models import make
 TOLERANCE = 1e-4
 
 
-def make_expert_threshold(folder):
+def make_expert_threshold(folder, **changes):
     """A model with thresholds, nothing of it at 0 or 1."""
     from megatron_ext.hf.remote.configuration_et import ExpertThresholdConfig
     from megatron_ext.hf.remote.modeling_et import ExpertThresholdForCausalLM, Router
     from megatron_ext.moe.thresholds import Thresholds
 
     torch.manual_seed(3)
-    config = ExpertThresholdConfig(
-        vocab_size=128,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        norm_scale=True,
-        moe_layers=[0, 1],
-        num_experts=4,
-        moe_intermediate_size=48,
-        shared_expert_intermediate_size=32,
-    )
+    settings: dict[str, Any] = {
+        "vocab_size": 128,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "norm_scale": True,
+        "moe_layers": [0, 1],
+        "num_experts": 4,
+        "moe_intermediate_size": 48,
+        "shared_expert_intermediate_size": 32,
+    }
+    config = ExpertThresholdConfig(**settings | changes)
     model = ExpertThresholdForCausalLM(config)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, float(parameter.dim() == 1), 0.2)

@@ -91,7 +91,7 @@ def served(slurm: Cluster, tmp_path: Path) -> Iterator[tuple[str, Path]]:
     vllm.chmod(0o755)
     exported = f"--export=ALL,VLLM={vllm},MEGATRON_ET_JUDGE_API_KEY=secret"
     address = tmp_path / "gold.url"
-    script = f"{SCRIPTS}/serve-gold.sbatch"
+    script = f"{SCRIPTS}/serve.sbatch"
     job = submit(slurm, tmp_path, exported, script, str(address), "--max-num-seqs", "64")
     yield job, address
     slurm.run("scancel", job)
@@ -122,15 +122,19 @@ def test_a_served_judge_labels_and_is_let_go(
         assert (asked["reasoning_effort"], asked["temperature"], asked["max_tokens"]) == wanted
     slurm.wait_for(server, ("CANCELLED", "COMPLETED", "FAILED"), 60)
     wait_until(lambda: not address.exists())
-    started = json.loads(next(tmp_path.glob("serve-gold-*.log")).read_text().splitlines()[0])
+    started = json.loads(next(tmp_path.glob("serve-*.log")).read_text().splitlines()[0])
     assert started[:3] == ["serve", "openai/gpt-oss-120b", "--port"]
     assert started[4:] == ["--tensor-parallel-size", "1", "--max-num-seqs", "64", "secret"]
 
 
 @pytest.mark.slow
 def test_a_missing_vllm_is_told(slurm: Cluster, tmp_path: Path) -> None:
-    exported = "--export=ALL,VLLM=no-such-vllm"
-    script = f"{SCRIPTS}/serve-gold.sbatch"
-    job = submit(slurm, tmp_path, exported, script, str(tmp_path / "gold.url"))
-    assert slurm.wait_for(job, ("COMPLETED", "FAILED"), 30)["ExitCode"] == "2:0"
-    assert "there is no no-such-vllm" in next(tmp_path.glob("*.log")).read_text()
+    script = f"{SCRIPTS}/serve.sbatch"
+    for exported, told in (
+        ("VLLM=no-such-vllm", "there is no no-such-vllm"),
+        ("REPLICAS=3,SLURM_GPUS_ON_NODE=8", "REPLICAS=3 must divide the node's"),
+    ):
+        words = [f"--export=ALL,{exported}", script, str(tmp_path / "gold.url")]
+        job = submit(slurm, tmp_path, *words)
+        assert slurm.wait_for(job, ("COMPLETED", "FAILED"), 30)["ExitCode"] == "2:0"
+        assert told in next(tmp_path.glob(f"serve-{job}-*.log")).read_text()

@@ -5,6 +5,7 @@ import io
 import logging
 import warnings
 from argparse import Namespace
+from collections.abc import Callable
 from copy import copy
 from dataclasses import asdict
 from typing import Any
@@ -18,9 +19,16 @@ from megatron_ext.training.dry_run.rank import Rank, Step, fake_rank
 from megatron_ext.training.dry_run.report import print_report
 from megatron_ext.training.dry_run.stand_ins import expert_rate
 
+Facts = dict[str, Any]
 
-def dry_run(args: Namespace, config: ETConfig) -> None:
+
+def dry_run(
+    args: Namespace, config: ETConfig, more: Callable[[Facts], Facts] = lambda facts: {}
+) -> None:
     """Print parameters, memory, FLOPs and collectives, and the same as JSON on the last line.
+
+    Args:
+        more: further facts, from those that were measured; `together` is printed as a table.
 
     Raises:
         UserError: the layout or the routing pools cannot work.
@@ -31,6 +39,7 @@ def dry_run(args: Namespace, config: ETConfig) -> None:
     warnings.simplefilter("ignore")
     with contextlib.redirect_stdout(io.StringIO()):
         facts = measure(args, config)
+        facts |= more(facts)
     print_report(facts)
 
 
@@ -73,6 +82,15 @@ def measure(args: Namespace, config: ETConfig) -> dict[str, Any]:
         },
         "stages": stages,
     }
+
+
+def held_parameters(args: Namespace, config: ETConfig) -> list[int]:
+    """How many parameters a rank of each pipeline stage holds."""
+    held = []
+    for rank in stage_ranks(args):
+        with fake_rank(args, rank):
+            held.append(sum(weight.numel() for weight in Rank(args, config).weights))
+    return held
 
 
 def stage_ranks(args: Namespace) -> list[int]:

@@ -1,7 +1,7 @@
 """The facts of a dry run as tables, and as one JSON object on the last line."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 _MEMORY = {
@@ -44,6 +44,8 @@ def print_report(facts: dict[str, Any]) -> None:
         ],
     )
     _print_memory(facts["stages"])
+    if "together" in facts:
+        _print_together(facts["together"])
     for stage in facts["stages"]:
         _print_collectives(stage, len(facts["stages"]) > 1)
     print(_NOTE)
@@ -61,6 +63,14 @@ def _print_memory(stages: Sequence[dict[str, Any]]) -> None:
     rows.append(["total", *(_mib(sum(stage["memory"].values())) for stage in stages)])
     rows.append(["(parameters held)", *(f"{stage['parameters']:,}" for stage in stages)])
     _table(header, rows)
+
+
+def _print_together(rows: Mapping[str, Sequence[int]]) -> None:
+    """Bytes of each stage's ranks, by what they are of; the last row is the sum."""
+    stages = len(next(iter(rows.values())))
+    names = [f"stage {stage}" for stage in range(stages)] if stages > 1 else [""]
+    header = ["all that a rank holds (MiB)", *names]
+    _table(header, [[label, *map(_mib, sizes)] for label, sizes in rows.items()])
 
 
 def _print_collectives(stage: dict[str, Any], several: bool) -> None:
