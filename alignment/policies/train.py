@@ -28,6 +28,7 @@ from alignment.policies.judges import Judge, JudgeSpec, open_judge
 from alignment.policies.rewards import JudgeReward
 from alignment.records import Prompt, Response
 from alignment.rl.algorithms import Algorithm, named
+from alignment.rl.critic import Critic
 from alignment.rl.trainer import Group, ReinforcementStep, Settings, Task
 from alignment.training import flags
 from alignment.training.loop import Plan, fit
@@ -66,7 +67,9 @@ def main(argv: Sequence[str]) -> int:
         return held[model]
 
     algorithm = _algorithm(options)
-    engine = flags.engine_of(options, options.steps * options.mini_batches)
+    engine = flags.engine_of(options, flags.updates_of(options))
+    seen = {token for task in tasks for token in task.prompt} | {tokenizer.eos_token_id}
+    critic = flags.critic_of(options, seen)
     judges: dict[str, list[Judge]] = {
         name: [
             open_judge(
@@ -89,13 +92,15 @@ def main(argv: Sequence[str]) -> int:
             return start.log_probs(batch, temperature=temperature).log_probs
 
     return _learn(
-        options, engine, tokenizer, template, tasks, held_out, algorithm, judges, specs, reference
-    )
+        options, engine, critic, tokenizer, template, tasks, held_out, algorithm, judges, specs,
+        reference,
+    )  # fmt: skip
 
 
 def _learn(
     options: argparse.Namespace,
     engine: Engine,
+    critic: Critic | None,
     tokenizer: Any,
     template: Mapping[str, Any],
     tasks: Sequence[Task],
@@ -118,7 +123,8 @@ def _learn(
         max_unrewarded=options.max_unrewarded,
     )
     monitor = Monitor(Limits())
-    with Run(Path(options.run_dir), engine, _settings(options)) as run:
+    beside = {"critic": critic.engine} if critic else {}
+    with Run(Path(options.run_dir), engine, _settings(options), beside) as run:
         run.note(
             policy=options.model,
             algorithm=options.algorithm,
@@ -168,7 +174,7 @@ def _learn(
             engine, run, tasks,
             JudgeReward(judges["proxy"], tokenizer, options.reward == "pairwise"),
             settings, options.seed, reference, watch,
-            flags.rollouts_of(options, engine, tokenizer.eos_token_id),
+            flags.rollouts_of(options, engine, tokenizer.eos_token_id), critic,
         )  # fmt: skip
         if run.writes:
             left = f", {step.too_long:,} too long" if step.too_long else ""

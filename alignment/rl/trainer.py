@@ -15,10 +15,11 @@ import numpy as np
 import torch
 
 from alignment.engines.batch import Batch, Sample
-from alignment.engines.protocol import Engine, Generated
+from alignment.engines.protocol import Engine, Generated, StepResult
 from alignment.ranks import most_of_ranks, shares_of
 from alignment.rl.advantages import group_advantages, informative, overlong_penalty
 from alignment.rl.algorithms import Algorithm
+from alignment.rl.critic import Critic
 from alignment.rl.rollouts import Rewarded, Rollout, RolloutStore, folder_of, forget_before
 from alignment.seeds import seed_of
 from alignment.training.run import Run
@@ -83,7 +84,7 @@ class Settings:
     draws: int = 3
 
     def __post_init__(self) -> None:
-        if self.group_size < 2:
+        if self.group_size < 2 and self.algorithm.advantages is not None:
             raise UserError(f"--group-size {self.group_size} must be at least 2, to compare")
         if not 0 < self.mini_batches <= self.groups * self.group_size:
             raise UserError(
@@ -110,6 +111,7 @@ class ReinforcementStep:
         reference: Reference | None = None,
         watch: Callable[[int, Sequence[Group]], Mapping[str, Any]] | None = None,
         generate: Callable[..., Sequence[Generated]] | None = None,
+        critic: Critic | None = None,
     ) -> None:
         """See the class.
 
@@ -118,6 +120,7 @@ class ReinforcementStep:
             reference: log-probabilities of a batch's tokens under another policy, at a temperature.
             watch: further figures of a step's groups, all of them, called on every rank.
             generate: draws the responses, with the engine's weights; the engine by default.
+            critic: of an algorithm whose advantages one makes.
 
         Raises:
             UserError: no prompt leaves room for a response.
@@ -132,12 +135,14 @@ class ReinforcementStep:
             )
         if settings.algorithm.loss.kl and reference is None:
             raise ValueError("the loss has a divergence and there is no reference")
+        if (settings.algorithm.advantages is None) != (critic is not None):
+            raise ValueError("a critic goes with an algorithm whose advantages it makes")
         scale = settings.sampling.temperature
         self.settings = replace(
             settings, sampling=replace(settings.sampling, score_temperature=scale)
         )
         self.engine, self.run, self.reward, self.seed = engine, run, reward, seed
-        self.reference, self.watch = reference, watch
+        self.reference, self.watch, self.critic = reference, watch, critic
         self.generate = generate or engine.generate
         self._rollouts = run.folder / "rollouts"
         self._orders: dict[int, np.ndarray] = {}
@@ -253,29 +258,30 @@ class ReinforcementStep:
             return {"skipped": 1}
         temperature = self.settings.sampling.temperature
         batches = [self._with_log_probs(batch, temperature) for batch in batches]
-        loss = self.settings.algorithm.loss
-        gap = _gap(batches)
-        results = []
+        loss, critic = self.settings.algorithm.loss, self.critic
+        shares = shares_of(self.engine, _gap(batches))
+        weight = sum(count for _, count, _ in shares)
+        row: dict[str, Any] = {
+            "skipped": 0,
+            "rollout_gap": sum(total for total, _, _ in shares) / max(weight, 1),
+            "rollout_gap_max": max(most for _, _, most in shares),
+        }
+        if critic is not None:
+            batches, told = critic.judge(batches)
+            row |= told
+        results, valued = [], []
         for batch in batches:
-            if most_of_ranks(batch.rows):
+            if not most_of_ranks(batch.rows):
+                continue
+            if critic is not None:
+                valued.append(critic.learn(batch))
+            if critic is None or step >= critic.valuation.warmup:
                 results.append(
                     self.engine.train_step(
                         batch, loss, temperature=temperature, entropy=bool(loss.entropy)
                     )
                 )
-        names = results[0].metrics.keys()
-        means = {n: float(np.mean([r.metrics[n] for r in results])) for n in names}
-        shares = shares_of(self.engine, gap)
-        weight = sum(count for _, count, _ in shares)
-        return {
-            "skipped": 0,
-            "loss": float(np.mean([r.loss for r in results])),
-            "grad_norm": float(np.mean([r.grad_norm for r in results])),
-            "lr": results[-1].lr,
-            **means,
-            "rollout_gap": sum(total for total, _, _ in shares) / max(weight, 1),
-            "rollout_gap_max": max(most for _, _, most in shares),
-        }
+        return row | _told(results) | _told(valued, "value_")
 
     def _mini_batches(self, step: int, groups: Sequence[Group]) -> Iterator[list[Sample]]:
         """This rank's samples of each mini-batch. Responses without a reward are in none."""
@@ -286,7 +292,10 @@ class ReinforcementStep:
         parts: list[list[Sample]] = [[] for _ in range(self.settings.mini_batches)]
         for (task, rollouts, rewards), number in zip(groups, numbered):
             values = self._shaped(rollouts, rewards)
-            advantages = group_advantages(values, [0] * len(values), of_group)
+            if of_group is None:  # the critic makes them of the rewards
+                advantages: Any = [0.0 if value is None else value for value in values]
+            else:
+                advantages = group_advantages(values, [0] * len(values), of_group)
             for rollout, value, advantage in zip(rollouts, values, advantages):
                 if value is None or not rollout.tokens:
                     continue
@@ -364,6 +373,19 @@ class ReinforcementStep:
 
 def _differ(group: Group) -> bool:
     return bool(informative([w.reward for w in group[2]], [0] * len(group[2])).any())
+
+
+def _told(results: Sequence[StepResult], prefix: str = "") -> dict[str, float]:
+    """Figures of the optimizer steps of a step."""
+    if not results:
+        return {}
+    means = {n: float(np.mean([r.metrics[n] for r in results])) for n in results[0].metrics}
+    return {
+        f"{prefix}loss": float(np.mean([r.loss for r in results])),
+        f"{prefix}grad_norm": float(np.mean([r.grad_norm for r in results])),
+        f"{prefix}lr": results[-1].lr,
+        **means,
+    }
 
 
 def _gap(batches: Sequence[Batch]) -> tuple[float, int, float]:

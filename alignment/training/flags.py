@@ -4,11 +4,13 @@ import argparse
 import json
 import os
 import shlex
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 
 from alignment.engines.protocol import Engine, Optimization
 from alignment.rl.algorithms import ALGORITHMS
+from alignment.rl.critic import Critic, Valuation
 from megatron_ext.errors import UserError
 from megatron_ext.quiet import quiet_megatron
 
@@ -84,6 +86,16 @@ def add_reinforcement_flags(parser: argparse.ArgumentParser) -> None:
     add("--group-size", type=int, default=8, metavar="N", help="responses a prompt (%(default)s)")
     add("--mini-batches", type=int, default=4, metavar="N",
         help="optimizer steps on the --batch-size responses of a step (%(default)s)")
+    add("--critic", metavar="DIR", help="of ppo: what its critic starts from (--model)")
+    add("--critic-lr", type=float, metavar="LR", help="falls as --lr does (10 times --lr)")
+    add("--critic-warmup", type=int, default=0, metavar="STEPS",
+        help="in which the critic alone is trained (%(default)s)")
+    add("--value-clip", type=float, metavar="RANGE",
+        help="bound the change of a value in a step (none)")
+    add("--gae-lambda", type=float, default=0.95, help="(%(default)s)")
+    add("--gae-discount", type=float, default=1.0, help="(%(default)s)")
+    add("--no-whitening", dest="whitening", action="store_false",
+        help="leave the advantages of ppo as they are")
     add("--rollout-url", nargs="+", default=[], metavar="URL",
         help="http://HOST:PORT/v1 of vLLM servers that were started on RUN/served (the engine "
         "itself draws)")
@@ -97,7 +109,7 @@ def groups_of(options: argparse.Namespace) -> int:
     Raises:
         UserError: its responses are not whole groups.
     """
-    if options.group_size < 2:
+    if options.group_size < 2 and ALGORITHMS[options.algorithm].advantages is not None:
         raise UserError(f"--group-size {options.group_size} must be at least 2, to compare")
     if options.batch_size % options.group_size:
         raise UserError(
@@ -105,6 +117,49 @@ def groups_of(options: argparse.Namespace) -> int:
             f"{options.group_size}: it counts responses"
         )
     return options.batch_size // options.group_size
+
+
+def updates_of(options: argparse.Namespace) -> int:
+    """Optimizer steps of the model in all of `--steps`.
+
+    Raises:
+        UserError: the critic's warm-up leaves none.
+    """
+    if not 0 <= options.critic_warmup < options.steps:
+        raise UserError(
+            f"--critic-warmup {options.critic_warmup} must be at least 0 and below --steps "
+            f"{options.steps}"
+        )
+    return (options.steps - options.critic_warmup) * options.mini_batches
+
+
+def critic_of(options: argparse.Namespace, seen: AbstractSet[int]) -> Critic | None:
+    """The critic, of an algorithm that has one.
+
+    Args:
+        seen: tokens of the prompts, and the end.
+
+    Raises:
+        UserError: a flag of the critic is given without one, or is wrong.
+    """
+    if ALGORITHMS[options.algorithm].advantages is not None:
+        for name in ("critic", "critic_lr", "critic_warmup", "value_clip"):
+            if getattr(options, name):
+                raise UserError(f"--{name.replace('_', '-')} is for --algorithm ppo")
+        return None
+    valuation = Valuation(
+        options.gae_discount,
+        options.gae_lambda,
+        options.whitening,
+        options.value_clip,
+        options.critic_warmup,
+    )
+    model = options.critic or options.model
+    # As verl does: values of a new head must come along faster than the policy moves.
+    lr = 10 * options.lr if options.critic_lr is None else options.critic_lr
+    own = argparse.Namespace(**{**vars(options), "model": model, "lr": lr})
+    engine = engine_of(own, options.steps * options.mini_batches)
+    return Critic(engine, seen, valuation, f"--critic {model}")
 
 
 def rollouts_of(options: argparse.Namespace, engine: Engine, eod: int) -> Any:
