@@ -28,7 +28,8 @@ from alignment.records import Pair
 from alignment.rl.algorithms import named
 from alignment.rl.critic import Critic
 from alignment.rl.rollouts import Rewarded, Rollout
-from alignment.rl.trainer import ReinforcementStep, Settings, Task
+from alignment.rl.tasks import Settings, Task
+from alignment.rl.trainer import ReinforcementStep
 from alignment.training import flags
 from alignment.training.dry_run import dry_run
 from alignment.training.loop import Plan, fit
@@ -96,7 +97,9 @@ def _reinforce(
     gold: Sequence[Labelled],
     held_out: Sequence[Labelled],
 ) -> int:
-    algorithm = named(options.algorithm, max_tokens=options.max_new_tokens)
+    algorithm = named(
+        options.algorithm, max_tokens=options.max_new_tokens, **flags.rollout_weights(options)
+    )
     if options.steps is None:
         raise UserError("--stage grpo needs --steps")
     settings = Settings(
@@ -123,9 +126,9 @@ def _reinforce(
         return [[_rewarded(judge, task.about, r) for r in rollouts] for task, rollouts in groups]
 
     def step_of(run: Run) -> ReinforcementStep:
-        generate = flags.rollouts_of(options, engine, form.tokenizer.eos_token_id)
+        rollouts = flags.rollouts_of(options, engine, form.tokenizer.eos_token_id)
         return ReinforcementStep(
-            engine, run, tasks, reward, settings, options.seed, generate=generate, critic=critic
+            engine, run, tasks, reward, settings, options.seed, critic=critic, **rollouts
         )
 
     told = f"{len(tasks):,} questions"

@@ -29,7 +29,8 @@ from alignment.policies.rewards import JudgeReward
 from alignment.records import Prompt, Response
 from alignment.rl.algorithms import Algorithm, named
 from alignment.rl.critic import Critic
-from alignment.rl.trainer import Group, ReinforcementStep, Settings, Task
+from alignment.rl.tasks import Group, Settings, Task
+from alignment.rl.trainer import ReinforcementStep
 from alignment.training import flags
 from alignment.training.loop import Plan, fit
 from alignment.training.run import Run
@@ -173,8 +174,8 @@ def _learn(
         step = ReinforcementStep(
             engine, run, tasks,
             JudgeReward(judges["proxy"], tokenizer, options.reward == "pairwise"),
-            settings, options.seed, reference, watch,
-            flags.rollouts_of(options, engine, tokenizer.eos_token_id), critic,
+            settings, options.seed, reference, watch, critic=critic,
+            **flags.rollouts_of(options, engine, tokenizer.eos_token_id),
         )  # fmt: skip
         if run.writes:
             left = f", {step.too_long:,} too long" if step.too_long else ""
@@ -217,7 +218,7 @@ def _algorithm(options: argparse.Namespace) -> Algorithm:
         options.algorithm,
         kl=options.kl,
         divergence=options.kl_estimator,
-        rollout_bound=options.rollout_bound,
+        **flags.rollout_weights(options),
         max_tokens=options.max_new_tokens,
     )
 
@@ -298,8 +299,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--kl", type=float, default=0.0, metavar="WEIGHT",
         help="of the divergence from the start policy in the loss (%(default)s)")
     add("--kl-estimator", choices=["k2", "k3"], default="k3")
-    add("--rollout-bound", type=float, metavar="RATIO",
-        help="truncate the weights of training over sampling probability there")
     add("--overlong-margin", type=int, default=1, metavar="TOKENS", help="of dapo (%(default)s)")
     add("--max-unrewarded", type=float, default=0.2, metavar="SHARE",
         help="of a step's responses without a judgement; more end the run (%(default)s)")

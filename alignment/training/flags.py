@@ -99,6 +99,14 @@ def add_reinforcement_flags(parser: argparse.ArgumentParser) -> None:
     add("--rollout-url", nargs="+", default=[], metavar="URL",
         help="http://HOST:PORT/v1 of vLLM servers that were started on RUN/served (the engine "
         "itself draws)")
+    add("--rollouts-ahead", type=int, choices=[0, 1], default=0,
+        help="1: servers draw the next step's responses while this step is judged and trained on, "
+        "with the weights from before it (%(default)s)")
+    add("--rollout-bound", type=float, metavar="RATIO",
+        help="bound the weights of training over sampling probability (none; 2 for responses drawn "
+        "ahead)")
+    add("--rollout-rule", choices=["truncate", "mask"], default="truncate",
+        help="weights beyond the bound are cut to it, or their tokens left out (%(default)s)")
     add("--rollout-model", default="policy", metavar="NAME", help="they serve (%(default)s)")
     # fmt: on
 
@@ -140,36 +148,63 @@ def critic_of(options: argparse.Namespace, seen: AbstractSet[int]) -> Critic | N
         seen: tokens of the prompts, and the end.
 
     Raises:
-        UserError: a flag of the critic is given without one, or is wrong.
+        UserError: its model does not fit.
     """
     if ALGORITHMS[options.algorithm].advantages is not None:
-        for name in ("critic", "critic_lr", "critic_warmup", "value_clip"):
-            if getattr(options, name):
-                raise UserError(f"--{name.replace('_', '-')} is for --algorithm ppo")
         return None
-    valuation = Valuation(
+    model = options.critic or options.model
+    # As verl does: values of a new head must come along faster than the policy moves.
+    lr = 10 * options.lr if options.critic_lr is None else options.critic_lr
+    own = argparse.Namespace(**{**vars(options), "model": model, "lr": lr})
+    engine = engine_of(own, options.steps * options.mini_batches)
+    return Critic(engine, seen, _valuation(options), f"--critic {model}")
+
+
+def _valuation(options: argparse.Namespace) -> Valuation:
+    return Valuation(
         options.gae_discount,
         options.gae_lambda,
         options.whitening,
         options.value_clip,
         options.critic_warmup,
     )
-    model = options.critic or options.model
-    # As verl does: values of a new head must come along faster than the policy moves.
-    lr = 10 * options.lr if options.critic_lr is None else options.critic_lr
-    own = argparse.Namespace(**{**vars(options), "model": model, "lr": lr})
-    engine = engine_of(own, options.steps * options.mini_batches)
-    return Critic(engine, seen, valuation, f"--critic {model}")
 
 
-def rollouts_of(options: argparse.Namespace, engine: Engine, eod: int) -> Any:
-    """What draws responses; None for the engine itself."""
+def _check_reinforcement(options: argparse.Namespace) -> None:
+    algorithm = ALGORITHMS[options.algorithm]
+    if algorithm.advantages is not None:
+        for name in ("critic", "critic_lr", "critic_warmup", "value_clip"):
+            if getattr(options, name):
+                raise UserError(f"--{name.replace('_', '-')} is for --algorithm ppo")
+    _valuation(options)
+    if options.rollouts_ahead and not options.rollout_url:
+        raise UserError("--rollouts-ahead is for servers: give --rollout-url")
+    if options.rollouts_ahead and algorithm.dynamic:
+        raise UserError(
+            f"--algorithm {options.algorithm} may draw more than once a step, which "
+            "--rollouts-ahead 1 cannot know before: leave one of them out"
+        )
+
+
+def rollout_weights(options: argparse.Namespace) -> dict[str, Any]:
+    """Settings of the loss, for responses whose sampler was not quite the policy."""
+    bound = options.rollout_bound
+    if bound is None and options.rollouts_ahead:
+        bound = 2.0
+    return {"rollout_bound": bound, "rollout_rule": options.rollout_rule}
+
+
+def rollouts_of(options: argparse.Namespace, engine: Engine, eod: int) -> dict[str, Any]:
+    """What draws responses, now and ahead, for `ReinforcementStep`; nothing for the engine."""
     if not options.rollout_url:
-        return None
+        return {}
+    from alignment.rl.ahead import RolloutsAhead
     from alignment.rl.served import ServedRollouts
 
     folder = Path(options.run_dir) / "served"
-    return ServedRollouts(engine, options.rollout_url, options.rollout_model, folder, eod).generate
+    served = ServedRollouts(engine, options.rollout_url, options.rollout_model, folder, eod)
+    ahead = RolloutsAhead(served, options.steps) if options.rollouts_ahead else None
+    return {"generate": served.generate, "ahead": ahead}
 
 
 def check(options: argparse.Namespace) -> None:
@@ -188,6 +223,8 @@ def check(options: argparse.Namespace) -> None:
         raise UserError(f"--lr {options.lr} must be above 0")
     if not Path(options.model).is_dir():
         raise UserError(f"--model {options.model} is not a folder")
+    if hasattr(options, "algorithm"):
+        _check_reinforcement(options)
     zero = [n for n in ("offload_optimizer", "offload_parameters") if getattr(options, n, False)]
     if options.engine == "megatron" and zero:
         raise UserError(f"--{zero[0].replace('_', '-')} is for --engine deepspeed")

@@ -10,7 +10,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -68,6 +68,7 @@ class Run:
         self._lock: Any = None
         self._board: Any = None
         self._before: dict[int, Any] = {}
+        self._exits: list[Callable[[], None]] = []
         self.settings = json.loads(json.dumps(settings))
         if self.writes:
             self._open()
@@ -81,12 +82,18 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: Any, trace: TracebackType | None
     ) -> None:
+        for call in self._exits:
+            call()
         for number, handler in self._before.items():
             signal.signal(number, handler)
         if self._board is not None:
             self._board.close()
         if self._lock is not None:
             self._lock.close()
+
+    def at_exit(self, call: Callable[[], None]) -> None:
+        """Call a function without collectives when the run ends, however it does."""
+        self._exits.append(call)
 
     def resume(self) -> bool:
         """Go on from the newest checkpoint, if there is one; drop the rows that come after it."""

@@ -17,7 +17,8 @@ def learn(model, place, algorithms):
     from alignment.engines.protocol import Optimization
     from alignment.rl.critic import Critic
     from alignment.rl.rollouts import Rewarded
-    from alignment.rl.trainer import ReinforcementStep, Settings, Task
+    from alignment.rl.tasks import Settings, Task
+    from alignment.rl.trainer import ReinforcementStep
     from alignment.training.loop import Plan, fit
     from alignment.training.run import Run
     from megatron_ext.inference.sampling import Sampling

@@ -30,7 +30,8 @@ def train(model, place, steps, warmup, dies):
     from alignment.rl.algorithms import ALGORITHMS
     from alignment.rl.critic import Critic, Valuation
     from alignment.rl.rollouts import Rewarded
-    from alignment.rl.trainer import ReinforcementStep, Settings, Task
+    from alignment.rl.tasks import Settings, Task
+    from alignment.rl.trainer import ReinforcementStep
     from alignment.training.loop import Plan, fit
     from alignment.training.run import Run
     from megatron_ext.inference.sampling import Sampling

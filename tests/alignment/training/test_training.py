@@ -60,7 +60,8 @@ def form(folder, thinks):
 def reinforcement(folder, engine, run, critic=None, before=lambda groups: None):
     from alignment.rl.algorithms import ALGORITHMS
     from alignment.rl.rollouts import Rewarded
-    from alignment.rl.trainer import ReinforcementStep, Settings, Task
+    from alignment.rl.tasks import Settings, Task
+    from alignment.rl.trainer import ReinforcementStep
     from megatron_ext.inference.sampling import Sampling
 
     asked = form(folder, thinks=False)
