@@ -23,7 +23,7 @@ class Server(ThreadingHTTPServer):
     Attributes:
         loads: how often the weights were read.
         away: calls to be answered with an error of the server's.
-        most: completions after which it answers no more, until it is `freed`.
+        most: completions that it answers; others hang until it is `freed`, and get no answer.
     """
 
     daemon_threads = True
@@ -32,7 +32,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.model: Any = None
         self.folder, self.loads, self.away, self.most = folder, 0, 2, 10**6
-        self.freed = threading.Event()
+        self.begun, self.freed = 0, threading.Event()
         self.lock = threading.Lock()
         self.calls: list[str] = []
 
@@ -72,8 +72,14 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         server: Any = self.server
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if self.path == "/v1/completions" and server.completions() >= server.most:
-            server.freed.wait()
+        if self.path == "/v1/completions":
+            with server.lock:
+                server.begun += 1
+                late = server.begun > server.most
+            if late:
+                server.freed.wait()
+                self.close_connection = True
+                return None
         with server.lock:
             server.calls.append(self.path)
             if server.away:
@@ -106,12 +112,13 @@ def drawn(place, step):
     return sum(file.read_bytes().count(b"\n") for file in files)
 
 
-def learn(folder, place, url, patience, ahead=False, stops=False):
+def learn(folder, place, url, patience, ahead=False, waits=16, stops=False):
     """Rows of three steps with rollouts of the server, and the signal that ended the run.
 
     Args:
-        ahead: whether the next step is drawn meanwhile; no step is then trained on before it is.
-        stops: send a signal while the responses of the second step are being drawn.
+        ahead: whether the next step is drawn meanwhile.
+        waits: rewards come when so many responses of the next step are there.
+        stops: a signal comes with them.
     """
     from alignment.engines.megatron import MegatronEngine, MegatronLayout
     from alignment.engines.protocol import Optimization
@@ -131,12 +138,11 @@ def learn(folder, place, url, patience, ahead=False, stops=False):
     tasks = [Task(str(n), [5, n, 7], None) for n in range(12)]
 
     def reward(groups, check):
+        while ahead and run.step < 2 and drawn(place, run.step + 1) < waits:
+            time.sleep(0.05)
+            check()
         if stops:
             os.kill(os.getpid(), signal.SIGTERM)
-        elif ahead and run.step < 2:
-            while drawn(place, run.step + 1) < 16:
-                time.sleep(0.05)
-                check()
         return [
             [Rewarded(sum(t % 2 for t in r.tokens) / 6, "score", {}) for r in rollouts_]
             for _, rollouts_ in groups
@@ -235,11 +241,13 @@ def test_a_run_ends_while_responses_are_under_way(tmp_path, server):
     url = url_of(server)
     server.most = 16 + 4
     [(rows, ended)] = run_ranks(
-        learn, 1, tmp_path / "model", tmp_path / "run", url, 60.0, True, True
+        learn, 1, tmp_path / "model", tmp_path / "run", url, 60.0, True, 4, True
     )
     assert ended == signal.SIGTERM and len(rows) == 1
     assert drawn(tmp_path / "run", 1) == 4  # what had come is kept
+    # A server that is lost while it draws ahead: the next step tells.
     server.freed.set()
-    server.away = 1000
-    with pytest.raises(Exception, match="has not answered for 1 s"):
-        run_ranks(learn, 1, tmp_path / "model", tmp_path / "run", url, 1.0, True, False)
+    server.most = server.begun + 16
+    with pytest.raises(Exception, match=r"completions has not answered for 1 s"):
+        run_ranks(learn, 1, tmp_path / "model", tmp_path / "other", url, 1.0, True, 0)
+    assert (tmp_path / "other" / "rollouts" / "step_000001").is_dir()
