@@ -123,8 +123,22 @@ class DeepSpeedEngine:
         table = [part[..., list(tokens)] - part.logsumexp(-1, keepdim=True) for part in parts]
         return torch.cat(table)[: batch.rows, : batch.length]
 
+    def values(self, batch: Batch, token: int) -> Tensor:
+        """See the protocol; as exact as the logits are."""
+        self._engine.eval()
+        with torch.no_grad():
+            found = [self._value(part, token) for part in self._split(batch)]
+        values = [scores.values for scores in found if scores.values is not None]
+        return torch.cat(values)[: batch.rows, : batch.length]
+
     def train_step(
-        self, batch: Batch, loss: Loss, *, temperature: float = 1.0, entropy: bool = False
+        self,
+        batch: Batch,
+        loss: Loss,
+        *,
+        temperature: float = 1.0,
+        entropy: bool = False,
+        values: int | None = None,
     ) -> StepResult:
         """See the protocol."""
         self._engine.train()
@@ -135,7 +149,11 @@ class DeepSpeedEngine:
         parts = self._split(batch)
         for number, part in enumerate(parts, start=1):
             self._engine.set_gradient_accumulation_boundary(number == len(parts))
-            sums = loss(self._score(part, temperature, entropy), part)
+            if values is None:
+                scores = self._score(part, temperature, entropy)
+            else:
+                scores = self._value(part, values)
+            sums = loss(scores, part)
             self._engine.backward(sums.total, scale_wrt_gas=False)
             found.append(Sums(sums.total.detach(), sums.weight, sums.metrics))
         weight = torch.stack([sums.weight.to(torch.int64) for sums in found]).sum()
@@ -248,6 +266,15 @@ class DeepSpeedEngine:
             table = logits.log_softmax(dim=-1)
             found.append(-(table.exp() * table).sum(dim=-1))
         return scores_of(torch.stack(found), batch)
+
+    def _value(self, batch: Batch, token: int) -> Scores:
+        # As the output layer gives them, before a soft cap say.
+        given: list[Tensor] = []
+        head = self._engine.module.get_output_embeddings()
+        hook = head.register_forward_hook(lambda layer, inputs, output: given.append(output))
+        self._logits(batch)
+        hook.remove()
+        return scores_of(given[0][..., token].float().unsqueeze(0), batch, values=True)
 
     def _logits(self, batch: Batch) -> Tensor:
         """fp32 `[rows, length, vocabulary]`."""

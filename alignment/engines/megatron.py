@@ -113,6 +113,10 @@ class MegatronEngine:
         """See the protocol."""
         return self._evaluate(batch, partial(Scorer, choices=tokens), len(tokens)).permute(1, 2, 0)
 
+    def values(self, batch: Batch, token: int) -> Tensor:
+        """See the protocol; in fp32 whatever the weights are."""
+        return self._evaluate(batch, partial(Scorer, values=token), 1)[0]
+
     def _evaluate(
         self, batch: Batch, scorer: Callable[..., Scorer], kinds: int, train: bool = False
     ) -> Tensor:
@@ -129,7 +133,13 @@ class MegatronEngine:
         return values.transpose(0, 1).flatten(1, 2)[:, : batch.rows, : batch.length]
 
     def train_step(
-        self, batch: Batch, loss: Loss, *, temperature: float = 1.0, entropy: bool = False
+        self,
+        batch: Batch,
+        loss: Loss,
+        *,
+        temperature: float = 1.0,
+        entropy: bool = False,
+        values: int | None = None,
     ) -> StepResult:
         """See the protocol."""
         self._come_first()
@@ -139,7 +149,7 @@ class MegatronEngine:
         for chunk in self._model:
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
-        scorer = partial(Scorer, temperature=temperature, entropy=entropy)
+        scorer = partial(Scorer, temperature=temperature, entropy=entropy, values=values)
         found = self._run(parts, scorer, loss, train=True)
         lr = self._schedule.get_lr(self._optimizer.param_groups[0])
         stepped, norm, _ = self._optimizer.step()
@@ -304,5 +314,7 @@ def _scored(scorer: Scorer, output: Tensor, non_loss_data: bool = True) -> Tenso
     if scorer.choices:
         return scorer.whole(output)
     scores = scorer.scores(output)
+    if scores.values is not None:
+        return scores.values.unsqueeze(0)
     kept = [scores.log_probs] if scores.entropy is None else [scores.log_probs, scores.entropy]
     return torch.stack(kept)

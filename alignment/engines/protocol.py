@@ -30,20 +30,26 @@ class Scores:
             for a sample's first token and for padding.
         entropy: fp32 `[rows, length]`, nats, where asked for: of the distribution that a token was
             drawn from; 0 in the same places.
+        values: fp32 `[rows, length]`, of a critic, where asked for: of the state before each token;
+            0 in the same places. The others are then not computed, and log_probs are 0.
     """
 
     log_probs: Tensor
     entropy: Tensor | None = None
+    values: Tensor | None = None
 
 
-def scores_of(found: Tensor, batch: Batch) -> Scores:
+def scores_of(found: Tensor, batch: Batch, values: bool = False) -> Scores:
     """Move scores to the tokens they are of.
 
     Args:
         found: fp32 `[1 or 2, rows, length]`, of the token after each.
+        values: they are a critic's.
     """
     moved = F.pad(found, (1, 0))[..., :-1]
     moved = torch.where(batch.predicted, moved, 0.0)
+    if values:
+        return Scores(torch.zeros_like(moved[0]), values=moved[0])
     return Scores(moved[0], moved[1] if len(moved) > 1 else None)
 
 
@@ -172,10 +178,33 @@ class Engine(Protocol):
             `tokens` after the batch's token in that place and those of its sample before it.
         """
 
+    def values(self, batch: Batch, token: int) -> Tensor:
+        """What a critic says of the states before the batch's tokens, without gradients.
+
+        A value is the product of the last hidden state and one row of the output layer: that of a
+        token which is given away for it.
+
+        Args:
+            token: whose row it is.
+
+        Returns:
+            fp32 `[rows, length]`; 0 for a sample's first token and for padding.
+        """
+
     def train_step(
-        self, batch: Batch, loss: Loss, *, temperature: float = 1.0, entropy: bool = False
+        self,
+        batch: Batch,
+        loss: Loss,
+        *,
+        temperature: float = 1.0,
+        entropy: bool = False,
+        values: int | None = None,
     ) -> StepResult:
-        """One optimizer step on the batches of all ranks together."""
+        """One optimizer step on the batches of all ranks together.
+
+        Args:
+            values: give the loss the values that this token's row tells, and no log-probabilities.
+        """
 
     def generate(
         self,

@@ -1,4 +1,4 @@
-"""Log-probabilities and entropies of tokens from logits that ranks share, and their places."""
+"""Log-probabilities, entropies and values of tokens whose vocabulary ranks share; their places."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,6 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
     reduce_from_tensor_model_parallel_region,
     vocab_parallel_cross_entropy,
@@ -29,6 +30,7 @@ class Scorer:
         temperature: float = 1.0,
         entropy: bool = False,
         choices: Sequence[int] = (),
+        values: int | None = None,
     ) -> None:
         """See the class.
 
@@ -38,9 +40,11 @@ class Scorer:
             temperature: divides the logits.
             entropy: whether it is asked for.
             choices: score these tokens after each token, and not the batch's own.
+            values: give values instead, by the output layer's row of this token.
         """
         self.batch, self.groups = batch, groups
         self.temperature, self.entropy, self.choices = temperature, entropy, choices
+        self.values = values
         ranks, length = groups.cp.size(), batch.length // groups.cp.size()
         device = batch.tokens.device
         places = [sequence_positions(length, rank, ranks, device) for rank in range(ranks)]
@@ -59,8 +63,12 @@ class Scorer:
 
         Returns:
             fp32 `[length of this rank, rows, 1 or 2]`: log-probabilities, and entropies if asked;
-            or `[length of this rank, rows, choices]`.
+            or `[length of this rank, rows, choices]`; or values, `[length of this rank, rows, 1]`.
         """
+        if self.values is not None:
+            weight = output_layer.weight if output_weight is None else output_weight
+            spread = output_layer.sequence_parallel
+            return row_values(hidden_states, weight, self.values, self.groups.tp, spread)
         logits, _ = output_layer(hidden_states, weight=output_weight)
         logits = scale_logits(logits).float() / self.temperature  # [length, rows, vocabulary part]
         if self.choices:
@@ -76,7 +84,7 @@ class Scorer:
 
         A gradient goes back to the rank whose score it is.
         """
-        return scores_of(self.whole(found), self.batch)
+        return scores_of(self.whole(found), self.batch, self.values is not None)
 
     def whole(self, found: Tensor) -> Tensor:
         """What was found for the rows' parts, on every rank that shares them: `[kinds, rows,
@@ -86,6 +94,36 @@ class Scorer:
                 found, tensor_parallel_output_grad=False, group=self.groups.cp
             )[self._order]
         return found.permute(2, 1, 0)
+
+
+def row_values(
+    hidden_states: Tensor, weight: Tensor, token: int, group: dist.ProcessGroup, spread: bool
+) -> Tensor:
+    """Products of hidden states with one row of an output layer that ranks hold parts of, in fp32.
+
+    Neither the other rows' logits nor what is done to logits afterwards, a soft cap say, has a part
+    in it.
+
+    Args:
+        hidden_states: `[length, rows, hidden]`.
+        weight: `[vocabulary of this rank, hidden]`.
+        token: whose row.
+        group: the ranks.
+        spread: the ranks hold parts of the length too.
+
+    Returns:
+        `[whole length, rows, 1]`.
+    """
+    if spread:
+        hidden_states = gather_from_sequence_parallel_region(hidden_states, group=group)
+    else:
+        hidden_states = copy_to_tensor_model_parallel_region(hidden_states, group=group)
+    place = token - group.rank() * len(weight)
+    mine = 0 <= place < len(weight)
+    # Others multiply by 0, and do not leave out what the backward pass does together.
+    row = weight[place if mine else 0].float() * mine
+    part = (hidden_states.float() @ row).unsqueeze(-1)
+    return reduce_from_tensor_model_parallel_region(part, group=group)
 
 
 @torch.no_grad()

@@ -26,8 +26,10 @@ from alignment.judges.rewards import judge_reward
 from alignment.judges.validation import BEST, agreement, is_sound, judge_all
 from alignment.records import Pair
 from alignment.rl.algorithms import named
+from alignment.rl.critic import Critic
 from alignment.rl.rollouts import Rewarded, Rollout
-from alignment.rl.trainer import ReinforcementStep, Settings, Task
+from alignment.rl.tasks import Settings, Task
+from alignment.rl.trainer import ReinforcementStep
 from alignment.training import flags
 from alignment.training.dry_run import dry_run
 from alignment.training.loop import Plan, fit
@@ -95,7 +97,9 @@ def _reinforce(
     gold: Sequence[Labelled],
     held_out: Sequence[Labelled],
 ) -> int:
-    algorithm = named(options.algorithm, max_tokens=options.max_new_tokens)
+    algorithm = named(
+        options.algorithm, max_tokens=options.max_new_tokens, **flags.rollout_weights(options)
+    )
     if options.steps is None:
         raise UserError("--stage grpo needs --steps")
     settings = Settings(
@@ -111,7 +115,9 @@ def _reinforce(
         Task(json.dumps([r.gold.item, r.gold.swapped, r.gold.sample]), form.ask(r.question), r)
         for r in gold
     ]
-    engine = flags.engine_of(options, options.steps * options.mini_batches)
+    engine = flags.engine_of(options, flags.updates_of(options))
+    seen = {token for task in tasks for token in task.prompt} | {form.tokenizer.eos_token_id}
+    critic = flags.critic_of(options, seen)
     judge = judge_of(options, engine, form, form.identity)
 
     def reward(
@@ -120,13 +126,13 @@ def _reinforce(
         return [[_rewarded(judge, task.about, r) for r in rollouts] for task, rollouts in groups]
 
     def step_of(run: Run) -> ReinforcementStep:
-        generate = flags.rollouts_of(options, engine, form.tokenizer.eos_token_id)
+        rollouts = flags.rollouts_of(options, engine, form.tokenizer.eos_token_id)
         return ReinforcementStep(
-            engine, run, tasks, reward, settings, options.seed, generate=generate
+            engine, run, tasks, reward, settings, options.seed, critic=critic, **rollouts
         )
 
     told = f"{len(tasks):,} questions"
-    return _run(options, engine, form, held_out, options.steps, step_of, told)
+    return _run(options, engine, form, held_out, options.steps, step_of, told, critic)
 
 
 def _rewarded(judge: LocalJudge, row: Labelled, rollout: Rollout) -> Rewarded:
@@ -144,9 +150,11 @@ def _run(
     steps: int,
     step_of: Callable[[Run], Callable[[int], Mapping[str, Any]]],
     told: str,
+    critic: Critic | None = None,
 ) -> int:
     judge = judge_of(options, engine, form, form.identity)
-    with Run(Path(options.run_dir), engine, _settings(options)) as run:
+    beside = {"critic": critic.engine} if critic else {}
+    with Run(Path(options.run_dir), engine, _settings(options), beside) as run:
         run.note(judge={"identity": form.identity, "template": form.prompt.identity})
 
         def evaluate(step: int) -> Mapping[str, Any]:

@@ -11,7 +11,7 @@ from alignment.judges.questions import Question
 from alignment.policies.judges import Judge
 from alignment.records import Outcome, Pair, Prompt, Response, Side, Verdict
 from alignment.rl.rollouts import Rewarded, Rollout
-from alignment.rl.trainer import Task
+from alignment.rl.tasks import Task
 
 
 class JudgeReward:

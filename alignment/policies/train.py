@@ -30,7 +30,9 @@ from alignment.policies.judges import Judge, JudgeSpec, open_judge
 from alignment.policies.rewards import JudgeReward
 from alignment.records import Prompt, Response
 from alignment.rl.algorithms import Algorithm, named
-from alignment.rl.trainer import Group, ReinforcementStep, Settings, Task
+from alignment.rl.critic import Critic
+from alignment.rl.tasks import Group, Settings, Task
+from alignment.rl.trainer import ReinforcementStep
 from alignment.training import flags
 from alignment.training.loop import Plan, fit
 from alignment.training.run import Run
@@ -69,7 +71,9 @@ def main(argv: Sequence[str]) -> int:
         return held[model]
 
     algorithm = _algorithm(options)
-    engine = flags.engine_of(options, options.steps * options.mini_batches)
+    engine = flags.engine_of(options, flags.updates_of(options))
+    seen = {token for task in tasks for token in task.prompt} | {tokenizer.eos_token_id}
+    critic = flags.critic_of(options, seen)
     judges: dict[str, list[Judge]] = {
         name: [
             open_judge(
@@ -92,13 +96,15 @@ def main(argv: Sequence[str]) -> int:
             return start.log_probs(batch, temperature=temperature).log_probs
 
     return _learn(
-        options, engine, tokenizer, template, tasks, held_out, algorithm, judges, specs, reference
-    )
+        options, engine, critic, tokenizer, template, tasks, held_out, algorithm, judges, specs,
+        reference,
+    )  # fmt: skip
 
 
 def _learn(
     options: argparse.Namespace,
     engine: Engine,
+    critic: Critic | None,
     tokenizer: Any,
     template: Mapping[str, Any],
     tasks: Sequence[Task],
@@ -121,7 +127,8 @@ def _learn(
         max_unrewarded=options.max_unrewarded,
     )
     monitor = Monitor(Limits())
-    with Run(Path(options.run_dir), engine, _settings(options)) as run:
+    beside = {"critic": critic.engine} if critic else {}
+    with Run(Path(options.run_dir), engine, _settings(options), beside) as run:
         run.note(
             policy=options.model,
             algorithm=options.algorithm,
@@ -177,8 +184,8 @@ def _learn(
         step = ReinforcementStep(
             engine, run, tasks,
             JudgeReward(judges["proxy"], tokenizer, options.reward == "pairwise"),
-            settings, options.seed, reference, watch,
-            flags.rollouts_of(options, engine, tokenizer.eos_token_id),
+            settings, options.seed, reference, watch, critic=critic,
+            **flags.rollouts_of(options, engine, tokenizer.eos_token_id),
         )  # fmt: skip
         if run.writes:
             if same := shared_with_gold(judges):
@@ -258,7 +265,7 @@ def _algorithm(options: argparse.Namespace) -> Algorithm:
         options.algorithm,
         kl=options.kl,
         divergence=options.kl_estimator,
-        rollout_bound=options.rollout_bound,
+        **flags.rollout_weights(options),
         max_tokens=options.max_new_tokens,
     )
 
@@ -341,8 +348,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--kl", type=float, default=0.0, metavar="WEIGHT",
         help="of the divergence from the start policy in the loss (%(default)s)")
     add("--kl-estimator", choices=["k2", "k3"], default="k3")
-    add("--rollout-bound", type=float, metavar="RATIO",
-        help="truncate the weights of training over sampling probability there")
     add("--overlong-margin", type=int, default=1, metavar="TOKENS", help="of dapo (%(default)s)")
     add("--max-unrewarded", type=float, default=0.2, metavar="SHARE",
         help="of a step's responses without a judgement; more end the run (%(default)s)")

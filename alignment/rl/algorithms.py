@@ -13,13 +13,13 @@ class Algorithm:
     """What is done with the rewards of a group of responses to one prompt.
 
     Attributes:
-        advantages: of a group's rewards.
+        advantages: of a group's rewards; none where a critic makes them.
         loss: of the policy.
         dynamic: draw more prompts in the place of groups whose rewards are all equal.
         overlong: soften the limit of length by a penalty before it.
     """
 
-    advantages: Callable[[Floats], Floats]
+    advantages: Callable[[Floats], Floats] | None
     loss: PolicyLoss
     dynamic: bool = False
     overlong: bool = False
@@ -32,6 +32,7 @@ ALGORITHMS: Mapping[str, Algorithm] = MappingProxyType(
         "dapo": Algorithm(standardized, LOSSES["dapo"], dynamic=True, overlong=True),
         "gspo": Algorithm(standardized, LOSSES["gspo"]),
         "rloo": Algorithm(leave_one_out, LOSSES["rloo"]),
+        "ppo": Algorithm(None, LOSSES["ppo"]),
     }
 )
 

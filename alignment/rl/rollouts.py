@@ -67,8 +67,7 @@ class RolloutStore:
         """Read what is there; a collective."""
         folder.mkdir(parents=True, exist_ok=True)
         self._known: dict[str, Any] = {}
-        for file in sorted(folder.glob("*.jsonl")):
-            self._known |= _read(file)
+        self._known |= kept_in(folder)
         self._file: AnswerStore | None = None
         writes = speaks_for_share(engine)  # also: all have read before one writes
         if writes:
@@ -92,7 +91,7 @@ class RolloutStore:
         return None if found is None else Rewarded(**found)
 
     def keep_rollouts(self, rollouts: Sequence[Rollout]) -> None:
-        self._keep([(f"rollout:{r.key}", asdict(r)) for r in rollouts])
+        self._keep([row_of(rollout) for rollout in rollouts])
 
     def keep_rewards(self, rewards: Sequence[tuple[Rollout, Rewarded]]) -> None:
         """Those of calls that failed are for now alone: a run that goes on asks again."""
@@ -118,6 +117,16 @@ def forget_before(folder: Path, step: int) -> None:
 def folder_of(root: Path, step: int) -> Path:
     """Of a step's rollouts."""
     return root / f"step_{step:06d}"
+
+
+def row_of(rollout: Rollout) -> tuple[str, dict[str, Any]]:
+    """As a store keeps it: key and content."""
+    return f"rollout:{rollout.key}", asdict(rollout)
+
+
+def kept_in(folder: Path) -> dict[str, Any]:
+    """All that is kept in the folder of a step, by key."""
+    return {k: row for file in sorted(folder.glob("*.jsonl")) for k, row in _read(file).items()}
 
 
 def _read(file: Path) -> dict[str, Any]:

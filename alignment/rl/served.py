@@ -11,7 +11,7 @@ twice. Both see the folder, over a shared file system.
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ class ServedRollouts:
         self.engine, self.folder, self.model, self.eod = engine, folder, model, eod
         self.urls = [url.rstrip("/") for url in urls]
         self.patience, self.at_once = patience, at_once
-        self._asks = speaks_for_share(engine)
+        self.asks = speaks_for_share(engine)
         self._served: int | None = None
 
     def generate(
@@ -70,14 +70,13 @@ class ServedRollouts:
         Raises:
             UserError: a server does not answer within the patience, or refuses.
         """
-        self._refresh()
+        self.refresh()
         seeds = list(range(len(prompts)) if seeds is None else seeds)
         found: list[Any] = []
         problem = None
-        if self._asks:
-            url = self.urls[self.engine.data_rank % len(self.urls)]
+        if self.asks:
             try:
-                found = asyncio.run(self._ask(url, prompts, sampling, seeds))
+                found = asyncio.run(self.ask(prompts, sampling, seeds))
             except UserError as error:
                 problem = str(error)
         shares = shares_of(self.engine, (found, problem))
@@ -85,7 +84,12 @@ class ServedRollouts:
             raise UserError(told)
         return shares[self.engine.data_rank][0]
 
-    def _refresh(self) -> None:
+    def refresh(self) -> None:
+        """Hand the present weights over; a collective.
+
+        Raises:
+            UserError: a server does not answer within the patience, or refuses.
+        """
         if self._served == self.engine.step:
             return
         self.engine.export(self.folder)
@@ -108,24 +112,35 @@ class ServedRollouts:
                 # Keys and values of the old weights must not be taken for those of the new.
                 await self._post(http, f"{root}/reset_prefix_cache", {})
 
-    async def _ask(
+    async def ask(
         self,
-        url: str,
         prompts: Sequence[Sequence[int]],
         sampling: Sampling,
         seeds: Sequence[int],
+        keep: Callable[[int, Generated], None] = lambda place, found: None,
     ) -> list[Generated]:
+        """Let this share's server continue prompts, with the weights it has; no collective.
+
+        Args:
+            keep: told the place of a prompt and its response as it comes.
+
+        Raises:
+            UserError: see `generate`.
+        """
+        url = self.urls[self.engine.data_rank % len(self.urls)]
         slots = asyncio.Semaphore(self.at_once)
         limits = httpx.Limits(max_connections=self.at_once)
         async with httpx.AsyncClient(timeout=None, limits=limits) as http:
 
-            async def one(prompt: Sequence[int], seed: int) -> Generated:
+            async def one(place: int, prompt: Sequence[int], seed: int) -> Generated:
                 async with slots:
                     body = self._body(prompt, sampling, seed)
                     answer = await self._post(http, f"{url}/completions", body)
-                return self._read(answer, url)
+                found = self._read(answer, url)
+                keep(place, found)
+                return found
 
-            return list(await asyncio.gather(*map(one, prompts, seeds)))
+            return list(await asyncio.gather(*map(one, range(len(prompts)), prompts, seeds)))
 
     def _body(self, prompt: Sequence[int], sampling: Sampling, seed: int) -> dict[str, Any]:
         return {

@@ -7,93 +7,24 @@ and the loss is normalised over all ranks and micro-batches together.
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-import torch
 
 from alignment.engines.batch import Batch, Sample
 from alignment.engines.protocol import Engine, Generated
 from alignment.ranks import most_of_ranks, shares_of
-from alignment.rl.advantages import group_advantages, informative, overlong_penalty
-from alignment.rl.algorithms import Algorithm
+from alignment.rl.advantages import group_advantages, overlong_penalty
+from alignment.rl.ahead import RolloutsAhead
+from alignment.rl.critic import Critic
+from alignment.rl.figures import differ, facts_of, gap_of, updates_told
 from alignment.rl.rollouts import Rewarded, Rollout, RolloutStore, folder_of, forget_before
+from alignment.rl.tasks import Group, Reference, Reward, Settings, Task
 from alignment.seeds import seed_of
 from alignment.training.run import Run
 from megatron_ext.errors import UserError
-from megatron_ext.inference.sampling import Sampling
-
-
-@dataclass(frozen=True)
-class Task:
-    """A prompt to be answered.
-
-    Attributes:
-        prompt: token ids.
-        about: what the reward needs to know.
-    """
-
-    id: str
-    prompt: Sequence[int]
-    about: Any
-
-
-class Reward(Protocol):
-    """Rewards responses; a collective of all ranks, each with groups of its own."""
-
-    def __call__(
-        self, groups: Sequence[tuple[Task, Sequence[Rollout]]], check: Callable[[], None]
-    ) -> Sequence[Sequence[Rewarded]]:
-        """The rewards of each group's responses.
-
-        Args:
-            check: to be called on all ranks now and then; may raise.
-        """
-        ...
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Of the learning.
-
-    Attributes:
-        algorithm: see `ALGORITHMS`.
-        groups: prompts of a step, on all ranks.
-        group_size: responses to each.
-        mini_batches: optimizer steps of a step.
-        length: of the rows that samples are packed into; a prompt with its response must fit.
-        sampling: of the responses.
-        rows: responses that are sampled at a time on a rank.
-        overlong_margin: tokens before the limit in which a response is punished.
-        max_unrewarded: share of a step's responses without a reward that ends the run.
-        draws: with an algorithm that wants groups of unequal rewards: how often a step may draw.
-    """
-
-    algorithm: Algorithm
-    groups: int
-    group_size: int
-    mini_batches: int
-    length: int
-    sampling: Sampling
-    rows: int = 64
-    overlong_margin: int = 1
-    max_unrewarded: float = 0.2
-    draws: int = 3
-
-    def __post_init__(self) -> None:
-        if self.group_size < 2:
-            raise UserError(f"--group-size {self.group_size} must be at least 2, to compare")
-        if not 0 < self.mini_batches <= self.groups * self.group_size:
-            raise UserError(
-                f"--mini-batches {self.mini_batches} must be at least 1 and at most the "
-                f"{self.groups * self.group_size} responses of a step"
-            )
-
-
-Group = tuple[Task, list[Rollout], list[Rewarded]]
-Reference = Callable[[Batch, float], torch.Tensor]
 
 
 class ReinforcementStep:
@@ -110,6 +41,8 @@ class ReinforcementStep:
         reference: Reference | None = None,
         watch: Callable[[int, Sequence[Group]], Mapping[str, Any]] | None = None,
         generate: Callable[..., Sequence[Generated]] | None = None,
+        critic: Critic | None = None,
+        ahead: RolloutsAhead | None = None,
     ) -> None:
         """See the class.
 
@@ -118,6 +51,8 @@ class ReinforcementStep:
             reference: log-probabilities of a batch's tokens under another policy, at a temperature.
             watch: further figures of a step's groups, all of them, called on every rank.
             generate: draws the responses, with the engine's weights; the engine by default.
+            critic: of an algorithm whose advantages one makes.
+            ahead: draws the next step's responses meanwhile; not where a step may draw again.
 
         Raises:
             UserError: no prompt leaves room for a response.
@@ -132,12 +67,17 @@ class ReinforcementStep:
             )
         if settings.algorithm.loss.kl and reference is None:
             raise ValueError("the loss has a divergence and there is no reference")
+        if (settings.algorithm.advantages is None) != (critic is not None):
+            raise ValueError("a critic goes with an algorithm whose advantages it makes")
+        if ahead is not None:
+            assert not settings.algorithm.dynamic
+            run.at_exit(ahead.cancel)
         scale = settings.sampling.temperature
         self.settings = replace(
             settings, sampling=replace(settings.sampling, score_temperature=scale)
         )
         self.engine, self.run, self.reward, self.seed = engine, run, reward, seed
-        self.reference, self.watch = reference, watch
+        self.reference, self.watch, self.critic, self.ahead = reference, watch, critic, ahead
         self.generate = generate or engine.generate
         self._rollouts = run.folder / "rollouts"
         self._orders: dict[int, np.ndarray] = {}
@@ -146,7 +86,7 @@ class ReinforcementStep:
         forget_before(self._rollouts, self.run.saved)
         begin = time.perf_counter()
         groups, draws, times = self._gather(step, folder_of(self._rollouts, step))
-        facts = self._facts(groups) | {"draws": draws}
+        facts = facts_of(self.engine, groups) | {"draws": draws}
         row = facts | (dict(self.watch(step, self._all(groups))) if self.watch else {})
         self._refuse_failures(facts)
         trained = time.perf_counter()
@@ -162,7 +102,10 @@ class ReinforcementStep:
     def _gather(self, step: int, folder: Path) -> tuple[list[Group], int, dict[str, float]]:
         """This rank's groups of the step, sampled and rewarded."""
         kept: list[tuple[tuple[int, int], Group]] = []
-        times = {"rollout": 0.0, "judging": 0.0}
+        begin = time.perf_counter()
+        if self.ahead is not None:
+            self.ahead.join(self.run.check_signals)
+        times = {"rollout": time.perf_counter() - begin, "judging": 0.0}
         last = self.settings.draws if self.settings.algorithm.dynamic else 1
         with RolloutStore(folder, self.engine) as store:
             for draw in range(last):
@@ -170,12 +113,13 @@ class ReinforcementStep:
                 mine = drawn[self.engine.data_rank :: self.engine.data_size]
                 begin = time.perf_counter()
                 sampled = self._sample(step, mine, store)
+                self._look_ahead(step + 1)
                 between = time.perf_counter()
                 groups = self._reward(mine, sampled, store)
                 times["rollout"] += between - begin
                 times["judging"] += time.perf_counter() - between
                 if self.settings.algorithm.dynamic and draw < last - 1:
-                    groups = [group for group in groups if _differ(group)]
+                    groups = [group for group in groups if differ(group)]
                 places = {task.id: place for place, task in enumerate(drawn)}
                 kept += [((draw, places[group[0].id]), group) for group in groups]
                 ranked = shares_of(self.engine, [place for place, _ in kept])
@@ -210,22 +154,50 @@ class ReinforcementStep:
 
     def _sample(self, step: int, tasks: Sequence[Task], store: RolloutStore) -> list[list[Rollout]]:
         size = self.settings.group_size
-        wanted = [(task, sample) for task in tasks for sample in range(size)]
-        missing = [pair for pair in wanted if store.rollout(pair[0].id, pair[1]) is None]
+        wanted = self._wanted(step, tasks)
+        missing = [one for one in wanted if store.rollout(one[0], one[1]) is None]
         for begin in range(0, most_of_ranks(len(missing)), self.settings.rows):
             self.run.check_signals()
             part = missing[begin : begin + self.settings.rows]
-            seeds = [seed_of(self.seed, step, task.id, sample) for task, sample in part]
-            prompts = [task.prompt for task, _ in part]
+            prompts, seeds = [one[2] for one in part], [one[3] for one in part]
             found = self.generate(prompts, self.settings.sampling, seeds)
             store.keep_rollouts(
                 [
-                    Rollout(task.id, sample, g.tokens, g.log_probs, g.ended, self.engine.step)
-                    for (task, sample), g in zip(part, found)
+                    Rollout(task, sample, g.tokens, g.log_probs, g.ended, self.engine.step)
+                    for (task, sample, *_), g in zip(part, found)
                 ]
             )
         kept = [[store.rollout(task.id, sample) for sample in range(size)] for task in tasks]
-        return [[rollout for rollout in group if rollout is not None] for group in kept]
+        sampled = [[rollout for rollout in group if rollout is not None] for group in kept]
+        self._refuse_stale(step, sampled)
+        return sampled
+
+    def _wanted(
+        self, step: int, tasks: Sequence[Task]
+    ) -> list[tuple[str, int, Sequence[int], int]]:
+        """Of each response to draw: task, sample of it, prompt and seed."""
+        return [
+            (task.id, sample, task.prompt, seed_of(self.seed, step, task.id, sample))
+            for task in tasks
+            for sample in range(self.settings.group_size)
+        ]
+
+    def _look_ahead(self, step: int) -> None:
+        if self.ahead is None:
+            return
+        mine = self._draw(step, 0)[self.engine.data_rank :: self.engine.data_size]
+        folder = folder_of(self._rollouts, step)
+        self.ahead.start(step, folder, self._wanted(step, mine), self.settings.sampling)
+
+    def _refuse_stale(self, step: int, sampled: Sequence[Sequence[Rollout]]) -> None:
+        """Responses are of the present weights, or of those before the last step at most."""
+        behind = [self.engine.step - r.version for group in sampled for r in group]
+        most = most_of_ranks(max(behind, default=0))
+        if most > (0 if self.ahead is None else self.settings.mini_batches):
+            raise UserError(
+                f"responses in {folder_of(self._rollouts, step)} were drawn {most} optimizer steps "
+                "before the policy: remove that folder, and they are drawn anew"
+            )
 
     def _reward(
         self, tasks: Sequence[Task], sampled: Sequence[list[Rollout]], store: RolloutStore
@@ -253,29 +225,24 @@ class ReinforcementStep:
             return {"skipped": 1}
         temperature = self.settings.sampling.temperature
         batches = [self._with_log_probs(batch, temperature) for batch in batches]
-        loss = self.settings.algorithm.loss
-        gap = _gap(batches)
-        results = []
+        loss, critic = self.settings.algorithm.loss, self.critic
+        row = {"skipped": 0, **gap_of(self.engine, batches)}
+        if critic is not None:
+            batches, told = critic.judge(batches)
+            row |= told
+        results, valued = [], []
         for batch in batches:
-            if most_of_ranks(batch.rows):
+            if not most_of_ranks(batch.rows):
+                continue
+            if critic is not None:
+                valued.append(critic.learn(batch))
+            if critic is None or step >= critic.valuation.warmup:
                 results.append(
                     self.engine.train_step(
                         batch, loss, temperature=temperature, entropy=bool(loss.entropy)
                     )
                 )
-        names = results[0].metrics.keys()
-        means = {n: float(np.mean([r.metrics[n] for r in results])) for n in names}
-        shares = shares_of(self.engine, gap)
-        weight = sum(count for _, count, _ in shares)
-        return {
-            "skipped": 0,
-            "loss": float(np.mean([r.loss for r in results])),
-            "grad_norm": float(np.mean([r.grad_norm for r in results])),
-            "lr": results[-1].lr,
-            **means,
-            "rollout_gap": sum(total for total, _, _ in shares) / max(weight, 1),
-            "rollout_gap_max": max(most for _, _, most in shares),
-        }
+        return row | updates_told(results) | updates_told(valued, "value_")
 
     def _mini_batches(self, step: int, groups: Sequence[Group]) -> Iterator[list[Sample]]:
         """This rank's samples of each mini-batch. Responses without a reward are in none."""
@@ -286,7 +253,10 @@ class ReinforcementStep:
         parts: list[list[Sample]] = [[] for _ in range(self.settings.mini_batches)]
         for (task, rollouts, rewards), number in zip(groups, numbered):
             values = self._shaped(rollouts, rewards)
-            advantages = group_advantages(values, [0] * len(values), of_group)
+            if of_group is None:  # the critic makes them of the rewards
+                advantages: Any = [0.0 if value is None else value for value in values]
+            else:
+                advantages = group_advantages(values, [0] * len(values), of_group)
             for rollout, value, advantage in zip(rollouts, values, advantages):
                 if value is None or not rollout.tokens:
                     continue
@@ -329,29 +299,6 @@ class ReinforcementStep:
     def _all(self, groups: Sequence[Group]) -> list[Group]:
         return [group for share in shares_of(self.engine, list(groups)) for group in share]
 
-    def _facts(self, groups: Sequence[Group]) -> dict[str, Any]:
-        """Figures of the responses of all ranks."""
-        flat = [
-            (w.reward, w.outcome, len(rollout.tokens), rollout.ended, len(task.prompt))
-            for task, rollouts, rewards in groups
-            for rollout, w in zip(rollouts, rewards)
-        ]
-        rows = [row for share in shares_of(self.engine, flat) for row in share]
-        differ = [d for share in shares_of(self.engine, list(map(_differ, groups))) for d in share]
-        rewards_ = [row[0] for row in rows if row[0] is not None]
-        count = max(1, len(rows))
-        return {
-            "reward": float(np.mean(rewards_)) if rewards_ else None,
-            "reward_std": float(np.std(rewards_)) if rewards_ else None,
-            "length": float(np.mean([row[2] for row in rows])) if rows else 0.0,
-            "cut_off": sum(not row[3] for row in rows) / count,
-            "unrewarded": 1 - len(rewards_) / count,
-            "unparseable": sum(row[1] == "unparseable" for row in rows) / count,
-            "failed": sum(row[1] == "failed" for row in rows) / count,
-            "groups_that_differ": sum(differ) / max(1, len(differ)),
-            "tokens": sum(row[2] + row[4] for row in rows),
-        }
-
     def _refuse_failures(self, facts: Mapping[str, Any]) -> None:
         if facts["unrewarded"] > self.settings.max_unrewarded:
             raise UserError(
@@ -360,19 +307,3 @@ class ReinforcementStep:
                 f"--max-unrewarded {self.settings.max_unrewarded:.0%}: see what the judge answers "
                 "in the newest folder of rollouts"
             )
-
-
-def _differ(group: Group) -> bool:
-    return bool(informative([w.reward for w in group[2]], [0] * len(group[2])).any())
-
-
-def _gap(batches: Sequence[Batch]) -> tuple[float, int, float]:
-    """Of a rank's trained tokens: sum of |training - rollout| log-probability, count, largest."""
-    total, count, most = 0.0, 0, 0.0
-    for batch in batches:
-        difference = batch.extras["old_log_probs"] - batch.extras.get("rollout_log_probs", 0.0)
-        values = difference[batch.loss_mask].abs()
-        if len(values):
-            total, count = total + float(values.sum()), count + len(values)
-            most = max(most, float(values.max()))
-    return total, count, most

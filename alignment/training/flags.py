@@ -4,11 +4,13 @@ import argparse
 import json
 import os
 import shlex
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 
 from alignment.engines.protocol import Engine, Optimization
 from alignment.rl.algorithms import ALGORITHMS
+from alignment.rl.critic import Critic, Valuation
 from megatron_ext.errors import UserError
 from megatron_ext.quiet import quiet_megatron
 
@@ -84,9 +86,27 @@ def add_reinforcement_flags(parser: argparse.ArgumentParser) -> None:
     add("--group-size", type=int, default=8, metavar="N", help="responses a prompt (%(default)s)")
     add("--mini-batches", type=int, default=4, metavar="N",
         help="optimizer steps on the --batch-size responses of a step (%(default)s)")
+    add("--critic", metavar="DIR", help="of ppo: what its critic starts from (--model)")
+    add("--critic-lr", type=float, metavar="LR", help="falls as --lr does (10 times --lr)")
+    add("--critic-warmup", type=int, default=0, metavar="STEPS",
+        help="in which the critic alone is trained (%(default)s)")
+    add("--value-clip", type=float, metavar="RANGE",
+        help="bound the change of a value in a step (none)")
+    add("--gae-lambda", type=float, default=0.95, help="(%(default)s)")
+    add("--gae-discount", type=float, default=1.0, help="(%(default)s)")
+    add("--no-whitening", dest="whitening", action="store_false",
+        help="leave the advantages of ppo as they are")
     add("--rollout-url", nargs="+", default=[], metavar="URL",
         help="http://HOST:PORT/v1 of vLLM servers that were started on RUN/served (the engine "
         "itself draws)")
+    add("--rollouts-ahead", type=int, choices=[0, 1], default=0,
+        help="1: servers draw the next step's responses while this step is judged and trained on, "
+        "with the weights from before it (%(default)s)")
+    add("--rollout-bound", type=float, metavar="RATIO",
+        help="bound the weights of training over sampling probability (none; 2 for responses drawn "
+        "ahead)")
+    add("--rollout-rule", choices=["truncate", "mask"], default="truncate",
+        help="weights beyond the bound are cut to it, or their tokens left out (%(default)s)")
     add("--rollout-model", default="policy", metavar="NAME", help="they serve (%(default)s)")
     # fmt: on
 
@@ -97,7 +117,7 @@ def groups_of(options: argparse.Namespace) -> int:
     Raises:
         UserError: its responses are not whole groups.
     """
-    if options.group_size < 2:
+    if options.group_size < 2 and ALGORITHMS[options.algorithm].advantages is not None:
         raise UserError(f"--group-size {options.group_size} must be at least 2, to compare")
     if options.batch_size % options.group_size:
         raise UserError(
@@ -107,14 +127,84 @@ def groups_of(options: argparse.Namespace) -> int:
     return options.batch_size // options.group_size
 
 
-def rollouts_of(options: argparse.Namespace, engine: Engine, eod: int) -> Any:
-    """What draws responses; None for the engine itself."""
-    if not options.rollout_url:
+def updates_of(options: argparse.Namespace) -> int:
+    """Optimizer steps of the model in all of `--steps`.
+
+    Raises:
+        UserError: the critic's warm-up leaves none.
+    """
+    if not 0 <= options.critic_warmup < options.steps:
+        raise UserError(
+            f"--critic-warmup {options.critic_warmup} must be at least 0 and below --steps "
+            f"{options.steps}"
+        )
+    return (options.steps - options.critic_warmup) * options.mini_batches
+
+
+def critic_of(options: argparse.Namespace, seen: AbstractSet[int]) -> Critic | None:
+    """The critic, of an algorithm that has one.
+
+    Args:
+        seen: tokens of the prompts, and the end.
+
+    Raises:
+        UserError: its model does not fit.
+    """
+    if ALGORITHMS[options.algorithm].advantages is not None:
         return None
+    model = options.critic or options.model
+    # As verl does: values of a new head must come along faster than the policy moves.
+    lr = 10 * options.lr if options.critic_lr is None else options.critic_lr
+    own = argparse.Namespace(**{**vars(options), "model": model, "lr": lr})
+    engine = engine_of(own, options.steps * options.mini_batches)
+    return Critic(engine, seen, _valuation(options), f"--critic {model}")
+
+
+def _valuation(options: argparse.Namespace) -> Valuation:
+    return Valuation(
+        options.gae_discount,
+        options.gae_lambda,
+        options.whitening,
+        options.value_clip,
+        options.critic_warmup,
+    )
+
+
+def _check_reinforcement(options: argparse.Namespace) -> None:
+    algorithm = ALGORITHMS[options.algorithm]
+    if algorithm.advantages is not None:
+        for name in ("critic", "critic_lr", "critic_warmup", "value_clip"):
+            if getattr(options, name):
+                raise UserError(f"--{name.replace('_', '-')} is for --algorithm ppo")
+    _valuation(options)
+    if options.rollouts_ahead and not options.rollout_url:
+        raise UserError("--rollouts-ahead is for servers: give --rollout-url")
+    if options.rollouts_ahead and algorithm.dynamic:
+        raise UserError(
+            f"--algorithm {options.algorithm} may draw more than once a step, which "
+            "--rollouts-ahead 1 cannot know before: leave one of them out"
+        )
+
+
+def rollout_weights(options: argparse.Namespace) -> dict[str, Any]:
+    """Settings of the loss, for responses whose sampler was not quite the policy."""
+    bound = options.rollout_bound
+    if bound is None and options.rollouts_ahead:
+        bound = 2.0
+    return {"rollout_bound": bound, "rollout_rule": options.rollout_rule}
+
+
+def rollouts_of(options: argparse.Namespace, engine: Engine, eod: int) -> dict[str, Any]:
+    """What draws responses, now and ahead, for `ReinforcementStep`; nothing for the engine."""
+    if not options.rollout_url:
+        return {}
+    from alignment.rl.ahead import RolloutsAhead
     from alignment.rl.served import ServedRollouts
 
     folder = Path(options.run_dir) / "served"
-    return ServedRollouts(engine, options.rollout_url, options.rollout_model, folder, eod).generate
+    served = ServedRollouts(engine, options.rollout_url, options.rollout_model, folder, eod)
+    ahead = RolloutsAhead(served, options.steps) if options.rollouts_ahead else None
+    return {"generate": served.generate, "ahead": ahead}
 
 
 def check(options: argparse.Namespace) -> None:
@@ -133,6 +223,8 @@ def check(options: argparse.Namespace) -> None:
         raise UserError(f"--lr {options.lr} must be above 0")
     if not Path(options.model).is_dir():
         raise UserError(f"--model {options.model} is not a folder")
+    if hasattr(options, "algorithm"):
+        _check_reinforcement(options)
     zero = [n for n in ("offload_optimizer", "offload_parameters") if getattr(options, n, False)]
     if options.engine == "megatron" and zero:
         raise UserError(f"--{zero[0].replace('_', '-')} is for --engine deepspeed")

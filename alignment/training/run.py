@@ -10,7 +10,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -44,22 +44,31 @@ class Run:
         saved: the step of the newest checkpoint; 0 before the first.
     """
 
-    def __init__(self, folder: Path, engine: Engine, settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        engine: Engine,
+        settings: Mapping[str, Any],
+        beside: Mapping[str, Engine] | None = None,
+    ) -> None:
         """Make the directory, or see that it belongs to the same run.
 
         Args:
             settings: plain data that must not change when a run goes on.
+            beside: by name, other models that are trained with this one.
 
         Raises:
             UserError: the directory belongs to a run with other settings, or is in use.
         """
         self.folder, self.engine, self.step = folder, engine, 0
+        self.beside = dict(beside or {})
         self.evaluated, self.saved = False, 0
         self.writes = dist.get_rank() == 0
         self._signal = 0
         self._lock: Any = None
         self._board: Any = None
         self._before: dict[int, Any] = {}
+        self._exits: list[Callable[[], None]] = []
         self.settings = json.loads(json.dumps(settings))
         if self.writes:
             self._open()
@@ -73,6 +82,8 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: Any, trace: TracebackType | None
     ) -> None:
+        for call in self._exits:
+            call()
         for number, handler in self._before.items():
             signal.signal(number, handler)
         if self._board is not None:
@@ -80,23 +91,32 @@ class Run:
         if self._lock is not None:
             self._lock.close()
 
+    def at_exit(self, call: Callable[[], None]) -> None:
+        """Call a function without collectives when the run ends, however it does."""
+        self._exits.append(call)
+
     def resume(self) -> bool:
         """Go on from the newest checkpoint, if there is one; drop the rows that come after it."""
-        state = self._state
-        if state.is_file():
-            self.engine.load(self.folder / "checkpoints")
-            rows = json.loads(state.read_text())
-            # Several steps of the trainer may share one of the engine, whose weights they left.
-            known = [row for row in rows if row["engine_step"] == self.engine.step]
-            if not known:
-                raise UserError(f"{state} tells nothing of engine step {self.engine.step}")
+        state, checkpoints = self._state, self.folder / "checkpoints"
+        rows = json.loads(state.read_text()) if state.is_file() else []
+        # Megatron and DeepSpeed name their newest in a file; before it the weights are --model's.
+        found = any(checkpoints.glob("latest*"))
+        if found:
+            self.engine.load(checkpoints)
+        # Several steps of the trainer may share one of the engine, whose weights they left.
+        known = [row for row in rows if row["engine_step"] == self.engine.step]
+        if known:
             newest = max(known, key=lambda row: row["step"])
             self.step, self.evaluated = newest["step"], newest["evaluated"]
             self.saved = self.step
+            for name, engine in self.beside.items():
+                engine.load(self._place(name, self.step))
+        elif found:
+            raise UserError(f"{state} tells nothing of engine step {self.engine.step}")
         if self.writes:
             drop_rows_after(self.folder / "metrics.jsonl", self.step)
         dist.barrier()
-        return state.is_file()
+        return bool(known)
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Write a row of metrics; it has a `step`."""
@@ -109,17 +129,32 @@ class Run:
                 self._writer().add_scalar(name, value, row["step"])
 
     def save(self) -> None:
-        """Write a checkpoint of this step; the one before stays until it is whole."""
+        """Write a checkpoint of this step; the one before stays until it is whole.
+
+        What is beside comes first, then what tells of the step, then the model itself: it is the
+        newest whole checkpoint of the model that says which of the others goes with it.
+        """
         checkpoints = self.folder / "checkpoints"
+        for name, engine in self.beside.items():
+            place = self._place(name, self.step)
+            if self.writes:
+                shutil.rmtree(place, ignore_errors=True)  # half of one, of a run that was killed
+            dist.barrier()
+            engine.save(place)
         if self.writes:
             checkpoints.mkdir(parents=True, exist_ok=True)
             rows = json.loads(self._state.read_text()) if self._state.is_file() else []
             row = {"step": self.step, "evaluated": self.evaluated}
             rows = [*rows[-3:], {**row, "engine_step": self.engine.step}]
             write_atomically(self._state, json.dumps(rows))
-        self.engine.save(checkpoints)
+        if self.engine.step:
+            self.engine.save(checkpoints)
         self.saved = self.step
         if self.writes:
+            for name in self.beside:
+                for old in (checkpoints / name).iterdir():
+                    if old != self._place(name, self.step):
+                        shutil.rmtree(old)
             made = [*checkpoints.glob("iter_*"), *checkpoints.glob("step_*")]
             for old in sorted(made, key=lambda folder: int(folder.name[5:]))[:-1]:
                 shutil.rmtree(old)
@@ -160,6 +195,10 @@ class Run:
     @property
     def _state(self) -> Path:
         return self.folder / "checkpoints" / "trainer.json"
+
+    def _place(self, name: str, step: int) -> Path:
+        """Of a checkpoint of what is trained beside the model."""
+        return self.folder / "checkpoints" / name / f"at_{step:06d}"
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._signal == signal.SIGINT == number:

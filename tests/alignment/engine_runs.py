@@ -92,11 +92,21 @@ def after_last(engine, packed=False):
     batch = share(engine, 0, packed)
     found = engine.next_log_probs(batch, CHOICES)
     assert found.shape == (*batch.tokens.shape, len(CHOICES))
+    return {tokens: values[-1] for tokens, values in _by_tokens(batch, found).items()}
+
+
+def values(engine, packed=False):
+    """Of this rank's first samples: what a token's row of the output layer says before each."""
+    batch = share(engine, 0, packed)
+    return _by_tokens(batch, engine.values(batch, CHOICES[-1]))
+
+
+def _by_tokens(batch, found):
     by_tokens = {}
     for row in range(batch.rows):
         for number in range(int(batch.samples[row].max()) + 1):
             at = batch.samples[row] == number
-            by_tokens[tuple(batch.tokens[row, at].tolist())] = found[row, at][-1].tolist()
+            by_tokens[tuple(batch.tokens[row, at].tolist())] = found[row, at].tolist()
     return by_tokens
 
 
@@ -137,7 +147,7 @@ def observe(engine, folder, checkpoint, packed=False):
     found = SimpleNamespace()
     found.first = dict(engine.parameters())
     found.alone, found.packed = scores(engine), scores(engine, packed=True)
-    found.after = after_last(engine, packed)
+    found.after, found.values = after_last(engine, packed), values(engine, packed)
     half = STEPS // 2
     found.steps = train(engine, range(half), packed)
     found.generated = generate(engine)
@@ -175,11 +185,15 @@ def brute_force(folder):
         tokens = torch.tensor(sample.tokens[1:])
         return table[:-1].gather(1, tokens.unsqueeze(1)).squeeze(1), table
 
-    found = SimpleNamespace(scores={}, after={}, losses=[], norms=[])
+    found = SimpleNamespace(scores={}, after={}, values={}, losses=[], norms=[])
+    raw = []  # before a soft cap
+    model.lm_head.register_forward_hook(lambda layer, given, output: raw.append(output[0]))
     with torch.no_grad():
         for sample in samples(0):
             last = logits(sample)[-1].log_softmax(-1)
             found.after[tuple(sample.tokens)] = last[CHOICES].tolist()
+            before = raw[-1][:-1, CHOICES[-1]].tolist()
+            found.values[tuple(sample.tokens)] = [0.0, *before]
             values, table = of_tokens(sample, TEMPERATURE)
             entropy = -(table.exp() * table).sum(-1)[:-1]
             both = ([0.0, *values.tolist()], [0.0, *entropy.tolist()])

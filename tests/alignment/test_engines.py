@@ -99,11 +99,12 @@ def check(reference, folder, ranks):
     """Hold what all ranks of one engine observed to plain torch; the samples they drew."""
     seen: dict[str, dict] = {
         name: {tokens: row for rank in ranks for tokens, row in getattr(rank, name).items()}
-        for name in ("alone", "packed", "again")
+        for name in ("alone", "packed", "again", "values")
     }
     for tokens, (log_probs, entropies) in reference.scores.items():
         assert seen["alone"][tokens][0] == pytest.approx(log_probs, abs=TOLERANCE)
         assert seen["alone"][tokens][1] == pytest.approx(entropies, abs=TOLERANCE)
+        assert seen["values"][tokens] == pytest.approx(reference.values[tokens], abs=TOLERANCE)
         for name in ("packed", "again"):
             assert seen[name][tokens][0] == pytest.approx(seen["alone"][tokens][0], abs=1e-5)
     assert all(values.keys() == reference.scores.keys() for values in seen.values())

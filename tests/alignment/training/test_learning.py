@@ -15,8 +15,10 @@ def learn(model, place, algorithms):
     """Mean reward of each step, by algorithm, each from the same weights."""
     from alignment.engines.megatron import MegatronEngine, MegatronLayout
     from alignment.engines.protocol import Optimization
+    from alignment.rl.critic import Critic
     from alignment.rl.rollouts import Rewarded
-    from alignment.rl.trainer import ReinforcementStep, Settings, Task
+    from alignment.rl.tasks import Settings, Task
+    from alignment.rl.trainer import ReinforcementStep
     from alignment.training.loop import Plan, fit
     from alignment.training.run import Run
     from megatron_ext.inference.sampling import Sampling
@@ -29,9 +31,8 @@ def learn(model, place, algorithms):
             for _, rollouts in groups
         ]
 
-    engine = MegatronEngine(
-        model, Optimization(lr=2e-2, steps=10 * STEPS), MegatronLayout(micro_batch=8)
-    )
+    optimization, layout = Optimization(lr=2e-2, steps=10 * STEPS), MegatronLayout(micro_batch=8)
+    engine = MegatronEngine(model, optimization, layout)
     start = [(name, tensor.clone()) for name, tensor in engine.parameters()]
     found = {}
     for name in algorithms:
@@ -41,7 +42,10 @@ def learn(model, place, algorithms):
             ALGORITHMS[name], 8, 4, 1, 64, Sampling(6, stop_at_eod=False), overlong_margin=1
         )
         with Run(place / name, engine, {}) as run:
-            step = ReinforcementStep(engine, run, tasks, reward, settings, seed=0)
+            critic = None
+            if ALGORITHMS[name].advantages is None:
+                critic = Critic(MegatronEngine(model, optimization, layout), set(range(32)))
+            step = ReinforcementStep(engine, run, tasks, reward, settings, seed=0, critic=critic)
 
             def train(number, step=step, rewards=rewards):
                 row = step(number)

@@ -1,7 +1,11 @@
 """Rollouts by a server that speaks vLLM's protocol, with the weights of the training."""
 
 import json
+import os
+import shutil
+import signal
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -19,6 +23,7 @@ class Server(ThreadingHTTPServer):
     Attributes:
         loads: how often the weights were read.
         away: calls to be answered with an error of the server's.
+        most: completions that it answers; others hang until it is `freed`, and get no answer.
     """
 
     daemon_threads = True
@@ -26,9 +31,13 @@ class Server(ThreadingHTTPServer):
     def __init__(self, folder):
         super().__init__(("127.0.0.1", 0), Handler)
         self.model: Any = None
-        self.folder, self.loads, self.away = folder, 0, 2
+        self.folder, self.loads, self.away, self.most = folder, 0, 2, 10**6
+        self.begun, self.freed = 0, threading.Event()
         self.lock = threading.Lock()
         self.calls: list[str] = []
+
+    def completions(self):
+        return self.calls.count("/v1/completions")
 
     def reload(self):
         import torch
@@ -63,6 +72,14 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         server: Any = self.server
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path == "/v1/completions":
+            with server.lock:
+                server.begun += 1
+                late = server.begun > server.most
+            if late:
+                server.freed.wait()
+                self.close_connection = True
+                return None
         with server.lock:
             server.calls.append(self.path)
             if server.away:
@@ -89,14 +106,28 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-def learn(folder, place, url, patience):
-    """Rows of three steps with rollouts of the server, on two ranks."""
+def drawn(place, step):
+    """How many responses have been drawn ahead for a step."""
+    files = place.glob(f"rollouts/step_{step:06d}/ahead_*.jsonl")
+    return sum(file.read_bytes().count(b"\n") for file in files)
+
+
+def learn(folder, place, url, patience, ahead=False, waits=16, stops=False):
+    """Rows of three steps with rollouts of the server, and the signal that ended the run.
+
+    Args:
+        ahead: whether the next step is drawn meanwhile.
+        waits: rewards come when so many responses of the next step are there.
+        stops: a signal comes with them.
+    """
     from alignment.engines.megatron import MegatronEngine, MegatronLayout
     from alignment.engines.protocol import Optimization
     from alignment.rl import served
-    from alignment.rl.algorithms import ALGORITHMS
+    from alignment.rl.ahead import RolloutsAhead
+    from alignment.rl.algorithms import named
     from alignment.rl.rollouts import Rewarded
-    from alignment.rl.trainer import ReinforcementStep, Settings, Task
+    from alignment.rl.tasks import Settings, Task
+    from alignment.rl.trainer import ReinforcementStep
     from alignment.training.loop import Plan, fit
     from alignment.training.run import Run
     from megatron_ext.inference.sampling import Sampling
@@ -107,38 +138,116 @@ def learn(folder, place, url, patience):
     tasks = [Task(str(n), [5, n, 7], None) for n in range(12)]
 
     def reward(groups, check):
+        while ahead and run.step < 2 and drawn(place, run.step + 1) < waits:
+            time.sleep(0.05)
+            check()
+        if stops:
+            os.kill(os.getpid(), signal.SIGTERM)
         return [
             [Rewarded(sum(t % 2 for t in r.tokens) / 6, "score", {}) for r in rollouts_]
             for _, rollouts_ in groups
         ]
 
     rows = []
-    settings = Settings(ALGORITHMS["grpo"], 4, 4, 1, 64, Sampling(6, temperature=0.8))
+    algorithm = named("grpo", rollout_bound=2.0)
+    settings = Settings(algorithm, 4, 4, 1, 64, Sampling(6, temperature=0.8))
     with Run(place, engine, {}) as run:
         step = ReinforcementStep(
-            engine, run, tasks, reward, settings, 0, generate=rollouts.generate
-        )
+            engine, run, tasks, reward, settings, 0, generate=rollouts.generate,
+            ahead=RolloutsAhead(rollouts, 3) if ahead else None,
+        )  # fmt: skip
 
         def train(number):
             rows.append(step(number))
             return rows[-1]
 
-        fit(run, Plan(3, 100, 100), train)
-    return rows
+        ended = fit(run, Plan(3, 100, 100), train)
+    assert not [t for t in threading.enumerate() if t.name.startswith("rollouts of step")]
+    return rows, ended
 
 
-def test_the_server_draws_with_the_weights_of_every_step(tmp_path):
+@pytest.fixture
+def server(tmp_path):
     make_model(tmp_path / "model", num_hidden_layers=1, max_position_embeddings=64)
     server = Server(tmp_path / "run" / "served")
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_address[1]}/v1"
-    rows, _ = run_ranks(learn, 2, tmp_path / "model", tmp_path / "run", url, 60.0)
+    yield server
+    server.freed.set()
+    server.shutdown()
+    server.server_close()
+
+
+def url_of(server):
+    return f"http://127.0.0.1:{server.server_address[1]}/v1"
+
+
+def test_the_server_draws_with_the_weights_of_every_step(tmp_path, server):
+    url = url_of(server)
+    (rows, _), _ = run_ranks(learn, 2, tmp_path / "model", tmp_path / "run", url, 60.0)
     assert server.loads == 3 and server.calls.count("/reset_prefix_cache") == 3
     # Its log-probabilities are those that training computes, at the same temperature.
     assert all(row["rollout_gap_max"] < 1e-4 for row in rows)
     assert all(row["grad_norm"] > 0.01 for row in rows)
+    assert all(row["rollout_staleness"] == 0 for row in rows)
     server.away = 1000
     with pytest.raises(Exception, match="has not answered for 1 s"):
         run_ranks(learn, 1, tmp_path / "model", tmp_path / "other", url, 1.0)
-    server.shutdown()
-    server.server_close()
+
+
+def log_probs(model, prompt, tokens):
+    import torch
+
+    with torch.no_grad():
+        table = (model(torch.tensor([prompt + tokens])).logits[0] / 0.8).log_softmax(-1)
+    return [float(table[len(prompt) + i - 1, token]) for i, token in enumerate(tokens)]
+
+
+def test_the_next_step_is_drawn_while_this_one_is_trained_on(tmp_path, server):
+    from transformers import AutoModelForCausalLM
+
+    url, place = url_of(server), tmp_path / "run"
+    server.away = 0
+    (rows, _), _ = run_ranks(learn, 2, tmp_path / "model", place, url, 60.0, True)
+    load, draw = ["/collective_rpc", "/reset_prefix_cache"], ["/v1/completions"]
+    # The second step's come before weights that the first step has trained.
+    assert server.calls == [*load, *draw * 32, *load, *draw * 16]
+    assert [row["rollout_staleness"] for row in rows] == [0, 1, 1]
+    assert rows[0]["rollout_gap_max"] < 1e-4 < 1e-3 < rows[1]["rollout_gap"]
+    assert rows[0]["rollout_weight"] == pytest.approx(1, abs=1e-4) != rows[1]["rollout_weight"]
+    start, kept = AutoModelForCausalLM.from_pretrained(tmp_path / "model"), 0
+    for file in place.glob("rollouts/step_000001/ahead_*.jsonl"):
+        for row in (json.loads(line)["answer"] for line in file.read_text().splitlines()):
+            values = log_probs(start, [5, int(row["task"]), 7], row["tokens"])
+            assert row["version"] == 0 and row["log_probs"] == pytest.approx(values, abs=1e-4)
+            kept += 1
+    assert kept == 16
+
+    # As a kill leaves it: no checkpoint yet, and half of the third step's on the disk.
+    shutil.rmtree(place / "checkpoints")
+    server.calls.clear()
+    for file in place.glob("rollouts/step_000002/*.jsonl"):
+        if file.name.startswith("ahead"):
+            file.write_bytes(b"".join(file.read_bytes().splitlines(True)[:4])[:-5])
+        else:
+            file.unlink()
+    [(again, _)] = run_ranks(learn, 1, tmp_path / "model", place, url, 60.0, True)
+    assert server.completions() == 16 - 2 * 3
+    for row, other in zip(rows, again):
+        for name in ("reward", "loss", "grad_norm", "rollout_weight", "rollout_staleness"):
+            assert other[name] == pytest.approx(row[name], rel=1e-3, abs=1e-5), name
+
+
+def test_a_run_ends_while_responses_are_under_way(tmp_path, server):
+    url = url_of(server)
+    server.most = 16 + 4
+    [(rows, ended)] = run_ranks(
+        learn, 1, tmp_path / "model", tmp_path / "run", url, 60.0, True, 4, True
+    )
+    assert ended == signal.SIGTERM and len(rows) == 1
+    assert drawn(tmp_path / "run", 1) == 4  # what had come is kept
+    # A server that is lost while it draws ahead: the next step tells.
+    server.freed.set()
+    server.most = server.begun + 16
+    with pytest.raises(Exception, match=r"completions has not answered for 1 s"):
+        run_ranks(learn, 1, tmp_path / "model", tmp_path / "other", url, 1.0, True, 0)
+    assert (tmp_path / "other" / "rollouts" / "step_000001").is_dir()

@@ -14,7 +14,7 @@ from alignment.policies.judges import JudgeSpec
 from alignment.policies.rewards import JudgeReward
 from alignment.records import Message, Outcome, Prompt, Response, Side, Verdict
 from alignment.rl.rollouts import Rollout
-from alignment.rl.trainer import Task
+from alignment.rl.tasks import Task
 from megatron_ext.errors import UserError
 from tests.alignment.chat_model import make_model, write_rows
 from tests.alignment.judges.endpoint import Endpoint, chat, status

@@ -31,7 +31,7 @@ def study(tmp_path_factory):
 def engine_of(folder, kind, layout):
     from alignment.engines.protocol import Optimization
 
-    optimization = Optimization(lr=3e-3, steps=8, warmup=1)
+    optimization = Optimization(lr=3e-3, steps=12, warmup=1)
     if kind == "deepspeed":
         from alignment.engines.deepspeed import DeepSpeedEngine, Zero
 
@@ -57,10 +57,11 @@ def form(folder, thinks):
     return JudgeForm(prompt, Parser(thinks=thinks), load_tokenizer(folder / "model"))
 
 
-def reinforcement(folder, engine, run, algorithm="grpo", groups=6, before=lambda groups: None):
+def reinforcement(folder, engine, run, critic=None, before=lambda groups: None):
     from alignment.rl.algorithms import ALGORITHMS
     from alignment.rl.rollouts import Rewarded
-    from alignment.rl.trainer import ReinforcementStep, Settings, Task
+    from alignment.rl.tasks import Settings, Task
+    from alignment.rl.trainer import ReinforcementStep
     from megatron_ext.inference.sampling import Sampling
 
     asked = form(folder, thinks=False)
@@ -80,15 +81,15 @@ def reinforcement(folder, engine, run, algorithm="grpo", groups=6, before=lambda
             for task, rollouts in groups
         ]
 
-    settings = Settings(
-        ALGORITHMS[algorithm], groups, 4, 2, LENGTH, Sampling(8), rows=8, max_unrewarded=0.9
-    )
-    return ReinforcementStep(engine, run, tasks, reward, settings, seed=3)
+    algorithm = ALGORITHMS["ppo" if critic else "grpo"]
+    settings = Settings(algorithm, 6, 4, 2, LENGTH, Sampling(8), rows=8, max_unrewarded=0.9)
+    return ReinforcementStep(engine, run, tasks, reward, settings, seed=3, critic=critic)
 
 
 def a_few_steps(folder, place, kind, layout):
-    """Figures of supervised steps, then of reinforcement, on this rank."""
+    """Figures of supervised steps, of reinforcement, of it with a critic; of all weights then."""
     from alignment.judges.examples import encode
+    from alignment.rl.critic import Critic
     from alignment.training.run import Run
     from alignment.training.sft import SupervisedStep
 
@@ -99,8 +100,13 @@ def a_few_steps(folder, place, kind, layout):
     with Run(place, engine, {}) as run:
         learn = reinforcement(folder, engine, run)
         found += [learn(number) for number in range(2)]
-    total = sum(float(t.double().abs().sum()) for _, t in engine.parameters())
-    return found, total
+        critic = Critic(engine_of(folder, kind, layout), seen={0})
+        learn = reinforcement(folder, engine, run, critic)
+        found += [learn(number) for number in range(2, 4)]
+    models = [critic.engine, engine]
+    return found, [
+        sum(float(t.double().abs().sum()) for _, t in model.parameters()) for model in models
+    ]
 
 
 def negative_log_likelihood(folder):
@@ -135,18 +141,21 @@ SPLITS = [
 
 
 def test_a_step_is_the_same_on_every_split_and_engine(study, tmp_path):
-    names = ("loss", "grad_norm", "reward", "length", "unrewarded", "groups_that_differ")
+    names: tuple[str, ...] = ("loss", "grad_norm", "reward", "length", "unrewarded")
+    names += ("groups_that_differ", "value", "value_loss", "value_grad_norm")
+    names += ("explained_variance", "advantage_std")
     found = []
     for number, (ranks, kind, layout) in enumerate(SPLITS):
         ranked = run_ranks(a_few_steps, ranks, study, tmp_path / str(number), kind, layout)
         each = [
-            [*([row.get(name, 0) for name in names] for row in rows), [total]]
-            for rows, total in ranked
+            [*([row.get(name, 0) for name in names] for row in rows), totals]
+            for rows, totals in ranked
         ]
         assert all(rank == each[0] for rank in each)  # all ranks tell the same
         found.append(each[0])
     assert found[0][0][0] == pytest.approx(negative_log_likelihood(study), abs=1e-5)
     assert found[0][2][3] > 1 and 0 < found[0][2][4] < 0.9  # samples, some without a reward
+    assert found[0][5][6] != 0 and found[0][5][9] != 0  # the critic has learnt something
     for other in found[1:]:
         for row, expected in zip(other, found[0]):
             assert row == pytest.approx(expected, rel=1e-4, abs=1e-5)

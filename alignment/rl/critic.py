@@ -1,0 +1,194 @@
+"""A critic: what a response is expected to be worth, before each of its tokens (PPO).
+
+It is a second trained model on the ranks of the policy. It has no head of its own: the row of the
+output layer that belongs to a token which no prompt has is given away for one. So every layout
+spreads, saves and loads a critic as it does any model. The row starts at 0, hence so do all values.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from alignment.engines.batch import Batch
+from alignment.engines.protocol import Engine, Scores, StepResult, Sums
+from alignment.ranks import shares_of
+from alignment.rl.advantages import Floats, generalized_advantages
+from megatron_ext.errors import UserError
+
+# An output layer that is the embedding's transpose is only known by that name.
+_HEADS = ("lm_head.weight", "embed_tokens.weight")
+
+
+@dataclass(frozen=True)
+class Valuation:
+    """How values become advantages, and are learnt.
+
+    Attributes:
+        discount: gamma.
+        trace: lambda of GAE.
+        whiten: advantages from the mean over all trained tokens of a step, in standard deviations.
+        clip: how far a value may move in a step before its token stops to pull; none for no bound.
+        warmup: first steps in which the critic alone is trained.
+    """
+
+    discount: float = 1.0
+    trace: float = 0.95
+    whiten: bool = True
+    clip: float | None = None
+    warmup: int = 0
+
+    def __post_init__(self) -> None:
+        for flag, value in (("--gae-discount", self.discount), ("--gae-lambda", self.trace)):
+            if not 0 <= value <= 1:
+                raise UserError(f"{flag} {value} must be from 0 to 1")
+        if self.clip is not None and self.clip <= 0:
+            raise UserError(f"--value-clip {self.clip} must be above 0")
+
+
+@dataclass(frozen=True)
+class ValueLoss:
+    """Half the mean squared distance of values from `returns`, over all trained tokens.
+
+    Attributes:
+        clip: see `Valuation`; bounds the distance from `old_values`.
+    """
+
+    clip: float | None = None
+
+    def __call__(self, scores: Scores, batch: Batch) -> Sums:
+        assert scores.values is not None
+        mask, old = batch.loss_mask, batch.extras["old_values"]
+        loss = (scores.values - batch.extras["returns"]).square() / 2
+        metrics = {}
+        if self.clip is not None:
+            near = old + (scores.values - old).clamp(-self.clip, self.clip)
+            bounded = (near - batch.extras["returns"]).square() / 2
+            metrics["value_clipped"] = (((bounded > loss) & mask).sum(), mask.sum())
+            loss = torch.maximum(loss, bounded)
+        return Sums(torch.where(mask, loss, 0).sum(), mask.sum(), metrics)
+
+
+class Critic:
+    """Values the responses of a step, and learns from what they were worth."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        seen: AbstractSet[int],
+        valuation: Valuation | None = None,
+        name: str = "the critic",
+    ) -> None:
+        """Give a token's row away, and set it to 0.
+
+        Args:
+            engine: the model, with an optimization.
+            seen: tokens that are not to be given away: those of all prompts, and the end.
+            name: of the model, for errors.
+
+        Raises:
+            UserError: its output layer is not found, or has fewer rows than there are tokens.
+        """
+        self.engine, self.valuation = engine, valuation or Valuation()
+        sizes = {name: len(tensor) for name, tensor in engine.parameters()}
+        heads = [full for head in _HEADS for full in sizes if full.endswith(head)]
+        if not heads:
+            raise UserError(f"{name} has no {' nor '.join(_HEADS)}: give --critic another model")
+        rows = sizes[heads[0]]
+        if max(seen, default=0) >= rows:
+            raise UserError(
+                f"{name} knows {rows:,} tokens, and there is a token {max(seen)}: give --critic a "
+                "model with the policy's tokenizer"
+            )
+        self.token = max(set(range(rows)) - seen)
+        engine.load_parameters(self._emptied(engine.parameters(), heads[0]))
+
+    def _emptied(
+        self, tensors: Iterable[tuple[str, Tensor]], head: str
+    ) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in tensors:
+            if name == head:
+                tensor = tensor.clone()
+                tensor[self.token] = 0
+            yield name, tensor
+
+    def judge(self, batches: Sequence[Batch]) -> tuple[list[Batch], dict[str, float]]:
+        """Advantages by GAE of all batches of a step; a collective of all ranks.
+
+        Args:
+            batches: whose extra `advantage` is the reward of the response.
+
+        Returns:
+            the same with new `advantage`, and `returns` and `old_values`; figures of all ranks.
+        """
+        judged = [self._with_values(batch) for batch in batches]
+        advantages = self._trained(judged, "advantage")
+        values, returns = self._trained(judged, "old_values"), self._trained(judged, "returns")
+        mean, spread = self._moments(advantages)
+        if self.valuation.whiten:
+            judged = [_shifted(batch, mean, spread) for batch in judged]
+        _, error = self._moments(returns - values)
+        _, whole = self._moments(returns)
+        return judged, {
+            "value": self._moments(values)[0],
+            "explained_variance": 1 - (error / whole) ** 2 if whole > 0 else 0.0,
+            "advantage_mean": mean,
+            "advantage_std": spread,
+        }
+
+    def learn(self, batch: Batch) -> StepResult:
+        """An optimizer step on a judged batch."""
+        return self.engine.train_step(batch, ValueLoss(self.valuation.clip), values=self.token)
+
+    def _with_values(self, batch: Batch) -> Batch:
+        values = self.engine.values(batch, self.token).cpu()
+        if not batch.rows:
+            return batch
+        extras = {**batch.extras, "old_values": values}
+        extras["advantage"] = extras["advantage"].clone()
+        extras["returns"] = torch.zeros_like(values)
+        for row, places in _responses(batch):
+            rewards = np.zeros(len(places))
+            rewards[-1] = batch.extras["advantage"][row, places[-1]]  # the end's, if not before
+            advantages, returns = generalized_advantages(
+                rewards,
+                values[row, places].double().numpy(),
+                self.valuation.discount,
+                self.valuation.trace,
+            )
+            extras["advantage"][row, places] = torch.from_numpy(advantages).float()
+            extras["returns"][row, places] = torch.from_numpy(returns).float()
+        return replace(batch, extras=extras)
+
+    def _trained(self, batches: Sequence[Batch], name: str) -> Floats:
+        """Of this rank's trained tokens."""
+        parts = [b.extras[name][b.loss_mask].double().numpy() for b in batches if b.rows]
+        return np.concatenate(parts) if parts else np.zeros(0)
+
+    def _moments(self, values: Floats) -> tuple[float, float]:
+        """Mean and standard deviation (of a sample) over all ranks."""
+        counts, sums = zip(*shares_of(self.engine, (len(values), float(values.sum()))))
+        mean = sum(sums) / max(sum(counts), 1)
+        squares = shares_of(self.engine, float(((values - mean) ** 2).sum()))
+        return mean, float(np.sqrt(sum(squares) / max(sum(counts) - 1, 1)))
+
+
+def _responses(batch: Batch) -> Iterator[tuple[int, Tensor]]:
+    """Row and places of the trained tokens of every sample."""
+    for row in range(batch.rows):
+        for number in range(int(batch.samples[row].max()) + 1):
+            mine = (batch.samples[row] == number) & batch.loss_mask[row]
+            if mine.any():
+                yield row, mine.nonzero().flatten()
+
+
+def _shifted(batch: Batch, mean: float, spread: float) -> Batch:
+    if not batch.rows:
+        return batch
+    # Of equal advantages rounding leaves a spread.
+    scale = 1 / spread if spread > 1e-9 * max(1.0, abs(mean)) else 0.0
+    advantage = (batch.extras["advantage"].double() - mean) * scale
+    return replace(batch, extras={**batch.extras, "advantage": advantage.float()})
