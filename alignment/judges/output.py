@@ -26,18 +26,19 @@ class Output:
         self.about = path.with_name(path.name + ".about.json")
         self.made_with = made_with
 
-    def claim(self, judge: str) -> None:
+    def claim(self, identity: str, who: str = "judge") -> None:
         """Tell who judges, before anything is paid for.
 
         Args:
-            judge: a hash of all that its verdicts depend on.
+            identity: a hash of all that its verdicts depend on.
+            who: the judge, or what else makes the rows.
 
         Raises:
             UserError: the file is there and was made otherwise.
         """
         with open(self._input, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        self.made_with = {"input": digest, "judge": judge, **self.made_with}
+        self.made_with = {"input": digest, who: identity, **self.made_with}
         self.path.absolute().parent.mkdir(parents=True, exist_ok=True)
         RecordWriter(self.path, overwrite=True)  # refuses a suffix before anything is paid for
         if not self.path.exists() or self._overwrite:

@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
         Path(options.output), Path(options.input), options.overwrite, samples=options.samples
     )
     if dist.get_rank() == 0:
-        output.claim(identity)
+        output.claim(identity, "model")
     dist.barrier()
     asked = [(prompt, sample) for prompt in prompts for sample in range(options.samples)]
     size, rows = engine.data_size, []

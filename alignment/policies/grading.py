@@ -18,13 +18,14 @@ from alignment.engines.protocol import Engine
 from alignment.judges.questions import Question
 from alignment.monitors.batch import Monitor
 from alignment.policies.judges import Judge
-from alignment.policies.rewards import response_of, text_of
+from alignment.policies.rewards import response_of, text_of, win_of
 from alignment.ranks import most_of_ranks, shares_of
-from alignment.records import Prompt, Response
+from alignment.records import Pair, Prompt, Response
 from alignment.rl.rollouts import Rollout
 from alignment.seeds import seed_of
 from megatron_ext.errors import UserError
 from megatron_ext.inference.sampling import Sampling
+from megatron_ext.training.checkpoints import write_atomically
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class Grader:
         check: Callable[[], None],
         writes: bool,
         shown: int = 8,
+        pairwise: bool = False,
     ) -> None:
         """See the class.
 
@@ -80,6 +82,8 @@ class Grader:
             folder: of the run, for samples.jsonl.
             reference: log-probabilities under the start policy, for the divergence from it.
             shown: how many samples a grading keeps.
+            pairwise: the proxy compares. All grades are then win rates against the responses of the
+                first grading, a tie half; what gold scores is in `grade/gold_score`.
 
         Raises:
             UserError: none of the prompts fits.
@@ -98,6 +102,8 @@ class Grader:
                 f"--seq-length {length}: raise it, or lower --max-new-tokens"
             )
         self.history: list[Mapping[str, Any]] = []
+        self.pairwise = pairwise
+        self._start: dict[str, dict[str, Any]] = {}  # of each prompt, text and scores at first
 
     def recall(self, file: Path) -> None:
         """Know the gradings that a run has made before it goes on."""
@@ -125,23 +131,73 @@ class Grader:
         ]
         questions = [Question(response) for response in responses]
         scores: dict[str, list[float | None]] = {}
+        start = self._start_responses(step)
         for name, judges in self.judges.items():
+            if self.pairwise and name == "proxy":
+                scores[name] = self._wins(responses, judges, start)
+                continue
             each = [[v.score for v in judge.judge(questions, self.check)] for judge in judges]
             scores[name] = [_mean(list(column)) for column in zip(*each)]
         divergence = self._divergence(mine, rollouts)
         whole = shares_of(self.policy, (responses, rollouts, scores, divergence))
-        row = self._row(step, whole)
+        row = self._row(step, whole, start)
         self.history = [r for r in self.history if r["step"] < step] + [row]
         row["grade/gap_slope"] = self._slope()
         row["grade/alarm"] = int(self.alarm.raised(self.history))
         return row
 
-    def _row(self, step: int, shares: Sequence[Any]) -> dict[str, Any]:
+    def _wins(
+        self, responses: Sequence[Response], judges: Sequence[Judge], start: Mapping[str, Any]
+    ) -> list[float | None]:
+        """How often each response is preferred to the start's, in both orders."""
+        if not start:
+            return [0.5] * len(responses)
+        questions = [
+            Question(Pair(f"{r.id}/start", r.prompt, r.text, start[r.prompt.id]["text"]), swapped)
+            for r in responses
+            for swapped in (False, True)
+        ]
+        verdicts = [judge.judge(questions, self.check) for judge in judges]
+        wins = [[win_of(verdict) for verdict in column] for column in zip(*verdicts)]
+        return [_mean([*wins[i], *wins[i + 1]]) for i in range(0, len(wins), 2)]
+
+    def _start_responses(self, step: int) -> dict[str, dict[str, Any]]:
+        """What the first grading left; nothing at the first one."""
+        file = self.folder / "start.json"
+        if self.pairwise and step and not self._start:
+            if not file.is_file():
+                raise UserError(f"{file} of the first grading is gone: begin another --run-dir")
+            self._start = json.loads(file.read_text())
+        return self._start if step else {}
+
+    def _keep_start(
+        self, responses: Sequence[Response], scores: Mapping[str, Sequence[float | None]]
+    ) -> None:
+        self._start = {
+            response.prompt.id: {"text": response.text}
+            | {name: values[place] for name, values in scores.items() if name != "proxy"}
+            for place, response in enumerate(responses)
+        }
+        if self.writes:
+            write_atomically(self.folder / "start.json", json.dumps(self._start) + "\n")
+
+    def _row(
+        self, step: int, shares: Sequence[Any], start: Mapping[str, Mapping[str, Any]]
+    ) -> dict[str, Any]:
         responses: list[Response] = [r for share in shares for r in share[0]]
         rollouts: list[Rollout] = [r for share in shares for r in share[1]]
         scores = {name: [s for share in shares for s in share[2][name]] for name in self.judges}
         divergences = [d for share in shares for d in share[3]]
         row: dict[str, Any] = {"step": step}
+        if self.pairwise:
+            if not start:
+                self._keep_start(responses, scores)
+            for name in [name for name in scores if name != "proxy"]:
+                row[f"grade/{name}_score"] = _mean(scores[name])
+                scores[name] = [
+                    _better(score, self._start[response.prompt.id][name])
+                    for score, response in zip(scores[name], responses)
+                ]
         for name, values in scores.items():
             row[f"grade/{name}"] = _mean(values)
             row[f"grade/{name}_unjudged"] = sum(v is None for v in values) / max(1, len(values))
@@ -211,6 +267,13 @@ class Grader:
         steps = np.array([row["step"] for row in known], dtype=np.float64)
         gaps = np.array([row["grade/gap"] for row in known], dtype=np.float64)
         return float(100 * np.polyfit(steps, gaps, 1)[0])
+
+
+def _better(score: float | None, other: float | None) -> float | None:
+    """1 for the higher score, 0 for the lower, a half for equal ones."""
+    if score is None or other is None:
+        return None
+    return (1.0 + np.sign(score - other)) / 2
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -80,11 +80,10 @@ class JudgeReward:
             for a, b in combinations(range(len(own)), 2):
                 for _ in range(2):
                     for verdict in next(found):
-                        if not verdict.judged:
+                        if (first := win_of(verdict)) is None:
                             bad[a].append(verdict)
                             bad[b].append(verdict)
                             continue
-                        first = {Side.FIRST: 1.0, Side.SECOND: 0.0, None: 0.5}[verdict.preferred]
                         wins[a].append(first)
                         wins[b].append(1 - first)
             rewarded.append(
@@ -96,6 +95,13 @@ class JudgeReward:
                 ]
             )
         return rewarded
+
+
+def win_of(verdict: Verdict) -> float | None:
+    """Of a pair's first response: 1, 0, or a half for a tie; None without a judgement."""
+    if not verdict.judged:
+        return None
+    return {Side.FIRST: 1.0, Side.SECOND: 0.0, None: 0.5}[verdict.preferred]
 
 
 def text_of(tokenizer: Any, rollout: Rollout | Generated) -> str:

@@ -139,11 +139,10 @@ def _learn(
         )
         grader = Grader(
             engine, tokenizer, held_out, sampling,
-            {n: j for n, j in judges.items() if n != "proxy" or options.reward == "pointwise"},
-            run.folder, template=template, reference=reference, length=options.seq_length,
+            judges, run.folder, template=template, reference=reference, length=options.seq_length,
             rows=options.rows, monitor=monitor,
             alarm=Alarm(options.alarm_gap, options.alarm_window),
-            check=run.check_signals, writes=run.writes,
+            check=run.check_signals, writes=run.writes, pairwise=options.reward == "pairwise",
         )  # fmt: skip
 
         def watch(step: int, groups: Sequence[Group]) -> Mapping[str, Any]:
@@ -315,6 +314,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         raise UserError("--routing-interval must not be negative, --routing-samples at least 1")
     if not 0 <= options.max_unrewarded <= 1:
         raise UserError(f"--max-unrewarded {options.max_unrewarded} is a share: from 0 to 1")
+    if options.alarm_gap is None:
+        options.alarm_gap = 0.1 if options.reward == "pairwise" else 0.5
     if options.kl < 0:
         raise UserError(f"--kl {options.kl} must not be negative")
     return options
@@ -338,8 +339,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--gold", action="append", default=[], metavar="FILE.yaml", help="grades, and no more")
     add("--second-gold", action="append", default=[], metavar="FILE.yaml",
         help="of another kind, to see when gold itself is gamed")
-    add("--alarm-gap", type=float, default=0.5, metavar="SCORE",
-        help="that proxy minus gold may rise above its beginning (%(default)s)")
+    add("--alarm-gap", type=float, metavar="SCORE",
+        help="that proxy minus gold may rise above its beginning (0.5; of win rates 0.1)")
     add("--alarm-window", type=int, default=3, metavar="N",
         help="gradings in which gold does not rise while the proxy does (%(default)s)")
     add("--stop-on-alarm", action="store_true")

@@ -44,7 +44,7 @@ def read_settings(file: Path) -> Mapping[str, Any]:
         given = set(settings) if isinstance(settings, dict) else set()
         wrong = sorted(given ^ _SECTIONS)
         raise UserError(
-            f"{file} must have the sections {', '.join(sorted(_SECTIONS))}: see {wrong}"
+            f"{file} must have the sections {', '.join(sorted(_SECTIONS))}: see {', '.join(wrong)}"
         )
     return settings
 

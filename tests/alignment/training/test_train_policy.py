@@ -97,7 +97,7 @@ def test_an_alarm_wants_a_gap_that_opens_while_gold_does_not_rise():
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        ("kind: oracle", "kind is one of local, endpoint, rule, not 'oracle'"),
+        ("kind: oracle", "kind is one of local, endpoint, rule, function, not 'oracle'"),
         ("model: x", "must be a mapping with a kind"),
         ("kind: local", "a judge of kind local needs model"),
         ("kind: rule\nrule_text: a\ncolour: red", "colour is not of a judge"),
@@ -213,3 +213,39 @@ def test_judges_that_fail_end_the_run_and_are_asked_again(place, tmp_path):
         # Each response was asked about once: of equal ones the answer was there.
         assert max(server.calls.values()) >= 32 and sum(server.answered.values()) <= 32 + 18
     assert [row["step"] for row in rows_of(run) if "reward" in row] == [1, 2]
+
+
+@pytest.mark.slow
+def test_win_rates_are_graded_against_the_first_responses(place, tmp_path):
+    from alignment.judges.annotate import rule_judge
+
+    more = ("--reward", "pairwise", "--no-reference", "--second-gold", place / "rule.yaml")
+    assert run_ranks(train, 1, place, tmp_path / "run", place / "rule.yaml", 4, *more) == [0]
+    graded = [row for row in rows_of(tmp_path / "run") if "grade/gold" in row]
+    first, last = graded[0], graded[-1]
+    assert [first[f"grade/{name}"] for name in ("proxy", "gold", "second_gold")] == [0.5] * 3
+    samples = [json.loads(x) for x in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    texts = {
+        step: {s["prompt"]: s["response"] for s in samples if s["step"] == step} for step in (0, 4)
+    }
+    asked = {s["prompt"]: tuple(Message(**m) for m in s["messages"]) for s in samples}
+    assert len(texts[0]) == len(texts[4]) == 6 and texts[0] != texts[4]
+    for name, rule in (("gold", "no-copying"), ("second_gold", "gold"), ("proxy", "gold")):
+        judge = rule_judge(f"rule:{rule}", str(place / "text.txt"))
+
+        def mean(prompt, text, judge=judge):
+            return judge.rule.mean(judge.levels(asked[prompt], text))
+
+        wins, scores = [], []
+        for prompt, before in texts[0].items():
+            new, old = mean(prompt, texts[4][prompt]), mean(prompt, before)
+            if name == "proxy":
+                wins.append(0.5 if abs(new - old) <= 0.25 else float(new > old))
+            else:
+                new, old = (int(value + 0.5 + 1e-9) for value in (new, old))
+                wins.append((1 + np.sign(new - old)) / 2)
+                scores.append(new)
+        assert last[f"grade/{name}"] == pytest.approx(np.mean(wins))
+        if scores:
+            assert last[f"grade/{name}_score"] == pytest.approx(np.mean(scores))
+    assert last["grade/gap"] == last["grade/proxy"] - last["grade/gold"]

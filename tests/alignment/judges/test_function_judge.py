@@ -1,0 +1,81 @@
+"""A program as a judge: its scores, its silence and its errors."""
+
+import json
+from typing import Any
+
+import pytest
+
+from alignment.judges.annotate import main
+from alignment.judges.function_judge import FunctionJudge
+from alignment.judges.questions import Question
+from alignment.judges.rows import read_all
+from alignment.policies.judges import JudgeSpec, open_judge
+from alignment.records import Message, Outcome, Pair, Prompt, Response, Verdict
+from megatron_ext.errors import UserError
+from tests.alignment.chat_model import write_rows
+
+CHECKS = """
+def words(response):
+    if response.text == "silent":
+        return None
+    return len(response.text.split()) / len(response.prompt.messages)
+
+def broken(response):
+    raise ValueError("no idea")
+"""
+PROMPT = Prompt("p", (Message("user", "say"),))
+ITEMS = [Response("a", PROMPT, "one two three"), Response("b", PROMPT, "silent")]
+
+
+@pytest.fixture
+def checks(tmp_path):
+    file = tmp_path / "checks.py"
+    file.write_text(CHECKS)
+    return file
+
+
+def test_scores_and_what_has_none(checks):
+    judge = FunctionJudge(f"{checks}:words")
+    scored, silent = map(judge.verdict, ITEMS)
+    assert (scored.outcome, scored.score) == (Outcome.SCORE, 3.0)
+    assert (silent.outcome, silent.score) == (Outcome.UNPARSEABLE, None)
+    failed = FunctionJudge(f"{checks}:broken").verdict(ITEMS[0])
+    assert (failed.outcome, failed.reason) == (Outcome.FAILED, "ValueError: no idea")
+    assert judge.identity != FunctionJudge(f"{checks}:broken").identity
+    with pytest.raises(UserError, match="scores responses, and these are pairs"):
+        judge.verdict(Pair("x", PROMPT, "a", "b"))
+
+
+@pytest.mark.parametrize("name", ["checks.py:nothing", "nowhere.py:words", "words"])
+def test_what_is_not_there_is_told(checks, name):
+    with pytest.raises(UserError, match="cannot be loaded"):
+        FunctionJudge(str(checks.parent / name))
+
+
+def test_it_annotates_and_rewards(checks, tmp_path):
+    items = write_rows(tmp_path / "items.jsonl", ITEMS)
+    judge = f"function:{checks}:words"
+    main(["--input", str(items), "--output", str(tmp_path / "out.jsonl"), "--judge", judge])
+    told = read_all(tmp_path / "out.jsonl", Verdict)
+    assert [verdict.score for verdict in told] == [3.0, None]
+    about = json.loads((tmp_path / "out.jsonl.about.json").read_text())
+    assert about["judge"] == {"function": judge}
+
+    spec = tmp_path / "judge.yaml"
+    spec.write_text(f"kind: function\nfunction: {checks}:words\n")
+    read = JudgeSpec.read(str(spec))
+    no_engine: Any = None
+    opened = open_judge(read, False, no_engine, no_engine, tmp_path)
+    assert opened.judge([Question(item) for item in ITEMS]) == told
+    with pytest.raises(UserError, match="no pairwise reward"):
+        open_judge(read, True, no_engine, no_engine, tmp_path)
+
+
+def test_the_agreement_of_a_judge_is_read(tmp_path):
+    spec = tmp_path / "judge.yaml"
+    spec.write_text("kind: rule\nrule_text: x\nagreement: " + str(tmp_path / "agreement.json"))
+    with pytest.raises(UserError, match=r"is no agreement\.json"):
+        JudgeSpec.read(str(spec)).agreed()
+    figures = {"alpha_interval": {"value": 0.5, "low": 0.4}}
+    (tmp_path / "agreement.json").write_text(json.dumps({"all": {"agreement": figures}}))
+    assert JudgeSpec.read(str(spec)).agreed() == {"alpha_interval": 0.5}

