@@ -190,6 +190,33 @@ def test_a_policy_is_trained_graded_and_reported_on_any_ranks(place, tmp_path):
     assert list((tmp_path / "page").glob("*.html"))
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--critic-lr", 1e-3), "--critic-lr is for --algorithm ppo"),
+        (("--algorithm", "ppo", "--gae-lambda", 2), "--gae-lambda 2.0 must be from 0 to 1"),
+        (("--rollouts-ahead", 1), "give --rollout-url"),
+        (
+            ("--rollouts-ahead", 1, "--rollout-url", "http://a/v1", "--algorithm", "dapo"),
+            "--algorithm dapo may draw more than once a step",
+        ),
+    ],
+)
+def test_flags_that_do_not_go_together_are_refused(place, tmp_path, words, told):
+    assert told in train(place, tmp_path, place / "rule.yaml", 2, *words)
+
+
+@pytest.mark.slow
+def test_a_policy_is_trained_with_a_critic(place, tmp_path):
+    more = ("--algorithm", "ppo", "--group-size", 1, "--batch-size", 8, "--critic-warmup", 1)
+    assert run_ranks(train, 1, place, tmp_path, place / "rule.yaml", 2, *more) == [0]
+    learnt = [row for row in rows_of(tmp_path) if "value_loss" in row]
+    assert ["loss" in row for row in learnt] == [False, True]
+    # Ten times that of the policy, whose first step comes after the warm-up; both fall to 0.
+    assert [row["value_lr"] for row in learnt] == pytest.approx([0.1, 0.05])
+    assert learnt[1]["lr"] == pytest.approx(0.01) and (tmp_path / "final").is_dir()
+
+
 @pytest.mark.slow
 def test_judges_that_fail_end_the_run_and_are_asked_again(place, tmp_path):
     (tmp_path / "pointwise-brief.txt").write_text(
