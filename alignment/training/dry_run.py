@@ -75,6 +75,10 @@ def dry_run(options: argparse.Namespace, beside: Sequence[Held] | None = None) -
         lasting = [sum(memory.values()) for memory in stages]
         lasting = [whole - part for whole, part in zip(lasting, passing)]
         kept = {"policy: weights, gradients, optimizer": lasting}
+        if options.algorithm == "ppo":
+            if _architecture(options.critic or options.model, "--critic") != model:
+                raise UserError("--dry-run counts a --critic of the policy's own shape alone")
+            kept["critic: weights, gradients, optimizer"] = lasting
         for folder, other in others.items():
             destroy_global_state()
             names = ", ".join(held.name for held in beside if held.model == folder)

@@ -73,7 +73,8 @@ def settings(folder):
     found = [vars(parse(words(r, model))) for r in ("base", "kl") for model in POLICIES]
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        assert main([*words("base", "Qwen3-4B-Instruct-2507"), *judges(folder)]) == 0
+        flags = [*judges(folder), "--algorithm", "ppo"]
+        assert main([*words("base", "Qwen3-4B-Instruct-2507"), *flags]) == 0
     return found, json.loads(printed.getvalue().splitlines()[-1])
 
 
@@ -102,7 +103,8 @@ def test_settings_are_the_papers_and_all_that_a_rank_holds_is_counted(tmp_path):
     kept = sum(memory[name] for name in ("parameters", "gradients", "optimizer"))
     weights = start + 2 * parameters(label, 2) + 2 * parameters(reasoning, 2)
     step = sum(memory.values()) - kept
-    assert rows["together at most"] == kept + weights + max(step, own, thinking)
+    assert rows["critic: weights, gradients, optimizer"] == kept
+    assert rows["together at most"] == 2 * kept + weights + max(step, own, thinking)
 
 
 def test_the_files_of_judges_are_read():
