@@ -75,6 +75,12 @@ class Run:
         return [step for step, raised in self.graded(ALARM).items() if raised]
 
     @property
+    def planned(self) -> int | None:
+        """Steps that the run was to have; None where it is not told."""
+        steps = self.about.get("steps")
+        return steps if isinstance(steps, int) else None
+
+    @property
     def agreement(self) -> float | None:
         """Of its judge with gold, Krippendorff's α."""
         told = self._judge.get("agreement")

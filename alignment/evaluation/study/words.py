@@ -103,11 +103,11 @@ def status(study: Study, run: Run) -> str:
         return "not begun"
     if not run.gradings:
         return "no grading yet"
-    said, last = [], max(run.gradings)
-    if run.alarms and run.alarms[-1] == last < study.last_step:
-        said.append(f"stopped by its alarm at step {last:,} of {study.last_step:,}")
-    elif last < study.last_step:
-        said.append(f"ends at step {last:,} of {study.last_step:,}")
+    said, last, end = [], max(run.gradings), run.planned or study.last_step
+    if run.alarms and run.alarms[-1] == last < end:
+        said.append(f"stopped by its alarm at step {last:,} of {end:,}")
+    elif last < end:
+        said.append(f"ends at step {last:,} of {end:,}")
     [group] = [group for group in study.groups if run in group.runs]
     if missing := [s for s in group.steps if s <= last and s not in run.gradings]:
         said.append(f"lacks {_gradings(missing)}")
