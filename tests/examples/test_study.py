@@ -9,13 +9,14 @@ import pytest
 import yaml
 
 from alignment.judges.rows import read_all
+from alignment.policies.judges import JudgeSpec
 from alignment.records import Response
 from examples.alignment.study.__main__ import DEFAULT
 from examples.alignment.study.labels import SPOILS
 from examples.alignment.study.labels import main as labels
 from examples.alignment.study.passages import main as passages
 from examples.alignment.study.passages import passages as neighbours
-from examples.alignment.study.plan import read_settings
+from examples.alignment.study.plan import Study, read_settings
 from megatron_ext.errors import UserError
 from tests.alignment.chat_model import make_model
 from tests.distributed import ROOT
@@ -100,6 +101,33 @@ def test_a_study_has_every_section(tmp_path):
         read_settings(file)
 
 
+def test_every_command_is_one(tmp_path):
+    from alignment.judges.judge import _parse as judge
+    from alignment.judges.train import parse as train_judge
+    from alignment.policies.generate import _parse as generate
+    from alignment.policies.train import parse as train_policy
+
+    study = Study(tmp_path, read_settings(DEFAULT), ranks=1, on_gpus=False)
+    models = [f"seed1/judges/{name}" for name in ("label", "reasoning", "reinforced")]
+    for model in ("start", *models):
+        (tmp_path / model / "best").mkdir(parents=True)
+    parsers = {"train-judge": train_judge, "train-policy": train_policy, "judge": judge}
+    parsers["generate"] = generate
+    asked = {}
+    for phase in study.phases([1]):
+        for one in phase:
+            if parser := parsers.get(one.command[2]):
+                asked[one.name] = parser(one.command[3:])
+    assert asked["reasoning-judge-seed1"].thinking == "asked"
+    grpo = asked["reinforced-judge-seed1"]
+    assert grpo.stage == "grpo" and grpo.batch_size == 64 and grpo.model.endswith("reasoning/best")
+    assert asked["reasoning-verdicts-seed1"].judging_top_k == 20
+    assert len([name for name in asked if name in ("label-seed1", "reasoning-seed1")]) == 2
+    spec = JudgeSpec.read(asked["reasoning-seed1"].judge[0])
+    assert (spec.thinking, spec.top_k, spec.max_new_tokens) == ("asked", 20, 48)
+    assert spec.model.endswith("seed1/judges/reinforced/best")
+
+
 def make_quickstart(folder):
     """What a study takes from one: text, and a model."""
     (folder / "data").mkdir(parents=True)
@@ -124,9 +152,6 @@ def test_a_study_from_text_to_the_page(tmp_path):
         "drawn": {"max_new_tokens": 6},
         "judge": {"batch_size": 16, "seq_length": 512, "lr": 1e-3, "eval_interval": 50},
         "label": {"epochs": 1},
-        "reasoning": {"epochs": 25, "lr": 1e-2, "max_new_tokens": 72},
-        "reinforced": {"steps": 1, "batch_size": 8, "mini_batches": 1, "max_new_tokens": 72},
-        "thinking": {"max_new_tokens": 72},
         "policy": {
             **small, "steps": 2, "batch_size": 8, "group_size": 4, "mini_batches": 1,
             "eval_interval": 2, "max_unrewarded": 1,
@@ -136,13 +161,14 @@ def test_a_study_from_text_to_the_page(tmp_path):
     command = [
         *(sys.executable, "-m", "examples.alignment.study", str(tmp_path / "study.yaml")),
         *("--quickstart", str(quickstart), "--output", str(tmp_path / "run"), "--jobs", "2"),
+        *("--judges", "label", "gold"),
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr + done.stdout
     assert "With one seed there is no interval" in done.stdout or "1 seed" in done.stdout
     assert (tmp_path / "run" / "report" / "report.html").stat().st_size > 10_000
     runs = json.loads((tmp_path / "run" / "study.json").read_text())["runs"]
-    assert [run["folder"] for run in runs] == ["label-seed1", "reasoning-seed1", "gold-seed1"]
+    assert [run["folder"] for run in runs] == ["label-seed1", "gold-seed1"]
     for run in runs:
         about = json.loads((tmp_path / "run" / run["folder"] / "run.json").read_text())
         assert about["steps"] == 2

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from examples.alignment.study.plan import CHAT, Study, read_settings
+from examples.alignment.study.plan import CHAT, JUDGES, Study, read_settings
 from examples.quickstart.steps import Stopped, duration, run_steps, say, stop_on_signals
 from examples.quickstart.training import find_gpus, let_import
 from megatron_ext.errors import ToolParser, UserError, run_tool
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     quickstart = Path(options.quickstart).absolute() if options.quickstart else None
     study = Study(
         output, settings, ranks=min(2, gpus or jobs), on_gpus=bool(gpus), quickstart=quickstart,
-        judges_of=options.seeds[0] if options.share_judges else None,
+        judges_of=options.seeds[0] if options.share_judges else None, judges=options.judges,
     )  # fmt: skip
     stamps = output / "steps"
     try:
@@ -74,6 +74,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--share-judges",
         action="store_true",
         help="train judges with the first seed alone: then intervals are over policies' seeds",
+    )
+    add(
+        "--judges",
+        nargs="+",
+        choices=list(JUDGES),
+        default=list(JUDGES),
+        metavar="JUDGE",
+        help=f"of {', '.join(JUDGES)}; default: all",
     )
     add("--quickstart", metavar="DIR", help="take text and model of a finished make quickstart")
     add("--output", metavar="DIR", help="(runs/study-NAME)")

@@ -22,7 +22,6 @@ CHAT = (
     "{% else %}<s>{{ m.content }}\n{% endif %}{% endfor %}"
 )
 JUDGES = {"label": "judge of labels", "reasoning": "judge that thinks", "gold": "gold itself"}
-_TRAINED = ("label", "reasoning")
 _PARTS = ("train", "validation", "test")
 _SECTIONS = {
     "name", "recipe", "base", "splits", "start", "drawn", "labels", "judge", "label", "reasoning",
@@ -58,6 +57,7 @@ class Study:
         ranks: of what is trained once.
         quickstart: a finished quickstart, whose text and model are taken.
         judges_of: the seed whose judges policies of all seeds have; none for each its own.
+        judges: that policies are trained against, of `JUDGES`.
     """
 
     def __init__(
@@ -68,9 +68,11 @@ class Study:
         on_gpus: bool,
         quickstart: Path | None = None,
         judges_of: int | None = None,
+        judges: Sequence[str] = tuple(JUDGES),
     ) -> None:
         self.output, self.settings, self.ranks, self.on_gpus = output, settings, ranks, on_gpus
-        self.quickstart, self.judges_of = quickstart, judges_of
+        self.quickstart, self.judges_of, self.judges = quickstart, judges_of, judges
+        self.trained = [name for name in ("reasoning", "label") if name in judges]
         self.corpus = Corpus((quickstart or output) / "data")
         self.base = quickstart or output / "base"
         self.chat = output / "chat.jinja"
@@ -84,10 +86,10 @@ class Study:
         yield [self._drawn(seed) for seed in own]
         yield [self._labels(seed) for seed in own]
         yield [self._gold(seed, part) for seed in own for part in _PARTS]
-        yield [self._judge(seed, name) for name in ("reasoning", "label") for seed in own]
-        yield [self._reinforced(seed) for seed in own]
-        yield [self._verdicts(seed, name) for seed in own for name in _TRAINED]
-        yield [self._agreement(seed, name) for seed in own for name in _TRAINED]
+        yield [self._judge(seed, name) for name in self.trained for seed in own]
+        yield [self._reinforced(seed) for seed in own if "reasoning" in self.trained]
+        yield [self._verdicts(seed, name) for seed in own for name in self.trained]
+        yield [self._agreement(seed, name) for seed in own for name in self.trained]
         yield [
             self._policy(seed, name) for seed in seeds for name in ("reasoning", "label", "gold")
         ]
@@ -158,6 +160,7 @@ class Study:
         runs = [
             {"folder": f"{name}-seed{seed}", "policy": "start", "judge": told, "seed": seed}
             for name, told in JUDGES.items()
+            if name in self.judges
             for seed in seeds
         ]
         file = self.output / "study.json"
@@ -274,7 +277,7 @@ class Study:
         _yaml(files / "gold.yaml", gold)
         _yaml(files / "no-copying.yaml", {**gold, "rule": "no-copying"})
         depends = [self.corpus.text, *(self.prompts / f"{n}.jsonl" for n in ("policy", "held_out"))]
-        if name in _TRAINED:
+        if name in self.trained:
             source = seed if self.judges_of is None else self.judges_of
             model, folder = self._model(source, name), self._of(source) / f"{name}.agreement"
             judge: dict[str, Any] = {
