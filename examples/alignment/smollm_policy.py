@@ -12,6 +12,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -99,13 +100,12 @@ def _sources(run: Path) -> list[Step]:
 
 
 def _choose(run: Path) -> None:
-    """Short prompts that gold can score, in an order that their ids give."""
+    """Short prompts that gold can score, in an order at random."""
     ifbench, mtbench = (read_all(run / f"{name}.jsonl", Prompt) for name in PACKAGES)
     usable = [p for p in ifbench if constraints_of(p.rubric)]
     usable += [p for p in mtbench if len(p.messages) == 1]
     short = [p for p in usable if len(p.messages[-1].content.split()) <= MOST_WORDS]
-    # Every kind of prompt in every part: ids of a kind follow each other.
-    short.sort(key=lambda prompt: prompt.id[::-1])
+    short.sort(key=lambda prompt: sha256(prompt.id.encode()).digest())  # of all kinds in all parts
     parts = {
         "held_out": short[:HELD_OUT],
         "test": short[HELD_OUT : HELD_OUT + TEST],

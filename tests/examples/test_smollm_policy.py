@@ -1,0 +1,51 @@
+"""The real policy's prompts, and its commands; docs/study.md has what a whole run gave."""
+
+from alignment.data.packages import PACKAGES
+from alignment.judges.examples import read_labelled
+from alignment.judges.rows import read_all
+from alignment.judges.train import parse as train_judge
+from alignment.policies.generate import _parse as generate
+from alignment.policies.judges import JudgeSpec
+from alignment.policies.train import parse as train_policy
+from alignment.records import Prompt, Response
+from examples.alignment.checks import constraints_of
+from examples.alignment.smollm_policy import MOST_WORDS, _choose, _judge, _parse, _policy
+from examples.quickstart.steps import run_steps
+from tests.alignment.chat_model import write_rows
+
+
+def test_prompts_and_commands(tmp_path):
+    for name in ("ifbench", "mtbench"):
+        rows = [row for row in PACKAGES[name].read(None) if isinstance(row, Prompt)]
+        write_rows(tmp_path / f"{name}.jsonl", rows)
+    _choose(tmp_path)
+    parts = {
+        name: read_all(tmp_path / f"{name}.prompts.jsonl", Prompt)
+        for name in ("held_out", "test", "train")
+    }
+    ids = [prompt.id for part in parts.values() for prompt in part]
+    assert len(set(ids)) == len(ids) and len(parts["held_out"]) == 20 == len(parts["test"])
+    for part in parts.values():
+        checked = [bool(constraints_of(prompt.rubric)) for prompt in part]
+        assert 0.3 < sum(checked) / len(part) < 0.8  # of both packages in each
+        assert max(len(p.messages[-1].content.split()) for p in part) <= MOST_WORDS
+
+    options = _parse(["--steps", "4"])
+    (tmp_path / "model").mkdir()
+    (tmp_path / "judge" / "best").mkdir(parents=True)
+    steps = {step.name: step for step in [*_judge(tmp_path, options), *_policy(tmp_path, options)]}
+    drawn = generate(steps["drawn-train"].command[3:])
+    assert drawn.samples == 1 and drawn.temperature == 1
+    written = [
+        Response(p.id, p, "A cow sees. Does it? " * (n % 3 + 1))
+        for n, p in enumerate(parts["train"])
+    ]
+    write_rows(tmp_path / "train.responses.jsonl", written)
+    run_steps([steps["gold-train"]], tmp_path / "steps")
+    judge = train_judge(steps["judge"].command[3:])
+    labelled = read_labelled(judge.input, judge.gold, True)
+    assert len(labelled) == len(parts["train"]) and len({row.label for row in labelled}) > 3
+    policy = train_policy(steps["policy"].command[3:])
+    assert policy.steps == 4 and policy.eval_interval == 2 and not policy.reference
+    assert JudgeSpec.read(policy.judge[0]).model.endswith("judge/best")
+    assert JudgeSpec.read(policy.gold[0]).function.endswith("checks.py:score")
