@@ -90,9 +90,7 @@ class Study:
         yield [self._reinforced(seed) for seed in own if "reasoning" in self.trained]
         yield [self._verdicts(seed, name) for seed in own for name in self.trained]
         yield [self._agreement(seed, name) for seed in own for name in self.trained]
-        yield [
-            self._policy(seed, name) for seed in seeds for name in ("reasoning", "label", "gold")
-        ]
+        yield [self._policy(seed, name) for seed in seeds for name in self.judges]
 
     def shared(self) -> list[Step]:
         """Text, the pretrained model, prompts, and the model that has learned to answer."""
