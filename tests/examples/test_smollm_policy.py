@@ -30,7 +30,7 @@ def test_prompts_and_commands(tmp_path):
         assert 0.3 < sum(checked) / len(part) < 0.8  # of both packages in each
         assert max(len(p.messages[-1].content.split()) for p in part) <= MOST_WORDS
 
-    options = _parse(["--steps", "4"])
+    options = _parse(["--steps", "4", "--judge-samples", "1"])
     (tmp_path / "model").mkdir()
     (tmp_path / "judge" / "best").mkdir(parents=True)
     steps = {step.name: step for step in [*_judge(tmp_path, options), *_policy(tmp_path, options)]}
