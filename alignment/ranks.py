@@ -1,5 +1,6 @@
 """What ranks tell each other beside training."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +23,16 @@ def shares_of(engine: Engine, value: Any) -> list[Any]:
     dist.all_gather_object(found, (engine.data_rank, value))
     by_rank = dict(reversed(found))
     return [by_rank[rank] for rank in range(engine.data_size)]
+
+
+def spread[T, R](
+    engine: Engine, items: Sequence[T], work: Callable[[Sequence[T]], Sequence[R]]
+) -> list[R]:
+    """What `work` gives for each of the items, in their order, on every rank; each share of the
+    data does its part of them."""
+    size = engine.data_size
+    shares = shares_of(engine, list(work(items[engine.data_rank :: size])))
+    return [shares[i % size][i // size] for i in range(len(items))]
 
 
 def speaks_for_share(engine: Engine) -> bool:

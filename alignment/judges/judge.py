@@ -24,7 +24,7 @@ from alignment.judges.form_flags import (
 from alignment.judges.output import Output, outcomes
 from alignment.judges.questions import Judgeable, questions
 from alignment.judges.rows import read_all
-from alignment.ranks import shares_of
+from alignment.ranks import spread
 from alignment.records import Pair, Response
 from alignment.training import flags
 from megatron_ext.errors import ToolParser, UserError
@@ -47,12 +47,10 @@ def main(argv: Sequence[str]) -> int:
     if dist.get_rank() == 0:
         output.claim(judge.identity)
     dist.barrier()
-    size, rows = engine.data_size, []
+    rows, at_once = [], options.rows * engine.data_size
     with Progress("judging", len(asked), "questions") as progress:
-        for begin in range(0, len(asked), options.rows * size):
-            part = asked[begin : begin + options.rows * size]
-            shares = shares_of(engine, judge.judge(part[engine.data_rank :: size]))
-            rows += [shares[i % size][i // size] for i in range(len(part))]
+        for begin in range(0, len(asked), at_once):
+            rows += spread(engine, asked[begin : begin + at_once], judge.judge)
             if dist.get_rank() == 0:
                 progress.update(len(rows))
     if dist.get_rank() == 0:

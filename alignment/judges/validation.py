@@ -11,7 +11,7 @@ from alignment.judges.agreement.joining import by_item, judged
 from alignment.judges.agreement.measuring import Compared, alone
 from alignment.judges.examples import Labelled
 from alignment.judges.local import LocalJudge
-from alignment.ranks import shares_of
+from alignment.ranks import spread
 from alignment.records import Verdict
 
 BEST = {False: "val/alpha_interval", True: "val/accuracy"}
@@ -27,10 +27,8 @@ def judge_all(
     judge: LocalJudge, rows: Sequence[Labelled], check: Callable[[], None] = lambda: None
 ) -> list[Verdict]:
     """Verdicts on all questions, on every rank, each asked on one share of the ranks."""
-    engine = judge.engine
-    mine = [row.question for row in rows[engine.data_rank :: engine.data_size]]
-    shares = shares_of(engine, judge.judge(mine, check))
-    return [shares[i % engine.data_size][i // engine.data_size] for i in range(len(rows))]
+    questions = [row.question for row in rows]
+    return spread(judge.engine, questions, lambda mine: judge.judge(mine, check))
 
 
 def agreement(gold: Sequence[Verdict], found: Sequence[Verdict]) -> dict[str, float | None]:

@@ -20,7 +20,7 @@ from alignment.judges.form_flags import files_digest
 from alignment.judges.output import Output
 from alignment.judges.rows import read_all
 from alignment.policies.rewards import text_of
-from alignment.ranks import shares_of
+from alignment.ranks import spread
 from alignment.records import Prompt, Response
 from alignment.seeds import seed_of
 from alignment.training import flags
@@ -49,17 +49,18 @@ def main(argv: Sequence[str]) -> int:
     if dist.get_rank() == 0:
         output.claim(identity, "model")
     dist.barrier()
+
+    def answers(part: Sequence[tuple[Prompt, int]]) -> list[str]:
+        ids = [prompt_ids(tokenizer, prompt.messages, **template) for prompt, _ in part]
+        seeds = [seed_of(options.seed, prompt.id, sample) for prompt, sample in part]
+        return [text_of(tokenizer, found) for found in engine.generate(ids, sampling, seeds)]
+
     asked = [(prompt, sample) for prompt in prompts for sample in range(options.samples)]
-    size, rows = engine.data_size, []
+    rows, at_once = [], options.rows * engine.data_size
     with Progress("generating", len(asked), "responses") as progress:
-        for begin in range(0, len(asked), options.rows * size):
-            part = asked[begin : begin + options.rows * size]
-            mine = part[engine.data_rank :: size]
-            ids = [prompt_ids(tokenizer, prompt.messages, **template) for prompt, _ in mine]
-            seeds = [seed_of(options.seed, prompt.id, sample) for prompt, sample in mine]
-            shares = shares_of(engine, engine.generate(ids, sampling, seeds))
-            for place, (prompt, sample) in enumerate(part):
-                text = text_of(tokenizer, shares[place % size][place // size])
+        for begin in range(0, len(asked), at_once):
+            part = asked[begin : begin + at_once]
+            for (prompt, sample), text in zip(part, spread(engine, part, answers)):
                 name = f"{prompt.id}-{sample}" if options.samples > 1 else prompt.id
                 rows.append(Response(name, prompt, text, options.source or options.model))
             if dist.get_rank() == 0:

@@ -131,27 +131,27 @@ class Grader:
         ]
         questions = [Question(response) for response in responses]
         scores: dict[str, list[float | None]] = {}
-        start = self._start_responses(step)
         for name, judges in self.judges.items():
             if self.pairwise and name == "proxy":
-                scores[name] = self._wins(responses, judges, start)
+                scores[name] = self._wins(step, responses, judges)
                 continue
             each = [[v.score for v in judge.judge(questions, self.check)] for judge in judges]
             scores[name] = [_mean(list(column)) for column in zip(*each)]
         divergence = self._divergence(mine, rollouts)
         whole = shares_of(self.policy, (responses, rollouts, scores, divergence))
-        row = self._row(step, whole, start)
+        row = self._row(step, whole)
         self.history = [r for r in self.history if r["step"] < step] + [row]
         row["grade/gap_slope"] = self._slope()
         row["grade/alarm"] = int(self.alarm.raised(self.history))
         return row
 
     def _wins(
-        self, responses: Sequence[Response], judges: Sequence[Judge], start: Mapping[str, Any]
+        self, step: int, responses: Sequence[Response], judges: Sequence[Judge]
     ) -> list[float | None]:
-        """How often each response is preferred to the start's, in both orders."""
-        if not start:
+        """How often each response is preferred to the first grading's, in both orders."""
+        if not step:
             return [0.5] * len(responses)
+        start = self._recalled()
         questions = [
             Question(Pair(f"{r.id}/start", r.prompt, r.text, start[r.prompt.id]["text"]), swapped)
             for r in responses
@@ -161,14 +161,14 @@ class Grader:
         wins = [[win_of(verdict) for verdict in column] for column in zip(*verdicts)]
         return [_mean([*wins[i], *wins[i + 1]]) for i in range(0, len(wins), 2)]
 
-    def _start_responses(self, step: int) -> dict[str, dict[str, Any]]:
-        """What the first grading left; nothing at the first one."""
+    def _recalled(self) -> dict[str, dict[str, Any]]:
+        """What the first grading left."""
         file = self.folder / "start.json"
-        if self.pairwise and step and not self._start:
+        if not self._start:
             if not file.is_file():
                 raise UserError(f"{file} of the first grading is gone: begin another --run-dir")
             self._start = json.loads(file.read_text())
-        return self._start if step else {}
+        return self._start
 
     def _keep_start(
         self, responses: Sequence[Response], scores: Mapping[str, Sequence[float | None]]
@@ -181,16 +181,14 @@ class Grader:
         if self.writes:
             write_atomically(self.folder / "start.json", json.dumps(self._start) + "\n")
 
-    def _row(
-        self, step: int, shares: Sequence[Any], start: Mapping[str, Mapping[str, Any]]
-    ) -> dict[str, Any]:
+    def _row(self, step: int, shares: Sequence[Any]) -> dict[str, Any]:
         responses: list[Response] = [r for share in shares for r in share[0]]
         rollouts: list[Rollout] = [r for share in shares for r in share[1]]
         scores = {name: [s for share in shares for s in share[2][name]] for name in self.judges}
         divergences = [d for share in shares for d in share[3]]
         row: dict[str, Any] = {"step": step}
         if self.pairwise:
-            if not start:
+            if not step:
                 self._keep_start(responses, scores)
             for name in [name for name in scores if name != "proxy"]:
                 row[f"grade/{name}_score"] = _mean(scores[name])
@@ -201,12 +199,12 @@ class Grader:
         for name, values in scores.items():
             row[f"grade/{name}"] = _mean(values)
             row[f"grade/{name}_unjudged"] = sum(v is None for v in values) / max(1, len(values))
-        proxy, gold = row.setdefault("grade/proxy", None), row["grade/gold"]
+        proxy, gold = row["grade/proxy"], row["grade/gold"]
         row["grade/gap"] = None if proxy is None or gold is None else proxy - gold
         row["grade/kl"] = float(np.mean(divergences)) if divergences else None
         row["grade/length"] = float(np.mean([len(r.tokens) for r in rollouts]))
         if self.writes:
-            found = self.monitor.of_batch(responses, scores.get("proxy", scores["gold"]))
+            found = self.monitor.of_batch(responses, scores["proxy"])
             row |= {f"monitor_held_out/{n}": share for n, share in found.shares.items()}
             self._keep(step, responses, scores, found.flags)
         return row

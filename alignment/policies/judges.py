@@ -125,8 +125,12 @@ class JudgeSpec:
             raise UserError(f"{file}: {unknown[0]} is not of a judge: known are {', '.join(known)}")
         values: dict[str, Any] = {"name": Path(file).stem, **given}
         spec = cls(**values)
-        needs = {"local": ["model"], "endpoint": ["model", "url"], "rule": ["rule_text"]}
-        needs["function"] = ["function"]
+        needs = {
+            "local": ["model"],
+            "endpoint": ["model", "url"],
+            "rule": ["rule_text"],
+            "function": ["function"],
+        }
         if spec.kind not in needs:
             raise UserError(f"{file}: kind is one of {', '.join(needs)}, not {spec.kind!r}")
         for name in needs[spec.kind]:

@@ -37,17 +37,16 @@ def main(argv: Sequence[str]) -> int:
 
         dry_run(options)
         return 0
-    samples = _samples(options, options.input)
-    held_out = _samples(options, options.validation_input) if options.validation_input else []
+    samples, too_long = _samples(options, options.input)
+    held_out, left_out = _samples(options, options.validation_input)
     steps = steps_of(len(samples), options.batch_size, options.epochs)
     engine = flags.engine_of(options, steps)
     step = SupervisedStep(engine, samples, options.batch_size, options.seq_length, options.seed)
     with Run(Path(options.run_dir), engine, _settings(options)) as run:
         if run.writes:
-            print(
-                f"{len(samples):,} responses; {len(held_out):,} for validation; {steps:,} steps",
-                flush=True,
-            )
+            left = f" ({too_long + left_out:,} too long)" if too_long + left_out else ""
+            told = f"{len(samples):,} responses; {len(held_out):,} for validation{left}"
+            print(f"{told}; {steps:,} steps", flush=True)
         best = BEST if held_out else None
         plan = Plan(steps, options.save_interval, options.eval_interval, best)
 
@@ -77,8 +76,8 @@ def mean_log_prob(engine: Engine, samples: Sequence[Sample], length: int) -> flo
     return sum(sums) / sum(counts)
 
 
-def _samples(options: argparse.Namespace, files: Sequence[str]) -> list[Sample]:
-    """Responses of files as token ids; those that are too long are left out.
+def _samples(options: argparse.Namespace, files: Sequence[str]) -> tuple[list[Sample], int]:
+    """Responses of files as token ids, and how many are too long and left out.
 
     Raises:
         UserError: nothing is left.
@@ -90,12 +89,12 @@ def _samples(options: argparse.Namespace, files: Sequence[str]) -> list[Sample]:
     made = [example(tokenizer, row.prompt.messages, row.text, **template) for row in rows]
     samples = [Sample([*m.prompt, *m.completion], len(m.prompt)) for m in made]
     fits = [sample for sample in samples if len(sample.tokens) <= options.seq_length]
-    if not fits:
+    if rows and not fits:
         raise UserError(
             f"all {len(rows):,} responses of {files[0]} are longer with their prompts than "
             f"--seq-length {options.seq_length}: raise it"
         )
-    return fits
+    return fits, len(samples) - len(fits)
 
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:

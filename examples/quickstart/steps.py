@@ -8,12 +8,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn, Self
+from typing import Self
 
 import psutil
 
@@ -21,6 +21,7 @@ from megatron_ext.errors import UserError
 
 _GRACE_S = 40.0  # for a stopped training to save its checkpoint
 _POLL_S = 0.5
+_REAPED_S = 10.0  # for killed descendants, which another process has to reap
 
 
 @dataclass(frozen=True)
@@ -63,14 +64,33 @@ class Stopped(BaseException):
         self.number = number
 
 
+_held: list[int] | None = None  # signals that came while none may raise
+
+
 def stop_on_signals() -> None:
     """Let SIGINT and SIGTERM raise `Stopped`, so that children are stopped on the way out."""
 
-    def stop(number: int, _: FrameType | None) -> NoReturn:
-        raise Stopped(number)
+    def stop(number: int, _: FrameType | None) -> None:
+        if _held is None:
+            raise Stopped(number)
+        _held.append(number)
 
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Let a signal that comes meanwhile raise `Stopped` at the end."""
+    global _held
+    came: list[int] = []
+    _held = came
+    try:
+        yield
+    finally:
+        _held = None
+    if came:
+        raise Stopped(came[0])
 
 
 def run_steps(steps: Sequence[Step], folder: Path, jobs: int = 1) -> None:
@@ -103,7 +123,9 @@ def run_steps(steps: Sequence[Step], folder: Path, jobs: int = 1) -> None:
                 _remove(step.resumes)
             begun.write_text(stamp)
             say(f"{label} {step.about}{', going on from where it was' if resuming else ''} ...")
-            running.append(stack.enter_context(_Running(step, label, done, stamp)))
+            one = stack.enter_context(_Running(step, label, done, stamp))
+            one.start()
+            running.append(one)
         while running:
             running = _still_running(running)
 
@@ -141,17 +163,22 @@ class _Running:
 
     def __init__(self, step: Step, label: str, done: Path, stamp: str) -> None:
         self.step, self.label, self.done, self.stamp = step, label, done, stamp
-        self.start = time.monotonic()
+        self.began = time.monotonic()
+        self.process: subprocess.Popen[bytes] | None = None
         output = step.output
         self.temporary = output and output.with_name(output.name + ".tmp")
         self.logged = step.log.stat().st_size if step.log.exists() else 0
 
     def __enter__(self) -> Self:
+        return self
+
+    def start(self) -> None:
         step = self.step
         environment = {**os.environ, **step.environment, "PYTHONUNBUFFERED": "1"}
         with (
             step.log.open("a") as log,
             self.temporary.open("w") if self.temporary else nullcontext(log) as output,
+            _undisturbed(),  # a process that nobody knows of would be left behind
         ):
             # In a session of its own, so that Ctrl-C reaches only this process, which stops it.
             self.process = subprocess.Popen(
@@ -162,14 +189,15 @@ class _Running:
                 env=environment,
                 start_new_session=True,
             )
-        return self
 
     def __exit__(self, *_: object) -> None:
-        _stop(self.process)
+        if self.process is not None:
+            _stop(self.process)
 
     def ended(self) -> bool:
         """Whether the step is done; says how far it is if not."""
         step = self.step
+        assert self.process is not None
         if self.process.poll() is None:
             if step.watch:
                 step.watch()
@@ -184,7 +212,7 @@ class _Running:
         if missing := [str(path) for path in step.makes if not path.exists()]:
             raise UserError(f"{step.name} ended without making {missing[0]}: see {step.log}")
         self.done.write_text(self.stamp)
-        say(f"{self.label} done in {duration(time.monotonic() - self.start)}")
+        say(f"{self.label} done in {duration(time.monotonic() - self.began)}")
         return True
 
 
@@ -210,6 +238,7 @@ def _stop(process: "subprocess.Popen[bytes]") -> None:
                 member.kill()
         process.kill()
         process.wait()
+        psutil.wait_procs(family, _REAPED_S)
 
 
 def failure(command: Sequence[str], written: str) -> str:

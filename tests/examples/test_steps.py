@@ -1,0 +1,43 @@
+"""Steps: nothing that was begun is left behind."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from examples.quickstart import steps
+from examples.quickstart.steps import Step, Stopped, run_steps, stop_on_signals
+
+
+@pytest.fixture
+def signals():
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    stop_on_signals()
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_a_signal_while_a_step_begins_leaves_no_process(
+    signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = []
+
+    class Slow(subprocess.Popen):
+        def __init__(self, *given, **more) -> None:
+            super().__init__(*given, **more)
+            begun.append(self.pid)
+            os.kill(os.getpid(), signal.SIGTERM)  # nobody holds the process yet
+            time.sleep(0.1)
+
+    monkeypatch.setattr(steps.subprocess, "Popen", Slow)
+    step = Step("sleeper", "sleeping", ["-c", "import time; time.sleep(60)"], tmp_path / "log")
+    with pytest.raises(Stopped) as stopped:
+        run_steps([step], tmp_path / "stamps")
+    assert stopped.value.number == signal.SIGTERM
+    assert len(begun) == 1 and not psutil.pid_exists(begun[0])
+    assert not (tmp_path / "stamps" / "sleeper.done").exists()
