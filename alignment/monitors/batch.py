@@ -3,9 +3,11 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+import yaml
 
 from alignment.judges.agreement.figures import Undefined, spearman
 from alignment.monitors.detectors import NAMES, Evidence, detect
@@ -52,6 +54,29 @@ class Limits:
         if unknown := [name for name in given if name not in known]:
             raise UserError(f"there is no limit {unknown[0]!r}: known are {', '.join(known)}")
         return cls(**given)
+
+    @classmethod
+    def read(cls, file: str) -> Self:
+        """From a YAML mapping of detectors to shares.
+
+        Raises:
+            UserError: naming the file.
+        """
+        try:
+            given = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
+        except OSError as error:
+            raise UserError(
+                f"the file of limits {file} cannot be read: {error.strerror}"
+            ) from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"the file of limits {file} is not YAML: {error}") from error
+        if not isinstance(given, Mapping):
+            raise UserError(f"the file of limits {file} must be a mapping of detectors to shares")
+        try:
+            # YAML reads the name of one detector, null, as nothing.
+            return cls.of({"null" if name is None else name: x for name, x in given.items()})
+        except UserError as error:
+            raise UserError(f"the file of limits {file}: {error}") from None
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """A response and its prompt, made ready for patterns: folded, and with what is quoted known."""
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +27,14 @@ _QUOTED = re.compile(
 )
 _MOST_QUOTED = 0.8  # of a text: beyond, the quotation is the response
 _PROMPTS = 4096  # that are remembered, as each has several responses
+_SHOWN = 60  # characters of an example
+
+
+def shown(evidence: str) -> str:
+    """What made a detector fire, as a short string in quotation marks on one line."""
+    plain = " ".join(evidence.split())
+    short = plain if len(plain) <= _SHOWN else plain[:_SHOWN] + "…"
+    return json.dumps(short, ensure_ascii=False)
 
 
 def fold(text: str) -> str:

@@ -13,19 +13,16 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import yaml
-
 from alignment.judges.rows import read_all
 from alignment.monitors.batch import CORRELATION, BatchFindings, Limits, Monitor
 from alignment.monitors.detectors import NAMES
 from alignment.monitors.lengths import Lengths
 from alignment.monitors.measuring import PACKAGED, Counts, measure, read_fixtures, wilson
-from alignment.monitors.reading import words_of
+from alignment.monitors.reading import shown, words_of
 from alignment.records import Response, Verdict
 from megatron_ext.errors import ToolParser, UserError, run_tool
 
 ALARMED = 3  # exit code of --fail-on-alarm
-_SHOWN = 60  # characters of an example
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for split, counts in measure(read_fixtures(files)).items():
             print("\n".join(_quality(split, counts)))
         return 0
-    limits = read_limits(options.limits) if options.limits else Limits()
+    limits = Limits.read(options.limits) if options.limits else Limits()
     responses = read_all(Path(options.input), Response)
     usual = None
     if options.usual:
@@ -48,26 +45,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.output:
         _write(Path(options.output), responses, found)
     return ALARMED if options.fail_on_alarm and found.alarms else 0
-
-
-def read_limits(file: str) -> Limits:
-    """Limits from a YAML mapping of detectors to shares.
-
-    Raises:
-        UserError: naming the file.
-    """
-    try:
-        given = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
-    except OSError as error:
-        raise UserError(f"--limits {file} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--limits {file} is not YAML: {error}") from error
-    if not isinstance(given, Mapping):
-        raise UserError(f"--limits {file} must be a mapping of detectors to shares")
-    try:
-        return Limits.of(given)
-    except UserError as error:
-        raise UserError(f"--limits {file}: {error}") from None
 
 
 def _rewards(responses: Sequence[Response], file: str) -> list[float | None]:
@@ -94,7 +71,7 @@ def _report(found: BatchFindings, limits: Limits) -> list[str]:
         limit, examples = getattr(limits, name), found.examples[name]
         told = "-" if limit is None else f"{limit:.1%}"
         alarm = "ALARM" if name in found.alarms else ""
-        example = f"{examples[0].id}: {_shown(examples[0].evidence[0])}" if examples else ""
+        example = f"{examples[0].id}: {shown(examples[0].evidence[0])}" if examples else ""
         line = f"{name:26}{found.shares[name]:>8.1%}{told:>8}  {alarm:5}  {example}"
         lines.append(line.rstrip())
     limit, value = limits.reward_length_correlation, found.correlation
@@ -102,11 +79,6 @@ def _report(found: BatchFindings, limits: Limits) -> list[str]:
     alarm = "ALARM" if CORRELATION in found.alarms else ""
     lines.append(f"{CORRELATION:26}{figures[0]:>8}{figures[1]:>8}  {alarm}".rstrip())
     return lines
-
-
-def _shown(evidence: str) -> str:
-    plain = " ".join(evidence.split())
-    return json.dumps(plain if len(plain) <= _SHOWN else plain[:_SHOWN] + "…", ensure_ascii=False)
 
 
 def _write(path: Path, responses: Sequence[Response], found: BatchFindings) -> None:

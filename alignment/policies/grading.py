@@ -17,6 +17,8 @@ from alignment.engines.batch import Batch, Sample
 from alignment.engines.protocol import Engine
 from alignment.judges.questions import Question
 from alignment.monitors.batch import Monitor
+from alignment.monitors.lengths import Lengths
+from alignment.monitors.reading import words_of
 from alignment.policies.judges import Judge
 from alignment.policies.rewards import response_of, text_of, win_of
 from alignment.ranks import most_of_ranks, shares_of
@@ -79,8 +81,9 @@ class Grader:
         Args:
             prompts: held out; those that do not fit are left out.
             judges: "proxy", "gold" and perhaps "second_gold", each one or several.
-            folder: of the run, for samples.jsonl.
+            folder: of the run, for samples.jsonl and first.json.
             reference: log-probabilities under the start policy, for the divergence from it.
+            monitor: looks at the responses; what lengths are usual the first grading tells.
             shown: how many samples a grading keeps.
             pairwise: the proxy compares. All grades are then win rates against the responses of the
                 first grading, a tie half; what gold scores is in `grade/gold_score`.
@@ -103,15 +106,10 @@ class Grader:
             )
         self.history: list[Mapping[str, Any]] = []
         self.pairwise = pairwise
-        self._start: dict[str, dict[str, Any]] = {}  # of each prompt, text and scores at first
-
-    def recall(self, file: Path) -> None:
-        """Know the gradings that a run has made before it goes on."""
-        lines = file.read_text().splitlines() if file.is_file() else []
-        rows = [json.loads(line) for line in lines]
-        self.history = [row for row in rows if "grade/gap" in row]
+        self._first: dict[str, dict[str, Any]] = {}  # of each prompt, text and scores at first
 
     def __call__(self, step: int) -> dict[str, Any]:
+        self.recall(step)
         size, rank = self.policy.data_size, self.policy.data_rank
         mine = self.asked[rank::size]
         rollouts: list[Rollout] = []
@@ -151,9 +149,10 @@ class Grader:
         """How often each response is preferred to the first grading's, in both orders."""
         if not step:
             return [0.5] * len(responses)
-        start = self._recalled()
         questions = [
-            Question(Pair(f"{r.id}/start", r.prompt, r.text, start[r.prompt.id]["text"]), swapped)
+            Question(
+                Pair(f"{r.id}/first", r.prompt, r.text, self._first[r.prompt.id]["text"]), swapped
+            )
             for r in responses
             for swapped in (False, True)
         ]
@@ -161,25 +160,25 @@ class Grader:
         wins = [[win_of(verdict) for verdict in column] for column in zip(*verdicts)]
         return [_mean([*wins[i], *wins[i + 1]]) for i in range(0, len(wins), 2)]
 
-    def _recalled(self) -> dict[str, dict[str, Any]]:
-        """What the first grading left."""
-        file = self.folder / "start.json"
-        if not self._start:
-            if not file.is_file():
-                raise UserError(f"{file} of the first grading is gone: begin another --run-dir")
-            self._start = json.loads(file.read_text())
-        return self._start
+    def recall(self, step: int) -> None:
+        """Know the gradings before a step, of a run that goes on.
 
-    def _keep_start(
-        self, responses: Sequence[Response], scores: Mapping[str, Sequence[float | None]]
-    ) -> None:
-        self._start = {
-            response.prompt.id: {"text": response.text}
-            | {name: values[place] for name, values in scores.items() if name != "proxy"}
-            for place, response in enumerate(responses)
-        }
-        if self.writes:
-            write_atomically(self.folder / "start.json", json.dumps(self._start) + "\n")
+        Raises:
+            UserError: what the first grading left is gone.
+        """
+        if self._first or not step:
+            return
+        first, metrics = self.folder / "first.json", self.folder / "metrics.jsonl"
+        if not first.is_file():
+            raise UserError(f"{first}, of the first grading, is gone: begin another --run-dir")
+        self._know_first(json.loads(first.read_text()))
+        rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+        self.history = [row for row in rows if "grade/gap" in row]
+
+    def _know_first(self, rows: dict[str, dict[str, Any]]) -> None:
+        self._first = rows
+        usual = Lengths.of([len(words_of(row["text"])) for row in rows.values()])
+        self.monitor = replace(self.monitor, usual=usual)
 
     def _row(self, step: int, shares: Sequence[Any]) -> dict[str, Any]:
         responses: list[Response] = [r for share in shares for r in share[0]]
@@ -187,13 +186,21 @@ class Grader:
         scores = {name: [s for share in shares for s in share[2][name]] for name in self.judges}
         divergences = [d for share in shares for d in share[3]]
         row: dict[str, Any] = {"step": step}
+        if not step:
+            first: dict[str, dict[str, Any]] = {
+                response.prompt.id: {"text": response.text} for response in responses
+            }
+            for name, values in scores.items():
+                for response, score in zip(responses, values):
+                    first[response.prompt.id][name] = score
+            self._know_first(first)
+            if self.writes:
+                write_atomically(self.folder / "first.json", json.dumps(first) + "\n")
         if self.pairwise:
-            if not step:
-                self._keep_start(responses, scores)
             for name in [name for name in scores if name != "proxy"]:
                 row[f"grade/{name}_score"] = _mean(scores[name])
                 scores[name] = [
-                    _better(score, self._start[response.prompt.id][name])
+                    _better(score, self._first[response.prompt.id][name])
                     for score, response in zip(scores[name], responses)
                 ]
         for name, values in scores.items():

@@ -12,26 +12,24 @@ and no finished response or verdict is lost or used twice.
 import argparse
 import hashlib
 import sys
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from alignment.data.chat import prompt_ids
-from alignment.data.rows import RecordWriter
 from alignment.data.tokenizers import load_tokenizer
-from alignment.engines.batch import Batch, Sample
+from alignment.engines.batch import Batch
 from alignment.engines.protocol import Engine
 from alignment.judges.rows import read_all
 from alignment.monitors.batch import Limits, Monitor
 from alignment.policies.grading import Alarm, Grader
 from alignment.policies.judges import Judge, JudgeSpec, open_judge
 from alignment.policies.rewards import JudgeReward
-from alignment.records import Prompt, Response
+from alignment.policies.watching import Watch
+from alignment.records import Prompt
 from alignment.rl.algorithms import Algorithm, named
 from alignment.rl.critic import Critic
-from alignment.rl.tasks import Group, Settings, Task
+from alignment.rl.tasks import Settings, Task
 from alignment.rl.trainer import ReinforcementStep
 from alignment.training import flags
 from alignment.training.loop import Plan, fit
@@ -126,7 +124,7 @@ def _learn(
         overlong_margin=options.overlong_margin,
         max_unrewarded=options.max_unrewarded,
     )
-    monitor = Monitor(Limits())
+    limits = Limits.read(options.monitor_limits) if options.monitor_limits else Limits()
     beside = {"critic": critic.engine} if critic else {}
     with Run(Path(options.run_dir), engine, _settings(options), beside) as run:
         run.note(
@@ -140,37 +138,10 @@ def _learn(
         grader = Grader(
             engine, tokenizer, held_out, sampling,
             judges, run.folder, template=template, reference=reference, length=options.seq_length,
-            rows=options.rows, monitor=monitor,
+            rows=options.rows, monitor=Monitor(limits),
             alarm=Alarm(options.alarm_gap, options.alarm_window),
             check=run.check_signals, writes=run.writes, pairwise=options.reward == "pairwise",
         )  # fmt: skip
-
-        def watch(step: int, groups: Sequence[Group]) -> Mapping[str, Any]:
-            """How rollouts and training route; and what the monitors find, on the rank that
-            writes it down."""
-            routing = {}
-            if options.routing_interval and step % options.routing_interval == 0:
-                begin = time.perf_counter()
-                if routing := routing_of(engine, groups, options.routing_samples, settings):
-                    routing["time/routing"] = time.perf_counter() - begin
-            if not run.writes:
-                return routing
-            rows = [
-                (Response(rollout.key, task.about, rewarded.facts["text"]), rewarded.reward)
-                for task, rollouts, rewards in groups
-                for rollout, rewarded in zip(rollouts, rewards)
-            ]
-            if not rows:
-                return routing
-            if options.keep_responses:
-                keep_responses(run.folder, step + 1, [r for r, _ in rows][: options.keep_responses])
-            found = monitor.of_batch([r for r, _ in rows], [w for _, w in rows])
-            return {**routing, **found.metrics()}
-
-        def evaluate(step: int) -> Mapping[str, Any]:
-            if not grader.history:
-                grader.recall(run.folder / "metrics.jsonl")
-            return grader(step)
 
         def stop_when(row: Mapping[str, Any]) -> str | None:
             if options.stop_on_alarm and row["grade/alarm"]:
@@ -180,6 +151,10 @@ def _learn(
                 )
             return None
 
+        watch = Watch(
+            run, grader, settings, routing_interval=options.routing_interval,
+            routing_samples=options.routing_samples, keep=options.keep_responses,
+        )  # fmt: skip
         step = ReinforcementStep(
             engine, run, tasks,
             JudgeReward(judges["proxy"], tokenizer, options.reward == "pairwise"),
@@ -198,7 +173,7 @@ def _learn(
         plan = Plan(
             options.steps, options.save_interval, options.eval_interval, stop_when=stop_when
         )
-        stopped = fit(run, plan, step, evaluate)
+        stopped = fit(run, plan, step, grader)
         if stopped:
             return 128 + stopped
         engine.export(run.folder / "final")
@@ -217,35 +192,6 @@ def shared_with_gold(judges: Mapping[str, Sequence[Judge]]) -> str | None:
                 "outside of the training, or no gap can show that the policy games its judge"
             )
     return None
-
-
-def keep_responses(folder: Path, step: int, responses: Sequence[Response]) -> None:
-    """Leave some of a step's responses for gold to label, and a judge to be trained on."""
-    with RecordWriter(folder / "responses" / f"step_{step:06d}.jsonl", overwrite=True) as writer:
-        for response in responses:
-            name = f"step-{step}-{response.id}"
-            writer.write(replace(response, id=name, source=f"policy at step {step}"))
-
-
-def routing_of(
-    engine: Engine, groups: Sequence[Group], most: int, settings: Settings
-) -> dict[str, float]:
-    """How far apart generation and training route some of a step's responses; a collective.
-
-    Args:
-        groups: of all ranks; whatever their order, the same responses are taken, of as many prompts
-            as there are.
-        most: responses, on all ranks.
-    """
-    given = [
-        (rollout.sample, task.id, Sample([*task.prompt, *rollout.tokens], len(task.prompt)))
-        for task, rollouts, _ in groups
-        for rollout in rollouts
-        if rollout.tokens
-    ]
-    chosen = [sample for _, _, sample in sorted(given, key=lambda row: row[:2])[:most]]
-    mine = chosen[engine.data_rank :: engine.data_size]
-    return dict(engine.routing_gap(mine, settings.length, settings.sampling.temperature))
 
 
 def _told(specs: Sequence[JudgeSpec], judges: Sequence[Judge]) -> dict[str, Any] | None:
@@ -354,6 +300,8 @@ def _parser() -> argparse.ArgumentParser:
         help="of a step's responses without a judgement; more end the run (%(default)s)")
     add("--keep-responses", type=int, default=0, metavar="N",
         help="of each step, in RUN/responses, to train the judge again on (%(default)s)")
+    add("--monitor-limits", metavar="FILE.yaml",
+        help="above which share of a step's responses a monitor raises an alarm (see docs)")
     add("--routing-interval", type=int, default=50, metavar="STEPS",
         help="compare how rollouts and training route, of models with experts; 0: never "
         "(%(default)s)")

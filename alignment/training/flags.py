@@ -240,7 +240,7 @@ def lasting(options: argparse.Namespace) -> dict[str, Any]:
         "recipe", "run_dir", "save_interval", "dry_run", "rows", "micro_batch_size", "dtype",
         "use_distributed_optimizer", "offload_optimizer", "offload_parameters", "megatron_flags",
         "zero_stage", "rollout_url", "rollout_model", "keep_responses",
-        "routing_interval", "routing_samples",
+        "monitor_limits", "routing_interval", "routing_samples",
     }  # fmt: skip
     return {
         name: value

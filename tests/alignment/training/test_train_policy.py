@@ -8,14 +8,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from alignment.data.tokenizers import load_tokenizer
 from alignment.judges.rows import read_all
-from alignment.policies.grading import Alarm
+from alignment.monitors.batch import Limits, Monitor
+from alignment.monitors.lengths import Lengths
+from alignment.monitors.reading import words_of
+from alignment.policies.grading import Alarm, Grader
 from alignment.policies.judges import JudgeSpec
 from alignment.policies.rewards import JudgeReward
 from alignment.records import Message, Outcome, Prompt, Response, Side, Verdict
 from alignment.rl.rollouts import Rollout
 from alignment.rl.tasks import Task
 from megatron_ext.errors import UserError
+from megatron_ext.inference.sampling import Sampling
 from tests.alignment.chat_model import make_model, write_rows
 from tests.alignment.judges.endpoint import Endpoint, chat, status
 from tests.distributed import run_ranks
@@ -157,6 +162,35 @@ def rows_of(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+def check_monitors(run, kept, limits, held_out):
+    """Figures and alarms are those of the responses, beside lengths of the first grading."""
+    first = json.loads((run / "first.json").read_text())
+    usual = Lengths.of([len(words_of(row["text"])) for row in first.values()])
+    monitor = Monitor(Limits.read(str(limits)), usual)
+    rows = [row for row in rows_of(run) if "reward" in row]
+    alarms = 0
+    for row, responses in zip(rows, kept, strict=True):
+        found = monitor.of_batch(responses)
+        assert {name: row[f"monitor/{name}"] for name in found.shares} == found.shares
+        file = run / "alarms" / f"step_{row['step']:06d}.json"
+        told = json.loads(file.read_text()) if file.is_file() else {}
+        told.pop("reward_length_correlation", None)  # rewards are not in `kept`
+        assert told.keys() == found.alarms.keys()
+        for name, alarm in told.items():
+            assert alarm["figure"] == found.shares[name] and alarm["examples"]
+        alarms += len(told)
+        assert row["monitor/alarms"] >= len(told)
+    assert alarms, "nothing was tested"
+    graded = Grader(
+        SimpleNamespace(), load_tokenizer(run / "final", None),
+        held_out, Sampling(12, 0.8), {}, run, template={},
+        reference=None, length=96, rows=4, monitor=Monitor(), alarm=Alarm(), check=lambda: None,
+        writes=True,
+    )  # fmt: skip
+    graded.recall(3)  # as a run does that goes on there
+    assert graded.monitor.usual == usual and [row["step"] for row in graded.history] == [0, 2, 4]
+
+
 @pytest.mark.slow
 def test_a_policy_is_trained_graded_and_reported_on_any_ranks(place, tmp_path):
     from alignment.evaluation.report import main as report
@@ -164,8 +198,12 @@ def test_a_policy_is_trained_graded_and_reported_on_any_ranks(place, tmp_path):
     found = []
     for ranks in (1, 2):
         run = tmp_path / f"runs-{ranks}"
-        second = ("--second-gold", place / "rule.yaml", "--kl", 0.1, "--keep-responses", 5)
-        assert set(run_ranks(train, ranks, place, run, place / "rule.yaml", 4, *second)) == {0}
+        (tmp_path / "limits.yaml").write_text("repetition: 0\nverbose: 0\nnull: 0\n")
+        more = (
+            *("--second-gold", place / "rule.yaml", "--kl", 0.1, "--keep-responses", 16),
+            *("--monitor-limits", tmp_path / "limits.yaml"),
+        )
+        assert set(run_ranks(train, ranks, place, run, place / "rule.yaml", 4, *more)) == {0}
         rows = rows_of(run)
         names = ("step", "reward", "loss", "grade/proxy", "grade/gold", "grade/gap", "grade/kl")
         found.append([[row.get(name) or 0 for name in names] for row in rows])
@@ -182,8 +220,10 @@ def test_a_policy_is_trained_graded_and_reported_on_any_ranks(place, tmp_path):
         samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
         assert {row["step"] for row in samples} == {0, 2, 4} and len(samples) == 18
         kept = [read_all(file, Response) for file in sorted((run / "responses").iterdir())]
-        assert [len(rows) for rows in kept] == [5] * 4
+        assert [len(rows) for rows in kept] == [16] * 4
         assert kept[2][0].source == "policy at step 3"
+        held_out = read_all(place / "held_out.jsonl", Prompt)
+        check_monitors(run, kept, tmp_path / "limits.yaml", held_out)
     for row, other in zip(*found):
         assert other == pytest.approx(row, rel=1e-3, abs=1e-4)
     report([str(tmp_path / "runs-1"), "--output", str(tmp_path / "page")])
