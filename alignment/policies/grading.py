@@ -20,7 +20,7 @@ from alignment.monitors.batch import Monitor
 from alignment.monitors.lengths import Lengths
 from alignment.monitors.reading import words_of
 from alignment.policies.judges import Judge
-from alignment.policies.rewards import response_of, text_of, win_of
+from alignment.policies.rewards import mean_score, response_of, text_of, win_of
 from alignment.ranks import most_of_ranks, shares_of
 from alignment.records import Pair, Prompt, Response
 from alignment.rl.rollouts import Rollout
@@ -45,7 +45,7 @@ class Alarm:
     def raised(self, rows: Sequence[Mapping[str, Any]]) -> bool:
         """Whether the gradings so far say so."""
         known = [row for row in rows if row["grade/gap"] is not None]
-        if len(known) < self.window + 1:
+        if len(known) < self.window + 1 or known[-1] is not rows[-1]:
             return False
         before, now = known[-1 - self.window], known[-1]
         opened = now["grade/gap"] - known[0]["grade/gap"]
@@ -92,7 +92,7 @@ class Grader:
             UserError: none of the prompts fits.
         """
         self.policy, self.tokenizer = policy, tokenizer
-        self.sampling = replace(sampling, score_temperature=1.0)
+        self.sampling = sampling
         self.judges, self.folder, self.reference = judges, folder, reference
         self.length, self.rows, self.monitor, self.alarm = length, rows, monitor, alarm
         self.check, self.writes, self.shown = check, writes, shown
@@ -133,8 +133,8 @@ class Grader:
             if self.pairwise and name == "proxy":
                 scores[name] = self._wins(step, responses, judges)
                 continue
-            each = [[v.score for v in judge.judge(questions, self.check)] for judge in judges]
-            scores[name] = [_mean(list(column)) for column in zip(*each)]
+            verdicts = [judge.judge(questions, self.check) for judge in judges]
+            scores[name] = [mean_score(column) for column in zip(*verdicts)]
         divergence = self._divergence(mine, rollouts)
         whole = shares_of(self.policy, (responses, rollouts, scores, divergence))
         row = self._row(step, whole)
@@ -157,8 +157,8 @@ class Grader:
             for swapped in (False, True)
         ]
         verdicts = [judge.judge(questions, self.check) for judge in judges]
-        wins = [[win_of(verdict) for verdict in column] for column in zip(*verdicts)]
-        return [_mean([*wins[i], *wins[i + 1]]) for i in range(0, len(wins), 2)]
+        columns = list(zip(*verdicts))
+        return [win_of(columns[i], columns[i + 1]) for i in range(0, len(columns), 2)]
 
     def recall(self, step: int) -> None:
         """Know the gradings before a step, of a run that goes on.
@@ -172,8 +172,8 @@ class Grader:
         if not first.is_file():
             raise UserError(f"{first}, of the first grading, is gone: begin another --run-dir")
         self._know_first(json.loads(first.read_text()))
-        rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-        self.history = [row for row in rows if "grade/gap" in row]
+        rows = map(json.loads, metrics.read_text().splitlines())
+        self.history = [row for row in rows if "grade/gap" in row and row["step"] <= step]
 
     def _know_first(self, rows: dict[str, dict[str, Any]]) -> None:
         self._first = rows
@@ -249,7 +249,8 @@ class Grader:
     ) -> list[float]:
         """Of each response, the log of how much likelier the policy makes it than the start did.
 
-        Their mean estimates the divergence KL(policy || start) where sampling cuts nothing off.
+        Their mean estimates the divergence KL(policy || start) of what is sampled, both at the
+        temperature of sampling, where it cuts nothing off.
         """
         if self.reference is None:
             return []
@@ -259,8 +260,9 @@ class Grader:
             if rollout.tokens
         ]
         batch = Batch.of(samples)
-        own = self.policy.log_probs(batch).log_probs.cpu()
-        change = (own - self.reference(batch, 1.0).cpu()) * batch.loss_mask
+        temperature = self.sampling.temperature
+        own = self.policy.log_probs(batch, temperature=temperature).log_probs.cpu()
+        change = (own - self.reference(batch, temperature).cpu()) * batch.loss_mask
         return change.double().sum(dim=1).tolist()
 
     def _slope(self) -> float | None:

@@ -1,7 +1,7 @@
 """Rewards of responses from the verdicts of judges. What no judge has judged has no reward."""
 
 from collections.abc import Callable, Sequence
-from itertools import combinations
+from itertools import chain, combinations
 from typing import Any
 
 import numpy as np
@@ -15,15 +15,16 @@ from alignment.rl.tasks import Task
 
 
 class JudgeReward:
-    """Rewards for the trainer: a mean over judges, each of which may fail on its own."""
+    """Rewards for the trainer: means over the judges. What one of them has not judged has none: a
+    mean over the others would tell which judge failed, not what the response is worth."""
 
     def __init__(self, judges: Sequence[Judge], tokenizer: Any, pairwise: bool) -> None:
         """See the class.
 
         Args:
             tokenizer: of the policy.
-            pairwise: a response's reward is its mean win rate against the others of its group, in
-                both orders; else its score.
+            pairwise: a response's reward is its mean win rate against the others of its group, over
+                the pairs that were judged in both orders; else its score.
         """
         self.judges, self.tokenizer, self.pairwise = judges, tokenizer, pairwise
 
@@ -78,14 +79,13 @@ class JudgeReward:
             wins: list[list[float]] = [[] for _ in own]
             bad: list[list[Verdict]] = [[] for _ in own]
             for a, b in combinations(range(len(own)), 2):
-                for _ in range(2):
-                    for verdict in next(found):
-                        if (first := win_of(verdict)) is None:
-                            bad[a].append(verdict)
-                            bad[b].append(verdict)
-                            continue
-                        wins[a].append(first)
-                        wins[b].append(1 - first)
+                orders = next(found), next(found)
+                if (win := win_of(*orders)) is None:
+                    bad[a] += chain(*orders)
+                    bad[b] += chain(*orders)
+                    continue
+                wins[a].append(win)
+                wins[b].append(1 - win)
             rewarded.append(
                 [
                     Rewarded(float(np.mean(w)), "preference", {"text": text, "matches": len(w)})
@@ -97,11 +97,25 @@ class JudgeReward:
         return rewarded
 
 
-def win_of(verdict: Verdict) -> float | None:
-    """Of a pair's first response: 1, 0, or a half for a tie; None without a judgement."""
-    if not verdict.judged:
+def win_of(order: Sequence[Verdict], swapped: Sequence[Verdict]) -> float | None:
+    """How often a pair's first response wins, a tie half; None unless all judged both orders, as
+    a judge that goes by position gives 0.5 only by both.
+
+    Args:
+        order, swapped: a verdict of each judge.
+    """
+    verdicts = [*order, *swapped]
+    if not all(verdict.judged for verdict in verdicts):
         return None
-    return {Side.FIRST: 1.0, Side.SECOND: 0.0, None: 0.5}[verdict.preferred]
+    points = {Side.FIRST: 1.0, Side.SECOND: 0.0, None: 0.5}
+    return float(np.mean([points[verdict.preferred] for verdict in verdicts]))
+
+
+def mean_score(verdicts: Sequence[Verdict]) -> float | None:
+    """Over the judges; None unless all gave a score."""
+    scores = [verdict.score for verdict in verdicts]
+    known = [score for score in scores if score is not None]
+    return float(np.mean(known)) if len(known) == len(scores) else None
 
 
 def text_of(tokenizer: Any, rollout: Rollout | Generated) -> str:
@@ -116,11 +130,10 @@ def response_of(prompt: Prompt, rollout: Rollout, text: str) -> Response:
 
 
 def _mean(verdicts: Sequence[Verdict], text: str) -> Rewarded:
-    scores = [verdict.score for verdict in verdicts if verdict.score is not None]
-    if not scores:
+    if (mean := mean_score(verdicts)) is None:
         return _without(verdicts, text)
     facts = {"text": text, "scores": [verdict.score for verdict in verdicts]}
-    return Rewarded(float(np.mean(scores)), str(Outcome.SCORE), facts)
+    return Rewarded(mean, str(Outcome.SCORE), facts)
 
 
 def _without(verdicts: Sequence[Verdict], text: str) -> Rewarded:

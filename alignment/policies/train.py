@@ -47,6 +47,10 @@ def main(argv: Sequence[str]) -> int:
 
         dry_run(options, held_beside(options))
         return 0
+    algorithm, limits = _algorithm(options), Limits()
+    settings = _settings_of(options, algorithm)
+    if options.monitor_limits:
+        limits = Limits.read(options.monitor_limits)
     specs = {
         "proxy": [JudgeSpec.read(file) for file in options.judge],
         "gold": [JudgeSpec.read(file) for file in options.gold],
@@ -68,7 +72,6 @@ def main(argv: Sequence[str]) -> int:
             held[model] = flags.engine_of(_with(options, model=model), 0)
         return held[model]
 
-    algorithm = _algorithm(options)
     engine = flags.engine_of(options, flags.updates_of(options))
     seen = {token for task in tasks for token in task.prompt} | {tokenizer.eos_token_id}
     critic = flags.critic_of(options, seen)
@@ -94,8 +97,8 @@ def main(argv: Sequence[str]) -> int:
             return start.log_probs(batch, temperature=temperature).log_probs
 
     return _learn(
-        options, engine, critic, tokenizer, template, tasks, held_out, algorithm, judges, specs,
-        reference,
+        options, engine, critic, tokenizer, template, tasks, held_out, settings, limits, judges,
+        specs, reference,
     )  # fmt: skip
 
 
@@ -107,24 +110,12 @@ def _learn(
     template: Mapping[str, Any],
     tasks: Sequence[Task],
     held_out: Sequence[Prompt],
-    algorithm: Algorithm,
+    settings: Settings,
+    limits: Limits,
     judges: Mapping[str, Sequence[Judge]],
     specs: Mapping[str, Sequence[JudgeSpec]],
     reference: Any,
 ) -> int:
-    sampling = Sampling(options.max_new_tokens, options.temperature, options.top_k, options.top_p)
-    settings = Settings(
-        algorithm=algorithm,
-        groups=flags.groups_of(options),
-        group_size=options.group_size,
-        mini_batches=options.mini_batches,
-        length=options.seq_length,
-        sampling=sampling,
-        rows=options.rows,
-        overlong_margin=options.overlong_margin,
-        max_unrewarded=options.max_unrewarded,
-    )
-    limits = Limits.read(options.monitor_limits) if options.monitor_limits else Limits()
     beside = {"critic": critic.engine} if critic else {}
     with Run(Path(options.run_dir), engine, _settings(options), beside) as run:
         run.note(
@@ -136,7 +127,7 @@ def _learn(
             second_gold=_told(specs["second_gold"], judges.get("second_gold", [])),
         )
         grader = Grader(
-            engine, tokenizer, held_out, sampling,
+            engine, tokenizer, held_out, settings.sampling,
             judges, run.folder, template=template, reference=reference, length=options.seq_length,
             rows=options.rows, monitor=Monitor(limits),
             alarm=Alarm(options.alarm_gap, options.alarm_window),
@@ -204,6 +195,22 @@ def _told(specs: Sequence[JudgeSpec], judges: Sequence[Judge]) -> dict[str, Any]
     )
 
 
+def _settings_of(options: argparse.Namespace, algorithm: Algorithm) -> Settings:
+    return Settings(
+        algorithm=algorithm,
+        groups=flags.groups_of(options),
+        group_size=options.group_size,
+        mini_batches=options.mini_batches,
+        length=options.seq_length,
+        sampling=Sampling(
+            options.max_new_tokens, options.temperature, options.top_k, options.top_p
+        ),
+        rows=options.rows,
+        overlong_margin=options.overlong_margin,
+        max_unrewarded=options.max_unrewarded,
+    )
+
+
 def _algorithm(options: argparse.Namespace) -> Algorithm:
     """As named, with the divergence asked for."""
     return named(
@@ -216,10 +223,13 @@ def _algorithm(options: argparse.Namespace) -> Algorithm:
 
 
 def _check_prompts(prompts: Sequence[Prompt], held_out: Sequence[Prompt]) -> None:
-    ids = [prompt.id for prompt in prompts]
-    if len(set(ids)) < len(ids):
-        raise UserError("--prompts has an id twice: take one of its rows out")
-    if shared := set(ids) & {prompt.id for prompt in held_out}:
+    for flag, rows in (("--prompts", prompts), ("--held-out", held_out)):
+        seen: set[str] = set()
+        for prompt in rows:
+            if prompt.id in seen:
+                raise UserError(f"{flag} has the id {prompt.id!r} twice: take one of its rows out")
+            seen.add(prompt.id)
+    if shared := {prompt.id for prompt in prompts} & seen:
         raise UserError(
             f"--held-out has the prompt {min(shared)!r}, which is in --prompts too: split them "
             "with et-align data split"
@@ -258,6 +268,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         raise UserError("--steps, --rows and --alarm-window must be at least 1")
     if options.routing_interval < 0 or options.routing_samples < 1:
         raise UserError("--routing-interval must not be negative, --routing-samples at least 1")
+    if options.reward == "pairwise" and options.group_size < 2:
+        raise UserError("--reward pairwise compares responses: give --group-size of at least 2")
+    if options.keep_responses < 0 or (options.alarm_gap or 0) < 0:
+        raise UserError("--keep-responses and --alarm-gap must not be negative")
     if not 0 <= options.max_unrewarded <= 1:
         raise UserError(f"--max-unrewarded {options.max_unrewarded} is a share: from 0 to 1")
     if options.alarm_gap is None:

@@ -56,18 +56,23 @@ class Watch:
             begin = time.perf_counter()
             if gap := routing_of(self.run.engine, groups, self.routing_samples, self.settings):
                 figures |= {**gap, "time/routing": time.perf_counter() - begin}
-        rows = [
-            (Response(rollout.key, task.about, rewarded.facts["text"]), rewarded.reward)
-            for task, rollouts, rewards in groups
-            for rollout, rewarded in zip(rollouts, rewards)
-        ]
+        # Of as many prompts as there are, before a second one of any; the same on every layout.
+        rows = sorted(
+            (
+                (rollout.sample, task.id, Response(rollout.key, task.about, text), rewarded.reward)
+                for task, rollouts, rewards in groups
+                for rollout, rewarded in zip(rollouts, rewards)
+                for text in [rewarded.facts["text"]]
+            ),
+            key=lambda row: row[:2],
+        )
         if self.run.writes and rows:
-            responses, rewards = zip(*rows)
+            responses, rewards = [row[2] for row in rows], [row[3] for row in rows]
             if self.keep:
                 keep_responses(self.run.folder, step + 1, responses[: self.keep])
             found = self.grader.monitor.of_batch(responses, rewards)
             self._tell(step + 1, found)
-            figures |= {**found.metrics(), "monitor/alarms": len(found.alarms)}
+            figures |= {**found.metrics(), "monitor_alarms": len(found.alarms)}
         return figures
 
     def _tell(self, step: int, found: BatchFindings) -> None:

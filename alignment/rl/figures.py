@@ -15,7 +15,7 @@ from alignment.rl.tasks import Group
 def facts_of(engine: Engine, groups: Sequence[Group]) -> dict[str, Any]:
     """Of the responses of all ranks, before the step; a collective."""
     flat = [
-        (w.reward, w.outcome, len(r.tokens), r.ended, len(task.prompt), engine.step - r.version)
+        (w.reward, len(r.tokens), r.ended, len(task.prompt), engine.step - r.version)
         for task, rollouts, rewards in groups
         for r, w in zip(rollouts, rewards)
     ]
@@ -26,14 +26,28 @@ def facts_of(engine: Engine, groups: Sequence[Group]) -> dict[str, Any]:
     return {
         "reward": float(np.mean(rewards_)) if rewards_ else None,
         "reward_std": float(np.std(rewards_)) if rewards_ else None,
-        "length": float(np.mean([row[2] for row in rows])) if rows else 0.0,
-        "cut_off": sum(not row[3] for row in rows) / count,
-        "unrewarded": 1 - len(rewards_) / count,
+        "length": float(np.mean([row[1] for row in rows])) if rows else 0.0,
+        "cut_off": sum(not row[2] for row in rows) / count,
+        "groups_that_differ": sum(told) / max(1, len(told)),
+        "rollout_staleness": sum(row[4] for row in rows) / count,
+        "tokens": sum(row[1] + row[3] for row in rows),
+    }
+
+
+def failures_of(engine: Engine, groups: Sequence[Group]) -> dict[str, float]:
+    """Shares of the responses of all ranks that have no reward, and why; a collective.
+
+    Args:
+        groups: all that were drawn, also those that a step does without: judges that fail often
+            leave groups that are not trained on.
+    """
+    outcomes = [(w.reward is None, w.outcome) for _, _, rewards in groups for w in rewards]
+    rows = [row for share in shares_of(engine, outcomes) for row in share]
+    count = max(1, len(rows))
+    return {
+        "unrewarded": sum(row[0] for row in rows) / count,
         "unparseable": sum(row[1] == "unparseable" for row in rows) / count,
         "failed": sum(row[1] == "failed" for row in rows) / count,
-        "groups_that_differ": sum(told) / max(1, len(told)),
-        "rollout_staleness": sum(row[5] for row in rows) / count,
-        "tokens": sum(row[2] + row[4] for row in rows),
     }
 
 

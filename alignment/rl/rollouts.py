@@ -2,7 +2,7 @@
 
 A step's rollouts are in files of its own folder, a file for each share of the data, each line
 synced to the disk before it counts. A run that was killed reads them again, whatever the number of
-ranks that it goes on with, so that none is sampled or judged twice.
+ranks that it goes on with, so that none is sampled twice and a judgement is never replaced.
 """
 
 import json

@@ -19,7 +19,7 @@ from alignment.ranks import most_of_ranks, shares_of
 from alignment.rl.advantages import group_advantages, overlong_penalty
 from alignment.rl.ahead import RolloutsAhead
 from alignment.rl.critic import Critic
-from alignment.rl.figures import differ, facts_of, gap_of, updates_told
+from alignment.rl.figures import differ, facts_of, failures_of, gap_of, updates_told
 from alignment.rl.rollouts import Rewarded, Rollout, RolloutStore, folder_of, forget_before
 from alignment.rl.tasks import Group, Reference, Reward, Settings, Task
 from alignment.seeds import seed_of
@@ -55,7 +55,7 @@ class ReinforcementStep:
             ahead: draws the next step's responses meanwhile; not where a step may draw again.
 
         Raises:
-            UserError: no prompt leaves room for a response.
+            UserError: no prompt leaves room for a response, or there are too few for a step.
         """
         room = settings.length - settings.sampling.max_new_tokens
         self.tasks = [task for task in tasks if len(task.prompt) <= room]
@@ -64,6 +64,11 @@ class ReinforcementStep:
             raise UserError(
                 f"no prompt leaves room for {settings.sampling.max_new_tokens} tokens in "
                 f"--seq-length {settings.length}: raise it, or lower --max-new-tokens"
+            )
+        if (count := len({task.id for task in self.tasks})) < settings.groups:
+            raise UserError(
+                f"a step wants {settings.groups} different prompts, and there are {count}: give "
+                "more prompts that fit, or a smaller --batch-size"
             )
         if settings.algorithm.loss.kl and reference is None:
             raise ValueError("the loss has a divergence and there is no reference")
@@ -85,8 +90,8 @@ class ReinforcementStep:
     def __call__(self, step: int) -> Mapping[str, Any]:
         forget_before(self._rollouts, self.run.saved)
         begin = time.perf_counter()
-        groups, draws, times = self._gather(step, folder_of(self._rollouts, step))
-        facts = facts_of(self.engine, groups) | {"draws": draws}
+        groups, asked, draws, times = self._gather(step, folder_of(self._rollouts, step))
+        facts = facts_of(self.engine, groups) | failures_of(self.engine, asked) | {"draws": draws}
         row = facts | (dict(self.watch(step, self._all(groups))) if self.watch else {})
         self._refuse_failures(facts)
         trained = time.perf_counter()
@@ -99,14 +104,19 @@ class ReinforcementStep:
         row |= {"tokens_per_s": tokens / (done - begin)}
         return row
 
-    def _gather(self, step: int, folder: Path) -> tuple[list[Group], int, dict[str, float]]:
-        """This rank's groups of the step, sampled and rewarded."""
-        kept: list[tuple[tuple[int, int], Group]] = []
+    def _gather(
+        self, step: int, folder: Path
+    ) -> tuple[list[Group], list[Group], int, dict[str, float]]:
+        """This rank's groups of the step, sampled and rewarded; all that were drawn for them, and
+        in how many draws."""
+        asked: list[Group] = []
+        kept: list[tuple[tuple[bool, int, int], Group]] = []
         begin = time.perf_counter()
         if self.ahead is not None:
             self.ahead.join(self.run.check_signals)
         times = {"rollout": time.perf_counter() - begin, "judging": 0.0}
-        last = self.settings.draws if self.settings.algorithm.dynamic else 1
+        dynamic = self.settings.algorithm.dynamic
+        last = self.settings.draws if dynamic else 1
         with RolloutStore(folder, self.engine) as store:
             for draw in range(last):
                 drawn = self._draw(step, draw)
@@ -118,39 +128,35 @@ class ReinforcementStep:
                 groups = self._reward(mine, sampled, store)
                 times["rollout"] += between - begin
                 times["judging"] += time.perf_counter() - between
-                if self.settings.algorithm.dynamic and draw < last - 1:
-                    groups = [group for group in groups if differ(group)]
+                asked += groups
                 places = {task.id: place for place, task in enumerate(drawn)}
-                kept += [((draw, places[group[0].id]), group) for group in groups]
+                for group in groups:
+                    equal = dynamic and not differ(group)
+                    if not equal or draw == last - 1:  # at the last, equal ones fill what is left
+                        kept.append(((equal, draw, places[group[0].id]), group))
                 ranked = shares_of(self.engine, [place for place, _ in kept])
                 first = sorted(place for share in ranked for place in share)[: self.settings.groups]
                 if len(first) == self.settings.groups:
                     break
         wanted = set(first)
-        return [group for place, group in kept if place in wanted], draw + 1, times
+        return [group for place, group in kept if place in wanted], asked, draw + 1, times
 
     def _draw(self, step: int, draw: int) -> list[Task]:
         """The prompts of a step; those of a further draw are drawn at random."""
         count, size = len(self.tasks), self.settings.groups
         if draw:
-            chosen = np.random.default_rng((self.seed, step, draw)).choice(
-                count, min(size, count), replace=False
-            )
             seen = {t.id for d in range(draw) for t in self._draw(step, d)}
-            return [self.tasks[i] for i in chosen if self.tasks[i].id not in seen]
-        found: list[Task] = []
-        for place in range(step * size, (step + 1) * size):
-            epoch, index = divmod(place, count)
-            if epoch not in self._orders:
-                order = np.random.default_rng((self.seed, epoch)).permutation(count)
-                self._orders[epoch] = order
-            found.append(self.tasks[self._orders[epoch][index]])
-        if len({task.id for task in found}) < len(found):
-            raise UserError(
-                f"a step wants {size} different prompts, and there are {count}: give more prompts "
-                "that fit, or a smaller --batch-size"
+            others = [task for task in self.tasks if task.id not in seen]
+            chosen = np.random.default_rng((self.seed, step, draw)).choice(
+                len(others), min(size, len(others)), replace=False
             )
-        return found
+            return [others[i] for i in chosen]
+        # A step is within one epoch, so that its prompts differ: what is left of the epoch's order
+        # is not used.
+        epoch, part = divmod(step, count // size)
+        if epoch not in self._orders:
+            self._orders[epoch] = np.random.default_rng((self.seed, epoch)).permutation(count)
+        return [self.tasks[i] for i in self._orders[epoch][part * size : (part + 1) * size]]
 
     def _sample(self, step: int, tasks: Sequence[Task], store: RolloutStore) -> list[list[Rollout]]:
         size = self.settings.group_size
@@ -191,7 +197,7 @@ class ReinforcementStep:
 
     def _refuse_stale(self, step: int, sampled: Sequence[Sequence[Rollout]]) -> None:
         """Responses are of the present weights, or of those before the last step at most."""
-        behind = [self.engine.step - r.version for group in sampled for r in group]
+        behind = [abs(self.engine.step - r.version) for group in sampled for r in group]
         most = most_of_ranks(max(behind, default=0))
         if most > (0 if self.ahead is None else self.settings.mini_batches):
             raise UserError(
@@ -209,8 +215,15 @@ class ReinforcementStep:
             self.run.check_signals()
             part = missing[begin : begin + each]
             found = self.reward(part, self.run.check_signals)
-            flat = [(r, w) for (_, rs), ws in zip(part, found) for r, w in zip(rs, ws)]
-            store.keep_rewards(flat)
+            # Of a group that is asked about again for one of its responses the others keep theirs.
+            store.keep_rewards(
+                [
+                    (rollout, rewarded)
+                    for (_, rollouts), rewards in zip(part, found)
+                    for rollout, rewarded in zip(rollouts, rewards)
+                    if store.reward(rollout) is None
+                ]
+            )
         return [
             (task, rollouts, [w for r in rollouts if (w := store.reward(r)) is not None])
             for task, rollouts in groups

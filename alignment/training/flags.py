@@ -177,6 +177,10 @@ def _check_reinforcement(options: argparse.Namespace) -> None:
             if getattr(options, name):
                 raise UserError(f"--{name.replace('_', '-')} is for --algorithm ppo")
     _valuation(options)
+    if options.temperature <= 0:
+        raise UserError(
+            f"--temperature {options.temperature} must be above 0: equal responses teach nothing"
+        )
     if options.rollouts_ahead and not options.rollout_url:
         raise UserError("--rollouts-ahead is for servers: give --rollout-url")
     if options.rollouts_ahead and algorithm.dynamic:

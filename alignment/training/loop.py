@@ -49,10 +49,8 @@ def fit(
     """
     run.resume()
     run.note(steps=plan.steps)
-    reason: str | None = None
 
     def evaluated() -> None:
-        nonlocal reason
         if evaluate is None:
             return
         row = evaluate(run.step)
@@ -64,14 +62,17 @@ def fit(
         value = row.get(plan.best) if plan.best is not None else None
         if plan.best is not None and value is not None:
             run.keep_best(plan.best, value, plan.sound(row))
-        reason = plan.stop_when(row)
+        run.ended = plan.stop_when(row) or ""
 
     shown = Progress("training", plan.steps, "steps") if run.writes else nullcontext()
     with shown as progress:
         try:
-            if run.step % plan.evaluate_every == 0 and not run.evaluated:
+            due = run.step % plan.evaluate_every == 0 or run.step == plan.steps
+            if due and not run.evaluated:
                 evaluated()
-            while run.step < plan.steps and reason is None:
+                if run.step:
+                    run.save()
+            while run.step < plan.steps and not run.ended:
                 run.check_signals()
                 begin = time.perf_counter()
                 row = train(run.step)
@@ -84,7 +85,7 @@ def fit(
                 last = run.step == plan.steps
                 if run.step % plan.evaluate_every == 0 or last:
                     evaluated()
-                if run.step % plan.save_every == 0 or last or reason is not None:
+                if run.step % plan.save_every == 0 or last or run.ended:
                     run.save()
         except Stopped as stopped:
             if run.step > run.saved:
@@ -95,8 +96,8 @@ def fit(
                     flush=True,
                 )
             return stopped.number
-    if reason is not None and run.writes:
-        print(f"stopped after step {run.step}: {reason}", flush=True)
+    if run.ended and run.writes:
+        print(f"stopped after step {run.step}: {run.ended}", flush=True)
     return 0
 
 

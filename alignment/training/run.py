@@ -22,7 +22,7 @@ from alignment.engines.protocol import Engine
 from megatron_ext.errors import UserError
 from megatron_ext.training.checkpoints import write_atomically
 from megatron_ext.training.checks import commit, versions
-from megatron_ext.training.metrics import drop_rows_after
+from megatron_ext.training.metrics import keep_rows
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -42,6 +42,7 @@ class Run:
         step: of the trainer, from 0; the next to be done.
         evaluated: whether this step's evaluation is done.
         saved: the step of the newest checkpoint; 0 before the first.
+        ended: why it was ended before its last step, if it was.
     """
 
     def __init__(
@@ -62,7 +63,8 @@ class Run:
         """
         self.folder, self.engine, self.step = folder, engine, 0
         self.beside = dict(beside or {})
-        self.evaluated, self.saved = False, 0
+        self.evaluated, self.saved, self.ended = False, 0, ""
+        self._saved_model = 0  # the engine's step of the newest checkpoint
         self.writes = dist.get_rank() == 0
         self._signal = 0
         self._lock: Any = None
@@ -108,15 +110,23 @@ class Run:
         if known:
             newest = max(known, key=lambda row: row["step"])
             self.step, self.evaluated = newest["step"], newest["evaluated"]
-            self.saved = self.step
+            self.saved, self.ended = self.step, newest["ended"]
+            self._saved_model = self.engine.step
             for name, engine in self.beside.items():
                 engine.load(self._place(name, self.step))
         elif found:
             raise UserError(f"{state} tells nothing of engine step {self.engine.step}")
         if self.writes:
-            drop_rows_after(self.folder / "metrics.jsonl", self.step)
+            keep_rows(self.folder / "metrics.jsonl", self._stands)
         dist.barrier()
         return bool(known)
+
+    def _stands(self, row: Mapping[str, Any]) -> bool:
+        """Whether a row of metrics is of what has been done. An evaluation of this step that was
+        not saved comes again; the row of its training tells the seconds."""
+        if row["step"] == self.step and not self.evaluated:
+            return "seconds" in row
+        return bool(row["step"] <= self.step)
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Write a row of metrics; it has a `step`."""
@@ -135,7 +145,10 @@ class Run:
         newest whole checkpoint of the model that says which of the others goes with it.
         """
         checkpoints = self.folder / "checkpoints"
+        again = self.saved == self.step > 0  # the weights are there; what is told of them changes
         for name, engine in self.beside.items():
+            if again:
+                break
             place = self._place(name, self.step)
             if self.writes:
                 shutil.rmtree(place, ignore_errors=True)  # half of one, of a run that was killed
@@ -144,20 +157,24 @@ class Run:
         if self.writes:
             checkpoints.mkdir(parents=True, exist_ok=True)
             rows = json.loads(self._state.read_text()) if self._state.is_file() else []
-            row = {"step": self.step, "evaluated": self.evaluated}
+            # Others are of saves that were not finished, and must not push out what is there.
+            rows = [row for row in rows if row["step"] <= self.saved and row["step"] < self.step]
+            row = {"step": self.step, "evaluated": self.evaluated, "ended": self.ended}
             rows = [*rows[-3:], {**row, "engine_step": self.engine.step}]
             write_atomically(self._state, json.dumps(rows))
-        if self.engine.step:
+        # Of a step that was skipped the model is there; to write it again would first remove it.
+        if self.engine.step != self._saved_model:
             self.engine.save(checkpoints)
-        self.saved = self.step
+        self.saved, self._saved_model = self.step, self.engine.step
         if self.writes:
             for name in self.beside:
                 for old in (checkpoints / name).iterdir():
                     if old != self._place(name, self.step):
                         shutil.rmtree(old)
-            made = [*checkpoints.glob("iter_*"), *checkpoints.glob("step_*")]
-            for old in sorted(made, key=lambda folder: int(folder.name[5:]))[:-1]:
-                shutil.rmtree(old)
+            # Also those of higher steps, which a killed run left: half of them may be missing.
+            for old in [*checkpoints.glob("iter_*"), *checkpoints.glob("step_*")]:
+                if int(old.name[5:]) != self.engine.step:
+                    shutil.rmtree(old)
         dist.barrier()
 
     def keep_best(self, name: str, value: float, sound: bool = True) -> bool:

@@ -141,7 +141,7 @@ class MetricLog:
             return
         if not self._opened:
             self._opened = True
-            drop_rows_after(self.path, args.iteration)
+            keep_rows(self.path, lambda row: row["step"] <= args.iteration)
         if iteration % args.log_interval:  # lists by expert are long
             row = {name: value for name, value in row.items() if not isinstance(value, list)}
         with self.path.open("a") as file:
@@ -176,14 +176,14 @@ _DENSE_BF16 = {
 }
 
 
-def drop_rows_after(path: Path, step: int) -> None:
-    """Keep the rows of `path` up to `step`; a torn last line goes too."""
+def keep_rows(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
+    """Keep the rows of `path` that are wanted; a torn last line goes too."""
     if not path.exists():
         return
     kept = []
     for line in path.read_text().splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            if wanted(json.loads(line)):
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
             continue

@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from scipy.stats import entropy
 
 from alignment.data.tokenizers import load_tokenizer
 from alignment.judges.rows import read_all
@@ -60,7 +62,7 @@ def group(*texts):
     return task, rollouts
 
 
-def test_scores_are_means_over_the_judges_that_judged():
+def test_scores_are_means_over_judges_that_all_judged():
     groups = [group("aa", "x", "")]
     always = SimpleNamespace(
         judge=lambda questions, check: [Verdict(q.item.id, Outcome.SCORE, 9.0) for q in questions]
@@ -69,7 +71,8 @@ def test_scores_are_means_over_the_judges_that_judged():
     assert (aa.reward, x.reward, empty.reward) == (2.0, None, 0.0)
     assert x.outcome == "unparseable" and x.facts["reasons"] == ["an x"]
     [[aa, x, empty]] = JudgeReward([Longest(), always], LETTERS, False)(groups, lambda: None)
-    assert (aa.reward, x.reward, empty.reward) == (5.5, 9.0, 4.5)
+    assert (aa.reward, x.reward, empty.reward) == (5.5, None, 4.5)
+    assert x.outcome == "unparseable" and x.facts["reasons"] == ["an x"]
 
 
 def test_win_rates_are_over_the_matches_that_were_judged():
@@ -81,6 +84,26 @@ def test_win_rates_are_over_the_matches_that_were_judged():
         wins[b].append(0.5 + 0.5 * np.sign(len(b) - len(a)))
     assert [r.reward for r in found] == [np.mean(wins[t]) if t != "x" else None for t in texts]
     assert found[2].outcome == "failed"
+
+
+def test_a_pair_counts_in_both_orders_or_not_at_all():
+    """A judge that prefers what is shown first, and fails on some pairs when they are swapped."""
+
+    def judge(questions, check):
+        return [
+            Verdict(q.item.id, Outcome.FAILED, swapped=True, reason="away")
+            if q.swapped and "0" in q.item.id
+            else Verdict(
+                q.item.id, Outcome.PREFERENCE, swapped=q.swapped,
+                preferred=Side.SECOND if q.swapped else Side.FIRST,
+            )
+            for q in questions
+        ]  # fmt: skip
+
+    given = [group("same", "same", "same", "same")]
+    [found] = JudgeReward([SimpleNamespace(judge=judge)], LETTERS, True)(given, lambda: None)
+    assert [r.reward for r in found] == [None, 0.5, 0.5, 0.5]  # not 1, 0.67, 0.33, 0
+    assert found[0].outcome == "failed"
 
 
 def test_an_alarm_wants_a_gap_that_opens_while_gold_does_not_rise():
@@ -97,6 +120,34 @@ def test_an_alarm_wants_a_gap_that_opens_while_gold_does_not_rise():
     assert not alarm.raised(rows([9, 8, 7, 6], [4, 3, 2, 1]))  # both fall
     assert not alarm.raised(rows([4, 7], [4, 3]))  # too early to say
     assert alarm.raised(rows([4, 5, 9, 6, 7], [4, 5, None, 4.9, 4.8]))
+    assert not alarm.raised(rows([4, 5, 6, 7, 8], [4, 5, 4.9, 4.8, None]))  # gold failed
+
+
+def test_the_divergence_is_that_of_what_is_sampled(place, tmp_path):
+    """Of single-token responses, each once: weighted by their probabilities they give it."""
+    logits = {"policy": np.log([0.8, 0.2]), "start": np.log([0.9, 0.1])}
+
+    def table(name, temperature):
+        return torch.tensor(logits[name] / temperature).log_softmax(0)
+
+    def scores(name, batch, temperature):
+        return torch.where(batch.loss_mask, table(name, temperature)[batch.tokens % 2], 0)
+
+    policy = SimpleNamespace(
+        log_probs=lambda batch, temperature: SimpleNamespace(
+            log_probs=scores("policy", batch, temperature)
+        )
+    )
+    held_out = read_all(place / "held_out.jsonl", Prompt)
+    grader = Grader(
+        policy, load_tokenizer(place / "model", None), held_out, Sampling(12, 0.7), {}, tmp_path,
+        template={}, reference=lambda batch, temperature: scores("start", batch, temperature),
+        length=96, rows=4, monitor=Monitor(), alarm=Alarm(), check=lambda: None, writes=True,
+    )  # fmt: skip
+    rollouts = [Rollout("p", n, [n], [0.0], True) for n in range(2)]
+    found = grader._divergence([(held_out[0], [1])] * 2, rollouts)
+    sampled, start = (table(name, 0.7).exp().numpy() for name in ("policy", "start"))
+    assert np.dot(sampled, found) == pytest.approx(entropy(sampled, start))
 
 
 @pytest.mark.parametrize(
@@ -179,7 +230,7 @@ def check_monitors(run, kept, limits, held_out):
         for name, alarm in told.items():
             assert alarm["figure"] == found.shares[name] and alarm["examples"]
         alarms += len(told)
-        assert row["monitor/alarms"] >= len(told)
+        assert row["monitor_alarms"] >= len(told)
     assert alarms, "nothing was tested"
     graded = Grader(
         SimpleNamespace(), load_tokenizer(run / "final", None),
@@ -188,7 +239,7 @@ def check_monitors(run, kept, limits, held_out):
         writes=True,
     )  # fmt: skip
     graded.recall(3)  # as a run does that goes on there
-    assert graded.monitor.usual == usual and [row["step"] for row in graded.history] == [0, 2, 4]
+    assert graded.monitor.usual == usual and [row["step"] for row in graded.history] == [0, 2]
 
 
 @pytest.mark.slow
