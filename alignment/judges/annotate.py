@@ -8,7 +8,9 @@ Stopped or killed at any moment, the same command goes on where it was. --output
 questions have been asked; until then the answers are in --cache.
 """
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -91,16 +93,26 @@ def rule_judge(name: str, file: str | None) -> RuleJudge:
         raise UserError(f"--judge {name}: there is no such rule, only {', '.join(RULES)}")
     if file is None:
         raise UserError("--judge rule measures fluency: give text to compare with as --rule-text")
-    return RuleJudge(rule, Fluency.fit(_texts(file)))
+    from tools.shards import expand_inputs
+
+    paths = expand_inputs([file], "--rule-text")
+    states = [(path, os.stat(path)) for path in paths]
+    return RuleJudge(rule, _fluency(tuple((p, s.st_size, s.st_mtime_ns) for p, s in states)))
 
 
-def _texts(file: str) -> Iterable[str]:
-    """The documents of a file; the lines of plain text."""
+@lru_cache(maxsize=4)  # a fit takes seconds, and rules share a text
+def _fluency(files: tuple[tuple[str, int, int], ...]) -> Fluency:
+    """Of texts by their paths, sizes and times of change."""
+    return Fluency.fit(_texts([path for path, *_ in files]))
+
+
+def _texts(files: list[str]) -> Iterable[str]:
+    """The documents of files; the lines of plain text."""
     from tools.documents import Malformed, ShardReader
-    from tools.shards import Layout, expand_inputs, plan_shards
+    from tools.shards import Layout, plan_shards
 
     layout = Layout(separator="\n")
-    for shard in plan_shards(expand_inputs([file], "--rule-text"), layout, 1 << 40):
+    for shard in plan_shards(files, layout, 1 << 40):
         for text in ShardReader(shard, layout):
             if not isinstance(text, Malformed):
                 yield text

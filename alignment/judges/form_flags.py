@@ -1,6 +1,7 @@
 """Flags of a judge whose model an engine holds: what it is asked, and how it answers."""
 
 import argparse
+from functools import cache
 from pathlib import Path
 
 from alignment.data.tokenizers import load_tokenizer
@@ -73,10 +74,12 @@ def judge_of(
 
 
 def held_identity(options: argparse.Namespace, form: JudgeForm) -> str:
-    """A hash of all that a verdict depends on: the model's files, the form, and its sampling."""
+    """A hash of all that a verdict depends on: the model's files, the form, the chat template,
+    which may be a file elsewhere, and its sampling."""
     from hashlib import sha256
 
     digest = sha256(form.identity.encode())
+    digest.update(repr(form.tokenizer.chat_template).encode())
     if form.parser.thinks:
         names = ("max_new_tokens", "judging_temperature", "judging_top_k", "judging_top_p")
         digest.update(repr([getattr(options, name) for name in names]).encode())
@@ -86,11 +89,23 @@ def held_identity(options: argparse.Namespace, form: JudgeForm) -> str:
 
 def files_digest(model: str) -> str:
     """A hash of a model's weights and settings."""
+    files = [
+        file
+        for file in sorted(Path(model).rglob("*"))
+        if file.is_file() and file.suffix in (".safetensors", ".distcp", ".json")
+    ]
+    stats = [file.stat() for file in files]
+    return _digest(tuple((f, s.st_size, s.st_mtime_ns) for f, s in zip(files, stats)))
+
+
+@cache
+def _digest(files: tuple[tuple[Path, int, int], ...]) -> str:
+    """A hash of what is in files. Sizes and times tell those that changed: of a large model the
+    answer is wanted more than once."""
     from hashlib import file_digest, sha256
 
     digest = sha256()
-    for file in sorted(Path(model).rglob("*")):
-        if file.is_file() and file.suffix in (".safetensors", ".distcp", ".json"):
-            with file.open("rb") as stream:
-                digest.update(file_digest(stream, "sha256").digest())
+    for file, _, _ in files:
+        with file.open("rb") as stream:
+            digest.update(file_digest(stream, "sha256").digest())
     return digest.hexdigest()

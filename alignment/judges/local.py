@@ -12,13 +12,12 @@ from alignment.data.chat import prompt_ids
 from alignment.engines.batch import Batch, Sample
 from alignment.engines.protocol import Engine, Generated
 from alignment.judges.labels import SCORES, SIDES, LabelTokens
-from alignment.judges.parsing import Parser
+from alignment.judges.parsing import CLOSE, Parser
 from alignment.judges.prompting import JudgePrompt
 from alignment.judges.questions import Question
 from alignment.ranks import most_of_ranks
 from alignment.records import Message, Outcome, Verdict
 from alignment.seeds import seed_of
-from megatron_ext.errors import UserError
 from megatron_ext.inference.sampling import Sampling
 
 # How the paper's reasoning judges think.
@@ -156,10 +155,22 @@ class LocalJudge:
             return read
         # The score is the expectation at the place of the label.
         scored = [i for i, fields in enumerate(read) if fields["outcome"] is Outcome.SCORE]
-        before = [[*asked[i], *self._before_label(answers[i])] for i in scored]
-        for i, log_probs in zip(scored, self._next(before)):
-            # What the judge wrote is the label, however likely the others were.
-            read[i] = {**read[i], **self.labels.judgement(log_probs)}
+        places = {i: self._label_place(answers[i]) for i in scored}
+        there = {i: place for i, place in places.items() if place is not None}
+        before = [[*asked[i], *answers[i].tokens[:place]] for i, place in there.items()]
+        found: dict[int, Mapping[str, Any]] = {
+            i: {
+                "outcome": Outcome.UNPARSEABLE,
+                "reason": "the label is in other tokens than those that scores are read from",
+            }
+            for i in scored
+        }
+        found |= {
+            i: self.labels.judgement(log_probs) for i, log_probs in zip(there, self._next(before))
+        }
+        for i, fields in found.items():
+            written = {name: value for name, value in read[i].items() if name != "score"}
+            read[i] = {**written, **fields}
         return read
 
     @staticmethod
@@ -178,15 +189,15 @@ class LocalJudge:
             }
         return {**fields, "answer": text}
 
-    def _before_label(self, answer: Generated) -> list[int]:
-        """Tokens of an answer up to its label, the last of its tokens that is one."""
+    def _label_place(self, answer: Generated) -> int | None:
+        """Where an answer has its label: the last token after the thinking that is one."""
+        decode = self.form.tokenizer.decode
         for place in reversed(range(len(answer.tokens))):
+            if CLOSE in decode(answer.tokens[place:], skip_special_tokens=False):
+                break  # thinking may hold such tokens too
             if answer.tokens[place] in self.labels.ids:
-                return answer.tokens[:place]
-        raise UserError(
-            f"the judge wrote the label of {self.form.text(answer)[-20:]!r} with other tokens than "
-            "those that it was to be read from"
-        )
+                return place
+        return None
 
     def _next(self, before: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-probabilities of the labels after each row."""

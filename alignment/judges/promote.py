@@ -7,9 +7,13 @@
 A policy leaves the texts that its judge was trained on. A judge that is trained again on what the
 policy writes, labelled by gold, must still judge the old test set: the candidate is refused when
 its agreement there may have fallen by more than --margin. On new items, samples of the policy say,
-it must agree better than the current judge. Both differences are taken on the same items, and it is
-the end of their 95 % interval that counts. A candidate that passes is copied to --current, whole or
-not at all, and the exit code is 0; one that does not leaves it as it is, and the code is 3.
+it must agree better than the current judge. Both differences are taken on the items that both
+judged, and it is the end of their 95 % interval that counts. A candidate is refused too when its
+share of malformed or failed verdicts exceeds the current judge's by more than --margin.
+
+A candidate that passes is copied to --current, never in part, and the exit code is 0; one that does
+not leaves it as it is, and the code is 3. A kill between the two renames of the change leaves the
+judge before beside it, in .NAME.old, and the next promotion first puts it back.
 """
 
 import argparse
@@ -23,7 +27,8 @@ from pathlib import Path
 import numpy as np
 
 from alignment.judges.agreement.bootstrap import Estimate, Indices, estimates
-from alignment.judges.agreement.joining import by_item, judged, shared_items
+from alignment.judges.agreement.figures import Floats
+from alignment.judges.agreement.joining import Judged, by_item, judged, shared_items
 from alignment.judges.agreement.measuring import Compared
 from alignment.judges.agreement.report import aligned, cells
 from alignment.judges.rows import read_all
@@ -35,13 +40,16 @@ REFUSED = 3
 
 @dataclass(frozen=True)
 class Comparison:
-    """Agreement of two judges with gold on the same items.
+    """Agreement of two judges with gold on the items of which both judged every question.
 
     Attributes:
         difference: candidate less current.
+        unjudged: shares of the current judge's and of the candidate's verdicts, on all items, that
+            are malformed or failed.
     """
 
     items: int
+    unjudged: tuple[float, float]
     current: Estimate
     candidate: Estimate
     difference: Estimate
@@ -49,6 +57,7 @@ class Comparison:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = _parse(argv)
+    _recover(Path(options.current))
     old = compare(options.old_gold, options.old_current, options.old_candidate, options.resamples)
     found = {"old test set": old}
     problems = []
@@ -68,6 +77,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             problems.append(f"its agreement on the new items is unknown ({_reason(new)})")
         elif new.difference.low <= 0:
             problems.append("on the new items it may agree no better than the current judge")
+    for name, c in found.items():
+        if c.unjudged[1] - c.unjudged[0] > options.margin:
+            problems.append(
+                f"on the {name} it leaves {c.unjudged[1]:.1%} unjudged and the current judge "
+                f"{c.unjudged[0]:.1%}, which is worse by more than --margin {options.margin}"
+            )
     print(_table(found))
     if problems:
         print(f"refused: {'; '.join(problems)}; {options.current} stays as it is")
@@ -90,6 +105,8 @@ def compare(gold: str, current: str, candidate: str, resamples: int) -> Comparis
     judges = [judged(v, items, name) for v, name in zip(verdicts, names)]
     if len({judge.pairwise for judge in judges}) > 1:
         raise UserError(f"{', '.join(names)}: some have scores, others have preferences")
+    # An item that one judge fails on must not count for the other: it may be a hard one.
+    both = np.flatnonzero(_unjudged(judges[1]) + _unjudged(judges[2]) == 0)
     name = "accuracy" if judges[0].pairwise else "alpha_interval"
     figures: list[Callable[[Indices], float]] = [
         Compared(judges[0], judge).agreement()[name] for judge in judges[1:]
@@ -100,10 +117,18 @@ def compare(gold: str, current: str, candidate: str, resamples: int) -> Comparis
             "candidate": figures[1],
             "difference": lambda places: figures[1](places) - figures[0](places),
         },
-        [np.array([place]) for place in range(len(items))],
+        [np.array([place]) for place in both],
         resamples,
     )
-    return Comparison(len(items), each["current"], each["candidate"], each["difference"])
+    lost = [float(_unjudged(j).sum() / j.verdicts.sum()) for j in judges[1:]]
+    return Comparison(
+        len(both), (lost[0], lost[1]), each["current"], each["candidate"], each["difference"]
+    )
+
+
+def _unjudged(judge: Judged) -> Floats:
+    """Verdicts on each item that are no judgement, `[items]`."""
+    return judge.malformed + judge.failed
 
 
 def _reason(found: Comparison) -> str:
@@ -111,27 +136,48 @@ def _reason(found: Comparison) -> str:
 
 
 def _table(found: dict[str, Comparison]) -> str:
-    rows = [["", "items", "current", "", "candidate", "", "difference", ""]]
+    rows = [["", "items", "current", "", "candidate", "", "difference", "", "unjudged", "before"]]
     for name, c in found.items():
         each = [*cells(c.current), *cells(c.candidate), *cells(c.difference)]
-        rows.append([name, str(c.items), *each])
+        unjudged = [f"{share:.1%}" for share in reversed(c.unjudged)]
+        rows.append([name, str(c.items), *each, *unjudged])
     return "\n".join(aligned(rows))
+
+
+def _old(current: Path) -> Path:
+    """Where the judge before is while another takes its place."""
+    return current.with_name(f".{current.name}.old")
+
+
+def _recover(current: Path) -> None:
+    """Finish what a killed promotion left."""
+    old = _old(current)
+    if os.path.lexists(old) and not os.path.lexists(current):
+        os.replace(old, current)
+    _remove(old)
+
+
+def _remove(place: Path) -> None:
+    if place.is_symlink():
+        place.unlink()
+    elif place.exists():
+        shutil.rmtree(place)
 
 
 def _replace(candidate: Path, current: Path, found: dict[str, Comparison]) -> None:
     """Copy the candidate's folder to the current judge's place."""
     temporary = current.with_name(f".{current.name}.{os.getpid()}.tmp")
-    old = current.with_name(f".{current.name}.{os.getpid()}.old")
     shutil.copytree(candidate, temporary)
     promoted = {
         "from": str(candidate),
         **{name: [c.current.value, c.candidate.value] for name, c in found.items()},
     }
     (temporary / "promoted.json").write_text(json.dumps(promoted, indent=1) + "\n")
-    if current.exists():
-        os.replace(current, old)
+    # No portable call exchanges two folders: between the renames there is none, see `_recover`.
+    if os.path.lexists(current):
+        os.replace(current, _old(current))
     os.replace(temporary, current)
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(_old(current))
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -149,7 +195,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
             add(f"--{when}-{who}", required=when == "old", metavar="FILE",
                 help=f"verdicts on {what}")
     add("--margin", type=float, default=0.02, metavar="X",
-        help="agreement (alpha, or accuracy on pairs) that may be lost (%(default)s)")
+        help="agreement (alpha, or accuracy on pairs) that may be lost, and share of verdicts that "
+        "may be unjudged in addition (%(default)s)")
     add("--resamples", type=int, default=2000, metavar="N", help="(%(default)s)")
     # fmt: on
     options = parser.parse_args(argv)

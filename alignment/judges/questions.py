@@ -115,8 +115,15 @@ class Judging:
                 )
         return Verdict.from_row(said | fields)
 
+    def lacks_log_probs(self, answer: Answer) -> bool:
+        """Whether the endpoint gives none, so that no expectation can be taken of any answer.
+
+        An empty answer has none either, and says nothing of others.
+        """
+        return self.expected and answer.labels is None and bool(answer.text)
+
     def note(self, question: Question, answer: Answer) -> str:
-        if self.expected and answer.labels is None:
+        if self.lacks_log_probs(answer):
             raise UserError(
                 "--expected-score needs log-probabilities, and the endpoint gives none with "
                 "logprobs and top_logprobs: leave the flag out, or ask another server"

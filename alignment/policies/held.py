@@ -2,7 +2,7 @@
 
 from argparse import Namespace
 
-from alignment.policies.judges import JudgeSpec
+from alignment.policies.judge_spec import JudgeSpec
 from alignment.training.dry_run import Held
 
 

@@ -153,7 +153,7 @@ def _learn(
             **flags.rollouts_of(options, engine, tokenizer.eos_token_id),
         )  # fmt: skip
         if run.writes:
-            if same := shared_with_gold(judges):
+            if same := shared_with_gold(specs):
                 print(f"train-policy: warning: {same}", file=sys.stderr, flush=True)
             left = f", {step.too_long:,} too long" if step.too_long else ""
             print(
@@ -173,11 +173,11 @@ def _learn(
     return 0
 
 
-def shared_with_gold(judges: Mapping[str, Sequence[Judge]]) -> str | None:
+def shared_with_gold(specs: Mapping[str, Sequence[JudgeSpec]]) -> str | None:
     """What to say where a judge of the rewards grades too, and nothing is left to tell by."""
-    rewarding = {judge.identity for judge in judges["proxy"]}
+    rewarding = {spec.who for spec in specs["proxy"]}
     for name in ("gold", "second_gold"):
-        if rewarding & {judge.identity for judge in judges.get(name, ())}:
+        if rewarding & {spec.who for spec in specs[name]}:
             return (
                 f"--{name.replace('_', '-')} is a judge that --judge has too: gold must stay "
                 "outside of the training, or no gap can show that the policy games its judge"

@@ -12,6 +12,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -41,8 +42,10 @@ CHECKS = Path(__file__).with_name("checks.py")
 QUESTION = Path(__file__).parent / "study" / "pointwise-brief.txt"
 CORES = psutil.cpu_count(logical=False) or 1
 MOST_WORDS = 60  # of a prompt
+SHORT = "Answer in one short sentence."  # so that answers can end within --max-new-tokens
+TEMPERATURE = ("--temperature", "0.7")
 PACKAGES = ("ifbench", "mtbench")
-HELD_OUT, TEST = 20, 20  # prompts for grading, and for the judge's agreement
+HELD_OUT, TEST = 30, 20  # prompts for grading, and for the judge's agreement
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -114,12 +117,14 @@ def _choose(run: Path) -> None:
     for name, prompts in parts.items():
         with RecordWriter(run / f"{name}.prompts.jsonl", overwrite=True) as writer:
             for prompt in prompts:
-                writer.write(prompt)
+                [asked] = prompt.messages
+                message = replace(asked, content=f"{asked.content} {SHORT}")
+                writer.write(replace(prompt, messages=(message,)))
 
 
 def _judge(run: Path, options: argparse.Namespace) -> list[Step]:
     """Responses of the start policy, gold's scores, a judge that learns them, its agreement."""
-    sampled = ["--max-new-tokens", options.max_new_tokens, "--temperature", "1", "--rows", "32"]
+    sampled = ["--max-new-tokens", options.max_new_tokens, *TEMPERATURE, "--rows", "32"]
     steps = []
     for name, samples in (("train", options.judge_samples), ("test", 2)):
         prompts, drawn = run / f"{name}.prompts.jsonl", run / f"{name}.responses.jsonl"
@@ -153,7 +158,7 @@ def _judge(run: Path, options: argparse.Namespace) -> list[Step]:
             align(
                 "train-judge", "--stage", "sft", "--model", run / "model",
                 "--input", run / "train.responses.jsonl", "--gold", run / "train.gold.jsonl", *form,
-                "--lr", "1e-4", "--batch-size", "16", "--epochs", "1", "--save-interval", "10",
+                "--lr", "1e-4", "--batch-size", "8", "--epochs", "1", "--save-interval", "20",
                 "--seq-length", options.seq_length,
             ),
             judge, "best", [run / "train.responses.jsonl", run / "train.gold.jsonl"],
@@ -196,11 +201,11 @@ def _policy(run: Path, options: argparse.Namespace) -> list[Step]:
             "policy", "a policy against the judge",
             align(
                 "train-policy", "--model", run / "model",
-                "--prompts", prompts[0], "--held-out", prompts[1], "--no-reference",
+                "--prompts", prompts[0], "--held-out", prompts[1],
                 "--judge", run / "judge.yaml", "--gold", run / "gold.yaml",
                 "--steps", options.steps, "--batch-size", options.batch_size, "--group-size", "4",
                 "--mini-batches", "1", "--max-new-tokens", options.max_new_tokens,
-                "--temperature", "1", "--lr", "2e-5", "--seq-length", options.seq_length,
+                *TEMPERATURE, "--lr", "5e-5", "--seq-length", options.seq_length,
                 "--eval-interval", max(1, options.steps // 2), "--save-interval", "5",
                 "--rows", "20", *_form(run, options),
             ),
@@ -243,9 +248,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--output", default="runs/smollm-policy", metavar="DIR", help="(%(default)s)")
     add("--steps", type=int, default=10, metavar="N", help="of the policy (%(default)s)")
     add("--batch-size", type=int, default=16, metavar="N", help="responses (%(default)s)")
-    add("--judge-samples", type=int, default=3, metavar="N",
+    add("--judge-samples", type=int, default=4, metavar="N",
         help="responses a prompt that the judge learns from (%(default)s)")
-    add("--max-new-tokens", type=int, default=32, metavar="N", help="(%(default)s)")
+    add("--max-new-tokens", type=int, default=40, metavar="N", help="(%(default)s)")
     add("--seq-length", type=int, default=384, metavar="N", help="(%(default)s)")
     # fmt: on
     options = parser.parse_args(argv)

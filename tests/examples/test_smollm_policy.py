@@ -24,18 +24,19 @@ def test_prompts_and_commands(tmp_path):
         for name in ("held_out", "test", "train")
     }
     ids = [prompt.id for part in parts.values() for prompt in part]
-    assert len(set(ids)) == len(ids) and len(parts["held_out"]) == 20 == len(parts["test"])
+    assert len(set(ids)) == len(ids) and [len(parts[n]) for n in ("held_out", "test")] == [30, 20]
     for part in parts.values():
         checked = [bool(constraints_of(prompt.rubric)) for prompt in part]
         assert 0.3 < sum(checked) / len(part) < 0.8  # of both packages in each
-        assert max(len(p.messages[-1].content.split()) for p in part) <= MOST_WORDS
+        assert max(len(p.messages[-1].content.split()) for p in part) <= MOST_WORDS + 6
+        assert all(p.messages[-1].content.endswith(" Answer in one short sentence.") for p in part)
 
     options = _parse(["--steps", "4", "--judge-samples", "1"])
     (tmp_path / "model").mkdir()
     (tmp_path / "judge" / "best").mkdir(parents=True)
     steps = {step.name: step for step in [*_judge(tmp_path, options), *_policy(tmp_path, options)]}
     drawn = generate(steps["drawn-train"].command[3:])
-    assert drawn.samples == 1 and drawn.temperature == 1
+    assert drawn.samples == 1 and drawn.temperature == 0.7
     written = [
         Response(p.id, p, "A cow sees. Does it? " * (n % 3 + 1))
         for n, p in enumerate(parts["train"])
@@ -46,6 +47,6 @@ def test_prompts_and_commands(tmp_path):
     labelled = read_labelled(judge.input, judge.gold, True)
     assert len(labelled) == len(parts["train"]) and len({row.label for row in labelled}) > 3
     policy = train_policy(steps["policy"].command[3:])
-    assert policy.steps == 4 and policy.eval_interval == 2 and not policy.reference
+    assert policy.steps == 4 and policy.eval_interval == 2 and policy.reference
     assert JudgeSpec.read(policy.judge[0]).model.endswith("judge/best")
     assert JudgeSpec.read(policy.gold[0]).function.endswith("checks.py:score")

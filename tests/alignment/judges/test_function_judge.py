@@ -22,6 +22,11 @@ def words(response):
 
 def broken(response):
     raise ValueError("no idea")
+
+SAID = {"nan": float("nan"), "inf": float("inf"), "text": "many", "digit": "7", "list": []}
+
+def odd(response):
+    return SAID[response.text]
 """
 PROMPT = Prompt("p", (Message("user", "say"),))
 ITEMS = [Response("a", PROMPT, "one two three"), Response("b", PROMPT, "silent")]
@@ -50,6 +55,28 @@ def test_scores_and_what_has_none(checks):
 def test_what_is_not_there_is_told(checks, name):
     with pytest.raises(UserError, match="cannot be loaded"):
         FunctionJudge(str(checks.parent / name))
+
+
+@pytest.mark.parametrize("said", ["nan", "inf", "text", "digit", "list"])
+def test_what_is_no_number_is_a_failed_call(checks, said):
+    verdict = FunctionJudge(f"{checks}:odd").verdict(Response("a", PROMPT, said))
+    assert (verdict.outcome, verdict.score) == (Outcome.FAILED, None)
+    assert verdict.reason.startswith(("ValueError: ", "TypeError: "))
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        ("words = 3", "TypeError: words is 3"),
+        ("1 / 0", "ZeroDivisionError"),
+        ("import sys\nsys.exit(1)", "SystemExit"),
+        ("words = undefined", "NameError"),
+    ],
+)
+def test_a_file_that_gives_no_function_is_told(checks, source, told):
+    checks.write_text(source)
+    with pytest.raises(UserError, match=rf"checks\.py:words cannot be loaded \({told}"):
+        FunctionJudge(f"{checks}:words")
 
 
 def test_it_annotates_and_rewards(checks, tmp_path):

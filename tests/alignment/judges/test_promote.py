@@ -91,3 +91,68 @@ def test_files_that_do_not_go_together_are_refused(files):
     (files / "candidate" / "config.json").unlink()
     with pytest.raises(UserError, match="is no Hugging Face folder"):
         promote(files, ("good", "same"))
+
+
+def silent_where(verdicts, hard):
+    return [
+        Verdict(v.item, Outcome.UNPARSEABLE, reason="no label") if hard(v) else v for v in verdicts
+    ]
+
+
+def test_silence_on_hard_items_makes_no_judge_better(files, capsys):
+    """A judge that is as good as the current one, and says nothing where that is far off."""
+    gold = {v.item: v.score for v in scores(0.0, "gold")}
+    current = scores(1.0, "good")
+    evasive = silent_where(current, lambda v: abs(v.score - gold[v.item]) > 0.5)
+    write_rows(files / "evasive.jsonl", evasive)
+    lost = sum(not v.judged for v in evasive)
+    found = measured(files, "evasive")
+    assert (found.difference.value, found.items) == (0, len(gold) - lost)
+    assert found.unjudged == (0, lost / len(gold))
+    assert promote(files, ("good", "evasive"), ("good", "evasive")) == REFUSED
+    said = capsys.readouterr().out
+    assert f"leaves {lost / len(gold):.1%} unjudged" in said and "no better" in said
+    assert in_use(files) == "current"
+    # As little said as before is no ground to refuse; nor is more.
+    write_rows(files / "quiet.jsonl", silent_where(current, lambda v: v.item == "7"))
+    assert promote(files, ("evasive", "quiet")) == 0
+
+
+def test_of_pairs_what_one_judge_leaves_out_counts_for_none(files):
+    def pairs(wrong, silent=()):
+        return [
+            Verdict(str(i), Outcome.FAILED, swapped=swapped, reason="away")
+            if (i, swapped) in silent
+            else Verdict(
+                str(i), Outcome.PREFERENCE, swapped=swapped,
+                preferred=Side.SECOND if i in wrong else Side.FIRST,
+            )
+            for i in range(40)
+            for swapped in (False, True)
+        ]  # fmt: skip
+
+    hard = range(10)
+    for name, rows in (
+        ("gold", pairs(())),
+        ("good", pairs(hard)),
+        ("evasive", pairs(hard, {(i, True) for i in hard})),
+    ):
+        write_rows(files / f"{name}.jsonl", rows)
+    found = measured(files, "evasive")
+    assert (found.current.value, found.candidate.value, found.items) == (1, 1, 30)
+    assert found.unjudged == (0, 10 / 80)
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_a_promotion_that_was_killed_between_the_renames_is_mended(files, link):
+    current, old = files / "current", files / ".current.old"
+    if link:
+        current.rename(files / "elsewhere")
+        current.symlink_to(files / "elsewhere")
+    current.rename(old)
+    assert promote(files, ("good", "poor")) == REFUSED
+    assert in_use(files) == "current" and not old.exists()
+    (old).mkdir()  # of one that was killed after both
+    (old / "config.json").write_text("{}")
+    assert promote(files, ("good", "same"), None, "--margin", 0.06) == 0
+    assert in_use(files) == "candidate" and not old.exists() and not old.is_symlink()

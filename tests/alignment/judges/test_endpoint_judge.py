@@ -1,0 +1,112 @@
+"""A judge at an address, asked by ranks: what is hopeless ends all of them with one sentence, and
+what was paid for is not asked again."""
+
+import errno
+import json
+import os
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from alignment.judges.client import Answer
+from alignment.judges.form import form_for
+from alignment.judges.questions import Judging, Question
+from alignment.judges.store import AnswerStore
+from alignment.policies.judge_spec import JudgeSpec
+from alignment.records import Message, Outcome, Prompt, Response
+from megatron_ext.errors import UserError
+from tests.alignment.judges.endpoint import Endpoint, chat, status
+from tests.distributed import run_ranks
+
+ITEMS = [Response(str(n), Prompt("p", (Message("user", "say"),)), "a" * n) for n in range(1, 7)]
+TEMPLATE = "=== user ===\n{mark} <item> {prompt} {response} {answer}\n"
+
+
+def write_spec(folder, name, **changes):
+    (folder / "pointwise-item.txt").write_text(TEMPLATE)
+    given = {"kind": "endpoint", "model": "m", "template": str(folder / "pointwise-item.txt")}
+    file = folder / f"{name}.yaml"
+    file.write_text(json.dumps(given | {"tries": 1, "first_wait": 0.0} | changes))
+    return file
+
+
+def judged(folder, names, room=True):
+    """Of each judge: this rank's scores, or the sentence that ends it."""
+    import torch.distributed as dist
+
+    from alignment.policies.judges import open_judge
+
+    rank, size = dist.get_rank(), dist.get_world_size()
+    engine: Any = SimpleNamespace(data_rank=rank, data_size=size)
+    if not room and rank == 1:
+
+        def add(self, answers):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        AnswerStore.add = add  # type: ignore[method-assign]
+    found: list[Any] = []
+    for name in names:
+        spec = JudgeSpec.read(str(folder / f"{name}.yaml"))
+        judge = open_judge(spec, False, engine, lambda model: engine, folder / "verdicts")
+        try:
+            verdicts = judge.judge([Question(item) for item in ITEMS[rank::size]])
+            found.append([v.score for v in verdicts])
+        except UserError as error:
+            found.append(str(error))
+    return found
+
+
+def test_what_will_never_be_answered_ends_all_ranks_with_one_sentence(tmp_path):
+    names = ["key", "address", "silent", "silent"]
+    with Endpoint(lambda text, n: status(401)) as refusing, Endpoint() as server:
+        server.answer = lambda text: chat("7")
+        write_spec(tmp_path, "key", url=refusing.url)
+        write_spec(tmp_path, "address", url="localhost:1/v1")
+        write_spec(tmp_path, "silent", url=server.url)
+        first, second = run_ranks(judged, 2, tmp_path, names)
+        calls = sum(server.calls.values())
+    assert first == second
+    assert first[0].startswith("the judge key: ") and "status 401" in first[0]
+    assert first[1].startswith("the judge address: ") and "no address" in first[1]
+    assert first[2] == first[3] and "write expected_score: false" in first[2]
+    assert calls <= len(ITEMS)  # those kept tell it, too
+
+
+def test_a_full_disk_ends_all_ranks_with_one_sentence(tmp_path):
+    with Endpoint() as server:
+        server.answer = lambda text: chat("7")
+        write_spec(tmp_path, "judge", url=server.url, expected_score=False)
+        first, second = run_ranks(judged, 2, tmp_path, ["judge"], False)
+    assert first == second
+    assert "the judge judge cannot keep its answers in" in first[0]
+    assert "No space left" in first[0]
+
+
+def test_answers_are_paid_for_once_on_any_number_of_ranks(tmp_path):
+    with Endpoint() as server:
+        server.answer = lambda text: chat(str(sum(server.calls.values()) % 10))
+        write_spec(tmp_path, "judge", url=server.url, expected_score=False)
+        two = run_ranks(judged, 2, tmp_path, ["judge"])
+        [one] = run_ranks(judged, 1, tmp_path, ["judge"])
+        answers = tmp_path / "verdicts" / "judge.answers"
+        with (answers / "share_00001.jsonl").open("a") as file:
+            file.write('{"key": "torn')
+        (answers / "share_00000.jsonl").unlink()
+        three = run_ranks(judged, 3, tmp_path, ["judge"])
+        # Of those in the file that is gone, three were nowhere else.
+        assert sum(server.answered.values()) == len(ITEMS) + 3
+    scores = [s for pair in zip(two[0][0], two[1][0]) for s in pair]
+    assert one[0] == scores
+    again = [s for three_of in zip(*(found[0] for found in three)) for s in three_of]
+    assert again[1::2] == scores[1::2]
+
+
+def test_an_empty_answer_tells_nothing_of_an_endpoint():
+    options: Any = SimpleNamespace(template=None, thinking="none")
+    judging = Judging(form_for(options, False), "judge", expected=True)
+    question = Question(ITEMS[0])
+    assert judging.note(question, Answer("")) == "malformed"
+    assert judging.record(question, Answer("")).outcome is Outcome.UNPARSEABLE
+    with pytest.raises(UserError, match="gives none"):
+        judging.note(question, Answer("7"))
