@@ -44,9 +44,7 @@ def main(argv: Sequence[str]) -> int:
         Path(options.output), Path(options.input), options.overwrite,
         orders=options.orders, samples=options.samples,
     )  # fmt: skip
-    if dist.get_rank() == 0:
-        output.claim(judge.identity)
-    dist.barrier()
+    output.claim(judge.identity)  # on all ranks, of which none then waits for one that refuses
     rows, at_once = [], options.rows * engine.data_size
     with Progress("judging", len(asked), "questions") as progress:
         for begin in range(0, len(asked), at_once):

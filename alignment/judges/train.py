@@ -24,6 +24,7 @@ from alignment.judges.form_flags import add_answer_flags, add_form_flags, form_o
 from alignment.judges.local import JudgeForm, LocalJudge
 from alignment.judges.rewards import judge_reward
 from alignment.judges.validation import BEST, agreement, is_sound, judge_all
+from alignment.ranks import most_of_ranks
 from alignment.records import Pair
 from alignment.rl.algorithms import named
 from alignment.rl.critic import Critic
@@ -173,7 +174,8 @@ def _run(
         stopped = fit(run, plan, step_of(run), evaluate if held_out else None)
         if stopped:
             return 128 + stopped
-        if not (run.folder / "best").is_dir():
+        # Rank 0 says so for all: another may look when rank 0 has begun to export already.
+        if not most_of_ranks(int(run.writes and (run.folder / "best").is_dir())):
             engine.export(run.folder / "best")
         if run.writes:
             print(f"the best judge is {run.folder / 'best'}", flush=True)

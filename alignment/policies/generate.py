@@ -46,9 +46,7 @@ def main(argv: Sequence[str]) -> int:
     output = Output(
         Path(options.output), Path(options.input), options.overwrite, samples=options.samples
     )
-    if dist.get_rank() == 0:
-        output.claim(identity, "model")
-    dist.barrier()
+    output.claim(identity, "model")  # on all ranks, of which none then waits for one that refuses
 
     def answers(part: Sequence[tuple[Prompt, int]]) -> list[str]:
         ids = [prompt_ids(tokenizer, prompt.messages, **template) for prompt, _ in part]
@@ -61,7 +59,8 @@ def main(argv: Sequence[str]) -> int:
         for begin in range(0, len(asked), at_once):
             part = asked[begin : begin + at_once]
             for (prompt, sample), text in zip(part, spread(engine, part, answers)):
-                name = f"{prompt.id}-{sample}" if options.samples > 1 else prompt.id
+                # `evaluate` takes files of several policies, whose ids must differ.
+                name = f"{prompt.id}-{sample}-{identity[:8]}"
                 rows.append(Response(name, prompt, text, options.source or options.model))
             if dist.get_rank() == 0:
                 progress.update(len(rows))

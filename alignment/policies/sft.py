@@ -18,7 +18,7 @@ from alignment.data.tokenizers import load_tokenizer
 from alignment.engines.batch import Batch, Sample
 from alignment.engines.protocol import Engine
 from alignment.judges.rows import read_all
-from alignment.ranks import shares_of
+from alignment.ranks import most_of_ranks, shares_of
 from alignment.records import Response
 from alignment.training import flags
 from alignment.training.loop import Plan, fit
@@ -56,10 +56,12 @@ def main(argv: Sequence[str]) -> int:
         stopped = fit(run, plan, step, evaluate if held_out else None)
         if stopped:
             return 128 + stopped
-        if not (run.folder / "best").is_dir():
-            engine.export(run.folder / "best")
+        folder = run.folder / "best"
+        # Rank 0 says so for all: another may look when rank 0 has begun to export already.
+        if not most_of_ranks(int(run.writes and folder.is_dir())):
+            engine.export(folder)
         if run.writes:
-            print(f"the best policy is {run.folder / 'best'}", flush=True)
+            print(f"the best policy is {folder}", flush=True)
     return 0
 
 

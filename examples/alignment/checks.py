@@ -15,7 +15,7 @@ from itertools import pairwise
 from alignment.records import Response
 
 _RULE = re.compile(r"^- ([\w:-]+)(?: \((.*)\))?$", re.MULTILINE)
-_EMOJI = re.compile(r"[\U0001F300-\U0001FAFF\u2600-\u27BF]\W*$")
+_EMOJI = r"[\U0001F300-\U0001FAFF\u2600-\u27BF\u200D\uFE0F]"  # with what joins and varies them
 
 
 def words_of(text: str) -> list[str]:
@@ -44,7 +44,9 @@ _PRIMES = frozenset((2, 3, 5, 7, 11, 13, 17, 19, 23))
 
 
 def sentences_of(text: str) -> list[str]:
-    return [part for part in re.split(r"(?<=[.!?])\s+", text.strip()) if part]
+    """Sentences with the emoji that follow them, which come before the mark here."""
+    marked = re.sub(rf"([.!?]+)((?:\s*{_EMOJI})+)", r"\2\1 ", text)
+    return [part for part in re.split(r"(?<=[.!?])\s+", marked.strip()) if part]
 
 
 def _share(flags: Sequence[bool]) -> float:
@@ -82,9 +84,16 @@ def _types(text: str) -> float:
 
 
 def _keywords(words: Sequence[str], given: Mapping[str, str]) -> float:
-    named = [given[name] for name in sorted(given) if name.startswith("keyword")]
-    counts = Counter(words)
-    return sum(_enough(counts[word.lower()], 1) for word in named) / max(1, len(named))
+    """As often as each is asked for: the prompts say once, twice, three, five and seven times."""
+    named = [given[name].lower() for name in sorted(given) if name.startswith("keyword")]
+    levels = [_near(words.count(word), n, n) for word, n in zip(named, (1, 2, 3, 5, 7))]
+    return sum(levels) / max(1, len(levels))
+
+
+def _chosen(text: str, options: str) -> float:
+    """Whether it is one of them; the bracket of `a)` may be missing."""
+    answer, *known = (x.strip(" .)").lower() for x in (text, *re.split("/|, | or ", options)))
+    return float(answer in known)
 
 
 Check = Callable[[str, list[str], Mapping[str, str]], float]
@@ -98,11 +107,13 @@ CHECKS: Mapping[str, Check] = {
     "count:word_count_range": lambda t, w, g: _near(
         len(t.split()), _number(g, "min_words"), _number(g, "max_words")
     ),
-    "format:emoji": lambda t, w, g: _share([bool(_EMOJI.search(s)) for s in sentences_of(t)]),
+    "format:emoji": lambda t, w, g: _share(
+        [bool(re.search(rf"{_EMOJI}\W*$", x)) for x in sentences_of(t)]
+    ),
     "format:list": lambda t, w, g: _share([x.startswith(g["sep"]) for x in t.splitlines() if x]),
     "format:newline": lambda t, w, g: _share([len(x.split()) == 1 for x in t.splitlines() if x]),
     "format:no_whitespace": lambda t, w, g: 1 - min(1.0, 6 * len(re.findall(r"\s", t)) / len(t)),
-    "format:options": lambda t, w, g: float(t.strip(" .").lower() in g["options"].split("/")),
+    "format:options": lambda t, w, g: _chosen(t, g["options"]),
     "format:parentheses": lambda t, w, g: _enough(_depth(t, "([{", ")]}"), 5),
     "format:title_case": lambda t, w, g: _share(
         [x[0].isupper() for x in t.split() if x[0].isalpha()]
@@ -127,8 +138,8 @@ def constraints_of(rubric: str | None) -> list[tuple[str, dict[str, str]]]:
     found = []
     for name, settings in _RULE.findall(rubric or ""):
         if name in CHECKS:
-            pairs = [part.partition(" = ") for part in settings.split(", ") if " = " in part]
-            found.append((name, {key: value for key, _, value in pairs}))
+            pairs = [part.partition(" = ") for part in re.split(r", (?=\w+ = )", settings)]
+            found.append((name, {key: value for key, _, value in pairs if key}))
     return found
 
 
@@ -137,7 +148,8 @@ def form(text: str) -> float:
     words = words_of(text)
     runs = list(zip(words, words[1:], words[2:]))
     variety = max(0.0, 2 * len(set(runs)) / len(runs) - 1) if runs else 0.0
-    return (variety + float(text.rstrip().endswith((".", "!", "?")))) / 2
+    ended = re.search(rf"[.!?](\s|{_EMOJI})*$", text)
+    return (variety + float(ended is not None)) / 2
 
 
 def score(response: Response) -> float:

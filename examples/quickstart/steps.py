@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 from typing import Self
@@ -247,6 +248,8 @@ def failure(command: Sequence[str], written: str) -> str:
     lines = [line.strip() for line in written.splitlines() if line.strip()]
     script = next((word for word in command if word.endswith(".py")), "")
     tool = script or command[1].rpartition(".")[2]
+    if ("-m", "alignment") in pairwise(command):  # also on ranks that another module starts
+        tool = "et-align"
     for wanted in (rf"{re.escape(tool)}: ", r"(\[rank\d+\]: ?)?[\w.]*(Error|Exception): \S"):
         found = next((line for line in lines if re.match(wanted, line)), None)
         if found:

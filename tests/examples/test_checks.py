@@ -24,14 +24,20 @@ def level(name, text, **given):
         ("count:punctuation", "a.b,c", {}, 2 / 11),
         ("count:keywords_multiple", "a nebula", {"keyword1": "nebula", "keyword2": "x"}, 1 / 2),
         ("format:emoji", "Hello 😀 Bye.", {}, 0),
-        ("format:emoji", "Hello! 😀", {}, 1 / 2),
+        ("format:emoji", "Hello! 😀 Bye.", {}, 1 / 2),
+        ("format:emoji", "Hello there! 😀 How are you? 👩‍💻✌️", {}, 1),
+        ("format:emoji", "Hello there... 😀 😀\nHow are you 😀? Bye. 😀 Now", {}, 3 / 4),
         ("format:list", "!?one\ntwo", {"sep": "!?"}, 1 / 2),
         ("format:newline", "one\ntwo three", {}, 1 / 2),
         ("format:no_whitespace", "abcdef", {}, 1),
         ("format:options", "Maybe.", {"options": "yes/no/maybe"}, 1),
+        ("format:options", "I don't know.", {"options": "I know or I don't know"}, 1),
+        ("format:options", "C", {"options": "a), b), c), d)"}, 1),
+        ("format:options", "e)", {"options": "a), b), c), d)"}, 0),
         ("format:parentheses", "(a [b {c}])", {}, 3 / 5),
         ("format:title_case", "All Of this", {}, 2 / 3),
         ("ratio:sentence_type", "A b. C d. E f?", {}, 1),
+        ("ratio:sentence_type", "A b. 😀 C d. 😀 E f? 😀", {}, 1),
         ("ratio:stop_words", "the cow of a bird", {"percentage": 60.0}, 1),
         ("words:alphabet", "all bees can dance well", {}, 3 / 4),
         ("words:consonants", "stone oar", {}, 1 / 2),
@@ -45,9 +51,38 @@ def test_levels(name, text, given, wanted):
     assert level(name, text, **given) == pytest.approx(wanted)
 
 
+def test_keywords_are_wanted_as_often_as_the_prompts_say():
+    given = {f"keyword{n}": word for n, word in enumerate(("Cow", "dog", "hen", "pig", "ram"), 1)}
+    text = "cow " + "dog " * 2 + "hen " * 3 + "pig " * 5 + "ram " * 7
+    assert level("count:keywords_multiple", text, **given) == 1
+    assert level("count:keywords_multiple", "cow dog hen pig ram", **given) == pytest.approx(
+        (1 + 1 / 2 + 1 / 3 + 1 / 5 + 1 / 7) / 5
+    )
+    assert level("count:keywords_multiple", text + "cow ram", **given) == pytest.approx(
+        (0 + 1 + 1 + 1 + 6 / 7) / 5
+    )
+
+
 def test_form():
-    assert form("It is a cow.") == 1
+    assert form("It is a cow.") == 1 == form("It is a cow! 😀 ✌️")
+    assert form("It is a cow 😀") == 1 / 2
     assert form("a b c a b c a b c a b c") == 0
+
+
+def test_each_option_of_the_package_is_one():
+    options = {"yes/no/maybe": 3, "I know or I don't know": 2, "a), b), c), d)": 4}
+    found = [
+        given["options"]
+        for prompt in PACKAGES["ifbench"].read(None)
+        if isinstance(prompt, Prompt)
+        for name, given in constraints_of(prompt.rubric)
+        if name == "format:options"
+    ]
+    assert set(found) == set(options)
+    for text, count in options.items():
+        said = [x for x in ("Yes", "No.", "MAYBE", "I know", "I don't know", "a)", "b", "C)", "d).")
+                if level("format:options", x, options=text)]  # fmt: skip
+        assert len(said) == count
 
 
 def test_every_constraint_of_the_package_is_read():

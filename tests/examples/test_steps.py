@@ -3,14 +3,16 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 
+from examples.alignment.steps import align
 from examples.quickstart import steps
-from examples.quickstart.steps import Step, Stopped, run_steps, stop_on_signals
+from examples.quickstart.steps import Step, Stopped, failure, module, run_steps, stop_on_signals
 
 
 @pytest.fixture
@@ -41,3 +43,15 @@ def test_a_signal_while_a_step_begins_leaves_no_process(
     assert stopped.value.number == signal.SIGTERM
     assert len(begun) == 1 and not psutil.pid_exists(begun[0])
     assert not (tmp_path / "stamps" / "sleeper.done").exists()
+
+
+def test_the_sentence_of_et_align_is_told_alone_and_on_ranks(tmp_path: Path) -> None:
+    launch = ("--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2")
+    command = align("train-sft", "--model", tmp_path / "none", "--run-dir", tmp_path / "checks.py")
+    for ranked in ([], module("torch.distributed.run", *launch)):
+        command = [*ranked, *command]
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+        assert done.returncode
+        assert failure(command, done.stdout + done.stderr) == (
+            f"et-align: --model {tmp_path / 'none'} is not a folder"
+        )

@@ -53,6 +53,7 @@ def _curves(study: Study) -> Figure:
     for axes in grid.flat:
         axes.set_axis_off()
     shown = [name for name in GRADES if study.has(name)]
+    measures = " or ".join(sorted({run.measure for run in study.runs if run.gradings}))
     for number, group in enumerate(study.groups):
         place = divmod(number, columns)
         if several:
@@ -67,7 +68,7 @@ def _curves(study: Study) -> Figure:
         axes.tick_params(labelbottom=True)
         axes.set_xlabel("step")
         if place[1] == 0:
-            axes.set_ylabel("mean score, held-out prompts")
+            axes.set_ylabel(f"{measures}, held-out prompts")
     figure.axes[0].set_ylim(_range(study, shown))
     handles = [figure.axes[0].plot([], [], color=GRADES[n][1], lw=1.8)[0] for n in shown]
     labels = [GRADES[name][0] for name in shown]

@@ -81,6 +81,11 @@ class Run:
         return steps if isinstance(steps, int) else None
 
     @property
+    def measure(self) -> str:
+        """What its grades are."""
+        return "win rate" if _settings(self.about).get("reward") == "pairwise" else "mean score"
+
+    @property
     def agreement(self) -> float | None:
         """Of its judge with gold, Krippendorff's α."""
         told = self._judge.get("agreement")
@@ -182,25 +187,39 @@ def _entries(file: Path) -> list[Mapping[str, Any]]:
     folders = [entry["folder"] for entry in entries]
     if repeated := [one for one in folders if folders.count(one) > 1]:
         raise UserError(f"{file} has the folder {repeated[0]!r} twice: take one out")
+    seeds = [(e["policy"], e["judge"], e["seed"]) for e in entries if e.get("seed") is not None]
+    if twice := [one for one in seeds if seeds.count(one) > 1]:
+        policy, judge, seed = twice[0]
+        raise UserError(
+            f"{file} has seed {seed} of {judge!r} on {policy!r} twice, which are no two seeds: "
+            "take one out"
+        )
     return entries
 
 
 def _of_study(study: Path, entry: Mapping[str, Any]) -> Run:
     folder, seed = study / entry["folder"], entry.get("seed")
     names = (folder, clean(entry["policy"]), clean(entry["judge"]), seed)
-    if not folder.exists():
-        return Run(*names)
-    return Run(*names, _object(folder / "run.json"), *_rows(folder), _samples(folder))
+    file = folder / "run.json"  # not there before the run's models are loaded
+    about = _object(file) if file.exists() else {}
+    return Run(*names, about, *_rows(folder), _samples(folder))
 
 
 def _alone(folder: Path) -> Run:
     about = _object(folder / "run.json")
     judge = about.get("judge")
+    if judge is None and "judge" in _settings(about):  # which is told after the settings
+        raise UserError(f"the run {folder} has no grading yet: wait for the first")
     if not isinstance(judge, Mapping) or not isinstance(judge.get("name"), str):
         raise UserError(f"{folder / 'run.json'} does not name its judge: it is of another tool")
     policy = Path(str(about.get("policy") or "policy")).name
     names = (folder, clean(policy), clean(judge["name"]), about.get("seed"))
     return Run(*names, about, *_rows(folder), _samples(folder))
+
+
+def _settings(about: Mapping[str, Any]) -> Mapping[str, Any]:
+    settings = about.get("settings")
+    return settings if isinstance(settings, Mapping) else {}
 
 
 def _rows(folder: Path) -> tuple[dict[int, Row], dict[int, Row]]:

@@ -10,6 +10,7 @@ from scipy import stats
 from alignment.evaluation.study.runs import GOLD, KL, PROXY, SECOND, SLOPE, Group, Run
 from alignment.judges.agreement.bootstrap import LEVEL
 from alignment.judges.agreement.figures import Floats
+from alignment.monitors.detectors import NAMES
 
 
 @dataclass(frozen=True)
@@ -103,14 +104,14 @@ slope, kl = partial(last, name=SLOPE), partial(last, name=KL)
 
 
 def detectors(groups: Sequence[Group], prefix: str) -> list[str]:
-    """Names of monitors that any run logged."""
+    """Those whose shares any run logged."""
     rows = [
         row
         for group in groups
         for run in group.runs
         for row in (*run.training.values(), *run.gradings.values())
     ]
-    return sorted({n.removeprefix(prefix) for row in rows for n in row if n.startswith(prefix)})
+    return sorted(name for name in NAMES if any(prefix + name in row for row in rows))
 
 
 def shares(group: Group, prefix: str, name: str) -> tuple[Mean, Mean]:

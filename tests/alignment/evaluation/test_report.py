@@ -3,6 +3,7 @@
 import html
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -144,6 +145,7 @@ def test_runs_that_are_not_whole_are_shown_as_such(tmp_path: Path) -> None:
     write_run(tmp_path / names[2], "label", 2, [s for s in STEPS if s not in (40, 60)], changes)
     write_run(tmp_path / names[3], "label", 3, [0, 20], changes)
     (tmp_path / names[3] / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "lo')
+    (tmp_path / names[4]).mkdir()  # its models are being loaded
     write_index(tmp_path, [*(entry("label", seed) for seed in range(5)), entry("thinking", 0)])
     rows = [json.loads(line) for line in (tmp_path / names[0] / "metrics.jsonl").open()]
     for row in rows:
@@ -174,6 +176,64 @@ def test_one_run_is_a_study_of_itself(tmp_path: Path) -> None:
     assert cells(page)["a run"][-1] == "whole"
 
 
+def test_a_run_without_a_grading_is_to_be_waited_for(tmp_path: Path) -> None:
+    about = {"commands": ["et-align train-policy"], "settings": {"judge": [{"kind": "rule"}]}}
+    (tmp_path / "run.json").write_text(json.dumps(about))  # what judges it has comes later
+    with pytest.raises(UserError, match="has no grading yet: wait for the first"):
+        main([str(tmp_path)])
+    (tmp_path / "run.json").write_text('{"settings": {"gold": []}}')
+    with pytest.raises(UserError, match="it is of another tool"):
+        main([str(tmp_path)])
+
+
+def test_a_seed_twice_is_refused(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_run(tmp_path / name, "label", 3)
+    entries = [entry("label", 3) | {"folder": name} for name in ("a", "b")]
+    write_index(tmp_path, entries)
+    with pytest.raises(UserError, match=r"has seed 3 of 'label' on 'start' twice"):
+        main([str(tmp_path)])
+    for one in entries:
+        del one["seed"]  # what is not told may differ
+    write_index(tmp_path, entries)
+    main([str(tmp_path)])
+
+
+def test_a_step_written_twice_counts_as_it_was_last(tmp_path: Path) -> None:
+    write_study(tmp_path, seeds=1)
+    wanted = reported(tmp_path)
+    for folder in tmp_path.glob("start-*"):
+        for file in (folder / "metrics.jsonl", folder / "samples.jsonl"):
+            rows = [json.loads(line) for line in file.open()]
+            ends = [row for row in rows if row["step"] in (0, 1, 199, 200)]
+            for row in ends:
+                row |= {name: 9.0 for name, value in row.items() if isinstance(value, float)}
+                row |= {"scores": {"proxy": 9.0}} if "scores" in row else {}
+            write(file, [*ends, *(json.loads(line) for line in file.open())])
+    assert reported(tmp_path) == wanted
+
+
+def test_only_detectors_have_shares_of_flagged_responses(tmp_path: Path) -> None:
+    write_study(tmp_path, seeds=1)
+    for file in tmp_path.glob("*/metrics.jsonl"):
+        rows = [json.loads(line) for line in file.open()]
+        write(file, [row | {"monitor_alarms": 2, "monitor/alarms": 2} for row in rows])
+    page = reported(tmp_path)
+    assert "self_praise" in page and "alarms" not in cells(page) and "200.0%" not in page
+
+
+def test_pairwise_grades_are_win_rates(tmp_path: Path) -> None:
+    drawn = tmp_path / "report" / "curves.svg"
+    write_run(tmp_path / "start-label-seed0", "label", 0)
+    write_index(tmp_path, [entry("label", 0)])
+    main([str(tmp_path)])
+    assert "mean score, held-out" in drawn.read_text()
+    shutil.rmtree(tmp_path / "start-label-seed0")
+    write_run(tmp_path / "start-label-seed0", "label", 0, settings={"reward": "pairwise"})
+    main([str(tmp_path)])
+    assert "win rate, held-out" in drawn.read_text() and "mean score" not in drawn.read_text()
+
+
 def test_hostile_text_stays_text(tmp_path: Path) -> None:
     name = "<b>label</b> $x^{2$"
     write_study(tmp_path, seeds=2, courses={name.replace("/", "-"): COURSES["label"]})
@@ -202,7 +262,6 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
         ("study.json", "[1", "study.json is not JSON"),
         ("study.json", '{"runs": [{"folder": "x"}]}', "a run has a folder, a policy and a judge"),
         ("start-label-seed0/run.json", "[]", "run.json must hold one JSON object"),
-        ("start-label-seed0/run.json", None, "run.json: No such file"),
         ("start-label-seed0/metrics.jsonl", "x\n{}\n", "line 1 is not JSON"),
         ("start-label-seed0/metrics.jsonl", '{"step": "a"}\n', "without a whole number"),
         ("start-label-seed0/metrics.jsonl", '{"step": 0, "grade/proxy": "9"}\n', "is no number"),
@@ -211,12 +270,10 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     ],
 )
 def test_malformed_files_are_refused_in_a_sentence(
-    tmp_path: Path, file: str, content: str | None, said: str
+    tmp_path: Path, file: str, content: str, said: str
 ) -> None:
     write_study(tmp_path, seeds=1, courses={"label": COURSES["label"]})
-    (tmp_path / file).unlink()
-    if content is not None:
-        (tmp_path / file).write_text(content)
+    (tmp_path / file).write_text(content)
     with pytest.raises(UserError, match=said) as caught:
         main([str(tmp_path)])
     assert "\n" not in str(caught.value)

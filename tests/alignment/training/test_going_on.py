@@ -5,6 +5,7 @@ import os
 import signal
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -150,8 +151,8 @@ def test_every_evaluation_is_had_once_and_the_end_stays_the_end(model, tmp_path)
 
 
 def of_draws(algorithm, tasks, groups):
-    run = SimpleNamespace(folder=Path())
-    engine = SimpleNamespace(generate=None)
+    run: Any = SimpleNamespace(folder=Path())
+    engine: Any = SimpleNamespace(generate=None)
     settings = Settings(ALGORITHMS[algorithm], groups, 2, 1, LENGTH, Sampling(4))
     return ReinforcementStep(engine, run, tasks, lambda groups, check: [], settings, seed=3)
 

@@ -1,10 +1,14 @@
 """A model learns to answer, and answers: the same on any ranks, and as transformers has it."""
 
 import json
+from pathlib import Path
+from unittest import mock
 
 import pytest
+import torch.distributed as dist
 
 from alignment.data.rows import RecordWriter
+from alignment.evaluation.tool import main as evaluate
 from alignment.judges.rows import read_all
 from alignment.records import Message, Prompt, Response
 from megatron_ext.errors import UserError
@@ -84,9 +88,11 @@ def test_a_model_learns_to_answer(place, tmp_path):
         assert list(valid) == [0, 10, 20, 30] and valid[0] < -4 and valid[30] > -0.3
         answers = read_all(run / "greedy.jsonl", Response)
         assert [row.text for row in answers] == [row.text for row in rows(7, 200)]
-        assert [row.id for row in answers] == [row.prompt.id for row in rows(7, 200)]
+        assert len({row.id.removeprefix(f"{row.prompt.id}-0-") for row in answers}) == 1
         samples = read_all(run / "drawn.jsonl", Response)
-        assert [row.id for row in samples[:3]] == ["p200-0", "p200-1", "p201-0"]
+        ids = [row.id.rpartition("-") for row in samples]
+        assert [name for name, *_ in ids[:3]] == ["p200-0", "p200-1", "p201-0"]
+        assert {mark for *_, mark in ids} != {answers[0].id.rpartition("-")[2]}
         best = json.loads((run / "best" / "best.json").read_text())
         assert best["validation/log_prob"] == max(valid.values())
         found.append((list(valid.values()), [row.text for row in samples]))
@@ -108,6 +114,40 @@ def test_a_model_learns_to_answer(place, tmp_path):
     assert found[0][0][0] == pytest.approx(total / count, abs=1e-4)
 
 
+def generate_of(folder, models):
+    from alignment.policies.generate import main
+
+    return [
+        main(
+            [
+                "--model", str(model), "--input", str(folder / "prompts.jsonl"),
+                "--output", f"{model}.jsonl", "--max-new-tokens", "4", "--temperature", "0",
+            ]
+        )
+        for model in models
+    ]  # fmt: skip
+
+
+def test_what_models_generate_is_evaluated_together(place, tmp_path):
+    start, trained = tmp_path / "start", tmp_path / "trained"
+    for model, layers in ((start, 1), (trained, 2)):
+        make_model(model, num_hidden_layers=layers, max_position_embeddings=128)
+    assert run_ranks(generate_of, 1, place, (start, trained)) == [[0, 0]]
+    files = [f"{start}.jsonl", f"{trained}.jsonl"]
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{answer}.\n" for answer in ANSWERS.values()) * 40)
+    out = tmp_path / "out"
+    evaluate(
+        ["--responses", *files, "--baseline", files[0], "--output", str(out),
+         "--resamples", "20", "--judge", "rule", "--rule-text", str(text)]
+    )  # fmt: skip
+    found = json.loads((out / "evaluation.json").read_text())
+    assert found["policies"] == [str(start), str(trained)] and found["prompts"] == 7
+    [of] = found["judges"].values()
+    assert of["scores"]["policies"][str(trained)]["judged"] == 7
+    assert of["preferences"]["policies"][str(trained)]["judged"] == 7
+
+
 def test_what_cannot_be_learned_from_is_told(place, tmp_path):
     from alignment.policies.sft import _parse
 
@@ -121,6 +161,30 @@ def test_what_cannot_be_learned_from_is_told(place, tmp_path):
         writer.write(rows(1)[0])
     [told] = run_ranks(learn_from, 1, place, tmp_path / "run", file)
     assert told.startswith(f"all 1 responses of {file} are longer with their prompts")
+
+
+def learn_late(folder, run):
+    """Ranks but the first see what rank 0 has begun to export."""
+    from alignment.policies.sft import main
+
+    is_dir = Path.is_dir
+
+    def late(path):
+        return (path.name == "best" and dist.get_rank() > 0) or is_dir(path)
+
+    with mock.patch.object(Path, "is_dir", late):
+        return main(
+            [
+                "--model", str(folder / "model"), "--run-dir", str(run), "--input",
+                str(folder / "train.jsonl"), "--epochs", "1", "--batch-size", "48",
+                "--seq-length", "64",
+            ]
+        )  # fmt: skip
+
+
+def test_rank_0_says_whether_the_model_is_exported(place, tmp_path):
+    assert run_ranks(learn_late, 2, place, tmp_path / "run") == [0, 0]
+    assert (tmp_path / "run" / "best" / "config.json").is_file()
 
 
 def learn_from(folder, run, file):
