@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from alignment.engines.protocol import Engine
+from megatron_ext.errors import UserError
 
 
 def most_of_ranks(count: int) -> int:
@@ -40,3 +41,25 @@ def speaks_for_share(engine: Engine) -> bool:
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, engine.data_rank)
     return found.index(engine.data_rank) == dist.get_rank()
+
+
+def agree(check: Callable[[], None]) -> None:
+    """Go on only when `check` raises no UserError on any rank; a collective.
+
+    A rank that raised alone would leave the others waiting for it in the next collective.
+
+    Args:
+        check: what this rank looks at or does; has no collectives.
+
+    Raises:
+        UserError: the first rank's, on every rank.
+    """
+    problem = None
+    try:
+        check()
+    except UserError as error:
+        problem = str(error)
+    problems: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    if told := next(filter(None, problems), None):
+        raise UserError(told)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.modules.dropout import _DropoutNd
 
 from alignment.engines.batch import Batch, Sample
 from alignment.engines.decoding import decode
@@ -28,10 +29,12 @@ from alignment.engines.protocol import (
     means_of,
     scores_of,
 )
+from alignment.ranks import agree
 from megatron_ext.devices import is_cpu_device
 from megatron_ext.errors import UserError
 from megatron_ext.hf.families import OWN
 from megatron_ext.inference.sampling import Sampling, log_probs_of
+from megatron_ext.training.checkpoints import write_atomically
 
 ON_CPU = is_cpu_device() or not torch.cuda.is_available()
 if ON_CPU:
@@ -224,9 +227,14 @@ class DeepSpeedEngine:
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """See the protocol; DeepSpeed's own form, for the same number of ranks."""
+        tag = f"step_{self.step}"
         self._engine.save_checkpoint(
-            os.fspath(folder), tag=f"step_{self.step}", client_state={"step": self.step}
+            os.fspath(folder), tag=tag, client_state={"step": self.step}, save_latest=False
         )
+        # DeepSpeed would name the checkpoint before the other ranks have written their parts.
+        dist.barrier()
+        latest = Path(folder, "latest")
+        agree(lambda: write_atomically(latest, tag) if dist.get_rank() == 0 else None)
 
     def load(self, folder: str | os.PathLike[str]) -> None:
         """See the protocol."""
@@ -318,15 +326,32 @@ def _load(folder: Path, dtype: torch.dtype) -> Any:
 
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is no Hugging Face folder: it has no config.json")
-    if f'"{OWN.name}"' not in (folder / "config.json").read_text():
-        config = AutoConfig.from_pretrained(folder)
-        return AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype)
-    model = ExpertThresholdForCausalLM.from_pretrained(
-        folder, config=load_config(folder), dtype=dtype
-    )
-    # Which experts run depends on the tokens: ZeRO 3 must not follow them one by one.
-    deepspeed.utils.set_z3_leaf_modules(model, [MoE], raise_if_not_found=False)
+    own = f'"{OWN.name}"' in (folder / "config.json").read_text()
+    config = load_config(folder) if own else AutoConfig.from_pretrained(folder)
+    # What a train step computes must be what `log_probs` does: with dropout the ratios of PPO and
+    # its kind would not be 1 before the first update. To train in eval mode would be no way out:
+    # there experts without a token take no part, and ranks would lack each other's gradients.
+    _turn_dropout_off(config)
+    loader = ExpertThresholdForCausalLM if own else AutoModelForCausalLM
+    model = loader.from_pretrained(folder, config=config, dtype=dtype)
+    for module in model.modules():
+        if isinstance(module, _DropoutNd):  # of a rate that is not the configuration's
+            module.p = 0.0
+    if own:
+        # Which experts run depends on the tokens: ZeRO 3 must not follow them one by one.
+        deepspeed.utils.set_z3_leaf_modules(model, [MoE], raise_if_not_found=False)
     return model
+
+
+def _turn_dropout_off(config: Any) -> None:
+    """Set all rates to 0, before modules copy them: not all of them are of a torch.nn.Dropout."""
+    from transformers import PretrainedConfig
+
+    for name, value in list(vars(config).items()):
+        if isinstance(value, PretrainedConfig):
+            _turn_dropout_off(value)
+        elif isinstance(value, int | float) and not isinstance(value, bool) and "drop" in name:
+            setattr(config, name, 0.0)
 
 
 def _eod(model: Any) -> frozenset[int]:

@@ -38,6 +38,7 @@ from alignment.engines.protocol import (
 from alignment.engines.routing import Comparison, marked
 from alignment.engines.sampler import Sampler
 from alignment.engines.scoring import Scorer
+from alignment.ranks import agree
 from megatron_ext.checkpoint import damage, find_checkpoint
 from megatron_ext.errors import UserError
 from megatron_ext.hf.live import LiveTensors
@@ -47,7 +48,7 @@ from megatron_ext.model.packing import rotate_by_position_ids
 from megatron_ext.moe.router import ThresholdRouter
 from megatron_ext.moe.watching import watched
 from megatron_ext.quiet import quiet_megatron
-from megatron_ext.training.checkpoints import explain_failure
+from megatron_ext.training.checkpoints import explain_failure, mend_tracker
 from megatron_ext.training.step import routers_of
 
 
@@ -224,9 +225,16 @@ class MegatronEngine:
     def load(self, folder: str | os.PathLike[str]) -> None:
         """See the protocol."""
         self._come_first()
-        checkpoint = find_checkpoint(folder)
-        if problem := damage(checkpoint, dist.get_rank(), dist.get_world_size()):
-            raise UserError(f"{checkpoint} is incomplete or damaged: {problem}")
+        rank, size = dist.get_rank(), dist.get_world_size()
+
+        def see_that_it_is_whole() -> None:
+            checkpoint = find_checkpoint(folder)
+            if problem := damage(checkpoint, rank, size):  # each rank reads a share of the files
+                raise UserError(f"{checkpoint} is incomplete or damaged: {problem}")
+
+        # Megatron empties its tracker before it writes it: a kill may come in between.
+        agree(lambda: mend_tracker(Path(folder)) if rank == 0 else None)
+        agree(see_that_it_is_whole)
         self.args.load = str(folder)
         # These count on from where they are.
         self.args.consumed_train_samples = self.args.skipped_train_samples = 0

@@ -6,7 +6,8 @@ The server is started on a folder that the training writes,
         --logprobs-mode processed_logprobs
 
 and reads it again when it is told to: token ids go in and come out, so that nothing is encoded
-twice. Both see the folder, over a shared file system.
+twice. Both see the folder, over a shared file system. Requests leave nothing to its
+generation_config.json.
 """
 
 import asyncio
@@ -24,6 +25,12 @@ from megatron_ext.errors import UserError
 from megatron_ext.inference.sampling import Sampling
 
 _WAIT = 2.0  # seconds between tries
+_NEUTRAL = {
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "min_p": 0.0,
+}
 
 
 class ServedRollouts:
@@ -150,11 +157,17 @@ class ServedRollouts:
             "temperature": 0.0 if sampling.greedy else sampling.temperature,
             "top_p": sampling.top_p,
             "top_k": sampling.top_k or -1,
+            # What is not said vLLM takes from generation_config.json, some of which penalise
+            # repetition: the responses would be of another distribution than the policy's.
+            **_NEUTRAL,
             "seed": seed % (1 << 31),
             "logprobs": 0,
             "return_token_ids": True,
             "skip_special_tokens": False,
-            "ignore_eos": not sampling.stop_at_eod,
+            # It also ends responses at all end tokens of that file, but for those that it is told
+            # to ignore: the policy's is then named.
+            "ignore_eos": True,
+            "stop_token_ids": [self.eod] if sampling.stop_at_eod else [],
         }
 
     def _read(self, answer: Any, url: str) -> Generated:

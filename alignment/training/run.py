@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from alignment.engines.protocol import Engine
+from megatron_ext.checkpoint import TRACKER
 from megatron_ext.errors import UserError
 from megatron_ext.training.checkpoints import write_atomically
 from megatron_ext.training.checks import commit, versions
@@ -102,7 +103,7 @@ class Run:
         state, checkpoints = self._state, self.folder / "checkpoints"
         rows = json.loads(state.read_text()) if state.is_file() else []
         # Megatron and DeepSpeed name their newest in a file; before it the weights are --model's.
-        found = any(checkpoints.glob("latest*"))
+        found = any((checkpoints / name).is_file() for name in (TRACKER, "latest"))
         if found:
             self.engine.load(checkpoints)
         # Several steps of the trainer may share one of the engine, whose weights they left.

@@ -32,7 +32,7 @@ def choose_checkpoint(args: Namespace, launch: Launch) -> Path | None:
         UserError: naming the damaged file, on every rank.
     """
     folder = Path(args.load)
-    launch.agree("tracker", lambda: _mend_tracker(folder) if launch.rank == 0 else None)
+    launch.agree("tracker", lambda: mend_tracker(folder) if launch.rank == 0 else None)
     candidates = launch.share("checkpoints", _candidates(folder, args.ckpt_step))
     if not candidates:
         return None
@@ -71,8 +71,12 @@ def _tracked(tracker: Path) -> str | None:
     return f"iter_{int(text):07d}" if text.isdigit() else "release" if text == "release" else None
 
 
-def _mend_tracker(folder: Path) -> None:
-    """Name the newest complete checkpoint where a run was killed before or while doing so."""
+def mend_tracker(folder: Path) -> None:
+    """Name the newest complete checkpoint where a run was killed before or while doing so.
+
+    Raises:
+        UserError: the tracker is damaged and there is no complete checkpoint.
+    """
     tracker = folder / TRACKER
     if tracker.is_file() and _tracked(tracker):
         return

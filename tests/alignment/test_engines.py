@@ -11,7 +11,10 @@ import pytest
 import torch
 
 from alignment.engines.batch import Batch, Sample
-from tests.alignment.engine_runs import brute_force, observe, saved
+from alignment.engines.protocol import Sums
+from megatron_ext.checkpoint import TRACKER
+from megatron_ext.errors import UserError
+from tests.alignment.engine_runs import OPTIMIZATION, brute_force, observe, saved, share, train
 from tests.distributed import run_ranks
 from tests.hf.models import make
 
@@ -210,3 +213,145 @@ def test_a_sample_that_is_too_long_or_all_response_is_refused():
         Batch.packed([Sample([1, 2, 3, 4])], 3)
     with pytest.raises(ValueError, match="0 prompt tokens"):
         Sample([1, 2], 0)
+
+
+def first_ratios(engine):
+    """How far apart, in nats, a train step and scoring are before the weights move."""
+    batch = share(engine, 0)
+    seen: list[torch.Tensor] = []
+    before = engine.log_probs(batch).log_probs
+
+    def loss(scores, part):
+        seen.append(scores.log_probs.detach() - before[len(seen) : len(seen) + part.rows])
+        return Sums(scores.log_probs.sum(), part.loss_mask.sum())
+
+    engine.train_step(batch, loss)
+    return max(float(difference.abs().max()) for difference in seen)
+
+
+def make_with_dropout(folder):
+    """Models that drop by modules, by functions, and whole layers: at rates nobody can miss."""
+    from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
+
+    size = {"vocab_size": 128, "max_position_embeddings": 64, "hidden_size": 32}
+    rates = {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5}
+    gpt = GPT2Config(vocab_size=128, n_positions=64, n_embd=32, n_layer=2, n_head=4, **rates)
+    GPT2LMHeadModel(gpt).save_pretrained(folder / "gpt2")
+    rates = {"dropout": 0.5, "attention_dropout": 0.5, "layerdrop": 0.5}
+    opt = OPTConfig(
+        **size,
+        word_embed_proj_dim=32,
+        ffn_dim=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        **rates,
+    )
+    OPTForCausalLM(opt).save_pretrained(folder / "opt")
+    make("llama", folder / "llama", vocab_size=128, num_hidden_layers=2, attention_dropout=0.5)
+
+
+def ratios_of_deepspeed(folder):
+    from alignment.engines.deepspeed import DeepSpeedEngine
+
+    return {
+        name: first_ratios(DeepSpeedEngine(folder / name, OPTIMIZATION))
+        for name in ("gpt2", "opt", "llama")
+    }
+
+
+def ratios_of_megatron(folder):
+    from alignment.engines.megatron import MegatronEngine
+
+    engine = MegatronEngine(folder, OPTIMIZATION)
+    assert engine.config.hidden_dropout == engine.config.attention_dropout == 0
+    return first_ratios(engine)
+
+
+@pytest.mark.slow
+def test_a_model_with_dropout_is_trained_without(tmp_path):
+    make_with_dropout(tmp_path)
+    [found] = run_ranks(ratios_of_deepspeed, 1, tmp_path)
+    assert all(ratio < 1e-5 for ratio in found.values()), found
+    make("llama", tmp_path / "plain", vocab_size=128, num_hidden_layers=2)
+    [ratio] = run_ranks(ratios_of_megatron, 1, tmp_path / "plain")
+    assert ratio < 1e-5
+
+
+def told_by(call):
+    try:
+        call()
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def load_what_a_kill_left(folder, place):
+    """What ranks are told of a tracker that was emptied, without and with a damaged file."""
+    import torch.distributed as dist
+
+    from alignment.engines.megatron import MegatronEngine, MegatronLayout
+
+    engine = MegatronEngine(folder, OPTIMIZATION, MegatronLayout())
+
+    def leave(change):
+        if dist.get_rank() == 0:
+            change()
+        dist.barrier()
+
+    train(engine, [0])
+    engine.save(place)
+    train(engine, [1])
+    leave(lambda: (place / TRACKER).write_text(""))
+    engine.load(place)
+    mended = engine.step
+    # Ranks read every other file: this one is the second's.
+    checkpoint = place / "iter_0000001"
+    names = sorted(file.name for file in checkpoint.iterdir() if file.name != "integrity.json")
+    leave(lambda: (checkpoint / names[1]).write_bytes(b"damaged"))
+    damaged = told_by(lambda: engine.load(place))
+    leave(lambda: (checkpoint / "integrity.json").unlink())
+    leave(lambda: (place / TRACKER).write_text(""))
+    return mended, names[1], damaged, told_by(lambda: engine.load(place))
+
+
+@pytest.mark.slow
+def test_all_ranks_load_what_a_kill_left_or_are_told_why_not(tmp_path):
+    make("llama", tmp_path / "model", vocab_size=128, num_hidden_layers=1)
+    place = tmp_path / "checkpoints"
+    first, second = run_ranks(load_what_a_kill_left, 2, tmp_path / "model", place)
+    assert first == second
+    mended, name, damaged, nothing = first
+    assert mended == 1
+    assert damaged.endswith(f"is incomplete or damaged: its file {name} is not as it was saved")
+    assert f"{place / TRACKER} is damaged and no checkpoint beside it is whole" in nothing
+
+
+def save_with_a_slow_rank(folder, place):
+    """What names the newest checkpoint, before the last rank writes its part and at the end."""
+    import time
+
+    import torch.distributed as dist
+
+    from alignment.engines.deepspeed import DeepSpeedEngine
+
+    engine = DeepSpeedEngine(folder, OPTIMIZATION)
+    engine.save(place)
+    write, seen = engine._engine._save_zero_checkpoint, []
+
+    def write_late(*args):
+        if dist.get_rank() == 1:
+            time.sleep(1)
+            seen.append((place / "latest").read_text())
+        write(*args)
+
+    engine._engine._save_zero_checkpoint = write_late
+    engine.step = 1
+    engine.save(place)
+    return seen, (place / "latest").read_text()
+
+
+@pytest.mark.slow
+def test_deepspeed_names_a_checkpoint_when_all_ranks_have_written_theirs(tmp_path):
+    make("llama", tmp_path / "model", vocab_size=128, num_hidden_layers=1)
+    ranks = run_ranks(save_with_a_slow_rank, 2, tmp_path / "model", tmp_path / "checkpoints")
+    assert ranks == [([], "step_1"), (["step_0"], "step_1")]

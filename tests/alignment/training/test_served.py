@@ -20,8 +20,11 @@ pytestmark = pytest.mark.slow
 class Server(ThreadingHTTPServer):
     """Serves the model of a folder by transformers, as vLLM does: token ids in and out.
 
+    What a body does not say is as in the folder's generation_config.json.
+
     Attributes:
         loads: how often the weights were read.
+        bodies: of completions.
         away: calls to be answered with an error of the server's.
         most: completions that it answers; others hang until it is `freed`, and get no answer.
     """
@@ -35,6 +38,7 @@ class Server(ThreadingHTTPServer):
         self.begun, self.freed = 0, threading.Event()
         self.lock = threading.Lock()
         self.calls: list[str] = []
+        self.bodies: list[dict[str, Any]] = []
 
     def completions(self):
         return self.calls.count("/v1/completions")
@@ -44,6 +48,7 @@ class Server(ThreadingHTTPServer):
         from transformers import AutoModelForCausalLM
 
         self.model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
+        self.defaults = json.loads((self.folder / "generation_config.json").read_text())
         self.loads += 1
 
     def complete(self, body):
@@ -51,17 +56,22 @@ class Server(ThreadingHTTPServer):
 
         generator = torch.Generator().manual_seed(body["seed"])
         tokens, values = list(body["prompt"]), []
+        penalty = body.get("repetition_penalty", self.defaults["repetition_penalty"])
+        ends = {*body.get("stop_token_ids", [])}
+        ends |= set() if body["ignore_eos"] else {*self.defaults["eos_token_id"]}
         for _ in range(body["max_tokens"]):
             with torch.no_grad():
-                logits = self.model(torch.tensor([tokens])).logits[0, -1] / body["temperature"]
-            table = logits.log_softmax(-1)
+                logits = self.model(torch.tensor([tokens])).logits[0, -1]
+            seen = logits[tokens]
+            logits[tokens] = torch.where(seen > 0, seen / penalty, seen * penalty)
+            table = (logits / body["temperature"]).log_softmax(-1)
             token = int(torch.multinomial(table.exp(), 1, generator=generator))
             tokens.append(token)
             values.append(float(table[token]))
-            if token == 0:
+            if token in ends:
                 break
         drawn = tokens[len(body["prompt"]) :]
-        reason = "stop" if drawn[-1] == 0 else "length"
+        reason = "stop" if drawn[-1] in ends else "length"
         logprobs = {"token_logprobs": values}
         return {"choices": [{"token_ids": drawn, "logprobs": logprobs, "finish_reason": reason}]}
 
@@ -93,6 +103,7 @@ class Handler(BaseHTTPRequestHandler):
                 return self.reply(200, None)
             assert self.path == "/v1/completions" and body["model"] == "policy"
             assert body["return_token_ids"] and body["logprobs"] == 0
+            server.bodies.append(body)
             return self.reply(200, server.complete(body))
 
     def reply(self, status, value):
@@ -169,6 +180,10 @@ def learn(folder, place, url, patience, ahead=False, waits=16, stops=False):
 @pytest.fixture
 def server(tmp_path):
     make_model(tmp_path / "model", num_hidden_layers=1, max_position_embeddings=64)
+    # As those of many released models: more than one end token, and a penalty.
+    (tmp_path / "model" / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": list(range(40)), "repetition_penalty": 1.5})
+    )
     server = Server(tmp_path / "run" / "served")
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     yield server
@@ -185,6 +200,9 @@ def test_the_server_draws_with_the_weights_of_every_step(tmp_path, server):
     url = url_of(server)
     (rows, _), _ = run_ranks(learn, 2, tmp_path / "model", tmp_path / "run", url, 60.0)
     assert server.loads == 3 and server.calls.count("/reset_prefix_cache") == 3
+    neutral = {"repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0, "min_p": 0}
+    assert len(server.bodies) == 48
+    assert all(body | neutral == body for body in server.bodies)
     # Its log-probabilities are those that training computes, at the same temperature.
     assert all(row["rollout_gap_max"] < 1e-4 for row in rows)
     assert all(row["grad_norm"] > 0.01 for row in rows)
