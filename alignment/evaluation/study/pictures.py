@@ -14,10 +14,11 @@ from alignment.evaluation.study.runs import GOLD, KL, PROXY, SECOND, Group, Stud
 from alignment.evaluation.study.seeds import Mean, course, curve, mean_of
 from tools.plotting import BLUE, CYCLE, GREEN, GREY, STYLE, VERMILION, write_picture
 
+# By label, colour and width. The second gold often says what gold says, and lies broad below it.
 GRADES = {
-    PROXY: ("proxy: the judge trained against", BLUE),
-    GOLD: ("gold", VERMILION),
-    SECOND: ("second gold", GREEN),
+    PROXY: ("proxy: the judge trained against", BLUE, 1.9),
+    GOLD: ("gold", VERMILION, 1.9),
+    SECOND: ("second gold", GREEN, 4.5),
 }
 _MOST_COLUMNS = 3
 _MARKERS = "os^Dvp*X"
@@ -70,8 +71,10 @@ def _curves(study: Study) -> Figure:
         if place[1] == 0:
             axes.set_ylabel(f"{measures}, held-out prompts")
     figure.axes[0].set_ylim(_range(study, shown))
-    handles = [figure.axes[0].plot([], [], color=GRADES[n][1], lw=1.8)[0] for n in shown]
-    labels = [GRADES[name][0] for name in shown]
+    handles, labels = [], []
+    for label, colour, width in (GRADES[name] for name in shown):
+        handles += figure.axes[0].plot([], [], color=colour, lw=width)
+        labels.append(label)
     if any(run.alarms for run in study.runs):
         handles.append(figure.axes[0].plot([], [], "x", color="black", ms=6, mew=1.6)[0])
         labels.append("first alarm of a run")
@@ -88,8 +91,8 @@ def _range(study: Study, shown: Sequence[str]) -> tuple[float, float]:
 
 
 def _group(axes: Axes, group: Group, shown: Sequence[str]) -> None:
-    for name in shown:
-        colour = GRADES[name][1]
+    for name in reversed(shown):
+        _, colour, width = GRADES[name]
         steps, means = curve(group, name)
         if not steps:
             continue
@@ -98,7 +101,7 @@ def _group(axes: Axes, group: Group, shown: Sequence[str]) -> None:
             axes.plot(list(series), list(series.values()), color=colour, lw=0.7, alpha=0.45)
             if name == GOLD and run.alarms and (step := run.alarms[0]) in series:
                 axes.plot(step, series[step], "x", color="black", ms=6, mew=1.6, zorder=5)
-        _mean_curve(axes, steps, means, colour, len(group.graded))
+        _mean_curve(axes, steps, means, colour, width, len(group.graded))
         if name == PROXY:
             _tell_fewer(axes, steps, means)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -107,12 +110,12 @@ def _group(axes: Axes, group: Group, shown: Sequence[str]) -> None:
 
 
 def _mean_curve(
-    axes: Axes, steps: Sequence[int], means: Sequence[Mean], colour: str, seeds: int
+    axes: Axes, steps: Sequence[int], means: Sequence[Mean], colour: str, width: float, seeds: int
 ) -> None:
     """Solid where all seeds are in the mean, dashed where some have ended."""
     at, values = np.array(steps), np.array([mean.value for mean in means], dtype=float)
     full = np.array([mean.n == seeds for mean in means])
-    axes.plot(at, np.where(full, values, np.nan), color=colour, lw=1.9)
+    axes.plot(at, np.where(full, values, np.nan), color=colour, lw=width)
     if not full.all():
         axes.plot(at, values, color=colour, lw=1.3, ls=(0, (3, 2)))
     axes.plot(at, values, ".", color=colour, ms=4)

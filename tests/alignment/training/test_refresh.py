@@ -74,8 +74,8 @@ def refresh(place):
     for who, model in (("current", place / "current"), ("candidate", place / "judge" / "best")):
         for part in ("old", "new"):
             output = place / f"{part}.{who}.jsonl"
-            words = ("--model", model, "--input", place / f"{part}.jsonl", "--output", output)
-            codes.append(call(judge, *words, *form))
+            asked = ("--model", model, "--input", place / f"{part}.jsonl", "--output", output)
+            codes.append(call(judge, *asked, *form))
             given += [f"--{part}-{who}", output]
     for part in ("old", "new"):
         given += [f"--{part}-gold", place / f"{part}.gold.jsonl"]
