@@ -1,11 +1,12 @@
 """A real policy on two cores: SmolLM2-135M against a judge of its own, graded by checks.
 
-    python -m examples.alignment.smollm_policy [--output DIR] [--steps N]
+    python -m examples.alignment.smollm_policy [--against judge] [--output DIR] [--steps N]
 
 Prompts are IFBench's whose constraints `examples/alignment/checks.py` can check, and MT-Bench's.
 Gold is that program. A judge, SmolLM2-135M too, is trained on gold's scores of the start policy's
-responses; the policy is trained against the judge, and both are watched on held-out prompts. Run
-again, it goes on from where it was stopped.
+responses; the policy is trained against the judge, and both are watched on held-out prompts. With
+--against gold no judge is trained, and gold itself rewards: what there is to learn. Run again, it
+goes on from where it was stopped.
 """
 
 import argparse
@@ -59,12 +60,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run_steps(_sources(run), run / "steps")
         _choose(run)
-        for phase in (_judge, _policy):
+        for phase in (_judge, _policy) if options.against == "judge" else (_policy,):
             run_steps(phase(run, options), run / "steps")
     except Stopped as stopped:
         say("stopped; the same command goes on from here")
         return 128 + stopped.number
-    say((run / "report.txt").read_text().strip())
+    say((_place(run, options) / "report.txt").read_text().strip())
     say(f"all after {duration(time.monotonic() - begin)}")
     return 0
 
@@ -185,24 +186,26 @@ def _judge(run: Path, options: argparse.Namespace) -> list[Step]:
 
 
 def _policy(run: Path, options: argparse.Namespace) -> list[Step]:
-    """The policy against the judge, and the page."""
+    """The policy against the judge, or gold, and the page."""
+    gold = {"kind": "function", "function": f"{CHECKS}:score"}
     judge = {
         "kind": "local", "model": str(run / "judge" / "best"), "template": str(QUESTION),
         "chat_template": str(run / "chat.jinja"), "length": options.seq_length, "rows": 16,
         "agreement": str(run / "agreement" / "agreement.json"),
     }  # fmt: skip
-    (run / "judge.yaml").write_text(yaml.safe_dump(judge))
-    gold = {"kind": "function", "function": f"{CHECKS}:score"}
-    (run / "gold.yaml").write_text(yaml.safe_dump(gold))
-    policy, page = run / "policy", run / "report.txt"
+    for name, content in {"gold": gold, "judge": judge}.items():
+        (run / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    policy, by = _place(run, options), run / f"{options.against}.yaml"
+    page = policy / "report.txt"
+    trained = [run / "judge" / "metrics.jsonl"] if options.against == "judge" else []
     prompts = [run / "train.prompts.jsonl", run / "held_out.prompts.jsonl"]
     return [
         training(
-            "policy", "a policy against the judge",
+            policy.name, f"a policy against {options.against}",
             align(
                 "train-policy", "--model", run / "model",
                 "--prompts", prompts[0], "--held-out", prompts[1],
-                "--judge", run / "judge.yaml", "--gold", run / "gold.yaml",
+                "--judge", by, "--gold", run / "gold.yaml",
                 "--steps", options.steps, "--batch-size", options.batch_size, "--group-size", "4",
                 "--mini-batches", "1", "--max-new-tokens", options.max_new_tokens,
                 *TEMPERATURE, "--lr", "5e-5", "--seq-length", options.seq_length,
@@ -210,15 +213,19 @@ def _policy(run: Path, options: argparse.Namespace) -> list[Step]:
                 "--rows", "20", *_form(run, options),
             ),
             policy, "final",
-            [*prompts, run / "judge.yaml", run / "gold.yaml", run / "judge" / "metrics.jsonl"],
+            [*prompts, by, run / "gold.yaml", CHECKS, *trained],
             threads=CORES, figure="reward",
         ),
         _step(
-            "report", "drawing", align("report", policy), run,
+            f"report-{policy.name}", "drawing", align("report", policy), run,
             [page, policy / "report" / "report.html"],
             [policy / "metrics.jsonl"], page,
         ),
     ]  # fmt: skip
+
+
+def _place(run: Path, options: argparse.Namespace) -> Path:
+    return run / ("policy" if options.against == "judge" else "policy-gold")
 
 
 def _form(run: Path, options: argparse.Namespace) -> list[object]:
@@ -245,6 +252,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     # fmt: off
     add = parser.add_argument
+    add("--against", choices=["judge", "gold"], default="judge",
+        help="who rewards (%(default)s)")
     add("--output", default="runs/smollm-policy", metavar="DIR", help="(%(default)s)")
     add("--steps", type=int, default=10, metavar="N", help="of the policy (%(default)s)")
     add("--batch-size", type=int, default=16, metavar="N", help="responses (%(default)s)")

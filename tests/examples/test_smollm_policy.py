@@ -50,3 +50,6 @@ def test_prompts_and_commands(tmp_path):
     assert policy.steps == 4 and policy.eval_interval == 2 and policy.reference
     assert JudgeSpec.read(policy.judge[0]).model.endswith("judge/best")
     assert JudgeSpec.read(policy.gold[0]).function.endswith("checks.py:score")
+    steps = {step.name: step for step in _policy(tmp_path, _parse(["--against", "gold"]))}
+    policy = train_policy(steps["policy-gold"].command[3:])
+    assert policy.judge == policy.gold and policy.steps == 10
