@@ -257,7 +257,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--output", default="runs/smollm-policy", metavar="DIR", help="(%(default)s)")
     add("--steps", type=int, default=10, metavar="N", help="of the policy (%(default)s)")
     add("--batch-size", type=int, default=16, metavar="N", help="responses (%(default)s)")
-    add("--judge-samples", type=int, default=4, metavar="N",
+    add("--judge-samples", type=int, default=3, metavar="N",
         help="responses a prompt that the judge learns from (%(default)s)")
     add("--max-new-tokens", type=int, default=40, metavar="N", help="(%(default)s)")
     add("--seq-length", type=int, default=384, metavar="N", help="(%(default)s)")
