@@ -21,7 +21,7 @@ DIFFERS = "\0"  # stands in a message for what differs from case to case
 
 def messages() -> Iterator[str]:
     """Every text in the code, with `DIFFERS` where a value is put in; shell scripts as a whole."""
-    folders = [ROOT / name for name in ("megatron_ext", "tools", "examples")]
+    folders = [ROOT / name for name in ("megatron_ext", "alignment", "tools", "examples")]
     for path in [file for folder in folders for file in folder.rglob("*") if file.is_file()]:
         if path.suffix in (".sh", ".sbatch"):
             script = re.sub(r"\\?\n\s*|\" +\"", " ", path.read_text())
