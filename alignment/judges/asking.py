@@ -150,9 +150,9 @@ class Asking:
                 return
             try:
                 answer = await self.client.ask(self.request(key))
+                self._in_a_row = 0  # before it is kept: a slow disk is no sign of life
                 await keeper.keep(key, answer)
                 self.tally.used += Used.of(answer)
-                self._in_a_row = 0
                 if note := self.seen(key, answer):
                     self.tally.notes[note] = self.tally.notes.get(note, 0) + 1
             except CallFailed as error:

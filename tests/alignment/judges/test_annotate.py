@@ -6,6 +6,7 @@ import math
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from contextlib import redirect_stdout
@@ -256,14 +257,31 @@ def test_a_policy_answers_prompts(tmp_path: Path) -> None:
         made = rows(tmp_path / "verdicts.jsonl")
         assert [r["text"] for r in made] == ["Well, 0."] * 2 + ["Well, 1."] * 2
         assert len({r["id"] for r in made}) == 4 and {r["source"] for r in made} == {"judge"}
-        assert server.bodies[0]["messages"] == [{"role": "user", "content": "Say <0>"}]
+        asked = [body["messages"] for body in server.bodies]
+        assert all(len(messages) == 1 and messages[0]["role"] == "user" for messages in asked)
+        assert {messages[0]["content"] for messages in asked} == {f"Say <{i}>" for i in range(3)}
         done = annotate(tmp_path / "verdicts.jsonl", server, "--generate")
         assert done.returncode == 2 and "row 1 is a response" in done.stderr
 
 
-def test_an_endpoint_that_died_is_noticed_before_a_share_of_all_has_failed(tmp_path: Path) -> None:
-    texts = texts_of(60)
-    with Endpoint(lambda text, n: status(503) if int(text[3:]) >= 30 else None) as server:
+def test_an_endpoint_that_died_is_noticed_before_a_share_of_all_has_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts, kept, add = texts_of(60), threading.Event(), AnswerStore.add
+
+    def add_and_tell(self: AnswerStore, answers: Any) -> None:
+        add(self, answers)
+        if len(self) == 30:
+            kept.set()
+
+    def faults(text: str, call: int) -> endpoint.Fault | None:
+        if int(text[3:]) < 30:
+            return None
+        kept.wait(60)  # an answer that comes late would end the row of failures
+        return status(503)
+
+    monkeypatch.setattr(AnswerStore, "add", add_and_tell)
+    with Endpoint(faults) as server:
         flags = ("--max-failed", 1, "--tries", 2, "--concurrency", 4)
         done = annotate(responses(tmp_path, texts), server, *flags)
         assert done.returncode == 2 and "20 calls in a row" in done.stderr, done.stderr
