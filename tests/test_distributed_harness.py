@@ -69,7 +69,17 @@ def _megatron():
 
 
 def _alive(pid):
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _wait_until_gone(pids):
+    deadline = time.monotonic() + 10
+    while any(map(_alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(_alive, pids))
 
 
 def test_results_come_in_rank_order_and_no_process_stays():
@@ -135,10 +145,7 @@ def test_a_timeout_kills_what_the_ranks_started_too(tmp_path):
         run_ranks(_hang_with_child, 2, tmp_path, timeout=6)
     pids = [int(pid) for file in tmp_path.iterdir() for pid in file.read_text().split()]
     assert len(pids) == 4
-    deadline = time.monotonic() + 5
-    while any(map(_alive, pids)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not any(map(_alive, pids))
+    _wait_until_gone(pids)
 
 
 _SCRIPT = r"""
@@ -178,8 +185,12 @@ def test_torchrun_returns_output_and_exit_status(script):
 
 @pytest.mark.slow
 def test_torchrun_kills_its_workers_on_timeout(script):
-    with pytest.raises(TimeoutError, match="rank 1 of 2: hello") as caught:
-        torchrun([script, "hello", "3600", "0"], 2, timeout=15)
-    lines = [line for line in str(caught.value).splitlines() if line.startswith("rank ")]
-    assert len(lines) == 2
-    assert not any(_alive(int(line.rsplit(" ", 1)[1])) for line in lines)
+    for timeout in (15, 40, 90):  # a busy machine may not have started them yet
+        with pytest.raises(TimeoutError) as caught:
+            torchrun([script, "hello", "3600", "0"], 2, timeout=timeout)
+        lines = [line for line in str(caught.value).splitlines() if line.startswith("rank ")]
+        if len(lines) == 2:
+            break
+    said, pids = zip(*(line.rsplit(" ", 1) for line in lines))
+    assert set(said) == {"rank 0 of 2: hello", "rank 1 of 2: hello"}
+    _wait_until_gone([int(pid) for pid in pids])

@@ -18,6 +18,7 @@ def blocks(page: Path) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     "page, script",
     [(page, script) for page in PAGES for script in blocks(page)],
@@ -32,7 +33,7 @@ def test_commands_run(page: Path, script: str, tmp_path: Path) -> None:
         env={**os.environ, **SINGLE_THREADED, "PATH": path, "GLOO_SOCKET_IFNAME": "lo"},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=850,
     )
     assert done.returncode == 0, done.stderr[-3000:]
 

@@ -98,7 +98,7 @@ class Cluster:
         self._start("slurmctld", "-D", "-i")
         for node in ("node1", "node2"):
             self._start("slurmd", "-D", "-N", node)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while True:
             shown = subprocess.run(
                 ["sinfo", "--noheader", "--partition=low", "--format=%D %t"],
@@ -179,6 +179,9 @@ def _free_ports(count: int) -> list[int]:
 def _configuration(folder: Path, host: str, controller: int, nodes: list[int]) -> str:
     settings: dict[str, Any] = {
         "ClusterName": "test",
+        # The ranks of a job meet at a port that follows from its number, and each worker of the
+        # tests may have a cluster at the same time.
+        "FirstJobId": 1 + 100 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]),
         "SlurmctldHost": f"{host}(127.0.0.1)",
         "SlurmctldPort": controller,
         # How long a requeued job waits; with less than 5 it would be two minutes.

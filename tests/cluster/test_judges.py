@@ -67,13 +67,13 @@ def test_training_that_is_cut_short_goes_on_where_it_was(slurm: Cluster, tmp_pat
     job = submit(slurm, tmp_path, "--nodes=2", script, str(run), *words)
     wait_until(lambda: steps(run) >= 3)
     slurm.run("scancel", "--batch", "--signal=USR1", job)
-    slurm.wait_for(job, ("PENDING",), 60)
+    slurm.wait_for(job, ("PENDING",), 240)
     cut = steps(run)
     assert 3 <= cut < STEPS
     assert [f.name for f in run.glob("checkpoints/iter_*")] == [f"iter_{cut:07d}"]
     assert not (run / "best").exists()
 
-    ended = slurm.wait_for(job, ("COMPLETED", "FAILED"), 120)
+    ended = slurm.wait_for(job, ("COMPLETED", "FAILED"), 240)
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1")
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, STEPS + 1))
@@ -109,7 +109,7 @@ def test_a_served_judge_labels_and_is_let_go(
     exported = f"--export=ALL,SERVER_JOB={server},MEGATRON_ET_JUDGE_API_KEY=secret"
     words = [str(address), str(write_rows(tmp_path / "items.jsonl", items)), str(verdicts)]
     job = submit(slurm, tmp_path, exported, f"{SCRIPTS}/annotate.sbatch", *words)
-    ended = slurm.wait_for(job, ("COMPLETED", "FAILED"), 90)
+    ended = slurm.wait_for(job, ("COMPLETED", "FAILED"), 240)
     logs = "".join(log.read_text() for log in tmp_path.glob("*.log"))
     assert ended["JobState"] == "COMPLETED", logs
     found = [json.loads(line) for line in verdicts.read_text().splitlines()]
@@ -120,7 +120,7 @@ def test_a_served_judge_labels_and_is_let_go(
         assert (asked["model"], key) == ("openai/gpt-oss-120b", "Bearer secret")
         wanted = ("high", 0.0, 8192)
         assert (asked["reasoning_effort"], asked["temperature"], asked["max_tokens"]) == wanted
-    slurm.wait_for(server, ("CANCELLED", "COMPLETED", "FAILED"), 60)
+    slurm.wait_for(server, ("CANCELLED", "COMPLETED", "FAILED"), 240)
     wait_until(lambda: not address.exists())
     started = json.loads(next(tmp_path.glob("serve-*.log")).read_text().splitlines()[0])
     assert started[:3] == ["serve", "openai/gpt-oss-120b", "--port"]
@@ -136,5 +136,5 @@ def test_a_missing_vllm_is_told(slurm: Cluster, tmp_path: Path) -> None:
     ):
         words = [f"--export=ALL,{exported}", script, str(tmp_path / "gold.url")]
         job = submit(slurm, tmp_path, *words)
-        assert slurm.wait_for(job, ("COMPLETED", "FAILED"), 30)["ExitCode"] == "2:0"
+        assert slurm.wait_for(job, ("COMPLETED", "FAILED"), 240)["ExitCode"] == "2:0"
         assert told in next(tmp_path.glob(f"serve-{job}-*.log")).read_text()

@@ -12,7 +12,8 @@ import pytest
 from tests.cluster.slurm import Cluster, cluster, missing
 from tests.distributed import ROOT, SINGLE_THREADED
 from tests.megatron import TINY
-from tests.training.test_faults import rows, train, whole_checkpoints
+from tests.pretraining import train
+from tests.training.test_faults import rows, whole_checkpoints
 
 STEPS = 80
 SAME = [*TINY, "--train-iters", str(STEPS), "--expert-model-parallel-size", "2"]
@@ -82,13 +83,13 @@ def test_a_job_that_is_preempted_ends_like_an_undisturbed_run(
     wait_until(lambda: steps(run) >= 5)
     # With GraceTime the ranks get SIGTERM, and the script must requeue itself.
     urgent = submit(slurm, tmp_path, "--partition=high", "--nodes=2", "--wrap=true")
-    slurm.wait_for(urgent, ("COMPLETED",), 60)
+    slurm.wait_for(urgent, ("COMPLETED",), 240)
     cut = steps(run)
     assert 5 <= cut < STEPS
     assert whole_checkpoints(run) == [f"iter_{cut:07d}"]
 
     train([*SAME, "--run-dir", str(tmp_path / "undisturbed")])
-    ended = slurm.wait_for(job, ("COMPLETED", "FAILED"), 120)
+    ended = slurm.wait_for(job, ("COMPLETED", "FAILED"), 240)
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1")
     assert rows(run) == rows(tmp_path / "undisturbed")
 
@@ -130,14 +131,14 @@ def test_every_script_starts_its_tool_on_every_node_and_requeues_only_itself(
     evaluation = submitted("evaluate", str(tmp_path / "cut"), "--wait-for-warning")
     wait_until(lambda: of_nodes(tmp_path / "cut"))
     slurm.run("scancel", "--batch", "--signal=USR1", evaluation)
-    slurm.wait_for(evaluation, ("PENDING",), 30)
+    slurm.wait_for(evaluation, ("PENDING",), 240)
     slurm.run("scancel", evaluation)
 
     sweep = submitted("sweep", "--array=1-2", str(lines), str(tmp_path / "runs"), "--seed", "5")
-    slurm.wait_for(f"{sweep}_1", ("COMPLETED",), 30)
+    slurm.wait_for(f"{sweep}_1", ("COMPLETED",), 240)
     wait_until(lambda: of_nodes(tmp_path / "runs/2"))
     slurm.run("scancel", "--batch", "--signal=USR1", f"{sweep}_2")
-    slurm.wait_for(f"{sweep}_2", ("PENDING",), 30)
+    slurm.wait_for(f"{sweep}_2", ("PENDING",), 240)
     assert slurm.job(f"{sweep}_1")["JobState"] == "COMPLETED"
     assert slurm.job(f"{sweep}_2")["Restarts"] == "1"
     slurm.run("scancel", f"{sweep}_2")
@@ -161,9 +162,9 @@ def test_every_script_starts_its_tool_on_every_node_and_requeues_only_itself(
         ),
     ]
     for job in jobs:
-        slurm.wait_for(job, ("COMPLETED",), 30)
+        slurm.wait_for(job, ("COMPLETED",), 240)
     job = submitted("pretrain", str(tmp_path / "bad"), "--broken", variables=",PREFLIGHT=1")
-    assert slurm.wait_for(job, ("COMPLETED", "FAILED"), 30)["ExitCode"] == "2:0"
+    assert slurm.wait_for(job, ("COMPLETED", "FAILED"), 240)["ExitCode"] == "2:0"
     assert all("tools.preflight" in row[0] for row in of_nodes(tmp_path / "bad"))
     [[command, *_]] = of_nodes(tmp_path / "convert")
     assert command[-4:] == ["-m", "tools.convert_checkpoint", "--from", "hf"]

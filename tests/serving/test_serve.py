@@ -301,24 +301,20 @@ def test_a_stream_that_is_left_frees_its_rows(server, http):
 
 
 def test_a_full_queue_says_when_to_try_again(server, http):
-    """Eight rows and 250 places: the ninth request of 32 continuations does not fit."""
-    body = {"prompt": [300], "max_tokens": 12, "n": 32, "ignore_eos": True}
-    codes, retry = [], []
-
-    def ask():
-        with server.http() as client:
-            answer = client.post("/v1/completions", json=body)
-            codes.append(answer.status_code)
-            retry.append(answer.headers.get("Retry-After"))
-
-    threads = [threading.Thread(target=ask) for _ in range(12)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-    assert set(codes) == {200, 429} and codes.count(200) >= 8
-    assert [code == 429 for code in codes] == [value == "1" for value in retry]
+    """Eight rows and 250 places: two requests of 128 continuations fit, a third does not."""
+    held = LONG | {"n": 128}
+    with (
+        server.http() as one,
+        server.http() as two,
+        one.stream("POST", "/v1/completions", json=held) as first,
+        two.stream("POST", "/v1/completions", json=held) as second,
+    ):
+        assert (first.status_code, second.status_code) == (200, 200)
+        full = http.post("/v1/completions", json=held | {"stream": False})
+    assert full.status_code == 429 and full.headers["Retry-After"] == "1"
     settled(server)
+    again = {"prompt": [300], "max_tokens": 12, "n": 32, "ignore_eos": True}
+    assert http.post("/v1/completions", json=again).status_code == 200
 
 
 def test_annotation_has_its_responses_and_log_probabilities_of_it(

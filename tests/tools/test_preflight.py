@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,23 +19,23 @@ import torch.distributed as dist
 
 from tests.distributed import ROOT, run_ranks
 from tests.megatron import TINY
-from tests.training.test_faults import start as train
+from tests.pretraining import start as train
 
 REAL_DATA = [flag for flag in TINY if flag != "--mock-data"]
 SLOW = """
-while [[ -e $1 ]]; do kill -STOP $0; sleep 0.06; kill -CONT $0; sleep 0.02; done
+while [[ -e $1 ]]; do kill -STOP $0; sleep 0.1; kill -CONT $0; sleep 0.005; done
 """
 
 
 def start(argv: list[str], port: int, trouble: dict[int, str], mark: str) -> tuple[int, str, str]:
     """Run the tool on this rank, with trouble if it is to have any; exit code, stdout, stderr.
 
-    A preflight begins without process groups, and its ranks meet at `port`.
+    A preflight begins without process groups, and its ranks meet at the store of `port`.
     """
     rank = dist.get_rank()
     dist.destroy_process_group()
     sys.path[:0] = os.environ.get("PYTHONPATH", "").split(os.pathsep)  # as at Python's start
-    os.environ.update(MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="False")
+    os.environ.update(MASTER_PORT=str(port))
     from tools import preflight
 
     undo = globals()[trouble[rank]](Path(mark)) if rank in trouble else lambda: None
@@ -82,7 +81,7 @@ def stopped_in_a_collective(mark: Path) -> Any:
 
     def stop(*args: Any, **kwargs: Any) -> Any:
         dist.all_to_all_single = all_to_all
-        subprocess.Popen(["bash", "-c", "sleep 8; kill -CONT $0", str(os.getpid())])
+        subprocess.Popen(["bash", "-c", "sleep 16; kill -CONT $0", str(os.getpid())])
         os.kill(os.getpid(), signal.SIGSTOP)
         return all_to_all(*args, **kwargs)
 
@@ -99,12 +98,10 @@ def preflight(
 ) -> tuple[int, dict[str, dict[str, Any]], str]:
     """Exit code, the table by name of the check, and what rank 0 printed."""
     file = tmp_path / "table.json"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     mark = str(tmp_path / "slow")
     words = [*argv, "--json", str(file)]
-    ended = run_ranks(start, ranks, words, port, dict(trouble), mark, env=env, timeout=100)
+    ended = run_ranks(start, ranks, words, store.port, dict(trouble), mark, env=env, timeout=100)
     assert len({code for code, _, _ in ended}) == 1, ended
     told = "".join(out + err for _, out, err in ended)
     assert "Traceback" not in told, told
@@ -224,7 +221,7 @@ def test_groups_of_a_layout_the_slow_rank_and_the_wrong_clock(tmp_path: Path) ->
 def test_a_rank_that_stands_still_is_named_in_time(tmp_path: Path) -> None:
     code, table, told = preflight(
         tmp_path,
-        *(*TINY, "--expert-model-parallel-size", "2", "--stall-timeout", "3"),
+        *(*TINY, "--expert-model-parallel-size", "2", "--stall-timeout", "6"),
         ranks=2,
         trouble={1: "stopped_in_a_collective"},
     )

@@ -94,7 +94,7 @@ def slow(at: int) -> None:
     train_step = training.train_step
 
     def slowed(*args: Any, **kwargs: Any) -> Any:
-        time.sleep(0.5)
+        time.sleep(1.5)
         return train_step(*args, **kwargs)
 
     training.train_step = slowed
