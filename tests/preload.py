@@ -3,7 +3,10 @@
 Only on machines without CUDA. Asking for CUDA would initialise it, and it does not survive a fork.
 """
 
+import gc
+import importlib
 import os
+import threading
 import warnings
 
 from megatron_ext.devices import activate
@@ -12,8 +15,22 @@ _before = dict(os.environ)
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     activate()
-    import megatron.core.tokenizers.text  # brings transformers
-    import megatron.training  # noqa: F401
+    for name in (
+        "megatron.core.tokenizers.text",  # brings transformers
+        "megatron.training",
+        "torch.distributed.checkpoint",
+        "torch.utils.tensorboard",
+        "transformers.models.llama.modeling_llama",
+        # A rank imports the module of the function that it runs, which imports these.
+        "hypothesis",
+        "pytest",
+    ):
+        importlib.import_module(name)
+
+# A fork has none of its parent's threads, but their locks.
+assert threading.active_count() == len(os.listdir("/proc/self/task")) == 1
+gc.collect()
+gc.freeze()  # what is here stays shared: no rank has to go through it
 
 # What activation set; ranks take the rest of their environment from the test.
 ENVIRONMENT = {key: value for key, value in os.environ.items() if _before.get(key) != value}

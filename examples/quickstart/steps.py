@@ -21,7 +21,7 @@ import psutil
 from megatron_ext.errors import UserError
 
 _GRACE_S = 40.0  # for a stopped training to save its checkpoint
-_POLL_S = 0.5
+_POLL_S = 0.1
 _REAPED_S = 10.0  # for killed descendants, which another process has to reap
 
 
@@ -113,7 +113,7 @@ def run_steps(steps: Sequence[Step], folder: Path, jobs: int = 1) -> None:
             while len(running) == jobs:
                 running = _still_running(running)
             label = f"[{number}/{len(steps)}] {step.name}:"
-            stamp, begun = _stamp(step), folder / f"{step.name}.begun"
+            stamp, begun = stamp_of(step), folder / f"{step.name}.begun"
             done = folder / f"{step.name}.done"
             if _holds(done, stamp) and all(path.exists() for path in step.makes):
                 say(f"{label} done before, reused")
@@ -142,7 +142,8 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
-def _stamp(step: Step) -> str:
+def stamp_of(step: Step) -> str:
+    """A digest of everything that the step's result depends on; its `.done` file holds it."""
     inputs = ["\0".join(step.command).encode(), *(path.read_bytes() for path in step.depends)]
     return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in inputs)).hexdigest()
 

@@ -135,10 +135,11 @@ def test_a_signal_stops_it_and_its_children(tmp_path: Path, number: signal.Signa
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(not has_texts(), reason="the packages with the quickstart's text are missing")
 def test_quickstart_from_text_to_report(tmp_path: Path) -> None:
     process = quickstart(tmp_path, "--train-iters", "6")
-    stdout, stderr = process.communicate(timeout=280)
+    stdout, stderr = process.communicate(timeout=700)
     assert process.returncode == 0, stderr
     summary = stdout.splitlines()[-1]
     found = re.fullmatch(

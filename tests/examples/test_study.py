@@ -141,6 +141,7 @@ def make_quickstart(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_study_from_text_to_the_page(tmp_path):
     quickstart = make_quickstart(tmp_path / "quickstart")
     settings = dict(read_settings(DEFAULT))

@@ -8,8 +8,9 @@ import torch
 
 from megatron_ext.checkpoint import find_checkpoint
 from megatron_ext.hf.torch_dist import TorchDistReader
-from tests.distributed import run_ranks, torchrun
+from tests.distributed import run_ranks
 from tests.megatron import TINY
+from tests.pretraining import train
 
 VOCAB = 127
 LLAMA = ["--swiglu", "--et-norm-scale", "--no-et-embedding-norm", "--et-logit-softcap", "0"]
@@ -57,9 +58,7 @@ def there_and_back(run, folder):
 @pytest.mark.parametrize("family", RUNS)
 def test_what_ranks_trained_together_is_converted_whole(family, tmp_path):
     run = tmp_path / "run"
-    flags = ["pretrain_et.py", *RUNS[family], "--run-dir", run, "--exit-interval", "3"]
-    done = torchrun(flags, 2)
-    assert done.returncode == 0, done.stderr[-3000:]
+    train([*RUNS[family], "--run-dir", run, "--exit-interval", "3"])
     [facts] = run_ranks(there_and_back, 1, run, tmp_path)
     assert facts.config["model_type"] == family
     old, new = (TorchDistReader(find_checkpoint(f)) for f in (run, tmp_path / "back"))

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,10 +13,10 @@ import psutil
 import pytest
 import torch
 
-from tests.distributed import ROOT, SINGLE_THREADED, run_ranks
+from tests.distributed import ROOT, SINGLE_THREADED, run_ranks, torchrun
 from tests.megatron import TINY
 from tests.training.test_faults import start_and_do, whole_checkpoints
-from tests.training.test_pretrain import EP2, pretrain
+from tests.training.test_pretrain import EP2, pretrain, rows_of
 
 
 def of_run(mark: str) -> list[psutil.Process]:
@@ -38,8 +37,12 @@ def test_resumes_bit_for_bit_from_every_checkpoint(
 ) -> None:
     mark = uuid.uuid4().hex
     monkeypatch.setenv("TEST_RUN", mark)
-    undisturbed = pretrain(tmp_path / "run", *EP2, "--async-save", "--save-interval", "1")
-    assert of_run(mark) == []
+    flags = [*EP2, "--async-save", "--save-interval", "1"]
+    # By torchrun: the environment of a forked rank, as the system shows it, is its server's.
+    done = torchrun(["pretrain_et.py", *TINY, "--run-dir", tmp_path / "run", *flags], 2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    _wait(lambda: of_run(mark) == [], 30)
+    undisturbed = rows_of(tmp_path / "run")
     load = ("--load", str(tmp_path / "run" / "checkpoints"))
     for step in (1, 4):  # in the warm-up and after it, while training went on
         resumed = pretrain(tmp_path / str(step), *EP2, *load, "--ckpt-step", str(step))
@@ -74,10 +77,13 @@ def test_what_is_written_is_not_what_training_makes_of_it() -> None:
 def test_killed_ranks_leave_no_process_behind(tmp_path: Path) -> None:
     mark = uuid.uuid4().hex
     command = [sys.executable, "pretrain_et.py", *TINY, "--run-dir", str(tmp_path), "--async-save"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    network = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    network = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "GLOO_SOCKET_IFNAME": "lo",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
     run = subprocess.Popen(
         [*command, "--train-iters", "1000000", "--save-interval", "2"],
         cwd=ROOT,

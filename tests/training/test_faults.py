@@ -1,46 +1,30 @@
 """What becomes of a run when something breaks: nothing is lost, and who or what it was is told."""
 
-import contextlib
-import io
 import itertools
 import json
 import os
-import runpy
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed import checkpoint
 
 from megatron_ext.checkpoint import damage
 from tests.distributed import ROOT, run_ranks, torchrun
 from tests.megatron import TINY
+from tests.pretraining import start, train
 
 STEPS = 14
 SAME = [*TINY, "--train-iters", str(STEPS), "--save-interval", "2"]
 SPEED = ("tokens_per_s", "flops_per_device", "mfu")
-
-
-def start(flags: list[str], of_rank: dict[int, list[str]], delay: dict[int, float]) -> Any:
-    """Run `pretrain_et.py` on this rank; its exit code and stderr."""
-    rank = int(os.environ["RANK"])
-    time.sleep(delay.get(rank, 0))
-    sys.argv = [str(ROOT / "pretrain_et.py"), *flags, *of_rank.get(rank, [])]
-    stdout, stderr = io.StringIO(), io.StringIO()
-    code: Any = 0
-    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
-        try:
-            runpy.run_path(sys.argv[0], run_name="__main__")
-        except SystemExit as end:
-            code = end.code
-    return int(code or 0), stderr.getvalue()
 
 
 def start_and_do(flags: list[str], step: int, deeds: dict[int, partial[Any]]) -> Any:
@@ -53,18 +37,14 @@ def start_and_do(flags: list[str], step: int, deeds: dict[int, partial[Any]]) ->
     def disturbed(*args: Any, **kwargs: Any) -> Any:
         nonlocal steps
         steps += 1
-        if steps == step and deed is not None:
-            deed()
+        if steps == step:
+            if deed is not None:
+                deed()
+            dist.barrier()  # no rank begins the step before it is done
         return train_step(*args, **kwargs)
 
     training.train_step = disturbed
-    return start(flags, {}, {})
-
-
-def train(flags: list[str]) -> None:
-    """Run `pretrain_et.py` on two ranks to its end."""
-    ended = run_ranks(start, 2, flags, {}, {})
-    assert [code for code, _ in ended] == [0, 0], ended
+    return start(flags)
 
 
 def rows(run_dir: Path) -> list[dict[str, Any]]:
@@ -123,20 +103,21 @@ def test_torchrun_restarts_a_run_after_every_kind_of_death(
 
 
 def test_ranks_started_unlike_or_not_at_all_are_named_before_training(tmp_path: Path) -> None:
-    flags = [*SAME, "--run-dir", str(tmp_path / "run"), "--stall-timeout", "4"]
-    ended = run_ranks(start, 2, flags, {1: ["--lr", "0.5"]}, {})
+    flags = [*SAME, "--run-dir", str(tmp_path / "run")]
+    ended = run_ranks(start, 2, flags, {1: ["--lr", "0.5"]})
     assert [code for code, _ in ended] == [2, 2]
     told = "".join(stderr for _, stderr in ended)
     assert "rank 1 on " in told
     assert "with lr = 0.5 and rank 0 with 0.01: start all ranks alike" in told
     assert told.count("pretrain_et.py:") == 1
 
-    ended = run_ranks(start, 2, flags, {}, {1: 12})
+    ended = run_ranks(start, 2, [*flags, "--stall-timeout", "4"], {}, {1: 12})
     assert [code for code, _ in ended] == [2, 2]
     assert "these did not get ready within 4 s" in "".join(stderr for _, stderr in ended)
     assert not (tmp_path / "run/metrics.jsonl").exists()
 
-    ended = run_ranks(start, 2, [*flags, "--train-iters", "2"], {}, {1: 2})  # late, but in time
+    in_time = ["--stall-timeout", "60", "--train-iters", "2"]
+    ended = run_ranks(start, 2, [*flags, *in_time], {}, {1: 2})
     assert [code for code, _ in ended] == [0, 0]
 
 
@@ -186,7 +167,7 @@ def test_a_damaged_checkpoint_is_named_and_an_older_one_used_when_allowed(
     if harm != "missing":
         file.write_bytes(content if harm == "flipped bit" else content[:-1])
     flags = [*SAME, "--run-dir", str(run)]
-    ended = run_ranks(start, 2, flags, {}, {})
+    ended = run_ranks(start, 2, flags)
     assert [code for code, _ in ended] == [2, 2]
     told = "".join(stderr for _, stderr in ended)
     assert "iter_0000004 is damaged: its file __1_0.distcp is " in told
@@ -214,7 +195,7 @@ def test_without_a_whole_checkpoint_there_is_nothing_to_resume(
     for folder in (run / "checkpoints").glob("iter_*"):
         (folder / "integrity.json").unlink()
     flags = [*SAME, "--run-dir", str(run), "--allow-older-checkpoint"]
-    ended = run_ranks(start, 2, flags, {}, {})
+    ended = run_ranks(start, 2, flags)
     assert [code for code, _ in ended] == [2, 2]
     told = "".join(stderr for _, stderr in ended)  # either rank may be the one that tells
     assert "its saving did not come to an end" in told
@@ -252,6 +233,15 @@ def test_a_skipped_step_leaves_the_thresholds_alone(tmp_path: Path) -> None:
     assert int(updates) == STEPS - len(skipped)
 
 
+def vanish(file: str | None) -> None:
+    """Remove the file, if any; reads are tried again at once, not after 10, 20 and 40 s."""
+    from megatron.core.datasets import indexed_dataset
+
+    indexed_dataset.time = SimpleNamespace(time=time.time, sleep=lambda seconds: None)
+    if file is not None:
+        os.remove(file)
+
+
 @pytest.mark.slow
 def test_data_that_vanishes_is_named(dataset: Path, tmp_path: Path) -> None:
     for suffix in ("bin", "idx"):
@@ -259,17 +249,17 @@ def test_data_that_vanishes_is_named(dataset: Path, tmp_path: Path) -> None:
     prefix, run = tmp_path / dataset.name, tmp_path / "run"
     flags = [flag for flag in SAME if flag != "--mock-data"]
     flags += ["--data-path", str(prefix), "--run-dir", str(run)]
-    vanish = {0: partial(os.remove, f"{prefix}.bin")}
+    vanish_now = {0: partial(vanish, f"{prefix}.bin"), 1: partial(vanish, None)}
 
     # A mapped file is there as long as it is used; the next start misses it.
-    ended = run_ranks(start_and_do, 2, [*flags, "--exit-interval", "4"], 3, vanish)
+    ended = run_ranks(start_and_do, 2, [*flags, "--exit-interval", "4"], 3, vanish_now)
     assert [code for code, _ in ended] == [0, 0], ended
-    ended = run_ranks(start, 2, flags, {}, {})
+    ended = run_ranks(start, 2, flags)
     assert [code for code, _ in ended] == [2, 2]
     assert f"{prefix}.bin does not exist" in "".join(stderr for _, stderr in ended)
 
     shutil.copy(f"{dataset}.bin", tmp_path)
-    ended = run_ranks(start_and_do, 2, [*flags, "--no-mmap-bin-files"], 3, vanish)
+    ended = run_ranks(start_and_do, 2, [*flags, "--no-mmap-bin-files"], 3, vanish_now)
     assert {code for code, _ in ended} == {2}
     told = "".join(stderr for _, stderr in ended)
     assert "the data cannot be read any more" in told and f"{prefix}.bin" in told

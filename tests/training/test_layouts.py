@@ -5,7 +5,9 @@ from one layout to another in the middle.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
+from math import gcd
 from pathlib import Path
 from typing import Any
 
@@ -37,24 +39,34 @@ from tests.training.layouts import (
 SAVED, WATCHED = 12, 16
 
 
+Trained = Callable[[Layout], tuple[Path, list[Any]]]
+
+
 @pytest.fixture(scope="module")
-def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, list[Any]]]:
-    """The folder and the rows of each comparison's run on one rank."""
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """The folder and the rows of an undisturbed run; each layout is trained once.
+
+    Runs that others go on from have checkpoints of steps WARMUP and SAVED.
+    """
+    sources = [replace(layout, name="") for layout, _ in GOING_ON]
 
     @cache
-    def run(kind: str) -> tuple[Path, list[Any]]:
-        folder = tmp_path_factory.mktemp(kind)
-        start = start_flags(ONE_RANK[kind], lambda kind: run(kind)[0])
-        saved = kind == "fp32"
-        interval = ("--save-interval", str(WARMUP))
-        return folder, train(folder, ONE_RANK[kind], *interval, *start, save=saved)
+    def run(layout: Layout) -> tuple[Path, list[Any]]:
+        folder = tmp_path_factory.mktemp("run")
+        start = start_flags(layout, lambda kind: of(ONE_RANK[kind])[0])
+        interval = ("--save-interval", str(gcd(WARMUP, SAVED)))
+        save = layout in sources
+        return folder, train(folder, layout, *interval, *start, save=save)
 
-    return run
+    def of(layout: Layout) -> tuple[Path, list[Any]]:
+        return run(replace(layout, name=""))
+
+    return of
 
 
 @pytest.mark.slow
-def test_the_model_learns_and_its_capacity_is_at_work(one_rank: Any) -> None:
-    _, rows = one_rank("fp32")
+def test_the_model_learns_and_its_capacity_is_at_work(trained: Trained) -> None:
+    _, rows = trained(ONE_RANK["fp32"])
     assert [r["step"] for r in rows] == list(range(1, STEPS + 1))
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.05
     saturations = [r["moe/layer_01/saturation"] + r["moe/layer_01/starvation"] for r in rows]
@@ -65,9 +77,9 @@ def test_the_model_learns_and_its_capacity_is_at_work(one_rank: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout.kind}: {layout.name}")
-def test_layout_trains_as_one_rank_does(layout: Layout, one_rank: Any, tmp_path: Path) -> None:
-    _, expected = one_rank(layout.kind)
-    rows = train(tmp_path, layout, *start_flags(layout, lambda kind: one_rank(kind)[0]))
+def test_layout_trains_as_one_rank_does(layout: Layout, trained: Trained) -> None:
+    _, expected = trained(ONE_RANK[layout.kind])
+    _, rows = trained(layout)
     found = difference(rows, expected)
     assert holds(found, layout), found
 
@@ -107,6 +119,11 @@ FOUR_RANKS = [
     Layout("TP 2 EP 2 DP 2", 4, 2, (*TP2, *EP2, *WHOLE_EXPERTS, *SHARDED)),
     Layout("PP 2 CP 2", 4, 1, (*PP2, *CP2)),
 ]
+GOING_ON = [
+    *((source, [t for t in TWO_RANKS if t != source]) for source in TWO_RANKS),
+    *((source, [t for t in BF16 if t != source]) for source in BF16),
+    (FOUR_RANKS[0], FOUR_RANKS[1:]),
+]
 
 
 def saved_thresholds(run: Path) -> dict[str, list[float]]:
@@ -135,20 +152,16 @@ def saved_thresholds(run: Path) -> dict[str, list[float]]:
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize(
     "source, targets",
-    [
-        *((source, [t for t in TWO_RANKS if t != source]) for source in TWO_RANKS),
-        *((source, [t for t in BF16 if t != source]) for source in BF16),
-        (FOUR_RANKS[0], FOUR_RANKS[1:]),
-    ],
+    GOING_ON,
     ids=lambda value: value.name if isinstance(value, Layout) else "",
 )
 def test_any_layout_goes_on_from(
-    source: Layout, targets: list[Layout], one_rank: Any, tmp_path: Path
+    source: Layout, targets: list[Layout], trained: Trained, tmp_path: Path
 ) -> None:
-    _, undisturbed = one_rank(source.kind)
-    train(tmp_path / "source", source, "--exit-interval", str(SAVED), save=True)
-    load = ("--load", str(tmp_path / "source" / "checkpoints"))
-    thresholds = saved_thresholds(tmp_path / "source")
+    _, undisturbed = trained(ONE_RANK[source.kind])
+    folder, _ = trained(source)
+    load = ("--load", str(folder / "checkpoints"), "--ckpt-step", str(SAVED))
+    thresholds = saved_thresholds(folder)
     assert len(thresholds) == 3
     for number, target in enumerate(targets):
         until = ("--exit-interval", str(WATCHED))

@@ -12,7 +12,8 @@ import pytest
 
 from tests.distributed import ROOT, SINGLE_THREADED
 from tests.megatron import TINY
-from tests.training.test_faults import rows, train, whole_checkpoints
+from tests.pretraining import train
+from tests.training.test_faults import rows, whole_checkpoints
 
 STEPS = 12
 SAME = [*TINY, "--train-iters", str(STEPS), "--save-interval", "2"]

@@ -8,15 +8,19 @@ import pytest
 
 from tests.distributed import torchrun
 from tests.megatron import TINY
+from tests.pretraining import train
 
 SPEED = ("tokens_per_s", "flops_per_device", "mfu")
 
 
 def pretrain(run_dir: Path, *flags: str, nproc: int = 2) -> list[dict[str, Any]]:
-    """Train and return the training rows of metrics.jsonl, without what depends on the clock."""
-    arguments = ["pretrain_et.py", *TINY, "--run-dir", str(run_dir), *flags]
-    result = torchrun(arguments, nproc)
-    assert result.returncode == 0, result.stderr[-3000:]
+    """Train and return the rows of it."""
+    train([*TINY, "--run-dir", run_dir, *flags], nproc)
+    return rows_of(run_dir)
+
+
+def rows_of(run_dir: Path) -> list[dict[str, Any]]:
+    """The training rows of metrics.jsonl, without what depends on the clock."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
         assert row.get("val_loss", 1) > 0

@@ -14,24 +14,15 @@ import pytest
 
 from tests.distributed import ROOT, run_ranks, torchrun
 from tests.megatron import TINY
+from tests.pretraining import start, train
 
 TOKEN_CHOICE = ["--router-type", "token-choice", "--moe-router-pre-softmax"]
 REAL_DATA = [flag for flag in TINY if flag != "--mock-data"]
 
 
-def _start(flags: list[str]) -> tuple[int, str]:
-    sys.argv = [str(ROOT / "pretrain_et.py"), *flags]
-    with contextlib.redirect_stderr(io.StringIO()) as stderr:
-        try:
-            runpy.run_path(sys.argv[0], run_name="__main__")
-        except SystemExit as end:
-            return int(end.code or 0), stderr.getvalue()
-    return 0, stderr.getvalue()
-
-
 def refusal(flags: list[str]) -> str:
     """The one sentence that a run with these flags ends in."""
-    [(code, stderr)] = run_ranks(_start, 1, flags)
+    [(code, stderr)] = run_ranks(start, 1, flags)
     told = [line for line in stderr.splitlines() if line.startswith("pretrain_et.py:")]
     lines = [line for line in told if not line.startswith("pretrain_et.py: warning:")]
     assert code == 2, stderr[-2000:]
@@ -156,8 +147,7 @@ def test_tokenizer_that_does_not_match_the_data(dataset: Path, tmp_path: Path) -
     assert "--tokenizer-model" in refusal([*flags, str(tmp_path / "no.model")])
 
     run = [*flags, str(tokenizers[0]), "--run-dir", str(tmp_path / "run"), "--exit-interval", "1"]
-    trained = torchrun(["pretrain_et.py", *run], 1)
-    assert trained.returncode == 0, trained.stderr[-2000:]
+    train(run, ranks=1)
     (tmp_path / "text.json").unlink()  # without it nothing but the checkpoint tells
     run[run.index(str(tokenizers[0]))] = str(tokenizers[1])
     assert "was trained with another tokenizer" in refusal(run)
@@ -165,8 +155,7 @@ def test_tokenizer_that_does_not_match_the_data(dataset: Path, tmp_path: Path) -
 
 def test_checkpoint_of_another_model(tmp_path: Path) -> None:
     run = [*TINY, "--run-dir", str(tmp_path)]
-    trained = torchrun(["pretrain_et.py", *run, "--exit-interval", "2"], 1)
-    assert trained.returncode == 0, trained.stderr[-2000:]
+    train([*run, "--exit-interval", "2"], ranks=1)
     for flags, said in (
         (TOKEN_CHOICE, "cannot continue as token-choice"),
         (["--hidden-size", "64"], "hidden_size = 32, but the flags say 64"),
