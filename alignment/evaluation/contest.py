@@ -109,8 +109,12 @@ def _check(responses: Sequence[Response]) -> None:
             )
         ids.add(response.id)
         prompt = prompts.setdefault(response.prompt.id, response.prompt)
-        if prompt.messages != response.prompt.messages:
-            raise UserError(f"prompt {prompt.id!r} is not the same in all files of --responses")
+        other = response.prompt
+        if (prompt.messages, prompt.rubric) != (other.messages, other.rubric):
+            raise UserError(
+                f"prompt {prompt.id!r} is not the same in all files of --responses: its messages "
+                "and its rubric must be"
+            )
 
 
 def _pair(policy: str, mine: Response, theirs: Response) -> Pair:

@@ -15,6 +15,7 @@ from alignment.evaluation.study.page import page
 from alignment.evaluation.study.pictures import draw
 from alignment.evaluation.study.runs import read_study
 from alignment.evaluation.study.words import opening, sentences
+from alignment.judges.agreement.output import check_folder
 from megatron_ext.errors import ToolParser, run_tool
 
 
@@ -23,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = Path(options.study)
     study = read_study(folder)
     output = Path(options.output) if options.output else folder / "report"
+    check_folder(output)
     output.mkdir(parents=True, exist_ok=True)
     pictures = draw(study, output)
     file = output / "report.html"

@@ -54,8 +54,8 @@ def _cells(estimate: Estimate | None) -> list[str]:
 
 
 def _judged(counts: Counts) -> str:
-    lost = [f"{counts.malformed:,} malformed"] if counts.malformed else []
-    lost += [f"{counts.failed:,} failed"] if counts.failed else []
+    each = (("malformed answer", counts.malformed), ("failed call", counts.failed))
+    lost = [f"{n:,} {what}{'' if n == 1 else 's'}" for what, n in each if n]
     said = f"{counts.judged:,} of {counts.items:,}"
     return f"{said} ({', '.join(lost)})" if lost else said
 

@@ -32,6 +32,7 @@ from alignment.evaluation.table import (
 )
 from alignment.judges.agreement.bootstrap import LEVEL
 from alignment.judges.agreement.joining import by_item
+from alignment.judges.agreement.output import check_folder
 from alignment.judges.annotate import annotate
 from alignment.judges.flags import Options, add_judge, check
 from alignment.judges.rows import read_all
@@ -198,6 +199,8 @@ def _check(options: Options, judges: Sequence[Judge]) -> None:
         raise UserError("--baseline is needed: one of the files of --responses")
     if not options.output and (judges or not options.verdicts):
         raise UserError("--output is needed: the folder in which answers are kept")
+    if options.output:
+        check_folder(options.output)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -13,6 +13,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from alignment.judges.agreement.output import check_folder
 from alignment.judges.rows import read_all
 from alignment.monitors.batch import CORRELATION, BatchFindings, Limits, Monitor
 from alignment.monitors.detectors import NAMES
@@ -115,8 +116,14 @@ def _check(options: argparse.Namespace) -> None:
         for name in ("verdicts", "limits", "usual", "output", "fail_on_alarm"):
             if getattr(options, name):
                 raise UserError(f"--{name.replace('_', '-')} is for --input, not for --fixtures")
-    if options.output and Path(options.output).exists() and not options.overwrite:
-        raise UserError(f"--output {options.output} is there already: give --overwrite")
+    if not options.output:
+        return
+    output = Path(options.output)
+    if output.is_dir():
+        raise UserError(f"--output {output} is a folder: give a file")
+    check_folder(output.parent)
+    if output.exists() and not options.overwrite:
+        raise UserError(f"--output {output} is there already: give --overwrite")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -206,13 +206,13 @@ def _kl(study: Study) -> Figure | None:
 
 
 def _against_kl(axes: Axes, group: Group, colour: str, marker: str) -> None:
-    """Each seed thin, and the mean over seeds at each grading that all of them have."""
+    """Each seed that has both thin, and their mean at each grading that all of them have."""
     paths = []
     for run in group.graded:
         gold, kl = run.graded(GOLD), run.graded(KL)
-        steps = [step for step in gold if step in kl]
-        paths.append({step: (kl[step], gold[step]) for step in steps})
-        axes.plot([kl[s] for s in steps], [gold[s] for s in steps], color=colour, lw=0.7, alpha=0.4)
+        if path := {step: (kl[step], gold[step]) for step in gold if step in kl}:
+            paths.append(path)
+            axes.plot(*zip(*path.values()), color=colour, lw=0.7, alpha=0.4)
     common = sorted(set.intersection(*map(set, paths))) if paths else []
     means = np.array([np.mean([path[step] for path in paths], axis=0) for step in common])
     means = means.reshape(-1, 2)

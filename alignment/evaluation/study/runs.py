@@ -1,5 +1,6 @@
 """What runs of a study left behind, finished or not."""
 
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -37,7 +38,7 @@ class Run:
     """A policy trained against a judge.
 
     Attributes:
-        seed: None where it is not told.
+        seed: None where neither study.json nor run.json tells it.
         about: of run.json; empty for a run that has not begun.
         gradings, training: rows by step; a step written twice counts as it was last.
     """
@@ -81,9 +82,22 @@ class Run:
         return steps if isinstance(steps, int) else None
 
     @property
+    def stops_on_alarm(self) -> bool:
+        """Whether an alarm ends it; of a run that does not tell, it does."""
+        return bool(_settings(self.about).get("stop_on_alarm", True))
+
+    @property
     def measure(self) -> str:
         """What its grades are."""
         return "win rate" if _settings(self.about).get("reward") == "pairwise" else "mean score"
+
+    @property
+    def gold(self) -> list[Any]:
+        """Identities of its gold judges; empty where they are not told."""
+        gold = self.about.get("gold")
+        each = gold.get("ensemble") if isinstance(gold, Mapping) else None
+        each = each if isinstance(each, list) else [gold]
+        return [one["identity"] for one in each if isinstance(one, Mapping) and "identity" in one]
 
     @property
     def agreement(self) -> float | None:
@@ -159,7 +173,8 @@ def read_study(folder: Path) -> Study:
     """The study in a folder, or a study of the one run that is in it.
 
     Raises:
-        UserError: there is neither, a file is malformed, or nothing was graded yet.
+        UserError: there is neither, a file is malformed, runs of a policy and judge are no seeds
+            of each other, or nothing was graded yet.
     """
     if (folder / "study.json").exists():
         runs = [_of_study(folder, entry) for entry in _entries(folder / "study.json")]
@@ -173,7 +188,34 @@ def read_study(folder: Path) -> Study:
     for run in runs:
         groups.setdefault((run.policy, run.judge), []).append(run)
     name = clean(folder.resolve().name)
-    return Study(name, [Group(*names, of) for names, of in groups.items()])
+    study = Study(name, [Group(*names, of) for names, of in groups.items()])
+    for group in study.groups:
+        _check_seeds(group)
+    return study
+
+
+def _check_seeds(group: Group) -> None:
+    """Raise a UserError where its runs have one seed, or differ in more than it."""
+    of = f"of {group.judge!r} on {group.policy!r}"
+    seeds = [run.seed for run in group.runs if run.seed is not None]
+    if twice := [seed for seed in seeds if seeds.count(seed) > 1]:
+        raise UserError(
+            f"study.json has seed {twice[0]} {of} twice, which are no two seeds: take one out"
+        )
+    advice = "give one another judge or policy in study.json"
+    told = [run for run in group.runs if run.about]
+    for one, other in itertools.pairwise(told):
+        if one.measure != other.measure:
+            raise UserError(
+                f"{one.folder} and {other.folder} are no two seeds {of}, as one has the "
+                f"{one.measure} and the other the {other.measure}: {advice}"
+            )
+    for one, other in itertools.pairwise(run for run in told if run.gold):
+        if one.gold != other.gold:
+            raise UserError(
+                f"{one.folder} and {other.folder} are no two seeds {of}, as their gold judges "
+                f"differ: {advice}"
+            )
 
 
 def _entries(file: Path) -> list[Mapping[str, Any]]:
@@ -184,24 +226,27 @@ def _entries(file: Path) -> list[Mapping[str, Any]]:
     for entry in entries:
         if not isinstance(entry, Mapping) or not all(isinstance(entry.get(n), str) for n in names):
             raise UserError(f"{file}: a run has a folder, a policy and a judge, not {entry!r:.80}")
-    folders = [entry["folder"] for entry in entries]
-    if repeated := [one for one in folders if folders.count(one) > 1]:
-        raise UserError(f"{file} has the folder {repeated[0]!r} twice: take one out")
-    seeds = [(e["policy"], e["judge"], e["seed"]) for e in entries if e.get("seed") is not None]
-    if twice := [one for one in seeds if seeds.count(one) > 1]:
-        policy, judge, seed = twice[0]
-        raise UserError(
-            f"{file} has seed {seed} of {judge!r} on {policy!r} twice, which are no two seeds: "
-            "take one out"
-        )
+    folders: set[Path] = set()
+    for entry in entries:
+        folder = (file.parent / entry["folder"]).resolve()
+        if folder in folders:
+            raise UserError(f"{file} has the folder {entry['folder']!r} twice: take one out")
+        folders.add(folder)
     return entries
 
 
 def _of_study(study: Path, entry: Mapping[str, Any]) -> Run:
     folder, seed = study / entry["folder"], entry.get("seed")
-    names = (folder, clean(entry["policy"]), clean(entry["judge"]), seed)
     file = folder / "run.json"  # not there before the run's models are loaded
     about = _object(file) if file.exists() else {}
+    own = about.get("seed")
+    if None not in (seed, own) and seed != own:
+        raise UserError(
+            f"{study / 'study.json'} has seed {seed} of {folder}, whose run.json tells seed {own}: "
+            "mend the one in study.json"
+        )
+    seed = own if seed is None else seed
+    names = (folder, clean(entry["policy"]), clean(entry["judge"]), seed)
     return Run(*names, about, *_rows(folder), _samples(folder))
 
 
@@ -250,7 +295,9 @@ def _sample(row: Row, file: Path) -> Sample:
         step, prompt, response = row["step"], clean(str(row["prompt"])), clean(row["response"])
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{where}: not a sample of a policy run: {error!r}") from error
-    return Sample(int(step), prompt, messages, response, scores, flags)
+    if not isinstance(step, int):
+        raise UserError(f"{where}: not a sample of a policy run: its step is no whole number")
+    return Sample(step, prompt, messages, response, scores, flags)
 
 
 def _object(file: Path) -> dict[str, Any]:

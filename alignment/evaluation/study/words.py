@@ -104,7 +104,7 @@ def status(study: Study, run: Run) -> str:
     if not run.gradings:
         return "no grading yet"
     said, last, end = [], max(run.gradings), run.planned or study.last_step
-    if run.alarms and run.alarms[-1] == last < end:
+    if run.stops_on_alarm and run.alarms and run.alarms[-1] == last < end:
         said.append(f"stopped by its alarm at step {last:,} of {end:,}")
     elif last < end:
         said.append(f"ends at step {last:,} of {end:,}")

@@ -50,11 +50,10 @@ def _confusion(axes: Axes, compared: Compared, names: Sequence[str]) -> None:
 
 
 def _calibration(axes: Axes, compared: Compared, names: Sequence[str]) -> None:
-    curve = compared.calibration()
-    given, there, counts = (np.array(column) for column in zip(*curve))
-    ends = (0.0, 1.0) if compared.a.pairwise else (min(0.0, *given), max(9.0, *given))
+    given, there, counts = np.reshape(compared.calibration(), (-1, 3)).T
+    ends = (0.0, 1.0) if compared.a.pairwise else (min([0.0, *given]), max([9.0, *given]))
     axes.plot(ends, ends, color=GREY, linewidth=1, linestyle="--", label="calibrated")
-    sizes = 20 + 220 * counts / counts.max()
+    sizes = 20 + 220 * counts / counts.max(initial=1)
     axes.plot(given, there, color=BLUE, linewidth=1)
     axes.scatter(given, there, s=sizes, color=VERMILION, alpha=0.8, linewidth=0,
                  label="mean of a bin; area by items")  # fmt: skip

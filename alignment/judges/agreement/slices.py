@@ -1,5 +1,6 @@
 """Kinds of items over which agreement is told apart."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,7 @@ def _of_length(compared: Compared, items: Sequence[Judgeable]) -> list[str]:
     """Thirds of the items by the words of what was judged."""
     words = np.array([len(_text(item).split()) for item in items])
     cuts = np.quantile(words, [1 / 3, 2 / 3])
-    names = (f"up to {cuts[0]:.0f} words", f"up to {cuts[1]:.0f} words", "longer")
+    names = (*(f"up to {math.floor(cut)} words" for cut in cuts), "longer")
     return [names[int(np.searchsorted(cuts, count))] for count in words]
 
 
@@ -67,9 +68,7 @@ def read_items(path: Path, wanted: Sequence[str]) -> list[Judgeable]:
     rows: list[Judgeable] = read_all(path, Response, Pair)
     by_id = {row.id: row for row in rows}
     if missing := [item for item in wanted if item not in by_id]:
-        raise UserError(
-            f"--items {path} lacks {len(missing)} items with verdicts, {missing[0]!r} for one"
-        )
+        raise UserError(f"{path} lacks {len(missing)} items with verdicts, {missing[0]!r} for one")
     return [by_id[item] for item in wanted]
 
 

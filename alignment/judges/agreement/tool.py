@@ -20,6 +20,7 @@ import numpy as np
 from alignment.judges.agreement.bootstrap import LEVEL, Indices, estimates
 from alignment.judges.agreement.joining import by_item, groups_of, judged, shared_items
 from alignment.judges.agreement.measuring import Compared, alone
+from alignment.judges.agreement.output import check_folder
 from alignment.judges.agreement.pictures import draw
 from alignment.judges.agreement.report import Part, table
 from alignment.judges.agreement.slices import SLICES, keys_of, read_items
@@ -133,6 +134,8 @@ def _check(options: argparse.Namespace) -> None:
             raise UserError("--resample prompt needs --items, which tells each item's prompt")
         if needy := [name for name in options.slice if SLICES[name].needs_items]:
             raise UserError(f"--slice {needy[0]} needs --items, which tells it of each item")
+    if options.output:
+        check_folder(options.output)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -114,6 +114,9 @@ def test_verdicts_of_files_need_no_judge_and_bad_ones_leave_the_figures(
     given = [write(tmp_path / f"v{i}.jsonl", rows)
              for i, rows in enumerate((verdicts, scores[:30], scores[30:]))]  # fmt: skip
     found = evaluated(tmp_path, files, "--verdicts", *(f"j={file}" for file in given))
+    shown = capsys.readouterr().out
+    assert f"{N - 3} of {N} (3 failed calls)" in shown
+    assert f"{N - 1} of {N} (1 malformed answer)" in shown
     of = found["judges"]["j"]["preferences"]["policies"]
     for name, won in outcomes.items():
         assert of[name]["win_rate"]["value"] == pytest.approx(np.mean(won))
@@ -235,3 +238,13 @@ def test_policies_that_cannot_be_compared_are_refused(tmp_path: Path, files: lis
     other = [Response(f"o{i}", Prompt(f"p{i}", [Message("user", "else")]), "x", "o")
              for i in range(N)]  # fmt: skip
     refused(write(tmp_path / "other.jsonl", other), "'p0' is not the same")
+    rubric = [Response(f"r{i}", Prompt(f"p{i}", [Message("user", f"Say {i}")], rubric="Be brief."),
+                       "x", "r") for i in range(N)]  # fmt: skip
+    refused(write(tmp_path / "rubric.jsonl", rubric), "'p0' is not the same .* rubric")
+
+
+def test_an_output_that_is_a_file_is_refused_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    words = ["--responses", "none.jsonl", "no.jsonl", "--baseline", "no.jsonl"]
+    with pytest.raises(UserError, match=r"/out is a file, .* another --output"):
+        main([*words, "--output", str(tmp_path / "out")])

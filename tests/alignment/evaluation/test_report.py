@@ -13,6 +13,8 @@ import pytest
 from scipy import stats
 
 from alignment.evaluation.report import main
+from alignment.evaluation.study import pictures
+from alignment.evaluation.study.runs import read_study
 from alignment.evaluation.study.seeds import Mean, mean_of
 from alignment.evaluation.study.words import Finding, finding
 from megatron_ext.errors import UserError
@@ -43,6 +45,12 @@ def cells(page: str) -> dict[str, list[str]]:
         first, *others = re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row)
         found[html.unescape(first)] = [html.unescape(cell) for cell in others]
     return found
+
+
+def tell(run: Path, **facts: Any) -> None:
+    """Change what a run's run.json says."""
+    about = json.loads((run / "run.json").read_text()) | facts
+    (run / "run.json").write_text(json.dumps(about))
 
 
 def opening(page: str) -> str:
@@ -165,6 +173,9 @@ def test_runs_that_are_not_whole_are_shown_as_such(tmp_path: Path) -> None:
     )
     assert sentences(page)[0].startswith("label (3 seeds): ")
     assert sentences(page)[1] == "thinking (0 seeds): no run has two gradings to compare."
+    tell(tmp_path / names[1], settings={"stop_on_alarm": False})
+    state = cells(reported(tmp_path))
+    assert state[names[1]][-1].startswith("ends at step 160 of 200; alarm at step")
 
 
 def test_one_run_is_a_study_of_itself(tmp_path: Path) -> None:
@@ -193,9 +204,51 @@ def test_a_seed_twice_is_refused(tmp_path: Path) -> None:
     write_index(tmp_path, entries)
     with pytest.raises(UserError, match=r"has seed 3 of 'label' on 'start' twice"):
         main([str(tmp_path)])
+    write_index(tmp_path, [one | {"seed": seed} for seed, one in enumerate(entries, 1)])
+    with pytest.raises(UserError, match=r"seed 1 of .*/a, whose run\.json tells seed 3"):
+        main([str(tmp_path)])
     for one in entries:
-        del one["seed"]  # what is not told may differ
+        del one["seed"]  # then run.json tells
     write_index(tmp_path, entries)
+    with pytest.raises(UserError, match=r"has seed 3 of 'label' on 'start' twice"):
+        main([str(tmp_path)])
+    tell(tmp_path / "b", seed=4)
+    main([str(tmp_path)])
+    assert [run.seed for run in read_study(tmp_path).runs] == [3, 4]
+    for name in ("a", "b"):
+        tell(tmp_path / name, seed=None)  # what nobody tells may differ
+    main([str(tmp_path)])
+
+
+def test_a_folder_twice_is_refused_however_it_is_written(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", "label", 0)
+    tell(tmp_path / "a", seed=None)
+    folders = ("a", "./a")
+    write_index(tmp_path, [entry("label", n) | {"folder": f} for n, f in enumerate(folders)])
+    with pytest.raises(UserError, match=r"has the folder '\./a' twice"):
+        main([str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    "facts, said",
+    [
+        ({"settings": {"reward": "pairwise"}}, "one has the mean score and the other the win rate"),
+        ({"gold": {"name": "rule", "identity": "1a"}}, "their gold judges differ"),
+        (
+            {"gold": {"identity": "0a", "ensemble": [{"identity": "0a"}, {"identity": "1a"}]}},
+            "their gold judges differ",
+        ),
+    ],
+)
+def test_runs_that_were_graded_otherwise_are_no_seeds_of_each_other(
+    tmp_path: Path, facts: dict[str, Any], said: str
+) -> None:
+    write_study(tmp_path)
+    run = tmp_path / "start-label-seed1"
+    tell(run, **facts)
+    with pytest.raises(UserError, match=f"start-label-seed0 and .*start-label-seed1.*{said}"):
+        main([str(tmp_path)])
+    (run / "run.json").write_text("{}")  # which does not tell
     main([str(tmp_path)])
 
 
@@ -220,6 +273,25 @@ def test_only_detectors_have_shares_of_flagged_responses(tmp_path: Path) -> None
         write(file, [row | {"monitor_alarms": 2, "monitor/alarms": 2} for row in rows])
     page = reported(tmp_path)
     assert "self_praise" in page and "alarms" not in cells(page) and "200.0%" not in page
+
+
+def test_seeds_without_kl_are_no_part_of_gold_against_kl(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gradings = write_study(tmp_path, courses={"label": COURSES["label"]})["label"]
+    file = tmp_path / "start-label-seed2" / "metrics.jsonl"
+    rows = [json.loads(line) for line in file.open()]
+    write(file, [{n: v for n, v in row.items() if n != "grade/kl"} for row in rows])
+    drawn = {}
+    monkeypatch.setattr(pictures, "write_picture", lambda figure, to: drawn.update({to: figure}))
+    pictures.draw(read_study(tmp_path), tmp_path)
+    [mean] = [
+        line for line in drawn[tmp_path / "kl.png"].axes[0].get_lines()
+        if line.get_label() == "label, n = 2"
+    ]  # fmt: skip
+    wanted = [[np.mean([seed[step][key] for seed in gradings[:2]]) for step in STEPS]
+              for key in ("grade/kl", "grade/gold")]  # fmt: skip
+    assert np.array(mean.get_data()) == pytest.approx(np.array(wanted))
 
 
 def test_pairwise_grades_are_win_rates(tmp_path: Path) -> None:
@@ -267,6 +339,16 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
         ("start-label-seed0/metrics.jsonl", '{"step": 0, "grade/proxy": "9"}\n', "is no number"),
         ("start-label-seed0/metrics.jsonl", '{"step": 1, "loss": 2}\n', "has a grading yet"),
         ("start-label-seed0/samples.jsonl", '{"step": 0}\n', "not a sample of a policy run"),
+        (
+            "start-label-seed0/samples.jsonl",
+            '{"step": "a", "prompt": "p", "messages": [], "response": "", "scores": {}}\n',
+            "step 'a', prompt 'p': not a sample of a policy run",
+        ),
+        (
+            "start-label-seed0/samples.jsonl",
+            '{"step": null, "prompt": "p", "messages": [], "response": "", "scores": {}}\n',
+            "step None, prompt 'p': not a sample of a policy run",
+        ),
     ],
 )
 def test_malformed_files_are_refused_in_a_sentence(
@@ -282,3 +364,15 @@ def test_malformed_files_are_refused_in_a_sentence(
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no study\.json and no run\.json"):
         main([str(tmp_path)])
+
+
+@pytest.mark.parametrize("output", ["notes.txt", "notes.txt/report", "report"])
+def test_an_output_that_is_no_folder_is_refused(tmp_path: Path, output: str) -> None:
+    write_run(tmp_path / "a", "label", 0)
+    file = tmp_path / "a" / output.partition("/")[0]
+    file.write_text("mine")
+    flags = [] if output == "report" else ["--output", str(tmp_path / "a" / output)]
+    with pytest.raises(UserError, match=rf"/{file.name} is a file, .* another --output"):
+        main([str(tmp_path / "a"), *flags])
+    with pytest.raises(UserError, match=r"has no study\.json and no run\.json"):
+        main([str(file)])

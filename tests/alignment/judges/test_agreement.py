@@ -150,3 +150,31 @@ def test_what_cannot_be_compared_is_refused_in_a_sentence(
 def test_items_of_both_files_are_compared_on_demand(tmp_path: Path) -> None:
     found = measured(tmp_path, scores([1, 2, 3, 4]), scores([1, 2]), "--common")
     assert found["all"]["items"] == 2 and found["all"]["agreement"]["exact"]["value"] == 1
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_without_an_item_that_both_judged_there_are_pictures_all_the_same(
+    tmp_path: Path, pairs: bool
+) -> None:
+    first, second = scores([1, None]), scores([None, 2])
+    if pairs:
+        first[0], second[1] = preference("r0", "A"), preference("r1", "B")
+    found = measured(tmp_path, first, second)
+    assert found["all"]["judged_by_both"] == 0 and found["calibration"] == []
+    assert "no item" in found["all"]["agreement"]["exact"]["reason"]
+
+
+def test_slices_by_length_are_called_by_the_longest_that_they_may_hold(tmp_path: Path) -> None:
+    prompt = Prompt("p", [{"role": "user", "content": "x"}])  # type: ignore[list-item]
+    lengths = [10, 10, 11, 12, 20, 30]
+    items = [Response(f"r{i}", prompt, "word " * length) for i, length in enumerate(lengths)]
+    flags = ["--items", write(tmp_path / "items.jsonl", items), "--slice", "length"]
+    found = measured(tmp_path, scores([1, 2, 3, 4, 5, 6]), scores([1, 2, 3, 4, 5, 6]), *flags)
+    slices = {name: part["items"] for name, part in found["slices"]["length"].items()}
+    assert slices == {"up to 10 words": 2, "up to 14 words": 2, "longer": 2}
+
+
+def test_an_output_that_is_a_file_is_refused_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(UserError, match=r"/out is a file, .* another --output"):
+        main(["none.jsonl", "no.jsonl", "--output", str(tmp_path / "out")])

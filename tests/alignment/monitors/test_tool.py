@@ -146,6 +146,8 @@ def test_errors_are_a_sentence(responses: str, verdicts: str, tmp_path: Path) ->
         (["--input", responses, "--limits", str(wrong)], "the limit of refusal must be from 0"),
         (["--input", responses, "--limits", "none.yaml"], "none.yaml cannot be read: No such"),
         (["--input", responses, "--output", responses], "is there already: give --overwrite"),
+        (["--input", "none.jsonl", "--output", f"{tmp_path}", "--overwrite"], "is a folder: give"),
+        (["--input", "none.jsonl", "--output", f"{responses}/flags.jsonl"], "jsonl is a file"),
     ):
         with pytest.raises(UserError, match=message):
             main(flags)
