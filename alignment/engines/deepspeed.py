@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import torch
 import torch.distributed as dist
@@ -84,14 +85,14 @@ class DeepSpeedEngine:
 
         Args:
             path: a Hugging Face folder.
-            optimization: how it is trained.
+            optimization: how it is trained; without, it is not.
             zero: what ranks share out.
             dtype: fp32 or bf16. Default: fp32 on a CPU, else bf16.
 
         Raises:
             UserError: the model cannot be read.
         """
-        self.optimization, self.zero = optimization or Optimization(), zero or Zero()
+        self.optimization, self.zero = optimization, zero or Zero()
         self.dtype = dtype or (torch.float32 if ON_CPU else torch.bfloat16)
         _start_ranks()
         self.data_rank, self.data_size = dist.get_rank(), dist.get_world_size()
@@ -99,10 +100,12 @@ class DeepSpeedEngine:
         self._path = Path(path)
         model = _load(self._path, self.dtype)
         self.eod = _eod(model)
-        groups = _decayed_apart(model, self.optimization)
-        optimizer = torch.optim.AdamW(
-            groups, betas=self.optimization.betas, eps=self.optimization.eps, lr=0.0
-        )
+        optimizer = None
+        if optimization is not None:
+            groups = _decayed_apart(model, optimization)
+            optimizer = torch.optim.AdamW(
+                groups, betas=optimization.betas, eps=optimization.eps, lr=0.0
+            )
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=self._config(), dist_init_required=False
         )
@@ -144,6 +147,7 @@ class DeepSpeedEngine:
         values: int | None = None,
     ) -> StepResult:
         """See the protocol."""
+        optimization = self._trained()
         self._engine.train()
         # Sums are differentiated, and divided when all of the weight is known: what is a loss's
         # scale to DeepSpeed. Its own mean over ranks is undone in the same place.
@@ -162,7 +166,7 @@ class DeepSpeedEngine:
         weight = torch.stack([sums.weight.to(torch.int64) for sums in found]).sum()
         dist.all_reduce(weight)
         self._optimizer.override_loss_scale(max(int(weight), 1) / self.data_size)
-        lr = self.optimization.rate(self.step)
+        lr = optimization.rate(self.step)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._engine.step()
@@ -219,7 +223,8 @@ class DeepSpeedEngine:
                         raise UserError(f"{theirs} is of another model: it should be {part.shape}")
                     new = given[theirs].to(tensor.device, tensor.dtype).flatten()
                     tensor.view(-1)[part.flatten()] = new
-        self._optimizer.refresh_fp32_params()
+        if self.optimization is not None:
+            self._optimizer.refresh_fp32_params()
 
     def export(self, folder: str | os.PathLike[str]) -> None:
         """See the protocol."""
@@ -227,6 +232,7 @@ class DeepSpeedEngine:
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """See the protocol; DeepSpeed's own form, for the same number of ranks."""
+        self._trained()
         tag = f"step_{self.step}"
         self._engine.save_checkpoint(
             os.fspath(folder), tag=tag, client_state={"step": self.step}, save_latest=False
@@ -238,17 +244,31 @@ class DeepSpeedEngine:
 
     def load(self, folder: str | os.PathLike[str]) -> None:
         """See the protocol."""
-        if not Path(folder, "latest").is_file():
-            raise UserError(f"{folder} holds no checkpoint of DeepSpeed: save one first")
-        place, state = self._engine.load_checkpoint(os.fspath(folder))
+        self._trained()
+        rank, size = dist.get_rank(), dist.get_world_size()
+        agree(lambda: _see_that_it_is_whole(Path(folder), rank, size))
+        try:
+            place, state = self._engine.load_checkpoint(os.fspath(folder))
+        except Exception as error:  # on every rank
+            reason = (str(error).strip() or repr(error)).splitlines()[-1]
+            raise UserError(
+                f"the checkpoint in {folder} cannot be loaded ({reason}): it must be of the same "
+                "model, and saved with ZeRO stage 3 if it is loaded with stage 3"
+            ) from error
         if place is None:
             raise UserError(f"the checkpoint in {folder} is incomplete or damaged")
         self.step = state["step"]
 
+    def _trained(self) -> Optimization:
+        if self.optimization is None:
+            raise ValueError("the engine was made without an optimization")
+        return self.optimization
+
     def _config(self) -> dict[str, Any]:
-        zero = self.zero
-        settings: dict[str, Any] = {"stage": zero.stage}
-        if zero.offload_optimizer:
+        zero, trained = self.zero, self.optimization is not None
+        # Without an optimizer only the parameters are left to share out.
+        settings: dict[str, Any] = {"stage": zero.stage if trained or zero.stage == 3 else 0}
+        if zero.offload_optimizer and trained:
             settings["offload_optimizer"] = {"device": "cpu"}
         if zero.offload_parameters:
             settings["offload_param"] = {"device": "cpu"}
@@ -258,7 +278,7 @@ class DeepSpeedEngine:
             "gradient_accumulation_steps": 2,
             "zero_optimization": settings,
             "zero_force_ds_cpu_optimizer": False,
-            "gradient_clipping": self.optimization.clip,
+            "gradient_clipping": self.optimization.clip if self.optimization else 0.0,
             "bf16": {"enabled": self.dtype == torch.bfloat16},
         }
 
@@ -287,18 +307,28 @@ class DeepSpeedEngine:
     def _logits(self, batch: Batch) -> Tensor:
         """fp32 `[rows, length, vocabulary]`."""
         mask = None
-        places = torch.arange(batch.length, device=self._device)
-        positions = places.expand(batch.rows, -1)
+        positions = torch.arange(batch.length, device=self._device).expand(batch.rows, -1)
         if batch.is_packed:
-            positions = batch.positions
-            seen = batch.samples.unsqueeze(2) == batch.samples.unsqueeze(1)
-            seen = seen & (places.unsqueeze(1) >= places)  # [rows, queries, keys]
-            mask = torch.zeros(seen.shape, dtype=self.dtype, device=self._device)
-            mask = mask.masked_fill(~seen, torch.finfo(self.dtype).min).unsqueeze(1)
+            mask, positions = self._mask(batch), batch.positions
         output = self._engine(
             input_ids=batch.tokens, attention_mask=mask, position_ids=positions, use_cache=False
         )
         return output.logits.float()
+
+    def _mask(self, batch: Batch) -> Any:
+        """What tokens of packed rows see: those of their sample before them, and themselves."""
+        from transformers.masking_utils import create_masks_for_generate
+
+        config = self._engine.module.config.get_text_config()
+        if any(getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")):
+            # A mask for each kind of layer; transformers tells samples apart by their positions.
+            sizes = torch.empty(*batch.tokens.shape, 0, dtype=self.dtype, device=self._device)
+            return create_masks_for_generate(config, sizes, None, None, batch.positions)
+        places = torch.arange(batch.length, device=self._device)
+        seen = batch.samples.unsqueeze(2) == batch.samples.unsqueeze(1)
+        seen = seen & (places.unsqueeze(1) >= places)  # [rows, queries, keys]
+        mask = torch.zeros(seen.shape, dtype=self.dtype, device=self._device)
+        return mask.masked_fill(~seen, torch.finfo(self.dtype).min).unsqueeze(1)
 
     def _gathered(self, tensor: Tensor, changed: bool = False) -> Any:
         if not hasattr(tensor, "ds_id"):
@@ -316,6 +346,39 @@ def _start_ranks() -> None:
         # Its collectives in shared memory would be compiled at their first use.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
+
+
+def _see_that_it_is_whole(folder: Path, rank: int, size: int) -> None:
+    """Look at a checkpoint: a rank that failed amid loading would leave the others waiting.
+
+    Args:
+        rank: each of the `size` ranks reads a share of the files.
+
+    Raises:
+        UserError: it is not there, of another number of ranks, or damaged.
+    """
+    latest = folder / "latest"
+    if not latest.is_file():
+        raise UserError(f"{folder} holds no checkpoint of DeepSpeed: save one first")
+    files = sorted((folder / latest.read_text().strip()).glob("*.pt"))
+    saved = sum(file.name.endswith("_optim_states.pt") for file in files)
+    if saved != size:
+        raise UserError(
+            f"the checkpoint in {folder} cannot be loaded (DeepSpeed's go on with as many ranks as "
+            f"saved them): start {saved} ranks, not {size}"
+        )
+    for file in files[rank::size]:
+        if not _is_whole(file):
+            raise UserError(f"the checkpoint in {folder} is incomplete or damaged: {file.name}")
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a file of torch.save, which is a zip archive, has all that it was saved with."""
+    try:
+        with ZipFile(file) as archive:
+            return archive.testzip() is None
+    except Exception:  # of many kinds: any byte may be wrong
+        return False
 
 
 def _load(folder: Path, dtype: torch.dtype) -> Any:

@@ -40,6 +40,7 @@ from alignment.engines.sampler import Sampler
 from alignment.engines.scoring import Scorer
 from alignment.ranks import agree
 from megatron_ext.checkpoint import damage, find_checkpoint
+from megatron_ext.devices import is_cpu_device
 from megatron_ext.errors import UserError
 from megatron_ext.hf.live import LiveTensors
 from megatron_ext.hf.sources import open_hf, open_megatron
@@ -73,7 +74,8 @@ class MegatronEngine:
             path: a Hugging Face folder, a run directory, or a folder of checkpoints.
             optimization: how it is trained; without, it is not.
             layout: of the ranks that were started.
-            dtype: of the weights. Default: fp32 on a CPU, else the model's.
+            dtype: of the weights. Default: fp32 on a CPU, else the model's; bf16 to train one of
+                fp16.
             flags: more of `pretrain_et.py`; they override all others.
 
         Raises:
@@ -83,6 +85,8 @@ class MegatronEngine:
         folder = Path(path)
         hf = (folder / "config.json").is_file()
         source = open_hf(folder) if hf else open_megatron(find_checkpoint(folder))
+        if optimization is not None and source.dtype == torch.float16 and not is_cpu_device():
+            dtype = dtype or torch.bfloat16  # a step in fp16 may overflow
         # Megatron reads the tokenizer from files while it starts.
         with tempfile.TemporaryDirectory() as place, quiet_megatron():
             tokenizer = source.carry_tokenizer(Path(place))

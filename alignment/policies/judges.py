@@ -26,6 +26,7 @@ from alignment.judges.questions import Question
 from alignment.judges.rule_judge import RuleJudge
 from alignment.policies.endpoint_judge import EndpointJudge
 from alignment.policies.judge_spec import JudgeSpec
+from alignment.ranks import shares_of, speaks_for_share
 from alignment.records import Prompt, Verdict
 from megatron_ext.errors import UserError
 from megatron_ext.inference.sampling import Sampling
@@ -71,7 +72,7 @@ def open_judge(
             raise UserError(
                 f"the judge {spec.name} is a function, which scores: no pairwise reward"
             )
-        return _ProgramJudge(FunctionJudge(spec.function))
+        return _ProgramJudge(FunctionJudge(spec.function), policy)
     if spec.kind == "endpoint":
         return EndpointJudge(spec, pairwise, policy, store / f"{spec.name}.answers")
     thinks = spec.thinking != "none"
@@ -107,14 +108,23 @@ def open_judge(
 
 
 class _ProgramJudge:
-    """A rule or a function."""
+    """A rule or a function.
 
-    def __init__(self, judge: RuleJudge | FunctionJudge) -> None:
-        self._judge, self.identity = judge, judge.identity
+    A function need not say the same twice: one rank of each share of the data asks it, so that
+    ranks that share a model train on the same rewards.
+    """
+
+    def __init__(self, judge: RuleJudge | FunctionJudge, policy: Engine | None = None) -> None:
+        """See the class; without a policy every rank asks for itself."""
+        self._judge, self._policy, self.identity = judge, policy, judge.identity
+        self._asks = policy is None or speaks_for_share(policy)
 
     def judge(self, questions: Sequence[Question], check: Check = lambda: None) -> list[Verdict]:
         found = []
-        for question in questions:
+        for question in questions if self._asks else ():
             assert not isinstance(question.item, Prompt)
             found.append(self._judge.verdict(question.item, question.swapped, question.sample))
-        return found
+        if self._policy is None:
+            return found
+        rows = shares_of(self._policy, [verdict.to_row() for verdict in found])
+        return [Verdict.from_row(row) for row in rows[self._policy.data_rank]]

@@ -1,6 +1,9 @@
 """A program as a judge: its scores, its silence and its errors."""
 
 import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +16,7 @@ from alignment.policies.judges import JudgeSpec, open_judge
 from alignment.records import Message, Outcome, Pair, Prompt, Response, Verdict
 from megatron_ext.errors import UserError
 from tests.alignment.chat_model import write_rows
+from tests.distributed import run_ranks
 
 CHECKS = """
 def words(response):
@@ -106,3 +110,21 @@ def test_the_agreement_of_a_judge_is_read(tmp_path):
     figures = {"alpha_interval": {"value": 0.5, "low": 0.4}}
     (tmp_path / "agreement.json").write_text(json.dumps({"all": {"agreement": figures}}))
     assert JudgeSpec.read(str(spec)).agreed() == {"alpha_interval": 0.5}
+
+
+def asked_on_two_ranks_of_one_share(file: Path) -> tuple[float | None, int]:
+    """On a rank: the score of a function that says something else to every process."""
+    policy: Any = SimpleNamespace(data_rank=0, data_size=1)
+    spec = JudgeSpec(kind="function", name="f", function=f"{file}:score")
+    judge = open_judge(spec, False, policy, lambda model: policy, file.parent)
+    prompt = Prompt("p", (Message("user", "hello"),))
+    [verdict] = judge.judge([Question(Response("r", prompt, "yes"))])
+    return verdict.score, os.getpid()
+
+
+def test_ranks_that_share_a_model_have_the_same_rewards(tmp_path: Path) -> None:
+    (tmp_path / "pid.py").write_text("import os\n\ndef score(response):\n    return os.getpid()\n")
+    (first, own), (second, other) = run_ranks(
+        asked_on_two_ranks_of_one_share, 2, tmp_path / "pid.py"
+    )
+    assert first == second == own != other
