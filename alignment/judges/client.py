@@ -20,8 +20,9 @@ from alignment.judges.pacing import Pace, back_off, retry_after
 from alignment.records import Message
 from megatron_ext.errors import UserError
 
-# A second try may help; of all else the next answer would be the same.
-_AGAIN = {408, 409, 425, 429, 500, 502, 503, 504, 529}
+# A second try may help, as after any error of a server or proxy; of all else the next answer would
+# be the same.
+_AGAIN = {408, 409, 425, 429}
 # Nothing that is asked of this endpoint under this name and key will be answered.
 _HOPELESS = {401, 402, 403, 404, 405, 410, 501}
 _LARGEST = 64 << 20  # bytes of an answer
@@ -182,7 +183,7 @@ class Client:
         said = f"status {status}: {_message(content)}"
         if status in _HOPELESS:
             raise UserError(f"--judge {self.url} refuses every question with {said}")
-        if status in _AGAIN:
+        if status in _AGAIN or status >= 500:
             raise _TryAgain(said, retry_after(headers.get("retry-after"), time.time()))
         raise CallFailed(said, refused=True)
 

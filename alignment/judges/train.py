@@ -127,7 +127,9 @@ def _reinforce(
         return [[_rewarded(judge, task.about, r) for r in rollouts] for task, rollouts in groups]
 
     def step_of(run: Run) -> ReinforcementStep:
-        rollouts = flags.rollouts_of(options, engine, form.tokenizer.eos_token_id)
+        rollouts = flags.rollouts_of(
+            options, engine, form.tokenizer.eos_token_id, run.check_signals
+        )
         return ReinforcementStep(
             engine, run, tasks, reward, settings, options.seed, critic=critic, **rollouts
         )

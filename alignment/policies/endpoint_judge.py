@@ -5,7 +5,7 @@ import json
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from functools import cached_property
+from functools import cache, cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from alignment.judges.store import AnswerStore
 from alignment.policies.judge_spec import JudgeSpec
 from alignment.ranks import shares_of, speaks_for_share
 from alignment.records import Verdict
+from alignment.waiting import waited_for
 from megatron_ext.errors import UserError
 
 
@@ -50,16 +51,16 @@ class EndpointJudge:
         check()
         rows: list[Any] = []
         problem = None
-        if self._asks:
-            try:
-                rows = [verdict.to_row() for verdict in asyncio.run(self._ask(questions))]
-            except* UserError as group:  # nothing will ever be answered
-                problem = f"the judge {self._spec.name}: {group.exceptions[0]}"
-            except* OSError as group:
-                problem = (
-                    f"the judge {self._spec.name} cannot keep its answers in {self._store}: "
-                    f"{group.exceptions[0]}"
-                )
+        try:
+            found = waited_for((lambda: self._ask(questions)) if self._asks else None, check)
+            rows = [verdict.to_row() for verdict in found or []]
+        except* UserError as group:  # nothing will ever be answered
+            problem = f"the judge {self._spec.name}: {group.exceptions[0]}"
+        except* OSError as group:
+            problem = (
+                f"the judge {self._spec.name} cannot keep its answers in {self._store}: "
+                f"{group.exceptions[0]}"
+            )
         shares = shares_of(self._policy, (rows, problem))
         if told := next((problem for _, problem in shares if problem), None):
             raise UserError(told)
@@ -79,37 +80,37 @@ class EndpointJudge:
         ]
         keys = [key_of(request) for request in requests]
         failed: dict[str, str] = {}
-        with AnswerStore(self._file) as store:
-            lacking = {k: r for k, r in zip(keys, requests) if k not in store}
-            known = [key for key in lacking if key in self._elsewhere]
-            if known:
-                store.add([(key, _answer_at(*self._elsewhere[key])) for key in known])
-            answers = {key: Answer.from_row(store[key]) for key in keys if key in store}
-            for answer in answers.values():
-                self._check(answer)
-            slots = asyncio.Semaphore(self._spec.rows)
-            async with connect(api_key(KEY), self._spec.rows) as http:
-                client = Client(
-                    self._spec.url.rstrip("/"), http, Pace(None, None),
-                    timeout=self._spec.timeout, tries=self._spec.tries,
-                    first_wait=self._spec.first_wait,
-                )  # fmt: skip
+        store = _store_at(self._file)
+        lacking = {k: r for k, r in zip(keys, requests) if k not in store}
+        known = [key for key in lacking if key in self._elsewhere]
+        if known:
+            store.add([(key, _answer_at(*self._elsewhere[key])) for key in known])
+        answers = {key: Answer.from_row(store[key]) for key in keys if key in store}
+        for answer in answers.values():
+            self._check(answer)
+        slots = asyncio.Semaphore(self._spec.rows)
+        async with connect(api_key(KEY), self._spec.rows) as http:
+            client = Client(
+                self._spec.url.rstrip("/"), http, Pace(None, None),
+                timeout=self._spec.timeout, tries=self._spec.tries,
+                first_wait=self._spec.first_wait,
+            )  # fmt: skip
 
-                async def one(key: str, request: Request) -> None:
-                    async with slots:
-                        try:
-                            answer = await client.ask(request)
-                        except CallFailed as error:
-                            failed[key] = str(error)
-                        else:
-                            store.add([(key, answer.to_row())])
-                            self._check(answer)
-                            answers[key] = answer
+            async def one(key: str, request: Request) -> None:
+                async with slots:
+                    try:
+                        answer = await client.ask(request)
+                    except CallFailed as error:
+                        failed[key] = str(error)
+                    else:
+                        store.add([(key, answer.to_row())])
+                        self._check(answer)
+                        answers[key] = answer
 
-                async with asyncio.TaskGroup() as tasks:
-                    for key, request in lacking.items():
-                        if key not in answers:
-                            tasks.create_task(one(key, request))
+            async with asyncio.TaskGroup() as tasks:
+                for key, request in lacking.items():
+                    if key not in answers:
+                        tasks.create_task(one(key, request))
         return [
             self._task.record(question, answers.get(key), failed.get(key, ""))
             for question, key in zip(questions, keys)
@@ -138,6 +139,12 @@ class EndpointJudge:
                         found[json.loads(line)["key"]] = (file, start)
                     start += len(line)
         return found
+
+
+@cache
+def _store_at(file: Path) -> AnswerStore:
+    """Open to the end of the process: a run asks a thousand times, and would read all each time."""
+    return AnswerStore(file)
 
 
 def _answer_at(file: Path, start: int) -> dict[str, Any]:

@@ -17,6 +17,20 @@ from megatron_ext.errors import UserError
 _KINDS = {
     str: "text", int: "a whole number", float: "a number", bool: "true or false", dict: "a mapping"
 }  # fmt: skip
+# What a file may say of a judge of each kind, beside what it may say of all.
+_OF_ALL = ("name", "kind", "agreement")
+_ASKED = ("template", "thinking", "temperature", "top_k", "top_p", "max_new_tokens", "rows")
+_OF_KIND = {
+    "local": ("model", *_ASKED, "length", "chat_template", "chat_template_kwargs"),
+    "endpoint": (
+        "model", "url", "revision", *_ASKED, "reasoning_effort", "expected_score", "timeout",
+        "tries", "first_wait",
+    ),
+    "rule": ("rule", "rule_text"),
+    "function": ("function",),
+}  # fmt: skip
+# What an endpoint is asked with where its file does not say: as `et-align annotate` asks it.
+_ENDPOINT = {"temperature": 0.0, "top_k": None, "top_p": None, "max_new_tokens": 8192}
 
 
 @dataclass(frozen=True)
@@ -30,7 +44,8 @@ class JudgeSpec:
         rule, rule_text: see `et-align annotate`.
         function: FILE.py:NAME, which takes a Response and gives a score, or None where it has none.
         template, thinking: what it is asked, and whether it thinks.
-        temperature, top_k, top_p, max_new_tokens: of a judge that thinks, or of an endpoint.
+        temperature, top_k, top_p, max_new_tokens: of a judge that thinks, or of an endpoint, which
+            has other defaults and is not sent a top_k or top_p that is None.
         reasoning_effort: of an endpoint that has it: low, medium or high.
         expected_score: of an endpoint: the mean over the labels' probabilities.
         length: the most tokens of a question and its answer, of a local judge.
@@ -50,8 +65,8 @@ class JudgeSpec:
     template: str | None = None
     thinking: str = "none"
     temperature: float = 0.7
-    top_k: int = 20
-    top_p: float = 0.95
+    top_k: int | Any = 20  # None is an endpoint's alone
+    top_p: float | Any = 0.95
     max_new_tokens: int = 4096
     reasoning_effort: str | None = None
     expected_score: bool = True
@@ -82,7 +97,8 @@ class JudgeSpec:
             raise UserError(f"the judge {file} must be a mapping with a kind, such as kind: local")
         if unknown := sorted(set(given) - set(known), key=str):
             raise UserError(f"{file}: {unknown[0]} is not of a judge: known are {', '.join(known)}")
-        values: dict[str, Any] = {"name": Path(file).stem, **given}
+        defaults = _ENDPOINT if given["kind"] == "endpoint" else {}
+        values: dict[str, Any] = {"name": Path(file).stem, **defaults, **given}
         spec = cls(**values)
         for one in fields(cls):
             value = getattr(spec, one.name)
@@ -101,9 +117,18 @@ class JudgeSpec:
         }
         if spec.kind not in needs:
             raise UserError(f"{file}: kind is one of {', '.join(needs)}, not {spec.kind!r}")
+        used = (*_OF_ALL, *_OF_KIND[spec.kind])
+        if unused := [name for name in given if name not in used]:
+            raise UserError(
+                f"{file}: {unused[0]} is not of a judge of kind {spec.kind}, whose are "
+                f"{', '.join(used)}"
+            )
         for name in needs[spec.kind]:
             if not getattr(spec, name):
                 raise UserError(f"{file}: a judge of kind {spec.kind} needs {name}")
+        for name, none in (("top_k", "0"), ("top_p", "1.0")):
+            if spec.kind == "local" and getattr(spec, name) is None:
+                raise UserError(f"{file}: {name} may be null of an endpoint alone: write {none}")
         if spec.thinking not in ("none", "asked", "opened"):
             raise UserError(f"{file}: thinking is none, asked or opened, not {spec.thinking!r}")
         return spec

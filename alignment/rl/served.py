@@ -7,12 +7,12 @@ The server is started on a folder that the training writes,
 
 and reads it again when it is told to: token ids go in and come out, so that nothing is encoded
 twice. Both see the folder, over a shared file system. Requests leave nothing to its
-generation_config.json.
+generation_config.json, and have the key that is in MEGATRON_ET_JUDGE_API_KEY, if any.
 """
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,11 @@ import httpx
 import torch.distributed as dist
 
 from alignment.engines.protocol import Engine, Generated
+from alignment.judges.client import connect
+from alignment.judges.endpoint import api_key
+from alignment.judges.flags import KEY
 from alignment.ranks import shares_of, speaks_for_share
+from alignment.waiting import waited_for
 from megatron_ext.errors import UserError
 from megatron_ext.inference.sampling import Sampling
 
@@ -45,6 +49,7 @@ class ServedRollouts:
         eod: int,
         patience: float = 600.0,
         at_once: int = 256,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         """See the class.
 
@@ -56,10 +61,11 @@ class ServedRollouts:
             eod: the token that ends a response.
             patience: seconds to wait for a server that does not answer.
             at_once: calls under way of a rank.
+            check: called on all ranks now and then while they wait; may raise on all of them.
         """
         self.engine, self.folder, self.model, self.eod = engine, folder, model, eod
         self.urls = [url.rstrip("/") for url in urls]
-        self.patience, self.at_once = patience, at_once
+        self.patience, self.at_once, self.check = patience, at_once, check
         self.asks = speaks_for_share(engine)
         self._served: int | None = None
 
@@ -79,13 +85,12 @@ class ServedRollouts:
         """
         self.refresh()
         seeds = list(range(len(prompts)) if seeds is None else seeds)
-        found: list[Any] = []
-        problem = None
-        if self.asks:
-            try:
-                found = asyncio.run(self.ask(prompts, sampling, seeds))
-            except UserError as error:
-                problem = str(error)
+        found = problem = None
+        try:
+            asked = (lambda: self.ask(prompts, sampling, seeds)) if self.asks else None
+            found = waited_for(asked, self.check)
+        except UserError as error:
+            problem = str(error)
         shares = shares_of(self.engine, (found, problem))
         if told := next((problem for _, problem in shares if problem), None):
             raise UserError(told)
@@ -100,24 +105,25 @@ class ServedRollouts:
         if self._served == self.engine.step:
             return
         self.engine.export(self.folder)
-        problem = [None]
-        if dist.get_rank() == 0:
-            try:
-                asyncio.run(self._reload())
-            except UserError as error:
-                problem = [str(error)]  # type: ignore[list-item]
+        problem: list[str | None] = [None]
+        try:
+            waited_for(self._reload if dist.get_rank() == 0 else None, self.check)
+        except UserError as error:
+            problem = [str(error)]
         dist.broadcast_object_list(problem, src=0)
         if problem[0] is not None:
             raise UserError(problem[0])
         self._served = self.engine.step
 
     async def _reload(self) -> None:
-        async with httpx.AsyncClient(timeout=None) as http:
+        async with connect(api_key(KEY), 1) as http:
             for url in self.urls:
                 root = url.removesuffix("/v1")
-                await self._post(http, f"{root}/collective_rpc", {"method": "reload_weights"})
+                weights = self._post(http, f"{root}/collective_rpc", {"method": "reload_weights"})
+                await self._while_alive(url, weights)
                 # Keys and values of the old weights must not be taken for those of the new.
-                await self._post(http, f"{root}/reset_prefix_cache", {})
+                cache = self._post(http, f"{root}/reset_prefix_cache", {})
+                await self._while_alive(url, cache)
 
     async def ask(
         self,
@@ -136,8 +142,7 @@ class ServedRollouts:
         """
         url = self.urls[self.engine.data_rank % len(self.urls)]
         slots = asyncio.Semaphore(self.at_once)
-        limits = httpx.Limits(max_connections=self.at_once)
-        async with httpx.AsyncClient(timeout=None, limits=limits) as http:
+        async with connect(api_key(KEY), self.at_once) as http:
 
             async def one(place: int, prompt: Sequence[int], seed: int) -> Generated:
                 async with slots:
@@ -147,7 +152,34 @@ class ServedRollouts:
                 keep(place, found)
                 return found
 
-            return list(await asyncio.gather(*map(one, range(len(prompts)), prompts, seeds)))
+            every = asyncio.gather(*map(one, range(len(prompts)), prompts, seeds))
+            return list(await self._while_alive(url, every))
+
+    async def _while_alive[T](self, url: str, work: Awaitable[T]) -> T:
+        """What comes of work at a server, which may take its time while it tells its health."""
+        task = asyncio.ensure_future(work)
+        heard, often = time.monotonic(), self.patience / 10
+        try:
+            async with httpx.AsyncClient(timeout=often) as http:
+                while not (await asyncio.wait([task], timeout=often))[0]:
+                    try:
+                        response = await http.get(f"{url.removesuffix('/v1')}/health")
+                        reason = f"status {response.status_code} of its health"
+                        if response.status_code < 500:
+                            heard = time.monotonic()
+                    except (httpx.HTTPError, httpx.InvalidURL) as error:
+                        reason = str(error) or type(error).__name__
+                    if time.monotonic() - heard > self.patience:
+                        raise self._given_up(url, reason)
+            return await task
+        finally:
+            task.cancel()
+
+    def _given_up(self, url: str, reason: str) -> UserError:
+        return UserError(
+            f"{url} has not answered for {self.patience:.0f} s ({reason}): see the server, then "
+            "give the same command, which goes on"
+        )
 
     def _body(self, prompt: Sequence[int], sampling: Sampling, seed: int) -> dict[str, Any]:
         return {
@@ -203,11 +235,10 @@ class ServedRollouts:
                     raise UserError(
                         f"{url} refuses ({reason}): start vLLM as docs/training-judges.md says"
                     )
+            except (httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
+                raise UserError(f"--rollout-url {url} is no address: {error}") from error
             except (httpx.HTTPError, ValueError) as error:
                 reason = str(error) or type(error).__name__
             if time.monotonic() - begin > self.patience:
-                raise UserError(
-                    f"{url} has not answered for {self.patience:.0f} s ({reason}): see the server, "
-                    "then give the same command, which goes on"
-                )
+                raise self._given_up(url, reason)
             await asyncio.sleep(min(_WAIT, self.patience / 4))

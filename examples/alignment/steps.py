@@ -61,8 +61,11 @@ def training(
     if ranks > 1:
         launch = ("--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", str(ranks))
         command = [*module("torch.distributed.run", *launch), *command]
-    folders = ("best", "checkpoints", "final", "rollouts", "tensorboard", "verdicts")
-    files = ("metrics.jsonl", "run.json", "samples.jsonl")
+    folders = (
+        "alarms", "best", "checkpoints", "final", "responses", "rollouts", "served", "tensorboard",
+        "validation", "verdicts",
+    )  # fmt: skip
+    files = ("first.json", "metrics.jsonl", "run.json", "samples.jsonl")
     return Step(
         name, about, command, run / "train.log", [run / makes], depends,
         [run / part for part in (*folders, *files)],

@@ -138,3 +138,16 @@ def test_a_missing_vllm_is_told(slurm: Cluster, tmp_path: Path) -> None:
         job = submit(slurm, tmp_path, *words)
         assert slurm.wait_for(job, ("COMPLETED", "FAILED"), 240)["ExitCode"] == "2:0"
         assert told in next(tmp_path.glob(f"serve-{job}-*.log")).read_text()
+
+
+@pytest.mark.slow
+def test_a_server_that_is_gone_is_told(slurm: Cluster, tmp_path: Path) -> None:
+    server = submit(slurm, tmp_path, "--wrap=true")
+    slurm.wait_for(server, ("COMPLETED", "FAILED"), 240)
+    address, items = tmp_path / "gold.url", write_rows(tmp_path / "items.jsonl", responses(1))
+    words = [f"--export=ALL,SERVER_JOB={server}", f"{SCRIPTS}/annotate.sbatch"]
+    words += [str(address), str(items), str(tmp_path / "verdicts.jsonl")]
+    job = submit(slurm, tmp_path, *words)
+    assert slurm.wait_for(job, ("COMPLETED", "FAILED"), 240)["ExitCode"] == "2:0"
+    told = next(tmp_path.glob(f"annotate-{job}-*.log")).read_text()
+    assert f"the server's job {server} has ended" in told

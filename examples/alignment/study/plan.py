@@ -45,6 +45,11 @@ def read_settings(file: Path) -> Mapping[str, Any]:
         raise UserError(
             f"{file} must have the sections {', '.join(sorted(_SECTIONS))}: see {', '.join(wrong)}"
         )
+    for name in sorted(_SECTIONS - {"name", "recipe"}):
+        if not isinstance(settings[name], dict):
+            raise UserError(f"{file}: {name} must be a mapping, not {settings[name]!r}")
+    if "seq_length" not in settings["judge"]:
+        raise UserError(f"{file}: judge must have seq_length, which policies ask it with too")
     return settings
 
 

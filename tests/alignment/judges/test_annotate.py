@@ -24,8 +24,8 @@ from tests.distributed import ROOT
 
 KEY = "MEGATRON_ET_JUDGE_API_KEY"
 GARBAGE = [
-    status(429, Retry_After="0.2"), status(429), status(500), status(503), endpoint.reset,
-    endpoint.half, endpoint.body(b""), endpoint.body(b"<html>"),
+    status(429, Retry_After="0.2"), status(429), status(500), status(503), status(520), status(524),
+    endpoint.reset, endpoint.half, endpoint.body(b""), endpoint.body(b"<html>"),
     endpoint.body(b"[]"), endpoint.body(b'{"choices": []}'), endpoint.body(b'{"choices": [{}]}'),
     endpoint.body(b'{"choices": [{"message": {"content": 7}}]}'), endpoint.body(b"\xff\x00"),
     endpoint.body(b"[" * 100_000), endpoint.body(b"not gzip", Content_Encoding="gzip"),

@@ -4,6 +4,8 @@ what was paid for is not asked again."""
 import errno
 import json
 import os
+import threading
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,11 +18,13 @@ from alignment.judges.store import AnswerStore
 from alignment.policies.judge_spec import JudgeSpec
 from alignment.records import Message, Outcome, Prompt, Response
 from megatron_ext.errors import UserError
-from tests.alignment.judges.endpoint import Endpoint, chat, status
+from tests.alignment.judges.endpoint import Endpoint, chat, hang, status
 from tests.distributed import run_ranks
 
-ITEMS = [Response(str(n), Prompt("p", (Message("user", "say"),)), "a" * n) for n in range(1, 7)]
-TEMPLATE = "=== user ===\n{mark} <item> {prompt} {response} {answer}\n"
+ITEMS = [
+    Response(str(n), Prompt("p", (Message("user", "say"),)), f"<{'a' * n}>") for n in range(1, 7)
+]
+TEMPLATE = "=== user ===\n{mark} {prompt} {response} {answer}\n"
 
 
 def write_spec(folder, name, **changes):
@@ -100,6 +104,82 @@ def test_answers_are_paid_for_once_on_any_number_of_ranks(tmp_path):
     assert one[0] == scores
     again = [s for three_of in zip(*(found[0] for found in three)) for s in three_of]
     assert again[1::2] == scores[1::2]
+
+
+def test_what_is_null_is_not_sent(tmp_path):
+    with Endpoint() as server:
+        server.answer = lambda text: chat("7")
+        write_spec(tmp_path, "plain", url=server.url, expected_score=False)
+        write_spec(tmp_path, "drawn", url=server.url, expected_score=False, top_k=5, top_p=0.9)
+        [found] = run_ranks(judged, 1, tmp_path, ["plain", "drawn"])
+        bodies = server.bodies
+    assert found == [[7.0] * len(ITEMS)] * 2
+    plain, drawn = bodies[: len(ITEMS)], bodies[len(ITEMS) :]
+    assert all(set(body) == {"model", "messages", "temperature", "max_tokens"} for body in plain)
+    assert all((body["temperature"], body["max_tokens"]) == (0.0, 8192) for body in plain)
+    assert all((body["top_k"], body["top_p"]) == (5, 0.9) for body in drawn)
+
+
+def wait_at_most(seconds):
+    """Let ranks wait so long for each other in a collective."""
+    from datetime import timedelta
+
+    import torch.distributed as dist
+
+    group = dist.distributed_c10d._get_default_group()
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+def judged_slowly(folder):
+    wait_at_most(3)
+    return judged(folder, ["judge"])[0]
+
+
+def test_a_judge_may_take_longer_than_ranks_wait_for_each_other(tmp_path):
+    def answer(text):
+        time.sleep(6 if text == "a" else 0)
+        return chat("7")
+
+    with Endpoint() as server:
+        server.answer = answer
+        write_spec(tmp_path, "judge", url=server.url, expected_score=False)
+        assert run_ranks(judged_slowly, 2, tmp_path) == [[7.0] * 3] * 2
+
+
+class Stop(Exception):
+    """What a signal makes of a run."""
+
+
+def stopped(folder):
+    """Judge until all answers but one are there; the threads that are left."""
+    import torch.distributed as dist
+
+    from alignment.policies.judges import open_judge
+    from alignment.ranks import most_of_ranks
+
+    rank, size = dist.get_rank(), dist.get_world_size()
+    engine: Any = SimpleNamespace(data_rank=rank, data_size=size)
+
+    def check():
+        files = folder.glob("verdicts/judge.answers/share_*.jsonl")
+        if most_of_ranks(sum(f.read_bytes().count(b"\n") for f in files)) == len(ITEMS) - 1:
+            raise Stop
+
+    spec = JudgeSpec.read(str(folder / "judge.yaml"))
+    judge = open_judge(spec, False, engine, lambda model: engine, folder / "verdicts")
+    before = threading.active_count()
+    with pytest.raises(Stop):
+        judge.judge([Question(item) for item in ITEMS[rank::size]], check)
+    return threading.active_count() - before
+
+
+def test_a_signal_is_heard_while_a_judge_is_silent_and_answers_are_kept(tmp_path):
+    with Endpoint(lambda text, number: hang if text == "a" and number == 0 else None) as server:
+        server.answer = lambda text: chat("7")
+        write_spec(tmp_path, "judge", url=server.url, expected_score=False)
+        assert run_ranks(stopped, 2, tmp_path) == [0, 0]
+        assert run_ranks(judged, 2, tmp_path, ["judge"]) == [[[7.0] * 3]] * 2
+        assert server.calls == {"a" * n: 1 + (n == 1) for n in range(1, 7)}
 
 
 def test_an_empty_answer_tells_nothing_of_an_endpoint():

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 
+from alignment.judges import flags
 from alignment.judges.form_flags import held_identity
 from alignment.policies.judge_spec import JudgeSpec
 from megatron_ext.errors import UserError
 
 LOCAL = {"kind": "local", "model": "m"}
+ENDPOINT = {"kind": "endpoint", "model": "m", "url": "http://a/v1"}
 
 
 def read(folder, name="judge", **given):
@@ -47,8 +49,43 @@ def test_values_of_a_wrong_kind_are_told(tmp_path, given, told):
 
 
 def test_a_whole_number_is_a_number_and_what_may_be_left_out_may_be_null(tmp_path):
-    spec = read(tmp_path, **LOCAL, temperature=0, timeout=5, template=None)
+    spec = read(tmp_path, **ENDPOINT, temperature=0, timeout=5, template=None)
     assert (spec.temperature, spec.timeout, spec.template) == (0, 5, None)
+
+
+def drawn(spec):
+    return spec.temperature, spec.top_k, spec.top_p, spec.max_new_tokens
+
+
+def test_an_endpoint_is_asked_as_annotate_asks_where_its_file_does_not_say(tmp_path):
+    files = ["--input", "items", "--output", "verdicts"]
+    options = flags.parse([*files, "--judge", "http://a/v1", "--model", "m"], "")
+    annotate = (options.temperature, options.top_k, options.top_p, options.max_tokens)
+    assert drawn(read(tmp_path, **ENDPOINT)) == annotate == (0.0, None, None, 8192)
+    assert drawn(read(tmp_path, **ENDPOINT, top_k=None, top_p=0.9)) == (0.0, None, 0.9, 8192)
+    assert drawn(read(tmp_path, **LOCAL)) == (0.7, 20, 0.95, 4096)
+    with pytest.raises(UserError, match="top_p may be null of an endpoint alone"):
+        read(tmp_path, **LOCAL, top_p=None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "given"),
+    [
+        ("endpoint", {"length": 512}),
+        ("endpoint", {"chat_template": "chat.jinja"}),
+        ("endpoint", {"chat_template_kwargs": {"enable_thinking": False}}),
+        ("local", {"url": "http://a/v1"}),
+        ("local", {"reasoning_effort": "high"}),
+        ("rule", {"model": "m"}),
+        ("function", {"rule_text": "text.txt"}),
+    ],
+)
+def test_what_a_kind_does_not_use_is_refused(tmp_path, kind, given):
+    needed = {"rule": {"rule_text": "t"}, "function": {"function": "f.py:f"}}
+    whole = {"local": LOCAL, "endpoint": ENDPOINT}.get(kind) or {"kind": kind, **needed[kind]}
+    read(tmp_path, **whole, agreement="agreement.json")
+    with pytest.raises(UserError, match=rf"judge\.yaml: {next(iter(given))} is not of .* {kind},"):
+        read(tmp_path, **whole, **given)
 
 
 @pytest.fixture

@@ -7,11 +7,14 @@ import signal
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from megatron_ext.errors import UserError
 from tests.alignment.chat_model import make_model
+from tests.alignment.judges.test_endpoint_judge import wait_at_most
 from tests.distributed import run_ranks
 
 pytestmark = pytest.mark.slow
@@ -26,6 +29,8 @@ class Server(ThreadingHTTPServer):
         loads: how often the weights were read.
         bodies: of completions.
         away: calls to be answered with an error of the server's.
+        keys: that callers gave.
+        deaf: tells its health no more, until it is `freed`.
         most: completions that it answers; others hang until it is `freed`, and get no answer.
     """
 
@@ -35,9 +40,10 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.model: Any = None
         self.folder, self.loads, self.away, self.most = folder, 0, 2, 10**6
-        self.begun, self.freed = 0, threading.Event()
+        self.begun, self.deaf, self.freed = 0, False, threading.Event()
         self.lock = threading.Lock()
         self.calls: list[str] = []
+        self.keys: set[str | None] = set()
         self.bodies: list[dict[str, Any]] = []
 
     def completions(self):
@@ -79,6 +85,12 @@ class Server(ThreadingHTTPServer):
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
+    def do_GET(self):
+        server: Any = self.server
+        if server.deaf:
+            server.freed.wait()
+        self.reply(200, None)
+
     def do_POST(self):
         server: Any = self.server
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -92,6 +104,7 @@ class Handler(BaseHTTPRequestHandler):
                 return None
         with server.lock:
             server.calls.append(self.path)
+            server.keys.add(self.headers["Authorization"])
             if server.away:
                 server.away -= 1
                 return self.reply(503, {})
@@ -133,6 +146,7 @@ def learn(folder, place, url, patience, ahead=False, waits=16, stops=False):
     """
     from alignment.engines.megatron import MegatronEngine, MegatronLayout
     from alignment.engines.protocol import Optimization
+    from alignment.ranks import most_of_ranks
     from alignment.rl import served
     from alignment.rl.ahead import RolloutsAhead
     from alignment.rl.algorithms import named
@@ -149,7 +163,8 @@ def learn(folder, place, url, patience, ahead=False, waits=16, stops=False):
     tasks = [Task(str(n), [5, n, 7], None) for n in range(12)]
 
     def reward(groups, check):
-        while ahead and run.step < 2 and drawn(place, run.step + 1) < waits:
+        # Ranks may see different numbers of them, and must look at signals equally often.
+        while ahead and run.step < 2 and most_of_ranks(int(drawn(place, run.step + 1) < waits)):
             time.sleep(0.05)
             check()
         if stops:
@@ -198,7 +213,9 @@ def url_of(server):
 
 def test_the_server_draws_with_the_weights_of_every_step(tmp_path, server):
     url = url_of(server)
-    (rows, _), _ = run_ranks(learn, 2, tmp_path / "model", tmp_path / "run", url, 60.0)
+    key = {"MEGATRON_ET_JUDGE_API_KEY": "a key"}
+    (rows, _), _ = run_ranks(learn, 2, tmp_path / "model", tmp_path / "run", url, 60.0, env=key)
+    assert server.keys == {"Bearer a key"}
     assert server.loads == 3 and server.calls.count("/reset_prefix_cache") == 3
     neutral = {"repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0, "min_p": 0}
     assert len(server.bodies) == 48
@@ -269,3 +286,66 @@ def test_a_run_ends_while_responses_are_under_way(tmp_path, server):
     with pytest.raises(Exception, match=r"completions has not answered for 1 s"):
         run_ranks(learn, 1, tmp_path / "model", tmp_path / "other", url, 1.0, True, 0)
     assert (tmp_path / "other" / "rollouts" / "step_000001").is_dir()
+
+
+def ask_in_vain(folder, url):
+    """The sentence that a call ends with, and after how many seconds."""
+    from alignment.rl.served import ServedRollouts
+    from megatron_ext.inference.sampling import Sampling
+
+    engine: Any = SimpleNamespace(data_rank=0, data_size=1, step=0, export=lambda folder: None)
+    rollouts = ServedRollouts(engine, [url], "policy", folder, 0, patience=2)
+    rollouts._served = 0 if "127.0.0.1" in url else None
+    begin = time.monotonic()
+    with pytest.raises(UserError) as caught:
+        rollouts.generate([[5]], Sampling(1))
+    return str(caught.value), time.monotonic() - begin
+
+
+def test_a_server_that_hangs_is_given_up_and_one_that_is_busy_is_not(tmp_path, server):
+    url = url_of(server)
+    server.away = server.most = 0
+    threading.Timer(5, setattr, (server, "deaf", True)).start()  # it tells its health at first
+    [(told, seconds)] = run_ranks(ask_in_vain, 1, tmp_path / "model", url)
+    assert "has not answered for 2 s" in told and seconds > 5
+    for address in ("localhost:8000/v1", "http://localhost:80a0/v1"):
+        [(told, seconds)] = run_ranks(ask_in_vain, 1, tmp_path / "model", address)
+        assert f"--rollout-url {address.removesuffix('/v1')}" in told and "is no address" in told
+
+
+class Slow(Server):
+    """Takes longer to read weights and to answer than ranks wait for each other."""
+
+    def reload(self):
+        time.sleep(5)
+
+    def complete(self, body):
+        time.sleep(5 if body["prompt"] == [0] else 0)
+        logprobs = {"token_logprobs": [0.0]}
+        return {"choices": [{"token_ids": [7], "logprobs": logprobs, "finish_reason": "length"}]}
+
+
+def draw(folder, url):
+    """A response of this rank, and whether signals were looked at meanwhile."""
+    import torch.distributed as dist
+
+    from alignment.rl.served import ServedRollouts
+    from megatron_ext.inference.sampling import Sampling
+
+    wait_at_most(3)
+    rank, checks = dist.get_rank(), []
+    engine: Any = SimpleNamespace(
+        data_rank=rank, data_size=dist.get_world_size(), step=0, export=lambda folder: None
+    )
+    rollouts = ServedRollouts(engine, [url], "policy", folder, 0, check=lambda: checks.append(rank))
+    [found] = rollouts.generate([[rank]], Sampling(1))
+    return found.tokens, len(checks) > 1
+
+
+def test_a_server_may_take_longer_than_ranks_wait_for_each_other(tmp_path):
+    server = Slow(tmp_path)
+    server.away = 0
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    assert run_ranks(draw, 2, tmp_path, url_of(server)) == [([7], True)] * 2
+    server.shutdown()
+    server.server_close()
