@@ -2,14 +2,17 @@
 
     et-align promote --candidate RUN/best --current DIR \\
         --old-gold GOLD.jsonl --old-current V.jsonl --old-candidate V.jsonl \\
-        [--new-gold GOLD.jsonl --new-current V.jsonl --new-candidate V.jsonl]
+        [--new-gold GOLD.jsonl --new-current V.jsonl --new-candidate V.jsonl] \\
+        [--old-items ITEMS.jsonl] [--new-items ITEMS.jsonl]
 
 A policy leaves the texts that its judge was trained on. A judge that is trained again on what the
 policy writes, labelled by gold, must still judge the old test set: the candidate is refused when
 its agreement there may have fallen by more than --margin. On new items, samples of the policy say,
 it must agree better than the current judge. Both differences are taken on the items that both
-judged, and it is the end of their 95 % interval that counts. A candidate is refused too when its
-share of malformed or failed verdicts exceeds the current judge's by more than --margin.
+judged, and it is the end of their 95 % interval that counts. Several responses to a prompt are not
+independent: give --old-items and --new-items, and the intervals are over prompts. A candidate is
+refused too when its share of malformed or failed verdicts exceeds the current judge's by more than
+--margin.
 
 A candidate that passes is copied to --current, never in part, and the exit code is 0; one that does
 not leaves it as it is, and the code is 3. A kill between the two renames of the change leaves the
@@ -28,9 +31,10 @@ import numpy as np
 
 from alignment.judges.agreement.bootstrap import Estimate, Indices, estimates
 from alignment.judges.agreement.figures import Floats
-from alignment.judges.agreement.joining import Judged, by_item, judged, shared_items
+from alignment.judges.agreement.joining import Judged, by_item, groups_of, judged, shared_items
 from alignment.judges.agreement.measuring import Compared
 from alignment.judges.agreement.report import aligned, cells
+from alignment.judges.agreement.slices import read_items
 from alignment.judges.rows import read_all
 from alignment.records import Verdict
 from megatron_ext.errors import ToolParser, UserError, run_tool
@@ -58,7 +62,10 @@ class Comparison:
 def main(argv: Sequence[str] | None = None) -> int:
     options = _parse(argv)
     _recover(Path(options.current))
-    old = compare(options.old_gold, options.old_current, options.old_candidate, options.resamples)
+    old = compare(
+        options.old_gold, options.old_current, options.old_candidate, options.resamples,
+        options.old_items,
+    )  # fmt: skip
     found = {"old test set": old}
     problems = []
     if old.difference.low is None:
@@ -70,8 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     if options.new_gold:
         new = compare(
-            options.new_gold, options.new_current, options.new_candidate, options.resamples
-        )
+            options.new_gold, options.new_current, options.new_candidate, options.resamples,
+            options.new_items,
+        )  # fmt: skip
         found["new items"] = new
         if new.difference.low is None:
             problems.append(f"its agreement on the new items is unknown ({_reason(new)})")
@@ -92,8 +100,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def compare(gold: str, current: str, candidate: str, resamples: int) -> Comparison:
+def compare(
+    gold: str, current: str, candidate: str, resamples: int, judged_items: str | None = None
+) -> Comparison:
     """Read three files of verdicts on the same items and compare two of them with the first.
+
+    Args:
+        judged_items: a file of the responses or pairs; prompts are resampled then, not items.
 
     Raises:
         UserError: they are on different items, or of different kinds.
@@ -107,6 +120,10 @@ def compare(gold: str, current: str, candidate: str, resamples: int) -> Comparis
         raise UserError(f"{', '.join(names)}: some have scores, others have preferences")
     # An item that one judge fails on must not count for the other: it may be a hard one.
     both = np.flatnonzero(_unjudged(judges[1]) + _unjudged(judges[2]) == 0)
+    keys = items
+    if judged_items:
+        keys = [row.prompt.id for row in read_items(Path(judged_items), items)]
+    groups = [both[group] for group in groups_of([keys[place] for place in both])]
     name = "accuracy" if judges[0].pairwise else "alpha_interval"
     figures: list[Callable[[Indices], float]] = [
         Compared(judges[0], judge).agreement()[name] for judge in judges[1:]
@@ -117,7 +134,7 @@ def compare(gold: str, current: str, candidate: str, resamples: int) -> Comparis
             "candidate": figures[1],
             "difference": lambda places: figures[1](places) - figures[0](places),
         },
-        [np.array([place]) for place in both],
+        groups,
         resamples,
     )
     lost = [float(_unjudged(j).sum() / j.verdicts.sum()) for j in judges[1:]]
@@ -155,6 +172,8 @@ def _recover(current: Path) -> None:
     if os.path.lexists(old) and not os.path.lexists(current):
         os.replace(old, current)
     _remove(old)
+    for copy in current.parent.glob(f".{current.name}.*.tmp"):
+        shutil.rmtree(copy)
 
 
 def _remove(place: Path) -> None:
@@ -167,7 +186,13 @@ def _remove(place: Path) -> None:
 def _replace(candidate: Path, current: Path, found: dict[str, Comparison]) -> None:
     """Copy the candidate's folder to the current judge's place."""
     temporary = current.with_name(f".{current.name}.{os.getpid()}.tmp")
-    shutil.copytree(candidate, temporary)
+    try:
+        shutil.copytree(candidate, temporary)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(
+            f"--candidate {candidate} cannot be copied beside --current {current}: {error}"
+        ) from error
     promoted = {
         "from": str(candidate),
         **{name: [c.current.value, c.candidate.value] for name, c in found.items()},
@@ -194,6 +219,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         for who in ("gold", "current", "candidate"):
             add(f"--{when}-{who}", required=when == "old", metavar="FILE",
                 help=f"verdicts on {what}")
+        add(f"--{when}-items", metavar="FILE",
+            help=f"the {what} themselves, for intervals over prompts")
     add("--margin", type=float, default=0.02, metavar="X",
         help="agreement (alpha, or accuracy on pairs) that may be lost, and share of verdicts that "
         "may be unjudged in addition (%(default)s)")
@@ -203,7 +230,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     new = [options.new_gold, options.new_current, options.new_candidate]
     if any(new) and not all(new):
         raise UserError("--new-gold, --new-current and --new-candidate go together")
-    if options.margin < 0 or options.resamples < 100:
+    if options.new_items and not options.new_gold:
+        raise UserError("--new-items goes with --new-gold")
+    if not options.margin >= 0 or options.resamples < 100:  # nor no number
         raise UserError("--margin must not be negative, and --resamples be at least 100")
     if not (Path(options.candidate) / "config.json").is_file():
         raise UserError(f"--candidate {options.candidate} is no Hugging Face folder of a judge")

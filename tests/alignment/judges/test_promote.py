@@ -1,13 +1,15 @@
 """A retrained judge is promoted only past the regression gate."""
 
 import json
+import os
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from alignment.judges.promote import REFUSED, compare, main
-from alignment.records import Outcome, Side, Verdict
+from alignment.records import Message, Outcome, Prompt, Response, Side, Verdict
 from megatron_ext.errors import UserError
 from tests.alignment.chat_model import write_rows
 
@@ -156,3 +158,41 @@ def test_a_promotion_that_was_killed_between_the_renames_is_mended(files, link):
     (old / "config.json").write_text("{}")
     assert promote(files, ("good", "same"), None, "--margin", 0.06) == 0
     assert in_use(files) == "candidate" and not old.exists() and not old.is_symlink()
+
+
+def test_several_responses_to_a_prompt_are_no_independent_items(files):
+    """The same verdicts four times over tell no more than once, if prompts are resampled."""
+    responses = []
+    for name in ("gold", "good", "same"):
+        rows = scores(0.0 if name == "gold" else 1.0, name, count=60)
+        write_rows(files / f"{name}-once.jsonl", rows)
+        again = [replace(row, item=f"{row.item}-{n}") for row in rows for n in range(4)]
+        write_rows(files / f"{name}-often.jsonl", again)
+    for i in range(60):
+        prompt = Prompt(f"p{i}", (Message("user", f"say {i}"),))
+        responses += [Response(f"{i}-{n}", prompt, "yes") for n in range(4)]
+    write_rows(files / "items.jsonl", responses)
+    items = str(files / "items.jsonl")
+
+    def width(often, *more):
+        gold, good, same = (str(files / f"{n}-{often}.jsonl") for n in ("gold", "good", "same"))
+        difference = compare(gold, good, same, 2000, *more).difference
+        assert difference.low is not None and difference.high is not None
+        return difference.high - difference.low
+
+    assert width("often", items) == pytest.approx(width("once"), rel=0.1)
+    assert width("often") < 0.6 * width("once")
+
+
+def test_a_copy_that_fails_leaves_nothing(files):
+    (files / "candidate" / "weights").symlink_to("nowhere")
+    (files / f".current.{os.getpid() + 1}.tmp").mkdir()  # of a promotion that was killed
+    with pytest.raises(UserError, match="cannot be copied beside --current"):
+        promote(files, ("good", "same"), None, "--margin", 0.06)
+    assert in_use(files) == "current"
+    assert {place.name for place in files.iterdir() if place.is_dir()} == {"candidate", "current"}
+
+
+def test_no_number_is_no_margin(files):
+    with pytest.raises(UserError, match="--margin must not be negative"):
+        promote(files, ("good", "poor"), None, "--margin", "nan")
