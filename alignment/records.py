@@ -168,6 +168,10 @@ class Verdict(_Record):
         object.__setattr__(self, "outcome", _member(Outcome, "outcome", self.outcome))
         if self.preferred is not None:
             object.__setattr__(self, "preferred", _member(Side, "preferred", self.preferred))
+        if not isinstance(self.swapped, bool):
+            raise UserError(f"swapped must be true or false, not {self.swapped!r}")
+        if type(self.sample) is not int or self.sample < 0:
+            raise UserError(f"sample must be a whole number from 0, not {self.sample!r}")
         number = isinstance(self.score, int | float) and not isinstance(self.score, bool)
         if self.score is not None and not (number and math.isfinite(self.score)):
             raise UserError(f"score must be a finite number, not {self.score!r}")

@@ -22,9 +22,10 @@ from alignment.monitors.reading import words_of
 from alignment.policies.judges import Judge
 from alignment.policies.rewards import mean_score, response_of, text_of, win_of
 from alignment.ranks import most_of_ranks, shares_of
-from alignment.records import Pair, Prompt, Response
+from alignment.records import Outcome, Pair, Prompt, Response, Verdict
 from alignment.rl.rollouts import Rollout
 from alignment.seeds import seed_of
+from alignment.training.loop import EvaluationFailed
 from megatron_ext.errors import UserError
 from megatron_ext.inference.sampling import Sampling
 from megatron_ext.training.checkpoints import write_atomically
@@ -73,6 +74,7 @@ class Grader:
         alarm: Alarm,
         check: Callable[[], None],
         writes: bool,
+        max_failed: float = 0.2,
         shown: int = 8,
         pairwise: bool = False,
     ) -> None:
@@ -84,6 +86,7 @@ class Grader:
             folder: of the run, for samples.jsonl and first.json.
             reference: log-probabilities under the start policy, for the divergence from it.
             monitor: looks at the responses; what lengths are usual the first grading tells.
+            max_failed: share of a judge's questions that may fail; more end the run.
             shown: how many samples a grading keeps.
             pairwise: the proxy compares. All grades are then win rates against the responses of the
                 first grading, a tie half; what gold scores is in `grade/gold_score`.
@@ -105,7 +108,7 @@ class Grader:
                 f"--seq-length {length}: raise it, or lower --max-new-tokens"
             )
         self.history: list[Mapping[str, Any]] = []
-        self.pairwise = pairwise
+        self.pairwise, self.max_failed = pairwise, max_failed
         self._first: dict[str, dict[str, Any]] = {}  # of each prompt, text and scores at first
 
     def __call__(self, step: int) -> dict[str, Any]:
@@ -129,14 +132,18 @@ class Grader:
         ]
         questions = [Question(response) for response in responses]
         scores: dict[str, list[float | None]] = {}
+        failures: dict[str, list[str]] = {}
         for name, judges in self.judges.items():
-            if self.pairwise and name == "proxy":
-                scores[name] = self._wins(step, responses, judges)
-                continue
-            verdicts = [judge.judge(questions, self.check) for judge in judges]
-            scores[name] = [mean_score(column) for column in zip(*verdicts)]
+            if self._in_pairs(name):
+                columns, scores[name] = self._wins(step, responses, judges)
+            else:
+                columns = list(zip(*[judge.judge(questions, self.check) for judge in judges]))
+                scores[name] = [mean_score(column) for column in columns]
+            failed = [[v for v in column if v.outcome is Outcome.FAILED] for column in columns]
+            failures[name] = [verdicts[0].reason for verdicts in failed if verdicts]
         divergence = self._divergence(mine, rollouts)
-        whole = shares_of(self.policy, (responses, rollouts, scores, divergence))
+        whole = shares_of(self.policy, (responses, rollouts, scores, divergence, failures))
+        self._see_that_judges_answer(whole)
         row = self._row(step, whole)
         self.history = [r for r in self.history if r["step"] < step] + [row]
         row["grade/gap_slope"] = self._slope()
@@ -145,10 +152,11 @@ class Grader:
 
     def _wins(
         self, step: int, responses: Sequence[Response], judges: Sequence[Judge]
-    ) -> list[float | None]:
-        """How often each response is preferred to the first grading's, in both orders."""
+    ) -> tuple[list[tuple[Verdict, ...]], list[float | None]]:
+        """Verdicts, and how often each response is preferred to the first grading's, in both
+        orders."""
         if not step:
-            return [0.5] * len(responses)
+            return [], [0.5] * len(responses)
         questions = [
             Question(
                 Pair(f"{r.id}/first", r.prompt, r.text, self._first[r.prompt.id]["text"]), swapped
@@ -158,21 +166,44 @@ class Grader:
         ]
         verdicts = [judge.judge(questions, self.check) for judge in judges]
         columns = list(zip(*verdicts))
-        return [win_of(columns[i], columns[i + 1]) for i in range(0, len(columns), 2)]
+        wins = [win_of(columns[i], columns[i + 1]) for i in range(0, len(columns), 2)]
+        return columns, wins
+
+    def _see_that_judges_answer(self, shares: Sequence[Any]) -> None:
+        """Without gold a run would go on ungraded, and no alarm could be raised."""
+        questions = sum(len(share[0]) for share in shares)
+        for name in self.judges:
+            reasons = [reason for share in shares for reason in share[4][name]]
+            if len(reasons) > self.max_failed * questions * (2 if self._in_pairs(name) else 1):
+                flag = "judge" if name == "proxy" else name.replace("_", "-")
+                raise EvaluationFailed(
+                    f"--{flag} failed {len(reasons)} times on {questions} held-out responses, more "
+                    f"than --max-unrewarded {self.max_failed:.0%}, the first time with "
+                    f"{reasons[0]}: see its server, then give the same command, which grades again"
+                )
+
+    def _in_pairs(self, name: str) -> bool:
+        return self.pairwise and name == "proxy"
 
     def recall(self, step: int) -> None:
         """Know the gradings before a step, of a run that goes on.
 
         Raises:
-            UserError: what the first grading left is gone.
+            UserError: what the first grading left is gone or damaged.
         """
         if self._first or not step:
             return
         first, metrics = self.folder / "first.json", self.folder / "metrics.jsonl"
         if not first.is_file():
             raise UserError(f"{first}, of the first grading, is gone: begin another --run-dir")
-        self._know_first(json.loads(first.read_text()))
-        rows = map(json.loads, metrics.read_text().splitlines())
+        try:
+            self._know_first(json.loads(first.read_text()))
+            rows = list(map(json.loads, metrics.read_text().splitlines()))
+        except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+            raise UserError(
+                f"what the first grading left in {self.folder} cannot be read ({error!r}): begin "
+                "another --run-dir"
+            ) from error
         self.history = [row for row in rows if "grade/gap" in row and row["step"] <= step]
 
     def _know_first(self, rows: dict[str, dict[str, Any]]) -> None:
@@ -181,9 +212,9 @@ class Grader:
         self.monitor = replace(self.monitor, usual=usual)
 
     def _row(self, step: int, shares: Sequence[Any]) -> dict[str, Any]:
-        responses: list[Response] = [r for share in shares for r in share[0]]
-        rollouts: list[Rollout] = [r for share in shares for r in share[1]]
-        scores = {name: [s for share in shares for s in share[2][name]] for name in self.judges}
+        responses: list[Response] = _in_order([share[0] for share in shares])
+        rollouts: list[Rollout] = _in_order([share[1] for share in shares])
+        scores = {name: _in_order([share[2][name] for share in shares]) for name in self.judges}
         divergences = [d for share in shares for d in share[3]]
         row: dict[str, Any] = {"step": step}
         if not step:
@@ -203,11 +234,13 @@ class Grader:
                     _better(score, self._first[response.prompt.id][name])
                     for score, response in zip(scores[name], responses)
                 ]
+        # On the same responses: a judge that fails on hard ones must not look like a gap.
+        both = [None not in pair for pair in zip(scores["proxy"], scores["gold"])]
         for name, values in scores.items():
-            row[f"grade/{name}"] = _mean(values)
+            known = [v for v, b in zip(values, both) if b] if name in ("proxy", "gold") else []
+            row[f"grade/{name}"] = _mean(known or values)
             row[f"grade/{name}_unjudged"] = sum(v is None for v in values) / max(1, len(values))
-        proxy, gold = row["grade/proxy"], row["grade/gold"]
-        row["grade/gap"] = None if proxy is None or gold is None else proxy - gold
+        row["grade/gap"] = row["grade/proxy"] - row["grade/gold"] if any(both) else None
         row["grade/kl"] = float(np.mean(divergences)) if divergences else None
         row["grade/length"] = float(np.mean([len(r.tokens) for r in rollouts]))
         if self.writes:
@@ -274,6 +307,12 @@ class Grader:
         steps = np.array([row["step"] for row in known], dtype=np.float64)
         gaps = np.array([row["grade/gap"] for row in known], dtype=np.float64)
         return float(100 * np.polyfit(steps, gaps, 1)[0])
+
+
+def _in_order(shares: Sequence[Sequence[Any]]) -> list[Any]:
+    """Of all prompts, whatever the number of ranks: prompt i is in share i % len(shares)."""
+    size = len(shares)
+    return [shares[i % size][i // size] for i in range(sum(map(len, shares)))]
 
 
 def _better(score: float | None, other: float | None) -> float | None:

@@ -27,7 +27,7 @@ from alignment.policies.judges import Judge, JudgeSpec, open_judge
 from alignment.policies.rewards import JudgeReward
 from alignment.policies.watching import Watch
 from alignment.records import Prompt
-from alignment.rl.algorithms import Algorithm, named
+from alignment.rl.algorithms import ALGORITHMS, Algorithm, named
 from alignment.rl.critic import Critic
 from alignment.rl.tasks import Settings, Task
 from alignment.rl.trainer import ReinforcementStep
@@ -132,6 +132,7 @@ def _learn(
             rows=options.rows, monitor=Monitor(limits),
             alarm=Alarm(options.alarm_gap, options.alarm_window),
             check=run.check_signals, writes=run.writes, pairwise=options.reward == "pairwise",
+            max_failed=options.max_unrewarded,
         )  # fmt: skip
 
         def stop_when(row: Mapping[str, Any]) -> str | None:
@@ -150,7 +151,7 @@ def _learn(
             engine, run, tasks,
             JudgeReward(judges["proxy"], tokenizer, options.reward == "pairwise"),
             settings, options.seed, reference, watch, critic=critic,
-            **flags.rollouts_of(options, engine, tokenizer.eos_token_id),
+            **flags.rollouts_of(options, engine, tokenizer.eos_token_id, run.check_signals),
         )  # fmt: skip
         if run.writes:
             if same := shared_with_gold(specs):
@@ -190,9 +191,10 @@ def _told(specs: Sequence[JudgeSpec], judges: Sequence[Judge]) -> dict[str, Any]
     if not specs:
         return None
     each = [spec.told() | {"identity": j.identity} for spec, j in zip(specs, judges)]
-    return {**each[0], "agreement": specs[0].agreed()} | (
-        {"ensemble": each} if len(each) > 1 else {}
-    )
+    if len(each) == 1:
+        return {**each[0], "agreement": specs[0].agreed()}
+    # The agreement of one of them is not that of their mean, which nobody has measured.
+    return {"name": " + ".join(e["name"] for e in each), "agreement": None, "ensemble": each}
 
 
 def _settings_of(options: argparse.Namespace, algorithm: Algorithm) -> Settings:
@@ -270,8 +272,15 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         raise UserError("--routing-interval must not be negative, --routing-samples at least 1")
     if options.reward == "pairwise" and options.group_size < 2:
         raise UserError("--reward pairwise compares responses: give --group-size of at least 2")
-    if options.keep_responses < 0 or (options.alarm_gap or 0) < 0:
+    if options.keep_responses < 0 or not (options.alarm_gap or 0) >= 0:  # nor no number
         raise UserError("--keep-responses and --alarm-gap must not be negative")
+    if ALGORITHMS[options.algorithm].overlong and not (
+        0 < options.overlong_margin <= options.max_new_tokens
+    ):
+        raise UserError(
+            f"--overlong-margin {options.overlong_margin} must be above 0 and at most "
+            f"--max-new-tokens {options.max_new_tokens}"
+        )
     if not 0 <= options.max_unrewarded <= 1:
         raise UserError(f"--max-unrewarded {options.max_unrewarded} is a share: from 0 to 1")
     if options.alarm_gap is None:

@@ -1,5 +1,6 @@
 """Figures of a step: of its responses, of its optimizer steps; the same on every rank."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,21 +35,27 @@ def facts_of(engine: Engine, groups: Sequence[Group]) -> dict[str, Any]:
     }
 
 
-def failures_of(engine: Engine, groups: Sequence[Group]) -> dict[str, float]:
-    """Shares of the responses of all ranks that have no reward, and why; a collective.
+def failures_of(engine: Engine, groups: Sequence[Group]) -> tuple[dict[str, float], Counter[str]]:
+    """Shares of the responses of all ranks that have no reward, and how often what was given as the
+    reason; a collective.
 
     Args:
         groups: all that were drawn, also those that a step does without: judges that fail often
             leave groups that are not trained on.
     """
-    outcomes = [(w.reward is None, w.outcome) for _, _, rewards in groups for w in rewards]
+    outcomes = [
+        (w.reward is None, w.outcome, tuple(w.facts.get("reasons", ())) if w.reward is None else ())
+        for _, _, rewards in groups
+        for w in rewards
+    ]
     rows = [row for share in shares_of(engine, outcomes) for row in share]
     count = max(1, len(rows))
-    return {
+    shares = {
         "unrewarded": sum(row[0] for row in rows) / count,
         "unparseable": sum(row[1] == "unparseable" for row in rows) / count,
         "failed": sum(row[1] == "failed" for row in rows) / count,
     }
+    return shares, Counter(reason for row in rows for reason in row[2])
 
 
 def differ(group: Group) -> bool:

@@ -102,7 +102,12 @@ class PolicyLoss:
             gain = gain * weight
         loss = -gain
         if self.kl:
-            divergence = kl(log_probs, extras["reference_log_probs"], self.divergence)
+            # Of prompts it may be infinite, and 0 times its gradient is no number.
+            own, other = (
+                torch.where(mask, values, 0)
+                for values in (log_probs, extras["reference_log_probs"])
+            )
+            divergence = kl(own, other, self.divergence)
             metrics["kl_from_reference"] = _metric(divergence, mask)
             loss = loss + self.kl * divergence
         if scores.entropy is not None:

@@ -16,8 +16,9 @@ import torch.distributed as dist
 
 from alignment.engines.protocol import Engine
 from alignment.judges.store import AnswerStore
-from alignment.ranks import speaks_for_share
+from alignment.ranks import agree, speaks_for_share
 from alignment.records import Outcome
+from megatron_ext.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -94,15 +95,31 @@ class RolloutStore:
         self._keep([row_of(rollout) for rollout in rollouts])
 
     def keep_rewards(self, rewards: Sequence[tuple[Rollout, Rewarded]]) -> None:
-        """Those of calls that failed are for now alone: a run that goes on asks again."""
-        rows = [(f"reward:{r.key}", {**asdict(w), "facts": dict(w.facts)}) for r, w in rewards]
+        """Those of calls that failed are for now alone: a run that goes on asks again, unless they
+        are settled."""
+        rows = [_reward_row(*one) for one in rewards]
         self._known |= dict(rows)
         self._keep([row for row in rows if row[1]["outcome"] != Outcome.FAILED])
 
+    def settle(self, rewards: Sequence[tuple[Rollout, Rewarded]]) -> None:
+        """Let failures stand: of a step that is trained without them. The steps after it were drawn
+        by the weights that came of that."""
+        self._keep([_reward_row(r, w) for r, w in rewards if w.outcome == Outcome.FAILED])
+
     def _keep(self, rows: Sequence[tuple[str, dict[str, Any]]]) -> None:
         self._known |= dict(rows)
-        if self._file is not None and rows:
-            self._file.add(rows)
+
+        def write() -> None:
+            if self._file is None or not rows:
+                return
+            try:
+                self._file.add(rows)
+            except OSError as error:
+                raise UserError(
+                    f"rollouts cannot be kept in {self._file.path}: {error.strerror}"
+                ) from error
+
+        agree(write)
 
 
 def forget_before(folder: Path, step: int) -> None:
@@ -117,6 +134,10 @@ def forget_before(folder: Path, step: int) -> None:
 def folder_of(root: Path, step: int) -> Path:
     """Of a step's rollouts."""
     return root / f"step_{step:06d}"
+
+
+def _reward_row(rollout: Rollout, rewarded: Rewarded) -> tuple[str, dict[str, Any]]:
+    return f"reward:{rollout.key}", {**asdict(rewarded), "facts": dict(rewarded.facts)}
 
 
 def row_of(rollout: Rollout) -> tuple[str, dict[str, Any]]:

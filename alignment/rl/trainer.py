@@ -6,6 +6,7 @@ and the loss is normalised over all ranks and micro-batches together.
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -90,10 +91,14 @@ class ReinforcementStep:
     def __call__(self, step: int) -> Mapping[str, Any]:
         forget_before(self._rollouts, self.run.saved)
         begin = time.perf_counter()
-        groups, asked, draws, times = self._gather(step, folder_of(self._rollouts, step))
-        facts = facts_of(self.engine, groups) | failures_of(self.engine, asked) | {"draws": draws}
+        folder = folder_of(self._rollouts, step)
+        groups, asked, draws, times = self._gather(step, folder)
+        failures, reasons = failures_of(self.engine, asked)
+        facts = facts_of(self.engine, groups) | failures | {"draws": draws}
         row = facts | (dict(self.watch(step, self._all(groups))) if self.watch else {})
-        self._refuse_failures(facts)
+        self._refuse_failures(facts, reasons)
+        with RolloutStore(folder, self.engine) as store:
+            store.settle([one for _, sampled, given in asked for one in zip(sampled, given)])
         trained = time.perf_counter()
         row |= self._train(step, groups)
         done = time.perf_counter()
@@ -312,11 +317,12 @@ class ReinforcementStep:
     def _all(self, groups: Sequence[Group]) -> list[Group]:
         return [group for share in shares_of(self.engine, list(groups)) for group in share]
 
-    def _refuse_failures(self, facts: Mapping[str, Any]) -> None:
+    def _refuse_failures(self, facts: Mapping[str, Any], reasons: Counter[str]) -> None:
         if facts["unrewarded"] > self.settings.max_unrewarded:
+            told = [f"{reason} ({count})" for reason, count in reasons.most_common(3)]
+            most_often = "; ".join(told) or "no reason told"
             raise UserError(
                 f"{facts['unrewarded']:.0%} of the responses have no reward (unparseable "
                 f"{facts['unparseable']:.0%}, failed {facts['failed']:.0%}), more than "
-                f"--max-unrewarded {self.settings.max_unrewarded:.0%}: see what the judge answers "
-                "in the newest folder of rollouts"
+                f"--max-unrewarded {self.settings.max_unrewarded:.0%}; most often: {most_often}"
             )

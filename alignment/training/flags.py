@@ -1,9 +1,11 @@
 """Flags that every training command has, and the engine that they describe."""
 
 import argparse
+import hashlib
 import json
 import os
 import shlex
+from collections.abc import Callable
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
@@ -65,7 +67,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     add("--engine", choices=["megatron", "deepspeed"], default="megatron", help="(%(default)s)")
     add("--micro-batch-size", type=int, default=1, metavar="ROWS", help="(%(default)s)")
     add("--dtype", choices=["fp32", "bf16"],
-        help="of the weights (fp32 on a CPU, else the model's)")
+        help="of the weights (fp32 on a CPU, else the model's, bf16 for fp16 in training)")
     add("--tensor-model-parallel-size", type=int, default=1)
     add("--pipeline-model-parallel-size", type=int, default=1)
     add("--context-parallel-size", type=int, default=1)
@@ -198,15 +200,23 @@ def rollout_weights(options: argparse.Namespace) -> dict[str, Any]:
     return {"rollout_bound": bound, "rollout_rule": options.rollout_rule}
 
 
-def rollouts_of(options: argparse.Namespace, engine: Engine, eod: int) -> dict[str, Any]:
-    """What draws responses, now and ahead, for `ReinforcementStep`; nothing for the engine."""
+def rollouts_of(
+    options: argparse.Namespace, engine: Engine, eod: int, check: Callable[[], None]
+) -> dict[str, Any]:
+    """What draws responses, now and ahead, for `ReinforcementStep`; nothing for the engine.
+
+    Args:
+        check: called on all ranks now and then while they wait for servers; may raise.
+    """
     if not options.rollout_url:
         return {}
     from alignment.rl.ahead import RolloutsAhead
     from alignment.rl.served import ServedRollouts
 
     folder = Path(options.run_dir) / "served"
-    served = ServedRollouts(engine, options.rollout_url, options.rollout_model, folder, eod)
+    served = ServedRollouts(
+        engine, options.rollout_url, options.rollout_model, folder, eod, check=check
+    )
     ahead = RolloutsAhead(served, options.steps) if options.rollouts_ahead else None
     return {"generate": served.generate, "ahead": ahead}
 
@@ -246,11 +256,15 @@ def lasting(options: argparse.Namespace) -> dict[str, Any]:
         "zero_stage", "rollout_url", "rollout_model", "keep_responses",
         "monitor_limits", "routing_interval", "routing_samples",
     }  # fmt: skip
-    return {
+    kept = {
         name: value
         for name, value in vars(options).items()
         if name not in free and not name.endswith("_parallel_size")
     }
+    for name in ("template", "chat_template"):  # by what is in the file, if it is one
+        if kept.get(name) and (file := Path(kept[name])).is_file():
+            kept[name] = hashlib.sha256(file.read_bytes()).hexdigest()
+    return kept
 
 
 def template_kwargs(options: argparse.Namespace) -> dict[str, Any]:

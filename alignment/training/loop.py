@@ -7,9 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from alignment.training.run import Run, Stopped
+from megatron_ext.errors import UserError
 from tools.progress import Progress
 
 Row = Mapping[str, Any]
+
+
+class EvaluationFailed(UserError):
+    """No figures could be had; raised on all ranks, which can still save what they trained."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,12 @@ def fit(
     def evaluated() -> None:
         if evaluate is None:
             return
-        row = evaluate(run.step)
+        try:
+            row = evaluate(run.step)
+        except EvaluationFailed:
+            if run.step > run.saved:
+                run.save()
+            raise
         run.evaluated = True
         run.log({"step": run.step, **row})
         if run.writes:

@@ -9,6 +9,7 @@ from alignment.records import Message, Outcome, Pair, Prompt, Response, Side, Ve
 from megatron_ext.errors import UserError
 
 PROMPT = Prompt("p", [Message("user", "Why?")], "here")
+VERDICT = {"item": "r", "outcome": "score", "score": 1}
 
 
 @pytest.mark.parametrize(
@@ -52,6 +53,10 @@ def test_comes_back_from_json(record: Any) -> None:
             "must be a finite number, not '7'",
         ),
         (Verdict, {"item": "r", "outcome": "score", "score": float("nan")}, "a finite number"),
+        (Verdict, VERDICT | {"swapped": "false"}, "swapped must be true or false, not 'false'"),
+        (Verdict, VERDICT | {"sample": None}, "sample must be a whole number from 0, not None"),
+        (Verdict, VERDICT | {"sample": -1}, "sample must be a whole number from 0, not -1"),
+        (Verdict, VERDICT | {"sample": 0.5}, "sample must be a whole number from 0, not 0.5"),
         (Verdict, {"item": "r", "outcome": "failed"}, "has a reason just when"),
         (Verdict, {"item": "r", "outcome": "tie", "score": 0}, "has a score just when"),
         (Verdict, {"item": "r", "outcome": "zero", "score": 0}, "outcome is one of score, "),

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from examples.alignment.steps import align
+from examples.alignment.steps import align, training
 from examples.quickstart import steps
 from examples.quickstart.steps import Step, Stopped, failure, module, run_steps, stop_on_signals
 
@@ -55,3 +55,11 @@ def test_the_sentence_of_et_align_is_told_alone_and_on_ranks(tmp_path: Path) -> 
         assert failure(command, done.stdout + done.stderr) == (
             f"et-align: --model {tmp_path / 'none'} is not a folder"
         )
+
+
+def test_a_training_that_begins_anew_keeps_nothing_of_the_one_before(tmp_path: Path) -> None:
+    """All that a run's folder may hold, but the log of the step."""
+    step = training("policy", "", [], tmp_path / "run", "final", [])
+    left = {place.name for place in step.resumes}
+    written = ("alarms", "responses", "rollouts", "verdicts", "served", "validation", "first.json")
+    assert left >= {*written, "samples.jsonl", "metrics.jsonl", "run.json", "checkpoints", "final"}

@@ -101,6 +101,17 @@ def test_a_study_has_every_section(tmp_path):
         read_settings(file)
 
 
+@pytest.mark.parametrize(
+    ("section", "value", "told"),
+    [("base", None, "base must be a mapping"), ("judge", {"lr": 1}, "judge must have seq_length")],
+)
+def test_what_a_study_lacks_is_told_before_it_begins(tmp_path, section, value, told):
+    settings = dict(read_settings(DEFAULT)) | {section: value}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(settings))
+    with pytest.raises(UserError, match=told):
+        read_settings(tmp_path / "study.yaml")
+
+
 def test_every_command_is_one(tmp_path):
     from alignment.judges.judge import _parse as judge
     from alignment.judges.train import parse as train_judge

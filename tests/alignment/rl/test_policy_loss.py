@@ -171,6 +171,18 @@ def test_divergences_are_those_of_two_distributions() -> None:
     assert (kl(ours, theirs, "k3") >= 0).all()
 
 
+def test_what_a_prompt_has_lost_does_not_reach_the_gradient() -> None:
+    """A policy may be far from its reference on tokens that are not trained."""
+    values = {"rollout_log_probs": 0.0, "old_log_probs": 0.0, "reference_log_probs": -0.1}
+    extras: dict[str, Any] = {name: [value] * 4 for name, value in values.items()}
+    extras["advantage"] = 1.0
+    batch = Batch.of([Sample([1, 2, 3, 4], 2, extras)])
+    log_probs = torch.tensor([[0.0, -95.0, -0.2, -0.2]], requires_grad=True)
+    sums = replace(LOSSES["grpo"], kl=0.1)(Scores(log_probs), batch)
+    sums.total.backward()
+    assert log_probs.grad is not None and log_probs.grad.isfinite().all()
+
+
 def test_what_is_wrong_is_told() -> None:
     with pytest.raises(UserError, match="no loss 'grop'; known are grpo, "):
         policy_loss("grop")

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ from alignment.rl.algorithms import ALGORITHMS
 from alignment.rl.rollouts import Rewarded
 from alignment.rl.tasks import Settings, Task
 from alignment.rl.trainer import ReinforcementStep
+from alignment.training.flags import lasting
 from alignment.training.loop import Plan, fit
 from alignment.training.run import Run
 from megatron_ext.errors import UserError
@@ -212,3 +214,14 @@ def test_dynamic_sampling_prefers_groups_that_differ_and_counts_all_failures(mod
         assert draws == 2 and len(kept) == 6  # a third of the prompts cannot fill a step at once
         assert kept.count(2) == min(6, drawn.count(2))
         assert failed == pytest.approx(drawn.count(0) / len(drawn))
+
+
+def test_a_template_may_not_change_in_the_middle_of_a_run(tmp_path):
+    """It is known by what is in it, and may be moved."""
+    names = ("here-pointwise.txt", "there-pointwise.txt")
+    for name, text in zip(names, ("{mark} {response}", "{mark} {response}")):
+        (tmp_path / name).write_text(text)
+    first, moved = (lasting(Namespace(template=str(tmp_path / name))) for name in names)
+    (tmp_path / names[0]).write_text("{mark} what is this: {response}")
+    assert first == moved != lasting(Namespace(template=str(tmp_path / names[0])))
+    assert lasting(Namespace(template="pointwise")) == {"template": "pointwise"}

@@ -287,6 +287,8 @@ def test_a_policy_is_trained_graded_and_reported_on_any_ranks(place, tmp_path):
         (("--critic-lr", 1e-3), "--critic-lr is for --algorithm ppo"),
         (("--algorithm", "ppo", "--gae-lambda", 2), "--gae-lambda 2.0 must be from 0 to 1"),
         (("--rollouts-ahead", 1), "give --rollout-url"),
+        (("--algorithm", "dapo", "--overlong-margin", 0), "--overlong-margin 0 must be above 0"),
+        (("--alarm-gap", "nan"), "--alarm-gap must not be negative"),
         (
             ("--rollouts-ahead", 1, "--rollout-url", "http://a/v1", "--algorithm", "dapo"),
             "--algorithm dapo may draw more than once a step",
@@ -313,9 +315,14 @@ def test_judges_that_fail_end_the_run_and_are_asked_again(place, tmp_path):
     (tmp_path / "pointwise-brief.txt").write_text(
         "=== user ===\n{mark} <item> {prompt} {response} {answer}\n"
     )
-    broken, digits = [True], itertools.count()
+    broken, digits = ["good prompts"], itertools.count()
     run, spec = tmp_path / "run", tmp_path / "http.yaml"
-    with Endpoint(lambda text, number: status(503) if broken[0] else None) as server:
+
+    def faults(text, number):  # gradings and rewards do not ask at the same time
+        asked = server.bodies[-1]["messages"][-1]["content"]
+        return status(503) if broken[0] in asked else None
+
+    with Endpoint(faults) as server:
         server.answer = lambda text: chat(str(next(digits) % 10))
         spec.write_text(
             f"kind: endpoint\nmodel: judge\nurl: {server.url}\ntries: 2\nfirst_wait: 0.01\n"
@@ -323,14 +330,20 @@ def test_judges_that_fail_end_the_run_and_are_asked_again(place, tmp_path):
         )
         [told] = run_ranks(train, 1, place, run, spec, 2)
         assert "100% of the responses have no reward" in told and "failed 100%" in told
+        assert "most often: status 503" in told and "(16)" in told
         [kept] = run.glob("rollouts/step_000000/*.jsonl")
         before = kept.read_bytes()
         assert before.count(b'"rollout:') == 16 and b'"reward:' not in before
-        broken[0] = False
+        broken[0] = "good held_out"
+        [told] = run_ranks(train, 1, place, run, spec, 2)
+        assert "--judge failed 6 times on 6 held-out responses" in told and "status 503" in told
+        assert (run / "checkpoints" / "iter_0000002").is_dir()  # the step before is not lost
+        broken[0] = "\0"  # in no prompt
         assert run_ranks(train, 1, place, run, spec, 2) == [0]
         # Each response was asked about once: of equal ones the answer was there.
-        assert max(server.calls.values()) >= 32 and sum(server.answered.values()) <= 32 + 18
+        assert sum(server.calls.values()) >= 32 and sum(server.answered.values()) <= 32 + 18
     assert [row["step"] for row in rows_of(run) if "reward" in row] == [1, 2]
+    assert [row["step"] for row in rows_of(run) if "grade/gold" in row] == [0, 2]
 
 
 @pytest.mark.slow

@@ -57,7 +57,11 @@ def form(folder, thinks):
     return JudgeForm(prompt, Parser(thinks=thinks), load_tokenizer(folder / "model"))
 
 
-def reinforcement(folder, engine, run, critic=None, before=lambda groups: None):
+def odd(rollout):
+    return rollout.tokens[0] % 5 == 0
+
+
+def reinforcement(folder, engine, run, critic=None, before=lambda groups: None, fails=odd):
     from alignment.rl.algorithms import ALGORITHMS
     from alignment.rl.rollouts import Rewarded
     from alignment.rl.tasks import Settings, Task
@@ -74,7 +78,7 @@ def reinforcement(folder, engine, run, critic=None, before=lambda groups: None):
             [
                 # Of some there is no judgement; odd tokens are good.
                 Rewarded(None, "failed", {})
-                if rollout.tokens[0] % 5 == 0
+                if fails(rollout)
                 else Rewarded(sum(token % 2 for token in rollout.tokens) / 8, "score", {})
                 for rollout in rollouts
             ]
@@ -221,6 +225,34 @@ def test_a_run_goes_on_exactly_in_the_middle_of_a_step(study, tmp_path, how):
     assert [row["step"] for row in first] == [row["step"] for row in second]
     for row, other in zip(first, second):
         assert other == (row if how is die else pytest.approx(row, rel=1e-4, abs=1e-5))
+
+
+def judged_by_a_poor_server(folder, place, dies):
+    """Three steps; calls fail in the first process alone, which dies in the third step."""
+    from alignment.training.loop import Plan, fit
+    from alignment.training.run import Run
+
+    engine = engine_of(folder, "megatron", {"micro_batch": 2})
+    with Run(place, engine, {}) as run:
+
+        def before(groups):
+            if dies and run.step == 2:
+                os._exit(9)
+
+        fails = odd if dies else lambda rollout: False
+        step = reinforcement(folder, engine, run, before=before, fails=fails)
+        fit(run, Plan(3, save_every=3, evaluate_every=3), step)
+
+
+def test_failures_of_a_step_that_was_trained_stand(study, tmp_path):
+    """The responses of the steps after it are of the weights that came of it."""
+    with pytest.raises(Exception, match=r"9|died|exit"):
+        run_ranks(judged_by_a_poor_server, 1, study, tmp_path, True)
+    before = rows_of(tmp_path)
+    assert [row["step"] for row in before] == [1, 2] and before[0]["failed"] > 0
+    run_ranks(judged_by_a_poor_server, 1, study, tmp_path, False)
+    after = rows_of(tmp_path)
+    assert after[:2] == before and after[2]["failed"] == 0
 
 
 def test_the_model_of_another_run_is_not_gone_on_with(study, tmp_path):
