@@ -39,6 +39,9 @@ def start(
 
 
 def train(flags: Sequence[object], ranks: int = 2) -> None:
-    """Run the script on that many ranks to its end."""
-    ended = run_ranks(start, ranks, flags, timeout=240)
+    """Run the script on that many ranks to its end.
+
+    Data are read in the ranks themselves: from a forked one no loader's worker can be started.
+    """
+    ended = run_ranks(start, ranks, ["--num-workers", "0", *flags], timeout=240)
     assert [code for code, _ in ended] == [0] * ranks, ended

@@ -174,6 +174,7 @@ class ServedRollouts:
             return await task
         finally:
             task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
 
     def _given_up(self, url: str, reason: str) -> UserError:
         return UserError(
