@@ -31,9 +31,14 @@ def spread[T, R](
 ) -> list[R]:
     """What `work` gives for each of the items, in their order, on every rank; each share of the
     data does its part of them."""
-    size = engine.data_size
-    shares = shares_of(engine, list(work(items[engine.data_rank :: size])))
-    return [shares[i % size][i // size] for i in range(len(items))]
+    part = items[engine.data_rank :: engine.data_size]
+    return in_order(shares_of(engine, list(work(part))))
+
+
+def in_order[T](shares: Sequence[Sequence[T]]) -> list[T]:
+    """Of all items, whatever the number of ranks: item i is in share i % len(shares)."""
+    size = len(shares)
+    return [shares[i % size][i // size] for i in range(sum(map(len, shares)))]
 
 
 def speaks_for_share(engine: Engine) -> bool:

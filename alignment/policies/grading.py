@@ -21,7 +21,7 @@ from alignment.monitors.lengths import Lengths
 from alignment.monitors.reading import words_of
 from alignment.policies.judges import Judge
 from alignment.policies.rewards import mean_score, response_of, text_of, win_of
-from alignment.ranks import most_of_ranks, shares_of
+from alignment.ranks import in_order, most_of_ranks, shares_of
 from alignment.records import Outcome, Pair, Prompt, Response, Verdict
 from alignment.rl.rollouts import Rollout
 from alignment.seeds import seed_of
@@ -212,9 +212,9 @@ class Grader:
         self.monitor = replace(self.monitor, usual=usual)
 
     def _row(self, step: int, shares: Sequence[Any]) -> dict[str, Any]:
-        responses: list[Response] = _in_order([share[0] for share in shares])
-        rollouts: list[Rollout] = _in_order([share[1] for share in shares])
-        scores = {name: _in_order([share[2][name] for share in shares]) for name in self.judges}
+        responses: list[Response] = in_order([share[0] for share in shares])
+        rollouts: list[Rollout] = in_order([share[1] for share in shares])
+        scores = {name: in_order([share[2][name] for share in shares]) for name in self.judges}
         divergences = [d for share in shares for d in share[3]]
         row: dict[str, Any] = {"step": step}
         if not step:
@@ -307,12 +307,6 @@ class Grader:
         steps = np.array([row["step"] for row in known], dtype=np.float64)
         gaps = np.array([row["grade/gap"] for row in known], dtype=np.float64)
         return float(100 * np.polyfit(steps, gaps, 1)[0])
-
-
-def _in_order(shares: Sequence[Sequence[Any]]) -> list[Any]:
-    """Of all prompts, whatever the number of ranks: prompt i is in share i % len(shares)."""
-    size = len(shares)
-    return [shares[i % size][i // size] for i in range(sum(map(len, shares)))]
 
 
 def _better(score: float | None, other: float | None) -> float | None:

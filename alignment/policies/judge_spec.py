@@ -65,8 +65,8 @@ class JudgeSpec:
     template: str | None = None
     thinking: str = "none"
     temperature: float = 0.7
-    top_k: int | Any = 20  # None is an endpoint's alone
-    top_p: float | Any = 0.95
+    top_k: int | None = 20  # None is an endpoint's alone
+    top_p: float | None = 0.95
     max_new_tokens: int = 4096
     reasoning_effort: str | None = None
     expected_score: bool = True

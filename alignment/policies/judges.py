@@ -89,6 +89,7 @@ def open_judge(
         load_tokenizer(Path(spec.model), template),
         spec.chat_template_kwargs,
     )
+    assert spec.top_k is not None and spec.top_p is not None  # of an endpoint alone
     sampling = Sampling(
         spec.max_new_tokens,
         spec.temperature or 1.0,

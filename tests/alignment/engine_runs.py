@@ -8,12 +8,14 @@ from safetensors.torch import load_file
 
 from alignment.engines.batch import Batch, Sample
 from alignment.engines.protocol import Optimization, Sums
+from megatron_ext.errors import UserError
 from megatron_ext.inference.sampling import Sampling
 
 STEPS = 10
 LENGTH = 48
 VOCAB = 128
 TEMPERATURE = 0.7
+TOLERANCE = 1e-4
 CHOICES = [3, VOCAB - 1, 70]
 OPTIMIZATION = Optimization(
     lr=2e-3, steps=STEPS, warmup=2, betas=(0.9, 0.95), weight_decay=0.1, clip=0.3
@@ -228,3 +230,12 @@ def brute_force(folder):
         found.norms.append(norm.item())
     found.weights = {name: value.detach().clone() for name, value in model.named_parameters()}
     return found
+
+
+def told_by(call):
+    """The sentence that a call is refused with; nothing of one that is not."""
+    try:
+        call()
+    except UserError as error:
+        return str(error)
+    return None
