@@ -46,11 +46,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         difference = _convert(options, load, save, beside)
     print(f"wrote {save}")
     if difference is not None:
-        print(f"largest difference of logits: {difference:.3g}")
+        print(f"largest difference of logits: {difference:.3g} of the largest logit")
 
 
 def _convert(options: argparse.Namespace, load: Path, save: Path, beside: Path) -> float | None:
-    """Convert into the folder `beside`; the largest difference of logits with --verify."""
+    """Convert into the folder `beside`; with --verify return `largest_difference`, else None."""
     with quiet_megatron():
         activate()  # before anything of Megatron is imported
         from megatron_ext.hf.convert import gguf_to_hf, to_hf, to_megatron

@@ -1,12 +1,15 @@
 """Every family of transformers: into a checkpoint, run by Megatron, and back again."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from megatron_ext.errors import UserError
+from tests.closeness import rounding
 from tests.distributed import run_ranks
 from tests.hf.models import CONFIGS, VOCAB, add_tokenizer, make
 
@@ -71,10 +74,11 @@ def test_megatron_computes_the_same_logits_and_nothing_is_lost_on_the_way_back(n
     model = make(name, tmp_path / "hf")
     [facts] = run_ranks(there_and_back, 1, tmp_path)
     assert facts.hf.std() > 0.5 and facts.padded > VOCAB
-    torch.testing.assert_close(facts.megatron, facts.hf, atol=1e-4, rtol=0)
+    torch.testing.assert_close(facts.megatron, facts.hf, atol=rounding(facts.hf), rtol=0)
     for prompt, (tokens, log_probs) in zip(PROMPTS, facts.generated):  # ours, in a batch
         theirs, their_log_probs = generate_alone(model, prompt)
-        assert tokens == theirs and log_probs == pytest.approx(their_log_probs, abs=1e-4)
+        assert tokens == theirs
+        assert log_probs == pytest.approx(their_log_probs, abs=rounding(facts.hf))
     before, after = tensors(tmp_path / "hf"), tensors(tmp_path / "back")
     assert before.keys() == after.keys()
     for key, tensor in before.items():
@@ -92,10 +96,41 @@ def test_rows_beyond_the_tokenizers_come_back_and_its_files_go_along(tmp_path):
     add_tokenizer(tmp_path / "hf", known := 450)
     [facts] = run_ranks(there_and_back, 1, tmp_path)
     ours, theirs = facts.megatron[..., :known], facts.hf[..., :known]
-    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+    torch.testing.assert_close(ours, theirs, atol=rounding(theirs), rtol=0)
     assert facts.megatron[..., known:].isneginf().all()  # never sampled
     before, after = tensors(tmp_path / "hf"), tensors(tmp_path / "back")
     assert all(torch.equal(tensor, after[key]) for key, tensor in before.items())
     for name in ("tokenizer.json", "tokenizer_config.json"):
         file, copy = tmp_path / "hf" / name, tmp_path / "back" / name
         assert file.read_bytes() == copy.read_bytes()
+
+
+def test_verify_compares_the_logits_relative_to_the_largest(tmp_path):
+    """A model of small logits is another one as well when it differs by a small amount."""
+    make("llama", tmp_path / "hf")
+    _scale(tmp_path / "hf", "lm_head.weight", 1e-5)
+    changed = shutil.copytree(tmp_path / "hf", tmp_path / "changed")
+    _scale(changed, "model.norm.weight", 1.01)
+    [(share, message)] = run_ranks(verify_both, 1, tmp_path)
+    assert share < 5e-5
+    assert "differ by up to" in message and "where the largest logit is" in message
+
+
+def _scale(folder, name, factor):
+    for file in folder.glob("*.safetensors"):
+        loaded = load_file(file)
+        if name in loaded:
+            save_file(loaded | {name: loaded[name] * factor}, file, {"format": "pt"})
+
+
+def verify_both(folder):
+    """On a rank: compare a conversion with the folder it was made of, and with a changed one."""
+    from megatron_ext.hf.verify import largest_difference
+    from tools import convert_checkpoint
+
+    flags = ["--from", "hf", "--to", "megatron", "--load", str(folder / "hf")]
+    convert_checkpoint.main([*flags, "--save", str(folder / "checkpoints")])
+    share = largest_difference(folder / "checkpoints", folder / "hf")
+    with pytest.raises(UserError) as refused:
+        largest_difference(folder / "checkpoints", folder / "changed")
+    return share, str(refused.value)

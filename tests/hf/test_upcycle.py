@@ -83,7 +83,7 @@ def test_it_computes_the_dense_models_logits_at_the_start(name, tmp_path):
     assert facts.dense.std() > 0.5
     torch.testing.assert_close(facts.ours, facts.dense, atol=tolerance, rtol=0)
     assert facts.fan_out == pytest.approx([facts.mean] * len(facts.fan_out), abs=2 / 240)
-    assert facts.converted < 1e-4 and facts.kind == "expert_threshold"
+    assert facts.converted < 5e-5 and facts.kind == "expert_threshold"
 
 
 def tensors_of(folder, **options):
