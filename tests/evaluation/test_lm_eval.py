@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+from tests.closeness import rounding
 from tests.distributed import run_ranks
 from tests.evaluation.conftest import texts
 from tests.inference.checkpoint import MAX_LENGTH
@@ -201,7 +202,7 @@ def test_log_likelihoods_are_those_of_transformers(ours, transformers):
                     answer, greedy = answer
                     wanted, wanted_greedy = wanted
                     assert str(greedy) == str(wanted_greedy)
-                assert float(answer) == pytest.approx(float(wanted), abs=1e-4)
+                assert float(answer) == pytest.approx(float(wanted), abs=rounding([float(wanted)]))
 
 
 def test_continuations_are_those_of_transformers(ours, transformers):
