@@ -62,6 +62,30 @@ def file_digest(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def write_and_digest(write: Callable[..., None], folder: str, rank: int, *args: Any) -> None:
+    """Write a rank's files of a checkpoint, then hash them, in the process that writes.
+
+    The digests are left for the rank in `digests_file`, so that training does not read back what
+    was saved asynchronously.
+
+    Args:
+        write: Megatron's function that writes the files, called with `args`.
+        folder: Checkpoint being written.
+        rank: Rank whose files these are; their names begin with `__RANK_`.
+    """
+    write(*args)  # reports its errors to the rank
+    try:
+        digests = {file.name: file_digest(file) for file in Path(folder).glob(f"__{rank}_*")}
+        digests_file(folder, rank).write_text(json.dumps(digests))
+    except OSError:  # the rank hashes what is missing here, and reports what cannot be read
+        pass
+
+
+def digests_file(folder: str | os.PathLike[str], rank: int) -> Path:
+    """Return where `write_and_digest` leaves the digests of a rank's files."""
+    return Path(folder, f"digests_{rank}.tmp")
+
+
 def damage(checkpoint: Path, share: int = 0, shares: int = 1) -> str | None:
     """What is wrong with the files of a checkpoint, or None.
 

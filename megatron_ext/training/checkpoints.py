@@ -9,7 +9,7 @@ import os
 import shutil
 from argparse import Namespace
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,15 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_ext.checkpoint import INTEGRITY_FILE, TRACKER, damage, file_digest, iterations
+from megatron_ext.checkpoint import (
+    INTEGRITY_FILE,
+    TRACKER,
+    damage,
+    digests_file,
+    file_digest,
+    iterations,
+    write_and_digest,
+)
 from megatron_ext.errors import UserError
 from megatron_ext.training.launch import Launch
 
@@ -115,32 +123,45 @@ def install_integrity() -> None:
         request = save(state, checkpoint_dir, *args, **kwargs)
         if request is None:
             _write_digests(folder)
-        else:  # asynchronous: after the files, before the tracker
-            request.finalize_fns.append(lambda: _write_digests(folder))
-        return request
+            return None
+        # Asynchronous: after the files, before the tracker.
+        request.finalize_fns.append(lambda: _write_digests(folder))
+        if request.async_fn is None:  # this rank has nothing to write
+            return request
+        write = partial(write_and_digest, request.async_fn, str(folder), dist.get_rank())
+        return request._replace(async_fn=write)
 
     dist_checkpointing.save = save_whole
 
 
 def _write_digests(folder: Path) -> None:
-    """Hash the files of a checkpoint, each rank its share, and list them in Megatron's format.
+    """List the files of a checkpoint with their digests, in Megatron's format.
+
+    Files of an asynchronous save were hashed by the process that wrote them; of the others each
+    rank hashes its share.
 
     Raises:
-        UserError: on every rank, when a file cannot be read or the list not be written.
+        UserError: On every rank, when a file cannot be read or the list cannot be written.
     """
     rank, size = dist.get_rank(), dist.get_world_size()
-    names = [sorted(file.name for file in folder.iterdir())] if rank == 0 else [[]]
-    dist.broadcast_object_list(names, src=0)  # a network file system may show others a later list
-    shares: list[Any] = [None] * size
+    known: dict[str, str] = {}
+    for share in _gather(_take_digests(folder, rank)):
+        known |= share
+    # From rank 0: a network file system may show the others a later list.
+    names: list[list[str]] = [[]]
+    if rank == 0:
+        files = {file.name for file in folder.iterdir() if file.suffix != ".tmp"}
+        names = [sorted(files - known.keys())]
+    dist.broadcast_object_list(names, src=0)
     try:
         mine: Any = {name: file_digest(folder / name) for name in names[0][rank::size]}
     except OSError as error:
         mine = f"{error.filename} cannot be read: {error.strerror}"
-    dist.all_gather_object(shares, mine)
+    shares = _gather(mine)
     problem = [next((share for share in shares if isinstance(share, str)), None)]
     if rank == 0 and problem[0] is None:
-        digests = {name: digest for share in shares for name, digest in share.items()}
-        manifest = {"algorithm": "sha256", "files": digests}
+        digests = {name: digest for share in (known, *shares) for name, digest in share.items()}
+        manifest = {"algorithm": "sha256", "files": dict(sorted(digests.items()))}
         try:
             write_atomically(folder / INTEGRITY_FILE, json.dumps(manifest, indent=1) + "\n")
         except UserError as error:
@@ -148,6 +169,24 @@ def _write_digests(folder: Path) -> None:
     dist.broadcast_object_list(problem, src=0)
     if problem[0] is not None:
         raise UserError(problem[0])
+
+
+def _take_digests(folder: Path, rank: int) -> dict[str, str]:
+    """Read and remove what `write_and_digest` left for this rank; empty after any other save."""
+    file = digests_file(folder, rank)
+    try:
+        digests: dict[str, str] = json.loads(file.read_text())
+    except (OSError, ValueError):  # not written, or torn: those files are hashed here
+        digests = {}
+    file.unlink(missing_ok=True)
+    return digests
+
+
+def _gather(value: Any) -> list[Any]:
+    """Return the values of all ranks, on every rank."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def explain_failure(save_checkpoint: Callable[..., None], args: Namespace) -> Callable[..., None]:
