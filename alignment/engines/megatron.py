@@ -160,9 +160,9 @@ class MegatronEngine:
         stepped, norm, _ = self._optimizer.step()
         if stepped:
             self._schedule.step(increment=1)
-        self.step += 1
+            self.step += 1
         means = self._means(found)
-        return StepResult(means.pop("loss"), float(norm), lr, means)
+        return StepResult(means.pop("loss"), float(norm) if stepped else None, lr, means)
 
     def generate(
         self,

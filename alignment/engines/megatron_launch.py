@@ -87,7 +87,9 @@ def start(
     model, frozen = source.model, optimization is None
     optimization = optimization or Optimization()
     dtype = dtype or (torch.float32 if is_cpu_device() else source.dtype)
-    precision = {torch.bfloat16: ["--bf16"], torch.float16: ["--fp16"]}.get(dtype, [])
+    # From Megatron's default of 2 ** 32 a run would skip some 16 steps until gradients fit in fp16.
+    fp16 = ["--fp16", "--initial-loss-scale", "65536"]
+    precision = {torch.bfloat16: ["--bf16"], torch.float16: fp16}.get(dtype, [])
     copies = int(os.environ.get("WORLD_SIZE", "1")) // (
         layout.tensor * layout.pipeline * layout.context
     )

@@ -124,14 +124,15 @@ class StepResult:
     """One optimizer step, the same on every rank.
 
     Attributes:
-        loss: mean before the step.
-        grad_norm: of all gradients, before they were clipped.
-        lr: the rate that was applied.
-        metrics: means by name.
+        loss: Mean before the step.
+        grad_norm: Norm of all gradients before they were clipped. None if gradients overflowed in
+            fp16: the optimizer skipped the step, lowered the loss scale, and no step was counted.
+        lr: Learning rate of the step.
+        metrics: Means by name.
     """
 
     loss: float
-    grad_norm: float
+    grad_norm: float | None
     lr: float
     metrics: Mapping[str, float]
 

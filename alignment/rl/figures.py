@@ -80,13 +80,18 @@ def gap_of(engine: Engine, batches: Sequence[Batch]) -> dict[str, float]:
 
 
 def updates_told(results: Sequence[StepResult], prefix: str = "") -> dict[str, float]:
-    """Of the optimizer steps of a step."""
+    """Return the mean figures of the optimizer steps that one step of learning made.
+
+    Steps that were skipped because fp16 gradients overflowed have no norm of gradients; they are
+    counted as `overflows`.
+    """
     if not results:
         return {}
     means = {n: float(np.mean([r.metrics[n] for r in results])) for n in results[0].metrics}
-    return {
-        f"{prefix}loss": float(np.mean([r.loss for r in results])),
-        f"{prefix}grad_norm": float(np.mean([r.grad_norm for r in results])),
-        f"{prefix}lr": results[-1].lr,
-        **means,
-    }
+    norms = [r.grad_norm for r in results if r.grad_norm is not None]
+    row = {f"{prefix}loss": float(np.mean([r.loss for r in results]))}
+    if norms:
+        row[f"{prefix}grad_norm"] = float(np.mean(norms))
+    if len(norms) < len(results):
+        row[f"{prefix}overflows"] = float(len(results) - len(norms))
+    return {**row, f"{prefix}lr": results[-1].lr, **means}

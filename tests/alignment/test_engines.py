@@ -3,6 +3,7 @@
 Each layout starts its ranks once; `engine_runs.observe` looks at everything there.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -353,3 +354,35 @@ def test_a_model_of_fp16_is_trained_in_bf16(tmp_path):
     model.half().save_pretrained(tmp_path / "fp16")
     [found] = run_ranks(dtypes_on_a_gpu, 1, tmp_path / "fp16")
     assert found == [torch.bfloat16, None, torch.float32]
+
+
+def train_in_fp16(folder):
+    """On a rank: steps from a loss scale that overflows at first, and whether weights moved."""
+    from alignment.engines.megatron import MegatronEngine, MegatronLayout
+    from tests.alignment.engine_runs import OPTIMIZATION, by_token, share
+
+    scale = ["--initial-loss-scale", str(2.0**24), "--hysteresis", "1", "--min-loss-scale", "1"]
+    engine = MegatronEngine(
+        folder, OPTIMIZATION, MegatronLayout(micro_batch=3), dtype=torch.float16, flags=scale
+    )
+    found = []
+    for _ in range(20):
+        before = {name: tensor.clone() for name, tensor in engine.parameters()}
+        result = engine.train_step(share(engine, 0), by_token)
+        moved = any(not torch.equal(before[name], tensor) for name, tensor in engine.parameters())
+        found.append((result, engine.step, moved))
+    return found
+
+
+@pytest.mark.slow
+def test_a_step_whose_fp16_gradients_overflow_is_skipped_and_not_counted(tmp_path):
+    make("llama", tmp_path, vocab_size=128, num_hidden_layers=1)
+    [found] = run_ranks(train_in_fp16, 1, tmp_path)
+    overflows = [result.grad_norm is None for result, _, _ in found]
+    assert overflows[0] and not overflows[-1]
+    steps = 0
+    for (result, step, moved), overflow in zip(found, overflows):
+        assert result.lr == OPTIMIZATION.rate(steps)  # the schedule did not move either
+        steps += not overflow
+        assert step == steps and (overflow or math.isfinite(result.grad_norm))
+        assert moved == (not overflow and result.lr > 0)
