@@ -26,6 +26,19 @@ def shares_of(engine: Engine, value: Any) -> list[Any]:
     return [by_rank[rank] for rank in range(engine.data_size)]
 
 
+def shares_on_first(engine: Engine, value: Any) -> list[Any]:
+    """Return what each share of the data gives on rank 0, `[data_size]`; nothing on the others.
+
+    What one rank alone uses, such as the texts of a step, then crosses the network once and not
+    once for every rank. A collective.
+    """
+    first = dist.get_rank() == 0
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.gather_object((engine.data_rank, value), values if first else None, dst=0)
+    by_rank = dict(reversed(values)) if first else {}
+    return [by_rank[rank] for rank in range(engine.data_size)] if first else []
+
+
 def spread[T, R](
     engine: Engine, items: Sequence[T], work: Callable[[Sequence[T]], Sequence[R]]
 ) -> list[R]:

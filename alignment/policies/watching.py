@@ -13,6 +13,7 @@ from alignment.engines.protocol import Engine
 from alignment.monitors.batch import BatchFindings
 from alignment.monitors.reading import shown
 from alignment.policies.grading import Grader
+from alignment.ranks import shares_of, shares_on_first
 from alignment.records import Response
 from alignment.rl.tasks import Group, Settings
 from alignment.training.run import Run
@@ -56,16 +57,15 @@ class Watch:
             begin = time.perf_counter()
             if gap := routing_of(self.run.engine, groups, self.routing_samples, self.settings):
                 figures |= {**gap, "time/routing": time.perf_counter() - begin}
-        # Of as many prompts as there are, before a second one of any; the same on every layout.
-        rows = sorted(
-            (
-                (rollout.sample, task.id, Response(rollout.key, task.about, text), rewarded.reward)
-                for task, rollouts, rewards in groups
-                for rollout, rewarded in zip(rollouts, rewards)
-                for text in [rewarded.facts["text"]]
-            ),
-            key=lambda row: row[:2],
-        )
+        own = [
+            (rollout.sample, task.id, Response(rollout.key, task.about, text), rewarded.reward)
+            for task, rollouts, rewards in groups
+            for rollout, rewarded in zip(rollouts, rewards)
+            for text in [rewarded.facts["text"]]
+        ]
+        shares = shares_on_first(self.run.engine, own)
+        # One response of every prompt before a second one of any; the same on every layout.
+        rows = sorted((row for share in shares for row in share), key=lambda row: row[:2])
         if self.run.writes and rows:
             responses, rewards = [row[2] for row in rows], [row[3] for row in rows]
             if self.keep:
@@ -111,16 +111,18 @@ def routing_of(
     """How far apart generation and training route some of a step's responses; a collective.
 
     Args:
-        groups: of all ranks; whatever their order, the same responses are taken, of as many prompts
-            as there are.
-        most: responses, on all ranks.
+        groups: This rank's groups. On every layout the same responses are taken, one of every
+            prompt before a second one of any.
+        most: Number of responses of all ranks together.
     """
-    given = [
+    own = [
         (rollout.sample, task.id, Sample([*task.prompt, *rollout.tokens], len(task.prompt)))
         for task, rollouts, _ in groups
         for rollout in rollouts
         if rollout.tokens
     ]
-    chosen = [sample for _, _, sample in sorted(given, key=lambda row: row[:2])[:most]]
-    mine = chosen[engine.data_rank :: engine.data_size]
+    # The first of all ranks are among the first of each rank.
+    shares = shares_of(engine, sorted(own, key=lambda row: row[:2])[:most])
+    everyones = sorted((row for share in shares for row in share), key=lambda row: row[:2])
+    mine = [sample for _, _, sample in everyones[:most]][engine.data_rank :: engine.data_size]
     return engine.routing_gap(mine, settings.length, settings.sampling.temperature)

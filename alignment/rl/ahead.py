@@ -14,7 +14,7 @@ from typing import Any
 from alignment.engines.protocol import Generated
 from alignment.judges.store import AnswerStore
 from alignment.ranks import most_of_ranks, shares_of
-from alignment.rl.rollouts import Rollout, kept_in, row_of
+from alignment.rl.rollouts import Rollout, kept_in, row_of, share_file
 from alignment.rl.served import ServedRollouts
 from megatron_ext.errors import UserError
 from megatron_ext.inference.sampling import Sampling
@@ -58,7 +58,7 @@ class RolloutsAhead:
         self.served.refresh()
         if not self.served.asks:
             return
-        known = kept_in(folder)
+        known = kept_in(folder, self.served.engine)
         missing = [one for one in wanted if f"rollout:{one[0]}:{one[1]}" not in known]
         self._stop.clear()
         self._thread = threading.Thread(
@@ -101,9 +101,8 @@ class RolloutsAhead:
         sampling: Sampling,
         version: int,
     ) -> None:
-        rank = self.served.engine.data_rank
         try:
-            with AnswerStore(folder / f"ahead_{rank:05d}.jsonl") as store:
+            with AnswerStore(share_file(folder, "ahead", self.served.engine)) as store:
 
                 def keep(place: int, found: Generated) -> None:
                     task, sample = wanted[place][:2]

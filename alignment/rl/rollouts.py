@@ -68,11 +68,11 @@ class RolloutStore:
         """Read what is there; a collective."""
         folder.mkdir(parents=True, exist_ok=True)
         self._known: dict[str, Any] = {}
-        self._known |= kept_in(folder)
+        self._known |= kept_in(folder, engine)
         self._file: AnswerStore | None = None
         writes = speaks_for_share(engine)  # also: all have read before one writes
         if writes:
-            self._file = AnswerStore(folder / f"share_{engine.data_rank:05d}.jsonl")
+            self._file = AnswerStore(share_file(folder, "share", engine))
 
     def __enter__(self) -> "RolloutStore":
         return self
@@ -132,7 +132,7 @@ def forget_before(folder: Path, step: int) -> None:
 
 
 def folder_of(root: Path, step: int) -> Path:
-    """Of a step's rollouts."""
+    """Return the folder of a step's rollouts."""
     return root / f"step_{step:06d}"
 
 
@@ -145,9 +145,31 @@ def row_of(rollout: Rollout) -> tuple[str, dict[str, Any]]:
     return f"rollout:{rollout.key}", asdict(rollout)
 
 
-def kept_in(folder: Path) -> dict[str, Any]:
-    """All that is kept in the folder of a step, by key."""
-    return {k: row for file in sorted(folder.glob("*.jsonl")) for k, row in _read(file).items()}
+def share_file(folder: Path, kind: str, engine: Engine) -> Path:
+    """Return the file that this rank's share of the data has in the folder of a step.
+
+    The name says how many shares there are. A run that resumes on another number of ranks finds
+    its rollouts spread over the files of other shares, and sees by the names which these are.
+    """
+    return folder / f"{kind}_{engine.data_rank:05d}_of_{engine.data_size:05d}.jsonl"
+
+
+def kept_in(folder: Path, engine: Engine) -> dict[str, Any]:
+    """Return the rollouts and rewards of this rank's share in the folder of a step, by key.
+
+    Files of the other shares of this number of ranks are not read: they hold other prompts. Files
+    that another number of ranks left are read whole.
+    """
+    others = {
+        f"_{rank:05d}_of_{engine.data_size:05d}.jsonl"
+        for rank in range(engine.data_size)
+        if rank != engine.data_rank
+    }
+    known: dict[str, Any] = {}
+    for file in sorted(folder.glob("*.jsonl")):
+        if file.name[file.name.index("_") :] not in others:
+            known |= _read(file)
+    return known
 
 
 def _read(file: Path) -> dict[str, Any]:

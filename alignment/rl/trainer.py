@@ -9,7 +9,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -50,7 +49,7 @@ class ReinforcementStep:
         Args:
             tasks: all, the same on every rank.
             reference: log-probabilities of a batch's tokens under another policy, at a temperature.
-            watch: further figures of a step's groups, all of them, called on every rank.
+            watch: further figures of a step; called on every rank with its groups.
             generate: draws the responses, with the engine's weights; the engine by default.
             critic: of an algorithm whose advantages one makes.
             ahead: draws the next step's responses meanwhile; not where a step may draw again.
@@ -91,13 +90,13 @@ class ReinforcementStep:
     def __call__(self, step: int) -> Mapping[str, Any]:
         forget_before(self._rollouts, self.run.saved)
         begin = time.perf_counter()
-        folder = folder_of(self._rollouts, step)
-        groups, asked, draws, times = self._gather(step, folder)
-        failures, reasons = failures_of(self.engine, asked)
-        facts = facts_of(self.engine, groups) | failures | {"draws": draws}
-        row = facts | (dict(self.watch(step, self._all(groups))) if self.watch else {})
-        self._refuse_failures(facts, reasons)
-        with RolloutStore(folder, self.engine) as store:
+        times = self._wait_for_ahead()
+        with RolloutStore(folder_of(self._rollouts, step), self.engine) as store:
+            groups, asked, draws = self._gather(step, store, times)
+            failures, reasons = failures_of(self.engine, asked)
+            facts = facts_of(self.engine, groups) | failures | {"draws": draws}
+            row = facts | (dict(self.watch(step, groups)) if self.watch else {})
+            self._refuse_failures(facts, reasons)
             store.settle([one for _, sampled, given in asked for one in zip(sampled, given)])
         trained = time.perf_counter()
         row |= self._train(step, groups)
@@ -109,42 +108,44 @@ class ReinforcementStep:
         row |= {"tokens_per_s": tokens / (done - begin)}
         return row
 
-    def _gather(
-        self, step: int, folder: Path
-    ) -> tuple[list[Group], list[Group], int, dict[str, float]]:
-        """This rank's groups of the step, sampled and rewarded; all that were drawn for them, and
-        in how many draws."""
-        asked: list[Group] = []
-        kept: list[tuple[tuple[bool, int, int], Group]] = []
+    def _wait_for_ahead(self) -> dict[str, float]:
+        """Wait for rollouts that were begun in the step before; return the seconds of each part."""
         begin = time.perf_counter()
         if self.ahead is not None:
             self.ahead.join(self.run.check_signals)
-        times = {"rollout": time.perf_counter() - begin, "judging": 0.0}
+        return {"rollout": time.perf_counter() - begin, "judging": 0.0}
+
+    def _gather(
+        self, step: int, store: RolloutStore, times: dict[str, float]
+    ) -> tuple[list[Group], list[Group], int]:
+        """Return this rank's groups of the step, sampled and rewarded, all that were drawn for
+        them, and the number of draws; add the seconds that it took to `times`."""
+        asked: list[Group] = []
+        kept: list[tuple[tuple[bool, int, int], Group]] = []
         dynamic = self.settings.algorithm.dynamic
         last = self.settings.draws if dynamic else 1
-        with RolloutStore(folder, self.engine) as store:
-            for draw in range(last):
-                drawn = self._draw(step, draw)
-                mine = drawn[self.engine.data_rank :: self.engine.data_size]
-                begin = time.perf_counter()
-                sampled = self._sample(step, mine, store)
-                self._look_ahead(step + 1)
-                between = time.perf_counter()
-                groups = self._reward(mine, sampled, store)
-                times["rollout"] += between - begin
-                times["judging"] += time.perf_counter() - between
-                asked += groups
-                places = {task.id: place for place, task in enumerate(drawn)}
-                for group in groups:
-                    equal = dynamic and not differ(group)
-                    if not equal or draw == last - 1:  # at the last, equal ones fill what is left
-                        kept.append(((equal, draw, places[group[0].id]), group))
-                ranked = shares_of(self.engine, [place for place, _ in kept])
-                first = sorted(place for share in ranked for place in share)[: self.settings.groups]
-                if len(first) == self.settings.groups:
-                    break
+        for draw in range(last):
+            drawn = self._draw(step, draw)
+            mine = drawn[self.engine.data_rank :: self.engine.data_size]
+            begin = time.perf_counter()
+            sampled = self._sample(step, mine, store)
+            self._look_ahead(step + 1)
+            between = time.perf_counter()
+            groups = self._reward(mine, sampled, store)
+            times["rollout"] += between - begin
+            times["judging"] += time.perf_counter() - between
+            asked += groups
+            places = {task.id: place for place, task in enumerate(drawn)}
+            for group in groups:
+                equal = dynamic and not differ(group)
+                if not equal or draw == last - 1:  # at the last, equal ones fill what is left
+                    kept.append(((equal, draw, places[group[0].id]), group))
+            ranked = shares_of(self.engine, [place for place, _ in kept])
+            first = sorted(place for share in ranked for place in share)[: self.settings.groups]
+            if len(first) == self.settings.groups:
+                break
         wanted = set(first)
-        return [group for place, group in kept if place in wanted], asked, draw + 1, times
+        return [group for place, group in kept if place in wanted], asked, draw + 1
 
     def _draw(self, step: int, draw: int) -> list[Task]:
         """The prompts of a step; those of a further draw are drawn at random."""
@@ -313,9 +314,6 @@ class ReinforcementStep:
         if self.settings.algorithm.loss.kl and self.reference is not None:
             extras["reference_log_probs"] = self.reference(batch, temperature).cpu()
         return replace(batch, extras=extras)
-
-    def _all(self, groups: Sequence[Group]) -> list[Group]:
-        return [group for share in shares_of(self.engine, list(groups)) for group in share]
 
     def _refuse_failures(self, facts: Mapping[str, Any], reasons: Counter[str]) -> None:
         if facts["unrewarded"] > self.settings.max_unrewarded:

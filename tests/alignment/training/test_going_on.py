@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from alignment.rl.algorithms import ALGORITHMS
-from alignment.rl.rollouts import Rewarded
+from alignment.rl.rollouts import Rewarded, RolloutStore
 from alignment.rl.tasks import Settings, Task
 from alignment.rl.trainer import ReinforcementStep
 from alignment.training.flags import lasting
@@ -199,7 +199,9 @@ def dynamic(model, place):
         )
         step = ReinforcementStep(engine, run, tasks, reward, settings, seed=3)
         for number in range(4):
-            groups, asked, draws, _ = step._gather(number, place / f"rollouts-{number}")
+            with RolloutStore(place / f"rollouts-{number}", engine) as store:
+                times = {"rollout": 0.0, "judging": 0.0}
+                groups, asked, draws = step._gather(number, store, times)
             drawn = [task.about % 3 for task, _, _ in asked]
             row = step(number)
             found.append(([task.about % 3 for task, _, _ in groups], drawn, draws, row["failed"]))

@@ -1,0 +1,28 @@
+"""What a rank reads of the rollouts that a stopped step left."""
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+from alignment.rl.rollouts import kept_in, share_file
+
+
+def rank(number: int, size: int) -> Any:
+    return SimpleNamespace(data_rank=number, data_size=size)
+
+
+def test_a_rank_reads_its_share_and_all_files_of_other_numbers_of_ranks(tmp_path):
+    for kind in ("ahead", "share"):
+        for number in range(4):
+            key = f"{kind}-{number}-of-4"
+            line = json.dumps({"key": key, "answer": {"tokens": [number]}}) + "\n"
+            share_file(tmp_path, kind, rank(number, 4)).write_text(line + '{"key": "torn')
+    every = {f"{kind}-{number}-of-4" for kind in ("ahead", "share") for number in range(4)}
+
+    for number in range(4):
+        known = kept_in(tmp_path, rank(number, 4))
+        assert known.keys() == {f"ahead-{number}-of-4", f"share-{number}-of-4"}
+        assert all(row == {"tokens": [number]} for row in known.values())
+    for number in range(2):
+        assert kept_in(tmp_path, rank(number, 2)).keys() == every
+    assert kept_in(tmp_path, rank(0, 1)).keys() == every
