@@ -13,6 +13,15 @@ _MEMORY = {
     "gather_buffer": "gathered activations",
 }
 
+# Memory of common devices in MiB, as nvidia-smi reports it, and the share of it that is left to
+# CUDA, NCCL, temporary tensors and fragmentation.
+_DEVICES = {
+    "A100 40 GB": 40_960,
+    "H100 80 GB": 81_559,
+    "H200": 143_771,
+    "B200": 183_359,
+}
+_RESERVED = 0.1
 
 _NOTE = """
 Activations are what autograd keeps; temporary tensors come on top. They, the expert dispatch and
@@ -46,10 +55,33 @@ def print_report(facts: dict[str, Any]) -> None:
     _print_memory(facts["stages"])
     if "together" in facts:
         _print_together(facts["together"])
+    print(f"\n{fit(largest_rank(facts))}")
     for stage in facts["stages"]:
         _print_collectives(stage, len(facts["stages"]) > 1)
     print(_NOTE)
     print(json.dumps(facts))
+
+
+def largest_rank(facts: Mapping[str, Any]) -> int:
+    """Return the bytes of the rank that needs most memory, with all the models that it holds."""
+    if "together" in facts:
+        *_, sums = facts["together"].values()
+        return int(max(sums))
+    return max(sum(stage["memory"].values()) for stage in facts["stages"])
+
+
+def fit(size: int) -> str:
+    """Return the sentence that says which devices have room for a rank of so many bytes."""
+    room = {name: int(mib * (1 - _RESERVED) * 2**20) for name, mib in _DEVICES.items()}
+    names = {
+        "fits": [name for name in room if size <= room[name]],
+        "does not fit": [name for name in room if size > room[name]],
+    }
+    parts = [f"{verb} {', '.join(devices)}" for verb, devices in names.items() if devices]
+    return (
+        f"The largest rank needs {_mib(size)} MiB: it {' and '.join(parts)} "
+        f"({_RESERVED:.0%} of a device's memory left to CUDA, NCCL and temporary tensors)."
+    )
 
 
 def _print_memory(stages: Sequence[dict[str, Any]]) -> None:
