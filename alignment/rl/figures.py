@@ -60,7 +60,8 @@ def failures_of(engine: Engine, groups: Sequence[Group]) -> tuple[dict[str, floa
 
 def differ(group: Group) -> bool:
     """Whether two of a group's rewards do."""
-    return bool(informative([w.reward for w in group[2]], [0] * len(group[2])).any())
+    rewards, errors = [w.reward for w in group[2]], [w.error for w in group[2]]
+    return bool(informative(rewards, [0] * len(rewards), errors).any())
 
 
 def gap_of(engine: Engine, batches: Sequence[Batch]) -> dict[str, float]:

@@ -54,11 +54,14 @@ class Rewarded:
         reward: None where there is no judgement; never a 0 instead.
         outcome: of the judgement: "score", "preference", "unparseable", "failed".
         facts: plain data for people and metrics.
+        error: how far rounding may move the reward, in its unit; None where that is not known,
+            which counts as the error of a score computed in fp32.
     """
 
     reward: float | None
     outcome: str
     facts: Mapping[str, Any]
+    error: float | None = None
 
 
 class RolloutStore:

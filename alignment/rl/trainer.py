@@ -274,7 +274,8 @@ class ReinforcementStep:
             if of_group is None:  # the critic makes them of the rewards
                 advantages: Any = [0.0 if value is None else value for value in values]
             else:
-                advantages = group_advantages(values, [0] * len(values), of_group)
+                errors = [rewarded.error for rewarded in rewards]
+                advantages = group_advantages(values, [0] * len(values), of_group, errors)
             for rollout, value, advantage in zip(rollouts, values, advantages):
                 if value is None or not rollout.tokens:
                     continue

@@ -48,7 +48,7 @@ def judge(tmp_path, monkeypatch):
 def ask(judge, *said):
     judge.engine.said = said
     prompt = Prompt("p", (Message("user", "say"),))
-    return judge.judge([Question(Response(str(n), prompt, "good")) for n in range(len(said))])
+    return judge.judge([Question(Response(str(n), prompt, f"good {n}")) for n in range(len(said))])
 
 
 def test_the_score_is_read_after_the_thinking_or_not_at_all(judge):
