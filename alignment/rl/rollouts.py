@@ -29,7 +29,8 @@ class Rollout:
         task: the prompt's id.
         sample: which of its group.
         tokens: of the response, with the one that ended it.
-        log_probs: of each when it was drawn, nats, at the temperature it was drawn at.
+        log_probs: of each when it was drawn, nats, over all tokens at the temperature it was drawn
+            at, see `alignment.rl.supports`.
         ended: by the model itself, not by the limit.
         version: optimizer steps of the weights that drew it.
     """
