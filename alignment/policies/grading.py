@@ -31,7 +31,6 @@ from megatron_ext.errors import UserError
 from megatron_ext.inference.sampling import Sampling
 from megatron_ext.training.checkpoints import write_atomically
 
-
 PROXY, GOLD = "grade/proxy", "grade/gold"
 
 

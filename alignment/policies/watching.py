@@ -13,6 +13,7 @@ from alignment.engines.protocol import Engine
 from alignment.monitors.batch import BatchFindings
 from alignment.monitors.reading import shown
 from alignment.policies.grading import Grader
+from alignment.policies.rewards import text_of
 from alignment.records import Response
 from alignment.rl.tasks import Group, Settings
 from alignment.training.run import Run
@@ -62,7 +63,7 @@ class Watch:
                 (rollout.sample, task.id, Response(rollout.key, task.about, text), rewarded.reward)
                 for task, rollouts, rewards in groups
                 for rollout, rewarded in zip(rollouts, rewards)
-                for text in [rewarded.facts["text"]]
+                for text in [text_of(self.grader.tokenizer, rollout)]
             ),
             key=lambda row: row[:2],
         )

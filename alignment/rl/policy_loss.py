@@ -87,9 +87,7 @@ class PolicyLoss:
             "kl_from_old": _metric(kl(log_probs, extras["old_log_probs"], "k3"), mask),
         }
         if self.rollout_bound is not None:
-            weight = self._ratio(
-                extras["old_log_probs"], extras["rollout_log_probs"], mask, sample
-            )
+            weight = self._ratio(extras["old_log_probs"], extras["rollout_log_probs"], mask, sample)
             beyond = (weight > self.rollout_bound) | (weight * self.rollout_bound < 1)
             metrics["rollout_weight"] = _metric(weight, mask)
             metrics["rollout_beyond"] = _metric(beyond, mask)

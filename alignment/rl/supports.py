@@ -49,8 +49,8 @@ def check_served_log_probs(
     """
     found = gap_of(engine, batches)
     advice = (
-        "Start the servers with --logprobs-mode processed_logprobs, on the folder that the training "
-        "writes, and give the same command"
+        "Start the servers with --logprobs-mode processed_logprobs, on the folder that the "
+        "training writes, and give the same command"
     )
     if thorough and temperature != 1 and found["rollout_gap"] > _COMPARABLE:
         raw = gap_of(engine, [_at_temperature_one(engine, batch) for batch in batches])

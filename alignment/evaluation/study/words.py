@@ -7,7 +7,6 @@ from alignment.evaluation.study.runs import GOLD, Group, Run, Study
 from alignment.evaluation.study.seeds import Mean, course
 from alignment.rounding import SINGLE
 
-
 _ROUNDING = 9 * SINGLE  # of a difference of scores, which reach 9
 
 
