@@ -36,9 +36,8 @@ def strengths(
     """
     style = np.empty((len(outcomes), 0)) if style is None else style
     # A mean of wins that rounding keeps from 1 would have a finite strength, of any size.
-    outcomes = np.where(
-        np.abs(outcomes - np.round(outcomes)) <= EXACT, np.round(outcomes), outcomes
-    )
+    whole = np.round(outcomes)
+    outcomes = np.where(np.abs(outcomes - whole) <= EXACT, whole, outcomes)
     found = np.full(count + style.shape[1], np.nan)
     for policy in range(count):
         own = outcomes[policies == policy]

@@ -159,7 +159,7 @@ class LocalJudge:
     def _think(
         self, questions: Sequence[Question], asked: Sequence[Sequence[int]]
     ) -> list[Mapping[str, Any]]:
-        # Not of the items' names: the same question has the same answer on any rank and in any call.
+        # Not of items' names: the same question has the same answer on any rank, in any call.
         seeds = [seed_of(self.identity, q.sample, *ids) for q, ids in zip(questions, asked)]
         answers = self.engine.generate(asked, self.sampling, seeds)
         read: list[Mapping[str, Any]] = [

@@ -8,11 +8,11 @@
 A policy leaves the texts that its judge was trained on. A judge that is trained again on what the
 policy writes, labelled by gold, must still judge the old test set: the candidate is refused when
 its agreement there may have fallen by more than --margin. On new items, samples of the policy say,
-it must agree better than the current judge, by more than rounding. Both differences are taken on the items that both
-judged, and it is the end of their 95 % interval that counts. Several responses to a prompt are not
-independent: give --old-items and --new-items, and the intervals are over prompts. A candidate is
-refused too when its share of malformed or failed verdicts exceeds the current judge's by more than
---margin.
+it must agree better than the current judge, by more than rounding. Both differences are taken on
+the items that both judged, and it is the end of their 95 % interval that counts. Several responses
+to a prompt are not independent: give --old-items and --new-items, and the intervals are over
+prompts. A candidate is refused too when its share of malformed or failed verdicts exceeds the
+current judge's by more than --margin.
 
 A candidate that passes is copied to --current, never in part, and the exit code is 0; one that does
 not leaves it as it is, and the code is 3. A kill between the two renames of the change leaves the

@@ -73,13 +73,13 @@ def test_labels_that_are_constant_but_for_rounding_have_no_figure() -> None:
     other = np.array([1.0, 2.5, 4.0])
     for figure in (figures.spearman, figures.kendall):
         for labels in ((constant, other), (other, constant)):
-            with pytest.raises(Undefined, match="gives nothing but 3.93093: there is no order"):
+            with pytest.raises(Undefined, match=r"gives nothing but 3\.93093: there is no order"):
                 figure(*labels)
     for metric in ("interval", "nominal"):
-        with pytest.raises(Undefined, match="all labels are 3.93093"):
+        with pytest.raises(Undefined, match=r"all labels are 3\.93093"):
             figures.krippendorff_alpha(np.stack([constant, constant[::-1]]), metric)
     for agreement in (figures.quadratic_kappa, figures.kappa):
-        with pytest.raises(Undefined, match="all labels are 3.93093"):
+        with pytest.raises(Undefined, match=r"all labels are 3\.93093"):
             agreement(constant, constant[::-1])
     assert figures.spearman(np.array([7.0, 7.01, 7.02]), other) == 1
 

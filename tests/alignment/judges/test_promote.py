@@ -66,7 +66,7 @@ def test_on_new_items_it_must_be_better(files, capsys):
 
 
 def test_rounding_is_no_improvement_and_a_loss_of_the_margin_may_be(files, capsys):
-    """The current judge's scores again, nearer to gold by 1e-7: another batch, not another judge."""
+    """The current judge's scores, nearer to gold by 1e-7: another batch, not another judge."""
     gold, good = scores(0.0, "gold"), scores(1.0, "good")
     near = [
         replace(b, score=b.score + 1e-7 * np.sign(a.score - b.score)) for a, b in zip(gold, good)

@@ -106,9 +106,7 @@ def test_servers_that_report_another_distribution_are_refused():
     [found] = run_ranks(checked_on_a_rank, 1)
     for name in ("same", "rounded", "raw at 1", "not looked at closely"):
         assert not found[name], name
-    assert (
-        "are those of temperature 1, and responses are drawn at --temperature 0.9" in found["raw"]
-    )
+    assert "those of temperature 1, and responses are drawn at --temperature 0.9" in found["raw"]
     assert "--logprobs-mode processed_logprobs" in found["raw"]
     assert "+0.5 nats a token on average" in found["far"]
     assert "nats a token on average" in found["truncated"]

@@ -114,13 +114,10 @@ def test_rewards_carry_the_rounding_error_of_their_judges():
         rounding_error=EXACT,
     )
     coarse: Any = SimpleNamespace(judge=exact.judge, rounding_error=2**-8)
-    for judges, error in (
-        ([exact], 7.5 * EXACT),
-        ([coarse], 7.5 / 256),
-        ([exact, coarse], 7.5 / 256),
-    ):
+    expected = [([exact], EXACT), ([coarse], 2**-8), ([exact, coarse], 2**-8)]
+    for judges, error in expected:
         [[one]] = JudgeReward(judges, LETTERS, False)([group("a")], lambda: None)
-        assert one.error == pytest.approx(error)
+        assert one.error == pytest.approx(7.5 * error)
     [found] = JudgeReward([Longest()], LETTERS, True)([group("a", "bb")], lambda: None)
     assert [one.error for one in found] == [EXACT] * 2  # win rates
 
