@@ -35,13 +35,19 @@ def refuse_truncation(top_k: int, top_p: float) -> None:
 
 
 def check_served_log_probs(
-    engine: Engine, batches: Sequence[Batch], temperature: float, thorough: bool
+    engine: Engine,
+    batches: Sequence[Batch],
+    temperature: float,
+    *,
+    fresh: bool,
+    thorough: bool,
 ) -> None:
     """Refuse log-probabilities of servers that are clearly of another distribution; a collective.
 
     Args:
-        batches: with `old_log_probs` at the temperature and `rollout_log_probs`, of equal weights.
+        batches: with `old_log_probs` at the temperature, and `rollout_log_probs`.
         temperature: of sampling.
+        fresh: the servers had the weights that `old_log_probs` are of.
         thorough: compare with temperature 1 too, which takes a forward pass.
 
     Raises:
@@ -59,7 +65,7 @@ def check_served_log_probs(
                 "the log-probabilities of --rollout-url are those of temperature 1, and responses "
                 f"are drawn at --temperature {temperature:g}. {advice}"
             )
-    if abs(found["rollout_kl"]) > _TOO_FAR:
+    if fresh and abs(found["rollout_kl"]) > _TOO_FAR:
         raise UserError(
             "the log-probabilities of --rollout-url differ from those of training by "
             f"{found['rollout_kl']:+.3g} nats a token on average, with equal weights: they are of "

@@ -254,8 +254,10 @@ class ReinforcementStep:
         batches = [self._with_log_probs(batch, temperature) for batch in batches]
         loss, critic = self.settings.algorithm.loss, self.critic
         row = {"skipped": 0, **gap_of(self.engine, batches)}
-        if self.served and fresh:
-            check_served_log_probs(self.engine, batches, temperature, not self._compared)
+        if self.served:
+            check_served_log_probs(
+                self.engine, batches, temperature, fresh=fresh, thorough=not self._compared
+            )
             self._compared = True
         if critic is not None:
             batches, told = critic.judge(batches)

@@ -81,14 +81,18 @@ def checked_on_a_rank():
         data_rank=0, data_size=1, log_probs=lambda batch, temperature: scores(batch, temperature)
     )
 
-    def told(temperature, served, thorough=True, top_k=32):
+    def told(temperature, served, top_k=32, fresh=True, thorough=True):
         drawn_from = table(temperature, top_k).exp()
         tokens = torch.multinomial(drawn_from, 1, generator=generator)[:, 0]
         values = served.gather(1, tokens[:, None])[:, 0].tolist()
         sample = Sample([0, *tokens.tolist()], 1, {"rollout_log_probs": [0.0, *values]})
         batch = Batch.of([sample])
         batch.extras["old_log_probs"] = scores(batch, temperature).log_probs  # type: ignore[index]
-        return told_by(lambda: check_served_log_probs(engine, [batch], temperature, thorough))
+        return told_by(
+            lambda: check_served_log_probs(
+                engine, [batch], temperature, fresh=fresh, thorough=thorough
+            )
+        )
 
     noise = 0.02 * torch.randn(logits.shape, generator=generator)  # as of bf16
     return {
@@ -99,13 +103,17 @@ def checked_on_a_rank():
         "not looked at closely": told(0.9, table(1.0), thorough=False),
         "truncated": told(1.0, table(1.0, top_k=4), top_k=4),
         "far": told(1.0, table(1.0) + 0.5),
+        "of other weights, as they may be": told(1.0, table(1.0) + 0.5, fresh=False),
+        "raw of other weights": told(0.7, table(1.0) + noise, fresh=False),
     }
 
 
 def test_servers_that_report_another_distribution_are_refused():
     [found] = run_ranks(checked_on_a_rank, 1)
-    for name in ("same", "rounded", "raw at 1", "not looked at closely"):
+    for name in ("same", "rounded", "raw at 1", "not looked at closely",
+                 "of other weights, as they may be"):  # fmt: skip
         assert not found[name], name
+    assert "those of temperature 1" in found["raw of other weights"]
     assert "those of temperature 1, and responses are drawn at --temperature 0.9" in found["raw"]
     assert "--logprobs-mode processed_logprobs" in found["raw"]
     assert "+0.5 nats a token on average" in found["far"]
