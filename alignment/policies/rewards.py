@@ -136,8 +136,9 @@ def _mean(verdicts: Sequence[Verdict], text: str, error: float) -> Rewarded:
     """The mean over judges whose scores have a relative error."""
     if (mean := mean_score(verdicts)) is None:
         return _without(verdicts, text)
-    facts = {"text": text, "scores": [verdict.score for verdict in verdicts]}
-    return Rewarded(mean, str(Outcome.SCORE), facts, tolerance(facts["scores"], error))
+    scores = [verdict.score for verdict in verdicts if verdict.score is not None]
+    facts = {"text": text, "scores": scores}
+    return Rewarded(mean, str(Outcome.SCORE), facts, tolerance(scores, error))
 
 
 def _without(verdicts: Sequence[Verdict], text: str) -> Rewarded:

@@ -69,7 +69,7 @@ def test_equal_questions_are_asked_once(judge, monkeypatch):
         Question(Response(str(n), prompt, text), sample=sample)
         for n, (text, sample) in enumerate([("a", 0), ("b", 0), ("a", 0), ("a", 1), ("b", 0)])
     ]
-    drawn = []
+    drawn: list[tuple[tuple[int, ...], int]] = []
 
     def generate(prompts, sampling, seeds):
         drawn.extend(zip(map(tuple, prompts), seeds))

@@ -88,7 +88,9 @@ def test_small_differences_between_rewards_count(rule, rewards) -> None:
 def test_rewards_are_compared_by_the_error_that_they_carry() -> None:
     groups = [0] * 4
     exact = group_advantages(NOISE, groups, errors=[0.0] * 4)
-    assert exact == pytest.approx((NOISE - np.mean(NOISE)) / np.std(NOISE, ddof=1), rel=1e-6)
+    assert exact == pytest.approx(
+        (np.array(NOISE) - np.mean(NOISE)) / np.std(NOISE, ddof=1), rel=1e-6
+    )
     assert informative(NOISE, groups, [0.0] * 4).all()
     coarse = [7.0, 7.01, 7.02, 7.0]  # of a model in bf16
     assert group_advantages(coarse, groups).any() and informative(coarse, groups).any()

@@ -15,12 +15,10 @@ from tests.alignment.engine_runs import told_by
 from tests.distributed import run_ranks
 from tests.hf.models import make
 
+# Temperature, top-k and top-p.
 SETTINGS = [
-    {"temperature": t, "top_k": k, "top_p": p}
-    for t, k, p in (
-        (1.0, 0, 1.0), (0.3, 0, 1.0), (1.7, 0, 1.0), (1.0, 20, 1.0), (0.7, 1, 1.0),
-        (1.0, 0, 0.5), (0.7, 20, 0.95),
-    )
+    (1.0, 0, 1.0), (0.3, 0, 1.0), (1.7, 0, 1.0), (1.0, 20, 1.0), (0.7, 1, 1.0), (1.0, 0, 0.5),
+    (0.7, 20, 0.95),
 ]  # fmt: skip
 
 
@@ -34,8 +32,8 @@ def gaps(folder, name):
     engine: Any = {"megatron": MegatronEngine, "deepspeed": DeepSpeedEngine}[name](folder)
     found = []
     for setting in SETTINGS:
-        temperature = setting["temperature"]
-        sampling = Sampling(6, **setting, stop_at_eod=False, score_temperature=temperature)
+        temperature = setting[0]
+        sampling = Sampling(6, *setting, stop_at_eod=False, score_temperature=temperature)
         drawn = engine.generate([[5, 6, 7]] * 4, sampling, range(4))
         batch = Batch.of(
             [
