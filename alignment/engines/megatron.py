@@ -108,6 +108,11 @@ class MegatronEngine:
         self.load_parameters((name, source.tensors.read(name)) for name in self._tensors.needed)
         self._sampler: Sampler | None = None
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """See the protocol."""
+        return self.args.params_dtype
+
     def log_probs(self, batch: Batch, *, temperature: float = 1.0, entropy: bool = False) -> Scores:
         """See the protocol."""
         scorer = partial(Scorer, temperature=temperature, entropy=entropy)

@@ -162,11 +162,15 @@ class Engine(Protocol):
         data_rank: which of the batches a rank has.
         data_size: how many there are.
         step: optimizer steps taken.
+        dtype: of the weights, in which the model computes.
     """
 
     data_rank: int
     data_size: int
     step: int
+
+    @property
+    def dtype(self) -> torch.dtype: ...
 
     def log_probs(self, batch: Batch, *, temperature: float = 1.0, entropy: bool = False) -> Scores:
         """Scores without gradients; `temperature` divides the logits."""

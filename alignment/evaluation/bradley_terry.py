@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from scipy.optimize import linprog
 from scipy.special import expit
 
-from alignment.judges.agreement.figures import Floats, Undefined
+from alignment.judges.agreement.figures import Undefined
+from alignment.rounding import EXACT, Floats
 
 _STEPS = 100
 # Logits beyond are rare where the likelihood has a maximum, and on the way where it has none.
@@ -34,6 +35,9 @@ def strengths(
         style: of each comparison, `[n, k]`.
     """
     style = np.empty((len(outcomes), 0)) if style is None else style
+    # A mean of wins that rounding keeps from 1 would have a finite strength, of any size.
+    whole = np.round(outcomes)
+    outcomes = np.where(np.abs(outcomes - whole) <= EXACT, whole, outcomes)
     found = np.full(count + style.shape[1], np.nan)
     for policy in range(count):
         own = outcomes[policies == policy]

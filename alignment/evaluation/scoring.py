@@ -11,10 +11,11 @@ from alignment.evaluation.bradley_terry import strengths
 from alignment.evaluation.contest import Contest
 from alignment.evaluation.style import covariates
 from alignment.judges.agreement.bootstrap import LEVEL, Estimate, Indices, estimates
-from alignment.judges.agreement.figures import Floats, Undefined
+from alignment.judges.agreement.figures import Undefined
 from alignment.judges.agreement.joining import Judged, groups_of, judged
 from alignment.judges.agreement.measuring import alone
 from alignment.records import Verdict
+from alignment.rounding import Floats
 from megatron_ext.errors import UserError
 
 Verdicts = Mapping[str, Sequence[Verdict]]  # by item

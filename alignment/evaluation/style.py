@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from alignment.judges.agreement.figures import Floats
 from alignment.records import Pair
+from alignment.rounding import EXACT, Floats
 
 COLUMNS = ("length", "headers", "lists", "bold")
 _CODE = re.compile(r"```.*?```", re.DOTALL)
@@ -42,9 +42,9 @@ def covariates(pairs: Sequence[Pair]) -> tuple[Floats, list[str]]:
 
     They are not centred: a strength beside them is that at equal style, where centring would give
     it at the mean difference, and so call a policy strong for being longer in every pair. Columns
-    in which no pair differs are left out.
+    in which no pair differs by more than rounding are left out.
     """
     found = differences(pairs)
     scale = np.sqrt((found**2).mean(axis=0)) if len(found) else np.zeros(len(COLUMNS))
-    kept = scale > 0
+    kept = scale > EXACT  # shares: their size is 1
     return found[:, kept] / scale[kept], [n for n, there in zip(COLUMNS, kept) if there]

@@ -5,9 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from alignment.data.chat import example
 from alignment.judges.parsing import CLOSE, OPEN
 from alignment.records import Message, Outcome, Side, Verdict
+from alignment.rounding import exceeds, nearest_whole
 from megatron_ext.errors import UserError
 
 SCORES = tuple(str(score) for score in range(10))
@@ -29,7 +32,7 @@ def label_of(verdict: Verdict) -> str:
     """
     if verdict.outcome is Outcome.SCORE:
         assert verdict.score is not None
-        return str(min(9, max(0, math.floor(verdict.score + 0.5))))
+        return str(int(np.clip(nearest_whole(verdict.score), 0, 9)))
     if verdict.outcome is Outcome.TIE:
         return "tie"
     if verdict.outcome is not Outcome.PREFERENCE:
@@ -87,7 +90,7 @@ class LabelTokens:
         """The fields of a verdict by the probabilities of the labels.
 
         A score is the expectation over the ten, renormalised among themselves (arXiv 2603.12246);
-        of a pair the likeliest label counts.
+        of a pair the likeliest label counts, and labels that are equally likely make a tie.
 
         Args:
             log_probs: of each label, in their order.
@@ -99,8 +102,14 @@ class LabelTokens:
         if tuple(self.labels) == SCORES:
             expected = sum(s * math.exp(value) for s, value in enumerate(log_probs)) / mass
             return {"outcome": Outcome.SCORE, "score": expected}
-        label = self.labels[max(range(len(log_probs)), key=lambda i: log_probs[i])]
-        if label == "tie":
+        most = max(log_probs)
+        likeliest = [
+            label
+            for label, value in zip(self.labels, log_probs)
+            if not exceeds(most, value, size=1.0)
+        ]
+        label = likeliest[0]
+        if label == "tie" or len(likeliest) > 1:
             return {"outcome": Outcome.TIE}
         side = Side.SECOND if (label == "B") != swapped else Side.FIRST
         return {"outcome": Outcome.PREFERENCE, "preferred": side}

@@ -17,6 +17,7 @@ from alignment.judges.prompting import JudgePrompt
 from alignment.judges.questions import Question
 from alignment.ranks import most_of_ranks
 from alignment.records import Message, Outcome, Verdict
+from alignment.rounding import model_error
 from alignment.seeds import seed_of
 from megatron_ext.inference.sampling import Sampling
 
@@ -90,6 +91,11 @@ class LocalJudge:
         self.sampling, self.rows, self.identity = sampling, rows, identity
         self.labels = form.label_tokens
 
+    @property
+    def rounding_error(self) -> float:
+        """Relative error of a score, see `alignment.rounding`."""
+        return model_error(self.engine.dtype)
+
     def judge(
         self, questions: Sequence[Question], check: Callable[[], None] = lambda: None
     ) -> list[Verdict]:
@@ -98,6 +104,10 @@ class LocalJudge:
         A judge that does not think is read by the probabilities of its labels; one that does
         writes, and its score is read where it has put the label. A question too long for the model
         is a failed call.
+
+        Questions of the same tokens have the same verdict: the model is asked once. Asked twice it
+        would answer differently in the last digits, which depend on the other rows of a batch, and
+        equal responses would seem to differ.
 
         Args:
             check: called on all ranks between calls; may raise.
@@ -114,13 +124,16 @@ class LocalJudge:
             for i, ids in enumerate(asked)
             if len(ids) + room > self.length
         }
-        fits.sort(key=lambda i: len(asked[i]))
-        for begin in range(0, most_of_ranks(len(fits)), self.rows):
+        keys = {i: (questions[i].sample, questions[i].swapped, *asked[i]) for i in fits}
+        representative = {key: i for i, key in reversed(keys.items())}
+        calls = sorted(representative.values(), key=lambda i: (len(asked[i]), i))
+        for begin in range(0, most_of_ranks(len(calls)), self.rows):
             check()
-            part = fits[begin : begin + self.rows]
+            part = calls[begin : begin + self.rows]
             of = self._think if self.form.parser.thinks else self._label
             found = of([questions[i] for i in part], [asked[i] for i in part])
             fields |= zip(part, found)
+        fields |= {i: fields[representative[key]] for i, key in keys.items()}
         return [
             Verdict.from_row(
                 {
@@ -146,7 +159,8 @@ class LocalJudge:
     def _think(
         self, questions: Sequence[Question], asked: Sequence[Sequence[int]]
     ) -> list[Mapping[str, Any]]:
-        seeds = [seed_of(self.identity, q.item.id, q.swapped, q.sample) for q in questions]
+        # Not of items' names: the same question has the same answer on any rank, in any call.
+        seeds = [seed_of(self.identity, q.sample, *ids) for q, ids in zip(questions, asked)]
         answers = self.engine.generate(asked, self.sampling, seeds)
         read: list[Mapping[str, Any]] = [
             self.read(question, answer) for question, answer in zip(questions, answers)

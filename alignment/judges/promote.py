@@ -8,11 +8,11 @@
 A policy leaves the texts that its judge was trained on. A judge that is trained again on what the
 policy writes, labelled by gold, must still judge the old test set: the candidate is refused when
 its agreement there may have fallen by more than --margin. On new items, samples of the policy say,
-it must agree better than the current judge. Both differences are taken on the items that both
-judged, and it is the end of their 95 % interval that counts. Several responses to a prompt are not
-independent: give --old-items and --new-items, and the intervals are over prompts. A candidate is
-refused too when its share of malformed or failed verdicts exceeds the current judge's by more than
---margin.
+it must agree better than the current judge, by more than rounding. Both differences are taken on
+the items that both judged, and it is the end of their 95 % interval that counts. Several responses
+to a prompt are not independent: give --old-items and --new-items, and the intervals are over
+prompts. A candidate is refused too when its share of malformed or failed verdicts exceeds the
+current judge's by more than --margin.
 
 A candidate that passes is copied to --current, never in part, and the exit code is 0; one that does
 not leaves it as it is, and the code is 3. A kill between the two renames of the change leaves the
@@ -30,13 +30,13 @@ from pathlib import Path
 import numpy as np
 
 from alignment.judges.agreement.bootstrap import Estimate, Indices, estimates
-from alignment.judges.agreement.figures import Floats
 from alignment.judges.agreement.joining import Judged, by_item, groups_of, judged, shared_items
 from alignment.judges.agreement.measuring import Compared
 from alignment.judges.agreement.report import aligned, cells
 from alignment.judges.agreement.slices import read_items
 from alignment.judges.rows import read_all
 from alignment.records import Verdict
+from alignment.rounding import EXACT, Floats, exceeds
 from megatron_ext.errors import ToolParser, UserError, run_tool
 
 REFUSED = 3
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     problems = []
     if old.difference.low is None:
         problems.append(f"its agreement on the old test set is unknown ({_reason(old)})")
-    elif old.difference.low < -options.margin:
+    elif exceeds(-old.difference.low, options.margin, EXACT, size=1.0):
         problems.append(
             f"on the old test set it may agree less by {-old.difference.low:.3f}, more than "
             f"--margin {options.margin}"
@@ -83,10 +83,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         found["new items"] = new
         if new.difference.low is None:
             problems.append(f"its agreement on the new items is unknown ({_reason(new)})")
-        elif new.difference.low <= 0:
+        elif not exceeds(new.difference.low, 0.0, size=1.0):  # of agreements, up to 1
             problems.append("on the new items it may agree no better than the current judge")
     for name, c in found.items():
-        if c.unjudged[1] - c.unjudged[0] > options.margin:
+        if exceeds(c.unjudged[1] - c.unjudged[0], options.margin, EXACT, size=1.0):
             problems.append(
                 f"on the {name} it leaves {c.unjudged[1]:.1%} unjudged and the current judge "
                 f"{c.unjudged[0]:.1%}, which is worse by more than --margin {options.margin}"

@@ -13,6 +13,7 @@ from alignment.judges.examples import Labelled
 from alignment.judges.local import LocalJudge
 from alignment.ranks import spread
 from alignment.records import Verdict
+from alignment.rounding import EXACT, exceeds
 
 BEST = {False: "val/alpha_interval", True: "val/accuracy"}
 """The figure that marks the best judge, of scores and of preferences."""
@@ -20,7 +21,7 @@ BEST = {False: "val/alpha_interval", True: "val/accuracy"}
 
 def is_sound(row: Mapping[str, Any]) -> bool:
     """Whether nine tenths of the items have a verdict: agreement on the few is easily high."""
-    return row["val/malformed_rate"] + row["val/failed_rate"] <= 0.1
+    return not exceeds(row["val/malformed_rate"] + row["val/failed_rate"], 0.1, EXACT)
 
 
 def judge_all(

@@ -22,6 +22,7 @@ from alignment.judges.store import AnswerStore
 from alignment.policies.judge_spec import JudgeSpec
 from alignment.ranks import shares_of, speaks_for_share
 from alignment.records import Verdict
+from alignment.rounding import EXACT, SINGLE
 from alignment.waiting import waited_for
 from megatron_ext.errors import UserError
 
@@ -40,6 +41,8 @@ class EndpointJudge:
         self._expected = spec.expected_score and not pairwise
         depends = [spec.model, spec.revision, asdict(self._sampling), form.identity, self._expected]
         self.identity = sha256(json.dumps(depends).encode()).hexdigest()
+        # The server's dtype is not known. Equal responses are one question, asked once.
+        self.rounding_error = SINGLE if self._expected else EXACT
         self._task = Judging(form, self.identity, self._expected)
         self._asks = speaks_for_share(policy)
         self._file = store / f"share_{policy.data_rank:05d}.jsonl"

@@ -19,16 +19,19 @@ from alignment.judges.questions import Question
 from alignment.monitors.batch import Monitor
 from alignment.monitors.lengths import Lengths
 from alignment.monitors.reading import words_of
-from alignment.policies.judges import Judge
+from alignment.policies.judges import Judge, rounding_error
 from alignment.policies.rewards import mean_score, response_of, text_of, win_of
 from alignment.ranks import in_order, most_of_ranks, shares_of
 from alignment.records import Outcome, Pair, Prompt, Response, Verdict
 from alignment.rl.rollouts import Rollout
+from alignment.rounding import exceeds, is_constant, tolerance
 from alignment.seeds import seed_of
 from alignment.training.loop import EvaluationFailed
 from megatron_ext.errors import UserError
 from megatron_ext.inference.sampling import Sampling
 from megatron_ext.training.checkpoints import write_atomically
+
+PROXY, GOLD = "grade/proxy", "grade/gold"
 
 
 @dataclass(frozen=True)
@@ -44,14 +47,15 @@ class Alarm:
     window: int = 3
 
     def raised(self, rows: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether the gradings so far say so."""
+        """Whether the gradings so far say so; a change by rounding is none."""
         known = [row for row in rows if row["grade/gap"] is not None]
         if len(known) < self.window + 1 or known[-1] is not rows[-1]:
             return False
         before, now = known[-1 - self.window], known[-1]
-        opened = now["grade/gap"] - known[0]["grade/gap"]
-        rose = now["grade/proxy"] > before["grade/proxy"]
-        return opened > self.gap and rose and now["grade/gold"] <= before["grade/gold"]
+        size = max(abs(row[name]) for row in (known[0], now) for name in (PROXY, GOLD))
+        opened = exceeds(now["grade/gap"] - known[0]["grade/gap"], self.gap, size=size)
+        proxy_rose, gold_rose = (exceeds(now[name], before[name]) for name in (PROXY, GOLD))
+        return opened and proxy_rose and not gold_rose
 
 
 class Grader:
@@ -98,6 +102,7 @@ class Grader:
         self.sampling = sampling
         self.judges, self.folder, self.reference = judges, folder, reference
         self.length, self.rows, self.monitor, self.alarm = length, rows, monitor, alarm
+        self.errors = {name: rounding_error(each) for name, each in judges.items()}
         self.check, self.writes, self.shown = check, writes, shown
         room = length - sampling.max_new_tokens
         asked = [(p, prompt_ids(tokenizer, p.messages, **template)) for p in prompts]
@@ -174,7 +179,8 @@ class Grader:
         questions = sum(len(share[0]) for share in shares)
         for name in self.judges:
             reasons = [reason for share in shares for reason in share[4][name]]
-            if len(reasons) > self.max_failed * questions * (2 if self._in_pairs(name) else 1):
+            asked = questions * (2 if self._in_pairs(name) else 1)
+            if asked and len(reasons) / asked > self.max_failed:
                 flag = "judge" if name == "proxy" else name.replace("_", "-")
                 raise EvaluationFailed(
                     f"--{flag} failed {len(reasons)} times on {questions} held-out responses, more "
@@ -231,7 +237,7 @@ class Grader:
             for name in [name for name in scores if name != "proxy"]:
                 row[f"grade/{name}_score"] = _mean(scores[name])
                 scores[name] = [
-                    _better(score, self._first[response.prompt.id][name])
+                    _better(score, self._first[response.prompt.id][name], self.errors[name])
                     for score, response in zip(scores[name], responses)
                 ]
         # On the same responses: a judge that fails on hard ones must not look like a gap.
@@ -306,14 +312,23 @@ class Grader:
             return None
         steps = np.array([row["step"] for row in known], dtype=np.float64)
         gaps = np.array([row["grade/gap"] for row in known], dtype=np.float64)
+        scores = [row[name] for row in known for name in (PROXY, GOLD)]
+        if float(np.ptp(gaps)) <= tolerance(scores):
+            return 0.0
         return float(100 * np.polyfit(steps, gaps, 1)[0])
 
 
-def _better(score: float | None, other: float | None) -> float | None:
-    """1 for the higher score, 0 for the lower, a half for equal ones."""
+def _better(score: float | None, other: float | None, error: float) -> float | None:
+    """1 for the higher score, 0 for the lower, a half for those that are equal but for rounding.
+
+    Args:
+        error: relative error of the scores.
+    """
     if score is None or other is None:
         return None
-    return (1.0 + np.sign(score - other)) / 2
+    if is_constant([score, other], error):
+        return 0.5
+    return float(score > other)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -28,6 +28,7 @@ from alignment.policies.endpoint_judge import EndpointJudge
 from alignment.policies.judge_spec import JudgeSpec
 from alignment.ranks import shares_of, speaks_for_share
 from alignment.records import Prompt, Verdict
+from alignment.rounding import EXACT, SINGLE
 from megatron_ext.errors import UserError
 from megatron_ext.inference.sampling import Sampling
 
@@ -39,6 +40,8 @@ class Judge(Protocol):
 
     Attributes:
         identity: a hash of all that a verdict depends on.
+        rounding_error: relative error of its scores, see `alignment.rounding`; a judge without
+            this attribute is taken for a model in fp32.
     """
 
     identity: str
@@ -46,6 +49,11 @@ class Judge(Protocol):
     def judge(self, questions: Sequence[Question], check: Check = ...) -> list[Verdict]:
         """Verdicts on the questions, in their order; `check` may raise on all ranks."""
         ...
+
+
+def rounding_error(judges: Sequence[Judge]) -> float:
+    """Return the relative error of scores, or of their mean, that judges give."""
+    return max((getattr(judge, "rounding_error", SINGLE) for judge in judges), default=SINGLE)
 
 
 def open_judge(
@@ -109,7 +117,10 @@ def open_judge(
 
 
 class _ProgramJudge:
-    """A rule or a function.
+    """A rule or a function, whose scores are exact.
+
+    A function is called with one response at a time: no batch can move its score. The same response
+    has the same score, and small differences between responses are the function's own.
 
     A function need not say the same twice: one rank of each share of the data asks it, so that
     ranks that share a model train on the same rewards.
@@ -118,6 +129,7 @@ class _ProgramJudge:
     def __init__(self, judge: RuleJudge | FunctionJudge, policy: Engine | None = None) -> None:
         """See the class; without a policy every rank asks for itself."""
         self._judge, self._policy, self.identity = judge, policy, judge.identity
+        self.rounding_error = EXACT
         self._asks = policy is None or speaks_for_share(policy)
 
     def judge(self, questions: Sequence[Question], check: Check = lambda: None) -> list[Verdict]:

@@ -8,10 +8,11 @@ import numpy as np
 
 from alignment.engines.protocol import Generated
 from alignment.judges.questions import Question
-from alignment.policies.judges import Judge
+from alignment.policies.judges import Judge, rounding_error
 from alignment.records import Outcome, Pair, Prompt, Response, Side, Verdict
 from alignment.rl.rollouts import Rewarded, Rollout
 from alignment.rl.tasks import Task
+from alignment.rounding import EXACT, tolerance
 
 
 class JudgeReward:
@@ -52,8 +53,8 @@ class JudgeReward:
         texts: Sequence[Sequence[str]],
         verdicts: Sequence[Sequence[Verdict]],
     ) -> list[list[Rewarded]]:
-        found = iter(verdicts)
-        return [[_mean(next(found), text) for text in own] for own in texts]
+        found, error = iter(verdicts), rounding_error(self.judges)
+        return [[_mean(next(found), text, error) for text in own] for own in texts]
 
     def _matches(
         self, groups: Sequence[tuple[Task, Sequence[Rollout]]], texts: Sequence[Sequence[str]]
@@ -88,7 +89,9 @@ class JudgeReward:
                 wins[b].append(1 - win)
             rewarded.append(
                 [
-                    Rewarded(float(np.mean(w)), "preference", {"text": text, "matches": len(w)})
+                    Rewarded(
+                        float(np.mean(w)), "preference", {"text": text, "matches": len(w)}, EXACT
+                    )
                     if w
                     else _without(b, text)
                     for w, b, text in zip(wins, bad, own)
@@ -129,11 +132,13 @@ def response_of(prompt: Prompt, rollout: Rollout, text: str) -> Response:
     return Response(rollout.key, prompt, text, "policy")
 
 
-def _mean(verdicts: Sequence[Verdict], text: str) -> Rewarded:
+def _mean(verdicts: Sequence[Verdict], text: str, error: float) -> Rewarded:
+    """The mean over judges whose scores have a relative error."""
     if (mean := mean_score(verdicts)) is None:
         return _without(verdicts, text)
-    facts = {"text": text, "scores": [verdict.score for verdict in verdicts]}
-    return Rewarded(mean, str(Outcome.SCORE), facts)
+    scores = [verdict.score for verdict in verdicts if verdict.score is not None]
+    facts = {"text": text, "scores": scores}
+    return Rewarded(mean, str(Outcome.SCORE), facts, tolerance(scores, error))
 
 
 def _without(verdicts: Sequence[Verdict], text: str) -> Rewarded:

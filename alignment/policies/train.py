@@ -64,7 +64,6 @@ def main(argv: Sequence[str]) -> int:
     template = flags.template_kwargs(options)
     tasks = [Task(p.id, prompt_ids(tokenizer, p.messages, **template), p) for p in prompts]
 
-    # Judges and the start policy first: what the trained model sets for the process stays.
     held: dict[str, Engine] = {}
 
     def load(model: str) -> Engine:

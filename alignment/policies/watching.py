@@ -13,6 +13,7 @@ from alignment.engines.protocol import Engine
 from alignment.monitors.batch import BatchFindings
 from alignment.monitors.reading import shown
 from alignment.policies.grading import Grader
+from alignment.policies.rewards import text_of
 from alignment.ranks import shares_of, shares_on_first
 from alignment.records import Response
 from alignment.rl.tasks import Group, Settings
@@ -61,7 +62,7 @@ class Watch:
             (rollout.sample, task.id, Response(rollout.key, task.about, text), rewarded.reward)
             for task, rollouts, rewards in groups
             for rollout, rewarded in zip(rollouts, rewards)
-            for text in [rewarded.facts["text"]]
+            for text in [text_of(self.grader.tokenizer, rollout)]
         ]
         shares = shares_on_first(self.run.engine, own)
         # One response of every prompt before a second one of any; the same on every layout.

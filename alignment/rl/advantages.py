@@ -2,6 +2,10 @@
 
 A response whose judge gave no score has no reward, which is None here and never 0: it stays out of
 its group's statistics, and its advantage is 0.
+
+Rewards that differ by no more than their rounding error are equal: a group of them has no
+advantages, whichever the algorithm, as a division by their spread would turn rounding into
+advantages of 1. Errors are absolute here, in the unit of the rewards.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -9,17 +13,20 @@ from collections.abc import Callable, Hashable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
+from alignment.rounding import EXACT, Floats, is_constant, tolerance
+
 Rewards = Sequence[float | None]
 
 
 def standardized(rewards: Floats) -> Floats:
-    """GRPO: from the group's mean, in its standard deviations (of a sample, n - 1)."""
-    spread = rewards.std(ddof=1)
-    # Of equal rewards rounding can leave a spread, which would blow rounding up to advantages.
-    if spread <= 1e-9 * max(1.0, float(np.abs(rewards).max())):
+    """GRPO: distance from the group's mean, in its standard deviations (of a sample, n - 1).
+
+    The error of the rewards is that of fp64 arithmetic; `group_advantages` handles larger ones.
+    """
+    if is_constant(rewards, EXACT):
         return np.zeros_like(rewards)
-    return np.asarray(centered(rewards) / spread)
+    units = rewards / np.abs(rewards).max()  # squares of tiny rewards would be 0
+    return np.asarray(centered(units) / units.std(ddof=1))
 
 
 def centered(rewards: Floats) -> Floats:
@@ -37,6 +44,7 @@ def group_advantages(
     rewards: Rewards,
     groups: Sequence[Hashable],
     of_group: Callable[[Floats], Floats] = standardized,
+    errors: Sequence[float | None] | None = None,
 ) -> Floats:
     """Advantages of all responses within the groups of their prompts.
 
@@ -44,34 +52,55 @@ def group_advantages(
         rewards: `[responses]`.
         groups: of each response, what it shares with the others of its prompt.
         of_group: of two or more rewards of a group.
+        errors: `[responses]`, rounding error of each reward, 0 for one that is exact; None for
+            that of a score computed in fp32.
 
     Returns:
-        `[responses]`; 0 where there is no reward, or no other in the group to compare it with.
+        `[responses]`; 0 where there is no reward, no other in the group to compare it with, or no
+        reward in the group that differs from another by more than rounding.
 
     Raises:
         ValueError: a reward is not finite.
     """
     advantages = np.zeros(len(rewards))
     for members in _members(rewards, groups).values():
-        if len(members) > 1:
+        if len(members) > 1 and _differ(members, rewards, errors):
             advantages[members] = of_group(_floats([rewards[member] for member in members]))
     return advantages
 
 
-def informative(rewards: Rewards, groups: Sequence[Hashable]) -> NDArray[np.bool_]:
+def informative(
+    rewards: Rewards,
+    groups: Sequence[Hashable],
+    errors: Sequence[float | None] | None = None,
+) -> NDArray[np.bool_]:
     """DAPO's dynamic sampling (arXiv 2503.14476): which responses are of groups to keep.
 
     Args:
         rewards: raw, before any shaping, which could part equal ones.
+        errors: see `group_advantages`.
 
     Returns:
-        `[responses]`; a group is kept when two of its rewards differ.
+        `[responses]`; a group is kept when two of its rewards differ by more than rounding.
     """
     keep = {
-        group: len({rewards[member] for member in members}) > 1
+        group: _differ(members, rewards, errors)
         for group, members in _members(rewards, groups).items()
     }
     return np.array([keep.get(group, False) for group in groups], dtype=bool)
+
+
+def _differ(
+    members: Sequence[int], rewards: Rewards, errors: Sequence[float | None] | None
+) -> bool:
+    """Whether two of a group's rewards differ by more than rounding."""
+    values = _floats([rewards[member] for member in members])
+    known = [None if errors is None else errors[member] for member in members]
+    unknown = [value for value, error in zip(values, known) if error is None]
+    least = max(
+        tolerance(values, EXACT), tolerance(unknown), *(error for error in known if error), 0.0
+    )
+    return float(np.ptp(values)) > least
 
 
 def overlong_penalty(lengths: Sequence[int], limit: int, margin: int) -> Floats:

@@ -4,8 +4,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-from alignment.rl.advantages import Floats, centered, leave_one_out, standardized
+from alignment.rl.advantages import centered, leave_one_out, standardized
 from alignment.rl.policy_loss import LOSSES, PolicyLoss
+from alignment.rounding import Floats
 
 
 @dataclass(frozen=True)

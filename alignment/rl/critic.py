@@ -16,7 +16,8 @@ from torch import Tensor
 from alignment.engines.batch import Batch
 from alignment.engines.protocol import Engine, Scores, StepResult, Sums
 from alignment.ranks import shares_of
-from alignment.rl.advantages import Floats, generalized_advantages
+from alignment.rl.advantages import generalized_advantages
+from alignment.rounding import Floats, model_error, tolerance
 from megatron_ext.errors import UserError
 
 # An output layer that is the embedding's transpose is only known by that name.
@@ -128,13 +129,15 @@ class Critic:
         advantages = self._trained(judged, "advantage")
         values, returns = self._trained(judged, "old_values"), self._trained(judged, "returns")
         mean, spread = self._moments(advantages)
+        rounding = self._rounding(values, returns)
         if self.valuation.whiten:
-            judged = [_shifted(batch, mean, spread) for batch in judged]
+            judged = [_shifted(batch, mean, spread, rounding) for batch in judged]
         _, error = self._moments(returns - values)
         _, whole = self._moments(returns)
         return judged, {
             "value": self._moments(values)[0],
-            "explained_variance": 1 - (error / whole) ** 2 if whole > 0 else 0.0,
+            # Of returns that are all the same there is no variance to explain.
+            "explained_variance": 1 - (error / whole) ** 2 if whole > rounding else 0.0,
             "advantage_mean": mean,
             "advantage_std": spread,
         }
@@ -168,6 +171,11 @@ class Critic:
         parts = [b.extras[name][b.loss_mask].double().numpy() for b in batches if b.rows]
         return np.concatenate(parts) if parts else np.zeros(0)
 
+    def _rounding(self, *values: Floats) -> float:
+        """The largest difference of values that rounding of the model explains, on all ranks."""
+        error = model_error(self.engine.dtype)
+        return max(shares_of(self.engine, max(tolerance(each, error) for each in values)))
+
     def _moments(self, values: Floats) -> tuple[float, float]:
         """Mean and standard deviation (of a sample) over all ranks."""
         counts, sums = zip(*shares_of(self.engine, (len(values), float(values.sum()))))
@@ -185,10 +193,10 @@ def _responses(batch: Batch) -> Iterator[tuple[int, Tensor]]:
                 yield row, mine.nonzero().flatten()
 
 
-def _shifted(batch: Batch, mean: float, spread: float) -> Batch:
+def _shifted(batch: Batch, mean: float, spread: float, rounding: float) -> Batch:
+    """Advantages from their mean, in standard deviations; all 0 where their spread is rounding."""
     if not batch.rows:
         return batch
-    # Of equal advantages rounding leaves a spread.
-    scale = 1 / spread if spread > 1e-9 * max(1.0, abs(mean)) else 0.0
+    scale = 1 / spread if spread > rounding else 0.0
     advantage = (batch.extras["advantage"].double() - mean) * scale
     return replace(batch, extras={**batch.extras, "advantage": advantage.float()})

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from alignment.engines.batch import Batch
 from alignment.engines.protocol import Engine, StepResult
@@ -60,22 +61,30 @@ def failures_of(engine: Engine, groups: Sequence[Group]) -> tuple[dict[str, floa
 
 def differ(group: Group) -> bool:
     """Whether two of a group's rewards do."""
-    return bool(informative([w.reward for w in group[2]], [0] * len(group[2])).any())
+    rewards, errors = [w.reward for w in group[2]], [w.error for w in group[2]]
+    return bool(informative(rewards, [0] * len(rewards), errors).any())
 
 
 def gap_of(engine: Engine, batches: Sequence[Batch]) -> dict[str, float]:
-    """How far the sampler's log-probabilities are from those of training; a collective."""
-    total, count, most = 0.0, 0, 0.0
-    for batch in batches:
-        difference = batch.extras["old_log_probs"] - batch.extras.get("rollout_log_probs", 0.0)
-        values = difference[batch.loss_mask].abs()
-        if len(values):
-            total, count = total + float(values.sum()), count + len(values)
-            most = max(most, float(values.max()))
-    shares = shares_of(engine, (total, count, most))
+    """How far the sampler's log-probabilities are from those of training; a collective.
+
+    Returns:
+        nats a token: the mean distance, the largest, and how much larger the sampler's are on
+        average, which estimates the divergence of the sampler from the policy (`rollout_kl`).
+    """
+    differences = [
+        (batch.extras["rollout_log_probs"] - batch.extras["old_log_probs"])[batch.loss_mask]
+        for batch in batches
+        if batch.rows
+    ]
+    own = torch.cat([torch.zeros(0), *differences]).double()
+    most = float(own.abs().max()) if len(own) else 0.0
+    shares = shares_of(engine, (float(own.abs().sum()), float(own.sum()), len(own), most))
+    count = max(1, sum(share[2] for share in shares))
     return {
-        "rollout_gap": sum(share[0] for share in shares) / max(sum(s[1] for s in shares), 1),
-        "rollout_gap_max": max(share[2] for share in shares),
+        "rollout_gap": sum(share[0] for share in shares) / count,
+        "rollout_kl": sum(share[1] for share in shares) / count,
+        "rollout_gap_max": max(share[3] for share in shares),
     }
 
 

@@ -41,8 +41,10 @@ class PolicyLoss:
         divergence: its estimator.
         entropy: weight of the entropy, which is to grow.
         rollout_bound: the largest weight, and the inverse of the smallest, of old over rollout
-            probability; none to believe the sampler.
-        rollout_rule: whether weights beyond are cut to the largest, or their tokens left out.
+            probability, of what `ratio_of` says: a token, or a sample (the geometric mean over its
+            tokens); none to believe the sampler.
+        rollout_rule: whether weights beyond are cut to the largest, or their tokens (samples) left
+            out.
     """
 
     clip: tuple[float, float] | None = (0.2, 0.2)
@@ -72,13 +74,7 @@ class PolicyLoss:
         mask, extras = batch.loss_mask, batch.extras
         log_probs, advantage = scores.log_probs, extras["advantage"]
         sample = _sample_index(batch)
-        change = torch.where(mask, log_probs - extras["old_log_probs"], 0)
-        if self.ratio_of == "sample":
-            mean = _sums(change, sample) / _sums(mask.to(change.dtype), sample).clamp(min=1)
-            # The value of the sample's ratio at every token, with the gradient of the token alone:
-            # summed over a sample's tokens these are the gradient of the sample's ratio.
-            change = torch.where(mask, mean[sample].detach() + change - change.detach(), 0)
-        ratio = change.exp()
+        ratio = self._ratio(log_probs, extras["old_log_probs"], mask, sample)
         gain = ratio * advantage
         clipped = torch.zeros_like(mask)
         if self.clip is not None:
@@ -91,7 +87,7 @@ class PolicyLoss:
             "kl_from_old": _metric(kl(log_probs, extras["old_log_probs"], "k3"), mask),
         }
         if self.rollout_bound is not None:
-            weight = (extras["old_log_probs"] - extras["rollout_log_probs"]).exp()
+            weight = self._ratio(extras["old_log_probs"], extras["rollout_log_probs"], mask, sample)
             beyond = (weight > self.rollout_bound) | (weight * self.rollout_bound < 1)
             metrics["rollout_weight"] = _metric(weight, mask)
             metrics["rollout_beyond"] = _metric(beyond, mask)
@@ -116,6 +112,14 @@ class PolicyLoss:
         elif self.entropy:
             raise ValueError("the engine was not asked for the entropy")
         return self._aggregate(torch.where(mask, loss, 0), mask, sample, metrics)
+
+    def _ratio(self, log_probs: Tensor, other: Tensor, mask: Tensor, sample: Tensor) -> Tensor:
+        """Ratio of two probabilities at each trained token: the token's, or its whole sample's."""
+        change = torch.where(mask, log_probs - other, 0)
+        if self.ratio_of == "sample":
+            mean = _sums(change, sample) / _sums(mask.to(change.dtype), sample).clamp(min=1)
+            change = torch.where(mask, mean[sample], 0)
+        return change.exp()
 
     def _aggregate(
         self,

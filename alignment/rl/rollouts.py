@@ -29,7 +29,8 @@ class Rollout:
         task: the prompt's id.
         sample: which of its group.
         tokens: of the response, with the one that ended it.
-        log_probs: of each when it was drawn, nats, at the temperature it was drawn at.
+        log_probs: of each when it was drawn, nats, over all tokens at the temperature it was drawn
+            at, see `alignment.rl.supports`.
         ended: by the model itself, not by the limit.
         version: optimizer steps of the weights that drew it.
     """
@@ -54,11 +55,14 @@ class Rewarded:
         reward: None where there is no judgement; never a 0 instead.
         outcome: of the judgement: "score", "preference", "unparseable", "failed".
         facts: plain data for people and metrics.
+        error: how far rounding may move the reward, in its unit; None where that is not known,
+            which counts as the error of a score computed in fp32.
     """
 
     reward: float | None
     outcome: str
     facts: Mapping[str, Any]
+    error: float | None = None
 
 
 class RolloutStore:

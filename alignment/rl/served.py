@@ -77,8 +77,9 @@ class ServedRollouts:
     ) -> list[Generated]:
         """See `alignment.engines.protocol.Engine`; first the servers get the present weights.
 
-        Log-probabilities are as the server tells them: of the distribution that was drawn from,
-        if it was started with --logprobs-mode processed_logprobs.
+        Log-probabilities are as the server reports them: of the distribution that was drawn from,
+        if it was started with --logprobs-mode processed_logprobs. `ReinforcementStep` checks that
+        they are those of training.
 
         Raises:
             UserError: a server does not answer within the patience, or refuses.

@@ -21,6 +21,7 @@ from alignment.rl.ahead import RolloutsAhead
 from alignment.rl.critic import Critic
 from alignment.rl.figures import differ, facts_of, failures_of, gap_of, updates_told
 from alignment.rl.rollouts import Rewarded, Rollout, RolloutStore, folder_of, forget_before
+from alignment.rl.supports import check_served_log_probs, refuse_truncation
 from alignment.rl.tasks import Group, Reference, Reward, Settings, Task
 from alignment.seeds import seed_of
 from alignment.training.run import Run
@@ -70,6 +71,8 @@ class ReinforcementStep:
                 f"a step wants {settings.groups} different prompts, and there are {count}: give "
                 "more prompts that fit, or a smaller --batch-size"
             )
+        if generate is not None:
+            refuse_truncation(settings.sampling.top_k, settings.sampling.top_p)
         if settings.algorithm.loss.kl and reference is None:
             raise ValueError("the loss has a divergence and there is no reference")
         if (settings.algorithm.advantages is None) != (critic is not None):
@@ -83,7 +86,8 @@ class ReinforcementStep:
         )
         self.engine, self.run, self.reward, self.seed = engine, run, reward, seed
         self.reference, self.watch, self.critic, self.ahead = reference, watch, critic, ahead
-        self.generate = generate or engine.generate
+        self.generate, self.served = generate or engine.generate, generate is not None
+        self._compared = False
         self._rollouts = run.folder / "rollouts"
         self._orders: dict[int, np.ndarray] = {}
 
@@ -99,7 +103,7 @@ class ReinforcementStep:
             self._refuse_failures(facts, reasons)
             store.settle([one for _, sampled, given in asked for one in zip(sampled, given)])
         trained = time.perf_counter()
-        row |= self._train(step, groups)
+        row |= self._train(step, groups, facts["rollout_staleness"] == 0)
         done = time.perf_counter()
         times["training"] = done - trained
         tokens = facts["tokens"]
@@ -235,7 +239,12 @@ class ReinforcementStep:
             for task, rollouts in groups
         ]
 
-    def _train(self, step: int, groups: Sequence[Group]) -> dict[str, Any]:
+    def _train(self, step: int, groups: Sequence[Group], fresh: bool) -> dict[str, Any]:
+        """Optimizer steps on the groups.
+
+        Args:
+            fresh: all ranks' responses were drawn with the present weights.
+        """
         batches = [
             Batch.packed(samples, self.settings.length)
             for samples in self._mini_batches(step, groups)
@@ -246,6 +255,11 @@ class ReinforcementStep:
         batches = [self._with_log_probs(batch, temperature) for batch in batches]
         loss, critic = self.settings.algorithm.loss, self.critic
         row = {"skipped": 0, **gap_of(self.engine, batches)}
+        if self.served:
+            check_served_log_probs(
+                self.engine, batches, temperature, fresh=fresh, thorough=not self._compared
+            )
+            self._compared = True
         if critic is not None:
             batches, told = critic.judge(batches)
             row |= told
@@ -275,7 +289,8 @@ class ReinforcementStep:
             if of_group is None:  # the critic makes them of the rewards
                 advantages: Any = [0.0 if value is None else value for value in values]
             else:
-                advantages = group_advantages(values, [0] * len(values), of_group)
+                errors = [rewarded.error for rewarded in rewards]
+                advantages = group_advantages(values, [0] * len(values), of_group, errors)
             for rollout, value, advantage in zip(rollouts, values, advantages):
                 if value is None or not rollout.tokens:
                     continue

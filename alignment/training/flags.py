@@ -183,6 +183,10 @@ def _check_reinforcement(options: argparse.Namespace) -> None:
         raise UserError(
             f"--temperature {options.temperature} must be above 0: equal responses teach nothing"
         )
+    if options.rollout_url:
+        from alignment.rl.supports import refuse_truncation
+
+        refuse_truncation(getattr(options, "top_k", 0), getattr(options, "top_p", 1.0))
     if options.rollouts_ahead and not options.rollout_url:
         raise UserError("--rollouts-ahead is for servers: give --rollout-url")
     if options.rollouts_ahead and algorithm.dynamic:

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from alignment.engines.protocol import Engine
+from alignment.rounding import exceeds
 from megatron_ext.checkpoint import TRACKER
 from megatron_ext.errors import UserError
 from megatron_ext.training.checkpoints import write_atomically
@@ -181,6 +182,8 @@ class Run:
     def keep_best(self, name: str, value: float, sound: bool = True) -> bool:
         """Export the model to `best/` if `value` is the highest so far; ranks pass the same.
 
+        A value that is higher by no more than rounding is no improvement: the earlier model stays.
+
         Args:
             sound: whether the value stands for enough items; one that does not is below all that
                 do.
@@ -190,8 +193,10 @@ class Run:
         if self.writes and note.is_file():
             before = json.loads(note.read_text())
             # A step that comes again was left by a run that was killed after it.
-            higher = (before["sound"], before[name]) >= (sound, value)
-            if before["step"] < self.step and higher:
+            better = sound > before["sound"] or (
+                sound == before["sound"] and exceeds(value, before[name])
+            )
+            if before["step"] < self.step and not better:
                 found = [before]
         dist.broadcast_object_list(found, src=0)
         if found[0] is not None:

@@ -9,8 +9,8 @@ from scipy import stats
 
 from alignment.evaluation.study.runs import GOLD, KL, PROXY, SECOND, SLOPE, Group, Run
 from alignment.judges.agreement.bootstrap import LEVEL
-from alignment.judges.agreement.figures import Floats
 from alignment.monitors.detectors import NAMES
+from alignment.rounding import Floats
 
 
 @dataclass(frozen=True)

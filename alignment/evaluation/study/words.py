@@ -5,6 +5,9 @@ from enum import StrEnum
 
 from alignment.evaluation.study.runs import GOLD, Group, Run, Study
 from alignment.evaluation.study.seeds import Mean, course
+from alignment.rounding import SINGLE
+
+_ROUNDING = 9 * SINGLE  # of a difference of scores, which reach 9
 
 
 class Finding(StrEnum):
@@ -19,16 +22,16 @@ class Finding(StrEnum):
 
 
 def finding(gap: Mean, gold: Mean) -> Finding:
-    """By changes over seeds: of the gap, and of gold."""
+    """By changes over seeds: of the gap, and of gold. Rounding of scores is no change."""
     if gap.value is None:
         return Finding.NOTHING
     if gap.low is None or gap.high is None or gold.low is None:
         return Finding.NO_INTERVAL
-    if gap.high < 0:
+    if gap.high < -_ROUNDING:
         return Finding.CLOSE
-    if gap.low <= 0:
+    if gap.low <= _ROUNDING:
         return Finding.OPEN
-    return Finding.AHEAD if gold.low > 0 else Finding.PART
+    return Finding.AHEAD if gold.low > _ROUNDING else Finding.PART
 
 
 def of_group(group: Group) -> Finding:
@@ -76,7 +79,8 @@ def _sentence(label: str, group: Group) -> str:
                 f"changes by {gap.value:+.2f} and gold by {gold.value:+.2f}."
             )
         case Finding.PART:
-            moves = "falls" if gold.high is not None and gold.high < 0 else "does not rise"
+            falls = gold.high is not None and gold.high < -_ROUNDING
+            moves = "falls" if falls else "does not rise"
             return (
                 f"{name}: proxy and gold part; the gap of proxy over gold grows by "
                 f"{_change(gap, '')} while gold {moves}, changing by {_change(gold)}."

@@ -1,5 +1,7 @@
 """Figures of agreement, each a number or, where it has no meaning, the reason.
 
+Labels that differ by no more than rounding are equal, see `alignment.rounding`.
+
 Labels are numbers. In a pair of arrays `a` is what is held to be right (the gold judge) and `b`
 what is measured, both `[units]`; `Undefined` is raised rather than a 0 or a NaN given.
 """
@@ -7,10 +9,9 @@ what is measured, both `[units]`; `Undefined` is raised rather than a 0 or a NaN
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import stats
 
-Floats = NDArray[np.float64]
+from alignment.rounding import Floats, is_constant, nearest_whole, tied
 
 
 class Undefined(Exception):
@@ -39,17 +40,18 @@ def krippendorff_alpha(ratings: Floats, metric: str) -> float:
     if not ratings.size:
         raise Undefined("no item has two labels")
     pooled = ratings[~np.isnan(ratings)]
+    if is_constant(pooled):
+        raise Undefined(f"all labels are {pooled[0]:g}")
     n = len(pooled)
     if metric == "interval":
         ratings = ratings - pooled.mean()
         within = 2 * (count * np.nansum(ratings**2, axis=0) - np.nansum(ratings, axis=0) ** 2)
         expected = 2 * n * float(((pooled - pooled.mean()) ** 2).sum())
     else:
-        labels, sizes = np.unique(pooled, return_counts=True)
+        [ratings] = tied(ratings)
+        labels, sizes = np.unique(ratings[~np.isnan(ratings)], return_counts=True)
         within = count**2.0 - sum(np.sum(ratings == label, axis=0) ** 2.0 for label in labels)
         expected = n**2.0 - float((sizes.astype(float) ** 2).sum())
-    if np.ptp(pooled) == 0:
-        raise Undefined(f"all labels are {pooled[0]:g}")
     observed = float((within / (count - 1)).sum()) / n
     return 1.0 - observed / (expected / (n * (n - 1)))
 
@@ -61,9 +63,9 @@ def quadratic_kappa(a: Floats, b: Floats) -> float:
         Undefined: both give one and the same label only.
     """
     _check(a)
-    expected = float(a.var() + b.var() + (a.mean() - b.mean()) ** 2)
-    if expected == 0:
+    if is_constant(np.concatenate([a, b])):
         raise Undefined(f"all labels are {a[0]:g}")
+    expected = float(a.var() + b.var() + (a.mean() - b.mean()) ** 2)
     return 1.0 - float(((a - b) ** 2).mean()) / expected
 
 
@@ -74,6 +76,7 @@ def kappa(a: Floats, b: Floats) -> float:
         Undefined: see `quadratic_kappa`.
     """
     _check(a)
+    a, b = tied(a, b)
     labels = np.union1d(a, b)
     chance = sum(float((a == label).mean() * (b == label).mean()) for label in labels)
     if len(labels) == 1:
@@ -88,7 +91,7 @@ def spearman(a: Floats, b: Floats) -> float:
         Undefined: one of them gives one label only.
     """
     _check_varies(a, b)
-    return float(stats.spearmanr(a, b).statistic)
+    return float(stats.spearmanr(*tied(a), *tied(b)).statistic)
 
 
 def kendall(a: Floats, b: Floats) -> float:
@@ -98,19 +101,20 @@ def kendall(a: Floats, b: Floats) -> float:
         Undefined: one of them gives one label only.
     """
     _check_varies(a, b)
-    return float(stats.kendalltau(a, b).statistic)
+    return float(stats.kendalltau(*tied(a), *tied(b)).statistic)
 
 
 def _check_varies(a: Floats, b: Floats) -> None:
     _check(a)
     for name, labels in (("the first", a), ("the second", b)):
-        if np.ptp(labels) == 0:
+        if is_constant(labels):
             raise Undefined(f"{name} gives nothing but {labels[0]:g}: there is no order")
 
 
 def exact(a: Floats, b: Floats) -> float:
     """Share of equal labels."""
     _check(a)
+    a, b = tied(a, b)
     return float((a == b).mean())
 
 
@@ -134,7 +138,7 @@ def calibration(a: Floats, b: Floats, width: float = 1.0) -> list[tuple[float, f
 
     Returns: for each bin of b with anything in it, mean of b, mean of a, and how many.
     """
-    bins = np.floor(b / width + 0.5)
+    bins = nearest_whole(b / width)
     return [
         (float(b[bins == x].mean()), float(a[bins == x].mean()), int((bins == x).sum()))
         for x in np.unique(bins)
@@ -162,6 +166,7 @@ def repeats_agree(ratings: Floats) -> float:
     ratings, count = ratings[:, count > 1], count[count > 1]
     if not ratings.size:
         raise Undefined("no question was answered twice: ask with --samples 2 or more")
+    [ratings] = tied(ratings)
     labels = np.unique(ratings[~np.isnan(ratings)])
     equal = sum(_pairs(np.sum(ratings == label, axis=0)) for label in labels)
     return float(np.mean(equal / _pairs(count)))

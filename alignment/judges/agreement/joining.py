@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from alignment.judges.agreement.figures import Floats
 from alignment.records import Outcome, Side, Verdict
+from alignment.rounding import Floats
 from megatron_ext.errors import UserError
 
 FIRST, TIED, SECOND = 1.0, 0.5, 0.0  # labels of pairs: how far the first response is preferred

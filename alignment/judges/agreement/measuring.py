@@ -8,8 +8,9 @@ import numpy as np
 
 from alignment.judges.agreement import figures
 from alignment.judges.agreement.bootstrap import Indices
-from alignment.judges.agreement.figures import Floats, Undefined
+from alignment.judges.agreement.figures import Undefined
 from alignment.judges.agreement.joining import FIRST, SECOND, TIED, Judged
+from alignment.rounding import Floats, nearest_whole
 
 Figure = Callable[[Indices], float]
 TITLES: Mapping[str, str] = {
@@ -130,7 +131,7 @@ def alone(judge: Judged) -> dict[str, Figure]:
 
 def rounded(scores: Floats) -> Floats:
     """To whole labels, halves up."""
-    return np.floor(scores + 0.5)
+    return nearest_whole(scores)
 
 
 def as_sides(labels: Floats) -> Floats:

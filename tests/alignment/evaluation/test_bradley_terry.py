@@ -103,3 +103,13 @@ def test_separation_is_told_apart_from_large_logits() -> None:
     [weight] = maximum_likelihood(x * 3, crossed)
     slope = (x * 3)[:, 0] @ (crossed - expit(x[:, 0] * 3 * weight))
     assert slope == pytest.approx(0, abs=1e-6) and np.isfinite(weight)
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-16, 3e-16])
+def test_a_win_that_rounding_keeps_from_1_is_a_win(noise: float) -> None:
+    policies = np.repeat([0, 1, 2], 20)
+    outcomes = np.concatenate([np.ones(20) - noise, np.zeros(20) + noise, np.resize([1, 0.5], 20)])
+    found = strengths(policies, outcomes, 3)
+    assert found[0] == np.inf and found[1] == -np.inf
+    assert found[2] == pytest.approx(logit(0.75))
+    assert np.isfinite(strengths(policies, np.clip(outcomes, 1e-3, 1 - 1e-3), 3)).all()

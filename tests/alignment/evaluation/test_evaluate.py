@@ -205,6 +205,12 @@ def test_style_is_counted_outside_of_code() -> None:
     assert (scaled**2).mean(axis=0) == pytest.approx(1)
 
 
+def test_style_that_differs_by_rounding_is_no_column(monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = np.array([[0.5, 1e-16, 0.0, 0.0], [-0.5, -2e-17, 0.0, 1e-6]])
+    monkeypatch.setattr("alignment.evaluation.style.differences", lambda pairs: noise)
+    assert covariates([])[1] == ["length", "bold"]
+
+
 @pytest.mark.parametrize(
     "change, said",
     [

@@ -128,6 +128,10 @@ def test_the_opening_says_under_which_judge_proxy_and_gold_part(tmp_path: Path) 
         ((1, 2), (1, 2), Finding.AHEAD),
         ((-1, 2), (-2, -1), Finding.OPEN),
         ((-2, -1), (1, 2), Finding.CLOSE),
+        ((1e-7, 2e-7), (-2, -1), Finding.OPEN),
+        ((-2e-7, -1e-7), (-2, -1), Finding.OPEN),
+        ((1e-3, 2e-3), (1e-7, 2e-7), Finding.PART),
+        ((1e-3, 2e-3), (1e-3, 2e-3), Finding.AHEAD),
         (None, None, Finding.NO_INTERVAL),
     ],
 )

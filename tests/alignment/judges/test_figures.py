@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import krippendorff
 import numpy as np
 import pytest
-from scipy.stats import rankdata
+from scipy.stats import kendalltau, rankdata, spearmanr
 from sklearn.metrics import cohen_kappa_score
 
 from alignment.judges.agreement import figures
@@ -48,6 +48,47 @@ def test_alpha_is_that_of_krippendorff_with_any_raters_and_gaps() -> None:
                 with pytest.raises(Undefined, match=r"all labels are|no item has two"):
                     figures.krippendorff_alpha(matrix, metric)
     assert compared > 60
+
+
+def test_labels_that_differ_by_rounding_are_equal() -> None:
+    """Scores with ties, scored again in other batches: the figures of the scores themselves."""
+    draw = np.random.default_rng(2)
+    for _ in range(20):
+        a, b = (np.round(draw.uniform(0.5, 9, 30), 1) for _ in range(2))
+        b[:10] = a[:10]
+        noisy = [x * (1 + draw.uniform(-1e-6, 1e-6, 30)) for x in (a, b)]
+        assert figures.spearman(*noisy) == pytest.approx(float(spearmanr(a, b).statistic))
+        assert figures.kendall(*noisy) == pytest.approx(float(kendalltau(a, b).statistic))
+        assert figures.exact(*noisy) == float((a == b).mean()) > 0.3
+        labels = [[str(x) for x in side] for side in (a, b)]
+        assert figures.kappa(*noisy) == pytest.approx(cohen_kappa_score(*labels))
+        theirs = krippendorff.alpha(np.stack([a, b]), level_of_measurement="nominal")
+        assert figures.krippendorff_alpha(np.stack(noisy), "nominal") == pytest.approx(theirs)
+        pairs = np.stack([noisy[0], noisy[0][::-1] * 0 + a])
+        assert figures.repeats_agree(pairs) == 1
+
+
+def test_labels_that_are_constant_but_for_rounding_have_no_figure() -> None:
+    constant = np.array([3.9309329, 3.9309351, 3.9309307])
+    other = np.array([1.0, 2.5, 4.0])
+    for figure in (figures.spearman, figures.kendall):
+        for labels in ((constant, other), (other, constant)):
+            with pytest.raises(Undefined, match=r"gives nothing but 3\.93093: there is no order"):
+                figure(*labels)
+    for metric in ("interval", "nominal"):
+        with pytest.raises(Undefined, match=r"all labels are 3\.93093"):
+            figures.krippendorff_alpha(np.stack([constant, constant[::-1]]), metric)
+    for agreement in (figures.quadratic_kappa, figures.kappa):
+        with pytest.raises(Undefined, match=r"all labels are 3\.93093"):
+            agreement(constant, constant[::-1])
+    assert figures.spearman(np.array([7.0, 7.01, 7.02]), other) == 1
+
+
+def test_bins_of_calibration_do_not_depend_on_rounding() -> None:
+    b = np.array([0.05, 0.15, 0.25, 0.35, 0.45])  # each begins a bin of 0.1
+    for noise in (0.0, 1e-7, -1e-7):
+        curve = figures.calibration(b, b + noise, 0.1)
+        assert [count for _, _, count in curve] == [1] * 5
 
 
 def test_kappas_are_those_of_scikit_learn() -> None:

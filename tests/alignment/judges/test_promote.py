@@ -65,6 +65,27 @@ def test_on_new_items_it_must_be_better(files, capsys):
     assert promote(files, ("poor", "good"), ("poor", "good")) == 0
 
 
+def test_rounding_is_no_improvement_and_a_loss_of_the_margin_may_be(files, capsys):
+    """The current judge's scores, nearer to gold by 1e-7: another batch, not another judge."""
+    gold, good = scores(0.0, "gold"), scores(1.0, "good")
+    near = [
+        replace(b, score=b.score + 1e-7 * np.sign(a.score - b.score)) for a, b in zip(gold, good)
+    ]
+    write_rows(files / "near.jsonl", near)
+    assert measured(files, "near").difference.low > 0
+    assert promote(files, ("good", "near"), ("good", "near")) == REFUSED
+    assert "no better than the current judge" in capsys.readouterr().out
+    # 7 of 100 and 5 of 100 unjudged: the difference of floats is above 0.02.
+    gold, good = gold[:100], good[:100]
+    lost = {"outcome": Outcome.FAILED, "score": None, "reason": "away"}
+    for name, count in (("five", 5), ("seven", 7), ("eight", 8)):
+        rows = [replace(v, **lost) if i < count else v for i, v in enumerate(good)]
+        write_rows(files / f"{name}.jsonl", rows)
+    write_rows(files / "gold.jsonl", gold)
+    assert promote(files, ("five", "eight")) == REFUSED
+    assert promote(files, ("five", "seven")) == 0
+
+
 def test_the_difference_is_of_the_same_items(files):
     found = measured(files, "good")
     assert (found.difference.value, found.difference.low, found.difference.high) == (0, 0, 0)

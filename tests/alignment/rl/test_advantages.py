@@ -17,6 +17,7 @@ from alignment.rl.advantages import (
     overlong_penalty,
     standardized,
 )
+from alignment.rounding import EXACT
 
 REWARDS = [1.0, 4.0, None, 2.0, 7.0, 7.0, 3.0, None, 5.0]
 GROUPS = ["a", "b", "a", "a", "c", "c", "a", "d", "b"]
@@ -57,6 +58,53 @@ def test_standardized_sums_to_zero_and_has_the_deviation_of_one(rewards: list[fl
     found = group_advantages(rewards, [0] * len(rewards))
     assert abs(found.sum()) < 1e-6
     assert not found.any() or math.isclose(found.std(ddof=1), 1, rel_tol=1e-6)
+
+
+RULES = [standardized, centered, leave_one_out]
+NOISE = [3.9309329, 3.9309329, 3.9309351, 3.9309307]  # of padding, in fp32
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("unit", [1e-6, 1.0, 1e5])
+def test_rewards_that_differ_by_rounding_have_no_advantage(rule, unit) -> None:
+    rewards = [reward * unit for reward in NOISE]
+    assert not group_advantages(rewards, [0] * 4, rule).any()
+    assert not informative(rewards, [0] * 4).any()
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    "rewards",
+    [[0.30, 0.31], [7, 7.01, 7], [0.0, 1e-3], [1e-6, 2e-6, 3e-6], [10**6, 10**6 + 1], [1e-200, 0]],
+)
+def test_small_differences_between_rewards_count(rule, rewards) -> None:
+    assert informative(rewards, [0] * len(rewards)).all()
+    found = group_advantages(rewards, [0] * len(rewards), rule)
+    if rule is standardized:
+        assert found.std(ddof=1) == pytest.approx(1)
+    assert found.any() and np.argsort(found).tolist() == np.argsort(rewards).tolist()
+
+
+def test_rewards_are_compared_by_the_error_that_they_carry() -> None:
+    groups = [0] * 4
+    exact = group_advantages(NOISE, groups, errors=[0.0] * 4)
+    assert exact == pytest.approx(
+        (np.array(NOISE) - np.mean(NOISE)) / np.std(NOISE, ddof=1), rel=1e-6
+    )
+    assert informative(NOISE, groups, [0.0] * 4).all()
+    coarse = [7.0, 7.01, 7.02, 7.0]  # of a model in bf16
+    assert group_advantages(coarse, groups).any() and informative(coarse, groups).any()
+    assert not group_advantages(coarse, groups, errors=[7 / 256] * 4).any()
+    assert not informative(coarse, groups, [7 / 256] * 4).any()
+    # Win rates that are equal, from sums in another order.
+    assert not informative([1 - 5 / 6, 1 / 6], [0, 0], [EXACT] * 2).any()
+
+
+def test_a_penalty_parts_equal_rewards_of_a_model() -> None:
+    shaped = [reward + penalty for reward, penalty in zip(NOISE, (0, -0.5, 0, 0))]
+    errors = [4e-5] * 4
+    assert not informative(NOISE, [0] * 4, errors).any()
+    assert group_advantages(shaped, [0] * 4, errors=errors)[1] == pytest.approx(-1.5, rel=1e-4)
 
 
 def test_a_reward_that_is_no_number_is_refused() -> None:

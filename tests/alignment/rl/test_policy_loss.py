@@ -1,5 +1,6 @@
 """Losses of policies against their formulas, sample by sample."""
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -55,6 +56,9 @@ def by_hand(rule: PolicyLoss, sample: Sample, log_probs: list[Tensor]) -> list[T
         mean = torch.stack(changes).mean()
         changes = [mean] * len(changes)
     losses = []
+    weights = [old - other for old, other in zip(part["old_log_probs"], part["rollout_log_probs"])]
+    if rule.ratio_of == "sample":
+        weights = [sum(weights) / len(weights)] * len(weights)
     for place, (change, new) in enumerate(zip(changes, log_probs)):
         ratio, advantage = change.exp(), extras["advantage"]
         gain = ratio * advantage
@@ -62,7 +66,7 @@ def by_hand(rule: PolicyLoss, sample: Sample, log_probs: list[Tensor]) -> list[T
             low, high = 1 - rule.clip[0], 1 + rule.clip[1]
             gain = min(gain, min(max(ratio, torch.tensor(low)), torch.tensor(high)) * advantage)
         if rule.rollout_bound is not None:
-            weight = math.exp(part["old_log_probs"][place] - part["rollout_log_probs"][place])
+            weight = math.exp(weights[place])
             if rule.rollout_rule == "truncate":
                 weight = min(weight, rule.rollout_bound)
             elif not 1 / rule.rollout_bound <= weight <= rule.rollout_bound:
@@ -107,6 +111,8 @@ RULES = {
     "entropy": replace(LOSSES["ppo"], entropy=0.05),
     "rollout weights cut": replace(LOSSES["grpo"], rollout_bound=1.2),
     "rollout weights masked": replace(LOSSES["dapo"], rollout_bound=1.2, rollout_rule="mask"),
+    "samples' weights cut": replace(LOSSES["gspo"], rollout_bound=1.1),
+    "samples' weights masked": replace(LOSSES["gspo"], rollout_bound=1.1, rollout_rule="mask"),
 }
 LAYOUTS: dict[str, Callable[[list[Sample]], list[Batch]]] = {
     "a row each": lambda given: [Batch.of(given)],
@@ -139,6 +145,37 @@ def test_value_and_gradient_are_the_formulas_on_every_layout(name: str, layout: 
             by_sample.setdefault(int(token), []).append(float(value))
     for number, expected in enumerate(gradients):
         assert by_sample[number] == pytest.approx(expected, rel=1e-4, abs=1e-8)
+
+
+GRID = list(
+    itertools.product(
+        ("grpo", "gspo", "rloo"),
+        ("token-mean", "sample-mean", "sample-sum"),
+        ((None, "truncate"), (1.1, "truncate"), (1.1, "mask")),
+        ((0.0, "k3"), (0.1, "k3"), (0.1, "k2")),
+    )
+)
+
+
+@pytest.mark.parametrize("name, aggregation, weights, divergence", GRID)
+def test_the_gradient_is_that_of_the_value(name, aggregation, weights, divergence) -> None:
+    """By finite differences in fp64, with advantages that differ within a sample."""
+    (bound, how), (weight, estimator) = weights, divergence
+    rule = policy_loss(
+        name, aggregation=aggregation, max_tokens=9, entropy=0.01, kl=weight,
+        divergence=estimator, rollout_bound=bound, rollout_rule=how,
+    )  # fmt: skip
+    batch = Batch.packed(samples(0.05), 14)
+    extras = {name: values.double() for name, values in batch.extras.items()}
+    extras["advantage"] = extras["advantage"] + 0.1 * batch.positions
+    batch = replace(batch, extras=extras)
+
+    def value(log_probs: Tensor) -> Tensor:
+        sums = rule(Scores(log_probs, extras["entropy"]), batch)
+        return sums.total / sums.weight
+
+    point = extras["log_probs"].clone().requires_grad_()
+    assert torch.autograd.gradcheck(value, point, eps=1e-7, atol=1e-6, rtol=1e-4)
 
 
 def test_clipping_stops_what_goes_too_far_in_the_wrong_direction_only() -> None:

@@ -56,6 +56,26 @@ def test_a_judge_that_fails_on_poor_responses_is_no_gap(grader):
     assert alone["grade/gold"] == pytest.approx(4.4)  # which is told all the same
 
 
+def test_gold_that_scores_equally_but_for_rounding_is_a_tie(grader):
+    """Under pairwise rewards: the same response, scored in another batch."""
+    grader.pairwise = True
+    grader._row(0, [share([0.5] * 10, [7.3] * 10)])
+    scores = [7.300002, 7.299998, 7.31, 7.29, 7.3, *[7.3] * 5]
+    row = grader._row(1, [share([0.5] * 10, scores)])
+    assert row["grade/gold"] == 0.5
+    row = grader._row(2, [share([0.5] * 10, [7.300002] * 8 + [7.31] * 2)])
+    assert row["grade/gold"] == 0.6
+
+
+@pytest.mark.parametrize("step, slope", [(1e-7, 0.0), (1e-3, 0.01)])
+def test_a_gap_that_moves_by_rounding_has_no_slope(grader, step, slope):
+    grader.history = [
+        {"step": 10 * i, "grade/proxy": 7 + i * step, "grade/gold": 7, "grade/gap": i * step}
+        for i in range(4)
+    ]
+    assert grader._slope() == pytest.approx(slope)
+
+
 def test_samples_are_the_same_on_any_ranks(grader):
     scores = [float(i) for i in range(10)]
     kept = []

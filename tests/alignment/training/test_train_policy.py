@@ -4,6 +4,7 @@ import itertools
 import json
 from itertools import combinations
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from alignment.policies.rewards import JudgeReward
 from alignment.records import Message, Outcome, Prompt, Response, Side, Verdict
 from alignment.rl.rollouts import Rollout
 from alignment.rl.tasks import Task
+from alignment.rounding import EXACT
 from megatron_ext.errors import UserError
 from megatron_ext.inference.sampling import Sampling
 from tests.alignment.chat_model import make_model, write_rows
@@ -104,6 +106,35 @@ def test_a_pair_counts_in_both_orders_or_not_at_all():
     [found] = JudgeReward([SimpleNamespace(judge=judge)], LETTERS, True)(given, lambda: None)
     assert [r.reward for r in found] == [None, 0.5, 0.5, 0.5]  # not 1, 0.67, 0.33, 0
     assert found[0].outcome == "failed"
+
+
+def test_rewards_carry_the_rounding_error_of_their_judges():
+    exact: Any = SimpleNamespace(
+        judge=lambda questions, check: [Verdict(q.item.id, Outcome.SCORE, 7.5) for q in questions],
+        rounding_error=EXACT,
+    )
+    coarse: Any = SimpleNamespace(judge=exact.judge, rounding_error=2**-8)
+    expected = [([exact], EXACT), ([coarse], 2**-8), ([exact, coarse], 2**-8)]
+    for judges, error in expected:
+        [[one]] = JudgeReward(judges, LETTERS, False)([group("a")], lambda: None)
+        assert one.error == pytest.approx(7.5 * error)
+    [found] = JudgeReward([Longest()], LETTERS, True)([group("a", "bb")], lambda: None)
+    assert [one.error for one in found] == [EXACT] * 2  # win rates
+
+
+def test_an_alarm_takes_no_notice_of_rounding():
+    def rows(proxy, gold, noise):
+        return [
+            {"grade/proxy": p, "grade/gold": g, "grade/gap": p - g}
+            for p, g in zip(proxy, (g + noise * i for i, g in enumerate(gold)))
+        ]
+
+    alarm = Alarm(gap=0.5, window=2)
+    for noise in (0.0, 1e-6, -1e-6):
+        assert alarm.raised(rows([4, 5, 6, 7], [4, 4, 4, 4], noise)), noise
+        assert not alarm.raised(rows([4, 4.2, 4.3, 4.5], [4, 4, 4, 4], noise)), noise  # 0.5, as may
+        assert not alarm.raised(rows([7, 7, 7, 7 + noise], [7, 6, 6, 6], noise)), noise
+    assert not alarm.raised(rows([4, 5, 6, 7], [4, 4, 4, 4], 1e-3))  # gold rises
 
 
 def test_an_alarm_wants_a_gap_that_opens_while_gold_does_not_rise():
@@ -287,6 +318,8 @@ def test_a_policy_is_trained_graded_and_reported_on_any_ranks(place, tmp_path):
         (("--critic-lr", 1e-3), "--critic-lr is for --algorithm ppo"),
         (("--algorithm", "ppo", "--gae-lambda", 2), "--gae-lambda 2.0 must be from 0 to 1"),
         (("--rollouts-ahead", 1), "give --rollout-url"),
+        (("--rollout-url", "http://a/v1", "--top-k", 20), "--top-k 20 is incompatible with"),
+        (("--rollout-url", "http://a/v1", "--top-p", 0.9), "--top-p 0.9 is incompatible with"),
         (("--algorithm", "dapo", "--overlong-margin", 0), "--overlong-margin 0 must be above 0"),
         (("--alarm-gap", "nan"), "--alarm-gap must not be negative"),
         (

@@ -1,0 +1,125 @@
+"""Rollout and training log-probabilities of the same distribution, with every sampling setting."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from alignment.engines.batch import Batch, Sample
+from alignment.rl.policy_loss import policy_loss
+from alignment.rl.supports import check_served_log_probs, refuse_truncation
+from megatron_ext.errors import UserError
+from megatron_ext.inference.sampling import Sampling
+from tests.alignment.engine_runs import told_by
+from tests.distributed import run_ranks
+from tests.hf.models import make
+
+# Temperature, top-k and top-p.
+SETTINGS = [
+    (1.0, 0, 1.0), (0.3, 0, 1.0), (1.7, 0, 1.0), (1.0, 20, 1.0), (0.7, 1, 1.0), (1.0, 0, 0.5),
+    (0.7, 20, 0.95),
+]  # fmt: skip
+
+
+def gaps(folder, name):
+    """Of each setting, the weights of the loss where the policy has not moved."""
+    from alignment.engines.deepspeed import DeepSpeedEngine
+    from alignment.engines.megatron import MegatronEngine
+    from alignment.engines.protocol import Scores
+    from alignment.rl.figures import gap_of
+
+    engine: Any = {"megatron": MegatronEngine, "deepspeed": DeepSpeedEngine}[name](folder)
+    found = []
+    for setting in SETTINGS:
+        temperature = setting[0]
+        sampling = Sampling(6, *setting, stop_at_eod=False, score_temperature=temperature)
+        drawn = engine.generate([[5, 6, 7]] * 4, sampling, range(4))
+        batch = Batch.of(
+            [
+                Sample(
+                    [5, 6, 7, *g.tokens],
+                    3,
+                    {"advantage": 1.0, "rollout_log_probs": [0.0] * 3 + g.log_probs},
+                )
+                for g in drawn
+            ]
+        )
+        scores = engine.log_probs(batch, temperature=temperature).log_probs.cpu()
+        batch.extras["old_log_probs"] = scores  # type: ignore[index]
+        loss = policy_loss("grpo", rollout_bound=1.01, rollout_rule="mask")(Scores(scores), batch)
+        found.append((gap_of(engine, [batch])["rollout_gap_max"], float(loss.total / loss.weight)))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["megatron", "deepspeed"])
+def test_the_samplers_log_probs_are_those_of_training(tmp_path, engine):
+    make("llama", tmp_path, vocab_size=128, num_hidden_layers=1)
+    [found] = run_ranks(gaps, 1, tmp_path, engine)
+    for setting, (gap, loss) in zip(SETTINGS, found):
+        assert gap < 1e-4 and loss == pytest.approx(-1, abs=1e-3), setting
+
+
+def checked_on_a_rank():
+    """The sentences for log-probabilities of servers with several start options."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(64, 32, generator=generator)
+
+    def table(temperature, top_k=32):
+        lowest = logits.topk(top_k).values[:, -1:]
+        kept = torch.where(logits >= lowest, logits, -torch.inf)
+        return (kept / temperature).log_softmax(-1)
+
+    def scores(batch, temperature):
+        values = table(temperature).gather(1, batch.tokens[:, 1:].T)[:, 0]
+        return SimpleNamespace(log_probs=torch.cat([torch.zeros(1), values])[None])
+
+    engine: Any = SimpleNamespace(
+        data_rank=0, data_size=1, log_probs=lambda batch, temperature: scores(batch, temperature)
+    )
+
+    def told(temperature, served, top_k=32, fresh=True, thorough=True):
+        drawn_from = table(temperature, top_k).exp()
+        tokens = torch.multinomial(drawn_from, 1, generator=generator)[:, 0]
+        values = served.gather(1, tokens[:, None])[:, 0].tolist()
+        sample = Sample([0, *tokens.tolist()], 1, {"rollout_log_probs": [0.0, *values]})
+        batch = Batch.of([sample])
+        batch.extras["old_log_probs"] = scores(batch, temperature).log_probs  # type: ignore[index]
+        return told_by(
+            lambda: check_served_log_probs(
+                engine, [batch], temperature, fresh=fresh, thorough=thorough
+            )
+        )
+
+    noise = 0.02 * torch.randn(logits.shape, generator=generator)  # as of bf16
+    return {
+        "same": told(0.7, table(0.7)),
+        "rounded": told(0.9, table(0.9) + noise),
+        "raw": told(0.9, table(1.0) + noise),
+        "raw at 1": told(1.0, table(1.0)),
+        "not looked at closely": told(0.9, table(1.0), thorough=False),
+        "truncated": told(1.0, table(1.0, top_k=4), top_k=4),
+        "far": told(1.0, table(1.0) + 0.5),
+        "of other weights, as they may be": told(1.0, table(1.0) + 0.5, fresh=False),
+        "raw of other weights": told(0.7, table(1.0) + noise, fresh=False),
+    }
+
+
+def test_servers_that_report_another_distribution_are_refused():
+    [found] = run_ranks(checked_on_a_rank, 1)
+    for name in ("same", "rounded", "raw at 1", "not looked at closely",
+                 "of other weights, as they may be"):  # fmt: skip
+        assert not found[name], name
+    assert "those of temperature 1" in found["raw of other weights"]
+    assert "those of temperature 1, and responses are drawn at --temperature 0.9" in found["raw"]
+    assert "--logprobs-mode processed_logprobs" in found["raw"]
+    assert "+0.5 nats a token on average" in found["far"]
+    assert "nats a token on average" in found["truncated"]
+
+
+def test_servers_draw_from_the_whole_vocabulary():
+    refuse_truncation(0, 1.0)
+    for top_k, top_p, flag in ((20, 1.0, "--top-k 20"), (0, 0.9, "--top-p 0.9")):
+        with pytest.raises(UserError, match=f"{flag} is incompatible with --rollout-url"):
+            refuse_truncation(top_k, top_p)
