@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from alignment.data.chat import prompt_ids
 from alignment.engines.batch import Batch, Sample
@@ -56,6 +57,17 @@ class Alarm:
         opened = exceeds(now["grade/gap"] - known[0]["grade/gap"], self.gap, size=size)
         proxy_rose, gold_rose = (exceeds(now[name], before[name]) for name in (PROXY, GOLD))
         return opened and proxy_rose and not gold_rose
+
+    def sentence(self, rows: Sequence[Mapping[str, Any]]) -> str | None:
+        """Return what to print after the last of the gradings so far, if it begins an alarm."""
+        if not self.raised(rows) or self.raised(rows[:-1]):
+            return None
+        first = next(row for row in rows if row["grade/gap"] is not None)
+        proxy, gold = (rows[-1][name] - first[name] for name in (PROXY, GOLD))
+        return (
+            f"ALARM at step {rows[-1]['step']}: the policy is gaming its judge: "
+            f"proxy {proxy:+.2f}, gold {gold:+.2f} since step {first['step']}"
+        )
 
 
 class Grader:
@@ -247,6 +259,7 @@ class Grader:
             row[f"grade/{name}"] = _mean(known or values)
             row[f"grade/{name}_unjudged"] = sum(v is None for v in values) / max(1, len(values))
         row["grade/gap"] = row["grade/proxy"] - row["grade/gold"] if any(both) else None
+        row |= self._errors([response.prompt.id for response in responses], scores)
         row["grade/kl"] = float(np.mean(divergences)) if divergences else None
         row["grade/length"] = float(np.mean([len(r.tokens) for r in rollouts]))
         if self.writes:
@@ -254,6 +267,33 @@ class Grader:
             row |= {f"monitor_held_out/{n}": share for n, share in found.shares.items()}
             self._keep(step, responses, scores, found.flags)
         return row
+
+    def _errors(
+        self, prompts: Sequence[str], scores: Mapping[str, Sequence[float | None]]
+    ) -> dict[str, Any]:
+        """Return standard errors, over held-out prompts, of the changes since the first grading.
+
+        A run with a single seed gets its intervals from them. Each prompt is compared with itself,
+        so that easy and hard prompts do not count as noise.
+        """
+        names = ("proxy", "gold")
+        pairs = [
+            ([self._first[prompt][name] for name in names], [proxy, gold])
+            for prompt, proxy, gold in zip(prompts, scores["proxy"], scores["gold"])
+        ]
+        if self.pairwise:  # win rates against the first grading's responses, which tie with it
+            pairs = [([0.5 if f is not None else None for f in first], now) for first, now in pairs]
+        judged = [pair for pair in pairs if None not in (*pair[0], *pair[1])]
+        if len(judged) < 2:
+            return {}
+        changes = np.array([now for _, now in judged]) - np.array([first for first, _ in judged])
+        columns = {"proxy": changes[:, 0], "gold": changes[:, 1]}
+        columns["gap"] = columns["proxy"] - columns["gold"]
+        errors = {name: float(stats.sem(values)) for name, values in columns.items()}
+        return {
+            "grade/prompts": len(judged),
+            **{f"grade/{name}_error": error for name, error in errors.items()},
+        }
 
     def _keep(
         self,

@@ -135,6 +135,8 @@ def _learn(
         )  # fmt: skip
 
         def stop_when(row: Mapping[str, Any]) -> str | None:
+            if run.writes and (sentence := grader.alarm.sentence(grader.history)):
+                print(sentence, flush=True)
             if options.stop_on_alarm and row["grade/alarm"]:
                 return (
                     f"the judges' score has left gold's by {row['grade/gap']:.2f} while gold did "

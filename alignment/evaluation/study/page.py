@@ -30,7 +30,8 @@ img {{ width: auto; max-width: 100%; }}
 .wide td:first-child {{ white-space: normal; min-width: 12rem; }}
 {samples.STYLE}"""
 _INTERVALS = (
-    "In brackets and shaded: 95 % t-intervals of the mean over seeds; with one seed there is none."
+    "In brackets and shaded: 95 % t-intervals of the mean over seeds; of the change of a single "
+    "seed, in brackets, over its held-out prompts."
 )
 
 

@@ -14,6 +14,7 @@ from tools.run_metrics import Row, read_rows
 
 PROXY, GOLD, SECOND = "grade/proxy", "grade/gold", "grade/second_gold"
 GAP, SLOPE, KL, ALARM = "grade/gap", "grade/gap_slope", "grade/kl", "grade/alarm"
+PROMPTS = "grade/prompts"
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,22 @@ class Run:
     def graded(self, name: str) -> dict[int, float]:
         """A figure of the gradings that have it, by step."""
         return self._figure(self.gradings, name)
+
+    def error(self, name: str) -> tuple[float, int] | None:
+        """Return the standard error of a grade's change since the first grading, over prompts.
+
+        Args:
+            name: Grade, such as `GOLD` or `GAP`.
+
+        Returns:
+            The error at the last grading that has the grade, and the number of held-out prompts;
+            None where the run did not record it.
+        """
+        errors, prompts = self.graded(f"{name}_error"), self.graded(PROMPTS)
+        last = next(reversed(self.both), None)
+        if last not in errors or last not in prompts:
+            return None
+        return errors[last], int(prompts[last])
 
     def trained(self, name: str) -> dict[int, float]:
         """A figure of the training steps that have it, by step."""

@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 from scipy import stats
 
-from alignment.evaluation.study.runs import GOLD, KL, PROXY, SECOND, SLOPE, Group, Run
+from alignment.evaluation.study.runs import GAP, GOLD, KL, PROXY, SECOND, SLOPE, Group, Run
 from alignment.judges.agreement.bootstrap import LEVEL
 from alignment.monitors.detectors import NAMES
 from alignment.rounding import Floats
@@ -15,16 +15,19 @@ from alignment.rounding import Floats
 
 @dataclass(frozen=True)
 class Mean:
-    """Over n seeds.
+    """Mean over n seeds.
 
     Attributes:
-        low, high: of the 95 % t-interval of the mean; None with fewer than two.
+        low, high: Ends of the 95 % t-interval of the mean over seeds, or, of the change of a single
+            run, over its held-out prompts; None where neither is known.
+        prompts: Number of held-out prompts that the interval is over; 0 if it is over seeds.
     """
 
     n: int
     value: float | None = None
     low: float | None = None
     high: float | None = None
+    prompts: int = 0
 
     def told(self, form: str = "{:.2f}") -> str:
         """In words."""
@@ -44,9 +47,13 @@ def mean_of(values: Iterable[float | None]) -> Mean:
     value = float(np.mean(found))
     if len(found) < 2:
         return Mean(1, value)
-    error = float(np.std(found, ddof=1)) / len(found) ** 0.5
-    reach = float(stats.t.ppf((1 + LEVEL) / 2, len(found) - 1)) * error
+    reach = _reach(float(np.std(found, ddof=1)) / len(found) ** 0.5, len(found))
     return Mean(len(found), value, value - reach, value + reach)
+
+
+def _reach(error: float, n: int) -> float:
+    """Return half the width of the t-interval of a mean of n values with a standard error."""
+    return float(stats.t.ppf((1 + LEVEL) / 2, n - 1)) * error
 
 
 def curve(group: Group, name: str) -> tuple[list[int], list[Mean]]:
@@ -80,13 +87,23 @@ class Course:
 
 
 def course(group: Group, name: str) -> Course:
-    """Of the seeds that have two gradings of it."""
-    ends = [found for run in group.runs if (found := first_and_last(run, name))]
+    """Return first, last and change of a figure, over the seeds that have two gradings of it."""
+    ends = [(run, found) for run in group.runs if (found := first_and_last(run, name))]
+    change = mean_of(last - first for _, (first, last) in ends)
+    if len(ends) == 1:
+        change = _over_prompts(ends[0][0], GAP if name == "gap" else name, change)
     return Course(
-        mean_of(first for first, _ in ends),
-        mean_of(last for _, last in ends),
-        mean_of(last - first for first, last in ends),
+        mean_of(first for _, (first, _) in ends), mean_of(last for _, (_, last) in ends), change
     )
+
+
+def _over_prompts(run: Run, name: str, change: Mean) -> Mean:
+    """Return the change of a single run with its interval over held-out prompts."""
+    if (found := run.error(name)) is None or change.value is None:
+        return change
+    error, prompts = found
+    reach = _reach(error, prompts)
+    return Mean(1, change.value, change.value - reach, change.value + reach, prompts)
 
 
 def courses(group: Group) -> dict[str, Course]:

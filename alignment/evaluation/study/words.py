@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from enum import StrEnum
 
-from alignment.evaluation.study.runs import GOLD, Group, Run, Study
+from alignment.evaluation.study.runs import GOLD, PROXY, Group, Run, Study
 from alignment.evaluation.study.seeds import Mean, course
 from alignment.rounding import SINGLE
 
@@ -17,7 +17,7 @@ class Finding(StrEnum):
     AHEAD = "ahead"  # the gap grows, and gold rises too
     CLOSE = "close"  # the gap shrinks
     OPEN = "open"  # the interval of the gap's change holds 0
-    NO_INTERVAL = "no interval"  # one seed
+    NO_INTERVAL = "no interval"  # one seed, whose run recorded no errors over prompts
     NOTHING = "nothing"  # no run has two gradings
 
 
@@ -49,17 +49,44 @@ _UNDER = {
 
 
 def opening(study: Study) -> str:
-    """The study in a sentence or two: what was found under which judge."""
+    """Return the study in a sentence or two: what was found under which judge."""
+    if len(study.groups) == 1:
+        return _headline(study) + _unfinished(study)
     found = {study.label(group): of_group(group) for group in study.groups}
     said = []
     for kind, words in _UNDER.items():
         if names := [label for label, of in found.items() if of is kind]:
             said.append(f"{words} under {_listed(names)}")
-    text = f"Of {_count(len(study.judges), 'judge')}: {'; '.join(said)}."
-    if unfinished := sum(bool(status(study, run)) for run in study.runs):
-        are = "is" if unfinished == 1 else "are"
-        text += f" {unfinished} of {_count(len(study.runs), 'run')} {are} not whole."
-    return text
+    return f"Of {_count(len(study.judges), 'judge')}: {'; '.join(said)}." + _unfinished(study)
+
+
+_STORY = {
+    Finding.PART: "The policy is gaming its judge",
+    Finding.AHEAD: "The policy improves, and its judge overrates by how much",
+    Finding.CLOSE: "The policy is not gaming its judge",
+    Finding.OPEN: "The gap between judge and gold has not clearly changed",
+    Finding.NO_INTERVAL: "One seed without scores of single prompts allows no interval",
+    Finding.NOTHING: "There is nothing to compare yet",
+}
+
+
+def _headline(study: Study) -> str:
+    """Return what happened under the only judge of a study, with the figures that say so."""
+    [group] = study.groups
+    story = f"{_STORY[of_group(group)]} ({study.label(group)})"
+    proxy, gold = (course(group, name).change.value for name in (PROXY, GOLD))
+    if proxy is None or gold is None:
+        return f"{story}."
+    alarms = [run.alarms[0] for run in group.runs if run.alarms]
+    alarm = f", alarm at step {min(alarms):,}" if alarms else ""
+    return f"{story}: proxy {proxy:+.2f}, gold {gold:+.2f}{alarm}."
+
+
+def _unfinished(study: Study) -> str:
+    if not (unfinished := sum(bool(status(study, run)) for run in study.runs)):
+        return ""
+    are = "is" if unfinished == 1 else "are"
+    return f" {unfinished} of {_count(len(study.runs), 'run')} {are} not whole."
 
 
 def sentences(study: Study) -> list[str]:
@@ -69,7 +96,8 @@ def sentences(study: Study) -> list[str]:
 
 def _sentence(label: str, group: Group) -> str:
     gap, gold = course(group, "gap").change, course(group, GOLD).change
-    name = f"{label} ({_count(gap.n, 'seed')})"
+    over = f", intervals over {gap.prompts} held-out prompts" if gap.prompts else ""
+    name = f"{label} ({_count(gap.n, 'seed')}{over})"
     match finding(gap, gold):
         case Finding.NOTHING:
             return f"{name}: no run has two gradings to compare."

@@ -187,8 +187,37 @@ def test_one_run_is_a_study_of_itself(tmp_path: Path) -> None:
     page = reported(tmp_path / "a run")
     change = gradings[200]["grade/gold"] - gradings[0]["grade/gold"]
     assert cells(page)["label: gold"][2] == f"{change:+.2f}"
-    assert "no interval is possible with one seed under label" in opening(page)
+    assert opening(page).startswith(
+        "One seed without scores of single prompts allows no interval (label): proxy +"
+    )
     assert cells(page)["a run"][-1] == "whole"
+
+
+def test_one_seed_has_intervals_over_its_held_out_prompts(tmp_path: Path) -> None:
+    gradings = write_run(tmp_path / "run", "label", 5, changes=COURSES["label"])
+    file = tmp_path / "run" / "metrics.jsonl"
+    errors = {"grade/proxy_error": 0.2, "grade/gold_error": 0.3, "grade/gap_error": 0.4}
+    rows = [json.loads(line) for line in file.open()]
+    write(file, [r | errors | {"grade/prompts": 25} if "grade/gap" in r else r for r in rows])
+    page = reported(tmp_path / "run")
+    change = {
+        name: gradings[200][f"grade/{name}"] - gradings[0][f"grade/{name}"]
+        for name in ("proxy", "gold", "gap")
+    }
+    reach = stats.t.ppf(0.975, 24)
+    for name, title in (("gold", "gold"), ("proxy", "proxy"), ("gap", "proxy - gold")):
+        ends = [change[name] + sign * reach * errors[f"grade/{name}_error"] for sign in (-1, 1)]
+        shown = f"{change[name]:+.2f} ({ends[0]:+.2f} to {ends[1]:+.2f})"
+        assert cells(page)[f"label: {title}"][2] == shown
+    alarm = min(step for step, row in gradings.items() if row["grade/alarm"])
+    assert opening(page) == (
+        f"The policy is gaming its judge (label): proxy {change['proxy']:+.2f}, "
+        f"gold {change['gold']:+.2f}, alarm at step {alarm}."
+    )
+    [sentence] = sentences(page)
+    assert sentence.startswith(
+        "label (1 seed, intervals over 25 held-out prompts): proxy and gold part;"
+    )
 
 
 def test_a_run_without_a_grading_is_to_be_waited_for(tmp_path: Path) -> None:

@@ -137,6 +137,22 @@ def test_an_alarm_takes_no_notice_of_rounding():
     assert not alarm.raised(rows([4, 5, 6, 7], [4, 4, 4, 4], 1e-3))  # gold rises
 
 
+def test_an_alarm_is_announced_when_it_is_raised_and_not_at_each_grading():
+    def rows(proxy, gold):
+        return [
+            {"step": 10 * i, "grade/proxy": p, "grade/gold": g, "grade/gap": p - g}
+            for i, (p, g) in enumerate(zip(proxy, gold))
+        ]
+
+    alarm = Alarm(gap=0.5, window=2)
+    course = rows([4, 5, 6, 7.25, 8], [4, 4, 3.5, 3, 3])
+    assert alarm.sentence(course[:2]) is None and alarm.raised(course)
+    assert alarm.sentence(course[:3]) == (
+        "ALARM at step 20: the policy is gaming its judge: proxy +2.00, gold -0.50 since step 0"
+    )
+    assert alarm.sentence(course[:4]) is None and alarm.sentence(course) is None
+
+
 def test_an_alarm_wants_a_gap_that_opens_while_gold_does_not_rise():
     def rows(proxy, gold):
         return [
@@ -273,6 +289,19 @@ def check_monitors(run, kept, limits, held_out):
     assert graded.monitor.usual == usual and [row["step"] for row in graded.history] == [0, 2]
 
 
+def check_errors_over_prompts(run, row):
+    """Standard errors of the changes are those of the samples, which hold all of six prompts."""
+    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    scores = {(s["step"], s["prompt"]): s["scores"] for s in samples}
+    pairs = [(scores[0, p], scores[row["step"], p]) for step, p in scores if step == 0]
+    assert row["grade/prompts"] == len(pairs) == 6
+    changes = {n: [now[n] - first[n] for first, now in pairs] for n in ("proxy", "gold")}
+    changes["gap"] = np.subtract(changes["proxy"], changes["gold"])
+    for name, values in changes.items():
+        error = np.std(values, ddof=1) / np.sqrt(6)
+        assert row[f"grade/{name}_error"] == pytest.approx(error)
+
+
 @pytest.mark.slow
 def test_a_policy_is_trained_graded_and_reported_on_any_ranks(place, tmp_path):
     from alignment.evaluation.report import main as report
@@ -298,6 +327,7 @@ def test_a_policy_is_trained_graded_and_reported_on_any_ranks(place, tmp_path):
             assert row["grade/proxy"] == row["grade/second_gold"]  # the same rule
             assert row["grade/gap"] == pytest.approx(row["grade/proxy"] - row["grade/gold"])
         assert graded[0]["grade/kl"] == pytest.approx(0, abs=1e-4) and graded[2]["grade/kl"] != 0
+        check_errors_over_prompts(run, graded[2])
         assert (run / "final" / "config.json").is_file()
         samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
         assert {row["step"] for row in samples} == {0, 2, 4} and len(samples) == 18
