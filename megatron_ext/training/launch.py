@@ -112,6 +112,15 @@ class Launch:
             values = [json.loads(self.store.get(key)) for key in keys]
         return self.share(f"{topic}/values", values)
 
+    def leave(self) -> None:
+        """Let every rank read what the others shared, before rank 0, which may serve it, ends."""
+        if self.store is None:
+            return
+        if self.rank == 0:
+            self._collect("left", None)
+        else:
+            self.store.set(f"left/{self.rank}", "")
+
     def _collect(self, topic: str, problem: str | None) -> str | None:
         """Rank 0's verdict on what the ranks say; it stops waiting for the rest at a problem."""
         assert self.store is not None
