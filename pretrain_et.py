@@ -15,6 +15,7 @@ from megatron_ext.devices import activate
 # Before anything of Megatron is imported. A dry run needs no GPU, and makes nothing on one.
 activate(use_cuda=not any(word.startswith("--dry-run") for word in sys.argv))
 
+import torch.distributed as dist  # noqa: E402
 from megatron.core.enums import ModelType  # noqa: E402
 from megatron.training import training  # noqa: E402
 from megatron.training.argument_utils import pretrain_cfg_container_from_args  # noqa: E402
@@ -45,6 +46,9 @@ def main() -> None:
     resharding.install()
     stop_with_launcher(args.exit_signal, args.stall_timeout)
     launch = Launch.join(args.rank, args.world_size, args.stall_timeout)
+    if args.world_size == 1 and "MASTER_ADDR" not in os.environ:  # started without torchrun
+        backend = args.distributed_backend
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     start = check_run(args, config, launch)
     if start.finished:
         if launch.rank == 0:

@@ -49,6 +49,11 @@ class Launch:
             store, _, _ = next(
                 dist.rendezvous("env://", rank, size, timeout=timedelta(seconds=timeout))
             )
+        except ValueError as error:  # a variable of the environment is missing
+            raise UserError(
+                f"WORLD_SIZE is {size}, but {str(error).split(':')[-1].strip()}: start the ranks "
+                "with torchrun"
+            ) from error
         except (dist.DistNetworkError, dist.DistStoreError) as error:
             address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise UserError(

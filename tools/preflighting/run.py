@@ -31,9 +31,8 @@ def configuration(flags: Sequence[str], ranks: int) -> tuple[Namespace, ETConfig
     Raises:
         UserError: they are wrong, or do not fit each other.
     """
-    nothing_written = ["--tensorboard-dir", "", "--wandb-project", ""]
     with mock.patch.dict(os.environ, WORLD_SIZE=str(ranks)):
-        args, config = parse_args([*flags, *nothing_written])
+        args, config = parse_args(flags, writes=False)
     args.tokenizer_sha256 = checks.sha256(args.tokenizer_model)
     return args, config
 
