@@ -113,6 +113,21 @@ class RunMetrics:
         first = min(self.last_step * 0.9, steps[-1])
         return values[steps >= first].mean(axis=0)
 
+    def recorded(self, name: str) -> str:
+        """Return the values that a figure of the rows had and since which step, empty if none.
+
+        >>> rows = [{"step": 1, "loss": 3, "world_size": 2}, {"step": 2, "loss": 2, "world_size": 4}]
+        >>> RunMetrics(rows).recorded("world_size")
+        '2, 4 from step 2'
+        """
+        known = [(row["step"], row[name]) for row in self.training if row.get(name) is not None]
+        changes = [
+            f"{value} from step {step}"
+            for (step, value), (_, before) in zip(known[1:], known)
+            if value != before
+        ]
+        return ", ".join([str(known[0][1]), *changes]) if known else ""
+
     def work(self, settings: Mapping[str, Any]) -> Work:
         """Return tokens, FLOPs and device time of every row, from the row itself.
 
@@ -136,11 +151,16 @@ class RunMetrics:
             default = np.nan
         flops = gained * np.where(np.isfinite(per_token), per_token, default)
         # A row may stand for steps that were not logged: then all of them were as long as this.
-        share = gained / (_column(self.training, "batch_size") * _column(self.training, "seq_length"))
-        recorded = _column(self.training, "seconds") * _column(self.training, "world_size") * share
-        seconds = np.where(np.isfinite(recorded), recorded, flops / speeds)
-        whole = [bool(np.isfinite(values).all()) for values in (flops, seconds)]
-        return Work(steps, tokens, flops if whole[0] else None, seconds if whole[1] else None)
+        names = ("batch_size", "seq_length", "seconds", "world_size")
+        batch, length, seconds, world_size = (_column(self.training, name) for name in names)
+        recorded = seconds * world_size * gained / (batch * length)
+        device_seconds = np.where(np.isfinite(recorded), recorded, flops / speeds)
+        return Work(
+            steps,
+            tokens,
+            flops if np.isfinite(flops).all() else None,
+            device_seconds if np.isfinite(device_seconds).all() else None,
+        )
 
     def _steps_and_tokens(self, settings: Mapping[str, Any]) -> tuple[Floats, Floats]:
         """Steps and tokens so far `[rows]`; tokens never fall.
