@@ -30,12 +30,13 @@ class ToolParser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         words = sys.argv[1:] if args is None else list(args)
-        for word in words:
+        for before, word in zip(["", *words], words):
             try:
                 word.encode()
             except UnicodeEncodeError:
                 shown = os.fsencode(word).decode(errors="backslashreplace")
-                self.error(f"{shown} is not UTF-8: check the encoding of the terminal or script")
+                flag = f"{before} " if before.startswith("--") else ""
+                self.error(f"{flag}{shown} is not UTF-8: check the encoding of the terminal or script")
         return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:

@@ -51,7 +51,7 @@ class Launch:
             )
         except ValueError as error:  # a variable of the environment is missing
             raise UserError(
-                f"WORLD_SIZE is {size}, but {str(error).split(':')[-1].strip()}: start the ranks "
+                f"WORLD_SIZE is {size}, but MASTER_ADDR or MASTER_PORT is not set: start the ranks "
                 "with torchrun"
             ) from error
         except (dist.DistNetworkError, dist.DistStoreError) as error:
