@@ -36,8 +36,18 @@ class ToolParser(argparse.ArgumentParser):
             except UnicodeEncodeError:
                 shown = os.fsencode(word).decode(errors="backslashreplace")
                 flag = f"{before} " if before.startswith("--") else ""
-                self.error(f"{flag}{shown} is not UTF-8: check the encoding of the terminal or script")
+                self.error(
+                    f"{flag}{shown} is not UTF-8: check the encoding of the terminal or script"
+                )
         return super().parse_known_args(words, namespace)
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        try:
+            return super()._get_value(action, arg_string)  # type: ignore[misc]
+        except argparse.ArgumentError:
+            raise
+        except Exception as error:  # of a converter that evaluates the text, say
+            raise argparse.ArgumentError(action, f"invalid value: {arg_string!r}") from error
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see --help)")

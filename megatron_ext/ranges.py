@@ -32,7 +32,7 @@ _RANGES: dict[str, _Range] = {
         _NOT_NEGATIVE,
     ),
     **dict.fromkeys(
-        ("norm_epsilon", "layernorm_epsilon", "rotary_base", "distributed_timeout_minutes",
+        ("layernorm_epsilon", "rotary_base", "distributed_timeout_minutes",
          "loss_scale", "initial_loss_scale", "min_loss_scale"),
         _POSITIVE,
     ),
@@ -40,7 +40,7 @@ _RANGES: dict[str, _Range] = {
         ("lr_decay_iters", "lr_decay_samples", "lr_wsd_decay_iters", "lr_wsd_decay_samples",
          "eval_global_batch_size", "eval_micro_batch_size", "make_vocab_size_divisible_by",
          "vocab_size", "recompute_num_layers", "num_dataset_builder_threads", "loss_scale_window",
-         "hysteresis", "tensorboard_queue_size", "dist_ckpt_workers"),
+         "hysteresis", "kv_channels", "tensorboard_queue_size", "dist_ckpt_workers"),
         _AT_LEAST_1,
     ),
     **dict.fromkeys(
@@ -73,8 +73,9 @@ def check_ranges(args: Namespace, ranks: int) -> None:
         UserError: naming the flag, its value and its range.
     """
     for name, value in vars(args).items():
-        if isinstance(value, float) and math.isnan(value):
-            raise UserError(f"{_flag(name)} is not a number: give one")
+        infinite = name in _RANGES and isinstance(value, float) and math.isinf(value)
+        if isinstance(value, float) and (math.isnan(value) or infinite):
+            raise UserError(f"{_flag(name)} {value:g} is not a finite number: give one")
         if name in _RANGES:
             _check(name, value, *_RANGES[name])
         elif name.endswith("_interval"):
@@ -206,4 +207,6 @@ def _check_batch_schedule(args: Namespace, ranks: int) -> None:
 
 
 def _flag(name: str) -> str:
+    if name == "layernorm_epsilon":
+        return "--norm-epsilon"
     return "--" + name.replace("_", "-")

@@ -38,7 +38,9 @@ def parsed(*flags: str) -> Namespace:
         (["--save-interval", "-2"], "--save-interval -2"),
         (["--exit-interval", "-1"], "--exit-interval -1 must not be negative"),
         (["--weight-decay", "-1"], "--weight-decay -1 must not be negative"),
-        (["--lr", "nan"], "--lr is not a number"),
+        (["--lr", "nan"], "--lr nan is not a finite number"),
+        (["--norm-epsilon", "0"], "--norm-epsilon 0 must be above 0"),
+        (["--kv-channels", "0"], "--kv-channels 0 must be at least 1"),
         (["--seed", "0"], "--seed 0 must be at least 1"),
         (["--num-workers", "-1"], "--num-workers -1"),
         (["--adam-beta2", "1"], "--adam-beta2 1 must be in [0, 1)"),
@@ -99,6 +101,8 @@ def test_a_missing_learning_rate_is_named() -> None:
 def test_tracker_without_its_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     args = parsed("--wandb-project", "mine")
     monkeypatch.setattr("megatron_ext.ranges.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"install the extra with pip install 'megatron-et\[wandb\]"):
+    with pytest.raises(
+        UserError, match=r"install the extra with pip install 'megatron-et\[wandb\]"
+    ):
         check_trackers(args)
     check_trackers(parsed())

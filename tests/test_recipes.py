@@ -27,7 +27,9 @@ def parser() -> ArgumentParser:
     return parser
 
 
-def values(folder: Path, recipe: str, *after: str, before: tuple[str, ...] = ()) -> dict[str, object]:
+def values(
+    folder: Path, recipe: str, *after: str, before: tuple[str, ...] = ()
+) -> dict[str, object]:
     """The arguments that differ from their defaults."""
     (folder / "recipe.yaml").write_text(recipe)
     words = expand_recipes([*before, "--recipe", str(folder / "recipe.yaml"), *after], parser())
@@ -89,5 +91,5 @@ def test_recipes_that_include_each_other_over_another_path_are_refused(tmp_path:
 def test_misspelt_key_is_answered_with_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"train_itres is not a flag .* mean train_iters\?"):
         values(tmp_path, "train_itres: 3\n")
-    with pytest.raises(UserError, match="zzz is not a flag .*see --help"):
+    with pytest.raises(UserError, match=r"zzz is not a flag .*see --help"):
         values(tmp_path, "zzz: 3\n")

@@ -116,7 +116,7 @@ class RunMetrics:
     def recorded(self, name: str) -> str:
         """Return the values that a figure of the rows had and since which step, empty if none.
 
-        >>> rows = [{"step": 1, "loss": 3, "world_size": 2}, {"step": 2, "loss": 2, "world_size": 4}]
+        >>> rows = [{"step": step, "loss": 3.0, "world_size": 2 * step} for step in (1, 2)]
         >>> RunMetrics(rows).recorded("world_size")
         '2, 4 from step 2'
         """

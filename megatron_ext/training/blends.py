@@ -179,8 +179,7 @@ def check_enough_samples(args: Namespace, progress: Progress) -> None:
         if not blend.is_read_once or (blend.kind == "validation" and args.full_validation):
             continue
         samples = sum(
-            (_tokens(prefix, blend.part) - 1) // args.seq_length
-            for prefix in blend.prefixes
+            (_tokens(prefix, blend.part) - 1) // args.seq_length for prefix in blend.prefixes
         )
         if samples < needed[blend.kind]:
             less = "--train-iters" if blend.kind == "training" else "--eval-iters"
@@ -204,7 +203,9 @@ def _check_kinds(found: Sequence[Blend], args: Namespace) -> None:
     if evaluates and "validation" not in kinds:
         flag = found[0].flag
         where = f"--split {args.split}" if args.split is not None else f"{flag} alone"
-        fix = "give it a second share above 0" if args.split is not None else "give --valid-data-path"
+        fix = (
+            "give it a second share above 0" if args.split is not None else "give --valid-data-path"
+        )
         raise UserError(f"no validation data with {where}: {fix}, or {_NO_VALIDATION}")
     if args.full_validation and kinds["validation"].weights is not None:
         raise UserError(

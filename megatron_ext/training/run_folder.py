@@ -55,7 +55,11 @@ def check_not_overwritten(args: Namespace) -> None:
     if args.run_dir is None or not args.finetune:
         return
     rows = Path(args.run_dir, "metrics.jsonl")
-    if rows.is_file() and rows.stat().st_size and _commands(Path(args.run_dir))[-1:] != [_command()]:
+    if (
+        rows.is_file()
+        and rows.stat().st_size
+        and _commands(Path(args.run_dir))[-1:] != [_command()]
+    ):
         raise UserError(
             f"--finetune starts a new run, but {rows} holds the metrics of an earlier one: give "
             "another --run-dir"
@@ -76,7 +80,7 @@ def why_finished(args: Namespace, progress: Progress) -> str:
 
 
 def _is_evaluated(args: Namespace, progress: Progress) -> bool:
-    """Return whether the evaluation after the last step is in the metrics, if there is to be one."""
+    """Return whether the evaluation after the last step is done, if there is to be one."""
     if args.run_dir is None or not (args.eval_iters or args.full_validation):
         return True
     try:

@@ -170,7 +170,7 @@ def _scheduler(build: Callable[[Any], Any], progress: Progress) -> Callable[[Any
         if args.lr_wsd_decay_iters is not None:
             begin = max(0, args.lr_decay_iters - args.lr_wsd_decay_iters)
             by_samples.lr_wsd_decay_samples = decay - progress.samples_after(begin)
-        with mock.patch.object(training, "get_args", lambda: by_samples):
+        with mock.patch.object(training, "get_args", return_value=by_samples):
             return build(optimizer)
 
     return wrapped

@@ -117,9 +117,7 @@ def test_unchanged_resumption_has_the_same_schedule(monkeypatch: pytest.MonkeyPa
 def test_batch_that_does_not_fit_is_counted_as_it_is_trained(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    args = run(
-        monkeypatch, global_batch_size=5, decrease_batch_size_if_needed=True, train_iters=4
-    )
+    args = run(monkeypatch, global_batch_size=5, decrease_batch_size_if_needed=True, train_iters=4)
     assert rates(args, Progress()) == pytest.approx([0.75, 0.5, 0.25, 0], abs=1e-12)
 
 
