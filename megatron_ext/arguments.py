@@ -31,7 +31,7 @@ from megatron_ext.errors import ToolParser, UserError
 from megatron_ext.layout import check_layout
 from megatron_ext.optimizer import add_muon_arguments, paper_flags
 from megatron_ext.optimizer import install as install_muon
-from megatron_ext.ranges import check_ranges, check_trackers
+from megatron_ext.ranges import batch_schedule, check_ranges, check_trackers
 from megatron_ext.recipes import expand_recipes
 
 _DEFAULTS = [
@@ -85,6 +85,8 @@ def parse_args(argv: Sequence[str], writes: bool = True) -> tuple[Namespace, ETC
         _silence() if environment else contextlib.nullcontext(),
     ):
         args = explained(lambda: parse_and_validate_args(extra_args_provider=add_arguments))
+    if args.step_batch_size_schedule is not None:  # checks and plans are for the largest batch
+        args.global_batch_size = batch_schedule(args)[-1][1]
     install_muon()
     args.vocab_size = get_tokenizer().vocab_size  # without padding
     if args.stall_timeout is None:

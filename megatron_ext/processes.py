@@ -70,7 +70,8 @@ def lock_folder(folder: Path) -> IO[str]:
     """Claim a run directory, which is made where it is missing, for this process.
 
     Returns:
-        the open lock file. The claim ends when it is closed or the process ends in any way.
+        the open lock file. The claim ends when it is closed or the process ends in any way. On a
+        file system without locks there is a warning and no claim.
 
     Raises:
         UserError: another process has the claim, or the folder cannot be written.
@@ -95,6 +96,8 @@ def lock_folder(folder: Path) -> IO[str]:
                     "or give another --run-dir"
                 ) from None
             time.sleep(0.2)
-        except OSError as error:
-            file.close()
-            raise UserError(f"--run-dir {folder} cannot be locked: {error.strerror}") from error
+        except OSError as error:  # some shared file systems are mounted without locks
+            name = Path(sys.argv[0]).name
+            told = f"{name}: warning: {folder} cannot be locked ({error.strerror}): start one run"
+            print(f"{told} in it at a time", file=sys.stderr, flush=True)
+            return file

@@ -79,7 +79,8 @@ def check_ranges(args: Namespace, ranks: int) -> None:
         if name in _RANGES:
             _check(name, value, *_RANGES[name])
         elif name.endswith("_interval"):
-            _check(name, value, *(_NOT_NEGATIVE if name in _OFF_AT_0 else _AT_LEAST_1))
+            steps = _NOT_NEGATIVE if name in _OFF_AT_0 else _AT_LEAST_1
+            _check(name, value, *(_POSITIVE if isinstance(value, float) else steps))
     _check_batch_schedule(args, ranks)
     if not args.skip_train:
         _check_learning_rate(args)
@@ -187,8 +188,8 @@ def _check_batch_schedule(args: Namespace, ranks: int) -> None:
     if args.decrease_batch_size_if_needed:
         raise UserError(f"{flag} is incompatible with --decrease-batch-size-if-needed")
     try:
-        steps = StepBatchsizeNumMicroBatchesCalculator._parse_schedule(schedule, args.seq_length)
-    except ValueError as error:
+        steps = batch_schedule(args)
+    except (ValueError, OverflowError) as error:
         raise UserError(f"{flag} must be pairs TOKENS:BATCH, such as '0:8 1M:16'") from error
     if not steps or steps[0][0] != 0:
         raise UserError(f"{flag} must begin with 0:BATCH, the batch of the first step")
@@ -204,6 +205,13 @@ def _check_batch_schedule(args: Namespace, ranks: int) -> None:
                 f"{flag}: the batch of {size} samples is not divisible by --micro-batch-size "
                 f"{args.micro_batch_size or 1} times {data} data-parallel ranks"
             )
+
+
+def batch_schedule(args: Namespace) -> list[tuple[int, int]]:
+    """Return the batch sizes of `--step-batch-size-schedule` and the samples they begin at."""
+    return StepBatchsizeNumMicroBatchesCalculator._parse_schedule(
+        args.step_batch_size_schedule, args.seq_length
+    )
 
 
 def _flag(name: str) -> str:

@@ -22,14 +22,8 @@ from megatron_ext.errors import UserError
 from megatron_ext.training.schedule import Progress
 
 _KINDS = ("training", "validation", "test")
-_SOURCES = (
-    "data_path",
-    "data_args_path",
-    "train_data_path",
-    "valid_data_path",
-    "test_data_path",
-    "per_split_data_args_path",
-)
+_PER_SPLIT = ("train_data_path", "valid_data_path", "test_data_path")
+_SOURCES = ("data_path", "data_args_path", *_PER_SPLIT, "per_split_data_args_path")
 _NO_VALIDATION = "give --eval-iters 0 to train without validation"
 
 
@@ -64,7 +58,7 @@ def blends(args: Namespace) -> list[Blend]:
             validation data.
     """
     sources = [_flag(name) for name in _SOURCES if getattr(args, name)]
-    per_split = [flag for flag in sources if flag.endswith("-data-path")]
+    per_split = [flag for flag in sources if flag in map(_flag, _PER_SPLIT)]
     if not sources:
         raise UserError("no data: give --data-path, or --train-data-path and --valid-data-path")
     if len(sources) > 1 and sources != per_split:

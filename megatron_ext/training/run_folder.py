@@ -74,8 +74,8 @@ def why_finished(args: Namespace, progress: Progress) -> str:
     if not args.train_iters:
         end = f"--train-samples {args.train_samples}"
     return (
-        f"{args.run_dir or args.load} is finished: it was trained for {progress.iteration:,} steps, "
-        f"{progress.samples:,} samples, and {end} asks for no more"
+        f"{args.run_dir or args.load} is finished: it was trained for {progress.iteration:,} "
+        f"steps, {progress.samples:,} samples, and {end} asks for no more"
     )
 
 
