@@ -232,8 +232,9 @@ def _per_split(args: Namespace) -> tuple[list[str], list[Sequence[str]]]:
         flags = [f"--{name}-data-path" for name in names]
         return flags, [getattr(args, f"{name}_data_path") or [] for name in names]
     flag = f"--per-split-data-args-path {file}"
+    text = _read(file, flag)
     try:
-        contents = json.loads(_read(file, flag))
+        contents = json.loads(text)
         values = [contents[name] for name in names]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{flag} must be a JSON object with train, valid and test") from error
