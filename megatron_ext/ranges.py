@@ -85,8 +85,19 @@ def check_ranges(args: Namespace, ranks: int) -> None:
     if not args.skip_train:
         _check_learning_rate(args)
         _check_weight_decay(args)
+    if args.phase_transition_iterations:
+        _check_phases(args)
     if args.multiple_validation_sets and not args.full_validation:
         raise UserError("--multiple-validation-sets needs --full-validation: add it")
+
+
+def _check_phases(args: Namespace) -> None:
+    steps = [step.strip() for step in args.phase_transition_iterations.split(",")]
+    flag = f"--phase-transition-iterations {args.phase_transition_iterations}"
+    if not all(step.isdecimal() and int(step) > 0 for step in steps):
+        raise UserError(f"{flag} must be numbers of steps, such as 1000,2000")
+    if not args.train_samples:
+        raise UserError(f"{flag} needs --train-samples: give it instead of --train-iters")
 
 
 def check_trackers(args: Namespace) -> None:

@@ -73,6 +73,8 @@ def parsed(*flags: str) -> Namespace:
         (["--step-batch-size-schedule", "0:2 10:4"], "must be a sample apart"),
         (["--step-batch-size-schedule", "640:4"], "must begin with 0:BATCH"),
         (["--step-batch-size-schedule", "four"], "must be pairs TOKENS:BATCH"),
+        (["--phase-transition-iterations", "a"], "must be numbers of steps"),
+        (["--phase-transition-iterations", "4"], "needs --train-samples"),
         (["--multiple-validation-sets"], "needs --full-validation"),
     ],
 )

@@ -46,7 +46,7 @@ class MetricLog:
         self._record = record
         self._opened = False
         self._seconds = 0.0
-        self._evaluating = ("val_loss", 0)
+        self._evaluating, self._evaluated_sets = ("val_loss", 0), 0
 
     def time_step(self, train_step: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap Megatron's `train_step` to know how long the last one took."""
@@ -99,6 +99,7 @@ class MetricLog:
 
         def wrapped(prefix: str, *args: Any, **kwargs: Any) -> Any:
             # forward_step_func, data_iterator, model, iteration
+            self._evaluated_sets = 0
             self._evaluating = ("test_loss" if "test set" in prefix else "val_loss", args[3])
             return evaluate(prefix, *args, **kwargs)
 
@@ -112,6 +113,11 @@ class MetricLog:
             losses = result[0]
             if is_last_rank() and losses and "lm loss" in losses:
                 name, iteration = self._evaluating
+                if get_args().multiple_validation_sets and name == "val_loss":
+                    # Megatron evaluates one set after the other, in the order of the flags.
+                    names = get_args().validation_set_names
+                    name += f"/{names[self._evaluated_sets] if names else self._evaluated_sets}"
+                    self._evaluated_sets += 1
                 self._write({"step": iteration, name: float(losses["lm loss"])}, iteration)
             return result
 

@@ -88,7 +88,7 @@ def _is_evaluated(args: Namespace, progress: Progress) -> bool:
     except OSError:
         return True
     return any(
-        '"val_loss"' in line and json.loads(line)["step"] >= progress.iteration
+        '"val_loss' in line and json.loads(line)["step"] >= progress.iteration
         for line in lines
         if line.endswith("}")
     )
