@@ -87,8 +87,10 @@ def check_ranges(args: Namespace, ranks: int) -> None:
         _check_weight_decay(args)
     if args.phase_transition_iterations:
         _check_phases(args)
-    if args.multiple_validation_sets and not args.full_validation:
-        raise UserError("--multiple-validation-sets needs --full-validation: add it")
+    if args.multiple_validation_sets != args.full_validation:
+        flags = ["--multiple-validation-sets", "--full-validation"]
+        given, needed = flags if args.multiple_validation_sets else reversed(flags)
+        raise UserError(f"{given} needs {needed} in this version of Megatron: add it")
 
 
 def _check_phases(args: Namespace) -> None:

@@ -76,6 +76,7 @@ def parsed(*flags: str) -> Namespace:
         (["--phase-transition-iterations", "a"], "must be numbers of steps"),
         (["--phase-transition-iterations", "4"], "needs --train-samples"),
         (["--multiple-validation-sets"], "needs --full-validation"),
+        (["--full-validation"], "needs --multiple-validation-sets"),
     ],
 )
 def test_value_outside_of_its_range_is_refused(flags: list[str], said: str) -> None:
