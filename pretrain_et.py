@@ -15,6 +15,7 @@ from megatron_ext.devices import activate
 # Before anything of Megatron is imported. A dry run needs no GPU, and makes nothing on one.
 activate(use_cuda=not any(word.startswith("--dry-run") for word in sys.argv))
 
+import torch.distributed as dist  # noqa: E402
 from megatron.core.enums import ModelType  # noqa: E402
 from megatron.training import training  # noqa: E402
 from megatron.training.argument_utils import pretrain_cfg_container_from_args  # noqa: E402
@@ -23,7 +24,8 @@ from megatron_ext.arguments import parse_args  # noqa: E402
 from megatron_ext.errors import run_on_ranks  # noqa: E402
 from megatron_ext.model.gpt import gpt_model_config  # noqa: E402
 from megatron_ext.optimizer import warm_momentum  # noqa: E402
-from megatron_ext.training import resharding  # noqa: E402
+from megatron_ext.processes import stop_with_launcher  # noqa: E402
+from megatron_ext.training import resharding, schedule  # noqa: E402
 from megatron_ext.training.checkpoints import explain_failure, install_integrity  # noqa: E402
 from megatron_ext.training.checks import check_run  # noqa: E402
 from megatron_ext.training.data import forward_step, train_valid_test_datasets  # noqa: E402
@@ -42,13 +44,24 @@ def main() -> None:
             dry_run(args, config)
         return
     resharding.install()
+    stop_with_launcher(args.exit_signal, args.stall_timeout)
     launch = Launch.join(args.rank, args.world_size, args.stall_timeout)
-    run_dir = check_run(args, config, launch)
+    if args.world_size == 1 and "MASTER_ADDR" not in os.environ:  # started without torchrun
+        backend = args.distributed_backend
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    start = check_run(args, config, launch)
+    if start.finished:
+        if launch.rank == 0:
+            print(f"pretrain_et.py: {start.finished}", flush=True)
+        launch.leave()
+        return
+    schedule.install(args, start.progress)
 
     step = RoutingStep(config)
     config.finalize_model_grads_func = step.finalize_model_grads
     watchdog = Watchdog(launch, args.stall_timeout, lambda: args.curr_iteration + 1)
-    log = MetricLog(run_dir and run_dir / "metrics.jsonl", step, peak_flops(args))
+    rows = start.run_dir and start.run_dir / "metrics.jsonl"
+    log = MetricLog(rows, step, peak_flops(args), start.record)
     train_step = commit_after(warm_momentum(training.train_step), step)
     training.train_step = watchdog.watch(log.time_step(train_step))
     training.training_log = log.training_log(training.training_log)

@@ -31,6 +31,7 @@ from megatron_ext.errors import ToolParser, UserError
 from megatron_ext.layout import check_layout
 from megatron_ext.optimizer import add_muon_arguments, paper_flags
 from megatron_ext.optimizer import install as install_muon
+from megatron_ext.ranges import batch_schedule, check_ranges, check_trackers
 from megatron_ext.recipes import expand_recipes
 
 _DEFAULTS = [
@@ -44,12 +45,13 @@ _DEFAULTS = [
 ]
 
 
-def parse_args(argv: Sequence[str]) -> tuple[Namespace, ETConfig]:
+def parse_args(argv: Sequence[str], writes: bool = True) -> tuple[Namespace, ETConfig]:
     """Parse and validate a command line and set Megatron's global state.
 
     Args:
         argv: flags, without the program's name. `--recipe FILE` expands in place; what stands
             after it overrides it.
+        writes: whether TensorBoard and other trackers may be opened, which write files.
 
     Raises:
         UserError: one sentence on what is wrong with the command line, on every rank.
@@ -72,6 +74,8 @@ def parse_args(argv: Sequence[str]) -> tuple[Namespace, ETConfig]:
     argv = [*paper_flags(args), *argv]
     if args.async_save:
         argv += _async_save_flags(args, given)
+    if not writes:
+        argv = [*argv, "--tensorboard-dir", "", "--wandb-project", ""]
     if args.dry_run is None:
         argv = [*_run_dir_flags(args.run_dir), *argv]
         _check_folders(parser.parse_args(argv))
@@ -81,6 +85,8 @@ def parse_args(argv: Sequence[str]) -> tuple[Namespace, ETConfig]:
         _silence() if environment else contextlib.nullcontext(),
     ):
         args = explained(lambda: parse_and_validate_args(extra_args_provider=add_arguments))
+    if args.step_batch_size_schedule is not None:  # checks and plans are for the largest batch
+        args.global_batch_size = batch_schedule(args)[-1][1]
     install_muon()
     args.vocab_size = get_tokenizer().vocab_size  # without padding
     if args.stall_timeout is None:
@@ -204,7 +210,11 @@ def _check_before_megatron(args: Namespace, given: set[str]) -> None:
     """What Megatron would answer with a stack trace or a wrong guess."""
     if args.stall_timeout is not None and args.stall_timeout <= 0:
         raise UserError(f"--stall-timeout {args.stall_timeout:g} must be above 0 seconds")
-    check_layout(args, args.dry_run or int(os.environ.get("WORLD_SIZE", "1")))
+    ranks = args.dry_run or int(os.environ.get("WORLD_SIZE", "1"))
+    check_layout(args, ranks)
+    check_ranges(args, ranks)
+    if args.dry_run is None:
+        check_trackers(args)
     for warning in check_conflicts(args, given):
         if os.environ.get("RANK", "0") == "0":
             name = Path(sys.argv[0]).name

@@ -131,13 +131,13 @@ def _check_steps(args: Namespace) -> None:
 def _check_without_transformer_engine(args: Namespace) -> None:
     if args.transformer_impl == "transformer_engine":
         raise UserError(
-            "--transformer-impl transformer_engine needs the package transformer-engine: install "
-            "it, or use local"
+            "--transformer-impl transformer_engine needs the package transformer-engine and a GPU: "
+            "install it, or use local"
         )
     if args.use_precision_aware_optimizer:
         raise UserError(
-            "--use-precision-aware-optimizer needs the package transformer-engine: install it, or "
-            "leave the flag out"
+            "--use-precision-aware-optimizer needs the package transformer-engine and a GPU: "
+            "install it, or leave the flag out"
         )
 
 
@@ -196,10 +196,14 @@ def _without_effect(args: Namespace, given: Set[str]) -> list[str]:
         f"{_flag(name)} has no effect with {why}" for name, why in unread.items() if name in given
     ]
     steps, warmup = args.train_iters, args.et_warmup_iters
+    length = f"--train-iters {steps}"
+    if not steps and args.train_samples and getattr(args, "global_batch_size", None):
+        steps = args.train_samples // args.global_batch_size
+        length = f"the {steps} steps of --train-samples {args.train_samples}"
     by_threshold = args.num_experts and args.router_type == "expert-threshold"
     if by_threshold and steps and warmup >= steps:
         told.append(
-            f"--et-warmup-iters {warmup} is not below --train-iters {steps}: every step routes by "
+            f"--et-warmup-iters {warmup} is not below {length}: every step routes by "
             "expert choice and none by thresholds"
         )
     return told

@@ -3,16 +3,17 @@
 import argparse
 import errno
 import os
+import platform
 import sys
-import tempfile
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn
-
-import psutil
+from typing import Any, NoReturn
 
 # Failures of the machine that a user can mend. Other OSErrors are bugs and keep their stack trace.
 _MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
+
+_STORE_PATIENCE = timedelta(seconds=10)
 
 
 class UserError(ValueError):
@@ -21,7 +22,32 @@ class UserError(ValueError):
 
 
 class ToolParser(argparse.ArgumentParser):
-    """An argument parser whose complaints are a `UserError`, without argparse's usage text."""
+    """An argument parser whose complaints are a `UserError`, without argparse's usage text.
+
+    Words that are not UTF-8 are refused: Python passes their bytes on as halves of characters that
+    no tokenizer, file or terminal takes.
+    """
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = sys.argv[1:] if args is None else list(args)
+        for before, word in zip(["", *words], words):
+            try:
+                word.encode()
+            except UnicodeEncodeError:
+                shown = os.fsencode(word).decode(errors="backslashreplace")
+                flag = f"{before} " if before.startswith("--") else ""
+                self.error(
+                    f"{flag}{shown} is not UTF-8: check the encoding of the terminal or script"
+                )
+        return super().parse_known_args(words, namespace)
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        try:
+            return super()._get_value(action, arg_string)  # type: ignore[misc]
+        except argparse.ArgumentError:
+            raise
+        except Exception as error:  # of a converter that evaluates the text, say
+            raise argparse.ArgumentError(action, f"invalid value: {arg_string!r}") from error
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see --help)")
@@ -75,17 +101,21 @@ def run_tool_or_ranks(main: Callable[[], int | None]) -> None:
 
 
 def _first_on_node() -> bool:
-    """Whether no other rank of the same launch on this node has asked before."""
+    """Return whether no other rank of the same launch on this node has asked before.
+
+    The launcher's store counts them. Where a launcher has none, every rank is the first.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return True
-    launcher = psutil.Process(os.getppid())
-    port = os.environ.get("MASTER_PORT")
-    launch = f"{launcher.pid}-{launcher.create_time():.2f}-{port}"
-    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    try:
-        Path(tempfile.gettempdir(), f"pretrain_et-error-{launch}-{restart}").touch(exist_ok=False)
-    except FileExistsError:
-        return False
-    except OSError:
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True):
         return True
-    return True
+    from torch.distributed import TCPStore
+
+    try:
+        store = TCPStore(
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=_STORE_PATIENCE
+        )
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return store.add(f"megatron-et/error/{platform.node()}/{attempt}", 1) == 1
+    except (RuntimeError, OSError, KeyError, ValueError):  # the launcher has ended
+        return True

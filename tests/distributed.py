@@ -101,10 +101,6 @@ def run_ranks(
                 _kill_group(rank_process)
             for pipe in pipes:
                 pipe.close()
-            # A mark of `megatron_ext.errors`: ranks of a later launch, which have the same parent,
-            # would hold their tongues if it had the same port.
-            for mark in Path(tempfile.gettempdir()).glob(f"pretrain_et-error-*-{store.port}-*"):
-                mark.unlink(missing_ok=True)
 
 
 def torchrun(

@@ -109,7 +109,9 @@ def test_muon_without_contradiction_is_silent() -> None:
     [{"transformer_impl": "transformer_engine"}, {"use_precision_aware_optimizer": True}],
 )
 def test_what_needs_transformer_engine_says_so(given: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match="needs the package transformer-engine: install it, or"):
+    with pytest.raises(
+        UserError, match="needs the package transformer-engine and a GPU: install it"
+    ):
         warnings(**given)
 
 

@@ -4,6 +4,7 @@ import html
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from matplotlib.colors import to_hex
 
 from tools.page import document, picture, table
@@ -18,6 +19,9 @@ _CHOSEN = (
     "router_type", "et_warmup_iters", "et_ema_decay", "et_capacity", "world_size",
     "expert_model_parallel_size", "use_distributed_optimizer", "seed",
 )  # fmt: skip
+# Settings that may change from start to start, and the figure of a row that records them.
+_RECORDED = {"world_size": "world_size", "seq_length": "seq_length",
+             "global_batch_size": "batch_size"}  # fmt: skip
 _LAYER_COLUMNS = {
     "fan_out": ("experts a token", "{:.2f}"),
     "no_expert_share": ("tokens without", "{:.1%}"),
@@ -111,6 +115,14 @@ class Page:
     def _figures(self) -> str:
         metrics = self.metrics
         rows: list[tuple[str, str]] = [("optimizer steps", f"{metrics.last_step:,}")]
+        work = metrics.work(self.configuration.get("settings") or {})
+        if np.isfinite(work.tokens[-1]):
+            rows.append(("tokens trained on", f"{work.tokens[-1]:,.0f}"))
+        if work.flops is not None:
+            rows.append(("FLOPs, by Megatron's formula", f"{work.flops.sum():.3g}"))
+        if work.device_seconds is not None:
+            hours = work.device_seconds.sum() / 3600
+            rows.append(("device-hours in training steps", f"{hours:.3g}"))
         for name, value in self.validation.items():
             if isinstance(value, float):
                 rows.append((f"{name} loss, nats per token", f"{value:.4f}"))
@@ -142,6 +154,12 @@ class Page:
         flat: dict[str, Any] = {}
         for key, value in self.configuration.items():
             flat.update(value if isinstance(value, dict) else {key: value})
+        # run.json describes the last start alone.
+        flat.update(
+            (setting, recorded)
+            for setting, name in _RECORDED.items()
+            if (recorded := self.metrics.recorded(name))
+        )
         chosen = [[key.replace("_", " "), str(flat[key])] for key in _CHOSEN if key in flat]
         rest = [[key.replace("_", " "), str(flat[key])] for key in flat if key not in _CHOSEN]
         return (

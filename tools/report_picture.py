@@ -112,8 +112,9 @@ def _loss(
     if metrics.evaluations:
         points = list(metrics.evaluations.items())
         axes.plot(
-            *zip(*points), "o-", color=VERMILION, lw=1, ms=4.5, label="validation in training"
-        )
+            *zip(*points), "o-", color=VERMILION, lw=1, ms=4.5, label="validation in training",
+            clip_on=False, zorder=4,
+        )  # fmt: skip
     if final:
         label = f"final validation {final[1]:.3f}"
         axes.plot(*final, "*", color="black", ms=11, label=label, clip_on=False, zorder=5)
@@ -150,11 +151,11 @@ def _usage(axes: Axes, metrics: RunMetrics) -> None:
         peak = max(peak, float(curves.max()))
     if (rate := metrics.target_rate) is not None:
         axes.axhline(rate, color=GREY, lw=1.2, ls="--", label=f"target of raw usage: {rate:.2%}")
-    axes.legend(loc="upper right")
+    axes.legend(loc="best")
     _over_steps(axes, metrics)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     # The first steps, when thresholds chase the logits, would dwarf the rest.
-    top = min(peak, highest or peak) * 1.7 or 1.0
+    top = min(min(peak, highest or peak) * 1.7 or 1.0, 1.0)
     axes.set_ylim(0, top)
     if peak > top and metrics.warmup_end:
         axes.text(metrics.warmup_end, top, f" ↑ up to {peak:.0%}", va="top", color=BLUE, fontsize=8)
@@ -225,7 +226,10 @@ def _fan_out(axes: Axes, metrics: RunMetrics) -> None:
         if counts is None:
             return nothing_yet(axes, "fan-out")
         share = counts / counts.sum()
-        mean = float((share * np.arange(len(share))).sum())
+        # Histograms are logged more rarely than the mean, which the table shows too.
+        mean = metrics.recent("fan_out", layer)
+        if mean is None:
+            mean = (share * np.arange(len(share))).sum()
         shown = max(shown, int(np.flatnonzero(share > 0.001).max(initial=1)))
         label = f"layer {layer}: mean {mean:.2f}"
         axes.plot(np.arange(len(share)), share, "o-", color=colour, ms=3.5, lw=1.3, label=label)

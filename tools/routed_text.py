@@ -146,11 +146,13 @@ def draw_text(axes: Axes, text: RoutedText, lines: list[list[int]]) -> None:
     axes.set_title("Where experts go: a text routed by thresholds", y=1.0)
     scale = ScalarMappable(norm, FAN_OUT_COLOURS)
     assert axes.figure is not None
+    inch = 1 / height(lines)  # in units of the panel's height
     bar = axes.figure.colorbar(
-        scale, cax=axes.inset_axes((0.82, 1.09, 0.18, 0.06)), orientation="horizontal"
-    )
+        scale, cax=axes.inset_axes((0.82, 1 + 0.1 * inch, 0.18, 0.1 * inch)),
+        orientation="horizontal", ticklocation="top",
+    )  # fmt: skip
     bar.ax.tick_params(length=2, labelsize=8)
     axes.text(
-        0.81, 1.1, "experts a token (mean of the MoE layers)", ha="right", va="center",
+        0.81, 1 + 0.15 * inch, "experts a token (mean of the MoE layers)", ha="right", va="center",
         fontsize=8, transform=axes.transAxes,
     )  # fmt: skip

@@ -2,6 +2,8 @@
 
 import json
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,23 @@ def read_rows(path: Path, advice: str) -> list[Row]:
             if number < len(lines):
                 raise UserError(f"{path}: line {number} is not JSON: {error}") from error
     return [row for row in rows if isinstance(row, dict)]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What each training row of a run stands for.
+
+    Attributes:
+        steps: optimizer steps `[rows]`.
+        tokens: trained on up to and with the step.
+        flops: of the step by Megatron's formula; None where the rows do not tell.
+        device_seconds: of all devices in the step; None where the rows do not tell.
+    """
+
+    steps: Floats
+    tokens: Floats
+    flops: Floats | None
+    device_seconds: Floats | None
 
 
 class RunMetrics:
@@ -94,6 +113,77 @@ class RunMetrics:
         first = min(self.last_step * 0.9, steps[-1])
         return values[steps >= first].mean(axis=0)
 
+    def recorded(self, name: str) -> str:
+        """Return the values that a figure of the rows had and since which step, empty if none.
+
+        >>> rows = [{"step": step, "loss": 3.0, "world_size": 2 * step} for step in (1, 2)]
+        >>> RunMetrics(rows).recorded("world_size")
+        '2, 4 from step 2'
+        """
+        known = [(row["step"], row[name]) for row in self.training if row.get(name) is not None]
+        changes = [
+            f"{value} from step {step}"
+            for (step, value), (_, before) in zip(known[1:], known)
+            if value != before
+        ]
+        return ", ".join([str(known[0][1]), *changes]) if known else ""
+
+    def work(self, settings: Mapping[str, Any]) -> Work:
+        """Return tokens, FLOPs and device time of every row, from the row itself.
+
+        Rows of versions that did not record them are completed: their FLOPs per token are those of
+        the rows that have it, or follow from the world size of the settings.
+
+        Args:
+            settings: of run.json; `global_batch_size`, `seq_length` and `world_size` are read for
+                rows that lack them.
+        """
+        steps, tokens = self._steps_and_tokens(settings)
+        gained = np.diff(tokens, prepend=0.0)
+        per_token = _column(self.training, "flops_per_token")
+        speeds, rates = (_column(self.training, n) for n in ("flops_per_device", "tokens_per_s"))
+        known = per_token[np.isfinite(per_token)]
+        if len(known):
+            default = known[0]
+        elif (world := settings.get("world_size")) is not None:
+            default = speeds[-1] * world / rates[-1]
+        else:
+            default = np.nan
+        flops = gained * np.where(np.isfinite(per_token), per_token, default)
+        # A row may stand for steps that were not logged: then all of them were as long as this.
+        names = ("batch_size", "seq_length", "seconds", "world_size")
+        batch, length, seconds, world_size = (_column(self.training, name) for name in names)
+        recorded = seconds * world_size * gained / (batch * length)
+        device_seconds = np.where(np.isfinite(recorded), recorded, flops / speeds)
+        return Work(
+            steps,
+            tokens,
+            flops if np.isfinite(flops).all() else None,
+            device_seconds if np.isfinite(device_seconds).all() else None,
+        )
+
+    def _steps_and_tokens(self, settings: Mapping[str, Any]) -> tuple[Floats, Floats]:
+        """Steps and tokens so far `[rows]`; tokens never fall.
+
+        Older rows hold samples times the sequence length of their start, which fell when a run
+        was resumed with shorter sequences: there the next step says how many tokens one has.
+        """
+        steps = _column(self.training, "step")
+        tokens = _column(self.training, "tokens")
+        sizes = _column(self.training, "batch_size") * _column(self.training, "seq_length")
+        if not np.isfinite(tokens).all():
+            usual = settings.get("global_batch_size", np.nan) * settings.get("seq_length", np.nan)
+            tokens = np.where(np.isfinite(tokens), tokens, steps * usual)
+        gained = np.diff(tokens, prepend=0.0)
+        rows = np.diff(steps, prepend=0.0)
+        for row in reversed(range(len(gained))):
+            if np.isfinite(sizes[row]) and rows[row] == 1:
+                gained[row] = sizes[row]
+            elif gained[row] <= 0:
+                later = row + 1 < len(gained)
+                gained[row] = rows[row] * (gained[row + 1] / rows[row + 1] if later else 0)
+        return steps, np.cumsum(gained)
+
     @property
     def last_step(self) -> int:
         """The last optimizer step in the log."""
@@ -118,3 +208,8 @@ class RunMetrics:
         _, tokens_by_fan_out = self.series("fan_out_histogram", self.layers[0])
         experts = tokens_by_fan_out.shape[-1] - 1
         return float(fan_out[:, steps <= self.warmup_end].mean() / experts) if experts > 0 else None
+
+
+def _column(rows: list[Row], name: str) -> Floats:
+    """Return a figure of every row, NaN where a row does not have it."""
+    return np.array([np.nan if (v := row.get(name)) is None else v for row in rows], dtype=float)

@@ -340,8 +340,10 @@ def _start_ranks() -> None:
     """Initialise torch.distributed, unless the caller has, and DeepSpeed's view of it."""
     logger.setLevel("WARNING")
     backend = "gloo" if ON_CPU else "nccl"
-    if not dist.is_initialized() and "WORLD_SIZE" not in os.environ:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    if "WORLD_SIZE" not in os.environ:  # started without torchrun, which DeepSpeed does not expect
+        os.environ.setdefault("LOCAL_RANK", "0")
+        if not dist.is_initialized():
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     if ON_CPU:
         # Its collectives in shared memory would be compiled at their first use.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -4,7 +4,6 @@ Rank 0 writes. Killed at any moment, the same command goes on from the newest ch
 whole, and the rows of later steps are written again.
 """
 
-import fcntl
 import json
 import os
 import shutil
@@ -22,6 +21,7 @@ from alignment.engines.protocol import Engine
 from alignment.rounding import exceeds
 from megatron_ext.checkpoint import TRACKER
 from megatron_ext.errors import UserError
+from megatron_ext.processes import lock_folder
 from megatron_ext.training.checkpoints import write_atomically
 from megatron_ext.training.checks import commit, versions
 from megatron_ext.training.metrics import keep_rows
@@ -229,17 +229,7 @@ class Run:
         self._signal = number
 
     def _open(self) -> None:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = os.fdopen(os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT), "w")
-        except OSError as error:
-            raise UserError(
-                f"--run-dir {self.folder} cannot be written: {error.strerror}"
-            ) from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process trains in --run-dir {self.folder}") from None
+        self._lock = lock_folder(self.folder)
         path = self.folder / "run.json"
         earlier = json.loads(path.read_text()) if path.is_file() else {}
         before = earlier.get("settings", self.settings)

@@ -64,6 +64,7 @@ def cpu_default_args() -> list[str]:
 def _install() -> None:
     if "megatron.core" in sys.modules:
         raise RuntimeError("activate() must be called before anything of megatron is imported")
+    _hide_gpu_packages()
     _disable_compiler()
     _keep_freed_memory()
     # Megatron refuses tensor parallelism unless CUDA would run its kernels in launch order.
@@ -77,6 +78,16 @@ def _install() -> None:
     randomness.install()
     placement.install()
     gloo.install()
+
+
+def _hide_gpu_packages() -> None:
+    """Let Megatron fall back to torch where packages are installed that need a GPU.
+
+    It takes the optimizer and the norm of gradients from them wherever they can be imported, as on
+    the login node of a cluster, and fails when they launch their first kernel.
+    """
+    for package in ("transformer_engine", "apex"):
+        sys.modules.setdefault(package, None)  # type: ignore[arg-type]
 
 
 def _disable_compiler() -> None:

@@ -3,52 +3,85 @@
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
 import subprocess
-import sys
 from argparse import Namespace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
-from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_ext.checkpoint import read_common_state
 from megatron_ext.config import ETConfig
 from megatron_ext.devices import is_cpu_device
 from megatron_ext.errors import UserError
+from megatron_ext.processes import lock_folder
+from megatron_ext.training.blends import (
+    blends,
+    check_documents,
+    check_enough_samples,
+    check_mock_split,
+)
 from megatron_ext.training.checkpoints import choose_checkpoint
 from megatron_ext.training.launch import Launch
 from megatron_ext.training.resharding import check_resharding
+from megatron_ext.training.run_folder import (
+    Start,
+    check_not_overwritten,
+    plain,
+    recorder,
+    why_finished,
+)
+from megatron_ext.training.schedule import Progress
 
 # Token ids read from a dataset without a manifest, to see whether the vocabulary holds them.
 _IDS_READ = 10_000_000
 
 
-def check_run(args: Namespace, config: ETConfig, launch: Launch) -> Path | None:
-    """Check flags, data, pools and the checkpoint to resume from, and record the run.
-
-    Returns:
-        the run directory, if there is one.
+def check_run(args: Namespace, config: ETConfig, launch: Launch) -> Start:
+    """Check flags, data, pools and the checkpoint to resume from, and claim the run directory.
 
     Raises:
         UserError: what is wrong, naming the flag or file and the fix, on every rank.
     """
     args.tokenizer_sha256 = sha256(args.tokenizer_model)  # saved in checkpoints with the rest
     check_same_settings(args, launch)
+    run_dir = None if args.run_dir is None else Path(args.run_dir)
+    locks: list[IO[str]] = []
+
+    def claim() -> None:
+        if launch.rank == 0 and run_dir is not None:
+            locks.append(lock_folder(run_dir))
+
+    was_there = launch.share("run directory", run_dir is not None and run_dir.is_dir())
+    if was_there:  # before it is read
+        launch.agree("lock", claim)
     launch.agree("inputs", lambda: check_inputs(args, config))
-    check_checkpoint(args, config, launch)
-    if args.run_dir is None:
-        return None
-    run_dir = Path(args.run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    if args.rank == 0:
-        _record(run_dir, args)
-    return run_dir
+    checkpoint = check_checkpoint(args, config, launch)
+    progress = check_progress(checkpoint, args, launch)
+    if not was_there:  # a run that is refused leaves no folder
+        launch.agree("lock", claim)
+    start = Start(run_dir, progress, lock=locks[0] if locks else None)
+    start.finished = launch.share("finished", why_finished(args, progress))
+    if launch.rank == 0 and run_dir is not None:
+        start.record = recorder(run_dir, args, {"commit": commit(), "versions": versions()})
+    return start
+
+
+def check_progress(checkpoint: Path | None, args: Namespace, launch: Launch) -> Progress:
+    """Return how far a checkpoint is trained, if the data suffice for the rest.
+
+    Raises:
+        UserError: naming the data that would run out, on every rank.
+    """
+    progress = Progress.share(checkpoint, args, launch)
+    launch.agree(
+        "samples", lambda: check_enough_samples(args, progress) if args.local_rank == 0 else None
+    )
+    return progress
 
 
 def check_same_settings(args: Namespace, launch: Launch) -> None:
@@ -68,17 +101,21 @@ def check_checkpoint(args: Namespace, config: ETConfig, launch: Launch) -> Path 
         UserError: naming the damaged file or the flag that differs, on every rank.
     """
     checkpoint = choose_checkpoint(args, launch) if args.load is not None else None
-    if checkpoint is not None and launch.rank == 0:
-        launch.agree("checkpoint", lambda: _check_checkpoint(checkpoint, args, config))
-    else:
-        launch.agree("checkpoint", lambda: None)
+
+    def check() -> None:
+        if launch.rank == 0:
+            check_not_overwritten(args)
+            if checkpoint is not None:
+                _check_checkpoint(checkpoint, args, config)
+
+    launch.agree("checkpoint", check)
     return checkpoint
 
 
 def _settings(args: Namespace) -> dict[str, Any]:
     """Everything that all ranks must have the same."""
     settings = {
-        name: _plain(value)
+        name: plain(value)
         for name, value in sorted(vars(args).items())
         if name not in ("rank", "local_rank")
     }
@@ -101,20 +138,19 @@ def check_inputs(args: Namespace, config: ETConfig) -> None:
     Raises:
         UserError: naming the file or flag and the fix.
     """
-    if not args.mock_data and args.local_rank == 0:
+    if args.mock_data:
+        check_mock_split(args)
+    elif args.local_rank == 0:
         _check_data(args)
     if config.uses_thresholds:
         check_pools(args, config)
 
 
 def _check_data(args: Namespace) -> None:
-    blend, blend_per_split = get_blend_and_blend_per_split(args)
-    blends = [b for b in [blend, *(blend_per_split or [])] if b is not None]
-    prefixes = [prefix for paths, _ in blends for prefix in paths]
-    if not prefixes:
-        raise UserError("no data: give --data-path, or --train-data-path and --valid-data-path")
-    for prefix in prefixes:
+    found = blends(args)
+    for prefix in dict.fromkeys(prefix for blend in found for prefix in blend.prefixes):
         _check_dataset(prefix, args)
+    check_documents(found, args)
 
 
 def _check_dataset(prefix: str, args: Namespace) -> None:
@@ -193,7 +229,9 @@ def check_pools(args: Namespace, config: ETConfig) -> None:
                 f"{config.kept_logits_bytes / needed:.0%} of them: raise it, or use "
                 "--et-cutoff-pool microbatch"
             )
-    limited = config.et_capacity is not None and config.et_capacity_pool == "rank"
+    # Expert choice takes the top k of the whole pool and never looks at the capacity.
+    limited = config.router_type != "expert-choice" and config.et_capacity is not None
+    limited &= config.et_capacity_pool == "rank"
     if limited and rate.k(per_rank) < 1:
         raise UserError(
             f"an expert takes {float(rate.rate):g} of the tokens, less than one of a rank's "
@@ -311,26 +349,6 @@ def sha256(file: str | None) -> str | None:
     if file is None or not Path(file).is_file():
         return None
     return hashlib.sha256(Path(file).read_bytes()).hexdigest()
-
-
-def _record(run_dir: Path, args: Namespace) -> None:
-    """Write `run.json`: every command that worked on this run, and the latest's settings."""
-    path = run_dir / "run.json"
-    earlier = json.loads(path.read_text())["commands"] if path.is_file() else []
-    record = {
-        "commands": [*earlier, " ".join(sys.argv)],
-        "commit": commit(),
-        "versions": versions(),
-        "world_size": args.world_size,
-        "settings": {name: _plain(value) for name, value in sorted(vars(args).items())},
-    }
-    temporary = path.with_name("run.json.tmp")
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(temporary, path)
-
-
-def _plain(value: Any) -> Any:
-    return value if isinstance(value, str | int | float | bool | list | None) else str(value)
 
 
 def versions() -> dict[str, str]:

@@ -49,6 +49,11 @@ class Launch:
             store, _, _ = next(
                 dist.rendezvous("env://", rank, size, timeout=timedelta(seconds=timeout))
             )
+        except ValueError as error:  # a variable of the environment is missing
+            raise UserError(
+                f"WORLD_SIZE is {size}, but MASTER_ADDR or MASTER_PORT is not set: start the ranks "
+                "with torchrun"
+            ) from error
         except (dist.DistNetworkError, dist.DistStoreError) as error:
             address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise UserError(
@@ -111,6 +116,15 @@ class Launch:
             keys = [f"{topic}/value/{rank}" for rank in range(self.size)]
             values = [json.loads(self.store.get(key)) for key in keys]
         return self.share(f"{topic}/values", values)
+
+    def leave(self) -> None:
+        """Let every rank read what the others shared, before rank 0, which may serve it, ends."""
+        if self.store is None:
+            return
+        if self.rank == 0:
+            self._collect("left", None)
+        else:
+            self.store.set(f"left/{self.rank}", "")
 
     def _collect(self, topic: str, problem: str | None) -> str | None:
         """Rank 0's verdict on what the ranks say; it stops waiting for the rest at a problem."""

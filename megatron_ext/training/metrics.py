@@ -5,6 +5,7 @@ wrapped here to write the same values, with ours, as one JSON object a line.
 """
 
 import json
+import re
 import time
 from argparse import Namespace
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer
 from megatron.training.training import num_floating_point_operations
 
 from megatron_ext.devices import is_cpu_device
+from megatron_ext.training.schedule import record_step
 from megatron_ext.training.step import RoutingStep
 
 
@@ -30,13 +32,21 @@ class MetricLog:
             resumes from are dropped: the resumed run writes them again.
         step: knows the routers' figures.
         peak_flops: of one device, for MFU.
+        record: called once, after the first step; a start that trains nothing leaves no trace.
     """
 
-    def __init__(self, path: Path | None, step: RoutingStep, peak_flops: float | None) -> None:
+    def __init__(
+        self,
+        path: Path | None,
+        step: RoutingStep,
+        peak_flops: float | None,
+        record: Callable[[], None] | None = None,
+    ) -> None:
         self.path, self.step, self.peak_flops = path, step, peak_flops
+        self._record = record
         self._opened = False
         self._seconds = 0.0
-        self._evaluating = ("val_loss", 0)
+        self._evaluating, self._evaluated_sets = ("val_loss", 0), 0
 
     def time_step(self, train_step: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap Megatron's `train_step` to know how long the last one took."""
@@ -57,6 +67,14 @@ class MetricLog:
             loss_dict: Any, total: Any, lr: Any, iteration: int, *args: Any, **kw: Any
         ) -> Any:
             result = training_log(loss_dict, total, lr, iteration, *args, **kw)
+            settings = get_args()
+            sequences = (
+                settings.micro_batch_size * settings.data_parallel_size * get_num_microbatches()
+            )
+            record_step(settings, iteration, sequences)
+            if self._record is not None:
+                self._record()
+                self._record = None
             # loss_scale, report_memory_flag, skipped_iter, grad_norm
             skipped, grad_norm = args[2], args[3]
             figures = self._all_figures()
@@ -64,12 +82,12 @@ class MetricLog:
                 loss = loss_dict.get("lm loss")
                 row = {
                     "step": iteration,
-                    "tokens": get_args().consumed_train_samples * get_args().seq_length,
+                    "tokens": settings.trained_tokens,
                     "loss": None if loss is None else float(loss),
                     "lr": lr,
                     "grad_norm": None if grad_norm is None else float(grad_norm),
                     "skipped": bool(skipped),
-                    **self._throughput(),
+                    **self._throughput(sequences),
                 }
                 self._write(row | figures, iteration)
             return result
@@ -81,6 +99,7 @@ class MetricLog:
 
         def wrapped(prefix: str, *args: Any, **kwargs: Any) -> Any:
             # forward_step_func, data_iterator, model, iteration
+            self._evaluated_sets = 0
             self._evaluating = ("test_loss" if "test set" in prefix else "val_loss", args[3])
             return evaluate(prefix, *args, **kwargs)
 
@@ -94,19 +113,34 @@ class MetricLog:
             losses = result[0]
             if is_last_rank() and losses and "lm loss" in losses:
                 name, iteration = self._evaluating
+                if get_args().multiple_validation_sets and name == "val_loss":
+                    # Megatron evaluates one set after the other, in the order of the flags.
+                    names = get_args().validation_set_names
+                    name += f"/{names[self._evaluated_sets] if names else self._evaluated_sets}"
+                    self._evaluated_sets += 1
                 self._write({"step": iteration, name: float(losses["lm loss"])}, iteration)
             return result
 
         return wrapped
 
-    def _throughput(self) -> dict[str, float | None]:
+    def _throughput(self, sequences: int) -> dict[str, float | None]:
+        """Return what the step took and on what, so that no reader needs the run's flags.
+
+        Args:
+            sequences: of the step, on all ranks.
+        """
         args = get_args()
-        sequences = args.micro_batch_size * args.data_parallel_size * get_num_microbatches()
-        flops = num_floating_point_operations(args, sequences) / self._seconds / args.world_size
+        flops = num_floating_point_operations(args, sequences)
+        per_device = flops / self._seconds / args.world_size
         return {
+            "seconds": self._seconds,
+            "world_size": args.world_size,
+            "batch_size": sequences,
+            "seq_length": args.seq_length,
+            "flops_per_token": flops / (sequences * args.seq_length),
             "tokens_per_s": sequences * args.seq_length / self._seconds,
-            "flops_per_device": flops,
-            "mfu": flops / self.peak_flops if self.peak_flops else None,
+            "flops_per_device": per_device,
+            "mfu": per_device / self.peak_flops if self.peak_flops else None,
         }
 
     def _all_figures(self) -> dict[str, Any]:
@@ -149,12 +183,15 @@ class MetricLog:
 
 
 def peak_flops(args: Namespace) -> float | None:
-    """FLOP/s of one device: as the user said, as known for the GPU, or as measured on a CPU."""
+    """Return the peak FLOP/s of one device.
+
+    It is that of `--peak-tflops`, or the data sheet's for a known GPU, or measured on a CPU; None
+    for any other GPU.
+    """
     if args.peak_tflops is not None:
         return float(args.peak_tflops) * 1e12
     if not is_cpu_device():
-        name = torch.cuda.get_device_name()
-        return next((flops for key, flops in _DENSE_BF16.items() if key in name), None)
+        return known_peak(torch.cuda.get_device_name())
     a, b = torch.randn(2, 1024, 1024)
     fastest = float("inf")
     for _ in range(5):
@@ -164,16 +201,51 @@ def peak_flops(args: Namespace) -> float | None:
     return 2 * 1024**3 / fastest
 
 
-# Dense bf16 tensor-core peaks from the makers' data sheets.
-_DENSE_BF16 = {
-    "A100": 312e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "GH200": 989e12,
-    "B200": 2250e12,
-    "L40S": 362e12,
+# Peaks in TFLOP/s of dense bf16 products on tensor cores, from the makers' data sheets.
+_DENSE_BF16_TFLOPS = {
+    "A10": 125.0,
+    "A10G": 70.0,
+    "A30": 165.0,
+    "A40": 149.7,
+    "A100": 312.0,
+    "A800": 312.0,
+    "L4": 121.0,
+    "L20": 119.5,
+    "L40": 181.0,
+    "L40S": 362.0,
+    "H20": 148.0,
+    "H100": 989.0,
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "H800": 989.0,
+    "H800 PCIe": 756.0,
+    "H200": 989.0,
+    "H200 NVL": 835.0,
+    "GH200": 989.0,
+    "B100": 1750.0,
+    "B200": 2250.0,
+    "GB200": 2500.0,
+    "B300": 2250.0,
+    "GB300": 2500.0,
 }
+
+
+# Parts of a device's name that do not change its peak.
+_WITHOUT_EFFECT = re.compile(r"nvidia|tesla|sxm\d*|\d+gb?|hbm\d\w?|3e")
+
+
+def known_peak(device: str) -> float | None:
+    """Return the peak FLOP/s of a GPU for dense bf16 products, None where it is not known.
+
+    >>> known_peak("NVIDIA H100 NVL")
+    835000000000000.0
+    >>> known_peak("NVIDIA H1000")
+    """
+    words = re.split(r"[\s_-]+", device.lower())
+    name = " ".join(word for word in words if not _WITHOUT_EFFECT.fullmatch(word))
+    peaks = {key.lower(): peak for key, peak in _DENSE_BF16_TFLOPS.items()}
+    peak = peaks.get(name, peaks.get(name.removesuffix(" pcie")))
+    return None if peak is None else peak * 1e12
 
 
 def keep_rows(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:

@@ -1,5 +1,7 @@
 """The CPU device: what it answers, and where it puts tensors."""
 
+import contextlib
+import importlib
 import io
 import os
 import subprocess
@@ -38,6 +40,24 @@ assert not torch.cuda._initialized
 def test_torch_is_untouched_where_cuda_is_available():
     env = {**os.environ, "PYTHONPATH": os.fspath(ROOT), "PYTHONWARNINGS": "ignore"}
     subprocess.run([sys.executable, "-c", PRETENDING_CUDA], env=env, cwd=ROOT, check=True)
+
+
+def _importable(folder: str) -> list[str]:
+    """Which packages that need a GPU a rank can import, those in the folder included."""
+    sys.path.insert(0, folder)
+    found = []
+    for name in ("transformer_engine", "apex"):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+            found.append(name)
+    return found
+
+
+@on_cpu
+def test_packages_that_need_a_gpu_are_hidden(tmp_path):
+    for name in ("transformer_engine", "apex"):
+        (tmp_path / f"{name}.py").touch()
+    assert run_ranks(_importable, 1, str(tmp_path)) == [[]]
 
 
 @on_cpu

@@ -93,6 +93,50 @@ def test_device_time_holds_when_the_number_of_devices_changed_on_the_way(tmp_pat
     assert figure("device-hours")(run) == pytest.approx(seconds / 3600)
 
 
+def recorded_row(step: int, tokens: int, **sizes: Any) -> dict[str, Any]:
+    """A row that records what its step was trained on."""
+    usual = {"seconds": 2.0, "world_size": 4, "batch_size": 8, "seq_length": 16}
+    row = training_row(step) | usual | {"flops_per_token": 100.0} | sizes
+    seconds = row["seconds"] * row["world_size"]
+    size = row["batch_size"] * row["seq_length"]
+    return row | {"tokens": tokens, "flops_per_device": 100.0 * size / seconds}
+
+
+def test_figures_come_from_the_rows_whatever_the_last_start_was(tmp_path: Path) -> None:
+    rows = [recorded_row(step, 128 * step) for step in range(1, 5)]
+    other = {"world_size": 2, "seq_length": 32, "batch_size": 2, "seconds": 5.0}
+    other |= {"flops_per_token": 120.0}
+    rows += [recorded_row(step, 512 + 64 * (step - 4), **other) for step in (5, 6)]
+    failed = {"world_size": 64, "seq_length": 4096, "global_batch_size": 1024}
+    [run] = read_runs([make_run(tmp_path / "run", rows=rows, **failed)])
+    assert run.tokens == 512 + 128
+    assert run.tokens_at(np.array([4.0, 5.0])).tolist() == [512, 576]
+    assert figure("FLOPs")(run) == pytest.approx(512 * 100 + 128 * 120)
+    assert figure("device-hours")(run) == pytest.approx((4 * 8 + 2 * 10) / 3600)
+    assert run.metrics.recorded("world_size") == "4, 2 from step 5"
+
+
+def test_rows_of_an_older_version_are_completed_from_later_ones(tmp_path: Path) -> None:
+    recorded = [recorded_row(step, 128 * step) for step in range(1, 7)]
+    new = ("seconds", "world_size", "batch_size", "seq_length", "flops_per_token")
+    old = [{k: v for k, v in row.items() if k not in new} for row in recorded[:3]]
+    [run] = read_runs([make_run(tmp_path / "run", rows=[*old, *recorded[3:]], world_size=64)])
+    assert run.tokens == 6 * 128
+    assert figure("FLOPs")(run) == pytest.approx(6 * 128 * 100)
+    assert figure("device-hours")(run) == pytest.approx(6 * 8 / 3600)
+
+
+def test_device_time_is_never_negative_where_older_rows_lost_tokens(tmp_path: Path) -> None:
+    """Older rows held samples times the sequence length of their start."""
+    rows = [training_row(step) | {"tokens": 256 * step} for step in range(1, 7)]
+    rows += [training_row(step) | {"tokens": 128 * step} for step in (7, 8)]
+    for row in rows:
+        row["flops_per_device"] = 1e6
+    [run] = read_runs([make_run(tmp_path / "run", rows=rows)])
+    assert run.tokens == 6 * 256 + 2 * 128
+    assert run.work.device_seconds is not None and (run.work.device_seconds > 0).all()
+
+
 def test_tokens_are_those_of_the_rows_where_they_tell(tmp_path: Path) -> None:
     rows = [training_row(step) | {"tokens": 100 * step**2} for step in range(1, 11)]
     rows.append({"step": 5, "val_loss": 4.0})

@@ -24,7 +24,7 @@ from tests.pretraining import start, train
 
 STEPS = 14
 SAME = [*TINY, "--train-iters", str(STEPS), "--save-interval", "2"]
-SPEED = ("tokens_per_s", "flops_per_device", "mfu")
+SPEED = ("seconds", "tokens_per_s", "flops_per_device", "mfu")
 
 
 def start_and_do(flags: list[str], step: int, deeds: dict[int, partial[Any]]) -> Any:

@@ -63,7 +63,7 @@ def changed(dataset: Path, folder: Path) -> Path:
         (["--tensor-model-parallel-size", "3", "--sequence-parallel"], "1 rank cannot"),
         (["--global-batch-size", "7"], "--global-batch-size 7 is not divisible by"),
         (["--cuda-graph-impl", "local"], "add --cuda-graph-modules attn"),
-        (["--min-lr", "1"], "Megatron requires that --min-lr <= --lr"),
+        (["--min-lr", "1"], "--min-lr 1 must not be above --lr 0.01"),
         (["--moe-aux-loss-coeff", "0.01"], "without an auxiliary loss"),
         (["--ckpt-format", "torch"], "use torch_dist"),
         (["--run-dir", "/dev/null/run"], "--run-dir /dev/null/run cannot be written"),

@@ -37,32 +37,14 @@ def tokens_per_second(run: Run) -> float | None:
 
 
 def flops(run: Run) -> float | None:
-    """Of all tokens, by Megatron's formula: that of the last step for each token."""
-    per_token = _flops_per_token(run)
-    return None if per_token is None else per_token * run.tokens
+    """Return the FLOPs of all steps, by Megatron's formula."""
+    return None if run.work.flops is None else float(run.work.flops.sum())
 
 
 def device_hours(run: Run) -> float | None:
-    """Time of all devices in training steps; evaluation and checkpoints are not in it.
-
-    Made of the FLOP/s of a device, so that the number of devices may have changed on the way.
-    """
-    per_token = _flops_per_token(run)
-    if per_token is None:
-        return None
-    steps, speeds = run.metrics.series("flops_per_device")
-    tokens = run.tokens_at(steps) - run.tokens_at(steps - 1)  # of each step
-    seconds_per_flop = float(np.average(1 / speeds, weights=tokens))
-    return run.tokens * per_token * seconds_per_flop / 3600
-
-
-def _flops_per_token(run: Run) -> float | None:
-    _, speeds = run.metrics.series("flops_per_device")
-    _, tokens_per_s = run.metrics.series("tokens_per_s")
-    world = run.settings.get("world_size")
-    if not len(speeds) or not len(tokens_per_s) or world is None:
-        return None
-    return float(speeds[-1]) * world / float(tokens_per_s[-1])
+    """Return the time of all devices in training steps, without evaluation and checkpoints."""
+    seconds = run.work.device_seconds
+    return None if seconds is None else float(seconds.sum()) / 3600
 
 
 def load_ratio(run: Run) -> float | None:

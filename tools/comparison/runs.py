@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from megatron_ext.errors import UserError
-from tools.run_metrics import Floats, RunMetrics
+from tools.run_metrics import Floats, RunMetrics, Work
 
 # Where a run is kept, how it is watched, and how far it is do not make it a different run. The
 # tokenizer is known by its digest.
 _NO_DIFFERENCE = re.compile(
-    r"rank|local_rank|run_dir|load|save|tokenizer_model|iteration|iter_per_epoch|stall_timeout"
+    r"trained_tokens|batch_history|last_batch_size|rank|local_rank|run_dir|load|save|tokenizer_model|iteration|iter_per_epoch|stall_timeout"
     r"|(consumed|wandb|mlflow|one_logger|log|save|exit|tensorboard|timing_log)_.*|data_cache_path"
 )
 
@@ -38,21 +38,18 @@ class Run:
     seed: int | None
 
     @cached_property
-    def _tokens_by_step(self) -> tuple[Floats, Floats]:
-        steps, tokens = self.metrics.series("tokens")
-        if not len(steps):  # a run of before rows told
-            steps = np.array([row["step"] for row in self.metrics.training], dtype=float)
-            tokens = steps * self.settings["global_batch_size"] * self.settings["seq_length"]
-        return np.array([0.0, *steps]), np.array([0.0, *tokens])
+    def work(self) -> Work:
+        """Tokens, FLOPs and device time of every training row."""
+        return self.metrics.work(self.settings)
 
     def tokens_at(self, steps: Floats) -> Floats:
-        """Tokens trained on after each of the steps."""
-        return np.interp(steps, *self._tokens_by_step)
+        """Return the tokens trained on after each of the steps."""
+        return np.interp(steps, [0.0, *self.work.steps], [0.0, *self.work.tokens])
 
     @property
     def tokens(self) -> float:
         """Tokens trained on in all."""
-        return float(self._tokens_by_step[1][-1])
+        return float(self.work.tokens[-1])
 
     def curve(self, name: str) -> tuple[Floats, Floats]:
         """Tokens and values of a training figure, the mean over layers where layers have it."""

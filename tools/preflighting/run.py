@@ -17,6 +17,7 @@ from megatron_ext.devices import is_cpu_device
 from megatron_ext.errors import UserError
 from megatron_ext.training import checks
 from megatron_ext.training.launch import Launch
+from megatron_ext.training.run_folder import why_finished
 from tools.preflighting import storage
 from tools.preflighting.dry_run import GIB, memory_of_a_rank
 from tools.preflighting.report import OK, WARNING, Found
@@ -30,9 +31,8 @@ def configuration(flags: Sequence[str], ranks: int) -> tuple[Namespace, ETConfig
     Raises:
         UserError: they are wrong, or do not fit each other.
     """
-    nothing_written = ["--tensorboard-dir", "", "--wandb-project", ""]
     with mock.patch.dict(os.environ, WORLD_SIZE=str(ranks)):
-        args, config = parse_args([*flags, *nothing_written])
+        args, config = parse_args(flags, writes=False)
     args.tokenizer_sha256 = checks.sha256(args.tokenizer_model)
     return args, config
 
@@ -134,6 +134,9 @@ def folder(args: Namespace, launch: Launch) -> Found:
 def resuming(args: Namespace, config: ETConfig, launch: Launch) -> Found:
     """Whether the checkpoint to resume from is whole and fits the flags."""
     checkpoint = checks.check_checkpoint(args, config, launch)
+    progress = checks.check_progress(checkpoint, args, launch)
+    if finished := why_finished(args, progress):
+        return Found(finished, WARNING)
     return Found("none: starts anew" if checkpoint is None else f"{checkpoint} is whole")
 
 

@@ -1,10 +1,9 @@
 """Whether the packages are those that this project was made for."""
 
 import importlib.metadata
-import importlib.util
 import os
 from collections.abc import Iterator
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
 
 from packaging.requirements import Requirement
 
@@ -39,7 +38,7 @@ def check_versions(has_gpu: bool) -> Iterator[tuple[str, Found]]:
         shown = ", ".join(f"{name} {found[name]}" for name in ("torch", "megatron-core"))
         fit = len(found) - len(outside)
         yield "packages", Found(f"{shown} and others, {fit} of {len(found)} within their ranges")
-    yield from _check_apex(importlib.util.find_spec("apex"))
+    yield from _check_apex(PathFinder.find_spec("apex"))  # also where the CPU device hides it
     if any(requirement.name == "transformer-engine" for requirement, _ in outside):
         return
     if "transformer-engine" in found:

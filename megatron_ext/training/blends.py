@@ -1,0 +1,268 @@
+"""Datasets of a run before they are built: blends, weights, splits, and whether they suffice.
+
+Megatron finds most of this at the first evaluation, at the end of training or never: it repeats a
+single dataset and a blend with weights as often as it takes, but reads a blend without weights
+once, and counts the epochs of an empty split for ever.
+"""
+
+import json
+import math
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from megatron.core.datasets.blended_megatron_dataset_config import (
+    convert_split_vector_to_split_matrix,
+    parse_and_normalize_split,
+)
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+from megatron_ext.errors import UserError
+from megatron_ext.training.schedule import Progress
+
+_KINDS = ("training", "validation", "test")
+_PER_SPLIT = ("train_data_path", "valid_data_path", "test_data_path")
+_SOURCES = ("data_path", "data_args_path", *_PER_SPLIT, "per_split_data_args_path")
+_NO_VALIDATION = "give --eval-iters 0 to train without validation"
+
+
+class Blend(NamedTuple):
+    """Datasets that one split is drawn from.
+
+    Attributes:
+        flag: that names them.
+        kind: of the split, one of `_KINDS`.
+        prefixes: of the datasets' files.
+        weights: one for each dataset, or None to read each once.
+        part: begin and end of the split as shares of the documents of each dataset.
+    """
+
+    flag: str
+    kind: str
+    prefixes: list[str]
+    weights: list[float] | None
+    part: tuple[float, float] = (0.0, 1.0)
+
+    @property
+    def is_read_once(self) -> bool:
+        """Whether Megatron builds one epoch of it at most."""
+        return self.weights is None and len(self.prefixes) > 1
+
+
+def blends(args: Namespace) -> list[Blend]:
+    """Return the blend of every split that the flags describe, training first.
+
+    Raises:
+        UserError: flags that contradict each other, a weight that is none, or no training or
+            validation data.
+    """
+    sources = [_flag(name) for name in _SOURCES if getattr(args, name)]
+    per_split = [flag for flag in sources if flag in map(_flag, _PER_SPLIT)]
+    if not sources:
+        raise UserError("no data: give --data-path, or --train-data-path and --valid-data-path")
+    if len(sources) > 1 and sources != per_split:
+        raise UserError(f"{' and '.join(sources)} both say what to train on: give one of them")
+    if sources[0] in ("--data-path", "--data-args-path"):
+        words = args.data_path or _read(args.data_args_path, sources[0]).split()
+        prefixes, weights = parse_blend(words, sources[0])
+        matrix = _split_matrix(args)
+        found = [
+            Blend(sources[0], kind, prefixes, weights, part)
+            for kind, part in zip(_KINDS, matrix, strict=True)
+            if part is not None
+        ]
+    else:
+        if args.split is not None:
+            raise UserError(
+                f"--split {args.split} shares out --data-path, and {sources[0]} names the splits "
+                "one by one: leave --split out"
+            )
+        found = [
+            Blend(flag, kind, *parse_blend(words, flag))
+            for kind, flag, words in zip(_KINDS, *_per_split(args), strict=True)
+            if words
+        ]
+    _check_kinds(found, args)
+    return found
+
+
+def check_mock_split(args: Namespace) -> None:
+    """Refuse `--mock-data` without a split for validation.
+
+    Raises:
+        UserError: there is nothing to train or to evaluate on.
+    """
+    if args.split is not None:
+        parts = zip(_KINDS, _split_matrix(args), strict=True)
+        _check_kinds([Blend("--split", k, [], None, p) for k, p in parts if p is not None], args)
+
+
+def parse_blend(words: Sequence[str], flag: str) -> tuple[list[str], list[float] | None]:
+    """Return prefixes and weights of a list such as `0.3 A 0.7 B` or `A B`.
+
+    Raises:
+        UserError: a dataset without a weight next to one that has one, or a weight that is not a
+            positive number.
+    """
+    numbers = [_number(word) for word in words]
+    if all(number is None for number in numbers):
+        return [word.strip() for word in words], None
+    for place, number in enumerate(numbers):
+        if place % 2 and number is not None:
+            raise UserError(
+                f"{flag}: {words[place]} stands where a dataset must: give a weight before every "
+                "dataset"
+            )
+        if place % 2 == 0 and number is None:
+            raise UserError(
+                f"{flag}: {words[place]} has no weight: give a weight before every dataset, or none"
+            )
+        if number is not None and not (number > 0 and math.isfinite(number)):
+            name = words[place + 1] if place + 1 < len(words) else "no dataset"
+            raise UserError(
+                f"{flag}: the weight {words[place]} of {name} must be above 0: leave the dataset "
+                "out, or give it another weight"
+            )
+    if len(words) % 2:
+        raise UserError(f"{flag}: the weight {words[-1]} has no dataset: give one after it")
+    weights = [number for number in numbers if number is not None]
+    return [word.strip() for word in words[1::2]], weights
+
+
+def check_documents(found: Sequence[Blend], args: Namespace) -> None:
+    """Refuse a split that is left without documents.
+
+    Raises:
+        UserError: naming the split and the dataset.
+    """
+    for blend in found:
+        evaluates = bool(args.eval_iters or args.full_validation)
+        once = blend.is_read_once or (blend.kind != "training" and not evaluates)
+        once |= blend.kind == "validation" and args.full_validation
+        for prefix in blend.prefixes:
+            tokens = _tokens(prefix, blend.part)
+            if tokens > (args.seq_length if once else 0):
+                continue
+            named = f"--split {args.split}" if blend.part != (0.0, 1.0) else blend.flag
+            fix = "give another --split" if blend.part != (0.0, 1.0) else "give more data"
+            raise UserError(
+                f"{named} leaves {tokens:,} tokens of {prefix} for {blend.kind}, fewer than a "
+                f"sample of --seq-length {args.seq_length} needs: {fix}"
+            )
+
+
+def check_enough_samples(args: Namespace, progress: Progress) -> None:
+    """Refuse a blend that is read once and holds fewer samples than the run reads.
+
+    Args:
+        progress: of the checkpoint that training resumes from.
+
+    Raises:
+        UserError: naming the flag, the samples there are and those that are needed.
+    """
+    if args.mock_data or args.skip_train:
+        return
+    steps = args.train_iters or args.train_samples // args.global_batch_size
+    train = args.train_samples or progress.samples_after(steps)
+    interval = args.eval_interval
+    evaluations = steps // interval - min(progress.iteration, steps) // interval + 1
+    valid = progress.validation_samples + evaluations * _validation_batch(args)
+    needed = {"training": train, "validation": valid, "test": _validation_batch(args)}
+    for blend in blends(args):
+        if not blend.is_read_once or (blend.kind == "validation" and args.full_validation):
+            continue
+        samples = sum(
+            (_tokens(prefix, blend.part) - 1) // args.seq_length for prefix in blend.prefixes
+        )
+        if samples < needed[blend.kind]:
+            less = "--train-iters" if blend.kind == "training" else "--eval-iters"
+            raise UserError(
+                f"{blend.flag}: datasets without weights are read once, and their {samples:,} "
+                f"samples are fewer than the {needed[blend.kind]:,} of {blend.kind}: give a weight "
+                f"before every dataset, or lower {less}"
+            )
+
+
+def _validation_batch(args: Namespace) -> int:
+    """Return the samples of one evaluation."""
+    return 0 if args.full_validation else args.eval_iters * args.eval_global_batch_size
+
+
+def _check_kinds(found: Sequence[Blend], args: Namespace) -> None:
+    kinds = {blend.kind: blend for blend in found}
+    if "training" not in kinds and not args.skip_train:
+        raise UserError("no training data: give --train-data-path, or --split with a first share")
+    evaluates = bool(args.eval_iters or args.full_validation)
+    if evaluates and "validation" not in kinds:
+        flag = found[0].flag
+        where = f"--split {args.split}" if args.split is not None else f"{flag} alone"
+        fix = (
+            "give it a second share above 0" if args.split is not None else "give --valid-data-path"
+        )
+        raise UserError(f"no validation data with {where}: {fix}, or {_NO_VALIDATION}")
+    if args.full_validation and kinds["validation"].weights is not None:
+        raise UserError(
+            f"--full-validation reads every dataset once, and {kinds['validation'].flag} has "
+            "weights: leave out the one or the other"
+        )
+
+
+def _split_matrix(args: Namespace) -> list[tuple[float, float] | None]:
+    """Return begin and end of each split as shares of the documents, None for an empty one."""
+    words = [word.strip() for word in str(args.split).split(",")]
+    numbers = [_number(word) for word in words]
+    if (
+        not 1 <= len(words) <= len(_KINDS)
+        or any(n is None or not math.isfinite(n) or n < 0 for n in numbers)
+        or not any(numbers)
+    ):
+        raise UserError(
+            f"--split {args.split} must be the shares of training, validation and test data, such "
+            "as 969,30,1"
+        )
+    return convert_split_vector_to_split_matrix(parse_and_normalize_split(args.split))
+
+
+def _per_split(args: Namespace) -> tuple[list[str], list[Sequence[str]]]:
+    """Return the flags and the words of training, validation and test data."""
+    names = ("train", "valid", "test")
+    file = args.per_split_data_args_path
+    if file is None:
+        flags = [f"--{name}-data-path" for name in names]
+        return flags, [getattr(args, f"{name}_data_path") or [] for name in names]
+    flag = f"--per-split-data-args-path {file}"
+    text = _read(file, flag)
+    try:
+        contents = json.loads(text)
+        values = [contents[name] for name in names]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{flag} must be a JSON object with train, valid and test") from error
+    return [flag] * 3, [v.split() if isinstance(v, str) else v or [] for v in values]
+
+
+def _tokens(prefix: str, part: tuple[float, float]) -> int:
+    """Return the tokens of a dataset's documents in a split, as Megatron cuts it."""
+    dataset = IndexedDataset(prefix)  # closes the file of the lengths when it is dropped
+    count = len(dataset.sequence_lengths)
+    begin, end = (round(share * float(count)) for share in part)
+    return int(dataset.sequence_lengths[begin:end].sum())
+
+
+def _number(word: str) -> float | None:
+    """Return a word as a number; None for other words and for a dataset that is called so."""
+    try:
+        return None if Path(f"{word}.idx").is_file() else float(word)
+    except ValueError:
+        return None
+
+
+def _read(file: str, flag: str) -> str:
+    try:
+        return Path(file).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{flag}: {file} cannot be read: {error}") from error
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

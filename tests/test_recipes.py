@@ -1,0 +1,95 @@
+"""What recipes, their bases and the command line make of each other."""
+
+from argparse import ArgumentParser
+from pathlib import Path
+
+import pytest
+
+from megatron_ext.errors import UserError
+from megatron_ext.recipes import expand_recipes
+
+BASE = "train_iters: 8\nlr_decay_iters: 7\nlr_warmup_fraction: 0.1\nlr: 1\nglobal_batch_size: 4\n"
+
+
+def parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="pretrain_et.py")
+    for name in (
+        "train-iters", "train-samples", "lr-decay-iters", "lr-warmup-iters", "lr-warmup-samples",
+        "lr-warmup-fraction", "lr", "global-batch-size", "step-batch-size-schedule", "split",
+    ):  # fmt: skip
+        parser.add_argument(f"--{name}")
+    for name in ("data-path", "train-data-path", "valid-data-path"):
+        parser.add_argument(f"--{name}", nargs="*")
+    parser.add_argument("--mock-data", action="store_true")
+    parser.add_argument(
+        "--et-capacity", type=lambda text: None if text == "none" else float(text), default=0.5
+    )
+    return parser
+
+
+def values(
+    folder: Path, recipe: str, *after: str, before: tuple[str, ...] = ()
+) -> dict[str, object]:
+    """The arguments that differ from their defaults."""
+    (folder / "recipe.yaml").write_text(recipe)
+    words = expand_recipes([*before, "--recipe", str(folder / "recipe.yaml"), *after], parser())
+    usual = vars(parser().parse_args([]))
+    found = vars(parser().parse_args(words))
+    return {name: value for name, value in found.items() if value != usual[name]}
+
+
+SAMPLES = {"train_samples": "24", "lr_warmup_fraction": "0.1", "lr": "1", "global_batch_size": "4"}
+
+
+@pytest.mark.parametrize(
+    "before, after",
+    [
+        ((), ("--train-samples", "24")),
+        (("--train-samples=24",), ()),
+        ((), ("--train-samples", "24", "--train-iters", "0")),
+        ((), ("--train-samples", "24", "--train-iters=0")),
+    ],
+)
+def test_samples_on_the_command_line_replace_steps_of_a_recipe(
+    before: tuple[str, ...], after: tuple[str, ...], tmp_path: Path
+) -> None:
+    assert values(tmp_path, BASE, *after, before=before) == SAMPLES
+
+
+def test_alternatives_of_other_kinds_are_replaced(tmp_path: Path) -> None:
+    warmup = values(tmp_path, BASE, "--lr-warmup-iters", "0")
+    assert warmup["lr_warmup_iters"] == "0" and "lr_warmup_fraction" not in warmup
+    assert warmup["train_iters"] == "8"
+    batches = values(tmp_path, BASE, "--step-batch-size-schedule", "0:4 1K:8")
+    assert "global_batch_size" not in batches
+    mock = "mock_data: true\nsplit: 90,5,5\n"
+    assert values(tmp_path, mock, "--train-data-path", "A") == {"train_data_path": ["A"]}
+    assert values(tmp_path, mock, "--data-path", "A") == {"data_path": ["A"], "split": "90,5,5"}
+
+
+def test_contradiction_within_one_source_is_kept_for_the_checks(tmp_path: Path) -> None:
+    both = values(tmp_path, "{}", "--train-samples", "24", "--train-iters", "3")
+    assert both == {"train_samples": "24", "train_iters": "3"}
+
+
+def test_null_removes_a_key_of_the_base(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text(BASE + "mock_data: true\net_capacity: 0.25\n")
+    recipe = "base: base.yaml\nlr: null\nlr_warmup_fraction: null\nmock_data: false\n"
+    left = {"train_iters": "8", "lr_decay_iters": "7", "global_batch_size": "4"}
+    assert values(tmp_path, recipe) == left | {"et_capacity": 0.25}
+    # A flag that itself knows the value none gets it.
+    assert values(tmp_path, recipe + "et_capacity: null\n") == left | {"et_capacity": None}
+
+
+def test_recipes_that_include_each_other_over_another_path_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.yaml").write_text("base: ../a/x.yaml\n")
+    with pytest.raises(UserError, match="recipes are each other's base"):
+        expand_recipes(["--recipe", str(tmp_path / "a" / "x.yaml")], parser())
+
+
+def test_misspelt_key_is_answered_with_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"train_itres is not a flag .* mean train_iters\?"):
+        values(tmp_path, "train_itres: 3\n")
+    with pytest.raises(UserError, match=r"zzz is not a flag .*see --help"):
+        values(tmp_path, "zzz: 3\n")
