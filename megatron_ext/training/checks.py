@@ -8,7 +8,6 @@ import platform
 import subprocess
 import sys
 from argparse import Namespace
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from megatron_ext.checkpoint import read_common_state
 from megatron_ext.config import ETConfig
 from megatron_ext.devices import is_cpu_device
 from megatron_ext.errors import UserError
+from megatron_ext.model.identity import check_same_model, check_same_schedule
 from megatron_ext.training.checkpoints import choose_checkpoint
 from megatron_ext.training.launch import Launch
 from megatron_ext.training.resharding import check_resharding
@@ -202,29 +202,6 @@ def check_pools(args: Namespace, config: ETConfig) -> None:
         )
 
 
-_SAME_IN_CHECKPOINT = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "kv_channels",
-    "num_experts",
-    "moe_ffn_hidden_size",
-    "moe_shared_expert_intermediate_size",
-    "moe_layer_freq",
-    "vocab_size",
-    "swiglu",
-    "squared_relu",
-    "untie_embeddings_and_output_weights",
-    "add_bias_linear",
-    "position_embedding_type",
-    "rotary_base",
-    "qk_layernorm",
-    "et_norm_scale",
-    "et_embedding_norm",
-    "et_logit_softcap",
-)
 # What Megatron's learning rate schedule insists on, unless one of the flags says which one counts.
 _SAME_SCHEDULE = (
     "train_iters",
@@ -243,8 +220,6 @@ _SAME_SCHEDULE = (
     "muon_reference_width",
     "muon_momentum_warmup_iters",
 )
-# What thresholds of a checkpoint depend on.
-_SAME_WITH_THRESHOLDS = ("et_ema_decay", "et_gate")
 
 
 def _check_checkpoint(checkpoint: Path, args: Namespace, config: ETConfig) -> None:
@@ -258,14 +233,7 @@ def _check_checkpoint(checkpoint: Path, args: Namespace, config: ETConfig) -> No
             f"as {args.router_type}: only expert-threshold and expert-choice share thresholds"
         )
     check_resharding(checkpoint, saved, args)
-    names = _SAME_IN_CHECKPOINT + (_SAME_WITH_THRESHOLDS if config.uses_thresholds else ())
-    for name in names:
-        here, there = _shape(args, name), _shape(saved, name)
-        if here != there:
-            raise UserError(
-                f"{checkpoint} was trained with {name} = {there}, but the flags say {here}: make "
-                "them equal, or choose another --run-dir or --load"
-            )
+    check_same_model(checkpoint, saved, args)
     # A converted checkpoint has weights alone, and --finetune takes nothing else.
     weights_only = args.finetune or getattr(saved, "no_save_optim", False)
     flags_decide = args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler
@@ -278,11 +246,8 @@ def _check_checkpoint(checkpoint: Path, args: Namespace, config: ETConfig) -> No
                     "give --override-opt-param-scheduler to go on by the flags, or "
                     "--use-checkpoint-opt-param-scheduler to keep the checkpoint's schedule"
                 )
-    if config.uses_thresholds and config.mean_experts != _mean_experts(saved):
-        raise UserError(
-            f"{checkpoint} was trained with {float(_mean_experts(saved)):g} experts a token on "
-            f"average, but the flags say {float(config.mean_experts):g}: make them equal"
-        )
+    if not (weights_only or args.override_opt_param_scheduler):
+        check_same_schedule(checkpoint, saved, args)
     if getattr(saved, "tokenizer_sha256", None) != args.tokenizer_sha256:
         raise UserError(
             f"{checkpoint} was trained with another tokenizer than --tokenizer-model "
@@ -290,20 +255,9 @@ def _check_checkpoint(checkpoint: Path, args: Namespace, config: ETConfig) -> No
         )
 
 
-def _shape(args: Namespace, name: str) -> Any:
-    if name == "num_query_groups" and not args.group_query_attention:
-        return args.num_attention_heads
-    return getattr(args, name, None)
-
-
 def _scheduled(args: Namespace, name: str) -> Any:
     value = getattr(args, name, None)
     return args.train_iters if name == "lr_decay_iters" and value is None else value
-
-
-def _mean_experts(args: Namespace) -> Fraction:
-    mean = args.moe_router_topk if args.et_mean_experts is None else args.et_mean_experts
-    return Fraction(str(mean))
 
 
 def sha256(file: str | None) -> str | None:
