@@ -295,6 +295,11 @@ def named(mark: Mark) -> list[str]:
     return [name for name, its_mark in marks.items() if its_mark == mark]
 
 
+def read_settings(args: Namespace) -> list[str]:
+    """Return the names of the "same" settings that the model of these arguments depends on."""
+    return [name for name in named("same") if _is_read(args, name)]
+
+
 def setting(args: Namespace, name: str) -> Any:
     """Return what a setting amounts to, the same value for the same model.
 

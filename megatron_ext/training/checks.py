@@ -1,6 +1,5 @@
 """What can be known to be wrong with a run before its first collective, and its record."""
 
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -18,15 +17,17 @@ from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_ext.checkpoint import read_common_state
 from megatron_ext.config import ETConfig
+from megatron_ext.data.tokenizer_identity import (
+    check_dataset_tokenizer,
+    check_model_tokenizer,
+    tokenizer_digest,
+)
 from megatron_ext.devices import is_cpu_device
 from megatron_ext.errors import UserError
 from megatron_ext.model.identity import check_same_model, check_same_schedule
 from megatron_ext.training.checkpoints import choose_checkpoint
 from megatron_ext.training.launch import Launch
 from megatron_ext.training.resharding import check_resharding
-
-# Token ids read from a dataset without a manifest, to see whether the vocabulary holds them.
-_IDS_READ = 10_000_000
 
 
 def check_run(args: Namespace, config: ETConfig, launch: Launch) -> Path | None:
@@ -38,7 +39,7 @@ def check_run(args: Namespace, config: ETConfig, launch: Launch) -> Path | None:
     Raises:
         UserError: what is wrong, naming the flag or file and the fix, on every rank.
     """
-    args.tokenizer_sha256 = sha256(args.tokenizer_model)  # saved in checkpoints with the rest
+    args.tokenizer_sha256 = tokenizer_digest(args)  # saved in checkpoints with the rest
     check_same_settings(args, launch)
     launch.agree("inputs", lambda: check_inputs(args, config))
     check_checkpoint(args, config, launch)
@@ -143,31 +144,13 @@ def _check_dataset(prefix: str, args: Namespace) -> None:
             f"dataset {prefix} holds {tokens:,} tokens, fewer than a sample of --seq-length "
             f"{args.seq_length} needs"
         )
-    _check_tokenizer(prefix, files["bin"], dataset.index.dtype, args)
+    check_dataset_tokenizer(prefix, args, f"--tokenizer-model {args.tokenizer_model}")
 
 
 class _Dataset(IndexedDataset):
     def __del__(self) -> None:
         if hasattr(self, "index"):  # else it failed to open, and Megatron's prints that again
             super().__del__()
-
-
-def _check_tokenizer(prefix: str, data: Path, dtype: Any, args: Namespace) -> None:
-    manifest = Path(prefix.removesuffix("_text_document").rsplit("_", 1)[0] + ".json")
-    if args.tokenizer_sha256 and manifest.is_file():
-        made_with = json.loads(manifest.read_text()).get("tokenizer", {}).get("sha256")
-        if made_with not in (None, args.tokenizer_sha256):
-            raise UserError(
-                f"dataset {prefix} was made with another tokenizer than --tokenizer-model "
-                f"{args.tokenizer_model}: give that one, or make the dataset again"
-            )
-    ids = np.memmap(data, dtype=dtype, mode="r")[:_IDS_READ]
-    largest = int(ids.max())
-    if largest >= args.padded_vocab_size:
-        raise UserError(
-            f"dataset {prefix} holds token id {largest}, beyond the vocabulary of "
-            f"{args.padded_vocab_size:,}: it does not belong to this tokenizer"
-        )
 
 
 def check_pools(args: Namespace, config: ETConfig) -> None:
@@ -222,6 +205,17 @@ _SAME_SCHEDULE = (
 )
 
 
+# What else of the optimizer counts by the flags.
+_SAME_OPTIMIZER = (
+    "adam_beta1",
+    "adam_beta2",
+    "adam_eps",
+    "sgd_momentum",
+    "muon_momentum",
+    "clip_grad",
+)
+
+
 def _check_checkpoint(checkpoint: Path, args: Namespace, config: ETConfig) -> None:
     """Compare the flags with those of the checkpoint that training would resume from."""
     saved = read_common_state(checkpoint)["args"]
@@ -246,25 +240,21 @@ def _check_checkpoint(checkpoint: Path, args: Namespace, config: ETConfig) -> No
                     "give --override-opt-param-scheduler to go on by the flags, or "
                     "--use-checkpoint-opt-param-scheduler to keep the checkpoint's schedule"
                 )
-    if not (weights_only or args.override_opt_param_scheduler):
+    if not (weights_only or args.override_opt_param_scheduler or args.skip_train):
         check_same_schedule(checkpoint, saved, args)
-    if getattr(saved, "tokenizer_sha256", None) != args.tokenizer_sha256:
-        raise UserError(
-            f"{checkpoint} was trained with another tokenizer than --tokenizer-model "
-            f"{args.tokenizer_model}"
-        )
+        for name in () if args.no_load_optim else _SAME_OPTIMIZER:
+            here, there = getattr(args, name), getattr(saved, name, getattr(args, name))
+            if here != there:
+                raise UserError(
+                    f"{checkpoint} was trained with {name} = {there}, but the flags say {here}: "
+                    "make them equal, or give --override-opt-param-scheduler to train by the flags"
+                )
+    check_model_tokenizer(checkpoint, saved, args)
 
 
 def _scheduled(args: Namespace, name: str) -> Any:
     value = getattr(args, name, None)
     return args.train_iters if name == "lr_decay_iters" and value is None else value
-
-
-def sha256(file: str | None) -> str | None:
-    """Of a tokenizer's file, in hexadecimal; None where the tokenizer has none."""
-    if file is None or not Path(file).is_file():
-        return None
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 def _record(run_dir: Path, args: Namespace) -> None:
