@@ -96,7 +96,7 @@ def test_a_folder_without_a_fast_tokenizer_is_known_by_its_files(tmp_path: Path)
 def test_a_damaged_file_ends_in_one_sentence(tmp_path: Path) -> None:
     run = folder(tmp_path / "damaged")
     (tmp_path / "damaged" / "tokenizer.json").write_text("{")
-    with pytest.raises(UserError, match="--tokenizer-model .*damaged cannot be read"):
+    with pytest.raises(UserError, match=r"--tokenizer-model .*damaged cannot be read"):
         tokenizer_digest(run)
 
 

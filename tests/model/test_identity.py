@@ -1,5 +1,6 @@
 """What makes two models the same: every setting has a mark, and marks decide what may change."""
 
+import contextlib
 from argparse import ArgumentParser, Namespace
 from copy import deepcopy
 from dataclasses import fields
@@ -236,3 +237,27 @@ def differences_from_an_older_checkpoint() -> list[str]:
 
 def test_a_setting_unknown_to_an_older_checkpoint_had_its_default() -> None:
     assert run_ranks(differences_from_an_older_checkpoint, 1) == [["et_logit_softcap"]]
+
+
+def what_conversion_and_inference_change() -> tuple[list[str], list[str]]:
+    """On a rank: settings that a conversion loses without a word, and that loading changes."""
+    from megatron_ext.hf.architecture import from_args
+    from megatron_ext.inference.loading import Layout, for_inference
+
+    lost, overridden = [], []
+    for base in (arguments(*GROUPED, *ROTATED), arguments(*TOP_K)):
+        architecture = from_args(base)
+        for name in MARKS.keys() & vars(base).keys():
+            other = Namespace(**{**vars(base), name: changed(getattr(base, name))})
+            if not any(differences(base, other)):
+                continue
+            with contextlib.suppress(UserError):
+                lost += [name] if from_args(other) == architecture else []
+        loaded = deepcopy(base)
+        for_inference(loaded, Layout(tensor=2, expert=2), None)
+        overridden += [difference.name for difference in differences(base, loaded)]
+    return lost, overridden
+
+
+def test_conversion_and_inference_keep_every_setting_or_refuse_it() -> None:
+    assert run_ranks(what_conversion_and_inference_change, 1) == [([], [])]
