@@ -351,3 +351,19 @@ def test_a_model_of_fp16_is_trained_in_bf16(tmp_path):
     model.half().save_pretrained(tmp_path / "fp16")
     [found] = run_ranks(dtypes_on_a_gpu, 1, tmp_path / "fp16")
     assert found == [torch.bfloat16, None, torch.float32]
+
+
+def told_with(folder, flags):
+    from alignment.engines.megatron import MegatronEngine, MegatronLayout
+
+    return told_by(lambda: MegatronEngine(folder, OPTIMIZATION, MegatronLayout(), flags=flags))
+
+
+def test_flags_that_make_another_model_of_the_weights_are_refused(tmp_path):
+    make("llama", tmp_path / "model", vocab_size=128, num_hidden_layers=1)
+    for flags, name in (
+        (["--norm-epsilon", "0.1"], "eps = 0.1, which was trained with"),
+        (["--rotary-percent", "0.5"], "rotary_percent = 0.5"),
+    ):
+        [told] = run_ranks(told_with, 1, tmp_path / "model", flags)
+        assert name in told
