@@ -106,8 +106,9 @@ def manifest_tokenizer(prefix: str) -> dict[str, Any]:
     """
     dataset = Path(prefix)
     name = dataset.name.removesuffix("_text_document")
-    if (parts := name.rpartition("_"))[2] in ("train", "valid"):
-        name = parts[0]
+    text, _, split = name.rpartition("_")
+    if text and split in ("train", "valid"):
+        name = text
     manifest = dataset.with_name(f"{name}.json")
     if not manifest.is_file():
         return {}
