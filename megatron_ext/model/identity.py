@@ -359,7 +359,9 @@ def _is_read(args: Namespace, name: str) -> bool:
         return bool(args.num_experts) and _is_read_by_router(args.router_type, name)
     if name == "max_position_embeddings":
         return bool(args.position_embedding_type == "learned_absolute")
-    if name.startswith(("rotary_", "rope_", "yarn_", "mscale")) or name == "use_rope_scaling":
+    if name.startswith(("yarn_", "mscale")) or name in ("rotary_scaling_factor", "rope_type"):
+        return bool(args.position_embedding_type == "yarn")
+    if name.startswith(("rotary_", "rope_")) or name == "use_rope_scaling":
         if name == "rope_scaling_factor" and not args.use_rope_scaling:
             return False
         return args.position_embedding_type not in ("learned_absolute", "none")

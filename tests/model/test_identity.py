@@ -23,6 +23,7 @@ from tests.megatron import TINY
 
 ROTATED = ("--use-rope-scaling",)
 TOP_K = ("--router-type", "token-choice", "--moe-router-topk", "2")
+YARN = ("--position-embedding-type", "yarn")
 ABSOLUTE = ("--position-embedding-type", "learned_absolute")
 GROUPED = ("--group-query-attention", "--num-query-groups", "2")
 
@@ -212,7 +213,7 @@ def changed(value: Any) -> Any:
 
 def marks_by_comparison() -> dict[str, set[str]]:
     """On a rank: for each argument, the marks by which a change of it is a difference."""
-    bases = [arguments(*flags) for flags in (GROUPED + ROTATED, TOP_K, ABSOLUTE)]
+    bases = [arguments(*flags) for flags in (GROUPED + ROTATED, TOP_K, ABSOLUTE, YARN)]
     found: dict[str, set[str]] = {name: set() for name in MARKS if hasattr(bases[0], name)}
     for name, marks in found.items():
         for base in bases:
