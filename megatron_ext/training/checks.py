@@ -15,7 +15,7 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.training.utils import get_blend_and_blend_per_split
 
-from megatron_ext.checkpoint import read_common_state
+from megatron_ext.checkpoint import TRACKER, find_checkpoint, read_common_state
 from megatron_ext.config import ETConfig
 from megatron_ext.data.tokenizer_identity import (
     check_dataset_tokenizer,
@@ -104,8 +104,20 @@ def check_inputs(args: Namespace, config: ETConfig) -> None:
     """
     if not args.mock_data and args.local_rank == 0:
         _check_data(args)
+    if args.pretrained_checkpoint is not None and args.local_rank == 0:
+        _check_pretrained(args)
     if config.uses_thresholds:
         check_pools(args, config)
+
+
+def _check_pretrained(args: Namespace) -> None:
+    """Compare the flags with the weights that training begins from when --load has none."""
+    if args.load is not None and Path(args.load, TRACKER).is_file():
+        return
+    checkpoint = find_checkpoint(args.pretrained_checkpoint)
+    saved = read_common_state(checkpoint)["args"]
+    check_same_model(checkpoint, saved, args)
+    check_model_tokenizer(checkpoint, saved, args)
 
 
 def _check_data(args: Namespace) -> None:
