@@ -114,6 +114,11 @@ def _check_pretrained(args: Namespace) -> None:
     """Compare the flags with the weights that training begins from when --load has none."""
     if args.load is not None and Path(args.load, TRACKER).is_file():
         return
+    if not Path(args.pretrained_checkpoint, TRACKER).is_file():  # Megatron looks nowhere else
+        raise UserError(
+            f"--pretrained-checkpoint {args.pretrained_checkpoint} has no {TRACKER}: give a "
+            "folder of checkpoints, such as RUN_DIR/checkpoints"
+        )
     checkpoint = find_checkpoint(args.pretrained_checkpoint)
     saved = read_common_state(checkpoint)["args"]
     check_same_model(checkpoint, saved, args)

@@ -170,8 +170,10 @@ def test_checkpoint_of_another_model(tmp_path: Path) -> None:
         (["--et-capacity", "none"], "et_capacity = 0.5, but the flags say None: make them equal"),
     ):
         assert said in refusal([*run, *flags])
-    begun = [*TINY, "--pretrained-checkpoint", str(tmp_path), "--run-dir", str(tmp_path / "other")]
-    assert "layernorm_epsilon" in refusal([*begun, "--norm-epsilon", "0.1"])
+    begun = [*TINY, "--run-dir", str(tmp_path / "other"), "--pretrained-checkpoint"]
+    other = [*begun, str(tmp_path / "checkpoints"), "--norm-epsilon", "0.1"]
+    assert "layernorm_epsilon" in refusal(other)
+    assert "give a folder of checkpoints" in refusal([*begun, str(tmp_path)])
     newest = next((tmp_path / "checkpoints").glob("iter_*"))
     (newest / ".metadata").unlink()
     assert "is damaged: its file .metadata is missing" in refusal(run)
