@@ -353,7 +353,7 @@ def test_a_model_of_fp16_is_trained_in_bf16(tmp_path):
     assert found == [torch.bfloat16, None, torch.float32]
 
 
-def told_with(folder, flags):
+def refusal_with(folder, flags):
     from alignment.engines.megatron import MegatronEngine, MegatronLayout
 
     return told_by(lambda: MegatronEngine(folder, OPTIMIZATION, MegatronLayout(), flags=flags))
@@ -365,5 +365,5 @@ def test_flags_that_make_another_model_of_the_weights_are_refused(tmp_path):
         (["--norm-epsilon", "0.1"], "eps = 0.1, which was trained with"),
         (["--rotary-percent", "0.5"], "rotary_percent = 0.5"),
     ):
-        [told] = run_ranks(told_with, 1, tmp_path / "model", flags)
-        assert name in told
+        [refusal] = run_ranks(refusal_with, 1, tmp_path / "model", flags)
+        assert name in refusal

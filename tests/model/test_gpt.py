@@ -179,5 +179,5 @@ def test_rope_scaling_is_that_of_llama_3_for_every_factor(factor: float) -> None
         },
     )
     expected, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
-    [found] = run_ranks(rotary_frequencies, 1, factor)
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    [frequencies] = run_ranks(rotary_frequencies, 1, factor)
+    torch.testing.assert_close(frequencies, expected, rtol=1e-6, atol=0)

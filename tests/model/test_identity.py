@@ -155,9 +155,9 @@ def test_every_setting_of_the_configuration_has_a_mark() -> None:
     assert MARKS.keys() - names == set(), "the configuration has them no more"
 
 
-def verdicts(cases: list[tuple[Flags, Flags]]) -> list[tuple[str, str]]:
-    """On a rank: what is said of each pair's model and of its training; '' is nothing."""
-    told = []
+def refusals_of(cases: list[tuple[Flags, Flags]]) -> list[tuple[str, str]]:
+    """On a rank: why each pair's model and its training are refused; empty where they are not."""
+    refusals = []
     for base, flags in cases:
         saved, here = arguments(*base), arguments(*base, *flags)
         answers = []
@@ -169,34 +169,36 @@ def verdicts(cases: list[tuple[Flags, Flags]]) -> list[tuple[str, str]]:
                 answers.append(str(error))
             else:
                 answers.append("")
-        told.append((answers[0], answers[1]))
-    return told
+        refusals.append((answers[0], answers[1]))
+    return refusals
 
 
 @pytest.fixture(scope="module")
-def told() -> dict[tuple[Flags, Flags], tuple[str, str]]:
+def refusals() -> dict[tuple[Flags, Flags], tuple[str, str]]:
     cases = [(base, flags) for base, flags, *_ in OTHER_MODELS + SAME_MODELS + OTHER_TRAININGS]
-    [answers] = run_ranks(verdicts, 1, cases)
+    [answers] = run_ranks(refusals_of, 1, cases)
     return dict(zip(cases, answers, strict=True))
 
 
 @pytest.mark.parametrize("base, flags, name", OTHER_MODELS)
-def test_another_model_is_refused(told: Any, base: Flags, flags: Flags, name: str) -> None:
-    of_model, _ = told[base, flags]
+def test_another_model_is_refused(refusals: Any, base: Flags, flags: Flags, name: str) -> None:
+    of_model, _ = refusals[base, flags]
     assert of_model.startswith("step was trained with ")
     assert name in of_model and "but the flags say" in of_model
 
 
 @pytest.mark.parametrize("base, flags", SAME_MODELS)
-def test_the_same_model_trained_elsewhere_is_accepted(told: Any, base: Flags, flags: Flags) -> None:
-    assert told[base, flags] == ("", "")
+def test_the_same_model_trained_elsewhere_is_accepted(
+    refusals: Any, base: Flags, flags: Flags
+) -> None:
+    assert refusals[base, flags] == ("", "")
 
 
 @pytest.mark.parametrize("base, flags, name", OTHER_TRAININGS)
 def test_another_training_has_to_be_asked_for(
-    told: Any, base: Flags, flags: Flags, name: str
+    refusals: Any, base: Flags, flags: Flags, name: str
 ) -> None:
-    of_model, of_training = told[base, flags]
+    of_model, of_training = refusals[base, flags]
     assert of_model == ""
     assert f"with {name} = " in of_training and "--override-opt-param-scheduler" in of_training
 
@@ -214,20 +216,20 @@ def changed(value: Any) -> Any:
 def marks_by_comparison() -> dict[str, set[str]]:
     """On a rank: for each argument, the marks by which a change of it is a difference."""
     bases = [arguments(*flags) for flags in (GROUPED + ROTATED, TOP_K, ABSOLUTE, YARN)]
-    found: dict[str, set[str]] = {name: set() for name in MARKS if hasattr(bases[0], name)}
-    for name, marks in found.items():
+    marks_by_name: dict[str, set[str]] = {name: set() for name in MARKS if hasattr(bases[0], name)}
+    for name, marks in marks_by_name.items():
         for base in bases:
             other = Namespace(**{**vars(base), name: changed(getattr(base, name))})
             for mark in ("same", "schedule", "free"):
                 marks |= {mark for difference in differences(base, other, mark)}
-    return found
+    return marks_by_name
 
 
 def test_each_argument_is_compared_by_its_mark() -> None:
-    [found] = run_ranks(marks_by_comparison, 1)
-    assert len(found) > 200
-    del found["group_query_attention"]  # the number of groups is compared
-    assert {name: {MARKS[name]} for name in found} == found
+    [marks_by_name] = run_ranks(marks_by_comparison, 1)
+    assert len(marks_by_name) > 200
+    del marks_by_name["group_query_attention"]  # the number of groups is compared
+    assert {name: {MARKS[name]} for name in marks_by_name} == marks_by_name
 
 
 def differences_from_an_older_checkpoint() -> list[str]:
