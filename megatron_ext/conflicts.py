@@ -88,6 +88,9 @@ def check_conflicts(args: Namespace, given: Set[str]) -> list[str]:
             f"--moe-layer-freq is a list of {len(pattern)}, but --num-layers is {layers}: give one "
             "number a layer"
         )
+    for name in ("multi_latent_attention", "heterogeneous_layers_config_path"):
+        if getattr(args, name, None):
+            raise UserError(f"{_flag(name)} is not supported: its layers have no counterpart here")
     if find_spec("transformer_engine") is None:
         _check_without_transformer_engine(args)
     if args.ckpt_format != "torch_dist":

@@ -80,7 +80,7 @@ def _calibrated(options: argparse.Namespace, checkpoint: Path, out: Any) -> Any:
     length = options.seq_length or min(trained.max_length, 2048)
     if not 1 < length <= trained.max_length:
         raise UserError(f"--seq-length {length} must be from 2 to the model's {trained.max_length}")
-    sequences = sequences_of(options.data, trained.tokenizer, length, options.tokens)
+    sequences = sequences_of(options.data, trained, length, options.tokens)
     text, held_out = _held_out(sequences)
     routers = routers_of([trained.module])
     thresholds = [r for r in routers if isinstance(r, ThresholdRouter)]

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_ext.data.tokenizer_identity import manifest_tokenizer
 from megatron_ext.errors import ToolParser, UserError, run_tool
 
 Tokens = NDArray[np.int64]
@@ -133,6 +134,23 @@ def read_stream(prefix: str) -> Tokens:
     return np.concatenate(documents).astype(np.int64)
 
 
+def _check_same_tokenizer(train: str, valid: str, vocab_size: int) -> None:
+    """Compare the datasets' manifests, where there are any, with each other and the flag."""
+    counted, predicted = manifest_tokenizer(train), manifest_tokenizer(valid)
+    digests = {made["sha256"] for made in (counted, predicted) if made.get("sha256")}
+    if len(digests) > 1:
+        raise UserError(
+            f"--valid-data {valid} was made with another tokenizer than --train-data {train}: make "
+            "one of them again with the other's tokenizer"
+        )
+    size = counted.get("vocab_size")
+    if size not in (None, vocab_size):
+        raise UserError(
+            f"--vocab-size {vocab_size}: the tokenizer of --train-data {train} has {size} entries: "
+            f"give {size}"
+        )
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = ToolParser(
         prog="python -m tools.ngram_baseline",
@@ -144,6 +162,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--valid-data", required=True, metavar="PREFIX", help="indexed dataset to predict")
     add("--vocab-size", type=int, required=True, metavar="N", help="entries of the tokenizer")
     options = parser.parse_args(argv)
+    _check_same_tokenizer(options.train_data, options.valid_data, options.vocab_size)
     train, valid = read_stream(options.train_data), read_stream(options.valid_data)
     highest = int(max(train.max(), valid.max()))
     if highest >= options.vocab_size:

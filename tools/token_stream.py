@@ -2,27 +2,32 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_ext.data.tokenizer_identity import check_dataset_tokenizer
 from megatron_ext.errors import UserError
 from tools.documents import Malformed, ShardReader
 from tools.shards import Layout, expand_inputs, plan_shards
+
+if TYPE_CHECKING:
+    from megatron_ext.inference.loading import TrainedModel
 
 _SHARD_BYTES = 1 << 24
 
 
 def sequences_of(
-    inputs: list[str], tokenizer: Any, length: int, tokens: int, flag: str = "--data"
+    inputs: list[str], trained: "TrainedModel", length: int, tokens: int, flag: str = "--data"
 ) -> Tensor:
     """The first tokens of some text, documents end to end, cut into sequences.
 
     Args:
         inputs: prefix of an indexed dataset, or text files and globs as preprocess_data takes them.
-        tokenizer: Megatron's; text files need it, and its end-of-document token between them.
+        trained: the model that is to read them; its tokenizer encodes text files and ends each
+            document, and indexed datasets must be of that tokenizer.
         length: of a sequence.
         tokens: to read at most.
         flag: to name when something is wrong.
@@ -33,8 +38,11 @@ def sequences_of(
     Raises:
         UserError: there is no such data, or not one whole sequence of it.
     """
-    indexed = len(inputs) == 1 and Path(inputs[0] + ".idx").is_file()
-    documents = _indexed(inputs[0]) if indexed else _texts(inputs, tokenizer, flag)
+    if len(inputs) == 1 and Path(inputs[0] + ".idx").is_file():
+        check_dataset_tokenizer(inputs[0], trained.args, "the model's")
+        documents = _indexed(inputs[0])
+    else:
+        documents = _texts(inputs, trained.tokenizer, flag)
     parts: list[np.ndarray[Any, Any]] = []
     read = 0
     for document in documents:
@@ -48,11 +56,6 @@ def sequences_of(
             f"{flag} {inputs[0]} has {read} tokens: not one sequence of {length}: give more"
         )
     stream = np.concatenate(parts)[: count * length]
-    if (highest := int(stream.max())) >= tokenizer.vocab_size:
-        raise UserError(
-            f"{flag} {inputs[0]} has token {highest}, and the model's tokenizer only "
-            f"{tokenizer.vocab_size}: it was made with another one"
-        )
     return torch.from_numpy(stream).view(count, length)
 
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_ext.data.tokenizer_identity import check_dataset_tokenizer
 from megatron_ext.devices import activate
 from megatron_ext.errors import ToolParser, UserError, run_tool_or_ranks
 from megatron_ext.quiet import quiet_megatron, quiet_warnings
@@ -53,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         routings = [Routing(model.trained, name) for name in dict.fromkeys(names)]
         length = _length(options, model)
         windows = Windows(options.data, length, options.max_sequences)
+        check_dataset_tokenizer(options.data, model.trained.args, "the model's")
         pool = _pool_rows(options, length, model)
         text_bytes = None
         if is_first_rank() and model.trained.args.tokenizer_type != "NullTokenizer":

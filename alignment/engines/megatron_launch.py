@@ -3,7 +3,7 @@
 import os
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 from unittest import mock
 
@@ -21,14 +21,14 @@ from megatron.training.initialize import initialize_megatron
 from alignment.engines.protocol import Optimization
 from megatron_ext.arguments import explained, parse_args
 from megatron_ext.config import ETConfig
+from megatron_ext.data.tokenizer_identity import tokenizer_digest
 from megatron_ext.devices import is_cpu_device
 from megatron_ext.errors import UserError
-from megatron_ext.hf.architecture import to_flags
+from megatron_ext.hf.architecture import Architecture, from_args, to_flags
 from megatron_ext.hf.sources import Source
 from megatron_ext.model.gpt import gpt_model_config
 from megatron_ext.training import resharding
 from megatron_ext.training.checkpoints import install_integrity
-from megatron_ext.training.checks import sha256
 
 
 @dataclass(frozen=True)
@@ -121,10 +121,11 @@ def start(
     words += ["--mock-data", "--calculate-per-token-loss", "--no-rope-fusion"]
     words += ["--et-warmup-iters", "0"] if model.thresholds else []
     args, config = parse_args([*to_flags(model), *precision, *words, *flags])
+    _check_same_function(args, model)
     multiple = args.make_vocab_size_divisible_by * layout.tensor
     args.hf_vocab_size = model.vocab
     args.padded_vocab_size = max(args.padded_vocab_size, -(-model.vocab // multiple) * multiple)
-    args.tokenizer_sha256 = sha256(args.tokenizer_model)
+    args.tokenizer_sha256 = tokenizer_digest(args)
     if not dist.is_initialized() and "WORLD_SIZE" not in os.environ:
         backend = "gloo" if is_cpu_device() else "nccl"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -133,6 +134,21 @@ def start(
         resharding.install()
         install_integrity()
     return args, config
+
+
+def _check_same_function(args: Namespace, model: Architecture) -> None:
+    """Refuse further flags by which the weights would compute something else."""
+    made = from_args(args)
+    for name in (field.name for field in fields(Architecture)):
+        # Rows of padding, losses of training, and a bound that rotary positions do not need.
+        if name in ("vocab", "aux_loss", "max_length"):
+            continue
+        here, there = getattr(made, name), getattr(model, name)
+        if here != there:
+            raise UserError(
+                f"--megatron-flags make another model of these weights: {name} = {here}, which was "
+                f"trained with {there}: leave out the flag that changes it"
+            )
 
 
 def _check_same_layout(before: Namespace, layout: MegatronLayout) -> None:

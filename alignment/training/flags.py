@@ -1,7 +1,6 @@
 """Flags that every training command has, and the engine that they describe."""
 
 import argparse
-import hashlib
 import json
 import os
 import shlex
@@ -13,6 +12,7 @@ from typing import Any
 from alignment.engines.protocol import Engine, Optimization
 from alignment.rl.algorithms import ALGORITHMS
 from alignment.rl.critic import Critic, Valuation
+from alignment.training.run_settings import lasting_settings
 from megatron_ext.errors import UserError
 from megatron_ext.quiet import quiet_megatron
 
@@ -253,22 +253,8 @@ def check(options: argparse.Namespace) -> None:
 
 
 def lasting(options: argparse.Namespace) -> dict[str, Any]:
-    """Settings that a run keeps when it goes on: not the layout, nor how often it saves."""
-    free = {
-        "recipe", "run_dir", "save_interval", "dry_run", "rows", "micro_batch_size", "dtype",
-        "use_distributed_optimizer", "offload_optimizer", "offload_parameters", "megatron_flags",
-        "zero_stage", "rollout_url", "rollout_model", "keep_responses",
-        "monitor_limits", "routing_interval", "routing_samples",
-    }  # fmt: skip
-    kept = {
-        name: value
-        for name, value in vars(options).items()
-        if name not in free and not name.endswith("_parallel_size")
-    }
-    for name in ("template", "chat_template"):  # by what is in the file, if it is one
-        if kept.get(name) and (file := Path(kept[name])).is_file():
-            kept[name] = hashlib.sha256(file.read_bytes()).hexdigest()
-    return kept
+    """Return the settings that a run must have again when it is resumed; see `run_settings`."""
+    return lasting_settings(options)
 
 
 def template_kwargs(options: argparse.Namespace) -> dict[str, Any]:

@@ -235,11 +235,18 @@ class Run:
         before = earlier.get("settings", self.settings)
         changed = sorted(
             name
-            for name in {*before, *self.settings}
-            if before.get(name) != self.settings.get(name)
+            for name in before  # an earlier version recorded fewer settings
+            if before[name] != self.settings.get(name)
         )
         if changed:
             flag = changed[0].replace("_", "-")
+            if flag.endswith("-content"):
+                flag = flag.removesuffix("-content")
+                raise UserError(
+                    f"--run-dir {self.folder} was begun with other files in --{flag} "
+                    f"{self.settings[flag]}: bring them back, or give "
+                    "another --run-dir"
+                )
             raise UserError(
                 f"--run-dir {self.folder} was begun with another --{flag} "
                 f"({before.get(changed[0])!r}, now {self.settings.get(changed[0])!r}): give it "

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_ext.data.tokenizer_identity import check_dataset_tokenizer
 from megatron_ext.devices import activate
 from megatron_ext.errors import ToolParser, run_tool
 from tools.ngram_baseline import baseline_losses, read_stream
@@ -52,6 +53,8 @@ def main(argv: list[str] | None = None) -> None:
         from megatron_ext.inference.loading import load_model
 
         trained = load_model(run_dir)
+        for prefix in (options.train_data, options.valid_data):
+            check_dataset_tokenizer(prefix, trained.args, "the model's")
         train, valid = read_stream(options.train_data), read_stream(options.valid_data)
         losses = token_losses(trained, torch.from_numpy(valid))
     result = {

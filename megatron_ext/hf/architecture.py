@@ -1,10 +1,11 @@
 """What a model is, told neither in Megatron's words nor in those of a Hugging Face family."""
 
 from argparse import Namespace
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from typing import Any
 
 from megatron_ext.errors import UserError
+from megatron_ext.model.identity import default, read_settings
 
 # What Megatron calls RoPE scaling has Llama 3's constants built in; only the factor is free.
 LLAMA3_ROPE = {
@@ -13,37 +14,30 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 8192,
 }
 
-# Arguments of Megatron that change what a model computes and that no family here has.
+# Arguments of Megatron from which a field of `Architecture` comes.
+_TRANSLATED = {
+    *("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels"),
+    *("group_query_attention", "ffn_hidden_size", "vocab_size", "max_position_embeddings"),
+    *("layernorm_epsilon", "qk_layernorm", "add_qkv_bias", "swiglu", "squared_relu"),
+    *("untie_embeddings_and_output_weights", "rotary_base"),
+    *("use_rope_scaling", "rope_scaling_factor"),
+    *("et_norm_scale", "et_embedding_norm", "et_logit_softcap"),
+    *("num_experts", "router_type", "moe_layer_freq", "moe_ffn_hidden_size"),
+    *("moe_shared_expert_intermediate_size", "moe_router_topk", "moe_router_pre_softmax"),
+    *("et_mean_experts", "et_ema_decay", "et_gate"),
+}
+# What the others that decide what a model computes must be, where that is not their default.
 _FIXED: dict[str, Any] = {
     "position_embedding_type": "rope",
     "normalization": "RMSNorm",
-    "rotary_percent": 1.0,
-    "rotary_interleaved": False,
-    "rotary_seq_len_interpolation_factor": None,
-    "no_rope_freq": None,
     "add_bias_linear": False,
-    "apply_layernorm_1p": False,
-    "multi_latent_attention": False,
-    "attention_output_gate": False,
-    "window_size": None,
-    "softmax_type": "vanilla",
-    "linear_attention_freq": None,
-    "heterogeneous_layers_config_path": None,
-    "mtp_num_layers": None,
-    "use_mup": False,
     "quick_geglu": False,
-    "glu_linear_offset": 0.0,
-    "activation_func_clamp_value": None,
-    "moe_shared_expert_gate": False,
-    "moe_latent_size": None,
-    "moe_apply_probs_on_input": False,
-    "moe_router_force_load_balancing": False,
+    "rotary_seq_len_interpolation_factor": None,
+    "heterogeneous_layers_config_path": None,
+    "hybrid_layer_pattern": None,
 }
+# Training drops tokens or adds noise by these, which a converted model would not.
 _FIXED_WITH_TOKEN_CHOICE: dict[str, Any] = {
-    "moe_router_score_function": "softmax",
-    "moe_router_enable_expert_bias": False,
-    "moe_router_num_groups": None,
-    "moe_router_topk_scaling_factor": None,
     "moe_expert_capacity_factor": None,
     "moe_input_jitter_eps": None,
 }
@@ -154,7 +148,9 @@ def from_args(args: Namespace) -> Architecture:
             "--router-type quantile-balancing adds a bias that no Hugging Face family has: only "
             "expert-threshold, expert-choice and token-choice can be converted"
         )
-    fixed = _FIXED | (_FIXED_WITH_TOKEN_CHOICE if router == "token-choice" else {})
+    fixed = {name: default(name) for name in read_settings(args) if name not in _TRANSLATED}
+    fixed = {name: value for name, value in fixed.items() if value is not MISSING} | _FIXED
+    fixed |= _FIXED_WITH_TOKEN_CHOICE if router == "token-choice" else {}
     for name, value in fixed.items():
         if (found := getattr(args, name, value)) != value:
             raise UserError(

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from megatron_ext.arguments import parse_args
 from megatron_ext.checkpoint import TRACKER
+from megatron_ext.data.tokenizer_identity import tokenizer_digest
 from megatron_ext.hf.architecture import Architecture, to_flags
 from megatron_ext.hf.names import Layout, Link, join
 from megatron_ext.hf.sources import Tensors
 from megatron_ext.hf.torch_dist import Chunk, write_torch_dist
-from megatron_ext.training.checks import sha256
 
 _NAME = "release"
 """Megatron's name for what is not a step of training."""
@@ -48,7 +48,7 @@ def release_arguments(
 
 def settle(args: Namespace, final: Path) -> None:
     """Say that a tokenizer lies beside the checkpoint, and that there is no optimizer."""
-    args.tokenizer_sha256 = sha256(args.tokenizer_model)
+    args.tokenizer_sha256 = tokenizer_digest(args)
     if args.tokenizer_model is not None:
         args.tokenizer_model = str(final.absolute() / Path(args.tokenizer_model).name)
     args.no_save_optim = True

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_ext.checkpoint import damage, find_checkpoint, read_common_state
+from megatron_ext.data.tokenizer_identity import check_tokenizer_content
 from megatron_ext.errors import UserError
 from megatron_ext.hf.architecture import Architecture, from_args
 from megatron_ext.hf.configs import load_config
@@ -100,13 +101,15 @@ def open_megatron(
         family: whose names its tensors get. Default: the one that such a model belongs to.
 
     Raises:
-        UserError: it is damaged, or no family known here has such models.
+        UserError: it is damaged, the tokenizer is not that of its training, or no family known here
+            has such models.
     """
     if problem := damage(checkpoint):
         raise UserError(f"{checkpoint} is incomplete or damaged: {problem}")
     args = read_common_state(checkpoint)["args"]
     if tokenizer_model is not None:
         args.tokenizer_model = tokenizer_model
+    check_tokenizer_content(checkpoint, args)
     reader = TorchDistReader(checkpoint)
     model = _with_rows(from_args(args), args, reader)
     family = family or family_of(model)

@@ -24,6 +24,7 @@ from megatron.training.arguments import add_megatron_arguments
 from megatron_ext.arguments import explained
 from megatron_ext.checkpoint import damage, find_checkpoint, read_common_state, readable
 from megatron_ext.config import ETConfig
+from megatron_ext.data.tokenizer_identity import check_tokenizer_content
 from megatron_ext.devices import cpu_default_args, is_cpu_device
 from megatron_ext.errors import UserError
 from megatron_ext.inference.plain_linear import simplify_linear_layers
@@ -104,8 +105,8 @@ def load_model(
             its router was. The thresholds are left without a value.
 
     Raises:
-        UserError: no checkpoint, an incomplete one, one of another project, or a layout that the
-            ranks or the model do not allow.
+        UserError: no checkpoint, an incomplete one, one of another project, another tokenizer than
+            that of training, or a layout that the ranks or the model do not allow.
     """
     checkpoint = find_checkpoint(path)
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -118,6 +119,7 @@ def load_model(
     for_inference(args, layout or Layout(), dtype)
     if tokenizer_model is not None:
         args.tokenizer_model = tokenizer_model
+    check_tokenizer_content(checkpoint, args)
     tokenizer = _build_tokenizer(args)
     config: ETConfig = explained(lambda: core_transformer_config_from_args(args, ETConfig))
     explained(lambda: _start_ranks(args))

@@ -24,6 +24,8 @@ def gpt_model_config(args: Namespace, config: ETConfig) -> GPTModelConfig:
     """What Megatron's trainer builds the model from."""
     model_config = gpt_config_from_args(args, config=config)
     model_config.transformer_layer_spec = _layer_spec
+    # Megatron 0.19 leaves it at 8 whatever the flag says.
+    model_config.rope_scaling_factor = args.rope_scaling_factor
     config.perform_initialization = False  # the hook below sets every parameter
     if config.activation_func is activations.squared_relu and is_cpu_device():
         config.activation_func = squared_relu  # on CUDA Megatron's own is compiled into one kernel

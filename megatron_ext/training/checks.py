@@ -1,12 +1,10 @@
 """What can be known to be wrong with a run before its first collective, and its record."""
 
-import hashlib
 import importlib.metadata
 import json
 import platform
 import subprocess
 from argparse import Namespace
-from fractions import Fraction
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,10 +12,16 @@ import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_ext.checkpoint import read_common_state
+from megatron_ext.checkpoint import TRACKER, find_checkpoint, read_common_state
 from megatron_ext.config import ETConfig
+from megatron_ext.data.tokenizer_identity import (
+    check_dataset_tokenizer,
+    check_model_tokenizer,
+    tokenizer_digest,
+)
 from megatron_ext.devices import is_cpu_device
 from megatron_ext.errors import UserError
+from megatron_ext.model.identity import check_same_model, check_same_schedule
 from megatron_ext.processes import lock_folder
 from megatron_ext.training.blends import (
     blends,
@@ -37,9 +41,6 @@ from megatron_ext.training.run_folder import (
 )
 from megatron_ext.training.schedule import Progress
 
-# Token ids read from a dataset without a manifest, to see whether the vocabulary holds them.
-_IDS_READ = 10_000_000
-
 
 def check_run(args: Namespace, config: ETConfig, launch: Launch) -> Start:
     """Check flags, data, pools and the checkpoint to resume from, and claim the run directory.
@@ -47,7 +48,7 @@ def check_run(args: Namespace, config: ETConfig, launch: Launch) -> Start:
     Raises:
         UserError: what is wrong, naming the flag or file and the fix, on every rank.
     """
-    args.tokenizer_sha256 = sha256(args.tokenizer_model)  # saved in checkpoints with the rest
+    args.tokenizer_sha256 = tokenizer_digest(args)  # saved in checkpoints with the rest
     check_same_settings(args, launch)
     run_dir = None if args.run_dir is None else Path(args.run_dir)
     locks: list[IO[str]] = []
@@ -142,8 +143,25 @@ def check_inputs(args: Namespace, config: ETConfig) -> None:
         check_mock_split(args)
     elif args.local_rank == 0:
         _check_data(args)
+    if args.pretrained_checkpoint is not None and args.local_rank == 0:
+        _check_pretrained(args)
     if config.uses_thresholds:
         check_pools(args, config)
+
+
+def _check_pretrained(args: Namespace) -> None:
+    """Compare the flags with the weights that training begins from when --load has none."""
+    if args.load is not None and Path(args.load, TRACKER).is_file():
+        return
+    if not Path(args.pretrained_checkpoint, TRACKER).is_file():  # Megatron looks nowhere else
+        raise UserError(
+            f"--pretrained-checkpoint {args.pretrained_checkpoint} has no {TRACKER}: give a "
+            "folder of checkpoints, such as RUN_DIR/checkpoints"
+        )
+    checkpoint = find_checkpoint(args.pretrained_checkpoint)
+    saved = read_common_state(checkpoint)["args"]
+    check_same_model(checkpoint, saved, args)
+    check_model_tokenizer(checkpoint, saved, args)
 
 
 def _check_data(args: Namespace) -> None:
@@ -179,31 +197,13 @@ def _check_dataset(prefix: str, args: Namespace) -> None:
             f"dataset {prefix} holds {tokens:,} tokens, fewer than a sample of --seq-length "
             f"{args.seq_length} needs"
         )
-    _check_tokenizer(prefix, files["bin"], dataset.index.dtype, args)
+    check_dataset_tokenizer(prefix, args, f"--tokenizer-model {args.tokenizer_model}")
 
 
 class _Dataset(IndexedDataset):
     def __del__(self) -> None:
         if hasattr(self, "index"):  # else it failed to open, and Megatron's prints that again
             super().__del__()
-
-
-def _check_tokenizer(prefix: str, data: Path, dtype: Any, args: Namespace) -> None:
-    manifest = Path(prefix.removesuffix("_text_document").rsplit("_", 1)[0] + ".json")
-    if args.tokenizer_sha256 and manifest.is_file():
-        made_with = json.loads(manifest.read_text()).get("tokenizer", {}).get("sha256")
-        if made_with not in (None, args.tokenizer_sha256):
-            raise UserError(
-                f"dataset {prefix} was made with another tokenizer than --tokenizer-model "
-                f"{args.tokenizer_model}: give that one, or make the dataset again"
-            )
-    ids = np.memmap(data, dtype=dtype, mode="r")[:_IDS_READ]
-    largest = int(ids.max())
-    if largest >= args.padded_vocab_size:
-        raise UserError(
-            f"dataset {prefix} holds token id {largest}, beyond the vocabulary of "
-            f"{args.padded_vocab_size:,}: it does not belong to this tokenizer"
-        )
 
 
 def check_pools(args: Namespace, config: ETConfig) -> None:
@@ -240,29 +240,6 @@ def check_pools(args: Namespace, config: ETConfig) -> None:
         )
 
 
-_SAME_IN_CHECKPOINT = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "kv_channels",
-    "num_experts",
-    "moe_ffn_hidden_size",
-    "moe_shared_expert_intermediate_size",
-    "moe_layer_freq",
-    "vocab_size",
-    "swiglu",
-    "squared_relu",
-    "untie_embeddings_and_output_weights",
-    "add_bias_linear",
-    "position_embedding_type",
-    "rotary_base",
-    "qk_layernorm",
-    "et_norm_scale",
-    "et_embedding_norm",
-    "et_logit_softcap",
-)
 # What Megatron's learning rate schedule insists on, unless one of the flags says which one counts.
 _SAME_SCHEDULE = (
     "train_iters",
@@ -281,8 +258,17 @@ _SAME_SCHEDULE = (
     "muon_reference_width",
     "muon_momentum_warmup_iters",
 )
-# What thresholds of a checkpoint depend on.
-_SAME_WITH_THRESHOLDS = ("et_ema_decay", "et_gate")
+
+
+# What else of the optimizer counts by the flags.
+_SAME_OPTIMIZER = (
+    "adam_beta1",
+    "adam_beta2",
+    "adam_eps",
+    "sgd_momentum",
+    "muon_momentum",
+    "clip_grad",
+)
 
 
 def _check_checkpoint(checkpoint: Path, args: Namespace, config: ETConfig) -> None:
@@ -296,14 +282,7 @@ def _check_checkpoint(checkpoint: Path, args: Namespace, config: ETConfig) -> No
             f"as {args.router_type}: only expert-threshold and expert-choice share thresholds"
         )
     check_resharding(checkpoint, saved, args)
-    names = _SAME_IN_CHECKPOINT + (_SAME_WITH_THRESHOLDS if config.uses_thresholds else ())
-    for name in names:
-        here, there = _shape(args, name), _shape(saved, name)
-        if here != there:
-            raise UserError(
-                f"{checkpoint} was trained with {name} = {there}, but the flags say {here}: make "
-                "them equal, or choose another --run-dir or --load"
-            )
+    check_same_model(checkpoint, saved, args)
     # A converted checkpoint has weights alone, and --finetune takes nothing else.
     weights_only = args.finetune or getattr(saved, "no_save_optim", False)
     flags_decide = args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler
@@ -316,39 +295,21 @@ def _check_checkpoint(checkpoint: Path, args: Namespace, config: ETConfig) -> No
                     "give --override-opt-param-scheduler to go on by the flags, or "
                     "--use-checkpoint-opt-param-scheduler to keep the checkpoint's schedule"
                 )
-    if config.uses_thresholds and config.mean_experts != _mean_experts(saved):
-        raise UserError(
-            f"{checkpoint} was trained with {float(_mean_experts(saved)):g} experts a token on "
-            f"average, but the flags say {float(config.mean_experts):g}: make them equal"
-        )
-    if getattr(saved, "tokenizer_sha256", None) != args.tokenizer_sha256:
-        raise UserError(
-            f"{checkpoint} was trained with another tokenizer than --tokenizer-model "
-            f"{args.tokenizer_model}"
-        )
-
-
-def _shape(args: Namespace, name: str) -> Any:
-    if name == "num_query_groups" and not args.group_query_attention:
-        return args.num_attention_heads
-    return getattr(args, name, None)
+    if not (weights_only or args.override_opt_param_scheduler or args.skip_train):
+        check_same_schedule(checkpoint, saved, args)
+        for name in () if args.no_load_optim else _SAME_OPTIMIZER:
+            here, there = getattr(args, name), getattr(saved, name, getattr(args, name))
+            if here != there:
+                raise UserError(
+                    f"{checkpoint} was trained with {name} = {there}, but the flags say {here}: "
+                    "make them equal, or give --override-opt-param-scheduler to train by the flags"
+                )
+    check_model_tokenizer(checkpoint, saved, args)
 
 
 def _scheduled(args: Namespace, name: str) -> Any:
     value = getattr(args, name, None)
     return args.train_iters if name == "lr_decay_iters" and value is None else value
-
-
-def _mean_experts(args: Namespace) -> Fraction:
-    mean = args.moe_router_topk if args.et_mean_experts is None else args.et_mean_experts
-    return Fraction(str(mean))
-
-
-def sha256(file: str | None) -> str | None:
-    """Of a tokenizer's file, in hexadecimal; None where the tokenizer has none."""
-    if file is None or not Path(file).is_file():
-        return None
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 def versions() -> dict[str, str]:

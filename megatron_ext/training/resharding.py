@@ -44,6 +44,9 @@ _SHARDED_NAME, _WHOLE_NAME = "optimizer.state.param.", "optimizer.state.fp32_par
 # Where the tensors that a run asks for stand, apart from what the checkpoint saved beside them.
 _ASKED = "asked"
 
+# Settings of a parameter group that come from flags, and not from the scheduler.
+_BY_FLAGS = ("betas", "eps", "momentum", "nesterov")
+
 _load_content_metadata = dist_checkpointing.load_content_metadata
 _sharded_state_dict = ChainedOptimizer.sharded_state_dict
 _load_state_dict = ChainedOptimizer.load_state_dict
@@ -225,6 +228,9 @@ def _in_form_of(optimizer: MegatronOptimizer, part: Any, saved: Any) -> dict[str
 def _like(current: dict[str, Any], saved_groups: list[dict[str, Any]]) -> dict[str, Any]:
     """The saved settings of a parameter group, with the parameters and the marks of this run.
 
+    What flags set and no schedule is that of the flags: megatron_ext.training.checks has compared
+    it with the checkpoint's.
+
     A group that the first rank had no part of has not been saved. It differs by its marks alone,
     and the scheduler sets its learning rate and weight decay before the next step.
     """
@@ -237,4 +243,5 @@ def _like(current: dict[str, Any], saved_groups: list[dict[str, Any]]) -> dict[s
     exact = (group for group in saved_groups if alike(group))
     near = (group for group in saved_groups if alike(group, "is_expert_parallel"))
     settings = next(exact, None) or next(near, None) or current
-    return {**settings, **marks, "params": current["params"]}
+    flags = {key: current[key] for key in _BY_FLAGS if key in current}
+    return {**settings, **flags, **marks, "params": current["params"]}

@@ -386,3 +386,19 @@ def test_a_step_whose_fp16_gradients_overflow_is_skipped_and_not_counted(tmp_pat
         steps += not overflow
         assert step == steps and (overflow or math.isfinite(result.grad_norm))
         assert moved == (not overflow and result.lr > 0)
+
+
+def refusal_with(folder, flags):
+    from alignment.engines.megatron import MegatronEngine, MegatronLayout
+
+    return told_by(lambda: MegatronEngine(folder, OPTIMIZATION, MegatronLayout(), flags=flags))
+
+
+def test_flags_that_make_another_model_of_the_weights_are_refused(tmp_path):
+    make("llama", tmp_path / "model", vocab_size=128, num_hidden_layers=1)
+    for flags, name in (
+        (["--norm-epsilon", "0.1"], "eps = 0.1, which was trained with"),
+        (["--rotary-percent", "0.5"], "rotary_percent = 0.5"),
+    ):
+        [refusal] = run_ranks(refusal_with, 1, tmp_path / "model", flags)
+        assert name in refusal

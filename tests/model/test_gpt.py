@@ -152,3 +152,32 @@ def decoder() -> None:
 
 def test_the_decoder_is_the_papers() -> None:
     run_ranks(decoder, 1)
+
+
+def rotary_frequencies(factor: float) -> torch.Tensor:
+    """On a rank: what the model turns queries and keys by."""
+    flags = ("--use-rope-scaling", "--rope-scaling-factor", str(factor))
+    _, _, [model] = megatron.start(*flags, "--kv-channels", "64")
+    return model.rotary_pos_emb.inv_freq.cpu()
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_rope_scaling_is_that_of_llama_3_for_every_factor(factor: float) -> None:
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    scaling = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    config = LlamaConfig(
+        hidden_size=128,
+        num_attention_heads=2,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": factor,
+            "original_max_position_embeddings": 8192,
+            **scaling,
+        },
+    )
+    expected, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    [frequencies] = run_ranks(rotary_frequencies, 1, factor)
+    torch.testing.assert_close(frequencies, expected, rtol=1e-6, atol=0)

@@ -1,13 +1,16 @@
+import json
 import math
 from collections import Counter
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tools.ngram_baseline import Bigram, Unigram, baseline_losses
+from megatron_ext.errors import UserError
+from tools.ngram_baseline import Bigram, Unigram, baseline_losses, main
 
 VOCABULARY = 5
 STREAMS = st.lists(st.integers(0, VOCABULARY - 1), min_size=2, max_size=200)
@@ -83,3 +86,17 @@ def test_bigram_learns_what_a_unigram_cannot() -> None:
     losses = baseline_losses(alternating, alternating, VOCABULARY)
     assert losses["bigram"] < 0.1
     assert losses["unigram"] == pytest.approx(math.log(2), abs=0.05)
+
+
+def test_datasets_of_different_tokenizers_are_refused(tmp_path: Path) -> None:
+    for name, tokenizer in (
+        ("train", {"sha256": "1", "vocab_size": 9}),
+        ("valid", {"sha256": "2"}),
+    ):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"tokenizer": tokenizer}))
+    train, valid = (str(tmp_path / name) for name in ("train", "valid"))
+    words = ["--train-data", train, "--vocab-size", "8", "--valid-data"]
+    with pytest.raises(UserError, match="was made with another tokenizer than --train-data"):
+        main([*words, valid])
+    with pytest.raises(UserError, match="has 9 entries: give 9"):
+        main([*words, train])

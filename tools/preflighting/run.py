@@ -13,6 +13,7 @@ import torch
 
 from megatron_ext.arguments import parse_args
 from megatron_ext.config import ETConfig
+from megatron_ext.data.tokenizer_identity import tokenizer_digest
 from megatron_ext.devices import is_cpu_device
 from megatron_ext.errors import UserError
 from megatron_ext.training import checks
@@ -33,7 +34,7 @@ def configuration(flags: Sequence[str], ranks: int) -> tuple[Namespace, ETConfig
     """
     with mock.patch.dict(os.environ, WORLD_SIZE=str(ranks)):
         args, config = parse_args(flags, writes=False)
-    args.tokenizer_sha256 = checks.sha256(args.tokenizer_model)
+    args.tokenizer_sha256 = tokenizer_digest(args)
     return args, config
 
 

@@ -1,0 +1,253 @@
+"""Whether a dataset or a checkpoint belongs to a tokenizer, decided by content and not by path."""
+
+import json
+from argparse import Namespace
+from collections.abc import Iterator
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_ext.checkpoint import file_digest
+from megatron_ext.errors import UserError
+
+# Token ids read from a dataset to check them against the vocabulary, and in how many places.
+_IDS_READ, _PLACES = 10_000_000, 10
+
+# Names of files in a tokenizer's folder that decide which text an id stands for. Others, such as
+# the chat template, may change. Where there is a tokenizer.json, the older formats are copies.
+_FAST = "tokenizer.json"
+_SLOW = (
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "added_tokens.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+_SETTINGS = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "add_bos_token",
+    "add_eos_token",
+    "add_prefix_space",
+    "do_lower_case",
+)
+# A SentencePiece file in the form of a Hugging Face folder, as megatron_ext.hf.tokenizers writes.
+_OWN_CLASS = "ExpertThresholdTokenizer"
+
+
+def tokenizer_digest(args: Namespace) -> str | None:
+    """Return what identifies the tokenizer of a run.
+
+    A tokenizer in one file has the SHA-256 of that file, as `tools.preprocess_data` writes it into
+    a dataset's manifest. A folder, or a model of the Hugging Face hub, has a digest of what decides
+    its encoding, the same wherever the folder is.
+
+    Args:
+        args: Megatron's; `tokenizer_type` and the files that it reads.
+
+    Returns:
+        hexadecimal digits; None where there is no file, as with NullTokenizer.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    model = getattr(args, "tokenizer_model", None)
+    try:
+        if args.tokenizer_type == "TikTokenizer":
+            names = ("tiktoken_pattern", "tiktoken_num_special_tokens", "tiktoken_special_tokens")
+            settings = {name: getattr(args, name, None) for name in names}
+            return _combined([file_digest(Path(model)), settings]) if model else None
+        if model is not None and Path(model).is_file():
+            return file_digest(Path(model))
+        if args.tokenizer_type == "HuggingFaceTokenizer" and model is not None:
+            folder = Path(model) if Path(model).is_dir() else _cached_folder(model)
+            return folder and _folder_digest(folder)
+        files = [getattr(args, name, None) for name in ("vocab_file", "merge_file")]
+        present = [Path(file) for file in files if file is not None]
+        return _combined([file_digest(file) for file in present]) if present else None
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--tokenizer-model {model} cannot be read: {error}; restore the file, or give another"
+        ) from error
+
+
+def check_dataset_tokenizer(prefix: str, args: Namespace, whose: str) -> None:
+    """Refuse an indexed dataset whose tokens are not those of a run's or a model's tokenizer.
+
+    Args:
+        prefix: of the dataset's files, which must be whole.
+        args: Megatron's, with `vocab_size` without padding and `tokenizer_sha256`.
+        whose: the tokenizer in words, for the message: "--tokenizer-model FILE".
+
+    Raises:
+        UserError: the dataset's manifest names another tokenizer, or a token id is beyond the
+            vocabulary.
+    """
+    if made_with := manifest_tokenizer(prefix):
+        _check_manifest(prefix, made_with, args, whose)
+    largest = largest_id(prefix)
+    if largest >= args.vocab_size:
+        raise UserError(
+            f"dataset {prefix} holds token id {largest}, beyond the vocabulary of "
+            f"{args.vocab_size:,}: it does not belong to this tokenizer"
+        )
+
+
+def manifest_tokenizer(prefix: str) -> dict[str, Any]:
+    """Return what a dataset's manifest says of its tokenizer; nothing without a manifest.
+
+    Raises:
+        UserError: the manifest is damaged.
+    """
+    dataset = Path(prefix)
+    name = dataset.name.removesuffix("_text_document")
+    text, _, split = name.rpartition("_")
+    if text and split in ("train", "valid"):
+        name = text
+    manifest = dataset.with_name(f"{name}.json")
+    if not manifest.is_file():
+        return {}
+    try:
+        content = json.loads(manifest.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{manifest}, which says what dataset {prefix} was made of, cannot be read: {error}; "
+            "restore it, or make the dataset again"
+        ) from error
+    tokenizer = content.get("tokenizer") if isinstance(content, dict) else None
+    return tokenizer if isinstance(tokenizer, dict) else {}
+
+
+def largest_id(prefix: str) -> int:
+    """Return the largest token id in ten places of a dataset, or in all of a small one.
+
+    An empty dataset has -1.
+    """
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    dtype = IndexedDataset(prefix).index.dtype
+    if not Path(f"{prefix}.bin").stat().st_size:
+        return -1
+    ids = np.memmap(f"{prefix}.bin", dtype=dtype, mode="r")
+    if len(ids) <= _IDS_READ:
+        return int(ids.max())
+    length = _IDS_READ // _PLACES
+    starts = np.linspace(0, len(ids) - length, _PLACES).astype(np.int64)
+    return max(int(ids[start : start + length].max()) for start in starts)
+
+
+def check_model_tokenizer(checkpoint: Path, saved: Namespace, here: Namespace) -> None:
+    """Refuse to train a checkpoint on with another tokenizer.
+
+    Raises:
+        UserError: naming the tokenizer.
+    """
+    there, digest = getattr(saved, "tokenizer_sha256", None), here.tokenizer_sha256
+    # Earlier versions recorded none for a folder.
+    unknown = there is None and saved.tokenizer_type == here.tokenizer_type
+    if there != digest and not unknown:
+        raise UserError(
+            f"{checkpoint} was trained with another tokenizer than --tokenizer-model "
+            f"{here.tokenizer_model}"
+            + (", whose content has changed" if _same_path(saved, here) else "")
+            + ": give the one it was trained with"
+        )
+
+
+def check_tokenizer_content(checkpoint: Path, args: Namespace) -> None:
+    """Refuse a tokenizer for inference or conversion that is not what the model was trained with.
+
+    Args:
+        checkpoint: for the message.
+        args: the run's, `tokenizer_model` being where the tokenizer is now.
+
+    Raises:
+        UserError: its content is another.
+    """
+    recorded = getattr(args, "tokenizer_sha256", None)
+    digest = tokenizer_digest(args)
+    if recorded is not None and digest is not None and digest != recorded:
+        raise UserError(
+            f"{checkpoint} was trained with another tokenizer than {args.tokenizer_model}, whose "
+            "content differs: give the one it was trained with by --tokenizer-model"
+        )
+
+
+def _check_manifest(prefix: str, made_with: dict[str, Any], args: Namespace, whose: str) -> None:
+    if args.tokenizer_type == "NullTokenizer":  # knows no text, only a number of ids
+        size = made_with.get("vocab_size")
+        if size not in (None, args.vocab_size):
+            raise UserError(
+                f"dataset {prefix} was made with another tokenizer, of {size:,} entries where "
+                f"--vocab-size says {args.vocab_size:,}: give {size}, or make the dataset again"
+            )
+        return
+    digest = made_with.get("sha256")
+    if digest is not None and digest not in set(_digests(args)):
+        raise UserError(
+            f"dataset {prefix} was made with another tokenizer than {whose}: give "
+            f"{made_with.get('path', 'that one')}, or make the dataset again"
+        )
+
+
+def _digests(args: Namespace) -> Iterator[str | None]:
+    """Digests by which a manifest may name a tokenizer."""
+    yield getattr(args, "tokenizer_sha256", None) or tokenizer_digest(args)
+    if args.tokenizer_type == "HuggingFaceTokenizer":
+        # preprocess_data reads the SentencePiece file that many folders hold as well.
+        file = Path(args.tokenizer_model or "") / "tokenizer.model"
+        if file.is_file():
+            yield file_digest(file)
+
+
+def _folder_digest(folder: Path) -> str | None:
+    settings = {
+        **_json(folder / "special_tokens_map.json"),
+        **_json(folder / "tokenizer_config.json"),
+    }
+    if settings.get("tokenizer_class") == _OWN_CLASS:
+        return file_digest(folder / "tokenizer.model")
+    content: list[Any] = [{name: _text(settings.get(name)) for name in _SETTINGS}]
+    if (folder / _FAST).is_file():
+        encoder = _json(folder / _FAST)
+        for state in ("truncation", "padding"):  # of the last call, not of the tokenizer
+            encoder.pop(state, None)
+        content.append(encoder)
+    else:
+        files = [folder / name for name in _SLOW] + sorted(folder.glob("*.tiktoken"))
+        content += [[file.name, file_digest(file)] for file in files if file.is_file()]
+    return _combined(content) if len(content) > 1 else None
+
+
+def _cached_folder(model: str) -> Path | None:
+    """Return the folder that a model of the hub was downloaded to."""
+    from huggingface_hub import try_to_load_from_cache
+
+    for name in (_FAST, "tokenizer_config.json", *_SLOW):
+        if isinstance(file := try_to_load_from_cache(model, name), str):
+            return Path(file).parent
+    return None
+
+
+def _json(file: Path) -> dict[str, Any]:
+    content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return content if isinstance(content, dict) else {}
+
+
+def _text(token: Any) -> Any:
+    """Return a special token's text, which newer files write with its settings."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _combined(content: list[Any]) -> str:
+    return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _same_path(saved: Namespace, here: Namespace) -> bool:
+    model = getattr(here, "tokenizer_model", None)
+    return model is not None and getattr(saved, "tokenizer_model", None) == model
