@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--load", required=True, metavar="DIR", help="run directory, or folder of checkpoints")
     add("--prompt", action="append", default=[], help="text to continue; may be repeated")
-    add("--prompt-file", metavar="FILE", help="more prompts, one a line")
+    add("--prompt-file", metavar="FILE", help="UTF-8 file of more prompts, one a line.")
     add("--max-new-tokens", type=int, default=64, help="length of a continuation (%(default)s)")
     add("--temperature", type=float, default=0.8, help="divides the logits (%(default)s)")
     add("--top-k", type=int, default=0, help="draw among the k likeliest tokens (all)")
@@ -81,9 +81,13 @@ def _prompts(options: argparse.Namespace) -> list[str]:
     texts = list(options.prompt)
     if options.prompt_file is not None:
         try:
-            texts += Path(options.prompt_file).read_text().splitlines()
+            with open(options.prompt_file, encoding="utf-8-sig", newline="") as file:
+                text = file.read()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--prompt-file {options.prompt_file}: {error}") from error
+        # Unlike `splitlines`, which also ends a line at U+2028, a form feed and others.
+        lines = text.removesuffix("\n").split("\n") if text else []
+        texts += [line.removesuffix("\r") for line in lines]
     if not texts:
         raise UserError("nothing to continue: give --prompt or --prompt-file")
     if not all(texts):

@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -105,7 +105,7 @@ class Row:
         if not all(0 <= token < trained.vocab_size for token in self.prompt):
             raise UserError(f"a prompt has a token outside the vocabulary of {trained.vocab_size}")
         self._tokenizer = trained.tokenizer
-        self._document_ends = end_tokens(trained) if sampling.stop_at_eod else frozenset()
+        self._document_ends = end_tokens(trained.tokenizer) if sampling.stop_at_eod else frozenset()
         self.ends = self._document_ends | frozenset(sampling.stop_token_ids)
         self.released: list[ScoredText] = []
         # Settled tokens that are not released, for a stop string may begin in them, and scores of
@@ -116,6 +116,7 @@ class Row:
         self._released = 0  # characters of the stream's text
         self._start = 0  # where in it the continuation begins
         self._unfinished = 0  # tokens of the prompt that begin a character it does not complete
+        self._begun_parts: list[TokenText] = []  # those of them that are settled
         self._exempt = 0  # characters in which no stop string may end
 
     @property
@@ -188,13 +189,16 @@ class Row:
     def _take(self, parts: list[TokenText]) -> None:
         """Keep settled tokens. Those of the prompt that began a character merge with the first
         token after them."""
+        left = self._unfinished - len(self._begun_parts)
+        self._begun_parts += parts[:left]
+        parts = parts[left:]
         if parts and self._unfinished:
-            first, parts = parts[: self._unfinished + 1], parts[self._unfinished + 1 :]
+            first = [*self._begun_parts, parts[0]]
             text = "".join(part.text for part in first)
             data = b"".join(part.data for part in first)
             size = len(text[: self._start].encode())
-            parts = [TokenText(first[-1].token, text[self._start :], data[size:]), *parts]
-            self._unfinished = 0
+            parts[0] = TokenText(parts[0].token, text[self._start :], data[size:])
+            self._unfinished, self._begun_parts = 0, []
         self._parts += parts
 
     def _stop(self, text: str) -> int | None:
@@ -243,7 +247,9 @@ class Row:
         self._released += len(left) - characters
 
 
-def end_tokens(trained: TrainedModel) -> frozenset[int]:
-    """Return the tokens that end a document: all that the model has, the tokenizer's at least."""
-    ends: frozenset[int] | None = getattr(trained, "end_ids", None)
-    return frozenset({trained.tokenizer.eod}) if ends is None else ends
+def end_tokens(tokenizer: Any) -> frozenset[int]:
+    """Return the end tokens recorded with a tokenizer, or its own."""
+    recorded: frozenset[int] | None = getattr(tokenizer, "end_tokens", None)
+    if recorded is None:
+        recorded = frozenset() if tokenizer.eod is None else frozenset([tokenizer.eod])
+    return recorded

@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from os.path import commonprefix
 from typing import Any
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -218,21 +219,30 @@ class TextStream:
         self._pending.append(token)
         self.tail = self._decode(self._pending)
         self._growth.append(self.tail)
-        if self._detokenizer.unsettled(self._pending):
+        settled = len(self._pending) - self._detokenizer.unsettled(self._pending)
+        # The first bytes of the last token may still belong to a character of those before.
+        if 0 < settled < len(self._pending) and not self.tail.startswith(self._growth[settled - 1]):
             return []
-        return self.flush()
+        return self._settle(settled)
 
     def flush(self) -> list[TokenText]:
         """Settle all tokens as if none followed; return their parts."""
-        if not self._pending:
+        return self._settle(len(self._pending))
+
+    def _settle(self, count: int) -> list[TokenText]:
+        """Settle the first pending tokens."""
+        if not count:
             return []
-        parts = self._parts()
-        self.settled += self.tail
-        self._before += self._pending
-        self._before_text += self.tail
+        text = self._growth[count - 1]
+        parts = self._parts(self._pending[:count], self._growth[:count])
+        self.settled += text
+        self._before += self._pending[:count]
+        self._before_text += text
+        self.tail = self.tail[len(text) :]
+        self._pending = self._pending[count:]
+        self._growth = [grown[len(text) :] for grown in self._growth[count:]]
         if len(self._before) > 4 * _CONTEXT:
             self._before, self._before_text = self._window(self._before)
-        self._pending, self._growth, self.tail = [], [], ""
         return parts
 
     def spell(self, token: int) -> tuple[str, bytes]:
@@ -265,16 +275,13 @@ class TextStream:
             size *= 2
         return [], ""
 
-    def _parts(self) -> list[TokenText]:
-        text, done, texts = self.tail, 0, []
-        for grown in self._growth:
-            size = next((i for i, (a, b) in enumerate(zip(grown, text)) if a != b), None)
-            size = min(len(grown), len(text)) if size is None else size
-            size = max(done, len(text) if grown is self._growth[-1] else size)
-            texts.append(text[done:size])
-            done = size
-        data = [self._detokenizer.bytes_of(token) for token in self._pending]
+    def _parts(self, tokens: Sequence[int], growth: Sequence[str]) -> list[TokenText]:
+        text, done, texts = growth[-1], 0, []
+        for grown in [*growth[:-1], text]:
+            done, last = max(done, len(commonprefix([grown, text]))), done
+            texts.append(text[last:done])
+        data = [self._detokenizer.bytes_of(token) for token in tokens]
         known = [part for part in data if part is not None]
         if len(known) < len(data) or b"".join(known) != text.encode():
             known = [part.encode() for part in texts]
-        return [TokenText(*part) for part in zip(self._pending, texts, known)]
+        return [TokenText(*part) for part in zip(tokens, texts, known)]

@@ -21,13 +21,13 @@ def build(kind, folder):
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    text = ["foo bar caf\u00e9 naive ab Q ab foo bar", "foo x bar ab caf"] * 20
+    text = ["foo bar caf naive ab Q ab foo bar", "foo x bar ab caf"] * 20
     if kind == "sentencepiece":
         import sentencepiece
 
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(text), model_prefix=str(folder / "sp"), vocab_size=290,
-            byte_fallback=True, character_coverage=0.9, hard_vocab_limit=False, minloglevel=2,
+            byte_fallback=True, character_coverage=1.0, hard_vocab_limit=False, minloglevel=2,
             normalization_rule_name="identity", remove_extra_whitespaces=False,
         )  # fmt: skip
         path, library = folder / "sp.model", "sentencepiece"
@@ -103,11 +103,9 @@ class Oracle:
         exempt = start
         for taken in range(1, len(ids) + 1):
             so_far = [*prompt, *ids[:taken]]
-            text = self.certain(so_far)
+            text = self.decode(so_far) if taken == len(ids) else self.certain(so_far)
             if taken <= min_tokens:
                 exempt = len(text)
-            if taken == len(ids):
-                text = self.decode(so_far)
             # Every place at which a stop string is found, one character after the other.
             found = [
                 place
@@ -146,17 +144,22 @@ def differences(kind, folder):
     )
     special = oracle._inner.bos_id() if kind == "sentencepiece" else 2
     wrong, finishes, broken = [], [], 0
-    for _ in range(600):
+    for number in range(200):
         prompt, ids = (draw(choose, oracle, of_byte, special) for _ in range(2))
         if kind == "byte-fallback":  # whether a run of bytes is whole depends on both sides
             prompt = oracle.encode("foo Q")
         stops = choose.sample(STOPS, choose.randint(0, 3))
+        if kind == "byte-fallback":  # a broken run is certain when it ends, not before
+            stops = [stop for stop in stops if stop != "\ufffd"]
         least = choose.choice([0, 0, 3])
         sampling = Sampling(
             len(ids), greedy=True, stop=tuple(stops), stop_at_eod=False,
             min_tokens=min(least, len(ids)),
         )  # fmt: skip
-        row, pieces, parts = Row(trained, prompt, sampling, 0), [], []
+        echo = number % 2 == 1
+        row, pieces, parts = Row(trained, prompt, sampling, 0, scores_prompt=echo), [], []
+        if echo:
+            row.prompt_scores = [Score(token, -1.0) for token in prompt[1:]]
         for token in ids:
             pieces.append(row.add(Score(token, -1.0)))
             parts += row.released
@@ -167,12 +170,15 @@ def differences(kind, folder):
         expected = oracle.text(prompt, ids, stops, sampling.min_tokens)
         texts = [entry.part.text for entry in parts]
         data = b"".join(entry.part.data for entry in parts)
+        whole = oracle.certain(prompt) * echo + completion.text
+        tokens = prompt * echo + completion.tokens
         if (
             got != expected
-            or "".join(pieces) != completion.text
-            or "".join(texts) != completion.text
-            or data != completion.text.encode()
-            or [entry.score.token for entry in parts] != completion.tokens
+            or "".join(pieces) != whole
+            or "".join(texts) != whole
+            or data != whole.encode()
+            or [entry.part.token for entry in parts] != tokens
+            or [entry.score.token for entry in parts if entry.score] != tokens[echo:]
         ):
             wrong.append((prompt, ids, stops, least, expected, got, pieces, texts, data))
         finishes.append(completion.finish)
@@ -184,4 +190,4 @@ def differences(kind, folder):
 def test_text_stops_and_parts_are_those_of_decoding_all_tokens(kind, tmp_path):
     [(wrong, stopped, broken)] = run_ranks(differences, 1, kind, tmp_path)
     assert wrong == []
-    assert 100 < stopped < 500 and broken > 100
+    assert 30 < stopped < 170 and broken > 50
