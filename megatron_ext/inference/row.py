@@ -13,6 +13,7 @@ from megatron_ext.inference.loading import TrainedModel
 from megatron_ext.inference.sampling import Sampling
 from megatron_ext.inference.text import TextStream, TokenText, detokenizer_of
 
+
 @dataclass(frozen=True)
 class Score:
     """A token under the model, at temperature 1 with nothing cut off.

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from os.path import commonprefix
+from itertools import takewhile
 from typing import Any
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -278,7 +278,8 @@ class TextStream:
     def _parts(self, tokens: Sequence[int], growth: Sequence[str]) -> list[TokenText]:
         text, done, texts = growth[-1], 0, []
         for grown in [*growth[:-1], text]:
-            done, last = max(done, len(commonprefix([grown, text]))), done
+            alike = takewhile(lambda pair: pair[0] == pair[1], zip(grown, text))
+            done, last = max(done, sum(1 for _ in alike)), done
             texts.append(text[last:done])
         data = [self._detokenizer.bytes_of(token) for token in tokens]
         known = [part for part in data if part is not None]

@@ -143,9 +143,7 @@ def _content(token: ScoredText) -> dict[str, Any]:
     assert token.score is not None  # only the first token of a prompt has none
     top = [
         {"token": text, "logprob": log_prob, "bytes": list(data)}
-        for (text, data), (_, log_prob) in zip(
-            token.likeliest, token.score.likeliest, strict=True
-        )
+        for (text, data), (_, log_prob) in zip(token.likeliest, token.score.likeliest, strict=True)
     ]
     return {
         "token": token.part.text,

@@ -4,7 +4,7 @@ A field that is not listed here is refused: a client that sets it would get anot
 asked for. Those that change nothing at their only possible value are listed with that value.
 """
 
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -181,10 +181,7 @@ class ChatBody(_Request):
     continue_final_message: Off = False
 
 
-AnyBody = TypeVar("AnyBody", CompletionBody, ChatBody)
-
-
-def read_body(kind: type[AnyBody], body: Any) -> AnyBody:
+def read_body[AnyBody: (CompletionBody, ChatBody)](kind: type[AnyBody], body: Any) -> AnyBody:
     """Check a body.
 
     Args:

@@ -1,6 +1,5 @@
 """Text, stop strings and parts of tokens of a row, against decoding all its tokens at once."""
 
-import os
 import random
 from types import SimpleNamespace
 
@@ -95,7 +94,11 @@ class Oracle:
 
     def certain(self, ids):
         """What a text has in common with all its continuations."""
-        return os.path.commonprefix([self.decode([*ids, *more]) for more in self._continuations])
+        texts = [self.decode([*ids, *more]) for more in self._continuations]
+        size = min(map(len, texts))
+        while any(text[:size] != texts[0][:size] for text in texts):
+            size -= 1
+        return texts[0][:size]
 
     def text(self, prompt, ids, stops, min_tokens):
         """How many tokens are taken, and the text."""
