@@ -122,13 +122,25 @@ class Api:
         arrived: asyncio.Queue[tuple[int, Piece | None]] = asyncio.Queue()
 
         def to(index: int) -> Callable[[Piece | None], None]:
+            ready: list[tuple[int, Piece | None]] = []
+
             def deliver(piece: Piece | None) -> None:
+                ready.append((index, piece))
+                # Waking the loop costs the model's thread time: for a whole answer once is enough.
+                if not call.stream and piece is not None and piece.finish is None:
+                    return
+                batch = ready.copy()
+                ready.clear()
                 try:
-                    loop.call_soon_threadsafe(arrived.put_nowait, (index, piece))
+                    loop.call_soon_threadsafe(put, batch)
                 except RuntimeError:  # the loop has ended, nobody waits
                     pass
 
             return deliver
+
+        def put(batch: list[tuple[int, Piece | None]]) -> None:
+            for entry in batch:
+                arrived.put_nowait(entry)
 
         jobs = [Job(work, to(index)) for index, work in enumerate(call.works)]
         try:

@@ -194,3 +194,49 @@ def test_text_stops_and_parts_are_those_of_decoding_all_tokens(kind, tmp_path):
     [(wrong, stopped, broken)] = run_ranks(differences, 1, kind, tmp_path)
     assert wrong == []
     assert 30 < stopped < 170 and broken > 50
+
+
+def special_tokens(folder):
+    """On a rank: text, parts and reason of end of rows with special tokens."""
+    from megatron_ext.inference.row import Row, Score
+    from megatron_ext.inference.sampling import Sampling
+
+    found = {}
+    for kind in ("sentencepiece", "byte-level"):
+        (folder / kind).mkdir()
+        tokenizer, _ = build(kind, folder / kind)
+        trained = SimpleNamespace(tokenizer=tokenizer, max_length=99, vocab_size=270)
+        encode = Oracle(kind, tokenizer, dict.fromkeys(BYTES, 5)).encode
+        special, end = (1, 2) if kind == "sentencepiece" else (0, 1)
+        ids = [*encode("foo bar")[-2:], special, *encode("Q ab")[-2:], end]
+
+        def run(ids, trained=trained, special=special, **fields):
+            row, parts = Row(trained, [ids[0]], Sampling(len(ids) + 1, **fields), 0), []
+            for token in ids:
+                row.add(Score(token, -1.0, ((token, -1.0), (special, -2.0))))
+                parts += row.released
+                if row.completion.finish:
+                    break
+            return row.completion.text, row.completion.finish, parts
+
+        tokenizer._tokenizer.eos_token = "</s>"
+        own = run(ids)
+        shown = run(ids, skip_special_tokens=False)
+        further = run(ids, stop_token_ids=(ids[3],))
+        tokenizer.end_tokens = frozenset([end, special])
+        found[kind] = own, shown, further, run(ids), run(ids, stop_at_eod=False)[1]
+    return found
+
+
+def test_special_tokens_end_rows_and_have_text_only_where_wanted(tmp_path):
+    [found] = run_ranks(special_tokens, 1, tmp_path)
+    for own, shown, further, several, ignored in found.values():
+        assert own[1] == shown[1] == "eod" and "<s>" not in own[0] and ignored is None
+        assert shown[0].replace("<s>", "") == own[0] and shown[0].count("<s>") == 1
+        assert [entry.part.text for entry in own[2]][-1] == ""  # the end token
+        assert (further[1], len(further[2])) == ("stop", 4)
+        assert "".join(entry.part.text for entry in further[2]) == further[0]
+        assert (several[1], len(several[2])) == ("eod", 3)
+        for entry in own[2]:  # a token is written alike among the likeliest
+            assert entry.likeliest[0] == (entry.part.text, entry.part.data)
+        assert own[2][0].likeliest[1] == ("<s>", b"<s>")
