@@ -61,7 +61,10 @@ def serve(path, sizes):
             ]
             for pieces in got
         ],
-        prompts=[trained.tokenizer.detokenize(prompt) for prompt in PROMPTS],
+        texts=[
+            trained.tokenizer.detokenize(prompt + completion.tokens)
+            for prompt, completion in zip(PROMPTS, alone)
+        ],
         alone=[vars(completion) for completion in alone],
         left=(scheduler.running, scheduler.waiting),
     )
@@ -85,7 +88,8 @@ def test_ranks_serve_together_what_each_continuation_is_alone(run_dir, sizes):  
         if i in (1, 4):
             assert len(pieces) == count
             continue
-        assert "".join(text for text, _, _ in pieces) == facts.prompts[i] + alone["text"]
+        text = "".join(text for text, _, _ in pieces)
+        assert text == facts.texts[i] and text.endswith(alone["text"])
         assert [finish for _, finish, _ in pieces] == [None] * (count - 1) + ["length"]
         assert [score.token for score in scores[1:]] == prompt[1:] + alone["tokens"]
         for score in scores[1:]:
