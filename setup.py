@@ -50,6 +50,7 @@ setup(
         # judges
         "httpx>=0.27",
         # serving
+        "pydantic>=2.10,<3",
         "starlette>=1",
         "uvicorn>=0.40",
     ],

@@ -36,6 +36,10 @@ def find_checkpoint(path: str | os.PathLike[str]) -> Path:
     if tracker is None:
         if root.name.startswith("iter_"):
             raise UserError(f"{root} is an incomplete checkpoint: it has no metadata")
+        if (root / "run.json").is_file() and (root / "checkpoints").is_dir():
+            raise UserError(
+                f"{root} holds no model yet: an alignment run writes one into final/ or best/"
+            )
         raise UserError(f"{root} holds no checkpoint: train with --run-dir or --save first")
     newest = tracker.read_text().strip()
     folder = tracker.parent / (f"iter_{int(newest):07d}" if newest.isdigit() else newest)
@@ -45,6 +49,29 @@ def find_checkpoint(path: str | os.PathLike[str]) -> Path:
             "give the folder of an earlier iteration"
         )
     return folder
+
+
+def find_model(path: str | os.PathLike[str]) -> Path:
+    """Return a model to run: a Hugging Face folder, or the folder of a checkpoint's iteration.
+
+    Args:
+        path: a run directory, a folder of checkpoints, the folder of one iteration, a Hugging Face
+            folder, or the run directory of an alignment run, whose model is in `final` (policies)
+            or `best` (judges and supervised fine-tuning).
+
+    Raises:
+        UserError: there is no model, or an incomplete one.
+    """
+    root = Path(path)
+    for folder in (root, root / "final", root / "best"):
+        if is_hf_folder(folder):
+            return folder
+    return find_checkpoint(root)
+
+
+def is_hf_folder(folder: Path) -> bool:
+    """Return whether a folder is one of Hugging Face's."""
+    return (folder / "config.json").is_file()
 
 
 def iterations(folder: Path) -> list[str]:

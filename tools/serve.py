@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_ext.checkpoint import find_checkpoint
+from megatron_ext.checkpoint import find_model
 from megatron_ext.devices import activate
 from megatron_ext.errors import ToolParser, UserError, run_tool_or_ranks
 from megatron_ext.quiet import quiet_megatron
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     _check(options)
     key = _key(options.api_key_file)
     template = _read("--chat-template", options.chat_template) if options.chat_template else None
-    checkpoint = find_checkpoint(options.load)
+    checkpoint = find_model(options.load)
     listening = listen(options.host, options.port) if is_first_rank() else None
     with quiet_megatron():
         activate()  # before anything of Megatron is imported, which takes seconds
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = ToolParser(prog="python -m tools.serve", description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--load", required=True, metavar="DIR", help="run directory, or folder of checkpoints")
+    add("--load", required=True, metavar="DIR", help="Run directory or Hugging Face folder.")
     add("--model-name", metavar="NAME", help="in requests and answers (the folder's name)")
     add("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     add("--port", type=int, default=8000, help="0 for any free one (%(default)s)")

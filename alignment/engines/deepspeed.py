@@ -184,6 +184,8 @@ class DeepSpeedEngine:
         """See the protocol; `Sampling.stop` needs a tokenizer, which this engine has not."""
         if sampling.stop:
             raise UserError("the DeepSpeed engine takes no stop strings: end by tokens")
+        if sampling.depends_on_tokens or sampling.stop_token_ids:
+            raise UserError("the DeepSpeed engine takes no penalties, bias or further end tokens")
         self._engine.eval()
         seeds = range(len(prompts)) if seeds is None else seeds
         return decode(self._engine.module, self.eod, prompts, sampling, seeds, self._device)

@@ -17,7 +17,7 @@ from megatron_ext.inference.cache import Chunk, RaggedCache
 from megatron_ext.inference.forward import full_logits, next_logits
 from megatron_ext.inference.loading import TrainedModel
 from megatron_ext.inference.row import Row, Score
-from megatron_ext.inference.sampling import choose, log_probs_of
+from megatron_ext.inference.sampling import adjust, choose, log_probs_of
 
 PROMPT_TOKENS = 512
 """The most prompt tokens of a pass: a long prompt delays the next token of other rows by so many at
@@ -152,6 +152,8 @@ class Engine:
         for numbers in alike.values():
             rows = [wanted[number][0] for number in numbers]
             theirs = logits if len(numbers) == len(wanted) else logits[numbers]
+            if any(row.sampling.depends_on_tokens for row in rows):
+                theirs = torch.stack([_adjusted(*pair) for pair in zip(theirs, rows)])
             tokens[numbers] = choose(theirs, rows[0].sampling, [row.generator for row in rows])
         scales = [row.sampling.score_temperature for row, _ in wanted]
         if any(scale != 1 for scale in scales):
@@ -161,6 +163,12 @@ class Engine:
             values, ids = logits.topk(most)  # [wanted, most]
             packed[2::2] = ids.T
             packed[3::2] = (values - logits.logsumexp(-1, keepdim=True)).T
+
+
+def _adjusted(logits: Tensor, row: Row) -> Tensor:
+    if not row.sampling.depends_on_tokens:
+        return logits
+    return adjust(logits, row.sampling, row.prompt, row.completion.tokens, row.ends)
 
 
 def _pairs(flat: list[float], count: int) -> tuple[tuple[int, float], ...]:

@@ -4,6 +4,7 @@
 """
 
 import os
+import tempfile
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,13 +23,15 @@ from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.arguments import add_megatron_arguments
 
 from megatron_ext.arguments import explained
-from megatron_ext.checkpoint import damage, find_checkpoint, read_common_state, readable
+from megatron_ext.checkpoint import damage, find_model, is_hf_folder, read_common_state, readable
 from megatron_ext.config import ETConfig
 from megatron_ext.data.tokenizer_identity import check_tokenizer_content
 from megatron_ext.devices import cpu_default_args, is_cpu_device
 from megatron_ext.errors import UserError
 from megatron_ext.inference.plain_linear import simplify_linear_layers
 from megatron_ext.model.gpt import gpt_model_config
+
+_TOKENIZERS: list[tempfile.TemporaryDirectory[str]] = []  # of Hugging Face folders
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -97,7 +100,8 @@ def load_model(
     """Load weights, thresholds and tokenizer. Every rank that torchrun started must call it.
 
     Args:
-        path: a run directory, a folder of checkpoints, or the folder of one iteration.
+        path: a run directory, a folder of checkpoints, the folder of one iteration, or a Hugging
+            Face folder; see `find_model`.
         layout: may differ from the training run's.
         dtype: of the weights. Default: the training run's on a GPU, fp32 on a CPU.
         tokenizer_model: where the tokenizer's file is, if not where it was in training.
@@ -108,12 +112,16 @@ def load_model(
         UserError: no checkpoint, an incomplete one, one of another project, another tokenizer than
             that of training, or a layout that the ranks or the model do not allow.
     """
-    checkpoint = find_checkpoint(path)
-    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if problem := damage(checkpoint, rank, ranks):
-        raise UserError(f"{checkpoint} is incomplete or damaged: {problem}")
-    state = read_common_state(checkpoint)
-    args = state["args"]
+    checkpoint = find_model(path)
+    source = state = None
+    if is_hf_folder(checkpoint):
+        source, args = _open_hf(checkpoint)
+    else:
+        rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        if problem := damage(checkpoint, rank, ranks):
+            raise UserError(f"{checkpoint} is incomplete or damaged: {problem}")
+        state = read_common_state(checkpoint)
+        args = state["args"]
     if with_thresholds is not None:
         with_thresholds(args)
     for_inference(args, layout or Layout(), dtype)
@@ -132,9 +140,29 @@ def load_model(
         )
     )
     module.eval().requires_grad_(False)
-    _load_weights(module, checkpoint, state, with_thresholds is None)
+    if source is not None:
+        from megatron_ext.hf.live import LiveTensors
+
+        tensors = LiveTensors([unwrap_model(module)], source.model, source.family)
+        tensors.load((name, source.tensors.read(name)) for name in tensors.needed)
+    else:
+        assert state is not None
+        _load_weights(module, checkpoint, state, with_thresholds is None)
     simplify_linear_layers(module)
-    return TrainedModel(module, tokenizer, args, checkpoint, state["iteration"])
+    return TrainedModel(module, tokenizer, args, checkpoint, state["iteration"] if state else 0)
+
+
+def _open_hf(folder: Path) -> tuple[Any, Namespace]:
+    """Open a Hugging Face folder; return its source and the arguments of a run of its model."""
+    from megatron_ext.hf.release import release_arguments
+    from megatron_ext.hf.sources import open_hf
+
+    source = open_hf(folder)
+    # Megatron reads tokenizers from files of its own; they stay as long as the process.
+    place = tempfile.TemporaryDirectory(prefix="megatron-et-tokenizer-")
+    _TOKENIZERS.append(place)
+    tokenizer = source.carry_tokenizer(Path(place.name))
+    return source, release_arguments(source.model, source.dtype, tokenizer, Path(place.name))
 
 
 def _load_weights(

@@ -2,11 +2,10 @@
 
 import secrets
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_ext.inference.row import Score
+from megatron_ext.inference.row import ScoredText
 from megatron_ext.serving.copies import Piece
 from megatron_ext.serving.protocol import Call
 
@@ -23,8 +22,8 @@ def error(message: str, status: int, param: str | None = None) -> dict[str, Any]
 class Answer:
     """The answer to one call, whole or in chunks."""
 
-    def __init__(self, call: Call, model: str, tokenizer: Any) -> None:
-        self.call, self._tokenizer = call, tokenizer
+    def __init__(self, call: Call, model: str) -> None:
+        self.call = call
         self.new_tokens = 0
         self.left = False  # whether the client went away
         kind = "chat.completion" if call.chat else "text_completion"
@@ -36,10 +35,6 @@ class Answer:
         }
         self._n = len(call.works) // len(call.prompts)
         self._choices = [_Choice() for _ in call.works]
-        # The last token of each choice, which decides how the next one is spelled; and how long
-        # its text is.
-        self._before = [work.prompt[-1] for work in call.works]
-        self._offsets = [0 for _ in call.works]
 
     @property
     def usage(self) -> dict[str, int]:
@@ -59,25 +54,26 @@ class Answer:
         return [self._chunk(index, None, delta=delta) for index in range(len(self._choices))]
 
     def add(self, index: int, piece: Piece) -> list[dict[str, Any]]:
-        """Take a token; returns the chunk that tells of it, or none if there is nothing to tell."""
-        texts, scores = [], []
-        if self.call.echo and not self._choices[index].started:
-            texts.append(self.call.echo[index // self._n])
-            scores += self._prompt_scores(index, piece)
-        self._choices[index].started = True
-        if not self.call.only_prompt:
+        """Take a token; return the chunk that reports it, or none if nothing is certain yet."""
+        choice, text, tokens = self._choices[index], piece.text, piece.tokens
+        finish = _FINISH[piece.finish]
+        if self.call.only_prompt:  # one token was sampled, for a row has at least one
+            tokens = tokens[: len(self.call.works[index].prompt)]
+            text = "".join(token.part.text for token in tokens) if self.call.log_probs else ""
+            finish = "length"
+        else:
             self.new_tokens += 1
-            texts.append(piece.text)
-            scores += [piece.score]
-        text, finish = "".join(texts), _FINISH[piece.finish]
-        choice = self._choices[index]
-        choice.text += text
-        choice.finish = finish
-        log_probs = self._log_probs(index, scores) if self.call.log_probs else None
-        if log_probs is not None:
+        if self.call.echo and not choice.started:
+            text = self.call.echo[index // self._n] + text
+        log_probs = None
+        if self.call.log_probs:
+            log_probs = self._log_probs(choice, tokens)
             for name, values in log_probs.items():
                 choice.log_probs.setdefault(name, []).extend(values)
-        if not (text or finish or log_probs):
+        choice.started = True
+        choice.text += text
+        choice.finish = finish
+        if not (text or finish or (log_probs and tokens)):
             return []
         shown = {"delta": {"content": text}} if self.call.chat else {"text": text}
         return [self._chunk(index, finish, logprobs=log_probs, **shown)]
@@ -107,42 +103,19 @@ class Answer:
         usage = {"usage": None} if self.call.include_usage else {}
         return {**self._head, "choices": [choice], **usage}
 
-    def _prompt_scores(self, index: int, piece: Piece) -> list[Score | int]:
-        """Scores of the prompt's tokens; the first has none, only its id."""
-        first: list[Score | int] = [self.call.works[index].prompt[0]]
-        return first + list(piece.prompt_scores) if self.call.log_probs else []
-
-    def _log_probs(self, index: int, scores: Sequence[Score | int]) -> dict[str, list[Any]]:
-        spelled = [self._spelled(index, score) for score in scores]
+    def _log_probs(self, choice: "_Choice", tokens: list[ScoredText]) -> dict[str, list[Any]]:
         if self.call.chat:
-            return {"content": [_content(*entry) for entry in spelled]}
+            return {"content": [_content(token) for token in tokens]}
         offsets = []
-        for text, _, _ in spelled:
-            offsets.append(self._offsets[index])
-            self._offsets[index] += len(text)
+        for token in tokens:
+            offsets.append(choice.offset)
+            choice.offset += len(token.part.text)
         return {
-            "tokens": [text for text, _, _ in spelled],
-            "token_logprobs": [log_prob for _, log_prob, _ in spelled],
-            "top_logprobs": [_by_text(*entry) for entry in spelled],
+            "tokens": [token.part.text for token in tokens],
+            "token_logprobs": [token.score.log_prob if token.score else None for token in tokens],
+            "top_logprobs": [_by_text(token) for token in tokens],
             "text_offset": offsets,
         }
-
-    def _spelled(
-        self, index: int, score: Score | int
-    ) -> tuple[str, float | None, list[tuple[str, float]]]:
-        """Text and log-probability of a token, and of the likeliest in its place."""
-        if isinstance(score, int):  # of the prompt's first token nothing but its id is known
-            self._before[index] = score
-            return self._tokenizer.detokenize([score]), None, []
-        before = self._before[index]
-        self._before[index] = score.token
-        likeliest = [(self._spell(before, token), value) for token, value in score.likeliest]
-        return self._spell(before, score.token), score.log_prob, likeliest
-
-    def _spell(self, before: int, token: int) -> str:
-        """The text a token adds to the one before it."""
-        start: str = self._tokenizer.detokenize([before])
-        return self._tokenizer.detokenize([before, token])[len(start) :]
 
 
 @dataclass
@@ -153,27 +126,28 @@ class _Choice:
     text: str = ""
     finish: str | None = None
     log_probs: dict[str, list[Any]] = field(default_factory=dict)
+    offset: int = 0  # in the text, of the next token
 
 
-def _by_text(
-    text: str, log_prob: float | None, likeliest: list[tuple[str, float]]
-) -> dict[str, float] | None:
-    """The likeliest tokens and the token itself; of several with one text, the likeliest."""
-    if log_prob is None:
+def _by_text(token: ScoredText) -> dict[str, float] | None:
+    """The token itself and the likeliest in its place; of several with one text, the likeliest."""
+    if token.score is None:
         return None
-    found: dict[str, float] = {}
-    for name, value in [*likeliest, (text, log_prob)]:
-        found.setdefault(name, value)
+    found = {token.part.text: token.score.log_prob}
+    for (text, _), (_, log_prob) in zip(token.likeliest, token.score.likeliest, strict=True):
+        found.setdefault(text, log_prob)
     return found
 
 
-def _content(
-    text: str, log_prob: float | None, likeliest: list[tuple[str, float]]
-) -> dict[str, Any]:
-    top = [{"token": t, "logprob": value, "bytes": list(t.encode())} for t, value in likeliest]
+def _content(token: ScoredText) -> dict[str, Any]:
+    assert token.score is not None  # only the first token of a prompt has none
+    top = [
+        {"token": text, "logprob": log_prob, "bytes": list(data)}
+        for (text, data), (_, log_prob) in zip(token.likeliest, token.score.likeliest, strict=True)
+    ]
     return {
-        "token": text,
-        "logprob": log_prob,
-        "bytes": list(text.encode()),
+        "token": token.part.text,
+        "logprob": token.score.log_prob,
+        "bytes": list(token.part.data),
         "top_logprobs": top,
     }

@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any
 
+from pydantic_core import from_json
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -16,8 +17,9 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from megatron_ext.serving.answers import Answer, error
+from megatron_ext.serving.bodies import BadRequest
 from megatron_ext.serving.copies import Piece
-from megatron_ext.serving.protocol import BadRequest, Call, Reader
+from megatron_ext.serving.protocol import Call, Reader
 from megatron_ext.serving.scheduler import Closing, Job, QueueFull, Scheduler
 
 MOST_BYTES = 8 * 2**20
@@ -80,12 +82,12 @@ class Api:
     async def chat(self, request: Request) -> Response:
         return await self._answer(request, self.reader.chat)
 
-    async def _answer(self, request: Request, read: Callable[[dict[str, Any]], Call]) -> Response:
+    async def _answer(self, request: Request, read: Callable[[Any], Call]) -> Response:
         deadline = asyncio.get_running_loop().time() + self.timeout
         body = await self._body(request)
         # Tokenizing a long text takes a while, in which others are served.
         call = await asyncio.to_thread(read, body)
-        answer = Answer(call, self.reader.name, self.reader.trained.tokenizer)
+        answer = Answer(call, self.reader.name)
         request.state.answer = answer
         pieces = self._submit(request, call, deadline)
         if call.stream:
@@ -95,7 +97,7 @@ class Api:
                 answer.add(index, piece)
         return JSONResponse(answer.whole())
 
-    async def _body(self, request: Request) -> dict[str, Any]:
+    async def _body(self, request: Request) -> Any:
         data = bytearray()
         try:
             async with asyncio.timeout(self.body_timeout):
@@ -106,12 +108,10 @@ class Api:
         except TimeoutError:
             raise Refusal(408, "the request's body did not arrive in time") from None
         try:
-            body = json.loads(data)
-        except (ValueError, RecursionError):
-            raise BadRequest("the body is not JSON") from None
-        if not isinstance(body, dict):
-            raise BadRequest("the body must be a JSON object")
-        return body
+            # Unlike `json`, it refuses halves of characters, which no tokenizer can read.
+            return from_json(bytes(data), allow_inf_nan=False)
+        except ValueError as error:
+            raise BadRequest(f"the body is not JSON: {error}") from None
 
     def _submit(self, request: Request, call: Call, deadline: float) -> Pieces:
         """Queue a call's continuations; what comes of them, as it comes.
@@ -122,13 +122,25 @@ class Api:
         arrived: asyncio.Queue[tuple[int, Piece | None]] = asyncio.Queue()
 
         def to(index: int) -> Callable[[Piece | None], None]:
+            ready: list[tuple[int, Piece | None]] = []
+
             def deliver(piece: Piece | None) -> None:
+                ready.append((index, piece))
+                # Waking the loop costs the model's thread time: for a whole answer once is enough.
+                if not call.stream and piece is not None and piece.finish is None:
+                    return
+                batch = ready.copy()
+                ready.clear()
                 try:
-                    loop.call_soon_threadsafe(arrived.put_nowait, (index, piece))
+                    loop.call_soon_threadsafe(put, batch)
                 except RuntimeError:  # the loop has ended, nobody waits
                     pass
 
             return deliver
+
+        def put(batch: list[tuple[int, Piece | None]]) -> None:
+            for entry in batch:
+                arrived.put_nowait(entry)
 
         jobs = [Job(work, to(index)) for index, work in enumerate(call.works)]
         try:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megatron_ext.inference.engine import PROMPT_TOKENS, Engine
 from megatron_ext.inference.loading import TrainedModel
-from megatron_ext.inference.row import Row, Score
+from megatron_ext.inference.row import Row, Score, ScoredText
 from megatron_ext.inference.sampling import Sampling
 
 
@@ -29,18 +29,17 @@ class Work:
 
 @dataclass(frozen=True)
 class Piece:
-    """One token of a continuation.
+    """What one token of a continuation makes certain.
 
     Attributes:
-        text: what can be shown for certain since the last one.
-        finish: why it is the last token, or None.
-        prompt_scores: with the first token, scores of the prompt where they were asked for.
+        text: that of `tokens`.
+        finish: why the continuation ended, or None.
+        tokens: those whose text is certain now, those of a scored prompt first.
     """
 
-    score: Score
     text: str
     finish: str | None
-    prompt_scores: list[Score] = field(default_factory=list)
+    tokens: list[ScoredText] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -128,10 +127,9 @@ class Copies:
 
     def _piece(self, row: Row, score: Score, text: str) -> tuple[int, Piece]:
         number, finish = self._numbers[row], row.completion.finish
-        first = len(row.completion.tokens) == 1
         if finish is not None:
             self._forget(number)
-        return number, Piece(score, text, finish, row.prompt_scores if first else [])
+        return number, Piece(text, finish, row.released)
 
     def _forget(self, number: int) -> Row:
         row = self._rows.pop(number)

@@ -54,7 +54,17 @@ def serve(path, sizes):
         scheduler.submit(jobs[:1])
     scheduler.run()
     return SimpleNamespace(
-        got=[[vars(piece) for piece in pieces] for pieces in got],
+        got=[
+            [
+                (piece.text, piece.finish, [(t.part.text, t.score) for t in piece.tokens])
+                for piece in pieces
+            ]
+            for pieces in got
+        ],
+        texts=[
+            trained.tokenizer.detokenize(prompt + completion.tokens)
+            for prompt, completion in zip(PROMPTS, alone)
+        ],
         alone=[vars(completion) for completion in alone],
         left=(scheduler.running, scheduler.waiting),
     )
@@ -66,17 +76,23 @@ def test_ranks_serve_together_what_each_continuation_is_alone(run_dir, sizes):  
     assert facts.left == (0, 0)
     for i, (pieces, alone) in enumerate(zip(facts.got, facts.alone)):
         count = {1: 0, 4: 2}.get(i, len(alone["tokens"]))
-        scores = [piece["score"] for piece in pieces]
-        assert [score.token for score in scores] == alone["tokens"][:count]
-        log_probs = pytest.approx(alone["log_probs"][:count], abs=1e-4)
-        assert [score.log_prob for score in scores] == log_probs
+        prompt = PROMPTS[i]
+        tokens = [token for _, _, tokens in pieces for token in tokens]
+        assert "".join(text for text, _, _ in pieces) == "".join(text for text, _ in tokens)
+        scores = [score for _, score in tokens]
+        assert scores[:1] == [None][: len(scores)]  # the prompt's first token has none
+        new = scores[len(prompt) :]
+        assert [score.token for score in new] == alone["tokens"][: len(new)]
+        log_probs = pytest.approx(alone["log_probs"][: len(new)], abs=1e-4)
+        assert [score.log_prob for score in new] == log_probs
         if i in (1, 4):
+            assert len(pieces) == count
             continue
-        assert "".join(piece["text"] for piece in pieces) == alone["text"]
-        assert [piece["finish"] for piece in pieces] == [None] * (count - 1) + ["length"]
-        prompt = pieces[0]["prompt_scores"]
-        assert [score.token for score in prompt] == PROMPTS[i][1:]
-        for score in [*prompt, *scores]:
+        text = "".join(text for text, _, _ in pieces)
+        assert text == facts.texts[i] and text.endswith(alone["text"])
+        assert [finish for _, finish, _ in pieces] == [None] * (count - 1) + ["length"]
+        assert [score.token for score in scores[1:]] == prompt[1:] + alone["tokens"]
+        for score in scores[1:]:
             (first, best), (_, second) = score.likeliest
             assert score.log_prob <= best + 1e-6 and second <= best
             assert score.token != first or score.log_prob == pytest.approx(best, abs=1e-6)

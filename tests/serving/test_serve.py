@@ -195,7 +195,31 @@ def test_chat_is_a_completion_of_the_rendered_template(client):
         ({"logprobs": 21}, 400, "logprobs"),
         ({"stream": "yes"}, 400, "stream"),
         ({"stream_options": []}, 400, "stream_options"),
-        ({"logit_bias": {"5": 1}}, 400, "logit_bias"),
+        ({"logit_bias": {"500": 1}}, 400, "logit_bias"),
+        ({"logit_bias": {"a": 1}}, 400, "logit_bias"),
+        ({"logit_bias": {"5": 101}}, 400, "logit_bias"),
+        ({"logit_bias": [5]}, 400, "logit_bias"),
+        ({"frequency_penalty": 2.5}, 400, "frequency_penalty"),
+        ({"presence_penalty": "0"}, 400, "presence_penalty"),
+        ({"repetition_penalty": 0}, 400, "repetition_penalty"),
+        ({"min_p": 1.1}, 400, "min_p"),
+        ({"min_tokens": 3}, 400, "min_tokens"),
+        ({"stop_token_ids": [500]}, 400, "stop_token_ids"),
+        ({"stop_token_ids": "5"}, 400, "stop_token_ids"),
+        ({"top_k": 1.0}, 400, "top_k"),
+        ({"top_k": -2}, 400, "top_k"),
+        ({"max_tokens": 0}, 400, "max_tokens"),
+        ({"max_tokens": -1}, 400, "max_tokens"),
+        ({"skip_special_tokens": 0}, 400, "skip_special_tokens"),
+        ({"guided_regex": "[0-9]+"}, 400, "guided_regex"),
+        ({"truncate_prompt_tokens": 2}, 400, "truncate_prompt_tokens"),
+        ({"best_of": 2}, 400, "best_of"),
+        ({"suffix": "ba"}, 400, "suffix"),
+        ({"store": True}, 400, "store"),
+        ({"stream_options": {"include_usage": True}}, 400, "stream_options"),
+        ({"stream": True, "stream_options": {"every": 1}}, 400, "stream_options.every"),
+        ({"messages": []}, 400, "messages"),
+        ({"temprature": 0}, 400, "temprature"),
         ({"model": "other"}, 404, "tiny"),
     ],
     ids=str,
@@ -203,7 +227,132 @@ def test_chat_is_a_completion_of_the_rendered_template(client):
 def test_what_cannot_be_served_is_refused_by_name(http, change, status, named):
     body = {"model": "tiny", "prompt": "ba", "max_tokens": 2} | change
     answer = http.post("/v1/completions", json=body)
-    assert answer.status_code == status and named in answer.json()["error"]["message"]
+    error = answer.json()["error"]
+    assert answer.status_code == status == error["code"] and named in error["message"]
+    assert error["type"] == "invalid_request_error"
+    assert error["param"] in change or error["param"] == "max_tokens"
+    assert "\n" not in error["message"] and "pydantic" not in error["message"]
+
+
+NO_EFFECT = {
+    "user": "me", "metadata": {"a": "b"}, "store": False, "n": 1, "service_tier": "auto",
+    "frequency_penalty": 0, "presence_penalty": 0.0, "repetition_penalty": 1, "min_p": 0,
+    "min_tokens": 0, "logit_bias": {}, "stop": [], "stop_token_ids": [], "top_k": -1, "top_p": 1,
+    "stream": False, "seed": None, "guided_json": None, "skip_special_tokens": True,
+}  # fmt: skip
+
+
+def test_fields_without_effect_are_accepted_and_have_none(http):
+    body = {"prompt": PROMPT, "temperature": 0, "max_tokens": 8}
+    plain = http.post("/v1/completions", json=body).json()
+    more = {"best_of": 1, "suffix": "", "echo": False, "logprobs": None}
+    answer = http.post("/v1/completions", json=body | NO_EFFECT | more)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["choices"] == plain["choices"]
+    messages = [{"role": "user", "content": "ba", "name": None, "tool_calls": []}]
+    more = {"tools": [], "tool_choice": "none", "response_format": {"type": "text"}}
+    more |= {"modalities": ["text"], "logprobs": False, "top_logprobs": 0}
+    chat = {"messages": messages, "max_tokens": 2}
+    answer = http.post("/v1/chat/completions", json=chat | NO_EFFECT | more)
+    assert answer.status_code == 200, answer.text
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"messages": [{"role": "user", "content": "a", "name": "me"}]}, "messages[0].name"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "content[0].type"),
+        ({"messages": [{"role": "tool", "content": "a", "tool_call_id": "1"}]}, "tool_call_id"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"response_format": {"type": "json_object"}}, "response_format.type"),
+        ({"top_logprobs": 2}, "top_logprobs needs logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"logprobs": 1}, "logprobs"),
+        ({"max_tokens": 3, "max_completion_tokens": 4}, "differ"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens"),
+        ({"prompt": "ba"}, "prompt"),
+        ({"reasoning_effort": "high"}, "reasoning_effort"),
+    ],
+    ids=str,
+)
+def test_what_a_chat_cannot_be_given_is_refused_by_name(http, change, named):
+    body = {"messages": [{"role": "user", "content": "ba"}]} | change
+    answer = http.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 400 and named in answer.json()["error"]["message"]
+
+
+def test_the_client_raises_its_own_error_with_the_field(client):
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.completions.create(model="tiny", prompt="ba", extra_body={"guided_json": {}})
+    assert refused.value.param == "guided_json"
+    with pytest.raises(openai.NotFoundError):
+        client.completions.create(model="other", prompt="ba")
+
+
+def test_bias_and_further_end_tokens_decide_what_is_sampled(client):
+    options = {"model": "tiny", "prompt": [10, 11, 12], "temperature": 0, "max_tokens": 6}
+    forced = client.completions.create(**options, logit_bias={"77": 100}).choices[0]
+    extra = {"stop_token_ids": [77]}
+    ended = client.completions.create(**options, logit_bias={"77": 100}, extra_body=extra)
+    assert (ended.choices[0].text, ended.choices[0].finish_reason) == ("", "stop")
+    assert ended.usage.completion_tokens == 1 and forced.finish_reason == "length"
+    longer = extra | {"min_tokens": 4}
+    later = client.completions.create(**options, logit_bias={"77": 100}, extra_body=longer)
+    assert later.usage.completion_tokens == 5 and later.choices[0].finish_reason == "stop"
+    barred = client.completions.create(
+        **options, logit_bias={"77": 100}, frequency_penalty=2, extra_body={"min_p": 0.5}
+    )
+    assert barred.choices[0].text == forced.text  # a bias of 100 outweighs all penalties of these
+
+
+# The hotter, the more byte pieces, which make broken characters.
+HOT = {"model": "tiny", "prompt": [260, 261], "temperature": 20.0, "max_tokens": 40, "n": 8}
+
+
+@pytest.mark.parametrize("echo", [False, True])
+def test_tokens_and_offsets_join_to_the_text_also_after_a_stop(client, echo):
+    free = client.completions.create(**HOT, seed=1, logprobs=3, echo=echo)
+    text = free.choices[0].text
+    stop = [text[len(text) // 2 :][:2], "b", "é"]
+    cut = client.completions.create(**HOT, seed=1, logprobs=3, echo=echo, stop=stop)
+    assert any("\ufffd" in choice.text for choice in free.choices)
+    assert any(choice.finish_reason == "stop" for choice in cut.choices)
+    for choice in [*free.choices, *cut.choices]:
+        found = choice.logprobs
+        assert "".join(found.tokens) == choice.text
+        for token, offset in zip(found.tokens, found.text_offset, strict=True):
+            assert choice.text[offset : offset + len(token)] == token
+        for token, value, top in list(
+            zip(found.tokens, found.token_logprobs, found.top_logprobs, strict=True)
+        )[echo:]:
+            assert top[token] == value
+    if not echo:
+        counts = sum(len(choice.logprobs.tokens) for choice in cut.choices)
+        assert counts == cut.usage.completion_tokens
+    for whole, choice in zip(free.choices, cut.choices):
+        assert whole.text.startswith(choice.text)
+
+
+def test_streamed_tokens_and_bytes_join_to_the_whole_answer(client):
+    messages = [{"role": "user", "content": "ba ké"}]
+    options = {key: HOT[key] for key in ("model", "temperature", "max_tokens", "n")}
+    options |= {"messages": messages, "seed": 4, "logprobs": True, "top_logprobs": 2}
+    options |= {"stop": ["b", "lo"]}
+    whole = client.chat.completions.create(**options)
+    texts, tokens = {}, {}
+    for chunk in client.chat.completions.create(**options, stream=True):
+        [choice] = chunk.choices
+        texts[choice.index] = texts.get(choice.index, "") + (choice.delta.content or "")
+        if choice.logprobs:
+            tokens.setdefault(choice.index, []).extend(choice.logprobs.content)
+            assert "".join(t.token for t in choice.logprobs.content) == choice.delta.content
+    for choice in whole.choices:
+        content = choice.logprobs.content
+        assert texts[choice.index] == choice.message.content
+        assert tokens[choice.index] == content
+        assert bytes(b for t in content for b in t.bytes) == choice.message.content.encode()
 
 
 def test_malformed_requests_are_refused(server, http):

@@ -5,6 +5,7 @@ import os
 import pty
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -73,6 +74,15 @@ def test_two_ranks_print_what_one_does_once(run_dir, rows):  # noqa: F811
     assert done.returncode == 0, done.stderr
     [row] = [json.loads(line) for line in done.stdout.splitlines()]
     assert row == {name: rows[0][name] for name in row}
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_lines_of_a_prompt_file_end_at_newlines_alone(tmp_path, end):
+    lines = ["a\u2028b", "c\x0bd\x0ce\x1cf\x85g", "h\u2029 i"]
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("".join(line + end for line in lines).encode("utf-8-sig"))
+    options = SimpleNamespace(prompt=[], prompt_file=file, num_samples=1, batch_size=1)
+    assert generate._prompts(options) == lines
 
 
 @pytest.mark.parametrize(
