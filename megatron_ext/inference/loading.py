@@ -26,6 +26,7 @@ from megatron_ext.checkpoint import damage, find_checkpoint, read_common_state, 
 from megatron_ext.config import ETConfig
 from megatron_ext.devices import cpu_default_args, is_cpu_device
 from megatron_ext.errors import UserError
+from megatron_ext.hf.end_tokens import record_end_tokens
 from megatron_ext.inference.plain_linear import simplify_linear_layers
 from megatron_ext.model.gpt import gpt_model_config
 
@@ -119,6 +120,8 @@ def load_model(
     if tokenizer_model is not None:
         args.tokenizer_model = tokenizer_model
     tokenizer = _build_tokenizer(args)
+    without_text = args.tokenizer_type == "NullTokenizer"
+    record_end_tokens(tokenizer, checkpoint.parent if without_text else args.tokenizer_model)
     config: ETConfig = explained(lambda: core_transformer_config_from_args(args, ETConfig))
     explained(lambda: _start_ranks(args))
     groups = ProcessGroupCollection.use_mpu_process_groups()

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 
 from megatron_ext.errors import UserError
+from megatron_ext.hf.end_tokens import end_tokens
 from megatron_ext.inference.cache import Chunk
 from megatron_ext.inference.loading import TrainedModel
 from megatron_ext.inference.sampling import Sampling
@@ -37,7 +38,7 @@ class Completion:
     Attributes:
         tokens: all that were sampled, with the one that ended it.
         log_probs: of each under the model at temperature 1, nats.
-        text: without the end-of-document token and from where a stop string began.
+        text: without the end token that ended it and from where a stop string began.
         finish: why it ended; "length" is --max-new-tokens or the model's own length.
     """
 
@@ -79,6 +80,7 @@ class Row:
         self.prompt_scores: list[Score] = []
         self.limit = min(len(self.prompt) + sampling.max_new_tokens, trained.max_length)
         self._tokenizer = trained.tokenizer
+        self._end_tokens = end_tokens(trained.tokenizer)
         self._shown = 0
         self._settled = ""  # text that no later token changes, of so many tokens:
         self._settled_tokens = 0
@@ -114,7 +116,7 @@ class Row:
         completion, token = self.completion, score.token
         completion.tokens.append(token)
         completion.log_probs.append(score.log_prob)
-        if token == self._tokenizer.eod and self.sampling.stop_at_eod:
+        if token in self._end_tokens and self.sampling.stop_at_eod:
             completion.finish = "eod"
         elif len(self.prompt) + len(completion.tokens) == self.limit:
             completion.finish = "length"

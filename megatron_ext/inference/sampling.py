@@ -21,7 +21,7 @@ class Sampling:
         top_p: draw among the likeliest tokens that together have this probability, after top_k.
         greedy: always take the likeliest token; the three above are then not looked at.
         stop: strings that end a continuation; not part of its text.
-        stop_at_eod: whether the end-of-document token ends it.
+        stop_at_eod: whether the end tokens of the model end it.
         score_temperature: divides the logits whose log-probabilities are told.
     """
 

@@ -5,6 +5,9 @@ import secrets
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_ext.chat import prompt_ids
+from megatron_ext.errors import UserError
+from megatron_ext.hf.tokenizers import as_transformers
 from megatron_ext.inference.loading import TrainedModel
 from megatron_ext.inference.sampling import Sampling
 from megatron_ext.serving.copies import Work
@@ -80,6 +83,7 @@ class Reader:
         self.trained, self.name, self.limits = trained, name, limits
         template = chat_template or getattr(trained.tokenizer, "chat_template", None)
         self.chat_template: str | None = template
+        self._chat_tokenizer = as_transformers(trained.tokenizer)
 
     def completion(self, body: dict[str, Any]) -> Call:
         """Check a body of /v1/completions.
@@ -161,15 +165,12 @@ class Reader:
         if not isinstance(messages, list) or not messages:
             raise BadRequest("messages must be a list of at least one message", "messages")
         conversation = [_message(message) for message in messages]
+        if self._chat_tokenizer is None:
+            raise BadRequest("the model's tokenizer has no text: use /v1/completions with token ids")
         try:
-            ids: Any = self.trained.tokenizer.apply_chat_template(
-                conversation, self.chat_template, tokenize=True, add_generation_prompt=True
-            )
-        except Exception as error:  # a template may raise anything, to refuse a role for example
-            raise BadRequest(
-                f"the chat template refuses these messages: {error}", "messages"
-            ) from error
-        return list(ids if isinstance(ids, list) else ids["input_ids"])
+            return prompt_ids(self._chat_tokenizer, conversation, chat_template=self.chat_template)
+        except UserError as error:
+            raise BadRequest(str(error), "messages") from error
 
     def _tokenize(self, text: str) -> list[int]:
         try:
