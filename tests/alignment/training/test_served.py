@@ -159,7 +159,9 @@ def learn(folder, place, url, patience, ahead=False, waits=16, stops=False):
 
     served._WAIT = 0.05
     engine = MegatronEngine(folder, Optimization(lr=1e-2, steps=9), MegatronLayout(micro_batch=4))
-    rollouts = served.ServedRollouts(engine, [url], "policy", place / "served", frozenset([0]), patience)
+    rollouts = served.ServedRollouts(
+        engine, [url], "policy", place / "served", frozenset([0]), patience
+    )
     tasks = [Task(str(n), [5, n, 7], None) for n in range(12)]
 
     def reward(groups, check):
