@@ -3,7 +3,7 @@
 Training, our server and the sampling of responses encode conversations here, so that they agree:
 
 * A control token is a special token, or an added token that looks like markup: `<think>` and
-  `<tool_call>` are added without being marked as special, and steer a model as much as `<|im_end|>`.
+  `<tool_call>` are added without being marked as special, and steer a model as `<|im_end|>` does.
   Added spaces and words ("\\n\\n", "covid-19") are text.
 * What the template writes is parsed: its control tokens are tokens. In a message the name of a
   control token is text, so that no message can end itself, begin another or think for the model.

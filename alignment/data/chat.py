@@ -83,9 +83,7 @@ def example(tokenizer: Any, messages: Sequence[Message], answer: str, **template
 
 def decoded(tokenizer: Any, tokens: Sequence[int]) -> str:
     """Return the text of tokens as it is: control tokens by name, spaces not cleaned up."""
-    return tokenizer.decode(
-        tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False
-    )
+    return tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def check_template(tokenizer: Any, messages: Sequence[Message], **template: Any) -> str | None:

@@ -79,4 +79,3 @@ def _place(model: Path) -> Path:
     if not file.is_file():
         raise UserError(f"{model} has no tokenizer: convert it to a Hugging Face folder first")
     return file
-

@@ -197,7 +197,7 @@ class ServedRollouts:
             "logprobs": 0,
             "return_token_ids": True,
             "skip_special_tokens": False,
-            # It ends responses at the end tokens that it finds in files, which it is told to ignore:
+            # It ends responses at the end tokens that it finds in files, and is told to ignore them:
             # the policy's are then named.
             "ignore_eos": True,
             "stop_token_ids": sorted(self.ends) if sampling.stop_at_eod else [],

@@ -27,7 +27,9 @@ class TextCodec:
         else:
             self.end = of_transformers.eos_token_id
             own = of_transformers("").input_ids
-            [whole, plain] = (of_transformers("a", add_special_tokens=s).input_ids for s in (True, False))
+            [whole, plain] = (
+                of_transformers("a", add_special_tokens=s).input_ids for s in (True, False)
+            )
             self._begin = whole[0] if whole[:1] != plain[:1] else None
             self._prefix = own[0] if own else self.end
 

@@ -144,9 +144,7 @@ def _names_of(processor: Any) -> dict[str, str]:
     return {f"{kind}_token": processor.id_to_piece(number) for kind, number in ids.items()}
 
 
-def carry_tokenizer(
-    args: Namespace, folder: Path, checkpoint: Path | None = None
-) -> list[str]:
+def carry_tokenizer(args: Namespace, folder: Path, checkpoint: Path | None = None) -> list[str]:
     """Copy a run's tokenizer and generation configuration next to another checkpoint.
 
     Args:

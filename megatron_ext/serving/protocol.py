@@ -166,7 +166,9 @@ class Reader:
             raise BadRequest("messages must be a list of at least one message", "messages")
         conversation = [_message(message) for message in messages]
         if self._chat_tokenizer is None:
-            raise BadRequest("the model's tokenizer has no text: use /v1/completions with token ids")
+            raise BadRequest(
+                "the model's tokenizer has no text: use /v1/completions with token ids"
+            )
         try:
             return prompt_ids(self._chat_tokenizer, conversation, chat_template=self.chat_template)
         except UserError as error:

@@ -28,7 +28,7 @@ class ExpertThresholdTokenizer(SentencePieceBackend):
         return super().apply_chat_template(*args, tokenizer_kwargs=options, **kwargs)
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """Return the text of tokens, with the names of control tokens, which SentencePiece omits."""
+        """Return the text of tokens, with names of control tokens, which SentencePiece omits."""
         named = {*self.all_special_tokens} - {self.unk_token}
         text = ""
         run: list[str] = []
