@@ -25,6 +25,7 @@ from megatron_ext.errors import UserError
 
 THINK, THOUGHT = "<think>", "</think>"
 _WORD = re.compile(r"[\w\s.,'’-]+")
+_PRIVATE, _END = 0xE000, "\uf8ff"  # the first and the last character of private use
 _SHOWN = 40  # characters of a message in an error
 
 Row = Mapping[str, str]
@@ -127,16 +128,38 @@ class Conversation:
         Raises:
             UserError: the template leaves one out.
         """
+        self._check_roles()
         rendered = squeezed(self.prompt)
         contents = [_kept_part(row) for row in self.rows]
         for row, content in zip(self._given, contents):
             often = contents.count(content)
             if all(rendered.count(squeezed(text)) < often for text in _spellings(content)):
-                raise UserError(
-                    f"the chat template leaves out a message of the {row['role']} "
-                    f"({row['content'][:_SHOWN]!r}): give a template that keeps it with "
-                    "--chat-template, or leave such messages out of the data"
-                )
+                raise _left_out(row)
+
+    def _check_roles(self) -> None:
+        """Check messages of these roles by contents that occur nowhere else, once a sequence."""
+        roles = [row["role"] for row in self._given]
+        key = repr((self._template or self._tokenizer.chat_template, roles, self._variables))
+        if key in self._encoder.checked:
+            return
+        contents = [f"probe-{secrets.token_hex(8)}" for _ in roles]
+        probes = [{"role": role, "content": text} for role, text in zip(roles, contents)]
+        try:
+            rendered = self._render(probes, True)
+        except UserError:  # a template may take contents of its own form alone
+            return
+        for row, content in zip(self._given, contents):
+            if content not in rendered:
+                raise _left_out(row)
+        self._encoder.checked.add(key)
+
+
+def _left_out(row: Row) -> UserError:
+    return UserError(
+        f"the chat template leaves out a message of the {row['role']} "
+        f"({row['content'][:_SHOWN]!r}): give a template that keeps it with --chat-template, or "
+        "leave such messages out of the data"
+    )
 
 
 def squeezed(text: str) -> str:
@@ -174,12 +197,14 @@ class _Encoder:
             for number, token in added.items()
             if token.special or not _WORD.fullmatch(token.content)
         }
-        key = f"\ue000{secrets.token_hex(8)}."
-        self._marks = {name: f"{key}{place}\ue001" for place, name in enumerate(self._ids)}
+        # Of private characters alone, so that no text of a message is found in a mark.
+        key = "".join(chr(_PRIVATE + secrets.randbelow(6000)) for _ in range(8))
+        self._marks = {name: key + _in_private(place) for place, name in enumerate(self._ids)}
         self._names = {mark: name for name, mark in self._marks.items()}
+        self.checked: set[str] = set()
         longest = sorted(self._ids, key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, longest)) or r"(?!)")
-        self._mark = re.compile(f"{key}[0-9]+\ue001")
+        self._mark = re.compile(f"{key}[{chr(_PRIVATE)}-{chr(_PRIVATE + 9)}]+{_END}")
         # Where texts are normalized, another spelling may become a control token: "＜/think＞".
         self._always = tokenizer.split_special_tokens or (
             tokenizer.is_fast
@@ -189,7 +214,7 @@ class _Encoder:
 
     def hide(self, rows: Sequence[Row], opened: bool) -> list[Row]:
         """Put marks in the place of control tokens' names, but for the assistant's thinking."""
-        hidden = []
+        hidden: list[Row] = []
         for row in rows:
             content, pieces = row["content"], []
             end = 0
@@ -242,7 +267,7 @@ class _Encoder:
             token["content"] = self._marks.get(token["content"], token["content"])
         state["model"] = self._renamed(state["model"])
         state |= {"post_processor": None, "truncation": None, "padding": None}
-        copy = Tokenizer.from_str(json.dumps(state))
+        copy: Any = Tokenizer.from_str(json.dumps(state))
         ids = {copy.token_to_id(mark): self._ids[name] for name, mark in self._marks.items()}
         return copy, ids
 
@@ -262,6 +287,10 @@ class _Encoder:
         if isinstance(model.get("unk_token"), str):
             model["unk_token"] = self._marks.get(model["unk_token"], model["unk_token"])
         return model
+
+
+def _in_private(number: int) -> str:
+    return "".join(chr(_PRIVATE + int(digit)) for digit in str(number)) + _END
 
 
 def _thinking(content: str, opened: bool) -> list[tuple[int, int]]:

@@ -197,8 +197,8 @@ class ServedRollouts:
             "logprobs": 0,
             "return_token_ids": True,
             "skip_special_tokens": False,
-            # It ends responses at the end tokens that it finds in files, and is told to ignore them:
-            # the policy's are then named.
+            # It also ends responses at the end tokens that it finds in files. It is told to ignore
+            # them, and given the policy's.
             "ignore_eos": True,
             "stop_token_ids": sorted(self.ends) if sampling.stop_at_eod else [],
         }

@@ -113,7 +113,7 @@ def export_sentencepiece(source: Path, vocab: int, folder: Path) -> dict[str, in
 
 def as_transformers(tokenizer: Any) -> Any:
     """Return one of Megatron's tokenizers as one of transformers, or None where there is none."""
-    inner = getattr(tokenizer, "_tokenizer", None)
+    inner: Any = getattr(tokenizer, "_tokenizer", None)
     if tokenizer.library == "huggingface":
         return inner.tokenizer
     if tokenizer.library == "sentencepiece" and not inner.legacy:

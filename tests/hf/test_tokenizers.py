@@ -122,7 +122,6 @@ def byte_level(folder: Path, bos: bool = True, chat_template: str | None = None)
         bos_token="<s>",
         eos_token="</s>",
         pad_token="</s>",
-        clean_up_tokenization_spaces=True,
         chat_template=chat_template,
     )
     tokenizer.add_tokens(["<think>"])

@@ -5,7 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, ByteLevelBPETokenizer, Tokenizer, models, normalizers
+from tokenizers import (
+    AddedToken,
+    ByteLevelBPETokenizer,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+)
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from alignment.data.chat import check_template, decoded, example, prompt_ids, warn_of_template
@@ -260,6 +268,10 @@ def test_variables_reach_the_template(tokenizer: Any, tmp_path: Path) -> None:
 
 
 def test_a_response_is_decoded_without_cleaning_up_spaces() -> None:
-    tokenizer = byte_level(clean_up_tokenization_spaces=True)  # as Llama 3's
-    ids = tokenizer("it is not . good ?").input_ids
-    assert decoded(tokenizer, ids) == "it is not . good ?"
+    vocabulary = {word: place for place, word in enumerate(["[UNK]", "good", "?"])}
+    backend = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.decoder = decoders.WordPiece(cleanup=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=True)
+    assert tokenizer.decode([1, 2]) == "good?"
+    assert decoded(tokenizer, [1, 2]) == "good ?"
