@@ -1,14 +1,31 @@
-"""Conversations as token ids, by the chat template that comes with a tokenizer."""
+"""Conversations and answers as token ids to train on, by the tokenizer's chat template.
 
+What training relies on of a template and its tokenizer is checked here, on every row before the
+first step, and at the start of a command by `check_template`:
+
+* The prompt is a prefix of the conversation with its answer, so that the two can be told apart.
+* The template ends an answer with an end token of the model: one that is not taught to stop, or
+  stops where nobody looks for it, runs to the limit.
+* The answer is written as it is, its thinking included. Space may be trimmed.
+* `megatron_ext.chat` lists what holds for every message: none is left out, and none can hold a
+  control token.
+"""
+
+import os
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError
-
 from alignment.records import Message
+from megatron_ext import chat
+from megatron_ext.chat import THINK, Conversation, squeezed
 from megatron_ext.errors import UserError
+from megatron_ext.hf.end_tokens import end_tokens
+
+_SHOWN = 40  # characters of an answer in an error
+_PROBE = "Yes."  # an answer to see how the template ends one
 
 
 @dataclass(frozen=True)
@@ -25,97 +42,143 @@ class Example:
 
 
 def prompt_ids(tokenizer: Any, messages: Sequence[Message], **template: Any) -> list[int]:
-    """The ids of a conversation, up to where the assistant's next message begins.
-
-    A special token's text inside a message stays text: no message can end itself or begin another.
+    """Return the ids of a conversation, up to where the assistant's next message begins.
 
     Args:
-        tokenizer: of transformers.
-        template: further variables of the template, as enable_thinking.
+        tokenizer: one of transformers.
+        messages: the conversation.
+        template: further variables of the template, such as enable_thinking.
 
     Raises:
-        UserError: the tokenizer has no chat template, or its template refuses the messages.
+        UserError: the tokenizer has no chat template, or its template refuses the messages or
+            leaves one of them out.
     """
-    encoder = _Encoder(tokenizer, messages)
-    return encoder.ids(_render(tokenizer, encoder.hide(messages), True, template))
+    return chat.prompt_ids(tokenizer, _rows(messages), template)
 
 
 def example(tokenizer: Any, messages: Sequence[Message], answer: str, **template: Any) -> Example:
-    """The ids of a conversation and of the assistant's answer to it, encoded apart, as they are
-    when a model generates the answer.
+    """Return the ids of a conversation and of the assistant's answer to it.
 
-    What a template writes after the token that ends the answer is left out. A template may mend an
-    answer, for example the space around thinking: the completion is the answer as written by it.
+    They are encoded apart, as they are when a model generates the answer. What a template writes
+    after the token that ends the answer is left out.
 
     Raises:
-        UserError: as for `prompt_ids`; or the template writes the conversation otherwise once it
-            is answered.
+        UserError: see `prompt_ids`; or the template does not keep what the head of this page
+            promises of an answer.
     """
-    answered = [*messages, Message("assistant", answer)]
-    encoder = _Encoder(tokenizer, answered)
-    asked = _render(tokenizer, encoder.hide(messages), True, template)
-    whole = _render(tokenizer, encoder.hide(answered), False, template)
-    if not whole.startswith(asked):
+    conversation = Conversation(tokenizer, _rows(messages), template)
+    hidden, whole = conversation.answered(answer)
+    if not whole.startswith(conversation.prompt):
         raise UserError(
             "the chat template writes a conversation otherwise once it is answered, so that prompt "
-            "and completion cannot be told apart: give the tokenizer another template"
+            "and completion cannot be told apart: give another template with --chat-template"
         )
-    rest = whole[len(asked) :]
-    end = tokenizer.eos_token
-    if end and end in rest:
-        rest = rest[: rest.index(end) + len(end)]
-    return Example(encoder.ids(asked), encoder.ids(rest))
+    conversation.check_kept()
+    completion = _ended(tokenizer, whole[len(conversation.prompt) :], hidden)
+    written = (THINK if conversation.opened else "") + completion
+    if squeezed(hidden) not in squeezed(written):
+        raise UserError(_lost(conversation, answer))
+    return Example(conversation.ids(conversation.prompt), conversation.ids(completion))
 
 
-def _render(
-    tokenizer: Any, messages: Sequence[Message], open_answer: bool, template: dict[str, Any]
-) -> str:
-    if not tokenizer.chat_template:
-        raise UserError(
-            "the tokenizer has no chat template: give one that has, or set its chat_template"
-        )
-    rows = [{"role": message.role, "content": message.content} for message in messages]
-    try:
-        return tokenizer.apply_chat_template(
-            rows, tokenize=False, add_generation_prompt=open_answer, **template
-        )
-    except TemplateError as error:
-        raise UserError(f"the chat template refuses the messages: {error}") from error
+def decoded(tokenizer: Any, tokens: Sequence[int]) -> str:
+    """Return the text of tokens as it is: control tokens by name, spaces not cleaned up."""
+    return tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
-class _Encoder:
-    """Encodes rendered text, and special tokens' texts that came from messages as plain text.
+def check_template(tokenizer: Any, messages: Sequence[Message], **template: Any) -> str | None:
+    """Check that the template ends an answer with an end token of the model.
 
-    While the template is rendered, each such text is replaced by one private character of its own.
+    Unlike `example`, this does not need the prompt to be a prefix: a model that samples its own
+    answers is not trained on the template's writing of them.
+
+    Args:
+        tokenizer: see `prompt_ids`.
+        messages: a conversation that the model is to answer.
+        template: see `prompt_ids`.
+
+    Returns:
+        A warning, if the end token is one that the tokenizer itself does not name.
+
+    Raises:
+        UserError: it ends otherwise, leaves a message out or refuses the messages.
     """
+    conversation = Conversation(tokenizer, _rows(messages), template)
+    conversation.check_kept()
+    hidden, whole = conversation.answered(_PROBE)
+    place = whole.rfind(hidden)
+    if place < 0:
+        raise UserError(_lost(conversation, _PROBE))
+    ended = _ended(tokenizer, whole[place + len(hidden) :])
+    [last] = conversation.ids(ended)[-1:]
+    if last == tokenizer.eos_token_id:
+        return None
+    return (
+        f"the chat template ends an answer with {tokenizer.convert_ids_to_tokens(last)!r}, which "
+        "generation_config.json names as an end token, and the tokenizer does not: it names "
+        f"{tokenizer.eos_token!r}, and a program that reads the tokenizer alone will not stop there"
+    )
 
-    def __init__(self, tokenizer: Any, messages: Sequence[Message]) -> None:
-        self._tokenizer = tokenizer
-        said = "".join(message.content for message in messages)
-        added = tokenizer.added_tokens_decoder.values()
-        special = [token.content for token in added if token.special and token.content in said]
-        free = (c for c in map(chr, range(0xE000, 0xF900)) if c not in said)
-        self._hidden = {token: next(free) for token in special}
-        self._shown = {mark: token for token, mark in self._hidden.items()}
 
-    def hide(self, messages: Sequence[Message]) -> Sequence[Message]:
-        if not self._hidden:
-            return messages
-        longest = sorted(self._hidden, key=len, reverse=True)
-        pattern = re.compile("|".join(map(re.escape, longest)))
-        return [
-            Message(m.role, pattern.sub(lambda found: self._hidden[found[0]], m.content))
-            for m in messages
-        ]
+def warn_of_template(
+    command: str,
+    tokenizer: Any,
+    messages: Sequence[Message],
+    template: Mapping[str, Any],
+    trains: bool = True,
+) -> None:
+    """Check a command's template, and print a warning on the first rank where there is one.
 
-    def ids(self, text: str) -> list[int]:
-        """The ids of rendered text; the template has written what begins and ends a text."""
-        marks = "".join(self._shown)
-        pieces = re.split(f"([{marks}])", text) if marks else [text]
-        ids: list[int] = []
-        for piece in filter(None, pieces):
-            plain = piece in self._shown
-            ids += self._tokenizer(
-                self._shown.get(piece, piece), add_special_tokens=False, split_special_tokens=plain
-            )["input_ids"]
-        return ids
+    Args:
+        command: its name.
+        tokenizer, messages, template: see `check_template`.
+        trains: whether it trains; one that only generates warns of what training refuses.
+
+    Raises:
+        UserError: see `check_template`.
+    """
+    try:
+        warning = check_template(tokenizer, messages, **template)
+    except UserError as error:
+        if trains:
+            raise
+        warning = str(error)
+    if warning and os.environ.get("RANK", "0") == "0":
+        print(f"{command}: warning: {warning}", file=sys.stderr, flush=True)
+
+
+def _rows(messages: Sequence[Message]) -> list[dict[str, str]]:
+    return [{"role": message.role, "content": message.content} for message in messages]
+
+
+def _ended(tokenizer: Any, rendered: str, answer: str = "") -> str:
+    """Return an answer up to and with its end token.
+
+    Args:
+        tokenizer: see `prompt_ids`.
+        rendered: what a template writes of the answer and after it.
+        answer: to leave out of the message.
+
+    Raises:
+        UserError: it has none.
+    """
+    names = [tokenizer.convert_ids_to_tokens(end) for end in sorted(end_tokens(tokenizer))]
+    names = sorted(filter(None, names), key=len, reverse=True)
+    found = re.search("|".join(map(re.escape, names)) or "(?!)", rendered)
+    if found is None:
+        ending = rendered.rpartition(answer.strip())[2][-_SHOWN:] if answer else rendered
+        raise UserError(
+            f"the chat template ends an answer with {ending!r} and not with an "
+            f"end token of the model ({', '.join(names) or 'it has none'}), so that a trained "
+            "model would not stop: add the token to eos_token_id in generation_config.json, or "
+            "give another template with --chat-template"
+        )
+    return rendered[: found.end()]
+
+
+def _lost(conversation: Conversation, answer: str) -> str:
+    lost = "the thinking of an answer" if THINK in answer else "a part of an answer"
+    return (
+        f"the chat template leaves out {lost} ({answer.strip()[:_SHOWN]!r}), which then cannot be "
+        "learned: give a template that keeps it with --chat-template"
+    )

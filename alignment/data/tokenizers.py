@@ -1,37 +1,23 @@
 """The tokenizer of a model, as transformers has it, with its chat template."""
 
-import atexit
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from megatron_ext.errors import UserError
+from megatron_ext.hf.end_tokens import end_tokens, record_end_tokens
 
 
 def load_tokenizer(model: Path, chat_template: Path | None = None) -> Any:
-    """The tokenizer that came with a model.
+    """Load the tokenizer that came with a model, with the end tokens of the model.
 
     Args:
         model: a Hugging Face folder, a run directory, or a folder of checkpoints.
         chat_template: a Jinja file, to have it instead of the model's.
 
     Raises:
-        UserError: it cannot be read, or has no chat template.
+        UserError: it cannot be read, or has no chat template or end token.
     """
-    from transformers import AutoTokenizer
-
-    from megatron_ext.hf.remote.tokenization_et import ExpertThresholdTokenizer
-
-    folder = _folder(model)
-    try:
-        # Code of a folder is never run; our own class is known by its file.
-        if (folder / "tokenizer.json").is_file() or not (folder / "tokenizer.model").is_file():
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-        else:
-            tokenizer = ExpertThresholdTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"the tokenizer of {model} cannot be read: {error}") from error
+    tokenizer = read_tokenizer(model)
     if chat_template is not None:
         try:
             tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
@@ -41,20 +27,48 @@ def load_tokenizer(model: Path, chat_template: Path | None = None) -> Any:
         raise UserError(
             f"the tokenizer of {model} has no chat template: give one with --chat-template"
         )
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"the tokenizer of {model} has no token that ends a text")
+    if not end_tokens(tokenizer):
+        raise UserError(
+            f"{model} has no token that ends a text: set eos_token_id in its generation_config.json"
+        )
     return tokenizer
 
 
-def _folder(model: Path) -> Path:
-    """A folder that transformers can load a tokenizer from."""
+def read_tokenizer(model: Path) -> Any:
+    """Load the tokenizer that came with a model, with or without a chat template.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    from megatron_ext.hf.remote.tokenization_et import ExpertThresholdTokenizer
+    from megatron_ext.hf.tokenizers import open_sentencepiece
+
+    place = _place(model)
+    try:
+        # Code of a folder is never run; our own class is known by its file.
+        if place.is_file():
+            tokenizer = open_sentencepiece(place)
+        elif (place / "tokenizer.json").is_file() or not (place / "tokenizer.model").is_file():
+            tokenizer = AutoTokenizer.from_pretrained(place)
+        else:
+            tokenizer = ExpertThresholdTokenizer.from_pretrained(place)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"the tokenizer of {model} cannot be read: {error}") from error
+    record_end_tokens(tokenizer, place)
+    return tokenizer
+
+
+def _place(model: Path) -> Path:
+    """Return a folder that transformers loads a tokenizer from, or a SentencePiece model."""
     if (model / "config.json").is_file():
         return model
     for root in (model / "checkpoints", model, model.parent):
         if (root / "tokenizer").is_dir():
             return root / "tokenizer"
         if (root / "tokenizer.model").is_file():
-            return _described(root / "tokenizer.model")
+            return root / "tokenizer.model"
     from megatron_ext.checkpoint import find_checkpoint
     from megatron_ext.hf.sources import open_megatron
 
@@ -64,17 +78,4 @@ def _folder(model: Path) -> Path:
         return file
     if not file.is_file():
         raise UserError(f"{model} has no tokenizer: convert it to a Hugging Face folder first")
-    return _described(file)
-
-
-def _described(file: Path) -> Path:
-    """A folder with a SentencePiece model and the names of its special tokens."""
-    from sentencepiece import SentencePieceProcessor
-
-    from megatron_ext.hf.tokenizers import export_sentencepiece
-
-    folder = Path(tempfile.mkdtemp(prefix="tokenizer-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    size = SentencePieceProcessor(model_file=str(file)).get_piece_size()
-    export_sentencepiece(file, size, folder)
-    return folder
+    return file

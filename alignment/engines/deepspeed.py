@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from zipfile import ZipFile
 
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.modules.dropout import _DropoutNd
 
+from alignment.data.tokenizers import read_tokenizer
 from alignment.engines.batch import Batch, Sample
 from alignment.engines.decoding import decode
 from alignment.engines.export import export
@@ -33,6 +35,7 @@ from alignment.engines.protocol import (
 from alignment.ranks import agree
 from megatron_ext.devices import is_cpu_device
 from megatron_ext.errors import UserError
+from megatron_ext.hf.end_tokens import end_tokens, record_end_tokens
 from megatron_ext.hf.families import OWN
 from megatron_ext.inference.sampling import Sampling, log_probs_of
 from megatron_ext.training.checkpoints import write_atomically
@@ -99,7 +102,7 @@ class DeepSpeedEngine:
         self.step = 0
         self._path = Path(path)
         model = _load(self._path, self.dtype)
-        self.eod = _eod(model)
+        self.eod = _end_tokens(self._path)
         optimizer = None
         if optimization is not None:
             groups = _decayed_apart(model, optimization)
@@ -421,9 +424,12 @@ def _turn_dropout_off(config: Any) -> None:
             setattr(config, name, 0.0)
 
 
-def _eod(model: Any) -> frozenset[int]:
-    ids = model.generation_config.eos_token_id
-    return frozenset() if ids is None else frozenset(ids if isinstance(ids, list) else [ids])
+def _end_tokens(folder: Path) -> frozenset[int]:
+    """Return the end tokens of a model, whose folder may lack a tokenizer."""
+    with_tokenizer = (folder / "tokenizer_config.json").is_file()
+    tokenizer = read_tokenizer(folder) if with_tokenizer else SimpleNamespace()
+    record_end_tokens(tokenizer, folder)
+    return end_tokens(tokenizer)
 
 
 def _decayed_apart(model: Any, optimization: Optimization) -> list[dict[str, Any]]:

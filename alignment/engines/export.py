@@ -85,7 +85,7 @@ def _name_files(folder: Path, names: dict[str, int], files: int, total: int) -> 
 def _describe(folder: Path, origin: Source | Path, dtype: torch.dtype) -> None:
     """Everything but the weights."""
     if isinstance(origin, Source) and origin.args is not None:
-        special = export_tokenizer(origin.args, folder)
+        special = export_tokenizer(origin.args, folder, origin.place)
         save_config(folder, origin.model, origin.family, dtype, special)
         return
     place = origin.place if isinstance(origin, Source) else origin

@@ -42,6 +42,7 @@ from alignment.ranks import agree
 from megatron_ext.checkpoint import damage, find_checkpoint
 from megatron_ext.devices import is_cpu_device
 from megatron_ext.errors import UserError
+from megatron_ext.hf.end_tokens import record_end_tokens
 from megatron_ext.hf.live import LiveTensors
 from megatron_ext.hf.sources import open_hf, open_megatron
 from megatron_ext.inference.sampling import Sampling
@@ -92,7 +93,8 @@ class MegatronEngine:
             tokenizer = source.carry_tokenizer(Path(place))
             flags = [*tokenizer, *self.layout.flags, *flags]
             self.args, self.config = start(source, self.layout, optimization, dtype, flags)
-        self._tokenizer = get_tokenizer()
+            self._tokenizer = get_tokenizer()
+            record_end_tokens(self._tokenizer, self.args.tokenizer_model or place)
         self._source, self._carry_tokenizer = source, source.carry_tokenizer
         self.groups = ProcessGroupCollection.use_mpu_process_groups()
         self.data_rank, self.data_size = self.groups.dp.rank(), self.groups.dp.size()

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from alignment.data.chat import prompt_ids
+from alignment.data.chat import decoded, prompt_ids
 from alignment.engines.batch import Batch, Sample
 from alignment.engines.protocol import Engine, Generated
 from alignment.judges.labels import SCORES, SIDES, LabelTokens
@@ -58,7 +58,7 @@ class JudgeForm:
     def text(self, generated: Generated) -> str:
         """What was generated, without the token that ended it."""
         tokens = generated.tokens[:-1] if generated.ended else generated.tokens
-        return self.tokenizer.decode(tokens, skip_special_tokens=False)
+        return decoded(self.tokenizer, tokens)
 
     @property
     def identity(self) -> str:
@@ -205,9 +205,8 @@ class LocalJudge:
 
     def _label_place(self, answer: Generated) -> int | None:
         """Where an answer has its label: the last token after the thinking that is one."""
-        decode = self.form.tokenizer.decode
         for place in reversed(range(len(answer.tokens))):
-            if CLOSE in decode(answer.tokens[place:], skip_special_tokens=False):
+            if CLOSE in decoded(self.form.tokenizer, answer.tokens[place:]):
                 break  # thinking may hold such tokens too
             if answer.tokens[place] in self.labels.ids:
                 return place

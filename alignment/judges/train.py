@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from alignment.data.chat import warn_of_template
 from alignment.data.rows import RecordWriter
 from alignment.engines.protocol import Engine
 from alignment.judges import examples
@@ -37,6 +38,7 @@ from alignment.training.loop import Plan, fit
 from alignment.training.run import Run
 from alignment.training.sft import SupervisedStep, steps_of
 from megatron_ext.errors import ToolParser, UserError
+from megatron_ext.hf.end_tokens import end_tokens
 from megatron_ext.inference.sampling import Sampling
 from megatron_ext.recipes import expand_recipes
 
@@ -59,6 +61,8 @@ def main(argv: Sequence[str]) -> int:
             )
     form = form_of(options, isinstance(gold[0].question.item, Pair))
     form.label_tokens  # noqa: B018  (fails before anything is loaded)
+    messages = form.messages(gold[0].question)
+    warn_of_template("train-judge", form.tokenizer, messages, form.template)
     _check_room(options, form, held_out)
     if options.stage == "sft":
         return _imitate(options, form, gold, held_out)
@@ -117,7 +121,7 @@ def _reinforce(
         for r in gold
     ]
     engine = flags.engine_of(options, flags.updates_of(options))
-    seen = {token for task in tasks for token in task.prompt} | {form.tokenizer.eos_token_id}
+    seen = {token for task in tasks for token in task.prompt} | end_tokens(form.tokenizer)
     critic = flags.critic_of(options, seen)
     judge = judge_of(options, engine, form, form.identity)
 
@@ -127,9 +131,8 @@ def _reinforce(
         return [[_rewarded(judge, task.about, r) for r in rollouts] for task, rollouts in groups]
 
     def step_of(run: Run) -> ReinforcementStep:
-        rollouts = flags.rollouts_of(
-            options, engine, form.tokenizer.eos_token_id, run.check_signals
-        )
+        ends = end_tokens(form.tokenizer)
+        rollouts = flags.rollouts_of(options, engine, ends, run.check_signals)
         return ReinforcementStep(
             engine, run, tasks, reward, settings, options.seed, critic=critic, **rollouts
         )

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from alignment.data.chat import prompt_ids
+from alignment.data.chat import prompt_ids, warn_of_template
 from alignment.data.tokenizers import load_tokenizer
 from alignment.judges.form_flags import files_digest
 from alignment.judges.output import Output
@@ -36,6 +36,8 @@ def main(argv: Sequence[str]) -> int:
     chat_template = Path(options.chat_template) if options.chat_template else None
     tokenizer = load_tokenizer(Path(options.model), chat_template)
     template = flags.template_kwargs(options)
+    if prompts:
+        warn_of_template("generate", tokenizer, prompts[0].messages, template, trains=False)
     engine = flags.engine_of(options, 0)
     sampling = Sampling(
         options.max_new_tokens, options.temperature or 1.0, options.top_k, options.top_p,

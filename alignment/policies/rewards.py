@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from alignment.data.chat import decoded
 from alignment.engines.protocol import Generated
 from alignment.judges.questions import Question
 from alignment.policies.judges import Judge, rounding_error
@@ -124,7 +125,7 @@ def mean_score(verdicts: Sequence[Verdict]) -> float | None:
 def text_of(tokenizer: Any, rollout: Rollout | Generated) -> str:
     """A response, without the token that ended it."""
     tokens = rollout.tokens[:-1] if rollout.ended else rollout.tokens
-    return tokenizer.decode(tokens, skip_special_tokens=False)
+    return decoded(tokenizer, tokens)
 
 
 def response_of(prompt: Prompt, rollout: Rollout, text: str) -> Response:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from alignment.data.chat import example
+from alignment.data.chat import example, warn_of_template
 from alignment.data.tokenizers import load_tokenizer
 from alignment.engines.batch import Batch, Sample
 from alignment.engines.protocol import Engine
@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
 
         dry_run(options)
         return 0
-    samples, too_long = _samples(options, options.input)
+    samples, too_long = _samples(options, options.input, warn=True)
     held_out, left_out = _samples(options, options.validation_input)
     steps = steps_of(len(samples), options.batch_size, options.epochs)
     engine = flags.engine_of(options, steps)
@@ -78,8 +78,15 @@ def mean_log_prob(engine: Engine, samples: Sequence[Sample], length: int) -> flo
     return sum(sums) / sum(counts)
 
 
-def _samples(options: argparse.Namespace, files: Sequence[str]) -> tuple[list[Sample], int]:
-    """Responses of files as token ids, and how many are too long and left out.
+def _samples(
+    options: argparse.Namespace, files: Sequence[str], warn: bool = False
+) -> tuple[list[Sample], int]:
+    """Return responses of files as token ids, and how many are too long and left out.
+
+    Args:
+        options: the command's flags.
+        files: of responses.
+        warn: print what is doubtful about the chat template.
 
     Raises:
         UserError: nothing is left.
@@ -88,6 +95,8 @@ def _samples(options: argparse.Namespace, files: Sequence[str]) -> tuple[list[Sa
     tokenizer = load_tokenizer(Path(options.model), chat_template)
     template = flags.template_kwargs(options)
     rows = [row for file in files for row in read_all(Path(file), Response)]
+    if warn and rows:
+        warn_of_template("train-sft", tokenizer, rows[0].prompt.messages, template)
     made = [example(tokenizer, row.prompt.messages, row.text, **template) for row in rows]
     samples = [Sample([*m.prompt, *m.completion], len(m.prompt)) for m in made]
     fits = [sample for sample in samples if len(sample.tokens) <= options.seq_length]

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from alignment.data.chat import prompt_ids
+from alignment.data.chat import prompt_ids, warn_of_template
 from alignment.data.tokenizers import load_tokenizer
 from alignment.engines.batch import Batch
 from alignment.engines.protocol import Engine
@@ -35,6 +35,7 @@ from alignment.training import flags
 from alignment.training.loop import Plan, fit
 from alignment.training.run import Run
 from megatron_ext.errors import ToolParser, UserError
+from megatron_ext.hf.end_tokens import end_tokens
 from megatron_ext.inference.sampling import Sampling
 from megatron_ext.recipes import expand_recipes
 
@@ -63,6 +64,8 @@ def main(argv: Sequence[str]) -> int:
     tokenizer = load_tokenizer(Path(options.model), chat_template)
     template = flags.template_kwargs(options)
     tasks = [Task(p.id, prompt_ids(tokenizer, p.messages, **template), p) for p in prompts]
+    if prompts:
+        warn_of_template("train-policy", tokenizer, prompts[0].messages, template)
 
     held: dict[str, Engine] = {}
 
@@ -72,7 +75,7 @@ def main(argv: Sequence[str]) -> int:
         return held[model]
 
     engine = flags.engine_of(options, flags.updates_of(options))
-    seen = {token for task in tasks for token in task.prompt} | {tokenizer.eos_token_id}
+    seen = {token for task in tasks for token in task.prompt} | end_tokens(tokenizer)
     critic = flags.critic_of(options, seen)
     judges: dict[str, list[Judge]] = {
         name: [
@@ -152,7 +155,7 @@ def _learn(
             engine, run, tasks,
             JudgeReward(judges["proxy"], tokenizer, options.reward == "pairwise"),
             settings, options.seed, reference, watch, critic=critic,
-            **flags.rollouts_of(options, engine, tokenizer.eos_token_id, run.check_signals),
+            **flags.rollouts_of(options, engine, end_tokens(tokenizer), run.check_signals),
         )  # fmt: skip
         if run.writes:
             if same := shared_with_gold(specs):

@@ -46,7 +46,7 @@ class ServedRollouts:
         urls: Sequence[str],
         model: str,
         folder: Path,
-        eod: int,
+        ends: frozenset[int],
         patience: float = 600.0,
         at_once: int = 256,
         check: Callable[[], None] = lambda: None,
@@ -58,12 +58,12 @@ class ServedRollouts:
             urls: of the servers, each up to and with /v1; shares of the data take turns.
             model: the name that they serve.
             folder: that they were started on.
-            eod: the token that ends a response.
+            ends: the tokens that end a response.
             patience: seconds to wait for a server that does not answer.
             at_once: calls under way of a rank.
             check: called on all ranks now and then while they wait; may raise on all of them.
         """
-        self.engine, self.folder, self.model, self.eod = engine, folder, model, eod
+        self.engine, self.folder, self.model, self.ends = engine, folder, model, ends
         self.urls = [url.rstrip("/") for url in urls]
         self.patience, self.at_once, self.check = patience, at_once, check
         self.asks = speaks_for_share(engine)
@@ -198,10 +198,10 @@ class ServedRollouts:
             "logprobs": 0,
             "return_token_ids": True,
             "skip_special_tokens": False,
-            # It also ends responses at all end tokens of that file, but for those that it is told
-            # to ignore: the policy's is then named.
+            # It also ends responses at the end tokens that it finds in files. It is told to ignore
+            # them, and given the policy's.
             "ignore_eos": True,
-            "stop_token_ids": [self.eod] if sampling.stop_at_eod else [],
+            "stop_token_ids": sorted(self.ends) if sampling.stop_at_eod else [],
         }
 
     def _read(self, answer: Any, url: str) -> Generated:
@@ -217,10 +217,10 @@ class ServedRollouts:
             ) from error
         if len(tokens) != len(log_probs):
             raise UserError(f"{url} gives {len(tokens)} tokens and {len(log_probs)} values")
-        if ended and tokens[-1:] != [self.eod]:
+        if ended and not self.ends.intersection(tokens[-1:]):
             raise UserError(
-                f"{url} ended a response at {tokens[-1:]}, not at the policy's {self.eod}: it "
-                "serves another tokenizer or generation_config.json"
+                f"{url} ended a response at {tokens[-1:]}, not at one of the policy's end tokens "
+                f"{sorted(self.ends)}: it serves another tokenizer or generation_config.json"
             )
         return Generated(tokens, log_probs, ended)
 

@@ -205,11 +205,15 @@ def rollout_weights(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def rollouts_of(
-    options: argparse.Namespace, engine: Engine, eod: int, check: Callable[[], None]
+    options: argparse.Namespace,
+    engine: Engine,
+    ends: frozenset[int],
+    check: Callable[[], None],
 ) -> dict[str, Any]:
     """What draws responses, now and ahead, for `ReinforcementStep`; nothing for the engine.
 
     Args:
+        ends: the end tokens of the policy.
         check: called on all ranks now and then while they wait for servers; may raise.
     """
     if not options.rollout_url:
@@ -219,7 +223,7 @@ def rollouts_of(
 
     folder = Path(options.run_dir) / "served"
     served = ServedRollouts(
-        engine, options.rollout_url, options.rollout_model, folder, eod, check=check
+        engine, options.rollout_url, options.rollout_model, folder, ends, check=check
     )
     ahead = RolloutsAhead(served, options.steps) if options.rollouts_ahead else None
     return {"generate": served.generate, "ahead": ahead}

@@ -17,10 +17,14 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from megatron_ext.errors import UserError
 from megatron_ext.evaluation.models import MegatronModel
 from megatron_ext.evaluation.scoring import BATCH_TOKENS, Request, merged
+from megatron_ext.hf.tokenizers import as_transformers
 from megatron_ext.inference.generation import generate
 from megatron_ext.inference.loading import DTYPES, Layout, load_model
+from megatron_ext.inference.row import Completion
 from megatron_ext.inference.sampling import Sampling
 from megatron_ext.quiet import quiet_megatron
+
+_CONTEXT = 4  # tokens before a continuation that its spelling depends on
 
 Tokenized = tuple[tuple[str, str], list[int], list[int]]
 """Context and continuation as text and as tokens."""
@@ -73,6 +77,9 @@ class MegatronLM(TemplateLM):
                 tokenizer_model=tokenizer_model,
             )
         self.model = MegatronModel(trained)
+        # A tokenizer of transformers alone parses the control tokens that a chat template writes.
+        inner = as_transformers(trained.tokenizer)
+        self.tokenizer = None if getattr(inner, "split_special_tokens", True) else inner
         self.max_length = max_length or self.model.max_length
         if self.max_length > self.model.max_length:
             raise UserError(
@@ -94,8 +101,44 @@ class MegatronLM(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Tokens of a text, with what the tokenizer puts around it unless told otherwise."""
+        """Return the tokens of a text, by default with what the tokenizer puts around it."""
         return self.model.codec.encode(string, special=add_special_tokens is not False)
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Name of the tokenizer and its chat template in the harness's cache of requests."""
+        return str(self.model.trained.args.tokenizer_model).replace("/", "__")
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """Return a conversation as text, by the tokenizer's chat template.
+
+        Args:
+            chat_history: messages with role and content.
+            add_generation_prompt: begin the assistant's next message; otherwise the last message
+                stays open.
+
+        Raises:
+            UserError: there is no template, or it refuses the messages.
+        """
+        if getattr(self.tokenizer, "chat_template", None) is None:
+            raise UserError(
+                "the model's tokenizer has no chat template: leave out --apply_chat_template, or "
+                "convert a model whose tokenizer of transformers has one"
+            )
+        try:
+            return self.tokenizer.apply_chat_template(
+                chat_history,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )
+        except Exception as error:  # a template may raise anything, to refuse a role for example
+            raise UserError(
+                f"the chat template refuses the messages of the task: {error}; leave out "
+                "--system_instruction or --apply_chat_template"
+            ) from error
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Tokenized], disable_tqdm: bool = False, **kwargs: Any
@@ -110,6 +153,12 @@ class MegatronLM(TemplateLM):
         return answers
 
     def _request(self, context: list[int], continuation: list[int]) -> Request:
+        if not 0 < len(continuation) <= self.max_length:
+            raise UserError(
+                f"a continuation has {len(continuation):,} tokens, and the model scores 1 to "
+                f"{self.max_length:,}: leave its task or document out, or raise --model_args "
+                "max_length if the model takes more"
+            )
         # The last token is only predicted, so that one more fits.
         tokens = np.array([*context, *continuation][-self.max_length - 1 :], dtype=np.int32)
         return Request(tokens, max(1, len(tokens) - len(continuation)))
@@ -162,11 +211,27 @@ class MegatronLM(TemplateLM):
                 # Copies with nothing left run along with those whose experts they hold.
                 if mine or copies.in_step:
                     texts = generate(self.model.trained, [prompts[i] for i in mine], sampling, mine)
-                    own.update(zip(mine, (completion.text for completion in texts)))
+                    own.update(
+                        (i, self._shown(prompts[i], completion, sampling))
+                        for i, completion in zip(mine, texts)
+                    )
         texts_of = merged(own)
         for i, request in enumerate(requests):
             self.cache_hook.add_partial("generate_until", request.args, texts_of[i])
         return [texts_of[i] for i in range(len(requests))]
+
+    def _shown(self, prompt: list[int], completion: Completion, sampling: Sampling) -> str:
+        """Return the text of a continuation without special tokens, as the harness expects it."""
+        codec = self.model.codec
+        tokens = codec.without_special(completion.tokens)
+        ended = completion.tokens[-1:] if completion.finish == "eod" else []
+        if tokens + ended == completion.tokens or tokens == completion.tokens:
+            return completion.text
+        # What comes before the text decides whether it begins with a space.
+        before = codec.without_special(prompt)[-_CONTEXT:]
+        text = codec.decode(before + tokens)[len(codec.decode(before)) :]
+        cuts = [at for stop in sampling.stop if (at := text.find(stop)) >= 0]
+        return text[: min(cuts)] if cuts else text
 
     def get_model_info(self) -> dict[str, Any]:
         """What the harness writes beside its results."""

@@ -11,6 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from megatron_ext.errors import UserError
 from megatron_ext.hf.architecture import Architecture
+from megatron_ext.hf.end_tokens import GENERATION_CONFIG
 from megatron_ext.hf.families import OWN, Family, family_named, write_config
 from megatron_ext.hf.remote.configuration_et import ExpertThresholdConfig
 
@@ -22,7 +23,7 @@ def save_config(
     model: Architecture,
     family: Family,
     dtype: torch.dtype,
-    special: dict[str, int],
+    special: dict[str, Any],
 ) -> None:
     """Write the configuration of a model, its code if it is ours, and that of generation.
 
@@ -31,7 +32,8 @@ def save_config(
         model: what to describe.
         family: as which.
         dtype: of the weights.
-        special: ids of special tokens, by the names the configuration has for them.
+        special: ids of special tokens, by the names the configuration has for them; of several
+            end tokens, a list.
     """
     entries = write_config(model, family) | {"bos_token_id": None, "eos_token_id": None} | special
     entries["dtype"] = dtype
@@ -48,7 +50,8 @@ def save_config(
         config = CONFIG_MAPPING[family.name](**entries)
         config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family.name]]
     config.save_pretrained(folder)
-    GenerationConfig(**special).save_pretrained(folder)
+    if not (folder / GENERATION_CONFIG).is_file():
+        GenerationConfig(**special).save_pretrained(folder)
 
 
 def load_config(source: Path) -> Any:

@@ -60,7 +60,7 @@ def to_hf(checkpoint: Path, folder: Path, tokenizer_model: str | None = None) ->
     source = open_megatron(checkpoint, tokenizer_model)
     assert source.args is not None
     model, tensors = source.model, source.tensors
-    special = export_tokenizer(source.args, folder)
+    special = export_tokenizer(source.args, folder, checkpoint)
     save_config(folder, model, source.family, source.dtype, special)
     plan: list[Planned] = []
     made: dict[str, Callable[[], Tensor]] = {}

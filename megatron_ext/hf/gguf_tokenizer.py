@@ -29,6 +29,8 @@ _CUTS: dict[str, tuple[Any, ...]] = {
     },
 }
 _ROLES = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
+# llama.cpp ends a text at each of these: end of text, of a turn, of a message to a tool.
+_ENDS = ("eos", "eot", "eom")
 
 
 class _Kind(IntEnum):
@@ -38,14 +40,15 @@ class _Kind(IntEnum):
     USER_DEFINED = 4
 
 
-def save_tokenizer(model: GGUFModel, folder: Path) -> dict[str, int]:
+def save_tokenizer(model: GGUFModel, folder: Path) -> dict[str, Any]:
     """Write a model's tokenizer and chat template into a folder.
 
     Returns:
-        the ids of its special tokens, by the names a configuration has for them.
+        The ids of its special tokens, by the names that a configuration has for them; of several
+        end tokens, a list.
 
     Raises:
-        UserError: it is of a kind not known here.
+        UserError: its kind is not supported.
     """
     kind, cut = model.get(_KEY + "model"), model.get(_KEY + "pre", "default")
     if kind != "gpt2":
@@ -75,8 +78,15 @@ def save_tokenizer(model: GGUFModel, folder: Path) -> dict[str, int]:
         model_max_length=model.architecture.max_length,
         **special,
     ).save_pretrained(folder)
-    kept = {_ROLES[role] + "_id": number for role, number in ids.items() if number >= 0}
-    return {name: number for name, number in kept.items() if name != "unk_token_id"}
+    kept: dict[str, Any] = {
+        _ROLES[role] + "_id": number
+        for role, number in ids.items()
+        if number >= 0 and role != "unknown"
+    }
+    named = [model.get(f"{_KEY}{end}_token_id", -1) for end in _ENDS]
+    if ends := list(dict.fromkeys(number for number in named if number >= 0)):
+        kept["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+    return kept
 
 
 def _byte_level(tokens: list[str], merges: list[str], cut: tuple[Any, ...]) -> Tokenizer:

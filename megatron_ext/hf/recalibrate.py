@@ -62,7 +62,7 @@ def with_thresholds(
     use_thresholds(args)
     if tokenizer_model is not None:
         args.tokenizer_model = tokenizer_model
-    if (beside := carry_tokenizer(args, folder))[-2] == "--tokenizer-model":
+    if (beside := carry_tokenizer(args, folder, checkpoint))[-2] == "--tokenizer-model":
         args.tokenizer_model = beside[-1]
     settle(args, final)
     reader = TorchDistReader(checkpoint)

@@ -116,7 +116,8 @@ def open_megatron(
     links = family.links(model)
     _account_megatron(checkpoint, links, model, reader)
     tensors = _MegatronTensors(reader, links, model)
-    return Source(checkpoint, model, family, tensors, partial(carry_tokenizer, args), args)
+    carry = partial(carry_tokenizer, args, checkpoint=checkpoint)
+    return Source(checkpoint, model, family, tensors, carry, args)
 
 
 def open_dense(path: Path) -> Source:

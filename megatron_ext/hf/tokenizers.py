@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.errors import UserError
+from megatron_ext.hf.end_tokens import carry_generation_config, special_ids
 
 _SENTENCEPIECE = "tokenizer.model"
 _FILES = (
@@ -25,15 +26,37 @@ _OWN_CLASS = "ExpertThresholdTokenizer"
 _REMOTE = Path(__file__).with_name("remote")
 
 
-def export_tokenizer(args: Namespace, folder: Path) -> dict[str, int]:
-    """Put a run's tokenizer into a folder.
+def export_tokenizer(
+    args: Namespace, folder: Path, checkpoint: Path | None = None
+) -> dict[str, Any]:
+    """Write a run's tokenizer and generation configuration into a folder.
+
+    Args:
+        args: the run's arguments.
+        folder: it must exist.
+        checkpoint: folder of one iteration, next to which a model without a tokenizer keeps its
+            generation configuration.
 
     Returns:
-        the ids of its special tokens, for the configuration.
+        The ids of its special tokens, for the configuration; of several end tokens, the list.
 
     Raises:
-        UserError: its file is not there, or has another size than the model's vocabulary.
+        UserError: its file is missing, or has another size than the model's vocabulary.
     """
+    place = _place(args, checkpoint)
+    carry_generation_config(place, folder)
+    return _export_files(args, folder) | special_ids(place)
+
+
+def _place(args: Namespace, checkpoint: Path | None) -> str | Path | None:
+    """Return where a run's generation configuration is."""
+    without = args.tokenizer_type == "NullTokenizer" or not args.tokenizer_model
+    if not without:
+        return args.tokenizer_model
+    return checkpoint.parent if checkpoint else None
+
+
+def _export_files(args: Namespace, folder: Path) -> dict[str, int]:
     if args.tokenizer_type == "NullTokenizer":
         return {}
     source = Path(args.tokenizer_model or "")
@@ -59,6 +82,14 @@ def _special_ids(folder: Path) -> dict[str, int]:
 
 
 def export_sentencepiece(source: Path, vocab: int, folder: Path) -> dict[str, int]:
+    """Write a SentencePiece model into a folder, with the class that transformers loads it by.
+
+    Returns:
+        The ids of its special tokens, for the configuration.
+
+    Raises:
+        UserError: it has another number of pieces than `vocab`.
+    """
     processor = _sentencepiece(source)
     if processor.get_piece_size() != vocab:
         raise UserError(
@@ -67,29 +98,67 @@ def export_sentencepiece(source: Path, vocab: int, folder: Path) -> dict[str, in
         )
     shutil.copy(source, folder / _SENTENCEPIECE)
     shutil.copy(_REMOTE / "tokenization_et.py", folder)
-    ids = {kind: getattr(processor, f"{kind}_id")() for kind in ("unk", *_SPECIAL)}
-    ids = {kind: number for kind, number in ids.items() if number >= 0}
-    tokens = {f"{kind}_token": processor.id_to_piece(number) for kind, number in ids.items()}
+    ids = _ids_of(processor)
     settings: dict[str, Any] = {
         "tokenizer_class": _OWN_CLASS,
         "auto_map": {"AutoTokenizer": [f"tokenization_et.{_OWN_CLASS}", None]},
         "clean_up_tokenization_spaces": False,
-        **tokens,
+        # The names of control tokens in a text stay text, as in training.
+        "split_special_tokens": True,
+        **_names_of(processor),
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
     return {f"{kind}_token_id": ids[kind] for kind in _SPECIAL if kind in ids}
 
 
-def carry_tokenizer(args: Namespace, folder: Path) -> list[str]:
-    """Put a run's tokenizer beside another checkpoint.
+def as_transformers(tokenizer: Any) -> Any:
+    """Return one of Megatron's tokenizers as one of transformers, or None where there is none."""
+    inner: Any = getattr(tokenizer, "_tokenizer", None)
+    if tokenizer.library == "huggingface":
+        return inner.tokenizer
+    if tokenizer.library == "sentencepiece" and not inner.legacy:
+        return open_sentencepiece(Path(tokenizer.path))
+    return None
 
-    Returns:
-        the flags of `pretrain_et.py` for it.
+
+def open_sentencepiece(file: Path) -> Any:
+    """Return a SentencePiece model as a tokenizer of transformers; its ids are those of training.
 
     Raises:
-        UserError: its file is not there.
+        UserError: the file is missing, or no SentencePiece model.
+    """
+    from megatron_ext.hf.remote.tokenization_et import ExpertThresholdTokenizer
+
+    return ExpertThresholdTokenizer(vocab_file=str(file), **_names_of(_sentencepiece(file)))
+
+
+def _ids_of(processor: Any) -> dict[str, int]:
+    """Return the ids of special tokens by kind."""
+    ids = {kind: getattr(processor, f"{kind}_id")() for kind in ("unk", *_SPECIAL)}
+    return {kind: number for kind, number in ids.items() if number >= 0}
+
+
+def _names_of(processor: Any) -> dict[str, str]:
+    """Return the names of special tokens by transformers' keys."""
+    ids = _ids_of(processor)
+    return {f"{kind}_token": processor.id_to_piece(number) for kind, number in ids.items()}
+
+
+def carry_tokenizer(args: Namespace, folder: Path, checkpoint: Path | None = None) -> list[str]:
+    """Copy a run's tokenizer and generation configuration next to another checkpoint.
+
+    Args:
+        args, checkpoint: see `export_tokenizer`.
+        folder: of checkpoints.
+
+    Returns:
+        The flags of `pretrain_et.py` for it.
+
+    Raises:
+        UserError: its file is missing.
     """
     if args.tokenizer_type == "NullTokenizer":
+        carry_generation_config(_place(args, checkpoint), folder)
         return ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(args.vocab_size)]
     source = Path(args.tokenizer_model or "")
     if not source.name or not source.exists():
@@ -99,20 +168,29 @@ def carry_tokenizer(args: Namespace, folder: Path) -> list[str]:
         )
     target = folder / ("tokenizer" if source.is_dir() else _SENTENCEPIECE)
     if source.is_dir():
-        shutil.copytree(source, target)
+        _copy_files(source, target)
     else:
         shutil.copy(source, target)
+    carry_generation_config(source, target)
     return ["--tokenizer-type", args.tokenizer_type, "--tokenizer-model", str(target)]
 
 
+def _copy_files(source: Path, target: Path) -> None:
+    """Copy a tokenizer's files to a new folder; the folder of a model holds its weights too."""
+    target.mkdir()
+    for file in (source / name for name in _FILES):
+        if file.is_file():
+            shutil.copy(file, target)
+
+
 def import_tokenizer(source: Path, vocab: int, folder: Path) -> list[str]:
-    """Put the tokenizer of a Hugging Face folder beside a checkpoint.
+    """Copy tokenizer and generation configuration of a Hugging Face folder next to a checkpoint.
 
     Returns:
-        the flags of `pretrain_et.py` for it; those of a tokenizer without text when there is none.
+        The flags of `pretrain_et.py` for it; those of a tokenizer without text when there is none.
 
     Raises:
-        UserError: it has more entries than the model.
+        UserError: it has more entries than the model, or the generation configuration is damaged.
     """
     config = source / "tokenizer_config.json"
     settings = json.loads(config.read_text()) if config.is_file() else {}
@@ -120,16 +198,16 @@ def import_tokenizer(source: Path, vocab: int, folder: Path) -> list[str]:
         size = _sentencepiece(source / _SENTENCEPIECE).get_piece_size()
         kind, target = "SentencePieceTokenizer", folder / _SENTENCEPIECE
         shutil.copy(source / _SENTENCEPIECE, target)
-    elif files := [source / name for name in _FILES if (source / name).is_file()]:
+    elif any((source / name).is_file() for name in _FILES):
         from transformers import AutoTokenizer
 
         kind, target = "HuggingFaceTokenizer", folder / "tokenizer"
-        target.mkdir()
-        for file in files:
-            shutil.copy(file, target)
+        _copy_files(source, target)
         size = len(AutoTokenizer.from_pretrained(target))
     else:
+        carry_generation_config(source, folder, same_model=True)
         return ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(vocab)]
+    carry_generation_config(source, target, same_model=True)
     if size > vocab:
         raise UserError(
             f"the tokenizer in {source} has {size} entries, the model {vocab}: they do not belong "

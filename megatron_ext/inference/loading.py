@@ -28,6 +28,7 @@ from megatron_ext.config import ETConfig
 from megatron_ext.data.tokenizer_identity import check_tokenizer_content
 from megatron_ext.devices import cpu_default_args, is_cpu_device
 from megatron_ext.errors import UserError
+from megatron_ext.hf.end_tokens import record_end_tokens
 from megatron_ext.inference.plain_linear import simplify_linear_layers
 from megatron_ext.model.gpt import gpt_model_config
 
@@ -129,6 +130,10 @@ def load_model(
         args.tokenizer_model = tokenizer_model
     check_tokenizer_content(checkpoint, args)
     tokenizer = _build_tokenizer(args)
+    place = args.tokenizer_model
+    if args.tokenizer_type == "NullTokenizer":
+        place = checkpoint if source is not None else checkpoint.parent
+    record_end_tokens(tokenizer, place)
     config: ETConfig = explained(lambda: core_transformer_config_from_args(args, ETConfig))
     explained(lambda: _start_ranks(args))
     groups = ProcessGroupCollection.use_mpu_process_groups()

@@ -3,11 +3,12 @@
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from megatron_ext.errors import UserError
+from megatron_ext.hf.end_tokens import end_tokens
 from megatron_ext.inference.cache import Chunk
 from megatron_ext.inference.loading import TrainedModel
 from megatron_ext.inference.sampling import Sampling
@@ -246,11 +247,3 @@ class Row:
                 )
             self.released.append(ScoredText(part, score, spelled))
         self._released += len(left) - characters
-
-
-def end_tokens(tokenizer: Any) -> frozenset[int]:
-    """Return the end tokens recorded with a tokenizer, or its own."""
-    recorded: frozenset[int] | None = getattr(tokenizer, "end_tokens", None)
-    if recorded is None:
-        recorded = frozenset() if tokenizer.eod is None else frozenset([tokenizer.eod])
-    return recorded

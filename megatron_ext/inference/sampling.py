@@ -26,7 +26,7 @@ class Sampling:
         greedy: always take the likeliest token; temperature, min_p, top_k and top_p have then no
             effect.
         stop: strings that end a continuation; not part of its text.
-        stop_at_eod: whether the end-of-document tokens end it.
+        stop_at_eod: whether the end tokens of the model end it.
         score_temperature: divides the logits whose log-probabilities are reported.
         min_p: draw among the tokens with at least this share of the likeliest one's probability.
         min_tokens: before so many tokens, none that ends the continuation can be drawn, and no stop

@@ -5,6 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_ext.chat import prompt_ids
+from megatron_ext.errors import UserError
+from megatron_ext.hf.tokenizers import as_transformers
 from megatron_ext.inference.loading import TrainedModel
 from megatron_ext.inference.sampling import Sampling
 from megatron_ext.inference.text import detokenizer_of
@@ -65,6 +68,7 @@ class Reader:
         self.trained, self.name, self.limits = trained, name, limits
         template = chat_template or getattr(trained.tokenizer, "chat_template", None)
         self.chat_template: str | None = template
+        self._chat_tokenizer = as_transformers(trained.tokenizer)
 
     def completion(self, body: Any) -> Call:
         """Check a body of /v1/completions.
@@ -155,15 +159,14 @@ class Reader:
                 "server with --chat-template"
             )
         conversation = [{"role": m.role, "content": m.text} for m in messages]
-        try:
-            ids: Any = self.trained.tokenizer.apply_chat_template(
-                conversation, self.chat_template, tokenize=True, add_generation_prompt=True
-            )
-        except Exception as error:  # a template may raise anything, to refuse a role for example
+        if self._chat_tokenizer is None:
             raise BadRequest(
-                f"the chat template refuses these messages: {error}", "messages"
-            ) from error
-        return list(ids if isinstance(ids, list) else ids["input_ids"])
+                "the model's tokenizer has no text: use /v1/completions with token ids"
+            )
+        try:
+            return prompt_ids(self._chat_tokenizer, conversation, chat_template=self.chat_template)
+        except UserError as error:
+            raise BadRequest(str(error), "messages") from error
 
     def _tokenize(self, text: str) -> list[int]:
         try:

@@ -217,3 +217,78 @@ def test_metrics_are_those_of_transformers(ours, transformers):
         for metric, value in transformers.results[name].items():
             if isinstance(value, float) and "stderr" not in metric:
                 assert ours.results[name][metric] == pytest.approx(value, abs=1e-5), metric
+
+
+REQUESTS = {
+    "loglikelihood": [
+        ("<s>the city", " of"), ("<s>", " of"), ("the", "</s>"), ("", " ba"), ("ba ", "lo"),
+        ("<|im_end|>", "ba"), ("ba" * 90, " lo"), ("é", "👍"),
+    ],
+    "loglikelihood_rolling": [("<s>the city",), ("the city",), ("ba " * 90,), ("x</s>y",)],
+    "generate_until": [
+        (text, {"until": until, "max_gen_toks": 9})
+        for text in ("ba lo", "<s>the", "x</s>", "ni" * 90) for until in (["\n\n"], ["a"])
+    ],
+}  # fmt: skip
+CHAT = (
+    "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+def adapter_and_harness(folder):
+    """On a rank: answers of the adapter and of the harness's own model to the same requests."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    from megatron_ext.errors import UserError
+    from megatron_ext.evaluation.lm_eval_adapter import MegatronLM
+    from tools import convert_checkpoint
+
+    flags = ["--from", "hf", "--to", "megatron", "--load", folder / "hf", "--save", folder / "m"]
+    convert_checkpoint.main([*map(str, flags)])
+    ours = MegatronLM(load=str(folder / "m"), batch_size=3)
+    theirs = HFLM(pretrained=str(folder / "hf"), dtype="float32", batch_size=1, device="cpu")
+
+    def ask(model, kind):
+        requests = [Instance(kind, {}, arguments, 0) for arguments in REQUESTS[kind]]
+        return getattr(model, kind)(requests, disable_tqdm=True)
+
+    def refusal(call):
+        try:
+            return call()
+        except UserError as error:
+            return str(error)
+
+    turns = [{"role": "user", "content": "hi"}]
+    chats = [
+        model.apply_chat_template(turns, begin) for model in (ours, theirs) for begin in (1, 0)
+    ]
+    too_long = [Instance("loglikelihood", {}, ("a", "b " * 200), 0)]
+    ours.tokenizer.chat_template = None
+    return SimpleNamespace(
+        answers={kind: (ask(ours, kind), ask(theirs, kind)) for kind in REQUESTS},
+        chats=chats,
+        too_long=refusal(lambda: ours.loglikelihood(too_long, disable_tqdm=True)),
+        without=refusal(lambda: ours.apply_chat_template(turns)),
+    )
+
+
+@pytest.mark.slow
+def test_control_tokens_in_requests_are_taken_as_by_the_harness_own_model(tmp_path):
+    pytest.importorskip("accelerate")
+    from tests.hf.models import make
+    from tests.hf.test_tokenizers import byte_level
+
+    tokenizer = byte_level(tmp_path / "hf", chat_template=CHAT)
+    make("llama", tmp_path / "hf", vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=[1, 2])
+    [found] = run_ranks(adapter_and_harness, 1, tmp_path)
+    for kind in ("loglikelihood", "loglikelihood_rolling"):
+        for request, mine, wanted in zip(REQUESTS[kind], *found.answers[kind], strict=True):
+            mine, wanted = (a[0] if isinstance(a, tuple) else a for a in (mine, wanted))
+            assert mine == pytest.approx(wanted, rel=1e-5), request
+    ours, theirs = found.answers["generate_until"]
+    assert [text.lstrip() for text in ours] == [text.lstrip() for text in theirs]
+    assert found.chats[:2] == found.chats[2:] and found.chats[0].endswith("<|im_end|>assistant:")
+    assert "a continuation has 4" in found.too_long and "scores 1 to 64" in found.too_long
+    assert "no chat template: leave out --apply_chat_template" in found.without

@@ -37,11 +37,13 @@ def there_and_back(folder):
     logits = full_logits(trained, TOKENS)
     assert logits is not None
     greedy = Sampling(max_new_tokens=NEW, greedy=True, stop_at_eod=False)
+    stopping = Sampling(max_new_tokens=NEW, greedy=True)
     return SimpleNamespace(
         megatron=logits[..., :VOCAB],
         hf=hf_logits(folder / "hf", TOKENS),
         padded=logits.shape[-1],
         generated=[(c.tokens, c.log_probs) for c in generate(trained, PROMPTS, greedy)],
+        stopped=generate(trained, PROMPTS, stopping),
     )
 
 
@@ -71,7 +73,7 @@ def tensors(folder):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_megatron_computes_the_same_logits_and_nothing_is_lost_on_the_way_back(name, tmp_path):
-    model = make(name, tmp_path / "hf")
+    model = make(name, tmp_path / "hf", eos_token_id=[VOCAB - 1, VOCAB - 2])
     [facts] = run_ranks(there_and_back, 1, tmp_path)
     assert facts.hf.std() > 0.5 and facts.padded > VOCAB
     torch.testing.assert_close(facts.megatron, facts.hf, atol=rounding(facts.hf), rtol=0)
@@ -84,10 +86,12 @@ def test_megatron_computes_the_same_logits_and_nothing_is_lost_on_the_way_back(n
     for key, tensor in before.items():
         assert torch.equal(tensor, after[key]) and tensor.dtype == after[key].dtype, key
     old, new = (json.loads((tmp_path / f / "config.json").read_text()) for f in ("hf", "back"))
-    ignored = {"initializer_range", "bos_token_id", "eos_token_id", "layer_types"}
+    ignored = {"initializer_range", "layer_types"}
     assert {k: v for k, v in new.items() if k not in ignored} == {
         k: v for k, v in old.items() if k not in ignored
     }
+    settings = [(tmp_path / f / "generation_config.json").read_text() for f in ("hf", "back")]
+    assert settings[0] == settings[1]
 
 
 def test_rows_beyond_the_tokenizers_come_back_and_its_files_go_along(tmp_path):
@@ -134,3 +138,22 @@ def verify_both(folder):
     with pytest.raises(UserError) as refused:
         largest_difference(folder / "checkpoints", folder / "changed")
     return share, str(refused.value)
+
+
+def test_every_end_token_of_the_generation_config_ends_a_text(tmp_path):
+    """Those of chat models end turns; the tokenizer names the end of a document alone."""
+    model = make("llama", tmp_path / "hf")
+    add_tokenizer(tmp_path / "hf", VOCAB)
+    tokens = [generate_alone(model, prompt)[0] for prompt in PROMPTS]
+    ends = [1, tokens[0][4], tokens[1][2]]
+    config = {"eos_token_id": ends, "temperature": 0.6, "do_sample": True}
+    (tmp_path / "hf" / "generation_config.json").write_text(json.dumps(config))
+    [facts] = run_ranks(there_and_back, 1, tmp_path)
+    for full, stopped in zip(tokens, facts.stopped):
+        places = [place for place, token in enumerate(full) if token in ends]
+        assert stopped.tokens == (full[: places[0] + 1] if places else full)
+        assert stopped.finish == ("eod" if places else "length")
+        shown = stopped.tokens[:-1] if places else stopped.tokens
+        assert stopped.text.split() == [f"w{token}" for token in shown]
+    assert json.loads((tmp_path / "back" / "generation_config.json").read_text()) == config
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["eos_token_id"] == ends

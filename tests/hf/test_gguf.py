@@ -11,6 +11,7 @@ import regex
 import torch
 
 from megatron_ext.errors import UserError
+from megatron_ext.hf.gguf import GGUFModel
 from tests.closeness import rounding
 from tests.distributed import run_ranks
 from tests.hf.smollm import QUESTION, gguf_file
@@ -246,3 +247,22 @@ def refusals(folder, names):
 def test_a_gguf_file_becomes_a_hugging_face_folder_first(tmp_path):
     with pytest.raises(UserError, match="--from gguf goes --to hf alone"):
         convert("gguf", "megatron", tmp_path, tmp_path / "save")
+
+
+class _WithTurns(GGUFModel):
+    """The file's model with entries that other chat models have."""
+
+    def get(self, key, default=None):
+        ends = {"tokenizer.ggml.eot_token_id": 1, "tokenizer.ggml.eom_token_id": 2}
+        return ends[key] if key in ends else super().get(key, default)
+
+
+def test_end_tokens_of_turns_are_kept(tmp_path):
+    from megatron_ext.hf.gguf_tokenizer import save_tokenizer
+
+    plain, with_turns = (
+        save_tokenizer(kind(gguf_file()), tmp_path) for kind in (GGUFModel, _WithTurns)
+    )
+    end = plain["eos_token_id"]
+    assert isinstance(end, int)
+    assert with_turns["eos_token_id"] == list(dict.fromkeys([end, 1, 2]))

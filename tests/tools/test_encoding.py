@@ -23,15 +23,15 @@ def encoded(encoder, text):
     return np.frombuffer(encoder(text), dtype=np.uint16).tolist()
 
 
-def trained(path, **flags):
-    """A BPE model with byte tokens that takes text as it is, but for `flags`."""
+def trained(path, texts=None, **flags):
+    """Train a BPE model with byte tokens that takes text as it is, but for `flags`."""
     model = io.BytesIO()
     asis = {
         "normalization_rule_name": "identity", "remove_extra_whitespaces": False,
         "add_dummy_prefix": False, "byte_fallback": True,
     }  # fmt: skip
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(make_texts(200)), model_writer=model, minloglevel=2,
+        sentence_iterator=iter(texts or make_texts(200)), model_writer=model, minloglevel=2,
         **{"model_type": "bpe", "vocab_size": 360, **asis, **flags},
     )  # fmt: skip
     path.write_bytes(model.getvalue())
@@ -51,6 +51,19 @@ def test_words_give_the_tokens_of_the_whole_text(model):
     check()
     for text in make_texts(300, seed=5):  # words met before
         assert encoded(encoder, text) == [*tokenizer.encode(text), tokenizer.eos_id()]
+
+
+def test_spaces_next_to_the_mark_of_a_space_are_encoded_as_one_run(tmp_path):
+    indented = [text.replace(" ", "    ") for text in make_texts(200)]
+    model = tmp_path / "model"
+    tokenizer = trained(model, indented, allow_whitespace_only_pieces=True)
+    assert words_are_independent(tokenizer)
+    assert tokenizer.piece_to_id("\u2581\u2581") != tokenizer.unk_id()  # a run may be one piece
+    encoder = DocumentEncoder(str(model), "uint16")
+    choose = random.Random(0)
+    texts = ["".join(choose.choices("a \u2581", k=choose.randrange(9))) for _ in range(500)]
+    for text in ["a\u2581 b", "a \u2581b", *texts]:
+        assert encoded(encoder, text) == [*tokenizer.encode(text), tokenizer.eos_id()], text
 
 
 def test_a_full_memory_and_long_words_change_nothing(model, monkeypatch):

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import sentencepiece
 
-# SentencePiece's mark for a space; symbols that a user defines keep the space itself.
-_SPACES = "\u2581 "
+_MARK = "\u2581"  # SentencePiece's mark for a space
+_SPACES = f"{_MARK} "  # symbols that a user defines keep the space itself
 _MOST_WORDS = 1 << 18  # kept by a process: some 50 MB
 _LONGEST_WORD = 64  # characters of a word that is kept
 
@@ -34,7 +34,8 @@ class DocumentEncoder:
 
     def __call__(self, text: str) -> bytes:
         """The document's tokens and the end of document, one after the other in the dtype."""
-        if self._words is None:
+        # A mark in the text reads as a space, so that a run of spaces may reach over it.
+        if self._words is None or _MARK in text:
             return self.encode(text) + self._end
         first, *words = text.split(" ")
         if "" in words:

@@ -6,17 +6,29 @@ from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
 
 class ExpertThresholdTokenizer(SentencePieceBackend):
-    """SentencePiece as it is: nothing is put in front of a text, nothing behind it."""
+    """SentencePiece as it is: nothing is put in front of a text, nothing behind it.
+
+    Names of control tokens in a text, such as `</s>`, are text, as in training. Those that a chat
+    template writes are tokens.
+    """
 
     vocab_files_names = {"vocab_file": "tokenizer.model"}
     model_input_names = ["input_ids", "attention_mask"]
 
     def __init__(self, vocab_file: str, **kwargs: Any) -> None:
         kwargs.pop("legacy", None)
+        kwargs.setdefault("split_special_tokens", True)
         super().__init__(vocab_file=vocab_file, legacy=True, **kwargs)
 
+    def apply_chat_template(
+        self, *args: Any, tokenizer_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> Any:
+        """Render a conversation; see transformers."""
+        options = {"split_special_tokens": False} | (tokenizer_kwargs or {})
+        return super().apply_chat_template(*args, tokenizer_kwargs=options, **kwargs)
+
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """Text of tokens, with the names of special tokens, which SentencePiece leaves out."""
+        """Return the text of tokens, with names of control tokens, which SentencePiece omits."""
         named = {*self.all_special_tokens} - {self.unk_token}
         text = ""
         run: list[str] = []

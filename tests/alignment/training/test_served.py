@@ -159,7 +159,9 @@ def learn(folder, place, url, patience, ahead=False, waits=16, stops=False):
 
     served._WAIT = 0.05
     engine = MegatronEngine(folder, Optimization(lr=1e-2, steps=9), MegatronLayout(micro_batch=4))
-    rollouts = served.ServedRollouts(engine, [url], "policy", place / "served", 0, patience)
+    rollouts = served.ServedRollouts(
+        engine, [url], "policy", place / "served", frozenset([0]), patience
+    )
     tasks = [Task(str(n), [5, n, 7], None) for n in range(12)]
 
     def reward(groups, check):
@@ -294,7 +296,7 @@ def ask_in_vain(folder, url):
     from megatron_ext.inference.sampling import Sampling
 
     engine: Any = SimpleNamespace(data_rank=0, data_size=1, step=0, export=lambda folder: None)
-    rollouts = ServedRollouts(engine, [url], "policy", folder, 0, patience=3)
+    rollouts = ServedRollouts(engine, [url], "policy", folder, frozenset([0]), patience=3)
     rollouts._served = 0 if "127.0.0.1" in url else None
     begin = time.monotonic()
     with pytest.raises(UserError) as caught:
@@ -337,7 +339,9 @@ def draw(folder, url):
     engine: Any = SimpleNamespace(
         data_rank=rank, data_size=dist.get_world_size(), step=0, export=lambda folder: None
     )
-    rollouts = ServedRollouts(engine, [url], "policy", folder, 0, check=lambda: checks.append(rank))
+    rollouts = ServedRollouts(
+        engine, [url], "policy", folder, frozenset([0]), check=lambda: checks.append(rank)
+    )
     [found] = rollouts.generate([[rank]], Sampling(1))
     return found.tokens, len(checks) > 1
 

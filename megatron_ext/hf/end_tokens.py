@@ -1,0 +1,127 @@
+"""End tokens of a model: the tokens after which generation of a text stops.
+
+A chat model has several, and only generation_config.json names all of them: `<|eot_id|>` ends a
+turn, `<|end_of_text|>` a document. The file therefore stays with the tokenizer: in its folder, or
+next to its file. The end tokens of a model are those of the file and the tokenizer's own, which is
+where vLLM stops too.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from megatron_ext.errors import UserError
+
+GENERATION_CONFIG = "generation_config.json"
+_CONFIG = "config.json"
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def end_tokens(tokenizer: Any) -> frozenset[int]:
+    """Return the ids of a model's end tokens.
+
+    Args:
+        tokenizer: Megatron's or one of transformers, after `record_end_tokens`. Without it, the
+            tokenizer's own end token is the only one.
+    """
+    recorded = getattr(tokenizer, "end_tokens", None)
+    return _own_end(tokenizer) if recorded is None else recorded
+
+
+def record_end_tokens(tokenizer: Any, place: Path | str | None) -> None:
+    """Attach a model's end tokens to its tokenizer, for `end_tokens`.
+
+    Args:
+        tokenizer: Megatron's or one of transformers.
+        place: a Hugging Face folder, or a tokenizer's folder or file.
+
+    Raises:
+        UserError: the generation configuration is damaged, or names an id that is none.
+    """
+    named = frozenset(_as_list(special_ids(place).get("eos_token_id")))
+    # The last id of a tokenizer without text stands for an end only where nothing else does.
+    without_text = named and getattr(tokenizer, "library", None) == "null-text"
+    tokenizer.end_tokens = named if without_text else named | _own_end(tokenizer)
+
+
+def special_ids(place: Path | str | None) -> dict[str, Any]:
+    """Return the ids of special tokens in a generation configuration.
+
+    Args:
+        place: see `record_end_tokens`.
+
+    Returns:
+        `bos_token_id`, `eos_token_id` (an id or a list of ids) and `pad_token_id`, where they are
+        given. As in transformers, config.json counts where there is no generation_config.json.
+
+    Raises:
+        UserError: see `record_end_tokens`.
+    """
+    if place is None:
+        return {}
+    folder = _folder(place)
+    for file in (folder / GENERATION_CONFIG, folder / _CONFIG):
+        if file.is_file():
+            return _read_ids(file)
+    return {}
+
+
+def carry_generation_config(
+    source: Path | str | None, target: Path, same_model: bool = False
+) -> None:
+    """Copy a generation configuration to another place of its tokenizer.
+
+    Args:
+        source, target: see `record_end_tokens`.
+        same_model: a Hugging Face folder's file is copied whole. Otherwise only its ids of special
+            tokens are: a run that borrows the tokenizer of a model does not sample by its settings.
+
+    Raises:
+        UserError: see `record_end_tokens`.
+    """
+    if source is None:
+        return
+    origin, file = _folder(source), _folder(target) / GENERATION_CONFIG
+    ids = special_ids(origin)
+    borrowed = (origin / _CONFIG).is_file() and not same_model
+    if (origin / GENERATION_CONFIG).is_file() and not borrowed:
+        if origin.resolve() != file.parent.resolve():
+            shutil.copy(origin / GENERATION_CONFIG, file)
+    elif ids:
+        file.write_text(json.dumps(ids, indent=2) + "\n")
+
+
+def _folder(place: Path | str) -> Path:
+    place = Path(place)
+    return place if place.is_dir() else place.parent
+
+
+def _read_ids(file: Path) -> dict[str, Any]:
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8"))
+        ids = {name: entries[name] for name in _IDS if entries.get(name) is not None}
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{file} is damaged: copy it again") from error
+    for name, value in ids.items():
+        numbers = _as_list(value) if name == "eos_token_id" else [value]
+        if not all(type(number) is int and number >= 0 for number in numbers):
+            raise UserError(
+                f"{file} gives {value!r} as {name}: give the id of a token"
+                + (", or a list of ids" if name == "eos_token_id" else "")
+            )
+    return ids
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
+
+
+def _own_end(tokenizer: Any) -> frozenset[int]:
+    """Return the end token that a tokenizer itself names, if it has one."""
+    end = getattr(tokenizer, "eod", None)
+    if end is None:
+        end = getattr(tokenizer, "eos_token_id", None)
+    return frozenset() if end is None or end < 0 else frozenset([end])
