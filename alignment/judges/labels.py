@@ -7,6 +7,7 @@ from typing import Any
 
 from alignment.data.chat import example
 from alignment.judges.parsing import CLOSE, OPEN
+from alignment.judges.scale import HIGH, rescale
 from alignment.records import Message, Outcome, Side, Verdict
 from megatron_ext.errors import UserError
 
@@ -25,11 +26,11 @@ def label_of(verdict: Verdict) -> str:
     """The label that a judge gives who agrees with a verdict, in the verdict's order.
 
     Raises:
-        ValueError: the verdict is no judgement.
+        ValueError: the verdict is no judgement, or its score is outside of 0 to 9.
     """
     if verdict.outcome is Outcome.SCORE:
         assert verdict.score is not None
-        return str(min(9, max(0, math.floor(verdict.score + 0.5))))
+        return SCORES[math.floor(rescale(verdict.score) + 0.5)]
     if verdict.outcome is Outcome.TIE:
         return "tie"
     if verdict.outcome is not Outcome.PREFERENCE:
@@ -98,7 +99,7 @@ class LabelTokens:
             return {"outcome": Outcome.UNPARSEABLE, "reason": reason}
         if tuple(self.labels) == SCORES:
             expected = sum(s * math.exp(value) for s, value in enumerate(log_probs)) / mass
-            return {"outcome": Outcome.SCORE, "score": expected}
+            return {"outcome": Outcome.SCORE, "score": min(expected, HIGH)}  # but for rounding
         label = self.labels[max(range(len(log_probs)), key=lambda i: log_probs[i])]
         if label == "tie":
             return {"outcome": Outcome.TIE}

@@ -63,6 +63,9 @@ def main(argv: Sequence[str]) -> int:
     tokenizer = load_tokenizer(Path(options.model), chat_template)
     template = flags.template_kwargs(options)
     tasks = [Task(p.id, prompt_ids(tokenizer, p.messages, **template), p) for p in prompts]
+    flags.check_room(options, [task.prompt for task in tasks], "prompts of --prompts")
+    ids = [prompt_ids(tokenizer, p.messages, **template) for p in held_out]
+    flags.check_room(options, ids, "prompts of --held-out")
 
     # Judges and the start policy first: what the trained model sets for the process stays.
     held: dict[str, Engine] = {}

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from alignment.engines.protocol import Engine, Generated
 from alignment.judges.client import connect
 from alignment.judges.endpoint import api_key
+from alignment.judges.endpoint_errors import error_in, message_of
 from alignment.judges.flags import KEY
 from alignment.ranks import shares_of, speaks_for_share
 from alignment.waiting import waited_for
@@ -130,12 +131,12 @@ class ServedRollouts:
         prompts: Sequence[Sequence[int]],
         sampling: Sampling,
         seeds: Sequence[int],
-        keep: Callable[[int, Generated], None] = lambda place, found: None,
+        keep: Callable[[int, Generated], Awaitable[None]] | None = None,
     ) -> list[Generated]:
         """Let this share's server continue prompts, with the weights it has; no collective.
 
         Args:
-            keep: told the place of a prompt and its response as it comes.
+            keep: stores a response as it comes, by the place of its prompt.
 
         Raises:
             UserError: see `generate`.
@@ -149,7 +150,8 @@ class ServedRollouts:
                     body = self._body(prompt, sampling, seed)
                     answer = await self._post(http, f"{url}/completions", body)
                 found = self._read(answer, url)
-                keep(place, found)
+                if keep is not None:
+                    await keep(place, found)
                 return found
 
             every = asyncio.gather(*map(one, range(len(prompts)), prompts, seeds))
@@ -204,6 +206,8 @@ class ServedRollouts:
         }
 
     def _read(self, answer: Any, url: str) -> Generated:
+        if error := error_in(answer):
+            raise UserError(f"{url} answers with an error: {message_of(error)}")
         try:
             [choice] = answer["choices"]
             tokens = [int(token) for token in choice["token_ids"]]
