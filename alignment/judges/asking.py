@@ -183,8 +183,10 @@ class Asking:
         out_of = max(done, min(_LEAST_DONE, total))
         why = ""
         if len(failed) > self.max_failed * out_of:
-            share = f"--max-failed {self.max_failed:g}"
-            why = f"{len(failed)} of {done} questions failed, more than {share}"
+            why = (
+                f"{len(failed)} of {done} questions failed, more than --max-failed "
+                f"{self.max_failed:g}"
+            )
         elif self._in_a_row >= max(_DEAD, self.concurrency):
             why = f"{self._in_a_row} calls in a row failed in every try"
         if why:

@@ -77,7 +77,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--samples", type=int, default=1, metavar="N", help="answers a question (%(default)s)")
     add("--seq-length", type=int, default=4096, metavar="TOKENS",
         help="the most of a question and its answer (%(default)s)")
-    add("--max-failed", type=float, default=0.05, metavar="SHARE",
+    add("--max-failed", type=float, default=0.2, metavar="SHARE",
         help="Share of the questions that may end without a verdict, for any reason; more end the "
         "command with status 3. Default: %(default)s.")
     # fmt: on

@@ -97,7 +97,7 @@ def test_a_pairwise_judge_whose_examples_are_mostly_too_long_is_not_trained(
 ) -> None:
     from alignment.judges.train import main
 
-    template = "=== user ===\n{mark} {prompt} {first} {second} Which, A or B? {answer}\n"
+    template = "=== user ===\n{mark} {prompt} {response_a} {response_b} Which, A or B? {answer}\n"
     (tmp_path / "pairwise-brief.txt").write_text(template)
     prompt = Prompt("p", (Message("user", "say good"),))
     pairs = [Pair(f"x{n}", prompt, "good " * (5 if n < 4 else 90), "bad " * 5) for n in range(20)]
