@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(table(judges[0].pairwise, whole, parts))
     if options.output:
         _write(Path(options.output), compared, names, whole, parts, options)
-    if not whole.judged_by_both:
+    if not whole.both:
         raise TooFewResults(
             f"none of the {len(items):,} items has a judgement in both {names[0]} and {names[1]}: "
             "there is nothing to compare"

@@ -100,12 +100,12 @@ def test_a_pairwise_judge_whose_examples_are_mostly_too_long_is_not_trained(
     template = "=== user ===\n{mark} {prompt} {response_a} {response_b} Which, A or B? {answer}\n"
     (tmp_path / "pairwise-brief.txt").write_text(template)
     prompt = Prompt("p", (Message("user", "say good"),))
-    pairs = [Pair(f"x{n}", prompt, "good " * (5 if n < 4 else 90), "bad " * 5) for n in range(20)]
+    pairs = [Pair(f"x{n}", prompt, "good " * (5 if n < 4 else 300), "bad " * 5) for n in range(20)]
     verdicts = [Verdict(p.id, Outcome.PREFERENCE, None, Side.FIRST) for p in pairs]
     flags = [*judging[:6], "--template", str(tmp_path / "pairwise-brief.txt")]
     flags += ["--input", str(write_rows(tmp_path / "pairs.jsonl", pairs))]
-    flags += ["--gold", str(write_rows(tmp_path / "gold.jsonl", verdicts)), "--seq-length", "100"]
-    with pytest.raises(TooFewResults, match=r"32 of 40 .* longer than --seq-length 100: raise it"):
+    flags += ["--gold", str(write_rows(tmp_path / "gold.jsonl", verdicts)), "--seq-length", "300"]
+    with pytest.raises(TooFewResults, match=r"32 of 40 .* longer than --seq-length 300: raise it"):
         main(flags)
     with pytest.raises(TooFewResults, match=r"more than --max-left-out 0\.79"):
         main([*flags, "--max-left-out", "0.79"])
