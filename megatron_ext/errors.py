@@ -18,7 +18,22 @@ _STORE_PATIENCE = timedelta(seconds=10)
 
 class UserError(ValueError):
     """Something a user can put right. The message is one sentence naming the flag or file and the
-    fix."""
+    fix.
+
+    Attributes:
+        status: exit status of a command that this error ends.
+    """
+
+    status = 2
+
+
+class TooFewResults(UserError):
+    """More items of a command ended without a result than the user allows.
+
+    The flags may be right: an endpoint is down, or a judge does not answer in the required form.
+    """
+
+    status = 3
 
 
 class ToolParser(argparse.ArgumentParser):
@@ -54,7 +69,8 @@ class ToolParser(argparse.ArgumentParser):
 
 
 def run_tool(main: Callable[[], int | None]) -> NoReturn:
-    """Run a tool's `main` and exit with its code: 0 on success, 2 on a `UserError`, 130 on Ctrl-C.
+    """Run a tool's `main` and exit with its code: 0 on success, the status of a `UserError` (2, or
+    3 for too few results), 130 on Ctrl-C.
 
     Errors are prefixed by the tool's name, taken from the command line.
     """
@@ -63,7 +79,7 @@ def run_tool(main: Callable[[], int | None]) -> NoReturn:
         code = main() or 0
     except UserError as error:
         print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
-        code = 2
+        code = error.status
     except OSError as error:
         if error.errno not in _MENDABLE:
             raise
@@ -77,7 +93,7 @@ def run_tool(main: Callable[[], int | None]) -> NoReturn:
 
 def run_on_ranks(main: Callable[[], int | None]) -> None:
     """Run a program that torchrun starts on many ranks and exit with its code; a `UserError` ends
-    it with exit code 2.
+    it with the error's status.
 
     Ranks meet the same error at about the same time, and torchrun kills the others when the first
     ends: whoever is first on its node tells.
@@ -89,7 +105,7 @@ def run_on_ranks(main: Callable[[], int | None]) -> None:
         if _first_on_node():
             name = Path(sys.argv[0]).name
             print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        sys.exit(error.status)
 
 
 def run_tool_or_ranks(main: Callable[[], int | None]) -> None:

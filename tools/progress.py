@@ -50,6 +50,7 @@ class Progress:
             speed = done / (now - self._begin)
             seconds = round((self.total - done) / speed) if speed else 0
             left = f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+            left = left if speed else "unknown"
             unit, scale = ("MB", 1e6) if self.unit is None else (self.unit, 1)
             print(
                 f"{self.label}: {done / self.total:.0%} of "

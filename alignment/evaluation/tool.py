@@ -35,9 +35,10 @@ from alignment.judges.agreement.joining import by_item
 from alignment.judges.agreement.output import check_folder
 from alignment.judges.annotate import annotate
 from alignment.judges.flags import Options, add_judge, check
-from alignment.judges.rows import read_all
+from alignment.judges.results import commonest, reasons_of, require_results
+from alignment.judges.scale import check_scale, read_verdicts
 from alignment.records import Outcome, Pair, Response, Verdict
-from megatron_ext.errors import ToolParser, UserError, run_tool
+from megatron_ext.errors import TooFewResults, ToolParser, UserError, run_tool
 from tools.progress import Progress
 
 SCORES, PREFERENCES = "scores", "preferences"
@@ -67,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return code
             files[judge.name, kind] = [file]
     verdicts = {judge: _read(of, judge[0]) for judge, of in files.items()}
-    verdicts |= _given(options.verdicts, verdicts)
+    given = _given(options, verdicts)
+    verdicts |= given
     if not verdicts:
         print(
             f"wrote {len(contest.responses):,} responses and {len(contest.pairs):,} pairs to "
@@ -77,12 +79,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = _measure(contest, verdicts, options)
     if options.output:
         _write(Path(options.output) / "evaluation.json", contest, found, options)
+    max_failed = _shared_flags(words).max_failed
+    for (name, kind), of in given.items():
+        rows = [verdict for each in of.values() for verdict in each]
+        what = f"{kind} of --verdicts {name}=..."
+        require_results(reasons_of(rows), len(rows), max_failed, what, "judgement")
     return 0
 
 
 def _judges(words: Sequence[str]) -> list[Judge]:
     """The judges of a command line, each from the flags that follow its --judge."""
-    starts = [n for n, word in enumerate(words) if word == "--judge" or word[:8] == "--judge="]
+    starts = _starts(words)
     shared = words[: starts[0]] if starts else []
     judges = []
     for start, end in itertools.pairwise([*starts, len(words)]):
@@ -101,6 +108,16 @@ def _judges(words: Sequence[str]) -> list[Judge]:
     return judges
 
 
+def _starts(words: Sequence[str]) -> list[int]:
+    """Where the flags of each judge begin on a command line."""
+    return [n for n, word in enumerate(words) if word == "--judge" or word[:8] == "--judge="]
+
+
+def _shared_flags(words: Sequence[str]) -> Options:
+    """The flags before the first judge's."""
+    return _parser().parse_args(words[: next(iter(_starts(words)), len(words))])
+
+
 def _plain(name: str) -> str:
     """As a file may be called."""
     return re.sub(r"[^\w.-]+", "-", name)
@@ -113,27 +130,33 @@ def _ask(options: Options, kind: str, file: Path) -> int:
 
 
 def _read(files: Sequence[Path], name: str) -> Verdicts:
-    return by_item([verdict for file in files for verdict in read_all(file, Verdict)], name)
+    return by_item([verdict for file in files for verdict in read_verdicts(file)], name)
 
 
 def _given(
-    named: Sequence[str], asked: Mapping[tuple[str, str], object]
+    options: Options, asked: Mapping[tuple[str, str], object]
 ) -> dict[tuple[str, str], Verdicts]:
-    """The verdicts of --verdicts by judge and kind."""
-    files: dict[tuple[str, str], list[Path]] = {}
-    for words in named:
+    """The verdicts of --verdicts by judge and kind.
+
+    Raises:
+        UserError: a file cannot be used.
+        TooFewResults: a file holds no judgement.
+    """
+    found: dict[tuple[str, str], list[Verdict]] = {}
+    for words in options.verdicts:
         judge, _, file = words.partition("=")
         if not judge or not file:
             raise UserError(f"--verdicts {words} must be NAME=FILE")
-        rows = read_all(Path(file), Verdict)
+        rows = read_verdicts(Path(file), options.verdicts_scale, "--verdicts-scale")
         judgements = [row for row in rows if row.judged]
         if not judgements:
-            raise UserError(f"{file} has no judgement: every verdict in it failed")
+            why = commonest(reasons_of(rows))
+            raise TooFewResults(f"{file} has no judgement: every verdict in it failed, with {why}")
         kind = SCORES if judgements[0].outcome is Outcome.SCORE else PREFERENCES
         if (judge, kind) in asked:
             raise UserError(f"--verdicts {words}: the judge of that name is asked for {kind}")
-        files.setdefault((judge, kind), []).append(Path(file))
-    return {judge: _read(of, judge[0]) for judge, of in files.items()}
+        found.setdefault((judge, kind), []).extend(rows)
+    return {judge: by_item(rows, judge[0]) for judge, rows in found.items()}
 
 
 def _write_items(folder: Path, contest: Contest) -> None:
@@ -193,6 +216,8 @@ def _write(file: Path, contest: Contest, found: Mapping[str, Any], options: Opti
 def _check(options: Options, judges: Sequence[Judge]) -> None:
     if options.resamples < 1:
         raise UserError(f"--resamples {options.resamples} must be at least 1")
+    if options.verdicts_scale:
+        check_scale(options.verdicts_scale, "--verdicts-scale")
     if len(options.responses) < 2:
         raise UserError("--responses needs files of two policies or more, the baseline among them")
     if not options.baseline:
@@ -216,6 +241,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--baseline", metavar="FILE", help="the one of them that others are held against")
     add("--verdicts", nargs="+", default=[], metavar="NAME=FILE",
         help="of a judge on these responses, or on the pairs in --output; several of a judge join")
+    add("--verdicts-scale", nargs=2, type=float, metavar=("LOW", "HIGH"),
+        help="Scale of the scores in --verdicts, which are mapped to 0 to 9. Default: 0 9.")
     add("--common", action="store_true",
         help="compare on the prompts that all policies answered and that were judged")
     add("--output", metavar="DIR", help="for what is judged, verdicts and evaluation.json")

@@ -4,12 +4,14 @@
     et-align annotate --input FILE --output FILE --judge rule --rule-text FILE
     et-align annotate --input FILE --output FILE --judge function:CHECKS.py:score
 
-Stopped or killed at any moment, the same command goes on where it was. --output is written when all
-questions have been asked; until then the answers are in --cache.
+Stopped or killed at any moment, the same command resumes where it was. --output is written when all
+questions have been asked; until then the answers are in --cache. The exit status is 3 when more of
+the questions than --max-failed have no result.
 """
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from alignment.judges.flags import Options, parse
 from alignment.judges.function_judge import FunctionJudge
 from alignment.judges.output import Output, outcomes
 from alignment.judges.questions import Item, Question, questions
+from alignment.judges.results import reasons_of, require_results
 from alignment.judges.rows import read_all
 from alignment.judges.rule_judge import RULES, Fluency, RuleJudge
 from alignment.records import Pair, Prompt, Response
@@ -35,6 +38,7 @@ def annotate(options: Options) -> int:
 
     Raises:
         UserError: naming the flag or the file; answers that came are kept.
+        TooFewResults: more questions have no result than --max-failed allows.
     """
     items = read_items(Path(options.input), options.generate or options.rubrics)
     asked = list(questions(items, options.orders, options.samples))
@@ -43,13 +47,15 @@ def annotate(options: Options) -> int:
         orders=options.orders, samples=options.samples,
     )  # fmt: skip
     if options.judge.startswith("function:"):
-        function = FunctionJudge(options.judge.partition(":")[2])
-        _ask_program(function, asked, output, {"function": options.judge})
+        name, scale = options.judge.partition(":")[2], options.scale
+        told = {"function": options.judge} | ({"scale": scale} if scale else {})
+        with closing(FunctionJudge(name, scale, options.timeout)) as function:
+            _ask_program(function, asked, output, told, options.max_failed)
         return 0
     if options.judge.startswith("rule"):
         judge = rule_judge(options.judge, options.rule_text)
         told = {"rule": judge.rule.name, "weights": dict(judge.rule.weights)}
-        _ask_program(judge, asked, output, told)
+        _ask_program(judge, asked, output, told, options.max_failed)
         return 0
     return ask_endpoint(options, asked, output)
 
@@ -69,6 +75,7 @@ def _ask_program(
     asked: Sequence[Question],
     output: Output,
     told: Mapping[str, Any],
+    max_failed: float,
 ) -> None:
     output.claim(judge.identity)
     rows = []
@@ -80,6 +87,7 @@ def _ask_program(
             progress.update(done)
     output.write(rows, {"judge": told})
     print(f"{outcomes(rows)}; wrote {output.path}")
+    require_results(reasons_of(rows), len(rows), max_failed)
 
 
 def rule_judge(name: str, file: str | None) -> RuleJudge:

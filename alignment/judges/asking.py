@@ -7,20 +7,26 @@ are waited for, because they are paid for, and their answers are kept.
 import asyncio
 import json
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 
-from alignment.judges.client import Answer, CallFailed, Client, Request, Stopped
+from alignment.judges.answers import Answer
+from alignment.judges.client import CallFailed, Client, Request, Stopped
+from alignment.judges.results import commonest, require_results
 from alignment.judges.store import AnswerStore
 from alignment.judges.used import Used
-from megatron_ext.errors import UserError
+from alignment.judges.write_buffer import WriteBuffer
+from megatron_ext.errors import TooFewResults
 from tools.progress import Progress
 
 # Failures are a share of the questions that are done with, or of so many where fewer are: two
 # failures among the first three calls say little.
 _LEAST_DONE = 100
+# So many answers without a result are asked for before a run that cannot succeed is ended: of a
+# small one all are, and their reasons can be read in its output.
+_LEAST_LACKING = 20
 # So many calls in a row that failed in every try, and the endpoint is taken for dead.
 _DEAD = 20
 
@@ -70,11 +76,13 @@ class Tally:
 
     Attributes:
         failed: why a question has no answer, by its key.
+        lacking: why an answer gives no result, by its key; also of answers from before the run.
         notes: of answers, counted by what `seen` said of them.
     """
 
     used: Used = field(default_factory=Used)
     failed: dict[str, str] = field(default_factory=dict)
+    lacking: dict[str, str] = field(default_factory=dict)
     notes: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -91,8 +99,9 @@ class Asking:
         request: makes the request of a key.
         seen: looks at an answer that has been kept; says in a word what is wrong with it, or
             nothing; may raise a UserError, which ends the run.
+        lack: says in a sentence why an answer gives no result, or nothing where it gives one.
         before: how many questions had their answers before the run.
-        max_failed: the share of questions that may fail.
+        max_failed: the share of questions that may end without a result.
         describe: what the progress says besides counts.
     """
 
@@ -102,6 +111,7 @@ class Asking:
     client: Client
     ending: Ending
     seen: Callable[[str, Answer], str] = lambda key, answer: ""
+    lack: Callable[[str, Answer], str] = lambda key, answer: ""
     before: int = 0
     concurrency: int = 32
     max_failed: float = 0.05
@@ -113,30 +123,28 @@ class Asking:
         """Ask.
 
         Raises:
-            UserError: too many calls failed, or none can be answered.
+            UserError: no question can be answered.
+            TooFewResults: too many questions have no result.
             OSError: an answer could not be kept.
             Stopped: a signal came; its number is the argument.
         """
         left = iter(self.todo)
-        keeper = _Keeper(self.store)
-        keeping = asyncio.create_task(keeper.run())
-        watching = asyncio.create_task(self._show(progress))
-        workers = [
-            asyncio.create_task(self._work(left, keeper))
-            for _ in range(min(self.concurrency, len(self.todo)))
-        ]
-        try:
-            with self._signals(workers, progress):
-                await asyncio.gather(*workers)
-        except asyncio.CancelledError:
-            if not self.ending.begun:
-                raise
-        finally:
-            for task in (*workers, watching):
-                task.cancel()
-            await keeper.finish()
-            keeping.cancel()
-            await asyncio.gather(*workers, watching, keeping, return_exceptions=True)
+        async with WriteBuffer(self.store) as buffer:
+            watching = asyncio.create_task(self._show(progress))
+            workers = [
+                asyncio.create_task(self._work(left, buffer))
+                for _ in range(min(self.concurrency, len(self.todo)))
+            ]
+            try:
+                with self._signals(workers, progress):
+                    await asyncio.gather(*workers)
+            except asyncio.CancelledError:
+                if not self.ending.begun:
+                    raise
+            finally:
+                for task in (*workers, watching):
+                    task.cancel()
+                await asyncio.gather(*workers, watching, return_exceptions=True)
         progress.update(self.tally.ended, self._note())
         if self.ending.error is not None:
             raise self.ending.error
@@ -144,44 +152,62 @@ class Asking:
             raise Stopped(self.ending.signal)
         return self.tally
 
-    async def _work(self, left: Iterator[str], keeper: "_Keeper") -> None:
+    async def _work(self, left: Iterator[str], buffer: WriteBuffer) -> None:
         for key in left:
             if self.ending.begun:
                 return
             try:
                 answer = await self.client.ask(self.request(key))
                 self._in_a_row = 0  # before it is kept: a slow disk is no sign of life
-                await keeper.keep(key, answer)
+                await buffer.add(key, answer.to_row())
                 self.tally.used += Used.of(answer)
                 if note := self.seen(key, answer):
                     self.tally.notes[note] = self.tally.notes.get(note, 0) + 1
+                if reason := self.lack(key, answer):
+                    self.tally.lacking[key] = reason
+                    self._check_failures()
             except CallFailed as error:
                 self.tally.failed[key] = str(error)
                 self._in_a_row = 0 if error.refused else self._in_a_row + 1
-                self._check_failures(str(error))
+                self._check_failures()
             except Stopped:
                 return
             except Exception as error:
                 self.ending.begin(error)
                 return
 
-    def _check_failures(self, last: str) -> None:
-        failed, done = len(self.tally.failed), self.before + self.tally.ended
-        out_of = max(done, min(_LEAST_DONE, self.before + len(self.todo)))
+    def _check_failures(self) -> None:
+        """End the run as soon as it cannot succeed, or its endpoint seems to be dead."""
+        failed, total = self.tally.failed, self.before + len(self.todo)
+        done = self.before + self.tally.ended
+        out_of = max(done, min(_LEAST_DONE, total))
         why = ""
-        if failed > self.max_failed * out_of:
-            why = f"{failed} of {done} questions failed, more than --max-failed {self.max_failed:g}"
+        if len(failed) > self.max_failed * out_of:
+            why = (
+                f"{len(failed)} of {done} questions failed, more than --max-failed "
+                f"{self.max_failed:g}"
+            )
         elif self._in_a_row >= max(_DEAD, self.concurrency):
             why = f"{self._in_a_row} calls in a row failed in every try"
         if why:
-            advice = "mend the endpoint, and the same command goes on"
-            self.ending.begin(UserError(f"{why}, the last with {last}: {advice}"))
+            often = f"most often: {commonest(failed.values())}"
+            advice = "fix the endpoint and repeat the command, which keeps its answers"
+            self.ending.begin(TooFewResults(f"{why}; {often}: {advice}"))
+        reasons = [*failed.values(), *self.tally.lacking.values()]
+        if len(reasons) < _LEAST_LACKING:
+            return
+        try:
+            require_results(reasons, total, self.max_failed)
+        except TooFewResults as error:
+            self.ending.begin(error)
 
     def _note(self) -> str:
-        waits = [f"{self.client.retried:,} tries repeated"] if self.client.retried else []
+        repeated = f"{self.client.retried:,} tries repeated, the last for {self.client.last_fault}"
+        waits = [repeated] if self.client.retried else []
         failed = [f"{len(self.tally.failed):,} failed"] if self.tally.failed else []
         notes = [f"{count:,} {note}" for note, count in sorted(self.tally.notes.items())]
-        return ", ".join([*filter(None, [self.describe(self.tally)]), *failed, *notes, *waits])
+        parts = [self.describe(self.tally), *failed, *notes, *waits, self.client.pace.waiting]
+        return ", ".join(filter(None, parts))
 
     async def _show(self, progress: Progress) -> None:
         while True:
@@ -211,40 +237,3 @@ class Asking:
         finally:
             for number in numbers:
                 loop.remove_signal_handler(number)
-
-
-class _Keeper:
-    """Puts answers on the disk, those that came while the disk was busy all at once."""
-
-    def __init__(self, store: AnswerStore) -> None:
-        self._store = store
-        self._queue: asyncio.Queue[tuple[str, Answer, asyncio.Future[None]]] = asyncio.Queue()
-
-    async def keep(self, key: str, answer: Answer) -> None:
-        """Return when the answer is on the disk."""
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        await self._queue.put((key, answer, done))
-        await asyncio.shield(done)
-
-    async def finish(self) -> None:
-        """Return when everything that came is on the disk, or cannot be put there."""
-        await self._queue.join()
-
-    async def run(self) -> None:
-        while True:
-            batch = [await self._queue.get()]
-            while not self._queue.empty():
-                batch.append(self._queue.get_nowait())
-            rows: list[tuple[str, Mapping[str, object]]] = [
-                (key, answer.to_row()) for key, answer, _ in batch
-            ]
-            try:
-                await asyncio.to_thread(self._store.add, rows)
-            except OSError as error:
-                for _, _, done in batch:
-                    done.set_exception(error)
-            else:
-                for _, _, done in batch:
-                    done.set_result(None)
-            for _ in batch:
-                self._queue.task_done()

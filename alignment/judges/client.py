@@ -1,4 +1,4 @@
-"""Asking an endpoint that speaks OpenAI's chat API, whatever it does.
+"""Calls of an endpoint that speaks OpenAI's chat API, whatever it does.
 
 httpx rather than the openai package: a call that is paid for must be tried again by one rule, seen
 by one counter and bounded by one deadline, and openai's client has retries and parsing of its own
@@ -7,27 +7,28 @@ another shape, endless, or nothing at all.
 """
 
 import asyncio
-import json
-import math
+import re
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from typing import Any
 
 import httpx
 
+from alignment.judges.answers import Answer, read_answer
+from alignment.judges.endpoint_errors import EndpointError, Kind, error_of_status
 from alignment.judges.pacing import Pace, back_off, retry_after
 from alignment.records import Message
-from megatron_ext.errors import UserError
+from megatron_ext.errors import TooFewResults, UserError
 
-# A second try may help, as after any error of a server or proxy; of all else the next answer would
-# be the same.
-_AGAIN = {408, 409, 425, 429}
-# Nothing that is asked of this endpoint under this name and key will be answered.
-_HOPELESS = {401, 402, 403, 404, 405, 410, 501}
+MAX_WAIT = 600.0  # seconds
 _LARGEST = 64 << 20  # bytes of an answer
-DIGITS = "0123456789"
-_IMPOSSIBLE = -700.0  # a log-probability whose exponential is 0; vLLM writes -inf as -9999
+_LONG = 5.0  # seconds of a wait that is reported
+_CHARACTERS = 4  # in a token, about, where an endpoint does not count tokens
+# Names of snapshots: gpt-4o-2024-08-06, claude-sonnet-4-20250514, gemini-1.5-pro-002.
+_SNAPSHOT = re.compile(r"[-@:](\d{4}-\d{2}-\d{2}|\d{8}|\d{6}|\d{4}|\d{3}|latest)$")
 
 
 @dataclass(frozen=True)
@@ -70,32 +71,6 @@ class Request:
         return {"model": self.model, "messages": messages, **drawn, **scores}
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What came back.
-
-    Attributes:
-        thinking: where the endpoint tells it apart from the text.
-        finish: why the text ends; "length" is a text that was cut off.
-        labels: for each token that is a digit alone, the digit, and the log-probability of every
-            digit among the likeliest tokens there; None where the endpoint gave none.
-    """
-
-    text: str
-    thinking: str = ""
-    finish: str = ""
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    labels: list[tuple[str, dict[str, float]]] | None = None
-
-    def to_row(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_row(cls, row: Mapping[str, Any]) -> "Answer":
-        return cls(**row)
-
-
 class CallFailed(Exception):
     """There is no answer, for the reason given.
 
@@ -112,15 +87,9 @@ class Stopped(Exception):
     """The run is to end: no call is begun any more."""
 
 
-class _TryAgain(Exception):
-    def __init__(self, reason: str, seconds: float | None = None) -> None:
-        super().__init__(reason)
-        self.seconds = seconds
-
-
 @dataclass
 class Client:
-    """Asks one endpoint.
+    """Client of one endpoint.
 
     Attributes:
         url: up to and with /v1.
@@ -129,7 +98,11 @@ class Client:
         timeout: seconds for one try, from connecting to the last byte.
         tries: calls made for one request at most.
         first_wait: see `back_off`.
+        max_wait: the longest wait, in seconds, that the endpoint may ask for.
+        report: shows a sentence to the user: a long wait, an answer of another model.
         retried: how many tries failed and were made again.
+        last_fault: the last of them, in words.
+        models: how many answers each model gave, by the endpoint's names.
     """
 
     url: str
@@ -139,53 +112,106 @@ class Client:
     timeout: float = 600.0
     tries: int = 7
     first_wait: float = 1.0
+    max_wait: float = MAX_WAIT
+    report: Callable[[str], None] = print
     retried: int = field(default=0, init=False)
+    last_fault: str = field(default="", init=False)
+    models: Counter[str] = field(default_factory=Counter, init=False)
+    _waits_until: float = field(default=0.0, init=False)
 
     async def ask(self, request: Request) -> Answer:
-        """The answer.
+        """Return the answer to a request.
+
+        Only faults that may pass are tried again. An answer that was given, whatever it holds, is
+        paid for, and a further one is not asked for, at any temperature.
 
         Raises:
             CallFailed: there is none to this request.
-            UserError: there will be none to any: a wrong address, key or model.
+            UserError: there will be none to any request: a wrong address, key or model.
+            TooFewResults: the endpoint asks for a longer wait than `max_wait`.
             Stopped: as `sleep` says.
         """
-        reason = ""
+        torn = 0
         for attempt in range(self.tries):
             await self.pace.turn()
             await self.sleep(0)  # the run may have been stopped meanwhile
             try:
                 answer = await self._try(request)
-            except _TryAgain as error:
-                reason = str(error)
-                if attempt + 1 == self.tries:
-                    break
-                self.retried += 1
-                if error.seconds is not None:
-                    self.pace.hold(error.seconds)
-                await self.sleep(back_off(attempt, self.first_wait))
+            except EndpointError as error:
+                if error.kind is Kind.FATAL:
+                    raise UserError(
+                        f"the endpoint {self.url} refuses every question with {error}"
+                    ) from None
+                if error.kind is Kind.REFUSED:
+                    raise CallFailed(str(error), refused=True) from None
+                torn += error.tries is not None
+                last = attempt + 1 == self.tries or torn == error.tries
+                await self._wait(attempt, error, last)
             else:
-                self.pace.used(answer.prompt_tokens + answer.completion_tokens)
+                self.pace.used(_tokens(request, answer))
+                self._count(request.model, answer.model)
                 return answer
-        raise CallFailed(f"{reason} ({self.tries} tries)", refused=False)
+        raise AssertionError("the last try raises")
+
+    async def _wait(self, attempt: int, error: EndpointError, last: bool) -> None:
+        """Wait before another try, or raise a `CallFailed` after the last one."""
+        asked = error.seconds or 0.0
+        if asked > self.max_wait:
+            raise TooFewResults(
+                f"the endpoint {self.url} asks to wait until {until(asked)}, which is {asked:,.0f} "
+                f"seconds ({error}), and --max-wait is {self.max_wait:g}: repeat the command then, "
+                "or raise --max-wait (max_wait in a judge's file)"
+            )
+        if last:
+            tries = "1 try" if attempt == 0 else f"{attempt + 1} tries"
+            raise CallFailed(f"{error} ({tries})", refused=False)
+        self.retried += 1
+        self.last_fault = str(error)
+        seconds = back_off(attempt, self.first_wait)
+        if asked:
+            self.pace.hold(asked, str(error))
+        self._report_wait(max(asked, seconds), str(error))
+        await self.sleep(seconds)
+
+    def _report_wait(self, seconds: float, reason: str) -> None:
+        """Say once for what all calls wait, and until when."""
+        end = time.monotonic() + seconds
+        if seconds >= _LONG and end > self._waits_until + 1:
+            self._waits_until = end
+            self.report(
+                f"waiting until {until(seconds)} ({seconds:,.0f} s) for {self.url}: {reason}"
+            )
+
+    def _count(self, asked: str, answered: str) -> None:
+        if not answered:
+            return
+        self.models[answered] += 1
+        if self.models[answered] == 1 and not same_model(asked, answered):
+            self.report(
+                f"warning: {self.url} was asked for the model {asked!r} and answers as "
+                f"{answered!r}: check that it serves the right one"
+            )
 
     async def _try(self, request: Request) -> Answer:
         try:
             async with asyncio.timeout(self.timeout):
                 status, headers, content = await self._post(request.body())
         except TimeoutError:
-            raise _TryAgain(f"no answer within {self.timeout:g} seconds") from None
+            raise EndpointError(
+                f"no answer within {self.timeout:g} seconds", Kind.PASSING
+            ) from None
         except (httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
             raise UserError(f"--judge {self.url} is no address of an endpoint: {error}") from None
         except httpx.HTTPError as error:
-            raise _TryAgain(f"no connection: {str(error) or type(error).__name__}") from None
-        if status == 200:
-            return read_answer(content, request.label_log_probs)
-        said = f"status {status}: {_message(content)}"
-        if status in _HOPELESS:
-            raise UserError(f"--judge {self.url} refuses every question with {said}")
-        if status in _AGAIN or status >= 500:
-            raise _TryAgain(said, retry_after(headers.get("retry-after"), time.time()))
-        raise CallFailed(said, refused=True)
+            reason = f"no connection: {str(error) or type(error).__name__}"
+            raise EndpointError(reason, Kind.PASSING) from None
+        seconds = retry_after(headers.get("retry-after"), time.time())
+        if 200 <= status < 300:
+            return read_answer(content, request.label_log_probs, seconds)
+        if 300 <= status < 400:
+            place = headers.get("location", "another address")
+            raise EndpointError(f"status {status}, which redirects to {place}", Kind.FATAL)
+        raise error_of_status(status, content, seconds)
 
     async def _post(self, body: dict[str, Any]) -> tuple[int, httpx.Headers, bytes]:
         content = bytearray()
@@ -193,7 +219,8 @@ class Client:
             async for piece in response.aiter_bytes():
                 content += piece
                 if len(content) > _LARGEST:
-                    raise _TryAgain(f"an answer of more than {_LARGEST >> 20} MiB")
+                    size = f"an answer of more than {_LARGEST >> 20} MiB"
+                    raise EndpointError(size, Kind.REFUSED)
         return response.status_code, response.headers, bytes(content)
 
 
@@ -204,77 +231,33 @@ def connect(key: str | None, connections: int) -> httpx.AsyncClient:
     return httpx.AsyncClient(headers=headers, timeout=None, limits=limits)
 
 
-def read_answer(content: bytes, log_probs: bool = False) -> Answer:
-    """The answer in a body of status 200.
+def same_model(asked: str, answered: str) -> bool:
+    """Return whether a model's name may stand for another: a snapshot, or a name with its owner."""
+    names, snapshots = [], []
+    for name in (asked, answered):
+        name = name.strip("/").lower()
+        base = _SNAPSHOT.sub("", name)
+        names.append(base)
+        snapshots.append(name[len(base) + 1 :])
+    if len({"/" in name for name in names}) > 1:
+        names = [name.rpartition("/")[2] for name in names]
+    return names[0] == names[1] and len({*snapshots} - {"", "latest"}) < 2
 
-    Raises:
-        _TryAgain: it is something else.
-    """
+
+def until(seconds: float) -> str:
+    """Return the local time after so many seconds."""
     try:
-        body = json.loads(content)
-        choice = body["choices"][0]
-        message = choice["message"]
-        text, usage = message.get("content") or "", body.get("usage") or {}
-        thinking = message.get("reasoning_content") or message.get("reasoning") or ""
-        if not isinstance(text, str) or not isinstance(thinking, str):
-            raise TypeError("content is not text")
-        text.encode(), thinking.encode()  # JSON can hold halves of characters
-        return Answer(
-            text=text,
-            thinking=thinking,
-            finish=str(choice.get("finish_reason") or ""),
-            prompt_tokens=int(usage.get("prompt_tokens") or 0),
-            completion_tokens=int(usage.get("completion_tokens") or 0),
-            labels=_labels(choice.get("logprobs")) if log_probs else None,
-        )
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
-        raise _TryAgain(f"not an answer of the chat API: {error!r:.100}") from None
+        end = datetime.fromtimestamp(time.time() + seconds).astimezone()
+    except (OverflowError, ValueError, OSError):
+        return "a time beyond all calendars"
+    return f"{end:%H:%M:%S}" if seconds < 12 * 3600 else f"{end:%Y-%m-%d %H:%M %Z}".strip()
 
 
-def _labels(given: Any) -> list[tuple[str, dict[str, float]]] | None:
-    if not given or not given.get("content"):
-        return None
-    labels = []
-    for position in given["content"]:
-        digit = position["token"].strip()
-        if len(digit) == 1 and digit in DIGITS and (log_probs := _digits(position)):
-            labels.append((digit, log_probs))
-    return labels
-
-
-def _digits(position: Mapping[str, Any]) -> dict[str, float]:
-    """Log-probability of each digit; " 7" and "7" are the same label."""
-    likeliest = {(entry["token"], float(entry["logprob"])) for entry in position["top_logprobs"]}
-    likeliest.add((position["token"], float(position["logprob"])))
-    found: dict[str, float] = {}
-    for token, value in dict(likeliest).items():
-        digit = token.strip()
-        if len(digit) == 1 and digit in DIGITS and value > _IMPOSSIBLE:
-            found[digit] = math.log(math.exp(found.get(digit, -math.inf)) + math.exp(value))
-    return found
-
-
-def expected_score(answer: Answer, label: float) -> float:
-    """The sum of x p(x) over labels 0 to 9, renormalised among themselves, where the label stands.
-
-    Args:
-        label: which was read from the text; the last token that is this digit alone is its place.
-
-    Raises:
-        LookupError: no token is the label alone.
-    """
-    for digit, log_probs in reversed(answer.labels or []):
-        if digit == f"{label:.0f}":
-            total = sum(map(math.exp, log_probs.values()))
-            return sum(int(x) * math.exp(p) for x, p in log_probs.items()) / total
-    raise LookupError("no token of the answer is the label alone")
-
-
-def _message(content: bytes) -> str:
-    """What an error says of itself, shortened."""
-    try:
-        error = json.loads(content)["error"]
-        text = error["message"] if isinstance(error, dict) else str(error)
-    except (ValueError, KeyError, TypeError, RecursionError):
-        text = content.decode(errors="replace")
-    return " ".join(str(text).split())[:200] or "nothing said"
+def _tokens(request: Request, answer: Answer) -> int:
+    """Return the tokens of a call, estimated where the endpoint does not count them."""
+    prompt, completion = answer.prompt_tokens, answer.completion_tokens
+    if prompt is None:
+        prompt = sum(len(message.content) for message in request.messages) // _CHARACTERS
+    if completion is None:
+        completion = len(answer.thinking + answer.text) // _CHARACTERS
+    return prompt + completion

@@ -4,24 +4,27 @@ import asyncio
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from alignment.judges.answers import Answer
 from alignment.judges.asking import Asking, Ending, Tally, key_of
-from alignment.judges.client import Answer, Client, Request, Sampling, Stopped, connect
+from alignment.judges.client import Client, Request, Sampling, Stopped, connect
 from alignment.judges.flags import Options
 from alignment.judges.form import form_for
 from alignment.judges.output import Output, counted, outcomes
 from alignment.judges.pacing import Pace
 from alignment.judges.prompting import judge_prompt
 from alignment.judges.questions import Generating, Judging, Question, Task, WritingRubrics
+from alignment.judges.results import reasons_of, require_results
 from alignment.judges.store import AnswerStore
 from alignment.judges.used import Prices, Used
-from alignment.records import Pair
-from megatron_ext.errors import UserError
+from alignment.records import Pair, Verdict
+from megatron_ext.errors import TooFewResults, UserError
 from tools.progress import Progress
 
 
@@ -29,7 +32,9 @@ def ask_endpoint(options: Options, asked: Sequence[Question], output: Output) ->
     """Ask what has not been answered, and write the rows of all answers; returns the exit code.
 
     Raises:
-        UserError: the run ended early, for a reason to mend; its answers are kept.
+        UserError: the run ended early, for a reason that the user can fix; its answers are kept.
+        TooFewResults: more questions have no result than --max-failed allows. Where all have been
+            asked, the rows are written nevertheless.
     """
     judge, task = _judge(options, pairwise=isinstance(asked[0].item, Pair))
     output.claim(_hash(judge))
@@ -48,28 +53,36 @@ def ask_endpoint(options: Options, asked: Sequence[Question], output: Output) ->
     with AnswerStore(cache) as store:
         if store.mended:
             print(f"{cache}: took away the last line, which a killed run had not finished")
-        todo = [key for key in by_key if key not in store]
-        print(f"{len(by_key):,} questions, {len(by_key) - len(todo):,} answered before", flush=True)
+        before = {key: Answer.from_row(store[key]) for key in by_key if key in store}
+        if isinstance(task, Judging):
+            # Without log-probabilities it is the server that is to be fixed, and asked again.
+            before = {key: a for key, a in before.items() if not task.lacks_log_probs(a)}
+        todo = [key for key in by_key if key not in before]
+        lacking = {key: why for key, a in before.items() if (why := task.lack(by_key[key], a))}
+        print(f"{len(by_key):,} questions, {len(before):,} answered before", flush=True)
         try:
             tally = asyncio.run(
                 _ask(
-                    options, todo, len(by_key) - len(todo), store, prices,
+                    options, todo, len(before), lacking, store, prices,
                     lambda key: request(by_key[key]),
                     lambda key, answer: task.note(by_key[key], answer),
+                    lambda key, answer: task.lack(by_key[key], answer),
                 )
             )  # fmt: skip
         except Stopped as stopped:
             kept = sum(key in store for key in by_key)
-            print(f"stopped: the same command goes on, with {kept:,} answers kept", flush=True)
+            print(f"stopped: repeat the command to resume, with {kept:,} answers kept", flush=True)
             return 128 + int(stopped.args[0])
         answers = {key: Answer.from_row(store[key]) for key in by_key if key in store}
+    failed = tally.failed
     made = [
-        task.record(question, answers.get(key), tally.failed.get(key, ""))
+        task.record(question, answers.get(key), failed.get(key, ""))
         for key, question in zip(keys, asked)
     ]
     records = [record for record in made if record is not None]
     used = sum(map(Used.of, answers.values()), Used())
-    told: dict[str, Any] = {"judge": judge, "used": used.to_json(prices)}
+    models = Counter(answer.model for answer in answers.values() if answer.model)
+    told: dict[str, Any] = {"judge": judge, "used": used.to_json(prices), "models": dict(models)}
     said = f"{len(records):,} {'prompts with rubrics' if options.rubrics else 'responses'}"
     if not (options.generate or options.rubrics):
         told["outcomes"], said = counted(records), outcomes(records)
@@ -78,8 +91,14 @@ def ask_endpoint(options: Options, asked: Sequence[Question], output: Output) ->
         f"{said}; {used.told(prices)}; now asked {tally.used.answers:,}: "
         f"{tally.used.told(prices)}, {time.monotonic() - begin:.1f} s; wrote {output.path}"
     )
-    if tally.failed:
-        print(f"{len(tally.failed):,} calls failed: the same command asks these again")
+    if failed:
+        print(f"{len(failed):,} calls failed: the same command asks these again")
+    lack = {"verdict": reasons_of(r for r in records if isinstance(r, Verdict))}
+    if options.generate or options.rubrics:
+        of_key = {key: task.lack(by_key[key], answer) for key, answer in answers.items()} | failed
+        lack = {"rubric" if options.rubrics else "response": [r for k in keys if (r := of_key[k])]}
+    for name, reasons in lack.items():
+        require_results(reasons, len(asked), options.max_failed, lack=name)
     return 0
 
 
@@ -116,24 +135,32 @@ async def _ask(
     options: Options,
     todo: Sequence[str],
     before: int,
+    lacking: Mapping[str, str],
     store: AnswerStore,
     prices: Prices,
     request: Callable[[str], Request],
     seen: Callable[[str, Answer], str],
+    lack: Callable[[str, Answer], str],
 ) -> Tally:
     ending = Ending()
     pace = Pace(options.requests_per_minute, options.tokens_per_minute, sleep=ending.sleep)
     async with connect(api_key(options.api_key_variable), options.concurrency) as http:
-        client = Client(
-            options.judge, http, pace, ending.sleep, options.timeout, options.tries,
-            options.first_wait,
-        )  # fmt: skip
-        asking = Asking(
-            todo, request, store, client, ending, seen, before, options.concurrency,
-            options.max_failed, lambda tally: tally.used.told(prices),
-        )  # fmt: skip
         with Progress("asking", len(todo), "answers") as progress:
-            return await asking.run(progress)
+            client = Client(
+                options.judge, http, pace, ending.sleep, options.timeout, options.tries,
+                options.first_wait, options.max_wait, progress.log,
+            )  # fmt: skip
+            asking = Asking(
+                todo, request, store, client, ending, seen, lack, before, options.concurrency,
+                options.max_failed, lambda tally: tally.used.told(prices),
+            )  # fmt: skip
+            asking.tally.lacking.update(lacking)
+            try:
+                return await asking.run(progress)
+            except TooFewResults:
+                if asking.tally.ended < len(todo):
+                    raise
+                return asking.tally  # every question has an outcome, which is worth a file
 
 
 def api_key(variable: str) -> str | None:

@@ -10,7 +10,9 @@ from alignment.engines.batch import Sample
 from alignment.judges.labels import answer_text, label_of
 from alignment.judges.local import JudgeForm
 from alignment.judges.questions import Judgeable, Question
+from alignment.judges.results import commonest, reasons_of, require_usable
 from alignment.judges.rows import read_all
+from alignment.judges.scale import read_verdicts
 from alignment.records import Outcome, Pair, Response, Verdict
 from megatron_ext.errors import UserError
 
@@ -31,16 +33,26 @@ class Labelled:
         return label_of(self.gold)
 
 
-def read_labelled(items: Sequence[str], gold: Sequence[str], mirror: bool) -> list[Labelled]:
+def read_labelled(
+    items: Sequence[str],
+    gold: Sequence[str],
+    mirror: bool,
+    scale: Sequence[float] | None = None,
+    max_left_out: float = 1.0,
+) -> list[Labelled]:
     """Items of files with the judgements of others; what gold could not judge is left out.
 
     Args:
         items: files of responses, or of pairs.
         gold: files of verdicts on them.
         mirror: a pair that was judged in one order has the same judgement in the other.
+        scale: of gold's scores, which are mapped to 0 to 9; 0 to 9 by default.
+        max_left_out: share of the verdicts that may be no judgement.
 
     Raises:
-        UserError: a file cannot be used, a verdict is of no item, or there is one label alone.
+        UserError: a file cannot be used, a score is outside of the scale, a verdict is of no item,
+            or there is one label alone.
+        TooFewResults: more verdicts than that are no judgement.
     """
     known: dict[str, Judgeable] = {}
     for file in items:
@@ -50,15 +62,15 @@ def read_labelled(items: Sequence[str], gold: Sequence[str], mirror: bool) -> li
                 raise UserError(f"{file} has the item {item.id!r}, which was there before")
     if len({type(item) for item in known.values()}) > 1:
         raise UserError("--input must hold responses alone, or pairs alone")
-    verdicts = [v for file in gold for v in read_all(Path(file), Verdict)]
+    verdicts = [v for file in gold for v in read_verdicts(Path(file), scale, "--gold-scale")]
     strange = next((v.item for v in verdicts if v.item not in known), None)
     if strange is not None:
         raise UserError(f"--gold judges the item {strange!r}, which is not in --input")
     found = [
         Labelled(Question(known[v.item], v.swapped, v.sample), v) for v in verdicts if v.judged
     ]
-    if not found:
-        raise UserError("--gold has no judgement on the items of --input: every verdict failed")
+    limit = min(max_left_out, 1 - 1 / len(verdicts))  # one judgement at least
+    require_usable(reasons_of(verdicts), len(verdicts), limit, "verdicts of --gold")
     pairwise = isinstance(found[0].question.item, Pair)
     wrong = next((row for row in found if (row.gold.outcome is Outcome.SCORE) == pairwise), None)
     if wrong is not None:
@@ -90,54 +102,70 @@ def _mirrored(row: Labelled) -> Labelled:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Samples for supervised training, and what was left out.
+    """Samples for supervised training, and how many examples were left out.
 
     Attributes:
         too_long: answers with their questions beyond the length.
-        without_thinking: judgements whose thinking is not told.
+        too_much_thinking: answers beyond the limit of thinking that the user set.
+        without_thinking: judgements without the thinking that is to be learned.
+        rounded: samples of scores between two labels, which are taught as the nearest one.
     """
 
     samples: Sequence[Sample]
     too_long: int
+    too_much_thinking: int
     without_thinking: int
+    rounded: int
 
     def told(self) -> str:
         """In words."""
-        parts = [f"{len(self.samples):,} examples"]
-        if self.too_long:
-            parts.append(f"{self.too_long:,} too long")
-        if self.without_thinking:
-            parts.append(f"{self.without_thinking:,} without thinking")
-        return ", ".join(parts)
+        counts = {
+            "too long": self.too_long,
+            "beyond --max-thinking-tokens": self.too_much_thinking,
+            "without thinking": self.without_thinking,
+            "of a score between two labels, taught as the nearest (halves up)": self.rounded,
+        }
+        parts = [f"{count:,} {what}" for what, count in counts.items() if count]
+        return ", ".join([f"{len(self.samples):,} examples", *parts])
 
 
 def encode(
-    rows: Sequence[Labelled], form: JudgeForm, length: int, most_thinking: int | None
+    rows: Sequence[Labelled],
+    form: JudgeForm,
+    length: int,
+    most_thinking: int | None,
+    max_left_out: float = 1.0,
 ) -> Encoded:
-    """Questions and answers as token ids, a loss on the answer alone.
+    """Encode questions and answers as token ids, with a loss on the answer alone.
 
     Args:
         length: the most tokens of both.
         most_thinking: tokens of an answer beyond which it is left out: effort, by what is imitated.
+        max_left_out: share of the examples that may be left out otherwise.
 
     Raises:
         UserError: nothing is left.
+        TooFewResults: more than that share is left out.
     """
-    samples, too_long, unthought = [], 0, 0
+    samples, lacking, too_long, too_much, rounded = [], [], 0, 0, 0
     for row in rows:
         thinking = row.gold.thinking if form.parser.thinks else None
         if thinking == "":
-            unthought += 1
+            lacking.append("--gold has no thinking")
             continue
         messages = form.messages(row.question)
         made = example(form.tokenizer, messages, answer_text(row.label, thinking), **form.template)
         tokens = [*made.prompt, *made.completion]
-        too_much = most_thinking is not None and len(made.completion) > most_thinking
-        if len(tokens) > length or too_much:
+        if most_thinking is not None and len(made.completion) > most_thinking:
+            too_much += 1
+        elif len(tokens) > length:
+            lacking.append(f"longer than --seq-length {length}: raise it")
             too_long += 1
-            continue
-        samples.append(Sample(tokens, len(made.prompt)))
+        else:
+            samples.append(Sample(tokens, len(made.prompt)))
+            rounded += row.gold.score is not None and row.gold.score != float(row.label)
+    require_usable(lacking, len(rows), max_left_out, "examples of --input and --gold")
     if not samples:
-        reason = "--gold tells no thinking" if unthought else "raise --seq-length"
+        reason = commonest(lacking) if lacking else "raise --max-thinking-tokens"
         raise UserError(f"no example is left of {len(rows):,}: {reason}")
-    return Encoded(samples, too_long, unthought)
+    return Encoded(samples, too_long, too_much, len(lacking) - too_long, rounded)

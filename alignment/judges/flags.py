@@ -5,10 +5,14 @@ import math
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
+from alignment.judges.client import MAX_WAIT
+from alignment.judges.function_judge import FUNCTION_TIMEOUT
+from alignment.judges.scale import check_scale
 from megatron_ext.errors import ToolParser, UserError
 
 KEY = "MEGATRON_ET_JUDGE_API_KEY"
 Options = argparse.Namespace
+TIMEOUT = 600.0  # seconds
 
 
 def parse(argv: Sequence[str] | None, doc: str) -> Options:
@@ -29,12 +33,19 @@ def check(options: Options) -> None:
         UserError: naming the flag.
     """
     _check_judge(options)
+    function = options.judge.startswith("function:")
+    if options.timeout is None:
+        options.timeout = FUNCTION_TIMEOUT if function else TIMEOUT
+    if options.scale and not function:
+        raise UserError("--scale is for --judge function:...: other judges score from 0 to 9")
+    if options.scale:
+        check_scale(options.scale, "--scale")
     for name in ("samples", "max_tokens", "concurrency", "tries", "requests_per_minute",
                  "tokens_per_minute", "timeout"):  # fmt: skip
         value = getattr(options, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise UserError(f"--{name.replace('_', '-')} {value} must be above 0")
-    for name in ("temperature", "first_wait", "price_in", "price_out"):
+    for name in ("temperature", "first_wait", "max_wait", "price_in", "price_out"):
         value = getattr(options, name)
         if value is not None and not (value >= 0 and math.isfinite(value)):
             raise UserError(f"--{name.replace('_', '-')} {value} must not be negative")
@@ -122,6 +133,8 @@ def add_judge(parser: argparse.ArgumentParser, required: bool = True) -> None:
         help="environment variable that holds the endpoint's key, if it wants one (%(default)s)")
     add("--rule-text", metavar="FILE", help="text that --judge rule holds for fluent: JSONL, "
         "Parquet, plain")
+    add("--scale", nargs=2, type=float, metavar=("LOW", "HIGH"),
+        help="Scale of a function's scores, which are mapped to 0 to 9. Default: 0 9.")
     add = parser.add_argument_group("how it is asked").add_argument
     add("--samples", type=int, default=1, metavar="N", help="answers a question (%(default)s)")
     add("--template", metavar="NAME",
@@ -142,12 +155,18 @@ def add_judge(parser: argparse.ArgumentParser, required: bool = True) -> None:
     add("--concurrency", type=int, default=32, metavar="N", help="calls at a time (%(default)s)")
     add("--requests-per-minute", type=float, metavar="N")
     add("--tokens-per-minute", type=float, metavar="N", help="of prompts and answers")
-    add("--timeout", type=float, default=600.0, metavar="SECONDS", help="of a call (%(default)s)")
+    add("--timeout", type=float, metavar="SECONDS",
+        help=f"Time limit of one call. Default: {TIMEOUT:g} for an endpoint, {FUNCTION_TIMEOUT:g} "
+        "for a function.")
     add("--tries", type=int, default=7, metavar="N", help="of a call before it fails (%(default)s)")
     add("--first-wait", type=float, default=1.0, metavar="SECONDS",
         help="after a failed try at most, then twice as long each time (%(default)s)")
+    add("--max-wait", type=float, default=MAX_WAIT, metavar="SECONDS",
+        help="Longest wait that the endpoint may ask for; a longer one ends the run. Default: "
+        "%(default)s.")
     add("--max-failed", type=float, default=0.05, metavar="SHARE",
-        help="of questions; more end the run, which keeps its answers (%(default)s)")
+        help="Share of the questions that may end without a result, for any reason; more end the "
+        "command with status 3. Default: %(default)s.")
     add = parser.add_argument_group("what it costs").add_argument
     add("--price-in", type=float, metavar="DOLLARS", help="a million tokens of prompts")
     add("--price-out", type=float, metavar="DOLLARS", help="a million tokens of answers")

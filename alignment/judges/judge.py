@@ -23,6 +23,7 @@ from alignment.judges.form_flags import (
 )
 from alignment.judges.output import Output, outcomes
 from alignment.judges.questions import Judgeable, questions
+from alignment.judges.results import reasons_of, require_results
 from alignment.judges.rows import read_all
 from alignment.ranks import spread
 from alignment.records import Pair, Response
@@ -54,6 +55,8 @@ def main(argv: Sequence[str]) -> int:
     if dist.get_rank() == 0:
         output.write(rows, {"judge": {"model": options.model, "thinking": options.thinking}})
         print(f"{outcomes(rows)}; wrote {options.output}", file=sys.stdout)
+    dist.barrier()  # rank 0 has written before any rank ends the command
+    require_results(reasons_of(rows), len(rows), options.max_failed)
     return 0
 
 
@@ -74,12 +77,17 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--samples", type=int, default=1, metavar="N", help="answers a question (%(default)s)")
     add("--seq-length", type=int, default=4096, metavar="TOKENS",
         help="the most of a question and its answer (%(default)s)")
+    add("--max-failed", type=float, default=0.2, metavar="SHARE",
+        help="Share of the questions that may end without a verdict, for any reason; more end the "
+        "command with status 3. Default: %(default)s.")
     # fmt: on
     add_form_flags(parser)
     add_answer_flags(parser)
     flags.add_engine_flags(parser)
     options = parser.parse_args(expand_recipes(argv, parser))
     flags.check(options)
+    if not 0 <= options.max_failed <= 1:
+        raise UserError(f"--max-failed {options.max_failed} is a share: from 0 to 1")
     if options.samples < 1 or options.rows < 1:
         raise UserError("--samples and --rows must be at least 1")
     if options.samples > 1 and (options.thinking == "none" or options.judging_temperature == 0):

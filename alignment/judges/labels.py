@@ -5,10 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from alignment.data.chat import example
 from alignment.judges.parsing import CLOSE, OPEN
+from alignment.judges.scale import HIGH, rescale
 from alignment.records import Message, Outcome, Side, Verdict
 from alignment.rounding import exceeds, nearest_whole
 from megatron_ext.errors import UserError
@@ -28,11 +27,11 @@ def label_of(verdict: Verdict) -> str:
     """The label that a judge gives who agrees with a verdict, in the verdict's order.
 
     Raises:
-        ValueError: the verdict is no judgement.
+        ValueError: the verdict is no judgement, or its score is outside of 0 to 9.
     """
     if verdict.outcome is Outcome.SCORE:
         assert verdict.score is not None
-        return str(int(np.clip(nearest_whole(verdict.score), 0, 9)))
+        return SCORES[int(nearest_whole(rescale(verdict.score)))]
     if verdict.outcome is Outcome.TIE:
         return "tie"
     if verdict.outcome is not Outcome.PREFERENCE:
@@ -101,7 +100,7 @@ class LabelTokens:
             return {"outcome": Outcome.UNPARSEABLE, "reason": reason}
         if tuple(self.labels) == SCORES:
             expected = sum(s * math.exp(value) for s, value in enumerate(log_probs)) / mass
-            return {"outcome": Outcome.SCORE, "score": expected}
+            return {"outcome": Outcome.SCORE, "score": min(expected, HIGH)}  # but for rounding
         most = max(log_probs)
         likeliest = [
             label

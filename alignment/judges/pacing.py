@@ -56,32 +56,40 @@ class Pace:
         self._sleep = sleep
         self._requests = requests_per_minute and Allowance(requests_per_minute, self._clock)
         self._tokens = tokens_per_minute and Allowance(tokens_per_minute, self._clock)
-        self._not_before = float("-inf")
+        self._not_before, self._reason = float("-inf"), ""
         self._turn = asyncio.Lock()
 
     async def turn(self) -> None:
         """Wait for a turn, and take it."""
         async with self._turn:
-            while (seconds := self._wait()) > 0:
-                await self._sleep(seconds)
+            while (wait := self._wait())[0] > 0:
+                await self._sleep(wait[0])
             if self._requests:
                 self._requests.spend(1)
 
+    @property
+    def waiting(self) -> str:
+        """For what the next call has to wait, and how long, or "" where it may begin."""
+        seconds, reason = self._wait()
+        return f"waiting {seconds:,.0f} s for {reason}" if seconds >= 1 else ""
+
     def used(self, tokens: int) -> None:
-        """Tell what a call took."""
+        """Count the tokens that a call took."""
         if self._tokens:
             self._tokens.spend(tokens)
 
-    def hold(self, seconds: float) -> None:
-        """Let nobody begin for so long: the endpoint asked for it."""
-        self._not_before = max(self._not_before, self._clock() + seconds)
+    def hold(self, seconds: float, reason: str = "the endpoint") -> None:
+        """Let nobody begin for so long, for a reason: the endpoint asked for it."""
+        end = self._clock() + seconds
+        if end > self._not_before:
+            self._not_before, self._reason = end, reason
 
-    def _wait(self) -> float:
-        waits = [self._not_before - self._clock()]
+    def _wait(self) -> tuple[float, str]:
+        waits = [(self._not_before - self._clock(), self._reason)]
         if self._requests:
-            waits.append(self._requests.wait(1))
+            waits.append((self._requests.wait(1), "--requests-per-minute"))
         if self._tokens:
-            waits.append(self._tokens.wait(1))
+            waits.append((self._tokens.wait(1), "--tokens-per-minute"))
         return max(waits)
 
 

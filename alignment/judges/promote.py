@@ -34,8 +34,8 @@ from alignment.judges.agreement.joining import Judged, by_item, groups_of, judge
 from alignment.judges.agreement.measuring import Compared
 from alignment.judges.agreement.report import aligned, cells
 from alignment.judges.agreement.slices import read_items
-from alignment.judges.rows import read_all
-from alignment.records import Verdict
+from alignment.judges.results import reasons_of, require_results
+from alignment.judges.scale import read_verdicts
 from alignment.rounding import EXACT, Floats, exceeds
 from megatron_ext.errors import ToolParser, UserError, run_tool
 
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _recover(Path(options.current))
     old = compare(
         options.old_gold, options.old_current, options.old_candidate, options.resamples,
-        options.old_items,
+        options.old_items, options.max_failed,
     )  # fmt: skip
     found = {"old test set": old}
     problems = []
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.new_gold:
         new = compare(
             options.new_gold, options.new_current, options.new_candidate, options.resamples,
-            options.new_items,
+            options.new_items, options.max_failed,
         )  # fmt: skip
         found["new items"] = new
         if new.difference.low is None:
@@ -101,18 +101,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def compare(
-    gold: str, current: str, candidate: str, resamples: int, judged_items: str | None = None
+    gold: str,
+    current: str,
+    candidate: str,
+    resamples: int,
+    judged_items: str | None = None,
+    max_failed: float = 0.05,
 ) -> Comparison:
     """Read three files of verdicts on the same items and compare two of them with the first.
 
     Args:
         judged_items: a file of the responses or pairs; prompts are resampled then, not items.
+        max_failed: share of gold's verdicts that may be no judgement.
 
     Raises:
         UserError: they are on different items, or of different kinds.
+        TooFewResults: more of gold's verdicts than `max_failed` are no judgement.
     """
     names = [gold, current, candidate]
-    verdicts = [by_item(read_all(Path(name), Verdict), name) for name in names]
+    verdicts = [by_item(read_verdicts(Path(name)), name) for name in names]
+    reasons = reasons_of(verdict for each in verdicts[0].values() for verdict in each)
+    total = sum(map(len, verdicts[0].values()))
+    require_results(reasons, total, max_failed, f"verdicts of {gold}", "judgement")
     items = shared_items(verdicts[0], verdicts[1], False, names[:2])
     shared_items(verdicts[0], verdicts[2], False, [names[0], names[2]])
     judges = [judged(v, items, name) for v, name in zip(verdicts, names)]
@@ -224,6 +234,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--margin", type=float, default=0.02, metavar="X",
         help="agreement (alpha, or accuracy on pairs) that may be lost, and share of verdicts that "
         "may be unjudged in addition (%(default)s)")
+    add("--max-failed", type=float, default=0.05, metavar="SHARE",
+        help="Share of gold's verdicts that may be no judgement; more end the command with status "
+        "3. Default: %(default)s.")
     add("--resamples", type=int, default=2000, metavar="N", help="(%(default)s)")
     # fmt: on
     options = parser.parse_args(argv)
@@ -232,6 +245,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         raise UserError("--new-gold, --new-current and --new-candidate go together")
     if options.new_items and not options.new_gold:
         raise UserError("--new-items goes with --new-gold")
+    if not 0 <= options.max_failed <= 1:
+        raise UserError(f"--max-failed {options.max_failed} is a share: from 0 to 1")
     if not options.margin >= 0 or options.resamples < 100:  # nor no number
         raise UserError("--margin must not be negative, and --resamples be at least 100")
     if not (Path(options.candidate) / "config.json").is_file():

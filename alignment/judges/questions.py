@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Any, Protocol
 
-from alignment.judges.client import Answer, expected_score
+from alignment.judges.answers import Answer
+from alignment.judges.label_log_probs import expected_score
 from alignment.records import Message, Outcome, Pair, Prompt, Response, Verdict
 from megatron_ext.errors import UserError
 
@@ -51,6 +52,10 @@ class Task(Protocol):
 
     def note(self, question: Question, answer: Answer) -> str:
         """In a word, what is wrong with an answer; raises a UserError if no answer can be right."""
+        ...
+
+    def lack(self, question: Question, answer: Answer) -> str:
+        """Return in a sentence why an answer gives no record of worth, or "" where it gives one."""
         ...
 
 
@@ -103,33 +108,42 @@ class Judging:
         fields = dict(read(answer.text, question.swapped))
         thinking = fields.pop("thinking") or answer.thinking
         said = of | {"thinking": thinking, "answer": answer.text}
-        if fields["outcome"] == Outcome.UNPARSEABLE and answer.finish == "length":
-            cut = f"cut off after {answer.completion_tokens} tokens"
-            return Verdict.from_row(said | {"outcome": Outcome.FAILED, "reason": cut})
+        cut_off = fields["outcome"] == Outcome.UNPARSEABLE and answer.finish == "length"
+        if reason := answer.problem or (answer.cut_off if cut_off else ""):
+            return Verdict.from_row(said | {"outcome": Outcome.FAILED, "reason": reason})
         if fields["outcome"] == Outcome.SCORE and self.expected:
             try:
-                fields["score"] = expected_score(answer, fields["score"])
+                fields["score"] = expected_score(answer.labels or [], fields["score"])
             except LookupError as error:
                 return Verdict.from_row(
                     said | {"outcome": Outcome.UNPARSEABLE, "reason": str(error)}
                 )
         return Verdict.from_row(said | fields)
 
-    def lacks_log_probs(self, answer: Answer) -> bool:
-        """Whether the endpoint gives none, so that no expectation can be taken of any answer.
+    def lacks_log_probs(self, answer: Answer) -> str:
+        """Return why no expectation can be taken of any answer of the endpoint, in a sentence, or
+        "" where it can.
 
-        An empty answer has none either, and says nothing of others.
+        An empty answer has no log-probabilities either, and says nothing of others.
         """
-        return self.expected and answer.labels is None and bool(answer.text)
+        if not self.expected or answer.labels is not None or answer.problem or not answer.text:
+            return ""
+        return answer.label_problem or "the answer has no logprobs"
 
     def note(self, question: Question, answer: Answer) -> str:
-        if self.lacks_log_probs(answer):
+        if problem := self.lacks_log_probs(answer):
             raise UserError(
                 "--expected-score needs log-probabilities, and the endpoint gives none with "
-                "logprobs and top_logprobs: leave the flag out, or ask another server"
+                f"logprobs and top_logprobs that can be used ({problem}): leave the flag out, or "
+                "ask another server"
             )
-        outcome = self.record(question, answer).outcome
-        return {Outcome.UNPARSEABLE: "malformed", Outcome.FAILED: "cut off"}.get(outcome, "")
+        verdict = self.record(question, answer)
+        if verdict.outcome is Outcome.FAILED:
+            return "without an answer" if answer.problem else "cut off"
+        return "malformed" if verdict.outcome is Outcome.UNPARSEABLE else ""
+
+    def lack(self, question: Question, answer: Answer) -> str:
+        return self.record(question, answer).reason
 
 
 @dataclass(frozen=True)
@@ -150,7 +164,7 @@ class Generating:
     def record(
         self, question: Question, answer: Answer | None, reason: str = ""
     ) -> Response | None:
-        if answer is None:
+        if answer is None or answer.missing:
             return None
         assert isinstance(question.item, Prompt)
         unique = f"{self.identity}:{question.item.id}:{question.sample}"
@@ -158,7 +172,13 @@ class Generating:
         return Response(name, question.item, answer.text, self.source)
 
     def note(self, question: Question, answer: Answer) -> str:
+        if answer.missing:
+            return "without a response"
         return "cut off" if answer.finish == "length" else ""
+
+    def lack(self, question: Question, answer: Answer) -> str:
+        """A response that is cut off is one, and so is an empty one of the model's own."""
+        return answer.missing
 
 
 @dataclass(frozen=True)
@@ -177,12 +197,15 @@ class WritingRubrics:
 
     def record(self, question: Question, answer: Answer | None, reason: str = "") -> Prompt | None:
         """The prompt with the rubric in place of any that it had; none that is cut off or empty."""
-        if answer is None or self.note(question, answer):
+        if answer is None or self.lack(question, answer):
             return None
         assert isinstance(question.item, Prompt)
         return replace(question.item, rubric=answer.text.strip())
 
     def note(self, question: Question, answer: Answer) -> str:
-        if answer.finish == "length":
-            return "cut off"
-        return "" if answer.text.strip() else "empty"
+        return "without a rubric" if self.lack(question, answer) else ""
+
+    def lack(self, question: Question, answer: Answer) -> str:
+        if answer.problem or answer.finish == "length":
+            return answer.problem or answer.cut_off
+        return "" if answer.text.strip() else "the answer is empty"

@@ -24,6 +24,7 @@ from alignment.judges.examples import Labelled
 from alignment.judges.form_flags import add_answer_flags, add_form_flags, form_of, judge_of
 from alignment.judges.local import JudgeForm, LocalJudge
 from alignment.judges.rewards import judge_reward
+from alignment.judges.scale import check_scale
 from alignment.judges.validation import BEST, agreement, is_sound, judge_all
 from alignment.ranks import most_of_ranks
 from alignment.records import Pair
@@ -48,11 +49,12 @@ def main(argv: Sequence[str]) -> int:
     if options.dry_run is not None:
         dry_run(options)
         return 0
-    gold = examples.read_labelled(options.input, options.gold, options.thinking == "none")
+    reading = (options.thinking == "none", options.gold_scale, options.max_left_out)
+    gold = examples.read_labelled(options.input, options.gold, *reading)
     held_out = []
     if options.validation_input:
         held_out = examples.read_labelled(
-            options.validation_input, options.validation_gold, options.thinking == "none"
+            options.validation_input, options.validation_gold, *reading
         )
         if len({row.label for row in held_out} - {"tie"}) < 2:
             raise UserError(
@@ -87,7 +89,9 @@ def _imitate(
     gold: Sequence[Labelled],
     held_out: Sequence[Labelled],
 ) -> int:
-    encoded = examples.encode(gold, form, options.seq_length, options.max_thinking_tokens)
+    encoded = examples.encode(
+        gold, form, options.seq_length, options.max_thinking_tokens, options.max_left_out
+    )
     steps = options.steps or steps_of(len(encoded.samples), options.batch_size, options.epochs)
     engine = flags.engine_of(options, steps)
     step = SupervisedStep(
@@ -120,6 +124,7 @@ def _reinforce(
         Task(json.dumps([r.gold.item, r.gold.swapped, r.gold.sample]), form.ask(r.question), r)
         for r in gold
     ]
+    flags.check_room(options, [task.prompt for task in tasks], "questions of --input")
     engine = flags.engine_of(options, flags.updates_of(options))
     seen = {token for task in tasks for token in task.prompt} | end_tokens(form.tokenizer)
     critic = flags.critic_of(options, seen)
@@ -212,6 +217,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         raise UserError("give --input with items to learn from, and --gold with verdicts on them")
     if options.stage == "grpo" and options.thinking == "none":
         raise UserError("--stage grpo is for a judge that thinks: give --thinking asked or opened")
+    if options.gold_scale:
+        check_scale(options.gold_scale, "--gold-scale")
     if options.epochs <= 0:
         raise UserError(f"--epochs {options.epochs} must be above 0")
     if options.steps is not None and options.steps < 1:
@@ -231,6 +238,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--stage", choices=["sft", "grpo"], required=True)
     add("--input", nargs="+", default=[], metavar="FILE", help="responses or pairs to learn from")
     add("--gold", nargs="+", default=[], metavar="FILE", help="verdicts on them, of a gold judge")
+    add("--gold-scale", nargs=2, type=float, metavar=("LOW", "HIGH"),
+        help="Scale of gold's scores, which are mapped to the labels 0 to 9. Default: 0 9.")
     add("--validation-input", nargs="+", default=[], metavar="FILE", help="held-out items")
     add("--validation-gold", nargs="+", default=[], metavar="FILE", help="verdicts on them")
     add = parser.add_argument_group("stage sft").add_argument

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from alignment.judges.client import Answer
+from alignment.judges.answers import Answer
 
 
 @dataclass(frozen=True)
@@ -16,25 +16,34 @@ class Prices:
 
 @dataclass(frozen=True)
 class Used:
-    """Tokens, as the endpoint counts them."""
+    """Token counts of answers, as the endpoint reports them.
+
+    Attributes:
+        uncounted: answers for which the endpoint reports no usage, or one that is not a count; they
+            are in no sum.
+    """
 
     answers: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    uncounted: int = 0
 
     @classmethod
     def of(cls, answer: Answer) -> "Used":
-        return cls(1, answer.prompt_tokens, answer.completion_tokens)
+        prompt, completion = answer.prompt_tokens, answer.completion_tokens
+        uncounted = int(prompt is None or completion is None)
+        return cls(1, prompt or 0, completion or 0, uncounted)
 
     def __add__(self, other: "Used") -> "Used":
         return Used(
             self.answers + other.answers,
             self.prompt_tokens + other.prompt_tokens,
             self.completion_tokens + other.completion_tokens,
+            self.uncounted + other.uncounted,
         )
 
     def cost(self, prices: Prices) -> float | None:
-        """In dollars."""
+        """Return the cost of the tokens that were counted, in dollars; None without prices."""
         if prices.prompt is None and prices.completion is None:
             return None
         pairs = (
@@ -46,7 +55,13 @@ class Used:
         """In words."""
         cost = self.cost(prices)
         tokens = f"{self.prompt_tokens:,} tokens in, {self.completion_tokens:,} out"
-        return tokens if cost is None else f"{tokens}, ${cost:,.4f}"
+        if cost is not None:
+            tokens = f"{tokens}, {'at least ' if self.uncounted else ''}${cost:,.4f}"
+        if self.uncounted:
+            tokens += f" (usage of {self.uncounted:,} answers unknown)"
+        return tokens
 
     def to_json(self, prices: Prices) -> dict[str, Any]:
-        return asdict(self) | {"dollars": self.cost(prices)}
+        """Return plain values; `dollars` is None where the usage of an answer is unknown."""
+        dollars = None if self.uncounted else self.cost(prices)
+        return asdict(self) | {"dollars": dollars}

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from alignment.judges.agreement.output import check_folder
+from alignment.judges.results import commonest
 from alignment.judges.rows import read_all
 from alignment.monitors.batch import CORRELATION, BatchFindings, Limits, Monitor
 from alignment.monitors.detectors import NAMES
@@ -21,7 +22,7 @@ from alignment.monitors.lengths import Lengths
 from alignment.monitors.measuring import PACKAGED, Counts, measure, read_fixtures, wilson
 from alignment.monitors.reading import shown, words_of
 from alignment.records import Response, Verdict
-from megatron_ext.errors import ToolParser, UserError, run_tool
+from megatron_ext.errors import TooFewResults, ToolParser, UserError, run_tool
 
 ALARMED = 3  # exit code of --fail-on-alarm
 
@@ -51,12 +52,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _rewards(responses: Sequence[Response], file: str) -> list[float | None]:
     """The mean of a response's scores; None where it has none."""
     scores: dict[str, list[float]] = {}
-    for verdict in read_all(Path(file), Verdict):
+    verdicts = read_all(Path(file), Verdict)
+    for verdict in verdicts:
         if verdict.preferred is not None:
             raise UserError(f"--verdicts {file} must hold scores of responses, not preferences")
         if verdict.score is not None:
             scores.setdefault(verdict.item, []).append(verdict.score)
-    if not scores.keys() & {response.id for response in responses}:
+    ids = {response.id for response in responses}
+    reasons = [v.reason for v in verdicts if v.item in ids]
+    if reasons and all(reasons):
+        raise TooFewResults(
+            f"--verdicts {file} has no score of a response in --input: all {len(reasons):,} "
+            f"verdicts failed, most often with: {commonest(reasons)}"
+        )
+    if not scores.keys() & ids:
         raise UserError(f"--verdicts {file} has no score of a response in --input: give theirs")
     of_each = (scores.get(response.id) for response in responses)
     return [sum(found) / len(found) if found else None for found in of_each]

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -11,14 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from alignment.engines.protocol import Engine
+from alignment.judges.answers import Answer
 from alignment.judges.asking import key_of
-from alignment.judges.client import Answer, CallFailed, Client, Request, Sampling, connect
+from alignment.judges.client import CallFailed, Client, Request, Sampling, connect
 from alignment.judges.endpoint import api_key
 from alignment.judges.flags import KEY
 from alignment.judges.form import form_for
 from alignment.judges.pacing import Pace
 from alignment.judges.questions import Judging, Question
 from alignment.judges.store import AnswerStore
+from alignment.judges.write_buffer import WriteBuffer
 from alignment.policies.judge_spec import JudgeSpec
 from alignment.ranks import shares_of, speaks_for_share
 from alignment.records import Verdict
@@ -45,6 +48,7 @@ class EndpointJudge:
         self.rounding_error = SINGLE if self._expected else EXACT
         self._task = Judging(form, self.identity, self._expected)
         self._asks = speaks_for_share(policy)
+        self._reported: set[str] = set()
         self._file = store / f"share_{policy.data_rank:05d}.jsonl"
 
     def judge(
@@ -87,16 +91,18 @@ class EndpointJudge:
         lacking = {k: r for k, r in zip(keys, requests) if k not in store}
         known = [key for key in lacking if key in self._elsewhere]
         if known:
-            store.add([(key, _answer_at(*self._elsewhere[key])) for key in known])
+            rows = [(key, _answer_at(*self._elsewhere[key])) for key in known]
+            await asyncio.to_thread(store.add, rows)
         answers = {key: Answer.from_row(store[key]) for key in keys if key in store}
         for answer in answers.values():
             self._check(answer)
         slots = asyncio.Semaphore(self._spec.rows)
-        async with connect(api_key(KEY), self._spec.rows) as http:
+        async with connect(api_key(KEY), self._spec.rows) as http, WriteBuffer(store) as buffer:
             client = Client(
                 self._spec.url.rstrip("/"), http, Pace(None, None),
                 timeout=self._spec.timeout, tries=self._spec.tries,
-                first_wait=self._spec.first_wait,
+                first_wait=self._spec.first_wait, max_wait=self._spec.max_wait,
+                report=self._report,
             )  # fmt: skip
 
             async def one(key: str, request: Request) -> None:
@@ -106,7 +112,7 @@ class EndpointJudge:
                     except CallFailed as error:
                         failed[key] = str(error)
                     else:
-                        store.add([(key, answer.to_row())])
+                        await buffer.add(key, answer.to_row())
                         self._check(answer)
                         answers[key] = answer
 
@@ -119,12 +125,19 @@ class EndpointJudge:
             for question, key in zip(questions, keys)
         ]
 
+    def _report(self, message: str) -> None:
+        """Show a sentence once, however often the judge is asked."""
+        if message not in self._reported:
+            self._reported.add(message)
+            print(f"the judge {self._spec.name}: {message}", file=sys.stderr, flush=True)
+
     def _check(self, answer: Answer) -> None:
         """Raise a UserError if no answer of this endpoint can give what is to be read from it."""
-        if self._task.lacks_log_probs(answer):
+        if problem := self._task.lacks_log_probs(answer):
             raise UserError(
-                "its endpoint gives no log-probabilities, and its score is their expectation: "
-                "write expected_score: false in its file, or ask another server"
+                "its endpoint gives no log-probabilities that can be used, and its score is their "
+                f"expectation ({problem}): write expected_score: false in its file, or ask another "
+                "server"
             )
 
     @cached_property

@@ -24,7 +24,7 @@ from alignment.ranks import spread
 from alignment.records import Prompt, Response
 from alignment.seeds import seed_of
 from alignment.training import flags
-from megatron_ext.errors import ToolParser, UserError
+from megatron_ext.errors import TooFewResults, ToolParser, UserError
 from megatron_ext.inference.sampling import Sampling
 from megatron_ext.recipes import expand_recipes
 from tools.progress import Progress
@@ -69,6 +69,12 @@ def main(argv: Sequence[str]) -> int:
     if dist.get_rank() == 0:
         output.write(rows, {"model": options.model})
         print(f"{len(rows):,} responses; wrote {options.output}", file=sys.stdout)
+    dist.barrier()  # rank 0 has written before any rank ends the command
+    if not any(row.text.strip() for row in rows):
+        raise TooFewResults(
+            f"all {len(rows):,} responses are empty: --model {options.model} ends every one at its "
+            "first token"
+        )
     return 0
 
 

@@ -11,11 +11,15 @@ from typing import Any, get_args, get_origin
 import yaml
 
 from alignment.judges.annotate import rule_judge
+from alignment.judges.client import MAX_WAIT
 from alignment.judges.form_flags import files_digest
+from alignment.judges.function_judge import FUNCTION_TIMEOUT
+from alignment.judges.scale import check_scale
 from megatron_ext.errors import UserError
 
 _KINDS = {
-    str: "text", int: "a whole number", float: "a number", bool: "true or false", dict: "a mapping"
+    str: "text", int: "a whole number", float: "a number", bool: "true or false",
+    dict: "a mapping", list: "a list",
 }  # fmt: skip
 # What a file may say of a judge of each kind, beside what it may say of all.
 _OF_ALL = ("name", "kind", "agreement")
@@ -24,13 +28,16 @@ _OF_KIND = {
     "local": ("model", *_ASKED, "length", "chat_template", "chat_template_kwargs"),
     "endpoint": (
         "model", "url", "revision", *_ASKED, "reasoning_effort", "expected_score", "timeout",
-        "tries", "first_wait",
+        "tries", "first_wait", "max_wait",
     ),
     "rule": ("rule", "rule_text"),
-    "function": ("function",),
+    "function": ("function", "scale", "timeout"),
 }  # fmt: skip
-# What an endpoint is asked with where its file does not say: as `et-align annotate` asks it.
-_ENDPOINT = {"temperature": 0.0, "top_k": None, "top_p": None, "max_new_tokens": 8192}
+# Defaults of some kinds that differ from those of all: the defaults of `et-align annotate`.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "endpoint": {"temperature": 0.0, "top_k": None, "top_p": None, "max_new_tokens": 8192},
+    "function": {"timeout": FUNCTION_TIMEOUT},
+}
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,10 @@ class JudgeSpec:
         expected_score: of an endpoint: the mean over the labels' probabilities.
         length: the most tokens of a question and its answer, of a local judge.
         rows: questions asked at a time: local, of a rank; endpoint, calls at a time of a rank.
-        timeout, tries, first_wait: of a call of an endpoint; waits double up to a minute.
+        timeout: seconds of a call of an endpoint or a function.
+        tries, first_wait: of a call of an endpoint; waits double up to a minute.
+        max_wait: the longest wait, in seconds, that an endpoint may ask for.
+        scale: the lowest and the highest score of a function, which are mapped to 0 to 9.
         agreement: agreement.json of the judge with gold, for the report of a study.
     """
 
@@ -75,6 +85,8 @@ class JudgeSpec:
     timeout: float = 600.0
     tries: int = 12
     first_wait: float = 1.0
+    max_wait: float = MAX_WAIT
+    scale: list[float] | None = None
     agreement: str | None = None
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -97,7 +109,8 @@ class JudgeSpec:
             raise UserError(f"the judge {file} must be a mapping with a kind, such as kind: local")
         if unknown := sorted(set(given) - set(known), key=str):
             raise UserError(f"{file}: {unknown[0]} is not of a judge: known are {', '.join(known)}")
-        defaults = _ENDPOINT if given["kind"] == "endpoint" else {}
+        kind = given["kind"]
+        defaults = _DEFAULTS.get(kind, {}) if isinstance(kind, str) else {}
         values: dict[str, Any] = {"name": Path(file).stem, **defaults, **given}
         spec = cls(**values)
         for one in fields(cls):
@@ -109,6 +122,13 @@ class JudgeSpec:
                 raise UserError(f"{file}: {name} must be at least 1, not {getattr(spec, name)}")
         if spec.timeout <= 0:
             raise UserError(f"{file}: timeout must be above 0, not {spec.timeout}")
+        for name in ("first_wait", "max_wait"):
+            if getattr(spec, name) < 0:
+                raise UserError(f"{file}: {name} must not be negative, not {getattr(spec, name)}")
+        if spec.scale is not None:
+            if any(_wanted(end, float) for end in spec.scale):
+                raise UserError(f"{file}: scale must be two numbers, not {spec.scale!r}")
+            check_scale(spec.scale, f"{file}: scale")
         needs = {
             "local": ["model"],
             "endpoint": ["model", "url"],
@@ -140,8 +160,10 @@ class JudgeSpec:
         Raises:
             UserError: a file cannot be read.
         """
-        free = ("name", "url", "rows", "timeout", "tries", "first_wait", "agreement")
+        free = ("name", "url", "rows", "timeout", "tries", "first_wait", "max_wait", "agreement")
         kept = {name: value for name, value in asdict(self).items() if name not in free}
+        if self.scale is None:
+            del kept["scale"]  # runs begun before there were scales resume
         if self.template and self.template.endswith(".txt"):
             kept["template"] = self._hash(self.template)
         if self.kind == "local":

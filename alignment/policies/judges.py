@@ -9,8 +9,10 @@ A judge is one of four kinds: `local`, `endpoint` (an OpenAI-compatible address)
 `function` of a Python file. Ranks make the same calls, each with questions of its own.
 """
 
+import asyncio
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -29,6 +31,7 @@ from alignment.policies.judge_spec import JudgeSpec
 from alignment.ranks import shares_of, speaks_for_share
 from alignment.records import Prompt, Verdict
 from alignment.rounding import EXACT, SINGLE
+from alignment.waiting import waited_for
 from megatron_ext.errors import UserError
 from megatron_ext.inference.sampling import Sampling
 
@@ -80,7 +83,7 @@ def open_judge(
             raise UserError(
                 f"the judge {spec.name} is a function, which scores: no pairwise reward"
             )
-        return _ProgramJudge(FunctionJudge(spec.function), policy)
+        return _ProgramJudge(FunctionJudge(spec.function, spec.scale, spec.timeout), policy)
     if spec.kind == "endpoint":
         return EndpointJudge(spec, pairwise, policy, store / f"{spec.name}.answers")
     thinks = spec.thinking != "none"
@@ -133,11 +136,25 @@ class _ProgramJudge:
         self._asks = policy is None or speaks_for_share(policy)
 
     def judge(self, questions: Sequence[Question], check: Check = lambda: None) -> list[Verdict]:
-        found = []
-        for question in questions if self._asks else ():
-            assert not isinstance(question.item, Prompt)
-            found.append(self._judge.verdict(question.item, question.swapped, question.sample))
         if self._policy is None:
-            return found
-        rows = shares_of(self._policy, [verdict.to_row() for verdict in found])
-        return [Verdict.from_row(row) for row in rows[self._policy.data_rank]]
+            return [self._verdict(question) for question in questions]
+        found: list[Verdict] | None = None
+        problem = None
+        try:
+            # A function may be slow, and the others hear signals while they wait for it.
+            work = partial(self._verdicts, questions) if self._asks else None
+            found = waited_for(work, check)
+        except UserError as error:
+            problem = str(error)
+        rows = [verdict.to_row() for verdict in found or ()]
+        shares = shares_of(self._policy, (rows, problem))
+        if message := next((problem for _, problem in shares if problem), None):
+            raise UserError(message)
+        return [Verdict.from_row(row) for row in shares[self._policy.data_rank][0]]
+
+    async def _verdicts(self, questions: Sequence[Question]) -> list[Verdict]:
+        return [await asyncio.to_thread(self._verdict, question) for question in questions]
+
+    def _verdict(self, question: Question) -> Verdict:
+        assert not isinstance(question.item, Prompt)
+        return self._judge.verdict(question.item, question.swapped, question.sample)

@@ -17,6 +17,7 @@ from alignment.data.chat import example, warn_of_template
 from alignment.data.tokenizers import load_tokenizer
 from alignment.engines.batch import Batch, Sample
 from alignment.engines.protocol import Engine
+from alignment.judges.results import require_usable
 from alignment.judges.rows import read_all
 from alignment.ranks import most_of_ranks, shares_of
 from alignment.records import Response
@@ -90,6 +91,7 @@ def _samples(
 
     Raises:
         UserError: nothing is left.
+        TooFewResults: more than --max-left-out are too long.
     """
     chat_template = Path(options.chat_template) if options.chat_template else None
     tokenizer = load_tokenizer(Path(options.model), chat_template)
@@ -105,7 +107,9 @@ def _samples(
             f"all {len(rows):,} responses of {files[0]} are longer with their prompts than "
             f"--seq-length {options.seq_length}: raise it"
         )
-    return fits, len(samples) - len(fits)
+    long = [f"longer than --seq-length {options.seq_length}: raise it"] * (len(rows) - len(fits))
+    require_usable(long, len(rows), options.max_left_out, "responses of --input")
+    return fits, len(long)
 
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:

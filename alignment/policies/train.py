@@ -64,6 +64,9 @@ def main(argv: Sequence[str]) -> int:
     tokenizer = load_tokenizer(Path(options.model), chat_template)
     template = flags.template_kwargs(options)
     tasks = [Task(p.id, prompt_ids(tokenizer, p.messages, **template), p) for p in prompts]
+    flags.check_room(options, [task.prompt for task in tasks], "prompts of --prompts")
+    ids = [prompt_ids(tokenizer, p.messages, **template) for p in held_out]
+    flags.check_room(options, ids, "prompts of --held-out")
     if prompts:
         warn_of_template("train-policy", tokenizer, prompts[0].messages, template)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from alignment.engines.protocol import Generated
 from alignment.judges.store import AnswerStore
+from alignment.judges.write_buffer import WriteBuffer
 from alignment.ranks import most_of_ranks, shares_of
 from alignment.rl.rollouts import Rollout, kept_in, row_of, share_file
 from alignment.rl.served import ServedRollouts
@@ -103,19 +104,30 @@ class RolloutsAhead:
     ) -> None:
         try:
             with AnswerStore(share_file(folder, "ahead", self.served.engine)) as store:
-
-                def keep(place: int, found: Generated) -> None:
-                    task, sample = wanted[place][:2]
-                    told = (found.tokens, found.log_probs, found.ended, version)
-                    store.add([row_of(Rollout(task, sample, *told))])
-
-                prompts, seeds = [one[2] for one in wanted], [one[3] for one in wanted]
-                asyncio.run(self._until_stopped(self.served.ask(prompts, sampling, seeds, keep)))
+                asyncio.run(self._until_stopped(self._draw(store, wanted, sampling, version)))
         except UserError as error:
             self._problem = str(error)
         except Exception as error:
             # A thread's error is seen by nobody unless the ranks are told of it.
             self._problem = f"rollouts ahead of their step failed: {type(error).__name__}: {error}"
+
+    async def _draw(
+        self,
+        store: AnswerStore,
+        wanted: Sequence[tuple[str, int, Sequence[int], int]],
+        sampling: Sampling,
+        version: int,
+    ) -> None:
+        """Draw responses, each written down as it comes."""
+        async with WriteBuffer(store) as buffer:
+
+            async def keep(place: int, found: Generated) -> None:
+                task, sample = wanted[place][:2]
+                fields = (found.tokens, found.log_probs, found.ended, version)
+                await buffer.add(*row_of(Rollout(task, sample, *fields)))
+
+            prompts, seeds = [one[2] for one in wanted], [one[3] for one in wanted]
+            await self.served.ask(prompts, sampling, seeds, keep)
 
     async def _until_stopped(self, work: Coroutine[Any, Any, Any]) -> None:
         task = asyncio.create_task(work)

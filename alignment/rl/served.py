@@ -11,6 +11,7 @@ generation_config.json, and have the key that is in MEGATRON_ET_JUDGE_API_KEY, i
 """
 
 import asyncio
+import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -20,8 +21,16 @@ import httpx
 import torch.distributed as dist
 
 from alignment.engines.protocol import Engine, Generated
-from alignment.judges.client import connect
+from alignment.judges.client import connect, until
 from alignment.judges.endpoint import api_key
+from alignment.judges.endpoint_errors import (
+    EndpointError,
+    Kind,
+    error_in,
+    error_of_status,
+    load_json,
+    message_of,
+)
 from alignment.judges.flags import KEY
 from alignment.ranks import shares_of, speaks_for_share
 from alignment.waiting import waited_for
@@ -29,6 +38,7 @@ from megatron_ext.errors import UserError
 from megatron_ext.inference.sampling import Sampling
 
 _WAIT = 2.0  # seconds between tries
+_REPORTED = 60.0  # seconds between reports of a wait
 _NEUTRAL = {
     "repetition_penalty": 1.0,
     "presence_penalty": 0.0,
@@ -68,6 +78,7 @@ class ServedRollouts:
         self.patience, self.at_once, self.check = patience, at_once, check
         self.asks = speaks_for_share(engine)
         self._served: int | None = None
+        self._reported = float("-inf")
 
     def generate(
         self,
@@ -131,12 +142,12 @@ class ServedRollouts:
         prompts: Sequence[Sequence[int]],
         sampling: Sampling,
         seeds: Sequence[int],
-        keep: Callable[[int, Generated], None] = lambda place, found: None,
+        keep: Callable[[int, Generated], Awaitable[None]] | None = None,
     ) -> list[Generated]:
         """Let this share's server continue prompts, with the weights it has; no collective.
 
         Args:
-            keep: told the place of a prompt and its response as it comes.
+            keep: stores a response as it comes, by the place of its prompt.
 
         Raises:
             UserError: see `generate`.
@@ -150,7 +161,8 @@ class ServedRollouts:
                     body = self._body(prompt, sampling, seed)
                     answer = await self._post(http, f"{url}/completions", body)
                 found = self._read(answer, url)
-                keep(place, found)
+                if keep is not None:
+                    await keep(place, found)
                 return found
 
             every = asyncio.gather(*map(one, range(len(prompts)), prompts, seeds))
@@ -176,6 +188,17 @@ class ServedRollouts:
         finally:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
+
+    def _report_wait(self, url: str, reason: str) -> None:
+        """Say once a minute, of all calls under way, for what they wait and until when."""
+        now = time.monotonic()
+        if now - self._reported >= _REPORTED:
+            self._reported = now
+            print(
+                f"waiting for {url} until {until(self.patience)} at most: {reason}",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def _given_up(self, url: str, reason: str) -> UserError:
         return UserError(
@@ -205,6 +228,8 @@ class ServedRollouts:
         }
 
     def _read(self, answer: Any, url: str) -> Generated:
+        if error := error_in(answer):
+            raise UserError(f"{url} answers with an error: {message_of(error)}")
         try:
             [choice] = answer["choices"]
             tokens = [int(token) for token in choice["token_ids"]]
@@ -230,17 +255,19 @@ class ServedRollouts:
         while True:
             try:
                 response = await http.post(url, json=body)
-                reason = f"status {response.status_code}: {response.text[:200]}"
-                if response.status_code < 400:
-                    return response.json() if response.content else None
-                if response.status_code < 500 and response.status_code not in (408, 425, 429):
-                    raise UserError(
-                        f"{url} refuses ({reason}): start vLLM as docs/training-judges.md says"
-                    )
+                if response.status_code < 300:
+                    return load_json(response.content) if response.content else None
+                problem = error_of_status(response.status_code, response.content, None)
             except (httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
                 raise UserError(f"--rollout-url {url} is no address: {error}") from error
             except (httpx.HTTPError, ValueError) as error:
                 reason = str(error) or type(error).__name__
+                problem = EndpointError(reason, Kind.PASSING)
+            if problem.kind is not Kind.PASSING:
+                raise UserError(
+                    f"{url} refuses ({problem}): start vLLM as docs/training-judges.md says"
+                )
             if time.monotonic() - begin > self.patience:
-                raise self._given_up(url, reason)
+                raise self._given_up(url, str(problem))
+            self._report_wait(url, str(problem))
             await asyncio.sleep(min(_WAIT, self.patience / 4))

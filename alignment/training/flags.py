@@ -4,12 +4,13 @@ import argparse
 import json
 import os
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 
 from alignment.engines.protocol import Engine, Optimization
+from alignment.judges.results import require_usable
 from alignment.rl.algorithms import ALGORITHMS
 from alignment.rl.critic import Critic, Valuation
 from alignment.training.run_settings import lasting_settings
@@ -43,6 +44,9 @@ def add_training_flags(parser: argparse.ArgumentParser, lr: float, batch_size: i
         help="of a step, on all ranks (%(default)s)")
     add("--seq-length", type=int, default=4096, metavar="TOKENS",
         help="of a row, into which samples are packed (%(default)s)")
+    add("--max-left-out", type=float, default=0.2, metavar="SHARE",
+        help="Share of the data that may be left out, as too long say; more end the command with "
+        "status 3. Default: %(default)s.")
     add("--weight-decay", type=float, default=0.0)
     add("--clip-grad", type=float, default=1.0)
     add("--adam-beta1", type=float, default=0.9)
@@ -111,6 +115,23 @@ def add_reinforcement_flags(parser: argparse.ArgumentParser) -> None:
         help="weights beyond the bound are cut to it, or their tokens left out (%(default)s)")
     add("--rollout-model", default="policy", metavar="NAME", help="they serve (%(default)s)")
     # fmt: on
+
+
+def check_room(options: argparse.Namespace, prompts: Sequence[Sequence[int]], what: str) -> None:
+    """Check that enough prompts leave room for a response.
+
+    Args:
+        prompts: token ids.
+        what: the prompts, with the flag that they are from.
+
+    Raises:
+        TooFewResults: more than --max-left-out do not.
+    """
+    room = options.seq_length - options.max_new_tokens
+    reason = f"no room for {options.max_new_tokens} tokens in --seq-length {options.seq_length}"
+    long = [reason for prompt in prompts if len(prompt) > room]
+    if len(long) < len(prompts):  # the trainer has a sentence for none
+        require_usable(long, len(prompts), options.max_left_out, what)
 
 
 def groups_of(options: argparse.Namespace) -> int:

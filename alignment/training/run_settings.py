@@ -21,7 +21,7 @@ MARKS: dict[str, Mark] = {
         "same",
         """
         model critic chat_template chat_template_kwargs seed engine
-        input validation_input prompts held_out gold second_gold validation_gold judge
+        input validation_input prompts held_out gold gold_scale second_gold validation_gold judge
         stage template thinking reward reference
         epochs steps batch_size mini_batches group_size seq_length eval_interval
         lr lr_warmup_fraction weight_decay clip_grad adam_beta1 adam_beta2
@@ -41,7 +41,8 @@ MARKS: dict[str, Mark] = {
         tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size
         expert_model_parallel_size expert_tensor_parallel_size
         use_distributed_optimizer zero_stage offload_optimizer offload_parameters
-        rollout_url rollout_model keep_responses monitor_limits routing_interval routing_samples
+        max_left_out keep_responses monitor_limits routing_interval routing_samples
+        rollout_url rollout_model
         """,
     ),
 }

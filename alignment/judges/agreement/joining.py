@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from alignment.judges.results import commonest
 from alignment.records import Outcome, Side, Verdict
 from alignment.rounding import Floats
-from megatron_ext.errors import UserError
+from megatron_ext.errors import TooFewResults, UserError
 
 FIRST, TIED, SECOND = 1.0, 0.5, 0.0  # labels of pairs: how far the first response is preferred
 _GIVEN, _SWAPPED = 0, 1
@@ -62,14 +63,18 @@ def judged(verdicts: Mapping[str, Sequence[Verdict]], items: Sequence[str], name
     """The verdicts on `items`, in that order.
 
     Raises:
-        UserError: scores and preferences are mixed, or there is no judgement at all.
+        UserError: scores and preferences are mixed.
+        TooFewResults: there is no judgement at all.
     """
     rows = [verdict for item in items for verdict in verdicts[item]]
     kinds = {v.outcome is Outcome.SCORE for v in rows if v.judged}
     if len(kinds) > 1:
         raise UserError(f"{name} has both scores and preferences: give verdicts of one kind")
     if not kinds:
-        raise UserError(f"{name} has no judgement on these items: every verdict in it failed")
+        raise TooFewResults(
+            f"{name} has no judgement on these items: all {len(rows):,} verdicts failed, most "
+            f"often with: {commonest(v.reason for v in rows)}"
+        )
     pairwise = not kinds.pop()
     samples = 1 + max(v.sample for v in rows)
     labels = np.full((samples, 2 if pairwise else 1, len(items)), np.nan)

@@ -24,9 +24,8 @@ from alignment.judges.agreement.output import check_folder
 from alignment.judges.agreement.pictures import draw
 from alignment.judges.agreement.report import Part, table
 from alignment.judges.agreement.slices import SLICES, keys_of, read_items
-from alignment.judges.rows import read_all
-from alignment.records import Verdict
-from megatron_ext.errors import ToolParser, UserError, run_tool
+from alignment.judges.scale import check_scale, read_verdicts
+from megatron_ext.errors import TooFewResults, ToolParser, UserError, run_tool
 from tools.progress import Progress
 
 # Slices beyond these would make a table that nobody reads.
@@ -38,7 +37,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     _check(options)
     files = [Path(options.first), Path(options.second)]
     names = [str(file) for file in files]
-    verdicts = [by_item(read_all(file, Verdict), str(file)) for file in files]
+    scales = {"--first-scale": options.first_scale, "--second-scale": options.second_scale}
+    verdicts = [
+        by_item(read_verdicts(file, scale, flag), str(file))
+        for file, (flag, scale) in zip(files, scales.items())
+    ]
     items = shared_items(verdicts[0], verdicts[1], options.common, names)
     rows = read_items(Path(options.items), items) if options.items else None
     judges = [judged(found, items, name) for found, name in zip(verdicts, names)]
@@ -65,6 +68,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(table(judges[0].pairwise, whole, parts))
     if options.output:
         _write(Path(options.output), compared, names, whole, parts, options)
+    if not whole.both:
+        raise TooFewResults(
+            f"none of the {len(items):,} items has a judgement in both {names[0]} and {names[1]}: "
+            "there is nothing to compare"
+        )
 
 
 def _part(
@@ -129,6 +137,9 @@ def _write(
 def _check(options: argparse.Namespace) -> None:
     if options.resamples < 1:
         raise UserError(f"--resamples {options.resamples} must be at least 1")
+    for name in ("first_scale", "second_scale"):
+        if getattr(options, name):
+            check_scale(getattr(options, name), f"--{name.replace('_', '-')}")
     if options.items is None:
         if options.resample == "prompt":
             raise UserError("--resample prompt needs --items, which tells each item's prompt")
@@ -150,6 +161,9 @@ def _parser() -> argparse.ArgumentParser:
     add("second", metavar="SECOND", help="verdicts to measure")
     add("--items", metavar="FILE", help="the responses or pairs judged, for slices and prompts")
     add("--common", action="store_true", help="compare the items of both files where they differ")
+    for which in ("first", "second"):
+        add(f"--{which}-scale", nargs=2, type=float, metavar=("LOW", "HIGH"),
+            help=f"Scale of the {which} file's scores, which are mapped to 0 to 9. Default: 0 9.")
     add("--label", choices=["first", "mean"], default="first",
         help="of an item with several answers: the first's, or their mean (%(default)s)")
     add("--resample", choices=["item", "prompt"], default="item",

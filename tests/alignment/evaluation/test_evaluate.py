@@ -15,7 +15,7 @@ from alignment.evaluation.tool import main
 from alignment.judges.agreement.bootstrap import Estimate, estimates
 from alignment.judges.rows import read_all
 from alignment.records import Message, Outcome, Pair, Prompt, Response, Side, Verdict
-from megatron_ext.errors import UserError
+from megatron_ext.errors import TooFewResults, UserError
 from tests.alignment.judges.endpoint import Endpoint, chat
 
 N = 24
@@ -113,7 +113,9 @@ def test_verdicts_of_files_need_no_judge_and_bad_ones_leave_the_figures(
     scores[1] = Verdict(scores[1].item, Outcome.UNPARSEABLE, reason="two labels")
     given = [write(tmp_path / f"v{i}.jsonl", rows)
              for i, rows in enumerate((verdicts, scores[:30], scores[30:]))]  # fmt: skip
-    found = evaluated(tmp_path, files, "--verdicts", *(f"j={file}" for file in given))
+    found = evaluated(
+        tmp_path, files, "--verdicts", *(f"j={file}" for file in given), "--max-failed", "0.1"
+    )
     shown = capsys.readouterr().out
     assert f"{N - 3} of {N} (3 failed calls)" in shown
     assert f"{N - 1} of {N} (1 malformed answer)" in shown
@@ -124,7 +126,10 @@ def test_verdicts_of_files_need_no_judge_and_bad_ones_leave_the_figures(
         assert of[name]["strength"]["value"] == pytest.approx(logit(np.mean(won)))
     assert found["judges"]["j"]["scores"]["policies"]["base"]["judged"] == N - 1
     assert found["judges"]["j"]["scores"]["policies"]["base"]["malformed"] == 1
-    assert main([*begin, "--verdicts", f"j={given[0]}"]) == 0  # nothing to keep, nothing written
+    with pytest.raises(TooFewResults, match=r"6 of 96 preferences .* timed out \(6 times\)"):
+        main([*begin, "--verdicts", f"j={given[0]}"])
+    tolerant = ["--verdicts", f"j={given[0]}", "--max-failed", "0.1"]
+    assert main([*begin, *tolerant]) == 0  # nothing to keep, nothing written
     with pytest.raises(UserError, match="lacks 42 of 72 items"):
         main([*begin, "--verdicts", f"j={given[1]}"])
     main([*begin, "--verdicts", f"j={given[1]}", "--common", "--resamples", "5"])
@@ -167,7 +172,8 @@ def test_a_policy_without_a_judgement_takes_no_figure_from_others(
                 else Verdict(pair.id, Outcome.FAILED, swapped=swapped, reason="timed out")
             )
     given = write(tmp_path / "v.jsonl", verdicts)
-    of = evaluated(tmp_path, files, "--verdicts", f"j={given}")["judges"]["j"]["preferences"]
+    of = evaluated(tmp_path, files, "--verdicts", f"j={given}", "--max-failed", "0.5")
+    of = of["judges"]["j"]["preferences"]
     good, bad = of["policies"]["good"], of["policies"]["bad"]
     assert good["strength"]["value"] == pytest.approx(logit(2 / 3))
     assert good["controlled"]["value"] is not None

@@ -11,7 +11,7 @@ from sklearn.metrics import cohen_kappa_score
 
 from alignment.judges.agreement.tool import main
 from alignment.records import Outcome, Prompt, Response, Side, Verdict
-from megatron_ext.errors import UserError
+from megatron_ext.errors import TooFewResults, UserError
 
 
 def write(file: Path, records: list[Any]) -> str:
@@ -159,7 +159,9 @@ def test_without_an_item_that_both_judged_there_are_pictures_all_the_same(
     first, second = scores([1, None]), scores([None, 2])
     if pairs:
         first[0], second[1] = preference("r0", "A"), preference("r1", "B")
-    found = measured(tmp_path, first, second)
+    with pytest.raises(TooFewResults, match="none of the 2 items has a judgement in both"):
+        measured(tmp_path, first, second)
+    found = json.loads((tmp_path / "out" / "agreement.json").read_text())
     assert found["all"]["judged_by_both"] == 0 and found["calibration"] == []
     assert "no item" in found["all"]["agreement"]["exact"]["reason"]
 

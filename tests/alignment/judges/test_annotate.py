@@ -26,10 +26,9 @@ KEY = "MEGATRON_ET_JUDGE_API_KEY"
 GARBAGE = [
     status(429, Retry_After="0.2"), status(429), status(500), status(503), status(520), status(524),
     endpoint.reset, endpoint.half, endpoint.body(b""), endpoint.body(b"<html>"),
-    endpoint.body(b"[]"), endpoint.body(b'{"choices": []}'), endpoint.body(b'{"choices": [{}]}'),
-    endpoint.body(b'{"choices": [{"message": {"content": 7}}]}'), endpoint.body(b"\xff\x00"),
-    endpoint.body(b"[" * 100_000), endpoint.body(b"not gzip", Content_Encoding="gzip"),
-    endpoint.body(b'{"choices": [{"message": {"content": "\\ud800"}}]}'),
+    endpoint.body(b"\xff\x00"), endpoint.body(b"[" * 100_000), endpoint.body(b'{"choices": [{"mes'),
+    endpoint.body(b"not gzip", Content_Encoding="gzip"),
+    endpoint.body(b'{"error": {"message": "no provider", "code": 502}}'),
 ]  # fmt: skip
 
 
@@ -72,7 +71,7 @@ def annotate(input_file: Path, server: Endpoint, *flags: object) -> Done:
         try:
             code, error = main(command(input_file, server, *flags)[4:]), ""
         except UserError as problem:
-            code, error = 2, f"{problem}\n"
+            code, error = problem.status, f"{problem}\n"
     return Done(code, out.getvalue(), error)
 
 
@@ -140,7 +139,7 @@ def test_a_killed_run_goes_on_without_a_label_lost_or_paid_for_twice(tmp_path: P
                 answers = sum(server.answered.values())
                 assert kept <= set(store._places)
                 kept = set(store._places)
-        assert "stopped: the same command goes on" in said
+        assert "stopped: repeat the command to resume" in said
         # A torn last line, as a crash of the machine leaves it.
         whole = cache.read_bytes()
         cache.write_bytes(whole + whole.splitlines()[-1][:40])
@@ -161,7 +160,7 @@ def test_failures_are_failures_and_too_many_stop_the_run(tmp_path: Path) -> None
     with Endpoint(lambda t, n: status(400) if int(t[3:]) % 4 == 0 else None) as server:
         file = responses(tmp_path, texts)
         done = annotate(file, server, "--max-failed", 0.1, "--concurrency", 2)
-        assert done.returncode == 2 and "--max-failed 0.1" in done.stderr, done.stderr
+        assert done.returncode == 3 and "--max-failed 0.1" in done.stderr, done.stderr
         assert "this is 400" in done.stderr and done.stderr.count("\n") == 1
         before = server.answered.copy()
         assert 5 < sum(before.values()) < 30 and not (tmp_path / "verdicts.jsonl").exists()
@@ -217,11 +216,12 @@ def test_what_is_cut_off_or_malformed_is_no_score(tmp_path: Path) -> None:
     }
     with Endpoint() as server:
         server.answer = lambda text: said[text]
-        done = annotate(responses(tmp_path, list(said)), server)
+        done = annotate(responses(tmp_path, list(said)), server, "--max-failed", 0.75)
         assert done.returncode == 0, done.stderr
         a, b, c, d = rows(tmp_path / "verdicts.jsonl")
         assert (a["outcome"], a["reason"]) == ("failed", "cut off after 10 tokens")
-        assert b["outcome"] == c["outcome"] == "unparseable" and c["thinking"] == "hm"
+        assert (c["outcome"], c["reason"]) == ("failed", "the answer has no content")
+        assert b["outcome"] == "unparseable" and c["thinking"] == "hm"
         assert (d["score"], d["thinking"], d["answer"]) == (4.0, "hm", "4")
 
 
@@ -284,7 +284,7 @@ def test_an_endpoint_that_died_is_noticed_before_a_share_of_all_has_failed(
     with Endpoint(faults) as server:
         flags = ("--max-failed", 1, "--tries", 2, "--concurrency", 4)
         done = annotate(responses(tmp_path, texts), server, *flags)
-        assert done.returncode == 2 and "20 calls in a row" in done.stderr, done.stderr
+        assert done.returncode == 3 and "20 calls in a row" in done.stderr, done.stderr
         assert sum(server.answered.values()) == 30
         assert 2 * 20 <= sum(server.calls.values()) - 30 <= 2 * 24
 
@@ -296,7 +296,7 @@ def test_gold_writes_rubrics_which_judges_are_then_shown(tmp_path):
         server.answer = lambda text: (
             chat("- half of", finish_reason="length") if text == "cut" else chat(f"- says {text}\n")
         )
-        assert annotate(prompts, server, "--rubrics").returncode == 0
+        assert annotate(prompts, server, "--rubrics").returncode == 3  # one of three is cut off
         made = [json.loads(line) for line in (tmp_path / "verdicts.jsonl").open()]
         assert {row["id"]: row["rubric"] for row in made} == {
             "p-<one>": "- says one",

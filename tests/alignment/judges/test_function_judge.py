@@ -1,7 +1,7 @@
 """A program as a judge: its scores, its silence and its errors."""
 
 import json
-import os
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +14,7 @@ from alignment.judges.questions import Question
 from alignment.judges.rows import read_all
 from alignment.policies.judges import JudgeSpec, open_judge
 from alignment.records import Message, Outcome, Pair, Prompt, Response, Verdict
-from megatron_ext.errors import UserError
+from megatron_ext.errors import TooFewResults, UserError
 from tests.alignment.chat_model import write_rows
 from tests.distributed import run_ranks
 
@@ -27,7 +27,24 @@ def words(response):
 def broken(response):
     raise ValueError("no idea")
 
-SAID = {"nan": float("nan"), "inf": float("inf"), "text": "many", "digit": "7", "list": []}
+SAID = {"nan": float("nan"), "inf": float("inf"), "text": "many", "digit": "7", "list": [],
+        "bool": True}
+
+def stuck(response):
+    if response.text == "catches all":
+        while True:
+            try:
+                pass
+            except:
+                pass
+    if response.text == "never leaves C":
+        return sum(range(10**12))
+    if response.text == "ends its process":
+        raise SystemExit(4)
+    return 3
+
+def out_of_scale(response):
+    return float(response.text)
 
 def odd(response):
     return SAID[response.text]
@@ -61,7 +78,7 @@ def test_what_is_not_there_is_told(checks, name):
         FunctionJudge(str(checks.parent / name))
 
 
-@pytest.mark.parametrize("said", ["nan", "inf", "text", "digit", "list"])
+@pytest.mark.parametrize("said", ["nan", "inf", "text", "digit", "list", "bool"])
 def test_what_is_no_number_is_a_failed_call(checks, said):
     verdict = FunctionJudge(f"{checks}:odd").verdict(Response("a", PROMPT, said))
     assert (verdict.outcome, verdict.score) == (Outcome.FAILED, None)
@@ -83,10 +100,54 @@ def test_a_file_that_gives_no_function_is_told(checks, source, told):
         FunctionJudge(f"{checks}:words")
 
 
+def test_a_call_beyond_the_time_limit_fails_and_the_next_is_scored(checks):
+    judge = FunctionJudge(f"{checks}:stuck", timeout=0.3)
+    texts = ["fine", "catches all", "fine", "never leaves C", "ends its process", "fine"]
+    verdicts = [judge.verdict(Response("a", PROMPT, text)) for text in texts]
+    assert [v.score for v in verdicts] == [3.0, None, 3.0, None, None, 3.0]
+    assert verdicts[1].reason == verdicts[3].reason == "no score within 0.3 seconds"
+    assert verdicts[4].reason == "the function ended its process (exit status 4)"
+
+
+def test_a_function_that_never_answers_ends_the_command_with_status_3(checks, tmp_path):
+    items = [Response(str(n), PROMPT, "catches all") for n in range(9)]
+    file = write_rows(tmp_path / "items.jsonl", items)
+    flags = ["--judge", f"function:{checks}:stuck", "--timeout", "0.05", "--max-failed", "1"]
+    begin = time.monotonic()
+    with pytest.raises(TooFewResults, match=r"0\.05 seconds 5 times in a row") as ended:
+        main(["--input", str(file), "--output", str(tmp_path / "out.jsonl"), *flags])
+    assert ended.value.status == 3 and time.monotonic() - begin < 30
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("said", "scale", "score"),
+    [("9", None, 9.0), ("7.5", None, 7.5), ("0", [0, 100], 0.0), ("40", [0, 100], 3.6),
+     ("100", [0, 100], 9.0), ("1", [-1, 1], 9.0), ("0", [-1, 1], 4.5), ("9.5", None, None),
+     ("-1", None, None), ("101", [0, 100], None)],
+)  # fmt: skip
+def test_scores_are_mapped_from_their_scale_and_never_clamped(checks, said, scale, score):
+    judge = FunctionJudge(f"{checks}:out_of_scale", scale)
+    verdict = judge.verdict(Response("a", PROMPT, said))
+    assert verdict.score == (score if score is None else pytest.approx(score, rel=1e-12))
+    if score is None:
+        assert verdict.outcome is Outcome.FAILED and "outside of the scale" in verdict.reason
+    judge.close()
+
+
+def test_a_function_that_always_raises_ends_with_status_3_and_the_reason(checks, tmp_path):
+    items = write_rows(tmp_path / "items.jsonl", ITEMS)
+    with pytest.raises(TooFewResults, match=r"2 of 2 questions .* ValueError: no idea"):
+        main(["--input", str(items), "--output", str(tmp_path / "out.jsonl"),
+              "--judge", f"function:{checks}:broken"])  # fmt: skip
+    assert len(read_all(tmp_path / "out.jsonl", Verdict)) == 2  # for a look at each
+
+
 def test_it_annotates_and_rewards(checks, tmp_path):
     items = write_rows(tmp_path / "items.jsonl", ITEMS)
     judge = f"function:{checks}:words"
-    main(["--input", str(items), "--output", str(tmp_path / "out.jsonl"), "--judge", judge])
+    files = ["--input", str(items), "--output", str(tmp_path / "out.jsonl")]
+    main([*files, "--judge", judge, "--max-failed", "0.5"])
     told = read_all(tmp_path / "out.jsonl", Verdict)
     assert [verdict.score for verdict in told] == [3.0, None]
     about = json.loads((tmp_path / "out.jsonl.about.json").read_text())
@@ -112,19 +173,18 @@ def test_the_agreement_of_a_judge_is_read(tmp_path):
     assert JudgeSpec.read(str(spec)).agreed() == {"alpha_interval": 0.5}
 
 
-def asked_on_two_ranks_of_one_share(file: Path) -> tuple[float | None, int]:
+def asked_on_two_ranks_of_one_share(file: Path) -> float | None:
     """On a rank: the score of a function that says something else to every process."""
     policy: Any = SimpleNamespace(data_rank=0, data_size=1)
-    spec = JudgeSpec(kind="function", name="f", function=f"{file}:score")
+    spec = JudgeSpec(kind="function", name="f", function=f"{file}:score", scale=[0, 1])
     judge = open_judge(spec, False, policy, lambda model: policy, file.parent)
     prompt = Prompt("p", (Message("user", "hello"),))
     [verdict] = judge.judge([Question(Response("r", prompt, "yes"))])
-    return verdict.score, os.getpid()
+    return verdict.score
 
 
 def test_ranks_that_share_a_model_have_the_same_rewards(tmp_path: Path) -> None:
-    (tmp_path / "pid.py").write_text("import os\n\ndef score(response):\n    return os.getpid()\n")
-    (first, own), (second, other) = run_ranks(
-        asked_on_two_ranks_of_one_share, 2, tmp_path / "pid.py"
-    )
-    assert first == second == own != other
+    file = tmp_path / "draws.py"
+    file.write_text("import random\n\ndef score(response):\n    return random.random()\n")
+    first, second = run_ranks(asked_on_two_ranks_of_one_share, 2, file)
+    assert first is not None and first == second

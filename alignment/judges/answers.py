@@ -1,0 +1,212 @@
+"""Answers of chat endpoints, read into one form whatever shape a server gives them."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from alignment.judges.endpoint_errors import EndpointError, Kind, error_in, error_of_body, load_json
+from alignment.judges.label_log_probs import LabelLogProbs, read_label_log_probs
+
+# What is cut off in transmission is billed all the same: it is asked for once more, not --tries
+# times.
+_TRIES_OF_TORN = 2
+_MOST_TOKENS = 1 << 40
+_FILTERED = "content_filter"
+_BROKEN = {"error", "abort", "cancelled"}  # reasons to finish that are faults of the endpoint
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer that an endpoint gave and that was paid for.
+
+    Attributes:
+        thinking: where the endpoint separates it from the text.
+        finish: why the text ends; "length" is a text that was cut off.
+        prompt_tokens, completion_tokens: None where the endpoint does not report them.
+        labels: see `LabelLogProbs`; None where the endpoint gave none that can be read.
+        model: the model's name by the endpoint, "" where it gives none.
+        problem: in a sentence, why the text is not the model's answer (a refusal, a content filter,
+            a call of a tool); "" where it is.
+        label_problem: in a sentence, why `labels` is None although they were asked for.
+    """
+
+    text: str
+    thinking: str = ""
+    finish: str = ""
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    labels: LabelLogProbs | None = None
+    model: str = ""
+    problem: str = ""
+    label_problem: str = ""
+
+    def to_row(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> "Answer":
+        answer = cls(**row)
+        if answer.labels:  # those kept by earlier versions lack the probability not listed
+            labels = [(entry[0], entry[1], *entry[2:], 0.0)[:3] for entry in answer.labels]
+            object.__setattr__(answer, "labels", labels)
+        return answer
+
+    @property
+    def missing(self) -> str:
+        """Why there is no text of the model's own, in a sentence, or "" where there is."""
+        if self.problem:
+            return self.problem
+        return self.cut_off if self.finish == "length" and not self.text.strip() else ""
+
+    @property
+    def cut_off(self) -> str:
+        """Where the answer was cut off, in a sentence."""
+        tokens = self.completion_tokens
+        return (
+            "cut off at the limit of tokens" if tokens is None else f"cut off after {tokens} tokens"
+        )
+
+
+class _Unusable(Exception):
+    """Part of an answer has a form that cannot be read."""
+
+
+def read_answer(content: bytes, log_probs: bool = False, seconds: float | None = None) -> Answer:
+    """Read the body of an answer of status 200.
+
+    Args:
+        log_probs: those of labels were asked for.
+        seconds: the wait that the endpoint asks for, for errors.
+
+    Raises:
+        EndpointError: the body reports an error, or is no answer of the chat API. The same call
+            may give an answer where the body was torn or is not the endpoint's (a proxy's page);
+            an answer of another form would come again, and is not asked for again.
+    """
+    try:
+        body = load_json(content)
+    except ValueError:
+        torn = content.lstrip()[:1] == b"{"
+        what = "JSON that is cut short or damaged" if torn else "not JSON"
+        begins = content[:40].decode(errors="replace")
+        reason = f"an answer of status 200 is {what}: {begins!r}" if content else "an empty answer"
+        tries = _TRIES_OF_TORN if torn else None
+        raise EndpointError(reason, Kind.PASSING, seconds, tries) from None
+    choice = _first(body.get("choices")) if isinstance(body, Mapping) else None
+    error = error_in(body) or (choice.get("error") if isinstance(choice, Mapping) else None)
+    if error:
+        raise error_of_body(error, seconds)
+    message = choice.get("message") if isinstance(choice, Mapping) else None
+    if not isinstance(choice, Mapping) or not isinstance(message, Mapping):
+        lacks = "choices" if choice is None else "message"
+        raise EndpointError(
+            f"an answer of status 200 is not one of the chat API: it has no {lacks}", Kind.REFUSED
+        )
+    finish = choice.get("finish_reason")
+    if isinstance(finish, str) and finish in _BROKEN:
+        reason = f"the endpoint ended the answer with finish_reason {finish}"
+        raise EndpointError(reason, Kind.PASSING, seconds, _TRIES_OF_TORN)
+    return _read(body, choice, message, finish if isinstance(finish, str) else "", log_probs)
+
+
+def _read(
+    body: Mapping[str, Any],
+    choice: Mapping[str, Any],
+    message: Mapping[str, Any],
+    finish: str,
+    log_probs: bool,
+) -> Answer:
+    text, thinking, problem = "", "", ""
+    try:
+        text, thinking = _content(message)
+        refusal = message.get("refusal")
+        if isinstance(refusal, str) and refusal.strip() and not text.strip():
+            problem = f"the model refused: {refusal.strip()[:200]}"
+        elif (message.get("tool_calls") or message.get("function_call")) and not text.strip():
+            problem = "the answer is a call of a tool, without text"
+        elif finish == _FILTERED:
+            problem = "the endpoint's content filter stopped the answer"
+        elif message.get("content") is None and finish != "length":
+            problem = "the answer has no content"
+    except _Unusable as error:
+        problem = str(error)
+    labels, label_problem = None, ""
+    if log_probs:
+        try:
+            labels = read_label_log_probs(choice.get("logprobs"))
+        except ValueError as error:
+            label_problem = str(error)
+    usage = body.get("usage")
+    usage = usage if isinstance(usage, Mapping) else {}
+    model = body.get("model")
+    return Answer(
+        text=text,
+        thinking=thinking,
+        finish=finish,
+        prompt_tokens=_count(usage, "prompt_tokens", "input_tokens"),
+        completion_tokens=_count(usage, "completion_tokens", "output_tokens"),
+        labels=labels,
+        model=_whole(model.strip()) if isinstance(model, str) else "",
+        problem=_whole(problem),
+        label_problem=label_problem,
+    )
+
+
+def _first(choices: Any) -> Any:
+    return choices[0] if isinstance(choices, list) and choices else None
+
+
+def _content(message: Mapping[str, Any]) -> tuple[str, str]:
+    """Return text and thinking, whose halves of characters are refused: JSON can hold them."""
+    text, thinking = [], []
+    for is_text, part in _parts(message.get("content")):
+        (text if is_text else thinking).append(part)
+    for name in ("reasoning_content", "reasoning"):
+        if not thinking and message.get(name):
+            thinking = [part for _, part in _parts(message[name])]
+    for part in (*text, *thinking):
+        if _whole(part) != part:
+            raise _Unusable("the answer's text holds half of a character")
+    return "".join(text), "".join(thinking)
+
+
+def _parts(content: Any) -> Iterator[tuple[bool, str]]:
+    """Yield the texts of a message's content, and of each whether it is not thinking."""
+    if content is None:
+        return
+    if isinstance(content, str):
+        yield True, content
+        return
+    if isinstance(content, list):
+        for part in content:
+            yield from _parts(part)
+        return
+    if not isinstance(content, Mapping):
+        raise _Unusable(f"the answer's content is not text but {content!r:.40}")
+    kind = content.get("type", "text")
+    if kind in ("text", "output_text") and isinstance(content.get("text"), str):
+        yield True, content["text"]
+    elif kind in ("thinking", "reasoning"):
+        inner = content.get(kind, content.get("text"))
+        yield from ((False, text) for _, text in _parts(inner))
+    elif kind == "redacted_thinking":
+        return
+    elif kind == "refusal":
+        raise _Unusable(f"the model refused: {str(content.get('refusal', ''))[:200]}")
+    else:
+        raise _Unusable(f"the answer has a part of type {kind!r:.40} without text")
+
+
+def _whole(text: str) -> str:
+    """Replace halves of characters."""
+    return text.encode(errors="replace").decode()
+
+
+def _count(usage: Mapping[str, Any], *names: str) -> int | None:
+    """Return a count of tokens, or None where the endpoint gives no whole number."""
+    value = next((usage[name] for name in names if usage.get(name) is not None), None)
+    if isinstance(value, str) and value.strip().isdecimal():
+        value = int(value)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return value if type(value) is int and 0 <= value < _MOST_TOKENS else None

@@ -1,0 +1,63 @@
+"""The process in which a judge's function runs: `FunctionJudge` starts it and asks it."""
+
+import math
+import os
+import runpy
+import signal
+import sys
+import threading
+import time
+from multiprocessing.connection import Connection
+from typing import Any
+
+from alignment.records import Response
+
+
+def main(handle: str, file: str, name: str) -> None:
+    """Load the function, then score each response that comes until the connection ends.
+
+    First a text is sent back that says why the function cannot be loaded, or is empty; then for
+    each response its score and a text that says why there is none.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the command, which ends this
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    connection = Connection(int(handle))
+    sys.argv = [file]
+    try:
+        score = runpy.run_path(file)[name]
+        if not callable(score):
+            raise TypeError(f"{name} is {score!r:.40}")
+    except (Exception, SystemExit) as error:  # the file is the user's, and may do anything
+        connection.send(f"{type(error).__name__}: {error}")
+        return
+    connection.send("")
+    while True:
+        try:
+            item: Response = connection.recv()
+        except EOFError:
+            return
+        try:
+            connection.send((_number(score(item)), ""))
+        except Exception as error:
+            connection.send((None, f"{type(error).__name__}: {error}"))
+
+
+def _end_with(parent: int) -> None:
+    """End this process with its parent: an endless function would outlive a killed command."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def _number(value: Any) -> float | None:
+    """Return a score, or None for None; raise a ValueError or TypeError for anything else."""
+    if value is None:
+        return None
+    score = float(value)
+    if isinstance(value, str | bytes | bool) or not math.isfinite(score):
+        raise ValueError(f"the function gives {value!r}, which is no number")
+    return score
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
