@@ -158,7 +158,8 @@ def _first(choices: Any) -> Any:
 
 def _content(message: Mapping[str, Any]) -> tuple[str, str]:
     """Return text and thinking, whose halves of characters are refused: JSON can hold them."""
-    text, thinking = [], []
+    text: list[str] = []
+    thinking: list[str] = []
     for is_text, part in _parts(message.get("content")):
         (text if is_text else thinking).append(part)
     for name in ("reasoning_content", "reasoning"):

@@ -48,6 +48,32 @@ def test_values_of_a_wrong_kind_are_told(tmp_path, given, told):
         read(tmp_path, **{**LOCAL, **given})
 
 
+@pytest.mark.parametrize(
+    ("scale", "told"),
+    [
+        (9, "scale must be a list, not 9"),
+        (["0", 9], "scale must be two numbers, not "),
+        ([0, True], "scale must be two numbers, not "),
+        ([0], "scale 0 must be two finite numbers, the lower one first"),
+        ([9, 0], "scale 9 0 must be two finite numbers, the lower one first"),
+    ],
+)
+def test_the_scale_of_a_function_is_two_numbers_in_order(tmp_path, scale, told):
+    with pytest.raises(UserError, match=rf"judge\.yaml: {told}"):
+        read(tmp_path, kind="function", function="checks.py:f", scale=scale)
+
+
+def test_a_function_has_a_time_limit_and_its_scale_is_of_its_verdicts(tmp_path):
+    (tmp_path / "checks.py").write_text("")
+    given = {"kind": "function", "function": f"{tmp_path}/checks.py:f"}
+    plain, scaled = read(tmp_path, **given), read(tmp_path, **given, scale=[0, 1], timeout=5)
+    assert (plain.timeout, scaled.timeout) == (60.0, 5)
+    assert "scale" not in plain.lasting() and scaled.lasting()["scale"] == [0, 1]
+    assert plain.who != scaled.who
+    with pytest.raises(UserError, match="max_wait must not be negative, not -1"):
+        read(tmp_path, **ENDPOINT, max_wait=-1)
+
+
 def test_a_whole_number_is_a_number_and_what_may_be_left_out_may_be_null(tmp_path):
     spec = read(tmp_path, **ENDPOINT, temperature=0, timeout=5, template=None)
     assert (spec.temperature, spec.timeout, spec.template) == (0, 5, None)
