@@ -21,26 +21,33 @@ _GROUP = 2048  # rows of a Parquet row group, each of which adds to what a reade
 
 
 class Malformed(UserError):
-    """A row that cannot be used. The message does not name the file."""
+    """A row that cannot be used. The message does not name the file.
+
+    Attributes:
+        reason: Why it cannot be used, without the row's number.
+    """
 
     def __init__(self, number: int, reason: str) -> None:
         super().__init__(f"row {number:,}: {reason}")
+        self.reason = reason
 
 
 def columns_of(path: str | Path) -> list[str]:
-    """The columns of a Parquet file, or the fields of the first row of a JSONL file.
+    """Return the columns of a Parquet file, or the fields of a JSONL file's first row that can be
+    read.
 
     Raises:
-        UserError: it has no rows, or cannot be read.
+        UserError: The file has no such row, or cannot be read.
     """
     if _format(path) == "parquet":
         with open_parquet(str(path)) as file:
             return list(file.schema_arrow.names)
+    malformed: Malformed | None = None
     for _, row in read_rows(path):
-        if isinstance(row, Malformed):
-            raise UserError(f"{path}, {row}")
-        return list(row)
-    raise UserError(f"{path} has no rows")
+        if not isinstance(row, Malformed):
+            return list(row)
+        malformed = malformed or row
+    raise UserError(f"{path}, {malformed}" if malformed else f"{path} has no rows")
 
 
 def read_rows(
