@@ -12,8 +12,8 @@ from typing import Any, NoReturn, Self
 
 from alignment.records import Pair, Prompt, Response, Verdict
 from megatron_ext.errors import UserError
-from tools.decompression import BROKEN, decompressed
-from tools.shards import COMPRESSIONS, format_of_suffix, open_parquet
+from tools.decompression import BROKEN, COMPRESSIONS, decompressed, is_compressed
+from tools.shards import format_of_suffix, open_parquet
 
 Record = Prompt | Response | Pair | Verdict
 _BATCH = 256  # rows that are read at a time
@@ -53,7 +53,7 @@ def columns_of(path: str | Path) -> list[str]:
 def read_rows(
     path: str | Path, told: Callable[[int], None] = lambda consumed: None
 ) -> Iterator[tuple[int, dict[str, Any] | Malformed]]:
-    """The rows of a JSONL file (plain, .gz, .zst) or a Parquet file, with their numbers: of the
+    """The rows of a JSONL file (plain or compressed) or a Parquet file, with their numbers: of the
     line, or of the row, from 1.
 
     Args:
@@ -71,8 +71,10 @@ def read_rows(
 
 def _format(path: str | Path) -> str:
     kind = format_of_suffix(str(path))
-    if kind not in ("jsonl", "parquet") or (kind == "parquet" and str(path).endswith(COMPRESSIONS)):
-        raise UserError(f"{path} is read by its suffix: .jsonl (also .gz, .zst) or .parquet")
+    if kind not in ("jsonl", "parquet") or (kind == "parquet" and is_compressed(str(path))):
+        raise UserError(
+            f"{path} is read by its suffix: .jsonl (also {', '.join(COMPRESSIONS)}) or .parquet"
+        )
     return kind
 
 

@@ -31,7 +31,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for tool in (importing, splitting, counting):
         tool.add_argument("--input", nargs="+", default=[], metavar="FILE",
             required=tool is not importing,
-            help="files or globs: .jsonl (also .gz, .zst) or .parquet, of any known convention")
+            help="files or globs: .jsonl (plain or compressed) or .parquet, of any known convention")
         tool.add_argument("--max-malformed", type=int, default=100, metavar="N",
             help="stop when more than N rows cannot be used; they are left out and reported; "
                  "default 100")
