@@ -6,8 +6,9 @@ documents without a letter or sign are left out. A document's split depends on i
 alone, so copies of it stay together. The result has the same bytes for any number of workers.
 
 Files are worked through in shards, small files many at a time, and finished parts are kept in
-PREFIX.parts (about as large as the output) until the output is complete: after a stop or a kill, the
-same command resumes from there. The output is compared with the parts and the source before it takes its name.
+PREFIX.parts (about as large as the output) until the output is complete: after a stop or a kill,
+the same command resumes from there. The output is compared with the parts and the source before it
+takes its name.
 """
 
 import argparse

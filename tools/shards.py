@@ -114,7 +114,7 @@ def too_large(path: str) -> UserError:
 
 
 def format_of_suffix(path: str) -> str:
-    """Return the format of a file, decompressed, by its suffix; empty when the suffix is unknown."""
+    """Return the format of a file, decompressed, by its suffix; empty where it is unknown."""
     suffixes = [suffix.lower() for suffix in Path(path).suffixes]
     compressed = bool(suffixes) and suffixes[-1] in COMPRESSIONS
     return _SUFFIXES.get(suffixes[-1 - compressed], "") if len(suffixes) > compressed else ""

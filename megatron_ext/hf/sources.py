@@ -25,6 +25,7 @@ from megatron_ext.hf.tokenizers import carry_tokenizer, import_tokenizer
 from megatron_ext.hf.torch_dist import TorchDistReader
 from megatron_ext.moe.thresholds import Thresholds
 
+_EMBEDDING, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 AVERAGE, UPDATES, THRESHOLDS = (
     f".gate.{name}" for name in ("threshold_average", "threshold_updates", "thresholds")
 )
@@ -59,15 +60,16 @@ class Source:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights."""
-        return self.tensors.dtypes["model.embed_tokens.weight"]
+        """Data type of the weights."""
+        return self.tensors.dtypes[_EMBEDDING]
 
 
 def open_hf(folder: Path) -> Source:
-    """A Hugging Face folder.
+    """Open a Hugging Face folder.
 
     Raises:
-        UserError: it is incomplete, or of no family known here.
+        UserError: It is incomplete, of no family known here, or has tensors that the model does
+            not compute with.
     """
     config = load_config(folder)
     family, model = family_named(config.model_type), read_config(config)
@@ -78,15 +80,60 @@ def open_hf(folder: Path) -> Source:
     expected |= {
         n.replace(AVERAGE, THRESHOLDS): shape for n, shape in expected.items() if AVERAGE in n
     }
-    account(folder, expected, reader.shapes)
+    derived = _derived_tensors(folder, config, model, reader)
+    account(folder, expected, {n: s for n, s in reader.shapes.items() if n not in derived})
     for name in (name for name in expected if name.endswith(AVERAGE)):
-        derived = name.replace(AVERAGE, THRESHOLDS)
-        if not torch.equal(thresholds_of(reader, name, model), reader.read(derived)):
+        thresholds = name.replace(AVERAGE, THRESHOLDS)
+        if not torch.equal(thresholds_of(reader, name, model), reader.read(thresholds)):
             raise UserError(
-                f"{folder}: {derived} is not what {name} gives, so training could not go on from "
-                "it: change both"
+                f"{folder}: {thresholds} is not what {name} gives, so training could not resume "
+                "from it: change both"
             )
     return Source(folder, model, family, reader, partial(import_tokenizer, folder, model.vocab))
+
+
+def _derived_tensors(
+    folder: Path, config: Any, model: Architecture, reader: SafetensorsReader
+) -> set[str]:
+    """Return the names of tensors that repeat what the model has elsewhere, and that transformers
+    therefore ignores: frequencies of positions, which follow from the configuration, and the output
+    layer of a model whose configuration ties it to the embedding.
+
+    Raises:
+        UserError: One is another than the model's.
+    """
+    frequencies = {name for name in reader.shapes if name.endswith("rotary_emb.inv_freq")}
+    for name in frequencies:
+        if not _has_frequencies(reader.read(name), config):
+            raise UserError(
+                f"{folder}: {name} has other frequencies than config.json gives: correct "
+                "rope_parameters, or remove the tensor"
+            )
+    if not model.tied or _OUTPUT not in reader.shapes:
+        return frequencies
+    if not torch.equal(reader.read(_OUTPUT), reader.read(_EMBEDDING)):
+        raise UserError(
+            f"{folder}: {_OUTPUT} is not {_EMBEDDING}, though config.json has tie_word_embeddings: "
+            "set it to false, or remove the tensor"
+        )
+    return frequencies | {_OUTPUT}
+
+
+def _has_frequencies(tensor: Tensor, config: Any) -> bool:
+    """Return whether a tensor has the frequencies of a configuration, to its dtype's precision."""
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding  # takes seconds
+
+    expected = LlamaRotaryEmbedding(config).inv_freq
+    if tensor.shape != expected.shape or not tensor.is_floating_point():
+        return False
+    precision = torch.finfo(tensor.dtype)
+    # Powers and quotients were rounded as well, and the smallest may be subnormal.
+    return torch.allclose(
+        tensor.float(),
+        expected.float(),
+        rtol=max(1e-4, 8 * precision.eps),
+        atol=precision.smallest_normal,
+    )
 
 
 def open_megatron(
@@ -147,6 +194,13 @@ def thresholds_of(tensors: Tensors, average: str, model: Architecture) -> Tensor
 
 def account(place: Path, expected: dict[str, Any], found: dict[str, Any]) -> None:
     """Raise for the first tensor that is missing, left over or of another shape."""
+    if _EMBEDDING in expected.keys() - found.keys():
+        for name in found:
+            if name.endswith("embed_tokens.weight"):
+                raise UserError(
+                    f"{place} has a tensor {name} where {_EMBEDDING} is expected: save the model "
+                    "as the class for causal language models that config.json belongs to"
+                )
     for name in sorted(expected.keys() - found.keys()):
         raise UserError(f"{place} has no tensor {name}, which a model of its configuration needs")
     for name in sorted(found.keys() - expected.keys()):
