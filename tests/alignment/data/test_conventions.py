@@ -192,7 +192,12 @@ def test_what_a_record_cannot_keep_is_refused_with_its_reason(
 
 
 def test_empty_fields_of_messages_and_rows_take_nothing_from_them(tmp_path: Path) -> None:
-    message = {**said("assistant", ""), "tool_calls": [], "name": None, "reasoning_content": ""}
+    message: dict[str, Any] = {
+        **said("assistant", ""),
+        "tool_calls": [],
+        "name": None,
+        "reasoning_content": "",
+    }
     row = {"messages": [said("system", ""), said("user", "Q"), message], "tools": [], "system": ""}
     [response] = read_records(written(tmp_path, [row]))
     assert isinstance(response, Response) and response.text == ""
