@@ -200,19 +200,33 @@ def _check_text(record: Any, *names: str) -> None:
 def _messages(given: Any) -> tuple[Message, ...]:
     if isinstance(given, str) or not isinstance(given, Sequence) or not given:
         raise UserError(f"messages must be a list of at least one, not {given!r}")
-    return tuple(_message(message) for message in given)
+    return tuple(message_of(message) for message in given)
 
 
-def _message(given: Any) -> Message:
-    if isinstance(given, Message):
-        return given
-    if not isinstance(given, Mapping) or not {"role", "content"} <= set(given):
-        raise UserError(f"a message has a role and content, not {given!r}")
-    role, content = given["role"], given["content"]
+def message_of(value: Any) -> Message:
+    """Return the message that a file's row describes.
+
+    Raises:
+        UserError: There is no role or no text, or there is a further field with a value. Such a
+            field (tool_calls, reasoning_content, weight) changes what the message means, so that
+            the message cannot be kept without it.
+    """
+    if isinstance(value, Message):
+        return value
+    if not isinstance(value, Mapping):
+        raise UserError(f"a message has a role and content, not {value!r:.60}")
+    for name, content in value.items():
+        if name not in ("role", "content") and content not in (None, "", [], {}):
+            raise UserError(f"a message has {name!r}, which cannot be kept with it")
+    if not {"role", "content"} <= set(value):
+        raise UserError(f"a message has a role and content, not {', '.join(map(str, value))}")
+    role, content = value["role"], value["content"]
     if role not in ROLES:
         raise UserError(f"a message's role is one of {', '.join(ROLES)}, not {role!r}")
     if not isinstance(content, str):
-        raise UserError(f"a message's content must be text, not {content!r}")
+        kinds = {type(None): "null", list: "a list of parts"}
+        kind = kinds.get(type(content), type(content).__name__)
+        raise UserError(f"a message's content must be text, not {kind}")
     return Message(role, content)
 
 

@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif options.source == "gguf":
         if not load.is_file():
             raise UserError(f"--load {load} is no file: give a GGUF file")
-    elif not (load / "config.json").is_file():
+    elif not any((load / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise UserError(f"--load {load} is no Hugging Face model: it has no config.json")
     with new_folder(save) as beside:
         difference = _convert(options, load, save, beside)

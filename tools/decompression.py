@@ -1,28 +1,69 @@
 """Compressed files read as a stream of plain bytes."""
 
+import bz2
+import codecs
 import gzip
 import io
+import lzma
 import zlib
 from typing import Any, BinaryIO, cast
+
+from megatron_ext.errors import UserError
+
+COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
+# The largest window that zstd writes (--ultra --long=31). Memory is taken only for what a frame
+# declares.
+_LARGEST_WINDOW = 1 << 31
+_OTHER_ENCODINGS = {
+    codecs.BOM_UTF32_LE: "UTF-32",  # begins with the mark of UTF-16
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
 
 
 class _ZstdBroken(Exception):
     pass
 
 
-BROKEN = (EOFError, gzip.BadGzipFile, zlib.error, _ZstdBroken)
+BROKEN = (EOFError, OSError, zlib.error, lzma.LZMAError, _ZstdBroken)
+
+
+def is_compressed(path: str) -> bool:
+    """Return whether a file's suffix, in any case, is that of a compression read here."""
+    return path.lower().endswith(COMPRESSIONS)
 
 
 def decompressed(raw: BinaryIO) -> io.BufferedIOBase:
-    """What an open file holds, by its name's suffix: .gz, .zst or plain.
+    """Return the plain bytes of an open file, by its name's suffix: .gz, .zst, .bz2, .xz or plain.
 
-    Reading from it raises one of `BROKEN` where the compressed data is damaged or cut off.
+    Reading begins after a byte order mark of UTF-8. It raises one of `BROKEN` where the compressed
+    data is damaged or cut off.
+
+    Raises:
+        UserError: The text is not UTF-8, by its byte order mark.
     """
-    if raw.name.endswith(".gz"):
-        return cast(io.BufferedIOBase, gzip.GzipFile(fileobj=raw))
-    if raw.name.endswith(".zst"):
+    stream = _plain_stream(raw)
+    beginning = stream.peek(4)[:4]
+    for mark, encoding in _OTHER_ENCODINGS.items():
+        if beginning.startswith(mark):
+            raise UserError(f"{raw.name} is {encoding} text: convert it to UTF-8")
+    if beginning.startswith(codecs.BOM_UTF8):
+        stream.read(len(codecs.BOM_UTF8))
+    return cast(io.BufferedIOBase, stream)
+
+
+def _plain_stream(raw: BinaryIO) -> Any:
+    name = raw.name.lower()
+    if name.endswith(".gz"):
+        return gzip.GzipFile(fileobj=raw)
+    if name.endswith(".bz2"):
+        return bz2.BZ2File(raw)
+    if name.endswith(".xz"):
+        return lzma.LZMAFile(raw)
+    if name.endswith(".zst"):
         return io.BufferedReader(_ZstdStream(raw), 1 << 20)
-    return cast(io.BufferedIOBase, raw)
+    return raw
 
 
 class _ZstdStream(io.RawIOBase):
@@ -32,7 +73,9 @@ class _ZstdStream(io.RawIOBase):
     def __init__(self, raw: BinaryIO):
         import zstandard
 
-        self._raw, self._zstandard = raw, zstandard
+        self._raw, self._error = raw, zstandard.ZstdError
+        decompressor = zstandard.ZstdDecompressor(max_window_size=_LARGEST_WINDOW)
+        self._new_frame = decompressor.decompressobj
         self._frame: Any = None
         self._compressed = self._plain = b""
 
@@ -46,10 +89,10 @@ class _ZstdStream(io.RawIOBase):
                 if self._frame is not None:
                     raise _ZstdBroken("the last frame has no end")
                 return 0
-            self._frame = self._frame or self._zstandard.ZstdDecompressor().decompressobj()
+            self._frame = self._frame or self._new_frame()
             try:
                 self._plain = self._frame.decompress(chunk)
-            except self._zstandard.ZstdError as error:
+            except self._error as error:
                 raise _ZstdBroken(str(error)) from error
             self._compressed = self._frame.unused_data
             if self._frame.eof:

@@ -57,13 +57,16 @@ class ShardReader:
     ]:  # fmt: skip
         """(owned, line): a shard owns the lines that begin in it; those after it follow unowned."""
         start, stop = self.shard.start, self.shard.stop
-        position = start
+        position = mark = 0
         if start:
             stream.seek(start - 1)  # a line that begins exactly at start is ours
             position = start - 1 + len(stream.readline())
+        elif stop is not None:
+            mark = stream.tell()  # a byte order mark counts to the first line
         while line := stream.readline():
             owned = stop is None or position < stop
-            position += len(line)
+            position += len(line) + mark
+            mark = 0
             self.lines += owned
             done = raw.tell() if stop is None else position - start
             self.consumed = min(done, self.shard.size)

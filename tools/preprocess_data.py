@@ -5,9 +5,10 @@ which says what they were made of. Every document is followed by the tokenizer's
 documents without a letter or sign are left out. A document's split depends on its text and --seed
 alone, so copies of it stay together. The result has the same bytes for any number of workers.
 
-Files are worked through in shards, and finished shards are kept in PREFIX.parts (about as large as
-the output) until the output is complete: after a stop or a kill, the same command goes on from
-there. The output is compared with the parts and the source before it takes its name.
+Files are worked through in shards, small files many at a time, and finished parts are kept in
+PREFIX.parts (about as large as the output) until the output is complete: after a stop or a kill,
+the same command resumes from there. The output is compared with the parts and the source before it
+takes its name.
 """
 
 import argparse
@@ -27,9 +28,9 @@ import sentencepiece
 from megatron_ext.errors import ToolParser, UserError, run_tool
 from tools.preprocessing.indexed_dataset import check_dataset, import_megatron, write_dataset
 from tools.preprocessing.output import Output
-from tools.preprocessing.parts import FORMAT_VERSION, SPLITS, Work
+from tools.preprocessing.parts import FORMAT_VERSION, SPLITS, Work, group_shards
 from tools.preprocessing.workers import write_parts
-from tools.shards import FORMATS, Layout, expand_inputs, plan_shards
+from tools.shards import FORMATS, Layout, expand_inputs, file_identity, plan_shards
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -38,7 +39,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     # fmt: off
     add("--input", nargs="+", required=True, metavar="FILE",
-        help="files or globs (** goes into folders): .jsonl, .parquet, .txt; plain, .gz or .zst")
+        help="files or globs (** goes into folders): .jsonl, .parquet, .txt; plain, .gz, .zst, "
+             ".bz2 or .xz")
     add("--tokenizer-model", required=True, metavar="FILE", help="SentencePiece model")
     add("--output-prefix", required=True, metavar="PREFIX", help="how the output's names begin")
     add("--valid-fraction", type=float, metavar="SHARE",
@@ -131,8 +133,9 @@ def main(argv: list[str] | None = None) -> None:
         "train": expand_inputs(arguments.input),
         "valid": expand_inputs(arguments.valid_input, "--valid-input"),
     }
-    if both := set(inputs["train"]) & set(inputs["valid"]):
-        raise UserError(f"{min(both)} is in --input and in --valid-input: take it out of one")
+    identities = {file_identity(path) for path in inputs["train"]}
+    if both := [path for path in inputs["valid"] if file_identity(path) in identities]:
+        raise UserError(f"{both[0]} is in --input and in --valid-input: take it out of one")
     status = {path: os.stat(path) for path in inputs["train"] + inputs["valid"]}
     files = {
         split: [[path, status[path].st_size, status[path].st_mtime_ns] for path in paths]
@@ -159,8 +162,8 @@ def main(argv: list[str] | None = None) -> None:
     dtype = np.dtype(import_megatron().DType.optimal_dtype(vocab_size)).name
     works = [
         Work(
-            shard=shard,
-            file_stamp=status[shard.path].st_mtime_ns,
+            shards=group,
+            file_stamps=tuple(status[shard.path].st_mtime_ns for shard in group),
             layout=layout,
             tokenizer_model=os.path.abspath(arguments.tokenizer_model),
             tokenizer_sha256=sha256,
@@ -170,7 +173,7 @@ def main(argv: list[str] | None = None) -> None:
             seed=arguments.seed,
         )
         for split in SPLITS
-        for shard in shards[split]
+        for group in group_shards(shards[split], arguments.shard_bytes)
     ]
     with output.locked(), stopping_on_signals(output):
         run(arguments, settings, works, output, vocab_size)

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_ext.errors import UserError
+from tools.decompression import COMPRESSIONS, is_compressed
 
 FORMATS = ("jsonl", "parquet", "text")
-COMPRESSIONS = (".gz", ".zst")
 _SUFFIXES = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl",
     ".parquet": "parquet", ".pq": "parquet",
@@ -53,13 +53,13 @@ class Shard(NamedTuple):
 
 
 def expand_inputs(patterns: list[str], flag: str = "--input") -> list[str]:
-    """Absolute paths of the non-empty files that paths and globs name: in the order given, each
-    glob's files sorted, each file once.
+    """Return absolute paths of the non-empty files that paths and globs name: in the order given,
+    each glob's files sorted, each file once, also where links give it further names.
 
     Raises:
-        UserError: a pattern names nothing, or a directory, or an empty file.
+        UserError: A pattern names nothing, or a directory, or an empty file.
     """
-    paths: dict[str, None] = {}
+    paths: dict[tuple[int, int], str] = {}
     for pattern in patterns:
         if os.path.isdir(pattern):
             raise UserError(f"{flag} {pattern} is a directory: name its files, {pattern}/*.jsonl")
@@ -71,8 +71,14 @@ def expand_inputs(patterns: list[str], flag: str = "--input") -> list[str]:
         for path in found:
             if os.path.getsize(path) == 0:
                 raise UserError(f"{flag} {path} is empty: leave it out")
-            paths[path] = None
-    return list(paths)
+            paths.setdefault(file_identity(path), path)
+    return list(paths.values())
+
+
+def file_identity(path: str) -> tuple[int, int]:
+    """Return what is the same for all names of a file: device and inode."""
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
 
 
 def plan_shards(paths: list[str], layout: Layout, shard_bytes: int) -> list[Shard]:
@@ -87,7 +93,7 @@ def plan_shards(paths: list[str], layout: Layout, shard_bytes: int) -> list[Shar
         kind, size = _format_of(path, layout), os.path.getsize(path)
         if kind == "parquet":
             shards += _parquet_shards(path, layout.text_key, size, shard_bytes)
-        elif path.endswith(COMPRESSIONS):
+        elif is_compressed(path):
             shards.append(Shard(path, kind, 0, None, size))
         elif kind == "text" and layout.separator is None:
             if size > MAX_PLAIN_DOCUMENT:
@@ -108,7 +114,7 @@ def too_large(path: str) -> UserError:
 
 
 def format_of_suffix(path: str) -> str:
-    """The format that a file's suffix tells, of the decompressed file; empty when it tells none."""
+    """Return the format of a file, decompressed, by its suffix; empty where it is unknown."""
     suffixes = [suffix.lower() for suffix in Path(path).suffixes]
     compressed = bool(suffixes) and suffixes[-1] in COMPRESSIONS
     return _SUFFIXES.get(suffixes[-1 - compressed], "") if len(suffixes) > compressed else ""
@@ -117,8 +123,9 @@ def format_of_suffix(path: str) -> str:
 def _format_of(path: str, layout: Layout) -> str:
     kind = format_of_suffix(path) if layout.format == "auto" else layout.format
     if not kind:
-        raise UserError(f"{path} has no suffix that tells its format: give --format jsonl or text")
-    if kind == "parquet" and path.endswith(COMPRESSIONS):
+        known = f"{', '.join(_SUFFIXES)}, compressed {', '.join(COMPRESSIONS)}"
+        raise UserError(f"{path} has no known suffix ({known}): give --format jsonl or text")
+    if kind == "parquet" and is_compressed(path):
         raise UserError(f"{path} is a compressed Parquet file: decompress it, Parquet has its own")
     return kind
 
@@ -140,11 +147,16 @@ def _parquet_shards(path: str, text_key: str, size: int, shard_bytes: int) -> It
 
     with open_parquet(path) as file:
         schema, metadata = file.schema_arrow, file.metadata
-    if text_key not in schema.names:
+    kinds = [field.type for field in schema if field.name == text_key]
+    if not kinds:
         columns = ", ".join(schema.names)
         raise UserError(f"{path} has no column {text_key!r}: set --text-key to one of {columns}")
-    kind = schema.field(text_key).type
-    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+    if len(kinds) > 1:
+        raise UserError(f"{path} has {len(kinds)} columns {text_key!r}: rename all but one")
+    [kind] = kinds
+    values = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+    is_text = (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_string_view)
+    if not any(test(values) for test in is_text):
         raise UserError(f"{path}: column {text_key!r} holds {kind}, not text: set --text-key")
     rows = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
     share = size / max(1, sum(rows))

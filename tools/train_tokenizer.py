@@ -159,7 +159,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     # fmt: off
     add("--input", nargs="+", required=True, metavar="FILE",
-        help="files or globs (** goes into folders): .jsonl, .parquet, .txt; plain, .gz or .zst")
+        help="files or globs (** goes into folders): .jsonl, .parquet, .txt; plain, .gz, .zst, "
+             ".bz2 or .xz")
     add("--output", required=True, metavar="FILE",
         help="the tokenizer to write; .model is added when missing")
     add("--vocab-size", type=int, required=True, metavar="N",

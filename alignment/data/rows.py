@@ -12,8 +12,8 @@ from typing import Any, NoReturn, Self
 
 from alignment.records import Pair, Prompt, Response, Verdict
 from megatron_ext.errors import UserError
-from tools.decompression import BROKEN, decompressed
-from tools.shards import COMPRESSIONS, format_of_suffix, open_parquet
+from tools.decompression import BROKEN, COMPRESSIONS, decompressed, is_compressed
+from tools.shards import format_of_suffix, open_parquet
 
 Record = Prompt | Response | Pair | Verdict
 _BATCH = 256  # rows that are read at a time
@@ -21,32 +21,39 @@ _GROUP = 2048  # rows of a Parquet row group, each of which adds to what a reade
 
 
 class Malformed(UserError):
-    """A row that cannot be used. The message does not name the file."""
+    """A row that cannot be used. The message does not name the file.
+
+    Attributes:
+        reason: Why it cannot be used, without the row's number.
+    """
 
     def __init__(self, number: int, reason: str) -> None:
         super().__init__(f"row {number:,}: {reason}")
+        self.reason = reason
 
 
 def columns_of(path: str | Path) -> list[str]:
-    """The columns of a Parquet file, or the fields of the first row of a JSONL file.
+    """Return the columns of a Parquet file, or the fields of a JSONL file's first row that can be
+    read.
 
     Raises:
-        UserError: it has no rows, or cannot be read.
+        UserError: The file has no such row, or cannot be read.
     """
     if _format(path) == "parquet":
         with open_parquet(str(path)) as file:
             return list(file.schema_arrow.names)
+    malformed: Malformed | None = None
     for _, row in read_rows(path):
-        if isinstance(row, Malformed):
-            raise UserError(f"{path}, {row}")
-        return list(row)
-    raise UserError(f"{path} has no rows")
+        if not isinstance(row, Malformed):
+            return list(row)
+        malformed = malformed or row
+    raise UserError(f"{path}, {malformed}" if malformed else f"{path} has no rows")
 
 
 def read_rows(
     path: str | Path, told: Callable[[int], None] = lambda consumed: None
 ) -> Iterator[tuple[int, dict[str, Any] | Malformed]]:
-    """The rows of a JSONL file (plain, .gz, .zst) or a Parquet file, with their numbers: of the
+    """The rows of a JSONL file (plain or compressed) or a Parquet file, with their numbers: of the
     line, or of the row, from 1.
 
     Args:
@@ -64,8 +71,10 @@ def read_rows(
 
 def _format(path: str | Path) -> str:
     kind = format_of_suffix(str(path))
-    if kind not in ("jsonl", "parquet") or (kind == "parquet" and str(path).endswith(COMPRESSIONS)):
-        raise UserError(f"{path} is read by its suffix: .jsonl (also .gz, .zst) or .parquet")
+    if kind not in ("jsonl", "parquet") or (kind == "parquet" and is_compressed(str(path))):
+        raise UserError(
+            f"{path} is read by its suffix: .jsonl (also {', '.join(COMPRESSIONS)}) or .parquet"
+        )
     return kind
 
 

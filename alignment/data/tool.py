@@ -18,7 +18,7 @@ from tools.progress import Progress
 from tools.shards import expand_inputs
 
 _KINDS = {"prompts": Prompt, "responses": Response, "pairs": Pair}
-_EXAMPLES = 3  # malformed rows that are shown
+_MOST_REASONS = 8  # that are shown
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -31,7 +31,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for tool in (importing, splitting, counting):
         tool.add_argument("--input", nargs="+", default=[], metavar="FILE",
             required=tool is not importing,
-            help="files or globs: .jsonl (also .gz, .zst) or .parquet, of any known convention")
+            help="files or globs: .jsonl (plain or compressed) or .parquet, of any known convention")
         tool.add_argument("--max-malformed", type=int, default=100, metavar="N",
             help="stop when more than N rows cannot be used; they are left out and reported; "
                  "default 100")
@@ -65,15 +65,25 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 class Reading:
-    """Reads files of records, tells of progress and counts what is malformed."""
+    """Reads files of records, shows progress, and counts what is left out.
+
+    Attributes:
+        malformed: Rows that give no record.
+        unread: For each column that records do not keep, the rows with a value there.
+    """
 
     def __init__(self, files: Sequence[str], max_malformed: int, source: str = "") -> None:
         self.files, self.max_malformed, self.source = files, max_malformed, source
+        self._reset()
+
+    def _reset(self) -> None:
         self.malformed = 0
-        self.examples: list[str] = []
+        self.unread: Counter[str] = Counter()
+        self._reasons: Counter[str] = Counter()
+        self._examples: dict[str, str] = {}  # first row of each reason
 
     def __call__(self, label: str) -> Iterator[Record]:
-        self.malformed, self.examples = 0, []
+        self._reset()
         before, sizes = 0, [Path(file).stat().st_size for file in self.files]
         with Progress(label, sum(sizes)) as progress:
             for file, size in zip(self.files, sizes):
@@ -81,7 +91,7 @@ class Reading:
                 def told(done: int, before: int = before) -> None:
                     progress.update(before + done)
 
-                for record in read_records(file, self.source, told):
+                for record in read_records(file, self.source, told, self.unread):
                     if isinstance(record, Malformed):
                         self._count(file, record)
                     else:
@@ -90,33 +100,86 @@ class Reading:
 
     def _count(self, file: str, row: Malformed) -> None:
         self.malformed += 1
-        if len(self.examples) < _EXAMPLES:
-            self.examples.append(f"{file}, {row}")
+        self._reasons[row.reason] += 1
+        self._examples.setdefault(row.reason, f"{file}, {row}")
         if self.malformed > self.max_malformed:
             raise UserError(
-                f"{self.malformed} rows cannot be used, the first being {self.examples[0]}: mend "
-                f"them, or raise --max-malformed"
+                f"{self.malformed} rows cannot be used, the first being "
+                f"{next(iter(self._examples.values()))}: fix them, or raise --max-malformed"
             )
 
+    @property
+    def reasons(self) -> list[str]:
+        """Why rows were left out, the commonest reason first, each with its first row."""
+        shown = self._reasons.most_common(_MOST_REASONS)
+        lines = [f"{count:,} as in {self._examples[reason]}" for reason, count in shown]
+        if others := self.malformed - sum(count for _, count in shown):
+            lines.append(f"{others:,} for other reasons")
+        return lines
+
     def report(self) -> None:
+        """Print what was left out."""
         if self.malformed:
-            print(f"left out {self.malformed:,} malformed rows: {'; '.join(self.examples)}")
+            print(f"left out {self.malformed:,} malformed rows: {'; '.join(self.reasons)}")
+        if self.unread:
+            columns = (f"{name} ({count:,} rows)" for name, count in self.unread.items())
+            print(f"left out columns that rows of this project do not have: {', '.join(columns)}")
+
+
+class Repeats:
+    """Finds records that have come before. It holds two numbers of each record, and no text.
+
+    Attributes:
+        count: Records that repeat an earlier one.
+        clashes: Other records that have the id of an earlier one.
+        last_clash: The last id of these.
+    """
+
+    def __init__(self) -> None:
+        self.count = self.clashes = 0
+        self.last_clash = ""
+        self._contents: dict[int, int] = {}  # by id
+
+    def is_new(self, record: Record) -> bool:
+        """Remember a record and return whether its id is a new one."""
+        if isinstance(record, Verdict):
+            return True  # a judge may say the same of an item twice
+        id, content = number_of(record.id), number_of(_content(record))
+        if id not in self._contents:
+            self._contents[id] = content
+            return True
+        if self._contents[id] == content:
+            self.count += 1
+        else:
+            self.clashes += 1
+            self.last_clash = record.id
+        return False
+
+
+def _content(record: Prompt | Response | Pair) -> dict[str, object]:
+    """Return a record as a row without its source: a copy in another file is a repeat."""
+    row = record.to_row() | {"source": ""}
+    if "prompt" in row:
+        row["prompt"] = row["prompt"] | {"source": ""}
+    return row
+
+
+def number_of(content: object) -> int:
+    """Return a hash of 60 bits."""
+    return int(hash_id(content)[:15], 16)
 
 
 def as_kind(records: Iterator[Record], kind: str | None) -> Iterator[Record]:
-    """Records as another kind; a prompt that follows itself is given once.
+    """Yield records as another kind.
 
     Raises:
-        UserError: they cannot be had of such records.
+        UserError: The records cannot be turned into that kind.
     """
-    last = ""
     for record in records:
         if kind is None or isinstance(record, _KINDS[kind]):
             yield record
         elif kind == "prompts" and isinstance(record, Response | Pair):
-            if record.prompt.id != last:
-                yield record.prompt
-            last = record.prompt.id
+            yield record.prompt
         elif kind == "responses" and isinstance(record, Pair):
             for side, text in ((Side.FIRST, record.first), (Side.SECOND, record.second)):
                 yield Response(hash_id(record.id, side.value), record.prompt, text, record.source)
@@ -130,7 +193,7 @@ def import_rows(arguments: argparse.Namespace) -> None:
         expand_inputs(arguments.input) if arguments.input else [],
         arguments.max_malformed, arguments.source,
     )  # fmt: skip
-    equal = 0
+    equal, repeats = 0, Repeats()
     with RecordWriter(output, arguments.overwrite) as writer:
         records: Iterator[Record]
         if arguments.package:
@@ -140,13 +203,29 @@ def import_rows(arguments: argparse.Namespace) -> None:
         for record in as_kind(records, arguments.kind):
             if isinstance(record, Pair) and record.first == record.second:
                 equal += 1
-            else:
+            elif repeats.is_new(record):
                 writer.write(record)
+            elif repeats.clashes > arguments.max_malformed:
+                raise UserError(
+                    f"{repeats.clashes:,} rows have the id of another row, the last being "
+                    f"{repeats.last_clash!r}: make ids unique, leave them out, or raise --max-malformed"
+                )
         if not writer.count:
-            raise UserError("there are no rows in what was given")
+            reasons = [
+                *reading.reasons,
+                *[f"{equal:,} pairs of a response with itself"] * (equal > 0),
+            ]
+            if reasons:
+                raise UserError(f"there are no rows in the input: left out {'; '.join(reasons)}")
+            raise UserError("there are no rows in the input")
     reading.report()
-    if equal:
-        print(f"left out {equal:,} pairs of a response with itself")
+    for count, kind in (
+        (equal, "pairs of a response with itself"),
+        (repeats.count, "rows that repeat an earlier one"),
+        (repeats.clashes, "rows with the id of another row"),
+    ):
+        if count:
+            print(f"left out {count:,} {kind}")
     print(f"wrote {writer.count:,} rows to {output}")
 
 
@@ -173,7 +252,7 @@ def split_rows(arguments: argparse.Namespace) -> None:
             assert not isinstance(record, Verdict)
             if (name := splitter.split_of(_prompt(record))) is None:
                 continue
-            if (mark := int(hash_id(record.id)[:15], 16)) in seen:
+            if (mark := number_of(record.id)) in seen:
                 repeated += 1
                 continue
             seen.add(mark)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -55,16 +56,34 @@ def save_config(
 
 
 def load_config(source: Path) -> Any:
-    """The configuration of a Hugging Face folder with one, by transformers' class or our own.
+    """Return the configuration of a Hugging Face folder, of transformers' class or our own.
 
     Raises:
-        UserError: it is damaged, or its family is not known.
+        UserError: It is missing or damaged, its family is not known, or the folder's tensors are
+            not the model's own: those of an adapter, or quantized ones.
     """
+    if (source / "adapter_config.json").is_file():
+        raise UserError(
+            f"{source} holds an adapter (adapter_config.json): merge it into its base model with "
+            "merge_and_unload of peft, and save that"
+        )
     file = source / "config.json"
     try:
         entries = json.loads(file.read_text())
-        family = family_named(entries["model_type"])
-    except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
+        model_type = entries["model_type"]
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is damaged: copy it again") from error
+    family = family_named(model_type)
+    if quantization := entries.get("quantization_config") or entries.get("compression_config"):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        raise UserError(
+            f"{source} is quantized ({method or 'quantization_config'} in config.json): convert "
+            "the model that it was made of, or save it dequantized"
+        )
     kind = ExpertThresholdConfig if family is OWN else CONFIG_MAPPING[family.name]
-    return kind.from_pretrained(source)
+    try:
+        return kind.from_pretrained(source)
+    except (ValueError, TypeError, KeyError, ArithmeticError, StrictDataclassError) as error:
+        raise UserError(f"{file} is no configuration of {model_type}: {error}") from error

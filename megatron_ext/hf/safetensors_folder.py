@@ -65,14 +65,21 @@ def _opened(file: Path) -> Any:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """The file that holds each tensor."""
+    """Return the file that holds each tensor.
+
+    Raises:
+        UserError: No safetensors files are there, or it is open which of them are the model's.
+    """
     index, single = folder / INDEX, folder / _SINGLE
     if index.is_file():
         try:
             places: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        except (ValueError, KeyError) as error:
+            files = {name: folder / file for name, file in places.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{index} is damaged: copy it again") from error
-        return {name: folder / file for name, file in places.items()}
+        if single.is_file() and single not in files.values():
+            raise UserError(f"{folder} has {_SINGLE} and {INDEX}: remove the one that is outdated")
+        return files
     if single.is_file():
         with _opened(single) as tensors:
             return dict.fromkeys(tensors.keys(), single)

@@ -4,6 +4,7 @@ Every tensor is accounted for when a model is opened: what is missing, left over
 is an error.
 """
 
+import re
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -26,6 +27,10 @@ from megatron_ext.hf.tokenizers import carry_tokenizer, import_tokenizer
 from megatron_ext.hf.torch_dist import TorchDistReader
 from megatron_ext.moe.thresholds import Thresholds
 
+# Older folders hold them for each layer. transformers ignores them by this pattern, for every model
+# that computes them, whatever their values.
+_FREQUENCIES = re.compile(r"rotary_emb\.inv_freq")
+_EMBEDDING, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 AVERAGE, UPDATES, THRESHOLDS = (
     f".gate.{name}" for name in ("threshold_average", "threshold_updates", "thresholds")
 )
@@ -60,15 +65,16 @@ class Source:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights."""
-        return self.tensors.dtypes["model.embed_tokens.weight"]
+        """Data type of the weights."""
+        return self.tensors.dtypes[_EMBEDDING]
 
 
 def open_hf(folder: Path) -> Source:
-    """A Hugging Face folder.
+    """Open a Hugging Face folder.
 
     Raises:
-        UserError: it is incomplete, or of no family known here.
+        UserError: It is incomplete, of no family known here, or has tensors that the model does
+            not compute with.
     """
     config = load_config(folder)
     family, model = family_named(config.model_type), read_config(config)
@@ -79,15 +85,35 @@ def open_hf(folder: Path) -> Source:
     expected |= {
         n.replace(AVERAGE, THRESHOLDS): shape for n, shape in expected.items() if AVERAGE in n
     }
-    account(folder, expected, reader.shapes)
+    derived = _derived_tensors(folder, model, reader)
+    account(folder, expected, {n: s for n, s in reader.shapes.items() if n not in derived})
     for name in (name for name in expected if name.endswith(AVERAGE)):
-        derived = name.replace(AVERAGE, THRESHOLDS)
-        if not torch.equal(thresholds_of(reader, name, model), reader.read(derived)):
+        thresholds = name.replace(AVERAGE, THRESHOLDS)
+        if not torch.equal(thresholds_of(reader, name, model), reader.read(thresholds)):
             raise UserError(
-                f"{folder}: {derived} is not what {name} gives, so training could not go on from "
-                "it: change both"
+                f"{folder}: {thresholds} is not what {name} gives, so training could not resume "
+                "from it: change both"
             )
     return Source(folder, model, family, reader, partial(import_tokenizer, folder, model.vocab))
+
+
+def _derived_tensors(folder: Path, model: Architecture, reader: SafetensorsReader) -> set[str]:
+    """Return the names of tensors that transformers ignores: frequencies of positions, which it
+    computes from the configuration, and the output layer of a model whose configuration ties it to
+    the embedding.
+
+    Raises:
+        UserError: That output layer is not the embedding.
+    """
+    names = {name for name in reader.shapes if _FREQUENCIES.search(name)}
+    if not model.tied or _OUTPUT not in reader.shapes:
+        return names
+    if not torch.equal(reader.read(_OUTPUT), reader.read(_EMBEDDING)):
+        raise UserError(
+            f"{folder}: {_OUTPUT} is not {_EMBEDDING}, though config.json has tie_word_embeddings: "
+            "set it to false, or remove the tensor"
+        )
+    return names | {_OUTPUT}
 
 
 def open_megatron(
@@ -151,6 +177,13 @@ def thresholds_of(tensors: Tensors, average: str, model: Architecture) -> Tensor
 
 def account(place: Path, expected: dict[str, Any], found: dict[str, Any]) -> None:
     """Raise for the first tensor that is missing, left over or of another shape."""
+    if _EMBEDDING in expected.keys() - found.keys():
+        for name in found:
+            if name.endswith("embed_tokens.weight"):
+                raise UserError(
+                    f"{place} has a tensor {name} where {_EMBEDDING} is expected: save the model "
+                    "as the class for causal language models that config.json belongs to"
+                )
     for name in sorted(expected.keys() - found.keys()):
         raise UserError(f"{place} has no tensor {name}, which a model of its configuration needs")
     for name in sorted(found.keys() - expected.keys()):

@@ -14,7 +14,14 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.tools.preprocessed import make_texts, output_bytes, preprocess, stored, write_jsonl
+from tests.tools.preprocessed import (
+    make_texts,
+    output_bytes,
+    preprocess,
+    refusal,
+    stored,
+    write_jsonl,
+)
 from tools import train_tokenizer
 
 
@@ -104,6 +111,27 @@ def test_output_has_the_same_bytes_for_any_workers_and_shards(model, tmp_path):
             "--shard-bytes", size,
         )  # fmt: skip
         assert output_bytes(prefix) == expected
+
+
+def test_small_files_share_parts_and_keep_their_own_counts(model, tmp_path, capsys):
+    texts = make_texts(40)
+    for number, text in enumerate(texts):
+        (tmp_path / f"{number:03}.txt").write_text(f"{text}\n<>\n")
+    (tmp_path / "017.txt").write_bytes(b"good\n<>\n\n<>\nbad \xff\n<>\n")
+    one = tmp_path / "one.text"
+    one.write_bytes(b"".join(path.read_bytes() for path in sorted(tmp_path.glob("*.txt"))))
+    options = ["--valid-fraction", 0.2, "--workers", 1, "--document-separator", "<>"]
+    preprocess(model, [one], tmp_path / "one", *options)
+    many = [tmp_path / "*.txt", "--max-malformed", 0]
+    error = refusal(capsys, model, many[:1], tmp_path / "many", *options, *many[1:])
+    assert f"{tmp_path}/017.txt: line 5: invalid UTF-8" in error
+    manifest = preprocess(model, many[:1], tmp_path / "many", *options)
+    assert "reusing 1 of 1 finished parts" in capsys.readouterr().out
+    assert output_bytes(tmp_path / "many") == output_bytes(tmp_path / "one")
+    counts = [manifest["inputs"][f"{tmp_path}/{n:03}.txt"] for n in range(40)]
+    assert [(c["lines"], c["documents"], c["empty"], c["malformed"]) for c in counts] == (
+        [(2, 1, 0, 0)] * 17 + [(6, 1, 1, 1)] + [(2, 1, 0, 0)] * 22
+    )
 
 
 def test_split_depends_on_the_text_and_seed_alone(model, tokenizer, tmp_path):

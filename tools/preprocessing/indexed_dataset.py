@@ -92,10 +92,11 @@ def _crc32(file: BinaryIO, size: int) -> int:
 
 
 def source_document(work: Work, split: str, ordinal: int) -> str:
-    """The shard's document number `ordinal` of a split, read from the source again."""
-    for document in ShardReader(work.shard, work.layout):
-        if isinstance(document, str) and document.strip() and work.split_of(document) == split:
-            if ordinal == 0:
-                return document
-            ordinal -= 1
-    raise UserError(f"{work.shard.path} changed while it was read: run again")
+    """Return a part's document number `ordinal` of a split, read from the source again."""
+    for shard in work.shards:
+        for document in ShardReader(shard, work.layout):
+            if isinstance(document, str) and document.strip() and work.split_of(document) == split:
+                if ordinal == 0:
+                    return document
+                ordinal -= 1
+    raise UserError(f"{work.shards[-1].path} changed while it was read: run again")

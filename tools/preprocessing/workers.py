@@ -53,7 +53,7 @@ def write_parts(
     context = multiprocessing.get_context("spawn")
     consumed = context.Value("q", 0)
     parts: list[Part] = []
-    with Progress("tokenizing", sum(work.shard.size for work in todo)) as progress:
+    with Progress("tokenizing", sum(work.size for work in todo)) as progress:
         tally = Tally(works, max_malformed, progress)
         with concurrent.futures.ProcessPoolExecutor(
             max(1, min(workers, len(todo))), context, start_worker,

@@ -86,7 +86,7 @@ def test_rows_that_cannot_be_used_are_numbered_by_their_lines(tmp_path: Path) ->
     told = [str(record) for record in records[1:] if isinstance(record, Malformed)]
     for line, (text, said) in enumerate(
         zip(told, ["invalid JSON", "not a JSON object", "NaN is no JSON", "invalid JSON",
-                   "lone surrogate", "list of messages", "no 'messages'", "has a role",
+                   "lone surrogate", "list of messages", "no 'messages'", "role is one of",
                    "invalid JSON"]),
         start=3,
     ):  # fmt: skip

@@ -11,6 +11,7 @@ import pytest
 
 from alignment.data.conventions import read_records
 from alignment.data.tool import main
+from alignment.judges.rows import read_all
 from alignment.records import Pair, Prompt, Response
 from megatron_ext.errors import UserError
 
@@ -85,6 +86,46 @@ def test_rows_with_an_id_that_was_there_are_written_once(
     assert len(list(read_records(save / "all.jsonl"))) == 30
 
 
+def test_repeated_rows_are_written_once_and_ids_of_other_rows_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{key: row[key] for key in ("chosen", "rejected")} for row in preferences(8)]
+    first = written(tmp_path / "first.jsonl", iter([*rows, *rows[:3]]))
+    second = written(tmp_path / "second.jsonl", iter(rows[:2]))
+    file = tmp_path / "out.jsonl"
+    main(["import", "--input", first, second, "--output", str(file)])
+    assert "left out 5 rows that repeat an earlier one" in capsys.readouterr().out
+    assert len({row.id for row in read_all(file, Pair)}) == 8
+    main(["import", "--input", first, "--output", str(file), "--as", "prompts", "--overwrite"])
+    assert len({row.id for row in read_all(file, Prompt)}) == 8
+    clash = written(tmp_path / "clash.jsonl", (row | {"id": n % 4} for n, row in enumerate(rows)))
+    words = ["import", "--input", clash, "--output", str(file), "--overwrite"]
+    main(words)
+    assert "left out 4 rows with the id of another row" in capsys.readouterr().out
+    with pytest.raises(UserError, match="1 rows have the id of another row, the last being '0'"):
+        main([*words, "--max-malformed", "0"])
+
+
+def test_left_out_rows_and_columns_are_reported_with_their_reasons(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows: list[Any] = list(preferences(6))
+    for row in rows[:2]:
+        row["chosen"][1]["tool_calls"] = [{"type": "function"}]
+    rows[2]["rejected"][0]["role"] = "human"
+    for row in rows:
+        row["chosen_model"] = "m"
+    raw, file = written(tmp_path / "raw.jsonl", iter(rows)), tmp_path / "out.jsonl"
+    main(["import", "--input", raw, "--output", str(file)])
+    printed = capsys.readouterr().out
+    assert "left out 3 malformed rows: 2 as in " in printed and "'tool_calls'" in printed
+    assert "1 as in" in printed and "not 'human'" in printed
+    assert "do not have: chosen_model (3 rows)" in printed
+    none = written(tmp_path / "none.jsonl", iter(rows[:3]))
+    with pytest.raises(UserError, match=r"no rows in the input: left out 2 as in .*'tool_calls'"):
+        main(["import", "--input", none, "--output", str(file), "--overwrite"])
+
+
 def test_malformed_rows_are_counted_and_too_many_stop(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -141,6 +182,7 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
                  "b=rest"),
         ]  # fmt: skip
     grown = [large - small for small, large in zip(peaks["small"], peaks["large"])]
-    assert max(grown[:2]) < 200_000, peaks  # the large file has 5 MB
-    # Splitting holds numbers for each prompt, not its text or signature.
-    assert grown[2] < 400 * (4000 - 600), peaks
+    more = 4000 - 600
+    # Import and split hold numbers for each row or prompt, and none of the text.
+    assert grown[0] < 150 * more and grown[2] < 400 * more, peaks
+    assert grown[1] < 200_000, peaks  # the large file has 5 MB
