@@ -26,6 +26,9 @@ class Fixture:
         fires: detectors that should fire.
         quiet: detectors that should not. Of others nothing is known.
         usual_words: lengths of responses to such prompts, for `verbose`.
+        wording: name of the idea behind a text; cross-validation never learns from a text of the
+            same wording. The classifier learns from texts that have one.
+        passage: the part of the text that is the attack.
     """
 
     id: str
@@ -35,9 +38,11 @@ class Fixture:
     fires: Sequence[str] = ()
     quiet: Sequence[str] = ()
     usual_words: Sequence[int] = ()
+    wording: str = ""
+    passage: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("id", "split", "text"):
+        for name in ("id", "split", "text", "wording", "passage"):
             if not isinstance(getattr(self, name), str):
                 raise UserError(f"{name} must be text")
         object.__setattr__(self, "messages", Prompt("prompt", self.messages).messages)

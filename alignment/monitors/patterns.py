@@ -61,6 +61,12 @@ class Patterns:
         return {name.partition(" ")[0]: self._any_of(name) for name in names}
 
     @cached_property
+    def whole(self) -> dict[str, re.Pattern[str]]:
+        """The patterns of whole responses, by detector; words have one space between them."""
+        sections = {name: lines for name, lines in self.sections.items() if name.endswith(" whole")}
+        return {name.partition(" ")[0]: re.compile("|".join(x)) for name, x in sections.items()}
+
+    @cached_property
     def asked(self) -> dict[str, re.Pattern[str]]:
         """By detector, what a prompt says that keeps it quiet."""
         names = [name for name in self.sections if name.endswith(" asked")]
