@@ -20,13 +20,10 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import FeatureUnion, Pipeline
 
-from alignment.monitors.reading import Reading
+from alignment.monitors.reading import Reading, ScoredSentence
 from alignment.records import Message
 
 NONE = "none"
-# A sentence is evidence when the probabilities of all forms together exceed this. Chosen by
-# cross-validation over wordings (see docs/monitors.md).
-THRESHOLD = 0.65
 _LONGEST_SENTENCE = 600  # characters of a sentence that are read
 
 _TOKEN = re.compile(r"[a-z0-9+_]+(?:['-][a-z]+)*")
@@ -226,49 +223,21 @@ class Classifier:
         result: Any = self._model.predict_proba(examples)
         return np.asarray(result)
 
-    def strongest(self, readings: Sequence[Reading]) -> list[tuple[float, str, str]]:
-        """Return the most suspicious sentence of each response.
-
-        Returns:
-            The probability that it is an attack, its most probable form, and the sentence as
-            generated; 0 and empty strings where there is no sentence.
-        """
-        return [max(self.scored(batch), default=(0.0, "", "")) for batch in self._batch(readings)]
-
-    def find(self, readings: Sequence[Reading]) -> list[dict[str, tuple[str, ...]]]:
-        """Return the suspicious sentences of each response by form, at most three of each."""
-        found = []
-        for batch in self._batch(readings):
-            forms: dict[str, tuple[str, ...]] = {}
-            for probability, form, piece in sorted(self.scored(batch), reverse=True):
-                if probability > THRESHOLD and len(forms.get(form, ())) < 3:
-                    forms[form] = (*forms.get(form, ()), piece)
-            found.append(forms)
-        return found
-
-    def _batch(
-        self, readings: Sequence[Reading]
-    ) -> Iterable[tuple[Reading, list[tuple[int, int]], np.ndarray]]:
-        """Give each response with its sentences' positions and probabilities."""
+    def score(self, readings: Sequence[Reading]) -> list[list[ScoredSentence]]:
+        """Return the sentences that each response says itself, with their probabilities."""
         parts = [sentences(reading) for reading in readings]
-        every = self.probabilities([sentence for part, _ in parts for sentence in part])
-        begin = 0
-        for reading, (part, spans) in zip(readings, parts):
-            yield reading, spans, every[begin : begin + len(part)]
-            begin += len(part)
-
-    def scored(
-        self, batch: tuple[Reading, list[tuple[int, int]], np.ndarray]
-    ) -> list[tuple[float, str, str]]:
-        """Return probability, most probable form and text of each sentence."""
-        reading, spans, probabilities = batch
+        rows = self.probabilities([sentence for part, _ in parts for sentence in part])
         none = self.forms.index(NONE)
-        rows = []
-        for span, row in zip(spans, probabilities):
-            forms = np.where(np.arange(len(row)) == none, -1.0, row)
-            form = self.forms[int(forms.argmax())]
-            rows.append((1.0 - float(row[none]), form, reading.piece(*span).strip()))
-        return rows
+        attack = 1.0 - rows[:, none]
+        rows[:, none] = -1.0
+        scored = iter(zip(attack.tolist(), rows.argmax(axis=1).tolist()))
+        return [
+            [
+                ScoredSentence(*span, probability, self.forms[form])
+                for span, (probability, form) in zip(spans, scored)
+            ]
+            for _, spans in parts
+        ]
 
 
 @cache

@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 from alignment.monitors.lengths import Lengths
 from alignment.monitors.normalization import NormalizedText, normalize
@@ -54,6 +55,22 @@ def _lower(character: str) -> str:
     return lower if len(lower) == 1 else character
 
 
+class ScoredSentence(NamedTuple):
+    """A sentence of a response as the classifier reads it.
+
+    Attributes:
+        start: position of the sentence in the folded text.
+        end: position after it.
+        probability: probability that it is an attack of any form.
+        form: most probable form of attack.
+    """
+
+    start: int
+    end: int
+    probability: float
+    form: str
+
+
 @dataclass(frozen=True)
 class Reading:
     """What detectors see of one response.
@@ -62,14 +79,13 @@ class Reading:
         messages: messages of the prompt.
         text: text of the response, as generated.
         usual: lengths of responses to such prompts, if they are known.
-        classified: sentences that the classifier finds, by form of attack; filled for a whole batch
-            at once.
+        scored: sentences with their probabilities; filled for a whole batch at once.
     """
 
     messages: tuple[Message, ...]
     text: str
     usual: Lengths | None = None
-    classified: dict[str, tuple[str, ...]] = field(default_factory=dict, compare=False)
+    scored: list[ScoredSentence] = field(default_factory=list, compare=False)
 
     @classmethod
     def of(

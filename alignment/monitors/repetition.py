@@ -17,9 +17,10 @@ _LOOP_TIMES_IN_VERSE = 5
 _PERIODS = 3  # most frequent distances from a run to the same run before it that are tried
 _LOOPED = 20  # times the same few characters, or the same line
 _LOOP_OF_CHARACTERS = re.compile(rf"([^\W_]{{1,10}}?)\1{{{_LOOPED - 1},}}+")
-# Lines of tables, markup and structured data, and fenced code.
+# Lines of tables, markup, structured data and numbers, and fenced code.
 _DATA = re.compile(
-    r"```(?:(?!```).)*+(?:```)?|(?:(?<=\n)|\A)[ \t]*+[|<{}\[\]\"][^\n]*+", re.DOTALL
+    r"```(?:(?!```).)*+(?:```)?|(?:(?<=\n)|\A)[ \t]*+(?:[|<{}\[\]\"][^\n]*+|[-+\d][-+\d.,;:%\seE]*+(?=\n|\Z))",
+    re.DOTALL,
 )
 _VERSE = re.compile(r"\b(?:poems?|songs?|rhymes?|ballad|villanelle|pantoum|hymn|carol|verses?)\b")
 
