@@ -25,6 +25,7 @@ from alignment.records import Message
 
 NONE = "none"
 _LONGEST_SENTENCE = 600  # characters of a sentence that are read
+_SHORT_QUOTATION = 25  # characters; longer ones are not read
 
 _TOKEN = re.compile(r"[a-z0-9+_]+(?:['-][a-z]+)*")
 # Classes that say nothing of what a prompt is about.
@@ -150,7 +151,7 @@ def meaning(sentence: Sentence) -> list[str]:
             features += [f"<{name}>", *(f"<{name}>&{other}" for other in (*present, *genres))]
     for genre in genres:
         features += [f"[{genre}]", f"[{genre}]", *(f"[{genre}]&{name}" for name in present)]
-    size = sum(len(words) >= bound for bound in (3, 8, 20))
+    size = sum(len(words) >= bound for bound in (3, 8, 20, 30))
     repeats = sum(word[:5] in stems for word in words if len(word) > 3)
     features += [f"place {sentence.place}", f"size {size}", *["repeats the prompt"] * min(repeats, 3)]
     return features
@@ -170,11 +171,20 @@ def sentences(reading: Reading) -> tuple[list[Sentence], list[tuple[int, int]]]:
             continue
         last = number == len(spans) - 1
         place = ("only" if last else "first") if number == 0 else "last" if last else "middle"
-        end_mark = end + 1 if end < len(reading.folded) else end
-        text = reading.normalized.text[start:end_mark].strip()[:_LONGEST_SENTENCE]
-        found.append(Sentence(text.lower(), place, prompt))
+        found.append(Sentence(_own_words(reading, start, end), place, prompt))
         kept.append((start, end))
     return found, kept
+
+
+def _own_words(reading: Reading, start: int, end: int) -> str:
+    """Return a sentence with its end mark, in lower case, without longer quotations in it."""
+    text, pieces = reading.normalized.text, []
+    for first, last in reading.quoted:
+        if start <= first and last <= end and last - first > _SHORT_QUOTATION:
+            pieces.append(text[start:first])
+            start = last
+    pieces.append(text[start : min(end + 1, len(text))])
+    return '""'.join(pieces).strip()[:_LONGEST_SENTENCE].lower()
 
 
 @lru_cache(4096)
@@ -211,7 +221,7 @@ class Classifier:
         self._model = Pipeline([
             ("features", FeatureUnion([("meaning", meanings), ("words", words)],
                                       transformer_weights={"meaning": 1.0, "words": 0.7})),
-            ("regression", LogisticRegression(C=10.0, max_iter=3000)),
+            ("regression", LogisticRegression(C=10.0, tol=1e-3, max_iter=3000)),
         ])  # fmt: skip
         self._model.fit(examples, labels)
         self.forms = [str(name) for name in self._model.classes_]

@@ -9,12 +9,16 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from alignment.monitors.lengths import Lengths
 from alignment.monitors.patterns import ENGLISH
 from alignment.monitors.reading import Reading
 from alignment.monitors.repetition import repeated
 from alignment.records import Message
+
+if TYPE_CHECKING:
+    from alignment.monitors.classifier import Classifier
 
 Evidence = tuple[str, ...]
 DEFAULT_LIMIT = 0.05
@@ -194,11 +198,18 @@ def verbose(reading: Reading) -> Evidence:
 NAMES = tuple(DETECTORS)  # of the package
 
 
-def detect_all(readings: Sequence[Reading]) -> list[dict[str, Evidence]]:
-    """Return the detectors that fire on each response, each with the words that made it."""
+def detect_all(
+    readings: Sequence[Reading], classifier: "Classifier | None" = None
+) -> list[dict[str, Evidence]]:
+    """Return the detectors that fire on each response, each with the words that made it.
+
+    Args:
+        readings: the responses.
+        classifier: takes the place of the packaged one.
+    """
     from alignment.monitors.classifier import packaged_classifier  # scikit-learn loads in seconds
 
-    for reading, scored in zip(readings, packaged_classifier().score(readings)):
+    for reading, scored in zip(readings, (classifier or packaged_classifier()).score(readings)):
         reading.scored[:] = scored
     results = []
     for reading in readings:
