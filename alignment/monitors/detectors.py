@@ -24,7 +24,7 @@ Evidence = tuple[str, ...]
 DEFAULT_LIMIT = 0.05
 # Probabilities of an attack above which a sentence is evidence: alone, or where a pattern finds
 # words in it. Chosen by cross-validation over wordings (see docs/monitors.md).
-CLASSIFIER_THRESHOLD = 0.65
+CLASSIFIER_THRESHOLD = 0.6
 PATTERN_THRESHOLD = 0.25
 _MOST_EVIDENCE = 3
 _LONGEST = 200  # characters of a piece of evidence
