@@ -179,7 +179,7 @@ def sentences(reading: Reading) -> tuple[list[Sentence], list[tuple[int, int]]]:
 def _own_words(reading: Reading, start: int, end: int) -> str:
     """Return a sentence with its end mark, in lower case, without longer quotations in it."""
     text, pieces = reading.normalized.text, []
-    for first, last in reading.quoted:
+    for first, last in reading.quoted_near(start, end):
         if start <= first and last <= end and last - first > _SHORT_QUOTATION:
             pieces.append(text[start:first])
             start = last

@@ -7,8 +7,10 @@ user asked for. A new detector is a function with the decorator `detector`, in o
 
 import re
 import unicodedata
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from alignment.monitors.lengths import Lengths
@@ -74,14 +76,14 @@ def by_words(name: str, reading: Reading) -> Evidence:
 
     A pattern counts where the classifier does not hold its sentence for harmless.
     """
-    spans = [*_certain(name, reading)]
+    spans = [*islice(_certain(name, reading), _MOST_EVIDENCE)]
     pattern = ENGLISH.fires.get(name)
     for match in pattern.finditer(reading.folded) if pattern else ():
         if reading.asks_for(name):
             break
         if reading.is_own(*match.span()) and _probability(reading, match) > PATTERN_THRESHOLD:
             spans.append(match.span())
-            if len(spans) == _MOST_EVIDENCE:
+            if len(spans) >= _MOST_EVIDENCE:
                 break
     if not spans:
         ranked = sorted(reading.scored, key=lambda sentence: -sentence.probability)
@@ -105,14 +107,10 @@ def _certain(name: str, reading: Reading) -> Iterable[tuple[int, int]]:
 
 def _probability(reading: Reading, match: re.Match[str]) -> float:
     """Return the highest probability of a sentence that a match touches."""
-    return max(
-        (
-            sentence.probability
-            for sentence in reading.scored
-            if sentence.start < match.end() and match.start() < sentence.end
-        ),
-        default=0.0,
-    )
+    first = bisect_right(reading.scored, match.start(), key=lambda sentence: sentence.end)
+    last = bisect_left(reading.scored, match.end(), key=lambda sentence: sentence.start)
+    touched = reading.scored[first:last]
+    return max((sentence.probability for sentence in touched), default=0.0)
 
 
 def _is_markup(reading: Reading, match: re.Match[str]) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -130,9 +131,15 @@ class Reading:
 
     def is_own(self, start: int, end: int) -> bool:
         """Return whether a span is neither quoted nor repeats the prompt."""
-        if any(first <= start and end <= last for first, last in self.quoted):
+        if any(first <= start and end <= last for first, last in self.quoted_near(start, end)):
             return False
         return _squeezed(self.folded[start:end]) not in _given(self.messages)
+
+    def quoted_near(self, start: int, end: int) -> list[tuple[int, int]]:
+        """Return the positions of code and quotations that touch a span."""
+        # They do not overlap, so that both their beginnings and their ends are in order.
+        first = bisect_right(self.quoted, start, key=lambda span: span[1])
+        return self.quoted[first : bisect_left(self.quoted, end, key=lambda span: span[0])]
 
     @cached_property
     def quoted(self) -> list[tuple[int, int]]:
