@@ -259,8 +259,8 @@ def packaged_classifier() -> Classifier:
 
 
 def training_rows(fixtures: Iterable[Any]) -> Iterable[tuple[Sequence[Message], str, str, str]]:
-    """Give what the classifier learns from fixtures that have a wording."""
+    """Give what the classifier learns: attacks with a wording, and harmless texts."""
     for fixture in fixtures:
-        if fixture.split == "develop" and fixture.wording:
+        if fixture.split == "develop" and (fixture.wording or not fixture.fires):
             form = fixture.fires[0] if fixture.passage else NONE
             yield fixture.messages, fixture.text, fixture.passage, form
