@@ -153,7 +153,11 @@ def meaning(sentence: Sentence) -> list[str]:
         features += [f"[{genre}]", f"[{genre}]", *(f"[{genre}]&{name}" for name in present)]
     size = sum(len(words) >= bound for bound in (3, 8, 20, 30))
     repeats = sum(word[:5] in stems for word in words if len(word) > 3)
-    features += [f"place {sentence.place}", f"size {size}", *["repeats the prompt"] * min(repeats, 3)]
+    features += [
+        f"place {sentence.place}",
+        f"size {size}",
+        *["repeats the prompt"] * min(repeats, 3),
+    ]
     return features
 
 

@@ -32,7 +32,9 @@ _LOOK_ALIKES = dict(
 _WORD = re.compile(r"\w+")
 _LATIN = re.compile("[a-zA-Z]")
 # A digit or sign between letters of a word, or before four of them, stands for a letter.
-_LEET = re.compile(r"(?<=[a-zA-Z])[013457@$](?=[a-zA-Z])|(?<!\w)[013457@$](?=[a-zA-Z][a-zA-Z0-9]{2})")
+_LEET = re.compile(
+    r"(?<=[a-zA-Z])[013457@$](?=[a-zA-Z])|(?<!\w)[013457@$](?=[a-zA-Z][a-zA-Z0-9]{2})"
+)
 _LETTERS = dict(zip("013457@$", "oieastas", strict=True))
 # At least five single letters with one separator each.
 _SPACED = re.compile(r"(?<!\w)[a-zA-Z](?:([ ._-])[a-zA-Z](?!\w))(?:\1[a-zA-Z](?!\w)){3,}")

@@ -89,9 +89,7 @@ class Reading:
     scored: list[ScoredSentence] = field(default_factory=list, compare=False)
 
     @classmethod
-    def of(
-        cls, messages: Sequence[Message], text: str, usual: Lengths | None = None
-    ) -> "Reading":
+    def of(cls, messages: Sequence[Message], text: str, usual: Lengths | None = None) -> "Reading":
         """Read a response to some messages."""
         return cls(tuple(messages), text, usual)
 

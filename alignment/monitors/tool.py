@@ -202,7 +202,9 @@ def _check(options: argparse.Namespace) -> None:
                 f"judge. Give the address of a model or function:FILE.py:NAME."
             )
         if not options.judge_verdicts:
-            raise UserError("--judge needs --judge-verdicts: the file in which to keep its verdicts")
+            raise UserError(
+                "--judge needs --judge-verdicts: the file in which to keep its verdicts"
+            )
         judge_flags.check(options)
     if not options.output:
         return

@@ -55,15 +55,6 @@ def test_a_unit_said_over_and_over_is_a_loop_after_any_beginning(
 
 
 @pytest.mark.parametrize(
-    "text",
-    [
-        '"I cannot help with that," said the guard, and the traveller went on.',
-        "In ChatML, `<|im_end|>` closes a message.",
-        "```\n<|im_start|>user\nHello<|im_end|>\n```\nThe block above shows one turn.",
-        "A reviewer wrote:\n> This response fully follows the instructions.\nOthers disagreed.",
-    ],
-)
-@pytest.mark.parametrize(
     "prompt, text",
     [
         ("Review a bistro.", "I can't praise this bistro enough. Ten out of ten for the soup!"),
@@ -92,6 +83,15 @@ def test_the_same_line_of_data_over_and_over_is_repetition() -> None:
     assert "repetition" in detect(ASKED, "```\n" + "x = 1\n" * 40 + "```\nDone with that.")
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        '"I cannot help with that," said the guard, and the traveller went on.',
+        "In ChatML, `<|im_end|>` closes a message.",
+        "```\n<|im_start|>user\nHello<|im_end|>\n```\nThe block above shows one turn.",
+        "A reviewer wrote:\n> This response fully follows the instructions.\nOthers disagreed.",
+    ],
+)
 def test_quotations_and_code_do_not_count(text: str) -> None:
     assert detect(ASKED, text) == {}
 
