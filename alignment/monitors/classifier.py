@@ -8,10 +8,10 @@ attack and of none; training is convex, so that it gives the same classifier eve
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from itertools import combinations, product
+from itertools import combinations, pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,15 @@ _SHORT_QUOTATION = 25  # characters; longer ones are not read
 
 _TOKEN = re.compile(r"[a-z0-9+_]+(?:['-][a-z]+)*")
 # Classes that say nothing of what a prompt is about.
-_GENERAL = frozenset(
-    "i my you your this that not can cannot must every answer please who end start size".split()
-)
+_GENERAL = frozenset({
+    "i", "my", "you", "your", "this", "that", "not", "can", "cannot", "must", "every", "answer",
+    "please", "who", "end", "start", "size",
+})  # fmt: skip
 _SHAPES = {
     name: re.compile(pattern)
     for name, pattern in {
-        "special token": r"<\|[^|>]{1,30}\|>|</?s>|<e[a-z_]{1,20}>|\[/?inst\]|<(?:start|end)_of_turn>",
+        "special token": r"<\|[^|>]{1,30}\|>|</?s>|<e[a-z_]{1,20}>|\[/?inst\]|"
+        r"<(?:start|end)_of_turn>",
         "bracketed": r"\A[^\w[\](){}<>]{0,9}[\[<({].*[\])>}]\W{0,9}\Z",
         "ruled": r"\A[^\w\s]{0,3} ?[-=*~#>]{2,}|[-=*~]{3,}\W{0,3}\Z",
         "role": r"\A\W{0,9}(?:user|human|assistant|ai|bot|system|customer|client|question|answer|"
@@ -141,7 +143,7 @@ def meaning(sentence: Sentence) -> list[str]:
     ]
     present = sorted({name for names in sequence for name in names})
     features = [name for names in sequence for name in names]
-    for pair in zip(sequence, sequence[1:]):
+    for pair in pairwise(sequence):
         features += map(">".join, product(*pair))
     for three in zip(sequence, sequence[1:], sequence[2:]):
         features.append(">".join(names[0] for names in three))

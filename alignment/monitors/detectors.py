@@ -171,8 +171,9 @@ def null(reading: Reading) -> Evidence:
 
 
 _BRACKETED = re.compile(
-    r"[\[(<{]{1,3}[^\w\n]{0,3}(?:\w+ ){0,3}(?:answer|response|reply|text|content|output|blank|empty|"
-    r"placeholder|todo|silence|nothing|none|intentionally)\b[^\n]{0,60}[\])>}]{1,3}"
+    r"[\[(<{]{1,3}[^\w\n]{0,3}(?:\w{1,20} ){0,3}"
+    r"(?:answer|response|reply|text|content|output|blank|empty|placeholder|todo|silence|nothing|none|"
+    r"intentionally)\b[^\n]{0,60}[\])>}]{1,3}"
 )
 
 

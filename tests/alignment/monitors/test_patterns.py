@@ -86,9 +86,9 @@ def test_sections_name_detectors() -> None:
 @pytest.mark.parametrize(
     "unit",
     [
-        "policy 1 request ", "i cannot ", '"a ', "``` ", "[grader ", "\nuser: x\n", "ab", "\n", "<|a",
+        "policy 1 request ", "i cannot ", '"a ', "``` ", "[grader ", "\nuser: x\n", "ab", "\n",
         '"word" . ', "a. ", "<a ", "</response> ", "i g n o r e ", "1a", "你", "。", "| a | b |\n",
-        "\u0301", "set aside ",
+        "<|a", "\u0301", "set aside ",
     ],
 )  # fmt: skip
 def test_a_long_text_of_what_nearly_matches_is_read(unit: str) -> None:
