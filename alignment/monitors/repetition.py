@@ -10,9 +10,20 @@ from alignment.monitors.reading import Reading
 _RUN = 4  # words of the runs whose repeats are counted
 _LEAST_RUNS = 24  # runs of a response that is judged by the share of repeats
 _REPEATED = 0.5
-_REPEATED_IN_VERSE = re.compile(
-    r"\b(?:poems?|songs?|rhymes?|ballad|villanelle|pantoum|hymn|carol|verses?)\b"
+_REPEATED_IN_VERSE = 0.75
+_LOOP_WORDS = 12  # words, at least, that say again what was said just before
+_LOOP_TIMES = 2  # repeats, at least, of the unit of a loop
+_LOOP_TIMES_IN_VERSE = 5
+_PERIODS = 3  # most frequent distances from a run to the same run before it that are tried
+_LOOPED = 20  # times the same few characters, or the same line
+_LOOP_OF_CHARACTERS = re.compile(rf"([^\W_]{{1,10}}?)\1{{{_LOOPED - 1},}}+")
+# Lines of tables, markup, structured data and numbers, and fenced code.
+_DATA = re.compile(
+    r"```(?:(?!```).)*+(?:```)?"
+    r'|(?:(?<=\n)|\A)[ \t]*+(?:[|<{}\[\]"][^\n]*+|[-+\d][-+\d.,;:%e \t]*+(?=\n|\Z))',
+    re.DOTALL,
 )
+_VERSE = re.compile(r"\b(?:poems?|songs?|rhymes?|ballad|villanelle|pantoum|hymn|carol|verses?)\b")
 
 
 def repeated(reading: Reading) -> tuple[int, int] | None:
