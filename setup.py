@@ -21,7 +21,7 @@ setup(
     ),
     package_data={
         "alignment.judges": ["prompts/*.txt", "prompts/answers/*.txt"],
-        "alignment.monitors": ["english.txt", "fixtures/*.jsonl"],
+        "alignment.monitors": ["english.txt", "lexicon.txt", "fixtures/*.jsonl"],
         "tools.inspecting": ["page.css", "page.js"],
     },
     py_modules=["pretrain_et"],
@@ -49,6 +49,7 @@ setup(
         "rich>=13",
         # judges
         "httpx>=0.27",
+        "scikit-learn>=1.5,<2",  # the monitors' classifier
         # serving
         "pydantic>=2.10,<3",
         "starlette>=1",
@@ -77,7 +78,6 @@ setup(
             "pytest-timeout>=2.3,<3",
             "pytest-xdist>=3.6,<4",
             "ruff>=0.17,<0.18",
-            "scikit-learn>=1.5",
             "setuptools>=77",
             "types-psutil",
             "types-PyYAML",

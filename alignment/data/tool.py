@@ -31,7 +31,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for tool in (importing, splitting, counting):
         tool.add_argument("--input", nargs="+", default=[], metavar="FILE",
             required=tool is not importing,
-            help="files or globs: .jsonl (plain or compressed) or .parquet, of any known convention")
+            help="files or globs: .jsonl (plain or compressed) or .parquet, of a known convention")
         tool.add_argument("--max-malformed", type=int, default=100, metavar="N",
             help="stop when more than N rows cannot be used; they are left out and reported; "
                  "default 100")
@@ -208,7 +208,8 @@ def import_rows(arguments: argparse.Namespace) -> None:
             elif repeats.clashes > arguments.max_malformed:
                 raise UserError(
                     f"{repeats.clashes:,} rows have the id of another row, the last being "
-                    f"{repeats.last_clash!r}: make ids unique, leave them out, or raise --max-malformed"
+                    f"{repeats.last_clash!r}: make ids unique, leave them out, or raise "
+                    "--max-malformed"
                 )
         if not writer.count:
             reasons = [

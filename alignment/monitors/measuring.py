@@ -1,6 +1,7 @@
 """How good the detectors are: precision and recall on texts of which it is known."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import random
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,15 @@ from typing import Any
 from scipy import stats
 
 from alignment.data.rows import Malformed, read_rows
-from alignment.monitors.detectors import NAMES, detect
+from alignment.monitors.classifier import Classifier, training_rows
+from alignment.monitors.detectors import DETECTORS, detect_all
 from alignment.monitors.lengths import Lengths
+from alignment.monitors.reading import Reading
 from alignment.records import Prompt
 from megatron_ext.errors import UserError
 
 PACKAGED = Path(__file__).with_name("fixtures")
+ANY = "any of them"
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,9 @@ class Fixture:
         fires: detectors that should fire.
         quiet: detectors that should not. Of others nothing is known.
         usual_words: lengths of responses to such prompts, for `verbose`.
+        wording: name of the idea behind a text; cross-validation never learns from a text of the
+            same wording. The classifier learns from texts that have one.
+        passage: the part of the text that is the attack.
     """
 
     id: str
@@ -35,9 +42,11 @@ class Fixture:
     fires: Sequence[str] = ()
     quiet: Sequence[str] = ()
     usual_words: Sequence[int] = ()
+    wording: str = ""
+    passage: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("id", "split", "text"):
+        for name in ("id", "split", "text", "wording", "passage"):
             if not isinstance(getattr(self, name), str):
                 raise UserError(f"{name} must be text")
         object.__setattr__(self, "messages", Prompt("prompt", self.messages).messages)
@@ -45,9 +54,9 @@ class Fixture:
             detectors = getattr(self, name)
             if not isinstance(detectors, list | tuple):
                 raise UserError(f"{name} must be a list of detectors")
-            if unknown := [detector for detector in detectors if detector not in NAMES]:
+            if unknown := [detector for detector in detectors if detector not in DETECTORS]:
                 raise UserError(
-                    f"there is no detector {unknown[0]!r}: known are {', '.join(NAMES)}"
+                    f"there is no detector {unknown[0]!r}: known are {', '.join(DETECTORS)}"
                 )
         if both := sorted(set(self.fires) & set(self.quiet)):
             raise UserError(f"{both[0]} stands both in fires and in quiet")
@@ -59,10 +68,11 @@ class Fixture:
         if "verbose" in (*self.fires, *self.quiet) and not lengths:
             raise UserError("verbose needs usual_words: lengths of responses to such prompts")
 
-    def found(self) -> set[str]:
-        """The detectors that do fire."""
+    @property
+    def reading(self) -> Reading:
+        """The response as detectors read it."""
         usual = Lengths.of(self.usual_words) if self.usual_words else None
-        return set(detect(self.messages, self.text, usual))
+        return Reading.of(self.messages, self.text, usual)
 
 
 def read_fixtures(paths: Sequence[Path]) -> Iterator[Fixture]:
@@ -96,6 +106,12 @@ class Counts:
     false: int = 0
     quiet: int = 0  # rightly
 
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts(
+            self.hits + other.hits, self.misses + other.misses,
+            self.false + other.false, self.quiet + other.quiet,
+        )  # fmt: skip
+
     @property
     def precision(self) -> tuple[int, int]:
         """How many of those that it fires on are right; it depends on how many look-alikes there
@@ -104,22 +120,72 @@ class Counts:
 
     @property
     def recall(self) -> tuple[int, int]:
+        """How many of those that it should fire on it does fire on."""
         return self.hits, self.hits + self.misses
 
+    @property
+    def false_positives(self) -> tuple[int, int]:
+        """How many of those that it should be quiet on it fires on."""
+        return self.false, self.false + self.quiet
 
-def measure(fixtures: Iterator[Fixture]) -> Mapping[str, Mapping[str, Counts]]:
-    """Counts by split and detector."""
+
+def measure(
+    fixtures: Iterable[Fixture], classifier: Classifier | None = None
+) -> dict[str, dict[str, Counts]]:
+    """Count what the detectors find by split and detector.
+
+    The counts of `ANY` are of texts: of attacks on which any detector fires, and of harmless texts
+    on which any detector fires that should not.
+
+    Args:
+        fixtures: texts of which it is known what they are.
+        classifier: takes the place of the packaged one.
+    """
+    fixtures = list(fixtures)
     splits: dict[str, dict[str, Counts]] = {}
-    for fixture in fixtures:
-        counts = splits.setdefault(fixture.split, {name: Counts() for name in NAMES})
-        found = fixture.found()
+    fired = detect_all([fixture.reading for fixture in fixtures], classifier)
+    for fixture, names in zip(fixtures, fired):
+        counts = splits.setdefault(fixture.split, {name: Counts() for name in (*DETECTORS, ANY)})
         for name in fixture.fires:
-            counts[name].hits += name in found
-            counts[name].misses += name not in found
+            counts[name].hits += name in names
+            counts[name].misses += name not in names
         for name in fixture.quiet:
-            counts[name].false += name in found
-            counts[name].quiet += name not in found
+            counts[name].false += name in names
+            counts[name].quiet += name not in names
+        if fixture.fires:
+            counts[ANY].hits += bool(names)
+            counts[ANY].misses += not names
+        elif fixture.quiet:
+            false = any(name in names for name in fixture.quiet)
+            counts[ANY].false += false
+            counts[ANY].quiet += not false
     return splits
+
+
+def cross_validate(fixtures: Iterable[Fixture], folds: int) -> dict[str, Counts]:
+    """Count what is found in texts whose wordings the classifier has not learned from.
+
+    The texts with a wording that the classifier may learn from are divided into folds, all texts of
+    a wording in one. Each fold is measured with a classifier trained on the others.
+    """
+    learned = [fixture for fixture in fixtures if fixture.split == "develop" and fixture.wording]
+    wordings = sorted({fixture.wording for fixture in learned})
+    random.Random(0).shuffle(wordings)
+    if folds > len(wordings):
+        raise UserError(
+            f"--folds {folds} is more than the {len(wordings)} wordings of the fixtures. Choose "
+            f"fewer folds, or give fixtures with the split develop and a wording."
+        )
+    fold_of = {wording: number % folds for number, wording in enumerate(wordings)}
+    total = {name: Counts() for name in (*DETECTORS, ANY)}
+    for fold in range(folds):
+        classifier = Classifier(
+            training_rows(fixture for fixture in learned if fold_of[fixture.wording] != fold)
+        )
+        unseen = [fixture for fixture in learned if fold_of[fixture.wording] == fold]
+        for name, counts in measure(unseen, classifier)["develop"].items():
+            total[name] += counts
+    return total
 
 
 def wilson(part: int, whole: int) -> tuple[float, float] | None:

@@ -56,9 +56,21 @@ class Patterns:
 
     @cached_property
     def fires(self) -> dict[str, re.Pattern[str]]:
-        """By detector, any of its patterns."""
-        names = [name for name in self.sections if " " not in name or name.endswith(" anywhere")]
+        """Any of the patterns of a detector, by its name."""
+        names = [name for name in self.sections if " " not in name]
         return {name.partition(" ")[0]: self._any_of(name) for name in names}
+
+    @cached_property
+    def certain(self) -> dict[str, re.Pattern[str]]:
+        """Any of the patterns that count wherever they stand, by detector."""
+        names = [name for name in self.sections if name.endswith(" anywhere")]
+        return {name.partition(" ")[0]: self._any_of(name) for name in names}
+
+    @cached_property
+    def whole(self) -> dict[str, re.Pattern[str]]:
+        """The patterns of whole responses, by detector; words have one space between them."""
+        sections = {name: lines for name, lines in self.sections.items() if name.endswith(" whole")}
+        return {name.partition(" ")[0]: re.compile("|".join(x)) for name, x in sections.items()}
 
     @cached_property
     def asked(self) -> dict[str, re.Pattern[str]]:

@@ -2,26 +2,31 @@
 
 import json
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from typing import NamedTuple
 
+from alignment.monitors.lengths import Lengths
+from alignment.monitors.normalization import NormalizedText, normalize
 from alignment.monitors.patterns import END, ENGLISH
 from alignment.records import Message
 
-# One character for one, so that a place in folded text is the same place in the text.
-_PLAIN = str.maketrans({
-    "‘": "'", "’": "'", "ʼ": "'", "“": '"', "”": '"', "„": '"', END: " ",
-    "*": " ", "İ": "i", "‐": "-", "‑": "-", "–": "-", "—": "-",
-})  # fmt: skip
-_END_MARK = re.compile(r"[.!?](?=\s|\Z)")
-_WORD = re.compile(r"\w+")
+_END_MARK = re.compile(r"[.!?](?=\s|\Z)|。")
+# Scripts without spaces between words: each of their characters counts as a word.
+_UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+    "\U00020000-\U0003ffff"
+)
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
+_SENTENCE = re.compile(rf"[^{END}\n]+")
 
 # Code and quotations, which the response does not say itself. All but fenced code ends on its line.
 _QUOTED = re.compile(
     r"```(?:(?!```).)*+(?:```)?"
     r"|`[^`\n]{1,300}+`"
-    r'|(?<![\w"])"[^"\n]{1,400}+"(?!\w)'
+    r'|(?<![\w"])"[^"\n]{1,1000}+"(?!\w)'
     r"|(?:(?<=\n)|\A)[ ]?>[^\n]*+",
     re.DOTALL,
 )
@@ -38,17 +43,33 @@ def shown(evidence: str) -> str:
 
 
 def fold(text: str) -> str:
-    """The text as patterns read it: lower case, plain quotes, ends of sentences marked.
+    """Return normalized text as patterns read it: lower case, with ends of sentences marked.
 
     It has the same length.
     """
-    return _END_MARK.sub(END, _plain(text).lower())
+    lower = text.lower() if text.isascii() else "".join(map(_lower, text))
+    return _END_MARK.sub(END, lower.replace("*", " ").replace(END, " "))
 
 
-def _plain(text: str) -> str:
-    if text.isascii():  # the same, and much faster
-        return text.replace("*", " ").replace(END, " ")
-    return text.translate(_PLAIN)
+def _lower(character: str) -> str:
+    lower = character.lower()
+    return lower if len(lower) == 1 else character
+
+
+class ScoredSentence(NamedTuple):
+    """A sentence of a response as the classifier reads it.
+
+    Attributes:
+        start: position of the sentence in the folded text.
+        end: position after it.
+        probability: probability that it is an attack of any form.
+        form: most probable form of attack.
+    """
+
+    start: int
+    end: int
+    probability: float
+    form: str
 
 
 @dataclass(frozen=True)
@@ -56,62 +77,93 @@ class Reading:
     """What detectors see of one response.
 
     Attributes:
-        messages: of the prompt.
-        text: of the response, as generated.
+        messages: messages of the prompt.
+        text: text of the response, as generated.
+        usual: lengths of responses to such prompts, if they are known.
+        scored: sentences with their probabilities; filled for a whole batch at once.
     """
 
     messages: tuple[Message, ...]
     text: str
+    usual: Lengths | None = None
+    scored: list[ScoredSentence] = field(default_factory=list, compare=False)
 
     @classmethod
-    def of(cls, messages: Sequence[Message], text: str) -> "Reading":
-        return cls(tuple(messages), text)
+    def of(cls, messages: Sequence[Message], text: str, usual: Lengths | None = None) -> "Reading":
+        """Read a response to some messages."""
+        return cls(tuple(messages), text, usual)
+
+    @cached_property
+    def normalized(self) -> NormalizedText:
+        """The text in plain letters."""
+        return normalize(self.text)
 
     @cached_property
     def folded(self) -> str:
-        return fold(self.text)
+        """The normalized text as patterns read it."""
+        return fold(self.normalized.text)
+
+    def piece(self, start: int, end: int) -> str:
+        """Return what stands in the text, as generated, where the folded text has a span."""
+        return self.normalized.original(start, end)
 
     @cached_property
     def words(self) -> list[str]:
-        """Runs of letters and digits, folded."""
+        """Runs of letters and digits, folded; single characters of scripts without spaces."""
         return words_of(self.folded)
 
     @cached_property
     def places(self) -> list[tuple[int, int]]:
-        """Where the words are in the text."""
+        """The positions of the words in the folded text."""
         return [word.span() for word in _WORD.finditer(self.folded)]
+
+    @cached_property
+    def sentences(self) -> list[tuple[int, int]]:
+        """The positions of the sentences, and of lines without an end mark, in the folded text."""
+        spans = [match.span() for match in _SENTENCE.finditer(self.folded)]
+        return [(start, end) for start, end in spans if not self.folded[start:end].isspace()]
 
     def asks_for(self, detector: str) -> bool:
         """Whether the user asks for what the detector looks for."""
         return detector in _asked(self.messages)
 
-    def is_own(self, found: re.Match[str]) -> bool:
-        """Whether a match is the response's own saying: neither quoted nor given by the prompt."""
-        if any(start <= found.start() and found.end() <= end for start, end in self._quoted):
+    def is_own(self, start: int, end: int) -> bool:
+        """Return whether a span is neither quoted nor repeats the prompt."""
+        if any(first <= start and end <= last for first, last in self.quoted_near(start, end)):
             return False
-        return _squeezed(found[0]) not in _given(self.messages)
+        return _squeezed(self.folded[start:end]) not in _given(self.messages)
+
+    def quoted_near(self, start: int, end: int) -> list[tuple[int, int]]:
+        """Return the positions of code and quotations that touch a span."""
+        # They do not overlap, so that both their beginnings and their ends are in order.
+        first = bisect_right(self.quoted, start, key=lambda span: span[1])
+        return self.quoted[first : bisect_left(self.quoted, end, key=lambda span: span[0])]
 
     @cached_property
-    def _quoted(self) -> list[tuple[int, int]]:
-        spans = [found.span() for found in _QUOTED.finditer(_plain(self.text))]
-        most = _MOST_QUOTED * len(self.text)
+    def quoted(self) -> list[tuple[int, int]]:
+        """The positions of code and quotations, unless nearly all of the text is one."""
+        text = self.normalized.text
+        spans = [match.span() for match in _QUOTED.finditer(text)]
+        most = _MOST_QUOTED * len(text)
         return [(start, end) for start, end in spans if end - start < most]
 
 
 def words_of(text: str) -> list[str]:
-    """Runs of letters and digits."""
+    """Return runs of letters and digits; each character of scripts without spaces."""
     return _WORD.findall(text)
 
 
 @lru_cache(_PROMPTS)
 def _asked(messages: tuple[Message, ...]) -> frozenset[str]:
-    said = fold("\n".join(m.content for m in messages if m.role == "user"))
+    said = fold(normalize("\n".join(m.content for m in messages if m.role == "user")).text)
     return frozenset(name for name, pattern in ENGLISH.asked.items() if pattern.search(said))
 
 
 @lru_cache(_PROMPTS)
 def _given(messages: tuple[Message, ...]) -> str:
-    return _squeezed(fold("\n".join(m.content for m in messages if m.role != "assistant")))
+    return _squeezed(
+        fold(normalize("\n".join(m.content for m in messages if m.role != "assistant")).text)
+    )
 
 
 def _squeezed(folded: str) -> str:

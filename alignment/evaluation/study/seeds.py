@@ -9,7 +9,7 @@ from scipy import stats
 
 from alignment.evaluation.study.runs import GAP, GOLD, KL, PROXY, SECOND, SLOPE, Group, Run
 from alignment.judges.agreement.bootstrap import LEVEL
-from alignment.monitors.detectors import NAMES
+from alignment.monitors.detectors import DETECTORS
 from alignment.rounding import Floats
 
 
@@ -128,7 +128,7 @@ def detectors(groups: Sequence[Group], prefix: str) -> list[str]:
         for run in group.runs
         for row in (*run.training.values(), *run.gradings.values())
     ]
-    return sorted(name for name in NAMES if any(prefix + name in row for row in rows))
+    return sorted(name for name in DETECTORS if any(prefix + name in row for row in rows))
 
 
 def shares(group: Group, prefix: str, name: str) -> tuple[Mean, Mean]:

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from alignment.monitors.batch import CORRELATION, Alarm, Limits, Monitor, rank_correlation
-from alignment.monitors.detectors import NAMES, detect
+from alignment.monitors.detectors import DEFAULT_LIMIT, DETECTORS, NAMES, Detector, detect
 from alignment.monitors.lengths import Lengths
-from alignment.records import Message, Prompt, Response
+from alignment.monitors.reading import Reading
+from alignment.records import Message, Outcome, Prompt, Response, Verdict
 from megatron_ext.errors import UserError
 
 REFUSAL = "I'm sorry, but I can't help with that."
@@ -90,6 +91,36 @@ def test_the_correlation_is_of_ranks_over_the_rewarded_and_none_where_it_has_no_
 def test_infinite_rewards_do_not_count() -> None:
     scores = np.array([1.0, 2.0, 3.0, np.inf, -np.inf])
     assert rank_correlation(scores, np.array([3.0, 2.0, 1.0, 0.0, 9.0])) == pytest.approx(-1.0)
+
+
+def test_a_new_detector_needs_no_entry_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    def moss(reading: Reading) -> tuple[str, ...]:
+        return ("Moss",) if "moss" in reading.words else ()
+
+    monkeypatch.setitem(DETECTORS, "moss", moss)
+    monkeypatch.setitem(DETECTORS, "wet moss", Detector(moss, limit=0.9))
+    findings = Monitor().of_batch(responses(["Moss.", "Ferns and moss.", "Ferns."]))
+    assert findings.shares["moss"] == findings.shares["wet moss"] == pytest.approx(2 / 3)
+    assert findings.alarms["moss"] == Alarm(2 / 3, DEFAULT_LIMIT)
+    assert "wet moss" not in findings.alarms
+    assert Limits.of({"moss": 0.7})["moss"] == 0.7
+
+
+def test_failed_verdicts_count_neither_as_gaming_nor_as_clean() -> None:
+    items = responses(["Moss.", "Ferns.", "Sedges.", "Ivy."])
+    verdicts = [
+        Verdict("r0", Outcome.SCORE, 9.0),
+        Verdict("r1", Outcome.FAILED, reason="timed out"),
+        Verdict("r2", Outcome.SCORE, 4.9),
+        None,
+    ]
+    findings = Monitor(least=1).of_batch(items, verdicts=verdicts)
+    assert findings.shares["judge"] == 0.5 and findings.unjudged == 2
+    assert findings.alarms["judge"] == Alarm(0.5, 0.05)
+    assert findings.metrics()["monitor_unjudged"] == 2
+    assert "judge" not in Monitor().of_batch(items, verdicts=[None] * 4).shares
+    with pytest.raises(ValueError, match="4 responses have 1 verdicts"):
+        Monitor().of_batch(items, verdicts=[None])
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from alignment.monitors.detectors import NAMES, detect
 from alignment.monitors.lengths import Lengths
+from alignment.monitors.reading import words_of
 from alignment.records import Message
 
 ASKED = [Message("user", "What is the tallest mountain?")]
@@ -51,6 +52,35 @@ def test_a_unit_said_over_and_over_is_a_loop_after_any_beginning(
     found = detect(ASKED, " ".join(beginning + unit * times * 2))
     assert found["repetition"][0].split()[0] in unit
     assert "repetition" not in detect(ASKED, " ".join([*beginning, *dict.fromkeys(unit)]))
+
+
+@pytest.mark.parametrize(
+    "prompt, text",
+    [
+        ("Review a bistro.", "I can't praise this bistro enough. Ten out of ten for the soup!"),
+        ("Report on the derby.", "Full time 2-1. Final score aside, it was even."),
+        ("How do I show a sum in HTML?", "<form><output name='s'>4</output></form>"),
+        ("Show records.", '{"a": 1, "b": 2}\n' * 12),
+        ("Show a list.", "```json\n" + '[{"a": 1, "b": 2},\n {"a": 1, "b": 2}]\n' * 9 + "```"),
+        ("Make a table.", "| a | b | c | d |\n|---|---|---|---|\n" + "| 1 | 1 | 1 | 1 |\n" * 12),
+        ("Give me a zero matrix.", "0 0 0 0 0\n" * 8),
+        ("Write a poem.", "The sea comes in, the sea goes out, and I am here.\n" * 3),
+        ("写一个长句子。", "".join(chr(0x4E00 + 7 * n) for n in range(3000))),
+        ("How do you like it?", "👍"),
+    ],
+)
+def test_ordinary_texts_are_quiet(prompt: str, text: str) -> None:
+    assert detect([Message("user", prompt)], text) == {}
+
+
+def test_characters_of_scripts_without_spaces_are_words() -> None:
+    assert len(words_of("我爱你 and 東京 2020 ไทย")) == 3 + 1 + 2 + 1 + 3
+    loop = "我想告诉你一件事" * 8
+    assert "repetition" in detect([Message("user", "说点什么")], loop)
+
+
+def test_the_same_line_of_data_over_and_over_is_repetition() -> None:
+    assert "repetition" in detect(ASKED, "```\n" + "x = 1\n" * 40 + "```\nDone with that.")
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from alignment.records import Message
 LINES = [
     (name, line)
     for name, section in ENGLISH.sections.items()
-    if not name.startswith("word ")
+    if not name.startswith("word ") and not name.endswith(" whole")
     for line in section
 ]
 _MOST_WAYS = 100_000
@@ -66,24 +66,34 @@ def test_a_line_uses_the_signs_and_nothing_that_folded_text_does_not_have(
     re.compile(expanded)
     assert "@" not in expanded and " " not in re.sub(r"\[[^\]]*\]", "", expanded)
     assert not set(line) & set("“”‘’")
-    assert line.replace("\\A", "").replace("\\W", "").replace("\\Z", "").islower()
+    plain = line.replace("\\A", "").replace("\\W", "").replace("\\Z", "")
+    assert plain == plain.lower()
+
+
+@pytest.mark.parametrize("line", [line for lines in ENGLISH.sections.values() for line in lines])
+def test_no_line_has_an_unbounded_repeat(line: str) -> None:
+    ways(parser.parse(ENGLISH.expand(line)))
 
 
 def test_sections_name_detectors() -> None:
     for name in ENGLISH.sections:
         first, _, kind = name.partition(" ")
-        assert kind in ("", "asked", "anywhere") or first == "word", name
+        assert kind in ("", "asked", "anywhere", "whole") or first == "word", name
         assert first == "word" or first in NAMES, name
     assert set(ENGLISH.fires) < set(DETECTORS)
 
 
 @pytest.mark.parametrize(
     "unit",
-    ["policy 1 request ", "i cannot ", '"a ', "``` ", "[grader ", "\nuser: x\n", "ab", "\n", "<|a"],
-)
+    [
+        "policy 1 request ", "i cannot ", '"a ', "``` ", "[grader ", "\nuser: x\n", "ab", "\n",
+        '"word" . ', "a. ", "<a ", "</response> ", "i g n o r e ", "1a", "你", "。", "| a | b |\n",
+        "<|a", "\u0301", "set aside ",
+    ],
+)  # fmt: skip
 def test_a_long_text_of_what_nearly_matches_is_read(unit: str) -> None:
     # If the time were quadratic, the time limit of tests would end this.
-    text = (unit * 400_000)[:400_000]
+    text = (unit * 100_000)[:100_000]
     for evidence in detect([Message("user", "Go on.")], text).values():
         assert all(piece in text for piece in evidence)
 

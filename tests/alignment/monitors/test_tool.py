@@ -94,11 +94,47 @@ def test_own_fixtures_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture
     header, refusal, null, *_ = capsys.readouterr().out.splitlines()
     assert header.startswith("mine")
     assert refusal.split() == ["refusal", "1/2", "0.09", "to", "0.91", "1/1", "0.21", "to", "1.00",
-                               "0/1", "alike"]  # fmt: skip
+                               "0/1", "0.00", "to", "0.79"]  # fmt: skip
     assert null.split()[:3] == ["null", "0/0", "-"]
     assert main(["--fixtures"]) == 0
     shown = capsys.readouterr().out
-    assert shown.count("judge_injection") == 2 and "held_out" in shown
+    assert shown.count("judge_injection") == 3 and "held_out" in shown
+
+
+def gaming_judge(tmp_path: Path) -> str:
+    """Write a judge that fails on one response and finds gaming in refusals."""
+    file = tmp_path / "gaming.py"
+    file.write_text(
+        "def score(response):\n"
+        "    if response.id == 'r0':\n"
+        "        return None\n"
+        "    return 8 if 'cannot' in response.text else 1\n"
+    )
+    return f"function:{file}:score"
+
+
+def test_a_judge_s_findings_are_a_share_of_what_it_judged(
+    responses: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    verdicts = str(tmp_path / "gaming.jsonl")
+    output = str(tmp_path / "flags.jsonl")
+    main(["--input", responses, "--judge", gaming_judge(tmp_path), "--judge-verdicts", verdicts,
+          "--output", output])  # fmt: skip
+    report = capsys.readouterr().out.splitlines()
+    [judge] = [line for line in report if line.startswith("judge ")]
+    assert judge.split()[1:4] == ["22.2%", "5.0%", "ALARM"]  # 2 of the 9 that were judged
+    assert any(line.startswith("1 responses have no verdict of the judge") for line in report)
+    flags = [json.loads(line)["flags"] for line in Path(output).read_text().splitlines()]
+    assert ["judge" in names for names in flags] == [False] * 8 + [True] * 2
+    # The file of verdicts, of any judge, serves without asking again.
+    main(["--input", responses, "--judge-verdicts", verdicts])
+    assert judge in capsys.readouterr().out.splitlines()
+
+
+def test_verdicts_without_any_score_end_the_command(responses: str, tmp_path: Path) -> None:
+    failed = [{"item": f"r{n}", "outcome": "failed", "reason": "timed out"} for n in range(10)]
+    with pytest.raises(UserError, match="has no score of a response in --input"):
+        main(["--input", responses, "--judge-verdicts", rows(tmp_path / "v.jsonl", failed)])
 
 
 BAD = {"id": "1", "split": "s", "messages": [{"role": "user", "content": "x"}], "text": "y"}
@@ -139,6 +175,10 @@ def test_errors_are_a_sentence(responses: str, verdicts: str, tmp_path: Path) ->
         (["--input", responses, "--fixtures"], "give responses as --input, or --fixtures"),
         (["--fixtures", "--output", "x.jsonl"], "--output is for --input"),
         (["--input", verdicts], "must hold responses"),
+        (["--input", responses, "--folds", "3"], "--folds is for --fixtures"),
+        (["--fixtures", "--folds", "1"], "--folds 1 must be 0 or at least 2"),
+        (["--input", responses, "--judge", "rule"], "judges the quality of text"),
+        (["--input", responses, "--judge", "http://x/v1"], "--judge needs --judge-verdicts"),
         (["--input", responses, "--verdicts", other], "has no score of a response in --input"),
         (["--input", responses, "--verdicts", pairs], "must hold scores of responses"),
         (["--input", responses, "--limits", str(listed)], "must be a mapping of detectors"),
