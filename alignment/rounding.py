@@ -24,7 +24,8 @@ SINGLE = 2.0**-17
 Also assumed where nothing is known of a value's origin.
 """
 
-# In lower precision the last operation dominates: half a unit of rounding of a logit.
+# In lower precision the last operation dominates: half a unit of rounding of a logit. Measured on
+# random Llamas in batches of other sizes and paddings: up to 3e-7 in fp32, and 2e-3 in bf16.
 _OF_DTYPE = {"float64": EXACT, "float32": SINGLE, "float16": 2.0**-10, "bfloat16": 2.0**-8}
 
 

@@ -133,9 +133,26 @@ class ServedRollouts:
                 root = url.removesuffix("/v1")
                 weights = self._post(http, f"{root}/collective_rpc", {"method": "reload_weights"})
                 await self._while_alive(url, weights)
-                # Keys and values of the old weights must not be taken for those of the new.
-                cache = self._post(http, f"{root}/reset_prefix_cache", {})
-                await self._while_alive(url, cache)
+                await self._while_alive(url, self._forget_old_weights(http, root))
+
+    async def _forget_old_weights(self, http: httpx.AsyncClient, root: str) -> None:
+        """Empty the server's prefix cache: its keys and values are those of the old weights.
+
+        Raises:
+            UserError: the server keeps them, as it does while it answers other requests.
+        """
+        begin = time.monotonic()
+        while True:
+            answer = await self._post(http, f"{root}/reset_prefix_cache", {})
+            if not isinstance(answer, dict) or answer.get("success") is not False:
+                return
+            if time.monotonic() - begin > self.patience:
+                raise UserError(
+                    f"{root} has not emptied its prefix cache for {self.patience:.0f} s, and would "
+                    "answer by the old weights: let nobody else send it requests, then give the "
+                    "same command"
+                )
+            await asyncio.sleep(min(_WAIT, self.patience / 4))
 
     async def ask(
         self,

@@ -29,8 +29,10 @@ class Server(ThreadingHTTPServer):
         loads: how often the weights were read.
         bodies: of completions.
         away: calls to be answered with an error of the server's.
+        busy: resets of the prefix cache that are answered with a failure.
         keys: that callers gave.
         deaf: tells its health no more, until it is `freed`.
+        raw: reports log-probabilities of temperature 1, as vLLM does by default.
         most: completions that it answers; others hang until it is `freed`, and get no answer.
     """
 
@@ -41,6 +43,7 @@ class Server(ThreadingHTTPServer):
         self.model: Any = None
         self.folder, self.loads, self.away, self.most = folder, 0, 2, 10**6
         self.begun, self.deaf, self.freed = 0, False, threading.Event()
+        self.busy, self.raw = 0, False
         self.lock = threading.Lock()
         self.calls: list[str] = []
         self.keys: set[str | None] = set()
@@ -73,7 +76,7 @@ class Server(ThreadingHTTPServer):
             table = (logits / body["temperature"]).log_softmax(-1)
             token = int(torch.multinomial(table.exp(), 1, generator=generator))
             tokens.append(token)
-            values.append(float(table[token]))
+            values.append(float((logits.log_softmax(-1) if self.raw else table)[token]))
             if token in ends:
                 break
         drawn = tokens[len(body["prompt"]) :]
@@ -113,7 +116,8 @@ class Handler(BaseHTTPRequestHandler):
                 server.reload()
                 return self.reply(200, {"results": [None]})
             if self.path == "/reset_prefix_cache":
-                return self.reply(200, None)
+                server.busy -= 1
+                return self.reply(200, {"success": server.busy < 0})
             assert self.path == "/v1/completions" and body["model"] == "policy"
             assert body["return_token_ids"] and body["logprobs"] == 0
             server.bodies.append(body)
@@ -216,9 +220,10 @@ def url_of(server):
 def test_the_server_draws_with_the_weights_of_every_step(tmp_path, server):
     url = url_of(server)
     key = {"MEGATRON_ET_JUDGE_API_KEY": "a key"}
+    server.busy = 2
     (rows, _), _ = run_ranks(learn, 2, tmp_path / "model", tmp_path / "run", url, 60.0, env=key)
     assert server.keys == {"Bearer a key"}
-    assert server.loads == 3 and server.calls.count("/reset_prefix_cache") == 3
+    assert server.loads == 3 and server.calls.count("/reset_prefix_cache") == 3 + 2
     neutral = {"repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0, "min_p": 0}
     assert len(server.bodies) == 48
     assert all(body | neutral == body for body in server.bodies)
@@ -226,9 +231,18 @@ def test_the_server_draws_with_the_weights_of_every_step(tmp_path, server):
     assert all(row["rollout_gap_max"] < 1e-4 for row in rows)
     assert all(row["grad_norm"] > 0.01 for row in rows)
     assert all(row["rollout_staleness"] == 0 for row in rows)
+    server.busy = 1000
+    with pytest.raises(Exception, match="has not emptied its prefix cache for 1 s"):
+        run_ranks(learn, 1, tmp_path / "model", tmp_path / "another", url, 1.0)
     server.away = 1000
     with pytest.raises(Exception, match="has not answered for 1 s"):
         run_ranks(learn, 1, tmp_path / "model", tmp_path / "other", url, 1.0)
+
+
+def test_a_server_with_log_probabilities_of_temperature_1_ends_the_run(tmp_path, server):
+    server.away, server.raw = 0, True
+    with pytest.raises(Exception, match=r"those of temperature 1, and .* --temperature 0\.8"):
+        run_ranks(learn, 1, tmp_path / "model", tmp_path / "run", url_of(server), 60.0)
 
 
 def log_probs(model, prompt, tokens):
