@@ -10,6 +10,8 @@ the error times the larger of |x| and |y|. That does not depend on the unit of t
 numbers are labels and counts, which carry no error.
 """
 
+import math
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -69,6 +71,8 @@ def exceeds(value: float, other: float, error: float = SINGLE, size: float = 0.0
         size: magnitude of what they were computed from, where that is larger than both: of a
             difference of scores the size of the scores, of a correlation 1.
     """
+    if math.isinf(value) or math.isinf(other):
+        return value > other
     return value - other > max(error, EXACT) * max(abs(value), abs(other), size)
 
 

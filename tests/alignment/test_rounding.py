@@ -45,6 +45,7 @@ def test_no_value_and_what_is_missing_are_constant() -> None:
 def test_a_difference_is_judged_by_the_size_of_what_it_is_of() -> None:
     assert exceeds(1e-6, 0.0) and not exceeds(1e-6, 0.0, size=1.0)
     assert not exceeds(0.07 - 0.05, 0.02, EXACT)
+    assert exceeds(-1.0, -np.inf) and exceeds(np.inf, 1.0) and not exceeds(-np.inf, -1.0)
 
 
 def test_the_error_of_a_dtype_is_above_its_rounding() -> None:

@@ -123,6 +123,7 @@ def test_equal_responses_have_equal_scores_whatever_else_is_in_the_batch(judge):
         ([-0.7, -5, -0.7], Outcome.TIE),
         ([-0.69, -0.7, -5], Side.FIRST),
         ([-0.7, -0.69, -5], Side.SECOND),
+        ([-math.inf, -0.7, -math.inf], Side.SECOND),
     ],
 )
 def test_sides_that_are_equally_likely_make_a_tie(log_probs, outcome):
