@@ -122,13 +122,14 @@ class MegatronLM(TemplateLM):
         Raises:
             UserError: there is no template, or it refuses the messages.
         """
-        if getattr(self.tokenizer, "chat_template", None) is None:
+        tokenizer: Any = self.tokenizer
+        if getattr(tokenizer, "chat_template", None) is None:
             raise UserError(
                 "the model's tokenizer has no chat template: leave out --apply_chat_template, or "
                 "convert a model whose tokenizer of transformers has one"
             )
         try:
-            return self.tokenizer.apply_chat_template(
+            return tokenizer.apply_chat_template(
                 chat_history,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
