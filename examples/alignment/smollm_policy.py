@@ -170,7 +170,7 @@ def _judge(run: Path, options: argparse.Namespace) -> list[Step]:
             align(
                 "judge", "--model", judge / "best", "--input", responses,
                 "--output", run / "verdicts.jsonl", "--overwrite", "--rows", "16", *form,
-                "--seq-length", options.seq_length,
+                "--seq-length", options.seq_length, "--max-failed", "1",  # a figure
             ),
             run, [run / "verdicts.jsonl"], [responses, judge / "metrics.jsonl"],
         ),

@@ -254,6 +254,7 @@ class Study:
             align(
                 "judge", "--model", model, "--template", QUESTION, "--chat-template", self.chat,
                 "--input", responses, "--output", file, "--overwrite", *words,
+                "--max-failed", "1",  # how many fail is among the figures of the agreement
             ),
             self._of(seed) / "study.log", [file], [responses, *_weights(model), QUESTION],
         )  # fmt: skip

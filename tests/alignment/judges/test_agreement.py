@@ -166,6 +166,20 @@ def test_without_an_item_that_both_judged_there_are_pictures_all_the_same(
     assert "no item" in found["all"]["agreement"]["exact"]["reason"]
 
 
+def test_scores_of_another_scale_are_refused_by_row_or_mapped_from_it(tmp_path: Path) -> None:
+    first, second = scores([0, 100, 50, 20]), scores([0, 9, 4.5, 1.8])
+    with pytest.raises(UserError, match=r"a\.jsonl, row 2: the score 100 .* with --first-scale"):
+        measured(tmp_path, first, second)
+    flags = ["--first-scale", "0", "100"]
+    with pytest.raises(UserError, match=r"b\.jsonl, row 2: the score 100 .* with --second-scale"):
+        measured(tmp_path, first, first, *flags)
+    found = measured(tmp_path, first, second, *flags)["all"]["agreement"]
+    assert found["absolute_error"]["value"] == pytest.approx(0, abs=1e-12)
+    assert found["alpha_interval"]["value"] == pytest.approx(1, rel=1e-12)
+    with pytest.raises(UserError, match="--second-scale 3 1 must be two finite numbers"):
+        measured(tmp_path, first, second, "--second-scale", "3", "1")
+
+
 def test_slices_by_length_are_called_by_the_longest_that_they_may_hold(tmp_path: Path) -> None:
     prompt = Prompt("p", [{"role": "user", "content": "x"}])  # type: ignore[list-item]
     lengths = [10, 10, 11, 12, 20, 30]

@@ -10,7 +10,7 @@ import pytest
 
 from alignment.judges.promote import REFUSED, compare, main
 from alignment.records import Message, Outcome, Prompt, Response, Side, Verdict
-from megatron_ext.errors import UserError
+from megatron_ext.errors import TooFewResults, UserError
 from tests.alignment.chat_model import write_rows
 
 
@@ -84,6 +84,19 @@ def test_rounding_is_no_improvement_and_a_loss_of_the_margin_may_be(files, capsy
     write_rows(files / "gold.jsonl", gold)
     assert promote(files, ("five", "eight")) == REFUSED
     assert promote(files, ("five", "seven")) == 0
+
+
+def test_gold_that_judged_too_little_or_on_another_scale_promotes_nothing(files):
+    gold = scores(0.0, "gold")
+    bad = [replace(v, outcome=Outcome.FAILED, score=None, reason="timed out") for v in gold[:30]]
+    write_rows(files / "gold.jsonl", [*bad, *gold[30:]])
+    with pytest.raises(TooFewResults, match=r"30 of 300 verdicts of .* timed out \(30 times\)"):
+        promote(files, ("poor", "good"))
+    assert in_use(files) == "current"
+    assert promote(files, ("poor", "good"), None, "--max-failed", 0.1) == 0
+    write_rows(files / "gold.jsonl", [*gold[:5], replace(gold[5], score=70.0), *gold[6:]])
+    with pytest.raises(UserError, match=r"gold\.jsonl, row 6: the score 70 is outside"):
+        promote(files, ("poor", "good"))
 
 
 def test_the_difference_is_of_the_same_items(files):

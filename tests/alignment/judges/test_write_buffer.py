@@ -43,7 +43,8 @@ def test_the_loop_runs_while_the_disk_is_busy_and_later_answers_share_a_write(
             await asyncio.gather(*tasks)
         return ticks, ended
 
-    with SlowStore(tmp_path / "answers.jsonl") as store:
+    store = SlowStore(tmp_path / "answers.jsonl")
+    with store:
         ticks, ended = asyncio.run(run(store))
         assert ended == len(store) == 50 and store.writes <= 2
         assert ticks >= 5  # a write on the loop would leave none
@@ -80,6 +81,7 @@ def test_a_failed_write_is_the_error_of_each_call_and_the_next_is_tried(tmp_path
             store.failing = False
             await buffer.add("b", {})
 
-    with Full(tmp_path / "answers.jsonl") as store:
+    store = Full(tmp_path / "answers.jsonl")
+    with store:
         asyncio.run(run(store))
         assert "a" not in store and "b" in store
