@@ -66,7 +66,7 @@ def tokenizer_digest(args: Namespace) -> str | None:
             return file_digest(Path(model))
         if args.tokenizer_type == "HuggingFaceTokenizer" and model is not None:
             folder = Path(model) if Path(model).is_dir() else _cached_folder(model)
-            return folder and _folder_digest(folder)
+            return _folder_digest(folder) if folder is not None else None
         files = [getattr(args, name, None) for name in ("vocab_file", "merge_file")]
         present = [Path(file) for file in files if file is not None]
         return _combined([file_digest(file) for file in present]) if present else None

@@ -387,9 +387,10 @@ def _defaults() -> dict[str, Any]:
 
     from megatron_ext.config import ETConfig
 
-    return {
-        field.name: field.default_factory() if field.default is MISSING else field.default
-        for config in (GPTModelConfig, ETConfig)
-        for field in fields(config)
-        if not (field.default is MISSING and field.default_factory is MISSING)
-    }
+    defaults: dict[str, Any] = {}
+    for field in (*fields(GPTModelConfig), *fields(ETConfig)):
+        if field.default is not MISSING:
+            defaults[field.name] = field.default
+        elif field.default_factory is not MISSING:
+            defaults[field.name] = field.default_factory()
+    return defaults
