@@ -177,16 +177,19 @@ def sentences(reading: Reading) -> tuple[list[Sentence], list[tuple[int, int]]]:
             continue
         last = number == len(spans) - 1
         place = ("only" if last else "first") if number == 0 else "last" if last else "middle"
-        found.append(Sentence(_own_words(reading, start, end), place, prompt))
-        kept.append((start, end))
+        words = _own_words(reading, start, end)
+        if any(map(LEXICON.classes, LEXICON.words(words))):  # others, such as data, say nothing
+            found.append(Sentence(words, place, prompt))
+            kept.append((start, end))
     return found, kept
 
 
 def _own_words(reading: Reading, start: int, end: int) -> str:
-    """Return a sentence with its end mark, in lower case, without longer quotations in it."""
+    """Return a sentence with its end mark, in lower case, without code and longer quotations."""
     text, pieces = reading.normalized.text, []
     for first, last in reading.quoted_near(start, end):
-        if start <= first and last <= end and last - first > _SHORT_QUOTATION:
+        long = last - first > _SHORT_QUOTATION or text[first] == "`"
+        if start <= first and last <= end and long:
             pieces.append(text[start:first])
             start = last
     pieces.append(text[start : min(end + 1, len(text))])

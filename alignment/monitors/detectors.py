@@ -158,7 +158,7 @@ def null(reading: Reading) -> Evidence:
     if not text or not reading.normalized.text.strip():
         return (text[:_LONGEST],)
     once = set(words)
-    spaced = any(len(word) > 1 or word.isascii() for word in once)
+    spaced = any(word.isalpha() and (len(word) > 1 or word.isascii()) for word in once)
     symbols = any(unicodedata.category(character) == "So" for character in text)  # such as emoji
     nothing = (not words and not symbols) or (len(once) == 1 and len(words) > 2 and spaced)
     letter = len(words) == 1 and len(words[0]) == 1 and words[0].isascii() and words[0].isalpha()

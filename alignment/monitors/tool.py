@@ -62,9 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _annotation(options: argparse.Namespace) -> argparse.Namespace:
-    """Return the options of `et-align annotate` that ask the judge for its verdicts."""
+    """Return the checked options of `et-align annotate` that ask the judge for its verdicts."""
     template = options.template or (None if options.judge.startswith("function:") else _GAMING)
-    return argparse.Namespace(
+    annotation = argparse.Namespace(
         **{
             **vars(options),
             "output": options.judge_verdicts,
@@ -74,6 +74,8 @@ def _annotation(options: argparse.Namespace) -> argparse.Namespace:
             "orders": "given",
         }
     )
+    judge_flags.check(annotation)
+    return annotation
 
 
 def _gaming(responses: Sequence[Response], file: str) -> list[Verdict | None]:
@@ -215,7 +217,7 @@ def _check(options: argparse.Namespace) -> None:
             raise UserError(
                 "--judge needs --judge-verdicts: the file in which to keep its verdicts"
             )
-        judge_flags.check(options)
+        _annotation(options)
     if not options.output:
         return
     output = Path(options.output)
