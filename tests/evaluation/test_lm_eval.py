@@ -6,6 +6,7 @@ import random
 import sys
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -219,7 +220,7 @@ def test_metrics_are_those_of_transformers(ours, transformers):
                 assert ours.results[name][metric] == pytest.approx(value, abs=1e-5), metric
 
 
-REQUESTS = {
+REQUESTS: dict[str, list[Any]] = {
     "loglikelihood": [
         ("<s>the city", " of"), ("<s>", " of"), ("the", "</s>"), ("", " ba"), ("ba ", "lo"),
         ("<|im_end|>", "ba"), ("ba" * 90, " lo"), ("é", "👍"),
@@ -262,9 +263,12 @@ def adapter_and_harness(folder):
 
     turns = [{"role": "user", "content": "hi"}]
     chats = [
-        model.apply_chat_template(turns, begin) for model in (ours, theirs) for begin in (1, 0)
+        model.apply_chat_template(turns, begin)
+        for model in (ours, theirs)
+        for begin in (True, False)
     ]
     too_long = [Instance("loglikelihood", {}, ("a", "b " * 200), 0)]
+    assert ours.tokenizer is not None
     ours.tokenizer.chat_template = None
     return SimpleNamespace(
         answers={kind: (ask(ours, kind), ask(theirs, kind)) for kind in REQUESTS},

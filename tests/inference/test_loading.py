@@ -18,6 +18,7 @@ def logits(run):
     tokens = torch.arange(10, 40).unsqueeze(0)
     trained = load_model(run)
     ours = full_logits(trained, tokens)
+    assert ours is not None
     with torch.no_grad():
         theirs = AutoModelForCausalLM.from_pretrained(run / "final")(tokens).logits
     return ours[..., : theirs.shape[-1]], theirs

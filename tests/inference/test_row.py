@@ -2,6 +2,7 @@
 
 import random
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -142,7 +143,7 @@ def differences(kind, folder):
 
     tokenizer, of_byte = build(kind, folder)
     oracle, choose = Oracle(kind, tokenizer, of_byte), random.Random(1)
-    trained = SimpleNamespace(
+    trained: Any = SimpleNamespace(
         tokenizer=tokenizer, max_length=10_000, vocab_size=tokenizer.vocab_size
     )
     special = oracle._inner.bos_id() if kind == "sentencepiece" else 2
@@ -205,7 +206,7 @@ def special_tokens(folder):
     for kind in ("sentencepiece", "byte-level"):
         (folder / kind).mkdir()
         tokenizer, _ = build(kind, folder / kind)
-        trained = SimpleNamespace(tokenizer=tokenizer, max_length=99, vocab_size=270)
+        trained: Any = SimpleNamespace(tokenizer=tokenizer, max_length=99, vocab_size=270)
         encode = Oracle(kind, tokenizer, dict.fromkeys(BYTES, 5)).encode
         special, end = (1, 2) if kind == "sentencepiece" else (0, 1)
         ids = [*encode("foo bar")[-2:], special, *encode("Q ab")[-2:], end]

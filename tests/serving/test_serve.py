@@ -8,6 +8,7 @@ import signal
 import socket
 import threading
 import time
+from typing import Any
 
 import httpx
 import openai
@@ -249,7 +250,9 @@ def test_fields_without_effect_are_accepted_and_have_none(http):
     answer = http.post("/v1/completions", json=body | NO_EFFECT | more)
     assert answer.status_code == 200, answer.text
     assert answer.json()["choices"] == plain["choices"]
-    messages = [{"role": "user", "content": "ba", "name": None, "tool_calls": []}]
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": "ba", "name": None, "tool_calls": []}
+    ]
     more = {"tools": [], "tool_choice": "none", "response_format": {"type": "text"}}
     more |= {"modalities": ["text"], "logprobs": False, "top_logprobs": 0}
     chat = {"messages": messages, "max_tokens": 2}
@@ -341,7 +344,8 @@ def test_streamed_tokens_and_bytes_join_to_the_whole_answer(client):
     options |= {"messages": messages, "seed": 4, "logprobs": True, "top_logprobs": 2}
     options |= {"stop": ["b", "lo"]}
     whole = client.chat.completions.create(**options)
-    texts, tokens = {}, {}
+    texts: dict[int, str] = {}
+    tokens: dict[int, list[Any]] = {}
     for chunk in client.chat.completions.create(**options, stream=True):
         [choice] = chunk.choices
         texts[choice.index] = texts.get(choice.index, "") + (choice.delta.content or "")

@@ -107,7 +107,7 @@ def test_figures_come_from_the_rows_whatever_the_last_start_was(tmp_path: Path) 
     other = {"world_size": 2, "seq_length": 32, "batch_size": 2, "seconds": 5.0}
     other |= {"flops_per_token": 120.0}
     rows += [recorded_row(step, 512 + 64 * (step - 4), **other) for step in (5, 6)]
-    failed = {"world_size": 64, "seq_length": 4096, "global_batch_size": 1024}
+    failed: dict[str, Any] = {"world_size": 64, "seq_length": 4096, "global_batch_size": 1024}
     [run] = read_runs([make_run(tmp_path / "run", rows=rows, **failed)])
     assert run.tokens == 512 + 128
     assert run.tokens_at(np.array([4.0, 5.0])).tolist() == [512, 576]

@@ -5,7 +5,7 @@ import os
 import pty
 import subprocess
 import sys
-from types import SimpleNamespace
+from argparse import Namespace
 
 import pytest
 
@@ -81,7 +81,7 @@ def test_lines_of_a_prompt_file_end_at_newlines_alone(tmp_path, end):
     lines = ["a\u2028b", "c\x0bd\x0ce\x1cf\x85g", "h\u2029 i"]
     file = tmp_path / "prompts.txt"
     file.write_bytes("".join(line + end for line in lines).encode("utf-8-sig"))
-    options = SimpleNamespace(prompt=[], prompt_file=file, num_samples=1, batch_size=1)
+    options = Namespace(prompt=[], prompt_file=file, num_samples=1, batch_size=1)
     assert generate._prompts(options) == lines
 
 

@@ -295,8 +295,11 @@ def check_errors_over_prompts(run, row):
     scores = {(s["step"], s["prompt"]): s["scores"] for s in samples}
     pairs = [(scores[0, p], scores[row["step"], p]) for step, p in scores if step == 0]
     assert row["grade/prompts"] == len(pairs) == 6
-    changes = {n: [now[n] - first[n] for first, now in pairs] for n in ("proxy", "gold")}
-    changes["gap"] = np.subtract(changes["proxy"], changes["gold"])
+    changes = {
+        name: np.array([now[name] - first[name] for first, now in pairs])
+        for name in ("proxy", "gold")
+    }
+    changes["gap"] = changes["proxy"] - changes["gold"]
     for name, values in changes.items():
         error = np.std(values, ddof=1) / np.sqrt(6)
         assert row[f"grade/{name}_error"] == pytest.approx(error)
