@@ -70,14 +70,15 @@ def agree(check: Callable[[], None]) -> None:
         check: what this rank looks at or does; has no collectives.
 
     Raises:
-        UserError: the first rank's, on every rank.
+        UserError: That of the first rank that has one, on every rank.
     """
-    problem = None
+    problem: UserError | None = None
     try:
         check()
     except UserError as error:
-        problem = str(error)
-    problems: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    if told := next(filter(None, problems), None):
-        raise UserError(told)
+        problem = error
+    problems: list[UserError | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)  # whole, as its kind decides the exit status
+    for first in problems:
+        if first is not None:
+            raise first

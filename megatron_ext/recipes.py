@@ -1,7 +1,7 @@
 """Recipes: YAML files that stand for flags of a command line."""
 
 from argparse import Action, ArgumentParser
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -69,12 +69,19 @@ class _Entry:
         return bool(self.words) and not (self.name in _LENGTHS and value == ("0",))
 
 
-def expand_recipes(argv: Sequence[str], parser: ArgumentParser) -> list[str]:
+def expand_recipes(
+    argv: Sequence[str], parser: ArgumentParser, unused: Collection[str] = ()
+) -> list[str]:
     """Replace each `--recipe FILE` by the flags it stands for.
 
     Flags that follow a recipe override its flags. Where one argument of several is to be given,
     such as `--train-iters` and `--train-samples`, the command line's replaces the recipe's wherever
     it stands. A key whose value is null removes what earlier recipes say of it.
+
+    Args:
+        argv: Words of the command line.
+        parser: Parser of the command.
+        unused: Keys of recipes that are shared with other commands, which this one has no use for.
 
     Raises:
         UserError: a file that cannot be read, or a key that is no flag.
@@ -89,7 +96,7 @@ def expand_recipes(argv: Sequence[str], parser: ArgumentParser) -> list[str]:
                 if not remaining:
                     raise UserError("--recipe needs the name of a YAML file")
                 value = remaining.pop(0)
-            entries += _recipe_entries(Path(value), parser)
+            entries += _recipe_entries(Path(value), parser, unused)
             continue
         action = parser._option_string_actions.get(name)
         words = [word]
@@ -137,7 +144,10 @@ def _excludes(name: str | None, other: str | None) -> bool:
 
 
 def _recipe_entries(
-    path: Path, parser: ArgumentParser, including: tuple[Path, ...] = ()
+    path: Path,
+    parser: ArgumentParser,
+    unused: Collection[str],
+    including: tuple[Path, ...] = (),
 ) -> list[_Entry]:
     if path.resolve() in including:
         raise UserError(f"{path}: recipes are each other's base")
@@ -151,9 +161,11 @@ def _recipe_entries(
         raise UserError(f"--recipe {path} must be a mapping of flags to values")
     entries: list[_Entry] = []
     if base := recipe.pop("base", None):
-        entries = _recipe_entries(path.parent / str(base), parser, (*including, path.resolve()))
+        including = (*including, path.resolve())
+        entries = _recipe_entries(path.parent / str(base), parser, unused, including)
     for key, value in recipe.items():
-        entries.append(_entry(str(key), value, parser, path))
+        if str(key) not in unused:
+            entries.append(_entry(str(key), value, parser, path))
     return entries
 
 

@@ -93,3 +93,12 @@ def test_misspelt_key_is_answered_with_the_nearest(tmp_path: Path) -> None:
         values(tmp_path, "train_itres: 3\n")
     with pytest.raises(UserError, match=r"zzz is not a flag .*see --help"):
         values(tmp_path, "zzz: 3\n")
+
+
+def test_keys_that_only_other_commands_use_are_left_out_and_no_others(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("rows: 32\nlr: 1\n")
+    (tmp_path / "recipe.yaml").write_text("base: base.yaml\nrows: 64\n")
+    argv = ["--recipe", str(tmp_path / "recipe.yaml")]
+    assert expand_recipes(argv, parser(), unused=("rows",)) == ["--lr", "1"]
+    with pytest.raises(UserError, match=r"base\.yaml: rows is not a flag"):
+        expand_recipes(argv, parser())

@@ -182,7 +182,7 @@ class Asking:
         done = self.before + self.tally.ended
         out_of = max(done, min(_LEAST_DONE, total))
         why = ""
-        if len(failed) > self.max_failed * out_of:
+        if failed and len(failed) / out_of > self.max_failed:
             why = (
                 f"{len(failed)} of {done} questions failed, more than --max-failed "
                 f"{self.max_failed:g}"

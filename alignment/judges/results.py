@@ -39,7 +39,7 @@ def require_results(
     Raises:
         TooFewResults: more do; naming the commonest reason.
     """
-    if reasons and len(reasons) > max_failed * total:
+    if reasons and len(reasons) / total > max_failed:
         raise TooFewResults(
             f"{len(reasons):,} of {total:,} {what} have no {lack}, more than --max-failed "
             f"{max_failed:g}; most often: {commonest(reasons)}. Correct the cause, or raise "
@@ -57,7 +57,7 @@ def require_usable(reasons: Sequence[str], total: int, max_left_out: float, what
     Raises:
         TooFewResults: more are; naming the commonest reason.
     """
-    if reasons and len(reasons) > max_left_out * total:
+    if reasons and len(reasons) / total > max_left_out:
         raise TooFewResults(
             f"{len(reasons):,} of {total:,} {what} are left out, more than --max-left-out "
             f"{max_left_out:g}; most often: {commonest(reasons)}. Correct the cause, or raise "

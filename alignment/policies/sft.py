@@ -135,7 +135,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     # fmt: on
     flags.add_engine_flags(parser)
     flags.add_training_flags(parser, lr=1e-5, batch_size=128)
-    options = parser.parse_args(expand_recipes(argv, parser))
+    # Recipes of model sizes are shared with commands that generate, `rows` at a time.
+    options = parser.parse_args(expand_recipes(argv, parser, unused=("rows",)))
     flags.check(options)
     if options.dry_run is None and not options.input:
         raise UserError("give --input with responses to learn from")

@@ -21,9 +21,7 @@ from megatron_ext.hf.configs import load_config
 from megatron_ext.hf.families import read_config
 from megatron_ext.training.dry_run import dry_run as pretraining_dry_run
 from megatron_ext.training.dry_run import held_parameters
-
-# What a step needs while it runs, and answers do not.
-_PASSING = ("activations", "router_logits", "gather_buffer")
+from megatron_ext.training.dry_run.report import STEP_ALONE
 
 
 @dataclass(frozen=True)
@@ -69,9 +67,9 @@ def dry_run(options: argparse.Namespace, beside: Sequence[Held] | None = None) -
 
     def together(facts: Mapping[str, Any]) -> dict[str, Any]:
         if beside is None:
-            return {}
+            return {"answers": answers} if answers else {}
         stages = [stage["memory"] for stage in facts["stages"]]
-        passing = [sum(memory[name] for name in _PASSING) for memory in stages]
+        passing = [sum(memory[name] for name in STEP_ALONE) for memory in stages]
         lasting = [sum(memory.values()) for memory in stages]
         lasting = [whole - part for whole, part in zip(lasting, passing)]
         kept = {"policy: weights, gradients, optimizer": lasting}
@@ -84,14 +82,15 @@ def dry_run(options: argparse.Namespace, beside: Sequence[Held] | None = None) -
             names = ", ".join(held.name for held in beside if held.model == folder)
             counts = held_parameters(*_parsed(other, options, layout))
             kept[f"{names}: weights"] = [n * args.params_dtype.itemsize for n in counts]
-        answers = {"policy": cache(model, options.rows, options.seq_length)}
-        answers |= {h.name: cache(others[h.model], h.rows, h.length) for h in beside if h.rows}
+        caches = {"policy": cache(model, options.rows, options.seq_length)}
+        caches |= {h.name: cache(others[h.model], h.rows, h.length) for h in beside if h.rows}
         rows = {**kept, "what a step needs besides": passing}
-        rows |= {f"or keys and values, {n}": [size] * len(stages) for n, size in answers.items()}
-        most = [max(part, *answers.values()) for part in passing]
+        rows |= {f"or keys and values, {n}": [size] * len(stages) for n, size in caches.items()}
+        most = [max(part, *caches.values()) for part in passing]
         rows["together at most"] = [sum(column) for column in zip(*kept.values(), most)]
         return {"together": rows}
 
+    answers = 0
     if getattr(options, "thinking", "none") != "none":
         answers = cache(model, options.rows, options.seq_length)
         print(

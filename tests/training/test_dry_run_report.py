@@ -23,5 +23,9 @@ def test_fit_names_the_devices_with_room_for_the_largest_rank(size, words):
 def test_largest_rank_counts_all_models_that_a_rank_holds():
     stages = [{"memory": {"parameters": 3, "activations": 1}}, {"memory": {"parameters": 5}}]
     assert largest_rank({"stages": stages}) == 5
+    # Keys and values of answers take the place of activations.
+    assert largest_rank({"stages": stages, "answers": 1}) == 6
+    assert largest_rank({"stages": stages[:1], "answers": 1}) == 4
+    assert largest_rank({"stages": stages[:1], "answers": 3}) == 6
     together = {"policy": [3, 5], "judge": [9, 2], "together at most": [12, 7]}
     assert largest_rank({"stages": stages, "together": together}) == 12

@@ -12,6 +12,8 @@ _MEMORY = {
     "router_logits": "router logits until the step's end",
     "gather_buffer": "gathered activations",
 }
+STEP_ALONE = ("activations", "router_logits", "gather_buffer")
+"""Memory that a training step needs while it runs, and a model that answers does not."""
 
 # Memory of common devices in MiB, as nvidia-smi reports it, and the share of it that is left to
 # CUDA, NCCL, temporary tensors and fragmentation.
@@ -63,11 +65,21 @@ def print_report(facts: dict[str, Any]) -> None:
 
 
 def largest_rank(facts: Mapping[str, Any]) -> int:
-    """Return the bytes of the rank that needs most memory, with all the models that it holds."""
+    """Return the bytes of the rank that needs most memory, in training or while it answers.
+
+    Args:
+        facts: What a dry run found. `together` has all the models that a rank holds; `answers` the
+            keys and values of a model that also answers.
+    """
     if "together" in facts:
         *_, sums = facts["together"].values()
         return int(max(sums))
-    return max(sum(stage["memory"].values()) for stage in facts["stages"])
+    sizes = []
+    for stage in facts["stages"]:
+        memory = stage["memory"]
+        step = sum(memory.get(name, 0) for name in STEP_ALONE)
+        sizes.append(sum(memory.values()) + max(0, facts.get("answers", 0) - step))
+    return max(sizes)
 
 
 def fit(size: int) -> str:

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
+from alignment.policies.sft import _parse as sft_options
 from tests.distributed import ROOT, run_ranks
 
 RECIPES = ROOT / "examples" / "alignment" / "judges"
@@ -148,3 +150,13 @@ def test_scripts_are_bash(script: Path) -> None:
     assert script.suffix in (".sh", ".sbatch")
     done = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("size", sorted((RECIPES / "sizes").glob("*.yaml")), ids=lambda f: f.stem)
+def test_recipes_of_sizes_serve_supervised_training_of_base_models(size: Path) -> None:
+    model = str(SHAPES / "Qwen3-8B")
+    argv = ["--recipe", str(size), "--model", model, "--run-dir", "run", "--input", "rows.jsonl"]
+    options = sft_options(argv)
+    layout = yaml.safe_load(size.read_text())
+    assert options.tensor_model_parallel_size == layout["tensor_model_parallel_size"]
+    assert options.megatron_flags == layout["megatron_flags"]
