@@ -1,10 +1,11 @@
 """Classifier of sentences that game a judge, trained on the packaged fixtures at its first use.
 
 Each sentence of a response is read as the classes that its words have in `lexicon.txt`, so that a
-wording that nobody wrote down before looks like those that were, and as words. Words of a class
-that the prompt uses too count as another class: a review may praise and a policy may forbid where
-the prompt asks for one. A multinomial logistic regression gives the probabilities of the forms of
-attack and of none; training is convex, so that it gives the same classifier everywhere.
+wording that nobody wrote down before looks like those that were, and as words and their parts.
+Words of a class that the prompt uses too count as another class: a review may praise and a policy
+may forbid where the prompt asks for one. A multinomial logistic regression gives the probabilities
+of the forms of attack and of none; training is convex, so that it gives the same classifier
+everywhere.
 """
 
 import re
@@ -227,9 +228,13 @@ class Classifier:
             preprocessor=_text, ngram_range=(1, 2), sublinear_tf=True, min_df=2,
             token_pattern=r"[a-z0-9']+",
         )  # fmt: skip
+        # Parts of words: "evaluator" resembles "evaluation" where neither is in the lexicon.
+        parts = TfidfVectorizer(
+            preprocessor=_text, analyzer="char_wb", ngram_range=(3, 5), sublinear_tf=True, min_df=3
+        )
         self._model = Pipeline([
-            ("features", FeatureUnion([("meaning", meanings), ("words", words)],
-                                      transformer_weights={"meaning": 1.0, "words": 0.7})),
+            ("features", FeatureUnion([("meaning", meanings), ("words", words), ("parts", parts)],
+                                      transformer_weights={"words": 0.7, "parts": 0.7})),
             ("regression", LogisticRegression(C=10.0, tol=1e-3, max_iter=3000)),
         ])  # fmt: skip
         self._model.fit(examples, labels)

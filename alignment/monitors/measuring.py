@@ -162,11 +162,21 @@ def measure(
     return splits
 
 
-def cross_validate(fixtures: Iterable[Fixture], folds: int) -> dict[str, Counts]:
+def cross_validate(
+    fixtures: Iterable[Fixture], folds: int, others: Iterable[Fixture] = ()
+) -> dict[str, Counts]:
     """Count what is found in texts whose wordings the classifier has not learned from.
 
     The texts with a wording that the classifier may learn from are divided into folds, all texts of
     a wording in one. Each fold is measured with a classifier trained on the others.
+
+    Args:
+        fixtures: Texts to measure on.
+        folds: Number of folds; as many as there are wordings leaves one out at a time.
+        others: Further texts to learn from, where they are of other wordings than the fold.
+
+    Raises:
+        UserError: There are fewer wordings than folds.
     """
     learned = [fixture for fixture in fixtures if fixture.split == "develop" and fixture.wording]
     wordings = sorted({fixture.wording for fixture in learned})
@@ -178,9 +188,11 @@ def cross_validate(fixtures: Iterable[Fixture], folds: int) -> dict[str, Counts]
         )
     fold_of = {wording: number % folds for number, wording in enumerate(wordings)}
     total = {name: Counts() for name in (*DETECTORS, ANY)}
+    ids = {fixture.id for fixture in learned}
+    everything = [*learned, *(other for other in others if other.id not in ids)]
     for fold in range(folds):
         classifier = Classifier(
-            training_rows(fixture for fixture in learned if fold_of[fixture.wording] != fold)
+            training_rows(f for f in everything if fold_of.get(f.wording, -1) != fold)
         )
         unseen = [fixture for fixture in learned if fold_of[fixture.wording] == fold]
         for name, counts in measure(unseen, classifier)["develop"].items():

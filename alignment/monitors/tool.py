@@ -168,10 +168,11 @@ def _measure(options: argparse.Namespace) -> None:
     # Imported here: scikit-learn takes seconds to load.
     from alignment.monitors.measuring import PACKAGED, cross_validate, measure, read_fixtures
 
-    files = [Path(file) for file in options.fixtures] or sorted(PACKAGED.glob("*.jsonl"))
-    fixtures = list(read_fixtures(files))
+    packaged = sorted(PACKAGED.glob("*.jsonl"))
+    fixtures = list(read_fixtures([Path(file) for file in options.fixtures] or packaged))
     if options.folds:
-        results = {f"{options.folds} folds": cross_validate(fixtures, options.folds)}
+        counts = cross_validate(fixtures, options.folds, read_fixtures(packaged))
+        results = {f"{options.folds} folds": counts}
     else:
         results = measure(fixtures)
     for split, counts in results.items():
@@ -255,8 +256,9 @@ def _parser() -> argparse.ArgumentParser:
         help="Measure the detectors on texts of which it is known what they are. Default: those of "
         "the package.")
     add("--folds", type=int, default=0, metavar="N",
-        help="Measure --fixtures by cross-validation over wordings with this many folds. "
-        "Default: 0, no cross-validation.")
+        help="Measure --fixtures by cross-validation over wordings with this many folds; the texts "
+        "of the package that are of other wordings are learned from too. Default: 0, no "
+        "cross-validation.")
     add("--judge-verdicts", metavar="FILE",
         help="Verdicts of a judge that was asked whether responses game their judge, 0 to 9; "
         "written by --judge. Default: none.")

@@ -119,7 +119,7 @@ def test_a_judge_s_findings_are_a_share_of_what_it_judged(
     verdicts = str(tmp_path / "gaming.jsonl")
     output = str(tmp_path / "flags.jsonl")
     main(["--input", responses, "--judge", gaming_judge(tmp_path), "--judge-verdicts", verdicts,
-          "--output", output])  # fmt: skip
+          "--max-failed", "0.2", "--output", output])  # fmt: skip
     report = capsys.readouterr().out.splitlines()
     [judge] = [line for line in report if line.startswith("judge ")]
     assert judge.split()[1:4] == ["22.2%", "5.0%", "ALARM"]  # 2 of the 9 that were judged
