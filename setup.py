@@ -38,6 +38,7 @@ setup(
         # text and models
         "sentencepiece>=0.2,<0.3",
         "transformers>=5.16,<6",
+        "huggingface_hub>=1",  # whose errors transformers raises
         "tokenizers>=0.22",
         "safetensors>=0.5,<1",
         "jinja2>=3.1",  # chat templates of tokenizers
@@ -52,6 +53,7 @@ setup(
         "scikit-learn>=1.5,<2",  # the monitors' classifier
         # serving
         "pydantic>=2.10,<3",
+        "pydantic_core",  # of pydantic's version
         "starlette>=1",
         "uvicorn>=0.40",
     ],

@@ -111,6 +111,7 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
                     layout=layout,
                     dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[dtype],
                     flags=["--router-type", kind, "--et-capacity", "0.5"],
+                    same_model=False,
                 )
                 routers = routers_of(engine._model)
                 for router in routers:

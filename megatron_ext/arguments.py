@@ -70,8 +70,9 @@ def parse_args(argv: Sequence[str], writes: bool = True) -> tuple[Namespace, ETC
         environment = {"WORLD_SIZE": str(args.dry_run), "RANK": "0", "LOCAL_RANK": "0"}
         argv += _dry_run_flags(args)
         args = parser.parse_args(argv)
-    _check_before_megatron(args, given)
     argv = [*paper_flags(args), *argv]
+    args = parser.parse_args(argv)
+    _check_before_megatron(args, given)
     if args.async_save:
         argv += _async_save_flags(args, given)
     if not writes:

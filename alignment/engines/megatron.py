@@ -68,6 +68,7 @@ class MegatronEngine:
         *,
         dtype: torch.dtype | None = None,
         flags: Sequence[str] = (),
+        same_model: bool = True,
     ) -> None:
         """Start Megatron on this rank and load the weights of a model.
 
@@ -78,6 +79,8 @@ class MegatronEngine:
             dtype: of the weights. Default: fp32 on a CPU, else the model's; bf16 to train one of
                 fp16.
             flags: more of `pretrain_et.py`; they override all others.
+            same_model: refuse flags by which the weights would compute something else. A
+                comparison of routers on the same weights turns it off.
 
         Raises:
             UserError: the model cannot be read, or the layout does not fit it or the ranks.
@@ -92,7 +95,9 @@ class MegatronEngine:
         with tempfile.TemporaryDirectory() as place, quiet_megatron():
             tokenizer = source.carry_tokenizer(Path(place))
             flags = [*tokenizer, *self.layout.flags, *flags]
-            self.args, self.config = start(source, self.layout, optimization, dtype, flags)
+            self.args, self.config = start(
+                source, self.layout, optimization, dtype, flags, same_model
+            )
             self._tokenizer = get_tokenizer()
             record_end_tokens(self._tokenizer, self.args.tokenizer_model or place)
         self._source, self._carry_tokenizer = source, source.carry_tokenizer

@@ -77,6 +77,7 @@ def start(
     optimization: Optimization | None,
     dtype: torch.dtype | None,
     flags: Sequence[str],
+    same_model: bool = True,
 ) -> tuple[Namespace, ETConfig]:
     """Parse the flags of this model and start Megatron with them; see `MegatronEngine`."""
     first = global_vars._GLOBAL_ARGS is None
@@ -121,7 +122,8 @@ def start(
     words += ["--mock-data", "--calculate-per-token-loss", "--no-rope-fusion"]
     words += ["--et-warmup-iters", "0"] if model.thresholds else []
     args, config = parse_args([*to_flags(model), *precision, *words, *flags])
-    _check_same_function(args, model)
+    if same_model:
+        _check_same_function(args, model)
     multiple = args.make_vocab_size_divisible_by * layout.tensor
     args.hf_vocab_size = model.vocab
     args.padded_vocab_size = max(args.padded_vocab_size, -(-model.vocab // multiple) * multiple)

@@ -147,14 +147,14 @@ def ended(trained):
     from megatron_ext.inference.generation import generate
 
     class OtherEnd:
-        eod = None
+        end_tokens: frozenset[int] = frozenset()
 
         def __getattr__(self, name):
             return getattr(trained.tokenizer, name)
 
     [free] = generate(trained, [[300]], GREEDY)
     tokenizer = OtherEnd()
-    tokenizer.eod = free.tokens[3]
+    tokenizer.end_tokens = frozenset([free.tokens[3]])
     other = dataclasses.replace(trained, tokenizer=tokenizer)
     stopping = dataclasses.replace(GREEDY, stop_at_eod=True)
     [ended], [ignoring] = (generate(other, [[300]], s) for s in (stopping, GREEDY))

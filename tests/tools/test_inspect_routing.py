@@ -25,6 +25,11 @@ def write_domains(folder: Path) -> list[str]:
     (folder / "first.jsonl").write_text("\n".join(rows) + "\n")
     for number in (1, 2):
         (folder / f"second{number}.txt").write_text(f"{WORDS['second']}\n" * 30 * number)
+    return domains(folder)
+
+
+def domains(folder: Path) -> list[str]:
+    """Return the flags of the domains that `write_domains` wrote."""
     return [
         *("--domain", f"first={folder / 'first.jsonl'}"),
         *("--domain", f"second={folder / 'second1.txt'}"),
@@ -185,7 +190,7 @@ def test_experts_made_for_a_domain_are_found_to_be_so(facts):
 def on_two_ranks(run: Path, folder: Path) -> None:
     text = ["--text-file", str(folder / "text.txt"), "--pipeline-model-parallel-size", "2"]
     output = ["--output", str(folder / "two")]
-    inspect_routing.main(["--load", str(run), *write_domains(folder), *text, *output])
+    inspect_routing.main(["--load", str(run), *domains(folder), *text, *output])
 
 
 @pytest.mark.slow

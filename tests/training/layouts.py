@@ -84,7 +84,8 @@ KINDS = {
         "Any micro-batch",
         "From one rank's checkpoint at the end of the warm-up, by thresholds: with cutoffs over "
         "the whole step and no capacity, only the global batch counts.",
-        ("--et-cutoff-pool", "step", "--et-capacity", "none"),
+        # The checkpoint was trained with a capacity.
+        ("--et-cutoff-pool", "step", "--et-capacity", "none", "--override-opt-param-scheduler"),
         1e-5,
         1e-4,
         after_warmup=True,

@@ -165,14 +165,18 @@ def test_checkpoint_of_another_model(tmp_path: Path) -> None:
         (["--et-mean-experts", "0.5"], "1 experts a token on average, but the flags say 0.5"),
         (["--et-ema-decay", "0.9"], "et_ema_decay = 0.5, but the flags say 0.9"),
         (["--norm-epsilon", "0.1", *override], "layernorm_epsilon (--norm-epsilon) = 1e-05, but"),
-        (["--rotary-percent", "0.5", "--finetune"], "rotary_percent = 1.0, but the flags say 0.5"),
         (["--adam-beta2", "0.9"], "adam_beta2 = 0.999, but the flags say 0.9"),
         (["--et-capacity", "none"], "et_capacity = 0.5, but the flags say None: make them equal"),
     ):
         assert said in refusal([*run, *flags])
-    begun = [*TINY, "--run-dir", str(tmp_path / "other"), "--pretrained-checkpoint"]
-    other = [*begun, str(tmp_path / "checkpoints"), "--norm-epsilon", "0.1"]
+    begun, checkpoints = (
+        [*TINY, "--run-dir", str(tmp_path / "other")],
+        str(tmp_path / "checkpoints"),
+    )
+    other = [*begun, "--pretrained-checkpoint", checkpoints, "--norm-epsilon", "0.1"]
     assert "layernorm_epsilon" in refusal(other)
+    other = [*begun, "--finetune", "--load", checkpoints, "--rotary-percent", "0.5"]
+    assert "rotary_percent = 1.0, but the flags say 0.5" in refusal(other)
     assert "give a folder of checkpoints" in refusal([*begun, str(tmp_path)])
     newest = next((tmp_path / "checkpoints").glob("iter_*"))
     (newest / ".metadata").unlink()

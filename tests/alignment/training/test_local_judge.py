@@ -121,7 +121,10 @@ def refusals(folder):
 REFUSED = {
     ("--gold", "others.jsonl"): "--gold judges the item 'r5-0', which is not in --input",
     ("--gold", "one.jsonl"): "all 7 labels of --gold are 3: a judge learns nothing",
-    ("--gold", "silent.jsonl"): "--gold has no judgement on the items of --input",
+    (
+        "--gold",
+        "silent.jsonl",
+    ): "7 of 7 verdicts of --gold are left out, more than --max-left-out 0.2",
     ("--gold", "none.jsonl"): "none.jsonl cannot be read: No such file",
     ("--input", "pairs.jsonl"): "which is not in --input",
     ("--model", "nowhere"): "is not a folder",
@@ -148,6 +151,9 @@ def test_a_label_that_the_tokenizer_splits_is_told():
 
         eos_token, chat_template = "<|end|>", TEMPLATE
         added_tokens_decoder: dict = {}
+
+        def __len__(self):
+            return 128
 
         def apply_chat_template(self, rows, tokenize, add_generation_prompt):
             from jinja2 import Template
