@@ -33,7 +33,7 @@ quickstart: environment  ## text, tokenizer, a small model trained on two ranks,
 	$(python) -m examples.quickstart
 
 test: environment  ## the whole test suite (half an hour on two cores)
-	$(pytest) $(workers) --session-timeout=3300 --durations=40
+	$(pytest) $(workers) --session-timeout=3900 --durations=40
 
 test-fast: environment  ## the tests that are not slow (under 5 minutes)
 	$(pytest) $(workers) -m "not slow" --session-timeout=600
