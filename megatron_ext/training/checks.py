@@ -315,8 +315,17 @@ def _check_checkpoint(checkpoint: Path, args: Namespace, config: ETConfig) -> No
 
 
 def _scheduled(args: Namespace, name: str) -> Any:
+    """Return a setting of the learning rate schedule, with Megatron's default in its place.
+
+    Megatron keeps the steps that it derives from `--train-samples` in the arguments of a run, and
+    so in its checkpoints; they are nothing that the flags say.
+    """
+    samples = getattr(args, "train_samples", None)
+    if samples and name in ("train_iters", "lr_decay_iters"):
+        return None
+    defaults = {"lr_decay_iters": args.train_iters, "lr_decay_samples": samples}
     value = getattr(args, name, None)
-    return args.train_iters if name == "lr_decay_iters" and value is None else value
+    return defaults.get(name) if value is None else value
 
 
 def versions() -> dict[str, str]:

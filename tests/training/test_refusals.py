@@ -177,7 +177,9 @@ def test_checkpoint_of_another_model(tmp_path: Path) -> None:
     assert "layernorm_epsilon" in refusal(other)
     other = [*begun, "--finetune", "--load", checkpoints, "--rotary-percent", "0.5"]
     assert "rotary_percent = 1.0, but the flags say 0.5" in refusal(other)
-    assert "give a folder of checkpoints" in refusal([*begun, "--pretrained-checkpoint", str(tmp_path)])
+    assert "give a folder of checkpoints" in refusal(
+        [*begun, "--pretrained-checkpoint", str(tmp_path)]
+    )
     newest = next((tmp_path / "checkpoints").glob("iter_*"))
     (newest / ".metadata").unlink()
     assert "is damaged: its file .metadata is missing" in refusal(run)
