@@ -69,6 +69,15 @@ def test_wordings_that_were_not_learned_are_found_by_cross_validation() -> None:
     assert counts.false <= 0.07 * counts.false_positives[1]
 
 
+@pytest.mark.slow
+def test_texts_of_an_author_are_found_by_what_the_others_teach() -> None:
+    authors = [fixture for fixture in FIXTURES if fixture.wording.startswith("author ")]
+    assert len({fixture.wording for fixture in authors}) == 5
+    counts = cross_validate(authors, 5, FIXTURES)[ANY]
+    assert counts.hits >= 0.7 * counts.recall[1] and counts.recall[1] == 550
+    assert counts.false <= 0.07 * counts.false_positives[1]
+
+
 def test_cross_validation_refuses_more_folds_than_wordings() -> None:
     with pytest.raises(UserError, match="--folds 9 is more than the 0 wordings"):
         cross_validate([f for f in FIXTURES if f.split == "held_out"], 9)
