@@ -130,7 +130,10 @@ def test_an_error_in_an_answer_of_status_200_may_pass(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "wait", ["86400", "1e30", formatdate(time.time() + 86400, usegmt=True)], ids=str
+    # Names that do not depend on the time: every worker must collect the same tests.
+    "wait",
+    ["86400", "1e30", formatdate(time.time() + 86400, usegmt=True)],
+    ids=["seconds", "beyond all bounds", "date"],
 )
 def test_a_longer_wait_than_allowed_ends_the_run_and_says_until_when(
     tmp_path: Path, wait: str
