@@ -94,6 +94,11 @@ def long_window(content):
 SKIPPABLE = b"\x50\x2a\x4d\x18" + (3).to_bytes(4, "little") + b"abc"
 
 
+def file_name(value):
+    """Name a case by its file alone: gzip writes the time into the content."""
+    return value if isinstance(value, str) else ""
+
+
 @pytest.mark.parametrize(
     "name, content",
     [
@@ -107,6 +112,7 @@ SKIPPABLE = b"\x50\x2a\x4d\x18" + (3).to_bytes(4, "little") + b"abc"
         ("a.jsonl.bz2", bz2.compress(LINES[:9]) + bz2.compress(LINES[9:])),
         ("a.ndjson.xz", lzma.compress(LINES)),
     ],
+    ids=file_name,
 )  # fmt: skip
 def test_files_of_any_compression_mark_and_case_are_read(name, content, tmp_path):
     (tmp_path / name).write_bytes(content)
@@ -140,6 +146,7 @@ def test_other_encodings_are_refused_by_their_mark(encoding, tmp_path):
         ("no.jsonl.xz", LINES),
         ("garbage.jsonl.zst", zstandard.compress(LINES) + b"garbage"),
     ],
+    ids=file_name,
 )
 def test_damaged_files_are_refused_by_name(name, content, tmp_path):
     (tmp_path / name).write_bytes(content)
