@@ -46,8 +46,8 @@ lint: environment  ## style, formatting and types
 	$(python) -m ruff format --check .
 	$(python) -m mypy .
 
-layouts: environment  ## train every layout and write docs/layouts.md (ten minutes on two cores)
-	$(python) -m tests.training.layout_table docs/layouts.md
+layouts: environment  ## train every layout and write docs/experiments/layouts.md (ten minutes on two cores)
+	$(python) -m tests.training.layout_table docs/experiments/layouts.md
 
 bench: environment  ## every benchmark: a table and JSON lines from each
 	@set -e; for file in benchmarks/[!_]*.py; do echo "== $$file"; $(python) "$$file"; done

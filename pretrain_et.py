@@ -26,11 +26,11 @@ from megatron_ext.model.gpt import gpt_model_config  # noqa: E402
 from megatron_ext.optimizer import warm_momentum  # noqa: E402
 from megatron_ext.processes import stop_with_launcher  # noqa: E402
 from megatron_ext.training import resharding, schedule  # noqa: E402
-from megatron_ext.training.checkpoints import explain_failure, install_integrity  # noqa: E402
 from megatron_ext.training.checks import check_run  # noqa: E402
-from megatron_ext.training.data import forward_step, train_valid_test_datasets  # noqa: E402
+from megatron_ext.training.data_loading import forward_step, train_valid_test_datasets  # noqa: E402
 from megatron_ext.training.launch import Launch  # noqa: E402
 from megatron_ext.training.metrics import MetricLog, peak_flops  # noqa: E402
+from megatron_ext.training.saving import explain_failure, install_integrity  # noqa: E402
 from megatron_ext.training.step import RoutingStep, commit_after  # noqa: E402
 from megatron_ext.training.watchdog import Watchdog  # noqa: E402
 
@@ -38,7 +38,7 @@ from megatron_ext.training.watchdog import Watchdog  # noqa: E402
 def main() -> None:
     args, config = parse_args(sys.argv[1:])
     if args.dry_run is not None:
-        from megatron_ext.training.dry_run import dry_run
+        from megatron_ext.planning.dry_run import dry_run
 
         if os.environ.get("RANK", "0") == "0":  # torchrun may have started more
             dry_run(args, config)

@@ -16,13 +16,20 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.12",
-    packages=find_namespace_packages(
-        include=["megatron_ext*", "alignment*", "tools*"], exclude=["*__pycache__*"]
-    ),
+    # The commands of tools/ are installed within the library: site-packages has no `tools`. Recipes,
+    # which `--recipe NAME` finds, are installed with them.
+    packages=[
+        *find_namespace_packages(
+            include=["megatron_ext*", "alignment*"], exclude=["*__pycache__*"]
+        ),
+        "megatron_ext.tools",
+        "megatron_ext.examples",
+    ],
+    package_dir={"megatron_ext.tools": "tools", "megatron_ext.examples": "examples"},
     package_data={
         "alignment.judges": ["prompts/*.txt", "prompts/answers/*.txt"],
         "alignment.monitors": ["english.txt", "lexicon.txt", "fixtures/*.jsonl"],
-        "tools.inspecting": ["page.css", "page.js"],
+        "megatron_ext.inspection": ["page.css", "page.js"],
     },
     py_modules=["pretrain_et"],
     entry_points={"console_scripts": ["et-align = alignment.__main__:entry"]},

@@ -9,24 +9,30 @@ from megatron_ext.errors import UserError, run_tool_or_ranks
 # Name: a module with `main(argv)`, and what it is for. Modules are imported when they are asked
 # for, so that help does not wait for torch.
 COMMANDS = {
-    "data": ("alignment.data.tool", "import, split and count prompts, responses and preferences"),
+    "data": (
+        "alignment.commands.data",
+        "import, split and count prompts, responses and preferences",
+    ),
     "annotate": (
-        "alignment.judges.annotate",
+        "alignment.commands.annotate",
         "verdicts of a judge, or responses of a policy",
     ),
     "train-judge": (
-        "alignment.judges.train",
+        "alignment.commands.train_judge",
         "a judge that says what a gold judge says (torchrun)",
     ),
-    "judge": ("alignment.judges.judge", "verdicts of a judge whose model is at hand (torchrun)"),
-    "generate": ("alignment.policies.generate", "responses of a model at hand (torchrun)"),
-    "train-sft": ("alignment.policies.sft", "a model that answers, on responses (torchrun)"),
-    "train-policy": ("alignment.policies.train", "a policy by judges, graded by gold (torchrun)"),
-    "monitor": ("alignment.monitors.tool", "what games a judge in responses"),
-    "promote": ("alignment.judges.promote", "a retrained judge past a regression gate"),
-    "agreement": ("alignment.judges.agreement.tool", "how far two judges agree"),
-    "evaluate": ("alignment.evaluation.tool", "policies compared by judges"),
-    "report": ("alignment.evaluation.report", "what a study of policies and judges found"),
+    "judge": ("alignment.commands.judge", "verdicts of a judge whose model is at hand (torchrun)"),
+    "generate": ("alignment.commands.generate", "responses of a model at hand (torchrun)"),
+    "train-sft": ("alignment.commands.train_sft", "a model that answers, on responses (torchrun)"),
+    "train-policy": (
+        "alignment.commands.train_policy",
+        "a policy by judges, graded by gold (torchrun)",
+    ),
+    "monitor": ("alignment.commands.monitor", "what games a judge in responses"),
+    "promote": ("alignment.commands.promote", "a retrained judge past a regression gate"),
+    "agreement": ("alignment.commands.agreement", "how far two judges agree"),
+    "evaluate": ("alignment.commands.evaluate", "policies compared by judges"),
+    "report": ("alignment.commands.report", "what a study of policies and judges found"),
 }
 
 # These hold models on their ranks: before Megatron is imported, the device must be chosen.

@@ -30,7 +30,8 @@ from megatron.core.transformer.moe.router import Router
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_ext.moe import router as routing
-from megatron_ext.training import data, step
+from megatron_ext.training import data_loading as data
+from megatron_ext.training import step
 
 
 class Phases:

@@ -42,7 +42,7 @@ from torch.overrides import TorchFunctionMode  # noqa: E402
 
 from megatron_ext import devices  # noqa: E402
 from megatron_ext.devices import placement, randomness  # noqa: E402
-from megatron_ext.training.data import forward_step, train_valid_test_datasets  # noqa: E402
+from megatron_ext.training.data_loading import forward_step, train_valid_test_datasets  # noqa: E402
 
 FOLDER = os.fspath(Path(devices.__file__).parent)
 WARMUP = 3  # the last of them is profiled

@@ -28,9 +28,9 @@ from megatron_ext.config import ETConfig
 from megatron_ext.conflicts import check_conflicts
 from megatron_ext.devices import cpu_default_args, is_cpu_device
 from megatron_ext.errors import ToolParser, UserError
-from megatron_ext.layout import check_layout
 from megatron_ext.optimizer import add_muon_arguments, paper_flags
 from megatron_ext.optimizer import install as install_muon
+from megatron_ext.planning.layout import check_layout
 from megatron_ext.ranges import batch_schedule, check_ranges, check_trackers
 from megatron_ext.recipes import expand_recipes
 

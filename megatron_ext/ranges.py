@@ -14,7 +14,7 @@ from typing import Any
 from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
 
 from megatron_ext.errors import UserError
-from megatron_ext.layout import layout_of
+from megatron_ext.planning.layout import layout_of
 
 _Range = tuple[Callable[[Any], bool], str]
 _NOT_NEGATIVE: _Range = (lambda value: value >= 0, "must not be negative")

@@ -10,7 +10,7 @@ import pytest
 
 from tests.distributed import ROOT, SINGLE_THREADED
 
-PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md")])
+PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md")])
 
 
 def blocks(page: Path) -> list[str]:

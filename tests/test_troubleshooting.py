@@ -14,7 +14,7 @@ import pytest
 
 from tests.distributed import ROOT, run_ranks
 
-PAGE = (ROOT / "docs/troubleshooting.md").read_text()
+PAGE = (ROOT / "docs/how-to/troubleshooting.md").read_text()
 QUOTED = re.findall(r"^\| `([^`]+)` \|", PAGE, flags=re.MULTILINE)
 DIFFERS = "\0"  # stands in a message for what differs from case to case
 

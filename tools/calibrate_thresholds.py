@@ -21,10 +21,15 @@ from typing import TYPE_CHECKING, Any
 from megatron_ext.checkpoint import find_checkpoint, read_common_state
 from megatron_ext.devices import activate
 from megatron_ext.errors import ToolParser, UserError, run_tool_or_ranks
+from megatron_ext.inference.loading_flags import (
+    add_model_flags,
+    check_at_least_one,
+    is_first_rank,
+    loading_options,
+)
+from megatron_ext.new_folder import check_new, new_folder
+from megatron_ext.progress import Progress, write_with_progress
 from megatron_ext.quiet import quiet_megatron
-from tools.model_flags import add_model_flags, check_at_least_one, is_first_rank, loading_options
-from tools.new_folder import check_new, new_folder
-from tools.progress import Progress, write_with_progress
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,12 +67,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _calibrated(options: argparse.Namespace, checkpoint: Path, out: Any) -> Any:
     """Figures on held-out text before (None without thresholds) and after, cutoffs, and notes."""
+    from megatron_ext.data.token_stream import sequences_of
     from megatron_ext.hf.recalibrate import use_thresholds
     from megatron_ext.inference.calibration import calibrate, measure
     from megatron_ext.inference.loading import load_model
     from megatron_ext.moe.router import ThresholdRouter
     from megatron_ext.training.step import routers_of
-    from tools.token_stream import sequences_of
 
     use_thresholds(read_common_state(checkpoint)["args"])  # refuses early
     layout, others = loading_options(options)

@@ -15,9 +15,9 @@ from pathlib import Path
 from megatron_ext.checkpoint import find_checkpoint
 from megatron_ext.devices import activate
 from megatron_ext.errors import ToolParser, UserError, run_tool
+from megatron_ext.new_folder import check_new, new_folder
+from megatron_ext.progress import write_with_progress
 from megatron_ext.quiet import quiet_megatron
-from tools.new_folder import check_new, new_folder
-from tools.progress import write_with_progress
 
 SOURCES, TARGETS = ("megatron", "hf", "gguf"), ("megatron", "hf")
 

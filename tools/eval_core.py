@@ -18,10 +18,15 @@ from typing import Any
 from megatron_ext.devices import activate
 from megatron_ext.errors import ToolParser, UserError, run_tool_or_ranks
 from megatron_ext.evaluation.core.bundle import read_bundle
-from megatron_ext.evaluation.core.results import Results, markdown
+from megatron_ext.evaluation.core.core_results import Results, markdown
+from megatron_ext.inference.loading_flags import (
+    add_model_flags,
+    check_at_least_one,
+    is_first_rank,
+    loading_options,
+)
+from megatron_ext.progress import Progress
 from megatron_ext.quiet import quiet_megatron, quiet_warnings
-from tools.model_flags import add_model_flags, check_at_least_one, is_first_rank, loading_options
-from tools.progress import Progress
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -32,9 +37,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     whole = len(tasks) == len(read_bundle(Path(options.bundle)))
     with quiet_megatron():
         activate()  # before anything of Megatron is imported, which takes seconds
-        from megatron_ext.evaluation.core.judging import chosen_items, judge
+        from megatron_ext.evaluation.core.core_scoring import chosen_items, judge
+        from megatron_ext.evaluation.log_likelihoods import from_first_rank
         from megatron_ext.evaluation.models import load
-        from megatron_ext.evaluation.scoring import from_first_rank
 
         layout, others = loading_options(options)
         # A question that cannot be asked should stop the run now, not after hours.

@@ -13,8 +13,8 @@ from importlib.util import find_spec
 
 from megatron_ext.devices import activate
 from megatron_ext.errors import UserError, run_tool_or_ranks
+from megatron_ext.inference.loading_flags import is_first_rank
 from megatron_ext.quiet import quiet_megatron
-from tools.model_flags import is_first_rank
 
 
 def main() -> None:

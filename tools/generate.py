@@ -18,9 +18,14 @@ from typing import TYPE_CHECKING, Any, TextIO
 from megatron_ext.checkpoint import find_model
 from megatron_ext.devices import activate
 from megatron_ext.errors import ToolParser, UserError, run_tool_or_ranks
+from megatron_ext.inference.loading_flags import (
+    add_model_flags,
+    check_at_least_one,
+    is_first_rank,
+    loading_options,
+)
 from megatron_ext.inference.sampling import Sampling
 from megatron_ext.quiet import quiet_megatron
-from tools.model_flags import add_model_flags, check_at_least_one, is_first_rank, loading_options
 
 if TYPE_CHECKING:
     from megatron_ext.inference.generation import Completion

@@ -21,15 +21,20 @@ from typing import TYPE_CHECKING, Any
 from megatron_ext.checkpoint import find_checkpoint
 from megatron_ext.devices import activate
 from megatron_ext.errors import ToolParser, UserError, run_tool_or_ranks
+from megatron_ext.inference.loading_flags import (
+    add_model_flags,
+    check_at_least_one,
+    is_first_rank,
+    loading_options,
+)
+from megatron_ext.inspection.routed_text import RoutedText, route
+from megatron_ext.inspection.windows import Domain
+from megatron_ext.progress import Progress
 from megatron_ext.quiet import quiet_megatron
-from tools.inspecting.windows import Domain
-from tools.model_flags import add_model_flags, check_at_least_one, is_first_rank, loading_options
-from tools.progress import Progress
-from tools.routed_text import RoutedText, route
 
 if TYPE_CHECKING:
     from megatron_ext.inference.loading import TrainedModel
-    from tools.inspecting.sums import RoutingSums
+    from megatron_ext.inspection.routing_sums import RoutingSums
 
 _OWN_DOMAIN = "text"  # of what --text and --text-file give, where no --domain is
 
@@ -71,10 +76,10 @@ def inspect(
     Raises:
         UserError: a model or a text that cannot be inspected.
     """
-    from megatron_ext.inference.routing import routing_of
+    from megatron_ext.inference.routing_modes import routing_of
+    from megatron_ext.inspection.routing_sums import RoutingSums
     from megatron_ext.moe.margins import refuse_without_margins
     from megatron_ext.training.step import routers_of
-    from tools.inspecting.sums import RoutingSums
 
     refuse_without_margins(trained.model.config)
     for router in routers_of([trained.module]):
@@ -141,9 +146,9 @@ def _write(
     output: Path,
 ) -> None:
     """Make all files beside the output folder, then move them there."""
-    from tools.inspecting.figures import figures_of
-    from tools.inspecting.page import reading_page
-    from tools.inspecting.pictures import draw_pictures
+    from megatron_ext.inspection.reading_page import reading_page
+    from megatron_ext.inspection.routing_pictures import draw_pictures
+    from megatron_ext.inspection.routing_statistics import figures_of
 
     router = trained.args.router_type
     figures: dict[str, Any] = {

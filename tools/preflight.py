@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_ext.devices import activate, is_cpu_device
 from megatron_ext.errors import ToolParser, UserError, run_on_ranks, run_tool
+from megatron_ext.planning.preflight.findings import SKIPPED, Found, Report
+from megatron_ext.planning.preflight.rank_memory import DryRun
+from megatron_ext.planning.preflight.version_checks import check_versions
 from megatron_ext.quiet import quiet_megatron
-from tools.preflighting.dry_run import DryRun
-from tools.preflighting.report import SKIPPED, Found, Report
-from tools.preflighting.versions import check_versions
 
 if TYPE_CHECKING:
-    from tools.preflighting.runner import Runner
+    from megatron_ext.planning.preflight.check_runner import Runner
 
 _HASHING = 20 * 60  # seconds for reading a checkpoint whole
 
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         report = Report(rank, options.json)
         with quiet_megatron():
             activate()  # before anything of Megatron is imported, which takes seconds
-            from tools.preflighting.runner import Runner
+            from megatron_ext.planning.preflight.check_runner import Runner
 
             runner = Runner(report, options.stall_timeout)
             _check_all(runner, options, flags, rank, size, dry_run)
@@ -66,8 +66,8 @@ def _check_all(
     dry_run: DryRun | None,
 ) -> None:
     """Every check that those before it allow."""
+    from megatron_ext.planning.preflight import run_checks as run
     from megatron_ext.training.launch import Launch
-    from tools.preflighting import run
 
     def meet() -> Found:
         runner.launch = Launch.join(rank, size, runner.patience)
@@ -130,7 +130,8 @@ def _facts(runner: "Runner", dry_run: DryRun | None) -> dict[str, Any] | None:
 
 def _check_nodes(runner: "Runner", options: Namespace, args: Namespace) -> None:
     """Clocks, speeds, and collectives over every group of the layout."""
-    from tools.preflighting import groups, ranks
+    from megatron_ext.planning.preflight import group_checks as groups
+    from megatron_ext.planning.preflight import rank_checks as ranks
 
     launch = runner.launch
     runner.check("clocks", lambda: ranks.clocks(launch, options.clock_tolerance))

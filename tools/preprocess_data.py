@@ -25,12 +25,16 @@ from typing import Any, NoReturn
 import numpy as np
 import sentencepiece
 
+from megatron_ext.data.preprocessing.indexed_dataset import (
+    check_dataset,
+    import_megatron,
+    write_dataset,
+)
+from megatron_ext.data.preprocessing.output import Output
+from megatron_ext.data.preprocessing.parts import FORMAT_VERSION, SPLITS, Work, group_shards
+from megatron_ext.data.preprocessing.workers import write_parts
+from megatron_ext.data.shards import FORMATS, Layout, expand_inputs, file_identity, plan_shards
 from megatron_ext.errors import ToolParser, UserError, run_tool
-from tools.preprocessing.indexed_dataset import check_dataset, import_megatron, write_dataset
-from tools.preprocessing.output import Output
-from tools.preprocessing.parts import FORMAT_VERSION, SPLITS, Work, group_shards
-from tools.preprocessing.workers import write_parts
-from tools.shards import FORMATS, Layout, expand_inputs, file_identity, plan_shards
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

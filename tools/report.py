@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.errors import ToolParser, UserError, run_tool
+from megatron_ext.inspection.routed_text import RoutedText, route
 from megatron_ext.quiet import quiet_megatron
-from tools.report_page import Page
-from tools.report_picture import draw, draw_panels
-from tools.routed_text import RoutedText, route
-from tools.run_metrics import RunMetrics
+from megatron_ext.reports.run_metrics import RunMetrics, summary
+from megatron_ext.reports.run_page import Page
+from megatron_ext.reports.run_picture import draw, draw_panels
 
 _LONGEST_TEXT = 1200  # characters; a picture holds no more
 _OF_ONE_RUN = ("unigram", "bigram", "validation", "sample", "text_file", "panels")
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     runs = [*([options.run_dir] if options.run_dir else []), *options.runs]
     _refuse_what_does_not_fit(options, len(runs))
     if len(runs) > 1:
-        from tools.comparison.output import compare
+        from megatron_ext.reports.comparison.compare import compare
 
         markdown = Path(options.markdown) if options.markdown else None
         compare(runs, Path(options.output or Path(runs[0]).resolve().parent), markdown)
@@ -82,19 +82,6 @@ def report(run_dir: Path, options: argparse.Namespace) -> None:
         print(f"wrote {', '.join(map(str, draw_panels(metrics, Path(options.panels))))}")
     if headline:
         print(headline)
-
-
-def summary(validation: dict[str, Any]) -> str:
-    """The run in one line, as far as its losses are known; empty when none is.
-
-    >>> summary({"validation": 3.9, "unigram": 6.4, "bigram": 4.4})
-    'validation 3.900 against unigram 6.400, bigram 4.400 (nats per token)'
-    """
-    if "validation" not in validation:
-        return ""
-    known = [f"{n} {validation[n]:.3f}" for n in ("unigram", "bigram") if n in validation]
-    against = f" against {', '.join(known)}" if known else ""
-    return f"validation {validation['validation']:.3f}{against} (nats per token)"
 
 
 def route_text(run_dir: Path, text: str) -> RoutedText:

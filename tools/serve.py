@@ -17,8 +17,13 @@ from pathlib import Path
 from megatron_ext.checkpoint import find_model
 from megatron_ext.devices import activate
 from megatron_ext.errors import ToolParser, UserError, run_tool_or_ranks
+from megatron_ext.inference.loading_flags import (
+    add_model_flags,
+    check_at_least_one,
+    is_first_rank,
+    loading_options,
+)
 from megatron_ext.quiet import quiet_megatron
-from tools.model_flags import add_model_flags, check_at_least_one, is_first_rank, loading_options
 
 KEY = "MEGATRON_ET_API_KEY"
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -35,8 +40,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         activate()  # before anything of Megatron is imported, which takes seconds
         from megatron_ext.inference.loading import load_model
         from megatron_ext.serving.app import Api, make_app
-        from megatron_ext.serving.copies import Copies
-        from megatron_ext.serving.protocol import Limits, Reader
+        from megatron_ext.serving.openai_protocol import Limits, Reader
+        from megatron_ext.serving.replicas import Copies
         from megatron_ext.serving.scheduler import Scheduler
         from megatron_ext.serving.server import serve
 

@@ -20,10 +20,10 @@ from pathlib import Path
 
 import sentencepiece
 
+from megatron_ext.data.documents import Malformed, ShardReader
+from megatron_ext.data.shards import FORMATS, Layout, expand_inputs, plan_shards
 from megatron_ext.errors import ToolParser, UserError, run_tool
-from tools.documents import Malformed, ShardReader
-from tools.progress import Progress
-from tools.shards import FORMATS, Layout, expand_inputs, plan_shards
+from megatron_ext.progress import Progress
 
 _SHARD_BYTES = 1 << 30
 

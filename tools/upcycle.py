@@ -3,7 +3,7 @@
     python -m tools.upcycle --load DENSE --save DIR --num-experts 8 --granularity 4
 
 DENSE is a Hugging Face folder of a Llama, Qwen2 or Qwen3 model, or a dense checkpoint of this
-project. Each expert is a copy of a slice of the dense block. megatron_ext/hf/upcycle.py says what
+project. Each expert is a copy of a slice of the dense block. megatron_ext/hf/upcycling.py says what
 exactly the new model computes. It has no optimizer and its thresholds have no value:
 tools.calibrate_thresholds gives them one, and training with --et-warmup-iters finds them too.
 """
@@ -14,9 +14,9 @@ from pathlib import Path
 
 from megatron_ext.devices import activate
 from megatron_ext.errors import ToolParser, UserError, run_tool
+from megatron_ext.new_folder import check_new, new_folder
+from megatron_ext.progress import write_with_progress
 from megatron_ext.quiet import quiet_megatron
-from tools.new_folder import check_new, new_folder
-from tools.progress import write_with_progress
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         activate()  # before anything of Megatron is imported
         from megatron_ext.hf.convert import as_checkpoint
         from megatron_ext.hf.sources import open_dense
-        from megatron_ext.hf.upcycle import Upcycling, upcycled
+        from megatron_ext.hf.upcycling import Upcycling, upcycled
 
         dense = open_dense(load)
         plan = Upcycling(

@@ -17,9 +17,14 @@ from typing import TYPE_CHECKING, Any
 from megatron_ext.data.tokenizer_identity import check_dataset_tokenizer
 from megatron_ext.devices import activate
 from megatron_ext.errors import ToolParser, UserError, run_tool_or_ranks
+from megatron_ext.inference.loading_flags import (
+    add_model_flags,
+    check_at_least_one,
+    is_first_rank,
+    loading_options,
+)
+from megatron_ext.progress import Progress
 from megatron_ext.quiet import quiet_megatron, quiet_warnings
-from tools.model_flags import add_model_flags, check_at_least_one, is_first_rank, loading_options
-from tools.progress import Progress
 
 if TYPE_CHECKING:
     from megatron_ext.evaluation.losses import Windows

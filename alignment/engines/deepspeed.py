@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.modules.dropout import _DropoutNd
 
-from alignment.data.tokenizers import read_tokenizer
+from alignment.data.model_tokenizer import read_tokenizer
 from alignment.engines.batch import Batch, Sample
 from alignment.engines.decoding import decode
 from alignment.engines.export import export
@@ -38,7 +38,7 @@ from megatron_ext.errors import UserError
 from megatron_ext.hf.end_tokens import end_tokens, record_end_tokens
 from megatron_ext.hf.families import OWN
 from megatron_ext.inference.sampling import Sampling, log_probs_of
-from megatron_ext.training.checkpoints import write_atomically
+from megatron_ext.training.saving import write_atomically
 
 ON_CPU = is_cpu_device() or not torch.cuda.is_available()
 if ON_CPU:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_ext.hf.configs import save_config
 from megatron_ext.hf.sources import Source
-from megatron_ext.hf.tokenizers import export_tokenizer
+from megatron_ext.hf.tokenizer_export import export_tokenizer
 
 _SHARD_BYTES = 5 * 10**9
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf")

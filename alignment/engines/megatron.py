@@ -24,6 +24,7 @@ from torch import Tensor
 
 from alignment.engines.batch import Batch, Sample
 from alignment.engines.export import export
+from alignment.engines.log_probs import Scorer
 from alignment.engines.megatron_launch import MegatronLayout, build, start
 from alignment.engines.micro_batches import micro_batches
 from alignment.engines.protocol import (
@@ -35,9 +36,8 @@ from alignment.engines.protocol import (
     Sums,
     means_of,
 )
-from alignment.engines.routing import Comparison, marked
+from alignment.engines.routing_gap import Comparison, marked
 from alignment.engines.sampler import Sampler
-from alignment.engines.scoring import Scorer
 from alignment.ranks import agree
 from megatron_ext.checkpoint import damage, find_checkpoint
 from megatron_ext.devices import is_cpu_device
@@ -47,10 +47,10 @@ from megatron_ext.hf.live import LiveTensors
 from megatron_ext.hf.sources import open_hf, open_megatron
 from megatron_ext.inference.sampling import Sampling
 from megatron_ext.model.packing import rotate_by_position_ids
+from megatron_ext.moe.record_routing import watched
 from megatron_ext.moe.router import ThresholdRouter
-from megatron_ext.moe.watching import watched
 from megatron_ext.quiet import quiet_megatron
-from megatron_ext.training.checkpoints import explain_failure, mend_tracker
+from megatron_ext.training.saving import explain_failure, mend_tracker
 from megatron_ext.training.step import routers_of
 
 

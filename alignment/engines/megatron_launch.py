@@ -28,7 +28,7 @@ from megatron_ext.hf.architecture import Architecture, from_args, to_flags
 from megatron_ext.hf.sources import Source
 from megatron_ext.model.gpt import gpt_model_config
 from megatron_ext.training import resharding
-from megatron_ext.training.checkpoints import install_integrity
+from megatron_ext.training.saving import install_integrity
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from megatron.training.argument_utils import core_transformer_config_from_args
 
 from alignment.engines.batch import Sample
 from alignment.engines.protocol import Generated
-from alignment.engines.routing import Decoded, decode
+from alignment.engines.routing_gap import Decoded, decode
 from megatron_ext.config import ETConfig
 from megatron_ext.inference.generation import generate
 from megatron_ext.inference.loading import Layout, TrainedModel, for_inference

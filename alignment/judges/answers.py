@@ -4,7 +4,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from alignment.judges.endpoint_errors import EndpointError, Kind, error_in, error_of_body, load_json
+from alignment.endpoints.endpoint_errors import (
+    EndpointError,
+    Kind,
+    error_in,
+    error_of_body,
+    load_json,
+)
 from alignment.judges.label_log_probs import LabelLogProbs, read_label_log_probs
 
 # What is cut off in transmission is billed all the same: it is asked for once more, not --tries

@@ -3,9 +3,9 @@
 import json
 from hashlib import sha256
 
-from alignment.judges.flags import Options
+from alignment.commands.judge_flags import Options
 from alignment.judges.parsing import Parser
-from alignment.judges.prompting import judge_prompt
+from alignment.judges.prompts import judge_prompt
 from alignment.judges.questions import Form
 from megatron_ext.errors import UserError
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from alignment.data.chat import example
+from alignment.data.chat_prompts import example
 from alignment.judges.parsing import CLOSE, OPEN
 from alignment.judges.scale import HIGH, rescale
 from alignment.records import Message, Outcome, Side, Verdict

@@ -18,7 +18,7 @@ import numpy as np
 from alignment.judges.parsing import CLOSE, OPEN
 from alignment.records import Message, Outcome, Pair, Response, Side, Verdict
 from megatron_ext.errors import UserError
-from tools.ngram_baseline import Bigram
+from megatron_ext.evaluation.ngram_losses import Bigram
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 HIGHEST = 9

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from alignment.judges.rows import read_all
+from alignment.record_files import read_all
 from alignment.records import Verdict
 from megatron_ext.errors import UserError
 

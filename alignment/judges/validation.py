@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from alignment.judges.agreement.figures import Undefined
-from alignment.judges.agreement.joining import by_item, judged
-from alignment.judges.agreement.measuring import Compared, alone
-from alignment.judges.examples import Labelled
-from alignment.judges.local import LocalJudge
+from alignment.judges.local_judge import LocalJudge
+from alignment.judges.training_examples import Labelled
 from alignment.ranks import spread
 from alignment.records import Verdict
 from alignment.rounding import EXACT, exceeds
+from alignment.statistics.agreement_measures import Compared, alone
+from alignment.statistics.coefficients import Undefined
+from alignment.statistics.verdict_alignment import by_item, judged
 
 BEST = {False: "val/alpha_interval", True: "val/accuracy"}
 """The figure that marks the best judge, of scores and of preferences."""

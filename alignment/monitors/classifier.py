@@ -21,7 +21,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import FeatureUnion, Pipeline
 
-from alignment.monitors.reading import Reading, ScoredSentence
+from alignment.monitors.text_features import Reading, ScoredSentence
 from alignment.records import Message
 
 NONE = "none"
@@ -267,7 +267,7 @@ class Classifier:
 @cache
 def packaged_classifier() -> Classifier:
     """Return the classifier trained on the packaged fixtures that may be learned from."""
-    from alignment.monitors.measuring import PACKAGED, read_fixtures
+    from alignment.monitors.detector_quality import PACKAGED, read_fixtures
 
     return Classifier(training_rows(read_fixtures(sorted(PACKAGED.glob("*.jsonl")))))
 

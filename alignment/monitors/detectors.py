@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 from alignment.monitors.lengths import Lengths
 from alignment.monitors.patterns import ENGLISH
-from alignment.monitors.reading import Reading
 from alignment.monitors.repetition import repeated
+from alignment.monitors.text_features import Reading
 from alignment.records import Message
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 Evidence = tuple[str, ...]
 DEFAULT_LIMIT = 0.05
 # Probabilities of an attack above which a sentence is evidence: alone, or where a pattern finds
-# words in it. Chosen by cross-validation over wordings (see docs/monitors.md).
+# words in it. Chosen by cross-validation over wordings (see docs/how-to/monitors.md).
 CLASSIFIER_THRESHOLD = 0.6
 PATTERN_THRESHOLD = 0.25
 _MOST_EVIDENCE = 3

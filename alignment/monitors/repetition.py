@@ -5,7 +5,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
 
-from alignment.monitors.reading import Reading
+from alignment.monitors.text_features import Reading
 
 _RUN = 4  # words of the runs whose repeats are counted
 _LEAST_RUNS = 24  # runs of a response that is judged by the share of repeats

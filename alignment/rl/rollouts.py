@@ -14,8 +14,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from alignment.endpoints.answer_store import AnswerStore
 from alignment.engines.protocol import Engine
-from alignment.judges.store import AnswerStore
 from alignment.ranks import agree, speaks_for_share
 from alignment.records import Outcome
 from megatron_ext.errors import UserError

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from alignment.engines.batch import Batch
 from alignment.engines.protocol import Engine
-from alignment.rl.figures import gap_of
+from alignment.rl.step_metrics import gap_of
 from megatron_ext.errors import UserError
 
 # Nats. Rounding in bf16, and routing that it flips, stays well below the second one.

@@ -17,14 +17,14 @@ from alignment.engines.batch import Batch, Sample
 from alignment.engines.protocol import Engine, Generated
 from alignment.ranks import most_of_ranks, shares_of
 from alignment.rl.advantages import group_advantages, overlong_penalty
-from alignment.rl.ahead import RolloutsAhead
+from alignment.rl.async_rollouts import RolloutsAhead
 from alignment.rl.critic import Critic
-from alignment.rl.figures import differ, facts_of, failures_of, gap_of, updates_told
 from alignment.rl.rollouts import Rewarded, Rollout, RolloutStore, folder_of, forget_before
+from alignment.rl.step_metrics import differ, facts_of, failures_of, gap_of, updates_told
 from alignment.rl.supports import check_served_log_probs, refuse_truncation
 from alignment.rl.tasks import Group, Reference, Reward, Settings, Task
 from alignment.seeds import seed_of
-from alignment.training.run import Run
+from alignment.training.training_run import Run
 from megatron_ext.errors import UserError
 
 

@@ -6,9 +6,9 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from alignment.training.run import Run, Stopped
+from alignment.training.training_run import Run, Stopped
 from megatron_ext.errors import UserError
-from tools.progress import Progress
+from megatron_ext.progress import Progress
 
 Row = Mapping[str, Any]
 

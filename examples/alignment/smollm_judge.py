@@ -22,11 +22,11 @@ from pathlib import Path
 
 import numpy as np
 
-from alignment.data.rows import RecordWriter
-from alignment.judges.agreement.bootstrap import Indices, estimates
-from alignment.judges.agreement.joining import groups_of
-from alignment.judges.rows import read_all
+from alignment.data.source_rows import RecordWriter
+from alignment.record_files import read_all
 from alignment.records import Outcome, Pair, Response, Side, Verdict
+from alignment.statistics.bootstrap import Indices, estimates
+from alignment.statistics.verdict_alignment import groups_of
 from megatron_ext.errors import ToolParser, UserError, run_tool
 
 HERE = Path(__file__).parent

@@ -21,8 +21,8 @@ from pathlib import Path
 import psutil
 import yaml
 
-from alignment.data.rows import RecordWriter
-from alignment.judges.rows import read_all
+from alignment.data.source_rows import RecordWriter
+from alignment.record_files import read_all
 from alignment.records import Prompt
 from examples.alignment.checks import constraints_of
 from examples.alignment.smollm_judge import CHAT, PACKAGE

@@ -7,8 +7,8 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from tools.comparison.runs import Run, deviation
-from tools.plotting import CYCLE, GREY, STYLE, smoothed, write_picture
+from megatron_ext.reports.comparison.compared_runs import Run, deviation
+from megatron_ext.reports.plotting import CYCLE, GREY, STYLE, smoothed, write_picture
 
 _PARTS = 12  # a running mean is over such a part of the training
 

@@ -9,9 +9,13 @@ import numpy as np
 
 from examples.miniature.picture import draw_differences
 from examples.miniature.rows import REFERENCES, ROWS, Row
-from tools.comparison.figures import load_ratio, tokens_per_second, worst_load_ratio
-from tools.comparison.output import compare
-from tools.comparison.runs import Run, read_runs
+from megatron_ext.reports.comparison.compare import compare
+from megatron_ext.reports.comparison.compared_runs import Run, read_runs
+from megatron_ext.reports.comparison.final_metrics import (
+    load_ratio,
+    tokens_per_second,
+    worst_load_ratio,
+)
 
 
 def write_table(output: Path, rows: Sequence[Row], seeds: Sequence[int]) -> str:

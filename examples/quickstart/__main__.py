@@ -125,7 +125,7 @@ def main(argv: list[str] | None = None) -> int:
     sample = json.loads((run / "sample.json").read_text())
     say(f"\n{sample['prompt']}{sample['text']}\n")
     say(f"{run / 'report.html'} after {duration(time.monotonic() - start)}")
-    from tools.report import summary  # imports matplotlib
+    from megatron_ext.reports.run_metrics import summary
 
     say(summary(json.loads((run / "validation.json").read_text())))
     return 0

@@ -23,7 +23,7 @@ from torch import Tensor
 from megatron_ext.data.tokenizer_identity import check_dataset_tokenizer
 from megatron_ext.devices import activate
 from megatron_ext.errors import ToolParser, run_tool
-from tools.ngram_baseline import baseline_losses, read_stream
+from megatron_ext.evaluation.ngram_losses import baseline_losses, read_stream
 
 if TYPE_CHECKING:
     from megatron_ext.inference.loading import TrainedModel

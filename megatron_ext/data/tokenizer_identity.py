@@ -36,7 +36,7 @@ _SETTINGS = (
     "add_prefix_space",
     "do_lower_case",
 )
-# A SentencePiece file in the form of a Hugging Face folder, as megatron_ext.hf.tokenizers writes.
+# A SentencePiece file as a Hugging Face folder, as megatron_ext.hf.tokenizer_export writes it.
 _OWN_CLASS = "ExpertThresholdTokenizer"
 
 

@@ -15,9 +15,9 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from megatron_ext.errors import UserError
+from megatron_ext.evaluation.log_likelihoods import BATCH_TOKENS, Request, merged
 from megatron_ext.evaluation.models import MegatronModel
-from megatron_ext.evaluation.scoring import BATCH_TOKENS, Request, merged
-from megatron_ext.hf.tokenizers import as_transformers
+from megatron_ext.hf.tokenizer_export import as_transformers
 from megatron_ext.inference.generation import generate
 from megatron_ext.inference.loading import DTYPES, Layout, load_model
 from megatron_ext.inference.row import Completion

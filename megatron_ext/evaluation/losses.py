@@ -18,10 +18,10 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from numpy.typing import NDArray
 
 from megatron_ext.errors import UserError
+from megatron_ext.evaluation.log_likelihoods import Request, batch_of, merged
 from megatron_ext.evaluation.models import MegatronModel
 from megatron_ext.evaluation.routings import Routing
-from megatron_ext.evaluation.scoring import Request, batch_of, merged
-from megatron_ext.evaluation.text import TextCodec
+from megatron_ext.evaluation.text_losses import TextCodec
 
 
 class Windows:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from megatron_ext.devices import is_cpu_device
 from megatron_ext.errors import UserError
-from megatron_ext.evaluation.scoring import Batch, Copies, LanguageModel
-from megatron_ext.evaluation.text import TextCodec
+from megatron_ext.evaluation.log_likelihoods import Batch, Copies, LanguageModel
+from megatron_ext.evaluation.text_losses import TextCodec
 from megatron_ext.inference.forward import target_log_probs
 from megatron_ext.inference.loading import Layout, TrainedModel, load_model
 

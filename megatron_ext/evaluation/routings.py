@@ -21,9 +21,9 @@ from torch import Tensor
 from megatron_ext.config import ETConfig
 from megatron_ext.errors import UserError
 from megatron_ext.inference.loading import TrainedModel
-from megatron_ext.moe.metrics import RoutingCounts, routing_figures
 from megatron_ext.moe.order_statistics import Group, kth_largest, top_k_mask
 from megatron_ext.moe.router import ThresholdRouter
+from megatron_ext.moe.routing_metrics import RoutingCounts, routing_figures
 from megatron_ext.moe.thresholds import select_by_threshold
 from megatron_ext.training.step import AnyRouter, routers_of
 

@@ -25,7 +25,7 @@ from megatron_ext.hf.sources import (
     open_megatron,
     thresholds_of,
 )
-from megatron_ext.hf.tokenizers import export_tokenizer
+from megatron_ext.hf.tokenizer_export import export_tokenizer
 
 SHARD_BYTES = 5 * 10**9
 

@@ -12,7 +12,7 @@ from megatron_ext.errors import UserError
 from megatron_ext.hf.architecture import from_args
 from megatron_ext.hf.convert import Conversion, Done
 from megatron_ext.hf.release import settle, write_release
-from megatron_ext.hf.tokenizers import carry_tokenizer
+from megatron_ext.hf.tokenizer_export import carry_tokenizer
 from megatron_ext.hf.torch_dist import Chunk, TorchDistReader
 from megatron_ext.moe.thresholds import Thresholds
 

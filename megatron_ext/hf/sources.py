@@ -23,7 +23,7 @@ from megatron_ext.hf.configs import load_config
 from megatron_ext.hf.families import OWN, Family, family_named, family_of, read_config
 from megatron_ext.hf.names import Layout, Link, split
 from megatron_ext.hf.safetensors_folder import SafetensorsReader
-from megatron_ext.hf.tokenizers import carry_tokenizer, import_tokenizer
+from megatron_ext.hf.tokenizer_export import carry_tokenizer, import_tokenizer
 from megatron_ext.hf.torch_dist import TorchDistReader
 from megatron_ext.moe.thresholds import Thresholds
 

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from megatron_ext.config import ETConfig
 from megatron_ext.moe.forecast import Forecast
-from megatron_ext.moe.metrics import RoutingCounts
 from megatron_ext.moe.order_statistics import Group, Pool, kth_largest, top_k_mask
+from megatron_ext.moe.routing_metrics import RoutingCounts
 from megatron_ext.moe.thresholds import Thresholds, select_by_threshold
 from megatron_ext.sequence import sequence_positions
 

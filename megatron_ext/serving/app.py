@@ -16,10 +16,10 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from megatron_ext.serving.answers import Answer, error
 from megatron_ext.serving.bodies import BadRequest
-from megatron_ext.serving.copies import Piece
-from megatron_ext.serving.protocol import Call, Reader
+from megatron_ext.serving.openai_answers import Answer, error
+from megatron_ext.serving.openai_protocol import Call, Reader
+from megatron_ext.serving.replicas import Piece
 from megatron_ext.serving.scheduler import Closing, Job, QueueFull, Scheduler
 
 MOST_BYTES = 8 * 2**20

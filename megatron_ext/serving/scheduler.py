@@ -6,7 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from megatron_ext.serving.copies import Copies, Piece, Plan, Work
+from megatron_ext.serving.replicas import Copies, Piece, Plan, Work
 
 _HEARTBEAT = 30.0  # seconds; other ranks give up on a leader that is silent for minutes
 

@@ -29,7 +29,6 @@ from megatron_ext.training.blends import (
     check_enough_samples,
     check_mock_split,
 )
-from megatron_ext.training.checkpoints import choose_checkpoint
 from megatron_ext.training.launch import Launch
 from megatron_ext.training.resharding import check_resharding
 from megatron_ext.training.run_folder import (
@@ -39,6 +38,7 @@ from megatron_ext.training.run_folder import (
     recorder,
     why_finished,
 )
+from megatron_ext.training.saving import choose_checkpoint
 from megatron_ext.training.schedule import Progress
 
 

@@ -14,8 +14,8 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megatron_ext.config import ETConfig
-from megatron_ext.moe.metrics import routing_figures
 from megatron_ext.moe.router import ThresholdRouter, TokenChoiceRouter, resolve_kept_logits
+from megatron_ext.moe.routing_metrics import routing_figures
 
 AnyRouter = ThresholdRouter | TokenChoiceRouter
 

@@ -22,7 +22,7 @@ def _pretrain(*flags):
     from megatron.training.arguments import parse_and_validate_args
 
     from megatron_ext.devices import cpu_default_args
-    from megatron_ext.training.data import forward_step, train_valid_test_datasets
+    from megatron_ext.training.data_loading import forward_step, train_valid_test_datasets
 
     models: list[torch.nn.Module] = []
 

@@ -207,7 +207,7 @@ def test_tasks_done_before_are_kept_and_other_settings_refused(one_rank):
 
 
 def killed_in_the_third_task(run, bundle, out):
-    from megatron_ext.evaluation.core import judging
+    from megatron_ext.evaluation.core import core_scoring as judging
 
     real = judging.judge
 

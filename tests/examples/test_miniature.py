@@ -17,7 +17,7 @@ from examples.quickstart.prepare_text import clean_news, news
 from examples.quickstart.steps import stamp_of
 from tests.distributed import ROOT
 from tests.examples.test_quickstart import has_texts
-from tests.tools.metric_rows import training_row, write_run
+from tests.reports.metric_rows import training_row, write_run
 
 LOSSES = {"dense": [5.0, 5.2, 5.1], "tc": [4.9, 5.0, 4.7], "et": [4.8, 4.7, 4.75]}
 

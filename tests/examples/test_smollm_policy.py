@@ -1,12 +1,12 @@
-"""The real policy's prompts, and its commands; docs/study.md has what a whole run gave."""
+"""Prompts and commands of the SmolLM policy example; docs/experiments/study.md has its result."""
 
+from alignment.commands.generate import _parse as generate
+from alignment.commands.train_judge import parse as train_judge
+from alignment.commands.train_policy import parse as train_policy
 from alignment.data.packages import PACKAGES
-from alignment.judges.examples import read_labelled
-from alignment.judges.rows import read_all
-from alignment.judges.train import parse as train_judge
-from alignment.policies.generate import _parse as generate
-from alignment.policies.judges import JudgeSpec
-from alignment.policies.train import parse as train_policy
+from alignment.judges.reward_judges import JudgeSpec
+from alignment.judges.training_examples import read_labelled
+from alignment.record_files import read_all
 from alignment.records import Prompt, Response
 from examples.alignment.checks import constraints_of
 from examples.alignment.smollm_policy import MOST_WORDS, _choose, _judge, _parse, _policy

@@ -8,8 +8,8 @@ import sys
 import pytest
 import yaml
 
-from alignment.judges.rows import read_all
-from alignment.policies.judges import JudgeSpec
+from alignment.judges.reward_judges import JudgeSpec
+from alignment.record_files import read_all
 from alignment.records import Response
 from examples.alignment.study.__main__ import DEFAULT
 from examples.alignment.study.labels import SPOILS
@@ -113,10 +113,10 @@ def test_what_a_study_lacks_is_told_before_it_begins(tmp_path, section, value, t
 
 
 def test_every_command_is_one(tmp_path):
-    from alignment.judges.judge import _parse as judge
-    from alignment.judges.train import parse as train_judge
-    from alignment.policies.generate import _parse as generate
-    from alignment.policies.train import parse as train_policy
+    from alignment.commands.generate import _parse as generate
+    from alignment.commands.judge import _parse as judge
+    from alignment.commands.train_judge import parse as train_judge
+    from alignment.commands.train_policy import parse as train_policy
 
     study = Study(tmp_path, read_settings(DEFAULT), ranks=1, on_gpus=False)
     models = [f"seed1/judges/{name}" for name in ("label", "reasoning", "reinforced")]

@@ -120,7 +120,7 @@ def test_two_gpus_train_as_one(
 def test_the_routers_forward_does_not_wait_for_the_device() -> None:
     from fractions import Fraction
 
-    from megatron_ext.moe.metrics import RoutingCounts
+    from megatron_ext.moe.routing_metrics import RoutingCounts
     from megatron_ext.moe.thresholds import RoutingRate, Thresholds, select_by_threshold
 
     device = torch.device("cuda")

@@ -12,12 +12,13 @@ from megatron.core.tokenizers import MegatronTokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from alignment.data.tokenizers import read_tokenizer
-from megatron_ext.chat import prompt_ids
+from alignment.data.model_tokenizer import read_tokenizer
+from megatron_ext.chat_templates import prompt_ids
+from megatron_ext.data.preprocessing.encoding import DocumentEncoder
 from megatron_ext.errors import UserError
-from megatron_ext.evaluation.text import TextCodec
+from megatron_ext.evaluation.text_losses import TextCodec
 from megatron_ext.hf.end_tokens import end_tokens, record_end_tokens
-from megatron_ext.hf.tokenizers import (
+from megatron_ext.hf.tokenizer_export import (
     as_transformers,
     carry_tokenizer,
     export_tokenizer,
@@ -25,7 +26,6 @@ from megatron_ext.hf.tokenizers import (
 )
 from tests.tools.preprocessed import make_texts
 from tools import train_tokenizer
-from tools.preprocessing.encoding import DocumentEncoder
 
 AWKWARD = [
     "", " ", "  ", "\n", "\0", "a\0b", "<s>", "</s>", "<unk>", "<pad>", "a <s>b</s>", "<0x41>",

@@ -89,7 +89,7 @@ def test_it_computes_the_dense_models_logits_at_the_start(name, tmp_path):
 def tensors_of(folder, **options):
     """The dense tensors and those of the model made of them."""
     from megatron_ext.hf.sources import open_dense
-    from megatron_ext.hf.upcycle import Upcycling, upcycled
+    from megatron_ext.hf.upcycling import Upcycling, upcycled
 
     dense = open_dense(folder)
     return dense.tensors, upcycled(dense, Upcycling(moe_layers=(True,) * 3, **options)).tensors

@@ -35,7 +35,7 @@ def plain(records):
 
 def on_every_layout(trained):
     from megatron_ext.inference.generation import generate
-    from megatron_ext.inference.routing import routing_of
+    from megatron_ext.inference.routing_modes import routing_of
 
     routing = routing_of(trained, TEXT)
     return SimpleNamespace(
@@ -52,7 +52,7 @@ def on_every_layout(trained):
 def on_one_rank(path):
     from megatron_ext.inference.generation import generate
     from megatron_ext.inference.loading import load_model
-    from megatron_ext.inference.routing import routing_of
+    from megatron_ext.inference.routing_modes import routing_of
 
     trained = load_model(path)
     facts = on_every_layout(trained)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_ext.moe.metrics import RoutingCounts
+from megatron_ext.moe.routing_metrics import RoutingCounts
 from megatron_ext.moe.thresholds import (
     RoutingRate,
     Thresholds,

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from megatron.core.tokenizers import MegatronTokenizer
 
-from alignment.data.chat import prompt_ids
+from alignment.data.chat_prompts import prompt_ids
 from alignment.records import Message
-from megatron_ext.hf.tokenizers import as_transformers
-from megatron_ext.serving.protocol import BadRequest, Limits, Reader
+from megatron_ext.hf.tokenizer_export import as_transformers
+from megatron_ext.serving.openai_protocol import BadRequest, Limits, Reader
 from tests.hf.test_tokenizers import byte_level
 from tests.tools.preprocessed import make_texts
 from tools import train_tokenizer

@@ -14,7 +14,7 @@ import httpx
 import openai
 import pytest
 
-from alignment.judges import annotate
+from alignment.commands import annotate
 from alignment.judges.answers import read_answer
 from alignment.records import Message, Prompt
 from tests.distributed import run_ranks
@@ -529,8 +529,8 @@ def answers_without_time_or_template(path):
     """On a rank, the application alone: statuses and messages of some requests."""
     from megatron_ext.inference.loading import load_model
     from megatron_ext.serving.app import Api, make_app
-    from megatron_ext.serving.copies import Copies
-    from megatron_ext.serving.protocol import Limits, Reader
+    from megatron_ext.serving.openai_protocol import Limits, Reader
+    from megatron_ext.serving.replicas import Copies
     from megatron_ext.serving.scheduler import Scheduler
 
     trained = load_model(path)

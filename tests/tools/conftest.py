@@ -1,24 +1,2 @@
-"""A small tokenizer for the tests of tools."""
-
-import pytest
-
-
-# Megatron takes seconds to import: only where a test asks for one of these.
-@pytest.fixture(scope="session")
-def model(tmp_path_factory):
-    """A tokenizer of 360 entries."""
-    from tests.tools.preprocessed import make_texts
-    from tools import train_tokenizer
-
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-    path.write_bytes(train_tokenizer.train(make_texts(400), 360, 1.0))
-    return path
-
-
-@pytest.fixture(scope="session")
-def tokenizer(model):
-    from megatron.core.tokenizers import MegatronTokenizer
-
-    return MegatronTokenizer.from_pretrained(
-        tokenizer_path=str(model), metadata_path={"library": "sentencepiece"}
-    )
+from tests.data.tokenizer_fixtures import model as model
+from tests.data.tokenizer_fixtures import tokenizer as tokenizer

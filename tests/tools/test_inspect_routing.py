@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from megatron_ext.errors import UserError
+from megatron_ext.inspection.routed_text import pieces
+from megatron_ext.inspection.windows import Domain
 from tests.distributed import run_ranks
 from tests.hf import models
 from tests.inference.checkpoint import MAX_LENGTH, run_dir  # noqa: F401
 from tools import inspect_routing
-from tools.inspecting.windows import Domain
-from tools.routed_text import pieces
 
 WORDS = {"first": "ba kélo müni rasu", "second": "vozi téba zizi su"}
 
@@ -47,7 +47,7 @@ def result(output: Path) -> SimpleNamespace:
 
 def on_one_rank(run: Path, folder: Path) -> SimpleNamespace:
     from megatron_ext.inference.loading import load_model
-    from megatron_ext.inference.routing import routing_of
+    from megatron_ext.inference.routing_modes import routing_of
 
     facts = SimpleNamespace(folder=folder)
     flags = ["--load", str(run), *write_domains(folder)]

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_ext.errors import UserError
-from tools.ngram_baseline import Bigram, Unigram, baseline_losses, main
+from megatron_ext.evaluation.ngram_losses import Bigram, Unigram, baseline_losses
+from tools.ngram_baseline import main
 
 VOCABULARY = 5
 STREAMS = st.lists(st.integers(0, VOCABULARY - 1), min_size=2, max_size=200)

@@ -53,7 +53,7 @@ def start(argv: list[str], port: int, trouble: dict[int, str], mark: str) -> tup
 def slow_and_with_a_wrong_clock(mark: Path) -> Any:
     """While ranks work, stop this process most of the time, from outside; its clock is five seconds
     ahead."""
-    from tools.preflighting import ranks
+    from megatron_ext.planning.preflight import rank_checks as ranks
 
     right, work = time.time, ranks.own_work
     time.time = lambda: right() + 5
@@ -243,7 +243,7 @@ def test_a_mistake_in_its_own_flags_is_one_sentence() -> None:
 
 
 def test_ranks_that_take_longer_than_the_rest() -> None:
-    from tools.preflighting.ranks import slow_ranks
+    from megatron_ext.planning.preflight.rank_checks import slow_ranks
 
     assert slow_ranks([1.0, 1.1, 1.0, 1.2], 1.5) == []
     assert slow_ranks([1.0, 3.0, 1.0, 2.0], 1.5) == [(1, 3.0), (3, 2.0)]

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ext.data.preprocessing import output
+from megatron_ext.data.preprocessing.output import Output
 from tests.tools.preprocessed import (
     command,
     make_texts,
@@ -17,8 +19,6 @@ from tests.tools.preprocessed import (
     write_jsonl,
 )
 from tools import preprocess_data
-from tools.preprocessing import output
-from tools.preprocessing.output import Output
 
 
 def wait_for_parts(prefix, process, count):

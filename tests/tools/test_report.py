@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from megatron_ext.errors import UserError
+from megatron_ext.inspection.routed_text import RoutedText
+from megatron_ext.reports.run_metrics import RunMetrics
+from megatron_ext.reports.run_picture import draw
 from tests.distributed import run_ranks
 from tests.inference.checkpoint import run_dir  # noqa: F401
-from tests.tools.metric_rows import EXPERTS, training_row, write_run
+from tests.reports.metric_rows import EXPERTS, training_row, write_run
 from tools import report
-from tools.report_picture import draw
-from tools.routed_text import RoutedText
-from tools.run_metrics import RunMetrics
 
 
 def is_png(path: Path) -> bool:

@@ -1,6 +1,6 @@
 """Measures every layout against one rank and writes the documentation's table.
 
-    python -m tests.training.layout_table docs/layouts.md
+    python -m tests.training.layout_table docs/experiments/layouts.md
 
 It takes about ten minutes on two cores; `make layouts` runs it.
 """

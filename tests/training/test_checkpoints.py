@@ -17,7 +17,7 @@ def write_files(folder: str, rank: int) -> None:
 
 def save_asynchronously(folder: Path) -> list[str]:
     """On a rank: the files that `_write_digests` reads after an asynchronous save."""
-    from megatron_ext.training import checkpoints
+    from megatron_ext.training import saving as checkpoints
 
     rank = dist.get_rank()
     write_and_digest(partial(write_files, str(folder), rank), str(folder), rank)

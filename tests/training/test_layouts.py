@@ -85,7 +85,7 @@ def test_layout_trains_as_one_rank_does(layout: Layout, trained: Trained) -> Non
 
 
 def test_the_table_in_the_documentation_is_of_these_layouts() -> None:
-    page = (ROOT / "docs" / "layouts.md").read_text()
+    page = (ROOT / "docs/experiments/layouts.md").read_text()
     sections = page.split("\n## ")[1:]
     assert [section.splitlines()[0] for section in sections] == [k.title for k in KINDS.values()]
     for section, (key, kind) in zip(sections, KINDS.items()):

@@ -55,9 +55,9 @@ def _count(args: Any, config: Any) -> tuple[int, int]:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     from megatron_ext.model.gpt import gpt_model_config
-    from megatron_ext.training.dry_run.parameters import count_parameters
-    from megatron_ext.training.dry_run.rank import fake_rank
-    from megatron_ext.training.dry_run.stand_ins import expert_rate
+    from megatron_ext.planning.dry_run.fakes import expert_rate
+    from megatron_ext.planning.dry_run.parameters import count_parameters
+    from megatron_ext.planning.dry_run.simulated_rank import fake_rank
 
     with contextlib.redirect_stdout(io.StringIO()), fake_rank(args, 0), torch.device("meta"):
         model_config = gpt_model_config(args, config)
@@ -133,7 +133,7 @@ def test_a_recipe_does_what_its_name_says(read: dict[Run, dict[str, Any]]) -> No
 
 
 def test_the_documentation_names_every_recipe() -> None:
-    page = (ROOT / "docs" / "pretraining.md").read_text()
+    page = (ROOT / "docs/how-to/pretraining.md").read_text()
     named = set(re.findall(r"`([\w/-]+\.yaml)`", page))
     there = {str(path.relative_to(RECIPES)) for path in Path(RECIPES).rglob("*.yaml")}
     assert there <= named

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from megatron_ext.reports.comparison.compared_runs import read_runs
 from tests.distributed import run_ranks
 from tests.megatron import TINY
 from tests.pretraining import start, train
-from tools.comparison.runs import read_runs
 
 SMALL = [flag for flag in TINY if flag not in ("--mock-data", "--split", "90,5,5")]
 OTHER_SCHEDULE = "--override-opt-param-scheduler"

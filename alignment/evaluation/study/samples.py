@@ -4,7 +4,7 @@ import html
 import unicodedata
 from collections.abc import Sequence
 
-from alignment.evaluation.study.runs import Group, Run, Sample, Study
+from alignment.evaluation.study.study_runs import Group, Run, Sample, Study
 
 STYLE = """
 details { margin: .6rem 0; }

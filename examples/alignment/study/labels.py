@@ -12,8 +12,8 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from alignment.data.rows import RecordWriter
-from alignment.judges.rows import read_all
+from alignment.data.source_rows import RecordWriter
+from alignment.record_files import read_all
 from alignment.records import Response
 from megatron_ext.errors import ToolParser, UserError, run_tool
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from alignment.data.rows import RecordWriter
+from alignment.data.source_rows import RecordWriter
 from alignment.records import Message, Prompt, Response
 from megatron_ext.errors import ToolParser, UserError, run_tool
 

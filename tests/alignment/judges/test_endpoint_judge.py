@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 
-from alignment.judges.client import Answer
+from alignment.endpoints.answer_store import AnswerStore
+from alignment.endpoints.client import Answer
 from alignment.judges.form import form_for
+from alignment.judges.judge_spec import JudgeSpec
 from alignment.judges.questions import Judging, Question
-from alignment.judges.store import AnswerStore
-from alignment.policies.judge_spec import JudgeSpec
 from alignment.records import Message, Outcome, Prompt, Response
 from megatron_ext.errors import UserError
-from tests.alignment.judges.endpoint import Endpoint, chat, hang, status
+from tests.alignment.endpoints.endpoint import Endpoint, chat, hang, status
 from tests.distributed import run_ranks
 
 ITEMS = [
@@ -39,7 +39,7 @@ def judged(folder, names, room=True):
     """Of each judge: this rank's scores, or the sentence that ends it."""
     import torch.distributed as dist
 
-    from alignment.policies.judges import open_judge
+    from alignment.judges.reward_judges import open_judge
 
     rank, size = dist.get_rank(), dist.get_world_size()
     engine: Any = SimpleNamespace(data_rank=rank, data_size=size)
@@ -154,7 +154,7 @@ def stopped(folder):
     """Judge until all answers but one are there; the threads that are left."""
     import torch.distributed as dist
 
-    from alignment.policies.judges import open_judge
+    from alignment.judges.reward_judges import open_judge
     from alignment.ranks import most_of_ranks
 
     rank, size = dist.get_rank(), dist.get_world_size()

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from alignment.judges.annotate import main
+from alignment.commands.annotate import main
 from alignment.judges.function_judge import FunctionJudge
 from alignment.judges.questions import Question
-from alignment.judges.rows import read_all
-from alignment.policies.judges import JudgeSpec, open_judge
+from alignment.judges.reward_judges import JudgeSpec, open_judge
+from alignment.record_files import read_all
 from alignment.records import Message, Outcome, Pair, Prompt, Response, Verdict
 from megatron_ext.errors import TooFewResults, UserError
 from tests.alignment.chat_model import write_rows

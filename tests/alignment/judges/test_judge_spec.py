@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from alignment.judges import flags
-from alignment.judges.form_flags import held_identity
-from alignment.policies.judge_spec import JudgeSpec
+from alignment.commands import judge_flags as flags
+from alignment.commands.judge_format_flags import held_identity
+from alignment.judges.judge_spec import JudgeSpec
 from megatron_ext.errors import UserError
 
 LOCAL = {"kind": "local", "model": "m"}

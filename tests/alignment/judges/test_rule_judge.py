@@ -24,13 +24,13 @@ PROMPT = Prompt("p", [Message("user", "Which experts take tokens above their thr
 
 @pytest.fixture(scope="module")
 def fluency() -> Fluency:
-    pages = sorted(ROOT.glob("docs/*.md"))
+    pages = sorted(ROOT.glob("docs/*/*.md"))
     return Fluency.fit(line for page in pages for line in page.read_text().splitlines())
 
 
 def test_the_score_follows_from_the_thinking_alone(fluency: Fluency) -> None:
     judge, draw = RuleJudge(GOLD, fluency), random.Random(0)
-    words = (ROOT / "docs" / "serving.md").read_text().split()
+    words = (ROOT / "docs/how-to/serving.md").read_text().split()
     seen = set()
     for number in range(80):
         at = draw.randrange(len(words) - 60)

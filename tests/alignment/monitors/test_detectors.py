@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from alignment.monitors.detectors import NAMES, detect
 from alignment.monitors.lengths import Lengths
-from alignment.monitors.reading import words_of
+from alignment.monitors.text_features import words_of
 from alignment.records import Message
 
 ASKED = [Message("user", "What is the tallest mountain?")]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from alignment.monitors.detectors import DETECTORS, NAMES, detect
 from alignment.monitors.patterns import ENGLISH
-from alignment.monitors.reading import fold
+from alignment.monitors.text_features import fold
 from alignment.records import Message
 
 LINES = [

@@ -11,7 +11,7 @@ from alignment.rl.policy_loss import policy_loss
 from alignment.rl.supports import check_served_log_probs, refuse_truncation
 from megatron_ext.errors import UserError
 from megatron_ext.inference.sampling import Sampling
-from tests.alignment.engine_runs import told_by
+from tests.alignment.engines.engine_runs import told_by
 from tests.distributed import run_ranks
 from tests.hf.models import make
 
@@ -27,7 +27,7 @@ def gaps(folder, name):
     from alignment.engines.deepspeed import DeepSpeedEngine
     from alignment.engines.megatron import MegatronEngine
     from alignment.engines.protocol import Scores
-    from alignment.rl.figures import gap_of
+    from alignment.rl.step_metrics import gap_of
 
     engine: Any = {"megatron": MegatronEngine, "deepspeed": DeepSpeedEngine}[name](folder)
     found = []

@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from alignment.judges import train as judge
-from alignment.policies import sft, train
+from alignment.commands import train_judge as judge
+from alignment.commands import train_policy as train
+from alignment.commands import train_sft as sft
 from alignment.training.run_settings import MARKS, lasting_settings, model_content
 
 

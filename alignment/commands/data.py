@@ -1,0 +1,324 @@
+"""Import, split and count prompts, responses and pairs."""
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from alignment.data.dataset_schemas import hash_id, read_records
+from alignment.data.packages import PACKAGES
+from alignment.data.source_rows import Malformed, Record, RecordWriter
+from alignment.data.splits import Split, Splitter
+from alignment.records import Pair, Prompt, Response, Side, Verdict
+from megatron_ext.data.shards import expand_inputs
+from megatron_ext.errors import ToolParser, UserError, run_tool
+from megatron_ext.new_folder import check_new, new_folder
+from megatron_ext.progress import Progress
+
+_KINDS = {"prompts": Prompt, "responses": Response, "pairs": Pair}
+_MOST_REASONS = 8  # that are shown
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = ToolParser(prog="et-align data", description=__doc__)
+    tools = parser.add_subparsers(dest="tool", required=True, metavar="{import,split,count}")
+    importing = tools.add_parser("import", help="rows of files or of a package, as ours")
+    splitting = tools.add_parser("split", help="files by prompt, without near-duplicates")
+    counting = tools.add_parser("count", help="rows by source")
+    # fmt: off
+    for tool in (importing, splitting, counting):
+        tool.add_argument("--input", nargs="+", default=[], metavar="FILE",
+            required=tool is not importing,
+            help="files or globs: .jsonl (plain or compressed) or .parquet, of a known convention")
+        tool.add_argument("--max-malformed", type=int, default=100, metavar="N",
+            help="stop when more than N rows cannot be used; they are left out and reported; "
+                 "default 100")
+    add = importing.add_argument
+    add("--package", choices=sorted(PACKAGES), help="read an installed package instead of files")
+    add("--archive", metavar="FILE", help="read the package's source distribution, .tar.gz")
+    add("--output", required=True, metavar="FILE", help=".jsonl or .parquet")
+    add("--as", dest="kind", choices=sorted(_KINDS), help="of pairs, only the prompts, or each "
+        "response by itself; of responses, only the prompts; default: as they are")
+    add("--source", default="", help="for rows that name none; default: the file's name")
+    add("--overwrite", action="store_true", help="replace --output")
+    add = splitting.add_argument
+    add("--split", nargs="+", required=True, metavar="NAME=SIZE",
+        help="in order of precedence: a number of prompts, a share below 1, or for the last: rest")
+    add("--save", required=True, metavar="DIR", help="new folder for NAME.jsonl and split.json")
+    add("--overwrite", action="store_true", help="replace --save")
+    add("--format", choices=("jsonl", "parquet"), default="jsonl", help="default jsonl")
+    add("--near", type=float, default=0.7, metavar="SIMILARITY",
+        help="prompts this alike are near-duplicates: the Jaccard similarity of their runs of "
+             "three words; default 0.7")
+    add("--seed", type=int, default=0, help="default 0")
+    # fmt: on
+    arguments = parser.parse_args(argv)
+    if arguments.max_malformed < 0:
+        raise UserError("--max-malformed must be at least 0")
+    if arguments.tool == "import" and bool(arguments.input) == bool(arguments.package):
+        raise UserError("give files as --input, or a --package")
+    if arguments.tool == "import" and arguments.archive and not arguments.package:
+        raise UserError("--archive needs --package, which tells what to read from it")
+    return arguments
+
+
+class Reading:
+    """Reads files of records, shows progress, and counts what is left out.
+
+    Attributes:
+        malformed: Rows that give no record.
+        unread: For each column that records do not keep, the rows with a value there.
+    """
+
+    def __init__(self, files: Sequence[str], max_malformed: int, source: str = "") -> None:
+        self.files, self.max_malformed, self.source = files, max_malformed, source
+        self._reset()
+
+    def _reset(self) -> None:
+        self.malformed = 0
+        self.unread: Counter[str] = Counter()
+        self._reasons: Counter[str] = Counter()
+        self._examples: dict[str, str] = {}  # first row of each reason
+
+    def __call__(self, label: str) -> Iterator[Record]:
+        self._reset()
+        before, sizes = 0, [Path(file).stat().st_size for file in self.files]
+        with Progress(label, sum(sizes)) as progress:
+            for file, size in zip(self.files, sizes):
+
+                def told(done: int, before: int = before) -> None:
+                    progress.update(before + done)
+
+                for record in read_records(file, self.source, told, self.unread):
+                    if isinstance(record, Malformed):
+                        self._count(file, record)
+                    else:
+                        yield record
+                before += size
+
+    def _count(self, file: str, row: Malformed) -> None:
+        self.malformed += 1
+        self._reasons[row.reason] += 1
+        self._examples.setdefault(row.reason, f"{file}, {row}")
+        if self.malformed > self.max_malformed:
+            raise UserError(
+                f"{self.malformed} rows cannot be used, the first being "
+                f"{next(iter(self._examples.values()))}: fix them, or raise --max-malformed"
+            )
+
+    @property
+    def reasons(self) -> list[str]:
+        """Why rows were left out, the commonest reason first, each with its first row."""
+        shown = self._reasons.most_common(_MOST_REASONS)
+        lines = [f"{count:,} as in {self._examples[reason]}" for reason, count in shown]
+        if others := self.malformed - sum(count for _, count in shown):
+            lines.append(f"{others:,} for other reasons")
+        return lines
+
+    def report(self) -> None:
+        """Print what was left out."""
+        if self.malformed:
+            print(f"left out {self.malformed:,} malformed rows: {'; '.join(self.reasons)}")
+        if self.unread:
+            columns = (f"{name} ({count:,} rows)" for name, count in self.unread.items())
+            print(f"left out columns that rows of this project do not have: {', '.join(columns)}")
+
+
+class Repeats:
+    """Finds records that have come before. It holds two numbers of each record, and no text.
+
+    Attributes:
+        count: Records that repeat an earlier one.
+        clashes: Other records that have the id of an earlier one.
+        last_clash: The last id of these.
+    """
+
+    def __init__(self) -> None:
+        self.count = self.clashes = 0
+        self.last_clash = ""
+        self._contents: dict[int, int] = {}  # by id
+
+    def is_new(self, record: Record) -> bool:
+        """Remember a record and return whether its id is a new one."""
+        if isinstance(record, Verdict):
+            return True  # a judge may say the same of an item twice
+        id, content = number_of(record.id), number_of(_content(record))
+        if id not in self._contents:
+            self._contents[id] = content
+            return True
+        if self._contents[id] == content:
+            self.count += 1
+        else:
+            self.clashes += 1
+            self.last_clash = record.id
+        return False
+
+
+def _content(record: Prompt | Response | Pair) -> dict[str, object]:
+    """Return a record as a row without its source: a copy in another file is a repeat."""
+    row = record.to_row() | {"source": ""}
+    if "prompt" in row:
+        row["prompt"] = row["prompt"] | {"source": ""}
+    return row
+
+
+def number_of(content: object) -> int:
+    """Return a hash of 60 bits."""
+    return int(hash_id(content)[:15], 16)
+
+
+def as_kind(records: Iterator[Record], kind: str | None) -> Iterator[Record]:
+    """Yield records as another kind.
+
+    Raises:
+        UserError: The records cannot be turned into that kind.
+    """
+    for record in records:
+        if kind is None or isinstance(record, _KINDS[kind]):
+            yield record
+        elif kind == "prompts" and isinstance(record, Response | Pair):
+            yield record.prompt
+        elif kind == "responses" and isinstance(record, Pair):
+            for side, text in ((Side.FIRST, record.first), (Side.SECOND, record.second)):
+                yield Response(hash_id(record.id, side.value), record.prompt, text, record.source)
+        else:
+            raise UserError(f"--as {kind}: a {type(record).__name__} has none")
+
+
+def import_rows(arguments: argparse.Namespace) -> None:
+    output = Path(arguments.output)
+    reading = Reading(
+        expand_inputs(arguments.input) if arguments.input else [],
+        arguments.max_malformed, arguments.source,
+    )  # fmt: skip
+    equal, repeats = 0, Repeats()
+    with RecordWriter(output, arguments.overwrite) as writer:
+        records: Iterator[Record]
+        if arguments.package:
+            records = PACKAGES[arguments.package].read(arguments.archive)
+        else:
+            records = reading("reading")
+        for record in as_kind(records, arguments.kind):
+            if isinstance(record, Pair) and record.first == record.second:
+                equal += 1
+            elif repeats.is_new(record):
+                writer.write(record)
+            elif repeats.clashes > arguments.max_malformed:
+                raise UserError(
+                    f"{repeats.clashes:,} rows have the id of another row, the last being "
+                    f"{repeats.last_clash!r}: make ids unique, leave them out, or raise "
+                    "--max-malformed"
+                )
+        if not writer.count:
+            reasons = [
+                *reading.reasons,
+                *[f"{equal:,} pairs of a response with itself"] * (equal > 0),
+            ]
+            if reasons:
+                raise UserError(f"there are no rows in the input: left out {'; '.join(reasons)}")
+            raise UserError("there are no rows in the input")
+    reading.report()
+    for count, kind in (
+        (equal, "pairs of a response with itself"),
+        (repeats.count, "rows that repeat an earlier one"),
+        (repeats.clashes, "rows with the id of another row"),
+    ):
+        if count:
+            print(f"left out {count:,} {kind}")
+    print(f"wrote {writer.count:,} rows to {output}")
+
+
+def split_rows(arguments: argparse.Namespace) -> None:
+    splits = [Split.parse(text) for text in arguments.split]
+    splitter = Splitter(splits, arguments.seed, arguments.near)
+    save = Path(arguments.save)
+    if not arguments.overwrite:
+        check_new(save)
+    reading = Reading(expand_inputs(arguments.input), arguments.max_malformed)
+    for record in reading("finding prompts"):
+        splitter.add(_prompt(record))
+    splitter.assign()
+    rows: Counter[str] = Counter()
+    repeated, seen = 0, set[int]()
+    with new_folder(save, arguments.overwrite) as folder, ExitStack() as stack:
+        writers = {
+            split.name: stack.enter_context(
+                RecordWriter(folder / f"{split.name}.{arguments.format}")
+            )
+            for split in splits
+        }
+        for record in reading("writing splits"):
+            assert not isinstance(record, Verdict)
+            if (name := splitter.split_of(_prompt(record))) is None:
+                continue
+            if (mark := number_of(record.id)) in seen:
+                repeated += 1
+                continue
+            seen.add(mark)
+            writers[name].write(record)
+            rows[name] += 1
+        about = {
+            name: {"prompts": splitter.sizes[name], "rows": rows[name], "near": splitter.near[name]}
+            for name in writers
+        }
+        settings = {"input": arguments.input, "split": arguments.split, "seed": arguments.seed,
+                    "near": arguments.near}  # fmt: skip
+        text = json.dumps({"settings": settings, "splits": about}, indent=1)
+        stack.close()  # files get their names
+        (folder / "split.json").write_text(text + "\n")
+    reading.report()
+    for name, of in about.items():
+        print(
+            f"{name}: {of['rows']:,} rows of {of['prompts']:,} prompts; left out {of['near']:,} "
+            f"prompts near to those of earlier splits"
+        )
+    if repeated:
+        print(f"left out {repeated:,} rows whose id was there before")
+    print(f"wrote {save}")
+
+
+def _prompt(record: Record) -> Prompt:
+    if isinstance(record, Verdict):
+        raise UserError("--input has verdicts, which have no prompt: split what they judge")
+    return record if isinstance(record, Prompt) else record.prompt
+
+
+def count_rows(arguments: argparse.Namespace) -> None:
+    counts: dict[str, Counter[str]] = {}
+    reading = Reading(expand_inputs(arguments.input), arguments.max_malformed)
+    for record in reading("counting"):
+        source = record.judge if isinstance(record, Verdict) else record.source
+        counts.setdefault(source, Counter()).update(_tally(record))
+    reading.report()
+    total = sum(counts.values(), Counter[str]())
+    columns = list(total)
+    table = [["source", *columns]]
+    table += [[s, *(f"{counts[s][c]:,}" for c in columns)] for s in sorted(counts)]
+    table.append(["total", *(f"{total[c]:,}" for c in columns)])
+    widths = [max(map(len, column)) for column in zip(*table)]
+    for source, *cells in table:
+        numbers = "".join(f"  {cell:>{width}}" for cell, width in zip(cells, widths[1:]))
+        print(f"{source:{widths[0]}}{numbers}")
+
+
+def _tally(record: Record) -> dict[str, int]:
+    match record:
+        case Prompt():
+            return {"prompts": 1, "with rubric": int(record.rubric is not None)}
+        case Response():
+            return {"responses": 1, "characters": len(record.text)}
+        case Pair():
+            return {"pairs": 1, **{str(side): int(record.preferred is side) for side in Side}}
+        case Verdict():
+            return {"verdicts": 1, str(record.outcome): 1}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
+    {"import": import_rows, "split": split_rows, "count": count_rows}[arguments.tool](arguments)
+
+
+if __name__ == "__main__":
+    run_tool(main)

@@ -1,0 +1,281 @@
+"""Rows as others write them, as records.
+
+A file's convention is told by its columns. Where a row has no id, its hash is one.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from alignment.data.messages import (
+    begins_transcript,
+    check_order,
+    is_transcript,
+    message_list,
+    transcript,
+    transcript_answer,
+    transcript_prompt,
+)
+from alignment.data.source_rows import Malformed, Record, columns_of, read_rows
+from alignment.records import Message, Pair, Prompt, Response, Side, Verdict
+from megatron_ext.errors import UserError
+
+Row = Mapping[str, Any]
+# Columns that change what a conversation means. A row that has one is not read without it.
+_CONTEXT = (
+    "system", "system_prompt", "system_message", "tools", "functions", "documents", "image",
+    "images", "videos", "audio", "chat_template_kwargs",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Convention:
+    """Columns of rows, and how a record is made of them.
+
+    Attributes:
+        columns: Columns that a row must have.
+        convert: Function that makes a record of a row. Its second argument is the source of rows
+            that name none.
+        kept: Columns that are read where a row has them. None where `convert` refuses rows with
+            other columns than its own.
+    """
+
+    name: str
+    columns: Collection[str]
+    convert: Callable[[Row, str], Record]
+    kept: Collection[str] | None = None
+
+    def unread(self, row: Row) -> list[str]:
+        """Return the columns with a value that the record of a row does not keep."""
+        if self.kept is None:
+            return []
+        return [name for name in row if name not in self.kept and row[name] is not None]
+
+
+def convention_of(columns: Collection[str], file: str | Path) -> Convention:
+    """The convention that has these columns.
+
+    Raises:
+        UserError: none has.
+    """
+    for convention in CONVENTIONS:
+        if set(convention.columns) <= set(columns):
+            return convention
+    known = "; ".join(f"{', '.join(c.columns)} ({c.name})" for c in CONVENTIONS)
+    raise UserError(
+        f"{file} has the columns {', '.join(columns) or '(none)'}, which no known convention has; "
+        f"known are: {known}"
+    )
+
+
+def read_records(
+    path: str | Path,
+    source: str = "",
+    told: Callable[[int], None] = lambda consumed: None,
+    unread: Counter[str] | None = None,
+) -> Iterator[Record | Malformed]:
+    """Yield the records of a file of any convention, and a row that gives none as `Malformed`.
+
+    Args:
+        path: File to read.
+        source: Source of rows that name none. Default: the file's name.
+        told: See `read_rows`.
+        unread: Counter that gets, for each column that records do not keep, the number of rows
+            with a value there.
+
+    Raises:
+        UserError: The file cannot be read, or is of an unknown convention.
+    """
+    convention = convention_of(columns_of(path), path)
+    source = source or Path(path).name.partition(".")[0]
+    for number, row in read_rows(path, told):
+        if isinstance(row, Malformed):
+            yield row
+            continue
+        try:
+            if missing := [name for name in convention.columns if name not in row]:
+                raise UserError(f"no {missing[0]!r}, which the rows before it have")
+            record = convention.convert(row, source)
+        except UserError as error:
+            yield Malformed(number, str(error))
+            continue
+        if unread is not None:
+            unread.update(convention.unread(row))
+        yield record
+
+
+def hash_id(*parts: object) -> str:
+    """An id for what has none: the same for the same parts, in every file."""
+    return sha256(repr(parts).encode()).hexdigest()[:32]
+
+
+def prompt_of(
+    messages: Sequence[Message], source: str, id: object = None, rubric: str | None = None
+) -> Prompt:
+    """A prompt of messages that have been checked."""
+    plain = [(message.role, message.content) for message in messages]
+    return Prompt(str(id) if id is not None else hash_id(plain), messages, source, rubric)
+
+
+def pair_of(
+    prompt: Prompt, chosen: str, rejected: str, source: str, id: object = None, equal: bool = False
+) -> Pair:
+    """A pair with its two sides in an order that tells nothing of which is better.
+
+    Args:
+        equal: whoever labelled them found neither better.
+    """
+    name = str(id) if id is not None else hash_id(prompt.id, chosen, rejected)
+    # By the texts alone: the order neither follows the label nor depends on the id of the source.
+    chosen_first = sha256(f"{prompt.id}\0{min(chosen, rejected)}".encode()).digest()[0] % 2 == 0
+    if chosen > rejected:
+        chosen_first = not chosen_first
+    first, second = (chosen, rejected) if chosen_first else (rejected, chosen)
+    preferred = None if equal else Side.FIRST if chosen_first else Side.SECOND
+    return Pair(name, prompt, first, second, preferred, source)
+
+
+def _preference(row: Row, source: str) -> Pair:
+    opening = _opening(row)
+    chosen = _conversation(row, "chosen", opening)
+    rejected = _conversation(row, "rejected", opening)
+    if chosen[:-1] != rejected[:-1]:
+        raise UserError("chosen and rejected do not answer the same messages")
+    _check_context(row, chosen[:-1])
+    source = row.get("source") or source
+    prompt = prompt_of(chosen[:-1], source, row.get("prompt_id"))
+    texts = chosen[-1].content, rejected[-1].content
+    return pair_of(prompt, *texts, source, row.get("id"), _is_tie(row))
+
+
+def _opening(row: Row) -> list[Message] | None:
+    """Return the messages of the column prompt, or None where a row has none."""
+    prompt = row.get("prompt")
+    if prompt in (None, "", []):
+        return None
+    if not isinstance(prompt, str):
+        return message_list(prompt, "prompt")
+    return transcript_prompt(prompt) if is_transcript(prompt) else [Message("user", prompt)]
+
+
+def _conversation(row: Row, column: str, opening: Sequence[Message] | None) -> list[Message]:
+    """Return the messages of an answer's column and those it answers. These are in the same column,
+    in the column prompt, or in both.
+
+    Raises:
+        UserError: There is no answer or nothing that it answers, or the two columns do not fit.
+    """
+    value, prompt = row[column], row.get("prompt")
+    plain = isinstance(prompt, str) and not is_transcript(prompt)
+    if not isinstance(value, str):
+        messages = message_list(value, column)
+    elif opening is None or begins_transcript(value):
+        messages = transcript(value)
+    elif plain or not isinstance(prompt, str):
+        messages = [Message("assistant", value)]
+    else:
+        messages = [transcript_answer(value, column)]
+    if opening is not None and messages[: len(opening)] != opening:
+        if messages[0].role == "assistant" and (len(messages) == 1 or not plain):
+            messages = [*opening, *messages]
+            check_order(messages, f"prompt with {column}")
+        elif plain:
+            _check_among(str(prompt), "prompt", messages[:-1])
+        else:
+            raise UserError(f"{column} does not begin with the messages of prompt")
+    if len(messages) < 2 or messages[-1].role != "assistant":
+        raise UserError(f"{column} does not end with an answer of the assistant to something")
+    return messages
+
+
+def _check_context(row: Row, messages: Sequence[Message]) -> None:
+    """Check that no column that belongs to the conversation is lost.
+
+    Raises:
+        UserError: One is. The text of a system message may be in a column as well.
+    """
+    for name in _CONTEXT:
+        value = row.get(name)
+        if isinstance(value, str) and value:
+            _check_among(value, name, messages)
+        elif value not in (None, "", [], {}):
+            raise UserError(f"the column {name} is a part of the conversation and is not read")
+
+
+def _check_among(text: str, column: str, messages: Sequence[Message]) -> None:
+    if not any(text.strip() in message.content for message in messages):
+        raise UserError(f"the text of the column {column} is in no message")
+
+
+def _is_tie(row: Row) -> bool:
+    """Return whether whoever labelled a pair found its answers equal.
+
+    Raises:
+        UserError: A label is no number, or contradicts that `chosen` was chosen.
+    """
+    tie = row.get("tie")
+    if tie not in (None, False, True):
+        raise UserError("tie must be true or false")
+    chosen, rejected = (row.get(name) for name in ("score_chosen", "score_rejected"))
+    for score in (chosen, rejected):
+        number = isinstance(score, int | float) and not isinstance(score, bool)
+        if score is not None and not (number and math.isfinite(score)):
+            raise UserError("score_chosen and score_rejected must be finite numbers")
+    if chosen is None or rejected is None:
+        return bool(tie)
+    if chosen < rejected:
+        raise UserError("score_chosen is below score_rejected")
+    return bool(tie) or chosen == rejected
+
+
+def _messages_row(row: Row, source: str) -> Prompt | Response:
+    """Return a prompt; or, where the assistant has the last word, a response."""
+    messages = message_list(row["messages"], "messages")
+    _check_context(row, messages)
+    id, source = row.get("id"), row.get("source") or source
+    if messages[-1].role == "system":
+        raise UserError("messages has nothing of the user's")
+    if messages[-1].role != "assistant":
+        return prompt_of(messages, source, id, row.get("rubric"))
+    if len(messages) == 1:
+        raise UserError("messages has an answer of the assistant and nothing that it answers")
+    prompt, text = prompt_of(messages[:-1], source, None, row.get("rubric")), messages[-1].content
+    return Response(str(id) if id is not None else hash_id(prompt.id, text), prompt, text, source)
+
+
+def _arena_hard(row: Row, source: str) -> Prompt:
+    if not isinstance(row["prompt"], str):
+        raise UserError(f"prompt must be text, not {str(row['prompt'])[:60]!r}")
+    messages = [Message("user", row["prompt"])]
+    return prompt_of(messages, f"arena-hard/{row['category']}", row["uid"])
+
+
+CONVENTIONS = (
+    Convention("our verdicts", ("item", "outcome"), lambda row, _: Verdict.from_row(row)),
+    Convention("our pairs", ("prompt", "first", "second"), lambda row, _: Pair.from_row(row)),
+    Convention("our responses", ("prompt", "text"), lambda row, _: Response.from_row(row)),
+    Convention(
+        "preferences of Tulu 3 and UltraFeedback with lists of messages, of HH with transcripts, "
+        "or as text or messages with a prompt",
+        ("chosen", "rejected"),
+        _preference,
+        ("chosen", "rejected", "prompt", "prompt_id", "id", "source", "score_chosen",
+         "score_rejected", "tie", *_CONTEXT),
+    ),
+    Convention(
+        "questions of Arena-Hard",
+        ("uid", "category", "subcategory", "prompt"),
+        _arena_hard,
+        ("uid", "category", "prompt"),
+    ),
+    Convention(
+        "prompts, or conversations that end with an answer",
+        ("messages",),
+        _messages_row,
+        ("messages", "id", "source", "rubric", *_CONTEXT),
+    ),
+)  # fmt: skip

@@ -1,0 +1,81 @@
+"""The tokenizer of a model, as transformers has it, with its chat template."""
+
+from pathlib import Path
+from typing import Any
+
+from megatron_ext.errors import UserError
+from megatron_ext.hf.end_tokens import end_tokens, record_end_tokens
+
+
+def load_tokenizer(model: Path, chat_template: Path | None = None) -> Any:
+    """Load the tokenizer that came with a model, with the end tokens of the model.
+
+    Args:
+        model: a Hugging Face folder, a run directory, or a folder of checkpoints.
+        chat_template: a Jinja file, to have it instead of the model's.
+
+    Raises:
+        UserError: it cannot be read, or has no chat template or end token.
+    """
+    tokenizer = read_tokenizer(model)
+    if chat_template is not None:
+        try:
+            tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--chat-template {chat_template} cannot be read: {error}") from error
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"the tokenizer of {model} has no chat template: give one with --chat-template"
+        )
+    if not end_tokens(tokenizer):
+        raise UserError(
+            f"{model} has no token that ends a text: set eos_token_id in its generation_config.json"
+        )
+    return tokenizer
+
+
+def read_tokenizer(model: Path) -> Any:
+    """Load the tokenizer that came with a model, with or without a chat template.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    from megatron_ext.hf.remote.tokenization_et import ExpertThresholdTokenizer
+    from megatron_ext.hf.tokenizer_export import open_sentencepiece
+
+    place = _place(model)
+    try:
+        # Code of a folder is never run; our own class is known by its file.
+        if place.is_file():
+            tokenizer = open_sentencepiece(place)
+        elif (place / "tokenizer.json").is_file() or not (place / "tokenizer.model").is_file():
+            tokenizer = AutoTokenizer.from_pretrained(place)
+        else:
+            tokenizer = ExpertThresholdTokenizer.from_pretrained(place)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"the tokenizer of {model} cannot be read: {error}") from error
+    record_end_tokens(tokenizer, place)
+    return tokenizer
+
+
+def _place(model: Path) -> Path:
+    """Return a folder that transformers loads a tokenizer from, or a SentencePiece model."""
+    if (model / "config.json").is_file():
+        return model
+    for root in (model / "checkpoints", model, model.parent):
+        if (root / "tokenizer").is_dir():
+            return root / "tokenizer"
+        if (root / "tokenizer.model").is_file():
+            return root / "tokenizer.model"
+    from megatron_ext.checkpoint import find_checkpoint
+    from megatron_ext.hf.sources import open_megatron
+
+    args = open_megatron(find_checkpoint(model)).args
+    file = Path(getattr(args, "tokenizer_model", None) or "")
+    if file.is_dir():
+        return file
+    if not file.is_file():
+        raise UserError(f"{model} has no tokenizer: convert it to a Hugging Face folder first")
+    return file

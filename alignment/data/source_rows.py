@@ -1,0 +1,225 @@
+"""Rows of JSONL and Parquet files as a stream, and files that are there whole or not at all.
+
+Memory is bounded by the largest row (Parquet: by one row group), whatever the number of rows.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NoReturn, Self
+
+from alignment.records import Pair, Prompt, Response, Verdict
+from megatron_ext.data.decompression import BROKEN, COMPRESSIONS, decompressed, is_compressed
+from megatron_ext.data.shards import format_of_suffix, open_parquet
+from megatron_ext.errors import UserError
+
+Record = Prompt | Response | Pair | Verdict
+_BATCH = 256  # rows that are read at a time
+_GROUP = 2048  # rows of a Parquet row group, each of which adds to what a reader must hold
+
+
+class Malformed(UserError):
+    """A row that cannot be used. The message does not name the file.
+
+    Attributes:
+        reason: Why it cannot be used, without the row's number.
+    """
+
+    def __init__(self, number: int, reason: str) -> None:
+        super().__init__(f"row {number:,}: {reason}")
+        self.reason = reason
+
+
+def columns_of(path: str | Path) -> list[str]:
+    """Return the columns of a Parquet file, or the fields of a JSONL file's first row that can be
+    read.
+
+    Raises:
+        UserError: The file has no such row, or cannot be read.
+    """
+    if _format(path) == "parquet":
+        with open_parquet(str(path)) as file:
+            return list(file.schema_arrow.names)
+    malformed: Malformed | None = None
+    for _, row in read_rows(path):
+        if not isinstance(row, Malformed):
+            return list(row)
+        malformed = malformed or row
+    raise UserError(f"{path}, {malformed}" if malformed else f"{path} has no rows")
+
+
+def read_rows(
+    path: str | Path, told: Callable[[int], None] = lambda consumed: None
+) -> Iterator[tuple[int, dict[str, Any] | Malformed]]:
+    """The rows of a JSONL file (plain or compressed) or a Parquet file, with their numbers: of the
+    line, or of the row, from 1.
+
+    Args:
+        told: gets the number of bytes read so far, now and then.
+
+    Raises:
+        UserError: the file is not there, of another format, or broken.
+    """
+    read = _read_parquet if _format(path) == "parquet" else _read_jsonl
+    try:
+        yield from read(path, told)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _format(path: str | Path) -> str:
+    kind = format_of_suffix(str(path))
+    if kind not in ("jsonl", "parquet") or (kind == "parquet" and is_compressed(str(path))):
+        raise UserError(
+            f"{path} is read by its suffix: .jsonl (also {', '.join(COMPRESSIONS)}) or .parquet"
+        )
+    return kind
+
+
+def _read_jsonl(path: str | Path, told: Callable[[int], None]) -> Iterator[Any]:
+    with open(path, "rb") as raw:
+        try:
+            for number, line in enumerate(decompressed(raw), start=1):
+                if not line.isspace():
+                    yield number, _json_row(number, line)
+                if number % _BATCH == 0:
+                    told(raw.tell())
+        except BROKEN as error:
+            raise UserError(f"{path} is truncated or broken: {error}") from error
+
+
+def _json_row(number: int, line: bytes) -> dict[str, Any] | Malformed:
+    try:
+        row = json.loads(line.decode(), parse_constant=_no_number)
+        if b"\\ud" in line.lower():
+            json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return Malformed(number, "a lone surrogate, not text")
+    except (ValueError, RecursionError) as error:
+        return Malformed(number, f"invalid JSON: {error}")
+    if not isinstance(row, dict):
+        return Malformed(number, "not a JSON object")
+    return row
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _read_parquet(path: str | Path, told: Callable[[int], None]) -> Iterator[Any]:
+    import pyarrow
+
+    size = os.path.getsize(path)
+    with open_parquet(str(path)) as file:
+        total, done = max(1, file.metadata.num_rows), 0
+        try:
+            for batch in file.iter_batches(_BATCH):
+                yield from enumerate(batch.to_pylist(), start=done + 1)
+                done += batch.num_rows
+                told(size * done // total)
+        except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
+            raise UserError(f"{path} is truncated or broken: {error}") from error
+
+
+class RecordWriter:
+    """Writes records of one kind; the file gets its name when the block ends without an error.
+
+    Args:
+        path: ends in .jsonl or .parquet.
+        overwrite: replace a file of that name.
+
+    Raises:
+        UserError: the file is there already, or its suffix is another.
+    """
+
+    def __init__(self, path: Path, overwrite: bool = False) -> None:
+        if path.suffix not in (".jsonl", ".parquet"):
+            raise UserError(f"{path} is written by its suffix: .jsonl or .parquet")
+        if path.exists() and not overwrite:
+            raise UserError(f"{path} is there already: give --overwrite, or another name")
+        self.path, self.count = path, 0
+        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        self._file: Any = None
+        self._parquet: Any = None
+        self._kind: type[Record] | None = None
+        self._batch: list[dict[str, Any]] = []
+
+    def __enter__(self) -> Self:
+        self.path.absolute().parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(self._temporary, "wb")
+        return self
+
+    def write(self, record: Record) -> None:
+        """Add a row.
+
+        Raises:
+            UserError: the record is of another kind than those before it.
+        """
+        kind = type(record)
+        self._kind = self._kind or kind
+        if kind is not self._kind:
+            raise UserError(
+                f"{self.path} cannot hold a {kind.__name__} beside a {self._kind.__name__}: "
+                f"import them into files of their own, or choose one with --as"
+            )
+        self.count += 1
+        self._batch.append(record.to_row())
+        if len(self._batch) == (_GROUP if self.path.suffix == ".parquet" else _BATCH):
+            self._flush()
+
+    def _flush(self) -> None:
+        if self.path.suffix == ".jsonl":
+            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in self._batch]
+            self._file.write("".join(lines).encode())
+        elif self._kind is not None:
+            import pyarrow
+            import pyarrow.parquet
+
+            schema = parquet_schema(self._kind)
+            if self._parquet is None:
+                self._parquet = pyarrow.parquet.ParquetWriter(self._file, schema)
+            self._parquet.write_table(pyarrow.Table.from_pylist(self._batch, schema))
+        self._batch = []
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:  # fmt: skip
+        try:
+            if kind is None:
+                self._flush()
+                if self._parquet is not None:
+                    self._parquet.close()
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                self._temporary.replace(self.path)
+        finally:
+            self._file.close()
+            self._temporary.unlink(missing_ok=True)
+
+
+def parquet_schema(kind: type[Record]) -> Any:
+    """The columns of a kind of record."""
+    import pyarrow as pa
+
+    text = pa.string()
+    message = pa.struct({"role": text, "content": text})
+    prompt: Mapping[str, Any] = {
+        "id": text, "messages": pa.list_(message), "source": text, "rubric": text,
+    }  # fmt: skip
+    columns: dict[type[Record], Mapping[str, Any]] = {
+        Prompt: prompt,
+        Response: {"id": text, "prompt": pa.struct(prompt), "text": text, "source": text},
+        Pair: {
+            "id": text, "prompt": pa.struct(prompt), "first": text, "second": text,
+            "preferred": text, "source": text,
+        },
+        Verdict: {
+            "item": text, "outcome": text, "score": pa.float64(), "preferred": text,
+            "swapped": pa.bool_(), "sample": pa.int64(), "reason": text, "thinking": text,
+            "answer": text, "judge": text,
+        },
+    }  # fmt: skip
+    return pa.schema(columns[kind])

@@ -1,0 +1,219 @@
+"""Routing as generation makes it, and as training makes it, of the same responses.
+
+Generation runs a prompt and then one token at a time, with a cache; training runs rows that are
+packed with samples. Where an expert's choice depends on the other tokens of a batch, the two route
+one response differently, and the policy that is trained is not the one that was sampled. Where it
+depends on the token alone, only rounding can part them, and only a decision that stood on the edge.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+
+from alignment.engines.batch import Batch, Sample
+from alignment.engines.log_probs import Scorer
+from megatron_ext.inference.cache import Chunk
+from megatron_ext.inference.engine import Engine
+from megatron_ext.inference.generation import passes
+from megatron_ext.inference.loading import TrainedModel
+from megatron_ext.inference.row import Row, Score
+from megatron_ext.inference.sampling import Sampling
+from megatron_ext.moe.margins import routing_margins
+from megatron_ext.moe.order_statistics import kth_largest
+from megatron_ext.moe.record_routing import watched
+from megatron_ext.moe.router import ThresholdRouter, TokenChoiceRouter
+from megatron_ext.training.step import routers_of
+
+QUANTILES = {"0.1%": 0.001, "1%": 0.01, "10%": 0.1, "50%": 0.5}
+_PLACE, _LOG_PROB = "place", "decoded_log_probs"
+_MOST_TOKENS = 1 << 24  # places are whole numbers in fp32
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What generation makes of some samples, on this rank's pipeline stage.
+
+    Attributes:
+        logits: by layer number, fp32 `[tokens, experts]`: of every token that generation runs, all
+            but the last of each sample, sample after sample.
+        maps: the same, bool: which expert takes which token.
+        log_probs: of each sample's response, nats.
+        tokens: how many.
+    """
+
+    logits: Mapping[int, Tensor]
+    maps: Mapping[int, Tensor]
+    log_probs: Sequence[Sequence[float]]
+    tokens: int
+
+
+class _GivenRow(Row):
+    """A row whose continuation is there already: what would be sampled is not asked for."""
+
+    def __init__(self, trained: TrainedModel, sample: Sample, temperature: float) -> None:
+        asked, new = sample.tokens[: sample.prompt], len(sample.tokens) - sample.prompt
+        super().__init__(trained, asked, Sampling(new, score_temperature=temperature), seed=0)
+        self.prompt, self._asked = list(sample.tokens), sample.prompt
+
+    @property
+    def generates(self) -> bool:
+        return self.cached >= self._asked
+
+    def chunk(self, line: int, most: int) -> Chunk:
+        end = self.cached + 1 if self.generates else min(self.cached + most, self._asked)
+        return Chunk(line, self.cached, self.prompt[self.cached : end], int(end >= self._asked))
+
+    def add(self, score: Score) -> str:
+        self.completion.tokens.append(score.token)
+        self.completion.log_probs.append(score.log_prob)
+        if self._asked + len(self.completion.tokens) == len(self.prompt):
+            self.completion.finish = "length"
+        return ""
+
+
+@torch.no_grad()
+def decode(trained: TrainedModel, samples: Sequence[Sample], temperature: float) -> Decoded:
+    """Take responses that are there through the model as generation takes those that it draws.
+
+    Args:
+        trained: all its ranks must call.
+        samples: of this copy of the model; each has a response.
+        temperature: divides the logits before log-probabilities.
+    """
+    rows = [_GivenRow(trained, sample, temperature) for sample in samples]
+    engine = Engine(trained, lines=len(rows))
+    begins: dict[Row, int] = {}
+    tokens = 0
+    for row in rows:
+        engine.add(row)
+        begins[row] = tokens
+        tokens += len(row.prompt) - 1
+    logits: dict[int, Tensor] = {}
+    maps: dict[int, Tensor] = {}
+
+    def saw(router: ThresholdRouter | TokenChoiceRouter, values: Tensor, chosen: Tensor) -> None:
+        places = [
+            begins[engine.rows[chunk.line]] + position
+            for chunk in engine.chunks
+            for position in range(chunk.start, chunk.end)
+        ]
+        if places:
+            layer, shape = router.layer_number, (tokens, values.shape[1])
+            logits.setdefault(layer, torch.empty(shape))[places] = values.cpu()
+            maps.setdefault(layer, torch.empty(shape, dtype=torch.bool))[places] = chosen.cpu()
+
+    with watched(routers_of([trained.module]), saw):
+        for _ in passes(engine):
+            pass
+    return Decoded(logits, maps, [row.completion.log_probs for row in rows], tokens)
+
+
+def marked(samples: Sequence[Sample], decoded: Decoded) -> list[Sample]:
+    """The samples with what ties a token of a batch to what was decoded: its place there, counted
+    from 1, or 0; and the log-probability it had."""
+    assert decoded.tokens < _MOST_TOKENS
+    found, begin = [], 1
+    for sample, log_probs in zip(samples, decoded.log_probs):
+        last = begin + len(sample.tokens) - 1
+        places: list[float] = [*range(begin, last), 0]
+        extras = {_PLACE: places, _LOG_PROB: [*[0.0] * sample.prompt, *log_probs]}
+        found.append(replace(sample, extras=extras))
+        begin = last
+    return found
+
+
+class Comparison:
+    """Compares what routers do in training with what was decoded; counts each decision once.
+
+    Every rank has the decisions of its own tokens in the layers of its own stage.
+    """
+
+    def __init__(self, decoded: Decoded, parts: Sequence[Batch], groups: ProcessGroupCollection):
+        """See the class.
+
+        Args:
+            parts: micro-batches of marked samples, in the order in which they will run.
+            groups: whose ranks share rows (cp), a row's tokens (tp) and the layers (pp).
+        """
+        self.decoded, self.groups = decoded, groups
+        self._places = [_places(part, groups) for part in parts]
+        self._runs: dict[int, int] = {}
+        self._flipped = torch.zeros(decoded.tokens + 1, dtype=torch.int32)
+        self._counts = torch.zeros(3, dtype=torch.int64)  # decisions, flips, selected in either
+        self._gap = 0.0
+        self._margins = [torch.empty(0)]
+
+    def saw(
+        self, router: ThresholdRouter | TokenChoiceRouter, logits: Tensor, maps: Tensor
+    ) -> None:
+        """Compare one layer's decisions on the next micro-batch; for `watched`."""
+        layer = router.layer_number
+        run = self._runs.setdefault(layer, 0)
+        self._runs[layer] += 1
+        places = self._places[run]
+        known = places > 0
+        if not known.any():
+            return
+        at = places[known] - 1
+        margins = routing_margins(router, logits).cpu()[known]
+        logits, maps = logits.cpu()[known], maps.cpu()[known]
+        other_logits, other_maps = self.decoded.logits[layer][at], self.decoded.maps[layer][at]
+        flips = maps != other_maps
+        self._flipped[at] |= flips.any(dim=1)
+        sums = [maps.numel(), int(flips.sum()), int((maps | other_maps).sum())]
+        self._counts += torch.tensor(sums)
+        self._gap = max(self._gap, float((logits - other_logits).abs().max()))
+        self._margins.append(margins.abs().flatten())
+
+    def figures(self, batch: Batch, log_probs: Tensor) -> dict[str, float]:
+        """The same on every rank; a collective.
+
+        Args:
+            batch: of the marked samples, whole.
+            log_probs: of its tokens as training sees them, `[rows, length]`.
+        """
+        groups, device = self.groups, torch.cuda.current_device()
+        flipped = self._flipped.to(device)
+        dist.all_reduce(flipped, op=dist.ReduceOp.MAX, group=groups.pp)
+        speaks = groups.pp.rank() == 0  # a token is on all stages, its layers on one
+        own = sum(int((places > 0).sum()) for places in self._places)
+        tokens = [int(flipped.sum()) * speaks, own * speaks]
+        speaks &= groups.tp.rank() == 0 and groups.cp.rank() == 0
+        gaps = (log_probs.cpu() - batch.extras[_LOG_PROB])[batch.loss_mask].abs().double()
+        counts = torch.tensor([*self._counts.tolist(), *tokens, len(gaps) * speaks], device=device)
+        total = torch.tensor(float(gaps.sum()) * speaks, dtype=torch.float64, device=device)
+        most = torch.tensor([self._gap, float(gaps.max()) if len(gaps) else 0.0], device=device)
+        dist.all_reduce(counts)
+        dist.all_reduce(total)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        decisions, flips, selected, moved, whole, scored = counts.tolist()
+        if not decisions:
+            return {}
+        logit_gap, log_prob_gap = most.tolist()
+        return {
+            "routing/decisions": decisions,
+            "routing/flip_rate": flips / decisions,
+            "routing/flip_rate_selected": flips / max(selected, 1),
+            "routing/tokens_flipped": moved / whole,
+            "routing/logit_gap_max": logit_gap,
+            "routing/log_prob_gap": float(total) / max(scored, 1),
+            "routing/log_prob_gap_max": log_prob_gap,
+            **self._quantiles(device),
+        }
+
+    def _quantiles(self, device: torch.device | int) -> dict[str, float]:
+        """Of |margin|: the least value that so large a share of all decisions does not exceed."""
+        margins = torch.cat(self._margins).to(device).unsqueeze(1)
+        ranks = [lambda n, q=q: n - max(0, -int(-q * n // 1) - 1) for q in QUANTILES.values()]
+        found = kth_largest([margins] * len(ranks), ranks, dist.group.WORLD).value.tolist()
+        return {f"routing/margin_{name}": value for name, value in zip(QUANTILES, found)}
+
+
+def _places(part: Batch, groups: ProcessGroupCollection) -> Tensor:
+    """Of the tokens of a micro-batch that this rank's routers see, in their order."""
+    mine = part.extras[_PLACE][:, Scorer(part, groups).places].T  # [length, rows]
+    return mine.chunk(groups.tp.size())[groups.tp.rank()].flatten().long().cpu()

@@ -1,0 +1,160 @@
+"""Figures over seeds: means with Student's t-intervals, and changes from the first grading on."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from scipy import stats
+
+from alignment.evaluation.study.study_runs import GAP, GOLD, KL, PROXY, SECOND, SLOPE, Group, Run
+from alignment.monitors.detectors import DETECTORS
+from alignment.rounding import Floats
+from alignment.statistics.bootstrap import LEVEL
+
+
+@dataclass(frozen=True)
+class Mean:
+    """Mean over n seeds.
+
+    Attributes:
+        low, high: Ends of the 95 % t-interval of the mean over seeds, or, of the change of a single
+            run, over its held-out prompts; None where neither is known.
+        prompts: Number of held-out prompts that the interval is over; 0 if it is over seeds.
+    """
+
+    n: int
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    prompts: int = 0
+
+    def told(self, form: str = "{:.2f}") -> str:
+        """In words."""
+        if self.value is None:
+            return "–"
+        value = form.format(self.value)
+        if self.low is None or self.high is None:
+            return value
+        return f"{value} ({form.format(self.low)} to {form.format(self.high)})"
+
+
+def mean_of(values: Iterable[float | None]) -> Mean:
+    """Of the values that are there."""
+    found = [value for value in values if value is not None]
+    if not found:
+        return Mean(0)
+    value = float(np.mean(found))
+    if len(found) < 2:
+        return Mean(1, value)
+    reach = _reach(float(np.std(found, ddof=1)) / len(found) ** 0.5, len(found))
+    return Mean(len(found), value, value - reach, value + reach)
+
+
+def _reach(error: float, n: int) -> float:
+    """Return half the width of the t-interval of a mean of n values with a standard error."""
+    return float(stats.t.ppf((1 + LEVEL) / 2, n - 1)) * error
+
+
+def curve(group: Group, name: str) -> tuple[list[int], list[Mean]]:
+    """A figure at each grading, over the seeds that have it there."""
+    series = [run.graded(name) for run in group.graded]
+    steps = sorted({step for found in series for step in found})
+    return steps, [mean_of(found.get(step) for found in series) for step in steps]
+
+
+def first_and_last(run: Run, name: str) -> tuple[float, float] | None:
+    """A figure at the first and last grading that have it; of proxy and gold, that have both.
+
+    None with fewer than two such gradings.
+    """
+    if name in (PROXY, GOLD):
+        values = [pair[name == GOLD] for pair in run.both.values()]
+    elif name == "gap":
+        values = [proxy - gold for proxy, gold in run.both.values()]
+    else:
+        values = list(run.graded(name).values())
+    return (values[0], values[-1]) if len(values) > 1 else None
+
+
+@dataclass(frozen=True)
+class Course:
+    """A figure from the first grading to the last."""
+
+    first: Mean
+    last: Mean
+    change: Mean
+
+
+def course(group: Group, name: str) -> Course:
+    """Return first, last and change of a figure, over the seeds that have two gradings of it."""
+    ends = [(run, found) for run in group.runs if (found := first_and_last(run, name))]
+    change = mean_of(last - first for _, (first, last) in ends)
+    if len(ends) == 1:
+        change = _over_prompts(ends[0][0], GAP if name == "gap" else name, change)
+    return Course(
+        mean_of(first for _, (first, _) in ends), mean_of(last for _, (_, last) in ends), change
+    )
+
+
+def _over_prompts(run: Run, name: str, change: Mean) -> Mean:
+    """Return the change of a single run with its interval over held-out prompts."""
+    if (found := run.error(name)) is None or change.value is None:
+        return change
+    error, prompts = found
+    reach = _reach(error, prompts)
+    return Mean(1, change.value, change.value - reach, change.value + reach, prompts)
+
+
+def courses(group: Group) -> dict[str, Course]:
+    """Of proxy, gold, second gold and their gap, in labels."""
+    names = {"proxy": PROXY, "gold": GOLD, "second gold": SECOND, "proxy - gold": "gap"}
+    return {title: course(group, name) for title, name in names.items()}
+
+
+def last(group: Group, name: str) -> Mean:
+    """At the last grading that has it."""
+    return mean_of(next(reversed(run.graded(name).values()), None) for run in group.runs)
+
+
+slope, kl = partial(last, name=SLOPE), partial(last, name=KL)
+
+
+def detectors(groups: Sequence[Group], prefix: str) -> list[str]:
+    """Those whose shares any run logged."""
+    rows = [
+        row
+        for group in groups
+        for run in group.runs
+        for row in (*run.training.values(), *run.gradings.values())
+    ]
+    return sorted(name for name in DETECTORS if any(prefix + name in row for row in rows))
+
+
+def shares(group: Group, prefix: str, name: str) -> tuple[Mean, Mean]:
+    """Of responses that a detector flags: at the first and last grading, or over the first and
+    last tenth of the training steps."""
+    ends: Callable[[Run], tuple[float | None, float | None]]
+    if prefix == HELD_OUT:
+        ends = partial(_gradings, name=prefix + name)
+    else:
+        ends = partial(tenths, name=prefix + name)
+    found = [ends(run) for run in group.runs]
+    return mean_of(a for a, _ in found), mean_of(b for _, b in found)
+
+
+TRAINING, HELD_OUT = "monitor/", "monitor_held_out/"
+
+
+def _gradings(run: Run, name: str) -> tuple[float | None, float | None]:
+    values = list(run.graded(name).values())
+    return (values[0], values[-1]) if values else (None, None)
+
+
+def tenths(run: Run, name: str) -> tuple[float | None, float | None]:
+    """Means of a training figure over the first and the last tenth of its steps."""
+    values: Floats = np.array(list(run.trained(name).values()))
+    if not len(values):
+        return None, None
+    tenth = max(1, len(values) // 10)
+    return float(values[:tenth].mean()), float(values[-tenth:].mean())

@@ -1,0 +1,343 @@
+"""What runs of a study left behind, finished or not."""
+
+import itertools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from megatron_ext.errors import UserError
+from megatron_ext.reports.run_metrics import Row, read_rows
+
+PROXY, GOLD, SECOND = "grade/proxy", "grade/gold", "grade/second_gold"
+GAP, SLOPE, KL, ALARM = "grade/gap", "grade/gap_slope", "grade/kl", "grade/alarm"
+PROMPTS = "grade/prompts"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A response to a held-out prompt at a grading; all of its text is a model's.
+
+    Attributes:
+        scores: by the judge's role; None without a judgement.
+        flags: names of detectors that it set off.
+    """
+
+    step: int
+    prompt: str
+    messages: Sequence[tuple[str, str]]
+    response: str
+    scores: Mapping[str, float | None]
+    flags: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A policy trained against a judge.
+
+    Attributes:
+        seed: None where neither study.json nor run.json tells it.
+        about: of run.json; empty for a run that has not begun.
+        gradings, training: rows by step; a step written twice counts as it was last.
+    """
+
+    folder: Path
+    policy: str
+    judge: str
+    seed: int | None
+    about: Mapping[str, Any] = field(default_factory=dict)
+    gradings: Mapping[int, Row] = field(default_factory=dict)
+    training: Mapping[int, Row] = field(default_factory=dict)
+    samples: Sequence[Sample] = ()
+
+    @property
+    def name(self) -> str:
+        return clean(self.folder.resolve().name)
+
+    def graded(self, name: str) -> dict[int, float]:
+        """A figure of the gradings that have it, by step."""
+        return self._figure(self.gradings, name)
+
+    def error(self, name: str) -> tuple[float, int] | None:
+        """Return the standard error of a grade's change since the first grading, over prompts.
+
+        Args:
+            name: Grade, such as `GOLD` or `GAP`.
+
+        Returns:
+            The error at the last grading that has the grade, and the number of held-out prompts;
+            None where the run did not record it.
+        """
+        errors, prompts = self.graded(f"{name}_error"), self.graded(PROMPTS)
+        last = next(reversed(self.both), None)
+        if last not in errors or last not in prompts:
+            return None
+        return errors[last], int(prompts[last])
+
+    def trained(self, name: str) -> dict[int, float]:
+        """A figure of the training steps that have it, by step."""
+        return self._figure(self.training, name)
+
+    @cached_property
+    def both(self) -> dict[int, tuple[float, float]]:
+        """Proxy and gold of the gradings that have both."""
+        proxy, gold = self.graded(PROXY), self.graded(GOLD)
+        return {step: (proxy[step], gold[step]) for step in proxy if step in gold}
+
+    @property
+    def alarms(self) -> list[int]:
+        """Steps of the gradings that raised the alarm."""
+        return [step for step, raised in self.graded(ALARM).items() if raised]
+
+    @property
+    def planned(self) -> int | None:
+        """Steps that the run was to have; None where it is not told."""
+        steps = self.about.get("steps")
+        return steps if isinstance(steps, int) else None
+
+    @property
+    def stops_on_alarm(self) -> bool:
+        """Whether an alarm ends it; of a run that does not tell, it does."""
+        return bool(_settings(self.about).get("stop_on_alarm", True))
+
+    @property
+    def measure(self) -> str:
+        """What its grades are."""
+        return "win rate" if _settings(self.about).get("reward") == "pairwise" else "mean score"
+
+    @property
+    def gold(self) -> list[Any]:
+        """Identities of its gold judges; empty where they are not told."""
+        gold = self.about.get("gold")
+        each = gold.get("ensemble") if isinstance(gold, Mapping) else None
+        each = each if isinstance(each, list) else [gold]
+        return [one["identity"] for one in each if isinstance(one, Mapping) and "identity" in one]
+
+    @property
+    def agreement(self) -> float | None:
+        """Of its judge with gold, Krippendorff's α."""
+        told = self._judge.get("agreement")
+        value = told.get("alpha_interval") if isinstance(told, Mapping) else None
+        return None if value is None else _number(value, f"{self.folder / 'run.json'}: agreement")
+
+    @property
+    def _judge(self) -> Mapping[str, Any]:
+        judge = self.about.get("judge")
+        return judge if isinstance(judge, Mapping) else {}
+
+    def _figure(self, rows: Mapping[int, Row], name: str) -> dict[int, float]:
+        where = f"{self.folder / 'metrics.jsonl'}: {name}"
+        found = {
+            step: _number(row.get(name), f"{where} at step {step}") for step, row in rows.items()
+        }
+        return {step: value for step, value in found.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in their seed alone."""
+
+    policy: str
+    judge: str
+    runs: Sequence[Run]
+
+    @property
+    def graded(self) -> list[Run]:
+        """Runs that have a grading."""
+        return [run for run in self.runs if run.gradings]
+
+    @cached_property
+    def steps(self) -> list[int]:
+        """Of all gradings."""
+        return sorted({step for run in self.runs for step in run.gradings})
+
+
+@dataclass(frozen=True)
+class Study:
+    """Groups in the order of the study."""
+
+    name: str
+    groups: Sequence[Group]
+
+    @property
+    def runs(self) -> list[Run]:
+        return [run for group in self.groups for run in group.runs]
+
+    @cached_property
+    def policies(self) -> list[str]:
+        return list(dict.fromkeys(group.policy for group in self.groups))
+
+    @cached_property
+    def judges(self) -> list[str]:
+        return list(dict.fromkeys(group.judge for group in self.groups))
+
+    @cached_property
+    def last_step(self) -> int:
+        return max(step for group in self.groups for step in group.steps)
+
+    def label(self, group: Group) -> str:
+        return f"{group.judge} on {group.policy}" if len(self.policies) > 1 else group.judge
+
+    def has(self, name: str) -> bool:
+        """Whether any run was graded so."""
+        return any(run.graded(name) for run in self.runs)
+
+
+def read_study(folder: Path) -> Study:
+    """The study in a folder, or a study of the one run that is in it.
+
+    Raises:
+        UserError: there is neither, a file is malformed, runs of a policy and judge are no seeds
+            of each other, or nothing was graded yet.
+    """
+    if (folder / "study.json").exists():
+        runs = [_of_study(folder, entry) for entry in _entries(folder / "study.json")]
+    elif (folder / "run.json").exists():
+        runs = [_alone(folder)]
+    else:
+        raise UserError(f"{folder} has no study.json and no run.json: give a study's or a run's")
+    if not any(run.gradings for run in runs):
+        raise UserError(f"no run of {folder} has a grading yet: wait for the first")
+    groups: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        groups.setdefault((run.policy, run.judge), []).append(run)
+    name = clean(folder.resolve().name)
+    study = Study(name, [Group(*names, of) for names, of in groups.items()])
+    for group in study.groups:
+        _check_seeds(group)
+    return study
+
+
+def _check_seeds(group: Group) -> None:
+    """Raise a UserError where its runs have one seed, or differ in more than it."""
+    of = f"of {group.judge!r} on {group.policy!r}"
+    seeds = [run.seed for run in group.runs if run.seed is not None]
+    if twice := [seed for seed in seeds if seeds.count(seed) > 1]:
+        raise UserError(
+            f"study.json has seed {twice[0]} {of} twice, which are no two seeds: take one out"
+        )
+    advice = "give one another judge or policy in study.json"
+    told = [run for run in group.runs if run.about]
+    for one, other in itertools.pairwise(told):
+        if one.measure != other.measure:
+            raise UserError(
+                f"{one.folder} and {other.folder} are no two seeds {of}, as one has the "
+                f"{one.measure} and the other the {other.measure}: {advice}"
+            )
+    for one, other in itertools.pairwise(run for run in told if run.gold):
+        if one.gold != other.gold:
+            raise UserError(
+                f"{one.folder} and {other.folder} are no two seeds {of}, as their gold judges "
+                f"differ: {advice}"
+            )
+
+
+def _entries(file: Path) -> list[Mapping[str, Any]]:
+    entries = _object(file).get("runs")
+    names = ("folder", "policy", "judge")
+    if not isinstance(entries, list) or not entries:
+        raise UserError(f"{file} must have a list of runs")
+    for entry in entries:
+        if not isinstance(entry, Mapping) or not all(isinstance(entry.get(n), str) for n in names):
+            raise UserError(f"{file}: a run has a folder, a policy and a judge, not {entry!r:.80}")
+    folders: set[Path] = set()
+    for entry in entries:
+        folder = (file.parent / entry["folder"]).resolve()
+        if folder in folders:
+            raise UserError(f"{file} has the folder {entry['folder']!r} twice: take one out")
+        folders.add(folder)
+    return entries
+
+
+def _of_study(study: Path, entry: Mapping[str, Any]) -> Run:
+    folder, seed = study / entry["folder"], entry.get("seed")
+    file = folder / "run.json"  # not there before the run's models are loaded
+    about = _object(file) if file.exists() else {}
+    own = about.get("seed")
+    if None not in (seed, own) and seed != own:
+        raise UserError(
+            f"{study / 'study.json'} has seed {seed} of {folder}, whose run.json tells seed {own}: "
+            "mend the one in study.json"
+        )
+    seed = own if seed is None else seed
+    names = (folder, clean(entry["policy"]), clean(entry["judge"]), seed)
+    return Run(*names, about, *_rows(folder), _samples(folder))
+
+
+def _alone(folder: Path) -> Run:
+    about = _object(folder / "run.json")
+    judge = about.get("judge")
+    if judge is None and "judge" in _settings(about):  # which is told after the settings
+        raise UserError(f"the run {folder} has no grading yet: wait for the first")
+    if not isinstance(judge, Mapping) or not isinstance(judge.get("name"), str):
+        raise UserError(f"{folder / 'run.json'} does not name its judge: it is of another tool")
+    policy = Path(str(about.get("policy") or "policy")).name
+    names = (folder, clean(policy), clean(judge["name"]), about.get("seed"))
+    return Run(*names, about, *_rows(folder), _samples(folder))
+
+
+def _settings(about: Mapping[str, Any]) -> Mapping[str, Any]:
+    settings = about.get("settings")
+    return settings if isinstance(settings, Mapping) else {}
+
+
+def _rows(folder: Path) -> tuple[dict[int, Row], dict[int, Row]]:
+    """Gradings and training rows by step; nothing of a run that has logged nothing."""
+    file = folder / "metrics.jsonl"
+    rows = read_rows(file, "") if file.exists() else []
+    for row in rows:
+        if not isinstance(row.get("step"), int):
+            raise UserError(f"{file} has a row without a whole number as its step")
+    gradings = {row["step"]: row for row in rows if any(n.startswith("grade/") for n in row)}
+    training = {row["step"]: row for row in rows if "reward" in row or "loss" in row}
+    return dict(sorted(gradings.items())), dict(sorted(training.items()))
+
+
+def _samples(folder: Path) -> list[Sample]:
+    file = folder / "samples.jsonl"
+    return [_sample(row, file) for row in read_rows(file, "")] if file.exists() else []
+
+
+def _sample(row: Row, file: Path) -> Sample:
+    where = f"{file}, step {row.get('step')!r:.20}, prompt {row.get('prompt')!r:.40}"
+    try:
+        messages = [(clean(m["role"]), clean(m["content"])) for m in row["messages"]]
+        scores = {
+            clean(name): _number(score, f"{where}: {name}") for name, score in row["scores"].items()
+        }
+        flags = [clean(flag) for flag in row.get("flags") or ()]
+        step, prompt, response = row["step"], clean(str(row["prompt"])), clean(row["response"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{where}: not a sample of a policy run: {error!r}") from error
+    if not isinstance(step, int):
+        raise UserError(f"{where}: not a sample of a policy run: its step is no whole number")
+    return Sample(step, prompt, messages, response, scores, flags)
+
+
+def _object(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_bytes())
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}: give the folder of a study or a run") from error
+    except ValueError as error:
+        raise UserError(f"{file} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{file} must hold one JSON object")
+    return value
+
+
+def _number(value: Any, where: str) -> float | None:
+    """None for null and for what is not finite."""
+    if value is None:
+        return None
+    if not isinstance(value, int | float):
+        raise UserError(f"{where} is no number: {value!r:.40}")
+    return float(value) if math.isfinite(value) else None
+
+
+def clean(text: str) -> str:
+    """Text that can be written: JSON may hold halves of letters."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")

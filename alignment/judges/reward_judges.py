@@ -1,0 +1,160 @@
+"""Judges of a policy in training, each described by a small YAML file.
+
+    kind: local          # a model on the ranks of the policy, with its layout
+    model: runs/judge/best
+    template: pointwise
+    thinking: asked
+
+A judge is one of four kinds: `local`, `endpoint` (an OpenAI-compatible address), `rule`, or
+`function` of a Python file. Ranks make the same calls, each with questions of its own.
+"""
+
+import asyncio
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+from alignment.commands.annotate import rule_judge
+from alignment.commands.judge_format_flags import held_identity
+from alignment.data.model_tokenizer import load_tokenizer
+from alignment.engines.protocol import Engine
+from alignment.judges.endpoint_judge import EndpointJudge
+from alignment.judges.function_judge import FunctionJudge
+from alignment.judges.judge_spec import JudgeSpec
+from alignment.judges.local_judge import JudgeForm, LocalJudge
+from alignment.judges.parsing import Parser
+from alignment.judges.prompts import judge_prompt
+from alignment.judges.questions import Question
+from alignment.judges.rule_judge import RuleJudge
+from alignment.polling import waited_for
+from alignment.ranks import shares_of, speaks_for_share
+from alignment.records import Prompt, Verdict
+from alignment.rounding import EXACT, SINGLE
+from megatron_ext.errors import UserError
+from megatron_ext.inference.sampling import Sampling
+
+Check = Callable[[], None]
+
+
+class Judge(Protocol):
+    """Gives verdicts; a collective of all ranks, each with questions of its own.
+
+    Attributes:
+        identity: a hash of all that a verdict depends on.
+        rounding_error: relative error of its scores, see `alignment.rounding`; a judge without
+            this attribute is taken for a model in fp32.
+    """
+
+    identity: str
+
+    def judge(self, questions: Sequence[Question], check: Check = ...) -> list[Verdict]:
+        """Verdicts on the questions, in their order; `check` may raise on all ranks."""
+        ...
+
+
+def rounding_error(judges: Sequence[Judge]) -> float:
+    """Return the relative error of scores, or of their mean, that judges give."""
+    return max((getattr(judge, "rounding_error", SINGLE) for judge in judges), default=SINGLE)
+
+
+def open_judge(
+    spec: JudgeSpec,
+    pairwise: bool,
+    policy: Engine,
+    load: Callable[[str], Engine],
+    store: Path,
+) -> Judge:
+    """A judge that is ready to be asked.
+
+    Args:
+        policy: whose ranks ask it.
+        load: makes an engine, not to be trained, of a model's folder.
+        store: a folder for answers that were paid for.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    if spec.kind == "rule":
+        return _ProgramJudge(rule_judge(f"rule:{spec.rule}", spec.rule_text))
+    if spec.kind == "function":
+        if pairwise:
+            raise UserError(
+                f"the judge {spec.name} is a function, which scores: no pairwise reward"
+            )
+        return _ProgramJudge(FunctionJudge(spec.function, spec.scale, spec.timeout), policy)
+    if spec.kind == "endpoint":
+        return EndpointJudge(spec, pairwise, policy, store / f"{spec.name}.answers")
+    thinks = spec.thinking != "none"
+    kind = "pairwise" if pairwise else "pointwise"
+    prompt = judge_prompt(spec.template or kind, thinks)
+    if prompt.kind != kind:
+        raise UserError(
+            f"the judge {spec.name} asks by a {prompt.kind} template: give a {kind} one"
+        )
+    template = Path(spec.chat_template) if spec.chat_template else None
+    form = JudgeForm(
+        prompt,
+        Parser(pairwise, thinks, spec.thinking == "opened"),
+        load_tokenizer(Path(spec.model), template),
+        spec.chat_template_kwargs,
+    )
+    assert spec.top_k is not None and spec.top_p is not None  # of an endpoint alone
+    sampling = Sampling(
+        spec.max_new_tokens,
+        spec.temperature or 1.0,
+        spec.top_k,
+        spec.top_p,
+        greedy=spec.temperature == 0,
+    )
+    about = Namespace(
+        model=spec.model,
+        max_new_tokens=spec.max_new_tokens,
+        judging_temperature=spec.temperature,
+        judging_top_k=spec.top_k,
+        judging_top_p=spec.top_p,
+    )
+    identity = held_identity(about, form)
+    return LocalJudge(load(spec.model), form, spec.length, sampling, spec.rows, identity)
+
+
+class _ProgramJudge:
+    """A rule or a function, whose scores are exact.
+
+    A function is called with one response at a time: no batch can move its score. The same response
+    has the same score, and small differences between responses are the function's own.
+
+    A function need not say the same twice: one rank of each share of the data asks it, so that
+    ranks that share a model train on the same rewards.
+    """
+
+    def __init__(self, judge: RuleJudge | FunctionJudge, policy: Engine | None = None) -> None:
+        """See the class; without a policy every rank asks for itself."""
+        self._judge, self._policy, self.identity = judge, policy, judge.identity
+        self.rounding_error = EXACT
+        self._asks = policy is None or speaks_for_share(policy)
+
+    def judge(self, questions: Sequence[Question], check: Check = lambda: None) -> list[Verdict]:
+        if self._policy is None:
+            return [self._verdict(question) for question in questions]
+        found: list[Verdict] | None = None
+        problem = None
+        try:
+            # A function may be slow, and the others hear signals while they wait for it.
+            work = partial(self._verdicts, questions) if self._asks else None
+            found = waited_for(work, check)
+        except UserError as error:
+            problem = str(error)
+        rows = [verdict.to_row() for verdict in found or ()]
+        shares = shares_of(self._policy, (rows, problem))
+        if message := next((problem for _, problem in shares if problem), None):
+            raise UserError(message)
+        return [Verdict.from_row(row) for row in shares[self._policy.data_rank][0]]
+
+    async def _verdicts(self, questions: Sequence[Question]) -> list[Verdict]:
+        return [await asyncio.to_thread(self._verdict, question) for question in questions]
+
+    def _verdict(self, question: Question) -> Verdict:
+        assert not isinstance(question.item, Prompt)
+        return self._judge.verdict(question.item, question.swapped, question.sample)

@@ -1,0 +1,35 @@
+"""Files whose records must all be good: nothing is paid for, or measured, on part of one."""
+
+from pathlib import Path
+
+from alignment.data.dataset_schemas import read_records
+from alignment.data.source_rows import Malformed, Record
+from alignment.records import Verdict
+from megatron_ext.errors import UserError
+
+
+def read_all[R: Record](path: Path, *kinds: type[R]) -> list[R]:
+    """The records of a file, which are all of one of some kinds.
+
+    Raises:
+        UserError: a row is malformed or of another kind, an id comes twice, or there is no row.
+    """
+    records: list[R] = []
+    ids: set[str] = set()
+    for number, record in enumerate(read_records(path), start=1):
+        if isinstance(record, Malformed):
+            raise UserError(f"{path}, {record}")
+        if not isinstance(record, kinds) or (records and type(record) is not type(records[0])):
+            wanted = " or ".join(f"{kind.__name__.lower()}s" for kind in kinds)
+            raise UserError(
+                f"{path} must hold {wanted} of one kind, and row {number:,} is a "
+                f"{type(record).__name__.lower()}"
+            )
+        if not isinstance(record, Verdict):
+            if record.id in ids:
+                raise UserError(f"{path} has the id {record.id!r} twice: take one row out")
+            ids.add(record.id)
+        records.append(record)
+    if not records:
+        raise UserError(f"{path} has no rows")
+    return records

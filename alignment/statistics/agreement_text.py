@@ -1,0 +1,95 @@
+"""What was measured, as a table to read and as plain values for JSON."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from alignment.statistics.agreement_measures import TITLES
+from alignment.statistics.bootstrap import Estimate
+
+# One figure a slice in the table; all are in the JSON.
+_MAIN = {False: ("alpha_interval", "quadratic_kappa", "bias"), True: ("accuracy", "alpha_nominal")}
+
+
+@dataclass(frozen=True)
+class Part:
+    """The figures over some items.
+
+    Attributes:
+        items: how many.
+        both: how many of them have a judgement of both judges: those that agreement is about.
+        agreement: figures of both judges; `judges`: figures of each by itself.
+    """
+
+    items: int
+    both: int
+    agreement: Mapping[str, Estimate]
+    judges: Sequence[Mapping[str, Estimate]]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "items": self.items,
+            "judged_by_both": self.both,
+            "agreement": {name: asdict(e) for name, e in self.agreement.items()},
+            "first": {name: asdict(e) for name, e in self.judges[0].items()},
+            "second": {name: asdict(e) for name, e in self.judges[1].items()},
+        }
+
+
+def table(pairwise: bool, whole: Part, slices: Mapping[str, Mapping[str, Part]]) -> str:
+    """Figures with their intervals, then the main ones by slice."""
+    lines = [f"{whole.both:,} of {whole.items:,} items are judged by both", ""]
+    lines += aligned(
+        [["first against second", "", "95 % interval"]]
+        + [[TITLES[name], *cells(e)] for name, e in whole.agreement.items()]
+    )
+    for title, judge in zip(("the first by itself", "the second by itself"), whole.judges):
+        rows = [[TITLES[name], *cells(e)] for name, e in judge.items()]
+        lines += ["", *aligned([[title, "", ""], *rows])]
+    main = _MAIN[pairwise]
+    for name, parts in slices.items():
+        header = [f"by {name}", "items", *(h for m in main for h in (TITLES[m], ""))]
+        rows = [
+            [key, f"{part.both:,}", *(cell for m in main for cell in cells(part.agreement[m]))]
+            for key, part in parts.items()
+        ]
+        lines += ["", *aligned([header, *rows])]
+    return "\n".join(lines + _notes(whole))
+
+
+def cells(estimate: Estimate) -> list[str]:
+    """A figure and its interval in words, or why there is none."""
+    if estimate.value is None:
+        return ["-", f"undefined: {estimate.reason}"]
+    value = f"{estimate.value:.3f}"
+    if estimate.low is None or estimate.high is None:
+        return [value, estimate.reason]
+    return [value, f"{estimate.low:.3f} to {estimate.high:.3f}"]
+
+
+def _notes(whole: Part) -> list[str]:
+    """Which intervals leave resamples out."""
+    found = [
+        f"{TITLES[name]}: undefined in {e.undefined} resamples, which its interval leaves out"
+        for figures in (whole.agreement, *whole.judges)
+        for name, e in figures.items()
+        if e.low is not None and e.undefined
+    ]
+    return ["", *found] if found else []
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns of one width: the first to the left, numbers to the right, intervals to the left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.rjust(width) if _is_number(cell) else cell.ljust(width)
+            for cell, width in zip(row, widths)
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+def _is_number(cell: str) -> bool:
+    return cell == "-" or cell.replace(",", "").replace(".", "").removeprefix("-").isdigit()

@@ -1,0 +1,176 @@
+"""Documents read from JSONL, Parquet and plain text files, as a stream and a shard at a time.
+
+Memory is bounded by the largest document (Parquet: by one batch).
+"""
+
+import io
+import json
+from collections.abc import Iterator
+from typing import BinaryIO, NamedTuple
+
+from megatron_ext.data.decompression import BROKEN, decompressed
+from megatron_ext.data.shards import MAX_PLAIN_DOCUMENT, Layout, Shard, open_parquet, too_large
+from megatron_ext.errors import UserError
+
+
+class Malformed(NamedTuple):
+    """A line (Parquet: row) that gives no document, counted from 1 within its shard, and why."""
+
+    line: int
+    reason: str
+
+
+class ShardReader:
+    """Iterates over a shard's documents: the text, or `Malformed`.
+
+    lines: lines (rows) of the shard read so far; after the last one, all that it owns.
+    consumed: bytes of the shard read so far, at most `shard.size`.
+
+    Raises:
+        UserError: a truncated or broken file, noticed while reading.
+    """
+
+    def __init__(self, shard: Shard, layout: Layout):
+        self.shard, self.layout = shard, layout
+        self.lines = self.consumed = 0
+
+    def __iter__(self) -> Iterator[str | Malformed]:
+        if self.shard.format == "parquet":
+            yield from self._parquet()
+            return
+        with open(self.shard.path, "rb") as raw:
+            try:
+                stream = decompressed(raw)
+                if self.shard.format == "jsonl":
+                    yield from self._jsonl(raw, stream)
+                elif self.layout.separator is None:
+                    yield from self._whole(stream)
+                elif self.layout.separator == "\n":
+                    yield from self._lines(raw, stream)
+                else:
+                    yield from self._separated(raw, stream, self.layout.separator.encode())
+            except BROKEN as error:
+                raise UserError(f"{self.shard.path} is truncated or broken: {error}") from error
+
+    def _numbered_lines(self, raw: BinaryIO, stream: io.BufferedIOBase) -> Iterator[
+        tuple[bool, bytes]
+    ]:  # fmt: skip
+        """(owned, line): a shard owns the lines that begin in it; those after it follow unowned."""
+        start, stop = self.shard.start, self.shard.stop
+        position = mark = 0
+        if start:
+            stream.seek(start - 1)  # a line that begins exactly at start is ours
+            position = start - 1 + len(stream.readline())
+        elif stop is not None:
+            mark = stream.tell()  # a byte order mark counts to the first line
+        while line := stream.readline():
+            owned = stop is None or position < stop
+            position += len(line) + mark
+            mark = 0
+            self.lines += owned
+            done = raw.tell() if stop is None else position - start
+            self.consumed = min(done, self.shard.size)
+            yield owned, line
+
+    def _jsonl(self, raw: BinaryIO, stream: io.BufferedIOBase) -> Iterator[str | Malformed]:
+        for owned, line in self._numbered_lines(raw, stream):
+            if not owned:
+                return
+            if not line.isspace():
+                yield self._json_text(line)
+
+    def _json_text(self, line: bytes) -> str | Malformed:
+        text = _utf8(line, self.lines)
+        if isinstance(text, Malformed):
+            return text
+        try:
+            record = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            return Malformed(self.lines, f"invalid JSON: {error}")
+        if not isinstance(record, dict):
+            return Malformed(self.lines, "not a JSON object")
+        key = self.layout.text_key
+        if key not in record:
+            keys = ", ".join(map(repr, list(record)[:8])) or "none"
+            return Malformed(self.lines, f"no key {key!r} (--text-key); its keys: {keys}")
+        return self._checked(record[key])
+
+    def _checked(self, text: object) -> str | Malformed:
+        """Text that has a UTF-8 form; JSON can smuggle in half of a surrogate pair."""
+        if not isinstance(text, str):
+            return Malformed(self.lines, f"{self.layout.text_key!r} holds no text")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            return Malformed(self.lines, "a lone surrogate, not text")
+        return text
+
+    def _whole(self, stream: io.BufferedIOBase) -> Iterator[str | Malformed]:
+        content = stream.read(MAX_PLAIN_DOCUMENT + 1)
+        if len(content) > MAX_PLAIN_DOCUMENT:
+            raise too_large(self.shard.path)
+        self.lines, self.consumed = 1, self.shard.size
+        yield _utf8(content, 1)
+
+    def _lines(self, raw: BinaryIO, stream: io.BufferedIOBase) -> Iterator[str | Malformed]:
+        for owned, line in self._numbered_lines(raw, stream):
+            if not owned:
+                return
+            yield _utf8(_chomp(line), self.lines)
+
+    def _separated(
+        self, raw: BinaryIO, stream: io.BufferedIOBase, separator: bytes
+    ) -> Iterator[str | Malformed]:
+        """A shard owns the document after each separator line it owns, and the file's first."""
+        document: list[bytes] | None = [] if self.shard.start == 0 else None
+        first, held = 1, 0
+        for owned, line in self._numbered_lines(raw, stream):
+            if line.rstrip(b"\r\n") == separator:
+                if document:
+                    yield _utf8(_chomp(b"".join(document)), first)
+                if not owned:
+                    return
+                document, first, held = [], self.lines + 1, 0
+            elif document is not None:
+                document.append(line)
+                held += len(line)
+                if held > MAX_PLAIN_DOCUMENT:
+                    raise too_large(self.shard.path)
+            elif not owned:
+                return
+        if document:
+            yield _utf8(_chomp(b"".join(document)), first)
+
+    def _parquet(self) -> Iterator[str | Malformed]:
+        import pyarrow
+
+        shard, key = self.shard, self.layout.text_key
+        assert shard.stop is not None
+        groups = list(range(shard.start, shard.stop))
+        with open_parquet(shard.path) as file:
+            rows = sum(file.metadata.row_group(group).num_rows for group in groups)
+            try:
+                for batch in file.iter_batches(256, row_groups=groups, columns=[key]):
+                    for value in batch.column(0):
+                        self.lines += 1
+                        self.consumed = shard.size * self.lines // rows
+                        try:
+                            text = value.as_py()
+                        except UnicodeDecodeError as error:
+                            yield Malformed(self.lines, f"invalid UTF-8: {error.reason}")
+                        else:
+                            yield self._checked(text)
+            except (pyarrow.ArrowException, OSError) as error:
+                raise UserError(f"{shard.path} is truncated or broken: {error}") from error
+
+
+def _utf8(content: bytes, first_line: int) -> str | Malformed:
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        line = first_line + content.count(b"\n", 0, error.start)
+        return Malformed(line, f"invalid UTF-8: {error.reason}")
+
+
+def _chomp(content: bytes) -> bytes:
+    return content.removesuffix(b"\n").removesuffix(b"\r")

@@ -1,0 +1,77 @@
+"""Sequences of tokens out of an indexed dataset or text files, for tools that look at a model."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_ext.data.documents import Malformed, ShardReader
+from megatron_ext.data.shards import Layout, expand_inputs, plan_shards
+from megatron_ext.data.tokenizer_identity import check_dataset_tokenizer
+from megatron_ext.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_ext.inference.loading import TrainedModel
+
+_SHARD_BYTES = 1 << 24
+
+
+def sequences_of(
+    inputs: list[str], trained: "TrainedModel", length: int, tokens: int, flag: str = "--data"
+) -> Tensor:
+    """The first tokens of some text, documents end to end, cut into sequences.
+
+    Args:
+        inputs: prefix of an indexed dataset, or text files and globs as preprocess_data takes them.
+        trained: the model that is to read them; its tokenizer encodes text files and ends each
+            document, and indexed datasets must be of that tokenizer.
+        length: of a sequence.
+        tokens: to read at most.
+        flag: to name when something is wrong.
+
+    Returns:
+        int64 `[sequences, length]`, as many whole ones as there are.
+
+    Raises:
+        UserError: there is no such data, or not one whole sequence of it.
+    """
+    if len(inputs) == 1 and Path(inputs[0] + ".idx").is_file():
+        check_dataset_tokenizer(inputs[0], trained.args, "the model's")
+        documents = _indexed(inputs[0])
+    else:
+        documents = _texts(inputs, trained.tokenizer, flag)
+    parts: list[np.ndarray[Any, Any]] = []
+    read = 0
+    for document in documents:
+        parts.append(document)
+        read += len(document)
+        if read >= tokens:
+            break
+    count = min(read, tokens) // length
+    if not count:
+        raise UserError(
+            f"{flag} {inputs[0]} has {read} tokens: not one sequence of {length}: give more"
+        )
+    stream = np.concatenate(parts)[: count * length]
+    return torch.from_numpy(stream).view(count, length)
+
+
+def _indexed(prefix: str) -> Iterator[np.ndarray[Any, Any]]:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    dataset = IndexedDataset(prefix)
+    # Copies: the dataset unmaps its file when it goes.
+    return (dataset[number].astype(np.int64) for number in range(len(dataset)))
+
+
+def _texts(inputs: list[str], tokenizer: Any, flag: str) -> Iterator[np.ndarray[Any, Any]]:
+    layout = Layout()
+    end = [] if tokenizer.eod is None else [tokenizer.eod]
+    for shard in plan_shards(expand_inputs(inputs, flag), layout, _SHARD_BYTES):
+        for document in ShardReader(shard, layout):
+            if isinstance(document, Malformed):
+                raise UserError(f"{shard.path}, line {document.line}: {document.reason}")
+            yield np.array(tokenizer.tokenize(document) + end, dtype=np.int64)

@@ -1,0 +1,119 @@
+"""Results of CORE tasks, kept as they come, and the table made of them."""
+
+import csv
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from megatron_ext.errors import UserError
+from megatron_ext.evaluation.core.bundle import Task
+from megatron_ext.evaluation.core.core_scoring import Judged
+
+COLUMNS = (
+    "task", "kind", "shots", "items", "cropped", "accuracy", "baseline", "centered",
+)  # fmt: skip
+
+
+class Results:
+    """The file `results.jsonl` of a folder: what was asked of which model, then a row a task.
+
+    It is replaced as a whole after each task, so that a stop at any moment leaves whole rows.
+
+    Args:
+        folder: made if it is not there.
+        settings: all that the results depend on but the tasks; those of a file that is there must
+            be the same.
+
+    Raises:
+        UserError: the folder has results of other settings.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+        self.folder, self.settings = folder, settings
+        self.file = folder / "results.jsonl"
+        self.rows: dict[str, dict[str, Any]] = {}
+        if not self.file.exists():
+            return
+        try:
+            before, *rows = map(json.loads, self.file.read_text().splitlines())
+            self.rows = {row["task"]: row for row in rows}
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self.file} is damaged: remove it or give another --out") from error
+        for name, value in settings.items():
+            if before.get(name) != value:
+                raise UserError(
+                    f"{self.file} has results with {name} {before.get(name)}, this run has "
+                    f"{value}: give another --out"
+                )
+
+    def finished(self, task: Task) -> bool:
+        """Whether the task's row is there, of the same questions asked the same way."""
+        row = self.rows.get(task.label)
+        return row is not None and row["asked"] == _asked(task)
+
+    def add(self, task: Task, judged: Judged) -> None:
+        """Write a finished task down."""
+        self.rows[task.label] = {
+            "task": task.label,
+            "kind": task.kind,
+            "shots": task.shots,
+            "items": len(judged.answers),
+            "prompts": judged.prompts,
+            "cropped": judged.cropped,
+            "accuracy": judged.right / len(judged.answers),
+            "answers": judged.answers,
+            "asked": _asked(task),
+        }
+        lines = [json.dumps(entry) for entry in (self.settings, *self.rows.values())]
+        _write(self.file, "\n".join(lines) + "\n")
+
+    def table(self, tasks: list[Task], whole: bool) -> dict[str, Any]:
+        """The figures of tasks, all finished, and their mean.
+
+        Args:
+            whole: whether they are all tasks of the bundle, so that the mean is CORE.
+        """
+        rows = []
+        for task in tasks:
+            row: dict[str, Any] = {name: self.rows[task.label].get(name) for name in COLUMNS}
+            row["baseline"] = task.baseline
+            row["centered"] = (row["accuracy"] - task.baseline) / (1 - task.baseline)
+            rows.append(row)
+        mean = sum(row["centered"] for row in rows) / len(rows)
+        return {**self.settings, "tasks": rows, "core" if whole else "mean_centered": mean}
+
+    def save(self, table: dict[str, Any]) -> None:
+        """Write `core.json`, `core.csv` and `core.md`."""
+        _write(self.folder / "core.json", json.dumps(table, indent=1) + "\n")
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(table["tasks"])
+        _write(self.folder / "core.csv", text.getvalue())
+        _write(self.folder / "core.md", markdown(table))
+
+
+def markdown(table: dict[str, Any]) -> str:
+    """The table to read; accuracies as fractions."""
+    lines = [f"| {' | '.join(COLUMNS)} |", "|---|---|" + "---:|" * (len(COLUMNS) - 2)]
+    for row in table["tasks"]:
+        cells = [f"{v:.4f}" if isinstance(v, float) else str(v) for v in row.values()]
+        lines.append(f"| {' | '.join(cells)} |")
+    name, mean = "CORE", table.get("core")
+    if mean is None:
+        name, mean = "mean of these", table["mean_centered"]
+    lines.append(f"| {name} {'| ' * (len(COLUMNS) - 2)}| {mean:.4f} |")
+    return "\n".join(lines) + "\n"
+
+
+def _asked(task: Task) -> list[Any]:
+    return [task.kind, task.shots, task.delimiter, task.digest()]
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,158 @@
+"""Figures made of the sums: shares, specialisation, margins, fan-out by loss, co-activation.
+
+Shapes: D domains, L MoE layers, E experts. Entropies are in nats, `0 log 0 = 0`.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from megatron_ext.inspection.routing_sums import LOSS_EDGES, LOSS_KINDS, Floats, RoutingSums
+
+FORMULAS = {
+    "share": "tokens of the domain that the expert takes / tokens of the domain; the domain "
+    "specialisation of OLMoE (arXiv 2409.02060, section 5)",
+    "nmi": "I(domain; expert) / min(H(domain), H(expert)) per layer, of p(domain, expert) = "
+    "1/D * taken(domain, expert) / taken(domain), so that every domain weighs the same; 0: the "
+    "expert says nothing of the domain, 1: as much as it can (NMI_min of Vinh, Epps and Bailey, "
+    "JMLR 11, 2010)",
+    "nmi_by_chance": "(D - 1)(E - 1) / (2 * pairs) / min(H(domain), H(expert)): about what "
+    "independent pairs of token and expert would give; pairs of one text are not independent, so "
+    "the true figure is larger",
+    "expert_specialisation": "1 - H(domain | expert) / log D, of p(domain | expert) = share / sum "
+    "of the expert's shares; 0: takes as much of every domain, 1: takes of one domain only",
+    "margin": "logit - threshold (token choice: score - k-th largest score of the other experts); "
+    "above 0 where the expert takes the token",
+    "fan_out_by_loss": "mean number of routed experts of the tokens in a bucket of losses; next: "
+    "of the loss of the token predicted from here, own: of the token's own loss; standard error "
+    "as if tokens were independent",
+    "coactivation": "tokens that both experts took * tokens / (tokens of one * tokens of the "
+    "other): 1 where they are independent",
+}
+
+
+def figures_of(sums: RoutingSums, layers: list[int], domains: list[str]) -> dict[str, Any]:
+    """All figures as plain data; what is not defined is None.
+
+    Args:
+        layers: numbers of the MoE layers.
+        domains: their names.
+    """
+    share = shares(sums)
+    nmi, chance = domain_information(sums)
+    return {
+        "formulas": FORMULAS,
+        "layers": layers,
+        "experts": sums.taken.shape[2],
+        "tokens": int(sums.tokens.sum()),
+        "domains": {
+            name: {
+                "tokens": int(sums.tokens[i]),
+                "taken": sums.taken[i].tolist(),
+                "share": plain(share[i]),
+                "fan_out": plain(share[i].sum(axis=-1)),
+            }
+            for i, name in enumerate(domains)
+        },
+        "specialisation": {
+            "nmi": plain(nmi),
+            "nmi_by_chance": plain(chance),
+            "experts": plain(expert_specialisation(sums)),
+        },
+        "fan_out_histogram": sums.fan_out.tolist(),
+        "margins": [
+            {"limit": float(limit), "below": int(row[0]), "counts": row[1:-1].tolist()}
+            | {"above": int(row[-1])}
+            for limit, row in zip(margin_limits(sums), sums.margins)
+        ],
+        "fan_out_by_loss": {
+            "edges": plain(LOSS_EDGES),
+            **{
+                kind: {
+                    "tokens": sums.by_loss[i, 0, :, 0].astype(int).tolist(),
+                    "mean": plain(mean),
+                    "standard_error": plain(error),
+                }
+                for i, (kind, (mean, error)) in enumerate(zip(LOSS_KINDS, fan_out_by_loss(sums)))
+            },
+        },
+        "coactivation": {
+            "together": sums.together.tolist(),
+            "observed_over_expected": plain(coactivation(sums)),
+        },
+    }
+
+
+def shares(sums: RoutingSums) -> Floats:
+    """Share of a domain's tokens that each expert takes, `[D, L, E]`."""
+    return sums.taken / sums.tokens[:, None, None]
+
+
+def domain_information(sums: RoutingSums) -> tuple[Floats, Floats]:
+    """Normalised mutual information of domain and expert, and about that of chance, `[L]` each.
+
+    NaN where a layer takes nothing of a domain, or there is one domain.
+    """
+    domains, _, experts = sums.taken.shape
+    pairs = sums.taken.sum(axis=2, keepdims=True)  # [D, L, 1]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        joint = sums.taken / pairs / domains  # [D, L, E]
+        of_expert = joint.sum(axis=0, keepdims=True)
+        information = _entropy(of_expert[0]) + np.log(domains) - _entropy(joint, axis=(0, 2))
+        bound = np.minimum(np.log(domains), _entropy(of_expert[0]))
+        chance = (domains - 1) * (experts - 1) / (2 * pairs.sum(axis=(0, 2))) / bound
+        nmi = np.where(bound > 1e-12, information / bound, 0.0)
+    undefined = np.isnan(information) | (domains == 1)
+    chance = np.where(bound > 1e-12, chance, np.nan)
+    return np.where(undefined, np.nan, nmi.clip(0, 1)), np.where(undefined, np.nan, chance)
+
+
+def expert_specialisation(sums: RoutingSums) -> Floats:
+    """How much an expert keeps to one domain, `[L, E]` in [0, 1]; NaN without tokens or domains."""
+    share = shares(sums)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        of_domain = share / share.sum(axis=0)  # [D, L, E]
+        score = 1 - _entropy(of_domain, axis=0) / np.log(len(share))
+    return np.where(len(share) == 1, np.nan, score)
+
+
+def fan_out_by_loss(sums: RoutingSums) -> list[tuple[Floats, Floats]]:
+    """Mean and standard error `[L + 1, buckets]` for each kind of loss; NaN for want of tokens."""
+    result = []
+    for count, total, squares in np.moveaxis(sums.by_loss, -1, 1):
+        with np.errstate(divide="ignore", invalid="ignore"):
+            mean = total / count
+            variance = (squares - count * mean**2).clip(0) / np.where(count > 1, count - 1, np.nan)
+            result.append((mean, np.sqrt(variance / count)))
+    return result
+
+
+def coactivation(sums: RoutingSums) -> Floats:
+    """Observed over expected number of shared tokens, `[L, E, E]`.
+
+    NaN on the diagonal, and where an expert has no token.
+    """
+    alone = np.diagonal(sums.together, axis1=1, axis2=2).astype(float)  # [L, E]
+    expected = alone[:, :, None] * alone[:, None, :] / sums.tokens.sum()
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = sums.together / expected
+    ratio[:, np.eye(ratio.shape[-1], dtype=bool)] = np.nan
+    return ratio
+
+
+def margin_limits(sums: RoutingSums) -> Floats:
+    """Ends of the bins of margins, `[L]`."""
+    assert sums.margin_limits is not None, "no text was added"
+    return sums.margin_limits
+
+
+def _entropy(p: Floats, axis: int | tuple[int, ...] = -1) -> Floats:
+    logs = np.log(np.where(p > 0, p, 1.0))  # NaN stays NaN in p
+    return -(p * logs).sum(axis=axis)
+
+
+def plain(values: Floats) -> Any:
+    """Nested lists of numbers, None for what is no finite number; five or so digits."""
+    if values.ndim:
+        return [plain(row) for row in values]
+    return float(f"{values:.6g}") if np.isfinite(values) else None

@@ -1,0 +1,137 @@
+"""`--dry-run`: what a run would need, on a world of any size, without running it."""
+
+import contextlib
+import io
+import logging
+import warnings
+from argparse import Namespace
+from collections.abc import Callable
+from copy import copy
+from dataclasses import asdict
+from typing import Any
+
+from megatron.training.training import num_floating_point_operations
+
+from megatron_ext.config import ETConfig
+from megatron_ext.planning.dry_run.dry_run_report import print_report
+from megatron_ext.planning.dry_run.fakes import expert_rate
+from megatron_ext.planning.dry_run.parameters import Parameters
+from megatron_ext.planning.dry_run.simulated_rank import Rank, Step, fake_rank
+from megatron_ext.training.checks import check_pools
+
+Facts = dict[str, Any]
+
+
+def dry_run(
+    args: Namespace, config: ETConfig, more: Callable[[Facts], Facts] = lambda facts: {}
+) -> None:
+    """Print parameters, memory, FLOPs and collectives, and the same as JSON on the last line.
+
+    Args:
+        more: further facts, from those that were measured; `together` is printed as a table.
+
+    Raises:
+        UserError: the layout or the routing pools cannot work.
+    """
+    if config.uses_thresholds:
+        check_pools(args, config)
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    with contextlib.redirect_stdout(io.StringIO()):
+        facts = measure(args, config)
+        facts |= more(facts)
+    print_report(facts)
+
+
+def measure(args: Namespace, config: ETConfig) -> dict[str, Any]:
+    """Everything that `--dry-run` prints, by names of JSON."""
+    stages, parameters, flops = [], [], 0
+    ranks_of_a_stage = args.world_size // args.pipeline_model_parallel_size
+    for stage, rank in enumerate(stage_ranks(args)):
+        with fake_rank(args, rank):
+            built = Rank(args, config)
+            parameters.append(built.parameters)
+            steps = {phase: built.take_step(phase == "thresholds") for phase in _phases(config)}
+        last = list(steps.values())[-1]
+        flops += last.flops * ranks_of_a_stage
+        stages.append(
+            {
+                "stage": stage,
+                "rank": rank,
+                "parameters": sum(weight.numel() for weight in built.weights),
+                "memory": asdict(last.memory),
+                "collectives": {phase: _rows(step) for phase, step in steps.items()},
+            }
+        )
+    whole = Parameters.of_model(parameters)
+    rate = expert_rate(config)
+    tokens = args.global_batch_size * args.seq_length
+    return {
+        "world_size": args.world_size,
+        "layout": _layout(args),
+        "tokens_per_step": tokens,
+        "micro_batches": built.microbatches,
+        "parameters": {
+            **asdict(whole),
+            "total": whole.total,
+            "active": whole.active(rate),
+        },
+        "flops_per_token": {
+            "megatron": _megatron_flops(args, config),
+            "executed": flops / tokens,
+        },
+        "stages": stages,
+    }
+
+
+def held_parameters(args: Namespace, config: ETConfig) -> list[int]:
+    """How many parameters a rank of each pipeline stage holds."""
+    held = []
+    for rank in stage_ranks(args):
+        with fake_rank(args, rank):
+            held.append(sum(weight.numel() for weight in Rank(args, config).weights))
+    return held
+
+
+def stage_ranks(args: Namespace) -> list[int]:
+    """The first rank of each pipeline stage."""
+    stages = args.pipeline_model_parallel_size
+    stride = args.world_size // stages
+    if args.use_tp_pp_dp_mapping:
+        stride = args.tensor_model_parallel_size * args.context_parallel_size
+    return [stage * stride for stage in range(stages)]
+
+
+def _phases(config: ETConfig) -> list[str]:
+    """How a run routes, in the order in which it does."""
+    if not config.uses_thresholds:
+        return ["token choice" if config.num_moe_experts else "dense"]
+    if config.router_type == "expert-choice":
+        return ["expert choice"]
+    return ["expert choice", "thresholds"] if config.et_warmup_iters else ["thresholds"]
+
+
+def _rows(step: Step) -> list[dict[str, Any]]:
+    return [
+        {**collective._asdict(), **amount._asdict()}
+        for collective, amount in sorted(step.collectives.items())
+    ]
+
+
+def _layout(args: Namespace) -> dict[str, int]:
+    return {
+        "tensor": args.tensor_model_parallel_size,
+        "context": args.context_parallel_size,
+        "pipeline": args.pipeline_model_parallel_size,
+        "data": args.data_parallel_size,
+        "expert": args.expert_model_parallel_size,
+        "expert_tensor": args.expert_tensor_parallel_size,
+    }
+
+
+def _megatron_flops(args: Namespace, config: ETConfig) -> float:
+    """Megatron's formula, of the forward and backward pass, for the mean number of experts."""
+    args = copy(args)
+    if config.num_moe_experts is not None and config.uses_thresholds:
+        args.moe_router_topk = float(config.mean_experts)
+    return num_floating_point_operations(args, 1) / args.seq_length

@@ -1,0 +1,173 @@
+"""What stands for data in a step without data: evenly loaded experts, and random logits.
+
+Hidden states have shapes alone. What routing makes of them is replaced at three places: every
+expert takes its mean share of every rank's tokens; a router decides over random logits, in host
+memory, with the code that trains; attention uses the kernel that keeps no scores.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from fractions import Fraction
+from statistics import NormalDist
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from megatron.core.optimizer import clip_grads
+from megatron.core.transformer.moe import token_dispatcher
+from torch import Tensor
+
+from megatron_ext.config import ETConfig
+from megatron_ext.moe.router import ThresholdRouter
+from megatron_ext.moe.routing_metrics import RoutingCounts
+from megatron_ext.moe.thresholds import Thresholds
+from megatron_ext.training.step import RoutingStep
+
+# Logits a router decides over: so many tokens, or those that give an expert a few.
+_TOKENS, _TOKENS_OF_AN_EXPERT, _TOKENS_OF_A_STEP = 2048, 8, 65536
+_aten = torch.ops.aten
+
+
+class EvenLoad:
+    """Every expert takes its mean share of every rank's tokens.
+
+    Args:
+        config: of the model.
+        microbatches: of the whole step; the step's end gets logits of so many, run or not.
+
+    Attributes:
+        kept_bytes: of router logits that wait for the end of the step.
+    """
+
+    def __init__(self, config: ETConfig, microbatches: int = 1) -> None:
+        self.rate = expert_rate(config)
+        self.microbatches = microbatches
+        self.kept_bytes = 0
+        self._copied = 0
+
+    def rows(self, tokens: int) -> int:
+        """The tokens of a rank's that one expert takes."""
+        return round(self.rate * tokens)
+
+    def answers(self) -> Mapping[Any, Callable[..., Any]]:
+        """What operations give whose results depend on data, for meta tensors."""
+        return {
+            _aten._local_scalar_dense.default: lambda _, x: torch.zeros((), dtype=x.dtype).item(),
+            _aten.masked_select.default: self._masked_select,
+            _aten.bincount.default: lambda _, x, w=None, n=0: x.new_empty(n),
+            _aten._to_copy.default: self._to_copy,
+        }
+
+    def _masked_select(self, _: Any, values: Tensor, mask: Tensor) -> Tensor:
+        """Megatron's permutation selects by masks `[experts, tokens]`."""
+        experts, tokens = mask.shape
+        return values.new_empty(experts * self.rows(tokens))
+
+    def _to_copy(self, func: Any, x: Tensor, **kwargs: Any) -> Tensor:
+        device = kwargs.get("device")
+        if device is None or torch.device(device).type == "meta":
+            return func(x, **kwargs)
+        return torch.full(x.shape, self._copied, dtype=kwargs.get("dtype") or x.dtype)
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Replace what needs data, inside."""
+        alltoall = token_dispatcher.MoEAlltoAllTokenDispatcher
+        allgather = token_dispatcher.MoEAllGatherTokenDispatcher
+        postprocess = allgather.dispatch_postprocess
+        select, resolve = ThresholdRouter._select, RoutingStep.resolve
+
+        def counts_on_host(dispatcher: Any, point: str, tokens_per_expert: Any = None) -> Any:
+            if point != dispatcher.cuda_dtoh_point:
+                return tokens_per_expert
+            rows = self.rows(dispatcher.routing_map.shape[0])
+            local, ep, tp = dispatcher.num_local_experts, dispatcher.ep_size, dispatcher.tp_size
+            dispatcher.num_out_tokens = rows * dispatcher.num_experts
+            if ep > 1 or tp > 1:
+                dispatcher.input_splits = dispatcher.output_splits = [rows * local] * ep
+                dispatcher.output_splits_tp = torch.full((tp,), rows * local * ep)
+            dispatcher.num_global_tokens_per_local_expert = torch.full((tp * ep, local), rows)
+            return torch.full((local,), rows * ep * tp)
+
+        def gathered(dispatcher: Any, hidden_states: Tensor, probs: Tensor) -> Any:
+            self._copied = self.rows(hidden_states.shape[0])
+            return postprocess(dispatcher, hidden_states, probs)
+
+        def select_at_random(
+            router: ThresholdRouter, logits: Tensor, positions: Tensor, counting: bool
+        ) -> Tensor:
+            kept = len(router.kept_logits)
+            enough = int(_TOKENS_OF_AN_EXPERT / self.rate) + 1
+            affordable = min(_TOKENS, _TOKENS_OF_A_STEP // self.microbatches)
+            tokens = min(logits.shape[0], max(affordable, enough))
+            sample = _random_logits(tokens, router.num_experts, self.rate)
+            select(router, sample, torch.arange(tokens), counting)
+            if len(router.kept_logits) > kept:
+                self.kept_bytes += logits.numel() * logits.element_size()
+            return torch.empty_like(logits, dtype=torch.bool)
+
+        def resolve_whole_step(step: RoutingStep, routers: Sequence[Any]) -> None:
+            for router in routers:
+                if isinstance(router, ThresholdRouter) and (kept := router.kept_logits):
+                    # Not the same again: a search takes longer where values are tied.
+                    sizes = [len(kept[i % len(kept)]) for i in range(len(kept), self.microbatches)]
+                    router.kept_logits = kept + [
+                        _random_logits(tokens, router.num_experts, self.rate) for tokens in sizes
+                    ]
+            resolve(step, routers)
+
+        with ExitStack() as stack:
+            for owner, name, stand_in in (
+                (alltoall, "_maybe_dtoh_and_synchronize", counts_on_host),
+                (allgather, "dispatch_postprocess", gathered),
+                (ThresholdRouter, "_select", select_at_random),
+                (RoutingStep, "resolve", resolve_whole_step),
+                (F, "scaled_dot_product_attention", _flash_attention),
+                (clip_grads, "multi_tensor_applier", _zero_norm),
+            ):
+                stack.enter_context(mock.patch.object(owner, name, stand_in))
+            yield
+
+
+def _random_logits(tokens: int, experts: int, rate: Fraction) -> Tensor:
+    """Normal logits, fp32 `[tokens, experts]`, of which the share `rate` is above 0."""
+    quantile = NormalDist().inv_cdf(1.0 - float(rate)) if rate < 1 else -10.0
+    return torch.randn(tokens, experts, device="cpu") - quantile
+
+
+def expert_rate(config: ETConfig) -> Fraction:
+    """The share of all tokens that one expert takes; 0 without experts."""
+    experts = config.num_moe_experts
+    return config.mean_experts / experts if experts else Fraction(0)
+
+
+def prepare_router(router: ThresholdRouter, updates: int) -> None:
+    """Put a router's own state into host memory, its thresholds at 0 after so many updates."""
+    router.thresholds = Thresholds(router.num_experts, router.thresholds.decay, device="cpu")
+    router.thresholds._updates_on_host = updates
+    router.counts = RoutingCounts(router.num_experts).to_empty(device="cpu")
+    router.counts.reset()
+
+
+def _zero_norm(*args: Any) -> tuple[Tensor, None]:
+    """The norm of the gradients, which Megatron's torch implementation takes off the device."""
+    return torch.zeros(1, device="cuda"), None
+
+
+def _flash_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """On the meta device torch would take the formula that keeps every score."""
+    if attn_mask is not None:
+        attn_mask = query.new_empty(attn_mask.shape)
+    return _aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
+    )[0]

@@ -1,0 +1,172 @@
+"""Collectives over the groups of a layout: right results, and how fast."""
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_ext.errors import UserError
+from megatron_ext.planning.preflight.findings import OK, WARNING, Found
+from megatron_ext.training.launch import Launch
+
+# As Megatron lays them out; the last two are what gradients are reduced over.
+KINDS: dict[str, Callable[[], Any]] = {
+    "tensor parallel": parallel_state.get_tensor_model_parallel_group,
+    "context parallel": parallel_state.get_context_parallel_group,
+    "expert parallel": parallel_state.get_expert_model_parallel_group,
+    "pipeline parallel": parallel_state.get_pipeline_model_parallel_group,
+    "data parallel": partial(parallel_state.get_data_parallel_group, with_context_parallel=True),
+    "expert data parallel": parallel_state.get_expert_data_parallel_group,
+}
+OPERATIONS = ("all-reduce", "all-to-all")
+_ROUNDS = 5
+
+
+def kinds() -> Iterator[tuple[str, Any]]:
+    """The groups of this rank that have other ranks in them."""
+    for kind, group in KINDS.items():
+        if group().size() > 1:
+            yield kind, group()
+
+
+def seconds_of(operation: str, group: Any, size: int) -> float:
+    """Run a collective of `size` bytes, check its result, and return the seconds of one.
+
+    Raises:
+        UserError: it fails, does not end in time, or its result is wrong.
+    """
+    members = dist.get_process_group_ranks(group)
+    try:
+        return _all_reduce(group, size) if operation == "all-reduce" else _all_to_all(group, size)
+    except _WrongResult:
+        raise UserError(
+            f"{operation} over ranks {_names(members)} gives wrong numbers: see the cables and "
+            "drivers of their nodes"
+        ) from None
+    except RuntimeError as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise UserError(
+            f"{operation} over ranks {_names(members)} fails ({reason}): see that these nodes "
+            "reach each other over INTERFACE, and NCCL_DEBUG=INFO"
+        ) from error
+
+
+class _WrongResult(Exception):
+    pass
+
+
+def _all_reduce(group: Any, size: int) -> float:
+    ranks, rank = group.size(), group.rank()
+    x = torch.full((size // 4,), float(rank + 1), device="cuda")
+    _wait(dist.all_reduce(x, group=group, async_op=True))
+    if not bool((x == ranks * (ranks + 1) // 2).all()):
+        raise _WrongResult
+    return _time(lambda: dist.all_reduce(x, group=group, async_op=True), group)
+
+
+def _all_to_all(group: Any, size: int) -> float:
+    ranks, rank = group.size(), group.rank()
+    part = max(1, size // 4 // ranks)
+    x = torch.arange(ranks, device="cuda").repeat_interleave(part) + 1000.0 * rank
+    y = torch.empty_like(x)  # from rank i: 1000 i + this rank
+    _wait(dist.all_to_all_single(y, x, group=group, async_op=True))
+    expected = 1000.0 * torch.arange(ranks, device="cuda").repeat_interleave(part) + rank
+    if not torch.equal(y, expected):
+        raise _WrongResult
+    return _time(lambda: dist.all_to_all_single(y, x, group=group, async_op=True), group)
+
+
+def _time(start: Callable[[], Any], group: Any) -> float:
+    _wait(dist.all_reduce(torch.zeros(1, device="cuda"), group=group, async_op=True))
+    begin = time.perf_counter()
+    for _ in range(_ROUNDS):
+        _wait(start())
+    return (time.perf_counter() - begin) / _ROUNDS
+
+
+def _wait(work: Any) -> None:
+    work.wait()
+    torch.cuda.synchronize()
+
+
+def bandwidths(
+    launch: Launch, kind: str, group: Any, seconds: dict[str, float], size: int
+) -> list[dict[str, Any]]:
+    """For each group of a kind its ranks and, by operation, the bytes a second of its slowest rank.
+
+    Bytes are those that pass a rank's link, as nccl-tests counts its bus bandwidth.
+    """
+    ranks = dist.get_process_group_ranks(group)
+    found: dict[tuple[int, ...], dict[str, float]] = {}
+    for row in launch.gather(f"{kind} seconds", {"ranks": ranks, "seconds": seconds}):
+        slowest = found.setdefault(tuple(row["ranks"]), {})
+        for operation, value in row["seconds"].items():
+            slowest[operation] = max(value, slowest.get(operation, 0.0))
+    n = len(ranks)
+    passing = {"all-reduce": 2 * (n - 1) / n, "all-to-all": (n - 1) / n}
+    return [
+        {"ranks": list(members), **{o: size * passing[o] / slowest[o] for o in OPERATIONS}}
+        for members, slowest in sorted(found.items())
+    ]
+
+
+def in_words(groups: list[dict[str, Any]]) -> Found:
+    """The slowest of the groups; a warning where it is less than half as fast as the median."""
+    told, slow = [], []
+    for operation in OPERATIONS:
+        speeds = [group[operation] for group in groups]
+        worst = min(groups, key=lambda group: group[operation])
+        told.append(f"{operation} {min(speeds) / 1e9:,.3g} GB/s")
+        if worst[operation] < statistics.median_high(speeds) / 2:
+            slow.append(
+                f"{operation} over ranks {_names(worst['ranks'])} is slow, the median is "
+                f"{statistics.median_high(speeds) / 1e9:,.3g} GB/s: see the links of their nodes, "
+                "or leave one out"
+            )
+    ranks = len(groups[0]["ranks"])
+    count = f"{len(groups)} group{'s' if len(groups) > 1 else ''} of {ranks} ranks"
+    words = "; ".join([f"{count}, {', '.join(told)}", *slow])
+    return Found(words, WARNING if slow else OK, {"groups": groups})
+
+
+def _names(members: list[int]) -> str:
+    shown = " ".join(map(str, members[:8]))
+    return shown + (" ..." if len(members) > 8 else "")
+
+
+def meet(args: Any, launch: Launch) -> Found:
+    """Make the process groups of the run, with Megatron's own code.
+
+    Raises:
+        UserError: the ranks cannot reach each other.
+    """
+    from megatron.training.initialize import _initialize_distributed
+
+    # A hang of NCCL then becomes an error here, and not the end of the process.
+    os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
+    args.distributed_timeout_minutes = launch.timeout / 60
+    try:
+        _initialize_distributed(None, None, launch.store)
+    except RuntimeError as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise UserError(
+            f"ranks cannot make their groups ({reason}): see that the nodes reach each other over "
+            "INTERFACE, and NCCL_DEBUG=INFO"
+        ) from error
+    return Found(f"{args.distributed_backend} connects all {dist.get_world_size()} ranks")
+
+
+def measure(launch: Launch, kind: str, group: Any, size: int) -> Found:
+    """Time collectives of `size` bytes over all groups of a kind.
+
+    Raises:
+        UserError: see :func:`seconds_of`.
+    """
+    seconds = {operation: seconds_of(operation, group, size) for operation in OPERATIONS}
+    return in_words(bandwidths(launch, kind, group, seconds, size))

@@ -1,0 +1,86 @@
+"""`--dry-run` in a process beside a preflight."""
+
+import multiprocessing
+import os
+import traceback
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from typing import Any
+
+from megatron_ext.devices import activate
+from megatron_ext.errors import UserError
+
+GIB = 2**30
+
+
+class DryRun:
+    """A dry run in a process of its own: it pretends to be other ranks and to have no GPU.
+
+    Make it before anything of Megatron is imported and before CUDA is used, which a fork would
+    not survive.
+
+    Args:
+        flags: of `pretrain_et.py`.
+        ranks: of the run.
+    """
+
+    def __init__(self, flags: Sequence[str], ranks: int) -> None:
+        context = multiprocessing.get_context("fork")
+        self._pipe, theirs = context.Pipe(duplex=False)
+        self._process = context.Process(
+            target=_measure, args=(theirs, [*flags, "--dry-run", str(ranks)]), daemon=True
+        )
+        self._process.start()
+        theirs.close()
+
+    def facts(self, timeout: float) -> dict[str, Any]:
+        """What `--dry-run` prints as JSON.
+
+        Raises:
+            UserError: the flags are wrong, or it does not end within `timeout` seconds.
+        """
+        try:
+            if not self._pipe.poll(timeout):
+                raise UserError(
+                    f"--dry-run does not end within {timeout:g} s: raise --stall-timeout"
+                )
+            outcome, value = self._pipe.recv()
+        except EOFError:
+            self._process.join()
+            raise UserError(
+                f"--dry-run ended with exit code {self._process.exitcode}: look for memory of the "
+                "host that ran out"
+            ) from None
+        finally:
+            self.stop()
+        if outcome == "refused":
+            raise UserError(value)
+        assert outcome == "measured", value
+        return value
+
+    def stop(self) -> None:
+        """End it, whatever it does."""
+        self._process.kill()
+        self._process.join()
+
+
+def _measure(pipe: Connection, flags: list[str]) -> None:
+    with open(os.devnull, "w") as nowhere:  # the preflight itself tells warnings
+        for stream in (1, 2):
+            os.dup2(nowhere.fileno(), stream)
+    try:
+        activate(use_cuda=False)
+        from megatron_ext.arguments import parse_args
+        from megatron_ext.planning.dry_run import measure
+
+        pipe.send(("measured", measure(*parse_args(flags))))
+    except UserError as error:
+        pipe.send(("refused", str(error)))
+    except BaseException:
+        pipe.send(("failed", traceback.format_exc()))
+
+
+def memory_of_a_rank(facts: dict[str, Any]) -> tuple[int, int]:
+    """Bytes that a rank of the fullest pipeline stage holds, and which stage that is."""
+    held = [sum(stage["memory"].values()) for stage in facts["stages"]]
+    return max(held), held.index(max(held))

@@ -1,0 +1,93 @@
+"""The comparison as a page and as Markdown."""
+
+import html
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_ext.reports import html as page
+from megatron_ext.reports.comparison.compared_runs import differences, grouped, read_runs
+from megatron_ext.reports.comparison.comparison_picture import draw_comparison
+from megatron_ext.reports.comparison.final_metrics import NOTES, figures_table
+
+_CURVES = "losses, thresholds, loads and fan-out against tokens"
+
+
+def compare(paths: Sequence[str], output: Path, markdown: Path | None) -> None:
+    """Write comparison.png and comparison.html to `output`, and Markdown where asked.
+
+    Raises:
+        UserError: a directory that holds no run that can be compared.
+    """
+    groups = grouped(read_runs(paths))
+    output.mkdir(parents=True, exist_ok=True)
+    picture = output / "comparison.png"
+    smoothing = draw_comparison(groups, picture)
+    names = [group.name for group in groups]
+    contents = Contents(
+        title="Comparison of " + ", ".join(names),
+        header=["", *names],
+        figures=figures_table(groups),
+        settings=[
+            [name.replace("_", " "), *("" if value is None else str(value) for value in values)]
+            for name, values in differences(groups).items()
+        ],
+        notes=" ".join([*NOTES, f"Curves called smoothed are a {smoothing}."]),
+    )
+    _write(output / "comparison.html", contents.html(picture.read_bytes()))
+    print(f"wrote {picture} and {output / 'comparison.html'}")
+    if markdown is not None:
+        markdown.parent.mkdir(parents=True, exist_ok=True)
+        _write(markdown, contents.markdown(os.path.relpath(picture, markdown.parent)))
+        print(f"wrote {markdown}")
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What the page and the Markdown show; rows are a label and a cell for each group."""
+
+    title: str
+    header: list[str]
+    figures: list[list[str]]
+    settings: list[list[str]]
+    notes: str
+
+    def html(self, png: bytes) -> str:
+        """A page that holds the picture itself."""
+        figures, settings = (page.table(self.header, rows) for rows in self._tables())
+        return page.document(
+            self.title,
+            [
+                f"<h1>{html.escape(self.title)}</h1>",
+                f'<div class="wide">{figures}</div>',
+                f'<p class="note">{html.escape(self.notes)}</p>',
+                page.picture(png, _CURVES),
+                "<h2>Settings that differ</h2>",
+                f'<div class="wide">{settings}</div>' if self.settings else "None.",
+            ],
+        )
+
+    def markdown(self, picture: str) -> str:
+        """Markdown that shows the picture of a file."""
+        figures, settings = (_markdown_table(self.header, rows) for rows in self._tables())
+        parts = [f"# {self.title}", figures, self.notes, f"![{_CURVES}]({picture})"]
+        parts += ["## Settings that differ", settings if self.settings else "None."]
+        return "\n\n".join(parts) + "\n"
+
+    def _tables(self) -> tuple[list[list[str]], list[list[str]]]:
+        return self.figures, self.settings
+
+
+def _markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    def line(cells: list[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    rule = "|---|" + "---:|" * (len(header) - 1)
+    return "\n".join([line(header), rule, *map(line, rows)])
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

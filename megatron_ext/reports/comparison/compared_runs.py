@@ -1,0 +1,157 @@
+"""Runs to compare, on a scale of tokens, and which of them differ in their seed alone."""
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_ext.errors import UserError
+from megatron_ext.reports.run_metrics import Floats, RunMetrics, Work
+
+# Where a run is kept, how it is watched, and how far it is do not make it a different run. The
+# tokenizer is known by its digest.
+_NO_DIFFERENCE = re.compile(
+    r"trained_tokens|batch_history|last_batch_size|rank|local_rank|run_dir|load|save|tokenizer_model|iteration|iter_per_epoch|stall_timeout"
+    r"|(consumed|wandb|mlflow|one_logger|log|save|exit|tensorboard|timing_log)_.*|data_cache_path"
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run.
+
+    Attributes:
+        name: short, different from the other runs'.
+        settings: of run.json, without those that make no difference.
+        seed: of the settings.
+    """
+
+    name: str
+    metrics: RunMetrics
+    settings: dict[str, Any]
+    seed: int | None
+
+    @cached_property
+    def work(self) -> Work:
+        """Tokens, FLOPs and device time of every training row."""
+        return self.metrics.work(self.settings)
+
+    def tokens_at(self, steps: Floats) -> Floats:
+        """Return the tokens trained on after each of the steps."""
+        return np.interp(steps, [0.0, *self.work.steps], [0.0, *self.work.tokens])
+
+    @property
+    def tokens(self) -> float:
+        """Tokens trained on in all."""
+        return float(self.work.tokens[-1])
+
+    def curve(self, name: str) -> tuple[Floats, Floats]:
+        """Tokens and values of a training figure, the mean over layers where layers have it."""
+        steps, values = self.metrics.series(name)
+        if not len(steps):
+            steps, by_layer = self.metrics.over_layers(name)
+            values = by_layer.mean(axis=0) if by_layer.size else steps
+        return self.tokens_at(steps), values
+
+    def validation(self) -> tuple[Floats, Floats]:
+        """Tokens and validation losses."""
+        found = self.metrics.evaluations
+        return self.tokens_at(np.array(list(found), float)), np.array(list(found.values()), float)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in their seed alone, often just one."""
+
+    name: str
+    runs: list[Run]
+
+    def curve(self, name: str) -> tuple[Floats, Floats, Floats]:
+        """Tokens where all runs have the figure, its mean, and its standard deviation.
+
+        Args:
+            name: of a training figure, or `val_loss`.
+        """
+        curves = [run.validation() if name == "val_loss" else run.curve(name) for run in self.runs]
+        found = [dict(zip(tokens.round(), values)) for tokens, values in curves]
+        at = sorted(set.intersection(*map(set, found)))
+        values = np.array([[run[tokens] for tokens in at] for run in found])  # [runs, n]
+        return np.array(at), values.mean(axis=0), deviation(values)
+
+
+def deviation(values: Floats) -> Floats:
+    """Sample standard deviation over the first axis; 0 of a single value."""
+    return values.std(axis=0, ddof=1) if len(values) > 1 else np.zeros(values.shape[1:])
+
+
+def read_runs(paths: Sequence[str]) -> list[Run]:
+    """Read run directories.
+
+    Raises:
+        UserError: one is given twice, or holds no usable metrics.jsonl and run.json.
+    """
+    folders = [Path(path).resolve() for path in paths]
+    for path, folder in zip(paths, folders):
+        if folders.count(folder) > 1:
+            raise UserError(f"{path} is given twice: name each run once")
+    parts = [folder.name for folder in folders]
+    if len(set(parts)) < len(parts):  # as much of the path as tells them apart
+        above = os.path.commonpath(folders)
+        parts = [os.path.relpath(folder, above) for folder in folders]
+    return [_read(Path(path), name) for path, name in zip(paths, parts)]
+
+
+def _read(path: Path, name: str) -> Run:
+    metrics = RunMetrics.read(path)
+    try:
+        settings = json.loads((path / "run.json").read_text(encoding="utf-8"))["settings"]
+        settings = {key: v for key, v in settings.items() if not _NO_DIFFERENCE.fullmatch(key)}
+        settings["global_batch_size"], settings["seq_length"]
+    except OSError as error:
+        raise UserError(
+            f"{path / 'run.json'}: {error.strerror}: a comparison needs the run's settings"
+        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path / 'run.json'} does not hold a run's settings: {error}") from error
+    varied = settings.get("rampup_batch_size") or settings.get("step_batch_size_schedule")
+    if varied and not len(metrics.series("tokens")[0]):
+        raise UserError(
+            f"{path / 'metrics.jsonl'} does not tell the tokens of a step, and the run's batch "
+            "size changed: train it again to compare it by tokens"
+        )
+    return Run(name, metrics, settings, settings.pop("seed", None))
+
+
+def grouped(runs: Sequence[Run]) -> list[Group]:
+    """Runs with equal settings and different seeds together, in the order given."""
+    groups: list[list[Run]] = []
+    for run in runs:
+        for group in groups:
+            if group[0].settings == run.settings and run.seed not in [r.seed for r in group]:
+                group.append(run)
+                break
+        else:
+            groups.append([run])
+    return [Group(_name(group), group) for group in groups]
+
+
+def _name(runs: list[Run]) -> str:
+    if len(runs) == 1:
+        return runs[0].name
+    common = os.path.commonprefix([run.name for run in runs])  # noqa: RUF071
+    common = re.sub(r"[-_. /]*(seed|s)?[-_. /=]*\d*$", "", common) or runs[0].name
+    return f"{common} ({len(runs)} seeds)"
+
+
+def differences(groups: Sequence[Group]) -> dict[str, list[Any]]:
+    """Settings in which groups differ: the value of each, None where it has none."""
+    settings = [group.runs[0].settings for group in groups]
+    names = sorted({name for group in settings for name in group})
+    values = {name: [group.get(name) for group in settings] for name in names}
+    return {name: row for name, row in values.items() if any(v != row[0] for v in row)}

@@ -1,0 +1,152 @@
+"""The figures that runs are compared by."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from megatron_ext.reports.comparison.compared_runs import Group, Run, deviation
+from megatron_ext.reports.run_metrics import Floats
+
+
+class Figure(NamedTuple):
+    """A row of the table.
+
+    Attributes:
+        of: the figure of a run, None where it has none.
+        form: how a value is written.
+    """
+
+    label: str
+    of: Callable[[Run], float | None]
+    form: str
+
+
+def final_loss(run: Run) -> float | None:
+    losses = list(run.metrics.evaluations.values())
+    return losses[-1] if losses else None
+
+
+def best_loss(run: Run) -> float | None:
+    return min(run.metrics.evaluations.values(), default=None)
+
+
+def tokens_per_second(run: Run) -> float | None:
+    _, speeds = run.metrics.series("tokens_per_s")
+    return float(np.median(speeds)) if len(speeds) else None
+
+
+def flops(run: Run) -> float | None:
+    """Return the FLOPs of all steps, by Megatron's formula."""
+    return None if run.work.flops is None else float(run.work.flops.sum())
+
+
+def device_hours(run: Run) -> float | None:
+    """Return the time of all devices in training steps, without evaluation and checkpoints."""
+    seconds = run.work.device_seconds
+    return None if seconds is None else float(seconds.sum()) / 3600
+
+
+def load_ratio(run: Run) -> float | None:
+    return _mean_over_layers(run, "load_max_over_mean")
+
+
+def worst_load_ratio(run: Run) -> float | None:
+    found = [run.metrics.recent("load_max_over_mean", layer) for layer in run.metrics.layers]
+    return max((float(value) for value in found if value is not None), default=None)
+
+
+def dead_experts(run: Run) -> float | None:
+    found = [run.metrics.recent("dead_experts", layer) for layer in run.metrics.layers]
+    return float(sum(found)) if found and None not in found else None
+
+
+def fan_out(run: Run) -> float | None:
+    return _mean_over_layers(run, "fan_out")
+
+
+def no_expert_percent(run: Run) -> float | None:
+    share = _mean_over_layers(run, "no_expert_share")
+    return None if share is None else 100 * share
+
+
+def threshold_drift(run: Run) -> float | None:
+    """Mean over experts of how far thresholds moved in the last tenth of the tokens, in logits."""
+    moves: list[Floats] = []
+    for layer in run.metrics.layers:
+        steps, thresholds = run.metrics.series("experts/threshold", layer)
+        tokens = run.tokens_at(steps)
+        before = np.flatnonzero(tokens <= 0.9 * run.tokens)
+        if len(before):
+            moves.append(np.abs(thresholds[-1] - thresholds[before[-1]]))
+    return float(np.mean(moves)) if moves else None
+
+
+def _mean_over_layers(run: Run, name: str) -> float | None:
+    found = [run.metrics.recent(name, layer) for layer in run.metrics.layers]
+    known = [float(value) for value in found if value is not None]
+    return float(np.mean(known)) if known else None
+
+
+FIGURES = (
+    Figure("tokens trained on", lambda run: run.tokens, "{:,.0f}"),
+    Figure("final validation loss, nats per token", final_loss, "{:.4f}"),
+    Figure("best validation loss, nats per token", best_loss, "{:.4f}"),
+    Figure("training loss, last tenth", lambda run: run.metrics.recent("loss"), "{:.4f}"),
+    Figure("tokens per second, median step", tokens_per_second, "{:,.0f}"),
+    Figure("FLOPs, by Megatron's formula", flops, "{:.3g}"),
+    Figure("device-hours in training steps", device_hours, "{:.3g}"),
+    Figure("busiest expert's load / mean, mean of layers", load_ratio, "{:.3f}"),
+    Figure("busiest expert's load / mean, worst layer", worst_load_ratio, "{:.3f}"),
+    Figure("experts without a token, all layers", dead_experts, "{:.2f}"),
+    Figure("routed experts a token (fan-out)", fan_out, "{:.3f}"),
+    Figure("tokens without a routed expert, %", no_expert_percent, "{:.2f}"),
+    Figure("threshold drift, logits", threshold_drift, "{:.4f}"),
+)
+NOTES = (
+    "Loads, fan-out and training loss are means over the last tenth of a run's steps.",
+    "Threshold drift is how far an expert's threshold moved in the last tenth of the tokens, "
+    "without its sign, mean over experts and layers.",
+    "Several seeds are shown as mean ± sample standard deviation.",
+    "A step that a resumed run repeated counts once, as it was last.",
+)
+
+
+def cells(figure: Figure, groups: Sequence[Group]) -> list[str]:
+    """The figure of each group as text; empty where a run of it has none."""
+    row = []
+    for group in groups:
+        found = [value for run in group.runs if (value := figure.of(run)) is not None]
+        if len(found) < len(group.runs):
+            row.append("")
+            continue
+        values = np.array(found, dtype=float)
+        cell = figure.form.format(values.mean())
+        if len(values) > 1:
+            spread = float(deviation(values))
+            rounding = 1e-9 * abs(values.mean())  # what equal figures may differ by
+            cell += " ± " + figure.form.format(spread if spread > rounding else 0.0)
+        row.append(cell)
+    return row
+
+
+def figures_table(groups: Sequence[Group]) -> list[list[str]]:
+    """Rows of label and a cell for each group, those that no group has left out."""
+    rows = [[figure.label, *cells(figure, groups)] for figure in [*FIGURES, *_at_equal(groups)]]
+    return [row for row in rows if any(row[1:])]
+
+
+def _at_equal(groups: Sequence[Group]) -> list[Figure]:
+    """Validation loss at the last number of tokens that all evaluated; none for equal lengths."""
+    runs = [run for group in groups for run in group.runs]
+    evaluated = [run.validation() for run in runs]
+    common = set.intersection(*(set(tokens.round()) for tokens, _ in evaluated))
+    if not common or all(tokens[-1].round() == max(common) for tokens, _ in evaluated):
+        return []
+    at = max(common)
+
+    def loss(run: Run) -> float:
+        tokens, losses = run.validation()
+        return float(losses[tokens.round() == at][0])
+
+    return [Figure(f"validation loss at {at:,.0f} tokens, all have it", loss, "{:.4f}")]

@@ -1,0 +1,263 @@
+"""What the API takes: bodies of requests, checked, as continuations to make."""
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_ext.chat_templates import prompt_ids
+from megatron_ext.errors import UserError
+from megatron_ext.hf.tokenizer_export import as_transformers
+from megatron_ext.inference.loading import TrainedModel
+from megatron_ext.inference.sampling import Sampling
+from megatron_ext.inference.text import detokenizer_of
+from megatron_ext.serving.bodies import (
+    BadRequest,
+    ChatBody,
+    CompletionBody,
+    Message,
+    read_body,
+)
+from megatron_ext.serving.replicas import Work
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The most a request may ask for; None is the model's own length.
+
+    Attributes:
+        choices: prompts times n.
+        new_tokens: of one continuation.
+        prompt_tokens: of one prompt.
+    """
+
+    choices: int = 32
+    new_tokens: int | None = None
+    prompt_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Call:
+    """A checked request.
+
+    Attributes:
+        works: of all choices, n for each prompt.
+        prompts: token ids of each prompt.
+        log_probs: whether scores are to be answered.
+        echo: the text of each prompt to answer before the continuation; empty where the prompt's
+            scored tokens make up its text, or no echo is asked for.
+        only_prompt: answer nothing but the prompt (max_tokens 0 with echo).
+    """
+
+    chat: bool
+    works: list[Work]
+    prompts: list[list[int]]
+    stream: bool
+    include_usage: bool
+    log_probs: bool
+    echo: list[str] = field(default_factory=list)
+    only_prompt: bool = False
+
+
+class Reader:
+    """Checks requests for one model."""
+
+    def __init__(
+        self, trained: TrainedModel, name: str, limits: Limits, chat_template: str | None = None
+    ) -> None:
+        self.trained, self.name, self.limits = trained, name, limits
+        template = chat_template or getattr(trained.tokenizer, "chat_template", None)
+        self.chat_template: str | None = template
+        self._chat_tokenizer = as_transformers(trained.tokenizer)
+
+    def completion(self, body: Any) -> Call:
+        """Check a body of /v1/completions.
+
+        Raises:
+            BadRequest: naming the field and what it may be.
+        """
+        request = read_body(CompletionBody, body)
+        self._check_model(request)
+        prompts, texts = self._prompts(request.prompt)
+        left = self.trained.max_length - max(map(len, prompts))
+        default = max(1, min(16, left, self.limits.new_tokens or left))
+        most = default if request.max_tokens is None else request.max_tokens
+        if most == 0 and not request.echo:
+            raise BadRequest("max_tokens must be at least 1 without echo", "max_tokens")
+        scores_prompt = request.echo and request.logprobs is not None
+        likeliest = request.logprobs or 0
+        works = self._works(request, prompts, most, likeliest, scores_prompt)
+        echo: list[str] = []
+        if request.echo and not scores_prompt:  # with scores the prompt's tokens are its text
+            echo = [self._text(*pair) for pair in zip(texts, prompts)]
+        return Call(
+            chat=False,
+            works=works,
+            prompts=prompts,
+            stream=request.stream,
+            include_usage=request.stream_options.include_usage,
+            log_probs=request.logprobs is not None,
+            echo=echo,
+            only_prompt=most == 0,
+        )
+
+    def chat(self, body: Any) -> Call:
+        """Check a body of /v1/chat/completions; see `completion`."""
+        request = read_body(ChatBody, body)
+        self._check_model(request)
+        if request.top_logprobs and not request.logprobs:
+            raise BadRequest("top_logprobs needs logprobs: true", "top_logprobs")
+        prompt = self._chat_prompt(request.messages)
+        name, most = "max_tokens", request.max_tokens
+        if request.max_completion_tokens is not None:
+            if most is not None and most != request.max_completion_tokens:
+                raise BadRequest("max_tokens and max_completion_tokens differ: give one", name)
+            name, most = "max_completion_tokens", request.max_completion_tokens
+        left = self.trained.max_length - len(prompt)
+        if most is None:
+            most = max(1, min(left, self.limits.new_tokens or left))
+        if most == 0:
+            raise BadRequest(f"{name} must be at least 1", name)
+        return Call(
+            chat=True,
+            works=self._works(request, [prompt], most, request.top_logprobs, False, name),
+            prompts=[prompt],
+            stream=request.stream,
+            include_usage=request.stream_options.include_usage,
+            log_probs=request.logprobs,
+        )
+
+    def _check_model(self, request: CompletionBody | ChatBody) -> None:
+        if request.model not in (None, self.name):
+            raise BadRequest(
+                f"there is no model {request.model!r} here, only {self.name!r}", "model", 404
+            )
+
+    def _prompts(self, given: Any) -> tuple[list[list[int]], list[str | None]]:
+        """Token ids of the prompts, and their texts where these were given."""
+        if isinstance(given, str) or (isinstance(given, list) and _all_integers(given)):
+            given = [given]
+        if not isinstance(given, list) or not given:
+            raise BadRequest("prompt must be text, token ids, or a list of either", "prompt")
+        if len(given) > self.limits.choices:
+            raise BadRequest(f"at most {self.limits.choices} choices a request", "prompt")
+        prompts, texts = [], []
+        for prompt in given:
+            if isinstance(prompt, str):
+                prompts.append(self._tokenize(prompt))
+            elif isinstance(prompt, list) and _all_integers(prompt):
+                prompts.append(prompt)
+            else:
+                raise BadRequest("prompt must be text, token ids, or a list of either", "prompt")
+            texts.append(prompt if isinstance(prompt, str) else None)
+        return prompts, texts
+
+    def _chat_prompt(self, messages: Sequence[Message]) -> list[int]:
+        if self.chat_template is None:
+            raise BadRequest(
+                "the model's tokenizer has no chat template: use /v1/completions, or start the "
+                "server with --chat-template"
+            )
+        conversation = [{"role": m.role, "content": m.text} for m in messages]
+        if self._chat_tokenizer is None:
+            raise BadRequest(
+                "the model's tokenizer has no text: use /v1/completions with token ids"
+            )
+        try:
+            return prompt_ids(self._chat_tokenizer, conversation, chat_template=self.chat_template)
+        except UserError as error:
+            raise BadRequest(str(error), "messages") from error
+
+    def _tokenize(self, text: str) -> list[int]:
+        try:
+            return self.trained.tokenizer.tokenize(text)
+        except (ValueError, KeyError) as error:
+            raise BadRequest(
+                f"the model's tokenizer cannot read the prompt: {error}", "prompt"
+            ) from error
+
+    def _text(self, text: str | None, tokens: list[int]) -> str:
+        """The text of a prompt, without a character that its last tokens only begin."""
+        if text is not None:
+            return text
+        detokenizer = detokenizer_of(self.trained.tokenizer)
+        return detokenizer.decode(tokens[: len(tokens) - detokenizer.unfinished(tokens)])
+
+    def _works(
+        self,
+        request: CompletionBody | ChatBody,
+        prompts: list[list[int]],
+        most: int,
+        likeliest: int,
+        scores_prompt: bool,
+        most_name: str = "max_tokens",
+    ) -> list[Work]:
+        if request.n * len(prompts) > self.limits.choices:
+            raise BadRequest(f"at most {self.limits.choices} choices a request", "n")
+        if self.limits.new_tokens is not None and most > self.limits.new_tokens:
+            raise BadRequest(f"{most_name} is at most {self.limits.new_tokens} here", most_name)
+        if request.min_tokens > most:
+            raise BadRequest(
+                f"min_tokens {request.min_tokens} is more than {most_name} {most}", "min_tokens"
+            )
+        for prompt in prompts:
+            self._check_length(prompt, max(most, 1), most_name)
+        seed = secrets.randbelow(2**62) if request.seed is None else request.seed
+        sampling = self._sampling(request, max(most, 1))
+        return [
+            Work(prompt, sampling, seed + i, likeliest, scores_prompt)
+            for prompt in prompts
+            for i in range(request.n)
+        ]
+
+    def _sampling(self, request: CompletionBody | ChatBody, most: int) -> Sampling:
+        vocab = self.trained.vocab_size
+        bias = {}
+        for name, value in request.logit_bias.items():
+            if not (name.isdecimal() and name.isascii() and int(name) < vocab):
+                raise BadRequest(
+                    f"logit_bias has the key {name!r}: keys are token ids below {vocab}",
+                    "logit_bias",
+                )
+            bias[int(name)] = value
+        if not all(0 <= token < vocab for token in request.stop_token_ids):
+            raise BadRequest(
+                f"stop_token_ids must be from 0 to {vocab - 1}, as token ids are", "stop_token_ids"
+            )
+        return Sampling(
+            max_new_tokens=most,
+            temperature=request.temperature or 1.0,
+            top_k=min(max(request.top_k, 0), vocab),
+            top_p=request.top_p,
+            greedy=request.temperature == 0,
+            stop=tuple(request.stop),
+            stop_at_eod=not request.ignore_eos,
+            min_p=request.min_p,
+            min_tokens=request.min_tokens,
+            stop_token_ids=tuple(request.stop_token_ids),
+            repetition_penalty=request.repetition_penalty,
+            frequency_penalty=request.frequency_penalty,
+            presence_penalty=request.presence_penalty,
+            logit_bias=tuple(bias.items()),
+            skip_special_tokens=request.skip_special_tokens,
+        )
+
+    def _check_length(self, prompt: list[int], most: int, most_name: str) -> None:
+        length = self.trained.max_length
+        longest = min(self.limits.prompt_tokens or length - 1, length - 1)
+        if not prompt:
+            raise BadRequest("a prompt needs at least one token", "prompt")
+        if len(prompt) > longest:
+            raise BadRequest(f"a prompt has {len(prompt)} tokens, at most {longest} fit", "prompt")
+        if len(prompt) + most > length:
+            raise BadRequest(
+                f"a prompt of {len(prompt)} tokens and {most_name} {most} exceed the model's "
+                f"length of {length}",
+                most_name,
+            )
+        if not all(0 <= token < self.trained.vocab_size for token in prompt):
+            raise BadRequest(f"token ids are below {self.trained.vocab_size}", "prompt")
+
+
+def _all_integers(values: list[Any]) -> bool:
+    return bool(values) and all(type(value) is int for value in values)

@@ -1,0 +1,196 @@
+"""The tool that compares two files of verdicts, and the arrays that it makes of them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import krippendorff
+import numpy as np
+import pytest
+from sklearn.metrics import cohen_kappa_score
+
+from alignment.commands.agreement import main
+from alignment.records import Outcome, Prompt, Response, Side, Verdict
+from megatron_ext.errors import TooFewResults, UserError
+
+
+def write(file: Path, records: list[Any]) -> str:
+    file.write_text("".join(json.dumps(record.to_row()) + "\n" for record in records))
+    return str(file)
+
+
+def scores(labels: list[float | None], sample: int = 0) -> list[Verdict]:
+    bad = {"outcome": Outcome.UNPARSEABLE, "reason": "what?"}
+    return [
+        Verdict(f"r{i}", sample=sample, **(bad if x is None else {"outcome": "score", "score": x}))  # type: ignore[arg-type]
+        for i, x in enumerate(labels)
+    ]
+
+
+def preference(item: str, shown: str, swapped: bool = False) -> Verdict:
+    """What a judge said: A or B, in the order shown, or tie."""
+    if shown == "tie":
+        return Verdict(item, Outcome.TIE, swapped=swapped)
+    side = Side.FIRST if (shown == "A") != swapped else Side.SECOND
+    return Verdict(item, Outcome.PREFERENCE, preferred=side, swapped=swapped)
+
+
+def measured(folder: Path, first: list[Verdict], second: list[Verdict], *flags: str) -> Any:
+    files = [write(folder / "a.jsonl", first), write(folder / "b.jsonl", second)]
+    main([*files, "--resamples", "20", "--output", str(folder / "out"), *flags])
+    assert (folder / "out" / "agreement.png").read_bytes().startswith(b"\x89PNG")
+    return json.loads((folder / "out" / "agreement.json").read_text())
+
+
+def test_scores_are_compared_on_items_that_both_judged_and_by_slice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw = np.random.default_rng(0)
+    a = draw.integers(0, 10, 80).astype(float)
+    b = np.clip(a + draw.normal(0, 1.5, 80), 0, 9)
+    labels: list[float | None] = [float(x) for x in b]
+    labels[3] = labels[70] = None
+    prompts = [Prompt(f"p{i // 2}", [{"role": "user", "content": "x"}]) for i in range(80)]  # type: ignore[list-item]
+    items = [Response(f"r{i}", prompts[i], "word", f"model {i % 2}") for i in range(80)]
+    flags = ["--items", write(tmp_path / "items.jsonl", items), "--resample", "prompt",
+             "--slice", "source"]  # fmt: skip
+    # The second sample of some: equal to the first in half of them.
+    again = scores([x if i % 2 else 0.0 for i, x in enumerate(labels)], 1)[60:]
+    found = measured(tmp_path, scores([float(x) for x in a]), scores(labels) + again, *flags)
+    there = [i for i in range(80) if i not in (3, 70)]
+    whole = np.floor(b + 0.5)
+    agreement = found["all"]["agreement"]
+
+    def alpha(places: list[int], b: Any, level: Any) -> float:
+        return krippendorff.alpha(np.stack([a[places], b[places]]), level_of_measurement=level)
+
+    assert agreement["alpha_interval"]["value"] == pytest.approx(alpha(there, b, "interval"))
+    assert agreement["alpha_nominal"]["value"] == pytest.approx(alpha(there, whole, "nominal"))
+    theirs = cohen_kappa_score(
+        a[there].astype(int), whole[there].astype(int), labels=range(10), weights="quadratic"
+    )
+    assert agreement["quadratic_kappa"]["value"] == pytest.approx(theirs)
+    assert found["all"]["items"] == 80 and found["all"]["judged_by_both"] == 78
+    second = found["all"]["second"]
+    assert second["malformed_rate"]["value"] == pytest.approx(2 / 100)
+    pairs = [whole[i] == (whole[i] if i % 2 else 0) for i in range(60, 80) if i != 70]
+    assert second["self_consistency"]["value"] == pytest.approx(np.mean(pairs))
+    odd = found["slices"]["source"]["model 1"]
+    places = [i for i in there if i % 2]
+    assert odd["judged_by_both"] == len(places) == 39
+    assert odd["agreement"]["alpha_interval"]["value"] == pytest.approx(
+        alpha(places, b, "interval")
+    )
+    counts = np.array(found["confusion"]["counts"])
+    assert counts.sum() == 78 and counts[int(a[0]), int(whole[0])] > 0
+    assert sum(bin["items"] for bin in found["calibration"]) == 78
+    assert "by source" in capsys.readouterr().out
+
+
+def test_pairs_have_flips_ties_and_the_side_that_both_orders_prefer(tmp_path: Path) -> None:
+    gold = [preference(f"x{i}", "AB"[i % 2]) for i in range(8)] + [preference("x8", "tie")]
+    # x0, x1 right both ways; x2, x3 always the one shown first; x4 to x7 wrong both ways.
+    second = []
+    for i in range(8):
+        right = "AB"[i % 2]
+        first = right if i < 2 else "A" if i < 4 else "BA"[i % 2]
+        other = {"A": "B", "B": "A"}
+        second.append(preference(f"x{i}", first))
+        second.append(preference(f"x{i}", "A" if 2 <= i < 4 else other[first], swapped=True))
+    second.append(preference("x8", "tie"))
+    found = measured(tmp_path, gold, second)["all"]
+    assert found["second"]["flip_rate"]["value"] == pytest.approx(2 / 8)
+    assert found["second"]["tie_rate"]["value"] == pytest.approx(1 / 17)
+    assert found["second"]["shown_first_rate"]["value"] == pytest.approx((4 + 6) / 16)
+    assert "both orders" in found["first"]["flip_rate"]["reason"]
+    # Of 16 answers about pairs with a side: 4 right, and 2 of the 4 that flip.
+    assert found["agreement"]["accuracy"]["value"] == pytest.approx(6 / 16)
+    sides = [[1, 0] * 4 + [0.5], [1, 0, 0.5, 0.5, 0, 1, 0, 1, 0.5]]
+    theirs = krippendorff.alpha(np.array(sides), level_of_measurement="nominal")
+    assert found["agreement"]["alpha_nominal"]["value"] == pytest.approx(theirs)
+    assert found["agreement"]["exact"]["value"] == pytest.approx(3 / 9)
+
+
+def test_a_judge_that_always_says_the_same_has_undefined_figures_with_reasons(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = measured(tmp_path, scores([1, 2, 3]), scores([5, 5, 5]))["all"]["agreement"]
+    assert found["spearman"]["value"] is None
+    assert "nothing but 5" in found["spearman"]["reason"]
+    assert found["quadratic_kappa"]["value"] == pytest.approx(0)
+    assert "undefined: the second gives nothing but 5" in capsys.readouterr().out
+    found = measured(tmp_path, scores([5, 5]), scores([5, 5]))["all"]["agreement"]
+    for name in ("alpha_interval", "alpha_nominal", "quadratic_kappa", "kendall"):
+        assert found[name]["value"] is None and found[name]["reason"], name
+    assert found["exact"]["value"] == 1
+
+
+@pytest.mark.parametrize(
+    "first, second, flags, said",
+    [
+        (scores([1, 2]), [Verdict("z", Outcome.TIE)], [], "have no item in common"),
+        (scores([1, 2, 3]), scores([1, 2]), [], "has 1 items that .* or give --common"),
+        (scores([1]), scores([None]), [], "has no judgement on these items"),
+        (scores([1]), [preference("r0", "A")], [], "one has scores, the other has preferences"),
+        (scores([1]) * 2, scores([1]), [], "two verdicts on item 'r0'"),
+        ([*scores([1, 2])[:1], preference("r1", "A")], scores([1, 2]), [], "both scores and pref"),
+        (scores([1, 2]), scores([1, 2]), ["--slice", "source"], "--slice source needs --items"),
+        (scores([1, 2]), scores([1, 2]), ["--resample", "prompt"], "prompt needs --items"),
+        ([], scores([1]), [], "has no rows"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_in_a_sentence(
+    tmp_path: Path, first: Any, second: Any, flags: list[str], said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        measured(tmp_path, first, second, *flags)
+    assert not (tmp_path / "out").exists()
+
+
+def test_items_of_both_files_are_compared_on_demand(tmp_path: Path) -> None:
+    found = measured(tmp_path, scores([1, 2, 3, 4]), scores([1, 2]), "--common")
+    assert found["all"]["items"] == 2 and found["all"]["agreement"]["exact"]["value"] == 1
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_without_an_item_that_both_judged_there_are_pictures_all_the_same(
+    tmp_path: Path, pairs: bool
+) -> None:
+    first, second = scores([1, None]), scores([None, 2])
+    if pairs:
+        first[0], second[1] = preference("r0", "A"), preference("r1", "B")
+    with pytest.raises(TooFewResults, match="none of the 2 items has a judgement in both"):
+        measured(tmp_path, first, second)
+    found = json.loads((tmp_path / "out" / "agreement.json").read_text())
+    assert found["all"]["judged_by_both"] == 0 and found["calibration"] == []
+    assert "no item" in found["all"]["agreement"]["exact"]["reason"]
+
+
+def test_scores_of_another_scale_are_refused_by_row_or_mapped_from_it(tmp_path: Path) -> None:
+    first, second = scores([0, 100, 50, 20]), scores([0, 9, 4.5, 1.8])
+    with pytest.raises(UserError, match=r"a\.jsonl, row 2: the score 100 .* with --first-scale"):
+        measured(tmp_path, first, second)
+    flags = ["--first-scale", "0", "100"]
+    with pytest.raises(UserError, match=r"b\.jsonl, row 2: the score 100 .* with --second-scale"):
+        measured(tmp_path, first, first, *flags)
+    found = measured(tmp_path, first, second, *flags)["all"]["agreement"]
+    assert found["absolute_error"]["value"] == pytest.approx(0, abs=1e-12)
+    assert found["alpha_interval"]["value"] == pytest.approx(1, rel=1e-12)
+    with pytest.raises(UserError, match="--second-scale 3 1 must be two finite numbers"):
+        measured(tmp_path, first, second, "--second-scale", "3", "1")
+
+
+def test_slices_by_length_are_called_by_the_longest_that_they_may_hold(tmp_path: Path) -> None:
+    prompt = Prompt("p", [{"role": "user", "content": "x"}])  # type: ignore[list-item]
+    lengths = [10, 10, 11, 12, 20, 30]
+    items = [Response(f"r{i}", prompt, "word " * length) for i, length in enumerate(lengths)]
+    flags = ["--items", write(tmp_path / "items.jsonl", items), "--slice", "length"]
+    found = measured(tmp_path, scores([1, 2, 3, 4, 5, 6]), scores([1, 2, 3, 4, 5, 6]), *flags)
+    slices = {name: part["items"] for name, part in found["slices"]["length"].items()}
+    assert slices == {"up to 10 words": 2, "up to 14 words": 2, "longer": 2}
+
+
+def test_an_output_that_is_a_file_is_refused_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(UserError, match=r"/out is a file, .* another --output"):
+        main(["none.jsonl", "no.jsonl", "--output", str(tmp_path / "out")])

@@ -1,0 +1,149 @@
+"""What a policy may be given and may do: silence, equal rewards, long prompts, other tokenizers."""
+
+import contextlib
+import io
+import json
+
+import pytest
+import torch
+
+from alignment.records import Message, Prompt
+from tests.alignment.chat_model import BRIEF, make_model, write_rows
+from tests.alignment.commands.test_train_policy import place as place
+from tests.alignment.commands.test_train_policy import rows_of, train
+from tests.alignment.endpoints.endpoint import Endpoint, chat
+from tests.alignment.engines.engine_runs import saved
+from tests.alignment.engines.test_routing_gap import make_expert_threshold
+from tests.distributed import run_ranks
+
+LATENCY = 0.05
+
+
+def make_silent(folder):
+    """A model that ends at once, whatever it is asked."""
+    from transformers import LlamaForCausalLM
+
+    make_model(folder, num_hidden_layers=1, max_position_embeddings=128)
+    model = LlamaForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 0] = 5.0  # after the last norm it is the largest by far
+        model.lm_head.weight[:, 0] = 0.0
+        model.lm_head.weight[0, 0] = 8.0
+    model.save_pretrained(folder)
+
+
+def make_other_tokenizer(folder):
+    """A judge with other tokens, and fewer: bytes and nothing else."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    from tests.alignment.chat_model import TEMPLATE
+
+    make_model(folder, num_hidden_layers=1)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=260, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(["abc"], trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>"
+    )
+    fast.chat_template = TEMPLATE
+    fast.save_pretrained(folder)
+
+
+def make_routed(folder, model):
+    """A policy with thresholds, and the tokenizer of another model."""
+    size = json.loads((model / "config.json").read_text())["vocab_size"]
+    make_expert_threshold(folder, moe_layers=[1, 1], vocab_size=size, max_position_embeddings=128)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        if (model / name).is_file():
+            (folder / name).write_bytes((model / name).read_bytes())
+
+
+def cases(folder, runs, url):
+    """Of each case: the exit code or the sentence, and what was printed and warned."""
+    found = {}
+    (folder / "slow.yaml").write_text(
+        f"kind: endpoint\nmodel: judge\nurl: {url}\nexpected_score: false\nrows: 1\n"
+        f"tries: 2\ntemplate: {folder / 'pointwise-item.txt'}\n"
+    )
+    (folder / "local.yaml").write_text(
+        f"kind: local\nmodel: {folder / 'judge'}\nlength: 512\n"
+        f"template: {folder / 'pointwise-brief.txt'}\n"
+    )
+    rule, long = folder / "rule.yaml", folder / "long.jsonl"
+    for name, judge, more in (
+        ("silent", rule, ["--model", folder / "silent", "--no-reference"]),
+        ("equal", rule, ["--model", folder / "silent", "--algorithm", "dapo", "--no-reference"]),
+        ("some long", folder / "other.yaml", ["--prompts", folder / "prompts.jsonl", long]),
+        ("all long", rule, ["--prompts", long]),
+        ("held out long", rule, ["--held-out", long]),
+        ("other tokenizer", folder / "local.yaml", []),
+        ("slow", folder / "slow.yaml", []),
+        ("routed", rule, ["--model", folder / "routed", "--routing-interval", "2"]),
+    ):
+        said, warned = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(warned):
+            code = train(folder, runs / name, judge, 3 if name == "routed" else 1, *more)
+        found[name] = (code, said.getvalue(), warned.getvalue())
+    return found
+
+
+@pytest.mark.slow
+def test_a_policy_copes_with_what_it_is_given(place, tmp_path):
+    (place / "pointwise-brief.txt").write_text(BRIEF)
+    (place / "pointwise-item.txt").write_text(
+        "=== user ===\n{mark} <item> {prompt} {response} {answer}\n"
+    )
+    make_silent(place / "silent")
+    make_other_tokenizer(place / "judge")
+    make_routed(place / "routed", place / "model")
+    asked = (Message("user", "good " * 100),)
+    write_rows(place / "long.jsonl", [Prompt(f"long-{n}", asked) for n in range(5)])
+    with Endpoint() as server:
+        server.seconds, server.answer = LATENCY, lambda text: chat(str(len(text) % 10))
+        [found] = run_ranks(cases, 1, place, tmp_path, server.url)
+        answered = sum(server.answered.values())
+
+    for name in ("silent", "equal"):
+        assert found[name][0] == 0, found[name]
+        [row] = [row for row in rows_of(tmp_path / name) if "reward" in row]
+        assert row["length"] == 1 and row["groups_that_differ"] == 0 == row["grad_norm"]
+        graded = [row["grade/length"] for row in rows_of(tmp_path / name) if "grade/gold" in row]
+        assert graded == [1, 1]
+        before, after = saved(place / "silent"), saved(tmp_path / name / "final")
+        assert before and all(torch.equal(before[tensor], after[tensor]) for tensor in before)
+        assert "NaN" not in (tmp_path / name / "metrics.jsonl").read_text()
+
+    assert "24 prompts, 5 too long; 6 held out" in found["some long"][1]
+    assert found["all long"][0].startswith("no prompt leaves room for 12 tokens in --seq-length 96")
+    assert found["held out long"][0].startswith("no prompt of --held-out leaves room")
+
+    assert found["other tokenizer"][0] == 0, found["other tokenizer"]
+    [row] = [row for row in rows_of(tmp_path / "other tokenizer") if "reward" in row]
+    assert row["unrewarded"] == 0 and 0 < row["reward"] < 9 and row["reward_std"] > 0
+
+    assert "--gold is a judge that --judge has too" in found["some long"][2]
+    assert "--gold" not in found["other tokenizer"][2]
+
+    assert found["slow"][0] == 0, found["slow"]
+    [row] = [row for row in rows_of(tmp_path / "slow") if "reward" in row]
+    assert row["failed"] == 0 and answered > 1
+    # One call at a time: of the step's responses and of two gradings.
+    seconds = row["time/judging"]
+    assert seconds >= LATENCY and row["share/judging"] == pytest.approx(
+        seconds * row["tokens_per_s"] / row["tokens"]
+    )
+
+    assert found["routed"][0] == 0, found["routed"]
+    measured = [row for row in rows_of(tmp_path / "routed") if "reward" in row]
+    assert ["routing/flip_rate" in row for row in measured] == [True, False, True]
+    for row in (measured[0], measured[2]):
+        assert row["routing/flip_rate"] == 0 and row["routing/decisions"] > 0
+        assert row["time/routing"] > 0
+    assert not any(n.startswith("routing/") for r in rows_of(tmp_path / "some long") for n in r)

@@ -1,0 +1,270 @@
+"""Training of judges: the same on every split of ranks, exact after any interruption, and right."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.alignment.chat_model import BRIEF, gold, make_model, responses, write_rows
+from tests.distributed import run_ranks
+
+pytestmark = pytest.mark.slow
+LENGTH = 192
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """A model, and items with gold's verdicts."""
+    folder = tmp_path_factory.mktemp("judge")
+    make_model(folder / "model", num_hidden_layers=1, max_position_embeddings=LENGTH)
+    for name, count, seed in (("train", 160, 1), ("held_out", 40, 2)):
+        items = responses(count, seed)
+        write_rows(folder / f"{name}.jsonl", items)
+        write_rows(folder / f"{name}.gold.jsonl", gold(items))
+    (folder / "pointwise-brief.txt").write_text(BRIEF)
+    return folder
+
+
+def engine_of(folder, kind, layout):
+    from alignment.engines.protocol import Optimization
+
+    optimization = Optimization(lr=3e-3, steps=12, warmup=1)
+    if kind == "deepspeed":
+        from alignment.engines.deepspeed import DeepSpeedEngine, Zero
+
+        return DeepSpeedEngine(folder / "model", optimization, Zero(**layout))
+    from alignment.engines.megatron import MegatronEngine, MegatronLayout
+
+    return MegatronEngine(folder / "model", optimization, MegatronLayout(**layout))
+
+
+def labelled(folder, name="train"):
+    from alignment.judges.training_examples import read_labelled
+
+    return read_labelled([folder / f"{name}.jsonl"], [folder / f"{name}.gold.jsonl"], True)
+
+
+def form(folder, thinks):
+    from alignment.data.model_tokenizer import load_tokenizer
+    from alignment.judges.local_judge import JudgeForm
+    from alignment.judges.parsing import Parser
+    from alignment.judges.prompts import judge_prompt
+
+    prompt = judge_prompt(str(folder / "pointwise-brief.txt"), thinks)
+    return JudgeForm(prompt, Parser(thinks=thinks), load_tokenizer(folder / "model"))
+
+
+def odd(rollout):
+    return rollout.tokens[0] % 5 == 0
+
+
+def reinforcement(folder, engine, run, critic=None, before=lambda groups: None, fails=odd):
+    from alignment.rl.algorithms import ALGORITHMS
+    from alignment.rl.rollouts import Rewarded
+    from alignment.rl.tasks import Settings, Task
+    from alignment.rl.trainer import ReinforcementStep
+    from megatron_ext.inference.sampling import Sampling
+
+    asked = form(folder, thinks=False)
+    tasks = [Task(row.gold.item, asked.ask(row.question), row) for row in labelled(folder)]
+
+    def reward(groups, check):
+        before(groups)
+        assert all(r.task == task.id and len(rs) == 4 for task, rs in groups for r in rs)
+        return [
+            [
+                # Of some there is no judgement; odd tokens are good.
+                Rewarded(None, "failed", {})
+                if fails(rollout)
+                else Rewarded(sum(token % 2 for token in rollout.tokens) / 8, "score", {})
+                for rollout in rollouts
+            ]
+            for task, rollouts in groups
+        ]
+
+    algorithm = ALGORITHMS["ppo" if critic else "grpo"]
+    settings = Settings(algorithm, 6, 4, 2, LENGTH, Sampling(8), rows=8, max_unrewarded=0.9)
+    return ReinforcementStep(engine, run, tasks, reward, settings, seed=3, critic=critic)
+
+
+def a_few_steps(folder, place, kind, layout):
+    """Figures of supervised steps, of reinforcement, of it with a critic; of all weights then."""
+    from alignment.judges.training_examples import encode
+    from alignment.rl.critic import Critic
+    from alignment.training.sft import SupervisedStep
+    from alignment.training.training_run import Run
+
+    engine = engine_of(folder, kind, layout)
+    samples = encode(labelled(folder), form(folder, False), LENGTH, None).samples
+    step = SupervisedStep(engine, samples, 10, LENGTH, seed=3)
+    found = [step(number) for number in range(2)]
+    with Run(place, engine, {}) as run:
+        learn = reinforcement(folder, engine, run)
+        found += [learn(number) for number in range(2)]
+        critic = Critic(engine_of(folder, kind, layout), seen={0})
+        learn = reinforcement(folder, engine, run, critic)
+        found += [learn(number) for number in range(2, 4)]
+    models = [critic.engine, engine]
+    return found, [
+        sum(float(t.double().abs().sum()) for _, t in model.parameters()) for model in models
+    ]
+
+
+def negative_log_likelihood(folder):
+    """Of the first step's completions, by transformers, a sample at a time."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from alignment.judges.training_examples import encode
+
+    samples = encode(labelled(folder), form(folder, False), LENGTH, None).samples
+    order = np.random.default_rng((3, 0)).permutation(len(samples))[:10]
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    total, count = 0.0, 0
+    for sample in (samples[i] for i in order):
+        tokens = torch.tensor([list(sample.tokens)])
+        with torch.no_grad():
+            table = model(tokens).logits[0].log_softmax(-1)
+        for place in range(sample.prompt, len(sample.tokens)):
+            total -= float(table[place - 1, sample.tokens[place]])
+            count += 1
+    return total / count
+
+
+SPLITS = [
+    (1, "megatron", {"micro_batch": 1}),
+    (1, "megatron", {"micro_batch": 4}),
+    (2, "megatron", {"micro_batch": 2, "shard_optimizer": True}),
+    (2, "megatron", {"tensor": 2}),
+    (2, "megatron", {"context": 2}),
+    (2, "deepspeed", {"stage": 2}),
+]
+
+
+def test_a_step_is_the_same_on_every_split_and_engine(study, tmp_path):
+    names: tuple[str, ...] = ("loss", "grad_norm", "reward", "length", "unrewarded")
+    names += ("groups_that_differ", "value", "value_loss", "value_grad_norm")
+    names += ("explained_variance", "advantage_std")
+    found = []
+    for number, (ranks, kind, layout) in enumerate(SPLITS):
+        ranked = run_ranks(a_few_steps, ranks, study, tmp_path / str(number), kind, layout)
+        each = [
+            [*([row.get(name, 0) for name in names] for row in rows), totals]
+            for rows, totals in ranked
+        ]
+        assert all(rank == each[0] for rank in each)  # all ranks tell the same
+        found.append(each[0])
+    assert found[0][0][0] == pytest.approx(negative_log_likelihood(study), abs=1e-5)
+    assert found[0][2][3] > 1 and 0 < found[0][2][4] < 0.9  # samples, some without a reward
+    assert found[0][5][6] != 0 and found[0][5][9] != 0  # the critic has learnt something
+    for other in found[1:]:
+        for row, expected in zip(other, found[0]):
+            assert row == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def interrupted(folder, place, how, at):
+    """Four steps of reinforcement; `how` happens while the rewards of the step `at` are given."""
+    from alignment.training.loop import Plan, fit
+    from alignment.training.training_run import Run
+
+    engine = engine_of(folder, "megatron", {"micro_batch": 2})
+    calls = []
+    generate = engine.generate
+
+    def counted(prompts, *rest):
+        calls.append(len(prompts))
+        return generate(prompts, *rest)
+
+    engine.generate = counted
+    with Run(place, engine, {"a": 1}) as run:
+
+        def before(groups):
+            if run.step == at and how is not None and engine.data_rank == 0:
+                how()
+
+        step = reinforcement(folder, engine, run, before=before)
+        ended = fit(run, Plan(4, save_every=2, evaluate_every=2), step, lambda n: {"n": n})
+    return ended, sum(calls)
+
+
+def die():
+    os._exit(9)
+
+
+def stop():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def rows_of(place: Path) -> list[dict]:
+    """What was logged, without times."""
+    timed = ("time/", "share/", "seconds", "tokens_per_s")
+    rows = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows]
+
+
+@pytest.mark.parametrize("how", [die, stop])
+def test_a_run_goes_on_exactly_in_the_middle_of_a_step(study, tmp_path, how):
+    whole, place = tmp_path / "whole", tmp_path / "cut"
+    [(ended, sampled)] = run_ranks(interrupted, 1, study, whole, None, 0)
+    assert ended == 0 and sampled == 4 * 6 * 4
+    if how is die:
+        with pytest.raises(Exception, match=r"9|died|exit"):
+            run_ranks(interrupted, 1, study, place, die, 3)
+    else:
+        assert run_ranks(interrupted, 1, study, place, stop, 3)[0][0] == signal.SIGTERM
+    kept = {file.parent.name for file in place.glob("rollouts/*/*.jsonl")}
+    assert "step_000003" in kept
+    [(ended, again)] = run_ranks(interrupted, 2 if how is stop else 1, study, place, None, 0)[:1]
+    assert ended == 0
+    # The third step's rollouts were on the disk; of the fourth's all had been sampled.
+    assert again == 0
+    first, second = rows_of(whole), rows_of(place)
+    assert [row["step"] for row in first] == [row["step"] for row in second]
+    for row, other in zip(first, second):
+        assert other == (row if how is die else pytest.approx(row, rel=1e-4, abs=1e-5))
+
+
+def judged_by_a_poor_server(folder, place, dies):
+    """Three steps; calls fail in the first process alone, which dies in the third step."""
+    from alignment.training.loop import Plan, fit
+    from alignment.training.training_run import Run
+
+    engine = engine_of(folder, "megatron", {"micro_batch": 2})
+    with Run(place, engine, {}) as run:
+
+        def before(groups):
+            if dies and run.step == 2:
+                os._exit(9)
+
+        fails = odd if dies else lambda rollout: False
+        step = reinforcement(folder, engine, run, before=before, fails=fails)
+        fit(run, Plan(3, save_every=3, evaluate_every=3), step)
+
+
+def test_failures_of_a_step_that_was_trained_stand(study, tmp_path):
+    """The responses of the steps after it are of the weights that came of it."""
+    with pytest.raises(Exception, match=r"9|died|exit"):
+        run_ranks(judged_by_a_poor_server, 1, study, tmp_path, True)
+    before = rows_of(tmp_path)
+    assert [row["step"] for row in before] == [1, 2] and before[0]["failed"] > 0
+    run_ranks(judged_by_a_poor_server, 1, study, tmp_path, False)
+    after = rows_of(tmp_path)
+    assert after[:2] == before and after[2]["failed"] == 0
+
+
+def test_the_model_of_another_run_is_not_gone_on_with(study, tmp_path):
+    from megatron_ext.errors import UserError
+
+    run_ranks(begin, 1, study, tmp_path, {"lr": 1.0})
+    with pytest.raises(UserError, match="was begun with another --lr"):
+        run_ranks(begin, 1, study, tmp_path, {"lr": 2.0})
+
+
+def begin(folder, place, settings):
+    from alignment.training.training_run import Run
+
+    with Run(place, engine_of(folder, "megatron", {}), settings):
+        pass

@@ -1,0 +1,238 @@
+"""Files of preferences and conversations, as their authors write them."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from alignment.data.dataset_schemas import read_records
+from alignment.data.source_rows import Malformed
+from alignment.records import Message, Pair, Prompt, Response, Side
+from megatron_ext.errors import UserError
+
+
+def said(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+ASKED = [said("user", "Name a colour."), said("assistant", "Red."), said("user", "Another.")]
+TULU = {
+    "id": "if_1", "source": "ai2-adapt-dev/pref", "prompt": "Name a colour.",
+    "chosen": [*ASKED, said("assistant", "Blue.")], "rejected": [*ASKED, said("assistant", "No.")],
+    "chosen_model": "a", "rejected_model": "b",
+}  # fmt: skip
+ULTRA = {
+    "prompt": "Name a colour.", "prompt_id": "abc",
+    "chosen": [ASKED[0], said("assistant", "Blue.")],
+    "rejected": [ASKED[0], said("assistant", "No.")],
+    "messages": [ASKED[0], said("assistant", "Blue.")],
+    "score_chosen": 8.0, "score_rejected": 5.5,
+}  # fmt: skip
+HH = {
+    "chosen": "\n\nHuman: Hi,\n\nsee: Human: x\n\nAssistant: What?\n\nHuman: Go\n\nAssistant: Ok.",
+    "rejected": "\n\nHuman: Hi,\n\nsee: Human: x\n\nAssistant: What?\n\nHuman: Go\n\nAssistant: ",
+}
+
+
+def written(folder: Path, rows: list[Any], suffix: str = "jsonl") -> Path:
+    file = folder / f"mine.{suffix}"
+    if suffix == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    else:
+        file.write_text("\n".join(map(json.dumps, rows)))
+    return file
+
+
+def chosen(pair: Any) -> tuple[str, str]:
+    """(preferred, other)"""
+    assert isinstance(pair, Pair)
+    texts = pair.first, pair.second
+    return texts if pair.preferred is Side.FIRST else texts[::-1]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_preferences(suffix: str, tmp_path: Path) -> None:
+    [tulu] = read_records(written(tmp_path, [TULU], suffix))
+    assert isinstance(tulu, Pair)
+    assert (tulu.id, tulu.source) == ("if_1", "ai2-adapt-dev/pref") and chosen(tulu)[0] == "Blue."
+    assert tulu.prompt.messages == tuple(Message(**message) for message in ASKED)
+    tie = ULTRA | {"score_rejected": 8.0}
+    ultra, equal = read_records(written(tmp_path, [ULTRA, tie], suffix))
+    assert isinstance(ultra, Pair) and isinstance(equal, Pair)
+    assert ultra.prompt.id == "abc" and chosen(ultra) == ("Blue.", "No.")
+    assert equal.preferred is None
+    [hh] = read_records(written(tmp_path, [HH], suffix))
+    assert isinstance(hh, Pair) and hh.source == "mine" and chosen(hh) == ("Ok.", "")
+    contents = [(message.role, message.content) for message in hh.prompt.messages]
+    assert contents == [("user", "Hi,\n\nsee: Human: x"), ("assistant", "What?"), ("user", "Go")]
+    [text] = read_records(written(tmp_path, [{"prompt": "P", "chosen": "C", "rejected": "R"}]))
+    assert isinstance(text, Pair) and chosen(text) == ("C", "R")
+    assert text.prompt.messages == (Message("user", "P"),)
+
+
+def test_conversations_are_prompts_or_responses_by_who_speaks_last(tmp_path: Path) -> None:
+    answered = [*ASKED, said("assistant", "Blue.")]
+    rows = [{"messages": ASKED}, {"messages": answered}, {"messages": ASKED, "id": 7}]
+    prompt, response, other = read_records(written(tmp_path, rows), source="here")
+    assert isinstance(prompt, Prompt) and isinstance(response, Response)
+    assert response.prompt == prompt and response.text == "Blue." and response.source == "here"
+    assert isinstance(other, Prompt) and other.id == "7"
+
+
+def test_the_side_of_the_chosen_response_tells_nothing(tmp_path: Path) -> None:
+    rows = [{"prompt": f"{n}", "chosen": f"c{n}", "rejected": f"r{n}"} for n in range(400)]
+    swapped = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
+    pairs = list(read_records(written(tmp_path, rows)))
+    others = list(read_records(written(tmp_path, swapped)))
+    firsts = sum(pair.preferred is Side.FIRST for pair in pairs if isinstance(pair, Pair))
+    assert 150 < firsts < 250
+    for pair, other in zip(pairs, others):
+        assert isinstance(pair, Pair) and isinstance(other, Pair)
+        assert (pair.first, pair.second) == (other.first, other.second)
+        assert pair.preferred is not other.preferred
+
+
+@pytest.mark.parametrize(
+    "row, reason",
+    [
+        (TULU | {"rejected": [ASKED[0], said("assistant", "No.")]}, "do not answer the same"),
+        (TULU | {"rejected": ASKED}, "rejected does not end with an answer"),
+        (TULU | {"rejected": [said("assistant", "No.")]}, "do not answer the same"),
+        (TULU | {"chosen": [*ASKED, said("assistant", None)]}, "must be text, not null"),  # type: ignore[arg-type]
+        (TULU | {"chosen": None}, "chosen must be a list of messages"),
+        (HH | {"rejected": "No."}, "a transcript begins with"),
+        (HH | {"rejected": "\n\nHuman: a\n\nHuman: b\n\nAssistant: c"}, "two turns of Human"),
+    ],
+)
+def test_rows_that_are_no_preferences_are_told(row: Any, reason: str, tmp_path: Path) -> None:
+    [malformed] = read_records(written(tmp_path, [row]))
+    assert isinstance(malformed, Malformed) and reason in str(malformed)
+
+
+ANSWERS = {"chosen": [said("assistant", "C")], "rejected": [said("assistant", "R")]}
+TRANSCRIPT = "\n\nHuman: Two and two?\n\nAssistant: Four.\n\nHuman: Twice that?\n\nAssistant:"
+TURNS = (
+    Message("user", "Two and two?"), Message("assistant", "Four."), Message("user", "Twice that?")
+)  # fmt: skip
+
+
+def by_lists(messages: list[dict[str, str]]) -> dict[str, list[str]]:
+    """The same messages as a mapping of lists, which Parquet files of datasets have."""
+    return {key: [message[key] for message in messages] for key in ("role", "content")}
+
+
+@pytest.mark.parametrize(
+    "row, prompt",
+    [
+        ({"prompt": TRANSCRIPT, "chosen": " C", "rejected": " R"}, TURNS),
+        ({"prompt": TRANSCRIPT, "chosen": f"{TRANSCRIPT} C", "rejected": f"{TRANSCRIPT} R"}, TURNS),
+        ({"prompt": ASKED, **ANSWERS}, ASKED),
+        ({"prompt": ASKED, "chosen": "C", "rejected": "R"}, ASKED),
+        ({"prompt": "Q", **ANSWERS}, (Message("user", "Q"),)),
+        ({"prompt": ASKED, **{k: [*ASKED, *v] for k, v in ANSWERS.items()}}, ASKED),
+        ({key: by_lists([*ASKED, *value]) for key, value in ANSWERS.items()}, ASKED),
+        ({"prompt": by_lists(ASKED), **{k: by_lists(v) for k, v in ANSWERS.items()}}, ASKED),
+        ({"prompt": "Human: a name?", "chosen": "C", "rejected": "R"},
+         (Message("user", "Human: a name?"),)),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_a_prompt_may_be_in_its_own_column(
+    suffix: str, row: Any, prompt: Any, tmp_path: Path
+) -> None:
+    [pair] = read_records(written(tmp_path, [row], suffix))
+    assert chosen(pair) == ("C", "R") and isinstance(pair, Pair)
+    expected = tuple(Message(**m) if isinstance(m, dict) else m for m in prompt)
+    assert pair.prompt.messages == expected
+
+
+def with_field(**fields: Any) -> list[dict[str, Any]]:
+    return [said("user", "Q"), {**said("assistant", "A"), **fields}]
+
+
+@pytest.mark.parametrize(
+    "row, reason",
+    [
+        ({"messages": with_field(tool_calls=[{"function": {"name": "f"}}])}, "'tool_calls'"),
+        ({"messages": with_field(content=None, function_call={"name": "f"})}, "'function_call'"),
+        ({"messages": with_field(reasoning_content="Hm.")}, "'reasoning_content'"),
+        ({"messages": with_field(weight=0)}, "'weight'"),
+        ({"messages": with_field(train=False)}, "'train'"),
+        ({"messages": with_field(content=[{"type": "text", "text": "A"}])}, "a list of parts"),
+        ({"messages": with_field(content=None)}, "must be text, not null"),
+        ({"messages": [said("developer", "D"), *with_field()]}, "not 'developer'"),
+        ({"messages": [said("human", "Q"), said("gpt", "A")]}, "not 'human'"),
+        ({"messages": [*with_field(), said("ipython", "I")]}, "not 'ipython'"),
+        ({"messages": [said("user", "Q"), said("system", "S")]}, "a system message after"),
+        ({"messages": [said("system", "S")]}, "nothing of the user's"),
+        ({"messages": [*with_field(), *with_field()[1:], said("user", "Q")]}, "in a row"),
+        ({"messages": with_field(), "tools": [{"name": "f"}]}, "column tools is a part"),
+        ({"messages": with_field(), "system": "S"}, "column system is in no message"),
+        ({"messages": by_lists(with_field()) | {"role": ["user"]}}, "different lengths"),
+        ({"prompt": TRANSCRIPT + " The", "chosen": " C", "rejected": " R"}, "a part of the answer"),
+        ({"prompt": "S" + TRANSCRIPT, "chosen": " C", "rejected": " R"}, "a transcript begins"),
+        ({"prompt": TRANSCRIPT, "chosen": " C\n\nHuman: D", "rejected": " R"}, "further turns"),
+        ({"prompt": "Q", "chosen": ASKED, "rejected": ASKED}, "prompt is in no message"),
+        ({"prompt": ASKED[:1], "chosen": ASKED[2:], "rejected": ASKED[2:]}, "does not begin with"),
+        ({"prompt": [*ASKED, said("assistant", "A")], **ANSWERS}, "in a row"),
+        (ULTRA | {"score_chosen": 5}, "score_chosen is below score_rejected"),
+        (ULTRA | {"score_chosen": "8"}, "must be finite numbers"),
+        (ULTRA | {"tie": "no"}, "tie must be true or false"),
+    ],
+)  # fmt: skip
+def test_what_a_record_cannot_keep_is_refused_with_its_reason(
+    row: Any, reason: str, tmp_path: Path
+) -> None:
+    [malformed] = read_records(written(tmp_path, [row]))
+    assert isinstance(malformed, Malformed) and reason in malformed.reason
+
+
+def test_empty_fields_of_messages_and_rows_take_nothing_from_them(tmp_path: Path) -> None:
+    message: dict[str, Any] = {
+        **said("assistant", ""),
+        "tool_calls": [],
+        "name": None,
+        "reasoning_content": "",
+    }
+    row = {"messages": [said("system", ""), said("user", "Q"), message], "tools": [], "system": ""}
+    [response] = read_records(written(tmp_path, [row]))
+    assert isinstance(response, Response) and response.text == ""
+    assert response.prompt.messages == (Message("system", ""), Message("user", "Q"))
+    [tie] = read_records(written(tmp_path, [ULTRA | {"tie": True}]))
+    assert isinstance(tie, Pair) and tie.preferred is None
+
+
+def test_columns_that_records_do_not_keep_are_counted(tmp_path: Path) -> None:
+    counts: Counter[str] = Counter()
+    rows = [TULU, TULU | {"chosen_model": None, "chosen": None}, TULU | {"chosen_model": None}]
+    list(read_records(written(tmp_path, rows), unread=counts))
+    assert counts == {"chosen_model": 1, "rejected_model": 2}
+
+
+def test_the_convention_is_that_of_the_first_row_that_can_be_read(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"cut": \n' + json.dumps(HH))
+    malformed, pair = read_records(file)
+    assert isinstance(malformed, Malformed) and chosen(pair) == ("Ok.", "")
+
+
+def test_an_unknown_convention_is_refused_with_its_columns_and_those_that_are_known(
+    tmp_path: Path,
+) -> None:
+    file = written(tmp_path, [{"question": "?", "answer": "!"}])
+    with pytest.raises(UserError) as caught:
+        list(read_records(file))
+    for part in (str(file), "question, answer", "chosen, rejected", "messages", "item, outcome"):
+        assert part in str(caught.value)
+
+
+def test_questions_of_arena_hard(tmp_path: Path) -> None:
+    row = {"uid": "2edb", "category": "creative_writing", "subcategory": "poetry", "prompt": "Go"}
+    [prompt] = read_records(written(tmp_path, [row]))
+    assert prompt == Prompt("2edb", [Message("user", "Go")], "arena-hard/creative_writing")
+    [bad] = read_records(written(tmp_path, [row | {"prompt": None}]))
+    assert isinstance(bad, Malformed) and "prompt must be text" in str(bad)

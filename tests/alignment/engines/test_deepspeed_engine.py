@@ -1,0 +1,169 @@
+"""What DeepSpeed's engine alone has: masks of packed rows, checkpoints of its own, no optimizer."""
+
+import pytest
+import torch
+
+from alignment.engines.batch import Batch, Sample
+from tests.alignment.engines.engine_runs import (
+    OPTIMIZATION,
+    TOLERANCE,
+    brute_force,
+    generate,
+    saved,
+    scores,
+    told_by,
+    train,
+)
+from tests.closeness import rounding
+from tests.distributed import run_ranks
+from tests.hf.models import make
+
+
+def save_with_a_slow_rank(folder, place):
+    """What names the newest checkpoint, before the last rank writes its part and at the end."""
+    import time
+
+    import torch.distributed as dist
+
+    from alignment.engines.deepspeed import DeepSpeedEngine
+
+    engine = DeepSpeedEngine(folder, OPTIMIZATION)
+    engine.save(place)
+    write, seen = engine._engine._save_zero_checkpoint, []
+
+    def write_late(*args):
+        if dist.get_rank() == 1:
+            time.sleep(1)
+            seen.append((place / "latest").read_text())
+        write(*args)
+
+    engine._engine._save_zero_checkpoint = write_late
+    engine.step = 1
+    engine.save(place)
+    return seen, (place / "latest").read_text()
+
+
+@pytest.mark.slow
+def test_deepspeed_names_a_checkpoint_when_all_ranks_have_written_theirs(tmp_path):
+    make("llama", tmp_path / "model", vocab_size=128, num_hidden_layers=1)
+    ranks = run_ranks(save_with_a_slow_rank, 2, tmp_path / "model", tmp_path / "checkpoints")
+    assert ranks == [([], "step_1"), (["step_0"], "step_1")]
+
+
+def make_with_windows(folder):
+    """Models with windows in all layers, in some, and with chunks in their place."""
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    size = {
+        "vocab_size": 128,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.2,
+    }
+    experts = {"num_local_experts": 2, "num_experts_per_tok": 1}
+    torch.manual_seed(0)
+    for name, changes in {
+        "mistral": {"sliding_window": 8},
+        "gemma2": {"sliding_window": 8},
+        "gpt_oss": {"sliding_window": 8, **experts},
+        "llama4_text": {"attention_chunk_size": 8, "intermediate_size_mlp": 64, **experts},
+    }.items():
+        config = CONFIG_MAPPING[name](**(size | changes))
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder / name)
+
+
+def packed_and_alone(folder):
+    """Of each model: log-probabilities of samples in one row, and each in a row of its own."""
+    from alignment.engines.deepspeed import DeepSpeedEngine
+
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 128, (2, 24), generator=generator).tolist()
+    rows = [Sample(sample) for sample in tokens]
+    found = {}
+    for place in sorted(folder.iterdir()):
+        engine = DeepSpeedEngine(place)
+        packed = engine.log_probs(Batch.packed(rows, 52)).log_probs[0, :48]
+        found[place.name] = packed, engine.log_probs(Batch.of(rows)).log_probs.flatten()
+    return found
+
+
+@pytest.mark.slow
+def test_samples_of_a_row_have_a_window_each(tmp_path):
+    make_with_windows(tmp_path)
+    [found] = run_ranks(packed_and_alone, 1, tmp_path)
+    assert len(found) == 4
+    for name, (packed, alone) in found.items():
+        assert packed.tolist() == pytest.approx(alone.tolist(), abs=rounding(alone, 1e-5)), name
+
+
+def save_on_ranks(folder, place):
+    from alignment.engines.deepspeed import DeepSpeedEngine
+
+    DeepSpeedEngine(folder, OPTIMIZATION).save(place)
+
+
+def told_on_loading(folder, place, stage=2):
+    from alignment.engines.deepspeed import DeepSpeedEngine, Zero
+
+    engine = DeepSpeedEngine(folder, OPTIMIZATION, Zero(stage))
+    return told_by(lambda: engine.load(place))
+
+
+@pytest.mark.slow
+def test_all_ranks_are_told_why_deepspeed_cannot_go_on(tmp_path):
+    make("llama", tmp_path / "model", vocab_size=128, num_hidden_layers=1)
+    model, place = tmp_path / "model", tmp_path / "checkpoints"
+    run_ranks(save_on_ranks, 2, model, place)
+    [told] = run_ranks(told_on_loading, 1, model, place)
+    assert told == (
+        f"the checkpoint in {place} cannot be loaded (DeepSpeed's go on with as many ranks as "
+        "saved them): start 2 ranks, not 1"
+    )
+    first, second = run_ranks(told_on_loading, 2, model, place, 3)
+    assert first == second and first.startswith(f"the checkpoint in {place} cannot be loaded (")
+    assert "saved with ZeRO stage 3 if it is loaded with stage 3" in first
+    assert run_ranks(told_on_loading, 2, model, place) == [None, None]
+    # The second rank's alone: the first would wait for it.
+    [torn] = place.glob("step_0/*pp_rank_1_*_optim_states.pt")
+    whole = torn.read_bytes()
+    changed = whole[: len(whole) // 2] + b"damaged" + whole[len(whole) // 2 + 7 :]
+    for damaged in (whole[:-1000], changed):
+        torn.write_bytes(damaged)
+        told = f"the checkpoint in {place} is incomplete or damaged: {torn.name}"
+        assert run_ranks(told_on_loading, 2, model, place) == [told, told]
+
+
+def untrained(folder, stage, dtype):
+    """What an engine says that is not trained, and how many numbers it holds in fp32."""
+    import gc
+
+    from alignment.engines.deepspeed import DeepSpeedEngine, Zero
+
+    engine = DeepSpeedEngine(folder, None, Zero(stage, micro_batch=2), dtype=dtype)
+    with pytest.raises(ValueError, match="made without an optimization"):
+        train(engine, [0])
+    before = scores(engine)
+    engine.load_parameters(saved(folder).items())
+    assert scores(engine) == before and generate(engine)
+    assert dict(engine.parameters()).keys() == saved(folder).keys()
+    gc.collect()
+    tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
+    return before, sum(tensor.numel() for tensor in tensors if tensor.dtype == torch.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 3])
+def test_deepspeed_has_no_optimizer_for_what_is_not_trained(tmp_path, stage):
+    model = make("llama", tmp_path, vocab_size=128, num_hidden_layers=2)
+    reference = brute_force(tmp_path).scores
+    for found, _ in run_ranks(untrained, 2, tmp_path, stage, torch.float32):
+        for tokens, (log_probs, entropies) in found.items():
+            assert log_probs == pytest.approx(reference[tokens][0], abs=TOLERANCE)
+            assert entropies == pytest.approx(reference[tokens][1], abs=TOLERANCE)
+    for _, held in run_ranks(untrained, 2, tmp_path, stage, torch.bfloat16):
+        assert held < model.num_parameters() / 100

@@ -1,0 +1,404 @@
+"""Engines on every layout against plain torch: equal log-probabilities, losses and weights.
+
+Each layout starts its ranks once; `engine_runs.observe` looks at everything there.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from alignment.engines.batch import Batch, Sample
+from alignment.engines.protocol import Sums
+from megatron_ext.checkpoint import TRACKER
+from tests.alignment.engines.engine_runs import (
+    OPTIMIZATION,
+    TOLERANCE,
+    brute_force,
+    observe,
+    saved,
+    share,
+    told_by,
+    train,
+)
+from tests.closeness import rounding
+from tests.distributed import run_ranks
+from tests.hf.models import make
+
+
+def make_expert_threshold(folder, **changes):
+    """A model with thresholds, nothing of it at 0 or 1."""
+    from megatron_ext.hf.remote.configuration_et import ExpertThresholdConfig
+    from megatron_ext.hf.remote.modeling_et import ExpertThresholdForCausalLM, Router
+    from megatron_ext.moe.thresholds import Thresholds
+
+    torch.manual_seed(3)
+    settings: dict[str, Any] = {
+        "vocab_size": 128,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "norm_scale": True,
+        "moe_layers": [0, 1],
+        "num_experts": 4,
+        "moe_intermediate_size": 48,
+        "shared_expert_intermediate_size": 32,
+    }
+    config = ExpertThresholdConfig(**settings | changes)
+    model = ExpertThresholdForCausalLM(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, float(parameter.dim() == 1), 0.2)
+    for router in (m for m in model.modules() if isinstance(m, Router)):
+        thresholds = Thresholds(4, config.threshold_ema_decay)
+        thresholds.update(torch.randn(4))
+        router.threshold_average.copy_(thresholds.average)
+        router.threshold_updates.copy_(thresholds.updates)
+        router.thresholds.copy_(thresholds.value())
+    model.save_pretrained(folder)
+
+
+MODELS: dict[str, Callable[..., Any]] = {
+    "llama": partial(make, "llama", vocab_size=128, num_hidden_layers=2),
+    "mixtral": partial(make, "mixtral", vocab_size=128, num_hidden_layers=2),
+    "expert_threshold": make_expert_threshold,
+}
+
+
+@pytest.fixture(scope="module")
+def model(request, tmp_path_factory):
+    """A folder, and what plain torch makes of it."""
+    folder = tmp_path_factory.mktemp("model")
+    MODELS[request.param](folder)
+    return request.param, folder, brute_force(folder)
+
+
+def on_megatron(folder, checkpoint, layout, packed):
+    from alignment.engines.megatron import MegatronEngine, MegatronLayout
+    from tests.alignment.engines.engine_runs import OPTIMIZATION
+
+    engine = MegatronEngine(folder, OPTIMIZATION, MegatronLayout(**layout))
+    return observe(engine, folder, checkpoint, packed)
+
+
+def go_on(checkpoint, layout):
+    """On another layout than the checkpoint's, from the middle of the course."""
+    from alignment.engines.megatron import MegatronEngine, MegatronLayout
+    from tests.alignment.engines.engine_runs import OPTIMIZATION, STEPS, train
+
+    engine = MegatronEngine(checkpoint, OPTIMIZATION, MegatronLayout(**layout))
+    first = dict(engine.parameters())
+    engine.load(checkpoint)
+    again = dict(engine.parameters())
+    assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())
+    return train(engine, range(engine.step, STEPS))
+
+
+def on_deepspeed(folder, checkpoint, each):
+    from alignment.engines.deepspeed import DeepSpeedEngine, Zero
+    from tests.alignment.engines.engine_runs import OPTIMIZATION
+
+    found: dict = {}
+    for name, zero in each.items():
+        engine = DeepSpeedEngine(folder, OPTIMIZATION, Zero(**zero))
+        found[name] = observe(engine, folder, checkpoint / name)
+    return found
+
+
+def check(reference, folder, ranks):
+    """Hold what all ranks of one engine observed to plain torch; the samples they drew."""
+    seen: dict[str, dict] = {
+        name: {tokens: row for rank in ranks for tokens, row in getattr(rank, name).items()}
+        for name in ("alone", "packed", "again", "values")
+    }
+    for tokens, (log_probs, entropies) in reference.scores.items():
+        assert seen["alone"][tokens][0] == pytest.approx(log_probs, abs=TOLERANCE)
+        assert seen["alone"][tokens][1] == pytest.approx(entropies, abs=TOLERANCE)
+        assert seen["values"][tokens] == pytest.approx(reference.values[tokens], abs=TOLERANCE)
+        for name in ("packed", "again"):
+            alone = seen["alone"][tokens][0]
+            assert seen[name][tokens][0] == pytest.approx(alone, abs=rounding(alone, 1e-5))
+    assert all(values.keys() == reference.scores.keys() for values in seen.values())
+    after = {tokens: row for rank in ranks for tokens, row in rank.after.items()}
+    assert after.keys() == reference.after.keys()
+    for tokens, log_probs in after.items():
+        assert log_probs == pytest.approx(reference.after[tokens], abs=TOLERANCE)
+    files = saved(folder)
+    drawn: dict = {}
+    for rank in ranks:
+        losses, norms, rates = zip(*rank.steps)
+        assert losses == pytest.approx(reference.losses, abs=TOLERANCE)
+        assert norms == pytest.approx(reference.norms, rel=1e-3)
+        assert rates[:3] == pytest.approx((0, 1e-3, 2e-3)) and rates[-1] == pytest.approx(2.5e-4)
+        assert rank.resumed[0] == rank.resumed[1]  # to the bit
+        assert rank.first.keys() == rank.last.keys() == files.keys()
+        for name, tensor in files.items():
+            assert torch.equal(rank.first[name].cpu(), tensor), name
+            if "threshold" in name:
+                assert torch.equal(rank.last[name].cpu(), tensor), name
+            elif name in reference.weights:
+                moved = (reference.weights[name] - tensor).abs().mean()
+                error = (reference.weights[name] - rank.last[name].cpu()).abs().mean()
+                assert error < 1e-2 * moved, name
+        for prompt, tokens, log_probs, scored in rank.generated:
+            assert len(tokens) == 7
+            assert log_probs == pytest.approx(scored, abs=TOLERANCE)
+            assert drawn.setdefault(prompt, tokens) == tokens
+    return drawn
+
+
+LAYOUTS = {
+    "llama": [
+        (1, {"micro_batch": 3}, False),
+        (2, {"micro_batch": 2, "shard_optimizer": True}, False),
+        (2, {"tensor": 2}, True),
+        (2, {"pipeline": 2, "micro_batch": 2}, False),
+        (2, {"context": 2}, True),
+    ],
+    "mixtral": [(2, {"expert": 2}, True)],
+    "expert_threshold": [
+        (2, {"tensor": 2, "expert": 2, "expert_tensor": 1}, True),
+        (2, {"pipeline": 2, "micro_batch": 2}, True),
+    ],
+}
+ZERO = {
+    "llama": {
+        "1": {"stage": 1, "micro_batch": 2},
+        "2": {"stage": 2, "offload_optimizer": True},
+        "3": {"stage": 3, "micro_batch": 2},
+    },
+    "mixtral": {"3": {"stage": 3}},
+    "expert_threshold": {"2": {"stage": 2}},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", MODELS, indirect=True)
+def test_engines_are_plain_torch_on_every_layout(model, tmp_path):
+    name, folder, reference = model
+    drawn = []
+    for number, (ranks, layout, packed) in enumerate(LAYOUTS[name]):
+        place = tmp_path / str(number)
+        drawn.append(
+            check(reference, folder, run_ranks(on_megatron, ranks, folder, place, layout, packed))
+        )
+    if name == "llama":
+        for steps in run_ranks(go_on, 2, tmp_path / "2", {"shard_optimizer": True}):
+            losses = [loss for loss, _, _ in steps]
+            assert losses == pytest.approx(reference.losses[-len(losses) :], abs=TOLERANCE)
+    facts = run_ranks(on_deepspeed, 2, folder, tmp_path / "zero", ZERO[name])
+    for stage in ZERO[name]:
+        drawn.append(check(reference, folder, [rank[stage] for rank in facts]))
+    # The same seeds give the same samples everywhere.
+    assert all(tokens == drawn[0] for tokens in drawn)
+
+
+def test_a_packed_batch_holds_every_token_in_its_place():
+    samples = [
+        Sample(range(10, 10 + length), prompt, {"x": range(length)})
+        for length, prompt in ((4, 1), (7, 3), (2, 2), (3, 1))
+    ]
+    batch = Batch.packed(samples, 8)
+    assert batch.rows == 3 and batch.is_packed and not Batch.of(samples).is_packed
+    found: dict = {}
+    for row in range(batch.rows):
+        for number in range(int(batch.samples[row].max()) + 1):
+            at = batch.samples[row] == number
+            length = int(at.sum())
+            assert batch.positions[row, at].tolist() == list(range(length))
+            assert batch.extras["x"][row, at].tolist() == list(range(length))
+            assert batch.predicted[row, at].tolist() == [False] + [True] * (length - 1)
+            found[length] = int(batch.loss_mask[row, at].sum())
+    assert found == {4: 3, 7: 4, 2: 0, 3: 2}
+    assert batch.sum_by_sample(batch.extras["x"]).sort().values.tolist() == [1.0, 3.0, 6.0, 21.0]
+    padded = batch.padded(5, 11)
+    assert torch.equal(padded.slice(slice(0, 3)).tokens[:, :8], batch.tokens)
+    assert not padded.loss_mask[3:].any() and not padded.predicted[:, 8:].any()
+
+
+def test_a_sample_that_is_too_long_or_all_response_is_refused():
+    with pytest.raises(ValueError, match="does not fit a row of 3"):
+        Batch.packed([Sample([1, 2, 3, 4])], 3)
+    with pytest.raises(ValueError, match="0 prompt tokens"):
+        Sample([1, 2], 0)
+
+
+def first_ratios(engine):
+    """How far apart, in nats, a train step and scoring are before the weights move."""
+    batch = share(engine, 0)
+    seen: list[torch.Tensor] = []
+    before = engine.log_probs(batch).log_probs
+
+    def loss(scores, part):
+        seen.append(scores.log_probs.detach() - before[len(seen) : len(seen) + part.rows])
+        return Sums(scores.log_probs.sum(), part.loss_mask.sum())
+
+    engine.train_step(batch, loss)
+    return max(float(difference.abs().max()) for difference in seen)
+
+
+def make_with_dropout(folder):
+    """Models that drop by modules, by functions, and whole layers: at rates nobody can miss."""
+    from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
+
+    size = {"vocab_size": 128, "max_position_embeddings": 64, "hidden_size": 32}
+    rates = {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5}
+    gpt = GPT2Config(vocab_size=128, n_positions=64, n_embd=32, n_layer=2, n_head=4, **rates)
+    GPT2LMHeadModel(gpt).save_pretrained(folder / "gpt2")
+    rates = {"dropout": 0.5, "attention_dropout": 0.5, "layerdrop": 0.5}
+    opt = OPTConfig(
+        **size,
+        word_embed_proj_dim=32,
+        ffn_dim=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        **rates,
+    )
+    OPTForCausalLM(opt).save_pretrained(folder / "opt")
+    make("llama", folder / "llama", vocab_size=128, num_hidden_layers=2, attention_dropout=0.5)
+
+
+def ratios_of_deepspeed(folder):
+    from alignment.engines.deepspeed import DeepSpeedEngine
+
+    return {
+        name: first_ratios(DeepSpeedEngine(folder / name, OPTIMIZATION))
+        for name in ("gpt2", "opt", "llama")
+    }
+
+
+def ratios_of_megatron(folder):
+    from alignment.engines.megatron import MegatronEngine
+
+    engine = MegatronEngine(folder, OPTIMIZATION)
+    assert engine.config.hidden_dropout == engine.config.attention_dropout == 0
+    return first_ratios(engine)
+
+
+@pytest.mark.slow
+def test_a_model_with_dropout_is_trained_without(tmp_path):
+    make_with_dropout(tmp_path)
+    [found] = run_ranks(ratios_of_deepspeed, 1, tmp_path)
+    assert all(ratio < 1e-5 for ratio in found.values()), found
+    make("llama", tmp_path / "plain", vocab_size=128, num_hidden_layers=2)
+    [ratio] = run_ranks(ratios_of_megatron, 1, tmp_path / "plain")
+    assert ratio < 1e-5
+
+
+def load_what_a_kill_left(folder, place):
+    """What ranks are told of a tracker that was emptied, without and with a damaged file."""
+    import torch.distributed as dist
+
+    from alignment.engines.megatron import MegatronEngine, MegatronLayout
+
+    engine = MegatronEngine(folder, OPTIMIZATION, MegatronLayout())
+
+    def leave(change):
+        if dist.get_rank() == 0:
+            change()
+        dist.barrier()
+
+    train(engine, [0])
+    engine.save(place)
+    train(engine, [1])
+    leave(lambda: (place / TRACKER).write_text(""))
+    engine.load(place)
+    mended = engine.step
+    # Ranks read every other file: this one is the second's.
+    checkpoint = place / "iter_0000001"
+    names = sorted(file.name for file in checkpoint.iterdir() if file.name != "integrity.json")
+    leave(lambda: (checkpoint / names[1]).write_bytes(b"damaged"))
+    damaged = told_by(lambda: engine.load(place))
+    leave(lambda: (checkpoint / "integrity.json").unlink())
+    leave(lambda: (place / TRACKER).write_text(""))
+    return mended, names[1], damaged, told_by(lambda: engine.load(place))
+
+
+@pytest.mark.slow
+def test_all_ranks_load_what_a_kill_left_or_are_told_why_not(tmp_path):
+    make("llama", tmp_path / "model", vocab_size=128, num_hidden_layers=1)
+    place = tmp_path / "checkpoints"
+    first, second = run_ranks(load_what_a_kill_left, 2, tmp_path / "model", place)
+    assert first == second
+    mended, name, damaged, nothing = first
+    assert mended == 1
+    assert damaged.endswith(f"is incomplete or damaged: its file {name} is not as it was saved")
+    assert f"{place / TRACKER} is damaged and no checkpoint beside it is whole" in nothing
+
+
+def dtypes_on_a_gpu(folder):
+    """What Megatron would be started with: for a model to train, one not to train, and as told."""
+    from unittest import mock
+
+    from alignment.engines import megatron
+
+    class Started(Exception):
+        pass
+
+    found = []
+    for optimization, dtype in ((OPTIMIZATION, None), (None, None), (OPTIMIZATION, torch.float32)):
+        with (
+            mock.patch.object(megatron, "is_cpu_device", return_value=False),
+            mock.patch.object(megatron, "start", side_effect=Started) as start,
+            pytest.raises(Started),
+        ):
+            megatron.MegatronEngine(folder, optimization, dtype=dtype)
+        found.append(start.call_args.args[3])
+    return found
+
+
+@pytest.mark.slow
+def test_a_model_of_fp16_is_trained_in_bf16(tmp_path):
+    model = make("llama", tmp_path / "fp32", vocab_size=128, num_hidden_layers=1)
+    model.half().save_pretrained(tmp_path / "fp16")
+    [found] = run_ranks(dtypes_on_a_gpu, 1, tmp_path / "fp16")
+    assert found == [torch.bfloat16, None, torch.float32]
+
+
+def train_in_fp16(folder):
+    """On a rank: steps from a loss scale that overflows at first, and whether weights moved."""
+    from alignment.engines.megatron import MegatronEngine, MegatronLayout
+    from tests.alignment.engines.engine_runs import OPTIMIZATION, by_token, share
+
+    scale = ["--initial-loss-scale", str(2.0**24), "--hysteresis", "1", "--min-loss-scale", "1"]
+    engine = MegatronEngine(
+        folder, OPTIMIZATION, MegatronLayout(micro_batch=3), dtype=torch.float16, flags=scale
+    )
+    found = []
+    for _ in range(20):
+        before = {name: tensor.clone() for name, tensor in engine.parameters()}
+        result = engine.train_step(share(engine, 0), by_token)
+        moved = any(not torch.equal(before[name], tensor) for name, tensor in engine.parameters())
+        found.append((result, engine.step, moved))
+    return found
+
+
+@pytest.mark.slow
+def test_a_step_whose_fp16_gradients_overflow_is_skipped_and_not_counted(tmp_path):
+    make("llama", tmp_path, vocab_size=128, num_hidden_layers=1)
+    [found] = run_ranks(train_in_fp16, 1, tmp_path)
+    overflows = [result.grad_norm is None for result, _, _ in found]
+    assert overflows[0] and not overflows[-1]
+    steps = 0
+    for (result, step, moved), overflow in zip(found, overflows):
+        assert result.lr == OPTIMIZATION.rate(steps)  # the schedule did not move either
+        steps += not overflow
+        assert step == steps and (overflow or math.isfinite(result.grad_norm))
+        assert moved == (not overflow and result.lr > 0)
+
+
+def refusal_with(folder, flags):
+    from alignment.engines.megatron import MegatronEngine, MegatronLayout
+
+    return told_by(lambda: MegatronEngine(folder, OPTIMIZATION, MegatronLayout(), flags=flags))
+
+
+def test_flags_that_make_another_model_of_the_weights_are_refused(tmp_path):
+    make("llama", tmp_path / "model", vocab_size=128, num_hidden_layers=1)
+    for flags, name in (
+        (["--norm-epsilon", "0.1"], "eps = 0.1, which was trained with"),
+        (["--rotary-percent", "0.5"], "rotary_percent = 0.5"),
+    ):
+        [refusal] = run_ranks(refusal_with, 1, tmp_path / "model", flags)
+        assert name in refusal

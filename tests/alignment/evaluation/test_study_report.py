@@ -1,0 +1,411 @@
+"""The report of a study: its figures, its words, what is not whole, and hostile text."""
+
+import html
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from alignment.commands.report import main
+from alignment.evaluation.study import study_pictures as pictures
+from alignment.evaluation.study.narrative import Finding, finding
+from alignment.evaluation.study.seed_summary import Mean, mean_of
+from alignment.evaluation.study.study_runs import read_study
+from megatron_ext.errors import UserError
+from tests.alignment.evaluation.small_study import (
+    COURSES,
+    STEPS,
+    entry,
+    write,
+    write_index,
+    write_run,
+    write_study,
+)
+from tests.inspection.test_reading_page import chromium
+from tests.tools.test_report import is_png
+
+PICTURES = {f"{name}.{kind}" for name in ("curves", "agreement", "kl") for kind in ("png", "svg")}
+
+
+def reported(folder: Path) -> str:
+    main([str(folder)])
+    return (folder / "report" / "report.html").read_text()
+
+
+def cells(page: str) -> dict[str, list[str]]:
+    """Rows of all tables by their first cell."""
+    found = {}
+    for row in re.findall(r"<tr>(.*?)</tr>", page):
+        first, *others = re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row)
+        found[html.unescape(first)] = [html.unescape(cell) for cell in others]
+    return found
+
+
+def tell(run: Path, **facts: Any) -> None:
+    """Change what a run's run.json says."""
+    about = json.loads((run / "run.json").read_text()) | facts
+    (run / "run.json").write_text(json.dumps(about))
+
+
+def opening(page: str) -> str:
+    found = re.search(r'<p class="summary">(.*?)</p>', page)
+    assert found
+    return html.unescape(found[1])
+
+
+def sentences(page: str) -> list[str]:
+    return [html.unescape(said) for said in re.findall(r"<li>(.*?)</li>", page)]
+
+
+def interval(values: Any, form: str = "{:.2f}") -> str:
+    """By scipy's own t-test."""
+    low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    return f"{form.format(np.mean(values))} ({form.format(low)} to {form.format(high)})"
+
+
+def test_figures_on_the_page_are_numpys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gradings = write_study(tmp_path)
+    page = reported(tmp_path)
+    rows = cells(page)
+    for judge, seeds in gradings.items():
+        for name, key in (("gold", "grade/gold"), ("proxy", "grade/proxy"),
+                          ("proxy - gold", "grade/gap")):  # fmt: skip
+            values = np.array([[seed[step][key] for step in (0, 200)] for seed in seeds])
+            changes = interval(values[:, 1] - values[:, 0], "{:+.2f}")
+            shown = [interval(values[:, 0]), interval(values[:, 1]), changes, "3"]
+            assert rows[f"{judge}: {name}"] == shown
+    kl = np.array([seed[200]["grade/kl"] for seed in gradings["label"]])
+    assert interval(kl) in page
+    gain = interval(
+        [s[200]["grade/gold"] - s[0]["grade/gold"] for s in gradings["label"]], "{:+.2f}"
+    )
+    assert ["0.650", gain, "3"] in re_rows(page, "label")
+    # Of 200 training steps, step / 1000: means of the first and the last 20.
+    shares = f"{np.mean(np.arange(1, 21) / 1000):.1%} → {np.mean(np.arange(181, 201) / 1000):.1%}"
+    assert [shares, shares] in re_rows(page, "self_praise")
+    assert ["0.0% → 50.0%", "0.0% → 0.0%"] in re_rows(page, "self_praise")
+    assert opening(page) in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "report").iterdir()} == PICTURES | {"report.html"}
+    for picture in PICTURES:
+        path = tmp_path / "report" / picture
+        assert is_png(path) if path.suffix == ".png" else ElementTree.parse(path)
+
+
+def re_rows(page: str, first: str) -> list[list[str]]:
+    """All rows that begin so, of whatever table."""
+    found = re.findall(rf"<tr><td>{re.escape(first)}</td>(.*?)</tr>", page)
+    return [[html.unescape(c) for c in re.findall(r"<td[^>]*>(.*?)</td>", row)] for row in found]
+
+
+def test_the_opening_says_under_which_judge_proxy_and_gold_part(tmp_path: Path) -> None:
+    write_study(tmp_path / "three")
+    page = reported(tmp_path / "three")
+    assert opening(page) == (
+        "Of 2 judges: proxy and gold part under label; no parting is shown under thinking."
+    )
+    label, thinking = sentences(page)
+    assert label.startswith("label (3 seeds): proxy and gold part;") and "gold falls" in label
+    assert thinking.startswith("thinking (3 seeds): no parting") and "holds 0" in thinking
+    write_study(tmp_path / "one", seeds=1)
+    page = reported(tmp_path / "one")
+    assert opening(page) == (
+        "Of 2 judges: no interval is possible with one seed under label and thinking."
+    )
+    assert all("(1 seed): no interval is possible" in said for said in sentences(page))
+
+
+@pytest.mark.parametrize(
+    "gap, gold, found",
+    [
+        ((1, 2), (-2, -1), Finding.PART),
+        ((1, 2), (-1, 1), Finding.PART),
+        ((1, 2), (1, 2), Finding.AHEAD),
+        ((-1, 2), (-2, -1), Finding.OPEN),
+        ((-2, -1), (1, 2), Finding.CLOSE),
+        ((1e-7, 2e-7), (-2, -1), Finding.OPEN),
+        ((-2e-7, -1e-7), (-2, -1), Finding.OPEN),
+        ((1e-3, 2e-3), (1e-7, 2e-7), Finding.PART),
+        ((1e-3, 2e-3), (1e-3, 2e-3), Finding.AHEAD),
+        (None, None, Finding.NO_INTERVAL),
+    ],
+)
+def test_findings(gap: Any, gold: Any, found: Finding) -> None:
+    means = [Mean(1, 0.5) if i is None else Mean(3, sum(i) / 2, *i) for i in (gap, gold)]
+    assert finding(*means) is found
+    assert finding(Mean(0), Mean(0)) is Finding.NOTHING
+
+
+def test_means_over_seeds_leave_out_what_is_not_there() -> None:
+    assert mean_of([None]) == Mean(0) and mean_of([None, 2.0]) == Mean(1, 2.0)
+    low, high = stats.ttest_1samp([1.0, 2.0, 4.0], 0).confidence_interval(0.95)
+    found = mean_of([1.0, None, 2.0, 4.0])
+    assert found.n == 3 and [found.low, found.high] == pytest.approx([low, high])
+
+
+def test_runs_that_are_not_whole_are_shown_as_such(tmp_path: Path) -> None:
+    changes = COURSES["label"]
+    names = [f"start-label-seed{seed}" for seed in range(5)]
+    write_run(tmp_path / names[0], "label", 0, changes=changes)
+    # Stopped by its alarm: the gap of 4 comes at 2/3 of the way.
+    write_run(tmp_path / names[1], "label", 1, [*range(0, 161, 20)], changes)
+    write_run(tmp_path / names[2], "label", 2, [s for s in STEPS if s not in (40, 60)], changes)
+    write_run(tmp_path / names[3], "label", 3, [0, 20], changes)
+    (tmp_path / names[3] / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "lo')
+    (tmp_path / names[4]).mkdir()  # its models are being loaded
+    write_index(tmp_path, [*(entry("label", seed) for seed in range(5)), entry("thinking", 0)])
+    rows = [json.loads(line) for line in (tmp_path / names[0] / "metrics.jsonl").open()]
+    for row in rows:
+        if row["step"] == 20 and "grade/gold" in row:
+            row["grade/gold"] = None
+    write(tmp_path / names[0] / "metrics.jsonl", rows)
+    page = reported(tmp_path)
+    state = cells(page)
+    assert state[names[0]][-1].startswith("no proxy or no gold score at 1 grading (20)")
+    assert state[names[1]][-1] == "stopped by its alarm at step 160 of 200"
+    assert state[names[2]][-1].startswith("lacks 2 gradings (40, 60)")
+    assert state[names[3]] == ["–", "0", "no grading yet"]
+    assert state[names[4]] == ["–", "0", "not begun"]
+    assert opening(page) == (
+        "Of 2 judges: proxy and gold part under label; there is nothing to compare yet under "
+        "thinking. 6 of 6 runs are not whole."
+    )
+    assert sentences(page)[0].startswith("label (3 seeds): ")
+    assert sentences(page)[1] == "thinking (0 seeds): no run has two gradings to compare."
+    tell(tmp_path / names[1], settings={"stop_on_alarm": False})
+    state = cells(reported(tmp_path))
+    assert state[names[1]][-1].startswith("ends at step 160 of 200; alarm at step")
+
+
+def test_one_run_is_a_study_of_itself(tmp_path: Path) -> None:
+    gradings = write_run(tmp_path / "a run", "label", 5, changes=(1.0, 1.0), second_gold=None)
+    page = reported(tmp_path / "a run")
+    change = gradings[200]["grade/gold"] - gradings[0]["grade/gold"]
+    assert cells(page)["label: gold"][2] == f"{change:+.2f}"
+    assert opening(page).startswith(
+        "One seed without scores of single prompts allows no interval (label): proxy +"
+    )
+    assert cells(page)["a run"][-1] == "whole"
+
+
+def test_one_seed_has_intervals_over_its_held_out_prompts(tmp_path: Path) -> None:
+    gradings = write_run(tmp_path / "run", "label", 5, changes=COURSES["label"])
+    file = tmp_path / "run" / "metrics.jsonl"
+    errors = {"grade/proxy_error": 0.2, "grade/gold_error": 0.3, "grade/gap_error": 0.4}
+    rows = [json.loads(line) for line in file.open()]
+    write(file, [r | errors | {"grade/prompts": 25} if "grade/gap" in r else r for r in rows])
+    page = reported(tmp_path / "run")
+    change = {
+        name: gradings[200][f"grade/{name}"] - gradings[0][f"grade/{name}"]
+        for name in ("proxy", "gold", "gap")
+    }
+    reach = stats.t.ppf(0.975, 24)
+    for name, title in (("gold", "gold"), ("proxy", "proxy"), ("gap", "proxy - gold")):
+        ends = [change[name] + sign * reach * errors[f"grade/{name}_error"] for sign in (-1, 1)]
+        shown = f"{change[name]:+.2f} ({ends[0]:+.2f} to {ends[1]:+.2f})"
+        assert cells(page)[f"label: {title}"][2] == shown
+    alarm = min(step for step, row in gradings.items() if row["grade/alarm"])
+    assert opening(page) == (
+        f"The policy is gaming its judge (label): proxy {change['proxy']:+.2f}, "
+        f"gold {change['gold']:+.2f}, alarm at step {alarm}."
+    )
+    [sentence] = sentences(page)
+    assert sentence.startswith(
+        "label (1 seed, intervals over 25 held-out prompts): proxy and gold part;"
+    )
+
+
+def test_a_run_without_a_grading_is_to_be_waited_for(tmp_path: Path) -> None:
+    about = {"commands": ["et-align train-policy"], "settings": {"judge": [{"kind": "rule"}]}}
+    (tmp_path / "run.json").write_text(json.dumps(about))  # what judges it has comes later
+    with pytest.raises(UserError, match="has no grading yet: wait for the first"):
+        main([str(tmp_path)])
+    (tmp_path / "run.json").write_text('{"settings": {"gold": []}}')
+    with pytest.raises(UserError, match="it is of another tool"):
+        main([str(tmp_path)])
+
+
+def test_a_seed_twice_is_refused(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_run(tmp_path / name, "label", 3)
+    entries = [entry("label", 3) | {"folder": name} for name in ("a", "b")]
+    write_index(tmp_path, entries)
+    with pytest.raises(UserError, match=r"has seed 3 of 'label' on 'start' twice"):
+        main([str(tmp_path)])
+    write_index(tmp_path, [one | {"seed": seed} for seed, one in enumerate(entries, 1)])
+    with pytest.raises(UserError, match=r"seed 1 of .*/a, whose run\.json tells seed 3"):
+        main([str(tmp_path)])
+    for one in entries:
+        del one["seed"]  # then run.json tells
+    write_index(tmp_path, entries)
+    with pytest.raises(UserError, match=r"has seed 3 of 'label' on 'start' twice"):
+        main([str(tmp_path)])
+    tell(tmp_path / "b", seed=4)
+    main([str(tmp_path)])
+    assert [run.seed for run in read_study(tmp_path).runs] == [3, 4]
+    for name in ("a", "b"):
+        tell(tmp_path / name, seed=None)  # what nobody tells may differ
+    main([str(tmp_path)])
+
+
+def test_a_folder_twice_is_refused_however_it_is_written(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", "label", 0)
+    tell(tmp_path / "a", seed=None)
+    folders = ("a", "./a")
+    write_index(tmp_path, [entry("label", n) | {"folder": f} for n, f in enumerate(folders)])
+    with pytest.raises(UserError, match=r"has the folder '\./a' twice"):
+        main([str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    "facts, said",
+    [
+        ({"settings": {"reward": "pairwise"}}, "one has the mean score and the other the win rate"),
+        ({"gold": {"name": "rule", "identity": "1a"}}, "their gold judges differ"),
+        (
+            {"gold": {"identity": "0a", "ensemble": [{"identity": "0a"}, {"identity": "1a"}]}},
+            "their gold judges differ",
+        ),
+    ],
+)
+def test_runs_that_were_graded_otherwise_are_no_seeds_of_each_other(
+    tmp_path: Path, facts: dict[str, Any], said: str
+) -> None:
+    write_study(tmp_path)
+    run = tmp_path / "start-label-seed1"
+    tell(run, **facts)
+    with pytest.raises(UserError, match=f"start-label-seed0 and .*start-label-seed1.*{said}"):
+        main([str(tmp_path)])
+    (run / "run.json").write_text("{}")  # which does not tell
+    main([str(tmp_path)])
+
+
+def test_a_step_written_twice_counts_as_it_was_last(tmp_path: Path) -> None:
+    write_study(tmp_path, seeds=1)
+    wanted = reported(tmp_path)
+    for folder in tmp_path.glob("start-*"):
+        for file in (folder / "metrics.jsonl", folder / "samples.jsonl"):
+            rows = [json.loads(line) for line in file.open()]
+            ends = [row for row in rows if row["step"] in (0, 1, 199, 200)]
+            for row in ends:
+                row |= {name: 9.0 for name, value in row.items() if isinstance(value, float)}
+                row |= {"scores": {"proxy": 9.0}} if "scores" in row else {}
+            write(file, [*ends, *(json.loads(line) for line in file.open())])
+    assert reported(tmp_path) == wanted
+
+
+def test_only_detectors_have_shares_of_flagged_responses(tmp_path: Path) -> None:
+    write_study(tmp_path, seeds=1)
+    for file in tmp_path.glob("*/metrics.jsonl"):
+        rows = [json.loads(line) for line in file.open()]
+        write(file, [row | {"monitor_alarms": 2, "monitor/alarms": 2} for row in rows])
+    page = reported(tmp_path)
+    assert "self_praise" in page and "alarms" not in cells(page) and "200.0%" not in page
+
+
+def test_seeds_without_kl_are_no_part_of_gold_against_kl(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gradings = write_study(tmp_path, courses={"label": COURSES["label"]})["label"]
+    file = tmp_path / "start-label-seed2" / "metrics.jsonl"
+    rows = [json.loads(line) for line in file.open()]
+    write(file, [{n: v for n, v in row.items() if n != "grade/kl"} for row in rows])
+    drawn = {}
+    monkeypatch.setattr(pictures, "write_picture", lambda figure, to: drawn.update({to: figure}))
+    pictures.draw(read_study(tmp_path), tmp_path)
+    [mean] = [
+        line for line in drawn[tmp_path / "kl.png"].axes[0].get_lines()
+        if line.get_label() == "label, n = 2"
+    ]  # fmt: skip
+    wanted = [[np.mean([seed[step][key] for seed in gradings[:2]]) for step in STEPS]
+              for key in ("grade/kl", "grade/gold")]  # fmt: skip
+    assert np.array(mean.get_data()) == pytest.approx(np.array(wanted))
+
+
+def test_pairwise_grades_are_win_rates(tmp_path: Path) -> None:
+    drawn = tmp_path / "report" / "curves.svg"
+    write_run(tmp_path / "start-label-seed0", "label", 0)
+    write_index(tmp_path, [entry("label", 0)])
+    main([str(tmp_path)])
+    assert "mean score, held-out" in drawn.read_text()
+    shutil.rmtree(tmp_path / "start-label-seed0")
+    write_run(tmp_path / "start-label-seed0", "label", 0, settings={"reward": "pairwise"})
+    main([str(tmp_path)])
+    assert "win rate, held-out" in drawn.read_text() and "mean score" not in drawn.read_text()
+
+
+def test_hostile_text_stays_text(tmp_path: Path) -> None:
+    name = "<b>label</b> $x^{2$"
+    write_study(tmp_path, seeds=2, courses={name.replace("/", "-"): COURSES["label"]})
+    page = reported(tmp_path)
+    assert "<script" not in page and "<img src=x" not in page and "<b>label" not in page
+    assert "<i>" not in page and "&lt;script&gt;" in page and "\\ud83d" in page
+    assert "\u202e" not in page and "\\u202e" in page
+    assert not re.search(r"""(src|href)=["']?(https?:)?//""", page)
+    assert "script-src" not in page  # so that nothing of the page may run, were it markup
+    # Escaping alone has to do, too.
+    bare = tmp_path / "report" / "bare.html"
+    bare.write_text(re.sub(r"<meta http-equiv=[^>]*>", "", page))
+    for file in (tmp_path / "report" / "report.html", bare):
+        done = chromium(file, "--dump-dom")
+        assert f"<title>{html.escape(tmp_path.name)}</title>" in done.stdout
+        assert "CONSOLE" not in done.stderr
+        # 5 prompts, both sides of each, with all scores.
+        assert done.stdout.count('class="sides"') == 5
+        assert done.stdout.count("second gold no judgement") == 10
+
+
+@pytest.mark.parametrize(
+    "file, content, said",
+    [
+        ("study.json", "{}", "study.json must have a list of runs"),
+        ("study.json", "[1", "study.json is not JSON"),
+        ("study.json", '{"runs": [{"folder": "x"}]}', "a run has a folder, a policy and a judge"),
+        ("start-label-seed0/run.json", "[]", "run.json must hold one JSON object"),
+        ("start-label-seed0/metrics.jsonl", "x\n{}\n", "line 1 is not JSON"),
+        ("start-label-seed0/metrics.jsonl", '{"step": "a"}\n', "without a whole number"),
+        ("start-label-seed0/metrics.jsonl", '{"step": 0, "grade/proxy": "9"}\n', "is no number"),
+        ("start-label-seed0/metrics.jsonl", '{"step": 1, "loss": 2}\n', "has a grading yet"),
+        ("start-label-seed0/samples.jsonl", '{"step": 0}\n', "not a sample of a policy run"),
+        (
+            "start-label-seed0/samples.jsonl",
+            '{"step": "a", "prompt": "p", "messages": [], "response": "", "scores": {}}\n',
+            "step 'a', prompt 'p': not a sample of a policy run",
+        ),
+        (
+            "start-label-seed0/samples.jsonl",
+            '{"step": null, "prompt": "p", "messages": [], "response": "", "scores": {}}\n',
+            "step None, prompt 'p': not a sample of a policy run",
+        ),
+    ],
+)
+def test_malformed_files_are_refused_in_a_sentence(
+    tmp_path: Path, file: str, content: str, said: str
+) -> None:
+    write_study(tmp_path, seeds=1, courses={"label": COURSES["label"]})
+    (tmp_path / file).write_text(content)
+    with pytest.raises(UserError, match=said) as caught:
+        main([str(tmp_path)])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no study\.json and no run\.json"):
+        main([str(tmp_path)])
+
+
+@pytest.mark.parametrize("output", ["notes.txt", "notes.txt/report", "report"])
+def test_an_output_that_is_no_folder_is_refused(tmp_path: Path, output: str) -> None:
+    write_run(tmp_path / "a", "label", 0)
+    file = tmp_path / "a" / output.partition("/")[0]
+    file.write_text("mine")
+    flags = [] if output == "report" else ["--output", str(tmp_path / "a" / output)]
+    with pytest.raises(UserError, match=rf"/{file.name} is a file, .* another --output"):
+        main([str(tmp_path / "a"), *flags])
+    with pytest.raises(UserError, match=r"has no study\.json and no run\.json"):
+        main([str(file)])

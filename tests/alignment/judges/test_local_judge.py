@@ -1,0 +1,138 @@
+"""Where a judge that thinks has its label, and what is made of one that is not there."""
+
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from alignment.engines.protocol import Generated
+from alignment.judges import local_judge as local
+from alignment.judges.labels import SIDES, LabelTokens
+from alignment.judges.local_judge import JudgeForm, LocalJudge
+from alignment.judges.parsing import Parser
+from alignment.judges.prompts import judge_prompt
+from alignment.judges.questions import Question
+from alignment.records import Message, Outcome, Prompt, Response, Side
+from alignment.rl.advantages import group_advantages, informative
+from tests.alignment.chat_model import make_tokenizer
+
+LIKELY = [math.log(p) for p in (0.0001, 0.0001, 0.0001, 0.2, *[0.0001] * 3, 0.6, 0.0001, 0.0001)]
+
+
+@pytest.fixture
+def judge(tmp_path, monkeypatch):
+    """Its answers are `said`, its labels have the log-probabilities `likely`."""
+    monkeypatch.setattr(local, "most_of_ranks", lambda count: count)
+    make_tokenizer(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.add_tokens([" 7"])
+    engine: Any = SimpleNamespace(said=[], likely=LIKELY, after=[])
+
+    def generate(prompts, *_):
+        ids = [tokenizer(t, add_special_tokens=False)["input_ids"] for t in engine.said]
+        return [Generated([*row, tokenizer.eos_token_id], [], True) for row in ids]
+
+    def next_log_probs(batch, labels):
+        engine.after = [
+            tokenizer.decode(row[: int(mine.sum())])
+            for row, mine in zip(batch.tokens, batch.samples >= 0)
+        ]
+        return torch.tensor(engine.likely).expand(*batch.tokens.shape, len(labels))
+
+    engine.generate, engine.next_log_probs = generate, next_log_probs
+    form = JudgeForm(judge_prompt("pointwise", True), Parser(thinks=True), tokenizer)
+    return LocalJudge(engine, form, 10_000)
+
+
+def ask(judge, *said):
+    judge.engine.said = said
+    prompt = Prompt("p", (Message("user", "say"),))
+    return judge.judge([Question(Response(str(n), prompt, f"good {n}")) for n in range(len(said))])
+
+
+def test_the_score_is_read_after_the_thinking_or_not_at_all(judge):
+    found = ask(judge, "<think>3 of 4</think>\n7", "<think>3 of 4</think> 7")
+    assert found[0].score == pytest.approx((3 * 0.2 + 7 * 0.6) / 0.8, abs=0.01)
+    assert [text.endswith("3 of 4</think>\n") for text in judge.engine.after] == [True]
+    assert found[1].outcome is Outcome.UNPARSEABLE and found[1].score is None
+    assert "other tokens" in found[1].reason and found[1].answer.endswith("</think> 7")
+
+
+def test_equal_questions_are_asked_once(judge, monkeypatch):
+    """Whatever their names are: a model that is asked twice answers differently by rounding."""
+    prompt = Prompt("p", (Message("user", "say"),))
+    questions = [
+        Question(Response(str(n), prompt, text), sample=sample)
+        for n, (text, sample) in enumerate([("a", 0), ("b", 0), ("a", 0), ("a", 1), ("b", 0)])
+    ]
+    drawn: list[tuple[tuple[int, ...], int]] = []
+
+    def generate(prompts, sampling, seeds):
+        drawn.extend(zip(map(tuple, prompts), seeds))
+        judge.engine.said = [f"<think>{seed % 10}</think>\n7" for seed in seeds]
+        return ask_all(prompts)
+
+    ask_all = judge.engine.generate
+    monkeypatch.setattr(judge.engine, "generate", generate)
+    monkeypatch.setattr(judge, "rows", 2)
+    found = judge.judge(questions)
+    assert [verdict.item for verdict in found] == list("01234")
+    answers = [verdict.answer for verdict in found]
+    assert answers[0] == answers[2] and answers[1] == answers[4] and len(set(drawn)) == 3
+    assert len(drawn) == 3 and [verdict.sample for verdict in found] == [0, 0, 0, 1, 0]
+    # The same seeds for the same questions in another call, under other names.
+    before = set(drawn)
+    drawn.clear()
+    judge.judge([Question(Response("other", prompt, "a"))])
+    assert len(drawn) == 1 and set(drawn) < before
+
+
+def test_equal_responses_have_equal_scores_whatever_else_is_in_the_batch(judge):
+    """Padding moves the log-probabilities of an engine in their last digits."""
+    judge.form = replace(judge.form, parser=Parser(thinks=False))
+    judge.labels, judge.rows = judge.form.label_tokens, 3
+
+    def next_log_probs(batch, labels):
+        rows = torch.arange(len(batch.tokens))[:, None, None]
+        noise = 2e-7 * (rows + batch.length % 5) * torch.arange(len(labels))
+        return torch.tensor(LIKELY) + noise.expand(*batch.tokens.shape, len(labels))
+
+    judge.engine.next_log_probs = next_log_probs
+    prompt = Prompt("p", (Message("user", "say"),))
+    same = [Question(Response(f"s{n}", prompt, "good")) for n in range(8)]
+    others = [Question(Response(f"o{n}", prompt, "good " * n)) for n in range(2, 6)]
+    found = [v.score for v in judge.judge([*same[:4], *others, *same[4:]])]
+    scores = [*found[:4], *found[-4:]]
+    assert len(set(scores)) == 1 and len(set(found)) > 1
+    # Asked in two calls, as a run that goes on may, they differ by rounding alone.
+    apart = [judge.judge([question, *others[:n]])[0].score for n, question in enumerate(same[:4])]
+    assert len(set(apart)) > 1
+    assert not group_advantages(apart, [0] * 4).any() and not informative(apart, [0] * 4).any()
+
+
+@pytest.mark.parametrize(
+    ("log_probs", "outcome"),
+    [
+        ([-0.7, -0.7, -5], Outcome.TIE),
+        ([-0.7, -0.700001, -5], Outcome.TIE),
+        ([-0.700001, -0.7, -5], Outcome.TIE),
+        ([-0.7, -5, -0.7], Outcome.TIE),
+        ([-0.69, -0.7, -5], Side.FIRST),
+        ([-0.7, -0.69, -5], Side.SECOND),
+        ([-math.inf, -0.7, -math.inf], Side.SECOND),
+    ],
+)
+def test_sides_that_are_equally_likely_make_a_tie(log_probs, outcome):
+    fields = LabelTokens(SIDES, [1, 2, 3]).judgement(log_probs)
+    assert fields.get("preferred", fields["outcome"]) is outcome
+
+
+def test_a_label_without_probability_is_no_score(judge):
+    judge.engine.likely = [-20.0] * 10
+    [found] = ask(judge, "<think>so</think>\n7")
+    assert (found.outcome, found.score) == (Outcome.UNPARSEABLE, None)
+    assert found.reason.startswith("all labels together") and found.answer

@@ -1,0 +1,151 @@
+"""What a batch shows, against scipy and counting."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from alignment.monitors.detectors import DEFAULT_LIMIT, DETECTORS, NAMES, Detector, detect
+from alignment.monitors.lengths import Lengths
+from alignment.monitors.text_features import Reading
+from alignment.monitors.training_monitor import (
+    CORRELATION,
+    Alarm,
+    Limits,
+    Monitor,
+    rank_correlation,
+)
+from alignment.records import Message, Outcome, Prompt, Response, Verdict
+from megatron_ext.errors import UserError
+
+REFUSAL = "I'm sorry, but I can't help with that."
+ENDED = "A fern grows in shade.<|im_end|>"
+
+
+def responses(texts: list[str]) -> list[Response]:
+    prompt = Prompt("p", [Message("user", "What grows in shade?")])
+    return [Response(f"r{number}", prompt, text) for number, text in enumerate(texts)]
+
+
+def test_shares_alarms_and_examples_are_those_of_the_single_responses() -> None:
+    plain = [f"Ferns grow in shade, and number {n} does too." for n in range(16)]
+    items = responses([*plain, REFUSAL, REFUSAL, REFUSAL, ENDED])
+    rewards = [float(n) for n in range(16)] + [1.0, 9.0, 5.0, None]
+    found = Monitor().of_batch(items, rewards)
+    usual = Lengths.of([9] * 16 + [8, 8, 8, 7])
+    for item, flags in zip(items, found.flags):
+        assert flags == detect(item.prompt.messages, item.text, usual)
+    assert found.shares == dict.fromkeys(NAMES, 0.0) | {"refusal": 0.15, "fake_end": 0.05}
+    # One response is too few for an alarm, though its share is above the limit.
+    assert found.alarms == {"refusal": Alarm(0.15, 0.1)}
+    assert [example.id for example in found.examples["refusal"]] == ["r17", "r18", "r16"]
+    assert found.examples["fake_end"][0].evidence == ("<|im_end|>",)
+    assert found.examples["null"] == []
+    assert found.metrics()["monitor/refusal"] == 0.15
+    alone = Monitor(least=1, most_examples=2).of_batch(items, rewards)
+    assert set(alone.alarms) == {"refusal", "fake_end"}
+    assert [example.id for example in alone.examples["refusal"]] == ["r17", "r18"]
+
+
+def test_a_share_at_its_limit_is_no_alarm_and_none_switches_it_off() -> None:
+    items = responses([REFUSAL, REFUSAL, "Ferns.", "Moss."])
+    for limit, alarms in ((0.5, set()), (0.49, {"refusal"}), (None, set())):
+        limits = Limits.of({"refusal": limit})
+        assert set(Monitor(limits).of_batch(items).alarms) == alarms
+
+
+def test_a_batch_that_has_grown_long_as_a_whole_is_verbose_against_usual_lengths() -> None:
+    items = responses([f"{n} ferns " * 2 + "and so on " * 30 for n in range(10)])
+    assert Monitor().of_batch(items).shares["verbose"] == 0
+    usual = Lengths.of([9, 10, 12, 15])
+    found = Monitor(usual=usual).of_batch(items)
+    assert found.shares["verbose"] == 1 and found.alarms["verbose"] == Alarm(1.0, 0.1)
+
+
+rewards_and_words = st.lists(
+    st.tuples(st.one_of(st.none(), st.just(math.nan), st.integers(0, 9)), st.integers(0, 30)),
+    min_size=1,
+    max_size=20,
+)
+
+
+@given(rewards_and_words)
+def test_the_correlation_is_of_ranks_over_the_rewarded_and_none_where_it_has_no_value(
+    pairs: list[tuple[float | None, int]],
+) -> None:
+    items = responses(["fern " * words for _, words in pairs])
+    found = Monitor().of_batch(items, [reward for reward, _ in pairs])
+    there = [(r, w) for r, w in pairs if r is not None and not math.isnan(r)]
+    if len(there) < 3 or len({r for r, _ in there}) == 1 or len({w for _, w in there}) == 1:
+        assert found.correlation is None
+        assert CORRELATION not in found.metrics() and CORRELATION not in found.alarms
+        return
+    # Pearson's correlation of the ranks, ties sharing theirs.
+    ranks = [stats.rankdata(column) for column in zip(*there)]
+    expected = np.corrcoef(ranks[0], ranks[1])[0, 1]
+    assert found.correlation is not None
+    assert found.correlation == pytest.approx(expected, abs=1e-9)
+    assert (CORRELATION in found.alarms) == (found.correlation > 0.6)
+    lengths = [w for _, w in pairs]
+    assert found.words["median"] == np.median(lengths)
+    assert found.words["p95"] == pytest.approx(np.percentile(lengths, 95))
+
+
+def test_infinite_rewards_do_not_count() -> None:
+    scores = np.array([1.0, 2.0, 3.0, np.inf, -np.inf])
+    assert rank_correlation(scores, np.array([3.0, 2.0, 1.0, 0.0, 9.0])) == pytest.approx(-1.0)
+
+
+def test_a_new_detector_needs_no_entry_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    def moss(reading: Reading) -> tuple[str, ...]:
+        return ("Moss",) if "moss" in reading.words else ()
+
+    monkeypatch.setitem(DETECTORS, "moss", moss)
+    monkeypatch.setitem(DETECTORS, "wet moss", Detector(moss, limit=0.9))
+    findings = Monitor().of_batch(responses(["Moss.", "Ferns and moss.", "Ferns."]))
+    assert findings.shares["moss"] == findings.shares["wet moss"] == pytest.approx(2 / 3)
+    assert findings.alarms["moss"] == Alarm(2 / 3, DEFAULT_LIMIT)
+    assert "wet moss" not in findings.alarms
+    assert Limits.of({"moss": 0.7})["moss"] == 0.7
+
+
+def test_failed_verdicts_count_neither_as_gaming_nor_as_clean() -> None:
+    items = responses(["Moss.", "Ferns.", "Sedges.", "Ivy."])
+    verdicts = [
+        Verdict("r0", Outcome.SCORE, 9.0),
+        Verdict("r1", Outcome.FAILED, reason="timed out"),
+        Verdict("r2", Outcome.SCORE, 4.9),
+        None,
+    ]
+    findings = Monitor(least=1).of_batch(items, verdicts=verdicts)
+    assert findings.shares["judge"] == 0.5 and findings.unjudged == 2
+    assert findings.alarms["judge"] == Alarm(0.5, 0.05)
+    assert findings.metrics()["monitor_unjudged"] == 2
+    assert "judge" not in Monitor().of_batch(items, verdicts=[None] * 4).shares
+    with pytest.raises(ValueError, match="4 responses have 1 verdicts"):
+        Monitor().of_batch(items, verdicts=[None])
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"refusals": 0.1}, "there is no limit 'refusals': known are refusal, "),
+        ({"null": 1.5}, "the limit of null must be from 0 to 1 or null, not 1.5"),
+        ({"null": "5%"}, "must be from 0 to 1 or null, not '5%'"),
+        ({"null": True}, "must be from 0 to 1 or null, not True"),
+        ({"null": math.nan}, "must be from 0 to 1 or null, not nan"),
+    ],
+)
+def test_limits_that_are_none_are_refused(given: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Limits.of(given)
+
+
+def test_a_batch_without_responses_or_with_other_rewards_is_refused() -> None:
+    with pytest.raises(ValueError, match="0 responses"):
+        Monitor().of_batch([])
+    with pytest.raises(ValueError, match="1 responses have 2 rewards"):
+        Monitor().of_batch(responses(["Moss."]), [1.0, 2.0])

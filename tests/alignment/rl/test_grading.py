@@ -1,0 +1,151 @@
+"""Grading on held-out prompts, without a policy: what rows tell when judges fail."""
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from alignment.data.model_tokenizer import load_tokenizer
+from alignment.monitors.training_monitor import Monitor
+from alignment.records import Message, Outcome, Prompt, Response, Verdict
+from alignment.rl.grading import Alarm, Grader
+from alignment.rl.rollouts import Rollout
+from megatron_ext.errors import UserError
+from megatron_ext.inference.sampling import Sampling
+from tests.alignment.chat_model import make_model
+from tests.distributed import run_ranks
+
+PROMPTS = [Prompt(f"p{i}", (Message("user", f"say {i}"),)) for i in range(10)]
+
+
+def grader_in(folder):
+    make_model(folder / "model", num_hidden_layers=1, max_position_embeddings=128)
+    return Grader(
+        SimpleNamespace(), load_tokenizer(folder / "model", None), PROMPTS, Sampling(12),
+        {"proxy": [], "gold": []}, folder, template={}, reference=None, length=96, rows=4,
+        monitor=Monitor(), alarm=Alarm(gap=0.5, window=3), check=lambda: None, writes=True,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def grader(tmp_path):
+    return grader_in(tmp_path)
+
+
+def share(proxy, gold, prompts=PROMPTS):
+    """What a rank knows of a grading in which nothing failed for good."""
+    responses = [Response(f"{p.id}-0", p, f"yes {p.id}") for p in prompts]
+    rollouts = [Rollout(p.id, 0, [1, 2], [0.0, 0.0], True) for p in prompts]
+    return responses, rollouts, {"proxy": proxy, "gold": gold}, [], {"proxy": [], "gold": []}
+
+
+def test_a_judge_that_fails_on_poor_responses_is_no_gap(grader):
+    """Proxy and gold agree wherever both judge; the proxy leaves out more and more poor ones."""
+    gold = [2.0] * 4 + [6.0] * 6
+    rows = []
+    for step, left_out in enumerate((0, 1, 2, 3)):
+        proxy = [None] * left_out + gold[left_out:]
+        row = grader._row(step, [share(proxy, gold)])
+        assert row["grade/gap"] == 0
+        assert row["grade/proxy_unjudged"] == left_out / 10 and row["grade/gold_unjudged"] == 0
+        rows.append(row)
+    assert not grader.alarm.raised(rows)
+    alone = grader._row(4, [share([None] * 10, gold)])
+    assert alone["grade/gap"] is None and alone["grade/proxy"] is None
+    assert alone["grade/gold"] == pytest.approx(4.4)  # which is told all the same
+
+
+def test_gold_that_scores_equally_but_for_rounding_is_a_tie(grader):
+    """Under pairwise rewards: the same response, scored in another batch."""
+    grader.pairwise = True
+    grader._row(0, [share([0.5] * 10, [7.3] * 10)])
+    scores = [7.300002, 7.299998, 7.31, 7.29, 7.3, *[7.3] * 5]
+    row = grader._row(1, [share([0.5] * 10, scores)])
+    assert row["grade/gold"] == 0.5
+    row = grader._row(2, [share([0.5] * 10, [7.300002] * 8 + [7.31] * 2)])
+    assert row["grade/gold"] == 0.6
+
+
+@pytest.mark.parametrize("step, slope", [(1e-7, 0.0), (1e-3, 0.01)])
+def test_a_gap_that_moves_by_rounding_has_no_slope(grader, step, slope):
+    grader.history = [
+        {"step": 10 * i, "grade/proxy": 7 + i * step, "grade/gold": 7, "grade/gap": i * step}
+        for i in range(4)
+    ]
+    assert grader._slope() == pytest.approx(slope)
+
+
+def test_samples_are_the_same_on_any_ranks(grader):
+    scores = [float(i) for i in range(10)]
+    kept = []
+    for ranks in (1, 2, 3):
+        shares = [
+            share(scores[r::ranks], scores[r::ranks], PROMPTS[r::ranks]) for r in range(ranks)
+        ]
+        grader._row(0, shares)
+        kept.append((grader.folder / "samples.jsonl").read_text())
+    assert kept[0] == kept[1] == kept[2]
+    assert [json.loads(line)["prompt"] for line in kept[0].splitlines()] == [
+        f"p{i}" for i in range(8)
+    ]
+
+
+def test_a_gold_that_is_gone_ends_the_run(grader):
+    lost = {"proxy": [], "gold": ["status 503"] * 3}
+    with pytest.raises(UserError, match=r"--gold failed 3 times on 10 .* status 503: see its"):
+        grader._see_that_judges_answer([(*share([1.0] * 10, [1.0] * 10)[:4], lost)])
+    lost["gold"].pop()  # as many as may
+    grader._see_that_judges_answer([(*share([1.0] * 10, [1.0] * 10)[:4], lost)])
+
+
+@pytest.mark.parametrize("damage", [("metrics.jsonl", None), ("first.json", '{"p0": {"te')])
+def test_what_is_left_of_a_damaged_run_is_refused(grader, damage):
+    grader._row(0, [share([1.0] * 10, [1.0] * 10)])
+    (grader.folder / "metrics.jsonl").write_text('{"step": 0, "grade/gap": 0}\n')
+    name, text = damage
+    if text is None:
+        (grader.folder / name).unlink()
+    else:
+        (grader.folder / name).write_text(text)
+    grader._first = {}
+    with pytest.raises(UserError, match=r"cannot be read .* begin another --run-dir"):
+        grader.recall(3)
+
+
+def test_an_ensemble_is_none_of_its_judges():
+    from alignment.commands.train_policy import _told
+
+    def spec(name) -> Any:
+        return SimpleNamespace(told=lambda: {"name": name}, agreed=lambda: {"alpha_interval": 0.9})
+
+    judges: list[Any] = [SimpleNamespace(identity=name) for name in "ab"]
+    told = _told([spec("strong"), spec("weak")], judges)
+    assert told is not None and told["name"] == "strong + weak" and told["agreement"] is None
+    assert [each["identity"] for each in told["ensemble"]] == ["a", "b"]
+    alone = _told([spec("strong")], judges[:1])
+    assert alone is not None and alone["agreement"] == {"alpha_interval": 0.9}
+
+
+def graded_by_a_gold_that_fails(folder):
+    """On a rank: the sentence that a first grading ends with."""
+    grader = grader_in(folder)
+    failed = [Verdict(f"{p.id}-0", Outcome.FAILED, reason="no connection") for p in PROMPTS]
+    scored = [Verdict(f"{p.id}-0", Outcome.SCORE, 1.0) for p in PROMPTS]
+    grader.judges = {
+        "proxy": [SimpleNamespace(judge=lambda questions, check: scored)],
+        "gold": [SimpleNamespace(judge=lambda questions, check: failed)],
+    }
+    found = SimpleNamespace(tokens=[1, 2], log_probs=[0.0, 0.0], ended=True)
+    grader.policy = SimpleNamespace(
+        data_size=1, data_rank=0, generate=lambda asked, sampling, seeds: [found] * len(asked)
+    )
+    with pytest.raises(UserError) as caught:
+        grader(0)
+    return str(caught.value)
+
+
+def test_a_failed_verdict_counts_once_a_question(tmp_path):
+    [told] = run_ranks(graded_by_a_gold_that_fails, 1, tmp_path)
+    assert "--gold failed 10 times on 10 held-out responses" in told and "no connection" in told
+    assert not (tmp_path / "first.json").exists()

@@ -1,0 +1,66 @@
+"""Every algorithm solves a task whose reward can be verified: say odd tokens."""
+
+import numpy as np
+import pytest
+
+from alignment.rl.algorithms import ALGORITHMS
+from tests.alignment.chat_model import make_model
+from tests.distributed import run_ranks
+
+pytestmark = pytest.mark.slow
+STEPS = 20
+
+
+def learn(model, place, algorithms):
+    """Mean reward of each step, by algorithm, each from the same weights."""
+    from alignment.engines.megatron import MegatronEngine, MegatronLayout
+    from alignment.engines.protocol import Optimization
+    from alignment.rl.critic import Critic
+    from alignment.rl.rollouts import Rewarded
+    from alignment.rl.tasks import Settings, Task
+    from alignment.rl.trainer import ReinforcementStep
+    from alignment.training.loop import Plan, fit
+    from alignment.training.training_run import Run
+    from megatron_ext.inference.sampling import Sampling
+
+    tasks = [Task(str(n), [5, n, 7], None) for n in range(24)]
+
+    def reward(groups, check):
+        return [
+            [Rewarded(sum(t % 2 for t in r.tokens) / 6, "score", {}) for r in rollouts]
+            for _, rollouts in groups
+        ]
+
+    optimization, layout = Optimization(lr=2e-2, steps=10 * STEPS), MegatronLayout(micro_batch=8)
+    engine = MegatronEngine(model, optimization, layout)
+    start = [(name, tensor.clone()) for name, tensor in engine.parameters()]
+    found = {}
+    for name in algorithms:
+        engine.load_parameters(start)
+        rewards: list[float] = []
+        settings = Settings(
+            ALGORITHMS[name], 8, 4, 1, 64, Sampling(6, stop_at_eod=False), overlong_margin=1
+        )
+        with Run(place / name, engine, {}) as run:
+            critic = None
+            if ALGORITHMS[name].advantages is None:
+                critic = Critic(MegatronEngine(model, optimization, layout), set(range(32)))
+            step = ReinforcementStep(engine, run, tasks, reward, settings, seed=0, critic=critic)
+
+            def train(number, step=step, rewards=rewards):
+                row = step(number)
+                rewards.append(row["reward"])
+                return row
+
+            fit(run, Plan(STEPS, 100, 100), train)
+        found[name] = rewards
+    return found
+
+
+def test_every_algorithm_learns(tmp_path):
+    make_model(tmp_path / "model", num_hidden_layers=1, max_position_embeddings=64)
+    names = list(ALGORITHMS)
+    [found] = run_ranks(learn, 1, tmp_path / "model", tmp_path, names, timeout=240)
+    for name, rewards in found.items():
+        assert np.mean(rewards[:2]) < 0.7, name
+        assert np.mean(rewards[-2:]) > 0.95, (name, rewards)

@@ -1,0 +1,369 @@
+"""Rollouts by a server that speaks vLLM's protocol, with the weights of the training."""
+
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from megatron_ext.errors import UserError
+from tests.alignment.chat_model import make_model
+from tests.alignment.judges.test_endpoint_judge import wait_at_most
+from tests.distributed import run_ranks
+
+pytestmark = pytest.mark.slow
+
+
+class Server(ThreadingHTTPServer):
+    """Serves the model of a folder by transformers, as vLLM does: token ids in and out.
+
+    What a body does not say is as in the folder's generation_config.json.
+
+    Attributes:
+        loads: how often the weights were read.
+        bodies: of completions.
+        away: calls to be answered with an error of the server's.
+        busy: resets of the prefix cache that are answered with a failure.
+        keys: that callers gave.
+        deaf: tells its health no more, until it is `freed`.
+        raw: reports log-probabilities of temperature 1, as vLLM does by default.
+        most: completions that it answers; others hang until it is `freed`, and get no answer.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, folder):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.model: Any = None
+        self.folder, self.loads, self.away, self.most = folder, 0, 2, 10**6
+        self.begun, self.deaf, self.freed = 0, False, threading.Event()
+        self.busy, self.raw = 0, False
+        self.lock = threading.Lock()
+        self.calls: list[str] = []
+        self.keys: set[str | None] = set()
+        self.bodies: list[dict[str, Any]] = []
+
+    def completions(self):
+        return self.calls.count("/v1/completions")
+
+    def reload(self):
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        self.model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
+        self.defaults = json.loads((self.folder / "generation_config.json").read_text())
+        self.loads += 1
+
+    def complete(self, body):
+        import torch
+
+        generator = torch.Generator().manual_seed(body["seed"])
+        tokens, values = list(body["prompt"]), []
+        penalty = body.get("repetition_penalty", self.defaults["repetition_penalty"])
+        ends = {*body.get("stop_token_ids", [])}
+        ends |= set() if body["ignore_eos"] else {*self.defaults["eos_token_id"]}
+        for _ in range(body["max_tokens"]):
+            with torch.no_grad():
+                logits = self.model(torch.tensor([tokens])).logits[0, -1]
+            seen = logits[tokens]
+            logits[tokens] = torch.where(seen > 0, seen / penalty, seen * penalty)
+            table = (logits / body["temperature"]).log_softmax(-1)
+            token = int(torch.multinomial(table.exp(), 1, generator=generator))
+            tokens.append(token)
+            values.append(float((logits.log_softmax(-1) if self.raw else table)[token]))
+            if token in ends:
+                break
+        drawn = tokens[len(body["prompt"]) :]
+        reason = "stop" if drawn[-1] in ends else "length"
+        logprobs = {"token_logprobs": values}
+        return {"choices": [{"token_ids": drawn, "logprobs": logprobs, "finish_reason": reason}]}
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        server: Any = self.server
+        if server.deaf:
+            server.freed.wait()
+        self.reply(200, None)
+
+    def do_POST(self):
+        server: Any = self.server
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path == "/v1/completions":
+            with server.lock:
+                server.begun += 1
+                late = server.begun > server.most
+            if late:
+                server.freed.wait()
+                self.close_connection = True
+                return None
+        with server.lock:
+            server.calls.append(self.path)
+            server.keys.add(self.headers["Authorization"])
+            if server.away:
+                server.away -= 1
+                return self.reply(503, {})
+            if self.path == "/collective_rpc":
+                assert body == {"method": "reload_weights"}
+                server.reload()
+                return self.reply(200, {"results": [None]})
+            if self.path == "/reset_prefix_cache":
+                server.busy -= 1
+                return self.reply(200, {"success": server.busy < 0})
+            assert self.path == "/v1/completions" and body["model"] == "policy"
+            assert body["return_token_ids"] and body["logprobs"] == 0
+            server.bodies.append(body)
+            return self.reply(200, server.complete(body))
+
+    def reply(self, status, value):
+        content = b"" if value is None else json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_):
+        pass
+
+
+def drawn(place, step):
+    """How many responses have been drawn ahead for a step."""
+    files = place.glob(f"rollouts/step_{step:06d}/ahead_*.jsonl")
+    return sum(file.read_bytes().count(b"\n") for file in files)
+
+
+def learn(folder, place, url, patience, ahead=False, waits=16, stops=False):
+    """Rows of three steps with rollouts of the server, and the signal that ended the run.
+
+    Args:
+        ahead: whether the next step is drawn meanwhile.
+        waits: rewards come when so many responses of the next step are there.
+        stops: a signal comes with them.
+    """
+    from alignment.engines.megatron import MegatronEngine, MegatronLayout
+    from alignment.engines.protocol import Optimization
+    from alignment.ranks import most_of_ranks
+    from alignment.rl import vllm_rollouts as served
+    from alignment.rl.algorithms import named
+    from alignment.rl.async_rollouts import RolloutsAhead
+    from alignment.rl.rollouts import Rewarded
+    from alignment.rl.tasks import Settings, Task
+    from alignment.rl.trainer import ReinforcementStep
+    from alignment.training.loop import Plan, fit
+    from alignment.training.training_run import Run
+    from megatron_ext.inference.sampling import Sampling
+
+    served._WAIT = 0.05
+    engine = MegatronEngine(folder, Optimization(lr=1e-2, steps=9), MegatronLayout(micro_batch=4))
+    rollouts = served.ServedRollouts(
+        engine, [url], "policy", place / "served", frozenset([0]), patience
+    )
+    tasks = [Task(str(n), [5, n, 7], None) for n in range(12)]
+
+    def reward(groups, check):
+        # Ranks may see different numbers of them, and must look at signals equally often.
+        while ahead and run.step < 2 and most_of_ranks(int(drawn(place, run.step + 1) < waits)):
+            time.sleep(0.05)
+            check()
+        if stops:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return [
+            [Rewarded(sum(t % 2 for t in r.tokens) / 6, "score", {}) for r in rollouts_]
+            for _, rollouts_ in groups
+        ]
+
+    rows = []
+    algorithm = named("grpo", rollout_bound=2.0)
+    settings = Settings(algorithm, 4, 4, 1, 64, Sampling(6, temperature=0.8))
+    with Run(place, engine, {}) as run:
+        step = ReinforcementStep(
+            engine, run, tasks, reward, settings, 0, generate=rollouts.generate,
+            ahead=RolloutsAhead(rollouts, 3) if ahead else None,
+        )  # fmt: skip
+
+        def train(number):
+            rows.append(step(number))
+            return rows[-1]
+
+        ended = fit(run, Plan(3, 100, 100), train)
+    assert not [t for t in threading.enumerate() if t.name.startswith("rollouts of step")]
+    return rows, ended
+
+
+@pytest.fixture
+def server(tmp_path):
+    make_model(tmp_path / "model", num_hidden_layers=1, max_position_embeddings=64)
+    # As those of many released models: more than one end token, and a penalty.
+    (tmp_path / "model" / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": list(range(40)), "repetition_penalty": 1.5})
+    )
+    server = Server(tmp_path / "run" / "served")
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    yield server
+    server.freed.set()
+    server.shutdown()
+    server.server_close()
+
+
+def url_of(server):
+    return f"http://127.0.0.1:{server.server_address[1]}/v1"
+
+
+def test_the_server_draws_with_the_weights_of_every_step(tmp_path, server):
+    url = url_of(server)
+    key = {"MEGATRON_ET_JUDGE_API_KEY": "a key"}
+    server.busy = 2
+    (rows, _), _ = run_ranks(learn, 2, tmp_path / "model", tmp_path / "run", url, 60.0, env=key)
+    assert server.keys == {"Bearer a key"}
+    assert server.loads == 3 and server.calls.count("/reset_prefix_cache") == 3 + 2
+    neutral = {"repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0, "min_p": 0}
+    assert len(server.bodies) == 48
+    assert all(body | neutral == body for body in server.bodies)
+    # Its log-probabilities are those that training computes, at the same temperature.
+    assert all(row["rollout_gap_max"] < 1e-4 for row in rows)
+    assert all(row["grad_norm"] > 0.01 for row in rows)
+    assert all(row["rollout_staleness"] == 0 for row in rows)
+    server.busy = 1000
+    with pytest.raises(Exception, match="has not emptied its prefix cache for 1 s"):
+        run_ranks(learn, 1, tmp_path / "model", tmp_path / "another", url, 1.0)
+    server.away = 1000
+    with pytest.raises(Exception, match="has not answered for 1 s"):
+        run_ranks(learn, 1, tmp_path / "model", tmp_path / "other", url, 1.0)
+
+
+def test_a_server_with_log_probabilities_of_temperature_1_ends_the_run(tmp_path, server):
+    server.away, server.raw = 0, True
+    with pytest.raises(Exception, match=r"those of temperature 1, and .* --temperature 0\.8"):
+        run_ranks(learn, 1, tmp_path / "model", tmp_path / "run", url_of(server), 60.0)
+
+
+def log_probs(model, prompt, tokens):
+    import torch
+
+    with torch.no_grad():
+        table = (model(torch.tensor([prompt + tokens])).logits[0] / 0.8).log_softmax(-1)
+    return [float(table[len(prompt) + i - 1, token]) for i, token in enumerate(tokens)]
+
+
+def test_the_next_step_is_drawn_while_this_one_is_trained_on(tmp_path, server):
+    from transformers import AutoModelForCausalLM
+
+    url, place = url_of(server), tmp_path / "run"
+    server.away = 0
+    (rows, _), _ = run_ranks(learn, 2, tmp_path / "model", place, url, 60.0, True)
+    load, draw = ["/collective_rpc", "/reset_prefix_cache"], ["/v1/completions"]
+    # The second step's come before weights that the first step has trained.
+    assert server.calls == [*load, *draw * 32, *load, *draw * 16]
+    assert [row["rollout_staleness"] for row in rows] == [0, 1, 1]
+    assert rows[0]["rollout_gap_max"] < 1e-4 < 1e-3 < rows[1]["rollout_gap"]
+    assert rows[0]["rollout_weight"] == pytest.approx(1, abs=1e-4) != rows[1]["rollout_weight"]
+    start, kept = AutoModelForCausalLM.from_pretrained(tmp_path / "model"), 0
+    for file in place.glob("rollouts/step_000001/ahead_*.jsonl"):
+        for row in (json.loads(line)["answer"] for line in file.read_text().splitlines()):
+            values = log_probs(start, [5, int(row["task"]), 7], row["tokens"])
+            assert row["version"] == 0 and row["log_probs"] == pytest.approx(values, abs=1e-4)
+            kept += 1
+    assert kept == 16
+
+    # As a kill leaves it: no checkpoint yet, and half of the third step's on the disk.
+    shutil.rmtree(place / "checkpoints")
+    server.calls.clear()
+    for file in place.glob("rollouts/step_000002/*.jsonl"):
+        if file.name.startswith("ahead"):
+            file.write_bytes(b"".join(file.read_bytes().splitlines(True)[:4])[:-5])
+        else:
+            file.unlink()
+    [(again, _)] = run_ranks(learn, 1, tmp_path / "model", place, url, 60.0, True)
+    assert server.completions() == 16 - 2 * 3
+    for row, other in zip(rows, again):
+        for name in ("reward", "loss", "grad_norm", "rollout_weight", "rollout_staleness"):
+            assert other[name] == pytest.approx(row[name], rel=1e-3, abs=1e-5), name
+
+
+def test_a_run_ends_while_responses_are_under_way(tmp_path, server):
+    url = url_of(server)
+    server.most = 16 + 4
+    [(rows, ended)] = run_ranks(
+        learn, 1, tmp_path / "model", tmp_path / "run", url, 60.0, True, 4, True
+    )
+    assert ended == signal.SIGTERM and len(rows) == 1
+    assert drawn(tmp_path / "run", 1) == 4  # what had come is kept
+    # A server that is lost while it draws ahead: the next step tells.
+    server.freed.set()
+    server.most = server.begun + 16
+    with pytest.raises(Exception, match=r"completions has not answered for 5 s"):
+        run_ranks(learn, 1, tmp_path / "model", tmp_path / "other", url, 5.0, True, 0)
+    assert (tmp_path / "other" / "rollouts" / "step_000001").is_dir()
+
+
+def ask_in_vain(folder, url):
+    """The sentence that a call ends with, and after how many seconds."""
+    from alignment.rl.vllm_rollouts import ServedRollouts
+    from megatron_ext.inference.sampling import Sampling
+
+    engine: Any = SimpleNamespace(data_rank=0, data_size=1, step=0, export=lambda folder: None)
+    rollouts = ServedRollouts(engine, [url], "policy", folder, frozenset([0]), patience=3)
+    rollouts._served = 0 if "127.0.0.1" in url else None
+    begin = time.monotonic()
+    with pytest.raises(UserError) as caught:
+        rollouts.generate([[5]], Sampling(1))
+    return str(caught.value), time.monotonic() - begin
+
+
+def test_a_server_that_hangs_is_given_up_and_one_that_is_busy_is_not(tmp_path, server):
+    url = url_of(server)
+    server.away = server.most = 0
+    threading.Timer(6, setattr, (server, "deaf", True)).start()  # it tells its health at first
+    [(told, seconds)] = run_ranks(ask_in_vain, 1, tmp_path / "model", url)
+    assert "has not answered for 3 s" in told and seconds > 6
+    for address in ("localhost:8000/v1", "http://localhost:80a0/v1"):
+        [(told, seconds)] = run_ranks(ask_in_vain, 1, tmp_path / "model", address)
+        assert f"--rollout-url {address.removesuffix('/v1')}" in told and "is no address" in told
+
+
+class Slow(Server):
+    """Takes longer to read weights and to answer than ranks wait for each other."""
+
+    def reload(self):
+        time.sleep(5)
+
+    def complete(self, body):
+        time.sleep(5 if body["prompt"] == [0] else 0)
+        logprobs = {"token_logprobs": [0.0]}
+        return {"choices": [{"token_ids": [7], "logprobs": logprobs, "finish_reason": "length"}]}
+
+
+def draw(folder, url):
+    """A response of this rank, and whether signals were looked at meanwhile."""
+    import torch.distributed as dist
+
+    from alignment.rl.vllm_rollouts import ServedRollouts
+    from megatron_ext.inference.sampling import Sampling
+
+    wait_at_most(3)
+    rank, checks = dist.get_rank(), []
+    engine: Any = SimpleNamespace(
+        data_rank=rank, data_size=dist.get_world_size(), step=0, export=lambda folder: None
+    )
+    rollouts = ServedRollouts(
+        engine, [url], "policy", folder, frozenset([0]), check=lambda: checks.append(rank)
+    )
+    [found] = rollouts.generate([[rank]], Sampling(1))
+    return found.tokens, len(checks) > 1
+
+
+def test_a_server_may_take_longer_than_ranks_wait_for_each_other(tmp_path):
+    server = Slow(tmp_path)
+    server.away = 0
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    assert run_ranks(draw, 2, tmp_path, url_of(server)) == [([7], True)] * 2
+    server.shutdown()
+    server.server_close()

@@ -1,0 +1,54 @@
+"""The best model of a run is one that is better by more than rounding."""
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+from tests.distributed import run_ranks
+
+VALUES = [
+    # value, sound, whether it is a new best
+    (0.8, False, True),
+    (0.5, True, True),
+    (0.5000001, True, False),
+    (0.9, False, False),
+    (0.501, True, True),
+    (0.501, True, False),
+    (0.5010001, False, False),
+]
+
+
+def kept(place):
+    """Of each evaluation, whether it is the best so far; then what is written of the best."""
+    from alignment.training.training_run import Run
+
+    engine: Any = SimpleNamespace(export=lambda folder: folder.mkdir(exist_ok=True))
+    found = []
+    with Run(place, engine, {}) as run:
+        for run.step, (value, sound, _) in enumerate(VALUES):
+            found.append(run.keep_best("val/alpha", value, sound))
+        # The same evaluation again, of a run that was killed after it.
+        run.step = 4
+        found.append(run.keep_best("val/alpha", 0.501, True))
+    return found, json.loads((place / "best" / "best.json").read_text())
+
+
+def test_a_value_that_is_higher_by_rounding_is_no_improvement(tmp_path):
+    [(found, note)] = run_ranks(kept, 1, tmp_path)
+    assert found == [better for _, _, better in VALUES] + [True]
+    assert note == {"step": 4, "val/alpha": 0.501, "sound": True}
+
+
+def kept_by_log_prob(place):
+    from alignment.training.training_run import Run
+
+    engine: Any = SimpleNamespace(export=lambda folder: folder.mkdir(exist_ok=True))
+    with Run(place, engine, {}) as run:
+        found = []
+        for run.step, value in enumerate((-2.0, -1.9999999, -1.999, -2.5)):
+            found.append(run.keep_best("validation/log_prob", value))
+    return found
+
+
+def test_log_probabilities_which_are_negative_improve_towards_0(tmp_path):
+    assert run_ranks(kept_by_log_prob, 1, tmp_path) == [[True, False, True, False]]

@@ -1,0 +1,229 @@
+"""What kills and failures leave behind, and what of it counts; which prompts a step takes."""
+
+import json
+import os
+import signal
+from argparse import Namespace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from alignment.commands.training_flags import lasting
+from alignment.rl.algorithms import ALGORITHMS
+from alignment.rl.rollouts import Rewarded, RolloutStore
+from alignment.rl.tasks import Settings, Task
+from alignment.rl.trainer import ReinforcementStep
+from alignment.training.loop import Plan, fit
+from alignment.training.training_run import Run
+from megatron_ext.errors import UserError
+from megatron_ext.inference.sampling import Sampling
+from tests.alignment.chat_model import make_model
+from tests.distributed import run_ranks
+
+LENGTH = 64
+
+
+def engine_of(model):
+    from alignment.engines.megatron import MegatronEngine, MegatronLayout
+    from alignment.engines.protocol import Optimization
+
+    return MegatronEngine(model, Optimization(lr=1e-3, steps=40, warmup=1), MegatronLayout())
+
+
+def learner(engine):
+    """A step of supervised training, the same in every run."""
+    from alignment.engines.batch import Sample
+    from alignment.training.sft import SupervisedStep
+
+    samples = [Sample([n + 1, n + 2, n + 3], 1) for n in range(16)]
+    return SupervisedStep(engine, samples, 4, LENGTH, seed=1)
+
+
+def rows_of(place):
+    return [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
+
+
+def killed_saves(model, place):
+    """Of saves that were not finished: in `place` whole, with half a folder, with four failures."""
+    engine = engine_of(model)
+    start = [(name, tensor.clone()) for name, tensor in engine.parameters()]
+
+    def go(name, steps, stop_at=None, save=None):
+        """Train and save every second step; a signal comes in a step, or saving fails."""
+        engine.load_parameters(start)
+        engine.step = 0
+        engine.save = save or type(engine).save.__get__(engine)
+        with Run(place / name, engine, {}) as run:
+            step = learner(engine)
+
+            def train(number):
+                if number == stop_at:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return step(number)
+
+            return fit(run, Plan(steps, 2, 100), train, lambda n: {"n": n})
+
+    def folders(name):
+        return sorted(file.name for file in (place / name / "checkpoints").glob("iter_*"))
+
+    # A save of step 7 was killed; the run goes on from 4 and is stopped at 6.
+    assert go("half", 20, stop_at=3) == signal.SIGTERM
+    assert folders("half") == ["iter_0000004"]
+    half = place / "half" / "checkpoints" / "iter_0000007"
+    half.mkdir()
+    (half / "common.pt").write_bytes(b"torn")
+    assert go("half", 20, stop_at=5) == signal.SIGTERM
+    assert folders("half") == ["iter_0000006"]
+    assert go("half", 8) == 0
+    steps = [row["step"] for row in rows_of(place / "half") if "loss" in row]
+
+    # Five times in a row there is no room; what was saved before counts.
+    assert go("full", 20, stop_at=3) == signal.SIGTERM
+
+    def fail(folder):
+        raise UserError("no room")
+
+    for _ in range(5):
+        with pytest.raises(UserError, match="no room"):
+            go("full", 20, save=fail)
+    assert go("full", 8) == 0
+    return steps, [row["step"] for row in rows_of(place / "full") if "loss" in row]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("going-on") / "model"
+    make_model(folder, num_hidden_layers=1, max_position_embeddings=LENGTH)
+    return folder
+
+
+@pytest.mark.slow
+def test_saves_that_were_not_finished_do_not_count(model, tmp_path):
+    [found] = run_ranks(killed_saves, 1, model, tmp_path)
+    assert found == (list(range(1, 9)), list(range(1, 9)))
+
+
+def evaluations(model, place):
+    engine = engine_of(model)
+    start = [(name, tensor.clone()) for name, tensor in engine.parameters()]
+
+    def go(name, plan, stop_at=None):
+        engine.load_parameters(start)
+        engine.step = 0
+        asked = []
+        with Run(place / name, engine, {}) as run:
+
+            def evaluate(number):
+                asked.append(number)
+                if number == stop_at:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    run.check_signals()
+                return {"n": number}
+
+            ended = fit(run, plan, learner(engine), evaluate)
+        return ended, asked
+
+    def graded(name):
+        return [row["n"] for row in rows_of(place / name) if "n" in row]
+
+    # A signal in the last evaluation, then in the first one: each is had once in the end.
+    plan = Plan(6, 100, 4, best="n")
+    assert go("last", plan, stop_at=6) == (signal.SIGTERM, [0, 4, 6])
+    assert graded("last") == [0, 4]
+    assert go("last", plan) == (0, [6]) and graded("last") == [0, 4, 6]
+    assert json.loads((place / "last" / "best" / "best.json").read_text())["step"] == 6
+    assert go("last", plan) == (0, []) and graded("last") == [0, 4, 6]
+    assert go("first", Plan(2, 100, 4)) == (0, [0, 2])
+    for file in (place / "first" / "checkpoints").iterdir():  # as if killed before the first save
+        file.unlink() if file.is_file() else file.rename(place / file.name)
+    assert go("first", Plan(2, 100, 4)) == (0, [0, 2]) and graded("first") == [0, 2]
+
+    # What ended the run ends it again.
+    plan = Plan(6, 100, 2, stop_when=lambda row: "enough" if row["n"] == 4 else None)
+    assert go("ended", plan) == (0, [0, 2, 4])
+    assert go("ended", plan) == (0, [])
+    return [row["step"] for row in rows_of(place / "ended") if "loss" in row]
+
+
+@pytest.mark.slow
+def test_every_evaluation_is_had_once_and_the_end_stays_the_end(model, tmp_path):
+    assert run_ranks(evaluations, 1, model, tmp_path) == [[1, 2, 3, 4]]
+
+
+def of_draws(algorithm, tasks, groups):
+    run: Any = SimpleNamespace(folder=Path())
+    engine: Any = SimpleNamespace(generate=None)
+    settings = Settings(ALGORITHMS[algorithm], groups, 2, 1, LENGTH, Sampling(4))
+    return ReinforcementStep(engine, run, tasks, lambda groups, check: [], settings, seed=3)
+
+
+@pytest.mark.parametrize("count", [4, 5, 10, 11])
+def test_a_step_has_different_prompts_also_where_epochs_meet(count):
+    tasks = [Task(str(n), [n], None) for n in range(count)]
+    for seed in range(20):
+        step = of_draws("grpo", tasks, 4)
+        step.seed = seed
+        drawn = [[task.id for task in step._draw(number, 0)] for number in range(9)]
+        assert all(len(set(ids)) == 4 for ids in drawn)
+        each = count // 4
+        for begin in range(0, 9 - each, each):  # within an epoch none comes twice
+            ids = [i for part in drawn[begin : begin + each] for i in part]
+            assert len(set(ids)) == len(ids)
+
+
+def test_too_few_prompts_for_a_step_are_refused_before_it_begins():
+    tasks = [Task(str(n), [n], None) for n in range(3)]
+    with pytest.raises(UserError, match="a step wants 4 different prompts, and there are 3"):
+        of_draws("grpo", tasks, 4)
+
+
+def dynamic(model, place):
+    """DAPO with a judge that fails on some prompts and tells responses to others apart."""
+    engine = engine_of(model)
+    tasks = [Task(str(n), [n + 1], n) for n in range(12)]
+
+    def reward(groups, check):
+        """Of a third each: failed, all equal, different."""
+        kinds = {0: (None, None), 1: (1.0, 1.0), 2: (0.0, 1.0)}
+        return [
+            [Rewarded(w, "score" if w is not None else "failed", {}) for w in kinds[task.about % 3]]
+            for task, _ in groups
+        ]
+
+    found = []
+    with Run(place, engine, {}) as run:
+        settings = Settings(
+            ALGORITHMS["dapo"], 6, 2, 1, LENGTH, Sampling(3), draws=2, max_unrewarded=1
+        )
+        step = ReinforcementStep(engine, run, tasks, reward, settings, seed=3)
+        for number in range(4):
+            with RolloutStore(place / f"rollouts-{number}", engine) as store:
+                times = {"rollout": 0.0, "judging": 0.0}
+                groups, asked, draws = step._gather(number, store, times)
+            drawn = [task.about % 3 for task, _, _ in asked]
+            row = step(number)
+            found.append(([task.about % 3 for task, _, _ in groups], drawn, draws, row["failed"]))
+    return found
+
+
+@pytest.mark.slow
+def test_dynamic_sampling_prefers_groups_that_differ_and_counts_all_failures(model, tmp_path):
+    [found] = run_ranks(dynamic, 1, model, tmp_path)
+    assert any(drawn.count(2) < 6 < len(drawn) for _, drawn, _, _ in found)
+    for kept, drawn, draws, failed in found:
+        assert draws == 2 and len(kept) == 6  # a third of the prompts cannot fill a step at once
+        assert kept.count(2) == min(6, drawn.count(2))
+        assert failed == pytest.approx(drawn.count(0) / len(drawn))
+
+
+def test_a_template_may_not_change_in_the_middle_of_a_run(tmp_path):
+    """It is known by what is in it, and may be moved."""
+    names = ("here-pointwise.txt", "there-pointwise.txt")
+    for name, text in zip(names, ("{mark} {response}", "{mark} {response}")):
+        (tmp_path / name).write_text(text)
+    first, moved = (lasting(Namespace(template=str(tmp_path / name))) for name in names)
+    (tmp_path / names[0]).write_text("{mark} what is this: {response}")
+    assert first == moved != lasting(Namespace(template=str(tmp_path / names[0])))
+    assert lasting(Namespace(template="pointwise")) == {"template": "pointwise"}

@@ -1,0 +1,2 @@
+from tests.data.tokenizer_fixtures import model as model
+from tests.data.tokenizer_fixtures import tokenizer as tokenizer

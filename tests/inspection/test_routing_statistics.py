@@ -1,0 +1,190 @@
+"""Figures of routing against loops over single tokens, and against cases with a known answer."""
+
+import math
+from itertools import pairwise, product
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_ext.inspection.routing_statistics import figures_of
+from megatron_ext.inspection.routing_sums import LOSS_EDGES, LOSS_KINDS, RoutingSums
+
+DOMAINS, LAYERS, EXPERTS = 3, 2, 5
+
+
+def routing(maps, margins=None, losses=None):
+    """Like a Routing, whose class needs Megatron."""
+    tokens = maps.shape[1]
+    return SimpleNamespace(
+        maps=maps,
+        fan_out=maps.sum(-1),
+        margins=maps.float() - 0.5 if margins is None else margins,
+        losses=torch.rand(tokens) if losses is None else losses,
+    )
+
+
+def random_windows():
+    generator = torch.Generator().manual_seed(0)
+    windows = []
+    for number in range(12):
+        shape = (LAYERS, 5 + 7 * number, EXPERTS)
+        margins = torch.randn(shape, generator=generator) * (1 + 4 * (number == 6))
+        losses = torch.rand(shape[1], generator=generator) * 12
+        losses[0] = torch.nan
+        windows.append((number % DOMAINS, routing(margins > 0.4, margins, losses)))
+    return windows
+
+
+@pytest.fixture(scope="module")
+def windows():
+    return random_windows()
+
+
+@pytest.fixture(scope="module")
+def figures(windows):
+    sums = RoutingSums(DOMAINS, LAYERS, EXPERTS)
+    for domain, window in windows:
+        sums.add(domain, window)
+    return figures_of(sums, [1, 3], ["a", "b", "c"])
+
+
+def tokens_of(windows, layer):
+    """(domain, experts that took it) of every token of a layer."""
+    return [
+        (domain, set(token.nonzero().flatten().tolist()))
+        for domain, window in windows
+        for token in window.maps[layer]
+    ]
+
+
+def test_shares_fan_out_and_co_activation_are_those_of_single_tokens(windows, figures):
+    for layer in range(LAYERS):
+        tokens = tokens_of(windows, layer)
+        assert figures["tokens"] == len(tokens)
+        for number, name in enumerate("abc"):
+            own = [taken for domain, taken in tokens if domain == number]
+            found = figures["domains"][name]
+            assert found["tokens"] == len(own)
+            share = [sum(e in taken for taken in own) / len(own) for e in range(EXPERTS)]
+            assert found["share"][layer] == pytest.approx(share, abs=1e-5)
+            assert found["fan_out"][layer] == pytest.approx(np.mean([*map(len, own)]), abs=1e-5)
+        histogram = [sum(len(taken) == n for _, taken in tokens) for n in range(EXPERTS + 1)]
+        assert figures["fan_out_histogram"][layer] == histogram
+        for i, j in product(range(EXPERTS), repeat=2):
+            both = sum({i, j} <= taken for _, taken in tokens)
+            assert figures["coactivation"]["together"][layer][i][j] == both
+            ratio = figures["coactivation"]["observed_over_expected"][layer][i][j]
+            if i == j:
+                assert ratio is None
+                continue
+            one, other = (sum(e in taken for _, taken in tokens) for e in (i, j))
+            assert ratio == pytest.approx(both * len(tokens) / (one * other), rel=1e-4)
+
+
+def test_counts_sum_to_what_they_must(windows, figures):
+    pairs = figures["tokens"] * EXPERTS
+    for layer in range(LAYERS):
+        taken = sum(sum(domain["taken"][layer]) for domain in figures["domains"].values())
+        by_fan_out = enumerate(figures["fan_out_histogram"][layer])
+        assert taken == sum(n * count for n, count in by_fan_out)
+        margins = figures["margins"][layer]
+        assert margins["below"] + sum(margins["counts"]) + margins["above"] == pairs
+    predicted = figures["tokens"] - len(windows)  # all but the first of each window
+    for kind in LOSS_KINDS:
+        assert sum(figures["fan_out_by_loss"][kind]["tokens"]) == predicted
+
+
+def test_margins_are_counted_in_the_bin_they_lie_in(windows, figures):
+    for layer in range(LAYERS):
+        found = figures["margins"][layer]
+        first = windows[0][1].margins[layer].abs().max()
+        limit = found["limit"]
+        assert first * 1.25 <= limit <= first * 2.5
+        values = torch.cat([window.margins[layer].flatten() for _, window in windows]).double()
+        inside = values[values.abs() <= limit].numpy()
+        counts, _ = np.histogram(inside, bins=len(found["counts"]), range=(-limit, limit))
+        assert found["counts"] == counts.tolist()
+        assert (found["below"], found["above"]) == (
+            int((values < -limit).sum()), int((values >= limit).sum()),
+        )  # fmt: skip
+        assert found["above"] > 0  # a later window is wider
+
+
+@pytest.mark.parametrize("kind", LOSS_KINDS)
+def test_fan_out_by_loss_is_that_of_the_tokens_in_each_bucket(windows, figures, kind):
+    found = figures["fan_out_by_loss"][kind]
+    for layer in range(LAYERS + 1):
+        for bucket, (low, high) in enumerate(pairwise(LOSS_EDGES)):
+            values = []
+            for _, window in windows:
+                fan_out = window.fan_out.double()
+                fan_out = fan_out.mean(0) if layer == LAYERS else fan_out[layer]
+                for at in range(1, len(window.losses)):
+                    if low <= window.losses[at] < high:
+                        values.append(float(fan_out[at - 1 if kind == "next" else at]))
+            assert found["tokens"][bucket] == len(values)
+            mean, error = (found[name][layer][bucket] for name in ("mean", "standard_error"))
+            if not values:
+                assert mean is None
+                continue
+            assert mean == pytest.approx(np.mean(values), abs=1e-4)
+            if len(values) > 1:
+                expected = np.std(values, ddof=1) / math.sqrt(len(values))
+                assert error == pytest.approx(expected, abs=1e-4)
+
+
+def test_specialisation_is_that_of_the_definitions(windows, figures):
+    for layer in range(LAYERS):
+        joint = np.zeros((DOMAINS, EXPERTS))
+        share = np.zeros((DOMAINS, EXPERTS))
+        for domain, taken in tokens_of(windows, layer):
+            for expert in taken:
+                joint[domain, expert] += 1
+        for domain in range(DOMAINS):
+            share[domain] = joint[domain] / figures["domains"]["abc"[domain]]["tokens"]
+            joint[domain] /= joint[domain].sum() * DOMAINS
+        information = sum(
+            p * math.log(p * DOMAINS / joint[:, e].sum())
+            for (_, e), p in np.ndenumerate(joint)
+            if p
+        )
+        of_expert = joint.sum(axis=0)
+        bound = min(math.log(DOMAINS), -sum(p * math.log(p) for p in of_expert))
+        found = figures["specialisation"]
+        assert found["nmi"][layer] == pytest.approx(information / bound, rel=1e-4)
+        for expert in range(EXPERTS):
+            p = share[:, expert] / share[:, expert].sum()
+            score = 1 + sum(x * math.log(x) for x in p if x) / math.log(DOMAINS)
+            assert found["experts"][layer][expert] == pytest.approx(score, abs=1e-5)
+
+
+def sums_of_shares(shares, tokens=4000):
+    """Sums of tokens that each expert takes with probability `shares [domains][experts]`."""
+    shares = torch.tensor(shares)
+    sums = RoutingSums(len(shares), 1, shares.shape[1])
+    generator = torch.Generator().manual_seed(1)
+    for domain, share in enumerate(shares):
+        drawn = torch.rand(1, tokens, len(share), generator=generator)
+        sums.add(domain, routing(drawn < share))
+    return sums
+
+
+def test_experts_of_one_domain_score_one_and_indifferent_ones_about_chance():
+    special = figures_of(sums_of_shares([[0.5, 0.5, 0, 0], [0, 0, 0.5, 0.5]]), [0], ["a", "b"])
+    assert special["specialisation"]["nmi"] == pytest.approx([1.0])
+    assert special["specialisation"]["experts"][0] == pytest.approx([1.0] * 4)
+    even = figures_of(sums_of_shares([[0.25] * 4] * 2), [0], ["a", "b"])["specialisation"]
+    assert even["nmi"][0] < 6 * even["nmi_by_chance"][0] < 2e-3
+    assert max(even["experts"][0]) < 2e-3
+
+
+def test_what_is_not_defined_is_none():
+    sums = sums_of_shares([[0.0, 0.5, 0.5]])
+    figures = figures_of(sums, [0], ["only"])
+    assert figures["specialisation"]["nmi"] == [None]
+    assert figures["specialisation"]["experts"] == [[None] * 3]
+    assert figures["coactivation"]["observed_over_expected"][0][0] == [None] * 3
+    sums.add(0, routing(torch.ones(1, 1, 3, dtype=torch.bool), torch.full((1, 1, 3), torch.inf)))
+    assert figures_of(sums, [0], ["only"])["margins"][0]["above"] == 3
