@@ -235,8 +235,8 @@ class Engine(Protocol):
             samples: this rank's, each with a response; `temperature` divides the logits.
 
         Returns:
-            The same on all ranks: metrics named `routing/...`, which docs/reference/engines.md lists.
-            Empty for a model without experts, or an engine that does not see their routing.
+            The same on all ranks: metrics named `routing/...`, which docs/reference/engines.md
+            lists. Empty for a model without experts, or an engine that does not see their routing.
         """
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
