@@ -16,8 +16,8 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.12",
-    # The commands of tools/ are installed within the library: site-packages has no `tools`. Recipes,
-    # which `--recipe NAME` finds, are installed with them.
+    # The commands of tools/ and the recipes are installed within the library, so that nothing
+    # called `tools` or `examples` gets into site-packages.
     packages=[
         *find_namespace_packages(
             include=["megatron_ext*", "alignment*"], exclude=["*__pycache__*"]
