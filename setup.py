@@ -27,7 +27,7 @@ setup(
     ],
     package_dir={"megatron_ext.tools": "tools", "megatron_ext.examples": "examples"},
     package_data={
-        "alignment.judges": ["prompts/*.txt", "prompts/answers/*.txt"],
+        "alignment.judges.formats": ["prompts/*.txt", "prompts/answers/*.txt"],
         "alignment.monitors": ["english.txt", "lexicon.txt", "fixtures/*.jsonl"],
         "megatron_ext.inspection": ["page.css", "page.js"],
     },

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from alignment.judges.scale import check_scale, read_verdicts
+from alignment.judges.formats.scale import check_scale, read_verdicts
 from alignment.new_output_folder import check_folder
 from alignment.statistics.agreement_measures import Compared, alone
 from alignment.statistics.agreement_pictures import draw

@@ -18,10 +18,10 @@ from typing import Any
 
 from alignment.commands.judge_flags import Options, parse
 from alignment.judges.endpoint_annotator import ask_endpoint
-from alignment.judges.function_judge import FunctionJudge
+from alignment.judges.kinds.function_judge import FunctionJudge
+from alignment.judges.kinds.rule_judge import RULES, Fluency, RuleJudge
 from alignment.judges.questions import Item, Question, questions
 from alignment.judges.results import reasons_of, require_results
-from alignment.judges.rule_judge import RULES, Fluency, RuleJudge
 from alignment.output_file import Output, outcomes
 from alignment.record_files import read_all
 from alignment.records import Pair, Prompt, Response

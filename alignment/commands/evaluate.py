@@ -32,8 +32,8 @@ from alignment.evaluation.policy_table import (
     scores_table,
 )
 from alignment.evaluation.win_rates import Verdicts, check_items, prefer, score
+from alignment.judges.formats.scale import check_scale, read_verdicts
 from alignment.judges.results import commonest, reasons_of, require_results
-from alignment.judges.scale import check_scale, read_verdicts
 from alignment.new_output_folder import check_folder
 from alignment.records import Outcome, Pair, Response, Verdict
 from alignment.statistics.bootstrap import LEVEL

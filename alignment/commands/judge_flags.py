@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from urllib.parse import urlsplit
 
 from alignment.endpoints.client import MAX_WAIT
-from alignment.judges.function_judge import FUNCTION_TIMEOUT
-from alignment.judges.scale import check_scale
+from alignment.judges.formats.scale import check_scale
+from alignment.judges.kinds.function_judge import FUNCTION_TIMEOUT
 from megatron_ext.errors import ToolParser, UserError
 
 KEY = "MEGATRON_ET_JUDGE_API_KEY"

@@ -7,9 +7,9 @@ from pathlib import Path
 from alignment.commands import training_flags as flags
 from alignment.data.model_tokenizer import load_tokenizer
 from alignment.engines.protocol import Engine
-from alignment.judges.local_judge import JudgeForm, LocalJudge
-from alignment.judges.parsing import Parser
-from alignment.judges.prompts import judge_prompt
+from alignment.judges.formats.parsing import Parser
+from alignment.judges.formats.prompts import judge_prompt
+from alignment.judges.kinds.local_judge import JudgeForm, LocalJudge
 from megatron_ext.errors import UserError
 from megatron_ext.inference.sampling import Sampling
 

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 
 from alignment.commands import judge_flags
 from alignment.commands.annotate import annotate
+from alignment.judges.formats.scale import read_verdicts
 from alignment.judges.results import commonest
-from alignment.judges.scale import read_verdicts
 from alignment.monitors.lengths import Lengths
 from alignment.monitors.text_features import shown, words_of
 from alignment.monitors.training_monitor import CORRELATION, JUDGE, BatchFindings, Limits, Monitor

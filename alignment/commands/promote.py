@@ -29,8 +29,8 @@ from pathlib import Path
 
 import numpy as np
 
+from alignment.judges.formats.scale import read_verdicts
 from alignment.judges.results import reasons_of, require_results
-from alignment.judges.scale import read_verdicts
 from alignment.rounding import EXACT, Floats, exceeds
 from alignment.statistics.agreement_measures import Compared
 from alignment.statistics.agreement_text import aligned, cells

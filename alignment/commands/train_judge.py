@@ -28,8 +28,8 @@ from alignment.data.chat_prompts import warn_of_template
 from alignment.data.source_rows import RecordWriter
 from alignment.engines.protocol import Engine
 from alignment.judges import training_examples as examples
-from alignment.judges.local_judge import JudgeForm, LocalJudge
-from alignment.judges.scale import check_scale
+from alignment.judges.formats.scale import check_scale
+from alignment.judges.kinds.local_judge import JudgeForm, LocalJudge
 from alignment.judges.training_examples import Labelled
 from alignment.judges.validation import BEST, agreement, is_sound, judge_all
 from alignment.judges.verifiable_rewards import judge_reward

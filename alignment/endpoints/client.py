@@ -19,7 +19,7 @@ import httpx
 
 from alignment.endpoints.endpoint_errors import EndpointError, Kind, error_of_status
 from alignment.endpoints.rate_limits import Pace, back_off, retry_after
-from alignment.judges.answers import Answer, read_answer
+from alignment.judges.formats.answers import Answer, read_answer
 from alignment.records import Message
 from megatron_ext.errors import TooFewResults, UserError
 

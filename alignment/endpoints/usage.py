@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from alignment.judges.answers import Answer
+from alignment.judges.formats.answers import Answer
 
 
 @dataclass(frozen=True)

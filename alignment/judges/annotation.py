@@ -16,7 +16,7 @@ from alignment.endpoints.answer_store import AnswerStore
 from alignment.endpoints.client import CallFailed, Client, Request, Stopped
 from alignment.endpoints.usage import Used
 from alignment.endpoints.write_buffer import WriteBuffer
-from alignment.judges.answers import Answer
+from alignment.judges.formats.answers import Answer
 from alignment.judges.results import commonest, require_results
 from megatron_ext.errors import TooFewResults
 from megatron_ext.progress import Progress

@@ -17,9 +17,9 @@ from alignment.endpoints.client import Client, Request, Sampling, Stopped, conne
 from alignment.endpoints.rate_limits import Pace
 from alignment.endpoints.usage import Prices, Used
 from alignment.judges.annotation import Asking, Ending, Tally, key_of
-from alignment.judges.answers import Answer
 from alignment.judges.form import form_for
-from alignment.judges.prompts import judge_prompt
+from alignment.judges.formats.answers import Answer
+from alignment.judges.formats.prompts import judge_prompt
 from alignment.judges.questions import Generating, Judging, Question, Task, WritingRubrics
 from alignment.judges.results import reasons_of, require_results
 from alignment.output_file import Output, counted, outcomes

@@ -4,8 +4,8 @@ import json
 from hashlib import sha256
 
 from alignment.commands.judge_flags import Options
-from alignment.judges.parsing import Parser
-from alignment.judges.prompts import judge_prompt
+from alignment.judges.formats.parsing import Parser
+from alignment.judges.formats.prompts import judge_prompt
 from alignment.judges.questions import Form
 from megatron_ext.errors import UserError
 

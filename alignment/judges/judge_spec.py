@@ -13,8 +13,8 @@ import yaml
 from alignment.commands.annotate import rule_judge
 from alignment.commands.judge_format_flags import files_digest
 from alignment.endpoints.client import MAX_WAIT
-from alignment.judges.function_judge import FUNCTION_TIMEOUT
-from alignment.judges.scale import check_scale
+from alignment.judges.formats.scale import check_scale
+from alignment.judges.kinds.function_judge import FUNCTION_TIMEOUT
 from megatron_ext.errors import UserError
 
 _KINDS = {

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Any, Protocol
 
-from alignment.judges.answers import Answer
-from alignment.judges.label_log_probs import expected_score
+from alignment.judges.formats.answers import Answer
+from alignment.judges.formats.label_log_probs import expected_score
 from alignment.records import Message, Outcome, Pair, Prompt, Response, Verdict
 from megatron_ext.errors import UserError
 

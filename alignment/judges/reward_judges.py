@@ -20,14 +20,14 @@ from alignment.commands.annotate import rule_judge
 from alignment.commands.judge_format_flags import held_identity
 from alignment.data.model_tokenizer import load_tokenizer
 from alignment.engines.protocol import Engine
-from alignment.judges.endpoint_judge import EndpointJudge
-from alignment.judges.function_judge import FunctionJudge
+from alignment.judges.formats.parsing import Parser
+from alignment.judges.formats.prompts import judge_prompt
 from alignment.judges.judge_spec import JudgeSpec
-from alignment.judges.local_judge import JudgeForm, LocalJudge
-from alignment.judges.parsing import Parser
-from alignment.judges.prompts import judge_prompt
+from alignment.judges.kinds.endpoint_judge import EndpointJudge
+from alignment.judges.kinds.function_judge import FunctionJudge
+from alignment.judges.kinds.local_judge import JudgeForm, LocalJudge
+from alignment.judges.kinds.rule_judge import RuleJudge
 from alignment.judges.questions import Question
-from alignment.judges.rule_judge import RuleJudge
 from alignment.polling import waited_for
 from alignment.ranks import shares_of, speaks_for_share
 from alignment.records import Prompt, Verdict

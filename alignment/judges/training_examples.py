@@ -7,11 +7,11 @@ from pathlib import Path
 
 from alignment.data.chat_prompts import example
 from alignment.engines.batch import Sample
-from alignment.judges.labels import answer_text, label_of
-from alignment.judges.local_judge import JudgeForm
+from alignment.judges.formats.labels import answer_text, label_of
+from alignment.judges.formats.scale import read_verdicts
+from alignment.judges.kinds.local_judge import JudgeForm
 from alignment.judges.questions import Judgeable, Question
 from alignment.judges.results import commonest, reasons_of, require_usable
-from alignment.judges.scale import read_verdicts
 from alignment.record_files import read_all
 from alignment.records import Outcome, Pair, Response, Verdict
 from megatron_ext.errors import UserError

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from alignment.judges.local_judge import LocalJudge
+from alignment.judges.kinds.local_judge import LocalJudge
 from alignment.judges.training_examples import Labelled
 from alignment.ranks import spread
 from alignment.records import Verdict

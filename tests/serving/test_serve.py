@@ -15,7 +15,7 @@ import openai
 import pytest
 
 from alignment.commands import annotate
-from alignment.judges.answers import read_answer
+from alignment.judges.formats.answers import read_answer
 from alignment.records import Message, Prompt
 from tests.distributed import run_ranks
 from tests.inference.checkpoint import MAX_LENGTH, run_dir  # noqa: F401

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from alignment.judges.labels import SCORES, LabelTokens
+from alignment.judges.formats.labels import SCORES, LabelTokens
 from alignment.judges.questions import Question
 from alignment.records import Message, Outcome, Pair, Prompt, Side, Verdict
 from tests.alignment.chat_model import BRIEF, gold, make_model, responses, write_rows
@@ -37,9 +37,9 @@ def judged(folder, sizes, thinks):
     from alignment.data.model_tokenizer import load_tokenizer
     from alignment.engines.megatron import MegatronEngine, MegatronLayout
     from alignment.engines.protocol import Generated
-    from alignment.judges.local_judge import JudgeForm, LocalJudge
-    from alignment.judges.parsing import Parser
-    from alignment.judges.prompts import judge_prompt
+    from alignment.judges.formats.parsing import Parser
+    from alignment.judges.formats.prompts import judge_prompt
+    from alignment.judges.kinds.local_judge import JudgeForm, LocalJudge
     from megatron_ext.inference.sampling import Sampling
 
     tokenizer = load_tokenizer(folder / "model")

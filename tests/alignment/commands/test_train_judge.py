@@ -49,9 +49,9 @@ def labelled(folder, name="train"):
 
 def form(folder, thinks):
     from alignment.data.model_tokenizer import load_tokenizer
-    from alignment.judges.local_judge import JudgeForm
-    from alignment.judges.parsing import Parser
-    from alignment.judges.prompts import judge_prompt
+    from alignment.judges.formats.parsing import Parser
+    from alignment.judges.formats.prompts import judge_prompt
+    from alignment.judges.kinds.local_judge import JudgeForm
 
     prompt = judge_prompt(str(folder / "pointwise-brief.txt"), thinks)
     return JudgeForm(prompt, Parser(thinks=thinks), load_tokenizer(folder / "model"))

@@ -8,7 +8,7 @@ import pytest
 from alignment.endpoints.client import same_model
 from alignment.endpoints.endpoint_errors import EndpointError, Kind, error_of_status
 from alignment.endpoints.usage import Prices, Used
-from alignment.judges.answers import Answer, read_answer
+from alignment.judges.formats.answers import Answer, read_answer
 from tests.alignment.endpoints.endpoint import chat
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from megatron_ext.errors import UserError
 from tests.alignment.chat_model import make_model
-from tests.alignment.judges.test_endpoint_judge import wait_at_most
+from tests.alignment.judges.kinds.test_endpoint_judge import wait_at_most
 from tests.distributed import run_ranks
 
 pytestmark = pytest.mark.slow

@@ -15,7 +15,7 @@ from hashlib import sha256
 
 import numpy as np
 
-from alignment.judges.parsing import CLOSE, OPEN
+from alignment.judges.formats.parsing import CLOSE, OPEN
 from alignment.records import Message, Outcome, Pair, Response, Side, Verdict
 from megatron_ext.errors import UserError
 from megatron_ext.evaluation.ngram_losses import Bigram

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from alignment.judges.labels import LEAST_MASS, SCORES
+from alignment.judges.formats.labels import LEAST_MASS, SCORES
 
 # Of each token that is a label: the label, the log-probabilities of the labels listed there, and
 # the probability of all tokens that are not listed.

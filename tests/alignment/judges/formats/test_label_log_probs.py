@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from alignment.judges.label_log_probs import expected_score, read_label_log_probs
+from alignment.judges.formats.label_log_probs import expected_score, read_label_log_probs
 
 
 def position(token: str, top: Any, logprob: Any = -0.1, **more: Any) -> dict[str, Any]:

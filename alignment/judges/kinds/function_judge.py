@@ -9,7 +9,7 @@ from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any
 
-from alignment.judges.scale import rescale
+from alignment.judges.formats.scale import rescale
 from alignment.records import Outcome, Pair, Response, Verdict
 from megatron_ext.errors import TooFewResults, UserError
 
@@ -104,7 +104,7 @@ class FunctionJudge:
     def _start(self) -> None:
         own, other = Pipe()
         with other:
-            worker = [sys.executable, "-m", "alignment.judges.function_worker"]
+            worker = [sys.executable, "-m", "alignment.judges.kinds.function_worker"]
             self._process = subprocess.Popen(
                 [*worker, str(other.fileno()), self._file, self._name],
                 stdin=subprocess.DEVNULL,

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from alignment.judges.parsing import Parser
-from alignment.judges.rule_judge import (
+from alignment.judges.formats.parsing import Parser
+from alignment.judges.kinds.rule_judge import (
     GOLD,
     NUMBERS,
     RULES,

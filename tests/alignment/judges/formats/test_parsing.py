@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alignment.judges.parsing import Parser
+from alignment.judges.formats.parsing import Parser
 from alignment.records import Outcome, Side, Verdict
 
 SCORE, THINK = Parser(), Parser(thinks=True)

@@ -18,9 +18,9 @@ from alignment.endpoints.rate_limits import Pace
 from alignment.endpoints.write_buffer import WriteBuffer
 from alignment.engines.protocol import Engine
 from alignment.judges.annotation import key_of
-from alignment.judges.answers import Answer
 from alignment.judges.endpoint_annotator import api_key
 from alignment.judges.form import form_for
+from alignment.judges.formats.answers import Answer
 from alignment.judges.judge_spec import JudgeSpec
 from alignment.judges.questions import Judging, Question
 from alignment.polling import waited_for

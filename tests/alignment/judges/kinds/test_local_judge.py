@@ -10,11 +10,11 @@ import torch
 from transformers import AutoTokenizer
 
 from alignment.engines.protocol import Generated
-from alignment.judges import local_judge as local
-from alignment.judges.labels import SIDES, LabelTokens
-from alignment.judges.local_judge import JudgeForm, LocalJudge
-from alignment.judges.parsing import Parser
-from alignment.judges.prompts import judge_prompt
+from alignment.judges.formats.labels import SIDES, LabelTokens
+from alignment.judges.formats.parsing import Parser
+from alignment.judges.formats.prompts import judge_prompt
+from alignment.judges.kinds import local_judge as local
+from alignment.judges.kinds.local_judge import JudgeForm, LocalJudge
 from alignment.judges.questions import Question
 from alignment.records import Message, Outcome, Prompt, Response, Side
 from alignment.rl.advantages import group_advantages, informative

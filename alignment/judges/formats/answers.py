@@ -11,7 +11,7 @@ from alignment.endpoints.endpoint_errors import (
     error_of_body,
     load_json,
 )
-from alignment.judges.label_log_probs import LabelLogProbs, read_label_log_probs
+from alignment.judges.formats.label_log_probs import LabelLogProbs, read_label_log_probs
 
 # What is cut off in transmission is billed all the same: it is asked for once more, not --tries
 # times.

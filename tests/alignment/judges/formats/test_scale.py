@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from alignment.judges.labels import label_of
+from alignment.judges.formats.labels import label_of
+from alignment.judges.formats.scale import check_scale, read_verdicts, rescale
 from alignment.judges.results import commonest, require_results
-from alignment.judges.scale import check_scale, read_verdicts, rescale
 from alignment.records import Outcome, Verdict
 from megatron_ext.errors import TooFewResults, UserError
 

@@ -11,9 +11,9 @@ import torch
 from alignment.data.chat_prompts import decoded, prompt_ids
 from alignment.engines.batch import Batch, Sample
 from alignment.engines.protocol import Engine, Generated
-from alignment.judges.labels import SCORES, SIDES, LabelTokens
-from alignment.judges.parsing import CLOSE, Parser
-from alignment.judges.prompts import JudgePrompt
+from alignment.judges.formats.labels import SCORES, SIDES, LabelTokens
+from alignment.judges.formats.parsing import CLOSE, Parser
+from alignment.judges.formats.prompts import JudgePrompt
 from alignment.judges.questions import Question
 from alignment.ranks import most_of_ranks
 from alignment.records import Message, Outcome, Verdict

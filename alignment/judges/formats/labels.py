@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from alignment.data.chat_prompts import example
-from alignment.judges.parsing import CLOSE, OPEN
-from alignment.judges.scale import HIGH, rescale
+from alignment.judges.formats.parsing import CLOSE, OPEN
+from alignment.judges.formats.scale import HIGH, rescale
 from alignment.records import Message, Outcome, Side, Verdict
 from alignment.rounding import exceeds, nearest_whole
 from megatron_ext.errors import UserError

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alignment.judges.prompts import fenced, judge_prompt, mark_for
+from alignment.judges.formats.prompts import fenced, judge_prompt, mark_for
 from alignment.records import Message, Pair, Prompt, Response
 from megatron_ext.errors import UserError
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from alignment.commands.annotate import main
-from alignment.judges.function_judge import FunctionJudge
+from alignment.judges.kinds.function_judge import FunctionJudge
 from alignment.judges.questions import Question
 from alignment.judges.reward_judges import JudgeSpec, open_judge
 from alignment.record_files import read_all

@@ -1,0 +1,1 @@
+"""Judge formats: what a judge is asked, and how its answer is read."""

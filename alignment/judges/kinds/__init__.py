@@ -1,0 +1,1 @@
+"""Judge kinds: each is a configuration and the judge that it opens."""
