@@ -6,12 +6,12 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
-from alignment.ranks import most_of_ranks
+from alignment.ranks import all_reduce_max
 
 _OFTEN = 0.2  # seconds between looks at signals
 
 
-def waited_for[T](
+def run_async_while_polling[T](
     work: Callable[[], Coroutine[Any, Any, T]] | None, check: Callable[[], None]
 ) -> T | None:
     """What this rank's work gives; a collective, in which ranks without work wait for the others.
@@ -30,7 +30,7 @@ def waited_for[T](
     with ThreadPoolExecutor(1) as pool:
         done = pool.submit(asyncio.run, _until_stopped(work(), stop)) if work else None
         try:
-            while most_of_ranks(int(done is not None and not done.done())):
+            while all_reduce_max(int(done is not None and not done.done())):
                 check()
                 wait([done] if done else [], _OFTEN)
         finally:

@@ -77,7 +77,7 @@ def make_model(folder: Path, options: argparse.Namespace) -> None:
 
 def answers(engine: Any, options: argparse.Namespace) -> list[Any]:
     """Responses of the model as it stands."""
-    from alignment.engines.batch import Sample
+    from alignment.engines.batch import TokenSample
     from megatron_ext.inference.sampling import Sampling
 
     draw = torch.Generator().manual_seed(1)
@@ -86,7 +86,7 @@ def answers(engine: Any, options: argparse.Namespace) -> list[Any]:
         for n in range(options.responses)
     ]
     found = engine.generate(prompts, Sampling(options.new_tokens, stop_at_eod=False))
-    return [Sample([*p, *g.tokens], len(p)) for p, g in zip(prompts, found)]
+    return [TokenSample([*p, *g.tokens], len(p)) for p, g in zip(prompts, found)]
 
 
 def compare(options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -19,11 +19,11 @@ from alignment.commands.judge_format_flags import files_digest
 from alignment.data.chat_prompts import prompt_ids, warn_of_template
 from alignment.data.model_tokenizer import load_tokenizer
 from alignment.output_file import Output
-from alignment.ranks import spread
+from alignment.ranks import map_over_data_ranks
 from alignment.record_files import read_all
 from alignment.records import Prompt, Response
 from alignment.rl.judge_rewards import text_of
-from alignment.seeds import seed_of
+from alignment.seeds import derive_seed
 from megatron_ext.errors import TooFewResults, ToolParser, UserError
 from megatron_ext.inference.sampling import Sampling
 from megatron_ext.progress import Progress
@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
 
     def answers(part: Sequence[tuple[Prompt, int]]) -> list[str]:
         ids = [prompt_ids(tokenizer, prompt.messages, **template) for prompt, _ in part]
-        seeds = [seed_of(options.seed, prompt.id, sample) for prompt, sample in part]
+        seeds = [derive_seed(options.seed, prompt.id, sample) for prompt, sample in part]
         return [text_of(tokenizer, found) for found in engine.generate(ids, sampling, seeds)]
 
     asked = [(prompt, sample) for prompt in prompts for sample in range(options.samples)]
@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
     with Progress("generating", len(asked), "responses") as progress:
         for begin in range(0, len(asked), at_once):
             part = asked[begin : begin + at_once]
-            for (prompt, sample), text in zip(part, spread(engine, part, answers)):
+            for (prompt, sample), text in zip(part, map_over_data_ranks(engine, part, answers)):
                 # `evaluate` takes files of several policies, whose ids must differ.
                 name = f"{prompt.id}-{sample}-{identity[:8]}"
                 rows.append(Response(name, prompt, text, options.source or options.model))

@@ -25,7 +25,7 @@ from alignment.commands.judge_format_flags import (
 from alignment.judges.questions import Judgeable, questions
 from alignment.judges.results import reasons_of, require_results
 from alignment.output_file import Output, outcomes
-from alignment.ranks import spread
+from alignment.ranks import map_over_data_ranks
 from alignment.record_files import read_all
 from alignment.records import Pair, Response
 from megatron_ext.errors import ToolParser, UserError
@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
     rows, at_once = [], options.rows * engine.data_size
     with Progress("judging", len(asked), "questions") as progress:
         for begin in range(0, len(asked), at_once):
-            rows += spread(engine, asked[begin : begin + at_once], judge.judge)
+            rows += map_over_data_ranks(engine, asked[begin : begin + at_once], judge.judge)
             if dist.get_rank() == 0:
                 progress.update(len(rows))
     if dist.get_rank() == 0:

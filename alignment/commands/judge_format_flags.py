@@ -6,7 +6,7 @@ from pathlib import Path
 
 from alignment.commands import training_flags as flags
 from alignment.data.model_tokenizer import load_tokenizer
-from alignment.engines.protocol import Engine
+from alignment.engines.protocol import AlignmentEngine
 from alignment.judges.formats.parsing import Parser
 from alignment.judges.formats.prompts import judge_prompt
 from alignment.judges.kinds.local_judge import JudgeForm, LocalJudge
@@ -60,7 +60,7 @@ def form_of(options: argparse.Namespace, pairwise: bool) -> JudgeForm:
 
 
 def judge_of(
-    options: argparse.Namespace, engine: Engine, form: JudgeForm, identity: str
+    options: argparse.Namespace, engine: AlignmentEngine, form: JudgeForm, identity: str
 ) -> LocalJudge:
     """The engine's model as a judge."""
     sampling = Sampling(

@@ -26,23 +26,23 @@ from alignment.commands.judge_format_flags import (
 from alignment.commands.training_dry_run import dry_run
 from alignment.data.chat_prompts import warn_of_template
 from alignment.data.source_rows import RecordWriter
-from alignment.engines.protocol import Engine
+from alignment.engines.protocol import AlignmentEngine
 from alignment.judges import training_examples as examples
 from alignment.judges.formats.scale import check_scale
 from alignment.judges.kinds.local_judge import JudgeForm, LocalJudge
 from alignment.judges.training_examples import Labelled
 from alignment.judges.validation import BEST, agreement, is_sound, judge_all
 from alignment.judges.verifiable_rewards import judge_reward
-from alignment.ranks import most_of_ranks
+from alignment.ranks import all_reduce_max
 from alignment.records import Pair
-from alignment.rl.algorithms import named
+from alignment.rl.algorithms import algorithm_by_name
 from alignment.rl.critic import Critic
-from alignment.rl.rollouts import Rewarded, Rollout
-from alignment.rl.tasks import Settings, Task
+from alignment.rl.rollouts import RewardResult, Rollout
+from alignment.rl.tasks import PromptTask, RLSettings
 from alignment.rl.trainer import ReinforcementStep
-from alignment.training.loop import Plan, fit
+from alignment.training.loop import TrainingSchedule, fit
 from alignment.training.sft import SupervisedStep, steps_of
-from alignment.training.training_run import Run
+from alignment.training.training_run import TrainingRun
 from megatron_ext.errors import ToolParser, UserError
 from megatron_ext.hf.end_tokens import end_tokens
 from megatron_ext.inference.sampling import Sampling
@@ -111,12 +111,12 @@ def _reinforce(
     gold: Sequence[Labelled],
     held_out: Sequence[Labelled],
 ) -> int:
-    algorithm = named(
+    algorithm = algorithm_by_name(
         options.algorithm, max_tokens=options.max_new_tokens, **flags.rollout_weights(options)
     )
     if options.steps is None:
         raise UserError("--stage grpo needs --steps")
-    settings = Settings(
+    settings = RLSettings(
         algorithm=algorithm,
         groups=flags.groups_of(options),
         group_size=options.group_size,
@@ -126,7 +126,9 @@ def _reinforce(
         rows=options.rows,
     )
     tasks = [
-        Task(json.dumps([r.gold.item, r.gold.swapped, r.gold.sample]), form.ask(r.question), r)
+        PromptTask(
+            json.dumps([r.gold.item, r.gold.swapped, r.gold.sample]), form.ask(r.question), r
+        )
         for r in gold
     ]
     flags.check_room(options, [task.prompt for task in tasks], "questions of --input")
@@ -136,11 +138,11 @@ def _reinforce(
     judge = judge_of(options, engine, form, form.identity)
 
     def reward(
-        groups: Sequence[tuple[Task, Sequence[Rollout]]], check: Callable[[], None]
-    ) -> list[list[Rewarded]]:
+        groups: Sequence[tuple[PromptTask, Sequence[Rollout]]], check: Callable[[], None]
+    ) -> list[list[RewardResult]]:
         return [[_rewarded(judge, task.about, r) for r in rollouts] for task, rollouts in groups]
 
-    def step_of(run: Run) -> ReinforcementStep:
+    def step_of(run: TrainingRun) -> ReinforcementStep:
         ends = end_tokens(form.tokenizer)
         rollouts = flags.rollouts_of(options, engine, ends, run.check_signals)
         return ReinforcementStep(
@@ -151,26 +153,26 @@ def _reinforce(
     return _run(options, engine, form, held_out, options.steps, step_of, told, critic)
 
 
-def _rewarded(judge: LocalJudge, row: Labelled, rollout: Rollout) -> Rewarded:
+def _rewarded(judge: LocalJudge, row: Labelled, rollout: Rollout) -> RewardResult:
     answer = judge.answer(rollout.tokens, rollout.ended)
     fields = judge.read(row.question, answer)
     reward = judge_reward(fields, row.gold)
-    return Rewarded(reward, str(fields["outcome"]), {"answer": fields["answer"]})
+    return RewardResult(reward, str(fields["outcome"]), {"answer": fields["answer"]})
 
 
 def _run(
     options: argparse.Namespace,
-    engine: Engine,
+    engine: AlignmentEngine,
     form: JudgeForm,
     held_out: Sequence[Labelled],
     steps: int,
-    step_of: Callable[[Run], Callable[[int], Mapping[str, Any]]],
+    step_of: Callable[[TrainingRun], Callable[[int], Mapping[str, Any]]],
     told: str,
     critic: Critic | None = None,
 ) -> int:
     judge = judge_of(options, engine, form, form.identity)
     beside = {"critic": critic.engine} if critic else {}
-    with Run(Path(options.run_dir), engine, _settings(options), beside) as run:
+    with TrainingRun(Path(options.run_dir), engine, _settings(options), beside) as run:
         run.note(judge={"identity": form.identity, "template": form.prompt.identity})
 
         def evaluate(step: int) -> Mapping[str, Any]:
@@ -185,12 +187,12 @@ def _run(
         if run.writes:
             print(f"{told}; {len(held_out):,} for validation; {steps:,} steps", flush=True)
         best = BEST[form.parser.pairwise] if held_out else None
-        plan = Plan(steps, options.save_interval, options.eval_interval, best, is_sound)
+        plan = TrainingSchedule(steps, options.save_interval, options.eval_interval, best, is_sound)
         stopped = fit(run, plan, step_of(run), evaluate if held_out else None)
         if stopped:
             return 128 + stopped
         # Rank 0 says so for all: another may look when rank 0 has begun to export already.
-        if not most_of_ranks(int(run.writes and (run.folder / "best").is_dir())):
+        if not all_reduce_max(int(run.writes and (run.folder / "best").is_dir())):
             engine.export(run.folder / "best")
         if run.writes:
             print(f"the best judge is {run.folder / 'best'}", flush=True)

@@ -19,21 +19,21 @@ from typing import Any
 from alignment.commands import training_flags as flags
 from alignment.data.chat_prompts import prompt_ids, warn_of_template
 from alignment.data.model_tokenizer import load_tokenizer
-from alignment.engines.batch import Batch
-from alignment.engines.protocol import Engine
+from alignment.engines.batch import TokenBatch
+from alignment.engines.protocol import AlignmentEngine
 from alignment.judges.reward_judges import Judge, JudgeSpec, open_judge
 from alignment.monitors.training_monitor import Limits, Monitor
 from alignment.record_files import read_all
 from alignment.records import Prompt
-from alignment.rl.algorithms import ALGORITHMS, Algorithm, named
+from alignment.rl.algorithms import ALGORITHMS, Algorithm, algorithm_by_name
 from alignment.rl.critic import Critic
-from alignment.rl.grading import Alarm, Grader
+from alignment.rl.grading import GamingAlarm, Grader
 from alignment.rl.judge_rewards import JudgeReward
 from alignment.rl.rollout_metrics import Watch
-from alignment.rl.tasks import Settings, Task
+from alignment.rl.tasks import PromptTask, RLSettings
 from alignment.rl.trainer import ReinforcementStep
-from alignment.training.loop import Plan, fit
-from alignment.training.training_run import Run
+from alignment.training.loop import TrainingSchedule, fit
+from alignment.training.training_run import TrainingRun
 from megatron_ext.errors import ToolParser, UserError
 from megatron_ext.hf.end_tokens import end_tokens
 from megatron_ext.inference.sampling import Sampling
@@ -44,9 +44,9 @@ def main(argv: Sequence[str]) -> int:
     options = parse(argv)
     if options.dry_run is not None:
         from alignment.commands.training_dry_run import dry_run
-        from alignment.rl.resident_models import held_beside
+        from alignment.rl.resident_models import resident_models
 
-        dry_run(options, held_beside(options))
+        dry_run(options, resident_models(options))
         return 0
     algorithm, limits = _algorithm(options), Limits()
     settings = _settings_of(options, algorithm)
@@ -63,16 +63,16 @@ def main(argv: Sequence[str]) -> int:
     chat_template = Path(options.chat_template) if options.chat_template else None
     tokenizer = load_tokenizer(Path(options.model), chat_template)
     template = flags.template_kwargs(options)
-    tasks = [Task(p.id, prompt_ids(tokenizer, p.messages, **template), p) for p in prompts]
+    tasks = [PromptTask(p.id, prompt_ids(tokenizer, p.messages, **template), p) for p in prompts]
     flags.check_room(options, [task.prompt for task in tasks], "prompts of --prompts")
     ids = [prompt_ids(tokenizer, p.messages, **template) for p in held_out]
     flags.check_room(options, ids, "prompts of --held-out")
     if prompts:
         warn_of_template("train-policy", tokenizer, prompts[0].messages, template)
 
-    held: dict[str, Engine] = {}
+    held: dict[str, AlignmentEngine] = {}
 
-    def load(model: str) -> Engine:
+    def load(model: str) -> AlignmentEngine:
         if model not in held:
             held[model] = flags.engine_of(_with(options, model=model), 0)
         return held[model]
@@ -98,7 +98,7 @@ def main(argv: Sequence[str]) -> int:
     if options.reference or algorithm.loss.kl:
         start = load(options.model)
 
-        def reference(batch: Batch, temperature: float) -> Any:
+        def reference(batch: TokenBatch, temperature: float) -> Any:
             return start.log_probs(batch, temperature=temperature).log_probs
 
     return _learn(
@@ -109,20 +109,20 @@ def main(argv: Sequence[str]) -> int:
 
 def _learn(
     options: argparse.Namespace,
-    engine: Engine,
+    engine: AlignmentEngine,
     critic: Critic | None,
     tokenizer: Any,
     template: Mapping[str, Any],
-    tasks: Sequence[Task],
+    tasks: Sequence[PromptTask],
     held_out: Sequence[Prompt],
-    settings: Settings,
+    settings: RLSettings,
     limits: Limits,
     judges: Mapping[str, Sequence[Judge]],
     specs: Mapping[str, Sequence[JudgeSpec]],
     reference: Any,
 ) -> int:
     beside = {"critic": critic.engine} if critic else {}
-    with Run(Path(options.run_dir), engine, _settings(options), beside) as run:
+    with TrainingRun(Path(options.run_dir), engine, _settings(options), beside) as run:
         run.note(
             policy=options.model,
             algorithm=options.algorithm,
@@ -135,7 +135,7 @@ def _learn(
             engine, tokenizer, held_out, settings.sampling,
             judges, run.folder, template=template, reference=reference, length=options.seq_length,
             rows=options.rows, monitor=Monitor(limits),
-            alarm=Alarm(options.alarm_gap, options.alarm_window),
+            alarm=GamingAlarm(options.alarm_gap, options.alarm_window),
             check=run.check_signals, writes=run.writes, pairwise=options.reward == "pairwise",
             max_failed=options.max_unrewarded,
         )  # fmt: skip
@@ -169,7 +169,7 @@ def _learn(
                 f"{options.steps:,} steps",
                 flush=True,
             )
-        plan = Plan(
+        plan = TrainingSchedule(
             options.steps, options.save_interval, options.eval_interval, stop_when=stop_when
         )
         stopped = fit(run, plan, step, grader)
@@ -204,8 +204,8 @@ def _told(specs: Sequence[JudgeSpec], judges: Sequence[Judge]) -> dict[str, Any]
     return {"name": " + ".join(e["name"] for e in each), "agreement": None, "ensemble": each}
 
 
-def _settings_of(options: argparse.Namespace, algorithm: Algorithm) -> Settings:
-    return Settings(
+def _settings_of(options: argparse.Namespace, algorithm: Algorithm) -> RLSettings:
+    return RLSettings(
         algorithm=algorithm,
         groups=flags.groups_of(options),
         group_size=options.group_size,
@@ -222,7 +222,7 @@ def _settings_of(options: argparse.Namespace, algorithm: Algorithm) -> Settings:
 
 def _algorithm(options: argparse.Namespace) -> Algorithm:
     """As named, with the divergence asked for."""
-    return named(
+    return algorithm_by_name(
         options.algorithm,
         kl=options.kl,
         divergence=options.kl_estimator,

@@ -16,15 +16,15 @@ from typing import Any
 from alignment.commands import training_flags as flags
 from alignment.data.chat_prompts import example, warn_of_template
 from alignment.data.model_tokenizer import load_tokenizer
-from alignment.engines.batch import Batch, Sample
-from alignment.engines.protocol import Engine
+from alignment.engines.batch import TokenBatch, TokenSample
+from alignment.engines.protocol import AlignmentEngine
 from alignment.judges.results import require_usable
-from alignment.ranks import most_of_ranks, shares_of
+from alignment.ranks import all_gather_by_data_rank, all_reduce_max
 from alignment.record_files import read_all
 from alignment.records import Response
-from alignment.training.loop import Plan, fit
+from alignment.training.loop import TrainingSchedule, fit
 from alignment.training.sft import SupervisedStep, steps_of
-from alignment.training.training_run import Run
+from alignment.training.training_run import TrainingRun
 from megatron_ext.errors import ToolParser, UserError
 from megatron_ext.recipes import expand_recipes
 
@@ -43,13 +43,13 @@ def main(argv: Sequence[str]) -> int:
     steps = steps_of(len(samples), options.batch_size, options.epochs)
     engine = flags.engine_of(options, steps)
     step = SupervisedStep(engine, samples, options.batch_size, options.seq_length, options.seed)
-    with Run(Path(options.run_dir), engine, _settings(options)) as run:
+    with TrainingRun(Path(options.run_dir), engine, _settings(options)) as run:
         if run.writes:
             left = f" ({too_long + left_out:,} too long)" if too_long + left_out else ""
             told = f"{len(samples):,} responses; {len(held_out):,} for validation{left}"
             print(f"{told}; {steps:,} steps", flush=True)
         best = BEST if held_out else None
-        plan = Plan(steps, options.save_interval, options.eval_interval, best)
+        plan = TrainingSchedule(steps, options.save_interval, options.eval_interval, best)
 
         def evaluate(step: int) -> Mapping[str, Any]:
             return {BEST: mean_log_prob(engine, held_out, options.seq_length)}
@@ -59,29 +59,29 @@ def main(argv: Sequence[str]) -> int:
             return 128 + stopped
         folder = run.folder / "best"
         # Rank 0 says so for all: another may look when rank 0 has begun to export already.
-        if not most_of_ranks(int(run.writes and folder.is_dir())):
+        if not all_reduce_max(int(run.writes and folder.is_dir())):
             engine.export(folder)
         if run.writes:
             print(f"the best policy is {folder}", flush=True)
     return 0
 
 
-def mean_log_prob(engine: Engine, samples: Sequence[Sample], length: int) -> float:
+def mean_log_prob(engine: AlignmentEngine, samples: Sequence[TokenSample], length: int) -> float:
     """Of the trained tokens of all samples, nats; each sample is scored on one share of the ranks.
 
     Args:
         length: of the rows that samples are packed into.
     """
-    batch = Batch.packed(samples[engine.data_rank :: engine.data_size], length)
+    batch = TokenBatch.packed(samples[engine.data_rank :: engine.data_size], length)
     scores = engine.log_probs(batch).log_probs.cpu()
     mine = (float((scores * batch.loss_mask).double().sum()), int(batch.loss_mask.sum()))
-    sums, counts = zip(*shares_of(engine, mine))
+    sums, counts = zip(*all_gather_by_data_rank(engine, mine))
     return sum(sums) / sum(counts)
 
 
 def _samples(
     options: argparse.Namespace, files: Sequence[str], warn: bool = False
-) -> tuple[list[Sample], int]:
+) -> tuple[list[TokenSample], int]:
     """Return responses of files as token ids, and how many are too long and left out.
 
     Args:
@@ -100,7 +100,7 @@ def _samples(
     if warn and rows:
         warn_of_template("train-sft", tokenizer, rows[0].prompt.messages, template)
     made = [example(tokenizer, row.prompt.messages, row.text, **template) for row in rows]
-    samples = [Sample([*m.prompt, *m.completion], len(m.prompt)) for m in made]
+    samples = [TokenSample([*m.prompt, *m.completion], len(m.prompt)) for m in made]
     fits = [sample for sample in samples if len(sample.tokens) <= options.seq_length]
     if rows and not fits:
         raise UserError(

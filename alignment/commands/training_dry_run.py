@@ -25,7 +25,7 @@ from megatron_ext.planning.dry_run.dry_run_report import STEP_ALONE
 
 
 @dataclass(frozen=True)
-class Held:
+class ResidentModel:
     """A model that ranks hold beside the one that is trained, in the same layout.
 
     Attributes:
@@ -40,7 +40,7 @@ class Held:
     length: int = 0
 
 
-def dry_run(options: argparse.Namespace, beside: Sequence[Held] | None = None) -> None:
+def dry_run(options: argparse.Namespace, beside: Sequence[ResidentModel] | None = None) -> None:
     """Print parameters, memory of a rank, FLOPs a token and collectives of a step; of a model that
     is to write answers also what their keys and values take.
 

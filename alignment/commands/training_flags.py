@@ -9,10 +9,10 @@ from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 
-from alignment.engines.protocol import Engine, Optimization
+from alignment.engines.protocol import AlignmentEngine, Optimization
 from alignment.judges.results import require_usable
 from alignment.rl.algorithms import ALGORITHMS
-from alignment.rl.critic import Critic, Valuation
+from alignment.rl.critic import Critic, CriticSettings
 from alignment.training.run_settings import lasting_settings
 from megatron_ext.errors import UserError
 from megatron_ext.quiet import quiet_megatron
@@ -183,8 +183,8 @@ def critic_of(options: argparse.Namespace, seen: AbstractSet[int]) -> Critic | N
     return Critic(engine, seen, _valuation(options), f"--critic {model}")
 
 
-def _valuation(options: argparse.Namespace) -> Valuation:
-    return Valuation(
+def _valuation(options: argparse.Namespace) -> CriticSettings:
+    return CriticSettings(
         options.gae_discount,
         options.gae_lambda,
         options.whitening,
@@ -227,7 +227,7 @@ def rollout_weights(options: argparse.Namespace) -> dict[str, Any]:
 
 def rollouts_of(
     options: argparse.Namespace,
-    engine: Engine,
+    engine: AlignmentEngine,
     ends: frozenset[int],
     check: Callable[[], None],
 ) -> dict[str, Any]:
@@ -239,14 +239,14 @@ def rollouts_of(
     """
     if not options.rollout_url:
         return {}
-    from alignment.rl.async_rollouts import RolloutsAhead
-    from alignment.rl.vllm_rollouts import ServedRollouts
+    from alignment.rl.async_rollouts import AsyncRollouts
+    from alignment.rl.vllm_rollouts import VLLMRollouts
 
     folder = Path(options.run_dir) / "served"
-    served = ServedRollouts(
+    served = VLLMRollouts(
         engine, options.rollout_url, options.rollout_model, folder, ends, check=check
     )
-    ahead = RolloutsAhead(served, options.steps) if options.rollouts_ahead else None
+    ahead = AsyncRollouts(served, options.steps) if options.rollouts_ahead else None
     return {"generate": served.generate, "ahead": ahead}
 
 
@@ -300,7 +300,7 @@ def template_kwargs(options: argparse.Namespace) -> dict[str, Any]:
     return values
 
 
-def engine_of(options: argparse.Namespace, steps: int) -> Engine:
+def engine_of(options: argparse.Namespace, steps: int) -> AlignmentEngine:
     """Start the engine on this rank and load `--model`.
 
     Args:
@@ -323,9 +323,9 @@ def engine_of(options: argparse.Namespace, steps: int) -> Engine:
             clip=options.clip_grad,
         )
     if options.engine == "deepspeed":
-        from alignment.engines.deepspeed import DeepSpeedEngine, Zero
+        from alignment.engines.deepspeed import DeepSpeedEngine, ZeroSettings
 
-        zero = Zero(
+        zero = ZeroSettings(
             options.zero_stage,
             getattr(options, "offload_optimizer", False),
             options.offload_parameters,

@@ -12,7 +12,7 @@ PADDING = -1
 
 
 @dataclass(frozen=True)
-class Sample:
+class TokenSample:
     """A prompt and its response, in tokens.
 
     Attributes:
@@ -32,7 +32,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Batch:
+class TokenBatch:
     """Rows of equal length. All that belongs to a token stands in the token's own place.
 
     Attributes:
@@ -50,7 +50,7 @@ class Batch:
     extras: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, samples: Sequence[Sample], length: int | None = None) -> "Batch":
+    def of(cls, samples: Sequence[TokenSample], length: int | None = None) -> "TokenBatch":
         """One sample a row.
 
         Args:
@@ -59,13 +59,13 @@ class Batch:
         return cls.of_rows([[sample] for sample in samples], length)
 
     @classmethod
-    def packed(cls, samples: Sequence[Sample], length: int) -> "Batch":
+    def packed(cls, samples: Sequence[TokenSample], length: int) -> "TokenBatch":
         """Several samples a row, each in the first row that has room for it, longest first.
 
         Raises:
             ValueError: a sample is longer than a row.
         """
-        rows: list[list[Sample]] = []
+        rows: list[list[TokenSample]] = []
         room: list[int] = []
         for sample in sorted(samples, key=lambda sample: -len(sample.tokens)):
             size = len(sample.tokens)
@@ -80,7 +80,9 @@ class Batch:
         return cls.of_rows(rows, length)
 
     @classmethod
-    def of_rows(cls, rows: Sequence[Sequence[Sample]], length: int | None = None) -> "Batch":
+    def of_rows(
+        cls, rows: Sequence[Sequence[TokenSample]], length: int | None = None
+    ) -> "TokenBatch":
         """Rows of given samples, padded at their end."""
         longest = max((sum(len(sample.tokens) for sample in row) for row in rows), default=0)
         length = longest if length is None else length
@@ -145,22 +147,22 @@ class Batch:
         count = int(place.max()) + 1 if len(place) else 0
         return values.new_zeros(count).index_add(0, place, values[real])
 
-    def to(self, device: torch.device | int | str) -> "Batch":
+    def to(self, device: torch.device | int | str) -> "TokenBatch":
         """The same on a device."""
         return self._each(lambda tensor: tensor.to(device))
 
-    def slice(self, rows: slice) -> "Batch":
+    def slice(self, rows: slice) -> "TokenBatch":
         """Some of the rows."""
         return self._each(lambda tensor: tensor[rows])
 
-    def padded(self, rows: int, length: int) -> "Batch":
+    def padded(self, rows: int, length: int) -> "TokenBatch":
         """The same with padding up to this size."""
         more = (0, length - self.length, 0, rows - self.rows)
         padded = self._each(lambda tensor: F.pad(tensor, more))
         return replace(padded, samples=F.pad(self.samples, more, value=PADDING))
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        return Batch(
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "TokenBatch":
+        return TokenBatch(
             change(self.tokens),
             change(self.samples),
             change(self.loss_mask),

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from alignment.engines.protocol import Generated
+from alignment.engines.protocol import GeneratedResponse
 from megatron_ext.errors import UserError
 from megatron_ext.inference.sampling import Sampling, choose, log_probs_of
 
@@ -24,7 +24,7 @@ def decode(
     sampling: Sampling,
     seeds: Sequence[int],
     device: torch.device | str,
-) -> list[Generated]:
+) -> list[GeneratedResponse]:
     """Continue prompts, all at a time. Ranks make as many passes as the one that needs the most.
 
     Args:
@@ -41,7 +41,7 @@ def decode(
         if not 0 < len(prompt) < longest:
             raise UserError(f"a prompt has {len(prompt)} tokens: give 1 to {longest - 1}")
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    found = [Generated([], [], False) for _ in prompts]
+    found = [GeneratedResponse([], [], False) for _ in prompts]
     going = list(range(len(prompts)))
     tokens, mask = _aligned_right(prompts or [[0]])
     tokens, mask = tokens.to(device), mask.to(device)
@@ -68,7 +68,7 @@ def decode(
                 found[row].log_probs.append(score)
                 size = len(found[row].tokens)
                 if token in eod and sampling.stop_at_eod:
-                    found[row] = Generated(found[row].tokens, found[row].log_probs, True)
+                    found[row] = GeneratedResponse(found[row].tokens, found[row].log_probs, True)
                     going.remove(row)
                 elif size == sampling.max_new_tokens or size + len(prompts[row]) == longest:
                     going.remove(row)

@@ -18,21 +18,21 @@ from torch import Tensor
 from torch.nn.modules.dropout import _DropoutNd
 
 from alignment.data.model_tokenizer import read_tokenizer
-from alignment.engines.batch import Batch, Sample
+from alignment.engines.batch import TokenBatch, TokenSample
 from alignment.engines.decoding import decode
 from alignment.engines.export import export
 from alignment.engines.micro_batches import micro_batches
 from alignment.engines.protocol import (
-    Generated,
+    GeneratedResponse,
     Loss,
+    LossSums,
     Optimization,
-    Scores,
     StepResult,
-    Sums,
-    means_of,
-    scores_of,
+    TokenScores,
+    align_scores,
+    reduce_sums,
 )
-from alignment.ranks import agree
+from alignment.ranks import raise_on_all_ranks
 from megatron_ext.devices import is_cpu_device
 from megatron_ext.errors import UserError
 from megatron_ext.hf.end_tokens import end_tokens, record_end_tokens
@@ -51,7 +51,7 @@ from deepspeed.utils.logging import logger  # noqa: E402
 
 
 @dataclass(frozen=True)
-class Zero:
+class ZeroSettings:
     """What ranks share out among them.
 
     Attributes:
@@ -80,7 +80,7 @@ class DeepSpeedEngine:
         self,
         path: str | os.PathLike[str],
         optimization: Optimization | None = None,
-        zero: Zero | None = None,
+        zero: ZeroSettings | None = None,
         *,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -95,7 +95,7 @@ class DeepSpeedEngine:
         Raises:
             UserError: the model cannot be read.
         """
-        self.optimization, self.zero = optimization, zero or Zero()
+        self.optimization, self.zero = optimization, zero or ZeroSettings()
         self.dtype = dtype or (torch.float32 if ON_CPU else torch.bfloat16)
         _start_ranks()
         self.data_rank, self.data_size = dist.get_rank(), dist.get_world_size()
@@ -105,7 +105,7 @@ class DeepSpeedEngine:
         self.eod = _end_tokens(self._path)
         optimizer = None
         if optimization is not None:
-            groups = _decayed_apart(model, optimization)
+            groups = _parameter_groups(model, optimization)
             optimizer = torch.optim.AdamW(
                 groups, betas=optimization.betas, eps=optimization.eps, lr=0.0
             )
@@ -114,7 +114,9 @@ class DeepSpeedEngine:
         )
         self._device = self._engine.device
 
-    def log_probs(self, batch: Batch, *, temperature: float = 1.0, entropy: bool = False) -> Scores:
+    def log_probs(
+        self, batch: TokenBatch, *, temperature: float = 1.0, entropy: bool = False
+    ) -> TokenScores:
         """See the protocol."""
         self._engine.eval()
         with torch.no_grad():
@@ -122,9 +124,9 @@ class DeepSpeedEngine:
         real = (slice(batch.rows), slice(batch.length))
         log_probs = torch.cat([scores.log_probs for scores in found])[real]
         entropies = [scores.entropy for scores in found if scores.entropy is not None]
-        return Scores(log_probs, torch.cat(entropies)[real] if entropies else None)
+        return TokenScores(log_probs, torch.cat(entropies)[real] if entropies else None)
 
-    def next_log_probs(self, batch: Batch, tokens: Sequence[int]) -> Tensor:
+    def next_log_probs(self, batch: TokenBatch, tokens: Sequence[int]) -> Tensor:
         """See the protocol."""
         self._engine.eval()
         with torch.no_grad():
@@ -132,7 +134,7 @@ class DeepSpeedEngine:
         table = [part[..., list(tokens)] - part.logsumexp(-1, keepdim=True) for part in parts]
         return torch.cat(table)[: batch.rows, : batch.length]
 
-    def values(self, batch: Batch, token: int) -> Tensor:
+    def values(self, batch: TokenBatch, token: int) -> Tensor:
         """See the protocol; as exact as the logits are."""
         self._engine.eval()
         with torch.no_grad():
@@ -142,7 +144,7 @@ class DeepSpeedEngine:
 
     def train_step(
         self,
-        batch: Batch,
+        batch: TokenBatch,
         loss: Loss,
         *,
         temperature: float = 1.0,
@@ -155,7 +157,7 @@ class DeepSpeedEngine:
         # Sums are differentiated, and divided when all of the weight is known: what is a loss's
         # scale to DeepSpeed. Its own mean over ranks is undone in the same place.
         self._optimizer.override_loss_scale(1.0)
-        found: list[Sums] = []
+        found: list[LossSums] = []
         parts = self._split(batch)
         for number, part in enumerate(parts, start=1):
             self._engine.set_gradient_accumulation_boundary(number == len(parts))
@@ -165,7 +167,7 @@ class DeepSpeedEngine:
                 scores = self._value(part, values)
             sums = loss(scores, part)
             self._engine.backward(sums.total, scale_wrt_gas=False)
-            found.append(Sums(sums.total.detach(), sums.weight, sums.metrics))
+            found.append(LossSums(sums.total.detach(), sums.weight, sums.metrics))
         weight = torch.stack([sums.weight.to(torch.int64) for sums in found]).sum()
         dist.all_reduce(weight)
         self._optimizer.override_loss_scale(max(int(weight), 1) / self.data_size)
@@ -174,7 +176,7 @@ class DeepSpeedEngine:
             group["lr"] = lr
         self._engine.step()
         self.step += 1
-        means = means_of(found, None)
+        means = reduce_sums(found, None)
         norm = float(self._engine.get_global_grad_norm())
         return StepResult(means.pop("loss"), norm, lr, means)
 
@@ -183,7 +185,7 @@ class DeepSpeedEngine:
         prompts: Sequence[Sequence[int]],
         sampling: Sampling,
         seeds: Sequence[int] | None = None,
-    ) -> list[Generated]:
+    ) -> list[GeneratedResponse]:
         """See the protocol; `Sampling.stop` needs a tokenizer, which this engine has not."""
         if sampling.stop:
             raise UserError("the DeepSpeed engine takes no stop strings: end by tokens")
@@ -194,7 +196,7 @@ class DeepSpeedEngine:
         return decode(self._engine.module, self.eod, prompts, sampling, seeds, self._device)
 
     def routing_gap(
-        self, samples: Sequence[Sample], length: int, temperature: float = 1.0
+        self, samples: Sequence[TokenSample], length: int, temperature: float = 1.0
     ) -> dict[str, float]:
         """Nothing: models of transformers do not tell how they route."""
         return {}
@@ -245,13 +247,13 @@ class DeepSpeedEngine:
         # DeepSpeed would name the checkpoint before the other ranks have written their parts.
         dist.barrier()
         latest = Path(folder, "latest")
-        agree(lambda: write_atomically(latest, tag) if dist.get_rank() == 0 else None)
+        raise_on_all_ranks(lambda: write_atomically(latest, tag) if dist.get_rank() == 0 else None)
 
     def load(self, folder: str | os.PathLike[str]) -> None:
         """See the protocol."""
         self._trained()
         rank, size = dist.get_rank(), dist.get_world_size()
-        agree(lambda: _see_that_it_is_whole(Path(folder), rank, size))
+        raise_on_all_ranks(lambda: _verify_checkpoint(Path(folder), rank, size))
         try:
             place, state = self._engine.load_checkpoint(os.fspath(folder))
         except Exception as error:  # on every rank
@@ -287,29 +289,29 @@ class DeepSpeedEngine:
             "bf16": {"enabled": self.dtype == torch.bfloat16},
         }
 
-    def _split(self, batch: Batch) -> list[Batch]:
+    def _split(self, batch: TokenBatch) -> list[TokenBatch]:
         # With ZeRO ranks need each other's parts in every one.
         return micro_batches(batch, self.zero.micro_batch, None, self._device)
 
-    def _score(self, batch: Batch, temperature: float, entropy: bool) -> Scores:
+    def _score(self, batch: TokenBatch, temperature: float, entropy: bool) -> TokenScores:
         logits = self._logits(batch) / temperature
         targets = torch.nn.functional.pad(batch.tokens, (0, 1))[:, 1:]
         found = [log_probs_of(logits.flatten(0, 1), targets.flatten()).view_as(targets)]
         if entropy:
             table = logits.log_softmax(dim=-1)
             found.append(-(table.exp() * table).sum(dim=-1))
-        return scores_of(torch.stack(found), batch)
+        return align_scores(torch.stack(found), batch)
 
-    def _value(self, batch: Batch, token: int) -> Scores:
+    def _value(self, batch: TokenBatch, token: int) -> TokenScores:
         # As the output layer gives them, before a soft cap say.
         given: list[Tensor] = []
         head = self._engine.module.get_output_embeddings()
         hook = head.register_forward_hook(lambda layer, inputs, output: given.append(output))
         self._logits(batch)
         hook.remove()
-        return scores_of(given[0][..., token].float().unsqueeze(0), batch, values=True)
+        return align_scores(given[0][..., token].float().unsqueeze(0), batch, values=True)
 
-    def _logits(self, batch: Batch) -> Tensor:
+    def _logits(self, batch: TokenBatch) -> Tensor:
         """fp32 `[rows, length, vocabulary]`."""
         mask = None
         positions = torch.arange(batch.length, device=self._device).expand(batch.rows, -1)
@@ -320,7 +322,7 @@ class DeepSpeedEngine:
         )
         return output.logits.float()
 
-    def _mask(self, batch: Batch) -> Any:
+    def _mask(self, batch: TokenBatch) -> Any:
         """What tokens of packed rows see: those of their sample before them, and themselves."""
         from transformers.masking_utils import create_masks_for_generate
 
@@ -355,7 +357,7 @@ def _start_ranks() -> None:
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
 
 
-def _see_that_it_is_whole(folder: Path, rank: int, size: int) -> None:
+def _verify_checkpoint(folder: Path, rank: int, size: int) -> None:
     """Look at a checkpoint: a rank that failed amid loading would leave the others waiting.
 
     Args:
@@ -432,7 +434,7 @@ def _end_tokens(folder: Path) -> frozenset[int]:
     return end_tokens(tokenizer)
 
 
-def _decayed_apart(model: Any, optimization: Optimization) -> list[dict[str, Any]]:
+def _parameter_groups(model: Any, optimization: Optimization) -> list[dict[str, Any]]:
     """Parameters that decay, and those that do not."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return [

@@ -15,17 +15,17 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor
 
-from alignment.engines.batch import Batch
-from alignment.engines.protocol import Scores, scores_of
+from alignment.engines.batch import TokenBatch
+from alignment.engines.protocol import TokenScores, align_scores
 from megatron_ext.sequence import sequence_positions
 
 
-class Scorer:
+class TokenScorer:
     """Takes the place of the model's loss: from its last hidden states to scores of a batch."""
 
     def __init__(
         self,
-        batch: Batch,
+        batch: TokenBatch,
         groups: ProcessGroupCollection,
         temperature: float = 1.0,
         entropy: bool = False,
@@ -79,12 +79,12 @@ class Scorer:
         found.insert(0, -vocab_parallel_cross_entropy(logits, targets.T.contiguous()))
         return torch.stack(found, dim=-1)
 
-    def scores(self, found: Tensor) -> Scores:
+    def scores(self, found: Tensor) -> TokenScores:
         """Scores of the whole rows, on every rank that shares them, each score at its own token.
 
         A gradient goes back to the rank whose score it is.
         """
-        return scores_of(self.whole(found), self.batch, self.values is not None)
+        return align_scores(self.whole(found), self.batch, self.values is not None)
 
     def whole(self, found: Tensor) -> Tensor:
         """What was found for the rows' parts, on every rank that shares them: `[kinds, rows,

@@ -22,23 +22,23 @@ from megatron.training import get_tokenizer, global_vars
 from megatron.training.checkpointing import load_checkpoint, save_checkpoint
 from torch import Tensor
 
-from alignment.engines.batch import Batch, Sample
+from alignment.engines.batch import TokenBatch, TokenSample
 from alignment.engines.export import export
-from alignment.engines.log_probs import Scorer
+from alignment.engines.log_probs import TokenScorer
 from alignment.engines.megatron_launch import MegatronLayout, build, start
 from alignment.engines.micro_batches import micro_batches
 from alignment.engines.protocol import (
-    Generated,
+    GeneratedResponse,
     Loss,
+    LossSums,
     Optimization,
-    Scores,
     StepResult,
-    Sums,
-    means_of,
+    TokenScores,
+    reduce_sums,
 )
-from alignment.engines.routing_gap import Comparison, marked
+from alignment.engines.routing_gap import RoutingComparison, mark_samples
 from alignment.engines.sampler import Sampler
-from alignment.ranks import agree
+from alignment.ranks import raise_on_all_ranks
 from megatron_ext.checkpoint import damage, find_checkpoint
 from megatron_ext.devices import is_cpu_device
 from megatron_ext.errors import UserError
@@ -120,22 +120,26 @@ class MegatronEngine:
         """See the protocol."""
         return self.args.params_dtype
 
-    def log_probs(self, batch: Batch, *, temperature: float = 1.0, entropy: bool = False) -> Scores:
+    def log_probs(
+        self, batch: TokenBatch, *, temperature: float = 1.0, entropy: bool = False
+    ) -> TokenScores:
         """See the protocol."""
-        scorer = partial(Scorer, temperature=temperature, entropy=entropy)
+        scorer = partial(TokenScorer, temperature=temperature, entropy=entropy)
         values = self._evaluate(batch, scorer, 1 + entropy)
-        return Scores(values[0], values[1] if entropy else None)
+        return TokenScores(values[0], values[1] if entropy else None)
 
-    def next_log_probs(self, batch: Batch, tokens: Sequence[int]) -> Tensor:
+    def next_log_probs(self, batch: TokenBatch, tokens: Sequence[int]) -> Tensor:
         """See the protocol."""
-        return self._evaluate(batch, partial(Scorer, choices=tokens), len(tokens)).permute(1, 2, 0)
+        return self._evaluate(batch, partial(TokenScorer, choices=tokens), len(tokens)).permute(
+            1, 2, 0
+        )
 
-    def values(self, batch: Batch, token: int) -> Tensor:
+    def values(self, batch: TokenBatch, token: int) -> Tensor:
         """See the protocol; in fp32 whatever the weights are."""
-        return self._evaluate(batch, partial(Scorer, values=token), 1)[0]
+        return self._evaluate(batch, partial(TokenScorer, values=token), 1)[0]
 
     def _evaluate(
-        self, batch: Batch, scorer: Callable[..., Scorer], kinds: int, train: bool = False
+        self, batch: TokenBatch, scorer: Callable[..., TokenScorer], kinds: int, train: bool = False
     ) -> Tensor:
         """Scores of a batch on every rank that shares it, fp32 `[kinds, rows, length]`."""
         self._come_first()
@@ -151,7 +155,7 @@ class MegatronEngine:
 
     def train_step(
         self,
-        batch: Batch,
+        batch: TokenBatch,
         loss: Loss,
         *,
         temperature: float = 1.0,
@@ -166,7 +170,7 @@ class MegatronEngine:
         for chunk in self._model:
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
-        scorer = partial(Scorer, temperature=temperature, entropy=entropy, values=values)
+        scorer = partial(TokenScorer, temperature=temperature, entropy=entropy, values=values)
         found = self._run(parts, scorer, loss, train=True)
         lr = self._schedule.get_lr(self._optimizer.param_groups[0])
         stepped, norm, _ = self._optimizer.step()
@@ -181,7 +185,7 @@ class MegatronEngine:
         prompts: Sequence[Sequence[int]],
         sampling: Sampling,
         seeds: Sequence[int] | None = None,
-    ) -> list[Generated]:
+    ) -> list[GeneratedResponse]:
         """See the protocol; a row's sample depends on its prompt and seed alone."""
         return self._sampling().generate(prompts, sampling, seeds)
 
@@ -193,16 +197,18 @@ class MegatronEngine:
         return self._sampler
 
     def routing_gap(
-        self, samples: Sequence[Sample], length: int, temperature: float = 1.0
+        self, samples: Sequence[TokenSample], length: int, temperature: float = 1.0
     ) -> dict[str, float]:
         """See the protocol; the routers are those of training, in training mode."""
         if not self.config.num_moe_experts:
             return {}
         decoded = self._sampling().decode(samples, temperature)
-        batch = Batch.packed(marked(samples, decoded), length)
-        comparison = Comparison(decoded, self._split(batch), self.groups)
+        batch = TokenBatch.packed(mark_samples(samples, decoded), length)
+        comparison = RoutingComparison(decoded, self._split(batch), self.groups)
         with watched(routers_of(self._model), comparison.saw):
-            found = self._evaluate(batch, partial(Scorer, temperature=temperature), 1, train=True)
+            found = self._evaluate(
+                batch, partial(TokenScorer, temperature=temperature), 1, train=True
+            )
         return comparison.figures(batch, found[0])
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
@@ -249,8 +255,8 @@ class MegatronEngine:
                 raise UserError(f"{checkpoint} is incomplete or damaged: {problem}")
 
         # Megatron empties its tracker before it writes it: a kill may come in between.
-        agree(lambda: mend_tracker(Path(folder)) if rank == 0 else None)
-        agree(see_that_it_is_whole)
+        raise_on_all_ranks(lambda: mend_tracker(Path(folder)) if rank == 0 else None)
+        raise_on_all_ranks(see_that_it_is_whole)
         self.args.load = str(folder)
         # These count on from where they are.
         self.args.consumed_train_samples = self.args.skipped_train_samples = 0
@@ -262,7 +268,7 @@ class MegatronEngine:
         """Let Megatron's globals be of this engine."""
         global_vars._GLOBAL_ARGS, global_vars._GLOBAL_TOKENIZER = self.args, self._tokenizer
 
-    def _split(self, batch: Batch) -> list[Batch]:
+    def _split(self, batch: TokenBatch) -> list[TokenBatch]:
         if self.args.transformer_impl != "local" and batch.is_packed:
             raise UserError("several samples a row need --transformer-impl local")
         return micro_batches(
@@ -275,8 +281,8 @@ class MegatronEngine:
 
     def _run(
         self,
-        parts: list[Batch],
-        scorer_of: Callable[..., Scorer],
+        parts: list[TokenBatch],
+        scorer_of: Callable[..., TokenScorer],
         loss: Loss | None,
         train: bool,
     ) -> list[Any]:
@@ -291,7 +297,7 @@ class MegatronEngine:
         for chunk in self._model:
             chunk.train(train)
 
-        def forward(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Any]:
+        def forward(batches: Iterator[TokenBatch], model: torch.nn.Module) -> tuple[Tensor, Any]:
             batch = next(batches)
             scorer = scorer_of(batch, self.groups)
             output = model(
@@ -314,8 +320,8 @@ class MegatronEngine:
             collect_non_loss_data=loss is None,
         )
 
-    def _weigh(self, scorer: Scorer, loss: Loss) -> Any:
-        def weighed(output: Tensor) -> tuple[Tensor, Tensor, Sums]:
+    def _weigh(self, scorer: TokenScorer, loss: Loss) -> Any:
+        def weighed(output: Tensor) -> tuple[Tensor, Tensor, LossSums]:
             sums = loss(scorer.scores(output), scorer.batch)
             # Ranks that share rows all find the same: it counts once.
             counts = sums.weight.to(torch.int) * (self.groups.cp.rank() == 0)
@@ -324,16 +330,16 @@ class MegatronEngine:
 
         return weighed
 
-    def _means(self, found: list[Sums]) -> dict[str, float]:
+    def _means(self, found: list[LossSums]) -> dict[str, float]:
         """Loss and metrics of all micro-batches and data-parallel ranks, divided once."""
-        means = [means_of(found, self.groups.dp) if found else {}]
+        means = [reduce_sums(found, self.groups.dp) if found else {}]
         pipeline = self.groups.pp
         if pipeline.size() > 1:
             dist.broadcast_object_list(means, group=pipeline, group_src=pipeline.size() - 1)
         return means[0]
 
 
-def _scored(scorer: Scorer, output: Tensor, non_loss_data: bool = True) -> Tensor:
+def _scored(scorer: TokenScorer, output: Tensor, non_loss_data: bool = True) -> Tensor:
     """What the schedule keeps of a micro-batch: fp32 `[kinds, rows, length]`."""
     if scorer.choices:
         return scorer.whole(output)

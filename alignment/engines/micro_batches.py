@@ -6,16 +6,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from alignment.engines.batch import Batch
+from alignment.engines.batch import TokenBatch
 
 
 def micro_batches(
-    batch: Batch,
+    batch: TokenBatch,
     rows: int,
     group: dist.ProcessGroup | None,
     device: torch.device | int,
     multiple: int = 1,
-) -> list[Batch]:
+) -> list[TokenBatch]:
     """Pieces of one shape, as many as any rank of a group has: they run in step.
 
     Rows of padding make up for what a rank has less.

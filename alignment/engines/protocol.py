@@ -16,13 +16,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from alignment.engines.batch import Batch, Sample
+from alignment.engines.batch import TokenBatch, TokenSample
 from megatron_ext.errors import UserError
 from megatron_ext.inference.sampling import Sampling
 
 
 @dataclass(frozen=True)
-class Scores:
+class TokenScores:
     """What a model says of the tokens of a batch.
 
     Attributes:
@@ -39,7 +39,7 @@ class Scores:
     values: Tensor | None = None
 
 
-def scores_of(found: Tensor, batch: Batch, values: bool = False) -> Scores:
+def align_scores(found: Tensor, batch: TokenBatch, values: bool = False) -> TokenScores:
     """Move scores to the tokens they are of.
 
     Args:
@@ -49,12 +49,12 @@ def scores_of(found: Tensor, batch: Batch, values: bool = False) -> Scores:
     moved = F.pad(found, (1, 0))[..., :-1]
     moved = torch.where(batch.predicted, moved, 0.0)
     if values:
-        return Scores(torch.zeros_like(moved[0]), values=moved[0])
-    return Scores(moved[0], moved[1] if len(moved) > 1 else None)
+        return TokenScores(torch.zeros_like(moved[0]), values=moved[0])
+    return TokenScores(moved[0], moved[1] if len(moved) > 1 else None)
 
 
 @dataclass(frozen=True)
-class Sums:
+class LossSums:
     """What a loss gives for some rows.
 
     Attributes:
@@ -69,15 +69,15 @@ class Sums:
     metrics: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
-Loss = Callable[[Scores, Batch], Sums]
+Loss = Callable[[TokenScores, TokenBatch], LossSums]
 
 
-def negative_log_likelihood(scores: Scores, batch: Batch) -> Sums:
+def negative_log_likelihood(scores: TokenScores, batch: TokenBatch) -> LossSums:
     """The mean over trained tokens, of supervised fine-tuning."""
-    return Sums(-(scores.log_probs * batch.loss_mask).sum(), batch.loss_mask.sum())
+    return LossSums(-(scores.log_probs * batch.loss_mask).sum(), batch.loss_mask.sum())
 
 
-def means_of(found: Sequence[Sums], group: dist.ProcessGroup | None) -> dict[str, float]:
+def reduce_sums(found: Sequence[LossSums], group: dist.ProcessGroup | None) -> dict[str, float]:
     """Loss and metrics of all micro-batches and of all ranks of a group, each divided once."""
     each = [{"loss": (sums.total, sums.weight), **sums.metrics} for sums in found]
     flat = [[part.detach().double() for pair in e.values() for part in pair] for e in each]
@@ -138,7 +138,7 @@ class StepResult:
 
 
 @dataclass(frozen=True)
-class Generated:
+class GeneratedResponse:
     """A continuation.
 
     Attributes:
@@ -152,7 +152,7 @@ class Generated:
     ended: bool
 
 
-class Engine(Protocol):
+class AlignmentEngine(Protocol):
     """A model on all ranks, with its optimizer. Every method is a collective of all ranks.
 
     Ranks with the same `data_rank` hold parts of one copy of the model and must pass the same
@@ -172,10 +172,12 @@ class Engine(Protocol):
     @property
     def dtype(self) -> torch.dtype: ...
 
-    def log_probs(self, batch: Batch, *, temperature: float = 1.0, entropy: bool = False) -> Scores:
+    def log_probs(
+        self, batch: TokenBatch, *, temperature: float = 1.0, entropy: bool = False
+    ) -> TokenScores:
         """Scores without gradients; `temperature` divides the logits."""
 
-    def next_log_probs(self, batch: Batch, tokens: Sequence[int]) -> Tensor:
+    def next_log_probs(self, batch: TokenBatch, tokens: Sequence[int]) -> Tensor:
         """What the model says of some tokens, each to come next: labels of a judge.
 
         Returns:
@@ -183,7 +185,7 @@ class Engine(Protocol):
             `tokens` after the batch's token in that place and those of its sample before it.
         """
 
-    def values(self, batch: Batch, token: int) -> Tensor:
+    def values(self, batch: TokenBatch, token: int) -> Tensor:
         """What a critic says of the states before the batch's tokens, without gradients.
 
         A value is the product of the last hidden state and one row of the output layer: that of a
@@ -198,7 +200,7 @@ class Engine(Protocol):
 
     def train_step(
         self,
-        batch: Batch,
+        batch: TokenBatch,
         loss: Loss,
         *,
         temperature: float = 1.0,
@@ -216,7 +218,7 @@ class Engine(Protocol):
         prompts: Sequence[Sequence[int]],
         sampling: Sampling,
         seeds: Sequence[int] | None = None,
-    ) -> list[Generated]:
+    ) -> list[GeneratedResponse]:
         """Continue prompts with the present weights.
 
         Args:
@@ -224,7 +226,7 @@ class Engine(Protocol):
         """
 
     def routing_gap(
-        self, samples: Sequence[Sample], length: int, temperature: float = 1.0
+        self, samples: Sequence[TokenSample], length: int, temperature: float = 1.0
     ) -> Mapping[str, float]:
         """How far apart generation and training route the same responses, with present weights.
 

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from alignment.engines.batch import Batch, Sample
-from alignment.engines.log_probs import Scorer
+from alignment.engines.batch import TokenBatch, TokenSample
+from alignment.engines.log_probs import TokenScorer
 from megatron_ext.inference.cache import Chunk
 from megatron_ext.inference.engine import Engine
 from megatron_ext.inference.generation import passes
@@ -34,7 +34,7 @@ _MOST_TOKENS = 1 << 24  # places are whole numbers in fp32
 
 
 @dataclass(frozen=True)
-class Decoded:
+class DecodedRouting:
     """What generation makes of some samples, on this rank's pipeline stage.
 
     Attributes:
@@ -51,10 +51,10 @@ class Decoded:
     tokens: int
 
 
-class _GivenRow(Row):
+class _ForcedRow(Row):
     """A row whose continuation is there already: what would be sampled is not asked for."""
 
-    def __init__(self, trained: TrainedModel, sample: Sample, temperature: float) -> None:
+    def __init__(self, trained: TrainedModel, sample: TokenSample, temperature: float) -> None:
         asked, new = sample.tokens[: sample.prompt], len(sample.tokens) - sample.prompt
         super().__init__(trained, asked, Sampling(new, score_temperature=temperature), seed=0)
         self.prompt, self._asked = list(sample.tokens), sample.prompt
@@ -76,7 +76,9 @@ class _GivenRow(Row):
 
 
 @torch.no_grad()
-def decode(trained: TrainedModel, samples: Sequence[Sample], temperature: float) -> Decoded:
+def decode(
+    trained: TrainedModel, samples: Sequence[TokenSample], temperature: float
+) -> DecodedRouting:
     """Take responses that are there through the model as generation takes those that it draws.
 
     Args:
@@ -84,7 +86,7 @@ def decode(trained: TrainedModel, samples: Sequence[Sample], temperature: float)
         samples: of this copy of the model; each has a response.
         temperature: divides the logits before log-probabilities.
     """
-    rows = [_GivenRow(trained, sample, temperature) for sample in samples]
+    rows = [_ForcedRow(trained, sample, temperature) for sample in samples]
     engine = Engine(trained, lines=len(rows))
     begins: dict[Row, int] = {}
     tokens = 0
@@ -109,10 +111,10 @@ def decode(trained: TrainedModel, samples: Sequence[Sample], temperature: float)
     with watched(routers_of([trained.module]), saw):
         for _ in passes(engine):
             pass
-    return Decoded(logits, maps, [row.completion.log_probs for row in rows], tokens)
+    return DecodedRouting(logits, maps, [row.completion.log_probs for row in rows], tokens)
 
 
-def marked(samples: Sequence[Sample], decoded: Decoded) -> list[Sample]:
+def mark_samples(samples: Sequence[TokenSample], decoded: DecodedRouting) -> list[TokenSample]:
     """The samples with what ties a token of a batch to what was decoded: its place there, counted
     from 1, or 0; and the log-probability it had."""
     assert decoded.tokens < _MOST_TOKENS
@@ -126,13 +128,15 @@ def marked(samples: Sequence[Sample], decoded: Decoded) -> list[Sample]:
     return found
 
 
-class Comparison:
+class RoutingComparison:
     """Compares what routers do in training with what was decoded; counts each decision once.
 
     Every rank has the decisions of its own tokens in the layers of its own stage.
     """
 
-    def __init__(self, decoded: Decoded, parts: Sequence[Batch], groups: ProcessGroupCollection):
+    def __init__(
+        self, decoded: DecodedRouting, parts: Sequence[TokenBatch], groups: ProcessGroupCollection
+    ):
         """See the class.
 
         Args:
@@ -169,7 +173,7 @@ class Comparison:
         self._gap = max(self._gap, float((logits - other_logits).abs().max()))
         self._margins.append(margins.abs().flatten())
 
-    def figures(self, batch: Batch, log_probs: Tensor) -> dict[str, float]:
+    def figures(self, batch: TokenBatch, log_probs: Tensor) -> dict[str, float]:
         """The same on every rank; a collective.
 
         Args:
@@ -213,7 +217,7 @@ class Comparison:
         return {f"routing/margin_{name}": value for name, value in zip(QUANTILES, found)}
 
 
-def _places(part: Batch, groups: ProcessGroupCollection) -> Tensor:
+def _places(part: TokenBatch, groups: ProcessGroupCollection) -> Tensor:
     """Of the tokens of a micro-batch that this rank's routers see, in their order."""
-    mine = part.extras[_PLACE][:, Scorer(part, groups).places].T  # [length, rows]
+    mine = part.extras[_PLACE][:, TokenScorer(part, groups).places].T  # [length, rows]
     return mine.chunk(groups.tp.size())[groups.tp.rank()].flatten().long().cpu()

@@ -15,9 +15,9 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.argument_utils import core_transformer_config_from_args
 
-from alignment.engines.batch import Sample
-from alignment.engines.protocol import Generated
-from alignment.engines.routing_gap import Decoded, decode
+from alignment.engines.batch import TokenSample
+from alignment.engines.protocol import GeneratedResponse
+from alignment.engines.routing_gap import DecodedRouting, decode
 from megatron_ext.config import ETConfig
 from megatron_ext.inference.generation import generate
 from megatron_ext.inference.loading import Layout, TrainedModel, for_inference
@@ -64,20 +64,20 @@ class Sampler:
     @torch.no_grad()
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int] | None
-    ) -> list[Generated]:
+    ) -> list[GeneratedResponse]:
         """Continue prompts; ranks that share rows in training share the prompts out."""
         seeds = range(len(prompts)) if seeds is None else seeds
         rank, size = self._sharers.rank(), self._sharers.size()
         mine = slice(rank, None, size)
         found = generate(self._model, list(prompts)[mine], sampling, list(seeds)[mine])
-        own = [Generated(c.tokens, c.log_probs, c.finish != "length") for c in found]
+        own = [GeneratedResponse(c.tokens, c.log_probs, c.finish != "length") for c in found]
         if size == 1:
             return own
-        parts: list[list[Generated]] = [[] for _ in range(size)]
+        parts: list[list[GeneratedResponse]] = [[] for _ in range(size)]
         dist.all_gather_object(parts, own, group=self._sharers)
         return [parts[i % size][i // size] for i in range(len(prompts))]
 
-    def decode(self, samples: Sequence[Sample], temperature: float) -> Decoded:
+    def decode(self, samples: Sequence[TokenSample], temperature: float) -> DecodedRouting:
         """Responses that are there, routed and scored as `generate` does. Ranks that share rows in
         training each decode them all."""
         return decode(self._model, samples, temperature)

@@ -19,7 +19,7 @@ from typing import Protocol
 from alignment.commands.annotate import rule_judge
 from alignment.commands.judge_format_flags import held_identity
 from alignment.data.model_tokenizer import load_tokenizer
-from alignment.engines.protocol import Engine
+from alignment.engines.protocol import AlignmentEngine
 from alignment.judges.formats.parsing import Parser
 from alignment.judges.formats.prompts import judge_prompt
 from alignment.judges.judge_spec import JudgeSpec
@@ -28,8 +28,8 @@ from alignment.judges.kinds.function_judge import FunctionJudge
 from alignment.judges.kinds.local_judge import JudgeForm, LocalJudge
 from alignment.judges.kinds.rule_judge import RuleJudge
 from alignment.judges.questions import Question
-from alignment.polling import waited_for
-from alignment.ranks import shares_of, speaks_for_share
+from alignment.polling import run_async_while_polling
+from alignment.ranks import all_gather_by_data_rank, is_share_leader
 from alignment.records import Prompt, Verdict
 from alignment.rounding import EXACT, SINGLE
 from megatron_ext.errors import UserError
@@ -62,8 +62,8 @@ def rounding_error(judges: Sequence[Judge]) -> float:
 def open_judge(
     spec: JudgeSpec,
     pairwise: bool,
-    policy: Engine,
-    load: Callable[[str], Engine],
+    policy: AlignmentEngine,
+    load: Callable[[str], AlignmentEngine],
     store: Path,
 ) -> Judge:
     """A judge that is ready to be asked.
@@ -129,11 +129,13 @@ class _ProgramJudge:
     ranks that share a model train on the same rewards.
     """
 
-    def __init__(self, judge: RuleJudge | FunctionJudge, policy: Engine | None = None) -> None:
+    def __init__(
+        self, judge: RuleJudge | FunctionJudge, policy: AlignmentEngine | None = None
+    ) -> None:
         """See the class; without a policy every rank asks for itself."""
         self._judge, self._policy, self.identity = judge, policy, judge.identity
         self.rounding_error = EXACT
-        self._asks = policy is None or speaks_for_share(policy)
+        self._asks = policy is None or is_share_leader(policy)
 
     def judge(self, questions: Sequence[Question], check: Check = lambda: None) -> list[Verdict]:
         if self._policy is None:
@@ -143,11 +145,11 @@ class _ProgramJudge:
         try:
             # A function may be slow, and the others hear signals while they wait for it.
             work = partial(self._verdicts, questions) if self._asks else None
-            found = waited_for(work, check)
+            found = run_async_while_polling(work, check)
         except UserError as error:
             problem = str(error)
         rows = [verdict.to_row() for verdict in found or ()]
-        shares = shares_of(self._policy, (rows, problem))
+        shares = all_gather_by_data_rank(self._policy, (rows, problem))
         if message := next((problem for _, problem in shares if problem), None):
             raise UserError(message)
         return [Verdict.from_row(row) for row in shares[self._policy.data_rank][0]]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from alignment.data.chat_prompts import example
-from alignment.engines.batch import Sample
+from alignment.engines.batch import TokenSample
 from alignment.judges.formats.labels import answer_text, label_of
 from alignment.judges.formats.scale import read_verdicts
 from alignment.judges.kinds.local_judge import JudgeForm
@@ -111,7 +111,7 @@ class Encoded:
         rounded: samples of scores between two labels, which are taught as the nearest one.
     """
 
-    samples: Sequence[Sample]
+    samples: Sequence[TokenSample]
     too_long: int
     too_much_thinking: int
     without_thinking: int
@@ -162,7 +162,7 @@ def encode(
             lacking.append(f"longer than --seq-length {length}: raise it")
             too_long += 1
         else:
-            samples.append(Sample(tokens, len(made.prompt)))
+            samples.append(TokenSample(tokens, len(made.prompt)))
             rounded += row.gold.score is not None and row.gold.score != float(row.label)
     require_usable(lacking, len(rows), max_left_out, "examples of --input and --gold")
     if not samples:

@@ -8,7 +8,7 @@ import numpy as np
 
 from alignment.judges.kinds.local_judge import LocalJudge
 from alignment.judges.training_examples import Labelled
-from alignment.ranks import spread
+from alignment.ranks import map_over_data_ranks
 from alignment.records import Verdict
 from alignment.rounding import EXACT, exceeds
 from alignment.statistics.agreement_measures import Compared, alone
@@ -29,7 +29,7 @@ def judge_all(
 ) -> list[Verdict]:
     """Verdicts on all questions, on every rank, each asked on one share of the ranks."""
     questions = [row.question for row in rows]
-    return spread(judge.engine, questions, lambda mine: judge.judge(mine, check))
+    return map_over_data_ranks(judge.engine, questions, lambda mine: judge.judge(mine, check))
 
 
 def agreement(gold: Sequence[Verdict], found: Sequence[Verdict]) -> dict[str, float | None]:

@@ -120,7 +120,7 @@ def overlong_penalty(lengths: Sequence[int], limit: int, margin: int) -> Floats:
 
 
 def generalized_advantages(
-    rewards: Floats, values: Floats, discount: float = 1.0, trace: float = 1.0
+    rewards: Floats, values: Floats, discount: float = 1.0, gae_lambda: float = 1.0
 ) -> tuple[Floats, Floats]:
     """GAE (arXiv 1506.02438) over one response that ends.
 
@@ -128,7 +128,7 @@ def generalized_advantages(
         rewards: `[tokens]`, of each action.
         values: `[tokens]`, expected return before each action.
         discount: gamma.
-        trace: lambda.
+        gae_lambda: lambda.
 
     Returns:
         Advantages and returns (what values should have been), `[tokens]` each.
@@ -137,7 +137,7 @@ def generalized_advantages(
     later = after = 0.0
     for token in reversed(range(len(rewards))):
         error = rewards[token] + discount * after - values[token]
-        later = error + discount * trace * later
+        later = error + discount * gae_lambda * later
         advantages[token], after = later, float(values[token])
     return advantages, advantages + values
 

@@ -38,7 +38,7 @@ ALGORITHMS: Mapping[str, Algorithm] = MappingProxyType(
 )
 
 
-def named(name: str, **settings: object) -> Algorithm:
+def algorithm_by_name(name: str, **settings: object) -> Algorithm:
     """An algorithm by name, its loss with other settings."""
     algorithm = ALGORITHMS[name]
     return replace(algorithm, loss=replace(algorithm.loss, **settings))  # type: ignore[arg-type]

@@ -13,18 +13,18 @@ from typing import Any
 
 from alignment.endpoints.answer_store import AnswerStore
 from alignment.endpoints.write_buffer import WriteBuffer
-from alignment.engines.protocol import Generated
-from alignment.ranks import most_of_ranks, shares_of
-from alignment.rl.rollouts import Rollout, kept_in, row_of, share_file
-from alignment.rl.vllm_rollouts import ServedRollouts
+from alignment.engines.protocol import GeneratedResponse
+from alignment.ranks import all_gather_by_data_rank, all_reduce_max
+from alignment.rl.rollouts import Rollout, read_share, rollout_record, share_file
+from alignment.rl.vllm_rollouts import VLLMRollouts
 from megatron_ext.errors import UserError
 from megatron_ext.inference.sampling import Sampling
 
 
-class RolloutsAhead:
+class AsyncRollouts:
     """Draws one step ahead. Ranks make the same calls, each about its own share."""
 
-    def __init__(self, served: ServedRollouts, steps: int) -> None:
+    def __init__(self, served: VLLMRollouts, steps: int) -> None:
         """See the class.
 
         Args:
@@ -59,7 +59,7 @@ class RolloutsAhead:
         self.served.refresh()
         if not self.served.asks:
             return
-        known = kept_in(folder, self.served.engine)
+        known = read_share(folder, self.served.engine)
         missing = [one for one in wanted if f"rollout:{one[0]}:{one[1]}" not in known]
         self._stop.clear()
         self._thread = threading.Thread(
@@ -79,13 +79,15 @@ class RolloutsAhead:
         Raises:
             UserError: a server does not answer within its patience, or refuses.
         """
-        while most_of_ranks(int(self._thread is not None and self._thread.is_alive())):
+        while all_reduce_max(int(self._thread is not None and self._thread.is_alive())):
             check()
             if self._thread is not None:
                 self._thread.join(0.2)
         self._thread = None
         problem, self._problem = self._problem, None
-        if told := next((p for p in shares_of(self.served.engine, problem) if p), None):
+        if told := next(
+            (p for p in all_gather_by_data_rank(self.served.engine, problem) if p), None
+        ):
             raise UserError(told)
 
     def cancel(self) -> None:
@@ -121,10 +123,10 @@ class RolloutsAhead:
         """Draw responses, each written down as it comes."""
         async with WriteBuffer(store) as buffer:
 
-            async def keep(place: int, found: Generated) -> None:
+            async def keep(place: int, found: GeneratedResponse) -> None:
                 task, sample = wanted[place][:2]
                 fields = (found.tokens, found.log_probs, found.ended, version)
-                await buffer.add(*row_of(Rollout(task, sample, *fields)))
+                await buffer.add(*rollout_record(Rollout(task, sample, *fields)))
 
             prompts, seeds = [one[2] for one in wanted], [one[3] for one in wanted]
             await self.served.ask(prompts, sampling, seeds, keep)

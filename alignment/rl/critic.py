@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from alignment.engines.batch import Batch
-from alignment.engines.protocol import Engine, Scores, StepResult, Sums
-from alignment.ranks import shares_of
+from alignment.engines.batch import TokenBatch
+from alignment.engines.protocol import AlignmentEngine, LossSums, StepResult, TokenScores
+from alignment.ranks import all_gather_by_data_rank
 from alignment.rl.advantages import generalized_advantages
 from alignment.rounding import Floats, model_error, tolerance
 from megatron_ext.errors import UserError
@@ -25,25 +25,25 @@ _HEADS = ("lm_head.weight", "embed_tokens.weight")
 
 
 @dataclass(frozen=True)
-class Valuation:
+class CriticSettings:
     """How values become advantages, and are learnt.
 
     Attributes:
         discount: gamma.
-        trace: lambda of GAE.
+        gae_lambda: lambda of GAE.
         whiten: advantages from the mean over all trained tokens of a step, in standard deviations.
         clip: how far a value may move in a step before its token stops to pull; none for no bound.
         warmup: first steps in which the critic alone is trained.
     """
 
     discount: float = 1.0
-    trace: float = 0.95
+    gae_lambda: float = 0.95
     whiten: bool = True
     clip: float | None = None
     warmup: int = 0
 
     def __post_init__(self) -> None:
-        for flag, value in (("--gae-discount", self.discount), ("--gae-lambda", self.trace)):
+        for flag, value in (("--gae-discount", self.discount), ("--gae-lambda", self.gae_lambda)):
             if not 0 <= value <= 1:
                 raise UserError(f"{flag} {value} must be from 0 to 1")
         if self.clip is not None and self.clip <= 0:
@@ -55,12 +55,12 @@ class ValueLoss:
     """Half the mean squared distance of values from `returns`, over all trained tokens.
 
     Attributes:
-        clip: see `Valuation`; bounds the distance from `old_values`.
+        clip: see `CriticSettings`; bounds the distance from `old_values`.
     """
 
     clip: float | None = None
 
-    def __call__(self, scores: Scores, batch: Batch) -> Sums:
+    def __call__(self, scores: TokenScores, batch: TokenBatch) -> LossSums:
         assert scores.values is not None
         mask, old = batch.loss_mask, batch.extras["old_values"]
         loss = (scores.values - batch.extras["returns"]).square() / 2
@@ -70,7 +70,7 @@ class ValueLoss:
             bounded = (near - batch.extras["returns"]).square() / 2
             metrics["value_clipped"] = (((bounded > loss) & mask).sum(), mask.sum())
             loss = torch.maximum(loss, bounded)
-        return Sums(torch.where(mask, loss, 0).sum(), mask.sum(), metrics)
+        return LossSums(torch.where(mask, loss, 0).sum(), mask.sum(), metrics)
 
 
 class Critic:
@@ -78,9 +78,9 @@ class Critic:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: AlignmentEngine,
         seen: AbstractSet[int],
-        valuation: Valuation | None = None,
+        settings: CriticSettings | None = None,
         name: str = "the critic",
     ) -> None:
         """Give a token's row away, and set it to 0.
@@ -93,7 +93,7 @@ class Critic:
         Raises:
             UserError: its output layer is not found, or has fewer rows than there are tokens.
         """
-        self.engine, self.valuation = engine, valuation or Valuation()
+        self.engine, self.settings = engine, settings or CriticSettings()
         sizes = {name: len(tensor) for name, tensor in engine.parameters()}
         heads = [full for head in _HEADS for full in sizes if full.endswith(head)]
         if not heads:
@@ -116,7 +116,9 @@ class Critic:
                 tensor[self.token] = 0
             yield name, tensor
 
-    def judge(self, batches: Sequence[Batch]) -> tuple[list[Batch], dict[str, float]]:
+    def compute_advantages(
+        self, batches: Sequence[TokenBatch]
+    ) -> tuple[list[TokenBatch], dict[str, float]]:
         """Advantages by GAE of all batches of a step; a collective of all ranks.
 
         Args:
@@ -130,7 +132,7 @@ class Critic:
         values, returns = self._trained(judged, "old_values"), self._trained(judged, "returns")
         mean, spread = self._moments(advantages)
         rounding = self._rounding(values, returns)
-        if self.valuation.whiten:
+        if self.settings.whiten:
             judged = [_shifted(batch, mean, spread, rounding) for batch in judged]
         _, error = self._moments(returns - values)
         _, whole = self._moments(returns)
@@ -142,11 +144,11 @@ class Critic:
             "advantage_std": spread,
         }
 
-    def learn(self, batch: Batch) -> StepResult:
+    def train_step(self, batch: TokenBatch) -> StepResult:
         """An optimizer step on a judged batch."""
-        return self.engine.train_step(batch, ValueLoss(self.valuation.clip), values=self.token)
+        return self.engine.train_step(batch, ValueLoss(self.settings.clip), values=self.token)
 
-    def _with_values(self, batch: Batch) -> Batch:
+    def _with_values(self, batch: TokenBatch) -> TokenBatch:
         values = self.engine.values(batch, self.token).cpu()
         if not batch.rows:
             return batch
@@ -159,14 +161,14 @@ class Critic:
             advantages, returns = generalized_advantages(
                 rewards,
                 values[row, places].double().numpy(),
-                self.valuation.discount,
-                self.valuation.trace,
+                self.settings.discount,
+                self.settings.gae_lambda,
             )
             extras["advantage"][row, places] = torch.from_numpy(advantages).float()
             extras["returns"][row, places] = torch.from_numpy(returns).float()
         return replace(batch, extras=extras)
 
-    def _trained(self, batches: Sequence[Batch], name: str) -> Floats:
+    def _trained(self, batches: Sequence[TokenBatch], name: str) -> Floats:
         """Of this rank's trained tokens."""
         parts = [b.extras[name][b.loss_mask].double().numpy() for b in batches if b.rows]
         return np.concatenate(parts) if parts else np.zeros(0)
@@ -174,17 +176,21 @@ class Critic:
     def _rounding(self, *values: Floats) -> float:
         """The largest difference of values that rounding of the model explains, on all ranks."""
         error = model_error(self.engine.dtype)
-        return max(shares_of(self.engine, max(tolerance(each, error) for each in values)))
+        return max(
+            all_gather_by_data_rank(self.engine, max(tolerance(each, error) for each in values))
+        )
 
     def _moments(self, values: Floats) -> tuple[float, float]:
         """Mean and standard deviation (of a sample) over all ranks."""
-        counts, sums = zip(*shares_of(self.engine, (len(values), float(values.sum()))))
+        counts, sums = zip(
+            *all_gather_by_data_rank(self.engine, (len(values), float(values.sum())))
+        )
         mean = sum(sums) / max(sum(counts), 1)
-        squares = shares_of(self.engine, float(((values - mean) ** 2).sum()))
+        squares = all_gather_by_data_rank(self.engine, float(((values - mean) ** 2).sum()))
         return mean, float(np.sqrt(sum(squares) / max(sum(counts) - 1, 1)))
 
 
-def _responses(batch: Batch) -> Iterator[tuple[int, Tensor]]:
+def _responses(batch: TokenBatch) -> Iterator[tuple[int, Tensor]]:
     """Row and places of the trained tokens of every sample."""
     for row in range(batch.rows):
         for number in range(int(batch.samples[row].max()) + 1):
@@ -193,7 +199,7 @@ def _responses(batch: Batch) -> Iterator[tuple[int, Tensor]]:
                 yield row, mine.nonzero().flatten()
 
 
-def _shifted(batch: Batch, mean: float, spread: float, rounding: float) -> Batch:
+def _shifted(batch: TokenBatch, mean: float, spread: float, rounding: float) -> TokenBatch:
     """Advantages from their mean, in standard deviations; all 0 where their spread is rounding."""
     if not batch.rows:
         return batch

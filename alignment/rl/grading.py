@@ -14,19 +14,19 @@ import numpy as np
 from scipy import stats
 
 from alignment.data.chat_prompts import prompt_ids
-from alignment.engines.batch import Batch, Sample
-from alignment.engines.protocol import Engine
+from alignment.engines.batch import TokenBatch, TokenSample
+from alignment.engines.protocol import AlignmentEngine
 from alignment.judges.questions import Question
 from alignment.judges.reward_judges import Judge, rounding_error
 from alignment.monitors.lengths import Lengths
 from alignment.monitors.text_features import words_of
 from alignment.monitors.training_monitor import Monitor
-from alignment.ranks import in_order, most_of_ranks, shares_of
+from alignment.ranks import all_gather_by_data_rank, all_reduce_max, interleave
 from alignment.records import Outcome, Pair, Prompt, Response, Verdict
 from alignment.rl.judge_rewards import mean_score, response_of, text_of, win_of
 from alignment.rl.rollouts import Rollout
 from alignment.rounding import exceeds, is_constant, tolerance
-from alignment.seeds import seed_of
+from alignment.seeds import derive_seed
 from alignment.training.loop import EvaluationFailed
 from megatron_ext.errors import UserError
 from megatron_ext.inference.sampling import Sampling
@@ -36,7 +36,7 @@ PROXY, GOLD = "grade/proxy", "grade/gold"
 
 
 @dataclass(frozen=True)
-class Alarm:
+class GamingAlarm:
     """When a policy is taken to game its judge.
 
     Attributes:
@@ -75,7 +75,7 @@ class Grader:
 
     def __init__(
         self,
-        policy: Engine,
+        policy: AlignmentEngine,
         tokenizer: Any,
         prompts: Sequence[Prompt],
         sampling: Sampling,
@@ -83,11 +83,11 @@ class Grader:
         folder: Path,
         *,
         template: Mapping[str, Any],
-        reference: Callable[[Batch, float], Any] | None,
+        reference: Callable[[TokenBatch, float], Any] | None,
         length: int,
         rows: int,
         monitor: Monitor,
-        alarm: Alarm,
+        alarm: GamingAlarm,
         check: Callable[[], None],
         writes: bool,
         max_failed: float = 0.2,
@@ -133,11 +133,11 @@ class Grader:
         size, rank = self.policy.data_size, self.policy.data_rank
         mine = self.asked[rank::size]
         rollouts: list[Rollout] = []
-        for begin in range(0, most_of_ranks(len(mine)), self.rows):
+        for begin in range(0, all_reduce_max(len(mine)), self.rows):
             self.check()
             part = mine[begin : begin + self.rows]
             # The same seeds every time: gradings differ by the policy, not by luck.
-            seeds = [seed_of("grading", prompt.id) for prompt, _ in part]
+            seeds = [derive_seed("grading", prompt.id) for prompt, _ in part]
             found = self.policy.generate([ids for _, ids in part], self.sampling, seeds)
             rollouts += [
                 Rollout(prompt.id, 0, g.tokens, g.log_probs, g.ended)
@@ -159,7 +159,9 @@ class Grader:
             failed = [[v for v in column if v.outcome is Outcome.FAILED] for column in columns]
             failures[name] = [verdicts[0].reason for verdicts in failed if verdicts]
         divergence = self._divergence(mine, rollouts)
-        whole = shares_of(self.policy, (responses, rollouts, scores, divergence, failures))
+        whole = all_gather_by_data_rank(
+            self.policy, (responses, rollouts, scores, divergence, failures)
+        )
         self._see_that_judges_answer(whole)
         row = self._row(step, whole)
         self.history = [r for r in self.history if r["step"] < step] + [row]
@@ -230,9 +232,9 @@ class Grader:
         self.monitor = replace(self.monitor, usual=usual)
 
     def _row(self, step: int, shares: Sequence[Any]) -> dict[str, Any]:
-        responses: list[Response] = in_order([share[0] for share in shares])
-        rollouts: list[Rollout] = in_order([share[1] for share in shares])
-        scores = {name: in_order([share[2][name] for share in shares]) for name in self.judges}
+        responses: list[Response] = interleave([share[0] for share in shares])
+        rollouts: list[Rollout] = interleave([share[1] for share in shares])
+        scores = {name: interleave([share[2][name] for share in shares]) for name in self.judges}
         divergences = [d for share in shares for d in share[3]]
         row: dict[str, Any] = {"step": step}
         if not step:
@@ -334,11 +336,11 @@ class Grader:
         if self.reference is None:
             return []
         samples = [
-            Sample([*ids, *rollout.tokens], len(ids))
+            TokenSample([*ids, *rollout.tokens], len(ids))
             for (_, ids), rollout in zip(mine, rollouts)
             if rollout.tokens
         ]
-        batch = Batch.of(samples)
+        batch = TokenBatch.of(samples)
         temperature = self.sampling.temperature
         own = self.policy.log_probs(batch, temperature=temperature).log_probs.cpu()
         change = (own - self.reference(batch, temperature).cpu()) * batch.loss_mask

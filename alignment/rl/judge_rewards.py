@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 
 from alignment.data.chat_prompts import decoded
-from alignment.engines.protocol import Generated
+from alignment.engines.protocol import GeneratedResponse
 from alignment.judges.questions import Question
 from alignment.judges.reward_judges import Judge, rounding_error
 from alignment.records import Outcome, Pair, Prompt, Response, Side, Verdict
-from alignment.rl.rollouts import Rewarded, Rollout
-from alignment.rl.tasks import Task
+from alignment.rl.rollouts import RewardResult, Rollout
+from alignment.rl.tasks import PromptTask
 from alignment.rounding import EXACT, tolerance
 
 
@@ -31,8 +31,8 @@ class JudgeReward:
         self.judges, self.tokenizer, self.pairwise = judges, tokenizer, pairwise
 
     def __call__(
-        self, groups: Sequence[tuple[Task, Sequence[Rollout]]], check: Callable[[], None]
-    ) -> list[list[Rewarded]]:
+        self, groups: Sequence[tuple[PromptTask, Sequence[Rollout]]], check: Callable[[], None]
+    ) -> list[list[RewardResult]]:
         texts = [[text_of(self.tokenizer, r) for r in rollouts] for _, rollouts in groups]
         questions = self._matches(groups, texts) if self.pairwise else self._scores(groups, texts)
         verdicts = [judge.judge(questions, check) for judge in self.judges]  # [judges][questions]
@@ -40,7 +40,7 @@ class JudgeReward:
         return give(groups, texts, [list(each) for each in zip(*verdicts)])
 
     def _scores(
-        self, groups: Sequence[tuple[Task, Sequence[Rollout]]], texts: Sequence[Sequence[str]]
+        self, groups: Sequence[tuple[PromptTask, Sequence[Rollout]]], texts: Sequence[Sequence[str]]
     ) -> list[Question]:
         return [
             Question(response_of(task.about, rollout, text))
@@ -50,15 +50,15 @@ class JudgeReward:
 
     def _means(
         self,
-        groups: Sequence[tuple[Task, Sequence[Rollout]]],
+        groups: Sequence[tuple[PromptTask, Sequence[Rollout]]],
         texts: Sequence[Sequence[str]],
         verdicts: Sequence[Sequence[Verdict]],
-    ) -> list[list[Rewarded]]:
+    ) -> list[list[RewardResult]]:
         found, error = iter(verdicts), rounding_error(self.judges)
         return [[_mean(next(found), text, error) for text in own] for own in texts]
 
     def _matches(
-        self, groups: Sequence[tuple[Task, Sequence[Rollout]]], texts: Sequence[Sequence[str]]
+        self, groups: Sequence[tuple[PromptTask, Sequence[Rollout]]], texts: Sequence[Sequence[str]]
     ) -> list[Question]:
         return [
             Question(
@@ -71,10 +71,10 @@ class JudgeReward:
 
     def _win_rates(
         self,
-        groups: Sequence[tuple[Task, Sequence[Rollout]]],
+        groups: Sequence[tuple[PromptTask, Sequence[Rollout]]],
         texts: Sequence[Sequence[str]],
         verdicts: Sequence[Sequence[Verdict]],
-    ) -> list[list[Rewarded]]:
+    ) -> list[list[RewardResult]]:
         found = iter(verdicts)
         rewarded = []
         for own in texts:
@@ -90,7 +90,7 @@ class JudgeReward:
                 wins[b].append(1 - win)
             rewarded.append(
                 [
-                    Rewarded(
+                    RewardResult(
                         float(np.mean(w)), "preference", {"text": text, "matches": len(w)}, EXACT
                     )
                     if w
@@ -122,7 +122,7 @@ def mean_score(verdicts: Sequence[Verdict]) -> float | None:
     return float(np.mean(known)) if len(known) == len(scores) else None
 
 
-def text_of(tokenizer: Any, rollout: Rollout | Generated) -> str:
+def text_of(tokenizer: Any, rollout: Rollout | GeneratedResponse) -> str:
     """A response, without the token that ended it."""
     tokens = rollout.tokens[:-1] if rollout.ended else rollout.tokens
     return decoded(tokenizer, tokens)
@@ -133,16 +133,16 @@ def response_of(prompt: Prompt, rollout: Rollout, text: str) -> Response:
     return Response(rollout.key, prompt, text, "policy")
 
 
-def _mean(verdicts: Sequence[Verdict], text: str, error: float) -> Rewarded:
+def _mean(verdicts: Sequence[Verdict], text: str, error: float) -> RewardResult:
     """The mean over judges whose scores have a relative error."""
     if (mean := mean_score(verdicts)) is None:
         return _without(verdicts, text)
     scores = [verdict.score for verdict in verdicts if verdict.score is not None]
     facts = {"text": text, "scores": scores}
-    return Rewarded(mean, str(Outcome.SCORE), facts, tolerance(scores, error))
+    return RewardResult(mean, str(Outcome.SCORE), facts, tolerance(scores, error))
 
 
-def _without(verdicts: Sequence[Verdict], text: str) -> Rewarded:
+def _without(verdicts: Sequence[Verdict], text: str) -> RewardResult:
     facts = {"text": text, "reasons": sorted({v.reason for v in verdicts if v.reason})[:4]}
     failed = any(verdict.outcome is Outcome.FAILED for verdict in verdicts)
-    return Rewarded(None, str(Outcome.FAILED if failed else Outcome.UNPARSEABLE), facts)
+    return RewardResult(None, str(Outcome.FAILED if failed else Outcome.UNPARSEABLE), facts)

@@ -13,8 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from alignment.engines.batch import PADDING, Batch
-from alignment.engines.protocol import Scores, Sums
+from alignment.engines.batch import PADDING, TokenBatch
+from alignment.engines.protocol import LossSums, TokenScores
 from megatron_ext.errors import UserError
 
 Aggregation = Literal["token-mean", "sample-mean", "sample-sum"]
@@ -70,7 +70,7 @@ class PolicyLoss:
         if self.max_tokens < 1:
             raise UserError(f"max_tokens {self.max_tokens} must be at least 1")
 
-    def __call__(self, scores: Scores, batch: Batch) -> Sums:
+    def __call__(self, scores: TokenScores, batch: TokenBatch) -> LossSums:
         mask, extras = batch.loss_mask, batch.extras
         log_probs, advantage = scores.log_probs, extras["advantage"]
         sample = _sample_index(batch)
@@ -127,14 +127,14 @@ class PolicyLoss:
         mask: Tensor,
         sample: Tensor,
         metrics: Mapping[str, tuple[Tensor, Tensor]],
-    ) -> Sums:
+    ) -> LossSums:
         if self.aggregation == "token-mean":
-            return Sums(loss.sum(), mask.sum(), metrics)
+            return LossSums(loss.sum(), mask.sum(), metrics)
         tokens = _sums(mask.to(loss.dtype), sample)
         samples = (tokens > 0).sum()
         if self.aggregation == "sample-sum":
-            return Sums(loss.sum(), samples * self.max_tokens, metrics)
-        return Sums((_sums(loss, sample) / tokens.clamp(min=1)).sum(), samples, metrics)
+            return LossSums(loss.sum(), samples * self.max_tokens, metrics)
+        return LossSums((_sums(loss, sample) / tokens.clamp(min=1)).sum(), samples, metrics)
 
 
 # The paper (arXiv 2603.12246) clips GRPO at 0.2 and 0.3, without a divergence.
@@ -179,7 +179,7 @@ def kl(log_probs: Tensor, other: Tensor, estimator: Divergence) -> Tensor:
     return torch.expm1(-change) + change
 
 
-def _sample_index(batch: Batch) -> Tensor:
+def _sample_index(batch: TokenBatch) -> Tensor:
     """Of each token, a number that its sample alone has; padding has one of its own a row."""
     rows, length = batch.samples.shape
     row = torch.arange(rows, device=batch.samples.device).unsqueeze(1)

@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from alignment.data.source_rows import RecordWriter
-from alignment.engines.batch import Sample
-from alignment.engines.protocol import Engine
+from alignment.engines.batch import TokenSample
+from alignment.engines.protocol import AlignmentEngine
 from alignment.monitors.text_features import shown
 from alignment.monitors.training_monitor import BatchFindings
-from alignment.ranks import shares_of, shares_on_first
+from alignment.ranks import all_gather_by_data_rank, gather_by_data_rank
 from alignment.records import Response
 from alignment.rl.grading import Grader
 from alignment.rl.judge_rewards import text_of
-from alignment.rl.tasks import Group, Settings
-from alignment.training.training_run import Run
+from alignment.rl.tasks import Group, RLSettings
+from alignment.training.training_run import TrainingRun
 from megatron_ext.training.saving import write_atomically
 
 
@@ -30,9 +30,9 @@ class Watch:
 
     def __init__(
         self,
-        run: Run,
+        run: TrainingRun,
         grader: Grader,
-        settings: Settings,
+        settings: RLSettings,
         *,
         routing_interval: int,
         routing_samples: int,
@@ -64,7 +64,7 @@ class Watch:
             for rollout, rewarded in zip(rollouts, rewards)
             for text in [text_of(self.grader.tokenizer, rollout)]
         ]
-        shares = shares_on_first(self.run.engine, own)
+        shares = gather_by_data_rank(self.run.engine, own)
         # One response of every prompt before a second one of any; the same on every layout.
         rows = sorted((row for share in shares for row in share), key=lambda row: row[:2])
         if self.run.writes and rows:
@@ -107,7 +107,7 @@ def keep_responses(folder: Path, step: int, responses: Sequence[Response]) -> No
 
 
 def routing_of(
-    engine: Engine, groups: Sequence[Group], most: int, settings: Settings
+    engine: AlignmentEngine, groups: Sequence[Group], most: int, settings: RLSettings
 ) -> Mapping[str, float]:
     """How far apart generation and training route some of a step's responses; a collective.
 
@@ -117,13 +117,13 @@ def routing_of(
         most: Number of responses of all ranks together.
     """
     own = [
-        (rollout.sample, task.id, Sample([*task.prompt, *rollout.tokens], len(task.prompt)))
+        (rollout.sample, task.id, TokenSample([*task.prompt, *rollout.tokens], len(task.prompt)))
         for task, rollouts, _ in groups
         for rollout in rollouts
         if rollout.tokens
     ]
     # The first of all ranks are among the first of each rank.
-    shares = shares_of(engine, sorted(own, key=lambda row: row[:2])[:most])
+    shares = all_gather_by_data_rank(engine, sorted(own, key=lambda row: row[:2])[:most])
     everyones = sorted((row for share in shares for row in share), key=lambda row: row[:2])
     mine = [sample for _, _, sample in everyones[:most]][engine.data_rank :: engine.data_size]
     return engine.routing_gap(mine, settings.length, settings.sampling.temperature)

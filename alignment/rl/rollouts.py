@@ -15,8 +15,8 @@ from typing import Any
 import torch.distributed as dist
 
 from alignment.endpoints.answer_store import AnswerStore
-from alignment.engines.protocol import Engine
-from alignment.ranks import agree, speaks_for_share
+from alignment.engines.protocol import AlignmentEngine
+from alignment.ranks import is_share_leader, raise_on_all_ranks
 from alignment.records import Outcome
 from megatron_ext.errors import UserError
 
@@ -48,7 +48,7 @@ class Rollout:
 
 
 @dataclass(frozen=True)
-class Rewarded:
+class RewardResult:
     """What a response is worth.
 
     Attributes:
@@ -68,13 +68,13 @@ class Rewarded:
 class RolloutStore:
     """The rollouts and rewards of one step. Ranks make the same calls, each about its own share."""
 
-    def __init__(self, folder: Path, engine: Engine) -> None:
+    def __init__(self, folder: Path, engine: AlignmentEngine) -> None:
         """Read what is there; a collective."""
         folder.mkdir(parents=True, exist_ok=True)
         self._known: dict[str, Any] = {}
-        self._known |= kept_in(folder, engine)
+        self._known |= read_share(folder, engine)
         self._file: AnswerStore | None = None
-        writes = speaks_for_share(engine)  # also: all have read before one writes
+        writes = is_share_leader(engine)  # also: all have read before one writes
         if writes:
             self._file = AnswerStore(share_file(folder, "share", engine))
 
@@ -90,22 +90,22 @@ class RolloutStore:
         found = self._known.get(f"rollout:{task}:{sample}")
         return None if found is None else Rollout(**found)
 
-    def reward(self, rollout: Rollout) -> Rewarded | None:
+    def reward(self, rollout: Rollout) -> RewardResult | None:
         """One that is kept."""
         found = self._known.get(f"reward:{rollout.key}")
-        return None if found is None else Rewarded(**found)
+        return None if found is None else RewardResult(**found)
 
     def keep_rollouts(self, rollouts: Sequence[Rollout]) -> None:
-        self._keep([row_of(rollout) for rollout in rollouts])
+        self._keep([rollout_record(rollout) for rollout in rollouts])
 
-    def keep_rewards(self, rewards: Sequence[tuple[Rollout, Rewarded]]) -> None:
+    def keep_rewards(self, rewards: Sequence[tuple[Rollout, RewardResult]]) -> None:
         """Those of calls that failed are for now alone: a run that goes on asks again, unless they
         are settled."""
         rows = [_reward_row(*one) for one in rewards]
         self._known |= dict(rows)
         self._keep([row for row in rows if row[1]["outcome"] != Outcome.FAILED])
 
-    def settle(self, rewards: Sequence[tuple[Rollout, Rewarded]]) -> None:
+    def settle(self, rewards: Sequence[tuple[Rollout, RewardResult]]) -> None:
         """Let failures stand: of a step that is trained without them. The steps after it were drawn
         by the weights that came of that."""
         self._keep([_reward_row(r, w) for r, w in rewards if w.outcome == Outcome.FAILED])
@@ -123,10 +123,10 @@ class RolloutStore:
                     f"rollouts cannot be kept in {self._file.path}: {error.strerror}"
                 ) from error
 
-        agree(write)
+        raise_on_all_ranks(write)
 
 
-def forget_before(folder: Path, step: int) -> None:
+def remove_rollouts_before(folder: Path, step: int) -> None:
     """Remove the rollouts of steps before this one; rank 0 does."""
     if dist.get_rank() == 0 and folder.is_dir():
         for place in folder.iterdir():
@@ -135,21 +135,21 @@ def forget_before(folder: Path, step: int) -> None:
     dist.barrier()
 
 
-def folder_of(root: Path, step: int) -> Path:
+def step_folder(root: Path, step: int) -> Path:
     """Return the folder of a step's rollouts."""
     return root / f"step_{step:06d}"
 
 
-def _reward_row(rollout: Rollout, rewarded: Rewarded) -> tuple[str, dict[str, Any]]:
+def _reward_row(rollout: Rollout, rewarded: RewardResult) -> tuple[str, dict[str, Any]]:
     return f"reward:{rollout.key}", {**asdict(rewarded), "facts": dict(rewarded.facts)}
 
 
-def row_of(rollout: Rollout) -> tuple[str, dict[str, Any]]:
+def rollout_record(rollout: Rollout) -> tuple[str, dict[str, Any]]:
     """As a store keeps it: key and content."""
     return f"rollout:{rollout.key}", asdict(rollout)
 
 
-def share_file(folder: Path, kind: str, engine: Engine) -> Path:
+def share_file(folder: Path, kind: str, engine: AlignmentEngine) -> Path:
     """Return the file that this rank's share of the data has in the folder of a step.
 
     The name says how many shares there are. A run that resumes on another number of ranks finds
@@ -158,7 +158,7 @@ def share_file(folder: Path, kind: str, engine: Engine) -> Path:
     return folder / f"{kind}_{engine.data_rank:05d}_of_{engine.data_size:05d}.jsonl"
 
 
-def kept_in(folder: Path, engine: Engine) -> dict[str, Any]:
+def read_share(folder: Path, engine: AlignmentEngine) -> dict[str, Any]:
     """Return the rollouts and rewards of this rank's share in the folder of a step, by key.
 
     Files of the other shares of this number of ranks are not read: they hold other prompts. Files

@@ -7,22 +7,26 @@ from typing import Any
 import numpy as np
 import torch
 
-from alignment.engines.batch import Batch
-from alignment.engines.protocol import Engine, StepResult
-from alignment.ranks import shares_of
+from alignment.engines.batch import TokenBatch
+from alignment.engines.protocol import AlignmentEngine, StepResult
+from alignment.ranks import all_gather_by_data_rank
 from alignment.rl.advantages import informative
 from alignment.rl.tasks import Group
 
 
-def facts_of(engine: Engine, groups: Sequence[Group]) -> dict[str, Any]:
+def response_metrics(engine: AlignmentEngine, groups: Sequence[Group]) -> dict[str, Any]:
     """Of the responses of all ranks, before the step; a collective."""
     flat = [
         (w.reward, len(r.tokens), r.ended, len(task.prompt), engine.step - r.version)
         for task, rollouts, rewards in groups
         for r, w in zip(rollouts, rewards)
     ]
-    rows = [row for share in shares_of(engine, flat) for row in share]
-    told = [d for share in shares_of(engine, list(map(differ, groups))) for d in share]
+    rows = [row for share in all_gather_by_data_rank(engine, flat) for row in share]
+    told = [
+        d
+        for share in all_gather_by_data_rank(engine, list(map(rewards_differ, groups)))
+        for d in share
+    ]
     rewards_ = [row[0] for row in rows if row[0] is not None]
     count = max(1, len(rows))
     return {
@@ -36,7 +40,9 @@ def facts_of(engine: Engine, groups: Sequence[Group]) -> dict[str, Any]:
     }
 
 
-def failures_of(engine: Engine, groups: Sequence[Group]) -> tuple[dict[str, float], Counter[str]]:
+def failure_metrics(
+    engine: AlignmentEngine, groups: Sequence[Group]
+) -> tuple[dict[str, float], Counter[str]]:
     """Shares of the responses of all ranks that have no reward, and how often what was given as the
     reason; a collective.
 
@@ -49,7 +55,7 @@ def failures_of(engine: Engine, groups: Sequence[Group]) -> tuple[dict[str, floa
         for _, _, rewards in groups
         for w in rewards
     ]
-    rows = [row for share in shares_of(engine, outcomes) for row in share]
+    rows = [row for share in all_gather_by_data_rank(engine, outcomes) for row in share]
     count = max(1, len(rows))
     shares = {
         "unrewarded": sum(row[0] for row in rows) / count,
@@ -59,13 +65,13 @@ def failures_of(engine: Engine, groups: Sequence[Group]) -> tuple[dict[str, floa
     return shares, Counter(reason for row in rows for reason in row[2])
 
 
-def differ(group: Group) -> bool:
+def rewards_differ(group: Group) -> bool:
     """Whether two of a group's rewards do."""
     rewards, errors = [w.reward for w in group[2]], [w.error for w in group[2]]
     return bool(informative(rewards, [0] * len(rewards), errors).any())
 
 
-def gap_of(engine: Engine, batches: Sequence[Batch]) -> dict[str, float]:
+def rollout_gap(engine: AlignmentEngine, batches: Sequence[TokenBatch]) -> dict[str, float]:
     """How far the sampler's log-probabilities are from those of training; a collective.
 
     Returns:
@@ -79,7 +85,9 @@ def gap_of(engine: Engine, batches: Sequence[Batch]) -> dict[str, float]:
     ]
     own = torch.cat([torch.zeros(0), *differences]).double()
     most = float(own.abs().max()) if len(own) else 0.0
-    shares = shares_of(engine, (float(own.abs().sum()), float(own.sum()), len(own), most))
+    shares = all_gather_by_data_rank(
+        engine, (float(own.abs().sum()), float(own.sum()), len(own), most)
+    )
     count = max(1, sum(share[2] for share in shares))
     return {
         "rollout_gap": sum(share[0] for share in shares) / count,
@@ -88,7 +96,7 @@ def gap_of(engine: Engine, batches: Sequence[Batch]) -> dict[str, float]:
     }
 
 
-def updates_told(results: Sequence[StepResult], prefix: str = "") -> dict[str, float]:
+def update_metrics(results: Sequence[StepResult], prefix: str = "") -> dict[str, float]:
     """Return the mean figures of the optimizer steps that one step of learning made.
 
     Steps that were skipped because fp16 gradients overflowed have no norm of gradients; they are

@@ -9,9 +9,9 @@ renormalized over the tokens that top-k and top-p leave; by default at temperatu
 from collections.abc import Sequence
 from dataclasses import replace
 
-from alignment.engines.batch import Batch
-from alignment.engines.protocol import Engine
-from alignment.rl.step_metrics import gap_of
+from alignment.engines.batch import TokenBatch
+from alignment.engines.protocol import AlignmentEngine
+from alignment.rl.step_metrics import rollout_gap
 from megatron_ext.errors import UserError
 
 # Nats. Rounding in bf16, and routing that it flips, stays well below the second one.
@@ -35,8 +35,8 @@ def refuse_truncation(top_k: int, top_p: float) -> None:
 
 
 def check_served_log_probs(
-    engine: Engine,
-    batches: Sequence[Batch],
+    engine: AlignmentEngine,
+    batches: Sequence[TokenBatch],
     temperature: float,
     *,
     fresh: bool,
@@ -53,13 +53,13 @@ def check_served_log_probs(
     Raises:
         UserError: they are of temperature 1, or far from those of training.
     """
-    found = gap_of(engine, batches)
+    found = rollout_gap(engine, batches)
     advice = (
         "Start the servers with --logprobs-mode processed_logprobs, on the folder that the "
         "training writes, and give the same command"
     )
     if thorough and temperature != 1 and found["rollout_gap"] > _COMPARABLE:
-        raw = gap_of(engine, [_at_temperature_one(engine, batch) for batch in batches])
+        raw = rollout_gap(engine, [_at_temperature_one(engine, batch) for batch in batches])
         if raw["rollout_gap"] < found["rollout_gap"] / 2:
             raise UserError(
                 "the log-probabilities of --rollout-url are those of temperature 1, and responses "
@@ -73,6 +73,6 @@ def check_served_log_probs(
         )
 
 
-def _at_temperature_one(engine: Engine, batch: Batch) -> Batch:
+def _at_temperature_one(engine: AlignmentEngine, batch: TokenBatch) -> TokenBatch:
     values = engine.log_probs(batch, temperature=1.0).log_probs.cpu()
     return replace(batch, extras={**batch.extras, "old_log_probs": values})

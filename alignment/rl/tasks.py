@@ -6,15 +6,15 @@ from typing import Any, Protocol
 
 import torch
 
-from alignment.engines.batch import Batch
+from alignment.engines.batch import TokenBatch
 from alignment.rl.algorithms import Algorithm
-from alignment.rl.rollouts import Rewarded, Rollout
+from alignment.rl.rollouts import RewardResult, Rollout
 from megatron_ext.errors import UserError
 from megatron_ext.inference.sampling import Sampling
 
 
 @dataclass(frozen=True)
-class Task:
+class PromptTask:
     """A prompt to be answered.
 
     Attributes:
@@ -27,12 +27,12 @@ class Task:
     about: Any
 
 
-class Reward(Protocol):
+class RewardFunction(Protocol):
     """Rewards responses; a collective of all ranks, each with groups of its own."""
 
     def __call__(
-        self, groups: Sequence[tuple[Task, Sequence[Rollout]]], check: Callable[[], None]
-    ) -> Sequence[Sequence[Rewarded]]:
+        self, groups: Sequence[tuple[PromptTask, Sequence[Rollout]]], check: Callable[[], None]
+    ) -> Sequence[Sequence[RewardResult]]:
         """The rewards of each group's responses.
 
         Args:
@@ -42,7 +42,7 @@ class Reward(Protocol):
 
 
 @dataclass(frozen=True)
-class Settings:
+class RLSettings:
     """Of the learning.
 
     Attributes:
@@ -79,5 +79,5 @@ class Settings:
             )
 
 
-Group = tuple[Task, list[Rollout], list[Rewarded]]
-Reference = Callable[[Batch, float], torch.Tensor]
+Group = tuple[PromptTask, list[Rollout], list[RewardResult]]
+ReferenceLogProbs = Callable[[TokenBatch, float], torch.Tensor]

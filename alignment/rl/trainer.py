@@ -13,18 +13,30 @@ from typing import Any
 
 import numpy as np
 
-from alignment.engines.batch import Batch, Sample
-from alignment.engines.protocol import Engine, Generated
-from alignment.ranks import most_of_ranks, shares_of
+from alignment.engines.batch import TokenBatch, TokenSample
+from alignment.engines.protocol import AlignmentEngine, GeneratedResponse
+from alignment.ranks import all_gather_by_data_rank, all_reduce_max
 from alignment.rl.advantages import group_advantages, overlong_penalty
-from alignment.rl.async_rollouts import RolloutsAhead
+from alignment.rl.async_rollouts import AsyncRollouts
 from alignment.rl.critic import Critic
-from alignment.rl.rollouts import Rewarded, Rollout, RolloutStore, folder_of, forget_before
-from alignment.rl.step_metrics import differ, facts_of, failures_of, gap_of, updates_told
+from alignment.rl.rollouts import (
+    RewardResult,
+    Rollout,
+    RolloutStore,
+    remove_rollouts_before,
+    step_folder,
+)
+from alignment.rl.step_metrics import (
+    failure_metrics,
+    response_metrics,
+    rewards_differ,
+    rollout_gap,
+    update_metrics,
+)
 from alignment.rl.supports import check_served_log_probs, refuse_truncation
-from alignment.rl.tasks import Group, Reference, Reward, Settings, Task
-from alignment.seeds import seed_of
-from alignment.training.training_run import Run
+from alignment.rl.tasks import Group, PromptTask, ReferenceLogProbs, RewardFunction, RLSettings
+from alignment.seeds import derive_seed
+from alignment.training.training_run import TrainingRun
 from megatron_ext.errors import UserError
 
 
@@ -33,17 +45,17 @@ class ReinforcementStep:
 
     def __init__(
         self,
-        engine: Engine,
-        run: Run,
-        tasks: Sequence[Task],
-        reward: Reward,
-        settings: Settings,
+        engine: AlignmentEngine,
+        run: TrainingRun,
+        tasks: Sequence[PromptTask],
+        reward: RewardFunction,
+        settings: RLSettings,
         seed: int,
-        reference: Reference | None = None,
+        reference: ReferenceLogProbs | None = None,
         watch: Callable[[int, Sequence[Group]], Mapping[str, Any]] | None = None,
-        generate: Callable[..., Sequence[Generated]] | None = None,
+        generate: Callable[..., Sequence[GeneratedResponse]] | None = None,
         critic: Critic | None = None,
-        ahead: RolloutsAhead | None = None,
+        ahead: AsyncRollouts | None = None,
     ) -> None:
         """See the class.
 
@@ -92,13 +104,13 @@ class ReinforcementStep:
         self._orders: dict[int, np.ndarray] = {}
 
     def __call__(self, step: int) -> Mapping[str, Any]:
-        forget_before(self._rollouts, self.run.saved)
+        remove_rollouts_before(self._rollouts, self.run.saved)
         begin = time.perf_counter()
         times = self._wait_for_ahead()
-        with RolloutStore(folder_of(self._rollouts, step), self.engine) as store:
+        with RolloutStore(step_folder(self._rollouts, step), self.engine) as store:
             groups, asked, draws = self._gather(step, store, times)
-            failures, reasons = failures_of(self.engine, asked)
-            facts = facts_of(self.engine, groups) | failures | {"draws": draws}
+            failures, reasons = failure_metrics(self.engine, asked)
+            facts = response_metrics(self.engine, groups) | failures | {"draws": draws}
             row = facts | (dict(self.watch(step, groups)) if self.watch else {})
             self._refuse_failures(facts, reasons)
             store.settle([one for _, sampled, given in asked for one in zip(sampled, given)])
@@ -141,17 +153,17 @@ class ReinforcementStep:
             asked += groups
             places = {task.id: place for place, task in enumerate(drawn)}
             for group in groups:
-                equal = dynamic and not differ(group)
+                equal = dynamic and not rewards_differ(group)
                 if not equal or draw == last - 1:  # at the last, equal ones fill what is left
                     kept.append(((equal, draw, places[group[0].id]), group))
-            ranked = shares_of(self.engine, [place for place, _ in kept])
+            ranked = all_gather_by_data_rank(self.engine, [place for place, _ in kept])
             first = sorted(place for share in ranked for place in share)[: self.settings.groups]
             if len(first) == self.settings.groups:
                 break
         wanted = set(first)
         return [group for place, group in kept if place in wanted], asked, draw + 1
 
-    def _draw(self, step: int, draw: int) -> list[Task]:
+    def _draw(self, step: int, draw: int) -> list[PromptTask]:
         """The prompts of a step; those of a further draw are drawn at random."""
         count, size = len(self.tasks), self.settings.groups
         if draw:
@@ -168,11 +180,13 @@ class ReinforcementStep:
             self._orders[epoch] = np.random.default_rng((self.seed, epoch)).permutation(count)
         return [self.tasks[i] for i in self._orders[epoch][part * size : (part + 1) * size]]
 
-    def _sample(self, step: int, tasks: Sequence[Task], store: RolloutStore) -> list[list[Rollout]]:
+    def _sample(
+        self, step: int, tasks: Sequence[PromptTask], store: RolloutStore
+    ) -> list[list[Rollout]]:
         size = self.settings.group_size
         wanted = self._wanted(step, tasks)
         missing = [one for one in wanted if store.rollout(one[0], one[1]) is None]
-        for begin in range(0, most_of_ranks(len(missing)), self.settings.rows):
+        for begin in range(0, all_reduce_max(len(missing)), self.settings.rows):
             self.run.check_signals()
             part = missing[begin : begin + self.settings.rows]
             prompts, seeds = [one[2] for one in part], [one[3] for one in part]
@@ -189,11 +203,11 @@ class ReinforcementStep:
         return sampled
 
     def _wanted(
-        self, step: int, tasks: Sequence[Task]
+        self, step: int, tasks: Sequence[PromptTask]
     ) -> list[tuple[str, int, Sequence[int], int]]:
         """Of each response to draw: task, sample of it, prompt and seed."""
         return [
-            (task.id, sample, task.prompt, seed_of(self.seed, step, task.id, sample))
+            (task.id, sample, task.prompt, derive_seed(self.seed, step, task.id, sample))
             for task in tasks
             for sample in range(self.settings.group_size)
         ]
@@ -202,26 +216,26 @@ class ReinforcementStep:
         if self.ahead is None:
             return
         mine = self._draw(step, 0)[self.engine.data_rank :: self.engine.data_size]
-        folder = folder_of(self._rollouts, step)
+        folder = step_folder(self._rollouts, step)
         self.ahead.start(step, folder, self._wanted(step, mine), self.settings.sampling)
 
     def _refuse_stale(self, step: int, sampled: Sequence[Sequence[Rollout]]) -> None:
         """Responses are of the present weights, or of those before the last step at most."""
         behind = [abs(self.engine.step - r.version) for group in sampled for r in group]
-        most = most_of_ranks(max(behind, default=0))
+        most = all_reduce_max(max(behind, default=0))
         if most > (0 if self.ahead is None else self.settings.mini_batches):
             raise UserError(
-                f"responses in {folder_of(self._rollouts, step)} were drawn {most} optimizer steps "
-                "before the policy: remove that folder, and they are drawn anew"
+                f"responses in {step_folder(self._rollouts, step)} were drawn {most} optimizer "
+                "steps before the policy: remove that folder, and they are drawn anew"
             )
 
     def _reward(
-        self, tasks: Sequence[Task], sampled: Sequence[list[Rollout]], store: RolloutStore
+        self, tasks: Sequence[PromptTask], sampled: Sequence[list[Rollout]], store: RolloutStore
     ) -> list[Group]:
         groups = list(zip(tasks, sampled))
         missing = [(t, rs) for t, rs in groups if any(store.reward(r) is None for r in rs)]
         each = max(1, self.settings.rows // self.settings.group_size)
-        for begin in range(0, most_of_ranks(len(missing)), each):
+        for begin in range(0, all_reduce_max(len(missing)), each):
             self.run.check_signals()
             part = missing[begin : begin + each]
             found = self.reward(part, self.run.check_signals)
@@ -246,44 +260,44 @@ class ReinforcementStep:
             fresh: all ranks' responses were drawn with the present weights.
         """
         batches = [
-            Batch.packed(samples, self.settings.length)
+            TokenBatch.packed(samples, self.settings.length)
             for samples in self._mini_batches(step, groups)
         ]
-        if not most_of_ranks(sum(batch.rows for batch in batches)):
+        if not all_reduce_max(sum(batch.rows for batch in batches)):
             return {"skipped": 1}
         temperature = self.settings.sampling.temperature
         batches = [self._with_log_probs(batch, temperature) for batch in batches]
         loss, critic = self.settings.algorithm.loss, self.critic
-        row = {"skipped": 0, **gap_of(self.engine, batches)}
+        row = {"skipped": 0, **rollout_gap(self.engine, batches)}
         if self.served:
             check_served_log_probs(
                 self.engine, batches, temperature, fresh=fresh, thorough=not self._compared
             )
             self._compared = True
         if critic is not None:
-            batches, told = critic.judge(batches)
+            batches, told = critic.compute_advantages(batches)
             row |= told
         results, valued = [], []
         for batch in batches:
-            if not most_of_ranks(batch.rows):
+            if not all_reduce_max(batch.rows):
                 continue
             if critic is not None:
-                valued.append(critic.learn(batch))
-            if critic is None or step >= critic.valuation.warmup:
+                valued.append(critic.train_step(batch))
+            if critic is None or step >= critic.settings.warmup:
                 results.append(
                     self.engine.train_step(
                         batch, loss, temperature=temperature, entropy=bool(loss.entropy)
                     )
                 )
-        return row | updates_told(results) | updates_told(valued, "value_")
+        return row | update_metrics(results) | update_metrics(valued, "value_")
 
-    def _mini_batches(self, step: int, groups: Sequence[Group]) -> Iterator[list[Sample]]:
+    def _mini_batches(self, step: int, groups: Sequence[Group]) -> Iterator[list[TokenSample]]:
         """This rank's samples of each mini-batch. Responses without a reward are in none."""
         of_group = self.settings.algorithm.advantages
         numbered = self._numbers(groups)
         count = self.settings.groups * self.settings.group_size
         order = np.random.default_rng((self.seed, step)).permutation(count)
-        parts: list[list[Sample]] = [[] for _ in range(self.settings.mini_batches)]
+        parts: list[list[TokenSample]] = [[] for _ in range(self.settings.mini_batches)]
         for (task, rollouts, rewards), number in zip(groups, numbered):
             values = self._shaped(rollouts, rewards)
             if of_group is None:  # the critic makes them of the rewards
@@ -301,18 +315,18 @@ class ReinforcementStep:
                     "rollout_log_probs": [*given, *rollout.log_probs],
                 }
                 place = order[number * self.settings.group_size + rollout.sample]
-                parts[place % len(parts)].append(Sample(tokens, len(task.prompt), extras))
+                parts[place % len(parts)].append(TokenSample(tokens, len(task.prompt), extras))
         yield from parts
 
     def _numbers(self, groups: Sequence[Group]) -> list[int]:
         """Of each group, its place among all ranks' groups, in an order that no layout changes."""
         ids = [task.id for task, _, _ in groups]
-        everyones = sorted(i for share in shares_of(self.engine, ids) for i in share)
+        everyones = sorted(i for share in all_gather_by_data_rank(self.engine, ids) for i in share)
         places = {task: place for place, task in enumerate(everyones)}
         return [places[task] for task in ids]
 
     def _shaped(
-        self, rollouts: Sequence[Rollout], rewards: Sequence[Rewarded]
+        self, rollouts: Sequence[Rollout], rewards: Sequence[RewardResult]
     ) -> list[float | None]:
         values = [rewarded.reward for rewarded in rewards]
         if not self.settings.algorithm.overlong:
@@ -322,7 +336,7 @@ class ReinforcementStep:
         penalties = overlong_penalty(lengths, limit, self.settings.overlong_margin)
         return [None if v is None else v + float(p) for v, p in zip(values, penalties)]
 
-    def _with_log_probs(self, batch: Batch, temperature: float) -> Batch:
+    def _with_log_probs(self, batch: TokenBatch, temperature: float) -> TokenBatch:
         # Of this very computation, so that the first step's ratios are 1.
         old = self.engine.log_probs(batch, temperature=temperature).log_probs.cpu()
         extras = {**batch.extras, "old_log_probs": old}

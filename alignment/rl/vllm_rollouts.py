@@ -30,10 +30,10 @@ from alignment.endpoints.endpoint_errors import (
     load_json,
     message_of,
 )
-from alignment.engines.protocol import Engine, Generated
+from alignment.engines.protocol import AlignmentEngine, GeneratedResponse
 from alignment.judges.endpoint_annotator import api_key
-from alignment.polling import waited_for
-from alignment.ranks import shares_of, speaks_for_share
+from alignment.polling import run_async_while_polling
+from alignment.ranks import all_gather_by_data_rank, is_share_leader
 from megatron_ext.errors import UserError
 from megatron_ext.inference.sampling import Sampling
 
@@ -47,12 +47,12 @@ _NEUTRAL = {
 }
 
 
-class ServedRollouts:
+class VLLMRollouts:
     """Generates as an engine does. Ranks make the same calls; one of each share asks."""
 
     def __init__(
         self,
-        engine: Engine,
+        engine: AlignmentEngine,
         urls: Sequence[str],
         model: str,
         folder: Path,
@@ -76,7 +76,7 @@ class ServedRollouts:
         self.engine, self.folder, self.model, self.ends = engine, folder, model, ends
         self.urls = [url.rstrip("/") for url in urls]
         self.patience, self.at_once, self.check = patience, at_once, check
-        self.asks = speaks_for_share(engine)
+        self.asks = is_share_leader(engine)
         self._served: int | None = None
         self._reported = float("-inf")
 
@@ -85,7 +85,7 @@ class ServedRollouts:
         prompts: Sequence[Sequence[int]],
         sampling: Sampling,
         seeds: Sequence[int] | None = None,
-    ) -> list[Generated]:
+    ) -> list[GeneratedResponse]:
         """See `alignment.engines.protocol.Engine`; first the servers get the present weights.
 
         Log-probabilities are as the server reports them: of the distribution that was drawn from,
@@ -100,10 +100,10 @@ class ServedRollouts:
         found = problem = None
         try:
             asked = (lambda: self.ask(prompts, sampling, seeds)) if self.asks else None
-            found = waited_for(asked, self.check)
+            found = run_async_while_polling(asked, self.check)
         except UserError as error:
             problem = str(error)
-        shares = shares_of(self.engine, (found, problem))
+        shares = all_gather_by_data_rank(self.engine, (found, problem))
         if told := next((problem for _, problem in shares if problem), None):
             raise UserError(told)
         return shares[self.engine.data_rank][0]
@@ -119,7 +119,7 @@ class ServedRollouts:
         self.engine.export(self.folder)
         problem: list[str | None] = [None]
         try:
-            waited_for(self._reload if dist.get_rank() == 0 else None, self.check)
+            run_async_while_polling(self._reload if dist.get_rank() == 0 else None, self.check)
         except UserError as error:
             problem = [str(error)]
         dist.broadcast_object_list(problem, src=0)
@@ -159,8 +159,8 @@ class ServedRollouts:
         prompts: Sequence[Sequence[int]],
         sampling: Sampling,
         seeds: Sequence[int],
-        keep: Callable[[int, Generated], Awaitable[None]] | None = None,
-    ) -> list[Generated]:
+        keep: Callable[[int, GeneratedResponse], Awaitable[None]] | None = None,
+    ) -> list[GeneratedResponse]:
         """Let this share's server continue prompts, with the weights it has; no collective.
 
         Args:
@@ -173,7 +173,7 @@ class ServedRollouts:
         slots = asyncio.Semaphore(self.at_once)
         async with connect(api_key(KEY), self.at_once) as http:
 
-            async def one(place: int, prompt: Sequence[int], seed: int) -> Generated:
+            async def one(place: int, prompt: Sequence[int], seed: int) -> GeneratedResponse:
                 async with slots:
                     body = self._body(prompt, sampling, seed)
                     answer = await self._post(http, f"{url}/completions", body)
@@ -244,7 +244,7 @@ class ServedRollouts:
             "stop_token_ids": sorted(self.ends) if sampling.stop_at_eod else [],
         }
 
-    def _read(self, answer: Any, url: str) -> Generated:
+    def _read(self, answer: Any, url: str) -> GeneratedResponse:
         if error := error_in(answer):
             raise UserError(f"{url} answers with an error: {message_of(error)}")
         try:
@@ -264,7 +264,7 @@ class ServedRollouts:
                 f"{url} ended a response at {tokens[-1:]}, not at one of the policy's end tokens "
                 f"{sorted(self.ends)}: it serves another tokenizer or generation_config.json"
             )
-        return Generated(tokens, log_probs, ended)
+        return GeneratedResponse(tokens, log_probs, ended)
 
     async def _post(self, http: httpx.AsyncClient, url: str, body: dict[str, Any]) -> Any:
         """The answer; waits for a server that is away or busy."""

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from alignment.training.training_run import Run, Stopped
+from alignment.training.training_run import StoppedBySignal, TrainingRun
 from megatron_ext.errors import UserError
 from megatron_ext.progress import Progress
 
@@ -18,7 +18,7 @@ class EvaluationFailed(UserError):
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingSchedule:
     """How long a training is, and what happens on the way.
 
     Attributes:
@@ -38,8 +38,8 @@ class Plan:
 
 
 def fit(
-    run: Run,
-    plan: Plan,
+    run: TrainingRun,
+    plan: TrainingSchedule,
     train: Callable[[int], Row],
     evaluate: Callable[[int], Row] | None = None,
 ) -> int:
@@ -97,7 +97,7 @@ def fit(
                     evaluated()
                 if run.step % plan.save_every == 0 or last or run.ended:
                     run.save()
-        except Stopped as stopped:
+        except StoppedBySignal as stopped:
             if run.step > run.saved:
                 run.save()
             if run.writes:

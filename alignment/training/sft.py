@@ -5,8 +5,8 @@ from math import ceil
 
 import numpy as np
 
-from alignment.engines.batch import Batch, Sample
-from alignment.engines.protocol import Engine, negative_log_likelihood
+from alignment.engines.batch import TokenBatch, TokenSample
+from alignment.engines.protocol import AlignmentEngine, negative_log_likelihood
 from alignment.training.loop import Row
 
 
@@ -23,7 +23,12 @@ class SupervisedStep:
     """
 
     def __init__(
-        self, engine: Engine, samples: Sequence[Sample], batch_size: int, length: int, seed: int
+        self,
+        engine: AlignmentEngine,
+        samples: Sequence[TokenSample],
+        batch_size: int,
+        length: int,
+        seed: int,
     ) -> None:
         """See the class.
 
@@ -41,7 +46,7 @@ class SupervisedStep:
         first = step * self.batch_size
         chosen = [self._at(place) for place in range(first, first + self.batch_size)]
         mine = chosen[self.engine.data_rank :: self.engine.data_size]
-        batch = Batch.packed(mine, self.length)
+        batch = TokenBatch.packed(mine, self.length)
         result = self.engine.train_step(batch, negative_log_likelihood)
         return {
             "loss": result.loss,
@@ -52,7 +57,7 @@ class SupervisedStep:
             "epoch": (first + self.batch_size) / len(self.samples),
         }
 
-    def _at(self, place: int) -> Sample:
+    def _at(self, place: int) -> TokenSample:
         epoch, index = divmod(place, len(self.samples))
         if epoch not in self._orders:
             order = np.random.default_rng((self.seed, epoch)).permutation(len(self.samples))

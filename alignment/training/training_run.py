@@ -17,7 +17,7 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 
-from alignment.engines.protocol import Engine
+from alignment.engines.protocol import AlignmentEngine
 from alignment.rounding import exceeds
 from megatron_ext.checkpoint import TRACKER
 from megatron_ext.errors import UserError
@@ -29,7 +29,7 @@ from megatron_ext.training.saving import write_atomically
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
-class Stopped(Exception):
+class StoppedBySignal(Exception):
     """A signal came, on some rank; all ranks raise this together."""
 
     def __init__(self, number: int) -> None:
@@ -37,7 +37,7 @@ class Stopped(Exception):
         self.number = number
 
 
-class Run:
+class TrainingRun:
     """A run's directory and the signals that end it. Use as a context; ranks make the same calls.
 
     Attributes:
@@ -50,9 +50,9 @@ class Run:
     def __init__(
         self,
         folder: Path,
-        engine: Engine,
+        engine: AlignmentEngine,
         settings: Mapping[str, Any],
-        beside: Mapping[str, Engine] | None = None,
+        beside: Mapping[str, AlignmentEngine] | None = None,
     ) -> None:
         """Make the directory, or see that it belongs to the same run.
 
@@ -213,7 +213,7 @@ class Run:
         flag = torch.tensor(self._signal, device=_device())
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         if int(flag):
-            raise Stopped(int(flag))
+            raise StoppedBySignal(int(flag))
 
     @property
     def _state(self) -> Path:

@@ -16,15 +16,15 @@ from alignment.endpoints.answer_store import AnswerStore
 from alignment.endpoints.client import CallFailed, Client, Request, Sampling, connect
 from alignment.endpoints.rate_limits import Pace
 from alignment.endpoints.write_buffer import WriteBuffer
-from alignment.engines.protocol import Engine
+from alignment.engines.protocol import AlignmentEngine
 from alignment.judges.annotation import key_of
 from alignment.judges.endpoint_annotator import api_key
 from alignment.judges.form import form_for
 from alignment.judges.formats.answers import Answer
 from alignment.judges.judge_spec import JudgeSpec
 from alignment.judges.questions import Judging, Question
-from alignment.polling import waited_for
-from alignment.ranks import shares_of, speaks_for_share
+from alignment.polling import run_async_while_polling
+from alignment.ranks import all_gather_by_data_rank, is_share_leader
 from alignment.records import Verdict
 from alignment.rounding import EXACT, SINGLE
 from megatron_ext.errors import UserError
@@ -33,7 +33,9 @@ from megatron_ext.errors import UserError
 class EndpointJudge:
     """Asks an address. One rank of each share of the data asks, and keeps what was answered."""
 
-    def __init__(self, spec: JudgeSpec, pairwise: bool, policy: Engine, store: Path) -> None:
+    def __init__(
+        self, spec: JudgeSpec, pairwise: bool, policy: AlignmentEngine, store: Path
+    ) -> None:
         """See the class."""
         options = Namespace(template=spec.template, thinking=spec.thinking)
         form = form_for(options, pairwise)
@@ -47,7 +49,7 @@ class EndpointJudge:
         # The server's dtype is not known. Equal responses are one question, asked once.
         self.rounding_error = SINGLE if self._expected else EXACT
         self._task = Judging(form, self.identity, self._expected)
-        self._asks = speaks_for_share(policy)
+        self._asks = is_share_leader(policy)
         self._reported: set[str] = set()
         self._file = store / f"share_{policy.data_rank:05d}.jsonl"
 
@@ -59,7 +61,9 @@ class EndpointJudge:
         rows: list[Any] = []
         problem = None
         try:
-            found = waited_for((lambda: self._ask(questions)) if self._asks else None, check)
+            found = run_async_while_polling(
+                (lambda: self._ask(questions)) if self._asks else None, check
+            )
             rows = [verdict.to_row() for verdict in found or []]
         except* UserError as group:  # nothing will ever be answered
             problem = f"the judge {self._spec.name}: {group.exceptions[0]}"
@@ -68,7 +72,7 @@ class EndpointJudge:
                 f"the judge {self._spec.name} cannot keep its answers in {self._store}: "
                 f"{group.exceptions[0]}"
             )
-        shares = shares_of(self._policy, (rows, problem))
+        shares = all_gather_by_data_rank(self._policy, (rows, problem))
         if told := next((problem for _, problem in shares if problem), None):
             raise UserError(told)
         return [Verdict.from_row(row) for row in shares[self._policy.data_rank][0]]

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 
 from alignment.data.chat_prompts import decoded, prompt_ids
-from alignment.engines.batch import Batch, Sample
-from alignment.engines.protocol import Engine, Generated
+from alignment.engines.batch import TokenBatch, TokenSample
+from alignment.engines.protocol import AlignmentEngine, GeneratedResponse
 from alignment.judges.formats.labels import SCORES, SIDES, LabelTokens
 from alignment.judges.formats.parsing import CLOSE, Parser
 from alignment.judges.formats.prompts import JudgePrompt
 from alignment.judges.questions import Question
-from alignment.ranks import most_of_ranks
+from alignment.ranks import all_reduce_max
 from alignment.records import Message, Outcome, Verdict
 from alignment.rounding import model_error
-from alignment.seeds import seed_of
+from alignment.seeds import derive_seed
 from megatron_ext.inference.sampling import Sampling
 
 # How the paper's reasoning judges think.
@@ -55,7 +55,7 @@ class JudgeForm:
         """The ids of what the judge is given."""
         return prompt_ids(self.tokenizer, self.messages(question), **self.template)
 
-    def text(self, generated: Generated) -> str:
+    def text(self, generated: GeneratedResponse) -> str:
         """What was generated, without the token that ended it."""
         tokens = generated.tokens[:-1] if generated.ended else generated.tokens
         return decoded(self.tokenizer, tokens)
@@ -72,7 +72,7 @@ class LocalJudge:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: AlignmentEngine,
         form: JudgeForm,
         length: int,
         sampling: Sampling = THINKING,
@@ -127,7 +127,7 @@ class LocalJudge:
         keys = {i: (questions[i].sample, questions[i].swapped, *asked[i]) for i in fits}
         representative = {key: i for i, key in reversed(keys.items())}
         calls = sorted(representative.values(), key=lambda i: (len(asked[i]), i))
-        for begin in range(0, most_of_ranks(len(calls)), self.rows):
+        for begin in range(0, all_reduce_max(len(calls)), self.rows):
             check()
             part = calls[begin : begin + self.rows]
             of = self._think if self.form.parser.thinks else self._label
@@ -160,7 +160,7 @@ class LocalJudge:
         self, questions: Sequence[Question], asked: Sequence[Sequence[int]]
     ) -> list[Mapping[str, Any]]:
         # Not of items' names: the same question has the same answer on any rank, in any call.
-        seeds = [seed_of(self.identity, q.sample, *ids) for q, ids in zip(questions, asked)]
+        seeds = [derive_seed(self.identity, q.sample, *ids) for q, ids in zip(questions, asked)]
         answers = self.engine.generate(asked, self.sampling, seeds)
         read: list[Mapping[str, Any]] = [
             self.read(question, answer) for question, answer in zip(questions, answers)
@@ -188,11 +188,11 @@ class LocalJudge:
         return read
 
     @staticmethod
-    def answer(tokens: Sequence[int], ended: bool) -> Generated:
+    def answer(tokens: Sequence[int], ended: bool) -> GeneratedResponse:
         """What a model wrote, to be read."""
-        return Generated(list(tokens), [], ended)
+        return GeneratedResponse(list(tokens), [], ended)
 
-    def read(self, question: Question, answer: Generated) -> dict[str, Any]:
+    def read(self, question: Question, answer: GeneratedResponse) -> dict[str, Any]:
         """The fields of a verdict in what was generated."""
         text = self.form.text(answer)
         fields = dict(self.form.parser.read(text, question.swapped))
@@ -203,7 +203,7 @@ class LocalJudge:
             }
         return {**fields, "answer": text}
 
-    def _label_place(self, answer: Generated) -> int | None:
+    def _label_place(self, answer: GeneratedResponse) -> int | None:
         """Where an answer has its label: the last token after the thinking that is one."""
         for place in reversed(range(len(answer.tokens))):
             if CLOSE in decoded(self.form.tokenizer, answer.tokens[place:]):
@@ -214,7 +214,7 @@ class LocalJudge:
 
     def _next(self, before: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-probabilities of the labels after each row."""
-        batch = Batch.of([Sample(row, len(row)) for row in before])
+        batch = TokenBatch.of([TokenSample(row, len(row)) for row in before])
         found = self.engine.next_log_probs(batch, self.labels.ids)
         last = torch.tensor([len(row) - 1 for row in before], dtype=torch.int64)
         return found[torch.arange(len(before)), last].tolist()

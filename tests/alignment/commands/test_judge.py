@@ -36,7 +36,7 @@ def judged(folder, sizes, thinks):
     """Verdicts of this rank's questions; the room for an answer that thinks is small."""
     from alignment.data.model_tokenizer import load_tokenizer
     from alignment.engines.megatron import MegatronEngine, MegatronLayout
-    from alignment.engines.protocol import Generated
+    from alignment.engines.protocol import GeneratedResponse
     from alignment.judges.formats.parsing import Parser
     from alignment.judges.formats.prompts import judge_prompt
     from alignment.judges.kinds.local_judge import JudgeForm, LocalJudge
@@ -50,7 +50,7 @@ def judged(folder, sizes, thinks):
         # An untrained model does not answer in the form: it is put into its mouth.
         ids = tokenizer("<think>\nthree good\n</think>\n3", add_special_tokens=False)["input_ids"]
         written = [*ids, tokenizer.eos_token_id]
-        told = Generated(written, [], True)
+        told = GeneratedResponse(written, [], True)
         setattr(engine, "generate", lambda prompts, *_: [told for _ in prompts])  # noqa: B010
     judge = LocalJudge(engine, form, 320, Sampling(32), rows=3)
     items = responses(7, 1)

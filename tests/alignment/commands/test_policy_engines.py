@@ -18,9 +18,9 @@ TIMES = ("seconds", "time/", "share/", "tokens_per_s")  # differ from run to run
 def train(folder, run, steps, engine, dies_after=None):
     """The exit code of `train-policy`; or nothing, of a process that kills itself after a step."""
     from alignment.commands.train_policy import main
-    from alignment.training.training_run import Run
+    from alignment.training.training_run import TrainingRun
 
-    log = Run.log
+    log = TrainingRun.log
 
     def log_and_die(self, row):
         log(self, row)
@@ -37,7 +37,7 @@ def train(folder, run, steps, engine, dies_after=None):
         *("--max-new-tokens", 12, "--seq-length", 96, "--temperature", 0.8, "--lr", 1e-2),
         *("--eval-interval", 2, "--save-interval", 2),
     ]
-    with mock.patch.object(Run, "log", log_and_die):
+    with mock.patch.object(TrainingRun, "log", log_and_die):
         return main([str(word) for word in words])
 
 

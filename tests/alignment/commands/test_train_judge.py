@@ -33,9 +33,9 @@ def engine_of(folder, kind, layout):
 
     optimization = Optimization(lr=3e-3, steps=12, warmup=1)
     if kind == "deepspeed":
-        from alignment.engines.deepspeed import DeepSpeedEngine, Zero
+        from alignment.engines.deepspeed import DeepSpeedEngine, ZeroSettings
 
-        return DeepSpeedEngine(folder / "model", optimization, Zero(**layout))
+        return DeepSpeedEngine(folder / "model", optimization, ZeroSettings(**layout))
     from alignment.engines.megatron import MegatronEngine, MegatronLayout
 
     return MegatronEngine(folder / "model", optimization, MegatronLayout(**layout))
@@ -63,13 +63,13 @@ def odd(rollout):
 
 def reinforcement(folder, engine, run, critic=None, before=lambda groups: None, fails=odd):
     from alignment.rl.algorithms import ALGORITHMS
-    from alignment.rl.rollouts import Rewarded
-    from alignment.rl.tasks import Settings, Task
+    from alignment.rl.rollouts import RewardResult
+    from alignment.rl.tasks import PromptTask, RLSettings
     from alignment.rl.trainer import ReinforcementStep
     from megatron_ext.inference.sampling import Sampling
 
     asked = form(folder, thinks=False)
-    tasks = [Task(row.gold.item, asked.ask(row.question), row) for row in labelled(folder)]
+    tasks = [PromptTask(row.gold.item, asked.ask(row.question), row) for row in labelled(folder)]
 
     def reward(groups, check):
         before(groups)
@@ -77,16 +77,16 @@ def reinforcement(folder, engine, run, critic=None, before=lambda groups: None, 
         return [
             [
                 # Of some there is no judgement; odd tokens are good.
-                Rewarded(None, "failed", {})
+                RewardResult(None, "failed", {})
                 if fails(rollout)
-                else Rewarded(sum(token % 2 for token in rollout.tokens) / 8, "score", {})
+                else RewardResult(sum(token % 2 for token in rollout.tokens) / 8, "score", {})
                 for rollout in rollouts
             ]
             for task, rollouts in groups
         ]
 
     algorithm = ALGORITHMS["ppo" if critic else "grpo"]
-    settings = Settings(algorithm, 6, 4, 2, LENGTH, Sampling(8), rows=8, max_unrewarded=0.9)
+    settings = RLSettings(algorithm, 6, 4, 2, LENGTH, Sampling(8), rows=8, max_unrewarded=0.9)
     return ReinforcementStep(engine, run, tasks, reward, settings, seed=3, critic=critic)
 
 
@@ -95,13 +95,13 @@ def a_few_steps(folder, place, kind, layout):
     from alignment.judges.training_examples import encode
     from alignment.rl.critic import Critic
     from alignment.training.sft import SupervisedStep
-    from alignment.training.training_run import Run
+    from alignment.training.training_run import TrainingRun
 
     engine = engine_of(folder, kind, layout)
     samples = encode(labelled(folder), form(folder, False), LENGTH, None).samples
     step = SupervisedStep(engine, samples, 10, LENGTH, seed=3)
     found = [step(number) for number in range(2)]
-    with Run(place, engine, {}) as run:
+    with TrainingRun(place, engine, {}) as run:
         learn = reinforcement(folder, engine, run)
         found += [learn(number) for number in range(2)]
         critic = Critic(engine_of(folder, kind, layout), seen={0})
@@ -167,8 +167,8 @@ def test_a_step_is_the_same_on_every_split_and_engine(study, tmp_path):
 
 def interrupted(folder, place, how, at):
     """Four steps of reinforcement; `how` happens while the rewards of the step `at` are given."""
-    from alignment.training.loop import Plan, fit
-    from alignment.training.training_run import Run
+    from alignment.training.loop import TrainingSchedule, fit
+    from alignment.training.training_run import TrainingRun
 
     engine = engine_of(folder, "megatron", {"micro_batch": 2})
     calls = []
@@ -179,14 +179,16 @@ def interrupted(folder, place, how, at):
         return generate(prompts, *rest)
 
     engine.generate = counted
-    with Run(place, engine, {"a": 1}) as run:
+    with TrainingRun(place, engine, {"a": 1}) as run:
 
         def before(groups):
             if run.step == at and how is not None and engine.data_rank == 0:
                 how()
 
         step = reinforcement(folder, engine, run, before=before)
-        ended = fit(run, Plan(4, save_every=2, evaluate_every=2), step, lambda n: {"n": n})
+        ended = fit(
+            run, TrainingSchedule(4, save_every=2, evaluate_every=2), step, lambda n: {"n": n}
+        )
     return ended, sum(calls)
 
 
@@ -229,11 +231,11 @@ def test_a_run_goes_on_exactly_in_the_middle_of_a_step(study, tmp_path, how):
 
 def judged_by_a_poor_server(folder, place, dies):
     """Three steps; calls fail in the first process alone, which dies in the third step."""
-    from alignment.training.loop import Plan, fit
-    from alignment.training.training_run import Run
+    from alignment.training.loop import TrainingSchedule, fit
+    from alignment.training.training_run import TrainingRun
 
     engine = engine_of(folder, "megatron", {"micro_batch": 2})
-    with Run(place, engine, {}) as run:
+    with TrainingRun(place, engine, {}) as run:
 
         def before(groups):
             if dies and run.step == 2:
@@ -241,7 +243,7 @@ def judged_by_a_poor_server(folder, place, dies):
 
         fails = odd if dies else lambda rollout: False
         step = reinforcement(folder, engine, run, before=before, fails=fails)
-        fit(run, Plan(3, save_every=3, evaluate_every=3), step)
+        fit(run, TrainingSchedule(3, save_every=3, evaluate_every=3), step)
 
 
 def test_failures_of_a_step_that_was_trained_stand(study, tmp_path):
@@ -264,7 +266,7 @@ def test_the_model_of_another_run_is_not_gone_on_with(study, tmp_path):
 
 
 def begin(folder, place, settings):
-    from alignment.training.training_run import Run
+    from alignment.training.training_run import TrainingRun
 
-    with Run(place, engine_of(folder, "megatron", {}), settings):
+    with TrainingRun(place, engine_of(folder, "megatron", {}), settings):
         pass

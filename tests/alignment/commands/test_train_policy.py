@@ -18,10 +18,10 @@ from alignment.monitors.text_features import words_of
 from alignment.monitors.training_monitor import Limits, Monitor
 from alignment.record_files import read_all
 from alignment.records import Message, Outcome, Prompt, Response, Side, Verdict
-from alignment.rl.grading import Alarm, Grader
+from alignment.rl.grading import GamingAlarm, Grader
 from alignment.rl.judge_rewards import JudgeReward
 from alignment.rl.rollouts import Rollout
-from alignment.rl.tasks import Task
+from alignment.rl.tasks import PromptTask
 from alignment.rounding import EXACT
 from megatron_ext.errors import UserError
 from megatron_ext.inference.sampling import Sampling
@@ -59,7 +59,7 @@ LETTERS = SimpleNamespace(decode=lambda tokens, **_: "".join(map(chr, tokens)))
 
 
 def group(*texts):
-    task = Task("p", [1], Prompt("p", (Message("user", "say"),)))
+    task = PromptTask("p", [1], Prompt("p", (Message("user", "say"),)))
     rollouts = [Rollout("p", i, [*map(ord, t), 0], [], True) for i, t in enumerate(texts)]
     return task, rollouts
 
@@ -129,7 +129,7 @@ def test_an_alarm_takes_no_notice_of_rounding():
             for p, g in zip(proxy, (g + noise * i for i, g in enumerate(gold)))
         ]
 
-    alarm = Alarm(gap=0.5, window=2)
+    alarm = GamingAlarm(gap=0.5, window=2)
     for noise in (0.0, 1e-6, -1e-6):
         assert alarm.raised(rows([4, 5, 6, 7], [4, 4, 4, 4], noise)), noise
         assert not alarm.raised(rows([4, 4.2, 4.3, 4.5], [4, 4, 4, 4], noise)), noise  # 0.5, as may
@@ -144,7 +144,7 @@ def test_an_alarm_is_announced_when_it_is_raised_and_not_at_each_grading():
             for i, (p, g) in enumerate(zip(proxy, gold))
         ]
 
-    alarm = Alarm(gap=0.5, window=2)
+    alarm = GamingAlarm(gap=0.5, window=2)
     course = rows([4, 5, 6, 7.25, 8], [4, 4, 3.5, 3, 3])
     assert alarm.sentence(course[:2]) is None and alarm.raised(course)
     assert alarm.sentence(course[:3]) == (
@@ -160,7 +160,7 @@ def test_an_alarm_wants_a_gap_that_opens_while_gold_does_not_rise():
             for p, g in zip(proxy, gold)
         ]
 
-    alarm = Alarm(gap=0.5, window=2)
+    alarm = GamingAlarm(gap=0.5, window=2)
     assert alarm.raised(rows([4, 5, 6, 7], [4, 5, 4.9, 4.8]))
     assert not alarm.raised(rows([4, 5, 6, 7], [4, 5, 5.5, 6]))  # gold rises too
     assert not alarm.raised(rows([4, 4.1, 4.2, 4.3], [4, 4, 4, 4]))  # hardly a gap
@@ -189,7 +189,7 @@ def test_the_divergence_is_that_of_what_is_sampled(place, tmp_path):
     grader = Grader(
         policy, load_tokenizer(place / "model", None), held_out, Sampling(12, 0.7), {}, tmp_path,
         template={}, reference=lambda batch, temperature: scores("start", batch, temperature),
-        length=96, rows=4, monitor=Monitor(), alarm=Alarm(), check=lambda: None, writes=True,
+        length=96, rows=4, monitor=Monitor(), alarm=GamingAlarm(), check=lambda: None, writes=True,
     )  # fmt: skip
     rollouts = [Rollout("p", n, [n], [0.0], True) for n in range(2)]
     found = grader._divergence([(held_out[0], [1])] * 2, rollouts)
@@ -282,8 +282,8 @@ def check_monitors(run, kept, limits, held_out):
     graded = Grader(
         SimpleNamespace(), load_tokenizer(run / "final", None),
         held_out, Sampling(12, 0.8), {}, run, template={},
-        reference=None, length=96, rows=4, monitor=Monitor(), alarm=Alarm(), check=lambda: None,
-        writes=True,
+        reference=None, length=96, rows=4, monitor=Monitor(), alarm=GamingAlarm(),
+        check=lambda: None, writes=True,
     )  # fmt: skip
     graded.recall(3)  # as a run does that goes on there
     assert graded.monitor.usual == usual and [row["step"] for row in graded.history] == [0, 2]

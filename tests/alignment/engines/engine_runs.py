@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import torch
 from safetensors.torch import load_file
 
-from alignment.engines.batch import Batch, Sample
-from alignment.engines.protocol import Optimization, Sums
+from alignment.engines.batch import TokenBatch, TokenSample
+from alignment.engines.protocol import LossSums, Optimization
 from megatron_ext.errors import UserError
 from megatron_ext.inference.sampling import Sampling
 
@@ -33,7 +33,7 @@ def samples(step):
     for length in (5, 24, 11, 40, 3, 9, 16):
         tokens = [whole(0, VOCAB) for _ in range(length)]
         advantages = torch.rand(length, generator=generator).tolist()
-        made.append(Sample(tokens, whole(1, length), {"advantage": advantages}))
+        made.append(TokenSample(tokens, whole(1, length), {"advantage": advantages}))
     return made
 
 
@@ -41,7 +41,7 @@ def by_token(scores, batch):
     weight = batch.loss_mask.sum()
     total = -(scores.log_probs * batch.extras["advantage"] * batch.loss_mask).sum()
     first = scores.log_probs.detach() * batch.loss_mask
-    return Sums(total, weight, {"log_prob": (first.sum(), weight)})
+    return LossSums(total, weight, {"log_prob": (first.sum(), weight)})
 
 
 def by_sample(scores, batch):
@@ -50,7 +50,7 @@ def by_sample(scores, batch):
     found = batch.sum_by_sample(scores.log_probs * batch.extras["advantage"] * batch.loss_mask)
     means = found / tokens.clamp(min=1)
     weight = torch.tensor(len(tokens), device=tokens.device)
-    return Sums(-means.sum(), weight, {"log_prob": (scores.log_probs.detach().sum(), weight)})
+    return LossSums(-means.sum(), weight, {"log_prob": (scores.log_probs.detach().sum(), weight)})
 
 
 def loss_of(step):
@@ -61,7 +61,7 @@ def share(engine, step, packed=False):
     """What this rank has of a step's samples; in the third step the first rank has all."""
     rank, size = (engine.data_rank, engine.data_size) if step != 2 else (engine.data_rank, 1)
     mine = samples(step)[rank::size] if rank < size else []
-    return Batch.packed(mine, LENGTH) if packed else Batch.of(mine)
+    return TokenBatch.packed(mine, LENGTH) if packed else TokenBatch.of(mine)
 
 
 def train(engine, steps=range(STEPS), packed=False):
@@ -124,8 +124,8 @@ def generate(engine):
         score_temperature=TEMPERATURE,
     )
     found = engine.generate(prompts, sampling, seeds=[sum(prompt) for prompt in prompts])
-    rows = [Sample(p + g.tokens, len(p)) for p, g in zip(prompts, found)]
-    scores = engine.log_probs(Batch.of(rows), temperature=TEMPERATURE).log_probs
+    rows = [TokenSample(p + g.tokens, len(p)) for p, g in zip(prompts, found)]
+    scores = engine.log_probs(TokenBatch.of(rows), temperature=TEMPERATURE).log_probs
     return [
         (tuple(p), g.tokens, g.log_probs, scores[i, len(p) : len(p) + len(g.tokens)].tolist())
         for i, (p, g) in enumerate(zip(prompts, found))

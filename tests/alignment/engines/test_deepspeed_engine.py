@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from alignment.engines.batch import Batch, Sample
+from alignment.engines.batch import TokenBatch, TokenSample
 from tests.alignment.engines.engine_runs import (
     OPTIMIZATION,
     TOLERANCE,
@@ -83,12 +83,12 @@ def packed_and_alone(folder):
 
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, 128, (2, 24), generator=generator).tolist()
-    rows = [Sample(sample) for sample in tokens]
+    rows = [TokenSample(sample) for sample in tokens]
     found = {}
     for place in sorted(folder.iterdir()):
         engine = DeepSpeedEngine(place)
-        packed = engine.log_probs(Batch.packed(rows, 52)).log_probs[0, :48]
-        found[place.name] = packed, engine.log_probs(Batch.of(rows)).log_probs.flatten()
+        packed = engine.log_probs(TokenBatch.packed(rows, 52)).log_probs[0, :48]
+        found[place.name] = packed, engine.log_probs(TokenBatch.of(rows)).log_probs.flatten()
     return found
 
 
@@ -108,9 +108,9 @@ def save_on_ranks(folder, place):
 
 
 def told_on_loading(folder, place, stage=2):
-    from alignment.engines.deepspeed import DeepSpeedEngine, Zero
+    from alignment.engines.deepspeed import DeepSpeedEngine, ZeroSettings
 
-    engine = DeepSpeedEngine(folder, OPTIMIZATION, Zero(stage))
+    engine = DeepSpeedEngine(folder, OPTIMIZATION, ZeroSettings(stage))
     return told_by(lambda: engine.load(place))
 
 
@@ -142,9 +142,9 @@ def untrained(folder, stage, dtype):
     """What an engine says that is not trained, and how many numbers it holds in fp32."""
     import gc
 
-    from alignment.engines.deepspeed import DeepSpeedEngine, Zero
+    from alignment.engines.deepspeed import DeepSpeedEngine, ZeroSettings
 
-    engine = DeepSpeedEngine(folder, None, Zero(stage, micro_batch=2), dtype=dtype)
+    engine = DeepSpeedEngine(folder, None, ZeroSettings(stage, micro_batch=2), dtype=dtype)
     with pytest.raises(ValueError, match="made without an optimization"):
         train(engine, [0])
     before = scores(engine)

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from alignment.engines.batch import Batch, Sample
-from alignment.engines.protocol import Sums
+from alignment.engines.batch import TokenBatch, TokenSample
+from alignment.engines.protocol import LossSums
 from megatron_ext.checkpoint import TRACKER
 from tests.alignment.engines.engine_runs import (
     OPTIMIZATION,
@@ -96,12 +96,12 @@ def go_on(checkpoint, layout):
 
 
 def on_deepspeed(folder, checkpoint, each):
-    from alignment.engines.deepspeed import DeepSpeedEngine, Zero
+    from alignment.engines.deepspeed import DeepSpeedEngine, ZeroSettings
     from tests.alignment.engines.engine_runs import OPTIMIZATION
 
     found: dict = {}
     for name, zero in each.items():
-        engine = DeepSpeedEngine(folder, OPTIMIZATION, Zero(**zero))
+        engine = DeepSpeedEngine(folder, OPTIMIZATION, ZeroSettings(**zero))
         found[name] = observe(engine, folder, checkpoint / name)
     return found
 
@@ -196,11 +196,11 @@ def test_engines_are_plain_torch_on_every_layout(model, tmp_path):
 
 def test_a_packed_batch_holds_every_token_in_its_place():
     samples = [
-        Sample(range(10, 10 + length), prompt, {"x": range(length)})
+        TokenSample(range(10, 10 + length), prompt, {"x": range(length)})
         for length, prompt in ((4, 1), (7, 3), (2, 2), (3, 1))
     ]
-    batch = Batch.packed(samples, 8)
-    assert batch.rows == 3 and batch.is_packed and not Batch.of(samples).is_packed
+    batch = TokenBatch.packed(samples, 8)
+    assert batch.rows == 3 and batch.is_packed and not TokenBatch.of(samples).is_packed
     found: dict = {}
     for row in range(batch.rows):
         for number in range(int(batch.samples[row].max()) + 1):
@@ -219,9 +219,9 @@ def test_a_packed_batch_holds_every_token_in_its_place():
 
 def test_a_sample_that_is_too_long_or_all_response_is_refused():
     with pytest.raises(ValueError, match="does not fit a row of 3"):
-        Batch.packed([Sample([1, 2, 3, 4])], 3)
+        TokenBatch.packed([TokenSample([1, 2, 3, 4])], 3)
     with pytest.raises(ValueError, match="0 prompt tokens"):
-        Sample([1, 2], 0)
+        TokenSample([1, 2], 0)
 
 
 def first_ratios(engine):
@@ -232,7 +232,7 @@ def first_ratios(engine):
 
     def loss(scores, part):
         seen.append(scores.log_probs.detach() - before[len(seen) : len(seen) + part.rows])
-        return Sums(scores.log_probs.sum(), part.loss_mask.sum())
+        return LossSums(scores.log_probs.sum(), part.loss_mask.sum())
 
     engine.train_step(batch, loss)
     return max(float(difference.abs().max()) for difference in seen)

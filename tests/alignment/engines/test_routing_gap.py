@@ -49,7 +49,7 @@ def thresholds(engine):
 def whatever_the_flags(folder):
     """An engine whose flags ask for expert choice, capacity and warm-up: what its steps move, and
     what it routes when decisions are pushed, or when expert choice is let through."""
-    from alignment.engines.batch import Batch
+    from alignment.engines.batch import TokenBatch
     from alignment.engines.megatron import MegatronEngine
     from megatron_ext.training.step import routers_of
     from tests.alignment.engines.engine_runs import OPTIMIZATION, by_token
@@ -80,7 +80,7 @@ def whatever_the_flags(folder):
     for router in routers:
         router.frozen = True
 
-    batch = Batch.packed(mine(engine), LENGTH)
+    batch = TokenBatch.packed(mine(engine), LENGTH)
     for _ in range(3):
         engine.train_step(batch, by_token)
     after = thresholds(engine)

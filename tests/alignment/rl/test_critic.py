@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from alignment.engines.batch import Batch, Sample
+from alignment.engines.batch import TokenBatch, TokenSample
 from tests.distributed import run_ranks
 
 LENGTHS = [3, 5, 2, 4]
@@ -15,13 +15,13 @@ LENGTHS = [3, 5, 2, 4]
 
 def judged(rewards, values, dtype):
     """Advantages of the trained tokens, and the figures, with values of a critic."""
-    from alignment.rl.critic import Critic, Valuation
+    from alignment.rl.critic import Critic, CriticSettings
 
     samples = [
-        Sample([1] * (2 + length), 2, {"advantage": reward})
+        TokenSample([1] * (2 + length), 2, {"advantage": reward})
         for length, reward in zip(LENGTHS, rewards)
     ]
-    batch = Batch.of(samples)
+    batch = TokenBatch.of(samples)
     table = torch.zeros(batch.tokens.shape)
     table[batch.loss_mask] = torch.tensor(values)
     engine: Any = SimpleNamespace(
@@ -29,8 +29,8 @@ def judged(rewards, values, dtype):
         parameters=lambda: iter([("lm_head.weight", torch.ones(8, 2))]),
         load_parameters=lambda tensors: list(tensors),
     )  # fmt: skip
-    critic = Critic(engine, {1}, Valuation(trace=1.0))
-    [found], row = critic.judge([batch])
+    critic = Critic(engine, {1}, CriticSettings(gae_lambda=1.0))
+    [found], row = critic.compute_advantages([batch])
     return found.extras["advantage"][batch.loss_mask].double().numpy(), row
 
 

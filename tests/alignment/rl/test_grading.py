@@ -9,7 +9,7 @@ import pytest
 from alignment.data.model_tokenizer import load_tokenizer
 from alignment.monitors.training_monitor import Monitor
 from alignment.records import Message, Outcome, Prompt, Response, Verdict
-from alignment.rl.grading import Alarm, Grader
+from alignment.rl.grading import GamingAlarm, Grader
 from alignment.rl.rollouts import Rollout
 from megatron_ext.errors import UserError
 from megatron_ext.inference.sampling import Sampling
@@ -24,7 +24,7 @@ def grader_in(folder):
     return Grader(
         SimpleNamespace(), load_tokenizer(folder / "model", None), PROMPTS, Sampling(12),
         {"proxy": [], "gold": []}, folder, template={}, reference=None, length=96, rows=4,
-        monitor=Monitor(), alarm=Alarm(gap=0.5, window=3), check=lambda: None, writes=True,
+        monitor=Monitor(), alarm=GamingAlarm(gap=0.5, window=3), check=lambda: None, writes=True,
     )  # fmt: skip
 
 

@@ -16,18 +16,18 @@ def learn(model, place, algorithms):
     from alignment.engines.megatron import MegatronEngine, MegatronLayout
     from alignment.engines.protocol import Optimization
     from alignment.rl.critic import Critic
-    from alignment.rl.rollouts import Rewarded
-    from alignment.rl.tasks import Settings, Task
+    from alignment.rl.rollouts import RewardResult
+    from alignment.rl.tasks import PromptTask, RLSettings
     from alignment.rl.trainer import ReinforcementStep
-    from alignment.training.loop import Plan, fit
-    from alignment.training.training_run import Run
+    from alignment.training.loop import TrainingSchedule, fit
+    from alignment.training.training_run import TrainingRun
     from megatron_ext.inference.sampling import Sampling
 
-    tasks = [Task(str(n), [5, n, 7], None) for n in range(24)]
+    tasks = [PromptTask(str(n), [5, n, 7], None) for n in range(24)]
 
     def reward(groups, check):
         return [
-            [Rewarded(sum(t % 2 for t in r.tokens) / 6, "score", {}) for r in rollouts]
+            [RewardResult(sum(t % 2 for t in r.tokens) / 6, "score", {}) for r in rollouts]
             for _, rollouts in groups
         ]
 
@@ -38,10 +38,10 @@ def learn(model, place, algorithms):
     for name in algorithms:
         engine.load_parameters(start)
         rewards: list[float] = []
-        settings = Settings(
+        settings = RLSettings(
             ALGORITHMS[name], 8, 4, 1, 64, Sampling(6, stop_at_eod=False), overlong_margin=1
         )
-        with Run(place / name, engine, {}) as run:
+        with TrainingRun(place / name, engine, {}) as run:
             critic = None
             if ALGORITHMS[name].advantages is None:
                 critic = Critic(MegatronEngine(model, optimization, layout), set(range(32)))
@@ -52,7 +52,7 @@ def learn(model, place, algorithms):
                 rewards.append(row["reward"])
                 return row
 
-            fit(run, Plan(STEPS, 100, 100), train)
+            fit(run, TrainingSchedule(STEPS, 100, 100), train)
         found[name] = rewards
     return found
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from alignment.engines.batch import Batch, Sample
-from alignment.engines.protocol import Scores, Sums
+from alignment.engines.batch import TokenBatch, TokenSample
+from alignment.engines.protocol import LossSums, TokenScores
 from alignment.rl.policy_loss import LOSSES, PolicyLoss, kl, policy_loss
 from megatron_ext.errors import UserError
 
@@ -22,7 +22,7 @@ def numbers(generator: torch.Generator, count: int, spread: float) -> list[float
     return (spread * torch.randn(count, generator=generator)).tolist()
 
 
-def samples(spread: float = 0.3) -> list[Sample]:
+def samples(spread: float = 0.3) -> list[TokenSample]:
     """Of responses, with everything that any loss asks for. Tokens are the sample's number."""
     generator = torch.Generator().manual_seed(1)
     found = []
@@ -38,16 +38,16 @@ def samples(spread: float = 0.3) -> list[Sample]:
             "log_probs": near[2],
             "entropy": numbers(generator, size, 1.0),
         }
-        found.append(Sample([number] * size, prompt, extras))
+        found.append(TokenSample([number] * size, prompt, extras))
     return found
 
 
-def scored(batch: Batch) -> tuple[Scores, Tensor]:
+def scored(batch: TokenBatch) -> tuple[TokenScores, Tensor]:
     log_probs = batch.extras["log_probs"].double().requires_grad_()
-    return Scores(log_probs, batch.extras["entropy"].double()), log_probs
+    return TokenScores(log_probs, batch.extras["entropy"].double()), log_probs
 
 
-def by_hand(rule: PolicyLoss, sample: Sample, log_probs: list[Tensor]) -> list[Tensor]:
+def by_hand(rule: PolicyLoss, sample: TokenSample, log_probs: list[Tensor]) -> list[Tensor]:
     """The loss of each token of a response."""
     extras: Any = sample.extras
     part = {name: extras[name][sample.prompt :] for name in extras if name != "advantage"}
@@ -81,7 +81,7 @@ def by_hand(rule: PolicyLoss, sample: Sample, log_probs: list[Tensor]) -> list[T
     return losses
 
 
-def whole(rule: PolicyLoss, given: list[Sample]) -> tuple[float, list[list[float]]]:
+def whole(rule: PolicyLoss, given: list[TokenSample]) -> tuple[float, list[list[float]]]:
     """The loss of all samples together and its gradients, by the formulas."""
     leaves = [
         [torch.tensor(value, dtype=torch.float64, requires_grad=True)
@@ -114,13 +114,13 @@ RULES = {
     "samples' weights cut": replace(LOSSES["gspo"], rollout_bound=1.1),
     "samples' weights masked": replace(LOSSES["gspo"], rollout_bound=1.1, rollout_rule="mask"),
 }
-LAYOUTS: dict[str, Callable[[list[Sample]], list[Batch]]] = {
-    "a row each": lambda given: [Batch.of(given)],
-    "packed": lambda given: [Batch.packed(given, 14)],
+LAYOUTS: dict[str, Callable[[list[TokenSample]], list[TokenBatch]]] = {
+    "a row each": lambda given: [TokenBatch.of(given)],
+    "packed": lambda given: [TokenBatch.packed(given, 14)],
     "micro-batches": lambda given: [
-        Batch.of(given[:1], 20),
-        Batch.packed(given[1:4], 11),
-        Batch.of_rows([[], given[4:]]),
+        TokenBatch.of(given[:1], 20),
+        TokenBatch.packed(given[1:4], 11),
+        TokenBatch.of_rows([[], given[4:]]),
     ],
 }
 
@@ -131,7 +131,7 @@ def test_value_and_gradient_are_the_formulas_on_every_layout(name: str, layout: 
     rule, given = RULES[name], samples()
     loss, gradients = whole(rule, given)
     batches = LAYOUTS[layout](given)
-    found: list[tuple[Sums, Tensor, Batch]] = []
+    found: list[tuple[LossSums, Tensor, TokenBatch]] = []
     for batch in batches:
         scores, log_probs = scored(batch)
         found.append((rule(scores, batch), log_probs, batch))
@@ -165,13 +165,13 @@ def test_the_gradient_is_that_of_the_value(name, aggregation, weights, divergenc
         name, aggregation=aggregation, max_tokens=9, entropy=0.01, kl=weight,
         divergence=estimator, rollout_bound=bound, rollout_rule=how,
     )  # fmt: skip
-    batch = Batch.packed(samples(0.05), 14)
+    batch = TokenBatch.packed(samples(0.05), 14)
     extras = {name: values.double() for name, values in batch.extras.items()}
     extras["advantage"] = extras["advantage"] + 0.1 * batch.positions
     batch = replace(batch, extras=extras)
 
     def value(log_probs: Tensor) -> Tensor:
-        sums = rule(Scores(log_probs, extras["entropy"]), batch)
+        sums = rule(TokenScores(log_probs, extras["entropy"]), batch)
         return sums.total / sums.weight
 
     point = extras["log_probs"].clone().requires_grad_()
@@ -189,9 +189,9 @@ def test_clipping_stops_what_goes_too_far_in_the_wrong_direction_only() -> None:
         (0.81, -1.0, True),
     ):
         extras = {"advantage": advantage, "old_log_probs": 0.0}
-        batch = Batch.of([Sample([1, 2], 1, extras)])
+        batch = TokenBatch.of([TokenSample([1, 2], 1, extras)])
         log_probs = torch.full((1, 2), math.log(ratio), requires_grad=True)
-        sums = rule(Scores(log_probs), batch)
+        sums = rule(TokenScores(log_probs), batch)
         sums.total.backward()
         assert bool(log_probs.grad[0, 1]) is pulls  # type: ignore[index]
         assert float(sums.metrics["clipped"][0]) == (not pulls)
@@ -213,9 +213,9 @@ def test_what_a_prompt_has_lost_does_not_reach_the_gradient() -> None:
     values = {"rollout_log_probs": 0.0, "old_log_probs": 0.0, "reference_log_probs": -0.1}
     extras: dict[str, Any] = {name: [value] * 4 for name, value in values.items()}
     extras["advantage"] = 1.0
-    batch = Batch.of([Sample([1, 2, 3, 4], 2, extras)])
+    batch = TokenBatch.of([TokenSample([1, 2, 3, 4], 2, extras)])
     log_probs = torch.tensor([[0.0, -95.0, -0.2, -0.2]], requires_grad=True)
-    sums = replace(LOSSES["grpo"], kl=0.1)(Scores(log_probs), batch)
+    sums = replace(LOSSES["grpo"], kl=0.1)(TokenScores(log_probs), batch)
     sums.total.backward()
     assert log_probs.grad is not None and log_probs.grad.isfinite().all()
 

@@ -28,25 +28,25 @@ def train(model, place, steps, warmup, dies):
     from alignment.engines.megatron import MegatronEngine, MegatronLayout
     from alignment.engines.protocol import Optimization
     from alignment.rl.algorithms import ALGORITHMS
-    from alignment.rl.critic import Critic, Valuation
-    from alignment.rl.rollouts import Rewarded
-    from alignment.rl.tasks import Settings, Task
+    from alignment.rl.critic import Critic, CriticSettings
+    from alignment.rl.rollouts import RewardResult
+    from alignment.rl.tasks import PromptTask, RLSettings
     from alignment.rl.trainer import ReinforcementStep
-    from alignment.training.loop import Plan, fit
-    from alignment.training.training_run import Run
+    from alignment.training.loop import TrainingSchedule, fit
+    from alignment.training.training_run import TrainingRun
     from megatron_ext.inference.sampling import Sampling
 
     layout = MegatronLayout(micro_batch=4)
     engine: Any = MegatronEngine(model, Optimization(**OF), layout)
     other = MegatronEngine(model, Optimization(**OF | {"lr": CRITIC_LR}), layout)
-    critic = Critic(other, SEEN, Valuation(DISCOUNT, TRACE, clip=CLIP, warmup=warmup))
+    critic = Critic(other, SEEN, CriticSettings(DISCOUNT, TRACE, clip=CLIP, warmup=warmup))
 
     def reward(groups, check):
         return [
             [
-                Rewarded(None, "unparseable", {})
+                RewardResult(None, "unparseable", {})
                 if r.tokens[0] % 7 == 0
-                else Rewarded(sum(t % 2 for t in r.tokens) / 3, "score", {})
+                else RewardResult(sum(t % 2 for t in r.tokens) / 3, "score", {})
                 for r in rollouts
             ]
             for _, rollouts in groups
@@ -60,11 +60,13 @@ def train(model, place, steps, warmup, dies):
         save(folder)
 
     engine.save = save_or_die
-    settings = Settings(ALGORITHMS["ppo"], GROUPS, SIZE, PARTS, 32, Sampling(6), max_unrewarded=0.9)
-    tasks = [Task(f"t{number}", prompt(number), None) for number in range(20)]
-    with Run(place, engine, {}, {"critic": other}) as run:
+    settings = RLSettings(
+        ALGORITHMS["ppo"], GROUPS, SIZE, PARTS, 32, Sampling(6), max_unrewarded=0.9
+    )
+    tasks = [PromptTask(f"t{number}", prompt(number), None) for number in range(20)]
+    with TrainingRun(place, engine, {}, {"critic": other}) as run:
         step = ReinforcementStep(engine, run, tasks, reward, settings, SEED, critic=critic)
-        fit(run, Plan(steps, 2, 100), step)
+        fit(run, TrainingSchedule(steps, 2, 100), step)
     return [{n: t.clone() for n, t in e.parameters()} for e in (engine, other)]
 
 

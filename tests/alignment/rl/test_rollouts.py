@@ -4,7 +4,7 @@ import json
 from types import SimpleNamespace
 from typing import Any
 
-from alignment.rl.rollouts import kept_in, share_file
+from alignment.rl.rollouts import read_share, share_file
 
 
 def rank(number: int, size: int) -> Any:
@@ -20,9 +20,9 @@ def test_a_rank_reads_its_share_and_all_files_of_other_numbers_of_ranks(tmp_path
     every = {f"{kind}-{number}-of-4" for kind in ("ahead", "share") for number in range(4)}
 
     for number in range(4):
-        known = kept_in(tmp_path, rank(number, 4))
+        known = read_share(tmp_path, rank(number, 4))
         assert known.keys() == {f"ahead-{number}-of-4", f"share-{number}-of-4"}
         assert all(row == {"tokens": [number]} for row in known.values())
     for number in range(2):
-        assert kept_in(tmp_path, rank(number, 2)).keys() == every
-    assert kept_in(tmp_path, rank(0, 1)).keys() == every
+        assert read_share(tmp_path, rank(number, 2)).keys() == every
+    assert read_share(tmp_path, rank(0, 1)).keys() == every

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from alignment.engines.batch import Batch, Sample
+from alignment.engines.batch import TokenBatch, TokenSample
 from alignment.rl.policy_loss import policy_loss
 from alignment.rl.supports import check_served_log_probs, refuse_truncation
 from megatron_ext.errors import UserError
@@ -26,8 +26,8 @@ def gaps(folder, name):
     """Of each setting, the weights of the loss where the policy has not moved."""
     from alignment.engines.deepspeed import DeepSpeedEngine
     from alignment.engines.megatron import MegatronEngine
-    from alignment.engines.protocol import Scores
-    from alignment.rl.step_metrics import gap_of
+    from alignment.engines.protocol import TokenScores
+    from alignment.rl.step_metrics import rollout_gap
 
     engine: Any = {"megatron": MegatronEngine, "deepspeed": DeepSpeedEngine}[name](folder)
     found = []
@@ -35,9 +35,9 @@ def gaps(folder, name):
         temperature = setting[0]
         sampling = Sampling(6, *setting, stop_at_eod=False, score_temperature=temperature)
         drawn = engine.generate([[5, 6, 7]] * 4, sampling, range(4))
-        batch = Batch.of(
+        batch = TokenBatch.of(
             [
-                Sample(
+                TokenSample(
                     [5, 6, 7, *g.tokens],
                     3,
                     {"advantage": 1.0, "rollout_log_probs": [0.0] * 3 + g.log_probs},
@@ -47,8 +47,12 @@ def gaps(folder, name):
         )
         scores = engine.log_probs(batch, temperature=temperature).log_probs.cpu()
         batch.extras["old_log_probs"] = scores  # type: ignore[index]
-        loss = policy_loss("grpo", rollout_bound=1.01, rollout_rule="mask")(Scores(scores), batch)
-        found.append((gap_of(engine, [batch])["rollout_gap_max"], float(loss.total / loss.weight)))
+        loss = policy_loss("grpo", rollout_bound=1.01, rollout_rule="mask")(
+            TokenScores(scores), batch
+        )
+        found.append(
+            (rollout_gap(engine, [batch])["rollout_gap_max"], float(loss.total / loss.weight))
+        )
     return found
 
 
@@ -83,8 +87,8 @@ def checked_on_a_rank():
         drawn_from = table(temperature, top_k).exp()
         tokens = torch.multinomial(drawn_from, 1, generator=generator)[:, 0]
         values = served.gather(1, tokens[:, None])[:, 0].tolist()
-        sample = Sample([0, *tokens.tolist()], 1, {"rollout_log_probs": [0.0, *values]})
-        batch = Batch.of([sample])
+        sample = TokenSample([0, *tokens.tolist()], 1, {"rollout_log_probs": [0.0, *values]})
+        batch = TokenBatch.of([sample])
         batch.extras["old_log_probs"] = scores(batch, temperature).log_probs  # type: ignore[index]
         return told_by(
             lambda: check_served_log_probs(

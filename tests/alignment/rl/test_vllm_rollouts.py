@@ -150,50 +150,50 @@ def learn(folder, place, url, patience, ahead=False, waits=16, stops=False):
     """
     from alignment.engines.megatron import MegatronEngine, MegatronLayout
     from alignment.engines.protocol import Optimization
-    from alignment.ranks import most_of_ranks
+    from alignment.ranks import all_reduce_max
     from alignment.rl import vllm_rollouts as served
-    from alignment.rl.algorithms import named
-    from alignment.rl.async_rollouts import RolloutsAhead
-    from alignment.rl.rollouts import Rewarded
-    from alignment.rl.tasks import Settings, Task
+    from alignment.rl.algorithms import algorithm_by_name
+    from alignment.rl.async_rollouts import AsyncRollouts
+    from alignment.rl.rollouts import RewardResult
+    from alignment.rl.tasks import PromptTask, RLSettings
     from alignment.rl.trainer import ReinforcementStep
-    from alignment.training.loop import Plan, fit
-    from alignment.training.training_run import Run
+    from alignment.training.loop import TrainingSchedule, fit
+    from alignment.training.training_run import TrainingRun
     from megatron_ext.inference.sampling import Sampling
 
     served._WAIT = 0.05
     engine = MegatronEngine(folder, Optimization(lr=1e-2, steps=9), MegatronLayout(micro_batch=4))
-    rollouts = served.ServedRollouts(
+    rollouts = served.VLLMRollouts(
         engine, [url], "policy", place / "served", frozenset([0]), patience
     )
-    tasks = [Task(str(n), [5, n, 7], None) for n in range(12)]
+    tasks = [PromptTask(str(n), [5, n, 7], None) for n in range(12)]
 
     def reward(groups, check):
         # Ranks may see different numbers of them, and must look at signals equally often.
-        while ahead and run.step < 2 and most_of_ranks(int(drawn(place, run.step + 1) < waits)):
+        while ahead and run.step < 2 and all_reduce_max(int(drawn(place, run.step + 1) < waits)):
             time.sleep(0.05)
             check()
         if stops:
             os.kill(os.getpid(), signal.SIGTERM)
         return [
-            [Rewarded(sum(t % 2 for t in r.tokens) / 6, "score", {}) for r in rollouts_]
+            [RewardResult(sum(t % 2 for t in r.tokens) / 6, "score", {}) for r in rollouts_]
             for _, rollouts_ in groups
         ]
 
     rows = []
-    algorithm = named("grpo", rollout_bound=2.0)
-    settings = Settings(algorithm, 4, 4, 1, 64, Sampling(6, temperature=0.8))
-    with Run(place, engine, {}) as run:
+    algorithm = algorithm_by_name("grpo", rollout_bound=2.0)
+    settings = RLSettings(algorithm, 4, 4, 1, 64, Sampling(6, temperature=0.8))
+    with TrainingRun(place, engine, {}) as run:
         step = ReinforcementStep(
             engine, run, tasks, reward, settings, 0, generate=rollouts.generate,
-            ahead=RolloutsAhead(rollouts, 3) if ahead else None,
+            ahead=AsyncRollouts(rollouts, 3) if ahead else None,
         )  # fmt: skip
 
         def train(number):
             rows.append(step(number))
             return rows[-1]
 
-        ended = fit(run, Plan(3, 100, 100), train)
+        ended = fit(run, TrainingSchedule(3, 100, 100), train)
     assert not [t for t in threading.enumerate() if t.name.startswith("rollouts of step")]
     return rows, ended
 
@@ -306,11 +306,11 @@ def test_a_run_ends_while_responses_are_under_way(tmp_path, server):
 
 def ask_in_vain(folder, url):
     """The sentence that a call ends with, and after how many seconds."""
-    from alignment.rl.vllm_rollouts import ServedRollouts
+    from alignment.rl.vllm_rollouts import VLLMRollouts
     from megatron_ext.inference.sampling import Sampling
 
     engine: Any = SimpleNamespace(data_rank=0, data_size=1, step=0, export=lambda folder: None)
-    rollouts = ServedRollouts(engine, [url], "policy", folder, frozenset([0]), patience=3)
+    rollouts = VLLMRollouts(engine, [url], "policy", folder, frozenset([0]), patience=3)
     rollouts._served = 0 if "127.0.0.1" in url else None
     begin = time.monotonic()
     with pytest.raises(UserError) as caught:
@@ -345,7 +345,7 @@ def draw(folder, url):
     """A response of this rank, and whether signals were looked at meanwhile."""
     import torch.distributed as dist
 
-    from alignment.rl.vllm_rollouts import ServedRollouts
+    from alignment.rl.vllm_rollouts import VLLMRollouts
     from megatron_ext.inference.sampling import Sampling
 
     wait_at_most(3)
@@ -353,7 +353,7 @@ def draw(folder, url):
     engine: Any = SimpleNamespace(
         data_rank=rank, data_size=dist.get_world_size(), step=0, export=lambda folder: None
     )
-    rollouts = ServedRollouts(
+    rollouts = VLLMRollouts(
         engine, [url], "policy", folder, frozenset([0]), check=lambda: checks.append(rank)
     )
     [found] = rollouts.generate([[rank]], Sampling(1))

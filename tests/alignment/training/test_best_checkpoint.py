@@ -20,11 +20,11 @@ VALUES = [
 
 def kept(place):
     """Of each evaluation, whether it is the best so far; then what is written of the best."""
-    from alignment.training.training_run import Run
+    from alignment.training.training_run import TrainingRun
 
     engine: Any = SimpleNamespace(export=lambda folder: folder.mkdir(exist_ok=True))
     found = []
-    with Run(place, engine, {}) as run:
+    with TrainingRun(place, engine, {}) as run:
         for run.step, (value, sound, _) in enumerate(VALUES):
             found.append(run.keep_best("val/alpha", value, sound))
         # The same evaluation again, of a run that was killed after it.
@@ -40,10 +40,10 @@ def test_a_value_that_is_higher_by_rounding_is_no_improvement(tmp_path):
 
 
 def kept_by_log_prob(place):
-    from alignment.training.training_run import Run
+    from alignment.training.training_run import TrainingRun
 
     engine: Any = SimpleNamespace(export=lambda folder: folder.mkdir(exist_ok=True))
-    with Run(place, engine, {}) as run:
+    with TrainingRun(place, engine, {}) as run:
         found = []
         for run.step, value in enumerate((-2.0, -1.9999999, -1.999, -2.5)):
             found.append(run.keep_best("validation/log_prob", value))

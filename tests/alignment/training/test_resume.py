@@ -12,11 +12,11 @@ import pytest
 
 from alignment.commands.training_flags import lasting
 from alignment.rl.algorithms import ALGORITHMS
-from alignment.rl.rollouts import Rewarded, RolloutStore
-from alignment.rl.tasks import Settings, Task
+from alignment.rl.rollouts import RewardResult, RolloutStore
+from alignment.rl.tasks import PromptTask, RLSettings
 from alignment.rl.trainer import ReinforcementStep
-from alignment.training.loop import Plan, fit
-from alignment.training.training_run import Run
+from alignment.training.loop import TrainingSchedule, fit
+from alignment.training.training_run import TrainingRun
 from megatron_ext.errors import UserError
 from megatron_ext.inference.sampling import Sampling
 from tests.alignment.chat_model import make_model
@@ -34,10 +34,10 @@ def engine_of(model):
 
 def learner(engine):
     """A step of supervised training, the same in every run."""
-    from alignment.engines.batch import Sample
+    from alignment.engines.batch import TokenSample
     from alignment.training.sft import SupervisedStep
 
-    samples = [Sample([n + 1, n + 2, n + 3], 1) for n in range(16)]
+    samples = [TokenSample([n + 1, n + 2, n + 3], 1) for n in range(16)]
     return SupervisedStep(engine, samples, 4, LENGTH, seed=1)
 
 
@@ -55,7 +55,7 @@ def killed_saves(model, place):
         engine.load_parameters(start)
         engine.step = 0
         engine.save = save or type(engine).save.__get__(engine)
-        with Run(place / name, engine, {}) as run:
+        with TrainingRun(place / name, engine, {}) as run:
             step = learner(engine)
 
             def train(number):
@@ -63,7 +63,7 @@ def killed_saves(model, place):
                     os.kill(os.getpid(), signal.SIGTERM)
                 return step(number)
 
-            return fit(run, Plan(steps, 2, 100), train, lambda n: {"n": n})
+            return fit(run, TrainingSchedule(steps, 2, 100), train, lambda n: {"n": n})
 
     def folders(name):
         return sorted(file.name for file in (place / name / "checkpoints").glob("iter_*"))
@@ -113,7 +113,7 @@ def evaluations(model, place):
         engine.load_parameters(start)
         engine.step = 0
         asked = []
-        with Run(place / name, engine, {}) as run:
+        with TrainingRun(place / name, engine, {}) as run:
 
             def evaluate(number):
                 asked.append(number)
@@ -129,19 +129,19 @@ def evaluations(model, place):
         return [row["n"] for row in rows_of(place / name) if "n" in row]
 
     # A signal in the last evaluation, then in the first one: each is had once in the end.
-    plan = Plan(6, 100, 4, best="n")
+    plan = TrainingSchedule(6, 100, 4, best="n")
     assert go("last", plan, stop_at=6) == (signal.SIGTERM, [0, 4, 6])
     assert graded("last") == [0, 4]
     assert go("last", plan) == (0, [6]) and graded("last") == [0, 4, 6]
     assert json.loads((place / "last" / "best" / "best.json").read_text())["step"] == 6
     assert go("last", plan) == (0, []) and graded("last") == [0, 4, 6]
-    assert go("first", Plan(2, 100, 4)) == (0, [0, 2])
+    assert go("first", TrainingSchedule(2, 100, 4)) == (0, [0, 2])
     for file in (place / "first" / "checkpoints").iterdir():  # as if killed before the first save
         file.unlink() if file.is_file() else file.rename(place / file.name)
-    assert go("first", Plan(2, 100, 4)) == (0, [0, 2]) and graded("first") == [0, 2]
+    assert go("first", TrainingSchedule(2, 100, 4)) == (0, [0, 2]) and graded("first") == [0, 2]
 
     # What ended the run ends it again.
-    plan = Plan(6, 100, 2, stop_when=lambda row: "enough" if row["n"] == 4 else None)
+    plan = TrainingSchedule(6, 100, 2, stop_when=lambda row: "enough" if row["n"] == 4 else None)
     assert go("ended", plan) == (0, [0, 2, 4])
     assert go("ended", plan) == (0, [])
     return [row["step"] for row in rows_of(place / "ended") if "loss" in row]
@@ -155,13 +155,13 @@ def test_every_evaluation_is_had_once_and_the_end_stays_the_end(model, tmp_path)
 def of_draws(algorithm, tasks, groups):
     run: Any = SimpleNamespace(folder=Path())
     engine: Any = SimpleNamespace(generate=None)
-    settings = Settings(ALGORITHMS[algorithm], groups, 2, 1, LENGTH, Sampling(4))
+    settings = RLSettings(ALGORITHMS[algorithm], groups, 2, 1, LENGTH, Sampling(4))
     return ReinforcementStep(engine, run, tasks, lambda groups, check: [], settings, seed=3)
 
 
 @pytest.mark.parametrize("count", [4, 5, 10, 11])
 def test_a_step_has_different_prompts_also_where_epochs_meet(count):
-    tasks = [Task(str(n), [n], None) for n in range(count)]
+    tasks = [PromptTask(str(n), [n], None) for n in range(count)]
     for seed in range(20):
         step = of_draws("grpo", tasks, 4)
         step.seed = seed
@@ -174,7 +174,7 @@ def test_a_step_has_different_prompts_also_where_epochs_meet(count):
 
 
 def test_too_few_prompts_for_a_step_are_refused_before_it_begins():
-    tasks = [Task(str(n), [n], None) for n in range(3)]
+    tasks = [PromptTask(str(n), [n], None) for n in range(3)]
     with pytest.raises(UserError, match="a step wants 4 different prompts, and there are 3"):
         of_draws("grpo", tasks, 4)
 
@@ -182,19 +182,22 @@ def test_too_few_prompts_for_a_step_are_refused_before_it_begins():
 def dynamic(model, place):
     """DAPO with a judge that fails on some prompts and tells responses to others apart."""
     engine = engine_of(model)
-    tasks = [Task(str(n), [n + 1], n) for n in range(12)]
+    tasks = [PromptTask(str(n), [n + 1], n) for n in range(12)]
 
     def reward(groups, check):
         """Of a third each: failed, all equal, different."""
         kinds = {0: (None, None), 1: (1.0, 1.0), 2: (0.0, 1.0)}
         return [
-            [Rewarded(w, "score" if w is not None else "failed", {}) for w in kinds[task.about % 3]]
+            [
+                RewardResult(w, "score" if w is not None else "failed", {})
+                for w in kinds[task.about % 3]
+            ]
             for task, _ in groups
         ]
 
     found = []
-    with Run(place, engine, {}) as run:
-        settings = Settings(
+    with TrainingRun(place, engine, {}) as run:
+        settings = RLSettings(
             ALGORITHMS["dapo"], 6, 2, 1, LENGTH, Sampling(3), draws=2, max_unrewarded=1
         )
         step = ReinforcementStep(engine, run, tasks, reward, settings, seed=3)

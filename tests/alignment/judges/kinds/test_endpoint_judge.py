@@ -155,14 +155,14 @@ def stopped(folder):
     import torch.distributed as dist
 
     from alignment.judges.reward_judges import open_judge
-    from alignment.ranks import most_of_ranks
+    from alignment.ranks import all_reduce_max
 
     rank, size = dist.get_rank(), dist.get_world_size()
     engine: Any = SimpleNamespace(data_rank=rank, data_size=size)
 
     def check():
         files = folder.glob("verdicts/judge.answers/share_*.jsonl")
-        if most_of_ranks(sum(f.read_bytes().count(b"\n") for f in files)) == len(ITEMS) - 1:
+        if all_reduce_max(sum(f.read_bytes().count(b"\n") for f in files)) == len(ITEMS) - 1:
             raise Stop
 
     spec = JudgeSpec.read(str(folder / "judge.yaml"))

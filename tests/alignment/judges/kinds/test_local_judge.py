@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from alignment.engines.protocol import Generated
+from alignment.engines.protocol import GeneratedResponse
 from alignment.judges.formats.labels import SIDES, LabelTokens
 from alignment.judges.formats.parsing import Parser
 from alignment.judges.formats.prompts import judge_prompt
@@ -26,7 +26,7 @@ LIKELY = [math.log(p) for p in (0.0001, 0.0001, 0.0001, 0.2, *[0.0001] * 3, 0.6,
 @pytest.fixture
 def judge(tmp_path, monkeypatch):
     """Its answers are `said`, its labels have the log-probabilities `likely`."""
-    monkeypatch.setattr(local, "most_of_ranks", lambda count: count)
+    monkeypatch.setattr(local, "all_reduce_max", lambda count: count)
     make_tokenizer(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     tokenizer.add_tokens([" 7"])
@@ -34,7 +34,7 @@ def judge(tmp_path, monkeypatch):
 
     def generate(prompts, *_):
         ids = [tokenizer(t, add_special_tokens=False)["input_ids"] for t in engine.said]
-        return [Generated([*row, tokenizer.eos_token_id], [], True) for row in ids]
+        return [GeneratedResponse([*row, tokenizer.eos_token_id], [], True) for row in ids]
 
     def next_log_probs(batch, labels):
         engine.after = [
