@@ -30,10 +30,10 @@ from megatron_ext.data.preprocessing.indexed_dataset import (
     import_megatron,
     write_dataset,
 )
-from megatron_ext.data.preprocessing.output import Output
-from megatron_ext.data.preprocessing.parts import FORMAT_VERSION, SPLITS, Work, group_shards
+from megatron_ext.data.preprocessing.output import DatasetOutput
+from megatron_ext.data.preprocessing.parts import FORMAT_VERSION, SPLITS, PartSpec, group_shards
 from megatron_ext.data.preprocessing.workers import write_parts
-from megatron_ext.data.shards import FORMATS, Layout, expand_inputs, file_identity, plan_shards
+from megatron_ext.data.shards import FORMATS, TextFormat, expand_inputs, file_identity, plan_shards
 from megatron_ext.errors import ToolParser, UserError, run_tool
 
 
@@ -110,7 +110,7 @@ def open_tokenizer(model: str) -> tuple[sentencepiece.SentencePieceProcessor, st
 
 
 @contextmanager
-def stopping_on_signals(output: Output) -> Iterator[None]:
+def stopping_on_signals(output: DatasetOutput) -> Iterator[None]:
     """Let SIGINT and SIGTERM end the run in order, with a word on what is kept."""
 
     def stop(signum: int, frame: FrameType | None) -> NoReturn:
@@ -131,7 +131,9 @@ def stopping_on_signals(output: Output) -> Iterator[None]:
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     separator = arguments.document_separator
-    layout = Layout(arguments.format, arguments.text_key, "\n" if separator == r"\n" else separator)
+    layout = TextFormat(
+        arguments.format, arguments.text_key, "\n" if separator == r"\n" else separator
+    )
     tokenizer, sha256 = open_tokenizer(arguments.tokenizer_model)
     inputs = {
         "train": expand_inputs(arguments.input),
@@ -156,7 +158,7 @@ def main(argv: list[str] | None = None) -> None:
         "valid_fraction": arguments.valid_fraction,
         "seed": arguments.seed,
     }
-    output = Output(os.path.abspath(arguments.output_prefix))
+    output = DatasetOutput(os.path.abspath(arguments.output_prefix))
     if output.is_complete(settings, arguments.overwrite):
         shutil.rmtree(output.parts, ignore_errors=True)
         print(f"{output.prefix}: all done already, with the same settings")
@@ -165,7 +167,7 @@ def main(argv: list[str] | None = None) -> None:
     vocab_size = tokenizer.get_piece_size()
     dtype = np.dtype(import_megatron().DType.optimal_dtype(vocab_size)).name
     works = [
-        Work(
+        PartSpec(
             shards=group,
             file_stamps=tuple(status[shard.path].st_mtime_ns for shard in group),
             layout=layout,
@@ -186,8 +188,8 @@ def main(argv: list[str] | None = None) -> None:
 def run(
     arguments: argparse.Namespace,
     settings: dict[str, Any],
-    works: list[Work],
-    output: Output,
+    works: list[PartSpec],
+    output: DatasetOutput,
     vocab_size: int,
 ) -> None:
     """Parts, datasets, comparison, final names."""

@@ -40,18 +40,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         activate()  # before anything of Megatron is imported, which takes seconds
         from megatron_ext.inference.loading import load_model
         from megatron_ext.serving.app import Api, make_app
-        from megatron_ext.serving.openai_protocol import Limits, Reader
-        from megatron_ext.serving.replicas import Copies
+        from megatron_ext.serving.openai_protocol import Reader, RequestLimits
+        from megatron_ext.serving.replicas import ModelReplicas
         from megatron_ext.serving.scheduler import Scheduler
         from megatron_ext.serving.server import serve
 
         layout, others = loading_options(options)
         trained = load_model(checkpoint, layout, **others)
-        copies = Copies(trained, options.max_batch_size)
+        copies = ModelReplicas(trained, options.max_batch_size)
     if listening is None:
         copies.follow()
         return
-    limits = Limits(options.max_choices, options.max_tokens, options.max_prompt_tokens)
+    limits = RequestLimits(options.max_choices, options.max_tokens, options.max_prompt_tokens)
     name = options.model_name or Path(options.load).resolve().name
     scheduler = Scheduler(copies, options.max_waiting)
     api = Api(scheduler, Reader(trained, name, limits, template), options.timeout)

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import sentencepiece
 
-from megatron_ext.data.documents import Malformed, ShardReader
-from megatron_ext.data.shards import FORMATS, Layout, expand_inputs, plan_shards
+from megatron_ext.data.documents import MalformedRecord, ShardReader
+from megatron_ext.data.shards import FORMATS, TextFormat, expand_inputs, plan_shards
 from megatron_ext.errors import ToolParser, UserError, run_tool
 from megatron_ext.progress import Progress
 
@@ -61,7 +61,7 @@ class LineSample:
         return [line for _, _, line in sorted(self._heap, key=lambda entry: entry[1])]
 
 
-def documents(paths: list[str], layout: Layout) -> Iterator[str]:
+def documents(paths: list[str], layout: TextFormat) -> Iterator[str]:
     """The documents of all files in order, with progress; malformed lines are counted and left
     out, as `preprocess_data` reports each of them.
 
@@ -75,7 +75,7 @@ def documents(paths: list[str], layout: Layout) -> Iterator[str]:
         for shard in shards:
             reader = ShardReader(shard, layout)
             for document in reader:
-                if isinstance(document, Malformed):
+                if isinstance(document, MalformedRecord):
                     where = f"{shard.path}: line {document.line}"
                     if shard.start:
                         where += f" after byte {shard.start}"
@@ -197,7 +197,7 @@ def main(argv: list[str] | None = None) -> None:
     if output.exists() and not arguments.overwrite:
         raise UserError(f"--output {output} exists: give --overwrite to replace it")
     # Lines are what is learnt from, wherever a document of plain text ends.
-    layout = Layout(arguments.format, arguments.text_key, separator="\n")
+    layout = TextFormat(arguments.format, arguments.text_key, separator="\n")
     paths = expand_inputs(arguments.input)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -116,13 +116,13 @@ def _fluency(files: tuple[tuple[str, int, int], ...]) -> Fluency:
 
 def _texts(files: list[str]) -> Iterable[str]:
     """The documents of files; the lines of plain text."""
-    from megatron_ext.data.documents import Malformed, ShardReader
-    from megatron_ext.data.shards import Layout, plan_shards
+    from megatron_ext.data.documents import MalformedRecord, ShardReader
+    from megatron_ext.data.shards import TextFormat, plan_shards
 
-    layout = Layout(separator="\n")
+    layout = TextFormat(separator="\n")
     for shard in plan_shards(files, layout, 1 << 40):
         for text in ShardReader(shard, layout):
-            if not isinstance(text, Malformed):
+            if not isinstance(text, MalformedRecord):
                 yield text
 
 

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from alignment.engines.batch import TokenBatch, TokenSample
 from alignment.engines.log_probs import TokenScorer
-from megatron_ext.inference.cache import Chunk
-from megatron_ext.inference.engine import Engine
+from megatron_ext.inference.cache import TokenChunk
+from megatron_ext.inference.engine import GenerationEngine
 from megatron_ext.inference.generation import passes
 from megatron_ext.inference.loading import TrainedModel
-from megatron_ext.inference.row import Row, Score
+from megatron_ext.inference.row import GenerationRow, TokenScore
 from megatron_ext.inference.sampling import Sampling
 from megatron_ext.moe.margins import routing_margins
 from megatron_ext.moe.order_statistics import kth_largest
@@ -51,7 +51,7 @@ class DecodedRouting:
     tokens: int
 
 
-class _ForcedRow(Row):
+class _ForcedRow(GenerationRow):
     """A row whose continuation is there already: what would be sampled is not asked for."""
 
     def __init__(self, trained: TrainedModel, sample: TokenSample, temperature: float) -> None:
@@ -63,11 +63,13 @@ class _ForcedRow(Row):
     def generates(self) -> bool:
         return self.cached >= self._asked
 
-    def chunk(self, line: int, most: int) -> Chunk:
+    def chunk(self, line: int, most: int) -> TokenChunk:
         end = self.cached + 1 if self.generates else min(self.cached + most, self._asked)
-        return Chunk(line, self.cached, self.prompt[self.cached : end], int(end >= self._asked))
+        return TokenChunk(
+            line, self.cached, self.prompt[self.cached : end], int(end >= self._asked)
+        )
 
-    def add(self, score: Score) -> str:
+    def add(self, score: TokenScore) -> str:
         self.completion.tokens.append(score.token)
         self.completion.log_probs.append(score.log_prob)
         if self._asked + len(self.completion.tokens) == len(self.prompt):
@@ -87,8 +89,8 @@ def decode(
         temperature: divides the logits before log-probabilities.
     """
     rows = [_ForcedRow(trained, sample, temperature) for sample in samples]
-    engine = Engine(trained, lines=len(rows))
-    begins: dict[Row, int] = {}
+    engine = GenerationEngine(trained, lines=len(rows))
+    begins: dict[GenerationRow, int] = {}
     tokens = 0
     for row in rows:
         engine.add(row)

@@ -20,7 +20,7 @@ from alignment.engines.protocol import GeneratedResponse
 from alignment.engines.routing_gap import DecodedRouting, decode
 from megatron_ext.config import ETConfig
 from megatron_ext.inference.generation import generate
-from megatron_ext.inference.loading import Layout, TrainedModel, for_inference
+from megatron_ext.inference.loading import ParallelLayout, TrainedModel, for_inference
 from megatron_ext.inference.plain_linear import simplify_linear_layers
 from megatron_ext.inference.sampling import Sampling
 from megatron_ext.model.gpt import gpt_model_config
@@ -37,7 +37,7 @@ class Sampler:
             args: of its training.
             tokenizer: Megatron's.
         """
-        layout = Layout(
+        layout = ParallelLayout(
             args.tensor_model_parallel_size,
             args.pipeline_model_parallel_size,
             args.expert_model_parallel_size,

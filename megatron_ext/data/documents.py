@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
 from megatron_ext.data.decompression import BROKEN, decompressed
-from megatron_ext.data.shards import MAX_PLAIN_DOCUMENT, Layout, Shard, open_parquet, too_large
+from megatron_ext.data.shards import MAX_PLAIN_DOCUMENT, Shard, TextFormat, open_parquet, too_large
 from megatron_ext.errors import UserError
 
 
-class Malformed(NamedTuple):
+class MalformedRecord(NamedTuple):
     """A line (Parquet: row) that gives no document, counted from 1 within its shard, and why."""
 
     line: int
@@ -21,7 +21,7 @@ class Malformed(NamedTuple):
 
 
 class ShardReader:
-    """Iterates over a shard's documents: the text, or `Malformed`.
+    """Iterates over a shard's documents: the text, or `MalformedRecord`.
 
     lines: lines (rows) of the shard read so far; after the last one, all that it owns.
     consumed: bytes of the shard read so far, at most `shard.size`.
@@ -30,11 +30,11 @@ class ShardReader:
         UserError: a truncated or broken file, noticed while reading.
     """
 
-    def __init__(self, shard: Shard, layout: Layout):
+    def __init__(self, shard: Shard, layout: TextFormat):
         self.shard, self.layout = shard, layout
         self.lines = self.consumed = 0
 
-    def __iter__(self) -> Iterator[str | Malformed]:
+    def __iter__(self) -> Iterator[str | MalformedRecord]:
         if self.shard.format == "parquet":
             yield from self._parquet()
             return
@@ -72,47 +72,47 @@ class ShardReader:
             self.consumed = min(done, self.shard.size)
             yield owned, line
 
-    def _jsonl(self, raw: BinaryIO, stream: io.BufferedIOBase) -> Iterator[str | Malformed]:
+    def _jsonl(self, raw: BinaryIO, stream: io.BufferedIOBase) -> Iterator[str | MalformedRecord]:
         for owned, line in self._numbered_lines(raw, stream):
             if not owned:
                 return
             if not line.isspace():
                 yield self._json_text(line)
 
-    def _json_text(self, line: bytes) -> str | Malformed:
+    def _json_text(self, line: bytes) -> str | MalformedRecord:
         text = _utf8(line, self.lines)
-        if isinstance(text, Malformed):
+        if isinstance(text, MalformedRecord):
             return text
         try:
             record = json.loads(text)
         except (ValueError, RecursionError) as error:
-            return Malformed(self.lines, f"invalid JSON: {error}")
+            return MalformedRecord(self.lines, f"invalid JSON: {error}")
         if not isinstance(record, dict):
-            return Malformed(self.lines, "not a JSON object")
+            return MalformedRecord(self.lines, "not a JSON object")
         key = self.layout.text_key
         if key not in record:
             keys = ", ".join(map(repr, list(record)[:8])) or "none"
-            return Malformed(self.lines, f"no key {key!r} (--text-key); its keys: {keys}")
+            return MalformedRecord(self.lines, f"no key {key!r} (--text-key); its keys: {keys}")
         return self._checked(record[key])
 
-    def _checked(self, text: object) -> str | Malformed:
+    def _checked(self, text: object) -> str | MalformedRecord:
         """Text that has a UTF-8 form; JSON can smuggle in half of a surrogate pair."""
         if not isinstance(text, str):
-            return Malformed(self.lines, f"{self.layout.text_key!r} holds no text")
+            return MalformedRecord(self.lines, f"{self.layout.text_key!r} holds no text")
         try:
             text.encode()
         except UnicodeEncodeError:
-            return Malformed(self.lines, "a lone surrogate, not text")
+            return MalformedRecord(self.lines, "a lone surrogate, not text")
         return text
 
-    def _whole(self, stream: io.BufferedIOBase) -> Iterator[str | Malformed]:
+    def _whole(self, stream: io.BufferedIOBase) -> Iterator[str | MalformedRecord]:
         content = stream.read(MAX_PLAIN_DOCUMENT + 1)
         if len(content) > MAX_PLAIN_DOCUMENT:
             raise too_large(self.shard.path)
         self.lines, self.consumed = 1, self.shard.size
         yield _utf8(content, 1)
 
-    def _lines(self, raw: BinaryIO, stream: io.BufferedIOBase) -> Iterator[str | Malformed]:
+    def _lines(self, raw: BinaryIO, stream: io.BufferedIOBase) -> Iterator[str | MalformedRecord]:
         for owned, line in self._numbered_lines(raw, stream):
             if not owned:
                 return
@@ -120,7 +120,7 @@ class ShardReader:
 
     def _separated(
         self, raw: BinaryIO, stream: io.BufferedIOBase, separator: bytes
-    ) -> Iterator[str | Malformed]:
+    ) -> Iterator[str | MalformedRecord]:
         """A shard owns the document after each separator line it owns, and the file's first."""
         document: list[bytes] | None = [] if self.shard.start == 0 else None
         first, held = 1, 0
@@ -141,7 +141,7 @@ class ShardReader:
         if document:
             yield _utf8(_chomp(b"".join(document)), first)
 
-    def _parquet(self) -> Iterator[str | Malformed]:
+    def _parquet(self) -> Iterator[str | MalformedRecord]:
         import pyarrow
 
         shard, key = self.shard, self.layout.text_key
@@ -157,19 +157,19 @@ class ShardReader:
                         try:
                             text = value.as_py()
                         except UnicodeDecodeError as error:
-                            yield Malformed(self.lines, f"invalid UTF-8: {error.reason}")
+                            yield MalformedRecord(self.lines, f"invalid UTF-8: {error.reason}")
                         else:
                             yield self._checked(text)
             except (pyarrow.ArrowException, OSError) as error:
                 raise UserError(f"{shard.path} is truncated or broken: {error}") from error
 
 
-def _utf8(content: bytes, first_line: int) -> str | Malformed:
+def _utf8(content: bytes, first_line: int) -> str | MalformedRecord:
     try:
         return content.decode()
     except UnicodeDecodeError as error:
         line = first_line + content.count(b"\n", 0, error.start)
-        return Malformed(line, f"invalid UTF-8: {error.reason}")
+        return MalformedRecord(line, f"invalid UTF-8: {error.reason}")
 
 
 def _chomp(content: bytes) -> bytes:

@@ -25,7 +25,7 @@ MAX_PLAIN_DOCUMENT = 256 << 20
 
 
 @dataclass(frozen=True)
-class Layout:
+class TextFormat:
     """How documents lie in the files.
 
     format: "auto" goes by the file's suffix, or one of `FORMATS`.
@@ -81,7 +81,7 @@ def file_identity(path: str) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def plan_shards(paths: list[str], layout: Layout, shard_bytes: int) -> list[Shard]:
+def plan_shards(paths: list[str], layout: TextFormat, shard_bytes: int) -> list[Shard]:
     """Cut files into shards of about `shard_bytes`; the same files always give the same shards.
 
     Raises:
@@ -120,7 +120,7 @@ def format_of_suffix(path: str) -> str:
     return _SUFFIXES.get(suffixes[-1 - compressed], "") if len(suffixes) > compressed else ""
 
 
-def _format_of(path: str, layout: Layout) -> str:
+def _format_of(path: str, layout: TextFormat) -> str:
     kind = format_of_suffix(path) if layout.format == "auto" else layout.format
     if not kind:
         known = f"{', '.join(_SUFFIXES)}, compressed {', '.join(COMPRESSIONS)}"

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_ext.data.documents import Malformed, ShardReader
-from megatron_ext.data.shards import Layout, expand_inputs, plan_shards
+from megatron_ext.data.documents import MalformedRecord, ShardReader
+from megatron_ext.data.shards import TextFormat, expand_inputs, plan_shards
 from megatron_ext.data.tokenizer_identity import check_dataset_tokenizer
 from megatron_ext.errors import UserError
 
@@ -68,10 +68,10 @@ def _indexed(prefix: str) -> Iterator[np.ndarray[Any, Any]]:
 
 
 def _texts(inputs: list[str], tokenizer: Any, flag: str) -> Iterator[np.ndarray[Any, Any]]:
-    layout = Layout()
+    layout = TextFormat()
     end = [] if tokenizer.eod is None else [tokenizer.eod]
     for shard in plan_shards(expand_inputs(inputs, flag), layout, _SHARD_BYTES):
         for document in ShardReader(shard, layout):
-            if isinstance(document, Malformed):
+            if isinstance(document, MalformedRecord):
                 raise UserError(f"{shard.path}, line {document.line}: {document.reason}")
             yield np.array(tokenizer.tokenize(document) + end, dtype=np.int64)

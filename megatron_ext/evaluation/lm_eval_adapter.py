@@ -15,11 +15,11 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from megatron_ext.errors import UserError
-from megatron_ext.evaluation.log_likelihoods import BATCH_TOKENS, Request, merged
+from megatron_ext.evaluation.log_likelihoods import BATCH_TOKENS, ScoringRequest, merged
 from megatron_ext.evaluation.models import MegatronModel
 from megatron_ext.hf.tokenizer_export import as_transformers
 from megatron_ext.inference.generation import generate
-from megatron_ext.inference.loading import DTYPES, Layout, load_model
+from megatron_ext.inference.loading import DTYPES, ParallelLayout, load_model
 from megatron_ext.inference.row import Completion
 from megatron_ext.inference.sampling import Sampling
 from megatron_ext.quiet import quiet_megatron
@@ -66,7 +66,7 @@ class MegatronLM(TemplateLM):
         super().__init__()
         if dtype is not None and dtype not in DTYPES:
             raise UserError(f"--model_args dtype={dtype}: give one of {', '.join(DTYPES)}")
-        layout = Layout(
+        layout = ParallelLayout(
             tensor_model_parallel_size, pipeline_model_parallel_size, expert_model_parallel_size
         )
         with quiet_megatron():
@@ -153,7 +153,7 @@ class MegatronLM(TemplateLM):
             self.cache_hook.add_partial("loglikelihood", texts, answer)
         return answers
 
-    def _request(self, context: list[int], continuation: list[int]) -> Request:
+    def _request(self, context: list[int], continuation: list[int]) -> ScoringRequest:
         if not 0 < len(continuation) <= self.max_length:
             raise UserError(
                 f"a continuation has {len(continuation):,} tokens, and the model scores 1 to "
@@ -162,13 +162,13 @@ class MegatronLM(TemplateLM):
             )
         # The last token is only predicted, so that one more fits.
         tokens = np.array([*context, *continuation][-self.max_length - 1 :], dtype=np.int32)
-        return Request(tokens, max(1, len(tokens) - len(continuation)))
+        return ScoringRequest(tokens, max(1, len(tokens) - len(continuation)))
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
         """Log-likelihood of whole texts, in windows of the model's length."""
-        windows: list[Request] = []
+        windows: list[ScoringRequest] = []
         ends = []
         for request in requests:
             pairs = get_rolling_token_windows(

@@ -22,7 +22,7 @@ from megatron_ext.evaluation.text_losses import TextCodec
 BATCH_TOKENS = 4096
 
 
-class Request(NamedTuple):
+class ScoringRequest(NamedTuple):
     """A sequence whose end is scored.
 
     Attributes:
@@ -34,7 +34,7 @@ class Request(NamedTuple):
     start: int
 
 
-class Score(NamedTuple):
+class LogLikelihood(NamedTuple):
     """What a model says of a request's end.
 
     Attributes:
@@ -48,7 +48,7 @@ class Score(NamedTuple):
     greedy: bool
 
 
-class Batch(NamedTuple):
+class ScoringBatch(NamedTuple):
     """Requests as tensors.
 
     Attributes:
@@ -65,7 +65,7 @@ class Batch(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Copies:
+class DataReplicas:
     """The copies of a model that share the work.
 
     Attributes:
@@ -91,11 +91,11 @@ class LanguageModel(ABC):
 
     codec: TextCodec
     max_length: int
-    copies: Copies
+    copies: DataReplicas
     description: dict[str, Any]
 
     @abstractmethod
-    def log_probs(self, batch: Batch) -> Tensor | None:
+    def log_probs(self, batch: ScoringBatch) -> Tensor | None:
         """fp32 `[2, n]`: log-probabilities of the targets, and 1 where one is the likeliest.
 
         None on ranks that do not know.
@@ -103,10 +103,10 @@ class LanguageModel(ABC):
 
     def score(
         self,
-        requests: Sequence[Request],
+        requests: Sequence[ScoringRequest],
         batch_tokens: int = BATCH_TOKENS,
         done: Callable[[int], None] = lambda number: None,
-    ) -> list[Score]:
+    ) -> list[LogLikelihood]:
         """Score every request; all ranks must call it with the same and get the same.
 
         Args:
@@ -114,7 +114,7 @@ class LanguageModel(ABC):
             done: told how many more requests are scored.
         """
         batches = batches_by_length([len(r.tokens) - 1 for r in requests], batch_tokens)
-        own: dict[int, Score] = {}
+        own: dict[int, LogLikelihood] = {}
         for first in range(0, len(batches), self.copies.number):
             turn = batches[first : first + self.copies.number]
             if self.copies.own < len(turn):
@@ -126,14 +126,14 @@ class LanguageModel(ABC):
         scores = merged(own)
         return [scores[i] for i in range(len(requests))]
 
-    def _score_batch(self, requests: list[Request]) -> list[Score]:
+    def _score_batch(self, requests: list[ScoringRequest]) -> list[LogLikelihood]:
         """Scores in order on the ranks that know them, nothing on the others."""
         log_probs = self.log_probs(batch_of(requests))
         if log_probs is None:
             return []
         sizes = [len(request.tokens) - request.start for request in requests]
         return [
-            Score(-float(part[0].double().sum()), size, bool(part[1].all()))
+            LogLikelihood(-float(part[0].double().sum()), size, bool(part[1].all()))
             for size, part in zip(sizes, log_probs.cpu().split(sizes, dim=1))
         ]
 
@@ -150,7 +150,7 @@ def batches_by_length(lengths: Sequence[int], budget: int) -> list[list[int]]:
     return batches
 
 
-def batch_of(requests: Sequence[Request]) -> Batch:
+def batch_of(requests: Sequence[ScoringRequest]) -> ScoringBatch:
     """Requests as tensors; of none, one row of padding, for ranks that must run in step."""
     length = max((len(request.tokens) - 1 for request in requests), default=1)
     tokens = np.zeros((max(len(requests), 1), length), dtype=np.int64)
@@ -165,7 +165,7 @@ def batch_of(requests: Sequence[Request]) -> Batch:
         targets.append(sequence[start:])
     device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
     arrays = (tokens, padding, np.concatenate(places), np.concatenate(targets).astype(np.int64))
-    return Batch(*(torch.from_numpy(array).to(device) for array in arrays))
+    return ScoringBatch(*(torch.from_numpy(array).to(device) for array in arrays))
 
 
 def merged(own: dict[int, Any]) -> dict[int, Any]:

@@ -18,7 +18,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from numpy.typing import NDArray
 
 from megatron_ext.errors import UserError
-from megatron_ext.evaluation.log_likelihoods import Request, batch_of, merged
+from megatron_ext.evaluation.log_likelihoods import ScoringRequest, batch_of, merged
 from megatron_ext.evaluation.models import MegatronModel
 from megatron_ext.evaluation.routings import Routing
 from megatron_ext.evaluation.text_losses import TextCodec
@@ -160,7 +160,7 @@ def _losses(
     model: MegatronModel, windows: Windows, routing: Routing, mine: range, first: int
 ) -> dict[int, float]:
     """Sums of this copy's windows, on the ranks that know them; of none, it runs in step."""
-    batch = batch_of([Request(windows[i], 1) for i in mine])
+    batch = batch_of([ScoringRequest(windows[i], 1) for i in mine])
     routing.lay_out(batch.padding, first, windows.length)
     log_probs = model.log_probs(batch)
     if log_probs is None:

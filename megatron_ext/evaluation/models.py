@@ -13,10 +13,10 @@ from torch import Tensor
 
 from megatron_ext.devices import is_cpu_device
 from megatron_ext.errors import UserError
-from megatron_ext.evaluation.log_likelihoods import Batch, Copies, LanguageModel
+from megatron_ext.evaluation.log_likelihoods import DataReplicas, LanguageModel, ScoringBatch
 from megatron_ext.evaluation.text_losses import TextCodec
 from megatron_ext.inference.forward import target_log_probs
-from megatron_ext.inference.loading import Layout, TrainedModel, load_model
+from megatron_ext.inference.loading import ParallelLayout, TrainedModel, load_model
 
 
 class MegatronModel(LanguageModel):
@@ -30,7 +30,7 @@ class MegatronModel(LanguageModel):
         else:
             self.codec = TextCodec(of_megatron=tokenizer)
         self.max_length = trained.max_length
-        self.copies = Copies(groups.dp.rank(), groups.dp.size(), groups.ep.size() > 1)
+        self.copies = DataReplicas(groups.dp.rank(), groups.dp.size(), groups.ep.size() > 1)
         self.description = {
             "model": str(trained.checkpoint.resolve()),
             "iteration": trained.iteration,
@@ -39,7 +39,7 @@ class MegatronModel(LanguageModel):
         # Routers of other kinds take no mask; to them padding is a token among others.
         self._masks = getattr(trained.model.config, "uses_thresholds", False)
 
-    def log_probs(self, batch: Batch) -> Tensor | None:
+    def log_probs(self, batch: ScoringBatch) -> Tensor | None:
         padding = batch.padding if self._masks else None
         return target_log_probs(self.trained, batch.tokens, batch.places, batch.targets, padding)
 
@@ -64,7 +64,7 @@ class HuggingFaceModel(LanguageModel):
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group("gloo" if is_cpu_device() else "nccl")
         self._model.to(torch.cuda.current_device())
-        self.copies = Copies(int(os.environ.get("RANK", "0")), ranks)
+        self.copies = DataReplicas(int(os.environ.get("RANK", "0")), ranks)
         self.description = {
             "model": str(folder.resolve()),
             "iteration": None,
@@ -72,7 +72,7 @@ class HuggingFaceModel(LanguageModel):
         }
 
     @torch.no_grad()
-    def log_probs(self, batch: Batch) -> Tensor | None:
+    def log_probs(self, batch: ScoringBatch) -> Tensor | None:
         logits = self._model(input_ids=batch.tokens, use_cache=False).logits
         logits = logits.flatten(0, 1)[batch.places].float()  # [n, vocabulary]
         wanted = logits.gather(1, batch.targets.unsqueeze(1)).squeeze(1)
@@ -82,7 +82,7 @@ class HuggingFaceModel(LanguageModel):
 
 def load(
     path: str | os.PathLike[str],
-    layout: Layout | None = None,
+    layout: ParallelLayout | None = None,
     dtype: torch.dtype | None = None,
     tokenizer_model: str | None = None,
 ) -> LanguageModel:
@@ -101,7 +101,7 @@ def load(
     if not (folder / "config.json").is_file():
         trained = load_model(folder, layout, dtype=dtype, tokenizer_model=tokenizer_model)
         return MegatronModel(trained)
-    if (layout or Layout()) != Layout():
+    if (layout or ParallelLayout()) != ParallelLayout():
         raise UserError(f"{folder} is a Hugging Face folder: every rank holds all of it")
     return HuggingFaceModel(folder, dtype)
 

@@ -47,7 +47,7 @@ class Family:
     holds: dict[str, Any]
     config: dict[str, str]
     fixed: dict[str, Any]
-    rules: Callable[[Architecture], tuple[names.Rule, ...]]
+    rules: Callable[[Architecture], tuple[names.NameRule, ...]]
     read: Callable[[Any], dict[str, Any]] = field(default=lambda config: {})
     write: Callable[[Architecture], dict[str, Any]] = field(default=lambda model: {})
 
@@ -58,7 +58,7 @@ class Family:
                 return f"{name} = {getattr(model, name)}, not {value}"
         return None
 
-    def links(self, model: Architecture) -> list[names.Link]:
+    def links(self, model: Architecture) -> list[names.TensorLink]:
         """Every tensor of a model under both names."""
         return names.expand(self.rules(model), model)
 
@@ -69,7 +69,7 @@ def _qwen3_moe_layers(config: Any) -> dict[str, Any]:
     return {"moe_layers": tuple(i not in dense and (i + 1) % step == 0 for i in layers)}
 
 
-def _own_rules(model: Architecture) -> tuple[names.Rule, ...]:
+def _own_rules(model: Architecture) -> tuple[names.NameRule, ...]:
     return names.expert_threshold(model.gated)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from megatron_ext.errors import UserError
 from megatron_ext.hf.architecture import Architecture
 from megatron_ext.hf.families import Family
-from megatron_ext.hf.names import Layout, Link, join, split
+from megatron_ext.hf.names import TensorLayout, TensorLink, join, split
 from megatron_ext.hf.sources import AVERAGE, THRESHOLDS, UPDATES
 from megatron_ext.moe.thresholds import Thresholds
 
@@ -143,11 +143,11 @@ class LiveTensors:
         thresholds.load_state_dict({"average": average, "updates": updates})
         return thresholds.value()
 
-    def _gather(self, link: Link) -> Tensor:
+    def _gather(self, link: TensorLink) -> Tensor:
         key = (link.key, link.expert)
         pieces = self._pieces[key]
         shape: tuple[int, ...] = link.shape
-        if link.layout is Layout.VOCABULARY:
+        if link.layout is TensorLayout.VOCABULARY:
             shape = (self._rows, *shape[1:])
         device = torch.cuda.current_device()
         whole = torch.empty(shape, dtype=pieces[0].dtype, device=device)

@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_ext.hf.architecture import Architecture
 
 
-class Layout(Enum):
+class TensorLayout(Enum):
     """How the parts make up Megatron's tensor."""
 
     SAME = auto()  # one part
@@ -25,7 +25,7 @@ class Layout(Enum):
 
 
 @dataclass(frozen=True)
-class Part:
+class HFTensor:
     """A tensor of a Hugging Face folder: its name, and its shape by names of dimensions."""
 
     name: str
@@ -33,7 +33,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Rule:
+class NameRule:
     """One tensor of Megatron, or one in each of some layers.
 
     Attributes:
@@ -44,14 +44,14 @@ class Rule:
     """
 
     key: str
-    parts: tuple[Part, ...]
-    layout: Layout = Layout.SAME
+    parts: tuple[HFTensor, ...]
+    layout: TensorLayout = TensorLayout.SAME
     where: Literal["model", "layer", "dense", "moe", "expert"] = "model"
     when: str | None = None
 
 
 @dataclass(frozen=True)
-class Link:
+class TensorLink:
     """A rule for one layer and expert, with shapes.
 
     Attributes:
@@ -62,7 +62,7 @@ class Link:
     key: str
     expert: int | None
     parts: tuple[tuple[str, tuple[int, ...]], ...]
-    layout: Layout
+    layout: TensorLayout
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -73,7 +73,7 @@ class Link:
         return (sum(shape[0] for _, shape in self.parts), *first[1:])
 
 
-def expand(rules: tuple[Rule, ...], model: Architecture) -> list[Link]:
+def expand(rules: tuple[NameRule, ...], model: Architecture) -> list[TensorLink]:
     """Every tensor that a model has, in the order of its layers."""
     links = [link for rule in rules if rule.where == "model" for link in _links(rule, model)]
     per_layer = [rule for rule in rules if rule.where != "model"]
@@ -86,7 +86,7 @@ def expand(rules: tuple[Rule, ...], model: Architecture) -> list[Link]:
     return links
 
 
-def _links(rule: Rule, model: Architecture, layer: int | None = None) -> list[Link]:
+def _links(rule: NameRule, model: Architecture, layer: int | None = None) -> list[TensorLink]:
     if rule.when is not None and not getattr(model, rule.when):
         return []
     dims = model.dims
@@ -96,7 +96,7 @@ def _links(rule: Rule, model: Architecture, layer: int | None = None) -> list[Li
         return text.replace("{l}", str(layer)).replace("{e}", str(expert))
 
     return [
-        Link(
+        TensorLink(
             named(rule.key, expert),
             expert,
             tuple((named(p.name, expert), tuple(dims[d] for d in p.shape)) for p in rule.parts),
@@ -106,7 +106,9 @@ def _links(rule: Rule, model: Architecture, layer: int | None = None) -> list[Li
     ]
 
 
-def join(link: Link, parts: list[Tensor], model: Architecture, rows: int | None = None) -> Tensor:
+def join(
+    link: TensorLink, parts: list[Tensor], model: Architecture, rows: int | None = None
+) -> Tensor:
     """Megatron's tensor, made of its parts.
 
     Args:
@@ -115,9 +117,9 @@ def join(link: Link, parts: list[Tensor], model: Architecture, rows: int | None 
         model: for the number of heads.
         rows: of a vocabulary with its padding, which is 0.
     """
-    if link.layout is Layout.SAME:
+    if link.layout is TensorLayout.SAME:
         return parts[0]
-    if link.layout is Layout.VOCABULARY:
+    if link.layout is TensorLayout.VOCABULARY:
         assert rows is not None
         padded = parts[0].new_zeros(rows, *parts[0].shape[1:])
         padded[: parts[0].shape[0]] = parts[0]
@@ -128,18 +130,18 @@ def join(link: Link, parts: list[Tensor], model: Architecture, rows: int | None 
     return whole
 
 
-def split(link: Link, whole: Tensor, model: Architecture) -> list[Tensor]:
+def split(link: TensorLink, whole: Tensor, model: Architecture) -> list[Tensor]:
     """The parts of Megatron's tensor, of the link's shapes; views of it where they can be."""
     views = _views(link, whole, model)
     return [view.reshape(shape) for view, (_, shape) in zip(views, link.parts)]
 
 
-def _views(link: Link, whole: Tensor, model: Architecture) -> list[Tensor]:
-    if link.layout is Layout.SAME:
+def _views(link: TensorLink, whole: Tensor, model: Architecture) -> list[Tensor]:
+    if link.layout is TensorLayout.SAME:
         return [whole]
-    if link.layout is Layout.VOCABULARY:
+    if link.layout is TensorLayout.VOCABULARY:
         return [whole[: link.shape[0]]]
-    if link.layout is Layout.ROWS:
+    if link.layout is TensorLayout.ROWS:
         return list(torch.split(whole, [shape[0] for _, shape in link.parts]))
     queries = model.heads // model.kv_heads
     grouped = whole.view(model.kv_heads, queries + 2, model.head_dim, *whole.shape[1:])
@@ -149,20 +151,20 @@ def _views(link: Link, whole: Tensor, model: Architecture) -> list[Tensor]:
 _LAYER, _HF_LAYER = "decoder.layers.{l}.", "model.layers.{l}."
 
 
-def _attention() -> tuple[Rule, ...]:
+def _attention() -> tuple[NameRule, ...]:
     megatron, hf = _LAYER + "self_attention.", _HF_LAYER + "self_attn."
     sizes = {"q": "q", "k": "kv", "v": "kv"}
-    weights = tuple(Part(f"{hf}{x}_proj.weight", (size, "hidden")) for x, size in sizes.items())
-    biases = tuple(Part(f"{hf}{x}_proj.bias", (size,)) for x, size in sizes.items())
-    output = Part(f"{hf}o_proj.weight", ("hidden", "q"))
+    weights = tuple(HFTensor(f"{hf}{x}_proj.weight", (size, "hidden")) for x, size in sizes.items())
+    biases = tuple(HFTensor(f"{hf}{x}_proj.bias", (size,)) for x, size in sizes.items())
+    output = HFTensor(f"{hf}o_proj.weight", ("hidden", "q"))
     return (
-        Rule(megatron + "linear_qkv.weight", weights, Layout.QKV, "layer"),
-        Rule(megatron + "linear_qkv.bias", biases, Layout.QKV, "layer", "qkv_bias"),
-        Rule(megatron + "linear_proj.weight", (output,), where="layer"),
+        NameRule(megatron + "linear_qkv.weight", weights, TensorLayout.QKV, "layer"),
+        NameRule(megatron + "linear_qkv.bias", biases, TensorLayout.QKV, "layer", "qkv_bias"),
+        NameRule(megatron + "linear_proj.weight", (output,), where="layer"),
         *(
-            Rule(
+            NameRule(
                 f"{megatron}{x}_layernorm.weight",
-                (Part(f"{hf}{x}_norm.weight", ("head_dim",)),),
+                (HFTensor(f"{hf}{x}_norm.weight", ("head_dim",)),),
                 where="layer",
                 when="qk_norm_scale",
             )
@@ -171,8 +173,8 @@ def _attention() -> tuple[Rule, ...]:
     )
 
 
-def _norm(key: str, name: str, where: Literal["model", "layer"]) -> Rule:
-    return Rule(key, (Part(name, ("hidden",)),), where=where, when="norm_scale")
+def _norm(key: str, name: str, where: Literal["model", "layer"]) -> NameRule:
+    return NameRule(key, (HFTensor(name, ("hidden",)),), where=where, when="norm_scale")
 
 
 def _mlp(
@@ -183,38 +185,44 @@ def _mlp(
     when: str | None = None,
     names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
     gated: bool = True,
-) -> tuple[Rule, Rule]:
+) -> tuple[NameRule, NameRule]:
     """The two matrices of a feed-forward block; the first is two when it is gated."""
     gate, up, down = (f"{hf}{name}.weight" for name in names)
-    inner = [Part(name, (size, "hidden")) for name in ((gate, up) if gated else (up,))]
-    layout = Layout.ROWS if gated else Layout.SAME
+    inner = [HFTensor(name, (size, "hidden")) for name in ((gate, up) if gated else (up,))]
+    layout = TensorLayout.ROWS if gated else TensorLayout.SAME
     return (
-        Rule(key + "linear_fc1.weight", tuple(inner), layout, where, when),
-        Rule(key + "linear_fc2.weight", (Part(down, ("hidden", size)),), Layout.SAME, where, when),
+        NameRule(key + "linear_fc1.weight", tuple(inner), layout, where, when),
+        NameRule(
+            key + "linear_fc2.weight",
+            (HFTensor(down, ("hidden", size)),),
+            TensorLayout.SAME,
+            where,
+            when,
+        ),
     )
 
 
-def _experts(hf: str, names: tuple[str, str, str], gated: bool = True) -> tuple[Rule, ...]:
+def _experts(hf: str, names: tuple[str, str, str], gated: bool = True) -> tuple[NameRule, ...]:
     key = _LAYER + "mlp.experts.experts."
     return _mlp(key, hf + "experts.{e}.", "moe_ffn", "expert", names=names, gated=gated)
 
 
-def _router(hf: str) -> Rule:
-    gate = Part(hf + "gate.weight", ("experts", "hidden"))
-    return Rule(_LAYER + "mlp.router.weight", (gate,), where="moe")
+def _router(hf: str) -> NameRule:
+    gate = HFTensor(hf + "gate.weight", ("experts", "hidden"))
+    return NameRule(_LAYER + "mlp.router.weight", (gate,), where="moe")
 
 
 _ENDS = (
-    Rule(
+    NameRule(
         "embedding.word_embeddings.weight",
-        (Part("model.embed_tokens.weight", ("vocab", "hidden")),),
-        Layout.VOCABULARY,
+        (HFTensor("model.embed_tokens.weight", ("vocab", "hidden")),),
+        TensorLayout.VOCABULARY,
     ),
     _norm("decoder.final_layernorm.weight", "model.norm.weight", "model"),
-    Rule(
+    NameRule(
         "output_layer.weight",
-        (Part("lm_head.weight", ("vocab", "hidden")),),
-        Layout.VOCABULARY,
+        (HFTensor("lm_head.weight", ("vocab", "hidden")),),
+        TensorLayout.VOCABULARY,
         when="untied",
     ),
 )
@@ -234,7 +242,7 @@ _MIXTRAL_BLOCK = _HF_LAYER + "block_sparse_moe."
 MIXTRAL = (*_ENDS, *_BLOCK, _router(_MIXTRAL_BLOCK), *_experts(_MIXTRAL_BLOCK, ("w1", "w3", "w2")))
 
 
-def expert_threshold(gated: bool) -> tuple[Rule, ...]:
+def expert_threshold(gated: bool) -> tuple[NameRule, ...]:
     """This project's own: thresholds beside the router's weight, and a shared expert."""
     thresholds = {"average": ("experts",), "updates": ()}
     return (
@@ -243,9 +251,9 @@ def expert_threshold(gated: bool) -> tuple[Rule, ...]:
         *_mlp(_MLP, _HF_MLP, "ffn", "dense", gated=gated),
         _router(_HF_MLP),
         *(
-            Rule(
+            NameRule(
                 f"{_MLP}router.thresholds.{name}",
-                (Part(f"{_HF_MLP}gate.threshold_{name}", shape),),
+                (HFTensor(f"{_HF_MLP}gate.threshold_{name}", shape),),
                 where="moe",
                 when="thresholds",
             )

@@ -13,7 +13,7 @@ from megatron_ext.hf.architecture import from_args
 from megatron_ext.hf.convert import Conversion, Done
 from megatron_ext.hf.release import settle, write_release
 from megatron_ext.hf.tokenizer_export import carry_tokenizer
-from megatron_ext.hf.torch_dist import Chunk, TorchDistReader
+from megatron_ext.hf.torch_dist import TensorChunk, TorchDistReader
 from megatron_ext.moe.thresholds import Thresholds
 
 _ROUTER, _THRESHOLDS = ".mlp.router.weight", ".mlp.router.thresholds."
@@ -80,7 +80,7 @@ def _kept(reader: TorchDistReader) -> list[tuple[str, tuple[int, ...]]]:
 
 def _chunks(
     reader: TorchDistReader, args: Namespace, cutoffs: dict[int, Tensor], done: Done
-) -> list[Chunk]:
+) -> list[TensorChunk]:
     def copy(name: str, place: int | None = None) -> Tensor:
         tensor = reader.read(name, place)
         done(tensor.nbytes)
@@ -89,11 +89,11 @@ def _chunks(
     def constant(tensor: Tensor) -> Tensor:
         return tensor
 
-    chunks: list[Chunk] = []
+    chunks: list[TensorChunk] = []
     for name, shape in _kept(reader):
         for place in range(shape[0]) if _EXPERTS in name else (None,):
             chunks.append(
-                Chunk(name, shape, place, reader.dtypes[name], partial(copy, name, place))
+                TensorChunk(name, shape, place, reader.dtypes[name], partial(copy, name, place))
             )
         if name.endswith(_ROUTER):
             prefix = name.removesuffix(_ROUTER)
@@ -102,5 +102,7 @@ def _chunks(
             state.start_at(values)
             for key, tensor in state.state_dict().items():
                 key, shape = f"{prefix}{_THRESHOLDS}{key}", tuple(tensor.shape)
-                chunks.append(Chunk(key, shape, None, tensor.dtype, partial(constant, tensor)))
+                chunks.append(
+                    TensorChunk(key, shape, None, tensor.dtype, partial(constant, tensor))
+                )
     return chunks

@@ -13,9 +13,9 @@ from megatron_ext.arguments import parse_args
 from megatron_ext.checkpoint import TRACKER
 from megatron_ext.data.tokenizer_identity import tokenizer_digest
 from megatron_ext.hf.architecture import Architecture, to_flags
-from megatron_ext.hf.names import Layout, Link, join
+from megatron_ext.hf.names import TensorLayout, TensorLink, join
 from megatron_ext.hf.sources import Tensors
-from megatron_ext.hf.torch_dist import Chunk, write_torch_dist
+from megatron_ext.hf.torch_dist import TensorChunk, write_torch_dist
 
 _NAME = "release"
 """Megatron's name for what is not a step of training."""
@@ -56,8 +56,8 @@ def settle(args: Namespace, final: Path) -> None:
 
 
 def chunk_of(
-    link: Link, model: Architecture, tensors: Tensors, rows: int, done: Callable[[int], None]
-) -> Chunk:
+    link: TensorLink, model: Architecture, tensors: Tensors, rows: int, done: Callable[[int], None]
+) -> TensorChunk:
     """One tensor of Megatron, to be made of its parts when it is written.
 
     Args:
@@ -74,14 +74,14 @@ def chunk_of(
         return join(link, parts, model, rows)
 
     shape: tuple[int, ...] = link.shape
-    if link.layout is Layout.VOCABULARY:
+    if link.layout is TensorLayout.VOCABULARY:
         shape = (rows, *shape[1:])
     if link.expert is not None:
         shape = (model.experts, *shape)
-    return Chunk(link.key, shape, link.expert, tensors.dtypes[link.parts[0][0]], make)
+    return TensorChunk(link.key, shape, link.expert, tensors.dtypes[link.parts[0][0]], make)
 
 
-def write_release(folder: Path, chunks: list[Chunk], args: Namespace) -> None:
+def write_release(folder: Path, chunks: list[TensorChunk], args: Namespace) -> None:
     """Write a folder of checkpoints with one in it.
 
     Args:
@@ -96,7 +96,7 @@ def write_release(folder: Path, chunks: list[Chunk], args: Namespace) -> None:
     (folder / TRACKER).write_text(_NAME)
 
 
-def _objects(chunks: list[Chunk], args: Namespace) -> dict[str, Any]:
+def _objects(chunks: list[TensorChunk], args: Namespace) -> dict[str, Any]:
     """What Megatron saves beside tensors: each linear layer has a place for a state of its own."""
     objects: dict[str, Any] = {}
     for chunk in chunks:

@@ -21,7 +21,7 @@ from megatron_ext.errors import UserError
 from megatron_ext.hf.architecture import Architecture, from_args
 from megatron_ext.hf.configs import load_config
 from megatron_ext.hf.families import OWN, Family, family_named, family_of, read_config
-from megatron_ext.hf.names import Layout, Link, split
+from megatron_ext.hf.names import TensorLayout, TensorLink, split
 from megatron_ext.hf.safetensors_folder import SafetensorsReader
 from megatron_ext.hf.tokenizer_export import carry_tokenizer, import_tokenizer
 from megatron_ext.hf.torch_dist import TorchDistReader
@@ -196,14 +196,16 @@ def account(place: Path, expected: dict[str, Any], found: dict[str, Any]) -> Non
 class _MegatronTensors:
     """A checkpoint's tensors, in the parts that they have on the other side."""
 
-    def __init__(self, reader: TorchDistReader, links: list[Link], model: Architecture) -> None:
+    def __init__(
+        self, reader: TorchDistReader, links: list[TensorLink], model: Architecture
+    ) -> None:
         self._reader, self._model = reader, model
         self._places = {
             name: (link, place) for link in links for place, (name, _) in enumerate(link.parts)
         }
         self.shapes = {name: shape for link in links for name, shape in link.parts}
         self.dtypes = {name: reader.dtypes[link.key] for name, (link, _) in self._places.items()}
-        self._last: tuple[Link, list[Tensor]] | None = None
+        self._last: tuple[TensorLink, list[Tensor]] | None = None
 
     def read(self, name: str) -> Tensor:
         link, place = self._places[name]
@@ -224,13 +226,13 @@ def _with_rows(model: Architecture, args: Namespace, reader: TorchDistReader) ->
 
 
 def _account_megatron(
-    checkpoint: Path, links: list[Link], model: Architecture, reader: TorchDistReader
+    checkpoint: Path, links: list[TensorLink], model: Architecture, reader: TorchDistReader
 ) -> None:
     expected: dict[str, tuple[int, ...]] = {}
     for link in links:
         stacked = () if link.expert is None else (model.experts,)
         expected[link.key] = (*stacked, *link.shape)
-    vocabulary = {link.key for link in links if link.layout is Layout.VOCABULARY}
+    vocabulary = {link.key for link in links if link.layout is TensorLayout.VOCABULARY}
     found = dict(reader.shapes)
     for key in vocabulary & found.keys():
         if found[key][0] >= model.vocab:

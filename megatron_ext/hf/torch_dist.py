@@ -134,7 +134,7 @@ def _overlap(
 
 
 @dataclass(frozen=True)
-class Chunk:
+class TensorChunk:
     """A tensor to be written, or one place along the first dimension of a larger one.
 
     Attributes:
@@ -153,7 +153,7 @@ class Chunk:
 class _LazyPlanner(SavePlanner):
     """Makes each tensor at the moment it is written."""
 
-    def __init__(self, chunks: list[Chunk], objects: dict[str, bytes]) -> None:
+    def __init__(self, chunks: list[TensorChunk], objects: dict[str, bytes]) -> None:
         self._chunks = {_index(chunk): chunk for chunk in chunks}
         self._objects = objects
 
@@ -225,17 +225,17 @@ def _write(data: Tensor | io.BytesIO, stream: BinaryIO) -> None:
     torch.save(data, stream)
 
 
-def _sizes(chunk: Chunk) -> torch.Size:
+def _sizes(chunk: TensorChunk) -> torch.Size:
     return torch.Size(chunk.shape if chunk.place is None else (1, *chunk.shape[1:]))
 
 
-def _index(chunk: Chunk) -> MetadataIndex:
+def _index(chunk: TensorChunk) -> MetadataIndex:
     rest = (0,) * (len(chunk.shape) - 1)
     offset = (0,) * len(chunk.shape) if chunk.place is None else (chunk.place, *rest)
     return MetadataIndex(chunk.key, torch.Size(offset))
 
 
-def write_torch_dist(folder: Path, chunks: list[Chunk], objects: dict[str, Any]) -> None:
+def write_torch_dist(folder: Path, chunks: list[TensorChunk], objects: dict[str, Any]) -> None:
     """Write a checkpoint that Megatron loads, without the list of digests.
 
     Args:

@@ -21,7 +21,7 @@ _FIRST_LENGTH = 64  # tokens of a line, before any row is longer
 
 
 @dataclass(frozen=True)
-class Chunk:
+class TokenChunk:
     """The next tokens of one row.
 
     Attributes:
@@ -68,7 +68,7 @@ class RaggedCache(BaseInferenceContext):
         for keys, values in self._memory.values():
             keys[target], values[target] = keys[source], values[source]
 
-    def lay_out(self, chunks: Sequence[Chunk], device: torch.device | int) -> Tensor:
+    def lay_out(self, chunks: Sequence[TokenChunk], device: torch.device | int) -> Tensor:
         """Prepare for a pass with the tokens of `chunks`, those of one token first.
 
         Returns:

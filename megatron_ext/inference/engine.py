@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_ext.inference.cache import Chunk, RaggedCache
+from megatron_ext.inference.cache import RaggedCache, TokenChunk
 from megatron_ext.inference.forward import full_logits, next_logits
 from megatron_ext.inference.loading import TrainedModel
-from megatron_ext.inference.row import Row, Score
+from megatron_ext.inference.row import GenerationRow, TokenScore
 from megatron_ext.inference.sampling import adjust, choose, log_probs_of
 
 PROMPT_TOKENS = 512
@@ -24,7 +24,7 @@ PROMPT_TOKENS = 512
 a time."""
 
 
-class Engine:
+class GenerationEngine:
     """The rows of one copy of the model.
 
     The ranks of a copy (tensor and pipeline parallel) must make the same calls; they get the same
@@ -42,8 +42,8 @@ class Engine:
         """
         self.trained, self.prompt_tokens = trained, prompt_tokens
         self.lines = lines
-        self.rows: list[Row] = []  # by their line in the cache
-        self.chunks: list[Chunk] = []  # of the present pass, in the order of its tokens
+        self.rows: list[GenerationRow] = []  # by their line in the cache
+        self.chunks: list[TokenChunk] = []  # of the present pass, in the order of its tokens
         self._cache = RaggedCache(lines, trained.max_length)
         self._arrivals: list[int] = []  # of the same rows
         self._count = itertools.count()
@@ -53,13 +53,13 @@ class Engine:
         """How many rows can be added."""
         return self.lines - len(self.rows)
 
-    def add(self, row: Row) -> None:
+    def add(self, row: GenerationRow) -> None:
         """Let a new row take part from the next pass on."""
         assert self.free
         self.rows.append(row)
         self._arrivals.append(next(self._count))
 
-    def drop(self, row: Row) -> None:
+    def drop(self, row: GenerationRow) -> None:
         """Give up a row; the last line moves into the gap."""
         line, last = self.rows.index(row), len(self.rows) - 1
         if line < last:
@@ -69,7 +69,7 @@ class Engine:
         self.rows.pop()
         self._arrivals.pop()
 
-    def step(self) -> list[tuple[Row, Score, str]]:
+    def step(self) -> list[tuple[GenerationRow, TokenScore, str]]:
         """Run one pass.
 
         Returns:
@@ -99,7 +99,7 @@ class Engine:
         device = torch.cuda.current_device()
         full_logits(self.trained, torch.zeros(1, 1, dtype=torch.int64, device=device))
 
-    def _plan(self) -> list[Chunk]:
+    def _plan(self) -> list[TokenChunk]:
         chunks, left = [], self.prompt_tokens
         by_arrival = sorted(range(len(self.rows)), key=self._arrivals.__getitem__)
         for line in by_arrival:
@@ -112,12 +112,14 @@ class Engine:
             chunks.append(chunk)
         return sorted(chunks, key=lambda c: (len(c.tokens) > 1, c.line))
 
-    def _scored(self, logits: Tensor | None, chunks: Sequence[Chunk]) -> list[Score]:
+    def _scored(self, logits: Tensor | None, chunks: Sequence[TokenChunk]) -> list[TokenScore]:
         """Scores of what the chunks want: prompt tokens, and a choice where the prompt ends.
 
         The last pipeline stage chooses and tells the others.
         """
-        wanted: list[tuple[Row, int | None]] = []  # a row, and the token that is there already
+        wanted: list[
+            tuple[GenerationRow, int | None]
+        ] = []  # a row, and the token that is there already
         for chunk in chunks:
             row = self.rows[chunk.line]
             for position in range(chunk.end - chunk.wanted + 1, chunk.end + 1):
@@ -137,12 +139,16 @@ class Engine:
             dist.broadcast(packed, group=pipeline, group_src=pipeline.size() - 1)
         columns: list[Any] = packed.T.tolist()
         return [
-            Score(int(column[0]), column[1], _pairs(column[2:], row.likeliest))
+            TokenScore(int(column[0]), column[1], _pairs(column[2:], row.likeliest))
             for column, (row, _) in zip(columns, wanted, strict=True)
         ]
 
     def _fill(
-        self, packed: Tensor, logits: Tensor, wanted: list[tuple[Row, int | None]], most: int
+        self,
+        packed: Tensor,
+        logits: Tensor,
+        wanted: list[tuple[GenerationRow, int | None]],
+        most: int,
     ) -> None:
         tokens = torch.tensor([given or 0 for _, given in wanted], device=logits.device)
         alike: dict[Any, list[int]] = {}
@@ -165,7 +171,7 @@ class Engine:
             packed[3::2] = (values - logits.logsumexp(-1, keepdim=True)).T
 
 
-def _adjusted(logits: Tensor, row: Row) -> Tensor:
+def _adjusted(logits: Tensor, row: GenerationRow) -> Tensor:
     if not row.sampling.depends_on_tokens:
         return logits
     return adjust(logits, row.sampling, row.prompt, row.completion.tokens, row.ends)

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from megatron.core.inference.utils import InferenceMode
 from torch import Tensor
 
-from megatron_ext.inference.cache import Chunk, RaggedCache
+from megatron_ext.inference.cache import RaggedCache, TokenChunk
 from megatron_ext.inference.loading import TrainedModel
 from megatron_ext.inference.sampling import log_probs_of
 
@@ -18,7 +18,7 @@ _HEAD_TOKENS = 1024
 
 @torch.no_grad()
 def next_logits(
-    trained: TrainedModel, cache: RaggedCache, chunks: Sequence[Chunk]
+    trained: TrainedModel, cache: RaggedCache, chunks: Sequence[TokenChunk]
 ) -> Tensor | None:
     """Run the next tokens of some rows, and add them to the cache.
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from megatron_ext.inference.engine import Engine
+from megatron_ext.inference.engine import GenerationEngine
 from megatron_ext.inference.loading import TrainedModel
-from megatron_ext.inference.row import Completion, Row, Score
+from megatron_ext.inference.row import Completion, GenerationRow, TokenScore
 from megatron_ext.inference.sampling import Sampling
 
 
@@ -65,9 +65,9 @@ def stream(
     seeds = range(len(prompts)) if seeds is None else seeds
     if len(seeds) != len(prompts):
         raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts")
-    rows = [Row(trained, prompt, sampling, seed) for prompt, seed in zip(prompts, seeds)]
+    rows = [GenerationRow(trained, prompt, sampling, seed) for prompt, seed in zip(prompts, seeds)]
     numbers = {row: number for number, row in enumerate(rows)}
-    engine = Engine(trained, lines=len(rows))
+    engine = GenerationEngine(trained, lines=len(rows))
     for row in rows:
         engine.add(row)
     for events in passes(engine):
@@ -76,9 +76,9 @@ def stream(
     return [row.completion for row in rows]
 
 
-def passes(engine: Engine) -> Iterator[list[tuple[Row, Score, str]]]:
+def passes(engine: GenerationEngine) -> Iterator[list[tuple[GenerationRow, TokenScore, str]]]:
     """Run passes until the rows of all copies that share experts have left their engines; each
-    gives what `Engine.step` does."""
+    gives what `GenerationEngine.step` does."""
     while _any_copy_works(engine.trained, bool(engine.rows)):
         if engine.rows:
             yield engine.step()

@@ -38,7 +38,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
-class Layout:
+class ParallelLayout:
     """How a model is spread over ranks; what is left of them holds copies of it.
 
     Attributes:
@@ -92,7 +92,7 @@ class TrainedModel:
 
 def load_model(
     path: str | os.PathLike[str],
-    layout: Layout | None = None,
+    layout: ParallelLayout | None = None,
     *,
     dtype: torch.dtype | None = None,
     tokenizer_model: str | None = None,
@@ -125,7 +125,7 @@ def load_model(
         args = state["args"]
     if with_thresholds is not None:
         with_thresholds(args)
-    for_inference(args, layout or Layout(), dtype)
+    for_inference(args, layout or ParallelLayout(), dtype)
     if tokenizer_model is not None:
         args.tokenizer_model = tokenizer_model
     check_tokenizer_content(checkpoint, args)
@@ -182,7 +182,7 @@ def _load_weights(
     module.load_state_dict(loaded["model"], strict=thresholds)
 
 
-def for_inference(args: Namespace, layout: Layout, dtype: torch.dtype | None) -> None:
+def for_inference(args: Namespace, layout: ParallelLayout, dtype: torch.dtype | None) -> None:
     """Change the training run's arguments to this layout, this device and inference."""
     if is_cpu_device():
         dtype = dtype or torch.float32

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_ext.errors import UserError
 
 if TYPE_CHECKING:
-    from megatron_ext.inference.loading import Layout
+    from megatron_ext.inference.loading import ParallelLayout
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -26,11 +26,11 @@ def check_at_least_one(options: argparse.Namespace, *flags: str) -> None:
             raise UserError(f"--{flag.replace('_', '-')} {value} must be at least 1")
 
 
-def loading_options(options: argparse.Namespace) -> tuple["Layout", dict[str, Any]]:
+def loading_options(options: argparse.Namespace) -> tuple["ParallelLayout", dict[str, Any]]:
     """The layout and what else `load_model` takes; call it after `activate`."""
-    from megatron_ext.inference.loading import DTYPES, Layout
+    from megatron_ext.inference.loading import DTYPES, ParallelLayout
 
-    layout = Layout(
+    layout = ParallelLayout(
         tensor=options.tensor_model_parallel_size,
         pipeline=options.pipeline_model_parallel_size,
         expert=options.expert_model_parallel_size,

@@ -9,14 +9,14 @@ import torch
 
 from megatron_ext.errors import UserError
 from megatron_ext.hf.end_tokens import end_tokens
-from megatron_ext.inference.cache import Chunk
+from megatron_ext.inference.cache import TokenChunk
 from megatron_ext.inference.loading import TrainedModel
 from megatron_ext.inference.sampling import Sampling
 from megatron_ext.inference.text import TextStream, TokenText, detokenizer_of
 
 
 @dataclass(frozen=True)
-class Score:
+class TokenScore:
     """A token under the model, at temperature 1 with nothing cut off.
 
     Attributes:
@@ -41,7 +41,7 @@ class ScoredText:
     """
 
     part: TokenText
-    score: Score | None
+    score: TokenScore | None
     likeliest: tuple[tuple[str, bytes], ...] = ()
 
 
@@ -63,7 +63,7 @@ class Completion:
     finish: Literal["length", "stop", "eod"] | None = None
 
 
-class Row:
+class GenerationRow:
     """A row of the batch.
 
     Attributes:
@@ -95,7 +95,7 @@ class Row:
         self.generator = torch.Generator().manual_seed(seed)
         self.completion = Completion()
         self.cached = 0
-        self.prompt_scores: list[Score] = []
+        self.prompt_scores: list[TokenScore] = []
         self.limit = min(len(self.prompt) + sampling.max_new_tokens, trained.max_length)
         if not self.prompt:
             raise UserError("a prompt is empty: give at least one token")
@@ -113,7 +113,7 @@ class Row:
         # Settled tokens that are not released, for a stop string may begin in them, and scores of
         # all that are not.
         self._parts: deque[TokenText] = deque()
-        self._scores: deque[tuple[Score | None, tuple[tuple[str, bytes], ...]]] = deque()
+        self._scores: deque[tuple[TokenScore | None, tuple[tuple[str, bytes], ...]]] = deque()
         self._stream: TextStream | None = None  # made with the first token
         self._released = 0  # characters of the stream's text
         self._start = 0  # where in it the continuation begins
@@ -126,16 +126,16 @@ class Row:
         """Whether the whole prompt is in the cache."""
         return self.cached >= len(self.prompt)
 
-    def chunk(self, line: int, most: int) -> Chunk:
+    def chunk(self, line: int, most: int) -> TokenChunk:
         """The next tokens to run, at most so many of the prompt."""
         if self.generates:
-            return Chunk(line, self.cached, self.completion.tokens[-1:])
+            return TokenChunk(line, self.cached, self.completion.tokens[-1:])
         tokens = self.prompt[self.cached : self.cached + most]
         whole = self.cached + len(tokens) == len(self.prompt)
         wanted = len(tokens) if self.scores_prompt else int(whole)
-        return Chunk(line, self.cached, tokens, wanted)
+        return TokenChunk(line, self.cached, tokens, wanted)
 
-    def add(self, score: Score) -> str:
+    def add(self, score: TokenScore) -> str:
         """Take a sampled token and return the text that is certain since the last.
 
         The text ends with a whole token, and in front of what may be the beginning of a stop

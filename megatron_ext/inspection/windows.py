@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from megatron_ext.data.documents import Malformed, ShardReader
-from megatron_ext.data.shards import Layout, Shard, expand_inputs, format_of_suffix, plan_shards
+from megatron_ext.data.documents import MalformedRecord, ShardReader
+from megatron_ext.data.shards import Shard, TextFormat, expand_inputs, format_of_suffix, plan_shards
 from megatron_ext.errors import UserError
 
 _PIECE = 1 << 16  # characters of a plain text that are tokenised at once
@@ -37,7 +37,7 @@ class Domain:
         for path in expand_inputs(patterns, f"--domain {name}"):
             # A plain text is read by lines, so that memory stays bounded, and put together again.
             kind = format_of_suffix(path) or "text"
-            self.layout = Layout(kind, text_key, separator="\n")
+            self.layout = TextFormat(kind, text_key, separator="\n")
             self.shards += plan_shards([path], self.layout, 1 << 62)
         self.size = sum(shard.size for shard in self.shards)
 
@@ -82,9 +82,9 @@ def _pieces(reader: ShardReader) -> Iterator[tuple[str, bool]]:
 
 
 def _sound(reader: ShardReader) -> Iterator[str]:
-    documents: Iterable[str | Malformed] = reader
+    documents: Iterable[str | MalformedRecord] = reader
     for document in documents:
-        if isinstance(document, Malformed):
+        if isinstance(document, MalformedRecord):
             raise UserError(
                 f"{reader.shard.path}, line {document.line}: {document.reason}: mend or remove it"
             )

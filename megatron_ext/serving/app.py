@@ -17,15 +17,15 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from megatron_ext.serving.bodies import BadRequest
-from megatron_ext.serving.openai_answers import Answer, error
+from megatron_ext.serving.openai_answers import CompletionResponse, error
 from megatron_ext.serving.openai_protocol import Call, Reader
-from megatron_ext.serving.replicas import Piece
+from megatron_ext.serving.replicas import TokenEvent
 from megatron_ext.serving.scheduler import Closing, Job, QueueFull, Scheduler
 
 MOST_BYTES = 8 * 2**20
 """The largest body that is read."""
 
-Pieces = AsyncGenerator[tuple[int, Piece]]
+Pieces = AsyncGenerator[tuple[int, TokenEvent]]
 """Tokens of the choices of a call, by their index, as they come."""
 
 _GONE = 499  # what access logs write for a client that left, by nginx's custom
@@ -87,7 +87,7 @@ class Api:
         body = await self._body(request)
         # Tokenizing a long text takes a while, in which others are served.
         call = await asyncio.to_thread(read, body)
-        answer = Answer(call, self.reader.name)
+        answer = CompletionResponse(call, self.reader.name)
         request.state.answer = answer
         pieces = self._submit(request, call, deadline)
         if call.stream:
@@ -119,12 +119,12 @@ class Api:
         Whoever stops reading gives them up.
         """
         loop = asyncio.get_running_loop()
-        arrived: asyncio.Queue[tuple[int, Piece | None]] = asyncio.Queue()
+        arrived: asyncio.Queue[tuple[int, TokenEvent | None]] = asyncio.Queue()
 
-        def to(index: int) -> Callable[[Piece | None], None]:
-            ready: list[tuple[int, Piece | None]] = []
+        def to(index: int) -> Callable[[TokenEvent | None], None]:
+            ready: list[tuple[int, TokenEvent | None]] = []
 
-            def deliver(piece: Piece | None) -> None:
+            def deliver(piece: TokenEvent | None) -> None:
                 ready.append((index, piece))
                 # Waking the loop costs the model's thread time: for a whole answer once is enough.
                 if not call.stream and piece is not None and piece.finish is None:
@@ -138,7 +138,7 @@ class Api:
 
             return deliver
 
-        def put(batch: list[tuple[int, Piece | None]]) -> None:
+        def put(batch: list[tuple[int, TokenEvent | None]]) -> None:
             for entry in batch:
                 arrived.put_nowait(entry)
 
@@ -155,7 +155,7 @@ class Api:
         self,
         request: Request,
         jobs: list[Job],
-        arrived: "asyncio.Queue[tuple[int, Piece | None]]",
+        arrived: "asyncio.Queue[tuple[int, TokenEvent | None]]",
         deadline: float,
     ) -> Pieces:
         gone = asyncio.create_task(_disconnected(request))
@@ -174,10 +174,10 @@ class Api:
 
     async def _next(
         self,
-        arrived: "asyncio.Queue[tuple[int, Piece | None]]",
+        arrived: "asyncio.Queue[tuple[int, TokenEvent | None]]",
         gone: "asyncio.Task[None]",
         deadline: float,
-    ) -> tuple[int, Piece | None]:
+    ) -> tuple[int, TokenEvent | None]:
         if not arrived.empty():
             return arrived.get_nowait()
         coming = asyncio.create_task(arrived.get())
@@ -200,7 +200,7 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-async def _events(answer: Answer, pieces: Pieces) -> AsyncIterator[str]:
+async def _events(answer: CompletionResponse, pieces: Pieces) -> AsyncIterator[str]:
     """The chunks of an answer as server-sent events; an error that comes too late for a status is
     one too."""
     opened = False
@@ -298,7 +298,7 @@ class _AccessLine:
             status = _GONE
             raise
         finally:
-            answer: Answer | None = scope["state"].get("answer")
+            answer: CompletionResponse | None = scope["state"].get("answer")
             if status == 200 and (not ended or (answer is not None and answer.left)):
                 status = _GONE
             client = (scope.get("client") or ("-",))[0]

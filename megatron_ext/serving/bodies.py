@@ -76,18 +76,18 @@ class StreamOptions(_Body):
     continuous_usage_stats: Off = False
 
 
-class Part(_Body):
+class ContentPart(_Body):
     """A part of a message's content."""
 
     type: Literal["text"]
     text: str
 
 
-class Message(_Body):
+class ChatMessage(_Body):
     """A message of a chat."""
 
     role: str
-    content: Annotated[list[Part], BeforeValidator(_text_as_part)]
+    content: Annotated[list[ContentPart], BeforeValidator(_text_as_part)]
     tool_calls: list[Any] = Field(default=[], max_length=0)
 
     @property
@@ -96,7 +96,7 @@ class Message(_Body):
         return "".join(part.text for part in self.content)
 
 
-class TextFormat(_Body):
+class ResponseFormat(_Body):
     """The only format of answers."""
 
     type: Literal["text"]
@@ -165,7 +165,7 @@ class CompletionBody(_Request):
 class ChatBody(_Request):
     """The body of /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(default=None, ge=0)
     logprobs: bool = False
     top_logprobs: int = Field(default=0, ge=0, le=_MOST_LIKELIEST)
@@ -175,7 +175,7 @@ class ChatBody(_Request):
     tool_choice: Literal["none", "auto"] = "none"
     function_call: Literal["none", "auto"] = "none"
     parallel_tool_calls: bool = True
-    response_format: TextFormat = TextFormat(type="text")
+    response_format: ResponseFormat = ResponseFormat(type="text")
     modalities: list[Literal["text"]] = ["text"]
     add_generation_prompt: On = True
     continue_final_message: Off = False

@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_ext.inference.row import ScoredText
 from megatron_ext.serving.openai_protocol import Call
-from megatron_ext.serving.replicas import Piece
+from megatron_ext.serving.replicas import TokenEvent
 
 _FINISH = {"eod": "stop", "stop": "stop", "length": "length", None: None}
 
@@ -19,7 +19,7 @@ def error(message: str, status: int, param: str | None = None) -> dict[str, Any]
     return {"error": {"message": message, "type": kind, "param": param, "code": status}}
 
 
-class Answer:
+class CompletionResponse:
     """The answer to one call, whole or in chunks."""
 
     def __init__(self, call: Call, model: str) -> None:
@@ -53,7 +53,7 @@ class Answer:
         delta = {"role": "assistant", "content": ""}
         return [self._chunk(index, None, delta=delta) for index in range(len(self._choices))]
 
-    def add(self, index: int, piece: Piece) -> list[dict[str, Any]]:
+    def add(self, index: int, piece: TokenEvent) -> list[dict[str, Any]]:
         """Take a token; return the chunk that reports it, or none if nothing is certain yet."""
         choice, text, tokens = self._choices[index], piece.text, piece.tokens
         finish = _FINISH[piece.finish]

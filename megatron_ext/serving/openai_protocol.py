@@ -14,15 +14,15 @@ from megatron_ext.inference.text import detokenizer_of
 from megatron_ext.serving.bodies import (
     BadRequest,
     ChatBody,
+    ChatMessage,
     CompletionBody,
-    Message,
     read_body,
 )
-from megatron_ext.serving.replicas import Work
+from megatron_ext.serving.replicas import GenerationRequest
 
 
 @dataclass(frozen=True)
-class Limits:
+class RequestLimits:
     """The most a request may ask for; None is the model's own length.
 
     Attributes:
@@ -50,7 +50,7 @@ class Call:
     """
 
     chat: bool
-    works: list[Work]
+    works: list[GenerationRequest]
     prompts: list[list[int]]
     stream: bool
     include_usage: bool
@@ -63,7 +63,11 @@ class Reader:
     """Checks requests for one model."""
 
     def __init__(
-        self, trained: TrainedModel, name: str, limits: Limits, chat_template: str | None = None
+        self,
+        trained: TrainedModel,
+        name: str,
+        limits: RequestLimits,
+        chat_template: str | None = None,
     ) -> None:
         self.trained, self.name, self.limits = trained, name, limits
         template = chat_template or getattr(trained.tokenizer, "chat_template", None)
@@ -152,7 +156,7 @@ class Reader:
             texts.append(prompt if isinstance(prompt, str) else None)
         return prompts, texts
 
-    def _chat_prompt(self, messages: Sequence[Message]) -> list[int]:
+    def _chat_prompt(self, messages: Sequence[ChatMessage]) -> list[int]:
         if self.chat_template is None:
             raise BadRequest(
                 "the model's tokenizer has no chat template: use /v1/completions, or start the "
@@ -191,7 +195,7 @@ class Reader:
         likeliest: int,
         scores_prompt: bool,
         most_name: str = "max_tokens",
-    ) -> list[Work]:
+    ) -> list[GenerationRequest]:
         if request.n * len(prompts) > self.limits.choices:
             raise BadRequest(f"at most {self.limits.choices} choices a request", "n")
         if self.limits.new_tokens is not None and most > self.limits.new_tokens:
@@ -205,7 +209,7 @@ class Reader:
         seed = secrets.randbelow(2**62) if request.seed is None else request.seed
         sampling = self._sampling(request, max(most, 1))
         return [
-            Work(prompt, sampling, seed + i, likeliest, scores_prompt)
+            GenerationRequest(prompt, sampling, seed + i, likeliest, scores_prompt)
             for prompt in prompts
             for i in range(request.n)
         ]

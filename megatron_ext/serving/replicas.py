@@ -10,15 +10,15 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_ext.inference.engine import PROMPT_TOKENS, Engine
+from megatron_ext.inference.engine import PROMPT_TOKENS, GenerationEngine
 from megatron_ext.inference.loading import TrainedModel
-from megatron_ext.inference.row import Row, Score, ScoredText
+from megatron_ext.inference.row import GenerationRow, ScoredText, TokenScore
 from megatron_ext.inference.sampling import Sampling
 
 
 @dataclass(frozen=True)
-class Work:
-    """One continuation to make; see `Row` for its fields."""
+class GenerationRequest:
+    """One continuation to make; see `GenerationRow` for its fields."""
 
     prompt: list[int]
     sampling: Sampling
@@ -28,7 +28,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Piece:
+class TokenEvent:
     """What one token of a continuation makes certain.
 
     Attributes:
@@ -43,7 +43,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Plan:
+class PassPlan:
     """What happens in the next pass.
 
     Attributes:
@@ -53,30 +53,30 @@ class Plan:
         last: whether to end after this one.
     """
 
-    joining: list[tuple[int, int, Work]] = field(default_factory=list)
+    joining: list[tuple[int, int, GenerationRequest]] = field(default_factory=list)
     leaving: list[int] = field(default_factory=list)
     running: bool = False
     last: bool = False
 
 
-class Copies:
+class ModelReplicas:
     """This rank's part in running all copies of the model."""
 
     def __init__(
         self, trained: TrainedModel, lines: int, prompt_tokens: int = PROMPT_TOKENS
     ) -> None:
-        """Make room for rows in each copy; see `Engine`."""
+        """Make room for rows in each copy; see `GenerationEngine`."""
         self.trained, self.lines = trained, lines
         groups = trained.groups
         self.count, self._copy = groups.dp.size(), groups.dp.rank()
         self._alone = dist.get_world_size() == 1
         self._shares_experts = groups.ep.size() > 1
         self._reports = groups.tp.rank() == 0 and groups.pp.rank() == 0
-        self._engine = Engine(trained, lines, prompt_tokens)
-        self._rows: dict[int, Row] = {}
-        self._numbers: dict[Row, int] = {}
+        self._engine = GenerationEngine(trained, lines, prompt_tokens)
+        self._rows: dict[int, GenerationRow] = {}
+        self._numbers: dict[GenerationRow, int] = {}
 
-    def run(self, plan: Plan) -> list[tuple[int, Piece]]:
+    def run(self, plan: PassPlan) -> list[tuple[int, TokenEvent]]:
         """Lead one pass; returns what each continuation got, of all copies."""
         if not self._alone:
             dist.broadcast_object_list([plan])  # all ranks: no narrower group holds every copy
@@ -93,7 +93,7 @@ class Copies:
             self._run(told[0])
             last = told[0].last
 
-    def _run(self, plan: Plan) -> list[tuple[int, Piece]]:
+    def _run(self, plan: PassPlan) -> list[tuple[int, TokenEvent]]:
         for number in plan.leaving:
             if number in self._rows:
                 self._engine.drop(self._forget(number))
@@ -113,8 +113,8 @@ class Copies:
         dist.gather_object(pieces if self._reports else [], gathered)
         return [piece for of_rank in gathered or [] for piece in of_rank]
 
-    def _join(self, number: int, work: Work) -> None:
-        row = Row(
+    def _join(self, number: int, work: GenerationRequest) -> None:
+        row = GenerationRow(
             self.trained,
             work.prompt,
             work.sampling,
@@ -125,13 +125,13 @@ class Copies:
         self._rows[number], self._numbers[row] = row, number
         self._engine.add(row)
 
-    def _piece(self, row: Row, score: Score, text: str) -> tuple[int, Piece]:
+    def _piece(self, row: GenerationRow, score: TokenScore, text: str) -> tuple[int, TokenEvent]:
         number, finish = self._numbers[row], row.completion.finish
         if finish is not None:
             self._forget(number)
-        return number, Piece(text, finish, row.released)
+        return number, TokenEvent(text, finish, row.released)
 
-    def _forget(self, number: int) -> Row:
+    def _forget(self, number: int) -> GenerationRow:
         row = self._rows.pop(number)
         del self._numbers[row]
         return row

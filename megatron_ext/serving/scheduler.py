@@ -6,7 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from megatron_ext.serving.replicas import Copies, Piece, Plan, Work
+from megatron_ext.serving.replicas import GenerationRequest, ModelReplicas, PassPlan, TokenEvent
 
 _HEARTBEAT = 30.0  # seconds; other ranks give up on a leader that is silent for minutes
 
@@ -28,7 +28,9 @@ class Job:
             more because the scheduler failed or was told to end at once.
     """
 
-    def __init__(self, work: Work, deliver: Callable[[Piece | None], None]) -> None:
+    def __init__(
+        self, work: GenerationRequest, deliver: Callable[[TokenEvent | None], None]
+    ) -> None:
         self.work, self.deliver = work, deliver
         self.cancelled = False
         self.number, self.copy = -1, -1
@@ -37,7 +39,7 @@ class Job:
 class Scheduler:
     """Admits waiting jobs into free rows between passes, first come first served."""
 
-    def __init__(self, copies: Copies, most_waiting: int) -> None:
+    def __init__(self, copies: ModelReplicas, most_waiting: int) -> None:
         self._copies, self.most_waiting = copies, most_waiting
         self._lock = threading.Lock()
         self._waiting: deque[Job] = deque()
@@ -115,7 +117,7 @@ class Scheduler:
             for job in left:
                 job.deliver(None)
 
-    def _plan(self) -> Plan:
+    def _plan(self) -> PassPlan:
         """The next pass; waits for one while there is nothing to do."""
         while not self._wake.empty():  # what they announced is seen below
             self._wake.get_nowait()
@@ -128,7 +130,7 @@ class Scheduler:
             pass
         return self._admit()
 
-    def _admit(self) -> Plan:
+    def _admit(self) -> PassPlan:
         joining, leaving = [], []
         with self._lock:
             for number, job in list(self._running.items()):
@@ -147,4 +149,4 @@ class Scheduler:
                 self._running[job.number] = job
                 joining.append((job.number, job.copy, job.work))
             done = self._closing and not self._running and not self._waiting
-            return Plan(joining, leaving, bool(self._running), done or self._at_once)
+            return PassPlan(joining, leaving, bool(self._running), done or self._at_once)

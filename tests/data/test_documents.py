@@ -14,9 +14,9 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_ext.data.documents import Malformed, ShardReader
+from megatron_ext.data.documents import MalformedRecord, ShardReader
 from megatron_ext.data.preprocessing.parts import group_shards
-from megatron_ext.data.shards import Layout, Shard, expand_inputs, plan_shards
+from megatron_ext.data.shards import Shard, TextFormat, expand_inputs, plan_shards
 from megatron_ext.errors import UserError
 
 
@@ -43,7 +43,7 @@ def test_shards_of_any_size_hold_every_document_once_in_order(tmp_path, lines, s
         path.write_bytes(content.encode())
         groups = ("\n" + content).split("\n\n")
         expected = [text for text in (group.strip("\n") for group in groups) if text]
-    layout = Layout(
+    layout = TextFormat(
         "jsonl" if kind == "jsonl" else "text", separator="\n" if kind == "lines" else ""
     )
     found, count = [], 0
@@ -63,9 +63,9 @@ def test_a_parquet_file_is_read_without_holding_it(tmp_path, rows):
     path = tmp_path / "texts.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path, row_group_size=rows)
     size = path.stat().st_size
-    [shard] = plan_shards([str(path)], Layout(), 1 << 30)
+    [shard] = plan_shards([str(path)], TextFormat(), 1 << 30)
     before, held = pyarrow.total_allocated_bytes(), 0
-    for text, found in zip(texts, ShardReader(shard, Layout()), strict=True):
+    for text, found in zip(texts, ShardReader(shard, TextFormat()), strict=True):
         assert text == found
         held = max(held, pyarrow.total_allocated_bytes() - before)
     assert 0 < held < size / 3
@@ -73,7 +73,7 @@ def test_a_parquet_file_is_read_without_holding_it(tmp_path, rows):
 
 def read_all(path, size=1 << 30, separator=None):
     """Return every document of a file, read in shards of about this size."""
-    layout = Layout(separator=separator)
+    layout = TextFormat(separator=separator)
     shards = plan_shards([str(path)], layout, size)
     return [document for shard in shards for document in ShardReader(shard, layout)]
 
@@ -168,7 +168,9 @@ def test_every_kind_of_text_column_is_read(kind, tmp_path):
     column = pyarrow.array([*TEXTS, None, TEXTS[0]], pyarrow.string()).cast(kind)
     pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.Parquet")
     *found, null, last = read_all(tmp_path / "a.Parquet")
-    assert found == TEXTS and last == TEXTS[0] and isinstance(null, Malformed) and null.line == 4
+    assert (
+        found == TEXTS and last == TEXTS[0] and isinstance(null, MalformedRecord) and null.line == 4
+    )
 
 
 def test_columns_that_are_no_text_are_refused(tmp_path):

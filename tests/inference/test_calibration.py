@@ -84,9 +84,9 @@ def test_measured_loads_and_loss_are_those_of_the_logits(alone):
 
 def on_a_layout(path, layout):
     from megatron_ext.inference.calibration import calibrate, measure
-    from megatron_ext.inference.loading import Layout, load_model
+    from megatron_ext.inference.loading import ParallelLayout, load_model
 
-    trained = load_model(path, Layout(**layout))
+    trained = load_model(path, ParallelLayout(**layout))
     cutoffs = calibrate(trained, TEXT, batch_size=2)
     after = measure(trained, TEXT, batch_size=2)
     return SimpleNamespace(cutoffs=cutoffs, load=after.load, loss=after.loss)

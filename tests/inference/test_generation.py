@@ -78,7 +78,7 @@ def on_one_rank(path):
 
 def logits_with_cache_and_in_full(trained):
     """Two rows of unequal length that begin, grow and meet other rows at different times."""
-    from megatron_ext.inference.cache import Chunk, RaggedCache
+    from megatron_ext.inference.cache import RaggedCache, TokenChunk
     from megatron_ext.inference.forward import full_logits, next_logits
 
     rows = [list(range(10, 40)), list(range(400, 450))]
@@ -91,7 +91,7 @@ def logits_with_cache_and_in_full(trained):
         chunks = []
         for line, count in parts:
             tokens = rows[line // 2][done[line] : done[line] + count]
-            chunks.append(Chunk(line, done[line], tokens, wanted=count))
+            chunks.append(TokenChunk(line, done[line], tokens, wanted=count))
             done[line] += count
         logits = next_logits(trained, cache, chunks)
         assert logits is not None
@@ -250,9 +250,9 @@ def on_two_ranks(path, sizes):
     import torch.distributed as dist
 
     from megatron_ext.inference.generation import generate
-    from megatron_ext.inference.loading import Layout, load_model
+    from megatron_ext.inference.loading import ParallelLayout, load_model
 
-    trained = load_model(path, Layout(**sizes))
+    trained = load_model(path, ParallelLayout(**sizes))
     facts = on_every_layout(trained)
     if trained.groups.ep.size() > 1:
         batches = [PROMPTS, [], PROMPTS[1:2]]
@@ -279,10 +279,10 @@ def test_two_ranks_generate_and_route_as_one_does(run_dir, one_rank, sizes):  # 
 
 
 def refusals_to_load(path):
-    from megatron_ext.inference.loading import Layout, load_model
+    from megatron_ext.inference.loading import ParallelLayout, load_model
 
     messages = []
-    for options in ({"layout": Layout(tensor=2)}, {"tokenizer_model": "nowhere.model"}):
+    for options in ({"layout": ParallelLayout(tensor=2)}, {"tokenizer_model": "nowhere.model"}):
         with pytest.raises(UserError) as refused:
             load_model(path, **options)
         messages.append(str(refused.value))

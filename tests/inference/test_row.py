@@ -138,7 +138,7 @@ def draw(choose, oracle, of_byte, special):
 
 def differences(kind, folder):
     """On a rank: where a row differs from the oracle, and how many of its texts were cut."""
-    from megatron_ext.inference.row import Row, Score
+    from megatron_ext.inference.row import GenerationRow, TokenScore
     from megatron_ext.inference.sampling import Sampling
 
     tokenizer, of_byte = build(kind, folder)
@@ -161,11 +161,11 @@ def differences(kind, folder):
             min_tokens=min(least, len(ids)),
         )  # fmt: skip
         echo = number % 2 == 1
-        row, pieces, parts = Row(trained, prompt, sampling, 0, scores_prompt=echo), [], []
+        row, pieces, parts = GenerationRow(trained, prompt, sampling, 0, scores_prompt=echo), [], []
         if echo:
-            row.prompt_scores = [Score(token, -1.0) for token in prompt[1:]]
+            row.prompt_scores = [TokenScore(token, -1.0) for token in prompt[1:]]
         for token in ids:
-            pieces.append(row.add(Score(token, -1.0)))
+            pieces.append(row.add(TokenScore(token, -1.0)))
             parts += row.released
             if row.completion.finish:
                 break
@@ -199,7 +199,7 @@ def test_text_stops_and_parts_are_those_of_decoding_all_tokens(kind, tmp_path):
 
 def special_tokens(folder):
     """On a rank: text, parts and reason of end of rows with special tokens."""
-    from megatron_ext.inference.row import Row, Score
+    from megatron_ext.inference.row import GenerationRow, TokenScore
     from megatron_ext.inference.sampling import Sampling
 
     found = {}
@@ -212,9 +212,9 @@ def special_tokens(folder):
         ids = [*encode("foo bar")[-2:], special, *encode("Q ab")[-2:], end]
 
         def run(ids, trained=trained, special=special, **fields):
-            row, parts = Row(trained, [ids[0]], Sampling(len(ids) + 1, **fields), 0), []
+            row, parts = GenerationRow(trained, [ids[0]], Sampling(len(ids) + 1, **fields), 0), []
             for token in ids:
-                row.add(Score(token, -1.0, ((token, -1.0), (special, -2.0))))
+                row.add(TokenScore(token, -1.0, ((token, -1.0), (special, -2.0))))
                 parts += row.released
                 if row.completion.finish:
                     break

@@ -245,7 +245,7 @@ def test_a_setting_unknown_to_an_older_checkpoint_had_its_default() -> None:
 def what_conversion_and_inference_change() -> tuple[list[str], list[str]]:
     """On a rank: settings that a conversion loses without a word, and that loading changes."""
     from megatron_ext.hf.architecture import from_args
-    from megatron_ext.inference.loading import Layout, for_inference
+    from megatron_ext.inference.loading import ParallelLayout, for_inference
 
     lost, overridden = [], []
     for base in (arguments(*GROUPED, *ROTATED), arguments(*TOP_K)):
@@ -257,7 +257,7 @@ def what_conversion_and_inference_change() -> tuple[list[str], list[str]]:
             with contextlib.suppress(UserError):
                 lost += [name] if from_args(other) == architecture else []
         loaded = deepcopy(base)
-        for_inference(loaded, Layout(tensor=2, expert=2), None)
+        for_inference(loaded, ParallelLayout(tensor=2, expert=2), None)
         overridden += [difference.name for difference in differences(base, loaded)]
     return lost, overridden
 

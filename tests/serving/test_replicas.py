@@ -22,16 +22,16 @@ def serve(path, sizes):
     import torch.distributed as dist
 
     from megatron_ext.inference.generation import generate
-    from megatron_ext.inference.loading import Layout, load_model
-    from megatron_ext.serving.replicas import Copies, Work
+    from megatron_ext.inference.loading import ParallelLayout, load_model
+    from megatron_ext.serving.replicas import GenerationRequest, ModelReplicas
     from megatron_ext.serving.scheduler import Closing, Job, QueueFull, Scheduler
 
-    trained = load_model(path, Layout(**sizes))
+    trained = load_model(path, ParallelLayout(**sizes))
     works = [
-        Work(prompt, SAMPLINGS[i % 3], seed=i, likeliest=2, scores_prompt=True)
+        GenerationRequest(prompt, SAMPLINGS[i % 3], seed=i, likeliest=2, scores_prompt=True)
         for i, prompt in enumerate(PROMPTS)
     ]
-    copies = Copies(trained, lines=2, prompt_tokens=7)  # prompts of several passes
+    copies = ModelReplicas(trained, lines=2, prompt_tokens=7)  # prompts of several passes
     alone = [generate(trained, [work.prompt], work.sampling, [work.seed])[0] for work in works]
     if dist.get_rank() > 0:
         copies.follow()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ext.data.preprocessing import output
-from megatron_ext.data.preprocessing.output import Output
+from megatron_ext.data.preprocessing.output import DatasetOutput
 from tests.tools.preprocessed import (
     command,
     make_texts,
@@ -129,6 +129,6 @@ def test_finished_output_is_left_alone_and_replaced_only_with_overwrite(model, t
 
 def test_a_second_run_on_the_same_prefix_is_refused(model, tmp_path, capsys):
     source = write_jsonl(tmp_path / "text.jsonl", make_texts(20))
-    with Output(str(tmp_path / "out")).locked():
+    with DatasetOutput(str(tmp_path / "out")).locked():
         assert "another run" in refusal(capsys, model, [source], tmp_path / "out")
     preprocess(model, [source], tmp_path / "out", "--valid-fraction", 0)

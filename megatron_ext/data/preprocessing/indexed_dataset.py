@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from megatron_ext.data.documents import ShardReader
-from megatron_ext.data.preprocessing.parts import Part, Work
+from megatron_ext.data.preprocessing.parts import PartCounts, PartSpec
 from megatron_ext.errors import UserError
 
 CHECKED_DOCUMENTS = 8  # of each split, compared with the source
@@ -28,7 +28,7 @@ def import_megatron() -> Any:
     return indexed_dataset
 
 
-def write_dataset(split: str, works: list[Work], folder: Path, prefix: str) -> None:
+def write_dataset(split: str, works: list[PartSpec], folder: Path, prefix: str) -> None:
     """Join the parts of a split, in order, into the indexed dataset at `prefix`."""
     dtype = np.dtype(works[0].dtype)
     builder = import_megatron().IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype.type)
@@ -42,7 +42,7 @@ def write_dataset(split: str, works: list[Work], folder: Path, prefix: str) -> N
     builder.finalize(f"{prefix}.idx")
 
 
-def check_dataset(split: str, works: list[Work], parts: list[Part], prefix: str) -> str:
+def check_dataset(split: str, works: list[PartSpec], parts: list[PartCounts], prefix: str) -> str:
     """Read an indexed dataset back and compare all of it with the parts' counts and checksums, and
     some documents with the source tokenized by Megatron's own class; a sentence on the outcome.
 
@@ -91,7 +91,7 @@ def _crc32(file: BinaryIO, size: int) -> int:
     return checksum
 
 
-def source_document(work: Work, split: str, ordinal: int) -> str:
+def source_document(work: PartSpec, split: str, ordinal: int) -> str:
     """Return a part's document number `ordinal` of a split, read from the source again."""
     for shard in work.shards:
         for document in ShardReader(shard, work.layout):

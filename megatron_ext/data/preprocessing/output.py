@@ -14,7 +14,7 @@ from megatron_ext.errors import UserError
 
 
 @dataclass(frozen=True)
-class Output:
+class DatasetOutput:
     """The files of a prefix, and their way from the parts folder to their names."""
 
     prefix: str

@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from megatron_ext.data.documents import Malformed, ShardReader
+from megatron_ext.data.documents import MalformedRecord, ShardReader
 from megatron_ext.data.preprocessing.encoding import DocumentEncoder
-from megatron_ext.data.shards import Layout, Shard
+from megatron_ext.data.shards import Shard, TextFormat
 
 SPLITS = ("train", "valid")
-Part = dict[str, Any]  # what write_part returns of a finished part
+PartCounts = dict[str, Any]  # what write_part returns of a finished part
 # Raised whenever the same settings come to give other bytes, so that old parts are not reused.
 FORMAT_VERSION = 1
 KEPT_MALFORMED = 20  # of each shard, and in the manifest
@@ -27,7 +27,7 @@ _SMALL = 16
 
 
 @dataclass(frozen=True)
-class Work:
+class PartSpec:
     """Shards that make one part, and everything that decides the tokens made from them.
 
     Attributes:
@@ -38,7 +38,7 @@ class Work:
 
     shards: tuple[Shard, ...]
     file_stamps: tuple[int, ...]
-    layout: Layout
+    layout: TextFormat
     tokenizer_model: str
     tokenizer_sha256: str
     eod: int
@@ -97,7 +97,7 @@ def group_shards(shards: list[Shard], shard_bytes: int) -> list[tuple[Shard, ...
 class _PartWriter:
     """Writes the tokens of a part's documents, split by split."""
 
-    def __init__(self, work: Work, files: dict[str, Any], encode: DocumentEncoder) -> None:
+    def __init__(self, work: PartSpec, files: dict[str, Any], encode: DocumentEncoder) -> None:
         self._work, self._files, self._encode = work, files, encode
         self._itemsize = np.dtype(work.dtype).itemsize
         self.lengths: dict[str, list[int]] = {split: [] for split in SPLITS}  # tokens of documents
@@ -111,7 +111,7 @@ class _PartWriter:
         self.lengths[split].append(len(tokens) // self._itemsize)
 
 
-def write_part(work: Work, folder: Path, encode: DocumentEncoder, consumed: Any) -> Part:
+def write_part(work: PartSpec, folder: Path, encode: DocumentEncoder, consumed: Any) -> PartCounts:
     """Tokenize shards into NAME.SPLIT.bin (tokens), NAME.SPLIT.len (int32 tokens of each document)
     and, last, NAME.json (counts), whose presence means that all is there.
 
@@ -138,10 +138,12 @@ def write_part(work: Work, folder: Path, encode: DocumentEncoder, consumed: Any)
     return part
 
 
-def _write_shard(shard: Shard, layout: Layout, writer: _PartWriter, consumed: Any) -> Part:
+def _write_shard(
+    shard: Shard, layout: TextFormat, writer: _PartWriter, consumed: Any
+) -> PartCounts:
     """Write a shard's documents and return its counts, over all splits."""
     reader = ShardReader(shard, layout)
-    malformed: list[Malformed] = []
+    malformed: list[MalformedRecord] = []
     malformed_count = empty = documents = tokens = reported = 0
     before = {split: len(writer.lengths[split]) for split in SPLITS}
 
@@ -154,7 +156,7 @@ def _write_shard(shard: Shard, layout: Layout, writer: _PartWriter, consumed: An
     for document in reader:
         if reader.consumed - reported > 1 << 17:
             report(reader.consumed)
-        if isinstance(document, Malformed):
+        if isinstance(document, MalformedRecord):
             malformed_count += 1
             malformed += [document][: KEPT_MALFORMED - len(malformed)]
         elif not document.strip():
@@ -176,7 +178,7 @@ def _write_shard(shard: Shard, layout: Layout, writer: _PartWriter, consumed: An
     }
 
 
-def read_part(work: Work, folder: Path) -> Part | None:
+def read_part(work: PartSpec, folder: Path) -> PartCounts | None:
     """Return the counts of a finished part, or None when it has yet to be written."""
     try:
         part = json.loads((folder / f"{work.name}.json").read_text())

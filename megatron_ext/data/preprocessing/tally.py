@@ -3,14 +3,14 @@
 import itertools
 from typing import Any
 
-from megatron_ext.data.preprocessing.parts import KEPT_MALFORMED, Part, Work
+from megatron_ext.data.preprocessing.parts import KEPT_MALFORMED, PartCounts, PartSpec
 from megatron_ext.errors import UserError
 from megatron_ext.progress import Progress
 
 _COUNTED = ("lines", "documents", "tokens", "empty", "malformed")
 
 
-class Tally:
+class DocumentCounts:
     """Adds parts up in the files' order, so that malformed lines get their number in the file and
     the limits are met at the same place for any number of workers.
 
@@ -19,7 +19,7 @@ class Tally:
         examples: The first malformed lines.
     """
 
-    def __init__(self, works: list[Work], max_malformed: int, progress: Progress):
+    def __init__(self, works: list[PartSpec], max_malformed: int, progress: Progress):
         self._shards = [shard for work in works for shard in work.shards]
         self._limit, self._progress = max_malformed, progress
         self._next = 0
@@ -31,7 +31,7 @@ class Tally:
     def summary(self) -> str:
         return f"{self.documents:,} documents, {self.tokens:,} tokens"
 
-    def add(self, part: Part) -> None:
+    def add(self, part: PartCounts) -> None:
         """Add the shards of the next part.
 
         Raises:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_ext.data.preprocessing.encoding import DocumentEncoder
-from megatron_ext.data.preprocessing.parts import Part, Work, read_part, write_part
-from megatron_ext.data.preprocessing.tally import Tally
+from megatron_ext.data.preprocessing.parts import PartCounts, PartSpec, read_part, write_part
+from megatron_ext.data.preprocessing.tally import DocumentCounts
 from megatron_ext.errors import UserError
 from megatron_ext.progress import Progress
 
@@ -33,13 +33,13 @@ def start_worker(model: str, dtype: str, consumed: Any) -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def write_part_in_worker(work: Work, folder: Path) -> Part:
+def write_part_in_worker(work: PartSpec, folder: Path) -> PartCounts:
     return write_part(work, folder, _encoder, _consumed)
 
 
 def write_parts(
-    works: list[Work], folder: Path, workers: int, max_malformed: int
-) -> tuple[list[Part], Tally]:
+    works: list[PartSpec], folder: Path, workers: int, max_malformed: int
+) -> tuple[list[PartCounts], DocumentCounts]:
     """Write the parts that are not there yet; the counts of all, in order, and their sum.
 
     Raises:
@@ -52,9 +52,9 @@ def write_parts(
         print(f"reusing {len(works) - len(todo):,} of {len(works):,} finished parts in {folder}")
     context = multiprocessing.get_context("spawn")
     consumed = context.Value("q", 0)
-    parts: list[Part] = []
+    parts: list[PartCounts] = []
     with Progress("tokenizing", sum(work.size for work in todo)) as progress:
-        tally = Tally(works, max_malformed, progress)
+        tally = DocumentCounts(works, max_malformed, progress)
         with concurrent.futures.ProcessPoolExecutor(
             max(1, min(workers, len(todo))), context, start_worker,
             (works[0].tokenizer_model, works[0].dtype, consumed),

@@ -40,7 +40,7 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Task:
+class CoreTask:
     """A task of the bundle.
 
     Attributes:
@@ -84,7 +84,7 @@ class Task:
             ) from error
 
 
-def read_bundle(folder: Path, labels: list[str] | None = None) -> list[Task]:
+def read_bundle(folder: Path, labels: list[str] | None = None) -> list[CoreTask]:
     """The tasks of a bundle, in its order.
 
     Args:
@@ -114,7 +114,7 @@ def read_bundle(folder: Path, labels: list[str] | None = None) -> list[Task]:
     return [_task(folder, label, found[label], baselines) for label in wanted]
 
 
-def _task(folder: Path, label: str, entry: dict[str, Any], baselines: dict[str, float]) -> Task:
+def _task(folder: Path, label: str, entry: dict[str, Any], baselines: dict[str, float]) -> CoreTask:
     file = folder / "core.yaml"
     try:
         kind, data = entry["icl_task_type"], folder / "eval_data" / entry["dataset_uri"]
@@ -131,7 +131,7 @@ def _task(folder: Path, label: str, entry: dict[str, Any], baselines: dict[str, 
         raise UserError(f"{data}, the data of task {label}, is missing: unpack the bundle again")
     if label not in baselines:
         raise UserError(f"{folder / 'eval_meta_data.csv'} has no row for task {label}")
-    return Task(label, kind, shots, delimiter, baselines[label], data)
+    return CoreTask(label, kind, shots, delimiter, baselines[label], data)
 
 
 def _baselines(file: Path) -> dict[str, float]:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.errors import UserError
-from megatron_ext.evaluation.core.bundle import Task
-from megatron_ext.evaluation.core.core_scoring import Judged
+from megatron_ext.evaluation.core.bundle import CoreTask
+from megatron_ext.evaluation.core.core_scoring import ScoredItem
 
 COLUMNS = (
     "task", "kind", "shots", "items", "cropped", "accuracy", "baseline", "centered",
@@ -48,12 +48,12 @@ class Results:
                     f"{value}: give another --out"
                 )
 
-    def finished(self, task: Task) -> bool:
+    def finished(self, task: CoreTask) -> bool:
         """Whether the task's row is there, of the same questions asked the same way."""
         row = self.rows.get(task.label)
         return row is not None and row["asked"] == _asked(task)
 
-    def add(self, task: Task, judged: Judged) -> None:
+    def add(self, task: CoreTask, judged: ScoredItem) -> None:
         """Write a finished task down."""
         self.rows[task.label] = {
             "task": task.label,
@@ -69,7 +69,7 @@ class Results:
         lines = [json.dumps(entry) for entry in (self.settings, *self.rows.values())]
         _write(self.file, "\n".join(lines) + "\n")
 
-    def table(self, tasks: list[Task], whole: bool) -> dict[str, Any]:
+    def table(self, tasks: list[CoreTask], whole: bool) -> dict[str, Any]:
         """The figures of tasks, all finished, and their mean.
 
         Args:
@@ -108,7 +108,7 @@ def markdown(table: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _asked(task: Task) -> list[Any]:
+def _asked(task: CoreTask) -> list[Any]:
     return [task.kind, task.shots, task.delimiter, task.digest()]
 
 

@@ -17,13 +17,13 @@ from typing import NamedTuple
 import numpy as np
 
 from megatron_ext.errors import UserError
-from megatron_ext.evaluation.core.bundle import LANGUAGE_MODELING, SCHEMA, Item, Task
-from megatron_ext.evaluation.log_likelihoods import LanguageModel, Request
+from megatron_ext.evaluation.core.bundle import LANGUAGE_MODELING, SCHEMA, CoreTask, Item
+from megatron_ext.evaluation.log_likelihoods import LanguageModel, ScoringRequest
 
 _ORDER_SEED, _SHOTS_SEED = 1337, 1234  # nanochat's, so that the same questions get the same shots
 
 
-class Judged(NamedTuple):
+class ScoredItem(NamedTuple):
     """A task's outcome.
 
     Attributes:
@@ -43,11 +43,11 @@ class Judged(NamedTuple):
 class Prompts(NamedTuple):
     """What is asked of the model for one question, an entry for each option."""
 
-    requests: list[Request]
+    requests: list[ScoringRequest]
     cropped: int
 
 
-def chosen_items(task: Task, most: int | None) -> list[Item]:
+def chosen_items(task: CoreTask, most: int | None) -> list[Item]:
     """The questions to ask: shuffled the same way each time, the first `most` of them."""
     items = task.items()
     random.Random(_ORDER_SEED).shuffle(items)
@@ -61,13 +61,13 @@ def chosen_items(task: Task, most: int | None) -> list[Item]:
 
 
 def judge(
-    task: Task,
+    task: CoreTask,
     items: Sequence[Item],
     model: LanguageModel,
     max_length: int,
     batch_tokens: int,
     progress: Callable[[int, int], None] = lambda done, prompts: None,
-) -> Judged:
+) -> ScoredItem:
     """Ask all questions of a task; every rank must call it.
 
     Args:
@@ -95,11 +95,11 @@ def judge(
             answers.append(means.index(min(means)))
     right = sum(answer == item.gold for answer, item in zip(answers, items))
     cropped = sum(prompt.cropped for prompt in prompts)
-    return Judged(answers, right, cropped, len(requests))
+    return ScoredItem(answers, right, cropped, len(requests))
 
 
 def prompts_of(
-    task: Task, items: Sequence[Item], index: int, model: LanguageModel, max_length: int
+    task: CoreTask, items: Sequence[Item], index: int, model: LanguageModel, max_length: int
 ) -> Prompts:
     """The prompts of one question and where in each the scored tokens begin."""
     texts = texts_of(task, items, index)
@@ -122,11 +122,11 @@ def prompts_of(
         lost = max(0, len(sequence) - max_length)
         cropped += lost > 0
         tokens = np.array(sequence[lost:], dtype=np.int32)
-        requests.append(Request(tokens, max(start - lost, 1)))
+        requests.append(ScoringRequest(tokens, max(start - lost, 1)))
     return Prompts(requests, cropped)
 
 
-def texts_of(task: Task, items: Sequence[Item], index: int) -> list[str]:
+def texts_of(task: CoreTask, items: Sequence[Item], index: int) -> list[str]:
     """Each option's prompt; of language modelling, without and with the continuation."""
     others = [i for i in range(len(items)) if i != index]
     drawn = random.Random(_SHOTS_SEED + index).sample(others, task.shots)

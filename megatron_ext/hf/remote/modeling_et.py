@@ -31,7 +31,7 @@ GATES = {
 }
 
 
-class RMSNorm(nn.Module):
+class ExpertThresholdRMSNorm(nn.Module):
     """`x / rms(x)` over the last dimension, with a scale if the config asks for it."""
 
     def __init__(self, config: ExpertThresholdConfig, size: int) -> None:
@@ -57,8 +57,12 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, kv, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.hidden_size, kv, bias=config.qkv_bias)
         self.o_proj = nn.Linear(q, config.hidden_size, bias=False)
-        self.q_norm = RMSNorm(config, self.head_dim) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(config, self.head_dim) if config.qk_norm else nn.Identity()
+        self.q_norm = (
+            ExpertThresholdRMSNorm(config, self.head_dim) if config.qk_norm else nn.Identity()
+        )
+        self.k_norm = (
+            ExpertThresholdRMSNorm(config, self.head_dim) if config.qk_norm else nn.Identity()
+        )
 
     def forward(
         self,
@@ -168,9 +172,9 @@ class MoE(nn.Module):
 class DecoderLayer(nn.Module):
     def __init__(self, config: ExpertThresholdConfig, layer_idx: int) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config, config.hidden_size)
+        self.input_layernorm = ExpertThresholdRMSNorm(config, config.hidden_size)
         self.self_attn = Attention(config, layer_idx)
-        self.post_attention_layernorm = RMSNorm(config, config.hidden_size)
+        self.post_attention_layernorm = ExpertThresholdRMSNorm(config, config.hidden_size)
         moe = config.moe_layers[layer_idx]
         self.mlp = MoE(config) if moe else MLP(config, config.intermediate_size)
 
@@ -199,7 +203,7 @@ class ExpertThresholdModel(ExpertThresholdPreTrainedModel):
         self.layers = nn.ModuleList(
             DecoderLayer(config, index) for index in range(config.num_hidden_layers)
         )
-        self.norm = RMSNorm(config, config.hidden_size)
+        self.norm = ExpertThresholdRMSNorm(config, config.hidden_size)
         self.rotary_emb = LlamaRotaryEmbedding(config)
         self.post_init()
 

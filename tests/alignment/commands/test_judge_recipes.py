@@ -125,13 +125,13 @@ def test_the_cache_told_is_the_cache_that_grows(tensor: int) -> None:
     from alignment.engines.megatron_launch import MegatronLayout
     from megatron_ext.hf.configs import load_config
     from megatron_ext.hf.families import read_config
-    from megatron_ext.inference.cache import Chunk, RaggedCache
+    from megatron_ext.inference.cache import RaggedCache, TokenChunk
 
     model = read_config(load_config(SHAPES / "Qwen3-1.7B"))
     rows, length = 3, 100
     cache = RaggedCache(rows, model.max_length)
     heads = model.kv_heads // tensor
-    chunks = [Chunk(line, 0, range(length)) for line in range(rows)]
+    chunks = [TokenChunk(line, 0, range(length)) for line in range(rows)]
     cache.lay_out(chunks, torch.device("cpu"))
     tokens = torch.zeros(rows * length, heads, model.head_dim, dtype=torch.bfloat16)
     for layer in range(model.layers):
