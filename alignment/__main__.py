@@ -1,67 +1,71 @@
-"""`et-align NAME ...`, or `python -m alignment NAME ...`: the tools of alignment."""
+"""Console script `et-align NAME ...`, or `python -m alignment NAME ...`."""
 
 import importlib
+import importlib.util
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
+from typing import Any
 
 from megatron_ext.errors import UserError, run_tool_or_ranks
 
-# Name: a module with `main(argv)`, and what it is for. Modules are imported when they are asked
-# for, so that help does not wait for torch.
 COMMANDS = {
-    "data": (
-        "alignment.commands.data",
-        "import, split and count prompts, responses and preferences",
-    ),
-    "annotate": (
-        "alignment.commands.annotate",
-        "verdicts of a judge, or responses of a policy",
-    ),
-    "train-judge": (
-        "alignment.commands.train_judge",
-        "a judge that says what a gold judge says (torchrun)",
-    ),
-    "judge": ("alignment.commands.judge", "verdicts of a judge whose model is at hand (torchrun)"),
-    "generate": ("alignment.commands.generate", "responses of a model at hand (torchrun)"),
-    "train-sft": ("alignment.commands.train_sft", "a model that answers, on responses (torchrun)"),
-    "train-policy": (
-        "alignment.commands.train_policy",
-        "a policy by judges, graded by gold (torchrun)",
-    ),
-    "monitor": ("alignment.commands.monitor", "what games a judge in responses"),
-    "promote": ("alignment.commands.promote", "a retrained judge past a regression gate"),
-    "agreement": ("alignment.commands.agreement", "how far two judges agree"),
-    "evaluate": ("alignment.commands.evaluate", "policies compared by judges"),
-    "report": ("alignment.commands.report", "what a study of policies and judges found"),
+    "data": "Import, split and count prompts, responses and preferences.",
+    "annotate": "Collect verdicts of a judge, or responses of a policy, from an endpoint.",
+    "train-judge": "Train a judge to agree with a gold judge (torchrun).",
+    "judge": "Collect verdicts of a judge whose model runs on the ranks (torchrun).",
+    "generate": "Generate responses of a model that runs on the ranks (torchrun).",
+    "train-sft": "Fine-tune a model on responses (torchrun).",
+    "train-policy": "Train a policy on the rewards of judges (torchrun).",
+    "monitor": "Detect responses that game a judge.",
+    "promote": "Replace a judge by a retrained one that passes a regression test.",
+    "agreement": "Measure how well two judges agree.",
+    "evaluate": "Compare policies by their scores and preferences from judges.",
+    "report": "Write a report on a study of policies and judges.",
 }
+"""Purpose of each command. Command NAME has its flags in `alignment.commands.NAME_config`, which
+does not import torch, and its `run` in `alignment.commands.NAME`."""
 
-# These hold models on their ranks: before Megatron is imported, the device must be chosen.
+# Commands that hold models on their ranks: the device is chosen before Megatron is imported.
 ON_RANKS = {"train-judge", "judge", "generate", "train-sft", "train-policy"}
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
-    """Run the tool that the first word names, with the others."""
+    """Run the command that the first word names, with the remaining words.
+
+    Raises:
+        UserError: The command or one of its flags is unknown.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
-        print("usage: et-align NAME ... (et-align NAME --help tells more), where NAME is one of")
-        for name, (_, purpose) in COMMANDS.items():
+        print("usage: et-align NAME ... (et-align NAME --help shows its flags). Commands:")
+        for name, purpose in COMMANDS.items():
             print(f"  {name:14}{purpose}")
         return 0
-    if words[0] not in COMMANDS:
-        raise UserError(f"there is no tool {words[0]!r}: known are {', '.join(COMMANDS)}")
-    module, _ = COMMANDS[words[0]]
-    if words[0] not in ON_RANKS:
-        return importlib.import_module(module).main(words[1:])
-    from megatron_ext.devices import activate  # imports torch, for which help does not wait
+    name, *rest = words
+    if name not in COMMANDS:
+        near = get_close_matches(name, COMMANDS, n=1)
+        advice = f"Did you mean {near[0]}?" if near else f"Choose one of {', '.join(COMMANDS)}."
+        raise UserError(f"{name} is not a command of et-align. {advice}")
+    module = f"alignment.commands.{name.replace('-', '_')}"
+    config: Any = None
+    if converted := importlib.util.find_spec(f"{module}_config") is not None:
+        config = importlib.import_module(f"{module}_config").parse(rest)
+    if name not in ON_RANKS:
+        command = importlib.import_module(module)
+        return command.run(config) if converted else command.main(rest)
+    from megatron_ext.devices import activate  # imports torch
     from megatron_ext.quiet import quiet_megatron
 
+    dry_run = any(word.startswith("--dry-run") for word in rest)
     with quiet_megatron():
-        activate(use_cuda=not any(word.startswith("--dry-run") for word in words))
-        tool = importlib.import_module(module)
-    return tool.main(words[1:])
+        activate(use_cuda=not dry_run)
+        command = importlib.import_module(module)
+    return command.run(config) if converted else command.main(rest)
 
 
 def entry() -> None:
+    """Run the console script."""
     sys.argv[0] = "et-align"
     run_tool_or_ranks(main)
 

@@ -1,19 +1,19 @@
-"""Import, split and count prompts, responses and pairs."""
+"""Command `et-align data`; its help is in `data_config`."""
 
-import argparse
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from alignment.commands.data_config import CountConfig, ImportConfig, SplitConfig, parse
 from alignment.data.dataset_schemas import hash_id, read_records
 from alignment.data.packages import PACKAGES
 from alignment.data.source_rows import Malformed, Record, RecordWriter
 from alignment.data.splits import Split, Splitter
 from alignment.records import Pair, Prompt, Response, Side, Verdict
 from megatron_ext.data.shards import expand_inputs
-from megatron_ext.errors import ToolParser, UserError, run_tool
+from megatron_ext.errors import UserError
 from megatron_ext.new_folder import check_new, new_folder
 from megatron_ext.progress import Progress
 
@@ -21,50 +21,7 @@ _KINDS = {"prompts": Prompt, "responses": Response, "pairs": Pair}
 _MOST_REASONS = 8  # that are shown
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = ToolParser(prog="et-align data", description=__doc__)
-    tools = parser.add_subparsers(dest="tool", required=True, metavar="{import,split,count}")
-    importing = tools.add_parser("import", help="rows of files or of a package, as ours")
-    splitting = tools.add_parser("split", help="files by prompt, without near-duplicates")
-    counting = tools.add_parser("count", help="rows by source")
-    # fmt: off
-    for tool in (importing, splitting, counting):
-        tool.add_argument("--input", nargs="+", default=[], metavar="FILE",
-            required=tool is not importing,
-            help="files or globs: .jsonl (plain or compressed) or .parquet, of a known convention")
-        tool.add_argument("--max-malformed", type=int, default=100, metavar="N",
-            help="stop when more than N rows cannot be used; they are left out and reported; "
-                 "default 100")
-    add = importing.add_argument
-    add("--package", choices=sorted(PACKAGES), help="read an installed package instead of files")
-    add("--archive", metavar="FILE", help="read the package's source distribution, .tar.gz")
-    add("--output", required=True, metavar="FILE", help=".jsonl or .parquet")
-    add("--as", dest="kind", choices=sorted(_KINDS), help="of pairs, only the prompts, or each "
-        "response by itself; of responses, only the prompts; default: as they are")
-    add("--source", default="", help="for rows that name none; default: the file's name")
-    add("--overwrite", action="store_true", help="replace --output")
-    add = splitting.add_argument
-    add("--split", nargs="+", required=True, metavar="NAME=SIZE",
-        help="in order of precedence: a number of prompts, a share below 1, or for the last: rest")
-    add("--save", required=True, metavar="DIR", help="new folder for NAME.jsonl and split.json")
-    add("--overwrite", action="store_true", help="replace --save")
-    add("--format", choices=("jsonl", "parquet"), default="jsonl", help="default jsonl")
-    add("--near", type=float, default=0.7, metavar="SIMILARITY",
-        help="prompts this alike are near-duplicates: the Jaccard similarity of their runs of "
-             "three words; default 0.7")
-    add("--seed", type=int, default=0, help="default 0")
-    # fmt: on
-    arguments = parser.parse_args(argv)
-    if arguments.max_malformed < 0:
-        raise UserError("--max-malformed must be at least 0")
-    if arguments.tool == "import" and bool(arguments.input) == bool(arguments.package):
-        raise UserError("give files as --input, or a --package")
-    if arguments.tool == "import" and arguments.archive and not arguments.package:
-        raise UserError("--archive needs --package, which tells what to read from it")
-    return arguments
-
-
-class Reading:
+class RecordReader:
     """Reads files of records, shows progress, and counts what is left out.
 
     Attributes:
@@ -82,7 +39,7 @@ class Reading:
         self._reasons: Counter[str] = Counter()
         self._examples: dict[str, str] = {}  # first row of each reason
 
-    def __call__(self, label: str) -> Iterator[Record]:
+    def read(self, label: str) -> Iterator[Record]:
         self._reset()
         before, sizes = 0, [Path(file).stat().st_size for file in self.files]
         with Progress(label, sum(sizes)) as progress:
@@ -187,25 +144,25 @@ def as_kind(records: Iterator[Record], kind: str | None) -> Iterator[Record]:
             raise UserError(f"--as {kind}: a {type(record).__name__} has none")
 
 
-def import_rows(arguments: argparse.Namespace) -> None:
-    output = Path(arguments.output)
-    reading = Reading(
-        expand_inputs(arguments.input) if arguments.input else [],
-        arguments.max_malformed, arguments.source,
+def import_rows(config: ImportConfig) -> None:
+    output = Path(config.output)
+    reader = RecordReader(
+        expand_inputs(config.input) if config.input else [],
+        config.max_malformed, config.source,
     )  # fmt: skip
     equal, repeats = 0, Repeats()
-    with RecordWriter(output, arguments.overwrite) as writer:
+    with RecordWriter(output, config.overwrite) as writer:
         records: Iterator[Record]
-        if arguments.package:
-            records = PACKAGES[arguments.package].read(arguments.archive)
+        if config.package:
+            records = PACKAGES[config.package].read(config.archive)
         else:
-            records = reading("reading")
-        for record in as_kind(records, arguments.kind):
+            records = reader.read("reading")
+        for record in as_kind(records, config.kind):
             if isinstance(record, Pair) and record.first == record.second:
                 equal += 1
             elif repeats.is_new(record):
                 writer.write(record)
-            elif repeats.clashes > arguments.max_malformed:
+            elif repeats.clashes > config.max_malformed:
                 raise UserError(
                     f"{repeats.clashes:,} rows have the id of another row, the last being "
                     f"{repeats.last_clash!r}: make ids unique, leave them out, or raise "
@@ -213,13 +170,13 @@ def import_rows(arguments: argparse.Namespace) -> None:
                 )
         if not writer.count:
             reasons = [
-                *reading.reasons,
+                *reader.reasons,
                 *[f"{equal:,} pairs of a response with itself"] * (equal > 0),
             ]
             if reasons:
                 raise UserError(f"there are no rows in the input: left out {'; '.join(reasons)}")
             raise UserError("there are no rows in the input")
-    reading.report()
+    reader.report()
     for count, kind in (
         (equal, "pairs of a response with itself"),
         (repeats.count, "rows that repeat an earlier one"),
@@ -230,26 +187,24 @@ def import_rows(arguments: argparse.Namespace) -> None:
     print(f"wrote {writer.count:,} rows to {output}")
 
 
-def split_rows(arguments: argparse.Namespace) -> None:
-    splits = [Split.parse(text) for text in arguments.split]
-    splitter = Splitter(splits, arguments.seed, arguments.near)
-    save = Path(arguments.save)
-    if not arguments.overwrite:
+def split_rows(config: SplitConfig) -> None:
+    splits = [Split.parse(text) for text in config.split]
+    splitter = Splitter(splits, config.seed, config.near)
+    save = Path(config.save)
+    if not config.overwrite:
         check_new(save)
-    reading = Reading(expand_inputs(arguments.input), arguments.max_malformed)
-    for record in reading("finding prompts"):
+    reader = RecordReader(expand_inputs(config.input), config.max_malformed)
+    for record in reader.read("finding prompts"):
         splitter.add(_prompt(record))
     splitter.assign()
     rows: Counter[str] = Counter()
     repeated, seen = 0, set[int]()
-    with new_folder(save, arguments.overwrite) as folder, ExitStack() as stack:
+    with new_folder(save, config.overwrite) as folder, ExitStack() as stack:
         writers = {
-            split.name: stack.enter_context(
-                RecordWriter(folder / f"{split.name}.{arguments.format}")
-            )
+            split.name: stack.enter_context(RecordWriter(folder / f"{split.name}.{config.format}"))
             for split in splits
         }
-        for record in reading("writing splits"):
+        for record in reader.read("writing splits"):
             assert not isinstance(record, Verdict)
             if (name := splitter.split_of(_prompt(record))) is None:
                 continue
@@ -263,12 +218,12 @@ def split_rows(arguments: argparse.Namespace) -> None:
             name: {"prompts": splitter.sizes[name], "rows": rows[name], "near": splitter.near[name]}
             for name in writers
         }
-        settings = {"input": arguments.input, "split": arguments.split, "seed": arguments.seed,
-                    "near": arguments.near}  # fmt: skip
+        settings = {"input": config.input, "split": config.split, "seed": config.seed,
+                    "near": config.near}  # fmt: skip
         text = json.dumps({"settings": settings, "splits": about}, indent=1)
         stack.close()  # files get their names
         (folder / "split.json").write_text(text + "\n")
-    reading.report()
+    reader.report()
     for name, of in about.items():
         print(
             f"{name}: {of['rows']:,} rows of {of['prompts']:,} prompts; left out {of['near']:,} "
@@ -285,13 +240,13 @@ def _prompt(record: Record) -> Prompt:
     return record if isinstance(record, Prompt) else record.prompt
 
 
-def count_rows(arguments: argparse.Namespace) -> None:
+def count_rows(config: CountConfig) -> None:
     counts: dict[str, Counter[str]] = {}
-    reading = Reading(expand_inputs(arguments.input), arguments.max_malformed)
-    for record in reading("counting"):
+    reader = RecordReader(expand_inputs(config.input), config.max_malformed)
+    for record in reader.read("counting"):
         source = record.judge if isinstance(record, Verdict) else record.source
         counts.setdefault(source, Counter()).update(_tally(record))
-    reading.report()
+    reader.report()
     total = sum(counts.values(), Counter[str]())
     columns = list(total)
     table = [["source", *columns]]
@@ -316,9 +271,16 @@ def _tally(record: Record) -> dict[str, int]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    arguments = parse_arguments(argv)
-    {"import": import_rows, "split": split_rows, "count": count_rows}[arguments.tool](arguments)
+    """Parse the flags and run the command."""
+    run(parse(argv))
 
 
-if __name__ == "__main__":
-    run_tool(main)
+def run(config: ImportConfig | SplitConfig | CountConfig) -> None:
+    """Run the subcommand of the configuration."""
+    match config:
+        case ImportConfig():
+            import_rows(config)
+        case SplitConfig():
+            split_rows(config)
+        case CountConfig():
+            count_rows(config)

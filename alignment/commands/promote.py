@@ -1,25 +1,5 @@
-"""Let a retrained judge take the place of the one before, if it has not become worse.
+"""Command `et-align promote`; its help is in `promote_config`."""
 
-    et-align promote --candidate RUN/best --current DIR \\
-        --old-gold GOLD.jsonl --old-current V.jsonl --old-candidate V.jsonl \\
-        [--new-gold GOLD.jsonl --new-current V.jsonl --new-candidate V.jsonl] \\
-        [--old-items ITEMS.jsonl] [--new-items ITEMS.jsonl]
-
-A policy leaves the texts that its judge was trained on. A judge that is trained again on what the
-policy writes, labelled by gold, must still judge the old test set: the candidate is refused when
-its agreement there may have fallen by more than --margin. On new items, samples of the policy say,
-it must agree better than the current judge, by more than rounding. Both differences are taken on
-the items that both judged, and it is the end of their 95 % interval that counts. Several responses
-to a prompt are not independent: give --old-items and --new-items, and the intervals are over
-prompts. A candidate is refused too when its share of malformed or failed verdicts exceeds the
-current judge's by more than --margin.
-
-A candidate that passes is copied to --current, never in part, and the exit code is 0; one that does
-not leaves it as it is, and the code is 3. A kill between the two renames of the change leaves the
-judge before beside it, in .NAME.old, and the next promotion first puts it back.
-"""
-
-import argparse
 import json
 import os
 import shutil
@@ -29,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from alignment.commands.promote_config import PromoteConfig, parse
 from alignment.judges.formats.scale import read_verdicts
 from alignment.judges.results import reasons_of, require_results
 from alignment.rounding import EXACT, Floats, exceeds
@@ -37,13 +18,13 @@ from alignment.statistics.agreement_text import aligned, cells
 from alignment.statistics.bootstrap import Estimate, Indices, estimates
 from alignment.statistics.slices import read_items
 from alignment.statistics.verdict_alignment import Judged, by_item, groups_of, judged, shared_items
-from megatron_ext.errors import ToolParser, UserError, run_tool
+from megatron_ext.errors import UserError
 
 REFUSED = 3
 
 
 @dataclass(frozen=True)
-class Comparison:
+class JudgeComparison:
     """Agreement of two judges with gold on the items of which both judged every question.
 
     Attributes:
@@ -60,25 +41,30 @@ class Comparison:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = _parse(argv)
-    _recover(Path(options.current))
+    """Parse the flags and run the command."""
+    return run(parse(argv))
+
+
+def run(config: PromoteConfig) -> int:
+    """Promote the candidate or refuse it; return the exit status."""
+    _recover(Path(config.current))
     old = compare(
-        options.old_gold, options.old_current, options.old_candidate, options.resamples,
-        options.old_items, options.max_failed,
+        config.old_gold, config.old_current, config.old_candidate, config.resamples,
+        config.old_items, config.max_failed,
     )  # fmt: skip
     found = {"old test set": old}
     problems = []
     if old.difference.low is None:
         problems.append(f"its agreement on the old test set is unknown ({_reason(old)})")
-    elif exceeds(-old.difference.low, options.margin, EXACT, size=1.0):
+    elif exceeds(-old.difference.low, config.margin, EXACT, size=1.0):
         problems.append(
             f"on the old test set it may agree less by {-old.difference.low:.3f}, more than "
-            f"--margin {options.margin}"
+            f"--margin {config.margin}"
         )
-    if options.new_gold:
+    if config.new_gold:
         new = compare(
-            options.new_gold, options.new_current, options.new_candidate, options.resamples,
-            options.new_items, options.max_failed,
+            config.new_gold, config.new_current, config.new_candidate, config.resamples,
+            config.new_items, config.max_failed,
         )  # fmt: skip
         found["new items"] = new
         if new.difference.low is None:
@@ -86,17 +72,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif not exceeds(new.difference.low, 0.0, size=1.0):  # of agreements, up to 1
             problems.append("on the new items it may agree no better than the current judge")
     for name, c in found.items():
-        if exceeds(c.unjudged[1] - c.unjudged[0], options.margin, EXACT, size=1.0):
+        if exceeds(c.unjudged[1] - c.unjudged[0], config.margin, EXACT, size=1.0):
             problems.append(
                 f"on the {name} it leaves {c.unjudged[1]:.1%} unjudged and the current judge "
-                f"{c.unjudged[0]:.1%}, which is worse by more than --margin {options.margin}"
+                f"{c.unjudged[0]:.1%}, which is worse by more than --margin {config.margin}"
             )
     print(_table(found))
     if problems:
-        print(f"refused: {'; '.join(problems)}; {options.current} stays as it is")
+        print(f"refused: {'; '.join(problems)}; {config.current} stays as it is")
         return REFUSED
-    _replace(Path(options.candidate), Path(options.current), found)
-    print(f"promoted: {options.current} is now {options.candidate}")
+    _replace(Path(config.candidate), Path(config.current), found)
+    print(f"promoted: {config.current} is now {config.candidate}")
     return 0
 
 
@@ -107,7 +93,7 @@ def compare(
     resamples: int,
     judged_items: str | None = None,
     max_failed: float = 0.05,
-) -> Comparison:
+) -> JudgeComparison:
     """Read three files of verdicts on the same items and compare two of them with the first.
 
     Args:
@@ -148,7 +134,7 @@ def compare(
         resamples,
     )
     lost = [float(_unjudged(j).sum() / j.verdicts.sum()) for j in judges[1:]]
-    return Comparison(
+    return JudgeComparison(
         len(both), (lost[0], lost[1]), each["current"], each["candidate"], each["difference"]
     )
 
@@ -158,11 +144,11 @@ def _unjudged(judge: Judged) -> Floats:
     return judge.malformed + judge.failed
 
 
-def _reason(found: Comparison) -> str:
+def _reason(found: JudgeComparison) -> str:
     return found.difference.reason or "no interval"
 
 
-def _table(found: dict[str, Comparison]) -> str:
+def _table(found: dict[str, JudgeComparison]) -> str:
     rows = [["", "items", "current", "", "candidate", "", "difference", "", "unjudged", "before"]]
     for name, c in found.items():
         each = [*cells(c.current), *cells(c.candidate), *cells(c.difference)]
@@ -193,7 +179,7 @@ def _remove(place: Path) -> None:
         shutil.rmtree(place)
 
 
-def _replace(candidate: Path, current: Path, found: dict[str, Comparison]) -> None:
+def _replace(candidate: Path, current: Path, found: dict[str, JudgeComparison]) -> None:
     """Copy the candidate's folder to the current judge's place."""
     temporary = current.with_name(f".{current.name}.{os.getpid()}.tmp")
     try:
@@ -213,48 +199,3 @@ def _replace(candidate: Path, current: Path, found: dict[str, Comparison]) -> No
         os.replace(current, _old(current))
     os.replace(temporary, current)
     _remove(_old(current))
-
-
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = ToolParser(
-        prog="et-align promote",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    # fmt: off
-    add = parser.add_argument
-    add("--candidate", required=True, metavar="DIR", help="the retrained judge")
-    add("--current", required=True, metavar="DIR", help="the judge in use, to be replaced")
-    for when, what in (("old", "the old test set"), ("new", "new items")):
-        for who in ("gold", "current", "candidate"):
-            add(f"--{when}-{who}", required=when == "old", metavar="FILE",
-                help=f"verdicts on {what}")
-        add(f"--{when}-items", metavar="FILE",
-            help=f"the {what} themselves, for intervals over prompts")
-    add("--margin", type=float, default=0.02, metavar="X",
-        help="agreement (alpha, or accuracy on pairs) that may be lost, and share of verdicts that "
-        "may be unjudged in addition (%(default)s)")
-    add("--max-failed", type=float, default=0.05, metavar="SHARE",
-        help="Share of gold's verdicts that may be no judgement; more end the command with status "
-        "3. Default: %(default)s.")
-    add("--resamples", type=int, default=2000, metavar="N", help="(%(default)s)")
-    # fmt: on
-    options = parser.parse_args(argv)
-    new = [options.new_gold, options.new_current, options.new_candidate]
-    if any(new) and not all(new):
-        raise UserError("--new-gold, --new-current and --new-candidate go together")
-    if options.new_items and not options.new_gold:
-        raise UserError("--new-items goes with --new-gold")
-    if not 0 <= options.max_failed <= 1:
-        raise UserError(f"--max-failed {options.max_failed} is a share: from 0 to 1")
-    if not options.margin >= 0 or options.resamples < 100:  # nor no number
-        raise UserError("--margin must not be negative, and --resamples be at least 100")
-    if not (Path(options.candidate) / "config.json").is_file():
-        raise UserError(f"--candidate {options.candidate} is no Hugging Face folder of a judge")
-    if Path(options.current).resolve() == Path(options.candidate).resolve():
-        raise UserError("--candidate and --current are the same folder")
-    return options
-
-
-if __name__ == "__main__":
-    run_tool(main)

@@ -1,50 +1,33 @@
-"""Show what a study of policies and judges found, or one run of it.
+"""Command `et-align report`; its help is in `report_config`."""
 
-    et-align report STUDY [--output FOLDER]
-
-Writes report.html, a page that needs no other file, and its pictures as PNG and SVG. STUDY has
-study.json and a folder a run, or is a run of et-align train-policy; while runs go on, too.
-"""
-
-import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from alignment.commands.report_config import ReportConfig, parse
 from alignment.evaluation.study.narrative import opening, sentences
 from alignment.evaluation.study.study_page import page
 from alignment.evaluation.study.study_pictures import draw
 from alignment.evaluation.study.study_runs import read_study
 from alignment.new_output_folder import check_folder
-from megatron_ext.errors import ToolParser, run_tool
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = _parser().parse_args(argv)
-    folder = Path(options.study)
+    """Parse the flags and run the command."""
+    run(parse(argv))
+
+
+def run(config: ReportConfig) -> None:
+    """Write the report and print its sentences."""
+    folder = Path(config.study)
     study = read_study(folder)
-    output = Path(options.output) if options.output else folder / "report"
+    output = Path(config.output) if config.output else folder / "report"
     check_folder(output)
     output.mkdir(parents=True, exist_ok=True)
     pictures = draw(study, output)
     file = output / "report.html"
     temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    # What runs tell of themselves may hold halves of letters too.
+    # Texts of runs may hold unpaired surrogates, which UTF-8 cannot encode.
     temporary.write_text(page(study, pictures), encoding="utf-8", errors="backslashreplace")
     temporary.replace(file)
-    print("\n".join([opening(study), *sentences(study), f"wrote {file}"]))
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = ToolParser(
-        prog="et-align report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("study", metavar="STUDY", help="folder of a study or of a run")
-    parser.add_argument("--output", metavar="FOLDER", help="(STUDY/report)")
-    return parser
-
-
-if __name__ == "__main__":
-    run_tool(main)
+    print("\n".join([opening(study), *sentences(study), f"Wrote {file}."]))

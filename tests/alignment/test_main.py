@@ -9,7 +9,7 @@ from alignment.__main__ import COMMANDS, main
 from megatron_ext.errors import UserError
 
 
-def test_help_names_every_tool_and_imports_no_torch() -> None:
+def test_help_names_every_command_and_imports_no_torch() -> None:
     check = "import sys; from alignment.__main__ import main; main(['--help']); "
     check += "from alignment.commands import data; sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
@@ -18,11 +18,13 @@ def test_help_names_every_tool_and_imports_no_torch() -> None:
         assert f"\n  {name} " in done.stdout
 
 
-def test_an_unknown_tool_is_told_with_those_that_are_known() -> None:
-    with pytest.raises(UserError, match="no tool 'dta': known are data"):
+def test_unknown_command_is_answered_with_the_nearest_one() -> None:
+    with pytest.raises(UserError, match=r"dta is not a command of et-align\. Did you mean data\?"):
         main(["dta"])
+    with pytest.raises(UserError, match="Choose one of data, annotate, "):
+        main(["xyz"])
     run = [sys.executable, "-m", "alignment", "dta"]
     done = subprocess.run(run, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.startswith("et-align: there is no tool 'dta'")
+    assert done.stderr.startswith("et-align: dta is not a command")
     assert done.stderr.count("\n") == 1

@@ -145,11 +145,17 @@ def test_malformed_rows_are_counted_and_too_many_stop(
 @pytest.mark.parametrize(
     "words, said",
     [
-        (["import", "--output", "x.jsonl"], "give files as --input, or a --package"),
-        (["import", "--output", "x.jsonl", "--input", "a", "--archive", "b"], "needs --package"),
+        (["import", "--output", "x.jsonl"], "either files as --input or a --package"),
+        (
+            ["import", "--output", "x.jsonl", "--input", "a", "--archive", "b"],
+            "--archive requires --package",
+        ),
         (["import", "--output", "x.csv", "--package", "hhh"], "written by its suffix"),
         (["import", "--output", "x.jsonl", "--input", "none.jsonl"], "none.jsonl does not exist"),
-        (["count", "--input", "x", "--max-malformed", "-1"], "at least 0"),
+        (
+            ["count", "--input", "x", "--max-malformed", "-1"],
+            "-1 must be at least 0",
+        ),
         (["split", "--input", "x", "--save", "y", "--split", "a=b"], "give NAME=1000"),
     ],
 )

@@ -1,0 +1,67 @@
+"""Measure how well one judge agrees with another on the same items.
+
+    et-align agreement GOLD.jsonl OTHER.jsonl --items ITEMS.jsonl --output DIR
+
+Prints every statistic with a bootstrap interval, and writes agreement.json and agreement.png to
+--output. A statistic that these verdicts do not define is reported as undefined, with the reason.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from alignment.judges.formats.scale import check_scale
+from alignment.new_output_folder import check_folder
+from megatron_ext.errors import UserError
+from megatron_ext.typed_flags import flag, parse_config
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgreementConfig:
+    """Flags of `et-align agreement`."""
+
+    first: str = flag(positional=True, metavar="FIRST")
+    """Verdicts that count as right: those of the gold judge."""
+    second: str = flag(positional=True, metavar="SECOND")
+    """Verdicts to compare with them."""
+    items: str | None = flag(None, metavar="FILE")
+    """Responses or pairs that were judged; required for --slice and for --resample prompt. Default:
+    none."""
+    common: bool = flag(False)
+    """Compare the items that both files have, where the files differ."""
+    first_scale: tuple[float, float] | None = flag(None, metavar="LOW HIGH")
+    """Lowest and highest score of the first file, whose scores are mapped to 0 to 9. Default: 0
+    9."""
+    second_scale: tuple[float, float] | None = flag(None, metavar="LOW HIGH")
+    """Lowest and highest score of the second file, whose scores are mapped to 0 to 9. Default: 0
+    9."""
+    label: Literal["first", "mean"] = flag("first")
+    """Label of an item that was judged several times: that of the first verdict, or the mean."""
+    resample: Literal["item", "prompt"] = flag("item")
+    """Unit of the bootstrap; choose prompt where prompts have several items."""
+    slice: tuple[Literal["gold", "length", "prompt-source", "source"], ...] = flag((), repeat=True)
+    """Property of the items by which to report the statistics of parts of them as well. Can be
+    given several times. Default: none."""
+    resamples: int = flag(1000, metavar="N", at_least=1)
+    """Number of resamples of the bootstrap."""
+    seed: int = flag(0)
+    """Seed of the bootstrap."""
+    output: str | None = flag(None, metavar="DIR")
+    """Folder to write agreement.json and agreement.png into. Default: none."""
+
+    def __post_init__(self) -> None:
+        for name, scale in (("first", self.first_scale), ("second", self.second_scale)):
+            if scale:
+                check_scale(scale, f"--{name}-scale")
+        if self.items is None and self.resample == "prompt":
+            raise UserError("--resample prompt needs --items, which has the prompt of each item.")
+        for name in self.slice:
+            if self.items is None and name != "gold":
+                raise UserError(f"--slice {name} needs --items, which has this property.")
+        if self.output:
+            check_folder(self.output)
+
+
+def parse(argv: Sequence[str] | None) -> AgreementConfig:
+    """Return the configuration that a command line describes."""
+    return parse_config(AgreementConfig, argv, "et-align agreement", __doc__)

@@ -1,0 +1,310 @@
+"""Groups of flags that several commands share.
+
+A training that is resumed must have the same value of every flag marked `must_match`; flags marked
+`may_change` say where and how fast it runs, and what it reports.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_ext.errors import UserError
+from megatron_ext.typed_flags import flag, group, may_change, must_match
+
+Thinking = Literal["none", "asked", "opened"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Model."""
+
+    recipe: str | None = may_change(None, metavar="FILE.yaml")
+    """YAML file that maps names of flags to values. Flags of the command line replace its values.
+    Can be given several times. Default: none."""
+    model: str = must_match(metavar="DIR")
+    """Folder of the model: a Hugging Face folder, a run directory or a checkpoint."""
+    chat_template: str | None = must_match(None, metavar="FILE")
+    """Jinja file of the chat template. Default: the tokenizer's own."""
+    chat_template_kwargs: str = must_match("{}", metavar="JSON")
+    """Variables of the chat template as a JSON object, such as {"enable_thinking": false}."""
+
+    def __post_init__(self) -> None:
+        if not Path(self.model).is_dir():
+            raise UserError(f"--model {self.model} is not a folder.")
+
+    @property
+    def chat_template_file(self) -> Path | None:
+        """File of the chat template that replaces the tokenizer's."""
+        return Path(self.chat_template) if self.chat_template else None
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """Variables of the chat template.
+
+        Raises:
+            UserError: They are not a JSON object.
+        """
+        try:
+            values = json.loads(self.chat_template_kwargs)
+        except ValueError:
+            values = None
+        if not isinstance(values, dict):
+            raise UserError(
+                f"--chat-template-kwargs {self.chat_template_kwargs} is not a JSON object such as "
+                '{"enable_thinking": false}.'
+            )
+        return values
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Engine."""
+
+    engine: Literal["megatron", "deepspeed"] = must_match("megatron")
+    """Library that runs the model on the ranks."""
+    micro_batch_size: int = may_change(1, metavar="ROWS", at_least=1)
+    """Rows of tokens that a rank processes at a time."""
+    dtype: Literal["fp32", "bf16"] | None = may_change(None)
+    """Type of the weights. Default: fp32 on a CPU; otherwise the model's own, but bf16 where a
+    model in fp16 is trained."""
+    tensor_model_parallel_size: int = may_change(1, metavar="RANKS", at_least=1)
+    """Ranks over which each layer is split (Megatron)."""
+    pipeline_model_parallel_size: int = may_change(1, metavar="RANKS", at_least=1)
+    """Stages into which the layers are divided (Megatron)."""
+    context_parallel_size: int = may_change(1, metavar="RANKS", at_least=1)
+    """Ranks over which each sequence is split (Megatron)."""
+    expert_model_parallel_size: int = may_change(1, metavar="RANKS", at_least=1)
+    """Ranks over which experts are distributed (Megatron)."""
+    expert_tensor_parallel_size: int | None = may_change(None, metavar="RANKS", at_least=1)
+    """Ranks over which each expert is split (Megatron). Default: as for other layers."""
+    megatron_flags: str = may_change("", metavar="'FLAGS'")
+    """Further flags of pretrain_et.py, such as '--recompute-granularity full' (Megatron)."""
+    zero_stage: Literal[1, 2, 3] = may_change(2)
+    """ZeRO stage: how much of the training state is divided among the ranks (DeepSpeed)."""
+    offload_parameters: bool = may_change(False)
+    """Keep the parameters in host memory; requires --zero-stage 3 (DeepSpeed)."""
+
+    def __post_init__(self) -> None:
+        if self.engine == "megatron" and self.offload_parameters:
+            raise UserError(
+                "--offload-parameters requires --engine deepspeed: set it, or remove this flag."
+            )
+        if self.engine == "deepspeed":
+            for name, value in vars(self).items():
+                if name.endswith("_parallel_size") and (value or 1) > 1:
+                    option = f"--{name.replace('_', '-')}"
+                    raise UserError(
+                        f"{option} {value} requires --engine megatron: set it, or remove this flag."
+                    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Run."""
+
+    run_dir: str = may_change(metavar="DIR")
+    """Folder of the run: checkpoints/, best/ (a Hugging Face folder), metrics.jsonl, tensorboard/
+    and run.json. A run that it already holds is resumed."""
+    seed: int = must_match(0)
+    """Seed of the order of the data and of sampling."""
+    save_interval: int = may_change(50, metavar="STEPS", at_least=1)
+    """Steps between two checkpoints."""
+    eval_interval: int = must_match(50, metavar="STEPS", at_least=1)
+    """Steps between two evaluations."""
+    dry_run: int | None = may_change(
+        None, metavar="RANKS", value_if_bare=lambda: int(os.environ.get("WORLD_SIZE", "1"))
+    )
+    """Print the parameters, the memory of a rank and the collectives of a step for a world of this
+    many ranks, and end. Reads the model's config.json and no data. Default: train; without a number
+    the present world."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchConfig:
+    """Batches."""
+
+    batch_size: int = must_match(128, metavar="SAMPLES", at_least=1)
+    """Samples of a step, on all ranks together."""
+    seq_length: int = must_match(4096, metavar="TOKENS", at_least=1)
+    """Length in tokens of the rows into which samples are packed, and of the longest sample."""
+    max_left_out: float = may_change(0.2, metavar="SHARE", at_least=0, at_most=1)
+    """Share of the data that may be left out, for example as too long, from 0 to 1. The command
+    ends with status 3 if more is left out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizationConfig:
+    """Optimization."""
+
+    lr: float = must_match(1e-5, above=0)
+    """Peak learning rate, from which the rate falls linearly to 0."""
+    lr_warmup_fraction: float = must_match(0.03, metavar="SHARE", at_least=0, below=1)
+    """Share of the optimizer steps in which the learning rate rises, from 0 to 1."""
+    weight_decay: float = must_match(0.0)
+    """Weight decay of AdamW per step, times the learning rate."""
+    clip_grad: float = must_match(1.0)
+    """Norm to which larger gradients are scaled down; 0 leaves them as they are."""
+    adam_beta1: float = must_match(0.9)
+    """Decay of Adam's mean of gradients per step."""
+    adam_beta2: float = must_match(0.999)
+    """Decay of Adam's mean of squared gradients per step."""
+    use_distributed_optimizer: bool = may_change(False)
+    """Divide the optimizer's state among data-parallel ranks (Megatron)."""
+    offload_optimizer: bool = may_change(False)
+    """Keep the optimizer's state in host memory (DeepSpeed)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Flags of every command that trains a model."""
+
+    model: ModelConfig = group()
+    engine: EngineConfig = group()
+    run: RunConfig = group()
+    batch: BatchConfig = group()
+    optimization: OptimizationConfig = group()
+
+    def __post_init__(self) -> None:
+        if self.engine.engine == "megatron" and self.optimization.offload_optimizer:
+            raise UserError(
+                "--offload-optimizer requires --engine deepspeed: set it, or remove this flag."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReinforcementConfig:
+    """Reinforcement learning."""
+
+    algorithm: Literal["grpo", "dr-grpo", "dapo", "gspo", "rloo", "ppo"] = must_match("grpo")
+    """Algorithm: how advantages follow from rewards, and the loss."""
+    group_size: int = must_match(8, metavar="N", at_least=1)
+    """Responses to each prompt of a step, which are compared with each other."""
+    mini_batches: int = must_match(4, metavar="N", at_least=1)
+    """Optimizer steps on the --batch-size responses of a step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriticConfig:
+    """Critic of PPO."""
+
+    critic: str | None = must_match(None, metavar="DIR")
+    """Folder of the model that the critic starts from. Default: --model."""
+    critic_lr: float | None = must_match(None, metavar="LR", above=0)
+    """Peak learning rate of the critic, which follows the schedule of --lr. Default: 10 times
+    --lr."""
+    critic_warmup: int = must_match(0, metavar="STEPS")
+    """Steps at the beginning in which the critic alone is trained."""
+    value_clip: float | None = must_match(None, metavar="RANGE")
+    """Largest change of a value in a step before its loss is clipped. Default: not clipped."""
+    gae_lambda: float = must_match(0.95)
+    """Lambda of generalized advantage estimation, from 0 to 1."""
+    gae_discount: float = must_match(1.0)
+    """Discount of rewards per token, from 0 to 1."""
+    whitening: bool = must_match(True)
+    """Do not normalize the advantages of a step to mean 0 and variance 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """Rollouts from servers."""
+
+    rollout_url: tuple[str, ...] = may_change((), metavar="URL")
+    """Addresses, http://HOST:PORT/v1, of vLLM servers started on RUN/served, which sample the
+    responses. Default: the engine samples them."""
+    rollout_model: str = may_change("policy", metavar="NAME")
+    """Name under which the servers serve the policy."""
+    rollouts_ahead: Literal[0, 1] = must_match(0)
+    """1 selects asynchronous rollouts: the servers sample the next step's responses while this step
+    is judged and trained on, with the weights from before it."""
+    rollout_bound: float | None = must_match(None, metavar="RATIO")
+    """Bound of the importance weights, the ratio of training to sampling probability. Default: no
+    bound, but 2 for asynchronous rollouts."""
+    rollout_rule: Literal["truncate", "mask"] = must_match("truncate")
+    """Treatment of tokens whose weight exceeds the bound: truncate the weight, or mask the
+    token."""
+
+    def __post_init__(self) -> None:
+        if self.rollouts_ahead and not self.rollout_url:
+            raise UserError("--rollouts-ahead 1 requires servers: give their --rollout-url.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReinforcementTrainingConfig(TrainingConfig):
+    """Flags of every command that trains on rewards."""
+
+    reinforcement: ReinforcementConfig = group()
+    critic: CriticConfig = group()
+    rollouts: RolloutConfig = group()
+
+    @property
+    def groups_per_step(self) -> int:
+        """Number of prompts of a step.
+
+        Raises:
+            UserError: The responses of a step do not divide into groups.
+        """
+        size, group_size = self.batch.batch_size, self.reinforcement.group_size
+        if size % group_size:
+            raise UserError(
+                f"--batch-size {size} is not a multiple of --group-size {group_size}. It counts "
+                "responses: choose a multiple."
+            )
+        return size // group_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """Responses."""
+
+    max_new_tokens: int = must_match(2048, metavar="TOKENS", at_least=1)
+    """Longest response in tokens."""
+    temperature: float = must_match(0.7, at_least=0)
+    """Sampling temperature; 0 takes the likeliest tokens."""
+    top_k: int = must_match(0, metavar="N", at_least=0)
+    """Number of likeliest tokens to sample from; 0 for all."""
+    top_p: float = must_match(1.0, metavar="P")
+    """Probability of the likeliest tokens to sample from; 1 for all."""
+    generation_batch_size: int = may_change(64, metavar="N", at_least=1)
+    """Responses that a rank generates at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeFormatConfig:
+    """Judge format."""
+
+    template: str | None = must_match(None, metavar="NAME")
+    """Template of the judge's prompt: pointwise, pairwise, pointwise-rubric, pairwise-rubric or a
+    file. Default: pointwise for responses, pairwise for pairs."""
+    thinking: Thinking = must_match("none")
+    """Whether the judge thinks in <think> before its label: not at all, because its prompt asks it
+    to, or because the model's chat template has opened <think>."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeAnswerConfig:
+    """Answers of the judge."""
+
+    max_new_tokens: int = must_match(4096, metavar="TOKENS", at_least=1)
+    """Longest answer in tokens, with its thinking."""
+    generation_batch_size: int = may_change(64, metavar="N", at_least=1)
+    """Questions that a rank answers at a time."""
+    judging_temperature: float = must_match(0.7, at_least=0)
+    """Sampling temperature of the thinking; 0 takes the likeliest tokens."""
+    judging_top_k: int = must_match(20, metavar="N", at_least=0)
+    """Number of likeliest tokens to sample the thinking from; 0 for all."""
+    judging_top_p: float = must_match(0.95, metavar="P")
+    """Probability of the likeliest tokens to sample the thinking from; 1 for all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputConfig:
+    """Input and output."""
+
+    input: str = flag(metavar="FILE")
+    """Records to read, .jsonl or .parquet."""
+    output: str = flag(metavar="FILE")
+    """File to write, .jsonl or .parquet."""
+    overwrite: bool = flag(False)
+    """Replace an --output that was written with other settings."""

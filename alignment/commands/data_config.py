@@ -1,0 +1,104 @@
+"""Import, split and count prompts, responses and pairs.
+
+    et-align data import --input FILE ... --output FILE
+    et-align data split --input FILE ... --save DIR --split NAME=SIZE ...
+    et-align data count --input FILE ...
+
+Each subcommand has its own --help.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from alignment.data.packages import PACKAGES
+from megatron_ext.errors import UserError
+from megatron_ext.typed_flags import flag, parse_config
+
+
+@dataclass(frozen=True, kw_only=True)
+class CountConfig:
+    """Flags of `et-align data count`, which counts records by source."""
+
+    input: tuple[str, ...] = flag(metavar="FILE")
+    """Files or glob patterns, .jsonl (plain or compressed) or .parquet, of a known schema."""
+    max_malformed: int = flag(100, metavar="N", at_least=0)
+    """Number of rows that may be unusable. They are left out and reported; the command stops if
+    there are more."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportConfig:
+    """Flags of `et-align data import`, which converts rows of files or of a package to records."""
+
+    input: tuple[str, ...] = flag((), metavar="FILE")
+    """Files or glob patterns, .jsonl (plain or compressed) or .parquet, of a known schema. Default:
+    none; --package is read."""
+    package: str | None = flag(None, choices=sorted(PACKAGES))
+    """Installed package to read in place of files. Default: none; --input is read."""
+    archive: str | None = flag(None, metavar="FILE")
+    """Source distribution of --package to read, .tar.gz. Default: none; the installed package is
+    read."""
+    output: str = flag(metavar="FILE")
+    """File to write, .jsonl or .parquet."""
+    kind: Literal["pairs", "prompts", "responses"] | None = flag(None, name="as")
+    """Kind of records to write: of pairs only the prompts, or each response by itself; of responses
+    only the prompts. Default: the kind of the input."""
+    source: str = flag("", metavar="NAME")
+    """Source of rows that name none. Default: the file's name."""
+    overwrite: bool = flag(False)
+    """Replace --output."""
+    max_malformed: int = flag(100, metavar="N", at_least=0)
+    """Number of rows that may be unusable. They are left out and reported; the command stops if
+    there are more."""
+
+    def __post_init__(self) -> None:
+        if bool(self.input) == bool(self.package):
+            raise UserError("Give either files as --input or a --package.")
+        if self.archive and not self.package:
+            raise UserError("--archive requires --package, which defines how to read it.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitConfig:
+    """Flags of `et-align data split`, which splits records by prompt without near-duplicates."""
+
+    input: tuple[str, ...] = flag(metavar="FILE")
+    """Files or glob patterns, .jsonl (plain or compressed) or .parquet, of a known schema."""
+    split: tuple[str, ...] = flag(metavar="NAME=SIZE")
+    """Splits in order of precedence. A size is a number of prompts, a share below 1, or, for the
+    last split, rest."""
+    save: str = flag(metavar="DIR")
+    """New folder for NAME.jsonl of each split and split.json."""
+    overwrite: bool = flag(False)
+    """Replace --save."""
+    format: Literal["jsonl", "parquet"] = flag("jsonl")
+    """Format of the files."""
+    near: float = flag(0.7, metavar="SIMILARITY")
+    """Similarity from which prompts are near-duplicates: the Jaccard similarity, from 0 to 1, of
+    their sequences of three words."""
+    seed: int = flag(0)
+    """Seed of the assignment of prompts to splits."""
+    max_malformed: int = flag(100, metavar="N", at_least=0)
+    """Number of rows that may be unusable. They are left out and reported; the command stops if
+    there are more."""
+
+
+SUBCOMMANDS: dict[str, type] = {"import": ImportConfig, "split": SplitConfig, "count": CountConfig}
+
+
+def parse(argv: Sequence[str] | None) -> ImportConfig | SplitConfig | CountConfig:
+    """Return the configuration that a command line describes."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(__doc__)
+        raise SystemExit(0)
+    name, *rest = words
+    if name not in SUBCOMMANDS:
+        raise UserError(f"data has no subcommand {name!r}, only {', '.join(SUBCOMMANDS)}.")
+    purpose = (SUBCOMMANDS[name].__doc__ or "").partition("`, which ")[2]
+    description = purpose[:1].upper() + purpose[1:].replace("counts", "count", 1)
+    config: ImportConfig | SplitConfig | CountConfig
+    config = parse_config(SUBCOMMANDS[name], rest, f"et-align data {name}", description)
+    return config

@@ -1,0 +1,339 @@
+"""Command lines described by dataclasses: each field is a flag, its docstring is the help text.
+
+    @dataclass(frozen=True, kw_only=True)
+    class ReportConfig:
+        study: str = flag(positional=True, metavar="STUDY")
+        \"""Folder of a study or of a run.\"""
+        threads: int = flag(1, at_least=1)
+        \"""Number of threads that draw pictures.\"""
+
+    config = parse_config(ReportConfig, argv, "et-align report", __doc__)
+
+A field whose type is a dataclass is a group of flags, so that commands share groups. The default is
+added to the help text. Checks of one value are arguments of `flag`, checks of several values belong
+into `__post_init__`, which raises `UserError`.
+
+The builder is used in place of tyro for three reasons. tyro ends the program by itself, with a box
+of several lines in place of one sentence. It knows no flag whose value may be left out (`--dry-run
+[RANKS]`). And `megatron_ext.recipes` checks recipes against an `argparse` parser, which tyro no
+longer has.
+"""
+
+import ast
+import inspect
+import math
+import textwrap
+from argparse import Action, ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from difflib import get_close_matches
+from functools import cache
+from types import NoneType, UnionType
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+
+from megatron_ext.errors import ToolParser, UserError
+from megatron_ext.recipes import expand_recipes
+
+Resume = Literal["must match", "may change"]
+
+_NUMBERS = {int: "a whole number", float: "a number"}
+
+
+def flag(
+    default: Any = MISSING,
+    *,
+    resume: Resume | None = None,
+    name: str | None = None,
+    metavar: str | None = None,
+    positional: bool = False,
+    repeat: bool = False,
+    choices: Sequence[str] | None = None,
+    value_if_bare: Callable[[], Any] | None = None,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """Return the field of a flag.
+
+    Args:
+        default: Value where the flag is not given. A flag without a default is required.
+        resume: Whether a run that is resumed must have the same value.
+        name: Name on the command line. Default: the field's, with hyphens.
+        metavar: Placeholder for the value in the help.
+        positional: The value is given by its place, without the flag's name.
+        repeat: The flag is repeated for several values, where it otherwise takes several.
+        choices: Permitted values, where they come from a registry; otherwise write a Literal type.
+        value_if_bare: Returns the value of a flag that is given without one.
+        at_least: Smallest value.
+        above: Bound below all values.
+        at_most: Largest value.
+        below: Bound above all values.
+    """
+    metadata = {
+        "resume": resume,
+        "name": name,
+        "metavar": metavar,
+        "positional": positional,
+        "repeat": repeat,
+        "choices": choices,
+        "value_if_bare": value_if_bare,
+        "bounds": {"at least": at_least, "above": above, "at most": at_most, "below": below},
+    }
+    return field(default=default, metadata=metadata)
+
+
+def must_match(default: Any = MISSING, **settings: Any) -> Any:
+    """Return the field of a flag whose value a resumed run must have again."""
+    return flag(default, resume="must match", **settings)
+
+
+def may_change(default: Any = MISSING, **settings: Any) -> Any:
+    """Return the field of a flag whose value may change when a run is resumed."""
+    return flag(default, resume="may change", **settings)
+
+
+def group(**defaults: Any) -> Any:
+    """Return the field of a group of flags, some with a default of this command."""
+    return field(metadata={"defaults": defaults})
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One flag of a command.
+
+    Attributes:
+        place: Names of the fields that lead to it from the configuration, its own last.
+        type: Type of the value.
+        default: Value where the flag is not given; MISSING where it is required.
+        group: Summary of the group that it belongs to.
+    """
+
+    field: Field[Any]
+    place: tuple[str, ...]
+    type: Any
+    default: Any
+    help: str
+    group: str
+
+    @property
+    def name(self) -> str:
+        """Name of the field."""
+        return self.place[-1]
+
+    @property
+    def option(self) -> str:
+        """Name on the command line."""
+        if self.field.metadata.get("positional"):
+            return self.name
+        name = self.field.metadata.get("name") or self.name.replace("_", "-")
+        return f"--no-{name}" if self.type is bool and self.default is True else f"--{name}"
+
+    @property
+    def resume(self) -> Resume | None:
+        """Whether a run that is resumed must have the same value."""
+        mark: Resume | None = self.field.metadata.get("resume")
+        return mark
+
+    def check(self, value: Any) -> None:
+        """Raise a `UserError` if a number is out of its bounds."""
+        bounds = self.field.metadata.get("bounds", {})
+        bounds = {name: bound for name, bound in bounds.items() if bound is not None}
+        if value is None or not bounds:
+            return
+        fits = {
+            "at least": lambda bound: value >= bound,
+            "above": lambda bound: value > bound,
+            "at most": lambda bound: value <= bound,
+            "below": lambda bound: value < bound,
+        }
+        if not math.isfinite(value) or not all(fits[name](b) for name, b in bounds.items()):
+            required = " and ".join(f"{name} {bound:g}" for name, bound in bounds.items())
+            raise UserError(f"{self.option} {value} must be {required}.")
+
+
+def flags_of(config: type, **defaults: Any) -> Iterator[Flag]:
+    """Yield the flags of a configuration and of its groups.
+
+    Args:
+        config: A dataclass.
+        **defaults: Defaults that replace those of the fields.
+    """
+    types, documentation = get_type_hints(config), _field_docstrings(config)
+    for each in fields(config):
+        kind = types[each.name]
+        if is_dataclass(kind):
+            for inner in flags_of(kind, **each.metadata.get("defaults", {})):  # type: ignore[arg-type]
+                summary = inner.group or (inspect.getdoc(kind) or "").splitlines()[0].rstrip(".")
+                place = (each.name, *inner.place)
+                yield Flag(inner.field, place, inner.type, inner.default, inner.help, summary)
+            continue
+        default = defaults.get(each.name, each.default)
+        yield Flag(each, (each.name,), kind, default, documentation.get(each.name, ""), "")
+
+
+def parse_config[Config](
+    config: type[Config],
+    argv: Sequence[str] | None,
+    prog: str,
+    description: str | None,
+    unused: Collection[str] = (),
+) -> Config:
+    """Read a command line, with its recipes.
+
+    Args:
+        config: A dataclass.
+        argv: Words after the command's name. Default: those of the program.
+        prog: Name of the command.
+        description: Text of the help above the flags.
+        unused: Keys of recipes shared with other commands, which this one ignores.
+
+    Raises:
+        UserError: A flag is unknown, missing or has a wrong value.
+    """
+    parser = build_parser(config, prog, description)
+    found = list(flags_of(config))
+    if any(each.name == "recipe" for each in found):
+        assert argv is not None, "commands with recipes pass their words"
+        argv = expand_recipes(argv, parser, unused)
+    values = vars(parser.parse_args(argv))
+    for each in found:
+        each.check(values[each.name])
+    return _build(config, values)
+
+
+def _build[Config](config: type[Config], values: dict[str, Any]) -> Config:
+    """Return a configuration, made from its innermost groups outward."""
+    types = get_type_hints(config)
+    arguments = {}
+    for each in fields(config):  # type: ignore[arg-type]
+        kind = types[each.name]
+        if is_dataclass(kind):
+            arguments[each.name] = _build(kind, values)  # type: ignore[arg-type]
+        else:
+            value = values[each.name]
+            arguments[each.name] = tuple(value) if isinstance(value, list) else value
+    return config(**arguments)
+
+
+def build_parser(config: type, prog: str, description: str | None) -> ArgumentParser:
+    """Return the parser of a configuration."""
+    parser = _ConfigParser(
+        prog=prog,
+        description=description,
+        formatter_class=RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    groups: dict[str, Any] = {"": parser}
+    for each in flags_of(config):
+        if each.group not in groups:
+            groups[each.group] = parser.add_argument_group(each.group)
+        groups[each.group].add_argument(each.option, **_argument(each))
+    return parser
+
+
+def _argument(of: Flag) -> dict[str, Any]:
+    """Return the arguments of `add_argument` for a flag."""
+    metadata, kind, default = of.field.metadata, of.type, of.default
+    argument: dict[str, Any] = {"help": (of.help + _shown_default(of)).replace("%", "%%")}
+    if not metadata.get("positional"):
+        argument |= {"dest": of.name, "required": default is MISSING}
+    if default is not MISSING:
+        argument["default"] = default
+    if kind is bool:
+        return argument | {"action": "store_false" if default else "store_true"}
+    if get_origin(kind) in (Union, UnionType):
+        (kind,) = (part for part in get_args(kind) if part is not NoneType)
+    if get_origin(kind) is tuple:
+        kind, *others = get_args(kind)
+        if metadata.get("repeat"):
+            # argparse appends to a copy of the default, which must be a list.
+            argument |= {"action": "append", "default": list(default)}
+        else:
+            bare = metadata.get("value_if_bare") is not None
+            argument["nargs"] = ("*" if bare else "+") if others == [Ellipsis] else 1 + len(others)
+    elif bare := metadata.get("value_if_bare"):
+        argument |= {"nargs": "?", "const": bare()}
+    if get_origin(kind) is Literal:
+        argument["choices"] = list(get_args(kind))
+        kind = type(argument["choices"][0])
+    elif metadata.get("choices"):
+        argument["choices"] = list(metadata["choices"])
+    if metadata.get("metavar"):
+        names = tuple(metadata["metavar"].split())
+        argument["metavar"] = names if isinstance(argument.get("nargs"), int) else names[0]
+    return argument | {"type": kind}
+
+
+def _shown_default(of: Flag) -> str:
+    """Return the sentence on the default, where the docstring has none."""
+    if of.default is MISSING or "Default:" in of.help or not of.help:
+        return ""
+    if of.type is bool:
+        return ""
+    if of.default in (None, "", ()):
+        return " Default: none."
+    shown = " ".join(map(str, of.default)) if isinstance(of.default, tuple) else of.default
+    return f" Default: {shown}."
+
+
+@cache
+def _field_docstrings(config: type) -> dict[str, str]:
+    """Return the string below each field of a class and of its bases, on one line."""
+    texts: dict[str, str] = {}
+    for base in reversed(config.__mro__):
+        if not is_dataclass(base):
+            continue
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+        assert isinstance(tree, ast.ClassDef)
+        for statement, after in zip(tree.body, tree.body[1:]):
+            if not (isinstance(statement, ast.AnnAssign) and isinstance(after, ast.Expr)):
+                continue
+            if isinstance(statement.target, ast.Name) and isinstance(after.value, ast.Constant):
+                texts[statement.target.id] = " ".join(str(after.value.value).split())
+    return texts
+
+
+class _ConfigParser(ToolParser):
+    """An argument parser whose errors name the flag and what to do, in one sentence."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        for word in args or ():
+            name = word.partition("=")[0]
+            # A word with a space is a value, such as flags for another program.
+            is_flag = name.startswith("--") and len(name) > 2 and " " not in name
+            if is_flag and name not in self._option_string_actions:
+                near = get_close_matches(name, self._option_string_actions, n=1)
+                advice = f"Did you mean {near[0]}?" if near else f"See {self.prog} --help."
+                raise UserError(f"{name} is not a flag of {self._command}. {advice}")
+        return super().parse_args(args, namespace)
+
+    @property
+    def _command(self) -> str:
+        return self.prog.removeprefix("et-align ")
+
+    def _get_value(self, action: Action, arg_string: str) -> Any:
+        try:
+            return super()._get_value(action, arg_string)
+        except Exception as error:
+            required = _NUMBERS.get(action.type, "valid")  # type: ignore[call-overload]
+            raise UserError(f"{_option(action)} {arg_string} is not {required}.") from error
+
+    def _check_value(self, action: Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            choices = ", ".join(map(str, action.choices))
+            raise UserError(f"{_option(action)} {value} is not one of {choices}.")
+
+    def error(self, message: str) -> NoReturn:
+        missing = message.partition("the following arguments are required: ")[2]
+        if missing:
+            raise UserError(f"{self._command} requires {missing}. See {self.prog} --help.")
+        name, expected, count = message.removeprefix("argument ").partition(": expected ")
+        if expected:
+            values = count.replace("arguments", "values").replace("argument", "value")
+            raise UserError(f"{name} requires {values}. See {self.prog} --help.")
+        raise UserError(f"{message[:1].upper()}{message[1:]}. See {self.prog} --help.")
+
+
+def _option(action: Action) -> str:
+    return "/".join(action.option_strings) or str(action.metavar or action.dest)
