@@ -205,7 +205,7 @@ def parse_config[Config](
 def _build[Config](config: type[Config], values: dict[str, Any]) -> Config:
     """Return a configuration, made from its innermost groups outward."""
     types = get_type_hints(config)
-    arguments = {}
+    arguments: dict[str, Any] = {}
     for each in fields(config):  # type: ignore[arg-type]
         kind = types[each.name]
         if is_dataclass(kind):
@@ -250,8 +250,8 @@ def _argument(of: Flag) -> dict[str, Any]:
             # argparse appends to a copy of the default, which must be a list.
             argument |= {"action": "append", "default": list(default)}
         else:
-            bare = metadata.get("value_if_bare") is not None
-            argument["nargs"] = ("*" if bare else "+") if others == [Ellipsis] else 1 + len(others)
+            any_number = "*" if metadata.get("value_if_bare") else "+"
+            argument["nargs"] = any_number if others == [Ellipsis] else 1 + len(others)
     elif bare := metadata.get("value_if_bare"):
         argument |= {"nargs": "?", "const": bare()}
     if get_origin(kind) is Literal:

@@ -54,7 +54,9 @@ def run(config: AgreementConfig) -> None:
     if config.resample == "prompt":
         assert rows is not None
         keys = [row.prompt.id for row in rows]
-    slices = {name: keys_of(name, compared, rows, _MOST_SLICES) for name in config.slice}
+    slices: dict[str, dict[str, Indices]] = {
+        name: keys_of(name, compared, rows, _MOST_SLICES) for name in config.slice
+    }
     steps = 1 + sum(len(found) for found in slices.values())
     with Progress("resampling", steps * config.resamples, "resamples") as progress:
         done = itertools.count(1)
@@ -63,7 +65,7 @@ def run(config: AgreementConfig) -> None:
             lambda: progress.update(next(done)),
         )  # fmt: skip
         whole = measure(np.arange(len(items)))
-        parts = {
+        parts: dict[str, dict[str, Part]] = {
             name: {key: measure(places) for key, places in found.items()}
             for name, found in slices.items()
         }

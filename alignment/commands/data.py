@@ -147,7 +147,7 @@ def as_kind(records: Iterator[Record], kind: str | None) -> Iterator[Record]:
 def import_rows(config: ImportConfig) -> None:
     output = Path(config.output)
     reader = RecordReader(
-        expand_inputs(config.input) if config.input else [],
+        expand_inputs(list(config.input)) if config.input else [],
         config.max_malformed, config.source,
     )  # fmt: skip
     equal, repeats = 0, Repeats()
@@ -193,7 +193,7 @@ def split_rows(config: SplitConfig) -> None:
     save = Path(config.save)
     if not config.overwrite:
         check_new(save)
-    reader = RecordReader(expand_inputs(config.input), config.max_malformed)
+    reader = RecordReader(expand_inputs(list(config.input)), config.max_malformed)
     for record in reader.read("finding prompts"):
         splitter.add(_prompt(record))
     splitter.assign()
@@ -242,7 +242,7 @@ def _prompt(record: Record) -> Prompt:
 
 def count_rows(config: CountConfig) -> None:
     counts: dict[str, Counter[str]] = {}
-    reader = RecordReader(expand_inputs(config.input), config.max_malformed)
+    reader = RecordReader(expand_inputs(list(config.input)), config.max_malformed)
     for record in reader.read("counting"):
         source = record.judge if isinstance(record, Verdict) else record.source
         counts.setdefault(source, Counter()).update(_tally(record))

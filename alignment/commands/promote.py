@@ -61,7 +61,7 @@ def run(config: PromoteConfig) -> int:
             f"on the old test set it may agree less by {-old.difference.low:.3f}, more than "
             f"--margin {config.margin}"
         )
-    if config.new_gold:
+    if config.new_gold and config.new_current and config.new_candidate:
         new = compare(
             config.new_gold, config.new_current, config.new_candidate, config.resamples,
             config.new_items, config.max_failed,
