@@ -15,9 +15,9 @@ from pathlib import Path
 import torch.distributed as dist
 
 from alignment.commands import training_flags as flags
-from alignment.commands.judge_format_flags import files_digest
 from alignment.data.chat_prompts import prompt_ids, warn_of_template
 from alignment.data.model_tokenizer import load_tokenizer
+from alignment.judges.kinds.local_judge import model_digest
 from alignment.output_file import Output
 from alignment.ranks import map_over_data_ranks
 from alignment.record_files import read_all
@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
         greedy=options.temperature == 0,
     )  # fmt: skip
     depends = [sampling, tokenizer.chat_template, sorted(template.items()), options.seed]
-    identity = sha256(f"{files_digest(options.model)}{depends}".encode()).hexdigest()
+    identity = sha256(f"{model_digest(options.model)}{depends}".encode()).hexdigest()
     output = Output(
         Path(options.output), Path(options.input), options.overwrite, samples=options.samples
     )

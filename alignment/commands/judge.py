@@ -19,7 +19,6 @@ from alignment.commands.judge_format_flags import (
     add_answer_flags,
     add_form_flags,
     form_of,
-    held_identity,
     judge_of,
 )
 from alignment.judges.questions import Judgeable, questions
@@ -37,10 +36,10 @@ def main(argv: Sequence[str]) -> int:
     options = _parse(argv)
     items: list[Judgeable] = read_all(Path(options.input), Response, Pair)
     asked = list(questions(items, options.orders, options.samples))
-    form = form_of(options, isinstance(items[0], Pair))
-    form.label_tokens  # noqa: B018  (fails before anything is loaded)
+    judge_format = form_of(options, isinstance(items[0], Pair))
+    judge_format.label_tokens  # noqa: B018  (fails before anything is loaded)
     engine = flags.engine_of(options, 0)
-    judge = judge_of(options, engine, form, held_identity(options, form))
+    judge = judge_of(options, engine, judge_format)
     output = Output(
         Path(options.output), Path(options.input), options.overwrite,
         orders=options.orders, samples=options.samples,

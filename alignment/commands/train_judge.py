@@ -29,7 +29,7 @@ from alignment.data.source_rows import RecordWriter
 from alignment.engines.protocol import AlignmentEngine
 from alignment.judges import training_examples as examples
 from alignment.judges.formats.scale import check_scale
-from alignment.judges.kinds.local_judge import JudgeForm, LocalJudge
+from alignment.judges.kinds.local_judge import LocalJudge, TokenizedJudgeFormat
 from alignment.judges.training_examples import Labelled
 from alignment.judges.validation import BEST, agreement, is_sound, judge_all
 from alignment.judges.verifiable_rewards import judge_reward
@@ -66,20 +66,25 @@ def main(argv: Sequence[str]) -> int:
                 f"all {len(held_out):,} labels of --validation-gold are {held_out[0].label}: "
                 "agreement with one label has no meaning"
             )
-    form = form_of(options, isinstance(gold[0].question.item, Pair))
-    form.label_tokens  # noqa: B018  (fails before anything is loaded)
-    messages = form.messages(gold[0].question)
-    warn_of_template("train-judge", form.tokenizer, messages, form.template)
-    _check_room(options, form, held_out)
+    judge_format = form_of(options, isinstance(gold[0].question.item, Pair))
+    judge_format.label_tokens  # noqa: B018  (fails before anything is loaded)
+    first = gold[0].question
+    messages = judge_format.messages(first.item, first.swapped)
+    warn_of_template(
+        "train-judge", judge_format.tokenizer, messages, judge_format.chat_template_kwargs
+    )
+    _check_room(options, judge_format, held_out)
     if options.stage == "sft":
-        return _imitate(options, form, gold, held_out)
-    return _reinforce(options, form, gold, held_out)
+        return _imitate(options, judge_format, gold, held_out)
+    return _reinforce(options, judge_format, gold, held_out)
 
 
-def _check_room(options: argparse.Namespace, form: JudgeForm, held_out: Sequence[Labelled]) -> None:
+def _check_room(
+    options: argparse.Namespace, judge_format: TokenizedJudgeFormat, held_out: Sequence[Labelled]
+) -> None:
     """Refuse validation that can only fail: a question without room for an answer is not asked."""
-    room = options.seq_length - (options.max_new_tokens if form.parser.thinks else 1)
-    lengths = [len(form.ask(row.question)) for row in held_out]
+    room = options.seq_length - (options.max_new_tokens if judge_format.parser.thinks else 1)
+    lengths = [len(judge_format.prompt_ids(row.question)) for row in held_out]
     if lengths and min(lengths) > room:
         raise UserError(
             f"every question of --validation-input has more than the {max(room, 0):,} tokens that "
@@ -90,24 +95,24 @@ def _check_room(options: argparse.Namespace, form: JudgeForm, held_out: Sequence
 
 def _imitate(
     options: argparse.Namespace,
-    form: JudgeForm,
+    judge_format: TokenizedJudgeFormat,
     gold: Sequence[Labelled],
     held_out: Sequence[Labelled],
 ) -> int:
     encoded = examples.encode(
-        gold, form, options.seq_length, options.max_thinking_tokens, options.max_left_out
+        gold, judge_format, options.seq_length, options.max_thinking_tokens, options.max_left_out
     )
     steps = options.steps or steps_of(len(encoded.samples), options.batch_size, options.epochs)
     engine = flags.engine_of(options, steps)
     step = SupervisedStep(
         engine, encoded.samples, options.batch_size, options.seq_length, options.seed
     )
-    return _run(options, engine, form, held_out, steps, lambda run: step, encoded.told())
+    return _run(options, engine, judge_format, held_out, steps, lambda run: step, encoded.told())
 
 
 def _reinforce(
     options: argparse.Namespace,
-    form: JudgeForm,
+    judge_format: TokenizedJudgeFormat,
     gold: Sequence[Labelled],
     held_out: Sequence[Labelled],
 ) -> int:
@@ -127,15 +132,17 @@ def _reinforce(
     )
     tasks = [
         PromptTask(
-            json.dumps([r.gold.item, r.gold.swapped, r.gold.sample]), form.ask(r.question), r
+            json.dumps([r.gold.item, r.gold.swapped, r.gold.sample]),
+            judge_format.prompt_ids(r.question),
+            r,
         )
         for r in gold
     ]
     flags.check_room(options, [task.prompt for task in tasks], "questions of --input")
     engine = flags.engine_of(options, flags.updates_of(options))
-    seen = {token for task in tasks for token in task.prompt} | end_tokens(form.tokenizer)
+    seen = {token for task in tasks for token in task.prompt} | end_tokens(judge_format.tokenizer)
     critic = flags.critic_of(options, seen)
-    judge = judge_of(options, engine, form, form.identity)
+    judge = judge_of(options, engine, judge_format, judge_format.identity)
 
     def reward(
         groups: Sequence[tuple[PromptTask, Sequence[Rollout]]], check: Callable[[], None]
@@ -143,14 +150,14 @@ def _reinforce(
         return [[_rewarded(judge, task.about, r) for r in rollouts] for task, rollouts in groups]
 
     def step_of(run: TrainingRun) -> ReinforcementStep:
-        ends = end_tokens(form.tokenizer)
+        ends = end_tokens(judge_format.tokenizer)
         rollouts = flags.rollouts_of(options, engine, ends, run.check_signals)
         return ReinforcementStep(
             engine, run, tasks, reward, settings, options.seed, critic=critic, **rollouts
         )
 
     told = f"{len(tasks):,} questions"
-    return _run(options, engine, form, held_out, options.steps, step_of, told, critic)
+    return _run(options, engine, judge_format, held_out, options.steps, step_of, told, critic)
 
 
 def _rewarded(judge: LocalJudge, row: Labelled, rollout: Rollout) -> RewardResult:
@@ -163,17 +170,19 @@ def _rewarded(judge: LocalJudge, row: Labelled, rollout: Rollout) -> RewardResul
 def _run(
     options: argparse.Namespace,
     engine: AlignmentEngine,
-    form: JudgeForm,
+    judge_format: TokenizedJudgeFormat,
     held_out: Sequence[Labelled],
     steps: int,
     step_of: Callable[[TrainingRun], Callable[[int], Mapping[str, Any]]],
     told: str,
     critic: Critic | None = None,
 ) -> int:
-    judge = judge_of(options, engine, form, form.identity)
+    judge = judge_of(options, engine, judge_format, judge_format.identity)
     beside = {"critic": critic.engine} if critic else {}
     with TrainingRun(Path(options.run_dir), engine, _settings(options), beside) as run:
-        run.note(judge={"identity": form.identity, "template": form.prompt.identity})
+        run.note(
+            judge={"identity": judge_format.identity, "template": judge_format.prompt.identity}
+        )
 
         def evaluate(step: int) -> Mapping[str, Any]:
             found = judge_all(judge, held_out, run.check_signals)
@@ -186,7 +195,7 @@ def _run(
 
         if run.writes:
             print(f"{told}; {len(held_out):,} for validation; {steps:,} steps", flush=True)
-        best = BEST[form.parser.pairwise] if held_out else None
+        best = BEST[judge_format.parser.pairwise] if held_out else None
         plan = TrainingSchedule(steps, options.save_interval, options.eval_interval, best, is_sound)
         stopped = fit(run, plan, step_of(run), evaluate if held_out else None)
         if stopped:

@@ -17,8 +17,8 @@ from alignment.endpoints.client import Client, Request, Sampling, Stopped, conne
 from alignment.endpoints.rate_limits import Pace
 from alignment.endpoints.usage import Prices, Used
 from alignment.judges.annotation import Asking, Ending, Tally, key_of
-from alignment.judges.form import form_for
 from alignment.judges.formats.answers import Answer
+from alignment.judges.formats.judge_format import JudgeFormat
 from alignment.judges.formats.prompts import judge_prompt
 from alignment.judges.questions import Generating, Judging, Question, Task, WritingRubrics
 from alignment.judges.results import reasons_of, require_results
@@ -115,9 +115,9 @@ def _judge(options: Options, pairwise: bool) -> tuple[dict[str, Any], Task]:
         return judge, WritingRubrics(template.messages)
     if options.generate:
         return judge, Generating(options.model, _hash(judge))
-    form = form_for(options, pairwise)
-    judge |= {"form": form.identity, "expected_score": options.expected_score}
-    return judge, Judging(form, _hash(judge), options.expected_score)
+    judge_format = JudgeFormat.create(pairwise, options.template, options.thinking)
+    judge |= {"form": judge_format.identity, "expected_score": options.expected_score}
+    return judge, Judging(judge_format, _hash(judge), options.expected_score)
 
 
 def _sampling(options: Options) -> Sampling:

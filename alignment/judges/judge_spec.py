@@ -11,10 +11,10 @@ from typing import Any, get_args, get_origin
 import yaml
 
 from alignment.commands.annotate import rule_judge
-from alignment.commands.judge_format_flags import files_digest
 from alignment.endpoints.client import MAX_WAIT
 from alignment.judges.formats.scale import check_scale
 from alignment.judges.kinds.function_judge import FUNCTION_TIMEOUT
+from alignment.judges.kinds.local_judge import model_digest
 from megatron_ext.errors import UserError
 
 _KINDS = {
@@ -169,7 +169,7 @@ class JudgeSpec:
         if self.kind == "local":
             own = Path(self.model, "chat_template.jinja")
             chat_template = self.chat_template or (own if own.is_file() else None)
-            kept["model"] = files_digest(self.model)
+            kept["model"] = model_digest(self.model)
             kept["chat_template"] = chat_template and self._hash(chat_template)
         elif self.kind == "rule":
             kept["rule_text"] = rule_judge(f"rule:{self.rule}", self.rule_text).fluency.digest

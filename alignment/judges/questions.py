@@ -1,11 +1,12 @@
 """What an annotation asks, and the rows that it makes of the answers."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
-from typing import Any, Protocol
+from typing import Protocol
 
 from alignment.judges.formats.answers import Answer
+from alignment.judges.formats.judge_format import JudgeFormat
 from alignment.judges.formats.label_log_probs import expected_score
 from alignment.records import Message, Outcome, Pair, Prompt, Response, Verdict
 from megatron_ext.errors import UserError
@@ -60,24 +61,6 @@ class Task(Protocol):
 
 
 @dataclass(frozen=True)
-class Form:
-    """How a judge is asked, and how its answers are read.
-
-    Attributes:
-        ask: the messages for an item, with the second response of a pair first if swapped.
-        read: the fields of a verdict in a text: outcome and what belongs to it, and thinking; the
-            side preferred is in the pair's own order.
-        read_label: the same where the endpoint has told the thinking apart.
-        identity: a hash of the template and the parser.
-    """
-
-    ask: Callable[[Judgeable, bool], Sequence[Message]]
-    read: Callable[[str, bool], Mapping[str, Any]]
-    read_label: Callable[[str, bool], Mapping[str, Any]]
-    identity: str
-
-
-@dataclass(frozen=True)
 class Judging:
     """Asks a judge for verdicts.
 
@@ -86,13 +69,13 @@ class Judging:
         expected: give the expectation over labels instead of the label.
     """
 
-    form: Form
+    format: JudgeFormat
     judge: str
     expected: bool = False
 
     def messages(self, question: Question) -> Sequence[Message]:
         assert not isinstance(question.item, Prompt)
-        return self.form.ask(question.item, question.swapped)
+        return self.format.messages(question.item, question.swapped)
 
     def record(self, question: Question, answer: Answer | None, reason: str = "") -> Verdict:
         """What the judge said, or that there is no answer for a reason."""
@@ -104,8 +87,7 @@ class Judging:
         }
         if answer is None:
             return Verdict.from_row(of | {"outcome": Outcome.FAILED, "reason": reason})
-        read = self.form.read_label if answer.thinking else self.form.read
-        fields = dict(read(answer.text, question.swapped))
+        fields = dict(self.format.read(answer.text, question.swapped, bool(answer.thinking)))
         thinking = fields.pop("thinking") or answer.thinking
         said = of | {"thinking": thinking, "answer": answer.text}
         cut_off = fields["outcome"] == Outcome.UNPARSEABLE and answer.finish == "length"

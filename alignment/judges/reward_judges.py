@@ -10,22 +10,23 @@ A judge is one of four kinds: `local`, `endpoint` (an OpenAI-compatible address)
 """
 
 import asyncio
-from argparse import Namespace
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 from alignment.commands.annotate import rule_judge
-from alignment.commands.judge_format_flags import held_identity
 from alignment.data.model_tokenizer import load_tokenizer
 from alignment.engines.protocol import AlignmentEngine
-from alignment.judges.formats.parsing import Parser
-from alignment.judges.formats.prompts import judge_prompt
+from alignment.judges.formats.judge_format import JudgeFormat
 from alignment.judges.judge_spec import JudgeSpec
 from alignment.judges.kinds.endpoint_judge import EndpointJudge
 from alignment.judges.kinds.function_judge import FunctionJudge
-from alignment.judges.kinds.local_judge import JudgeForm, LocalJudge
+from alignment.judges.kinds.local_judge import (
+    LocalJudge,
+    TokenizedJudgeFormat,
+    local_judge_identity,
+)
 from alignment.judges.kinds.rule_judge import RuleJudge
 from alignment.judges.questions import Question
 from alignment.polling import run_async_while_polling
@@ -86,18 +87,10 @@ def open_judge(
         return _ProgramJudge(FunctionJudge(spec.function, spec.scale, spec.timeout), policy)
     if spec.kind == "endpoint":
         return EndpointJudge(spec, pairwise, policy, store / f"{spec.name}.answers")
-    thinks = spec.thinking != "none"
-    kind = "pairwise" if pairwise else "pointwise"
-    prompt = judge_prompt(spec.template or kind, thinks)
-    if prompt.kind != kind:
-        raise UserError(
-            f"the judge {spec.name} asks by a {prompt.kind} template: give a {kind} one"
-        )
-    template = Path(spec.chat_template) if spec.chat_template else None
-    form = JudgeForm(
-        prompt,
-        Parser(pairwise, thinks, spec.thinking == "opened"),
-        load_tokenizer(Path(spec.model), template),
+    source = f"the judge {spec.name}: template"
+    judge_format = TokenizedJudgeFormat.from_format(
+        JudgeFormat.create(pairwise, spec.template, spec.thinking, source),
+        load_tokenizer(Path(spec.model), Path(spec.chat_template) if spec.chat_template else None),
         spec.chat_template_kwargs,
     )
     assert spec.top_k is not None and spec.top_p is not None  # of an endpoint alone
@@ -108,15 +101,8 @@ def open_judge(
         spec.top_p,
         greedy=spec.temperature == 0,
     )
-    about = Namespace(
-        model=spec.model,
-        max_new_tokens=spec.max_new_tokens,
-        judging_temperature=spec.temperature,
-        judging_top_k=spec.top_k,
-        judging_top_p=spec.top_p,
-    )
-    identity = held_identity(about, form)
-    return LocalJudge(load(spec.model), form, spec.length, sampling, spec.rows, identity)
+    identity = local_judge_identity(spec.model, judge_format, sampling)
+    return LocalJudge(load(spec.model), judge_format, spec.length, sampling, spec.rows, identity)
 
 
 class _ProgramJudge:

@@ -9,7 +9,7 @@ from alignment.data.chat_prompts import example
 from alignment.engines.batch import TokenSample
 from alignment.judges.formats.labels import answer_text, label_of
 from alignment.judges.formats.scale import read_verdicts
-from alignment.judges.kinds.local_judge import JudgeForm
+from alignment.judges.kinds.local_judge import TokenizedJudgeFormat
 from alignment.judges.questions import Judgeable, Question
 from alignment.judges.results import commonest, reasons_of, require_usable
 from alignment.record_files import read_all
@@ -131,7 +131,7 @@ class Encoded:
 
 def encode(
     rows: Sequence[Labelled],
-    form: JudgeForm,
+    judge_format: TokenizedJudgeFormat,
     length: int,
     most_thinking: int | None,
     max_left_out: float = 1.0,
@@ -149,12 +149,16 @@ def encode(
     """
     samples, lacking, too_long, too_much, rounded = [], [], 0, 0, 0
     for row in rows:
-        thinking = row.gold.thinking if form.parser.thinks else None
+        thinking = row.gold.thinking if judge_format.parser.thinks else None
         if thinking == "":
             lacking.append("--gold has no thinking")
             continue
-        messages = form.messages(row.question)
-        made = example(form.tokenizer, messages, answer_text(row.label, thinking), **form.template)
+        made = example(
+            judge_format.tokenizer,
+            judge_format.messages(row.question.item, row.question.swapped),
+            answer_text(row.label, thinking),
+            **judge_format.chat_template_kwargs,
+        )
         tokens = [*made.prompt, *made.completion]
         if most_thinking is not None and len(made.completion) > most_thinking:
             too_much += 1

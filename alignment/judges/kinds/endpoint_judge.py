@@ -3,7 +3,6 @@
 import asyncio
 import json
 import sys
-from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import cache, cached_property
@@ -19,8 +18,8 @@ from alignment.endpoints.write_buffer import WriteBuffer
 from alignment.engines.protocol import AlignmentEngine
 from alignment.judges.annotation import key_of
 from alignment.judges.endpoint_annotator import api_key
-from alignment.judges.form import form_for
 from alignment.judges.formats.answers import Answer
+from alignment.judges.formats.judge_format import JudgeFormat
 from alignment.judges.judge_spec import JudgeSpec
 from alignment.judges.questions import Judging, Question
 from alignment.polling import run_async_while_polling
@@ -37,18 +36,24 @@ class EndpointJudge:
         self, spec: JudgeSpec, pairwise: bool, policy: AlignmentEngine, store: Path
     ) -> None:
         """See the class."""
-        options = Namespace(template=spec.template, thinking=spec.thinking)
-        form = form_for(options, pairwise)
+        source = f"the judge {spec.name}: template"
+        judge_format = JudgeFormat.create(pairwise, spec.template, spec.thinking, source)
         self._spec, self._policy, self._store = spec, policy, store
         self._sampling = Sampling(
             spec.temperature, spec.max_new_tokens, spec.top_p, spec.top_k, spec.reasoning_effort
         )
         self._expected = spec.expected_score and not pairwise
-        depends = [spec.model, spec.revision, asdict(self._sampling), form.identity, self._expected]
+        depends = [
+            spec.model,
+            spec.revision,
+            asdict(self._sampling),
+            judge_format.identity,
+            self._expected,
+        ]
         self.identity = sha256(json.dumps(depends).encode()).hexdigest()
         # The server's dtype is not known. Equal responses are one question, asked once.
         self.rounding_error = SINGLE if self._expected else EXACT
-        self._task = Judging(form, self.identity, self._expected)
+        self._task = Judging(judge_format, self.identity, self._expected)
         self._asks = is_share_leader(policy)
         self._reported: set[str] = set()
         self._file = store / f"share_{policy.data_rank:05d}.jsonl"

@@ -1,9 +1,12 @@
 """A judge whose model an engine holds, on the ranks of this process."""
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,12 +14,12 @@ import torch
 from alignment.data.chat_prompts import decoded, prompt_ids
 from alignment.engines.batch import TokenBatch, TokenSample
 from alignment.engines.protocol import AlignmentEngine, GeneratedResponse
+from alignment.judges.formats.judge_format import JudgeFormat
 from alignment.judges.formats.labels import SCORES, SIDES, LabelTokens
-from alignment.judges.formats.parsing import CLOSE, Parser
-from alignment.judges.formats.prompts import JudgePrompt
+from alignment.judges.formats.parsing import CLOSE
 from alignment.judges.questions import Question
 from alignment.ranks import all_reduce_max
-from alignment.records import Message, Outcome, Verdict
+from alignment.records import Outcome, Verdict
 from alignment.rounding import model_error
 from alignment.seeds import derive_seed
 from megatron_ext.inference.sampling import Sampling
@@ -26,44 +29,48 @@ THINKING = Sampling(max_new_tokens=4096, temperature=0.7, top_k=20, top_p=0.95)
 
 
 @dataclass(frozen=True)
-class JudgeForm:
-    """How a judge is asked and answers, in tokens.
+class TokenizedJudgeFormat(JudgeFormat):
+    """Judge format for a model that receives and generates token ids.
 
     Attributes:
-        prompt: what it is asked.
-        parser: reads what it says.
-        tokenizer: of transformers.
-        template: variables of the chat template.
+        tokenizer: The tokenizer of the model, from transformers.
+        chat_template_kwargs: The variables of the chat template.
     """
 
-    prompt: JudgePrompt
-    parser: Parser
     tokenizer: Any
-    template: Mapping[str, Any] = field(default_factory=dict)
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_format(
+        cls, judge_format: JudgeFormat, tokenizer: Any, chat_template_kwargs: Mapping[str, Any]
+    ) -> "TokenizedJudgeFormat":
+        """Combine a judge format with the tokenizer of the model."""
+        return cls(judge_format.prompt, judge_format.parser, tokenizer, chat_template_kwargs)
 
     @property
     def label_tokens(self) -> LabelTokens:
-        """See `LabelTokens.of`."""
+        """Return the tokens of the labels that this judge may answer.
+
+        Raises:
+            UserError: If the tokenizer does not encode each label as a token that can be read.
+        """
         labels = SIDES if self.parser.pairwise else SCORES
-        return LabelTokens.of(self.tokenizer, labels, self.parser.thinks, self.template)
+        return LabelTokens.of(self.tokenizer, labels, self.parser.thinks, self.chat_template_kwargs)
 
-    def messages(self, question: Question) -> list[Message]:
-        """What the judge is asked."""
-        return self.prompt.messages(question.item, question.swapped)
+    def prompt_ids(self, question: Question) -> list[int]:
+        """Return the token ids that ask a question."""
+        messages = self.messages(question.item, question.swapped)
+        return prompt_ids(self.tokenizer, messages, **self.chat_template_kwargs)
 
-    def ask(self, question: Question) -> list[int]:
-        """The ids of what the judge is given."""
-        return prompt_ids(self.tokenizer, self.messages(question), **self.template)
-
-    def text(self, generated: GeneratedResponse) -> str:
-        """What was generated, without the token that ended it."""
-        tokens = generated.tokens[:-1] if generated.ended else generated.tokens
+    def decode(self, answer: GeneratedResponse) -> str:
+        """Return the text of an answer, without the token that ended it."""
+        tokens = answer.tokens[:-1] if answer.ended else answer.tokens
         return decoded(self.tokenizer, tokens)
 
     @property
     def identity(self) -> str:
-        """A hash of the form."""
-        depends = [self.prompt.identity, self.parser.identity, dict(self.template)]
+        """Return a hash of the prompt template, the parser and the chat template's variables."""
+        depends = [self.prompt.identity, self.parser.identity, dict(self.chat_template_kwargs)]
         return sha256(json.dumps(depends).encode()).hexdigest()
 
 
@@ -73,7 +80,7 @@ class LocalJudge:
     def __init__(
         self,
         engine: AlignmentEngine,
-        form: JudgeForm,
+        judge_format: TokenizedJudgeFormat,
         length: int,
         sampling: Sampling = THINKING,
         rows: int = 32,
@@ -87,9 +94,9 @@ class LocalJudge:
             rows: questions that are asked at a time.
             identity: a hash of all that a verdict depends on.
         """
-        self.engine, self.form, self.length = engine, form, length
+        self.engine, self.format, self.length = engine, judge_format, length
         self.sampling, self.rows, self.identity = sampling, rows, identity
-        self.labels = form.label_tokens
+        self.labels = judge_format.label_tokens
 
     @property
     def rounding_error(self) -> float:
@@ -112,8 +119,8 @@ class LocalJudge:
         Args:
             check: called on all ranks between calls; may raise.
         """
-        asked = [self.form.ask(question) for question in questions]
-        room = self.sampling.max_new_tokens if self.form.parser.thinks else 1
+        asked = [self.format.prompt_ids(question) for question in questions]
+        room = self.sampling.max_new_tokens if self.format.parser.thinks else 1
         fits = [i for i, ids in enumerate(asked) if len(ids) + room <= self.length]
         fields: dict[int, Mapping[str, Any]] = {
             i: {
@@ -130,7 +137,7 @@ class LocalJudge:
         for begin in range(0, all_reduce_max(len(calls)), self.rows):
             check()
             part = calls[begin : begin + self.rows]
-            of = self._think if self.form.parser.thinks else self._label
+            of = self._think if self.format.parser.thinks else self._label
             found = of([questions[i] for i in part], [asked[i] for i in part])
             fields |= zip(part, found)
         fields |= {i: fields[representative[key]] for i, key in keys.items()}
@@ -165,7 +172,7 @@ class LocalJudge:
         read: list[Mapping[str, Any]] = [
             self.read(question, answer) for question, answer in zip(questions, answers)
         ]
-        if self.form.parser.pairwise:
+        if self.format.parser.pairwise:
             return read
         # The score is the expectation at the place of the label.
         scored = [i for i, fields in enumerate(read) if fields["outcome"] is Outcome.SCORE]
@@ -194,8 +201,8 @@ class LocalJudge:
 
     def read(self, question: Question, answer: GeneratedResponse) -> dict[str, Any]:
         """The fields of a verdict in what was generated."""
-        text = self.form.text(answer)
-        fields = dict(self.form.parser.read(text, question.swapped))
+        text = self.format.decode(answer)
+        fields = dict(self.format.parser.read(text, question.swapped))
         if fields["outcome"] is Outcome.UNPARSEABLE and not answer.ended:
             fields |= {
                 "outcome": Outcome.FAILED,
@@ -206,7 +213,7 @@ class LocalJudge:
     def _label_place(self, answer: GeneratedResponse) -> int | None:
         """Where an answer has its label: the last token after the thinking that is one."""
         for place in reversed(range(len(answer.tokens))):
-            if CLOSE in decoded(self.form.tokenizer, answer.tokens[place:]):
+            if CLOSE in decoded(self.format.tokenizer, answer.tokens[place:]):
                 break  # thinking may hold such tokens too
             if answer.tokens[place] in self.labels.ids:
                 return place
@@ -218,3 +225,44 @@ class LocalJudge:
         found = self.engine.next_log_probs(batch, self.labels.ids)
         last = torch.tensor([len(row) - 1 for row in before], dtype=torch.int64)
         return found[torch.arange(len(before)), last].tolist()
+
+
+def local_judge_identity(model: str, judge_format: TokenizedJudgeFormat, sampling: Sampling) -> str:
+    """Return a hash of everything that the verdicts of a local judge depend on.
+
+    That is the files of the model, the format, the chat template, which may be a file elsewhere,
+    and for a judge that thinks its sampling.
+    """
+    digest = sha256(judge_format.identity.encode())
+    digest.update(repr(judge_format.tokenizer.chat_template).encode())
+    if judge_format.parser.thinks:
+        temperature = 0.0 if sampling.greedy else sampling.temperature
+        settings = [sampling.max_new_tokens, temperature, sampling.top_k, sampling.top_p]
+        digest.update(repr(settings).encode())
+    digest.update(model_digest(model).encode())
+    return digest.hexdigest()
+
+
+def model_digest(model: str) -> str:
+    """Return a hash of the weights and settings in the folder of a model."""
+    files = [
+        file
+        for file in sorted(Path(model).rglob("*"))
+        if file.is_file() and file.suffix in (".safetensors", ".distcp", ".json")
+    ]
+    states = [file.stat() for file in files]
+    return _digest(tuple((f, s.st_size, s.st_mtime_ns) for f, s in zip(files, states)))
+
+
+@cache
+def _digest(files: tuple[tuple[Path, int, int], ...]) -> str:
+    """Return a hash of the content of files.
+
+    The files of a large model take minutes to read, and their hash is needed more than once. Sizes
+    and modification times are part of the arguments, so that a changed file is read again.
+    """
+    digest = sha256()
+    for file, _, _ in files:
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()

@@ -39,12 +39,12 @@ def judged(folder, sizes, thinks):
     from alignment.engines.protocol import GeneratedResponse
     from alignment.judges.formats.parsing import Parser
     from alignment.judges.formats.prompts import judge_prompt
-    from alignment.judges.kinds.local_judge import JudgeForm, LocalJudge
+    from alignment.judges.kinds.local_judge import LocalJudge, TokenizedJudgeFormat
     from megatron_ext.inference.sampling import Sampling
 
     tokenizer = load_tokenizer(folder / "model")
     prompt = judge_prompt(str(folder / "pointwise-brief.txt"), thinks)
-    form = JudgeForm(prompt, Parser(thinks=thinks), tokenizer)
+    form = TokenizedJudgeFormat(prompt, Parser(thinks=thinks), tokenizer)
     engine = MegatronEngine(folder / "model", layout=MegatronLayout(micro_batch=2, **sizes))
     if thinks:
         # An untrained model does not answer in the form: it is put into its mouth.
@@ -57,7 +57,7 @@ def judged(folder, sizes, thinks):
     items[2] = replace(items[2], text="river " * 300)
     questions = [Question(item) for item in items]
     mine = questions[engine.data_rank :: engine.data_size]
-    asked = {q.item.id: form.ask(q) for q in questions}
+    asked = {q.item.id: form.prompt_ids(q) for q in questions}
     return judge.judge(mine), asked, written[:-2] if thinks else []
 
 

@@ -51,10 +51,10 @@ def form(folder, thinks):
     from alignment.data.model_tokenizer import load_tokenizer
     from alignment.judges.formats.parsing import Parser
     from alignment.judges.formats.prompts import judge_prompt
-    from alignment.judges.kinds.local_judge import JudgeForm
+    from alignment.judges.kinds.local_judge import TokenizedJudgeFormat
 
     prompt = judge_prompt(str(folder / "pointwise-brief.txt"), thinks)
-    return JudgeForm(prompt, Parser(thinks=thinks), load_tokenizer(folder / "model"))
+    return TokenizedJudgeFormat(prompt, Parser(thinks=thinks), load_tokenizer(folder / "model"))
 
 
 def odd(rollout):

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from alignment.commands import judge_flags as flags
-from alignment.commands.judge_format_flags import held_identity
 from alignment.judges.judge_spec import JudgeSpec
+from alignment.judges.kinds.local_judge import local_judge_identity
 from megatron_ext.errors import UserError
+from megatron_ext.inference.sampling import Sampling
 
 LOCAL = {"kind": "local", "model": "m"}
 ENDPOINT = {"kind": "endpoint", "model": "m", "url": "http://a/v1"}
@@ -180,15 +181,13 @@ def test_a_model_that_did_not_change_is_read_once(files, monkeypatch):
 
 
 def test_a_judge_depends_on_the_chat_template_wherever_it_is(files):
-    options: Any = SimpleNamespace(model=str(files / "model"))
-
     def identity(template):
-        form: Any = SimpleNamespace(
-            identity="form",
+        judge_format: Any = SimpleNamespace(
+            identity="format",
             parser=SimpleNamespace(thinks=False),
             tokenizer=SimpleNamespace(chat_template=template),
         )
-        return held_identity(options, form)
+        return local_judge_identity(str(files / "model"), judge_format, Sampling(16))
 
     assert identity("a") == identity("a") != identity("b")
 

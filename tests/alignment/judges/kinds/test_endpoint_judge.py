@@ -13,7 +13,7 @@ import pytest
 
 from alignment.endpoints.answer_store import AnswerStore
 from alignment.endpoints.client import Answer
-from alignment.judges.form import form_for
+from alignment.judges.formats.judge_format import JudgeFormat
 from alignment.judges.judge_spec import JudgeSpec
 from alignment.judges.questions import Judging, Question
 from alignment.records import Message, Outcome, Prompt, Response
@@ -183,8 +183,7 @@ def test_a_signal_is_heard_while_a_judge_is_silent_and_answers_are_kept(tmp_path
 
 
 def test_an_empty_answer_tells_nothing_of_an_endpoint():
-    options: Any = SimpleNamespace(template=None, thinking="none")
-    judging = Judging(form_for(options, False), "judge", expected=True)
+    judging = Judging(JudgeFormat.create(pairwise=False), "judge", expected=True)
     question = Question(ITEMS[0])
     assert judging.note(question, Answer("")) == "malformed"
     assert judging.record(question, Answer("")).outcome is Outcome.UNPARSEABLE

@@ -14,7 +14,7 @@ from alignment.judges.formats.labels import SIDES, LabelTokens
 from alignment.judges.formats.parsing import Parser
 from alignment.judges.formats.prompts import judge_prompt
 from alignment.judges.kinds import local_judge as local
-from alignment.judges.kinds.local_judge import JudgeForm, LocalJudge
+from alignment.judges.kinds.local_judge import LocalJudge, TokenizedJudgeFormat
 from alignment.judges.questions import Question
 from alignment.records import Message, Outcome, Prompt, Response, Side
 from alignment.rl.advantages import group_advantages, informative
@@ -44,8 +44,10 @@ def judge(tmp_path, monkeypatch):
         return torch.tensor(engine.likely).expand(*batch.tokens.shape, len(labels))
 
     engine.generate, engine.next_log_probs = generate, next_log_probs
-    form = JudgeForm(judge_prompt("pointwise", True), Parser(thinks=True), tokenizer)
-    return LocalJudge(engine, form, 10_000)
+    judge_format = TokenizedJudgeFormat(
+        judge_prompt("pointwise", True), Parser(thinks=True), tokenizer
+    )
+    return LocalJudge(engine, judge_format, 10_000)
 
 
 def ask(judge, *said):
@@ -93,8 +95,8 @@ def test_equal_questions_are_asked_once(judge, monkeypatch):
 
 def test_equal_responses_have_equal_scores_whatever_else_is_in_the_batch(judge):
     """Padding moves the log-probabilities of an engine in their last digits."""
-    judge.form = replace(judge.form, parser=Parser(thinks=False))
-    judge.labels, judge.rows = judge.form.label_tokens, 3
+    judge.format = replace(judge.format, parser=Parser(thinks=False))
+    judge.labels, judge.rows = judge.format.label_tokens, 3
 
     def next_log_probs(batch, labels):
         rows = torch.arange(len(batch.tokens))[:, None, None]
