@@ -133,7 +133,10 @@ REFUSED = {
     ("--lr", -1): "--lr -1.0 must be above 0",
     ("--chat-template-kwargs", "[]"): "--chat-template-kwargs [] is no JSON object",
     ("--tensor-model-parallel-size", 3): "--tensor-model-parallel-size",
-    ("--template", "pairwise"): "--template pairwise is a pairwise template, but the judge receives responses",
+    (
+        "--template",
+        "pairwise",
+    ): "--template pairwise is a pairwise template, but the judge receives responses",
 }
 
 
