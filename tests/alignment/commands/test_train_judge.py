@@ -69,7 +69,9 @@ def reinforcement(folder, engine, run, critic=None, before=lambda groups: None, 
     from megatron_ext.inference.sampling import Sampling
 
     asked = form(folder, thinks=False)
-    tasks = [PromptTask(row.gold.item, asked.prompt_ids(row.question), row) for row in labelled(folder)]
+    tasks = [
+        PromptTask(row.gold.item, asked.prompt_ids(row.question), row) for row in labelled(folder)
+    ]
 
     def reward(groups, check):
         before(groups)
