@@ -109,15 +109,18 @@ def torchrun(
     *,
     env: Mapping[str, str] | None = None,
     timeout: float = 240,
+    python: str = sys.executable,
 ) -> subprocess.CompletedProcess[str]:
     """Run `torchrun --nproc-per-node nproc *args` from the repository root.
+
+    `python` runs the launcher and the ranks: `tests.warm.warm_python()` saves their imports.
 
     Returns the completed process, whatever its exit status, with stdout and stderr as text.
     After `timeout` seconds everything it started is killed and a `TimeoutError` shows the end of
     its output.
     """
     command = [
-        *(sys.executable, "-m", "torch.distributed.run"),
+        *(python, "-m", "torch.distributed.run"),
         *("--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", str(nproc)),
         *(os.fspath(arg) for arg in args),
     ]

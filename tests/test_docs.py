@@ -3,12 +3,12 @@
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.distributed import ROOT, SINGLE_THREADED
+from tests.warm import warm_path
 
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md")])
 
@@ -26,11 +26,10 @@ def blocks(page: Path) -> list[str]:
 )
 def test_commands_run(page: Path, script: str, tmp_path: Path) -> None:
     script = script.replace("runs/", f"{tmp_path}/")
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
         ["bash", "-e", "-c", script],
         cwd=ROOT,
-        env={**os.environ, **SINGLE_THREADED, "PATH": path, "GLOO_SOCKET_IFNAME": "lo"},
+        env={**os.environ, **SINGLE_THREADED, "PATH": warm_path(), "GLOO_SOCKET_IFNAME": "lo"},
         capture_output=True,
         text=True,
         timeout=850,

@@ -4,7 +4,6 @@ import json
 import re
 import statistics
 import subprocess
-import sys
 from itertools import islice
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from examples.quickstart.steps import stamp_of
 from tests.distributed import ROOT
 from tests.examples.test_quickstart import has_texts
 from tests.reports.metric_rows import training_row, write_run
+from tests.warm import warm_python
 
 LOSSES = {"dense": [5.0, 5.2, 5.1], "tc": [4.9, 5.0, 4.7], "et": [4.8, 4.7, 4.75]}
 
@@ -64,7 +64,7 @@ def test_one_seed_has_no_spread(tmp_path: Path) -> None:
 
 
 def miniature(*words: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "examples.miniature", *words]
+    command = [warm_python(), "-m", "examples.miniature", *words]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
 
 

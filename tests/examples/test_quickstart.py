@@ -3,7 +3,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from importlib import metadata
@@ -15,6 +14,7 @@ import pytest
 from examples.quickstart.steps import Step, failure, run_steps
 from megatron_ext.errors import UserError
 from tests.distributed import ROOT
+from tests.warm import warm_python
 
 
 def has_texts() -> bool:
@@ -96,7 +96,7 @@ def test_failure_is_told_in_the_tools_own_words(
 
 def quickstart(output: Path, *flags: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(
-        [sys.executable, "-m", "examples.quickstart", "--output", str(output), *flags],
+        [warm_python(), "-m", "examples.quickstart", "--output", str(output), *flags],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

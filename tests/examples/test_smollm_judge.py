@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 
 import pytest
 
@@ -12,6 +11,7 @@ from megatron_ext.errors import UserError
 from tests.alignment.chat_model import write_rows
 from tests.distributed import ROOT
 from tests.hf.smollm import gguf_file
+from tests.warm import warm_python
 
 TRUTHS = [
     ("What is the capital of France?", "Paris.", "London."),
@@ -38,7 +38,7 @@ def test_a_real_model_is_trained_as_a_judge_and_measured(tmp_path):
         pairs.append(Pair(f"pair{number}", prompt, *sides))
     file = write_rows(tmp_path / "pairs.jsonl", pairs)
     command = [
-        *(sys.executable, "-m", "examples.alignment.smollm_judge", "--pairs", str(file)),
+        *(warm_python(), "-m", "examples.alignment.smollm_judge", "--pairs", str(file)),
         *("--run-dir", str(tmp_path / "run"), "--test-questions", "4", "--train-answers", "12"),
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)

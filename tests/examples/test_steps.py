@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pytest
 from examples.alignment.steps import align, training
 from examples.quickstart import steps
 from examples.quickstart.steps import Step, Stopped, failure, module, run_steps, stop_on_signals
+from tests.warm import warm_python
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_the_sentence_of_et_align_is_told_alone_and_on_ranks(tmp_path: Path) -> 
     command = align("train-sft", "--model", tmp_path / "none", "--run-dir", tmp_path / "checks.py")
     for ranked in ([], module("torch.distributed.run", *launch)):
         command = [*ranked, *command]
-        done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+        done = subprocess.run([warm_python(), *command], capture_output=True, text=True)
         assert done.returncode
         assert failure(command, done.stdout + done.stderr) == (
             f"et-align: --model {tmp_path / 'none'} is not a folder"

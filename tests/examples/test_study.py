@@ -3,7 +3,6 @@
 import json
 import random
 import subprocess
-import sys
 
 import pytest
 import yaml
@@ -20,6 +19,7 @@ from examples.alignment.study.plan import Study, read_settings
 from megatron_ext.errors import UserError
 from tests.alignment.chat_model import make_model
 from tests.distributed import ROOT
+from tests.warm import warm_python
 
 NAMES = (
     "cow",
@@ -171,7 +171,7 @@ def test_a_study_from_text_to_the_page(tmp_path):
     }  # fmt: skip
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(settings))
     command = [
-        *(sys.executable, "-m", "examples.alignment.study", str(tmp_path / "study.yaml")),
+        *(warm_python(), "-m", "examples.alignment.study", str(tmp_path / "study.yaml")),
         *("--quickstart", str(quickstart), "--output", str(tmp_path / "run"), "--jobs", "2"),
         *("--judges", "label", "gold"),
     ]

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from tests.distributed import ROOT, run_ranks
 from tests.megatron import TINY
 from tests.training.counting import Counted, Saved, owned
+from tests.warm import warm_python
 
 RANKS = 4
 TP2 = ("--tensor-model-parallel-size", "2", "--sequence-parallel")
@@ -197,7 +198,7 @@ def test_few_microbatches_tell_of_many(stages: str) -> None:
 
 
 def _dry_run(*flags: str) -> dict[str, Any]:
-    command = [sys.executable, "pretrain_et.py", *flags]
+    command = [warm_python(), "pretrain_et.py", *flags]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])

@@ -3,7 +3,6 @@
 import os
 import re
 import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import psutil
 from openai import OpenAI
 
 from tests.distributed import ROOT, SINGLE_THREADED
+from tests.warm import warm_python
 
 KEY = "tests-only"
 TEMPLATE = (
@@ -29,7 +29,7 @@ class Server:
         if key is not None:
             environment["MEGATRON_ET_API_KEY"] = key
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tools.serve", "--port", "0", *map(str, flags)],
+            [warm_python(), "-m", "tools.serve", "--port", "0", *map(str, flags)],
             cwd=ROOT,
             env=environment,
             stdout=subprocess.PIPE,

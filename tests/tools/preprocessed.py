@@ -4,7 +4,6 @@ import functools
 import json
 import random
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_ext.errors import run_tool
 from tests.distributed import ROOT
+from tests.warm import warm_python
 from tools import preprocess_data
 
 WORDS = ["Zürich", "naïve", "漢字", "2024", "threshold", "expert", "router", "gate", "🙂", "the"]
@@ -43,7 +43,7 @@ def preprocess(model, inputs, prefix, *more):
 
 def start(model, inputs, prefix, *more):
     return subprocess.Popen(
-        [sys.executable, "-m", "tools.preprocess_data", *command(model, inputs, prefix, *more)],
+        [warm_python(), "-m", "tools.preprocess_data", *command(model, inputs, prefix, *more)],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,12 +14,13 @@ from megatron_ext.errors import UserError
 from tests.distributed import ROOT, SINGLE_THREADED, run_ranks
 from tests.hf.models import add_tokenizer, make
 from tests.inference.checkpoint import run_dir  # noqa: F401
+from tests.warm import warm_python
 from tools import convert_checkpoint
 
 
 def tool(*flags):
     return subprocess.run(
-        [sys.executable, "-m", "tools.convert_checkpoint", *map(str, flags)],
+        [warm_python(), "-m", "tools.convert_checkpoint", *map(str, flags)],
         cwd=ROOT,
         env={**os.environ, **SINGLE_THREADED},
         capture_output=True,

@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 
 import numpy as np
 import pyarrow.parquet
@@ -12,6 +11,7 @@ from examples import fineweb_shard
 from megatron_ext.errors import UserError
 from tests.distributed import ROOT
 from tests.tools.preprocessed import output_bytes, preprocess
+from tests.warm import warm_python
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_an_array_task_gives_what_a_command_for_its_shard_gives(shards, model, t
     for task in ("1", "2"):
         environment = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_ARRAY_TASK_ID": task}
         done = subprocess.run(
-            script, env={**os.environ, **environment, "PYTHON": sys.executable}, cwd=ROOT,
+            script, env={**os.environ, **environment, "PYTHON": warm_python()}, cwd=ROOT,
             capture_output=True, text=True,
         )  # fmt: skip
         if task == "2":

@@ -4,7 +4,6 @@ import json
 import os
 import pty
 import subprocess
-import sys
 from argparse import Namespace
 
 import pytest
@@ -12,15 +11,15 @@ import pytest
 from megatron_ext.errors import UserError
 from tests.distributed import ROOT, SINGLE_THREADED, torchrun
 from tests.inference.checkpoint import MAX_LENGTH, run_dir  # noqa: F401
+from tests.warm import warm_python
 from tools import generate
 
-COMMAND = [sys.executable, "-m", "tools.generate"]
 PROMPTS = ["ba ké lo", "mü"]
 
 
 def tool(*flags, **options):
     return subprocess.run(
-        [*COMMAND, *map(str, flags)],
+        [warm_python(), "-m", "tools.generate", *map(str, flags)],
         cwd=ROOT,
         env={**os.environ, **SINGLE_THREADED},
         text=True,
@@ -70,7 +69,7 @@ def test_a_terminal_sees_the_same_text_as_it_comes(run_dir, rows):  # noqa: F811
 def test_two_ranks_print_what_one_does_once(run_dir, rows):  # noqa: F811
     flags = ["--load", run_dir, "--json", "--prompt", PROMPTS[0], "--seed", "3"]
     flags += ["--max-new-tokens", "8", "--expert-model-parallel-size", "2"]
-    done = torchrun(["-m", "tools.generate", *flags], nproc=2)
+    done = torchrun(["-m", "tools.generate", *flags], nproc=2, python=warm_python())
     assert done.returncode == 0, done.stderr
     [row] = [json.loads(line) for line in done.stdout.splitlines()]
     assert row == {name: rows[0][name] for name in row}

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from tests.distributed import ROOT, run_ranks
 from tests.megatron import TINY
 from tests.pretraining import start as train
+from tests.warm import warm_python
 
 REAL_DATA = [flag for flag in TINY if flag != "--mock-data"]
 SLOW = """
@@ -232,7 +233,7 @@ def test_a_rank_that_stands_still_is_named_in_time(tmp_path: Path) -> None:
 
 def test_a_mistake_in_its_own_flags_is_one_sentence() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "tools.preflight", "--keep-checkpoints", "few"],
+        [warm_python(), "-m", "tools.preflight", "--keep-checkpoints", "few"],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 import uuid
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from tests.distributed import ROOT, SINGLE_THREADED, run_ranks, torchrun
 from tests.megatron import TINY
 from tests.training.test_faults import start_and_do, whole_checkpoints
 from tests.training.test_pretrain import EP2, pretrain, rows_of
+from tests.warm import warm_python
 
 
 def of_run(mark: str) -> list[psutil.Process]:
@@ -39,7 +39,9 @@ def test_resumes_bit_for_bit_from_every_checkpoint(
     monkeypatch.setenv("TEST_RUN", mark)
     flags = [*EP2, "--async-save", "--save-interval", "1"]
     # By torchrun: the environment of a forked rank, as the system shows it, is its server's.
-    done = torchrun(["pretrain_et.py", *TINY, "--run-dir", tmp_path / "run", *flags], 2)
+    done = torchrun(
+        ["pretrain_et.py", *TINY, "--run-dir", tmp_path / "run", *flags], 2, python=warm_python()
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     _wait(lambda: of_run(mark) == [], 30)
     undisturbed = rows_of(tmp_path / "run")
@@ -76,7 +78,7 @@ def test_what_is_written_is_not_what_training_makes_of_it() -> None:
 @pytest.mark.slow
 def test_killed_ranks_leave_no_process_behind(tmp_path: Path) -> None:
     mark = uuid.uuid4().hex
-    command = [sys.executable, "pretrain_et.py", *TINY, "--run-dir", str(tmp_path), "--async-save"]
+    command = [warm_python(), "pretrain_et.py", *TINY, "--run-dir", str(tmp_path), "--async-save"]
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     network = {
         "MASTER_ADDR": "127.0.0.1",

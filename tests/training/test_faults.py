@@ -21,6 +21,7 @@ from megatron_ext.checkpoint import damage
 from tests.distributed import ROOT, run_ranks, torchrun
 from tests.megatron import TINY
 from tests.pretraining import start, train
+from tests.warm import warm_python
 
 STEPS = 14
 SAME = [*TINY, "--train-iters", str(STEPS), "--save-interval", "2"]
@@ -93,6 +94,7 @@ def test_torchrun_restarts_a_run_after_every_kind_of_death(
         nproc=2,
         env={"FAULTS": ",".join(faults), "PYTHONPATH": str(ROOT)},
         timeout=850,
+        python=warm_python(),
     )
     assert result.returncode == 0, result.stderr[-4000:]
     assert result.stderr.count("failed (exitcode") == len(faults)

@@ -15,6 +15,7 @@ import pytest
 from tests.distributed import ROOT, run_ranks, torchrun
 from tests.megatron import TINY
 from tests.pretraining import start, train
+from tests.warm import warm_python
 
 TOKEN_CHOICE = ["--router-type", "token-choice", "--moe-router-pre-softmax"]
 REAL_DATA = [flag for flag in TINY if flag != "--mock-data"]
@@ -186,7 +187,7 @@ def test_checkpoint_of_another_model(tmp_path: Path) -> None:
 
 
 def test_under_torchrun_one_rank_tells() -> None:
-    result = torchrun(["pretrain_et.py", *TINY, "--et-capacity", "2"], 2)
+    result = torchrun(["pretrain_et.py", *TINY, "--et-capacity", "2"], 2, python=warm_python())
     told = [line for line in result.stderr.splitlines() if line.startswith("pretrain_et.py:")]
     assert len(told) == 1
     assert "--et-capacity 2.0" in told[0]

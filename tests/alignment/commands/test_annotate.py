@@ -5,7 +5,6 @@ import json
 import math
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -21,6 +20,7 @@ from megatron_ext.errors import UserError
 from tests.alignment.endpoints import endpoint
 from tests.alignment.endpoints.endpoint import Endpoint, chat, status
 from tests.distributed import ROOT
+from tests.warm import warm_python
 
 KEY = "MEGATRON_ET_JUDGE_API_KEY"
 GARBAGE = [
@@ -54,7 +54,7 @@ def command(input_file: Path, server: Endpoint, *flags: object) -> list[str]:
     output = input_file.with_name("verdicts.jsonl")
     fixed = ["--judge", server.url, "--model", "judge", "--first-wait", "0.01", "--timeout", "60"]
     files = ["--input", str(input_file), "--output", str(output)]
-    module = [sys.executable, "-m", "alignment", "annotate"]
+    module = [warm_python(), "-m", "alignment", "annotate"]
     return [*module, *files, *fixed, *map(str, flags)]
 
 

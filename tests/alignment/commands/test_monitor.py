@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import pytest
 
 from alignment.commands.monitor import ALARMED, main
 from megatron_ext.errors import UserError
+from tests.warm import warm_python
 
 
 def rows(file: Path, content: list[dict[str, Any]]) -> str:
@@ -42,7 +42,7 @@ def verdicts(tmp_path: Path) -> str:
 
 
 def run(*flags: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "alignment", "monitor", *flags]
+    command = [warm_python(), "-m", "alignment", "monitor", *flags]
     return subprocess.run(command, capture_output=True, text=True)
 
 
