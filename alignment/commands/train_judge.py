@@ -39,8 +39,8 @@ from alignment.rl.algorithms import algorithm_by_name
 from alignment.rl.critic import Critic
 from alignment.rl.rollouts import RewardResult, Rollout
 from alignment.rl.tasks import PromptTask, RLSettings
-from alignment.rl.trainer import ReinforcementStep
-from alignment.training.loop import TrainingSchedule, fit
+from alignment.rl.train import RLComponents, train
+from alignment.training.loop import Metrics, TrainingSchedule, fit
 from alignment.training.sft import SupervisedStep, steps_of
 from alignment.training.training_run import TrainingRun
 from megatron_ext.errors import ToolParser, UserError
@@ -107,7 +107,13 @@ def _imitate(
     step = SupervisedStep(
         engine, encoded.samples, options.batch_size, options.seq_length, options.seed
     )
-    return _run(options, engine, judge_format, held_out, steps, lambda run: step, encoded.told())
+
+    def run_steps(
+        run: TrainingRun, schedule: TrainingSchedule, evaluate: Callable[[int], Metrics] | None
+    ) -> int:
+        return fit(run, schedule, step, evaluate)
+
+    return _run(options, engine, judge_format, held_out, steps, run_steps, encoded.told())
 
 
 def _reinforce(
@@ -126,9 +132,9 @@ def _reinforce(
         groups=flags.groups_of(options),
         group_size=options.group_size,
         mini_batches=options.mini_batches,
-        length=options.seq_length,
+        seq_length=options.seq_length,
         sampling=Sampling(options.max_new_tokens, options.temperature),
-        rows=options.rows,
+        generation_batch_size=options.rows,
     )
     tasks = [
         PromptTask(
@@ -147,24 +153,28 @@ def _reinforce(
     def reward(
         groups: Sequence[tuple[PromptTask, Sequence[Rollout]]], check: Callable[[], None]
     ) -> list[list[RewardResult]]:
-        return [[_rewarded(judge, task.about, r) for r in rollouts] for task, rollouts in groups]
+        return [[_rewarded(judge, task.metadata, r) for r in rollouts] for task, rollouts in groups]
 
-    def step_of(run: TrainingRun) -> ReinforcementStep:
+    def run_steps(
+        run: TrainingRun, schedule: TrainingSchedule, evaluate: Callable[[int], Metrics] | None
+    ) -> int:
         ends = end_tokens(judge_format.tokenizer)
-        rollouts = flags.rollouts_of(options, engine, ends, run.check_signals)
-        return ReinforcementStep(
-            engine, run, tasks, reward, settings, options.seed, critic=critic, **rollouts
-        )
+        rl = RLComponents(
+            run=run, engine=engine, tasks=tasks, reward=reward, settings=settings,
+            seed=options.seed, critic=critic,
+            **flags.rollouts_of(options, engine, ends, run.check_signals),
+        )  # fmt: skip
+        return train(rl, schedule, evaluate)
 
     told = f"{len(tasks):,} questions"
-    return _run(options, engine, judge_format, held_out, options.steps, step_of, told, critic)
+    return _run(options, engine, judge_format, held_out, options.steps, run_steps, told, critic)
 
 
 def _rewarded(judge: LocalJudge, row: Labelled, rollout: Rollout) -> RewardResult:
     answer = judge.answer(rollout.tokens, rollout.ended)
     fields = judge.read(row.question, answer)
     reward = judge_reward(fields, row.gold)
-    return RewardResult(reward, str(fields["outcome"]), {"answer": fields["answer"]})
+    return RewardResult(reward, str(fields["outcome"]), fields["answer"])
 
 
 def _run(
@@ -173,7 +183,7 @@ def _run(
     judge_format: TokenizedJudgeFormat,
     held_out: Sequence[Labelled],
     steps: int,
-    step_of: Callable[[TrainingRun], Callable[[int], Mapping[str, Any]]],
+    run_steps: Callable[[TrainingRun, TrainingSchedule, Callable[[int], Metrics] | None], int],
     told: str,
     critic: Critic | None = None,
 ) -> int:
@@ -197,7 +207,7 @@ def _run(
             print(f"{told}; {len(held_out):,} for validation; {steps:,} steps", flush=True)
         best = BEST[judge_format.parser.pairwise] if held_out else None
         plan = TrainingSchedule(steps, options.save_interval, options.eval_interval, best, is_sound)
-        stopped = fit(run, plan, step_of(run), evaluate if held_out else None)
+        stopped = run_steps(run, plan, evaluate if held_out else None)
         if stopped:
             return 128 + stopped
         # Rank 0 says so for all: another may look when rank 0 has begun to export already.

@@ -29,10 +29,10 @@ from alignment.rl.algorithms import ALGORITHMS, Algorithm, algorithm_by_name
 from alignment.rl.critic import Critic
 from alignment.rl.grading import GamingAlarm, Grader
 from alignment.rl.judge_rewards import JudgeReward
-from alignment.rl.rollout_metrics import Watch
+from alignment.rl.response_monitor import ResponseMonitor, RoutingCheck
 from alignment.rl.tasks import PromptTask, RLSettings
-from alignment.rl.trainer import ReinforcementStep
-from alignment.training.loop import TrainingSchedule, fit
+from alignment.rl.train import RLComponents, train
+from alignment.training.loop import TrainingSchedule
 from alignment.training.training_run import TrainingRun
 from megatron_ext.errors import ToolParser, UserError
 from megatron_ext.hf.end_tokens import end_tokens
@@ -95,7 +95,7 @@ def main(argv: Sequence[str]) -> int:
         if each
     }
     reference = None
-    if options.reference or algorithm.loss.kl:
+    if options.reference or algorithm.uses_reference:
         start = load(options.model)
 
         def reference(batch: TokenBatch, temperature: float) -> Any:
@@ -131,14 +131,27 @@ def _learn(
             gold=_told(specs["gold"], judges["gold"]),
             second_gold=_told(specs["second_gold"], judges.get("second_gold", [])),
         )
+        monitor = ResponseMonitor(
+            run,
+            Monitor(limits),
+            routing=RoutingCheck(
+                interval=options.routing_interval,
+                responses=options.routing_samples,
+                seq_length=settings.seq_length,
+                temperature=settings.sampling.temperature,
+            ),
+            keep_responses=options.keep_responses,
+        )
         grader = Grader(
             engine, tokenizer, held_out, settings.sampling,
             judges, run.folder, template=template, reference=reference, length=options.seq_length,
-            rows=options.rows, monitor=Monitor(limits),
+            rows=options.rows, monitor=monitor,
             alarm=GamingAlarm(options.alarm_gap, options.alarm_window),
             check=run.check_signals, writes=run.writes, pairwise=options.reward == "pairwise",
             max_failed=options.max_unrewarded,
         )  # fmt: skip
+
+        run.at_resume(grader.recall)
 
         def stop_when(row: Mapping[str, Any]) -> str | None:
             if run.writes and (sentence := grader.alarm.sentence(grader.history)):
@@ -150,29 +163,26 @@ def _learn(
                 )
             return None
 
-        watch = Watch(
-            run, grader, settings, routing_interval=options.routing_interval,
-            routing_samples=options.routing_samples, keep=options.keep_responses,
-        )  # fmt: skip
-        step = ReinforcementStep(
-            engine, run, tasks,
-            JudgeReward(judges["proxy"], tokenizer, options.reward == "pairwise"),
-            settings, options.seed, reference, watch, critic=critic,
+        rl = RLComponents(
+            run=run, engine=engine, tasks=tasks,
+            reward=JudgeReward(judges["proxy"], tokenizer, options.reward == "pairwise"),
+            settings=settings, seed=options.seed, reference=reference, critic=critic,
+            monitor=monitor,
             **flags.rollouts_of(options, engine, end_tokens(tokenizer), run.check_signals),
         )  # fmt: skip
         if run.writes:
             if same := shared_with_gold(specs):
                 print(f"train-policy: warning: {same}", file=sys.stderr, flush=True)
-            left = f", {step.too_long:,} too long" if step.too_long else ""
+            left = f", {rl.prompts.too_long:,} too long" if rl.prompts.too_long else ""
             print(
-                f"{len(step.tasks):,} prompts{left}; {len(grader.asked):,} held out; "
+                f"{len(rl.prompts.tasks):,} prompts{left}; {len(grader.asked):,} held out; "
                 f"{options.steps:,} steps",
                 flush=True,
             )
         plan = TrainingSchedule(
             options.steps, options.save_interval, options.eval_interval, stop_when=stop_when
         )
-        stopped = fit(run, plan, step, grader)
+        stopped = train(rl, plan, grader)
         if stopped:
             return 128 + stopped
         engine.export(run.folder / "final")
@@ -210,11 +220,11 @@ def _settings_of(options: argparse.Namespace, algorithm: Algorithm) -> RLSetting
         groups=flags.groups_of(options),
         group_size=options.group_size,
         mini_batches=options.mini_batches,
-        length=options.seq_length,
+        seq_length=options.seq_length,
         sampling=Sampling(
             options.max_new_tokens, options.temperature, options.top_k, options.top_p
         ),
-        rows=options.rows,
+        generation_batch_size=options.rows,
         overlong_margin=options.overlong_margin,
         max_unrewarded=options.max_unrewarded,
     )

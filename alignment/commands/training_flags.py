@@ -205,7 +205,7 @@ def _check_reinforcement(options: argparse.Namespace) -> None:
             f"--temperature {options.temperature} must be above 0: equal responses teach nothing"
         )
     if options.rollout_url:
-        from alignment.rl.supports import refuse_truncation
+        from alignment.rl.served_log_probs import refuse_truncation
 
         refuse_truncation(getattr(options, "top_k", 0), getattr(options, "top_p", 1.0))
     if options.rollouts_ahead and not options.rollout_url:
@@ -231,7 +231,7 @@ def rollouts_of(
     ends: frozenset[int],
     check: Callable[[], None],
 ) -> dict[str, Any]:
-    """What draws responses, now and ahead, for `ReinforcementStep`; nothing for the engine.
+    """What draws responses, now and ahead, for `RLComponents`; nothing for the engine.
 
     Args:
         ends: the end tokens of the policy.
@@ -247,7 +247,7 @@ def rollouts_of(
         engine, options.rollout_url, options.rollout_model, folder, ends, check=check
     )
     ahead = AsyncRollouts(served, options.steps) if options.rollouts_ahead else None
-    return {"generate": served.generate, "ahead": ahead}
+    return {"generate": served.generate, "async_rollouts": ahead}
 
 
 def check(options: argparse.Namespace) -> None:

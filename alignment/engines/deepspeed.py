@@ -6,7 +6,7 @@ Every rank has data of its own. Without CUDA it runs over gloo, in plain torch.
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -167,7 +167,7 @@ class DeepSpeedEngine:
                 scores = self._value(part, values)
             sums = loss(scores, part)
             self._engine.backward(sums.total, scale_wrt_gas=False)
-            found.append(LossSums(sums.total.detach(), sums.weight, sums.metrics))
+            found.append(replace(sums, total=sums.total.detach()))
         weight = torch.stack([sums.weight.to(torch.int64) for sums in found]).sum()
         dist.all_reduce(weight)
         self._optimizer.override_loss_scale(max(int(weight), 1) / self.data_size)

@@ -62,11 +62,14 @@ class LossSums:
         weight: int64 scalar; depends on the batch alone.
         metrics: by name, a total and a weight to divide it by, both without a gradient. The same
             names for every batch.
+        maxima: by name, a scalar without a gradient that is at least 0, of which the largest of
+            all micro-batches and ranks is a metric. The same names for every batch.
     """
 
     total: Tensor
     weight: Tensor
     metrics: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    maxima: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 Loss = Callable[[TokenScores, TokenBatch], LossSums]
@@ -77,14 +80,20 @@ def negative_log_likelihood(scores: TokenScores, batch: TokenBatch) -> LossSums:
     return LossSums(-(scores.log_probs * batch.loss_mask).sum(), batch.loss_mask.sum())
 
 
-def reduce_sums(found: Sequence[LossSums], group: dist.ProcessGroup | None) -> dict[str, float]:
-    """Loss and metrics of all micro-batches and of all ranks of a group, each divided once."""
-    each = [{"loss": (sums.total, sums.weight), **sums.metrics} for sums in found]
+def reduce_sums(parts: Sequence[LossSums], group: dist.ProcessGroup | None) -> dict[str, float]:
+    """Return loss and metrics of all micro-batches and all ranks of a group, each divided once."""
+    each = [{"loss": (sums.total, sums.weight), **sums.metrics} for sums in parts]
     flat = [[part.detach().double() for pair in e.values() for part in pair] for e in each]
-    total = torch.stack([torch.stack(parts) for parts in flat]).sum(dim=0)
+    total = torch.stack([torch.stack(values) for values in flat]).sum(dim=0)
     dist.all_reduce(total, group=group)
     sums, weights = total.view(-1, 2).unbind(dim=1)
-    return dict(zip(each[0], (sums / weights.clamp(min=1)).tolist()))
+    metrics = dict(zip(each[0], (sums / weights.clamp(min=1)).tolist()))
+    if names := list(parts[0].maxima):
+        largest = torch.stack([torch.stack([p.maxima[name] for name in names]) for p in parts])
+        largest = largest.detach().float().amax(dim=0)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+        metrics |= dict(zip(names, largest.tolist()))
+    return metrics
 
 
 @dataclass(frozen=True)

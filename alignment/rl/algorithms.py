@@ -1,44 +1,73 @@
-"""Algorithms by name: which advantages go with which loss."""
+"""Registry of the algorithms of reinforcement learning: advantages and a loss under one name."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
+from alignment.engines.protocol import Loss
 from alignment.rl.advantages import centered, leave_one_out, standardized
-from alignment.rl.policy_loss import LOSSES, PolicyLoss
+from alignment.rl.policy_loss import PolicyLoss
 from alignment.rounding import Floats
+from megatron_ext.errors import UserError
 
 
 @dataclass(frozen=True)
 class Algorithm:
-    """What is done with the rewards of a group of responses to one prompt.
+    """Advantages and loss of an algorithm.
 
     Attributes:
-        advantages: of a group's rewards; none where a critic makes them.
-        loss: of the policy.
-        dynamic: draw more prompts in the place of groups whose rewards are all equal.
-        overlong: soften the limit of length by a penalty before it.
+        advantages: Function that turns the rewards of a group of responses to one prompt into
+            advantages. None if a critic computes them.
+        loss: Loss of the policy. A function other than a `PolicyLoss` may have attributes
+            `uses_reference` and `uses_entropy`, which are False if they are missing.
+        dynamic: Whether to draw more prompts in place of groups whose rewards are all equal.
+        overlong: Whether to penalize responses that come close to the limit of length.
     """
 
     advantages: Callable[[Floats], Floats] | None
-    loss: PolicyLoss
+    loss: Loss
     dynamic: bool = False
     overlong: bool = False
+
+    @property
+    def uses_reference(self) -> bool:
+        """Return whether the loss reads `reference_log_probs`."""
+        return bool(getattr(self.loss, "uses_reference", False))
+
+    @property
+    def uses_entropy(self) -> bool:
+        """Return whether the loss reads the entropy of each token."""
+        return bool(getattr(self.loss, "uses_entropy", False))
 
 
 ALGORITHMS: Mapping[str, Algorithm] = MappingProxyType(
     {
-        "grpo": Algorithm(standardized, LOSSES["grpo"]),
-        "dr-grpo": Algorithm(centered, LOSSES["dr-grpo"]),
-        "dapo": Algorithm(standardized, LOSSES["dapo"], dynamic=True, overlong=True),
-        "gspo": Algorithm(standardized, LOSSES["gspo"]),
-        "rloo": Algorithm(leave_one_out, LOSSES["rloo"]),
-        "ppo": Algorithm(None, LOSSES["ppo"]),
+        # arXiv 2603.12246 clips GRPO at 0.2 and 0.3, without a divergence.
+        "grpo": Algorithm(standardized, PolicyLoss(clip=(0.2, 0.3))),
+        # With a constant divisor and no standard deviation neither length nor difficulty weighs.
+        "dr-grpo": Algorithm(centered, PolicyLoss(aggregation="sample-sum")),
+        "dapo": Algorithm(
+            standardized,
+            PolicyLoss(clip=(0.2, 0.28), aggregation="token-mean"),
+            dynamic=True,
+            overlong=True,
+        ),
+        # A mean over many tokens moves little, so that arXiv 2507.18071 bounds it this closely.
+        "gspo": Algorithm(standardized, PolicyLoss(clip=(3e-4, 4e-4), ratio_of="sample")),
+        "rloo": Algorithm(leave_one_out, PolicyLoss(clip=None, aggregation="sample-sum")),
+        "ppo": Algorithm(None, PolicyLoss(aggregation="token-mean")),
     }
 )
 
 
 def algorithm_by_name(name: str, **settings: object) -> Algorithm:
-    """An algorithm by name, its loss with other settings."""
+    """Return an algorithm of the registry, its loss with other settings.
+
+    Raises:
+        UserError: There is no such algorithm.
+    """
+    if name not in ALGORITHMS:
+        raise UserError(f"There is no algorithm {name!r}. Choose one of {', '.join(ALGORITHMS)}.")
     algorithm = ALGORITHMS[name]
+    assert isinstance(algorithm.loss, PolicyLoss)
     return replace(algorithm, loss=replace(algorithm.loss, **settings))  # type: ignore[arg-type]

@@ -122,10 +122,11 @@ class Critic:
         """Advantages by GAE of all batches of a step; a collective of all ranks.
 
         Args:
-            batches: whose extra `advantage` is the reward of the response.
+            batches: Batches with the extra `reward` of each response.
 
         Returns:
-            the same with new `advantage`, and `returns` and `old_values`; figures of all ranks.
+            The same batches with the extras `advantage`, `returns` and `old_values`, and
+            metrics of all ranks.
         """
         judged = [self._with_values(batch) for batch in batches]
         advantages = self._trained(judged, "advantage")
@@ -153,11 +154,11 @@ class Critic:
         if not batch.rows:
             return batch
         extras = {**batch.extras, "old_values": values}
-        extras["advantage"] = extras["advantage"].clone()
+        extras["advantage"] = torch.zeros_like(values)
         extras["returns"] = torch.zeros_like(values)
         for row, places in _responses(batch):
             rewards = np.zeros(len(places))
-            rewards[-1] = batch.extras["advantage"][row, places[-1]]  # the end's, if not before
+            rewards[-1] = batch.extras["reward"][row, places[-1]]  # a reward is that of the end
             advantages, returns = generalized_advantages(
                 rewards,
                 values[row, places].double().numpy(),

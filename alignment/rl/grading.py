@@ -6,7 +6,7 @@ found what the judge rewards and gold does not see in it: its judge is being gam
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,10 @@ from alignment.engines.batch import TokenBatch, TokenSample
 from alignment.engines.protocol import AlignmentEngine
 from alignment.judges.questions import Question
 from alignment.judges.reward_judges import Judge, rounding_error
-from alignment.monitors.lengths import Lengths
-from alignment.monitors.text_features import words_of
-from alignment.monitors.training_monitor import Monitor
 from alignment.ranks import all_gather_by_data_rank, all_reduce_max, interleave
 from alignment.records import Outcome, Pair, Prompt, Response, Verdict
 from alignment.rl.judge_rewards import mean_score, response_of, text_of, win_of
+from alignment.rl.response_monitor import ResponseMonitor
 from alignment.rl.rollouts import Rollout
 from alignment.rounding import exceeds, is_constant, tolerance
 from alignment.seeds import derive_seed
@@ -86,7 +84,7 @@ class Grader:
         reference: Callable[[TokenBatch, float], Any] | None,
         length: int,
         rows: int,
-        monitor: Monitor,
+        monitor: ResponseMonitor,
         alarm: GamingAlarm,
         check: Callable[[], None],
         writes: bool,
@@ -228,8 +226,7 @@ class Grader:
 
     def _know_first(self, rows: dict[str, dict[str, Any]]) -> None:
         self._first = rows
-        usual = Lengths.of([len(words_of(row["text"])) for row in rows.values()])
-        self.monitor = replace(self.monitor, usual=usual)
+        self.monitor.set_typical_lengths([row["text"] for row in rows.values()])
 
     def _row(self, step: int, shares: Sequence[Any]) -> dict[str, Any]:
         responses: list[Response] = interleave([share[0] for share in shares])
@@ -265,7 +262,7 @@ class Grader:
         row["grade/kl"] = float(np.mean(divergences)) if divergences else None
         row["grade/length"] = float(np.mean([len(r.tokens) for r in rollouts]))
         if self.writes:
-            found = self.monitor.of_batch(responses, scores["proxy"])
+            found = self.monitor.findings(responses, scores["proxy"])
             row |= {f"monitor_held_out/{n}": share for n, share in found.shares.items()}
             self._keep(step, responses, scores, found.flags)
         return row

@@ -43,7 +43,7 @@ class JudgeReward:
         self, groups: Sequence[tuple[PromptTask, Sequence[Rollout]]], texts: Sequence[Sequence[str]]
     ) -> list[Question]:
         return [
-            Question(response_of(task.about, rollout, text))
+            Question(response_of(task.metadata, rollout, text))
             for (task, rollouts), own in zip(groups, texts)
             for rollout, text in zip(rollouts, own)
         ]
@@ -62,7 +62,7 @@ class JudgeReward:
     ) -> list[Question]:
         return [
             Question(
-                Pair(f"{rollouts[a].key}/{rollouts[b].key}", task.about, own[a], own[b]), swapped
+                Pair(f"{rollouts[a].key}/{rollouts[b].key}", task.metadata, own[a], own[b]), swapped
             )
             for (task, rollouts), own in zip(groups, texts)
             for a, b in combinations(range(len(own)), 2)
@@ -90,9 +90,7 @@ class JudgeReward:
                 wins[b].append(1 - win)
             rewarded.append(
                 [
-                    RewardResult(
-                        float(np.mean(w)), "preference", {"text": text, "matches": len(w)}, EXACT
-                    )
+                    RewardResult(float(np.mean(w)), "preference", text, {"matches": len(w)}, EXACT)
                     if w
                     else _without(b, text)
                     for w, b, text in zip(wins, bad, own)
@@ -138,11 +136,12 @@ def _mean(verdicts: Sequence[Verdict], text: str, error: float) -> RewardResult:
     if (mean := mean_score(verdicts)) is None:
         return _without(verdicts, text)
     scores = [verdict.score for verdict in verdicts if verdict.score is not None]
-    facts = {"text": text, "scores": scores}
-    return RewardResult(mean, str(Outcome.SCORE), facts, tolerance(scores, error))
+    return RewardResult(
+        mean, str(Outcome.SCORE), text, {"scores": scores}, tolerance(scores, error)
+    )
 
 
 def _without(verdicts: Sequence[Verdict], text: str) -> RewardResult:
-    facts = {"text": text, "reasons": sorted({v.reason for v in verdicts if v.reason})[:4]}
+    details = {"reasons": sorted({v.reason for v in verdicts if v.reason})[:4]}
     failed = any(verdict.outcome is Outcome.FAILED for verdict in verdicts)
-    return RewardResult(None, str(Outcome.FAILED if failed else Outcome.UNPARSEABLE), facts)
+    return RewardResult(None, str(Outcome.FAILED if failed else Outcome.UNPARSEABLE), text, details)

@@ -1,16 +1,16 @@
-"""Sampled responses and what was said of them, kept on disk as they come.
+"""Sampled responses with their rewards, and the store that keeps them on disk as they come.
 
-A step's rollouts are in files of its own folder, a file for each share of the data, each line
-synced to the disk before it counts. A run that was killed reads them again, whatever the number of
-ranks that it goes on with, so that none is sampled twice and a judgement is never replaced.
+The rollouts of a step lie in a folder of their own, with one file per share of the data. A line
+counts once it is synced to the disk. A run that was killed reads the lines again, whatever the
+number of ranks that resumes it, so that no response is sampled twice and no verdict is replaced.
 """
 
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch.distributed as dist
 
@@ -20,19 +20,22 @@ from alignment.ranks import is_share_leader, raise_on_all_ranks
 from alignment.records import Outcome
 from megatron_ext.errors import UserError
 
+if TYPE_CHECKING:
+    from alignment.rl.tasks import PromptTask
+
 
 @dataclass(frozen=True)
 class Rollout:
-    """A response to a prompt, in tokens.
+    """Response to a prompt, in tokens.
 
     Attributes:
-        task: the prompt's id.
-        sample: which of its group.
-        tokens: of the response, with the one that ended it.
-        log_probs: of each when it was drawn, nats, over all tokens at the temperature it was drawn
-            at, see `alignment.rl.supports`.
-        ended: by the model itself, not by the limit.
-        version: optimizer steps of the weights that drew it.
+        task: Id of the prompt.
+        sample: Number of the response in its group.
+        tokens: Token ids of the response, with the one that ended it.
+        log_probs: Log-probability of each token when it was sampled, in nats, over the whole
+            vocabulary at the temperature of sampling; see `alignment.rl.served_log_probs`.
+        ended: Whether the model ended the response, and not the limit of its length.
+        version: Optimizer steps of the weights that sampled it.
     """
 
     task: str
@@ -44,38 +47,48 @@ class Rollout:
 
     @property
     def key(self) -> str:
+        """Name of the response, unique in a step."""
         return f"{self.task}:{self.sample}"
 
 
 @dataclass(frozen=True)
 class RewardResult:
-    """What a response is worth.
+    """Result of rewarding a response.
 
     Attributes:
-        reward: None where there is no judgement; never a 0 instead.
-        outcome: of the judgement: "score", "preference", "unparseable", "failed".
-        facts: plain data for people and metrics.
-        error: how far rounding may move the reward, in its unit; None where that is not known,
-            which counts as the error of a score computed in fp32.
+        reward: Reward of the response. None if there is no verdict; 0 never stands for that.
+        outcome: "score", "preference", "unparseable" or "failed".
+        text: Text of the response.
+        details: Plain data for people, such as the scores of each judge and `reasons` of failures.
+        error: Largest rounding error of the reward, in its unit. None if it is unknown, which
+            counts as the error of a score computed in fp32.
     """
 
     reward: float | None
     outcome: str
-    facts: Mapping[str, Any]
+    text: str = ""
+    details: Mapping[str, Any] = field(default_factory=dict)
     error: float | None = None
 
 
+class RolloutGroup(NamedTuple):
+    """Responses to one prompt, with their rewards."""
+
+    task: "PromptTask"
+    rollouts: list[Rollout]
+    rewards: list[RewardResult]
+
+
 class RolloutStore:
-    """The rollouts and rewards of one step. Ranks make the same calls, each about its own share."""
+    """Rollouts and rewards of one step. Ranks make the same calls, each about its own share."""
 
     def __init__(self, folder: Path, engine: AlignmentEngine) -> None:
-        """Read what is there; a collective."""
+        """Read the share of this rank; a collective."""
         folder.mkdir(parents=True, exist_ok=True)
-        self._known: dict[str, Any] = {}
-        self._known |= read_share(folder, engine)
+        self._records: dict[str, Any] = read_share(folder, engine)
         self._file: AnswerStore | None = None
-        writes = is_share_leader(engine)  # also: all have read before one writes
-        if writes:
+        # The collective also makes sure that all ranks have read before one of them writes.
+        if is_share_leader(engine):
             self._file = AnswerStore(share_file(folder, "share", engine))
 
     def __enter__(self) -> "RolloutStore":
@@ -86,52 +99,66 @@ class RolloutStore:
             self._file.__exit__()
 
     def rollout(self, task: str, sample: int) -> Rollout | None:
-        """One that is kept."""
-        found = self._known.get(f"rollout:{task}:{sample}")
-        return None if found is None else Rollout(**found)
+        """Return a stored rollout, or None."""
+        record = self._records.get(f"rollout:{task}:{sample}")
+        return None if record is None else Rollout(**record)
 
     def reward(self, rollout: Rollout) -> RewardResult | None:
-        """One that is kept."""
-        found = self._known.get(f"reward:{rollout.key}")
-        return None if found is None else RewardResult(**found)
+        """Return the stored reward of a rollout, or None."""
+        record = self._records.get(f"reward:{rollout.key}")
+        return None if record is None else RewardResult(**record)
 
-    def keep_rollouts(self, rollouts: Sequence[Rollout]) -> None:
-        self._keep([rollout_record(rollout) for rollout in rollouts])
+    def add_rollouts(self, rollouts: Sequence[Rollout]) -> None:
+        """Store rollouts; a collective."""
+        self._add([rollout_record(rollout) for rollout in rollouts])
 
-    def keep_rewards(self, rewards: Sequence[tuple[Rollout, RewardResult]]) -> None:
-        """Those of calls that failed are for now alone: a run that goes on asks again, unless they
-        are settled."""
-        rows = [_reward_row(*one) for one in rewards]
-        self._known |= dict(rows)
-        self._keep([row for row in rows if row[1]["outcome"] != Outcome.FAILED])
+    def add_rewards(self, rewards: Sequence[tuple[Rollout, RewardResult]]) -> None:
+        """Store rewards; a collective.
 
-    def settle(self, rewards: Sequence[tuple[Rollout, RewardResult]]) -> None:
-        """Let failures stand: of a step that is trained without them. The steps after it were drawn
-        by the weights that came of that."""
-        self._keep([_reward_row(r, w) for r, w in rewards if w.outcome == Outcome.FAILED])
+        Failed calls are remembered in memory alone. A run that is resumed asks the judge again,
+        unless the step was trained without them; see `settle`.
+        """
+        records = [_reward_record(*one) for one in rewards]
+        self._records |= dict(records)
+        self._add([record for record in records if record[1]["outcome"] != Outcome.FAILED])
 
-    def _keep(self, rows: Sequence[tuple[str, dict[str, Any]]]) -> None:
-        self._known |= dict(rows)
+    def settle(self, groups: Sequence[RolloutGroup]) -> None:
+        """Make the failures of a step final; a collective.
+
+        The step is trained without these responses. The later steps are sampled with the weights
+        that result, so that a resumed run must not ask for their rewards again.
+        """
+        self._add(
+            [
+                _reward_record(rollout, reward)
+                for _, rollouts, rewards in groups
+                for rollout, reward in zip(rollouts, rewards)
+                if reward.outcome == Outcome.FAILED
+            ]
+        )
+
+    def _add(self, records: Sequence[tuple[str, dict[str, Any]]]) -> None:
+        self._records |= dict(records)
 
         def write() -> None:
-            if self._file is None or not rows:
+            if self._file is None or not records:
                 return
             try:
-                self._file.add(rows)
+                self._file.add(records)
             except OSError as error:
                 raise UserError(
-                    f"rollouts cannot be kept in {self._file.path}: {error.strerror}"
+                    f"Rollouts cannot be written to {self._file.path}: {error.strerror}."
                 ) from error
 
         raise_on_all_ranks(write)
 
 
-def remove_rollouts_before(folder: Path, step: int) -> None:
-    """Remove the rollouts of steps before this one; rank 0 does."""
-    if dist.get_rank() == 0 and folder.is_dir():
-        for place in folder.iterdir():
-            if int(place.name.removeprefix("step_")) < step:
-                shutil.rmtree(place)
+def remove_rollouts_before(root: Path, step: int) -> None:
+    """Remove the rollouts of the steps before a step, on rank 0."""
+    if dist.get_rank() == 0 and root.is_dir():
+        for folder in root.iterdir():
+            if int(folder.name.removeprefix("step_")) < step:
+                shutil.rmtree(folder)
     dist.barrier()
 
 
@@ -140,20 +167,20 @@ def step_folder(root: Path, step: int) -> Path:
     return root / f"step_{step:06d}"
 
 
-def _reward_row(rollout: Rollout, rewarded: RewardResult) -> tuple[str, dict[str, Any]]:
-    return f"reward:{rollout.key}", {**asdict(rewarded), "facts": dict(rewarded.facts)}
-
-
 def rollout_record(rollout: Rollout) -> tuple[str, dict[str, Any]]:
-    """As a store keeps it: key and content."""
+    """Return the key and the content under which a store keeps a rollout."""
     return f"rollout:{rollout.key}", asdict(rollout)
 
 
-def share_file(folder: Path, kind: str, engine: AlignmentEngine) -> Path:
-    """Return the file that this rank's share of the data has in the folder of a step.
+def _reward_record(rollout: Rollout, reward: RewardResult) -> tuple[str, dict[str, Any]]:
+    return f"reward:{rollout.key}", {**asdict(reward), "details": dict(reward.details)}
 
-    The name says how many shares there are. A run that resumes on another number of ranks finds
-    its rollouts spread over the files of other shares, and sees by the names which these are.
+
+def share_file(folder: Path, kind: str, engine: AlignmentEngine) -> Path:
+    """Return the file of this rank's share of the data in the folder of a step.
+
+    The name contains the number of shares. A run that resumes on another number of ranks finds its
+    rollouts spread over the files of other shares, and recognizes these files by their names.
     """
     return folder / f"{kind}_{engine.data_rank:05d}_of_{engine.data_size:05d}.jsonl"
 
@@ -161,27 +188,27 @@ def share_file(folder: Path, kind: str, engine: AlignmentEngine) -> Path:
 def read_share(folder: Path, engine: AlignmentEngine) -> dict[str, Any]:
     """Return the rollouts and rewards of this rank's share in the folder of a step, by key.
 
-    Files of the other shares of this number of ranks are not read: they hold other prompts. Files
-    that another number of ranks left are read whole.
+    Files of the other shares of the same number of ranks contain other prompts and are not read.
+    Files that another number of ranks left are read whole.
     """
     others = {
         f"_{rank:05d}_of_{engine.data_size:05d}.jsonl"
         for rank in range(engine.data_size)
         if rank != engine.data_rank
     }
-    known: dict[str, Any] = {}
+    records: dict[str, Any] = {}
     for file in sorted(folder.glob("*.jsonl")):
         if file.name[file.name.index("_") :] not in others:
-            known |= _read(file)
-    return known
+            records |= _complete_records(file)
+    return records
 
 
-def _read(file: Path) -> dict[str, Any]:
-    """The whole lines of a store that a killed run may have left torn."""
-    found = {}
+def _complete_records(file: Path) -> dict[str, Any]:
+    """Return the complete lines of a file whose last line a kill may have cut off."""
+    records = {}
     for line in file.read_bytes().splitlines(keepends=True):
         if not line.endswith(b"\n"):
             break
         row = json.loads(line)
-        found[row["key"]] = row["answer"]
-    return found
+        records[row["key"]] = row["answer"]
+    return records

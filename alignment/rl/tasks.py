@@ -1,9 +1,10 @@
-"""What reinforcement learning is given: prompts, who rewards answers to them, and settings."""
+"""Inputs of reinforcement learning: prompts and their order, the reward function, the settings."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 
 from alignment.engines.batch import TokenBatch
@@ -15,69 +16,146 @@ from megatron_ext.inference.sampling import Sampling
 
 @dataclass(frozen=True)
 class PromptTask:
-    """A prompt to be answered.
+    """Prompt that the policy answers.
 
     Attributes:
-        prompt: token ids.
-        about: what the reward needs to know.
+        id: Name of the prompt, unique in a run.
+        prompt: Token ids.
+        metadata: Whatever the reward function has to know about the prompt.
     """
 
     id: str
     prompt: Sequence[int]
-    about: Any
+    metadata: Any
+
+
+class RolloutRequest(NamedTuple):
+    """Response that a step requires: its task, its number in the group, the prompt and the seed."""
+
+    task: str
+    sample: int
+    prompt: Sequence[int]
+    seed: int
 
 
 class RewardFunction(Protocol):
-    """Rewards responses; a collective of all ranks, each with groups of its own."""
+    """Function that rewards responses: a collective of all ranks, each with its own groups."""
 
     def __call__(
         self, groups: Sequence[tuple[PromptTask, Sequence[Rollout]]], check: Callable[[], None]
     ) -> Sequence[Sequence[RewardResult]]:
-        """The rewards of each group's responses.
+        """Return the rewards of each group's responses.
 
         Args:
-            check: to be called on all ranks now and then; may raise.
+            groups: Tasks with their responses.
+            check: Function to call on all ranks from time to time. It may raise on all of them.
         """
         ...
 
 
 @dataclass(frozen=True)
 class RLSettings:
-    """Of the learning.
+    """Settings of reinforcement learning.
 
     Attributes:
-        algorithm: see `ALGORITHMS`.
-        groups: prompts of a step, on all ranks.
-        group_size: responses to each.
-        mini_batches: optimizer steps of a step.
-        length: of the rows that samples are packed into; a prompt with its response must fit.
-        sampling: of the responses.
-        rows: responses that are sampled at a time on a rank.
-        overlong_margin: tokens before the limit in which a response is punished.
-        max_unrewarded: share of a step's responses without a reward that ends the run.
-        draws: with an algorithm that wants groups of unequal rewards: how often a step may draw.
+        algorithm: Advantages and loss; see `alignment.rl.algorithms`.
+        groups: Prompts per step, on all ranks together.
+        group_size: Responses to each prompt.
+        mini_batches: Optimizer steps per step.
+        seq_length: Length of the rows that responses are packed into, in tokens. A prompt with its
+            response must fit.
+        sampling: How responses are sampled.
+        generation_batch_size: Responses that a rank samples at a time.
+        overlong_margin: Tokens before the limit in which a response is penalized, for an algorithm
+            with that penalty.
+        max_unrewarded: Largest share of a step's responses that may lack a reward.
+        draws: Largest number of draws of prompts per step, for an algorithm with dynamic sampling.
     """
 
     algorithm: Algorithm
     groups: int
     group_size: int
     mini_batches: int
-    length: int
+    seq_length: int
     sampling: Sampling
-    rows: int = 64
+    generation_batch_size: int = 64
     overlong_margin: int = 1
     max_unrewarded: float = 0.2
     draws: int = 3
 
     def __post_init__(self) -> None:
+        """Check the numbers, and let samplers report log-probabilities at their temperature.
+
+        Raises:
+            UserError: A number does not fit the others.
+        """
         if self.group_size < 2 and self.algorithm.advantages is not None:
-            raise UserError(f"--group-size {self.group_size} must be at least 2, to compare")
+            raise UserError(
+                f"--group-size {self.group_size} leaves a response nothing to be compared with. "
+                "Choose at least 2."
+            )
         if not 0 < self.mini_batches <= self.groups * self.group_size:
             raise UserError(
                 f"--mini-batches {self.mini_batches} must be at least 1 and at most the "
-                f"{self.groups * self.group_size} responses of a step"
+                f"{self.groups * self.group_size} responses of a step."
+            )
+        sampling = replace(self.sampling, score_temperature=self.sampling.temperature)
+        object.__setattr__(self, "sampling", sampling)
+
+
+class PromptOrder:
+    """Prompts of every step, in an order that depends on the seed alone.
+
+    Attributes:
+        tasks: Tasks whose prompts leave room for a response.
+        too_long: Number of the other tasks.
+    """
+
+    def __init__(self, tasks: Sequence[PromptTask], settings: RLSettings, seed: int) -> None:
+        """Leave out the prompts that are too long.
+
+        Raises:
+            UserError: No prompt leaves room for a response, or there are too few for a step.
+        """
+        length, new_tokens = settings.seq_length, settings.sampling.max_new_tokens
+        self.tasks = [task for task in tasks if len(task.prompt) <= length - new_tokens]
+        self.too_long = len(tasks) - len(self.tasks)
+        self._groups, self._seed = settings.groups, seed
+        self._orders: dict[int, np.ndarray] = {}
+        if not self.tasks:
+            raise UserError(
+                f"No prompt leaves room for --max-new-tokens {new_tokens} in --seq-length "
+                f"{length}. Raise --seq-length, or lower --max-new-tokens."
+            )
+        if (count := len({task.id for task in self.tasks})) < settings.groups:
+            raise UserError(
+                f"A step requires {settings.groups} different prompts, and {count} fit. Add "
+                "prompts, or lower --batch-size."
             )
 
+    def draw(self, step: int, draw: int = 0) -> list[PromptTask]:
+        """Return the prompts of a step, which all differ.
 
-Group = tuple[PromptTask, list[Rollout], list[RewardResult]]
+        Args:
+            step: Number of the step, from 0.
+            draw: 0 for the step's own prompts. Further draws are random prompts that the earlier
+                draws of the step lack.
+        """
+        count, size = len(self.tasks), self._groups
+        if draw:
+            drawn = {task.id for earlier in range(draw) for task in self.draw(step, earlier)}
+            others = [task for task in self.tasks if task.id not in drawn]
+            chosen = np.random.default_rng((self._seed, step, draw)).choice(
+                len(others), min(size, len(others)), replace=False
+            )
+            return [others[i] for i in chosen]
+        # A step lies within one epoch, so that its prompts differ. The rest of the epoch's order,
+        # which is too short for a step, is not used.
+        epoch, part = divmod(step, count // size)
+        if epoch not in self._orders:
+            self._orders[epoch] = np.random.default_rng((self._seed, epoch)).permutation(count)
+        return [self.tasks[i] for i in self._orders[epoch][part * size : (part + 1) * size]]
+
+
 ReferenceLogProbs = Callable[[TokenBatch, float], torch.Tensor]
+"""Function that returns the log-probabilities of a batch's tokens at a temperature."""

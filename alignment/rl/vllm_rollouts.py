@@ -89,7 +89,7 @@ class VLLMRollouts:
         """See `alignment.engines.protocol.Engine`; first the servers get the present weights.
 
         Log-probabilities are as the server reports them: of the distribution that was drawn from,
-        if it was started with --logprobs-mode processed_logprobs. `ReinforcementStep` checks that
+        if it was started with --logprobs-mode processed_logprobs. `alignment.rl.train` checks that
         they are those of training.
 
         Raises:

@@ -1,8 +1,8 @@
-"""The loop of every training here: steps, evaluations, checkpoints, signals."""
+"""Parts that every training loop has: resuming, evaluations, checkpoints, signals, progress."""
 
 import time
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,107 +10,168 @@ from alignment.training.training_run import StoppedBySignal, TrainingRun
 from megatron_ext.errors import UserError
 from megatron_ext.progress import Progress
 
-Row = Mapping[str, Any]
+Metrics = Mapping[str, Any]
 
 
 class EvaluationFailed(UserError):
-    """No figures could be had; raised on all ranks, which can still save what they trained."""
+    """Failure of an evaluation. All ranks raise it, so that they can still save the model."""
 
 
 @dataclass(frozen=True)
 class TrainingSchedule:
-    """How long a training is, and what happens on the way.
+    """Length of a training, and when to evaluate and to save the model.
 
     Attributes:
-        steps: in all.
-        save_every, evaluate_every: steps; both also happen after the last.
-        best: the figure of an evaluation whose highest value marks the model to keep.
-        sound: whether an evaluation's figures stand for enough items to mark a model.
-        stop_when: tells why an evaluation is the last one, or nothing.
+        steps: Number of steps.
+        save_every: Steps between checkpoints. There is also one after the last step.
+        evaluate_every: Steps between evaluations. There is also one after the last step.
+        best: Metric of an evaluation whose highest value marks the best model.
+        sound: Function that returns whether an evaluation covers enough items to mark a model.
+        stop_when: Function that returns why an evaluation is the last one, or None.
     """
 
     steps: int
     save_every: int
     evaluate_every: int
     best: str | None = None
-    sound: Callable[[Row], bool] = lambda row: True
-    stop_when: Callable[[Row], str | None] = lambda row: None
+    sound: Callable[[Metrics], bool] = lambda metrics: True
+    stop_when: Callable[[Metrics], str | None] = lambda metrics: None
+
+    def evaluates_after(self, step: int) -> bool:
+        """Return whether the model is evaluated after a number of steps."""
+        return step % self.evaluate_every == 0 or step == self.steps
+
+    def saves_after(self, step: int) -> bool:
+        """Return whether the model is saved after a number of steps."""
+        return step % self.save_every == 0 or step == self.steps
 
 
 def fit(
     run: TrainingRun,
-    plan: TrainingSchedule,
-    train: Callable[[int], Row],
-    evaluate: Callable[[int], Row] | None = None,
+    schedule: TrainingSchedule,
+    train: Callable[[int], Metrics],
+    evaluate: Callable[[int], Metrics] | None = None,
 ) -> int:
-    """Train from where the run stands to the end.
+    """Train from where the run stands to its end, with one function per step.
 
     Args:
-        train: does a step, counted from 0, and tells its figures.
-        evaluate: tells figures of the model after so many steps; also before the first.
+        run: Directory of the run, with the engine.
+        schedule: Number of steps, and when to evaluate and to save.
+        train: Function that does a step, counted from 0, and returns its metrics.
+        evaluate: Function that returns metrics of the model after a number of steps. It is also
+            called before the first step.
 
     Returns:
-        the number of the signal that ended it, or 0.
+        The number of the signal that stopped the run, or 0.
     """
+    with show_progress(run, schedule) as progress, stop_on_signal(run) as stop:
+        resume(run, schedule, evaluate)
+        while run.step < schedule.steps and not run.ended:
+            run.check_signals()
+            begin = time.perf_counter()
+            metrics = train(run.step)
+            run.finish_step({**metrics, "seconds": time.perf_counter() - begin})
+            progress.update(run.step, metrics)
+            if schedule.evaluates_after(run.step):
+                record_evaluation(run, schedule, evaluate)
+            if schedule.saves_after(run.step) or run.ended:
+                run.save()
+    return stop.signal
+
+
+def resume(
+    run: TrainingRun,
+    schedule: TrainingSchedule,
+    evaluate: Callable[[int], Metrics] | None,
+) -> None:
+    """Load the newest checkpoint if there is one, and make up for an evaluation that is due."""
     run.resume()
-    run.note(steps=plan.steps)
+    run.note(steps=schedule.steps)
+    if schedule.evaluates_after(run.step) and not run.evaluated:
+        record_evaluation(run, schedule, evaluate)
+        if run.step:
+            run.save()
 
-    def evaluated() -> None:
-        if evaluate is None:
-            return
-        try:
-            row = evaluate(run.step)
-        except EvaluationFailed:
-            if run.step > run.saved:
-                run.save()
-            raise
-        run.evaluated = True
-        run.log({"step": run.step, **row})
+
+def record_evaluation(
+    run: TrainingRun,
+    schedule: TrainingSchedule,
+    evaluate: Callable[[int], Metrics] | None,
+) -> None:
+    """Evaluate the model, log and print its metrics, and export it if it is the best so far.
+
+    Raises:
+        EvaluationFailed: There are no metrics. The model is saved first.
+    """
+    if evaluate is None:
+        return
+    try:
+        metrics = evaluate(run.step)
+    except EvaluationFailed:
+        if run.step > run.saved:
+            run.save()
+        raise
+    run.evaluated = True
+    run.log({"step": run.step, **metrics})
+    if run.writes:
+        print(f"step {run.step}: {_summary(metrics)}", flush=True)
+    # The metric of an untrained judge may be undefined.
+    value = metrics.get(schedule.best) if schedule.best is not None else None
+    if schedule.best is not None and value is not None:
+        run.keep_best(schedule.best, value, schedule.sound(metrics))
+    run.ended = schedule.stop_when(metrics) or ""
+
+
+@dataclass
+class StopSignal:
+    """Number of the signal that stopped a training, or 0."""
+
+    signal: int = 0
+
+
+@contextmanager
+def stop_on_signal(run: TrainingRun) -> Iterator[StopSignal]:
+    """Save the model and leave the block when a signal comes; report why the training ended."""
+    stop = StopSignal()
+    try:
+        yield stop
+    except StoppedBySignal as stopped:
+        stop.signal = stopped.number
+        if run.step > run.saved:
+            run.save()
         if run.writes:
-            print(f"step {run.step}: {_told(row)}", flush=True)
-        # An untrained judge may not agree enough for the figure to be defined.
-        value = row.get(plan.best) if plan.best is not None else None
-        if plan.best is not None and value is not None:
-            run.keep_best(plan.best, value, plan.sound(row))
-        run.ended = plan.stop_when(row) or ""
-
-    shown = Progress("training", plan.steps, "steps") if run.writes else nullcontext()
-    with shown as progress:
-        try:
-            due = run.step % plan.evaluate_every == 0 or run.step == plan.steps
-            if due and not run.evaluated:
-                evaluated()
-                if run.step:
-                    run.save()
-            while run.step < plan.steps and not run.ended:
-                run.check_signals()
-                begin = time.perf_counter()
-                row = train(run.step)
-                run.step += 1
-                run.evaluated = False
-                seconds = time.perf_counter() - begin
-                run.log({"step": run.step, **row, "seconds": seconds})
-                if progress is not None:
-                    progress.update(run.step, _told(row, most=4))
-                last = run.step == plan.steps
-                if run.step % plan.evaluate_every == 0 or last:
-                    evaluated()
-                if run.step % plan.save_every == 0 or last or run.ended:
-                    run.save()
-        except StoppedBySignal as stopped:
-            if run.step > run.saved:
-                run.save()
-            if run.writes:
-                print(
-                    f"{stopped} after step {run.step}: the same command goes on from here",
-                    flush=True,
-                )
-            return stopped.number
+            print(
+                f"{stopped} after step {run.step}. Run the same command again to resume.",
+                flush=True,
+            )
+        return
     if run.ended and run.writes:
-        print(f"stopped after step {run.step}: {run.ended}", flush=True)
-    return 0
+        print(f"Stopped after step {run.step}: {run.ended}", flush=True)
 
 
-def _told(row: Row, most: int = 12) -> str:
-    numbers = [(n, v) for n, v in row.items() if isinstance(v, int | float)]
+class StepProgress:
+    """Progress bar of a training on rank 0; nothing on the other ranks."""
+
+    def __init__(self, bar: Progress | None) -> None:
+        """Wrap a bar, or nothing."""
+        self._bar = bar
+
+    def update(self, step: int, metrics: Metrics) -> None:
+        """Show the number of finished steps and the first metrics of the last one."""
+        if self._bar is not None:
+            self._bar.update(step, _summary(metrics, most=4))
+
+
+@contextmanager
+def show_progress(run: TrainingRun, schedule: TrainingSchedule) -> Iterator[StepProgress]:
+    """Show a progress bar on rank 0 while a block runs."""
+    if not run.writes:
+        yield StepProgress(None)
+        return
+    with Progress("training", schedule.steps, "steps") as bar:
+        yield StepProgress(bar)
+
+
+def _summary(metrics: Metrics, most: int = 12) -> str:
+    numbers = [(n, v) for n, v in metrics.items() if isinstance(v, int | float)]
     return ", ".join(f"{name} {value:.4g}" for name, value in numbers[:most])

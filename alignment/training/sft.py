@@ -7,7 +7,7 @@ import numpy as np
 
 from alignment.engines.batch import TokenBatch, TokenSample
 from alignment.engines.protocol import AlignmentEngine, negative_log_likelihood
-from alignment.training.loop import Row
+from alignment.training.loop import Metrics
 
 
 def steps_of(samples: int, batch_size: int, epochs: float) -> int:
@@ -41,7 +41,7 @@ class SupervisedStep:
         self.batch_size, self.seed = batch_size, seed
         self._orders: dict[int, np.ndarray] = {}
 
-    def __call__(self, step: int) -> Row:
+    def __call__(self, step: int) -> Metrics:
         """Train on the samples of a step, which count from 0."""
         first = step * self.batch_size
         chosen = [self._at(place) for place in range(first, first + self.batch_size)]

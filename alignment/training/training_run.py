@@ -73,6 +73,7 @@ class TrainingRun:
         self._board: Any = None
         self._before: dict[int, Any] = {}
         self._exits: list[Callable[[], None]] = []
+        self._resumes: list[Callable[[int], None]] = []
         self.settings = json.loads(json.dumps(settings))
         if self.writes:
             self._open()
@@ -99,6 +100,10 @@ class TrainingRun:
         """Call a function without collectives when the run ends, however it does."""
         self._exits.append(call)
 
+    def at_resume(self, call: Callable[[int], None]) -> None:
+        """Call a function with the number of finished steps when the run has been resumed."""
+        self._resumes.append(call)
+
     def resume(self) -> bool:
         """Go on from the newest checkpoint, if there is one; drop the rows that come after it."""
         state, checkpoints = self._state, self.folder / "checkpoints"
@@ -121,6 +126,8 @@ class TrainingRun:
         if self.writes:
             keep_rows(self.folder / "metrics.jsonl", self._stands)
         dist.barrier()
+        for call in self._resumes:
+            call(self.step)
         return bool(known)
 
     def _stands(self, row: Mapping[str, Any]) -> bool:
@@ -139,6 +146,12 @@ class TrainingRun:
         for name, value in row.items():
             if name != "step" and isinstance(value, int | float):
                 self._writer().add_scalar(name, value, row["step"])
+
+    def finish_step(self, metrics: Mapping[str, Any]) -> None:
+        """Count a step, and log its metrics under its number."""
+        self.step += 1
+        self.evaluated = False
+        self.log({"step": self.step, **metrics})
 
     def save(self) -> None:
         """Write a checkpoint of this step; the one before stays until it is whole.

@@ -65,7 +65,7 @@ def reinforcement(folder, engine, run, critic=None, before=lambda groups: None, 
     from alignment.rl.algorithms import ALGORITHMS
     from alignment.rl.rollouts import RewardResult
     from alignment.rl.tasks import PromptTask, RLSettings
-    from alignment.rl.trainer import ReinforcementStep
+    from alignment.rl.train import RLComponents
     from megatron_ext.inference.sampling import Sampling
 
     asked = form(folder, thinks=False)
@@ -79,23 +79,29 @@ def reinforcement(folder, engine, run, critic=None, before=lambda groups: None, 
         return [
             [
                 # Of some there is no judgement; odd tokens are good.
-                RewardResult(None, "failed", {})
+                RewardResult(None, "failed")
                 if fails(rollout)
-                else RewardResult(sum(token % 2 for token in rollout.tokens) / 8, "score", {})
+                else RewardResult(sum(token % 2 for token in rollout.tokens) / 8, "score")
                 for rollout in rollouts
             ]
             for task, rollouts in groups
         ]
 
     algorithm = ALGORITHMS["ppo" if critic else "grpo"]
-    settings = RLSettings(algorithm, 6, 4, 2, LENGTH, Sampling(8), rows=8, max_unrewarded=0.9)
-    return ReinforcementStep(engine, run, tasks, reward, settings, seed=3, critic=critic)
+    settings = RLSettings(
+        algorithm, 6, 4, 2, LENGTH, Sampling(8), generation_batch_size=8, max_unrewarded=0.9
+    )
+    return RLComponents(
+        run=run, engine=engine, tasks=tasks, reward=reward, settings=settings, seed=3, critic=critic
+    )
 
 
 def a_few_steps(folder, place, kind, layout):
     """Figures of supervised steps, of reinforcement, of it with a critic; of all weights then."""
     from alignment.judges.training_examples import encode
     from alignment.rl.critic import Critic
+    from alignment.rl.train import train
+    from alignment.training.loop import TrainingSchedule
     from alignment.training.sft import SupervisedStep
     from alignment.training.training_run import TrainingRun
 
@@ -104,11 +110,10 @@ def a_few_steps(folder, place, kind, layout):
     step = SupervisedStep(engine, samples, 10, LENGTH, seed=3)
     found = [step(number) for number in range(2)]
     with TrainingRun(place, engine, {}) as run:
-        learn = reinforcement(folder, engine, run)
-        found += [learn(number) for number in range(2)]
+        train(reinforcement(folder, engine, run), TrainingSchedule(2, 100, 100))
         critic = Critic(engine_of(folder, kind, layout), seen={0})
-        learn = reinforcement(folder, engine, run, critic)
-        found += [learn(number) for number in range(2, 4)]
+        train(reinforcement(folder, engine, run, critic), TrainingSchedule(4, 100, 100))
+    found += rows_of(place)
     models = [critic.engine, engine]
     return found, [
         sum(float(t.double().abs().sum()) for _, t in model.parameters()) for model in models
@@ -169,7 +174,8 @@ def test_a_step_is_the_same_on_every_split_and_engine(study, tmp_path):
 
 def interrupted(folder, place, how, at):
     """Four steps of reinforcement; `how` happens while the rewards of the step `at` are given."""
-    from alignment.training.loop import TrainingSchedule, fit
+    from alignment.rl.train import train
+    from alignment.training.loop import TrainingSchedule
     from alignment.training.training_run import TrainingRun
 
     engine = engine_of(folder, "megatron", {"micro_batch": 2})
@@ -187,10 +193,9 @@ def interrupted(folder, place, how, at):
             if run.step == at and how is not None and engine.data_rank == 0:
                 how()
 
-        step = reinforcement(folder, engine, run, before=before)
-        ended = fit(
-            run, TrainingSchedule(4, save_every=2, evaluate_every=2), step, lambda n: {"n": n}
-        )
+        rl = reinforcement(folder, engine, run, before=before)
+        schedule = TrainingSchedule(4, save_every=2, evaluate_every=2)
+        ended = train(rl, schedule, lambda n: {"n": n})
     return ended, sum(calls)
 
 
@@ -233,7 +238,8 @@ def test_a_run_goes_on_exactly_in_the_middle_of_a_step(study, tmp_path, how):
 
 def judged_by_a_poor_server(folder, place, dies):
     """Three steps; calls fail in the first process alone, which dies in the third step."""
-    from alignment.training.loop import TrainingSchedule, fit
+    from alignment.rl.train import train
+    from alignment.training.loop import TrainingSchedule
     from alignment.training.training_run import TrainingRun
 
     engine = engine_of(folder, "megatron", {"micro_batch": 2})
@@ -244,8 +250,8 @@ def judged_by_a_poor_server(folder, place, dies):
                 os._exit(9)
 
         fails = odd if dies else lambda rollout: False
-        step = reinforcement(folder, engine, run, before=before, fails=fails)
-        fit(run, TrainingSchedule(3, save_every=3, evaluate_every=3), step)
+        rl = reinforcement(folder, engine, run, before=before, fails=fails)
+        train(rl, TrainingSchedule(3, save_every=3, evaluate_every=3))
 
 
 def test_failures_of_a_step_that_was_trained_stand(study, tmp_path):

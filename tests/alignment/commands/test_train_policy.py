@@ -20,6 +20,7 @@ from alignment.record_files import read_all
 from alignment.records import Message, Outcome, Prompt, Response, Side, Verdict
 from alignment.rl.grading import GamingAlarm, Grader
 from alignment.rl.judge_rewards import JudgeReward
+from alignment.rl.response_monitor import ResponseMonitor
 from alignment.rl.rollouts import Rollout
 from alignment.rl.tasks import PromptTask
 from alignment.rounding import EXACT
@@ -55,6 +56,7 @@ class Longest:
         return Verdict(**of, outcome=Outcome.PREFERENCE, preferred=side)
 
 
+NO_RUN: Any = ResponseMonitor(SimpleNamespace(), Monitor())  # type: ignore[arg-type]
 LETTERS = SimpleNamespace(decode=lambda tokens, **_: "".join(map(chr, tokens)))
 
 
@@ -71,10 +73,10 @@ def test_scores_are_means_over_judges_that_all_judged():
     )
     [[aa, x, empty]] = JudgeReward([Longest()], LETTERS, False)(groups, lambda: None)
     assert (aa.reward, x.reward, empty.reward) == (2.0, None, 0.0)
-    assert x.outcome == "unparseable" and x.facts["reasons"] == ["an x"]
+    assert x.outcome == "unparseable" and x.details["reasons"] == ["an x"]
     [[aa, x, empty]] = JudgeReward([Longest(), always], LETTERS, False)(groups, lambda: None)
     assert (aa.reward, x.reward, empty.reward) == (5.5, None, 4.5)
-    assert x.outcome == "unparseable" and x.facts["reasons"] == ["an x"]
+    assert x.outcome == "unparseable" and x.details["reasons"] == ["an x"]
 
 
 def test_win_rates_are_over_the_matches_that_were_judged():
@@ -189,7 +191,7 @@ def test_the_divergence_is_that_of_what_is_sampled(place, tmp_path):
     grader = Grader(
         policy, load_tokenizer(place / "model", None), held_out, Sampling(12, 0.7), {}, tmp_path,
         template={}, reference=lambda batch, temperature: scores("start", batch, temperature),
-        length=96, rows=4, monitor=Monitor(), alarm=GamingAlarm(), check=lambda: None, writes=True,
+        length=96, rows=4, monitor=NO_RUN, alarm=GamingAlarm(), check=lambda: None, writes=True,
     )  # fmt: skip
     rollouts = [Rollout("p", n, [n], [0.0], True) for n in range(2)]
     found = grader._divergence([(held_out[0], [1])] * 2, rollouts)
@@ -279,14 +281,19 @@ def check_monitors(run, kept, limits, held_out):
         alarms += len(told)
         assert row["monitor_alarms"] >= len(told)
     assert alarms, "nothing was tested"
+    nobody: Any = SimpleNamespace()
     graded = Grader(
         SimpleNamespace(), load_tokenizer(run / "final", None),
         held_out, Sampling(12, 0.8), {}, run, template={},
-        reference=None, length=96, rows=4, monitor=Monitor(), alarm=GamingAlarm(),
-        check=lambda: None, writes=True,
+        reference=None, length=96, rows=4, monitor=ResponseMonitor(nobody, Monitor()),
+        alarm=GamingAlarm(), check=lambda: None, writes=True,
     )  # fmt: skip
     graded.recall(3)  # as a run does that goes on there
-    assert graded.monitor.usual == usual and [row["step"] for row in graded.history] == [0, 2]
+    assert graded.monitor.monitor.usual == usual
+    assert [row["step"] for row in graded.history] == [
+        0,
+        2,
+    ]
 
 
 def check_errors_over_prompts(run, row):

@@ -18,7 +18,7 @@ def judged(rewards, values, dtype):
     from alignment.rl.critic import Critic, CriticSettings
 
     samples = [
-        TokenSample([1] * (2 + length), 2, {"advantage": reward})
+        TokenSample([1] * (2 + length), 2, {"reward": reward})
         for length, reward in zip(LENGTHS, rewards)
     ]
     batch = TokenBatch.of(samples)

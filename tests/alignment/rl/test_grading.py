@@ -10,6 +10,7 @@ from alignment.data.model_tokenizer import load_tokenizer
 from alignment.monitors.training_monitor import Monitor
 from alignment.records import Message, Outcome, Prompt, Response, Verdict
 from alignment.rl.grading import GamingAlarm, Grader
+from alignment.rl.response_monitor import ResponseMonitor
 from alignment.rl.rollouts import Rollout
 from megatron_ext.errors import UserError
 from megatron_ext.inference.sampling import Sampling
@@ -21,10 +22,12 @@ PROMPTS = [Prompt(f"p{i}", (Message("user", f"say {i}"),)) for i in range(10)]
 
 def grader_in(folder):
     make_model(folder / "model", num_hidden_layers=1, max_position_embeddings=128)
+    run: Any = SimpleNamespace()
     return Grader(
         SimpleNamespace(), load_tokenizer(folder / "model", None), PROMPTS, Sampling(12),
         {"proxy": [], "gold": []}, folder, template={}, reference=None, length=96, rows=4,
-        monitor=Monitor(), alarm=GamingAlarm(gap=0.5, window=3), check=lambda: None, writes=True,
+        monitor=ResponseMonitor(run, Monitor()), alarm=GamingAlarm(gap=0.5, window=3),
+        check=lambda: None, writes=True,
     )  # fmt: skip
 
 

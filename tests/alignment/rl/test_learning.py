@@ -1,5 +1,7 @@
 """Every algorithm solves a task whose reward can be verified: say odd tokens."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -18,8 +20,8 @@ def learn(model, place, algorithms):
     from alignment.rl.critic import Critic
     from alignment.rl.rollouts import RewardResult
     from alignment.rl.tasks import PromptTask, RLSettings
-    from alignment.rl.trainer import ReinforcementStep
-    from alignment.training.loop import TrainingSchedule, fit
+    from alignment.rl.train import RLComponents, train
+    from alignment.training.loop import TrainingSchedule
     from alignment.training.training_run import TrainingRun
     from megatron_ext.inference.sampling import Sampling
 
@@ -27,7 +29,7 @@ def learn(model, place, algorithms):
 
     def reward(groups, check):
         return [
-            [RewardResult(sum(t % 2 for t in r.tokens) / 6, "score", {}) for r in rollouts]
+            [RewardResult(sum(t % 2 for t in r.tokens) / 6, "score") for r in rollouts]
             for _, rollouts in groups
         ]
 
@@ -37,7 +39,6 @@ def learn(model, place, algorithms):
     found = {}
     for name in algorithms:
         engine.load_parameters(start)
-        rewards: list[float] = []
         settings = RLSettings(
             ALGORITHMS[name], 8, 4, 1, 64, Sampling(6, stop_at_eod=False), overlong_margin=1
         )
@@ -45,15 +46,13 @@ def learn(model, place, algorithms):
             critic = None
             if ALGORITHMS[name].advantages is None:
                 critic = Critic(MegatronEngine(model, optimization, layout), set(range(32)))
-            step = ReinforcementStep(engine, run, tasks, reward, settings, seed=0, critic=critic)
-
-            def train(number, step=step, rewards=rewards):
-                row = step(number)
-                rewards.append(row["reward"])
-                return row
-
-            fit(run, TrainingSchedule(STEPS, 100, 100), train)
-        found[name] = rewards
+            rl = RLComponents(
+                run=run, engine=engine, tasks=tasks, reward=reward, settings=settings, seed=0,
+                critic=critic,
+            )  # fmt: skip
+            train(rl, TrainingSchedule(STEPS, 100, 100))
+        lines = (place / name / "metrics.jsonl").read_text().splitlines()
+        found[name] = [json.loads(line)["reward"] for line in lines]
     return found
 
 

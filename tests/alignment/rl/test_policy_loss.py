@@ -12,10 +12,15 @@ from torch import Tensor
 
 from alignment.engines.batch import TokenBatch, TokenSample
 from alignment.engines.protocol import LossSums, TokenScores
-from alignment.rl.policy_loss import LOSSES, PolicyLoss, kl, policy_loss
+from alignment.rl.algorithms import ALGORITHMS, algorithm_by_name
+from alignment.rl.policy_loss import PolicyLoss, kl
 from megatron_ext.errors import UserError
 
 LENGTHS = [(2, 5), (1, 9), (3, 3), (2, 4), (1, 1), (4, 7)]  # prompt, response
+
+
+def policy_loss(name: str, **settings: Any) -> Any:
+    return algorithm_by_name(name, **settings).loss
 
 
 def numbers(generator: torch.Generator, count: int, spread: float) -> list[float]:
@@ -103,6 +108,7 @@ def whole(rule: PolicyLoss, given: list[TokenSample]) -> tuple[float, list[list[
     ]
 
 
+LOSSES: dict[str, Any] = {name: algorithm.loss for name, algorithm in ALGORITHMS.items()}
 RULES = {
     **LOSSES,
     "constant divisor": replace(LOSSES["dr-grpo"], max_tokens=9),
@@ -221,7 +227,7 @@ def test_what_a_prompt_has_lost_does_not_reach_the_gradient() -> None:
 
 
 def test_what_is_wrong_is_told() -> None:
-    with pytest.raises(UserError, match="no loss 'grop'; known are grpo, "):
+    with pytest.raises(UserError, match=r"no algorithm 'grop'\. Choose one of grpo, "):
         policy_loss("grop")
     with pytest.raises(UserError, match="k1 has no gradient"):
         policy_loss("grpo", kl=0.1, divergence="k1")

@@ -31,8 +31,9 @@ def train(model, place, steps, warmup, dies):
     from alignment.rl.critic import Critic, CriticSettings
     from alignment.rl.rollouts import RewardResult
     from alignment.rl.tasks import PromptTask, RLSettings
-    from alignment.rl.trainer import ReinforcementStep
-    from alignment.training.loop import TrainingSchedule, fit
+    from alignment.rl.train import RLComponents
+    from alignment.rl.train import train as train_policy
+    from alignment.training.loop import TrainingSchedule
     from alignment.training.training_run import TrainingRun
     from megatron_ext.inference.sampling import Sampling
 
@@ -44,9 +45,9 @@ def train(model, place, steps, warmup, dies):
     def reward(groups, check):
         return [
             [
-                RewardResult(None, "unparseable", {})
+                RewardResult(None, "unparseable")
                 if r.tokens[0] % 7 == 0
-                else RewardResult(sum(t % 2 for t in r.tokens) / 3, "score", {})
+                else RewardResult(sum(t % 2 for t in r.tokens) / 3, "score")
                 for r in rollouts
             ]
             for _, rollouts in groups
@@ -65,8 +66,11 @@ def train(model, place, steps, warmup, dies):
     )
     tasks = [PromptTask(f"t{number}", prompt(number), None) for number in range(20)]
     with TrainingRun(place, engine, {}, {"critic": other}) as run:
-        step = ReinforcementStep(engine, run, tasks, reward, settings, SEED, critic=critic)
-        fit(run, TrainingSchedule(steps, 2, 100), step)
+        rl = RLComponents(
+            run=run, engine=engine, tasks=tasks, reward=reward, settings=settings, seed=SEED,
+            critic=critic,
+        )  # fmt: skip
+        train_policy(rl, TrainingSchedule(steps, 2, 100))
     return [{n: t.clone() for n, t in e.parameters()} for e in (engine, other)]
 
 

@@ -156,8 +156,8 @@ def learn(folder, place, url, patience, ahead=False, waits=16, stops=False):
     from alignment.rl.async_rollouts import AsyncRollouts
     from alignment.rl.rollouts import RewardResult
     from alignment.rl.tasks import PromptTask, RLSettings
-    from alignment.rl.trainer import ReinforcementStep
-    from alignment.training.loop import TrainingSchedule, fit
+    from alignment.rl.train import RLComponents, train
+    from alignment.training.loop import TrainingSchedule
     from alignment.training.training_run import TrainingRun
     from megatron_ext.inference.sampling import Sampling
 
@@ -176,24 +176,21 @@ def learn(folder, place, url, patience, ahead=False, waits=16, stops=False):
         if stops:
             os.kill(os.getpid(), signal.SIGTERM)
         return [
-            [RewardResult(sum(t % 2 for t in r.tokens) / 6, "score", {}) for r in rollouts_]
+            [RewardResult(sum(t % 2 for t in r.tokens) / 6, "score") for r in rollouts_]
             for _, rollouts_ in groups
         ]
 
-    rows = []
     algorithm = algorithm_by_name("grpo", rollout_bound=2.0)
     settings = RLSettings(algorithm, 4, 4, 1, 64, Sampling(6, temperature=0.8))
     with TrainingRun(place, engine, {}) as run:
-        step = ReinforcementStep(
-            engine, run, tasks, reward, settings, 0, generate=rollouts.generate,
-            ahead=AsyncRollouts(rollouts, 3) if ahead else None,
+        rl = RLComponents(
+            run=run, engine=engine, tasks=tasks, reward=reward, settings=settings, seed=0,
+            generate=rollouts.generate,
+            async_rollouts=AsyncRollouts(rollouts, 3) if ahead else None,
         )  # fmt: skip
-
-        def train(number):
-            rows.append(step(number))
-            return rows[-1]
-
-        ended = fit(run, TrainingSchedule(3, 100, 100), train)
+        ended = train(rl, TrainingSchedule(3, 100, 100))
+    lines = (place / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
     assert not [t for t in threading.enumerate() if t.name.startswith("rollouts of step")]
     return rows, ended
 

@@ -4,17 +4,15 @@ import json
 import os
 import signal
 from argparse import Namespace
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 from alignment.commands.training_flags import lasting
 from alignment.rl.algorithms import ALGORITHMS
+from alignment.rl.metrics import StepTimes
 from alignment.rl.rollouts import RewardResult, RolloutStore
-from alignment.rl.tasks import PromptTask, RLSettings
-from alignment.rl.trainer import ReinforcementStep
+from alignment.rl.tasks import PromptOrder, PromptTask, RLSettings
+from alignment.rl.train import RLComponents, collect_groups, train
 from alignment.training.loop import TrainingSchedule, fit
 from alignment.training.training_run import TrainingRun
 from megatron_ext.errors import UserError
@@ -152,20 +150,17 @@ def test_every_evaluation_is_had_once_and_the_end_stays_the_end(model, tmp_path)
     assert run_ranks(evaluations, 1, model, tmp_path) == [[1, 2, 3, 4]]
 
 
-def of_draws(algorithm, tasks, groups):
-    run: Any = SimpleNamespace(folder=Path())
-    engine: Any = SimpleNamespace(generate=None)
+def order_of(algorithm, tasks, groups, seed=3):
     settings = RLSettings(ALGORITHMS[algorithm], groups, 2, 1, LENGTH, Sampling(4))
-    return ReinforcementStep(engine, run, tasks, lambda groups, check: [], settings, seed=3)
+    return PromptOrder(tasks, settings, seed)
 
 
 @pytest.mark.parametrize("count", [4, 5, 10, 11])
 def test_a_step_has_different_prompts_also_where_epochs_meet(count):
     tasks = [PromptTask(str(n), [n], None) for n in range(count)]
     for seed in range(20):
-        step = of_draws("grpo", tasks, 4)
-        step.seed = seed
-        drawn = [[task.id for task in step._draw(number, 0)] for number in range(9)]
+        order = order_of("grpo", tasks, 4, seed)
+        drawn = [[task.id for task in order.draw(step)] for step in range(9)]
         assert all(len(set(ids)) == 4 for ids in drawn)
         each = count // 4
         for begin in range(0, 9 - each, each):  # within an epoch none comes twice
@@ -175,8 +170,8 @@ def test_a_step_has_different_prompts_also_where_epochs_meet(count):
 
 def test_too_few_prompts_for_a_step_are_refused_before_it_begins():
     tasks = [PromptTask(str(n), [n], None) for n in range(3)]
-    with pytest.raises(UserError, match="a step wants 4 different prompts, and there are 3"):
-        of_draws("grpo", tasks, 4)
+    with pytest.raises(UserError, match="A step requires 4 different prompts, and 3 fit"):
+        order_of("grpo", tasks, 4)
 
 
 def dynamic(model, place):
@@ -189,8 +184,8 @@ def dynamic(model, place):
         kinds = {0: (None, None), 1: (1.0, 1.0), 2: (0.0, 1.0)}
         return [
             [
-                RewardResult(w, "score" if w is not None else "failed", {})
-                for w in kinds[task.about % 3]
+                RewardResult(w, "score" if w is not None else "failed")
+                for w in kinds[task.metadata % 3]
             ]
             for task, _ in groups
         ]
@@ -200,14 +195,16 @@ def dynamic(model, place):
         settings = RLSettings(
             ALGORITHMS["dapo"], 6, 2, 1, LENGTH, Sampling(3), draws=2, max_unrewarded=1
         )
-        step = ReinforcementStep(engine, run, tasks, reward, settings, seed=3)
-        for number in range(4):
-            with RolloutStore(place / f"rollouts-{number}", engine) as store:
-                times = {"rollout": 0.0, "judging": 0.0}
-                groups, asked, draws = step._gather(number, store, times)
-            drawn = [task.about % 3 for task, _, _ in asked]
-            row = step(number)
-            found.append(([task.about % 3 for task, _, _ in groups], drawn, draws, row["failed"]))
+        rl = RLComponents(
+            run=run, engine=engine, tasks=tasks, reward=reward, settings=settings, seed=3
+        )
+        for step in range(4):
+            with RolloutStore(place / f"rollouts-{step}", engine) as store:
+                groups, sampled, draws = collect_groups(rl, step, store, StepTimes())
+            drawn = [task.metadata % 3 for task, _, _ in sampled]
+            train(rl, TrainingSchedule(step + 1, 100, 100))
+            failed = rows_of(place)[step]["failed"]
+            found.append(([task.metadata % 3 for task, _, _ in groups], drawn, draws, failed))
     return found
 
 

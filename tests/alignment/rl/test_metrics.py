@@ -3,7 +3,7 @@
 import pytest
 
 from alignment.engines.protocol import StepResult
-from alignment.rl.step_metrics import update_metrics
+from alignment.rl.metrics import update_metrics
 
 
 def test_steps_whose_gradients_overflowed_are_counted_and_have_no_norm():

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from alignment.engines.batch import TokenBatch, TokenSample
-from alignment.rl.policy_loss import policy_loss
-from alignment.rl.supports import check_served_log_probs, refuse_truncation
+from alignment.rl.algorithms import algorithm_by_name
+from alignment.rl.served_log_probs import check_served_log_probs, refuse_truncation
 from megatron_ext.errors import UserError
 from megatron_ext.inference.sampling import Sampling
 from tests.alignment.engines.engine_runs import told_by
@@ -27,7 +27,7 @@ def gaps(folder, name):
     from alignment.engines.deepspeed import DeepSpeedEngine
     from alignment.engines.megatron import MegatronEngine
     from alignment.engines.protocol import TokenScores
-    from alignment.rl.step_metrics import rollout_gap
+    from alignment.rl.metrics import rollout_gap
 
     engine: Any = {"megatron": MegatronEngine, "deepspeed": DeepSpeedEngine}[name](folder)
     found = []
@@ -47,7 +47,7 @@ def gaps(folder, name):
         )
         scores = engine.log_probs(batch, temperature=temperature).log_probs.cpu()
         batch.extras["old_log_probs"] = scores  # type: ignore[index]
-        loss = policy_loss("grpo", rollout_bound=1.01, rollout_rule="mask")(
+        loss = algorithm_by_name("grpo", rollout_bound=1.01, rollout_rule="mask").loss(
             TokenScores(scores), batch
         )
         found.append(
@@ -116,10 +116,10 @@ def test_servers_that_report_another_distribution_are_refused():
                  "of other weights, as they may be"):  # fmt: skip
         assert not found[name], name
     assert "those of temperature 1" in found["raw of other weights"]
-    assert "those of temperature 1, and responses are drawn at --temperature 0.9" in found["raw"]
+    assert "those of temperature 1, and responses are sampled at --temperature 0.9" in found["raw"]
     assert "--logprobs-mode processed_logprobs" in found["raw"]
-    assert "+0.5 nats a token on average" in found["far"]
-    assert "nats a token on average" in found["truncated"]
+    assert "+0.5 nats per token on average" in found["far"]
+    assert "nats per token on average" in found["truncated"]
 
 
 def test_servers_draw_from_the_whole_vocabulary():

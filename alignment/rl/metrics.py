@@ -1,0 +1,165 @@
+"""Metrics of a step: of its responses and of its optimizer steps, the same on every rank."""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from alignment.engines.batch import TokenBatch
+from alignment.engines.protocol import AlignmentEngine, StepResult
+from alignment.ranks import all_gather_by_data_rank
+from alignment.rl.advantages import informative
+from alignment.rl.rollouts import RewardResult, Rollout, RolloutGroup
+from alignment.rl.tasks import PromptTask
+
+ResponseMetric = Callable[[PromptTask, Rollout, RewardResult], float]
+
+RESPONSE_METRICS: dict[str, ResponseMetric] = {
+    "length": lambda task, rollout, reward: len(rollout.tokens),
+    "cut_off": lambda task, rollout, reward: not rollout.ended,
+}
+"""Metrics that are logged as means over the responses of a step on all ranks, by name."""
+
+
+def response_metrics(engine: AlignmentEngine, groups: Sequence[RolloutGroup]) -> dict[str, Any]:
+    """Return metrics of the responses of all ranks, before the step; a collective."""
+    rows: list[tuple[Any, ...]] = [
+        (
+            reward.reward,
+            len(rollout.tokens) + len(task.prompt),
+            engine.step - rollout.version,
+            *(float(metric(task, rollout, reward)) for metric in RESPONSE_METRICS.values()),
+        )
+        for task, rollouts, rewards in groups
+        for rollout, reward in zip(rollouts, rewards)
+    ]
+    differ = [rewards_differ(group) for group in groups]
+    shares = all_gather_by_data_rank(engine, (rows, differ))
+    rows = [row for share, _ in shares for row in share]
+    differ = [one for _, share in shares for one in share]
+    rewards_ = [row[0] for row in rows if row[0] is not None]
+    count = max(1, len(rows))
+    return {
+        "reward": float(np.mean(rewards_)) if rewards_ else None,
+        "reward_std": float(np.std(rewards_)) if rewards_ else None,
+        **{
+            name: float(np.mean([row[place] for row in rows])) if rows else 0.0
+            for place, name in enumerate(RESPONSE_METRICS, start=3)
+        },
+        "groups_that_differ": sum(differ) / max(1, len(differ)),
+        "rollout_staleness": sum(row[2] for row in rows) / count,
+        "tokens": sum(row[1] for row in rows),
+    }
+
+
+def failure_metrics(
+    engine: AlignmentEngine, groups: Sequence[RolloutGroup]
+) -> tuple[dict[str, float], Counter[str]]:
+    """Return shares of the responses of all ranks without a reward, and counts of the reasons.
+
+    A collective.
+
+    Args:
+        engine: Engine whose ranks share the responses.
+        groups: All groups that were sampled, also those that the step does not train on.
+    """
+    own = [
+        (
+            reward.reward is None,
+            reward.outcome,
+            tuple(reward.details.get("reasons", ())) if reward.reward is None else (),
+        )
+        for _, _, rewards in groups
+        for reward in rewards
+    ]
+    rows = [row for share in all_gather_by_data_rank(engine, own) for row in share]
+    count = max(1, len(rows))
+    shares = {
+        "unrewarded": sum(row[0] for row in rows) / count,
+        "unparseable": sum(row[1] == "unparseable" for row in rows) / count,
+        "failed": sum(row[1] == "failed" for row in rows) / count,
+    }
+    return shares, Counter(reason for row in rows for reason in row[2])
+
+
+def rewards_differ(group: RolloutGroup) -> bool:
+    """Return whether two rewards of a group differ by more than rounding."""
+    rewards, errors = [w.reward for w in group.rewards], [w.error for w in group.rewards]
+    return bool(informative(rewards, [0] * len(rewards), errors).any())
+
+
+def rollout_gap(engine: AlignmentEngine, batches: Sequence[TokenBatch]) -> dict[str, float]:
+    """Return how far the sampler's log-probabilities are from those of training; a collective.
+
+    Args:
+        engine: Engine whose ranks share the batches.
+        batches: Batches with the extras `rollout_log_probs` and `old_log_probs`.
+
+    Returns:
+        Nats per token: the mean distance, the largest distance, and how much larger the sampler's
+        log-probabilities are on average (`rollout_kl`), which estimates the divergence of the
+        sampler from the policy.
+    """
+    differences = [
+        (batch.extras["rollout_log_probs"] - batch.extras["old_log_probs"])[batch.loss_mask]
+        for batch in batches
+        if batch.rows
+    ]
+    own = torch.cat([torch.zeros(0), *differences]).double()
+    most = float(own.abs().max()) if len(own) else 0.0
+    values = (float(own.abs().sum()), float(own.sum()), len(own), most)
+    shares = all_gather_by_data_rank(engine, values)
+    count = max(1, sum(share[2] for share in shares))
+    return {
+        "rollout_gap": sum(share[0] for share in shares) / count,
+        "rollout_kl": sum(share[1] for share in shares) / count,
+        "rollout_gap_max": max(share[3] for share in shares),
+    }
+
+
+def update_metrics(results: Sequence[StepResult], prefix: str = "") -> dict[str, float]:
+    """Return the mean metrics of the optimizer steps that one step made.
+
+    An optimizer step that was skipped because fp16 gradients overflowed has no gradient norm. Such
+    steps are counted as `overflows`.
+    """
+    if not results:
+        return {}
+    means = {n: float(np.mean([r.metrics[n] for r in results])) for n in results[0].metrics}
+    norms = [r.grad_norm for r in results if r.grad_norm is not None]
+    metrics = {f"{prefix}loss": float(np.mean([r.loss for r in results]))}
+    if norms:
+        metrics[f"{prefix}grad_norm"] = float(np.mean(norms))
+    if len(norms) < len(results):
+        metrics[f"{prefix}overflows"] = float(len(results) - len(norms))
+    return {**metrics, f"{prefix}lr": results[-1].lr, **means}
+
+
+class StepTimes:
+    """Seconds that the parts of one step take."""
+
+    def __init__(self) -> None:
+        """Start the clock of the step."""
+        self._begin = time.perf_counter()
+        self._parts = {"rollout": 0.0, "judging": 0.0, "training": 0.0}
+
+    @contextmanager
+    def measure(self, part: str) -> Iterator[None]:
+        """Add the seconds that a block takes to a part."""
+        begin = time.perf_counter()
+        yield
+        self._parts[part] += time.perf_counter() - begin
+
+    def metrics(self, tokens: float) -> Mapping[str, float]:
+        """Return the seconds of the step and of its parts, their shares, and tokens per second."""
+        total = time.perf_counter() - self._begin
+        return {
+            **{f"time/{part}": seconds for part, seconds in self._parts.items()},
+            **{f"share/{part}": seconds / total for part, seconds in self._parts.items()},
+            "tokens_per_s": tokens / total,
+            "seconds": total,
+        }

@@ -1,0 +1,166 @@
+"""Monitor of the responses of every step: detectors, alarms, routing, and responses to keep."""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from alignment.data.source_rows import RecordWriter
+from alignment.engines.batch import TokenSample
+from alignment.engines.protocol import AlignmentEngine
+from alignment.monitors.lengths import Lengths
+from alignment.monitors.text_features import shown, words_of
+from alignment.monitors.training_monitor import BatchFindings, Monitor
+from alignment.ranks import all_gather_by_data_rank, gather_by_data_rank
+from alignment.records import Response
+from alignment.rl.rollouts import RolloutGroup
+from alignment.training.training_run import TrainingRun
+from megatron_ext.training.saving import write_atomically
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutingCheck:
+    """How often to compare the routing of generation with that of training.
+
+    Attributes:
+        interval: Steps between comparisons. 0 for none.
+        responses: Responses that are compared, on all ranks together.
+        seq_length: Length of the rows that responses are packed into, in tokens.
+        temperature: Temperature of sampling.
+    """
+
+    interval: int
+    responses: int
+    seq_length: int
+    temperature: float
+
+
+class ResponseMonitor:
+    """Monitor of a run's responses. It alone knows the detectors and the typical lengths.
+
+    An alarm is printed when it begins. Each step with alarms leaves them, with examples, in
+    `RUN/alarms`.
+    """
+
+    def __init__(
+        self,
+        run: TrainingRun,
+        monitor: Monitor,
+        *,
+        routing: RoutingCheck | None = None,
+        keep_responses: int = 0,
+    ) -> None:
+        """Make a monitor.
+
+        Args:
+            run: Run whose directory alarms and responses are written to.
+            monitor: Detectors with their limits.
+            routing: When to compare how generation and training route. None for never.
+            keep_responses: Responses of each step that are written to `RUN/responses`.
+        """
+        self.run, self.monitor = run, monitor
+        self._routing, self._keep_responses = routing, keep_responses
+        self._active: set[str] = set()
+
+    def set_typical_lengths(self, texts: Sequence[str]) -> None:
+        """Take the lengths of these responses, those of the first evaluation, as typical."""
+        lengths = Lengths.of([len(words_of(text)) for text in texts])
+        self.monitor = replace(self.monitor, usual=lengths)
+
+    def findings(
+        self, responses: Sequence[Response], scores: Sequence[float | None]
+    ) -> BatchFindings:
+        """Return what the detectors find in responses, such as those of an evaluation."""
+        return self.monitor.of_batch(responses, scores)
+
+    def check_step(self, step: int, groups: Sequence[RolloutGroup]) -> dict[str, Any]:
+        """Return metrics of a step's responses; a collective. Those of detectors are on rank 0.
+
+        Args:
+            step: Number of the step, from 0.
+            groups: This rank's groups.
+        """
+        metrics: dict[str, Any] = {}
+        routing = self._routing
+        if routing is not None and routing.interval and step % routing.interval == 0:
+            begin = time.perf_counter()
+            if gap := routing_metrics(self.run.engine, groups, routing):
+                metrics |= {**gap, "time/routing": time.perf_counter() - begin}
+        own = [
+            (
+                rollout.sample,
+                task.id,
+                Response(rollout.key, task.metadata, reward.text),
+                reward.reward,
+            )
+            for task, rollouts, rewards in groups
+            for rollout, reward in zip(rollouts, rewards)
+        ]
+        shares = gather_by_data_rank(self.run.engine, own)
+        # One response of every prompt before a second one of any; the same on every layout.
+        rows = sorted((row for share in shares for row in share), key=lambda row: row[:2])
+        if self.run.writes and rows:
+            responses, rewards = [row[2] for row in rows], [row[3] for row in rows]
+            if self._keep_responses:
+                write_responses(self.run.folder, step + 1, responses[: self._keep_responses])
+            findings = self.findings(responses, rewards)
+            self._report(step + 1, findings)
+            metrics |= {**findings.metrics(), "monitor_alarms": len(findings.alarms)}
+        return metrics
+
+    def _report(self, step: int, findings: BatchFindings) -> None:
+        for name in sorted(findings.alarms.keys() - self._active):
+            alarm = findings.alarms[name]
+            examples = [shown(example.evidence[0]) for example in findings.examples.get(name, ())]
+            listed = f": {', '.join(examples)}" if examples else ""
+            print(
+                f"step {step}: monitor {name} is at {alarm.figure:.2f}, above its limit "
+                f"{alarm.limit:g}{listed}",
+                flush=True,
+            )
+        self._active = set(findings.alarms)
+        if findings.alarms:
+            record = {
+                name: asdict(alarm)
+                | {"examples": [asdict(e) for e in findings.examples.get(name, ())]}
+                for name, alarm in findings.alarms.items()
+            }
+            file = self.run.folder / "alarms" / f"step_{step:06d}.json"
+            file.parent.mkdir(exist_ok=True)
+            write_atomically(file, json.dumps(record, ensure_ascii=False, indent=1) + "\n")
+
+
+def write_responses(folder: Path, step: int, responses: Sequence[Response]) -> None:
+    """Write some of a step's responses, for a gold judge to label and a judge to be trained on."""
+    with RecordWriter(folder / "responses" / f"step_{step:06d}.jsonl", overwrite=True) as writer:
+        for response in responses:
+            name = f"step-{step}-{response.id}"
+            writer.write(replace(response, id=name, source=f"policy at step {step}"))
+
+
+def routing_metrics(
+    engine: AlignmentEngine, groups: Sequence[RolloutGroup], routing: RoutingCheck
+) -> Mapping[str, float]:
+    """Return how far apart generation and training route some of a step's responses; a collective.
+
+    Args:
+        engine: Engine of the policy.
+        groups: This rank's groups. The same responses are compared on every layout, one of every
+            prompt before a second one of any.
+        routing: Number of the responses, and how they are sampled and packed.
+    """
+    own = [
+        (rollout.sample, task.id, TokenSample([*task.prompt, *rollout.tokens], len(task.prompt)))
+        for task, rollouts, _ in groups
+        for rollout in rollouts
+        if rollout.tokens
+    ]
+    # The first ones of all ranks are among the first ones of each rank.
+    first = sorted(own, key=lambda row: row[:2])[: routing.responses]
+    shares = all_gather_by_data_rank(engine, first)
+    rows = sorted((row for share in shares for row in share), key=lambda row: row[:2])
+    samples = [sample for _, _, sample in rows[: routing.responses]]
+    share = samples[engine.data_rank :: engine.data_size]
+    return engine.routing_gap(share, routing.seq_length, routing.temperature)
