@@ -403,7 +403,7 @@ def test_judges_that_fail_end_the_run_and_are_asked_again(place, tmp_path):
         )
         [told] = run_ranks(train, 1, place, run, spec, 2)
         assert "100% of the responses have no reward" in told and "failed 100%" in told
-        assert "most often: status 503" in told and "(16)" in told
+        assert "The most frequent reasons: status 503" in told and "(16)" in told
         [kept] = run.glob("rollouts/step_000000/*.jsonl")
         before = kept.read_bytes()
         assert before.count(b'"rollout:') == 16 and b'"reward:' not in before
