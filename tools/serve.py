@@ -47,13 +47,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         layout, others = loading_options(options)
         trained = load_model(checkpoint, layout, **others)
-        copies = ModelReplicas(trained, options.max_batch_size)
+        replicas = ModelReplicas(trained, options.max_batch_size)
     if listening is None:
-        copies.follow()
+        replicas.follow()
         return
     limits = RequestLimits(options.max_choices, options.max_tokens, options.max_prompt_tokens)
     name = options.model_name or Path(options.load).resolve().name
-    scheduler = Scheduler(copies, options.max_waiting)
+    scheduler = Scheduler(replicas, options.max_waiting)
     api = Api(scheduler, Reader(trained, name, limits, template), options.timeout)
     host, port = listening.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host

@@ -63,10 +63,10 @@ class _ForcedRow(GenerationRow):
     def generates(self) -> bool:
         return self.cached >= self._asked
 
-    def chunk(self, line: int, most: int) -> TokenChunk:
+    def chunk(self, slot: int, most: int) -> TokenChunk:
         end = self.cached + 1 if self.generates else min(self.cached + most, self._asked)
         return TokenChunk(
-            line, self.cached, self.prompt[self.cached : end], int(end >= self._asked)
+            slot, self.cached, self.prompt[self.cached : end], int(end >= self._asked)
         )
 
     def add(self, score: TokenScore) -> str:
@@ -89,7 +89,7 @@ def decode(
         temperature: divides the logits before log-probabilities.
     """
     rows = [_ForcedRow(trained, sample, temperature) for sample in samples]
-    engine = GenerationEngine(trained, lines=len(rows))
+    engine = GenerationEngine(trained, max_slots=len(rows))
     begins: dict[GenerationRow, int] = {}
     tokens = 0
     for row in rows:
@@ -101,7 +101,7 @@ def decode(
 
     def saw(router: ThresholdRouter | TokenChoiceRouter, values: Tensor, chosen: Tensor) -> None:
         places = [
-            begins[engine.rows[chunk.line]] + position
+            begins[engine.rows[chunk.slot]] + position
             for chunk in engine.chunks
             for position in range(chunk.start, chunk.end)
         ]

@@ -202,15 +202,15 @@ class MegatronLM(TemplateLM):
             prompts.append((self.tok_encode(context) or [self.prefix_token_id])[-room:])
             jobs.setdefault(sampling, []).append(i)
         own: dict[int, str] = {}
-        copies = self.model.copies
+        replicas = self.model.replicas
         for sampling, members in jobs.items():
             members.sort(key=lambda i: len(prompts[i]))
-            turn = self.batch_rows * copies.number
+            turn = self.batch_rows * replicas.number
             for start in range(0, len(members), turn):
-                first = start + copies.own * self.batch_rows
+                first = start + replicas.own * self.batch_rows
                 mine = members[first : first + self.batch_rows]
                 # Copies with nothing left run along with those whose experts they hold.
-                if mine or copies.in_step:
+                if mine or replicas.in_step:
                     texts = generate(self.model.trained, [prompts[i] for i in mine], sampling, mine)
                     own.update(
                         (i, self._shown(prompts[i], completion, sampling))

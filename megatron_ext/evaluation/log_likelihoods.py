@@ -85,13 +85,13 @@ class LanguageModel(ABC):
     Attributes:
         codec: between text and its tokens.
         max_length: the longest sequence it takes, in tokens.
-        copies: how ranks share the work.
+        replicas: how ranks share the work.
         description: what tells its results from those of another model.
     """
 
     codec: TextCodec
     max_length: int
-    copies: DataReplicas
+    replicas: DataReplicas
     description: dict[str, Any]
 
     @abstractmethod
@@ -115,12 +115,12 @@ class LanguageModel(ABC):
         """
         batches = batches_by_length([len(r.tokens) - 1 for r in requests], batch_tokens)
         own: dict[int, LogLikelihood] = {}
-        for first in range(0, len(batches), self.copies.number):
-            turn = batches[first : first + self.copies.number]
-            if self.copies.own < len(turn):
-                mine = turn[self.copies.own]
+        for first in range(0, len(batches), self.replicas.number):
+            turn = batches[first : first + self.replicas.number]
+            if self.replicas.own < len(turn):
+                mine = turn[self.replicas.own]
                 own.update(zip(mine, self._score_batch([requests[i] for i in mine])))
-            elif self.copies.in_step:
+            elif self.replicas.in_step:
                 self._score_batch([])
             done(sum(map(len, turn)))
         scores = merged(own)

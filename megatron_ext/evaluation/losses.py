@@ -133,8 +133,8 @@ def window_losses(
     """
     own: dict[int, float] = {}
     with routing.in_force():
-        for turn in _turns(windows.number, rows, model.copies.number, routing.pooled):
-            mine = turn[model.copies.own]
+        for turn in _turns(windows.number, rows, model.replicas.number, routing.pooled):
+            mine = turn[model.replicas.own]
             own.update(_losses(model, windows, routing, mine, mine.start - turn[0].start))
             done(sum(map(len, turn)))
     sums = merged(own)

@@ -30,7 +30,7 @@ class MegatronModel(LanguageModel):
         else:
             self.codec = TextCodec(of_megatron=tokenizer)
         self.max_length = trained.max_length
-        self.copies = DataReplicas(groups.dp.rank(), groups.dp.size(), groups.ep.size() > 1)
+        self.replicas = DataReplicas(groups.dp.rank(), groups.dp.size(), groups.ep.size() > 1)
         self.description = {
             "model": str(trained.checkpoint.resolve()),
             "iteration": trained.iteration,
@@ -64,7 +64,7 @@ class HuggingFaceModel(LanguageModel):
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group("gloo" if is_cpu_device() else "nccl")
         self._model.to(torch.cuda.current_device())
-        self.copies = DataReplicas(int(os.environ.get("RANK", "0")), ranks)
+        self.replicas = DataReplicas(int(os.environ.get("RANK", "0")), ranks)
         self.description = {
             "model": str(folder.resolve()),
             "iteration": None,

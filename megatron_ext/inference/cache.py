@@ -17,7 +17,7 @@ from megatron.core.inference.contexts import BaseInferenceContext
 from megatron.core.models.common.embeddings.rope_utils import _rotate_half
 from torch import Tensor
 
-_FIRST_LENGTH = 64  # tokens of a line, before any row is longer
+_FIRST_LENGTH = 64  # tokens of a slot, before any row is longer
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,13 @@ class TokenChunk:
     """The next tokens of one row.
 
     Attributes:
-        line: the row's place in the cache.
+        slot: the row's place in the cache.
         start: how many of the row's tokens are in the cache already.
         tokens: those that come.
         wanted: after how many of the last of them logits are asked for.
     """
 
-    line: int
+    slot: int
     start: int
     tokens: Sequence[int]
     wanted: int = 1
@@ -47,11 +47,11 @@ class RaggedCache(BaseInferenceContext):
     # What Megatron's GPTModel asks a context that is not of its static kind.
     num_speculative_tokens = 0
 
-    def __init__(self, lines: int, max_length: int) -> None:
+    def __init__(self, max_slots: int, max_length: int) -> None:
         super().__init__(InferenceConfig(materialize_only_last_token_logits=True))
-        self.max_lines, self.max_sequence_length = lines, max_length
+        self.max_slots, self.max_sequence_length = max_slots, max_length
         self._size = (1, min(_FIRST_LENGTH, max_length))
-        # Of each layer, keys (rotated) and values `[lines, kv_heads, length, head_dim]`.
+        # Of each layer, keys (rotated) and values `[slots, kv_heads, length, head_dim]`.
         self._memory: dict[int, tuple[Tensor, Tensor]] = {}
         # Of the present pass: cosines and sines, and where keys go.
         self._rotation: tuple[Tensor, Tensor] | None = None
@@ -64,7 +64,7 @@ class RaggedCache(BaseInferenceContext):
         return False
 
     def move(self, source: int, target: int) -> None:
-        """Put a line in another's place."""
+        """Put a slot in another's place."""
         for keys, values in self._memory.values():
             keys[target], values[target] = keys[source], values[source]
 
@@ -75,9 +75,9 @@ class RaggedCache(BaseInferenceContext):
             tokens, int64 `[1, tokens]`.
         """
         assert all(len(a.tokens) == 1 or len(b.tokens) > 1 for a, b in pairwise(chunks))
-        self._grow(1 + max(c.line for c in chunks), max(c.end for c in chunks))
+        self._grow(1 + max(c.slot for c in chunks), max(c.end for c in chunks))
         positions = [p for c in chunks for p in range(c.start, c.end)]
-        lines = [c.line for c in chunks for _ in c.tokens]
+        slots = [c.slot for c in chunks for _ in c.tokens]
         single = [c for c in chunks if len(c.tokens) == 1]
         self._long = chunks[len(single) :]
         first = 0
@@ -86,38 +86,38 @@ class RaggedCache(BaseInferenceContext):
             first += len(chunk.tokens)
             self._wanted += range(first - chunk.wanted, first)
         self.positions = torch.tensor([positions], device=device)
-        self._line_of = torch.tensor(lines, device=device)
+        self._slot_of = torch.tensor(slots, device=device)
         self._rotation = self._places = None
-        self._lay_out_single([c.line for c in single], [c.end for c in single], device)
+        self._lay_out_single([c.slot for c in single], [c.end for c in single], device)
         return torch.tensor([[token for c in chunks for token in c.tokens]], device=device)
 
     def _lay_out_single(
-        self, lines: list[int], ends: list[int], device: torch.device | int
+        self, slots: list[int], ends: list[int], device: torch.device | int
     ) -> None:
-        self._lines: slice | Tensor = slice(0, len(lines))
+        self._slots: slice | Tensor = slice(0, len(slots))
         self._mask: Tensor | None = None
         self._seen = max(ends, default=0)
-        if not lines:
+        if not slots:
             return
-        if lines == list(range(lines[0], lines[0] + len(lines))):
-            self._lines = slice(lines[0], lines[0] + len(lines))  # no copy
+        if slots == list(range(slots[0], slots[0] + len(slots))):
+            self._slots = slice(slots[0], slots[0] + len(slots))  # no copy
         else:
-            self._lines = torch.tensor(lines, device=device)
+            self._slots = torch.tensor(slots, device=device)
         if min(ends) < self._seen:
             seen = torch.arange(self._seen, device=device) < torch.tensor(
                 ends, device=device
             ).unsqueeze(1)
-            self._mask = torch.zeros(len(lines), 1, 1, self._seen, device=device)
+            self._mask = torch.zeros(len(slots), 1, 1, self._seen, device=device)
             self._mask.masked_fill_(~seen[:, None, None], -torch.inf)
 
-    def _grow(self, lines: int, length: int) -> None:
-        assert lines <= self.max_lines and length <= self.max_sequence_length
-        lines_now, length_now = self._size
-        if lines > lines_now:
-            lines_now = min(max(lines, 2 * lines_now), self.max_lines)
+    def _grow(self, slots: int, length: int) -> None:
+        assert slots <= self.max_slots and length <= self.max_sequence_length
+        slots_now, length_now = self._size
+        if slots > slots_now:
+            slots_now = min(max(slots, 2 * slots_now), self.max_slots)
         if length > length_now:
             length_now = min(max(length, 2 * length_now), self.max_sequence_length)
-        self._size = (lines_now, length_now)
+        self._size = (slots_now, length_now)
 
     def rotate(self, heads: Tensor, table: Tensor, scale: float, interleaved: bool) -> Tensor:
         """Rotate queries or keys to their positions.
@@ -157,7 +157,7 @@ class RaggedCache(BaseInferenceContext):
         if self._places is None:  # the same for all layers of a pass
             kv_heads, length = keys.shape[1:3]
             heads = torch.arange(kv_heads, device=key.device)
-            place = self._line_of.unsqueeze(1) * kv_heads + heads  # [tokens, kv_heads]
+            place = self._slot_of.unsqueeze(1) * kv_heads + heads  # [tokens, kv_heads]
             self._places = (place * length + self.positions.T).flatten()
         keys.flatten(0, 2).index_copy_(0, self._places, key.flatten(0, 1))
         values.flatten(0, 2).index_copy_(0, self._places, value.flatten(0, 1))
@@ -166,7 +166,7 @@ class RaggedCache(BaseInferenceContext):
             parts.append(self._attend_single(query[:first], keys, values, scale))
         for chunk in self._long:
             last = first + len(chunk.tokens)
-            row = (chunk.line, slice(None), slice(0, chunk.end))
+            row = (chunk.slot, slice(None), slice(0, chunk.end))
             parts.append(_attend_long(query[first:last], keys[row], values[row], scale))
             first = last
         return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -180,8 +180,8 @@ class RaggedCache(BaseInferenceContext):
         mask = None if self._mask is None else self._mask.to(query.dtype)
         output = F.scaled_dot_product_attention(
             grouped,
-            keys[self._lines, :, : self._seen],
-            values[self._lines, :, : self._seen],
+            keys[self._slots, :, : self._seen],
+            values[self._slots, :, : self._seen],
             attn_mask=mask,
             scale=scale,
         )
@@ -189,8 +189,8 @@ class RaggedCache(BaseInferenceContext):
 
     def _room(self, layer: int, like: Tensor) -> tuple[Tensor, Tensor]:
         now = self._memory.get(layer)
-        lines, length = self._size
-        shape = (lines, like.shape[1], length, like.shape[2])
+        slots, length = self._size
+        shape = (slots, like.shape[1], length, like.shape[2])
         if now is None or now[0].shape != shape:
             # Zeros, because what is masked out must still be finite.
             keys, values = (like.new_zeros(shape) for _ in range(2))

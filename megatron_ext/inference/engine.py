@@ -32,26 +32,26 @@ class GenerationEngine:
     """
 
     def __init__(
-        self, trained: TrainedModel, lines: int, prompt_tokens: int = PROMPT_TOKENS
+        self, trained: TrainedModel, max_slots: int, prompt_tokens: int = PROMPT_TOKENS
     ) -> None:
         """Make room for rows.
 
         Args:
-            lines: the most rows at a time.
+            max_slots: the most rows at a time.
             prompt_tokens: see `PROMPT_TOKENS`.
         """
         self.trained, self.prompt_tokens = trained, prompt_tokens
-        self.lines = lines
-        self.rows: list[GenerationRow] = []  # by their line in the cache
+        self.max_slots = max_slots
+        self.rows: list[GenerationRow] = []  # by their slot in the cache
         self.chunks: list[TokenChunk] = []  # of the present pass, in the order of its tokens
-        self._cache = RaggedCache(lines, trained.max_length)
+        self._cache = RaggedCache(max_slots, trained.max_length)
         self._arrivals: list[int] = []  # of the same rows
         self._count = itertools.count()
 
     @property
     def free(self) -> int:
         """How many rows can be added."""
-        return self.lines - len(self.rows)
+        return self.max_slots - len(self.rows)
 
     def add(self, row: GenerationRow) -> None:
         """Let a new row take part from the next pass on."""
@@ -60,12 +60,12 @@ class GenerationEngine:
         self._arrivals.append(next(self._count))
 
     def drop(self, row: GenerationRow) -> None:
-        """Give up a row; the last line moves into the gap."""
-        line, last = self.rows.index(row), len(self.rows) - 1
-        if line < last:
+        """Give up a row; the last slot moves into the gap."""
+        slot, last = self.rows.index(row), len(self.rows) - 1
+        if slot < last:
             if self.rows[last].cached:
-                self._cache.move(last, line)
-            self.rows[line], self._arrivals[line] = self.rows[last], self._arrivals[last]
+                self._cache.move(last, slot)
+            self.rows[slot], self._arrivals[slot] = self.rows[last], self._arrivals[last]
         self.rows.pop()
         self._arrivals.pop()
 
@@ -80,7 +80,7 @@ class GenerationEngine:
         scores = iter(self._scored(next_logits(self.trained, self._cache, chunks), chunks))
         events = []
         for chunk in chunks:
-            row = self.rows[chunk.line]
+            row = self.rows[chunk.slot]
             row.cached = chunk.end
             got = [next(scores) for _ in range(chunk.wanted)]
             if not row.generates:
@@ -102,15 +102,15 @@ class GenerationEngine:
     def _plan(self) -> list[TokenChunk]:
         chunks, left = [], self.prompt_tokens
         by_arrival = sorted(range(len(self.rows)), key=self._arrivals.__getitem__)
-        for line in by_arrival:
-            row = self.rows[line]
+        for slot in by_arrival:
+            row = self.rows[slot]
             if not row.generates and left == 0:
                 continue
-            chunk = row.chunk(line, left)
+            chunk = row.chunk(slot, left)
             if not row.generates:
                 left -= len(chunk.tokens)
             chunks.append(chunk)
-        return sorted(chunks, key=lambda c: (len(c.tokens) > 1, c.line))
+        return sorted(chunks, key=lambda c: (len(c.tokens) > 1, c.slot))
 
     def _scored(self, logits: Tensor | None, chunks: Sequence[TokenChunk]) -> list[TokenScore]:
         """Scores of what the chunks want: prompt tokens, and a choice where the prompt ends.
@@ -121,7 +121,7 @@ class GenerationEngine:
             tuple[GenerationRow, int | None]
         ] = []  # a row, and the token that is there already
         for chunk in chunks:
-            row = self.rows[chunk.line]
+            row = self.rows[chunk.slot]
             for position in range(chunk.end - chunk.wanted + 1, chunk.end + 1):
                 given = row.prompt[position] if position < len(row.prompt) else None
                 wanted.append((row, given))

@@ -67,7 +67,7 @@ def stream(
         raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts")
     rows = [GenerationRow(trained, prompt, sampling, seed) for prompt, seed in zip(prompts, seeds)]
     numbers = {row: number for number, row in enumerate(rows)}
-    engine = GenerationEngine(trained, lines=len(rows))
+    engine = GenerationEngine(trained, max_slots=len(rows))
     for row in rows:
         engine.add(row)
     for events in passes(engine):

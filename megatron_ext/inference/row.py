@@ -126,14 +126,14 @@ class GenerationRow:
         """Whether the whole prompt is in the cache."""
         return self.cached >= len(self.prompt)
 
-    def chunk(self, line: int, most: int) -> TokenChunk:
+    def chunk(self, slot: int, most: int) -> TokenChunk:
         """The next tokens to run, at most so many of the prompt."""
         if self.generates:
-            return TokenChunk(line, self.cached, self.completion.tokens[-1:])
+            return TokenChunk(slot, self.cached, self.completion.tokens[-1:])
         tokens = self.prompt[self.cached : self.cached + most]
         whole = self.cached + len(tokens) == len(self.prompt)
         wanted = len(tokens) if self.scores_prompt else int(whole)
-        return TokenChunk(line, self.cached, tokens, wanted)
+        return TokenChunk(slot, self.cached, tokens, wanted)
 
     def add(self, score: TokenScore) -> str:
         """Take a sampled token and return the text that is certain since the last.

@@ -63,16 +63,16 @@ class ModelReplicas:
     """This rank's part in running all copies of the model."""
 
     def __init__(
-        self, trained: TrainedModel, lines: int, prompt_tokens: int = PROMPT_TOKENS
+        self, trained: TrainedModel, max_slots: int, prompt_tokens: int = PROMPT_TOKENS
     ) -> None:
         """Make room for rows in each copy; see `GenerationEngine`."""
-        self.trained, self.lines = trained, lines
+        self.trained, self.max_slots = trained, max_slots
         groups = trained.groups
         self.count, self._copy = groups.dp.size(), groups.dp.rank()
         self._alone = dist.get_world_size() == 1
         self._shares_experts = groups.ep.size() > 1
         self._reports = groups.tp.rank() == 0 and groups.pp.rank() == 0
-        self._engine = GenerationEngine(trained, lines, prompt_tokens)
+        self._engine = GenerationEngine(trained, max_slots, prompt_tokens)
         self._rows: dict[int, GenerationRow] = {}
         self._numbers: dict[GenerationRow, int] = {}
 

@@ -39,8 +39,8 @@ class Job:
 class Scheduler:
     """Admits waiting jobs into free rows between passes, first come first served."""
 
-    def __init__(self, copies: ModelReplicas, most_waiting: int) -> None:
-        self._copies, self.most_waiting = copies, most_waiting
+    def __init__(self, replicas: ModelReplicas, most_waiting: int) -> None:
+        self._replicas, self.most_waiting = replicas, most_waiting
         self._lock = threading.Lock()
         self._waiting: deque[Job] = deque()
         self._running: dict[int, Job] = {}
@@ -74,7 +74,7 @@ class Scheduler:
         with self._lock:
             if self._closing:
                 raise Closing
-            free = self._copies.lines * self._copies.count - len(self._running)
+            free = self._replicas.max_slots * self._replicas.count - len(self._running)
             if len(self._waiting) + len(jobs) > self.most_waiting + free:
                 raise QueueFull
             self._waiting.extend(jobs)
@@ -101,7 +101,7 @@ class Scheduler:
             last = False
             while not last:
                 plan = self._plan()
-                for number, piece in self._copies.run(plan):
+                for number, piece in self._replicas.run(plan):
                     job = self._running[number]
                     if piece.finish is not None:
                         with self._lock:
@@ -137,10 +137,10 @@ class Scheduler:
                 if job.cancelled:
                     leaving.append(number)
                     del self._running[number]
-            load = [0] * self._copies.count
+            load = [0] * self._replicas.count
             for job in self._running.values():
                 load[job.copy] += 1
-            while self._waiting and min(load) < self._copies.lines:
+            while self._waiting and min(load) < self._replicas.max_slots:
                 job = self._waiting.popleft()
                 if job.cancelled:
                     continue

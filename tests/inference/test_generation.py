@@ -82,21 +82,21 @@ def logits_with_cache_and_in_full(trained):
     from megatron_ext.inference.forward import full_logits, next_logits
 
     rows = [list(range(10, 40)), list(range(400, 450))]
-    cache, done = RaggedCache(lines=3, max_length=50), {0: 0, 2: 0}
+    cache, done = RaggedCache(max_slots=3, max_length=50), {0: 0, 2: 0}
     found: dict[int, list[torch.Tensor]] = {0: [], 2: []}
-    # (line, number of tokens) of each pass, those with one token first
+    # (slot, number of tokens) of each pass, those with one token first
     passes = [[(0, 7)], [(0, 1), (2, 30)], [(0, 1), (2, 1)], [(2, 1), (0, 20)]]
     passes += [[(0, 1), (2, 17)], [(2, 1)]]
     for parts in passes:
         chunks = []
-        for line, count in parts:
-            tokens = rows[line // 2][done[line] : done[line] + count]
-            chunks.append(TokenChunk(line, done[line], tokens, wanted=count))
-            done[line] += count
+        for slot, count in parts:
+            tokens = rows[slot // 2][done[slot] : done[slot] + count]
+            chunks.append(TokenChunk(slot, done[slot], tokens, wanted=count))
+            done[slot] += count
         logits = next_logits(trained, cache, chunks)
         assert logits is not None
-        for (line, _), part in zip(parts, logits.split([count for _, count in parts])):
-            found[line].append(part)
+        for (slot, _), part in zip(parts, logits.split([count for _, count in parts])):
+            found[slot].append(part)
     full = [
         logits for row in rows if (logits := full_logits(trained, torch.tensor([row]))) is not None
     ]

@@ -31,12 +31,12 @@ def serve(path, sizes):
         GenerationRequest(prompt, SAMPLINGS[i % 3], seed=i, likeliest=2, scores_prompt=True)
         for i, prompt in enumerate(PROMPTS)
     ]
-    copies = ModelReplicas(trained, lines=2, prompt_tokens=7)  # prompts of several passes
+    replicas = ModelReplicas(trained, max_slots=2, prompt_tokens=7)  # prompts of several passes
     alone = [generate(trained, [work.prompt], work.sampling, [work.seed])[0] for work in works]
     if dist.get_rank() > 0:
-        copies.follow()
+        replicas.follow()
         return None
-    scheduler = Scheduler(copies, most_waiting=4)
+    scheduler = Scheduler(replicas, most_waiting=4)
     got: list[list] = [[] for _ in works]
 
     def deliver(i, piece):

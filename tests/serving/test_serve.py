@@ -534,7 +534,7 @@ def answers_without_time_or_template(path):
     from megatron_ext.serving.scheduler import Scheduler
 
     trained = load_model(path)
-    scheduler = Scheduler(ModelReplicas(trained, lines=2), most_waiting=4)
+    scheduler = Scheduler(ModelReplicas(trained, max_slots=2), most_waiting=4)
     reader = Reader(trained, "tiny", RequestLimits(prompt_tokens=3))
     app = make_app(Api(scheduler, reader, timeout=0.02, body_timeout=0.1))
     body = {"prompt": [300], "max_tokens": 60, "ignore_eos": True}
