@@ -22,10 +22,10 @@ from megatron_ext.checkpoint import find_checkpoint, read_common_state
 from megatron_ext.devices import activate
 from megatron_ext.errors import ToolParser, UserError, run_tool_or_ranks
 from megatron_ext.inference.loading_flags import (
-    add_model_flags,
+    LoadingFlags,
+    add_loading_flags,
     check_at_least_one,
     is_first_rank,
-    loading_options,
 )
 from megatron_ext.new_folder import check_new, new_folder
 from megatron_ext.progress import Progress, write_with_progress
@@ -40,9 +40,18 @@ _HOLD_OUT = 8
 REPORT = "calibration.json"
 
 
+class CalibrateFlags(LoadingFlags):
+    load: str
+    save: str
+    data: list[str]
+    tokens: int
+    seq_length: int | None
+    batch_size: int
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    options = _parser().parse_args(argv)
-    check_at_least_one(options, "tokens", "batch_size")
+    options = _parser().parse_args(argv, CalibrateFlags())
+    check_at_least_one(tokens=options.tokens, batch_size=options.batch_size)
     checkpoint, save = find_checkpoint(options.load), Path(options.save)
     check_new(save)
     first = is_first_rank()
@@ -65,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"wrote {save}")
 
 
-def _calibrated(options: argparse.Namespace, checkpoint: Path, out: Any) -> Any:
+def _calibrated(options: CalibrateFlags, checkpoint: Path, out: Any) -> Any:
     """Figures on held-out text before (None without thresholds) and after, cutoffs, and notes."""
     from megatron_ext.data.token_stream import sequences_of
     from megatron_ext.hf.recalibrate import use_thresholds
@@ -75,7 +84,7 @@ def _calibrated(options: argparse.Namespace, checkpoint: Path, out: Any) -> Any:
     from megatron_ext.training.step import routers_of
 
     use_thresholds(read_common_state(checkpoint)["args"])  # refuses early
-    layout, others = loading_options(options)
+    layout, others = options.load_model_options()
 
     def load(change: Any = None) -> Any:
         return load_model(checkpoint, layout, with_thresholds=change, **others)
@@ -167,7 +176,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--tokens", type=int, default=65536, metavar="N", help="to read at most (%(default)s)")
     add("--seq-length", type=int, metavar="N", help="of a sequence (the model's, at most 2048)")
     add("--batch-size", type=int, default=8, metavar="N", help="sequences at a time (%(default)s)")
-    add_model_flags(parser)
+    add_loading_flags(parser)
     # fmt: on
     return parser
 

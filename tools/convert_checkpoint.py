@@ -1,11 +1,11 @@
-"""Turn a checkpoint of this project into a Hugging Face folder, or the other way round.
+"""Convert a checkpoint of this project to a Hugging Face folder, or the other way round.
 
     python -m tools.convert_checkpoint --from megatron --to hf --load RUN_DIR --save DIR
 
-Models trained here become Llama, Qwen2, Qwen3, Mixtral or Qwen3-MoE models where they are such, and
-Expert Threshold models with their own code otherwise. From Hugging Face the same families become a
-checkpoint without an optimizer, which tools.generate and pretrain_et.py load. A GGUF file of a
-Llama model becomes a Hugging Face folder first.
+A model trained here becomes a Llama, Qwen2, Qwen3, Mixtral or Qwen3-MoE model if it has that
+architecture, and otherwise an Expert Threshold model with its own code. A Hugging Face folder of
+one of these families becomes a checkpoint without an optimizer, which tools.generate and
+pretrain_et.py load. A GGUF file of a Llama model becomes a Hugging Face folder.
 """
 
 import argparse
@@ -22,53 +22,77 @@ from megatron_ext.quiet import quiet_megatron
 SOURCES, TARGETS = ("megatron", "hf", "gguf"), ("megatron", "hf")
 
 
+class ConvertFlags:
+    source: str
+    target: str
+    load: str
+    save: str
+    verify: bool
+    dtype: str
+    tokenizer_model: str | None
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    options = _parser().parse_args(argv)
-    if options.source == options.target:
-        raise UserError(f"--from and --to are both {options.source}: there is nothing to convert")
-    if options.source == "gguf" and (options.target != "hf" or options.verify):
+    """Run the command."""
+    flags = _parser().parse_args(argv, ConvertFlags())
+    if flags.source == flags.target:
         raise UserError(
-            "--from gguf goes --to hf alone and has nothing to --verify: convert the folder that "
-            "it gives on to megatron with --verify"
+            f"--from and --to are both {flags.source}. Choose two different formats to convert "
+            "between."
         )
-    if options.dtype != "fp32" and options.source != "gguf":
-        raise UserError("--dtype is for --from gguf: between the others weights keep theirs")
-    load, save = Path(options.load), Path(options.save)
+    if flags.source == "gguf" and (flags.target != "hf" or flags.verify):
+        raise UserError(
+            "--from gguf can be converted --to hf only, without --verify. Convert the resulting "
+            "folder to megatron in a second step, with --verify."
+        )
+    if flags.dtype != "fp32" and flags.source != "gguf":
+        raise UserError(
+            f"--dtype {flags.dtype} applies to --from gguf only. Remove it: other conversions keep "
+            "the data type of the weights."
+        )
+    load, save = Path(flags.load), Path(flags.save)
     check_new(save)
-    if options.source == "megatron":
+    if flags.source == "megatron":
         load = find_checkpoint(load)
-    elif options.source == "gguf":
+    elif flags.source == "gguf":
         if not load.is_file():
-            raise UserError(f"--load {load} is no file: give a GGUF file")
+            raise UserError(f"--load {load} is not a file. Give the path of a GGUF file.")
     elif not any((load / name).is_file() for name in ("config.json", "adapter_config.json")):
-        raise UserError(f"--load {load} is no Hugging Face model: it has no config.json")
-    with new_folder(save) as beside:
-        difference = _convert(options, load, save, beside)
+        raise UserError(
+            f"--load {load} has no config.json, so it is not a Hugging Face model. Give the folder "
+            "that contains config.json."
+        )
+    with new_folder(save) as unfinished:
+        difference = _convert(flags, load, save, unfinished)
     print(f"wrote {save}")
     if difference is not None:
         print(f"largest difference of logits: {difference:.3g} of the largest logit")
 
 
-def _convert(options: argparse.Namespace, load: Path, save: Path, beside: Path) -> float | None:
-    """Convert into the folder `beside`; with --verify return `largest_difference`, else None."""
+def _convert(flags: ConvertFlags, load: Path, save: Path, unfinished: Path) -> float | None:
+    """Convert into a folder that is moved to `save` afterwards.
+
+    Returns:
+        With --verify, the largest difference of logits, as a share of the largest one.
+    """
     with quiet_megatron():
         activate()  # before anything of Megatron is imported
         from megatron_ext.hf.convert import gguf_to_hf, to_hf, to_megatron
         from megatron_ext.hf.verify import largest_difference
         from megatron_ext.inference.loading import DTYPES
 
-        if options.source == "gguf":
-            conversion = gguf_to_hf(load, beside, DTYPES[options.dtype])
-        elif options.target == "hf":
-            conversion = to_hf(load, beside, options.tokenizer_model)
+        if flags.source == "gguf":
+            conversion = gguf_to_hf(load, unfinished, DTYPES[flags.dtype])
+        elif flags.target == "hf":
+            conversion = to_hf(load, unfinished, flags.tokenizer_model)
         else:
-            conversion = to_megatron(load, beside, save)
+            conversion = to_megatron(load, unfinished, save)
     write_with_progress("converting", conversion.bytes, conversion.write)
-    if not options.verify:
+    if not flags.verify:
         return None
-    megatron, hf = (load, beside) if options.target == "hf" else (beside, load)
+    megatron, hf = (load, unfinished) if flags.target == "hf" else (unfinished, load)
     with quiet_megatron():
-        return largest_difference(megatron, hf, options.tokenizer_model)
+        return largest_difference(megatron, hf, flags.tokenizer_model)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -76,23 +100,21 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m tools.convert_checkpoint", description=__doc__.split("\n")[0]
     )
     add = parser.add_argument
-    add("--from", dest="source", choices=SOURCES, required=True, help="format of --load")
-    add("--to", dest="target", choices=TARGETS, required=True, help="format of --save")
-    add(
-        "--load",
-        required=True,
-        metavar="PATH",
-        help="run directory, Hugging Face folder, GGUF file",
-    )
-    add("--save", required=True, metavar="DIR", help="folder to make")
-    add("--verify", action="store_true", help="compare the logits of both, in fp32, on a text")
-    add(
-        "--dtype",
-        choices=("fp32", "bf16", "fp16"),
-        default="fp32",
-        help="of the weights with --from gguf (%(default)s, which keeps them as they are)",
-    )
-    add("--tokenizer-model", metavar="FILE", help="if it is not where it was in training")
+    # fmt: off
+    add("--from", dest="source", choices=SOURCES, required=True, help="Format of --load.")
+    add("--to", dest="target", choices=TARGETS, required=True, help="Format of --save.")
+    add("--load", required=True, metavar="PATH",
+        help="Run directory, Hugging Face folder or GGUF file to convert.")
+    add("--save", required=True, metavar="DIR",
+        help="Folder to create. It must not exist or must be empty.")
+    add("--verify", action="store_true",
+        help="Load both models in fp32 and compare their logits on a short text.")
+    add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32",
+        help="Data type of the weights with --from gguf. fp32 represents quantized weights "
+             "exactly. Default: %(default)s.")
+    add("--tokenizer-model", metavar="FILE",
+        help="Tokenizer of the checkpoint. Default: the file or folder that training used.")
+    # fmt: on
     return parser
 
 

@@ -1,9 +1,9 @@
-"""EleutherAI's lm-evaluation-harness with checkpoints of this project as the model megatron-et.
+"""Run EleutherAI's lm-evaluation-harness on checkpoints of this project, as model megatron-et.
 
     python -m tools.eval_harness run --model megatron-et --model_args load=RUN_DIR --tasks TASK
 
-Everything else is the harness's own command line. Model arguments are those of `MegatronLM`: the
-layout under torchrun, for one, as expert_model_parallel_size=2.
+All flags are those of the harness. The keys of --model_args are the arguments of `MegatronLM`, such
+as expert_model_parallel_size=2 under torchrun.
 """
 
 import os
@@ -18,8 +18,12 @@ from megatron_ext.quiet import quiet_megatron
 
 
 def main() -> None:
+    """Run the harness with the model megatron-et registered."""
     if find_spec("lm_eval") is None:
-        raise UserError("lm-eval is not installed: pip install 'megatron-et[evaluation]'")
+        raise UserError(
+            "The package lm-eval is not installed. Install it with "
+            "pip install 'megatron-et[evaluation]'."
+        )
     if not is_first_rank():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     with quiet_megatron():
@@ -27,7 +31,7 @@ def main() -> None:
         from lm_eval.__main__ import cli_evaluate
 
         import megatron_ext.evaluation.lm_eval_adapter  # noqa: F401
-    with warnings.catch_warnings():  # the harness has its own by logging
+    with warnings.catch_warnings():  # the harness logs its own
         warnings.simplefilter("ignore")
         cli_evaluate()
 

@@ -1,9 +1,10 @@
-"""Continue prompts with a trained model.
+"""Generate continuations of prompts with a trained model.
 
     python -m tools.generate --load RUN_DIR --prompt "Once upon a time"
 
-Prints each prompt with its continuation, as it comes when there is one and stdout is a terminal;
-with --json one object a line. A model that needs several ranks runs the same way under torchrun:
+The tool prints each prompt with its continuation. A single continuation is printed token by token
+if stdout is a terminal. With --json it prints one object per line. A model that needs several ranks
+runs under torchrun with the same flags:
 
     torchrun --nproc-per-node 2 -m tools.generate --tensor-model-parallel-size 2 ...
 """
@@ -19,10 +20,10 @@ from megatron_ext.checkpoint import find_model
 from megatron_ext.devices import activate
 from megatron_ext.errors import ToolParser, UserError, run_tool_or_ranks
 from megatron_ext.inference.loading_flags import (
-    add_model_flags,
+    LoadingFlags,
+    add_loading_flags,
     check_at_least_one,
     is_first_rank,
-    loading_options,
 )
 from megatron_ext.inference.sampling import Sampling
 from megatron_ext.quiet import quiet_megatron
@@ -32,70 +33,117 @@ if TYPE_CHECKING:
     from megatron_ext.inference.loading import TrainedModel
 
 
+class GenerateFlags(LoadingFlags):
+    load: str
+    prompt: list[str]
+    prompt_file: str | None
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    greedy: bool
+    seed: int
+    num_samples: int
+    stop: list[str]
+    logprobs: bool
+    json: bool
+    batch_size: int
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    options = _parser().parse_args(argv)
-    texts = _prompts(options)
+    """Run the command."""
+    flags = _parser().parse_args(argv, GenerateFlags())
+    check_at_least_one(num_samples=flags.num_samples, batch_size=flags.batch_size)
+    texts = read_prompts(flags.prompt, flags.prompt_file)
     sampling = Sampling(
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        greedy=options.greedy,
-        stop=tuple(options.stop),
+        max_new_tokens=flags.max_new_tokens,
+        temperature=flags.temperature,
+        top_k=flags.top_k,
+        top_p=flags.top_p,
+        greedy=flags.greedy,
+        stop=tuple(flags.stop),
     )
-    checkpoint = find_model(options.load)
+    checkpoint = find_model(flags.load)
     out = sys.stdout if is_first_rank() else open(os.devnull, "w")  # noqa: SIM115
     with quiet_megatron():
         activate()  # before anything of Megatron is imported, which takes seconds
         from megatron_ext.inference.loading import load_model
 
-        layout, others = loading_options(options)
+        layout, others = flags.load_model_options()
         trained = load_model(checkpoint, layout, **others)
         prompts = [(text, _tokenize(trained, text)) for text in texts]
-        jobs = [(*p, options.seed + i) for p in prompts for i in range(options.num_samples)]
-        if len(jobs) == 1 and out.isatty() and not options.json:
-            _print_as_it_comes(trained, jobs[0], sampling, options.logprobs, out)
+        jobs = [(*p, flags.seed + i) for p in prompts for i in range(flags.num_samples)]
+        if len(jobs) == 1 and out.isatty() and not flags.json:
+            _print_as_it_comes(trained, jobs[0], sampling, flags.logprobs, out)
         else:
-            _print_in_batches(trained, jobs, sampling, options, out)
+            _print_in_batches(trained, jobs, sampling, flags, out)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = ToolParser(prog="python -m tools.generate", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--load", required=True, metavar="DIR", help="Run directory or Hugging Face folder.")
-    add("--prompt", action="append", default=[], help="text to continue; may be repeated")
-    add("--prompt-file", metavar="FILE", help="UTF-8 file of more prompts, one a line.")
-    add("--max-new-tokens", type=int, default=64, help="length of a continuation (%(default)s)")
-    add("--temperature", type=float, default=0.8, help="divides the logits (%(default)s)")
-    add("--top-k", type=int, default=0, help="draw among the k likeliest tokens (all)")
-    add("--top-p", type=float, default=1.0, help="draw among the likeliest of this mass (1.0)")
-    add("--greedy", action="store_true", help="always take the likeliest token")
-    add("--seed", type=int, default=0, help="sample i of a prompt is drawn from seed + i")
-    add("--num-samples", type=int, default=1, metavar="N", help="continuations of each prompt")
-    add("--stop", action="append", default=[], metavar="STR", help="end before this string")
-    add("--logprobs", action="store_true", help="also the log-probability of each token, in nats")
-    add("--json", action="store_true", help="one JSON object a continuation and line")
-    add("--batch-size", type=int, default=16, help="continuations at a time (%(default)s)")
-    add_model_flags(parser)
+    # fmt: off
+    add("--prompt", action="append", default=[], metavar="TEXT",
+        help="Text to continue. Repeat the flag for several prompts.")
+    add("--prompt-file", metavar="FILE", help="UTF-8 file with further prompts, one per line.")
+    add("--max-new-tokens", type=int, default=64, metavar="N",
+        help="Maximum length of a continuation, in tokens. Default: %(default)s.")
+    add("--temperature", type=float, default=0.8, metavar="T",
+        help="Divisor of the logits before sampling. Default: %(default)s.")
+    add("--top-k", type=int, default=0, metavar="K",
+        help="Sample among the K most likely tokens only; 0 for no limit. Default: %(default)s.")
+    add("--top-p", type=float, default=1.0, metavar="P",
+        help="Sample among the most likely tokens that together have this probability. "
+             "Default: %(default)s.")
+    add("--greedy", action="store_true",
+        help="Always choose the most likely token. --temperature, --top-k and --top-p are ignored.")
+    add("--seed", type=int, default=0, metavar="S",
+        help="Seed of the first continuation of a prompt; continuation i uses S + i. "
+             "Default: %(default)s.")
+    add("--num-samples", type=int, default=1, metavar="N",
+        help="Number of continuations of each prompt. Default: %(default)s.")
+    add("--stop", action="append", default=[], metavar="TEXT",
+        help="End a continuation before this text. Repeat the flag for several texts.")
+    add("--logprobs", action="store_true",
+        help="Also print the log-probability of each token, in nats.")
+    add("--json", action="store_true", help="Print one JSON object per continuation.")
+    add("--batch-size", type=int, default=16, metavar="N",
+        help="Number of continuations that are generated together. Default: %(default)s.")
+    # fmt: on
+    add_loading_flags(parser)
     return parser
 
 
-def _prompts(options: argparse.Namespace) -> list[str]:
-    check_at_least_one(options, "num_samples", "batch_size")
-    texts = list(options.prompt)
-    if options.prompt_file is not None:
+def read_prompts(prompts: Sequence[str], prompt_file: str | None) -> list[str]:
+    """Return the prompts of the command line and of a file.
+
+    Args:
+        prompts: Values of --prompt.
+        prompt_file: Value of --prompt-file.
+
+    Raises:
+        UserError: There is no prompt, one is empty, or the file cannot be read.
+    """
+    texts = list(prompts)
+    if prompt_file is not None:
         try:
-            with open(options.prompt_file, encoding="utf-8-sig", newline="") as file:
+            with open(prompt_file, encoding="utf-8-sig", newline="") as file:
                 text = file.read()
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--prompt-file {options.prompt_file}: {error}") from error
-        # Unlike `splitlines`, which also ends a line at U+2028, a form feed and others.
+            raise UserError(
+                f"--prompt-file {prompt_file} cannot be read: {error}. Give a UTF-8 text file."
+            ) from error
+        # `splitlines` would also end a line at U+2028, a form feed and other characters.
         lines = text.removesuffix("\n").split("\n") if text else []
         texts += [line.removesuffix("\r") for line in lines]
     if not texts:
-        raise UserError("nothing to continue: give --prompt or --prompt-file")
+        raise UserError("There is no prompt to continue. Give --prompt or --prompt-file.")
     if not all(texts):
-        raise UserError("a prompt is empty: every --prompt and line of --prompt-file needs text")
+        raise UserError(
+            "A prompt is empty. Give text to every --prompt and remove empty lines from "
+            "--prompt-file."
+        )
     return texts
 
 
@@ -104,7 +152,8 @@ def _tokenize(trained: "TrainedModel", text: str) -> list[int]:
         return trained.tokenizer.tokenize(text)
     except (ValueError, KeyError) as error:
         raise UserError(
-            f"the model's {trained.args.tokenizer_type} cannot read the prompt {text!r}: {error}"
+            f"The model's {trained.args.tokenizer_type} cannot tokenize the prompt {text!r}: "
+            f"{error}. Give a prompt in the vocabulary of the model."
         ) from error
 
 
@@ -134,26 +183,26 @@ def _print_in_batches(
     trained: "TrainedModel",
     jobs: list[tuple[str, list[int], int]],
     sampling: Sampling,
-    options: argparse.Namespace,
+    flags: GenerateFlags,
     out: TextIO,
 ) -> None:
     from megatron_ext.inference.generation import generate
 
-    for start in range(0, len(jobs), options.batch_size):
-        batch = jobs[start : start + options.batch_size]
+    for start in range(0, len(jobs), flags.batch_size):
+        batch = jobs[start : start + flags.batch_size]
         completions = generate(
             trained, [prompt for _, prompt, _ in batch], sampling, [seed for _, _, seed in batch]
         )
         for number, ((text, _, seed), completion) in enumerate(
             zip(batch, completions, strict=True), start + 1
         ):
-            if options.json:
-                print(_json(text, seed, completion, options.logprobs), file=out, flush=True)
+            if flags.json:
+                print(_json(text, seed, completion, flags.logprobs), file=out, flush=True)
                 continue
             if len(jobs) > 1:
                 print(f"--- {number}/{len(jobs)}, seed {seed}", file=out)
             print(text + completion.text, file=out, flush=True)
-            if options.logprobs:
+            if flags.logprobs:
                 _print_log_probs(trained, completion, out)
 
 

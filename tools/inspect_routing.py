@@ -22,10 +22,10 @@ from megatron_ext.checkpoint import find_checkpoint
 from megatron_ext.devices import activate
 from megatron_ext.errors import ToolParser, UserError, run_tool_or_ranks
 from megatron_ext.inference.loading_flags import (
-    add_model_flags,
+    LoadingFlags,
+    add_loading_flags,
     check_at_least_one,
     is_first_rank,
-    loading_options,
 )
 from megatron_ext.inspection.routed_text import RoutedText, route
 from megatron_ext.inspection.windows import Domain
@@ -39,8 +39,18 @@ if TYPE_CHECKING:
 _OWN_DOMAIN = "text"  # of what --text and --text-file give, where no --domain is
 
 
+class InspectFlags(LoadingFlags):
+    load: str
+    output: str
+    text: list[str]
+    text_file: list[str]
+    domain: list[str]
+    text_key: str
+    max_tokens: int | None
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    options = _parser().parse_args(argv)
+    options = _parser().parse_args(argv, InspectFlags())
     texts, domains = _texts(options), _domains(options)
     if not texts and not domains:
         raise UserError("nothing to route: give --text, --text-file or --domain")
@@ -52,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         activate()  # before anything of Megatron is imported, which takes seconds
         from megatron_ext.inference.loading import load_model
 
-        layout, others = loading_options(options)
+        layout, others = options.load_model_options()
         trained = load_model(checkpoint, layout, **others)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's and Megatron's
@@ -192,7 +202,7 @@ def _routed(trained: "TrainedModel", name: str, text: str) -> RoutedText:
     return route(trained, tokens)
 
 
-def _texts(options: argparse.Namespace) -> dict[str, str]:
+def _texts(options: InspectFlags) -> dict[str, str]:
     texts = {f"text {number}": text for number, text in enumerate(options.text, 1)}
     for file in options.text_file:
         try:
@@ -202,8 +212,8 @@ def _texts(options: argparse.Namespace) -> dict[str, str]:
     return texts
 
 
-def _domains(options: argparse.Namespace) -> list[Domain]:
-    check_at_least_one(options, "max_tokens")
+def _domains(options: InspectFlags) -> list[Domain]:
+    check_at_least_one(max_tokens=options.max_tokens)
     files: dict[str, list[str]] = {}
     for argument in options.domain:
         name, equals, file = argument.partition("=")
@@ -231,7 +241,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add("--text-key", default="text", metavar="KEY", help="field that holds the text (%(default)s)")
     add("--max-tokens", type=int, metavar="N", help="count at most so many of each domain (all)")
-    add_model_flags(parser)
+    add_loading_flags(parser)
     return parser
 
 

@@ -1,12 +1,12 @@
-"""How well counting does: unigram and bigram losses of an indexed dataset, in nats per token.
+"""Compute unigram and bigram losses of an indexed dataset, in nats per token.
 
     python -m tools.ngram_baseline --train-data PREFIX --valid-data PREFIX --vocab-size N
 
-Both models are fitted to the whole training set. The bigram is interpolated modified Kneser-Ney
-with Chen and Goodman's discounts (1999, section 4.1.6), the strongest of the common ways to smooth
-a bigram; the unigram adds one to every count. A data set is one stream of tokens with documents end
-to end, as a language model reads it; every token of the validation stream but the first, which has
-nothing before it, is predicted once.
+Both models are fitted to the whole training set. The bigram model is interpolated modified
+Kneser-Ney with Chen and Goodman's discounts (1999, section 4.1.6), the strongest of the common ways
+to smooth bigrams. The unigram model adds one to every count. A dataset is one stream of tokens, its
+documents concatenated, as a language model reads it. Every token of the validation stream except
+the first, which has no context, is predicted once.
 """
 
 import argparse
@@ -19,38 +19,47 @@ from megatron_ext.evaluation.ngram_losses import baseline_losses, read_stream
 
 
 def _check_same_tokenizer(train: str, valid: str, vocab_size: int) -> None:
-    """Compare the datasets' manifests, where there are any, with each other and the flag."""
+    """Check that the datasets' manifests, if there are any, match each other and the flag."""
     counted, predicted = manifest_tokenizer(train), manifest_tokenizer(valid)
     digests = {made["sha256"] for made in (counted, predicted) if made.get("sha256")}
     if len(digests) > 1:
         raise UserError(
-            f"--valid-data {valid} was made with another tokenizer than --train-data {train}: make "
-            "one of them again with the other's tokenizer"
+            f"--valid-data {valid} and --train-data {train} were made with different tokenizers. "
+            "Preprocess one of them again with the tokenizer of the other."
         )
     size = counted.get("vocab_size")
     if size not in (None, vocab_size):
         raise UserError(
-            f"--vocab-size {vocab_size}: the tokenizer of --train-data {train} has {size} entries: "
-            f"give {size}"
+            f"--vocab-size {vocab_size} does not match the tokenizer of --train-data {train}, "
+            f"which has {size} entries. Set it to {size}."
         )
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the command."""
     parser = ToolParser(
         prog="python -m tools.ngram_baseline",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--train-data", required=True, metavar="PREFIX", help="indexed dataset to count in")
-    add("--valid-data", required=True, metavar="PREFIX", help="indexed dataset to predict")
-    add("--vocab-size", type=int, required=True, metavar="N", help="entries of the tokenizer")
+    # fmt: off
+    add("--train-data", required=True, metavar="PREFIX",
+        help="Prefix of the indexed dataset that the models are fitted to.")
+    add("--valid-data", required=True, metavar="PREFIX",
+        help="Prefix of the indexed dataset whose loss is computed.")
+    add("--vocab-size", type=int, required=True, metavar="N",
+        help="Number of entries of the tokenizer.")
+    # fmt: on
     options = parser.parse_args(argv)
     _check_same_tokenizer(options.train_data, options.valid_data, options.vocab_size)
     train, valid = read_stream(options.train_data), read_stream(options.valid_data)
     highest = int(max(train.max(), valid.max()))
     if highest >= options.vocab_size:
-        raise UserError(f"--vocab-size {options.vocab_size} is too small: a token is {highest}")
+        raise UserError(
+            f"--vocab-size {options.vocab_size} is too small: a dataset contains token {highest}. "
+            "Set it to the number of entries of the tokenizer."
+        )
     losses = baseline_losses(train, valid, options.vocab_size)
     json.dump({**losses, "tokens": len(valid) - 1}, sys.stdout)
     print()

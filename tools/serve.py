@@ -1,10 +1,11 @@
-"""Serve a trained model over HTTP, in the manner of OpenAI's API.
+"""Serve a trained model over HTTP with an OpenAI-compatible API.
 
     python -m tools.serve --load RUN_DIR
 
-Answers /v1/completions, /v1/chat/completions, /v1/models and /health at http://127.0.0.1:8000.
-Requests share the model's passes as they come and go. SIGTERM or Ctrl-C ends the server once the
-accepted requests are answered. A model that needs several ranks runs the same way under torchrun.
+The server responds to /v1/completions, /v1/chat/completions, /v1/models and /health at
+http://127.0.0.1:8000. Concurrent requests are batched continuously: they join and leave between
+forward passes. SIGTERM or Ctrl-C stops the server after the accepted requests are finished. A model
+that needs several ranks runs under torchrun with the same flags.
 """
 
 import argparse
@@ -18,10 +19,10 @@ from megatron_ext.checkpoint import find_model
 from megatron_ext.devices import activate
 from megatron_ext.errors import ToolParser, UserError, run_tool_or_ranks
 from megatron_ext.inference.loading_flags import (
-    add_model_flags,
+    LoadingFlags,
+    add_loading_flags,
     check_at_least_one,
     is_first_rank,
-    loading_options,
 )
 from megatron_ext.quiet import quiet_megatron
 
@@ -29,13 +30,29 @@ KEY = "MEGATRON_ET_API_KEY"
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
+class ServeFlags(LoadingFlags):
+    load: str
+    model_name: str | None
+    host: str
+    port: int
+    api_key_file: str | None
+    max_batch_size: int
+    max_waiting: int
+    max_choices: int
+    max_tokens: int | None
+    max_prompt_tokens: int | None
+    timeout: float
+    chat_template: str | None
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    options = _parser().parse_args(argv)
-    _check(options)
-    key = _key(options.api_key_file)
-    template = _read("--chat-template", options.chat_template) if options.chat_template else None
-    checkpoint = find_model(options.load)
-    listening = listen(options.host, options.port) if is_first_rank() else None
+    """Run the command."""
+    flags = _parser().parse_args(argv, ServeFlags())
+    _check(flags)
+    key = _key(flags.api_key_file)
+    template = _read("--chat-template", flags.chat_template) if flags.chat_template else None
+    checkpoint = find_model(flags.load)
+    listening = listen(flags.host, flags.port) if is_first_rank() else None
     with quiet_megatron():
         activate()  # before anything of Megatron is imported, which takes seconds
         from megatron_ext.inference.loading import load_model
@@ -45,21 +62,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         from megatron_ext.serving.scheduler import Scheduler
         from megatron_ext.serving.server import serve
 
-        layout, others = loading_options(options)
+        layout, others = flags.load_model_options()
         trained = load_model(checkpoint, layout, **others)
-        replicas = ModelReplicas(trained, options.max_batch_size)
+        replicas = ModelReplicas(trained, flags.max_batch_size)
     if listening is None:
         replicas.follow()
         return
-    limits = RequestLimits(options.max_choices, options.max_tokens, options.max_prompt_tokens)
-    name = options.model_name or Path(options.load).resolve().name
-    scheduler = Scheduler(replicas, options.max_waiting)
-    api = Api(scheduler, Reader(trained, name, limits, template), options.timeout)
+    limits = RequestLimits(flags.max_choices, flags.max_tokens, flags.max_prompt_tokens)
+    name = flags.model_name or Path(flags.load).resolve().name
+    scheduler = Scheduler(replicas, flags.max_waiting)
+    api = Api(scheduler, Reader(trained, name, limits, template), flags.timeout)
     host, port = listening.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     print(f"serving {name} at http://{shown}:{port}", flush=True)
-    if key is None and options.host not in _LOOPBACK:
-        print("serve: anyone who reaches this address may use it: set a key", file=sys.stderr)
+    if key is None and flags.host not in _LOOPBACK:
+        print(
+            f"serve: warning: {flags.host} is reachable by others and no API key is set. Set "
+            f"--api-key-file or {KEY}.",
+            file=sys.stderr,
+        )
     serve(scheduler, make_app(api, key), listening)
 
 
@@ -67,39 +88,65 @@ def _parser() -> argparse.ArgumentParser:
     parser = ToolParser(prog="python -m tools.serve", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--load", required=True, metavar="DIR", help="Run directory or Hugging Face folder.")
-    add("--model-name", metavar="NAME", help="in requests and answers (the folder's name)")
-    add("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
-    add("--port", type=int, default=8000, help="0 for any free one (%(default)s)")
-    add("--api-key-file", metavar="FILE", help=f"holds the key to ask for (or set {KEY})")
-    add("--max-batch-size", type=int, default=32, help="continuations at a time (%(default)s)")
-    add("--max-waiting", type=int, default=256, help="continuations that wait (%(default)s)")
-    add("--max-choices", type=int, default=32, help="prompts times n of a request (%(default)s)")
-    add("--max-tokens", type=int, help="the most new tokens (the model's length)")
-    add("--max-prompt-tokens", type=int, help="the longest prompt (the model's length)")
-    add("--timeout", type=float, default=600, help="seconds for a request (%(default)s)")
-    add("--chat-template", metavar="FILE", help="Jinja template, if the tokenizer has none")
-    add_model_flags(parser)
+    # fmt: off
+    add("--model-name", metavar="NAME",
+        help="Name of the model in requests and responses. Default: the name of the --load "
+             "folder.")
+    add("--host", default="127.0.0.1", metavar="ADDRESS",
+        help="Address to listen on. Default: %(default)s.")
+    add("--port", type=int, default=8000, metavar="N",
+        help="Port to listen on; 0 for any free port. Default: %(default)s.")
+    add("--api-key-file", metavar="FILE",
+        help="File with the API key that clients must send. Default: the environment variable "
+             f"{KEY}, or no key.")
+    add("--max-batch-size", type=int, default=32, metavar="N",
+        help="Maximum number of continuations generated at a time, per copy of the model. "
+             "Default: %(default)s.")
+    add("--max-waiting", type=int, default=256, metavar="N",
+        help="Maximum number of queued continuations; further requests get status 429. "
+             "Default: %(default)s.")
+    add("--max-choices", type=int, default=32, metavar="N",
+        help="Maximum number of choices (prompts times n) of a request. Default: %(default)s.")
+    add("--max-tokens", type=int, metavar="N",
+        help="Maximum number of new tokens of a continuation. Default: limited by the context "
+             "length of the model.")
+    add("--max-prompt-tokens", type=int, metavar="N",
+        help="Maximum length of a prompt, in tokens. Default: limited by the context length of "
+             "the model.")
+    add("--timeout", type=float, default=600, metavar="SECONDS",
+        help="Time limit of a request, from its arrival to its last token. Default: %(default)s.")
+    add("--chat-template", metavar="FILE",
+        help="Jinja chat template. Default: the tokenizer's own.")
+    # fmt: on
+    add_loading_flags(parser)
     return parser
 
 
-def _check(options: argparse.Namespace) -> None:
-    flags = ("max_batch_size", "max_choices", "max_tokens", "max_prompt_tokens")
-    check_at_least_one(options, *flags)
-    if options.max_waiting < 0:
-        raise UserError("--max-waiting must not be negative")
-    if not options.timeout > 0:
-        raise UserError("--timeout must be above 0")
-    if not 0 <= options.port < 2**16:
-        raise UserError(f"--port {options.port} must be from 0 to 65535")
+def _check(flags: ServeFlags) -> None:
+    check_at_least_one(
+        max_batch_size=flags.max_batch_size,
+        max_choices=flags.max_choices,
+        max_tokens=flags.max_tokens,
+        max_prompt_tokens=flags.max_prompt_tokens,
+    )
+    if flags.max_waiting < 0:
+        raise UserError(f"--max-waiting {flags.max_waiting} is negative. Set it to 0 or more.")
+    if not flags.timeout > 0:
+        raise UserError(f"--timeout {flags.timeout:g} is not above 0. Set a time in seconds.")
+    if not 0 <= flags.port < 2**16:
+        raise UserError(f"--port {flags.port} is out of range. Choose a port from 0 to 65535.")
 
 
 def _key(file: str | None) -> str | None:
-    """The API key, of a file or the environment: a command line can be read by other users."""
+    """Return the API key from a file or the environment, which other users cannot read."""
     key = os.environ.get(KEY) if file is None else _read("--api-key-file", file)
     if key is None:
         return None
     if not key.strip() or not key.isascii():
-        raise UserError(f"the API key in {file or KEY} is empty or not ASCII: give another")
+        raise UserError(
+            f"The API key in {file or KEY} is empty or contains characters outside ASCII. Choose "
+            "another key."
+        )
     return key.strip()
 
 
@@ -107,21 +154,26 @@ def _read(flag: str, file: str) -> str:
     try:
         return Path(file).read_text()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{flag} {file}: {error}") from error
+        raise UserError(f"{flag} {file} cannot be read: {error}. Give a text file.") from error
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket for the server; port 0 is any free one.
+    """Return a listening socket for the server.
+
+    Args:
+        host: IPv4 or IPv6 address, or host name.
+        port: Port; 0 for any free port.
 
     Raises:
-        UserError: the address cannot be had.
+        UserError: The address is not available.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=1024)
     except OSError as error:
         raise UserError(
-            f"--host {host} --port {port} cannot be listened on ({error.strerror}): choose another"
+            f"The server cannot listen on --host {host} --port {port}: {error.strerror}. Choose "
+            "another address or port."
         ) from error
 
 

@@ -1,11 +1,12 @@
-"""Make an Expert Threshold model of a dense one, computing nearly the same at the start.
+"""Convert a dense model to an Expert Threshold model that computes nearly the same at the start.
 
     python -m tools.upcycle --load DENSE --save DIR --num-experts 8 --granularity 4
 
 DENSE is a Hugging Face folder of a Llama, Qwen2 or Qwen3 model, or a dense checkpoint of this
-project. Each expert is a copy of a slice of the dense block. megatron_ext/hf/upcycling.py says what
-exactly the new model computes. It has no optimizer and its thresholds have no value:
-tools.calibrate_thresholds gives them one, and training with --et-warmup-iters finds them too.
+project. Each expert is a copy of a slice of the dense feed-forward block.
+megatron_ext/hf/upcycling.py describes exactly what the new model computes. The checkpoint has no
+optimizer state, and its thresholds have no value yet: set them with tools.calibrate_thresholds, or
+train with --et-warmup-iters.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from megatron_ext.quiet import quiet_megatron
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command."""
     options = _parser().parse_args(argv)
     load, save = Path(options.load), Path(options.save)
     check_new(save)
@@ -43,24 +45,27 @@ def main(argv: Sequence[str] | None = None) -> None:
             ema_decay=options.ema_decay,
         )
         source = upcycled(dense, plan)
-    with new_folder(save) as beside:
+    with new_folder(save) as unfinished:
         with quiet_megatron():
-            conversion = as_checkpoint(source, beside, save)
+            conversion = as_checkpoint(source, unfinished, save)
         write_with_progress("upcycling", conversion.bytes, conversion.write)
     print(f"wrote {save}")
 
 
 def _pattern(text: str, layers: int) -> tuple[bool, ...]:
-    """Which layers get experts, as --moe-layer-freq says it to pretrain_et.py."""
+    """Return which layers get experts, for a value of --moe-layer-freq as in pretrain_et.py."""
     from megatron.training.arguments import moe_freq_type
 
     try:
         pattern = moe_freq_type(text)
     except (ValueError, SyntaxError, AssertionError, TypeError) as error:
-        raise UserError(f"--moe-layer-freq {text}: {error}") from error
+        raise UserError(
+            f"--moe-layer-freq {text} is not a pattern of layers: {error}. Give an integer or a "
+            "list such as [0]+[1]*29."
+        ) from error
     if isinstance(pattern, int):
         if pattern < 1:
-            raise UserError(f"--moe-layer-freq {text} must be at least 1")
+            raise UserError(f"--moe-layer-freq {text} is below 1. Set it to 1 or more.")
         return tuple(layer % pattern == 0 for layer in range(layers))
     return tuple(bool(moe) for moe in pattern)
 
@@ -69,28 +74,36 @@ def _parser() -> argparse.ArgumentParser:
     parser = ToolParser(prog="python -m tools.upcycle", description=__doc__.split("\n")[0])
     add = parser.add_argument
     # fmt: off
-    add("--load", required=True, metavar="DIR", help="run directory or Hugging Face folder")
-    add("--save", required=True, metavar="DIR", help="folder of checkpoints to make")
-    add("--num-experts", type=int, required=True, metavar="N", help="routed experts of a layer")
+    add("--load", required=True, metavar="DIR",
+        help="Run directory or Hugging Face folder of the dense model.")
+    add("--save", required=True, metavar="DIR", help="Folder of checkpoints to create.")
+    add("--num-experts", type=int, required=True, metavar="N",
+        help="Number of routed experts in a layer.")
     add("--granularity", type=int, default=1, metavar="G",
-        help="slices of the dense block, each as wide as an expert (%(default)s)")
+        help="Number of slices that the dense block is cut into; an expert is as wide as a slice. "
+             "Default: %(default)s.")
     add("--shared-slices", type=int, default=0, metavar="K",
-        help="slices that a shared expert holds; with all of them the routed experts start at 0 "
-             "and the model is the dense one exactly (%(default)s)")
+        help="Number of slices in a shared expert. If all slices are shared, the routed experts "
+             "start at 0 and the model equals the dense one exactly. Default: %(default)s.")
     add("--mean-experts", type=float, metavar="M",
-        help="routed experts of a token on average (the routed slices: one copy of each)")
+        help="Mean fan-out: routed experts per token on average. Default: the number of slices "
+             "that are not shared, which is one copy of each.")
     add("--moe-layer-freq", default="1", metavar="PATTERN",
-        help="which layers get experts: every n-th, or a list such as [0]+[1]*29 (all)")
+        help="Layers that get experts: every n-th layer, or a list such as [0]+[1]*29. "
+             "Default: %(default)s, all layers.")
     add("--gate", choices=("sigmoid", "softmax"), default="sigmoid",
-        help="what makes a weight of a logit (%(default)s)")
+        help="Function from router logits to the weights of the experts. Default: %(default)s.")
     add("--router-std", type=float, default=0.1, metavar="S",
-        help="spread of the first logits; with less the model is nearer to the dense one "
-             "(%(default)s)")
+        help="Standard deviation of the initial router logits; the smaller it is, the closer the "
+             "model is to the dense one. Default: %(default)s.")
     add("--noise", type=float, default=0.0, metavar="S",
-        help="spread of noise on the experts' weights, in that of the weights (%(default)s)")
+        help="Standard deviation of noise on the experts' weights, relative to that of the "
+             "weights. Default: %(default)s.")
     add("--ema-decay", type=float, default=0.999, metavar="B",
-        help="of the thresholds; training takes the same --et-ema-decay (%(default)s)")
-    add("--seed", type=int, default=0, help="of router and noise (%(default)s)")
+        help="Decay of the thresholds' moving average. Train with the same --et-ema-decay. "
+             "Default: %(default)s.")
+    add("--seed", type=int, default=0, metavar="S",
+        help="Seed of the router and the noise. Default: %(default)s.")
     # fmt: on
     return parser
 

@@ -1,11 +1,12 @@
-"""The loss of a checkpoint on an indexed dataset, under one routing or several.
+"""Measure the loss of a checkpoint on an indexed dataset, with one or several ways of routing.
 
     python -m tools.validation_loss --load RUN_DIR --data PREFIX --routing et ec tc
 
-Routings: et by thresholds, as evaluation and generation go; ec by expert choice over pools of
---pool-tokens, as in warm-up; et-capacity by thresholds within the capacity of training, over the
-same pools; tc by token choice with as many experts a token. The gap is the loss minus that of the
-first routing named. Runs in any layout under torchrun; data-parallel copies share the data.
+The ways of routing are: et, by thresholds, as in evaluation and generation; ec, by expert choice
+over pools of --pool-tokens, as in warm-up; et-capacity, by thresholds within the capacity of
+training, over the same pools; tc, by token choice with the same number of experts per token. The
+gap is the loss minus the loss of the first way of routing. The tool runs with any layout under
+torchrun; data-parallel replicas share the data.
 """
 
 import argparse
@@ -18,10 +19,10 @@ from megatron_ext.data.tokenizer_identity import check_dataset_tokenizer
 from megatron_ext.devices import activate
 from megatron_ext.errors import ToolParser, UserError, run_tool_or_ranks
 from megatron_ext.inference.loading_flags import (
-    add_model_flags,
+    LoadingFlags,
+    add_loading_flags,
     check_at_least_one,
     is_first_rank,
-    loading_options,
 )
 from megatron_ext.progress import Progress
 from megatron_ext.quiet import quiet_megatron, quiet_warnings
@@ -43,9 +44,26 @@ _COLUMNS = {
 }
 
 
+class ValidationLossFlags(LoadingFlags):
+    load: str
+    data: str
+    routing: list[str] | None
+    pool_tokens: int | None
+    seq_length: int | None
+    max_sequences: int | None
+    out: str | None
+    batch_tokens: int
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    options = _parser().parse_args(argv)
-    check_at_least_one(options, "pool_tokens", "seq_length", "max_sequences", "batch_tokens")
+    """Run the command."""
+    flags = _parser().parse_args(argv, ValidationLossFlags())
+    check_at_least_one(
+        pool_tokens=flags.pool_tokens,
+        seq_length=flags.seq_length,
+        max_sequences=flags.max_sequences,
+        batch_tokens=flags.batch_tokens,
+    )
     with quiet_megatron():
         activate()  # before anything of Megatron is imported, which takes seconds
         from megatron_ext.evaluation.losses import Windows, summary, window_losses
@@ -53,18 +71,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         from megatron_ext.evaluation.routings import Routing, default_routing
         from megatron_ext.inference.loading import load_model
 
-        layout, others = loading_options(options)
-        model = MegatronModel(load_model(options.load, layout, **others))
-        names = options.routing or [default_routing(model.trained.model.config)]
+        layout, others = flags.load_model_options()
+        model = MegatronModel(load_model(flags.load, layout, **others))
+        names = flags.routing or [default_routing(model.trained.model.config)]
         routings = [Routing(model.trained, name) for name in dict.fromkeys(names)]
-        length = _length(options, model)
-        windows = Windows(options.data, length, options.max_sequences)
-        check_dataset_tokenizer(options.data, model.trained.args, "the model's")
-        pool = _pool_rows(options, length, model)
+        length = _sequence_length(flags.seq_length, model)
+        windows = Windows(flags.data, length, flags.max_sequences)
+        check_dataset_tokenizer(flags.data, model.trained.args, "the model's")
+        pool = _pool_rows(flags.pool_tokens, length, model)
         text_bytes = None
         if is_first_rank() and model.trained.args.tokenizer_type != "NullTokenizer":
             text_bytes = windows.text_bytes(model.codec)
-    rows = {True: pool, False: max(1, options.batch_tokens // length)}
+    rows = {True: pool, False: max(1, flags.batch_tokens // length)}
     figures, base = [], None
     for routing in routings:
         with quiet_warnings(), _Progress(routing.name, windows) as done:
@@ -73,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         figures.append(summary(losses, base, routing, text_bytes))
     result = {
         **model.description,
-        "data": options.data,
+        "data": flags.data,
         "tokens": windows.targets,
         "sequences": windows.number,
         "seq_length": length,
@@ -84,31 +102,40 @@ def main(argv: Sequence[str] | None = None) -> None:
     if is_first_rank():
         print(_table(figures), end="", flush=True)
         text = json.dumps(result)
-        if options.out is None:
+        if flags.out is None:
             print(text, flush=True)
         else:
-            _write(Path(options.out), text + "\n")
+            _write(Path(flags.out), text + "\n")
 
 
-def _length(options: argparse.Namespace, model: "MegatronModel") -> int:
-    length = options.seq_length or model.trained.args.seq_length
+def _sequence_length(seq_length: int | None, model: "MegatronModel") -> int:
+    length = seq_length or model.trained.args.seq_length
     if length > model.max_length:
-        raise UserError(f"--seq-length {length}: the model takes {model.max_length} tokens")
+        raise UserError(
+            f"--seq-length {length} is above the model's context length of {model.max_length} "
+            "tokens. Set it to at most that."
+        )
     return length
 
 
-def _pool_rows(options: argparse.Namespace, length: int, model: "MegatronModel") -> int:
-    tokens = options.pool_tokens or 8 * length
+def _pool_rows(pool_tokens: int | None, length: int, model: "MegatronModel") -> int:
+    tokens = pool_tokens or 8 * length
     if tokens % length:
-        raise UserError(f"--pool-tokens {tokens} must be a multiple of --seq-length {length}")
+        raise UserError(
+            f"--pool-tokens {tokens} is not divisible by --seq-length {length}. Choose a multiple "
+            f"of {length}."
+        )
     config = model.trained.model.config
     if config.uses_thresholds and not config.routing_rate.k(tokens):
-        raise UserError(f"--pool-tokens {tokens} are too few for an expert to take one")
+        raise UserError(
+            f"--pool-tokens {tokens} is so small that an expert's share is below one token. Choose "
+            "a larger multiple of --seq-length."
+        )
     return tokens // length
 
 
 class _Progress:
-    """Progress over windows, on the first rank."""
+    """Progress over sequences, on the first rank."""
 
     def __init__(self, label: str, windows: "Windows") -> None:
         self._progress = Progress(label, windows.number, "sequences") if is_first_rank() else None
@@ -149,20 +176,25 @@ def _write(path: Path, text: str) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = ToolParser(prog="python -m tools.validation_loss", description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--load", required=True, metavar="DIR", help="run directory or folder of checkpoints")
-    add("--data", required=True, metavar="PREFIX", help="indexed dataset, without .bin")
-    add("--routing", nargs="+", choices=_ROUTINGS, help="one or several (the model's own)")
-    add(
-        "--pool-tokens",
-        type=int,
-        metavar="N",
-        help="of a pool of ec, et-capacity (8 sequences)",
-    )
-    add("--seq-length", type=int, metavar="N", help="tokens of a sequence (as in training)")
-    add("--max-sequences", type=int, metavar="N", help="from the beginning of the data (all)")
-    add("--out", metavar="FILE", help="write the JSON there instead of below the table")
-    add("--batch-tokens", type=int, default=4096, metavar="N", help="of a batch (%(default)s)")
-    add_model_flags(parser)
+    # fmt: off
+    add("--load", required=True, metavar="DIR", help="Run directory or folder of checkpoints.")
+    add("--data", required=True, metavar="PREFIX",
+        help="Prefix of an indexed dataset: its path without .bin.")
+    add("--routing", nargs="+", choices=_ROUTINGS,
+        help="One or several ways of routing. Default: the model's own.")
+    add("--pool-tokens", type=int, metavar="N",
+        help="Number of tokens in a routing pool of ec and et-capacity. Default: that of 8 "
+             "sequences.")
+    add("--seq-length", type=int, metavar="N",
+        help="Length of a sequence, in tokens. Default: as in training.")
+    add("--max-sequences", type=int, metavar="N",
+        help="Number of sequences, from the beginning of the dataset. Default: all.")
+    add("--out", metavar="FILE",
+        help="File for the JSON object. Default: it is printed below the table.")
+    add("--batch-tokens", type=int, default=4096, metavar="N",
+        help="Number of tokens in a batch of et and tc. Default: %(default)s.")
+    # fmt: on
+    add_loading_flags(parser)
     return parser
 
 

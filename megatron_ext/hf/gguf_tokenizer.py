@@ -1,7 +1,9 @@
-"""The byte-level BPE tokenizer in a GGUF file, as a tokenizer of transformers.
+"""Conversion of the byte-level BPE tokenizer in a GGUF file to a tokenizer of transformers.
 
-How a text is cut before merges apply is not in the file, only a name for it. transformers knows
-many of these names; of the others it would cut like GPT-2 without a word.
+The file does not contain the rules that split a text before merges apply, only a name for them
+(`tokenizer.ggml.pre`). transformers knows many of these names but splits as GPT-2 does, without a
+warning, where it does not know one. Here the names of transformers and `smollm` are known, and
+every other name raises an error.
 """
 
 from enum import IntEnum
@@ -17,7 +19,7 @@ from megatron_ext.hf.gguf import GGUFModel
 
 _KEY = "tokenizer.ggml."
 _GPT2 = (pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),)
-_CUTS: dict[str, tuple[Any, ...]] = {
+_SPLITS: dict[str, tuple[Any, ...]] = {
     "gpt-2": _GPT2,
     "smollm": (pre_tokenizers.Digits(individual_digits=True), *_GPT2),
     **{
@@ -29,39 +31,47 @@ _CUTS: dict[str, tuple[Any, ...]] = {
     },
 }
 _ROLES = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
-# llama.cpp ends a text at each of these: end of text, of a turn, of a message to a tool.
+# llama.cpp ends a text at each of these tokens: end of text, of a turn, of a message to a tool.
 _ENDS = ("eos", "eot", "eom")
 
 
 class _Kind(IntEnum):
-    """llama.cpp's kinds of tokens that are not merged from others."""
+    """Token types of llama.cpp for tokens that no merge produces."""
 
     CONTROL = 3
     USER_DEFINED = 4
 
 
 def save_tokenizer(model: GGUFModel, folder: Path) -> dict[str, Any]:
-    """Write a model's tokenizer and chat template into a folder.
+    """Write the tokenizer and chat template of a model into a folder.
+
+    Args:
+        model: The GGUF file.
+        folder: An existing folder.
 
     Returns:
-        The ids of its special tokens, by the names that a configuration has for them; of several
-        end tokens, a list.
+        The ids of the special tokens by their names in a transformers configuration. The value of
+        `eos_token_id` is a list if there are several end tokens.
 
     Raises:
-        UserError: its kind is not supported.
+        UserError: The kind of tokenizer or its pre-tokenizer is not supported.
     """
     kind, cut = model.get(_KEY + "model"), model.get(_KEY + "pre", "default")
     if kind != "gpt2":
-        raise UserError(f"the GGUF file has a tokenizer of kind {kind}: only gpt2 is converted")
-    if cut not in _CUTS:
         raise UserError(
-            f"the GGUF file cuts text by rules called {cut}, not known here: known are "
-            f"{', '.join(sorted(_CUTS))}"
+            f"The GGUF file has a tokenizer of kind {kind} (tokenizer.ggml.model). Only gpt2 can "
+            "be converted. Convert the Hugging Face folder of the model instead, with --from hf."
+        )
+    if cut not in _SPLITS:
+        raise UserError(
+            f"The GGUF file splits text by the rules {cut} (tokenizer.ggml.pre), which are not "
+            f"supported. Supported are {', '.join(sorted(_SPLITS))}. Convert the Hugging Face "
+            "folder of the model instead, with --from hf."
         )
     tokens: list[str] = model.get(_KEY + "tokens")
     ids = {role: model.get(f"{_KEY}{role}_token_id", -1) for role in _ROLES}
     special = {_ROLES[role]: tokens[number] for role, number in ids.items() if number >= 0}
-    tokenizer = _byte_level(tokens, model.get(_KEY + "merges"), _CUTS[cut])
+    tokenizer = _byte_level(tokens, model.get(_KEY + "merges"), _SPLITS[cut])
     for token, code in zip(tokens, model.get(_KEY + "token_type", [1] * len(tokens))):
         if code in (_Kind.CONTROL, _Kind.USER_DEFINED):
             added = AddedToken(token, normalized=False, special=code == _Kind.CONTROL)
@@ -78,15 +88,15 @@ def save_tokenizer(model: GGUFModel, folder: Path) -> dict[str, Any]:
         model_max_length=model.architecture.max_length,
         **special,
     ).save_pretrained(folder)
-    kept: dict[str, Any] = {
+    special_ids: dict[str, Any] = {
         _ROLES[role] + "_id": number
         for role, number in ids.items()
         if number >= 0 and role != "unknown"
     }
     named = [model.get(f"{_KEY}{end}_token_id", -1) for end in _ENDS]
     if ends := list(dict.fromkeys(number for number in named if number >= 0)):
-        kept["eos_token_id"] = ends if len(ends) > 1 else ends[0]
-    return kept
+        special_ids["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+    return special_ids
 
 
 def _byte_level(tokens: list[str], merges: list[str], cut: tuple[Any, ...]) -> Tokenizer:

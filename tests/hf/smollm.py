@@ -1,6 +1,6 @@
-"""The real model that tests convert: SmolLM2-135M-Instruct, quantised, out of a Python package.
+"""The real model that tests convert: SmolLM2-135M-Instruct, quantized, from a Python package.
 
-The package is read, never imported.
+The package's file is read; the package is never imported.
 """
 
 from importlib.metadata import PackageNotFoundError, distribution
@@ -13,7 +13,7 @@ QUESTION = "What is the capital of France?"
 
 
 def gguf_file() -> Path:
-    """The package's GGUF file; skips the test where the package is not installed."""
+    """Return the package's GGUF file, or skip the test where the package is not installed."""
     pytest.importorskip("gguf")
     try:
         files = distribution(PACKAGE).files or []

@@ -1,4 +1,4 @@
-"""A real quantised model out of a GGUF file, through transformers and through Megatron."""
+"""A real quantized model in a GGUF file, converted to transformers and to Megatron."""
 
 import itertools
 import json
@@ -32,7 +32,7 @@ def convert(source, target, load, save):
 
 
 def there_and_back(folder, file):
-    """On a rank: GGUF to Hugging Face, to Megatron, and back; what Megatron computes and says."""
+    """On a rank, convert GGUF to Hugging Face, to Megatron, and back; return Megatron's results."""
     from transformers import AutoTokenizer
 
     from megatron_ext.inference.forward import full_logits
@@ -79,7 +79,7 @@ def model(megatron, folder):
     return AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32).eval()
 
 
-def test_every_file_comes_back_byte_for_byte(megatron, folder):
+def test_gguf_round_trip_through_megatron_is_identical(megatron, folder):
     done = subprocess.run(
         ["diff", "-r", folder / "hf", folder / "back"], capture_output=True, text=True
     )
@@ -88,8 +88,8 @@ def test_every_file_comes_back_byte_for_byte(megatron, folder):
     assert (config["model_type"], config["eos_token_id"]) == ("llama", 2)
 
 
-def test_tensors_are_those_of_the_file_in_llama_cpps_order(model, reader):
-    """Dequantised by transformers' own code, rows permuted as llama.cpp's converter does it."""
+def test_gguf_tensors_equal_an_independent_dequantization(model, reader):
+    """The reference: transformers' dequantization, rows permuted as llama.cpp's converter does."""
     from transformers.integrations.gguf.dequant import dequantize
 
     ours = model.state_dict()
@@ -125,14 +125,14 @@ def hf_name(name):
     return f"model.layers.{layer}.{parts[part]}.weight"
 
 
-def test_megatron_computes_the_logits_of_transformers(megatron, model):
+def test_megatron_logits_of_gguf_model_equal_those_of_transformers(megatron, model):
     with torch.no_grad():
         logits = model(TOKENS).logits
     assert logits.std() > 1
     torch.testing.assert_close(megatron.logits, logits, atol=rounding(logits), rtol=0)
 
 
-def test_it_knows_the_capital_of_france(megatron, model, folder):
+def test_gguf_model_answers_a_question_and_stops(megatron, model, folder):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "hf")
@@ -146,7 +146,7 @@ def test_it_knows_the_capital_of_france(megatron, model, folder):
 
 
 def generate(checkpoint, prompt):
-    """On a rank: what tools.generate answers."""
+    """On a rank, return the tokens and the text that tools.generate prints."""
     import contextlib
     import io
 
@@ -160,8 +160,8 @@ def generate(checkpoint, prompt):
     return row["tokens"], row["text"]
 
 
-def test_the_tokenizer_merges_by_rank_within_words_and_single_digits(megatron, reader):
-    """Compared with byte pair encoding written out, on llama.cpp's rules for cutting a text."""
+def test_gguf_tokenizer_merges_by_rank_within_words_and_single_digits(megatron, reader):
+    """The reference: byte pair encoding written out, on llama.cpp's rules for splitting a text."""
     fields = reader.fields
     tokens = {t: i for i, t in enumerate(fields["tokenizer.ggml.tokens"].contents())}
     merges = fields["tokenizer.ggml.merges"].contents()
@@ -193,7 +193,7 @@ def merged(word, ranks):
 
 
 def write_gguf(file, architecture="llama", **extra):
-    """A file of one tensor, which says what it is."""
+    """Write a file of one tensor that says what it is."""
     import numpy as np
     from gguf import GGUFWriter
 
@@ -213,7 +213,7 @@ def write_gguf(file, architecture="llama", **extra):
     writer.close()
 
 
-def test_what_is_wrong_with_a_gguf_file_is_told_and_nothing_is_left(tmp_path):
+def test_gguf_file_that_is_broken_or_unsupported_is_refused_and_nothing_is_written(tmp_path):
     pytest.importorskip("gguf")
     cases: dict[str, dict[str, Any]] = {
         "holds a model of architecture gemma3": {"architecture": "gemma3"},
@@ -227,7 +227,7 @@ def test_what_is_wrong_with_a_gguf_file_is_told_and_nothing_is_left(tmp_path):
     half = (tmp_path / "0.gguf").read_bytes()[:-300]
     (tmp_path / "half.gguf").write_bytes(half)
     files = {f"{number}.gguf": text for number, text in enumerate(cases)}
-    files |= dict.fromkeys(("other.gguf", "half.gguf"), "no GGUF file or an incomplete one")
+    files |= dict.fromkeys(("other.gguf", "half.gguf"), "is not a GGUF file or is incomplete")
     files["none.gguf"] = "is no file"
     [messages] = run_ranks(refusals, 1, tmp_path, list(files))
     for expected, message in zip(files.values(), messages):
@@ -244,20 +244,20 @@ def refusals(folder, names):
     return messages
 
 
-def test_a_gguf_file_becomes_a_hugging_face_folder_first(tmp_path):
-    with pytest.raises(UserError, match="--from gguf goes --to hf alone"):
+def test_gguf_to_megatron_directly_is_refused(tmp_path):
+    with pytest.raises(UserError, match="--from gguf can be converted --to hf only"):
         convert("gguf", "megatron", tmp_path, tmp_path / "save")
 
 
 class _WithTurns(GGUFModel):
-    """The file's model with entries that other chat models have."""
+    """The model of the file with metadata entries that other chat models have."""
 
     def get(self, key, default=None):
         ends = {"tokenizer.ggml.eot_token_id": 1, "tokenizer.ggml.eom_token_id": 2}
         return ends[key] if key in ends else super().get(key, default)
 
 
-def test_end_tokens_of_turns_are_kept(tmp_path):
+def test_gguf_end_tokens_include_those_of_turns_and_messages(tmp_path):
     from megatron_ext.hf.gguf_tokenizer import save_tokenizer
 
     plain, with_turns = (

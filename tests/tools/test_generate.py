@@ -4,7 +4,6 @@ import json
 import os
 import pty
 import subprocess
-from argparse import Namespace
 
 import pytest
 
@@ -80,8 +79,7 @@ def test_lines_of_a_prompt_file_end_at_newlines_alone(tmp_path, end):
     lines = ["a\u2028b", "c\x0bd\x0ce\x1cf\x85g", "h\u2029 i"]
     file = tmp_path / "prompts.txt"
     file.write_bytes("".join(line + end for line in lines).encode("utf-8-sig"))
-    options = Namespace(prompt=[], prompt_file=file, num_samples=1, batch_size=1)
-    assert generate._prompts(options) == lines
+    assert generate.read_prompts([], str(file)) == lines
 
 
 @pytest.mark.parametrize(
@@ -108,5 +106,5 @@ def test_a_bad_command_line_is_refused_before_anything_is_loaded(run_dir, flags,
 def test_what_cannot_be_done_is_one_sentence_and_exit_code_2(run_dir):  # noqa: F811
     done = tool("--load", run_dir, "--prompt", "ba " * 100, capture_output=True)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("generate: a prompt has ") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("generate: A prompt has ") and done.stderr.count("\n") == 1
     assert f"--max-position-embeddings {MAX_LENGTH}" in done.stderr
