@@ -1,14 +1,15 @@
-"""Turn text into Megatron's indexed datasets, one for training and one for validation.
+"""Tokenize text into Megatron's indexed datasets, one for training and one for validation.
 
-Writes PREFIX_train_text_document.{bin,idx}, PREFIX_valid_text_document.{bin,idx} and PREFIX.json,
-which says what they were made of. Every document is followed by the tokenizer's end-of-document id;
-documents without a letter or sign are left out. A document's split depends on its text and --seed
-alone, so copies of it stay together. The result has the same bytes for any number of workers.
+The tool writes PREFIX_train_text_document.{bin,idx}, PREFIX_valid_text_document.{bin,idx} and the
+manifest PREFIX.json, which describes their source. Every document is followed by the tokenizer's
+end-of-document id; empty documents and documents of whitespace are skipped. The split of a document
+depends only on its text and --seed, so that duplicates stay in one split. The output is identical
+for any number of workers.
 
-Files are worked through in shards, small files many at a time, and finished parts are kept in
-PREFIX.parts (about as large as the output) until the output is complete: after a stop or a kill,
-the same command resumes from there. The output is compared with the parts and the source before it
-takes its name.
+Files are processed in shards, and many small files together. Finished parts are stored in
+PREFIX.parts, which takes about as much space as the output, until the output is complete. After a
+stop or a kill the same command resumes from there. The output is compared with the parts and the
+source before it is renamed to its final name.
 """
 
 import argparse
@@ -37,81 +38,135 @@ from megatron_ext.data.shards import FORMATS, TextFormat, expand_inputs, file_id
 from megatron_ext.errors import ToolParser, UserError, run_tool
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+class PreprocessFlags:
+    """Values of the command line."""
+
+    input: list[str]
+    tokenizer_model: str
+    output_prefix: str
+    valid_fraction: float | None
+    valid_input: list[str]
+    seed: int
+    format: str
+    text_key: str
+    document_separator: str | None
+    max_malformed: int
+    workers: int
+    shard_bytes: int
+    overwrite: bool
+
+    @property
+    def valid_share(self) -> float:
+        """Share of the documents of --input for validation."""
+        if self.valid_fraction is None:
+            return 0.0 if self.valid_input else 0.01
+        return self.valid_fraction
+
+
+def parse_arguments(argv: list[str] | None) -> PreprocessFlags:
+    """Parse and check the command line.
+
+    Raises:
+        UserError: A flag is missing, unknown or has a wrong value.
+    """
     parser = ToolParser(prog="python -m tools.preprocess_data", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     # fmt: off
     add("--input", nargs="+", required=True, metavar="FILE",
-        help="files or globs (** goes into folders): .jsonl, .parquet, .txt; plain, .gz, .zst, "
-             ".bz2 or .xz")
-    add("--tokenizer-model", required=True, metavar="FILE", help="SentencePiece model")
-    add("--output-prefix", required=True, metavar="PREFIX", help="how the output's names begin")
+        help="Files or globs to tokenize (** matches any folders): .jsonl, .parquet or .txt, "
+             "plain or compressed as .gz, .zst, .bz2 or .xz.")
+    add("--tokenizer-model", required=True, metavar="FILE",
+        help="SentencePiece model that tokenizes the text.")
+    add("--output-prefix", required=True, metavar="PREFIX",
+        help="Path and beginning of the names of the output files.")
     add("--valid-fraction", type=float, metavar="SHARE",
-        help="share of the documents for validation, 0 for none; default 0.01")
+        help="Share of the documents for validation, from 0 (none) to below 1. Default: 0.01, or "
+             "0 with --valid-input.")
     add("--valid-input", nargs="+", default=[], metavar="FILE",
-        help="validate on these files or globs, and train on all of --input")
-    add("--seed", type=int, default=0, help="seed of the split; default 0")
+        help="Files or globs for validation. All of --input is then used for training.")
+    add("--seed", type=int, default=0, metavar="S",
+        help="Seed of the split into training and validation. Default: %(default)s.")
     add("--format", choices=("auto", *FORMATS), default="auto",
-        help="format of the input; auto goes by each file's suffix")
+        help="Format of the input; auto determines it from the suffix of each file. "
+             "Default: %(default)s.")
     add("--text-key", default="text", metavar="KEY",
-        help="field (JSONL) or column (Parquet) that holds the text; default text")
+        help="Field (JSONL) or column (Parquet) that contains the text. Default: %(default)s.")
     add("--document-separator", metavar="LINE",
-        help="plain text: a line equal to this ends a document, '' is a blank line; '\\n': every "
-             "line is a document; without it each file is one (=-- for one that begins with -)")
+        help="Line that ends a document in plain text; '' stands for a blank line, and '\\n' makes "
+             "every line a document. Write --document-separator=-- for a separator that begins "
+             "with a hyphen. Default: each file is one document.")
     add("--max-malformed", type=int, default=100, metavar="N",
-        help="stop when more than N lines (rows, plain-text documents) are malformed; they are "
-             "left out and reported with file and line; default 100")
+        help="Maximum number of malformed lines (Parquet: rows). They are skipped and reported "
+             "with file and line; with more, the run stops. Default: %(default)s.")
     add("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
-        help="processes; default: one a core")
+        help="Number of processes. Default: one per core.")
     add("--shard-bytes", type=int, default=64 << 20, metavar="N",
-        help="size of the pieces that are shared out and kept after a stop; default 64 MiB. "
-             "Compressed files are not cut")
-    add("--overwrite", action="store_true", help="replace output made with other settings")
+        help="Size of the pieces that are distributed to the workers and kept after a stop, in "
+             "bytes. Compressed files are not divided. Default: 67108864 (64 MiB).")
+    add("--overwrite", action="store_true",
+        help="Replace existing output that was made with other settings.")
     # fmt: on
-    arguments = parser.parse_args(argv)
-    for flag, least in (("max_malformed", 0), ("workers", 1), ("shard_bytes", 1)):
-        if getattr(arguments, flag) < least:
-            raise UserError(f"--{flag.replace('_', '-')} must be at least {least}")
-    if arguments.valid_input and arguments.valid_fraction is not None:
-        raise UserError("--valid-input and --valid-fraction exclude each other: give one of them")
-    if arguments.valid_fraction is None:
-        arguments.valid_fraction = 0.0 if arguments.valid_input else 0.01
-    if not 0 <= arguments.valid_fraction < 1:
-        raise UserError("--valid-fraction must be at least 0 and below 1")
-    if os.path.basename(arguments.output_prefix) == "":
-        raise UserError("--output-prefix must end in the beginning of a file's name, not in /")
-    if not -(2**63) <= arguments.seed < 2**63:
-        raise UserError("--seed must fit in 64 bits")
-    return arguments
+    flags = parser.parse_args(argv, PreprocessFlags())
+    for name, value, least in (
+        ("--max-malformed", flags.max_malformed, 0),
+        ("--workers", flags.workers, 1),
+        ("--shard-bytes", flags.shard_bytes, 1),
+    ):
+        if value < least:
+            raise UserError(f"{name} {value} is below {least}. Set it to {least} or more.")
+    if flags.valid_input and flags.valid_fraction is not None:
+        raise UserError("--valid-input and --valid-fraction exclude each other. Give one of them.")
+    if not 0 <= flags.valid_share < 1:
+        raise UserError(
+            f"--valid-fraction {flags.valid_fraction} is out of range. Set it to at least 0 and "
+            "below 1."
+        )
+    if os.path.basename(flags.output_prefix) == "":
+        raise UserError(
+            f"--output-prefix {flags.output_prefix} ends in a slash. Append the beginning of the "
+            "file names."
+        )
+    if not -(2**63) <= flags.seed < 2**63:
+        raise UserError(f"--seed {flags.seed} does not fit in 64 bits. Choose a smaller number.")
+    return flags
 
 
 def open_tokenizer(model: str) -> tuple[sentencepiece.SentencePieceProcessor, str]:
-    """A SentencePiece tokenizer and the sha256 of its file.
+    """Return a SentencePiece tokenizer and the SHA-256 of its file.
+
+    Args:
+        model: Path of the file.
 
     Raises:
-        UserError: it cannot be read, or cannot end a document.
+        UserError: The file cannot be read, or the tokenizer has no end-of-document id.
     """
     try:
         content = Path(model).read_bytes()
     except OSError as error:
-        raise UserError(f"--tokenizer-model {model}: {error.strerror}") from error
+        raise UserError(
+            f"--tokenizer-model {model} cannot be read: {error.strerror}. Give the path of a "
+            "SentencePiece model."
+        ) from error
     tokenizer = sentencepiece.SentencePieceProcessor()
     try:
         tokenizer.load_from_serialized_proto(content)
     except RuntimeError as error:
         raise UserError(
-            f"--tokenizer-model {model} is no SentencePiece model: make one with "
-            f"python -m tools.train_tokenizer"
+            f"--tokenizer-model {model} is not a SentencePiece model. Train one with "
+            "python -m tools.train_tokenizer."
         ) from error
     if tokenizer.eos_id() < 0:
-        raise UserError(f"--tokenizer-model {model} has no eos id to end documents: train another")
+        raise UserError(
+            f"--tokenizer-model {model} has no eos id, which ends documents. Train a tokenizer "
+            "with python -m tools.train_tokenizer."
+        )
     return tokenizer, hashlib.sha256(content).hexdigest()
 
 
 @contextmanager
 def stopping_on_signals(output: DatasetOutput) -> Iterator[None]:
-    """Let SIGINT and SIGTERM end the run in order, with a word on what is kept."""
+    """Stop cleanly on SIGINT and SIGTERM, and print how many finished parts are kept."""
 
     def stop(signum: int, frame: FrameType | None) -> NoReturn:
         raise SystemExit(128 + signum)
@@ -121,7 +176,9 @@ def stopping_on_signals(output: DatasetOutput) -> Iterator[None]:
         yield
     except SystemExit:
         finished = len(list(output.parts.glob("*.json")))
-        print(f"stopped: the same command goes on with {finished:,} finished parts", flush=True)
+        print(
+            f"stopped with {finished:,} finished parts; run the same command to resume", flush=True
+        )
         raise
     finally:
         for number, handler in handlers.items():
@@ -129,19 +186,20 @@ def stopping_on_signals(output: DatasetOutput) -> Iterator[None]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments = parse_arguments(argv)
-    separator = arguments.document_separator
-    layout = TextFormat(
-        arguments.format, arguments.text_key, "\n" if separator == r"\n" else separator
-    )
-    tokenizer, sha256 = open_tokenizer(arguments.tokenizer_model)
+    """Run the command."""
+    flags = parse_arguments(argv)
+    separator = flags.document_separator
+    layout = TextFormat(flags.format, flags.text_key, "\n" if separator == r"\n" else separator)
+    tokenizer, sha256 = open_tokenizer(flags.tokenizer_model)
     inputs = {
-        "train": expand_inputs(arguments.input),
-        "valid": expand_inputs(arguments.valid_input, "--valid-input"),
+        "train": expand_inputs(flags.input),
+        "valid": expand_inputs(flags.valid_input, "--valid-input"),
     }
     identities = {file_identity(path) for path in inputs["train"]}
     if both := [path for path in inputs["valid"] if file_identity(path) in identities]:
-        raise UserError(f"{both[0]} is in --input and in --valid-input: take it out of one")
+        raise UserError(
+            f"{both[0]} is in --input and in --valid-input. Remove it from one of them."
+        )
     status = {path: os.stat(path) for path in inputs["train"] + inputs["valid"]}
     files = {
         split: [[path, status[path].st_size, status[path].st_mtime_ns] for path in paths]
@@ -155,58 +213,69 @@ def main(argv: list[str] | None = None) -> None:
         "format": layout.format,
         "text_key": layout.text_key,
         "document_separator": layout.separator,
-        "valid_fraction": arguments.valid_fraction,
-        "seed": arguments.seed,
+        "valid_fraction": flags.valid_share,
+        "seed": flags.seed,
     }
-    output = DatasetOutput(os.path.abspath(arguments.output_prefix))
-    if output.is_complete(settings, arguments.overwrite):
+    output = DatasetOutput(os.path.abspath(flags.output_prefix))
+    if output.is_complete(settings, flags.overwrite):
         shutil.rmtree(output.parts, ignore_errors=True)
-        print(f"{output.prefix}: all done already, with the same settings")
+        print(f"{output.prefix} is complete already, made with the same settings")
         return
-    shards = {s: plan_shards(paths, layout, arguments.shard_bytes) for s, paths in inputs.items()}
+    shards = {s: plan_shards(paths, layout, flags.shard_bytes) for s, paths in inputs.items()}
     vocab_size = tokenizer.get_piece_size()
     dtype = np.dtype(import_megatron().DType.optimal_dtype(vocab_size)).name
-    works = [
+    specs = [
         PartSpec(
             shards=group,
             file_stamps=tuple(status[shard.path].st_mtime_ns for shard in group),
             layout=layout,
-            tokenizer_model=os.path.abspath(arguments.tokenizer_model),
+            tokenizer_model=os.path.abspath(flags.tokenizer_model),
             tokenizer_sha256=sha256,
             eod=tokenizer.eos_id(),
             dtype=dtype,
-            valid_fraction=1.0 if split == "valid" else arguments.valid_fraction,
-            seed=arguments.seed,
+            valid_fraction=1.0 if split == "valid" else flags.valid_share,
+            seed=flags.seed,
         )
         for split in SPLITS
-        for group in group_shards(shards[split], arguments.shard_bytes)
+        for group in group_shards(shards[split], flags.shard_bytes)
     ]
     with output.locked(), stopping_on_signals(output):
-        run(arguments, settings, works, output, vocab_size)
+        write_output(flags, settings, specs, output, vocab_size)
 
 
-def run(
-    arguments: argparse.Namespace,
+def write_output(
+    flags: PreprocessFlags,
     settings: dict[str, Any],
-    works: list[PartSpec],
+    specs: list[PartSpec],
     output: DatasetOutput,
     vocab_size: int,
 ) -> None:
-    """Parts, datasets, comparison, final names."""
-    parts, tally = write_parts(works, output.parts, arguments.workers, arguments.max_malformed)
+    """Write the parts, join them into datasets, check these and give them their final names.
+
+    Args:
+        flags: The command line.
+        settings: Everything that determines the output, for the manifest.
+        specs: The parts, in order.
+        output: Names of the files.
+        vocab_size: Number of entries of the tokenizer.
+
+    Raises:
+        UserError: The input is malformed, or a split would be empty.
+    """
+    parts, counts = write_parts(specs, output.parts, flags.workers, flags.max_malformed)
     splits = [split for split in SPLITS if any(part["documents"][split] for part in parts)]
     if "train" not in splits:
-        raise UserError("no document is left for training: lower --valid-fraction")
-    if arguments.valid_fraction and "valid" not in splits:
+        raise UserError("No document is left for training. Lower --valid-fraction.")
+    if flags.valid_share and "valid" not in splits:
         raise UserError(
-            f"--valid-fraction {arguments.valid_fraction} puts none of {tally.documents:,} "
-            f"documents in validation: raise it, set it to 0 or give --valid-input"
+            f"--valid-fraction {flags.valid_share} assigns none of {counts.documents:,} "
+            "documents to validation. Raise it, set it to 0 or give --valid-input."
         )
     summary = {}
     for split in splits:
         prefix = str(output.parts / f"{split}.dataset")
-        write_dataset(split, works, output.parts, prefix)
-        outcome = check_dataset(split, works, parts, prefix)
+        write_dataset(split, specs, output.parts, prefix)
+        outcome = check_dataset(split, specs, parts, prefix)
         summary[split] = {
             key: sum(part[key][split] for part in parts) for key in ("documents", "tokens")
         }
@@ -218,23 +287,23 @@ def run(
     manifest = {
         "settings": settings,
         "tokenizer": {
-            "path": works[0].tokenizer_model,
-            "sha256": works[0].tokenizer_sha256,
+            "path": specs[0].tokenizer_model,
+            "sha256": specs[0].tokenizer_sha256,
             "vocab_size": vocab_size,
-            "eod": works[0].eod,
+            "eod": specs[0].eod,
         },
-        "dtype": works[0].dtype,
+        "dtype": specs[0].dtype,
         "splits": summary,
-        "empty_documents": tally.empty,
-        "malformed_lines": tally.malformed,
-        "malformed_examples": tally.examples,
-        "inputs": tally.files,
+        "empty_documents": counts.empty,
+        "malformed_lines": counts.malformed,
+        "malformed_examples": counts.examples,
+        "inputs": counts.files,
     }
     output.commit(manifest, splits)
     shutil.rmtree(output.parts)
     print(
         f"wrote {output.prefix}_{{{','.join(splits)}}}_text_document.{{bin,idx}} and .json; "
-        f"left out {tally.empty:,} empty and {tally.malformed:,} malformed documents"
+        f"skipped {counts.empty:,} empty and {counts.malformed:,} malformed documents"
     )
 
 

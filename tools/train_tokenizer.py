@@ -1,11 +1,11 @@
-"""Train a SentencePiece BPE tokenizer that loses nothing: decode(encode(text)) == text.
+"""Train a lossless SentencePiece BPE tokenizer: decode(encode(text)) == text.
 
-Text is taken as it is (no normalisation, no dummy prefix), and bytes outside the vocabulary fall
-back to byte tokens, so no text is unknown; only U+2581, SentencePiece's own mark for a space, reads
-back as a space. The ids 0 to 3 are unk, bos, eos and pad. Megatron reads the file with
-`--tokenizer-type SentencePieceTokenizer --tokenizer-model FILE` and ends documents with eos.
+Text is not normalized and gets no dummy prefix, and characters outside the vocabulary are encoded
+as byte tokens, so that no text is unknown. The one exception is U+2581, SentencePiece's mark for a
+space, which decodes to a space. The ids 0 to 3 are unk, bos, eos and pad. Megatron reads the file
+with `--tokenizer-type SentencePieceTokenizer --tokenizer-model FILE` and ends documents with eos.
 
-Of a corpus larger than the sample, a uniform sample of lines is drawn in one pass.
+If the corpus is larger than the sample, a uniform sample of lines is drawn in one pass.
 """
 
 import argparse
@@ -23,16 +23,18 @@ import sentencepiece
 from megatron_ext.data.documents import MalformedRecord, ShardReader
 from megatron_ext.data.shards import FORMATS, TextFormat, expand_inputs, plan_shards
 from megatron_ext.errors import ToolParser, UserError, run_tool
+from megatron_ext.inference.loading_flags import check_at_least_one
 from megatron_ext.progress import Progress
 
 _SHARD_BYTES = 1 << 30
 
 
 class LineSample:
-    """A uniform sample, in the stream's order, of lines that fit in `max_lines` and `max_bytes`.
+    """Uniform sample of a stream's lines, in their order, within `max_lines` and `max_bytes`.
 
-    Every line draws a random key and the lines with the smallest keys stay. Once a key has been
-    turned away, so is every larger one, which keeps the sample uniform when lines differ in length.
+    Every line draws a random key, and the lines with the smallest keys stay. Once a key has been
+    rejected, every larger key is rejected too, which keeps the sample uniform when lines differ in
+    length.
     """
 
     def __init__(self, max_lines: int, max_bytes: int, seed: int):
@@ -43,7 +45,7 @@ class LineSample:
         self._heap: list[tuple[float, int, str]] = []  # (-key, position, line)
 
     def add(self, line: str) -> None:
-        """Offer the stream's next line."""
+        """Add the next line of the stream, or reject it."""
         key, size = self._random.random(), len(line.encode())
         self.seen_lines += 1
         self.seen_bytes += size
@@ -57,19 +59,24 @@ class LineSample:
             self.bytes -= len(dropped.encode())
 
     def lines(self) -> list[str]:
-        """The sample, in the order of the stream."""
+        """Return the sample, in the order of the stream."""
         return [line for _, _, line in sorted(self._heap, key=lambda entry: entry[1])]
 
 
 def documents(paths: list[str], layout: TextFormat) -> Iterator[str]:
-    """The documents of all files in order, with progress; malformed lines are counted and left
-    out, as `preprocess_data` reports each of them.
+    """Yield the documents of all files in order, and show progress.
+
+    Malformed lines are counted and skipped, because `preprocess_data` reports each of them.
+
+    Args:
+        paths: The files.
+        layout: Format of the files.
 
     Raises:
-        UserError: a file that cannot be read, or no document in any.
+        UserError: A file cannot be read, or no file contains a document.
     """
     shards = plan_shards(paths, layout, _SHARD_BYTES)
-    done = found = 0
+    done = count = 0
     malformed: list[str] = []
     with Progress("reading", sum(shard.size for shard in shards)) as progress:
         for shard in shards:
@@ -81,20 +88,29 @@ def documents(paths: list[str], layout: TextFormat) -> Iterator[str]:
                         where += f" after byte {shard.start}"
                     malformed.append(f"{where}: {document.reason}")
                     continue
-                found += 1
-                if found % 256 == 0:
-                    progress.update(done + reader.consumed, f"{found:,} documents")
+                count += 1
+                if count % 256 == 0:
+                    progress.update(done + reader.consumed, f"{count:,} documents")
                 yield document
             done += shard.size
         if malformed:
-            progress.log(f"left out {len(malformed):,} malformed lines; first: {malformed[0]}")
-    if not found:
-        why = f": {malformed[0]}" if malformed else ""
-        raise UserError(f"--input holds no document{why}")
+            progress.log(f"skipped {len(malformed):,} malformed lines; the first is {malformed[0]}")
+    if not count:
+        reason = f" The first malformed line is {malformed[0]}." if malformed else ""
+        raise UserError(f"--input contains no document.{reason} Give files with text.")
 
 
 def sample_lines(texts: Iterable[str], max_lines: int, max_bytes: int, seed: int) -> LineSample:
-    """Draw a sample of the texts' lines, each with its line end, which is learnt like a letter."""
+    """Return a sample of the texts' lines.
+
+    Each line includes its newline, which the tokenizer learns like any other character.
+
+    Args:
+        texts: The documents.
+        max_lines: Maximum number of lines in the sample.
+        max_bytes: Maximum size of the sample, in bytes.
+        seed: Seed of the sample.
+    """
     sample = LineSample(max_lines, max_bytes, seed)
     for text in texts:
         for line in text.split("\n"):
@@ -106,11 +122,19 @@ def sample_lines(texts: Iterable[str], max_lines: int, max_bytes: int, seed: int
 def train(lines: list[str], vocab_size: int, character_coverage: float) -> bytes:
     """Train a BPE model with exactly `vocab_size` entries; the same lines give the same bytes.
 
+    Args:
+        lines: The text.
+        vocab_size: Number of entries.
+        character_coverage: Share of all characters that get their own entry.
+
+    Returns:
+        The content of the model file.
+
     Raises:
-        UserError: the vocabulary is too large or too small for the lines, or there are none.
+        UserError: The vocabulary is too large or too small for the lines, or there are none.
     """
     if not lines:
-        raise UserError("--input holds no text to learn from: give files with text")
+        raise UserError("--input contains no text to train on. Give files with text.")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -119,7 +143,7 @@ def train(lines: list[str], vocab_size: int, character_coverage: float) -> bytes
             model_type="bpe",
             vocab_size=vocab_size,
             character_coverage=character_coverage,
-            num_threads=1,  # BPE gains nothing from more, and their number is kept in the file
+            num_threads=1,  # BPE gains nothing from more, and the number is stored in the file
             byte_fallback=True,
             split_digits=True,
             allow_whitespace_only_pieces=True,
@@ -142,70 +166,101 @@ def _explained(error: RuntimeError, vocab_size: int) -> UserError:
     message = str(error)
     if match := re.search(r"Please set it to a value <= (\d+)", message):
         return UserError(
-            f"--vocab-size {vocab_size} is too large for this text: "
-            f"set it to at most {match[1]} or give more text"
+            f"--vocab-size {vocab_size} is too large for this text. Set it to at most {match[1]} "
+            "or give more text."
         )
     if match := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
         return UserError(
-            f"--vocab-size {vocab_size} is too small for the characters of this text: "
-            f"set it to at least {match[1]} or lower --character-coverage"
+            f"--vocab-size {vocab_size} is too small for the characters of this text. Set it to at "
+            f"least {match[1]} or lower --character-coverage."
         )
-    return UserError(f"SentencePiece cannot train on this text: {message}")
+    return UserError(f"SentencePiece cannot train on the text of --input: {message}")
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+class TrainTokenizerFlags:
+    """Values of the command line."""
+
+    input: list[str]
+    output: str
+    vocab_size: int
+    format: str
+    text_key: str
+    max_sample_bytes: int
+    max_sample_lines: int
+    character_coverage: float
+    seed: int
+    overwrite: bool
+
+
+def parse_arguments(argv: list[str] | None) -> TrainTokenizerFlags:
+    """Parse and check the command line.
+
+    Raises:
+        UserError: A flag is missing, unknown or has a wrong value.
+    """
     parser = ToolParser(prog="python -m tools.train_tokenizer", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     # fmt: off
     add("--input", nargs="+", required=True, metavar="FILE",
-        help="files or globs (** goes into folders): .jsonl, .parquet, .txt; plain, .gz, .zst, "
-             ".bz2 or .xz")
+        help="Files or globs to train on (** matches any folders): .jsonl, .parquet or .txt, plain "
+             "or compressed as .gz, .zst, .bz2 or .xz.")
     add("--output", required=True, metavar="FILE",
-        help="the tokenizer to write; .model is added when missing")
+        help="File for the tokenizer. The suffix .model is appended if it is missing.")
     add("--vocab-size", type=int, required=True, metavar="N",
-        help="entries of the vocabulary, with 256 bytes and 4 special tokens among them")
+        help="Number of entries in the vocabulary, including 256 bytes and 4 special tokens.")
     add("--format", choices=("auto", *FORMATS), default="auto",
-        help="format of the input; auto goes by each file's suffix")
+        help="Format of the input; auto determines it from the suffix of each file. "
+             "Default: %(default)s.")
     add("--text-key", default="text", metavar="KEY",
-        help="field (JSONL) or column (Parquet) that holds the text; default text")
+        help="Field (JSONL) or column (Parquet) that contains the text. Default: %(default)s.")
     add("--max-sample-bytes", type=int, default=256 << 20, metavar="N",
-        help="train on a random sample of lines with at most N bytes; default 256 MiB. Training "
-             "takes about ten bytes of memory for each")
+        help="Maximum size of the sample of lines, in bytes. Training takes about ten times as "
+             "much memory. Default: 268435456 (256 MiB).")
     add("--max-sample-lines", type=int, default=20_000_000, metavar="N",
-        help="train on a random sample of at most N lines; default 20 million")
+        help="Maximum number of lines in the sample. Default: %(default)s.")
     add("--character-coverage", type=float, default=0.9995, metavar="SHARE",
-        help="share of all characters that get an entry of their own, the rest are spelt in "
-             "bytes; default 0.9995")
-    add("--seed", type=int, default=0, help="seed of the sample; default 0")
-    add("--overwrite", action="store_true", help="replace --output when it exists")
+        help="Share of all characters that get their own entry; the others are encoded as bytes. "
+             "Default: %(default)s.")
+    add("--seed", type=int, default=0, metavar="S",
+        help="Seed of the sample. Default: %(default)s.")
+    add("--overwrite", action="store_true", help="Replace --output if it exists.")
     # fmt: on
-    arguments = parser.parse_args(argv)
-    for flag in ("vocab_size", "max_sample_bytes", "max_sample_lines"):
-        if getattr(arguments, flag) < 1:
-            raise UserError(f"--{flag.replace('_', '-')} must be at least 1")
-    if not 0 < arguments.character_coverage <= 1:
-        raise UserError("--character-coverage must be above 0 and at most 1")
-    return arguments
+    flags = parser.parse_args(argv, TrainTokenizerFlags())
+    check_at_least_one(
+        vocab_size=flags.vocab_size,
+        max_sample_bytes=flags.max_sample_bytes,
+        max_sample_lines=flags.max_sample_lines,
+    )
+    if not 0 < flags.character_coverage <= 1:
+        raise UserError(
+            f"--character-coverage {flags.character_coverage} is out of range. Set it above 0 and "
+            "to at most 1."
+        )
+    return flags
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments = parse_arguments(argv)
-    output = Path(arguments.output)
+    """Run the command."""
+    flags = parse_arguments(argv)
+    output = Path(flags.output)
     if output.suffix != ".model":
         output = output.with_name(output.name + ".model")
-    if output.exists() and not arguments.overwrite:
-        raise UserError(f"--output {output} exists: give --overwrite to replace it")
-    # Lines are what is learnt from, wherever a document of plain text ends.
-    layout = TextFormat(arguments.format, arguments.text_key, separator="\n")
-    paths = expand_inputs(arguments.input)
+    if output.exists() and not flags.overwrite:
+        raise UserError(f"--output {output} exists. Give --overwrite to replace it.")
+    # The tokenizer trains on lines, wherever a document of plain text ends.
+    layout = TextFormat(flags.format, flags.text_key, separator="\n")
+    paths = expand_inputs(flags.input)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--output {output}: cannot make its folder: {error.strerror}") from error
+        raise UserError(
+            f"The folder of --output {output} cannot be created: {error.strerror}. Choose another "
+            "path."
+        ) from error
     sample = sample_lines(
         documents(paths, layout),
-        arguments.max_sample_lines, arguments.max_sample_bytes, arguments.seed,
+        flags.max_sample_lines, flags.max_sample_bytes, flags.seed,
     )  # fmt: skip
     lines = sample.lines()
     print(
@@ -213,9 +268,9 @@ def main(argv: list[str] | None = None) -> None:
         f"{sample.bytes / 1e6:,.1f} of {sample.seen_bytes / 1e6:,.1f} MB",
         flush=True,
     )
-    # SentencePiece trains outside Python, where Python's own handler would not be heard.
+    # SentencePiece trains outside Python, where Python's signal handler would not run.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    model = train(lines, arguments.vocab_size, arguments.character_coverage)
+    model = train(lines, flags.vocab_size, flags.character_coverage)
     temporary = output.with_name(f"{output.name}.{os.getpid()}.tmp")
     temporary.write_bytes(model)
     temporary.replace(output)
@@ -223,7 +278,7 @@ def main(argv: list[str] | None = None) -> None:
     text = "".join(lines[:1000])
     print(
         f"wrote {output}: {tokenizer.get_piece_size():,} entries, "
-        f"{len(text.encode()) / len(tokenizer.encode(text)):.2f} bytes a token"
+        f"{len(text.encode()) / len(tokenizer.encode(text)):.2f} bytes per token"
     )
 
 

@@ -1,6 +1,6 @@
-"""Documents read from JSONL, Parquet and plain text files, as a stream and a shard at a time.
+"""Reader of documents in JSONL, Parquet and plain text files, one shard at a time.
 
-Memory is bounded by the largest document (Parquet: by one batch).
+Memory is bounded by the largest document (Parquet: by one batch of rows).
 """
 
 import io
@@ -14,20 +14,20 @@ from megatron_ext.errors import UserError
 
 
 class MalformedRecord(NamedTuple):
-    """A line (Parquet: row) that gives no document, counted from 1 within its shard, and why."""
+    """Line (Parquet: row) of a shard that is not a document, counted from 1, and the reason."""
 
     line: int
     reason: str
 
 
 class ShardReader:
-    """Iterates over a shard's documents: the text, or `MalformedRecord`.
+    """Iterator over a shard's documents: texts and `MalformedRecord`s.
 
-    lines: lines (rows) of the shard read so far; after the last one, all that it owns.
-    consumed: bytes of the shard read so far, at most `shard.size`.
+    Iterating raises a `UserError` if the file turns out to be truncated or broken.
 
-    Raises:
-        UserError: a truncated or broken file, noticed while reading.
+    Attributes:
+        lines: Number of lines (rows) of the shard read so far; at the end, all that it owns.
+        consumed: Bytes of the shard read so far, at most `shard.size`.
     """
 
     def __init__(self, shard: Shard, layout: TextFormat):
@@ -50,19 +50,21 @@ class ShardReader:
                 else:
                     yield from self._separated(raw, stream, self.layout.separator.encode())
             except BROKEN as error:
-                raise UserError(f"{self.shard.path} is truncated or broken: {error}") from error
+                raise UserError(
+                    f"{self.shard.path} is truncated or broken: {error}. Copy it again."
+                ) from error
 
     def _numbered_lines(self, raw: BinaryIO, stream: io.BufferedIOBase) -> Iterator[
         tuple[bool, bytes]
     ]:  # fmt: skip
-        """(owned, line): a shard owns the lines that begin in it; those after it follow unowned."""
+        """Yield (owned, line): a shard owns the lines that begin in it; others follow unowned."""
         start, stop = self.shard.start, self.shard.stop
         position = mark = 0
         if start:
-            stream.seek(start - 1)  # a line that begins exactly at start is ours
+            stream.seek(start - 1)  # a line that begins exactly at start belongs to this shard
             position = start - 1 + len(stream.readline())
         elif stop is not None:
-            mark = stream.tell()  # a byte order mark counts to the first line
+            mark = stream.tell()  # a byte order mark counts as part of the first line
         while line := stream.readline():
             owned = stop is None or position < stop
             position += len(line) + mark
@@ -96,9 +98,9 @@ class ShardReader:
         return self._checked(record[key])
 
     def _checked(self, text: object) -> str | MalformedRecord:
-        """Text that has a UTF-8 form; JSON can smuggle in half of a surrogate pair."""
+        """Return the text if it can be encoded as UTF-8; JSON permits half a surrogate pair."""
         if not isinstance(text, str):
-            return MalformedRecord(self.lines, f"{self.layout.text_key!r} holds no text")
+            return MalformedRecord(self.lines, f"{self.layout.text_key!r} is not text")
         try:
             text.encode()
         except UnicodeEncodeError:
@@ -121,20 +123,20 @@ class ShardReader:
     def _separated(
         self, raw: BinaryIO, stream: io.BufferedIOBase, separator: bytes
     ) -> Iterator[str | MalformedRecord]:
-        """A shard owns the document after each separator line it owns, and the file's first."""
+        """Yield the documents after the separator lines of the shard, and the file's first one."""
         document: list[bytes] | None = [] if self.shard.start == 0 else None
-        first, held = 1, 0
+        first, size = 1, 0
         for owned, line in self._numbered_lines(raw, stream):
             if line.rstrip(b"\r\n") == separator:
                 if document:
                     yield _utf8(_chomp(b"".join(document)), first)
                 if not owned:
                     return
-                document, first, held = [], self.lines + 1, 0
+                document, first, size = [], self.lines + 1, 0
             elif document is not None:
                 document.append(line)
-                held += len(line)
-                if held > MAX_PLAIN_DOCUMENT:
+                size += len(line)
+                if size > MAX_PLAIN_DOCUMENT:
                     raise too_large(self.shard.path)
             elif not owned:
                 return
@@ -161,7 +163,9 @@ class ShardReader:
                         else:
                             yield self._checked(text)
             except (pyarrow.ArrowException, OSError) as error:
-                raise UserError(f"{shard.path} is truncated or broken: {error}") from error
+                raise UserError(
+                    f"{shard.path} is truncated or broken: {error}. Copy it again."
+                ) from error
 
 
 def _utf8(content: bytes, first_line: int) -> str | MalformedRecord:

@@ -1,7 +1,7 @@
-"""Which files are read, how documents lie in them, and how files are cut into shards.
+"""Input files of preprocessing, their text format, and their division into shards.
 
-A shard is a piece of one file that can be read alone: a byte range, a run of Parquet row groups,
-or a whole compressed file.
+A shard is a piece of one file that can be read independently: a byte range, a run of Parquet row
+groups, or a whole compressed file.
 """
 
 import glob
@@ -20,18 +20,19 @@ _SUFFIXES = {
     ".parquet": "parquet", ".pq": "parquet",
     ".txt": "text", ".text": "text", ".md": "text",
 }  # fmt: skip
-# SentencePiece needs some fifty bytes of memory for a byte of one document.
+# SentencePiece needs about fifty bytes of memory per byte of one document.
 MAX_PLAIN_DOCUMENT = 256 << 20
 
 
 @dataclass(frozen=True)
 class TextFormat:
-    """How documents lie in the files.
+    """Format of text files and the way they are divided into documents.
 
-    format: "auto" goes by the file's suffix, or one of `FORMATS`.
-    text_key: the field (JSONL) or column (Parquet) that holds the text.
-    separator: plain text: a line equal to it ends a document ("" is a blank line); a line break:
-        every line is a document; None: a whole file is one document.
+    Attributes:
+        format: One of `FORMATS`, or "auto" to determine it from the suffix of each file.
+        text_key: Field (JSONL) or column (Parquet) that contains the text.
+        separator: Line of plain text that ends a document ("" is a blank line). A newline makes
+            every line a document. None makes the whole file one document.
     """
 
     format: str = "auto"
@@ -40,9 +41,14 @@ class TextFormat:
 
 
 class Shard(NamedTuple):
-    """A piece of a file: bytes (JSONL, text) or row groups (Parquet) from `start` up to `stop`.
+    """Piece of a file: bytes (JSONL, text) or row groups (Parquet) from `start` up to `stop`.
 
-    `stop` is None where the whole file is read. `size` is its share of the file, in bytes.
+    Attributes:
+        path: The file.
+        format: One of `FORMATS`.
+        start: First byte or row group.
+        stop: Byte or row group after the last, or None if the whole file is read.
+        size: Share of the file, in bytes.
     """
 
     path: str
@@ -53,40 +59,53 @@ class Shard(NamedTuple):
 
 
 def expand_inputs(patterns: list[str], flag: str = "--input") -> list[str]:
-    """Return absolute paths of the non-empty files that paths and globs name: in the order given,
-    each glob's files sorted, each file once, also where links give it further names.
+    """Return the absolute paths of the files that paths and globs name.
+
+    The order is that of the patterns; the files of a glob are sorted. A file that links give
+    further names appears once.
+
+    Args:
+        patterns: Paths and globs.
+        flag: Name of the flag, for error messages.
 
     Raises:
-        UserError: A pattern names nothing, or a directory, or an empty file.
+        UserError: A pattern matches nothing, a directory, or an empty file.
     """
     paths: dict[tuple[int, int], str] = {}
     for pattern in patterns:
         if os.path.isdir(pattern):
-            raise UserError(f"{flag} {pattern} is a directory: name its files, {pattern}/*.jsonl")
-        found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
-        found = [os.path.abspath(path) for path in found if os.path.isfile(path)]
-        if not found:
+            raise UserError(
+                f"{flag} {pattern} is a directory. Give its files, such as {pattern}/*.jsonl."
+            )
+        matches = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
+        files = [os.path.abspath(path) for path in sorted(matches) if os.path.isfile(path)]
+        if not files:
             problem = "matches no file" if glob.has_magic(pattern) else "does not exist"
-            raise UserError(f"{flag} {pattern} {problem}")
-        for path in found:
+            raise UserError(f"{flag} {pattern} {problem}. Give the path of a file or a glob.")
+        for path in files:
             if os.path.getsize(path) == 0:
-                raise UserError(f"{flag} {path} is empty: leave it out")
+                raise UserError(f"{flag} {path} is empty. Remove it from the flag.")
             paths.setdefault(file_identity(path), path)
     return list(paths.values())
 
 
 def file_identity(path: str) -> tuple[int, int]:
-    """Return what is the same for all names of a file: device and inode."""
+    """Return the device and inode of a file, which are the same for all of its names."""
     status = os.stat(path)
     return status.st_dev, status.st_ino
 
 
 def plan_shards(paths: list[str], layout: TextFormat, shard_bytes: int) -> list[Shard]:
-    """Cut files into shards of about `shard_bytes`; the same files always give the same shards.
+    """Divide files into shards of about `shard_bytes`, the same ones in every run.
+
+    Args:
+        paths: The files.
+        layout: Format of the files.
+        shard_bytes: Approximate size of a shard.
 
     Raises:
-        UserError: a format that cannot be told, a broken Parquet file or one without the text
-            column, a file too large to be one document.
+        UserError: A format is unknown, a Parquet file is broken or lacks the text column, or a file
+            is too large to be one document.
     """
     shards: list[Shard] = []
     for path in paths:
@@ -107,14 +126,16 @@ def plan_shards(paths: list[str], layout: TextFormat, shard_bytes: int) -> list[
 
 
 def too_large(path: str) -> UserError:
+    """Return the error for a file with a document above `MAX_PLAIN_DOCUMENT`."""
     limit = MAX_PLAIN_DOCUMENT >> 20
     return UserError(
-        f"{path} has a document over {limit} MiB: give a --document-separator that parts it"
+        f"{path} has a document over {limit} MiB. Set --document-separator to a line that divides "
+        "it."
     )
 
 
 def format_of_suffix(path: str) -> str:
-    """Return the format of a file, decompressed, by its suffix; empty where it is unknown."""
+    """Return the format of a file, after decompression, or an empty string if it is unknown."""
     suffixes = [suffix.lower() for suffix in Path(path).suffixes]
     compressed = bool(suffixes) and suffixes[-1] in COMPRESSIONS
     return _SUFFIXES.get(suffixes[-1 - compressed], "") if len(suffixes) > compressed else ""
@@ -124,22 +145,31 @@ def _format_of(path: str, layout: TextFormat) -> str:
     kind = format_of_suffix(path) if layout.format == "auto" else layout.format
     if not kind:
         known = f"{', '.join(_SUFFIXES)}, compressed {', '.join(COMPRESSIONS)}"
-        raise UserError(f"{path} has no known suffix ({known}): give --format jsonl or text")
+        raise UserError(f"{path} has no known suffix ({known}). Set --format to jsonl or text.")
     if kind == "parquet" and is_compressed(path):
-        raise UserError(f"{path} is a compressed Parquet file: decompress it, Parquet has its own")
+        raise UserError(
+            f"{path} is a compressed Parquet file. Decompress it: Parquet compresses its own pages."
+        )
     return kind
 
 
 def open_parquet(path: str) -> Any:
-    """A Parquet file, read as a stream: pyarrow's own choice keeps all of a column that it has read
-    until the last row."""
+    """Open a Parquet file to be read as a stream.
+
+    By default pyarrow keeps everything that it has read of a column until the last row.
+
+    Raises:
+        UserError: The file is not readable.
+    """
     import pyarrow
     import pyarrow.parquet
 
     try:
         return pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path} is no readable Parquet file, or truncated: {error}") from error
+        raise UserError(
+            f"{path} is not a readable Parquet file or is truncated: {error}. Copy it again."
+        ) from error
 
 
 def _parquet_shards(path: str, text_key: str, size: int, shard_bytes: int) -> Iterator[Shard]:
@@ -150,19 +180,22 @@ def _parquet_shards(path: str, text_key: str, size: int, shard_bytes: int) -> It
     kinds = [field.type for field in schema if field.name == text_key]
     if not kinds:
         columns = ", ".join(schema.names)
-        raise UserError(f"{path} has no column {text_key!r}: set --text-key to one of {columns}")
+        raise UserError(f"{path} has no column {text_key!r}; set --text-key to one of {columns}.")
     if len(kinds) > 1:
-        raise UserError(f"{path} has {len(kinds)} columns {text_key!r}: rename all but one")
+        raise UserError(f"{path} has {len(kinds)} columns {text_key!r}. Rename all but one.")
     [kind] = kinds
     values = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
     is_text = (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_string_view)
     if not any(test(values) for test in is_text):
-        raise UserError(f"{path}: column {text_key!r} holds {kind}, not text: set --text-key")
+        raise UserError(
+            f"Column {text_key!r} of {path} contains {kind}, not text. Set --text-key to a column "
+            "of text."
+        )
     rows = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
     share = size / max(1, sum(rows))
     start = 0
     for group in range(len(rows)):
-        held = round(share * sum(rows[start : group + 1]))
-        if held >= shard_bytes or group + 1 == len(rows):
-            yield Shard(path, "parquet", start, group + 1, held)
+        shard_size = round(share * sum(rows[start : group + 1]))
+        if shard_size >= shard_bytes or group + 1 == len(rows):
+            yield Shard(path, "parquet", start, group + 1, shard_size)
             start = group + 1

@@ -1,4 +1,4 @@
-"""Sequences of tokens out of an indexed dataset or text files, for tools that look at a model."""
+"""Sequences of tokens from an indexed dataset or text files, for tools that inspect a model."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,21 +22,21 @@ _SHARD_BYTES = 1 << 24
 def sequences_of(
     inputs: list[str], trained: "TrainedModel", length: int, tokens: int, flag: str = "--data"
 ) -> Tensor:
-    """The first tokens of some text, documents end to end, cut into sequences.
+    """Return the first tokens of a text, its documents concatenated, divided into sequences.
 
     Args:
-        inputs: prefix of an indexed dataset, or text files and globs as preprocess_data takes them.
-        trained: the model that is to read them; its tokenizer encodes text files and ends each
-            document, and indexed datasets must be of that tokenizer.
-        length: of a sequence.
-        tokens: to read at most.
-        flag: to name when something is wrong.
+        inputs: Prefix of an indexed dataset, or text files and globs as in preprocess_data.
+        trained: The model whose tokenizer encodes text files and ends each document. An indexed
+            dataset must have been made with the same tokenizer.
+        length: Tokens per sequence.
+        tokens: Maximum number of tokens to read.
+        flag: Name of the flag, for error messages.
 
     Returns:
-        int64 `[sequences, length]`, as many whole ones as there are.
+        The complete sequences, int64 `[sequences, length]`.
 
     Raises:
-        UserError: there is no such data, or not one whole sequence of it.
+        UserError: The data does not exist or has fewer tokens than one sequence.
     """
     if len(inputs) == 1 and Path(inputs[0] + ".idx").is_file():
         check_dataset_tokenizer(inputs[0], trained.args, "the model's")
@@ -53,7 +53,8 @@ def sequences_of(
     count = min(read, tokens) // length
     if not count:
         raise UserError(
-            f"{flag} {inputs[0]} has {read} tokens: not one sequence of {length}: give more"
+            f"{flag} {inputs[0]} has {read} tokens, which is less than one sequence of {length}. "
+            "Give more text or shorter sequences."
         )
     stream = np.concatenate(parts)[: count * length]
     return torch.from_numpy(stream).view(count, length)
@@ -63,7 +64,7 @@ def _indexed(prefix: str) -> Iterator[np.ndarray[Any, Any]]:
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     dataset = IndexedDataset(prefix)
-    # Copies: the dataset unmaps its file when it goes.
+    # astype copies, because the dataset unmaps its file when it is deleted.
     return (dataset[number].astype(np.int64) for number in range(len(dataset)))
 
 
@@ -73,5 +74,8 @@ def _texts(inputs: list[str], tokenizer: Any, flag: str) -> Iterator[np.ndarray[
     for shard in plan_shards(expand_inputs(inputs, flag), layout, _SHARD_BYTES):
         for document in ShardReader(shard, layout):
             if isinstance(document, MalformedRecord):
-                raise UserError(f"{shard.path}, line {document.line}: {document.reason}")
+                raise UserError(
+                    f"Line {document.line} of {shard.path} is malformed: {document.reason}. Fix or "
+                    "remove it."
+                )
             yield np.array(tokenizer.tokenize(document) + end, dtype=np.int64)

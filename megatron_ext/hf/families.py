@@ -1,7 +1,9 @@
-"""The Hugging Face families that models are converted to and from, as data.
+"""Registry of the Hugging Face families that models are converted to and from.
 
-A family says which architectures it holds, what its configuration calls their sizes, and by which
-map its tensors are named.
+To add a family whose tensors are named like Llama's, add one entry to `FAMILIES`: the architectures
+that belong to it, the names of their sizes in its configuration, and the map of its tensor names.
+Nothing else depends on the name of a family, except that Expert Threshold models (`OWN`) come with
+their own code.
 """
 
 from collections.abc import Callable
@@ -12,7 +14,8 @@ from megatron_ext.errors import UserError
 from megatron_ext.hf import names
 from megatron_ext.hf.architecture import LLAMA3_ROPE, Architecture
 
-_COMMON = {
+# Configuration entries of all families, with the corresponding fields of `Architecture`.
+COMMON = {
     "hidden_size": "hidden",
     "num_hidden_layers": "layers",
     "num_attention_heads": "heads",
@@ -22,29 +25,31 @@ _COMMON = {
     "rms_norm_eps": "eps",
     "tie_word_embeddings": "tied",
 }
-_PLAIN = {"gated": True, "norm_scale": True, "embedding_norm": False, "softcap": 0.0}
-_TOKEN_CHOICE = {"router": "token-choice", "shared": False}
-_TOP_K = {"num_experts_per_tok": "topk", "router_aux_loss_coef": "aux_loss"}
-_SILU = {"hidden_act": "silu", "attention_dropout": 0.0}
-_WITHOUT_WINDOW = {"sliding_window": None}
+# Properties of every architecture outside this project's own family.
+PLAIN = {"gated": True, "norm_scale": True, "embedding_norm": False, "softcap": 0.0}
+TOKEN_CHOICE = {"router": "token-choice", "shared": False}
+TOP_K = {"num_experts_per_tok": "topk", "router_aux_loss_coef": "aux_loss"}
+# Configuration values that are required, if the configuration has them.
+SILU = {"hidden_act": "silu", "attention_dropout": 0.0}
+WITHOUT_WINDOW = {"sliding_window": None}
 
 
 @dataclass(frozen=True)
 class Family:
-    """One kind of model of transformers.
+    """Family of models in transformers.
 
     Attributes:
         name: `model_type` of its configuration.
-        holds: properties an architecture must have to be of this family.
-        config: the configuration's names of the architecture's fields.
-        fixed: what the configuration must say besides, where it says anything.
-        rules: the name map of a model.
-        read: fields of the architecture that are computed from a configuration.
-        write: entries of a configuration that are computed from an architecture.
+        required: Properties that an architecture must have to belong to this family.
+        config: Configuration entries, each with the field of `Architecture` it corresponds to.
+        fixed: Values that other configuration entries must have, if they are present.
+        rules: Function from an architecture to the map of its tensor names.
+        read: Function from a configuration to computed fields of the architecture.
+        write: Function from an architecture to computed entries of the configuration.
     """
 
     name: str
-    holds: dict[str, Any]
+    required: dict[str, Any]
     config: dict[str, str]
     fixed: dict[str, Any]
     rules: Callable[[Architecture], tuple[names.NameRule, ...]]
@@ -52,14 +57,14 @@ class Family:
     write: Callable[[Architecture], dict[str, Any]] = field(default=lambda model: {})
 
     def misfit(self, model: Architecture) -> str | None:
-        """The first property that keeps a model out of this family, or None."""
-        for name, value in self.holds.items():
+        """Return the first property that excludes a model from this family, or None."""
+        for name, value in self.required.items():
             if getattr(model, name) != value:
-                return f"{name} = {getattr(model, name)}, not {value}"
+                return f"{name} is {getattr(model, name)}, not {value}"
         return None
 
     def links(self, model: Architecture) -> list[names.TensorLink]:
-        """Every tensor of a model under both names."""
+        """Return every tensor of a model, with its names on both sides."""
         return names.expand(self.rules(model), model)
 
 
@@ -76,43 +81,43 @@ def _own_rules(model: Architecture) -> tuple[names.NameRule, ...]:
 FAMILIES = (
     Family(
         "llama",
-        {**_PLAIN, "router": None, "qk_norm": False, "qkv_bias": False},
-        {**_COMMON, "head_dim": "head_dim", "intermediate_size": "ffn"},
-        {**_SILU, "attention_bias": False, "mlp_bias": False},
+        {**PLAIN, "router": None, "qk_norm": False, "qkv_bias": False},
+        {**COMMON, "head_dim": "head_dim", "intermediate_size": "ffn"},
+        {**SILU, "attention_bias": False, "mlp_bias": False},
         lambda model: names.DENSE,
     ),
     Family(
         "qwen2",
-        {**_PLAIN, "router": None, "qk_norm": False, "qkv_bias": True, "usual_head_dim": True},
-        {**_COMMON, "intermediate_size": "ffn"},
-        {**_SILU, **_WITHOUT_WINDOW},
+        {**PLAIN, "router": None, "qk_norm": False, "qkv_bias": True, "usual_head_dim": True},
+        {**COMMON, "intermediate_size": "ffn"},
+        {**SILU, **WITHOUT_WINDOW},
         lambda model: names.DENSE,
         read=lambda config: {"head_dim": config.hidden_size // config.num_attention_heads},
     ),
     Family(
         "qwen3",
-        {**_PLAIN, "router": None, "qk_norm": True, "qkv_bias": False},
-        {**_COMMON, "head_dim": "head_dim", "intermediate_size": "ffn"},
-        {**_SILU, **_WITHOUT_WINDOW, "attention_bias": False},
+        {**PLAIN, "router": None, "qk_norm": True, "qkv_bias": False},
+        {**COMMON, "head_dim": "head_dim", "intermediate_size": "ffn"},
+        {**SILU, **WITHOUT_WINDOW, "attention_bias": False},
         lambda model: names.DENSE,
     ),
     Family(
         "mixtral",
         {
-            **_PLAIN,
-            **_TOKEN_CHOICE,
+            **PLAIN,
+            **TOKEN_CHOICE,
             "qk_norm": False,
             "qkv_bias": False,
             "moe_everywhere": True,
             "normalize_topk": True,
         },
         {
-            **_COMMON,
-            **_TOP_K,
+            **COMMON,
+            **TOP_K,
             "intermediate_size": "moe_ffn",
             "num_local_experts": "experts",
         },
-        {**_SILU, **_WITHOUT_WINDOW},
+        {**SILU, **WITHOUT_WINDOW},
         lambda model: names.MIXTRAL,
         read=lambda config: {
             "moe_layers": (True,) * config.num_hidden_layers,
@@ -123,17 +128,17 @@ FAMILIES = (
     ),
     Family(
         "qwen3_moe",
-        {**_PLAIN, **_TOKEN_CHOICE, "qk_norm": True, "qkv_bias": False},
+        {**PLAIN, **TOKEN_CHOICE, "qk_norm": True, "qkv_bias": False},
         {
-            **_COMMON,
-            **_TOP_K,
+            **COMMON,
+            **TOP_K,
             "head_dim": "head_dim",
             "intermediate_size": "ffn",
             "moe_intermediate_size": "moe_ffn",
             "num_experts": "experts",
             "norm_topk_prob": "normalize_topk",
         },
-        {**_SILU, **_WITHOUT_WINDOW, "attention_bias": False},
+        {**SILU, **WITHOUT_WINDOW, "attention_bias": False},
         lambda model: names.QWEN3_MOE,
         read=_qwen3_moe_layers,
         write=lambda model: {
@@ -145,7 +150,7 @@ FAMILIES = (
         "expert_threshold",
         {"router": "expert-threshold"},
         {
-            **_COMMON,
+            **COMMON,
             "head_dim": "head_dim",
             "intermediate_size": "ffn",
             "gated_mlp": "gated",
@@ -175,54 +180,60 @@ OWN = FAMILIES[-1]
 
 
 def family_of(model: Architecture) -> Family:
-    """The family that a model trained here belongs to.
+    """Return the first family that a model trained here belongs to.
 
     Raises:
-        UserError: there is none.
+        UserError: The model belongs to none.
     """
     for family in FAMILIES:
         if family.misfit(model) is None:
             return family
-    reasons = "; ".join(f"for {family.name} it has {family.misfit(model)}" for family in FAMILIES)
-    raise UserError(f"the model is of none of the families known here ({reasons})")
+    reasons = "; ".join(f"for {family.name}, {family.misfit(model)}" for family in FAMILIES)
+    raise UserError(
+        f"The model belongs to no Hugging Face family that is supported: {reasons}. Train a model "
+        "with the properties of one of these families to convert it."
+    )
 
 
 def family_named(model_type: str) -> Family:
-    """The family of a configuration's `model_type`.
+    """Return the family with a `model_type`.
 
     Raises:
-        UserError: it is not known; the message says which are.
+        UserError: The family is not supported.
     """
     for family in FAMILIES:
         if family.name == model_type:
             return family
     known = ", ".join(family.name for family in FAMILIES)
-    raise UserError(f"models of type {model_type} cannot be converted: known are {known}")
+    raise UserError(
+        f"Models of type {model_type} cannot be converted. Supported types are {known}. To add "
+        "one, see megatron_ext/hf/families.py."
+    )
 
 
 def read_config(config: Any) -> Architecture:
-    """The architecture that a configuration of transformers describes.
+    """Return the architecture that a configuration of transformers describes.
 
     Raises:
-        UserError: the family is not known, or the configuration asks for something that Megatron
-            or its family's map has no counterpart of.
+        UserError: The family is not supported, or the configuration requires something that has no
+            counterpart in Megatron or in the family's entry.
     """
     family = family_named(config.model_type)
     for name, value in family.fixed.items():
-        if (found := getattr(config, name, value)) != value:
+        if (actual := getattr(config, name, value)) != value:
             raise UserError(
-                f"the configuration has {name} = {found}: of {family.name} only models with "
-                f"{value} can be converted"
+                f"The configuration has {name} = {actual}. Only {family.name} models with {name} = "
+                f"{value} can be converted."
             )
     own = {item.name for item in fields(Architecture)}
-    values = {name: value for name, value in family.holds.items() if name in own}
+    values = {name: value for name, value in family.required.items() if name in own}
     values |= {ours: getattr(config, theirs) for theirs, ours in family.config.items()}
     values |= family.read(config) | _read_rope(config)
     return Architecture(**values)
 
 
 def write_config(model: Architecture, family: Family) -> dict[str, Any]:
-    """The entries of a configuration of transformers, without the class's own defaults."""
+    """Return the entries of a configuration of transformers, without its class's defaults."""
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(model.rope_base)}
     if model.rope_factor is not None:
         rope |= {"rope_type": "llama3", "factor": model.rope_factor, **LLAMA3_ROPE}
@@ -235,16 +246,20 @@ def _read_rope(config: Any) -> dict[str, Any]:
     kind, base = rope.pop("rope_type", "default"), rope.pop("rope_theta")
     if kind not in ("default", "llama3"):
         raise UserError(
-            f"the configuration has rope_type {kind}: only default and llama3 can be converted"
+            f"The configuration has rope_type {kind}. Only models with rope_type default or llama3 "
+            "can be converted."
         )
     if base != int(base):
-        raise UserError(f"the configuration has rope_theta {base}: --rotary-base is a whole number")
+        raise UserError(
+            f"The configuration has rope_theta {base}, but Megatron's --rotary-base is an integer, "
+            "so the model cannot be converted."
+        )
     factor = float(rope.pop("factor")) if kind == "llama3" else None
     expected = {"partial_rotary_factor": 1.0, **(LLAMA3_ROPE if kind == "llama3" else {})}
     for name, value in expected.items():
-        if (found := rope.get(name, value)) != value:
+        if (actual := rope.get(name, value)) != value:
             raise UserError(
-                f"the configuration has {name} = {found} in its RoPE parameters: Megatron has "
-                f"{value} built in"
+                f"The configuration has {name} = {actual} in its RoPE parameters. Megatron "
+                f"supports only {value}, so the model cannot be converted."
             )
     return {"rope_base": int(base), "rope_factor": factor}

@@ -1,8 +1,8 @@
-"""How the tensors of a Megatron checkpoint and of a Hugging Face folder correspond: maps, as data.
+"""Maps between the tensors of a Megatron checkpoint and those of a Hugging Face folder.
 
-A rule names one tensor of Megatron and the tensors that hold the same numbers on the other side.
-`{l}` stands for the number of a layer and `{e}` for that of an expert; in Megatron's checkpoint the
-experts of a layer are one tensor, the expert its first dimension.
+A rule names one tensor of Megatron and the Hugging Face tensors that contain the same numbers.
+`{l}` stands for the number of a layer and `{e}` for the number of an expert. In Megatron's
+checkpoint the experts of a layer are one tensor, whose first dimension is the expert.
 """
 
 from dataclasses import dataclass
@@ -16,17 +16,17 @@ from megatron_ext.hf.architecture import Architecture
 
 
 class TensorLayout(Enum):
-    """How the parts make up Megatron's tensor."""
+    """Arrangement of Hugging Face tensors in a tensor of Megatron."""
 
-    SAME = auto()  # one part
-    ROWS = auto()  # one below the other
+    SAME = auto()  # one tensor, unchanged
+    ROWS = auto()  # concatenated along the first dimension
     QKV = auto()  # for each KV head its queries, its key and its value
-    VOCABULARY = auto()  # one part, and rows that pad it
+    VOCABULARY = auto()  # one tensor, padded by rows of zeros
 
 
 @dataclass(frozen=True)
 class HFTensor:
-    """A tensor of a Hugging Face folder: its name, and its shape by names of dimensions."""
+    """Tensor of a Hugging Face folder: its name, and its shape as names of dimensions."""
 
     name: str
     shape: tuple[str, ...]
@@ -34,13 +34,14 @@ class HFTensor:
 
 @dataclass(frozen=True)
 class NameRule:
-    """One tensor of Megatron, or one in each of some layers.
+    """Correspondence of one tensor of Megatron, per model or per layer, to Hugging Face tensors.
 
     Attributes:
-        key: its name in Megatron.
-        parts: the same numbers on the other side.
-        where: which layers have it.
-        when: the property of the architecture without which it is not there.
+        key: Name in Megatron.
+        parts: The Hugging Face tensors.
+        layout: Arrangement of the parts in Megatron's tensor.
+        where: Layers that have the tensor, or "model".
+        when: Property of the architecture that is required for the tensor to exist.
     """
 
     key: str
@@ -52,11 +53,13 @@ class NameRule:
 
 @dataclass(frozen=True)
 class TensorLink:
-    """A rule for one layer and expert, with shapes.
+    """Rule for one layer and expert, with shapes.
 
     Attributes:
-        expert: number along the first dimension of Megatron's tensor, or None.
-        parts: names and shapes on the other side.
+        key: Name in Megatron.
+        expert: Index along the first dimension of Megatron's tensor, or None.
+        parts: Names and shapes of the Hugging Face tensors.
+        layout: Arrangement of the parts in Megatron's tensor.
     """
 
     key: str
@@ -66,7 +69,7 @@ class TensorLink:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of Megatron's tensor, or of this expert's part of it, without padding."""
+        """Shape of Megatron's tensor, or of this expert's part of it, without padding."""
         first = self.parts[0][1]
         if len(self.parts) == 1:
             return first
@@ -74,7 +77,7 @@ class TensorLink:
 
 
 def expand(rules: tuple[NameRule, ...], model: Architecture) -> list[TensorLink]:
-    """Every tensor that a model has, in the order of its layers."""
+    """Return every tensor of a model, in the order of its layers."""
     links = [link for rule in rules if rule.where == "model" for link in _links(rule, model)]
     per_layer = [rule for rule in rules if rule.where != "model"]
     for layer in range(model.layers):
@@ -109,13 +112,13 @@ def _links(rule: NameRule, model: Architecture, layer: int | None = None) -> lis
 def join(
     link: TensorLink, parts: list[Tensor], model: Architecture, rows: int | None = None
 ) -> Tensor:
-    """Megatron's tensor, made of its parts.
+    """Return Megatron's tensor, assembled from Hugging Face tensors.
 
     Args:
-        link: how they belong together.
-        parts: in the order of the link's, of its shapes.
-        model: for the number of heads.
-        rows: of a vocabulary with its padding, which is 0.
+        link: The correspondence.
+        parts: The tensors, in the order and of the shapes of the link.
+        model: Architecture, for the number of heads.
+        rows: Rows of the vocabulary with its padding of zeros.
     """
     if link.layout is TensorLayout.SAME:
         return parts[0]
@@ -131,7 +134,7 @@ def join(
 
 
 def split(link: TensorLink, whole: Tensor, model: Architecture) -> list[Tensor]:
-    """The parts of Megatron's tensor, of the link's shapes; views of it where they can be."""
+    """Return the Hugging Face tensors that make up a tensor of Megatron, as views if possible."""
     views = _views(link, whole, model)
     return [view.reshape(shape) for view, (_, shape) in zip(views, link.parts)]
 
@@ -186,7 +189,7 @@ def _mlp(
     names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
     gated: bool = True,
 ) -> tuple[NameRule, NameRule]:
-    """The two matrices of a feed-forward block; the first is two when it is gated."""
+    """Return the rules of a feed-forward block; its first matrix contains two when it is gated."""
     gate, up, down = (f"{hf}{name}.weight" for name in names)
     inner = [HFTensor(name, (size, "hidden")) for name in ((gate, up) if gated else (up,))]
     layout = TensorLayout.ROWS if gated else TensorLayout.SAME
@@ -243,7 +246,7 @@ MIXTRAL = (*_ENDS, *_BLOCK, _router(_MIXTRAL_BLOCK), *_experts(_MIXTRAL_BLOCK, (
 
 
 def expert_threshold(gated: bool) -> tuple[NameRule, ...]:
-    """This project's own: thresholds beside the router's weight, and a shared expert."""
+    """Return the map of this project's family, which adds thresholds and a shared expert."""
     thresholds = {"average": ("experts",), "updates": ()}
     return (
         *_ENDS,

@@ -36,7 +36,7 @@ def on_ranks(run, data, stream, sizes):
         ragged=measure(run, data, *pooled, *layout),
         stream=measure(run, stream, *layout),
     )
-    with pytest.raises(UserError, match=r"--pool-tokens 65 must be a multiple"):
+    with pytest.raises(UserError, match=r"--pool-tokens 65 is not divisible"):
         measure(run, data, "--pool-tokens", "65", *layout)
     return files
 

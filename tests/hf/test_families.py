@@ -1,8 +1,9 @@
-"""Every family of transformers: into a checkpoint, run by Megatron, and back again."""
+"""Every family of transformers: converted to a checkpoint, run by Megatron, and converted back."""
 
 import json
 import shutil
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,31 @@ from tests.hf.models import CONFIGS, VOCAB, add_tokenizer, make
 PROMPTS = [[3, 5, 7, 11], list(range(100, 120)), [42], [9, 8, 7, 6, 5, 4, 3]]
 NEW = 10
 TOKENS = torch.arange(60).reshape(2, 30) * 7919 % 450
+
+
+def test_a_plain_family_is_one_entry(monkeypatch):
+    """Mistral without a window: the entry alone maps its configuration and all of its tensors."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    from megatron_ext.hf import families, names
+
+    mistral = families.Family(
+        "mistral",
+        {**families.PLAIN, "router": None, "qk_norm": False, "qkv_bias": False},
+        {**families.COMMON, "head_dim": "head_dim", "intermediate_size": "ffn"},
+        {**families.SILU, **families.WITHOUT_WINDOW},
+        lambda model: names.DENSE,
+    )
+    monkeypatch.setattr(families, "FAMILIES", (*families.FAMILIES, mistral))
+    sizes: dict[str, Any] = {"num_hidden_layers": 2, "hidden_size": 64, "head_dim": 16}
+    config = MistralConfig(vocab_size=VOCAB, sliding_window=None, **sizes)
+    with torch.device("meta"):
+        state = MistralForCausalLM(config).state_dict()
+    links = families.family_named("mistral").links(families.read_config(config))
+    shapes = {name: shape for link in links for name, shape in link.parts}
+    assert shapes == {name: tuple(tensor.shape) for name, tensor in state.items()}
+    with pytest.raises(UserError, match="sliding_window = 4096"):
+        families.read_config(MistralConfig(vocab_size=VOCAB, **sizes))
 
 
 def there_and_back(folder):
@@ -72,7 +98,7 @@ def tensors(folder):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_megatron_computes_the_same_logits_and_nothing_is_lost_on_the_way_back(name, tmp_path):
+def test_family_has_equal_logits_in_megatron_and_a_lossless_round_trip(name, tmp_path):
     model = make(name, tmp_path / "hf", eos_token_id=[VOCAB - 1, VOCAB - 2])
     [facts] = run_ranks(there_and_back, 1, tmp_path)
     assert facts.hf.std() > 0.5 and facts.padded > VOCAB
@@ -94,7 +120,7 @@ def test_megatron_computes_the_same_logits_and_nothing_is_lost_on_the_way_back(n
     assert settings[0] == settings[1]
 
 
-def test_rows_beyond_the_tokenizers_come_back_and_its_files_go_along(tmp_path):
+def test_rows_beyond_the_tokenizer_and_its_files_survive_a_round_trip(tmp_path):
     """Qwen's embeddings have more rows than its tokenizer has entries."""
     make("qwen2", tmp_path / "hf")
     add_tokenizer(tmp_path / "hf", known := 450)
@@ -109,8 +135,8 @@ def test_rows_beyond_the_tokenizers_come_back_and_its_files_go_along(tmp_path):
         assert file.read_bytes() == copy.read_bytes()
 
 
-def test_verify_compares_the_logits_relative_to_the_largest(tmp_path):
-    """A model of small logits is another one as well when it differs by a small amount."""
+def test_verify_is_relative_to_the_largest_logit(tmp_path):
+    """A model with small logits that differ by a small amount is a different model, too."""
     make("llama", tmp_path / "hf")
     _scale(tmp_path / "hf", "lm_head.weight", 1e-5)
     changed = shutil.copytree(tmp_path / "hf", tmp_path / "changed")
@@ -140,8 +166,8 @@ def verify_both(folder):
     return share, str(refused.value)
 
 
-def test_every_end_token_of_the_generation_config_ends_a_text(tmp_path):
-    """Those of chat models end turns; the tokenizer names the end of a document alone."""
+def test_all_end_tokens_of_the_generation_config_end_a_text(tmp_path):
+    """End tokens of chat models end turns; the tokenizer names only the end of a document."""
     model = make("llama", tmp_path / "hf")
     add_tokenizer(tmp_path / "hf", VOCAB)
     tokens = [generate_alone(model, prompt)[0] for prompt in PROMPTS]

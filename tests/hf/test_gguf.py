@@ -228,7 +228,7 @@ def test_gguf_file_that_is_broken_or_unsupported_is_refused_and_nothing_is_writt
     (tmp_path / "half.gguf").write_bytes(half)
     files = {f"{number}.gguf": text for number, text in enumerate(cases)}
     files |= dict.fromkeys(("other.gguf", "half.gguf"), "is not a GGUF file or is incomplete")
-    files["none.gguf"] = "is no file"
+    files["none.gguf"] = "is not a file"
     [messages] = run_ranks(refusals, 1, tmp_path, list(files))
     for expected, message in zip(files.values(), messages):
         assert expected in message

@@ -93,7 +93,7 @@ def reshape(tensors):
 
 HF = {
     "config.json": lambda f: (f / "config.json").unlink(),
-    "known are llama, qwen2, qwen3, mixtral, qwen3_moe, expert_threshold": lambda f: change_config(
+    "types are llama, qwen2, qwen3, mixtral, qwen3_moe, expert_threshold": lambda f: change_config(
         f, model_type="gpt2"
     ),
     "config.json is damaged": lambda f: (f / "config.json").write_text("{"),

@@ -69,7 +69,7 @@ def test_an_error_late_in_a_run_of_its_own_is_one_line_on_stderr(model, tmp_path
     process = start(model, [source], tmp_path / "out", "--max-malformed", 0)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert err.startswith(f"preprocess_data: 1 malformed lines by {source}, more than") and (
+    assert err.startswith(f"preprocess_data: 1 malformed lines up to {source} exceed") and (
         err.count("\n") == 1
     )
 
@@ -107,7 +107,7 @@ def test_user_errors_are_answered_with_one_sentence(model, tmp_path, capsys):
         ("none.jsonl", "does not exist"),
         ("*.nothing", "matches no file"),
         ("empty.jsonl", "is empty"),
-        ("blank.jsonl", "holds no document"),
+        ("blank.jsonl", "contains no document"),
         ("noise.bin", "--format"),
         ("a.parquet", "set --text-key to one of body"),
         ("b.parquet", "not text"),
@@ -118,10 +118,10 @@ def test_user_errors_are_answered_with_one_sentence(model, tmp_path, capsys):
     assert "SentencePiece" in refuse(tmp_path / "noise.bin", [source], prefix)
     assert "No such file" in refuse(tmp_path / "no.model", [source], prefix)
     assert "Not a directory" in refuse(model, [source], source / "out")
-    assert "raise it" in refuse(model, [source], prefix, "--valid-fraction", 0.0001)
+    assert "Raise it" in refuse(model, [source], prefix, "--valid-fraction", 0.0001)
     assert "below 1" in refuse(model, [source], prefix, "--valid-fraction", 1)
     assert "--workers" in refuse(model, [source], prefix, "--workers", 0)
-    assert "take it out" in refuse(model, [source], prefix, "--valid-input", source)
+    assert "Remove it" in refuse(model, [source], prefix, "--valid-input", source)
     both = ["--valid-input", tmp_path / "blank.jsonl", "--valid-fraction", 0.1]
     assert "exclude each other" in refuse(model, [source], prefix, *both)
     assert "unrecognized" in refuse(model, [source], prefix, "--no-such-flag")

@@ -59,7 +59,7 @@ def test_a_run_cut_off_in_the_middle_goes_on_to_the_same_bytes(
     assert output_bytes(tmp_path / "cut") == {}
     if signum == signal.SIGTERM:
         assert err == ""
-        assert "the same command goes on" in out
+        assert "run the same command to resume" in out
     deadline = time.monotonic() + 10
     while any(os.path.exists(f"/proc/{child}") for child in children):
         assert time.monotonic() < deadline, "workers live on"
@@ -115,7 +115,7 @@ def test_finished_output_is_left_alone_and_replaced_only_with_overwrite(model, t
     before = output_bytes(prefix)
     capsys.readouterr()
     preprocess(model, [source], prefix, "--valid-fraction", 0.1, "--workers", 1)
-    assert "all done already" in capsys.readouterr().out
+    assert "is complete already" in capsys.readouterr().out
     error = refusal(capsys, model, [source], prefix, "--valid-fraction", 0)
     assert "valid_fraction" in error and "--overwrite" in error
     assert output_bytes(prefix) == before

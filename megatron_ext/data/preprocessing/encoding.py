@@ -1,8 +1,8 @@
-"""Text into tokens as SentencePiece does it, word by word where that is the same.
+"""Encoder of documents with SentencePiece, word by word where the tokens are the same.
 
-In natural text most words have been seen before. When no piece of a BPE vocabulary reaches over the
-space after a word, no merge does, so each word can be encoded on its own, once, and looked up from
-then on. Models that give no such guarantee encode a document at a time.
+Most words of natural text occur many times. If no piece of a BPE vocabulary contains a space after
+another character, no merge crosses the end of a word, so that each word can be encoded once and
+looked up afterwards. With other models a document is encoded as a whole.
 """
 
 import re
@@ -13,17 +13,17 @@ import numpy as np
 import sentencepiece
 
 _MARK = "\u2581"  # SentencePiece's mark for a space
-_SPACES = f"{_MARK} "  # symbols that a user defines keep the space itself
-_MOST_WORDS = 1 << 18  # kept by a process: some 50 MB
-_LONGEST_WORD = 64  # characters of a word that is kept
+_SPACES = f"{_MARK} "  # user-defined symbols contain the space itself
+_MOST_WORDS = 1 << 18  # cached per process, about 50 MB
+_LONGEST_WORD = 64  # characters of a cached word
 
 
 class DocumentEncoder:
-    """Encodes documents, each with its end.
+    """Encoder of documents into tokens, each followed by the end-of-document id.
 
     Args:
-        model: path of a SentencePiece model.
-        dtype: of the tokens.
+        model: Path of a SentencePiece model.
+        dtype: Data type of the tokens.
     """
 
     def __init__(self, model: str, dtype: str):
@@ -33,8 +33,8 @@ class DocumentEncoder:
         self._words = _Words(self) if words_are_independent(self._tokenizer) else None
 
     def __call__(self, text: str) -> bytes:
-        """The document's tokens and the end of document, one after the other in the dtype."""
-        # A mark in the text reads as a space, so that a run of spaces may reach over it.
+        """Return the bytes of the document's tokens and of the end-of-document id."""
+        # A mark in the text is encoded like a space, so that a run of spaces may include it.
         if self._words is None or _MARK in text:
             return self.encode(text) + self._end
         first, *words = text.split(" ")
@@ -44,7 +44,7 @@ class DocumentEncoder:
         return b"".join([self.encode(first), *tokens, self._end])
 
     def encode(self, text: str) -> bytes:
-        """Tokens of a text, by SentencePiece alone."""
+        """Return the bytes of a text's tokens, encoded as a whole."""
         return self._bytes(self._tokenizer.encode(text))
 
     def _bytes(self, ids: list[int]) -> bytes:
@@ -52,7 +52,7 @@ class DocumentEncoder:
 
 
 class _Words(dict[str, bytes]):
-    """Tokens of a space and the word after it, by word; a word that is not there is encoded."""
+    """Cache of the tokens of a space and the word after it, by word."""
 
     def __init__(self, encoder: DocumentEncoder):
         super().__init__()
@@ -66,8 +66,9 @@ class _Words(dict[str, bytes]):
 
 
 def _with_runs(words: list[str]) -> list[str]:
-    """Put the further spaces of a run, each an empty word, before the word that follows them: a run
-    may be one piece.
+    """Put the further spaces of a run, each an empty word, before the word that follows them.
+
+    A run of spaces may be one piece.
 
     >>> "a b   c  ".split(" ")[1:], _with_runs("a b   c  ".split(" ")[1:])
     (['b', '', '', 'c', '', ''], ['b', '  c', ' '])
@@ -83,11 +84,10 @@ def _with_runs(words: list[str]) -> list[str]:
 
 
 def words_are_independent(tokenizer: sentencepiece.SentencePieceProcessor) -> bool:
-    """Whether a text's tokens are those of its first word and of each further one with the spaces
-    before it.
+    """Return whether a text's tokens are those of its words, each with the spaces before it.
 
-    They are when the text is taken as it is, merges are looked for in the vocabulary alone, no
-    piece has a space after something else, and unknown characters stay apart.
+    This requires that text is not normalized, merges depend on the vocabulary alone, no piece
+    contains a space after another character, and unknown characters are not merged.
     """
     from sentencepiece import sentencepiece_model_pb2
 

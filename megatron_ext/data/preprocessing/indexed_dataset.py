@@ -1,4 +1,4 @@
-"""Parts joined into an indexed dataset, and what was written compared with them and the source."""
+"""Assembly of parts into an indexed dataset, and its comparison with the parts and the source."""
 
 import logging
 import os
@@ -14,12 +14,14 @@ from megatron_ext.data.documents import ShardReader
 from megatron_ext.data.preprocessing.parts import PartCounts, PartSpec
 from megatron_ext.errors import UserError
 
-CHECKED_DOCUMENTS = 8  # of each split, compared with the source
+CHECKED_DOCUMENTS = 8  # documents of each split that are compared with the source
 
 
 def import_megatron() -> Any:
-    """Megatron's dataset module, without the warnings of missing GPUs, packages and ranks: none is
-    used here. It takes seconds, so workers and errors in the arguments go without."""
+    """Return Megatron's dataset module, imported without warnings about missing GPUs and packages.
+
+    The import takes seconds, so that workers and errors in the arguments avoid it.
+    """
     warnings.filterwarnings("ignore", module=r"megatron\.")
     logging.disable(logging.WARNING)
     from megatron.core.datasets import indexed_dataset
@@ -28,26 +30,44 @@ def import_megatron() -> Any:
     return indexed_dataset
 
 
-def write_dataset(split: str, works: list[PartSpec], folder: Path, prefix: str) -> None:
-    """Join the parts of a split, in order, into the indexed dataset at `prefix`."""
-    dtype = np.dtype(works[0].dtype)
+def write_dataset(split: str, specs: list[PartSpec], folder: Path, prefix: str) -> None:
+    """Join the parts of a split, in order, into the indexed dataset at `prefix`.
+
+    Args:
+        split: One of `SPLITS`.
+        specs: The parts.
+        folder: Folder of the parts.
+        prefix: Path of the dataset without its suffix.
+    """
+    dtype = np.dtype(specs[0].dtype)
     builder = import_megatron().IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype.type)
-    for work in works:
-        lengths = np.fromfile(folder / f"{work.name}.{split}.len", dtype=np.int32)  # [documents]
+    for spec in specs:
+        lengths = np.fromfile(folder / f"{spec.name}.{split}.len", dtype=np.int32)  # [documents]
         if lengths.size:
-            path = folder / f"{work.name}.{split}.bin"
+            path = folder / f"{spec.name}.{split}.bin"
             tokens = np.memmap(path, dtype=dtype, mode="r").view(np.ndarray)  # [tokens]
             for document in np.split(tokens, np.cumsum(lengths)[:-1]):
                 builder.add_document(document, [document.size])
     builder.finalize(f"{prefix}.idx")
 
 
-def check_dataset(split: str, works: list[PartSpec], parts: list[PartCounts], prefix: str) -> str:
-    """Read an indexed dataset back and compare all of it with the parts' counts and checksums, and
-    some documents with the source tokenized by Megatron's own class; a sentence on the outcome.
+def check_dataset(split: str, specs: list[PartSpec], parts: list[PartCounts], prefix: str) -> str:
+    """Read an indexed dataset back and compare it with the parts and the source.
+
+    All of it is compared with the parts' counts and checksums, and some documents with their source
+    text, tokenized by Megatron's own class.
+
+    Args:
+        split: One of `SPLITS`.
+        specs: The parts.
+        parts: Their counts, in the same order.
+        prefix: Path of the dataset without its suffix.
+
+    Returns:
+        A phrase that describes the result.
 
     Raises:
-        UserError: it differs.
+        UserError: The dataset differs.
     """
     from megatron.core.tokenizers import MegatronTokenizer
 
@@ -57,30 +77,30 @@ def check_dataset(split: str, works: list[PartSpec], parts: list[PartCounts], pr
     same = (
         np.array_equal(dataset.document_indices, np.arange(documents.sum() + 1))
         and dataset.sequence_lengths.sum(dtype=np.int64) == sum(tokens)
-        and os.path.getsize(f"{prefix}.bin") == sum(tokens) * np.dtype(works[0].dtype).itemsize
+        and os.path.getsize(f"{prefix}.bin") == sum(tokens) * np.dtype(specs[0].dtype).itemsize
     )
     with open(f"{prefix}.bin", "rb") as file:
         for part, count in zip(parts, tokens):
             same = same and part["crc32"][split] == _crc32(file, count * dataset.index.dtype_size)
     tokenizer = MegatronTokenizer.from_pretrained(
-        tokenizer_path=works[0].tokenizer_model, metadata_path={"library": "sentencepiece"}
+        tokenizer_path=specs[0].tokenizer_model, metadata_path={"library": "sentencepiece"}
     )
-    choose = random.Random(works[0].seed)
+    choose = random.Random(specs[0].seed)
     checked = exact = 0
     while same and checked < CHECKED_DOCUMENTS:
-        index = choose.choices(range(len(works)), weights=documents.tolist())[0]
+        index = choose.choices(range(len(specs)), weights=documents.tolist())[0]
         ordinal = choose.randrange(min(documents[index], 1000))  # a shard may be a huge file
-        text = source_document(works[index], split, ordinal)
+        text = source_document(specs[index], split, ordinal)
         stored = dataset[int(documents[:index].sum()) + ordinal].tolist()
         same = stored == [*tokenizer.tokenize(text), tokenizer.eod]
         exact += tokenizer.detokenize(stored[:-1]) == text
         checked += 1
     if not same:
         raise UserError(
-            f"the {split} dataset read back differs from what was written: "
-            f"remove the .parts folder and run again, and check the disk"
+            f"The {split} dataset {prefix} differs from what was written when it is read back. "
+            "Check the disk, remove the .parts folder and run the command again."
         )
-    return f"read back and equal; {exact} of {checked} documents decode to exactly their source"
+    return f"verified; {exact} of {checked} sampled documents decode to exactly their source"
 
 
 def _crc32(file: BinaryIO, size: int) -> int:
@@ -91,12 +111,21 @@ def _crc32(file: BinaryIO, size: int) -> int:
     return checksum
 
 
-def source_document(work: PartSpec, split: str, ordinal: int) -> str:
-    """Return a part's document number `ordinal` of a split, read from the source again."""
-    for shard in work.shards:
-        for document in ShardReader(shard, work.layout):
-            if isinstance(document, str) and document.strip() and work.split_of(document) == split:
+def source_document(spec: PartSpec, split: str, ordinal: int) -> str:
+    """Read a document of a part from the source again.
+
+    Args:
+        spec: The part.
+        split: One of `SPLITS`.
+        ordinal: Number of the document within the part and split, from 0.
+
+    Raises:
+        UserError: The part has fewer documents now.
+    """
+    for shard in spec.shards:
+        for document in ShardReader(shard, spec.layout):
+            if isinstance(document, str) and document.strip() and spec.split_of(document) == split:
                 if ordinal == 0:
                     return document
                 ordinal -= 1
-    raise UserError(f"{work.shards[-1].path} changed while it was read: run again")
+    raise UserError(f"{spec.shards[-1].path} changed while it was read. Run the command again.")

@@ -1,4 +1,4 @@
-"""The files of a prefix: what is there already, who may write, and how they get their names."""
+"""Output files of preprocessing: detection of existing output, locking, and atomic publication."""
 
 import contextlib
 import fcntl
@@ -15,60 +15,77 @@ from megatron_ext.errors import UserError
 
 @dataclass(frozen=True)
 class DatasetOutput:
-    """The files of a prefix, and their way from the parts folder to their names."""
+    """Output files of one prefix."""
 
     prefix: str
 
     @property
     def manifest(self) -> Path:
+        """File that describes how the datasets were made."""
         return Path(f"{self.prefix}.json")
 
     @property
     def parts(self) -> Path:
+        """Folder of the finished parts, which exists until the output is complete."""
         return Path(f"{self.prefix}.parts")
 
     def dataset(self, split: str, suffix: str) -> Path:
+        """Return a file of a dataset; the suffix is "bin" or "idx"."""
         return Path(f"{self.prefix}_{split}_text_document.{suffix}")
 
     def is_complete(self, settings: dict[str, Any], overwrite: bool) -> bool:
-        """Whether everything made with `settings` is there.
+        """Return whether complete output made with `settings` exists.
+
+        Args:
+            settings: Everything that determines the output.
+            overwrite: Whether output made with other settings may be replaced.
 
         Raises:
-            UserError: something else is there, and may not be overwritten.
+            UserError: Other output exists and may not be overwritten.
         """
-        there = [self.manifest] + [self.dataset(s, e) for s in SPLITS for e in ("bin", "idx")]
-        there = [path for path in there if path.exists()]
+        paths = [self.manifest] + [self.dataset(s, e) for s in SPLITS for e in ("bin", "idx")]
+        existing = [path for path in paths if path.exists()]
         try:
             manifest = json.loads(self.manifest.read_text())
             made_with, files = manifest["settings"], manifest["files"]
         except (OSError, ValueError, KeyError):
             made_with, files = {}, {}
         if made_with == settings:
-            paths = {self.manifest.with_name(name): size for name, size in files.items()}
-            return all(path.exists() and path.stat().st_size == n for path, n in paths.items())
-        if there and not overwrite:
+            sizes = {self.manifest.with_name(name): size for name, size in files.items()}
+            return all(path.exists() and path.stat().st_size == n for path, n in sizes.items())
+        if existing and not overwrite:
             changed = [key for key in settings if settings[key] != made_with.get(key)]
-            what = f"was made with another {' and '.join(changed)}" if made_with else "exists"
+            problem = f"was made with another {' and '.join(changed)}" if made_with else "exists"
             raise UserError(
-                f"{there[0]} {what}: give --overwrite to replace it, or another --output-prefix"
+                f"{existing[0]} {problem}. Give --overwrite to replace it, or choose another "
+                "--output-prefix."
             )
         return False
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the parts folder; a second run on the same prefix is refused. Without a finished
-        part in it the folder goes away again."""
+        """Lock the parts folder, so that a second run with the same prefix is refused.
+
+        A folder without a finished part is removed at the end.
+
+        Raises:
+            UserError: The folder cannot be written, or another run has locked it.
+        """
         try:
             self.parts.mkdir(parents=True, exist_ok=True)
-            lock = open(self.parts / "lock", "w")  # noqa: SIM115 - held until the end
+            lock = open(self.parts / "lock", "w")  # noqa: SIM115 - locked until the end
         except OSError as error:
-            reason = f"cannot write {self.parts}: {error.strerror}"
-            raise UserError(f"--output-prefix {self.prefix}: {reason}") from error
+            raise UserError(
+                f"--output-prefix {self.prefix} cannot be used, because {self.parts} is not "
+                f"writable: {error.strerror}. Choose another prefix."
+            ) from error
         with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise UserError(f"another run writes {self.prefix}: wait for its end") from error
+                raise UserError(
+                    f"Another run is writing {self.prefix}. Wait until it has finished."
+                ) from error
             try:
                 for leftover in self.parts.glob("*.tmp"):
                     leftover.unlink()
@@ -78,8 +95,15 @@ class DatasetOutput:
                     shutil.rmtree(self.parts, ignore_errors=True)
 
     def commit(self, manifest: dict[str, Any], splits: list[str]) -> None:
-        """Put the finished datasets in place. An index comes last and never beside other data; the
-        manifest comes first, so that a run cut off here is known as ours and goes on."""
+        """Rename the finished datasets to their final names.
+
+        The manifest is written first, so that a run that is interrupted here can resume. An index
+        is written last and never stands next to the data of another dataset.
+
+        Args:
+            manifest: Content of the manifest, to which the sizes of the files are added.
+            splits: Splits that have documents.
+        """
         for split in SPLITS:
             self.dataset(split, "idx").unlink(missing_ok=True)
         files = {

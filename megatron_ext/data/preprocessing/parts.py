@@ -1,4 +1,4 @@
-"""Parts: the tokens of some shards as files, kept in a folder until the output is complete."""
+"""Parts of preprocessing: the tokens of some shards, in files of the parts folder."""
 
 import contextlib
 import hashlib
@@ -17,23 +17,30 @@ from megatron_ext.data.preprocessing.encoding import DocumentEncoder
 from megatron_ext.data.shards import Shard, TextFormat
 
 SPLITS = ("train", "valid")
-PartCounts = dict[str, Any]  # what write_part returns of a finished part
-# Raised whenever the same settings come to give other bytes, so that old parts are not reused.
+PartCounts = dict[str, Any]  # the counts that write_part returns
+# Increase this whenever the same settings give other bytes, so that old parts are not reused.
 FORMAT_VERSION = 1
-KEPT_MALFORMED = 20  # of each shard, and in the manifest
-# Files below this share of --shard-bytes are small: a part holds many, up to this share together.
-# Each part costs several fsyncs, and one of 4 MiB takes a process about half a second.
+MALFORMED_EXAMPLES = 20  # malformed lines that are listed for each shard, and in the manifest
+# A file is small if it is below --shard-bytes divided by this number. A part holds many small
+# files, up to that size together, because each part costs several fsyncs and takes about half a
+# second per 4 MiB.
 _SMALL = 16
 
 
 @dataclass(frozen=True)
 class PartSpec:
-    """Shards that make one part, and everything that decides the tokens made from them.
+    """Shards of one part, and everything that determines their tokens.
 
     Attributes:
-        shards: One shard, or small files in their order.
-        file_stamps: Modification time of each shard's file in ns.
+        shards: One shard, or several small files in order.
+        file_stamps: Modification time of each shard's file, in ns.
+        layout: Format of the files.
+        tokenizer_model: Path of the tokenizer.
+        tokenizer_sha256: Digest of the tokenizer's file.
+        eod: End-of-document id.
+        dtype: Data type of the tokens.
         valid_fraction: Share of documents for validation; 0.0 and 1.0 put all into one split.
+        seed: Seed of the split.
     """
 
     shards: tuple[Shard, ...]
@@ -48,17 +55,17 @@ class PartSpec:
 
     @cached_property
     def name(self) -> str:
-        """A name that changes with the content: a part is reused only for the same work."""
+        """Name of the part's files, a digest of everything that determines its tokens."""
         identity = {**asdict(self), "tokenizer_model": "", "version": FORMAT_VERSION}
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
 
     @property
     def size(self) -> int:
-        """Bytes of the shards."""
+        """Size of the shards in bytes."""
         return sum(shard.size for shard in self.shards)
 
     def split_of(self, text: str) -> str:
-        """Return the document's split, from a hash of its text and the seed."""
+        """Return the split of a document, from a hash of its text and the seed."""
         if self.valid_fraction in (0.0, 1.0):
             return "valid" if self.valid_fraction else "train"
         key = self.seed.to_bytes(8, "little", signed=True)
@@ -68,7 +75,7 @@ class PartSpec:
 
 
 def publish(temporary: Path, final: Path) -> None:
-    """Give a complete file its name, such that it has all its content even after a power cut."""
+    """Rename a complete file so that its content is durable even after a power failure."""
     with open(temporary, "rb+") as file:
         os.fsync(file.fileno())
     temporary.replace(final)
@@ -78,9 +85,13 @@ def publish(temporary: Path, final: Path) -> None:
 
 
 def group_shards(shards: list[Shard], shard_bytes: int) -> list[tuple[Shard, ...]]:
-    """Put the shards of successive small files together, in order; others stay alone.
+    """Group the shards of successive small files, in order; other shards form their own groups.
 
-    The same shards always give the same groups, whatever the number of workers.
+    The same shards give the same groups for any number of workers.
+
+    Args:
+        shards: All shards.
+        shard_bytes: Value of --shard-bytes.
     """
     limit = shard_bytes // _SMALL
     groups: list[list[Shard]] = []
@@ -95,11 +106,11 @@ def group_shards(shards: list[Shard], shard_bytes: int) -> list[tuple[Shard, ...
 
 
 class _PartWriter:
-    """Writes the tokens of a part's documents, split by split."""
+    """Writer of the tokens of a part's documents into one file per split."""
 
-    def __init__(self, work: PartSpec, files: dict[str, Any], encode: DocumentEncoder) -> None:
-        self._work, self._files, self._encode = work, files, encode
-        self._itemsize = np.dtype(work.dtype).itemsize
+    def __init__(self, spec: PartSpec, files: dict[str, Any], encode: DocumentEncoder) -> None:
+        self._work, self._files, self._encode = spec, files, encode
+        self._itemsize = np.dtype(spec.dtype).itemsize
         self.lengths: dict[str, list[int]] = {split: [] for split in SPLITS}  # tokens of documents
         self.checksums = dict.fromkeys(SPLITS, 0)
 
@@ -111,22 +122,30 @@ class _PartWriter:
         self.lengths[split].append(len(tokens) // self._itemsize)
 
 
-def write_part(work: PartSpec, folder: Path, encode: DocumentEncoder, consumed: Any) -> PartCounts:
-    """Tokenize shards into NAME.SPLIT.bin (tokens), NAME.SPLIT.len (int32 tokens of each document)
-    and, last, NAME.json (counts), whose presence means that all is there.
+def write_part(spec: PartSpec, folder: Path, encode: DocumentEncoder, consumed: Any) -> PartCounts:
+    """Tokenize the shards of a part into files.
+
+    The files are NAME.SPLIT.bin (tokens), NAME.SPLIT.len (number of tokens of each document, int32)
+    and NAME.json (counts). NAME.json is written last and marks a complete part.
+
+    Args:
+        spec: The part.
+        folder: Folder of the parts.
+        encode: Encoder of its documents.
+        consumed: Shared counter of the bytes that all workers have read.
 
     Returns:
-        The counts: documents, tokens and crc32 by split, and for each shard its own counts.
+        The counts: documents, tokens and CRC-32 by split, and the counts of each shard.
     """
-    temporary = {split: folder / f"{work.name}.{split}.{os.getpid()}.tmp" for split in SPLITS}
+    temporary = {split: folder / f"{spec.name}.{split}.{os.getpid()}.tmp" for split in SPLITS}
     with contextlib.ExitStack() as stack:
         files = {split: stack.enter_context(open(temporary[split], "wb")) for split in SPLITS}
-        writer = _PartWriter(work, files, encode)
-        shards = [_write_shard(shard, work.layout, writer, consumed) for shard in work.shards]
+        writer = _PartWriter(spec, files, encode)
+        shards = [_write_shard(shard, spec.layout, writer, consumed) for shard in spec.shards]
     for split in SPLITS:
-        publish(temporary[split], folder / f"{work.name}.{split}.bin")
+        publish(temporary[split], folder / f"{spec.name}.{split}.bin")
         np.array(writer.lengths[split], dtype=np.int32).tofile(temporary[split])
-        publish(temporary[split], folder / f"{work.name}.{split}.len")
+        publish(temporary[split], folder / f"{spec.name}.{split}.len")
     part = {
         "documents": {split: len(writer.lengths[split]) for split in SPLITS},
         "tokens": {split: sum(writer.lengths[split]) for split in SPLITS},
@@ -134,14 +153,14 @@ def write_part(work: PartSpec, folder: Path, encode: DocumentEncoder, consumed: 
         "shards": shards,
     }
     temporary["train"].write_text(json.dumps(part))
-    publish(temporary["train"], folder / f"{work.name}.json")
+    publish(temporary["train"], folder / f"{spec.name}.json")
     return part
 
 
 def _write_shard(
     shard: Shard, layout: TextFormat, writer: _PartWriter, consumed: Any
 ) -> PartCounts:
-    """Write a shard's documents and return its counts, over all splits."""
+    """Write a shard's documents and return its counts, summed over the splits."""
     reader = ShardReader(shard, layout)
     malformed: list[MalformedRecord] = []
     malformed_count = empty = documents = tokens = reported = 0
@@ -158,7 +177,7 @@ def _write_shard(
             report(reader.consumed)
         if isinstance(document, MalformedRecord):
             malformed_count += 1
-            malformed += [document][: KEPT_MALFORMED - len(malformed)]
+            malformed += [document][: MALFORMED_EXAMPLES - len(malformed)]
         elif not document.strip():
             empty += 1
         else:
@@ -178,19 +197,19 @@ def _write_shard(
     }
 
 
-def read_part(work: PartSpec, folder: Path) -> PartCounts | None:
-    """Return the counts of a finished part, or None when it has yet to be written."""
+def read_part(spec: PartSpec, folder: Path) -> PartCounts | None:
+    """Return the counts of a finished part, or None if it is missing or incomplete."""
     try:
-        part = json.loads((folder / f"{work.name}.json").read_text())
+        part = json.loads((folder / f"{spec.name}.json").read_text())
         whole = all(
-            (folder / f"{work.name}.{split}.{suffix}").stat().st_size == part[of][split] * size
+            (folder / f"{spec.name}.{split}.{suffix}").stat().st_size == part[of][split] * size
             for suffix, of, size in (
-                ("bin", "tokens", np.dtype(work.dtype).itemsize),
+                ("bin", "tokens", np.dtype(spec.dtype).itemsize),
                 ("len", "documents", np.dtype(np.int32).itemsize),
             )
             for split in SPLITS
         )
-        whole = whole and len(part["shards"]) == len(work.shards)
+        whole = whole and len(part["shards"]) == len(spec.shards)
     except (FileNotFoundError, ValueError, KeyError):
         return None
     return part if whole else None

@@ -1,4 +1,4 @@
-"""Parts written by many processes."""
+"""Pool of processes that write the parts."""
 
 import concurrent.futures
 import multiprocessing
@@ -8,19 +8,25 @@ import threading
 from pathlib import Path
 from typing import Any, NoReturn
 
+from megatron_ext.data.preprocessing.document_counts import DocumentCounts
 from megatron_ext.data.preprocessing.encoding import DocumentEncoder
 from megatron_ext.data.preprocessing.parts import PartCounts, PartSpec, read_part, write_part
-from megatron_ext.data.preprocessing.tally import DocumentCounts
 from megatron_ext.errors import UserError
 from megatron_ext.progress import Progress
 
-# A worker process's own, set once by start_worker.
+# State of a worker process, set by start_worker.
 _encoder: DocumentEncoder
 _consumed: Any
 
 
 def start_worker(model: str, dtype: str, consumed: Any) -> None:
-    """Set a worker process up: one encoder, and an end when the main process is killed."""
+    """Initialize a worker process, which exits when the main process is killed.
+
+    Args:
+        model: Path of the tokenizer.
+        dtype: Data type of the tokens.
+        consumed: Shared counter of the bytes that all workers have read.
+    """
     global _encoder, _consumed
     _encoder, _consumed = DocumentEncoder(model, dtype), consumed
     parent = multiprocessing.parent_process()
@@ -33,55 +39,64 @@ def start_worker(model: str, dtype: str, consumed: Any) -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def write_part_in_worker(work: PartSpec, folder: Path) -> PartCounts:
-    return write_part(work, folder, _encoder, _consumed)
+def write_part_in_worker(spec: PartSpec, folder: Path) -> PartCounts:
+    """Write a part with the encoder of this worker process."""
+    return write_part(spec, folder, _encoder, _consumed)
 
 
 def write_parts(
-    works: list[PartSpec], folder: Path, workers: int, max_malformed: int
+    specs: list[PartSpec], folder: Path, workers: int, max_malformed: int
 ) -> tuple[list[PartCounts], DocumentCounts]:
-    """Write the parts that are not there yet; the counts of all, in order, and their sum.
+    """Write the parts that do not exist yet.
+
+    Args:
+        specs: All parts, in order.
+        folder: Folder of the parts.
+        workers: Number of processes.
+        max_malformed: Maximum number of malformed lines.
+
+    Returns:
+        The counts of each part, in order, and their sum.
 
     Raises:
-        UserError: a broken file, a file without a document, or more than `max_malformed` malformed
-            lines.
+        UserError: A file is broken or has no document, or there are too many malformed lines.
     """
-    known = [read_part(work, folder) for work in works]
-    todo = [work for work, part in zip(works, known) if part is None]
-    if len(todo) < len(works):
-        print(f"reusing {len(works) - len(todo):,} of {len(works):,} finished parts in {folder}")
+    finished = [read_part(spec, folder) for spec in specs]
+    todo = [spec for spec, part in zip(specs, finished) if part is None]
+    if len(todo) < len(specs):
+        print(f"reusing {len(specs) - len(todo):,} of {len(specs):,} finished parts in {folder}")
     context = multiprocessing.get_context("spawn")
     consumed = context.Value("q", 0)
     parts: list[PartCounts] = []
-    with Progress("tokenizing", sum(work.size for work in todo)) as progress:
-        tally = DocumentCounts(works, max_malformed, progress)
+    with Progress("tokenizing", sum(spec.size for spec in todo)) as progress:
+        counts = DocumentCounts(specs, max_malformed, progress)
         with concurrent.futures.ProcessPoolExecutor(
             max(1, min(workers, len(todo))), context, start_worker,
-            (works[0].tokenizer_model, works[0].dtype, consumed),
+            (specs[0].tokenizer_model, specs[0].dtype, consumed),
         ) as pool:  # fmt: skip
             try:
-                # Workers start here and inherit a deaf ear to Ctrl-C; the main process decides.
+                # Workers start here and inherit the ignored Ctrl-C, which the main process handles.
                 handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-                futures = [pool.submit(write_part_in_worker, work, folder) for work in todo]
+                futures = [pool.submit(write_part_in_worker, spec, folder) for spec in todo]
                 signal.signal(signal.SIGINT, handler)
                 pending = iter(futures)
-                for part in known:
+                for part in finished:
                     if part is None:
                         future = next(pending)
                         while not concurrent.futures.wait([future], timeout=0.5).done:
-                            progress.update(consumed.value, tally.summary)
+                            progress.update(consumed.value, counts.summary)
                         part = future.result()
-                    tally.add(part)
+                    counts.add(part)
                     parts.append(part)
-                    progress.update(consumed.value, tally.summary)
+                    progress.update(consumed.value, counts.summary)
             except concurrent.futures.process.BrokenProcessPool as error:
                 raise UserError(
-                    "a worker was killed, maybe for want of memory: "
-                    "run again, with fewer --workers, to go on with the finished parts"
+                    "A worker process was killed, possibly because memory ran out. Run the same "
+                    "command with fewer --workers to resume with the finished parts."
                 ) from error
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 for process in multiprocessing.active_children():
                     process.terminate()
                 raise
-    return parts, tally
+    return parts, counts

@@ -1,9 +1,9 @@
-"""The sum of the parts, and the limits on what may be wrong with them."""
+"""Counts of documents, tokens and malformed lines over all parts, and their limits."""
 
 import itertools
 from typing import Any
 
-from megatron_ext.data.preprocessing.parts import KEPT_MALFORMED, PartCounts, PartSpec
+from megatron_ext.data.preprocessing.parts import MALFORMED_EXAMPLES, PartCounts, PartSpec
 from megatron_ext.errors import UserError
 from megatron_ext.progress import Progress
 
@@ -11,16 +11,18 @@ _COUNTED = ("lines", "documents", "tokens", "empty", "malformed")
 
 
 class DocumentCounts:
-    """Adds parts up in the files' order, so that malformed lines get their number in the file and
-    the limits are met at the same place for any number of workers.
+    """Counts of documents, tokens and malformed lines, summed over the parts.
+
+    Parts are added in the order of the files, so that line numbers refer to the file and a limit is
+    exceeded at the same line for any number of workers.
 
     Attributes:
         files: Counts of each file, by its path.
         examples: The first malformed lines.
     """
 
-    def __init__(self, works: list[PartSpec], max_malformed: int, progress: Progress):
-        self._shards = [shard for work in works for shard in work.shards]
+    def __init__(self, specs: list[PartSpec], max_malformed: int, progress: Progress):
+        self._shards = [shard for spec in specs for shard in spec.shards]
         self._limit, self._progress = max_malformed, progress
         self._next = 0
         self.documents = self.tokens = self.empty = self.malformed = 0
@@ -29,6 +31,7 @@ class DocumentCounts:
 
     @property
     def summary(self) -> str:
+        """Numbers of documents and tokens, for a progress line."""
         return f"{self.documents:,} documents, {self.tokens:,} tokens"
 
     def add(self, part: PartCounts) -> None:
@@ -44,7 +47,7 @@ class DocumentCounts:
         path = self._shards[self._next].path
         self._next += 1
         file = self.files.setdefault(path, dict.fromkeys(_COUNTED, 0))
-        for line, reason in counts["malformed_lines"][: KEPT_MALFORMED - len(self.examples)]:
+        for line, reason in counts["malformed_lines"][: MALFORMED_EXAMPLES - len(self.examples)]:
             self.examples.append({"path": path, "line": file["lines"] + line, "reason": reason})
             self._progress.log(f"malformed: {self._shown(-1)}")
         for key in _COUNTED:
@@ -55,14 +58,15 @@ class DocumentCounts:
         self.malformed += counts["malformed"]
         if self.malformed > self._limit:
             raise UserError(
-                f"{self.malformed:,} malformed lines by {path}, more than --max-malformed "
-                f"{self._limit:,}; the first is {self._shown(0)}"
+                f"{self.malformed:,} malformed lines up to {path} exceed --max-malformed "
+                f"{self._limit:,}. The first is {self._shown(0)}. Fix the file or raise the limit."
             )
         last = self._next == len(self._shards) or self._shards[self._next].path != path
         if last and not file["documents"]:
             of_file = (i for i, example in enumerate(self.examples) if example["path"] == path)
-            why = "".join(f": {self._shown(i)}" for i in itertools.islice(of_file, 1))
-            raise UserError(f"{path} holds no document, leave it out or fix it{why}")
+            first = (f" The first malformed line is {self._shown(i)}." for i in of_file)
+            reason = "".join(itertools.islice(first, 1))
+            raise UserError(f"{path} contains no document.{reason} Fix the file or remove it.")
 
     def _shown(self, index: int) -> str:
         example = self.examples[index]
