@@ -1,0 +1,1 @@
+"""Conversion of models between checkpoints and the Hugging Face format."""

@@ -1,4 +1,4 @@
-"""What a model is, told neither in Megatron's words nor in those of a Hugging Face family."""
+"""Description of a model's architecture, independent of Megatron and of Hugging Face families."""
 
 from argparse import Namespace
 from dataclasses import MISSING, dataclass
@@ -7,14 +7,14 @@ from typing import Any
 from megatron_ext.errors import UserError
 from megatron_ext.model.identity import default, read_settings
 
-# What Megatron calls RoPE scaling has Llama 3's constants built in; only the factor is free.
+# Megatron's RoPE scaling has Llama 3's constants built in; only the factor can be set.
 LLAMA3_ROPE = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
 
-# Arguments of Megatron from which a field of `Architecture` comes.
+# Arguments of Megatron that correspond to fields of `Architecture`.
 _TRANSLATED = {
     *("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels"),
     *("group_query_attention", "ffn_hidden_size", "vocab_size", "max_position_embeddings"),
@@ -26,7 +26,7 @@ _TRANSLATED = {
     *("moe_shared_expert_intermediate_size", "moe_router_topk", "moe_router_pre_softmax"),
     *("et_mean_experts", "et_ema_decay", "et_gate"),
 }
-# What the others that decide what a model computes must be, where that is not their default.
+# Required values of other arguments that affect the model, where these are not their defaults.
 _FIXED: dict[str, Any] = {
     "position_embedding_type": "rope",
     "normalization": "RMSNorm",
@@ -36,7 +36,7 @@ _FIXED: dict[str, Any] = {
     "heterogeneous_layers_config_path": None,
     "hybrid_layer_pattern": None,
 }
-# Training drops tokens or adds noise by these, which a converted model would not.
+# These make training drop tokens or add noise, which a converted model does not do.
 _FIXED_WITH_TOKEN_CHOICE: dict[str, Any] = {
     "moe_expert_capacity_factor": None,
     "moe_input_jitter_eps": None,
@@ -45,23 +45,38 @@ _FIXED_WITH_TOKEN_CHOICE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """A decoder with RMSNorm before each block and rotary positions.
+    """Architecture of a decoder with RMSNorm before each block and rotary positions.
 
     Attributes:
-        vocab: rows of the embedding without those that only pad it.
-        eps: added to the mean square in every norm.
-        rope_factor: how much longer than 8,192 tokens Llama 3's scaling makes positions; None for
-            plain RoPE.
-        gated: SwiGLU rather than squared ReLU.
-        norm_scale: every norm has a learnable scale.
-        qk_norm: queries and keys are normalised before the rotation.
-        router: how experts are found; None where there are none.
-        moe_layers: for each layer, whether it holds experts.
-        topk: experts of a token, a whole number; see `mean_experts`.
-        normalize_topk: the weights of a token's experts sum to 1 (token choice).
-        gate: what makes a weight of a logit (thresholds).
-        ema_decay: of the thresholds.
-        mean_experts: experts of a token on average where it is not `topk`.
+        layers: Number of layers.
+        hidden: Hidden size.
+        heads: Number of query heads.
+        kv_heads: Number of key and value heads.
+        head_dim: Size of a head.
+        ffn: Intermediate size of dense feed-forward blocks.
+        vocab: Rows of the embedding without padding.
+        max_length: Context length, in tokens.
+        eps: Constant added to the mean square in every norm.
+        rope_base: Base of RoPE.
+        rope_factor: Factor by which Llama 3's scaling extends 8,192 positions; None for plain RoPE.
+        gated: Whether feed-forward blocks are SwiGLU, and not squared ReLU.
+        norm_scale: Whether every norm has a learnable scale.
+        qk_norm: Whether queries and keys are normalized before the rotation.
+        qkv_bias: Whether the projections of queries, keys and values have a bias.
+        tied: Whether the output layer is the embedding.
+        embedding_norm: Whether the embedding is followed by a norm.
+        softcap: Bound of the logits; 0 for none.
+        router: Type of the router; None without experts.
+        moe_layers: For each layer, whether it has experts.
+        experts: Number of routed experts in a layer.
+        moe_ffn: Intermediate size of an expert.
+        shared_ffn: Intermediate size of the shared expert; 0 for none.
+        topk: Fan-out, an integer; see `mean_experts`.
+        normalize_topk: Whether the weights of a token's experts sum to 1 (token choice).
+        aux_loss: Coefficient of the load-balancing loss (token choice).
+        gate: Function from router logits to weights (thresholds).
+        ema_decay: Decay of the thresholds' moving average.
+        mean_experts: Mean fan-out, if it is not `topk`.
     """
 
     layers: int
@@ -96,7 +111,7 @@ class Architecture:
 
     @property
     def dims(self) -> dict[str, int]:
-        """Sizes by the names that the name maps use."""
+        """Sizes, by the names of dimensions in `megatron_ext.hf.names`."""
         sizes = ("hidden", "head_dim", "ffn", "vocab", "experts", "moe_ffn", "shared_ffn")
         return {
             "q": self.heads * self.head_dim,
@@ -106,38 +121,48 @@ class Architecture:
 
     @property
     def usual_head_dim(self) -> bool:
+        """Whether the heads together have the hidden size."""
         return self.head_dim * self.heads == self.hidden
 
     @property
     def moe_everywhere(self) -> bool:
+        """Whether every layer has experts."""
         return all(self.moe_layers)
 
     @property
     def thresholds(self) -> bool:
+        """Whether experts are selected by thresholds."""
         return self.router == "expert-threshold"
 
     @property
     def shared(self) -> bool:
+        """Whether layers with experts have a shared expert."""
         return self.shared_ffn > 0
 
     @property
     def qk_norm_scale(self) -> bool:
+        """Whether the norms of queries and keys have a scale."""
         return self.qk_norm and self.norm_scale
 
     @property
     def untied(self) -> bool:
+        """Whether the output layer is separate from the embedding."""
         return not self.tied
 
     @property
     def ungated(self) -> bool:
+        """Whether feed-forward blocks are squared ReLU."""
         return not self.gated
 
 
 def from_args(args: Namespace) -> Architecture:
-    """The architecture of a training run.
+    """Return the architecture of a training run.
+
+    Args:
+        args: Megatron's arguments of the run.
 
     Raises:
-        UserError: the run used something that no family here has, naming the flag.
+        UserError: The run used an option that no supported family has.
     """
     experts = args.num_experts or 0
     router = args.router_type if experts else None
@@ -145,20 +170,24 @@ def from_args(args: Namespace) -> Architecture:
         router = "expert-threshold"  # the same state, and the same at inference
     if router == "quantile-balancing":
         raise UserError(
-            "--router-type quantile-balancing adds a bias that no Hugging Face family has: only "
-            "expert-threshold, expert-choice and token-choice can be converted"
+            "The model was trained with --router-type quantile-balancing, whose bias no Hugging "
+            "Face family has. Only models with expert-threshold, expert-choice or token-choice can "
+            "be converted."
         )
     fixed = {name: default(name) for name in read_settings(args) if name not in _TRANSLATED}
     fixed = {name: value for name, value in fixed.items() if value is not MISSING} | _FIXED
     fixed |= _FIXED_WITH_TOKEN_CHOICE if router == "token-choice" else {}
     for name, value in fixed.items():
-        if (found := getattr(args, name, value)) != value:
+        if (actual := getattr(args, name, value)) != value:
             raise UserError(
-                f"the model was trained with {name} = {found}, which no Hugging Face family known "
-                f"here has: only {value} can be converted"
+                f"The model was trained with {name} = {actual}, which no supported Hugging Face "
+                f"family has. Only models with {value} can be converted."
             )
     if args.swiglu == args.squared_relu:
-        raise UserError("only models with --swiglu or --squared-relu can be converted")
+        raise UserError(
+            "The model was trained without --swiglu and --squared-relu. Only models with one of "
+            "them can be converted."
+        )
     heads = args.num_attention_heads
     has_experts: dict[str, Any] = {
         "router": router,
@@ -216,7 +245,7 @@ def _expert_settings(args: Namespace, router: str | None) -> dict[str, Any]:
 
 
 def to_flags(model: Architecture) -> list[str]:
-    """The command line of `pretrain_et.py` that builds this model."""
+    """Return the flags of `pretrain_et.py` that build this model."""
     values: dict[str, Any] = {
         "num-layers": model.layers,
         "hidden-size": model.hidden,

@@ -1,4 +1,4 @@
-"""Configurations of transformers, read and written."""
+"""Reading and writing of transformers configurations."""
 
 import json
 import shutil
@@ -29,12 +29,12 @@ def save_config(
     """Write the configuration of a model, its code if it is ours, and that of generation.
 
     Args:
-        folder: must be there.
-        model: what to describe.
-        family: as which.
-        dtype: of the weights.
-        special: ids of special tokens, by the names the configuration has for them; of several
-            end tokens, a list.
+        folder: An existing folder.
+        model: Architecture of the model.
+        family: Family to which the model is converted.
+        dtype: Data type of the weights.
+        special: Ids of special tokens by their names in the configuration; a list if there are
+            several end tokens.
     """
     entries = write_config(model, family) | {"bos_token_id": None, "eos_token_id": None} | special
     entries["dtype"] = dtype
@@ -56,34 +56,39 @@ def save_config(
 
 
 def load_config(source: Path) -> Any:
-    """Return the configuration of a Hugging Face folder, of transformers' class or our own.
+    """Return the configuration of a Hugging Face folder.
 
     Raises:
-        UserError: It is missing or damaged, its family is not known, or the folder's tensors are
-            not the model's own: those of an adapter, or quantized ones.
+        UserError: The configuration is missing or damaged, its family is not supported, or the
+            folder contains an adapter or quantized tensors.
     """
     if (source / "adapter_config.json").is_file():
         raise UserError(
-            f"{source} holds an adapter (adapter_config.json): merge it into its base model with "
-            "merge_and_unload of peft, and save that"
+            f"{source} holds an adapter (adapter_config.json). Merge it into its base model with "
+            "merge_and_unload of peft and convert the saved result."
         )
     file = source / "config.json"
     try:
         entries = json.loads(file.read_text())
         model_type = entries["model_type"]
     except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}") from error
+        raise UserError(
+            f"{file} cannot be read: {error.strerror}. Give a complete Hugging Face folder."
+        ) from error
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is damaged: copy it again") from error
+        raise UserError(f"{file} is damaged. Copy it again.") from error
     family = family_named(model_type)
     if quantization := entries.get("quantization_config") or entries.get("compression_config"):
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
         raise UserError(
-            f"{source} is quantized ({method or 'quantization_config'} in config.json): convert "
-            "the model that it was made of, or save it dequantized"
+            f"{source} is quantized ({method or 'quantization_config'} in config.json). Convert "
+            "the original model, or save this one dequantized."
         )
     kind = ExpertThresholdConfig if family is OWN else CONFIG_MAPPING[family.name]
     try:
         return kind.from_pretrained(source)
     except (ValueError, TypeError, KeyError, ArithmeticError, StrictDataclassError) as error:
-        raise UserError(f"{file} is no configuration of {model_type}: {error}") from error
+        raise UserError(
+            f"{file} is not a valid configuration of type {model_type}: {error}. Correct the entry "
+            "or copy the file again."
+        ) from error

@@ -1,6 +1,6 @@
-"""Checkpoints of this project to Hugging Face folders and back, a tensor at a time.
+"""Conversion of checkpoints to Hugging Face folders and back, one tensor at a time.
 
-`activate` of `megatron_ext.devices` must have been called.
+Call `activate` of `megatron_ext.devices` before importing this module.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ from megatron_ext.hf.sources import (
     AVERAGE,
     THRESHOLDS,
     Source,
-    account,
+    check_tensors,
     open_hf,
     open_megatron,
     thresholds_of,
@@ -30,16 +30,16 @@ from megatron_ext.hf.tokenizer_export import export_tokenizer
 SHARD_BYTES = 5 * 10**9
 
 Done = Callable[[int], None]
-"""Told the bytes of each tensor written."""
+"""Callback that receives the number of bytes of each tensor that has been written."""
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What is ready to be written.
+    """Conversion that is complete except for its tensors.
 
     Attributes:
-        bytes: of all tensors.
-        write: writes them.
+        bytes: Size of all tensors.
+        write: Function that writes the tensors.
     """
 
     bytes: int
@@ -47,15 +47,15 @@ class Conversion:
 
 
 def to_hf(checkpoint: Path, folder: Path, tokenizer_model: str | None = None) -> Conversion:
-    """Write a checkpoint as a Hugging Face folder, all but its tensors.
+    """Write a checkpoint as a Hugging Face folder, except for its tensors.
 
     Args:
-        checkpoint: of one iteration.
-        folder: must be there and empty.
-        tokenizer_model: where the tokenizer's file is, if not where it was in training.
+        checkpoint: Folder of one iteration.
+        folder: An existing, empty folder.
+        tokenizer_model: File or folder of the tokenizer. Default: the one that training used.
 
     Raises:
-        UserError: the checkpoint is damaged, or no family known here has such models.
+        UserError: The checkpoint is damaged, or the model belongs to no supported family.
     """
     source = open_megatron(checkpoint, tokenizer_model)
     assert source.args is not None
@@ -78,22 +78,22 @@ def to_hf(checkpoint: Path, folder: Path, tokenizer_model: str | None = None) ->
 
 
 def gguf_to_hf(file: Path, folder: Path, dtype: torch.dtype = torch.float32) -> Conversion:
-    """Write a GGUF file of a Llama model as a Hugging Face folder, all but its tensors.
+    """Write a GGUF file of a Llama model as a Hugging Face folder, except for its tensors.
 
     Args:
-        file: to be read.
-        folder: must be there and empty.
-        dtype: of the folder's tensors. What is quantised needs fp32 to be kept as it is.
+        file: The GGUF file.
+        folder: An existing, empty folder.
+        dtype: Data type of the tensors. Only fp32 represents quantized weights exactly.
 
     Raises:
-        UserError: the file is damaged, or of an architecture or tokenizer not known here.
+        UserError: The file is damaged, or its architecture or tokenizer is not supported.
     """
     from megatron_ext.hf.gguf_tokenizer import save_tokenizer  # of an optional package
 
     source = GGUFModel(file)
     model, family = source.architecture, family_named("llama")
     parts = [part for link in family.links(model) for part in link.parts]
-    account(file, dict(parts), source.shapes)
+    check_tensors(file, dict(parts), source.shapes)
     save_config(folder, model, family, dtype, save_tokenizer(source, folder))
     plan = [Planned(name, shape, dtype) for name, shape in parts]
     return _hf_conversion(folder, plan, lambda name: source.read(name).to(dtype))
@@ -110,25 +110,24 @@ def _hf_conversion(folder: Path, plan: list[Planned], read: Callable[[str], Tens
 
 
 def to_megatron(source: Path, folder: Path, final: Path) -> Conversion:
-    """Make of a Hugging Face folder one of checkpoints, all but its one checkpoint.
+    """Write a Hugging Face folder as a folder of checkpoints, except for its one checkpoint.
 
-    That has no optimizer.
-
-    Sets Megatron's global arguments: once a process.
+    The checkpoint has no optimizer state. Megatron's global arguments are set, which is possible
+    once per process.
 
     Args:
-        source: with config.json and safetensors.
-        folder: must be there and empty.
-        final: where the folder will be moved, for what names its place.
+        source: Folder with config.json and safetensors files.
+        folder: An existing, empty folder.
+        final: Path to which the folder will be moved, which the checkpoint refers to.
 
     Raises:
-        UserError: the source is incomplete, or of no family known here.
+        UserError: The source is incomplete, or its family is not supported.
     """
     return as_checkpoint(open_hf(source), folder, final)
 
 
 def as_checkpoint(source: Source, folder: Path, final: Path) -> Conversion:
-    """Make of any model a folder of checkpoints, all but its one checkpoint; see `to_megatron`."""
+    """Write any model as a folder of checkpoints; see `to_megatron`."""
     model, tensors = source.model, source.tensors
     tokenizer = source.carry_tokenizer(folder)
     args = release_arguments(model, source.dtype, tokenizer, final)

@@ -22,8 +22,8 @@ def end_tokens(tokenizer: Any) -> frozenset[int]:
     """Return the ids of a model's end tokens.
 
     Args:
-        tokenizer: Megatron's or one of transformers, after `record_end_tokens`. Without it, the
-            tokenizer's own end token is the only one.
+        tokenizer: A tokenizer of Megatron or of transformers. Without `record_end_tokens`, its own
+            end token is the only one.
     """
     recorded = getattr(tokenizer, "end_tokens", None)
     return _own_end(tokenizer) if recorded is None else recorded
@@ -33,11 +33,11 @@ def record_end_tokens(tokenizer: Any, place: Path | str | None) -> None:
     """Attach a model's end tokens to its tokenizer, for `end_tokens`.
 
     Args:
-        tokenizer: Megatron's or one of transformers.
-        place: a Hugging Face folder, or a tokenizer's folder or file.
+        tokenizer: A tokenizer of Megatron or of transformers.
+        place: Hugging Face folder, or folder or file of a tokenizer.
 
     Raises:
-        UserError: the generation configuration is damaged, or names an id that is none.
+        UserError: The generation configuration is damaged or contains an invalid id.
     """
     named = frozenset(_as_list(special_ids(place).get("eos_token_id")))
     # The last id of a tokenizer without text stands for an end only where nothing else does.
@@ -49,14 +49,14 @@ def special_ids(place: Path | str | None) -> dict[str, Any]:
     """Return the ids of special tokens in a generation configuration.
 
     Args:
-        place: see `record_end_tokens`.
+        place: Hugging Face folder, or folder or file of a tokenizer.
 
     Returns:
-        `bos_token_id`, `eos_token_id` (an id or a list of ids) and `pad_token_id`, where they are
-        given. As in transformers, config.json counts where there is no generation_config.json.
+        `bos_token_id`, `eos_token_id` (an id or a list of ids) and `pad_token_id`, as far as they
+        are set. As in transformers, config.json is used if generation_config.json does not exist.
 
     Raises:
-        UserError: see `record_end_tokens`.
+        UserError: The file is damaged or contains an invalid id.
     """
     if place is None:
         return {}
@@ -70,15 +70,17 @@ def special_ids(place: Path | str | None) -> dict[str, Any]:
 def carry_generation_config(
     source: Path | str | None, target: Path, same_model: bool = False
 ) -> None:
-    """Copy a generation configuration to another place of its tokenizer.
+    """Copy a generation configuration along with its tokenizer.
 
     Args:
-        source, target: see `record_end_tokens`.
-        same_model: a Hugging Face folder's file is copied whole. Otherwise only its ids of special
-            tokens are: a run that borrows the tokenizer of a model does not sample by its settings.
+        source: Hugging Face folder, or folder or file of a tokenizer, to copy from.
+        target: Folder or file of the copied tokenizer.
+        same_model: Whether the file of a Hugging Face folder is copied completely. Otherwise only
+            its ids of special tokens are copied, because a run that uses the tokenizer of another
+            model does not sample with the settings of that model.
 
     Raises:
-        UserError: see `record_end_tokens`.
+        UserError: The generation configuration is damaged or contains an invalid id.
     """
     if source is None:
         return
@@ -102,13 +104,13 @@ def _read_ids(file: Path) -> dict[str, Any]:
         entries = json.loads(file.read_text(encoding="utf-8"))
         ids = {name: entries[name] for name in _IDS if entries.get(name) is not None}
     except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{file} is damaged: copy it again") from error
+        raise UserError(f"{file} is damaged. Copy it again.") from error
     for name, value in ids.items():
         numbers = _as_list(value) if name == "eos_token_id" else [value]
         if not all(type(number) is int and number >= 0 for number in numbers):
             raise UserError(
-                f"{file} gives {value!r} as {name}: give the id of a token"
-                + (", or a list of ids" if name == "eos_token_id" else "")
+                f"{file} has {value!r} as {name}, which is not a token id: give the id of a token"
+                + (", or a list of ids." if name == "eos_token_id" else ".")
             )
     return ids
 

@@ -1,7 +1,7 @@
-"""The tensors of a model in memory, on any layout of ranks, by their Hugging Face names.
+"""Access to the tensors of a model in memory by their Hugging Face names, with any layout of ranks.
 
-Where a rank's part of a tensor belongs is what Megatron's own checkpoints go by: the sharded state
-dict of the model.
+The position of a rank's part in a tensor comes from the sharded state dict of the model, which
+Megatron's checkpoints use, too.
 """
 
 from collections import defaultdict
@@ -26,7 +26,7 @@ from megatron_ext.hf.names import TensorLayout, TensorLink, join, split
 from megatron_ext.hf.sources import AVERAGE, THRESHOLDS, UPDATES
 from megatron_ext.moe.thresholds import Thresholds
 
-# Every layer has its own name and every tensor a place in a whole one.
+# With these settings every layer has its own name, and every part a position in a complete tensor.
 _METADATA = {
     "non_homogeneous_layers": True,
     "singleton_local_shards": False,
@@ -34,12 +34,12 @@ _METADATA = {
 }
 
 Key = tuple[str, int | None]
-"""Megatron's name, and the number of an expert."""
+"""Name in Megatron, and the index of an expert."""
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """A part of a whole tensor, and the rank that gives it."""
+    """Part of a tensor, and the rank that sends it."""
 
     rank: int
     place: tuple[slice, ...]
@@ -47,22 +47,22 @@ class _Piece:
 
 
 class LiveTensors:
-    """The tensors of a model whose parts the ranks hold. Ranks must make the same calls."""
+    """Tensors of a model that is distributed over ranks. All ranks must make the same calls."""
 
     def __init__(
         self, stages: Sequence[torch.nn.Module], model: Architecture, family: Family
     ) -> None:
-        """See the class.
+        """Collect which rank has which part of each tensor.
 
         Args:
-            stages: this rank's part of the model, without wrappers.
-            model: what all of it is.
-            family: whose names its tensors get.
+            stages: This rank's part of the model, without wrappers.
+            model: Architecture of the whole model.
+            family: Family whose tensor names are used.
         """
         self._model, self._links = model, family.links(model)
         self._stages = stages
         self._parts: dict[Key, list[tuple[tuple[slice, ...], Tensor]]] = defaultdict(list)
-        mine: list[tuple[Key, _Piece]] = []
+        own_pieces: list[tuple[Key, _Piece]] = []
         for shard in chain.from_iterable(_shards(stage) for stage in stages):
             place = shard.global_slice()
             expert = next((part for part in place if isinstance(part, int)), None)
@@ -71,11 +71,11 @@ class LiveTensors:
             assert shard.data is not None
             self._parts[key].append((where, shard.data))
             if is_main_replica(shard.replica_id):
-                mine.append((key, _Piece(dist.get_rank(), where, shard.dtype)))
-        everyones: list[list[tuple[Key, _Piece]]] = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(everyones, mine)
+                own_pieces.append((key, _Piece(dist.get_rank(), where, shard.dtype)))
+        gathered: list[list[tuple[Key, _Piece]]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(gathered, own_pieces)
         self._pieces: dict[Key, list[_Piece]] = defaultdict(list)
-        for key, piece in chain.from_iterable(everyones):
+        for key, piece in chain.from_iterable(gathered):
             self._pieces[key].append(piece)
         rows = [
             piece.place[0].stop for piece in self._pieces["embedding.word_embeddings.weight", None]
@@ -84,16 +84,19 @@ class LiveTensors:
 
     @property
     def needed(self) -> list[str]:
-        """Names of what this rank holds a part of, in order."""
+        """Names of the tensors that this rank has a part of, in order."""
         links = (link for link in self._links if (link.key, link.expert) in self._parts)
         return [name for link in links for name, _ in link.parts]
 
     @torch.no_grad()
     def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Take over whole tensors, in any order, each rank what it needs.
+        """Copy complete tensors into the model, each rank its parts.
+
+        Args:
+            tensors: Names and tensors, in any order.
 
         Raises:
-            UserError: one is missing, or of another shape.
+            UserError: A tensor is missing or has another shape.
         """
         place = {
             name: (link, number)
@@ -108,7 +111,7 @@ class LiveTensors:
             if tuple(tensor.shape) != link.parts[number][1]:
                 raise UserError(
                     f"{name} has shape {tuple(tensor.shape)} where {link.parts[number][1]} is "
-                    "expected: it is of another model"
+                    "expected. Load the weights of the same model."
                 )
             left.discard(name)
             key = (link.key, link.expert)
@@ -119,14 +122,17 @@ class LiveTensors:
                 for where, part in self._parts[key]:
                     part.copy_(whole[where])
         if left:
-            raise UserError(f"there is no tensor {min(left)}, which the model needs")
+            raise UserError(
+                f"The tensor {min(left)} of the model is missing. Load the weights of the same "
+                "model."
+            )
         for module in chain.from_iterable(stage.modules() for stage in self._stages):
             if isinstance(module, Thresholds):
                 module.forget_count()
 
     @torch.no_grad()
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        """Names and whole tensors, on every rank, on its device; thresholds follow their state."""
+        """Yield names and complete tensors on every rank, with the thresholds after their state."""
         state: dict[str, Tensor] = {}
         for link in self._links:
             whole = self._gather(link)

@@ -1,4 +1,4 @@
-"""A checkpoint as it is, but with thresholds of its own, whatever router it was trained with."""
+"""Copies of checkpoints with new thresholds, for models trained with any router."""
 
 from argparse import Namespace
 from functools import partial
@@ -23,12 +23,15 @@ _EXPERTS = ".mlp.experts.experts."
 def use_thresholds(args: Namespace) -> None:
     """Change a run's arguments to those of the same model with thresholds.
 
+    Args:
+        args: Megatron's arguments of the run, which are modified.
+
     Raises:
-        UserError: there is no such model.
+        UserError: The model has no experts, or cannot be converted.
     """
     model = from_args(args)
     if model.router is None:
-        raise UserError("the model has no experts: tools.upcycle gives it some")
+        raise UserError("The model has no experts. Add experts to it with tools.upcycle.")
     if model.router == "token-choice":
         # An expert's weight was its softmax over all experts, or over those chosen.
         vars(args).update(
@@ -49,32 +52,35 @@ def with_thresholds(
     cutoffs: dict[int, Tensor],
     tokenizer_model: str | None = None,
 ) -> Conversion:
-    """Copy a checkpoint without its optimizer, with these thresholds, all but its tensors.
+    """Copy a checkpoint with new thresholds and without its optimizer, except for its tensors.
 
     Args:
-        checkpoint: of one iteration.
-        folder: must be there and empty.
-        final: where the folder will be moved, for what names its place.
-        cutoffs: for each layer with experts, counted from 0, fp32 `[experts]`.
-        tokenizer_model: where the tokenizer is, if not where it was in training.
+        checkpoint: Folder of one iteration.
+        folder: An existing, empty folder.
+        final: Path to which the folder will be moved, which the checkpoint refers to.
+        cutoffs: Cutoffs of each layer with experts, by its number from 0, fp32 `[experts]`.
+        tokenizer_model: File or folder of the tokenizer. Default: the one that training used.
     """
     args = read_common_state(checkpoint)["args"]
     use_thresholds(args)
     if tokenizer_model is not None:
         args.tokenizer_model = tokenizer_model
-    if (beside := carry_tokenizer(args, folder, checkpoint))[-2] == "--tokenizer-model":
-        args.tokenizer_model = beside[-1]
+    if (flags := carry_tokenizer(args, folder, checkpoint))[-2] == "--tokenizer-model":
+        args.tokenizer_model = flags[-1]
     settle(args, final)
     reader = TorchDistReader(checkpoint)
 
     def write(done: Done) -> None:
         write_release(folder, _chunks(reader, args, cutoffs, done), args)
 
-    sizes = (torch.Size(shape).numel() * reader.dtypes[n].itemsize for n, shape in _kept(reader))
+    sizes = (
+        torch.Size(shape).numel() * reader.dtypes[n].itemsize
+        for n, shape in _without_thresholds(reader)
+    )
     return Conversion(sum(sizes), write)
 
 
-def _kept(reader: TorchDistReader) -> list[tuple[str, tuple[int, ...]]]:
+def _without_thresholds(reader: TorchDistReader) -> list[tuple[str, tuple[int, ...]]]:
     return [(name, shape) for name, shape in reader.shapes.items() if _THRESHOLDS not in name]
 
 
@@ -90,7 +96,7 @@ def _chunks(
         return tensor
 
     chunks: list[TensorChunk] = []
-    for name, shape in _kept(reader):
+    for name, shape in _without_thresholds(reader):
         for place in range(shape[0]) if _EXPERTS in name else (None,):
             chunks.append(
                 TensorChunk(name, shape, place, reader.dtypes[name], partial(copy, name, place))

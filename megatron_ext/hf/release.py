@@ -1,4 +1,4 @@
-"""Checkpoints of Megatron that no run wrote: weights and thresholds without an optimizer."""
+"""Megatron checkpoints from converted models: weights and thresholds without an optimizer."""
 
 from argparse import Namespace
 from collections.abc import Callable
@@ -18,24 +18,24 @@ from megatron_ext.hf.sources import Tensors
 from megatron_ext.hf.torch_dist import TensorChunk, write_torch_dist
 
 _NAME = "release"
-"""Megatron's name for what is not a step of training."""
+"""Megatron's name for a checkpoint that does not belong to a training step."""
 
 
 def release_arguments(
     model: Architecture, dtype: torch.dtype, tokenizer: list[str], final: Path
 ) -> Namespace:
-    """The arguments that a run of this model would save.
+    """Return the arguments that a training run of this model would save.
 
-    Sets Megatron's global arguments: once a process.
+    Megatron's global arguments are set, which is possible once per process.
 
     Args:
-        model: what the run would train.
-        dtype: of its weights.
-        tokenizer: flags.
-        final: where the tokenizer will be when the folder of checkpoints has its name.
+        model: Architecture of the model.
+        dtype: Data type of its weights.
+        tokenizer: Flags of its tokenizer.
+        final: Path to which the folder of checkpoints, with the tokenizer, will be moved.
     """
     precision = {torch.bfloat16: ["--bf16"], torch.float16: ["--fp16"]}.get(dtype, [])
-    # What only matters to the run itself, and a run that goes on gives anew.
+    # Settings of the run itself, which a run that continues from the checkpoint sets again.
     run = ["--mock-data", "--micro-batch-size", "1", "--train-iters", "1", "--lr", "1e-4"]
     run += ["--et-warmup-iters", "0"] if model.thresholds else []
     args, _ = parse_args([*to_flags(model), *tokenizer, *precision, *run])
@@ -47,7 +47,7 @@ def release_arguments(
 
 
 def settle(args: Namespace, final: Path) -> None:
-    """Say that a tokenizer lies beside the checkpoint, and that there is no optimizer."""
+    """Record in the arguments that the tokenizer is in `final` and that there is no optimizer."""
     args.tokenizer_sha256 = tokenizer_digest(args)
     if args.tokenizer_model is not None:
         args.tokenizer_model = str(final.absolute() / Path(args.tokenizer_model).name)
@@ -58,14 +58,14 @@ def settle(args: Namespace, final: Path) -> None:
 def chunk_of(
     link: TensorLink, model: Architecture, tensors: Tensors, rows: int, done: Callable[[int], None]
 ) -> TensorChunk:
-    """One tensor of Megatron, to be made of its parts when it is written.
+    """Return a tensor of Megatron that is assembled from its parts when it is written.
 
     Args:
-        link: names and parts.
-        model: for their shapes.
-        tensors: where the parts are.
-        rows: of the vocabulary, with padding.
-        done: told the bytes of the parts.
+        link: Names and parts of the tensor.
+        model: Architecture, for the shapes.
+        tensors: Reader of the parts.
+        rows: Rows of the vocabulary, with padding.
+        done: Callback that receives the number of bytes of the parts.
     """
 
     def make() -> Tensor:
@@ -82,12 +82,12 @@ def chunk_of(
 
 
 def write_release(folder: Path, chunks: list[TensorChunk], args: Namespace) -> None:
-    """Write a folder of checkpoints with one in it.
+    """Write the one checkpoint of a folder of checkpoints.
 
     Args:
-        folder: must be there; may hold the tokenizer.
-        chunks: all tensors; those of an expert one by one.
-        args: of the run it stands for.
+        folder: An existing folder, which may contain the tokenizer.
+        chunks: All tensors; one entry per expert.
+        args: Arguments that the checkpoint stores.
     """
     checkpoint = folder / _NAME
     checkpoint.mkdir()
@@ -97,7 +97,7 @@ def write_release(folder: Path, chunks: list[TensorChunk], args: Namespace) -> N
 
 
 def _objects(chunks: list[TensorChunk], args: Namespace) -> dict[str, Any]:
-    """What Megatron saves beside tensors: each linear layer has a place for a state of its own."""
+    """Return what Megatron saves besides tensors: extra states of linear layers, common state."""
     objects: dict[str, Any] = {}
     for chunk in chunks:
         module, _, kind = chunk.key.rpartition(".")

@@ -1,4 +1,4 @@
-"""Tensors in and out of a folder of safetensors files, one at a time."""
+"""Reading and writing of a folder of safetensors files, one tensor at a time."""
 
 import json
 import struct
@@ -26,13 +26,13 @@ _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
 class SafetensorsReader:
-    """The tensors of a folder, by name."""
+    """Tensors of a folder, by name."""
 
     def __init__(self, folder: Path) -> None:
         """Read shapes and dtypes.
 
         Raises:
-            UserError: a file is missing or damaged, or a dtype is not known.
+            UserError: A file is missing or damaged, or a data type is not supported.
         """
         self._files = _files(folder)
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -42,17 +42,22 @@ class SafetensorsReader:
             with _opened(file) as tensors:
                 present = set(tensors.keys())
                 for name in sorted(present.symmetric_difference(names)):
-                    where = "in it" if name in present else "in the index"
-                    raise UserError(f"{file}: {name} is only {where}: copy the folder again")
+                    place = "the file, not in the index" if name in present else "the index"
+                    raise UserError(
+                        f"{file} is incomplete: {name} is only in {place}. Copy the folder again."
+                    )
                 for name in names:
                     part = tensors.get_slice(name)
                     if part.get_dtype() not in _DTYPES:
-                        raise UserError(f"{file}: {name} is {part.get_dtype()}, not converted here")
+                        raise UserError(
+                            f"{file} has {name} in data type {part.get_dtype()}, which cannot be "
+                            f"converted. Save the model in one of {', '.join(_DTYPES)}."
+                        )
                     self.shapes[name] = tuple(part.get_shape())
                     self.dtypes[name] = _DTYPES[part.get_dtype()]
 
     def read(self, name: str) -> Tensor:
-        """One tensor."""
+        """Return a tensor."""
         with _opened(self._files[name]) as tensors:
             return tensors.get_tensor(name)
 
@@ -61,14 +66,14 @@ def _opened(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} is missing or damaged ({error}): copy it again") from error
+        raise UserError(f"{file} is missing or damaged ({error}). Copy it again.") from error
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """Return the file that holds each tensor.
+    """Return the file of each tensor.
 
     Raises:
-        UserError: No safetensors files are there, or it is open which of them are the model's.
+        UserError: There are no safetensors files, or it is ambiguous which belong to the model.
     """
     index, single = folder / INDEX, folder / _SINGLE
     if index.is_file():
@@ -76,19 +81,23 @@ def _files(folder: Path) -> dict[str, Path]:
             places: dict[str, str] = json.loads(index.read_text())["weight_map"]
             files = {name: folder / file for name, file in places.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{index} is damaged: copy it again") from error
+            raise UserError(f"{index} is damaged. Copy it again.") from error
         if single.is_file() and single not in files.values():
-            raise UserError(f"{folder} has {_SINGLE} and {INDEX}: remove the one that is outdated")
+            raise UserError(
+                f"{folder} has both {_SINGLE} and {INDEX}; remove the one that is outdated."
+            )
         return files
     if single.is_file():
         with _opened(single) as tensors:
             return dict.fromkeys(tensors.keys(), single)
-    raise UserError(f"{folder} has neither {INDEX} nor {_SINGLE}: only safetensors are read")
+    raise UserError(
+        f"{folder} has neither {INDEX} nor {_SINGLE}. Save the model in safetensors files."
+    )
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A tensor to be written."""
+    """Name, shape and data type of a tensor to be written."""
 
     name: str
     shape: tuple[int, ...]
@@ -96,6 +105,7 @@ class Planned:
 
     @property
     def bytes(self) -> int:
+        """Size of the tensor."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
@@ -106,16 +116,16 @@ def write_safetensors(
     shard_bytes: int,
     done: Callable[[int], None],
 ) -> None:
-    """Write tensors into files of at most `shard_bytes`, each as it comes, and their index.
+    """Write tensors one by one into files of at most `shard_bytes`, and their index.
 
-    safetensors' own writer wants all of a file in memory.
+    safetensors' own writer requires all tensors of a file in memory.
 
     Args:
-        folder: must be there.
-        plan: what comes.
-        tensors: in the order of the plan.
-        shard_bytes: size of a file, unless one tensor is larger.
-        done: told the bytes of each tensor written.
+        folder: An existing folder.
+        plan: Names, shapes and data types.
+        tensors: The tensors, in the order of the plan.
+        shard_bytes: Maximum size of a file, unless one tensor is larger.
+        done: Callback that receives the number of bytes of each tensor written.
     """
     shards: list[list[Planned]] = [[]]
     for entry in plan:
@@ -154,5 +164,5 @@ def _header(shard: list[Planned]) -> bytes:
         }
         begin = end
     text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # data begin at a multiple of 8
+    text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8 bytes
     return struct.pack("<Q", len(text)) + text

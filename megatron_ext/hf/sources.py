@@ -1,7 +1,7 @@
-"""Models to convert, whatever they are stored in: tensors by the names of a family, one at a time.
+"""Uniform access to models in any format: tensors by the names of a family, one at a time.
 
-Every tensor is accounted for when a model is opened: what is missing, left over or of another shape
-is an error.
+Opening a model checks every tensor: one that is missing, unexpected or of another shape is an
+error.
 """
 
 import re
@@ -27,8 +27,8 @@ from megatron_ext.hf.tokenizer_export import carry_tokenizer, import_tokenizer
 from megatron_ext.hf.torch_dist import TorchDistReader
 from megatron_ext.moe.thresholds import Thresholds
 
-# Older folders hold them for each layer. transformers ignores them by this pattern, for every model
-# that computes them, whatever their values.
+# Older folders contain the frequencies of each layer. transformers computes them from the
+# configuration and ignores tensors with this pattern, whatever their values.
 _FREQUENCIES = re.compile(r"rotary_emb\.inv_freq")
 _EMBEDDING, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 AVERAGE, UPDATES, THRESHOLDS = (
@@ -37,23 +37,27 @@ AVERAGE, UPDATES, THRESHOLDS = (
 
 
 class Tensors(Protocol):
-    """Tensors by their Hugging Face names."""
+    """Reader of tensors by their Hugging Face names."""
 
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, torch.dtype]
 
     def read(self, name: str) -> Tensor:
-        """One tensor."""
+        """Return a tensor."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model that is ready to be read.
+    """Model that is ready to be read.
 
     Attributes:
-        family: whose names its tensors have.
-        carry_tokenizer: puts its tokenizer into a folder; gives the flags of `pretrain_et.py`.
-        args: of the run that trained it, where one did.
+        place: File or folder of the model.
+        model: Architecture.
+        family: Family whose names the tensors have.
+        tensors: Reader of the tensors.
+        carry_tokenizer: Function that copies the tokenizer into a folder and returns the flags of
+            `pretrain_et.py` for it.
+        args: Arguments of the run that trained the model; None if there is no such run.
     """
 
     place: Path
@@ -73,45 +77,49 @@ def open_hf(folder: Path) -> Source:
     """Open a Hugging Face folder.
 
     Raises:
-        UserError: It is incomplete, of no family known here, or has tensors that the model does
-            not compute with.
+        UserError: The folder is incomplete, its family is not supported, or it has tensors that
+            the model does not use.
     """
     config = load_config(folder)
     family, model = family_named(config.model_type), read_config(config)
     if reason := family.misfit(model):
-        raise UserError(f"{folder} is no {family.name} model that can be converted: {reason}")
+        raise UserError(
+            f"{folder} is not a {family.name} model that can be converted: {reason}. Correct "
+            "config.json or choose another model."
+        )
     reader = SafetensorsReader(folder)
     expected = {name: shape for link in family.links(model) for name, shape in link.parts}
     expected |= {
         n.replace(AVERAGE, THRESHOLDS): shape for n, shape in expected.items() if AVERAGE in n
     }
     derived = _derived_tensors(folder, model, reader)
-    account(folder, expected, {n: s for n, s in reader.shapes.items() if n not in derived})
+    check_tensors(folder, expected, {n: s for n, s in reader.shapes.items() if n not in derived})
     for name in (name for name in expected if name.endswith(AVERAGE)):
         thresholds = name.replace(AVERAGE, THRESHOLDS)
         if not torch.equal(thresholds_of(reader, name, model), reader.read(thresholds)):
             raise UserError(
-                f"{folder}: {thresholds} is not what {name} gives, so training could not resume "
-                "from it: change both"
+                f"{folder} has values in {thresholds} that do not follow from {name}, so training "
+                "could not resume from it. Change both tensors together."
             )
     return Source(folder, model, family, reader, partial(import_tokenizer, folder, model.vocab))
 
 
 def _derived_tensors(folder: Path, model: Architecture, reader: SafetensorsReader) -> set[str]:
-    """Return the names of tensors that transformers ignores: frequencies of positions, which it
-    computes from the configuration, and the output layer of a model whose configuration ties it to
-    the embedding.
+    """Return the names of tensors that transformers ignores.
+
+    These are the frequencies of positions, which it computes from the configuration, and the output
+    layer of a model whose configuration ties it to the embedding.
 
     Raises:
-        UserError: That output layer is not the embedding.
+        UserError: The output layer differs from the embedding.
     """
     names = {name for name in reader.shapes if _FREQUENCIES.search(name)}
     if not model.tied or _OUTPUT not in reader.shapes:
         return names
     if not torch.equal(reader.read(_OUTPUT), reader.read(_EMBEDDING)):
         raise UserError(
-            f"{folder}: {_OUTPUT} is not {_EMBEDDING}, though config.json has tie_word_embeddings: "
-            "set it to false, or remove the tensor"
+            f"In {folder}, {_OUTPUT} is not {_EMBEDDING}, though config.json has "
+            "tie_word_embeddings. Set it to false, or remove the tensor."
         )
     return names | {_OUTPUT}
 
@@ -119,16 +127,16 @@ def _derived_tensors(folder: Path, model: Architecture, reader: SafetensorsReade
 def open_megatron(
     checkpoint: Path, tokenizer_model: str | None = None, family: Family | None = None
 ) -> Source:
-    """A checkpoint of one iteration.
+    """Open a checkpoint of one iteration.
 
     Args:
-        checkpoint: its folder.
-        tokenizer_model: where the tokenizer's file is, if not where it was in training.
-        family: whose names its tensors get. Default: the one that such a model belongs to.
+        checkpoint: Folder of the iteration.
+        tokenizer_model: File or folder of the tokenizer. Default: the one that training used.
+        family: Family whose tensor names are used. Default: the family of the architecture.
 
     Raises:
-        UserError: it is damaged, the tokenizer is not that of its training, or no family known here
-            has such models.
+        UserError: The checkpoint is damaged, the tokenizer is not the one that training used, or
+            the model belongs to no supported family.
     """
     if problem := damage(checkpoint):
         raise UserError(f"{checkpoint} is incomplete or damaged: {problem}")
@@ -140,61 +148,94 @@ def open_megatron(
     model = _with_rows(from_args(args), args, reader)
     family = family or family_of(model)
     links = family.links(model)
-    _account_megatron(checkpoint, links, model, reader)
+    _check_megatron_tensors(checkpoint, links, model, reader)
     tensors = _MegatronTensors(reader, links, model)
     carry = partial(carry_tokenizer, args, checkpoint=checkpoint)
     return Source(checkpoint, model, family, tensors, carry, args)
 
 
 def open_dense(path: Path) -> Source:
-    """A model without experts; its tensors have the names that Expert Threshold models have.
+    """Open a model without experts, with the tensor names of Expert Threshold models.
 
     Args:
-        path: a Hugging Face folder, a run directory, or a folder of checkpoints.
+        path: Hugging Face folder, run directory, or folder of checkpoints.
 
     Raises:
-        UserError: it cannot be read, or has experts.
+        UserError: The model cannot be read, or has experts.
     """
     hf = (path / "config.json").is_file()
     source = open_hf(path) if hf else open_megatron(find_checkpoint(path), family=OWN)
     if source.model.router is not None:
-        raise UserError(f"{source.place} has experts already: only a dense model can be upcycled")
+        raise UserError(
+            f"{source.place} has experts already. Only dense models can be upcycled; choose a "
+            "model without experts."
+        )
     return source
 
 
 def thresholds_of(tensors: Tensors, average: str, model: Architecture) -> Tensor:
-    """The thresholds, fp32 `[experts]`, of the layer whose moving average has this name."""
+    """Compute the thresholds of a layer from the state of their moving average.
+
+    Args:
+        tensors: Reader of the model's tensors.
+        average: Name of the layer's moving average.
+        model: Architecture.
+
+    Returns:
+        Thresholds, fp32 `[experts]`.
+
+    Raises:
+        UserError: The thresholds have never been updated.
+    """
     updates = tensors.read(average.replace(AVERAGE, UPDATES))
     if not int(updates):
         raise UserError(
-            "the thresholds have no value yet: train for at least one step, or calibrate them "
-            "with tools.calibrate_thresholds, first"
+            "The thresholds of the model have no value yet. Train it for at least one step, or set "
+            "them with tools.calibrate_thresholds."
         )
     state = Thresholds(model.experts, model.ema_decay, device="cpu")
     state.load_state_dict({"average": tensors.read(average), "updates": updates})
     return state.value()
 
 
-def account(place: Path, expected: dict[str, Any], found: dict[str, Any]) -> None:
-    """Raise for the first tensor that is missing, left over or of another shape."""
-    if _EMBEDDING in expected.keys() - found.keys():
-        for name in found:
+def check_tensors(place: Path, expected: dict[str, Any], present: dict[str, Any]) -> None:
+    """Check that a model has exactly the expected tensors.
+
+    Args:
+        place: File or folder of the model, for error messages.
+        expected: Shapes by name.
+        present: Shapes of the model's tensors by name.
+
+    Raises:
+        UserError: A tensor is missing, unexpected or of another shape.
+    """
+    if _EMBEDDING in expected.keys() - present.keys():
+        for name in present:
             if name.endswith("embed_tokens.weight"):
                 raise UserError(
-                    f"{place} has a tensor {name} where {_EMBEDDING} is expected: save the model "
-                    "as the class for causal language models that config.json belongs to"
+                    f"{place} has a tensor {name} where {_EMBEDDING} is expected. Save the model "
+                    "with the class for causal language models of its config.json."
                 )
-    for name in sorted(expected.keys() - found.keys()):
-        raise UserError(f"{place} has no tensor {name}, which a model of its configuration needs")
-    for name in sorted(found.keys() - expected.keys()):
-        raise UserError(f"{place} has a tensor {name}, which no model of its configuration has")
+    for name in sorted(expected.keys() - present.keys()):
+        raise UserError(
+            f"{place} has no tensor {name}, which a model of its configuration needs. Copy the "
+            "model again or correct its configuration."
+        )
+    for name in sorted(present.keys() - expected.keys()):
+        raise UserError(
+            f"{place} has a tensor {name}, which no model of its configuration has. Remove the "
+            "tensor or correct the configuration."
+        )
     for name, shape in expected.items():
-        if found[name] != shape:
-            raise UserError(f"{place}: {name} has shape {found[name]} where {shape} is expected")
+        if present[name] != shape:
+            raise UserError(
+                f"In {place}, {name} has shape {present[name]} where {shape} is expected. Correct "
+                "the configuration or copy the model again."
+            )
 
 
 class _MegatronTensors:
-    """A checkpoint's tensors, in the parts that they have on the other side."""
+    """Reader of a checkpoint's tensors by their Hugging Face names."""
 
     def __init__(
         self, reader: TorchDistReader, links: list[TensorLink], model: Architecture
@@ -208,16 +249,17 @@ class _MegatronTensors:
         self._last: tuple[TensorLink, list[Tensor]] | None = None
 
     def read(self, name: str) -> Tensor:
+        """Return a tensor."""
         link, place = self._places[name]
         if self._last is None or self._last[0] is not link:
-            self._last = None  # before there are two
+            self._last = None  # so that memory never contains two tensors
             whole = self._reader.read(link.key, link.expert)
             self._last = link, split(link, whole, self._model)
         return self._last[1][place]
 
 
 def _with_rows(model: Architecture, args: Namespace, reader: TorchDistReader) -> Architecture:
-    """Keep the rows beyond the tokenizer's that a model brought from Hugging Face."""
+    """Add the embedding rows beyond the tokenizer that a model from Hugging Face has."""
     rows = getattr(args, "hf_vocab_size", None)
     embedding = reader.shapes.get("embedding.word_embeddings.weight", (0,))
     if rows is None or rows > embedding[0]:
@@ -225,7 +267,7 @@ def _with_rows(model: Architecture, args: Namespace, reader: TorchDistReader) ->
     return replace(model, vocab=rows)
 
 
-def _account_megatron(
+def _check_megatron_tensors(
     checkpoint: Path, links: list[TensorLink], model: Architecture, reader: TorchDistReader
 ) -> None:
     expected: dict[str, tuple[int, ...]] = {}
@@ -233,8 +275,8 @@ def _account_megatron(
         stacked = () if link.expert is None else (model.experts,)
         expected[link.key] = (*stacked, *link.shape)
     vocabulary = {link.key for link in links if link.layout is TensorLayout.VOCABULARY}
-    found = dict(reader.shapes)
-    for key in vocabulary & found.keys():
-        if found[key][0] >= model.vocab:
-            found[key] = (model.vocab, *found[key][1:])  # the rest is padding
-    account(checkpoint, expected, found)
+    present = dict(reader.shapes)
+    for key in vocabulary & present.keys():
+        if present[key][0] >= model.vocab:
+            present[key] = (model.vocab, *present[key][1:])  # the rest is padding
+    check_tensors(checkpoint, expected, present)

@@ -1,4 +1,4 @@
-"""The tokenizer and its settings, from a training run to a Hugging Face folder and back."""
+"""Conversion of a tokenizer and its settings from a training run to Hugging Face and back."""
 
 import json
 import shutil
@@ -32,16 +32,16 @@ def export_tokenizer(
     """Write a run's tokenizer and generation configuration into a folder.
 
     Args:
-        args: the run's arguments.
-        folder: it must exist.
-        checkpoint: folder of one iteration, next to which a model without a tokenizer keeps its
-            generation configuration.
+        args: Arguments of the run.
+        folder: An existing folder.
+        checkpoint: Folder of one iteration. The generation configuration of a model without a
+            tokenizer is next to it.
 
     Returns:
-        The ids of its special tokens, for the configuration; of several end tokens, the list.
+        The ids of special tokens, for the configuration; a list if there are several end tokens.
 
     Raises:
-        UserError: its file is missing, or has another size than the model's vocabulary.
+        UserError: The tokenizer's file is missing or does not fit the model's vocabulary.
     """
     place = _place(args, checkpoint)
     carry_generation_config(place, folder)
@@ -67,8 +67,8 @@ def _export_files(args: Namespace, folder: Path) -> dict[str, int]:
         return _special_ids(folder)
     if args.tokenizer_type != "SentencePieceTokenizer" or not source.is_file():
         raise UserError(
-            f"the tokenizer {args.tokenizer_model or args.tokenizer_type} of the run is not there "
-            "or not of SentencePiece: say where its file is with --tokenizer-model"
+            f"The tokenizer {args.tokenizer_model or args.tokenizer_type} of the run does not "
+            "exist or is not a SentencePiece model. Give its file with --tokenizer-model."
         )
     return export_sentencepiece(source, args.vocab_size, folder)
 
@@ -82,19 +82,24 @@ def _special_ids(folder: Path) -> dict[str, int]:
 
 
 def export_sentencepiece(source: Path, vocab: int, folder: Path) -> dict[str, int]:
-    """Write a SentencePiece model into a folder, with the class that transformers loads it by.
+    """Write a SentencePiece model into a folder, with the class that loads it in transformers.
+
+    Args:
+        source: The SentencePiece model.
+        vocab: Number of entries that the model expects.
+        folder: An existing folder.
 
     Returns:
         The ids of its special tokens, for the configuration.
 
     Raises:
-        UserError: it has another number of pieces than `vocab`.
+        UserError: The number of pieces differs from `vocab`.
     """
     processor = _sentencepiece(source)
     if processor.get_piece_size() != vocab:
         raise UserError(
-            f"the tokenizer {source} has {processor.get_piece_size()} entries, the model "
-            f"{vocab}: give the one it was trained with by --tokenizer-model"
+            f"The tokenizer {source} has {processor.get_piece_size()} entries, the model "
+            f"{vocab}. Give the tokenizer that training used with --tokenizer-model."
         )
     shutil.copy(source, folder / _SENTENCEPIECE)
     shutil.copy(_REMOTE / "tokenization_et.py", folder)
@@ -103,7 +108,7 @@ def export_sentencepiece(source: Path, vocab: int, folder: Path) -> dict[str, in
         "tokenizer_class": _OWN_CLASS,
         "auto_map": {"AutoTokenizer": [f"tokenization_et.{_OWN_CLASS}", None]},
         "clean_up_tokenization_spaces": False,
-        # The names of control tokens in a text stay text, as in training.
+        # The names of control tokens in a text are encoded as text, as in training.
         "split_special_tokens": True,
         **_names_of(processor),
     }
@@ -112,7 +117,7 @@ def export_sentencepiece(source: Path, vocab: int, folder: Path) -> dict[str, in
 
 
 def as_transformers(tokenizer: Any) -> Any:
-    """Return one of Megatron's tokenizers as one of transformers, or None where there is none."""
+    """Return the transformers tokenizer equivalent to one of Megatron's, or None."""
     inner: Any = getattr(tokenizer, "_tokenizer", None)
     if tokenizer.library == "huggingface":
         return inner.tokenizer
@@ -122,10 +127,10 @@ def as_transformers(tokenizer: Any) -> Any:
 
 
 def open_sentencepiece(file: Path) -> Any:
-    """Return a SentencePiece model as a tokenizer of transformers; its ids are those of training.
+    """Return a SentencePiece model as a tokenizer of transformers with the ids of training.
 
     Raises:
-        UserError: the file is missing, or no SentencePiece model.
+        UserError: The file is missing or not a SentencePiece model.
     """
     from megatron_ext.hf.remote.tokenization_et import ExpertThresholdTokenizer
 
@@ -148,14 +153,15 @@ def carry_tokenizer(args: Namespace, folder: Path, checkpoint: Path | None = Non
     """Copy a run's tokenizer and generation configuration next to another checkpoint.
 
     Args:
-        args, checkpoint: see `export_tokenizer`.
-        folder: of checkpoints.
+        args: Arguments of the run.
+        folder: Folder of checkpoints.
+        checkpoint: Folder of one iteration; see `export_tokenizer`.
 
     Returns:
-        The flags of `pretrain_et.py` for it.
+        The flags of `pretrain_et.py` for the tokenizer.
 
     Raises:
-        UserError: its file is missing.
+        UserError: The tokenizer's file is missing.
     """
     if args.tokenizer_type == "NullTokenizer":
         carry_generation_config(_place(args, checkpoint), folder)
@@ -163,8 +169,8 @@ def carry_tokenizer(args: Namespace, folder: Path, checkpoint: Path | None = Non
     source = Path(args.tokenizer_model or "")
     if not source.name or not source.exists():
         raise UserError(
-            f"the tokenizer {args.tokenizer_model or args.tokenizer_type} of the run is not there: "
-            "say where its file is with --tokenizer-model"
+            f"The tokenizer {args.tokenizer_model or args.tokenizer_type} of the run does not "
+            "exist. Give its file or folder with --tokenizer-model."
         )
     target = folder / ("tokenizer" if source.is_dir() else _SENTENCEPIECE)
     if source.is_dir():
@@ -176,7 +182,7 @@ def carry_tokenizer(args: Namespace, folder: Path, checkpoint: Path | None = Non
 
 
 def _copy_files(source: Path, target: Path) -> None:
-    """Copy a tokenizer's files to a new folder; the folder of a model holds its weights too."""
+    """Copy a tokenizer's files, but not the weights next to them, to a new folder."""
     target.mkdir()
     for file in (source / name for name in _FILES):
         if file.is_file():
@@ -186,11 +192,18 @@ def _copy_files(source: Path, target: Path) -> None:
 def import_tokenizer(source: Path, vocab: int, folder: Path) -> list[str]:
     """Copy tokenizer and generation configuration of a Hugging Face folder next to a checkpoint.
 
+    Args:
+        source: Hugging Face folder.
+        vocab: Number of entries that the model expects.
+        folder: Folder of checkpoints.
+
     Returns:
-        The flags of `pretrain_et.py` for it; those of a tokenizer without text when there is none.
+        The flags of `pretrain_et.py` for the tokenizer. A folder without a tokenizer gives those of
+        NullTokenizer, which reads token ids instead of text.
 
     Raises:
-        UserError: it has more entries than the model, or the generation configuration is damaged.
+        UserError: The tokenizer has more entries than the model, or the generation configuration is
+            damaged.
     """
     config = source / "tokenizer_config.json"
     settings = json.loads(config.read_text()) if config.is_file() else {}
@@ -210,8 +223,8 @@ def import_tokenizer(source: Path, vocab: int, folder: Path) -> list[str]:
     carry_generation_config(source, target, same_model=True)
     if size > vocab:
         raise UserError(
-            f"the tokenizer in {source} has {size} entries, the model {vocab}: they do not belong "
-            "together"
+            f"The tokenizer in {source} has {size} entries, the model {vocab}. Copy the tokenizer "
+            "of this model into the folder."
         )
     return ["--tokenizer-type", kind, "--tokenizer-model", str(target)]
 
@@ -222,4 +235,7 @@ def _sentencepiece(file: Path) -> Any:
     try:
         return SentencePieceProcessor(model_file=str(file))
     except (OSError, RuntimeError) as error:
-        raise UserError(f"{file} is missing or no SentencePiece model") from error
+        raise UserError(
+            f"{file} is missing or not a SentencePiece model. Give the tokenizer that training "
+            "used."
+        ) from error

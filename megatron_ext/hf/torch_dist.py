@@ -1,7 +1,7 @@
-"""Tensors in and out of Megatron's torch_dist checkpoints, one at a time.
+"""Reading and writing of Megatron's torch_dist checkpoints, one tensor at a time.
 
-Torch's distributed checkpointing holds all of a state dict in memory. Here a tensor is read when it
-is asked for, and made when it is its turn to be written.
+torch's distributed checkpointing requires a complete state dict in memory. Here each tensor is read
+on request, and created just before it is written.
 """
 
 import io
@@ -42,14 +42,14 @@ from torch.futures import Future
 from megatron_ext.errors import UserError
 
 FILE_BYTES = 5 * 10**9
-"""When a file is larger, another begins: ranks that check a checkpoint share its files."""
+"""Size from which a new file begins. Ranks that verify a checkpoint divide its files."""
 
 
 class TorchDistReader:
-    """The model's tensors in a checkpoint, under Megatron's names with the number of their layer.
+    """Reader of the model's tensors in a checkpoint, by their names in Megatron with layer numbers.
 
-    Megatron saves layers that are all alike as one tensor of one more dimension; here they have
-    names of their own in any case.
+    Megatron saves identical layers as one tensor with an additional dimension. Here each layer has
+    its own name in any case.
     """
 
     def __init__(self, checkpoint: Path) -> None:
@@ -67,10 +67,14 @@ class TorchDistReader:
                 self._stored[name] = key, layer
 
     def read(self, name: str, first: int | None = None) -> Tensor:
-        """A tensor, or only what is at place `first` of its first dimension.
+        """Return a tensor, or one slice of it.
+
+        Args:
+            name: Name of the tensor.
+            first: Index along the first dimension; None for the whole tensor.
 
         Raises:
-            UserError: its bytes are not what the checkpoint says.
+            UserError: Parts of the tensor are missing.
         """
         key, layer = self._stored[name]
         stored = self._metadata.state_dict_metadata[key]
@@ -93,13 +97,19 @@ class TorchDistReader:
                 whole = torch.empty(sizes, dtype=stored.properties.dtype)
             narrow_tensor_by_index(whole, item.dest_offsets, item.lengths).copy_(part)
         if whole is None or filled != whole.numel():
-            raise UserError(f"{self._path} is incomplete: parts of {name} are not in it")
+            raise UserError(
+                f"{self._path} is incomplete: parts of {name} are missing. Copy it again or use an "
+                "earlier checkpoint."
+            )
         return whole.view(sizes[len(places) :])
 
     def _load(self, item: ReadItem) -> Tensor:
         info = self._metadata.storage_data[item.storage_index]
         if getattr(info, "transform_descriptors", None):
-            raise UserError(f"{self._path} is compressed: save it without extensions of torch")
+            raise UserError(
+                f"{self._path} is compressed, which is not supported. Save the checkpoint without "
+                "torch's stream transforms."
+            )
         with (self._path / info.relative_path).open("rb") as stream:
             view: Any = _create_file_view(stream, info.offset, info.length)
             return torch.load(view, map_location="cpu", weights_only=True)
@@ -117,7 +127,7 @@ def _layers_of(key: str, size: torch.Size) -> Iterator[tuple[str, int | None]]:
 def _overlap(
     key: str, chunk: ChunkStorageMetadata, offsets: torch.Size, sizes: torch.Size
 ) -> ReadItem | None:
-    """Which part of a stored chunk belongs to the box that is asked for."""
+    """Return the part of a stored chunk that overlaps with the requested box, or None."""
     begins = [max(a, b) for a, b in zip(chunk.offsets, offsets)]
     ends = [min(a + n, b + m) for a, n, b, m in zip(chunk.offsets, chunk.sizes, offsets, sizes)]
     if any(end <= begin for begin, end in zip(begins, ends)):
@@ -135,12 +145,14 @@ def _overlap(
 
 @dataclass(frozen=True)
 class TensorChunk:
-    """A tensor to be written, or one place along the first dimension of a larger one.
+    """Tensor to be written, or one slice along the first dimension of a larger tensor.
 
     Attributes:
-        shape: of the whole tensor.
-        place: along the first dimension, or None.
-        make: gives the tensor, of `shape` without its first dimension where there is a place.
+        key: Name in Megatron.
+        shape: Shape of the whole tensor.
+        place: Index of the slice along the first dimension, or None.
+        dtype: Data type.
+        make: Function that returns the tensor, or the slice without the first dimension.
     """
 
     key: str
@@ -151,7 +163,7 @@ class TensorChunk:
 
 
 class _LazyPlanner(SavePlanner):
-    """Makes each tensor at the moment it is written."""
+    """Planner that creates each tensor just before it is written."""
 
     def __init__(self, chunks: list[TensorChunk], objects: dict[str, bytes]) -> None:
         self._chunks = {_index(chunk): chunk for chunk in chunks}
@@ -192,7 +204,7 @@ class _LazyPlanner(SavePlanner):
 
 
 class _OneByOne(dcp.FileSystemWriter):
-    """Torch's writer, which keeps every tensor of a file until the file is closed, without that."""
+    """Writer that frees each tensor after writing it; torch's keeps all tensors of a file."""
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         results: list[WriteResult] = []
@@ -236,12 +248,12 @@ def _index(chunk: TensorChunk) -> MetadataIndex:
 
 
 def write_torch_dist(folder: Path, chunks: list[TensorChunk], objects: dict[str, Any]) -> None:
-    """Write a checkpoint that Megatron loads, without the list of digests.
+    """Write a checkpoint that Megatron loads, except for the list of digests.
 
     Args:
-        folder: of the iteration; must be there and empty.
-        chunks: the tensors.
-        objects: what else Megatron looks for, by the name it has in the checkpoint.
+        folder: An existing, empty folder of an iteration.
+        chunks: The tensors.
+        objects: Other objects that Megatron reads, by their names in the checkpoint.
     """
     from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 

@@ -1,30 +1,33 @@
-"""A dense model as an Expert Threshold model that computes nearly the same at the start.
+"""Upcycling: conversion of a dense model to an Expert Threshold model of nearly equal outputs.
 
-The dense block f has d_ff intermediate channels. Cut into G slices of d_ff / G, f is the sum of its
-slices, f = f_1 + ... + f_G: each channel contributes alone. An expert is a copy of one slice with
-its down-projection scaled, so that a token that gets a copy of every slice gets f. That is the
-"virtual group" of fine-grained upcycling (He et al., arXiv 2410.07524, section 3; copies of the
-whole block, G = 1, are Komatsuzaki et al.'s, arXiv 2212.05055). They scale all three matrices of a
-SwiGLU block by a cube root, which changes its function; here the down-projection takes it all.
+The dense block f has d_ff intermediate channels. If it is cut into G slices of d_ff / G channels, f
+is the sum of its slices, f = f_1 + ... + f_G, because each channel contributes independently. An
+expert is a copy of one slice with its down-projection scaled, so that a token that is routed to a
+copy of every slice gets f. This is the "virtual group" of fine-grained upcycling (He et al., arXiv
+2410.07524, section 3); Komatsuzaki et al. (arXiv 2212.05055) copy the whole block, G = 1. He et al.
+scale all three matrices of a SwiGLU block by a cube root, which changes its function; here the
+scale is applied to the down-projection alone.
 
-Expert i holds slice i mod S of the S slices that are routed, so there are n / S copies of each.
-With a mean fan-out of m a token gets m / S copies of a slice on average, each weighted by the gate,
-and the scale is S / (m * gate(0)): router rows are small, so every gate begins near gate(0).
+Expert i contains slice i mod S of the S slices that are routed, so that there are n / S copies of
+each slice. With a mean fan-out of m, a token gets m / S copies of a slice on average, each weighted
+by the gate, and the scale is S / (m * gate(0)): router rows are small, so that every gate begins
+near gate(0).
 
-A top-k router finds exactly one copy of each slice by giving the copies of a group the same rows.
-Thresholds act on each expert alone. So the rows of q = n / m copies of a slice (all of them where
-that is no whole number that divides their count) are drawn with a sum of 0: the more a token is for
-one of them, the less it is for the others.
+A top-k router selects exactly one copy of each slice if the copies of a group have the same rows.
+Thresholds act on each expert independently. Therefore the rows of q = n / m copies of a slice (of
+all copies if q is not an integer that divides their number) are drawn with a sum of 0: the larger a
+token's logit for one of them, the smaller its logits for the others.
 
-* q = 2: the two rows are r and -r, and each takes half of the tokens: every token gets exactly one
-  of the two, whatever the text, and the model is the dense one up to the gates' distance from
-  gate(0), which vanishes with the rows.
-* q > 2: half-spaces cannot part the tokens into more than two regions, so some tokens get two
-  copies of a slice and some none. The mean over tokens is the dense block, a single token's not.
+* q = 2: the two rows are r and -r, and each expert takes half of the tokens. Every token gets
+  exactly one of the two, whatever the text, and the model equals the dense one except for the
+  gates' distance from gate(0), which vanishes with the rows.
+* q > 2: half-spaces cannot divide the tokens into more than two regions, so that some tokens get
+  two copies of a slice and some get none. The mean over tokens equals the dense block; the output
+  of a single token does not.
 
-Slices of a shared expert see every token and are exact. When all are shared, the routed experts are
-copies with a down-projection of 0, and the model is the dense one for any number of experts, at the
-price of their computation; they learn from the first step on.
+Slices of a shared expert process every token and are exact. If all slices are shared, the routed
+experts are copies with a down-projection of 0, and the model equals the dense one for any number of
+experts, at the cost of their computation; the experts learn from the first step on.
 """
 
 import hashlib
@@ -50,20 +53,21 @@ _ROUTER = re.compile(r"model\.layers\.(?P<layer>\d+)\.mlp\.gate\.weight")
 
 @dataclass(frozen=True)
 class Upcycling:
-    """How a dense model becomes one with experts.
+    """Settings of upcycling.
 
     Attributes:
-        experts: routed experts of a layer, n.
-        granularity: slices of the dense block, G.
-        shared_slices: how many of them a shared expert holds; all: see above.
-        mean_experts: routed experts of a token on average, m. Default: the routed slices, S.
-        moe_layers: for each layer, whether it gets experts.
-        gate: what makes a weight of a logit; sigmoid or softmax.
-        router_std: standard deviation of the first logits, were the normalised input's channels
-            independent.
-        noise: standard deviation of what is added to the experts' weights, in those of the weights.
-        seed: of router and noise.
-        ema_decay: of the thresholds, for training.
+        experts: Number of routed experts in a layer, n.
+        moe_layers: For each layer, whether it gets experts.
+        granularity: Number of slices of the dense block, G.
+        shared_slices: Number of slices in a shared expert.
+        mean_experts: Mean fan-out, m. Default: the number of routed slices, S.
+        gate: Function from router logits to weights, "sigmoid" or "softmax".
+        router_std: Standard deviation of the initial logits, assuming that the channels of the
+            normalized input are independent.
+        noise: Standard deviation of the noise on the experts' weights, relative to that of the
+            weights.
+        seed: Seed of the router and the noise.
+        ema_decay: Decay of the thresholds' moving average, for training.
     """
 
     experts: int
@@ -79,60 +83,71 @@ class Upcycling:
 
     @property
     def all_shared(self) -> bool:
+        """Whether the shared expert contains the whole dense block."""
         return self.shared_slices == self.granularity
 
     @property
     def routed_slices(self) -> int:
-        """S."""
+        """Number of slices that are routed, S."""
         return self.granularity - (0 if self.all_shared else self.shared_slices)
 
     @property
     def mean(self) -> float:
-        """m."""
+        """Mean fan-out, m."""
         return self.routed_slices if self.mean_experts is None else self.mean_experts
 
     @property
     def group(self) -> int:
-        """q: how many copies of a slice have rows with a sum of 0; 1 for no such group."""
+        """Number of copies of a slice whose rows sum to 0, q; 1 if there are no such groups."""
         copies = self.experts // self.routed_slices
-        wanted = self.experts / self.mean
-        return int(wanted) if wanted.is_integer() and copies % wanted == 0 else copies
+        size = self.experts / self.mean
+        return int(size) if size.is_integer() and copies % size == 0 else copies
 
     @property
     def scale(self) -> float:
-        """What multiplies an expert's down-projection."""
+        """Scale of an expert's down-projection."""
         gate_at_0 = {"sigmoid": 0.5, "softmax": 1.0 / self.experts}[self.gate]
         return 0.0 if self.all_shared else self.routed_slices / (self.mean * gate_at_0)
 
     def architecture(self, dense: Architecture) -> Architecture:
-        """What the dense model becomes.
+        """Return the architecture of the upcycled model.
+
+        Args:
+            dense: Architecture of the dense model.
 
         Raises:
-            UserError: it cannot be cut like this, naming the flag.
+            UserError: The settings do not fit the dense model.
         """
         n, granularity, slices = self.experts, self.granularity, self.routed_slices
         if granularity < 1 or dense.ffn % granularity:
             raise UserError(
                 f"--granularity {granularity} does not divide the {dense.ffn} intermediate "
-                "channels: give a divisor"
+                "channels of the dense block. Choose a divisor."
             )
         if not 0 <= self.shared_slices <= granularity:
             raise UserError(
-                f"--shared-slices {self.shared_slices} must be from 0 to --granularity "
-                f"{granularity}"
+                f"--shared-slices {self.shared_slices} is out of range. Choose a number from 0 to "
+                f"--granularity {granularity}."
             )
         if n < 1 or n % slices:
             raise UserError(
-                f"--num-experts {n} must be a multiple of the {slices} slices that are routed"
+                f"--num-experts {n} is not divisible by the {slices} slices that are routed. "
+                f"Choose a multiple of {slices}."
             )
         if not 0 < self.mean <= n:
-            raise UserError(f"--mean-experts {self.mean:g} must be above 0 and at most {n}")
-        if self.router_std <= 0 or self.noise < 0:
-            raise UserError("--router-std must be above 0 and --noise not negative")
+            raise UserError(
+                f"--mean-experts {self.mean:g} is out of range. Set it above 0 and to at most "
+                f"--num-experts {n}."
+            )
+        if self.router_std <= 0:
+            raise UserError(f"--router-std {self.router_std:g} is not above 0. Set it above 0.")
+        if self.noise < 0:
+            raise UserError(f"--noise {self.noise:g} is negative. Set it to 0 or more.")
         if not any(self.moe_layers) or len(self.moe_layers) != dense.layers:
             raise UserError(
-                f"--moe-layer-freq names {sum(self.moe_layers)} of {len(self.moe_layers)} layers, "
-                f"and the model has {dense.layers}: give one number a layer"
+                f"--moe-layer-freq selects {sum(self.moe_layers)} of {len(self.moe_layers)} "
+                f"layers, and the model has {dense.layers}. Give one number per layer, at least "
+                "one of them 1."
             )
         whole = float(self.mean).is_integer()
         return replace(
@@ -150,10 +165,14 @@ class Upcycling:
 
 
 def upcycled(dense: Source, plan: Upcycling) -> Source:
-    """The Expert Threshold model made of a dense one; its thresholds have no value yet.
+    """Return the Expert Threshold model of a dense model; its thresholds have no value yet.
+
+    Args:
+        dense: The dense model.
+        plan: Settings.
 
     Raises:
-        UserError: it cannot be made like this, naming the flag.
+        UserError: The settings do not fit the dense model.
     """
     model = plan.architecture(dense.model)
     tensors = _UpcycledTensors(dense.tensors, dense.place, model, plan)
@@ -161,11 +180,11 @@ def upcycled(dense: Source, plan: Upcycling) -> Source:
 
 
 class _UpcycledTensors:
-    """Made of the dense tensors when they are read."""
+    """Reader that computes each tensor from the dense ones on request."""
 
     def __init__(self, dense: Tensors, place: Path, model: Architecture, plan: Upcycling) -> None:
         self._dense, self._plan, self._model = dense, plan, model
-        self._read = lru_cache(maxsize=2)(dense.read)  # experts take turns at the same matrices
+        self._read = lru_cache(maxsize=2)(dense.read)  # experts read the same matrices in turn
         links = OWN.links(model)
         self.shapes = {name: shape for link in links for name, shape in link.parts}
         weights = dense.dtypes["model.embed_tokens.weight"]
@@ -176,6 +195,7 @@ class _UpcycledTensors:
         }
 
     def read(self, name: str) -> Tensor:
+        """Return a tensor."""
         if match := _MLP.fullmatch(name):
             return self._slices(name, match)
         if match := _ROUTER.fullmatch(name):
@@ -185,7 +205,7 @@ class _UpcycledTensors:
         return self._dense.read(name)
 
     def _slices(self, name: str, match: re.Match[str]) -> Tensor:
-        """An expert's matrix, or the shared expert's."""
+        """Return a matrix of an expert or of the shared expert."""
         plan, down = self._plan, match["matrix"] == "down_proj"
         whole = self._read(f"{match['mlp']}{match['matrix']}.weight")
         width = whole.shape[down] // plan.granularity  # channels are columns of the down-projection
@@ -204,7 +224,7 @@ class _UpcycledTensors:
         return exact.to(part.dtype)
 
     def _router(self, name: str, layer: str) -> Tensor:
-        """Rows whose logits have the wanted spread, `[experts, hidden]`."""
+        """Return router rows whose logits have the standard deviation, `[experts, hidden]`."""
         plan, model = self._plan, self._model
         groups = plan.experts // plan.routed_slices // plan.group
         rows = self._normal(name, torch.Size((plan.experts, model.hidden)))
@@ -212,7 +232,7 @@ class _UpcycledTensors:
         rows = rows.view(groups, plan.group, plan.routed_slices, model.hidden)
         if plan.group > 1:
             rows = rows - rows.mean(dim=1, keepdim=True)
-            rows[:, -1] = -rows[:, :-1].sum(dim=1)  # to the bit where there are two
+            rows[:, -1] = -rows[:, :-1].sum(dim=1)  # exact to the bit for groups of two
             rows = rows * (plan.group / (plan.group - 1)) ** 0.5
         spread = 1.0
         if model.norm_scale:

@@ -1,4 +1,4 @@
-"""Whether a checkpoint and its conversion are the same model: their logits on a short text."""
+"""Verification of a conversion: comparison of the logits of both models on a short text."""
 
 import gc
 from pathlib import Path
@@ -17,9 +17,9 @@ from megatron_ext.inference.forward import full_logits
 from megatron_ext.inference.loading import load_model
 
 TEXT = "The quick brown fox jumps over the lazy dog, and nobody is surprised."
-LENGTH = 32  # tokens at most
-# Share of the largest logit. In fp32 two orders of the same sums differ by 1e-5 of it even in deep
-# models; another model differs by far more, however small its logits are.
+LENGTH = 32  # maximum number of tokens
+# Relative to the largest logit. In fp32, different orders of the same sums differ by about 1e-5
+# even in deep models, while another model differs by far more, however small its logits are.
 TOLERANCE = 1e-4
 
 
@@ -31,14 +31,15 @@ def largest_difference(megatron: Path, hf: Path, tokenizer_model: str | None = N
     Args:
         megatron: Folder of checkpoints, or one of them.
         hf: Hugging Face folder.
-        tokenizer_model: Tokenizer of the checkpoint, if it is not where the checkpoint says.
+        tokenizer_model: File or folder of the tokenizer. Default: the one in the folder of
+            checkpoints, or the one that training used.
 
     Raises:
-        UserError: They are not the same model.
+        UserError: The models differ.
     """
     if tokenizer_model is None:
-        beside = (megatron / name for name in ("tokenizer.model", "tokenizer"))
-        tokenizer_model = next((str(path) for path in beside if path.exists()), None)
+        candidates = (megatron / name for name in ("tokenizer.model", "tokenizer"))
+        tokenizer_model = next((str(path) for path in candidates if path.exists()), None)
     trained = load_model(megatron, dtype=torch.float32, tokenizer_model=tokenizer_model)
     tokens = _tokens(trained)
     logits = full_logits(trained, tokens)
@@ -51,13 +52,14 @@ def largest_difference(megatron: Path, hf: Path, tokenizer_model: str | None = N
     if not difference <= TOLERANCE * largest:
         raise UserError(
             f"The logits of {megatron} and of its conversion differ by up to {difference:.3g}, "
-            f"where the largest logit is {largest:.3g}. Nothing was kept; please report this."
+            f"where the largest logit is {largest:.3g}. The conversion was removed; please report "
+            "this."
         )
     return difference / largest if largest else 0.0
 
 
 def _tokens(trained: Any) -> Tensor:
-    """Token ids of the text, `[1, tokens]`; of no text where the tokenizer has none."""
+    """Return the token ids of the text, or other ids without a text tokenizer, `[1, tokens]`."""
     if trained.args.tokenizer_type == "NullTokenizer":
         ids = [(7919 * i) % trained.vocab_size for i in range(LENGTH)]
     else:
@@ -67,8 +69,16 @@ def _tokens(trained: Any) -> Tensor:
 
 @torch.no_grad()
 def hf_logits(folder: Path, tokens: Tensor) -> Tensor:
-    """Logits `[batch, sequence, vocabulary]` of a Hugging Face folder, fp32, on the CPU."""
-    disable_progress_bar()  # it goes to stderr
+    """Compute logits with the model of a Hugging Face folder, in fp32 on the CPU.
+
+    Args:
+        folder: Hugging Face folder.
+        tokens: Token ids, int64 `[batch, sequence]`.
+
+    Returns:
+        Logits, fp32 `[batch, sequence, vocabulary]`.
+    """
+    disable_progress_bar()  # it is printed to stderr
     own = load_config(folder).model_type == OWN.name
     kind: Any = ExpertThresholdForCausalLM if own else AutoModelForCausalLM
     model = kind.from_pretrained(folder, dtype=torch.float32).eval()

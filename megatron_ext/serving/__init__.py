@@ -1,0 +1,1 @@
+"""HTTP server with an OpenAI-compatible API."""

@@ -77,8 +77,8 @@ def test_tensors_under_another_prefix_are_named(save: Any) -> None:
         ("model.safetensors.index.json", [], "index.json is damaged"),
         ("model.safetensors.index.json", {"weight_map": []}, "index.json is damaged"),
         ("config.json", {"quantization_config": {"quant_method": "fp8"}}, r"is quantized \(fp8"),
-        ("config.json", {"hidden_size": "wide"}, "is no configuration of llama"),
-        ("config.json", {"num_attention_heads": 0}, "is no configuration of llama"),
+        ("config.json", {"hidden_size": "wide"}, "is not a valid configuration of type llama"),
+        ("config.json", {"num_attention_heads": 0}, "is not a valid configuration of type llama"),
     ],
 )
 def test_folders_that_are_no_plain_model_are_refused(

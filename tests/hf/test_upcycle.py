@@ -214,10 +214,10 @@ def test_what_cannot_be_upcycled_is_refused_and_nothing_is_left(tmp_path):
     [messages] = run_ranks(refusals, 1, tmp_path)
     expected = [
         "--granularity 5 does not divide the 96 intermediate channels",
-        "--num-experts 6 must be a multiple of the 4 slices",
-        "--shared-slices 5 must be from 0 to --granularity 4",
-        "--mean-experts 9 must be above 0 and at most 8",
-        "names 2 of 2 layers, and the model has 3",
+        "--num-experts 6 is not divisible by the 4 slices",
+        "--shared-slices 5 is out of range. Choose a number from 0 to --granularity 4",
+        "--mean-experts 9 is out of range. Set it above 0 and to at most --num-experts 8",
+        "selects 2 of 2 layers, and the model has 3",
         "has experts already",
         "is not a folder",
     ]

@@ -99,5 +99,5 @@ def test_datasets_of_different_tokenizers_are_refused(tmp_path: Path) -> None:
     words = ["--train-data", train, "--vocab-size", "8", "--valid-data"]
     with pytest.raises(UserError, match="were made with different tokenizers"):
         main([*words, valid])
-    with pytest.raises(UserError, match="which has 9 entries. Set it to 9"):
+    with pytest.raises(UserError, match=r"which has 9 entries\. Set it to 9"):
         main([*words, train])

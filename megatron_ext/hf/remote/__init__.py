@@ -1,0 +1,1 @@
+"""Code of Expert Threshold models that is copied into their Hugging Face folders."""

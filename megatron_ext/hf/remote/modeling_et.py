@@ -40,10 +40,13 @@ class ExpertThresholdRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size)) if config.norm_scale else None
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the normalized input."""
         return F.rms_norm(x, self.shape, self.weight, self.eps)
 
 
 class Attention(nn.Module):
+    """Grouped-query attention with rotary positions."""
+
     def __init__(self, config: ExpertThresholdConfig, layer_idx: int) -> None:
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
@@ -72,6 +75,7 @@ class Attention(nn.Module):
         past_key_values: Cache | None,
         **kwargs: Any,
     ) -> Tensor:
+        """Return the output of the block for `x` `[batch, length, hidden]`."""
         batch, length, _ = x.shape
         heads = (batch, length, -1, self.head_dim)
         q = self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2)
@@ -91,6 +95,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Feed-forward block: SwiGLU, or squared ReLU without a gate projection."""
+
     def __init__(self, config: ExpertThresholdConfig, size: int) -> None:
         super().__init__()
         hidden = config.hidden_size
@@ -100,7 +106,7 @@ class MLP(nn.Module):
         self.act = ACT2FN[config.hidden_act]
 
     def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
-        """The block's output; `weight [tokens, 1]` scales it."""
+        """Return the output of the block, scaled by `weight` `[tokens, 1]`."""
         up = self.up_proj(x)
         inner = self.act(up) if self.gate_proj is None else self.act(self.gate_proj(x)) * up
         if weight is not None:
@@ -109,11 +115,11 @@ class MLP(nn.Module):
 
 
 class Router(nn.Module):
-    """Logits of every token and expert, and the experts' thresholds.
+    """Router by thresholds.
 
-    `thresholds` is what routes. `threshold_average` and `threshold_updates` are the state of
-    the moving average it comes from, which training goes on with; all are fp32 or int64 whatever
-    the dtype of the model.
+    Routing depends on `thresholds`. `threshold_average` and `threshold_updates` are the state of
+    the moving average from which they are computed and with which training resumes. All are fp32
+    or int64, whatever the data type of the model.
     """
 
     thresholds: Tensor
@@ -130,7 +136,7 @@ class Router(nn.Module):
         self.gate = GATES[config.router_gate]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights, fp32, and routing map, bool, both `[tokens, experts]`."""
+        """Return the weights, fp32, and the routing map, bool, both `[tokens, experts]`."""
         logits = F.linear(x.float(), self.weight.float())
         return self.gate(logits), logits > self.thresholds
 
@@ -145,6 +151,8 @@ class Router(nn.Module):
 
 
 class MoE(nn.Module):
+    """Mixture-of-experts block with an optional shared expert."""
+
     def __init__(self, config: ExpertThresholdConfig) -> None:
         super().__init__()
         self.gate = Router(config)
@@ -155,6 +163,7 @@ class MoE(nn.Module):
         self.shared_expert = MLP(config, shared) if shared else None
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the output of the block for `x` `[batch, length, hidden]`."""
         tokens = x.view(-1, x.shape[-1])
         weights, routing_map = self.gate(tokens)
         output = torch.zeros_like(tokens)
@@ -170,6 +179,8 @@ class MoE(nn.Module):
 
 
 class DecoderLayer(nn.Module):
+    """Decoder layer: attention, then a dense or mixture-of-experts block."""
+
     def __init__(self, config: ExpertThresholdConfig, layer_idx: int) -> None:
         super().__init__()
         self.input_layernorm = ExpertThresholdRMSNorm(config, config.hidden_size)
@@ -179,11 +190,14 @@ class DecoderLayer(nn.Module):
         self.mlp = MoE(config) if moe else MLP(config, config.intermediate_size)
 
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+        """Return the output of the layer; `kwargs` are those of `Attention`."""
         x = x + self.self_attn(self.input_layernorm(x), **kwargs)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class ExpertThresholdPreTrainedModel(PreTrainedModel):
+    """Base class of Expert Threshold models in transformers."""
+
     config_class = ExpertThresholdConfig
     base_model_prefix = "model"
     _no_split_modules = ["DecoderLayer"]
@@ -217,6 +231,7 @@ class ExpertThresholdModel(ExpertThresholdPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
+        """Return the hidden states; the arguments are those of transformers' models."""
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and past_key_values is None:
@@ -265,6 +280,7 @@ class ExpertThresholdForCausalLM(ExpertThresholdPreTrainedModel, GenerationMixin
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
+        """Return the logits and, with labels, the loss, as transformers' models do."""
         output = self.model(input_ids=input_ids, **kwargs)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(output.last_hidden_state[:, keep])
