@@ -41,6 +41,8 @@ REPORT = "calibration.json"
 
 
 class CalibrateFlags(LoadingFlags):
+    """Values of the command line."""
+
     load: str
     save: str
     data: list[str]

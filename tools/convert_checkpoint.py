@@ -23,6 +23,8 @@ SOURCES, TARGETS = ("megatron", "hf", "gguf"), ("megatron", "hf")
 
 
 class ConvertFlags:
+    """Values of the command line."""
+
     source: str
     target: str
     load: str

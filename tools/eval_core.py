@@ -30,6 +30,8 @@ from megatron_ext.quiet import quiet_megatron, quiet_warnings
 
 
 class EvalCoreFlags(LoadingFlags):
+    """Values of the command line."""
+
     load: str
     bundle: str
     out: str

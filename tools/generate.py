@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 
 class GenerateFlags(LoadingFlags):
+    """Values of the command line."""
+
     load: str
     prompt: list[str]
     prompt_file: str | None

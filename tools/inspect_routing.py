@@ -40,6 +40,8 @@ _OWN_DOMAIN = "text"  # of what --text and --text-file give, where no --domain i
 
 
 class InspectFlags(LoadingFlags):
+    """Values of the command line."""
+
     load: str
     output: str
     text: list[str]

@@ -31,6 +31,8 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class ServeFlags(LoadingFlags):
+    """Values of the command line."""
+
     load: str
     model_name: str | None
     host: str

@@ -45,6 +45,8 @@ _COLUMNS = {
 
 
 class ValidationLossFlags(LoadingFlags):
+    """Values of the command line."""
+
     load: str
     data: str
     routing: list[str] | None
