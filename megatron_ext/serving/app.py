@@ -1,4 +1,4 @@
-"""The HTTP side: an ASGI application in the manner of OpenAI's API."""
+"""ASGI application with an OpenAI-compatible API."""
 
 import asyncio
 import hmac
@@ -22,17 +22,17 @@ from megatron_ext.serving.openai_protocol import Call, Reader
 from megatron_ext.serving.replicas import TokenEvent
 from megatron_ext.serving.scheduler import Closing, Job, QueueFull, Scheduler
 
-MOST_BYTES = 8 * 2**20
-"""The largest body that is read."""
+MAX_BODY_BYTES = 8 * 2**20
+"""Maximum size of a request body."""
 
-Pieces = AsyncGenerator[tuple[int, TokenEvent]]
-"""Tokens of the choices of a call, by their index, as they come."""
+TokenEvents = AsyncGenerator[tuple[int, TokenEvent]]
+"""Token events of a call with the indices of their choices, in the order of arrival."""
 
-_GONE = 499  # what access logs write for a client that left, by nginx's custom
+_CLIENT_CLOSED = 499  # status that nginx logs for a client that disconnected
 
 
-class Refusal(Exception):
-    """An answer other than the one asked for."""
+class HTTPError(Exception):
+    """Error that ends a request with a status other than 200."""
 
     def __init__(self, status: int, message: str, param: str | None = None, **headers: str) -> None:
         super().__init__(message)
@@ -40,12 +40,13 @@ class Refusal(Exception):
         self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
 
     def response(self) -> Response:
+        """Return the response that reports the error."""
         content = error(str(self), self.status, self.param)
         return JSONResponse(content, self.status, headers=self.headers)
 
 
 class Api:
-    """What the routes share."""
+    """Handlers of the routes and their shared state."""
 
     def __init__(
         self, scheduler: Scheduler, reader: Reader, timeout: float, body_timeout: float = 30.0
@@ -53,20 +54,24 @@ class Api:
         """Serve one model.
 
         Args:
-            timeout: seconds from a request's arrival to its last token.
-            body_timeout: seconds in which a request's body must have arrived.
+            scheduler: Scheduler that runs the model.
+            reader: Parser of request bodies.
+            timeout: Time limit from a request's arrival to its last token, in seconds.
+            body_timeout: Time limit for the arrival of a request's body, in seconds.
         """
         self.scheduler, self.reader = scheduler, reader
         self.timeout, self.body_timeout = timeout, body_timeout
         self._created = int(time.time())
 
     async def health(self, request: Request) -> Response:
+        """Respond to /health with the load; status 503 while the server is closing."""
         scheduler = self.scheduler
         status = "closing" if scheduler.closing else "ok"
         counts = {"running": scheduler.running, "waiting": scheduler.waiting}
         return JSONResponse({"status": status, **counts}, 503 if scheduler.closing else 200)
 
     async def models(self, request: Request) -> Response:
+        """Respond to /v1/models."""
         model = {
             "id": self.reader.name,
             "object": "model",
@@ -77,25 +82,27 @@ class Api:
         return JSONResponse({"object": "list", "data": [model]})
 
     async def completions(self, request: Request) -> Response:
-        return await self._answer(request, self.reader.completion)
+        """Respond to /v1/completions."""
+        return await self._respond(request, self.reader.completion)
 
     async def chat(self, request: Request) -> Response:
-        return await self._answer(request, self.reader.chat)
+        """Respond to /v1/chat/completions."""
+        return await self._respond(request, self.reader.chat)
 
-    async def _answer(self, request: Request, read: Callable[[Any], Call]) -> Response:
+    async def _respond(self, request: Request, read: Callable[[Any], Call]) -> Response:
         deadline = asyncio.get_running_loop().time() + self.timeout
         body = await self._body(request)
-        # Tokenizing a long text takes a while, in which others are served.
+        # Tokenizing a long text takes time, during which other requests are served.
         call = await asyncio.to_thread(read, body)
-        answer = CompletionResponse(call, self.reader.name)
-        request.state.answer = answer
-        pieces = self._submit(request, call, deadline)
+        completion = CompletionResponse(call, self.reader.name)
+        request.state.completion = completion
+        events = self._submit(request, call, deadline)
         if call.stream:
-            return StreamingResponse(_events(answer, pieces), media_type="text/event-stream")
-        async with aclosing(pieces):
-            async for index, piece in pieces:
-                answer.add(index, piece)
-        return JSONResponse(answer.whole())
+            return StreamingResponse(_stream(completion, events), media_type="text/event-stream")
+        async with aclosing(events):
+            async for index, event in events:
+                completion.add(index, event)
+        return JSONResponse(completion.whole())
 
     async def _body(self, request: Request) -> Any:
         data = bytearray()
@@ -103,37 +110,45 @@ class Api:
             async with asyncio.timeout(self.body_timeout):
                 async for part in request.stream():
                     data += part
-                    if len(data) > MOST_BYTES:
-                        raise Refusal(413, f"a body has at most {MOST_BYTES} bytes")
+                    if len(data) > MAX_BODY_BYTES:
+                        raise HTTPError(
+                            413,
+                            f"The body is larger than {MAX_BODY_BYTES} bytes. Send a smaller "
+                            "request.",
+                        )
         except TimeoutError:
-            raise Refusal(408, "the request's body did not arrive in time") from None
+            raise HTTPError(
+                408,
+                f"The body did not arrive within {self.body_timeout:g} seconds. Send it again.",
+            ) from None
         try:
-            # Unlike `json`, it refuses halves of characters, which no tokenizer can read.
+            # Unlike `json`, from_json refuses half surrogate pairs, which no tokenizer can encode.
             return from_json(bytes(data), allow_inf_nan=False)
         except ValueError as error:
-            raise BadRequest(f"the body is not JSON: {error}") from None
+            raise BadRequest(f"The body is not valid JSON: {error}") from None
 
-    def _submit(self, request: Request, call: Call, deadline: float) -> Pieces:
-        """Queue a call's continuations; what comes of them, as it comes.
+    def _submit(self, request: Request, call: Call, deadline: float) -> TokenEvents:
+        """Queue the continuations of a call and return their events.
 
-        Whoever stops reading gives them up.
+        Closing the generator cancels unfinished continuations.
         """
         loop = asyncio.get_running_loop()
         arrived: asyncio.Queue[tuple[int, TokenEvent | None]] = asyncio.Queue()
 
-        def to(index: int) -> Callable[[TokenEvent | None], None]:
+        def deliver_to(index: int) -> Callable[[TokenEvent | None], None]:
             ready: list[tuple[int, TokenEvent | None]] = []
 
-            def deliver(piece: TokenEvent | None) -> None:
-                ready.append((index, piece))
-                # Waking the loop costs the model's thread time: for a whole answer once is enough.
-                if not call.stream and piece is not None and piece.finish is None:
+            def deliver(event: TokenEvent | None) -> None:
+                ready.append((index, event))
+                # Waking the loop takes time of the model's thread; without streaming, once is
+                # enough.
+                if not call.stream and event is not None and event.finish is None:
                     return
                 batch = ready.copy()
                 ready.clear()
                 try:
                     loop.call_soon_threadsafe(put, batch)
-                except RuntimeError:  # the loop has ended, nobody waits
+                except RuntimeError:  # the loop has ended, so nothing waits for the event
                     pass
 
             return deliver
@@ -142,40 +157,44 @@ class Api:
             for entry in batch:
                 arrived.put_nowait(entry)
 
-        jobs = [Job(work, to(index)) for index, work in enumerate(call.works)]
+        jobs = [Job(each, deliver_to(index)) for index, each in enumerate(call.requests)]
         try:
             self.scheduler.submit(jobs)
         except QueueFull:
-            raise Refusal(429, "too many requests wait: try again", Retry_After="1") from None
+            raise HTTPError(
+                429, "The queue of the server is full. Try again later.", Retry_After="1"
+            ) from None
         except Closing:
-            raise Refusal(503, "the server is about to end", Retry_After="5") from None
-        return self._pieces(request, jobs, arrived, deadline)
+            raise HTTPError(
+                503, "The server is shutting down. Try again later.", Retry_After="5"
+            ) from None
+        return self._events(request, jobs, arrived, deadline)
 
-    async def _pieces(
+    async def _events(
         self,
         request: Request,
         jobs: list[Job],
         arrived: "asyncio.Queue[tuple[int, TokenEvent | None]]",
         deadline: float,
-    ) -> Pieces:
-        gone = asyncio.create_task(_disconnected(request))
-        left = len(jobs)
+    ) -> TokenEvents:
+        disconnected = asyncio.create_task(_disconnected(request))
+        unfinished = len(jobs)
         try:
-            while left:
-                index, piece = await self._next(arrived, gone, deadline)
-                if piece is None:
-                    raise Refusal(503, "the server has ended")
-                left -= piece.finish is not None
-                yield index, piece
+            while unfinished:
+                index, event = await self._next(arrived, disconnected, deadline)
+                if event is None:
+                    raise HTTPError(503, "The server has stopped. Try again later.")
+                unfinished -= event.finish is not None
+                yield index, event
         finally:
-            gone.cancel()
-            if left:
+            disconnected.cancel()
+            if unfinished:
                 self.scheduler.cancel(jobs)
 
     async def _next(
         self,
         arrived: "asyncio.Queue[tuple[int, TokenEvent | None]]",
-        gone: "asyncio.Task[None]",
+        disconnected: "asyncio.Task[None]",
         deadline: float,
     ) -> tuple[int, TokenEvent | None]:
         if not arrived.empty():
@@ -184,13 +203,17 @@ class Api:
         seconds = deadline - asyncio.get_running_loop().time()
         try:
             await asyncio.wait(
-                {coming, gone}, timeout=max(0, seconds), return_when=asyncio.FIRST_COMPLETED
+                {coming, disconnected}, timeout=max(0, seconds), return_when=asyncio.FIRST_COMPLETED
             )
             if coming.done():
                 return coming.result()
-            if gone.done():
+            if disconnected.done():
                 raise ClientDisconnect
-            raise Refusal(504, f"not done within {self.timeout:g} seconds")
+            raise HTTPError(
+                504,
+                f"The request was not finished within {self.timeout:g} seconds. Ask for fewer "
+                "tokens.",
+            )
         finally:
             coming.cancel()
 
@@ -200,34 +223,41 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-async def _events(answer: CompletionResponse, pieces: Pieces) -> AsyncIterator[str]:
-    """The chunks of an answer as server-sent events; an error that comes too late for a status is
-    one too."""
+async def _stream(completion: CompletionResponse, events: TokenEvents) -> AsyncIterator[str]:
+    """Yield the chunks of a response as server-sent events.
+
+    An error that occurs after the status has been sent is an event, too.
+    """
     opened = False
-    async with aclosing(pieces):
+    async with aclosing(events):
         try:
-            async for index, piece in pieces:
-                chunks = [] if opened else answer.opening()
+            async for index, event in events:
+                chunks = [] if opened else completion.opening()
                 opened = True
-                for chunk in [*chunks, *answer.add(index, piece)]:
-                    yield _event(chunk)
+                for chunk in [*chunks, *completion.add(index, event)]:
+                    yield _server_sent(chunk)
         except ClientDisconnect:
-            answer.left = True
+            completion.disconnected = True
             return
-        except Refusal as refusal:
-            yield _event(error(str(refusal), refusal.status))
+        except HTTPError as failure:
+            yield _server_sent(error(str(failure), failure.status))
             return
-    for chunk in answer.closing():
-        yield _event(chunk)
+    for chunk in completion.closing():
+        yield _server_sent(chunk)
     yield "data: [DONE]\n\n"
 
 
-def _event(content: dict[str, Any]) -> str:
+def _server_sent(content: dict[str, Any]) -> str:
     return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
 
 
 def make_app(api: Api, key: str | None = None) -> ASGIApp:
-    """The application; with a key, all but /health asks for it."""
+    """Return the application.
+
+    Args:
+        api: Handlers of the routes.
+        key: API key that every route except /health requires. Default: none.
+    """
     routes = [
         Route("/health", api.health),
         Route("/v1/models", api.models),
@@ -237,46 +267,50 @@ def make_app(api: Api, key: str | None = None) -> ASGIApp:
 
     async def bad(request: Request, raised: Exception) -> Response:
         assert isinstance(raised, BadRequest)
-        return Refusal(raised.status, str(raised), raised.param).response()
+        return HTTPError(raised.status, str(raised), raised.param).response()
 
-    async def refused(request: Request, raised: Exception) -> Response:
-        assert isinstance(raised, Refusal)
+    async def failed(request: Request, raised: Exception) -> Response:
+        assert isinstance(raised, HTTPError)
         return raised.response()
 
-    async def left(request: Request, raised: Exception) -> Response:
-        return Response(status_code=_GONE)
+    async def disconnected(request: Request, raised: Exception) -> Response:
+        return Response(status_code=_CLIENT_CLOSED)
 
     async def plain(request: Request, raised: Any) -> Response:
         return JSONResponse(error(str(raised.detail), raised.status_code), raised.status_code)
 
     handlers: dict[Any, Callable[[Request, Any], Awaitable[Response]]] = {
         BadRequest: bad,
-        Refusal: refused,
-        ClientDisconnect: left,
+        HTTPError: failed,
+        ClientDisconnect: disconnected,
         404: plain,
         405: plain,
     }
     app = Starlette(routes=routes, exception_handlers=handlers)
-    return _AccessLine(_Key(app, key) if key else app)
+    return _AccessLog(_KeyCheck(app, key) if key else app)
 
 
-class _Key:
-    """Lets pass who has the key."""
+class _KeyCheck:
+    """Middleware that requires the API key."""
 
     def __init__(self, app: ASGIApp, key: str) -> None:
         self._app, self._expected = app, f"Bearer {key}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        given = dict(scope.get("headers", [])).get(b"authorization", b"")
-        if scope["path"] == "/health" or hmac.compare_digest(given, self._expected):
+        header = dict(scope.get("headers", [])).get(b"authorization", b"")
+        if scope["path"] == "/health" or hmac.compare_digest(header, self._expected):
             await self._app(scope, receive, send)
             return
-        refusal = Refusal(401, "the API key is missing or wrong", WWW_Authenticate="Bearer")
-        await refusal.response()(scope, receive, send)
+        failure = HTTPError(
+            401,
+            "The API key is missing or wrong. Send the server's key as a bearer token.",
+            WWW_Authenticate="Bearer",
+        )
+        await failure.response()(scope, receive, send)
 
 
-class _AccessLine:
-    """Writes a line to stderr when a request is done."""
+class _AccessLog:
+    """Middleware that writes a line to stderr when a request has ended."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -284,7 +318,7 @@ class _AccessLine:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         start, status, ended = time.perf_counter(), 500, False
 
-        async def watch(message: Message) -> None:
+        async def send_and_record(message: Message) -> None:
             nonlocal status, ended
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -293,16 +327,16 @@ class _AccessLine:
 
         scope.setdefault("state", {})
         try:
-            await self._app(scope, receive, watch)
+            await self._app(scope, receive, send_and_record)
         except (ClientDisconnect, asyncio.CancelledError):
-            status = _GONE
+            status = _CLIENT_CLOSED
             raise
         finally:
-            answer: CompletionResponse | None = scope["state"].get("answer")
-            if status == 200 and (not ended or (answer is not None and answer.left)):
-                status = _GONE
+            completion: CompletionResponse | None = scope["state"].get("completion")
+            if status == 200 and (not ended or (completion and completion.disconnected)):
+                status = _CLIENT_CLOSED
             client = (scope.get("client") or ("-",))[0]
-            usage = answer.usage if answer else {"prompt_tokens": 0, "completion_tokens": 0}
+            usage = completion.usage if completion else {"prompt_tokens": 0, "completion_tokens": 0}
             print(
                 f"{client} {scope['method']} {scope['path']} {status} "
                 f"prompt={usage['prompt_tokens']} new={usage['completion_tokens']} "

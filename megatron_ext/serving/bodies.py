@@ -1,7 +1,7 @@
-"""The bodies of requests: which fields there are, of which types, and what is refused.
+"""Request bodies of the API: their fields, types and bounds.
 
-A field that is not listed here is refused: a client that sets it would get another answer than it
-asked for. Those that change nothing at their only possible value are listed with that value.
+A field that is not listed here is refused, because the response would not be the one that the
+client expects. Fields that have no effect at their default are listed with that value alone.
 """
 
 from typing import Annotated, Any, Literal, Self
@@ -22,7 +22,7 @@ _MOST_STOPS = 16
 
 
 class BadRequest(Exception):
-    """A request that cannot be served as it is: one sentence, and the field to change."""
+    """Error of an invalid request: a message for the client, and the field to change."""
 
     def __init__(self, message: str, param: str | None = None, status: int = 400) -> None:
         super().__init__(message)
@@ -39,13 +39,13 @@ def _text_as_part(value: Any) -> Any:
 
 def _never(value: bool) -> bool:
     if value:
-        raise PydanticCustomError("on", "is not supported")
+        raise PydanticCustomError("on", "is not supported.")
     return value
 
 
 def _always(value: bool) -> bool:
     if not value:
-        raise PydanticCustomError("off", "can only be true here")
+        raise PydanticCustomError("off", "is false, which is not supported. Leave it out.")
     return value
 
 
@@ -54,7 +54,7 @@ On = Annotated[bool, AfterValidator(_always)]
 
 
 class _Body(BaseModel):
-    """An object of JSON whose fields are all known; null is the same as an absent field."""
+    """JSON object without unknown fields; null is the same as a missing field."""
 
     model_config = ConfigDict(
         extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True
@@ -69,7 +69,7 @@ class _Body(BaseModel):
 
 
 class StreamOptions(_Body):
-    """Options of a streamed answer."""
+    """Options of a streamed response."""
 
     include_usage: bool = False
     include_obfuscation: Off = False
@@ -77,14 +77,14 @@ class StreamOptions(_Body):
 
 
 class ContentPart(_Body):
-    """A part of a message's content."""
+    """Part of a message's content."""
 
     type: Literal["text"]
     text: str
 
 
 class ChatMessage(_Body):
-    """A message of a chat."""
+    """Message of a chat."""
 
     role: str
     content: Annotated[list[ContentPart], BeforeValidator(_text_as_part)]
@@ -92,18 +92,18 @@ class ChatMessage(_Body):
 
     @property
     def text(self) -> str:
-        """The text of all parts."""
+        """Text of all parts."""
         return "".join(part.text for part in self.content)
 
 
 class ResponseFormat(_Body):
-    """The only format of answers."""
+    """Format of the response, which is always text."""
 
     type: Literal["text"]
 
 
 class _Request(_Body):
-    """Fields of both kinds of completions."""
+    """Fields that both kinds of completions have."""
 
     model: str | None = None
     n: int = Field(default=1, ge=1)
@@ -128,26 +128,29 @@ class _Request(_Body):
     seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
-    # Without an influence on the answer.
+    # Fields without an effect on the response.
     user: str | None = None
     metadata: dict[str, str] = {}
     store: Off = False
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     service_tier: Literal["auto", "default"] = "auto"
-    # vLLM's.
+    # Fields of vLLM's API.
     use_beam_search: Off = False
     include_stop_str_in_output: Off = False
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> Self:
         if "stream_options" in self.model_fields_set and not self.stream:
-            raise BadRequest("stream_options needs stream: true", "stream_options")
+            raise BadRequest(
+                "stream_options needs stream. Set stream to true or leave stream_options out.",
+                "stream_options",
+            )
         return self
 
 
 class CompletionBody(_Request):
-    """The body of /v1/completions."""
+    """Body of /v1/completions."""
 
     prompt: Any = None
     echo: bool = False
@@ -158,18 +161,18 @@ class CompletionBody(_Request):
     @model_validator(mode="after")
     def _check_best_of(self) -> Self:
         if self.best_of is not None and self.best_of != self.n:
-            raise BadRequest("best_of other than n is not supported: leave it out", "best_of")
+            raise BadRequest("best_of other than n is not supported. Leave it out.", "best_of")
         return self
 
 
 class ChatBody(_Request):
-    """The body of /v1/chat/completions."""
+    """Body of /v1/chat/completions."""
 
     messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(default=None, ge=0)
     logprobs: bool = False
     top_logprobs: int = Field(default=0, ge=0, le=_MOST_LIKELIEST)
-    # Without an influence on the answer.
+    # Fields without an effect on the response.
     tools: list[Any] = Field(default=[], max_length=0)
     functions: list[Any] = Field(default=[], max_length=0)
     tool_choice: Literal["none", "auto"] = "none"
@@ -182,14 +185,14 @@ class ChatBody(_Request):
 
 
 def read_body[AnyBody: (CompletionBody, ChatBody)](kind: type[AnyBody], body: Any) -> AnyBody:
-    """Check a body.
+    """Parse and check a body.
 
     Args:
-        kind: of the body.
-        body: from JSON.
+        kind: Class of the body.
+        body: Parsed JSON.
 
     Raises:
-        BadRequest: naming the first field that is wrong and what it may be.
+        BadRequest: A field is wrong. The message names it and the values it may have.
     """
     try:
         return kind.model_validate(body)
@@ -224,22 +227,22 @@ _BOUNDS = {
 def _sentence(name: str, error: dict[str, Any]) -> str:
     kind, context = error["type"], error.get("ctx", {})
     if kind in ("extra_forbidden", "on"):
-        return f"{name} is not supported: leave it out"
+        return f"{name} is not supported. Leave it out."
     if kind == "missing":
-        return f"{name} is missing"
+        return f"{name} is missing. Add it to the request."
     if kind == "literal_error":
-        return f"{name} can only be {context['expected']} here"
+        return f"{name} can only be {context['expected']} on this server."
     if kind in _BOUNDS:
         word, bound = _BOUNDS[kind]
-        return f"{name} must be {word} {context[bound]}"
+        return f"{name} must be {word} {context[bound]}."
     if kind == "list_type" and name.endswith(("stop", "content")):
-        return f"{name} must be text or a list"
+        return f"{name} must be text or a list."
     if kind in _TYPES:
-        return f"{name} must be {_TYPES[kind]}"
+        return f"{name} must be {_TYPES[kind]}."
     if kind == "too_long" and context["max_length"] == 0:
-        return f"{name} is not supported: leave it out"
+        return f"{name} is not supported. Leave it out."
     if kind in ("too_long", "string_too_long"):
-        return f"{name} is longer than {context['max_length']}"
+        return f"{name} is longer than {context['max_length']}. Shorten it."
     if kind in ("too_short", "string_too_short"):
-        return f"{name} must not be empty"
-    return f"{name} {error['msg']}" if kind == "off" else f"{name}: {error['msg']}"
+        return f"{name} must not be empty."
+    return f"{name} {error['msg']}" if kind == "off" else f"{name} is invalid: {error['msg']}"

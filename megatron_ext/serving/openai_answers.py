@@ -1,4 +1,4 @@
-"""What the API answers: continuations as the objects of completions and chat completions."""
+"""Response objects of the API, built from the token events of continuations."""
 
 import secrets
 import time
@@ -13,19 +13,30 @@ _FINISH = {"eod": "stop", "stop": "stop", "length": "length", None: None}
 
 
 def error(message: str, status: int, param: str | None = None) -> dict[str, Any]:
-    """The API's error object."""
+    """Return the API's error object.
+
+    Args:
+        message: Description of the error.
+        status: HTTP status.
+        param: Field of the request that is wrong, or None.
+    """
     kind = "invalid_request_error" if status < 500 and status != 429 else "server_error"
     kind = "rate_limit_error" if status == 429 else kind
     return {"error": {"message": message, "type": kind, "param": param, "code": status}}
 
 
 class CompletionResponse:
-    """The answer to one call, whole or in chunks."""
+    """Response to one call, as one object or in chunks.
+
+    Attributes:
+        new_tokens: Number of tokens generated so far.
+        disconnected: Whether the client disconnected.
+    """
 
     def __init__(self, call: Call, model: str) -> None:
         self.call = call
         self.new_tokens = 0
-        self.left = False  # whether the client went away
+        self.disconnected = False
         kind = "chat.completion" if call.chat else "text_completion"
         self._head = {
             "id": f"{'chatcmpl' if call.chat else 'cmpl'}-{secrets.token_hex(12)}",
@@ -33,12 +44,12 @@ class CompletionResponse:
             "created": int(time.time()),
             "model": model,
         }
-        self._n = len(call.works) // len(call.prompts)
-        self._choices = [_Choice() for _ in call.works]
+        self._n = len(call.requests) // len(call.prompts)
+        self._choices = [_Choice() for _ in call.requests]
 
     @property
     def usage(self) -> dict[str, int]:
-        """Counts of tokens; a prompt counts once for all its continuations."""
+        """Token counts; a prompt counts once for all its continuations."""
         prompt = sum(map(len, self.call.prompts))
         return {
             "prompt_tokens": prompt,
@@ -47,18 +58,23 @@ class CompletionResponse:
         }
 
     def opening(self) -> list[dict[str, Any]]:
-        """Chunks before any token."""
+        """Return the chunks that precede all tokens."""
         if not self.call.chat:
             return []
         delta = {"role": "assistant", "content": ""}
         return [self._chunk(index, None, delta=delta) for index in range(len(self._choices))]
 
-    def add(self, index: int, piece: TokenEvent) -> list[dict[str, Any]]:
-        """Take a token; return the chunk that reports it, or none if nothing is certain yet."""
-        choice, text, tokens = self._choices[index], piece.text, piece.tokens
-        finish = _FINISH[piece.finish]
-        if self.call.only_prompt:  # one token was sampled, for a row has at least one
-            tokens = tokens[: len(self.call.works[index].prompt)]
+    def add(self, index: int, event: TokenEvent) -> list[dict[str, Any]]:
+        """Add a token and return the chunk that reports it, or none if no text is certain yet.
+
+        Args:
+            index: Index of the choice.
+            event: Event of the token.
+        """
+        choice, text, tokens = self._choices[index], event.text, event.tokens
+        finish = _FINISH[event.finish]
+        if self.call.only_prompt:  # one token was sampled, because a row generates at least one
+            tokens = tokens[: len(self.call.requests[index].prompt)]
             text = "".join(token.part.text for token in tokens) if self.call.log_probs else ""
             finish = "length"
         else:
@@ -79,13 +95,13 @@ class CompletionResponse:
         return [self._chunk(index, finish, logprobs=log_probs, **shown)]
 
     def closing(self) -> list[dict[str, Any]]:
-        """Chunks after all tokens."""
+        """Return the chunks that follow all tokens."""
         if not self.call.include_usage:
             return []
         return [{**self._head, "choices": [], "usage": self.usage}]
 
     def whole(self) -> dict[str, Any]:
-        """The answer in one object."""
+        """Return the response as one object."""
         choices: list[dict[str, Any]] = []
         for index, choice in enumerate(self._choices):
             log_probs = choice.log_probs if self.call.log_probs else None
@@ -120,7 +136,7 @@ class CompletionResponse:
 
 @dataclass
 class _Choice:
-    """What has been answered of one continuation."""
+    """State of one continuation in the response."""
 
     started: bool = False
     text: str = ""
@@ -130,13 +146,13 @@ class _Choice:
 
 
 def _by_text(token: ScoredText) -> dict[str, float] | None:
-    """The token itself and the likeliest in its place; of several with one text, the likeliest."""
+    """Return log-probabilities by text; the highest one of several tokens with the same text."""
     if token.score is None:
         return None
-    found = {token.part.text: token.score.log_prob}
+    log_probs = {token.part.text: token.score.log_prob}
     for (text, _), (_, log_prob) in zip(token.likeliest, token.score.likeliest, strict=True):
-        found.setdefault(text, log_prob)
-    return found
+        log_probs.setdefault(text, log_prob)
+    return log_probs
 
 
 def _content(token: ScoredText) -> dict[str, Any]:

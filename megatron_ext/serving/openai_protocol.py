@@ -1,4 +1,4 @@
-"""What the API takes: bodies of requests, checked, as continuations to make."""
+"""Translation of API requests into generation requests."""
 
 import secrets
 from collections.abc import Sequence
@@ -20,15 +20,17 @@ from megatron_ext.serving.bodies import (
 )
 from megatron_ext.serving.replicas import GenerationRequest
 
+_PROMPT_TYPES = "prompt must be text, token ids, or a list of either."
+
 
 @dataclass(frozen=True)
 class RequestLimits:
-    """The most a request may ask for; None is the model's own length.
+    """Upper bounds of a request; None stands for the context length of the model.
 
     Attributes:
-        choices: prompts times n.
-        new_tokens: of one continuation.
-        prompt_tokens: of one prompt.
+        choices: Number of prompts times n.
+        new_tokens: New tokens of one continuation.
+        prompt_tokens: Tokens of one prompt.
     """
 
     choices: int = 32
@@ -38,19 +40,22 @@ class RequestLimits:
 
 @dataclass(frozen=True)
 class Call:
-    """A checked request.
+    """Checked request of a client.
 
     Attributes:
-        works: of all choices, n for each prompt.
-        prompts: token ids of each prompt.
-        log_probs: whether scores are to be answered.
-        echo: the text of each prompt to answer before the continuation; empty where the prompt's
-            scored tokens make up its text, or no echo is asked for.
-        only_prompt: answer nothing but the prompt (max_tokens 0 with echo).
+        chat: Whether the request is a chat.
+        requests: One generation request per choice, n for each prompt.
+        prompts: Token ids of each prompt.
+        stream: Whether the response is streamed.
+        include_usage: Whether a stream ends with token counts.
+        log_probs: Whether the response contains log-probabilities.
+        echo: Text of each prompt that precedes the continuation in the response. Empty without
+            echo, and if the scored tokens of the prompt make up its text.
+        only_prompt: Whether the response contains the prompt alone (max_tokens 0 with echo).
     """
 
     chat: bool
-    works: list[GenerationRequest]
+    requests: list[GenerationRequest]
     prompts: list[list[int]]
     stream: bool
     include_usage: bool
@@ -60,7 +65,7 @@ class Call:
 
 
 class Reader:
-    """Checks requests for one model."""
+    """Parser of request bodies for one model."""
 
     def __init__(
         self,
@@ -75,10 +80,10 @@ class Reader:
         self._chat_tokenizer = as_transformers(trained.tokenizer)
 
     def completion(self, body: Any) -> Call:
-        """Check a body of /v1/completions.
+        """Parse a body of /v1/completions.
 
         Raises:
-            BadRequest: naming the field and what it may be.
+            BadRequest: A field is wrong. The message names it and the values it may have.
         """
         request = read_body(CompletionBody, body)
         self._check_model(request)
@@ -87,16 +92,16 @@ class Reader:
         default = max(1, min(16, left, self.limits.new_tokens or left))
         most = default if request.max_tokens is None else request.max_tokens
         if most == 0 and not request.echo:
-            raise BadRequest("max_tokens must be at least 1 without echo", "max_tokens")
+            raise BadRequest("max_tokens must be at least 1 without echo.", "max_tokens")
         scores_prompt = request.echo and request.logprobs is not None
         likeliest = request.logprobs or 0
-        works = self._works(request, prompts, most, likeliest, scores_prompt)
+        requests = self._requests(request, prompts, most, likeliest, scores_prompt)
         echo: list[str] = []
-        if request.echo and not scores_prompt:  # with scores the prompt's tokens are its text
+        if request.echo and not scores_prompt:  # scored tokens of the prompt contain its text
             echo = [self._text(*pair) for pair in zip(texts, prompts)]
         return Call(
             chat=False,
-            works=works,
+            requests=requests,
             prompts=prompts,
             stream=request.stream,
             include_usage=request.stream_options.include_usage,
@@ -106,25 +111,28 @@ class Reader:
         )
 
     def chat(self, body: Any) -> Call:
-        """Check a body of /v1/chat/completions; see `completion`."""
+        """Parse a body of /v1/chat/completions; see `completion`."""
         request = read_body(ChatBody, body)
         self._check_model(request)
         if request.top_logprobs and not request.logprobs:
-            raise BadRequest("top_logprobs needs logprobs: true", "top_logprobs")
+            raise BadRequest(
+                "top_logprobs needs logprobs. Set logprobs to true or leave top_logprobs out.",
+                "top_logprobs",
+            )
         prompt = self._chat_prompt(request.messages)
         name, most = "max_tokens", request.max_tokens
         if request.max_completion_tokens is not None:
             if most is not None and most != request.max_completion_tokens:
-                raise BadRequest("max_tokens and max_completion_tokens differ: give one", name)
+                raise BadRequest("max_tokens and max_completion_tokens differ. Set one.", name)
             name, most = "max_completion_tokens", request.max_completion_tokens
         left = self.trained.max_length - len(prompt)
         if most is None:
             most = max(1, min(left, self.limits.new_tokens or left))
         if most == 0:
-            raise BadRequest(f"{name} must be at least 1", name)
+            raise BadRequest(f"{name} must be at least 1.", name)
         return Call(
             chat=True,
-            works=self._works(request, [prompt], most, request.top_logprobs, False, name),
+            requests=self._requests(request, [prompt], most, request.top_logprobs, False, name),
             prompts=[prompt],
             stream=request.stream,
             include_usage=request.stream_options.include_usage,
@@ -134,38 +142,38 @@ class Reader:
     def _check_model(self, request: CompletionBody | ChatBody) -> None:
         if request.model not in (None, self.name):
             raise BadRequest(
-                f"there is no model {request.model!r} here, only {self.name!r}", "model", 404
+                f"This server has no model {request.model!r}. Use {self.name!r}.", "model", 404
             )
 
-    def _prompts(self, given: Any) -> tuple[list[list[int]], list[str | None]]:
-        """Token ids of the prompts, and their texts where these were given."""
-        if isinstance(given, str) or (isinstance(given, list) and _all_integers(given)):
-            given = [given]
-        if not isinstance(given, list) or not given:
-            raise BadRequest("prompt must be text, token ids, or a list of either", "prompt")
-        if len(given) > self.limits.choices:
-            raise BadRequest(f"at most {self.limits.choices} choices a request", "prompt")
+    def _prompts(self, value: Any) -> tuple[list[list[int]], list[str | None]]:
+        """Return the token ids of the prompts, and their texts, None for prompts of token ids."""
+        if isinstance(value, str) or (isinstance(value, list) and _all_integers(value)):
+            value = [value]
+        if not isinstance(value, list) or not value:
+            raise BadRequest(_PROMPT_TYPES, "prompt")
+        if len(value) > self.limits.choices:
+            raise BadRequest(self._too_many_choices(), "prompt")
         prompts, texts = [], []
-        for prompt in given:
+        for prompt in value:
             if isinstance(prompt, str):
                 prompts.append(self._tokenize(prompt))
             elif isinstance(prompt, list) and _all_integers(prompt):
                 prompts.append(prompt)
             else:
-                raise BadRequest("prompt must be text, token ids, or a list of either", "prompt")
+                raise BadRequest(_PROMPT_TYPES, "prompt")
             texts.append(prompt if isinstance(prompt, str) else None)
         return prompts, texts
 
     def _chat_prompt(self, messages: Sequence[ChatMessage]) -> list[int]:
         if self.chat_template is None:
             raise BadRequest(
-                "the model's tokenizer has no chat template: use /v1/completions, or start the "
-                "server with --chat-template"
+                "The model's tokenizer has no chat template. Use /v1/completions, or start the "
+                "server with --chat-template."
             )
         conversation = [{"role": m.role, "content": m.text} for m in messages]
         if self._chat_tokenizer is None:
             raise BadRequest(
-                "the model's tokenizer has no text: use /v1/completions with token ids"
+                "The model's tokenizer cannot encode text. Use /v1/completions with token ids."
             )
         try:
             return prompt_ids(self._chat_tokenizer, conversation, chat_template=self.chat_template)
@@ -177,17 +185,17 @@ class Reader:
             return self.trained.tokenizer.tokenize(text)
         except (ValueError, KeyError) as error:
             raise BadRequest(
-                f"the model's tokenizer cannot read the prompt: {error}", "prompt"
+                f"The model's tokenizer cannot encode the prompt: {error}", "prompt"
             ) from error
 
     def _text(self, text: str | None, tokens: list[int]) -> str:
-        """The text of a prompt, without a character that its last tokens only begin."""
+        """Return the text of a prompt, without an incomplete character at its end."""
         if text is not None:
             return text
         detokenizer = detokenizer_of(self.trained.tokenizer)
         return detokenizer.decode(tokens[: len(tokens) - detokenizer.unfinished(tokens)])
 
-    def _works(
+    def _requests(
         self,
         request: CompletionBody | ChatBody,
         prompts: list[list[int]],
@@ -197,12 +205,15 @@ class Reader:
         most_name: str = "max_tokens",
     ) -> list[GenerationRequest]:
         if request.n * len(prompts) > self.limits.choices:
-            raise BadRequest(f"at most {self.limits.choices} choices a request", "n")
+            raise BadRequest(self._too_many_choices(), "n")
         if self.limits.new_tokens is not None and most > self.limits.new_tokens:
-            raise BadRequest(f"{most_name} is at most {self.limits.new_tokens} here", most_name)
+            raise BadRequest(
+                f"{most_name} can be at most {self.limits.new_tokens} on this server.", most_name
+            )
         if request.min_tokens > most:
             raise BadRequest(
-                f"min_tokens {request.min_tokens} is more than {most_name} {most}", "min_tokens"
+                f"min_tokens {request.min_tokens} is above {most_name} {most}. Lower it.",
+                "min_tokens",
             )
         for prompt in prompts:
             self._check_length(prompt, max(most, 1), most_name)
@@ -220,13 +231,13 @@ class Reader:
         for name, value in request.logit_bias.items():
             if not (name.isdecimal() and name.isascii() and int(name) < vocab):
                 raise BadRequest(
-                    f"logit_bias has the key {name!r}: keys are token ids below {vocab}",
+                    f"logit_bias has the key {name!r}. Keys must be token ids below {vocab}.",
                     "logit_bias",
                 )
             bias[int(name)] = value
         if not all(0 <= token < vocab for token in request.stop_token_ids):
             raise BadRequest(
-                f"stop_token_ids must be from 0 to {vocab - 1}, as token ids are", "stop_token_ids"
+                f"stop_token_ids must be token ids from 0 to {vocab - 1}.", "stop_token_ids"
             )
         return Sampling(
             max_new_tokens=most,
@@ -250,17 +261,24 @@ class Reader:
         length = self.trained.max_length
         longest = min(self.limits.prompt_tokens or length - 1, length - 1)
         if not prompt:
-            raise BadRequest("a prompt needs at least one token", "prompt")
+            raise BadRequest("A prompt must have at least one token.", "prompt")
         if len(prompt) > longest:
-            raise BadRequest(f"a prompt has {len(prompt)} tokens, at most {longest} fit", "prompt")
+            raise BadRequest(
+                f"A prompt has {len(prompt)} tokens; at most {longest} fit. Shorten it.", "prompt"
+            )
         if len(prompt) + most > length:
             raise BadRequest(
-                f"a prompt of {len(prompt)} tokens and {most_name} {most} exceed the model's "
-                f"length of {length}",
+                f"A prompt of {len(prompt)} tokens and {most_name} {most} exceed the model's "
+                f"context length of {length}. Lower {most_name}.",
                 most_name,
             )
         if not all(0 <= token < self.trained.vocab_size for token in prompt):
-            raise BadRequest(f"token ids are below {self.trained.vocab_size}", "prompt")
+            raise BadRequest(
+                f"A prompt has a token id that is not below {self.trained.vocab_size}.", "prompt"
+            )
+
+    def _too_many_choices(self) -> str:
+        return f"A request can have at most {self.limits.choices} choices (prompts times n)."
 
 
 def _all_integers(values: list[Any]) -> bool:

@@ -1,7 +1,8 @@
-"""The copies of a model, on one rank or many, run pass by pass as the leader plans.
+"""Replicas of a model on one or several ranks, run pass by pass under the control of rank 0.
 
-Rank 0 leads. Before each pass it tells all ranks what joins and leaves; afterwards it is told what
-came of it. Data-parallel copies take different rows; copies that share experts pass together.
+Before each forward pass rank 0 broadcasts which continuations join and leave the batch. After it,
+rank 0 gathers the resulting token events. Data-parallel replicas generate different continuations,
+and replicas that share experts run their passes together.
 """
 
 import signal
@@ -18,7 +19,15 @@ from megatron_ext.inference.sampling import Sampling
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One continuation to make; see `GenerationRow` for its fields."""
+    """Continuation to generate.
+
+    Attributes:
+        prompt: Token ids of the prompt.
+        sampling: Sampling settings.
+        seed: Seed of the sampling.
+        likeliest: Number of most likely tokens that each score lists.
+        scores_prompt: Whether the tokens of the prompt are scored, too.
+    """
 
     prompt: list[int]
     sampling: Sampling
@@ -29,12 +38,12 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class TokenEvent:
-    """What one token of a continuation makes certain.
+    """Event of a new token: the text that has become certain.
 
     Attributes:
-        text: that of `tokens`.
-        finish: why the continuation ended, or None.
-        tokens: those whose text is certain now, those of a scored prompt first.
+        text: Text of `tokens`.
+        finish: Reason for the end of the continuation, or None.
+        tokens: Tokens whose text has become certain, those of a scored prompt first.
     """
 
     text: str
@@ -44,13 +53,13 @@ class TokenEvent:
 
 @dataclass(frozen=True)
 class PassPlan:
-    """What happens in the next pass.
+    """Plan of the next pass.
 
     Attributes:
-        joining: number, copy and work of each new continuation.
-        leaving: numbers of those given up.
-        running: whether any copy has a row.
-        last: whether to end after this one.
+        joining: Number, replica and request of each new continuation.
+        leaving: Numbers of cancelled continuations.
+        running: Whether any replica has a row.
+        last: Whether the replicas stop after this pass.
     """
 
     joining: list[tuple[int, int, GenerationRequest]] = field(default_factory=list)
@@ -60,15 +69,15 @@ class PassPlan:
 
 
 class ModelReplicas:
-    """This rank's part in running all copies of the model."""
+    """This rank's part of all replicas of the model."""
 
     def __init__(
         self, trained: TrainedModel, max_slots: int, prompt_tokens: int = PROMPT_TOKENS
     ) -> None:
-        """Make room for rows in each copy; see `GenerationEngine`."""
+        """Create the engine of this rank's replica; see `GenerationEngine`."""
         self.trained, self.max_slots = trained, max_slots
         groups = trained.groups
-        self.count, self._copy = groups.dp.size(), groups.dp.rank()
+        self.count, self._replica = groups.dp.size(), groups.dp.rank()
         self._alone = dist.get_world_size() == 1
         self._shares_experts = groups.ep.size() > 1
         self._reports = groups.tp.rank() == 0 and groups.pp.rank() == 0
@@ -77,61 +86,68 @@ class ModelReplicas:
         self._numbers: dict[GenerationRow, int] = {}
 
     def run(self, plan: PassPlan) -> list[tuple[int, TokenEvent]]:
-        """Lead one pass; returns what each continuation got, of all copies."""
+        """Run one pass on all ranks; call it on rank 0.
+
+        Args:
+            plan: Plan of the pass.
+
+        Returns:
+            Number and event of each continuation that got a token, for all replicas.
+        """
         if not self._alone:
-            dist.broadcast_object_list([plan])  # all ranks: no narrower group holds every copy
+            dist.broadcast_object_list([plan])  # on all ranks, which together have every replica
         return self._run(plan)
 
     def follow(self) -> None:
-        """Run what rank 0 plans until it says that it was the last; signals are its business."""
+        """Run the passes that rank 0 plans until the last one; rank 0 handles signals."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
         last = False
         while not last:
-            told: list[Any] = [None]
-            dist.broadcast_object_list(told)
-            self._run(told[0])
-            last = told[0].last
+            received: list[Any] = [None]
+            dist.broadcast_object_list(received)
+            self._run(received[0])
+            last = received[0].last
 
     def _run(self, plan: PassPlan) -> list[tuple[int, TokenEvent]]:
         for number in plan.leaving:
             if number in self._rows:
-                self._engine.drop(self._forget(number))
-        for number, copy, work in plan.joining:
-            if copy == self._copy:
-                self._join(number, work)
-        pieces = []
+                self._engine.drop(self._remove(number))
+        for number, replica, request in plan.joining:
+            if replica == self._replica:
+                self._join(number, request)
+        events = []
         if self._engine.rows:
-            pieces = [self._piece(*event) for event in self._engine.step()]
+            events = [self._event(*result) for result in self._engine.step()]
         elif plan.running and self._shares_experts:
             self._engine.idle()
         if self._alone:
-            return pieces
+            return events
         gathered: list[Any] | None = (
             [None] * dist.get_world_size() if dist.get_rank() == 0 else None
         )
-        dist.gather_object(pieces if self._reports else [], gathered)
-        return [piece for of_rank in gathered or [] for piece in of_rank]
+        dist.gather_object(events if self._reports else [], gathered)
+        return [event for of_rank in gathered or [] for event in of_rank]
 
-    def _join(self, number: int, work: GenerationRequest) -> None:
+    def _join(self, number: int, request: GenerationRequest) -> None:
         row = GenerationRow(
             self.trained,
-            work.prompt,
-            work.sampling,
-            work.seed,
-            work.likeliest,
-            work.scores_prompt,
+            request.prompt,
+            request.sampling,
+            request.seed,
+            request.likeliest,
+            request.scores_prompt,
         )
         self._rows[number], self._numbers[row] = row, number
         self._engine.add(row)
 
-    def _piece(self, row: GenerationRow, score: TokenScore, text: str) -> tuple[int, TokenEvent]:
+    def _event(self, row: GenerationRow, score: TokenScore, text: str) -> tuple[int, TokenEvent]:
         number, finish = self._numbers[row], row.completion.finish
         if finish is not None:
-            self._forget(number)
+            self._remove(number)
         return number, TokenEvent(text, finish, row.released)
 
-    def _forget(self, number: int) -> GenerationRow:
+    def _remove(self, number: int) -> GenerationRow:
         row = self._rows.pop(number)
         del self._numbers[row]
         return row

@@ -1,4 +1,4 @@
-"""Who waits, who runs: continuations from any thread, passes of the model in one."""
+"""Scheduler of continuations: a queue filled by any thread, and one thread that runs the model."""
 
 import itertools
 import queue
@@ -8,36 +8,36 @@ from collections.abc import Callable, Sequence
 
 from megatron_ext.serving.replicas import GenerationRequest, ModelReplicas, PassPlan, TokenEvent
 
-_HEARTBEAT = 30.0  # seconds; other ranks give up on a leader that is silent for minutes
+_HEARTBEAT = 30.0  # seconds; collectives of other ranks time out after minutes without a pass
 
 
 class QueueFull(Exception):
-    """As many continuations wait as may."""
+    """Error of a request that exceeds the maximum number of waiting jobs."""
 
 
 class Closing(Exception):
-    """The server is about to end."""
+    """Error of a request that arrives while the server is shutting down."""
 
 
 class Job:
-    """A continuation on its way.
+    """Continuation that is waiting or running.
 
     Attributes:
-        work: what to do.
-        deliver: called with each token in the scheduler's thread, and with None if it can get no
-            more because the scheduler failed or was told to end at once.
+        request: The continuation to generate.
+        deliver: Callback that receives each token event in the scheduler's thread, and None if the
+            scheduler stops before the continuation is finished.
     """
 
     def __init__(
-        self, work: GenerationRequest, deliver: Callable[[TokenEvent | None], None]
+        self, request: GenerationRequest, deliver: Callable[[TokenEvent | None], None]
     ) -> None:
-        self.work, self.deliver = work, deliver
+        self.request, self.deliver = request, deliver
         self.cancelled = False
-        self.number, self.copy = -1, -1
+        self.number, self.replica = -1, -1
 
 
 class Scheduler:
-    """Admits waiting jobs into free rows between passes, first come first served."""
+    """First-in-first-out scheduler that admits waiting jobs into free slots between passes."""
 
     def __init__(self, replicas: ModelReplicas, most_waiting: int) -> None:
         self._replicas, self.most_waiting = replicas, most_waiting
@@ -51,12 +51,12 @@ class Scheduler:
 
     @property
     def waiting(self) -> int:
-        """Jobs that no row is free for."""
+        """Number of jobs that wait for a slot."""
         return len(self._waiting)
 
     @property
     def running(self) -> int:
-        """Jobs that have a row."""
+        """Number of jobs that have a slot."""
         return len(self._running)
 
     @property
@@ -65,11 +65,11 @@ class Scheduler:
         return self._closing
 
     def submit(self, jobs: Sequence[Job]) -> None:
-        """Queue the jobs of one request, all or none. From any thread.
+        """Queue all jobs of one request, or none of them. Any thread may call it.
 
         Raises:
-            QueueFull: they are more than may wait and rows are free.
-            Closing: `close` was called.
+            QueueFull: The jobs exceed the free slots and the free places in the queue.
+            Closing: `close` has been called.
         """
         with self._lock:
             if self._closing:
@@ -81,32 +81,36 @@ class Scheduler:
         self._wake.put(None)
 
     def cancel(self, jobs: Sequence[Job]) -> None:
-        """Give up jobs; their rows are free before the next pass. From any thread."""
+        """Cancel jobs and free their slots before the next pass. Any thread may call it."""
         for job in jobs:
             job.cancelled = True
         self._wake.put(None)
 
     def close(self, at_once: bool = False) -> None:
-        """Refuse new jobs, and let `run` return when those it has are done, or at once.
+        """Refuse new jobs and make `run` return. Signal handlers may call it.
 
-        May be called in a signal handler.
+        Args:
+            at_once: Whether accepted jobs are aborted instead of finished.
         """
         self._at_once = self._at_once or at_once
         self._closing = True
         self._wake.put(None)
 
     def run(self) -> None:
-        """Run passes until closed and done. Belongs to the thread that owns the model."""
+        """Run passes until the scheduler is closed and its jobs are finished.
+
+        Call it in the thread that owns the model.
+        """
         try:
             last = False
             while not last:
                 plan = self._plan()
-                for number, piece in self._replicas.run(plan):
+                for number, event in self._replicas.run(plan):
                     job = self._running[number]
-                    if piece.finish is not None:
+                    if event.finish is not None:
                         with self._lock:
                             del self._running[number]
-                    job.deliver(piece)
+                    job.deliver(event)
                 last = plan.last
         finally:
             self._closing = True
@@ -118,8 +122,8 @@ class Scheduler:
                 job.deliver(None)
 
     def _plan(self) -> PassPlan:
-        """The next pass; waits for one while there is nothing to do."""
-        while not self._wake.empty():  # what they announced is seen below
+        """Return the plan of the next pass, and wait for a job or the heartbeat without one."""
+        while not self._wake.empty():  # _admit handles what these announced
             self._wake.get_nowait()
         plan = self._admit()
         if plan.running or plan.leaving or plan.last:
@@ -139,14 +143,14 @@ class Scheduler:
                     del self._running[number]
             load = [0] * self._replicas.count
             for job in self._running.values():
-                load[job.copy] += 1
+                load[job.replica] += 1
             while self._waiting and min(load) < self._replicas.max_slots:
                 job = self._waiting.popleft()
                 if job.cancelled:
                     continue
-                job.number, job.copy = next(self._numbers), load.index(min(load))
-                load[job.copy] += 1
+                job.number, job.replica = next(self._numbers), load.index(min(load))
+                load[job.replica] += 1
                 self._running[job.number] = job
-                joining.append((job.number, job.copy, job.work))
+                joining.append((job.number, job.replica, job.request))
             done = self._closing and not self._running and not self._waiting
             return PassPlan(joining, leaving, bool(self._running), done or self._at_once)

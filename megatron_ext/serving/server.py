@@ -1,4 +1,4 @@
-"""Serving a model until a signal: the model in this thread, HTTP in another."""
+"""Server process: the model runs in the main thread, HTTP in another."""
 
 import signal
 import socket
@@ -12,16 +12,25 @@ from starlette.types import ASGIApp
 
 from megatron_ext.serving.scheduler import Scheduler
 
-_LINGER = 10  # seconds that answers which are done may take to be sent
+_SHUTDOWN_SECONDS = 10  # time in which finished responses are sent
 
 
 def serve(scheduler: Scheduler, app: ASGIApp, listening: socket.socket) -> None:
-    """Serve until SIGTERM or SIGINT, finish what was accepted, and return.
+    """Serve until SIGTERM or SIGINT, finish the accepted requests, and return.
 
-    A second signal ends what still runs. Must be called in the main thread.
+    A second signal aborts them. Call it in the main thread.
+
+    Args:
+        scheduler: Scheduler that runs the model in this thread.
+        app: Application, which runs in another thread.
+        listening: Socket of the server.
     """
     config = uvicorn.Config(
-        app, lifespan="off", log_level="error", access_log=False, timeout_graceful_shutdown=_LINGER
+        app,
+        lifespan="off",
+        log_level="error",
+        access_log=False,
+        timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
     )
     http = uvicorn.Server(config)
     thread = threading.Thread(target=http.run, args=([listening],), name="http")

@@ -570,6 +570,6 @@ def test_without_a_template_or_time_there_is_a_sentence(run_dir):  # noqa: F811
     chat, long, slow, late, streamed = found
     assert chat[0] == 400 and "no chat template" in chat[1]
     assert long[0] == 400 and "at most 3 fit" in long[1]
-    assert slow[0] == 408 and "in time" in slow[1]
+    assert slow[0] == 408 and "did not arrive within 0.1 seconds" in slow[1]
     assert late[0] == 504 and "0.02 seconds" in late[1]
     assert streamed[0] == 200 and "0.02 seconds" in streamed[1] and "[DONE]" not in streamed[1]
