@@ -1,4 +1,4 @@
-"""What an annotation leaves: rows, and beside them what they were made with."""
+"""Output file of a command, with the description of how it was made next to it."""
 
 import hashlib
 import json
@@ -14,64 +14,81 @@ from alignment.records import Verdict
 from megatron_ext.errors import UserError
 
 
-class Output:
-    """The file of rows, which is replaced only by the same command or with --overwrite.
+class OutputFile:
+    """Output file that is replaced only by the same command or with --overwrite.
 
     Attributes:
-        about: the JSON file beside it: who judged, from what, and what came of it.
+        path: The file of rows.
+        about: The JSON file next to it, which states who made the rows, from what and with what
+            result.
+        made_with: Everything that the rows depend on.
     """
 
     def __init__(self, path: Path, input_file: Path, overwrite: bool, **made_with: Any) -> None:
+        """Prepare the output, without touching any file.
+
+        Args:
+            path: The file of rows.
+            input_file: The file that the rows are made from.
+            overwrite: Whether to replace rows that were made otherwise.
+            **made_with: Settings that the rows depend on.
+        """
         self.path, self._input, self._overwrite = path, input_file, overwrite
         self.about = path.with_name(path.name + ".about.json")
         self.made_with = made_with
 
-    def claim(self, identity: str, who: str = "judge") -> None:
-        """Tell who judges, before anything is paid for.
+    def check_or_create(self, identity: str, maker: str = "judge") -> None:
+        """Check that the output may be written, before anything is paid for.
 
         Args:
-            identity: a hash of all that its verdicts depend on.
-            who: the judge, or what else makes the rows.
+            identity: A hash of everything that the rows depend on.
+            maker: What makes the rows, for the file next to them.
 
         Raises:
-            UserError: the file is there and was made otherwise.
+            UserError: If the file exists and was made otherwise.
         """
         with open(self._input, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        self.made_with = {"input": digest, who: identity, **self.made_with}
+        self.made_with = {"input": digest, maker: identity, **self.made_with}
         self.path.absolute().parent.mkdir(parents=True, exist_ok=True)
-        RecordWriter(self.path, overwrite=True)  # refuses a suffix before anything is paid for
+        RecordWriter(self.path, overwrite=True)  # refuses an unknown suffix
         if not self.path.exists() or self._overwrite:
             return
         try:
             before = json.loads(self.about.read_text())["made_with"]
-            other = [name for name, value in self.made_with.items() if before.get(name) != value]
-            what = f"was made with another {' and '.join(other)}"
+            changed = [name for name, value in self.made_with.items() if before.get(name) != value]
+            problem = f"was made with another {' and '.join(changed)}"
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            other, what = ["everything"], "is there already"
-        if other:
+            changed, problem = ["everything"], "exists already"
+        if changed:
             raise UserError(
-                f"--output {self.path} {what}: give --overwrite to replace it, or another --output"
+                f"--output {self.path} {problem}. Add --overwrite to replace it, or choose another "
+                "--output."
             )
 
-    def write(self, records: Sequence[Record], told: Mapping[str, Any]) -> None:
-        """Write the records and what they were made with; `told` is added for readers."""
-        about = {"made_with": self.made_with, **told, "megatron-et": version("megatron-et")}
+    def write(self, records: Sequence[Record], details: Mapping[str, Any]) -> None:
+        """Write the records, and next to them what they were made with.
+
+        Args:
+            records: The rows of the file.
+            details: Further entries of the file next to it.
+        """
+        about = {"made_with": self.made_with, **details, "megatron-et": version("megatron-et")}
         temporary = self.about.with_name(f"{self.about.name}.{os.getpid()}.tmp")
         temporary.write_text(json.dumps(about, indent=1) + "\n")
-        # First: a run that is killed in between is known as ours and writes both again.
+        # The description is first: a run that is killed in between recognizes its own output.
         temporary.replace(self.about)
         with RecordWriter(self.path, overwrite=True) as writer:
             for record in records:
                 writer.write(record)
 
 
-def counted(records: Iterable[Record]) -> dict[str, int]:
-    """How many verdicts there are of each outcome."""
+def count_outcomes(records: Iterable[Record]) -> dict[str, int]:
+    """Return the number of verdicts of each outcome."""
     outcomes = (str(record.outcome) for record in records if isinstance(record, Verdict))
     return dict(Counter(outcomes).most_common())
 
 
-def outcomes(records: Iterable[Record]) -> str:
-    """The same in words."""
-    return ", ".join(f"{count:,} {outcome}" for outcome, count in counted(records).items())
+def format_outcomes(records: Iterable[Record]) -> str:
+    """Return the number of verdicts of each outcome as text."""
+    return ", ".join(f"{count:,} {name}" for name, count in count_outcomes(records).items())

@@ -18,7 +18,7 @@ from alignment.commands import training_flags as flags
 from alignment.data.chat_prompts import prompt_ids, warn_of_template
 from alignment.data.model_tokenizer import load_tokenizer
 from alignment.judges.kinds.local_judge import model_digest
-from alignment.output_file import Output
+from alignment.output_file import OutputFile
 from alignment.ranks import map_over_data_ranks
 from alignment.record_files import read_all
 from alignment.records import Prompt, Response
@@ -45,10 +45,12 @@ def main(argv: Sequence[str]) -> int:
     )  # fmt: skip
     depends = [sampling, tokenizer.chat_template, sorted(template.items()), options.seed]
     identity = sha256(f"{model_digest(options.model)}{depends}".encode()).hexdigest()
-    output = Output(
+    output = OutputFile(
         Path(options.output), Path(options.input), options.overwrite, samples=options.samples
     )
-    output.claim(identity, "model")  # on all ranks, of which none then waits for one that refuses
+    output.check_or_create(
+        identity, "model"
+    )  # on all ranks, of which none then waits for one that refuses
 
     def answers(part: Sequence[tuple[Prompt, int]]) -> list[str]:
         ids = [prompt_ids(tokenizer, prompt.messages, **template) for prompt, _ in part]

@@ -21,9 +21,9 @@ from alignment.commands.judge_format_flags import (
     form_of,
     judge_of,
 )
-from alignment.judges.questions import Judgeable, questions
+from alignment.judges.questions import Judgeable, make_questions
 from alignment.judges.results import reasons_of, require_results
-from alignment.output_file import Output, outcomes
+from alignment.output_file import OutputFile, format_outcomes
 from alignment.ranks import map_over_data_ranks
 from alignment.record_files import read_all
 from alignment.records import Pair, Response
@@ -35,16 +35,18 @@ from megatron_ext.recipes import expand_recipes
 def main(argv: Sequence[str]) -> int:
     options = _parse(argv)
     items: list[Judgeable] = read_all(Path(options.input), Response, Pair)
-    asked = list(questions(items, options.orders, options.samples))
+    asked = list(make_questions(items, options.orders, options.samples))
     judge_format = form_of(options, isinstance(items[0], Pair))
     judge_format.label_tokens  # noqa: B018  (fails before anything is loaded)
     engine = flags.engine_of(options, 0)
     judge = judge_of(options, engine, judge_format)
-    output = Output(
+    output = OutputFile(
         Path(options.output), Path(options.input), options.overwrite,
         orders=options.orders, samples=options.samples,
     )  # fmt: skip
-    output.claim(judge.identity)  # on all ranks, of which none then waits for one that refuses
+    output.check_or_create(
+        judge.identity
+    )  # on all ranks, of which none then waits for one that refuses
     rows, at_once = [], options.rows * engine.data_size
     with Progress("judging", len(asked), "questions") as progress:
         for begin in range(0, len(asked), at_once):
@@ -53,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
                 progress.update(len(rows))
     if dist.get_rank() == 0:
         output.write(rows, {"judge": {"model": options.model, "thinking": options.thinking}})
-        print(f"{outcomes(rows)}; wrote {options.output}", file=sys.stdout)
+        print(f"{format_outcomes(rows)}; wrote {options.output}", file=sys.stdout)
     dist.barrier()  # rank 0 has written before any rank ends the command
     require_results(reasons_of(rows), len(rows), options.max_failed)
     return 0

@@ -5,14 +5,15 @@ import math
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
-from alignment.endpoints.client import MAX_WAIT
+from alignment.endpoints.api_key import API_KEY_VARIABLE
+from alignment.endpoints.retry import MAX_WAIT
 from alignment.judges.formats.scale import check_scale
+from alignment.judges.kinds.endpoint import ENDPOINT_TIMEOUT
 from alignment.judges.kinds.function_judge import FUNCTION_TIMEOUT
+from alignment.judges.kinds.registry import JUDGE_KINDS, is_judge_file
 from megatron_ext.errors import ToolParser, UserError
 
-KEY = "MEGATRON_ET_JUDGE_API_KEY"
 Options = argparse.Namespace
-TIMEOUT = 600.0  # seconds
 
 
 def parse(argv: Sequence[str] | None, doc: str) -> Options:
@@ -35,7 +36,7 @@ def check(options: Options) -> None:
     _check_judge(options)
     function = options.judge.startswith("function:")
     if options.timeout is None:
-        options.timeout = FUNCTION_TIMEOUT if function else TIMEOUT
+        options.timeout = FUNCTION_TIMEOUT if function else ENDPOINT_TIMEOUT
     if options.scale and not function:
         raise UserError("--scale is for --judge function:...: other judges score from 0 to 9")
     if options.scale:
@@ -51,7 +52,7 @@ def check(options: Options) -> None:
             raise UserError(f"--{name.replace('_', '-')} {value} must not be negative")
     if not 0 <= options.max_failed <= 1:
         raise UserError(f"--max-failed {options.max_failed} is a share: from 0 to 1")
-    program = options.judge.startswith(("rule", "function:"))
+    program = is_judge_file(options.judge) or options.judge.partition(":")[0] in JUDGE_KINDS
     if options.samples > 1 and options.temperature == 0 and not program:
         raise UserError(
             f"--samples {options.samples} at --temperature 0 would pay for the same answer again: "
@@ -61,7 +62,7 @@ def check(options: Options) -> None:
 
 def _check_judge(options: Options) -> None:
     judge = options.judge
-    if judge == "rule" or judge.startswith(("rule:", "function:")):
+    if is_judge_file(judge) or judge.partition(":")[0] in JUDGE_KINDS:
         for name in ("model", "generate", "rubrics", "expected_score", "cache", "template"):
             if getattr(options, name):
                 flag = name.replace("_", "-")
@@ -74,11 +75,13 @@ def _check_judge(options: Options) -> None:
         good = False
     if not good or parts.query or parts.fragment:
         raise UserError(
-            f"--judge {judge} is neither http://HOST:PORT/v1 nor rule, rule:NAME or "
-            "function:FILE.py:NAME"
+            f"--judge {judge} is neither http://HOST:PORT/v1, nor rule, rule:NAME, "
+            "function:FILE.py:NAME or FILE.yaml."
         )
     if parts.username or parts.password:
-        raise UserError(f"--judge must not hold a key, which others could read: set {KEY} instead")
+        raise UserError(
+            f"--judge must not hold a key, which others could read: set {API_KEY_VARIABLE} instead"
+        )
     options.judge = judge.rstrip("/")
     if not options.model:
         raise UserError("--judge at an address needs --model: the name that the endpoint serves")
@@ -125,11 +128,12 @@ def add_judge(parser: argparse.ArgumentParser, required: bool = True) -> None:
     add = parser.add_argument_group("who is asked").add_argument
     add("--judge", required=required, metavar="URL",
         help="http://HOST:PORT/v1 of an OpenAI-compatible endpoint, rule, rule:NAME, or "
-        "function:FILE.py:NAME, which takes a Response and gives a score")
+        "function:FILE.py:NAME, which takes a Response and gives a score, or FILE.yaml, which "
+        "describes a judge of any kind")
     add("--model", default="", metavar="NAME", help="as the endpoint calls it")
     add("--revision", default="", metavar="TEXT",
         help="of the model: answers are kept apart by it where one name serves several")
-    add("--api-key-variable", default=KEY, metavar="NAME",
+    add("--api-key-variable", default=API_KEY_VARIABLE, metavar="NAME",
         help="environment variable that holds the endpoint's key, if it wants one (%(default)s)")
     add("--rule-text", metavar="FILE", help="text that --judge rule holds for fluent: JSONL, "
         "Parquet, plain")
@@ -156,8 +160,8 @@ def add_judge(parser: argparse.ArgumentParser, required: bool = True) -> None:
     add("--requests-per-minute", type=float, metavar="N")
     add("--tokens-per-minute", type=float, metavar="N", help="of prompts and answers")
     add("--timeout", type=float, metavar="SECONDS",
-        help=f"Time limit of one call. Default: {TIMEOUT:g} for an endpoint, {FUNCTION_TIMEOUT:g} "
-        "for a function.")
+        help=f"Time limit of one call. Default: {ENDPOINT_TIMEOUT:g} for an endpoint, "
+        f"{FUNCTION_TIMEOUT:g} for a function.")
     add("--tries", type=int, default=7, metavar="N", help="of a call before it fails (%(default)s)")
     add("--first-wait", type=float, default=1.0, metavar="SECONDS",
         help="after a failed try at most, then twice as long each time (%(default)s)")

@@ -21,7 +21,8 @@ from alignment.data.chat_prompts import prompt_ids, warn_of_template
 from alignment.data.model_tokenizer import load_tokenizer
 from alignment.engines.batch import TokenBatch
 from alignment.engines.protocol import AlignmentEngine
-from alignment.judges.reward_judges import Judge, JudgeSpec, open_judge
+from alignment.judges.kinds.judge_config import Judge, JudgeConfig, JudgeContext
+from alignment.judges.kinds.registry import read_judge
 from alignment.monitors.training_monitor import Limits, Monitor
 from alignment.record_files import read_all
 from alignment.records import Prompt
@@ -53,9 +54,9 @@ def main(argv: Sequence[str]) -> int:
     if options.monitor_limits:
         limits = Limits.read(options.monitor_limits)
     specs = {
-        "proxy": [JudgeSpec.read(file) for file in options.judge],
-        "gold": [JudgeSpec.read(file) for file in options.gold],
-        "second_gold": [JudgeSpec.read(file) for file in options.second_gold],
+        "proxy": [read_judge(file) for file in options.judge],
+        "gold": [read_judge(file) for file in options.gold],
+        "second_gold": [read_judge(file) for file in options.second_gold],
     }
     prompts = [p for file in options.prompts for p in read_all(Path(file), Prompt)]
     held_out = [p for file in options.held_out for p in read_all(Path(file), Prompt)]
@@ -82,12 +83,13 @@ def main(argv: Sequence[str]) -> int:
     critic = flags.critic_of(options, seen)
     judges: dict[str, list[Judge]] = {
         name: [
-            open_judge(
-                spec,
-                options.reward == "pairwise" and name == "proxy",
-                engine,
-                load,
-                Path(options.run_dir) / "verdicts",
+            spec.open(
+                JudgeContext(
+                    options.reward == "pairwise" and name == "proxy",
+                    Path(options.run_dir) / "verdicts",
+                    engine,
+                    load,
+                )
             )
             for spec in each
         ]
@@ -118,7 +120,7 @@ def _learn(
     settings: RLSettings,
     limits: Limits,
     judges: Mapping[str, Sequence[Judge]],
-    specs: Mapping[str, Sequence[JudgeSpec]],
+    specs: Mapping[str, Sequence[JudgeConfig]],
     reference: Any,
 ) -> int:
     beside = {"critic": critic.engine} if critic else {}
@@ -191,11 +193,11 @@ def _learn(
     return 0
 
 
-def shared_with_gold(specs: Mapping[str, Sequence[JudgeSpec]]) -> str | None:
+def shared_with_gold(specs: Mapping[str, Sequence[JudgeConfig]]) -> str | None:
     """What to say where a judge of the rewards grades too, and nothing is left to tell by."""
-    rewarding = {spec.who for spec in specs["proxy"]}
+    rewarding = {spec.fingerprint for spec in specs["proxy"]}
     for name in ("gold", "second_gold"):
-        if rewarding & {spec.who for spec in specs[name]}:
+        if rewarding & {spec.fingerprint for spec in specs[name]}:
             return (
                 f"--{name.replace('_', '-')} is a judge that --judge has too: gold must stay "
                 "outside of the training, or no gap can show that the policy games its judge"
@@ -203,13 +205,13 @@ def shared_with_gold(specs: Mapping[str, Sequence[JudgeSpec]]) -> str | None:
     return None
 
 
-def _told(specs: Sequence[JudgeSpec], judges: Sequence[Judge]) -> dict[str, Any] | None:
+def _told(specs: Sequence[JudgeConfig], judges: Sequence[Judge]) -> dict[str, Any] | None:
     """Who judges, for run.json."""
     if not specs:
         return None
-    each = [spec.told() | {"identity": j.identity} for spec, j in zip(specs, judges)]
+    each = [spec.summary() | {"identity": j.identity} for spec, j in zip(specs, judges)]
     if len(each) == 1:
-        return {**each[0], "agreement": specs[0].agreed()}
+        return {**each[0], "agreement": specs[0].read_agreement()}
     # The agreement of one of them is not that of their mean, which nobody has measured.
     return {"name": " + ".join(e["name"] for e in each), "agreement": None, "ensemble": each}
 
@@ -265,7 +267,7 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
     for name in ("prompts", "held_out"):
         kept[name] = [hashlib.sha256(Path(f).read_bytes()).hexdigest() for f in kept[name]]
     for name in ("judge", "gold", "second_gold"):
-        kept[name] = [JudgeSpec.read(file).lasting() for file in kept[name]]
+        kept[name] = [read_judge(file).resume_settings() for file in kept[name]]
     return kept
 
 

@@ -1,0 +1,1 @@
+"""Asynchronous client of HTTP models: retries, rate limits, usage and a durable answer store."""

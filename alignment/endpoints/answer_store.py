@@ -1,8 +1,8 @@
-"""Answers that were paid for, kept on disk as they come.
+"""Durable store of answers that were paid for.
 
-A store is a file of JSON lines, only ever appended to, each line a key and an answer. A line is
-synced to the disk before its answer counts, so a process that is killed at any moment leaves every
-answer it had counted. In memory are keys and places, not the answers.
+A store is a file of JSON lines that is only appended to; each line holds a key and an answer. A
+line is synced to the disk before its answer counts, so that a process that is killed at any moment
+leaves every answer that it had counted. The memory holds keys and places, not the answers.
 """
 
 import fcntl
@@ -16,59 +16,79 @@ from megatron_ext.errors import UserError
 
 
 class AnswerStore:
-    """The answers in a file, which is made where there is none; one process at a time has it.
+    """Answers in a file, which one process at a time may open.
 
-    A last line that was cut off by a kill or a crash is taken away on opening.
+    The file is created if it does not exist. A last line that a kill or a crash cut off is removed
+    when the file is opened.
 
     Attributes:
-        mended: how many bytes of a torn last line were taken away.
+        path: The file.
+        torn_bytes: Number of bytes of a torn last line that were removed.
 
-    Raises:
-        UserError: another process has the file, or it is no store.
     """
 
     def __init__(self, path: Path) -> None:
+        """Open the file.
+
+        Args:
+            path: The file.
+
+        Raises:
+            UserError: If another process has the file open, or it is not a store.
+        """
         self.path = path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         except OSError as error:
-            raise UserError(f"{path} cannot be opened to keep answers: {error.strerror}") from error
+            raise UserError(
+                f"{path} cannot be opened to store answers: {error.strerror}. Choose another "
+                "--cache."
+            ) from error
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(self._file)
             raise UserError(
-                f"another run has {path} open: wait for its end, or give another --cache"
+                f"Another run has {path} open. Wait for its end, or choose another --cache."
             ) from None
         try:
-            self._places, self.mended = self._read()
+            self._places, self.torn_bytes = self._read()
             _sync_folder(path.parent)
         except BaseException:
             os.close(self._file)
             raise
 
     def __enter__(self) -> "AnswerStore":
+        """Return the store."""
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Close the file."""
         os.close(self._file)
 
     def __contains__(self, key: str) -> bool:
+        """Return whether there is an answer with this key."""
         return key in self._places
 
     def __len__(self) -> int:
+        """Return the number of answers."""
         return len(self._places)
 
     def __getitem__(self, key: str) -> dict[str, Any]:
+        """Return the answer with this key."""
         start, size = self._places[key]
         return json.loads(os.pread(self._file, size, start))["answer"]
 
     def add(self, answers: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
-        """Keep answers; they are on the disk when this returns.
+        """Store answers, which are on the disk when this returns.
+
+        Args:
+            answers: Keys and answers.
 
         Raises:
-            OSError: there is no room, say; then none of them counts.
+            OSError: If the file cannot be written, for example because the disk is full. Then none
+                of the answers counts.
         """
         lines = [
             json.dumps({"key": key, "answer": answer}, ensure_ascii=True).encode() + b"\n"
@@ -95,15 +115,15 @@ class AnswerStore:
                 if key is None:
                     if start + len(line) < size:
                         raise UserError(
-                            f"{self.path}, line {number}, is no answer of a judge: the file is "
-                            "damaged, or not one that keeps answers"
+                            f"{self.path}, line {number}, is not an answer. The file is damaged or "
+                            "no answer store. Choose another --cache."
                         )
                     break
                 places[key] = (start, len(line))
                 start += len(line)
-        # A file of another kind is not to be emptied: a torn line is the beginning of one of ours.
-        if start < size and not _begins_like_ours(os.pread(self._file, 8, start)):
-            raise UserError(f"{self.path} is not a file that keeps answers: give another --cache")
+        # A file of another kind must not be emptied: only the beginning of an answer is removed.
+        if start < size and not _is_torn_answer(os.pread(self._file, 8, start)):
+            raise UserError(f"{self.path} is not an answer store. Choose another --cache.")
         if start < size:
             os.ftruncate(self._file, start)
             os.fsync(self._file)
@@ -111,7 +131,7 @@ class AnswerStore:
 
 
 def _key(line: bytes) -> str | None:
-    """Of a whole line; None where it is torn or something else."""
+    """Return the key of a line, or None if the line is torn or not an answer."""
     if not line.endswith(b"\n"):
         return None
     try:
@@ -121,8 +141,8 @@ def _key(line: bytes) -> str | None:
         return None
 
 
-def _begins_like_ours(start: bytes) -> bool:
-    # After a loss of power a file may end in zeros where its last line was to be.
+def _is_torn_answer(start: bytes) -> bool:
+    # After a power failure a file may end in zeros in place of its last line.
     return b'{"key": '.startswith(start) or not start.strip(b"\0")
 
 
@@ -133,7 +153,7 @@ def _write(file: int, content: bytes) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """So that a file just made is still there after a crash."""
+    """Sync a folder, so that a new file in it survives a crash."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

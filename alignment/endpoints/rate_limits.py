@@ -1,8 +1,7 @@
-"""How fast an endpoint may be asked, and how long to wait after it failed."""
+"""Rate limits of an endpoint, and the wait that it requests."""
 
 import asyncio
 import math
-import random
 from collections.abc import Awaitable, Callable
 from email.utils import parsedate_to_datetime
 
@@ -11,9 +10,9 @@ Sleep = Callable[[float], Awaitable[None]]
 
 
 class Allowance:
-    """So many units a minute, a minute's worth at most at once.
+    """Budget of units per minute, of which at most a minute's worth can be spent at once.
 
-    What a call costs may be known only afterwards: then it is spent afterwards, and the next call
+    The cost of a call may be known only afterwards. Then it is spent afterwards, and the next call
     waits until the debt is paid off.
     """
 
@@ -22,11 +21,12 @@ class Allowance:
         self._left, self._at = per_minute, clock()
 
     def spend(self, amount: float) -> None:
+        """Spend units, also more than there are."""
         self._refill()
         self._left -= amount
 
     def wait(self, amount: float) -> float:
-        """Seconds until there are `amount` units; 0 when there are."""
+        """Return the seconds until there are `amount` units, or 0 if there are."""
         self._refill()
         missing = min(amount, self._most) - self._left
         # A rounding error is not worth a wait, which could be too short for any clock to pass.
@@ -38,12 +38,8 @@ class Allowance:
         self._at = now
 
 
-class Pace:
-    """When the next call may begin, for all that ask the same endpoint.
-
-    Args:
-        requests_per_minute, tokens_per_minute: None for as many as there are.
-    """
+class RateLimiter:
+    """Rate limits that all calls of an endpoint share."""
 
     def __init__(
         self,
@@ -52,6 +48,14 @@ class Pace:
         clock: Clock | None = None,
         sleep: Sleep = asyncio.sleep,
     ) -> None:
+        """Create the limits.
+
+        Args:
+            requests_per_minute: Most requests per minute, or None for no limit.
+            tokens_per_minute: Most tokens per minute, or None for no limit.
+            clock: Function that returns the time in seconds. Default: the event loop's.
+            sleep: Function that waits.
+        """
         self._clock = clock or asyncio.get_running_loop().time
         self._sleep = sleep
         self._requests = requests_per_minute and Allowance(requests_per_minute, self._clock)
@@ -59,8 +63,8 @@ class Pace:
         self._not_before, self._reason = float("-inf"), ""
         self._turn = asyncio.Lock()
 
-    async def turn(self) -> None:
-        """Wait for a turn, and take it."""
+    async def acquire(self) -> None:
+        """Wait until the next call may begin, and count it."""
         async with self._turn:
             while (wait := self._wait())[0] > 0:
                 await self._sleep(wait[0])
@@ -69,17 +73,22 @@ class Pace:
 
     @property
     def waiting(self) -> str:
-        """For what the next call has to wait, and how long, or "" where it may begin."""
+        """Return why and how long the next call has to wait, or "" if it may begin."""
         seconds, reason = self._wait()
         return f"waiting {seconds:,.0f} s for {reason}" if seconds >= 1 else ""
 
-    def used(self, tokens: int) -> None:
-        """Count the tokens that a call took."""
+    def count_tokens(self, tokens: int) -> None:
+        """Count the tokens of a call."""
         if self._tokens:
             self._tokens.spend(tokens)
 
-    def hold(self, seconds: float, reason: str = "the endpoint") -> None:
-        """Let nobody begin for so long, for a reason: the endpoint asked for it."""
+    def pause(self, seconds: float, reason: str = "the endpoint") -> None:
+        """Let no call begin for some seconds.
+
+        Args:
+            seconds: The wait that the endpoint requests.
+            reason: Why, for the progress line.
+        """
         end = self._clock() + seconds
         if end > self._not_before:
             self._not_before, self._reason = end, reason
@@ -93,17 +102,12 @@ class Pace:
         return max(waits)
 
 
-def back_off(attempt: int, first: float, longest: float = 60.0) -> float:
-    """Seconds before another try: drawn from 0 to first x 2^attempt, so that calls that failed
-    together do not come back together."""
-    return random.uniform(0, min(longest, first * 2.0 ** min(attempt, 30)))
-
-
 def retry_after(value: str | None, now: float) -> float | None:
-    """Seconds that a Retry-After header asks for, of either form; None where it has neither.
+    """Return the seconds that a Retry-After header requests, or None if it is not valid.
 
     Args:
-        now: seconds since the epoch.
+        value: The header, which holds seconds or a date.
+        now: The current time, in seconds since the epoch.
     """
     if value is None:
         return None

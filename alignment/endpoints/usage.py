@@ -1,4 +1,4 @@
-"""What answers took, in tokens and money."""
+"""Token usage of answers, and its cost."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -8,19 +8,22 @@ from alignment.judges.formats.answers import Answer
 
 @dataclass(frozen=True)
 class Prices:
-    """In dollars for a million tokens; None where they are not known."""
+    """Prices in dollars per million tokens; None where they are not known."""
 
     prompt: float | None = None
     completion: float | None = None
 
 
 @dataclass(frozen=True)
-class Used:
+class TokenUsage:
     """Token counts of answers, as the endpoint reports them.
 
     Attributes:
-        uncounted: answers for which the endpoint reports no usage, or one that is not a count; they
-            are in no sum.
+        answers: Number of answers.
+        prompt_tokens: Tokens of the prompts.
+        completion_tokens: Tokens of the answers.
+        uncounted: Number of answers for which the endpoint reports no usable usage. They are in no
+            sum of tokens.
     """
 
     answers: int = 0
@@ -29,13 +32,15 @@ class Used:
     uncounted: int = 0
 
     @classmethod
-    def of(cls, answer: Answer) -> "Used":
+    def of(cls, answer: Answer) -> "TokenUsage":
+        """Return the usage of one answer."""
         prompt, completion = answer.prompt_tokens, answer.completion_tokens
         uncounted = int(prompt is None or completion is None)
         return cls(1, prompt or 0, completion or 0, uncounted)
 
-    def __add__(self, other: "Used") -> "Used":
-        return Used(
+    def __add__(self, other: "TokenUsage") -> "TokenUsage":
+        """Return the usage of both."""
+        return TokenUsage(
             self.answers + other.answers,
             self.prompt_tokens + other.prompt_tokens,
             self.completion_tokens + other.completion_tokens,
@@ -51,8 +56,8 @@ class Used:
         )  # fmt: skip
         return sum(tokens * (price or 0.0) for tokens, price in pairs) / 1e6
 
-    def told(self, prices: Prices) -> str:
-        """In words."""
+    def summary(self, prices: Prices) -> str:
+        """Return the usage and its cost as text."""
         cost = self.cost(prices)
         tokens = f"{self.prompt_tokens:,} tokens in, {self.completion_tokens:,} out"
         if cost is not None:

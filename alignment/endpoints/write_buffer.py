@@ -1,4 +1,4 @@
-"""Answers written off the event loop, those that came while the disk was busy all at once."""
+"""Buffer of answers that are written to the disk off the event loop."""
 
 import asyncio
 from collections.abc import Mapping
@@ -8,32 +8,44 @@ from alignment.endpoints.answer_store import AnswerStore
 
 
 class WriteBuffer:
-    """Writer of answers to a store, for calls that share an event loop.
+    """Buffer of answers for a store, shared by the calls of one event loop.
 
-    A write is synced to the disk, which takes milliseconds, or many on a network file system. On
-    the loop it would stop all calls meanwhile. Leaving the context waits for what was handed over.
+    A write is synced to the disk, which takes milliseconds, or many of them on a network file
+    system. On the event loop it would stop all calls meanwhile. Answers that arrive while the disk
+    is busy are written together. Leaving the context waits until all answers are written.
     """
 
     def __init__(self, store: AnswerStore) -> None:
+        """Create an empty buffer.
+
+        Args:
+            store: The store, which nothing else may write to meanwhile.
+        """
         self._store = store
         self._queue: asyncio.Queue[tuple[str, Mapping[str, Any], asyncio.Future[None]]] = (
             asyncio.Queue()
         )
 
     async def __aenter__(self) -> "WriteBuffer":
+        """Start the writer."""
         self._writer = asyncio.create_task(self._run())
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        """Wait until every answer is written, and stop the writer."""
         await self._queue.join()
         self._writer.cancel()
         await asyncio.gather(self._writer, return_exceptions=True)
 
     async def add(self, key: str, answer: Mapping[str, Any]) -> None:
-        """Return when the answer is on the disk.
+        """Add an answer, and return when it is on the disk.
+
+        Args:
+            key: The key of the answer.
+            answer: The answer as plain values.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: If the answer cannot be written.
         """
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._queue.put_nowait((key, answer, done))
@@ -49,7 +61,7 @@ class WriteBuffer:
             except Exception as error:
                 for _, _, done in batch:
                     done.set_exception(error)
-                    done.exception()  # a caller that was cancelled does not look at it
+                    done.exception()  # marks it as retrieved if the caller was cancelled
             else:
                 for _, _, done in batch:
                     done.set_result(None)

@@ -1,233 +1,177 @@
-"""Many questions asked at a time, each answered once and kept, until all are or something ends it.
-
-There is one way to end early, whatever the cause: no call is begun any more, the calls under way
-are waited for, because they are paid for, and their answers are kept.
-"""
+"""Run of an annotation: its progress, its signals, and the failures that end it early."""
 
 import asyncio
-import json
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from hashlib import sha256
+from dataclasses import dataclass, field
+from typing import Any
 
 from alignment.endpoints.answer_store import AnswerStore
-from alignment.endpoints.client import CallFailed, Client, Request, Stopped
-from alignment.endpoints.usage import Used
-from alignment.endpoints.write_buffer import WriteBuffer
+from alignment.endpoints.chat_client import ChatClient, ChatRequest
+from alignment.endpoints.client import CallFailed, RunCancelled
+from alignment.endpoints.pool import CancelToken, EndpointPool
+from alignment.endpoints.usage import TokenUsage
 from alignment.judges.formats.answers import Answer
 from alignment.judges.results import commonest, require_results
 from megatron_ext.errors import TooFewResults
 from megatron_ext.progress import Progress
 
-# Failures are a share of the questions that are done with, or of so many where fewer are: two
-# failures among the first three calls say little.
+# Failures are counted as a share of the questions that are done, or of this many where fewer are
+# done: two failures among the first three calls say little.
 _LEAST_DONE = 100
-# So many answers without a result are asked for before a run that cannot succeed is ended: of a
-# small one all are, and their reasons can be read in its output.
+# Answers without a result that are received before a run that cannot succeed ends. A small run
+# asks all its questions, and the reasons can be read in its output.
 _LEAST_LACKING = 20
-# So many calls in a row that failed in every try, and the endpoint is taken for dead.
+# Calls in a row that failed in every try, after which the endpoint counts as dead.
 _DEAD = 20
 
 
-def key_of(request: Request) -> str:
-    """A hash of everything that the answer depends on; where it is asked does not count."""
-    return sha256(json.dumps(asdict(request), sort_keys=True).encode()).hexdigest()
-
-
-class Ending:
-    """Whether the run is to end, and why.
-
-    Attributes:
-        error: what ended it; None after a signal.
-        signal: the number of the signal that ended it, or 0.
-    """
-
-    def __init__(self) -> None:
-        self._event = asyncio.Event()
-        self.error: Exception | None = None
-        self.signal = 0
-
-    @property
-    def begun(self) -> bool:
-        return self._event.is_set()
-
-    def begin(self, error: Exception | None = None, signal_number: int = 0) -> None:
-        """The first cause stays."""
-        if not self.begun:
-            self.error, self.signal = error, signal_number
-            self._event.set()
-
-    async def sleep(self, seconds: float) -> None:
-        """Wait, or raise `Stopped` as soon as the run is to end."""
-        if self.begun:
-            raise Stopped
-        try:
-            await asyncio.wait_for(self._event.wait(), seconds)
-        except TimeoutError:
-            return
-        raise Stopped
-
-
 @dataclass
-class Tally:
-    """What came of the questions of this run.
+class AnnotationProgress:
+    """Counts of what became of the questions of a run.
 
     Attributes:
-        failed: why a question has no answer, by its key.
-        lacking: why an answer gives no result, by its key; also of answers from before the run.
-        notes: of answers, counted by what `seen` said of them.
+        usage: Token usage of the answers of this run.
+        failed: Why a question has no answer, by its key.
+        lacking: Why an answer gives no result, by its key, including answers from before the run.
+        notes: Number of answers by the note that `AnnotationRun.inspect` returned.
     """
 
-    used: Used = field(default_factory=Used)
+    usage: TokenUsage = field(default_factory=TokenUsage)
     failed: dict[str, str] = field(default_factory=dict)
     lacking: dict[str, str] = field(default_factory=dict)
     notes: dict[str, int] = field(default_factory=dict)
 
     @property
-    def ended(self) -> int:
-        return self.used.answers + len(self.failed)
+    def done(self) -> int:
+        """Return the number of questions that have an answer or a failure."""
+        return self.usage.answers + len(self.failed)
 
 
 @dataclass
-class Asking:
-    """A run over questions.
+class AnnotationRun:
+    """Run over questions, each asked once.
 
     Attributes:
-        todo: keys of the questions, each once.
-        request: makes the request of a key.
-        seen: looks at an answer that has been kept; says in a word what is wrong with it, or
-            nothing; may raise a UserError, which ends the run.
-        lack: says in a sentence why an answer gives no result, or nothing where it gives one.
-        before: how many questions had their answers before the run.
-        max_failed: the share of questions that may end without a result.
-        describe: what the progress says besides counts.
+        keys: Keys of the questions that have no answer yet.
+        request: Function that makes the request of a key.
+        store: The store of the answers.
+        client: The client of the endpoint.
+        cancel: The cancellation of the run; the client uses its `sleep`.
+        inspect: Function that receives an answer that has been stored, and returns in a word what
+            is wrong with it, or "". A UserError that it raises ends the run.
+        explain_lack: Function that returns in a sentence why an answer gives no result, or "".
+        answered_before: Number of questions that had answers before the run.
+        concurrency: Most calls at a time.
+        max_failed: Share of the questions that may end without a result.
+        describe: Function that returns what the progress line adds to the counts.
     """
 
-    todo: Sequence[str]
-    request: Callable[[str], Request]
+    keys: Sequence[str]
+    request: Callable[[str], ChatRequest]
     store: AnswerStore
-    client: Client
-    ending: Ending
-    seen: Callable[[str, Answer], str] = lambda key, answer: ""
-    lack: Callable[[str, Answer], str] = lambda key, answer: ""
-    before: int = 0
+    client: ChatClient
+    cancel: CancelToken
+    inspect: Callable[[str, Answer], str] = lambda key, answer: ""
+    explain_lack: Callable[[str, Answer], str] = lambda key, answer: ""
+    answered_before: int = 0
     concurrency: int = 32
     max_failed: float = 0.05
-    describe: Callable[[Tally], str] = lambda tally: ""
-    tally: Tally = field(default_factory=Tally, init=False)
-    _in_a_row: int = field(default=0, init=False)
+    describe: Callable[[AnnotationProgress], str] = lambda progress: ""
+    counts: AnnotationProgress = field(default_factory=AnnotationProgress, init=False)
+    _failed_in_a_row: int = field(default=0, init=False)
 
-    async def run(self, progress: Progress) -> Tally:
-        """Ask.
+    async def run(self, progress: Progress) -> AnnotationProgress:
+        """Ask all questions.
 
         Raises:
-            UserError: no question can be answered.
-            TooFewResults: too many questions have no result.
-            OSError: an answer could not be kept.
-            Stopped: a signal came; its number is the argument.
+            UserError: If no question can be answered.
+            TooFewResults: If too many questions have no result.
+            OSError: If an answer cannot be stored.
+            RunCancelled: After a signal, whose number is the argument.
         """
-        left = iter(self.todo)
-        async with WriteBuffer(self.store) as buffer:
-            watching = asyncio.create_task(self._show(progress))
-            workers = [
-                asyncio.create_task(self._work(left, buffer))
-                for _ in range(min(self.concurrency, len(self.todo)))
-            ]
-            try:
-                with self._signals(workers, progress):
-                    await asyncio.gather(*workers)
-            except asyncio.CancelledError:
-                if not self.ending.begun:
-                    raise
-            finally:
-                for task in (*workers, watching):
-                    task.cancel()
-                await asyncio.gather(*workers, watching, return_exceptions=True)
-        progress.update(self.tally.ended, self._note())
-        if self.ending.error is not None:
-            raise self.ending.error
-        if self.ending.begun:
-            raise Stopped(self.ending.signal)
-        return self.tally
+        pool = EndpointPool(self._call, _to_record, self.concurrency, self.cancel)
+        display = asyncio.create_task(self._show(progress))
+        try:
+            with self._signals(pool, progress):
+                await pool.ask_many(self.keys, self.store, self._on_answer, self._on_failure)
+        finally:
+            display.cancel()
+            await asyncio.gather(display, return_exceptions=True)
+            progress.update(self.counts.done, self._note())
+        if self.cancel.cancelled:
+            raise RunCancelled(self.cancel.signal)
+        return self.counts
 
-    async def _work(self, left: Iterator[str], buffer: WriteBuffer) -> None:
-        for key in left:
-            if self.ending.begun:
-                return
-            try:
-                answer = await self.client.ask(self.request(key))
-                self._in_a_row = 0  # before it is kept: a slow disk is no sign of life
-                await buffer.add(key, answer.to_row())
-                self.tally.used += Used.of(answer)
-                if note := self.seen(key, answer):
-                    self.tally.notes[note] = self.tally.notes.get(note, 0) + 1
-                if reason := self.lack(key, answer):
-                    self.tally.lacking[key] = reason
-                    self._check_failures()
-            except CallFailed as error:
-                self.tally.failed[key] = str(error)
-                self._in_a_row = 0 if error.refused else self._in_a_row + 1
-                self._check_failures()
-            except Stopped:
-                return
-            except Exception as error:
-                self.ending.begin(error)
-                return
+    async def _call(self, key: str) -> Answer:
+        answer = await self.client.ask(self.request(key))
+        self._failed_in_a_row = 0  # before it is stored, as a slow disk does not matter here
+        return answer
+
+    def _on_answer(self, key: str, answer: Answer) -> None:
+        self.counts.usage += TokenUsage.of(answer)
+        if note := self.inspect(key, answer):
+            self.counts.notes[note] = self.counts.notes.get(note, 0) + 1
+        if reason := self.explain_lack(key, answer):
+            self.counts.lacking[key] = reason
+            self._check_failures()
+
+    def _on_failure(self, key: str, error: CallFailed) -> None:
+        self.counts.failed[key] = str(error)
+        self._failed_in_a_row = 0 if error.refused else self._failed_in_a_row + 1
+        self._check_failures()
 
     def _check_failures(self) -> None:
         """End the run as soon as it cannot succeed, or its endpoint seems to be dead."""
-        failed, total = self.tally.failed, self.before + len(self.todo)
-        done = self.before + self.tally.ended
+        failed, total = self.counts.failed, self.answered_before + len(self.keys)
+        done = self.answered_before + self.counts.done
         out_of = max(done, min(_LEAST_DONE, total))
-        why = ""
+        problem = ""
         if failed and len(failed) / out_of > self.max_failed:
-            why = (
+            problem = (
                 f"{len(failed)} of {done} questions failed, more than --max-failed "
                 f"{self.max_failed:g}"
             )
-        elif self._in_a_row >= max(_DEAD, self.concurrency):
-            why = f"{self._in_a_row} calls in a row failed in every try"
-        if why:
+        elif self._failed_in_a_row >= max(_DEAD, self.concurrency):
+            problem = f"{self._failed_in_a_row} calls in a row failed in every try"
+        if problem:
             often = f"most often: {commonest(failed.values())}"
-            advice = "fix the endpoint and repeat the command, which keeps its answers"
-            self.ending.begin(TooFewResults(f"{why}; {often}: {advice}"))
-        reasons = [*failed.values(), *self.tally.lacking.values()]
+            advice = "Fix the endpoint and repeat the command, which keeps its answers."
+            self.cancel.cancel(TooFewResults(f"{problem}; {often}. {advice}"))
+        reasons = [*failed.values(), *self.counts.lacking.values()]
         if len(reasons) < _LEAST_LACKING:
             return
         try:
             require_results(reasons, total, self.max_failed)
         except TooFewResults as error:
-            self.ending.begin(error)
+            self.cancel.cancel(error)
 
     def _note(self) -> str:
         repeated = f"{self.client.retried:,} tries repeated, the last for {self.client.last_fault}"
         waits = [repeated] if self.client.retried else []
-        failed = [f"{len(self.tally.failed):,} failed"] if self.tally.failed else []
-        notes = [f"{count:,} {note}" for note, count in sorted(self.tally.notes.items())]
-        parts = [self.describe(self.tally), *failed, *notes, *waits, self.client.pace.waiting]
+        failed = [f"{len(self.counts.failed):,} failed"] if self.counts.failed else []
+        notes = [f"{count:,} {note}" for note, count in sorted(self.counts.notes.items())]
+        waiting = self.client.limiter.waiting
+        parts = [self.describe(self.counts), *failed, *notes, *waits, waiting]
         return ", ".join(filter(None, parts))
 
     async def _show(self, progress: Progress) -> None:
         while True:
-            progress.update(self.tally.ended, self._note())
+            progress.update(self.counts.done, self._note())
             await asyncio.sleep(0.5)
 
     @contextmanager
-    def _signals(
-        self, workers: Sequence["asyncio.Task[None]"], progress: Progress
-    ) -> Iterator[None]:
-        """The first SIGINT or SIGTERM ends the run in order, the second drops calls under way."""
+    def _signals(self, pool: EndpointPool[str, Answer], progress: Progress) -> Iterator[None]:
+        """Handle signals: the first SIGINT or SIGTERM ends the run in order, the second at once."""
         loop = asyncio.get_running_loop()
 
         def stop(number: int) -> None:
-            if self.ending.begun:
-                for worker in workers:
-                    worker.cancel()
+            if self.cancel.cancelled:
+                pool.drop_calls()
                 return
-            self.ending.begin(signal_number=number)
-            progress.log("stopping when the calls under way are answered; again to drop them")
+            self.cancel.cancel(signal_number=number)
+            progress.log("stopping when the calls under way are answered; repeat to drop them")
 
         numbers = (signal.SIGINT, signal.SIGTERM)
         for number in numbers:
@@ -237,3 +181,7 @@ class Asking:
         finally:
             for number in numbers:
                 loop.remove_signal_handler(number)
+
+
+def _to_record(key: str, answer: Answer) -> tuple[str, Mapping[str, Any]]:
+    return key, answer.to_row()

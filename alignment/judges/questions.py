@@ -1,4 +1,4 @@
-"""What an annotation asks, and the rows that it makes of the answers."""
+"""Questions of an annotation, and the tasks that turn their answers into rows."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -13,15 +13,17 @@ from megatron_ext.errors import UserError
 
 Judgeable = Response | Pair
 Item = Prompt | Judgeable
-Made = Verdict | Response | Prompt
+ResultRecord = Verdict | Response | Prompt
 
 
 @dataclass(frozen=True)
 class Question:
-    """One call: an item in one order, once.
+    """Question about an item in one order, asked once.
 
     Attributes:
-        sample: which of several answers to the same question.
+        item: The prompt, response or pair.
+        swapped: Whether the second response of a pair is shown first.
+        sample: Number of this sample of the same question, from 0.
     """
 
     item: Item
@@ -29,11 +31,13 @@ class Question:
     sample: int = 0
 
 
-def questions(items: Sequence[Item], orders: str, samples: int) -> Iterator[Question]:
-    """All questions on items, those of an item together.
+def make_questions(items: Sequence[Item], orders: str, samples: int) -> Iterator[Question]:
+    """Yield all questions about items, those of an item together.
 
     Args:
-        orders: of pairs: "given", "swapped" or "both".
+        items: The items.
+        orders: Orders of the responses of a pair: "given", "swapped" or "both".
+        samples: Number of samples of each question.
     """
     for item in items:
         ways = {"given": [False], "swapped": [True], "both": [False, True]}[orders]
@@ -42,31 +46,44 @@ def questions(items: Sequence[Item], orders: str, samples: int) -> Iterator[Ques
                 yield Question(item, swapped, sample)
 
 
-class Task(Protocol):
-    """What is asked about items, and what becomes of an answer."""
+class AnnotationTask(Protocol):
+    """Task of an annotation: what to request about an item, and how to use an answer."""
 
-    def messages(self, question: Question) -> Sequence[Message]: ...
-
-    def record(self, question: Question, answer: Answer | None, reason: str) -> Made | None:
-        """The record of an answer, or of none for a reason; None where nothing is to write."""
+    def messages(self, question: Question) -> Sequence[Message]:
+        """Return the messages that ask a question."""
         ...
 
-    def note(self, question: Question, answer: Answer) -> str:
-        """In a word, what is wrong with an answer; raises a UserError if no answer can be right."""
+    def record(self, question: Question, answer: Answer | None, reason: str) -> ResultRecord | None:
+        """Return the row of an answer, or None if nothing is to be written.
+
+        Args:
+            question: The question.
+            answer: The answer, or None if every call failed.
+            reason: Why there is no answer.
+        """
         ...
 
-    def lack(self, question: Question, answer: Answer) -> str:
-        """Return in a sentence why an answer gives no record of worth, or "" where it gives one."""
+    def inspect(self, question: Question, answer: Answer) -> str:
+        """Return in a word what is wrong with an answer, or "".
+
+        Raises:
+            UserError: If no answer of the endpoint can be right.
+        """
+        ...
+
+    def explain_lack(self, question: Question, answer: Answer) -> str:
+        """Return in a sentence why an answer gives no usable row, or "" if it gives one."""
         ...
 
 
 @dataclass(frozen=True)
-class Judging:
-    """Asks a judge for verdicts.
+class JudgingTask:
+    """Task of asking a judge for verdicts.
 
     Attributes:
-        judge: a hash of all that they depend on.
-        expected: give the expectation over labels instead of the label.
+        format: The format of the judge.
+        judge: A hash of everything that the verdicts depend on.
+        expected: Whether the score is the expectation over the labels instead of the label.
     """
 
     format: JudgeFormat
@@ -74,78 +91,86 @@ class Judging:
     expected: bool = False
 
     def messages(self, question: Question) -> Sequence[Message]:
-        assert not isinstance(question.item, Prompt)
+        """Return the messages that ask the judge."""
         return self.format.messages(question.item, question.swapped)
 
     def record(self, question: Question, answer: Answer | None, reason: str = "") -> Verdict:
-        """What the judge said, or that there is no answer for a reason."""
-        of = {
+        """Return the verdict in an answer, or a failed verdict with the reason."""
+        fields = {
             "item": question.item.id,
             "swapped": question.swapped,
             "sample": question.sample,
             "judge": self.judge,
         }
         if answer is None:
-            return Verdict.from_row(of | {"outcome": Outcome.FAILED, "reason": reason})
-        fields = dict(self.format.read(answer.text, question.swapped, bool(answer.thinking)))
-        thinking = fields.pop("thinking") or answer.thinking
-        said = of | {"thinking": thinking, "answer": answer.text}
-        cut_off = fields["outcome"] == Outcome.UNPARSEABLE and answer.finish == "length"
+            return Verdict.from_row(fields | {"outcome": Outcome.FAILED, "reason": reason})
+        parsed = dict(self.format.read(answer.text, question.swapped, bool(answer.thinking)))
+        thinking = parsed.pop("thinking") or answer.thinking
+        fields |= {"thinking": thinking, "answer": answer.text}
+        cut_off = parsed["outcome"] == Outcome.UNPARSEABLE and answer.finish == "length"
         if reason := answer.problem or (answer.cut_off if cut_off else ""):
-            return Verdict.from_row(said | {"outcome": Outcome.FAILED, "reason": reason})
-        if fields["outcome"] == Outcome.SCORE and self.expected:
+            return Verdict.from_row(fields | {"outcome": Outcome.FAILED, "reason": reason})
+        if parsed["outcome"] == Outcome.SCORE and self.expected:
             try:
-                fields["score"] = expected_score(answer.labels or [], fields["score"])
+                parsed["score"] = expected_score(answer.labels or [], parsed["score"])
             except LookupError as error:
                 return Verdict.from_row(
-                    said | {"outcome": Outcome.UNPARSEABLE, "reason": str(error)}
+                    fields | {"outcome": Outcome.UNPARSEABLE, "reason": str(error)}
                 )
-        return Verdict.from_row(said | fields)
+        return Verdict.from_row(fields | parsed)
 
     def lacks_log_probs(self, answer: Answer) -> str:
-        """Return why no expectation can be taken of any answer of the endpoint, in a sentence, or
-        "" where it can.
+        """Return why no answer of the endpoint can have an expected score, or "".
 
-        An empty answer has no log-probabilities either, and says nothing of others.
+        An empty answer has no log-probabilities either, and says nothing about other answers.
         """
         if not self.expected or answer.labels is not None or answer.problem or not answer.text:
             return ""
         return answer.label_problem or "the answer has no logprobs"
 
-    def note(self, question: Question, answer: Answer) -> str:
+    def inspect(self, question: Question, answer: Answer) -> str:
+        """Return "without an answer", "cut off", "malformed" or "".
+
+        Raises:
+            UserError: If an expectation is requested and the endpoint gives no log-probabilities.
+        """
         if problem := self.lacks_log_probs(answer):
             raise UserError(
                 "--expected-score needs log-probabilities, and the endpoint gives none with "
-                f"logprobs and top_logprobs that can be used ({problem}): leave the flag out, or "
-                "ask another server"
+                f"logprobs and top_logprobs that can be used ({problem}). Leave the flag out, or "
+                "ask another server."
             )
         verdict = self.record(question, answer)
         if verdict.outcome is Outcome.FAILED:
             return "without an answer" if answer.problem else "cut off"
         return "malformed" if verdict.outcome is Outcome.UNPARSEABLE else ""
 
-    def lack(self, question: Question, answer: Answer) -> str:
+    def explain_lack(self, question: Question, answer: Answer) -> str:
+        """Return why an answer holds no judgement, or ""."""
         return self.record(question, answer).reason
 
 
 @dataclass(frozen=True)
-class Generating:
-    """Asks a policy for responses.
+class ResponseTask:
+    """Task of asking a policy for responses.
 
     Attributes:
-        source: of the responses.
+        source: Name of the policy, which the responses carry.
+        identity: A hash of everything that the responses depend on.
     """
 
     source: str
     identity: str
 
     def messages(self, question: Question) -> Sequence[Message]:
+        """Return the messages of the prompt."""
         assert isinstance(question.item, Prompt)
         return question.item.messages
 
     def record(
         self, question: Question, answer: Answer | None, reason: str = ""
     ) -> Response | None:
+        """Return the response, or None if the model gave none."""
         if answer is None or answer.missing:
             return None
         assert isinstance(question.item, Prompt)
@@ -153,41 +178,48 @@ class Generating:
         name = sha256(unique.encode()).hexdigest()[:32]
         return Response(name, question.item, answer.text, self.source)
 
-    def note(self, question: Question, answer: Answer) -> str:
+    def inspect(self, question: Question, answer: Answer) -> str:
+        """Return "without a response", "cut off" or ""."""
         if answer.missing:
             return "without a response"
         return "cut off" if answer.finish == "length" else ""
 
-    def lack(self, question: Question, answer: Answer) -> str:
-        """A response that is cut off is one, and so is an empty one of the model's own."""
+    def explain_lack(self, question: Question, answer: Answer) -> str:
+        """Return why there is no response, or "".
+
+        A response that is cut off is a response, and so is an empty one that the model ended.
+        """
         return answer.missing
 
 
 @dataclass(frozen=True)
-class WritingRubrics:
-    """Asks a gold judge what a good answer to a prompt has.
+class RubricTask:
+    """Task of asking a gold judge for the rubric of a prompt: what a good answer contains.
 
     Attributes:
-        ask: the messages for a prompt.
+        ask: Function that returns the messages for a prompt.
     """
 
     ask: Callable[[Prompt], Sequence[Message]]
 
     def messages(self, question: Question) -> Sequence[Message]:
+        """Return the messages that ask for a rubric."""
         assert isinstance(question.item, Prompt)
         return self.ask(question.item)
 
     def record(self, question: Question, answer: Answer | None, reason: str = "") -> Prompt | None:
-        """The prompt with the rubric in place of any that it had; none that is cut off or empty."""
-        if answer is None or self.lack(question, answer):
+        """Return the prompt with the new rubric, or None if that is cut off or empty."""
+        if answer is None or self.explain_lack(question, answer):
             return None
         assert isinstance(question.item, Prompt)
         return replace(question.item, rubric=answer.text.strip())
 
-    def note(self, question: Question, answer: Answer) -> str:
-        return "without a rubric" if self.lack(question, answer) else ""
+    def inspect(self, question: Question, answer: Answer) -> str:
+        """Return "without a rubric" or ""."""
+        return "without a rubric" if self.explain_lack(question, answer) else ""
 
-    def lack(self, question: Question, answer: Answer) -> str:
+    def explain_lack(self, question: Question, answer: Answer) -> str:
+        """Return why there is no rubric, or ""."""
         if answer.problem or answer.finish == "length":
             return answer.problem or answer.cut_off
         return "" if answer.text.strip() else "the answer is empty"

@@ -7,12 +7,11 @@ starts, and not again before it has ended.
 
 import asyncio
 import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from alignment.endpoints.answer_store import AnswerStore
-from alignment.endpoints.write_buffer import WriteBuffer
 from alignment.engines.protocol import GeneratedResponse
 from alignment.ranks import all_gather_by_data_rank, all_reduce_max
 from alignment.rl.rollouts import Rollout, read_share, rollout_record, share_file
@@ -120,16 +119,15 @@ class AsyncRollouts:
         sampling: Sampling,
         version: int,
     ) -> None:
-        """Draw responses, each written down as it comes."""
-        async with WriteBuffer(store) as buffer:
+        """Draw responses, each stored as it comes."""
 
-            async def keep(place: int, found: GeneratedResponse) -> None:
-                task, sample = wanted[place][:2]
-                fields = (found.tokens, found.log_probs, found.ended, version)
-                await buffer.add(*rollout_record(Rollout(task, sample, *fields)))
+        def to_record(place: int, response: GeneratedResponse) -> tuple[str, Mapping[str, Any]]:
+            task, sample = wanted[place][:2]
+            fields = (response.tokens, response.log_probs, response.ended, version)
+            return rollout_record(Rollout(task, sample, *fields))
 
-            prompts, seeds = [one[2] for one in wanted], [one[3] for one in wanted]
-            await self.served.ask(prompts, sampling, seeds, keep)
+        prompts, seeds = [one[2] for one in wanted], [one[3] for one in wanted]
+        await self.served.ask(prompts, sampling, seeds, store, to_record)
 
     async def _until_stopped(self, work: Coroutine[Any, Any, Any]) -> None:
         task = asyncio.create_task(work)

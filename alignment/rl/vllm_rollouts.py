@@ -13,32 +13,33 @@ generation_config.json, and have the key that is in MEGATRON_ET_JUDGE_API_KEY, i
 import asyncio
 import sys
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
 import torch.distributed as dist
 
-from alignment.commands.judge_flags import KEY
-from alignment.endpoints.client import connect, until
+from alignment.endpoints.answer_store import AnswerStore
+from alignment.endpoints.api_key import read_api_key
+from alignment.endpoints.client import CallFailed, EndpointClient, connect
 from alignment.endpoints.endpoint_errors import (
     EndpointError,
     Kind,
     error_in,
-    error_of_status,
     load_json,
     message_of,
 )
+from alignment.endpoints.pool import EndpointPool
+from alignment.endpoints.retry import RetryPolicy
 from alignment.engines.protocol import AlignmentEngine, GeneratedResponse
-from alignment.judges.endpoint_annotator import api_key
 from alignment.polling import run_async_while_polling
 from alignment.ranks import all_gather_by_data_rank, is_share_leader
 from megatron_ext.errors import UserError
 from megatron_ext.inference.sampling import Sampling
 
 _WAIT = 2.0  # seconds between tries
-_REPORTED = 60.0  # seconds between reports of a wait
+_ADVICE = "Start vLLM as docs/how-to/training-judges.md describes."
 _NEUTRAL = {
     "repetition_penalty": 1.0,
     "presence_penalty": 0.0,
@@ -78,7 +79,6 @@ class VLLMRollouts:
         self.patience, self.at_once, self.check = patience, at_once, check
         self.asks = is_share_leader(engine)
         self._served: int | None = None
-        self._reported = float("-inf")
 
     def generate(
         self,
@@ -128,29 +128,31 @@ class VLLMRollouts:
         self._served = self.engine.step
 
     async def _reload(self) -> None:
-        async with connect(api_key(KEY), 1) as http:
-            for url in self.urls:
+        for url in self.urls:
+            async with connect(read_api_key(), 1) as http:
+                client = self._client(url, http)
                 root = url.removesuffix("/v1")
-                weights = self._post(http, f"{root}/collective_rpc", {"method": "reload_weights"})
-                await self._while_alive(url, weights)
-                await self._while_alive(url, self._forget_old_weights(http, root))
+                body = {"method": "reload_weights"}
+                weights = self._post(client, f"{root}/collective_rpc", body, _read_json)
+                await self._while_healthy(url, weights)
+                await self._while_healthy(url, self._reset_prefix_cache(client, root))
 
-    async def _forget_old_weights(self, http: httpx.AsyncClient, root: str) -> None:
-        """Empty the server's prefix cache: its keys and values are those of the old weights.
+    async def _reset_prefix_cache(self, client: EndpointClient, root: str) -> None:
+        """Empty the prefix cache of a server: its keys and values are those of the old weights.
 
         Raises:
-            UserError: the server keeps them, as it does while it answers other requests.
+            UserError: If the server keeps them, as it does while it answers other requests.
         """
         begin = time.monotonic()
         while True:
-            answer = await self._post(http, f"{root}/reset_prefix_cache", {})
+            answer = await self._post(client, f"{root}/reset_prefix_cache", {}, _read_json)
             if not isinstance(answer, dict) or answer.get("success") is not False:
                 return
             if time.monotonic() - begin > self.patience:
                 raise UserError(
                     f"{root} has not emptied its prefix cache for {self.patience:.0f} s, and would "
-                    "answer by the old weights: let nobody else send it requests, then give the "
-                    "same command"
+                    "answer with the old weights. Let nothing else send it requests, then repeat "
+                    "the command, which resumes."
                 )
             await asyncio.sleep(min(_WAIT, self.patience / 4))
 
@@ -159,34 +161,70 @@ class VLLMRollouts:
         prompts: Sequence[Sequence[int]],
         sampling: Sampling,
         seeds: Sequence[int],
-        keep: Callable[[int, GeneratedResponse], Awaitable[None]] | None = None,
+        store: AnswerStore | None = None,
+        to_record: Callable[[int, GeneratedResponse], tuple[str, Mapping[str, Any]]] | None = None,
     ) -> list[GeneratedResponse]:
-        """Let this share's server continue prompts, with the weights it has; no collective.
+        """Return continuations of prompts by the server of this rank's share; no collective.
 
         Args:
-            keep: stores a response as it comes, by the place of its prompt.
+            prompts: The token ids of each prompt.
+            sampling: How responses are drawn.
+            seeds: The seed of each prompt.
+            store: The store that responses are written to as they come.
+            to_record: Function that returns the key and the row of a response, by the place of its
+                prompt; needed with a store.
 
         Raises:
-            UserError: see `generate`.
+            UserError: If the server refuses, or does not answer within the patience.
         """
         url = self.urls[self.engine.data_rank % len(self.urls)]
-        slots = asyncio.Semaphore(self.at_once)
-        async with connect(api_key(KEY), self.at_once) as http:
+        responses: dict[int, GeneratedResponse] = {}
+        async with connect(read_api_key(), self.at_once) as http:
+            client = self._client(url, http)
 
-            async def one(place: int, prompt: Sequence[int], seed: int) -> GeneratedResponse:
-                async with slots:
-                    body = self._body(prompt, sampling, seed)
-                    answer = await self._post(http, f"{url}/completions", body)
-                found = self._read(answer, url)
-                if keep is not None:
-                    await keep(place, found)
-                return found
+            async def call(place: int) -> GeneratedResponse:
+                body = self._body(prompts[place], sampling, seeds[place])
 
-            every = asyncio.gather(*map(one, range(len(prompts)), prompts, seeds))
-            return list(await self._while_alive(url, every))
+                def read(content: bytes, _: float | None) -> GeneratedResponse:
+                    return self._read(_read_json(content), url)
 
-    async def _while_alive[T](self, url: str, work: Awaitable[T]) -> T:
-        """What comes of work at a server, which may take its time while it tells its health."""
+                return await self._post(client, f"{url}/completions", body, read)
+
+            pool = EndpointPool(call, to_record or _no_record, self.at_once, await_calls=False)
+            work = pool.ask_many(range(len(prompts)), store, responses.__setitem__)
+            await self._while_healthy(url, work)
+        return [responses[place] for place in range(len(prompts))]
+
+    def _client(self, url: str, http: httpx.AsyncClient) -> EndpointClient:
+        wait = min(_WAIT, self.patience / 4)
+        policy = RetryPolicy(
+            patience=self.patience, timeout=None, first_wait=wait, longest_wait=wait
+        )
+        return EndpointClient(
+            url, http, policy, report=_report, flag="--rollout-url", advice=_ADVICE
+        )
+
+    async def _post[T](
+        self,
+        client: EndpointClient,
+        url: str,
+        body: dict[str, Any],
+        read: Callable[[bytes, float | None], T],
+    ) -> T:
+        """Return the answer of a server, after waiting for one that is away or busy.
+
+        Raises:
+            UserError: If the server refuses, or does not answer within the patience.
+        """
+        try:
+            return await client.post(url, body, read)
+        except CallFailed as error:
+            if error.refused:
+                raise UserError(f"The endpoint {url} refuses with {error}. {_ADVICE}") from None
+            raise self._given_up(url, str(error)) from None
+
+    async def _while_healthy[T](self, url: str, work: Awaitable[T]) -> T:
+        """Return the result of work at a server, which may be slow while it reports its health."""
         task = asyncio.ensure_future(work)
         heard, often = time.monotonic(), self.patience / 10
         try:
@@ -206,21 +244,10 @@ class VLLMRollouts:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
 
-    def _report_wait(self, url: str, reason: str) -> None:
-        """Say once a minute, of all calls under way, for what they wait and until when."""
-        now = time.monotonic()
-        if now - self._reported >= _REPORTED:
-            self._reported = now
-            print(
-                f"waiting for {url} until {until(self.patience)} at most: {reason}",
-                file=sys.stderr,
-                flush=True,
-            )
-
     def _given_up(self, url: str, reason: str) -> UserError:
         return UserError(
-            f"{url} has not answered for {self.patience:.0f} s ({reason}): see the server, then "
-            "give the same command, which goes on"
+            f"{url} has not answered for {self.patience:.0f} s ({reason}). Check the server, then "
+            "repeat the command, which resumes."
         )
 
     def _body(self, prompt: Sequence[int], sampling: Sampling, seed: int) -> dict[str, Any]:
@@ -246,7 +273,7 @@ class VLLMRollouts:
 
     def _read(self, answer: Any, url: str) -> GeneratedResponse:
         if error := error_in(answer):
-            raise UserError(f"{url} answers with an error: {message_of(error)}")
+            raise UserError(f"{url} answers with an error: {message_of(error)}. {_ADVICE}")
         try:
             [choice] = answer["choices"]
             tokens = [int(token) for token in choice["token_ids"]]
@@ -266,25 +293,20 @@ class VLLMRollouts:
             )
         return GeneratedResponse(tokens, log_probs, ended)
 
-    async def _post(self, http: httpx.AsyncClient, url: str, body: dict[str, Any]) -> Any:
-        """The answer; waits for a server that is away or busy."""
-        begin = time.monotonic()
-        while True:
-            try:
-                response = await http.post(url, json=body)
-                if response.status_code < 300:
-                    return load_json(response.content) if response.content else None
-                problem = error_of_status(response.status_code, response.content, None)
-            except (httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
-                raise UserError(f"--rollout-url {url} is no address: {error}") from error
-            except (httpx.HTTPError, ValueError) as error:
-                reason = str(error) or type(error).__name__
-                problem = EndpointError(reason, Kind.PASSING)
-            if problem.kind is not Kind.PASSING:
-                raise UserError(
-                    f"{url} refuses ({problem}): start vLLM as docs/how-to/training-judges.md says"
-                )
-            if time.monotonic() - begin > self.patience:
-                raise self._given_up(url, str(problem))
-            self._report_wait(url, str(problem))
-            await asyncio.sleep(min(_WAIT, self.patience / 4))
+
+def _read_json(content: bytes, _: float | None = None) -> Any:
+    """Return the value of a body, or None for an empty one."""
+    if not content:
+        return None
+    try:
+        return load_json(content)
+    except ValueError as error:
+        raise EndpointError(f"an answer is not JSON: {error}", Kind.PASSING) from None
+
+
+def _no_record(place: int, response: GeneratedResponse) -> tuple[str, Mapping[str, Any]]:
+    raise AssertionError("a store needs to_record")
+
+
+def _report(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)

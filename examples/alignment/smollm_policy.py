@@ -190,7 +190,8 @@ def _policy(run: Path, options: argparse.Namespace) -> list[Step]:
     gold = {"kind": "function", "function": f"{CHECKS}:score"}
     judge = {
         "kind": "local", "model": str(run / "judge" / "best"), "template": str(QUESTION),
-        "chat_template": str(run / "chat.jinja"), "length": options.seq_length, "rows": 16,
+        "chat_template": str(run / "chat.jinja"), "length": options.seq_length,
+        "generation_batch_size": 16,
         "agreement": str(run / "agreement" / "agreement.json"),
     }  # fmt: skip
     for name, content in {"gold": gold, "judge": judge}.items():

@@ -4,7 +4,9 @@ from alignment.commands.generate import _parse as generate
 from alignment.commands.train_judge import parse as train_judge
 from alignment.commands.train_policy import parse as train_policy
 from alignment.data.packages import PACKAGES
-from alignment.judges.reward_judges import JudgeSpec
+from alignment.judges.kinds.function import FunctionJudgeConfig
+from alignment.judges.kinds.local import LocalJudgeConfig
+from alignment.judges.kinds.registry import read_judge
 from alignment.judges.training_examples import read_labelled
 from alignment.record_files import read_all
 from alignment.records import Prompt, Response
@@ -48,8 +50,9 @@ def test_prompts_and_commands(tmp_path):
     assert len(labelled) == len(parts["train"]) and len({row.label for row in labelled}) > 3
     policy = train_policy(steps["policy"].command[3:])
     assert policy.steps == 4 and policy.eval_interval == 2 and policy.reference
-    assert JudgeSpec.read(policy.judge[0]).model.endswith("judge/best")
-    assert JudgeSpec.read(policy.gold[0]).function.endswith("checks.py:score")
+    proxy, gold = read_judge(policy.judge[0]), read_judge(policy.gold[0])
+    assert isinstance(proxy, LocalJudgeConfig) and proxy.model.endswith("judge/best")
+    assert isinstance(gold, FunctionJudgeConfig) and gold.function.endswith("checks.py:score")
     steps = {step.name: step for step in _policy(tmp_path, _parse(["--against", "gold"]))}
     policy = train_policy(steps["policy-gold"].command[3:])
     assert policy.judge == policy.gold and policy.steps == 10

@@ -7,7 +7,8 @@ import subprocess
 import pytest
 import yaml
 
-from alignment.judges.reward_judges import JudgeSpec
+from alignment.judges.kinds.local import LocalJudgeConfig
+from alignment.judges.kinds.registry import read_judge
 from alignment.record_files import read_all
 from alignment.records import Response
 from examples.alignment.study.__main__ import DEFAULT
@@ -134,7 +135,8 @@ def test_every_command_is_one(tmp_path):
     assert grpo.stage == "grpo" and grpo.batch_size == 64 and grpo.model.endswith("reasoning/best")
     assert asked["reasoning-verdicts-seed1"].judging_top_k == 20
     assert len([name for name in asked if name in ("label-seed1", "reasoning-seed1")]) == 2
-    spec = JudgeSpec.read(asked["reasoning-seed1"].judge[0])
+    spec = read_judge(asked["reasoning-seed1"].judge[0])
+    assert isinstance(spec, LocalJudgeConfig)
     assert (spec.thinking, spec.top_k, spec.max_new_tokens) == ("asked", 20, 48)
     assert spec.model.endswith("seed1/judges/reinforced/best")
 

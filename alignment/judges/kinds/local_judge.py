@@ -83,7 +83,7 @@ class LocalJudge:
         judge_format: TokenizedJudgeFormat,
         length: int,
         sampling: Sampling = THINKING,
-        rows: int = 32,
+        generation_batch_size: int = 32,
         identity: str = "",
     ) -> None:
         """See the class.
@@ -95,7 +95,8 @@ class LocalJudge:
             identity: a hash of all that a verdict depends on.
         """
         self.engine, self.format, self.length = engine, judge_format, length
-        self.sampling, self.rows, self.identity = sampling, rows, identity
+        self.sampling, self.identity = sampling, identity
+        self.generation_batch_size = generation_batch_size
         self.labels = judge_format.label_tokens
 
     @property
@@ -134,9 +135,9 @@ class LocalJudge:
         keys = {i: (questions[i].sample, questions[i].swapped, *asked[i]) for i in fits}
         representative = {key: i for i, key in reversed(keys.items())}
         calls = sorted(representative.values(), key=lambda i: (len(asked[i]), i))
-        for begin in range(0, all_reduce_max(len(calls)), self.rows):
+        for begin in range(0, all_reduce_max(len(calls)), self.generation_batch_size):
             check()
-            part = calls[begin : begin + self.rows]
+            part = calls[begin : begin + self.generation_batch_size]
             of = self._think if self.format.parser.thinks else self._label
             found = of([questions[i] for i in part], [asked[i] for i in part])
             fields |= zip(part, found)

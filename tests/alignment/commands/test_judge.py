@@ -52,7 +52,7 @@ def judged(folder, sizes, thinks):
         written = [*ids, tokenizer.eos_token_id]
         told = GeneratedResponse(written, [], True)
         setattr(engine, "generate", lambda prompts, *_: [told for _ in prompts])  # noqa: B010
-    judge = LocalJudge(engine, form, 320, Sampling(32), rows=3)
+    judge = LocalJudge(engine, form, 320, Sampling(32), generation_batch_size=3)
     items = responses(7, 1)
     items[2] = replace(items[2], text="river " * 300)
     questions = [Question(item) for item in items]

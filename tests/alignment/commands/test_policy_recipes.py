@@ -3,11 +3,12 @@
 import contextlib
 import io
 import json
+from typing import Any
 
 import pytest
 import yaml
 
-from alignment.judges.reward_judges import JudgeSpec
+from alignment.judges.kinds.registry import read_judge
 from tests.alignment.commands.test_judge_recipes import SHAPES
 from tests.distributed import ROOT, run_ranks
 
@@ -108,11 +109,11 @@ def test_settings_are_the_papers_and_all_that_a_rank_holds_is_counted(tmp_path):
 
 
 def test_the_files_of_judges_are_read():
-    specs = {
-        file.stem: JudgeSpec.read(str(file))
+    specs: dict[str, Any] = {
+        file.stem: read_judge(str(file))
         for file in (EXAMPLES / "policies" / "judges").glob("*.yaml")
     }
-    assert {name: spec.told()["kind"] for name, spec in specs.items()} == {
+    assert {name: spec.summary()["kind"] for name, spec in specs.items()} == {
         "label": "label", "reasoning": "thinking", "gold": "http",
     }  # fmt: skip
     assert (specs["reasoning"].top_k, specs["gold"].temperature) == (20, 0.0)

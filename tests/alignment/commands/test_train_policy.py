@@ -12,7 +12,7 @@ import torch
 from scipy.stats import entropy
 
 from alignment.data.model_tokenizer import load_tokenizer
-from alignment.judges.reward_judges import JudgeSpec
+from alignment.judges.kinds.registry import read_judge
 from alignment.monitors.lengths import Lengths
 from alignment.monitors.text_features import words_of
 from alignment.monitors.training_monitor import Limits, Monitor
@@ -205,23 +205,23 @@ def test_the_divergence_is_that_of_what_is_sampled(place, tmp_path):
         ("kind: oracle", "kind is one of local, endpoint, rule, function, not 'oracle'"),
         ("model: x", "must be a mapping with a kind"),
         ("kind: local", "a judge of kind local needs model"),
-        ("kind: rule\nrule_text: a\ncolour: red", "colour is not of a judge"),
+        ("kind: rule\nrule_text: a\ncolour: red", "colour is not a key of a judge"),
         ("kind: [", "is not YAML"),
     ],
 )
 def test_the_file_of_a_judge_is_checked(tmp_path, content, told):
     (tmp_path / "judge.yaml").write_text(content)
     with pytest.raises(UserError, match=told.replace("[", r"\[")):
-        JudgeSpec.read(str(tmp_path / "judge.yaml"))
+        read_judge(str(tmp_path / "judge.yaml"))
 
 
 def test_a_server_may_move_and_a_judge_may_not_change(tmp_path):
     def lasting(**changes):
         given = {"kind": "endpoint", "model": "m", "url": "http://a/v1"} | changes
         (tmp_path / "judge.yaml").write_text(json.dumps(given))
-        return JudgeSpec.read(str(tmp_path / "judge.yaml")).lasting()
+        return read_judge(str(tmp_path / "judge.yaml")).resume_settings()
 
-    assert lasting() == lasting(url="http://b/v1", rows=3, tries=1)
+    assert lasting() == lasting(url="http://b/v1", concurrency=3, tries=1)
     assert lasting() != lasting(temperature=0.5) and lasting() != lasting(model="n")
 
 
@@ -421,7 +421,7 @@ def test_judges_that_fail_end_the_run_and_are_asked_again(place, tmp_path):
 
 @pytest.mark.slow
 def test_win_rates_are_graded_against_the_first_responses(place, tmp_path):
-    from alignment.commands.annotate import rule_judge
+    from alignment.judges.kinds.rule import load_rule_judge
 
     more = ("--reward", "pairwise", "--no-reference", "--second-gold", place / "rule.yaml")
     assert run_ranks(train, 1, place, tmp_path / "run", place / "rule.yaml", 4, *more) == [0]
@@ -435,7 +435,7 @@ def test_win_rates_are_graded_against_the_first_responses(place, tmp_path):
     asked = {s["prompt"]: tuple(Message(**m) for m in s["messages"]) for s in samples}
     assert len(texts[0]) == len(texts[4]) == 6 and texts[0] != texts[4]
     for name, rule in (("gold", "no-copying"), ("second_gold", "gold"), ("proxy", "gold")):
-        judge = rule_judge(f"rule:{rule}", str(place / "text.txt"))
+        judge = load_rule_judge(rule, str(place / "text.txt"))
 
         def mean(prompt, text, judge=judge):
             return judge.rule.mean(judge.levels(asked[prompt], text))

@@ -21,16 +21,16 @@ def test_a_file_cut_anywhere_keeps_every_whole_line(tmp_path: Path) -> None:
         with AnswerStore(file) as store:
             complete = sum(end <= size for end in ends)
             assert len(store) == complete and ("c" in store) == (complete == 3)
-            assert store.mended == size - ([0, *ends][complete])
+            assert store.torn_bytes == size - ([0, *ends][complete])
             if complete:
                 assert store["a"] == {"text": "ä\n"}
             store.add([("d", {"text": "more"})])
             assert store["d"] == {"text": "more"}
         with AnswerStore(file) as store:
-            assert len(store) == complete + 1 and not store.mended
+            assert len(store) == complete + 1 and not store.torn_bytes
     file.write_bytes(whole + bytes(512))  # zeros, as a loss of power may leave
     with AnswerStore(file) as store:
-        assert len(store) == 3 and store.mended == 512
+        assert len(store) == 3 and store.torn_bytes == 512
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_a_file_of_another_kind_is_refused_and_left_alone(tmp_path: Path, conten
 def test_a_second_writer_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "answers.jsonl"
     with AnswerStore(file):
-        with pytest.raises(UserError, match="another run has"):
+        with pytest.raises(UserError, match="Another run has"):
             AnswerStore(file)
     with AnswerStore(file):
         pass
@@ -61,4 +61,4 @@ def test_an_answer_that_finds_no_room_leaves_the_file_as_it_was(small_disk: Path
             store.add([("b", {"text": "x" * 4_000_000})])
         store.add([("c", {"text": "kept too"})])
     with AnswerStore(file) as store:
-        assert not store.mended and "b" not in store and store["c"] == {"text": "kept too"}
+        assert not store.torn_bytes and "b" not in store and store["c"] == {"text": "kept too"}

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from alignment.endpoints.client import same_model
+from alignment.endpoints.chat_client import same_model
 from alignment.endpoints.endpoint_errors import EndpointError, Kind, error_of_status
-from alignment.endpoints.usage import Prices, Used
+from alignment.endpoints.usage import Prices, TokenUsage
 from alignment.judges.formats.answers import Answer, read_answer
 from tests.alignment.endpoints.endpoint import chat
 
@@ -100,10 +100,10 @@ def test_a_filtered_answer_is_none_even_with_text_and_a_cut_off_one_is_one_with_
 def test_usage_is_read_or_unknown_and_never_zero_instead(usage, counts):
     answer = read(chat("7") | {"usage": usage})
     assert (answer.prompt_tokens, answer.completion_tokens) == counts and answer.text == "7"
-    used, prices = Used.of(answer), Prices(1.0, 1.0)
+    used, prices = TokenUsage.of(answer), Prices(1.0, 1.0)
     assert used.uncounted == (None in counts)
     assert (used.to_json(prices)["dollars"] is None) == (None in counts)
-    assert ("usage of 1 answers unknown" in used.told(prices)) == (None in counts)
+    assert ("usage of 1 answers unknown" in used.summary(prices)) == (None in counts)
 
 
 @pytest.mark.parametrize(

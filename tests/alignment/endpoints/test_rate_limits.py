@@ -6,7 +6,8 @@ from itertools import pairwise
 
 import pytest
 
-from alignment.endpoints.rate_limits import Pace, back_off, retry_after
+from alignment.endpoints.rate_limits import RateLimiter, retry_after
+from alignment.endpoints.retry import back_off
 
 
 class Clock:
@@ -25,13 +26,13 @@ def turns(count: int, tokens: int = 0, hold: float = 0.0, **limits: float) -> li
     clock, began = Clock(), []
 
     async def run() -> None:
-        pace = Pace(clock=clock, sleep=clock.sleep, **limits)
+        pace = RateLimiter(clock=clock, sleep=clock.sleep, **limits)
         for number in range(count):
-            await pace.turn()
+            await pace.acquire()
             began.append(clock.now)
-            pace.used(tokens)
+            pace.count_tokens(tokens)
             if number == 0 and hold:
-                pace.hold(hold)
+                pace.pause(hold)
 
     asyncio.run(run())
     return began

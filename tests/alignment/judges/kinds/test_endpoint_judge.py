@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 from alignment.endpoints.answer_store import AnswerStore
-from alignment.endpoints.client import Answer
+from alignment.judges.formats.answers import Answer
 from alignment.judges.formats.judge_format import JudgeFormat
-from alignment.judges.judge_spec import JudgeSpec
-from alignment.judges.questions import Judging, Question
+from alignment.judges.kinds.judge_config import JudgeContext
+from alignment.judges.kinds.registry import read_judge
+from alignment.judges.questions import JudgingTask, Question
 from alignment.records import Message, Outcome, Prompt, Response
 from megatron_ext.errors import UserError
 from tests.alignment.endpoints.endpoint import Endpoint, chat, hang, status
@@ -39,8 +40,6 @@ def judged(folder, names, room=True):
     """Of each judge: this rank's scores, or the sentence that ends it."""
     import torch.distributed as dist
 
-    from alignment.judges.reward_judges import open_judge
-
     rank, size = dist.get_rank(), dist.get_world_size()
     engine: Any = SimpleNamespace(data_rank=rank, data_size=size)
     if not room and rank == 1:
@@ -51,8 +50,8 @@ def judged(folder, names, room=True):
         AnswerStore.add = add  # type: ignore[method-assign]
     found: list[Any] = []
     for name in names:
-        spec = JudgeSpec.read(str(folder / f"{name}.yaml"))
-        judge = open_judge(spec, False, engine, lambda model: engine, folder / "verdicts")
+        spec = read_judge(str(folder / f"{name}.yaml"))
+        judge = spec.open(JudgeContext(False, folder / "verdicts", engine))
         try:
             verdicts = judge.judge([Question(item) for item in ITEMS[rank::size]])
             found.append([v.score for v in verdicts])
@@ -154,7 +153,6 @@ def stopped(folder):
     """Judge until all answers but one are there; the threads that are left."""
     import torch.distributed as dist
 
-    from alignment.judges.reward_judges import open_judge
     from alignment.ranks import all_reduce_max
 
     rank, size = dist.get_rank(), dist.get_world_size()
@@ -165,8 +163,8 @@ def stopped(folder):
         if all_reduce_max(sum(f.read_bytes().count(b"\n") for f in files)) == len(ITEMS) - 1:
             raise Stop
 
-    spec = JudgeSpec.read(str(folder / "judge.yaml"))
-    judge = open_judge(spec, False, engine, lambda model: engine, folder / "verdicts")
+    spec = read_judge(str(folder / "judge.yaml"))
+    judge = spec.open(JudgeContext(False, folder / "verdicts", engine))
     before = threading.active_count()
     with pytest.raises(Stop):
         judge.judge([Question(item) for item in ITEMS[rank::size]], check)
@@ -183,9 +181,9 @@ def test_a_signal_is_heard_while_a_judge_is_silent_and_answers_are_kept(tmp_path
 
 
 def test_an_empty_answer_tells_nothing_of_an_endpoint():
-    judging = Judging(JudgeFormat.create(pairwise=False), "judge", expected=True)
+    judging = JudgingTask(JudgeFormat.create(pairwise=False), "judge", expected=True)
     question = Question(ITEMS[0])
-    assert judging.note(question, Answer("")) == "malformed"
+    assert judging.inspect(question, Answer("")) == "malformed"
     assert judging.record(question, Answer("")).outcome is Outcome.UNPARSEABLE
     with pytest.raises(UserError, match="gives none"):
-        judging.note(question, Answer("7"))
+        judging.inspect(question, Answer("7"))

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 
 from alignment.commands.annotate import main
+from alignment.judges.kinds.function import FunctionJudgeConfig
 from alignment.judges.kinds.function_judge import FunctionJudge
+from alignment.judges.kinds.judge_config import JudgeContext
+from alignment.judges.kinds.registry import read_judge
 from alignment.judges.questions import Question
-from alignment.judges.reward_judges import JudgeSpec, open_judge
 from alignment.record_files import read_all
 from alignment.records import Message, Outcome, Pair, Prompt, Response, Verdict
 from megatron_ext.errors import TooFewResults, UserError
@@ -155,29 +157,29 @@ def test_it_annotates_and_rewards(checks, tmp_path):
 
     spec = tmp_path / "judge.yaml"
     spec.write_text(f"kind: function\nfunction: {checks}:words\n")
-    read = JudgeSpec.read(str(spec))
-    no_engine: Any = None
-    opened = open_judge(read, False, no_engine, no_engine, tmp_path)
+    config = read_judge(str(spec))
+    opened = config.open(JudgeContext(False, tmp_path))
     assert opened.judge([Question(item) for item in ITEMS]) == told
+    engine: Any = object()
     with pytest.raises(UserError, match="no pairwise reward"):
-        open_judge(read, True, no_engine, no_engine, tmp_path)
+        config.open(JudgeContext(True, tmp_path, engine))
 
 
 def test_the_agreement_of_a_judge_is_read(tmp_path):
     spec = tmp_path / "judge.yaml"
     spec.write_text("kind: rule\nrule_text: x\nagreement: " + str(tmp_path / "agreement.json"))
     with pytest.raises(UserError, match=r"is no agreement\.json"):
-        JudgeSpec.read(str(spec)).agreed()
+        read_judge(str(spec)).read_agreement()
     figures = {"alpha_interval": {"value": 0.5, "low": 0.4}}
     (tmp_path / "agreement.json").write_text(json.dumps({"all": {"agreement": figures}}))
-    assert JudgeSpec.read(str(spec)).agreed() == {"alpha_interval": 0.5}
+    assert read_judge(str(spec)).read_agreement() == {"alpha_interval": 0.5}
 
 
 def asked_on_two_ranks_of_one_share(file: Path) -> float | None:
     """On a rank: the score of a function that says something else to every process."""
     policy: Any = SimpleNamespace(data_rank=0, data_size=1)
-    spec = JudgeSpec(kind="function", name="f", function=f"{file}:score", scale=[0, 1])
-    judge = open_judge(spec, False, policy, lambda model: policy, file.parent)
+    spec = FunctionJudgeConfig(name="f", function=f"{file}:score", scale=[0, 1])
+    judge = spec.open(JudgeContext(False, file.parent, policy))
     prompt = Prompt("p", (Message("user", "hello"),))
     [verdict] = judge.judge([Question(Response("r", prompt, "yes"))])
     return verdict.score

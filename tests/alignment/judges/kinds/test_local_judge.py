@@ -80,7 +80,7 @@ def test_equal_questions_are_asked_once(judge, monkeypatch):
 
     ask_all = judge.engine.generate
     monkeypatch.setattr(judge.engine, "generate", generate)
-    monkeypatch.setattr(judge, "rows", 2)
+    monkeypatch.setattr(judge, "generation_batch_size", 2)
     found = judge.judge(questions)
     assert [verdict.item for verdict in found] == list("01234")
     answers = [verdict.answer for verdict in found]
@@ -96,7 +96,7 @@ def test_equal_questions_are_asked_once(judge, monkeypatch):
 def test_equal_responses_have_equal_scores_whatever_else_is_in_the_batch(judge):
     """Padding moves the log-probabilities of an engine in their last digits."""
     judge.format = replace(judge.format, parser=Parser(thinks=False))
-    judge.labels, judge.rows = judge.format.label_tokens, 3
+    judge.labels, judge.generation_batch_size = judge.format.label_tokens, 3
 
     def next_log_probs(batch, labels):
         rows = torch.arange(len(batch.tokens))[:, None, None]

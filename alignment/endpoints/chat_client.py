@@ -1,0 +1,121 @@
+"""Client of an endpoint that speaks OpenAI's chat API."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from hashlib import sha256
+from typing import Any
+
+from alignment.endpoints.client import EndpointClient
+from alignment.judges.formats.answers import Answer, read_answer
+from alignment.records import Message
+
+_CHARACTERS = 4  # per token, about, where an endpoint does not count tokens
+# Names of snapshots: gpt-4o-2024-08-06, claude-sonnet-4-20250514, gemini-1.5-pro-002.
+_SNAPSHOT = re.compile(r"[-@:](\d{4}-\d{2}-\d{2}|\d{8}|\d{6}|\d{4}|\d{3}|latest)$")
+
+
+@dataclass(frozen=True)
+class ChatSampling:
+    """Sampling settings of a chat request; a setting that is None is left to the endpoint."""
+
+    temperature: float = 0.0
+    max_tokens: int = 8192
+    top_p: float | None = None
+    top_k: int | None = None
+    reasoning_effort: str | None = None
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class ChatRequest:
+    """Chat request with everything that its answer depends on.
+
+    Attributes:
+        model: Name of the model at the endpoint.
+        messages: The conversation.
+        sampling: How the answer is drawn.
+        revision: Version of the model, where one name serves several.
+        sample: Number of this sample of the same question; it is added to the seed.
+        label_log_probs: Whether to request the log-probabilities of the likeliest tokens.
+    """
+
+    model: str
+    messages: Sequence[Message]
+    sampling: ChatSampling
+    revision: str = ""
+    sample: int = 0
+    label_log_probs: bool = False
+
+    def body(self) -> dict[str, Any]:
+        """Return the body of the HTTP request."""
+        drawn = {name: value for name, value in asdict(self.sampling).items() if value is not None}
+        if self.sampling.seed is not None:
+            drawn["seed"] = self.sampling.seed + self.sample
+        scores = {"logprobs": True, "top_logprobs": 20} if self.label_log_probs else {}
+        messages = [asdict(message) for message in self.messages]
+        return {"model": self.model, "messages": messages, **drawn, **scores}
+
+    @property
+    def key(self) -> str:
+        """Return a hash of everything that the answer depends on, without the address."""
+        return sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+
+@dataclass
+class ChatClient(EndpointClient):
+    """Client of an endpoint that speaks OpenAI's chat API.
+
+    Attributes:
+        models: Number of answers of each model, by the names that the endpoint returns.
+    """
+
+    models: Counter[str] = field(default_factory=Counter, init=False)
+
+    async def ask(self, request: ChatRequest) -> Answer:
+        """Return the answer to a request; see `EndpointClient.post` for the errors."""
+        read = partial(_read, request.label_log_probs)
+        answer = await self.post(f"{self.url}/chat/completions", request.body(), read)
+        self.limiter.count_tokens(_tokens(request, answer))
+        self._count_model(request.model, answer.model)
+        return answer
+
+    def _count_model(self, requested: str, answered: str) -> None:
+        if not answered:
+            return
+        self.models[answered] += 1
+        if self.models[answered] == 1 and not same_model(requested, answered):
+            self.report(
+                f"warning: {self.url} was asked for the model {requested!r} and answers as "
+                f"{answered!r}. Check that it serves the right model."
+            )
+
+
+def _read(label_log_probs: bool, content: bytes, seconds: float | None) -> Answer:
+    return read_answer(content, label_log_probs, seconds)
+
+
+def same_model(requested: str, answered: str) -> bool:
+    """Return whether two names may mean one model: a snapshot of it, or a name with its owner."""
+    names, snapshots = [], []
+    for name in (requested, answered):
+        name = name.strip("/").lower()
+        base = _SNAPSHOT.sub("", name)
+        names.append(base)
+        snapshots.append(name[len(base) + 1 :])
+    if len({"/" in name for name in names}) > 1:
+        names = [name.rpartition("/")[2] for name in names]
+    return names[0] == names[1] and len({*snapshots} - {"", "latest"}) < 2
+
+
+def _tokens(request: ChatRequest, answer: Answer) -> int:
+    """Return the tokens of a call, estimated where the endpoint does not count them."""
+    prompt, completion = answer.prompt_tokens, answer.completion_tokens
+    if prompt is None:
+        prompt = sum(len(message.content) for message in request.messages) // _CHARACTERS
+    if completion is None:
+        completion = len(answer.thinking + answer.text) // _CHARACTERS
+    return prompt + completion

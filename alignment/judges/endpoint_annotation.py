@@ -1,0 +1,203 @@
+"""Annotation by a judge behind an address, from questions to the rows of the output."""
+
+import asyncio
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from alignment.endpoints.answer_store import AnswerStore
+from alignment.endpoints.api_key import read_api_key
+from alignment.endpoints.chat_client import ChatClient, ChatRequest
+from alignment.endpoints.client import RunCancelled, connect
+from alignment.endpoints.pool import CancelToken
+from alignment.endpoints.rate_limits import RateLimiter
+from alignment.endpoints.usage import Prices, TokenUsage
+from alignment.judges.annotation import AnnotationProgress, AnnotationRun
+from alignment.judges.formats.answers import Answer
+from alignment.judges.formats.judge_format import JudgeFormat
+from alignment.judges.formats.prompts import judge_prompt
+from alignment.judges.kinds.endpoint import EndpointJudgeConfig
+from alignment.judges.kinds.judge_config import AnnotationSettings
+from alignment.judges.questions import (
+    AnnotationTask,
+    JudgingTask,
+    Question,
+    ResponseTask,
+    RubricTask,
+)
+from alignment.judges.results import reasons_of, require_results
+from alignment.output_file import OutputFile, count_outcomes, format_outcomes
+from alignment.records import Pair, Verdict
+from megatron_ext.errors import TooFewResults
+from megatron_ext.progress import Progress
+
+_RESULTS = {"generate": "response", "rubrics": "rubric"}
+
+
+def annotate_by_endpoint(
+    config: EndpointJudgeConfig,
+    questions: Sequence[Question],
+    output: OutputFile,
+    settings: AnnotationSettings,
+) -> int:
+    """Ask the questions that have no answer yet, write the rows of all, and return the exit status.
+
+    Raises:
+        UserError: If the run ended early for a reason that the user can fix; answers are kept.
+        TooFewResults: If more questions have no result than allowed. Where all have been asked, the
+            rows are written nevertheless.
+    """
+    judge, task = _judge(config, settings, pairwise=isinstance(questions[0].item, Pair))
+    output.check_or_create(_hash(judge))
+    prices = Prices(settings.price_in, settings.price_out)
+
+    def request(question: Question) -> ChatRequest:
+        return ChatRequest(
+            config.model,
+            task.messages(question),
+            config.sampling,
+            config.revision,
+            question.sample,
+            config.expected_score,
+        )
+
+    keys = [request(question).key for question in questions]
+    by_key = dict(zip(keys, questions))
+    cache = Path(settings.cache or f"{output.path}.answers.jsonl")
+    begin = time.monotonic()
+    with AnswerStore(cache) as store:
+        if store.torn_bytes:
+            print(f"{cache}: took away the last line, which a killed run had not finished")
+        before = {key: Answer.from_row(store[key]) for key in by_key if key in store}
+        if isinstance(task, JudgingTask):
+            # An answer without log-probabilities is a fault of the server, and is requested again.
+            before = {key: a for key, a in before.items() if not task.lacks_log_probs(a)}
+        missing = [key for key in by_key if key not in before]
+        lacking = {
+            key: reason
+            for key, answer in before.items()
+            if (reason := task.explain_lack(by_key[key], answer))
+        }
+        print(f"{len(by_key):,} questions, {len(before):,} answered before", flush=True)
+        try:
+            progress = asyncio.run(
+                _ask(
+                    config,
+                    settings,
+                    missing,
+                    len(before),
+                    lacking,
+                    store,
+                    prices,
+                    lambda key: request(by_key[key]),
+                    lambda key, answer: task.inspect(by_key[key], answer),
+                    lambda key, answer: task.explain_lack(by_key[key], answer),
+                )
+            )
+        except RunCancelled as cancelled:
+            count = sum(key in store for key in by_key)
+            print(f"stopped: repeat the command to resume, with {count:,} answers kept", flush=True)
+            return 128 + int(cancelled.args[0])
+        answers = {key: Answer.from_row(store[key]) for key in by_key if key in store}
+    failed = progress.failed
+    rows = [
+        task.record(question, answers.get(key), failed.get(key, ""))
+        for key, question in zip(keys, questions)
+    ]
+    records = [row for row in rows if row is not None]
+    usage = sum(map(TokenUsage.of, answers.values()), TokenUsage())
+    models = Counter(answer.model for answer in answers.values() if answer.model)
+    about: dict[str, Any] = {"judge": judge, "used": usage.to_json(prices), "models": dict(models)}
+    if settings.task == "judge":
+        about["outcomes"], summary = count_outcomes(records), format_outcomes(records)
+    else:
+        noun = "prompts with rubrics" if settings.task == "rubrics" else "responses"
+        summary = f"{len(records):,} {noun}"
+    output.write(records, about)
+    print(
+        f"{summary}; {usage.summary(prices)}; now asked {progress.usage.answers:,}: "
+        f"{progress.usage.summary(prices)}, {time.monotonic() - begin:.1f} s; wrote {output.path}"
+    )
+    if failed:
+        print(f"{len(failed):,} calls failed: the same command asks these again")
+    if settings.task == "judge":
+        reasons = reasons_of(record for record in records if isinstance(record, Verdict))
+    else:
+        by_reason = {key: task.explain_lack(by_key[key], a) for key, a in answers.items()} | failed
+        reasons = [by_reason[key] for key in keys if by_reason[key]]
+    result = _RESULTS.get(settings.task, "verdict")
+    require_results(reasons, len(questions), settings.max_failed, lack=result)
+    return 0
+
+
+def _judge(
+    config: EndpointJudgeConfig, settings: AnnotationSettings, pairwise: bool
+) -> tuple[dict[str, Any], AnnotationTask]:
+    """Return everything that the answers and their reading depend on, and the task."""
+    judge: dict[str, Any] = {
+        "model": config.model,
+        "revision": config.revision,
+        "sampling": asdict(config.sampling),
+    }
+    if settings.task == "rubrics":
+        template = judge_prompt("rubric")
+        judge |= {"form": template.identity}
+        return judge, RubricTask(template.messages)
+    if settings.task == "generate":
+        return judge, ResponseTask(config.model, _hash(judge))
+    judge_format = JudgeFormat.create(pairwise, config.template, config.thinking)
+    judge |= {"form": judge_format.identity, "expected_score": config.expected_score}
+    return judge, JudgingTask(judge_format, _hash(judge), config.expected_score)
+
+
+def _hash(values: Mapping[str, Any]) -> str:
+    return sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+async def _ask(
+    config: EndpointJudgeConfig,
+    settings: AnnotationSettings,
+    keys: Sequence[str],
+    answered_before: int,
+    lacking: Mapping[str, str],
+    store: AnswerStore,
+    prices: Prices,
+    request: Callable[[str], ChatRequest],
+    inspect: Callable[[str, Answer], str],
+    explain_lack: Callable[[str, Answer], str],
+) -> AnnotationProgress:
+    cancel = CancelToken()
+    limiter = RateLimiter(
+        settings.requests_per_minute, settings.tokens_per_minute, sleep=cancel.sleep
+    )
+    key = read_api_key(config.api_key_variable)
+    async with connect(key, settings.concurrency) as http:
+        with Progress("asking", len(keys), "answers") as progress:
+            client = ChatClient(
+                config.url, http, config.retry_policy, limiter, cancel.sleep, progress.log
+            )
+            run = AnnotationRun(
+                keys,
+                request,
+                store,
+                client,
+                cancel,
+                inspect,
+                explain_lack,
+                answered_before,
+                settings.concurrency,
+                settings.max_failed,
+                lambda counts: counts.usage.summary(prices),
+            )
+            run.counts.lacking.update(lacking)
+            try:
+                return await run.run(progress)
+            except TooFewResults:
+                if run.counts.done < len(keys):
+                    raise
+                return run.counts  # Every question has an outcome, so that a file is worth while.

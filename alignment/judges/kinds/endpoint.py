@@ -1,0 +1,147 @@
+"""Judge kind "endpoint": a model behind an OpenAI-compatible address."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+from pydantic import Field
+
+from alignment.endpoints.api_key import API_KEY_VARIABLE
+from alignment.endpoints.chat_client import ChatSampling
+from alignment.endpoints.retry import MAX_WAIT, RetryPolicy
+from alignment.judges.kinds.judge_config import (
+    MAY_CHANGE,
+    AnnotationSettings,
+    JudgeConfig,
+    JudgeContext,
+    JudgeFlags,
+)
+from alignment.judges.questions import Question
+from alignment.output_file import OutputFile
+from megatron_ext.errors import UserError
+
+if TYPE_CHECKING:
+    from alignment.judges.kinds.endpoint_judge import EndpointJudge
+
+ENDPOINT_TIMEOUT = 600.0
+"""Default time limit of one call, in seconds."""
+
+
+class EndpointJudgeConfig(JudgeConfig):
+    """Description of a judge behind an address.
+
+    Attributes:
+        url: Address of the endpoint up to and including /v1.
+        model: Name of the model that the endpoint serves.
+        revision: Version of the model, where one name serves several: answers are kept apart by it.
+        api_key_variable: Environment variable that holds the key of the endpoint.
+        template: Name or file of the prompt template. Default: the plain one.
+        thinking: Whether the judge writes its thinking before the label: "none", "asked" in its
+            prompt, or "opened" by the chat template of its model.
+        temperature: Sampling temperature.
+        top_k: Number of likeliest tokens to draw from, or None for the default of the endpoint.
+        top_p: Probability of the likeliest tokens to draw from, or None for that default.
+        max_new_tokens: Most tokens of an answer with its thinking.
+        reasoning_effort: Reasoning effort, such as "high", for models that have it.
+        seed: Seed of the first sample; the second has the next one, and so on.
+        expected_score: Whether the score is the expectation over the probabilities of the labels.
+        concurrency: Number of calls at a time of one rank.
+        timeout: Time limit of one call, in seconds.
+        tries: Most tries of one call.
+        first_wait: Longest wait after the first failed try, in seconds; it doubles up to a minute.
+        max_wait: Longest wait that the endpoint may request, in seconds.
+    """
+
+    kind: Literal["endpoint"] = "endpoint"
+    url: Annotated[str, Field(min_length=1), MAY_CHANGE]
+    model: Annotated[str, Field(min_length=1)]
+    revision: str = ""
+    api_key_variable: Annotated[str, MAY_CHANGE] = API_KEY_VARIABLE
+    template: str | None = None
+    thinking: Literal["none", "asked", "opened"] = "none"
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    max_new_tokens: Annotated[int, Field(ge=1)] = 8192
+    reasoning_effort: str | None = None
+    seed: int | None = None
+    expected_score: bool = True
+    concurrency: Annotated[int, Field(ge=1), MAY_CHANGE] = 32
+    timeout: Annotated[float, Field(gt=0), MAY_CHANGE] = ENDPOINT_TIMEOUT
+    tries: Annotated[int, Field(ge=1), MAY_CHANGE] = 12
+    first_wait: Annotated[float, Field(ge=0), MAY_CHANGE] = 1.0
+    max_wait: Annotated[float, Field(ge=0), MAY_CHANGE] = MAX_WAIT
+
+    @classmethod
+    def from_flag(cls, argument: str, flags: JudgeFlags) -> Self:
+        """Return the judge that `--judge URL --model NAME` names."""
+        if not flags.model:
+            raise UserError(
+                f"--judge {argument} is an address and needs --model, the name that it serves."
+            )
+        return cls(
+            name=flags.model,
+            url=argument.rstrip("/"),
+            model=flags.model,
+            revision=flags.revision,
+            api_key_variable=flags.api_key_variable or API_KEY_VARIABLE,
+            template=flags.template,
+            thinking=flags.thinking,  # type: ignore[arg-type]  # validated by pydantic
+            temperature=flags.temperature,
+            top_k=flags.top_k,
+            top_p=flags.top_p,
+            max_new_tokens=flags.max_tokens,
+            reasoning_effort=flags.reasoning_effort,
+            seed=flags.seed,
+            expected_score=flags.expected_score,
+            timeout=ENDPOINT_TIMEOUT if flags.timeout is None else flags.timeout,
+            tries=flags.tries,
+            first_wait=flags.first_wait,
+            max_wait=MAX_WAIT if flags.max_wait is None else flags.max_wait,
+        )
+
+    @property
+    def sampling(self) -> ChatSampling:
+        """Return how an answer is drawn."""
+        return ChatSampling(
+            self.temperature,
+            self.max_new_tokens,
+            self.top_p,
+            self.top_k,
+            self.reasoning_effort,
+            self.seed,
+        )
+
+    @property
+    def retry_policy(self) -> RetryPolicy:
+        """Return how long a call may take and how often it is repeated."""
+        return RetryPolicy(
+            tries=self.tries,
+            timeout=self.timeout,
+            first_wait=self.first_wait,
+            max_wait=self.max_wait,
+        )
+
+    def open(self, context: JudgeContext) -> "EndpointJudge":
+        """Return the judge, whose answers are stored in the folder of the context."""
+        from alignment.judges.kinds.endpoint_judge import EndpointJudge
+
+        assert context.engine is not None, "annotate() serves commands of one process"
+        store = context.store / f"{self.name}.answers"
+        return EndpointJudge(self, context.pairwise, context.engine, store)
+
+    def annotate(
+        self, questions: Sequence[Question], output: OutputFile, settings: AnnotationSettings
+    ) -> int:
+        """Ask the questions that have no answer yet; see `annotate_by_endpoint`."""
+        from alignment.judges.endpoint_annotation import annotate_by_endpoint
+
+        return annotate_by_endpoint(self, questions, output, settings)
+
+    def content_hashes(self) -> dict[str, Any]:
+        """Return a hash of the prompt template if it is a file."""
+        return self.hash_template(self.template)
+
+    @property
+    def report_kind(self) -> str:
+        """Return the word for an endpoint in reports."""
+        return "http"

@@ -1,0 +1,142 @@
+"""Registry of the judge kinds, and the reader of the files that describe judges.
+
+    kind: local          # a model on the ranks of the policy, with its layout
+    model: runs/judge/best
+    template: pointwise
+    thinking: asked
+
+To add a kind, write a subclass of `JudgeConfig` and register it here; annotation, evaluation and
+training then accept its files.
+"""
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from alignment.judges.kinds.endpoint import EndpointJudgeConfig
+from alignment.judges.kinds.function import FunctionJudgeConfig
+from alignment.judges.kinds.judge_config import JudgeConfig, JudgeFlags
+from alignment.judges.kinds.local import LocalJudgeConfig
+from alignment.judges.kinds.rule import RuleJudgeConfig
+from megatron_ext.errors import UserError
+
+JUDGE_KINDS: dict[str, type[JudgeConfig]] = {
+    "local": LocalJudgeConfig,
+    "endpoint": EndpointJudgeConfig,
+    "rule": RuleJudgeConfig,
+    "function": FunctionJudgeConfig,
+}
+
+_EXPECTED = {
+    "string_type": "text",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a number",
+    "bool_type": "true or false",
+    "dict_type": "a mapping",
+    "list_type": "a list",
+}
+
+
+def read_judge(file: str) -> JudgeConfig:
+    """Return the judge that a YAML file describes.
+
+    Raises:
+        UserError: If the file cannot be read, or a key or value is invalid.
+    """
+    try:
+        values = yaml.safe_load(Path(file).read_text())
+    except OSError as error:
+        raise UserError(f"The judge {file} cannot be read: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"The judge {file} is not YAML: {error}") from error
+    if not isinstance(values, dict) or "kind" not in values:
+        raise UserError(f"The judge {file} must be a mapping with a kind, such as kind: local.")
+    kind = values["kind"]
+    if not isinstance(kind, str):
+        raise UserError(f"{file}: kind must be text, not {kind!r}.")
+    if kind not in JUDGE_KINDS:
+        names = ", ".join(JUDGE_KINDS)
+        raise UserError(
+            f"{file}: kind is one of {names}, not {kind!r}.{_nearest(kind, JUDGE_KINDS)}"
+        )
+    return _validate(JUDGE_KINDS[kind], {"name": Path(file).stem, **values}, file)
+
+
+def judge_from_flag(judge: str, flags: JudgeFlags) -> JudgeConfig:
+    """Return the judge that a command names with --judge.
+
+    Args:
+        judge: A YAML file, the address of an endpoint, KIND or KIND:ARGUMENT.
+        flags: The values of the other flags that describe a judge.
+
+    Raises:
+        UserError: If there is no such judge.
+    """
+    if is_judge_file(judge):
+        return read_judge(judge)
+    if judge.startswith(("http://", "https://")):
+        return EndpointJudgeConfig.from_flag(judge, flags)
+    kind, _, argument = judge.partition(":")
+    if kind not in JUDGE_KINDS:
+        raise UserError(
+            f"--judge {judge} is neither http://HOST:PORT/v1, nor a YAML file, nor a judge kind "
+            f"({', '.join(JUDGE_KINDS)}).{_nearest(kind, JUDGE_KINDS)}"
+        )
+    return JUDGE_KINDS[kind].from_flag(argument, flags)
+
+
+def is_judge_file(judge: str) -> bool:
+    """Return whether the value of --judge is the name of a YAML file."""
+    return judge.endswith((".yaml", ".yml"))
+
+
+def _validate(config: type[JudgeConfig], values: Mapping[Any, Any], file: str) -> JudgeConfig:
+    """Return the configuration with these values, or raise a one-sentence UserError."""
+    try:
+        return config.model_validate(values)
+    except ValidationError as error:
+        # An unknown key explains a missing one: it is often the same key, misspelt.
+        errors = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+        raise UserError(f"{file}: {_sentence(errors[0], values['kind'], config)}") from None
+
+
+def _sentence(error: ErrorDetails, kind: str, config: type[JudgeConfig]) -> str:
+    """Return what is wrong with a key and what to do."""
+    key, value, name = str(error["loc"][0]), error["input"], error["type"]
+    context = error.get("ctx", {})
+    if name == "extra_forbidden":
+        keys = list(config.model_fields)
+        return (
+            f"{key} is not a key of a judge of kind {kind}, whose keys are "
+            f"{', '.join(keys)}.{_nearest(key, keys)}"
+        )
+    if name == "missing" or name == "string_too_short":
+        return f"a judge of kind {kind} needs {key}. Add the key {key}."
+    if name == "value_error":
+        return str(context["error"])
+    if len(error["loc"]) > 1 and name in _EXPECTED:
+        return f"{key} must be a list whose elements are each {_EXPECTED[name]}, not {value!r}."
+    if name in _EXPECTED:
+        shown = "null. Leave the key out to use its default" if value is None else repr(value)
+        return f"{key} must be {_EXPECTED[name]}, not {shown}."
+    if name == "greater_than_equal" and context["ge"] == 0:
+        return f"{key} must not be negative, not {value}."
+    if name == "greater_than_equal":
+        return f"{key} must be at least {context['ge']:g}, not {value}."
+    if name == "greater_than":
+        return f"{key} must be above {context['gt']:g}, not {value}."
+    if name == "literal_error":
+        return f"{key} is one of {context['expected']}, not {value!r}."
+    return f"{key}: {error['msg']}."
+
+
+def _nearest(word: str, words: Any) -> str:
+    matches = get_close_matches(word, list(words), n=1)
+    return f" Did you mean {matches[0]}?" if matches else ""
