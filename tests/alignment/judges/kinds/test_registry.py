@@ -272,9 +272,9 @@ def test_registered_kind_serves_annotate_evaluate_and_rewards(tmp_path, monkeypa
     files = ["--input", str(tmp_path / "base.jsonl"), "--output", str(output)]
     assert annotate.main([*files, "--judge", judge]) == 0
     assert [v.score for v in read_all(output, Verdict)] == [8.0]
-    with pytest.raises(UserError, match="no short form for --judge. Describe it in a YAML file"):
+    with pytest.raises(UserError, match=r"no short form for --judge\. Describe it in a YAML file"):
         annotate.main([*files, "--judge", "words:3"])
-    with pytest.raises(UserError, match="requires a judge at an endpoint|is for a judge at an"):
+    with pytest.raises(UserError, match=r"requires a judge at an endpoint|is for a judge at an"):
         annotate.main([*files, "--judge", judge, "--generate"])
 
     base, better = (str(tmp_path / f"{name}.jsonl") for name in texts)
