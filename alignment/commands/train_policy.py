@@ -101,7 +101,8 @@ def main(argv: Sequence[str]) -> int:
         start = load(options.model)
 
         def reference(batch: TokenBatch, temperature: float) -> Any:
-            return start.log_probs(batch, temperature=temperature).log_probs
+            scores = start.log_probs(batch, temperature=temperature, trained_only=True)
+            return scores.log_probs
 
     return _learn(
         options, engine, critic, tokenizer, template, tasks, held_out, settings, limits, judges,

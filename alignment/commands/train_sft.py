@@ -73,7 +73,7 @@ def mean_log_prob(engine: AlignmentEngine, samples: Sequence[TokenSample], lengt
         length: of the rows that samples are packed into.
     """
     batch = TokenBatch.packed(samples[engine.data_rank :: engine.data_size], length)
-    scores = engine.log_probs(batch).log_probs.cpu()
+    scores = engine.log_probs(batch, trained_only=True).log_probs.cpu()
     mine = (float((scores * batch.loss_mask).double().sum()), int(batch.loss_mask.sum()))
     sums, counts = zip(*all_gather_by_data_rank(engine, mine))
     return sum(sums) / sum(counts)

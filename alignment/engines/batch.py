@@ -131,6 +131,12 @@ class TokenBatch:
         """The tokens that others of their sample come before, bool `[rows, length]`."""
         return (self.samples != PADDING) & (self.positions > 0)
 
+    @cached_property
+    def last(self) -> Tensor:
+        """Last token of each sample, bool `[rows, length]`."""
+        following = F.pad(self.samples, (0, 1), value=PADDING)[:, 1:]
+        return (self.samples != PADDING) & (self.samples != following)
+
     def sum_by_sample(self, values: Tensor) -> Tensor:
         """Sums over the tokens of each sample, in the order of rows and samples.
 

@@ -115,12 +115,19 @@ class DeepSpeedEngine:
         self._device = self._engine.device
 
     def log_probs(
-        self, batch: TokenBatch, *, temperature: float = 1.0, entropy: bool = False
+        self,
+        batch: TokenBatch,
+        *,
+        temperature: float = 1.0,
+        entropy: bool = False,
+        trained_only: bool = False,
     ) -> TokenScores:
         """See the protocol."""
         self._engine.eval()
         with torch.no_grad():
-            found = [self._score(part, temperature, entropy) for part in self._split(batch)]
+            found = [
+                self._score(part, temperature, entropy, trained_only) for part in self._split(batch)
+            ]
         real = (slice(batch.rows), slice(batch.length))
         log_probs = torch.cat([scores.log_probs for scores in found])[real]
         entropies = [scores.entropy for scores in found if scores.entropy is not None]
@@ -130,9 +137,8 @@ class DeepSpeedEngine:
         """See the protocol."""
         self._engine.eval()
         with torch.no_grad():
-            parts = [self._logits(part) for part in self._split(batch)]
-        table = [part[..., list(tokens)] - part.logsumexp(-1, keepdim=True) for part in parts]
-        return torch.cat(table)[: batch.rows, : batch.length]
+            parts = [self._next(part, tokens) for part in self._split(batch)]
+        return torch.cat(parts)[: batch.rows, : batch.length]
 
     def values(self, batch: TokenBatch, token: int) -> Tensor:
         """See the protocol; as exact as the logits are."""
@@ -162,7 +168,7 @@ class DeepSpeedEngine:
         for number, part in enumerate(parts, start=1):
             self._engine.set_gradient_accumulation_boundary(number == len(parts))
             if values is None:
-                scores = self._score(part, temperature, entropy)
+                scores = self._score(part, temperature, entropy, trained_only=True)
             else:
                 scores = self._value(part, values)
             sums = loss(scores, part)
@@ -293,32 +299,53 @@ class DeepSpeedEngine:
         # With ZeRO ranks need each other's parts in every one.
         return micro_batches(batch, self.zero.micro_batch, None, self._device)
 
-    def _score(self, batch: TokenBatch, temperature: float, entropy: bool) -> TokenScores:
-        logits = self._logits(batch) / temperature
-        targets = torch.nn.functional.pad(batch.tokens, (0, 1))[:, 1:]
-        found = [log_probs_of(logits.flatten(0, 1), targets.flatten()).view_as(targets)]
+    def _score(
+        self, batch: TokenBatch, temperature: float, entropy: bool, trained_only: bool
+    ) -> TokenScores:
+        scored = batch.loss_mask if trained_only else batch.predicted
+        following = torch.nn.functional.pad(batch.tokens, (0, 1))[:, 1:]
+        places = _columns(torch.nn.functional.pad(scored, (0, 1))[:, 1:])
+        logits, targets = self._logits(batch, places) / temperature, following[:, places]
+        kinds = [log_probs_of(logits.flatten(0, 1), targets.flatten()).view_as(targets)]
         if entropy:
             table = logits.log_softmax(dim=-1)
-            found.append(-(table.exp() * table).sum(dim=-1))
-        return align_scores(torch.stack(found), batch)
+            kinds.append(-(table.exp() * table).sum(dim=-1))
+        every = logits.new_zeros(len(kinds), *batch.tokens.shape)
+        return align_scores(every.index_copy(2, places, torch.stack(kinds)), scored)
+
+    def _next(self, batch: TokenBatch, tokens: Sequence[int]) -> Tensor:
+        places = _columns(batch.last)
+        logits = self._logits(batch, places)
+        scores = logits[..., list(tokens)] - logits.logsumexp(-1, keepdim=True)
+        every = scores.new_zeros(*batch.tokens.shape, len(tokens))
+        return every.index_copy(1, places, scores) * batch.last.unsqueeze(-1)
 
     def _value(self, batch: TokenBatch, token: int) -> TokenScores:
-        # As the output layer gives them, before a soft cap say.
-        given: list[Tensor] = []
+        # Values are read from the output layer, before a soft cap for example.
+        outputs: list[Tensor] = []
         head = self._engine.module.get_output_embeddings()
-        hook = head.register_forward_hook(lambda layer, inputs, output: given.append(output))
+        hook = head.register_forward_hook(lambda layer, inputs, output: outputs.append(output))
         self._logits(batch)
         hook.remove()
-        return align_scores(given[0][..., token].float().unsqueeze(0), batch, values=True)
+        values = outputs[0][..., token].float().unsqueeze(0)
+        return align_scores(values, batch.predicted, values=True)
 
-    def _logits(self, batch: TokenBatch) -> Tensor:
-        """fp32 `[rows, length, vocabulary]`."""
+    def _logits(self, batch: TokenBatch, places: Tensor | None = None) -> Tensor:
+        """Return logits after the tokens at some places of every row, or at all places.
+
+        Returns:
+            fp32 `[rows, places, vocabulary]`.
+        """
         mask = None
         positions = torch.arange(batch.length, device=self._device).expand(batch.rows, -1)
         if batch.is_packed:
             mask, positions = self._mask(batch), batch.positions
         output = self._engine(
-            input_ids=batch.tokens, attention_mask=mask, position_ids=positions, use_cache=False
+            input_ids=batch.tokens,
+            attention_mask=mask,
+            position_ids=positions,
+            use_cache=False,
+            logits_to_keep=0 if places is None else places,
         )
         return output.logits.float()
 
@@ -341,6 +368,12 @@ class DeepSpeedEngine:
         if not hasattr(tensor, "ds_id"):
             return nullcontext()
         return deepspeed.zero.GatheredParameters([tensor], modifier_rank=0 if changed else None)
+
+
+def _columns(mask: Tensor) -> Tensor:
+    """Return the columns in which a mask is set in any row; the first column if it is nowhere."""
+    places = mask.any(dim=0).nonzero().flatten()
+    return places if len(places) else places.new_zeros(1)
 
 
 def _start_ranks() -> None:

@@ -29,27 +29,34 @@ class TokenScorer:
         groups: ProcessGroupCollection,
         temperature: float = 1.0,
         entropy: bool = False,
+        trained_only: bool = False,
         choices: Sequence[int] = (),
         values: int | None = None,
     ) -> None:
-        """See the class.
+        """Choose the tokens after which the output layer is computed.
 
         Args:
-            batch: whole rows, on the model's device.
-            groups: whose ranks share a vocabulary (tp) and a row (cp).
-            temperature: divides the logits.
-            entropy: whether it is asked for.
-            choices: score these tokens after each token, and not the batch's own.
-            values: give values instead, by the output layer's row of this token.
+            batch: Whole rows, on the model's device.
+            groups: Process groups whose ranks share a vocabulary (tp) and a row (cp).
+            temperature: Divisor of the logits.
+            entropy: Whether to compute entropies.
+            trained_only: Score the tokens of `loss_mask` alone.
+            choices: Score these tokens after the last token of each sample, and not the batch's.
+            values: Compute values instead, with the output layer's row of this token.
         """
         self.batch, self.groups = batch, groups
         self.temperature, self.entropy, self.choices = temperature, entropy, choices
         self.values = values
+        self.scored = batch.loss_mask if trained_only else batch.predicted
         ranks, length = groups.cp.size(), batch.length // groups.cp.size()
         device = batch.tokens.device
         places = [sequence_positions(length, rank, ranks, device) for rank in range(ranks)]
         self.places = places[groups.cp.rank()]  # of this rank's tokens in their rows
         self._order = torch.cat(places).argsort()
+        before = batch.last if choices else F.pad(self.scored, (0, 1))[:, 1:]
+        self._index = before[:, self.places].T.flatten().nonzero().flatten()
+        if not len(self._index):  # the output layer takes part in every backward pass
+            self._index = torch.zeros(1, dtype=torch.int64, device=device)
 
     def __call__(
         self,
@@ -59,32 +66,54 @@ class TokenScorer:
         scale_logits: Any,
         **_: Any,
     ) -> Tensor:
-        """Score the token after each of this rank's.
+        """Score the tokens after those of this rank that are chosen.
 
         Returns:
-            fp32 `[length of this rank, rows, 1 or 2]`: log-probabilities, and entropies if asked;
-            or `[length of this rank, rows, choices]`; or values, `[length of this rank, rows, 1]`.
+            fp32 `[length of this rank, rows, 1 or 2]`: log-probabilities, and entropies if they are
+            computed; or `[length of this rank, rows, choices]`; or values, `[length of this rank,
+            rows, 1]`. Places that are not chosen have 0.
         """
         if self.values is not None:
             weight = output_layer.weight if output_weight is None else output_weight
             spread = output_layer.sequence_parallel
             return row_values(hidden_states, weight, self.values, self.groups.tp, spread)
-        logits, _ = output_layer(hidden_states, weight=output_weight)
-        logits = scale_logits(logits).float() / self.temperature  # [length, rows, vocabulary part]
+        logits = self._logits(hidden_states, output_layer, output_weight)
+        logits = scale_logits(logits).float() / self.temperature  # [chosen, 1, vocabulary part]
         if self.choices:
-            return vocab_parallel_log_probs(logits, self.choices, self.groups.tp)
-        targets = F.pad(self.batch.tokens, (0, 1))[:, 1:][:, self.places]
-        found = [] if not self.entropy else [vocab_parallel_entropy(logits.clone(), self.groups.tp)]
-        # In place of the logits it writes what its backward pass needs.
-        found.insert(0, -vocab_parallel_cross_entropy(logits, targets.T.contiguous()))
-        return torch.stack(found, dim=-1)
+            scores = vocab_parallel_log_probs(logits, self.choices, self.groups.tp).squeeze(1)
+        else:
+            targets = F.pad(self.batch.tokens, (0, 1))[:, 1:][:, self.places].T.flatten()
+            targets = targets[self._index].unsqueeze(1)
+            kinds = [vocab_parallel_entropy(logits.clone(), self.groups.tp)] if self.entropy else []
+            # The cross entropy replaces the logits by what its backward pass needs.
+            kinds.insert(0, -vocab_parallel_cross_entropy(logits, targets))
+            scores = torch.stack(kinds, dim=-1).squeeze(1)
+        rows, length = self.batch.rows, len(self.places)
+        every = scores.new_zeros(length * rows, scores.shape[-1])
+        return every.index_copy(0, self._index, scores).view(length, rows, -1)
+
+    def _logits(self, hidden_states: Tensor, output_layer: Any, output_weight: Any) -> Tensor:
+        """Return the logits after the chosen tokens, `[chosen, 1, vocabulary part]`."""
+        spread = output_layer.sequence_parallel
+        if spread:
+            # The output layer sums gradients over the ranks when its input is not spread.
+            hidden_states = gather_from_sequence_parallel_region(
+                hidden_states, tensor_parallel_output_grad=False, group=self.groups.tp
+            )
+        chosen = hidden_states.flatten(0, 1).index_select(0, self._index).unsqueeze(1)
+        output_layer.sequence_parallel = False
+        try:
+            logits, _ = output_layer(chosen, weight=output_weight)
+        finally:
+            output_layer.sequence_parallel = spread
+        return logits
 
     def scores(self, found: Tensor) -> TokenScores:
-        """Scores of the whole rows, on every rank that shares them, each score at its own token.
+        """Return scores of the whole rows, on every rank that shares them, each at its token.
 
         A gradient goes back to the rank whose score it is.
         """
-        return align_scores(self.whole(found), self.batch, self.values is not None)
+        return align_scores(self.whole(found), self.scored, self.values is not None)
 
     def whole(self, found: Tensor) -> Tensor:
         """What was found for the rows' parts, on every rank that shares them: `[kinds, rows,

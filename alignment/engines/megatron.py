@@ -121,10 +121,17 @@ class MegatronEngine:
         return self.args.params_dtype
 
     def log_probs(
-        self, batch: TokenBatch, *, temperature: float = 1.0, entropy: bool = False
+        self,
+        batch: TokenBatch,
+        *,
+        temperature: float = 1.0,
+        entropy: bool = False,
+        trained_only: bool = False,
     ) -> TokenScores:
         """See the protocol."""
-        scorer = partial(TokenScorer, temperature=temperature, entropy=entropy)
+        scorer = partial(
+            TokenScorer, temperature=temperature, entropy=entropy, trained_only=trained_only
+        )
         values = self._evaluate(batch, scorer, 1 + entropy)
         return TokenScores(values[0], values[1] if entropy else None)
 
@@ -170,7 +177,13 @@ class MegatronEngine:
         for chunk in self._model:
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
-        scorer = partial(TokenScorer, temperature=temperature, entropy=entropy, values=values)
+        scorer = partial(
+            TokenScorer,
+            temperature=temperature,
+            entropy=entropy,
+            trained_only=values is None,
+            values=values,
+        )
         found = self._run(parts, scorer, loss, train=True)
         lr = self._schedule.get_lr(self._optimizer.param_groups[0])
         stepped, norm, _ = self._optimizer.step()

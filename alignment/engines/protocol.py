@@ -39,15 +39,16 @@ class TokenScores:
     values: Tensor | None = None
 
 
-def align_scores(found: Tensor, batch: TokenBatch, values: bool = False) -> TokenScores:
-    """Move scores to the tokens they are of.
+def align_scores(scores: Tensor, scored: Tensor, values: bool = False) -> TokenScores:
+    """Move scores from the tokens after which they were computed to the tokens that they are of.
 
     Args:
-        found: fp32 `[1 or 2, rows, length]`, of the token after each.
-        values: they are a critic's.
+        scores: fp32 `[1 or 2, rows, length]`, each of the token after its place.
+        scored: bool `[rows, length]`, tokens that have a score. The others get 0.
+        values: Whether the scores are a critic's values.
     """
-    moved = F.pad(found, (1, 0))[..., :-1]
-    moved = torch.where(batch.predicted, moved, 0.0)
+    moved = F.pad(scores, (1, 0))[..., :-1]
+    moved = torch.where(scored, moved, 0.0)
     if values:
         return TokenScores(torch.zeros_like(moved[0]), values=moved[0])
     return TokenScores(moved[0], moved[1] if len(moved) > 1 else None)
@@ -182,16 +183,34 @@ class AlignmentEngine(Protocol):
     def dtype(self) -> torch.dtype: ...
 
     def log_probs(
-        self, batch: TokenBatch, *, temperature: float = 1.0, entropy: bool = False
+        self,
+        batch: TokenBatch,
+        *,
+        temperature: float = 1.0,
+        entropy: bool = False,
+        trained_only: bool = False,
     ) -> TokenScores:
-        """Scores without gradients; `temperature` divides the logits."""
+        """Return scores without gradients.
+
+        Args:
+            batch: Samples of this rank.
+            temperature: Divisor of the logits.
+            entropy: Whether to compute entropies.
+            trained_only: Compute the scores of trained tokens alone, those of `loss_mask`. The
+                others are 0. The output layer is then left out for prompts.
+        """
 
     def next_log_probs(self, batch: TokenBatch, tokens: Sequence[int]) -> Tensor:
-        """What the model says of some tokens, each to come next: labels of a judge.
+        """Return how likely some tokens, such as labels of a judge, are to follow each sample.
+
+        Args:
+            batch: Samples of this rank.
+            tokens: Token ids.
 
         Returns:
-            fp32 `[rows, length, tokens]`, nats, at temperature 1, without gradients: of each of
-            `tokens` after the batch's token in that place and those of its sample before it.
+            fp32 `[rows, length, tokens]`, nats, at temperature 1, without gradients: the
+            log-probability of each of `tokens` after the last token of each sample, in the place of
+            that last token; 0 in all other places.
         """
 
     def values(self, batch: TokenBatch, token: int) -> Tensor:
@@ -216,7 +235,10 @@ class AlignmentEngine(Protocol):
         entropy: bool = False,
         values: int | None = None,
     ) -> StepResult:
-        """One optimizer step on the batches of all ranks together.
+        """Make one optimizer step on the batches of all ranks together.
+
+        The loss gets the scores of trained tokens, those of `loss_mask`. The scores of the other
+        tokens are not computed and are 0.
 
         Args:
             values: give the loss the values that this token's row tells, and no log-probabilities.

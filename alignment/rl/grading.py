@@ -339,7 +339,9 @@ class Grader:
         ]
         batch = TokenBatch.of(samples)
         temperature = self.sampling.temperature
-        own = self.policy.log_probs(batch, temperature=temperature).log_probs.cpu()
+        own = self.policy.log_probs(
+            batch, temperature=temperature, trained_only=True
+        ).log_probs.cpu()
         change = (own - self.reference(batch, temperature).cpu()) * batch.loss_mask
         return change.double().sum(dim=1).tolist()
 

@@ -89,5 +89,5 @@ def refuse_distant(divergence: float) -> None:
 
 
 def _at_temperature_one(engine: AlignmentEngine, batch: TokenBatch) -> TokenBatch:
-    values = engine.log_probs(batch, temperature=1.0).log_probs.cpu()
+    values = engine.log_probs(batch, temperature=1.0, trained_only=True).log_probs.cpu()
     return replace(batch, extras={**batch.extras, "old_log_probs": values})

@@ -429,8 +429,8 @@ def shaped_rewards(
 def with_old_log_probs(rl: RLComponents, batch: TokenBatch) -> TokenBatch:
     """Add the log-probabilities of the policy before this step's optimizer steps."""
     temperature = rl.settings.sampling.temperature
-    old = rl.engine.log_probs(batch, temperature=temperature).log_probs.cpu()
-    return replace(batch, extras={**batch.extras, "old_log_probs": old})
+    scores = rl.engine.log_probs(batch, temperature=temperature, trained_only=True)
+    return replace(batch, extras={**batch.extras, "old_log_probs": scores.log_probs.cpu()})
 
 
 def with_reference_log_probs(rl: RLComponents, batch: TokenBatch) -> TokenBatch:

@@ -183,7 +183,7 @@ def test_the_divergence_is_that_of_what_is_sampled(place, tmp_path):
         return torch.where(batch.loss_mask, table(name, temperature)[batch.tokens % 2], 0)
 
     policy = SimpleNamespace(
-        log_probs=lambda batch, temperature: SimpleNamespace(
+        log_probs=lambda batch, temperature, **_: SimpleNamespace(
             log_probs=scores("policy", batch, temperature)
         )
     )

@@ -80,6 +80,11 @@ def scores(engine, packed=False):
     batch = share(engine, 0, packed)
     found = engine.log_probs(batch, temperature=TEMPERATURE, entropy=True)
     assert found.log_probs.shape == found.entropy.shape == batch.tokens.shape
+    trained = engine.log_probs(batch, temperature=TEMPERATURE, entropy=True, trained_only=True)
+    mask = batch.loss_mask.to(found.log_probs.device)
+    for name in ("log_probs", "entropy"):
+        every, some = getattr(found, name), getattr(trained, name)
+        assert torch.allclose(some, torch.where(mask, every, 0), atol=1e-5)
     by_tokens = {}
     for row in range(batch.rows):
         for number in range(int(batch.samples[row].max()) + 1):

@@ -228,7 +228,7 @@ def first_ratios(engine):
     """How far apart, in nats, a train step and scoring are before the weights move."""
     batch = share(engine, 0)
     seen: list[torch.Tensor] = []
-    before = engine.log_probs(batch).log_probs
+    before = engine.log_probs(batch, trained_only=True).log_probs
 
     def loss(scores, part):
         seen.append(scores.log_probs.detach() - before[len(seen) : len(seen) + part.rows])

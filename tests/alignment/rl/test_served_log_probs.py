@@ -80,7 +80,9 @@ def checked_on_a_rank():
         return SimpleNamespace(log_probs=torch.cat([torch.zeros(1), values])[None])
 
     engine: Any = SimpleNamespace(
-        data_rank=0, data_size=1, log_probs=lambda batch, temperature: scores(batch, temperature)
+        data_rank=0,
+        data_size=1,
+        log_probs=lambda batch, temperature, **_: scores(batch, temperature),
     )
 
     def told(temperature, served, top_k=32, fresh=True, thorough=True):
