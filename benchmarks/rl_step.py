@@ -245,7 +245,7 @@ def parse() -> argparse.Namespace:
     add("--prompt-tokens", type=int, default=32, help="Tokens of a prompt. Default: %(default)s.")
     add("--new-tokens", type=int, default=64, help="Tokens of a response. Default: %(default)s.")
     add("--seq-length", type=int, default=96,
-        help="Tokens of the rows that our samples are packed into. Default: %(default)s.")  # fmt: skip
+        help="Tokens of the rows we pack samples into. Default: %(default)s.")  # fmt: skip
     add("--micro-batch", type=int, default=8,
         help="Rows that go through the model at a time. Default: %(default)s.")  # fmt: skip
     return parser.parse_args()

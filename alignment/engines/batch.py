@@ -80,6 +80,26 @@ class TokenBatch:
         return cls.of_rows(rows, length)
 
     @classmethod
+    def balanced(cls, samples: Sequence[TokenSample], length: int) -> "TokenBatch":
+        """Pack samples into as few rows as `packed`, filled as evenly as possible.
+
+        Rows are as long as the fullest one, so that little of the computation is on padding.
+
+        Raises:
+            ValueError: A sample is longer than a row.
+        """
+        packed = cls.packed(samples, length)
+        rows: list[list[TokenSample]] = [[] for _ in range(packed.rows)]
+        tokens = [0] * packed.rows
+        for sample in sorted(samples, key=lambda sample: -len(sample.tokens)):
+            place = min(range(len(rows)), key=tokens.__getitem__)
+            rows[place].append(sample)
+            tokens[place] += len(sample.tokens)
+        if max(tokens, default=0) > length:
+            return packed
+        return cls.of_rows(rows)
+
+    @classmethod
     def of_rows(
         cls, rows: Sequence[Sequence[TokenSample]], length: int | None = None
     ) -> "TokenBatch":

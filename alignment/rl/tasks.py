@@ -9,7 +9,7 @@ import torch
 
 from alignment.engines.batch import TokenBatch
 from alignment.rl.algorithms import Algorithm
-from alignment.rl.rollouts import RewardResult, Rollout
+from alignment.rl.rollouts import RewardResult, Rollout, RolloutGroup
 from megatron_ext.errors import UserError
 from megatron_ext.inference.sampling import Sampling
 
@@ -53,6 +53,9 @@ class RewardFunction(Protocol):
         ...
 
 
+RolloutFilter = Callable[[RolloutGroup], Sequence[bool]]
+
+
 @dataclass(frozen=True)
 class RLSettings:
     """Settings of reinforcement learning.
@@ -69,6 +72,9 @@ class RLSettings:
         overlong_margin: Tokens before the limit in which a response is penalized, for an algorithm
             with that penalty.
         max_unrewarded: Largest share of a step's responses that may lack a reward.
+        rollout_filter: Function that returns, for a group of responses with their rewards, which
+            of them to train on. The others leave the statistics of the group and the loss.
+            Default: all.
         draws: Largest number of draws of prompts per step, for an algorithm with dynamic sampling.
     """
 
@@ -82,6 +88,7 @@ class RLSettings:
     overlong_margin: int = 1
     max_unrewarded: float = 0.2
     draws: int = 3
+    rollout_filter: RolloutFilter | None = None
 
     def __post_init__(self) -> None:
         """Check the numbers, and let samplers report log-probabilities at their temperature.

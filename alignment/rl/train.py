@@ -9,14 +9,10 @@ which responses to a mini-batch, and the loss is normalized over all ranks and m
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
-import numpy as np
-
-from alignment.engines.batch import TokenBatch, TokenSample
+from alignment.engines.batch import TokenBatch
 from alignment.engines.protocol import AlignmentEngine, GeneratedResponse
 from alignment.ranks import all_gather_by_data_rank, all_reduce_max
-from alignment.rl.advantages import group_advantages, overlong_penalty
 from alignment.rl.async_rollouts import AsyncRollouts
 from alignment.rl.critic import Critic
 from alignment.rl.metrics import (
@@ -27,9 +23,9 @@ from alignment.rl.metrics import (
     rollout_gap,
     update_metrics,
 )
+from alignment.rl.mini_batches import mini_batches
 from alignment.rl.response_monitor import ResponseMonitor
 from alignment.rl.rollouts import (
-    RewardResult,
     Rollout,
     RolloutGroup,
     RolloutStore,
@@ -161,7 +157,7 @@ def train(
 
             with times.measure("training"):
                 # Compute advantages, and pack the responses of each optimizer step.
-                batches = mini_batches(rl, step, groups)
+                batches = mini_batches(engine, settings, groups, (rl.seed, step))
                 if not all_reduce_max(sum(batch.rows for batch in batches)):
                     batches, metrics["skipped"] = [], 1
                 else:
@@ -369,61 +365,6 @@ def refuse_failures(
             f"--max-unrewarded {settings.max_unrewarded:.0%}. The most frequent reasons: "
             f"{common or 'none reported'}."
         )
-
-
-def mini_batches(rl: RLComponents, step: int, groups: Sequence[RolloutGroup]) -> list[TokenBatch]:
-    """Pack this rank's responses of each mini-batch, with their advantages or rewards.
-
-    A response without a reward is in no mini-batch. Where a critic computes the advantages, tokens
-    have an extra `reward` and no `advantage` yet.
-    """
-    settings = rl.settings
-    compute_advantages = settings.algorithm.advantages
-    numbers = group_numbers(rl.engine, groups)
-    count = settings.groups * settings.group_size
-    order = np.random.default_rng((rl.seed, step)).permutation(count)
-    parts: list[list[TokenSample]] = [[] for _ in range(settings.mini_batches)]
-    for (task, rollouts, results), number in zip(groups, numbers):
-        rewards = shaped_rewards(settings, rollouts, results)
-        if compute_advantages is None:
-            name, values = "reward", [0.0 if reward is None else reward for reward in rewards]
-        else:
-            errors = [result.error for result in results]
-            one_group = [0] * len(rewards)
-            advantages = group_advantages(rewards, one_group, compute_advantages, errors)
-            name, values = "advantage", advantages.tolist()
-        for rollout, reward, value in zip(rollouts, rewards, values):
-            if reward is None or not rollout.tokens:
-                continue
-            extras: dict[str, Any] = {
-                name: value,
-                "rollout_log_probs": [*[0.0] * len(task.prompt), *rollout.log_probs],
-            }
-            tokens = [*task.prompt, *rollout.tokens]
-            place = order[number * settings.group_size + rollout.sample]
-            parts[place % len(parts)].append(TokenSample(tokens, len(task.prompt), extras))
-    return [TokenBatch.packed(samples, settings.seq_length) for samples in parts]
-
-
-def group_numbers(engine: AlignmentEngine, groups: Sequence[RolloutGroup]) -> list[int]:
-    """Return each group's place among the groups of all ranks, which no layout changes."""
-    ids = [group.task.id for group in groups]
-    all_ids = sorted(i for share in all_gather_by_data_rank(engine, ids) for i in share)
-    places = {task: place for place, task in enumerate(all_ids)}
-    return [places[task] for task in ids]
-
-
-def shaped_rewards(
-    settings: RLSettings, rollouts: Sequence[Rollout], results: Sequence[RewardResult]
-) -> list[float | None]:
-    """Return the rewards of a group, with the penalty of long responses if the algorithm has it."""
-    rewards = [result.reward for result in results]
-    if not settings.algorithm.overlong:
-        return rewards
-    lengths = [len(rollout.tokens) for rollout in rollouts]
-    limit = settings.sampling.max_new_tokens
-    penalties = overlong_penalty(lengths, limit, settings.overlong_margin)
-    return [None if r is None else r + float(p) for r, p in zip(rewards, penalties)]
 
 
 def with_old_log_probs(rl: RLComponents, batch: TokenBatch) -> TokenBatch:

@@ -5,7 +5,8 @@ from math import ceil
 
 import numpy as np
 
-from alignment.engines.batch import TokenBatch, TokenSample
+from alignment.engines.balancing import pack
+from alignment.engines.batch import TokenSample
 from alignment.engines.protocol import AlignmentEngine, negative_log_likelihood
 from alignment.training.loop import Metrics
 
@@ -46,7 +47,7 @@ class SupervisedStep:
         first = step * self.batch_size
         chosen = [self._at(place) for place in range(first, first + self.batch_size)]
         mine = chosen[self.engine.data_rank :: self.engine.data_size]
-        batch = TokenBatch.packed(mine, self.length)
+        batch = pack(self.engine, mine, self.length)
         result = self.engine.train_step(batch, negative_log_likelihood)
         return {
             "loss": result.loss,
