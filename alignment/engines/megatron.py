@@ -86,6 +86,7 @@ class MegatronEngine:
             UserError: the model cannot be read, or the layout does not fit it or the ranks.
         """
         self.layout = layout or MegatronLayout()
+        self._optimization = optimization
         folder = Path(path)
         hf = (folder / "config.json").is_file()
         source = open_hf(folder) if hf else open_megatron(find_checkpoint(folder))
@@ -186,6 +187,10 @@ class MegatronEngine:
         )
         found = self._run(parts, scorer, loss, train=True)
         lr = self._schedule.get_lr(self._optimizer.param_groups[0])
+        if self._optimization is not None and self._optimization.schedule is not None:
+            lr = self._optimization.rate(self.step)
+            for group in self._optimizer.param_groups:
+                group["lr"] = lr
         stepped, norm, _ = self._optimizer.step()
         if stepped:
             self._schedule.step(increment=1)

@@ -99,13 +99,18 @@ def reduce_sums(parts: Sequence[LossSums], group: dist.ProcessGroup | None) -> d
 
 @dataclass(frozen=True)
 class Optimization:
-    """AdamW with a linear schedule. Biases and scales of norms are not decayed.
+    """Settings of AdamW with a linear schedule. Biases and scales of norms have no weight decay.
 
     Attributes:
-        lr: the highest learning rate.
-        steps: in which the rate falls to 0.
-        warmup: of them, in which it rises from 0.
-        clip: the largest norm of all gradients together; 0 for no bound.
+        lr: Highest learning rate.
+        steps: Optimizer steps in which the learning rate falls to 0.
+        warmup: Optimizer steps, out of `steps`, in which it rises from 0.
+        betas: Decay rates of the moments.
+        eps: Constant in the denominator of the update.
+        weight_decay: Decoupled weight decay.
+        clip: Largest norm of all gradients together. 0 for no bound.
+        schedule: Function that returns the learning rate of an optimizer step, counted from 0, of
+            these settings. Default: linear warm-up and linear decay to 0.
     """
 
     lr: float = 1e-6
@@ -115,15 +120,29 @@ class Optimization:
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip: float = 1.0
+    schedule: "Callable[[int, Optimization], float] | None" = None
 
     def __post_init__(self) -> None:
+        """Check the settings.
+
+        Raises:
+            UserError: A setting is out of its range.
+        """
         if not 0 <= self.warmup < self.steps:
-            raise UserError(f"warmup {self.warmup} must be at least 0 and below steps {self.steps}")
+            raise UserError(
+                f"The warm-up of {self.warmup} steps must be at least 0 and below the {self.steps} "
+                "steps of the training."
+            )
         if self.lr <= 0 or self.clip < 0 or self.weight_decay < 0:
-            raise UserError("lr must be above 0; clip and weight_decay must not be negative")
+            raise UserError(
+                f"The learning rate {self.lr} must be above 0, and the gradient clip {self.clip} "
+                f"and the weight decay {self.weight_decay} must not be negative."
+            )
 
     def rate(self, step: int) -> float:
-        """The learning rate of a step; they count from 0."""
+        """Return the learning rate of an optimizer step, counted from 0."""
+        if self.schedule is not None:
+            return self.schedule(step, self)
         if step < self.warmup:
             return self.lr * step / self.warmup
         return self.lr * max(0.0, (self.steps - step) / (self.steps - self.warmup))

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from alignment.engines.protocol import Loss
+from alignment.function_paths import load_function
 from alignment.rl.advantages import centered, leave_one_out, standardized
 from alignment.rl.policy_loss import PolicyLoss
 from alignment.rounding import Floats
@@ -60,14 +61,22 @@ ALGORITHMS: Mapping[str, Algorithm] = MappingProxyType(
 )
 
 
-def algorithm_by_name(name: str, **settings: object) -> Algorithm:
-    """Return an algorithm of the registry, its loss with other settings.
+def algorithm_by_name(name: str, loss_path: str | None = None, **settings: object) -> Algorithm:
+    """Return an algorithm of the registry, with another loss or with other settings of its own.
+
+    Args:
+        name: Name in the registry.
+        loss_path: Function path of a loss that replaces the algorithm's; the settings are then not
+            used. Default: the algorithm's own loss.
+        settings: Fields of `PolicyLoss`.
 
     Raises:
-        UserError: There is no such algorithm.
+        UserError: There is no such algorithm, or no function at the path.
     """
     if name not in ALGORITHMS:
         raise UserError(f"There is no algorithm {name!r}. Choose one of {', '.join(ALGORITHMS)}.")
     algorithm = ALGORITHMS[name]
+    if loss_path is not None:
+        return replace(algorithm, loss=load_function(loss_path, "--loss"))
     assert isinstance(algorithm.loss, PolicyLoss)
     return replace(algorithm, loss=replace(algorithm.loss, **settings))  # type: ignore[arg-type]

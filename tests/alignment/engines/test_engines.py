@@ -402,3 +402,33 @@ def test_flags_that_make_another_model_of_the_weights_are_refused(tmp_path):
     ):
         [refusal] = run_ranks(refusal_with, 1, tmp_path / "model", flags)
         assert name in refusal
+
+
+def halving(step, optimization):
+    return optimization.lr * 0.5**step
+
+
+def rates_of_a_schedule(folder, place):
+    from dataclasses import replace
+
+    from alignment.engines.deepspeed import DeepSpeedEngine
+    from alignment.engines.megatron import MegatronEngine
+    from tests.alignment.engines.engine_runs import OPTIMIZATION, by_token, share
+
+    found = []
+    for kind in (MegatronEngine, DeepSpeedEngine):
+        engine: Any = kind(folder, replace(OPTIMIZATION, schedule=halving))
+        rates = [engine.train_step(share(engine, 0), by_token).lr for _ in range(2)]
+        engine.save(place / kind.__name__)
+        rates.append(engine.train_step(share(engine, 0), by_token).lr)
+        engine.load(place / kind.__name__)
+        found.append([*rates, engine.train_step(share(engine, 0), by_token).lr])
+    return found
+
+
+@pytest.mark.slow
+def test_schedule_by_function_sets_the_rate_of_every_step_also_after_a_load(tmp_path):
+    make("llama", tmp_path / "model", vocab_size=128, num_hidden_layers=1)
+    [found] = run_ranks(rates_of_a_schedule, 1, tmp_path / "model", tmp_path)
+    expected = [OPTIMIZATION.lr * factor for factor in (1, 0.5, 0.25, 0.25)]
+    assert found == [pytest.approx(expected)] * 2
