@@ -57,7 +57,7 @@ def main() -> None:
         return
     schedule.install(args, start.progress)
 
-    step = RoutingStep(config)
+    step = RoutingStep()
     config.finalize_model_grads_func = step.finalize_model_grads
     watchdog = Watchdog(launch, args.stall_timeout, lambda: args.curr_iteration + 1)
     rows = start.run_dir and start.run_dir / "metrics.jsonl"

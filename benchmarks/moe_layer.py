@@ -95,10 +95,11 @@ def measure(router: str, dispatcher: str, d_model: int, steps: int) -> dict[str,
     if router.endswith("plain ReLU²"):
         gpt.squared_relu = activations.squared_relu
     with contextlib.redirect_stdout(io.StringIO()):
-        _, config, model = megatron.start(*flags(d_model, dispatcher), *ROUTERS[router])
-    from megatron_ext.training.step import RoutingStep, routers_of
+        _, _, model = megatron.start(*flags(d_model, dispatcher), *ROUTERS[router])
+    from megatron_ext.moe.router import routers_of
+    from megatron_ext.training.step import RoutingStep
 
-    layer, end = model[0].decoder.layers[1].mlp, RoutingStep(config)
+    layer, end = model[0].decoder.layers[1].mlp, RoutingStep()
     generator = torch.Generator().manual_seed(dist.get_rank())
     batch = BATCH // dist.get_world_size()
     hidden = torch.randn(SEQUENCE, batch, d_model, generator=generator)

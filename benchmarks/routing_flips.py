@@ -93,8 +93,8 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
     """On a rank: the rows of the table."""
     from alignment.engines.megatron import MegatronEngine, MegatronLayout
     from megatron_ext.inference.calibration import calibrate
-    from megatron_ext.moe.router import ThresholdRouter
-    from megatron_ext.training.step import routers_of
+    from megatron_ext.moe.router import routers_of
+    from megatron_ext.moe.threshold_router import threshold_routers
 
     rows = []
     layout = MegatronLayout(micro_batch=options.micro_batch_size)
@@ -115,10 +115,9 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
                 )
                 routers = routers_of(engine._model)
                 for router in routers:
-                    if isinstance(router, ThresholdRouter):
-                        router.frozen = frozen
+                    router.freeze(frozen)
                 # The second time with thresholds of the text that such thresholds give.
-                for _ in range(2 if isinstance(routers[0], ThresholdRouter) else 0):
+                for _ in range(2 if threshold_routers(routers) else 0):
                     given = [torch.tensor(s.tokens) for s in answers(engine, options)]
                     length = min(map(len, given))
                     text = torch.stack([tokens[-length:] for tokens in given])

@@ -47,10 +47,10 @@ from megatron.training.training import destroy_global_state  # noqa: E402
 
 from benchmarks._cost_model import Link, Network, Place  # noqa: E402
 from megatron_ext.arguments import parse_args  # noqa: E402
+from megatron_ext.moe.router import routers_of  # noqa: E402
 from megatron_ext.planning.dry_run import stage_ranks  # noqa: E402
 from megatron_ext.planning.dry_run.simulated_rank import Rank, fake_rank  # noqa: E402
 from megatron_ext.planning.dry_run.traffic import Amount, Collective  # noqa: E402
-from megatron_ext.training.step import routers_of  # noqa: E402
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,13 @@
 
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Literal
 
 from megatron.core.transformer import TransformerConfig
 
 from megatron_ext.errors import UserError
+from megatron_ext.moe.registry import ROUTERS, RouterType, router_type, routers_help
 from megatron_ext.moe.thresholds import RoutingRate
-
-RouterType = Literal["expert-threshold", "expert-choice", "token-choice", "quantile-balancing"]
 
 
 def _number_or_none(text: str) -> float | None:
@@ -23,12 +22,11 @@ class ETConfig(TransformerConfig):
     Every field is a command line flag of the same name and every docstring its help.
     """
 
-    router_type: RouterType = "expert-threshold"
-    """How tokens and experts find each other. expert-threshold: an expert takes the tokens whose
-    logit exceeds the expert's own threshold. expert-choice: an expert takes the k largest logits
-    of the micro-batch over all data-parallel ranks, in training; evaluation goes by thresholds.
-    token-choice: Megatron's top-k router with the balancing of --moe-router-load-balancing-type.
-    quantile-balancing: top-k with Megatron's quantile bias."""
+    router_type: str = field(
+        default="expert-threshold",
+        metadata={"argparse_meta": {"choices": ROUTERS, "help": routers_help()}},
+    )
+    """Name of the router in `megatron_ext.moe.registry.ROUTERS`."""
 
     et_mean_experts: float | None = None
     """Mean number of routed experts a token gets; may be fractional. Default: --moe-router-topk."""
@@ -78,26 +76,26 @@ class ETConfig(TransformerConfig):
     seed and the parameter alone, not on the parallel layout."""
 
     def __post_init__(self) -> None:
-        if self.uses_thresholds:
-            self._refuse_unsupported()
-            self.moe_router_dtype = "fp32"
-            self.moe_router_load_balancing_type = "none"
-            self.moe_aux_loss_coeff = 0.0
-            self.moe_router_score_function = "sigmoid"  # unused; Megatron checks others with top 1
-        elif self.num_moe_experts is None:
-            self.moe_router_score_function = "sigmoid"  # for the same reason
-        elif self.router_type == "quantile-balancing":
-            self.moe_router_load_balancing_type = "quantile_balancing"
-            self.moe_aux_loss_coeff = 0.0
+        if self.num_moe_experts is None:
+            # Unused; Megatron refuses others with --moe-router-topk 1.
+            self.moe_router_score_function = "sigmoid"
+        else:
+            if self.uses_thresholds:
+                self._check_thresholds()
+            self._check_router()
+            for name, value in self.router.settings.items():
+                setattr(self, name, value)
         super().__post_init__()
 
     @property
+    def router(self) -> RouterType:
+        """Description of the router that the MoE layers use."""
+        return router_type(self.router_type)
+
+    @property
     def uses_thresholds(self) -> bool:
-        """Whether the MoE layers hold one threshold per expert."""
-        return self.num_moe_experts is not None and self.router_type in (
-            "expert-threshold",
-            "expert-choice",
-        )
+        """Whether the MoE layers have one threshold per expert."""
+        return self.num_moe_experts is not None and self.router.uses_thresholds
 
     @property
     def mean_experts(self) -> Fraction:
@@ -118,8 +116,8 @@ class ETConfig(TransformerConfig):
         layers = -(-sum(moe_layer_pattern(self)) // self.pipeline_model_parallel_size)
         return int(self.et_kept_logits_mb * 2**20) // max(layers, 1)
 
-    def _refuse_unsupported(self) -> None:
-        """Raise for values and combinations that cannot work, naming the flag and the fix."""
+    def _check_thresholds(self) -> None:
+        """Refuse values with which thresholds cannot work, naming the flag and the fix."""
         mean, experts = self.mean_experts, self.num_moe_experts
         flag = "--moe-router-topk" if self.et_mean_experts is None else "--et-mean-experts"
         if not 0 < mean <= experts:
@@ -139,15 +137,20 @@ class ETConfig(TransformerConfig):
             raise UserError(f"--et-logit-softcap {self.et_logit_softcap} must not be negative")
         if self.et_kept_logits_mb < 0:
             raise UserError(f"--et-kept-logits-mb {self.et_kept_logits_mb} must not be negative")
-        for name, why in _UNSUPPORTED.items():
+
+    def _check_router(self) -> None:
+        """Refuse settings of Megatron with which the router cannot work, with the reason."""
+        for name, why in self.router.refusals().items():
             if getattr(self, name, None):
                 raise UserError(
                     f"--{name.replace('_', '-')} cannot be used with --router-type "
                     f"{self.router_type}: {why}"
                 )
+        if not self.router.variable_fan_out:
+            return
         if self.moe_token_dispatcher_type == "flex":
             raise UserError(
-                "--moe-token-dispatcher-type flex takes a fixed number of experts a token, which "
+                "--moe-token-dispatcher-type flex takes a fixed number of experts per token, which "
                 f"--router-type {self.router_type} does not have: use alltoall or allgather"
             )
         if self.cuda_graph_impl != "none":
@@ -167,18 +170,3 @@ def moe_layer_pattern(config: ETConfig) -> list[bool]:
     if isinstance(config.moe_layer_freq, int):
         return [i % config.moe_layer_freq == 0 for i in range(config.num_layers)]
     return [bool(flag) for flag in config.moe_layer_freq]
-
-
-_UNSUPPORTED: dict[str, Any] = {
-    "moe_router_fusion": "the fused kernel selects a fixed number of experts a token",
-    "moe_expert_capacity_factor": "use --et-capacity",
-    "moe_pad_expert_input_to_capacity": "experts take a variable number of tokens",
-    "moe_enable_routing_replay": "it replays a fixed number of experts a token",
-    "moe_router_enable_expert_bias": "thresholds balance the load without a bias",
-    "moe_router_num_groups": "experts choose on their own, not in groups",
-    "moe_input_jitter_eps": "noise would make the cutoffs random",
-    "moe_apply_probs_on_input": "a token may have any number of experts",
-    "moe_z_loss_coeff": "the router has no auxiliary loss",
-    "moe_latent_size": "it needs a dispatcher of its own",
-    "mtp_num_layers": "thresholds of repeated prediction layers are not defined",
-}

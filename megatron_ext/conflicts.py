@@ -5,19 +5,7 @@ from collections.abc import Set
 from importlib.util import find_spec
 
 from megatron_ext.errors import UserError
-
-_THRESHOLD_ROUTERS = ("expert-threshold", "expert-choice")
-
-# What configures thresholds and nothing else.
-_ROUTING_FLAGS = (
-    "et_mean_experts",
-    "et_ema_decay",
-    "et_warmup_iters",
-    "et_capacity",
-    "et_capacity_pool",
-    "et_cutoff_pool",
-    "et_gate",
-)
+from megatron_ext.moe.registry import router_type, routing_flags
 
 _MUON_FLAGS = (
     "muon_embedding_lr",
@@ -40,21 +28,6 @@ _NOT_WITH_MUON = {
     "num_distributed_optimizer_instances": (1, "it knows one instance; leave it out"),
     "distrib_optim_fully_reshardable_mem_efficient": (False, "it gathers on devices; leave it out"),
     "use_layer_wise_param_layout": (True, "its checkpoints could not be resumed; leave it out"),
-}
-
-# Megatron's options of a router that thresholds replace: a value that changes nothing, and why.
-_REPLACED = {
-    "moe_aux_loss_coeff": ((0, [0.0]), "thresholds balance the load without an auxiliary loss"),
-    "moe_router_load_balancing_type": (
-        ("none", ["none"]),
-        "thresholds balance the load without an auxiliary loss",
-    ),
-    "moe_router_topk_scaling_factor": ((None, 1), "use --et-gate for the weight of an expert"),
-    "moe_router_score_function": (("sigmoid",), "use --et-gate for the weight of an expert"),
-    "moe_router_pre_softmax": ((False,), "use --et-gate for the weight of an expert"),
-    "moe_router_dtype": (("fp32",), "logits, cutoffs and thresholds are fp32"),
-    "moe_router_force_load_balancing": ((False,), "its random logits would never reach it"),
-    "moe_router_force_biased": ((None,), "its random logits would never reach it"),
 }
 
 
@@ -98,7 +71,7 @@ def check_conflicts(args: Namespace, given: Set[str]) -> list[str]:
             f"--ckpt-format {args.ckpt_format} cannot be resumed or read by the tools here: leave "
             "it out or use torch_dist"
         )
-    if args.num_experts and args.router_type in _THRESHOLD_ROUTERS:
+    if args.num_experts:
         _check_replaced(args, given)
     if args.optimizer == "dist_muon":
         raise UserError(
@@ -145,7 +118,7 @@ def _check_without_transformer_engine(args: Namespace) -> None:
 
 
 def _check_replaced(args: Namespace, given: Set[str]) -> None:
-    for name, (harmless, why) in _REPLACED.items():
+    for name, (harmless, why) in router_type(args.router_type).replaced.items():
         value = getattr(args, name, None)
         if name in given and value not in harmless:
             raise UserError(
@@ -181,16 +154,14 @@ def _check_muon(args: Namespace) -> None:
 def _without_effect(args: Namespace, given: Set[str]) -> list[str]:
     """One sentence for each flag that was given and will not be looked at."""
     unread: dict[str, str] = {}
+    router = router_type(args.router_type)
     if not args.num_experts:
-        unread = dict.fromkeys(_ROUTING_FLAGS, "a model without --num-experts")
-    elif args.router_type not in _THRESHOLD_ROUTERS:
-        unread = dict.fromkeys(_ROUTING_FLAGS, f"--router-type {args.router_type}")
-    elif args.router_type == "expert-choice":
-        unread = dict.fromkeys(
-            ("et_warmup_iters", "et_capacity", "et_capacity_pool"), "--router-type expert-choice"
-        )
-    elif args.et_capacity is None:
-        unread = {"et_capacity_pool": "--et-capacity none"}
+        unread = dict.fromkeys(sorted(routing_flags()), "a model without --num-experts")
+    else:
+        ignored = sorted(routing_flags() - router.flags)
+        unread = dict.fromkeys(ignored, f"--router-type {args.router_type}")
+        if args.et_capacity is None:
+            unread = {"et_capacity_pool": "--et-capacity none"} | unread
     if args.optimizer != "muon":
         unread |= dict.fromkeys(_MUON_FLAGS, f"--optimizer {args.optimizer}")
     elif not args.num_experts:
@@ -203,7 +174,7 @@ def _without_effect(args: Namespace, given: Set[str]) -> list[str]:
     if not steps and args.train_samples and getattr(args, "global_batch_size", None):
         steps = args.train_samples // args.global_batch_size
         length = f"the {steps} steps of --train-samples {args.train_samples}"
-    by_threshold = args.num_experts and args.router_type == "expert-threshold"
+    by_threshold = args.num_experts and router.trains_by_threshold
     if by_threshold and steps and warmup >= steps:
         told.append(
             f"--et-warmup-iters {warmup} is not below {length}: every step routes by "

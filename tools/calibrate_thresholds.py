@@ -82,8 +82,8 @@ def _calibrated(options: CalibrateFlags, checkpoint: Path, out: Any) -> Any:
     from megatron_ext.hf.recalibrate import use_thresholds
     from megatron_ext.inference.calibration import calibrate, measure
     from megatron_ext.inference.loading import load_model
-    from megatron_ext.moe.router import ThresholdRouter
-    from megatron_ext.training.step import routers_of
+    from megatron_ext.moe.router import routers_of
+    from megatron_ext.moe.threshold_router import threshold_routers
 
     use_thresholds(read_common_state(checkpoint)["args"])  # refuses early
     layout, others = options.load_model_options()
@@ -99,7 +99,7 @@ def _calibrated(options: CalibrateFlags, checkpoint: Path, out: Any) -> Any:
     sequences = sequences_of(options.data, trained, length, options.tokens)
     text, held_out = _held_out(sequences)
     routers = routers_of([trained.module])
-    thresholds = [r for r in routers if isinstance(r, ThresholdRouter)]
+    thresholds = threshold_routers(routers)
     before = None
     if all(router.thresholds.update_count for router in thresholds):
         before = measure(trained, held_out, options.batch_size)

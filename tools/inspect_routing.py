@@ -88,14 +88,14 @@ def inspect(
     Raises:
         UserError: a model or a text that cannot be inspected.
     """
-    from megatron_ext.inference.routing_modes import routing_of
+    from megatron_ext.inference.routing_modes import check_margins, routing_of
     from megatron_ext.inspection.routing_sums import RoutingSums
-    from megatron_ext.moe.margins import refuse_without_margins
-    from megatron_ext.training.step import routers_of
+    from megatron_ext.moe.router import routers_of
+    from megatron_ext.moe.threshold_router import threshold_routers
 
-    refuse_without_margins(trained.model.config)
-    for router in routers_of([trained.module]):
-        if trained.model.config.uses_thresholds and router.thresholds.update_count == 0:
+    check_margins(trained.model.config)
+    for router in threshold_routers(routers_of([trained.module])):
+        if router.thresholds.update_count == 0:
             raise UserError(f"{trained.checkpoint} has no thresholds yet: train it for a step")
     routed = {name: _routed(trained, name, text) for name, text in texts.items()}
     names = [domain.name for domain in domains] or [_OWN_DOMAIN]

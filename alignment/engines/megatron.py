@@ -47,11 +47,10 @@ from megatron_ext.hf.live import LiveTensors
 from megatron_ext.hf.sources import open_hf, open_megatron
 from megatron_ext.inference.sampling import Sampling
 from megatron_ext.model.packing import rotate_by_position_ids
-from megatron_ext.moe.record_routing import watched
-from megatron_ext.moe.router import ThresholdRouter
+from megatron_ext.moe.record_routing import record_routing
+from megatron_ext.moe.router import routers_of
 from megatron_ext.quiet import quiet_megatron
 from megatron_ext.training.saving import explain_failure, mend_tracker
-from megatron_ext.training.step import routers_of
 
 
 class MegatronEngine:
@@ -109,8 +108,7 @@ class MegatronEngine:
             self._model, self._optimizer, self._schedule = build(self.args, self.config)
         [self._stage] = unwrap_model(self._model)
         for router in routers_of(self._model):
-            if isinstance(router, ThresholdRouter):
-                router.frozen = True
+            router.freeze()
         rotate_by_position_ids(self._stage)
         self._tensors = LiveTensors([self._stage], source.model, source.family)
         self.load_parameters((name, source.tensors.read(name)) for name in self._tensors.needed)
@@ -223,7 +221,7 @@ class MegatronEngine:
         decoded = self._sampling().decode(samples, temperature)
         batch = TokenBatch.packed(mark_samples(samples, decoded), length)
         comparison = RoutingComparison(decoded, self._split(batch), self.groups)
-        with watched(routers_of(self._model), comparison.saw):
+        with record_routing(routers_of(self._model), comparison.saw):
             found = self._evaluate(
                 batch, partial(TokenScorer, temperature=temperature), 1, train=True
             )

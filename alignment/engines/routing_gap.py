@@ -22,11 +22,9 @@ from megatron_ext.inference.generation import passes
 from megatron_ext.inference.loading import TrainedModel
 from megatron_ext.inference.row import GenerationRow, TokenScore
 from megatron_ext.inference.sampling import Sampling
-from megatron_ext.moe.margins import routing_margins
 from megatron_ext.moe.order_statistics import kth_largest
-from megatron_ext.moe.record_routing import watched
-from megatron_ext.moe.router import ThresholdRouter, TokenChoiceRouter
-from megatron_ext.training.step import routers_of
+from megatron_ext.moe.record_routing import record_routing
+from megatron_ext.moe.router import ETRouter, routers_of
 
 QUANTILES = {"0.1%": 0.001, "1%": 0.01, "10%": 0.1, "50%": 0.5}
 _PLACE, _LOG_PROB = "place", "decoded_log_probs"
@@ -99,7 +97,7 @@ def decode(
     logits: dict[int, Tensor] = {}
     maps: dict[int, Tensor] = {}
 
-    def saw(router: ThresholdRouter | TokenChoiceRouter, values: Tensor, chosen: Tensor) -> None:
+    def saw(router: ETRouter, values: Tensor, chosen: Tensor) -> None:
         places = [
             begins[engine.rows[chunk.slot]] + position
             for chunk in engine.chunks
@@ -110,7 +108,7 @@ def decode(
             logits.setdefault(layer, torch.empty(shape))[places] = values.cpu()
             maps.setdefault(layer, torch.empty(shape, dtype=torch.bool))[places] = chosen.cpu()
 
-    with watched(routers_of([trained.module]), saw):
+    with record_routing(routers_of([trained.module]), saw):
         for _ in passes(engine):
             pass
     return DecodedRouting(logits, maps, [row.completion.log_probs for row in rows], tokens)
@@ -153,10 +151,8 @@ class RoutingComparison:
         self._gap = 0.0
         self._margins = [torch.empty(0)]
 
-    def saw(
-        self, router: ThresholdRouter | TokenChoiceRouter, logits: Tensor, maps: Tensor
-    ) -> None:
-        """Compare one layer's decisions on the next micro-batch; for `watched`."""
+    def saw(self, router: ETRouter, logits: Tensor, maps: Tensor) -> None:
+        """Compare one layer's decisions on the next micro-batch; for `record_routing`."""
         layer = router.layer_number
         run = self._runs.setdefault(layer, 0)
         self._runs[layer] += 1
@@ -165,7 +161,7 @@ class RoutingComparison:
         if not known.any():
             return
         at = places[known] - 1
-        margins = routing_margins(router, logits).cpu()[known]
+        margins = router.margins(logits).cpu()[known]
         logits, maps = logits.cpu()[known], maps.cpu()[known]
         other_logits, other_maps = self.decoded.logits[layer][at], self.decoded.maps[layer][at]
         flips = maps != other_maps

@@ -22,10 +22,10 @@ from megatron_ext.config import ETConfig
 from megatron_ext.errors import UserError
 from megatron_ext.inference.loading import TrainedModel
 from megatron_ext.moe.order_statistics import Group, kth_largest, top_k_mask
-from megatron_ext.moe.router import ThresholdRouter
+from megatron_ext.moe.router import ETRouter, routers_of
 from megatron_ext.moe.routing_metrics import RoutingCounts, routing_figures
+from megatron_ext.moe.threshold_router import ThresholdRouter, threshold_routers
 from megatron_ext.moe.thresholds import select_by_threshold
-from megatron_ext.training.step import AnyRouter, routers_of
 
 POOLED = ("ec", "et-capacity")
 NAMES = ("et", "tc", *POOLED)
@@ -50,8 +50,8 @@ class Routing:
         self._group: Group = trained.groups.dp if trained.groups.dp.size() > 1 else None
         self._real = self._positions = torch.zeros(0)
         _check(trained.model.config, name)
-        thresholds = [r.thresholds for r in self._routers if isinstance(r, ThresholdRouter)]
-        if name in ("et", "et-capacity") and not all(t.update_count for t in thresholds):
+        routers = threshold_routers(self._routers)
+        if name in ("et", "et-capacity") and not all(r.thresholds.update_count for r in routers):
             raise UserError(
                 f"--routing {name}: the thresholds have no value yet; train for at least one step"
             )
@@ -74,9 +74,11 @@ class Routing:
     def in_force(self) -> Iterator[None]:
         """Route so, and count, until the end of the block."""
         hooks = []
+        for threshold_router in threshold_routers(self._routers):
+            threshold_router.routing = partial(  # type: ignore[method-assign]
+                self._route, threshold_router
+            )
         for router, counts in zip(self._routers, self._counts):
-            if isinstance(router, ThresholdRouter):
-                router.routing = partial(self._route, router)  # type: ignore[method-assign]
             hooks.append(router.register_forward_hook(partial(self._count, counts)))
         try:
             yield
@@ -110,7 +112,7 @@ class Routing:
         )
         return router.gate(logits) * routing_map, routing_map
 
-    def _count(self, counts: RoutingCounts, _: AnyRouter, __: Any, output: tuple[Any, Any]) -> None:
+    def _count(self, counts: RoutingCounts, _: ETRouter, __: Any, output: tuple[Any, Any]) -> None:
         counts.add(output[1][self._real].bool())
 
 
@@ -118,7 +120,7 @@ def default_routing(config: ETConfig) -> str:
     """How a model routes by itself."""
     if config.num_moe_experts is None:
         return "none"
-    return "et" if config.uses_thresholds else "tc"
+    return config.router.evaluation
 
 
 def _check(config: ETConfig, name: str) -> None:
@@ -127,10 +129,10 @@ def _check(config: ETConfig, name: str) -> None:
         return
     if own == "none":
         raise UserError(f"--routing {name}: the model has no experts")
-    if own == "tc":
+    if own != "et":
         raise UserError(
             f"--routing {name} needs thresholds, which a model of --router-type "
-            f"{config.router_type} has not: use tc"
+            f"{config.router_type} has not: use {own}"
         )
     if name == "tc" and config.mean_experts.denominator != 1:
         raise UserError(

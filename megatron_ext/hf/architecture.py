@@ -6,6 +6,7 @@ from typing import Any
 
 from megatron_ext.errors import UserError
 from megatron_ext.model.identity import default, read_settings
+from megatron_ext.moe.registry import ROUTERS, router_type
 
 # Megatron's RoPE scaling has Llama 3's constants built in; only the factor can be set.
 LLAMA3_ROPE = {
@@ -132,7 +133,7 @@ class Architecture:
     @property
     def thresholds(self) -> bool:
         """Whether experts are selected by thresholds."""
-        return self.router == "expert-threshold"
+        return self.router is not None and router_type(self.router).uses_thresholds
 
     @property
     def shared(self) -> bool:
@@ -165,15 +166,7 @@ def from_args(args: Namespace) -> Architecture:
         UserError: The run used an option that no supported family has.
     """
     experts = args.num_experts or 0
-    router = args.router_type if experts else None
-    if router == "expert-choice":
-        router = "expert-threshold"  # the same state, and the same at inference
-    if router == "quantile-balancing":
-        raise UserError(
-            "The model was trained with --router-type quantile-balancing, whose bias no Hugging "
-            "Face family has. Only models with expert-threshold, expert-choice or token-choice can "
-            "be converted."
-        )
+    router = _router(args.router_type) if experts else None
     fixed = {name: default(name) for name in read_settings(args) if name not in _TRANSLATED}
     fixed = {name: value for name, value in fixed.items() if value is not MISSING} | _FIXED
     fixed |= _FIXED_WITH_TOKEN_CHOICE if router == "token-choice" else {}
@@ -221,6 +214,18 @@ def _moe_layers(args: Namespace) -> tuple[bool, ...]:
     if isinstance(args.moe_layer_freq, int):
         return tuple(i % args.moe_layer_freq == 0 for i in range(args.num_layers))
     return tuple(bool(flag) for flag in args.moe_layer_freq)
+
+
+def _router(name: str) -> str:
+    """Return the router by which the models of a router evaluate."""
+    kind = router_type(name)
+    if kind.not_convertible:
+        *others, last = (name for name, kind in ROUTERS.items() if not kind.not_convertible)
+        raise UserError(
+            f"The model was trained with --router-type {name}, which {kind.not_convertible}. Only "
+            f"models with {', '.join(others)} or {last} can be converted."
+        )
+    return kind.evaluates_as or name
 
 
 def _expert_settings(args: Namespace, router: str | None) -> dict[str, Any]:

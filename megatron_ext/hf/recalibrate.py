@@ -32,7 +32,7 @@ def use_thresholds(args: Namespace) -> None:
     model = from_args(args)
     if model.router is None:
         raise UserError("The model has no experts. Add experts to it with tools.upcycle.")
-    if model.router == "token-choice":
+    if not model.thresholds:
         # An expert's weight was its softmax over all experts, or over those chosen.
         vars(args).update(
             et_gate="softmax",

@@ -24,8 +24,8 @@ from megatron_ext.errors import UserError
 from megatron_ext.inference.forward import full_logits
 from megatron_ext.inference.loading import TrainedModel
 from megatron_ext.moe.order_statistics import RankOf, kth_largest
-from megatron_ext.moe.router import ThresholdRouter
-from megatron_ext.training.step import routers_of
+from megatron_ext.moe.router import routers_of
+from megatron_ext.moe.threshold_router import ThresholdRouter, threshold_routers
 
 
 class _Share:
@@ -72,8 +72,7 @@ def calibrate(
     hidden = [_first_hidden(trained, tokens) for tokens, _ in share.batches]  # [length, batch, h]
     cutoffs: dict[int, Tensor] = {}
     for layer in model.decoder.layers:
-        router = getattr(layer.mlp, "router", None)
-        if isinstance(router, ThresholdRouter):
+        for router in threshold_routers(routers_of([layer])):
             if router.rate.k(sequences.numel()) < 1:
                 raise UserError(
                     f"{sequences.numel()} tokens are too few for an expert to take one: give more"

@@ -5,13 +5,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
+from megatron_ext.config import ETConfig, moe_layer_pattern
+from megatron_ext.errors import UserError
 from megatron_ext.inference.forward import full_logits
 from megatron_ext.inference.loading import TrainedModel
-from megatron_ext.moe.margins import routing_margins
-from megatron_ext.moe.record_routing import watched
-from megatron_ext.training.step import routers_of
+from megatron_ext.moe.record_routing import record_routing
+from megatron_ext.moe.router import routers_of
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Routing:
     Attributes:
         layers: numbers of the MoE layers, counted from 0 over all layers.
         maps: bool `[layers, tokens, experts]`.
-        margins: fp32 `[layers, tokens, experts]`, see :func:`routing_margins`.
+        margins: fp32 `[layers, tokens, experts]`, see :meth:`ETRouter.margins`.
         losses: fp32 `[tokens]`, nats: how surprising each token was after those before it; NaN for
             the first, which nothing predicts.
     """
@@ -48,10 +50,10 @@ def routing_of(trained: TrainedModel, tokens: list[int]) -> Routing:
     found: dict[int, tuple[Tensor, Tensor]] = {}
 
     def keep(router: Any, logits: Tensor, routing_map: Tensor) -> None:
-        found[router.layer_number - 1] = routing_map.cpu(), routing_margins(router, logits).cpu()
+        found[router.layer_number - 1] = routing_map.cpu(), router.margins(logits).cpu()
 
     text = torch.tensor([tokens], device=torch.cuda.current_device())
-    with watched(routers_of([trained.module]), keep):
+    with record_routing(routers_of([trained.module]), keep):
         logits = full_logits(trained, text)
     losses = None if logits is None else _losses(logits[0], text[0])
     pipeline = trained.groups.pp
@@ -63,6 +65,23 @@ def routing_of(trained: TrainedModel, tokens: list[int]) -> Routing:
     everywhere = {layer: pair for stage, _ in stages for layer, pair in stage.items()}
     maps, margins = (torch.stack([everywhere[layer][i] for layer in layers]) for i in (0, 1))
     return Routing(layers, maps, margins, stages[-1][1])
+
+
+def check_margins(config: TransformerConfig) -> None:
+    """Refuse models without experts, and those whose router compares more than scores.
+
+    Raises:
+        UserError: The model is one of these.
+    """
+    assert isinstance(config, ETConfig)
+    if not any(moe_layer_pattern(config)):
+        raise UserError("the model is dense: it has no experts whose routing could be inspected")
+    for name in config.router.without_margins:
+        if getattr(config, name, None):
+            raise UserError(
+                f"the model was trained with --{name.replace('_', '-')}: its routing depends on "
+                "more than a token's scores, so there is no margin to show"
+            )
 
 
 def _losses(logits: Tensor, tokens: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from megatron_ext.inspection.routing_statistics import FORMULAS
+from megatron_ext.moe.registry import router_type
 from megatron_ext.reports.plotting import BLUE, STYLE, VERMILION, write_picture
 
 _CELLS_WITH_NUMBERS = 400  # more are too small to read
@@ -132,8 +133,7 @@ def _specialisation(figures: dict[str, Any]) -> Figure:
 
 def _margins(figures: dict[str, Any]) -> Figure:
     figure, panels = _grid(len(figures["layers"]), 3.6, 2.7)
-    by_threshold = figures["router"] in ("expert-threshold", "expert-choice")
-    unit = "logit − threshold" if by_threshold else "score − k-th of the others"
+    unit = router_type(figures["router"]).margin_unit
     for axes, layer, margins in zip(panels, figures["layers"], figures["margins"]):
         counts = _array(margins["counts"])
         edges = np.linspace(-margins["limit"], margins["limit"], len(counts) + 1)

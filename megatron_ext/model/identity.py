@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from megatron_ext.errors import UserError
+from megatron_ext.moe.registry import router_type, routing_flags
 
 Mark = Literal["same", "schedule", "free"]
 
@@ -210,12 +211,6 @@ MARKS: dict[str, Mark] = {
     ),
 }
 
-_WITH_THRESHOLDS = ("expert-threshold", "expert-choice")
-
-# What the thresholds depend on, and what only top-k routers read.
-_THRESHOLD_NAMES = {"et_mean_experts", "et_ema_decay", "et_gate", "et_cutoff_pool"}
-_BY_THRESHOLD_NAMES = {"et_warmup_iters", "et_capacity", "et_capacity_pool"}
-
 
 class Difference(NamedTuple):
     """A setting that two models do not share: its argument, and both values."""
@@ -336,7 +331,7 @@ def _mean_experts(args: Namespace) -> Fraction:
 
 
 def _router(args: Namespace) -> str:
-    return "expert-threshold" if args.router_type == "expert-choice" else args.router_type
+    return router_type(args.router_type).evaluates_as or args.router_type
 
 
 # Settings that several flags give, or one flag in several ways.
@@ -355,8 +350,8 @@ _EQUIVALENTS: dict[str, Callable[[Namespace], Any]] = {
 
 def _is_read(args: Namespace, name: str) -> bool:
     """Whether the model of these arguments depends on a setting."""
-    if name.startswith("moe_") or name == "router_type" or name in _ET_ROUTING:
-        return bool(args.num_experts) and _is_read_by_router(args.router_type, name)
+    if name.startswith("moe_") or name == "router_type" or name in routing_flags():
+        return bool(args.num_experts) and router_type(args.router_type).reads(name)
     if name == "max_position_embeddings":
         return bool(args.position_embedding_type == "learned_absolute")
     if name.startswith(("yarn_", "mscale")) or name in ("rotary_scaling_factor", "rope_type"):
@@ -366,19 +361,6 @@ def _is_read(args: Namespace, name: str) -> bool:
             return False
         return args.position_embedding_type not in ("learned_absolute", "none")
     return True
-
-
-def _is_read_by_router(router: str, name: str) -> bool:
-    if name in _BY_THRESHOLD_NAMES:
-        return router == "expert-threshold"
-    if name in _THRESHOLD_NAMES:
-        return router in _WITH_THRESHOLDS
-    if name.startswith("moe_router_") or name == "moe_aux_loss_coeff":
-        return router not in _WITH_THRESHOLDS
-    return True
-
-
-_ET_ROUTING = _THRESHOLD_NAMES | _BY_THRESHOLD_NAMES
 
 
 @cache

@@ -28,7 +28,6 @@ from megatron_ext.model.attention import SDPAttention
 from megatron_ext.model.cached_layer import CachedSelfAttention, CachedTransformerLayer
 from megatron_ext.model.norm import RMSNorm
 from megatron_ext.moe.layer import VariableFanOutMoELayer
-from megatron_ext.moe.router import ThresholdRouter, TokenChoiceRouter
 
 
 def decoder_block_spec(config: ETConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
@@ -57,10 +56,9 @@ def _mlp(config: ETConfig, backend: BackendSpecProvider, moe: bool) -> Any:
         return partial(MLP.as_mlp_submodule, submodules=submodules)
     spec = get_moe_module_spec_for_backend(backend, config.num_moe_experts, config.moe_grouped_gemm)
     experts: MoESubmodules = spec.keywords["submodules"]
-    if config.uses_thresholds:
-        experts.router = ThresholdRouter
+    experts.router = config.router.load()
+    if config.router.variable_fan_out:
         return partial(VariableFanOutMoELayer, submodules=experts)
-    experts.router = TokenChoiceRouter
     return spec
 
 

@@ -1,4 +1,4 @@
-"""Seeing what routers decide, wherever and for whatever the model runs."""
+"""Record what routers decide, wherever and for whatever purpose the model runs."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -7,27 +7,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_ext.moe.router import ThresholdRouter, TokenChoiceRouter
+from megatron_ext.moe.router import ETRouter
 
-Saw = Callable[[ThresholdRouter | TokenChoiceRouter, Tensor, Tensor], None]
+RoutingCallback = Callable[[ETRouter, Tensor, Tensor], None]
+"""Receives a router, its logits, fp32, and its routing map, bool, both `[tokens, experts]`."""
 
 
 @contextmanager
-def watched(routers: Sequence[ThresholdRouter | TokenChoiceRouter], saw: Saw) -> Iterator[None]:
-    """Let `saw(router, logits, routing map)` be called whenever one of the routers has routed.
+def record_routing(routers: Sequence[ETRouter], callback: RoutingCallback) -> Iterator[None]:
+    """Call a function whenever one of the routers has routed, until the end of the block.
 
-    Both are `[tokens, experts]` of the tokens that this rank routes, sequence first: fp32, as the
-    router's linear map gives them, and bool.
+    Args:
+        routers: Routers to record.
+        callback: Receives the decisions on the tokens that this rank routes, sequence first. The
+            logits are those of the router's linear map.
     """
 
     @torch.no_grad()
-    def tell(router: Any, args: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    def hook(router: Any, args: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
         logits = router.gating(args[0]).float()
-        saw(router, logits.reshape(-1, logits.shape[-1]), output[1].bool())
+        callback(router, logits.reshape(-1, logits.shape[-1]), output[1].bool())
 
-    hooks = [router.register_forward_hook(tell) for router in routers]
+    hooks = [router.register_forward_hook(hook) for router in routers]
     try:
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        for handle in hooks:
+            handle.remove()

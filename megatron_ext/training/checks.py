@@ -22,6 +22,7 @@ from megatron_ext.data.tokenizer_identity import (
 from megatron_ext.devices import is_cpu_device
 from megatron_ext.errors import UserError
 from megatron_ext.model.identity import check_same_model, check_same_schedule
+from megatron_ext.moe.registry import ROUTERS, router_type
 from megatron_ext.processes import lock_folder
 from megatron_ext.training.blends import (
     blends,
@@ -230,7 +231,7 @@ def check_pools(args: Namespace, config: ETConfig) -> None:
                 "--et-cutoff-pool microbatch"
             )
     # Expert choice takes the top k of the whole pool and never looks at the capacity.
-    limited = config.router_type != "expert-choice" and config.et_capacity is not None
+    limited = config.router.trains_by_threshold and config.et_capacity is not None
     limited &= config.et_capacity_pool == "rank"
     if limited and rate.k(per_rank) < 1:
         raise UserError(
@@ -281,12 +282,14 @@ _SAME_OPTIMIZER = (
 def _check_checkpoint(checkpoint: Path, args: Namespace, config: ETConfig) -> None:
     """Compare the flags with those of the checkpoint that training would resume from."""
     saved = read_common_state(checkpoint)["args"]
-    threshold_routers = ("expert-threshold", "expert-choice")
-    had_thresholds = saved.num_experts is not None and saved.router_type in threshold_routers
+    had_thresholds = (
+        saved.num_experts is not None and router_type(saved.router_type).uses_thresholds
+    )
     if config.uses_thresholds != had_thresholds and saved.router_type != args.router_type:
+        sharing = " and ".join(name for name, kind in ROUTERS.items() if kind.uses_thresholds)
         raise UserError(
             f"{checkpoint} was trained with --router-type {saved.router_type} and cannot continue "
-            f"as {args.router_type}: only expert-threshold and expert-choice share thresholds"
+            f"as {args.router_type}: only {sharing} share thresholds"
         )
     check_resharding(checkpoint, saved, args)
     check_same_model(checkpoint, saved, args)

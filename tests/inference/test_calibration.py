@@ -19,7 +19,7 @@ def on_one_rank(path):
     from megatron_ext.inference.calibration import calibrate, measure
     from megatron_ext.inference.forward import full_logits
     from megatron_ext.inference.loading import load_model
-    from megatron_ext.training.step import routers_of
+    from megatron_ext.moe.router import routers_of
 
     trained = load_model(path)
     before = measure(trained, TEXT)

@@ -86,7 +86,7 @@ def layer_against_reference() -> None:
     x = torch.randn(32, 2, 32, generator=torch.Generator().manual_seed(2))
     for gate in ("sigmoid", "softmax", "relu"):
         config.et_gate = layer.config.et_gate = gate
-        from megatron_ext.moe.router import GATES
+        from megatron_ext.moe.threshold_router import GATES
 
         router.gate = GATES[gate]
         for thresholds in (
@@ -200,11 +200,12 @@ def test_routing_of_a_token_ignores_later_tokens_and_the_rest_of_the_batch() -> 
 
 
 def step_on_ranks(pool: str) -> tuple[torch.Tensor, dict]:
-    _, config, model = megatron.start("--et-cutoff-pool", pool, "--expert-model-parallel-size", "2")
-    from megatron_ext.training.step import RoutingStep, routers_of
+    _, _, model = megatron.start("--et-cutoff-pool", pool, "--expert-model-parallel-size", "2")
+    from megatron_ext.moe.router import routers_of
+    from megatron_ext.training.step import RoutingStep
 
     router, _ = _router_and_layer(model)
-    step = RoutingStep(config)
+    step = RoutingStep()
     rank, world = dist.get_rank(), dist.get_world_size()
     generator = torch.Generator().manual_seed(7)
     expected = torch.zeros(4)
@@ -247,19 +248,21 @@ def test_a_step_moves_thresholds_once_by_the_cutoffs_of_all_ranks(pool: str) -> 
 
 def communication(pool: str) -> list[tuple[int, int, int]]:
     """Collectives in forward and at the end of each of six steps, and the most logits kept."""
-    _, config, model = megatron.start(
+    _, _, model = megatron.start(
         "--num-layers", "5", "--moe-layer-freq", "[0,1,1,1,1]", "--et-cutoff-pool", pool
     )  # fmt: skip
-    from megatron_ext.training.step import RoutingStep, routers_of
+    from megatron_ext.moe.router import routers_of
+    from megatron_ext.moe.threshold_router import threshold_routers
+    from megatron_ext.training.step import RoutingStep
 
-    routers, step, used = routers_of(model), RoutingStep(config), []
+    routers, step, used = threshold_routers(routers_of(model)), RoutingStep(), []
     generator = torch.Generator().manual_seed(dist.get_rank())
     for _ in range(6):
         with counted_collectives() as forward:
             for _ in range(3):
                 for router in routers:
                     router.routing(torch.randn(32, 4, 4, generator=generator))
-        kept = max(len(router.kept_logits) for router in routers)
+        kept = max(len(router.cutoffs.kept_logits) for router in routers)
         with counted_collectives() as end:
             step.resolve(routers)
         step.commit()
@@ -279,18 +282,19 @@ def test_thresholds_need_no_collective_in_forward_and_four_a_step(pool: str) -> 
 
 
 def thresholds_with_bound(mebibytes: str) -> tuple[torch.Tensor, int, int]:
-    _, config, model = megatron.start("--et-kept-logits-mb", mebibytes)
-    from megatron_ext.training.step import RoutingStep, routers_of
+    _, _, model = megatron.start("--et-kept-logits-mb", mebibytes)
+    from megatron_ext.moe.router import routers_of
+    from megatron_ext.training.step import RoutingStep
 
     router, _ = _router_and_layer(model)
-    step, most, calls = RoutingStep(config), 0, 0
+    step, most, calls = RoutingStep(), 0, 0
     generator = torch.Generator().manual_seed(dist.get_rank())
     for _ in range(4):
         for _ in range(5):
             with counted_collectives() as forward:
                 router.routing(torch.randn(32, 2, 4, generator=generator))
             calls = len(forward.calls)
-            most = max(most, sum(kept.nbytes for kept in router.kept_logits))
+            most = max(most, sum(kept.nbytes for kept in router.cutoffs.kept_logits))
         step.resolve(routers_of(model))
         step.commit()
     return router.thresholds.value(), most, calls
@@ -309,14 +313,15 @@ def test_a_bound_on_kept_logits_holds_and_changes_no_threshold() -> None:
 
 
 def counting() -> None:
-    _, config, model = megatron.start("--et-capacity", "0.5")
-    from megatron_ext.training.step import RoutingStep, routers_of
+    _, _, model = megatron.start("--et-capacity", "0.5")
+    from megatron_ext.moe.router import routers_of
+    from megatron_ext.training.step import RoutingStep
 
     router, _ = _router_and_layer(model)
     _set_thresholds(router, torch.tensor([-9.0, 9.0, 0.0, 0.6]))
     logits = torch.randn(32, 2, 4, generator=torch.Generator().manual_seed(5))
     _, routing_map = router.routing(logits)
-    step = RoutingStep(config)
+    step = RoutingStep()
     step.resolve(routers_of(model))
     figures, k = step.figures[1], 64 // 4
     above = (logits.view(-1, 4) > router.thresholds.value()).sum(dim=0)

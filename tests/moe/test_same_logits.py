@@ -47,13 +47,14 @@ def my_tokens(router: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 def route(kinds: list[str], flags: list[str]) -> list[dict[str, Any]]:
     """Route and step with each kind of logits; what every rank saw, its maps put in place."""
-    _, config, model = megatron.start("--et-warmup-iters", str(WARMUP), *flags)
-    from megatron_ext.training.step import RoutingStep, routers_of
+    _, _, model = megatron.start("--et-warmup-iters", str(WARMUP), *flags)
+    from megatron_ext.moe.router import routers_of
+    from megatron_ext.training.step import RoutingStep
 
     router = model[0].decoder.layers[1].mlp.router
     samples, positions = my_tokens(router)
     here = (samples.view(-1, 1), positions)
-    step = RoutingStep(config)
+    step = RoutingStep()
     results = []
     for kind in kinds:
         router.thresholds.average.zero_()

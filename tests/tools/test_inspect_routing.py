@@ -87,7 +87,7 @@ def flat(windows: list[list[int]]) -> list[int]:
 def by_hand(trained, tokens, routing) -> tuple[float, float]:
     """Largest difference of margins from those that gates tell, and of losses from log-softmax."""
     from megatron_ext.inference.forward import full_logits
-    from megatron_ext.training.step import routers_of
+    from megatron_ext.moe.router import routers_of
 
     routers = routers_of([trained.module])
     gates = []
@@ -112,7 +112,7 @@ def specialise(trained, first: set[int], second: set[int]) -> set[int]:
     In the first MoE layer experts 0 to 3 take the tokens that only the first domain has, the
     others those of the second; in the last MoE layer every expert takes everything.
     """
-    from megatron_ext.training.step import routers_of
+    from megatron_ext.moe.router import routers_of
 
     for name, parameter in trained.module.named_parameters():
         if "linear_proj" in name or "linear_fc2" in name:  # nothing is added to the embedding
@@ -212,8 +212,7 @@ def convert(folder: Path, name: str) -> None:
 
 def other_models(folder: Path) -> SimpleNamespace:
     from megatron_ext.inference.loading import load_model
-    from megatron_ext.moe.margins import routing_margins
-    from megatron_ext.training.step import routers_of
+    from megatron_ext.moe.router import routers_of
 
     facts = SimpleNamespace()
     # Not w1, the end of the document, nor words that begin so: the tokenizer would cut them.
@@ -244,7 +243,7 @@ def other_models(folder: Path) -> SimpleNamespace:
         for expert in range(4):  # the second best of the three others
             others = scores[:, [e for e in range(4) if e != expert]]
             expected[:, expert] = scores[:, expert] - others.sort(descending=True).values[:, 1]
-        margins = routing_margins(router, logits)
+        margins = router.margins(logits)
         chosen = router.routing(logits)[1].bool()
         facts.kinds[kind] = (
             float((margins - expected).abs().max()),

@@ -21,7 +21,7 @@ from megatron.training import checkpointing, get_args, training  # noqa: E402
 
 import pretrain_et  # noqa: E402
 from megatron_ext.errors import run_on_ranks  # noqa: E402
-from megatron_ext.training import step  # noqa: E402
+from megatron_ext.moe import step_cutoffs  # noqa: E402
 
 
 def before(owner: Any, name: str, at: int, fault: Callable[..., None]) -> None:
@@ -51,7 +51,7 @@ def hung_in_forward(at: int) -> None:
 
 
 def killed_in_cutoff_collective(at: int) -> None:
-    before(step, "kth_largest", at, kill)
+    before(step_cutoffs, "kth_largest", at, kill)
 
 
 def when_saving(at: int, arm: Callable[[], None]) -> None:

@@ -105,8 +105,8 @@ def stage_ranks(args: Namespace) -> list[int]:
 def _phases(config: ETConfig) -> list[str]:
     """How a run routes, in the order in which it does."""
     if not config.uses_thresholds:
-        return ["token choice" if config.num_moe_experts else "dense"]
-    if config.router_type == "expert-choice":
+        return [config.router_type.replace("-", " ") if config.num_moe_experts else "dense"]
+    if not config.router.trains_by_threshold:
         return ["expert choice"]
     return ["expert choice", "thresholds"] if config.et_warmup_iters else ["thresholds"]
 

@@ -19,8 +19,8 @@ from megatron.core.transformer.moe import token_dispatcher
 from torch import Tensor
 
 from megatron_ext.config import ETConfig
-from megatron_ext.moe.router import ThresholdRouter
 from megatron_ext.moe.routing_metrics import RoutingCounts
+from megatron_ext.moe.threshold_router import ThresholdRouter, threshold_routers
 from megatron_ext.moe.thresholds import Thresholds
 from megatron_ext.training.step import RoutingStep
 
@@ -76,7 +76,7 @@ class EvenLoad:
         alltoall = token_dispatcher.MoEAlltoAllTokenDispatcher
         allgather = token_dispatcher.MoEAllGatherTokenDispatcher
         postprocess = allgather.dispatch_postprocess
-        select, resolve = ThresholdRouter._select, RoutingStep.resolve
+        select, resolve = ThresholdRouter.select, RoutingStep.resolve
 
         def counts_on_host(dispatcher: Any, point: str, tokens_per_expert: Any = None) -> Any:
             if point != dispatcher.cuda_dtoh_point:
@@ -97,31 +97,31 @@ class EvenLoad:
         def select_at_random(
             router: ThresholdRouter, logits: Tensor, positions: Tensor, counting: bool
         ) -> Tensor:
-            kept = len(router.kept_logits)
+            kept = len(router.cutoffs.kept_logits)
             enough = int(_TOKENS_OF_AN_EXPERT / self.rate) + 1
             affordable = min(_TOKENS, _TOKENS_OF_A_STEP // self.microbatches)
             tokens = min(logits.shape[0], max(affordable, enough))
             sample = _random_logits(tokens, router.num_experts, self.rate)
             select(router, sample, torch.arange(tokens), counting)
-            if len(router.kept_logits) > kept:
+            if len(router.cutoffs.kept_logits) > kept:
                 self.kept_bytes += logits.numel() * logits.element_size()
             return torch.empty_like(logits, dtype=torch.bool)
 
         def resolve_whole_step(step: RoutingStep, routers: Sequence[Any]) -> None:
-            for router in routers:
-                if isinstance(router, ThresholdRouter) and (kept := router.kept_logits):
+            for router in threshold_routers(routers):
+                sizes = [len(logits) for logits in router.cutoffs.kept_logits]
+                for i in range(len(sizes), self.microbatches if sizes else 0):
                     # Not the same again: a search takes longer where values are tied.
-                    sizes = [len(kept[i % len(kept)]) for i in range(len(kept), self.microbatches)]
-                    router.kept_logits = kept + [
-                        _random_logits(tokens, router.num_experts, self.rate) for tokens in sizes
-                    ]
+                    tokens = sizes[i % len(sizes)]
+                    logits = _random_logits(tokens, router.num_experts, self.rate)
+                    router.cutoffs.keep(logits)
             resolve(step, routers)
 
         with ExitStack() as stack:
             for owner, name, stand_in in (
                 (alltoall, "_maybe_dtoh_and_synchronize", counts_on_host),
                 (allgather, "dispatch_postprocess", gathered),
-                (ThresholdRouter, "_select", select_at_random),
+                (ThresholdRouter, "select", select_at_random),
                 (RoutingStep, "resolve", resolve_whole_step),
                 (F, "scaled_dot_product_attention", _flash_attention),
                 (clip_grads, "multi_tensor_applier", _zero_norm),

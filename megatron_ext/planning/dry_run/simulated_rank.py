@@ -31,13 +31,14 @@ from megatron_ext.arguments import explained
 from megatron_ext.config import ETConfig
 from megatron_ext.devices.placement import without_data
 from megatron_ext.model.gpt import gpt_model_config
-from megatron_ext.moe.router import ThresholdRouter
+from megatron_ext.moe.router import routers_of
+from megatron_ext.moe.threshold_router import ThresholdRouter, threshold_routers
 from megatron_ext.planning.dry_run.fakes import EvenLoad, prepare_router
 from megatron_ext.planning.dry_run.memory import SavedTensors, optimizer_tensors, storage_bytes
 from megatron_ext.planning.dry_run.parameters import Parameters, count_parameters
 from megatron_ext.planning.dry_run.traffic import MUON, Amount, Collective, Traffic
 from megatron_ext.training.data_loading import forward_step
-from megatron_ext.training.step import RoutingStep, routers_of
+from megatron_ext.training.step import RoutingStep
 
 _ROUTING, _STEP_END = "routing", "routing at the step's end"
 
@@ -87,7 +88,7 @@ class Rank:
     def __init__(self, args: Namespace, config: ETConfig) -> None:
         self.args = args
         self.config = copy(config)
-        self.step = RoutingStep(self.config)
+        self.step = RoutingStep()
         self.config.finalize_model_grads_func = self.step.finalize_model_grads
         with torch.device("meta"):
             self.model, self.optimizer, self.scheduler = training.setup_model_and_optimizer(
@@ -136,9 +137,8 @@ class Rank:
         return 2 * stages + self.microbatches % stages, stages
 
     def _run(self, microbatches: int, by_threshold: bool) -> Step:
-        for router in routers_of(self.model):
-            if isinstance(router, ThresholdRouter):
-                prepare_router(router, self.config.et_warmup_iters + 1 if by_threshold else 0)
+        for router in threshold_routers(routers_of(self.model)):
+            prepare_router(router, self.config.et_warmup_iters + 1 if by_threshold else 0)
         load = EvenLoad(self.config, self.microbatches)
         traffic = Traffic(load.answers())
         saved = SavedTensors(self.weights)
@@ -212,7 +212,7 @@ def _purposes(traffic: Traffic) -> Iterator[None]:
             (_ParamAndGradBucketGroup, "start_grad_sync", "gradient reduction"),
             (_ParamAndGradBucketGroup, "start_param_sync", "parameter gather"),
             (TensorParallelMuon, "step", MUON),
-            (ThresholdRouter, "_select", _ROUTING),
+            (ThresholdRouter, "select", _ROUTING),
             (RoutingStep, "resolve", _STEP_END),
         ):
             function = serving(getattr(owner, name), purpose)

@@ -38,7 +38,7 @@ def on(folder, layout):
 
 
 def thresholds(engine):
-    from megatron_ext.training.step import routers_of
+    from megatron_ext.moe.router import routers_of
 
     return [
         (router.thresholds.average.clone(), router.thresholds.updates.clone())
@@ -51,7 +51,7 @@ def whatever_the_flags(folder):
     what it routes when decisions are pushed, or when expert choice is let through."""
     from alignment.engines.batch import TokenBatch
     from alignment.engines.megatron import MegatronEngine
-    from megatron_ext.training.step import routers_of
+    from megatron_ext.moe.router import routers_of
     from tests.alignment.engines.engine_runs import OPTIMIZATION, by_token
 
     flags = ["--router-type", "expert-choice", "--et-warmup-iters", "100", "--et-capacity", "0.5"]
@@ -75,17 +75,17 @@ def whatever_the_flags(folder):
 
     routers = routers_of(engine._model)
     for router in routers:
-        router.frozen = False
+        router.freeze(False)
     by_choice = gap(engine)
     for router in routers:
-        router.frozen = True
+        router.freeze()
 
     batch = TokenBatch.packed(mine(engine), LENGTH)
     for _ in range(3):
         engine.train_step(batch, by_token)
     after = thresholds(engine)
     moved = any(not torch.equal(a, b) for x, y in zip(before, after) for a, b in zip(x, y))
-    kept_nothing = not any(router.kept_logits or router.cutoffs for router in routers)
+    kept_nothing = all(router.cutoffs is None or router.cutoffs.is_empty for router in routers)
     return first, shut, by_choice, moved, kept_nothing, gap(engine)
 
 
