@@ -1,12 +1,32 @@
-"""Shrinks brackets to the k-th largest value of each column by histograms summed over ranks.
+"""Search for the k-th largest value of each column by histograms summed over ranks.
 
-Each round divides the brackets, on the order-preserving integer image of fp32, into many bins and
-sums the ranks' histograms; the bin with the answer is the next bracket. A bracket that the counts
-show to be wrong is replaced by the part next to it that they point to.
+Values are searched as integers in the same order, see :mod:`candidates`. A bracket is a range of
+integers that is believed to contain a column's answer. Each round divides every bracket into many
+bins, sums the ranks' histograms (:mod:`packed_bins`), and continues with the bin that contains the
+answer. A bracket that the counts show to be wrong is replaced by the range next to it, on the side
+where the answer must be. `docs/reference/order-statistics.md` has a picture.
 
-The number of values in a bracket is known to all ranks from the round before, and no bin's count
-needs more bits than that. So many bins share a 64-bit word: the fewer values are left, the more
-bins a round has. A value that is alone in its bracket is sent itself.
+For example, two ranks have the values 3, 9, 12 and 5, 9, 14, 15, and the fourth largest of the
+seven is searched in the bracket 0..15. With four bins the first round counts
+
+    bin        0..3  4..7  8..11  12..15
+    rank 0        1     0      1       1
+    rank 1        0     1      1       2
+    sum           1     1      2       3
+
+Three values are in the last bin, five in the last two. So the fourth largest is in 8..11, with
+three values above. The second round divides 8..11 into four bins of one integer each, counts
+0, 2, 0, 0 and ends: the answer is 9, three values are greater, and five are greater or equal. (A
+real round has thousands of bins, and needs one round for this.)
+
+>>> values = torch.tensor([3, 9, 12, 5, 9, 14, 15])
+>>> candidates = Candidates(torch.tensor([0]), torch.zeros_like(values), values)
+>>> result = search(
+...     lambda low, high: candidates, low=torch.tensor([0]), high=torch.tensor([15]),
+...     inside=torch.tensor([7]), header=values[:0], rank_of=lambda header: torch.tensor([4]),
+...     group=None)
+>>> result.image.item(), result.greater.item(), result.at_least.item()
+(9, 3, 5)
 """
 
 from collections.abc import Callable
@@ -17,47 +37,26 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ext.moe.candidates import HIGHEST, LOWEST, Candidates
+from megatron_ext.moe.packed_bins import BinCounts, PackedBins
 
 ANY_COUNT = (1 << 31) - 1
 """Bound on the number of values in a bracket where none is known."""
 
-# 64-bit words reduced in a round: at least so many in all (32 KiB), and on average per column.
-_LEAST_WORDS, _WORDS_PER_COLUMN = 4096, 11
-_WORD_BITS = 63  # the sign is left alone
-# A bracket so wide that usual rounds would not exhaust it, or one that had to be replaced, gets so
-# many times the words of another. There are few of either.
-_WIDE, _WIDE_SHARE = 1 << 26, 64
 # How far beyond a wrong bracket the next one reaches, in widths of it, and the least such width.
 _REACH, _LEAST_WIDTH = 32, 1 << 12
 
-
-class _Bins(NamedTuple):
-    """How a round divides the brackets into bins, and packs the bins' counts into words."""
-
-    bins: Tensor  # int64 [columns]; a column that is done has none
-    words: Tensor  # int64 [columns]; all of a column's own
-    alone: Tensor  # bool [columns]: the bracket holds one value, and its word is that value
-    bits: Tensor  # int64 [], of a bin's count
-    per_word: Tensor  # int64 [], bins in a word
-
-    @staticmethod
-    def divide(width: Tensor, inside: Tensor, done: Tensor, replaced: Tensor) -> "_Bins":
-        """As many bins for each bracket as its share of the round's words holds."""
-        alone = ~done & (inside == 1)
-        searching = ~(done | alone)
-        most = inside.where(searching, 1).max()
-        bits = torch.frexp(most.double()).exponent.long()  # of the number in binary
-        per_word = _WORD_BITS // bits
-        share = torch.where(replaced | (width > _WIDE), _WIDE_SHARE, 1).where(searching, 0)
-        total = max(_LEAST_WORDS, _WORDS_PER_COLUMN * width.numel())
-        words = share * total // share.sum().clamp(min=1)
-        words = torch.minimum(words, (width + per_word - 1) // per_word).clamp(min=1)
-        words = words.masked_fill(alone, 1).masked_fill(done, 0)
-        return _Bins(torch.minimum(words * per_word, width), words, alone, bits, per_word)
+Extract = Callable[[Tensor, Tensor], Candidates]
 
 
-class Found(NamedTuple):
-    """The answer of a search, int64 `[columns]` each."""
+class SearchResult(NamedTuple):
+    """Answers of a search, one per column.
+
+    Attributes:
+        image: int64 `[columns]`, the k-th largest value as an integer.
+        k: int64 `[columns]`, the rank that was searched for.
+        greater: int64 `[columns]`, number of values above the answer.
+        at_least: int64 `[columns]`, number of values above or equal to the answer.
+    """
 
     image: Tensor
     k: Tensor
@@ -66,81 +65,147 @@ class Found(NamedTuple):
 
 
 def search(
-    extract: Callable[[Tensor, Tensor], Candidates],
+    extract: Extract,
     low: Tensor,
     high: Tensor,
     inside: Tensor,
     header: Tensor,
     rank_of: Callable[[Tensor], Tensor],
     group: dist.ProcessGroup | None,
-) -> Found:
-    """Shrink brackets to the image of the k-th largest value of each column.
+) -> SearchResult:
+    """Find the k-th largest value of each column over all ranks.
 
     Args:
-        extract: counts above and collects inside given brackets, skipping empty ones.
-        low, high: int64 images `[columns]`, the first brackets.
+        extract: Counts above and collects inside given brackets, skipping empty ones.
+        low: int64 `[columns]`, lower ends of the first brackets, included.
+        high: int64 `[columns]`, upper ends of the first brackets, included.
         inside: int64 `[columns]`, bounds on the number of values in them over all ranks.
         header: int64, summed over the ranks along with the first counts, in place.
-        rank_of: gives k, int64 `[columns]`, from the summed header.
-        group: the ranks.
+        rank_of: Returns k, int64 `[columns]`, from the summed header.
+        group: Ranks that share the columns, or None.
+
+    Returns:
+        The answers, the same on every rank.
     """
-    above, k = torch.zeros_like(low), torch.zeros_like(low)
-    done = torch.zeros_like(low, dtype=torch.bool)
-    fresh = ~done  # brackets whose values have yet to be looked for
-    column, image = low[:0], low[:0]
+    brackets = _Brackets(low, high, inside)
     first_round = True
     while True:
-        width = high - low + 1
-        plan = _Bins.divide(width, inside, done, fresh & (not first_round))
-        sizes = torch.stack([plan.bits, plan.per_word, plan.words.sum(), fresh.sum()])
-        bits, per_word, word_count, looking = sizes.tolist()
-        if word_count == 0:
-            return Found(low, k, above, above + inside)
-        parts = [header] if first_round else []
-        if looking:
-            found = extract(low.where(fresh, high + 1), high)
-            column, image = torch.cat([column, found.column]), torch.cat([image, found.image])
-            parts.append(found.above)
-        # Where each column's words lie; those of a column without any are beyond the others.
-        first_word = (plan.words.cumsum(0) - plan.words).masked_fill(done, word_count)
-        offset = image - low.take(column)
-        bin = offset * plan.bins.take(column) // width.take(column)
-        value = torch.where(plan.alone.take(column), offset, 1 << (bin % per_word * bits))
-        words = torch.zeros(word_count + 1, dtype=torch.int64, device=low.device)
-        words.index_add_(0, first_word.take(column) + bin // per_word, value)
-        parts.append(words)
-        message = torch.cat(parts)
-        if group is not None:
-            dist.all_reduce(message, group=group)
-        sums = list(message.split([part.numel() for part in parts]))
-        words = sums.pop()
-        if looking:
-            above = sums.pop().where(fresh, above)
+        plan, new_brackets = brackets.divide(first_round)
+        if plan.word_count == 0:
+            return brackets.result()
+        message = [header] if first_round else []
+        if new_brackets:
+            message.append(brackets.collect(extract))
+        bin, words = plan.pack(brackets.column, brackets.offsets())
+        message.append(words)
+        sums = _all_reduce(message, group)
+        counts = plan.unpack(sums.pop())
+        if new_brackets:
+            brackets.set_above(sums.pop())
         if first_round:
-            k, first_round = rank_of(header.copy_(sums.pop())), False
+            brackets.k = rank_of(header.copy_(sums.pop()))
+            first_round = False
+        answer = brackets.narrow(plan, counts)
+        brackets.keep_candidates(bin, answer)
 
-        lone = words[first_word]
-        words[first_word] = lone.masked_fill(plan.alone, 1)  # a count like the others
-        shifts = bits * torch.arange(per_word, device=low.device)
-        counts = ((words.unsqueeze(1) >> shifts) & ((1 << bits) - 1)).view(-1)
-        below = torch.cat([counts.new_zeros(1), counts.cumsum(0)])  # bins of all columns in a row
-        first_bin = first_word * per_word
-        last_bin = first_bin + plan.bins.clamp(min=1) - 1
-        # The answer is in the last bin that has k or more values at or above its lower edge.
-        most_below = above + below[last_bin + 1] - k
-        at = torch.searchsorted(below, most_below, right=True) - 1
-        answer = torch.minimum(at, last_bin) - first_bin
-        at = at.clamp(first_bin, last_bin)
 
-        too_low = ~done & (above >= k)  # the bracket is, for the answer
-        too_high = ~done & (most_below < below[first_bin])
-        hit = ~(done | too_low | too_high)
-        absent = too_high & (low == LOWEST)  # fewer than k values: -inf stands for the answer
-        counted = absent & (width == 1)
-        above = torch.where(hit, above + below[last_bin + 1] - below[at + 1], above)
-        inside = torch.where(hit | counted, counts[at], inside)
+def _all_reduce(parts: list[Tensor], group: dist.ProcessGroup | None) -> list[Tensor]:
+    """Sum int64 vectors over the ranks, all in one reduction."""
+    message = torch.cat(parts)
+    if group is not None:
+        dist.all_reduce(message, group=group)
+    return list(message.split([part.numel() for part in parts]))
+
+
+class _Brackets:
+    """One bracket per column, what is known about it, and this rank's values inside it.
+
+    Attributes:
+        low: int64 `[columns]`, lower end, included.
+        high: int64 `[columns]`, upper end, included.
+        above: int64 `[columns]`, values above the bracket, over all ranks.
+        inside: int64 `[columns]`, bound on the values in the bracket, over all ranks; exact once a
+            round has counted them.
+        k: int64 `[columns]`, rank of the answer.
+        done: bool `[columns]`, whether the bracket is the answer.
+        is_new: bool `[columns]`, whether this rank's values in the bracket are not yet collected.
+        column: int64 `[candidates]`, column of each collected value.
+        image: int64 `[candidates]`, the value.
+    """
+
+    def __init__(self, low: Tensor, high: Tensor, inside: Tensor) -> None:
+        self.low, self.high, self.inside = low, high, inside
+        self.above, self.k = torch.zeros_like(low), torch.zeros_like(low)
+        self.done = torch.zeros_like(low, dtype=torch.bool)
+        self.is_new = ~self.done
+        self.column, self.image = low[:0], low[:0]
+
+    def divide(self, first_round: bool) -> tuple[PackedBins, int]:
+        """Divide the brackets into bins; also return the number of new brackets."""
+        replaced = self.is_new & (not first_round)
+        width = self.high - self.low + 1
+        return PackedBins.divide(width, self.inside, self.done, replaced, self.is_new.sum())
+
+    def collect(self, extract: Extract) -> Tensor:
+        """Collect this rank's values in new brackets and return the counts above them."""
+        low = self.low.where(self.is_new, self.high + 1)  # the others are empty
+        candidates = extract(low, self.high)
+        self.column = torch.cat([self.column, candidates.column])
+        self.image = torch.cat([self.image, candidates.image])
+        return candidates.above
+
+    def offsets(self) -> Tensor:
+        """Return the distance of each collected value from the lower end of its bracket."""
+        return self.image - self.low.take(self.column)
+
+    def set_above(self, above: Tensor) -> None:
+        """Take over the counts above new brackets, summed over the ranks."""
+        self.above = above.where(self.is_new, self.above)
+
+    def narrow(self, plan: PackedBins, counts: BinCounts) -> Tensor:
+        """Replace each bracket by the bin that contains the answer, or by the range next to it.
+
+        Returns:
+            int64 `[columns]`, the bin within the old bracket that is the new one, or -1 if there is
+            none to search on.
+        """
+        k = self.k
+        # At or above the lower edge of bin b are `above + below[last + 1] - below[b]` values. The
+        # answer is in the last bin of which these are k or more, so `below[b] <= most_below`.
+        most_below = self.above + counts.below[counts.last + 1] - k
+        at = torch.searchsorted(counts.below, most_below, right=True) - 1
+        bin = torch.minimum(at, counts.last) - counts.first
+        at = at.clamp(counts.first, counts.last)
+
+        too_low = ~self.done & (self.above >= k)  # the bracket, for the answer
+        too_high = ~self.done & (most_below < counts.below[counts.first])
+        hit = ~(self.done | too_low | too_high)
+        absent = too_high & (self.low == LOWEST)  # fewer than k values: -inf stands for the answer
+        counted = absent & (plan.width == 1)
+
+        above_bin = self.above + counts.below[counts.last + 1] - counts.below[at + 1]
+        self.above = torch.where(hit, above_bin, self.above)
+        self.inside = torch.where(hit | counted, counts.counts[at], self.inside)
+        self._move(plan, bin, counts.lone, hit, too_low, too_high, absent)
+        self.done = self.done | counted | (hit & (self.low == self.high))
+        self.is_new = (too_low | too_high) & ~self.done
+        self.inside = self.inside.masked_fill(self.is_new, ANY_COUNT)
+        return bin.where(hit & ~self.done, -1)
+
+    def _move(
+        self,
+        plan: PackedBins,
+        bin: Tensor,
+        lone: Tensor,
+        hit: Tensor,
+        too_low: Tensor,
+        too_high: Tensor,
+        absent: Tensor,
+    ) -> None:
+        """Set the ends of the brackets by what became of each column, bool `[columns]`."""
+        low, high, width = self.low, self.high, plan.width
         bins = plan.bins.clamp(min=1)
-        edges = [low + ((answer + i) * width + bins - 1) // bins for i in (0, 1)]
+        edges = [low + ((bin + i) * width + bins - 1) // bins for i in (0, 1)]  # inverse of pack
         reach = _REACH * width.clamp(min=_LEAST_WIDTH)
         lowest = torch.full_like(low, LOWEST)
         for chosen, new_low, new_high in (
@@ -150,10 +215,19 @@ def search(
             (too_high, (low - reach).clamp(min=LOWEST), low - 1),
             (absent, lowest, lowest),
         ):
-            low, high = new_low.where(chosen, low), new_high.where(chosen, high)
-        done = done | counted | (hit & (low == high))
-        fresh = (too_low | too_high) & ~done
-        inside = inside.masked_fill(fresh, ANY_COUNT)
-        answer = answer.where(hit & ~done, -1)
-        kept = (bin == answer.take(column)).nonzero().squeeze(1)
-        column, image = column.take(kept), image.take(kept)
+            self.low = new_low.where(chosen, self.low)
+            self.high = new_high.where(chosen, self.high)
+
+    def keep_candidates(self, bin: Tensor, answer: Tensor) -> None:
+        """Keep the collected values whose bin is the answer's.
+
+        Args:
+            bin: int64 `[candidates]`, bin of each value.
+            answer: int64 `[columns]`, bin to keep, -1 for none.
+        """
+        kept = (bin == answer.take(self.column)).nonzero().squeeze(1)
+        self.column, self.image = self.column.take(kept), self.image.take(kept)
+
+    def result(self) -> SearchResult:
+        """Return the answers, once all columns are done."""
+        return SearchResult(self.low, self.k, self.above, self.above + self.inside)
