@@ -202,6 +202,15 @@ def parse_config[Config](
     return _build(config, values)
 
 
+def flag_values(config: Any) -> dict[str, Any]:
+    """Return the value of each flag of a configuration and of its groups, by name."""
+    values: dict[str, Any] = {}
+    for each in fields(config):
+        value = getattr(config, each.name)
+        values |= flag_values(value) if is_dataclass(value) else {each.name: value}
+    return values
+
+
 def _build[Config](config: type[Config], values: dict[str, Any]) -> Config:
     """Return a configuration, made from its innermost groups outward."""
     types = get_type_hints(config)

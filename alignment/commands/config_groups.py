@@ -35,6 +35,11 @@ class ModelConfig:
             raise UserError(f"--model {self.model} is not a folder.")
 
     @property
+    def model_folder(self) -> Path:
+        """Folder of the model."""
+        return Path(self.model)
+
+    @property
     def chat_template_file(self) -> Path | None:
         """File of the chat template that replaces the tokenizer's."""
         return Path(self.chat_template) if self.chat_template else None

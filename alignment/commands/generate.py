@@ -1,20 +1,13 @@
-"""Let a model that is at hand answer prompts, on the ranks of this command.
+"""Command `et-align generate`; its help is in `generate_config`."""
 
-    et-align generate --model DIR --input PROMPTS.jsonl --output RESPONSES.jsonl [--samples N]
-
-Under torchrun the ranks hold the model by the flags of training; the answers are the same on any
-number of them. For a model behind an address there is `et-align annotate --generate`.
-"""
-
-import argparse
-import sys
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 
 import torch.distributed as dist
 
-from alignment.commands import training_flags as flags
+from alignment.commands.generate_config import GenerateConfig, parse
+from alignment.commands.training_setup import start_engine
 from alignment.data.chat_prompts import prompt_ids, warn_of_template
 from alignment.data.model_tokenizer import load_tokenizer
 from alignment.judges.kinds.local_judge import model_digest
@@ -24,88 +17,69 @@ from alignment.record_files import read_all
 from alignment.records import Prompt, Response
 from alignment.rl.judge_rewards import text_of
 from alignment.seeds import derive_seed
-from megatron_ext.errors import TooFewResults, ToolParser, UserError
+from megatron_ext.errors import TooFewResults
 from megatron_ext.inference.sampling import Sampling
 from megatron_ext.progress import Progress
-from megatron_ext.recipes import expand_recipes
 
 
 def main(argv: Sequence[str]) -> int:
-    options = _parse(argv)
-    prompts = read_all(Path(options.input), Prompt)
-    chat_template = Path(options.chat_template) if options.chat_template else None
-    tokenizer = load_tokenizer(Path(options.model), chat_template)
-    template = flags.template_kwargs(options)
+    """Parse the flags and run the command."""
+    return run(parse(argv))
+
+
+def run(config: GenerateConfig) -> int:
+    """Generate the responses and write them; return the exit status.
+
+    Raises:
+        UserError: The input, the output or the model cannot be used.
+        TooFewResults: All responses are empty.
+    """
+    files, model = config.files, config.model.model
+    prompts = read_all(Path(files.input), Prompt)
+    tokenizer = load_tokenizer(config.model.model_folder, config.model.chat_template_file)
+    template = config.model.template_variables
     if prompts:
         warn_of_template("generate", tokenizer, prompts[0].messages, template, trains=False)
-    engine = flags.engine_of(options, 0)
+    engine = start_engine(model, config.engine)
     sampling = Sampling(
-        options.max_new_tokens, options.temperature or 1.0, options.top_k, options.top_p,
-        greedy=options.temperature == 0,
-    )  # fmt: skip
-    depends = [sampling, tokenizer.chat_template, sorted(template.items()), options.seed]
-    identity = sha256(f"{model_digest(options.model)}{depends}".encode()).hexdigest()
-    output = OutputFile(
-        Path(options.output), Path(options.input), options.overwrite, samples=options.samples
+        config.sampling.max_new_tokens,
+        config.sampling.temperature or 1.0,
+        config.sampling.top_k,
+        config.sampling.top_p,
+        greedy=config.sampling.temperature == 0,
     )
-    output.check_or_create(
-        identity, "model"
-    )  # on all ranks, of which none then waits for one that refuses
+    depends = [sampling, tokenizer.chat_template, sorted(template.items()), config.seed]
+    identity = sha256(f"{model_digest(model)}{depends}".encode()).hexdigest()
+    output = OutputFile(
+        Path(files.output), Path(files.input), files.overwrite, samples=config.samples
+    )
+    # On all ranks, so that none waits for one that refuses.
+    output.check_or_create(identity, "model")
 
-    def answers(part: Sequence[tuple[Prompt, int]]) -> list[str]:
+    def generate(part: Sequence[tuple[Prompt, int]]) -> list[str]:
         ids = [prompt_ids(tokenizer, prompt.messages, **template) for prompt, _ in part]
-        seeds = [derive_seed(options.seed, prompt.id, sample) for prompt, sample in part]
-        return [text_of(tokenizer, found) for found in engine.generate(ids, sampling, seeds)]
+        seeds = [derive_seed(config.seed, prompt.id, sample) for prompt, sample in part]
+        return [text_of(tokenizer, rollout) for rollout in engine.generate(ids, sampling, seeds)]
 
-    asked = [(prompt, sample) for prompt in prompts for sample in range(options.samples)]
-    rows, at_once = [], options.rows * engine.data_size
-    with Progress("generating", len(asked), "responses") as progress:
-        for begin in range(0, len(asked), at_once):
-            part = asked[begin : begin + at_once]
-            for (prompt, sample), text in zip(part, map_over_data_ranks(engine, part, answers)):
+    questions = [(prompt, sample) for prompt in prompts for sample in range(config.samples)]
+    responses: list[Response] = []
+    at_once = config.sampling.generation_batch_size * engine.data_size
+    with Progress("generating", len(questions), "responses") as progress:
+        for begin in range(0, len(questions), at_once):
+            part = questions[begin : begin + at_once]
+            for (prompt, sample), text in zip(part, map_over_data_ranks(engine, part, generate)):
                 # `evaluate` takes files of several policies, whose ids must differ.
                 name = f"{prompt.id}-{sample}-{identity[:8]}"
-                rows.append(Response(name, prompt, text, options.source or options.model))
+                responses.append(Response(name, prompt, text, config.source or model))
             if dist.get_rank() == 0:
-                progress.update(len(rows))
+                progress.update(len(responses))
     if dist.get_rank() == 0:
-        output.write(rows, {"model": options.model})
-        print(f"{len(rows):,} responses; wrote {options.output}", file=sys.stdout)
+        output.write(responses, {"model": model})
+        print(f"Wrote {len(responses):,} responses to {files.output}.")
     dist.barrier()  # rank 0 has written before any rank ends the command
-    if not any(row.text.strip() for row in rows):
+    if not any(response.text.strip() for response in responses):
         raise TooFewResults(
-            f"all {len(rows):,} responses are empty: --model {options.model} ends every one at its "
-            "first token"
+            f"All {len(responses):,} responses are empty: --model {model} ends each of them at its "
+            "first token. Check the model and its chat template."
         )
     return 0
-
-
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = ToolParser(
-        prog="et-align generate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    # fmt: off
-    add = parser.add_argument_group("responses").add_argument
-    add("--input", required=True, metavar="FILE", help="prompts")
-    add("--output", required=True, metavar="FILE", help="responses to write")
-    add("--overwrite", action="store_true", help="replace an --output that was made otherwise")
-    add("--samples", type=int, default=1, metavar="N", help="responses a prompt (%(default)s)")
-    add("--source", metavar="NAME", help="of the responses (the model's folder)")
-    add("--seed", type=int, default=0)
-    add("--max-new-tokens", type=int, default=2048, metavar="N", help="(%(default)s)")
-    add("--temperature", type=float, default=0.7, help="0 takes the likeliest (%(default)s)")
-    add("--top-k", type=int, default=0, help="(%(default)s)")
-    add("--top-p", type=float, default=1.0, help="(%(default)s)")
-    add("--rows", type=int, default=64, metavar="N", help="at a time on a rank (%(default)s)")
-    # fmt: on
-    flags.add_engine_flags(parser)
-    options = parser.parse_args(expand_recipes(argv, parser))
-    flags.check(options)
-    if options.samples < 1 or options.rows < 1:
-        raise UserError("--samples and --rows must be at least 1")
-    if options.samples > 1 and options.temperature == 0:
-        raise UserError(f"--samples {options.samples} would give the same responses again")
-    return options

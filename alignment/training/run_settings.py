@@ -1,55 +1,15 @@
-"""Which flags of a training command a run keeps when it is resumed, and what is in its models."""
+"""Settings that a resumed run must have again, and fingerprints of its models."""
 
 import hashlib
-from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from megatron_ext.checkpoint import find_checkpoint
 from megatron_ext.errors import UserError
+from megatron_ext.typed_flags import flag_values, flags_of
 
-Mark = Literal["same", "free"]
-
-
-def _marked(mark: Mark, names: str) -> dict[str, Mark]:
-    return dict.fromkeys(names.split(), mark)
-
-
-MARKS: dict[str, Mark] = {
-    # What is learned, from what, and by which model.
-    **_marked(
-        "same",
-        """
-        model critic chat_template chat_template_kwargs seed engine
-        input validation_input prompts held_out gold gold_scale second_gold validation_gold judge
-        stage template thinking reward reference
-        epochs steps batch_size mini_batches group_size seq_length eval_interval
-        lr lr_warmup_fraction weight_decay clip_grad adam_beta1 adam_beta2
-        algorithm kl kl_estimator overlong_margin max_unrewarded
-        critic_lr critic_warmup value_clip gae_lambda gae_discount whitening
-        rollouts_ahead rollout_bound rollout_rule
-        max_new_tokens max_thinking_tokens temperature top_k top_p
-        judging_temperature judging_top_k judging_top_p
-        alarm_gap alarm_window stop_on_alarm
-        """,
-    ),
-    # Where and how fast it runs, and what it reports.
-    **_marked(
-        "free",
-        """
-        recipe run_dir dry_run save_interval rows micro_batch_size dtype megatron_flags
-        tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size
-        expert_model_parallel_size expert_tensor_parallel_size
-        use_distributed_optimizer zero_stage offload_optimizer offload_parameters
-        max_left_out keep_responses monitor_limits routing_interval routing_samples
-        rollout_url rollout_model
-        """,
-    ),
-}
-"""By the flag's name in the parser. A name without a mark counts as "same", and
-`tests/alignment/training/test_run_settings.py` fails for it."""
-
-# Files of a model's folder, apart from its weights, by which it reads or answers differently.
+# Files of a model's folder, apart from its weights, that change how it reads or answers.
 _SETTINGS = (
     "config.json",
     "generation_config.json",
@@ -62,14 +22,19 @@ _WEIGHTS = (".safetensors", ".distcp", ".bin")
 _SAMPLES, _SAMPLE_BYTES = 16, 16384
 
 
-def lasting_settings(options: Namespace) -> dict[str, Any]:
+def lasting_settings(config: Any, files: Sequence[str] = ()) -> dict[str, Any]:
     """Return the settings that a run must have again when it is resumed, as plain data.
 
-    A template or chat template in a file counts by its text. A model's folder counts by its path
-    and by its content.
+    These are the flags that are not marked `may_change`. A template or chat template in a file
+    counts by its text. A model's folder counts by its path and by its content.
+
+    Args:
+        config: Configuration of the command, a dataclass of flags.
+        files: Names of flags whose files count by their content, not by their names.
     """
+    marks = {each.name: each.resume for each in flags_of(type(config))}
     settings = {
-        name: value for name, value in vars(options).items() if MARKS.get(name, "same") == "same"
+        name: value for name, value in flag_values(config).items() if marks[name] != "may change"
     }
     for name in ("template", "chat_template"):
         if settings.get(name) and (file := Path(settings[name])).is_file():
@@ -77,25 +42,28 @@ def lasting_settings(options: Namespace) -> dict[str, Any]:
     for name in ("model", "critic"):
         if settings.get(name) and Path(settings[name]).is_dir():
             settings[f"{name}_content"] = model_content(Path(settings[name]))
+    for name in files:
+        contents = [Path(file).read_bytes() for file in settings[name]]
+        settings[name] = [hashlib.sha256(content).hexdigest() for content in contents]
     return settings
 
 
 def model_content(path: Path) -> str:
     """Return a fingerprint of a model that takes milliseconds, whatever the model's size.
 
-    It covers settings and tokenizer, and of each file of weights the size and sixteen pieces of
-    16 KiB evenly spread. Training changes all of a model's weights, so that other weights of the
-    same shape differ in these pieces. A copy of the folder has the same fingerprint.
+    It covers the settings, the tokenizer, and of each file of weights the size and sixteen evenly
+    spaced blocks of 16 KiB. Training changes all of a model's weights, so that other weights of the
+    same shape differ in these blocks. A copy of the folder has the same fingerprint.
 
     Args:
-        path: a Hugging Face folder, a run directory, or a folder of checkpoints.
+        path: A Hugging Face folder, a run directory, or a folder of checkpoints.
     """
     digest = hashlib.sha256()
     folder = path
     if not (path / "config.json").is_file():
         try:
             folder = find_checkpoint(path)
-        except UserError:  # loading the model says what is wrong with it
+        except UserError:  # loading the model reports what is wrong with it
             return ""
     for name in _SETTINGS:
         if (folder / name).is_file():

@@ -144,7 +144,7 @@ def _judge(run: Path, name: str, model: Path, form: Sequence[object]) -> None:
     if not scores.is_file():
         _align(
             "judge", "--model", model, "--input", run / "test.answers.jsonl",
-            "--output", scores, *form, "--rows", 16, "--micro-batch-size", 8,
+            "--output", scores, *form, "--generation-batch-size", 16, "--micro-batch-size", 8,
             "--max-failed", 1,  # how many fail is among the figures
         )  # fmt: skip
     score = {verdict.item: verdict.score for verdict in read_all(scores, Verdict)}

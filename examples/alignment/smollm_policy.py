@@ -125,7 +125,13 @@ def _choose(run: Path) -> None:
 
 def _judge(run: Path, options: argparse.Namespace) -> list[Step]:
     """Responses of the start policy, gold's scores, a judge that learns them, its agreement."""
-    sampled = ["--max-new-tokens", options.max_new_tokens, *TEMPERATURE, "--rows", "32"]
+    sampled = [
+        "--max-new-tokens",
+        options.max_new_tokens,
+        *TEMPERATURE,
+        "--generation-batch-size",
+        "32",
+    ]
     steps = []
     for name, samples in (("train", options.judge_samples), ("test", 2)):
         prompts, drawn = run / f"{name}.prompts.jsonl", run / f"{name}.responses.jsonl"
@@ -169,7 +175,8 @@ def _judge(run: Path, options: argparse.Namespace) -> list[Step]:
             "verdicts", "the judge on test responses",
             align(
                 "judge", "--model", judge / "best", "--input", responses,
-                "--output", run / "verdicts.jsonl", "--overwrite", "--rows", "16", *form,
+                "--output", run / "verdicts.jsonl", "--overwrite",
+                "--generation-batch-size", "16", *form,
                 "--seq-length", options.seq_length, "--max-failed", "1",  # a figure
             ),
             run, [run / "verdicts.jsonl"], [responses, judge / "metrics.jsonl"],
@@ -211,7 +218,7 @@ def _policy(run: Path, options: argparse.Namespace) -> list[Step]:
                 "--mini-batches", "1", "--max-new-tokens", options.max_new_tokens,
                 *TEMPERATURE, "--lr", "5e-5", "--seq-length", options.seq_length,
                 "--eval-interval", max(1, options.steps // 2), "--save-interval", "5",
-                "--rows", "20", *_form(run, options),
+                "--generation-batch-size", "20", *_form(run, options),
             ),
             policy, "final",
             [*prompts, by, run / "gold.yaml", CHECKS, *trained],

@@ -1,6 +1,6 @@
 """Prompts and commands of the SmolLM policy example; docs/experiments/study.md has its result."""
 
-from alignment.commands.generate import _parse as generate
+from alignment.commands.generate_config import parse as generate
 from alignment.commands.train_judge import parse as train_judge
 from alignment.commands.train_policy import parse as train_policy
 from alignment.data.packages import PACKAGES
@@ -38,7 +38,7 @@ def test_prompts_and_commands(tmp_path):
     (tmp_path / "judge" / "best").mkdir(parents=True)
     steps = {step.name: step for step in [*_judge(tmp_path, options), *_policy(tmp_path, options)]}
     drawn = generate(steps["drawn-train"].command[3:])
-    assert drawn.samples == 1 and drawn.temperature == 0.7
+    assert drawn.samples == 1 and drawn.sampling.temperature == 0.7
     written = [
         Response(p.id, p, "A cow sees. Does it? " * (n % 3 + 1))
         for n, p in enumerate(parts["train"])
@@ -49,7 +49,7 @@ def test_prompts_and_commands(tmp_path):
     labelled = read_labelled(judge.input, judge.gold, True)
     assert len(labelled) == len(parts["train"]) and len({row.label for row in labelled}) > 3
     policy = train_policy(steps["policy"].command[3:])
-    assert policy.steps == 4 and policy.eval_interval == 2 and policy.reference
+    assert policy.steps == 4 and policy.run.eval_interval == 2 and policy.reference
     proxy, gold = read_judge(policy.judge[0]), read_judge(policy.gold[0])
     assert isinstance(proxy, LocalJudgeConfig) and proxy.model.endswith("judge/best")
     assert isinstance(gold, FunctionJudgeConfig) and gold.function.endswith("checks.py:score")

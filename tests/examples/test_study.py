@@ -3,6 +3,7 @@
 import json
 import random
 import subprocess
+from typing import Any
 
 import pytest
 import yaml
@@ -114,8 +115,8 @@ def test_what_a_study_lacks_is_told_before_it_begins(tmp_path, section, value, t
 
 
 def test_every_command_is_one(tmp_path):
-    from alignment.commands.generate import _parse as generate
-    from alignment.commands.judge import _parse as judge
+    from alignment.commands.generate_config import parse as generate
+    from alignment.commands.judge_config import parse as judge
     from alignment.commands.train_judge import parse as train_judge
     from alignment.commands.train_policy import parse as train_policy
 
@@ -123,17 +124,22 @@ def test_every_command_is_one(tmp_path):
     models = [f"seed1/judges/{name}" for name in ("label", "reasoning", "reinforced")]
     for model in ("start", *models):
         (tmp_path / model / "best").mkdir(parents=True)
-    parsers = {"train-judge": train_judge, "train-policy": train_policy, "judge": judge}
+    parsers: dict[str, Any] = {
+        "train-judge": train_judge,
+        "train-policy": train_policy,
+        "judge": judge,
+    }
     parsers["generate"] = generate
-    asked = {}
+    asked: dict[str, Any] = {}
     for phase in study.phases([1]):
         for one in phase:
             if parser := parsers.get(one.command[2]):
                 asked[one.name] = parser(one.command[3:])
-    assert asked["reasoning-judge-seed1"].thinking == "asked"
-    grpo = asked["reinforced-judge-seed1"]
-    assert grpo.stage == "grpo" and grpo.batch_size == 64 and grpo.model.endswith("reasoning/best")
-    assert asked["reasoning-verdicts-seed1"].judging_top_k == 20
+    assert asked["reasoning-judge-seed1"].format.thinking == "asked"
+    reinforced = asked["reinforced-judge-seed1"]
+    assert reinforced.stage == "rl" and reinforced.batch.batch_size == 64
+    assert reinforced.model.model.endswith("reasoning/best")
+    assert asked["reasoning-verdicts-seed1"].answers.judging_top_k == 20
     assert len([name for name in asked if name in ("label-seed1", "reasoning-seed1")]) == 2
     spec = read_judge(asked["reasoning-seed1"].judge[0])
     assert isinstance(spec, LocalJudgeConfig)

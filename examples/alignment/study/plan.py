@@ -221,7 +221,7 @@ class Study:
     def _reinforced(self, seed: int) -> Step:
         start = self._of(seed) / "judges" / "reasoning" / "best"
         flags = ["--thinking", "asked", *self._form("reinforced")]
-        return self._judge_training(seed, "reinforced", "grpo", start, flags)
+        return self._judge_training(seed, "reinforced", "rl", start, flags)
 
     def _judge_training(
         self, seed: int, name: str, stage: str, model: Path, flags: Sequence[str]

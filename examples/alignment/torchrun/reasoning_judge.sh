@@ -41,7 +41,7 @@ train() {
 }
 
 train reasoning "$model" "$runs/distilled" "$@"
-train grpo "$runs/distilled/best" "$runs/reinforced" "$@"
+train rl "$runs/distilled/best" "$runs/reinforced" "$@"
 bash examples/torchrun/one_node.sh -m alignment judge --recipe "$size" \
     --model "$runs/reinforced/best" --thinking asked --seq-length 8192 "${form[@]}" \
     --input "$data/test.jsonl" --output "$runs/verdicts.jsonl" --overwrite

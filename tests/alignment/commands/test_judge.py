@@ -128,10 +128,10 @@ REFUSED = {
     ("--gold", "none.jsonl"): "none.jsonl cannot be read: No such file",
     ("--input", "pairs.jsonl"): "which is not in --input",
     ("--model", "nowhere"): "is not a folder",
-    ("--stage", "grpo"): "--stage grpo is for a judge that thinks",
+    ("--stage", "rl"): "--stage rl requires a judge that thinks",
     ("--seq-length", 8): "most often: longer than --seq-length 8: raise it (7 times)",
     ("--lr", -1): "--lr -1.0 must be above 0",
-    ("--chat-template-kwargs", "[]"): "--chat-template-kwargs [] is no JSON object",
+    ("--chat-template-kwargs", "[]"): "--chat-template-kwargs [] is not a JSON object",
     ("--tensor-model-parallel-size", 3): "--tensor-model-parallel-size",
     (
         "--template",

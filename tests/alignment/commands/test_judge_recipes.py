@@ -11,7 +11,8 @@ import pytest
 import torch
 import yaml
 
-from alignment.commands.train_sft import _parse as sft_options
+from alignment.commands.train_sft_config import parse as parse_sft
+from megatron_ext.typed_flags import flag_values
 from tests.distributed import ROOT, run_ranks
 
 RECIPES = ROOT / "examples" / "alignment" / "judges"
@@ -50,7 +51,7 @@ def dry_runs(cases: list[list[str]]) -> list[dict[str, Any]]:
             assert main([*case, "--dry-run", "8"]) == 0
         destroy_global_state()
         lines = printed.getvalue().splitlines()
-        told = [line for line in lines if line.startswith("while it answers")]
+        told = [line for line in lines if line.startswith("While it answers")]
         mebibytes = int(told[0].split("up to ")[1].split(" MiB")[0].replace(",", "")) if told else 0
         found.append({**json.loads(lines[-1]), "cache": mebibytes * 2**20})
     return found
@@ -60,7 +61,7 @@ def dry_runs(cases: list[list[str]]) -> list[dict[str, Any]]:
 def test_models_have_their_published_sizes_and_fit_their_ranks() -> None:
     """Of what a size is trained for, the most that its ranks hold."""
     # The largest judge gives labels alone, and policies here only have their layouts.
-    kinds = {size: "base" if size == "qwen3-14b" else "grpo" for size in SIZES}
+    kinds = {size: "base" if size == "qwen3-14b" else "rl" for size in SIZES}
     cases = [words(kind, f"sizes/{size}", model=shape_of(size)) for size, kind in kinds.items()]
     told = dict(zip(kinds, run_ranks(dry_runs, 1, cases, timeout=200)[0]))
     assert {shape_of(size) for size in SIZES} == BILLIONS.keys()
@@ -69,7 +70,7 @@ def test_models_have_their_published_sizes_and_fit_their_ranks() -> None:
         assert facts["parameters"]["total"] / 1e9 == pytest.approx(billions, abs=0.005), size
         layout = facts["layout"]
         assert layout["tensor"] * layout["pipeline"] * layout["data"] == 8
-        assert bool(facts["cache"]) == (kinds[size] == "grpo")
+        assert bool(facts["cache"]) == (kinds[size] == "rl")
         for stage in facts["stages"]:
             memory = stage["memory"]
             held = sum(memory.values()) - memory["activations"]
@@ -78,13 +79,13 @@ def test_models_have_their_published_sizes_and_fit_their_ranks() -> None:
 
 
 def test_settings_are_the_papers() -> None:
-    from alignment.commands.judge import _parse
-    from alignment.commands.train_judge import parse
+    from alignment.commands.judge_config import parse as parse_judge
+    from alignment.commands.train_judge_config import parse
 
     both = {"lr_warmup_fraction": 0.03}
     sft = {**both, "stage": "sft", "lr": 1e-5, "batch_size": 128}
-    grpo = {
-        **both, "stage": "grpo", "algorithm": "grpo", "lr": 1e-6, "batch_size": 2048,
+    rl = {
+        **both, "stage": "rl", "algorithm": "grpo", "lr": 1e-6, "batch_size": 2048,
         "mini_batches": 4, "group_size": 8, "temperature": 1.0, "steps": 200,
         "thinking": "asked", "seq_length": 8192, "max_new_tokens": 4096,
     }  # fmt: skip
@@ -93,25 +94,26 @@ def test_settings_are_the_papers() -> None:
         ("reasoning",): {
             **sft, "thinking": "asked", "epochs": 3, "seq_length": 8192, "max_new_tokens": 4096,
         },
-        ("grpo",): grpo,
-        ("rl-only",): grpo,
+        ("rl",): rl,
+        ("rl-only",): rl,
         ("base", "pairwise"): {"template": "pairwise", "seq_length": 8192, "thinking": "none"},
         ("reasoning", "pairwise"): {"template": "pairwise", "thinking": "asked"},
         ("base", "rubric"): {"template": "pointwise-rubric", "seq_length": 4096},
-        ("grpo", "pairwise-rubric"): {"template": "pairwise-rubric", "stage": "grpo"},
+        ("rl", "pairwise-rubric"): {"template": "pairwise-rubric", "stage": "rl"},
         ("reasoning", "effort/low"): {"max_thinking_tokens": 512, "epochs": 3},
         ("reasoning", "effort/medium"): {"max_thinking_tokens": 1024},
         ("reasoning", "effort/high"): {"max_thinking_tokens": 4096},
     }  # fmt: skip
     for recipes, settings in expected.items():
-        options = vars(parse([*words(*recipes, "sizes/qwen3-8b"), "--dry-run", "8"]))
+        options = flag_values(parse([*words(*recipes, "sizes/qwen3-8b"), "--dry-run", "8"]))
         assert settings == {name: options[name] for name in settings}, recipes
         assert options["megatron_flags"].startswith("--recompute")
     for size in SIZES:  # a trained judge is asked on the same layout
         file = str(RECIPES / "sizes" / f"{size}.yaml")
         given = ["--input", "a.jsonl", "--output", "b.jsonl"]
-        judging = _parse(["--recipe", file, "--model", str(SHAPES / shape_of(size)), *given])
-        assert (judging.dtype, judging.rows >= 32) == ("bf16", True)
+        judging = parse_judge(["--recipe", file, "--model", str(SHAPES / shape_of(size)), *given])
+        assert judging.engine.dtype == "bf16"
+        assert judging.answers.generation_batch_size >= 32
     tried = {name for recipes in expected for name in recipes} | {f"sizes/{s}" for s in SIZES}
     there = {str(file.relative_to(RECIPES).with_suffix("")) for file in RECIPES.rglob("*.yaml")}
     assert there == tried
@@ -156,7 +158,7 @@ def test_scripts_are_bash(script: Path) -> None:
 def test_recipes_of_sizes_serve_supervised_training_of_base_models(size: Path) -> None:
     model = str(SHAPES / "Qwen3-8B")
     argv = ["--recipe", str(size), "--model", model, "--run-dir", "run", "--input", "rows.jsonl"]
-    options = sft_options(argv)
+    options = parse_sft(argv).engine
     layout = yaml.safe_load(size.read_text())
     assert options.tensor_model_parallel_size == layout["tensor_model_parallel_size"]
     assert options.megatron_flags == layout["megatron_flags"]

@@ -69,9 +69,10 @@ def settings(folder):
     import torch.distributed as dist
 
     from alignment.commands.train_policy import main, parse
+    from megatron_ext.typed_flags import flag_values
 
     dist.destroy_process_group()
-    found = [vars(parse(words(r, model))) for r in ("base", "kl") for model in POLICIES]
+    found = [flag_values(parse(words(r, model))) for r in ("base", "kl") for model in POLICIES]
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         flags = [*judges(folder), "--algorithm", "ppo"]

@@ -355,16 +355,16 @@ def test_a_policy_is_trained_graded_and_reported_on_any_ranks(place, tmp_path):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (("--critic-lr", 1e-3), "--critic-lr is for --algorithm ppo"),
+        (("--critic-lr", 1e-3), "--critic-lr requires --algorithm ppo"),
         (("--algorithm", "ppo", "--gae-lambda", 2), "--gae-lambda 2.0 must be from 0 to 1"),
-        (("--rollouts-ahead", 1), "give --rollout-url"),
+        (("--rollouts-ahead", 1), "--rollouts-ahead 1 requires servers"),
         (("--rollout-url", "http://a/v1", "--top-k", 20), "--top-k 20 is incompatible with"),
         (("--rollout-url", "http://a/v1", "--top-p", 0.9), "--top-p 0.9 is incompatible with"),
         (("--algorithm", "dapo", "--overlong-margin", 0), "--overlong-margin 0 must be above 0"),
-        (("--alarm-gap", "nan"), "--alarm-gap must not be negative"),
+        (("--alarm-gap", "nan"), "--alarm-gap nan must be at least 0"),
         (
             ("--rollouts-ahead", 1, "--rollout-url", "http://a/v1", "--algorithm", "dapo"),
-            "--algorithm dapo may draw more than once a step",
+            "--algorithm dapo may sample several times per step",
         ),
     ],
 )

@@ -68,7 +68,8 @@ def learn_and_answer(folder, run):
         told.append(
             call(
                 generate, "--model", run / "best", "--input", folder / "prompts.jsonl",
-                "--output", run / f"{name}.jsonl", "--max-new-tokens", 12, "--rows", 3, *more,
+                "--output", run / f"{name}.jsonl", "--max-new-tokens", 12,
+                "--generation-batch-size", 3, *more,
             )
         )  # fmt: skip
     return told
@@ -150,13 +151,13 @@ def test_what_models_generate_is_evaluated_together(place, tmp_path):
 
 
 def test_what_cannot_be_learned_from_is_told(place, tmp_path):
-    from alignment.commands.train_sft import _parse
+    from alignment.commands.train_sft_config import parse
 
     base = ["--model", str(place / "model"), "--run-dir", str(tmp_path / "run")]
-    with pytest.raises(UserError, match="give --input with responses"):
-        _parse(base)
+    with pytest.raises(UserError, match="requires --input with responses"):
+        parse(base)
     with pytest.raises(UserError, match=r"--epochs 0\.0 must be above 0"):
-        _parse([*base, "--input", "x", "--epochs", "0"])
+        parse([*base, "--input", "x", "--epochs", "0"])
     file = tmp_path / "long.jsonl"
     with RecordWriter(file) as writer:
         writer.write(rows(1)[0])

@@ -28,7 +28,7 @@ def test_validation_without_room_for_an_answer_is_refused(tmp_path: Path) -> Non
         items = responses(8, seed)
         flags += [f"--{name}input", str(write_rows(tmp_path / f"{name}items.jsonl", items))]
         flags += [f"--{name}gold", str(write_rows(tmp_path / f"{name}gold.jsonl", gold(items)))]
-    with pytest.raises(UserError, match=r"every question .* the 0 tokens that --seq-length 64"):
+    with pytest.raises(UserError, match=r"Every question .* the 0 tokens that --seq-length 64"):
         main([*flags, "--seq-length", "64", "--max-new-tokens", "96"])
 
 
@@ -114,14 +114,15 @@ def test_a_pairwise_judge_whose_examples_are_mostly_too_long_is_not_trained(
 def test_scores_between_labels_are_taught_as_the_nearest_and_counted(
     tmp_path: Path, judging: list[str]
 ) -> None:
-    from alignment.commands.judge_format_flags import form_of
-    from alignment.commands.train_judge import parse
+    from alignment.commands.judge_setup import load_judge_format
+    from alignment.commands.train_judge_config import parse
 
     file = str(scored(tmp_path, 7.5, 7.4, 3, 0.5))
     items = str(write_rows(tmp_path / "four.jsonl", responses(4)))
     rows = read_labelled([items], [file], True)
     assert [row.label for row in rows] == ["8", "7", "3", "1"]
-    form = form_of(parse([*judging, "--gold", file]), False)
+    config = parse([*judging, "--gold", file])
+    form = load_judge_format(config.model, config.format, False)
     encoded = encode(rows, form, 512, None)
     assert encoded.rounded == 3
     assert "3 of a score between two labels, taught as the nearest" in encoded.told()

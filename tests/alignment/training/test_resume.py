@@ -3,17 +3,17 @@
 import json
 import os
 import signal
-from argparse import Namespace
+from dataclasses import dataclass
 
 import pytest
 
-from alignment.commands.training_flags import lasting
 from alignment.rl.algorithms import ALGORITHMS
 from alignment.rl.metrics import StepTimes
 from alignment.rl.rollouts import RewardResult, RolloutStore
 from alignment.rl.tasks import PromptOrder, PromptTask, RLSettings
 from alignment.rl.train import RLComponents, collect_groups, train
 from alignment.training.loop import TrainingSchedule, fit
+from alignment.training.run_settings import lasting_settings
 from alignment.training.training_run import TrainingRun
 from megatron_ext.errors import UserError
 from megatron_ext.inference.sampling import Sampling
@@ -223,7 +223,12 @@ def test_a_template_may_not_change_in_the_middle_of_a_run(tmp_path):
     names = ("here-pointwise.txt", "there-pointwise.txt")
     for name, text in zip(names, ("{mark} {response}", "{mark} {response}")):
         (tmp_path / name).write_text(text)
-    first, moved = (lasting(Namespace(template=str(tmp_path / name))) for name in names)
+
+    @dataclass
+    class Config:
+        template: str
+
+    first, moved = (lasting_settings(Config(str(tmp_path / name))) for name in names)
     (tmp_path / names[0]).write_text("{mark} what is this: {response}")
-    assert first == moved != lasting(Namespace(template=str(tmp_path / names[0])))
-    assert lasting(Namespace(template="pointwise")) == {"template": "pointwise"}
+    assert first == moved != lasting_settings(Config(str(tmp_path / names[0])))
+    assert lasting_settings(Config("pointwise")) == {"template": "pointwise"}

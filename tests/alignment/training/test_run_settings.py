@@ -1,41 +1,65 @@
-"""What a resumed run keeps: every flag has a mark, and a model is known by its content."""
+"""Settings of a resumed run: every flag has a mark, and a model is known by its content."""
 
-import argparse
 import shutil
-from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from alignment.commands import train_judge as judge
-from alignment.commands import train_policy as train
-from alignment.commands import train_sft as sft
-from alignment.training.run_settings import MARKS, lasting_settings, model_content
+from alignment.commands.train_judge_config import TrainJudgeConfig
+from alignment.commands.train_policy_config import TrainPolicyConfig
+from alignment.commands.train_sft_config import TrainSFTConfig
+from alignment.training.run_settings import lasting_settings, model_content
+from megatron_ext.typed_flags import flag, flags_of, may_change, must_match
+
+# Where and how fast a training runs, and what it reports.
+MAY_CHANGE = {
+    "recipe",
+    "run_dir",
+    "dry_run",
+    "save_interval",
+    "generation_batch_size",
+    "micro_batch_size",
+    "dtype",
+    "megatron_flags",
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "context_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+    "use_distributed_optimizer",
+    "zero_stage",
+    "offload_optimizer",
+    "offload_parameters",
+    "max_left_out",
+    "keep_responses",
+    "monitor_limits",
+    "routing_interval",
+    "routing_samples",
+    "rollout_url",
+    "rollout_model",
+}
 
 
-class Parsed(Exception):
-    """Carries the names that a command's parser knows."""
-
-
-@pytest.mark.parametrize("parse", [sft._parse, train.parse, judge.parse])
-def test_every_flag_of_a_training_command_has_a_mark(
-    parse: Callable[[Sequence[str]], Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def names(parser: argparse.ArgumentParser, *_: Any) -> None:
-        raise Parsed({action.dest for action in parser._actions} - {"help"})
-
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", names)
-    with pytest.raises(Parsed) as caught:
-        parse([])
-    assert caught.value.args[0] - MARKS.keys() == set(), "mark them in run_settings.MARKS"
+@pytest.mark.parametrize("config", [TrainSFTConfig, TrainJudgeConfig, TrainPolicyConfig])
+def test_every_flag_of_a_training_command_has_its_resume_mark(config: type) -> None:
+    marks = {each.name: each.resume for each in flags_of(config)}
+    assert None not in marks.values(), "declare the field by must_match or may_change"
+    changing = {name for name, mark in marks.items() if mark == "may change"}
+    assert changing == marks.keys() & MAY_CHANGE
 
 
 def test_layout_and_precision_may_change_and_what_is_learned_may_not() -> None:
-    options = argparse.Namespace(lr=1e-5, dtype="bf16", tensor_model_parallel_size=2, unknown=1)
-    assert lasting_settings(options) == {"lr": 1e-5, "unknown": 1}
+    @dataclass
+    class Config:
+        lr: float = must_match(1e-5)
+        dtype: str = may_change("bf16")
+        tensor_model_parallel_size: int = may_change(2)
+        unmarked: int = flag(1)
+
+    assert lasting_settings(Config()) == {"lr": 1e-5, "unmarked": 1}
 
 
 def make(folder: Path, seed: int) -> Path:
@@ -57,5 +81,10 @@ def test_a_model_is_known_by_its_content_and_not_by_its_place(tmp_path: Path) ->
 
 def test_a_folder_without_a_model_has_no_content(tmp_path: Path) -> None:
     assert model_content(tmp_path) == ""
-    options = argparse.Namespace(model=str(tmp_path), critic=None)
-    assert lasting_settings(options)["model_content"] == ""
+
+    @dataclass
+    class Config:
+        model: str
+        critic: str | None = None
+
+    assert lasting_settings(Config(str(tmp_path)))["model_content"] == ""

@@ -1,0 +1,107 @@
+"""Train a policy on the rewards of judges, and grade it by a gold judge that is not trained on.
+
+    torchrun --nproc-per-node 8 -m alignment train-policy --model DIR --run-dir DIR --steps 200 \\
+        --prompts PROMPTS.jsonl --judge JUDGE.yaml --held-out PROMPTS.jsonl --gold GOLD.yaml
+
+Each judge is described by a YAML file. --judge can be repeated; rewards are then means. Every
+--eval-interval steps the policy answers held-out prompts, which the judges (proxy) and the gold
+judge grade. An alarm is raised when the proxy score rises and the gold score does not. Repeat the
+command to resume a run that was stopped or killed; no finished response or verdict is lost or used
+twice.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from alignment.commands.config_groups import (
+    BatchConfig,
+    OptimizationConfig,
+    ReinforcementTrainingConfig,
+    SamplingConfig,
+)
+from megatron_ext.errors import UserError
+from megatron_ext.typed_flags import group, may_change, must_match, parse_config
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainPolicyConfig(ReinforcementTrainingConfig):
+    """Flags of `et-align train-policy`."""
+
+    prompts: tuple[str, ...] = must_match((), metavar="FILE")
+    """Prompts to train on; required for training."""
+    judge: tuple[str, ...] = must_match((), metavar="FILE.yaml", repeat=True)
+    """Proxy judge, whose scores are the rewards; required for training. Can be given several
+    times."""
+    reward: Literal["pointwise", "pairwise"] = must_match("pointwise")
+    """Reward: the judge's score, or the win rate against the other responses to the prompt, each
+    pair judged in both orders."""
+    held_out: tuple[str, ...] = must_match((), metavar="FILE")
+    """Prompts for grading, none of them in --prompts; required for training."""
+    gold: tuple[str, ...] = must_match((), metavar="FILE.yaml", repeat=True)
+    """Gold judge, which grades and is not trained on; required for training. Can be given several
+    times."""
+    second_gold: tuple[str, ...] = must_match((), metavar="FILE.yaml", repeat=True)
+    """Gold judge of another kind, which shows whether the first one is gamed. Can be given several
+    times. Default: none."""
+    alarm_gap: float | None = must_match(None, metavar="SCORE", at_least=0)
+    """Raise an alarm when the proxy score minus the gold score exceeds its initial value by more
+    than this. Default: 0.5 for scores, 0.1 for win rates."""
+    alarm_window: int = must_match(3, metavar="N", at_least=1)
+    """Gradings in which the gold score does not rise while the proxy score does, before an alarm is
+    raised."""
+    stop_on_alarm: bool = must_match(False)
+    """Stop the run when an alarm is raised."""
+    steps: int = must_match(metavar="N", at_least=1)
+    """Steps of the training."""
+    kl: float = must_match(0.0, metavar="WEIGHT", at_least=0)
+    """Weight of the divergence from the start policy in the loss."""
+    kl_estimator: Literal["k2", "k3"] = must_match("k3")
+    """Estimator of the divergence."""
+    overlong_margin: int = must_match(1, metavar="TOKENS")
+    """Tokens before --max-new-tokens from which DAPO penalizes the length of a response."""
+    max_unrewarded: float = must_match(0.2, metavar="SHARE", at_least=0, at_most=1)
+    """Share of the responses of a step that may have no verdict, from 0 to 1. The run ends if more
+    have none."""
+    keep_responses: int = may_change(0, metavar="N", at_least=0)
+    """Responses of each step to keep in RUN/responses, to retrain the judge on."""
+    monitor_limits: str | None = may_change(None, metavar="FILE.yaml")
+    """YAML file of the shares, from 0 to 1, of the responses of a step above which detectors raise
+    an alarm. Default: the limits of the detectors."""
+    routing_interval: int = may_change(50, metavar="STEPS", at_least=0)
+    """Steps between two comparisons of how rollouts and training route tokens to experts; 0 for
+    none."""
+    routing_samples: int = may_change(8, metavar="N", at_least=1)
+    """Responses to compare the routing of, on all ranks together."""
+    reference: bool = must_match(True)
+    """Do not load the start policy, from which the divergence is measured."""
+    sampling: SamplingConfig = group()
+    batch: BatchConfig = group(batch_size=1024)
+    optimization: OptimizationConfig = group(lr=1e-6)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.run.dry_run is None:
+            for name in ("prompts", "judge", "held_out", "gold"):
+                if not getattr(self, name):
+                    option = f"--{name.replace('_', '-')}"
+                    raise UserError(f"train-policy requires {option}. See --help.")
+        if self.sampling.temperature <= 0:
+            raise UserError(
+                f"--temperature {self.sampling.temperature} must be above 0: equal responses "
+                "cannot be compared."
+            )
+        if self.reward == "pairwise" and self.reinforcement.group_size < 2:
+            raise UserError("--reward pairwise compares responses: give --group-size 2 or more.")
+
+    @property
+    def alarm_threshold(self) -> float:
+        """Rise of the gap between proxy and gold score above which an alarm is raised."""
+        if self.alarm_gap is not None:
+            return self.alarm_gap
+        return 0.1 if self.reward == "pairwise" else 0.5
+
+
+def parse(argv: Sequence[str]) -> TrainPolicyConfig:
+    """Return the configuration that a command line describes."""
+    return parse_config(TrainPolicyConfig, argv, "et-align train-policy", __doc__)
