@@ -34,7 +34,7 @@ from megatron_ext.quiet import quiet_megatron
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from megatron_ext.inference.calibration import Measured
+    from megatron_ext.inference.calibration import RoutingQuality
 
 _HOLD_OUT = 8
 REPORT = "calibration.json"
@@ -80,7 +80,7 @@ def _calibrated(options: CalibrateFlags, checkpoint: Path, out: Any) -> Any:
     """Figures on held-out text before (None without thresholds) and after, cutoffs, and notes."""
     from megatron_ext.data.token_stream import sequences_of
     from megatron_ext.hf.recalibrate import use_thresholds
-    from megatron_ext.inference.calibration import calibrate, measure
+    from megatron_ext.inference.calibration import calibrate, measure_routing
     from megatron_ext.inference.loading import load_model
     from megatron_ext.moe.router import routers_of
     from megatron_ext.moe.threshold_router import threshold_routers
@@ -102,7 +102,7 @@ def _calibrated(options: CalibrateFlags, checkpoint: Path, out: Any) -> Any:
     thresholds = threshold_routers(routers)
     before = None
     if all(router.thresholds.update_count for router in thresholds):
-        before = measure(trained, held_out, options.batch_size)
+        before = measure_routing(trained, held_out, options.batch_size)
     if not thresholds and not trained.args.moe_router_pre_softmax and routers:
         notes.append(
             "the weights of a token's experts summed to 1, which thresholds cannot do: they are "
@@ -114,7 +114,7 @@ def _calibrated(options: CalibrateFlags, checkpoint: Path, out: Any) -> Any:
         cutoffs = calibrate(
             trained, text, options.batch_size, lambda layer: progress.update(layer + 1)
         )
-    after = measure(trained, held_out, options.batch_size)
+    after = measure_routing(trained, held_out, options.batch_size)
     notes.append(f"calibrated on {text.numel():,} tokens, measured on {held_out.numel():,}")
     return before, after, cutoffs, notes
 
@@ -128,7 +128,7 @@ def _held_out(sequences: "Tensor") -> "tuple[Tensor, Tensor]":
     return sequences[[not held for held in held_out]], sequences[held_out]
 
 
-def _table(before: "Measured | None", after: "Measured") -> str:
+def _table(before: "RoutingQuality | None", after: "RoutingQuality") -> str:
     """Mean fan-out and the least and greatest load of an expert by layer, and the loss."""
     rows: list[tuple[str, ...]] = [("layer", "fan-out", "least load", "greatest", "no expert")]
     for layer in after.load:
@@ -140,7 +140,7 @@ def _table(before: "Measured | None", after: "Measured") -> str:
     return "\n".join([*lines, f"loss {losses} nats per token (before > after, held-out text)"])
 
 
-def _figures(measured: "Measured", layer: int) -> tuple[str, ...]:
+def _figures(measured: "RoutingQuality", layer: int) -> tuple[str, ...]:
     load = measured.load[layer]
     share = measured.no_expert[layer]
     return (
@@ -150,7 +150,7 @@ def _figures(measured: "Measured", layer: int) -> tuple[str, ...]:
     )
 
 
-def _plain(measured: "Measured") -> dict[str, Any]:
+def _plain(measured: "RoutingQuality") -> dict[str, Any]:
     return {
         "loss": measured.loss,
         "tokens": measured.tokens,

@@ -88,7 +88,7 @@ def inspect(
     Raises:
         UserError: a model or a text that cannot be inspected.
     """
-    from megatron_ext.inference.routing_modes import check_margins, routing_of
+    from megatron_ext.inference.text_routing import check_margins, route_text
     from megatron_ext.inspection.routing_sums import RoutingSums
     from megatron_ext.moe.router import routers_of
     from megatron_ext.moe.threshold_router import threshold_routers
@@ -101,7 +101,7 @@ def inspect(
     names = [domain.name for domain in domains] or [_OWN_DOMAIN]
     sums: RoutingSums | None = None
     for at, tokens in _counted(trained, texts, domains, max_tokens):
-        routing = routing_of(trained, tokens)
+        routing = route_text(trained, tokens)
         if sums is None:
             layers, (_, _, experts) = routing.layers, routing.maps.shape
             sums = RoutingSums(len(names), len(layers), experts)

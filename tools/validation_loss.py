@@ -70,13 +70,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         activate()  # before anything of Megatron is imported, which takes seconds
         from megatron_ext.evaluation.losses import Windows, summary, window_losses
         from megatron_ext.evaluation.models import MegatronModel
-        from megatron_ext.evaluation.routings import Routing, default_routing
+        from megatron_ext.evaluation.routing_modes import RoutingMode, default_routing
         from megatron_ext.inference.loading import load_model
 
         layout, others = flags.load_model_options()
         model = MegatronModel(load_model(flags.load, layout, **others))
         names = flags.routing or [default_routing(model.trained.model.config)]
-        routings = [Routing(model.trained, name) for name in dict.fromkeys(names)]
+        routings = [RoutingMode(model.trained, name) for name in dict.fromkeys(names)]
         length = _sequence_length(flags.seq_length, model)
         windows = Windows(flags.data, length, flags.max_sequences)
         check_dataset_tokenizer(flags.data, model.trained.args, "the model's")

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from megatron_ext.errors import UserError
 from megatron_ext.evaluation.log_likelihoods import ScoringRequest, batch_of, merged
 from megatron_ext.evaluation.models import MegatronModel
-from megatron_ext.evaluation.routings import Routing
+from megatron_ext.evaluation.routing_modes import RoutingMode
 from megatron_ext.evaluation.text_losses import TextCodec
 
 
@@ -120,7 +120,7 @@ def _standard_error(sums: NDArray[np.float64], tokens: NDArray[np.float64]) -> f
 def window_losses(
     model: MegatronModel,
     windows: Windows,
-    routing: Routing,
+    routing: RoutingMode,
     rows: int,
     done: Callable[[int], None] = lambda windows: None,
 ) -> Losses:
@@ -132,7 +132,7 @@ def window_losses(
         done: told how many more windows are done.
     """
     own: dict[int, float] = {}
-    with routing.in_force():
+    with routing.applied():
         for turn in _turns(windows.number, rows, model.replicas.number, routing.pooled):
             mine = turn[model.replicas.own]
             own.update(_losses(model, windows, routing, mine, mine.start - turn[0].start))
@@ -157,11 +157,11 @@ def _turns(number: int, rows: int, copies: int, pooled: bool) -> list[list[range
 
 
 def _losses(
-    model: MegatronModel, windows: Windows, routing: Routing, mine: range, first: int
+    model: MegatronModel, windows: Windows, routing: RoutingMode, mine: range, first: int
 ) -> dict[int, float]:
     """Sums of this copy's windows, on the ranks that know them; of none, it runs in step."""
     batch = batch_of([ScoringRequest(windows[i], 1) for i in mine])
-    routing.lay_out(batch.padding, first, windows.length)
+    routing.set_batch(batch.padding, first, windows.length)
     log_probs = model.log_probs(batch)
     if log_probs is None:
         return {}
@@ -171,7 +171,7 @@ def _losses(
 
 
 def summary(
-    losses: Losses, base: Losses, routing: Routing, text_bytes: int | None
+    losses: Losses, base: Losses, routing: RoutingMode, text_bytes: int | None
 ) -> dict[str, Any]:
     """Figures of one routing; every rank must ask.
 

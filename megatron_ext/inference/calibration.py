@@ -129,7 +129,7 @@ def _logits(
 
 
 @dataclass(frozen=True)
-class Measured:
+class RoutingQuality:
     """How a model routes a text, and how well it predicts it.
 
     Attributes:
@@ -151,7 +151,9 @@ class Measured:
 
 
 @torch.no_grad()
-def measure(trained: TrainedModel, sequences: Tensor, batch_size: int = 8) -> Measured:
+def measure_routing(
+    trained: TrainedModel, sequences: Tensor, batch_size: int = 8
+) -> RoutingQuality:
     """Route and predict a text as evaluation does. All ranks must call it, with the same text.
 
     Args:
@@ -188,7 +190,7 @@ def measure(trained: TrainedModel, sequences: Tensor, batch_size: int = 8) -> Me
     counts = _of_all_stages(trained, counts)
     losses: list[Any] = [None] * groups.pp.size()
     dist.all_gather_object(losses, float(loss), group=groups.pp)
-    return Measured(
+    return RoutingQuality(
         load={layer: count[:-1] / sequences.numel() for layer, count in counts.items()},
         no_expert={layer: float(count[-1]) / sequences.numel() for layer, count in counts.items()},
         loss=losses[-1] / (len(sequences) * (sequences.shape[1] - 1)),

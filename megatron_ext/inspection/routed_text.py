@@ -53,11 +53,11 @@ def route(trained: "TrainedModel", tokens: list[int]) -> RoutedText:
     """
     import torch
 
-    from megatron_ext.inference.routing_modes import routing_of
+    from megatron_ext.inference.text_routing import route_text
 
     length = trained.max_length
     windows = [
-        routing_of(trained, tokens[start : start + length])
+        route_text(trained, tokens[start : start + length])
         for start in range(0, max(1, len(tokens)), length)
     ]
     maps, margins = (

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from megatron_ext.inference.routing_modes import Routing
+    from megatron_ext.inference.text_routing import TextRouting
 
 Counts = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -51,7 +51,7 @@ class RoutingSums:
         buckets = len(LOSS_EDGES) - 1
         self.by_loss: Floats = np.zeros((len(LOSS_KINDS), layers + 1, buckets, 3))
 
-    def add(self, domain: int, routing: "Routing") -> None:
+    def add(self, domain: int, routing: "TextRouting") -> None:
         """Count the tokens of one text, or window of a text, for a domain."""
         maps = routing.maps
         self.tokens[domain] += maps.shape[1]

@@ -42,7 +42,7 @@ def upcycle(folder, load, flags):
     from megatron_ext.checkpoint import find_checkpoint
     from megatron_ext.hf.recalibrate import use_thresholds, with_thresholds
     from megatron_ext.hf.verify import hf_logits, largest_difference
-    from megatron_ext.inference.calibration import calibrate, measure
+    from megatron_ext.inference.calibration import calibrate, measure_routing
     from megatron_ext.inference.forward import full_logits
     from megatron_ext.inference.loading import load_model
     from tools import convert_checkpoint
@@ -57,7 +57,7 @@ def upcycle(folder, load, flags):
     again = load_model(ready)
     logits = full_logits(again, TOKENS)
     assert logits is not None
-    measured = measure(again, TOKENS)
+    measured = measure_routing(again, TOKENS)
     convert_checkpoint.main(
         ["--from", "megatron", "--to", "hf", "--load", str(ready), "--save", str(back)]
     )

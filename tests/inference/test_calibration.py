@@ -16,13 +16,13 @@ RATE = 2 / 8
 
 
 def on_one_rank(path):
-    from megatron_ext.inference.calibration import calibrate, measure
+    from megatron_ext.inference.calibration import calibrate, measure_routing
     from megatron_ext.inference.forward import full_logits
     from megatron_ext.inference.loading import load_model
     from megatron_ext.moe.router import routers_of
 
     trained = load_model(path)
-    before = measure(trained, TEXT)
+    before = measure_routing(trained, TEXT)
     cutoffs = calibrate(trained, TEXT, batch_size=3)
     # Every logit of the model as it now routes, one sequence at a time.
     logits: dict[int, list[torch.Tensor]] = {layer: [] for layer in cutoffs}
@@ -39,7 +39,7 @@ def on_one_rank(path):
         assert output is not None
         losses.append(torch.nn.functional.cross_entropy(output[0, :-1], row[1:]))
     everything = {layer: torch.cat(parts) for layer, parts in logits.items()}
-    after = measure(trained, TEXT, batch_size=2)
+    after = measure_routing(trained, TEXT, batch_size=2)
     return SimpleNamespace(
         cutoffs=cutoffs,
         thresholds={layer: router.thresholds.value() for layer, router in routers.items()},
@@ -83,12 +83,12 @@ def test_measured_loads_and_loss_are_those_of_the_logits(alone):
 
 
 def on_a_layout(path, layout):
-    from megatron_ext.inference.calibration import calibrate, measure
+    from megatron_ext.inference.calibration import calibrate, measure_routing
     from megatron_ext.inference.loading import ParallelLayout, load_model
 
     trained = load_model(path, ParallelLayout(**layout))
     cutoffs = calibrate(trained, TEXT, batch_size=2)
-    after = measure(trained, TEXT, batch_size=2)
+    after = measure_routing(trained, TEXT, batch_size=2)
     return SimpleNamespace(cutoffs=cutoffs, load=after.load, loss=after.loss)
 
 
@@ -151,7 +151,7 @@ def from_token_choice(folder):
     """On a rank: a token-choice model whose weights are a softmax, routed by threshold."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-    from megatron_ext.inference.calibration import measure
+    from megatron_ext.inference.calibration import measure_routing
     from megatron_ext.inference.loading import load_model
     from tools import calibrate_thresholds, convert_checkpoint
 
@@ -170,7 +170,7 @@ def from_token_choice(folder):
     report = json.loads((folder / "threshold" / "calibration.json").read_text())
     trained = load_model(folder / "threshold")
     text = torch.randint(450, (20, 64), generator=torch.Generator().manual_seed(0))
-    measured = measure(trained, text)
+    measured = measure_routing(trained, text)
     gate, router_type = trained.model.config.et_gate, trained.args.router_type
     return report, measured.load, (gate, router_type), refused
 

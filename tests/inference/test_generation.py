@@ -35,9 +35,9 @@ def plain(records):
 
 def on_every_layout(trained):
     from megatron_ext.inference.generation import generate
-    from megatron_ext.inference.routing_modes import routing_of
+    from megatron_ext.inference.text_routing import route_text
 
-    routing = routing_of(trained, TEXT)
+    routing = route_text(trained, TEXT)
     return SimpleNamespace(
         greedy=plain(generate(trained, PROMPTS, GREEDY)),
         random=plain(generate(trained, PROMPTS, RANDOM, SEEDS)),
@@ -52,7 +52,7 @@ def on_every_layout(trained):
 def on_one_rank(path):
     from megatron_ext.inference.generation import generate
     from megatron_ext.inference.loading import load_model
-    from megatron_ext.inference.routing_modes import routing_of
+    from megatron_ext.inference.text_routing import route_text
 
     trained = load_model(path)
     facts = on_every_layout(trained)
@@ -61,7 +61,7 @@ def on_one_rank(path):
     facts.reverse = plain(generate(trained, PROMPTS[::-1], RANDOM, SEEDS[::-1]))
     facts.alone = plain(generate(trained, [p], RANDOM, [s])[0] for p, s in zip(PROMPTS, SEEDS))
     facts.other_seeds = plain(generate(trained, PROMPTS, RANDOM, [1, 2, 3, 4]))
-    facts.prefix_maps = routing_of(trained, TEXT[:7]).maps
+    facts.prefix_maps = route_text(trained, TEXT[:7]).maps
     # Hot enough for byte tokens, which make half characters.
     hot = Sampling(max_new_tokens=40, temperature=20.0, stop_at_eod=False)
     facts.streamed = streamed(trained, [[260, 261], [270], [280, 281, 282]], hot)

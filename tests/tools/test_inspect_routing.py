@@ -47,7 +47,7 @@ def result(output: Path) -> SimpleNamespace:
 
 def on_one_rank(run: Path, folder: Path) -> SimpleNamespace:
     from megatron_ext.inference.loading import load_model
-    from megatron_ext.inference.routing_modes import routing_of
+    from megatron_ext.inference.text_routing import route_text
 
     facts = SimpleNamespace(folder=folder)
     flags = ["--load", str(run), *write_domains(folder)]
@@ -59,7 +59,7 @@ def on_one_rank(run: Path, folder: Path) -> SimpleNamespace:
     trained = load_model(run)
     facts.text_tokens = len(trained.tokenizer.tokenize(text.read_text()))
     tokens = list(range(40, 90))
-    routing = routing_of(trained, tokens)
+    routing = route_text(trained, tokens)
     facts.signs = torch.equal(routing.margins > 0, routing.maps)
     facts.by_hand = by_hand(trained, tokens, routing)
     facts.tokens = {

@@ -31,7 +31,7 @@ POOLED = ("ec", "et-capacity")
 NAMES = ("et", "tc", *POOLED)
 
 
-class Routing:
+class RoutingMode:
     """One way to route, while it is in force, and what it did.
 
     Args:
@@ -56,7 +56,7 @@ class Routing:
                 f"--routing {name}: the thresholds have no value yet; train for at least one step"
             )
 
-    def lay_out(self, padding: Tensor, first: int, stride: int) -> None:
+    def set_batch(self, padding: Tensor, first: int, stride: int) -> None:
         """Say what the next forward pass holds.
 
         Args:
@@ -71,7 +71,7 @@ class Routing:
         self._positions = positions.reshape(-1)
 
     @contextmanager
-    def in_force(self) -> Iterator[None]:
+    def applied(self) -> Iterator[None]:
         """Route so, and count, until the end of the block."""
         hooks = []
         for threshold_router in threshold_routers(self._routers):

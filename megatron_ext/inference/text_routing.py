@@ -17,7 +17,7 @@ from megatron_ext.moe.router import routers_of
 
 
 @dataclass(frozen=True)
-class Routing:
+class TextRouting:
     """Where the tokens of one text went.
 
     Attributes:
@@ -39,7 +39,7 @@ class Routing:
         return self.maps.sum(dim=-1)
 
 
-def routing_of(trained: TrainedModel, tokens: list[int]) -> Routing:
+def route_text(trained: TrainedModel, tokens: list[int]) -> TextRouting:
     """Route a text as evaluation and generation do; the result is the same on every rank.
 
     Raises:
@@ -64,7 +64,7 @@ def routing_of(trained: TrainedModel, tokens: list[int]) -> Routing:
         raise ValueError("the model has no experts")
     everywhere = {layer: pair for stage, _ in stages for layer, pair in stage.items()}
     maps, margins = (torch.stack([everywhere[layer][i] for layer in layers]) for i in (0, 1))
-    return Routing(layers, maps, margins, stages[-1][1])
+    return TextRouting(layers, maps, margins, stages[-1][1])
 
 
 def check_margins(config: TransformerConfig) -> None:
