@@ -1,9 +1,8 @@
-"""Keys and values of rows of any lengths, and attention of new tokens to them.
+"""Key-value cache for rows of different lengths, and attention of new tokens to it.
 
-One forward pass takes some tokens of some rows, laid end to end as one sequence `[tokens, 1]`, so
-that rows that begin, rows inside a long prompt and rows that go on run through the model together.
-Only attention knows whose tokens they are: rows with one new token attend in one batch, each other
-row by itself.
+One forward pass processes some tokens of some rows, concatenated to one sequence `[tokens, 1]`, so
+that rows that begin, rows inside a long prompt and rows that continue run together. Only attention
+distinguishes rows: those with one new token attend in one batch, every other row separately.
 """
 
 from collections.abc import Sequence
@@ -17,62 +16,69 @@ from megatron.core.inference.contexts import BaseInferenceContext
 from megatron.core.models.common.embeddings.rope_utils import _rotate_half
 from torch import Tensor
 
-_FIRST_LENGTH = 64  # tokens of a slot, before any row is longer
+_FIRST_LENGTH = 64  # initial length of a slot, in tokens
 
 
 @dataclass(frozen=True)
 class TokenChunk:
-    """The next tokens of one row.
+    """Next tokens of one row.
 
     Attributes:
-        slot: the row's place in the cache.
-        start: how many of the row's tokens are in the cache already.
-        tokens: those that come.
-        wanted: after how many of the last of them logits are asked for.
+        slot: Slot of the row in the cache.
+        start: Number of the row's tokens that are in the cache already.
+        tokens: The next tokens.
+        scored: Number of the last tokens whose logits are computed.
     """
 
     slot: int
     start: int
     tokens: Sequence[int]
-    wanted: int = 1
+    scored: int = 1
 
     @property
     def end(self) -> int:
+        """Number of the row's tokens in the cache after the pass."""
         return self.start + len(self.tokens)
 
 
 class RaggedCache(BaseInferenceContext):
-    """The cache of one pipeline stage. Its memory grows with the rows, never above the bounds."""
+    """Cache of one pipeline stage, whose memory grows with the rows up to its bounds."""
 
-    # What Megatron's GPTModel asks a context that is not of its static kind.
+    # An attribute that Megatron's GPTModel reads.
     num_speculative_tokens = 0
 
     def __init__(self, max_slots: int, max_length: int) -> None:
         super().__init__(InferenceConfig(materialize_only_last_token_logits=True))
         self.max_slots, self.max_sequence_length = max_slots, max_length
         self._size = (1, min(_FIRST_LENGTH, max_length))
-        # Of each layer, keys (rotated) and values `[slots, kv_heads, length, head_dim]`.
+        # Keys (rotated) and values of each layer, `[slots, kv_heads, length, head_dim]`.
         self._memory: dict[int, tuple[Tensor, Tensor]] = {}
-        # Of the present pass: cosines and sines, and where keys go.
+        # State of the current pass: cosines and sines, and the positions of new keys.
         self._rotation: tuple[Tensor, Tensor] | None = None
         self._places: Tensor | None = None
 
     def is_static_batching(self) -> bool:
+        """Return False; see Megatron's base class."""
         return False
 
     def is_decode_only(self) -> bool:
+        """Return False; see Megatron's base class."""
         return False
 
     def move(self, source: int, target: int) -> None:
-        """Put a slot in another's place."""
+        """Copy the content of a slot to another."""
         for keys, values in self._memory.values():
             keys[target], values[target] = keys[source], values[source]
 
     def lay_out(self, chunks: Sequence[TokenChunk], device: torch.device | int) -> Tensor:
-        """Prepare for a pass with the tokens of `chunks`, those of one token first.
+        """Prepare a pass.
+
+        Args:
+            chunks: Next tokens of the rows; chunks of one token come first.
+            device: Device of the model.
 
         Returns:
-            tokens, int64 `[1, tokens]`.
+            All tokens, int64 `[1, tokens]`.
         """
         assert all(len(a.tokens) == 1 or len(b.tokens) > 1 for a, b in pairwise(chunks))
         self._grow(1 + max(c.slot for c in chunks), max(c.end for c in chunks))
@@ -81,10 +87,10 @@ class RaggedCache(BaseInferenceContext):
         single = [c for c in chunks if len(c.tokens) == 1]
         self._long = chunks[len(single) :]
         first = 0
-        self._wanted: list[int] = []
+        self._scored: list[int] = []
         for chunk in chunks:
             first += len(chunk.tokens)
-            self._wanted += range(first - chunk.wanted, first)
+            self._scored += range(first - chunk.scored, first)
         self.positions = torch.tensor([positions], device=device)
         self._slot_of = torch.tensor(slots, device=device)
         self._rotation = self._places = None
@@ -96,18 +102,18 @@ class RaggedCache(BaseInferenceContext):
     ) -> None:
         self._slots: slice | Tensor = slice(0, len(slots))
         self._mask: Tensor | None = None
-        self._seen = max(ends, default=0)
+        self._longest = max(ends, default=0)
         if not slots:
             return
         if slots == list(range(slots[0], slots[0] + len(slots))):
             self._slots = slice(slots[0], slots[0] + len(slots))  # no copy
         else:
             self._slots = torch.tensor(slots, device=device)
-        if min(ends) < self._seen:
-            seen = torch.arange(self._seen, device=device) < torch.tensor(
+        if min(ends) < self._longest:
+            seen = torch.arange(self._longest, device=device) < torch.tensor(
                 ends, device=device
             ).unsqueeze(1)
-            self._mask = torch.zeros(len(slots), 1, 1, self._seen, device=device)
+            self._mask = torch.zeros(len(slots), 1, 1, self._longest, device=device)
             self._mask.masked_fill_(~seen[:, None, None], -torch.inf)
 
     def _grow(self, slots: int, length: int) -> None:
@@ -120,13 +126,13 @@ class RaggedCache(BaseInferenceContext):
         self._size = (slots_now, length_now)
 
     def rotate(self, heads: Tensor, table: Tensor, scale: float, interleaved: bool) -> Tensor:
-        """Rotate queries or keys to their positions.
+        """Apply rotary embeddings to queries or keys.
 
         Args:
-            heads: `[tokens, 1, heads, head_dim]`.
+            heads: Queries or keys, `[tokens, 1, heads, head_dim]`.
             table: Megatron's angles of all positions, `[positions, 1, 1, dim]`, dim <= head_dim.
-            scale: of what is rotated.
-            interleaved: whether neighbours are rotated together, not halves.
+            scale: Factor of the rotated channels.
+            interleaved: Whether neighboring channels are rotated together, and not halves.
         """
         if self._rotation is None:  # the same for all layers of a pass
             angles = table[self.positions[0]]
@@ -137,23 +143,29 @@ class RaggedCache(BaseInferenceContext):
         return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
 
     def last_token_logits(self, hidden: Tensor) -> Tensor:
-        """Megatron's name for it: of `[1, tokens, hidden]` what logits are asked for."""
-        return hidden[0, self._wanted]
+        """Select the hidden states whose logits are computed; Megatron defines the name.
+
+        Args:
+            hidden: Hidden states, `[1, tokens, hidden]`.
+        """
+        return hidden[0, self._scored]
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None
     ) -> Tensor:
-        """Keep the new keys and values, and attend to all of each token's row up to itself.
+        """Store the new keys and values, and compute causal attention within each row.
 
         Args:
-            query: `[tokens, heads, head_dim]`, rotated.
-            key: `[tokens, kv_heads, head_dim]`, rotated.
-            value: as `key`.
+            layer: Number of the layer.
+            query: Rotated queries, `[tokens, heads, head_dim]`.
+            key: Rotated keys, `[tokens, kv_heads, head_dim]`.
+            value: Values, `[tokens, kv_heads, head_dim]`.
+            scale: Factor of the attention scores. Default: 1 / sqrt(head_dim).
 
         Returns:
-            `[tokens, heads * head_dim]`.
+            Output, `[tokens, heads * head_dim]`.
         """
-        keys, values = self._room(layer, key)
+        keys, values = self._memory_of(layer, key)
         if self._places is None:  # the same for all layers of a pass
             kv_heads, length = keys.shape[1:3]
             heads = torch.arange(kv_heads, device=key.device)
@@ -180,37 +192,39 @@ class RaggedCache(BaseInferenceContext):
         mask = None if self._mask is None else self._mask.to(query.dtype)
         output = F.scaled_dot_product_attention(
             grouped,
-            keys[self._slots, :, : self._seen],
-            values[self._slots, :, : self._seen],
+            keys[self._slots, :, : self._longest],
+            values[self._slots, :, : self._longest],
             attn_mask=mask,
             scale=scale,
         )
         return output.flatten(1)
 
-    def _room(self, layer: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        now = self._memory.get(layer)
+    def _memory_of(self, layer: int, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the keys and values of a layer, enlarged if necessary."""
+        current = self._memory.get(layer)
         slots, length = self._size
-        shape = (slots, like.shape[1], length, like.shape[2])
-        if now is None or now[0].shape != shape:
-            # Zeros, because what is masked out must still be finite.
-            keys, values = (like.new_zeros(shape) for _ in range(2))
-            if now is not None:
-                for new, old in zip((keys, values), now):
+        shape = (slots, key.shape[1], length, key.shape[2])
+        if current is None or current[0].shape != shape:
+            # Zeros, because masked values must be finite.
+            keys, values = (key.new_zeros(shape) for _ in range(2))
+            if current is not None:
+                for new, old in zip((keys, values), current):
                     new[: old.shape[0], :, : old.shape[2]] = old
             self._memory[layer] = (keys, values)
         return self._memory[layer]
 
 
 def _attend_long(query: Tensor, keys: Tensor, values: Tensor, scale: float | None) -> Tensor:
-    """Attention of the last tokens of one row to all of it.
+    """Compute attention of the last tokens of one row to the whole row.
 
     Args:
-        query: `[new, heads, head_dim]`.
-        keys: `[kv_heads, all, head_dim]`.
-        values: as `keys`.
+        query: Queries of the new tokens, `[new, heads, head_dim]`.
+        keys: Keys of the row, `[kv_heads, all, head_dim]`.
+        values: Values of the row, `[kv_heads, all, head_dim]`.
+        scale: Factor of the attention scores. Default: 1 / sqrt(head_dim).
 
     Returns:
-        `[new, heads * head_dim]`.
+        Output, `[new, heads * head_dim]`.
     """
     new, length = len(query), keys.shape[1]
     mask = None

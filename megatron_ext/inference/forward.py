@@ -1,4 +1,4 @@
-"""One forward pass of a trained model, through all stages of its pipeline."""
+"""Forward passes of a trained model through all stages of its pipeline."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +12,7 @@ from megatron_ext.inference.cache import RaggedCache, TokenChunk
 from megatron_ext.inference.loading import TrainedModel
 from megatron_ext.inference.sampling import log_probs_of
 
-# Places whose logits are made in one go: bounds their memory at any vocabulary.
+# Number of positions whose logits are computed together, which bounds memory.
 _HEAD_TOKENS = 1024
 
 
@@ -20,30 +20,34 @@ _HEAD_TOKENS = 1024
 def next_logits(
     trained: TrainedModel, cache: RaggedCache, chunks: Sequence[TokenChunk]
 ) -> Tensor | None:
-    """Run the next tokens of some rows, and add them to the cache.
+    """Run the next tokens of some rows and add them to the cache.
 
     Args:
-        chunks: at least one, those of one token first.
+        trained: The model.
+        cache: Cache of this pipeline stage.
+        chunks: At least one chunk; chunks of one token come first.
 
     Returns:
-        the logits each chunk asks for, in order, `[wanted, padded vocabulary]`, on the last
+        Logits of the scored tokens of all chunks, `[scored, padded vocabulary]`, on the last
         pipeline stage; None on the others.
     """
     tokens = cache.lay_out(chunks, torch.cuda.current_device())
-    with InferenceMode.active():  # materialises only the logits that are asked for
+    with InferenceMode.active():  # computes only the logits of scored tokens
         logits = _through_the_pipeline(trained, tokens, cache.positions, cache)
     return None if logits is None else logits[0]
 
 
 @torch.no_grad()
 def full_logits(trained: TrainedModel, tokens: Tensor) -> Tensor | None:
-    """Logits after every token, without a cache.
+    """Compute the logits after every token, without a cache.
 
     Args:
-        tokens: int64 `[batch, sequence]`.
+        trained: The model.
+        tokens: Token ids, int64 `[batch, sequence]`.
 
     Returns:
-        `[batch, sequence, padded vocabulary]` on the last pipeline stage; None on the others.
+        Logits, `[batch, sequence, padded vocabulary]`, on the last pipeline stage; None on the
+        others.
     """
     return _through_the_pipeline(trained, tokens, _from_the_start(tokens), None)
 
@@ -56,17 +60,18 @@ def target_log_probs(
     targets: Tensor,
     padding_mask: Tensor | None = None,
 ) -> Tensor | None:
-    """Log-probabilities of given tokens. The output head runs where they are wanted alone.
+    """Compute the log-probabilities of target tokens. The output head runs at their positions only.
 
     Args:
-        tokens: int64 `[batch, sequence]`.
-        places: int64 `[n]`, of the tokens before the targets, in `tokens.flatten()`.
-        targets: int64 `[n]`.
-        padding_mask: bool `[batch, sequence]`, True where the router should pass a token over.
+        trained: The model.
+        tokens: Token ids, int64 `[batch, sequence]`.
+        places: Positions of the tokens before the targets in `tokens.flatten()`, int64 `[n]`.
+        targets: Target tokens, int64 `[n]`.
+        padding_mask: Mask, bool `[batch, sequence]`, True for tokens that the router skips.
 
     Returns:
         fp32 `[2, n]` on the last pipeline stage, None on the others: log-probabilities in nats, and
-        1 where the target is the likeliest token.
+        1 where the target is the most likely token.
     """
 
     def score(
@@ -74,15 +79,15 @@ def target_log_probs(
     ) -> Tensor:
         hidden = hidden_states.transpose(0, 1).flatten(0, 1)[places]  # [n, hidden]
         scores = [hidden.new_empty(2, 0, dtype=torch.float32)]
-        for part, wanted in zip(hidden.split(_HEAD_TOKENS), targets.split(_HEAD_TOKENS)):
-            if not len(wanted):
+        for part, labels in zip(hidden.split(_HEAD_TOKENS), targets.split(_HEAD_TOKENS)):
+            if not len(labels):
                 continue
             logits, _ = output_layer(
                 part.unsqueeze(1), weight=output_weight, runtime_gather_output=True
             )
             logits = scale_logits(logits).squeeze(1)  # [n, padded vocabulary]
-            likeliest = logits.argmax(dim=-1) == wanted
-            scores.append(torch.stack([log_probs_of(logits, wanted), likeliest.float()]))
+            likeliest = logits.argmax(dim=-1) == labels
+            scores.append(torch.stack([log_probs_of(logits, labels), likeliest.float()]))
         return torch.cat(scores, dim=1)
 
     return _through_the_pipeline(

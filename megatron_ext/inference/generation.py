@@ -1,4 +1,4 @@
-"""Continuing prompts."""
+"""Generation of continuations of prompts."""
 
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,12 +14,14 @@ from megatron_ext.inference.sampling import Sampling
 
 @dataclass(frozen=True)
 class Token:
-    """One sampled token, as it comes.
+    """Sampled token of a running generation.
 
     Attributes:
-        row: the prompt it continues.
-        text: what can be shown for certain since the row's last token: half a character, or what
-            may be the beginning of a stop string, waits.
+        row: Index of the prompt.
+        token: Token id.
+        log_prob: Log-probability, in nats.
+        text: Text that has become certain since the row's last token. An incomplete character and
+            a possible beginning of a stop string are withheld.
     """
 
     row: int
@@ -34,7 +36,14 @@ def generate(
     sampling: Sampling,
     seeds: Sequence[int] | None = None,
 ) -> list[Completion]:
-    """Continue every prompt; see :func:`stream`, which this runs to its end."""
+    """Continue every prompt and return the completions.
+
+    Args:
+        trained: The model.
+        prompts: Token ids of each prompt, at least one each.
+        sampling: Sampling settings.
+        seeds: Seed of each prompt; see :func:`stream`.
+    """
     generation = stream(trained, prompts, sampling, seeds)
     while True:
         try:
@@ -51,16 +60,18 @@ def stream(
 ) -> Generator[Token, None, list[Completion]]:
     """Continue prompts and yield tokens as they are sampled; the generator returns Completions.
 
-    Ranks of one copy of the model (tensor and pipeline parallel) must pass the same arguments and
-    get the same tokens. Copies may pass different prompts, even none, but with expert parallelism
-    they need each other's experts, so every rank must run its generator to the end.
+    The ranks of one replica of the model (tensor and pipeline parallel) must pass the same
+    arguments and get the same tokens. Replicas may pass different prompts, or none. With expert
+    parallelism they need each other's experts, so that every rank must exhaust its generator.
 
     Args:
-        prompts: token ids, at least one a row.
-        seeds: one a row. A row's sample depends on its prompt and seed alone. Default: 0, 1, ...
+        trained: The model.
+        prompts: Token ids of each prompt, at least one each.
+        sampling: Sampling settings.
+        seeds: Seed of each prompt. A sample depends only on its prompt and seed. Default: 0, 1, ...
 
     Raises:
-        UserError: an empty prompt, one that leaves no room, or a token outside the vocabulary.
+        UserError: A prompt is empty, too long, or contains a token outside the vocabulary.
     """
     seeds = range(len(prompts)) if seeds is None else seeds
     if len(seeds) != len(prompts):
@@ -77,9 +88,12 @@ def stream(
 
 
 def passes(engine: GenerationEngine) -> Iterator[list[tuple[GenerationRow, TokenScore, str]]]:
-    """Run passes until the rows of all copies that share experts have left their engines; each
-    gives what `GenerationEngine.step` does."""
-    while _any_copy_works(engine.trained, bool(engine.rows)):
+    """Run passes until all replicas that share experts have no rows left.
+
+    Yields:
+        Results of `GenerationEngine.step`; empty while only other replicas have rows.
+    """
+    while _any_replica_has_rows(engine.trained, bool(engine.rows)):
         if engine.rows:
             yield engine.step()
         else:
@@ -87,11 +101,11 @@ def passes(engine: GenerationEngine) -> Iterator[list[tuple[GenerationRow, Token
             yield []
 
 
-def _any_copy_works(trained: TrainedModel, works: bool) -> bool:
-    """Whether any rank whose experts are shared with this one still has rows to continue."""
+def _any_replica_has_rows(trained: TrainedModel, has_rows: bool) -> bool:
+    """Return whether any rank that shares experts with this one has rows."""
     experts = trained.groups.ep
     if experts.size() == 1:
-        return works
-    flag = torch.tensor(int(works), device=torch.cuda.current_device())
+        return has_rows
+    flag = torch.tensor(int(has_rows), device=torch.cuda.current_device())
     dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=experts)
     return bool(flag)

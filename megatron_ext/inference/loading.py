@@ -1,6 +1,6 @@
-"""Loading a trained model for inference, in any layout of ranks.
+"""Loading of a trained model for inference, with any layout of ranks.
 
-`activate` of `megatron_ext.devices` must have been called before this module is imported.
+Call `activate` of `megatron_ext.devices` before importing this module.
 """
 
 import os
@@ -32,17 +32,21 @@ from megatron_ext.hf.end_tokens import record_end_tokens
 from megatron_ext.inference.plain_linear import simplify_linear_layers
 from megatron_ext.model.gpt import gpt_model_config
 
-_TOKENIZERS: list[tempfile.TemporaryDirectory[str]] = []  # of Hugging Face folders
+# Temporary folders with tokenizers of Hugging Face folders, which exist until the process ends.
+_TOKENIZERS: list[tempfile.TemporaryDirectory[str]] = []
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class ParallelLayout:
-    """How a model is spread over ranks; what is left of them holds copies of it.
+    """Parallel sizes of a model; the remaining ranks have data-parallel replicas of it.
 
     Attributes:
-        expert_tensor: tensor parallelism inside an expert; None for that of the other layers.
+        tensor: Tensor parallel size.
+        pipeline: Pipeline parallel size.
+        expert: Expert parallel size.
+        expert_tensor: Tensor parallel size within an expert. Default: `tensor`.
     """
 
     tensor: int = 1
@@ -53,14 +57,14 @@ class ParallelLayout:
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A model in eval mode with what belongs to it.
+    """Model in evaluation mode with its tokenizer and settings.
 
     Attributes:
-        module: this rank's pipeline stage, in Megatron's wrapper when it is not fp32.
-        tokenizer: Megatron's, with `tokenize`, `detokenize`, `eod` and `vocab_size`.
-        args: those of the training run, changed to this layout and device.
-        checkpoint: the folder of the iteration that was loaded.
-        iteration: optimizer steps it was trained for.
+        module: This rank's pipeline stage, in Megatron's wrapper if it is not fp32.
+        tokenizer: Tokenizer of Megatron, with `tokenize`, `detokenize`, `eod` and `vocab_size`.
+        args: Arguments of the training run, adapted to this layout and device.
+        checkpoint: Folder of the iteration that was loaded.
+        iteration: Number of optimizer steps of the training.
     """
 
     module: torch.nn.Module
@@ -71,22 +75,22 @@ class TrainedModel:
 
     @property
     def model(self) -> GPTModel:
-        """The stage without its wrapper."""
+        """Pipeline stage without its wrapper."""
         return unwrap_model(self.module)
 
     @property
     def groups(self) -> ProcessGroupCollection:
-        """The process groups the model communicates in."""
+        """Process groups of the model."""
         return self.model.pg_collection
 
     @property
     def max_length(self) -> int:
-        """The longest sequence of prompt and continuation, in tokens."""
+        """Context length: maximum length of prompt and continuation, in tokens."""
         return self.args.max_position_embeddings
 
     @property
     def vocab_size(self) -> int:
-        """Number of token ids the tokenizer knows; the model may have more, as padding."""
+        """Number of token ids of the tokenizer; the model may have more, as padding."""
         return self.tokenizer.vocab_size
 
 
@@ -101,17 +105,17 @@ def load_model(
     """Load weights, thresholds and tokenizer. Every rank that torchrun started must call it.
 
     Args:
-        path: a run directory, a folder of checkpoints, the folder of one iteration, or a Hugging
-            Face folder; see `find_model`.
-        layout: may differ from the training run's.
-        dtype: of the weights. Default: the training run's on a GPU, fp32 on a CPU.
-        tokenizer_model: where the tokenizer's file is, if not where it was in training.
-        with_thresholds: changes the run's arguments to those of a model with thresholds, whatever
-            its router was. The thresholds are left without a value.
+        path: Run directory, folder of checkpoints, folder of one iteration, or Hugging Face folder;
+            see `find_model`.
+        layout: Parallel sizes, which may differ from those of training. Default: one rank.
+        dtype: Data type of the weights. Default: that of training on a GPU, fp32 on a CPU.
+        tokenizer_model: File or folder of the tokenizer. Default: the one that training used.
+        with_thresholds: Function that changes the run's arguments to those of a model with
+            thresholds. The thresholds then have no value.
 
     Raises:
-        UserError: no checkpoint, an incomplete one, one of another project, another tokenizer than
-            that of training, or a layout that the ranks or the model do not allow.
+        UserError: There is no checkpoint, it is incomplete or from another project, the tokenizer
+            differs from that of training, or the layout does not fit the ranks or the model.
     """
     checkpoint = find_model(path)
     source = state = None
@@ -158,12 +162,12 @@ def load_model(
 
 
 def _open_hf(folder: Path) -> tuple[Any, Namespace]:
-    """Open a Hugging Face folder; return its source and the arguments of a run of its model."""
+    """Return the source of a Hugging Face folder and the arguments of a run of its model."""
     from megatron_ext.hf.release import release_arguments
     from megatron_ext.hf.sources import open_hf
 
     source = open_hf(folder)
-    # Megatron reads tokenizers from files of its own; they stay as long as the process.
+    # Megatron reads tokenizers from files, which exist until the process ends.
     place = tempfile.TemporaryDirectory(prefix="megatron-et-tokenizer-")
     _TOKENIZERS.append(place)
     tokenizer = source.carry_tokenizer(Path(place.name))
@@ -183,7 +187,13 @@ def _load_weights(
 
 
 def for_inference(args: Namespace, layout: ParallelLayout, dtype: torch.dtype | None) -> None:
-    """Change the training run's arguments to this layout, this device and inference."""
+    """Change the training run's arguments to those of inference on this layout and device.
+
+    Args:
+        args: Arguments of the training run, which are modified.
+        layout: Parallel sizes.
+        dtype: Data type of the weights; see `load_model`.
+    """
     if is_cpu_device():
         dtype = dtype or torch.float32
         parser = add_megatron_arguments(ArgumentParser(add_help=False, allow_abbrev=False))
@@ -191,7 +201,7 @@ def for_inference(args: Namespace, layout: ParallelLayout, dtype: torch.dtype | 
         usual = vars(parser.parse_args([]))
         vars(args).update({name: v for name, v in needed.items() if v != usual[name]})
         args.moe_grouped_gemm = False
-        args.bias_swiglu_fusion = False  # an autograd function, slower than its parts
+        args.bias_swiglu_fusion = False  # slower than separate operations
     dtype = dtype or args.params_dtype
     expert_tensor = layout.expert_tensor or layout.tensor
     vars(args).update(
@@ -218,12 +228,12 @@ def for_inference(args: Namespace, layout: ParallelLayout, dtype: torch.dtype | 
         decoder_last_pipeline_num_layers=None,
         account_for_embedding_in_pipeline_split=False,
         account_for_loss_in_pipeline_split=False,
-        # One new token a row cannot be split along the sequence.
+        # A single new token per row cannot be divided along the sequence.
         sequence_parallel=False,
         tp_comm_overlap=False,
-        # It allows ranks to have different numbers of tokens.
+        # This dispatcher permits different numbers of tokens on different ranks.
         moe_token_dispatcher_type="alltoall",
-        # It would drop tokens depending on what else is in the batch.
+        # A capacity would drop tokens depending on the other tokens of the batch.
         moe_expert_capacity_factor=None,
         moe_pad_expert_input_to_capacity=False,
         moe_shared_expert_overlap=False,
@@ -242,18 +252,18 @@ def _build_tokenizer(args: Namespace) -> Any:
         tokenizer = build_tokenizer(args)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         raise UserError(
-            f"the tokenizer {args.tokenizer_model or args.tokenizer_type} cannot be loaded "
-            f"({error}): say where its file is with --tokenizer-model"
+            f"The tokenizer {args.tokenizer_model or args.tokenizer_type} cannot be loaded: "
+            f"{error}. Give its file or folder with --tokenizer-model."
         ) from error
     if args.tokenizer_type == "HuggingFaceTokenizer":
-        # Megatron knows a text's end only by this name, which it does not take from the files.
+        # Megatron reads the end token from this attribute, which it does not set from the files.
         inner = tokenizer._tokenizer
         inner.eos_token = inner.tokenizer.eos_token
     return tokenizer
 
 
 def _start_ranks(args: Namespace) -> None:
-    """Initialise torch.distributed and model parallelism, unless the caller has."""
+    """Initialize torch.distributed and model parallelism unless they are initialized."""
     if not dist.is_initialized():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         backend = "gloo" if is_cpu_device() else "nccl"
@@ -272,7 +282,7 @@ def _start_ranks(args: Namespace) -> None:
     for name, present in sizes.items():
         if present() != getattr(args, name):
             raise UserError(
-                f"--{name.replace('_', '-')} {getattr(args, name)}: the ranks of this process are "
-                f"laid out with {present()} already"
+                f"--{name.replace('_', '-')} {getattr(args, name)} does not match this process, "
+                f"which was initialized with {present()}. Set it to {present()}."
             )
     model_parallel_cuda_manual_seed(args.seed)

@@ -1,7 +1,7 @@
-"""Linear layers without what only training or several tensor-parallel ranks need.
+"""Simplified linear layers for inference on one tensor-parallel rank.
 
-Megatron's pass each product through autograd functions that hold its backward pass and collectives.
-For a few tokens on one rank these take as long as a small product.
+Megatron's linear layers pass each product through autograd functions with a backward pass and
+collectives. For a few tokens on one rank, these take as long as a small product.
 """
 
 from functools import partial
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def simplify_linear_layers(module: torch.nn.Module) -> None:
-    """Let Megatron's own linear layers that are whole on this rank compute their product only."""
+    """Make Megatron's linear layers compute only their product, if this rank has all of it."""
     for layer in module.modules():
         if isinstance(layer, ColumnParallelLinear | RowParallelLinear) and _is_whole(layer):
             layer.forward = partial(_product, layer)
@@ -30,7 +30,7 @@ def _product(
     weight: Tensor | None = None,
     runtime_gather_output: bool | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Output, and the bias where the caller adds it, as Megatron's layers return them."""
+    """Return the output, and the bias if the caller adds it, as Megatron's layers do."""
     weight = layer.weight if weight is None else weight
     if layer.skip_bias_add:
         return F.linear(inputs, weight), layer.bias

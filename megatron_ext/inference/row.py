@@ -1,4 +1,4 @@
-"""One prompt and its continuation: its tokens, when it ends, and what of its text is certain."""
+"""State of one prompt and its continuation: tokens, end conditions, and text that is certain."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -17,12 +17,12 @@ from megatron_ext.inference.text import TextStream, TokenText, detokenizer_of
 
 @dataclass(frozen=True)
 class TokenScore:
-    """A token under the model, at temperature 1 with nothing cut off.
+    """Log-probability of a token under the model, before top-k and other truncation.
 
     Attributes:
-        token: its id.
-        log_prob: nats.
-        likeliest: the likeliest tokens in its place and their log-probabilities, best first.
+        token: Token id.
+        log_prob: Log-probability, in nats.
+        likeliest: Most likely tokens in its place and their log-probabilities, best first.
     """
 
     token: int
@@ -32,12 +32,12 @@ class TokenScore:
 
 @dataclass(frozen=True)
 class ScoredText:
-    """A token with its part of the answered text.
+    """Token with its part of the text and its score.
 
     Attributes:
-        part: its text and bytes.
-        score: None for the first token of a prompt, which has none.
-        likeliest: text and bytes of the tokens in `score.likeliest`.
+        part: Text and bytes of the token.
+        score: Score of the token; None for the first token of a prompt.
+        likeliest: Text and bytes of the tokens in `score.likeliest`.
     """
 
     part: TokenText
@@ -47,14 +47,14 @@ class ScoredText:
 
 @dataclass
 class Completion:
-    """The continuation of one prompt.
+    """Continuation of one prompt.
 
     Attributes:
-        tokens: all that were sampled, with the one that ended it.
-        log_probs: of each under the model at temperature 1, nats.
-        text: without the token that ended it, and up to where a stop string began.
-        finish: why it ended; "length" is --max-new-tokens or the model's own length, "eod" a token
-            that ends a document, "stop" a stop string or one of the sampling's stop tokens.
+        tokens: All sampled tokens, including the one that ended the continuation.
+        log_probs: Log-probability of each token under the model at temperature 1, in nats.
+        text: Text without the token or the stop string that ended the continuation.
+        finish: Reason for the end: "length" is --max-new-tokens or the context length of the model,
+            "eod" an end token, "stop" a stop string or a stop token of the sampling settings.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -64,16 +64,16 @@ class Completion:
 
 
 class GenerationRow:
-    """A row of the batch.
+    """Row of the batch: one prompt and its continuation.
 
     Attributes:
-        likeliest: how many of the likeliest tokens each score shall name.
-        scores_prompt: whether the prompt's own tokens are scored too; its text is then a part of
-            the answered text.
-        cached: how many of its tokens the cache holds.
-        prompt_scores: of the prompt's tokens but the first, as far as they have been scored.
-        ends: tokens that end the continuation.
-        released: the tokens whose text the last call of `add` returned.
+        likeliest: Number of most likely tokens that each score lists.
+        scores_prompt: Whether the tokens of the prompt are scored, too. The text then includes the
+            prompt.
+        cached: Number of the row's tokens in the cache.
+        prompt_scores: Scores of the prompt's tokens except the first, as far as they exist.
+        ends: Tokens that end the continuation.
+        released: Tokens whose text the last call of `add` returned.
     """
 
     def __init__(
@@ -85,10 +85,18 @@ class GenerationRow:
         likeliest: int = 0,
         scores_prompt: bool = False,
     ) -> None:
-        """Check a prompt.
+        """Create a row and check its prompt.
+
+        Args:
+            trained: The model.
+            prompt: Token ids of the prompt.
+            sampling: Sampling settings.
+            seed: Seed of the sampling.
+            likeliest: Number of most likely tokens that each score lists.
+            scores_prompt: Whether the tokens of the prompt are scored, too.
 
         Raises:
-            UserError: it is empty, leaves no room, or has a token outside the vocabulary.
+            UserError: The prompt is empty, too long, or has a token outside the vocabulary.
         """
         self.prompt, self.sampling = list(prompt), sampling
         self.likeliest, self.scores_prompt = likeliest, scores_prompt
@@ -98,28 +106,32 @@ class GenerationRow:
         self.prompt_scores: list[TokenScore] = []
         self.limit = min(len(self.prompt) + sampling.max_new_tokens, trained.max_length)
         if not self.prompt:
-            raise UserError("a prompt is empty: give at least one token")
+            raise UserError("A prompt is empty. Give at least one token.")
         if len(self.prompt) >= trained.max_length:
             raise UserError(
-                f"a prompt has {len(self.prompt)} tokens, which leaves no room: the model was "
-                f"trained with --max-position-embeddings {trained.max_length}"
+                f"A prompt has {len(self.prompt)} tokens, which leaves no room for new ones: the "
+                f"model was trained with --max-position-embeddings {trained.max_length}. Shorten "
+                "the prompt."
             )
         if not all(0 <= token < trained.vocab_size for token in self.prompt):
-            raise UserError(f"a prompt has a token outside the vocabulary of {trained.vocab_size}")
+            raise UserError(
+                f"A prompt has a token outside the vocabulary of {trained.vocab_size}. Tokenize it "
+                "with the model's tokenizer."
+            )
         self._tokenizer = trained.tokenizer
         self._document_ends = end_tokens(trained.tokenizer) if sampling.stop_at_eod else frozenset()
         self.ends = self._document_ends | frozenset(sampling.stop_token_ids)
         self.released: list[ScoredText] = []
-        # Settled tokens that are not released, for a stop string may begin in them, and scores of
-        # all that are not.
+        # Settled tokens that are not released yet, because a stop string may begin in them, and the
+        # scores of all tokens that are not released.
         self._parts: deque[TokenText] = deque()
         self._scores: deque[tuple[TokenScore | None, tuple[tuple[str, bytes], ...]]] = deque()
-        self._stream: TextStream | None = None  # made with the first token
-        self._released = 0  # characters of the stream's text
-        self._start = 0  # where in it the continuation begins
-        self._unfinished = 0  # tokens of the prompt that begin a character it does not complete
-        self._begun_parts: list[TokenText] = []  # those of them that are settled
-        self._exempt = 0  # characters in which no stop string may end
+        self._stream: TextStream | None = None  # created with the first token
+        self._released = 0  # number of released characters of the stream's text
+        self._start = 0  # position of the continuation in the stream's text
+        self._unfinished = 0  # number of prompt tokens of an incomplete character at its end
+        self._unfinished_parts: list[TokenText] = []  # those of them that are settled
+        self._exempt = 0  # number of characters in which no stop string may end
 
     @property
     def generates(self) -> bool:
@@ -127,19 +139,24 @@ class GenerationRow:
         return self.cached >= len(self.prompt)
 
     def chunk(self, slot: int, most: int) -> TokenChunk:
-        """The next tokens to run, at most so many of the prompt."""
+        """Return the next tokens to run.
+
+        Args:
+            slot: Slot of the row in the cache.
+            most: Maximum number of prompt tokens.
+        """
         if self.generates:
             return TokenChunk(slot, self.cached, self.completion.tokens[-1:])
         tokens = self.prompt[self.cached : self.cached + most]
         whole = self.cached + len(tokens) == len(self.prompt)
-        wanted = len(tokens) if self.scores_prompt else int(whole)
-        return TokenChunk(slot, self.cached, tokens, wanted)
+        scored = len(tokens) if self.scores_prompt else int(whole)
+        return TokenChunk(slot, self.cached, tokens, scored)
 
     def add(self, score: TokenScore) -> str:
-        """Take a sampled token and return the text that is certain since the last.
+        """Add a sampled token and return the text that has become certain.
 
-        The text ends with a whole token, and in front of what may be the beginning of a stop
-        string or of a character that takes several tokens. `released` has its tokens.
+        The text consists of complete tokens. It ends before a possible beginning of a stop string
+        and before an incomplete character. `released` contains its tokens.
         """
         completion, token = self.completion, score.token
         stream = self._stream or self._begin()
@@ -149,7 +166,7 @@ class GenerationRow:
         self._scores.append((score, spelled))
         if token in self.ends:
             completion.finish = "eod" if token in self._document_ends else "stop"
-            # Its own text is not a part of the answer.
+            # The text of an end token does not belong to the continuation.
             self._take([*stream.flush(), TokenText(token, "", b"")])
         else:
             self._take(stream.add(token))
@@ -165,13 +182,14 @@ class GenerationRow:
         text = stream.text if cut is None else stream.text[:cut]
         completion.text = text[self._start :]
         if completion.finish is None:
-            self._release(stream.certain[: len(stream.certain) - self._begun(stream.certain)])
+            withheld = self._stop_prefix(stream.certain)
+            self._release(stream.certain[: len(stream.certain) - withheld])
         else:
             self._release(text, last=True)
         return "".join(entry.part.text for entry in self.released)
 
     def _begin(self) -> TextStream:
-        """Start the text: with the prompt where its tokens are scored, after it otherwise."""
+        """Create the text stream, which includes the prompt if its tokens are scored."""
         detokenizer = detokenizer_of(self._tokenizer, self.sampling.skip_special_tokens)
         if self.scores_prompt:
             stream = TextStream(detokenizer)
@@ -189,31 +207,33 @@ class GenerationRow:
         return stream
 
     def _take(self, parts: list[TokenText]) -> None:
-        """Keep settled tokens. Those of the prompt that began a character merge with the first
-        token after them."""
-        left = self._unfinished - len(self._begun_parts)
-        self._begun_parts += parts[:left]
-        parts = parts[left:]
+        """Store settled tokens.
+
+        Prompt tokens of an incomplete character are merged with the first token after them.
+        """
+        missing = self._unfinished - len(self._unfinished_parts)
+        self._unfinished_parts += parts[:missing]
+        parts = parts[missing:]
         if parts and self._unfinished:
-            first = [*self._begun_parts, parts[0]]
+            first = [*self._unfinished_parts, parts[0]]
             text = "".join(part.text for part in first)
             data = b"".join(part.data for part in first)
             size = len(text[: self._start].encode())
             parts[0] = TokenText(parts[0].token, text[self._start :], data[size:])
-            self._unfinished, self._begun_parts = 0, []
+            self._unfinished, self._unfinished_parts = 0, []
         self._parts += parts
 
     def _stop(self, text: str) -> int | None:
-        """Where the first stop string begins in the continuation, or None."""
-        found = []
+        """Return the position of the first stop string in the continuation, or None."""
+        positions = []
         for stop in self.sampling.stop:
             first = max(self._start, self._released, self._exempt + 1 - len(stop))
-            if (place := text.find(stop, first)) >= 0:
-                found.append(place)
-        return min(found, default=None)
+            if (position := text.find(stop, first)) >= 0:
+                positions.append(position)
+        return min(positions, default=None)
 
-    def _begun(self, text: str) -> int:
-        """How many characters at the end of a text may begin a stop string."""
+    def _stop_prefix(self, text: str) -> int:
+        """Return the number of characters at the end of a text that may begin a stop string."""
         most = len(text) - self._start
         lengths = (
             length
@@ -224,10 +244,14 @@ class GenerationRow:
         return max(lengths, default=0)
 
     def _release(self, text: str, last: bool = False) -> None:
-        """Release the tokens that lie within the first part of the stream's text; the last time
-        all, cut to it."""
-        left = text[self._released :]
-        characters, data = len(left), len(left.encode())  # which no token has been given
+        """Release the tokens that lie within the text.
+
+        Args:
+            text: Beginning of the stream's text.
+            last: Whether all remaining tokens are released, truncated to the text.
+        """
+        rest = text[self._released :]
+        characters, data = len(rest), len(rest.encode())  # not yet assigned to tokens
         self.released = []
         while self._parts:
             part = self._parts[0]
@@ -239,11 +263,11 @@ class GenerationRow:
             data -= len(part.data)
             self._parts.popleft()
             score, spelled = self._scores.popleft()
-            if score is not None:  # the token itself is written in the same way among the likeliest
-                itself = (part.text, part.data)
+            if score is not None:  # among the most likely, the token is spelled in the same way
+                own = (part.text, part.data)
                 ids = (other for other, _ in score.likeliest)
                 spelled = tuple(
-                    itself if other == part.token else pair for other, pair in zip(ids, spelled)
+                    own if other == part.token else pair for other, pair in zip(ids, spelled)
                 )
             self.released.append(ScoredText(part, score, spelled))
-        self._released += len(left) - characters
+        self._released += len(rest) - characters

@@ -1,4 +1,4 @@
-"""Choosing the next token from logits."""
+"""Sampling of the next token from logits."""
 
 import math
 from collections.abc import Collection, Sequence
@@ -12,33 +12,33 @@ from megatron_ext.errors import UserError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a continuation is drawn and when it ends.
+    """Settings of the sampling of a continuation and of its end.
 
-    Logits are changed in the order of vLLM: `logit_bias`, `repetition_penalty`,
+    Logits are modified in the order of vLLM: `logit_bias`, `repetition_penalty`,
     `frequency_penalty` and `presence_penalty`, `min_tokens`, `temperature`, `min_p`, `top_k`,
     `top_p`.
 
     Attributes:
-        max_new_tokens: the most tokens of a continuation.
-        temperature: divides the logits.
-        top_k: draw among the k likeliest tokens; 0 for all.
-        top_p: draw among the likeliest tokens that together have this probability, after top_k.
-        greedy: always take the likeliest token; temperature, min_p, top_k and top_p have then no
-            effect.
-        stop: strings that end a continuation; not part of its text.
-        stop_at_eod: whether the end tokens of the model end it.
-        score_temperature: divides the logits whose log-probabilities are reported.
-        min_p: draw among the tokens with at least this share of the likeliest one's probability.
-        min_tokens: before so many tokens, none that ends the continuation can be drawn, and no stop
-            string ends in their text.
-        stop_token_ids: further tokens that end a continuation; not part of its text.
-        repetition_penalty: divides positive logits and multiplies negative ones of tokens that the
+        max_new_tokens: Maximum length of a continuation, in tokens.
+        temperature: Divisor of the logits.
+        top_k: Number of most likely tokens to sample from; 0 for all.
+        top_p: Total probability of the most likely tokens to sample from, after `top_k`.
+        greedy: Whether the most likely token is always chosen. `temperature`, `min_p`, `top_k` and
+            `top_p` then have no effect.
+        stop: Strings that end a continuation and do not belong to its text.
+        stop_at_eod: Whether the end tokens of the model end a continuation.
+        score_temperature: Divisor of the logits whose log-probabilities are reported.
+        min_p: Minimum probability of a token to sample, relative to that of the most likely token.
+        min_tokens: Number of tokens before which no end token can be sampled and no stop string
+            ends the continuation.
+        stop_token_ids: Further tokens that end a continuation and do not belong to its text.
+        repetition_penalty: Divisor of positive and factor of negative logits of tokens that the
             prompt or the continuation contains.
-        frequency_penalty: subtracted from the logit of a token for each time the continuation
-            contains it.
-        presence_penalty: subtracted once from the logits of tokens that the continuation contains.
-        logit_bias: pairs of a token id and what is added to its logit.
-        skip_special_tokens: whether special tokens have no text.
+        frequency_penalty: Amount subtracted from a token's logit for each of its occurrences in the
+            continuation.
+        presence_penalty: Amount subtracted once from the logits of tokens in the continuation.
+        logit_bias: Pairs of a token id and an amount that is added to its logit.
+        skip_special_tokens: Whether special tokens are omitted from the text.
     """
 
     max_new_tokens: int = 64
@@ -60,39 +60,46 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
-            raise UserError(f"--max-new-tokens {self.max_new_tokens} must be at least 1")
+            raise UserError(
+                f"--max-new-tokens {self.max_new_tokens} is below 1. Set it to 1 or more."
+            )
         if not (self.temperature > 0 and math.isfinite(self.temperature)):
             raise UserError(
-                f"--temperature {self.temperature} must be above 0; use --greedy for the likeliest "
-                "token"
+                f"--temperature {self.temperature} is not above 0. Set it above 0, or use --greedy "
+                "to choose the most likely token."
             )
         if self.top_k < 0:
-            raise UserError(f"--top-k {self.top_k} must not be negative; 0 is no limit")
+            raise UserError(
+                f"--top-k {self.top_k} is negative. Set it to 1 or more, or to 0 for no limit."
+            )
         if not 0 < self.top_p <= 1:
-            raise UserError(f"--top-p {self.top_p} must be in (0, 1]")
+            raise UserError(
+                f"--top-p {self.top_p} is out of range. Set it above 0 and to at most 1."
+            )
         if not all(self.stop):
-            raise UserError("--stop must not be empty")
+            raise UserError("--stop is empty. Give a text of at least one character.")
         if not 0 <= self.min_p <= 1:
-            raise UserError(f"min_p {self.min_p} must be from 0 to 1")
+            raise UserError(f"min_p {self.min_p} is out of range. Set it from 0 to 1.")
         if not 0 <= self.min_tokens <= self.max_new_tokens:
             raise UserError(
-                f"min_tokens {self.min_tokens} must be from 0 to the most new tokens, "
-                f"{self.max_new_tokens}"
+                f"min_tokens {self.min_tokens} is out of range. Set it from 0 to the maximum "
+                f"number of new tokens, {self.max_new_tokens}."
             )
         if not (self.repetition_penalty > 0 and math.isfinite(self.repetition_penalty)):
-            raise UserError(f"repetition_penalty {self.repetition_penalty} must be above 0")
+            raise UserError(
+                f"repetition_penalty {self.repetition_penalty} is not above 0. Set it above 0."
+            )
 
     @property
     def distribution(self) -> tuple[object, ...]:
-        """What rows must have in common for one call of `choose`."""
+        """Key of the settings that rows must share for one call of `choose`."""
         if self.greedy:
             return (True,)
         return (self.temperature, self.min_p, self.top_k, self.top_p)
 
     @property
     def depends_on_tokens(self) -> bool:
-        """Whether `adjust` changes logits: whether a token's chance depends on what it is or on
-        what came before it in the row."""
+        """Whether `adjust` changes logits, depending on token ids or on the row's tokens."""
         penalties = (self.repetition_penalty, self.frequency_penalty, self.presence_penalty)
         return penalties != (1, 0, 0) or self.min_tokens > 0 or bool(self.logit_bias)
 
@@ -104,17 +111,17 @@ def adjust(
     tokens: Sequence[int],
     ends: Collection[int],
 ) -> Tensor:
-    """Apply bias, penalties and the least number of tokens to the logits of one row.
+    """Apply the bias, the penalties and the minimum length to the logits of one row.
 
     Args:
-        logits: `[vocabulary]`.
-        sampling: of the row.
-        prompt: token ids.
-        tokens: ids of the continuation so far.
-        ends: tokens that end the row.
+        logits: Logits of the next token, `[vocabulary]`.
+        sampling: Settings of the row.
+        prompt: Token ids of the prompt.
+        tokens: Token ids of the continuation so far.
+        ends: Tokens that end the row.
 
     Returns:
-        fp32 `[vocabulary]`; -inf for what must not be chosen.
+        Logits, fp32 `[vocabulary]`; -inf for tokens that must not be chosen.
     """
     logits = logits.float().clone()
     device = logits.device
@@ -122,10 +129,10 @@ def adjust(
         ids, bias = zip(*sampling.logit_bias)
         logits[list(ids)] += torch.tensor(bias, device=device)
     if sampling.repetition_penalty != 1:
-        seen = torch.tensor(sorted({*prompt, *tokens}), device=device)
-        theirs = logits[seen]
+        repeated = torch.tensor(sorted({*prompt, *tokens}), device=device)
+        values = logits[repeated]
         penalty = sampling.repetition_penalty
-        logits[seen] = torch.where(theirs > 0, theirs / penalty, theirs * penalty)
+        logits[repeated] = torch.where(values > 0, values / penalty, values * penalty)
     if tokens and (sampling.frequency_penalty or sampling.presence_penalty):
         own, counts = torch.tensor(tokens, device=device).unique(return_counts=True)
         logits[own] -= sampling.frequency_penalty * counts + sampling.presence_penalty
@@ -135,16 +142,17 @@ def adjust(
 
 
 def choose(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> Tensor:
-    """The next token of each row.
+    """Choose the next token of each row.
 
-    A row draws one number from its own generator and looks at nothing of the other rows.
+    Each row draws one number from its own generator and is independent of the other rows.
 
     Args:
-        logits: `[rows, vocabulary]`; -inf for what must not be chosen.
-        generators: one a row, on the CPU.
+        logits: Logits, `[rows, vocabulary]`; -inf for tokens that must not be chosen.
+        sampling: Settings of all rows.
+        generators: Generator of each row, on the CPU.
 
     Returns:
-        int64 `[rows]`.
+        Token ids, int64 `[rows]`.
     """
     if sampling.greedy:
         return logits.argmax(dim=-1)
@@ -168,14 +176,14 @@ def choose(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Genera
 
 
 def log_probs_of(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Log-probabilities the model itself gives tokens: temperature 1, nothing cut off.
+    """Compute the log-probabilities of tokens, without top-k or other truncation.
 
     Args:
-        logits: `[rows, vocabulary]`.
-        tokens: int64 `[rows]`.
+        logits: Logits, `[rows, vocabulary]`.
+        tokens: Token ids, int64 `[rows]`.
 
     Returns:
-        fp32 `[rows]`, nats.
+        Log-probabilities in nats, fp32 `[rows]`.
     """
     logits = logits.float()
     return logits.gather(1, tokens.unsqueeze(1)).squeeze(1) - logits.logsumexp(dim=-1)

@@ -1,7 +1,7 @@
-"""Text of token ids, as tokens arrive one at a time.
+"""Incremental decoding of token ids to text.
 
-A character may take several tokens. Until the last of them has arrived, tokenizers decode the first
-ones to replacement characters, which a later token changes.
+A character may consist of several tokens. Until the last of them has arrived, tokenizers decode the
+first ones to replacement characters, which a later token changes.
 """
 
 import codecs
@@ -24,18 +24,18 @@ class Detokenizer:
     """Decoder of a model's tokenizer that also reports which bytes a token stands for.
 
     Attributes:
-        byte_level: whether every token is a sequence of bytes, as in byte-level BPE. Otherwise only
-            byte pieces such as `<0xE2>` can hold a part of a character.
-        holds_runs: whether one invalid byte turns a whole run of byte pieces into replacement
+        byte_level: Whether every token is a sequence of bytes, as in byte-level BPE. Otherwise only
+            byte pieces such as `<0xE2>` can be a part of a character.
+        holds_runs: Whether one invalid byte turns a whole run of byte pieces into replacement
             characters, so that the run is certain only when another token follows.
     """
 
     def __init__(self, tokenizer: Any, skip_special_tokens: bool = True) -> None:
-        """Wrap a tokenizer of Megatron's; `detokenizer_of` does so once for each.
+        """Wrap a tokenizer of Megatron; use `detokenizer_of`, which caches the result.
 
         Args:
-            tokenizer: has `detokenize`.
-            skip_special_tokens: whether special tokens have no text.
+            tokenizer: Tokenizer with `detokenize`.
+            skip_special_tokens: Whether special tokens are omitted from the text.
         """
         self._tokenizer, self._skip = tokenizer, skip_special_tokens
         library = getattr(getattr(tokenizer, "_tokenizer", None), "tokenizer", None)
@@ -71,7 +71,7 @@ class Detokenizer:
         else:
             text = self._tokenizer.detokenize(ids)
         if self._sentencepiece is not None and not skip:
-            # SentencePiece decodes control tokens to nothing: put their names in.
+            # SentencePiece omits control tokens, so that their names are inserted here.
             named, done = "", 0
             for place, token in enumerate(ids):
                 if self._sentencepiece.is_control(token):
@@ -82,7 +82,7 @@ class Detokenizer:
         return text
 
     def bytes_of(self, token: int) -> bytes | None:
-        """Return the bytes a token stands for, or None where only its text is known."""
+        """Return the bytes of a token, or None if only its text is known."""
         if token not in self._bytes:
             self._bytes[token] = self._find_bytes(token)
         return self._bytes[token]
@@ -106,7 +106,7 @@ class Detokenizer:
         return bytes.fromhex(match[1]) if match else None
 
     def unfinished(self, tokens: Sequence[int]) -> int:
-        """Count the tokens at the end that hold a character which is not complete."""
+        """Return the number of tokens at the end that form an incomplete character."""
         if self._opaque:
             sizes = range(min(len(tokens), _CONTEXT) + 1)
             whole = (n for n in sizes if not self._ends_broken(tokens[: len(tokens) - n]))
@@ -129,7 +129,7 @@ class Detokenizer:
         return bool(tokens) and self.decode(tokens[-_CONTEXT:]).endswith(_REPLACEMENT)
 
     def unsettled(self, tokens: Sequence[int]) -> int:
-        """Count the tokens at the end whose text a later token may change."""
+        """Return the number of tokens at the end whose text a later token may change."""
         if not self.holds_runs:
             return self.unfinished(tokens)
         count = 0
@@ -140,12 +140,12 @@ class Detokenizer:
 
 @lru_cache(maxsize=8)
 def detokenizer_of(tokenizer: Any, skip_special_tokens: bool = True) -> Detokenizer:
-    """Return the detokenizer of a tokenizer, the same one every time."""
+    """Return the cached detokenizer of a tokenizer."""
     return Detokenizer(tokenizer, skip_special_tokens)
 
 
 def _decoder_types(tokenizer: Any) -> set[str]:
-    """Types of the steps by which a tokenizer of transformers decodes."""
+    """Return the types of the decoding steps of a transformers tokenizer."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or backend.decoder is None:
         return set()
@@ -155,12 +155,12 @@ def _decoder_types(tokenizer: Any) -> set[str]:
 
 @dataclass(frozen=True)
 class TokenText:
-    """A token's part of a text. Parts of consecutive tokens join to the text.
+    """Part of a text that belongs to one token. The parts of all tokens form the text.
 
     Attributes:
-        token: its id.
-        text: the characters it completes; empty for the first tokens of a longer character.
-        data: its bytes of the text in UTF-8.
+        token: Token id.
+        text: Characters that the token completes; empty for the first tokens of a character.
+        data: Bytes of the token in the UTF-8 text.
     """
 
     token: int
@@ -172,20 +172,20 @@ class TextStream:
     """Decoder of one text whose tokens arrive one at a time.
 
     Attributes:
-        unfinished: tokens at the context's end that begin a character it does not complete. They
-            are the first tokens of the text.
-        start: characters of the text that are complete in these.
-        settled: text that no later token changes.
-        tail: text of the tokens after that, as it would be if none followed.
+        unfinished: Number of tokens of an incomplete character at the end of the context. They are
+            the first tokens of the text.
+        start: Number of characters of the text that these tokens complete.
+        settled: Text that no later token changes.
+        tail: Text of the remaining tokens, assuming that none follows.
     """
 
     def __init__(self, detokenizer: Detokenizer, context: Sequence[int] = ()) -> None:
         """Start a text.
 
         Args:
-            detokenizer: of the model's tokenizer.
-            context: token ids before the text. They decide whether it begins with a space, and may
-                end within a character that the text's first tokens complete.
+            detokenizer: Detokenizer of the model's tokenizer.
+            context: Token ids before the text. They determine whether it begins with a space, and
+                may end within a character that the first tokens of the text complete.
         """
         self._detokenizer = detokenizer
         self.unfinished = detokenizer.unfinished(context)
@@ -201,12 +201,12 @@ class TextStream:
 
     @property
     def text(self) -> str:
-        """All text, as it would be if no token followed."""
+        """Text of all tokens, assuming that none follows."""
         return self.settled + self.tail
 
     @property
     def certain(self) -> str:
-        """The text that no later token changes."""
+        """Text that no later token changes."""
         if not self._pending:
             return self.settled
         if self._detokenizer.byte_level:  # one replacement character for the incomplete bytes
@@ -214,8 +214,7 @@ class TextStream:
         return self.settled
 
     def add(self, token: int) -> list[TokenText]:
-        """Take a token; return the parts of all tokens that are settled now, those of the context
-        among them."""
+        """Add a token and return the parts of all tokens, also of the context, that it settles."""
         self._pending.append(token)
         self.tail = self._decode(self._pending)
         self._growth.append(self.tail)
@@ -226,11 +225,11 @@ class TextStream:
         return self._settle(settled)
 
     def flush(self) -> list[TokenText]:
-        """Settle all tokens as if none followed; return their parts."""
+        """Settle all tokens, assuming that none follows, and return their parts."""
         return self._settle(len(self._pending))
 
     def _settle(self, count: int) -> list[TokenText]:
-        """Settle the first pending tokens."""
+        """Settle the first pending tokens and return their parts."""
         if not count:
             return []
         text = self._growth[count - 1]
@@ -246,9 +245,10 @@ class TextStream:
         return parts
 
     def spell(self, token: int) -> tuple[str, bytes]:
-        """Return text and bytes that another token would add in the next one's place.
+        """Return the text and bytes that a token would add in place of the next one.
 
-        A special token is named; a part of a character is written as `bytes:` and escapes.
+        A special token is represented by its name, and a part of a character by `bytes:` and
+        escape sequences.
         """
         tokens = [*self._pending, token]
         text, so_far = self._decode(tokens), self.tail
@@ -265,7 +265,7 @@ class TextStream:
         return whole[len(self._before_text) :]
 
     def _window(self, tokens: Sequence[int]) -> tuple[list[int], str]:
-        """The last tokens that have any text, which decide how the next one is decoded."""
+        """Return the last tokens that have text, which determine how the next one is decoded."""
         size = _CONTEXT
         while tokens:
             window = list(tokens[-size:])

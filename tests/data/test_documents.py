@@ -132,7 +132,7 @@ def test_a_byte_order_mark_is_no_part_of_any_document(size, tmp_path):
 def test_other_encodings_are_refused_by_their_mark(encoding, tmp_path):
     for name in ("a.jsonl", "a.txt"):
         (tmp_path / name).write_bytes("text".encode(encoding))
-        with pytest.raises(UserError, match=rf"{name} is {encoding.upper()} text: convert it"):
+        with pytest.raises(UserError, match=rf"{name} is {encoding.upper()} text\. Convert it"):
             read_all(tmp_path / name)
 
 
@@ -176,8 +176,8 @@ def test_every_kind_of_text_column_is_read(kind, tmp_path):
 def test_columns_that_are_no_text_are_refused(tmp_path):
     path = tmp_path / "a.parquet"
     for column, message in (
-        (pyarrow.array([b"a"]), "holds binary, not text"),
-        (pyarrow.array([None]), "holds null, not text"),
+        (pyarrow.array([b"a"]), "contains binary, not text"),
+        (pyarrow.array([None]), "contains null, not text"),
         (pyarrow.array([{"text": "a"}]), "not text"),
     ):
         pyarrow.parquet.write_table(pyarrow.table({"text": column}), path)

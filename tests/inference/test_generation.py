@@ -91,7 +91,7 @@ def logits_with_cache_and_in_full(trained):
         chunks = []
         for slot, count in parts:
             tokens = rows[slot // 2][done[slot] : done[slot] + count]
-            chunks.append(TokenChunk(slot, done[slot], tokens, wanted=count))
+            chunks.append(TokenChunk(slot, done[slot], tokens, scored=count))
             done[slot] += count
         logits = next_logits(trained, cache, chunks)
         assert logits is not None

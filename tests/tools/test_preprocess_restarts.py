@@ -130,5 +130,5 @@ def test_finished_output_is_left_alone_and_replaced_only_with_overwrite(model, t
 def test_a_second_run_on_the_same_prefix_is_refused(model, tmp_path, capsys):
     source = write_jsonl(tmp_path / "text.jsonl", make_texts(20))
     with DatasetOutput(str(tmp_path / "out")).locked():
-        assert "another run" in refusal(capsys, model, [source], tmp_path / "out")
+        assert "Another run is writing" in refusal(capsys, model, [source], tmp_path / "out")
     preprocess(model, [source], tmp_path / "out", "--valid-fraction", 0)

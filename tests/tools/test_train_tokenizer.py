@@ -148,7 +148,7 @@ def test_bad_input_is_answered_with_one_sentence(corpus, tmp_path, capsys):
     broken.write_bytes(gzip.compress(corpus.read_bytes())[:-300])
     assert "truncated" in refusal(capsys, "--input", broken, *base)
     below = corpus / "folder" / "x.model"
-    assert "cannot make" in refusal(
+    assert "cannot be created" in refusal(
         capsys, "--input", corpus, "--output", below, "--vocab-size", 600
     )
     assert not list(tmp_path.glob("new*"))
