@@ -1,7 +1,7 @@
-"""Checkpoints of this project as a model of EleutherAI's lm-evaluation-harness.
+"""Adapter of checkpoints of this project to EleutherAI's lm-evaluation-harness.
 
-Importing this module registers it as `megatron-et`; see `tools.eval_harness`. `activate` of
-`megatron_ext.devices` must have been called before.
+Importing this module registers the model `megatron-et`; see `tools.eval_harness`. Call `activate`
+of `megatron_ext.devices` before.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from megatron_ext.inference.row import Completion
 from megatron_ext.inference.sampling import Sampling
 from megatron_ext.quiet import quiet_megatron
 
-_CONTEXT = 4  # tokens before a continuation that its spelling depends on
+_CONTEXT = 4  # number of tokens before a continuation that affect its spelling
 
 Tokenized = tuple[tuple[str, str], list[int], list[int]]
 """Context and continuation as text and as tokens."""
@@ -32,21 +32,24 @@ Tokenized = tuple[tuple[str, str], list[int], list[int]]
 
 @register_model("megatron-et")
 class MegatronLM(TemplateLM):
-    """A checkpoint in any layout.
+    """Checkpoint with any layout, as a model of the harness.
 
-    To the harness it is one process: every rank gets all requests, copies of the model share them,
-    and every rank gets all answers.
+    The harness treats it as one process: every rank gets all requests, the replicas of the model
+    share them, and every rank gets all results.
 
     Args:
-        load: a run directory, a folder of checkpoints or one of them.
-        tensor_model_parallel_size, pipeline_model_parallel_size, expert_model_parallel_size: the
-            layout.
-        dtype: "fp32", "bf16" or "fp16". Default: as trained on a GPU, fp32 on a CPU.
-        tokenizer_model: where the tokenizer's file is, if not where it was in training.
-        max_length: tokens of a sequence. Default: the model's.
-        prefix_token_id: what stands before a text that nothing precedes. Default: what the
-            tokenizer puts there, or else the token that ends a document.
-        batch_size: sequences of full length in a batch, or "auto".
+        load: Run directory, folder of checkpoints, or folder of one iteration.
+        tensor_model_parallel_size: Tensor parallel size.
+        pipeline_model_parallel_size: Pipeline parallel size.
+        expert_model_parallel_size: Expert parallel size.
+        dtype: "fp32", "bf16" or "fp16". Default: that of training on a GPU, fp32 on a CPU.
+        tokenizer_model: File or folder of the tokenizer. Default: the one that training used.
+        max_length: Maximum length of a sequence, in tokens. Default: the context length.
+        prefix_token_id: Token that precedes the beginning of a text. Default: the token that the
+            tokenizer adds there, or else the token that ends a document.
+        batch_size: Number of sequences of full length in a batch, or "auto".
+        max_batch_size: Ignored; the harness passes it.
+        device: Ignored; the harness passes it.
     """
 
     def __init__(
@@ -65,7 +68,9 @@ class MegatronLM(TemplateLM):
     ) -> None:
         super().__init__()
         if dtype is not None and dtype not in DTYPES:
-            raise UserError(f"--model_args dtype={dtype}: give one of {', '.join(DTYPES)}")
+            raise UserError(
+                f"--model_args dtype={dtype} is not supported. Choose one of {', '.join(DTYPES)}."
+            )
         layout = ParallelLayout(
             tensor_model_parallel_size, pipeline_model_parallel_size, expert_model_parallel_size
         )
@@ -77,13 +82,14 @@ class MegatronLM(TemplateLM):
                 tokenizer_model=tokenizer_model,
             )
         self.model = MegatronModel(trained)
-        # A tokenizer of transformers alone parses the control tokens that a chat template writes.
+        # Only tokenizers of transformers parse the control tokens that a chat template writes.
         inner = as_transformers(trained.tokenizer)
         self.tokenizer = None if getattr(inner, "split_special_tokens", True) else inner
         self.max_length = max_length or self.model.max_length
         if self.max_length > self.model.max_length:
             raise UserError(
-                f"--model_args max_length={max_length}: the model takes {self.model.max_length}"
+                f"--model_args max_length={max_length} is above the model's context length of "
+                f"{self.model.max_length} tokens. Set it to at most that."
             )
         self._prefix = prefix_token_id
         auto = str(batch_size).startswith("auto")
@@ -91,17 +97,19 @@ class MegatronLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
+        """Token that ends a document."""
         end = self.model.codec.end
         return self.prefix_token_id if end is None else end
 
     @property
     def prefix_token_id(self) -> int:
+        """Token that precedes the beginning of a text."""
         return self.model.codec.prefix if self._prefix is None else self._prefix
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Return the tokens of a text, by default with what the tokenizer puts around it."""
+        """Return the tokens of a text, by default with the tokenizer's special tokens."""
         return self.model.codec.encode(string, special=add_special_tokens is not False)
 
     @property
@@ -112,21 +120,21 @@ class MegatronLM(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """Return a conversation as text, by the tokenizer's chat template.
+        """Render a conversation with the tokenizer's chat template.
 
         Args:
-            chat_history: messages with role and content.
-            add_generation_prompt: begin the assistant's next message; otherwise the last message
-                stays open.
+            chat_history: Messages with role and content.
+            add_generation_prompt: Whether the assistant's next message is begun. Otherwise the last
+                message is left open.
 
         Raises:
-            UserError: there is no template, or it refuses the messages.
+            UserError: There is no template, or it rejects the messages.
         """
         tokenizer: Any = self.tokenizer
         if getattr(tokenizer, "chat_template", None) is None:
             raise UserError(
-                "the model's tokenizer has no chat template: leave out --apply_chat_template, or "
-                "convert a model whose tokenizer of transformers has one"
+                "The model's tokenizer has no chat template. Remove --apply_chat_template, or "
+                "convert a model whose transformers tokenizer has one."
             )
         try:
             return tokenizer.apply_chat_template(
@@ -137,8 +145,8 @@ class MegatronLM(TemplateLM):
             )
         except Exception as error:  # a template may raise anything, to refuse a role for example
             raise UserError(
-                f"the chat template refuses the messages of the task: {error}; leave out "
-                "--system_instruction or --apply_chat_template"
+                f"The chat template rejects the messages of the task: {error}. Remove "
+                "--system_instruction or --apply_chat_template."
             ) from error
 
     def _loglikelihood_tokens(
@@ -156,9 +164,9 @@ class MegatronLM(TemplateLM):
     def _request(self, context: list[int], continuation: list[int]) -> ScoringRequest:
         if not 0 < len(continuation) <= self.max_length:
             raise UserError(
-                f"a continuation has {len(continuation):,} tokens, and the model scores 1 to "
-                f"{self.max_length:,}: leave its task or document out, or raise --model_args "
-                "max_length if the model takes more"
+                f"A continuation has {len(continuation):,} tokens, and the model scores 1 to "
+                f"{self.max_length:,}. Leave its task or document out, or raise --model_args "
+                "max_length if the model's context is longer."
             )
         # The last token is only predicted, so that one more fits.
         tokens = np.array([*context, *continuation][-self.max_length - 1 :], dtype=np.int32)
@@ -167,7 +175,7 @@ class MegatronLM(TemplateLM):
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Log-likelihood of whole texts, in windows of the model's length."""
+        """Return the log-likelihoods of whole texts, in windows of the model's length."""
         windows: list[ScoringRequest] = []
         ends = []
         for request in requests:
@@ -186,7 +194,7 @@ class MegatronLM(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continue contexts up to a stop string, a number of tokens or the end of the document.
 
-        A context that leaves no room for so many tokens loses some at its beginning.
+        A context that leaves too little room for the new tokens loses tokens at its beginning.
         """
         jobs: dict[Sampling, list[int]] = {}
         prompts = []
@@ -197,7 +205,7 @@ class MegatronLM(TemplateLM):
             if room < 1:
                 raise UserError(
                     f"max_gen_toks {sampling.max_new_tokens} leaves no room for a context in the "
-                    f"model's {self.max_length} tokens: set it lower with --gen_kwargs"
+                    f"model's {self.max_length} tokens. Set a smaller number with --gen_kwargs."
                 )
             prompts.append((self.tok_encode(context) or [self.prefix_token_id])[-room:])
             jobs.setdefault(sampling, []).append(i)
@@ -208,13 +216,15 @@ class MegatronLM(TemplateLM):
             turn = self.batch_rows * replicas.number
             for start in range(0, len(members), turn):
                 first = start + replicas.own * self.batch_rows
-                mine = members[first : first + self.batch_rows]
-                # Copies with nothing left run along with those whose experts they hold.
-                if mine or replicas.in_step:
-                    texts = generate(self.model.trained, [prompts[i] for i in mine], sampling, mine)
+                batch = members[first : first + self.batch_rows]
+                # Replicas without prompts take part if others need their experts.
+                if batch or replicas.in_step:
+                    texts = generate(
+                        self.model.trained, [prompts[i] for i in batch], sampling, batch
+                    )
                     own.update(
                         (i, self._shown(prompts[i], completion, sampling))
-                        for i, completion in zip(mine, texts)
+                        for i, completion in zip(batch, texts)
                     )
         texts_of = merged(own)
         for i, request in enumerate(requests):
@@ -228,14 +238,14 @@ class MegatronLM(TemplateLM):
         ended = completion.tokens[-1:] if completion.finish == "eod" else []
         if tokens + ended == completion.tokens or tokens == completion.tokens:
             return completion.text
-        # What comes before the text decides whether it begins with a space.
+        # The preceding tokens determine whether the text begins with a space.
         before = codec.without_special(prompt)[-_CONTEXT:]
         text = codec.decode(before + tokens)[len(codec.decode(before)) :]
         cuts = [at for stop in sampling.stop if (at := text.find(stop)) >= 0]
         return text[: min(cuts)] if cuts else text
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the harness writes beside its results."""
+        """Return information that the harness writes next to its results."""
         return {
             "model_num_parameters": sum(p.numel() for p in self.model.trained.model.parameters()),
             "model_dtype": self.model.description["dtype"],
@@ -244,15 +254,15 @@ class MegatronLM(TemplateLM):
 
 
 def _sampling(options: dict[str, Any]) -> Sampling:
-    """How the harness wants a continuation drawn."""
-    wanted: dict[str, Any] = dict(normalize_gen_kwargs(options))
-    stop = tuple(text for text in wanted["until"] if text)
-    if not wanted["do_sample"]:
-        return Sampling(wanted["max_gen_toks"], greedy=True, stop=stop)
+    """Return the sampling settings for generation options of the harness."""
+    settings: dict[str, Any] = dict(normalize_gen_kwargs(options))
+    stop = tuple(text for text in settings["until"] if text)
+    if not settings["do_sample"]:
+        return Sampling(settings["max_gen_toks"], greedy=True, stop=stop)
     return Sampling(
-        wanted["max_gen_toks"],
-        temperature=wanted.get("temperature") or 1.0,
-        top_k=int(wanted.get("top_k") or 0),
-        top_p=float(wanted.get("top_p") or 1.0),
+        settings["max_gen_toks"],
+        temperature=settings.get("temperature") or 1.0,
+        top_k=int(settings.get("top_k") or 0),
+        top_p=float(settings.get("top_p") or 1.0),
         stop=stop,
     )

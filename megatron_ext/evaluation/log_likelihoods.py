@@ -1,9 +1,9 @@
-"""Log-likelihoods of many token sequences under one model, whatever it runs on.
+"""Log-likelihoods of many token sequences under one model.
 
-Sequences are batched by length, so that little of a batch is padding. Padding stands on the right,
-where a causal model's logits cannot see it, and no router here looks beyond its own token. Batches
-follow from the sequences and their budget alone, and copies of the model take whole batches in
-turn, so that how many copies there are does not change what a batch holds.
+Sequences are batched by length, so that batches contain little padding. Padding is on the right,
+where it does not affect the logits of a causal model, and routing by thresholds depends on each
+token alone. Batches depend only on the sequences and the batch size, and replicas of the model
+process whole batches in turn, so that the number of replicas does not change the batches.
 """
 
 from abc import ABC, abstractmethod
@@ -23,11 +23,11 @@ BATCH_TOKENS = 4096
 
 
 class ScoringRequest(NamedTuple):
-    """A sequence whose end is scored.
+    """Sequence whose end is scored.
 
     Attributes:
-        tokens: int `[length]`, at least two.
-        start: the first token that is scored, at least 1; all later ones are too.
+        tokens: Token ids, int `[length]`, at least two.
+        start: Index of the first token that is scored, at least 1. All later ones are scored, too.
     """
 
     tokens: NDArray[np.int32]
@@ -35,12 +35,12 @@ class ScoringRequest(NamedTuple):
 
 
 class LogLikelihood(NamedTuple):
-    """What a model says of a request's end.
+    """Loss of the scored tokens of a request.
 
     Attributes:
-        loss: sum over the scored tokens, nats.
-        tokens: how many were scored.
-        greedy: whether each of them is the likeliest after what precedes it.
+        loss: Sum over the scored tokens, in nats.
+        tokens: Number of scored tokens.
+        greedy: Whether each of them is the most likely token in its context.
     """
 
     loss: float
@@ -52,10 +52,10 @@ class ScoringBatch(NamedTuple):
     """Requests as tensors.
 
     Attributes:
-        tokens: int64 `[rows, length]`, padded on the right with zeros.
-        padding: bool `[rows, length]`, True where padded.
-        places: int64 `[n]`, of the tokens before the targets, in `tokens.flatten()`.
-        targets: int64 `[n]`, the scored tokens of all rows, one row after the other.
+        tokens: Token ids, int64 `[rows, length]`, padded on the right with zeros.
+        padding: Mask of the padding, bool `[rows, length]`.
+        places: Positions of the tokens before the targets in `tokens.flatten()`, int64 `[n]`.
+        targets: Scored tokens of all rows, row by row, int64 `[n]`.
     """
 
     tokens: Tensor
@@ -66,12 +66,12 @@ class ScoringBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class DataReplicas:
-    """The copies of a model that share the work.
+    """Replicas of a model that share the batches.
 
     Attributes:
-        own: this rank's copy, counted from 0.
-        number: how many there are.
-        in_step: whether they need each other, so that each must run as often as the others.
+        own: Index of this rank's replica.
+        number: Number of replicas.
+        in_step: Whether the replicas share experts, so that all must run the same number of passes.
     """
 
     own: int = 0
@@ -80,13 +80,13 @@ class DataReplicas:
 
 
 class LanguageModel(ABC):
-    """A causal language model to evaluate.
+    """Causal language model to evaluate.
 
     Attributes:
-        codec: between text and its tokens.
-        max_length: the longest sequence it takes, in tokens.
-        replicas: how ranks share the work.
-        description: what tells its results from those of another model.
+        codec: Encoder and decoder of text.
+        max_length: Context length, in tokens.
+        replicas: Replicas that share the batches.
+        description: Properties that identify the model in results.
     """
 
     codec: TextCodec
@@ -96,9 +96,11 @@ class LanguageModel(ABC):
 
     @abstractmethod
     def log_probs(self, batch: ScoringBatch) -> Tensor | None:
-        """fp32 `[2, n]`: log-probabilities of the targets, and 1 where one is the likeliest.
+        """Compute the log-probabilities of the targets of a batch.
 
-        None on ranks that do not know.
+        Returns:
+            fp32 `[2, n]`: log-probabilities in nats, and 1 where the target is the most likely
+            token. None on ranks that do not have the result.
         """
 
     def score(
@@ -107,19 +109,20 @@ class LanguageModel(ABC):
         batch_tokens: int = BATCH_TOKENS,
         done: Callable[[int], None] = lambda number: None,
     ) -> list[LogLikelihood]:
-        """Score every request; all ranks must call it with the same and get the same.
+        """Score every request. All ranks must pass the same requests and get the same results.
 
         Args:
-            batch_tokens: of a batch, padding included; a longer sequence is one by itself.
-            done: told how many more requests are scored.
+            requests: The requests.
+            batch_tokens: Tokens per batch, padding included. A longer sequence forms a batch alone.
+            done: Callback that receives the number of requests that have been scored since.
         """
         batches = batches_by_length([len(r.tokens) - 1 for r in requests], batch_tokens)
         own: dict[int, LogLikelihood] = {}
         for first in range(0, len(batches), self.replicas.number):
             turn = batches[first : first + self.replicas.number]
             if self.replicas.own < len(turn):
-                mine = turn[self.replicas.own]
-                own.update(zip(mine, self._score_batch([requests[i] for i in mine])))
+                indices = turn[self.replicas.own]
+                own.update(zip(indices, self._score_batch([requests[i] for i in indices])))
             elif self.replicas.in_step:
                 self._score_batch([])
             done(sum(map(len, turn)))
@@ -127,7 +130,7 @@ class LanguageModel(ABC):
         return [scores[i] for i in range(len(requests))]
 
     def _score_batch(self, requests: list[ScoringRequest]) -> list[LogLikelihood]:
-        """Scores in order on the ranks that know them, nothing on the others."""
+        """Return the scores in order, or an empty list on ranks that do not have them."""
         log_probs = self.log_probs(batch_of(requests))
         if log_probs is None:
             return []
@@ -139,7 +142,15 @@ class LanguageModel(ABC):
 
 
 def batches_by_length(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Indices of sequences, the longest first, in batches that hold `budget` tokens when padded."""
+    """Divide sequences into batches, the longest sequences first.
+
+    Args:
+        lengths: Length of each sequence.
+        budget: Maximum number of tokens in a batch, padding included.
+
+    Returns:
+        Indices of the sequences of each batch.
+    """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     batches: list[list[int]] = []
     for i in order:
@@ -151,7 +162,7 @@ def batches_by_length(lengths: Sequence[int], budget: int) -> list[list[int]]:
 
 
 def batch_of(requests: Sequence[ScoringRequest]) -> ScoringBatch:
-    """Requests as tensors; of none, one row of padding, for ranks that must run in step."""
+    """Convert requests to tensors; no requests give one row of padding, for a pass in step."""
     length = max((len(request.tokens) - 1 for request in requests), default=1)
     tokens = np.zeros((max(len(requests), 1), length), dtype=np.int64)
     padding = np.ones(tokens.shape, dtype=bool)
@@ -169,7 +180,7 @@ def batch_of(requests: Sequence[ScoringRequest]) -> ScoringBatch:
 
 
 def merged(own: dict[int, Any]) -> dict[int, Any]:
-    """What all ranks know together; every rank must call it."""
+    """Return the union of the ranks' dictionaries. Every rank must call it."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return own
     everyone: list[Any] = [None] * dist.get_world_size()
@@ -178,7 +189,7 @@ def merged(own: dict[int, Any]) -> dict[int, Any]:
 
 
 def from_first_rank[Made](make: Callable[[], Made]) -> Made:
-    """What the first rank makes, on all ranks, so that they agree on what a file says."""
+    """Call a function on the first rank and return its result on all ranks."""
     made: list[Any] = [make() if not dist.is_initialized() or dist.get_rank() == 0 else None]
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.broadcast_object_list(made, src=0)

@@ -1,8 +1,8 @@
-"""The loss of a model on an indexed dataset, a window of the text after the other.
+"""Loss of a model on an indexed dataset, divided into windows.
 
-The dataset is one stream of tokens, documents end to end, cut into windows of one length that
-follow each other without overlap. Each token but the stream's first is predicted once, from those
-before it in its window and the last of the window before.
+The dataset is one stream of tokens, its documents concatenated, which is divided into consecutive
+windows of equal length. Every token except the first of the stream is predicted once, from the
+preceding tokens of its window and the last token of the previous window.
 """
 
 import math
@@ -25,32 +25,45 @@ from megatron_ext.evaluation.text_losses import TextCodec
 
 
 class Windows:
-    """A stream of tokens in windows.
+    """Windows of a stream of tokens.
 
-    Args:
-        prefix: of the dataset's .bin and .idx files.
-        length: tokens that a window predicts; the last one may have fewer.
-        most: how many windows at most; None for all.
-
-    Raises:
-        UserError: there is no such dataset, or it has fewer than two tokens.
+    Attributes:
+        length: Number of tokens that a window predicts; the last window may have fewer.
+        number: Number of windows.
+        targets: Number of tokens that all windows predict.
     """
 
     def __init__(self, prefix: str, length: int, most: int | None = None) -> None:
+        """Open a dataset.
+
+        Args:
+            prefix: Path of the dataset without .bin.
+            length: Number of tokens that a window predicts.
+            most: Maximum number of windows; None for all.
+
+        Raises:
+            UserError: The dataset does not exist, or has fewer than two tokens.
+        """
         if not IndexedDataset.exists(prefix) or not Path(prefix + ".bin").is_file():
-            raise UserError(f"{prefix}.idx and .bin: give the prefix of an indexed dataset")
+            raise UserError(
+                f"{prefix}.idx or {prefix}.bin does not exist. Give the prefix of an indexed "
+                "dataset."
+            )
         self._data, self.length = IndexedDataset(prefix), length
         self._ends = np.cumsum(self._data.sequence_lengths, dtype=np.int64)
         tokens = int(self._ends[-1]) if len(self._ends) else 0
         if tokens < 2:
-            raise UserError(f"{prefix} has fewer than two tokens: there is nothing to predict")
+            raise UserError(
+                f"{prefix} has fewer than two tokens, so there is nothing to predict. Give a "
+                "larger dataset."
+            )
         self.number = -(-(tokens - 1) // length)
         self.targets = tokens - 1
         if most is not None and most < self.number:
             self.number, self.targets = most, most * length
 
     def __getitem__(self, window: int) -> NDArray[np.int32]:
-        """The token before a window and those of it, `[length + 1]` or fewer."""
+        """Return the token before a window and its tokens, `[length + 1]` or fewer."""
         start = window * self.length
         return self._read(start, min(start + self.length, self.targets) + 1)
 
@@ -68,7 +81,7 @@ class Windows:
         return np.concatenate(parts)
 
     def text_bytes(self, codec: TextCodec) -> int:
-        """UTF-8 bytes of what the windows predict; the end of a document has none."""
+        """Return the UTF-8 bytes that the windows predict; ends of documents have none."""
         total = 0
         document: list[int] = []
         for window in range(self.number):
@@ -83,11 +96,11 @@ class Windows:
 
 @dataclass(frozen=True)
 class Losses:
-    """Losses by window.
+    """Losses of windows.
 
     Attributes:
-        sums: nats, fp64 `[windows]`.
-        tokens: how many each sum has, `[windows]`.
+        sums: Sum of the losses of each window in nats, fp64 `[windows]`.
+        tokens: Number of tokens of each window, `[windows]`.
     """
 
     sums: NDArray[np.float64]
@@ -95,21 +108,21 @@ class Losses:
 
     @property
     def mean(self) -> float:
-        """Nats per token."""
+        """Mean loss, in nats per token."""
         return float(self.sums.sum() / self.tokens.sum())
 
     @property
     def standard_error(self) -> float | None:
-        """Of the mean, with windows as what was drawn; None for a single one."""
+        """Standard error of the mean, with windows as samples; None for a single window."""
         return _standard_error(self.sums, self.tokens)
 
     def minus(self, other: "Losses") -> tuple[float, float | None]:
-        """Difference of the means and its standard error, window by window."""
+        """Return the difference of the means and its standard error, computed by window."""
         return self.mean - other.mean, _standard_error(self.sums - other.sums, self.tokens)
 
 
 def _standard_error(sums: NDArray[np.float64], tokens: NDArray[np.float64]) -> float | None:
-    """Of a ratio of sums, to first order."""
+    """Return the standard error of a ratio of sums, to first order."""
     n = len(sums)
     if n < 2:
         return None
@@ -124,18 +137,22 @@ def window_losses(
     rows: int,
     done: Callable[[int], None] = lambda windows: None,
 ) -> Losses:
-    """Losses under a routing; every rank must call it and gets the same.
+    """Compute losses with a way of routing. Every rank must call it and gets the same result.
 
     Args:
-        rows: windows of a batch; of a pool where the routing has pools, whose windows the copies
-            of the model then share.
-        done: told how many more windows are done.
+        model: The model.
+        windows: The data.
+        routing: Way of routing.
+        rows: Windows per batch. If the routing has pools, windows per pool, which the replicas of
+            the model share.
+        done: Callback that receives the number of windows that have been finished since.
     """
     own: dict[int, float] = {}
     with routing.applied():
         for turn in _turns(windows.number, rows, model.replicas.number, routing.pooled):
-            mine = turn[model.replicas.own]
-            own.update(_losses(model, windows, routing, mine, mine.start - turn[0].start))
+            own_windows = turn[model.replicas.own]
+            first = own_windows.start - turn[0].start
+            own.update(_losses(model, windows, routing, own_windows, first))
             done(sum(map(len, turn)))
     sums = merged(own)
     tokens = [min(windows.length, windows.targets - i * windows.length) for i in sorted(sums)]
@@ -143,7 +160,7 @@ def window_losses(
 
 
 def _turns(number: int, rows: int, copies: int, pooled: bool) -> list[list[range]]:
-    """Which windows each copy of the model does at the same time."""
+    """Return the windows that the replicas process at the same time, for each turn."""
     whole = rows if pooled else rows * copies
     turns = []
     for start in range(0, number, whole):
@@ -159,7 +176,7 @@ def _turns(number: int, rows: int, copies: int, pooled: bool) -> list[list[range
 def _losses(
     model: MegatronModel, windows: Windows, routing: RoutingMode, mine: range, first: int
 ) -> dict[int, float]:
-    """Sums of this copy's windows, on the ranks that know them; of none, it runs in step."""
+    """Return the losses of this replica's windows, on ranks that have them."""
     batch = batch_of([ScoringRequest(windows[i], 1) for i in mine])
     routing.set_batch(batch.padding, first, windows.length)
     log_probs = model.log_probs(batch)
@@ -173,11 +190,13 @@ def _losses(
 def summary(
     losses: Losses, base: Losses, routing: RoutingMode, text_bytes: int | None
 ) -> dict[str, Any]:
-    """Figures of one routing; every rank must ask.
+    """Return the metrics of one way of routing. Every rank must call it.
 
     Args:
-        base: the losses that the gap is the difference from.
-        text_bytes: of what was predicted, None if unknown.
+        losses: Losses with this way of routing.
+        base: Losses that the gap is measured from.
+        routing: The way of routing.
+        text_bytes: UTF-8 bytes of the predicted text; None if unknown.
     """
     layers = routing.figures()
     nats = float(losses.sums.sum())

@@ -1,6 +1,6 @@
-"""Models to evaluate: checkpoints of this project in any layout, and Hugging Face folders.
+"""Models to evaluate: checkpoints of this project with any layout, and Hugging Face folders.
 
-`activate` of `megatron_ext.devices` must have been called before this module is imported.
+Call `activate` of `megatron_ext.devices` before importing this module.
 """
 
 import os
@@ -15,12 +15,13 @@ from megatron_ext.devices import is_cpu_device
 from megatron_ext.errors import UserError
 from megatron_ext.evaluation.log_likelihoods import DataReplicas, LanguageModel, ScoringBatch
 from megatron_ext.evaluation.text_losses import TextCodec
+from megatron_ext.hf.families import OWN
 from megatron_ext.inference.forward import target_log_probs
 from megatron_ext.inference.loading import ParallelLayout, TrainedModel, load_model
 
 
 class MegatronModel(LanguageModel):
-    """A checkpoint of this project. Every data-parallel rank is a copy."""
+    """Checkpoint of this project. Every data-parallel rank is a replica."""
 
     def __init__(self, trained: TrainedModel) -> None:
         self.trained = trained
@@ -36,28 +37,36 @@ class MegatronModel(LanguageModel):
             "iteration": trained.iteration,
             "dtype": str(trained.args.params_dtype).removeprefix("torch."),
         }
-        # Routers of other kinds take no mask; to them padding is a token among others.
+        # Other routers do not support a mask and treat padding like any token.
         self._masks = getattr(trained.model.config, "uses_thresholds", False)
 
     def log_probs(self, batch: ScoringBatch) -> Tensor | None:
+        """Compute log-probabilities; see `LanguageModel`."""
         padding = batch.padding if self._masks else None
         return target_log_probs(self.trained, batch.tokens, batch.places, batch.targets, padding)
 
 
 class HuggingFaceModel(LanguageModel):
-    """A folder that transformers loads. Every rank is a copy.
-
-    Raises:
-        UserError: transformers cannot load it.
-    """
+    """Hugging Face folder that transformers loads. Every rank is a replica."""
 
     def __init__(self, folder: Path, dtype: torch.dtype | None = None) -> None:
-        wanted: Any = dtype or (torch.float32 if is_cpu_device() else "auto")
+        """Load the model and its tokenizer.
+
+        Args:
+            folder: Hugging Face folder.
+            dtype: Data type of the weights. Default: that of the folder on a GPU, fp32 on a CPU.
+
+        Raises:
+            UserError: transformers cannot load the folder.
+        """
+        load_dtype: Any = dtype or (torch.float32 if is_cpu_device() else "auto")
         try:
             self.codec = TextCodec(of_transformers=_tokenizer_class(folder).from_pretrained(folder))
-            self._model = _model_class(folder).from_pretrained(folder, dtype=wanted).eval()
+            self._model = _model_class(folder).from_pretrained(folder, dtype=load_dtype).eval()
         except (OSError, ValueError, KeyError, ImportError) as error:
-            raise UserError(f"transformers cannot load {folder}: {error}") from error
+            raise UserError(
+                f"transformers cannot load {folder}: {error}. Give a complete Hugging Face folder."
+            ) from error
         self.max_length = getattr(self._model.config, "max_position_embeddings", None) or 2048
         ranks = int(os.environ.get("WORLD_SIZE", "1"))
         if ranks > 1 and not dist.is_initialized():
@@ -73,11 +82,12 @@ class HuggingFaceModel(LanguageModel):
 
     @torch.no_grad()
     def log_probs(self, batch: ScoringBatch) -> Tensor | None:
+        """Compute log-probabilities; see `LanguageModel`."""
         logits = self._model(input_ids=batch.tokens, use_cache=False).logits
         logits = logits.flatten(0, 1)[batch.places].float()  # [n, vocabulary]
-        wanted = logits.gather(1, batch.targets.unsqueeze(1)).squeeze(1)
+        targets = logits.gather(1, batch.targets.unsqueeze(1)).squeeze(1)
         likeliest = logits.argmax(dim=-1) == batch.targets
-        return torch.stack([wanted - logits.logsumexp(dim=-1), likeliest.float()])
+        return torch.stack([targets - logits.logsumexp(dim=-1), likeliest.float()])
 
 
 def load(
@@ -86,34 +96,38 @@ def load(
     dtype: torch.dtype | None = None,
     tokenizer_model: str | None = None,
 ) -> LanguageModel:
-    """Load what a path holds; every rank must call it.
+    """Load a checkpoint or a Hugging Face folder. Every rank must call it.
 
     Args:
-        path: a run directory, a folder of checkpoints or one of them, or a Hugging Face folder.
-        layout: of a checkpoint.
-        dtype: of the weights. Default: as trained on a GPU, fp32 on a CPU.
-        tokenizer_model: where a checkpoint's tokenizer is, if not where it was in training.
+        path: Run directory, folder of checkpoints, folder of one iteration, or Hugging Face folder.
+        layout: Parallel sizes of a checkpoint.
+        dtype: Data type of the weights. Default: that of training on a GPU, fp32 on a CPU.
+        tokenizer_model: File or folder of a checkpoint's tokenizer. Default: the one that training
+            used.
 
     Raises:
-        UserError: it cannot be loaded, or not in that layout.
+        UserError: The model cannot be loaded, or not with this layout.
     """
     folder = Path(path)
     if not (folder / "config.json").is_file():
         trained = load_model(folder, layout, dtype=dtype, tokenizer_model=tokenizer_model)
         return MegatronModel(trained)
     if (layout or ParallelLayout()) != ParallelLayout():
-        raise UserError(f"{folder} is a Hugging Face folder: every rank holds all of it")
+        raise UserError(
+            f"{folder} is a Hugging Face folder, which every rank loads completely. Remove the "
+            "parallel sizes, or convert it to a checkpoint."
+        )
     return HuggingFaceModel(folder, dtype)
 
 
 def _is_own(folder: Path) -> bool:
     from transformers import PretrainedConfig
 
-    return PretrainedConfig.get_config_dict(folder)[0].get("model_type") == "expert_threshold"
+    return PretrainedConfig.get_config_dict(folder)[0].get("model_type") == OWN.name
 
 
 def _model_class(folder: Path) -> Any:
-    """Our own models without running the code in their folder."""
+    """Return the class of a model; Expert Threshold models use the installed code."""
     if _is_own(folder):
         from megatron_ext.hf.remote.modeling_et import ExpertThresholdForCausalLM
 

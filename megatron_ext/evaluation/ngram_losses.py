@@ -18,36 +18,39 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Unigram:
-    """Add-one smoothed frequencies.
+    """Unigram model with add-one smoothing.
 
     Attributes:
-        probabilities: `[vocabulary]`.
+        probabilities: Probability of each token, `[vocabulary]`.
     """
 
     probabilities: Floats
 
     @classmethod
     def fit(cls, tokens: Tokens, vocab_size: int) -> "Unigram":
+        """Fit the model to a stream of tokens."""
         counts = np.bincount(tokens, minlength=vocab_size) + 1.0
         return cls(counts / counts.sum())
 
     def probability(self, context: Tokens, token: Tokens) -> Floats:
-        """Of each `token`, whatever `context` precedes it."""
+        """Return the probability of each `token`, which does not depend on its `context`."""
         return self.probabilities[token]
 
 
 @dataclass(frozen=True)
 class Bigram:
-    """P(token | context) = max(count - discount, 0) / total + backoff(context) * P_cont(token).
+    """Bigram model with interpolated modified Kneser-Ney smoothing.
 
-    P_cont(token) is the share of distinct bigrams that end in it, plus one so that none is 0. The
-    discount depends on whether a bigram was seen once, twice or more often.
+    P(token | context) = max(count - discount, 0) / total + backoff(context) * P_cont(token).
+    P_cont(token) is the share of distinct bigrams that end in the token, with one added to every
+    count so that none is 0. The discount depends on whether a bigram occurred once, twice or more
+    often.
 
     Attributes:
-        pairs: sorted distinct bigrams of the training stream as context * vocabulary + token.
-        discounted: count - discount of each pair.
-        totals: how often each context occurs, `[vocabulary]`.
-        backoff: the mass that discounting freed in each context, `[vocabulary]`.
+        pairs: Sorted distinct bigrams of the training stream as context * vocabulary + token.
+        discounted: Count minus discount of each pair.
+        totals: Number of occurrences of each context, `[vocabulary]`.
+        backoff: Probability mass that discounting freed in each context, `[vocabulary]`.
         continuation: P_cont, `[vocabulary]`.
     """
 
@@ -59,6 +62,7 @@ class Bigram:
 
     @classmethod
     def fit(cls, tokens: Tokens, vocab_size: int) -> "Bigram":
+        """Fit the model to a stream of tokens."""
         pairs, counts = np.unique(tokens[:-1] * vocab_size + tokens[1:], return_counts=True)
         discount = _discounts(counts)[np.minimum(counts, 3)]
         contexts, endings = pairs // vocab_size, pairs % vocab_size
@@ -74,26 +78,32 @@ class Bigram:
         )
 
     def probability(self, context: Tokens, token: Tokens) -> Floats:
-        """Of each `token` after its `context`."""
-        wanted = context * len(self.totals) + token
-        at = np.minimum(np.searchsorted(self.pairs, wanted), len(self.pairs) - 1)
-        kept = np.where(self.pairs[at] == wanted, self.discounted[at], 0.0)
-        return kept / self.totals[context] + self.backoff[context] * self.continuation[token]
+        """Return the probability of each `token` after its `context`."""
+        pair = context * len(self.totals) + token
+        index = np.minimum(np.searchsorted(self.pairs, pair), len(self.pairs) - 1)
+        discounted = np.where(self.pairs[index] == pair, self.discounted[index], 0.0)
+        return discounted / self.totals[context] + self.backoff[context] * self.continuation[token]
 
 
 def _discounts(counts: Tokens) -> Floats:
-    """Discount of pairs seen 0, 1, 2, and 3 or more times."""
-    seen = [int((counts == times).sum()) for times in range(5)]
-    if not all(seen[1:]):  # too little text for the estimate
+    """Return the discounts of pairs that occur 0, 1, 2, and 3 or more times."""
+    number = [int((counts == times).sum()) for times in range(5)]
+    if not all(number[1:]):  # too little text for the estimate
         return np.array([0.0, 0.5, 0.5, 0.5])
-    y = seen[1] / (seen[1] + 2 * seen[2])
-    estimate = [0.0, *(m - (m + 1) * y * seen[m + 1] / seen[m] for m in (1, 2, 3))]
+    y = number[1] / (number[1] + 2 * number[2])
+    estimate = [0.0, *(m - (m + 1) * y * number[m + 1] / number[m] for m in (1, 2, 3))]
     # A discount of 0 would leave nothing for unseen pairs: their loss would be infinite.
     return np.clip(estimate, [0.0, 0.1, 0.1, 0.1], [0.0, 1.0, 2.0, 3.0])
 
 
 def baseline_losses(train: Tokens, valid: Tokens, vocab_size: int) -> dict[str, float]:
-    """Mean loss of both models over `valid[1:]`, in nats per token."""
+    """Return the mean losses of both models over `valid[1:]`, in nats per token.
+
+    Args:
+        train: Stream of tokens to fit the models to.
+        valid: Stream of tokens to predict.
+        vocab_size: Number of entries of the tokenizer.
+    """
     context, token = valid[:-1], valid[1:]
     models: dict[str, Unigram | Bigram] = {
         "unigram": Unigram.fit(train, vocab_size),
@@ -106,13 +116,13 @@ def baseline_losses(train: Tokens, valid: Tokens, vocab_size: int) -> dict[str, 
 
 
 def read_stream(prefix: str) -> Tokens:
-    """All tokens of an indexed dataset, documents end to end.
+    """Return all tokens of an indexed dataset, its documents concatenated.
 
     Raises:
-        UserError: there is no such dataset, or it is empty.
+        UserError: The dataset does not exist, or has fewer than two tokens.
     """
     if not Path(prefix + ".idx").is_file():
-        raise UserError(f"{prefix}.idx does not exist: give the prefix of an indexed dataset")
+        raise UserError(f"{prefix}.idx does not exist. Give the prefix of an indexed dataset.")
     from megatron_ext.devices import activate
 
     activate()
@@ -121,5 +131,8 @@ def read_stream(prefix: str) -> Tokens:
     dataset = IndexedDataset(prefix)
     documents = [dataset[i] for i in range(len(dataset))]
     if sum(map(len, documents)) < 2:
-        raise UserError(f"{prefix} has fewer than two tokens: there is nothing to predict")
+        raise UserError(
+            f"{prefix} has fewer than two tokens, so there is nothing to predict. Give a larger "
+            "dataset."
+        )
     return np.concatenate(documents).astype(np.int64)

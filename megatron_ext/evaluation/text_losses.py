@@ -1,4 +1,4 @@
-"""Between text and tokens, the same for a checkpoint and for its Hugging Face folder."""
+"""Encoding and decoding of text, identical for a checkpoint and its Hugging Face folder."""
 
 from typing import Any
 
@@ -6,16 +6,14 @@ from megatron_ext.errors import UserError
 
 
 class TextCodec:
-    """A tokenizer of transformers or one of Megatron's.
+    """Uniform interface of tokenizers of transformers and Megatron.
 
     Attributes:
-        end: the token that ends a document; None when there is none.
-        prefix: what stands before a text that nothing precedes: the token that the tokenizer itself
-            puts there, or else the end of the document before, as in training.
+        end: Token that ends a document; None if there is none.
 
     Args:
-        of_transformers: a tokenizer of transformers, or None.
-        of_megatron: one of Megatron's, where there is none of transformers.
+        of_transformers: A tokenizer of transformers, or None.
+        of_megatron: A tokenizer of Megatron, if there is none of transformers.
     """
 
     def __init__(self, of_transformers: Any = None, of_megatron: Any = None) -> None:
@@ -35,20 +33,29 @@ class TextCodec:
 
     @property
     def prefix(self) -> int:
+        """Token that precedes the beginning of a text.
+
+        This is the token that the tokenizer adds there, or else the end of the previous document,
+        as in training.
+        """
         if self._prefix is None:
-            raise UserError("the tokenizer has no token that begins or ends a text")
+            raise UserError(
+                "The tokenizer has no token that begins or ends a text. Use a model whose "
+                "tokenizer has one."
+            )
         return self._prefix
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Return the tokens of a text.
 
         Args:
-            text: to encode.
-            special: with those that the tokenizer by itself puts around a text. A text that begins
-                with the first of them already, as a rendered chat may, does not get it twice.
+            text: The text.
+            special: Whether the special tokens that the tokenizer adds around a text are included.
+                The first of them is not added to a text that begins with it, such as a rendered
+                chat.
 
         Raises:
-            UserError: the tokenizer knows no text.
+            UserError: The tokenizer cannot encode the text.
         """
         if self._transformers is not None:
             plain = self._transformers(text, add_special_tokens=False).input_ids
@@ -58,12 +65,15 @@ class TextCodec:
         try:
             return self._megatron.tokenize(text)
         except (ValueError, KeyError) as error:
-            raise UserError(f"the model's tokenizer cannot read {text[:40]!r}: {error}") from error
+            raise UserError(
+                f"The model's tokenizer cannot encode {text[:40]!r}: {error}. Use a model with a "
+                "text tokenizer."
+            ) from error
 
     def without_special(self, tokens: list[int]) -> list[int]:
         """Return tokens without special ones, such as those that begin and end a text."""
         if self._transformers is None:
-            return tokens  # SentencePiece gives them no text
+            return tokens  # SentencePiece omits them from the text
         special = set(self._transformers.all_special_ids)
         return [token for token in tokens if token not in special]
 

@@ -272,15 +272,15 @@ def change(name, before, after):
         (lambda folder: (folder / "eval_meta_data.csv").unlink(), "has no eval_meta_data.csv"),
         (lambda folder: shutil.rmtree(folder / "eval_data"), "has no eval_data"),
         (lambda folder: (folder / "eval_data/some/which.jsonl").unlink(), "which.jsonl, the data"),
-        (break_line, "pick.jsonl, line 5 is no multiple_choice question"),
+        (break_line, "pick.jsonl, line 5 is not a multiple_choice question"),
         (change("eval_data/some/pick.jsonl", '"query"', '"quary"'), "line 1 .* no 'query'"),
         (change("eval_data/some/which.jsonl", '"gold": ', '"gold": 7'), "gold is 7"),
         (change("core.yaml", "type: schema", "type: essay"), "unknown icl_task_type essay"),
         (change("core.yaml", "icl_tasks", "tasks"), "no list icl_tasks"),
-        (change("core.yaml", "num_fewshot", "few"), "task .* lacks a proper 'num_fewshot'"),
+        (change("core.yaml", "num_fewshot", "few"), "Task .* has no valid 'num_fewshot'"),
         (change("eval_meta_data.csv", "pick,", "pack,"), "no row for task pick"),
-        (change("eval_meta_data.csv", ",25,", ",a lot,"), "line 2: no Eval Task"),
-        (change("eval_meta_data.csv", ",25,", ",100,"), "line 2: Random baseline 100"),
+        (change("eval_meta_data.csv", ",25,", ",a lot,"), "line 2 has no Eval Task"),
+        (change("eval_meta_data.csv", ",25,", ",100,"), "line 2 has the Random baseline 100"),
     ],
 )
 def test_a_bundle_that_is_not_whole_is_refused_in_one_sentence(bundle, tmp_path, damage, message):
@@ -293,7 +293,7 @@ def test_a_bundle_that_is_not_whole_is_refused_in_one_sentence(bundle, tmp_path,
 
 
 def test_unknown_tasks_and_missing_folders_are_refused(bundle, tmp_path):
-    with pytest.raises(UserError, match=r"--tasks other: .* has pick, "):
+    with pytest.raises(UserError, match=r"--tasks other is not a task of .* It has pick, "):
         read_bundle(bundle, ["other"])
-    with pytest.raises(UserError, match="no CORE bundle"):
+    with pytest.raises(UserError, match="is not a CORE bundle"):
         read_bundle(tmp_path)

@@ -1,7 +1,7 @@
-"""The files of the CORE benchmark (DCLM, arXiv 2406.11794), read and checked.
+"""Reader of the files of the CORE benchmark (DCLM, arXiv 2406.11794).
 
-A bundle is a folder with `core.yaml` (the tasks), `eval_data/` (a JSONL file a task) and
-`eval_meta_data.csv` (each task's accuracy by chance, in percent).
+A bundle is a folder with `core.yaml` (the tasks), `eval_data/` (one JSONL file per task) and
+`eval_meta_data.csv` (the accuracy by chance of each task, in percent).
 """
 
 import csv
@@ -21,12 +21,12 @@ MULTIPLE_CHOICE, SCHEMA, LANGUAGE_MODELING = "multiple_choice", "schema", "langu
 
 @dataclass(frozen=True)
 class Item:
-    """A question, whatever its kind.
+    """Question of any kind.
 
     Attributes:
-        contexts: what may precede; several for a schema.
-        continuations: what may follow; several for multiple choice.
-        gold: which context or continuation is right; 0 where there is one of each.
+        contexts: Alternative contexts; several for a schema.
+        continuations: Alternative continuations; several for multiple choice.
+        gold: Index of the right context or continuation; 0 if there is one of each.
     """
 
     contexts: tuple[str, ...]
@@ -35,20 +35,21 @@ class Item:
 
     @property
     def options(self) -> list[tuple[str, str]]:
-        """Context and continuation of each answer."""
+        """Context and continuation of each option."""
         return [(context, end) for context in self.contexts for end in self.continuations]
 
 
 @dataclass(frozen=True)
 class CoreTask:
-    """A task of the bundle.
+    """Task of the bundle.
 
     Attributes:
+        label: Name of the task.
         kind: "multiple_choice", "schema" or "language_modeling".
-        shots: solved examples before a question.
-        delimiter: between context and continuation.
-        baseline: accuracy by chance, in [0, 1).
-        data: the task's file.
+        shots: Number of solved examples before a question.
+        delimiter: Text between context and continuation.
+        baseline: Accuracy by chance, in [0, 1).
+        data: File of the task.
     """
 
     label: str
@@ -59,59 +60,65 @@ class CoreTask:
     data: Path
 
     def items(self) -> list[Item]:
-        """All questions in the order of the file.
+        """Return all questions in the order of the file.
 
         Raises:
-            UserError: a line is malformed.
+            UserError: A line is malformed, or there is no question.
         """
         with self.data.open(encoding="utf-8") as file:
             items = [self._item(n, line) for n, line in enumerate(file, 1) if line.strip()]
         if not items:
-            raise UserError(f"{self.data} holds no question: unpack the bundle again")
+            raise UserError(f"{self.data} contains no question. Unpack the bundle again.")
         return items
 
     def digest(self) -> str:
-        """SHA-256 of the task's file."""
+        """Return the SHA-256 of the task's file."""
         return hashlib.sha256(self.data.read_bytes()).hexdigest()
 
     def _item(self, number: int, line: str) -> Item:
         try:
             return _READERS[self.kind](json.loads(line))
         except (ValueError, KeyError, TypeError, IndexError) as error:
-            what = f"no {error}" if isinstance(error, KeyError) else error
+            reason = f"no {error}" if isinstance(error, KeyError) else error
             raise UserError(
-                f"{self.data}, line {number} is no {self.kind} question: {what}"
+                f"{self.data}, line {number} is not a {self.kind} question: {reason}. Unpack the "
+                "bundle again."
             ) from error
 
 
 def read_bundle(folder: Path, labels: list[str] | None = None) -> list[CoreTask]:
-    """The tasks of a bundle, in its order.
+    """Return the tasks of a bundle, in its order.
 
     Args:
-        labels: of the tasks wanted; None for all.
+        folder: The bundle.
+        labels: Labels of the tasks. Default: all.
 
     Raises:
-        UserError: something is missing or not as it should be.
+        UserError: The bundle is incomplete or malformed, or has no task of a label.
     """
     for name in ("core.yaml", "eval_meta_data.csv", "eval_data"):
         if not (folder / name).exists():
             raise UserError(
-                f"{folder} is no CORE bundle: it has no {name}; give the folder that holds it"
+                f"{folder} is not a CORE bundle: it has no {name}. Give the folder that has it."
             )
     baselines = _baselines(folder / "eval_meta_data.csv")
     file = folder / "core.yaml"
     try:
         entries = yaml.safe_load(file.read_text(encoding="utf-8"))["icl_tasks"]
-        found = {str(entry["label"]): entry for entry in entries}
+        by_label = {str(entry["label"]): entry for entry in entries}
     except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{file} has no list icl_tasks of tasks with labels: {error}") from error
-    if len(found) < len(entries):
-        raise UserError(f"{file} has two tasks of one label")
+        raise UserError(
+            f"{file} has no list icl_tasks of tasks with labels: {error}. Unpack the bundle again."
+        ) from error
+    if len(by_label) < len(entries):
+        raise UserError(f"{file} has two tasks with the same label. Rename one of them.")
     for label in labels or []:
-        if label not in found:
-            raise UserError(f"--tasks {label}: {file} has {', '.join(found)}")
-    wanted = [label for label in found if labels is None or label in labels]
-    return [_task(folder, label, found[label], baselines) for label in wanted]
+        if label not in by_label:
+            raise UserError(
+                f"--tasks {label} is not a task of {file}. It has {', '.join(by_label)}."
+            )
+    selected = [label for label in by_label if labels is None or label in labels]
+    return [_task(folder, label, by_label[label], baselines) for label in selected]
 
 
 def _task(folder: Path, label: str, entry: dict[str, Any], baselines: dict[str, float]) -> CoreTask:
@@ -121,16 +128,20 @@ def _task(folder: Path, label: str, entry: dict[str, Any], baselines: dict[str, 
         shots = int(entry["num_fewshot"][0])
         delimiter = str(entry.get("continuation_delimiter", " "))
     except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise UserError(f"{file}: task {label} lacks a proper {error}") from error
+        raise UserError(
+            f"Task {label} of {file} has no valid {error}. Unpack the bundle again."
+        ) from error
     if kind not in _READERS:
         raise UserError(
-            f"{file}: task {label} has the unknown icl_task_type {kind}; known are "
-            f"{', '.join(_READERS)}"
+            f"Task {label} of {file} has the unknown icl_task_type {kind}. Supported types are "
+            f"{', '.join(_READERS)}."
         )
     if not data.is_file():
-        raise UserError(f"{data}, the data of task {label}, is missing: unpack the bundle again")
+        raise UserError(f"{data}, the data of task {label}, is missing. Unpack the bundle again.")
     if label not in baselines:
-        raise UserError(f"{folder / 'eval_meta_data.csv'} has no row for task {label}")
+        raise UserError(
+            f"{folder / 'eval_meta_data.csv'} has no row for task {label}. Unpack the bundle again."
+        )
     return CoreTask(label, kind, shots, delimiter, baselines[label], data)
 
 
@@ -144,12 +155,13 @@ def _baselines(file: Path) -> dict[str, float]:
                 baselines[row["Eval Task"]] = baseline
             except (KeyError, TypeError, ValueError) as error:
                 raise UserError(
-                    f"{file}, line {rows.line_num}: no Eval Task with its Random baseline: {error}"
+                    f"{file}, line {rows.line_num} has no Eval Task with its Random baseline: "
+                    f"{error}. Unpack the bundle again."
                 ) from error
             if not 0 <= baseline < 1:
                 raise UserError(
-                    f"{file}, line {rows.line_num}: Random baseline {row['Random baseline']} is "
-                    "no percentage below 100"
+                    f"{file}, line {rows.line_num} has the Random baseline "
+                    f"{row['Random baseline']}, which is not a percentage below 100. Correct it."
                 )
     return baselines
 
@@ -165,7 +177,7 @@ def _schema(entry: dict[str, Any]) -> Item:
 
 
 def _language_modeling(entry: dict[str, Any]) -> Item:
-    # In some files a space ends the context, which would become part of the next token.
+    # In some files the context ends with a space, which would become part of the next token.
     context, continuation = (_text(entry[name], name) for name in ("context", "continuation"))
     return Item((context.strip(),), (continuation,), 0)
 
@@ -179,19 +191,19 @@ _READERS: dict[str, Callable[[dict[str, Any]], Item]] = {
 
 def _text(value: Any, name: str) -> str:
     if not isinstance(value, str | int | float):
-        raise ValueError(f"{name} is no text")
+        raise ValueError(f"{name} is not text")
     return str(value)
 
 
 def _texts(entry: dict[str, Any], name: str) -> tuple[str, ...]:
     values = entry[name]
     if not isinstance(values, list) or not values:
-        raise ValueError(f"{name} is no list of texts")
+        raise ValueError(f"{name} is not a list of texts")
     return tuple(_text(value, name) for value in values)
 
 
 def _gold(entry: dict[str, Any], options: tuple[str, ...]) -> int:
     gold = entry["gold"]
     if type(gold) is not int or not 0 <= gold < len(options):
-        raise ValueError(f"gold is {gold!r}, which is none of its {len(options)} options")
+        raise ValueError(f"gold is {gold!r}, which is not one of its {len(options)} options")
     return gold

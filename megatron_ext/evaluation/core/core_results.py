@@ -1,4 +1,4 @@
-"""Results of CORE tasks, kept as they come, and the table made of them."""
+"""Storage of the results of CORE tasks, and the table of all tasks."""
 
 import csv
 import io
@@ -17,20 +17,21 @@ COLUMNS = (
 
 
 class Results:
-    """The file `results.jsonl` of a folder: what was asked of which model, then a row a task.
+    """Results in the file `results.jsonl` of a folder: the settings, then one row per task.
 
-    It is replaced as a whole after each task, so that a stop at any moment leaves whole rows.
-
-    Args:
-        folder: made if it is not there.
-        settings: all that the results depend on but the tasks; those of a file that is there must
-            be the same.
-
-    Raises:
-        UserError: the folder has results of other settings.
+    The file is replaced atomically after each task, so that it is valid after a stop at any time.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+        """Read existing results.
+
+        Args:
+            folder: Folder of the results, created when the first row is written.
+            settings: Everything that the results depend on, except the tasks.
+
+        Raises:
+            UserError: The folder has results of other settings, or its file is damaged.
+        """
         self.folder, self.settings = folder, settings
         self.file = folder / "results.jsonl"
         self.rows: dict[str, dict[str, Any]] = {}
@@ -40,21 +41,23 @@ class Results:
             before, *rows = map(json.loads, self.file.read_text().splitlines())
             self.rows = {row["task"]: row for row in rows}
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{self.file} is damaged: remove it or give another --out") from error
+            raise UserError(
+                f"{self.file} is damaged. Remove it or choose another --out."
+            ) from error
         for name, value in settings.items():
             if before.get(name) != value:
                 raise UserError(
                     f"{self.file} has results with {name} {before.get(name)}, this run has "
-                    f"{value}: give another --out"
+                    f"{value}. Choose another --out."
                 )
 
     def finished(self, task: CoreTask) -> bool:
-        """Whether the task's row is there, of the same questions asked the same way."""
+        """Return whether there is a row for the same questions in the same format."""
         row = self.rows.get(task.label)
-        return row is not None and row["asked"] == _asked(task)
+        return row is not None and row["asked"] == _question_format(task)
 
     def add(self, task: CoreTask, judged: ScoredItem) -> None:
-        """Write a finished task down."""
+        """Add the row of a finished task and write the file."""
         self.rows[task.label] = {
             "task": task.label,
             "kind": task.kind,
@@ -64,16 +67,17 @@ class Results:
             "cropped": judged.cropped,
             "accuracy": judged.right / len(judged.answers),
             "answers": judged.answers,
-            "asked": _asked(task),
+            "asked": _question_format(task),
         }
         lines = [json.dumps(entry) for entry in (self.settings, *self.rows.values())]
         _write(self.file, "\n".join(lines) + "\n")
 
     def table(self, tasks: list[CoreTask], whole: bool) -> dict[str, Any]:
-        """The figures of tasks, all finished, and their mean.
+        """Return the results of finished tasks and their mean.
 
         Args:
-            whole: whether they are all tasks of the bundle, so that the mean is CORE.
+            tasks: The tasks.
+            whole: Whether these are all tasks of the bundle, so that the mean is CORE.
         """
         rows = []
         for task in tasks:
@@ -96,7 +100,7 @@ class Results:
 
 
 def markdown(table: dict[str, Any]) -> str:
-    """The table to read; accuracies as fractions."""
+    """Return the table in Markdown, with accuracies as fractions."""
     lines = [f"| {' | '.join(COLUMNS)} |", "|---|---|" + "---:|" * (len(COLUMNS) - 2)]
     for row in table["tasks"]:
         cells = [f"{v:.4f}" if isinstance(v, float) else str(v) for v in row.values()]
@@ -108,7 +112,7 @@ def markdown(table: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _asked(task: CoreTask) -> list[Any]:
+def _question_format(task: CoreTask) -> list[Any]:
     return [task.kind, task.shots, task.delimiter, task.digest()]
 
 

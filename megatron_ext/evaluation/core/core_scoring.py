@@ -1,13 +1,13 @@
-"""How a CORE task is asked and judged, as nanochat and llm-foundry do.
+"""Prompts and scoring of CORE tasks, identical to those of nanochat and llm-foundry.
 
-- Multiple choice: the options follow the question; the one whose tokens have the lowest mean loss
-  is chosen. Its tokens begin where the options' prompts begin to differ.
-- Schema: every option's context has the same continuation; what is compared is the mean loss of
-  the tokens that the prompts have in common at their end.
-- Language modelling: right when each token of the continuation is the likeliest.
+- Multiple choice: the options follow the question, and the option with the lowest mean loss over
+  its tokens is chosen. Its tokens begin where the prompts of the options begin to differ.
+- Schema: the contexts of all options have the same continuation, and the option with the lowest
+  mean loss over the tokens that the prompts share at their end is chosen.
+- Language modeling: the answer is right if every token of the continuation is the most likely one.
 
-Solved examples precede a question, an empty line after each. They are drawn from the questions that
-are asked, without the question itself, with a seed of its own.
+Solved examples precede a question, separated by empty lines. They are sampled from the other
+questions of the task with a fixed seed.
 """
 
 import random
@@ -24,14 +24,14 @@ _ORDER_SEED, _SHOTS_SEED = 1337, 1234  # nanochat's, so that the same questions 
 
 
 class ScoredItem(NamedTuple):
-    """A task's outcome.
+    """Result of a task.
 
     Attributes:
-        answers: of each question, the option chosen; of language modelling, 0 where the
-            continuation was met and -1 where not.
-        right: how many answers are the right ones.
-        cropped: how many prompts lost tokens at their beginning.
-        prompts: how many there were.
+        answers: Chosen option of each question. For language modeling, 0 if the continuation is the
+            most likely one, and -1 otherwise.
+        right: Number of right answers.
+        cropped: Number of prompts that lost tokens at their beginning.
+        prompts: Number of prompts.
     """
 
     answers: list[int]
@@ -41,21 +41,29 @@ class ScoredItem(NamedTuple):
 
 
 class Prompts(NamedTuple):
-    """What is asked of the model for one question, an entry for each option."""
+    """Scoring requests of one question, one per option."""
 
     requests: list[ScoringRequest]
     cropped: int
 
 
 def chosen_items(task: CoreTask, most: int | None) -> list[Item]:
-    """The questions to ask: shuffled the same way each time, the first `most` of them."""
+    """Return the first questions of a task in a fixed random order.
+
+    Args:
+        task: The task.
+        most: Maximum number of questions; None for all.
+
+    Raises:
+        UserError: There are too few questions for the solved examples.
+    """
     items = task.items()
     random.Random(_ORDER_SEED).shuffle(items)
     items = items[:most]
     if len(items) <= task.shots:
         raise UserError(
-            f"{task.label} needs {task.shots} other questions as examples and there are "
-            f"{len(items) - 1}: ask more with --max-items"
+            f"Task {task.label} needs {task.shots} other questions as examples, and there are "
+            f"{len(items) - 1}. Raise --max-items."
         )
     return items
 
@@ -68,12 +76,15 @@ def judge(
     batch_tokens: int,
     progress: Callable[[int, int], None] = lambda done, prompts: None,
 ) -> ScoredItem:
-    """Ask all questions of a task; every rank must call it.
+    """Score all questions of a task. Every rank must call it.
 
     Args:
-        max_length: longer prompts lose tokens at their beginning.
-        batch_tokens: see `LanguageModel.score`.
-        progress: told how many prompts the model has read, and of how many.
+        task: The task.
+        items: Its questions.
+        model: The model.
+        max_length: Maximum length of a prompt. Longer prompts lose tokens at their beginning.
+        batch_tokens: Tokens per batch; see `LanguageModel.score`.
+        progress: Callback that receives the numbers of finished and of all prompts.
     """
     prompts = [prompts_of(task, items, index, model, max_length) for index in range(len(items))]
     requests = [request for prompt in prompts for request in prompt.requests]
@@ -101,20 +112,28 @@ def judge(
 def prompts_of(
     task: CoreTask, items: Sequence[Item], index: int, model: LanguageModel, max_length: int
 ) -> Prompts:
-    """The prompts of one question and where in each the scored tokens begin."""
+    """Return the scoring requests of one question.
+
+    Args:
+        task: The task.
+        items: Its questions.
+        index: Index of the question.
+        model: The model, whose tokenizer is used.
+        max_length: Maximum length of a prompt, in tokens.
+    """
     texts = texts_of(task, items, index)
     codec = model.codec
     sequences = [[codec.prefix, *codec.encode(text)] for text in texts]
     if task.kind == LANGUAGE_MODELING:
-        # Mostly the whole shorter prompt; less where a token reaches over its end.
-        asked, whole = sequences
+        # Usually the complete shorter prompt; less if a token crosses its end.
+        context, whole = sequences
         sequences = [whole]
-        starts = [min(_common_length([asked, whole]), len(whole) - 1)]
+        starts = [min(_common_length([context, whole]), len(whole) - 1)]
     elif task.kind == SCHEMA:
         common = _common_length([sequence[::-1] for sequence in sequences])
         starts = [len(sequence) - max(common, 1) for sequence in sequences]
     else:
-        # An option that begins like another keeps its last token, to be told by.
+        # An option that is a prefix of another is scored by its last token.
         common = min(_common_length(sequences), *(len(sequence) - 1 for sequence in sequences))
         starts = [common] * len(sequences)
     requests, cropped = [], 0
@@ -127,7 +146,13 @@ def prompts_of(
 
 
 def texts_of(task: CoreTask, items: Sequence[Item], index: int) -> list[str]:
-    """Each option's prompt; of language modelling, without and with the continuation."""
+    """Return the prompt of each option; for language modeling, the context and the whole text.
+
+    Args:
+        task: The task.
+        items: Its questions.
+        index: Index of the question.
+    """
     others = [i for i in range(len(items)) if i != index]
     drawn = random.Random(_SHOTS_SEED + index).sample(others, task.shots)
     shots = ""
@@ -145,7 +170,7 @@ def texts_of(task: CoreTask, items: Sequence[Item], index: int) -> list[str]:
 
 
 def _common_length(sequences: Sequence[Sequence[int]]) -> int:
-    """How many first tokens all sequences share."""
+    """Return the length of the longest common prefix."""
     length = 0
     for tokens in zip(*sequences):
         if len(set(tokens)) > 1:
