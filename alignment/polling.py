@@ -1,4 +1,4 @@
-"""Work of some ranks that the others wait for, hearing signals meanwhile."""
+"""Asynchronous work of some ranks, for which the others wait while they check for signals."""
 
 import asyncio
 import threading
@@ -8,23 +8,24 @@ from typing import Any
 
 from alignment.ranks import all_reduce_max
 
-_OFTEN = 0.2  # seconds between looks at signals
+_INTERVAL = 0.2  # seconds between checks
 
 
 def run_async_while_polling[T](
     work: Callable[[], Coroutine[Any, Any, T]] | None, check: Callable[[], None]
 ) -> T | None:
-    """What this rank's work gives; a collective, in which ranks without work wait for the others.
+    """Return the result of this rank's work; a collective, in which ranks without work wait.
 
-    The work is done in a thread. Ranks wait for it in many short collectives: one as long as the
-    work would run into the timeout of the process group.
+    The work runs in a thread. Ranks wait for it in many short collectives, as a single one of that
+    length would run into the timeout of the process group.
 
     Args:
-        work: of this rank, if it has any; makes no collective.
-        check: called on all ranks now and then; may raise, on all of them, which cancels the work.
+        work: Work of this rank, without collectives. None if it has none.
+        check: Function that all ranks call from time to time. It may raise on all of them, which
+            cancels the work.
 
     Raises:
-        Exception: what the work raises, on its rank alone.
+        Exception: An error of the work, on its rank alone.
     """
     stop = threading.Event()
     with ThreadPoolExecutor(1) as pool:
@@ -32,7 +33,7 @@ def run_async_while_polling[T](
         try:
             while all_reduce_max(int(done is not None and not done.done())):
                 check()
-                wait([done] if done else [], _OFTEN)
+                wait([done] if done else [], _INTERVAL)
         finally:
             stop.set()  # the end of the block waits for the thread
     return done.result() if done else None

@@ -1,4 +1,4 @@
-"""What ranks tell each other beside training."""
+"""Collectives for plain Python values, over the shares of the data."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from megatron_ext.errors import UserError
 
 
 def all_reduce_max(count: int) -> int:
-    """The largest count of any rank."""
+    """Return the largest count of all ranks; a collective."""
     device = torch.cuda.current_device() if dist.get_backend() == "nccl" else "cpu"
     flag = torch.tensor(count, device=device)
     dist.all_reduce(flag, op=dist.ReduceOp.MAX)
@@ -19,17 +19,20 @@ def all_reduce_max(count: int) -> int:
 
 
 def all_gather_by_data_rank(engine: AlignmentEngine, value: Any) -> list[Any]:
-    """What each share of the data gives, `[data_size]`, on every rank; ranks of one share agree."""
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, (engine.data_rank, value))
-    by_rank = dict(reversed(found))
+    """Return the values of all data ranks, `[data_size]`, on every rank; a collective.
+
+    Ranks with the same data rank pass the same value.
+    """
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, (engine.data_rank, value))
+    by_rank = dict(reversed(values))
     return [by_rank[rank] for rank in range(engine.data_size)]
 
 
 def gather_by_data_rank(engine: AlignmentEngine, value: Any) -> list[Any]:
-    """Return what each share of the data gives on rank 0, `[data_size]`; nothing on the others.
+    """Return the values of all data ranks on rank 0, `[data_size]`, and nothing on the others.
 
-    What one rank alone uses, such as the texts of a step, then crosses the network once and not
+    Values that one rank alone uses, such as the texts of a step, cross the network once and not
     once for every rank. A collective.
     """
     first = dist.get_rank() == 0
@@ -40,37 +43,42 @@ def gather_by_data_rank(engine: AlignmentEngine, value: Any) -> list[Any]:
 
 
 def map_over_data_ranks[T, R](
-    engine: AlignmentEngine, items: Sequence[T], work: Callable[[Sequence[T]], Sequence[R]]
+    engine: AlignmentEngine, items: Sequence[T], function: Callable[[Sequence[T]], Sequence[R]]
 ) -> list[R]:
-    """What `work` gives for each of the items, in their order, on every rank; each share of the
-    data does its part of them."""
+    """Return the results of all items in their order, on every rank; a collective.
+
+    Args:
+        engine: Engine whose data ranks divide the items among them.
+        items: All items, the same on every rank.
+        function: Function that returns the results of some of the items.
+    """
     part = items[engine.data_rank :: engine.data_size]
-    return interleave(all_gather_by_data_rank(engine, list(work(part))))
+    return interleave(all_gather_by_data_rank(engine, list(function(part))))
 
 
 def interleave[T](shares: Sequence[Sequence[T]]) -> list[T]:
-    """Of all items, whatever the number of ranks: item i is in share i % len(shares)."""
+    """Return all items in their order, where item i is in share i % len(shares)."""
     size = len(shares)
     return [shares[i % size][i // size] for i in range(sum(map(len, shares)))]
 
 
 def is_share_leader(engine: AlignmentEngine) -> bool:
-    """Whether this is the first of the ranks that hold this rank's share of the data."""
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, engine.data_rank)
-    return found.index(engine.data_rank) == dist.get_rank()
+    """Return whether this is the first of the ranks with its data rank; a collective."""
+    ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, engine.data_rank)
+    return ranks.index(engine.data_rank) == dist.get_rank()
 
 
 def raise_on_all_ranks(check: Callable[[], None]) -> None:
-    """Go on only when `check` raises no UserError on any rank; a collective.
+    """Run a check, and raise its error on all ranks; a collective.
 
-    A rank that raised alone would leave the others waiting for it in the next collective.
+    A rank that raised alone would leave the others waiting in the next collective.
 
     Args:
-        check: what this rank looks at or does; has no collectives.
+        check: Function without collectives, which may raise a UserError.
 
     Raises:
-        UserError: That of the first rank that has one, on every rank.
+        UserError: The error of the first rank that has one.
     """
     problem: UserError | None = None
     try:
@@ -78,7 +86,7 @@ def raise_on_all_ranks(check: Callable[[], None]) -> None:
     except UserError as error:
         problem = error
     problems: list[UserError | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)  # whole, as its kind decides the exit status
+    dist.all_gather_object(problems, problem)  # the error itself: its class sets the exit status
     for first in problems:
         if first is not None:
             raise first

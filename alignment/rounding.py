@@ -67,9 +67,11 @@ def exceeds(value: float, other: float, error: float = SINGLE, size: float = 0.0
     """Return whether a value is greater than another by more than rounding.
 
     Args:
-        error: relative error of both.
-        size: magnitude of what they were computed from, where that is larger than both: of a
-            difference of scores the size of the scores, of a correlation 1.
+        value: Value.
+        other: Value that it is compared with.
+        error: Relative error of both.
+        size: Magnitude of the numbers that they were computed from, if it is larger than both: the
+            size of the scores for a difference of scores, 1 for a correlation.
     """
     if math.isinf(value) or math.isinf(other):
         return value > other

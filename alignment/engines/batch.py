@@ -13,13 +13,13 @@ PADDING = -1
 
 @dataclass(frozen=True)
 class TokenSample:
-    """A prompt and its response, in tokens.
+    """Prompt and its response, in tokens.
 
     Attributes:
-        tokens: ids of both.
-        prompt: how many of them are the prompt's, at least one; the others are trained on.
-        extras: by name, a number for each token, or one for all: an advantage, log-probabilities
-            of the sampler.
+        tokens: Token ids of both.
+        prompt: Number of prompt tokens, at least 1. The other tokens are trained on.
+        extras: Numbers for each token, or one for all tokens, by name: an advantage for example, or
+            log-probabilities of the sampler.
     """
 
     tokens: Sequence[int]
@@ -27,20 +27,21 @@ class TokenSample:
     extras: Mapping[str, float | Sequence[float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        """Check the length of the prompt."""
         if not 0 < self.prompt <= len(self.tokens):
             raise ValueError(f"{self.prompt} prompt tokens of a sample of {len(self.tokens)}")
 
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Rows of equal length. All that belongs to a token stands in the token's own place.
+    """Rows of equal length. Everything that belongs to a token stands in the token's place.
 
     Attributes:
         tokens: int64 `[rows, length]`.
-        samples: int64 `[rows, length]`, which sample of its row a token is of, from 0 on;
-            `PADDING` after the last.
-        loss_mask: bool `[rows, length]`, the tokens that are trained on. A sample's first token,
-            which nothing predicts, is none of them.
+        samples: int64 `[rows, length]`, number of a token's sample in its row, from 0. `PADDING`
+            after the last sample.
+        loss_mask: bool `[rows, length]`, tokens that are trained on. The first token of a sample is
+            not one of them, because nothing predicts it.
         extras: fp32 `[rows, length]`, by name.
     """
 
@@ -51,19 +52,20 @@ class TokenBatch:
 
     @classmethod
     def of(cls, samples: Sequence[TokenSample], length: int | None = None) -> "TokenBatch":
-        """One sample a row.
+        """Give every sample a row.
 
         Args:
-            length: of the rows. Default: the longest sample's.
+            samples: Samples.
+            length: Length of the rows. Default: that of the longest sample.
         """
         return cls.of_rows([[sample] for sample in samples], length)
 
     @classmethod
     def packed(cls, samples: Sequence[TokenSample], length: int) -> "TokenBatch":
-        """Several samples a row, each in the first row that has room for it, longest first.
+        """Put each sample into the first row that has room for it, longest first.
 
         Raises:
-            ValueError: a sample is longer than a row.
+            ValueError: A sample is longer than a row.
         """
         rows: list[list[TokenSample]] = []
         room: list[int] = []
@@ -103,7 +105,7 @@ class TokenBatch:
     def of_rows(
         cls, rows: Sequence[Sequence[TokenSample]], length: int | None = None
     ) -> "TokenBatch":
-        """Rows of given samples, padded at their end."""
+        """Make rows of the samples of each, padded at their end."""
         longest = max((sum(len(sample.tokens) for sample in row) for row in rows), default=0)
         length = longest if length is None else length
         if longest > length:
@@ -128,27 +130,29 @@ class TokenBatch:
 
     @property
     def rows(self) -> int:
+        """Number of rows."""
         return self.tokens.shape[0]
 
     @property
     def length(self) -> int:
+        """Length of a row, in tokens."""
         return self.tokens.shape[1]
 
     @cached_property
     def is_packed(self) -> bool:
-        """Whether any row holds more than one sample."""
+        """Whether any row has more than one sample."""
         return bool((self.samples > 0).any())
 
     @cached_property
     def positions(self) -> Tensor:
-        """Places of the tokens in their samples, int64 `[rows, length]`; padding counts as one."""
+        """Places of the tokens in their samples, int64 `[rows, length]`; padding is one."""
         index = torch.arange(self.length, device=self.tokens.device)
         begins = self.samples != F.pad(self.samples, (1, 0), value=PADDING - 1)[:, :-1]
         return index - torch.where(begins, index, 0).cummax(dim=1).values
 
     @cached_property
     def predicted(self) -> Tensor:
-        """The tokens that others of their sample come before, bool `[rows, length]`."""
+        """Tokens that follow others of their sample, bool `[rows, length]`."""
         return (self.samples != PADDING) & (self.positions > 0)
 
     @cached_property
@@ -158,10 +162,10 @@ class TokenBatch:
         return (self.samples != PADDING) & (self.samples != following)
 
     def sum_by_sample(self, values: Tensor) -> Tensor:
-        """Sums over the tokens of each sample, in the order of rows and samples.
+        """Return sums over the tokens of each sample, in the order of rows and samples.
 
         Args:
-            values: `[rows, length]`.
+            values: Values of the tokens, `[rows, length]`.
 
         Returns:
             `[samples]`.
@@ -174,15 +178,15 @@ class TokenBatch:
         return values.new_zeros(count).index_add(0, place, values[real])
 
     def to(self, device: torch.device | int | str) -> "TokenBatch":
-        """The same on a device."""
+        """Return the batch on a device."""
         return self._each(lambda tensor: tensor.to(device))
 
     def slice(self, rows: slice) -> "TokenBatch":
-        """Some of the rows."""
+        """Return some of the rows."""
         return self._each(lambda tensor: tensor[rows])
 
     def padded(self, rows: int, length: int) -> "TokenBatch":
-        """The same with padding up to this size."""
+        """Return the batch with padding up to a number of rows and a length."""
         more = (0, length - self.length, 0, rows - self.rows)
         padded = self._each(lambda tensor: F.pad(tensor, more))
         return replace(padded, samples=F.pad(self.samples, more, value=PADDING))

@@ -1,4 +1,4 @@
-"""Cutting a rank's batch into pieces that go through the model one after the other."""
+"""Division of a rank's batch into micro-batches of one shape."""
 
 from dataclasses import replace
 from typing import Any
@@ -16,29 +16,29 @@ def micro_batches(
     device: torch.device | int,
     multiple: int = 1,
 ) -> list[TokenBatch]:
-    """Pieces of one shape, as many as any rank of a group has: they run in step.
+    """Return micro-batches of one shape, as many as the rank of a group with most of them has.
 
-    Rows of padding make up for what a rank has less.
+    Ranks run in step. Rows of padding fill up what a rank lacks.
 
     Args:
-        batch: this rank's, perhaps without rows.
-        rows: of a piece.
-        group: the ranks.
-        device: where the pieces go.
-        multiple: what the length of a row must be a multiple of.
+        batch: Batch of this rank, which may have no rows.
+        rows: Rows of a micro-batch.
+        group: Process group of the ranks.
+        device: Device of the micro-batches.
+        multiple: Number of which the length of a row must be a multiple.
 
     Raises:
-        ValueError: batches with rows have different extras.
+        ValueError: Batches with rows have different extras.
     """
-    told: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(told, (batch.rows, sorted(batch.extras)), group=group)
-    kinds = {tuple(names) for count, names in told if count}
+    ranks: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(ranks, (batch.rows, sorted(batch.extras)), group=group)
+    kinds = {tuple(names) for count, names in ranks if count}
     if len(kinds) > 1:
-        raise ValueError(f"batches of one step have different extras: {sorted(kinds)}")
+        raise ValueError(f"Batches of one step have different extras: {sorted(kinds)}.")
     if not batch.rows:
         names = next(iter(kinds), ())
         batch = replace(batch, extras={name: torch.zeros(batch.tokens.shape) for name in names})
-    count = max(1, *(-(-count // rows) for count, _ in told))
+    count = max(1, *(-(-count // rows) for count, _ in ranks))
     length = max(1, -(-batch.length // multiple)) * multiple
     whole = batch.padded(count * rows, length).to(device)
     return [whole.slice(slice(i * rows, (i + 1) * rows)) for i in range(count)]

@@ -1,9 +1,9 @@
-"""What every engine can do, and what a loss is.
+"""Protocol of an engine, and of a loss.
 
-A loss is a plain function of the log-probabilities of a batch's tokens and of the batch. It gives
-a sum and what the sum is to be divided by, a number of tokens or of samples; the engine adds both
-up over all micro-batches and data-parallel ranks and divides once. So a step is the same however
-its samples are spread over ranks and micro-batches.
+A loss is a plain function of the scores of a batch and of the batch. It returns a sum and the
+weight to divide it by, a number of tokens or of samples. The engine adds both over all
+micro-batches and data-parallel ranks and divides once, so that a step does not depend on how its
+samples are divided among ranks and micro-batches.
 """
 
 import os
@@ -23,15 +23,15 @@ from megatron_ext.inference.sampling import Sampling
 
 @dataclass(frozen=True)
 class TokenScores:
-    """What a model says of the tokens of a batch.
+    """Scores of the tokens of a batch under a model.
 
     Attributes:
-        log_probs: fp32 `[rows, length]`, nats: of each token after those of its sample before it; 0
-            for a sample's first token and for padding.
-        entropy: fp32 `[rows, length]`, nats, where asked for: of the distribution that a token was
-            drawn from; 0 in the same places.
-        values: fp32 `[rows, length]`, of a critic, where asked for: of the state before each token;
-            0 in the same places. The others are then not computed, and log_probs are 0.
+        log_probs: fp32 `[rows, length]`, nats: log-probability of each token after the tokens of
+            its sample before it. 0 for a sample's first token and for padding.
+        entropy: fp32 `[rows, length]`, nats, if it was computed: entropy of the distribution that
+            the token is of. 0 in the same places.
+        values: fp32 `[rows, length]`, if values were computed: value of the state before each
+            token. 0 in the same places. Log-probabilities are then 0 and were not computed.
     """
 
     log_probs: Tensor
@@ -56,15 +56,15 @@ def align_scores(scores: Tensor, scored: Tensor, values: bool = False) -> TokenS
 
 @dataclass(frozen=True)
 class LossSums:
-    """What a loss gives for some rows.
+    """Sums that a loss returns for some rows.
 
     Attributes:
-        total: scalar with a gradient.
-        weight: int64 scalar; depends on the batch alone.
-        metrics: by name, a total and a weight to divide it by, both without a gradient. The same
-            names for every batch.
-        maxima: by name, a scalar without a gradient that is at least 0, of which the largest of
-            all micro-batches and ranks is a metric. The same names for every batch.
+        total: Scalar with a gradient.
+        weight: int64 scalar that depends on the batch alone.
+        metrics: Totals and the weights to divide them by, by name, without a gradient. The names
+            are the same for every batch.
+        maxima: Scalars without a gradient that are at least 0, by name. The largest value of all
+            micro-batches and ranks is a metric. The names are the same for every batch.
     """
 
     total: Tensor
@@ -77,7 +77,7 @@ Loss = Callable[[TokenScores, TokenBatch], LossSums]
 
 
 def negative_log_likelihood(scores: TokenScores, batch: TokenBatch) -> LossSums:
-    """The mean over trained tokens, of supervised fine-tuning."""
+    """Return the loss of supervised fine-tuning, a mean over trained tokens."""
     return LossSums(-(scores.log_probs * batch.loss_mask).sum(), batch.loss_mask.sum())
 
 
@@ -150,14 +150,14 @@ class Optimization:
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step, the same on every rank.
+    """Result of one optimizer step, the same on every rank.
 
     Attributes:
-        loss: Mean before the step.
+        loss: Mean loss before the step.
         grad_norm: Norm of all gradients before they were clipped. None if gradients overflowed in
             fp16: the optimizer skipped the step, lowered the loss scale, and no step was counted.
         lr: Learning rate of the step.
-        metrics: Means by name.
+        metrics: Means and maxima of the loss's metrics, by name.
     """
 
     loss: float
@@ -168,12 +168,13 @@ class StepResult:
 
 @dataclass(frozen=True)
 class GeneratedResponse:
-    """A continuation.
+    """Response that an engine generated.
 
     Attributes:
-        tokens: ids, with the one that ended it.
-        log_probs: of each under the model, nats, at `Sampling.score_temperature`.
-        ended: by the model itself, not by the limit.
+        tokens: Token ids, with the one that ended the response.
+        log_probs: Log-probability of each token under the model, in nats, at
+            `Sampling.score_temperature`.
+        ended: Whether the model ended the response, and not the limit of its length.
     """
 
     tokens: list[int]
@@ -182,16 +183,15 @@ class GeneratedResponse:
 
 
 class AlignmentEngine(Protocol):
-    """A model on all ranks, with its optimizer. Every method is a collective of all ranks.
+    """Model on all ranks, with its optimizer. Every method is a collective of all ranks.
 
-    Ranks with the same `data_rank` hold parts of one copy of the model and must pass the same
-    batches and prompts; others pass their own, of any number of rows, even none.
+    Ranks with the same `data_rank` have parts of one copy of the model and must pass the same
+    batches and prompts. Other ranks pass their own, with any number of rows, even none.
 
     Attributes:
-        data_rank: which of the batches a rank has.
-        data_size: how many there are.
-        step: optimizer steps taken.
-        dtype: of the weights, in which the model computes.
+        data_rank: Number of this rank's share of the data.
+        data_size: Number of shares of the data.
+        step: Number of optimizer steps that were made.
     """
 
     data_rank: int
@@ -199,7 +199,9 @@ class AlignmentEngine(Protocol):
     step: int
 
     @property
-    def dtype(self) -> torch.dtype: ...
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights, in which the model computes."""
+        ...
 
     def log_probs(
         self,
@@ -233,13 +235,14 @@ class AlignmentEngine(Protocol):
         """
 
     def values(self, batch: TokenBatch, token: int) -> Tensor:
-        """What a critic says of the states before the batch's tokens, without gradients.
+        """Return a critic's values of the states before the batch's tokens, without gradients.
 
-        A value is the product of the last hidden state and one row of the output layer: that of a
-        token which is given away for it.
+        A value is the product of the last hidden state and one row of the output layer, that of a
+        token that no prompt has.
 
         Args:
-            token: whose row it is.
+            batch: Samples of this rank.
+            token: Token whose row computes the values.
 
         Returns:
             fp32 `[rows, length]`; 0 for a sample's first token and for padding.
@@ -260,7 +263,12 @@ class AlignmentEngine(Protocol):
         tokens are not computed and are 0.
 
         Args:
-            values: give the loss the values that this token's row tells, and no log-probabilities.
+            batch: Samples of this rank.
+            loss: Loss of the batch.
+            temperature: Divisor of the logits.
+            entropy: Whether to compute entropies, with gradients.
+            values: Token whose row of the output layer computes values, which the loss gets in
+                place of log-probabilities.
         """
 
     def generate(
@@ -272,45 +280,52 @@ class AlignmentEngine(Protocol):
         """Continue prompts with the present weights.
 
         Args:
-            seeds: one a prompt. Default: 0, 1, ...
+            prompts: Token ids of this rank's prompts.
+            sampling: Settings of sampling.
+            seeds: One seed per prompt. Default: 0, 1, ...
         """
 
     def routing_gap(
         self, samples: Sequence[TokenSample], length: int, temperature: float = 1.0
     ) -> Mapping[str, float]:
-        """How far apart generation and training route the same responses, with present weights.
+        """Return how far apart generation and training route the same responses.
 
-        Generation takes a prompt and then one token at a time; training takes rows of `length`
-        that the samples are packed into.
+        Generation runs a prompt and then one token at a time; training runs rows that samples are
+        packed into. Both use the present weights.
 
         Args:
-            samples: this rank's, each with a response; `temperature` divides the logits.
+            samples: Samples of this rank, each with a response.
+            length: Length of the rows, in tokens.
+            temperature: Divisor of the logits.
 
         Returns:
-            The same on all ranks: metrics named `routing/...`, which docs/reference/engines.md
-            lists. Empty for a model without experts, or an engine that does not see their routing.
+            Metrics named `routing/...`, the same on all ranks, which
+            docs/reference/policy-training.md lists. Empty for a model without experts, and for an
+            engine that does not know their routing.
         """
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """The model's tensors under their Hugging Face names, whole, on every rank."""
+        """Iterate over the model's whole tensors under their Hugging Face names, on every rank."""
 
     def load_parameters(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Take over such tensors, whole, on every rank; the optimizer's state stays.
+        """Take over whole tensors, passed on every rank. The optimizer's state does not change.
 
         Raises:
-            UserError: one is missing or of another shape.
+            UserError: A tensor is missing or has another shape.
         """
 
     def export(self, folder: str | os.PathLike[str]) -> None:
-        """Write the model as a Hugging Face folder, which is there whole or not at all; one of
-        that name is replaced."""
+        """Write the model as a Hugging Face folder, and replace a folder of that name.
+
+        The folder is there whole or not at all.
+        """
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write everything that training goes on from."""
+        """Write everything that is required to resume the training."""
 
     def load(self, folder: str | os.PathLike[str]) -> None:
-        """Go on from what `save` wrote, exactly.
+        """Resume exactly from what `save` wrote.
 
         Raises:
-            UserError: it is not there, or not whole.
+            UserError: There is no checkpoint, or it is not whole.
         """

@@ -1,10 +1,10 @@
-"""Advantages of sampled responses from their rewards, in fp64.
+"""Advantages of sampled responses, computed from their rewards in fp64.
 
-A response whose judge gave no score has no reward, which is None here and never 0: it stays out of
-its group's statistics, and its advantage is 0.
+A response without a verdict has no reward, which is None here and never 0. It stays out of the
+statistics of its group, and its advantage is 0.
 
-Rewards that differ by no more than their rounding error are equal: a group of them has no
-advantages, whichever the algorithm, as a division by their spread would turn rounding into
+Rewards that differ by no more than their rounding error are equal. A group of equal rewards has no
+advantages under any algorithm, as a division by their standard deviation would turn rounding into
 advantages of 1. Errors are absolute here, in the unit of the rewards.
 """
 
@@ -19,7 +19,7 @@ Rewards = Sequence[float | None]
 
 
 def standardized(rewards: Floats) -> Floats:
-    """GRPO: distance from the group's mean, in its standard deviations (of a sample, n - 1).
+    """Return the distance from the group's mean, in its standard deviations (n - 1), as in GRPO.
 
     The error of the rewards is that of fp64 arithmetic; `group_advantages` handles larger ones.
     """
@@ -30,12 +30,12 @@ def standardized(rewards: Floats) -> Floats:
 
 
 def centered(rewards: Floats) -> Floats:
-    """Dr. GRPO (arXiv 2503.20783): from the group's mean; how hard a prompt is does not weigh."""
+    """Return the distance from the group's mean, as in Dr. GRPO (arXiv 2503.20783)."""
     return rewards - rewards.mean()
 
 
 def leave_one_out(rewards: Floats) -> Floats:
-    """RLOO (arXiv 2402.14740): from the mean of the others of the group."""
+    """Return the distance from the mean of the group's others, as in RLOO (arXiv 2402.14740)."""
     count = len(rewards)
     return rewards - (rewards.sum() - rewards) / (count - 1)
 
@@ -46,21 +46,21 @@ def group_advantages(
     of_group: Callable[[Floats], Floats] = standardized,
     errors: Sequence[float | None] | None = None,
 ) -> Floats:
-    """Advantages of all responses within the groups of their prompts.
+    """Return the advantages of all responses within the groups of their prompts.
 
     Args:
-        rewards: `[responses]`.
-        groups: of each response, what it shares with the others of its prompt.
-        of_group: of two or more rewards of a group.
-        errors: `[responses]`, rounding error of each reward, 0 for one that is exact; None for
-            that of a score computed in fp32.
+        rewards: Rewards, `[responses]`.
+        groups: Group of each response, `[responses]`.
+        of_group: Function that computes the advantages of two or more rewards of a group.
+        errors: Rounding error of each reward, `[responses]`. 0 for one that is exact, None for the
+            error of a score computed in fp32.
 
     Returns:
-        `[responses]`; 0 where there is no reward, no other in the group to compare it with, or no
+        Advantages, `[responses]`. 0 where there is no reward, no other one in the group, or no
         reward in the group that differs from another by more than rounding.
 
     Raises:
-        ValueError: a reward is not finite.
+        ValueError: A reward is not finite.
     """
     advantages = np.zeros(len(rewards))
     for members in _members(rewards, groups).values():
@@ -74,14 +74,15 @@ def informative(
     groups: Sequence[Hashable],
     errors: Sequence[float | None] | None = None,
 ) -> NDArray[np.bool_]:
-    """DAPO's dynamic sampling (arXiv 2503.14476): which responses are of groups to keep.
+    """Return which responses dynamic sampling keeps, as in DAPO (arXiv 2503.14476).
 
     Args:
-        rewards: raw, before any shaping, which could part equal ones.
-        errors: see `group_advantages`.
+        rewards: Rewards before any penalty, which could make equal ones differ, `[responses]`.
+        groups: Group of each response, `[responses]`.
+        errors: Rounding error of each reward; see `group_advantages`.
 
     Returns:
-        `[responses]`; a group is kept when two of its rewards differ by more than rounding.
+        bool `[responses]`. A group is kept when two of its rewards differ by more than rounding.
     """
     keep = {
         group: _differ(members, rewards, errors)
@@ -93,7 +94,7 @@ def informative(
 def _differ(
     members: Sequence[int], rewards: Rewards, errors: Sequence[float | None] | None
 ) -> bool:
-    """Whether two of a group's rewards differ by more than rounding."""
+    """Return whether two rewards of a group differ by more than rounding."""
     values = _floats([rewards[member] for member in members])
     known = [None if errors is None else errors[member] for member in members]
     unknown = [value for value, error in zip(values, known) if error is None]
@@ -104,34 +105,34 @@ def _differ(
 
 
 def overlong_penalty(lengths: Sequence[int], limit: int, margin: int) -> Floats:
-    """DAPO's soft punishment of long responses, to be added to rewards.
+    """Return DAPO's soft penalty of long responses, which is added to rewards.
 
     Args:
-        lengths: of the responses, in tokens.
-        limit: from which on it is -1.
-        margin: tokens before the limit over which it falls from 0.
+        lengths: Lengths of the responses, in tokens.
+        limit: Length from which the penalty is -1.
+        margin: Tokens before the limit over which the penalty falls from 0.
 
     Raises:
-        ValueError: the margin is not within the limit.
+        ValueError: The margin is not within the limit.
     """
     if not 0 < margin <= limit:
-        raise ValueError(f"margin {margin} must be above 0 and at most the limit {limit}")
+        raise ValueError(f"The margin {margin} must be above 0 and at most the limit {limit}.")
     return np.clip((limit - margin - np.asarray(lengths, dtype=np.float64)) / margin, -1, 0)
 
 
 def generalized_advantages(
     rewards: Floats, values: Floats, discount: float = 1.0, gae_lambda: float = 1.0
 ) -> tuple[Floats, Floats]:
-    """GAE (arXiv 1506.02438) over one response that ends.
+    """Return generalized advantages (arXiv 1506.02438) over one response that ends.
 
     Args:
-        rewards: `[tokens]`, of each action.
-        values: `[tokens]`, expected return before each action.
-        discount: gamma.
-        gae_lambda: lambda.
+        rewards: Reward of each token, `[tokens]`.
+        values: Expected return before each token, `[tokens]`.
+        discount: Discount of later rewards, gamma.
+        gae_lambda: Decay of the estimator, lambda.
 
     Returns:
-        Advantages and returns (what values should have been), `[tokens]` each.
+        Advantages and returns, `[tokens]` each. Returns are the targets of the values.
     """
     advantages = np.zeros(len(rewards))
     later = after = 0.0
@@ -143,17 +144,17 @@ def generalized_advantages(
 
 
 def _members(rewards: Rewards, groups: Sequence[Hashable]) -> dict[Hashable, list[int]]:
-    """Places of the rewarded responses of each group."""
+    """Return the places of the rewarded responses of each group."""
     if len(rewards) != len(groups):
-        raise ValueError(f"{len(rewards)} rewards of {len(groups)} responses")
+        raise ValueError(f"There are {len(rewards)} rewards of {len(groups)} responses.")
     members: dict[Hashable, list[int]] = {}
     for place, (reward, group) in enumerate(zip(rewards, groups)):
         if reward is not None:
             if not np.isfinite(reward):
-                raise ValueError(f"the reward of response {place} is {reward}")
+                raise ValueError(f"The reward of response {place} is {reward}.")
             members.setdefault(group, []).append(place)
     return members
 
 
-def _floats(given: Sequence[float | None]) -> Floats:
-    return np.array(given, dtype=np.float64)
+def _floats(values: Sequence[float | None]) -> Floats:
+    return np.array(values, dtype=np.float64)

@@ -1,8 +1,8 @@
-"""A critic: what a response is expected to be worth, before each of its tokens (PPO).
+"""Critic of PPO: the expected reward of a response before each of its tokens.
 
-It is a second trained model on the ranks of the policy. It has no head of its own: the row of the
-output layer that belongs to a token which no prompt has is given away for one. So every layout
-spreads, saves and loads a critic as it does any model. The row starts at 0, hence so do all values.
+The critic is a second trained model on the ranks of the policy. It has no separate head: the row of
+the output layer that belongs to a token that no prompt has serves as one. Every layout therefore
+divides, saves and loads a critic as it does any model. The row starts at 0, and so do all values.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,14 +26,16 @@ _HEADS = ("lm_head.weight", "embed_tokens.weight")
 
 @dataclass(frozen=True)
 class CriticSettings:
-    """How values become advantages, and are learnt.
+    """Settings of advantages and of the critic's training.
 
     Attributes:
-        discount: gamma.
-        gae_lambda: lambda of GAE.
-        whiten: advantages from the mean over all trained tokens of a step, in standard deviations.
-        clip: how far a value may move in a step before its token stops to pull; none for no bound.
-        warmup: first steps in which the critic alone is trained.
+        discount: Discount of later rewards, gamma.
+        gae_lambda: Decay of the generalized advantage estimator, lambda.
+        whiten: Whether to take advantages from their mean over all trained tokens of a step, in
+            their standard deviations.
+        clip: How far a value may move in a step before its token has no gradient. None for no
+            bound.
+        warmup: First steps in which the critic alone is trained.
     """
 
     discount: float = 1.0
@@ -43,11 +45,16 @@ class CriticSettings:
     warmup: int = 0
 
     def __post_init__(self) -> None:
+        """Check the settings.
+
+        Raises:
+            UserError: A setting is out of its range.
+        """
         for flag, value in (("--gae-discount", self.discount), ("--gae-lambda", self.gae_lambda)):
             if not 0 <= value <= 1:
-                raise UserError(f"{flag} {value} must be from 0 to 1")
+                raise UserError(f"{flag} {value} must be from 0 to 1.")
         if self.clip is not None and self.clip <= 0:
-            raise UserError(f"--value-clip {self.clip} must be above 0")
+            raise UserError(f"--value-clip {self.clip} must be above 0.")
 
 
 @dataclass(frozen=True)
@@ -55,12 +62,13 @@ class ValueLoss:
     """Half the mean squared distance of values from `returns`, over all trained tokens.
 
     Attributes:
-        clip: see `CriticSettings`; bounds the distance from `old_values`.
+        clip: Bound of the distance from `old_values`; see `CriticSettings`.
     """
 
     clip: float | None = None
 
     def __call__(self, scores: TokenScores, batch: TokenBatch) -> LossSums:
+        """Return the sum of the loss over trained tokens, its weight, and metrics."""
         assert scores.values is not None
         mask, old = batch.loss_mask, batch.extras["old_values"]
         loss = (scores.values - batch.extras["returns"]).square() / 2
@@ -74,7 +82,7 @@ class ValueLoss:
 
 
 class Critic:
-    """Values the responses of a step, and learns from what they were worth."""
+    """Critic that computes the advantages of a step and is trained on its rewards."""
 
     def __init__(
         self,
@@ -83,31 +91,34 @@ class Critic:
         settings: CriticSettings | None = None,
         name: str = "the critic",
     ) -> None:
-        """Give a token's row away, and set it to 0.
+        """Choose the row of the values, and set it to 0.
 
         Args:
-            engine: the model, with an optimization.
-            seen: tokens that are not to be given away: those of all prompts, and the end.
-            name: of the model, for errors.
+            engine: Engine of the critic, with an optimization.
+            seen: Tokens whose rows are in use: those of all prompts, and the end tokens.
+            settings: Settings of advantages and training.
+            name: Name of the model, for error messages.
 
         Raises:
-            UserError: its output layer is not found, or has fewer rows than there are tokens.
+            UserError: The output layer is not found, or has fewer rows than there are tokens.
         """
         self.engine, self.settings = engine, settings or CriticSettings()
         sizes = {name: len(tensor) for name, tensor in engine.parameters()}
         heads = [full for head in _HEADS for full in sizes if full.endswith(head)]
         if not heads:
-            raise UserError(f"{name} has no {' nor '.join(_HEADS)}: give --critic another model")
+            raise UserError(
+                f"{name} has no {' nor '.join(_HEADS)}. Choose another model for --critic."
+            )
         rows = sizes[heads[0]]
         if max(seen, default=0) >= rows:
             raise UserError(
-                f"{name} knows {rows:,} tokens, and there is a token {max(seen)}: give --critic a "
-                "model with the policy's tokenizer"
+                f"{name} has {rows:,} tokens, and there is a token {max(seen)}. Choose a model "
+                "with the policy's tokenizer for --critic."
             )
         self.token = max(set(range(rows)) - seen)
-        engine.load_parameters(self._emptied(engine.parameters(), heads[0]))
+        engine.load_parameters(self._with_empty_row(engine.parameters(), heads[0]))
 
-    def _emptied(
+    def _with_empty_row(
         self, tensors: Iterable[tuple[str, Tensor]], head: str
     ) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in tensors:
@@ -119,7 +130,7 @@ class Critic:
     def compute_advantages(
         self, batches: Sequence[TokenBatch]
     ) -> tuple[list[TokenBatch], dict[str, float]]:
-        """Advantages by GAE of all batches of a step; a collective of all ranks.
+        """Return the batches of a step with advantages by GAE; a collective of all ranks.
 
         Args:
             batches: Batches with the extra `reward` of each response.
@@ -128,25 +139,28 @@ class Critic:
             The same batches with the extras `advantage`, `returns` and `old_values`, and
             metrics of all ranks.
         """
-        judged = [self._with_values(batch) for batch in batches]
-        advantages = self._trained(judged, "advantage")
-        values, returns = self._trained(judged, "old_values"), self._trained(judged, "returns")
+        valued = [self._with_values(batch) for batch in batches]
+        advantages = self._trained_tokens(valued, "advantage")
+        values, returns = (
+            self._trained_tokens(valued, "old_values"),
+            self._trained_tokens(valued, "returns"),
+        )
         mean, spread = self._moments(advantages)
         rounding = self._rounding(values, returns)
         if self.settings.whiten:
-            judged = [_shifted(batch, mean, spread, rounding) for batch in judged]
+            valued = [_whitened(batch, mean, spread, rounding) for batch in valued]
         _, error = self._moments(returns - values)
         _, whole = self._moments(returns)
-        return judged, {
+        return valued, {
             "value": self._moments(values)[0],
-            # Of returns that are all the same there is no variance to explain.
+            # Equal returns have no variance to explain.
             "explained_variance": 1 - (error / whole) ** 2 if whole > rounding else 0.0,
             "advantage_mean": mean,
             "advantage_std": spread,
         }
 
     def train_step(self, batch: TokenBatch) -> StepResult:
-        """An optimizer step on a judged batch."""
+        """Make an optimizer step of the critic on a batch with advantages."""
         return self.engine.train_step(batch, ValueLoss(self.settings.clip), values=self.token)
 
     def _with_values(self, batch: TokenBatch) -> TokenBatch:
@@ -169,20 +183,20 @@ class Critic:
             extras["returns"][row, places] = torch.from_numpy(returns).float()
         return replace(batch, extras=extras)
 
-    def _trained(self, batches: Sequence[TokenBatch], name: str) -> Floats:
-        """Of this rank's trained tokens."""
+    def _trained_tokens(self, batches: Sequence[TokenBatch], name: str) -> Floats:
+        """Return an extra of this rank's trained tokens."""
         parts = [b.extras[name][b.loss_mask].double().numpy() for b in batches if b.rows]
         return np.concatenate(parts) if parts else np.zeros(0)
 
     def _rounding(self, *values: Floats) -> float:
-        """The largest difference of values that rounding of the model explains, on all ranks."""
+        """Return the largest difference of values that rounding explains; a collective."""
         error = model_error(self.engine.dtype)
         return max(
             all_gather_by_data_rank(self.engine, max(tolerance(each, error) for each in values))
         )
 
     def _moments(self, values: Floats) -> tuple[float, float]:
-        """Mean and standard deviation (of a sample) over all ranks."""
+        """Return mean and standard deviation (n - 1) over all ranks; a collective."""
         counts, sums = zip(
             *all_gather_by_data_rank(self.engine, (len(values), float(values.sum())))
         )
@@ -192,16 +206,16 @@ class Critic:
 
 
 def _responses(batch: TokenBatch) -> Iterator[tuple[int, Tensor]]:
-    """Row and places of the trained tokens of every sample."""
+    """Iterate over the rows and the places of the trained tokens of all samples."""
     for row in range(batch.rows):
         for number in range(int(batch.samples[row].max()) + 1):
-            mine = (batch.samples[row] == number) & batch.loss_mask[row]
-            if mine.any():
-                yield row, mine.nonzero().flatten()
+            trained = (batch.samples[row] == number) & batch.loss_mask[row]
+            if trained.any():
+                yield row, trained.nonzero().flatten()
 
 
-def _shifted(batch: TokenBatch, mean: float, spread: float, rounding: float) -> TokenBatch:
-    """Advantages from their mean, in standard deviations; all 0 where their spread is rounding."""
+def _whitened(batch: TokenBatch, mean: float, spread: float, rounding: float) -> TokenBatch:
+    """Whiten the advantages; set them to 0 where their standard deviation is rounding."""
     if not batch.rows:
         return batch
     scale = 1 / spread if spread > rounding else 0.0

@@ -1,4 +1,4 @@
-"""Rewards of responses from the verdicts of judges. What no judge has judged has no reward."""
+"""Rewards of responses from the verdicts of judges."""
 
 from collections.abc import Callable, Sequence
 from itertools import chain, combinations
@@ -17,27 +17,32 @@ from alignment.rounding import EXACT, tolerance
 
 
 class JudgeReward:
-    """Rewards for the trainer: means over the judges. What one of them has not judged has none: a
-    mean over the others would tell which judge failed, not what the response is worth."""
+    """Reward function that averages the verdicts of judges.
+
+    A response that one of the judges has not judged has no reward. A mean over the other judges
+    would depend on which judge failed, and not on the response.
+    """
 
     def __init__(self, judges: Sequence[Judge], tokenizer: Any, pairwise: bool) -> None:
-        """See the class.
+        """Make a reward function.
 
         Args:
-            tokenizer: of the policy.
-            pairwise: a response's reward is its mean win rate against the others of its group, over
-                the pairs that were judged in both orders; else its score.
+            judges: Judges whose verdicts are averaged.
+            tokenizer: Tokenizer of the policy.
+            pairwise: Whether the reward is the mean win rate against the others of the group, over
+                the pairs that were judged in both orders, and not the score.
         """
         self.judges, self.tokenizer, self.pairwise = judges, tokenizer, pairwise
 
     def __call__(
         self, groups: Sequence[tuple[PromptTask, Sequence[Rollout]]], check: Callable[[], None]
     ) -> list[list[RewardResult]]:
+        """Return the rewards of each group's responses; see `RewardFunction`."""
         texts = [[text_of(self.tokenizer, r) for r in rollouts] for _, rollouts in groups]
         questions = self._matches(groups, texts) if self.pairwise else self._scores(groups, texts)
         verdicts = [judge.judge(questions, check) for judge in self.judges]  # [judges][questions]
-        give = self._win_rates if self.pairwise else self._means
-        return give(groups, texts, [list(each) for each in zip(*verdicts)])
+        rewards = self._win_rates if self.pairwise else self._means
+        return rewards(groups, texts, [list(each) for each in zip(*verdicts)])
 
     def _scores(
         self, groups: Sequence[tuple[PromptTask, Sequence[Rollout]]], texts: Sequence[Sequence[str]]
@@ -92,7 +97,7 @@ class JudgeReward:
                 [
                     RewardResult(float(np.mean(w)), "preference", text, {"matches": len(w)}, EXACT)
                     if w
-                    else _without(b, text)
+                    else _without_reward(b, text)
                     for w, b, text in zip(wins, bad, own)
                 ]
             )
@@ -100,11 +105,14 @@ class JudgeReward:
 
 
 def win_of(order: Sequence[Verdict], swapped: Sequence[Verdict]) -> float | None:
-    """How often a pair's first response wins, a tie half; None unless all judged both orders, as
-    a judge that goes by position gives 0.5 only by both.
+    """Return the win rate of a pair's first response, with a tie as one half.
+
+    It is None unless all judges judged both orders: a judge that decides by position has a win rate
+    of 0.5 only over both.
 
     Args:
-        order, swapped: a verdict of each judge.
+        order: Verdict of each judge on the pair.
+        swapped: Verdict of each judge on the pair in the other order.
     """
     verdicts = [*order, *swapped]
     if not all(verdict.judged for verdict in verdicts):
@@ -114,34 +122,34 @@ def win_of(order: Sequence[Verdict], swapped: Sequence[Verdict]) -> float | None
 
 
 def mean_score(verdicts: Sequence[Verdict]) -> float | None:
-    """Over the judges; None unless all gave a score."""
+    """Return the mean score over the judges, or None unless all of them returned one."""
     scores = [verdict.score for verdict in verdicts]
     known = [score for score in scores if score is not None]
     return float(np.mean(known)) if len(known) == len(scores) else None
 
 
 def text_of(tokenizer: Any, rollout: Rollout | GeneratedResponse) -> str:
-    """A response, without the token that ended it."""
+    """Return the text of a response, without the token that ended it."""
     tokens = rollout.tokens[:-1] if rollout.ended else rollout.tokens
     return decoded(tokenizer, tokens)
 
 
 def response_of(prompt: Prompt, rollout: Rollout, text: str) -> Response:
-    """As judges are asked about it."""
+    """Return a response as judges read it."""
     return Response(rollout.key, prompt, text, "policy")
 
 
 def _mean(verdicts: Sequence[Verdict], text: str, error: float) -> RewardResult:
-    """The mean over judges whose scores have a relative error."""
+    """Return the mean over judges whose scores have a relative error."""
     if (mean := mean_score(verdicts)) is None:
-        return _without(verdicts, text)
+        return _without_reward(verdicts, text)
     scores = [verdict.score for verdict in verdicts if verdict.score is not None]
     return RewardResult(
         mean, str(Outcome.SCORE), text, {"scores": scores}, tolerance(scores, error)
     )
 
 
-def _without(verdicts: Sequence[Verdict], text: str) -> RewardResult:
+def _without_reward(verdicts: Sequence[Verdict], text: str) -> RewardResult:
     details = {"reasons": sorted({v.reason for v in verdicts if v.reason})[:4]}
     failed = any(verdict.outcome is Outcome.FAILED for verdict in verdicts)
     return RewardResult(None, str(Outcome.FAILED if failed else Outcome.UNPARSEABLE), text, details)

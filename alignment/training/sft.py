@@ -12,12 +12,12 @@ from alignment.training.loop import Metrics
 
 
 def steps_of(samples: int, batch_size: int, epochs: float) -> int:
-    """Optimizer steps of so many passes over the samples."""
+    """Return the optimizer steps of a number of epochs."""
     return max(1, ceil(samples * epochs / batch_size))
 
 
 class SupervisedStep:
-    """A step of training: the next samples in the order of their epoch.
+    """Step of supervised training on the next samples in the order of their epoch.
 
     The order depends on the seed and the epoch alone, and the loss is the mean over all trained
     tokens of the step, so that a step is the same on any number of ranks.
@@ -31,23 +31,25 @@ class SupervisedStep:
         length: int,
         seed: int,
     ) -> None:
-        """See the class.
+        """Make a step.
 
         Args:
-            samples: all, the same on every rank.
-            batch_size: samples of a step, on all ranks.
-            length: of the rows that they are packed into.
+            engine: Engine that is trained.
+            samples: All samples, the same on every rank.
+            batch_size: Samples per step, on all ranks together.
+            length: Length of the rows that samples are packed into, in tokens.
+            seed: Seed of the order of the samples.
         """
         self.engine, self.samples, self.length = engine, samples, length
         self.batch_size, self.seed = batch_size, seed
         self._orders: dict[int, np.ndarray] = {}
 
     def __call__(self, step: int) -> Metrics:
-        """Train on the samples of a step, which count from 0."""
+        """Train on the samples of a step, counted from 0, and return its metrics."""
         first = step * self.batch_size
         chosen = [self._at(place) for place in range(first, first + self.batch_size)]
-        mine = chosen[self.engine.data_rank :: self.engine.data_size]
-        batch = pack(self.engine, mine, self.length)
+        share = chosen[self.engine.data_rank :: self.engine.data_size]
+        batch = pack(self.engine, share, self.length)
         result = self.engine.train_step(batch, negative_log_likelihood)
         return {
             "loss": result.loss,
