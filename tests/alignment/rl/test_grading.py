@@ -120,7 +120,9 @@ def test_an_ensemble_is_none_of_its_judges():
     from alignment.commands.train_policy import _told
 
     def spec(name) -> Any:
-        return SimpleNamespace(told=lambda: {"name": name}, agreed=lambda: {"alpha_interval": 0.9})
+        return SimpleNamespace(
+            summary=lambda: {"name": name}, read_agreement=lambda: {"alpha_interval": 0.9}
+        )
 
     judges: list[Any] = [SimpleNamespace(identity=name) for name in "ab"]
     told = _told([spec("strong"), spec("weak")], judges)
