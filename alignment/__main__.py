@@ -1,11 +1,9 @@
 """Console script `et-align NAME ...`, or `python -m alignment NAME ...`."""
 
 import importlib
-import importlib.util
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
-from typing import Any
 
 from megatron_ext.errors import UserError, run_tool_or_ranks
 
@@ -48,12 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         advice = f"Did you mean {near[0]}?" if near else f"Choose one of {', '.join(COMMANDS)}."
         raise UserError(f"{name} is not a command of et-align. {advice}")
     module = f"alignment.commands.{name.replace('-', '_')}"
-    config: Any = None
-    if converted := importlib.util.find_spec(f"{module}_config") is not None:
-        config = importlib.import_module(f"{module}_config").parse(rest)
+    config = importlib.import_module(f"{module}_config").parse(rest)
     if name not in ON_RANKS:
-        command = importlib.import_module(module)
-        return command.run(config) if converted else command.main(rest)
+        status: int | None = importlib.import_module(module).run(config)
+        return status
     from megatron_ext.devices import activate  # imports torch
     from megatron_ext.quiet import quiet_megatron
 
@@ -61,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     with quiet_megatron():
         activate(use_cuda=not dry_run)
         command = importlib.import_module(module)
-    return command.run(config) if converted else command.main(rest)
+    status = command.run(config)
+    return status
 
 
 def entry() -> None:

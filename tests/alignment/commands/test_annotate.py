@@ -310,5 +310,5 @@ def test_gold_writes_rubrics_which_judges_are_then_shown(tmp_path):
         flags = ("--template", "pointwise-rubric", "--overwrite")
         assert annotate(again, server, *flags).returncode == 0
         assert "- says one" in server.bodies[-1]["messages"][1]["content"]
-    with pytest.raises(UserError, match="--rubrics goes without --generate"):
+    with pytest.raises(UserError, match="--rubrics is incompatible with --generate"):
         main(command(prompts, server, "--rubrics", "--generate")[4:])

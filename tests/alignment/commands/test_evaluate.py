@@ -222,11 +222,14 @@ def test_style_that_differs_by_rounding_is_no_column(monkeypatch: pytest.MonkeyP
     [
         (["--baseline", "x.jsonl"], "must be one of the files"),
         (["--judge", "rule"], "give text to compare with as --rule-text"),
-        (["--judge", "rule", "--template", "pointwise"], "is for scores or for preferences|at an"),
-        (["--judge", "rule", "--judge", "rule"], "two judges are called rule"),
+        (
+            ["--judge", "rule", "--template", "pointwise"],
+            "either for scores or for pref|at an",
+        ),
+        (["--judge", "rule", "--judge", "rule"], "Two judges have the name rule"),
         (["--verdicts", "nofile"], "must be NAME=FILE"),
         (["--resamples", "0"], "must be at least 1"),
-        (["--jud", "rule"], "unrecognized arguments"),
+        (["--jud", "rule"], "--jud is not a flag of evaluate. Did you mean --judge"),
     ],
 )
 def test_refusals(tmp_path: Path, files: list[str], change: list[str], said: str) -> None:

@@ -77,7 +77,7 @@ def test_alarms_alone_do_not_fail_and_usual_lengths_are_those_given(
     assert "ALARM" in capsys.readouterr().out
     prompt = {"id": "p", "messages": [{"role": "user", "content": "What?"}]}
     short = [{"id": str(n), "prompt": prompt, "text": "Yes, moss does."} for n in range(4)]
-    main(["--input", responses, "--usual", rows(tmp_path / "usual.jsonl", short)])
+    main(["--input", responses, "--reference-lengths", rows(tmp_path / "usual.jsonl", short)])
     [verbose] = [x for x in capsys.readouterr().out.splitlines() if x.startswith("verbose")]
     assert verbose.split()[1:4] == ["50.0%", "10.0%", "ALARM"]
 
@@ -171,21 +171,21 @@ def test_errors_are_a_sentence(responses: str, verdicts: str, tmp_path: Path) ->
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text("refusal: 7\n")
     for flags, message in (
-        ([], "give responses as --input, or --fixtures"),
-        (["--input", responses, "--fixtures"], "give responses as --input, or --fixtures"),
-        (["--fixtures", "--output", "x.jsonl"], "--output is for --input"),
+        ([], "Give responses as --input, or --fixtures"),
+        (["--input", responses, "--fixtures"], "Give responses as --input, or --fixtures"),
+        (["--fixtures", "--output", "x.jsonl"], "--output requires --input"),
         (["--input", verdicts], "must hold responses"),
-        (["--input", responses, "--folds", "3"], "--folds is for --fixtures"),
+        (["--input", responses, "--folds", "3"], "--folds requires --fixtures"),
         (["--fixtures", "--folds", "1"], "--folds 1 must be 0 or at least 2"),
         (["--input", responses, "--judge", "rule"], "judges the quality of text"),
-        (["--input", responses, "--judge", "http://x/v1"], "--judge needs --judge-verdicts"),
+        (["--input", responses, "--judge", "http://x/v1"], "--judge requires --judge-verdicts"),
         (["--input", responses, "--verdicts", other], "has no score of a response in --input"),
         (["--input", responses, "--verdicts", pairs], "must hold scores of responses"),
         (["--input", responses, "--limits", str(listed)], "must be a mapping of detectors"),
         (["--input", responses, "--limits", str(broken)], "is not YAML"),
         (["--input", responses, "--limits", str(wrong)], "the limit of refusal must be from 0"),
         (["--input", responses, "--limits", "none.yaml"], "none.yaml cannot be read: No such"),
-        (["--input", responses, "--output", responses], "is there already: give --overwrite"),
+        (["--input", responses, "--output", responses], "exists already: give --overwrite"),
         (["--input", "none.jsonl", "--output", f"{tmp_path}", "--overwrite"], "is a folder: give"),
         (["--input", "none.jsonl", "--output", f"{responses}/flags.jsonl"], "jsonl is a file"),
     ):
@@ -193,4 +193,4 @@ def test_errors_are_a_sentence(responses: str, verdicts: str, tmp_path: Path) ->
             main(flags)
     done = run()
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("et-align: give responses as --input")
+    assert done.stderr.startswith("et-align: Give responses as --input")

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import pytest
 
 from alignment.commands import annotate, evaluate
-from alignment.commands import judge_flags as flags
+from alignment.commands.annotate_config import parse as parse_annotate
 from alignment.judges.kinds.judge_config import MAY_CHANGE, JudgeConfig, JudgeContext
 from alignment.judges.kinds.local_judge import local_judge_identity
 from alignment.judges.kinds.program_judge import ProgramJudge
@@ -115,7 +115,7 @@ def drawn(spec):
 
 def test_defaults_of_an_endpoint_are_those_of_annotate(tmp_path):
     files = ["--input", "items", "--output", "verdicts"]
-    options = flags.parse([*files, "--judge", "http://a/v1", "--model", "m"], "")
+    options = parse_annotate([*files, "--judge", "http://a/v1", "--model", "m"]).judge
     annotate = (options.temperature, options.top_k, options.top_p, options.max_tokens)
     assert drawn(read(tmp_path, **ENDPOINT)) == annotate == (0.0, None, None, 8192)
     assert drawn(read(tmp_path, **ENDPOINT, top_k=None, top_p=0.9)) == (0.0, None, 0.9, 8192)

@@ -1,0 +1,47 @@
+"""Collect verdicts of a judge, or responses of a policy, and store every answer.
+
+    et-align annotate --input FILE --output FILE --judge http://HOST:PORT/v1 --model NAME
+    et-align annotate --input FILE --output FILE --judge rule --rule-text FILE
+    et-align annotate --input FILE --output FILE --judge function:CHECKS.py:score
+    et-align annotate --input FILE --output FILE --judge JUDGE.yaml
+
+Repeat the command to resume a run that was stopped or killed. --output is written when all
+questions have been asked; until then the answers are in --cache. The exit status is 3 if more of
+the questions than --max-failed have no result.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from alignment.commands.annotation_judge_config import AnnotationJudgeConfig
+from alignment.commands.config_groups import OutputConfig
+from megatron_ext.errors import UserError
+from megatron_ext.typed_flags import flag, group, parse_config
+
+Orders = Literal["both", "given", "swapped"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnnotateConfig:
+    """Flags of `et-align annotate`."""
+
+    files: OutputConfig = group()
+    generate: bool = flag(False)
+    """Answer prompts instead of judging responses or pairs."""
+    rubrics: bool = flag(False)
+    """Write a rubric for each prompt, which states what a good answer contains, for judges whose
+    template shows rubrics."""
+    orders: Orders = flag("both")
+    """Orders in which the responses of a pair are shown to the judge."""
+    judge: AnnotationJudgeConfig = group()
+
+    def __post_init__(self) -> None:
+        if not self.judge.judge:
+            raise UserError("annotate requires --judge. See et-align annotate --help.")
+        self.judge.check(self.generate, self.rubrics)
+
+
+def parse(argv: Sequence[str] | None) -> AnnotateConfig:
+    """Return the configuration that a command line describes."""
+    return parse_config(AnnotateConfig, argv, "et-align annotate", __doc__)

@@ -1,0 +1,161 @@
+"""Flags of the judge of `et-align annotate`, `evaluate` and `monitor`."""
+
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from alignment.commands.config_groups import Thinking
+from alignment.endpoints.api_key import API_KEY_VARIABLE
+from alignment.endpoints.retry import MAX_WAIT
+from alignment.judges.formats.scale import check_scale
+from megatron_ext.errors import UserError
+from megatron_ext.typed_flags import flag
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnnotationJudgeConfig:
+    """Judge."""
+
+    judge: str = flag("", metavar="URL")
+    """Judge: http://HOST:PORT/v1 of an OpenAI-compatible endpoint; rule or rule:NAME;
+    function:FILE.py:NAME, a function from a Response to a score; or FILE.yaml, which describes a
+    judge of any kind."""
+    model: str = flag("", metavar="NAME")
+    """Name of the model at the endpoint; required for an endpoint."""
+    revision: str = flag("", metavar="TEXT")
+    """Revision of the model, which distinguishes the answers of models served under one name."""
+    api_key_variable: str = flag(API_KEY_VARIABLE, metavar="NAME")
+    """Environment variable with the key of the endpoint."""
+    rule_text: str | None = flag(None, metavar="FILE")
+    """Text that --judge rule regards as fluent: JSONL, Parquet or plain text; required for a
+    rule. Default: none."""
+    scale: tuple[float, float] | None = flag(None, metavar="LOW HIGH")
+    """Lowest and highest score of a function, whose scores are mapped to 0 to 9. Default: 0 9."""
+    samples: int = flag(1, metavar="N", at_least=1)
+    """Answers to each question."""
+    template: str | None = flag(None, metavar="NAME")
+    """Template of the judge's prompt: pointwise, pairwise, pointwise-rubric, pairwise-rubric or a
+    file. Default: pointwise for responses, pairwise for pairs."""
+    thinking: Thinking = flag("none")
+    """Whether the judge thinks in <think> before its label: not at all, because its prompt asks it
+    to, or because the model's chat template has opened <think>."""
+    expected_score: bool = flag(False)
+    """Score by the mean of the labels 0 to 9, weighted by their probabilities at the place of the
+    label."""
+    temperature: float = flag(0.0, at_least=0)
+    """Sampling temperature of the answers; 0 takes the likeliest tokens."""
+    top_p: float | None = flag(None, metavar="P")
+    """Probability of the likeliest tokens to sample from. Default: that of the endpoint."""
+    top_k: int | None = flag(None, metavar="N")
+    """Number of likeliest tokens to sample from. Default: that of the endpoint."""
+    max_tokens: int = flag(8192, metavar="TOKENS", at_least=1)
+    """Longest answer in tokens, with its thinking."""
+    reasoning_effort: str | None = flag(None, metavar="LEVEL")
+    """Reasoning effort for models that support it, such as low, medium or high. Default: that of
+    the endpoint."""
+    seed: int | None = flag(None)
+    """Seed of the first answer to a question; each further answer has the next one. Default:
+    none."""
+    concurrency: int = flag(32, metavar="N", at_least=1)
+    """Calls at a time."""
+    requests_per_minute: float | None = flag(None, metavar="N", above=0)
+    """Limit of the calls per minute. Default: no limit."""
+    tokens_per_minute: float | None = flag(None, metavar="N", above=0)
+    """Limit of the tokens of prompts and answers per minute. Default: no limit."""
+    timeout: float | None = flag(None, metavar="SECONDS", above=0)
+    """Time limit of one call in seconds. Default: 600 for an endpoint, 60 for a function."""
+    tries: int = flag(7, metavar="N", at_least=1)
+    """Tries of a call before it counts as failed."""
+    first_wait: float = flag(1.0, metavar="SECONDS", at_least=0)
+    """Longest wait in seconds after the first failed try; it doubles with each further one."""
+    max_wait: float = flag(MAX_WAIT, metavar="SECONDS", at_least=0)
+    """Longest wait in seconds that the endpoint may request; a longer one ends the run."""
+    max_failed: float = flag(0.05, metavar="SHARE", at_least=0, at_most=1)
+    """Share of the questions that may end without a result, from 0 to 1. If more do, the command
+    ends with status 3."""
+    price_in: float | None = flag(None, metavar="DOLLARS", at_least=0)
+    """Price in dollars of a million prompt tokens. Default: none; no cost is reported."""
+    price_out: float | None = flag(None, metavar="DOLLARS", at_least=0)
+    """Price in dollars of a million answer tokens. Default: none; no cost is reported."""
+    cache: str | None = flag(None, metavar="FILE")
+    """File that stores the answers; runs may share it one after the other. Default:
+    OUTPUT.answers.jsonl."""
+
+    @property
+    def at_endpoint(self) -> bool:
+        """Whether the judge is a model at an address."""
+        return self.judge.startswith(("http://", "https://"))
+
+    def check(self, generate: bool = False, rubrics: bool = False) -> None:
+        """Check the flags of the judge against each other.
+
+        Args:
+            generate: Whether responses are generated.
+            rubrics: Whether rubrics are written.
+
+        Raises:
+            UserError: Flags do not fit each other.
+        """
+        if self.scale:
+            if not self.judge.startswith("function:"):
+                raise UserError(
+                    "--scale requires --judge function:...: other judges score from 0 to 9."
+                )
+            check_scale(self.scale, "--scale")
+        if not self.at_endpoint:
+            self._check_program(generate, rubrics)
+            return
+        self._check_address()
+        if not self.model:
+            raise UserError(
+                f"--judge {self.judge} requires --model, the name that the endpoint serves."
+            )
+        if rubrics and (generate or self.samples > 1 or self.template):
+            raise UserError(
+                "--rubrics is incompatible with --generate, --template and --samples above 1."
+            )
+        if self.expected_score and (rubrics or generate):
+            task = "--rubrics" if rubrics else "--generate"
+            raise UserError(f"--expected-score is incompatible with {task}, which does not judge.")
+        if self.rule_text:
+            raise UserError("--rule-text requires --judge rule.")
+        if self.samples > 1 and self.temperature == 0:
+            raise UserError(
+                f"--samples {self.samples} at --temperature 0 would pay for the same answer again: "
+                "give a temperature above 0, for example 0.7."
+            )
+
+    def _check_program(self, generate: bool, rubrics: bool) -> None:
+        """Refuse flags of an endpoint for a judge that is not at an endpoint."""
+        if "://" in self.judge:
+            raise UserError(
+                f"--judge {self.judge} is neither http://HOST:PORT/v1, nor rule, rule:NAME, "
+                "function:FILE.py:NAME or FILE.yaml."
+            )
+        used: dict[str, Any] = {
+            "--model": self.model, "--generate": generate, "--rubrics": rubrics,
+            "--expected-score": self.expected_score, "--cache": self.cache,
+            "--template": self.template,
+        }  # fmt: skip
+        for option, value in used.items():
+            if value:
+                raise UserError(
+                    f"{option} requires a judge at an endpoint, and --judge is {self.judge}."
+                )
+
+    def _check_address(self) -> None:
+        try:
+            parts = urlsplit(self.judge)
+            valid = parts.hostname and parts.port != 0
+        except ValueError:
+            valid = False
+        if not valid or parts.query or parts.fragment:
+            raise UserError(
+                f"--judge {self.judge} is neither http://HOST:PORT/v1, nor rule, rule:NAME, "
+                "function:FILE.py:NAME or FILE.yaml."
+            )
+        if parts.username or parts.password:
+            raise UserError(
+                "--judge must not contain a key, which others could read: set "
+                f"{API_KEY_VARIABLE} instead."
+            )
