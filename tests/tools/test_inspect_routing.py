@@ -73,7 +73,8 @@ def on_one_rank(run: Path, folder: Path) -> SimpleNamespace:
     facts.pieces = "".join(pieces(trained.tokenizer, ids)), trained.tokenizer.detokenize(ids)
 
     facts.of_first_only = specialise(trained, *map(set, map(flat, facts.tokens.values())))
-    parsed = inspect_routing._parser().parse_args([*flags, "--output", "x", "--max-tokens", "100"])
+    words = [*flags, "--output", "x", "--max-tokens", "100"]
+    parsed = inspect_routing._parser().parse_args(words, inspect_routing.InspectFlags())
     domains = inspect_routing._domains(parsed)
     inspect_routing.inspect(trained, {}, domains, folder / "made", max_tokens=100)
     facts.made = result(folder / "made")
