@@ -506,7 +506,7 @@ def test_annotation_has_its_responses_and_log_probabilities_of_it(
     assert annotate.main([*files, *judge]) == 0
     for line in verdicts.read_text().splitlines():
         verdict = json.loads(line)
-        assert verdict["outcome"] == "failed" and "status 400: a prompt has" in verdict["reason"]
+        assert verdict["outcome"] == "failed" and "status 400: A prompt has" in verdict["reason"]
 
 
 def test_sigterm_finishes_what_runs_and_refuses_the_rest(server):  # the last: it ends the server
