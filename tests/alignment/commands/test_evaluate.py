@@ -221,7 +221,7 @@ def test_style_that_differs_by_rounding_is_no_column(monkeypatch: pytest.MonkeyP
     "change, said",
     [
         (["--baseline", "x.jsonl"], "must be one of the files"),
-        (["--judge", "rule"], "give text to compare with as --rule-text"),
+        (["--judge", "rule"], r"a text to compare with\. Add --rule-text"),
         (
             ["--judge", "rule", "--template", "pointwise"],
             "either for scores or for pref|at an",
