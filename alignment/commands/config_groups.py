@@ -147,6 +147,9 @@ class OptimizationConfig:
     """Peak learning rate, from which the rate falls linearly to 0."""
     lr_warmup_fraction: float = must_match(0.03, metavar="SHARE", at_least=0, below=1)
     """Share of the optimizer steps in which the learning rate rises, from 0 to 1."""
+    lr_schedule: str | None = must_match(None, metavar="PATH")
+    """Function path, FILE.py:NAME or MODULE:NAME, of the learning rate of each optimizer step.
+    Default: linear warm-up and linear decay to 0."""
     weight_decay: float = must_match(0.0)
     """Weight decay of AdamW per step, times the learning rate."""
     clip_grad: float = must_match(1.0)
@@ -182,12 +185,19 @@ class TrainingConfig:
 class ReinforcementConfig:
     """Reinforcement learning."""
 
-    algorithm: Literal["grpo", "dr-grpo", "dapo", "gspo", "rloo", "ppo"] = must_match("grpo")
-    """Algorithm: how advantages follow from rewards, and the loss."""
+    algorithm: str = must_match("grpo", metavar="NAME")
+    """Algorithm, which defines the advantages and the loss: grpo, dr-grpo, dapo, gspo, rloo or
+    ppo."""
     group_size: int = must_match(8, metavar="N", at_least=1)
     """Responses to each prompt of a step, which are compared with each other."""
     mini_batches: int = must_match(4, metavar="N", at_least=1)
     """Optimizer steps on the --batch-size responses of a step."""
+    loss: str | None = must_match(None, metavar="PATH")
+    """Function path, FILE.py:NAME or MODULE:NAME, of a loss that replaces the algorithm's. Default:
+    the algorithm's loss."""
+    rollout_filter: str | None = must_match(None, metavar="PATH")
+    """Function path of a filter that selects the responses of each group to train on. Default:
+    all responses."""
 
 
 @dataclass(frozen=True, kw_only=True)

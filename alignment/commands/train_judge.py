@@ -12,8 +12,9 @@ from alignment.commands.training_setup import (
     check_algorithm,
     check_room,
     count_updates,
-    loss_settings,
+    load_rollout_filter,
     rollout_sources,
+    select_algorithm,
     start_critic,
     start_engine,
 )
@@ -27,7 +28,6 @@ from alignment.judges.validation import BEST, agreement, is_sound, judge_all
 from alignment.judges.verifiable_rewards import judge_reward
 from alignment.ranks import all_reduce_max
 from alignment.records import Pair
-from alignment.rl.algorithms import algorithm_by_name
 from alignment.rl.critic import Critic
 from alignment.rl.rollouts import RewardResult, Rollout
 from alignment.rl.tasks import PromptTask, RLSettings
@@ -144,21 +144,18 @@ def _train_on_rewards(
     gold: Sequence[Labelled],
     validation: Sequence[Labelled],
 ) -> int:
-    algorithm = algorithm_by_name(
-        config.reinforcement.algorithm,
-        max_tokens=config.answers.max_new_tokens,
-        **loss_settings(config.rollouts),
-    )
+    max_new_tokens = config.answers.max_new_tokens
     steps = config.steps
     assert steps is not None, "checked by the configuration"
     settings = RLSettings(
-        algorithm=algorithm,
+        algorithm=select_algorithm(config, max_tokens=max_new_tokens),
         groups=config.groups_per_step,
         group_size=config.reinforcement.group_size,
         mini_batches=config.reinforcement.mini_batches,
         seq_length=config.batch.seq_length,
         sampling=Sampling(config.answers.max_new_tokens, config.temperature),
         generation_batch_size=config.answers.generation_batch_size,
+        rollout_filter=load_rollout_filter(config),
     )
     tasks = [
         PromptTask(
@@ -168,7 +165,6 @@ def _train_on_rewards(
         )
         for r in gold
     ]
-    max_new_tokens = config.answers.max_new_tokens
     check_room(config, max_new_tokens, [task.prompt for task in tasks], "questions of --input")
     engine = start_engine(
         config.model.model, config.engine, config.optimization, count_updates(config, steps)

@@ -11,10 +11,12 @@ from alignment.commands.training_setup import (
     check_algorithm,
     check_room,
     count_updates,
-    loss_settings,
+    load_rollout_filter,
     rollout_sources,
+    select_algorithm,
     start_critic,
     start_engine,
+    transform_records,
 )
 from alignment.data.chat_prompts import prompt_ids, warn_of_template
 from alignment.data.model_tokenizer import load_tokenizer
@@ -25,7 +27,7 @@ from alignment.judges.kinds.registry import read_judge
 from alignment.monitors.training_monitor import Limits, Monitor
 from alignment.record_files import read_all
 from alignment.records import Prompt
-from alignment.rl.algorithms import ALGORITHMS, algorithm_by_name
+from alignment.rl.algorithms import ALGORITHMS
 from alignment.rl.critic import Critic
 from alignment.rl.grading import GamingAlarm, Grader
 from alignment.rl.judge_rewards import JudgeReward
@@ -65,6 +67,7 @@ def run(config: TrainPolicyConfig) -> int:
         "second_gold": [read_judge(file) for file in config.second_gold],
     }
     prompts = [p for file in config.prompts for p in read_all(Path(file), Prompt)]
+    prompts = transform_records(prompts, config.data_transform)
     held_out = [p for file in config.held_out for p in read_all(Path(file), Prompt)]
     _check_prompts(prompts, held_out)
     tokenizer = load_tokenizer(config.model.model_folder, config.model.chat_template_file)
@@ -266,11 +269,10 @@ def _told(specs: Sequence[JudgeConfig], judges: Sequence[Judge]) -> dict[str, An
 
 
 def _rl_settings(config: TrainPolicyConfig) -> RLSettings:
-    algorithm = algorithm_by_name(
-        config.reinforcement.algorithm,
+    algorithm = select_algorithm(
+        config,
         kl=config.kl,
         divergence=config.kl_estimator,
-        **loss_settings(config.rollouts),
         max_tokens=config.sampling.max_new_tokens,
     )
     sampling = config.sampling
@@ -286,6 +288,7 @@ def _rl_settings(config: TrainPolicyConfig) -> RLSettings:
         generation_batch_size=sampling.generation_batch_size,
         overlong_margin=config.overlong_margin,
         max_unrewarded=config.max_unrewarded,
+        rollout_filter=load_rollout_filter(config),
     )
 
 

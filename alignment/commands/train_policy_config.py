@@ -30,6 +30,9 @@ class TrainPolicyConfig(ReinforcementTrainingConfig):
 
     prompts: tuple[str, ...] = must_match((), metavar="FILE")
     """Prompts to train on; required for training."""
+    data_transform: str | None = must_match(None, metavar="PATH")
+    """Function path, FILE.py:NAME or MODULE:NAME, of a function that returns each prompt of
+    --prompts changed, or None to leave it out. Default: none."""
     judge: tuple[str, ...] = must_match((), metavar="FILE.yaml", repeat=True)
     """Proxy judge, whose scores are the rewards; required for training. Can be given several
     times."""

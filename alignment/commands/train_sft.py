@@ -6,7 +6,7 @@ from typing import Any
 
 from alignment.commands.train_sft_config import TrainSFTConfig, parse
 from alignment.commands.training_dry_run import dry_run
-from alignment.commands.training_setup import start_engine
+from alignment.commands.training_setup import start_engine, transform_records
 from alignment.data.chat_prompts import example, warn_of_template
 from alignment.data.model_tokenizer import load_tokenizer
 from alignment.engines.batch import TokenBatch, TokenSample
@@ -101,6 +101,7 @@ def _read_samples(
     tokenizer = load_tokenizer(config.model.model_folder, config.model.chat_template_file)
     template, length = config.model.template_variables, config.batch.seq_length
     rows = [row for file in files for row in read_all(Path(file), Response)]
+    rows = transform_records(rows, config.data_transform)
     if warn and rows:
         warn_of_template("train-sft", tokenizer, rows[0].prompt.messages, template)
     examples = [example(tokenizer, row.prompt.messages, row.text, **template) for row in rows]

@@ -22,6 +22,9 @@ class TrainSFTConfig(TrainingConfig):
 
     input: tuple[str, ...] = must_match((), metavar="FILE")
     """Responses to train on; required for training."""
+    data_transform: str | None = must_match(None, metavar="PATH")
+    """Function path, FILE.py:NAME or MODULE:NAME, of a function that returns each response of
+    --input and --validation-input changed, or None to leave it out. Default: none."""
     validation_input: tuple[str, ...] = must_match((), metavar="FILE")
     """Responses for validation. Default: none; the last model is exported."""
     epochs: float = must_match(2.0, metavar="N", above=0)

@@ -13,14 +13,15 @@ from alignment.commands.config_groups import (
     EngineConfig,
     OptimizationConfig,
     ReinforcementTrainingConfig,
-    RolloutConfig,
     TrainingConfig,
 )
 from alignment.engines.megatron_launch import MegatronLayout
 from alignment.engines.protocol import AlignmentEngine, Optimization
+from alignment.function_paths import load_function
 from alignment.judges.results import require_usable
-from alignment.rl.algorithms import ALGORITHMS
+from alignment.rl.algorithms import Algorithm, algorithm_by_name
 from alignment.rl.critic import Critic, CriticSettings
+from alignment.rl.tasks import RolloutFilter
 from megatron_ext.errors import UserError
 from megatron_ext.quiet import quiet_megatron
 
@@ -54,6 +55,7 @@ def start_engine(
             betas=(optimization.adam_beta1, optimization.adam_beta2),
             weight_decay=optimization.weight_decay,
             clip=optimization.clip_grad,
+            schedule=_load_optional(optimization.lr_schedule, "--lr-schedule"),
         )
     if config.engine == "deepspeed":
         from alignment.engines.deepspeed import DeepSpeedEngine, ZeroSettings
@@ -134,7 +136,7 @@ def start_critic(
     Raises:
         UserError: The critic's model does not fit.
     """
-    if ALGORITHMS[config.reinforcement.algorithm].advantages is not None:
+    if algorithm_by_name(config.reinforcement.algorithm).advantages is not None:
         return None
     model = config.critic.critic or config.model.model
     lr = config.critic.critic_lr
@@ -169,7 +171,7 @@ def check_algorithm(
         UserError: A flag does not fit the algorithm.
     """
     name = config.reinforcement.algorithm
-    algorithm = ALGORITHMS[name]
+    algorithm = algorithm_by_name(name)
     if algorithm.advantages is not None:
         for flag in ("critic", "critic_lr", "critic_warmup", "value_clip"):
             if getattr(config.critic, flag):
@@ -192,12 +194,56 @@ def check_algorithm(
         )
 
 
-def loss_settings(rollouts: RolloutConfig) -> dict[str, Any]:
-    """Return the settings of the loss for responses that another model than the policy sampled."""
+def select_algorithm(config: ReinforcementTrainingConfig, **settings: Any) -> Algorithm:
+    """Return the algorithm with its loss.
+
+    Args:
+        config: Flags of the command.
+        **settings: Further settings of the loss.
+
+    Raises:
+        UserError: There is no such algorithm, or no loss at the function path.
+    """
+    rollouts = config.rollouts
     bound = rollouts.rollout_bound
     if bound is None and rollouts.rollouts_ahead:
-        bound = 2.0
-    return {"rollout_bound": bound, "rollout_rule": rollouts.rollout_rule}
+        bound = 2.0  # the responses are those of the policy one step before
+    return algorithm_by_name(
+        config.reinforcement.algorithm,
+        config.reinforcement.loss,
+        rollout_bound=bound,
+        rollout_rule=rollouts.rollout_rule,
+        **settings,
+    )
+
+
+def load_rollout_filter(config: ReinforcementTrainingConfig) -> RolloutFilter | None:
+    """Return the filter of the responses of each group, if there is one.
+
+    Raises:
+        UserError: There is no function at the path.
+    """
+    return _load_optional(config.reinforcement.rollout_filter, "--rollout-filter")
+
+
+def transform_records[Record](records: Sequence[Record], path: str | None) -> list[Record]:
+    """Return the records of an input after the function of --data-transform.
+
+    Args:
+        records: Records as they were read.
+        path: Function path; the function returns a record, or None to leave it out.
+
+    Raises:
+        UserError: There is no function at the path.
+    """
+    transform = _load_optional(path, "--data-transform")
+    if transform is None:
+        return list(records)
+    return [new for record in records if (new := transform(record)) is not None]
+
+
+def _load_optional(path: str | None, flag: str) -> Callable[..., Any] | None:
+    return None if path is None else load_function(path, flag)
 
 
 def rollout_sources(
