@@ -1,4 +1,4 @@
-"""Files whose records must all be good: nothing is paid for, or measured, on part of one."""
+"""Reader of files whose records must all be valid, before anything is paid for or measured."""
 
 from pathlib import Path
 
@@ -9,10 +9,14 @@ from megatron_ext.errors import UserError
 
 
 def read_all[R: Record](path: Path, *kinds: type[R]) -> list[R]:
-    """The records of a file, which are all of one of some kinds.
+    """Return the records of a file, which are all of one kind.
+
+    Args:
+        path: The file.
+        *kinds: The kinds that the file may hold.
 
     Raises:
-        UserError: a row is malformed or of another kind, an id comes twice, or there is no row.
+        UserError: If a row is malformed or of another kind, an id occurs twice, or there is no row.
     """
     records: list[R] = []
     ids: set[str] = set()
@@ -20,14 +24,14 @@ def read_all[R: Record](path: Path, *kinds: type[R]) -> list[R]:
         if isinstance(record, Malformed):
             raise UserError(f"{path}, {record}")
         if not isinstance(record, kinds) or (records and type(record) is not type(records[0])):
-            wanted = " or ".join(f"{kind.__name__.lower()}s" for kind in kinds)
+            allowed = " or ".join(f"{kind.__name__.lower()}s" for kind in kinds)
             raise UserError(
-                f"{path} must hold {wanted} of one kind, and row {number:,} is a "
+                f"{path} must hold {allowed} of one kind, and row {number:,} is a "
                 f"{type(record).__name__.lower()}"
             )
         if not isinstance(record, Verdict):
             if record.id in ids:
-                raise UserError(f"{path} has the id {record.id!r} twice: take one row out")
+                raise UserError(f"{path} has the id {record.id!r} twice. Remove one of the rows.")
             ids.add(record.id)
         records.append(record)
     if not records:

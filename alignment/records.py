@@ -1,8 +1,8 @@
-"""What flows between the tools of alignment, each a row of a JSONL or Parquet file.
+"""Records that flow between the commands of alignment, each a row of a JSONL or Parquet file.
 
-Prompts are asked, responses and pairs of responses are judged, and verdicts are what a judge said
-of one of them. A row stands for itself: a response carries its prompt, so that files can be split,
-joined and shuffled without another file beside them.
+Models answer prompts, judges judge responses and pairs of responses, and a verdict is what a judge
+returned about one of them. A row is complete: a response carries its prompt, so that files can be
+split, joined and shuffled without a second file.
 """
 
 import math
@@ -17,51 +17,64 @@ ROLES = ("system", "user", "assistant", "tool")
 
 
 class Outcome(StrEnum):
-    """How asking a judge ended. The last two carry no judgement: they are never a score of 0."""
+    """Outcome of a question to a judge; the last two carry no judgment and are never a score."""
 
     SCORE = "score"
     PREFERENCE = "preference"
     TIE = "tie"
-    UNPARSEABLE = "unparseable"  # the judge answered, and not in the form asked for
-    FAILED = "failed"  # there is no answer: refused, timed out, cut off
+    UNPARSEABLE = "unparseable"  # the judge answered, but not in its format
+    FAILED = "failed"  # there is no answer: it was refused, timed out or cut off
 
 
 class Side(StrEnum):
-    """One response of a pair, in the pair's own order, whichever was shown first."""
+    """Side of a pair, in the order of the pair, whichever response was shown first."""
 
     FIRST = "first"
     SECOND = "second"
 
     @property
     def other(self) -> "Side":
+        """Return the other side."""
         return Side.SECOND if self is Side.FIRST else Side.FIRST
 
 
 @dataclass(frozen=True)
 class Message:
+    """Message of a conversation.
+
+    Attributes:
+        role: One of `ROLES`.
+        content: The text.
+    """
+
     role: str
     content: str
 
 
 @dataclass(frozen=True)
 class _Record:
-    """A row with a fixed set of fields."""
+    """Row with a fixed set of fields."""
 
     def to_row(self) -> dict[str, Any]:
-        """As plain values, for a file."""
+        """Return the row as plain values."""
         return asdict(self)
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> Self:
-        """The record of a file's row.
+        """Return the record of a row.
+
+        Args:
+            row: The row as plain values.
 
         Raises:
-            UserError: a field is missing, unknown, or of a wrong kind; the message does not name
-                the file and line, which the reader adds.
+            UserError: If a field is missing, unknown or of a wrong type. The reader of the file
+                adds its name and the line.
         """
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(row) - known):
-            raise UserError(f"unknown field {unknown[0]!r}; a {cls.__name__} has {sorted(known)}")
+            raise UserError(
+                f"unknown field {unknown[0]!r}; the fields of a {cls.__name__} are {sorted(known)}"
+            )
         try:
             return cls(**row)
         except TypeError as error:
@@ -70,13 +83,14 @@ class _Record:
 
 @dataclass(frozen=True)
 class Prompt(_Record):
-    """What a model is asked.
+    """Prompt of a model.
 
     Attributes:
-        id: unique over all files of a study; a hash of the messages where the source has none.
-        messages: at least one, the last of them the user's (or a tool's).
-        source: where it is from, for counts and slices.
-        rubric: what a good answer has, for judges that are shown one.
+        id: Name that is unique in all files of a study; a hash of the messages if the source has
+            no names.
+        messages: The conversation, whose last message is from the user or a tool.
+        source: Origin of the prompt, for counts and slices.
+        rubric: Description of a good answer, for judges whose template shows it.
     """
 
     id: str
@@ -93,11 +107,13 @@ class Prompt(_Record):
 
 @dataclass(frozen=True)
 class Response(_Record):
-    """One answer to a prompt: the item of a pointwise judge.
+    """Response to a prompt, which a pointwise judge scores.
 
     Attributes:
-        text: as generated, without the tokens that end it.
-        source: the model, or the step of the policy, that wrote it.
+        id: Name that is unique in the file.
+        prompt: The prompt.
+        text: The generated text, without the tokens that end it.
+        source: The model, or the step of the policy, that generated it.
     """
 
     id: str
@@ -112,12 +128,16 @@ class Response(_Record):
 
 @dataclass(frozen=True)
 class Pair(_Record):
-    """Two answers to one prompt: the item of a pairwise judge.
+    """Pair of responses to one prompt, which a pairwise judge compares.
 
     Attributes:
-        first, second: the texts.
-        preferred: by whoever labelled the data; none where nobody has, or found them equal.
-        source: of the data.
+        id: Name that is unique in the file.
+        prompt: The prompt.
+        first: The text of the first response.
+        second: The text of the second response.
+        preferred: The side that the author of the data prefers; None if there is no label, or both
+            are equally good.
+        source: Origin of the data.
     """
 
     id: str
@@ -136,20 +156,20 @@ class Pair(_Record):
 
 @dataclass(frozen=True)
 class Verdict(_Record):
-    """What a judge said of an item, once.
+    """Verdict of a judge on an item.
 
     Attributes:
-        item: the id of the response or pair.
-        outcome: which of the fields below holds.
-        score: of a response; an expectation over labels may lie between integers.
-        preferred: of a pair.
-        swapped: the pair's second response was shown first.
-        sample: which of several answers of the judge to the same question, from 0.
-        reason: in a sentence, why there is no judgement.
-        thinking: before the label; empty where the judge does not think.
-        answer: all that the judge wrote, as it came.
-        judge: a hash of everything the verdict depends on: model, prompt template, sampling,
-            parser.
+        item: The id of the response or pair.
+        outcome: The outcome, which decides which of the other fields is set.
+        score: The score of a response; an expectation over labels may lie between integers.
+        preferred: The preferred side of a pair.
+        swapped: Whether the second response of the pair was shown first.
+        sample: Number of this answer among several to the same question, from 0.
+        reason: Why there is no judgment, in a sentence.
+        thinking: The thinking before the label; empty if the judge does not think.
+        answer: The whole answer of the judge.
+        judge: A hash of everything that the verdict depends on: model, prompt template, sampling
+            and parser.
     """
 
     item: str
@@ -177,14 +197,16 @@ class Verdict(_Record):
             raise UserError(f"score must be a finite number, not {self.score!r}")
         for name, outcome in (("score", Outcome.SCORE), ("preferred", Outcome.PREFERENCE)):
             if (getattr(self, name) is not None) != (self.outcome is outcome):
-                raise UserError(f"a verdict has a {name} just when its outcome is {outcome}")
+                raise UserError(
+                    f"a verdict must have a {name} if and only if its outcome is {outcome}"
+                )
         judged = self.outcome in (Outcome.SCORE, Outcome.PREFERENCE, Outcome.TIE)
         if judged == bool(self.reason):
-            raise UserError("a verdict has a reason just when it has no judgement")
+            raise UserError("a verdict must have a reason if and only if it has no judgment")
 
     @property
     def judged(self) -> bool:
-        """Whether the judge said something that counts."""
+        """Return whether the verdict holds a judgment."""
         return not self.reason
 
 
@@ -197,29 +219,32 @@ def _check_text(record: Any, *names: str) -> None:
         raise UserError(f"{names[0]} is empty")
 
 
-def _messages(given: Any) -> tuple[Message, ...]:
-    if isinstance(given, str) or not isinstance(given, Sequence) or not given:
-        raise UserError(f"messages must be a list of at least one, not {given!r}")
-    return tuple(message_of(message) for message in given)
+def _messages(value: Any) -> tuple[Message, ...]:
+    if isinstance(value, str) or not isinstance(value, Sequence) or not value:
+        raise UserError(f"messages must be a list of at least one message, not {value!r}")
+    return tuple(message_of(message) for message in value)
 
 
 def message_of(value: Any) -> Message:
-    """Return the message that a file's row describes.
+    """Return the message that a row describes.
+
+    Args:
+        value: The message as plain values.
 
     Raises:
-        UserError: There is no role or no text, or there is a further field with a value. Such a
+        UserError: If there is no role or no text, or there is a further field with a value. Such a
             field (tool_calls, reasoning_content, weight) changes what the message means, so that
-            the message cannot be kept without it.
+            the message cannot be stored without it.
     """
     if isinstance(value, Message):
         return value
     if not isinstance(value, Mapping):
-        raise UserError(f"a message has a role and content, not {value!r:.60}")
+        raise UserError(f"a message must be a mapping with role and content, not {value!r:.60}")
     for name, content in value.items():
         if name not in ("role", "content") and content not in (None, "", [], {}):
-            raise UserError(f"a message has {name!r}, which cannot be kept with it")
+            raise UserError(f"a message has {name!r}, which cannot be stored")
     if not {"role", "content"} <= set(value):
-        raise UserError(f"a message has a role and content, not {', '.join(map(str, value))}")
+        raise UserError(f"a message must have role and content, not {', '.join(map(str, value))}")
     role, content = value["role"], value["content"]
     if role not in ROLES:
         raise UserError(f"a message's role is one of {', '.join(ROLES)}, not {role!r}")
@@ -230,16 +255,16 @@ def message_of(value: Any) -> Message:
     return Message(role, content)
 
 
-def _prompt(given: Any) -> Prompt:
-    if isinstance(given, Prompt):
-        return given
-    if not isinstance(given, Mapping):
-        raise UserError(f"prompt must have fields, not {given!r}")
-    return Prompt.from_row(given)
+def _prompt(value: Any) -> Prompt:
+    if isinstance(value, Prompt):
+        return value
+    if not isinstance(value, Mapping):
+        raise UserError(f"prompt must be a mapping with the fields of a prompt, not {value!r}")
+    return Prompt.from_row(value)
 
 
-def _member[E: StrEnum](kind: type[E], name: str, given: Any) -> E:
+def _member[E: StrEnum](kind: type[E], name: str, value: Any) -> E:
     try:
-        return kind(given)
+        return kind(value)
     except ValueError:
-        raise UserError(f"{name} is one of {', '.join(kind)}, not {given!r}") from None
+        raise UserError(f"{name} is one of {', '.join(kind)}, not {value!r}") from None

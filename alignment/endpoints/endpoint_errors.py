@@ -1,4 +1,4 @@
-"""What an endpoint's error says, and whether the same call may succeed later.
+"""Errors of endpoints, and whether the same call may succeed later.
 
 Servers report the same fault by status, by a code or type in the body, or by an error object in a
 body of status 200. All of them are read here.
@@ -31,16 +31,16 @@ _REFUSED_WORDS = {
     "context_length_exceeded", "invalid_argument", "invalid_request_error",
     "string_above_max_length",
 }  # fmt: skip
-# A parameter that one request may not have, no request may have.
+# A parameter that one request may not have is allowed in no request.
 _UNSUPPORTED = re.compile(
     r"(unsupported|unrecognized|unknown|unexpected) (request )?(parameter|argument|field|keyword)"
     r"|extra (inputs|fields) (are )?not permitted|not supported with this model"
 )
-_LONGEST = 200  # characters of an endpoint's own words in a message
+_LONGEST = 200  # characters of an endpoint's message that are shown
 
 
 class Kind(Enum):
-    """What follows from an error for the calls to come."""
+    """Consequence of an error for later calls."""
 
     PASSING = "the same call may succeed later"
     REFUSED = "this request will not be answered, others may be"
@@ -48,13 +48,13 @@ class Kind(Enum):
 
 
 class EndpointError(Exception):
-    """A call without an answer.
+    """Error of one try of a call.
 
     Attributes:
-        kind: what follows from it.
-        seconds: the wait that the endpoint asks for, None where it asks for none.
-        tries: the most times that a request may meet an error of this sort, because it may be
-            billed each time; None for no limit but that of all tries.
+        kind: The consequence for later calls.
+        seconds: The wait that the endpoint requests, in seconds, or None.
+        tries: Most tries that may end with an error of this sort, because each may be billed; None
+            for the limit of all tries.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ def load_json(content: bytes) -> Any:
     """Return the value of a body.
 
     Raises:
-        ValueError: the body is not JSON in UTF-8.
+        ValueError: If the body is not JSON in UTF-8.
     """
     try:
         body = json.loads(content)
@@ -112,7 +112,7 @@ def error_of_body(error: Any, seconds: float | None) -> EndpointError:
 
 
 def message_of(error: Any) -> str:
-    """Return an endpoint's own words on one line, shortened."""
+    """Return the message of an endpoint on one line, shortened."""
     while isinstance(error, Mapping) and (inner := error.get("message") or error.get("error")):
         error = inner
     text = error if isinstance(error, str) else json.dumps(error, default=str)

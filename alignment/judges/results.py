@@ -1,4 +1,4 @@
-"""Whether enough items of a command ended with a result."""
+"""Checks that enough items of a command ended with a result."""
 
 import re
 from collections import Counter
@@ -9,8 +9,13 @@ from megatron_ext.errors import TooFewResults
 
 
 def commonest(reasons: Iterable[str]) -> str:
-    """Return the commonest reason and how often it occurs; reasons that differ in numbers or in
-    quoted text alone are one."""
+    """Return the commonest reason and how often it occurs.
+
+    Reasons that differ only in numbers or in quoted text count as one.
+
+    Args:
+        reasons: The reasons, at least one.
+    """
     groups: dict[str, list[str]] = {}
     for reason in reasons:
         groups.setdefault(re.sub(r"'[^']*'|\"[^\"]*\"|\d+", "#", reason), []).append(reason)
@@ -20,7 +25,7 @@ def commonest(reasons: Iterable[str]) -> str:
 
 
 def reasons_of(verdicts: Iterable[Verdict]) -> list[str]:
-    """Return why verdicts are no judgement, for those that are none."""
+    """Return the reasons of the verdicts that hold no judgment."""
     return [verdict.reason for verdict in verdicts if not verdict.judged]
 
 
@@ -34,32 +39,38 @@ def require_results(
     """Check that no more than a share of the items lacks a result.
 
     Args:
-        reasons: why, for each item without a result.
+        reasons: The reason of each item without a result.
+        total: Number of all items.
+        max_failed: Share of the items that may have no result.
+        what: Name of the items.
+        lack: Name of the result.
 
     Raises:
-        TooFewResults: more do; naming the commonest reason.
+        TooFewResults: If more items have none; the message names the commonest reason.
     """
     if reasons and len(reasons) / total > max_failed:
         raise TooFewResults(
             f"{len(reasons):,} of {total:,} {what} have no {lack}, more than --max-failed "
             f"{max_failed:g}; most often: {commonest(reasons)}. Correct the cause, or raise "
-            "--max-failed to accept them"
+            "--max-failed to accept them."
         )
 
 
 def require_usable(reasons: Sequence[str], total: int, max_left_out: float, what: str) -> None:
-    """Check that no more than a share of the data given to a training is left out.
+    """Check that no more than a share of the data of a training is left out.
 
     Args:
-        reasons: why, for each one that is left out.
-        what: the data, with the flag or file that they are from.
+        reasons: The reason of each item that is left out.
+        total: Number of all items.
+        max_left_out: Share of the items that may be left out.
+        what: Name of the data, with the flag or file that they are from.
 
     Raises:
-        TooFewResults: more are; naming the commonest reason.
+        TooFewResults: If more items are left out; the message names the commonest reason.
     """
     if reasons and len(reasons) / total > max_left_out:
         raise TooFewResults(
             f"{len(reasons):,} of {total:,} {what} are left out, more than --max-left-out "
             f"{max_left_out:g}; most often: {commonest(reasons)}. Correct the cause, or raise "
-            "--max-left-out to train on the others"
+            "--max-left-out to train on the others."
         )

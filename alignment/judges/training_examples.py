@@ -1,4 +1,4 @@
-"""What a judge is trained on: items with the labels, and perhaps the thinking, of a gold judge."""
+"""Training examples of a judge: items with the labels, and possibly the thinking, of gold."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -18,11 +18,12 @@ from megatron_ext.errors import UserError
 
 
 @dataclass(frozen=True)
-class Labelled:
-    """A question and what gold says.
+class LabeledQuestion:
+    """Question with its gold verdict.
 
     Attributes:
-        gold: a judgement, in the question's order.
+        question: The question.
+        gold: The judgment of gold, in the order of the question.
     """
 
     question: Question
@@ -30,85 +31,94 @@ class Labelled:
 
     @property
     def label(self) -> str:
+        """Return the label that agrees with gold."""
         return label_of(self.gold)
 
 
-def read_labelled(
+def read_labeled_questions(
     items: Sequence[str],
     gold: Sequence[str],
     mirror: bool,
     scale: Sequence[float] | None = None,
     max_left_out: float = 1.0,
-) -> list[Labelled]:
-    """Items of files with the judgements of others; what gold could not judge is left out.
+) -> list[LabeledQuestion]:
+    """Return the items of files with their gold verdicts, except those without a judgment.
 
     Args:
-        items: files of responses, or of pairs.
-        gold: files of verdicts on them.
-        mirror: a pair that was judged in one order has the same judgement in the other.
-        scale: of gold's scores, which are mapped to 0 to 9; 0 to 9 by default.
-        max_left_out: share of the verdicts that may be no judgement.
+        items: Files of responses, or of pairs.
+        gold: Files of verdicts on them.
+        mirror: Whether a pair that was judged in one order has the same judgment in the other.
+        scale: The lowest and the highest score of gold's scale. Default: 0 and 9.
+        max_left_out: Share of the verdicts that may hold no judgment.
 
     Raises:
-        UserError: a file cannot be used, a score is outside of the scale, a verdict is of no item,
-            or there is one label alone.
-        TooFewResults: more verdicts than that are no judgement.
+        UserError: If a file cannot be used, a score is outside of the scale, a verdict is about no
+            item, or there is only one label.
+        TooFewResults: If more verdicts hold no judgment.
     """
     known: dict[str, Judgeable] = {}
     for file in items:
-        rows: list[Judgeable] = read_all(Path(file), Response, Pair)
-        for item in rows:
+        judged_items: list[Judgeable] = read_all(Path(file), Response, Pair)
+        for item in judged_items:
             if known.setdefault(item.id, item) is not item:
-                raise UserError(f"{file} has the item {item.id!r}, which was there before")
+                raise UserError(
+                    f"{file} has the item {item.id!r}, which an earlier file has. Remove one."
+                )
     if len({type(item) for item in known.values()}) > 1:
-        raise UserError("--input must hold responses alone, or pairs alone")
+        raise UserError("--input must hold only responses or only pairs. Pass one kind of files.")
     verdicts = [v for file in gold for v in read_verdicts(Path(file), scale, "--gold-scale")]
-    strange = next((v.item for v in verdicts if v.item not in known), None)
-    if strange is not None:
-        raise UserError(f"--gold judges the item {strange!r}, which is not in --input")
-    found = [
-        Labelled(Question(known[v.item], v.swapped, v.sample), v) for v in verdicts if v.judged
+    unknown = next((v.item for v in verdicts if v.item not in known), None)
+    if unknown is not None:
+        raise UserError(
+            f"--gold judges the item {unknown!r}, which is not in --input. Pass the items that "
+            "were judged."
+        )
+    rows = [
+        LabeledQuestion(Question(known[v.item], v.swapped, v.sample), v)
+        for v in verdicts
+        if v.judged
     ]
-    limit = min(max_left_out, 1 - 1 / len(verdicts))  # one judgement at least
+    limit = min(max_left_out, 1 - 1 / len(verdicts))  # at least one judgment
     require_usable(reasons_of(verdicts), len(verdicts), limit, "verdicts of --gold")
-    pairwise = isinstance(found[0].question.item, Pair)
-    wrong = next((row for row in found if (row.gold.outcome is Outcome.SCORE) == pairwise), None)
+    pairwise = isinstance(rows[0].question.item, Pair)
+    wrong = next((row for row in rows if (row.gold.outcome is Outcome.SCORE) == pairwise), None)
     if wrong is not None:
         raise UserError(
-            f"--gold says {wrong.gold.outcome} of {wrong.gold.item!r}, and --input holds "
-            f"{'pairs' if pairwise else 'responses'}: give the verdicts that belong to it"
+            f"--gold has the outcome {wrong.gold.outcome} for {wrong.gold.item!r}, and --input "
+            f"holds {'pairs' if pairwise else 'responses'}. Pass the verdicts that belong to it."
         )
-    labels = Counter(row.label for row in found)
+    labels = Counter(row.label for row in rows)
     if len(labels) == 1 and not pairwise:
         raise UserError(
-            f"all {len(found):,} labels of --gold are {next(iter(labels))}: a judge learns "
-            "nothing from one label"
+            f"All {len(rows):,} labels of --gold are {next(iter(labels))}, and a judge learns "
+            "nothing from one label. Pass verdicts with several."
         )
     if mirror and pairwise:
-        asked = {(row.gold.item, row.gold.swapped, row.gold.sample) for row in found}
-        found += [
+        judged = {(row.gold.item, row.gold.swapped, row.gold.sample) for row in rows}
+        rows += [
             _mirrored(row)
-            for row in found
-            if (row.gold.item, not row.gold.swapped, row.gold.sample) not in asked
+            for row in rows
+            if (row.gold.item, not row.gold.swapped, row.gold.sample) not in judged
         ]
-    return found
+    return rows
 
 
-def _mirrored(row: Labelled) -> Labelled:
+def _mirrored(row: LabeledQuestion) -> LabeledQuestion:
     swapped = not row.gold.swapped
     gold = replace(row.gold, swapped=swapped, thinking="", answer="")
-    return Labelled(replace(row.question, swapped=swapped), gold)
+    return LabeledQuestion(replace(row.question, swapped=swapped), gold)
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Samples for supervised training, and how many examples were left out.
+    """Samples for supervised training, with the number of examples that were left out.
 
     Attributes:
-        too_long: answers with their questions beyond the length.
-        too_much_thinking: answers beyond the limit of thinking that the user set.
-        without_thinking: judgements without the thinking that is to be learned.
-        rounded: samples of scores between two labels, which are taught as the nearest one.
+        samples: The samples.
+        too_long: Number of answers that are too long together with their question.
+        too_much_thinking: Number of answers whose thinking exceeds the limit of the user.
+        without_thinking: Number of judgments without the thinking that is to be learned.
+        rounded: Number of samples whose score lies between two labels, taught as the nearest one.
     """
 
     samples: Sequence[TokenSample]
@@ -117,8 +127,8 @@ class Encoded:
     without_thinking: int
     rounded: int
 
-    def told(self) -> str:
-        """In words."""
+    def summary(self) -> str:
+        """Return the counts as text."""
         counts = {
             "too long": self.too_long,
             "beyond --max-thinking-tokens": self.too_much_thinking,
@@ -130,7 +140,7 @@ class Encoded:
 
 
 def encode(
-    rows: Sequence[Labelled],
+    rows: Sequence[LabeledQuestion],
     judge_format: TokenizedJudgeFormat,
     length: int,
     most_thinking: int | None,
@@ -139,13 +149,15 @@ def encode(
     """Encode questions and answers as token ids, with a loss on the answer alone.
 
     Args:
-        length: the most tokens of both.
-        most_thinking: tokens of an answer beyond which it is left out: effort, by what is imitated.
-        max_left_out: share of the examples that may be left out otherwise.
+        rows: The labeled questions.
+        judge_format: The format of the judge.
+        length: Most tokens of a question and its answer.
+        most_thinking: Most tokens of an answer; longer ones are left out. None for no limit.
+        max_left_out: Share of the examples that may be left out for other reasons.
 
     Raises:
-        UserError: nothing is left.
-        TooFewResults: more than that share is left out.
+        UserError: If no example remains.
+        TooFewResults: If a larger share is left out.
     """
     samples, lacking, too_long, too_much, rounded = [], [], 0, 0, 0
     for row in rows:
@@ -153,23 +165,25 @@ def encode(
         if thinking == "":
             lacking.append("--gold has no thinking")
             continue
-        made = example(
+        tokens_of = example(
             judge_format.tokenizer,
             judge_format.messages(row.question.item, row.question.swapped),
             answer_text(row.label, thinking),
             **judge_format.chat_template_kwargs,
         )
-        tokens = [*made.prompt, *made.completion]
-        if most_thinking is not None and len(made.completion) > most_thinking:
+        tokens = [*tokens_of.prompt, *tokens_of.completion]
+        if most_thinking is not None and len(tokens_of.completion) > most_thinking:
             too_much += 1
         elif len(tokens) > length:
-            lacking.append(f"longer than --seq-length {length}: raise it")
+            lacking.append(f"longer than --seq-length {length}, which can be raised")
             too_long += 1
         else:
-            samples.append(TokenSample(tokens, len(made.prompt)))
+            samples.append(TokenSample(tokens, len(tokens_of.prompt)))
             rounded += row.gold.score is not None and row.gold.score != float(row.label)
     require_usable(lacking, len(rows), max_left_out, "examples of --input and --gold")
     if not samples:
-        reason = commonest(lacking) if lacking else "raise --max-thinking-tokens"
-        raise UserError(f"no example is left of {len(rows):,}: {reason}")
+        reason = (
+            f"because of: {commonest(lacking)}" if lacking else "so raise --max-thinking-tokens"
+        )
+        raise UserError(f"No example of {len(rows):,} remains, {reason}.")
     return Encoded(samples, too_long, too_much, len(lacking) - too_long, rounded)

@@ -1,23 +1,23 @@
-"""How far a judge that is being trained is from gold: a reward that can be verified."""
+"""Verifiable reward of a judge in training: how close its answer is to gold."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from alignment.records import Outcome, Verdict
 
-_SPAN = 9.0**2  # M of the paper: the largest squared distance of two scores
+_SPAN = 9.0**2  # M in the paper: the largest squared distance of two scores
 
 
 def judge_reward(fields: Mapping[str, Any], gold: Verdict) -> float:
-    """The reward of arXiv 2603.12246 for one answer.
+    """Return the reward of arXiv 2603.12246 for one answer.
 
     Args:
-        fields: of a verdict, as a parser reads them, in the pair's own order.
-        gold: on the same question.
+        fields: The fields of the verdict, as a parser returns them, in the order of the pair.
+        gold: The gold verdict on the same question.
 
     Returns:
-        -1 for an answer that is not in the form asked for or was cut off; of scores (M - d^2) / M
-        for a distance d; of pairs 1 for gold's judgement and 0 for another.
+        -1 for an answer that is malformed or cut off. For scores (M - d^2) / M, where d is the
+        distance to gold; for pairs 1 if the judgment is gold's, and otherwise 0.
     """
     outcome = Outcome(fields["outcome"])
     if outcome in (Outcome.UNPARSEABLE, Outcome.FAILED):

@@ -1,13 +1,13 @@
-"""Rollouts by a vLLM server with the weights of the policy, which are handed over as files.
+r"""Rollouts by vLLM servers, which receive the weights of the policy as files.
 
-The server is started on a folder that the training writes,
+Start each server on a folder that the training writes,
 
-    VLLM_SERVER_DEV_MODE=1 vllm serve RUN/served --served-model-name policy \\
+    VLLM_SERVER_DEV_MODE=1 vllm serve RUN/served --served-model-name policy \
         --logprobs-mode processed_logprobs
 
-and reads it again when it is told to: token ids go in and come out, so that nothing is encoded
-twice. Both see the folder, over a shared file system. Requests leave nothing to its
-generation_config.json, and have the key that is in MEGATRON_ET_JUDGE_API_KEY, if any.
+on a file system that both see. The training asks it to reload the folder after each step. Prompts
+and responses are token ids, so that nothing is tokenized twice. Requests override everything in
+generation_config.json, and carry the key in MEGATRON_ET_JUDGE_API_KEY, if there is one.
 """
 
 import asyncio
@@ -49,7 +49,10 @@ _NEUTRAL = {
 
 
 class VLLMRollouts:
-    """Generates as an engine does. Ranks make the same calls; one of each share asks."""
+    """Source of rollouts with the interface of an engine.
+
+    All ranks make the same calls, and one rank of each share of the data asks its server.
+    """
 
     def __init__(
         self,
@@ -59,24 +62,24 @@ class VLLMRollouts:
         folder: Path,
         ends: frozenset[int],
         patience: float = 600.0,
-        at_once: int = 256,
+        concurrency: int = 256,
         check: Callable[[], None] = lambda: None,
     ) -> None:
-        """See the class.
+        """Prepare the rollouts; a collective.
 
         Args:
-            engine: whose weights are served.
-            urls: of the servers, each up to and with /v1; shares of the data take turns.
-            model: the name that they serve.
-            folder: that they were started on.
-            ends: the tokens that end a response.
-            patience: seconds to wait for a server that does not answer.
-            at_once: calls under way of a rank.
-            check: called on all ranks now and then while they wait; may raise on all of them.
+            engine: The engine whose weights are served.
+            urls: Addresses of the servers up to and including /v1; shares of the data take turns.
+            model: The name that the servers serve.
+            folder: The folder that they were started on.
+            ends: The tokens that end a response.
+            patience: Seconds to wait for a server that does not answer.
+            concurrency: Most calls of a rank at a time.
+            check: Function that is called on all ranks while they wait and may raise an error.
         """
         self.engine, self.folder, self.model, self.ends = engine, folder, model, ends
         self.urls = [url.rstrip("/") for url in urls]
-        self.patience, self.at_once, self.check = patience, at_once, check
+        self.patience, self.concurrency, self.check = patience, concurrency, check
         self.asks = is_share_leader(engine)
         self._served: int | None = None
 
@@ -86,33 +89,38 @@ class VLLMRollouts:
         sampling: Sampling,
         seeds: Sequence[int] | None = None,
     ) -> list[GeneratedResponse]:
-        """See `alignment.engines.protocol.Engine`; first the servers get the present weights.
+        """Return responses to prompts, after the servers have loaded the present weights.
 
-        Log-probabilities are as the server reports them: of the distribution that was drawn from,
-        if it was started with --logprobs-mode processed_logprobs. `alignment.rl.train` checks that
-        they are those of training.
+        Log-probabilities are those of the distribution that was drawn from, if the server was
+        started with --logprobs-mode processed_logprobs. The training checks that they agree with
+        its own.
+
+        Args:
+            prompts: The token ids of the prompts of this rank.
+            sampling: How responses are drawn.
+            seeds: The seed of each prompt. Default: 0, 1, 2 and so on.
 
         Raises:
-            UserError: a server does not answer within the patience, or refuses.
+            UserError: If a server does not answer within the patience, or refuses.
         """
         self.refresh()
         seeds = list(range(len(prompts)) if seeds is None else seeds)
-        found = problem = None
+        responses = problem = None
         try:
-            asked = (lambda: self.ask(prompts, sampling, seeds)) if self.asks else None
-            found = run_async_while_polling(asked, self.check)
+            work = (lambda: self.ask(prompts, sampling, seeds)) if self.asks else None
+            responses = run_async_while_polling(work, self.check)
         except UserError as error:
             problem = str(error)
-        shares = all_gather_by_data_rank(self.engine, (found, problem))
-        if told := next((problem for _, problem in shares if problem), None):
-            raise UserError(told)
+        shares = all_gather_by_data_rank(self.engine, (responses, problem))
+        if message := next((problem for _, problem in shares if problem), None):
+            raise UserError(message)
         return shares[self.engine.data_rank][0]
 
     def refresh(self) -> None:
-        """Hand the present weights over; a collective.
+        """Let the servers load the present weights; a collective.
 
         Raises:
-            UserError: a server does not answer within the patience, or refuses.
+            UserError: If a server does not answer within the patience, or refuses.
         """
         if self._served == self.engine.step:
             return
@@ -179,7 +187,7 @@ class VLLMRollouts:
         """
         url = self.urls[self.engine.data_rank % len(self.urls)]
         responses: dict[int, GeneratedResponse] = {}
-        async with connect(read_api_key(), self.at_once) as http:
+        async with connect(read_api_key(), self.concurrency) as http:
             client = self._client(url, http)
 
             async def call(place: int) -> GeneratedResponse:
@@ -190,7 +198,7 @@ class VLLMRollouts:
 
                 return await self._post(client, f"{url}/completions", body, read)
 
-            pool = EndpointPool(call, to_record or _no_record, self.at_once, await_calls=False)
+            pool = EndpointPool(call, to_record or _no_record, self.concurrency, await_calls=False)
             work = pool.ask_many(range(len(prompts)), store, responses.__setitem__)
             await self._while_healthy(url, work)
         return [responses[place] for place in range(len(prompts))]
@@ -226,18 +234,18 @@ class VLLMRollouts:
     async def _while_healthy[T](self, url: str, work: Awaitable[T]) -> T:
         """Return the result of work at a server, which may be slow while it reports its health."""
         task = asyncio.ensure_future(work)
-        heard, often = time.monotonic(), self.patience / 10
+        last_sign, interval = time.monotonic(), self.patience / 10
         try:
-            async with httpx.AsyncClient(timeout=often) as http:
-                while not (await asyncio.wait([task], timeout=often))[0]:
+            async with httpx.AsyncClient(timeout=interval) as http:
+                while not (await asyncio.wait([task], timeout=interval))[0]:
                     try:
                         response = await http.get(f"{url.removesuffix('/v1')}/health")
-                        reason = f"status {response.status_code} of its health"
+                        reason = f"its health check returned status {response.status_code}"
                         if response.status_code < 500:
-                            heard = time.monotonic()
+                            last_sign = time.monotonic()
                     except (httpx.HTTPError, httpx.InvalidURL) as error:
                         reason = str(error) or type(error).__name__
-                    if time.monotonic() - heard > self.patience:
+                    if time.monotonic() - last_sign > self.patience:
                         raise self._given_up(url, reason)
             return await task
         finally:
@@ -258,15 +266,15 @@ class VLLMRollouts:
             "temperature": 0.0 if sampling.greedy else sampling.temperature,
             "top_p": sampling.top_p,
             "top_k": sampling.top_k or -1,
-            # What is not said vLLM takes from generation_config.json, some of which penalise
-            # repetition: the responses would be of another distribution than the policy's.
+            # vLLM takes absent settings from generation_config.json. Some files penalize
+            # repetition, which would draw from another distribution than the policy's.
             **_NEUTRAL,
             "seed": seed % (1 << 31),
             "logprobs": 0,
             "return_token_ids": True,
             "skip_special_tokens": False,
-            # It also ends responses at the end tokens that it finds in files. It is told to ignore
-            # them, and given the policy's.
+            # vLLM also ends responses at the end tokens in files, so that it must ignore these
+            # and receives those of the policy.
             "ignore_eos": True,
             "stop_token_ids": sorted(self.ends) if sampling.stop_at_eod else [],
         }
@@ -281,15 +289,17 @@ class VLLMRollouts:
             ended = choice["finish_reason"] == "stop"
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
-                f"{url} gives no token ids with log-probabilities: vLLM of version 0.10.2 or later "
-                "does"
+                f"{url} returns no token ids with log-probabilities. Use vLLM 0.10.2 or later."
             ) from error
         if len(tokens) != len(log_probs):
-            raise UserError(f"{url} gives {len(tokens)} tokens and {len(log_probs)} values")
+            raise UserError(
+                f"{url} returned {len(tokens)} tokens with {len(log_probs)} log-probabilities. "
+                f"{_ADVICE}"
+            )
         if ended and not self.ends.intersection(tokens[-1:]):
             raise UserError(
                 f"{url} ended a response at {tokens[-1:]}, not at one of the policy's end tokens "
-                f"{sorted(self.ends)}: it serves another tokenizer or generation_config.json"
+                f"{sorted(self.ends)}. Serve the folder that the training writes."
             )
         return GeneratedResponse(tokens, log_probs, ended)
 

@@ -35,7 +35,11 @@ def test_comes_back_from_json(record: Any) -> None:
     [
         (Prompt, {"id": "p"}, "missing 1 required positional argument: 'messages'"),
         (Prompt, {"id": "p", "messages": []}, "messages must be a list of at least one"),
-        (Prompt, {"id": "p", "messages": ["hi"]}, "a message has a role and content, not 'hi'"),
+        (
+            Prompt,
+            {"id": "p", "messages": ["hi"]},
+            "a message must be a mapping with role and content, not 'hi'",
+        ),
         (Prompt, {"id": "p", "messages": [{"role": "me", "content": ""}]}, "role is one of"),
         (Prompt, {"id": 3, "messages": [{"role": "user", "content": ""}]}, "id must be text"),
         (Prompt, {"id": "p", "mesages": []}, "unknown field 'mesages'"),
@@ -44,9 +48,13 @@ def test_comes_back_from_json(record: Any) -> None:
             {"id": "p", "messages": [{"role": "assistant", "content": "x"}]},
             "ends with the assistant's message",
         ),
-        (Response, {"id": "r", "prompt": "hi", "text": ""}, "prompt must have fields"),
+        (
+            Response,
+            {"id": "r", "prompt": "hi", "text": ""},
+            "prompt must be a mapping with the fields",
+        ),
         (Pair, PROMPT.to_row() | {"preferred": "a"}, "unknown field 'messages'"),
-        (Verdict, {"item": "r", "outcome": "score"}, "has a score just when"),
+        (Verdict, {"item": "r", "outcome": "score"}, "must have a score if and only if"),
         (
             Verdict,
             {"item": "r", "outcome": "score", "score": "7"},
@@ -57,8 +65,8 @@ def test_comes_back_from_json(record: Any) -> None:
         (Verdict, VERDICT | {"sample": None}, "sample must be a whole number from 0, not None"),
         (Verdict, VERDICT | {"sample": -1}, "sample must be a whole number from 0, not -1"),
         (Verdict, VERDICT | {"sample": 0.5}, "sample must be a whole number from 0, not 0.5"),
-        (Verdict, {"item": "r", "outcome": "failed"}, "has a reason just when"),
-        (Verdict, {"item": "r", "outcome": "tie", "score": 0}, "has a score just when"),
+        (Verdict, {"item": "r", "outcome": "failed"}, "must have a reason if and only if"),
+        (Verdict, {"item": "r", "outcome": "tie", "score": 0}, "must have a score if and only if"),
         (Verdict, {"item": "r", "outcome": "zero", "score": 0}, "outcome is one of score, "),
     ],
 )

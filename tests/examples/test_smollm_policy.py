@@ -7,7 +7,7 @@ from alignment.data.packages import PACKAGES
 from alignment.judges.kinds.function import FunctionJudgeConfig
 from alignment.judges.kinds.local import LocalJudgeConfig
 from alignment.judges.kinds.registry import read_judge
-from alignment.judges.training_examples import read_labelled
+from alignment.judges.training_examples import read_labeled_questions
 from alignment.record_files import read_all
 from alignment.records import Prompt, Response
 from examples.alignment.checks import constraints_of
@@ -46,7 +46,7 @@ def test_prompts_and_commands(tmp_path):
     write_rows(tmp_path / "train.responses.jsonl", written)
     run_steps([steps["gold-train"]], tmp_path / "steps")
     judge = train_judge(steps["judge"].command[3:])
-    labelled = read_labelled(judge.input, judge.gold, True)
+    labelled = read_labeled_questions(judge.input, judge.gold, True)
     assert len(labelled) == len(parts["train"]) and len({row.label for row in labelled}) > 3
     policy = train_policy(steps["policy"].command[3:])
     assert policy.steps == 4 and policy.run.eval_interval == 2 and policy.reference

@@ -1,4 +1,4 @@
-"""Answers of chat endpoints, read into one form whatever shape a server gives them."""
+"""Answers of chat endpoints, read into one class whatever their shape."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -13,8 +13,8 @@ from alignment.endpoints.endpoint_errors import (
 )
 from alignment.judges.formats.label_log_probs import LabelLogProbs, read_label_log_probs
 
-# What is cut off in transmission is billed all the same: it is asked for once more, not --tries
-# times.
+# An answer that is cut off in transmission is billed all the same: it is requested once more, and
+# not --tries times.
 _TRIES_OF_TORN = 2
 _MOST_TOKENS = 1 << 40
 _FILTERED = "content_filter"
@@ -23,17 +23,20 @@ _BROKEN = {"error", "abort", "cancelled"}  # reasons to finish that are faults o
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer that an endpoint gave and that was paid for.
+    """Answer of an endpoint, which was paid for.
 
     Attributes:
-        thinking: where the endpoint separates it from the text.
-        finish: why the text ends; "length" is a text that was cut off.
-        prompt_tokens, completion_tokens: None where the endpoint does not report them.
-        labels: see `LabelLogProbs`; None where the endpoint gave none that can be read.
-        model: the model's name by the endpoint, "" where it gives none.
-        problem: in a sentence, why the text is not the model's answer (a refusal, a content filter,
-            a call of a tool); "" where it is.
-        label_problem: in a sentence, why `labels` is None although they were asked for.
+        text: The text of the answer.
+        thinking: The thinking, if the endpoint returns it in a separate field.
+        finish: Why the text ends; "length" for a text that was cut off.
+        prompt_tokens: Tokens of the prompt; None if the endpoint does not report them.
+        completion_tokens: Tokens of the answer; None if the endpoint does not report them.
+        labels: Log-probabilities of the labels, see `LabelLogProbs`; None if there are none that
+            can be read.
+        model: Name of the model by the endpoint, or "".
+        problem: Why the text is not an answer of the model (a refusal, a content filter, a tool
+            call), in a sentence; "" if it is one.
+        label_problem: Why `labels` is None although they were requested, in a sentence.
     """
 
     text: str
@@ -47,26 +50,28 @@ class Answer:
     label_problem: str = ""
 
     def to_row(self) -> dict[str, Any]:
+        """Return the answer as plain values."""
         return asdict(self)
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> "Answer":
+        """Return the answer of a row."""
         answer = cls(**row)
-        if answer.labels:  # those kept by earlier versions lack the probability not listed
+        if answer.labels:  # rows of earlier versions lack the third value
             labels = [(entry[0], entry[1], *entry[2:], 0.0)[:3] for entry in answer.labels]
             object.__setattr__(answer, "labels", labels)
         return answer
 
     @property
     def missing(self) -> str:
-        """Why there is no text of the model's own, in a sentence, or "" where there is."""
+        """Return why the model wrote no text, in a sentence, or "" if it did."""
         if self.problem:
             return self.problem
         return self.cut_off if self.finish == "length" and not self.text.strip() else ""
 
     @property
     def cut_off(self) -> str:
-        """Where the answer was cut off, in a sentence."""
+        """Return where the answer was cut off, in a sentence."""
         tokens = self.completion_tokens
         return (
             "cut off at the limit of tokens" if tokens is None else f"cut off after {tokens} tokens"
@@ -74,20 +79,21 @@ class Answer:
 
 
 class _Unusable(Exception):
-    """Part of an answer has a form that cannot be read."""
+    """Error of a part of an answer that cannot be read."""
 
 
 def read_answer(content: bytes, log_probs: bool = False, seconds: float | None = None) -> Answer:
     """Read the body of an answer of status 200.
 
     Args:
-        log_probs: those of labels were asked for.
-        seconds: the wait that the endpoint asks for, for errors.
+        content: The body.
+        log_probs: Whether the log-probabilities of labels were requested.
+        seconds: The wait that the endpoint requests, in seconds, for errors.
 
     Raises:
-        EndpointError: the body reports an error, or is no answer of the chat API. The same call
-            may give an answer where the body was torn or is not the endpoint's (a proxy's page);
-            an answer of another form would come again, and is not asked for again.
+        EndpointError: If the body reports an error, or is no answer of the chat API. The same call
+            may succeed later if the body was torn or is that of a proxy; a body of another shape
+            would come again, and is not requested again.
     """
     try:
         body = load_json(content)

@@ -1,4 +1,4 @@
-"""Log-probabilities of a judge's labels in a chat answer, and the score expected under them."""
+"""Log-probabilities of the labels in a chat answer, and the expected score under them."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,23 +6,26 @@ from typing import Any
 
 from alignment.judges.formats.labels import LEAST_MASS, SCORES
 
-# Of each token that is a label: the label, the log-probabilities of the labels listed there, and
-# the probability of all tokens that are not listed.
+# For each token that is a label: the label, the log-probabilities of the labels that are listed
+# there, and the probability of all tokens that are not listed.
 LabelLogProbs = list[tuple[str, dict[str, float], float]]
 
 _IMPOSSIBLE = -700.0  # a log-probability whose exponential is 0; vLLM writes -inf as -9999
 _ROUNDING = 1e-2  # that a log-probability may be above 0
 
 
-def read_label_log_probs(given: Any) -> LabelLogProbs:
+def read_label_log_probs(value: Any) -> LabelLogProbs:
     """Read the `logprobs` of a choice.
 
+    Args:
+        value: The `logprobs` as parsed from JSON.
+
     Raises:
-        ValueError: there are none, or those of a label cannot be read; the message says why.
+        ValueError: If there are none, or those of a label cannot be read, with the reason.
     """
-    if given is None or given == {}:
+    if value is None or value == {}:
         raise ValueError("the answer has no logprobs")
-    content = given.get("content") if isinstance(given, Mapping) else None
+    content = value.get("content") if isinstance(value, Mapping) else None
     if not isinstance(content, list) or not content:
         raise ValueError("the answer's logprobs have no list of tokens as content")
     labels: LabelLogProbs = []
@@ -40,12 +43,12 @@ def expected_score(labels: LabelLogProbs, label: float) -> float:
     """Return the sum of x p(x) over labels 0 to 9, renormalized among themselves.
 
     Args:
-        labels: of an answer's tokens.
-        label: which was read from the text; the last token that is this digit alone is its place.
+        labels: The labels among the tokens of an answer.
+        label: The label in the text; its place is the last token that is this digit alone.
 
     Raises:
-        LookupError: no token is the label alone, or the labels that are listed are too unlikely to
-            stand for all.
+        LookupError: If no token is the label alone, or the listed labels are too unlikely to
+            represent all.
     """
     for digit, log_probs, unlisted in reversed(labels):
         if digit == f"{label:.0f}":
@@ -56,12 +59,12 @@ def expected_score(labels: LabelLogProbs, label: float) -> float:
                     f"listed of {unlisted:.2g}"
                 )
             score = sum(int(x) * math.exp(p) for x, p in log_probs.items()) / mass
-            return min(score, 9.0)  # rounding may pass the end of the scale
+            return min(score, 9.0)  # rounding may exceed the scale
     raise LookupError("no token of the answer is the label alone")
 
 
 def _label(position: Any) -> str | None:
-    """Return the label that a token is but for surrounding space, or None."""
+    """Return the label that a token is, apart from surrounding space, or None."""
     text = _text(position)
     return text if text in SCORES else None
 
@@ -102,12 +105,12 @@ def _distribution(position: Mapping[str, Any]) -> tuple[dict[str, float], float]
             continue
         values[token] = max(value, values.get(token, -math.inf))
         texts[token] = _text(entry)
-    found: dict[str, float] = {}
+    log_probs: dict[str, float] = {}
     for token, value in sorted(values.items()):
         if texts[token] in SCORES and value > _IMPOSSIBLE:
             label = texts[token]
-            found[label] = math.log(math.exp(found.get(label, -math.inf)) + math.exp(value))
-    return found, max(0.0, 1.0 - sum(math.exp(value) for value in values.values()))
+            log_probs[label] = math.log(math.exp(log_probs.get(label, -math.inf)) + math.exp(value))
+    return log_probs, max(0.0, 1.0 - sum(math.exp(value) for value in values.values()))
 
 
 def _shown(value: Any) -> str:

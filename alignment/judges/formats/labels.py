@@ -1,4 +1,4 @@
-"""Labels of judges: their texts, their tokens, and what verdict a distribution over them is."""
+"""Labels of judges: their texts, their tokens, and the verdict in a distribution over them."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,20 +14,28 @@ from megatron_ext.errors import UserError
 
 SCORES = tuple(str(score) for score in range(10))
 SIDES = ("A", "B", "tie")
-# Labels that together are less likely than this are not what the judge is about to say.
+# If all labels together are less likely than this, the judge is about to write something else.
 LEAST_MASS = 0.01
 
 
 def answer_text(label: str, thinking: str | None) -> str:
-    """An answer in the form that `parsing.Parser` reads."""
+    """Return an answer in the format that `parsing.Parser` reads.
+
+    Args:
+        label: The label.
+        thinking: The thinking before it, or None for a judge that does not think.
+    """
     return label if thinking is None else f"{OPEN}\n{thinking.strip()}\n{CLOSE}\n{label}"
 
 
 def label_of(verdict: Verdict) -> str:
-    """The label that a judge gives who agrees with a verdict, in the verdict's order.
+    """Return the label of a judge that agrees with a verdict, in the order of the verdict.
+
+    Args:
+        verdict: The verdict.
 
     Raises:
-        ValueError: the verdict is no judgement, or its score is outside of 0 to 9.
+        ValueError: If the verdict is no judgment, or its score is not between 0 and 9.
     """
     if verdict.outcome is Outcome.SCORE:
         assert verdict.score is not None
@@ -42,10 +50,11 @@ def label_of(verdict: Verdict) -> str:
 
 @dataclass(frozen=True)
 class LabelTokens:
-    """The token that each label is, or begins with, where an answer has it.
+    """Token that each label is, or begins with, at its place in an answer.
 
     Attributes:
-        labels, ids: in the same order.
+        labels: The labels.
+        ids: The id of the token of each label.
     """
 
     labels: Sequence[str]
@@ -55,11 +64,17 @@ class LabelTokens:
     def of(
         cls, tokenizer: Any, labels: Sequence[str], thinks: bool, template: Mapping[str, Any]
     ) -> "LabelTokens":
-        """Find them by encoding answers that differ in the label alone.
+        """Find the tokens by encoding answers that differ only in the label.
+
+        Args:
+            tokenizer: The tokenizer of the model, from transformers.
+            labels: The labels.
+            thinks: Whether the judge thinks before its label.
+            template: The variables of the chat template.
 
         Raises:
-            UserError: a score is several tokens, or one together with what stands beside it; or two
-                labels begin alike.
+            UserError: If a score is several tokens or merges with its neighbors, or two labels
+                begin with the same token.
         """
         ask = [Message("user", "Which?")]
         thinking = "So." if thinks else None
@@ -71,28 +86,29 @@ class LabelTokens:
         for label, answer in zip(labels, answers):
             if tuple(labels) == SCORES and len(answer) > min(lengths):
                 raise UserError(
-                    f"the tokenizer splits the label {label!r} into several tokens, and a judge's "
-                    "score is read from one: give a template with other labels, or another model"
+                    f"The tokenizer splits the label {label!r} into several tokens, but the score "
+                    "of a judge is read from one token. Choose another model."
                 )
-        # Of a word that is several tokens the first one stands for it.
+        # A label of several tokens is represented by its first one.
         places = [i for i, ids in enumerate(zip(*answers)) if len(set(ids)) > 1]
         ids = [answer[places[0]] for answer in answers] if places else []
         together = tuple(labels) == SCORES and len(places) != 1
         if together or len(set(ids)) != len(labels):
             raise UserError(
-                "the tokenizer does not give each label of a judge a token of its own: "
-                f"{', '.join(labels)} differ in {len(places)} tokens"
+                "The tokenizer does not encode each label of a judge as a separate token: "
+                f"{', '.join(labels)} differ in {len(places)} tokens. Choose another model."
             )
         return cls(tuple(labels), tuple(ids))
 
     def judgement(self, log_probs: Sequence[float], swapped: bool = False) -> Mapping[str, Any]:
-        """The fields of a verdict by the probabilities of the labels.
+        """Return the fields of a verdict from the probabilities of the labels.
 
-        A score is the expectation over the ten, renormalised among themselves (arXiv 2603.12246);
-        of a pair the likeliest label counts, and labels that are equally likely make a tie.
+        A score is the expectation over the ten labels, renormalized among themselves (arXiv
+        2603.12246). For a pair the likeliest label counts, and equally likely labels are a tie.
 
         Args:
-            log_probs: of each label, in their order.
+            log_probs: The log-probability of each label, in their order.
+            swapped: Whether the second response of the pair was shown first.
         """
         mass = sum(map(math.exp, log_probs))
         if not mass >= LEAST_MASS:
@@ -100,7 +116,10 @@ class LabelTokens:
             return {"outcome": Outcome.UNPARSEABLE, "reason": reason}
         if tuple(self.labels) == SCORES:
             expected = sum(s * math.exp(value) for s, value in enumerate(log_probs)) / mass
-            return {"outcome": Outcome.SCORE, "score": min(expected, HIGH)}  # but for rounding
+            return {
+                "outcome": Outcome.SCORE,
+                "score": min(expected, HIGH),
+            }  # rounding may exceed the scale
         most = max(log_probs)
         likeliest = [
             label

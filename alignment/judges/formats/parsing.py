@@ -1,7 +1,7 @@
-"""What a judge said, read strictly: exactly one label in exactly the place asked for.
+"""Parser of a judge's answer, which must hold exactly one label in exactly one place.
 
-Whatever else comes is unparseable, with the reason; no label is looked for in other text, as text
-of the response that is judged may be repeated there.
+Everything else is unparseable, with the reason. No label is searched for in other text, where the
+judge may repeat text of the response.
 """
 
 import re
@@ -13,7 +13,7 @@ from typing import Any
 from alignment.records import Outcome, Side
 
 OPEN, CLOSE = "<think>", "</think>"
-# Raise it when any answer is read differently.
+# Increase it when any answer is parsed differently.
 _VERSION = 1
 _SPACE = " \t\r\n"  # what may surround a label; str.strip() would take more
 _SCORE = re.compile(r"[0-9]")  # \d has the digits of other scripts
@@ -22,12 +22,13 @@ _NUMBERS = re.compile(r"[-+]?[0-9]+([.,/][0-9]+)?")
 
 @dataclass(frozen=True)
 class Parser:
-    """Reads a judge's answers.
+    """Parser of the answers of a judge.
 
     Attributes:
-        pairwise: labels are A, B and tie; else one digit, a score from 0 to 9.
-        thinks: an answer is <think>, thinking, </think> and the label; else the label alone.
-        opened: what was asked ended with <think> already, as some chat templates do.
+        pairwise: Whether the labels are A, B and tie; otherwise a label is a digit from 0 to 9.
+        thinks: Whether an answer is <think>, thinking, </think> and the label; otherwise it is the
+            label alone.
+        opened: Whether the prompt has ended with <think> already, as some chat templates do.
     """
 
     pairwise: bool = False
@@ -36,35 +37,37 @@ class Parser:
 
     @property
     def identity(self) -> str:
-        """A hash of everything that its reading depends on."""
+        """Return a hash of everything that the parsing depends on."""
         settings = (_VERSION, self.pairwise, self.thinks, self.opened)
         return sha256(repr(settings).encode()).hexdigest()
 
     def read(self, text: str, swapped: bool = False) -> Mapping[str, Any]:
-        """The fields of a verdict: outcome, thinking, and score, preferred or reason.
+        """Return the fields of a verdict: outcome, thinking, and score, preferred or reason.
 
         Args:
-            swapped: A was the pair's second response; the side preferred is in the pair's order.
+            text: The answer.
+            swapped: Whether A was the second response of the pair; the preferred side is returned
+                in the order of the pair.
         """
         thinking, label = "", text
         if self.thinks:
             try:
-                thinking, label = self._part(text)
+                thinking, label = self._split(text)
             except ValueError as error:
                 return {"outcome": Outcome.UNPARSEABLE, "reason": str(error), "thinking": ""}
         fields = self._label(label.strip(_SPACE), swapped)
         return {"thinking": thinking, **fields}
 
-    def _part(self, text: str) -> tuple[str, str]:
-        """Thinking, and what follows it; raises a ValueError that gives the reason."""
+    def _split(self, text: str) -> tuple[str, str]:
+        """Return the thinking and what follows it, or raise a ValueError with the reason."""
         text = (OPEN if self.opened else "") + text.lstrip(_SPACE)
         if not text.startswith(OPEN):
             raise ValueError(f"the answer does not begin with {OPEN}")
         inside, closed, label = text.removeprefix(OPEN).partition(CLOSE)
         if not closed:
-            raise ValueError("the thinking has no end")
+            raise ValueError("the thinking does not end")
         if OPEN in inside or OPEN in label or CLOSE in label:
-            raise ValueError(f"{OPEN} or {CLOSE} is there more than once")
+            raise ValueError(f"{OPEN} or {CLOSE} occurs more than once")
         return inside.strip(), label
 
     def _label(self, label: str, swapped: bool) -> Mapping[str, Any]:
@@ -78,7 +81,7 @@ class Parser:
         return {"outcome": Outcome.UNPARSEABLE, "reason": self._reason(label)}
 
     def _reason(self, label: str) -> str:
-        asked = "A, B or tie" if self.pairwise else "a digit from 0 to 9"
+        label_form = "A, B or tie" if self.pairwise else "a digit from 0 to 9"
         place = "after the thinking" if self.thinks else "in the answer"
         if not label:
             return f"there is no label {place}"
@@ -87,4 +90,4 @@ class Parser:
         several = r"(A|B|tie)" if self.pairwise else r"[0-9]"
         if re.fullmatch(rf"{several}([\s,;/]+{several})+", label):
             return f"several labels {place}"
-        return f"more than {asked} {place}: {label[:40]!r}"
+        return f"more than {label_form} {place}: {label[:40]!r}"

@@ -1,10 +1,10 @@
-"""What a judge is asked: templates as files, with untrusted text in fences that it cannot close.
+"""Prompt templates of judges, which put untrusted text into fences that it cannot close.
 
-A template has sections, each headed by a line `=== system ===` or `=== user ===`, and placeholders:
-{prompt}, {response} or {response_a} and {response_b}, and {rubric} become fenced text, {mark} the
-mark that is on every fence, {rules} and {answer} the files of these names. Plain text is enough for
-that, what is filled in is never read again as a template, and a file that differs by a byte has
-another hash. Variants are files of their own, so that a reader sees what a judge sees.
+A template is a text file with sections, each headed by a line `=== system ===` or `=== user ===`,
+and placeholders: {prompt}, {response} or {response_a} and {response_b}, and {rubric} become fenced
+text, {mark} becomes the mark of every fence, {rules} and {answer} the files of these names. The
+text that is filled in is never read as a template, and a file that differs by a byte has another
+hash. Every variant is a separate file, so that a reader sees what the judge sees.
 """
 
 import re
@@ -17,7 +17,7 @@ from alignment.records import Message, Pair, Prompt, Response
 from megatron_ext.errors import UserError
 
 FOLDER = Path(__file__).with_name("prompts")
-# Of the code below: how conversations and fences are written.
+# Version of the way in which the code below writes conversations and fences.
 _VERSION = 1
 _SECTION = re.compile(r"^=== (system|user) ===\n", re.MULTILINE)
 _PLACEHOLDER = re.compile(r"\{([a-z_]+)\}")
@@ -30,15 +30,15 @@ _MATERIAL = {
 
 @dataclass(frozen=True)
 class JudgePrompt:
-    """A template.
+    """Prompt template of a judge.
 
     Attributes:
-        kind: "pointwise" (asks about a Response), "pairwise" (about a Pair) or "rubric" (asks for
-            the rubric of a Prompt).
-        thinks: the judge is asked to think before its label.
-        with_rubric: the judge is shown the prompt's rubric.
-        sections: role and text, with the placeholders of what is to be judged.
-        identity: a hash of everything that the messages depend on besides the item.
+        kind: "pointwise" (for a response), "pairwise" (for a pair) or "rubric" (for a prompt whose
+            rubric the judge is to write).
+        thinks: Whether the judge is asked to think before its label.
+        with_rubric: Whether the judge sees the rubric of the prompt.
+        sections: Role and text of each message, with the placeholders of the item.
+        identity: A hash of everything that the messages depend on except the item.
     """
 
     kind: str
@@ -48,13 +48,15 @@ class JudgePrompt:
     identity: str
 
     def messages(self, item: Prompt | Response | Pair, swapped: bool = False) -> list[Message]:
-        """What to ask a judge about an item.
+        """Return the messages that ask a judge about an item.
 
         Args:
-            swapped: show a pair's second response first, as A.
+            item: The item.
+            swapped: Whether to show the second response of a pair first, as A.
 
         Raises:
-            UserError: the item is not of the template's kind, or has no rubric and needs one.
+            UserError: If the template is for another kind of item, or needs a rubric that the
+                prompt does not have.
         """
         material = self._material(item, swapped)
         mark = mark_for(text for blocks in material.values() for _, text in blocks)
@@ -64,14 +66,14 @@ class JudgePrompt:
         }
         filled["mark"] = mark
         return [
-            Message(role, _PLACEHOLDER.sub(lambda found: filled[found[1]], text))
+            Message(role, _PLACEHOLDER.sub(lambda match: filled[match[1]], text))
             for role, text in self.sections
         ]
 
     def _material(
         self, item: Prompt | Response | Pair, swapped: bool
     ) -> Mapping[str, Sequence[tuple[str, str]]]:
-        """Labelled texts for each placeholder."""
+        """Return the labeled texts for each placeholder."""
         prompt = item if isinstance(item, Prompt) else item.prompt
         material = {"prompt": [(f"{m.role} message", m.content) for m in prompt.messages]}
         if self.kind == "pointwise" and isinstance(item, Response):
@@ -81,41 +83,45 @@ class JudgePrompt:
             material["response_a"] = [("response A", a)]
             material["response_b"] = [("response B", b)]
         elif self.kind != "rubric" or not isinstance(item, Prompt):
-            raise UserError(f"a {self.kind} prompt cannot ask about a {type(item).__name__}")
+            raise UserError(
+                f"A {self.kind} template cannot ask about a {type(item).__name__.lower()}. "
+                "Choose another --template."
+            )
         if self.with_rubric:
             if prompt.rubric is None:
                 raise UserError(
-                    f"prompt {prompt.id!r} has no rubric, and the judge is to be shown it: write "
-                    f"rubrics first, or take a judge prompt without"
+                    f"The prompt {prompt.id!r} has no rubric, but the template of the judge shows "
+                    "it. Write rubrics first with et-align annotate --rubrics, or choose a "
+                    "template without a rubric."
                 )
             material["rubric"] = [("rubric", prompt.rubric)]
         return material
 
 
 def judge_prompt(name: str, thinks: bool = False) -> JudgePrompt:
-    """A template of this package by name, or of a file whose name begins with one's kind.
+    """Return a template of this package, or of a file whose name begins with its kind.
 
     Args:
-        name: "pointwise", "pointwise-rubric", "pairwise", "pairwise-rubric", "rubric"; or a path.
-        thinks: ask for thinking before the label.
+        name: "pointwise", "pointwise-rubric", "pairwise", "pairwise-rubric" or "rubric", or a path.
+        thinks: Whether to ask for thinking before the label.
 
     Raises:
-        UserError: there is no such template, or it lacks a placeholder or has an unknown one.
+        UserError: If there is no such template, or it lacks a placeholder or has an unknown one.
     """
     path = Path(name) if name.endswith(".txt") else FOLDER / f"{name}.txt"
     kind = path.name.removesuffix(".txt").partition("-")[0]
     known = sorted(file.stem for file in FOLDER.glob("*.txt") if file.stem != "rules")
     if not path.is_file() or kind not in _MATERIAL:
         raise UserError(
-            f"there is no judge prompt {name}: give one of {', '.join(known)}, or a file "
-            f"{'-NAME.txt, '.join(_MATERIAL)}-NAME.txt"
+            f"There is no judge prompt {name}. Choose one of {', '.join(known)}, or a file "
+            f"{'-NAME.txt, '.join(_MATERIAL)}-NAME.txt."
         )
     text = path.read_text(encoding="utf-8")
     answer = f"{kind}-{'think' if thinks else 'label'}"
     parts = {"rules": _file("rules")}
     if kind != "rubric":
         parts["answer"] = _file(f"answers/{answer}")
-    text = _PLACEHOLDER.sub(lambda found: parts.get(found[1], found[0]), text)
+    text = _PLACEHOLDER.sub(lambda match: parts.get(match[1], match[0]), text)
     before, *sections = _SECTION.split(text)
     if before.strip() or not sections:
         raise UserError(f"{path} must begin with a line === system === or === user ===")
@@ -134,7 +140,7 @@ def _file(name: str) -> str:
 
 
 def mark_for(texts: Iterable[str]) -> str:
-    """A mark of 16 letters that occurs in none of the texts, and is the same for the same texts."""
+    """Return a mark of 16 letters that occurs in none of the texts and depends only on them."""
     texts = list(texts)
     trial = 0
     while True:
@@ -147,10 +153,15 @@ def mark_for(texts: Iterable[str]) -> str:
 
 
 def fenced(label: str, text: str, mark: str) -> str:
-    """Text between two lines with the mark.
+    """Return a text between two lines with the mark.
 
-    The mark is on no line of the text, and holds no line break, so that no line of the text, nor
-    its end joined with what follows, can be taken for a fence.
+    The mark occurs nowhere in the text and has no line break, so that no line of the text, nor its
+    end joined with what follows, looks like a fence.
+
+    Args:
+        label: The label of the opening line.
+        text: The text.
+        mark: The mark; see `mark_for`.
     """
     assert mark not in text
     return f"<<< {label} {mark}\n{text}\n>>> {mark}"

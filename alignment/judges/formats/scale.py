@@ -1,4 +1,4 @@
-"""The scale of scores: every verdict's score is from 0 to 9, as judges are asked for it."""
+"""Scale of scores: the score of every verdict lies between 0 and 9."""
 
 import math
 from collections.abc import Sequence
@@ -10,24 +10,25 @@ from alignment.records import Verdict
 from megatron_ext.errors import UserError
 
 LOW, HIGH = 0.0, 9.0
-_ROUNDING = 1e-6  # of the scale's length, that a score may be beyond an end
+_ROUNDING = 1e-6  # share of the length of a scale by which a score may exceed it
 
 
 def check_scale(scale: Sequence[float], name: str) -> None:
     """Raise a `UserError` unless the two ends of a scale are finite and in order."""
     if len(scale) != 2 or not all(map(math.isfinite, scale)) or not scale[0] < scale[1]:
         ends = " ".join(f"{end:g}" for end in scale)
-        raise UserError(f"{name} {ends} must be two finite numbers, the lower one first")
+        raise UserError(f"{name} {ends} must be two finite numbers, the lower one first.")
 
 
 def rescale(score: float, scale: Sequence[float] | None = None) -> float:
-    """Map a score from a scale to 0 to 9; a score already on it stays as it is.
+    """Return a score mapped linearly from a scale to 0 to 9.
 
     Args:
-        scale: its lowest and its highest score; 0 and 9 by default.
+        score: The score.
+        scale: The lowest and the highest score of the scale. Default: 0 and 9.
 
     Raises:
-        ValueError: the score is outside of the scale; nothing is clamped but errors of rounding.
+        ValueError: If the score is outside of the scale; only rounding errors are clamped.
     """
     low, high = scale or (LOW, HIGH)
     slack = _ROUNDING * (high - low)
@@ -45,11 +46,12 @@ def read_verdicts(
     """Read the verdicts of a file, with their scores mapped to 0 to 9.
 
     Args:
-        scale: of the scores in the file; 0 to 9 by default.
-        flag: names the scale, for the message where a score is outside of it.
+        path: The file.
+        scale: The lowest and the highest score of the file's scale. Default: 0 and 9.
+        flag: The flag that states the scale, for the error message.
 
     Raises:
-        UserError: the file cannot be used, or a score is outside of the scale; naming its row.
+        UserError: If the file cannot be used, or a score is outside of the scale.
     """
     verdicts = read_all(path, Verdict)
     for place, verdict in enumerate(verdicts):
@@ -58,7 +60,7 @@ def read_verdicts(
         try:
             score = rescale(verdict.score, scale)
         except ValueError as error:
-            advice = f": name the scale of its scores with {flag}" if flag else ""
+            advice = f". State the scale of its scores with {flag}." if flag else ""
             raise UserError(f"{path}, row {place + 1:,}: {error}{advice}") from None
         if score != verdict.score:
             verdicts[place] = replace(verdict, score=score)

@@ -1,4 +1,4 @@
-"""A judge that is a function in a Python file: for what a program can check."""
+"""Function in a Python file that scores responses, for what a program can check."""
 
 import os
 import subprocess
@@ -14,18 +14,20 @@ from alignment.records import Outcome, Pair, Response, Verdict
 from megatron_ext.errors import TooFewResults, UserError
 
 FUNCTION_TIMEOUT = 60.0  # seconds
-_LOADING = 600.0  # seconds that a file may take to load, with its model say
-_MOST_TIMEOUTS = 5  # in a row, after which no score is expected any more
+_LOADING = 600.0  # seconds that a file may take to load, for example with a model
+_MOST_TIMEOUTS = 5  # in a row, after which the command ends
 
 
 class FunctionJudge:
-    """Scores responses by a function, which takes a Response and returns a number or None.
+    """Function that takes a `Response` and returns a score or None.
 
-    The function runs in a process of its own. It may be of any kind, and only a process can be
-    ended in the middle of whatever it does.
+    The function runs in a separate process, because only a process can be ended in the middle of
+    whatever it does.
 
     Attributes:
-        identity: a hash of the file, the function's name and the scale.
+        function: FILE.py:NAME of the function.
+        timeout: Time limit of a call, in seconds.
+        identity: A hash of the file, the name of the function and the scale.
     """
 
     _process: "subprocess.Popen[bytes] | None" = None
@@ -39,12 +41,12 @@ class FunctionJudge:
         """Load the function.
 
         Args:
-            function: FILE.py:NAME.
-            scale: the lowest and the highest score that it gives; 0 and 9 by default.
-            timeout: seconds that a call may take.
+            function: FILE.py:NAME of the function.
+            scale: The lowest and the highest score of the function. Default: 0 and 9.
+            timeout: Time limit of a call, in seconds.
 
         Raises:
-            UserError: it is not there, or its file cannot be run.
+            UserError: If there is no such function, or its file cannot be run.
         """
         self.function, self.timeout = function, timeout
         self._scale = None if scale is None else (float(scale[0]), float(scale[1]))
@@ -59,17 +61,25 @@ class FunctionJudge:
         self._start()
 
     def verdict(self, item: Response | Pair, swapped: bool = False, sample: int = 0) -> Verdict:
-        """Return what the function says.
+        """Return the verdict of the function.
 
-        Its error, a score outside of the scale and a call beyond the time limit are failed calls,
-        as those of an endpoint would be.
+        An error of the function, a score outside of the scale and a call beyond the time limit are
+        failed calls, as those of an endpoint are.
+
+        Args:
+            item: The response.
+            swapped: Not used, because a function scores responses.
+            sample: Number of this answer among several to the same question.
 
         Raises:
-            UserError: the item is a pair, or the file cannot be loaded again.
-            TooFewResults: several calls in a row were beyond the time limit.
+            UserError: If the item is a pair, or the file cannot be loaded again.
+            TooFewResults: If several calls in a row exceeded the time limit.
         """
         if not isinstance(item, Response):
-            raise UserError("a function scores responses, and these are pairs")
+            raise UserError(
+                f"The function {self.function} scores responses, and these are pairs. Pass a file "
+                "of responses, or choose another judge."
+            )
         outcome, score, reason = Outcome.FAILED, None, ""
         try:
             score = self._call(item)
@@ -87,11 +97,11 @@ class FunctionJudge:
             return Outcome.SCORE, rescale(score, self._scale), ""
         except ValueError as error:
             advice = "--scale LOW HIGH, or scale: [LOW, HIGH] in the judge's file"
-            reason = f"{error}: name the scale of the function's scores ({advice})"
+            reason = f"{error}. State the scale of the function's scores ({advice})"
             return Outcome.FAILED, None, reason
 
     def close(self) -> None:
-        """End the function's process."""
+        """End the process of the function."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -122,16 +132,16 @@ class FunctionJudge:
 
     def _not_loaded(self, problem: str) -> UserError:
         return UserError(
-            f"the judge {self.function} cannot be loaded ({problem}): give FILE.py:NAME "
-            "of a function"
+            f"The judge {self.function} cannot be loaded ({problem}). Name a function as "
+            "FILE.py:NAME."
         )
 
     def _call(self, item: Response) -> float | None:
-        """Return the function's score.
+        """Return the score of the function.
 
         Raises:
-            TimeoutError: it took longer than the time limit.
-            RuntimeError: it raised an error, returned something else, or ended its process.
+            TimeoutError: If the call exceeded the time limit.
+            RuntimeError: If the function raised an error, returned no number or ended its process.
         """
         if self._process is None:
             self._start()
@@ -143,9 +153,9 @@ class FunctionJudge:
             self._timeouts += 1
             if self._timeouts >= _MOST_TIMEOUTS:
                 raise TooFewResults(
-                    f"the judge {self.function} gave no score within {self.timeout:g} seconds "
-                    f"{self._timeouts} times in a row: correct the function, or raise the time "
-                    "limit (--timeout, or timeout in the judge's file)"
+                    f"The judge {self.function} returned no score within {self.timeout:g} seconds "
+                    f"{self._timeouts} times in a row. Correct the function, or raise the time "
+                    "limit (--timeout, or timeout in the judge's file)."
                 ) from None
             raise
         except (RuntimeError, OSError) as error:

@@ -1,4 +1,4 @@
-"""The process in which a judge's function runs: `FunctionJudge` starts it and asks it."""
+"""Process in which the function of a judge runs, started by `FunctionJudge`."""
 
 import math
 import os
@@ -14,12 +14,19 @@ from alignment.records import Response
 
 
 def main(handle: str, file: str, name: str) -> None:
-    """Load the function, then score each response that comes until the connection ends.
+    """Load the function, then score each response that arrives until the connection ends.
 
-    First a text is sent back that says why the function cannot be loaded, or is empty; then for
-    each response its score and a text that says why there is none.
+    The first message to the parent is a text that states why the function cannot be loaded, or is
+    empty. Then each response is answered by its score and a text that states why there is none.
+
+    Args:
+        handle: The file descriptor of the connection to the parent.
+        file: The file of the function.
+        name: The name of the function.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the command, which ends this
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C is for the command, which ends this process
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     connection = Connection(int(handle))
     sys.argv = [file]
@@ -27,7 +34,7 @@ def main(handle: str, file: str, name: str) -> None:
         score = runpy.run_path(file)[name]
         if not callable(score):
             raise TypeError(f"{name} is {score!r:.40}")
-    except (Exception, SystemExit) as error:  # the file is the user's, and may do anything
+    except (Exception, SystemExit) as error:  # the file is the user's and may raise anything
         connection.send(f"{type(error).__name__}: {error}")
         return
     connection.send("")
@@ -43,7 +50,7 @@ def main(handle: str, file: str, name: str) -> None:
 
 
 def _end_with(parent: int) -> None:
-    """End this process with its parent: an endless function would outlive a killed command."""
+    """End this process with its parent, because an endless function would outlive a killed one."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)
@@ -55,7 +62,7 @@ def _number(value: Any) -> float | None:
         return None
     score = float(value)
     if isinstance(value, str | bytes | bool) or not math.isfinite(score):
-        raise ValueError(f"the function gives {value!r}, which is no number")
+        raise ValueError(f"the function returned {value!r}, which is not a finite number")
     return score
 
 

@@ -1,4 +1,4 @@
-"""A judge whose model an engine holds, on the ranks of this process."""
+"""Judge whose model is resident on the ranks of the command."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ from alignment.rounding import model_error
 from alignment.seeds import derive_seed
 from megatron_ext.inference.sampling import Sampling
 
-# How the paper's reasoning judges think.
+# Sampling of the thinking of the paper's reasoning judges.
 THINKING = Sampling(max_new_tokens=4096, temperature=0.7, top_k=20, top_p=0.95)
 
 
@@ -75,7 +75,10 @@ class TokenizedJudgeFormat(JudgeFormat):
 
 
 class LocalJudge:
-    """Gives verdicts; every method is a collective of all ranks, each with questions of its own."""
+    """Judge whose model is in an engine.
+
+    Its method `judge` is a collective of all ranks, in which each rank asks its own questions.
+    """
 
     def __init__(
         self,
@@ -86,13 +89,15 @@ class LocalJudge:
         generation_batch_size: int = 32,
         identity: str = "",
     ) -> None:
-        """See the class.
+        """Prepare the judge.
 
         Args:
-            length: the most tokens that the model takes.
-            sampling: of a judge that thinks.
-            rows: questions that are asked at a time.
-            identity: a hash of all that a verdict depends on.
+            engine: The engine of the model.
+            judge_format: The prompt template, the parser and the tokenizer.
+            length: Most tokens of a question and its answer.
+            sampling: How the thinking is drawn.
+            generation_batch_size: Number of questions at a time.
+            identity: A hash of everything that a verdict depends on.
         """
         self.engine, self.format, self.length = engine, judge_format, length
         self.sampling, self.identity = sampling, identity
@@ -101,46 +106,47 @@ class LocalJudge:
 
     @property
     def rounding_error(self) -> float:
-        """Relative error of a score, see `alignment.rounding`."""
+        """Return the relative error of a score; see `alignment.rounding`."""
         return model_error(self.engine.dtype)
 
     def judge(
         self, questions: Sequence[Question], check: Callable[[], None] = lambda: None
     ) -> list[Verdict]:
-        """Verdicts on the questions, in their order.
+        """Return the verdicts on questions, in their order.
 
-        A judge that does not think is read by the probabilities of its labels; one that does
-        writes, and its score is read where it has put the label. A question too long for the model
-        is a failed call.
+        The verdict of a judge that does not think is computed from the probabilities of its labels.
+        A judge that thinks generates text, and its score is the expectation at the place of the
+        label. A question that is too long for the model is a failed call.
 
-        Questions of the same tokens have the same verdict: the model is asked once. Asked twice it
-        would answer differently in the last digits, which depend on the other rows of a batch, and
-        equal responses would seem to differ.
+        Questions with the same tokens have the same verdict, because the model is asked once. Two
+        calls would differ in the last digits, which depend on the other rows of a batch, and equal
+        responses would seem to differ.
 
         Args:
-            check: called on all ranks between calls; may raise.
+            questions: The questions of this rank.
+            check: Function that is called on all ranks between batches and may raise an error.
         """
-        asked = [self.format.prompt_ids(question) for question in questions]
+        prompts = [self.format.prompt_ids(question) for question in questions]
         room = self.sampling.max_new_tokens if self.format.parser.thinks else 1
-        fits = [i for i, ids in enumerate(asked) if len(ids) + room <= self.length]
+        fits = [i for i, ids in enumerate(prompts) if len(ids) + room <= self.length]
         fields: dict[int, Mapping[str, Any]] = {
             i: {
                 "outcome": Outcome.FAILED,
-                "reason": f"the question has {len(ids)} tokens, and with {room} to answer the "
-                f"judge takes {self.length}",
+                "reason": f"the question has {len(ids)} tokens and needs {room} more for the "
+                f"answer, but the judge takes {self.length}",
             }
-            for i, ids in enumerate(asked)
+            for i, ids in enumerate(prompts)
             if len(ids) + room > self.length
         }
-        keys = {i: (questions[i].sample, questions[i].swapped, *asked[i]) for i in fits}
+        keys = {i: (questions[i].sample, questions[i].swapped, *prompts[i]) for i in fits}
         representative = {key: i for i, key in reversed(keys.items())}
-        calls = sorted(representative.values(), key=lambda i: (len(asked[i]), i))
+        calls = sorted(representative.values(), key=lambda i: (len(prompts[i]), i))
         for begin in range(0, all_reduce_max(len(calls)), self.generation_batch_size):
             check()
             part = calls[begin : begin + self.generation_batch_size]
-            of = self._think if self.format.parser.thinks else self._label
-            found = of([questions[i] for i in part], [asked[i] for i in part])
-            fields |= zip(part, found)
+            ask = self._think if self.format.parser.thinks else self._label
+            results = ask([questions[i] for i in part], [prompts[i] for i in part])
+            fields |= zip(part, results)
         fields |= {i: fields[representative[key]] for i, key in keys.items()}
         return [
             Verdict.from_row(
@@ -156,20 +162,20 @@ class LocalJudge:
         ]
 
     def _label(
-        self, questions: Sequence[Question], asked: Sequence[Sequence[int]]
+        self, questions: Sequence[Question], prompts: Sequence[Sequence[int]]
     ) -> list[Mapping[str, Any]]:
-        log_probs = self._next(asked)
+        log_probs = self._next(prompts)
         return [
             self.labels.judgement(row, question.swapped)
             for question, row in zip(questions, log_probs)
         ]
 
     def _think(
-        self, questions: Sequence[Question], asked: Sequence[Sequence[int]]
+        self, questions: Sequence[Question], prompts: Sequence[Sequence[int]]
     ) -> list[Mapping[str, Any]]:
-        # Not of items' names: the same question has the same answer on any rank, in any call.
-        seeds = [derive_seed(self.identity, q.sample, *ids) for q, ids in zip(questions, asked)]
-        answers = self.engine.generate(asked, self.sampling, seeds)
+        # Seeds depend on tokens, not on names, so that a question has one answer on all ranks.
+        seeds = [derive_seed(self.identity, q.sample, *ids) for q, ids in zip(questions, prompts)]
+        answers = self.engine.generate(prompts, self.sampling, seeds)
         read: list[Mapping[str, Any]] = [
             self.read(question, answer) for question, answer in zip(questions, answers)
         ]
@@ -179,29 +185,29 @@ class LocalJudge:
         scored = [i for i, fields in enumerate(read) if fields["outcome"] is Outcome.SCORE]
         places = {i: self._label_place(answers[i]) for i in scored}
         there = {i: place for i, place in places.items() if place is not None}
-        before = [[*asked[i], *answers[i].tokens[:place]] for i, place in there.items()]
-        found: dict[int, Mapping[str, Any]] = {
+        before = [[*prompts[i], *answers[i].tokens[:place]] for i, place in there.items()]
+        scores: dict[int, Mapping[str, Any]] = {
             i: {
                 "outcome": Outcome.UNPARSEABLE,
-                "reason": "the label is in other tokens than those that scores are read from",
+                "reason": "the label is not one of the tokens that scores are read from",
             }
             for i in scored
         }
-        found |= {
+        scores |= {
             i: self.labels.judgement(log_probs) for i, log_probs in zip(there, self._next(before))
         }
-        for i, fields in found.items():
+        for i, fields in scores.items():
             written = {name: value for name, value in read[i].items() if name != "score"}
             read[i] = {**written, **fields}
         return read
 
     @staticmethod
     def answer(tokens: Sequence[int], ended: bool) -> GeneratedResponse:
-        """What a model wrote, to be read."""
+        """Return the tokens that a model generated as an answer."""
         return GeneratedResponse(list(tokens), [], ended)
 
     def read(self, question: Question, answer: GeneratedResponse) -> dict[str, Any]:
-        """The fields of a verdict in what was generated."""
+        """Return the fields of the verdict in an answer."""
         text = self.format.decode(answer)
         fields = dict(self.format.parser.read(text, question.swapped))
         if fields["outcome"] is Outcome.UNPARSEABLE and not answer.ended:
@@ -212,20 +218,20 @@ class LocalJudge:
         return {**fields, "answer": text}
 
     def _label_place(self, answer: GeneratedResponse) -> int | None:
-        """Where an answer has its label: the last token after the thinking that is one."""
+        """Return the place of the label: the last token after the thinking that is a label."""
         for place in reversed(range(len(answer.tokens))):
             if CLOSE in decoded(self.format.tokenizer, answer.tokens[place:]):
-                break  # thinking may hold such tokens too
+                break  # thinking may contain such tokens too
             if answer.tokens[place] in self.labels.ids:
                 return place
         return None
 
     def _next(self, before: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Log-probabilities of the labels after each row."""
+        """Return the log-probabilities of the labels after each row, `[rows][labels]`."""
         batch = TokenBatch.of([TokenSample(row, len(row)) for row in before])
-        found = self.engine.next_log_probs(batch, self.labels.ids)
+        log_probs = self.engine.next_log_probs(batch, self.labels.ids)
         last = torch.tensor([len(row) - 1 for row in before], dtype=torch.int64)
-        return found[torch.arange(len(before)), last].tolist()
+        return log_probs[torch.arange(len(before)), last].tolist()
 
 
 def local_judge_identity(model: str, judge_format: TokenizedJudgeFormat, sampling: Sampling) -> str:

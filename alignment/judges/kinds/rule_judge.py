@@ -1,8 +1,8 @@
-"""A gold judge that is a rule: no model, no randomness, and learnable from text only in part.
+"""Gold judge that is a rule: without a model or randomness, and only partly learnable from text.
 
-It reads a prompt and a response, measures a few features, each a whole level from 0 to 9, and gives
-the weighted mean of the levels. What it writes before the label is the levels in words, from which
-the label follows; so a judge can learn to think as it does.
+It measures a few features of a prompt and a response, each a whole level from 0 to 9, and returns
+the weighted mean of the levels. Its thinking states the levels in words, from which the label
+follows, so that a judge can learn to think in the same way.
 """
 
 import json
@@ -26,11 +26,11 @@ _ENDING = re.compile(r"""[.!?]["'”’)]*\s*$""")
 
 
 def words_of(text: str) -> list[str]:
-    """Lower-case words and numbers."""
+    """Return the words and numbers of a text in lower case."""
     return re.findall(r"[^\W_]+", text.lower())
 
 
-# Words that say little of what a text is about.
+# Words that carry little of the topic of a text.
 _FUNCTION_WORDS = frozenset(
     words_of(
         """
@@ -48,12 +48,15 @@ _FUNCTION_WORDS = frozenset(
 
 @dataclass(frozen=True)
 class Fluency:
-    """How much a text reads like a reference, under a bigram model of the reference's words.
+    """Measure of how much a text resembles a reference, by a bigram model of its words.
 
     Attributes:
-        shuffled, real: mean log-probability of a word of held-out reference text in random order,
-            and as it stands: the ends of the scale.
-        digest: of the reference.
+        ids: Number of each word that the model knows.
+        model: The bigram model.
+        shuffled: Mean log-probability of a word of held-out reference text in random order, in
+            nats: the lower end of the scale.
+        real: The same in the original order: the upper end of the scale.
+        digest: A hash of the reference.
     """
 
     ids: Mapping[str, int]
@@ -64,13 +67,14 @@ class Fluency:
 
     @classmethod
     def fit(cls, texts: Iterable[str], most_words: int = 1_000_000) -> "Fluency":
-        """Learn from a reference: every eighth text sets the scale, the others the model.
+        """Fit the measure to a reference: every eighth text sets the scale, the others the model.
 
         Args:
-            most_words: what is beyond is not read.
+            texts: The reference texts.
+            most_words: Number of words after which no further text is read.
 
         Raises:
-            UserError: the reference is too small to tell text from noise.
+            UserError: If the reference is too small to distinguish text from noise.
         """
         documents: list[list[str]] = []
         read = 0
@@ -84,26 +88,28 @@ class Fluency:
         counts: dict[str, int] = {}
         for word in fitted:
             counts[word] = counts.get(word, 0) + 1
-        kept = [word for word in sorted(counts) if counts[word] > 1]
-        ids = {word: number for number, word in enumerate(kept, start=1)}  # 0 is any other word
+        known = [word for word in sorted(counts) if counts[word] > 1]
+        ids = {word: number for number, word in enumerate(known, start=1)}  # 0 is any other word
         digest = sha256(json.dumps(documents).encode()).hexdigest()
-        if len(kept) < 10 or len(scale) < 10:
-            raise UserError("--rule-text has too few words to learn from: give at least 100 texts")
+        if len(known) < 10 or len(scale) < 10:
+            raise UserError("--rule-text has too few words to learn from. Pass at least 100 texts.")
         model = Bigram.fit(_numbered(fitted, ids), len(ids) + 1)
         itself = cls(ids, model, 0.0, 1.0, digest)
         real = itself.log_probability(scale)
         shuffled = itself.log_probability(random.Random(0).sample(scale, len(scale)))
         if not real > shuffled:
-            raise UserError("--rule-text reads no better in order than shuffled: give real text")
+            raise UserError(
+                "--rule-text is no more likely in order than shuffled. Pass text of a language."
+            )
         return replace(itself, shuffled=shuffled, real=real)
 
     def log_probability(self, words: Sequence[str]) -> float:
-        """Mean over the words after the first, in nats."""
+        """Return the mean log-probability of the words after the first, in nats."""
         numbers = _numbered(words, self.ids)
         return float(np.log(self.model.probability(numbers[:-1], numbers[1:])).mean())
 
     def __call__(self, words: Sequence[str]) -> float:
-        """From 0, no better than shuffled words, to 1, as good as the reference."""
+        """Return the fluency, from 0 (like shuffled words) to 1 (like the reference)."""
         if len(words) < 2:
             return 0.0
         return (self.log_probability(words) - self.shuffled) / (self.real - self.shuffled)
@@ -114,8 +120,15 @@ def _numbered(words: Sequence[str], ids: Mapping[str, int]) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Reading:
-    """A prompt and a response, taken apart once for all features."""
+class SplitResponse:
+    """Words of a prompt and a response, split once for all features.
+
+    Attributes:
+        prompt: The words of the user's messages.
+        words: The words of the response.
+        text: The response.
+        fluency: The measure of fluency.
+    """
 
     prompt: list[str]
     words: list[str]
@@ -123,9 +136,10 @@ class Reading:
     fluency: Fluency
 
     @classmethod
-    def of(cls, messages: Sequence[Message], text: str, fluency: Fluency) -> "Reading":
-        asked = [word for m in messages if m.role == "user" for word in words_of(m.content)]
-        return cls(asked, words_of(text), text, fluency)
+    def of(cls, messages: Sequence[Message], text: str, fluency: Fluency) -> "SplitResponse":
+        """Split a prompt and a response into words."""
+        prompt = [word for m in messages if m.role == "user" for word in words_of(m.content)]
+        return cls(prompt, words_of(text), text, fluency)
 
 
 def _content(words: Sequence[str]) -> set[str]:
@@ -136,45 +150,45 @@ def _runs(words: Sequence[str]) -> list[tuple[str, ...]]:
     return list(zip(words, words[1:], words[2:]))
 
 
-def _topic(reading: Reading) -> float:
-    """Share of the prompt's content words that the response takes up."""
-    asked = _content(reading.prompt)
-    return len(asked & set(reading.words)) / len(asked) if asked else 1.0
+def _topic(response: SplitResponse) -> float:
+    """Return the share of the content words of the prompt that the response contains."""
+    topic = _content(response.prompt)
+    return len(topic & set(response.words)) / len(topic) if topic else 1.0
 
 
-def _own_topic(reading: Reading) -> float:
-    """As `topic`, without the words that stand in three or more copied from the prompt in a row."""
-    copied = set(_runs(reading.prompt))
-    own = [True] * len(reading.words)
-    for at, run in enumerate(_runs(reading.words)):
+def _own_topic(response: SplitResponse) -> float:
+    """Return `_topic` without words in runs of three or more that are copied from the prompt."""
+    copied = set(_runs(response.prompt))
+    is_own = [True] * len(response.words)
+    for at, run in enumerate(_runs(response.words)):
         if run in copied:
-            own[at : at + 3] = [False] * 3
-    kept = [word for word, mine in zip(reading.words, own) if mine]
-    return _topic(replace(reading, words=kept))
+            is_own[at : at + 3] = [False] * 3
+    words = [word for word, own in zip(response.words, is_own) if own]
+    return _topic(replace(response, words=words))
 
 
-def _fluency(reading: Reading) -> float:
-    return reading.fluency(reading.words)
+def _fluency(response: SplitResponse) -> float:
+    return response.fluency(response.words)
 
 
-def _variety(reading: Reading) -> float:
-    """Share of runs of three words that were not there before; half of them is none at all."""
-    runs = _runs(reading.words)
+def _variety(response: SplitResponse) -> float:
+    """Return the share of new runs of three words, scaled so that a share of one half gives 0."""
+    runs = _runs(response.words)
     return 2 * len(set(runs)) / len(runs) - 1 if runs else 0.0
 
 
-def _length(reading: Reading) -> float:
-    """1 from 12 to 40 words, falling to 0 at none and at 80."""
-    count = len(reading.words)
+def _length(response: SplitResponse) -> float:
+    """Return 1 for 12 to 40 words, falling to 0 at no words and at 80."""
+    count = len(response.words)
     return min(count / 12, 1.0, (80 - count) / 40)
 
 
-def _ending(reading: Reading) -> float:
-    """Whether it ends as a sentence does."""
-    return float(bool(_ENDING.search(reading.text)))
+def _ending(response: SplitResponse) -> float:
+    """Return 1 if the response ends like a sentence, and otherwise 0."""
+    return float(bool(_ENDING.search(response.text)))
 
 
-FEATURES: Mapping[str, Callable[[Reading], float]] = {
+FEATURES: Mapping[str, Callable[[SplitResponse], float]] = {
     "topic": _topic,
     "own topic": _own_topic,
     "fluency": _fluency,
@@ -185,46 +199,49 @@ FEATURES: Mapping[str, Callable[[Reading], float]] = {
 
 
 @dataclass(frozen=True)
-class Rule:
-    """What makes a response good.
+class ScoringRule:
+    """ScoringRule that scores responses: weights of features.
 
     Attributes:
-        weights: of the features that count, in the order in which they are told.
-        margin: two responses whose means of levels differ by no more are tied.
+        name: Name of the rule.
+        weights: Weight of each feature, in the order in which the thinking states them.
+        margin: Largest difference of two mean levels that is a tie.
     """
 
     name: str
     weights: Mapping[str, float]
     margin: float = 0.25
 
-    def changed(self, name: str, old: str, new: str) -> "Rule":
-        """The rule with one feature in the place of another."""
+    def changed(self, name: str, old: str, new: str) -> "ScoringRule":
+        """Return the rule with one feature in place of another."""
         weights = {new if f == old else f: weight for f, weight in self.weights.items()}
         return replace(self, name=name, weights=weights)
 
     def mean(self, levels: Mapping[str, int]) -> float:
-        """The weighted mean of levels, from 0 to 9."""
+        """Return the weighted mean of levels, from 0 to 9."""
         total = sum(self.weights.values())
         return sum(weight * levels[name] for name, weight in self.weights.items()) / total
 
 
-GOLD = Rule("gold", {"topic": 4, "fluency": 4, "variety": 2, "length": 1, "ending": 1})
+GOLD = ScoringRule("gold", {"topic": 4, "fluency": 4, "variety": 2, "length": 1, "ending": 1})
 RULES = {rule.name: rule for rule in (GOLD, GOLD.changed("no-copying", "topic", "own topic"))}
 
 
 @dataclass(frozen=True)
 class RuleJudge:
-    """Judges by a rule, against a reference text for fluency.
+    """Judge that follows a rule, with a reference text for fluency.
 
     Attributes:
-        identity: a hash of all that a verdict depends on.
+        rule: The rule.
+        fluency: The measure of fluency.
+        identity: A hash of everything that a verdict depends on.
     """
 
-    rule: Rule
+    rule: ScoringRule
     fluency: Fluency
     identity: str = field(init=False)
 
-    VERSION = 1  # of the features: another one, another judge
+    VERSION = 1  # increase it when a feature changes, which makes another judge
 
     def __post_init__(self) -> None:
         rule = [self.rule.name, dict(self.rule.weights), self.rule.margin]
@@ -232,21 +249,23 @@ class RuleJudge:
         object.__setattr__(self, "identity", sha256(depends).hexdigest())
 
     def levels(self, messages: Sequence[Message], text: str) -> dict[str, int]:
-        """Each feature of a response as a whole level from 0 to 9."""
-        reading = Reading.of(messages, text, self.fluency)
-        return {name: _level(FEATURES[name](reading)) for name in self.rule.weights}
+        """Return the level of each feature of a response, a whole number from 0 to 9."""
+        response = SplitResponse.of(messages, text, self.fluency)
+        return {name: _level(FEATURES[name](response)) for name in self.rule.weights}
 
     def verdict(self, item: Response | Pair, swapped: bool = False, sample: int = 0) -> Verdict:
-        """What the rule says of a response, or of a pair: the same in both orders."""
+        """Return the verdict on a response, or on a pair, which is the same in both orders."""
         score, side = None, None
         if isinstance(item, Response):
             levels = self.levels(item.prompt.messages, item.text)
             outcome, score = Outcome.SCORE, float(round_half_up(self.rule.mean(levels)))
-            thinking, label = tell(levels), f"{score:.0f}"
+            thinking, label = describe_levels(levels), f"{score:.0f}"
         else:
             texts = (item.second, item.first) if swapped else (item.first, item.second)
             both = [self.levels(item.prompt.messages, text) for text in texts]
-            thinking = " ".join(f"{name}: {tell(levels)}" for name, levels in zip("AB", both))
+            thinking = " ".join(
+                f"{name}: {describe_levels(levels)}" for name, levels in zip("AB", both)
+            )
             difference = self.rule.mean(both[0]) - self.rule.mean(both[1])
             outcome, label = Outcome.TIE, "tie"
             if abs(difference) > self.rule.margin + 1e-9:
@@ -258,13 +277,13 @@ class RuleJudge:
         )  # fmt: skip
 
 
-def tell(levels: Mapping[str, int]) -> str:
-    """Levels in words."""
+def describe_levels(levels: Mapping[str, int]) -> str:
+    """Return levels in words."""
     return ", ".join(f"{name} {NUMBERS[level]}" for name, level in levels.items()) + "."
 
 
 def round_half_up(value: float) -> int:
-    """To the nearest whole number; the smallest error of a sum must not decide a half."""
+    """Round to the nearest whole number, halves up, with tolerance for rounding errors of a sum."""
     return math.floor(value + 0.5 + 1e-9)
 
 

@@ -120,7 +120,7 @@ def refusals(folder):
 
 REFUSED = {
     ("--gold", "others.jsonl"): "--gold judges the item 'r5-0', which is not in --input",
-    ("--gold", "one.jsonl"): "all 7 labels of --gold are 3: a judge learns nothing",
+    ("--gold", "one.jsonl"): "All 7 labels of --gold are 3, and a judge learns nothing",
     (
         "--gold",
         "silent.jsonl",

@@ -69,7 +69,7 @@ def cases(folder, runs, url):
     """Of each case: the exit code or the sentence, and what was printed and warned."""
     found = {}
     (folder / "slow.yaml").write_text(
-        f"kind: endpoint\nmodel: judge\nurl: {url}\nexpected_score: false\nrows: 1\n"
+        f"kind: endpoint\nmodel: judge\nurl: {url}\nexpected_score: false\nconcurrency: 1\n"
         f"tries: 2\ntemplate: {folder / 'pointwise-item.txt'}\n"
     )
     (folder / "local.yaml").write_text(

@@ -42,9 +42,9 @@ def engine_of(folder, kind, layout):
 
 
 def labelled(folder, name="train"):
-    from alignment.judges.training_examples import read_labelled
+    from alignment.judges.training_examples import read_labeled_questions
 
-    return read_labelled([folder / f"{name}.jsonl"], [folder / f"{name}.gold.jsonl"], True)
+    return read_labeled_questions([folder / f"{name}.jsonl"], [folder / f"{name}.gold.jsonl"], True)
 
 
 def form(folder, thinks):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from alignment.judges.training_examples import encode, read_labelled
+from alignment.judges.training_examples import encode, read_labeled_questions
 from alignment.judges.verifiable_rewards import judge_reward
 from alignment.records import Message, Outcome, Pair, Prompt, Side, Verdict
 from megatron_ext.errors import TooFewResults, UserError
@@ -63,7 +63,7 @@ def test_gold_outside_of_0_to_9_is_refused_by_row_or_mapped_from_its_scale(
     with pytest.raises(UserError, match="--gold-scale 5 0"):
         main([*judging, "--gold", str(file), "--gold-scale", "5", "0"])
     items = str(write_rows(tmp_path / "three.jsonl", responses(3)))
-    found = read_labelled([items], [str(scored(tmp_path, 1, 5.5, 10))], True, [1, 10])
+    found = read_labeled_questions([items], [str(scored(tmp_path, 1, 5.5, 10))], True, [1, 10])
     assert [row.gold.score for row in found] == pytest.approx([0, 4.5, 9], rel=1e-12)
     assert [row.label for row in found] == ["0", "5", "9"]
     # The best answer to the best of gold has the best reward.
@@ -85,7 +85,7 @@ def test_too_many_verdicts_of_gold_without_a_judgement_are_refused(
     with pytest.raises(TooFewResults, match=r"5 of 20 verdicts .* cut off after 0 \(5 times\)"):
         main(flags)
     files = [str(tmp_path / "items.jsonl")], [str(tmp_path / "gold.jsonl")]
-    assert len(read_labelled(*files, True, max_left_out=0.25)) == 15
+    assert len(read_labeled_questions(*files, True, max_left_out=0.25)) == 15
     none = [Verdict(v.item, Outcome.FAILED, reason="gone") for v in verdicts]
     flags = [*judging, "--gold", str(write_rows(tmp_path / "none.jsonl", none))]
     with pytest.raises(TooFewResults, match="20 of 20 verdicts of --gold are left out"):
@@ -119,10 +119,10 @@ def test_scores_between_labels_are_taught_as_the_nearest_and_counted(
 
     file = str(scored(tmp_path, 7.5, 7.4, 3, 0.5))
     items = str(write_rows(tmp_path / "four.jsonl", responses(4)))
-    rows = read_labelled([items], [file], True)
+    rows = read_labeled_questions([items], [file], True)
     assert [row.label for row in rows] == ["8", "7", "3", "1"]
     config = parse([*judging, "--gold", file])
     form = load_judge_format(config.model, config.format, False)
     encoded = encode(rows, form, 512, None)
     assert encoded.rounded == 3
-    assert "3 of a score between two labels, taught as the nearest" in encoded.told()
+    assert "3 of a score between two labels, taught as the nearest" in encoded.summary()

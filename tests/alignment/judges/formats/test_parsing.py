@@ -84,7 +84,7 @@ def test_thinking_comes_first_and_is_kept() -> None:
     [
         ("7", "does not begin with <think>"),
         ("Well. <think>x</think>7", "does not begin with <think>"),
-        ("<think>I give 7", "the thinking has no end"),
+        ("<think>I give 7", "the thinking does not end"),
         ("<think>7</think>", "there is no label after the thinking"),
         ("<think>x</think>7</think>7", "more than once"),
         ("<think>x</think>7<think>y</think>8", "more than once"),

@@ -142,7 +142,7 @@ def test_identities_change_with_anything_but_the_item(tmp_path: Path) -> None:
         ("pointwise-x.txt", "=== user ===\n{prompt}{response}{respons}", r"unknown .*\{respons\}"),
         ("pairwise-x.txt", "=== user ===\n{prompt}{response}", r"unknown placeholder \{response\}"),
         ("pointwise-x.txt", "{prompt}{response}", "must begin with a line === system ==="),
-        ("other.txt", "=== user ===\n{prompt}", "there is no judge prompt"),
+        ("other.txt", "=== user ===\n{prompt}", "There is no judge prompt"),
     ],
 )
 def test_templates_that_cannot_work_are_refused(
@@ -154,9 +154,9 @@ def test_templates_that_cannot_work_are_refused(
 
 
 def test_items_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(UserError, match="no judge prompt pointwize: give one of pairwise, "):
+    with pytest.raises(UserError, match="no judge prompt pointwize\. Choose one of pairwise, "):
         judge_prompt("pointwize")
-    with pytest.raises(UserError, match="a pairwise prompt cannot ask about a Response"):
+    with pytest.raises(UserError, match="A pairwise template cannot ask about a response"):
         judge_prompt("pairwise").messages(RESPONSE)
     bare = Response("r", Prompt("p", [Message("user", "x")]), "y")
     with pytest.raises(UserError, match="prompt 'p' has no rubric"):

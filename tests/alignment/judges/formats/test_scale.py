@@ -25,7 +25,7 @@ def test_scores_outside_of_the_scale_are_refused_by_file_and_row(tmp_path):
         file = verdicts(tmp_path, 5, bad)
         with pytest.raises(UserError, match=rf"verdicts\.jsonl, row 2: the score {bad} is outside"):
             read_verdicts(file, scale)
-    with pytest.raises(UserError, match="name the scale of its scores with --gold-scale"):
+    with pytest.raises(UserError, match="State the scale of its scores with --gold-scale"):
         read_verdicts(verdicts(tmp_path, 70), flag="--gold-scale")
 
 

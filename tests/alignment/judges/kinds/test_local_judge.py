@@ -61,7 +61,7 @@ def test_the_score_is_read_after_the_thinking_or_not_at_all(judge):
     assert found[0].score == pytest.approx((3 * 0.2 + 7 * 0.6) / 0.8, abs=0.01)
     assert [text.endswith("3 of 4</think>\n") for text in judge.engine.after] == [True]
     assert found[1].outcome is Outcome.UNPARSEABLE and found[1].score is None
-    assert "other tokens" in found[1].reason and found[1].answer.endswith("</think> 7")
+    assert "not one of the tokens" in found[1].reason and found[1].answer.endswith("</think> 7")
 
 
 def test_equal_questions_are_asked_once(judge, monkeypatch):
