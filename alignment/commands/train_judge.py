@@ -23,7 +23,7 @@ from alignment.data.source_rows import RecordWriter
 from alignment.engines.protocol import AlignmentEngine
 from alignment.judges import training_examples as examples
 from alignment.judges.kinds.local_judge import LocalJudge, TokenizedJudgeFormat
-from alignment.judges.training_examples import Labelled
+from alignment.judges.training_examples import LabeledQuestion
 from alignment.judges.validation import BEST, agreement, is_sound, judge_all
 from alignment.judges.verifiable_rewards import judge_reward
 from alignment.ranks import all_reduce_max
@@ -62,10 +62,10 @@ def run(config: TrainJudgeConfig) -> int:
         dry_run(config, config.run.dry_run, config.answers.generation_batch_size * thinks)
         return 0
     reading = (not thinks, config.gold_scale, config.batch.max_left_out)
-    gold = examples.read_labelled(config.input, config.gold, *reading)
+    gold = examples.read_labeled_questions(config.input, config.gold, *reading)
     validation = []
     if config.validation_input:
-        validation = examples.read_labelled(
+        validation = examples.read_labeled_questions(
             config.validation_input, config.validation_gold, *reading
         )
         if len({row.label for row in validation} - {"tie"}) < 2:
@@ -89,7 +89,9 @@ def run(config: TrainJudgeConfig) -> int:
 
 
 def _check_validation_room(
-    config: TrainJudgeConfig, judge_format: TokenizedJudgeFormat, validation: Sequence[Labelled]
+    config: TrainJudgeConfig,
+    judge_format: TokenizedJudgeFormat,
+    validation: Sequence[LabeledQuestion],
 ) -> None:
     """Check that a question of the validation leaves room for an answer.
 
@@ -111,8 +113,8 @@ def _check_validation_room(
 def _train_supervised(
     config: TrainJudgeConfig,
     judge_format: TokenizedJudgeFormat,
-    gold: Sequence[Labelled],
-    validation: Sequence[Labelled],
+    gold: Sequence[LabeledQuestion],
+    validation: Sequence[LabeledQuestion],
 ) -> int:
     encoded = examples.encode(
         gold,
@@ -134,15 +136,15 @@ def _train_supervised(
     ) -> int:
         return fit(training, schedule, step, evaluate)
 
-    data = encoded.told()
+    data = encoded.summary()
     return _run(config, engine, judge_format, validation, steps, run_steps, data)
 
 
 def _train_on_rewards(
     config: TrainJudgeConfig,
     judge_format: TokenizedJudgeFormat,
-    gold: Sequence[Labelled],
-    validation: Sequence[Labelled],
+    gold: Sequence[LabeledQuestion],
+    validation: Sequence[LabeledQuestion],
 ) -> int:
     max_new_tokens = config.answers.max_new_tokens
     steps = config.steps
@@ -204,7 +206,7 @@ def _train_on_rewards(
     return _run(config, engine, judge_format, validation, steps, run_steps, data, critic)
 
 
-def _reward_answer(judge: LocalJudge, row: Labelled, rollout: Rollout) -> RewardResult:
+def _reward_answer(judge: LocalJudge, row: LabeledQuestion, rollout: Rollout) -> RewardResult:
     answer = judge.answer(rollout.tokens, rollout.ended)
     fields = judge.read(row.question, answer)
     reward = judge_reward(fields, row.gold)
@@ -229,7 +231,7 @@ def _run(
     config: TrainJudgeConfig,
     engine: AlignmentEngine,
     judge_format: TokenizedJudgeFormat,
-    validation: Sequence[Labelled],
+    validation: Sequence[LabeledQuestion],
     steps: int,
     run_steps: Callable[[TrainingRun, TrainingSchedule, Callable[[int], Metrics] | None], int],
     data: str,

@@ -154,7 +154,7 @@ def test_templates_that_cannot_work_are_refused(
 
 
 def test_items_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(UserError, match="no judge prompt pointwize\. Choose one of pairwise, "):
+    with pytest.raises(UserError, match=r"no judge prompt pointwize\. Choose one of pairwise, "):
         judge_prompt("pointwize")
     with pytest.raises(UserError, match="A pairwise template cannot ask about a response"):
         judge_prompt("pairwise").messages(RESPONSE)
