@@ -56,7 +56,7 @@ def test_gold_outside_of_0_to_9_is_refused_by_row_or_mapped_from_its_scale(
     for high in (100, 10, -1):
         file = scored(tmp_path, 3, 5, high)
         told = rf"gold\.jsonl, row 3: the score {high} is outside of the scale from 0 to 9"
-        with pytest.raises(UserError, match=f"{told}: name the scale .* --gold-scale"):
+        with pytest.raises(UserError, match=f"{told}. State the scale .* --gold-scale"):
             main([*judging, "--gold", str(file)])
     with pytest.raises(UserError, match=r"row 3: the score 10 .* from 0 to 5"):
         main([*judging, "--gold", str(scored(tmp_path, 3, 5, 10)), "--gold-scale", "0", "5"])
