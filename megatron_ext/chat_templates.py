@@ -1,17 +1,18 @@
-"""Conversations as token ids, by the chat template that comes with a tokenizer.
+r"""Encoding of conversations as token ids with the chat template of a tokenizer.
 
-Training, our server and the sampling of responses encode conversations here, so that they agree:
+Training, the server and the sampling of responses encode conversations with this module, so that
+their token ids agree:
 
 * A control token is a special token, or an added token that looks like markup: `<think>` and
-  `<tool_call>` are added without being marked as special, and steer a model as `<|im_end|>` does.
-  Added spaces and words ("\\n\\n", "covid-19") are text.
-* What the template writes is parsed: its control tokens are tokens. In a message the name of a
-  control token is text, so that no message can end itself, begin another or think for the model.
-  One exception: the markers `<think>` and `</think>` around the thinking that begins a message of
-  the assistant are the model's own, and are tokens. So is the first `</think>` alone where the
-  template has opened the thinking. Further ones in the same message are text.
-* Every message is in what is rendered, or the template is refused. Space may be trimmed, and the
-  thinking of earlier messages left out.
+  `<tool_call>` are added without being marked as special, and control a model as `<|im_end|>` does.
+  Added spaces and words ("\n\n", "covid-19") are text.
+* Control tokens that the template writes are tokens. The name of a control token in a message is
+  text, so that no message can end itself, begin another or think for the model. There is one
+  exception: the markers `<think>` and `</think>` around the thinking at the beginning of an
+  assistant's message belong to the model and are tokens. The same holds for the first `</think>` if
+  the template has opened the thinking. Further ones in the same message are text.
+* A template that omits a message is refused. It may trim whitespace and omit the thinking of
+  earlier messages.
 """
 
 import json
@@ -29,7 +30,7 @@ _PRIVATE, _END = 0xE000, "\uf8ff"  # the first and the last character of private
 _SHOWN = 40  # characters of a message in an error
 
 Row = Mapping[str, str]
-"""A message: its role and content."""
+"""Message with role and content."""
 
 
 def prompt_ids(
@@ -38,26 +39,29 @@ def prompt_ids(
     variables: Mapping[str, Any] | None = None,
     chat_template: str | None = None,
 ) -> list[int]:
-    """Return the ids of a conversation, up to where the assistant's next message begins.
+    """Return the ids of a conversation up to the beginning of the assistant's next message.
 
     Args:
-        tokenizer, rows, variables, chat_template: see `Conversation`.
+        tokenizer: A tokenizer of transformers.
+        rows: The messages.
+        variables: Variables of the template, such as enable_thinking.
+        chat_template: Template to use instead of the tokenizer's own.
 
     Raises:
-        UserError: see `Conversation`; or the template leaves a message out.
+        UserError: There is no template, or it rejects or omits a message.
     """
     conversation = Conversation(tokenizer, rows, variables, chat_template)
-    conversation.check_kept()
+    conversation.check_complete()
     return conversation.ids(conversation.prompt)
 
 
 class Conversation:
-    """A conversation that is ready to be rendered and encoded.
+    """Conversation that is ready to be rendered and encoded.
 
     Attributes:
-        rows: its messages, with marks in place of control tokens' names.
-        prompt: what is rendered of them, up to where the assistant's next message begins.
-        opened: whether the template itself opens the thinking of an answer.
+        rows: The messages, with marks in place of the names of control tokens.
+        prompt: Rendered messages, up to the beginning of the assistant's next message.
+        opened: Whether the template opens the thinking of a response.
     """
 
     def __init__(
@@ -67,21 +71,21 @@ class Conversation:
         variables: Mapping[str, Any] | None = None,
         chat_template: str | None = None,
     ) -> None:
-        """Render the messages up to where the assistant's next one begins.
+        """Render the messages up to the beginning of the assistant's next message.
 
         Args:
-            tokenizer: one of transformers.
-            rows: the messages.
-            variables: of the template, such as enable_thinking.
-            chat_template: instead of the tokenizer's own.
+            tokenizer: A tokenizer of transformers.
+            rows: The messages.
+            variables: Variables of the template, such as enable_thinking.
+            chat_template: Template to use instead of the tokenizer's own.
 
         Raises:
-            UserError: there is no template, or it refuses the messages.
+            UserError: There is no template, or it rejects the messages.
         """
         self._encoder = _encoder_of(tokenizer)
         self._tokenizer, self._variables = tokenizer, dict(variables or {})
         self._template = chat_template
-        self._given, self.opened = list(rows), False
+        self._messages, self.opened = list(rows), False
         self.rows = self._encoder.hide(rows, False)
         self.prompt = self._render(self.rows, True)
         if self.prompt.rstrip().endswith(THINK):
@@ -90,26 +94,30 @@ class Conversation:
             self.prompt = self._render(self.rows, True)
 
     def answered(self, answer: str) -> tuple[str, str]:
-        """Render the conversation with the assistant's answer to it.
+        """Render the conversation with the assistant's response.
+
+        Args:
+            answer: Text of the response.
 
         Returns:
-            the answer with marks, and what is rendered.
+            The response with marks, and the rendered conversation.
 
         Raises:
-            UserError: the template refuses the messages.
+            UserError: The template rejects the messages.
         """
         row = {"role": "assistant", "content": answer}
         [hidden] = self._encoder.hide([row], self.opened)
         return hidden["content"], self._render([*self.rows, hidden], False)
 
     def ids(self, rendered: str) -> list[int]:
-        """Encode rendered text; the template has written what begins and ends it."""
+        """Encode rendered text without adding special tokens, which the template writes."""
         return self._encoder.ids(rendered)
 
     def _render(self, rows: Sequence[Row], open_answer: bool) -> str:
         if not (self._template or self._tokenizer.chat_template):
             raise UserError(
-                "the tokenizer has no chat template: give one that has, or set its chat_template"
+                "The tokenizer has no chat template. Use a tokenizer that has one, or set its "
+                "chat_template."
             )
         try:
             return self._tokenizer.apply_chat_template(
@@ -120,25 +128,25 @@ class Conversation:
                 **self._variables,
             )
         except Exception as error:  # a template may raise anything, to refuse a role for example
-            raise UserError(f"the chat template refuses the messages: {error}") from error
+            raise UserError(f"The chat template refuses the messages: {error}") from error
 
-    def check_kept(self) -> None:
-        """Check that each message is in the prompt, as often as it occurs.
+    def check_complete(self) -> None:
+        """Check that the prompt contains each message as often as the conversation does.
 
         Raises:
-            UserError: the template leaves one out.
+            UserError: The template omits a message.
         """
         self._check_roles()
         rendered = squeezed(self.prompt)
-        contents = [_kept_part(row) for row in self.rows]
-        for row, content in zip(self._given, contents):
-            often = contents.count(content)
-            if all(rendered.count(squeezed(text)) < often for text in _spellings(content)):
+        contents = [_required_part(row) for row in self.rows]
+        for row, content in zip(self._messages, contents):
+            times = contents.count(content)
+            if all(rendered.count(squeezed(text)) < times for text in _spellings(content)):
                 raise _left_out(row)
 
     def _check_roles(self) -> None:
-        """Check messages of these roles by contents that occur nowhere else, once a sequence."""
-        roles = [row["role"] for row in self._given]
+        """Check messages of these roles with unique contents, once for each sequence of roles."""
+        roles = [row["role"] for row in self._messages]
         key = repr((self._template or self._tokenizer.chat_template, roles, self._variables))
         if key in self._encoder.checked:
             return
@@ -146,9 +154,9 @@ class Conversation:
         probes = [{"role": role, "content": text} for role, text in zip(roles, contents)]
         try:
             rendered = self._render(probes, True)
-        except UserError:  # a template may take contents of its own form alone
+        except UserError:  # a template may accept only contents of a certain form
             return
-        for row, content in zip(self._given, contents):
+        for row, content in zip(self._messages, contents):
             if content not in rendered:
                 raise _left_out(row)
         self._encoder.checked.add(key)
@@ -156,19 +164,19 @@ class Conversation:
 
 def _left_out(row: Row) -> UserError:
     return UserError(
-        f"the chat template leaves out a message of the {row['role']} "
-        f"({row['content'][:_SHOWN]!r}): give a template that keeps it with --chat-template, or "
-        "leave such messages out of the data"
+        f"The chat template leaves out a message of the {row['role']} "
+        f"({row['content'][:_SHOWN]!r}). Give a template that includes it with --chat-template, or "
+        "remove such messages from the data."
     )
 
 
 def squeezed(text: str) -> str:
-    """Return a text without its spaces, which templates trim."""
+    """Return a text without whitespace, which templates may trim."""
     return "".join(text.split())
 
 
-def _kept_part(row: Row) -> str:
-    """Return what a template must render; earlier thinking is not part of it."""
+def _required_part(row: Row) -> str:
+    """Return the part of a message that a template must render, which excludes its thinking."""
     content = row["content"]
     if row["role"] != "assistant":
         return content
@@ -176,17 +184,17 @@ def _kept_part(row: Row) -> str:
 
 
 def _spellings(content: str) -> list[str]:
-    """Return a content and how JSON spells it, as some templates do with results of tools."""
+    """Return a content and its JSON spellings, which some templates use for results of tools."""
     quoted = (json.dumps(content, ensure_ascii=ascii)[1:-1] for ascii in (False, True))
     return list(dict.fromkeys([content, *quoted]))
 
 
 class _Encoder:
-    """Encodes rendered text: control tokens of the template as such, their names in messages not.
+    """Encoder of rendered text that distinguishes control tokens from their names in messages.
 
-    While a template is rendered, marks that nobody can guess stand for such names. Then the names
-    take their place again, and marks stand for the template's control tokens, which a copy of the
-    tokenizer knows by their marks alone.
+    While a template is rendered, unguessable marks replace the names of control tokens in messages.
+    Afterwards the names are restored, and marks replace the control tokens of the template. A copy
+    of the tokenizer knows control tokens only by their marks.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -197,7 +205,7 @@ class _Encoder:
             for number, token in added.items()
             if token.special or not _WORD.fullmatch(token.content)
         }
-        # Of private characters alone, so that no text of a message is found in a mark.
+        # The key consists of private characters, so that no text of a message occurs in a mark.
         key = "".join(chr(_PRIVATE + secrets.randbelow(6000)) for _ in range(8))
         self._marks = {name: key + _in_private(place) for place, name in enumerate(self._ids)}
         self._names = {mark: name for name, mark in self._marks.items()}
@@ -205,7 +213,7 @@ class _Encoder:
         longest = sorted(self._ids, key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, longest)) or r"(?!)")
         self._mark = re.compile(f"{key}[{chr(_PRIVATE)}-{chr(_PRIVATE + 9)}]+{_END}")
-        # Where texts are normalized, another spelling may become a control token: "＜/think＞".
+        # Normalization may turn another spelling into a control token: "＜/think＞".
         self._always = tokenizer.split_special_tokens or (
             tokenizer.is_fast
             and tokenizer.backend_tokenizer.normalizer is not None
@@ -213,7 +221,7 @@ class _Encoder:
         )
 
     def hide(self, rows: Sequence[Row], opened: bool) -> list[Row]:
-        """Put marks in the place of control tokens' names, but for the assistant's thinking."""
+        """Replace names of control tokens by marks, except around the assistant's thinking."""
         hidden: list[Row] = []
         for row in rows:
             content, pieces = row["content"], []
@@ -225,41 +233,42 @@ class _Encoder:
         return hidden
 
     def _hide(self, text: str) -> str:
-        return self._control.sub(lambda found: self._marks[found[0]], text)
+        return self._control.sub(lambda match: self._marks[match[0]], text)
 
     def ids(self, rendered: str) -> list[int]:
+        """Encode rendered text."""
         if not self._always and not self._mark.search(rendered):
             return self._tokenizer(rendered, add_special_tokens=False)["input_ids"]
         if self._tokenizer.is_fast:
             return self._ids_by_copy(rendered)
         ids: list[int] = []
         end = 0
-        for found in [*self._control.finditer(rendered), None]:
-            text = rendered[end : found.start() if found else None]
+        for match in [*self._control.finditer(rendered), None]:
+            text = rendered[end : match.start() if match else None]
             if text:
                 ids += self._tokenizer(
                     self._shown(text), add_special_tokens=False, split_special_tokens=True
                 )["input_ids"]
-            if found:
-                ids.append(self._ids[found[0]])
-                end = found.end()
+            if match:
+                ids.append(self._ids[match[0]])
+                end = match.end()
         return ids
 
     def _shown(self, text: str) -> str:
-        return self._mark.sub(lambda found: self._names[found[0]], text)
+        return self._mark.sub(lambda match: self._names[match[0]], text)
 
     def _ids_by_copy(self, rendered: str) -> list[int]:
         pieces, end = [], 0
-        for found in self._control.finditer(rendered):
-            pieces += [self._shown(rendered[end : found.start()]), self._marks[found[0]]]
-            end = found.end()
+        for match in self._control.finditer(rendered):
+            pieces += [self._shown(rendered[end : match.start()]), self._marks[match[0]]]
+            end = match.end()
         text = "".join([*pieces, self._shown(rendered[end:])])
         copy, ids_of = self._copy
         return [ids_of.get(i, i) for i in copy.encode(text, add_special_tokens=False).ids]
 
     @cached_property
     def _copy(self) -> tuple[Any, dict[int, int]]:
-        """A copy of the tokenizer that knows control tokens by their marks, and their ids here."""
+        """Copy of the tokenizer that knows control tokens by their marks, and their ids."""
         from tokenizers import Tokenizer
 
         state = json.loads(self._tokenizer.backend_tokenizer.to_str())
@@ -272,7 +281,7 @@ class _Encoder:
         return copy, ids
 
     def _renamed(self, model: dict[str, Any]) -> dict[str, Any]:
-        """A model's vocabulary in which no text can spell a control token."""
+        """Return the tokenizer's model with a vocabulary in which no text is a control token."""
         vocab, merges = model.get("vocab"), model.get("merges")
         model = dict(model)
         if isinstance(vocab, dict):
@@ -294,7 +303,7 @@ def _in_private(number: int) -> str:
 
 
 def _thinking(content: str, opened: bool) -> list[tuple[int, int]]:
-    """Return where an assistant's message has the markers of its thinking."""
+    """Return the positions of the markers of the thinking in an assistant's message."""
     start = len(content) - len(content.lstrip())
     begins = content.startswith(THINK, start)
     end = content.find(THOUGHT, start)
@@ -305,7 +314,7 @@ def _thinking(content: str, opened: bool) -> list[tuple[int, int]]:
 
 
 def _encoder_of(tokenizer: Any) -> _Encoder:
-    """Return a tokenizer's encoder, made once for as long as no token is added to it."""
+    """Return a tokenizer's encoder, cached as long as no token is added to the tokenizer."""
     size = len(tokenizer)
     known = getattr(tokenizer, "_chat_encoder", None)
     if known is None or known[0] != size:

@@ -73,7 +73,7 @@ def example(tokenizer: Any, messages: Sequence[Message], answer: str, **template
             "the chat template writes a conversation otherwise once it is answered, so that prompt "
             "and completion cannot be told apart: give another template with --chat-template"
         )
-    conversation.check_kept()
+    conversation.check_complete()
     completion = _ended(tokenizer, whole[len(conversation.prompt) :], hidden)
     written = (THINK if conversation.opened else "") + completion
     if squeezed(hidden) not in squeezed(written):
@@ -104,7 +104,7 @@ def check_template(tokenizer: Any, messages: Sequence[Message], **template: Any)
         UserError: it ends otherwise, leaves a message out or refuses the messages.
     """
     conversation = Conversation(tokenizer, _rows(messages), template)
-    conversation.check_kept()
+    conversation.check_complete()
     hidden, whole = conversation.answered(_PROBE)
     place = whole.rfind(hidden)
     if place < 0:

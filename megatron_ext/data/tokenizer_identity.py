@@ -1,4 +1,4 @@
-"""Whether a dataset or a checkpoint belongs to a tokenizer, decided by content and not by path."""
+"""Identity of tokenizers by content: checks that datasets and checkpoints belong to a tokenizer."""
 
 import json
 from argparse import Namespace
@@ -12,11 +12,11 @@ import numpy as np
 from megatron_ext.checkpoint import file_digest
 from megatron_ext.errors import UserError
 
-# Token ids read from a dataset to check them against the vocabulary, and in how many places.
+# Number of token ids of a dataset that are checked against the vocabulary, and of their places.
 _IDS_READ, _PLACES = 10_000_000, 10
 
-# Names of files in a tokenizer's folder that decide which text an id stands for. Others, such as
-# the chat template, may change. Where there is a tokenizer.json, the older formats are copies.
+# Files in a tokenizer's folder that determine the text of an id. Others, such as the chat template,
+# may change. If tokenizer.json exists, the older formats are copies of it.
 _FAST = "tokenizer.json"
 _SLOW = (
     "vocab.json",
@@ -41,20 +41,20 @@ _OWN_CLASS = "ExpertThresholdTokenizer"
 
 
 def tokenizer_digest(args: Namespace) -> str | None:
-    """Return what identifies the tokenizer of a run.
+    """Return a digest that identifies the tokenizer of a run.
 
-    A tokenizer in one file has the SHA-256 of that file, as `tools.preprocess_data` writes it into
-    a dataset's manifest. A folder, or a model of the Hugging Face hub, has a digest of what decides
-    its encoding, the same wherever the folder is.
+    For a tokenizer in one file this is the SHA-256 of the file, as `tools.preprocess_data` writes
+    it into a dataset's manifest. For a folder, or a model of the Hugging Face hub, it is a digest
+    of everything that determines its encoding, which does not depend on the folder's path.
 
     Args:
-        args: Megatron's; `tokenizer_type` and the files that it reads.
+        args: Megatron's arguments.
 
     Returns:
-        hexadecimal digits; None where there is no file, as with NullTokenizer.
+        Hexadecimal digits; None if there is no file, as with NullTokenizer.
 
     Raises:
-        UserError: a file cannot be read.
+        UserError: A file cannot be read.
     """
     model = getattr(args, "tokenizer_model", None)
     try:
@@ -72,20 +72,20 @@ def tokenizer_digest(args: Namespace) -> str | None:
         return _combined([file_digest(file) for file in present]) if present else None
     except (OSError, ValueError) as error:
         raise UserError(
-            f"--tokenizer-model {model} cannot be read: {error}; restore the file, or give another"
+            f"--tokenizer-model {model} cannot be read: {error}. Restore the file or give another."
         ) from error
 
 
 def check_dataset_tokenizer(prefix: str, args: Namespace, whose: str) -> None:
-    """Refuse an indexed dataset whose tokens are not those of a run's or a model's tokenizer.
+    """Check that an indexed dataset was made with the tokenizer of a run or model.
 
     Args:
-        prefix: of the dataset's files, which must be whole.
-        args: Megatron's, with `vocab_size` without padding and `tokenizer_sha256`.
-        whose: the tokenizer in words, for the message: "--tokenizer-model FILE".
+        prefix: Prefix of a complete dataset.
+        args: Megatron's arguments, with `vocab_size` without padding and `tokenizer_sha256`.
+        whose: Description of the tokenizer for error messages, such as "--tokenizer-model FILE".
 
     Raises:
-        UserError: the dataset's manifest names another tokenizer, or a token id is beyond the
+        UserError: The dataset's manifest names another tokenizer, or a token id is outside the
             vocabulary.
     """
     if made_with := manifest_tokenizer(prefix):
@@ -94,15 +94,15 @@ def check_dataset_tokenizer(prefix: str, args: Namespace, whose: str) -> None:
     if largest >= args.vocab_size:
         raise UserError(
             f"dataset {prefix} holds token id {largest}, beyond the vocabulary of "
-            f"{args.vocab_size:,}: it does not belong to this tokenizer"
+            f"{args.vocab_size:,}. Give the tokenizer that it was made with."
         )
 
 
 def manifest_tokenizer(prefix: str) -> dict[str, Any]:
-    """Return what a dataset's manifest says of its tokenizer; nothing without a manifest.
+    """Return the entry of a dataset's manifest about its tokenizer; empty without a manifest.
 
     Raises:
-        UserError: the manifest is damaged.
+        UserError: The manifest is damaged.
     """
     dataset = Path(prefix)
     name = dataset.name.removesuffix("_text_document")
@@ -116,17 +116,17 @@ def manifest_tokenizer(prefix: str) -> dict[str, Any]:
         content = json.loads(manifest.read_text())
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{manifest}, which says what dataset {prefix} was made of, cannot be read: {error}; "
-            "restore it, or make the dataset again"
+            f"{manifest}, which says what dataset {prefix} was made of, cannot be read: {error}. "
+            "Restore it, or preprocess the dataset again."
         ) from error
     tokenizer = content.get("tokenizer") if isinstance(content, dict) else None
     return tokenizer if isinstance(tokenizer, dict) else {}
 
 
 def largest_id(prefix: str) -> int:
-    """Return the largest token id in ten places of a dataset, or in all of a small one.
+    """Return the largest token id of a dataset, sampled at ten places if it is large.
 
-    An empty dataset has -1.
+    The result for an empty dataset is -1.
     """
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
@@ -142,39 +142,44 @@ def largest_id(prefix: str) -> int:
 
 
 def check_model_tokenizer(checkpoint: Path, saved: Namespace, here: Namespace) -> None:
-    """Refuse to train a checkpoint on with another tokenizer.
+    """Check that a run resumes from a checkpoint with the tokenizer of its training.
+
+    Args:
+        checkpoint: Folder of the checkpoint, for error messages.
+        saved: Arguments of the checkpoint.
+        here: Arguments of the run.
 
     Raises:
-        UserError: naming the tokenizer.
+        UserError: The tokenizers differ.
     """
     there, digest = getattr(saved, "tokenizer_sha256", None), here.tokenizer_sha256
-    # Earlier versions recorded none for a folder.
+    # Earlier versions recorded no digest for a folder.
     unknown = there is None and saved.tokenizer_type == here.tokenizer_type
     if there != digest and not unknown:
         raise UserError(
             f"{checkpoint} was trained with another tokenizer than --tokenizer-model "
             f"{here.tokenizer_model}"
             + (", whose content has changed" if _same_path(saved, here) else "")
-            + ": give the one it was trained with"
+            + ". Give the one it was trained with."
         )
 
 
 def check_tokenizer_content(checkpoint: Path, args: Namespace) -> None:
-    """Refuse a tokenizer for inference or conversion that is not what the model was trained with.
+    """Check that inference or conversion uses the tokenizer that the model was trained with.
 
     Args:
-        checkpoint: for the message.
-        args: the run's, `tokenizer_model` being where the tokenizer is now.
+        checkpoint: Folder of the checkpoint, for error messages.
+        args: Arguments of the run, with the current path of the tokenizer in `tokenizer_model`.
 
     Raises:
-        UserError: its content is another.
+        UserError: The content of the tokenizer differs.
     """
     recorded = getattr(args, "tokenizer_sha256", None)
     digest = tokenizer_digest(args)
     if recorded is not None and digest is not None and digest != recorded:
         raise UserError(
             f"{checkpoint} was trained with another tokenizer than {args.tokenizer_model}, whose "
-            "content differs: give the one it was trained with by --tokenizer-model"
+            "content differs. Give the one it was trained with by --tokenizer-model."
         )
 
 
@@ -184,22 +189,23 @@ def _check_manifest(prefix: str, made_with: dict[str, Any], args: Namespace, who
         if size not in (None, args.vocab_size):
             raise UserError(
                 f"dataset {prefix} was made with another tokenizer, of {size:,} entries where "
-                f"--vocab-size says {args.vocab_size:,}: give {size}, or make the dataset again"
+                f"--vocab-size says {args.vocab_size:,}. Set it to {size}, or preprocess the "
+                "dataset again."
             )
         return
     digest = made_with.get("sha256")
     if digest is not None and digest not in set(_digests(args)):
         raise UserError(
-            f"dataset {prefix} was made with another tokenizer than {whose}: give "
-            f"{made_with.get('path', 'that one')}, or make the dataset again"
+            f"dataset {prefix} was made with another tokenizer than {whose}. Give "
+            f"{made_with.get('path', 'that one')}, or preprocess the dataset again."
         )
 
 
 def _digests(args: Namespace) -> Iterator[str | None]:
-    """Digests by which a manifest may name a tokenizer."""
+    """Yield the digests by which a manifest may identify the tokenizer."""
     yield getattr(args, "tokenizer_sha256", None) or tokenizer_digest(args)
     if args.tokenizer_type == "HuggingFaceTokenizer":
-        # preprocess_data reads the SentencePiece file that many folders hold as well.
+        # preprocess_data may have read the SentencePiece file that many folders contain.
         file = Path(args.tokenizer_model or "") / "tokenizer.model"
         if file.is_file():
             yield file_digest(file)
@@ -215,7 +221,7 @@ def _folder_digest(folder: Path) -> str | None:
     content: list[Any] = [{name: _text(settings.get(name)) for name in _SETTINGS}]
     if (folder / _FAST).is_file():
         encoder = _json(folder / _FAST)
-        for state in ("truncation", "padding"):  # of the last call, not of the tokenizer
+        for state in ("truncation", "padding"):  # state of the last call, not of the tokenizer
             encoder.pop(state, None)
         content.append(encoder)
     else:

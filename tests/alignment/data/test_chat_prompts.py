@@ -252,7 +252,7 @@ def test_a_tokenizer_without_a_template_or_with_one_that_cannot_do_is_told(token
         other.chat_template = template
         return other
 
-    with pytest.raises(UserError, match="the tokenizer has no chat template"):
+    with pytest.raises(UserError, match="The tokenizer has no chat template"):
         prompt_ids(with_template(None), TALK)
     refusing = with_template("{{ raise_exception('no system messages') }}")
     with pytest.raises(UserError, match="refuses the messages: no system messages"):
