@@ -1,12 +1,12 @@
-"""Generation: tokens a second of this project and of transformers, on the same weights.
+"""Compare generation of this project with transformers: tokens per second with equal weights.
 
-A Llama-like model with random weights is made, converted, and continues prompts of unequal lengths
-greedily, in fp32 on the CPU: by `generate` of `megatron_ext.inference` and by `generate` of
-transformers (prompts padded on the left, its default cache). Both run in one process, in turn and
-repeated; times are of whole calls, prompts included.
+A Llama-like model with random weights is created and converted. It continues prompts of different
+lengths greedily, in fp32 on the CPU, with `generate` of `megatron_ext.inference` and with
+`generate` of transformers (prompts padded on the left, default cache). Both run in turn in
+one process. Times are those of whole calls, including the prompts.
 
-    tokens/s      new tokens of all rows over the median time
-    ratio         of our tokens a second to theirs: median over turns, least and most
+    tokens/s      new tokens of all rows divided by the median time
+    ratio         our tokens per second divided by theirs: median, minimum and maximum over turns
     same tokens   share of rows whose tokens are all equal
 
     python benchmarks/generation.py [--batch 1 8 32] [--new-tokens 32] [--rounds 5] [--threads 1]
@@ -37,7 +37,7 @@ VOCAB = 16384
 
 
 def make_model(folder: Path, hidden: int, layers: int) -> Any:
-    """Save a random model of transformers and convert it; both are loaded in fp32."""
+    """Save a random model of transformers, convert it, and return both in fp32."""
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
@@ -55,16 +55,17 @@ def make_model(folder: Path, hidden: int, layers: int) -> Any:
         num_key_value_heads=max(1, hidden // 128),
         max_position_embeddings=2048,
         tie_word_embeddings=True,
-        initializer_range=0.1,  # scores of tokens far from equal
+        initializer_range=0.1,  # large enough that logits differ clearly
     )
-    theirs = LlamaForCausalLM(config).eval()
-    theirs.save_pretrained(folder / "hf")
+    reference = LlamaForCausalLM(config).eval()
+    reference.save_pretrained(folder / "hf")
     flags = ["--from", "hf", "--to", "megatron", "--load", str(folder / "hf")]
     convert_checkpoint.main([*flags, "--save", str(folder / "megatron")])
-    return load_model(folder / "megatron"), theirs
+    return load_model(folder / "megatron"), reference
 
 
-def by_us(trained: Any, prompts: list[list[int]], new: int) -> list[list[int]]:
+def generate_here(trained: Any, prompts: list[list[int]], new: int) -> list[list[int]]:
+    """Continue prompts with this project."""
     from megatron_ext.inference.generation import generate
     from megatron_ext.inference.sampling import Sampling
 
@@ -72,7 +73,8 @@ def by_us(trained: Any, prompts: list[list[int]], new: int) -> list[list[int]]:
     return [completion.tokens for completion in generate(trained, prompts, sampling)]
 
 
-def by_transformers(model: Any, prompts: list[list[int]], new: int) -> list[list[int]]:
+def generate_transformers(model: Any, prompts: list[list[int]], new: int) -> list[list[int]]:
+    """Continue prompts with transformers."""
     width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
@@ -88,20 +90,33 @@ def by_transformers(model: Any, prompts: list[list[int]], new: int) -> list[list
 
 
 def timed(function: Callable[..., list[list[int]]], *args: Any) -> tuple[float, list[list[int]]]:
+    """Call a function and return its time in seconds and its result."""
     start = time.perf_counter()
     tokens = function(*args)
     return time.perf_counter() - start, tokens
 
 
-def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """On a rank: the rows of the table."""
+class GenerationBenchmarkFlags:
+    """Values of the command line."""
+
+    batch: list[int]
+    new_tokens: int
+    prompt: list[int]
+    rounds: int
+    threads: int
+    hidden_size: int
+    layers: int
+
+
+def compare(options: GenerationBenchmarkFlags) -> list[dict[str, Any]]:
+    """Measure on a rank and return the rows of the table."""
     torch.set_num_threads(options.threads)
     with (
         tempfile.TemporaryDirectory(prefix="generation-") as folder,
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.redirect_stderr(io.StringIO()),
     ):
-        trained, theirs = make_model(Path(folder), options.hidden_size, options.layers)
+        trained, reference = make_model(Path(folder), options.hidden_size, options.layers)
     choose = random.Random(1)
     rows = []
     for batch in options.batch:
@@ -109,7 +124,7 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
             [choose.randrange(VOCAB - 1) for _ in range(choose.randint(*options.prompt))]
             for _ in range(batch)
         ]
-        sides = {"us": (by_us, trained), "them": (by_transformers, theirs)}
+        sides = {"us": (generate_here, trained), "them": (generate_transformers, reference)}
         seconds: dict[str, list[float]] = {name: [] for name in sides}
         tokens = {}
         for turn in range(options.rounds + 1):  # the first warms up
@@ -138,6 +153,7 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
+    """Print the rows as a table."""
     heads = ["batch", "tokens/s", "transformers", "ratio", "(least", "most)", "same tokens"]
     print("  ".join(head.rjust(12) for head in heads))
     for row in rows:
@@ -149,15 +165,27 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 32])
-    parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument("--prompt", nargs=2, type=int, default=[16, 128], metavar="TOKENS")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--hidden-size", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=12)
-    [rows] = run_ranks(compare, 1, parser.parse_args(), timeout=1200)
+    add = parser.add_argument
+    # fmt: off
+    add("--batch", nargs="+", type=int, default=[1, 8, 32], metavar="N",
+        help="Numbers of prompts that are continued together. Default: 1 8 32.")
+    add("--new-tokens", type=int, default=32, metavar="N",
+        help="Number of new tokens per prompt. Default: %(default)s.")
+    add("--prompt", nargs=2, type=int, default=[16, 128], metavar="TOKENS",
+        help="Minimum and maximum length of a prompt, in tokens. Default: 16 128.")
+    add("--rounds", type=int, default=5, metavar="N",
+        help="Number of measured turns. Default: %(default)s.")
+    add("--threads", type=int, default=1, metavar="N",
+        help="Number of threads of torch. Default: %(default)s.")
+    add("--hidden-size", type=int, default=512, metavar="N",
+        help="Hidden size of the model. Default: %(default)s.")
+    add("--layers", type=int, default=12, metavar="N",
+        help="Number of layers of the model. Default: %(default)s.")
+    # fmt: on
+    flags = parser.parse_args(namespace=GenerationBenchmarkFlags())
+    [rows] = run_ranks(compare, 1, flags, timeout=1200)
     print_table(rows)
     print()
     for row in rows:

@@ -1,27 +1,28 @@
-"""Preprocessing: text into an indexed dataset by this project and by Megatron-LM's own tool.
+"""Compare preprocessing of this project with Megatron-LM's tool: text to an indexed dataset.
 
-Both are run as commands on the same JSON lines, with the same SentencePiece model, as many workers
-and an end of document each, in turn and repeated; then their datasets are compared byte by byte.
-Each is also run on a single document: what it takes to start, which is taken off.
+Both run as commands on the same JSON lines, with the same SentencePiece model, number of workers
+and end-of-document tokens, in turn and repeatedly. Then their datasets are compared byte by
+byte. Each also runs on a single document, to measure the start-up time, which is subtracted.
 
-    seconds       of the whole command, the median over turns
-    start         of it, on one document
-    MB/s a core   megabytes of text over seconds without the start and over workers
-    MB/CPU s      over the CPU time of all processes, without the start: other work on the machine,
-                  and processes that are no workers, count the same for both
-    ratio         of our MB/s to theirs: median over turns, least and most
+    seconds       time of the whole command, median over turns
+    start         time of the command with one document
+    MB/s per core megabytes of text per second and worker, without the start-up time
+    MB/CPU s      megabytes of text per second of CPU time of all processes, without the start-up
+                  time; it counts other processes than workers, too
+    ratio         our MB/s divided by theirs: median, minimum and maximum over turns
 
-Megatron-LM's tool is not part of megatron-core's package. Clone the repository and name its file:
+Megatron-LM's tool is not part of megatron-core's package. Clone the repository and give its file:
 
     git clone https://github.com/NVIDIA/Megatron-LM && git -C Megatron-LM checkout d98e8a64ddf3
     python benchmarks/preprocessing.py --megatron-tool Megatron-LM/tools/preprocess_data.py
         [--input FILE.jsonl] [--tokenizer-model FILE | --vocab-size 65536] [--workers 1 2]
         [--rounds 3] [--megabytes 64]
 
-Without it ours is measured alone. Without --input the text begins with the quickstart's, 9 MB of
-news and encyclopedia articles out of two packages that `make environment` installs. Up to
---megabytes (64) copies of them follow. Since our tool remembers words, copies alone would flatter
-it: in each, words taken at random are spelt anew, as many as are new in the articles' last tenth.
+Without --megatron-tool only this project is measured. Without --input the text begins with that of
+the quickstart, 9 MB of news and encyclopedia articles from two packages that `make environment`
+installs, followed by copies up to --megabytes. Because this project's tool caches words, exact
+copies would be an advantage: in each copy, random words are spelled differently, as many as are new
+in the last tenth of the articles.
 """
 
 import argparse
@@ -49,9 +50,21 @@ ROOT = Path(__file__).resolve().parent.parent
 US, THEM = "this project", "Megatron-LM"
 
 
+class PreprocessingBenchmarkFlags:
+    """Values of the command line."""
+
+    megatron_tool: str | None
+    input: str | None
+    tokenizer_model: str | None
+    vocab_size: int
+    megabytes: float
+    workers: list[int]
+    rounds: int
+
+
 @dataclass(frozen=True)
 class Cost:
-    """Of a command: seconds on the clock and on all its processes' CPUs."""
+    """Times of a command in seconds: on the clock, and on the CPUs of all its processes."""
 
     wall: float
     cpu: float
@@ -61,7 +74,7 @@ class Cost:
 
 
 def articles(path: Path, megabytes: float) -> float:
-    """Write the articles and their copies as JSON lines; the share of new words in the copies."""
+    """Write the articles and copies as JSON lines; return the share of new words in the copies."""
     prepare_text.main(["--output", f"{path}", "--wikipedia"])
     texts = [json.loads(line)["text"].split(" ") for line in path.open()]
     known: set[str] = set().union(*texts[: -len(texts) // 10])
@@ -90,7 +103,7 @@ def command(side: str, tool: str, text: Path, model: Path, workers: int, prefix:
 
 
 def run(arguments: list[str]) -> Cost:
-    """Run a command to its end; what it cost."""
+    """Run a command and return its times."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryFile() as log:
         begin = time.perf_counter()
@@ -106,24 +119,25 @@ def run(arguments: list[str]) -> Cost:
 
 
 def dataset(side: str, prefix: Path, suffix: str) -> Path:
+    """Return a file of the dataset of one of the tools."""
     return Path(f"{prefix}{'_train' if side == US else ''}_text_document.{suffix}")
 
 
 def measure(
-    sides: list[str], options: argparse.Namespace, text: Path, model: Path, workers: int
+    sides: list[str], flags: PreprocessingBenchmarkFlags, text: Path, model: Path, workers: int
 ) -> dict[str, Any]:
-    """The row of one number of workers."""
+    """Measure one number of workers and return its row of the table."""
     folder = text.parent
     line = next(line for line in text.open() if line.strip())
     (folder / "one.jsonl").write_text(line)
     megabytes = sum(len(json.loads(line)["text"].encode()) for line in text.open()) / 1e6
     whole: dict[str, list[Cost]] = {side: [] for side in sides}
     start: dict[str, list[Cost]] = {side: [] for side in sides}
-    for turn in range(options.rounds):
+    for turn in range(flags.rounds):
         for side in sides[:: 1 if turn % 2 == 0 else -1]:
             for costs, source in ((start, folder / "one.jsonl"), (whole, text)):
                 prefix = folder / f"{side[0]}{turn}-{source.stem}-{workers}"
-                arguments = command(side, options.megatron_tool, source, model, workers, prefix)
+                arguments = command(side, flags.megatron_tool, source, model, workers, prefix)
                 costs[side].append(run(arguments))
     row: dict[str, Any] = {"workers": workers, "megabytes": round(megabytes, 3)}
     speeds: dict[str, list[float]] = {}
@@ -146,7 +160,7 @@ def measure(
             "same_bytes": all(
                 dataset(US, folder / f"{US[0]}{turn}-{text.stem}-{workers}", suffix).read_bytes()
                 == dataset(THEM, folder / f"{THEM[0]}0-{text.stem}-{workers}", suffix).read_bytes()
-                for turn in range(options.rounds)
+                for turn in range(flags.rounds)
                 for suffix in ("bin", "idx")
             ),
         }
@@ -154,7 +168,8 @@ def measure(
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    heads = ["workers", "tool", "seconds", "start", "MB/s a core", "MB/CPU s"]
+    """Print the rows as a table."""
+    heads = ["workers", "tool", "seconds", "start", "MB/s per core", "MB/CPU s"]
     heads += ["same bytes", "ratio"]
     print("  ".join(head.rjust(12) for head in heads))
     for row in rows:
@@ -170,15 +185,27 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--megatron-tool", metavar="FILE", help="preprocess_data.py of a clone")
-    parser.add_argument("--input", metavar="FILE", help='JSON lines with "text"')
-    parser.add_argument("--tokenizer-model", metavar="FILE", help="SentencePiece model")
-    parser.add_argument("--vocab-size", type=int, default=65536, help="of a model to be trained")
-    parser.add_argument("--megabytes", type=float, default=64, help="of text, at least")
-    parser.add_argument("--workers", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=3)
-    options = parser.parse_args()
+    add = parser.add_argument
+    # fmt: off
+    add("--megatron-tool", metavar="FILE",
+        help="File tools/preprocess_data.py of a Megatron-LM clone. Default: only this project is "
+             "measured.")
+    add("--input", metavar="FILE",
+        help='JSON lines with the field "text". Default: the text of the quickstart and copies.')
+    add("--tokenizer-model", metavar="FILE",
+        help="SentencePiece model. Default: one is trained on the text.")
+    add("--vocab-size", type=int, default=65536, metavar="N",
+        help="Vocabulary size of a model that is trained. Default: %(default)s.")
+    add("--megabytes", type=float, default=64, metavar="N",
+        help="Minimum size of the text without --input, in megabytes. Default: %(default)s.")
+    add("--workers", nargs="+", type=int, default=[1, 2], metavar="N",
+        help="Numbers of worker processes. Default: 1 2.")
+    add("--rounds", type=int, default=3, metavar="N",
+        help="Number of measured turns. Default: %(default)s.")
+    # fmt: on
+    options = parser.parse_args(namespace=PreprocessingBenchmarkFlags())
     sides = [US]
     if options.megatron_tool:
         options.megatron_tool = os.path.abspath(options.megatron_tool)
@@ -200,7 +227,9 @@ def main() -> None:
                 )
         rows = [measure(sides, options, text, model, workers) for workers in options.workers]
     if THEM not in sides:
-        print("Megatron-LM's tool is not measured: name it with --megatron-tool FILE (see --help)")
+        print(
+            "Megatron-LM's tool is not measured. Give its file with --megatron-tool (see --help)."
+        )
     print_table(rows)
     print()
     for row in rows:

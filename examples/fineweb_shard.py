@@ -1,8 +1,9 @@
-"""Make a Parquet shard with the columns of FineWeb-Edu, out of the quickstart's news articles.
+"""Write a Parquet shard with the columns of FineWeb-Edu from the quickstart's news articles.
 
-It stands in for a shard of the real data set wherever there is no room or no network for it: the
-columns, their types and the row groups of 1,000 rows are those of FineWeb-Edu, the texts are news
-of a package that `make environment` installs, and the scores are made up from a hash of the text.
+It replaces a shard of the real dataset where there is no space or network for it. The columns,
+their types and the row groups of 1,000 rows are those of FineWeb-Edu. The texts are news
+articles from a package that `make environment` installs, and the scores are computed from a hash of
+the text.
 
     python -m examples.fineweb_shard --output 000_00000.parquet [--documents 500] [--skip 0]
 """
@@ -37,12 +38,12 @@ SCHEMA = pyarrow.schema(
 
 
 def rows() -> Iterator[dict[str, Any]]:
-    """One row an article, in the package's order."""
+    """Yield one row per article, in the order of the package."""
     for text in map(clean_news, news()):
         if len(text) < LEAST_CHARACTERS:
             continue
         digest = hashlib.sha256(text.encode()).digest()
-        score = 2.5 + 2.5 * digest[0] / 255  # FineWeb-Edu keeps what rounds to 3 or more, up to 5
+        score = 2.5 + 2.5 * digest[0] / 255  # FineWeb-Edu's scores round to 3, 4 or 5
         yield {
             "text": text,
             "id": f"<urn:uuid:{digest[:16].hex()}>",
@@ -58,23 +59,29 @@ def rows() -> Iterator[dict[str, Any]]:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the command."""
     parser = ToolParser(
         prog="python -m examples.fineweb_shard",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--output", required=True, type=Path, metavar="FILE", help="ends in .parquet")
-    add("--documents", type=int, default=500, metavar="N", help="default: %(default)s")
-    add("--skip", type=int, default=0, metavar="N", help="leave out the first N articles")
+    add("--output", required=True, type=Path, metavar="FILE",
+        help="Parquet file to write, with the suffix .parquet.")  # fmt: skip
+    add("--documents", type=int, default=500, metavar="N",
+        help="Number of articles. Default: %(default)s.")  # fmt: skip
+    add("--skip", type=int, default=0, metavar="N",
+        help="Number of articles to skip at the beginning. Default: %(default)s.")  # fmt: skip
     options = parser.parse_args(argv)
-    if options.documents < 1 or options.skip < 0:
-        raise UserError("--documents must be at least 1 and --skip at least 0")
+    if options.documents < 1:
+        raise UserError(f"--documents {options.documents} is below 1. Set it to 1 or more.")
+    if options.skip < 0:
+        raise UserError(f"--skip {options.skip} is negative. Set it to 0 or more.")
     chosen = list(itertools.islice(rows(), options.skip, options.skip + options.documents))
     if len(chosen) < options.documents:
         raise UserError(
             f"--skip {options.skip} leaves {len(chosen)} articles, fewer than --documents "
-            f"{options.documents}"
+            f"{options.documents}. Lower one of them."
         )
     options.output.parent.mkdir(parents=True, exist_ok=True)
     table = pyarrow.Table.from_pylist(chosen, SCHEMA)

@@ -100,8 +100,8 @@ def _parser() -> argparse.ArgumentParser:
              "Default: %(default)s.")
     add("--greedy", action="store_true",
         help="Always choose the most likely token. --temperature, --top-k and --top-p are ignored.")
-    add("--seed", type=int, default=0, metavar="S",
-        help="Seed of the first continuation of a prompt; continuation i uses S + i. "
+    add("--seed", type=int, default=0, metavar="N",
+        help="Seed of the first continuation of a prompt; continuation i uses N + i. "
              "Default: %(default)s.")
     add("--num-samples", type=int, default=1, metavar="N",
         help="Number of continuations of each prompt. Default: %(default)s.")

@@ -85,7 +85,7 @@ def parse_arguments(argv: list[str] | None) -> PreprocessFlags:
              "0 with --valid-input.")
     add("--valid-input", nargs="+", default=[], metavar="FILE",
         help="Files or globs for validation. All of --input is then used for training.")
-    add("--seed", type=int, default=0, metavar="S",
+    add("--seed", type=int, default=0, metavar="N",
         help="Seed of the split into training and validation. Default: %(default)s.")
     add("--format", choices=("auto", *FORMATS), default="auto",
         help="Format of the input; auto determines it from the suffix of each file. "

@@ -116,7 +116,8 @@ def _parser() -> argparse.ArgumentParser:
         help="Maximum length of a prompt, in tokens. Default: limited by the context length of "
              "the model.")
     add("--timeout", type=float, default=600, metavar="SECONDS",
-        help="Time limit of a request, from its arrival to its last token. Default: %(default)s.")
+        help="Time limit of a request in seconds, from its arrival to its last token. "
+             "Default: %(default)s.")
     add("--chat-template", metavar="FILE",
         help="Jinja chat template. Default: the tokenizer's own.")
     # fmt: on

@@ -222,7 +222,7 @@ def parse_arguments(argv: list[str] | None) -> TrainTokenizerFlags:
     add("--character-coverage", type=float, default=0.9995, metavar="SHARE",
         help="Share of all characters that get their own entry; the others are encoded as bytes. "
              "Default: %(default)s.")
-    add("--seed", type=int, default=0, metavar="S",
+    add("--seed", type=int, default=0, metavar="N",
         help="Seed of the sample. Default: %(default)s.")
     add("--overwrite", action="store_true", help="Replace --output if it exists.")
     # fmt: on

@@ -93,16 +93,16 @@ def _parser() -> argparse.ArgumentParser:
              "Default: %(default)s, all layers.")
     add("--gate", choices=("sigmoid", "softmax"), default="sigmoid",
         help="Function from router logits to the weights of the experts. Default: %(default)s.")
-    add("--router-std", type=float, default=0.1, metavar="S",
+    add("--router-std", type=float, default=0.1, metavar="X",
         help="Standard deviation of the initial router logits; the smaller it is, the closer the "
              "model is to the dense one. Default: %(default)s.")
-    add("--noise", type=float, default=0.0, metavar="S",
+    add("--noise", type=float, default=0.0, metavar="X",
         help="Standard deviation of noise on the experts' weights, relative to that of the "
              "weights. Default: %(default)s.")
     add("--ema-decay", type=float, default=0.999, metavar="B",
         help="Decay of the thresholds' moving average. Train with the same --et-ema-decay. "
              "Default: %(default)s.")
-    add("--seed", type=int, default=0, metavar="S",
+    add("--seed", type=int, default=0, metavar="N",
         help="Seed of the router and the noise. Default: %(default)s.")
     # fmt: on
     return parser

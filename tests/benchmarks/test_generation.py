@@ -1,15 +1,13 @@
-"""The generation benchmark, small: both sides continue prompts alike and are timed."""
+"""The generation benchmark at a small size."""
 
-import argparse
-
-from benchmarks.generation import compare
+from benchmarks.generation import GenerationBenchmarkFlags, compare
 from tests.distributed import run_ranks
 
 
-def test_both_sides_generate_the_same_tokens():
-    options = argparse.Namespace(
-        batch=[3], new_tokens=4, prompt=[2, 9], rounds=1, threads=1, hidden_size=128, layers=2
-    )
+def test_generation_benchmark_compares_equal_tokens():
+    options = GenerationBenchmarkFlags()
+    options.batch, options.new_tokens, options.prompt = [3], 4, [2, 9]
+    options.rounds, options.threads, options.hidden_size, options.layers = 1, 1, 128, 2
     [[row]] = run_ranks(compare, 1, options)
     assert row["batch"] == 3 and row["same_tokens"] == 1
     assert row["parameters"] == 16384 * 128 + 128 + 2 * (

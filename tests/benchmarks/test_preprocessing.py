@@ -1,12 +1,11 @@
 """The benchmark of preprocessing, small and without the peer; its text."""
 
-import argparse
 import json
 from pathlib import Path
 
 import pytest
 
-from benchmarks.preprocessing import US, articles, measure
+from benchmarks.preprocessing import US, PreprocessingBenchmarkFlags, articles, measure
 from tools import train_tokenizer
 
 
@@ -29,7 +28,8 @@ def test_ours_is_measured_alone(tmp_path: Path) -> None:
     texts = [f"{number} tokens went to expert {number % 7}" for number in range(300)]
     text.write_text("".join(json.dumps({"text": one}) + "\n" for one in texts))
     model.write_bytes(train_tokenizer.train(texts, 300, 1.0))
-    options = argparse.Namespace(rounds=1, megatron_tool=None)
+    options = PreprocessingBenchmarkFlags()
+    options.rounds, options.megatron_tool = 1, None
     row = measure([US], options, text, model, workers=2)
     assert row["megabytes"] == round(sum(map(len, texts)) / 1e6, 3)
     assert row["workers"] == 2 and row["seconds"] > 0 and row["start_seconds"] > 0
