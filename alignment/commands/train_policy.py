@@ -188,7 +188,7 @@ def _train_policy(
             template=template,
             reference=reference,
             length=config.batch.seq_length,
-            rows=config.sampling.generation_batch_size,
+            generation_batch_size=config.sampling.generation_batch_size,
             monitor=monitor,
             alarm=GamingAlarm(config.alarm_threshold, config.alarm_window),
             check=training.check_signals,
@@ -197,7 +197,7 @@ def _train_policy(
             max_failed=config.max_unrewarded,
         )
 
-        training.at_resume(grader.recall)
+        training.at_resume(grader.restore)
 
         def stop_when(row: Mapping[str, Any]) -> str | None:
             if training.writes and (sentence := grader.alarm.sentence(grader.history)):
@@ -229,7 +229,7 @@ def _train_policy(
                 print(f"train-policy: warning: {same}", file=sys.stderr, flush=True)
             left = f", {rl.prompts.too_long:,} too long" if rl.prompts.too_long else ""
             print(
-                f"{len(rl.prompts.tasks):,} prompts{left}; {len(grader.asked):,} held out; "
+                f"{len(rl.prompts.tasks):,} prompts{left}; {len(grader.prompts):,} held out; "
                 f"{config.steps:,} steps",
                 flush=True,
             )

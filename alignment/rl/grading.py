@@ -1,7 +1,7 @@
-"""Grading a policy on held-out prompts: by the judges it is trained on, and by gold.
+"""Evaluation of a policy on held-out prompts, by the judges of its reward and by a gold judge.
 
-Gold has no part in the training. Where the reward goes on rising and gold does not, the policy has
-found what the judge rewards and gold does not see in it: its judge is being gamed.
+The gold judge takes no part in the training. If the reward keeps rising and the gold score does
+not, the policy exploits a weakness of its judge: it is gaming the judge.
 """
 
 import json
@@ -35,18 +35,18 @@ PROXY, GOLD = "grade/proxy", "grade/gold"
 
 @dataclass(frozen=True)
 class GamingAlarm:
-    """When a policy is taken to game its judge.
+    """Condition under which a policy counts as gaming its judge.
 
     Attributes:
-        gap: how far proxy minus gold may rise above where it began.
-        window: gradings over which gold must have fallen, or stood still, while the proxy rose.
+        gap: How far proxy minus gold may rise above its first value.
+        window: Evaluations over which the proxy must have risen while gold did not.
     """
 
     gap: float = 0.5
     window: int = 3
 
     def raised(self, rows: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether the gradings so far say so; a change by rounding is none."""
+        """Return whether the last of some evaluations raises the alarm. Rounding is no change."""
         known = [row for row in rows if row["grade/gap"] is not None]
         if len(known) < self.window + 1 or known[-1] is not rows[-1]:
             return False
@@ -57,7 +57,7 @@ class GamingAlarm:
         return opened and proxy_rose and not gold_rose
 
     def sentence(self, rows: Sequence[Mapping[str, Any]]) -> str | None:
-        """Return what to print after the last of the gradings so far, if it begins an alarm."""
+        """Return the message to print if the last of some evaluations begins an alarm."""
         if not self.raised(rows) or self.raised(rows[:-1]):
             return None
         first = next(row for row in rows if row["grade/gap"] is not None)
@@ -69,7 +69,7 @@ class GamingAlarm:
 
 
 class Grader:
-    """Grades the policy as it stands; every rank calls it, and all get the same row."""
+    """Evaluation of a policy. Every rank calls it, and all ranks get the same metrics."""
 
     def __init__(
         self,
@@ -83,7 +83,7 @@ class Grader:
         template: Mapping[str, Any],
         reference: Callable[[TokenBatch, float], Any] | None,
         length: int,
-        rows: int,
+        generation_batch_size: int,
         monitor: ResponseMonitor,
         alarm: GamingAlarm,
         check: Callable[[], None],
@@ -92,58 +92,74 @@ class Grader:
         shown: int = 8,
         pairwise: bool = False,
     ) -> None:
-        """See the class.
+        """Encode the held-out prompts.
 
         Args:
-            prompts: held out; those that do not fit are left out.
-            judges: "proxy", "gold" and perhaps "second_gold", each one or several.
-            folder: of the run, for samples.jsonl and first.json.
-            reference: log-probabilities under the start policy, for the divergence from it.
-            monitor: looks at the responses; what lengths are usual the first grading tells.
-            max_failed: share of a judge's questions that may fail; more end the run.
-            shown: how many samples a grading keeps.
-            pairwise: the proxy compares. All grades are then win rates against the responses of the
-                first grading, a tie half; what gold scores is in `grade/gold_score`.
+            policy: Engine of the policy.
+            tokenizer: Tokenizer of the policy.
+            prompts: Held-out prompts. Those that leave no room for a response are left out.
+            sampling: How responses are sampled.
+            judges: Judges by role: "proxy", "gold" and perhaps "second_gold".
+            folder: Directory of the run, for samples.jsonl and first.json.
+            template: Variables of the chat template.
+            reference: Function that returns log-probabilities under the start policy, for the
+                divergence from it. None to leave it out.
+            length: Largest length of a prompt with its response, in tokens.
+            generation_batch_size: Responses that a rank samples at a time.
+            monitor: Monitor of the run, which takes the typical lengths from the first evaluation.
+            alarm: Condition of the alarm.
+            check: Function that all ranks call from time to time. It may raise on all of them.
+            writes: Whether this rank writes files.
+            max_failed: Largest share of a judge's questions that may fail.
+            shown: Samples per evaluation that are written to samples.jsonl.
+            pairwise: Whether the proxy compares. All grades are then win rates against the
+                responses of the first evaluation, with a tie as one half, and the scores of gold
+                are in `grade/gold_score`.
 
         Raises:
-            UserError: none of the prompts fits.
+            UserError: No prompt leaves room for a response.
         """
         self.policy, self.tokenizer = policy, tokenizer
         self.sampling = sampling
         self.judges, self.folder, self.reference = judges, folder, reference
-        self.length, self.rows, self.monitor, self.alarm = length, rows, monitor, alarm
+        self.length, self.monitor, self.alarm = length, monitor, alarm
+        self.generation_batch_size = generation_batch_size
         self.errors = {name: rounding_error(each) for name, each in judges.items()}
         self.check, self.writes, self.shown = check, writes, shown
         room = length - sampling.max_new_tokens
-        asked = [(p, prompt_ids(tokenizer, p.messages, **template)) for p in prompts]
-        self.asked = [(prompt, ids) for prompt, ids in asked if len(ids) <= room]
-        if not self.asked:
+        encoded = [(p, prompt_ids(tokenizer, p.messages, **template)) for p in prompts]
+        self.prompts = [(prompt, ids) for prompt, ids in encoded if len(ids) <= room]
+        if not self.prompts:
             raise UserError(
-                f"no prompt of --held-out leaves room for {sampling.max_new_tokens} tokens in "
-                f"--seq-length {length}: raise it, or lower --max-new-tokens"
+                f"No prompt of --held-out leaves room for --max-new-tokens "
+                f"{sampling.max_new_tokens} in --seq-length {length}. Raise --seq-length, or lower "
+                "--max-new-tokens."
             )
         self.history: list[Mapping[str, Any]] = []
         self.pairwise, self.max_failed = pairwise, max_failed
-        self._first: dict[str, dict[str, Any]] = {}  # of each prompt, text and scores at first
+        self._first: dict[
+            str, dict[str, Any]
+        ] = {}  # text and scores of each prompt in the first evaluation
 
     def __call__(self, step: int) -> dict[str, Any]:
-        self.recall(step)
+        """Return metrics of the policy after a number of steps; a collective."""
+        self.restore(step)
         size, rank = self.policy.data_size, self.policy.data_rank
-        mine = self.asked[rank::size]
+        share = self.prompts[rank::size]
         rollouts: list[Rollout] = []
-        for begin in range(0, all_reduce_max(len(mine)), self.rows):
+        for begin in range(0, all_reduce_max(len(share)), self.generation_batch_size):
             self.check()
-            part = mine[begin : begin + self.rows]
-            # The same seeds every time: gradings differ by the policy, not by luck.
+            part = share[begin : begin + self.generation_batch_size]
+            # With the same seeds every time, evaluations differ by the policy and not by chance.
             seeds = [derive_seed("grading", prompt.id) for prompt, _ in part]
-            found = self.policy.generate([ids for _, ids in part], self.sampling, seeds)
+            generated = self.policy.generate([ids for _, ids in part], self.sampling, seeds)
             rollouts += [
                 Rollout(prompt.id, 0, g.tokens, g.log_probs, g.ended)
-                for (prompt, _), g in zip(part, found)
+                for (prompt, _), g in zip(part, generated)
             ]
         responses = [
             response_of(prompt, rollout, text_of(self.tokenizer, rollout))
-            for (prompt, _), rollout in zip(mine, rollouts)
+            for (prompt, _), rollout in zip(share, rollouts)
         ]
         questions = [Question(response) for response in responses]
         scores: dict[str, list[float | None]] = {}
@@ -156,12 +172,12 @@ class Grader:
                 scores[name] = [mean_score(column) for column in columns]
             failed = [[v for v in column if v.outcome is Outcome.FAILED] for column in columns]
             failures[name] = [verdicts[0].reason for verdicts in failed if verdicts]
-        divergence = self._divergence(mine, rollouts)
-        whole = all_gather_by_data_rank(
+        divergence = self._divergence(share, rollouts)
+        shares = all_gather_by_data_rank(
             self.policy, (responses, rollouts, scores, divergence, failures)
         )
-        self._see_that_judges_answer(whole)
-        row = self._row(step, whole)
+        self._require_answers(shares)
+        row = self._row(step, shares)
         self.history = [r for r in self.history if r["step"] < step] + [row]
         row["grade/gap_slope"] = self._slope()
         row["grade/alarm"] = int(self.alarm.raised(self.history))
@@ -170,8 +186,7 @@ class Grader:
     def _wins(
         self, step: int, responses: Sequence[Response], judges: Sequence[Judge]
     ) -> tuple[list[tuple[Verdict, ...]], list[float | None]]:
-        """Verdicts, and how often each response is preferred to the first grading's, in both
-        orders."""
+        """Return verdicts, and the win rates of responses against those of the first evaluation."""
         if not step:
             return [], [0.5] * len(responses)
         questions = [
@@ -186,45 +201,48 @@ class Grader:
         wins = [win_of(columns[i], columns[i + 1]) for i in range(0, len(columns), 2)]
         return columns, wins
 
-    def _see_that_judges_answer(self, shares: Sequence[Any]) -> None:
-        """Without gold a run would go on ungraded, and no alarm could be raised."""
+    def _require_answers(self, shares: Sequence[Any]) -> None:
+        """Raise if a judge failed too often: without gold no alarm could be raised."""
         questions = sum(len(share[0]) for share in shares)
         for name in self.judges:
             reasons = [reason for share in shares for reason in share[4][name]]
-            asked = questions * (2 if self._in_pairs(name) else 1)
-            if asked and len(reasons) / asked > self.max_failed:
+            calls = questions * (2 if self._in_pairs(name) else 1)
+            if calls and len(reasons) / calls > self.max_failed:
                 flag = "judge" if name == "proxy" else name.replace("_", "-")
                 raise EvaluationFailed(
                     f"--{flag} failed {len(reasons)} times on {questions} held-out responses, more "
                     f"than --max-unrewarded {self.max_failed:.0%}, the first time with "
-                    f"{reasons[0]}: see its server, then give the same command, which grades again"
+                    f"{reasons[0]}. Check its server, then run the same command again, which "
+                    "repeats the evaluation."
                 )
 
     def _in_pairs(self, name: str) -> bool:
         return self.pairwise and name == "proxy"
 
-    def recall(self, step: int) -> None:
-        """Know the gradings before a step, of a run that goes on.
+    def restore(self, step: int) -> None:
+        """Read the evaluations before a step, of a run that is resumed.
 
         Raises:
-            UserError: what the first grading left is gone or damaged.
+            UserError: The files of the first evaluation are gone or damaged.
         """
         if self._first or not step:
             return
         first, metrics = self.folder / "first.json", self.folder / "metrics.jsonl"
         if not first.is_file():
-            raise UserError(f"{first}, of the first grading, is gone: begin another --run-dir")
+            raise UserError(
+                f"{first}, of the first evaluation, is missing. Start again in another --run-dir."
+            )
         try:
-            self._know_first(json.loads(first.read_text()))
+            self._set_first(json.loads(first.read_text()))
             rows = list(map(json.loads, metrics.read_text().splitlines()))
         except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
             raise UserError(
-                f"what the first grading left in {self.folder} cannot be read ({error!r}): begin "
-                "another --run-dir"
+                f"The files of the first evaluation in {self.folder} cannot be read ({error!r}). "
+                "Start again in another --run-dir."
             ) from error
         self.history = [row for row in rows if "grade/gap" in row and row["step"] <= step]
 
-    def _know_first(self, rows: dict[str, dict[str, Any]]) -> None:
+    def _set_first(self, rows: dict[str, dict[str, Any]]) -> None:
         self._first = rows
         self.monitor.set_typical_lengths([row["text"] for row in rows.values()])
 
@@ -241,7 +259,7 @@ class Grader:
             for name, values in scores.items():
                 for response, score in zip(responses, values):
                     first[response.prompt.id][name] = score
-            self._know_first(first)
+            self._set_first(first)
             if self.writes:
                 write_atomically(self.folder / "first.json", json.dumps(first) + "\n")
         if self.pairwise:
@@ -251,7 +269,7 @@ class Grader:
                     _better(score, self._first[response.prompt.id][name], self.errors[name])
                     for score, response in zip(scores[name], responses)
                 ]
-        # On the same responses: a judge that fails on hard ones must not look like a gap.
+        # Means over the same responses, so that a judge that fails on hard ones shows no gap.
         both = [None not in pair for pair in zip(scores["proxy"], scores["gold"])]
         for name, values in scores.items():
             known = [v for v, b in zip(values, both) if b] if name in ("proxy", "gold") else []
@@ -264,16 +282,16 @@ class Grader:
         if self.writes:
             found = self.monitor.findings(responses, scores["proxy"])
             row |= {f"monitor_held_out/{n}": share for n, share in found.shares.items()}
-            self._keep(step, responses, scores, found.flags)
+            self._write_samples(step, responses, scores, found.flags)
         return row
 
     def _errors(
         self, prompts: Sequence[str], scores: Mapping[str, Sequence[float | None]]
     ) -> dict[str, Any]:
-        """Return standard errors, over held-out prompts, of the changes since the first grading.
+        """Return standard errors, over held-out prompts, of the changes since the first evaluation.
 
-        A run with a single seed gets its intervals from them. Each prompt is compared with itself,
-        so that easy and hard prompts do not count as noise.
+        The intervals of a run with a single seed come from them. Each prompt is compared with
+        itself, so that easy and hard prompts do not count as noise.
         """
         names = ("proxy", "gold")
         pairs = [
@@ -294,14 +312,14 @@ class Grader:
             **{f"grade/{name}_error": error for name, error in errors.items()},
         }
 
-    def _keep(
+    def _write_samples(
         self,
         step: int,
         responses: Sequence[Response],
         scores: Mapping[str, Sequence[float | None]],
         flags: Sequence[Mapping[str, Any]],
     ) -> None:
-        """Some samples for people; those of this and later steps are written anew."""
+        """Write some samples for people, and drop those of this and later steps."""
         file = self.folder / "samples.jsonl"
         before = file.read_text().splitlines() if file.is_file() else []
         rows = [line for line in before if json.loads(line)["step"] < step]
@@ -323,18 +341,18 @@ class Grader:
         temporary.replace(file)
 
     def _divergence(
-        self, mine: Sequence[tuple[Prompt, Sequence[int]]], rollouts: Sequence[Rollout]
+        self, share: Sequence[tuple[Prompt, Sequence[int]]], rollouts: Sequence[Rollout]
     ) -> list[float]:
-        """Of each response, the log of how much likelier the policy makes it than the start did.
+        """Return the log-ratio of each response's probabilities under the policy and the start.
 
-        Their mean estimates the divergence KL(policy || start) of what is sampled, both at the
-        temperature of sampling, where it cuts nothing off.
+        Their mean estimates the divergence KL(policy || start) of the responses, both at the
+        temperature of sampling, if top-k and top-p leave every token.
         """
         if self.reference is None:
             return []
         samples = [
             TokenSample([*ids, *rollout.tokens], len(ids))
-            for (_, ids), rollout in zip(mine, rollouts)
+            for (_, ids), rollout in zip(share, rollouts)
             if rollout.tokens
         ]
         batch = TokenBatch.of(samples)
@@ -346,7 +364,7 @@ class Grader:
         return change.double().sum(dim=1).tolist()
 
     def _slope(self) -> float | None:
-        """Of the gap, for 100 steps, over the last gradings."""
+        """Return the change of the gap per 100 steps, over the last evaluations."""
         known = [row for row in self.history if row["grade/gap"] is not None]
         known = known[-1 - self.alarm.window :]
         if len(known) < 2:
@@ -360,10 +378,12 @@ class Grader:
 
 
 def _better(score: float | None, other: float | None, error: float) -> float | None:
-    """1 for the higher score, 0 for the lower, a half for those that are equal but for rounding.
+    """Return 1 for the higher score, 0 for the lower, and a half for scores equal within rounding.
 
     Args:
-        error: relative error of the scores.
+        score: Score of a response.
+        other: Score that it is compared with.
+        error: Relative error of the scores.
     """
     if score is None or other is None:
         return None

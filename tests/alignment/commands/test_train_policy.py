@@ -191,7 +191,8 @@ def test_the_divergence_is_that_of_what_is_sampled(place, tmp_path):
     grader = Grader(
         policy, load_tokenizer(place / "model", None), held_out, Sampling(12, 0.7), {}, tmp_path,
         template={}, reference=lambda batch, temperature: scores("start", batch, temperature),
-        length=96, rows=4, monitor=NO_RUN, alarm=GamingAlarm(), check=lambda: None, writes=True,
+        length=96, generation_batch_size=4, monitor=NO_RUN, alarm=GamingAlarm(),
+        check=lambda: None, writes=True,
     )  # fmt: skip
     rollouts = [Rollout("p", n, [n], [0.0], True) for n in range(2)]
     found = grader._divergence([(held_out[0], [1])] * 2, rollouts)
@@ -285,10 +286,11 @@ def check_monitors(run, kept, limits, held_out):
     graded = Grader(
         SimpleNamespace(), load_tokenizer(run / "final", None),
         held_out, Sampling(12, 0.8), {}, run, template={},
-        reference=None, length=96, rows=4, monitor=ResponseMonitor(nobody, Monitor()),
-        alarm=GamingAlarm(), check=lambda: None, writes=True,
+        reference=None, length=96, generation_batch_size=4,
+        monitor=ResponseMonitor(nobody, Monitor()), alarm=GamingAlarm(),
+        check=lambda: None, writes=True,
     )  # fmt: skip
-    graded.recall(3)  # as a run does that goes on there
+    graded.restore(3)  # as a run does that goes on there
     assert graded.monitor.monitor.usual == usual
     assert [row["step"] for row in graded.history] == [
         0,

@@ -25,7 +25,8 @@ def grader_in(folder):
     run: Any = SimpleNamespace()
     return Grader(
         SimpleNamespace(), load_tokenizer(folder / "model", None), PROMPTS, Sampling(12),
-        {"proxy": [], "gold": []}, folder, template={}, reference=None, length=96, rows=4,
+        {"proxy": [], "gold": []}, folder, template={}, reference=None, length=96,
+        generation_batch_size=4,
         monitor=ResponseMonitor(run, Monitor()), alarm=GamingAlarm(gap=0.5, window=3),
         check=lambda: None, writes=True,
     )  # fmt: skip
@@ -96,10 +97,10 @@ def test_samples_are_the_same_on_any_ranks(grader):
 
 def test_a_gold_that_is_gone_ends_the_run(grader):
     lost = {"proxy": [], "gold": ["status 503"] * 3}
-    with pytest.raises(UserError, match=r"--gold failed 3 times on 10 .* status 503: see its"):
-        grader._see_that_judges_answer([(*share([1.0] * 10, [1.0] * 10)[:4], lost)])
+    with pytest.raises(UserError, match=r"--gold failed 3 times on 10 .* status 503\. Check its"):
+        grader._require_answers([(*share([1.0] * 10, [1.0] * 10)[:4], lost)])
     lost["gold"].pop()  # as many as may
-    grader._see_that_judges_answer([(*share([1.0] * 10, [1.0] * 10)[:4], lost)])
+    grader._require_answers([(*share([1.0] * 10, [1.0] * 10)[:4], lost)])
 
 
 @pytest.mark.parametrize("damage", [("metrics.jsonl", None), ("first.json", '{"p0": {"te')])
@@ -112,8 +113,8 @@ def test_what_is_left_of_a_damaged_run_is_refused(grader, damage):
     else:
         (grader.folder / name).write_text(text)
     grader._first = {}
-    with pytest.raises(UserError, match=r"cannot be read .* begin another --run-dir"):
-        grader.recall(3)
+    with pytest.raises(UserError, match=r"cannot be read .* another --run-dir"):
+        grader.restore(3)
 
 
 def test_an_ensemble_is_none_of_its_judges():
