@@ -148,7 +148,7 @@ def test_other_encodings_are_refused_by_their_mark(encoding, tmp_path):
     ],
     ids=file_name,
 )
-def test_damaged_files_are_refused_by_name(name, content, tmp_path):
+def test_documents_of_damaged_files_are_refused_by_name(name, content, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=rf"{name} is truncated or broken: "):
         read_all(tmp_path / name)
@@ -173,7 +173,7 @@ def test_every_kind_of_text_column_is_read(kind, tmp_path):
     )
 
 
-def test_columns_that_are_no_text_are_refused(tmp_path):
+def test_parquet_columns_without_text_are_refused(tmp_path):
     path = tmp_path / "a.parquet"
     for column, message in (
         (pyarrow.array([b"a"]), "contains binary, not text"),
@@ -189,7 +189,7 @@ def test_columns_that_are_no_text_are_refused(tmp_path):
         read_all(path)
 
 
-def test_a_file_is_read_once_whatever_its_names(tmp_path):
+def test_expand_inputs_returns_linked_files_once(tmp_path):
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "b.txt").symlink_to("a.txt")
     (tmp_path / "c.txt").hardlink_to(tmp_path / "a.txt")

@@ -66,7 +66,7 @@ def test_spaces_next_to_the_mark_of_a_space_are_encoded_as_one_run(tmp_path):
         assert encoded(encoder, text) == [*tokenizer.encode(text), tokenizer.eos_id()], text
 
 
-def test_a_full_memory_and_long_words_change_nothing(model, monkeypatch):
+def test_encoder_with_a_full_cache_and_long_words_gives_equal_tokens(model, monkeypatch):
     monkeypatch.setattr(encoding, "_MOST_WORDS", 5)
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(model))
     encoder = DocumentEncoder(str(model), "uint16")

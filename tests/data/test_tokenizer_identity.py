@@ -93,7 +93,7 @@ def test_a_folder_without_a_fast_tokenizer_is_known_by_its_files(tmp_path: Path)
     assert len(digests | {tokenizer_digest(empty)}) == 3 and tokenizer_digest(empty) is None
 
 
-def test_a_damaged_file_ends_in_one_sentence(tmp_path: Path) -> None:
+def test_tokenizer_digest_refuses_a_damaged_file(tmp_path: Path) -> None:
     run = folder(tmp_path / "damaged")
     (tmp_path / "damaged" / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match=r"--tokenizer-model .*damaged cannot be read"):
@@ -188,7 +188,7 @@ def test_ids_of_a_large_dataset_are_read_at_its_end_too(
     assert largest_id(str(tmp_path / "large")) == 499
 
 
-def test_a_checkpoint_is_trained_on_with_its_own_tokenizer(tmp_path: Path) -> None:
+def test_resuming_with_another_tokenizer_is_refused(tmp_path: Path) -> None:
     saved = run_with(folder(tmp_path / "first"))
     moved = run_with(folder(tmp_path / "moved", chat_template="other"))
     check_model_tokenizer(tmp_path, saved, moved)
@@ -202,7 +202,7 @@ def test_a_checkpoint_is_trained_on_with_its_own_tokenizer(tmp_path: Path) -> No
     check_model_tokenizer(tmp_path, older, swapped)  # it recorded nothing
 
 
-def test_inference_takes_the_tokenizer_of_training(tmp_path: Path) -> None:
+def test_inference_with_another_tokenizer_is_refused(tmp_path: Path) -> None:
     saved = run_with(with_file("SentencePieceTokenizer", tmp_path / "t.model"))
     check_tokenizer_content(tmp_path, saved)
     (tmp_path / "t.model").write_text("others")

@@ -193,12 +193,12 @@ def test_core_is_the_mean_and_the_tables_agree(one_rank):
     assert last.startswith("| CORE ") and f"{table['core']:.4f}" in last
 
 
-def test_the_folder_of_the_same_weights_and_other_batches_answer_the_same(one_rank):
+def test_core_results_do_not_depend_on_format_and_batches(one_rank):
     assert one_rank.hf.answers == one_rank.single.answers == one_rank.whole.answers
     assert one_rank.hf.table["core"] == one_rank.whole.table["core"]
 
 
-def test_tasks_done_before_are_kept_and_other_settings_refused(one_rank):
+def test_core_results_keep_finished_tasks_and_refuse_other_settings(one_rank):
     first, second = one_rank.parts
     assert list(first.answers) == ["pick", "which"]
     assert second.answers == one_rank.whole.answers
@@ -228,7 +228,7 @@ def on_two_ranks(run, hf, bundle, out, sizes):
 
 
 @pytest.mark.parametrize("sizes", [{"expert": 2}, {"tensor": 2}, {"pipeline": 2}], ids=str)
-def test_two_ranks_answer_as_one_and_go_on_after_a_kill(
+def test_core_on_two_ranks_equals_one_rank_and_resumes_after_a_kill(
     sizes,
     one_rank,
     run_dir,
@@ -283,7 +283,7 @@ def change(name, before, after):
         (change("eval_meta_data.csv", ",25,", ",100,"), "line 2 has the Random baseline 100"),
     ],
 )
-def test_a_bundle_that_is_not_whole_is_refused_in_one_sentence(bundle, tmp_path, damage, message):
+def test_read_bundle_refuses_an_incomplete_bundle(bundle, tmp_path, damage, message):
     copy = shutil.copytree(bundle, tmp_path / "bundle")
     damage(copy)
     with pytest.raises(UserError, match=message) as refused:
@@ -292,7 +292,7 @@ def test_a_bundle_that_is_not_whole_is_refused_in_one_sentence(bundle, tmp_path,
     assert "\n" not in str(refused.value).strip()
 
 
-def test_unknown_tasks_and_missing_folders_are_refused(bundle, tmp_path):
+def test_read_bundle_refuses_unknown_tasks_and_folders(bundle, tmp_path):
     with pytest.raises(UserError, match=r"--tasks other is not a task of .* It has pick, "):
         read_bundle(bundle, ["other"])
     with pytest.raises(UserError, match="is not a CORE bundle"):

@@ -194,7 +194,7 @@ def ours(run_dir, tasks, tmp_path_factory):
     return read(out)
 
 
-def test_log_likelihoods_are_those_of_transformers(ours, transformers):
+def test_harness_log_likelihoods_equal_those_of_transformers(ours, transformers):
     for name in ("pick", "read"):
         assert len(ours.samples[name]) == 11
         for doc, expected in transformers.samples[name].items():
@@ -206,14 +206,14 @@ def test_log_likelihoods_are_those_of_transformers(ours, transformers):
                 assert float(answer) == pytest.approx(float(wanted), abs=rounding([float(wanted)]))
 
 
-def test_continuations_are_those_of_transformers(ours, transformers):
+def test_harness_continuations_equal_those_of_transformers(ours, transformers):
     """But for a space at the beginning, which the harness's model loses with the context."""
     texts = {doc: answer[0].strip() for doc, answer in ours.samples["say"].items()}
     assert texts == {doc: a[0].strip() for doc, a in transformers.samples["say"].items()}
     assert len(set(texts.values())) > 3
 
 
-def test_metrics_are_those_of_transformers(ours, transformers):
+def test_harness_metrics_equal_those_of_transformers(ours, transformers):
     for name in TASKS:
         for metric, value in transformers.results[name].items():
             if isinstance(value, float) and "stderr" not in metric:
@@ -279,7 +279,7 @@ def adapter_and_harness(folder):
 
 
 @pytest.mark.slow
-def test_control_tokens_in_requests_are_taken_as_by_the_harness_own_model(tmp_path):
+def test_harness_control_tokens_are_parsed_as_by_the_hf_model(tmp_path):
     pytest.importorskip("accelerate")
     from tests.hf.models import make
     from tests.hf.test_tokenizers import byte_level

@@ -93,7 +93,7 @@ def by_hand(name, logits, thresholds):
 
 
 @pytest.mark.parametrize("name", ROUTINGS)
-def test_losses_and_loads_are_those_of_transformers_routed_by_hand(
+def test_losses_and_loads_equal_those_of_transformers_routed_by_hand(
     name, one_rank, data, hf_model, monkeypatch
 ):
     maps = []
@@ -138,7 +138,7 @@ def test_routings_differ_and_the_gap_is_from_the_first(one_rank):
     assert fan_outs["ec"] == fan_outs["tc"] == TOPK and fan_outs["et"] != TOPK
 
 
-def test_bytes_are_those_of_the_text(one_rank, data, hf_tokenizer):
+def test_validation_bytes_equal_those_of_the_text(one_rank, data, hf_tokenizer):
     tokens = np.fromfile(f"{data}.bin", dtype=np.uint16)[1:].tolist()
     documents = " ".join(map(str, tokens)).split(f" {hf_tokenizer.eos_token_id} ")
     size = 0
@@ -151,7 +151,7 @@ def test_bytes_are_those_of_the_text(one_rank, data, hf_tokenizer):
 
 
 @pytest.mark.parametrize("sizes", [{"expert": 2}, {"tensor": 2}, {"pipeline": 2}], ids=str)
-def test_two_ranks_measure_what_one_does(sizes, one_rank, run_dir, data, stream):
+def test_validation_loss_on_two_ranks_equals_one_rank(sizes, one_rank, run_dir, data, stream):
     files = read(run_ranks(on_ranks, 2, run_dir, data, stream, sizes)[0])
     for name in ("whole", "ragged", "stream"):
         ours, alone = getattr(files, name), getattr(one_rank, name)
@@ -230,7 +230,7 @@ def validate_as_training_does(run_dir, stream, tmp_path):
     pretrain_et.main()
 
 
-def test_the_loss_is_that_of_trainings_validation(one_rank, run_dir, stream, tmp_path):
+def test_validation_loss_equals_that_of_training(one_rank, run_dir, stream, tmp_path):
     run_ranks(validate_as_training_does, 1, run_dir, stream, tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     [loss] = [row["val_loss"] for row in rows if "val_loss" in row]

@@ -69,14 +69,14 @@ def model(megatron, folder):
     ).eval()
 
 
-def test_logits_are_those_of_megatron(megatron, model):
+def test_hf_model_logits_equal_those_of_megatron(megatron, model):
     with torch.no_grad():
         logits = model(TEXTS).logits
     assert logits.std() > 1
     torch.testing.assert_close(logits, megatron.logits, atol=rounding(megatron.logits), rtol=0)
 
 
-def test_greedy_tokens_with_a_cache_are_those_of_megatron_alone_and_in_a_batch(megatron, model):
+def test_hf_model_greedy_tokens_with_cache_equal_those_of_megatron(megatron, model):
     options = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 3}
     width = max(map(len, PROMPTS))
     # Rows of unequal length are padded on the left, where a mask hides them.
@@ -94,7 +94,7 @@ def test_greedy_tokens_with_a_cache_are_those_of_megatron_alone_and_in_a_batch(m
             assert alone[0, len(prompt) :].tolist() == tokens
 
 
-def test_log_probs_of_what_was_generated_are_those_of_megatron(megatron, model):
+def test_hf_model_log_probs_of_generated_tokens_equal_those_of_megatron(megatron, model):
     for prompt, tokens, log_probs in zip(PROMPTS, megatron.tokens, megatron.log_probs):
         with torch.no_grad():
             logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
@@ -102,7 +102,7 @@ def test_log_probs_of_what_was_generated_are_those_of_megatron(megatron, model):
         assert theirs[:, 0].tolist() == pytest.approx(log_probs, abs=rounding(logits))
 
 
-def test_thresholds_stay_fp32_in_a_model_of_another_dtype(model, folder):
+def test_hf_model_thresholds_stay_fp32_with_another_dtype(model, folder):
     from transformers import AutoModelForCausalLM
 
     low = AutoModelForCausalLM.from_pretrained(
@@ -121,7 +121,7 @@ def test_thresholds_stay_fp32_in_a_model_of_another_dtype(model, folder):
     )
 
 
-def test_the_tokenizer_is_the_runs(megatron, folder):
+def test_exported_tokenizer_equals_that_of_the_run(megatron, folder):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "hf", trust_remote_code=True)
@@ -135,7 +135,7 @@ def test_the_tokenizer_is_the_runs(megatron, folder):
     assert tokenizer.decode(ids, skip_special_tokens=True) != tokenizer.decode(ids)
 
 
-def test_every_tensor_comes_back_bit_for_bit(megatron, run_dir, folder):  # noqa: F811
+def test_expert_threshold_round_trip_is_bit_exact(megatron, run_dir, folder):  # noqa: F811
     old = TorchDistReader(run_dir / "checkpoints" / "iter_0000040")
     new = TorchDistReader(folder / "back" / "release")
     assert old.shapes == new.shapes and old.dtypes == new.dtypes
@@ -144,7 +144,7 @@ def test_every_tensor_comes_back_bit_for_bit(megatron, run_dir, folder):  # noqa
     assert torch.equal(megatron.back, megatron.logits)
 
 
-def test_safetensors_hold_nothing_but_the_vocabulary_of_the_tokenizer(megatron, folder):
+def test_exported_embedding_has_no_padding(megatron, folder):
     [file] = (folder / "hf").glob("*.safetensors")
     tensors = load_file(file)
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
@@ -152,7 +152,7 @@ def test_safetensors_hold_nothing_but_the_vocabulary_of_the_tokenizer(megatron, 
 
 
 @pytest.mark.slow
-def test_training_goes_on_from_a_converted_checkpoint(megatron, folder, run_dir, tmp_path):  # noqa: F811
+def test_training_resumes_from_a_converted_checkpoint(megatron, folder, run_dir, tmp_path):  # noqa: F811
     train(
         [
             *("--load", folder / "back", "--run-dir", tmp_path),

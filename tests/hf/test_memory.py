@@ -61,7 +61,7 @@ def both_ways(folder):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
-def test_memory_is_that_of_the_largest_tensor(tmp_path):
+def test_conversion_memory_is_bounded_by_the_largest_tensor(tmp_path):
     [(total, into_megatron, into_hf)] = run_ranks(both_ways, 1, tmp_path)
     assert total > 5 * LARGEST
     slack = 4e6  # of the allocator, and of Python's own

@@ -32,9 +32,7 @@ def save(tmp_path: Path) -> Any:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_frequencies_of_positions_are_left_out_as_in_transformers(
-    dtype: torch.dtype, save: Any
-) -> None:
+def test_open_hf_ignores_rotary_frequencies(dtype: torch.dtype, save: Any) -> None:
     """Whatever their values: transformers computes them from the configuration."""
     further = {FREQUENCIES.format(i): torch.ones(16, dtype=dtype) for i in range(2)}
     folder = save("llama-tied", further)
@@ -45,7 +43,7 @@ def test_frequencies_of_positions_are_left_out_as_in_transformers(
     assert not info["unexpected_keys"] and not info["missing_keys"]
 
 
-def test_an_output_layer_that_is_the_embedding_is_left_out_of_a_tied_model(save: Any) -> None:
+def test_open_hf_ignores_the_output_layer_of_a_tied_model(save: Any) -> None:
     embedding = make("qwen3", save("qwen3", {}), num_hidden_layers=2).model.embed_tokens.weight
     folder = save("qwen3", {"lm_head.weight": embedding.detach().clone()})
     assert open_hf(folder).model.tied
@@ -55,12 +53,12 @@ def test_an_output_layer_that_is_the_embedding_is_left_out_of_a_tied_model(save:
 
 
 @pytest.mark.parametrize("name", ["model.layers.0.self_attn.bias", "model.position_ids"])
-def test_tensors_that_transformers_does_not_ignore_are_refused(name: str, save: Any) -> None:
+def test_open_hf_refuses_unexpected_tensors(name: str, save: Any) -> None:
     with pytest.raises(UserError, match=f"has a tensor {name}, which no model"):
         open_hf(save("llama", {name: torch.ones(2)}))
 
 
-def test_tensors_under_another_prefix_are_named(save: Any) -> None:
+def test_open_hf_names_tensors_with_another_prefix(save: Any) -> None:
     folder = save("llama-tied", {})
     file = folder / "model.safetensors"
     tensors = {k.removeprefix("model."): v for k, v in load_file(file).items()}
@@ -81,7 +79,7 @@ def test_tensors_under_another_prefix_are_named(save: Any) -> None:
         ("config.json", {"num_attention_heads": 0}, "is not a valid configuration of type llama"),
     ],
 )
-def test_folders_that_are_no_plain_model_are_refused(
+def test_open_hf_refuses_adapters_quantized_and_damaged_folders(
     name: str, content: Any, message: str, save: Any
 ) -> None:
     folder = save("llama", {})
@@ -93,7 +91,7 @@ def test_folders_that_are_no_plain_model_are_refused(
         open_hf(folder)
 
 
-def test_a_folder_without_a_configuration_is_refused(tmp_path: Path) -> None:
+def test_open_hf_refuses_a_folder_without_configuration(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"config.json cannot be read: No such file"):
         open_hf(tmp_path)
     (tmp_path / "config.json").write_text("[]")

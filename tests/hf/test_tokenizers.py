@@ -55,7 +55,7 @@ def arguments(kind: str, model: Path, vocab: int) -> Namespace:
     return Namespace(tokenizer_type=kind, tokenizer_model=str(model), vocab_size=vocab)
 
 
-def test_sentencepiece_gives_the_ids_of_training_everywhere(model: Path, tmp_path: Path) -> None:
+def test_sentencepiece_ids_equal_those_of_training(model: Path, tmp_path: Path) -> None:
     trained = sentencepiece.SentencePieceProcessor(model_file=str(model))
     folder = tmp_path / "hf"
     folder.mkdir()
@@ -86,7 +86,7 @@ def test_sentencepiece_gives_the_ids_of_training_everywhere(model: Path, tmp_pat
             assert encode(text) == expected, (name, text)
 
 
-def test_a_chat_template_of_sentencepiece_writes_control_tokens_and_messages_do_not(
+def test_sentencepiece_control_tokens_come_from_the_template_only(
     model: Path, tmp_path: Path
 ) -> None:
     args = arguments("SentencePieceTokenizer", model, 380)
@@ -130,9 +130,7 @@ def byte_level(folder: Path, bos: bool = True, chat_template: str | None = None)
 
 
 @pytest.mark.parametrize("bos", [True, False])
-def test_a_tokenizer_of_transformers_gives_the_same_ids_on_every_way(
-    bos: bool, tmp_path: Path
-) -> None:
+def test_transformers_tokenizer_ids_survive_conversion(bos: bool, tmp_path: Path) -> None:
     original = byte_level(tmp_path / "hf", bos)
     for name in ("checkpoints", "back"):
         (tmp_path / name).mkdir()
@@ -171,7 +169,7 @@ def test_end_tokens_travel_with_the_tokenizer(tmp_path: Path) -> None:
     assert end_tokens(read_tokenizer(places[2])) == {1, 2}
 
 
-def test_a_borrowed_tokenizer_brings_end_tokens_and_no_settings(tmp_path: Path) -> None:
+def test_export_of_another_models_tokenizer_copies_end_tokens_only(tmp_path: Path) -> None:
     """A run whose --tokenizer-model is the folder of another model."""
     byte_level(tmp_path / "hf")
     (tmp_path / "hf" / "config.json").write_text('{"eos_token_id": 1}')
@@ -197,7 +195,7 @@ def test_a_damaged_generation_config_is_refused(text: str, message: str, tmp_pat
         record_end_tokens(byte_level(tmp_path / "hf"), tmp_path)
 
 
-def test_without_a_generation_config_the_config_counts(tmp_path: Path) -> None:
+def test_end_tokens_come_from_the_config_without_a_generation_config(tmp_path: Path) -> None:
     tokenizer = byte_level(tmp_path)
     assert end_tokens(tokenizer) == {1}
     (tmp_path / "config.json").write_text('{"eos_token_id": [1, 2]}')

@@ -56,7 +56,7 @@ def there_and_back(run, folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", RUNS)
-def test_what_ranks_trained_together_is_converted_whole(family, tmp_path):
+def test_conversion_of_a_distributed_checkpoint_is_complete(family, tmp_path):
     run = tmp_path / "run"
     train([*RUNS[family], "--run-dir", run, "--exit-interval", "3"])
     [facts] = run_ranks(there_and_back, 1, run, tmp_path)

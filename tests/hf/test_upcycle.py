@@ -72,7 +72,7 @@ def upcycle(folder, load, flags):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_it_computes_the_dense_models_logits_at_the_start(name, tmp_path):
+def test_upcycled_model_has_the_logits_of_the_dense_model(name, tmp_path):
     flags, tolerance = CASES[name]
     make(name, tmp_path / "hf")
     load = tmp_path / "hf"
@@ -101,7 +101,7 @@ def block(tensors, prefix, x):
 
 
 @pytest.mark.parametrize("shared", range(4))
-def test_a_copy_of_each_slice_gives_the_dense_block(shared, tmp_path):
+def test_upcycled_slices_sum_to_the_dense_block(shared, tmp_path):
     """Whichever copies a token gets; with all slices shared, routed experts give nothing."""
     make("llama-tied", tmp_path)
     slices = 3 - shared or 3
@@ -139,7 +139,7 @@ def routers(folder):
     return same, fours, twos, noisy
 
 
-def test_rows_of_copies_sum_to_zero_and_depend_on_the_seed_alone(tmp_path):
+def test_upcycled_router_rows_sum_to_zero_and_depend_on_the_seed(tmp_path):
     make("qwen3", tmp_path)
     [(same, fours, twos, noisy)] = run_ranks(routers, 1, tmp_path)
     assert torch.equal(same[0], same[1]) and not torch.equal(same[0], same[2])
@@ -153,7 +153,7 @@ def test_rows_of_copies_sum_to_zero_and_depend_on_the_seed_alone(tmp_path):
 
 
 @pytest.mark.slow
-def test_training_goes_on_from_an_upcycled_model(tmp_path):
+def test_training_continues_from_an_upcycled_model(tmp_path):
     make("llama", tmp_path / "hf", rope_parameters={"rope_type": "default", "rope_theta": 5e5})
     flags = ["--num-experts", "8", "--granularity", "4"]
     run_ranks(upcycle, 1, tmp_path, tmp_path / "hf", flags)
@@ -207,7 +207,7 @@ def refusals(folder):
     return messages
 
 
-def test_what_cannot_be_upcycled_is_refused_and_nothing_is_left(tmp_path):
+def test_upcycling_refusals_write_nothing(tmp_path):
     make("qwen2", tmp_path / "hf")
     make("mixtral", tmp_path / "moe")
     add_tokenizer(tmp_path / "hf", 450)

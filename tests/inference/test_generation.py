@@ -202,7 +202,7 @@ def test_a_sample_depends_on_its_prompt_and_seed_alone(one_rank):
     assert all(a != b for a, b in zip(tokens, tokens_of(one_rank.other_seeds)))
 
 
-def test_streamed_pieces_make_up_the_text(one_rank):
+def test_streamed_texts_concatenate_to_the_completion(one_rank):
     pieces, completions, texts = one_rank.streamed
     for row, (completion, text) in enumerate(zip(completions, texts)):
         assert completion.text == text
@@ -217,7 +217,7 @@ def test_a_stop_string_ends_a_continuation_and_is_never_shown(one_rank):
     assert cut.tokens == free.tokens[: len(cut.tokens)] and len(cut.tokens) < len(free.tokens)
 
 
-def test_the_end_of_the_document_ends_a_continuation_unless_told_otherwise(one_rank):
+def test_end_of_document_ends_a_continuation_unless_disabled(one_rank):
     free, ended, ignoring = one_rank.ended
     assert ended.finish == "eod" and ignoring.finish == "length"
     first = free.tokens.index(free.tokens[3])
@@ -231,7 +231,7 @@ def test_a_continuation_ends_at_the_length_of_the_model(one_rank):
     assert (len(short.tokens), short.finish) == (5, "length")
 
 
-def test_prompts_the_model_cannot_continue_are_refused(one_rank):
+def test_generation_refuses_invalid_prompts(one_rank):
     empty, long, unknown, negative = one_rank.refusals
     assert "empty" in empty
     assert f"--max-position-embeddings {MAX_LENGTH}" in long
@@ -262,7 +262,7 @@ def on_two_ranks(path, sizes):
 
 
 @pytest.mark.parametrize("sizes", [{"tensor": 2}, {"expert": 2}, {"pipeline": 2}], ids=str)
-def test_two_ranks_generate_and_route_as_one_does(run_dir, one_rank, sizes):  # noqa: F811
+def test_generation_on_two_ranks_equals_one_rank(run_dir, one_rank, sizes):  # noqa: F811
     for rank, facts in enumerate(run_ranks(on_two_ranks, 2, run_dir, sizes)):
         for name in ("greedy", "random"):
             for completion, alone in zip(getattr(facts, name), getattr(one_rank, name)):
@@ -289,7 +289,7 @@ def refusals_to_load(path):
     return messages
 
 
-def test_layouts_and_tokenizers_that_do_not_fit_are_refused(run_dir):  # noqa: F811
+def test_load_model_refuses_wrong_layouts_and_tokenizers(run_dir):  # noqa: F811
     [(layout, tokenizer)] = run_ranks(refusals_to_load, 1, run_dir)
     assert "divisible" in layout and "--tokenizer-model" in tokenizer
 
@@ -304,14 +304,14 @@ def lose_metadata(folder):
 
 
 @pytest.mark.parametrize("damage", [damage_weights, lose_metadata])
-def test_a_damaged_checkpoint_is_refused(run_dir, tmp_path, damage):  # noqa: F811
+def test_load_model_refuses_a_damaged_checkpoint(run_dir, tmp_path, damage):  # noqa: F811
     copy = shutil.copytree(run_dir, tmp_path / "copy")
     damage(copy / "checkpoints" / "iter_0000040")
     with pytest.raises(UserError, match="incomplete"):
         run_ranks(on_one_rank, 1, copy)
 
 
-def test_a_run_its_checkpoints_and_one_of_them_are_the_same(run_dir):  # noqa: F811
+def test_load_model_accepts_run_checkpoints_and_iteration_folders(run_dir):  # noqa: F811
     checkpoints = run_dir / "checkpoints"
     newest = checkpoints / "iter_0000040"
     assert [find_checkpoint(p) for p in (run_dir, checkpoints, newest)] == [newest] * 3
@@ -354,7 +354,7 @@ def test_sampling_follows_the_filtered_distribution():
     ],
     ids=str,
 )
-def test_impossible_sampling_is_refused_with_the_flag_to_change(options):
+def test_sampling_refusals_name_the_flag(options):
     flag = next(iter(options)).replace("_", "-")
     with pytest.raises(UserError, match=f"--{flag}"):
         Sampling(**options)

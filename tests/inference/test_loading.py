@@ -24,7 +24,7 @@ def logits(run):
     return ours[..., : theirs.shape[-1]], theirs
 
 
-def test_the_model_of_an_alignment_run_is_that_of_transformers(tmp_path):
+def test_loaded_alignment_model_has_the_logits_of_transformers(tmp_path):
     from tests.hf.models import make
 
     make("qwen3_moe-unnormalized", tmp_path / "final")
@@ -33,7 +33,7 @@ def test_the_model_of_an_alignment_run_is_that_of_transformers(tmp_path):
     torch.testing.assert_close(ours, theirs, rtol=0, atol=float(1e-5 * theirs.abs().max()))
 
 
-def test_folders_are_searched_from_the_finished_model_on(tmp_path):
+def test_find_model_prefers_the_final_model(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "run.json").write_text("{}")
     with pytest.raises(UserError, match="no model yet"):

@@ -191,7 +191,7 @@ def differences(kind, folder):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_text_stops_and_parts_are_those_of_decoding_all_tokens(kind, tmp_path):
+def test_row_text_equals_the_decoding_of_all_tokens(kind, tmp_path):
     [(wrong, stopped, broken)] = run_ranks(differences, 1, kind, tmp_path)
     assert wrong == []
     assert 30 < stopped < 170 and broken > 50
@@ -229,7 +229,7 @@ def special_tokens(folder):
     return found
 
 
-def test_special_tokens_end_rows_and_have_text_only_where_wanted(tmp_path):
+def test_row_omits_special_tokens_unless_requested(tmp_path):
     [found] = run_ranks(special_tokens, 1, tmp_path)
     for own, shown, further, several, ignored in found.values():
         assert own[1] == shown[1] == "eod" and "<s>" not in own[0] and ignored is None

@@ -106,6 +106,6 @@ def test_a_temperature_near_zero_takes_the_likeliest_token():
     ],
     ids=str,
 )
-def test_impossible_fields_are_refused_by_name(fields):
+def test_sampling_refusals_name_the_field(fields):
     with pytest.raises(UserError, match=next(iter(fields))):
         Sampling(**fields)

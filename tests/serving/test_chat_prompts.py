@@ -35,7 +35,7 @@ def tokenizer(request: Any, tmp_path: Path) -> Any:
     )
 
 
-def test_a_chat_has_the_ids_of_training(tokenizer: Any) -> None:
+def test_chat_prompt_ids_equal_those_of_training(tokenizer: Any) -> None:
     trained = SimpleNamespace(tokenizer=tokenizer, max_length=500, vocab_size=tokenizer.vocab_size)
     reader = Reader(trained, "tiny", RequestLimits(), TEMPLATE)  # type: ignore[arg-type]
     rows = [{"role": "system", "content": "rate"}, {"role": "user", "content": HOSTILE}]

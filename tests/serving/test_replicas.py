@@ -71,7 +71,7 @@ def serve(path, sizes):
 
 
 @pytest.mark.parametrize("sizes", [{}, {"tensor": 2}, {"expert": 2}, {"pipeline": 2}], ids=str)
-def test_ranks_serve_together_what_each_continuation_is_alone(run_dir, sizes):  # noqa: F811
+def test_replicas_on_several_ranks_generate_what_one_rank_does(run_dir, sizes):  # noqa: F811
     facts = run_ranks(serve, 2 if sizes else 1, run_dir, sizes)[0]
     assert facts.left == (0, 0)
     for i, (pieces, alone) in enumerate(zip(facts.got, facts.alone)):

@@ -56,7 +56,7 @@ def settled(server):
     raise AssertionError(health)
 
 
-def test_the_model_is_listed_and_healthy(server, client):
+def test_server_lists_the_model_and_is_healthy(server, client):
     [model] = client.models.list().data
     assert model.id == "tiny" and model.max_model_len == MAX_LENGTH
     assert settled(server) == {"status": "ok", "running": 0, "waiting": 0}
@@ -225,7 +225,7 @@ def test_chat_is_a_completion_of_the_rendered_template(client):
     ],
     ids=str,
 )
-def test_what_cannot_be_served_is_refused_by_name(http, change, status, named):
+def test_completion_refusals_name_the_field(http, change, status, named):
     body = {"model": "tiny", "prompt": "ba", "max_tokens": 2} | change
     answer = http.post("/v1/completions", json=body)
     error = answer.json()["error"]
@@ -280,7 +280,7 @@ def test_fields_without_effect_are_accepted_and_have_none(http):
     ],
     ids=str,
 )
-def test_what_a_chat_cannot_be_given_is_refused_by_name(http, change, named):
+def test_chat_refusals_name_the_field(http, change, named):
     body = {"messages": [{"role": "user", "content": "ba"}]} | change
     answer = http.post("/v1/chat/completions", json=body)
     assert answer.status_code == 400 and named in answer.json()["error"]["message"]
@@ -387,7 +387,7 @@ def test_a_wrong_key_is_refused(server):
         openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong").models.list()
 
 
-def test_two_hundred_requests_at_once_get_what_each_gets_alone(server):
+def test_two_hundred_concurrent_requests_get_independent_results(server):
     """A tenth leave before they are answered; no tokens change, and nothing stays behind.
 
     180 + 20 x 3 continuations fit into eight rows and 250 places, however fast they come.
@@ -443,7 +443,7 @@ def test_two_hundred_requests_at_once_get_what_each_gets_alone(server):
 LONG = {"prompt": [300], "max_tokens": 48, "n": 64, "ignore_eos": True, "stream": True}
 
 
-def test_a_stream_that_is_left_frees_its_rows(server, http):
+def test_client_disconnect_frees_its_slots(server, http):
     with http.stream("POST", "/v1/completions", json=LONG) as response:
         next(response.iter_lines())
         # Eight rows end in the same pass, and then none runs until the next eight join.
@@ -457,7 +457,7 @@ def test_a_stream_that_is_left_frees_its_rows(server, http):
     assert 1 <= int(left.split("new=")[1].split()[0]) < 64 * 48
 
 
-def test_a_full_queue_says_when_to_try_again(server, http):
+def test_full_queue_returns_retry_after(server, http):
     """Eight rows and 250 places: two requests of 128 continuations fit, a third does not."""
     held = LONG | {"n": 128}
     with (
@@ -565,7 +565,7 @@ def answers_without_time_or_template(path):
         thread.join(30)
 
 
-def test_without_a_template_or_time_there_is_a_sentence(run_dir):  # noqa: F811
+def test_missing_template_and_timeouts_return_a_message(run_dir):  # noqa: F811
     [found] = run_ranks(answers_without_time_or_template, 1, run_dir)
     chat, long, slow, late, streamed = found
     assert chat[0] == 400 and "no chat template" in chat[1]

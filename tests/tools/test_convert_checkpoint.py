@@ -45,7 +45,7 @@ def refusals(cases):
 
 
 @pytest.mark.slow
-def test_it_says_what_it_wrote_and_how_large_the_difference_is(run_dir, tmp_path):  # noqa: F811
+def test_converter_reports_the_output_and_the_difference(run_dir, tmp_path):  # noqa: F811
     hf, back = tmp_path / "new" / "hf", tmp_path / "new" / "back"
     there = ("--from", "megatron", "--to", "hf", "--load", run_dir, "--save", hf)
     again = ("--from", "hf", "--to", "megatron", "--load", hf, "--save", back)
@@ -134,7 +134,7 @@ HF = {
 }
 
 
-def test_what_is_wrong_with_a_hugging_face_folder_is_told_and_nothing_is_left(tmp_path):
+def test_converter_refuses_a_broken_hugging_face_folder_and_writes_nothing(tmp_path):
     make("llama-tied", tmp_path / "good")
     cases = []
     for number, damage in enumerate(HF.values()):
@@ -148,7 +148,7 @@ def test_what_is_wrong_with_a_hugging_face_folder_is_told_and_nothing_is_left(tm
     assert not list((tmp_path / "saved").iterdir())
 
 
-def test_what_is_wrong_with_a_checkpoint_is_told_and_nothing_is_left(run_dir, tmp_path):  # noqa: F811
+def test_converter_refuses_a_broken_checkpoint_and_writes_nothing(run_dir, tmp_path):  # noqa: F811
     half = shutil.copytree(run_dir / "checkpoints", tmp_path / "half")
     [data] = half.glob("iter_*/*.distcp")
     data.write_bytes(data.read_bytes()[:-1])
@@ -162,7 +162,7 @@ def test_what_is_wrong_with_a_checkpoint_is_told_and_nothing_is_left(run_dir, tm
     assert not list(saved.parent.iterdir())
 
 
-def test_neither_format_is_refused_before_anything_is_loaded(tmp_path):
+def test_converter_refuses_wrong_paths_before_loading(tmp_path):
     (tmp_path / "empty").mkdir()
     for source, target in (("megatron", "hf"), ("hf", "hf"), ("hf", "megatron")):
         with pytest.raises(UserError):
@@ -176,7 +176,7 @@ def test_neither_format_is_refused_before_anything_is_loaded(tmp_path):
     assert sorted(f.name for f in tmp_path.iterdir()) == ["empty", "full"]
 
 
-def test_a_refusal_is_one_sentence_and_exit_code_2(tmp_path):
+def test_converter_refusal_is_one_line_and_exit_code_2(tmp_path):
     (tmp_path / "empty").mkdir()
     flags = ["--load", tmp_path / "empty", "--save", tmp_path / "out"]
     done = tool("--from", "hf", "--to", "megatron", *flags)

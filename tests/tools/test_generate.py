@@ -49,7 +49,7 @@ def test_json_holds_every_sample_and_nothing_else_reaches_stdout(rows):
         assert all(log_prob < 0 for log_prob in row["log_probs"])
 
 
-def test_a_terminal_sees_the_same_text_as_it_comes(run_dir, rows):  # noqa: F811
+def test_terminal_shows_the_streamed_text(run_dir, rows):  # noqa: F811
     ours, theirs = pty.openpty()
     flags = ["--load", run_dir, "--prompt", PROMPTS[0], "--seed", 3, "--max-new-tokens", 8]
     done = tool(*flags, stdout=theirs, stderr=subprocess.PIPE)
@@ -65,7 +65,7 @@ def test_a_terminal_sees_the_same_text_as_it_comes(run_dir, rows):  # noqa: F811
     assert seen.decode().replace("\r\n", "\n") == f"{PROMPTS[0]}{rows[0]['text']}\n"
 
 
-def test_two_ranks_print_what_one_does_once(run_dir, rows):  # noqa: F811
+def test_generate_on_two_ranks_prints_once(run_dir, rows):  # noqa: F811
     flags = ["--load", run_dir, "--json", "--prompt", PROMPTS[0], "--seed", "3"]
     flags += ["--max-new-tokens", "8", "--expert-model-parallel-size", "2"]
     done = torchrun(["-m", "tools.generate", *flags], nproc=2, python=warm_python())
@@ -103,7 +103,7 @@ def test_a_bad_command_line_is_refused_before_anything_is_loaded(run_dir, flags,
         generate.main([flag.format(run=run_dir) for flag in flags])
 
 
-def test_what_cannot_be_done_is_one_sentence_and_exit_code_2(run_dir):  # noqa: F811
+def test_generate_refusal_is_one_line_and_exit_code_2(run_dir):  # noqa: F811
     done = tool("--load", run_dir, "--prompt", "ba " * 100, capture_output=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("generate: A prompt has ") and done.stderr.count("\n") == 1

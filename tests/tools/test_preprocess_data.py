@@ -79,7 +79,7 @@ def test_a_plain_text_file_is_one_document(model, tokenizer, tmp_path):
     assert lines == ["one", "still one", "two"]
 
 
-def test_every_text_comes_back_from_the_dataset(model, tokenizer, tmp_path):
+def test_dataset_decodes_to_the_source_texts(model, tokenizer, tmp_path):
     """decode(read(write(encode(text)))) over texts of every kind, in one run for many texts."""
     texts = []
     character = st.characters(exclude_categories=["Cs"], exclude_characters="\u2581")
@@ -151,7 +151,7 @@ def test_split_depends_on_the_text_and_seed_alone(model, tokenizer, tmp_path):
     assert abs(len(splits["a"][1]) - 100) < 50  # five standard deviations
 
 
-def test_valid_input_is_validated_on_and_nothing_else(model, tokenizer, tmp_path):
+def test_valid_input_is_the_whole_validation_split(model, tokenizer, tmp_path):
     train = write_jsonl(tmp_path / "train.jsonl", make_texts(20))
     valid = write_jsonl(tmp_path / "valid.jsonl", make_texts(5, 1))
     preprocess(model, [train], tmp_path / "out", "--valid-input", valid)
@@ -177,7 +177,7 @@ def test_dtype_goes_by_the_vocabulary_as_in_megatron(model, tmp_path):
     assert [d[:-1] for d in stored(tmp_path / "large")] == tokenizer.encode(words[:50])
 
 
-def test_manifest_says_what_the_output_was_made_of(model, tmp_path):
+def test_manifest_describes_settings_and_inputs(model, tmp_path):
     source = write_jsonl(tmp_path / "text.jsonl", make_texts(40))
     manifest = preprocess(model, [source], tmp_path / "out", "--valid-fraction", 0.2)
     assert manifest["tokenizer"]["sha256"] == hashlib.sha256(model.read_bytes()).hexdigest()

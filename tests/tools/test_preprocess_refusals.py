@@ -63,7 +63,7 @@ def test_malformed_parquet_rows_and_plain_text_are_counted(model, tmp_path):
     assert manifest["splits"]["train"]["documents"] == 4
 
 
-def test_an_error_late_in_a_run_of_its_own_is_one_line_on_stderr(model, tmp_path):
+def test_late_error_is_one_line_on_stderr(model, tmp_path):
     source = tmp_path / "text.jsonl"
     source.write_text('{"text": "good"}\n{bad}\n')
     process = start(model, [source], tmp_path / "out", "--max-malformed", 0)
@@ -74,7 +74,7 @@ def test_an_error_late_in_a_run_of_its_own_is_one_line_on_stderr(model, tmp_path
     )
 
 
-def test_broken_files_are_answered_with_one_sentence(model, tmp_path, capsys):
+def test_broken_input_files_are_refused_in_one_line(model, tmp_path, capsys):
     texts = make_texts(3000)
     content = write_jsonl(tmp_path / "good.jsonl", texts).read_bytes()
     buffer = io.BytesIO()
@@ -94,7 +94,7 @@ def test_broken_files_are_answered_with_one_sentence(model, tmp_path, capsys):
         assert not list(tmp_path.glob("out*"))
 
 
-def test_user_errors_are_answered_with_one_sentence(model, tmp_path, capsys):
+def test_user_errors_are_reported_in_one_line(model, tmp_path, capsys):
     source = write_jsonl(tmp_path / "text.jsonl", make_texts(20))
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "blank.jsonl").write_text("\n\n")

@@ -46,9 +46,7 @@ def uncut(model, tmp_path_factory):
 
 
 @pytest.mark.parametrize("signum, code", [(signal.SIGKILL, -9), (signal.SIGTERM, 143)])
-def test_a_run_cut_off_in_the_middle_goes_on_to_the_same_bytes(
-    model, uncut, tmp_path, capsys, signum, code
-):
+def test_interrupted_run_resumes_to_identical_output(model, uncut, tmp_path, capsys, signum, code):
     source, options, expected = uncut
     process = start(model, [source], tmp_path / "cut", *options)
     wait_for_parts(tmp_path / "cut", process, 3)
@@ -71,7 +69,7 @@ def test_a_run_cut_off_in_the_middle_goes_on_to_the_same_bytes(
     assert output_bytes(tmp_path / "cut") == expected
 
 
-def test_a_run_cut_off_between_renames_goes_on(model, tmp_path, monkeypatch):
+def test_run_interrupted_between_renames_resumes(model, tmp_path, monkeypatch):
     source = write_jsonl(tmp_path / "text.jsonl", make_texts(200))
     arguments = command(model, [source], tmp_path / "out", "--valid-fraction", 0.2)
     preprocess_data.main(command(model, [source], tmp_path / "whole", "--valid-fraction", 0.2))
@@ -91,7 +89,7 @@ def test_a_run_cut_off_between_renames_goes_on(model, tmp_path, monkeypatch):
     assert output_bytes(tmp_path / "out") == output_bytes(tmp_path / "whole")
 
 
-def test_a_damaged_part_is_noticed(model, tmp_path, monkeypatch, capsys):
+def test_damaged_part_is_detected(model, tmp_path, monkeypatch, capsys):
     source = write_jsonl(tmp_path / "text.jsonl", make_texts(50))
     write_dataset = preprocess_data.write_dataset
 
@@ -108,7 +106,7 @@ def test_a_damaged_part_is_noticed(model, tmp_path, monkeypatch, capsys):
     assert output_bytes(tmp_path / "out") == {}
 
 
-def test_finished_output_is_left_alone_and_replaced_only_with_overwrite(model, tmp_path, capsys):
+def test_finished_output_is_replaced_only_with_overwrite(model, tmp_path, capsys):
     source = write_jsonl(tmp_path / "text.jsonl", make_texts(200))
     prefix = tmp_path / "out"
     preprocess(model, [source], prefix, "--valid-fraction", 0.1)

@@ -31,7 +31,7 @@ def test_a_bad_command_line_is_refused_before_anything_is_loaded(tmp_path, flags
         serve.main([flag.format(folder=tmp_path) for flag in flags])
 
 
-def test_a_key_comes_from_its_file_before_the_environment(tmp_path, monkeypatch):
+def test_api_key_file_takes_precedence_over_the_environment(tmp_path, monkeypatch):
     file = tmp_path / "key"
     file.write_text("from file\n")
     monkeypatch.delenv(serve.KEY, raising=False)
@@ -40,7 +40,7 @@ def test_a_key_comes_from_its_file_before_the_environment(tmp_path, monkeypatch)
     assert serve._key(None) == "from environment" and serve._key(str(file)) == "from file"
 
 
-def test_a_port_in_use_is_a_sentence():
+def test_port_in_use_is_refused():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"--port {port}"):

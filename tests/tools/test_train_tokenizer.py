@@ -45,7 +45,7 @@ def tokenizer(model):
     )
 
 
-def test_megatron_reads_the_tokenizer_with_the_special_ids_promised(tokenizer):
+def test_megatron_reads_the_tokenizer_with_its_special_ids(tokenizer):
     assert tokenizer.vocab_size == 600
     assert (tokenizer.unk, tokenizer.bos, tokenizer.eos, tokenizer.pad) == (0, 1, 2, 3)
     assert tokenizer.eod == tokenizer.eos
@@ -65,7 +65,7 @@ def test_names_of_special_tokens_in_text_stay_text(tokenizer):
     assert tokenizer.detokenize(ids) == text
 
 
-def test_digits_are_tokens_of_their_own(tokenizer):
+def test_digits_are_separate_tokens(tokenizer):
     assert tokenizer.detokenize(tokenizer.tokenize("2024")[:1]) == "2"
 
 
@@ -115,7 +115,7 @@ def test_sample_is_uniform_over_the_stream_and_over_lengths():
     assert abs(long / total - 0.5) < 0.02
 
 
-def test_sample_of_all_is_all_in_order():
+def test_sample_of_all_lines_keeps_their_order():
     lines = [f"{i}\n" for i in range(100)]
     assert train_tokenizer.sample_lines(["".join(lines)], 10**9, 10**9, 0).lines() == lines
 
@@ -131,7 +131,7 @@ def refusal(capsys, *arguments):
     return lines[0]
 
 
-def test_bad_input_is_answered_with_one_sentence(corpus, tmp_path, capsys):
+def test_tokenizer_training_refusals_are_one_line(corpus, tmp_path, capsys):
     output = tmp_path / "new.model"
     base = ["--output", output, "--vocab-size", 600]
     assert "too large" in refusal(capsys, "--input", corpus, *base[:2], "--vocab-size", 10**6)
