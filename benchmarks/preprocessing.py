@@ -82,13 +82,13 @@ def articles(path: Path, megabytes: float) -> float:
     share = sum(word not in known for word in late) / len(late)
     choose = random.Random(0)
 
-    def spelt(word: str) -> str:
+    def respell(word: str) -> str:
         return "".join(choose.choices("etaoinshrdlu", k=8)) if choose.random() < share else word
 
     with path.open("a") as file:
         while file.tell() < megabytes * 1e6:
             for text in texts:
-                file.write(json.dumps({"text": " ".join(map(spelt, text))}) + "\n")
+                file.write(json.dumps({"text": " ".join(map(respell, text))}) + "\n")
     return share
 
 

@@ -102,8 +102,8 @@ def parse_arguments(argv: list[str] | None) -> PreprocessFlags:
     add("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
         help="Number of processes. Default: one per core.")
     add("--shard-bytes", type=int, default=64 << 20, metavar="N",
-        help="Size of the pieces that are distributed to the workers and kept after a stop, in "
-             "bytes. Compressed files are not divided. Default: 67108864 (64 MiB).")
+        help="Size of the pieces that are distributed to the workers and from which a run resumes, "
+             "in bytes. Compressed files are not divided. Default: 67108864 (64 MiB).")
     add("--overwrite", action="store_true",
         help="Replace existing output that was made with other settings.")
     # fmt: on
@@ -166,7 +166,7 @@ def open_tokenizer(model: str) -> tuple[sentencepiece.SentencePieceProcessor, st
 
 @contextmanager
 def stopping_on_signals(output: DatasetOutput) -> Iterator[None]:
-    """Stop cleanly on SIGINT and SIGTERM, and print how many finished parts are kept."""
+    """Stop cleanly on SIGINT and SIGTERM, and print the number of finished parts."""
 
     def stop(signum: int, frame: FrameType | None) -> NoReturn:
         raise SystemExit(128 + signum)

@@ -174,17 +174,17 @@ def _turns(number: int, rows: int, copies: int, pooled: bool) -> list[list[range
 
 
 def _losses(
-    model: MegatronModel, windows: Windows, routing: RoutingMode, mine: range, first: int
+    model: MegatronModel, windows: Windows, routing: RoutingMode, indices: range, first: int
 ) -> dict[int, float]:
     """Return the losses of this replica's windows, on ranks that have them."""
-    batch = batch_of([ScoringRequest(windows[i], 1) for i in mine])
+    batch = batch_of([ScoringRequest(windows[i], 1) for i in indices])
     routing.set_batch(batch.padding, first, windows.length)
     log_probs = model.log_probs(batch)
     if log_probs is None:
         return {}
-    sizes = [len(windows[i]) - 1 for i in mine]
+    sizes = [len(windows[i]) - 1 for i in indices]
     parts = log_probs[0].cpu().split(sizes)
-    return {i: -float(part.sum(dtype=torch.float64)) for i, part in zip(mine, parts)}
+    return {i: -float(part.sum(dtype=torch.float64)) for i, part in zip(indices, parts)}
 
 
 def summary(

@@ -110,11 +110,11 @@ class RaggedCache(BaseInferenceContext):
         else:
             self._slots = torch.tensor(slots, device=device)
         if min(ends) < self._longest:
-            seen = torch.arange(self._longest, device=device) < torch.tensor(
+            visible = torch.arange(self._longest, device=device) < torch.tensor(
                 ends, device=device
             ).unsqueeze(1)
             self._mask = torch.zeros(len(slots), 1, 1, self._longest, device=device)
-            self._mask.masked_fill_(~seen[:, None, None], -torch.inf)
+            self._mask.masked_fill_(~visible[:, None, None], -torch.inf)
 
     def _grow(self, slots: int, length: int) -> None:
         assert slots <= self.max_slots and length <= self.max_sequence_length

@@ -94,7 +94,7 @@ class Detokenizer:
         elif self.byte_level or self.holds_runs:
             assert self._hf is not None
             if token in self._special and self._skip:
-                return b""  # its neighbours are decoded as if they were adjacent
+                return b""  # its neighbors are decoded as if they were adjacent
             piece = self._hf.convert_ids_to_tokens(token)
         if piece is None:
             return None

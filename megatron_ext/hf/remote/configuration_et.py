@@ -6,18 +6,20 @@ from transformers import PreTrainedConfig
 
 
 class ExpertThresholdConfig(PreTrainedConfig):
-    """Sizes and switches of a decoder whose experts take the tokens above their thresholds.
+    """Configuration of a decoder whose experts take the tokens above their thresholds.
 
     Args:
-        moe_layers: for each layer 1 where it holds experts, else 0.
-        gated_mlp: SwiGLU (`hidden_act` "silu") rather than squared ReLU ("relu2").
-        norm_scale: every RMSNorm has a learnable scale.
-        qk_norm: queries and keys are normalised before the rotation.
-        embedding_norm: embeddings are normalised, without a scale.
-        logit_softcap: c of c * tanh(logits / c); 0 for none.
-        router_gate: what makes an expert's weight of its logit: sigmoid, softmax or relu.
-        num_experts_per_tok: experts of a token on average, unless `mean_experts` is given.
-        threshold_ema_decay: of the moving average behind the thresholds, for training.
+        moe_layers: For each layer, 1 if it has experts, else 0.
+        gated_mlp: Whether feed-forward blocks are SwiGLU (`hidden_act` "silu"), and not squared
+            ReLU ("relu2").
+        norm_scale: Whether every RMSNorm has a learnable scale.
+        qk_norm: Whether queries and keys are normalized before the rotation.
+        embedding_norm: Whether embeddings are normalized, without a scale.
+        logit_softcap: Bound c in c * tanh(logits / c); 0 for none.
+        router_gate: Function from router logits to weights: "sigmoid", "softmax" or "relu".
+        num_experts_per_tok: Mean fan-out, unless `mean_experts` is set.
+        mean_experts: Mean fan-out if it is not an integer.
+        threshold_ema_decay: Decay of the moving average of the thresholds, for training.
     """
 
     model_type = "expert_threshold"

@@ -1,7 +1,7 @@
 """Expert Threshold models (arXiv 2603.11535) for transformers: inference and fine-tuning.
 
-An expert takes the tokens whose router logit exceeds its threshold, whatever else is in the batch.
-Thresholds stay as they were trained.
+An expert takes the tokens whose router logit exceeds its threshold, independently of the other
+tokens in the batch. Thresholds are constant.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ GATES = {
 
 
 class ExpertThresholdRMSNorm(nn.Module):
-    """`x / rms(x)` over the last dimension, with a scale if the config asks for it."""
+    """RMSNorm over the last dimension, with a scale if the configuration has `norm_scale`."""
 
     def __init__(self, config: ExpertThresholdConfig, size: int) -> None:
         super().__init__()
@@ -141,9 +141,9 @@ class Router(nn.Module):
         return self.gate(logits), logits > self.thresholds
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
-        kept = {name: getattr(self, name) for name in ("thresholds", "threshold_average")}
+        buffers = {name: getattr(self, name) for name in ("thresholds", "threshold_average")}
         super()._apply(fn, recurse)
-        for name, before in kept.items():
+        for name, before in buffers.items():
             now = getattr(self, name)
             if now.dtype != torch.float32:  # follow the device, not the dtype
                 setattr(self, name, before.to(now.device) if not before.is_meta else now.float())
@@ -169,7 +169,7 @@ class MoE(nn.Module):
         output = torch.zeros_like(tokens)
         for number, expert in enumerate(self.experts):
             chosen = routing_map[:, number].nonzero().squeeze(1)
-            # In training, data-parallel ranks must all have gradients of the same experts.
+            # In training, all data-parallel ranks must have gradients of the same experts.
             if chosen.numel() or self.training:
                 weight = weights[chosen, number].unsqueeze(1)
                 output.index_add_(0, chosen, expert(tokens[chosen], weight))
@@ -209,7 +209,7 @@ class ExpertThresholdPreTrainedModel(PreTrainedModel):
 
 
 class ExpertThresholdModel(ExpertThresholdPreTrainedModel):
-    """The decoder without its head."""
+    """Decoder without its head."""
 
     def __init__(self, config: ExpertThresholdConfig) -> None:
         super().__init__(config)
@@ -237,8 +237,8 @@ class ExpertThresholdModel(ExpertThresholdPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = torch.arange(seen, seen + x.shape[1], device=x.device).unsqueeze(0)
+            cached = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(cached, cached + x.shape[1], device=x.device).unsqueeze(0)
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=x,
@@ -262,7 +262,7 @@ class ExpertThresholdModel(ExpertThresholdPreTrainedModel):
 
 
 class ExpertThresholdForCausalLM(ExpertThresholdPreTrainedModel, GenerationMixin):
-    """The decoder with its head: logits, loss and generation."""
+    """Decoder with its head: logits, loss and generation."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 

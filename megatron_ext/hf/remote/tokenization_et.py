@@ -1,4 +1,4 @@
-"""The SentencePiece tokenizer of a training run, for transformers: the same ids, the same text."""
+"""SentencePiece tokenizer of a training run for transformers, with the same ids and texts."""
 
 from typing import Any
 
@@ -6,10 +6,10 @@ from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
 
 class ExpertThresholdTokenizer(SentencePieceBackend):
-    """SentencePiece as it is: nothing is put in front of a text, nothing behind it.
+    """SentencePiece tokenizer that adds no tokens before or after a text.
 
-    Names of control tokens in a text, such as `</s>`, are text, as in training. Those that a chat
-    template writes are tokens.
+    Names of control tokens in a text, such as `</s>`, are encoded as text, as in training. Control
+    tokens that a chat template writes are tokens.
     """
 
     vocab_files_names = {"vocab_file": "tokenizer.model"}
@@ -23,12 +23,12 @@ class ExpertThresholdTokenizer(SentencePieceBackend):
     def apply_chat_template(
         self, *args: Any, tokenizer_kwargs: dict[str, Any] | None = None, **kwargs: Any
     ) -> Any:
-        """Render a conversation; see transformers."""
+        """Render a conversation; see `apply_chat_template` of transformers."""
         options = {"split_special_tokens": False} | (tokenizer_kwargs or {})
         return super().apply_chat_template(*args, tokenizer_kwargs=options, **kwargs)
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """Return the text of tokens, with names of control tokens, which SentencePiece omits."""
+        """Return the text of tokens, including the names of control tokens."""
         named = {*self.all_special_tokens} - {self.unk_token}
         text = ""
         run: list[str] = []
