@@ -1,13 +1,13 @@
-"""Give a model the thresholds at which each expert takes its share of a text.
+"""Calibrate the thresholds of a model so that each expert takes its share of a text.
 
     python -m tools.calibrate_thresholds --load DIR --save DIR --data TEXT.jsonl
 
-For a model trained by expert choice or token choice, an upcycled one, or one that is to route
-another kind of text. The new checkpoint evaluates, generates and trains with thresholds; its
-weights are those of the old one. Thresholds are exact cutoffs over the whole text, layer after
-layer, each fed by layers that have theirs. Every eighth sequence is held out: on these, the mean
-fan-out, the experts' loads and the loss are told, before and after. Larger models run under
-torchrun, with the flags of tools.generate.
+Use it for a model trained by expert choice or token choice, for an upcycled one, or for text of
+another kind than the training text. The new checkpoint evaluates, generates and trains with the
+thresholds; its weights are unchanged. Thresholds are exact cutoffs over the whole text, layer after
+layer, each computed from the output of calibrated layers. Every eighth sequence is held out, and
+the mean fan-out, the loads of the experts and the loss on these are printed before and after.
+Larger models run under torchrun, with the flags of tools.generate.
 """
 
 import argparse
@@ -52,6 +52,7 @@ class CalibrateFlags(LoadingFlags):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command."""
     options = _parser().parse_args(argv, CalibrateFlags())
     check_at_least_one(tokens=options.tokens, batch_size=options.batch_size)
     checkpoint, save = find_checkpoint(options.load), Path(options.save)
@@ -60,24 +61,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     out = sys.stdout if first else open(os.devnull, "w")  # noqa: SIM115
     with quiet_megatron():
         activate()  # before anything of Megatron is imported
-        before, after, cutoffs, notes = _calibrated(options, checkpoint, out)
+        before, after, cutoffs, notes = _calibrate(options, checkpoint, out)
     print(_table(before, after), *notes, sep="\n", file=out)
     if not first:
         return
     from megatron_ext.hf.recalibrate import with_thresholds
 
-    with new_folder(save) as beside:
+    with new_folder(save) as folder:
         with quiet_megatron():
-            conversion = with_thresholds(checkpoint, beside, save, cutoffs, options.tokenizer_model)
+            conversion = with_thresholds(checkpoint, folder, save, cutoffs, options.tokenizer_model)
         write_with_progress("writing", conversion.bytes, conversion.write)
-        measured = {"before": before, "after": after}
-        report = {name: _plain(m) for name, m in measured.items() if m is not None}
-        (beside / REPORT).write_text(json.dumps(report, indent=1) + "\n")
+        qualities = {"before": before, "after": after}
+        report = {name: _plain(m) for name, m in qualities.items() if m is not None}
+        (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n")
     print(f"wrote {save}")
 
 
-def _calibrated(options: CalibrateFlags, checkpoint: Path, out: Any) -> Any:
-    """Figures on held-out text before (None without thresholds) and after, cutoffs, and notes."""
+def _calibrate(options: CalibrateFlags, checkpoint: Path, out: Any) -> Any:
+    """Calibrate a model.
+
+    Returns:
+        Routing quality on held-out text before (None without thresholds) and after, cutoffs by
+        layer, and notes to print.
+    """
     from megatron_ext.data.token_stream import sequences_of
     from megatron_ext.hf.recalibrate import use_thresholds
     from megatron_ext.inference.calibration import calibrate, measure_routing
@@ -85,7 +91,7 @@ def _calibrated(options: CalibrateFlags, checkpoint: Path, out: Any) -> Any:
     from megatron_ext.moe.router import routers_of
     from megatron_ext.moe.threshold_router import threshold_routers
 
-    use_thresholds(read_common_state(checkpoint)["args"])  # refuses early
+    use_thresholds(read_common_state(checkpoint)["args"])  # to refuse the model early
     layout, others = options.load_model_options()
 
     def load(change: Any = None) -> Any:
@@ -95,7 +101,10 @@ def _calibrated(options: CalibrateFlags, checkpoint: Path, out: Any) -> Any:
     notes: list[str] = []
     length = options.seq_length or min(trained.max_length, 2048)
     if not 1 < length <= trained.max_length:
-        raise UserError(f"--seq-length {length} must be from 2 to the model's {trained.max_length}")
+        raise UserError(
+            f"--seq-length {length} is not in the range 2 to {trained.max_length} of the model. "
+            "Choose a value in it."
+        )
     sequences = sequences_of(options.data, trained, length, options.tokens)
     text, held_out = _held_out(sequences)
     routers = routers_of([trained.module])
@@ -120,16 +129,19 @@ def _calibrated(options: CalibrateFlags, checkpoint: Path, out: Any) -> Any:
 
 
 def _held_out(sequences: "Tensor") -> "tuple[Tensor, Tensor]":
-    """What to calibrate on, and what to measure on."""
+    """Return the sequences to calibrate on and those to measure on."""
     if len(sequences) < 2:
-        raise UserError("--data and --tokens give one sequence: calibrating needs two or more")
+        raise UserError(
+            "--data has one sequence only, but calibration needs two. Use more text, a larger "
+            "--tokens, or a smaller --seq-length."
+        )
     every = min(_HOLD_OUT, len(sequences))
     held_out = [number % every == every - 1 for number in range(len(sequences))]
-    return sequences[[not held for held in held_out]], sequences[held_out]
+    return sequences[[not is_held_out for is_held_out in held_out]], sequences[held_out]
 
 
 def _table(before: "RoutingQuality | None", after: "RoutingQuality") -> str:
-    """Mean fan-out and the least and greatest load of an expert by layer, and the loss."""
+    """Return the mean fan-out, the least and greatest load by layer, and the loss as text."""
     rows: list[tuple[str, ...]] = [("layer", "fan-out", "least load", "greatest", "no expert")]
     for layer in after.load:
         cells = [(_figures(m, layer) if m else ("-",) * 4) for m in (before, after)]
@@ -140,27 +152,29 @@ def _table(before: "RoutingQuality | None", after: "RoutingQuality") -> str:
     return "\n".join([*lines, f"loss {losses} nats per token (before > after, held-out text)"])
 
 
-def _figures(measured: "RoutingQuality", layer: int) -> tuple[str, ...]:
-    load = measured.load[layer]
-    share = measured.no_expert[layer]
+def _figures(quality: "RoutingQuality", layer: int) -> tuple[str, ...]:
+    """Return the cells of one layer."""
+    load = quality.load[layer]
+    share = quality.no_expert[layer]
     return (
-        f"{measured.fan_out(layer):.3f}",
+        f"{quality.fan_out(layer):.3f}",
         *(f"{float(value):.4f}" for value in (load.min(), load.max())),
         f"{share:.3f}",
     )
 
 
-def _plain(measured: "RoutingQuality") -> dict[str, Any]:
+def _plain(quality: "RoutingQuality") -> dict[str, Any]:
+    """Return a routing quality as JSON values."""
     return {
-        "loss": measured.loss,
-        "tokens": measured.tokens,
+        "loss": quality.loss,
+        "tokens": quality.tokens,
         "layers": {
             layer: {
-                "fan_out": measured.fan_out(layer),
-                "no_expert_share": measured.no_expert[layer],
+                "fan_out": quality.fan_out(layer),
+                "no_expert_share": quality.no_expert[layer],
                 "load": load.tolist(),
             }
-            for layer, load in measured.load.items()
+            for layer, load in quality.load.items()
         },
     }
 
@@ -171,13 +185,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     # fmt: off
-    add("--load", required=True, metavar="DIR", help="run directory, or folder of checkpoints")
-    add("--save", required=True, metavar="DIR", help="folder of checkpoints to make")
+    add("--load", required=True, metavar="DIR", help="Run directory, or folder of checkpoints.")
+    add("--save", required=True, metavar="DIR",
+        help="Folder of checkpoints to write; must not exist.")
     add("--data", required=True, nargs="+", metavar="PATH",
-        help="prefix of an indexed dataset, or text files: .jsonl, .parquet, .txt")
-    add("--tokens", type=int, default=65536, metavar="N", help="to read at most (%(default)s)")
-    add("--seq-length", type=int, metavar="N", help="of a sequence (the model's, at most 2048)")
-    add("--batch-size", type=int, default=8, metavar="N", help="sequences at a time (%(default)s)")
+        help="Prefix of an indexed dataset, or text files (.jsonl, .parquet, .txt).")
+    add("--tokens", type=int, default=65536, metavar="N",
+        help="Number of tokens to read at most. Default: %(default)s.")
+    add("--seq-length", type=int, metavar="N",
+        help="Tokens per sequence. Default: the length of the model, at most 2048.")
+    add("--batch-size", type=int, default=8, metavar="N",
+        help="Sequences per forward pass. Default: %(default)s.")
     add_loading_flags(parser)
     # fmt: on
     return parser

@@ -1,11 +1,11 @@
-"""Routing a trained model another way than it evaluates by, to see what the difference costs.
+"""Routing modes: rules by which a trained model can be routed to measure what they cost.
 
-- `et`: by thresholds, the model's own way.
+- `et`: by thresholds, as the model evaluates.
 - `et-capacity`: by thresholds within the capacity of training.
-- `ec`: an expert takes its k largest logits of a pool of tokens; it sees tokens to come.
-- `tc`: a token goes to its k largest logits, as many as it has experts on average.
+- `ec`: an expert takes its k largest logits of a pool of tokens, later ones included.
+- `tc`: a token goes to its k largest logits, k being its mean number of experts.
 
-A pool is a number of whole sequences of the data, whatever ranks hold them; ties go to the token
+A pool is a number of whole sequences of the data, whatever ranks they are on. Ties go to the token
 that comes first in the data.
 """
 
@@ -32,13 +32,14 @@ NAMES = ("et", "tc", *POOLED)
 
 
 class RoutingMode:
-    """One way to route, while it is in force, and what it did.
+    """A rule to route a model by, and counts of what it did.
 
     Args:
-        name: one of `NAMES`, or "none" for a model without experts.
+        trained: Model to route.
+        name: One of `NAMES`, or what :func:`default_routing` returns for the model.
 
     Raises:
-        UserError: the model cannot be routed so.
+        UserError: The model cannot be routed by this rule.
     """
 
     def __init__(self, trained: TrainedModel, name: str) -> None:
@@ -46,33 +47,34 @@ class RoutingMode:
         self.pooled = name in POOLED
         self._routers = routers_of([trained.module])
         self._counts = [RoutingCounts(trained.args.num_experts) for _ in self._routers]
-        # Ranks of a copy hold the same tokens.
+        # The ranks of a replica have the same tokens.
         self._group: Group = trained.groups.dp if trained.groups.dp.size() > 1 else None
         self._real = self._positions = torch.zeros(0)
         _check(trained.model.config, name)
         routers = threshold_routers(self._routers)
         if name in ("et", "et-capacity") and not all(r.thresholds.update_count for r in routers):
             raise UserError(
-                f"--routing {name}: the thresholds have no value yet; train for at least one step"
+                f"--routing {name} needs thresholds, which have no value yet. Train the model for "
+                "at least one step, or calibrate it with tools.calibrate_thresholds."
             )
 
     def set_batch(self, padding: Tensor, first: int, stride: int) -> None:
-        """Say what the next forward pass holds.
+        """Describe the batch of the next forward pass.
 
         Args:
             padding: bool `[rows, length]`, True where there is no token.
-            first: how many rows of the pool other ranks hold before these.
-            stride: length of a row in the data, at least that of the tensor.
+            first: Number of rows of the pool before these, on other ranks.
+            stride: Length of a row in the data, at least that of the tensor.
         """
         rows, length = padding.shape
         row = first + torch.arange(rows, device=padding.device)
         positions = row * stride + torch.arange(length, device=padding.device).unsqueeze(1)
-        self._real = ~padding.t().reshape(-1)  # a router sees the sequence first
+        self._real = ~padding.t().reshape(-1)  # a router receives the sequence first
         self._positions = positions.reshape(-1)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Route so, and count, until the end of the block."""
+        """Route the model by this rule, and count, until the end of the block."""
         hooks = []
         for threshold_router in threshold_routers(self._routers):
             threshold_router.routing = partial(  # type: ignore[method-assign]
@@ -89,7 +91,7 @@ class RoutingMode:
                 router.__dict__.pop("routing", None)
 
     def figures(self) -> dict[int, dict[str, Any]]:
-        """What `routing_figures` says of each MoE layer, over all ranks; every rank must ask."""
+        """Return the routing metrics of each MoE layer over all ranks. Every rank must call it."""
         layers = {}
         for router, counts in zip(self._routers, self._counts):
             packed = counts.packed()
@@ -103,7 +105,7 @@ class RoutingMode:
     def _route(
         self, router: ThresholdRouter, logits: Tensor, padding_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """In place of `ThresholdRouter.routing`."""
+        """Route in place of `ThresholdRouter.routing`."""
         logits = logits.reshape(-1, router.num_experts).float()
         routing_map = torch.zeros_like(logits, dtype=torch.bool)
         select = _SELECT[self.name]
@@ -117,7 +119,7 @@ class RoutingMode:
 
 
 def default_routing(config: ETConfig) -> str:
-    """How a model routes by itself."""
+    """Return the rule by which a model evaluates, "none" for one without experts."""
     if config.num_moe_experts is None:
         return "none"
     return config.router.evaluation
@@ -128,19 +130,23 @@ def _check(config: ETConfig, name: str) -> None:
     if name == own:
         return
     if own == "none":
-        raise UserError(f"--routing {name}: the model has no experts")
+        raise UserError(f"--routing {name}: the model has no experts. Leave the flag out.")
     if own != "et":
         raise UserError(
             f"--routing {name} needs thresholds, which a model of --router-type "
-            f"{config.router_type} has not: use {own}"
+            f"{config.router_type} does not have. Leave the flag out, or calibrate the model with "
+            "tools.calibrate_thresholds."
         )
     if name == "tc" and config.mean_experts.denominator != 1:
         raise UserError(
-            f"--routing tc takes a whole number of experts, the model has "
-            f"{float(config.mean_experts):g} a token"
+            f"--routing tc takes a whole number of experts per token, but the model has "
+            f"{float(config.mean_experts):g} on average. Use ec."
         )
     if name == "et-capacity" and config.et_capacity is None:
-        raise UserError("--routing et-capacity: the model was trained without a capacity")
+        raise UserError(
+            "--routing et-capacity needs a capacity, but the model was trained with --et-capacity "
+            "none. Use et."
+        )
 
 
 Select = Callable[[ThresholdRouter, Tensor, Tensor, Group], Tensor]
@@ -158,7 +164,7 @@ def _within_capacity(
 
 
 def _by_expert(router: ThresholdRouter, logits: Tensor, positions: Tensor, group: Group) -> Tensor:
-    # The last pool may be too small for a token of its own.
+    # In the last pool an expert's share may be less than one token.
     cutoffs = kth_largest([logits], [lambda tokens: max(1, router.rate.k(tokens))], group)
     return top_k_mask(logits, cutoffs, positions, group)
 

@@ -1,13 +1,13 @@
-"""Thresholds that give every expert its share of a text.
+"""Calibration of thresholds so that every expert takes its share of a text.
 
-A layer's cutoffs depend on what it is fed, and that on the thresholds of the layers before it. So
-the layers are done in order, and the whole text goes through a layer before the next one: its
-logits come from layers that route by the thresholds they keep. Run over the same text, the
-resulting model gives each expert exactly its share. Logits collected under expert choice would come
-from layers that route another way, batch by batch, and would have to be averaged.
+The cutoffs of a layer depend on its input, and this on the thresholds of the layers before it. So
+the layers are calibrated in order, and the whole text passes through a layer before the next one:
+its logits come from layers that route by their final thresholds. On the same text, the resulting
+model gives each expert exactly its share. Logits collected under expert choice would come from
+layers that route by another rule, batch by batch, and would have to be averaged.
 
-A layer with experts is run twice, first with thresholds that nothing exceeds: that costs attention
-and shared expert alone, and no router has to be called by itself.
+A layer with experts runs twice, first with thresholds that nothing exceeds. This costs only
+attention and the shared expert, and no router has to be called separately.
 """
 
 from collections.abc import Callable
@@ -28,11 +28,11 @@ from megatron_ext.moe.router import routers_of
 from megatron_ext.moe.threshold_router import ThresholdRouter, threshold_routers
 
 
-class _Share:
-    """This data-parallel rank's part of the sequences, in batches, as many as every rank has.
+class _RankBatches:
+    """This data-parallel rank's sequences in batches, as many as on every other rank.
 
-    Experts are shared by the copies of the model, so all must come along with each batch. A rank
-    with fewer sequences repeats the first, which is not counted.
+    The replicas of the model share experts, so all must run each batch together. A rank with fewer
+    sequences repeats the first, which is not counted.
     """
 
     def __init__(self, trained: TrainedModel, sequences: Tensor, batch_size: int) -> None:
@@ -40,8 +40,8 @@ class _Share:
         rounds = -(-len(sequences) // group.size())
         numbers = torch.arange(group.rank(), rounds * group.size(), group.size())
         counted = numbers < len(sequences)
-        mine = sequences[numbers.where(counted, 0)].to(torch.cuda.current_device())
-        self.batches = list(zip(mine.split(batch_size), counted.split(batch_size), strict=True))
+        tokens = sequences[numbers.where(counted, 0)].to(torch.cuda.current_device())
+        self.batches = list(zip(tokens.split(batch_size), counted.split(batch_size), strict=True))
 
 
 @torch.no_grad()
@@ -53,21 +53,23 @@ def calibrate(
 ) -> dict[int, Tensor]:
     """Set the thresholds of every layer to the cutoffs of a text at the model's rate.
 
+    All ranks must call it.
+
     Args:
-        trained: with thresholds, of whatever value. All ranks must call it.
+        trained: Model with thresholds, of whatever value.
         sequences: int64 `[sequences, length]`, the same on all ranks.
-        batch_size: sequences in a forward pass.
-        layer_done: told the number of each layer, counted from 0, when it is done.
+        batch_size: Sequences in a forward pass.
+        layer_done: Called with the number of each layer, counted from 0, when it is calibrated.
 
     Returns:
-        for each layer with experts, counted from 0, its cutoffs, fp32 `[experts]`: the k-th
+        For each layer with experts, counted from 0, its cutoffs, fp32 `[experts]`: the k-th
         largest logit of each expert. The same on every rank.
 
     Raises:
-        UserError: too few tokens for an expert to take one.
+        UserError: The text has too few tokens for an expert to take one.
     """
     model, pipeline = trained.model, trained.groups.pp
-    share = _Share(trained, sequences, batch_size)
+    share = _RankBatches(trained, sequences, batch_size)
     rotary = model.rotary_pos_emb(sequences.shape[1])
     hidden = [_first_hidden(trained, tokens) for tokens, _ in share.batches]  # [length, batch, h]
     cutoffs: dict[int, Tensor] = {}
@@ -75,21 +77,22 @@ def calibrate(
         for router in threshold_routers(routers_of([layer])):
             if router.rate.k(sequences.numel()) < 1:
                 raise UserError(
-                    f"{sequences.numel()} tokens are too few for an expert to take one: give more"
+                    f"The text has {sequences.numel()} tokens, too few for an expert to take one. "
+                    "Use a longer text."
                 )
             logits = _logits(layer, router, hidden, share, rotary)
             # Halfway to the next largest: rounding moves no token across it.
             k = router.rate.k
             ranks: list[RankOf] = [k, partial(_next_rank, k)]
-            found, following = kth_largest([logits] * 2, ranks, trained.groups.dp).value.chunk(2)
-            router.thresholds.start_at((found + following) / 2)
-            cutoffs[layer.layer_number - 1] = found.cpu()
+            cutoff, following = kth_largest([logits] * 2, ranks, trained.groups.dp).value.chunk(2)
+            router.thresholds.start_at((cutoff + following) / 2)
+            cutoffs[layer.layer_number - 1] = cutoff.cpu()
         hidden = [layer(h, attention_mask=None, rotary_pos_emb=rotary)[0] for h in hidden]
         layer_done(layer.layer_number - 1)
     if pipeline.rank() + 1 < pipeline.size():
         for h in hidden:
             dist.send(h.contiguous(), group=pipeline, group_dst=pipeline.rank() + 1)
-    return _of_all_stages(trained, cutoffs)
+    return _gather_stages(trained, cutoffs)
 
 
 def _next_rank(k: RankOf, tokens: int) -> int:
@@ -97,7 +100,7 @@ def _next_rank(k: RankOf, tokens: int) -> int:
 
 
 def _first_hidden(trained: TrainedModel, tokens: Tensor) -> Tensor:
-    """What this stage's first layer is fed, `[length, batch, hidden]`."""
+    """Return the input of this stage's first layer, `[length, batch, hidden]`."""
     model, pipeline = trained.model, trained.groups.pp
     batch, length = tokens.shape
     if pipeline.rank() == 0:
@@ -110,12 +113,12 @@ def _first_hidden(trained: TrainedModel, tokens: Tensor) -> Tensor:
 
 
 def _logits(
-    layer: Any, router: ThresholdRouter, hidden: list[Tensor], share: _Share, rotary: Tensor
+    layer: Any, router: ThresholdRouter, hidden: list[Tensor], share: _RankBatches, rotary: Tensor
 ) -> Tensor:
-    """A layer's logits of all this rank's tokens that count, fp32 `[tokens, experts]`."""
-    kept: list[Tensor] = []
+    """Return a layer's logits of this rank's tokens that count, fp32 `[tokens, experts]`."""
+    batches: list[Tensor] = []
     hook = router.register_forward_pre_hook(
-        lambda _, inputs: kept.append(router.gating(inputs[0]).float())
+        lambda _, inputs: batches.append(router.gating(inputs[0]).float())
     )
     router.thresholds.start_at(torch.full_like(router.thresholds.average, torch.inf))
     for h in hidden:
@@ -123,21 +126,21 @@ def _logits(
     hook.remove()
     counted = [
         logits.view(*h.shape[:2], -1)[:, real].flatten(0, 1)
-        for logits, h, (_, real) in zip(kept, hidden, share.batches, strict=True)
+        for logits, h, (_, real) in zip(batches, hidden, share.batches, strict=True)
     ]
     return torch.cat(counted)
 
 
 @dataclass(frozen=True)
 class RoutingQuality:
-    """How a model routes a text, and how well it predicts it.
+    """Balance of a model's routing on a text, and its loss.
 
     Attributes:
-        load: by layer with experts, counted from 0, the share of tokens that each expert takes,
-            fp64 `[experts]`.
-        no_expert: by layer, the share of tokens without a routed expert.
-        loss: nats per token.
-        tokens: that were routed.
+        load: Share of tokens that each expert takes, fp64 `[experts]`, by layer with experts,
+            counted from 0.
+        no_expert: Share of tokens without a routed expert, by layer.
+        loss: Mean loss in nats per token.
+        tokens: Number of routed tokens.
     """
 
     load: dict[int, Tensor]
@@ -146,7 +149,7 @@ class RoutingQuality:
     tokens: int
 
     def fan_out(self, layer: int) -> float:
-        """Routed experts of a token on average."""
+        """Return the mean number of routed experts per token."""
         return float(self.load[layer].sum())
 
 
@@ -157,18 +160,18 @@ def measure_routing(
     """Route and predict a text as evaluation does. All ranks must call it, with the same text.
 
     Args:
-        trained: with any router.
+        trained: Model with any router.
         sequences: int64 `[sequences, length]`.
-        batch_size: sequences in a forward pass.
+        batch_size: Sequences in a forward pass.
     """
-    groups, share = trained.groups, _Share(trained, sequences, batch_size)
+    groups, share = trained.groups, _RankBatches(trained, sequences, batch_size)
     routers = {router.layer_number - 1: router for router in routers_of([trained.module])}
     maps: dict[int, Tensor] = {}
 
-    def keep(router: Any, _: Any, output: tuple[Tensor, Tensor]) -> None:
+    def record(router: Any, _: Any, output: tuple[Tensor, Tensor]) -> None:
         maps[router.layer_number - 1] = output[1].bool()
 
-    hooks = [router.register_forward_hook(keep) for router in routers.values()]
+    hooks = [router.register_forward_hook(record) for router in routers.values()]
     counts = {
         layer: torch.zeros(router.num_experts + 1, dtype=torch.float64)
         for layer, router in routers.items()
@@ -187,7 +190,7 @@ def measure_routing(
         hook.remove()
     for total in (*counts.values(), loss):
         _sum(total, groups.dp)
-    counts = _of_all_stages(trained, counts)
+    counts = _gather_stages(trained, counts)
     losses: list[Any] = [None] * groups.pp.size()
     dist.all_gather_object(losses, float(loss), group=groups.pp)
     return RoutingQuality(
@@ -199,14 +202,14 @@ def measure_routing(
 
 
 def _sum(total: Tensor, group: dist.ProcessGroup) -> None:
-    """Sum over ranks in place, wherever the backend wants the tensor."""
+    """Sum over ranks in place, on the device that the backend needs."""
     device = total.to(torch.cuda.current_device())
     dist.all_reduce(device, group=group)
     total.copy_(device)
 
 
-def _of_all_stages(trained: TrainedModel, mine: dict[int, Tensor]) -> dict[int, Tensor]:
-    """What the stages of the pipeline have by layer, in the order of the layers."""
+def _gather_stages(trained: TrainedModel, layers: dict[int, Tensor]) -> dict[int, Tensor]:
+    """Return what all stages of the pipeline have by layer, in the order of the layers."""
     stages: list[Any] = [None] * trained.groups.pp.size()
-    dist.all_gather_object(stages, mine, group=trained.groups.pp)
+    dist.all_gather_object(stages, layers, group=trained.groups.pp)
     return dict(sorted((layer, value) for stage in stages for layer, value in stage.items()))

@@ -1,4 +1,4 @@
-"""Which experts a text is routed to, by how much, and how well the text is predicted."""
+"""Experts that a text is routed to, with margins, and how well the text is predicted."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -18,14 +18,14 @@ from megatron_ext.moe.router import routers_of
 
 @dataclass(frozen=True)
 class TextRouting:
-    """Where the tokens of one text went.
+    """Routing of the tokens of one text.
 
     Attributes:
-        layers: numbers of the MoE layers, counted from 0 over all layers.
-        maps: bool `[layers, tokens, experts]`.
+        layers: Numbers of the MoE layers, counted from 0 over all layers.
+        maps: bool `[layers, tokens, experts]`, which expert takes which token.
         margins: fp32 `[layers, tokens, experts]`, see :meth:`ETRouter.margins`.
-        losses: fp32 `[tokens]`, nats: how surprising each token was after those before it; NaN for
-            the first, which nothing predicts.
+        losses: fp32 `[tokens]`, cross-entropy of each token after those before it, in nats; NaN
+            for the first, which nothing predicts.
     """
 
     layers: list[int]
@@ -35,35 +35,41 @@ class TextRouting:
 
     @property
     def fan_out(self) -> Tensor:
-        """Number of routed experts each token has, int64 `[layers, tokens]`."""
+        """Number of routed experts of each token, int64 `[layers, tokens]`."""
         return self.maps.sum(dim=-1)
 
 
 def route_text(trained: TrainedModel, tokens: list[int]) -> TextRouting:
-    """Route a text as evaluation and generation do; the result is the same on every rank.
+    """Route a text as evaluation and generation do. Every rank must call it.
+
+    Returns:
+        The routing, the same on every rank.
 
     Raises:
-        ValueError: no token, more than the model's length, or a model without experts.
+        ValueError: The text has no token or more than the model's length, or the model has no
+            experts.
     """
     if not 0 < len(tokens) <= trained.max_length:
-        raise ValueError(f"{len(tokens)} tokens: routing takes 1 to {trained.max_length}")
-    found: dict[int, tuple[Tensor, Tensor]] = {}
+        raise ValueError(
+            f"The text has {len(tokens)} tokens, but the model takes 1 to {trained.max_length}."
+        )
+    routed: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def keep(router: Any, logits: Tensor, routing_map: Tensor) -> None:
-        found[router.layer_number - 1] = routing_map.cpu(), router.margins(logits).cpu()
+    def add(router: Any, logits: Tensor, routing_map: Tensor) -> None:
+        routed[router.layer_number - 1] = routing_map.cpu(), router.margins(logits).cpu()
 
     text = torch.tensor([tokens], device=torch.cuda.current_device())
-    with record_routing(routers_of([trained.module]), keep):
+    with record_routing(routers_of([trained.module]), add):
         logits = full_logits(trained, text)
     losses = None if logits is None else _losses(logits[0], text[0])
     pipeline = trained.groups.pp
     stages: list[Any] = [None] * pipeline.size()
-    dist.all_gather_object(stages, (found, losses), group=pipeline)
+    dist.all_gather_object(stages, (routed, losses), group=pipeline)
     layers = sorted(layer for stage, _ in stages for layer in stage)
     if not layers:
-        raise ValueError("the model has no experts")
-    everywhere = {layer: pair for stage, _ in stages for layer, pair in stage.items()}
-    maps, margins = (torch.stack([everywhere[layer][i] for layer in layers]) for i in (0, 1))
+        raise ValueError("The model has no experts.")
+    by_layer = {layer: pair for stage, _ in stages for layer, pair in stage.items()}
+    maps, margins = (torch.stack([by_layer[layer][i] for layer in layers]) for i in (0, 1))
     return TextRouting(layers, maps, margins, stages[-1][1])
 
 
@@ -75,16 +81,18 @@ def check_margins(config: TransformerConfig) -> None:
     """
     assert isinstance(config, ETConfig)
     if not any(moe_layer_pattern(config)):
-        raise UserError("the model is dense: it has no experts whose routing could be inspected")
+        raise UserError(
+            "The model is dense. Choose one with experts, whose routing can be inspected."
+        )
     for name in config.router.without_margins:
         if getattr(config, name, None):
             raise UserError(
-                f"the model was trained with --{name.replace('_', '-')}: its routing depends on "
-                "more than a token's scores, so there is no margin to show"
+                f"The model was trained with --{name.replace('_', '-')}, so its routing depends on "
+                "more than a token's scores and has no margins. Choose one trained without it."
             )
 
 
 def _losses(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Losses of `tokens [n]` by `logits [n, vocabulary]`, which follow each token."""
+    """Return the losses `[n]` of `tokens [n]` by the `logits [n, vocabulary]` after each token."""
     nats = torch.nn.functional.cross_entropy(logits[:-1].float(), tokens[1:], reduction="none")
     return torch.cat([nats.new_full((1,), torch.nan), nats]).cpu()
