@@ -1,4 +1,4 @@
-"""Configuration of Expert Threshold models: Megatron's, and the fields Megatron lacks."""
+"""Configuration of Expert Threshold models: Megatron's fields and those that it lacks."""
 
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -19,7 +19,7 @@ def _number_or_none(text: str) -> float | None:
 class ETConfig(TransformerConfig):
     """Expert Threshold options (arXiv 2603.11535), on top of Megatron's TransformerConfig.
 
-    Every field is a command line flag of the same name and every docstring its help.
+    Every field is a command-line flag of the same name, and its docstring is the help text.
     """
 
     router_type: str = field(
@@ -29,51 +29,54 @@ class ETConfig(TransformerConfig):
     """Name of the router in `megatron_ext.moe.registry.ROUTERS`."""
 
     et_mean_experts: float | None = None
-    """Mean number of routed experts a token gets; may be fractional. Default: --moe-router-topk."""
+    """Mean number of routed experts per token; may be fractional. Default: --moe-router-topk."""
 
     et_ema_decay: float = 0.999
-    """Decay of the moving average that turns an expert's cutoffs into its threshold, in [0, 1)."""
+    """Decay of the moving average that turns an expert's cutoffs into its threshold, in [0, 1).
+    Default: 0.999."""
 
     et_warmup_iters: int = 4000
-    """Optimizer steps that route by expert choice before thresholds take over."""
+    """Number of optimizer steps that route by expert choice before thresholds take over.
+    Default: 4000."""
 
     et_capacity: float | None = field(
         default=0.5, metadata={"argparse_meta": {"type": _number_or_none}}
     )
-    """In training an expert takes between (1 - C) and (1 + C) times its mean share of the pool's
-    tokens; C in [0, 1), or 'none' for no limit. Evaluation has no limit."""
+    """Capacity C in [0, 1), or 'none' for no limit: in training an expert takes between (1 - C) and
+    (1 + C) times its mean share of the pool's tokens. Evaluation has no limit. Default: 0.5."""
 
     et_capacity_pool: Literal["rank", "global"] = "rank"
-    """Whose tokens the capacity counts. rank: the rank's own, with no communication. global: those
-    of all ranks, at a few small reductions in each layer's forward pass."""
+    """Tokens that the capacity counts. rank: those of each rank, without communication. global:
+    those of all ranks, with a few small reductions in each layer's forward pass. Default: rank."""
 
     et_cutoff_pool: Literal["microbatch", "step"] = "microbatch"
-    """Tokens a cutoff is taken over: each micro-batch of all ranks, then averaged (the paper), or
-    all tokens of the optimizer step."""
+    """Tokens that a cutoff is taken over: each micro-batch of all ranks, then averaged (the paper),
+    or all tokens of the optimizer step. Default: microbatch."""
 
     et_kept_logits_mb: float = 256.0
-    """Bound, in MiB a rank, on the router logits that are kept until the end of the step to find
-    cutoffs. Beyond it, cutoffs of micro-batches are found earlier, by a few small reductions in the
-    forward pass, and come out the same. A layer keeps at least one micro-batch."""
+    """Bound, in MiB per rank, on the router logits that are stored until the end of the step to
+    find cutoffs. Beyond it, cutoffs of micro-batches are found earlier, by a few small reductions
+    in the forward pass, and are the same. A layer stores at least one micro-batch. Default: 256."""
 
     et_gate: Literal["sigmoid", "softmax", "relu"] = "sigmoid"
-    """How a router logit becomes the weight of an expert's output. Never normalised over the
-    selected experts."""
+    """Function from a router logit to the weight of an expert's output. The weights are not
+    normalized over the selected experts. Default: sigmoid."""
 
     et_norm_scale: bool = False
     """Give every RMSNorm a learnable scale."""
 
     et_embedding_norm: bool = True
-    """Do not normalise the token embeddings before the first layer."""
+    """Do not normalize the token embeddings before the first layer."""
 
     et_logit_softcap: float = 15.0
-    """Bound the output logits by c * tanh(logits / c); 0 turns it off."""
+    """Bound c of the output logits, which become c * tanh(logits / c); 0 turns it off.
+    Default: 15."""
 
     et_init: Literal["paper", "normal"] = "paper"
     """Initial weights. paper: embeddings N(0, 1), output head and projections into the residual
     stream 0, router N(0, 1/d), others scaled by fan-in and fan-out. normal:
-    N(0, --init-method-std), residual projections divided by sqrt(2 * layers). Both depend on the
-    seed and the parameter alone, not on the parallel layout."""
+    N(0, --init-method-std), residual projections divided by sqrt(2 * layers). Both depend only on
+    the seed and the parameter, not on the parallel layout. Default: paper."""
 
     def __post_init__(self) -> None:
         if self.num_moe_experts is None:
@@ -99,20 +102,20 @@ class ETConfig(TransformerConfig):
 
     @property
     def mean_experts(self) -> Fraction:
-        """Mean number of routed experts a token gets, exactly as the user wrote it."""
+        """Mean number of routed experts per token, exactly as the user wrote it."""
         mean = self.moe_router_topk if self.et_mean_experts is None else self.et_mean_experts
         return Fraction(str(mean))
 
     @property
     def routing_rate(self) -> RoutingRate:
-        """How many tokens of a pool an expert takes."""
+        """Share of a pool's tokens that an expert takes."""
         assert self.num_moe_experts is not None
         capacity = None if self.et_capacity is None else Fraction(str(self.et_capacity))
         return RoutingRate(self.mean_experts / self.num_moe_experts, capacity)
 
     @property
     def kept_logits_bytes(self) -> int:
-        """How much of `et_kept_logits_mb` is for each MoE layer of a pipeline stage."""
+        """Part of `et_kept_logits_mb` for each MoE layer of a pipeline stage, in bytes."""
         layers = -(-sum(moe_layer_pattern(self)) // self.pipeline_model_parallel_size)
         return int(self.et_kept_logits_mb * 2**20) // max(layers, 1)
 
@@ -123,20 +126,31 @@ class ETConfig(TransformerConfig):
         if not 0 < mean <= experts:
             raise UserError(
                 f"{flag} {float(mean):g} must be above 0 and at most --num-experts {experts}: it "
-                "is the mean number of experts a token gets"
+                "is the mean number of experts per token. Choose another value."
             )
         if not 0 <= self.et_ema_decay < 1:
-            raise UserError(f"--et-ema-decay {self.et_ema_decay} must be in [0, 1)")
+            raise UserError(
+                f"--et-ema-decay {self.et_ema_decay} must be in [0, 1). Choose another value."
+            )
         if self.et_capacity is not None and not 0 <= self.et_capacity < 1:
             raise UserError(
-                f"--et-capacity {self.et_capacity} must be in [0, 1), or none for no limit"
+                f"--et-capacity {self.et_capacity} must be in [0, 1). Use none for no limit."
             )
         if self.et_warmup_iters < 0:
-            raise UserError(f"--et-warmup-iters {self.et_warmup_iters} must not be negative")
+            raise UserError(
+                f"--et-warmup-iters {self.et_warmup_iters} must not be negative. Use 0 for no "
+                "warm-up."
+            )
         if self.et_logit_softcap < 0:
-            raise UserError(f"--et-logit-softcap {self.et_logit_softcap} must not be negative")
+            raise UserError(
+                f"--et-logit-softcap {self.et_logit_softcap} must not be negative. Use 0 for no "
+                "bound."
+            )
         if self.et_kept_logits_mb < 0:
-            raise UserError(f"--et-kept-logits-mb {self.et_kept_logits_mb} must not be negative")
+            raise UserError(
+                f"--et-kept-logits-mb {self.et_kept_logits_mb} must not be negative. Use 0 to "
+                "store as little as possible."
+            )
 
     def _check_router(self) -> None:
         """Refuse settings of Megatron with which the router cannot work, with the reason."""
@@ -144,27 +158,27 @@ class ETConfig(TransformerConfig):
             if getattr(self, name, None):
                 raise UserError(
                     f"--{name.replace('_', '-')} cannot be used with --router-type "
-                    f"{self.router_type}: {why}"
+                    f"{self.router_type}: {why}. Leave it out, or choose another router."
                 )
         if not self.router.variable_fan_out:
             return
         if self.moe_token_dispatcher_type == "flex":
             raise UserError(
                 "--moe-token-dispatcher-type flex takes a fixed number of experts per token, which "
-                f"--router-type {self.router_type} does not have: use alltoall or allgather"
+                f"--router-type {self.router_type} does not have. Use alltoall or allgather."
             )
         if self.cuda_graph_impl != "none":
             captured = {module.name for module in self.cuda_graph_modules}
             if not captured or not captured <= {"attn", "mlp"}:  # none named: whole layers
                 raise UserError(
                     f"--cuda-graph-impl {self.cuda_graph_impl} would capture the experts, which "
-                    f"take a varying number of tokens with --router-type {self.router_type}: add "
-                    "--cuda-graph-modules attn, and mlp for dense layers"
+                    f"take a varying number of tokens with --router-type {self.router_type}. Add "
+                    "--cuda-graph-modules attn, and mlp for dense layers."
                 )
 
 
 def moe_layer_pattern(config: ETConfig) -> list[bool]:
-    """Which layers hold experts, from `--moe-layer-freq`: every n-th, or a list of 0 and 1."""
+    """Return which layers have experts, by `--moe-layer-freq`: every n-th, or a list of 0 and 1."""
     if config.num_moe_experts is None:
         return [False] * config.num_layers
     if isinstance(config.moe_layer_freq, int):

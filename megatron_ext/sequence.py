@@ -1,13 +1,13 @@
-"""Where the tokens that a rank holds stand in their sequence."""
+"""Positions of a rank's tokens in their sequence."""
 
 import torch
 from torch import Tensor
 
 
 def sequence_positions(length: int, cp_rank: int, cp_size: int, device: torch.device) -> Tensor:
-    """Positions of the `length` tokens that a context-parallel rank holds, int64 `[length]`.
+    """Return the positions of a context-parallel rank's `length` tokens, int64 `[length]`.
 
-    Megatron cuts a sequence in `2 * cp_size` chunks and gives rank r the chunks r and
+    Megatron cuts a sequence into `2 * cp_size` chunks and gives rank r the chunks r and
     `2 * cp_size - 1 - r`, which evens out the work of causal attention.
     """
     index = torch.arange(length, device=device)

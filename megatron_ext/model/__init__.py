@@ -1,0 +1,1 @@
+"""Layers, attention, norms and initial weights of the models, and what identifies a model."""

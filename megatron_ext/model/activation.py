@@ -5,16 +5,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Elements that stay in a core's cache between two operations on them.
+# Number of elements that stay in a core's cache between two operations on them.
 _BLOCK = 1 << 16
 
 
 class _SquaredReLU(torch.autograd.Function):
     """relu(x)², block by block on the CPU.
 
-    On a CPU the time of elementwise operations on large tensors is that of moving them between
-    memory and cache. Written as `relu(x) ** 2`, autograd moves about five times as much: it
-    writes the ReLU, its first power, twice that, and what each gives back.
+    On a CPU, elementwise operations on large tensors take as long as moving them between memory and
+    cache. Written as `relu(x) ** 2`, autograd moves about five times as much: the ReLU, its first
+    power, twice that, and the gradient of each.
     """
 
     @staticmethod
@@ -44,5 +44,8 @@ def _blocks(x: Tensor) -> tuple[Tensor, ...]:
 
 
 def squared_relu(x: Tensor) -> Tensor:
-    """relu(x)², of any shape; values and gradients are those of `F.relu(x).pow(2)` to the bit."""
+    """Return relu(x)² of any shape.
+
+    Values and gradients are those of `F.relu(x).pow(2)` in every bit.
+    """
     return _SquaredReLU.apply(x)

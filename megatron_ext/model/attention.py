@@ -21,7 +21,7 @@ class SDPAttention(torch.nn.Module):
     """Causal attention, also of a few new queries against a cache of earlier keys.
 
     Megatron's local attention writes every score to memory; torch's kernels do not. Under context
-    parallelism, which Megatron's refuses, a rank gathers the keys and values of the others.
+    parallelism, which Megatron's refuses, each rank gathers the keys and values of the others.
     """
 
     def __init__(
@@ -51,14 +51,17 @@ class SDPAttention(torch.nn.Module):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """Attend.
+        """Return the attention output of queries over keys and values.
 
         Args:
             query: `[queries, batch, heads, head_dim]`.
             key: `[keys, batch, kv_heads, head_dim]`; the last key belongs to the last query.
-            value: as `key`.
+            value: Like `key`.
             attention_mask: int64 `[batch, length]`, the sample of every token of the whole rows,
-                to which its attention is limited; None for one sample a row. Causal in any case.
+                to which its attention is limited; None for one sample per row. Causal in any case.
+            attn_mask_type: Not used; the attention is causal.
+            attention_bias: Not supported, must be None.
+            packed_seq_params: Not supported, must be None.
 
         Returns:
             `[queries, batch, heads * head_dim]`.
@@ -70,14 +73,14 @@ class SDPAttention(torch.nn.Module):
             assert queries == keys, "no cache under context parallelism"
             key, value, mask = self._gather(key, value, attention_mask)
         elif attention_mask is not None:
-            assert queries == keys, "no cache with several samples a row"
+            assert queries == keys, "no cache with several samples per row"
             places = torch.arange(keys, device=query.device)
             causal = places.unsqueeze(1) >= places
             mask = _within_samples(causal, attention_mask, places, places)
         elif 1 < queries < keys:
             mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
             mask = mask.tril(keys - queries)
-        # Tensor-parallel ranks hold other heads and must drop other weights.
+        # Tensor-parallel ranks have different heads and must drop different weights.
         dropout = self.dropout if self.training else 0.0
         with get_cuda_rng_tracker().fork() if dropout else nullcontext():
             context = F.scaled_dot_product_attention(
@@ -95,18 +98,19 @@ class SDPAttention(torch.nn.Module):
     def _gather(
         self, key: Tensor, value: Tensor, samples: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys and values of all context-parallel ranks, and which of them a query may see.
+        """Gather the keys and values of all context-parallel ranks, and build the mask.
 
         Returns:
-            keys and values `[ranks * keys, batch, kv_heads, head_dim]`, in the order of the ranks,
-            and bool `[queries, ranks * keys]`, or `[batch, 1, queries, ranks * keys]`.
+            Keys and values `[ranks * keys, batch, kv_heads, head_dim]`, in the order of the ranks,
+            and the mask of what a query attends to, bool `[queries, ranks * keys]` or `[batch, 1,
+            queries, ranks * keys]`.
         """
         size, rank, length = self.cp_group.size(), self.cp_group.rank(), key.shape[0]
         positions = [sequence_positions(length, r, size, key.device) for r in range(size)]
-        own, everyones = positions[rank], torch.cat(positions)
-        mask = own.unsqueeze(1) >= everyones
+        own, gathered = positions[rank], torch.cat(positions)
+        mask = own.unsqueeze(1) >= gathered
         if samples is not None:
-            mask = _within_samples(mask, samples, own, everyones)
+            mask = _within_samples(mask, samples, own, gathered)
         key, value = (
             gather_from_sequence_parallel_region(x.contiguous(), group=self.cp_group)
             for x in (key, value)
@@ -115,13 +119,13 @@ class SDPAttention(torch.nn.Module):
 
 
 def _within_samples(mask: Tensor, samples: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
-    """Keep of a causal mask what lies within one sample.
+    """Limit a causal mask to pairs within one sample.
 
     Args:
         mask: bool `[queries, keys]`.
         samples: int64 `[batch, length]`, the sample of every token.
-        queries: int64, places of the queries in the row.
-        keys: as `queries`.
+        queries: int64 `[queries]`, positions of the queries in the row.
+        keys: int64 `[keys]`, positions of the keys in the row.
 
     Returns:
         bool `[batch, 1, queries, keys]`.

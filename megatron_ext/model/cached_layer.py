@@ -1,4 +1,4 @@
-"""A transformer layer that also runs against this project's cache."""
+"""Transformer layer that also runs with this project's key-value cache."""
 
 from typing import Any
 
@@ -11,14 +11,14 @@ from megatron_ext.inference.cache import RaggedCache
 
 
 class CachedSelfAttention(SelfAttention):
-    """Megatron's self-attention; in inference, tokens of many rows at their own positions.
+    """Megatron's self-attention; in inference, for tokens of many rows at different positions.
 
-    Megatron's static cache holds keys that are not rotated and rotates all of them again for each
-    token, and wants all rows at one position; its dynamic one needs flash-attn.
+    Megatron's static cache stores keys before rotation, rotates all of them again for each token,
+    and requires all rows to be at one position; its dynamic cache needs flash-attn.
     """
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """See the base class; with a `RaggedCache`, `hidden_states` is `[tokens, 1, hidden]`."""
+        """Run the layer; with a `RaggedCache`, `hidden_states` is `[tokens, 1, hidden]`."""
         cache = kwargs.get("inference_context")
         if not isinstance(cache, RaggedCache):
             return super().forward(hidden_states, *args, **kwargs)
@@ -39,14 +39,14 @@ class CachedSelfAttention(SelfAttention):
 
 
 class CachedTransformerLayer(TransformerLayer):
-    """Megatron's layer; in inference, its sums alone.
+    """Megatron's layer, without its overhead in inference.
 
-    What Megatron wraps around them for training (dropout, recomputation, offloading, tensors that
-    are no views) takes a third of a millisecond, as long as the products of one token.
+    What Megatron adds for training (dropout, recomputation, offloading, tensors that are not views)
+    takes a third of a millisecond, as long as the matrix products of one token.
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """See the base class; with a `RaggedCache`, `hidden_states` is `[tokens, 1, hidden]`."""
+        """Run the layer; with a `RaggedCache`, `hidden_states` is `[tokens, 1, hidden]`."""
         cache = kwargs.get("inference_context")
         if not isinstance(cache, RaggedCache):
             return super().forward(*args, **kwargs)

@@ -21,10 +21,10 @@ from megatron_ext.model.specs import decoder_block_spec
 
 
 def gpt_model_config(args: Namespace, config: ETConfig) -> GPTModelConfig:
-    """What Megatron's trainer builds the model from."""
+    """Return the configuration from which Megatron's trainer builds the model."""
     model_config = gpt_config_from_args(args, config=config)
     model_config.transformer_layer_spec = _layer_spec
-    # Megatron 0.19 leaves it at 8 whatever the flag says.
+    # Megatron 0.19 leaves it at 8, whatever the flag says.
     model_config.rope_scaling_factor = args.rope_scaling_factor
     config.perform_initialization = False  # the hook below sets every parameter
     if config.activation_func is activations.squared_relu and is_cpu_device():
@@ -70,7 +70,7 @@ def _finish_logits(
     rank: int,
     size: int,
 ) -> tuple[Tensor, Tensor | None]:
-    """Cap the logits `[sequence, batch, vocabulary of this rank or all]`; rule out its padding.
+    """Cap the logits `[sequence, batch, vocabulary of this rank or all]` and exclude padding.
 
     How many rows pad the vocabulary depends on the tensor-parallel size; the loss must not.
     """

@@ -1,8 +1,8 @@
 """Initial weights that depend on the seed and the parameter alone.
 
-Megatron draws a shard at a time from a stream per rank, so that a seed means another model on
-another layout. Here each matrix has a generator of its own, seeded by its global name; a rank
-draws the whole matrix and keeps its shard.
+Megatron draws each shard from a random stream per rank, so that the same seed gives a different
+model on another layout. Here each matrix has a separate generator, seeded by its global name; a
+rank draws the whole matrix and keeps its shard.
 """
 
 import hashlib
@@ -20,12 +20,13 @@ def initialize_parameters(model: GPTModel, seed: int, vocab_size: int) -> None:
     """Set every parameter of one pipeline stage.
 
     Args:
-        model: one stage, not yet wrapped.
-        seed: together with a parameter's name decides its value.
-        vocab_size: without the padding that tensor parallelism asks for; padding rows are 0.
+        model: One stage, not yet wrapped.
+        seed: Seed that, together with a parameter's name, determines its value.
+        vocab_size: Size of the vocabulary without the padding for tensor parallelism, whose rows
+            are 0.
 
     Raises:
-        ValueError: a parameter that no rule covers.
+        ValueError: No rule covers a parameter.
     """
     config = model.config
     assert isinstance(config, ETConfig)
@@ -38,7 +39,7 @@ def initialize_parameters(model: GPTModel, seed: int, vocab_size: int) -> None:
 
 
 def global_parameter_name(model: GPTModel, name: str) -> str:
-    """The name a parameter has in every layout: layers and experts by their global number.
+    """Return a parameter's name in every layout, with global numbers of layers and experts.
 
     >>> 'decoder.layers.0.mlp.experts.local_experts.1.linear_fc1.weight'  # stage 2, EP rank 1
     'decoder.layers.2.mlp.experts.3.linear_fc1.weight'
@@ -53,7 +54,7 @@ def global_parameter_name(model: GPTModel, name: str) -> str:
         return f"experts.{layer.mlp.local_expert_indices[int(local)]}"
 
     name = re.sub(r"experts\.local_experts\.(\d+)", lambda m: global_expert(m[1]), name)
-    return re.sub(  # grouped experts: one parameter an expert, numbered at the end
+    return re.sub(  # grouped experts: one parameter per expert, numbered at the end
         r"experts\.(linear_fc[12]\.(?:weight|bias))(\d+)$",
         lambda m: f"{global_expert(m[2])}.{m[1]}",
         name,
@@ -88,7 +89,7 @@ def _value(name: str, parameter: Any, model: GPTModel, seed: int, vocab_size: in
 
 
 def _draw(name: str, shape: list[int], config: ETConfig, seed: int) -> Tensor:
-    """The whole matrix of a name, fp32 `[d_out, d_in]`."""
+    """Return the whole matrix of a name, fp32 `[d_out, d_in]`."""
     d_out, d_in = shape
     residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
     std: float | Tensor
@@ -108,7 +109,7 @@ def _draw(name: str, shape: list[int], config: ETConfig, seed: int) -> Tensor:
         d_out //= 2 if config.gated_linear_unit else 1
         std = _fan_std(d_out, d_in)
     else:
-        raise ValueError(f"no rule initialises {name} {shape}: add it to {__name__}")
+        raise ValueError(f"No rule initializes {name} {shape}. Add one to {__name__}.")
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     return torch.randn(shape, generator=generator) * std
@@ -119,7 +120,10 @@ def _fan_std(d_out: int, d_in: int) -> float:
 
 
 def _qkv_std(d_in: int, config: ETConfig) -> Tensor:
-    """Standard deviation by row, `[d_out, 1]`: Megatron interleaves q, k and v by KV head."""
+    """Return the standard deviation by row, `[d_out, 1]`.
+
+    Megatron interleaves q, k and v by KV head.
+    """
     heads, kv_heads, head_dim = (
         config.num_attention_heads,
         config.num_query_groups,

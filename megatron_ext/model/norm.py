@@ -1,4 +1,4 @@
-"""Root mean square normalisation that works under sequence parallelism on every device."""
+"""Root mean square normalization that works under sequence parallelism on every device."""
 
 import torch
 import torch.nn.functional as F
@@ -9,10 +9,10 @@ from megatron_ext.config import ETConfig
 
 
 class RMSNorm(torch.nn.Module):
-    """`x / rms(x)` over the last dimension, with a learnable scale if the config asks for it.
+    """`x / rms(x)` over the last dimension, with a learnable scale if the configuration has one.
 
     Megatron's local norm refuses sequence parallelism; this one marks its scale, so that its
-    gradient is summed over the tensor-parallel ranks, which each see other tokens.
+    gradient is summed over the tensor-parallel ranks, which have different tokens.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
@@ -24,5 +24,5 @@ class RMSNorm(torch.nn.Module):
             self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise `x [..., hidden_size]`, in its own dtype."""
+        """Normalize `x [..., hidden_size]` in its dtype."""
         return F.rms_norm(x, self.shape, self.weight, self.eps)

@@ -1,8 +1,8 @@
-"""Several samples in one row: attention within each, positions from 0 in each.
+"""Rows packed with several samples: attention within each, positions from 0 in each.
 
 Attention takes the sample of every token as its mask, see `SDPAttention`. The model's rotary
-embedding gives one table for all rows; here each token gets the entry of its `position_ids`, which
-Megatron looks at for learned positions only.
+embedding has one table for all rows; here each token takes the entry of its `position_ids`, which
+Megatron reads for learned positions only.
 """
 
 from typing import Any
@@ -12,18 +12,18 @@ from torch import Tensor
 
 
 def rotate_by_position_ids(model: GPTModel) -> None:
-    """Let the model turn queries and keys by its argument `position_ids`, int64 `[batch, length]`.
+    """Rotate queries and keys by the model's argument `position_ids`, int64 `[batch, length]`.
 
     Positions must be below the length of a row.
     """
-    given: list[Tensor] = []
+    position_ids: list[Tensor] = []  # of the current forward pass
 
-    def keep(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given[:] = [kwargs["position_ids"] if "position_ids" in kwargs else args[1]]
+    def record(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        position_ids[:] = [kwargs["position_ids"] if "position_ids" in kwargs else args[1]]
 
     def look_up(rotary: Any, args: tuple[Any, ...], table: Tensor) -> Tensor:
         whole = rotary.get_emb(args[0])  # [length, 1, 1, dim]; under CP the table is a part of it
-        return whole[given[0].T.to(whole.device), 0]  # [length, batch, 1, dim]
+        return whole[position_ids[0].T.to(whole.device), 0]  # [length, batch, 1, dim]
 
-    model.register_forward_pre_hook(keep, with_kwargs=True)
+    model.register_forward_pre_hook(record, with_kwargs=True)
     model.rotary_pos_emb.register_forward_hook(look_up)

@@ -31,7 +31,7 @@ from megatron_ext.moe.layer import VariableFanOutMoELayer
 
 
 def decoder_block_spec(config: ETConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """The layers of this pipeline stage, dense or with experts, on Transformer Engine or torch."""
+    """Return the layers of this pipeline stage, on Transformer Engine or torch."""
     use_te = config.transformer_impl == "transformer_engine"
     assert not use_te or HAVE_TE
     backend: BackendSpecProvider = TESpecProvider() if use_te else LocalSpecProvider()
@@ -65,7 +65,7 @@ def _mlp(config: ETConfig, backend: BackendSpecProvider, moe: bool) -> Any:
 def _layer_spec(
     config: ETConfig, backend: BackendSpecProvider, core_attention: type, mlp: Any
 ) -> ModuleSpec:
-    # Without a scale, normalising queries and keys before the rotation is the same as after it.
+    # Without a scale, normalizing queries and keys before the rotation is the same as after it.
     qk_norm = RMSNorm if config.qk_layernorm else IdentityOp
     return ModuleSpec(
         module=CachedTransformerLayer,

@@ -1,0 +1,1 @@
+"""Routers of mixture-of-experts layers, their thresholds, and exact order statistics."""

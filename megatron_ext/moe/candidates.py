@@ -1,6 +1,7 @@
-"""One rank's part in finding order statistics: what lies above and inside brackets of its values.
+"""One rank's part of a search for order statistics: its values above and inside brackets.
 
-Brackets are ranges of the order-preserving integer image of fp32, int64, both ends included.
+Brackets are ranges of integers, int64, both ends included. The integers are an image of the fp32
+values in the same order.
 """
 
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from torch import Tensor
 
 # Integer images of -inf and +inf, the ends of every bracket.
 LOWEST, HIGHEST = -0x7F800001, 0x7F800000
-# Logits looked at in one go: bounds the memory that a pass takes.
+# Number of logits in one step of a pass, which bounds its memory.
 _CHUNK = 1 << 22
 
 
@@ -25,13 +26,13 @@ def order_preserving_image(values: Tensor) -> Tensor:
 
 
 def value_of_image(images: Tensor) -> Tensor:
-    """Inverse of :func:`order_preserving_image`, from any integer dtype to fp32."""
+    """Invert :func:`order_preserving_image`, from any integer dtype to fp32."""
     images = images.to(torch.int32)
     return (images ^ ((images >> 31) & 0x7FFFFFFF)).view(torch.float32)
 
 
 def column_counts(mask: Tensor) -> Tensor:
-    """`mask.sum(dim=0)` of a bool `[rows, n]`, int64 `[n]`, several times as fast.
+    """Return `mask.sum(dim=0)` of a bool `[rows, n]`, int64 `[n]`, several times as fast.
 
     A sum of 64-bit words adds eight counters of a byte, in which 128 rows cannot overflow.
     """
@@ -43,7 +44,7 @@ def column_counts(mask: Tensor) -> Tensor:
 
 
 def few_indices(mask: Tensor) -> Tensor:
-    """Where a contiguous mask is true, as flat indices; fast where it is nearly nowhere."""
+    """Return the flat indices where a contiguous mask is true, fast for very few."""
     flat = mask.view(-1)
     whole = flat.numel() // 8 * 8
     words = flat[:whole].view(torch.int64)
@@ -56,25 +57,31 @@ def few_indices(mask: Tensor) -> Tensor:
 
 
 class Candidates(NamedTuple):
-    """What one rank holds of some brackets."""
+    """One rank's values in relation to brackets.
 
-    above: Tensor  # int64 [columns], values above the bracket
-    column: Tensor  # int64 [candidates], of each value inside a bracket
-    image: Tensor  # int64 [candidates]
+    Attributes:
+        above: int64 `[columns]`, number of values above each bracket.
+        column: int64 `[candidates]`, column of each value inside a bracket.
+        image: int64 `[candidates]`, the value as an integer.
+    """
+
+    above: Tensor
+    column: Tensor
+    image: Tensor
 
 
 def extract(pools: Sequence[Sequence[Tensor]], low: Tensor, high: Tensor) -> Candidates:
     """Count above and collect inside the brackets `low..high` (int64 images, `[columns]`).
 
-    A column whose `low` is above its `high` is passed over.
+    A column whose `low` is above its `high` is skipped.
     """
     above, columns, images = torch.zeros_like(low), [low[:0]], [low[:0]]
-    wanted = (low <= high).tolist()  # waits for the device once, not for each pool
+    searched = (low <= high).tolist()  # waits for the device once, not for each pool
     high = high - (high == -1).long()  # the image of -0.0, which is equal to the next value
     start = 0
     for parts in pools:
         stop = start + parts[0].shape[1]
-        chosen = [column for column in range(start, stop) if wanted[column]]
+        chosen = [column for column in range(start, stop) if searched[column]]
         count = len(chosen)
         here = torch.tensor(chosen, dtype=torch.int64, device=low.device)  # [n']
         floor, ceiling = value_of_image(low[here]), value_of_image(high[here])  # [n']

@@ -1,4 +1,4 @@
-"""Megatron's MoE layer with a variable number of experts a token."""
+"""Megatron's MoE layer with a variable number of experts per token."""
 
 from typing import Any
 
@@ -8,13 +8,13 @@ from torch import Tensor
 
 
 class VariableFanOutDispatcher(MoEAlltoAllTokenDispatcher):
-    """The all-to-all dispatcher for any number of experts a token, none included.
+    """All-to-all dispatcher for any number of experts per token, including none.
 
-    Megatron's own sends `tokens * topk` rows; here the routing map says how many.
+    Megatron's sends `tokens * topk` rows; this one sends as many as the routing map selects.
     """
 
     def preprocess(self, routing_map: Tensor) -> Tensor:
-        """Count what goes where, see the base class; the number of rows is known only now."""
+        """Count the tokens of each expert, and the rows to send, which are known only now."""
         tokens_per_expert = super().preprocess(routing_map)
         self.num_out_tokens = routing_map.sum()
         self._maybe_update_cuda_sync_point("before_permutation_1")
@@ -22,7 +22,10 @@ class VariableFanOutDispatcher(MoEAlltoAllTokenDispatcher):
 
 
 class VariableFanOutMoELayer(MoELayer):
-    """Megatron's MoE layer with the dispatcher above; the all-gather dispatcher works as it is."""
+    """Megatron's MoE layer with the dispatcher above.
+
+    Megatron's all-gather dispatcher needs no change.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""What the routers did in a step: counts kept by each router, and the figures made of them.
+"""Counts of routing decisions in a step, and the metrics computed from them.
 
 Counts are integers and add up over micro-batches and ranks, so every layout reports the same.
 """
@@ -14,7 +14,7 @@ from megatron_ext.moe.candidates import column_counts
 class RoutingCounts(torch.nn.Module):
     """Routing decisions of one MoE layer on this rank since the last :meth:`reset`."""
 
-    experts: Tensor  # int64 [4, experts]: selected, above, dropped, forced
+    experts: Tensor  # int64 [4, experts]: selected, above threshold, dropped, forced
     fan_out: Tensor  # int64 [experts + 1]: tokens by the number of experts that took them
 
     def __init__(self, experts: int) -> None:
@@ -30,11 +30,10 @@ class RoutingCounts(torch.nn.Module):
         """Count one micro-batch.
 
         Args:
-            routing_map: bool `[tokens, experts]`, where tokens go.
-            above: bool `[tokens, experts]`, which logits exceed the thresholds, where there are
-                thresholds.
-            by_threshold: whether thresholds decided, so that what differs from `above` was
-                dropped or forced by the capacity.
+            routing_map: bool `[tokens, experts]`, which expert takes which token.
+            above: bool `[tokens, experts]`, which logits exceed the thresholds, if there are any.
+            by_threshold: Whether thresholds decided, so that differences from `above` were dropped
+                or forced by the capacity.
         """
         selected = column_counts(routing_map)
         self.experts[0] += selected
@@ -42,14 +41,14 @@ class RoutingCounts(torch.nn.Module):
             raw = column_counts(above)
             self.experts[1] += raw
             if by_threshold:
-                kept = column_counts(routing_map & above)
-                self.experts[2] += raw - kept
-                self.experts[3] += selected - kept
+                both = column_counts(routing_map & above)
+                self.experts[2] += raw - both
+                self.experts[3] += selected - both
         fan_out = routing_map.sum(dim=1)  # no bincount, for which a GPU's host would wait
         self.fan_out.scatter_add_(0, fan_out, torch.ones_like(fan_out))
 
     def packed(self) -> Tensor:
-        """All counts in one int64 vector, to be summed over ranks."""
+        """Return all counts in one int64 vector, to be summed over ranks."""
         return torch.cat([self.experts.flatten(), self.fan_out])
 
     def reset(self) -> None:
@@ -61,13 +60,13 @@ class RoutingCounts(torch.nn.Module):
 def routing_figures(
     packed: Tensor, threshold: Tensor | None, cutoff: Tensor | None, k_min_rate: float
 ) -> dict[str, Any]:
-    """The figures of one layer and step from its summed counts.
+    """Return the metrics of one layer and step from its summed counts.
 
     Args:
         packed: int64, :meth:`RoutingCounts.packed` summed over ranks and micro-batches.
-        threshold: fp32 `[experts]` that routed this step, None before the first update.
-        cutoff: fp32 `[experts]` of this step.
-        k_min_rate: the share of tokens that the capacity guarantees an expert; 0 for none.
+        threshold: fp32 `[experts]`, thresholds that routed this step; None before the first update.
+        cutoff: fp32 `[experts]`, cutoffs of this step, if the router has any.
+        k_min_rate: Share of tokens that the capacity guarantees an expert; 0 for none.
 
     Returns:
         Scalars by name, and lists by expert under `experts/`. Shares are in [0, 1].

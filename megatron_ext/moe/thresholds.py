@@ -2,7 +2,7 @@
 
 An expert takes the tokens whose router logit exceeds its threshold, the bias-corrected moving
 average of its cutoffs; a cutoff is the k-th largest logit of the expert over the routing pool.
-Nothing here knows of Megatron.
+This module does not depend on Megatron.
 """
 
 from collections.abc import Callable
@@ -21,10 +21,10 @@ from megatron_ext.moe.order_statistics import Group, kth_largest, top_k_mask
 
 @dataclass(frozen=True)
 class RoutingRate:
-    """How many of a pool's tokens an expert takes, as exact fractions.
+    """Share of a pool's tokens that an expert takes, as exact fractions.
 
     Attributes:
-        rate: mean routed experts a token over number of experts.
+        rate: Mean number of routed experts per token, divided by the number of experts.
         capacity: C of the paper, or None for no limit.
     """
 
@@ -32,15 +32,15 @@ class RoutingRate:
     capacity: Fraction | None = None
 
     def k(self, tokens: int) -> int:
-        """The number of tokens an expert takes on average."""
+        """Return the number of tokens that an expert takes on average."""
         return floor(self.rate * tokens)
 
     def k_min(self, tokens: int) -> int:
-        """The fewest tokens an expert takes in training."""
+        """Return the least number of tokens that an expert takes in training."""
         return 0 if self.capacity is None else floor(self.k(tokens) * (1 - self.capacity))
 
     def k_max(self, tokens: int) -> int:
-        """The most tokens an expert takes in training."""
+        """Return the greatest number of tokens that an expert takes in training."""
         if self.capacity is None:
             return tokens
         return min(tokens, floor(self.k(tokens) * (1 + self.capacity)))
@@ -49,13 +49,13 @@ class RoutingRate:
 class Thresholds(torch.nn.Module):
     """One threshold per expert: `average / (1 - decay ** updates)` of the cutoffs so far.
 
-    The state is fp32 whatever the dtype of the model, is saved in its checkpoint, and changes in
-    :meth:`update` alone.
+    The state is fp32 whatever the dtype of the model, is saved in its checkpoint, and changes only
+    in :meth:`update` and :meth:`start_at`.
 
     Args:
-        experts: number of routed experts.
-        decay: of the moving average, in [0, 1).
-        device: where the state lives.
+        experts: Number of routed experts.
+        decay: Decay of the moving average, in [0, 1).
+        device: Device of the state.
     """
 
     average: Tensor  # fp32 [experts]
@@ -76,15 +76,15 @@ class Thresholds(torch.nn.Module):
         return self._updates_on_host
 
     def value(self) -> Tensor:
-        """The thresholds, fp32 `[experts]`.
+        """Return the thresholds, fp32 `[experts]`.
 
         Raises:
-            RuntimeError: when no step has updated them yet.
+            RuntimeError: No step has updated them yet.
         """
         if self.update_count == 0:
             raise RuntimeError(
-                "the thresholds have no value yet: train for at least one step, or calibrate them "
-                "on text, before evaluating or generating"
+                "The thresholds have no value yet. Train for at least one step, or calibrate them "
+                "on text, before evaluating or generating."
             )
         return (self.average.double() / (1.0 - self.decay**self.update_count)).float()
 
@@ -102,7 +102,7 @@ class Thresholds(torch.nn.Module):
 
     @torch.no_grad()
     def start_at(self, values: Tensor) -> None:
-        """Begin the average anew: one update, which gives thresholds just below these logits.
+        """Restart the average with one update, so that thresholds are just below these logits.
 
         So an expert takes the logit itself and all above it. A threshold is at most two or three
         units in the last place below, since the average behind it is rounded as well.
@@ -118,7 +118,7 @@ class Thresholds(torch.nn.Module):
             self.average.copy_(torch.where(self.value() < values, self.average, lower))
 
     def forget_count(self) -> None:
-        """The state has been written to from outside: ask the device for it anew."""
+        """Read the number of updates from the device again, after the buffers were written to."""
         self._updates_on_host = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Thresholds":
@@ -149,12 +149,12 @@ def select_by_threshold(
     Args:
         logits: fp32 `[tokens, experts]`.
         thresholds: fp32 `[experts]`.
-        rate: the share of the pool's tokens an expert takes, and its capacity.
+        rate: Share of the pool's tokens that an expert takes, and its capacity.
         positions: int64 `[tokens]`, see :func:`order_statistics.top_k_mask`.
-        group: the ranks whose tokens the capacity counts together; None for this rank's own.
+        group: Ranks whose tokens the capacity counts together; None for this rank alone.
 
     Returns:
-        routing map, bool `[tokens, experts]`.
+        Routing map, bool `[tokens, experts]`.
     """
     routing_map = logits > thresholds
     if rate.capacity is None:
@@ -181,9 +181,9 @@ def select_by_threshold(
 
 
 def _largest_by_sorting(logits: Tensor, counts: Tensor, positions: Tensor) -> Tensor:
-    """The so many largest logits of each expert, ties to the lowest position.
+    """Return a mask of the `counts` largest logits of each expert, ties to the lowest position.
 
-    It sorts all of them, which a GPU does sooner than it tells the host whose counts differ.
+    It sorts all logits, which a GPU does faster than the host learns which experts need it.
 
     Args:
         logits: fp32 `[tokens, experts]`.
