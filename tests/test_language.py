@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from alignment.__main__ import COMMANDS
+from alignment.commands.data_config import SUBCOMMANDS
 from megatron_ext.errors import ToolParser
 from tests.distributed import ROOT
 
@@ -43,7 +44,8 @@ def modules_with_parsers() -> list[str]:
         if re.search(r"^def main\(", text := file.read_text(), re.MULTILINE)
         and re.search(r"Parser\(|typed_flags", text)
     ]
-    return sorted([*names, *(f"et-align {name}" for name in COMMANDS)])
+    data = [f"et-align data {name}" for name in SUBCOMMANDS]
+    return sorted([*names, *data, *(f"et-align {name}" for name in COMMANDS if name != "data")])
 
 
 class _Parsed(BaseException):
@@ -113,16 +115,6 @@ UNREVISED_HELP: set[str] = {
     "benchmarks.router_stage",
     "benchmarks.routing_flips",
     "benchmarks.scaling",
-    "et-align agreement",
-    "et-align annotate",
-    "et-align data",
-    "et-align evaluate",
-    "et-align generate",
-    "et-align judge",
-    "et-align monitor",
-    "et-align train-judge",
-    "et-align train-policy",
-    "et-align train-sft",
     "examples.alignment.smollm_judge",
     "examples.alignment.smollm_policy",
     "examples.alignment.study.__main__",
@@ -141,9 +133,6 @@ UNREVISED_HELP: set[str] = {
 
 # Files whose error messages have not been rewritten yet.
 UNREVISED_MESSAGES: set[str] = {
-    "alignment/commands/evaluate.py",
-    "alignment/commands/promote.py",
-    "alignment/commands/train_judge.py",
     "alignment/data/chat_prompts.py",
     "alignment/data/source_rows.py",
     "alignment/data/splits.py",

@@ -46,9 +46,12 @@ def run(config: AgreementConfig) -> None:
     ]
     items = shared_items(verdicts[0], verdicts[1], config.common, names)
     rows = read_items(Path(config.items), items) if config.items else None
-    judges = [judged(found, items, name) for found, name in zip(verdicts, names)]
+    judges = [judged(each, items, name) for each, name in zip(verdicts, names)]
     if judges[0].pairwise != judges[1].pairwise:
-        raise UserError(f"{names[0]} and {names[1]}: one has scores, the other has preferences")
+        raise UserError(
+            f"{names[0]} and {names[1]} cannot be compared: one has scores and the other has "
+            "preferences. Give two files of one kind."
+        )
     compared = Compared(judges[0], judges[1], config.label == "mean")
     keys = items
     if config.resample == "prompt":
@@ -57,7 +60,7 @@ def run(config: AgreementConfig) -> None:
     slices: dict[str, dict[str, Indices]] = {
         name: keys_of(name, compared, rows, _MOST_SLICES) for name in config.slice
     }
-    steps = 1 + sum(len(found) for found in slices.values())
+    steps = 1 + sum(len(parts) for parts in slices.values())
     with Progress("resampling", steps * config.resamples, "resamples") as progress:
         done = itertools.count(1)
         measure = partial(
@@ -66,16 +69,16 @@ def run(config: AgreementConfig) -> None:
         )  # fmt: skip
         whole = measure(np.arange(len(items)))
         parts: dict[str, dict[str, Part]] = {
-            name: {key: measure(places) for key, places in found.items()}
-            for name, found in slices.items()
+            name: {key: measure(places) for key, places in slice_places.items()}
+            for name, slice_places in slices.items()
         }
     print(table(judges[0].pairwise, whole, parts))
     if config.output:
         _write(Path(config.output), compared, names, whole, parts, config)
     if not whole.both:
         raise TooFewResults(
-            f"none of the {len(items):,} items has a judgement in both {names[0]} and {names[1]}: "
-            "there is nothing to compare"
+            f"None of the {len(items):,} items was judged successfully in both {names[0]} and "
+            f"{names[1]}, so that there is nothing to compare."
         )
 
 
@@ -87,7 +90,7 @@ def _part(
     advance: Callable[[], None],
     places: Indices,
 ) -> Part:
-    """All figures over the items at some places."""
+    """Return all statistics of the items at some places."""
     groups = [places[group] for group in groups_of([keys[place] for place in places])]
     both, *each = compared.agreement(), alone(compared.a), alone(compared.b)
     # One call, so that all figures have the same resamples.
@@ -96,8 +99,8 @@ def _part(
         for number, figures in enumerate([both, *each])
         for name, figure in figures.items()
     }
-    found = estimates(named, groups, resamples, seed, advance)
-    split = [{n: e for (at, n), e in found.items() if at == number} for number in range(3)]
+    results = estimates(named, groups, resamples, seed, advance)
+    split = [{n: e for (at, n), e in results.items() if at == number} for number in range(3)]
     a, b = compared.labels()
     judged_by_both = int((~np.isnan(a[places]) & ~np.isnan(b[places])).sum())
     return Part(len(places), judged_by_both, split[0], split[1:])
@@ -121,8 +124,8 @@ def _write(
         "label": config.label,
         "all": whole.to_json(),
         "slices": {
-            name: {key: part.to_json() for key, part in found.items()}
-            for name, found in parts.items()
+            name: {key: part.to_json() for key, part in slice_parts.items()}
+            for name, slice_parts in parts.items()
         },
         "confusion": {"labels": labels, "counts": counts.tolist()},
         "calibration": [
@@ -135,4 +138,4 @@ def _write(
     temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
     temporary.replace(file)
     draw(compared, [Path(name).stem for name in names], folder / "agreement.png")
-    print(f"\nwrote {file} and {folder / 'agreement.png'}")
+    print(f"\nWrote {file} and {folder / 'agreement.png'}.")

@@ -41,7 +41,7 @@ class AgreementConfig:
     """Unit of the bootstrap; choose prompt where prompts have several items."""
     slice: tuple[Literal["gold", "length", "prompt-source", "source"], ...] = flag((), repeat=True)
     """Property of the items by which to report the statistics of parts of them as well. Can be
-    given several times. Default: none."""
+    repeated. Default: none."""
     resamples: int = flag(1000, metavar="N", at_least=1)
     """Number of resamples of the bootstrap."""
     seed: int = flag(0)

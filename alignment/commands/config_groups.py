@@ -22,7 +22,7 @@ class ModelConfig:
 
     recipe: str | None = may_change(None, metavar="FILE.yaml")
     """YAML file that maps names of flags to values. Flags of the command line replace its values.
-    Can be given several times. Default: none."""
+    Can be repeated. Default: none."""
     model: str = must_match(metavar="DIR")
     """Folder of the model: a Hugging Face folder, a run directory or a checkpoint."""
     chat_template: str | None = must_match(None, metavar="FILE")
@@ -75,15 +75,15 @@ class EngineConfig:
     """Type of the weights. Default: fp32 on a CPU; otherwise the model's own, but bf16 where a
     model in fp16 is trained."""
     tensor_model_parallel_size: int = may_change(1, metavar="RANKS", at_least=1)
-    """Ranks over which each layer is split (Megatron)."""
+    """Number of ranks over which each layer is split (Megatron)."""
     pipeline_model_parallel_size: int = may_change(1, metavar="RANKS", at_least=1)
-    """Stages into which the layers are divided (Megatron)."""
+    """Number of pipeline stages, on one rank each, into which the layers are divided (Megatron)."""
     context_parallel_size: int = may_change(1, metavar="RANKS", at_least=1)
-    """Ranks over which each sequence is split (Megatron)."""
+    """Number of ranks over which each sequence is split (Megatron)."""
     expert_model_parallel_size: int = may_change(1, metavar="RANKS", at_least=1)
-    """Ranks over which experts are distributed (Megatron)."""
+    """Number of ranks over which experts are distributed (Megatron)."""
     expert_tensor_parallel_size: int | None = may_change(None, metavar="RANKS", at_least=1)
-    """Ranks over which each expert is split (Megatron). Default: as for other layers."""
+    """Number of ranks over which each expert is split (Megatron). Default: as for other layers."""
     megatron_flags: str = may_change("", metavar="'FLAGS'")
     """Further flags of pretrain_et.py, such as '--recompute-granularity full' (Megatron)."""
     zero_stage: Literal[1, 2, 3] = may_change(2)
@@ -115,9 +115,9 @@ class RunConfig:
     seed: int = must_match(0)
     """Seed of the order of the data and of sampling."""
     save_interval: int = may_change(50, metavar="STEPS", at_least=1)
-    """Steps between two checkpoints."""
+    """Number of steps between two checkpoints."""
     eval_interval: int = must_match(50, metavar="STEPS", at_least=1)
-    """Steps between two evaluations."""
+    """Number of steps between two evaluations."""
     dry_run: int | None = may_change(
         None, metavar="RANKS", value_if_bare=lambda: int(os.environ.get("WORLD_SIZE", "1"))
     )
@@ -210,7 +210,7 @@ class CriticConfig:
     """Peak learning rate of the critic, which follows the schedule of --lr. Default: 10 times
     --lr."""
     critic_warmup: int = must_match(0, metavar="STEPS")
-    """Steps at the beginning in which the critic alone is trained."""
+    """Number of steps at the beginning in which the critic alone is trained."""
     value_clip: float | None = must_match(None, metavar="RANGE")
     """Largest change of a value in a step before its loss is clipped. Default: not clipped."""
     gae_lambda: float = must_match(0.95)
@@ -231,8 +231,9 @@ class RolloutConfig:
     rollout_model: str = may_change("policy", metavar="NAME")
     """Name under which the servers serve the policy."""
     rollouts_ahead: Literal[0, 1] = must_match(0)
-    """1 selects asynchronous rollouts: the servers sample the next step's responses while this step
-    is judged and trained on, with the weights from before it."""
+    """Number of steps, 0 or 1, by which servers sample responses in advance. With 1 (asynchronous
+    rollouts) they sample the next step's responses while this step is judged and trained on, with
+    the weights from before it."""
     rollout_bound: float | None = must_match(None, metavar="RATIO")
     """Bound of the importance weights, the ratio of training to sampling probability. Default: no
     bound, but 2 for asynchronous rollouts."""

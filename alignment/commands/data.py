@@ -22,7 +22,7 @@ _MOST_REASONS = 8  # that are shown
 
 
 class RecordReader:
-    """Reads files of records, shows progress, and counts what is left out.
+    """Reader of files of records that shows progress and counts the rows that are left out.
 
     Attributes:
         malformed: Rows that give no record.
@@ -40,15 +40,16 @@ class RecordReader:
         self._examples: dict[str, str] = {}  # first row of each reason
 
     def read(self, label: str) -> Iterator[Record]:
+        """Yield the usable records of all files, with progress under a label."""
         self._reset()
         before, sizes = 0, [Path(file).stat().st_size for file in self.files]
         with Progress(label, sum(sizes)) as progress:
             for file, size in zip(self.files, sizes):
 
-                def told(done: int, before: int = before) -> None:
+                def advance(done: int, before: int = before) -> None:
                     progress.update(before + done)
 
-                for record in read_records(file, self.source, told, self.unread):
+                for record in read_records(file, self.source, advance, self.unread):
                     if isinstance(record, Malformed):
                         self._count(file, record)
                     else:
@@ -62,12 +63,12 @@ class RecordReader:
         if self.malformed > self.max_malformed:
             raise UserError(
                 f"{self.malformed} rows cannot be used, the first being "
-                f"{next(iter(self._examples.values()))}: fix them, or raise --max-malformed"
+                f"{next(iter(self._examples.values()))}. Fix them, or raise --max-malformed."
             )
 
     @property
     def reasons(self) -> list[str]:
-        """Why rows were left out, the commonest reason first, each with its first row."""
+        """Reasons for which rows were left out, most frequent first, each with its first row."""
         shown = self._reasons.most_common(_MOST_REASONS)
         lines = [f"{count:,} as in {self._examples[reason]}" for reason, count in shown]
         if others := self.malformed - sum(count for _, count in shown):
@@ -75,16 +76,16 @@ class RecordReader:
         return lines
 
     def report(self) -> None:
-        """Print what was left out."""
+        """Print the numbers of rows and columns that were left out."""
         if self.malformed:
-            print(f"left out {self.malformed:,} malformed rows: {'; '.join(self.reasons)}")
+            print(f"Left out {self.malformed:,} malformed rows: {'; '.join(self.reasons)}.")
         if self.unread:
             columns = (f"{name} ({count:,} rows)" for name, count in self.unread.items())
-            print(f"left out columns that rows of this project do not have: {', '.join(columns)}")
+            print(f"Left out columns that records do not have: {', '.join(columns)}.")
 
 
 class Repeats:
-    """Finds records that have come before. It holds two numbers of each record, and no text.
+    """Detector of repeated records, which stores two numbers of each record and no text.
 
     Attributes:
         count: Records that repeat an earlier one.
@@ -100,7 +101,7 @@ class Repeats:
     def is_new(self, record: Record) -> bool:
         """Remember a record and return whether its id is a new one."""
         if isinstance(record, Verdict):
-            return True  # a judge may say the same of an item twice
+            return True  # a judge may give the same verdict on an item twice
         id, content = number_of(record.id), number_of(_content(record))
         if id not in self._contents:
             self._contents[id] = content
@@ -141,10 +142,18 @@ def as_kind(records: Iterator[Record], kind: str | None) -> Iterator[Record]:
             for side, text in ((Side.FIRST, record.first), (Side.SECOND, record.second)):
                 yield Response(hash_id(record.id, side.value), record.prompt, text, record.source)
         else:
-            raise UserError(f"--as {kind}: a {type(record).__name__} has none")
+            raise UserError(
+                f"--as {kind} is not possible: a {type(record).__name__} contains no "
+                f"{kind}. Choose another kind."
+            )
 
 
 def import_rows(config: ImportConfig) -> None:
+    """Convert rows to records and write them to one file.
+
+    Raises:
+        UserError: The input has no usable rows, or too many that are unusable.
+    """
     output = Path(config.output)
     reader = RecordReader(
         expand_inputs(list(config.input)) if config.input else [],
@@ -165,8 +174,8 @@ def import_rows(config: ImportConfig) -> None:
             elif repeats.clashes > config.max_malformed:
                 raise UserError(
                     f"{repeats.clashes:,} rows have the id of another row, the last being "
-                    f"{repeats.last_clash!r}: make ids unique, leave them out, or raise "
-                    "--max-malformed"
+                    f"{repeats.last_clash!r}. Make the ids unique, leave them out, or raise "
+                    "--max-malformed."
                 )
         if not writer.count:
             reasons = [
@@ -174,8 +183,8 @@ def import_rows(config: ImportConfig) -> None:
                 *[f"{equal:,} pairs of a response with itself"] * (equal > 0),
             ]
             if reasons:
-                raise UserError(f"there are no rows in the input: left out {'; '.join(reasons)}")
-            raise UserError("there are no rows in the input")
+                raise UserError(f"There are no rows in the input: left out {'; '.join(reasons)}.")
+            raise UserError("There are no rows in the input.")
     reader.report()
     for count, kind in (
         (equal, "pairs of a response with itself"),
@@ -183,11 +192,16 @@ def import_rows(config: ImportConfig) -> None:
         (repeats.clashes, "rows with the id of another row"),
     ):
         if count:
-            print(f"left out {count:,} {kind}")
-    print(f"wrote {writer.count:,} rows to {output}")
+            print(f"Left out {count:,} {kind}.")
+    print(f"Wrote {writer.count:,} rows to {output}.")
 
 
 def split_rows(config: SplitConfig) -> None:
+    """Assign records to splits by their prompts and write one file for each split.
+
+    Raises:
+        UserError: The input has verdicts, or too many rows that are unusable.
+    """
     splits = [Split.parse(text) for text in config.split]
     splitter = Splitter(splits, config.seed, config.near)
     save = Path(config.save)
@@ -198,7 +212,7 @@ def split_rows(config: SplitConfig) -> None:
         splitter.add(_prompt(record))
     splitter.assign()
     rows: Counter[str] = Counter()
-    repeated, seen = 0, set[int]()
+    repeated, seen_ids = 0, set[int]()
     with new_folder(save, config.overwrite) as folder, ExitStack() as stack:
         writers = {
             split.name: stack.enter_context(RecordWriter(folder / f"{split.name}.{config.format}"))
@@ -208,10 +222,10 @@ def split_rows(config: SplitConfig) -> None:
             assert not isinstance(record, Verdict)
             if (name := splitter.split_of(_prompt(record))) is None:
                 continue
-            if (mark := number_of(record.id)) in seen:
+            if (mark := number_of(record.id)) in seen_ids:
                 repeated += 1
                 continue
-            seen.add(mark)
+            seen_ids.add(mark)
             writers[name].write(record)
             rows[name] += 1
         about = {
@@ -224,28 +238,31 @@ def split_rows(config: SplitConfig) -> None:
         stack.close()  # files get their names
         (folder / "split.json").write_text(text + "\n")
     reader.report()
-    for name, of in about.items():
+    for name, counts in about.items():
         print(
-            f"{name}: {of['rows']:,} rows of {of['prompts']:,} prompts; left out {of['near']:,} "
-            f"prompts near to those of earlier splits"
+            f"{name}: {counts['rows']:,} rows of {counts['prompts']:,} prompts; left out "
+            f"{counts['near']:,} prompts that nearly equal those of earlier splits."
         )
     if repeated:
-        print(f"left out {repeated:,} rows whose id was there before")
-    print(f"wrote {save}")
+        print(f"Left out {repeated:,} rows with the id of an earlier row.")
+    print(f"Wrote {save}.")
 
 
 def _prompt(record: Record) -> Prompt:
     if isinstance(record, Verdict):
-        raise UserError("--input has verdicts, which have no prompt: split what they judge")
+        raise UserError(
+            "--input has verdicts, which have no prompt. Split the records that they judge."
+        )
     return record if isinstance(record, Prompt) else record.prompt
 
 
 def count_rows(config: CountConfig) -> None:
+    """Print a table of the records by source."""
     counts: dict[str, Counter[str]] = {}
     reader = RecordReader(expand_inputs(list(config.input)), config.max_malformed)
     for record in reader.read("counting"):
         source = record.judge if isinstance(record, Verdict) else record.source
-        counts.setdefault(source, Counter()).update(_tally(record))
+        counts.setdefault(source, Counter()).update(_count_record(record))
     reader.report()
     total = sum(counts.values(), Counter[str]())
     columns = list(total)
@@ -258,7 +275,8 @@ def count_rows(config: CountConfig) -> None:
         print(f"{source:{widths[0]}}{numbers}")
 
 
-def _tally(record: Record) -> dict[str, int]:
+def _count_record(record: Record) -> dict[str, int]:
+    """Return the counts that a record adds to the table."""
     match record:
         case Prompt():
             return {"prompts": 1, "with rubric": int(record.rubric is not None)}

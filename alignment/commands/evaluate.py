@@ -88,29 +88,36 @@ def _read(files: Sequence[Path], name: str) -> Verdicts:
 
 
 def _read_verdict_files(
-    config: EvaluateConfig, asked: Mapping[tuple[str, str], object]
+    config: EvaluateConfig, collected: Mapping[tuple[str, str], object]
 ) -> dict[tuple[str, str], Verdicts]:
-    """The verdicts of --verdicts by judge and kind.
+    """Return the verdicts of --verdicts by judge and kind.
+
+    Args:
+        config: Flags of the command.
+        collected: Judges and kinds whose verdicts this command has collected.
 
     Raises:
-        UserError: a file cannot be used.
-        TooFewResults: a file holds no judgement.
+        UserError: A file cannot be used.
+        TooFewResults: A file has no successful verdict.
     """
-    found: dict[tuple[str, str], list[Verdict]] = {}
+    results: dict[tuple[str, str], list[Verdict]] = {}
     for words in config.verdicts:
         judge, _, file = words.partition("=")
         if not judge or not file:
-            raise UserError(f"--verdicts {words} must be NAME=FILE")
+            raise UserError(f"--verdicts {words} must have the form NAME=FILE.")
         rows = read_verdicts(Path(file), config.verdicts_scale, "--verdicts-scale")
         judgements = [row for row in rows if row.judged]
         if not judgements:
             why = commonest(reasons_of(rows))
-            raise TooFewResults(f"{file} has no judgement: every verdict in it failed, with {why}")
+            raise TooFewResults(f"All verdicts in {file} have failed, most often with: {why}.")
         kind = SCORES if judgements[0].outcome is Outcome.SCORE else PREFERENCES
-        if (judge, kind) in asked:
-            raise UserError(f"--verdicts {words}: the judge of that name is asked for {kind}")
-        found.setdefault((judge, kind), []).extend(rows)
-    return {judge: by_item(rows, judge[0]) for judge, rows in found.items()}
+        if (judge, kind) in collected:
+            raise UserError(
+                f"--verdicts {words} has the name of a --judge that collects {kind}. Choose "
+                "another name."
+            )
+        results.setdefault((judge, kind), []).extend(rows)
+    return {judge: by_item(rows, judge[0]) for judge, rows in results.items()}
 
 
 def _write_items(folder: Path, contest: Contest) -> None:
@@ -126,8 +133,8 @@ def _write_items(folder: Path, contest: Contest) -> None:
 def _measure(
     contest: Contest, verdicts: Mapping[tuple[str, str], Verdicts], config: EvaluateConfig
 ) -> dict[str, dict[str, Any]]:
-    """Print what each judge's verdicts say; returns it for JSON."""
-    found: dict[str, dict[str, Any]] = {}
+    """Print the results of each judge and return them for evaluation.json."""
+    results: dict[str, dict[str, Any]] = {}
     with Progress("resampling", len(verdicts) * config.resamples, "resamples") as progress:
         done = itertools.count(1)
 
@@ -135,33 +142,35 @@ def _measure(
             progress.update(next(done))
 
         parts = []
-        for (name, kind), of in verdicts.items():
+        for (name, kind), by_id in verdicts.items():
             items = contest.responses if kind == SCORES else contest.pairs
-            check_items(of, [item.id for item in items], f"{name} ({kind})", config.common)
+            check_items(by_id, [item.id for item in items], f"{name} ({kind})", config.common)
             settings = (config.resamples, config.resample_seed, advance)
             if kind == SCORES:
-                scores = score(contest, of, name, *settings)
+                scores = score(contest, by_id, name, *settings)
                 parts.append(scores_table(name, scores, contest.baseline))
-                found.setdefault(name, {})[kind] = scores_json(scores)
+                results.setdefault(name, {})[kind] = scores_json(scores)
             else:
-                preferences = prefer(contest, of, name, *settings)
+                preferences = prefer(contest, by_id, name, *settings)
                 parts.append(preferences_table(name, preferences, contest.baseline))
-                found.setdefault(name, {})[kind] = preferences_json(preferences)
+                results.setdefault(name, {})[kind] = preferences_json(preferences)
     print(f"{len(contest.prompts):,} prompts, baseline {contest.baseline}\n")
     print("\n\n".join(parts))
-    return found
+    return results
 
 
-def _write(file: Path, contest: Contest, found: Mapping[str, Any], config: EvaluateConfig) -> None:
+def _write(
+    file: Path, contest: Contest, results: Mapping[str, Any], config: EvaluateConfig
+) -> None:
     content = {
         "baseline": contest.baseline,
         "policies": list(contest.policies),
         "prompts": len(contest.prompts),
         "resamples": config.resamples,
         "level": LEVEL,
-        "judges": found,
+        "judges": results,
     }
     temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
     temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
     temporary.replace(file)
-    print(f"\nwrote {file}")
+    print(f"\nWrote {file}.")

@@ -70,7 +70,7 @@ def _gaming(responses: Sequence[Response], file: str) -> list[Verdict | None]:
     for verdict in read_verdicts(Path(file)):
         if verdict.preferred is not None:
             raise UserError(
-                f"--judge-verdicts {file} must hold scores of responses, not preferences"
+                f"--judge-verdicts {file} must contain scores of responses, not preferences."
             )
         verdicts.setdefault(verdict.item, []).append(verdict)
     results: list[Verdict | None] = []
@@ -88,12 +88,17 @@ def _gaming(responses: Sequence[Response], file: str) -> list[Verdict | None]:
 
 
 def _rewards(responses: Sequence[Response], file: str) -> list[float | None]:
-    """The mean of a response's scores; None where it has none."""
+    """Return the mean score of each response; None where it has none.
+
+    Raises:
+        UserError: The file has preferences, or no score of any of the responses.
+        TooFewResults: All verdicts on the responses failed.
+    """
     scores: dict[str, list[float]] = {}
     verdicts = read_all(Path(file), Verdict)
     for verdict in verdicts:
         if verdict.preferred is not None:
-            raise UserError(f"--verdicts {file} must hold scores of responses, not preferences")
+            raise UserError(f"--verdicts {file} must contain scores of responses, not preferences.")
         if verdict.score is not None:
             scores.setdefault(verdict.item, []).append(verdict.score)
     ids = {response.id for response in responses}
@@ -104,9 +109,12 @@ def _rewards(responses: Sequence[Response], file: str) -> list[float | None]:
             f"verdicts failed, most often with: {commonest(reasons)}"
         )
     if not scores.keys() & ids:
-        raise UserError(f"--verdicts {file} has no score of a response in --input: give theirs")
+        raise UserError(
+            f"--verdicts {file} has no score of a response in --input. Give the verdicts on these "
+            "responses."
+        )
     of_each = (scores.get(response.id) for response in responses)
-    return [sum(found) / len(found) if found else None for found in of_each]
+    return [sum(each) / len(each) if each else None for each in of_each]
 
 
 def _report(findings: BatchFindings, limits: Limits) -> list[str]:
@@ -142,11 +150,11 @@ def _write(path: Path, responses: Sequence[Response], findings: BatchFindings) -
             row = {"id": response.id, "words": len(words_of(response.text)), "flags": flags}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     temporary.replace(path)
-    print(f"wrote {path}")
+    print(f"Wrote {path}.")
 
 
 def _measure(config: MonitorConfig) -> None:
-    """Print how good the detectors are on fixtures."""
+    """Print precision and recall of the detectors on labeled texts."""
     # Imported here: scikit-learn takes seconds to load.
     from alignment.monitors.detector_quality import PACKAGED, cross_validate, measure, read_fixtures
 

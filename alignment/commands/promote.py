@@ -25,12 +25,15 @@ REFUSED = 3
 
 @dataclass(frozen=True)
 class JudgeComparison:
-    """Agreement of two judges with gold on the items of which both judged every question.
+    """Agreement of two judges with the gold judge on the items where both judged every question.
 
     Attributes:
-        difference: candidate less current.
-        unjudged: shares of the current judge's and of the candidate's verdicts, on all items, that
+        items: Number of these items.
+        unjudged: Shares of the current judge's and of the candidate's verdicts, on all items, that
             are malformed or failed.
+        current: Agreement of the current judge.
+        candidate: Agreement of the candidate.
+        difference: Agreement of the candidate minus that of the current judge.
     """
 
     items: int
@@ -52,7 +55,7 @@ def run(config: PromoteConfig) -> int:
         config.old_gold, config.old_current, config.old_candidate, config.resamples,
         config.old_items, config.max_failed,
     )  # fmt: skip
-    found = {"old test set": old}
+    comparisons = {"old test set": old}
     problems = []
     if old.difference.low is None:
         problems.append(f"its agreement on the old test set is unknown ({_reason(old)})")
@@ -66,23 +69,23 @@ def run(config: PromoteConfig) -> int:
             config.new_gold, config.new_current, config.new_candidate, config.resamples,
             config.new_items, config.max_failed,
         )  # fmt: skip
-        found["new items"] = new
+        comparisons["new items"] = new
         if new.difference.low is None:
             problems.append(f"its agreement on the new items is unknown ({_reason(new)})")
         elif not exceeds(new.difference.low, 0.0, size=1.0):  # of agreements, up to 1
             problems.append("on the new items it may agree no better than the current judge")
-    for name, c in found.items():
+    for name, c in comparisons.items():
         if exceeds(c.unjudged[1] - c.unjudged[0], config.margin, EXACT, size=1.0):
             problems.append(
                 f"on the {name} it leaves {c.unjudged[1]:.1%} unjudged and the current judge "
                 f"{c.unjudged[0]:.1%}, which is worse by more than --margin {config.margin}"
             )
-    print(_table(found))
+    print(_table(comparisons))
     if problems:
-        print(f"refused: {'; '.join(problems)}; {config.current} stays as it is")
+        print(f"Refused the candidate: {'; '.join(problems)}. {config.current} is unchanged.")
         return REFUSED
-    _replace(Path(config.candidate), Path(config.current), found)
-    print(f"promoted: {config.current} is now {config.candidate}")
+    _replace(Path(config.candidate), Path(config.current), comparisons)
+    print(f"Promoted the candidate: {config.current} is now a copy of {config.candidate}.")
     return 0
 
 
@@ -94,15 +97,20 @@ def compare(
     judged_items: str | None = None,
     max_failed: float = 0.05,
 ) -> JudgeComparison:
-    """Read three files of verdicts on the same items and compare two of them with the first.
+    """Compare the agreement of two judges with the gold judge on the same items.
 
     Args:
-        judged_items: a file of the responses or pairs; prompts are resampled then, not items.
-        max_failed: share of gold's verdicts that may be no judgement.
+        gold: File of the verdicts of the gold judge.
+        current: File of the verdicts of the current judge.
+        candidate: File of the verdicts of the candidate.
+        resamples: Number of resamples of the bootstrap.
+        judged_items: File of the responses or pairs, for a bootstrap over prompts. Default: over
+            items.
+        max_failed: Share of the gold judge's verdicts that may have failed.
 
     Raises:
-        UserError: they are on different items, or of different kinds.
-        TooFewResults: more of gold's verdicts than `max_failed` are no judgement.
+        UserError: The verdicts are on different items, or of different kinds.
+        TooFewResults: More of the gold judge's verdicts than `max_failed` have failed.
     """
     names = [gold, current, candidate]
     verdicts = [by_item(read_verdicts(Path(name)), name) for name in names]
@@ -113,7 +121,10 @@ def compare(
     shared_items(verdicts[0], verdicts[2], False, [names[0], names[2]])
     judges = [judged(v, items, name) for v, name in zip(verdicts, names)]
     if len({judge.pairwise for judge in judges}) > 1:
-        raise UserError(f"{', '.join(names)}: some have scores, others have preferences")
+        raise UserError(
+            f"{', '.join(names)} cannot be compared: some have scores and others have preferences. "
+            "Give files of one kind."
+        )
     # An item that one judge fails on must not count for the other: it may be a hard one.
     both = np.flatnonzero(_unjudged(judges[1]) + _unjudged(judges[2]) == 0)
     keys = items
@@ -140,17 +151,17 @@ def compare(
 
 
 def _unjudged(judge: Judged) -> Floats:
-    """Verdicts on each item that are no judgement, `[items]`."""
+    """Return the number of unjudged verdicts on each item, `[items]`."""
     return judge.malformed + judge.failed
 
 
-def _reason(found: JudgeComparison) -> str:
-    return found.difference.reason or "no interval"
+def _reason(comparison: JudgeComparison) -> str:
+    return comparison.difference.reason or "no interval"
 
 
-def _table(found: dict[str, JudgeComparison]) -> str:
+def _table(comparisons: dict[str, JudgeComparison]) -> str:
     rows = [["", "items", "current", "", "candidate", "", "difference", "", "unjudged", "before"]]
-    for name, c in found.items():
+    for name, c in comparisons.items():
         each = [*cells(c.current), *cells(c.candidate), *cells(c.difference)]
         unjudged = [f"{share:.1%}" for share in reversed(c.unjudged)]
         rows.append([name, str(c.items), *each, *unjudged])
@@ -158,12 +169,12 @@ def _table(found: dict[str, JudgeComparison]) -> str:
 
 
 def _old(current: Path) -> Path:
-    """Where the judge before is while another takes its place."""
+    """Return the place of the former judge while another replaces it."""
     return current.with_name(f".{current.name}.old")
 
 
 def _recover(current: Path) -> None:
-    """Finish what a killed promotion left."""
+    """Restore the former judge, and remove the temporary folders of a killed promotion."""
     old = _old(current)
     if os.path.lexists(old) and not os.path.lexists(current):
         os.replace(old, current)
@@ -179,19 +190,19 @@ def _remove(place: Path) -> None:
         shutil.rmtree(place)
 
 
-def _replace(candidate: Path, current: Path, found: dict[str, JudgeComparison]) -> None:
-    """Copy the candidate's folder to the current judge's place."""
+def _replace(candidate: Path, current: Path, comparisons: dict[str, JudgeComparison]) -> None:
+    """Replace the folder of the current judge by a copy of the candidate's."""
     temporary = current.with_name(f".{current.name}.{os.getpid()}.tmp")
     try:
         shutil.copytree(candidate, temporary)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
-            f"--candidate {candidate} cannot be copied beside --current {current}: {error}"
+            f"--candidate {candidate} cannot be copied next to --current {current}: {error}."
         ) from error
     promoted = {
         "from": str(candidate),
-        **{name: [c.current.value, c.candidate.value] for name, c in found.items()},
+        **{name: [c.current.value, c.candidate.value] for name, c in comparisons.items()},
     }
     (temporary / "promoted.json").write_text(json.dumps(promoted, indent=1) + "\n")
     # No portable call exchanges two folders: between the renames there is none, see `_recover`.

@@ -77,7 +77,7 @@ class TrainJudgeConfig(ReinforcementTrainingConfig):
                 "on them."
             )
         if self.stage == "rl" and self.format.thinking == "none":
-            raise UserError("--stage rl requires a judge that thinks: give --thinking asked.")
+            raise UserError("--stage rl requires a judge that thinks: set --thinking.")
         if self.stage == "rl" and self.steps is None and self.run.dry_run is None:
             raise UserError("--stage rl requires --steps.")
         if self.gold_scale:

@@ -163,9 +163,9 @@ def _train_policy(
             policy=config.model.model,
             algorithm=config.reinforcement.algorithm,
             seed=config.run.seed,
-            judge=_told(specs["proxy"], judges["proxy"]),
-            gold=_told(specs["gold"], judges["gold"]),
-            second_gold=_told(specs["second_gold"], judges.get("second_gold", [])),
+            judge=_describe_judges(specs["proxy"], judges["proxy"]),
+            gold=_describe_judges(specs["gold"], judges["gold"]),
+            second_gold=_describe_judges(specs["second_gold"], judges.get("second_gold", [])),
         )
         monitor = ResponseMonitor(
             training,
@@ -246,25 +246,27 @@ def _train_policy(
 
 
 def shared_with_gold(specs: Mapping[str, Sequence[JudgeConfig]]) -> str | None:
-    """What to say where a judge of the rewards grades too, and nothing is left to tell by."""
+    """Return a warning if a judge of the rewards is also a gold judge."""
     rewarding = {spec.fingerprint for spec in specs["proxy"]}
     for name in ("gold", "second_gold"):
         if rewarding & {spec.fingerprint for spec in specs[name]}:
             return (
-                f"--{name.replace('_', '-')} is a judge that --judge has too: gold must stay "
-                "outside of the training, or no gap can show that the policy games its judge"
+                f"--{name.replace('_', '-')} names a judge that --judge names too: the gold judge "
+                "must not be trained on, or no gap can show that the policy is gaming its judge"
             )
     return None
 
 
-def _told(specs: Sequence[JudgeConfig], judges: Sequence[Judge]) -> dict[str, Any] | None:
-    """Who judges, for run.json."""
+def _describe_judges(
+    specs: Sequence[JudgeConfig], judges: Sequence[Judge]
+) -> dict[str, Any] | None:
+    """Return the description of the judges of one role for run.json."""
     if not specs:
         return None
     each = [spec.summary() | {"identity": j.identity} for spec, j in zip(specs, judges)]
     if len(each) == 1:
         return {**each[0], "agreement": specs[0].read_agreement()}
-    # The agreement of one of them is not that of their mean, which nobody has measured.
+    # The agreement of one judge is not that of the mean, which was not measured.
     return {"name": " + ".join(e["name"] for e in each), "agreement": None, "ensemble": each}
 
 
@@ -297,12 +299,12 @@ def _check_prompts(prompts: Sequence[Prompt], held_out: Sequence[Prompt]) -> Non
         seen: set[str] = set()
         for prompt in rows:
             if prompt.id in seen:
-                raise UserError(f"{flag} has the id {prompt.id!r} twice: take one of its rows out")
+                raise UserError(f"{flag} has the id {prompt.id!r} twice: remove one of its rows.")
             seen.add(prompt.id)
     if shared := {prompt.id for prompt in prompts} & seen:
         raise UserError(
-            f"--held-out has the prompt {min(shared)!r}, which is in --prompts too: split them "
-            "with et-align data split"
+            f"--held-out has the prompt {min(shared)!r}, which is in --prompts too: split "
+            "them with et-align data split."
         )
 
 

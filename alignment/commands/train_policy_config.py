@@ -34,19 +34,17 @@ class TrainPolicyConfig(ReinforcementTrainingConfig):
     """Function path, FILE.py:NAME or MODULE:NAME, of a function that returns each prompt of
     --prompts changed, or None to leave it out. Default: none."""
     judge: tuple[str, ...] = must_match((), metavar="FILE.yaml", repeat=True)
-    """Proxy judge, whose scores are the rewards; required for training. Can be given several
-    times."""
+    """Proxy judge, whose scores are the rewards; required for training. Can be repeated."""
     reward: Literal["pointwise", "pairwise"] = must_match("pointwise")
     """Reward: the judge's score, or the win rate against the other responses to the prompt, each
     pair judged in both orders."""
     held_out: tuple[str, ...] = must_match((), metavar="FILE")
     """Prompts for grading, none of them in --prompts; required for training."""
     gold: tuple[str, ...] = must_match((), metavar="FILE.yaml", repeat=True)
-    """Gold judge, which grades and is not trained on; required for training. Can be given several
-    times."""
+    """Gold judge, which grades and is not trained on; required for training. Can be repeated."""
     second_gold: tuple[str, ...] = must_match((), metavar="FILE.yaml", repeat=True)
-    """Gold judge of another kind, which shows whether the first one is gamed. Can be given several
-    times. Default: none."""
+    """Gold judge of another kind, which shows whether the first one is gamed. Can be repeated.
+    Default: none."""
     alarm_gap: float | None = must_match(None, metavar="SCORE", at_least=0)
     """Raise an alarm when the proxy score minus the gold score exceeds its initial value by more
     than this. Default: 0.5 for scores, 0.1 for win rates."""

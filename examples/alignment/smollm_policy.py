@@ -4,7 +4,7 @@
 
 Prompts are IFBench's whose constraints `examples/alignment/checks.py` can check, and MT-Bench's.
 Gold is that program. A judge, SmolLM2-135M too, is trained on gold's scores of the start policy's
-responses; the policy is trained against the judge, and both are watched on held-out prompts. With
+responses; the policy is trained against the judge, and both are graded on held-out prompts. With
 --against gold no judge is trained, and gold itself rewards: what there is to learn. Run again, it
 goes on from where it was stopped.
 """

@@ -159,7 +159,7 @@ def test_without_an_item_that_both_judged_there_are_pictures_all_the_same(
     first, second = scores([1, None]), scores([None, 2])
     if pairs:
         first[0], second[1] = preference("r0", "A"), preference("r1", "B")
-    with pytest.raises(TooFewResults, match="none of the 2 items has a judgement in both"):
+    with pytest.raises(TooFewResults, match="None of the 2 items was judged successfully in both"):
         measured(tmp_path, first, second)
     found = json.loads((tmp_path / "out" / "agreement.json").read_text())
     assert found["all"]["judged_by_both"] == 0 and found["calibration"] == []

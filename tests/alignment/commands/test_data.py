@@ -69,7 +69,7 @@ def test_pairs_as_responses_and_as_prompts(tmp_path: Path) -> None:
         main(["import", "--input", raw, "--output", str(file), "--as", kind])
         rows = list(read_records(file))
         assert len(rows) == len({row.id for row in rows if isinstance(row, record)}) == count
-    with pytest.raises(UserError, match="--as pairs: a Response has none"):
+    with pytest.raises(UserError, match="--as pairs is not possible"):
         main(["import", "--input", str(tmp_path / "responses.jsonl"),
               "--output", str(tmp_path / "x.jsonl"), "--as", "pairs"])  # fmt: skip
     assert not (tmp_path / "x.jsonl").exists()
@@ -82,7 +82,7 @@ def test_rows_with_an_id_that_was_there_are_written_once(
     again = written(tmp_path / "again.jsonl", preferences(30))
     save = tmp_path / "splits"
     main(["split", "--input", raw, again, "--save", str(save), "--split", "all=rest"])
-    assert "left out 30 rows whose id was there before" in capsys.readouterr().out
+    assert "Left out 30 rows with the id of an earlier row" in capsys.readouterr().out
     assert len(list(read_records(save / "all.jsonl"))) == 30
 
 
@@ -94,14 +94,14 @@ def test_repeated_rows_are_written_once_and_ids_of_other_rows_are_refused(
     second = written(tmp_path / "second.jsonl", iter(rows[:2]))
     file = tmp_path / "out.jsonl"
     main(["import", "--input", first, second, "--output", str(file)])
-    assert "left out 5 rows that repeat an earlier one" in capsys.readouterr().out
+    assert "Left out 5 rows that repeat an earlier one" in capsys.readouterr().out
     assert len({row.id for row in read_all(file, Pair)}) == 8
     main(["import", "--input", first, "--output", str(file), "--as", "prompts", "--overwrite"])
     assert len({row.id for row in read_all(file, Prompt)}) == 8
     clash = written(tmp_path / "clash.jsonl", (row | {"id": n % 4} for n, row in enumerate(rows)))
     words = ["import", "--input", clash, "--output", str(file), "--overwrite"]
     main(words)
-    assert "left out 4 rows with the id of another row" in capsys.readouterr().out
+    assert "Left out 4 rows with the id of another row" in capsys.readouterr().out
     with pytest.raises(UserError, match="1 rows have the id of another row, the last being '0'"):
         main([*words, "--max-malformed", "0"])
 
@@ -118,7 +118,7 @@ def test_left_out_rows_and_columns_are_reported_with_their_reasons(
     raw, file = written(tmp_path / "raw.jsonl", iter(rows)), tmp_path / "out.jsonl"
     main(["import", "--input", raw, "--output", str(file)])
     printed = capsys.readouterr().out
-    assert "left out 3 malformed rows: 2 as in " in printed and "'tool_calls'" in printed
+    assert "Left out 3 malformed rows: 2 as in " in printed and "'tool_calls'" in printed
     assert "1 as in" in printed and "not 'human'" in printed
     assert "do not have: chosen_model (3 rows)" in printed
     none = written(tmp_path / "none.jsonl", iter(rows[:3]))
@@ -138,7 +138,7 @@ def test_malformed_rows_are_counted_and_too_many_stop(
     assert not file.exists()
     main(["import", "--input", raw, "--output", str(file)])
     said = capsys.readouterr().out
-    assert "left out 1 malformed rows" in said and "left out 1 pairs of a response with" in said
+    assert "Left out 1 malformed rows" in said and "Left out 1 pairs of a response with" in said
     assert len(list(read_records(file))) == 8
 
 

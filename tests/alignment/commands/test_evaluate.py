@@ -227,7 +227,7 @@ def test_style_that_differs_by_rounding_is_no_column(monkeypatch: pytest.MonkeyP
             "either for scores or for pref|at an",
         ),
         (["--judge", "rule", "--judge", "rule"], "Two judges have the name rule"),
-        (["--verdicts", "nofile"], "must be NAME=FILE"),
+        (["--verdicts", "nofile"], "must have the form NAME=FILE"),
         (["--resamples", "0"], "must be at least 1"),
         (["--jud", "rule"], "--jud is not a flag of evaluate. Did you mean --judge"),
     ],

@@ -221,7 +221,7 @@ def test_several_responses_to_a_prompt_are_no_independent_items(files):
 def test_a_copy_that_fails_leaves_nothing(files):
     (files / "candidate" / "weights").symlink_to("nowhere")
     (files / f".current.{os.getpid() + 1}.tmp").mkdir()  # of a promotion that was killed
-    with pytest.raises(UserError, match="cannot be copied beside --current"):
+    with pytest.raises(UserError, match="cannot be copied next to --current"):
         promote(files, ("good", "same"), None, "--margin", 0.06)
     assert in_use(files) == "current"
     assert {place.name for place in files.iterdir() if place.is_dir()} == {"candidate", "current"}
