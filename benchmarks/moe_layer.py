@@ -1,12 +1,12 @@
 """One MoE layer, forward and backward: threshold routing against token choice and plain matmuls.
 
 8,192 tokens, 16 routed experts and a shared one of twice the model's width each, squared ReLU, and
-one routed expert a token on average in every row. `of_matmul_rate` is the time of the layer's
+one routed expert per token on average in every row. `of_matmul_rate` is the time of the layer's
 matrix products alone, with each expert's rows together and all experts alike, over the row's own.
 Every step is timed next to its products, because a machine's speed drifts by more than rows
 differ; `of_token_choice` compares rows by that rate. The last row has squared ReLU as Megatron
 writes it. Each rank has one thread, and times are of its processor, which other load on the machine
-disturbs less than the clock. Thresholds come from two steps of expert choice before.
+disturbs less than the clock. Thresholds are computed by two steps of expert choice first.
 
     python benchmarks/moe_layer.py [--d-model 256 768] [--ranks 1] [--steps 5]
 """
@@ -116,7 +116,7 @@ def measure(router: str, dispatcher: str, d_model: int, steps: int) -> dict[str,
     [figures] = end.figures.values()
     products = matmuls(SEQUENCE * batch, d_model)
     products()
-    # Neighbours in time share the machine's mood: their ratio is steadier than that of medians.
+    # A machine's speed drifts, so ratios of neighbors in time vary less than ratios of medians.
     pairs = [(timed(step), timed(products)) for _ in range(steps)]
     return {
         "seconds": median(clock for (clock, _), _ in pairs),
@@ -128,9 +128,12 @@ def measure(router: str, dispatcher: str, d_model: int, steps: int) -> dict[str,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--d-model", type=int, nargs="+", default=[256, 768])
-    parser.add_argument("--ranks", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument(
+        "--d-model", type=int, nargs="+", default=[256, 768],
+        help="Widths of the model. Default: 256 768.",
+    )  # fmt: skip
+    parser.add_argument("--ranks", type=int, default=1, help="Number of ranks. Default: 1.")
+    parser.add_argument("--steps", type=int, default=5, help="Timed steps per case. Default: 5.")
     args = parser.parse_args()
     rows = []
     for d_model in args.d_model:
@@ -141,18 +144,18 @@ def main() -> None:
             reference = 0.0
             for router in ("token choice", *(name for name in ROUTERS if name != "token choice")):
                 case = (router, dispatcher, d_model, args.steps)
-                found = run_ranks(measure, args.ranks, *case, timeout=600)[0]
-                reference = reference or found["rate"]
+                times = run_ranks(measure, args.ranks, *case, timeout=600)[0]
+                reference = reference or times["rate"]
                 row = {
                     "d_model": d_model,
                     "ranks": args.ranks,
                     "router": router,
                     "dispatcher": dispatcher,
-                    "ms": round(1e3 * found["seconds"], 1),
-                    "cpu_ms": round(1e3 * found["busy"], 1),
-                    "of_token_choice": round(reference / found["rate"], 3),
-                    "of_matmul_rate": round(found["rate"], 3),
-                    "fan_out": round(found["fan_out"], 3),
+                    "ms": round(1e3 * times["seconds"], 1),
+                    "cpu_ms": round(1e3 * times["busy"], 1),
+                    "of_token_choice": round(reference / times["rate"], 3),
+                    "of_matmul_rate": round(times["rate"], 3),
+                    "fan_out": round(times["fan_out"], 3),
                 }
                 rows.append(row)
                 print(

@@ -1,4 +1,4 @@
-"""What the cutoffs of a step cost: the exact search against gathering and against estimates.
+"""Cost of the cutoffs of a step: the exact search against gathering and against estimates.
 
 Every method finds, for each expert, the k-th largest router logit over the tokens of all ranks (k
 is 1/16 of them), on real gloo ranks and in the same run:
@@ -14,7 +14,7 @@ is 1/16 of them), on real gloo ranks and in the same run:
 Logits are new in every step. `equal` ranks draw them from one distribution, `skewed` ranks each
 from its own. Times are the median and the least over steps of the slowest rank; bytes are what a
 rank sends where collectives go around a ring, counted at the calls; syncs are operations that would
-wait for a GPU; memory is the most that new tensors held at a time.
+wait for a GPU; memory is the peak of new tensors.
 
     python benchmarks/router_stage.py [--ranks 4] [--tokens 524288] [--experts 16] [--layers 1]
 
@@ -66,7 +66,7 @@ def rank_of(tokens: int) -> int:
 
 
 class Ours:
-    """State that the search carries from step to step."""
+    """The library's search, with its forecasts from step to step."""
 
     def __init__(self, layers: int) -> None:
         self.forecasts = [Forecast() for _ in range(layers)]
@@ -75,10 +75,10 @@ class Ours:
         cutoffs = []
         positions = torch.arange(len(logits[0])) + dist.get_rank() * len(logits[0])
         for layer, forecast in zip(logits, self.forecasts):
-            found = kth_largest([layer], [rank_of], dist.group.WORLD, [forecast.bracket()])
-            top_k_mask(layer, found, positions, dist.group.WORLD)
-            forecast.observe(found.value)
-            cutoffs.append(found.value)
+            cutoff = kth_largest([layer], [rank_of], dist.group.WORLD, [forecast.bracket()])
+            top_k_mask(layer, cutoff, positions, dist.group.WORLD)
+            forecast.observe(cutoff.value)
+            cutoffs.append(cutoff.value)
         return cutoffs
 
     def expert_threshold(self, logits: list[Tensor]) -> list[Tensor]:
@@ -136,16 +136,19 @@ def histogram(logits: list[Tensor], thresholds: list[Tensor]) -> list[Tensor]:
     return cutoffs
 
 
-class Watched(TorchDispatchMode):
-    """Counts operations whose result, or its size, the host would wait for on a GPU, and the most
-    bytes that new tensors held at a time."""
+class OperationCounter(TorchDispatchMode):
+    """Counter of operations that the host of a GPU would wait for, and of memory.
+
+    `syncs` are operations whose result, or its size, the host needs. `peak` is the greatest number
+    of bytes of new tensors at a time.
+    """
 
     WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "bincount")
 
     def __init__(self) -> None:
         super().__init__()
         self.syncs, self.peak = 0, 0
-        self.held: dict[StorageWeakRef, int] = {}
+        self.storages: dict[StorageWeakRef, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
@@ -157,9 +160,9 @@ class Watched(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for x in result if isinstance(result, tuple | list) else [result]:
             if isinstance(x, Tensor) and StorageWeakRef(x.untyped_storage()) not in storages:
-                self.held[StorageWeakRef(x.untyped_storage())] = x.untyped_storage().nbytes()
-        self.held = {ref: nbytes for ref, nbytes in self.held.items() if not ref.expired()}
-        self.peak = max(self.peak, sum(self.held.values()))
+                self.storages[StorageWeakRef(x.untyped_storage())] = x.untyped_storage().nbytes()
+        self.storages = {ref: nbytes for ref, nbytes in self.storages.items() if not ref.expired()}
+        self.peak = max(self.peak, sum(self.storages.values()))
         return result
 
     def __enter__(self) -> Self:
@@ -179,7 +182,7 @@ class Watched(TorchDispatchMode):
 
 
 def draw(step: int, tokens: int, experts: int, layers: int, skewed: bool) -> list[Tensor]:
-    """This rank's logits of a step, `[tokens, experts]` a layer; they drift from step to step."""
+    """Return this rank's logits, `[tokens, experts]` per layer; they drift from step to step."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     generator = torch.Generator().manual_seed(1000 * step + rank)
     offsets = torch.linspace(-1, 1, experts) + 0.002 * step
@@ -191,14 +194,14 @@ def draw(step: int, tokens: int, experts: int, layers: int, skewed: bool) -> lis
 
 
 def greatest(value: float) -> float:
-    """Over all ranks."""
+    """Return the greatest value over all ranks."""
     result = torch.tensor(value, dtype=torch.float64)
     dist.all_reduce(result, op=dist.ReduceOp.MAX)
     return float(result)
 
 
 def load_error(logits: list[Tensor], cutoffs: list[Tensor]) -> float:
-    """The largest difference of an expert's load from k, as a share of k."""
+    """Return the largest difference of an expert's load from k, as a share of k."""
     loads = torch.stack([(layer >= cutoff).sum(dim=0) for layer, cutoff in zip(logits, cutoffs)])
     dist.all_reduce(loads)
     k = rank_of(len(logits[0]) * dist.get_world_size())
@@ -208,7 +211,7 @@ def load_error(logits: list[Tensor], cutoffs: list[Tensor]) -> float:
 def measure(
     tokens: int, experts: int, layers: int, skewed: bool, steps: int
 ) -> list[dict[str, Any]]:
-    """The rows of one case; runs on every rank."""
+    """On every rank: measure one case and return its rows."""
     ranks = dist.get_world_size()
     thresholds: list[Tensor] = []
     methods: dict[str, Callable[[list[Tensor]], list[Tensor]]] = {
@@ -250,7 +253,7 @@ def measure(
     rows = []
     for name, method in methods.items():
         loads = load_error(logits, method(logits))
-        with Watched() as watched:
+        with OperationCounter() as counter:
             method(logits)
         rows.append(
             {
@@ -264,8 +267,8 @@ def measure(
                 "ms_least": round(1e3 * min(seconds[name]), 2),
                 "kB_sent": round(sum(sent[name]) / steps / 1e3, 1),
                 "collectives": max(calls[name]),
-                "syncs": watched.syncs,
-                "MB_extra": round(greatest(watched.peak) / 1e6, 1),
+                "syncs": counter.syncs,
+                "MB_extra": round(greatest(counter.peak) / 1e6, 1),
                 "cutoff_error": float(f"{errors[name]:.2g}"),
                 "load_error_percent": round(100 * loads, 2),
             }
@@ -288,9 +291,19 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, default in (("ranks", 4), ("tokens", 524288), ("experts", 16), ("layers", 1)):
-        parser.add_argument(f"--{name}", type=int, nargs="+", help=f"{default} if others are given")
-    parser.add_argument("--data", choices=("equal", "skewed"), nargs="+", help="both")
-    parser.add_argument("--steps", type=int, default=5, help="steps that are timed")
+        parser.add_argument(
+            f"--{name}",
+            type=int,
+            nargs="+",
+            help=f"Values of {name}. Default: {default} if another is given, else several.",
+        )
+    parser.add_argument(
+        "--data",
+        choices=("equal", "skewed"),
+        nargs="+",
+        help="Distributions of the logits over ranks. Default: both.",
+    )
+    parser.add_argument("--steps", type=int, default=5, help="Timed steps per case. Default: 5.")
     args = parser.parse_args()
     grid = (args.ranks, args.tokens, args.experts, args.layers)
     cases = DEFAULT_CASES
@@ -307,9 +320,9 @@ def main() -> None:
             if skewed and ranks == 1:
                 continue
             case = (tokens, experts, layers, skewed, args.steps)
-            found = run_ranks(measure, ranks, *case, timeout=600)[0]
-            print_table(found)
-            rows += found
+            results = run_ranks(measure, ranks, *case, timeout=600)[0]
+            print_table(results)
+            rows += results
     print()
     for row in rows:
         print(json.dumps({"benchmark": "router_stage", **row}))

@@ -48,7 +48,7 @@ ROUTERS = {
 
 
 def make_model(folder: Path, options: argparse.Namespace) -> None:
-    """Random weights, some of them large enough that tokens are told apart."""
+    """Save a model with random weights, large enough that tokens differ."""
     from megatron_ext.hf.remote.configuration_et import ExpertThresholdConfig
     from megatron_ext.hf.remote.modeling_et import ExpertThresholdForCausalLM, Router
 
@@ -76,7 +76,7 @@ def make_model(folder: Path, options: argparse.Namespace) -> None:
 
 
 def answers(engine: Any, options: argparse.Namespace) -> list[Any]:
-    """Responses of the model as it stands."""
+    """Return responses of the model with its present weights."""
     from alignment.engines.batch import TokenSample
     from megatron_ext.inference.sampling import Sampling
 
@@ -85,12 +85,12 @@ def answers(engine: Any, options: argparse.Namespace) -> list[Any]:
         torch.randint(VOCAB, (4 + n % 13,), generator=draw).tolist()
         for n in range(options.responses)
     ]
-    found = engine.generate(prompts, Sampling(options.new_tokens, stop_at_eod=False))
-    return [TokenSample([*p, *g.tokens], len(p)) for p, g in zip(prompts, found)]
+    responses = engine.generate(prompts, Sampling(options.new_tokens, stop_at_eod=False))
+    return [TokenSample([*p, *g.tokens], len(p)) for p, g in zip(prompts, responses)]
 
 
 def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """On a rank: the rows of the table."""
+    """On a rank: compare the routers and return the rows of the table."""
     from alignment.engines.megatron import MegatronEngine, MegatronLayout
     from megatron_ext.inference.calibration import calibrate
     from megatron_ext.moe.router import routers_of
@@ -118,9 +118,9 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
                     router.freeze(frozen)
                 # The second time with thresholds of the text that such thresholds give.
                 for _ in range(2 if threshold_routers(routers) else 0):
-                    given = [torch.tensor(s.tokens) for s in answers(engine, options)]
-                    length = min(map(len, given))
-                    text = torch.stack([tokens[-length:] for tokens in given])
+                    responses = [torch.tensor(s.tokens) for s in answers(engine, options)]
+                    length = min(map(len, responses))
+                    text = torch.stack([tokens[-length:] for tokens in responses])
                     calibrate(engine._sampling()._model, text)
                 samples = answers(engine, options)
                 decoded = engine._sampling().decode(samples, 1.0)
@@ -144,15 +144,38 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--dtypes", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
-    parser.add_argument("--hidden-size", type=int, default=64)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--experts", type=int, default=16)
-    parser.add_argument("--topk", type=int, default=2)
-    parser.add_argument("--responses", type=int, default=32)
-    parser.add_argument("--new-tokens", type=int, default=48)
-    parser.add_argument("--seq-length", type=int, default=256)
-    parser.add_argument("--micro-batch-size", type=int, default=2)
+    parser.add_argument(
+        "--dtypes",
+        nargs="+",
+        choices=["fp32", "bf16"],
+        default=["fp32", "bf16"],
+        help="Precisions of the model. Default: fp32 bf16.",
+    )
+    parser.add_argument(
+        "--hidden-size", type=int, default=64, help="Width of the model. Default: 64."
+    )
+    parser.add_argument("--layers", type=int, default=4, help="Number of layers. Default: 4.")
+    parser.add_argument(
+        "--experts", type=int, default=16, help="Number of experts per layer. Default: 16."
+    )
+    parser.add_argument(
+        "--topk", type=int, default=2, help="Mean number of experts per token. Default: 2."
+    )
+    parser.add_argument(
+        "--responses", type=int, default=32, help="Number of responses. Default: 32."
+    )
+    parser.add_argument(
+        "--new-tokens", type=int, default=48, help="Tokens per response. Default: 48."
+    )
+    parser.add_argument(
+        "--seq-length",
+        type=int,
+        default=256,
+        help="Length of a training row, in tokens. Default: 256.",
+    )
+    parser.add_argument(
+        "--micro-batch-size", type=int, default=2, help="Rows of a micro-batch. Default: 2."
+    )
     [rows] = run_ranks(compare, 1, parser.parse_args(), timeout=600)
     print_table(rows)
     print()

@@ -225,8 +225,8 @@ class _Brackets:
             bin: int64 `[candidates]`, bin of each value.
             answer: int64 `[columns]`, bin to keep, -1 for none.
         """
-        kept = (bin == answer.take(self.column)).nonzero().squeeze(1)
-        self.column, self.image = self.column.take(kept), self.image.take(kept)
+        selected = (bin == answer.take(self.column)).nonzero().squeeze(1)
+        self.column, self.image = self.column.take(selected), self.image.take(selected)
 
     def result(self) -> SearchResult:
         """Return the answers, once all columns are done."""

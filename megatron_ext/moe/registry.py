@@ -43,7 +43,7 @@ class RouterType:
         settings: Fields of Megatron's configuration that it sets, whatever the flags say.
         unsupported: Fields of Megatron's configuration that it cannot work with, and the reason.
         replaced: Flags of Megatron that it would ignore: harmless values, and the reason.
-        evaluation: Name of its own rule among the routings that evaluation can choose from.
+        evaluation: Name of its evaluation rule among the routing modes of evaluation.
         evaluates_as: Name of the router whose model a trained one is, if not its own.
         not_convertible: Why its models cannot be converted to Hugging Face; empty if they can.
         margin_unit: What a margin measures, for the axis of a plot.
