@@ -1,4 +1,4 @@
-"""Where a command may write."""
+"""Check of the folder that a command writes to."""
 
 from pathlib import Path
 
@@ -6,7 +6,14 @@ from megatron_ext.errors import UserError
 
 
 def check_folder(output: str | Path) -> None:
-    """Raise a UserError where a folder of --output, or one above it, is a file; make nothing."""
+    """Check that a folder of --output can be made, without making it.
+
+    Args:
+        output: The folder.
+
+    Raises:
+        UserError: If the folder, or one above it, is a file.
+    """
     for path in (Path(output), *Path(output).absolute().parents):
         if path.exists() and not path.is_dir():
-            raise UserError(f"{path} is a file, not a folder: give another --output")
+            raise UserError(f"{path} is a file, not a folder. Choose another --output.")
