@@ -51,7 +51,7 @@ class AnnotationProgress:
 
 @dataclass
 class AnnotationRun:
-    """Run over questions, each asked once.
+    """Run that asks each of its questions once.
 
     Attributes:
         keys: Keys of the questions that have no answer yet.

@@ -48,7 +48,7 @@ def annotate_by_endpoint(
     """Ask the questions that have no answer yet, write the rows of all, and return the exit status.
 
     Raises:
-        UserError: If the run ended early for a reason that the user can fix; answers are kept.
+        UserError: If the run ended early for a reason that the user can fix; answers are stored.
         TooFewResults: If more questions have no result than allowed. Where all have been asked, the
             rows are written nevertheless.
     """
@@ -101,7 +101,7 @@ def annotate_by_endpoint(
             )
         except RunCancelled as cancelled:
             count = sum(key in store for key in by_key)
-            print(f"stopped: repeat the command to resume, with {count:,} answers kept", flush=True)
+            print(f"stopped: repeat the command to resume, with {count:,} answers stored", flush=True)
             return 128 + int(cancelled.args[0])
         answers = {key: Answer.from_row(store[key]) for key in by_key if key in store}
     failed = progress.failed
@@ -120,7 +120,7 @@ def annotate_by_endpoint(
         summary = f"{len(records):,} {noun}"
     output.write(records, about)
     print(
-        f"{summary}; {usage.summary(prices)}; now asked {progress.usage.answers:,}: "
+        f"{summary}; {usage.summary(prices)}; {progress.usage.answers:,} new answers: "
         f"{progress.usage.summary(prices)}, {time.monotonic() - begin:.1f} s; wrote {output.path}"
     )
     if failed:

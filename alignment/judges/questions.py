@@ -18,7 +18,7 @@ ResultRecord = Verdict | Response | Prompt
 
 @dataclass(frozen=True)
 class Question:
-    """Question about an item in one order, asked once.
+    """Question about an item in one order.
 
     Attributes:
         item: The prompt, response or pair.
@@ -146,7 +146,7 @@ class JudgingTask:
         return "malformed" if verdict.outcome is Outcome.UNPARSEABLE else ""
 
     def explain_lack(self, question: Question, answer: Answer) -> str:
-        """Return why an answer holds no judgement, or ""."""
+        """Return why an answer holds no judgment, or ""."""
         return self.record(question, answer).reason
 
 

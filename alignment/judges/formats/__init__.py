@@ -1,1 +1,1 @@
-"""Judge formats: what a judge is asked, and how its answer is read."""
+"""Judge formats: the prompt template of a judge and the parser of its answer."""

@@ -100,7 +100,7 @@ class LabelTokens:
             )
         return cls(tuple(labels), tuple(ids))
 
-    def judgement(self, log_probs: Sequence[float], swapped: bool = False) -> Mapping[str, Any]:
+    def judgment(self, log_probs: Sequence[float], swapped: bool = False) -> Mapping[str, Any]:
         """Return the fields of a verdict from the probabilities of the labels.
 
         A score is the expectation over the ten labels, renormalized among themselves (arXiv

@@ -32,7 +32,7 @@ class EndpointJudgeConfig(JudgeConfig):
     Attributes:
         url: Address of the endpoint up to and including /v1.
         model: Name of the model that the endpoint serves.
-        revision: Version of the model, where one name serves several: answers are kept apart by it.
+        revision: Version of the model, where one name serves several. Answers are stored under it.
         api_key_variable: Environment variable that holds the key of the endpoint.
         template: Name or file of the prompt template. Default: the plain one.
         thinking: Whether the judge writes its thinking before the label: "none", "asked" in its

@@ -166,7 +166,7 @@ class LocalJudge:
     ) -> list[Mapping[str, Any]]:
         log_probs = self._next(prompts)
         return [
-            self.labels.judgement(row, question.swapped)
+            self.labels.judgment(row, question.swapped)
             for question, row in zip(questions, log_probs)
         ]
 
@@ -194,7 +194,7 @@ class LocalJudge:
             for i in scored
         }
         scores |= {
-            i: self.labels.judgement(log_probs) for i, log_probs in zip(there, self._next(before))
+            i: self.labels.judgment(log_probs) for i, log_probs in zip(there, self._next(before))
         }
         for i, fields in scores.items():
             written = {name: value for name, value in read[i].items() if name != "score"}

@@ -85,8 +85,8 @@ def test_the_score_is_the_expectation_over_the_labels(place, thinks):
 
 def test_labels_without_probability_are_no_judgement():
     tokens = LabelTokens(SCORES, list(range(10)))
-    assert tokens.judgement([-20.0] * 10)["outcome"] is Outcome.UNPARSEABLE
-    fields = tokens.judgement([math.log(0.05)] * 5 + [-50.0] * 5)
+    assert tokens.judgment([-20.0] * 10)["outcome"] is Outcome.UNPARSEABLE
+    fields = tokens.judgment([math.log(0.05)] * 5 + [-50.0] * 5)
     assert fields["score"] == pytest.approx(2.0)
 
 

@@ -129,7 +129,7 @@ def test_equal_responses_have_equal_scores_whatever_else_is_in_the_batch(judge):
     ],
 )
 def test_sides_that_are_equally_likely_make_a_tie(log_probs, outcome):
-    fields = LabelTokens(SIDES, [1, 2, 3]).judgement(log_probs)
+    fields = LabelTokens(SIDES, [1, 2, 3]).judgment(log_probs)
     assert fields.get("preferred", fields["outcome"]) is outcome
 
 
