@@ -7,7 +7,7 @@ from pathlib import Path
 from alignment.commands.annotate_config import AnnotateConfig, Orders, parse
 from alignment.commands.annotation_judge_config import AnnotationJudgeConfig
 from alignment.commands.config_groups import OutputConfig
-from alignment.judges.kinds.judge_config import AnnotationSettings, JudgeFlags
+from alignment.judges.kinds.judge_kind import AnnotationSettings, JudgeFlags
 from alignment.judges.kinds.registry import judge_from_flag
 from alignment.judges.questions import Item, make_questions
 from alignment.output_file import OutputFile

@@ -22,7 +22,7 @@ from alignment.data.chat_prompts import prompt_ids, warn_of_template
 from alignment.data.model_tokenizer import load_tokenizer
 from alignment.engines.batch import TokenBatch
 from alignment.engines.protocol import AlignmentEngine
-from alignment.judges.kinds.judge_config import Judge, JudgeConfig, JudgeContext
+from alignment.judges.kinds.judge_kind import Judge, JudgeConfig, JudgeContext
 from alignment.judges.kinds.registry import read_judge
 from alignment.monitors.training_monitor import Limits, Monitor
 from alignment.record_files import read_all

@@ -1,1 +1,1 @@
-"""Judges: asking them, what they answer, and how far they agree."""
+"""Judges: their formats, their kinds, annotation with them and their training examples."""

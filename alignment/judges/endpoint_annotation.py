@@ -22,7 +22,7 @@ from alignment.judges.formats.answers import Answer
 from alignment.judges.formats.judge_format import JudgeFormat
 from alignment.judges.formats.prompts import judge_prompt
 from alignment.judges.kinds.endpoint import EndpointJudgeConfig
-from alignment.judges.kinds.judge_config import AnnotationSettings
+from alignment.judges.kinds.judge_kind import AnnotationSettings
 from alignment.judges.questions import (
     AnnotationTask,
     JudgingTask,
@@ -101,7 +101,9 @@ def annotate_by_endpoint(
             )
         except RunCancelled as cancelled:
             count = sum(key in store for key in by_key)
-            print(f"stopped: repeat the command to resume, with {count:,} answers stored", flush=True)
+            print(
+                f"stopped: repeat the command to resume, with {count:,} answers stored", flush=True
+            )
             return 128 + int(cancelled.args[0])
         answers = {key: Answer.from_row(store[key]) for key in by_key if key in store}
     failed = progress.failed

@@ -16,7 +16,7 @@ from scipy import stats
 from alignment.data.chat_prompts import prompt_ids
 from alignment.engines.batch import TokenBatch, TokenSample
 from alignment.engines.protocol import AlignmentEngine
-from alignment.judges.kinds.judge_config import Judge, rounding_error
+from alignment.judges.kinds.judge_kind import Judge, rounding_error
 from alignment.judges.questions import Question
 from alignment.ranks import all_gather_by_data_rank, all_reduce_max, interleave
 from alignment.records import Outcome, Pair, Prompt, Response, Verdict

@@ -8,7 +8,7 @@ import numpy as np
 
 from alignment.data.chat_prompts import decoded
 from alignment.engines.protocol import GeneratedResponse
-from alignment.judges.kinds.judge_config import Judge, rounding_error
+from alignment.judges.kinds.judge_kind import Judge, rounding_error
 from alignment.judges.questions import Question
 from alignment.records import Outcome, Pair, Prompt, Response, Side, Verdict
 from alignment.rl.rollouts import RewardResult, Rollout

@@ -8,7 +8,7 @@ from pydantic import Field
 from alignment.endpoints.api_key import API_KEY_VARIABLE
 from alignment.endpoints.chat_client import ChatSampling
 from alignment.endpoints.retry import MAX_WAIT, RetryPolicy
-from alignment.judges.kinds.judge_config import (
+from alignment.judges.kinds.judge_kind import (
     MAY_CHANGE,
     AnnotationSettings,
     JudgeConfig,

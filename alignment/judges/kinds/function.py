@@ -6,7 +6,7 @@ from pydantic import Field, field_validator
 
 from alignment.judges.formats.scale import check_scale
 from alignment.judges.kinds.function_judge import FUNCTION_TIMEOUT, FunctionJudge
-from alignment.judges.kinds.judge_config import MAY_CHANGE, JudgeConfig, JudgeContext, JudgeFlags
+from alignment.judges.kinds.judge_kind import MAY_CHANGE, JudgeConfig, JudgeContext, JudgeFlags
 from alignment.judges.kinds.program_judge import ProgramJudge
 from megatron_ext.errors import UserError
 

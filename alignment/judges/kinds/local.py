@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from alignment.judges.formats.judge_format import JudgeFormat
-from alignment.judges.kinds.judge_config import MAY_CHANGE, JudgeConfig, JudgeContext
+from alignment.judges.kinds.judge_kind import MAY_CHANGE, JudgeConfig, JudgeContext
 from megatron_ext.errors import UserError
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from pydantic_core import ErrorDetails
 
 from alignment.judges.kinds.endpoint import EndpointJudgeConfig
 from alignment.judges.kinds.function import FunctionJudgeConfig
-from alignment.judges.kinds.judge_config import JudgeConfig, JudgeFlags
+from alignment.judges.kinds.judge_kind import JudgeConfig, JudgeFlags
 from alignment.judges.kinds.local import LocalJudgeConfig
 from alignment.judges.kinds.rule import RuleJudgeConfig
 from megatron_ext.errors import UserError

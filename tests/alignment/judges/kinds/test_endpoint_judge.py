@@ -14,7 +14,7 @@ import pytest
 from alignment.endpoints.answer_store import AnswerStore
 from alignment.judges.formats.answers import Answer
 from alignment.judges.formats.judge_format import JudgeFormat
-from alignment.judges.kinds.judge_config import JudgeContext
+from alignment.judges.kinds.judge_kind import JudgeContext
 from alignment.judges.kinds.registry import read_judge
 from alignment.judges.questions import JudgingTask, Question
 from alignment.records import Message, Outcome, Prompt, Response

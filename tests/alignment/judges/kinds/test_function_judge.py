@@ -11,7 +11,7 @@ import pytest
 from alignment.commands.annotate import main
 from alignment.judges.kinds.function import FunctionJudgeConfig
 from alignment.judges.kinds.function_judge import FunctionJudge
-from alignment.judges.kinds.judge_config import JudgeContext
+from alignment.judges.kinds.judge_kind import JudgeContext
 from alignment.judges.kinds.registry import read_judge
 from alignment.judges.questions import Question
 from alignment.record_files import read_all

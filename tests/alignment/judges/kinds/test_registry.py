@@ -9,7 +9,7 @@ import pytest
 
 from alignment.commands import annotate, evaluate
 from alignment.commands.annotate_config import parse as parse_annotate
-from alignment.judges.kinds.judge_config import MAY_CHANGE, JudgeConfig, JudgeContext
+from alignment.judges.kinds.judge_kind import MAY_CHANGE, JudgeConfig, JudgeContext
 from alignment.judges.kinds.local_judge import local_judge_identity
 from alignment.judges.kinds.program_judge import ProgramJudge
 from alignment.judges.kinds.registry import JUDGE_KINDS, read_judge
