@@ -89,7 +89,7 @@ class ChatClient(EndpointClient):
         self.models[answered] += 1
         if self.models[answered] == 1 and not same_model(requested, answered):
             self.report(
-                f"warning: {self.url} received a request for the model {requested!r} and answers as "
+                f"warning: {self.url} was called for the model {requested!r} and answers as "
                 f"{answered!r}. Check that it serves the right model."
             )
 
