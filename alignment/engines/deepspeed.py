@@ -52,13 +52,13 @@ from deepspeed.utils.logging import logger  # noqa: E402
 
 @dataclass(frozen=True)
 class ZeroSettings:
-    """What ranks share out among them.
+    """Settings of ZeRO: what ranks divide among them.
 
     Attributes:
         stage: 1 for the optimizer's state, 2 for gradients too, 3 for parameters too.
-        offload_optimizer: keep the optimizer's state in host memory, and step there.
-        offload_parameters: keep parameters there as well; stage 3 only.
-        micro_batch: rows that go through the model at a time.
+        offload_optimizer: Whether to keep the optimizer's state in host memory, and step there.
+        offload_parameters: Whether to keep parameters there as well. Requires stage 3.
+        micro_batch: Rows that run through the model at a time.
     """
 
     stage: int = 2
@@ -68,9 +68,9 @@ class ZeroSettings:
 
     def __post_init__(self) -> None:
         if self.stage not in (1, 2, 3):
-            raise UserError(f"ZeRO stage {self.stage}: there are 1, 2 and 3")
+            raise UserError(f"There is no ZeRO stage {self.stage}. Choose 1, 2 or 3.")
         if self.offload_parameters and self.stage < 3:
-            raise UserError("offload_parameters needs ZeRO stage 3")
+            raise UserError("--offload-parameters requires --zero-stage 3.")
 
 
 class DeepSpeedEngine:
@@ -87,13 +87,13 @@ class DeepSpeedEngine:
         """Load the weights of a model.
 
         Args:
-            path: a Hugging Face folder.
-            optimization: how it is trained; without, it is not.
-            zero: what ranks share out.
+            path: A Hugging Face folder.
+            optimization: Settings of training. None for a model that is not trained.
+            zero: Settings of ZeRO.
             dtype: fp32 or bf16. Default: fp32 on a CPU, else bf16.
 
         Raises:
-            UserError: the model cannot be read.
+            UserError: The model cannot be read.
         """
         self.optimization, self.zero = optimization, zero or ZeroSettings()
         self.dtype = dtype or (torch.float32 if ON_CPU else torch.bfloat16)
@@ -194,9 +194,11 @@ class DeepSpeedEngine:
     ) -> list[GeneratedResponse]:
         """See the protocol; `Sampling.stop` needs a tokenizer, which this engine has not."""
         if sampling.stop:
-            raise UserError("the DeepSpeed engine takes no stop strings: end by tokens")
+            raise UserError("The DeepSpeed engine has no stop strings. End responses by tokens.")
         if sampling.depends_on_tokens or sampling.stop_token_ids:
-            raise UserError("the DeepSpeed engine takes no penalties, bias or further end tokens")
+            raise UserError(
+                "The DeepSpeed engine has no penalties, no bias and no further end tokens."
+            )
         self._engine.eval()
         seeds = range(len(prompts)) if seeds is None else seeds
         return decode(self._engine.module, self.eod, prompts, sampling, seeds, self._device)
@@ -204,7 +206,7 @@ class DeepSpeedEngine:
     def routing_gap(
         self, samples: Sequence[TokenSample], length: int, temperature: float = 1.0
     ) -> dict[str, float]:
-        """Nothing: models of transformers do not tell how they route."""
+        """Return nothing, as models of transformers do not report their routing."""
         return {}
 
     @torch.no_grad()
@@ -231,9 +233,13 @@ class DeepSpeedEngine:
                 count = torch.arange(tensor.numel(), device=tensor.device).view(tensor.shape)
                 for theirs, part in revert_weight_conversion(model, {name: count}).items():
                     if theirs not in given:
-                        raise UserError(f"there is no tensor {theirs}, which the model needs")
+                        raise UserError(
+                            f"The tensor {theirs} is missing, which the model requires."
+                        )
                     if given[theirs].shape != part.shape:
-                        raise UserError(f"{theirs} is of another model: it should be {part.shape}")
+                        raise UserError(
+                            f"{theirs} is of another model. Its shape must be {tuple(part.shape)}."
+                        )
                     new = given[theirs].to(tensor.device, tensor.dtype).flatten()
                     tensor.view(-1)[part.flatten()] = new
         if self.optimization is not None:
@@ -265,11 +271,11 @@ class DeepSpeedEngine:
         except Exception as error:  # on every rank
             reason = (str(error).strip() or repr(error)).splitlines()[-1]
             raise UserError(
-                f"the checkpoint in {folder} cannot be loaded ({reason}): it must be of the same "
-                "model, and saved with ZeRO stage 3 if it is loaded with stage 3"
+                f"The checkpoint in {folder} cannot be loaded ({reason}). It must be of the same "
+                "model, and saved with ZeRO stage 3 if it is loaded with stage 3."
             ) from error
         if place is None:
-            raise UserError(f"the checkpoint in {folder} is incomplete or damaged")
+            raise UserError(f"The checkpoint in {folder} is incomplete or damaged.")
         self.step = state["step"]
 
     def _trained(self) -> Optimization:
@@ -350,7 +356,7 @@ class DeepSpeedEngine:
         return output.logits.float()
 
     def _mask(self, batch: TokenBatch) -> Any:
-        """What tokens of packed rows see: those of their sample before them, and themselves."""
+        """Return the attention mask of packed rows: a token attends to its sample, up to itself."""
         from transformers.masking_utils import create_masks_for_generate
 
         config = self._engine.module.config.get_text_config()
@@ -377,7 +383,7 @@ def _columns(mask: Tensor) -> Tensor:
 
 
 def _start_ranks() -> None:
-    """Initialise torch.distributed, unless the caller has, and DeepSpeed's view of it."""
+    """Initialize torch.distributed, unless the caller has, and DeepSpeed's view of it."""
     logger.setLevel("WARNING")
     backend = "gloo" if ON_CPU else "nccl"
     if "WORLD_SIZE" not in os.environ:  # started without torchrun, which DeepSpeed does not expect
@@ -391,31 +397,33 @@ def _start_ranks() -> None:
 
 
 def _verify_checkpoint(folder: Path, rank: int, size: int) -> None:
-    """Look at a checkpoint: a rank that failed amid loading would leave the others waiting.
+    """Check a checkpoint before it is loaded, as a rank that failed would leave others waiting.
 
     Args:
-        rank: each of the `size` ranks reads a share of the files.
+        folder: Folder of the checkpoints.
+        rank: This rank, which reads a share of the files.
+        size: Number of ranks.
 
     Raises:
-        UserError: it is not there, of another number of ranks, or damaged.
+        UserError: There is none, it is of another number of ranks, or it is damaged.
     """
     latest = folder / "latest"
     if not latest.is_file():
-        raise UserError(f"{folder} holds no checkpoint of DeepSpeed: save one first")
+        raise UserError(f"{folder} has no checkpoint of DeepSpeed. Save one first.")
     files = sorted((folder / latest.read_text().strip()).glob("*.pt"))
     saved = sum(file.name.endswith("_optim_states.pt") for file in files)
     if saved != size:
         raise UserError(
-            f"the checkpoint in {folder} cannot be loaded (DeepSpeed's go on with as many ranks as "
-            f"saved them): start {saved} ranks, not {size}"
+            f"The checkpoint in {folder} cannot be loaded: DeepSpeed resumes with as many ranks as "
+            f"saved it. Start {saved} ranks, not {size}."
         )
     for file in files[rank::size]:
         if not _is_whole(file):
-            raise UserError(f"the checkpoint in {folder} is incomplete or damaged: {file.name}")
+            raise UserError(f"The checkpoint in {folder} is incomplete or damaged: {file.name}.")
 
 
 def _is_whole(file: Path) -> bool:
-    """Whether a file of torch.save, which is a zip archive, has all that it was saved with."""
+    """Return whether a file of torch.save, which is a zip archive, is whole."""
     try:
         with ZipFile(file) as archive:
             return archive.testzip() is None
@@ -430,7 +438,9 @@ def _load(folder: Path, dtype: torch.dtype) -> Any:
     from megatron_ext.hf.remote.modeling_et import ExpertThresholdForCausalLM, MoE
 
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} is no Hugging Face folder: it has no config.json")
+        raise UserError(
+            f"{folder} is not a Hugging Face folder, as it has no config.json. Choose another one."
+        )
     own = f'"{OWN.name}"' in (folder / "config.json").read_text()
     config = load_config(folder) if own else AutoConfig.from_pretrained(folder)
     # What a train step computes must be what `log_probs` does: with dropout the ratios of PPO and
@@ -468,7 +478,7 @@ def _end_tokens(folder: Path) -> frozenset[int]:
 
 
 def _parameter_groups(model: Any, optimization: Optimization) -> list[dict[str, Any]]:
-    """Parameters that decay, and those that do not."""
+    """Return parameters with and without weight decay, for the optimizer."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return [
         {"params": params, "weight_decay": decay}
@@ -481,7 +491,7 @@ def _parameter_groups(model: Any, optimization: Optimization) -> list[dict[str, 
 
 
 def _tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """Parameters, each once, and buffers that are saved."""
+    """Iterate over the parameters, each once, and the buffers that are saved."""
     yield from model.named_parameters()
     saved = model.state_dict().keys()
     yield from ((name, buffer) for name, buffer in model.named_buffers() if name in saved)

@@ -54,7 +54,7 @@ from megatron_ext.training.saving import explain_failure, mend_tracker
 
 
 class MegatronEngine:
-    """See `alignment.engines.protocol.Engine`.
+    """Engine on Megatron; see `alignment.engines.protocol.AlignmentEngine`.
 
     Thresholds are frozen: training routes by them as generation does, and never moves them.
     """
@@ -72,17 +72,17 @@ class MegatronEngine:
         """Start Megatron on this rank and load the weights of a model.
 
         Args:
-            path: a Hugging Face folder, a run directory, or a folder of checkpoints.
-            optimization: how it is trained; without, it is not.
-            layout: of the ranks that were started.
-            dtype: of the weights. Default: fp32 on a CPU, else the model's; bf16 to train one of
-                fp16.
-            flags: more of `pretrain_et.py`; they override all others.
-            same_model: refuse flags by which the weights would compute something else. A
+            path: A Hugging Face folder, a run directory, or a folder of checkpoints.
+            optimization: Settings of training. None for a model that is not trained.
+            layout: Division of the model among the ranks that were started.
+            dtype: Dtype of the weights. Default: fp32 on a CPU, else the model's; bf16 to train a
+                model in fp16.
+            flags: Further flags of `pretrain_et.py`, which override all others.
+            same_model: Whether to refuse flags that would change what the weights compute. A
                 comparison of routers on the same weights turns it off.
 
         Raises:
-            UserError: the model cannot be read, or the layout does not fit it or the ranks.
+            UserError: The model cannot be read, or the layout does not fit it or the ranks.
         """
         self.layout = layout or MegatronLayout()
         self._optimization = optimization
@@ -147,8 +147,8 @@ class MegatronEngine:
     def _evaluate(
         self, batch: TokenBatch, scorer: Callable[..., TokenScorer], kinds: int, train: bool = False
     ) -> Tensor:
-        """Scores of a batch on every rank that shares it, fp32 `[kinds, rows, length]`."""
-        self._come_first()
+        """Return scores of a batch on every rank that shares it, fp32 `[kinds, rows, length]`."""
+        self._activate_globals()
         parts = self._split(batch)
         with torch.no_grad():
             found = self._run(parts, scorer, None, train)
@@ -169,7 +169,7 @@ class MegatronEngine:
         values: int | None = None,
     ) -> StepResult:
         """See the protocol."""
-        self._come_first()
+        self._activate_globals()
         if self._optimizer is None:
             raise ValueError("the engine was made without an optimization")
         parts = self._split(batch)
@@ -206,7 +206,7 @@ class MegatronEngine:
         return self._sampling().generate(prompts, sampling, seeds)
 
     def _sampling(self) -> Sampler:
-        self._come_first()
+        self._activate_globals()
         if self._sampler is None:
             with quiet_megatron():
                 self._sampler = Sampler(self._stage, self.args, self._tokenizer)
@@ -244,7 +244,7 @@ class MegatronEngine:
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write a checkpoint of this step, which `pretrain_et.py` and the tools read too."""
-        self._come_first()
+        self._activate_globals()
         place = Path(folder)
         if dist.get_rank() == 0:
             place.mkdir(parents=True, exist_ok=True)
@@ -262,31 +262,31 @@ class MegatronEngine:
 
     def load(self, folder: str | os.PathLike[str]) -> None:
         """See the protocol."""
-        self._come_first()
+        self._activate_globals()
         rank, size = dist.get_rank(), dist.get_world_size()
 
-        def see_that_it_is_whole() -> None:
+        def verify_checkpoint() -> None:
             checkpoint = find_checkpoint(folder)
             if problem := damage(checkpoint, rank, size):  # each rank reads a share of the files
                 raise UserError(f"{checkpoint} is incomplete or damaged: {problem}")
 
-        # Megatron empties its tracker before it writes it: a kill may come in between.
+        # Megatron empties its tracker before it writes it, and a kill may come in between.
         raise_on_all_ranks(lambda: mend_tracker(Path(folder)) if rank == 0 else None)
-        raise_on_all_ranks(see_that_it_is_whole)
+        raise_on_all_ranks(verify_checkpoint)
         self.args.load = str(folder)
-        # These count on from where they are.
+        # Loading adds to these counts.
         self.args.consumed_train_samples = self.args.skipped_train_samples = 0
         self._schedule.num_steps = 0
         with quiet_megatron():
             self.step, _ = load_checkpoint(self._model, self._optimizer, self._schedule)
 
-    def _come_first(self) -> None:
-        """Let Megatron's globals be of this engine."""
+    def _activate_globals(self) -> None:
+        """Point Megatron's global arguments and tokenizer to this engine."""
         global_vars._GLOBAL_ARGS, global_vars._GLOBAL_TOKENIZER = self.args, self._tokenizer
 
     def _split(self, batch: TokenBatch) -> list[TokenBatch]:
         if self.args.transformer_impl != "local" and batch.is_packed:
-            raise UserError("several samples a row need --transformer-impl local")
+            raise UserError("Several samples per row require --transformer-impl local.")
         return micro_batches(
             batch,
             self.layout.micro_batch,
@@ -302,13 +302,17 @@ class MegatronEngine:
         loss: Loss | None,
         train: bool,
     ) -> list[Any]:
-        """Micro-batches through the pipeline, forward and, with a loss, backward.
+        """Run micro-batches through the pipeline, forward and, with a loss, backward.
 
         Args:
-            train: whether modules are in training mode.
+            parts: Micro-batches.
+            scorer_of: Function that makes the scorer of a micro-batch.
+            loss: Loss of a micro-batch, or None.
+            train: Whether modules are in training mode.
 
         Returns:
-            on the last stage, what `_scored` or `_weighed` gives for each; nothing on the others.
+            On the last stage the result of `_scored` or of the loss for each micro-batch; nothing
+            on the other stages.
         """
         for chunk in self._model:
             chunk.train(train)
@@ -339,7 +343,7 @@ class MegatronEngine:
     def _weigh(self, scorer: TokenScorer, loss: Loss) -> Any:
         def weighed(output: Tensor) -> tuple[Tensor, Tensor, LossSums]:
             sums = loss(scorer.scores(output), scorer.batch)
-            # Ranks that share rows all find the same: it counts once.
+            # Ranks that share rows have the same weight, which counts once.
             counts = sums.weight.to(torch.int) * (self.groups.cp.rank() == 0)
             # The pipeline's schedule frees the first.
             return sums.total, counts, replace(sums, total=sums.total.detach())
@@ -347,7 +351,7 @@ class MegatronEngine:
         return weighed
 
     def _means(self, found: list[LossSums]) -> dict[str, float]:
-        """Loss and metrics of all micro-batches and data-parallel ranks, divided once."""
+        """Return loss and metrics of all micro-batches and data-parallel ranks, divided once."""
         means = [reduce_sums(found, self.groups.dp) if found else {}]
         pipeline = self.groups.pp
         if pipeline.size() > 1:
@@ -356,7 +360,7 @@ class MegatronEngine:
 
 
 def _scored(scorer: TokenScorer, output: Tensor, non_loss_data: bool = True) -> Tensor:
-    """What the schedule keeps of a micro-batch: fp32 `[kinds, rows, length]`."""
+    """Return the scores of a micro-batch, fp32 `[kinds, rows, length]`."""
     if scorer.choices:
         return scorer.whole(output)
     scores = scorer.scores(output)

@@ -1,4 +1,4 @@
-"""Starting Megatron for an engine: flags of the model, its layout and its training; the parts."""
+"""Start of Megatron for an engine: flags of the model, its layout and its training."""
 
 import os
 from argparse import Namespace
@@ -33,12 +33,16 @@ from megatron_ext.training.saving import install_integrity
 
 @dataclass(frozen=True)
 class MegatronLayout:
-    """How a model is spread over ranks; what is left of them holds copies, with data of their own.
+    """Division of a model among ranks. The remaining ranks have copies of it, with other data.
 
     Attributes:
-        expert_tensor: tensor parallelism inside an expert; None for that of the other layers.
-        shard_optimizer: copies share the optimizer's state out among them.
-        micro_batch: rows that go through the model at a time.
+        tensor: Ranks that divide the tensors of a layer.
+        pipeline: Ranks that divide the layers.
+        context: Ranks that divide the rows of a batch.
+        expert: Ranks that divide the experts.
+        expert_tensor: Ranks that divide the tensors of an expert. Default: `tensor`.
+        shard_optimizer: Whether copies divide the optimizer's state among them.
+        micro_batch: Rows that run through the model at a time.
     """
 
     tensor: int = 1
@@ -51,7 +55,7 @@ class MegatronLayout:
 
     @property
     def flags(self) -> list[str]:
-        """Of `pretrain_et.py`."""
+        """Flags of `pretrain_et.py` for this layout."""
         sizes = {
             "tensor-model-parallel-size": self.tensor,
             "pipeline-model-parallel-size": self.pipeline,
@@ -67,7 +71,7 @@ class MegatronLayout:
 
     @property
     def length_multiple(self) -> int:
-        """What the length of rows must be a multiple of."""
+        """Number of which the length of rows must be a multiple."""
         return self.tensor * (2 * self.context if self.context > 1 else 1)
 
 
@@ -79,11 +83,11 @@ def start(
     flags: Sequence[str],
     same_model: bool = True,
 ) -> tuple[Namespace, ETConfig]:
-    """Parse the flags of this model and start Megatron with them; see `MegatronEngine`."""
+    """Parse the flags of a model and start Megatron with them; see `MegatronEngine`."""
     first = global_vars._GLOBAL_ARGS is None
     if not first:
         _check_same_layout(global_vars._GLOBAL_ARGS, layout)
-        unset_global_variables()  # of the engine before, which has its own
+        unset_global_variables()  # those of the previous engine, which keeps its own
         destroy_rerun_state_machine()
     model, frozen = source.model, optimization is None
     optimization = optimization or Optimization()
@@ -95,7 +99,7 @@ def start(
         layout.tensor * layout.pipeline * layout.context
     )
     values: dict[str, Any] = {
-        "global-batch-size": layout.micro_batch * max(copies, 1),  # Megatron wants a multiple
+        "global-batch-size": layout.micro_batch * max(copies, 1),  # Megatron requires a multiple
         "train-iters": optimization.steps,
         "lr": optimization.lr,
         "min-lr": 0.0,
@@ -116,7 +120,7 @@ def start(
             "moe-aux-loss-coeff": 0.0,
         }
     words = [word for name, value in values.items() for word in (f"--{name}", str(value))]
-    # A step is not repeated here: what is not finite ends it.
+    # A step is not repeated: values that are not finite end the run.
     words += ["--rerun-mode", "disabled"]
     words += ["--skip-train"] if frozen else []  # neither optimizer nor buffers of gradients
     words += ["--mock-data", "--calculate-per-token-loss", "--no-rope-fusion"]
@@ -139,35 +143,35 @@ def start(
 
 
 def _check_same_function(args: Namespace, model: Architecture) -> None:
-    """Refuse further flags by which the weights would compute something else."""
+    """Refuse flags that would change what the weights compute."""
     made = from_args(args)
     for name in (field.name for field in fields(Architecture)):
-        # Rows of padding, losses of training, and a bound that rotary positions do not need.
+        # Padding, training losses, and a bound that rotary positions do not require may differ.
         if name in ("vocab", "aux_loss", "max_length"):
             continue
         here, there = getattr(made, name), getattr(model, name)
         if here != there:
             raise UserError(
                 f"--megatron-flags make another model of these weights: {name} = {here}, which was "
-                f"trained with {there}: leave out the flag that changes it"
+                f"trained with {there}. Leave out the flag that changes it."
             )
 
 
 def _check_same_layout(before: Namespace, layout: MegatronLayout) -> None:
-    """Engines of a process share Megatron's process groups."""
+    """Refuse another layout, as the engines of a process share Megatron's process groups."""
     names = ("tensor", "pipeline", "context", "expert")
     sizes = [getattr(before, f"{name}_model_parallel_size", 1) for name in names[:2]]
     sizes += [before.context_parallel_size, before.expert_model_parallel_size]
     for name, size in zip(names, sizes):
         if getattr(layout, name) != size:
             raise UserError(
-                f"models on the same ranks must have the same layout: {name} is {size} for one and "
-                f"{getattr(layout, name)} for another"
+                f"Models on the same ranks must have the same layout, and {name} is {size} for one "
+                f"and {getattr(layout, name)} for another. Choose one size for both."
             )
 
 
 def build(args: Namespace, config: ETConfig) -> tuple[list[Any], Any, Any]:
-    """The model, in its data-parallel wrapper if it is trained; then its optimizer and schedule."""
+    """Return the model, in a data-parallel wrapper if it is trained, its optimizer and schedule."""
     model, optimizer, _ = training.setup_model_and_optimizer(
         ModelType.encoder_or_decoder,
         cfg_container=pretrain_cfg_container_from_args(args, gpt_model_config(args, config)),
@@ -175,8 +179,8 @@ def build(args: Namespace, config: ETConfig) -> tuple[list[Any], Any, Any]:
     )
     if optimizer is None:
         return model, None, None
-    # Megatron's schedule counts samples, as many a step as the layout says: let it count steps, so
-    # that another layout can go on with it.
+    # Megatron's schedule counts samples, and the layout decides how many a step has. Here it counts
+    # steps, so that another layout can resume.
     with mock.patch.object(args, "global_batch_size", 1):
         schedule = training.get_optimizer_param_scheduler(optimizer)
     config.grad_scale_func = optimizer.scale_loss

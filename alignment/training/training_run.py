@@ -1,7 +1,7 @@
-"""What a training run keeps: metrics, checkpoints, its best model, and what it was started with.
+"""Directory of a training run: metrics, checkpoints, the best model, and the settings of the run.
 
-Rank 0 writes. Killed at any moment, the same command goes on from the newest checkpoint that is
-whole, and the rows of later steps are written again.
+Rank 0 writes. After a kill at any moment the same command resumes from the newest whole checkpoint,
+and the metrics of later steps are written again.
 """
 
 import json
@@ -30,21 +30,24 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StoppedBySignal(Exception):
-    """A signal came, on some rank; all ranks raise this together."""
+    """Signal that arrived on some rank. All ranks raise this together."""
 
     def __init__(self, number: int) -> None:
+        """Keep the number of the signal; the message is its name."""
         super().__init__(signal.Signals(number).name)
         self.number = number
 
 
 class TrainingRun:
-    """A run's directory and the signals that end it. Use as a context; ranks make the same calls.
+    """Directory of a run, and the signals that stop it. Use it as a context.
+
+    All ranks make the same calls.
 
     Attributes:
-        step: of the trainer, from 0; the next to be done.
-        evaluated: whether this step's evaluation is done.
-        saved: the step of the newest checkpoint; 0 before the first.
-        ended: why it was ended before its last step, if it was.
+        step: Number of finished steps of the trainer, which is also the number of the next one.
+        evaluated: Whether the evaluation after this step is done.
+        saved: Step of the newest checkpoint. 0 before the first.
+        ended: Reason for which the run ended before its last step, or an empty string.
     """
 
     def __init__(
@@ -52,21 +55,23 @@ class TrainingRun:
         folder: Path,
         engine: AlignmentEngine,
         settings: Mapping[str, Any],
-        beside: Mapping[str, AlignmentEngine] | None = None,
+        others: Mapping[str, AlignmentEngine] | None = None,
     ) -> None:
-        """Make the directory, or see that it belongs to the same run.
+        """Make the directory, or check that it belongs to the same run.
 
         Args:
-            settings: plain data that must not change when a run goes on.
-            beside: by name, other models that are trained with this one.
+            folder: The directory.
+            engine: Engine of the model that is trained.
+            settings: Plain data that must not change when a run is resumed.
+            others: Engines of other models that are trained together with this one, by name.
 
         Raises:
-            UserError: the directory belongs to a run with other settings, or is in use.
+            UserError: The directory belongs to a run with other settings, or is in use.
         """
         self.folder, self.engine, self.step = folder, engine, 0
-        self.beside = dict(beside or {})
+        self.others = dict(others or {})
         self.evaluated, self.saved, self.ended = False, 0, ""
-        self._saved_model = 0  # the engine's step of the newest checkpoint
+        self._saved_model = 0  # step of the engine in the newest checkpoint
         self.writes = dist.get_rank() == 0
         self._signal = 0
         self._lock: Any = None
@@ -81,7 +86,7 @@ class TrainingRun:
 
     def __enter__(self) -> Self:
         for number in _SIGNALS:
-            self._before[number] = signal.signal(number, self._note)
+            self._before[number] = signal.signal(number, self._record_signal)
         return self
 
     def __exit__(
@@ -105,40 +110,46 @@ class TrainingRun:
         self._resumes.append(call)
 
     def resume(self) -> bool:
-        """Go on from the newest checkpoint, if there is one; drop the rows that come after it."""
+        """Load the newest checkpoint, drop later metrics, and return whether there is one."""
         state, checkpoints = self._state, self.folder / "checkpoints"
         rows = json.loads(state.read_text()) if state.is_file() else []
-        # Megatron and DeepSpeed name their newest in a file; before it the weights are --model's.
+        # Megatron and DeepSpeed name their newest checkpoint in a file.
         found = any((checkpoints / name).is_file() for name in (TRACKER, "latest"))
         if found:
             self.engine.load(checkpoints)
-        # Several steps of the trainer may share one of the engine, whose weights they left.
+        # Several steps of the trainer may share a step of the engine, if they left its weights.
         known = [row for row in rows if row["engine_step"] == self.engine.step]
         if known:
             newest = max(known, key=lambda row: row["step"])
             self.step, self.evaluated = newest["step"], newest["evaluated"]
             self.saved, self.ended = self.step, newest["ended"]
             self._saved_model = self.engine.step
-            for name, engine in self.beside.items():
+            for name, engine in self.others.items():
                 engine.load(self._place(name, self.step))
         elif found:
-            raise UserError(f"{state} tells nothing of engine step {self.engine.step}")
+            raise UserError(
+                f"{state} has no entry for engine step {self.engine.step}, of which there is a "
+                "checkpoint. Restore the file, or start again in another --run-dir."
+            )
         if self.writes:
-            keep_rows(self.folder / "metrics.jsonl", self._stands)
+            keep_rows(self.folder / "metrics.jsonl", self._remains)
         dist.barrier()
         for call in self._resumes:
             call(self.step)
         return bool(known)
 
-    def _stands(self, row: Mapping[str, Any]) -> bool:
-        """Whether a row of metrics is of what has been done. An evaluation of this step that was
-        not saved comes again; the row of its training tells the seconds."""
+    def _remains(self, row: Mapping[str, Any]) -> bool:
+        """Return whether a row of metrics stays when the run is resumed.
+
+        An evaluation of this step that was not saved is repeated. The row of the step's training
+        has `seconds`.
+        """
         if row["step"] == self.step and not self.evaluated:
             return "seconds" in row
         return bool(row["step"] <= self.step)
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Write a row of metrics; it has a `step`."""
+        """Write a row of metrics, which has a `step`."""
         if not self.writes:
             return
         with open(self.folder / "metrics.jsonl", "a") as file:
@@ -154,58 +165,60 @@ class TrainingRun:
         self.log({"step": self.step, **metrics})
 
     def save(self) -> None:
-        """Write a checkpoint of this step; the one before stays until it is whole.
+        """Write a checkpoint of this step. The previous one stays until it is whole.
 
-        What is beside comes first, then what tells of the step, then the model itself: it is the
-        newest whole checkpoint of the model that says which of the others goes with it.
+        The other models come first, then the trainer's state, then the model itself: the newest
+        whole checkpoint of the model decides which checkpoints of the others belong to it.
         """
         checkpoints = self.folder / "checkpoints"
-        again = self.saved == self.step > 0  # the weights are there; what is told of them changes
-        for name, engine in self.beside.items():
+        again = self.saved == self.step > 0  # only the state changes
+        for name, engine in self.others.items():
             if again:
                 break
             place = self._place(name, self.step)
             if self.writes:
-                shutil.rmtree(place, ignore_errors=True)  # half of one, of a run that was killed
+                shutil.rmtree(place, ignore_errors=True)  # a part that a kill left
             dist.barrier()
             engine.save(place)
         if self.writes:
             checkpoints.mkdir(parents=True, exist_ok=True)
             rows = json.loads(self._state.read_text()) if self._state.is_file() else []
-            # Others are of saves that were not finished, and must not push out what is there.
+            # Other rows are of unfinished saves, and must not displace those of checkpoints.
             rows = [row for row in rows if row["step"] <= self.saved and row["step"] < self.step]
             row = {"step": self.step, "evaluated": self.evaluated, "ended": self.ended}
             rows = [*rows[-3:], {**row, "engine_step": self.engine.step}]
             write_atomically(self._state, json.dumps(rows))
-        # Of a step that was skipped the model is there; to write it again would first remove it.
+        # A skipped step left the model as it is. Writing it again would first remove it.
         if self.engine.step != self._saved_model:
             self.engine.save(checkpoints)
         self.saved, self._saved_model = self.step, self.engine.step
         if self.writes:
-            for name in self.beside:
+            for name in self.others:
                 for old in (checkpoints / name).iterdir():
                     if old != self._place(name, self.step):
                         shutil.rmtree(old)
-            # Also those of higher steps, which a killed run left: half of them may be missing.
+            # Checkpoints of higher steps, which a killed run left, may be incomplete.
             for old in [*checkpoints.glob("iter_*"), *checkpoints.glob("step_*")]:
                 if int(old.name[5:]) != self.engine.step:
                     shutil.rmtree(old)
         dist.barrier()
 
     def keep_best(self, name: str, value: float, sound: bool = True) -> bool:
-        """Export the model to `best/` if `value` is the highest so far; ranks pass the same.
+        """Export the model to `best/` if its value is the highest so far. Return whether it is.
 
         A value that is higher by no more than rounding is no improvement: the earlier model stays.
 
         Args:
-            sound: whether the value stands for enough items; one that does not is below all that
-                do.
+            name: Name of the metric.
+            value: Value of the metric, the same on all ranks.
+            sound: Whether the value covers enough items. A value that does not is below all values
+                that do.
         """
         note = self.folder / "best" / "best.json"
         found = [None]
         if self.writes and note.is_file():
             before = json.loads(note.read_text())
-            # A step that comes again was left by a run that was killed after it.
+            # A run that was killed after this step left it.
             better = sound > before["sound"] or (
                 sound == before["sound"] and exceeds(value, before[name])
             )
@@ -233,12 +246,12 @@ class TrainingRun:
         return self.folder / "checkpoints" / "trainer.json"
 
     def _place(self, name: str, step: int) -> Path:
-        """Of a checkpoint of what is trained beside the model."""
+        """Return the folder of a checkpoint of another model."""
         return self.folder / "checkpoints" / name / f"at_{step:06d}"
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _record_signal(self, number: int, frame: FrameType | None) -> None:
         if self._signal == signal.SIGINT == number:
-            raise KeyboardInterrupt  # the second time it is meant
+            raise KeyboardInterrupt  # a second Ctrl-C ends the process at once
         self._signal = number
 
     def _open(self) -> None:
@@ -256,14 +269,13 @@ class TrainingRun:
             if flag.endswith("-content"):
                 flag = flag.removesuffix("-content")
                 raise UserError(
-                    f"--run-dir {self.folder} was begun with other files in --{flag} "
-                    f"{self.settings[flag]}: bring them back, or give "
-                    "another --run-dir"
+                    f"--run-dir {self.folder} was started with other files in --{flag} "
+                    f"{self.settings[flag]}. Restore them, or choose another --run-dir."
                 )
             raise UserError(
-                f"--run-dir {self.folder} was begun with another --{flag} "
-                f"({before.get(changed[0])!r}, now {self.settings.get(changed[0])!r}): give it "
-                "back, or another --run-dir"
+                f"--run-dir {self.folder} was started with another --{flag} "
+                f"({before.get(changed[0])!r}, now {self.settings.get(changed[0])!r}). Restore it, "
+                "or choose another --run-dir."
             )
         record = {
             **earlier,
@@ -275,11 +287,11 @@ class TrainingRun:
         }
         write_atomically(path, json.dumps(record, indent=1) + "\n")
 
-    def note(self, **facts: Any) -> None:
-        """Add facts to `run.json`."""
+    def note(self, **entries: Any) -> None:
+        """Add entries to `run.json`."""
         if self.writes:
             path = self.folder / "run.json"
-            record = json.loads(path.read_text()) | facts
+            record = json.loads(path.read_text()) | entries
             write_atomically(path, json.dumps(record, indent=1) + "\n")
 
     def _writer(self) -> Any:

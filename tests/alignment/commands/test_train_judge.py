@@ -269,7 +269,7 @@ def test_the_model_of_another_run_is_not_gone_on_with(study, tmp_path):
     from megatron_ext.errors import UserError
 
     run_ranks(begin, 1, study, tmp_path, {"lr": 1.0})
-    with pytest.raises(UserError, match="was begun with another --lr"):
+    with pytest.raises(UserError, match="was started with another --lr"):
         run_ranks(begin, 1, study, tmp_path, {"lr": 2.0})
 
 

@@ -121,11 +121,11 @@ def test_all_ranks_are_told_why_deepspeed_cannot_go_on(tmp_path):
     run_ranks(save_on_ranks, 2, model, place)
     [told] = run_ranks(told_on_loading, 1, model, place)
     assert told == (
-        f"the checkpoint in {place} cannot be loaded (DeepSpeed's go on with as many ranks as "
-        "saved them): start 2 ranks, not 1"
+        f"The checkpoint in {place} cannot be loaded: DeepSpeed resumes with as many ranks as "
+        "saved it. Start 2 ranks, not 1."
     )
     first, second = run_ranks(told_on_loading, 2, model, place, 3)
-    assert first == second and first.startswith(f"the checkpoint in {place} cannot be loaded (")
+    assert first == second and first.startswith(f"The checkpoint in {place} cannot be loaded (")
     assert "saved with ZeRO stage 3 if it is loaded with stage 3" in first
     assert run_ranks(told_on_loading, 2, model, place) == [None, None]
     # The second rank's alone: the first would wait for it.
@@ -134,7 +134,7 @@ def test_all_ranks_are_told_why_deepspeed_cannot_go_on(tmp_path):
     changed = whole[: len(whole) // 2] + b"damaged" + whole[len(whole) // 2 + 7 :]
     for damaged in (whole[:-1000], changed):
         torn.write_bytes(damaged)
-        told = f"the checkpoint in {place} is incomplete or damaged: {torn.name}"
+        told = f"The checkpoint in {place} is incomplete or damaged: {torn.name}."
         assert run_ranks(told_on_loading, 2, model, place) == [told, told]
 
 
