@@ -1,38 +1,34 @@
-"""Package metadata. Ranges are what should work; constraints.txt is what has been tested."""
+"""Packages, dependencies and version; the other metadata are in pyproject.toml.
 
+Ranges of dependencies are what should work; constraints.txt is what has been tested.
+"""
+
+import re
 from pathlib import Path
 
 from setuptools import find_namespace_packages, setup
 
-README = Path(__file__).with_name("README.md")
+INIT = Path(__file__).with_name("megatron_ext") / "__init__.py"
+VERSION = re.search(r'^__version__ = "(.*)"$', INIT.read_text(), re.MULTILINE)
+assert VERSION is not None
 
 setup(
-    name="megatron-et",
-    version="0.1.0",
-    description="Expert Threshold mixture-of-experts language models on Megatron-core: "
-    "pretraining, and alignment with LLM judges",
-    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
-    long_description_content_type="text/markdown",
-    license="Apache-2.0",
-    license_files=["LICENSE"],
-    python_requires=">=3.12",
+    version=VERSION[1],
     # The commands of tools/ and the recipes are installed within the library, so that nothing
-    # called `tools` or `examples` gets into site-packages.
+    # called `tools` or `examples` is added to site-packages.
     packages=[
-        *find_namespace_packages(
-            include=["megatron_ext*", "alignment*"], exclude=["*__pycache__*"]
-        ),
+        *find_namespace_packages(include=["megatron_ext*", "alignment*"]),
         "megatron_ext.tools",
         "megatron_ext.examples",
     ],
     package_dir={"megatron_ext.tools": "tools", "megatron_ext.examples": "examples"},
     package_data={
-        "alignment.judges.formats": ["prompts/*.txt", "prompts/answers/*.txt"],
-        "alignment.monitors": ["english.txt", "lexicon.txt", "fixtures/*.jsonl"],
-        "megatron_ext.inspection": ["page.css", "page.js"],
+        "": ["*.css", "*.js", "*.txt", "*.jsonl", "*.jinja", "*.html", "py.typed"],
+        "megatron_ext.examples": [
+            f"**/*.{ending}" for ending in ("yaml", "json", "txt", "sh", "sbatch")
+        ],
     },
     py_modules=["pretrain_et"],
-    entry_points={"console_scripts": ["et-align = alignment.__main__:entry"]},
     install_requires=[
         "torch>=2.13,<2.15",
         "megatron-core>=0.19.2,<0.20",
@@ -92,13 +88,4 @@ setup(
             "types-PyYAML",
         ],
     },
-    classifiers=[
-        "Development Status :: 3 - Alpha",
-        "Intended Audience :: Science/Research",
-        "Operating System :: POSIX :: Linux",
-        "Programming Language :: Python :: 3 :: Only",
-        "Programming Language :: Python :: 3.12",
-        "Programming Language :: Python :: 3.13",
-        "Topic :: Scientific/Engineering :: Artificial Intelligence",
-    ],
 )

@@ -15,6 +15,9 @@ _MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 
 _STORE_PATIENCE = timedelta(seconds=10)
 
+typed_command: str | None = None
+"""Command as the user typed it, such as `et report`, when the console script `et` started it."""
+
 
 class UserError(ValueError):
     """Something a user can put right. The message is one sentence naming the flag or file and the
@@ -42,6 +45,12 @@ class ToolParser(argparse.ArgumentParser):
     Words that are not UTF-8 are refused: Python passes their bytes on as halves of characters that
     no tokenizer, file or terminal takes.
     """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        if typed_command is not None and not self.prog.startswith("et "):
+            is_alignment = self.prog.startswith("et-align")
+            self.prog = self.prog.replace("et-align", "et align") if is_alignment else typed_command
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         words = sys.argv[1:] if args is None else list(args)
@@ -74,21 +83,25 @@ def run_tool(main: Callable[[], int | None]) -> NoReturn:
 
     Errors are prefixed by the tool's name, taken from the command line.
     """
-    name = Path(sys.argv[0]).stem
     try:
         code = main() or 0
     except UserError as error:
-        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{_program()}: {' '.join(str(error).split())}", file=sys.stderr)
         code = error.status
     except OSError as error:
         if error.errno not in _MENDABLE:
             raise
-        print(f"{name}: {error.filename or 'output'}: {error.strerror}", file=sys.stderr)
+        print(f"{_program()}: {error.filename or 'output'}: {error.strerror}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
-        print(f"{name}: interrupted", file=sys.stderr)
+        print(f"{_program()}: interrupted", file=sys.stderr)
         code = 130
     sys.exit(code)
+
+
+def _program() -> str:
+    """Return the name of the program for its messages."""
+    return typed_command or Path(sys.argv[0]).stem
 
 
 def run_on_ranks(main: Callable[[], int | None]) -> None:
@@ -103,7 +116,7 @@ def run_on_ranks(main: Callable[[], int | None]) -> None:
             sys.exit(code)
     except UserError as error:
         if _first_on_node():
-            name = Path(sys.argv[0]).name
+            name = typed_command or Path(sys.argv[0]).name
             print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         sys.exit(error.status)
 

@@ -4,6 +4,7 @@ from argparse import Action, ArgumentParser
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ def expand_recipes(
                 if not remaining:
                     raise UserError("--recipe needs the name of a YAML file")
                 value = remaining.pop(0)
-            entries += _recipe_entries(Path(value), parser, unused)
+            entries += _recipe_entries(_recipe_path(value), parser, unused)
             continue
         action = parser._option_string_actions.get(name)
         words = [word]
@@ -104,6 +105,17 @@ def expand_recipes(
             words.append(remaining.pop(0))
         entries.append(_Entry(_COMMAND_LINE, action, tuple(words)))
     return [word for entry in _resolved(entries) for word in entry.words]
+
+
+def _recipe_path(name: str) -> Path:
+    """Return the path of a recipe: a file, or an installed one called `examples/...`."""
+    path = Path(name)
+    if path.parts[:1] == ("examples",) and not path.exists():
+        spec = find_spec("megatron_ext.examples")
+        for folder in (spec.submodule_search_locations if spec else None) or ():
+            if (installed := Path(folder, *path.parts[1:])).is_file():
+                return installed
+    return path
 
 
 def _resolved(entries: Sequence[_Entry]) -> list[_Entry]:

@@ -14,6 +14,9 @@ from packaging.metadata import Metadata
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import megatron_ext
+from tools import __main__ as et
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ["megatron_ext", "alignment", "tools"]
 TARGETS = ["quickstart", "test", "test-fast", "lint", "bench", "gpu-test", "system-deps", "clean"]
@@ -60,6 +63,118 @@ def test_the_tested_versions_cover_the_direct_dependencies_within_their_ranges(d
     assert direct.keys() - tested.keys() == set()
     outside = [name for name, need in direct.items() if tested[name] not in need.specifier]
     assert outside == []
+
+
+def tracked(*patterns: str) -> set[str]:
+    """Return the tracked files below the given folders, without Python modules."""
+    done = subprocess.run(["git", "ls-files", *patterns], cwd=ROOT, capture_output=True, text=True)
+    files = done.stdout.splitlines()
+    if not files:
+        pytest.skip("needs a git checkout")
+    return {file for file in files if not file.endswith(".py")}
+
+
+@pytest.fixture(scope="module")
+def site_packages(tmp_path_factory) -> Path:
+    """The folder of a wheel's installation, made from a copy of the sources without network."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    source.mkdir()
+    for name in ("megatron_ext", "alignment", "tools", "examples"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, source / name, ignore=ignored)
+    for name in ("setup.py", "pyproject.toml", "pretrain_et.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    build = [*pip, "wheel", ".", "--no-deps", "--no-build-isolation", "-q", "-w", str(folder)]
+    subprocess.run(build, cwd=source, check=True, capture_output=True, timeout=240)
+    (wheel,) = folder.glob("*.whl")
+    target = folder / "site"
+    install = [*pip, "install", "--no-deps", "--no-index", "-q", "--target", str(target), wheel]
+    subprocess.run(install, check=True, capture_output=True, timeout=240)
+    return target
+
+
+def installed_et(site_packages: Path, folder: Path, *words: str):
+    return subprocess.run(
+        [site_packages / "bin/et", *words],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": os.fspath(site_packages)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def test_wheel_adds_three_names_to_site_packages(site_packages):
+    names = {entry.name for entry in site_packages.iterdir()}
+    names = {name for name in names if not name.endswith(".dist-info")} - {"bin", "__pycache__"}
+    assert names == {"megatron_ext", "alignment", "pretrain_et.py"}
+    assert {file.name for file in (site_packages / "bin").iterdir()} == {"et", "et-align"}
+
+
+def test_wheel_contains_every_data_file_and_recipe(site_packages):
+    expected = tracked("megatron_ext", "alignment")
+    expected |= {f"megatron_ext/{file}" for file in tracked("examples")}
+    assert [file for file in sorted(expected) if not (site_packages / file).is_file()] == []
+
+
+def test_installed_commands_work_in_a_folder_with_packages_of_the_same_names(
+    site_packages, tmp_path
+):
+    for name in ("tools", "alignment", "megatron_ext", "examples"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise ImportError('the wrong package')\n")
+    assert installed_et(site_packages, tmp_path, "--version").stdout.startswith("megatron-et ")
+    done = installed_et(site_packages, tmp_path, "ngram_baseline", "--help")
+    assert done.stdout.startswith("usage: et ngram-baseline "), done.stderr
+    done = installed_et(site_packages, tmp_path, "align", "agreement", "--help")
+    assert "et align agreement" in done.stdout, done.stderr
+    done = installed_et(site_packages, tmp_path, "align", "agreement", "--nonsense")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+
+
+def test_installed_recipes_are_read_by_their_name_in_the_repository(site_packages, tmp_path):
+    code = """
+from argparse import ArgumentParser
+from megatron_ext.recipes import expand_recipes
+parser = ArgumentParser()
+parser.add_argument("--num-layers")
+try:
+    print(expand_recipes(["--recipe", "examples/recipes/d12.yaml"], parser))
+except ValueError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.fspath(site_packages)},
+        capture_output=True,
+        text=True,
+    )
+    assert f"{site_packages}/megatron_ext/examples/recipes/" in done.stdout, done.stderr
+
+
+def test_et_lists_every_command_of_tools_with_a_sentence():
+    modules = {file.stem for file in (ROOT / "tools").glob("*.py")} - {"__init__", "__main__"}
+    assert {name.replace("-", "_") for name in et.COMMANDS} == modules | {"pretrain", "align"}
+    assert all(text[0].isupper() and text.endswith(".") for text in et.COMMANDS.values())
+
+
+@pytest.mark.parametrize("words", [["reprot"], ["preproces_data"], ["algn"], ["align", "dta"]])
+def test_et_answers_a_misspelled_command_with_the_nearest_and_without_torch(words):
+    code = "import sys; from tools.__main__ import entry\n"
+    code += "try: entry()\nfinally: print('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (2, "False\n")
+    nearest = {"reprot": "report", "preproces_data": "preprocess-data", "algn": "align"}
+    assert f"Did you mean {nearest.get(words[0], 'data')}?" in done.stderr
+
+
+def test_version_is_that_of_the_library(metadata):
+    assert str(metadata.version) == megatron_ext.__version__
 
 
 def test_apex_is_no_dependency_for_the_package_of_that_name_is_another(metadata):
@@ -133,7 +248,7 @@ class Machine:
         for command in ("bash", "cat", "cksum", "dirname", "ls", "mv", "rm", "sh", "sort"):
             (self.bin / command).symlink_to(_tool(command))
         (self.project / "tools").mkdir(parents=True)
-        for name in ("tools/bootstrap.sh", "setup.py", "constraints.txt"):
+        for name in ("tools/bootstrap.sh", "setup.py", "pyproject.toml", "constraints.txt"):
             shutil.copy(ROOT / name, self.project / name)
 
     def bootstrap(self, *args: str, **variables: str) -> subprocess.CompletedProcess:

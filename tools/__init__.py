@@ -1,1 +1,1 @@
-"""Commands around training, each run as `python -m tools.NAME`."""
+"""Commands around training, each run as `et NAME` or `python -m tools.NAME`."""

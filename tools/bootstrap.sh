@@ -78,7 +78,7 @@ if ! usable "$python" || ! "$python" -m pip --version >/dev/null 2>&1; then
 fi
 
 # The folder is part of the key: an environment that has moved is installed anew.
-ensure .installed "$(cat setup.py constraints.txt | cksum) $PWD" -c constraints.txt -e '.[dev]'
+ensure .installed "$(cat setup.py pyproject.toml constraints.txt | cksum) $PWD" -c constraints.txt -e '.[dev]'
 if (($#)); then
     ensure .extra-packages "$*" --no-deps "$@"
 fi

@@ -3,6 +3,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from importlib import metadata
@@ -94,9 +95,9 @@ def test_failure_is_told_in_the_tools_own_words(
     assert failure(command, written) == expected
 
 
-def quickstart(output: Path, *flags: str) -> "subprocess.Popen[str]":
+def quickstart(output: Path, *flags: str, python: str | None = None) -> "subprocess.Popen[str]":
     return subprocess.Popen(
-        [warm_python(), "-m", "examples.quickstart", "--output", str(output), *flags],
+        [python or warm_python(), "-m", "examples.quickstart", "--output", str(output), *flags],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -123,7 +124,7 @@ def wait_until(condition: Callable[[], bool], timeout: float = 60) -> None:
 @pytest.mark.skipif(not has_texts(), reason="the packages with the quickstart's text are missing")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_it_and_its_children(tmp_path: Path, number: signal.Signals) -> None:
-    process = quickstart(tmp_path)
+    process = quickstart(tmp_path, python=sys.executable)  # whose children are its own
     family = psutil.Process(process.pid)
     wait_until(lambda: bool(family.children()))
     children = family.children(recursive=True)
