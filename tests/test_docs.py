@@ -3,6 +3,8 @@
 import os
 import re
 import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -35,6 +37,29 @@ def test_commands_run(page: Path, script: str, tmp_path: Path) -> None:
         timeout=850,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_navigation_of_the_site_and_its_index_name_every_page() -> None:
+    navigation, index = (ROOT / "mkdocs.yml").read_text(), (ROOT / "docs/index.md").read_text()
+    for page in ROOT.glob("docs/**/*.md"):
+        name = str(page.relative_to(ROOT / "docs"))
+        assert f"- {name}\n" in navigation
+        assert name == "index.md" or f"]({name})" in index
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("mkdocstrings") is None, reason="make docs installs mkdocs")
+def test_site_is_built_without_warnings(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path],
+        cwd=ROOT,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "order_statistics" in (tmp_path / "reference/api/index.html").read_text()
 
 
 def test_links_lead_somewhere() -> None:

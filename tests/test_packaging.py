@@ -19,7 +19,9 @@ from tools import __main__ as et
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ["megatron_ext", "alignment", "tools"]
-TARGETS = ["quickstart", "test", "test-fast", "lint", "bench", "gpu-test", "system-deps", "clean"]
+TARGETS = [
+    "quickstart", "test", "test-slow", "test-all", "lint", "docs", "bench", "gpu-test", "system-deps", "clean",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
