@@ -20,7 +20,8 @@ from tools import __main__ as et
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ["megatron_ext", "alignment", "tools"]
 TARGETS = [
-    "quickstart", "test", "test-slow", "test-all", "lint", "docs", "bench", "gpu-test", "system-deps", "clean",
+    "quickstart", "test", "test-slow", "test-all", "lint", "docs", "bench", "gpu-test",
+    "system-deps", "clean",
 ]  # fmt: skip
 
 
