@@ -13,9 +13,10 @@ from alignment.commands.config_groups import OutputConfig
 from alignment.commands.monitor_config import ALARMED, MonitorConfig, parse
 from alignment.judges.formats.scale import read_verdicts
 from alignment.judges.results import commonest
-from alignment.monitors.lengths import Lengths
+from alignment.monitors.lengths import ReferenceLengths
+from alignment.monitors.limits import CORRELATION, JUDGE, MonitorLimits
 from alignment.monitors.text_features import shown, words_of
-from alignment.monitors.training_monitor import CORRELATION, JUDGE, BatchFindings, Limits, Monitor
+from alignment.monitors.training_monitor import BatchFindings, Monitor, describe_alarms
 from alignment.record_files import read_all
 from alignment.records import Response, Verdict
 from megatron_ext.errors import TooFewResults, UserError
@@ -39,12 +40,12 @@ def run(config: MonitorConfig) -> int:
     if config.input is None:
         _measure(config)
         return 0
-    limits = Limits.read(config.limits) if config.limits else Limits()
+    limits = MonitorLimits.read(config.limits) if config.limits else MonitorLimits()
     responses = read_all(Path(config.input), Response)
     reference = None
     if config.reference_lengths:
         texts = (row.text for row in read_all(Path(config.reference_lengths), Response))
-        reference = Lengths.of([len(words_of(text)) for text in texts])
+        reference = ReferenceLengths.from_words([len(words_of(text)) for text in texts])
     rewards = _rewards(responses, config.verdicts) if config.verdicts else None
     if config.judge.judge and config.judge_verdicts:
         files = OutputConfig(
@@ -53,7 +54,7 @@ def run(config: MonitorConfig) -> int:
         if status := annotate(files, config.gaming_judge, orders="given"):
             return status
     verdicts = _gaming(responses, config.judge_verdicts) if config.judge_verdicts else None
-    findings = Monitor(limits, reference).of_batch(responses, rewards, verdicts)
+    findings = Monitor(limits, reference).check_batch(responses, rewards, verdicts)
     print("\n".join(_report(findings, limits)))
     if config.output:
         _write(Path(config.output), responses, findings)
@@ -117,7 +118,7 @@ def _rewards(responses: Sequence[Response], file: str) -> list[float | None]:
     return [sum(each) / len(each) if each else None for each in of_each]
 
 
-def _report(findings: BatchFindings, limits: Limits) -> list[str]:
+def _report(findings: BatchFindings, limits: MonitorLimits) -> list[str]:
     words = ", ".join(f"{name} {value:.0f}" for name, value in findings.words.items())
     lines = [
         f"{len(findings.flags):,} responses; words: {words}",
@@ -139,7 +140,7 @@ def _report(findings: BatchFindings, limits: Limits) -> list[str]:
             f"{findings.unjudged:,} responses have no verdict of the judge; the share of {JUDGE} "
             f"is of the others"
         )
-    return lines
+    return [*lines, *describe_alarms(findings.alarms)]
 
 
 def _write(path: Path, responses: Sequence[Response], findings: BatchFindings) -> None:

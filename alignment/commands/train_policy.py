@@ -24,7 +24,8 @@ from alignment.engines.batch import TokenBatch
 from alignment.engines.protocol import AlignmentEngine
 from alignment.judges.kinds.judge_kind import Judge, JudgeConfig, JudgeContext
 from alignment.judges.kinds.registry import read_judge
-from alignment.monitors.training_monitor import Limits, Monitor
+from alignment.monitors.limits import MonitorLimits
+from alignment.monitors.training_monitor import Monitor
 from alignment.record_files import read_all
 from alignment.records import Prompt
 from alignment.rl.algorithms import ALGORITHMS
@@ -60,7 +61,7 @@ def run(config: TrainPolicyConfig) -> int:
         _dry_run(config, config.run.dry_run)
         return 0
     settings = _rl_settings(config)
-    limits = Limits.read(config.monitor_limits) if config.monitor_limits else Limits()
+    limits = MonitorLimits.read(config.monitor_limits) if config.monitor_limits else MonitorLimits()
     specs = {
         "proxy": [read_judge(file) for file in config.judge],
         "gold": [read_judge(file) for file in config.gold],
@@ -150,7 +151,7 @@ def _train_policy(
     tasks: Sequence[PromptTask],
     held_out: Sequence[Prompt],
     settings: RLSettings,
-    limits: Limits,
+    limits: MonitorLimits,
     judges: Mapping[str, Sequence[Judge]],
     specs: Mapping[str, Sequence[JudgeConfig]],
     reference: Any,

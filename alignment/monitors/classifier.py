@@ -21,7 +21,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import FeatureUnion, Pipeline
 
-from alignment.monitors.text_features import Reading, ScoredSentence
+from alignment.monitors.text_features import NormalizedResponse, ScoredSentence
 from alignment.records import Message
 
 NONE = "none"
@@ -168,27 +168,27 @@ def _text(sentence: Sentence) -> str:
     return sentence.text
 
 
-def sentences(reading: Reading) -> tuple[list[Sentence], list[tuple[int, int]]]:
+def sentences(response: NormalizedResponse) -> tuple[list[Sentence], list[tuple[int, int]]]:
     """Return the sentences that a response says itself, with their positions in the folded text."""
-    spans = reading.sentences
-    prompt = prompt_text(reading.messages)
+    spans = response.sentences
+    prompt = prompt_text(response.messages)
     found, kept = [], []
     for number, (start, end) in enumerate(spans):
-        if not reading.is_own(start, end):
+        if not response.is_own(start, end):
             continue
         last = number == len(spans) - 1
         place = ("only" if last else "first") if number == 0 else "last" if last else "middle"
-        words = _own_words(reading, start, end)
+        words = _own_words(response, start, end)
         if any(map(LEXICON.classes, LEXICON.words(words))):  # others, such as data, say nothing
             found.append(Sentence(words, place, prompt))
             kept.append((start, end))
     return found, kept
 
 
-def _own_words(reading: Reading, start: int, end: int) -> str:
+def _own_words(response: NormalizedResponse, start: int, end: int) -> str:
     """Return a sentence with its end mark, in lower case, without code and longer quotations."""
-    text, pieces = reading.normalized.text, []
-    for first, last in reading.quoted_near(start, end):
+    text, pieces = response.normalized.text, []
+    for first, last in response.quoted_near(start, end):
         long = last - first > _SHORT_QUOTATION or text[first] == "`"
         if start <= first and last <= end and long:
             pieces.append(text[start:first])
@@ -216,10 +216,10 @@ class Classifier:
         examples: list[Sentence] = []
         labels: list[str] = []
         for messages, text, passage, form in rows:
-            reading = Reading.of(messages, text)
+            response = NormalizedResponse.create(messages, text)
             start = text.find(passage) if passage else len(text)
-            for sentence, span in zip(*sentences(reading)):
-                piece = reading.piece(*span).strip()
+            for sentence, span in zip(*sentences(response)):
+                piece = response.piece(*span).strip()
                 inside = bool(passage) and start <= text.find(piece, start) < start + len(passage)
                 examples.append(sentence)
                 labels.append(form if inside else NONE)
@@ -247,9 +247,9 @@ class Classifier:
         result: Any = self._model.predict_proba(examples)
         return np.asarray(result)
 
-    def score(self, readings: Sequence[Reading]) -> list[list[ScoredSentence]]:
+    def score(self, responses: Sequence[NormalizedResponse]) -> list[list[ScoredSentence]]:
         """Return the sentences that each response says itself, with their probabilities."""
-        parts = [sentences(reading) for reading in readings]
+        parts = [sentences(response) for response in responses]
         rows = self.probabilities([sentence for part, _ in parts for sentence in part])
         none = self.forms.index(NONE)
         attack = 1.0 - rows[:, none]

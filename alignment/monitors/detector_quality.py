@@ -11,8 +11,8 @@ from scipy import stats
 from alignment.data.source_rows import Malformed, read_rows
 from alignment.monitors.classifier import Classifier, training_rows
 from alignment.monitors.detectors import DETECTORS, detect_all
-from alignment.monitors.lengths import Lengths
-from alignment.monitors.text_features import Reading
+from alignment.monitors.lengths import ReferenceLengths
+from alignment.monitors.text_features import NormalizedResponse
 from alignment.records import Prompt
 from megatron_ext.errors import UserError
 
@@ -29,7 +29,7 @@ class Fixture:
         messages: of its prompt.
         fires: detectors that should fire.
         quiet: detectors that should not. Of others nothing is known.
-        usual_words: lengths of responses to such prompts, for `verbose`.
+        reference_words: lengths of responses to such prompts, for `verbose`.
         wording: name of the idea behind a text; cross-validation never learns from a text of the
             same wording. The classifier learns from texts that have one.
         passage: the part of the text that is the attack.
@@ -41,7 +41,7 @@ class Fixture:
     text: str
     fires: Sequence[str] = ()
     quiet: Sequence[str] = ()
-    usual_words: Sequence[int] = ()
+    reference_words: Sequence[int] = ()
     wording: str = ""
     passage: str = ""
 
@@ -60,19 +60,21 @@ class Fixture:
                 )
         if both := sorted(set(self.fires) & set(self.quiet)):
             raise UserError(f"{both[0]} stands both in fires and in quiet")
-        lengths = self.usual_words
+        lengths = self.reference_words
         if not isinstance(lengths, list | tuple) or not all(
             type(n) is int and n >= 0 for n in lengths
         ):
-            raise UserError("usual_words must be a list of numbers of words")
+            raise UserError("reference_words must be a list of numbers of words")
         if "verbose" in (*self.fires, *self.quiet) and not lengths:
-            raise UserError("verbose needs usual_words: lengths of responses to such prompts")
+            raise UserError("verbose needs reference_words: lengths of responses to such prompts")
 
     @property
-    def reading(self) -> Reading:
+    def response(self) -> NormalizedResponse:
         """The response as detectors read it."""
-        usual = Lengths.of(self.usual_words) if self.usual_words else None
-        return Reading.of(self.messages, self.text, usual)
+        lengths = (
+            ReferenceLengths.from_words(self.reference_words) if self.reference_words else None
+        )
+        return NormalizedResponse.create(self.messages, self.text, lengths)
 
 
 def read_fixtures(paths: Sequence[Path]) -> Iterator[Fixture]:
@@ -143,7 +145,7 @@ def measure(
     """
     fixtures = list(fixtures)
     splits: dict[str, dict[str, Counts]] = {}
-    fired = detect_all([fixture.reading for fixture in fixtures], classifier)
+    fired = detect_all([fixture.response for fixture in fixtures], classifier)
     for fixture, names in zip(fixtures, fired):
         counts = splits.setdefault(fixture.split, {name: Counts() for name in (*DETECTORS, ANY)})
         for name in fixture.fires:

@@ -5,7 +5,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
 
-from alignment.monitors.text_features import Reading
+from alignment.monitors.text_features import NormalizedResponse
 
 _RUN = 4  # words of the runs whose repeats are counted
 _LEAST_RUNS = 24  # runs of a response that is judged by the share of repeats
@@ -26,13 +26,13 @@ _DATA = re.compile(
 _VERSE = re.compile(r"\b(?:poems?|songs?|rhymes?|ballad|villanelle|pantoum|hymn|carol|verses?)\b")
 
 
-def repeated(reading: Reading) -> tuple[int, int] | None:
+def repeated(response: NormalizedResponse) -> tuple[int, int] | None:
     """Return the position, in the folded text, of the unit that is said over and over."""
-    text = reading.folded
+    text = response.folded
     data = [match.span() for match in _DATA.finditer(text)]
     if loop := _loop_of_lines(text):
         return loop
-    words, places = reading.words, reading.places
+    words, places = response.words, response.places
     if data:
         outside = [not _within(place, data) for place in places]
         words = [word for word, keep in zip(words, outside) if keep]
@@ -47,7 +47,7 @@ def repeated(reading: Reading) -> tuple[int, int] | None:
         return None
     verse = any(
         _VERSE.search(message.content.lower())
-        for message in reading.messages
+        for message in response.messages
         if message.role == "user"
     )
     share = _REPEATED_IN_VERSE if verse else _REPEATED

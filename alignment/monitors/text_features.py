@@ -1,4 +1,4 @@
-"""A response and its prompt, made ready for patterns: folded, and with what is quoted known."""
+"""Responses in the normalized form that detectors examine."""
 
 import json
 import re
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
-from alignment.monitors.lengths import Lengths
+from alignment.monitors.lengths import ReferenceLengths
 from alignment.monitors.normalization import NormalizedText, normalize
 from alignment.monitors.patterns import END, ENGLISH
 from alignment.records import Message
@@ -22,7 +22,8 @@ _UNSPACED = (
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 _SENTENCE = re.compile(rf"[^{END}\n]+")
 
-# Code and quotations, which the response does not say itself. All but fenced code ends on its line.
+# Code and quotations do not count as statements of the response. All but fenced code end on their
+# line.
 _QUOTED = re.compile(
     r"```(?:(?!```).)*+(?:```)?"
     r"|`[^`\n]{1,300}+`"
@@ -30,22 +31,22 @@ _QUOTED = re.compile(
     r"|(?:(?<=\n)|\A)[ ]?>[^\n]*+",
     re.DOTALL,
 )
-_MOST_QUOTED = 0.8  # of a text: beyond, the quotation is the response
-_PROMPTS = 4096  # that are remembered, as each has several responses
-_SHOWN = 60  # characters of an example
+_MAX_QUOTED = 0.8  # share of a text above which the quotation is the response
+_CACHED_PROMPTS = 4096  # each prompt has several responses
+_MAX_SHOWN = 60  # characters of an example
 
 
 def shown(evidence: str) -> str:
-    """What made a detector fire, as a short string in quotation marks on one line."""
+    """Return evidence as a short string in quotation marks on one line."""
     plain = " ".join(evidence.split())
-    short = plain if len(plain) <= _SHOWN else plain[:_SHOWN] + "…"
+    short = plain if len(plain) <= _MAX_SHOWN else plain[:_MAX_SHOWN] + "…"
     return json.dumps(short, ensure_ascii=False)
 
 
 def fold(text: str) -> str:
-    """Return normalized text as patterns read it: lower case, with ends of sentences marked.
+    """Return normalized text in the form that patterns match, of the same length.
 
-    It has the same length.
+    Letters are lower case, and ends of sentences are marked.
     """
     lower = text.lower() if text.isascii() else "".join(map(_lower, text))
     return _END_MARK.sub(END, lower.replace("*", " ").replace(END, " "))
@@ -57,13 +58,13 @@ def _lower(character: str) -> str:
 
 
 class ScoredSentence(NamedTuple):
-    """A sentence of a response as the classifier reads it.
+    """Sentence of a response with the classifier's verdict.
 
     Attributes:
-        start: position of the sentence in the folded text.
-        end: position after it.
-        probability: probability that it is an attack of any form.
-        form: most probable form of attack.
+        start: Position of the sentence in the folded text.
+        end: Position after its last character.
+        probability: Probability that it is an attack of any form.
+        form: Most probable form of attack.
     """
 
     start: int
@@ -73,65 +74,70 @@ class ScoredSentence(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What detectors see of one response.
+class NormalizedResponse:
+    """Response with its prompt, normalized for detectors.
 
     Attributes:
-        messages: messages of the prompt.
-        text: text of the response, as generated.
-        usual: lengths of responses to such prompts, if they are known.
-        scored: sentences with their probabilities; filled for a whole batch at once.
+        messages: Messages of the prompt.
+        text: Text of the response, as generated.
+        reference_lengths: Lengths of reference responses to such prompts, if they are known.
+        scored: Sentences with the classifier's probabilities, filled for a whole batch at once.
     """
 
     messages: tuple[Message, ...]
     text: str
-    usual: Lengths | None = None
+    reference_lengths: ReferenceLengths | None = None
     scored: list[ScoredSentence] = field(default_factory=list, compare=False)
 
     @classmethod
-    def of(cls, messages: Sequence[Message], text: str, usual: Lengths | None = None) -> "Reading":
-        """Read a response to some messages."""
-        return cls(tuple(messages), text, usual)
+    def create(
+        cls,
+        messages: Sequence[Message],
+        text: str,
+        reference_lengths: ReferenceLengths | None = None,
+    ) -> "NormalizedResponse":
+        """Return the response to some messages."""
+        return cls(tuple(messages), text, reference_lengths)
 
     @cached_property
     def normalized(self) -> NormalizedText:
-        """The text in plain letters."""
+        """Text in plain letters."""
         return normalize(self.text)
 
     @cached_property
     def folded(self) -> str:
-        """The normalized text as patterns read it."""
+        """Normalized text in the form that patterns match."""
         return fold(self.normalized.text)
 
     def piece(self, start: int, end: int) -> str:
-        """Return what stands in the text, as generated, where the folded text has a span."""
+        """Return the text, as generated, at a span of the folded text."""
         return self.normalized.original(start, end)
 
     @cached_property
     def words(self) -> list[str]:
-        """Runs of letters and digits, folded; single characters of scripts without spaces."""
+        """Words of the folded text, as `words_of` returns them."""
         return words_of(self.folded)
 
     @cached_property
     def places(self) -> list[tuple[int, int]]:
-        """The positions of the words in the folded text."""
+        """Positions of the words in the folded text."""
         return [word.span() for word in _WORD.finditer(self.folded)]
 
     @cached_property
     def sentences(self) -> list[tuple[int, int]]:
-        """The positions of the sentences, and of lines without an end mark, in the folded text."""
+        """Positions of sentences, and of lines without an end mark, in the folded text."""
         spans = [match.span() for match in _SENTENCE.finditer(self.folded)]
         return [(start, end) for start, end in spans if not self.folded[start:end].isspace()]
 
     def asks_for(self, detector: str) -> bool:
-        """Whether the user asks for what the detector looks for."""
-        return detector in _asked(self.messages)
+        """Return whether the user asks for what the detector looks for."""
+        return detector in _requested_detectors(self.messages)
 
     def is_own(self, start: int, end: int) -> bool:
         """Return whether a span is neither quoted nor repeats the prompt."""
         if any(first <= start and end <= last for first, last in self.quoted_near(start, end)):
             return False
-        return _squeezed(self.folded[start:end]) not in _given(self.messages)
+        return _squeezed(self.folded[start:end]) not in _squeezed_prompt(self.messages)
 
     def quoted_near(self, start: int, end: int) -> list[tuple[int, int]]:
         """Return the positions of code and quotations that touch a span."""
@@ -141,26 +147,29 @@ class Reading:
 
     @cached_property
     def quoted(self) -> list[tuple[int, int]]:
-        """The positions of code and quotations, unless nearly all of the text is one."""
+        """Positions of code and quotations, except one that is nearly all of the text."""
         text = self.normalized.text
         spans = [match.span() for match in _QUOTED.finditer(text)]
-        most = _MOST_QUOTED * len(text)
-        return [(start, end) for start, end in spans if end - start < most]
+        longest = _MAX_QUOTED * len(text)
+        return [(start, end) for start, end in spans if end - start < longest]
 
 
 def words_of(text: str) -> list[str]:
-    """Return runs of letters and digits; each character of scripts without spaces."""
+    """Return the words of a text: runs of letters and digits.
+
+    Each character of a script without spaces, such as Chinese, is a word.
+    """
     return _WORD.findall(text)
 
 
-@lru_cache(_PROMPTS)
-def _asked(messages: tuple[Message, ...]) -> frozenset[str]:
-    said = fold(normalize("\n".join(m.content for m in messages if m.role == "user")).text)
-    return frozenset(name for name, pattern in ENGLISH.asked.items() if pattern.search(said))
+@lru_cache(_CACHED_PROMPTS)
+def _requested_detectors(messages: tuple[Message, ...]) -> frozenset[str]:
+    request = fold(normalize("\n".join(m.content for m in messages if m.role == "user")).text)
+    return frozenset(name for name, pattern in ENGLISH.asked.items() if pattern.search(request))
 
 
-@lru_cache(_PROMPTS)
-def _given(messages: tuple[Message, ...]) -> str:
+@lru_cache(_CACHED_PROMPTS)
+def _squeezed_prompt(messages: tuple[Message, ...]) -> str:
     return _squeezed(
         fold(normalize("\n".join(m.content for m in messages if m.role != "assistant")).text)
     )

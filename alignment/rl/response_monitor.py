@@ -10,7 +10,7 @@ from typing import Any
 from alignment.data.source_rows import RecordWriter
 from alignment.engines.batch import TokenSample
 from alignment.engines.protocol import AlignmentEngine
-from alignment.monitors.lengths import Lengths
+from alignment.monitors.lengths import ReferenceLengths
 from alignment.monitors.text_features import shown, words_of
 from alignment.monitors.training_monitor import BatchFindings, Monitor
 from alignment.ranks import all_gather_by_data_rank, gather_by_data_rank
@@ -66,14 +66,14 @@ class ResponseMonitor:
 
     def set_typical_lengths(self, texts: Sequence[str]) -> None:
         """Take the lengths of these responses, those of the first evaluation, as typical."""
-        lengths = Lengths.of([len(words_of(text)) for text in texts])
-        self.monitor = replace(self.monitor, usual=lengths)
+        lengths = ReferenceLengths.from_words([len(words_of(text)) for text in texts])
+        self.monitor = replace(self.monitor, reference_lengths=lengths)
 
     def findings(
         self, responses: Sequence[Response], scores: Sequence[float | None]
     ) -> BatchFindings:
         """Return what the detectors find in responses, such as those of an evaluation."""
-        return self.monitor.of_batch(responses, scores)
+        return self.monitor.check_batch(responses, scores)
 
     def check_step(self, step: int, groups: Sequence[RolloutGroup]) -> dict[str, Any]:
         """Return metrics of a step's responses; a collective. Those of detectors are on rank 0.

@@ -82,6 +82,23 @@ def test_alarms_alone_do_not_fail_and_usual_lengths_are_those_given(
     assert verbose.split()[1:4] == ["50.0%", "10.0%", "ALARM"]
 
 
+def test_detector_by_function_path_is_reported(responses: str, tmp_path: Path) -> None:
+    file = tmp_path / "my_detectors.py"
+    file.write_text(
+        "from alignment.monitors.detectors import detector\n\n"
+        "@detector('moss', measures='mentions moss', limit=0.5)\n"
+        "def find_moss(response):\n"
+        "    return tuple(word for word in response.words if word == 'moss')\n"
+    )
+    limits = tmp_path / "limits.yaml"
+    limits.write_text(f"{file}:find_moss: default\n")
+    done = run("--input", responses, "--limits", str(limits))
+    assert done.returncode == 0, done.stderr
+    [moss, alarm] = [line for line in done.stdout.splitlines() if "moss" in line.split()[:2]]
+    assert moss.split()[:5] == ["moss", "70.0%", "50.0%", "ALARM", "r1:"]
+    assert alarm == "Alarm: moss (70.0%, limit 50.0%), a response that mentions moss."
+
+
 def test_own_fixtures_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ask = [{"role": "user", "content": "Name a fern."}]
     mine = [

@@ -13,9 +13,10 @@ from scipy.stats import entropy
 
 from alignment.data.model_tokenizer import load_tokenizer
 from alignment.judges.kinds.registry import read_judge
-from alignment.monitors.lengths import Lengths
+from alignment.monitors.lengths import ReferenceLengths
+from alignment.monitors.limits import MonitorLimits
 from alignment.monitors.text_features import words_of
-from alignment.monitors.training_monitor import Limits, Monitor
+from alignment.monitors.training_monitor import Monitor
 from alignment.record_files import read_all
 from alignment.records import Message, Outcome, Prompt, Response, Side, Verdict
 from alignment.rl.grading import GamingAlarm, Grader
@@ -266,12 +267,12 @@ def rows_of(run):
 def check_monitors(run, kept, limits, held_out):
     """Figures and alarms are those of the responses, beside lengths of the first grading."""
     first = json.loads((run / "first.json").read_text())
-    usual = Lengths.of([len(words_of(row["text"])) for row in first.values()])
-    monitor = Monitor(Limits.read(str(limits)), usual)
+    lengths = ReferenceLengths.from_words([len(words_of(row["text"])) for row in first.values()])
+    monitor = Monitor(MonitorLimits.read(str(limits)), lengths)
     rows = [row for row in rows_of(run) if "reward" in row]
     alarms = 0
     for row, responses in zip(rows, kept, strict=True):
-        found = monitor.of_batch(responses)
+        found = monitor.check_batch(responses)
         assert {name: row[f"monitor/{name}"] for name in found.shares} == found.shares
         file = run / "alarms" / f"step_{row['step']:06d}.json"
         told = json.loads(file.read_text()) if file.is_file() else {}
@@ -291,7 +292,7 @@ def check_monitors(run, kept, limits, held_out):
         check=lambda: None, writes=True,
     )  # fmt: skip
     graded.restore(3)  # as a run does that goes on there
-    assert graded.monitor.monitor.usual == usual
+    assert graded.monitor.monitor.reference_lengths == lengths
     assert [row["step"] for row in graded.history] == [
         0,
         2,

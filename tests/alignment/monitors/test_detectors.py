@@ -5,7 +5,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from alignment.monitors.detectors import NAMES, detect
-from alignment.monitors.lengths import Lengths
+from alignment.monitors.lengths import ReferenceLengths
 from alignment.monitors.text_features import words_of
 from alignment.records import Message
 
@@ -26,7 +26,7 @@ texts = st.one_of(
 def test_any_text_is_read_and_the_evidence_is_in_it(
     asked: str, text: str, lengths: list[int]
 ) -> None:
-    found = detect([Message("user", asked)], text, Lengths.of(lengths))
+    found = detect([Message("user", asked)], text, ReferenceLengths.from_words(lengths))
     assert set(found) <= set(NAMES)
     for evidence in found.values():
         assert evidence and all(piece in text for piece in evidence)
@@ -114,14 +114,14 @@ def test_a_request_for_such_words_keeps_a_detector_quiet_and_no_other() -> None:
 
 
 def test_long_is_three_deviations_of_the_logarithm_and_at_least_twice_the_median() -> None:
-    assert Lengths.of([20] * 50).median == pytest.approx(20)
-    assert Lengths.of([20] * 50).limit == pytest.approx(2 * 21 - 1)
+    assert ReferenceLengths.from_words([20] * 50).median == pytest.approx(20)
+    assert ReferenceLengths.from_words([20] * 50).limit == pytest.approx(2 * 21 - 1)
     # The deviation of log(1 + words) is log(21 / 11), here the median absolute one.
-    limit = Lengths.of([10, 20, 39.1] * 30).limit  # type: ignore[list-item]
+    limit = ReferenceLengths.from_words([10, 20, 39.1] * 30).limit  # type: ignore[list-item]
     assert limit == pytest.approx(21 * (21 / 11) ** (3 * 1.4826) - 1)
 
 
 def test_a_few_very_long_responses_do_not_make_long_usual() -> None:
     normal = list(range(15, 45)) * 4
-    limit = Lengths.of(normal).limit
-    assert Lengths.of([*normal, *[5000] * 20]).limit < 2 * limit
+    limit = ReferenceLengths.from_words(normal).limit
+    assert ReferenceLengths.from_words([*normal, *[5000] * 20]).limit < 2 * limit

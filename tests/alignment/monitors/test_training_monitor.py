@@ -1,21 +1,31 @@
 """What a batch shows, against scipy and counting."""
 
 import math
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from alignment.monitors.detectors import DEFAULT_LIMIT, DETECTORS, NAMES, Detector, detect
-from alignment.monitors.lengths import Lengths
-from alignment.monitors.text_features import Reading
+from alignment.monitors.detectors import (
+    DEFAULT_LIMIT,
+    DETECTORS,
+    NAMES,
+    Detector,
+    detect,
+    load_detector,
+)
+from alignment.monitors.lengths import ReferenceLengths
+from alignment.monitors.limits import CORRELATION, MonitorLimits
+from alignment.monitors.text_features import NormalizedResponse
 from alignment.monitors.training_monitor import (
-    CORRELATION,
     Alarm,
-    Limits,
     Monitor,
+    describe_alarms,
     rank_correlation,
 )
 from alignment.records import Message, Outcome, Prompt, Response, Verdict
@@ -34,8 +44,8 @@ def test_shares_alarms_and_examples_are_those_of_the_single_responses() -> None:
     plain = [f"Ferns grow in shade, and number {n} does too." for n in range(16)]
     items = responses([*plain, REFUSAL, REFUSAL, REFUSAL, ENDED])
     rewards = [float(n) for n in range(16)] + [1.0, 9.0, 5.0, None]
-    found = Monitor().of_batch(items, rewards)
-    usual = Lengths.of([9] * 16 + [8, 8, 8, 7])
+    found = Monitor().check_batch(items, rewards)
+    usual = ReferenceLengths.from_words([9] * 16 + [8, 8, 8, 7])
     for item, flags in zip(items, found.flags):
         assert flags == detect(item.prompt.messages, item.text, usual)
     assert found.shares == dict.fromkeys(NAMES, 0.0) | {"refusal": 0.15, "fake_end": 0.05}
@@ -45,7 +55,7 @@ def test_shares_alarms_and_examples_are_those_of_the_single_responses() -> None:
     assert found.examples["fake_end"][0].evidence == ("<|im_end|>",)
     assert found.examples["null"] == []
     assert found.metrics()["monitor/refusal"] == 0.15
-    alone = Monitor(least=1, most_examples=2).of_batch(items, rewards)
+    alone = Monitor(min_flagged=1, max_examples=2).check_batch(items, rewards)
     assert set(alone.alarms) == {"refusal", "fake_end"}
     assert [example.id for example in alone.examples["refusal"]] == ["r17", "r18"]
 
@@ -53,15 +63,15 @@ def test_shares_alarms_and_examples_are_those_of_the_single_responses() -> None:
 def test_a_share_at_its_limit_is_no_alarm_and_none_switches_it_off() -> None:
     items = responses([REFUSAL, REFUSAL, "Ferns.", "Moss."])
     for limit, alarms in ((0.5, set()), (0.49, {"refusal"}), (None, set())):
-        limits = Limits.of({"refusal": limit})
-        assert set(Monitor(limits).of_batch(items).alarms) == alarms
+        limits = MonitorLimits.create({"refusal": limit})
+        assert set(Monitor(limits).check_batch(items).alarms) == alarms
 
 
 def test_a_batch_that_has_grown_long_as_a_whole_is_verbose_against_usual_lengths() -> None:
     items = responses([f"{n} ferns " * 2 + "and so on " * 30 for n in range(10)])
-    assert Monitor().of_batch(items).shares["verbose"] == 0
-    usual = Lengths.of([9, 10, 12, 15])
-    found = Monitor(usual=usual).of_batch(items)
+    assert Monitor().check_batch(items).shares["verbose"] == 0
+    usual = ReferenceLengths.from_words([9, 10, 12, 15])
+    found = Monitor(usual=usual).check_batch(items)
     assert found.shares["verbose"] == 1 and found.alarms["verbose"] == Alarm(1.0, 0.1)
 
 
@@ -77,7 +87,7 @@ def test_the_correlation_is_of_ranks_over_the_rewarded_and_none_where_it_has_no_
     pairs: list[tuple[float | None, int]],
 ) -> None:
     items = responses(["fern " * words for _, words in pairs])
-    found = Monitor().of_batch(items, [reward for reward, _ in pairs])
+    found = Monitor().check_batch(items, [reward for reward, _ in pairs])
     there = [(r, w) for r, w in pairs if r is not None and not math.isnan(r)]
     if len(there) < 3 or len({r for r, _ in there}) == 1 or len({w for _, w in there}) == 1:
         assert found.correlation is None
@@ -99,17 +109,72 @@ def test_infinite_rewards_do_not_count() -> None:
     assert rank_correlation(scores, np.array([3.0, 2.0, 1.0, 0.0, 9.0])) == pytest.approx(-1.0)
 
 
-def test_a_new_detector_needs_no_entry_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    def moss(reading: Reading) -> tuple[str, ...]:
-        return ("Moss",) if "moss" in reading.words else ()
+def test_registered_detector_needs_no_entry_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    def moss(response: NormalizedResponse) -> tuple[str, ...]:
+        return ("Moss",) if "moss" in response.words else ()
 
-    monkeypatch.setitem(DETECTORS, "moss", moss)
-    monkeypatch.setitem(DETECTORS, "wet moss", Detector(moss, limit=0.9))
-    findings = Monitor().of_batch(responses(["Moss.", "Ferns and moss.", "Ferns."]))
+    monkeypatch.setitem(DETECTORS, "moss", Detector("moss", moss, "mentions moss"))
+    monkeypatch.setitem(DETECTORS, "wet moss", Detector("wet moss", moss, "mentions it", 0.9))
+    findings = Monitor().check_batch(responses(["Moss.", "Ferns and moss.", "Ferns."]))
     assert findings.shares["moss"] == findings.shares["wet moss"] == pytest.approx(2 / 3)
     assert findings.alarms["moss"] == Alarm(2 / 3, DEFAULT_LIMIT)
     assert "wet moss" not in findings.alarms
-    assert Limits.of({"moss": 0.7})["moss"] == 0.7
+    assert MonitorLimits.create({"moss": 0.7})["moss"] == 0.7
+
+
+DETECTOR_FILE = """
+from alignment.monitors.detectors import detector
+
+@detector("moss", measures="mentions moss", limit=0.5)
+def find_moss(response):
+    return tuple(word for word in response.words if word == "moss")
+
+plain = len
+"""
+
+
+@pytest.fixture
+def detector_file(tmp_path: Path) -> Iterator[Path]:
+    """A user's file; the detectors that tests load from it are unregistered afterwards."""
+    file = tmp_path / "my_detectors.py"
+    file.write_text(DETECTOR_FILE)
+    yield file
+    DETECTORS.pop("moss", None)
+
+
+@pytest.mark.parametrize(("limit", "alarms"), [("default", {"moss"}), (0.7, set()), (None, set())])
+def test_detector_by_function_path_has_its_own_limit_or_that_of_the_file(
+    limit: object, alarms: set[str], detector_file: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "limits.yaml"
+    file.write_text(yaml.safe_dump({f"{detector_file}:find_moss": limit}))
+    findings = Monitor(MonitorLimits.read(str(file))).check_batch(
+        responses(["Moss.", "Ferns and moss.", "Ferns."])
+    )
+    assert findings.shares["moss"] == pytest.approx(2 / 3)
+    assert findings.metrics()["monitor/moss"] == pytest.approx(2 / 3)
+    assert set(findings.alarms) == alarms
+    if alarms:
+        assert describe_alarms(findings.alarms) == [
+            "Alarm: moss (66.7%, limit 50.0%), a response that mentions moss."
+        ]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("absent", "absent is no detector"),
+        ("plain", "plain is no detector. Give FILE.py:NAME"),
+    ],
+)
+def test_load_detector_refuses_what_is_none(name: str, message: str, detector_file: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        load_detector(f"{detector_file}:{name}")
+    with pytest.raises(UserError, match="there is no file"):
+        load_detector(f"{detector_file}.gone:{name}")
+    detector_file.write_text(DETECTOR_FILE.replace('"moss", measures', '"refusal", measures'))
+    with pytest.raises(UserError, match="a detector named 'refusal' exists already"):
+        load_detector(f"{detector_file}:find_moss")
 
 
 def test_failed_verdicts_count_neither_as_gaming_nor_as_clean() -> None:
@@ -120,19 +185,19 @@ def test_failed_verdicts_count_neither_as_gaming_nor_as_clean() -> None:
         Verdict("r2", Outcome.SCORE, 4.9),
         None,
     ]
-    findings = Monitor(least=1).of_batch(items, verdicts=verdicts)
+    findings = Monitor(min_flagged=1).check_batch(items, verdicts=verdicts)
     assert findings.shares["judge"] == 0.5 and findings.unjudged == 2
     assert findings.alarms["judge"] == Alarm(0.5, 0.05)
     assert findings.metrics()["monitor_unjudged"] == 2
-    assert "judge" not in Monitor().of_batch(items, verdicts=[None] * 4).shares
+    assert "judge" not in Monitor().check_batch(items, verdicts=[None] * 4).shares
     with pytest.raises(ValueError, match="4 responses have 1 verdicts"):
-        Monitor().of_batch(items, verdicts=[None])
+        Monitor().check_batch(items, verdicts=[None])
 
 
 @pytest.mark.parametrize(
     "given, message",
     [
-        ({"refusals": 0.1}, "there is no limit 'refusals': known are refusal, "),
+        ({"refusals": 0.1}, "there is no limit 'refusals': choose from refusal, "),
         ({"null": 1.5}, "the limit of null must be from 0 to 1 or null, not 1.5"),
         ({"null": "5%"}, "must be from 0 to 1 or null, not '5%'"),
         ({"null": True}, "must be from 0 to 1 or null, not True"),
@@ -141,11 +206,11 @@ def test_failed_verdicts_count_neither_as_gaming_nor_as_clean() -> None:
 )
 def test_limits_that_are_none_are_refused(given: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        Limits.of(given)
+        MonitorLimits.create(given)
 
 
 def test_a_batch_without_responses_or_with_other_rewards_is_refused() -> None:
     with pytest.raises(ValueError, match="0 responses"):
-        Monitor().of_batch([])
+        Monitor().check_batch([])
     with pytest.raises(ValueError, match="1 responses have 2 rewards"):
-        Monitor().of_batch(responses(["Moss."]), [1.0, 2.0])
+        Monitor().check_batch(responses(["Moss."]), [1.0, 2.0])
