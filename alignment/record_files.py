@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from alignment.data.dataset_schemas import read_records
-from alignment.data.source_rows import Malformed, Record
+from alignment.data.source_rows import MalformedRow, Record
 from alignment.records import Verdict
 from megatron_ext.errors import UserError
 
@@ -21,7 +21,7 @@ def read_all[R: Record](path: Path, *kinds: type[R]) -> list[R]:
     records: list[R] = []
     ids: set[str] = set()
     for number, record in enumerate(read_records(path), start=1):
-        if isinstance(record, Malformed):
+        if isinstance(record, MalformedRow):
             raise UserError(f"{path}, {record}")
         if not isinstance(record, kinds) or (records and type(record) is not type(records[0])):
             allowed = " or ".join(f"{kind.__name__.lower()}s" for kind in kinds)

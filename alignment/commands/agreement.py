@@ -12,12 +12,17 @@ import numpy as np
 
 from alignment.commands.agreement_config import AgreementConfig, parse
 from alignment.judges.formats.scale import read_verdicts
-from alignment.statistics.agreement_measures import Compared, alone
+from alignment.statistics.agreement_measures import AgreementData, alone
 from alignment.statistics.agreement_pictures import draw
-from alignment.statistics.agreement_text import Part, table
+from alignment.statistics.agreement_text import AgreementSummary, table
 from alignment.statistics.bootstrap import LEVEL, Indices, estimates
 from alignment.statistics.slices import keys_of, read_items
-from alignment.statistics.verdict_alignment import by_item, groups_of, judged, shared_items
+from alignment.statistics.verdict_alignment import (
+    align_verdicts,
+    groups_of,
+    shared_items,
+    verdicts_by_item,
+)
 from megatron_ext.errors import TooFewResults, UserError
 from megatron_ext.progress import Progress
 
@@ -41,18 +46,18 @@ def run(config: AgreementConfig) -> None:
     names = [str(file) for file in files]
     scales = {"--first-scale": config.first_scale, "--second-scale": config.second_scale}
     verdicts = [
-        by_item(read_verdicts(file, scale, flag), str(file))
+        verdicts_by_item(read_verdicts(file, scale, flag), str(file))
         for file, (flag, scale) in zip(files, scales.items())
     ]
     items = shared_items(verdicts[0], verdicts[1], config.common, names)
     rows = read_items(Path(config.items), items) if config.items else None
-    judges = [judged(each, items, name) for each, name in zip(verdicts, names)]
+    judges = [align_verdicts(each, items, name) for each, name in zip(verdicts, names)]
     if judges[0].pairwise != judges[1].pairwise:
         raise UserError(
             f"{names[0]} and {names[1]} cannot be compared: one has scores and the other has "
             "preferences. Give two files of one kind."
         )
-    compared = Compared(judges[0], judges[1], config.label == "mean")
+    compared = AgreementData(judges[0], judges[1], config.label == "mean")
     keys = items
     if config.resample == "prompt":
         assert rows is not None
@@ -68,7 +73,7 @@ def run(config: AgreementConfig) -> None:
             lambda: progress.update(next(done)),
         )  # fmt: skip
         whole = measure(np.arange(len(items)))
-        parts: dict[str, dict[str, Part]] = {
+        parts: dict[str, dict[str, AgreementSummary]] = {
             name: {key: measure(places) for key, places in slice_places.items()}
             for name, slice_places in slices.items()
         }
@@ -83,13 +88,13 @@ def run(config: AgreementConfig) -> None:
 
 
 def _part(
-    compared: Compared,
+    compared: AgreementData,
     keys: Sequence[str],
     resamples: int,
     seed: int,
     advance: Callable[[], None],
     places: Indices,
-) -> Part:
+) -> AgreementSummary:
     """Return all statistics of the items at some places."""
     groups = [places[group] for group in groups_of([keys[place] for place in places])]
     both, *each = compared.agreement(), alone(compared.a), alone(compared.b)
@@ -103,15 +108,15 @@ def _part(
     split = [{n: e for (at, n), e in results.items() if at == number} for number in range(3)]
     a, b = compared.labels()
     judged_by_both = int((~np.isnan(a[places]) & ~np.isnan(b[places])).sum())
-    return Part(len(places), judged_by_both, split[0], split[1:])
+    return AgreementSummary(len(places), judged_by_both, split[0], split[1:])
 
 
 def _write(
     folder: Path,
-    compared: Compared,
+    compared: AgreementData,
     names: Sequence[str],
-    whole: Part,
-    parts: Mapping[str, Mapping[str, Part]],
+    whole: AgreementSummary,
+    parts: Mapping[str, Mapping[str, AgreementSummary]],
     config: AgreementConfig,
 ) -> None:
     labels, counts = compared.confusion()

@@ -9,7 +9,7 @@ from pathlib import Path
 from alignment.commands.data_config import CountConfig, ImportConfig, SplitConfig, parse
 from alignment.data.dataset_schemas import hash_id, read_records
 from alignment.data.packages import PACKAGES
-from alignment.data.source_rows import Malformed, Record, RecordWriter
+from alignment.data.source_rows import MalformedRow, Record, RecordWriter
 from alignment.data.splits import Split, Splitter
 from alignment.records import Pair, Prompt, Response, Side, Verdict
 from megatron_ext.data.shards import expand_inputs
@@ -50,13 +50,13 @@ class RecordReader:
                     progress.update(before + done)
 
                 for record in read_records(file, self.source, advance, self.unread):
-                    if isinstance(record, Malformed):
+                    if isinstance(record, MalformedRow):
                         self._count(file, record)
                     else:
                         yield record
                 before += size
 
-    def _count(self, file: str, row: Malformed) -> None:
+    def _count(self, file: str, row: MalformedRow) -> None:
         self.malformed += 1
         self._reasons[row.reason] += 1
         self._examples.setdefault(row.reason, f"{file}, {row}")

@@ -18,7 +18,7 @@ from alignment.commands.evaluate_config import (
     parse,
 )
 from alignment.data.source_rows import RecordWriter
-from alignment.evaluation.comparisons import Contest, read_contest
+from alignment.evaluation.comparisons import PolicyComparison, read_comparison
 from alignment.evaluation.policy_table import (
     preferences_json,
     preferences_table,
@@ -30,7 +30,7 @@ from alignment.judges.formats.scale import read_verdicts
 from alignment.judges.results import commonest, reasons_of, require_results
 from alignment.records import Outcome, Pair, Response, Verdict
 from alignment.statistics.bootstrap import LEVEL
-from alignment.statistics.verdict_alignment import by_item
+from alignment.statistics.verdict_alignment import verdicts_by_item
 from megatron_ext.errors import TooFewResults, UserError
 from megatron_ext.progress import Progress
 
@@ -51,7 +51,7 @@ def run(evaluation: Evaluation) -> int:
     """
     config = evaluation.config
     assert config.baseline is not None
-    contest = read_contest(config.responses, config.baseline, config.common)
+    contest = read_comparison(config.responses, config.baseline, config.common)
     files: dict[tuple[str, str], list[Path]] = {}
     if config.output:
         _write_items(Path(config.output), contest)
@@ -84,7 +84,7 @@ def run(evaluation: Evaluation) -> int:
 
 
 def _read(files: Sequence[Path], name: str) -> Verdicts:
-    return by_item([verdict for file in files for verdict in read_verdicts(file)], name)
+    return verdicts_by_item([verdict for file in files for verdict in read_verdicts(file)], name)
 
 
 def _read_verdict_files(
@@ -117,10 +117,10 @@ def _read_verdict_files(
                 "another name."
             )
         results.setdefault((judge, kind), []).extend(rows)
-    return {judge: by_item(rows, judge[0]) for judge, rows in results.items()}
+    return {judge: verdicts_by_item(rows, judge[0]) for judge, rows in results.items()}
 
 
-def _write_items(folder: Path, contest: Contest) -> None:
+def _write_items(folder: Path, contest: PolicyComparison) -> None:
     records: dict[str, Sequence[Response | Pair]] = {
         SCORES: contest.responses, PREFERENCES: contest.pairs,
     }  # fmt: skip
@@ -131,7 +131,7 @@ def _write_items(folder: Path, contest: Contest) -> None:
 
 
 def _measure(
-    contest: Contest, verdicts: Mapping[tuple[str, str], Verdicts], config: EvaluateConfig
+    contest: PolicyComparison, verdicts: Mapping[tuple[str, str], Verdicts], config: EvaluateConfig
 ) -> dict[str, dict[str, Any]]:
     """Print the results of each judge and return them for evaluation.json."""
     results: dict[str, dict[str, Any]] = {}
@@ -160,7 +160,7 @@ def _measure(
 
 
 def _write(
-    file: Path, contest: Contest, results: Mapping[str, Any], config: EvaluateConfig
+    file: Path, contest: PolicyComparison, results: Mapping[str, Any], config: EvaluateConfig
 ) -> None:
     content = {
         "baseline": contest.baseline,

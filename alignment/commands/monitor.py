@@ -22,7 +22,7 @@ from alignment.records import Response, Verdict
 from megatron_ext.errors import TooFewResults, UserError
 
 if TYPE_CHECKING:
-    from alignment.monitors.detector_quality import Counts
+    from alignment.monitors.detector_quality import DetectorCounts
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -170,7 +170,7 @@ def _measure(config: MonitorConfig) -> None:
         print("\n".join(_quality(split, counts)))
 
 
-def _quality(split: str, counts: "Mapping[str, Counts]") -> list[str]:
+def _quality(split: str, counts: "Mapping[str, DetectorCounts]") -> list[str]:
     from alignment.monitors.detector_quality import wilson
 
     heads = ("recall", "precision", "false positives")

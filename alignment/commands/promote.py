@@ -13,11 +13,17 @@ from alignment.commands.promote_config import PromoteConfig, parse
 from alignment.judges.formats.scale import read_verdicts
 from alignment.judges.results import reasons_of, require_results
 from alignment.rounding import EXACT, Floats, exceeds
-from alignment.statistics.agreement_measures import Compared
+from alignment.statistics.agreement_measures import AgreementData
 from alignment.statistics.agreement_text import aligned, cells
 from alignment.statistics.bootstrap import Estimate, Indices, estimates
 from alignment.statistics.slices import read_items
-from alignment.statistics.verdict_alignment import Judged, by_item, groups_of, judged, shared_items
+from alignment.statistics.verdict_alignment import (
+    AlignedVerdicts,
+    align_verdicts,
+    groups_of,
+    shared_items,
+    verdicts_by_item,
+)
 from megatron_ext.errors import UserError
 
 REFUSED = 3
@@ -113,13 +119,13 @@ def compare(
         TooFewResults: More of the gold judge's verdicts than `max_failed` have failed.
     """
     names = [gold, current, candidate]
-    verdicts = [by_item(read_verdicts(Path(name)), name) for name in names]
+    verdicts = [verdicts_by_item(read_verdicts(Path(name)), name) for name in names]
     reasons = reasons_of(verdict for each in verdicts[0].values() for verdict in each)
     total = sum(map(len, verdicts[0].values()))
     require_results(reasons, total, max_failed, f"verdicts of {gold}", "judgement")
     items = shared_items(verdicts[0], verdicts[1], False, names[:2])
     shared_items(verdicts[0], verdicts[2], False, [names[0], names[2]])
-    judges = [judged(v, items, name) for v, name in zip(verdicts, names)]
+    judges = [align_verdicts(v, items, name) for v, name in zip(verdicts, names)]
     if len({judge.pairwise for judge in judges}) > 1:
         raise UserError(
             f"{', '.join(names)} cannot be compared: some have scores and others have preferences. "
@@ -133,7 +139,7 @@ def compare(
     groups = [both[group] for group in groups_of([keys[place] for place in both])]
     name = "accuracy" if judges[0].pairwise else "alpha_interval"
     figures: list[Callable[[Indices], float]] = [
-        Compared(judges[0], judge).agreement()[name] for judge in judges[1:]
+        AgreementData(judges[0], judge).agreement()[name] for judge in judges[1:]
     ]
     each = estimates(
         {
@@ -150,7 +156,7 @@ def compare(
     )
 
 
-def _unjudged(judge: Judged) -> Floats:
+def _unjudged(judge: AlignedVerdicts) -> Floats:
     """Return the number of unjudged verdicts on each item, `[items]`."""
     return judge.malformed + judge.failed
 

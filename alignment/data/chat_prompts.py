@@ -29,7 +29,7 @@ _PROBE = "Yes."  # an answer to see how the template ends one
 
 
 @dataclass(frozen=True)
-class Example:
+class ChatExample:
     """Token ids to train on. A loss on the completion alone is on the ids of `completion`.
 
     Attributes:
@@ -56,7 +56,9 @@ def prompt_ids(tokenizer: Any, messages: Sequence[Message], **template: Any) -> 
     return chat.prompt_ids(tokenizer, _rows(messages), template)
 
 
-def example(tokenizer: Any, messages: Sequence[Message], answer: str, **template: Any) -> Example:
+def example(
+    tokenizer: Any, messages: Sequence[Message], answer: str, **template: Any
+) -> ChatExample:
     """Return the ids of a conversation and of the assistant's answer to it.
 
     They are encoded apart, as they are when a model generates the answer. What a template writes
@@ -78,10 +80,10 @@ def example(tokenizer: Any, messages: Sequence[Message], answer: str, **template
     written = (THINK if conversation.opened else "") + completion
     if squeezed(hidden) not in squeezed(written):
         raise UserError(_lost(conversation, answer))
-    return Example(conversation.ids(conversation.prompt), conversation.ids(completion))
+    return ChatExample(conversation.ids(conversation.prompt), conversation.ids(completion))
 
 
-def decoded(tokenizer: Any, tokens: Sequence[int]) -> str:
+def decode_ids(tokenizer: Any, tokens: Sequence[int]) -> str:
     """Return the text of tokens as it is: control tokens by name, spaces not cleaned up."""
     return tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 

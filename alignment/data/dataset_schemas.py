@@ -20,7 +20,7 @@ from alignment.data.messages import (
     transcript_answer,
     transcript_prompt,
 )
-from alignment.data.source_rows import Malformed, Record, columns_of, read_rows
+from alignment.data.source_rows import MalformedRow, Record, columns_of, read_rows
 from alignment.records import Message, Pair, Prompt, Response, Side, Verdict
 from megatron_ext.errors import UserError
 
@@ -33,7 +33,7 @@ _CONTEXT = (
 
 
 @dataclass(frozen=True)
-class Convention:
+class DatasetSchema:
     """Columns of rows, and how a record is made of them.
 
     Attributes:
@@ -56,7 +56,7 @@ class Convention:
         return [name for name in row if name not in self.kept and row[name] is not None]
 
 
-def convention_of(columns: Collection[str], file: str | Path) -> Convention:
+def schema_of(columns: Collection[str], file: str | Path) -> DatasetSchema:
     """The convention that has these columns.
 
     Raises:
@@ -77,7 +77,7 @@ def read_records(
     source: str = "",
     told: Callable[[int], None] = lambda consumed: None,
     unread: Counter[str] | None = None,
-) -> Iterator[Record | Malformed]:
+) -> Iterator[Record | MalformedRow]:
     """Yield the records of a file of any convention, and a row that gives none as `Malformed`.
 
     Args:
@@ -90,10 +90,10 @@ def read_records(
     Raises:
         UserError: The file cannot be read, or is of an unknown convention.
     """
-    convention = convention_of(columns_of(path), path)
+    convention = schema_of(columns_of(path), path)
     source = source or Path(path).name.partition(".")[0]
     for number, row in read_rows(path, told):
-        if isinstance(row, Malformed):
+        if isinstance(row, MalformedRow):
             yield row
             continue
         try:
@@ -101,7 +101,7 @@ def read_records(
                 raise UserError(f"no {missing[0]!r}, which the rows before it have")
             record = convention.convert(row, source)
         except UserError as error:
-            yield Malformed(number, str(error))
+            yield MalformedRow(number, str(error))
             continue
         if unread is not None:
             unread.update(convention.unread(row))
@@ -255,10 +255,10 @@ def _arena_hard(row: Row, source: str) -> Prompt:
 
 
 CONVENTIONS = (
-    Convention("our verdicts", ("item", "outcome"), lambda row, _: Verdict.from_row(row)),
-    Convention("our pairs", ("prompt", "first", "second"), lambda row, _: Pair.from_row(row)),
-    Convention("our responses", ("prompt", "text"), lambda row, _: Response.from_row(row)),
-    Convention(
+    DatasetSchema("our verdicts", ("item", "outcome"), lambda row, _: Verdict.from_row(row)),
+    DatasetSchema("our pairs", ("prompt", "first", "second"), lambda row, _: Pair.from_row(row)),
+    DatasetSchema("our responses", ("prompt", "text"), lambda row, _: Response.from_row(row)),
+    DatasetSchema(
         "preferences of Tulu 3 and UltraFeedback with lists of messages, of HH with transcripts, "
         "or as text or messages with a prompt",
         ("chosen", "rejected"),
@@ -266,13 +266,13 @@ CONVENTIONS = (
         ("chosen", "rejected", "prompt", "prompt_id", "id", "source", "score_chosen",
          "score_rejected", "tie", *_CONTEXT),
     ),
-    Convention(
+    DatasetSchema(
         "questions of Arena-Hard",
         ("uid", "category", "subcategory", "prompt"),
         _arena_hard,
         ("uid", "category", "prompt"),
     ),
-    Convention(
+    DatasetSchema(
         "prompts, or conversations that end with an answer",
         ("messages",),
         _messages_row,

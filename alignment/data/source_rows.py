@@ -20,7 +20,7 @@ _BATCH = 256  # rows that are read at a time
 _GROUP = 2048  # rows of a Parquet row group, each of which adds to what a reader must hold
 
 
-class Malformed(UserError):
+class MalformedRow(UserError):
     """A row that cannot be used. The message does not name the file.
 
     Attributes:
@@ -42,9 +42,9 @@ def columns_of(path: str | Path) -> list[str]:
     if _format(path) == "parquet":
         with open_parquet(str(path)) as file:
             return list(file.schema_arrow.names)
-    malformed: Malformed | None = None
+    malformed: MalformedRow | None = None
     for _, row in read_rows(path):
-        if not isinstance(row, Malformed):
+        if not isinstance(row, MalformedRow):
             return list(row)
         malformed = malformed or row
     raise UserError(f"{path}, {malformed}" if malformed else f"{path} has no rows")
@@ -52,7 +52,7 @@ def columns_of(path: str | Path) -> list[str]:
 
 def read_rows(
     path: str | Path, told: Callable[[int], None] = lambda consumed: None
-) -> Iterator[tuple[int, dict[str, Any] | Malformed]]:
+) -> Iterator[tuple[int, dict[str, Any] | MalformedRow]]:
     """The rows of a JSONL file (plain or compressed) or a Parquet file, with their numbers: of the
     line, or of the row, from 1.
 
@@ -90,17 +90,17 @@ def _read_jsonl(path: str | Path, told: Callable[[int], None]) -> Iterator[Any]:
             raise UserError(f"{path} is truncated or broken: {error}") from error
 
 
-def _json_row(number: int, line: bytes) -> dict[str, Any] | Malformed:
+def _json_row(number: int, line: bytes) -> dict[str, Any] | MalformedRow:
     try:
         row = json.loads(line.decode(), parse_constant=_no_number)
         if b"\\ud" in line.lower():
             json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        return Malformed(number, "a lone surrogate, not text")
+        return MalformedRow(number, "a lone surrogate, not text")
     except (ValueError, RecursionError) as error:
-        return Malformed(number, f"invalid JSON: {error}")
+        return MalformedRow(number, f"invalid JSON: {error}")
     if not isinstance(row, dict):
-        return Malformed(number, "not a JSON object")
+        return MalformedRow(number, "not a JSON object")
     return row
 
 

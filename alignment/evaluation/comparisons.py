@@ -13,7 +13,7 @@ Answers = dict[str, list[Response]]  # by the prompt's id
 
 
 @dataclass(frozen=True)
-class Contest:
+class PolicyComparison:
     """Policies that answered the same prompts.
 
     Attributes:
@@ -33,7 +33,7 @@ class Contest:
         return self.policies[0]
 
 
-def read_contest(files: Sequence[str], baseline: str, common: bool) -> Contest:
+def read_comparison(files: Sequence[str], baseline: str, common: bool) -> PolicyComparison:
     """The contest of some files of responses.
 
     Args:
@@ -51,7 +51,7 @@ def read_contest(files: Sequence[str], baseline: str, common: bool) -> Contest:
         raise UserError("--responses names a file twice: give each policy's once")
     answers: dict[str, Answers] = {}
     for file in [baseline, *(file for file in files if file != baseline)]:
-        name, of = _answers(Path(file))
+        name, of = _read_responses(Path(file))
         if name in answers:
             raise UserError(f"{file} is of {name!r}, as another file of --responses: mend a source")
         answers[name] = of
@@ -65,10 +65,10 @@ def read_contest(files: Sequence[str], baseline: str, common: bool) -> Contest:
         for prompt in prompts
         for place, mine in enumerate(answers[name][prompt])
     ]
-    return Contest([first, *others], prompts, responses, pairs)
+    return PolicyComparison([first, *others], prompts, responses, pairs)
 
 
-def _answers(file: Path) -> tuple[str, Answers]:
+def _read_responses(file: Path) -> tuple[str, Answers]:
     """A policy's name and responses."""
     rows = read_all(file, Response)
     sources = sorted({row.source for row in rows})

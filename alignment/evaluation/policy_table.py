@@ -3,14 +3,14 @@
 from dataclasses import asdict
 from typing import Any
 
-from alignment.evaluation.win_rates import Counts, Preferences, Scores
+from alignment.evaluation.win_rates import PolicyPreferences, PolicyScores, VerdictCounts
 from alignment.statistics.agreement_text import aligned, cells
 from alignment.statistics.bootstrap import Estimate
 
 _INTERVAL = "95 % interval"
 
 
-def scores_table(judge: str, found: Scores, baseline: str) -> str:
+def scores_table(judge: str, found: PolicyScores, baseline: str) -> str:
     """A line a policy."""
     header = [f"scores of {judge}", "mean", _INTERVAL, f"over {baseline}", _INTERVAL, "judged"]
     rows = [
@@ -20,7 +20,7 @@ def scores_table(judge: str, found: Scores, baseline: str) -> str:
     return "\n".join(aligned([header, *rows]))
 
 
-def preferences_table(judge: str, found: Preferences, baseline: str) -> str:
+def preferences_table(judge: str, found: PolicyPreferences, baseline: str) -> str:
     """A line a policy, and what style counted for."""
     header = [
         f"{judge}, against {baseline}", "win rate", _INTERVAL, "strength", _INTERVAL,
@@ -53,14 +53,14 @@ def _cells(estimate: Estimate | None) -> list[str]:
     return cells(estimate)
 
 
-def _judged(counts: Counts) -> str:
+def _judged(counts: VerdictCounts) -> str:
     each = (("malformed answer", counts.malformed), ("failed call", counts.failed))
     lost = [f"{n:,} {what}{'' if n == 1 else 's'}" for what, n in each if n]
     said = f"{counts.judged:,} of {counts.items:,}"
     return f"{said} ({', '.join(lost)})" if lost else said
 
 
-def scores_json(found: Scores) -> dict[str, Any]:
+def scores_json(found: PolicyScores) -> dict[str, Any]:
     policies = {
         policy: {"mean": asdict(mean)}
         | ({"gain": asdict(found.gain[policy])} if policy in found.gain else {})
@@ -70,7 +70,7 @@ def scores_json(found: Scores) -> dict[str, Any]:
     return {"judge": list(found.identities), "policies": policies}
 
 
-def preferences_json(found: Preferences) -> dict[str, Any]:
+def preferences_json(found: PolicyPreferences) -> dict[str, Any]:
     kinds = ("win_rate", "strength", "controlled", "flips")
     policies = {
         policy: {kind: asdict(getattr(found, kind)[policy]) for kind in kinds}

@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 from scipy.special import logit
 
-from alignment.evaluation.comparisons import Contest
+from alignment.evaluation.comparisons import PolicyComparison
 from alignment.evaluation.style import covariates
 from alignment.records import Verdict
 from alignment.rounding import Floats
@@ -15,7 +15,7 @@ from alignment.statistics.agreement_measures import alone
 from alignment.statistics.bootstrap import LEVEL, Estimate, Indices, estimates
 from alignment.statistics.bradley_terry import strengths
 from alignment.statistics.coefficients import Undefined
-from alignment.statistics.verdict_alignment import Judged, groups_of, judged
+from alignment.statistics.verdict_alignment import AlignedVerdicts, align_verdicts, groups_of
 from megatron_ext.errors import UserError
 
 Verdicts = Mapping[str, Sequence[Verdict]]  # by item
@@ -24,7 +24,7 @@ Advance = Callable[[], None]
 
 
 @dataclass(frozen=True)
-class Counts:
+class VerdictCounts:
     """Of a policy's items.
 
     Attributes:
@@ -39,7 +39,7 @@ class Counts:
 
 
 @dataclass(frozen=True)
-class Scores:
+class PolicyScores:
     """By policy.
 
     Attributes:
@@ -50,11 +50,11 @@ class Scores:
     identities: Sequence[str]
     mean: Mapping[str, Estimate]
     gain: Mapping[str, Estimate]
-    counts: Mapping[str, Counts]
+    counts: Mapping[str, VerdictCounts]
 
 
 @dataclass(frozen=True)
-class Preferences:
+class PolicyPreferences:
     """By policy, without the baseline, against which all of it is.
 
     Attributes:
@@ -68,7 +68,7 @@ class Preferences:
     controlled: Mapping[str, Estimate]
     flips: Mapping[str, Estimate]
     style: Mapping[str, Estimate]
-    counts: Mapping[str, Counts]
+    counts: Mapping[str, VerdictCounts]
 
 
 def check_items(verdicts: Verdicts, items: Sequence[str], name: str, common: bool) -> None:
@@ -84,10 +84,15 @@ def check_items(verdicts: Verdicts, items: Sequence[str], name: str, common: boo
 
 
 def score(
-    contest: Contest, verdicts: Verdicts, name: str, resamples: int, seed: int, advance: Advance
-) -> Scores:
+    contest: PolicyComparison,
+    verdicts: Verdicts,
+    name: str,
+    resamples: int,
+    seed: int,
+    advance: Advance,
+) -> PolicyScores:
     """Mean scores; prompts are resampled."""
-    found = judged({r.id: verdicts.get(r.id, []) for r in contest.responses},
+    found = align_verdicts({r.id: verdicts.get(r.id, []) for r in contest.responses},
                    [r.id for r in contest.responses], name)  # fmt: skip
     policies = np.array([contest.policies.index(r.source) for r in contest.responses])
     places = {prompt: place for place, prompt in enumerate(contest.prompts)}
@@ -103,7 +108,7 @@ def score(
         policy: _counts(found, ~np.isnan(found.mean), policies == row)
         for row, policy in enumerate(contest.policies)
     }
-    return Scores(found.identities, _named(every, "mean"), _named(every, "gain"), counts)
+    return PolicyScores(found.identities, _named(every, "mean"), _named(every, "gain"), counts)
 
 
 def _by_prompt(labels: Floats, rows: Indices, columns: Indices, shape: tuple[int, int]) -> Floats:
@@ -124,14 +129,19 @@ def _mean(values: Floats, places: Indices) -> float:
 
 
 def prefer(
-    contest: Contest, verdicts: Verdicts, name: str, resamples: int, seed: int, advance: Advance
-) -> Preferences:
+    contest: PolicyComparison,
+    verdicts: Verdicts,
+    name: str,
+    resamples: int,
+    seed: int,
+    advance: Advance,
+) -> PolicyPreferences:
     """Win rates and strengths; prompts are resampled, with all pairs of each.
 
     Raises:
         UserError: no pair was judged in both orders.
     """
-    found = judged({p.id: verdicts.get(p.id, []) for p in contest.pairs},
+    found = align_verdicts({p.id: verdicts.get(p.id, []) for p in contest.pairs},
                    [p.id for p in contest.pairs], name)  # fmt: skip
     outcomes = outcomes_of(found)
     if np.isnan(outcomes).all():
@@ -169,13 +179,13 @@ def prefer(
         # The limit is one of win rates, which do not know style.
         limits = kind == "strength"
         kinds[kind] = {p: finite(e, prompts[p], limits) for p, e in kinds[kind].items()}
-    return Preferences(
+    return PolicyPreferences(
         found.identities, kinds["win_rate"], kinds["strength"], kinds["controlled"],
         kinds["flips"], kinds["style"], counts,
     )  # fmt: skip
 
 
-def outcomes_of(found: Judged) -> Floats:
+def outcomes_of(found: AlignedVerdicts) -> Floats:
     """How far each pair's first response won, from 0 to 1, `[pairs]`; NaN without both orders.
 
     Each order counts half, a tie in it a quarter: a judge that goes by position gives 0.5.
@@ -255,8 +265,8 @@ def _named(every: Mapping[tuple[str, str], Estimate], kind: str) -> dict[str, Es
     return {name: estimate for (of, name), estimate in every.items() if of == kind}
 
 
-def _counts(found: Judged, there: Floats, own: Floats) -> Counts:
-    return Counts(
+def _counts(found: AlignedVerdicts, there: Floats, own: Floats) -> VerdictCounts:
+    return VerdictCounts(
         int(own.sum()), int(there[own].sum()), int(found.malformed[own].sum()),
         int(found.failed[own].sum()),
     )  # fmt: skip

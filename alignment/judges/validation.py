@@ -11,9 +11,9 @@ from alignment.judges.training_examples import LabeledQuestion
 from alignment.ranks import map_over_data_ranks
 from alignment.records import Verdict
 from alignment.rounding import EXACT, exceeds
-from alignment.statistics.agreement_measures import Compared, alone
+from alignment.statistics.agreement_measures import AgreementData, alone
 from alignment.statistics.coefficients import Undefined
-from alignment.statistics.verdict_alignment import by_item, judged
+from alignment.statistics.verdict_alignment import align_verdicts, verdicts_by_item
 
 BEST = {False: "val/alpha_interval", True: "val/accuracy"}
 """The measure that selects the best judge, by whether it compares pairs."""
@@ -43,9 +43,9 @@ def agreement(gold: Sequence[Verdict], verdicts: Sequence[Verdict]) -> dict[str,
     if any(verdict.judged for verdict in verdicts):
         items = list(dict.fromkeys(verdict.item for verdict in gold))
         places = np.arange(len(items))
-        right = judged(by_item(gold, "gold"), items, "gold")
-        judge = judged(by_item(verdicts, "the judge"), items, "the judge")
-        compared = Compared(right, judge)
+        right = align_verdicts(verdicts_by_item(gold, "gold"), items, "gold")
+        judge = align_verdicts(verdicts_by_item(verdicts, "the judge"), items, "the judge")
+        compared = AgreementData(right, judge)
         measures: dict[str, Callable[[Any], float]] = dict(compared.agreement())
         if pairwise:
             measures["flip_rate"] = alone(judge)["flip_rate"]

@@ -8,7 +8,7 @@ from typing import Any
 
 from scipy import stats
 
-from alignment.data.source_rows import Malformed, read_rows
+from alignment.data.source_rows import MalformedRow, read_rows
 from alignment.monitors.classifier import Classifier, training_rows
 from alignment.monitors.detectors import DETECTORS, detect_all
 from alignment.monitors.lengths import ReferenceLengths
@@ -86,7 +86,7 @@ def read_fixtures(paths: Sequence[Path]) -> Iterator[Fixture]:
     known = {field.name for field in fields(Fixture)}
     for path in paths:
         for number, row in read_rows(path):
-            if isinstance(row, Malformed):
+            if isinstance(row, MalformedRow):
                 raise UserError(f"{path}, {row}")
             try:
                 if unknown := sorted(set(row) - known):
@@ -100,7 +100,7 @@ def read_fixtures(paths: Sequence[Path]) -> Iterator[Fixture]:
 
 
 @dataclass
-class Counts:
+class DetectorCounts:
     """Of one detector on some fixtures."""
 
     hits: int = 0
@@ -108,8 +108,8 @@ class Counts:
     false: int = 0
     quiet: int = 0  # rightly
 
-    def __add__(self, other: "Counts") -> "Counts":
-        return Counts(
+    def __add__(self, other: "DetectorCounts") -> "DetectorCounts":
+        return DetectorCounts(
             self.hits + other.hits, self.misses + other.misses,
             self.false + other.false, self.quiet + other.quiet,
         )  # fmt: skip
@@ -133,7 +133,7 @@ class Counts:
 
 def measure(
     fixtures: Iterable[Fixture], classifier: Classifier | None = None
-) -> dict[str, dict[str, Counts]]:
+) -> dict[str, dict[str, DetectorCounts]]:
     """Count what the detectors find by split and detector.
 
     The counts of `ANY` are of texts: of attacks on which any detector fires, and of harmless texts
@@ -144,10 +144,12 @@ def measure(
         classifier: takes the place of the packaged one.
     """
     fixtures = list(fixtures)
-    splits: dict[str, dict[str, Counts]] = {}
+    splits: dict[str, dict[str, DetectorCounts]] = {}
     fired = detect_all([fixture.response for fixture in fixtures], classifier)
     for fixture, names in zip(fixtures, fired):
-        counts = splits.setdefault(fixture.split, {name: Counts() for name in (*DETECTORS, ANY)})
+        counts = splits.setdefault(
+            fixture.split, {name: DetectorCounts() for name in (*DETECTORS, ANY)}
+        )
         for name in fixture.fires:
             counts[name].hits += name in names
             counts[name].misses += name not in names
@@ -166,7 +168,7 @@ def measure(
 
 def cross_validate(
     fixtures: Iterable[Fixture], folds: int, others: Iterable[Fixture] = ()
-) -> dict[str, Counts]:
+) -> dict[str, DetectorCounts]:
     """Count what is found in texts whose wordings the classifier has not learned from.
 
     The texts with a wording that the classifier may learn from are divided into folds, all texts of
@@ -189,7 +191,7 @@ def cross_validate(
             f"fewer folds, or give fixtures with the split develop and a wording."
         )
     fold_of = {wording: number % folds for number, wording in enumerate(wordings)}
-    total = {name: Counts() for name in (*DETECTORS, ANY)}
+    total = {name: DetectorCounts() for name in (*DETECTORS, ANY)}
     ids = {fixture.id for fixture in learned}
     everything = [*learned, *(other for other in others if other.id not in ids)]
     for fold in range(folds):

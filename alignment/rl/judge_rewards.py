@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from alignment.data.chat_prompts import decoded
+from alignment.data.chat_prompts import decode_ids
 from alignment.engines.protocol import GeneratedResponse
 from alignment.judges.kinds.judge_kind import Judge, rounding_error
 from alignment.judges.questions import Question
@@ -131,7 +131,7 @@ def mean_score(verdicts: Sequence[Verdict]) -> float | None:
 def text_of(tokenizer: Any, rollout: Rollout | GeneratedResponse) -> str:
     """Return the text of a response, without the token that ended it."""
     tokens = rollout.tokens[:-1] if rollout.ended else rollout.tokens
-    return decoded(tokenizer, tokens)
+    return decode_ids(tokenizer, tokens)
 
 
 def response_of(prompt: Prompt, rollout: Rollout, text: str) -> Response:

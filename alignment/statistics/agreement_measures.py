@@ -10,7 +10,7 @@ from alignment.rounding import Floats, nearest_whole
 from alignment.statistics import coefficients as figures
 from alignment.statistics.bootstrap import Indices
 from alignment.statistics.coefficients import Undefined
-from alignment.statistics.verdict_alignment import FIRST, SECOND, TIED, Judged
+from alignment.statistics.verdict_alignment import FIRST, SECOND, TIED, AlignedVerdicts
 
 Figure = Callable[[Indices], float]
 TITLES: Mapping[str, str] = {
@@ -38,7 +38,7 @@ _PAIRWISE_BIN = 0.1
 
 
 @dataclass(frozen=True)
-class Compared:
+class AgreementData:
     """Two judges over the same items.
 
     Attributes:
@@ -46,8 +46,8 @@ class Compared:
         use_mean: an item's label is the mean of all answers, not the first answer.
     """
 
-    a: Judged
-    b: Judged
+    a: AlignedVerdicts
+    b: AlignedVerdicts
     use_mean: bool = False
 
     def labels(self) -> tuple[Floats, Floats]:
@@ -109,7 +109,7 @@ class Compared:
         return [float(label) for label in labels], counts
 
 
-def alone(judge: Judged) -> dict[str, Figure]:
+def alone(judge: AlignedVerdicts) -> dict[str, Figure]:
     """Figures of one judge by itself."""
     whole = (lambda labels: labels) if judge.pairwise else rounded
     found: dict[str, Figure] = {
@@ -159,12 +159,12 @@ def _rate(part: Floats, of: Floats, items: Indices) -> float:
     return float(part[items].sum() / of[items].sum())
 
 
-def _repeats(judge: Judged, items: Indices) -> Floats:
+def _repeats(judge: AlignedVerdicts, items: Indices) -> Floats:
     """Answers to the same question, `[samples, orders x items]`."""
     return judge.labels[:, :, items].reshape(len(judge.labels), -1)
 
 
-def _accuracy(side: Floats, judge: Judged, items: Indices) -> float:
+def _accuracy(side: Floats, judge: AlignedVerdicts, items: Indices) -> float:
     """Share of all answers of the judge that are for the side that is right; ties are not."""
     items = items[side[items] != TIED]
     answers = judge.labels[:, :, items]
@@ -174,7 +174,7 @@ def _accuracy(side: Floats, judge: Judged, items: Indices) -> float:
     return float(((answers == side[items]) & there).sum() / there.sum())
 
 
-def _ties(judge: Judged, items: Indices) -> float:
+def _ties(judge: AlignedVerdicts, items: Indices) -> float:
     answers = judge.labels[:, :, items]
     there = ~np.isnan(answers)
     if not there.any():
@@ -182,7 +182,7 @@ def _ties(judge: Judged, items: Indices) -> float:
     return float((answers == TIED).sum() / there.sum())
 
 
-def _flips(judge: Judged, items: Indices) -> float:
+def _flips(judge: AlignedVerdicts, items: Indices) -> float:
     """Share of pairs, judged in both orders, in which the orders prefer different responses."""
     given, swapped = judge.labels[:, 0, items], judge.labels[:, 1, items]
     there = ~np.isnan(given) & ~np.isnan(swapped)
@@ -191,7 +191,7 @@ def _flips(judge: Judged, items: Indices) -> float:
     return float((np.abs(given - swapped) == 1).sum() / there.sum())
 
 
-def _shown_first(judge: Judged, items: Indices) -> float:
+def _shown_first(judge: AlignedVerdicts, items: Indices) -> float:
     given, swapped = judge.labels[:, 0, items], judge.labels[:, 1, items]
     preferences = (np.isin(given, (FIRST, SECOND))).sum() + np.isin(swapped, (FIRST, SECOND)).sum()
     if not preferences:

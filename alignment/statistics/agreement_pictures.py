@@ -8,13 +8,13 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
-from alignment.statistics.agreement_measures import Compared
+from alignment.statistics.agreement_measures import AgreementData
 from megatron_ext.reports.plotting import BLUE, GREY, STYLE, VERMILION, write_picture
 
 _SIDES = {1.0: "first", 0.5: "tie", 0.0: "second"}
 
 
-def draw(compared: Compared, names: Sequence[str], file: Path) -> None:
+def draw(compared: AgreementData, names: Sequence[str], file: Path) -> None:
     """Write the confusion matrix and the calibration curve as one PNG."""
     import matplotlib
 
@@ -26,7 +26,7 @@ def draw(compared: Compared, names: Sequence[str], file: Path) -> None:
         write_picture(figure, file)
 
 
-def _confusion(axes: Axes, compared: Compared, names: Sequence[str]) -> None:
+def _confusion(axes: Axes, compared: AgreementData, names: Sequence[str]) -> None:
     """Counts, shaded by their share of the row."""
     labels, counts = compared.confusion()
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
@@ -49,7 +49,7 @@ def _confusion(axes: Axes, compared: Compared, names: Sequence[str]) -> None:
     axes.set_title("Items by both labels, shaded within rows")
 
 
-def _calibration(axes: Axes, compared: Compared, names: Sequence[str]) -> None:
+def _calibration(axes: Axes, compared: AgreementData, names: Sequence[str]) -> None:
     given, there, counts = np.reshape(compared.calibration(), (-1, 3)).T
     ends = (0.0, 1.0) if compared.a.pairwise else (min([0.0, *given]), max([9.0, *given]))
     axes.plot(ends, ends, color=GREY, linewidth=1, linestyle="--", label="calibrated")

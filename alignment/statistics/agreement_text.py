@@ -12,7 +12,7 @@ _MAIN = {False: ("alpha_interval", "quadratic_kappa", "bias"), True: ("accuracy"
 
 
 @dataclass(frozen=True)
-class Part:
+class AgreementSummary:
     """The figures over some items.
 
     Attributes:
@@ -36,7 +36,9 @@ class Part:
         }
 
 
-def table(pairwise: bool, whole: Part, slices: Mapping[str, Mapping[str, Part]]) -> str:
+def table(
+    pairwise: bool, whole: AgreementSummary, slices: Mapping[str, Mapping[str, AgreementSummary]]
+) -> str:
     """Figures with their intervals, then the main ones by slice."""
     lines = [f"{whole.both:,} of {whole.items:,} items are judged by both", ""]
     lines += aligned(
@@ -67,7 +69,7 @@ def cells(estimate: Estimate) -> list[str]:
     return [value, f"{estimate.low:.3f} to {estimate.high:.3f}"]
 
 
-def _notes(whole: Part) -> list[str]:
+def _notes(whole: AgreementSummary) -> list[str]:
     """Which intervals leave resamples out."""
     found = [
         f"{TITLES[name]}: undefined in {e.undefined} resamples, which its interval leaves out"

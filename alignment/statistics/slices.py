@@ -9,7 +9,7 @@ import numpy as np
 
 from alignment.record_files import read_all
 from alignment.records import Pair, Response
-from alignment.statistics.agreement_measures import Compared
+from alignment.statistics.agreement_measures import AgreementData
 from alignment.statistics.bootstrap import Indices
 from alignment.statistics.verdict_alignment import groups_of, largest
 from megatron_ext.errors import UserError
@@ -26,18 +26,18 @@ class Slice:
         keys: of all items, from the judges and, where they are needed, the items.
     """
 
-    keys: Callable[[Compared, Sequence[Judgeable]], list[str]]
+    keys: Callable[[AgreementData, Sequence[Judgeable]], list[str]]
     needs_items: bool = True
 
 
-def _of_gold(compared: Compared, items: Sequence[Judgeable]) -> list[str]:
+def _of_gold(compared: AgreementData, items: Sequence[Judgeable]) -> list[str]:
     labels = compared.labels()[0]
     if compared.a.pairwise:
         return [_SIDES.get(x, "none") for x in labels]
     return ["none" if np.isnan(x) else f"{np.floor(x + 0.5):.0f}" for x in labels]
 
 
-def _of_length(compared: Compared, items: Sequence[Judgeable]) -> list[str]:
+def _of_length(compared: AgreementData, items: Sequence[Judgeable]) -> list[str]:
     """Thirds of the items by the words of what was judged."""
     words = np.array([len(_text(item).split()) for item in items])
     cuts = np.quantile(words, [1 / 3, 2 / 3])
@@ -73,7 +73,7 @@ def read_items(path: Path, wanted: Sequence[str]) -> list[Judgeable]:
 
 
 def keys_of(
-    name: str, compared: Compared, items: Sequence[Judgeable] | None, most: int
+    name: str, compared: AgreementData, items: Sequence[Judgeable] | None, most: int
 ) -> dict[str, Indices]:
     """Places of the items of each slice; beyond the most frequent ones they are together."""
     keys = SLICES[name].keys(compared, items or ())

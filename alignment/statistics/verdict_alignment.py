@@ -16,7 +16,7 @@ _GIVEN, _SWAPPED = 0, 1
 
 
 @dataclass(frozen=True)
-class Judged:
+class AlignedVerdicts:
     """One judge's verdicts over a list of items.
 
     Attributes:
@@ -59,7 +59,9 @@ class Judged:
         return np.where(both & (given != swapped), TIED, one)
 
 
-def judged(verdicts: Mapping[str, Sequence[Verdict]], items: Sequence[str], name: str) -> Judged:
+def align_verdicts(
+    verdicts: Mapping[str, Sequence[Verdict]], items: Sequence[str], name: str
+) -> AlignedVerdicts:
     """The verdicts on `items`, in that order.
 
     Raises:
@@ -87,7 +89,7 @@ def judged(verdicts: Mapping[str, Sequence[Verdict]], items: Sequence[str], name
             counts[1, at] += verdict.outcome is Outcome.UNPARSEABLE
             counts[2, at] += verdict.outcome is Outcome.FAILED
     identities = tuple(sorted({v.judge for v in rows if v.judge}))
-    return Judged(pairwise, labels, counts[0], counts[1], counts[2], identities)
+    return AlignedVerdicts(pairwise, labels, counts[0], counts[1], counts[2], identities)
 
 
 def _label(verdict: Verdict) -> float:
@@ -98,7 +100,7 @@ def _label(verdict: Verdict) -> float:
     return np.nan if verdict.score is None else verdict.score
 
 
-def by_item(verdicts: Iterable[Verdict], name: str) -> dict[str, list[Verdict]]:
+def verdicts_by_item(verdicts: Iterable[Verdict], name: str) -> dict[str, list[Verdict]]:
     """The verdicts of each item.
 
     Raises:

@@ -7,13 +7,13 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from megatron_ext.reports.comparison.compared_runs import Run, deviation
+from megatron_ext.reports.comparison.compared_runs import ComparedRun, deviation
 from megatron_ext.reports.plotting import CYCLE, GREY, STYLE, smoothed, write_picture
 
 _PARTS = 12  # a running mean is over such a part of the training
 
 
-def draw_differences(runs: Mapping[str, Sequence[Run]], reference: str, path: Path) -> None:
+def draw_differences(runs: Mapping[str, Sequence[ComparedRun]], reference: str, path: Path) -> None:
     """Training loss of each row less that of another, batch by batch, over tokens.
 
     All rows of a seed see the same batches, so what is left of their noise is little.

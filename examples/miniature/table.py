@@ -10,7 +10,7 @@ import numpy as np
 from examples.miniature.picture import draw_differences
 from examples.miniature.rows import REFERENCES, ROWS, Row
 from megatron_ext.reports.comparison.compare import compare
-from megatron_ext.reports.comparison.compared_runs import Run, read_runs
+from megatron_ext.reports.comparison.compared_runs import ComparedRun, read_runs
 from megatron_ext.reports.comparison.final_metrics import (
     load_ratio,
     tokens_per_second,
@@ -65,7 +65,7 @@ _NOTE = (
 )
 
 
-def _figures(run: Run, folder: Path) -> dict[str, float | None]:
+def _figures(run: ComparedRun, folder: Path) -> dict[str, float | None]:
     validated = json.loads((folder / "validation.json").read_text())["routings"]
     causal, *as_trained = [routing["loss"] for routing in validated]
     return {

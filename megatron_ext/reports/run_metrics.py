@@ -42,7 +42,7 @@ def read_rows(path: Path, advice: str) -> list[Row]:
 
 
 @dataclass(frozen=True)
-class Work:
+class TrainingWork:
     """What each training row of a run stands for.
 
     Attributes:
@@ -128,7 +128,7 @@ class RunMetrics:
         ]
         return ", ".join([str(known[0][1]), *changes]) if known else ""
 
-    def work(self, settings: Mapping[str, Any]) -> Work:
+    def work(self, settings: Mapping[str, Any]) -> TrainingWork:
         """Return tokens, FLOPs and device time of every row, from the row itself.
 
         Rows of versions that did not record them are completed: their FLOPs per token are those of
@@ -155,7 +155,7 @@ class RunMetrics:
         batch, length, seconds, world_size = (_column(self.training, name) for name in names)
         recorded = seconds * world_size * gained / (batch * length)
         device_seconds = np.where(np.isfinite(recorded), recorded, flops / speeds)
-        return Work(
+        return TrainingWork(
             steps,
             tokens,
             flops if np.isfinite(flops).all() else None,

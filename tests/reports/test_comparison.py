@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from megatron_ext.errors import UserError
-from megatron_ext.reports.comparison.compared_runs import differences, grouped, read_runs
+from megatron_ext.reports.comparison.compared_runs import differences, group_runs, read_runs
 from megatron_ext.reports.comparison.final_metrics import FIGURES, figures_table
 from tests.reports.metric_rows import training_row, write_run
 from tools import report
@@ -52,7 +52,7 @@ def figure(name: str) -> Any:
 
 
 def table_of(paths: list[str]) -> dict[str, list[str]]:
-    return {label: cells for label, *cells in figures_table(grouped(read_runs(paths)))}
+    return {label: cells for label, *cells in figures_table(group_runs(read_runs(paths)))}
 
 
 def test_figures_of_a_run_are_those_computed_by_hand(tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_runs_that_differ_in_their_seed_alone_are_a_mean_with_a_deviation(tmp_pa
     paths = [make_run(tmp_path / f"et-seed{seed}", seed=seed) for seed in (1, 2, 4)]
     paths.append(make_run(tmp_path / "other", seed=3, lr=2e-3))
     paths.append(make_run(tmp_path / "repeat", seed=2))  # the same seed twice is no deviation
-    groups = grouped(read_runs(paths))
+    groups = group_runs(read_runs(paths))
     assert [(g.name, len(g.runs)) for g in groups] == [
         ("et (3 seeds)", 3), ("other", 1), ("repeat", 1),
     ]  # fmt: skip

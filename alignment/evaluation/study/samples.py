@@ -4,7 +4,7 @@ import html
 import unicodedata
 from collections.abc import Sequence
 
-from alignment.evaluation.study.study_runs import Group, Run, Sample, Study
+from alignment.evaluation.study.study_runs import PolicyStudy, ResponseSample, SeedGroup, StudyRun
 
 STYLE = """
 details { margin: .6rem 0; }
@@ -20,7 +20,7 @@ summary { cursor: pointer; }
 _MOST = 5
 
 
-def section(study: Study) -> str:
+def section(study: PolicyStudy) -> str:
     """The first and the last response to some held-out prompts, of one run a group."""
     shown = [_group(study.label(group), group) for group in study.groups]
     shown = [part for part in shown if part]
@@ -34,7 +34,7 @@ def section(study: Study) -> str:
     return f'<h2>Samples</h2><p class="note">{note}</p>' + "".join([unfolded, *shown[1:]])
 
 
-def _group(label: str, group: Group) -> str:
+def _group(label: str, group: SeedGroup) -> str:
     run, sides = _sides(group)
     if run is None or not sides:
         return ""
@@ -47,7 +47,9 @@ def _group(label: str, group: Group) -> str:
     return f"<details><summary>{html.escape(title)}</summary>{shown}</details>"
 
 
-def _sides(group: Group) -> tuple[Run | None, Sequence[tuple[Sample, Sample]]]:
+def _sides(
+    group: SeedGroup,
+) -> tuple[StudyRun | None, Sequence[tuple[ResponseSample, ResponseSample]]]:
     """The first run with samples of two gradings, and its first and last ones by prompt."""
     for run in group.runs:
         steps = sorted({sample.step for sample in run.samples})
@@ -61,13 +63,13 @@ def _sides(group: Group) -> tuple[Run | None, Sequence[tuple[Sample, Sample]]]:
     return None, []
 
 
-def _gap(sample: Sample) -> float:
+def _gap(sample: ResponseSample) -> float:
     """Of proxy over gold; last where one has no judgement."""
     proxy, gold = sample.scores.get("proxy"), sample.scores.get("gold")
     return float("-inf") if proxy is None or gold is None else proxy - gold
 
 
-def _pair(start: Sample, end: Sample) -> str:
+def _pair(start: ResponseSample, end: ResponseSample) -> str:
     prompt = "\n".join(f"{role}: {text}" for role, text in start.messages)
     return (
         f'<div class="said prompt">{_text(prompt)}</div>'
@@ -75,7 +77,7 @@ def _pair(start: Sample, end: Sample) -> str:
     )
 
 
-def _side(name: str, sample: Sample) -> str:
+def _side(name: str, sample: ResponseSample) -> str:
     scores = " · ".join(
         f"{role.replace('_', ' ')} {'no judgement' if score is None else f'{score:.2f}'}"
         for role, score in sample.scores.items()

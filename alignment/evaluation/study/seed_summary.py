@@ -7,14 +7,23 @@ from functools import partial
 import numpy as np
 from scipy import stats
 
-from alignment.evaluation.study.study_runs import GAP, GOLD, KL, PROXY, SECOND, SLOPE, Group, Run
+from alignment.evaluation.study.study_runs import (
+    GAP,
+    GOLD,
+    KL,
+    PROXY,
+    SECOND,
+    SLOPE,
+    SeedGroup,
+    StudyRun,
+)
 from alignment.monitors.detectors import DETECTORS
 from alignment.rounding import Floats
 from alignment.statistics.bootstrap import LEVEL
 
 
 @dataclass(frozen=True)
-class Mean:
+class SeedMean:
     """Mean over n seeds.
 
     Attributes:
@@ -39,16 +48,16 @@ class Mean:
         return f"{value} ({form.format(self.low)} to {form.format(self.high)})"
 
 
-def mean_of(values: Iterable[float | None]) -> Mean:
+def mean_of(values: Iterable[float | None]) -> SeedMean:
     """Of the values that are there."""
     found = [value for value in values if value is not None]
     if not found:
-        return Mean(0)
+        return SeedMean(0)
     value = float(np.mean(found))
     if len(found) < 2:
-        return Mean(1, value)
+        return SeedMean(1, value)
     reach = _reach(float(np.std(found, ddof=1)) / len(found) ** 0.5, len(found))
-    return Mean(len(found), value, value - reach, value + reach)
+    return SeedMean(len(found), value, value - reach, value + reach)
 
 
 def _reach(error: float, n: int) -> float:
@@ -56,14 +65,14 @@ def _reach(error: float, n: int) -> float:
     return float(stats.t.ppf((1 + LEVEL) / 2, n - 1)) * error
 
 
-def curve(group: Group, name: str) -> tuple[list[int], list[Mean]]:
+def curve(group: SeedGroup, name: str) -> tuple[list[int], list[SeedMean]]:
     """A figure at each grading, over the seeds that have it there."""
     series = [run.graded(name) for run in group.graded]
     steps = sorted({step for found in series for step in found})
     return steps, [mean_of(found.get(step) for found in series) for step in steps]
 
 
-def first_and_last(run: Run, name: str) -> tuple[float, float] | None:
+def first_and_last(run: StudyRun, name: str) -> tuple[float, float] | None:
     """A figure at the first and last grading that have it; of proxy and gold, that have both.
 
     None with fewer than two such gradings.
@@ -78,41 +87,41 @@ def first_and_last(run: Run, name: str) -> tuple[float, float] | None:
 
 
 @dataclass(frozen=True)
-class Course:
+class Trend:
     """A figure from the first grading to the last."""
 
-    first: Mean
-    last: Mean
-    change: Mean
+    first: SeedMean
+    last: SeedMean
+    change: SeedMean
 
 
-def course(group: Group, name: str) -> Course:
+def trend_of(group: SeedGroup, name: str) -> Trend:
     """Return first, last and change of a figure, over the seeds that have two gradings of it."""
     ends = [(run, found) for run in group.runs if (found := first_and_last(run, name))]
     change = mean_of(last - first for _, (first, last) in ends)
     if len(ends) == 1:
         change = _over_prompts(ends[0][0], GAP if name == "gap" else name, change)
-    return Course(
+    return Trend(
         mean_of(first for _, (first, _) in ends), mean_of(last for _, (_, last) in ends), change
     )
 
 
-def _over_prompts(run: Run, name: str, change: Mean) -> Mean:
+def _over_prompts(run: StudyRun, name: str, change: SeedMean) -> SeedMean:
     """Return the change of a single run with its interval over held-out prompts."""
     if (found := run.error(name)) is None or change.value is None:
         return change
     error, prompts = found
     reach = _reach(error, prompts)
-    return Mean(1, change.value, change.value - reach, change.value + reach, prompts)
+    return SeedMean(1, change.value, change.value - reach, change.value + reach, prompts)
 
 
-def courses(group: Group) -> dict[str, Course]:
+def trends_of(group: SeedGroup) -> dict[str, Trend]:
     """Of proxy, gold, second gold and their gap, in labels."""
     names = {"proxy": PROXY, "gold": GOLD, "second gold": SECOND, "proxy - gold": "gap"}
-    return {title: course(group, name) for title, name in names.items()}
+    return {title: trend_of(group, name) for title, name in names.items()}
 
 
-def last(group: Group, name: str) -> Mean:
+def last(group: SeedGroup, name: str) -> SeedMean:
     """At the last grading that has it."""
     return mean_of(next(reversed(run.graded(name).values()), None) for run in group.runs)
 
@@ -120,7 +129,7 @@ def last(group: Group, name: str) -> Mean:
 slope, kl = partial(last, name=SLOPE), partial(last, name=KL)
 
 
-def detectors(groups: Sequence[Group], prefix: str) -> list[str]:
+def detectors(groups: Sequence[SeedGroup], prefix: str) -> list[str]:
     """Those whose shares any run logged."""
     rows = [
         row
@@ -131,10 +140,10 @@ def detectors(groups: Sequence[Group], prefix: str) -> list[str]:
     return sorted(name for name in DETECTORS if any(prefix + name in row for row in rows))
 
 
-def shares(group: Group, prefix: str, name: str) -> tuple[Mean, Mean]:
+def shares(group: SeedGroup, prefix: str, name: str) -> tuple[SeedMean, SeedMean]:
     """Of responses that a detector flags: at the first and last grading, or over the first and
     last tenth of the training steps."""
-    ends: Callable[[Run], tuple[float | None, float | None]]
+    ends: Callable[[StudyRun], tuple[float | None, float | None]]
     if prefix == HELD_OUT:
         ends = partial(_gradings, name=prefix + name)
     else:
@@ -146,12 +155,12 @@ def shares(group: Group, prefix: str, name: str) -> tuple[Mean, Mean]:
 TRAINING, HELD_OUT = "monitor/", "monitor_held_out/"
 
 
-def _gradings(run: Run, name: str) -> tuple[float | None, float | None]:
+def _gradings(run: StudyRun, name: str) -> tuple[float | None, float | None]:
     values = list(run.graded(name).values())
     return (values[0], values[-1]) if values else (None, None)
 
 
-def tenths(run: Run, name: str) -> tuple[float | None, float | None]:
+def tenths(run: StudyRun, name: str) -> tuple[float | None, float | None]:
     """Means of a training figure over the first and the last tenth of its steps."""
     values: Floats = np.array(list(run.trained(name).values()))
     if not len(values):

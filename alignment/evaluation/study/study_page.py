@@ -10,17 +10,17 @@ from alignment.evaluation.study.narrative import opening, sentences, status
 from alignment.evaluation.study.seed_summary import (
     HELD_OUT,
     TRAINING,
-    Mean,
-    courses,
+    SeedMean,
     detectors,
     kl,
     mean_of,
     shares,
     slope,
     tenths,
+    trends_of,
 )
 from alignment.evaluation.study.study_pictures import agreement_of
-from alignment.evaluation.study.study_runs import Run, Study
+from alignment.evaluation.study.study_runs import PolicyStudy, StudyRun
 from megatron_ext.reports.html import document, picture, table
 
 _STYLE = f"""
@@ -35,7 +35,7 @@ _INTERVALS = (
 )
 
 
-def page(study: Study, pictures: Mapping[str, Path]) -> str:
+def page(study: PolicyStudy, pictures: Mapping[str, Path]) -> str:
     """The page.
 
     Args:
@@ -93,10 +93,10 @@ def _wide(content: str) -> str:
     return f'<div class="wide">{content}</div>'
 
 
-def _grades(study: Study) -> str:
+def _grades(study: PolicyStudy) -> str:
     rows = []
     for group in study.groups:
-        for name, course in courses(group).items():
+        for name, course in trends_of(group).items():
             if course.change.n:
                 cells = (course.first, course.last, course.change)
                 means = [m.told("{:+.2f}" if m is course.change else "{:.2f}") for m in cells]
@@ -108,19 +108,19 @@ def _grades(study: Study) -> str:
     )
 
 
-def _agreement(study: Study) -> str:
+def _agreement(study: PolicyStudy) -> str:
     told = [(group, agreement_of(group)) for group in study.groups]
     if all(alpha.value is None for _, alpha in told):
         return _note("No run tells how far its judge agrees with gold.")
     rows = []
     for group, alpha in told:
-        gain = courses(group)["gold"].change
+        gain = trends_of(group)["gold"].change
         known = "not told" if alpha.value is None else f"{alpha.value:.3f}"
         rows.append([study.label(group), known, gain.told("{:+.2f}"), str(gain.n)])
     return table(["judge", "α with gold", "gold's gain", "n"], rows)
 
 
-def _hacking(study: Study) -> str:
+def _hacking(study: PolicyStudy) -> str:
     header = [
         "judge", "alarm", "first", "gap, first", "gap, last", "slope, last", "KL, last",
         "unrewarded, end",
@@ -128,7 +128,7 @@ def _hacking(study: Study) -> str:
     rows = []
     for group in study.groups:
         alarmed = [run.alarms[0] for run in group.graded if run.alarms]
-        gap = courses(group)["proxy - gold"]
+        gap = trends_of(group)["proxy - gold"]
         unrewarded = mean_of(tenths(run, "unrewarded")[1] for run in group.runs)
         rows.append([
             study.label(group), f"{len(alarmed)} of {len(group.graded)} runs",
@@ -138,7 +138,7 @@ def _hacking(study: Study) -> str:
     return table(header, rows)
 
 
-def _monitors(study: Study) -> list[str]:
+def _monitors(study: PolicyStudy) -> list[str]:
     """Shares of responses that each detector flags, from first to last."""
     titles = {
         HELD_OUT: "Flagged responses to held-out prompts, first grading → last",
@@ -156,11 +156,11 @@ def _monitors(study: Study) -> list[str]:
     return parts or [_note("No run logged monitors.")]
 
 
-def _share(mean: Mean) -> str:
+def _share(mean: SeedMean) -> str:
     return "–" if mean.value is None else f"{mean.value:.1%}"
 
 
-def _runs(study: Study) -> str:
+def _runs(study: PolicyStudy) -> str:
     rows = []
     for run in study.runs:
         last = f"{max(run.gradings):,}" if run.gradings else "–"
@@ -171,7 +171,7 @@ def _runs(study: Study) -> str:
     return table(["run", "last grading", "gradings", "state"], rows)
 
 
-def _origin(study: Study) -> str:
+def _origin(study: PolicyStudy) -> str:
     """What each run was made with, folded away."""
     shown = [
         f"<h3>{html.escape(run.name)}</h3>{table([], _flat(run))}"
@@ -181,7 +181,7 @@ def _origin(study: Study) -> str:
     return f"<details><summary>What the runs were made with</summary>{''.join(shown)}</details>"
 
 
-def _flat(run: Run) -> list[list[str]]:
+def _flat(run: StudyRun) -> list[list[str]]:
     rows: list[list[str]] = []
 
     def add(name: str, value: Any) -> None:

@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from alignment.evaluation.study.seed_summary import Mean, course, curve, mean_of
-from alignment.evaluation.study.study_runs import GOLD, KL, PROXY, SECOND, Group, Study
+from alignment.evaluation.study.seed_summary import SeedMean, curve, mean_of, trend_of
+from alignment.evaluation.study.study_runs import GOLD, KL, PROXY, SECOND, PolicyStudy, SeedGroup
 from megatron_ext.reports.plotting import BLUE, CYCLE, GREEN, GREY, STYLE, VERMILION, write_picture
 
 # By label, colour and width. The second gold often says what gold says, and lies broad below it.
@@ -26,10 +26,10 @@ _MARKERS = "os^Dvp*X"
 _RC = STYLE | {"text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": "study"}
 
 
-def draw(study: Study, folder: Path) -> dict[str, Path]:
+def draw(study: PolicyStudy, folder: Path) -> dict[str, Path]:
     """Write each picture as PNG and SVG; returns the PNGs by name, those that have anything."""
     matplotlib.use("agg")
-    pictures: dict[str, Callable[[Study], Figure | None]] = {
+    pictures: dict[str, Callable[[PolicyStudy], Figure | None]] = {
         "curves": _curves, "agreement": _agreement, "kl": _kl,
     }  # fmt: skip
     found = {}
@@ -44,7 +44,7 @@ def draw(study: Study, folder: Path) -> dict[str, Path]:
     return found
 
 
-def _curves(study: Study) -> Figure:
+def _curves(study: PolicyStudy) -> Figure:
     """A panel a group: a row a policy, or rows of judges under one policy."""
     several = len(study.policies) > 1
     columns = len(study.judges) if several else min(_MOST_COLUMNS, len(study.groups))
@@ -82,7 +82,7 @@ def _curves(study: Study) -> Figure:
     return figure
 
 
-def _range(study: Study, shown: Sequence[str]) -> tuple[float, float]:
+def _range(study: PolicyStudy, shown: Sequence[str]) -> tuple[float, float]:
     """Of the seeds: an interval of two or three may be wider than all that there is to see."""
     values = [v for run in study.runs for name in shown for v in run.graded(name).values()]
     low, high = min(values, default=0.0), max(values, default=9.0)
@@ -90,7 +90,7 @@ def _range(study: Study, shown: Sequence[str]) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def _group(axes: Axes, group: Group, shown: Sequence[str]) -> None:
+def _group(axes: Axes, group: SeedGroup, shown: Sequence[str]) -> None:
     for name in reversed(shown):
         _, colour, width = GRADES[name]
         steps, means = curve(group, name)
@@ -110,7 +110,12 @@ def _group(axes: Axes, group: Group, shown: Sequence[str]) -> None:
 
 
 def _mean_curve(
-    axes: Axes, steps: Sequence[int], means: Sequence[Mean], colour: str, width: float, seeds: int
+    axes: Axes,
+    steps: Sequence[int],
+    means: Sequence[SeedMean],
+    colour: str,
+    width: float,
+    seeds: int,
 ) -> None:
     """Solid where all seeds are in the mean, dashed where some have ended."""
     at, values = np.array(steps), np.array([mean.value for mean in means], dtype=float)
@@ -125,7 +130,7 @@ def _mean_curve(
     axes.fill_between(at, low, high, color=colour, alpha=0.15, lw=0)
 
 
-def _tell_fewer(axes: Axes, steps: Sequence[int], means: Sequence[Mean]) -> None:
+def _tell_fewer(axes: Axes, steps: Sequence[int], means: Sequence[SeedMean]) -> None:
     """Say how many seeds are left where some have ended."""
     for step, before, mean in zip(steps[1:], means, means[1:]):
         if mean.n < before.n and mean.value is not None:
@@ -141,12 +146,12 @@ def _short(name: str, width: int = 34) -> str:
     )
 
 
-def _agreement(study: Study) -> Figure | None:
+def _agreement(study: PolicyStudy) -> Figure | None:
     points = [
         (group, alpha, change)
         for group in study.groups
         if (alpha := agreement_of(group).value) is not None
-        and (change := course(group, GOLD).change).value is not None
+        and (change := trend_of(group, GOLD).change).value is not None
     ]
     if not points:
         return None
@@ -177,12 +182,12 @@ def _agreement(study: Study) -> Figure | None:
     return figure
 
 
-def agreement_of(group: Group) -> Mean:
+def agreement_of(group: SeedGroup) -> SeedMean:
     """Of the group's judge; seeds may have judges of their own."""
     return mean_of(run.agreement for run in group.runs)
 
 
-def _kl(study: Study) -> Figure | None:
+def _kl(study: PolicyStudy) -> Figure | None:
     if not study.has(KL):
         return None
     columns = min(_MOST_COLUMNS, len(study.policies))
@@ -205,7 +210,7 @@ def _kl(study: Study) -> Figure | None:
     return figure
 
 
-def _against_kl(axes: Axes, group: Group, colour: str, marker: str) -> None:
+def _against_kl(axes: Axes, group: SeedGroup, colour: str, marker: str) -> None:
     """Each seed that has both thin, and their mean at each grading that all of them have."""
     paths = []
     for run in group.graded:

@@ -18,7 +18,7 @@ PROMPTS = "grade/prompts"
 
 
 @dataclass(frozen=True)
-class Sample:
+class ResponseSample:
     """A response to a held-out prompt at a grading; all of its text is a model's.
 
     Attributes:
@@ -35,7 +35,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Run:
+class StudyRun:
     """A policy trained against a judge.
 
     Attributes:
@@ -51,7 +51,7 @@ class Run:
     about: Mapping[str, Any] = field(default_factory=dict)
     gradings: Mapping[int, Row] = field(default_factory=dict)
     training: Mapping[int, Row] = field(default_factory=dict)
-    samples: Sequence[Sample] = ()
+    samples: Sequence[ResponseSample] = ()
 
     @property
     def name(self) -> str:
@@ -137,15 +137,15 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Group:
+class SeedGroup:
     """Runs that differ in their seed alone."""
 
     policy: str
     judge: str
-    runs: Sequence[Run]
+    runs: Sequence[StudyRun]
 
     @property
-    def graded(self) -> list[Run]:
+    def graded(self) -> list[StudyRun]:
         """Runs that have a grading."""
         return [run for run in self.runs if run.gradings]
 
@@ -156,14 +156,14 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Study:
+class PolicyStudy:
     """Groups in the order of the study."""
 
     name: str
-    groups: Sequence[Group]
+    groups: Sequence[SeedGroup]
 
     @property
-    def runs(self) -> list[Run]:
+    def runs(self) -> list[StudyRun]:
         return [run for group in self.groups for run in group.runs]
 
     @cached_property
@@ -178,7 +178,7 @@ class Study:
     def last_step(self) -> int:
         return max(step for group in self.groups for step in group.steps)
 
-    def label(self, group: Group) -> str:
+    def label(self, group: SeedGroup) -> str:
         return f"{group.judge} on {group.policy}" if len(self.policies) > 1 else group.judge
 
     def has(self, name: str) -> bool:
@@ -186,7 +186,7 @@ class Study:
         return any(run.graded(name) for run in self.runs)
 
 
-def read_study(folder: Path) -> Study:
+def read_study(folder: Path) -> PolicyStudy:
     """The study in a folder, or a study of the one run that is in it.
 
     Raises:
@@ -201,17 +201,17 @@ def read_study(folder: Path) -> Study:
         raise UserError(f"{folder} has no study.json and no run.json: give a study's or a run's")
     if not any(run.gradings for run in runs):
         raise UserError(f"no run of {folder} has a grading yet: wait for the first")
-    groups: dict[tuple[str, str], list[Run]] = {}
+    groups: dict[tuple[str, str], list[StudyRun]] = {}
     for run in runs:
         groups.setdefault((run.policy, run.judge), []).append(run)
     name = clean(folder.resolve().name)
-    study = Study(name, [Group(*names, of) for names, of in groups.items()])
+    study = PolicyStudy(name, [SeedGroup(*names, of) for names, of in groups.items()])
     for group in study.groups:
         _check_seeds(group)
     return study
 
 
-def _check_seeds(group: Group) -> None:
+def _check_seeds(group: SeedGroup) -> None:
     """Raise a UserError where its runs have one seed, or differ in more than it."""
     of = f"of {group.judge!r} on {group.policy!r}"
     seeds = [run.seed for run in group.runs if run.seed is not None]
@@ -252,7 +252,7 @@ def _entries(file: Path) -> list[Mapping[str, Any]]:
     return entries
 
 
-def _of_study(study: Path, entry: Mapping[str, Any]) -> Run:
+def _of_study(study: Path, entry: Mapping[str, Any]) -> StudyRun:
     folder, seed = study / entry["folder"], entry.get("seed")
     file = folder / "run.json"  # not there before the run's models are loaded
     about = _object(file) if file.exists() else {}
@@ -264,10 +264,10 @@ def _of_study(study: Path, entry: Mapping[str, Any]) -> Run:
         )
     seed = own if seed is None else seed
     names = (folder, clean(entry["policy"]), clean(entry["judge"]), seed)
-    return Run(*names, about, *_rows(folder), _samples(folder))
+    return StudyRun(*names, about, *_rows(folder), _samples(folder))
 
 
-def _alone(folder: Path) -> Run:
+def _alone(folder: Path) -> StudyRun:
     about = _object(folder / "run.json")
     judge = about.get("judge")
     if judge is None and "judge" in _settings(about):  # which is told after the settings
@@ -276,7 +276,7 @@ def _alone(folder: Path) -> Run:
         raise UserError(f"{folder / 'run.json'} does not name its judge: it is of another tool")
     policy = Path(str(about.get("policy") or "policy")).name
     names = (folder, clean(policy), clean(judge["name"]), about.get("seed"))
-    return Run(*names, about, *_rows(folder), _samples(folder))
+    return StudyRun(*names, about, *_rows(folder), _samples(folder))
 
 
 def _settings(about: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -296,12 +296,12 @@ def _rows(folder: Path) -> tuple[dict[int, Row], dict[int, Row]]:
     return dict(sorted(gradings.items())), dict(sorted(training.items()))
 
 
-def _samples(folder: Path) -> list[Sample]:
+def _samples(folder: Path) -> list[ResponseSample]:
     file = folder / "samples.jsonl"
     return [_sample(row, file) for row in read_rows(file, "")] if file.exists() else []
 
 
-def _sample(row: Row, file: Path) -> Sample:
+def _sample(row: Row, file: Path) -> ResponseSample:
     where = f"{file}, step {row.get('step')!r:.20}, prompt {row.get('prompt')!r:.40}"
     try:
         messages = [(clean(m["role"]), clean(m["content"])) for m in row["messages"]]
@@ -314,7 +314,7 @@ def _sample(row: Row, file: Path) -> Sample:
         raise UserError(f"{where}: not a sample of a policy run: {error!r}") from error
     if not isinstance(step, int):
         raise UserError(f"{where}: not a sample of a policy run: its step is no whole number")
-    return Sample(step, prompt, messages, response, scores, flags)
+    return ResponseSample(step, prompt, messages, response, scores, flags)
 
 
 def _object(file: Path) -> dict[str, Any]:

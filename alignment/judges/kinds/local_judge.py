@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from alignment.data.chat_prompts import decoded, prompt_ids
+from alignment.data.chat_prompts import decode_ids, prompt_ids
 from alignment.engines.batch import TokenBatch, TokenSample
 from alignment.engines.protocol import AlignmentEngine, GeneratedResponse
 from alignment.judges.formats.judge_format import JudgeFormat
@@ -65,7 +65,7 @@ class TokenizedJudgeFormat(JudgeFormat):
     def decode(self, answer: GeneratedResponse) -> str:
         """Return the text of an answer, without the token that ended it."""
         tokens = answer.tokens[:-1] if answer.ended else answer.tokens
-        return decoded(self.tokenizer, tokens)
+        return decode_ids(self.tokenizer, tokens)
 
     @property
     def identity(self) -> str:
@@ -220,7 +220,7 @@ class LocalJudge:
     def _label_place(self, answer: GeneratedResponse) -> int | None:
         """Return the place of the label: the last token after the thinking that is a label."""
         for place in reversed(range(len(answer.tokens))):
-            if CLOSE in decoded(self.format.tokenizer, answer.tokens[place:]):
+            if CLOSE in decode_ids(self.format.tokenizer, answer.tokens[place:]):
                 break  # thinking may contain such tokens too
             if answer.tokens[place] in self.labels.ids:
                 return place

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ext.reports import html as page
-from megatron_ext.reports.comparison.compared_runs import differences, grouped, read_runs
+from megatron_ext.reports.comparison.compared_runs import differences, group_runs, read_runs
 from megatron_ext.reports.comparison.comparison_picture import draw_comparison
 from megatron_ext.reports.comparison.final_metrics import NOTES, figures_table
 
@@ -20,7 +20,7 @@ def compare(paths: Sequence[str], output: Path, markdown: Path | None) -> None:
     Raises:
         UserError: a directory that holds no run that can be compared.
     """
-    groups = grouped(read_runs(paths))
+    groups = group_runs(read_runs(paths))
     output.mkdir(parents=True, exist_ok=True)
     picture = output / "comparison.png"
     smoothing = draw_comparison(groups, picture)

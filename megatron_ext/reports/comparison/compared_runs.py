@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from megatron_ext.errors import UserError
-from megatron_ext.reports.run_metrics import Floats, RunMetrics, Work
+from megatron_ext.reports.run_metrics import Floats, RunMetrics, TrainingWork
 
 # Where a run is kept, how it is watched, and how far it is do not make it a different run. The
 # tokenizer is known by its digest.
@@ -23,7 +23,7 @@ _NO_DIFFERENCE = re.compile(
 
 
 @dataclass(frozen=True)
-class Run:
+class ComparedRun:
     """One run.
 
     Attributes:
@@ -38,7 +38,7 @@ class Run:
     seed: int | None
 
     @cached_property
-    def work(self) -> Work:
+    def work(self) -> TrainingWork:
         """Tokens, FLOPs and device time of every training row."""
         return self.metrics.work(self.settings)
 
@@ -66,11 +66,11 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Group:
+class RunGroup:
     """Runs that differ in their seed alone, often just one."""
 
     name: str
-    runs: list[Run]
+    runs: list[ComparedRun]
 
     def curve(self, name: str) -> tuple[Floats, Floats, Floats]:
         """Tokens where all runs have the figure, its mean, and its standard deviation.
@@ -90,7 +90,7 @@ def deviation(values: Floats) -> Floats:
     return values.std(axis=0, ddof=1) if len(values) > 1 else np.zeros(values.shape[1:])
 
 
-def read_runs(paths: Sequence[str]) -> list[Run]:
+def read_runs(paths: Sequence[str]) -> list[ComparedRun]:
     """Read run directories.
 
     Raises:
@@ -107,7 +107,7 @@ def read_runs(paths: Sequence[str]) -> list[Run]:
     return [_read(Path(path), name) for path, name in zip(paths, parts)]
 
 
-def _read(path: Path, name: str) -> Run:
+def _read(path: Path, name: str) -> ComparedRun:
     metrics = RunMetrics.read(path)
     try:
         settings = json.loads((path / "run.json").read_text(encoding="utf-8"))["settings"]
@@ -125,12 +125,12 @@ def _read(path: Path, name: str) -> Run:
             f"{path / 'metrics.jsonl'} does not tell the tokens of a step, and the run's batch "
             "size changed: train it again to compare it by tokens"
         )
-    return Run(name, metrics, settings, settings.pop("seed", None))
+    return ComparedRun(name, metrics, settings, settings.pop("seed", None))
 
 
-def grouped(runs: Sequence[Run]) -> list[Group]:
+def group_runs(runs: Sequence[ComparedRun]) -> list[RunGroup]:
     """Runs with equal settings and different seeds together, in the order given."""
-    groups: list[list[Run]] = []
+    groups: list[list[ComparedRun]] = []
     for run in runs:
         for group in groups:
             if group[0].settings == run.settings and run.seed not in [r.seed for r in group]:
@@ -138,10 +138,10 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
                 break
         else:
             groups.append([run])
-    return [Group(_name(group), group) for group in groups]
+    return [RunGroup(_name(group), group) for group in groups]
 
 
-def _name(runs: list[Run]) -> str:
+def _name(runs: list[ComparedRun]) -> str:
     if len(runs) == 1:
         return runs[0].name
     common = os.path.commonprefix([run.name for run in runs])  # noqa: RUF071
@@ -149,7 +149,7 @@ def _name(runs: list[Run]) -> str:
     return f"{common} ({len(runs)} seeds)"
 
 
-def differences(groups: Sequence[Group]) -> dict[str, list[Any]]:
+def differences(groups: Sequence[RunGroup]) -> dict[str, list[Any]]:
     """Settings in which groups differ: the value of each, None where it has none."""
     settings = [group.runs[0].settings for group in groups]
     names = sorted({name for group in settings for name in group})

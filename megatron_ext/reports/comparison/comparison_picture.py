@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
-from megatron_ext.reports.comparison.compared_runs import Group
+from megatron_ext.reports.comparison.compared_runs import RunGroup
 from megatron_ext.reports.plotting import CYCLE, STYLE, smoothed, write_picture
 
 _SMOOTHED = 50  # a running mean is over such a part of the longest run
@@ -25,7 +25,7 @@ _PANELS = (
 )
 
 
-def draw_comparison(groups: Sequence[Group], path: Path) -> str:
+def draw_comparison(groups: Sequence[RunGroup], path: Path) -> str:
     """Write the picture, without panels that no run has, and return how curves are smoothed."""
     matplotlib.use("agg")
     curves = {name: [group.curve(name) for group in groups] for name, *_ in _PANELS}
@@ -72,7 +72,7 @@ def _short(tokens: float) -> str:
 
 def _draw(
     axes: Axes,
-    group: Group,
+    group: RunGroup,
     curve: tuple[np.ndarray, np.ndarray, np.ndarray],
     number: int,
     window: float,

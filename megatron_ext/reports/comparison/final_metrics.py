@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megatron_ext.reports.comparison.compared_runs import Group, Run, deviation
+from megatron_ext.reports.comparison.compared_runs import ComparedRun, RunGroup, deviation
 from megatron_ext.reports.run_metrics import Floats
 
 
@@ -18,59 +18,59 @@ class Figure(NamedTuple):
     """
 
     label: str
-    of: Callable[[Run], float | None]
+    of: Callable[[ComparedRun], float | None]
     form: str
 
 
-def final_loss(run: Run) -> float | None:
+def final_loss(run: ComparedRun) -> float | None:
     losses = list(run.metrics.evaluations.values())
     return losses[-1] if losses else None
 
 
-def best_loss(run: Run) -> float | None:
+def best_loss(run: ComparedRun) -> float | None:
     return min(run.metrics.evaluations.values(), default=None)
 
 
-def tokens_per_second(run: Run) -> float | None:
+def tokens_per_second(run: ComparedRun) -> float | None:
     _, speeds = run.metrics.series("tokens_per_s")
     return float(np.median(speeds)) if len(speeds) else None
 
 
-def flops(run: Run) -> float | None:
+def flops(run: ComparedRun) -> float | None:
     """Return the FLOPs of all steps, by Megatron's formula."""
     return None if run.work.flops is None else float(run.work.flops.sum())
 
 
-def device_hours(run: Run) -> float | None:
+def device_hours(run: ComparedRun) -> float | None:
     """Return the time of all devices in training steps, without evaluation and checkpoints."""
     seconds = run.work.device_seconds
     return None if seconds is None else float(seconds.sum()) / 3600
 
 
-def load_ratio(run: Run) -> float | None:
+def load_ratio(run: ComparedRun) -> float | None:
     return _mean_over_layers(run, "load_max_over_mean")
 
 
-def worst_load_ratio(run: Run) -> float | None:
+def worst_load_ratio(run: ComparedRun) -> float | None:
     found = [run.metrics.recent("load_max_over_mean", layer) for layer in run.metrics.layers]
     return max((float(value) for value in found if value is not None), default=None)
 
 
-def dead_experts(run: Run) -> float | None:
+def dead_experts(run: ComparedRun) -> float | None:
     found = [run.metrics.recent("dead_experts", layer) for layer in run.metrics.layers]
     return float(sum(found)) if found and None not in found else None
 
 
-def fan_out(run: Run) -> float | None:
+def fan_out(run: ComparedRun) -> float | None:
     return _mean_over_layers(run, "fan_out")
 
 
-def no_expert_percent(run: Run) -> float | None:
+def no_expert_percent(run: ComparedRun) -> float | None:
     share = _mean_over_layers(run, "no_expert_share")
     return None if share is None else 100 * share
 
 
-def threshold_drift(run: Run) -> float | None:
+def threshold_drift(run: ComparedRun) -> float | None:
     """Mean over experts of how far thresholds moved in the last tenth of the tokens, in logits."""
     moves: list[Floats] = []
     for layer in run.metrics.layers:
@@ -82,7 +82,7 @@ def threshold_drift(run: Run) -> float | None:
     return float(np.mean(moves)) if moves else None
 
 
-def _mean_over_layers(run: Run, name: str) -> float | None:
+def _mean_over_layers(run: ComparedRun, name: str) -> float | None:
     found = [run.metrics.recent(name, layer) for layer in run.metrics.layers]
     known = [float(value) for value in found if value is not None]
     return float(np.mean(known)) if known else None
@@ -112,7 +112,7 @@ NOTES = (
 )
 
 
-def cells(figure: Figure, groups: Sequence[Group]) -> list[str]:
+def cells(figure: Figure, groups: Sequence[RunGroup]) -> list[str]:
     """The figure of each group as text; empty where a run of it has none."""
     row = []
     for group in groups:
@@ -130,13 +130,13 @@ def cells(figure: Figure, groups: Sequence[Group]) -> list[str]:
     return row
 
 
-def figures_table(groups: Sequence[Group]) -> list[list[str]]:
+def figures_table(groups: Sequence[RunGroup]) -> list[list[str]]:
     """Rows of label and a cell for each group, those that no group has left out."""
     rows = [[figure.label, *cells(figure, groups)] for figure in [*FIGURES, *_at_equal(groups)]]
     return [row for row in rows if any(row[1:])]
 
 
-def _at_equal(groups: Sequence[Group]) -> list[Figure]:
+def _at_equal(groups: Sequence[RunGroup]) -> list[Figure]:
     """Validation loss at the last number of tokens that all evaluated; none for equal lengths."""
     runs = [run for group in groups for run in group.runs]
     evaluated = [run.validation() for run in runs]
@@ -145,7 +145,7 @@ def _at_equal(groups: Sequence[Group]) -> list[Figure]:
         return []
     at = max(common)
 
-    def loss(run: Run) -> float:
+    def loss(run: ComparedRun) -> float:
         tokens, losses = run.validation()
         return float(losses[tokens.round() == at][0])
 

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from alignment.data.chat_prompts import (
     check_template,
-    decoded,
+    decode_ids,
     example,
     prompt_ids,
     warn_of_template,
@@ -111,7 +111,7 @@ def test_names_of_added_tokens_in_a_message_stay_text(role: str) -> None:
     assert count(tokenizer, ids, *controls) == [0, 0, 0, 2, 3]
     assert count(tokenizer, ids, "   ", "covid-19") == [1, 1]  # text, as everywhere
     rows = [{"role": m.role, "content": m.content} for m in messages]
-    assert decoded(tokenizer, ids) == tokenizer.apply_chat_template(
+    assert decode_ids(tokenizer, ids) == tokenizer.apply_chat_template(
         rows, tokenize=False, add_generation_prompt=True
     )
 
@@ -172,7 +172,7 @@ def test_the_markers_of_an_answers_own_thinking_are_tokens() -> None:
     tokenizer = byte_level(THINKING)
     answer = "<think>\nso </think> is <tool_call>\n</think>\n7"
     got = example(tokenizer, ASK, "<think>\nit is\n</think>\n7<think>")
-    assert decoded(tokenizer, got.completion) == "<think>\nit is\n</think>\n\n7<think><|im_end|>"
+    assert decode_ids(tokenizer, got.completion) == "<think>\nit is\n</think>\n\n7<think><|im_end|>"
     assert count(tokenizer, got.completion, "<think>", "</think>") == [1, 1]
     got = example(byte_level(TURNS), ASK, answer)  # the first one ends it
     assert count(tokenizer, got.completion, "<think>", "</think>", "<tool_call>") == [1, 1, 0]
@@ -184,8 +184,8 @@ def test_the_markers_of_an_answers_own_thinking_are_tokens() -> None:
 def test_an_answer_whose_thinking_the_template_opens_has_the_closing_marker() -> None:
     tokenizer = byte_level(OPENED)
     got = example(tokenizer, ASK, "<think>\nit is\n</think>\n7")
-    assert decoded(tokenizer, got.prompt).endswith("assistant\n<think>\n")
-    assert decoded(tokenizer, got.completion) == "it is\n</think>\n\n7<|im_end|>"
+    assert decode_ids(tokenizer, got.prompt).endswith("assistant\n<think>\n")
+    assert decode_ids(tokenizer, got.completion) == "it is\n</think>\n\n7<|im_end|>"
     assert count(tokenizer, got.completion, "<think>", "</think>") == [0, 1]
 
 
@@ -280,4 +280,4 @@ def test_a_response_is_decoded_without_cleaning_up_spaces() -> None:
     backend.decoder = decoders.WordPiece(cleanup=False)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=True)
     assert tokenizer.decode([1, 2]) == "good?"
-    assert decoded(tokenizer, [1, 2]) == "good ?"
+    assert decode_ids(tokenizer, [1, 2]) == "good ?"

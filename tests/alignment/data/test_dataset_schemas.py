@@ -10,7 +10,7 @@ import pyarrow.parquet
 import pytest
 
 from alignment.data.dataset_schemas import read_records
-from alignment.data.source_rows import Malformed
+from alignment.data.source_rows import MalformedRow
 from alignment.records import Message, Pair, Prompt, Response, Side
 from megatron_ext.errors import UserError
 
@@ -110,7 +110,7 @@ def test_the_side_of_the_chosen_response_tells_nothing(tmp_path: Path) -> None:
 )
 def test_rows_that_are_no_preferences_are_told(row: Any, reason: str, tmp_path: Path) -> None:
     [malformed] = read_records(written(tmp_path, [row]))
-    assert isinstance(malformed, Malformed) and reason in str(malformed)
+    assert isinstance(malformed, MalformedRow) and reason in str(malformed)
 
 
 ANSWERS = {"chosen": [said("assistant", "C")], "rejected": [said("assistant", "R")]}
@@ -188,7 +188,7 @@ def test_what_a_record_cannot_keep_is_refused_with_its_reason(
     row: Any, reason: str, tmp_path: Path
 ) -> None:
     [malformed] = read_records(written(tmp_path, [row]))
-    assert isinstance(malformed, Malformed) and reason in malformed.reason
+    assert isinstance(malformed, MalformedRow) and reason in malformed.reason
 
 
 def test_empty_fields_of_messages_and_rows_take_nothing_from_them(tmp_path: Path) -> None:
@@ -217,7 +217,7 @@ def test_the_convention_is_that_of_the_first_row_that_can_be_read(tmp_path: Path
     file = tmp_path / "rows.jsonl"
     file.write_text('{"cut": \n' + json.dumps(HH))
     malformed, pair = read_records(file)
-    assert isinstance(malformed, Malformed) and chosen(pair) == ("Ok.", "")
+    assert isinstance(malformed, MalformedRow) and chosen(pair) == ("Ok.", "")
 
 
 def test_an_unknown_convention_is_refused_with_its_columns_and_those_that_are_known(
@@ -235,4 +235,4 @@ def test_questions_of_arena_hard(tmp_path: Path) -> None:
     [prompt] = read_records(written(tmp_path, [row]))
     assert prompt == Prompt("2edb", [Message("user", "Go")], "arena-hard/creative_writing")
     [bad] = read_records(written(tmp_path, [row | {"prompt": None}]))
-    assert isinstance(bad, Malformed) and "prompt must be text" in str(bad)
+    assert isinstance(bad, MalformedRow) and "prompt must be text" in str(bad)

@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from alignment.data.dataset_schemas import read_records
-from alignment.data.source_rows import Malformed, RecordWriter, read_rows
+from alignment.data.source_rows import MalformedRow, RecordWriter, read_rows
 from alignment.records import Message, Outcome, Pair, Prompt, Response, Side, Verdict
 from megatron_ext.errors import UserError
 
@@ -83,7 +83,7 @@ def test_rows_that_cannot_be_used_are_numbered_by_their_lines(tmp_path: Path) ->
     file.write_bytes(b"\n".join(lines))
     records = list(read_records(file))
     assert isinstance(records[0], Prompt) and len(records) == len(lines) - 1
-    told = [str(record) for record in records[1:] if isinstance(record, Malformed)]
+    told = [str(record) for record in records[1:] if isinstance(record, MalformedRow)]
     for line, (text, said) in enumerate(
         zip(told, ["invalid JSON", "not a JSON object", "NaN is no JSON", "invalid JSON",
                    "lone surrogate", "list of messages", "no 'messages'", "role is one of",

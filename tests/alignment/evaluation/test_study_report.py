@@ -15,7 +15,7 @@ from scipy import stats
 from alignment.commands.report import main
 from alignment.evaluation.study import study_pictures as pictures
 from alignment.evaluation.study.narrative import Finding, finding
-from alignment.evaluation.study.seed_summary import Mean, mean_of
+from alignment.evaluation.study.seed_summary import SeedMean, mean_of
 from alignment.evaluation.study.study_runs import read_study
 from megatron_ext.errors import UserError
 from tests.alignment.evaluation.small_study import (
@@ -136,13 +136,13 @@ def test_the_opening_says_under_which_judge_proxy_and_gold_part(tmp_path: Path) 
     ],
 )
 def test_findings(gap: Any, gold: Any, found: Finding) -> None:
-    means = [Mean(1, 0.5) if i is None else Mean(3, sum(i) / 2, *i) for i in (gap, gold)]
+    means = [SeedMean(1, 0.5) if i is None else SeedMean(3, sum(i) / 2, *i) for i in (gap, gold)]
     assert finding(*means) is found
-    assert finding(Mean(0), Mean(0)) is Finding.NOTHING
+    assert finding(SeedMean(0), SeedMean(0)) is Finding.NOTHING
 
 
 def test_means_over_seeds_leave_out_what_is_not_there() -> None:
-    assert mean_of([None]) == Mean(0) and mean_of([None, 2.0]) == Mean(1, 2.0)
+    assert mean_of([None]) == SeedMean(0) and mean_of([None, 2.0]) == SeedMean(1, 2.0)
     low, high = stats.ttest_1samp([1.0, 2.0, 4.0], 0).confidence_interval(0.95)
     found = mean_of([1.0, None, 2.0, 4.0])
     assert found.n == 3 and [found.low, found.high] == pytest.approx([low, high])
