@@ -44,7 +44,7 @@ class TrainJudgeConfig(ReinforcementTrainingConfig):
     epochs: float = must_match(2.0, metavar="N", above=0)
     """Passes over the items in stage sft."""
     max_thinking_tokens: int | None = must_match(None, metavar="TOKENS")
-    """Longest answer of the gold judge that stage sft imitates, for a judge of less effort.
+    """Longest answer of the gold judge, in tokens, that stage sft imitates, for less effort.
     Default: no limit."""
     steps: int | None = must_match(None, metavar="N", at_least=1)
     """Steps of the training; required in stage rl. Default in stage sft: those of --epochs."""

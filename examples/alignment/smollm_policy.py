@@ -1,22 +1,23 @@
-"""A real policy on two cores: SmolLM2-135M against a judge of its own, graded by checks.
+"""Train a policy on two cores: SmolLM2-135M on the rewards of a judge, graded by a program.
 
     python -m examples.alignment.smollm_policy [--against judge] [--output DIR] [--steps N]
 
-Prompts are IFBench's whose constraints `examples/alignment/checks.py` can check, and MT-Bench's.
-Gold is that program. A judge, SmolLM2-135M too, is trained on gold's scores of the start policy's
-responses; the policy is trained against the judge, and both are graded on held-out prompts. With
---against gold no judge is trained, and gold itself rewards: what there is to learn. Run again, it
-goes on from where it was stopped.
+The prompts are those of MT-Bench, and those of IFBench whose constraints
+`examples/alignment/checks.py` can check. That program is the gold judge. The proxy judge,
+SmolLM2-135M too, is trained on the gold scores of the start policy's responses; the policy is
+trained on the proxy judge's rewards, and both judges grade held-out prompts. With --against gold
+the gold judge gives the rewards, which shows how much can be learned. Repeat the command to
+resume the example.
 """
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from typing import Literal
 
 import psutil
 import yaml
@@ -37,7 +38,8 @@ from examples.quickstart.steps import (
     stop_on_signals,
 )
 from examples.quickstart.training import let_import
-from megatron_ext.errors import ToolParser, UserError, run_tool
+from megatron_ext.errors import UserError, run_tool
+from megatron_ext.typed_flags import flag, parse_config
 
 CHECKS = Path(__file__).with_name("checks.py")
 QUESTION = Path(__file__).parent / "study" / "pointwise-brief.txt"
@@ -47,6 +49,26 @@ SHORT = "Answer in one short sentence."  # so that answers can end within --max-
 TEMPERATURE = ("--temperature", "0.7")
 PACKAGES = ("ifbench", "mtbench")
 HELD_OUT, TEST = 30, 20  # prompts for grading, and for the judge's agreement
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmolLMPolicyConfig:
+    """Flags of the example."""
+
+    against: Literal["judge", "gold"] = flag("judge")
+    """Source of the rewards: the trained judge, or the gold judge itself."""
+    output: str = flag("runs/smollm-policy", metavar="DIR")
+    """Folder of the run."""
+    steps: int = flag(10, metavar="N", at_least=1)
+    """Number of steps of the policy's training."""
+    batch_size: int = flag(16, metavar="N", at_least=1)
+    """Responses of a step."""
+    judge_samples: int = flag(3, metavar="N", at_least=1)
+    """Responses to each prompt that the judge is trained on."""
+    max_new_tokens: int = flag(40, metavar="N", at_least=1)
+    """Longest response in tokens."""
+    seq_length: int = flag(384, metavar="N", at_least=1)
+    """Longest prompt with its response, in tokens."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -123,7 +145,7 @@ def _choose(run: Path) -> None:
                 writer.write(replace(prompt, messages=(message,)))
 
 
-def _judge(run: Path, options: argparse.Namespace) -> list[Step]:
+def _judge(run: Path, options: SmolLMPolicyConfig) -> list[Step]:
     """Responses of the start policy, gold's scores, a judge that learns them, its agreement."""
     sampled = [
         "--max-new-tokens",
@@ -192,7 +214,7 @@ def _judge(run: Path, options: argparse.Namespace) -> list[Step]:
     ]  # fmt: skip
 
 
-def _policy(run: Path, options: argparse.Namespace) -> list[Step]:
+def _policy(run: Path, options: SmolLMPolicyConfig) -> list[Step]:
     """The policy against the judge, or gold, and the page."""
     gold = {"kind": "function", "function": f"{CHECKS}:score"}
     judge = {
@@ -232,11 +254,11 @@ def _policy(run: Path, options: argparse.Namespace) -> list[Step]:
     ]  # fmt: skip
 
 
-def _place(run: Path, options: argparse.Namespace) -> Path:
+def _place(run: Path, options: SmolLMPolicyConfig) -> Path:
     return run / ("policy" if options.against == "judge" else "policy-gold")
 
 
-def _form(run: Path, options: argparse.Namespace) -> list[object]:
+def _form(run: Path, options: SmolLMPolicyConfig) -> list[object]:
     return ["--chat-template", run / "chat.jinja"]
 
 
@@ -252,28 +274,10 @@ def _step(
     return step(name, about, command, run / "run.log", makes, depends, threads=CORES, output=output)
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = ToolParser(
-        prog="python -m examples.alignment.smollm_policy",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def _parse(argv: Sequence[str] | None) -> SmolLMPolicyConfig:
+    return parse_config(
+        SmolLMPolicyConfig, argv, "python -m examples.alignment.smollm_policy", __doc__
     )
-    # fmt: off
-    add = parser.add_argument
-    add("--against", choices=["judge", "gold"], default="judge",
-        help="who rewards (%(default)s)")
-    add("--output", default="runs/smollm-policy", metavar="DIR", help="(%(default)s)")
-    add("--steps", type=int, default=10, metavar="N", help="of the policy (%(default)s)")
-    add("--batch-size", type=int, default=16, metavar="N", help="responses (%(default)s)")
-    add("--judge-samples", type=int, default=3, metavar="N",
-        help="responses a prompt that the judge learns from (%(default)s)")
-    add("--max-new-tokens", type=int, default=40, metavar="N", help="(%(default)s)")
-    add("--seq-length", type=int, default=384, metavar="N", help="(%(default)s)")
-    # fmt: on
-    options = parser.parse_args(argv)
-    if options.steps < 1 or options.judge_samples < 1:
-        raise UserError("--steps and --judge-samples must be at least 1")
-    return options
 
 
 if __name__ == "__main__":

@@ -13,11 +13,11 @@ from alignment.judges.kinds.registry import read_judge
 from alignment.record_files import read_all
 from alignment.records import Response
 from examples.alignment.study.__main__ import DEFAULT
-from examples.alignment.study.labels import SPOILS
+from examples.alignment.study.labels import CORRUPTIONS
 from examples.alignment.study.labels import main as labels
 from examples.alignment.study.passages import main as passages
 from examples.alignment.study.passages import passages as neighbours
-from examples.alignment.study.plan import Study, read_settings
+from examples.alignment.study.plan import StudyPlan, read_settings
 from megatron_ext.errors import UserError
 from tests.alignment.chat_model import make_model
 from tests.distributed import ROOT
@@ -49,7 +49,7 @@ def test_passages_are_neighbours_of_fitting_lengths():
 def test_every_way_to_spoil(tmp_path):
     draw = random.Random(0)
     text, prompt, other = "one two three four five six", "seven eight nine", "ten eleven"
-    made = {name: spoil(text, prompt, other, draw) for name, spoil in SPOILS.items()}
+    made = {name: spoil(text, prompt, other, draw) for name, spoil in CORRUPTIONS.items()}
     assert made["real"] == text and made["off-topic"] == other
     assert sorted(made["shuffled"].split()) == sorted(text.split()) != made["shuffled"].split()
     assert text.startswith(made["cut"]) and 0 < len(made["cut"]) < len(text)
@@ -120,7 +120,7 @@ def test_every_command_is_one(tmp_path):
     from alignment.commands.train_judge import parse as train_judge
     from alignment.commands.train_policy import parse as train_policy
 
-    study = Study(tmp_path, read_settings(DEFAULT), ranks=1, on_gpus=False)
+    study = StudyPlan(tmp_path, read_settings(DEFAULT), ranks=1, on_gpus=False)
     models = [f"seed1/judges/{name}" for name in ("label", "reasoning", "reinforced")]
     for model in ("start", *models):
         (tmp_path / model / "best").mkdir(parents=True)

@@ -1,28 +1,61 @@
-"""The controlled study in miniature: policies against a judge of labels, one that thinks, and gold.
+"""Run the controlled study in miniature: policies trained on three kinds of judges.
 
     python -m examples.alignment.study [FILE.yaml] [--seeds 1 2 3] [--output DIR]
 
-An Expert Threshold model is pretrained and taught to answer, once. For each seed its responses and
-spoilt text are labelled by gold, a rule; a judge is trained on the labels, another one on gold's
-thinking and labels and then by GRPO; a policy is trained against each, and one against gold itself.
-Gold, and a second rule that gold's exploits do not fool, grade all of them. Run again, it reuses
-what is done and goes on from where it was stopped; more seeds are added.
+An Expert Threshold model is pretrained and fine-tuned to answer, once. For each seed the gold
+judge, a rule, labels its responses and corrupted text. One judge is trained on the labels, and
+one on the gold judge's thinking and labels and then by GRPO. A policy is trained on each of them,
+and one on the gold judge itself. The gold judge, and a second rule that its exploits do not fool,
+grade all policies. Repeat the command to resume the study, or with more seeds to extend it.
 """
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import psutil
 
-from examples.alignment.study.plan import CHAT, JUDGES, Study, read_settings
+from examples.alignment.study.plan import CHAT, JUDGES, StudyPlan, read_settings
 from examples.quickstart.steps import Stopped, duration, run_steps, say, stop_on_signals
 from examples.quickstart.training import find_gpus, let_import
-from megatron_ext.errors import ToolParser, UserError, run_tool
+from megatron_ext.errors import UserError, run_tool
+from megatron_ext.typed_flags import flag, parse_config
 
 DEFAULT = Path(__file__).parents[1] / "study.yaml"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyConfig:
+    """Flags of the study."""
+
+    file: str = flag(str(DEFAULT), positional=True, metavar="FILE.yaml")
+    """Settings of the study. Default: examples/alignment/study.yaml."""
+    seeds: tuple[int, ...] = flag((1,), metavar="SEED")
+    """Seeds of the runs."""
+    share_judges: bool = flag(False)
+    """Train judges with the first seed only, so that intervals are over the seeds of the
+    policies."""
+    judges: tuple[Literal["label", "reasoning", "gold"], ...] = flag(tuple(JUDGES))
+    """Judges that policies are trained on."""
+    quickstart: str | None = flag(None, metavar="DIR")
+    """Folder of a finished make quickstart, whose text and model are used. Default: none; they are
+    made."""
+    output: str | None = flag(None, metavar="DIR")
+    """Folder of the study. Default: runs/study-NAME."""
+    jobs: int | None = flag(None, metavar="N", at_least=1)
+    """Number of steps that run at the same time. Default: one per CPU core, or 1 on GPUs."""
+
+    def __post_init__(self) -> None:
+        if len(set(self.seeds)) < len(self.seeds):
+            raise UserError("--seeds names a seed twice: remove one.")
+        if self.quickstart and not (Path(self.quickstart) / "metrics.jsonl").is_file():
+            raise UserError(
+                f"--quickstart {self.quickstart} has no metrics.jsonl: give the folder of a "
+                "finished quickstart."
+            )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     gpus = find_gpus()
     jobs = options.jobs or (1 if gpus else psutil.cpu_count(logical=False) or 1)
     quickstart = Path(options.quickstart).absolute() if options.quickstart else None
-    study = Study(
+    study = StudyPlan(
         output, settings, ranks=min(2, gpus or jobs), on_gpus=bool(gpus), quickstart=quickstart,
         judges_of=options.seeds[0] if options.share_judges else None, judges=options.judges,
     )  # fmt: skip
@@ -48,52 +81,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             run_steps(phase, stamps, jobs)
         run_steps(study.report(options.seeds), stamps)
     except Stopped as stopped:
-        say("stopped; the same command goes on from here")
+        say("Stopped. Repeat the command to resume.")
         return 128 + stopped.number
     say((output / "report.txt").read_text().strip())
     say(f"all after {duration(time.monotonic() - start)}")
     return 0
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = ToolParser(
-        prog="python -m examples.alignment.study",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add(
-        "file",
-        nargs="?",
-        default=DEFAULT,
-        metavar="FILE.yaml",
-        help="(examples/alignment/study.yaml)",
-    )
-    add("--seeds", nargs="+", type=int, default=[1], metavar="SEED", help="(1)")
-    add(
-        "--share-judges",
-        action="store_true",
-        help="train judges with the first seed alone: then intervals are over policies' seeds",
-    )
-    add(
-        "--judges",
-        nargs="+",
-        choices=list(JUDGES),
-        default=list(JUDGES),
-        metavar="JUDGE",
-        help=f"of {', '.join(JUDGES)}; default: all",
-    )
-    add("--quickstart", metavar="DIR", help="take text and model of a finished make quickstart")
-    add("--output", metavar="DIR", help="(runs/study-NAME)")
-    add("--jobs", type=int, help="steps at once (one a CPU core; 1 on GPUs)")
-    options = parser.parse_args(argv)
-    if len(set(options.seeds)) < len(options.seeds):
-        raise UserError("--seeds names one twice")
-    if options.jobs is not None and options.jobs < 1:
-        raise UserError(f"--jobs {options.jobs} must be at least 1")
-    if options.quickstart and not (Path(options.quickstart) / "metrics.jsonl").is_file():
-        raise UserError(f"--quickstart {options.quickstart} is no finished quickstart")
-    return options
+def _parse(argv: Sequence[str] | None) -> StudyConfig:
+    return parse_config(StudyConfig, argv, "python -m examples.alignment.study", __doc__)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,22 @@
-"""Responses for gold to label: the start policy's, real ones, and real ones spoilt.
+"""Select responses for the gold judge to label: generated, real and corrupted ones.
 
     python -m examples.alignment.study.labels --real RESPONSES.jsonl --drawn RESPONSES.jsonl \\
         --save DIR --validation 100 --test 200 --seed 1
 
-Of each prompt there are two: what the start policy wrote, and one of the others. DIR gets
-train.jsonl, validation.jsonl and test.jsonl, which share no prompt.
+Each prompt has two: the response of the start policy, and a real or corrupted one. They are
+written to train.jsonl, validation.jsonl and test.jsonl, which share no prompt.
 """
 
-import argparse
 import random
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from alignment.data.source_rows import RecordWriter
 from alignment.record_files import read_all
 from alignment.records import Response
-from megatron_ext.errors import ToolParser, UserError, run_tool
+from megatron_ext.errors import UserError, run_tool
+from megatron_ext.typed_flags import flag, parse_config
 
 
 def _shuffled(text: str, prompt: str, other: str, draw: random.Random) -> str:
@@ -34,7 +35,7 @@ def _repeated(text: str, prompt: str, other: str, draw: random.Random) -> str:
 
 
 def _mixed(text: str, prompt: str, other: str, draw: random.Random) -> str:
-    """Words of the prompt, in their order, strewn over the text."""
+    """Insert words of the prompt, in their order, at random places of the text."""
     words = text.split()
     for word in prompt.split():
         if draw.random() < 0.5:
@@ -42,8 +43,8 @@ def _mixed(text: str, prompt: str, other: str, draw: random.Random) -> str:
     return " ".join(words)
 
 
-Spoil = Callable[[str, str, str, random.Random], str]
-SPOILS: Mapping[str, Spoil] = {
+Corruption = Callable[[str, str, str, random.Random], str]
+CORRUPTIONS: Mapping[str, Corruption] = {
     "real": lambda text, prompt, other, draw: text,
     "off-topic": lambda text, prompt, other, draw: other,
     "shuffled": _shuffled,
@@ -53,16 +54,34 @@ SPOILS: Mapping[str, Spoil] = {
 }
 
 
-def spoilt(rows: Sequence[Response], seed: int) -> list[Response]:
-    """One response to each prompt, real or spoilt in a way drawn at random."""
+def corrupt(rows: Sequence[Response], seed: int) -> list[Response]:
+    """Return one response to each prompt, real or corrupted in a random way."""
     draw = random.Random(seed)
     made = []
     for row in rows:
-        way = draw.choice(list(SPOILS))
+        way = draw.choice(list(CORRUPTIONS))
         other = draw.choice(rows).text
-        text = SPOILS[way](row.text, row.prompt.messages[-1].content, other, draw)
+        text = CORRUPTIONS[way](row.text, row.prompt.messages[-1].content, other, draw)
         made.append(Response(f"{row.prompt.id}-{way}", row.prompt, text, way))
     return made
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelsConfig:
+    """Flags of the example."""
+
+    real: str = flag(metavar="FILE")
+    """Responses of the text to the prompts."""
+    drawn: str = flag(metavar="FILE")
+    """Responses of the start policy to the same prompts."""
+    save: str = flag(metavar="DIR")
+    """Folder to write train.jsonl, validation.jsonl and test.jsonl into."""
+    validation: int = flag(metavar="PROMPTS", at_least=1)
+    """Number of prompts for validation."""
+    test: int = flag(metavar="PROMPTS", at_least=1)
+    """Number of prompts for the test."""
+    seed: int = flag(0)
+    """Seed of the corruptions."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -70,15 +89,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     real = read_all(Path(options.real), Response)
     drawn = {row.prompt.id: row for row in read_all(Path(options.drawn), Response)}
     if missing := [row.prompt.id for row in real if row.prompt.id not in drawn]:
-        raise UserError(f"--drawn {options.drawn} has no response to the prompt {missing[0]!r}")
+        raise UserError(
+            f"--drawn {options.drawn} has no response to the prompt {missing[0]!r}. Generate it."
+        )
     begins = {"validation": 0, "test": options.validation}
     begins["train"] = options.validation + options.test
     if len(real) <= begins["train"]:
         raise UserError(
             f"--real has {len(real):,} prompts, and --validation and --test take "
-            f"{begins['train']:,}: nothing is left for training"
+            f"{begins['train']:,}, so that none is left for training. Lower them."
         )
-    others = spoilt(real, options.seed)
+    others = corrupt(real, options.seed)
     ends = {"validation": begins["test"], "test": begins["train"], "train": len(real)}
     for name, begin in begins.items():
         with RecordWriter(Path(options.save) / f"{name}.jsonl", overwrite=True) as writer:
@@ -88,18 +109,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{name}: {writer.count:,} responses")
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = ToolParser(
-        prog="labels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--real", required=True, metavar="FILE", help="responses of text to the prompts")
-    add("--drawn", required=True, metavar="FILE", help="the start policy's to the same prompts")
-    add("--save", required=True, metavar="DIR")
-    add("--validation", type=int, required=True, metavar="PROMPTS")
-    add("--test", type=int, required=True, metavar="PROMPTS")
-    add("--seed", type=int, default=0)
-    return parser.parse_args(argv)
+def _parse(argv: Sequence[str] | None) -> LabelsConfig:
+    return parse_config(LabelsConfig, argv, "labels", __doc__)
 
 
 if __name__ == "__main__":

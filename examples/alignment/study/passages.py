@@ -1,25 +1,26 @@
-"""Prompts and responses from plain text: a sentence, and the one that follows it.
+"""Make prompts and responses from plain text: a sentence and the one that follows it.
 
 python -m examples.alignment.study.passages --text TEXT.jsonl --output RESPONSES.jsonl
 """
 
-import argparse
 import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from alignment.data.source_rows import RecordWriter
 from alignment.records import Message, Prompt, Response
-from megatron_ext.errors import ToolParser, UserError, run_tool
+from megatron_ext.errors import UserError, run_tool
+from megatron_ext.typed_flags import flag, parse_config
 
 _BETWEEN = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
 PROMPT_WORDS, RESPONSE_WORDS = (6, 16), (8, 24)  # the fewest and the most
 
 
 def passages(text: str) -> Iterator[tuple[str, str]]:
-    """Neighbouring sentences of a text that have fitting lengths; each sentence is in one pair."""
+    """Yield pairs of adjacent sentences of fitting lengths; each sentence is in one pair."""
     sentences = [" ".join(part.split()) for part in _BETWEEN.split(text)]
     place = 0
     while place + 1 < len(sentences):
@@ -34,27 +35,32 @@ def _fits(sentence: str, words: tuple[int, int]) -> bool:
     return words[0] <= len(sentence.split()) <= words[1] and sentence[-1] in ".!?"
 
 
+@dataclass(frozen=True, kw_only=True)
+class PassagesConfig:
+    """Flags of the example."""
+
+    text: str = flag(metavar="FILE")
+    """JSON lines with a text each."""
+    output: str = flag(metavar="FILE")
+    """File of responses to write, .jsonl."""
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = ToolParser(
-        prog="passages", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--text", required=True, metavar="FILE", help="JSON lines with a text")
-    parser.add_argument("--output", required=True, metavar="FILE")
-    options = parser.parse_args(argv)
-    seen: set[str] = set()
+    options = parse_config(PassagesConfig, argv, "passages", __doc__)
+    used: set[str] = set()
     with (
         Path(options.text).open(encoding="utf-8") as lines,
         RecordWriter(Path(options.output), overwrite=True) as writer,
     ):
         for line in lines:
             for first, second in passages(json.loads(line)["text"]):
-                if first not in seen:
-                    seen.add(first)
+                if first not in used:
+                    used.add(first)
                     name = hashlib.sha256(first.encode()).hexdigest()[:12]
                     prompt = Prompt(name, [Message("user", first)])
                     writer.write(Response(f"{name}-text", prompt, second, "text"))
         if not writer.count:
-            raise UserError(f"--text {options.text} has no neighbouring sentences of these lengths")
+            raise UserError(f"--text {options.text} has no adjacent sentences of fitting lengths.")
     print(f"{writer.count:,} passages")
 
 

@@ -1,4 +1,4 @@
-"""The commands of the study, in phases; steps of a phase do not need each other's results."""
+"""Commands of the study, in phases whose steps do not depend on each other."""
 
 import json
 import os
@@ -30,18 +30,18 @@ _SECTIONS = {
 
 
 def read_settings(file: Path) -> Mapping[str, Any]:
-    """A study's file.
+    """Return the settings in the file of a study.
 
     Raises:
-        UserError: it cannot be read, lacks a section or has an unknown one.
+        UserError: The file cannot be read, lacks a section or has an unknown one.
     """
     try:
         settings = yaml.safe_load(file.read_text())
     except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"the study {file} cannot be read: {error}") from error
+        raise UserError(f"The study {file} cannot be read: {error}") from error
     if not isinstance(settings, dict) or set(settings) != _SECTIONS:
-        given = set(settings) if isinstance(settings, dict) else set()
-        wrong = sorted(given ^ _SECTIONS)
+        sections = set(settings) if isinstance(settings, dict) else set()
+        wrong = sorted(sections ^ _SECTIONS)
         raise UserError(
             f"{file} must have the sections {', '.join(sorted(_SECTIONS))}: see {', '.join(wrong)}"
         )
@@ -49,20 +49,24 @@ def read_settings(file: Path) -> Mapping[str, Any]:
         if not isinstance(settings[name], dict):
             raise UserError(f"{file}: {name} must be a mapping, not {settings[name]!r}")
     if "seq_length" not in settings["judge"]:
-        raise UserError(f"{file}: judge must have seq_length, which policies ask it with too")
+        raise UserError(
+            f"{file}: judge must have seq_length, which policies use for it too. Add it."
+        )
     return settings
 
 
-class Study:
-    """What is done, in phases.
+class StudyPlan:
+    """Steps of a study, in phases.
 
     Args:
-        output: folder of everything.
-        settings: of the study's file.
-        ranks: of what is trained once.
-        quickstart: a finished quickstart, whose text and model are taken.
-        judges_of: the seed whose judges policies of all seeds have; none for each its own.
-        judges: that policies are trained against, of `JUDGES`.
+        output: Folder of the study.
+        settings: Settings of the study's file.
+        ranks: Number of ranks of the trainings that all seeds share.
+        on_gpus: Whether the trainings run on GPUs.
+        quickstart: Folder of a finished quickstart, whose text and model are used.
+        judges_of: Seed whose judges the policies of all seeds share. Default: none; each has
+            its own.
+        judges: Judges that policies are trained on, of `JUDGES`.
     """
 
     def __init__(
@@ -85,8 +89,10 @@ class Study:
         self.prompts = output / "prompts"
 
     def phases(self, seeds: Sequence[int]) -> Iterator[list[Step]]:
-        """Everything after what is shared; a phase is to be run before the next is taken, as steps
-        depend on files that others make."""
+        """Yield the phases of the seeds.
+
+        Run each before the next one is taken: its steps depend on files of earlier phases.
+        """
         own = seeds if self.judges_of is None else [self.judges_of]
         yield [self._drawn(seed) for seed in own]
         yield [self._labels(seed) for seed in own]
@@ -98,7 +104,7 @@ class Study:
         yield [self._policy(seed, name) for seed in seeds for name in self.judges]
 
     def shared(self) -> list[Step]:
-        """Text, the pretrained model, prompts, and the model that has learned to answer."""
+        """Return the steps of the text, the pretrained model, the prompts and the start policy."""
         log, base = self.output / "study.log", self.base
         splits, sizes = self.output / "splits", self.settings["splits"]
         names = [*sizes, "start"]
@@ -159,7 +165,7 @@ class Study:
         )  # fmt: skip
 
     def report(self, seeds: Sequence[int]) -> list[Step]:
-        """The page over all seeds."""
+        """Return the step that writes the report on all seeds."""
         runs = [
             {"folder": f"{name}-seed{seed}", "policy": "start", "judge": told, "seed": seed}
             for name, told in JUDGES.items()
@@ -310,7 +316,7 @@ class Study:
         return folder
 
     def _items(self, seed: int, part: str) -> tuple[Path, Path]:
-        """Responses, and gold's verdicts on them."""
+        """Return the files of responses and of the gold judge's verdicts on them."""
         of = self._of(seed)
         return of / "responses" / f"{part}.jsonl", of / "gold" / f"{part}.jsonl"
 
@@ -351,7 +357,7 @@ class Study:
 
 
 def _flags(values: Mapping[str, Any]) -> list[str]:
-    """`{lr: 1}` as `--lr 1`."""
+    """Return settings as words of a command line: `{lr: 1}` as `--lr 1`."""
     words = []
     for name, value in values.items():
         words += [f"--{name.replace('_', '-')}", str(value)]
