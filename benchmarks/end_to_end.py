@@ -123,11 +123,12 @@ def train(flags: list[str], port: int, name: str) -> list[Step]:
     """Train on this rank, each step when the store on `port` says that it is `name`'s turn."""
     import pretrain_et
     from benchmarks._phases import Phases
+    from megatron_ext.training import trainer
 
     turns = dist.TCPStore("127.0.0.1", port, is_master=False)
     turns.set(f"{name}/here/{dist.get_rank()}", "")
     steps: list[Step] = []
-    commit_after = pretrain_et.commit_after
+    commit_after = trainer.commit_after
 
     def taking_turns(train_step: Any, routing: Any) -> Any:
         inner = commit_after(train_step, routing)
@@ -152,7 +153,7 @@ def train(flags: list[str], port: int, name: str) -> list[Step]:
         return timed
 
     sys.argv = ["pretrain_et.py", *flags]
-    with mock.patch.object(pretrain_et, "commit_after", taking_turns), warnings.catch_warnings():
+    with mock.patch.object(trainer, "commit_after", taking_turns), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with contextlib.redirect_stdout(io.StringIO()):
             pretrain_et.main()

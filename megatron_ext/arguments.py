@@ -13,7 +13,6 @@ from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 from megatron.core.transformer import TransformerConfig
 from megatron.training import get_tokenizer
@@ -29,7 +28,7 @@ from megatron_ext.conflicts import check_conflicts
 from megatron_ext.devices import cpu_default_args, is_cpu_device
 from megatron_ext.errors import ToolParser, UserError
 from megatron_ext.optimizer import add_muon_arguments, paper_flags
-from megatron_ext.optimizer import install as install_muon
+from megatron_ext.patches import patched
 from megatron_ext.planning.layout import check_layout
 from megatron_ext.ranges import batch_schedule, check_ranges, check_trackers
 from megatron_ext.recipes import expand_recipes
@@ -80,15 +79,15 @@ def parse_args(argv: Sequence[str], writes: bool = True) -> tuple[Namespace, ETC
     if args.dry_run is None:
         argv = [*_run_dir_flags(args.run_dir), *argv]
         _check_folders(parser.parse_args(argv))
-    with (
-        mock.patch.object(sys, "argv", [sys.argv[0], *argv]),
-        mock.patch.dict(os.environ, environment),
-        _silence() if environment else contextlib.nullcontext(),
-    ):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(patched(sys, "argv", [sys.argv[0], *argv]))
+        for name, value in environment.items():
+            stack.enter_context(patched(os.environ, name, value))
+        if environment:
+            stack.enter_context(_silence())
         args = explained(lambda: parse_and_validate_args(extra_args_provider=add_arguments))
     if args.step_batch_size_schedule is not None:  # checks and plans are for the largest batch
         args.global_batch_size = batch_schedule(args)[-1][1]
-    install_muon()
     args.vocab_size = get_tokenizer().vocab_size  # without padding
     if args.stall_timeout is None:
         args.stall_timeout = 0.9 * 60 * args.distributed_timeout_minutes

@@ -12,7 +12,6 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
-from unittest import mock
 
 import torch
 from megatron.core.optimizer import FP32Optimizer, OptimizerConfig
@@ -22,6 +21,7 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePred
 from megatron.training import get_args, training
 from megatron.training.models import dist_utils
 
+from megatron_ext import patches
 from megatron_ext.devices import is_cpu_device
 
 # What momentum begins at; the paper's code has no option for it either.
@@ -98,19 +98,37 @@ def paper_flags(args: Namespace) -> list[str]:
     return flags
 
 
-def install() -> None:
-    """Put what is lacking into Megatron; without `--optimizer muon` it changes nothing."""
-    muon = _EMERGING_OPTIMIZERS["muon"]
-    rest = ParamWithNamePredicate(
+def replacements() -> dict[str, Any]:
+    """Return Megatron's Muon with learning rates for each kind of parameter.
+
+    Without `--optimizer muon` the replacements change nothing.
+    """
+    others = ParamWithNamePredicate(
         "not of muon", lambda parameter, name: not _is_muons(parameter, name)
     )
-    key = ParamKey(with_name_predicate=rest)
-    _EMERGING_OPTIMIZERS["muon"] = replace(
-        muon, default_param_overrides={key: {"optimizer": "adam"}}
+    key = ParamKey(with_name_predicate=others)
+    muon = replace(
+        _EMERGING_OPTIMIZERS["muon"], default_param_overrides={key: {"optimizer": "adam"}}
     )
-    dist_utils._ddp_wrap = wrap
-    training.get_megatron_optimizer_config = optimizer_config
-    LayerWiseDistributedOptimizer.__init__ = init_layer_wise  # type: ignore[method-assign]
+    return {
+        "megatron.core.optimizer.emerging_optimizers._EMERGING_OPTIMIZERS.muon": muon,
+        "megatron.training.training.get_megatron_optimizer_config": optimizer_config,
+    }
+
+
+def layer_wise_replacements() -> dict[str, Callable[..., Any]]:
+    """Return Megatron's layer-wise optimizer with the parts that it lacks."""
+    owner = "megatron.core.optimizer.layer_wise_optimizer.LayerWiseDistributedOptimizer"
+    return {
+        "megatron.training.models.dist_utils._ddp_wrap": wrap,
+        f"{owner}.__init__": init_layer_wise,
+    }
+
+
+def wrapping_replacements() -> dict[str, Any]:
+    """Return the optimizer by which a model's buffers of gradients are laid out."""
+    optimizer = LayerWiseDistributedOptimizer
+    return {"megatron.training.models.dist_utils.DistributedOptimizer": optimizer}
 
 
 def warm_momentum(train_step: Callable[..., Any]) -> Callable[..., Any]:
@@ -177,7 +195,7 @@ def wrap(model: list[torch.nn.Module], random: bool, ddp_config: Any, *rest: Any
     for chunk in model:
         for name, parameter in chunk.named_parameters():
             parameter.is_managed_by_layer_wise_optimizer = _is_muons(parameter, name)  # type: ignore[attr-defined]
-    with mock.patch.object(dist_utils, "DistributedOptimizer", LayerWiseDistributedOptimizer):
+    with patches.applied("matrix gradients"):
         return _wrap(model, random, ddp_config, *rest, **kw)
 
 

@@ -5,7 +5,6 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -19,6 +18,7 @@ from megatron.training.global_vars import unset_global_variables
 from megatron.training.initialize import initialize_megatron
 
 from alignment.engines.protocol import Optimization
+from megatron_ext import patches
 from megatron_ext.arguments import explained, parse_args
 from megatron_ext.config import ETConfig
 from megatron_ext.data.tokenizer_identity import tokenizer_digest
@@ -27,8 +27,6 @@ from megatron_ext.errors import UserError
 from megatron_ext.hf.architecture import Architecture, from_args, to_flags
 from megatron_ext.hf.sources import Source
 from megatron_ext.model.gpt import gpt_model_config
-from megatron_ext.training import resharding
-from megatron_ext.training.saving import install_integrity
 
 
 @dataclass(frozen=True)
@@ -137,8 +135,8 @@ def start(
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     explained(initialize_megatron)
     if first:
-        resharding.install()
-        install_integrity()
+        patches.apply("optimizer")
+        patches.apply("checkpoints")
     return args, config
 
 
@@ -181,7 +179,7 @@ def build(args: Namespace, config: ETConfig) -> tuple[list[Any], Any, Any]:
         return model, None, None
     # Megatron's schedule counts samples, and the layout decides how many a step has. Here it counts
     # steps, so that another layout can resume.
-    with mock.patch.object(args, "global_batch_size", 1):
+    with patches.patched(args, "global_batch_size", 1):
         schedule = training.get_optimizer_param_scheduler(optimizer)
     config.grad_scale_func = optimizer.scale_loss
     config.finalize_model_grads_func = finalize_model_grads

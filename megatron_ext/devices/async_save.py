@@ -61,14 +61,19 @@ def get_write_results_queue(mp_mode: str = "spawn") -> Any:
     return filesystem_async._results_queue
 
 
-def install() -> None:
-    """Put these functions in the place of Megatron's."""
+def replacements() -> dict[str, Any]:
+    """Return the replacements of Megatron's functions."""
     global _async_loop, _preload_tensors
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 
     writer = filesystem_async.FileSystemWriterAsync
     _async_loop, _preload_tensors = PersistentAsyncCaller.async_loop, writer.preload_tensors
-    PersistentAsyncCaller.async_loop = staticmethod(write_for_a_rank)
-    writer.preload_tensors = staticmethod(preload_tensors)
-    filesystem_async.get_write_results_queue = get_write_results_queue
+    module = "megatron.core.dist_checkpointing.strategies"
+    return {
+        f"{module}.async_utils.PersistentAsyncCaller.async_loop": staticmethod(write_for_a_rank),
+        f"{module}.filesystem_async.FileSystemWriterAsync.preload_tensors": staticmethod(
+            preload_tensors
+        ),
+        f"{module}.filesystem_async.get_write_results_queue": get_write_results_queue,
+    }

@@ -11,8 +11,12 @@ import ctypes
 import importlib.util
 import os
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import torch
+
+from megatron_ext import patches
 
 _device: str | None = None
 
@@ -23,8 +27,8 @@ def activate(use_cuda: bool = True) -> str:
     With CUDA available, and unless `use_cuda` is False, torch stays untouched. Otherwise the CPU
     device is installed, which must happen before Megatron is imported, because its modules keep
     references to torch functions.
-    On either device Megatron is kept from two failures of its own: compiling dataset helpers it
-    has, and resuming with torch's Adam. Calling again returns the first decision.
+    On either device the patches of the group "megatron" are applied. Calling again returns the
+    first decision.
 
     Raises:
         RuntimeError: the device is the CPU and Megatron has been imported already.
@@ -34,8 +38,7 @@ def activate(use_cuda: bool = True) -> str:
         device = "cuda" if use_cuda and torch.cuda.is_available() else "cpu"
         if device == "cpu":
             _install()
-        _use_prebuilt_dataset_helpers()
-        _mend_megatron()
+        patches.apply("megatron")  # imports Megatron, hence not before the device is installed
         _device = device
     return _device
 
@@ -65,19 +68,13 @@ def _install() -> None:
     if "megatron.core" in sys.modules:
         raise RuntimeError("activate() must be called before anything of megatron is imported")
     _hide_gpu_packages()
-    _disable_compiler()
     _keep_freed_memory()
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
     # Megatron refuses tensor parallelism unless CUDA would run its kernels in launch order.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     # transformers imports DeepSpeed where it is installed, which would ask `torch.cuda`.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
-    from megatron_ext.devices import gloo, placement, randomness, runtime
-
-    runtime.install()
-    randomness.install()
-    placement.install()
-    gloo.install()
+    patches.apply("cpu device")
 
 
 def _hide_gpu_packages() -> None:
@@ -90,16 +87,13 @@ def _hide_gpu_packages() -> None:
         sys.modules.setdefault(package, None)  # type: ignore[arg-type]
 
 
-def _disable_compiler() -> None:
-    """Run `torch.compile`d functions eagerly: compiling them takes minutes and a C++ compiler.
+def compiler_settings() -> dict[str, Any]:
+    """Return the setting by which `torch.compile`d functions run eagerly.
 
-    Dynamo is imported here and not later by Megatron, because it files torch's functions by
-    identity and must see the originals.
+    It is the first patch of the CPU device: applying it imports Dynamo, which files torch's
+    functions by identity and must therefore see the originals.
     """
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"
-    import torch._dynamo
-
-    torch._dynamo.config.disable = True
+    return {"torch._dynamo.config.disable": True}
 
 
 def _keep_freed_memory() -> None:
@@ -116,21 +110,11 @@ def _keep_freed_memory() -> None:
         mallopt(trim_threshold, (1 << 31) - 1)
 
 
-def _use_prebuilt_dataset_helpers() -> None:
-    """Keep Megatron from compiling its dataset helpers where the wheel brought them compiled.
+def dataset_helpers() -> dict[str, Callable[[], None]]:
+    """Return a replacement for Megatron's compilation of its dataset helpers.
 
-    Its trainer runs `make` in the package, but the wheel leaves the Makefile out, and a failing
-    `make` ends the process, whatever the device.
+    There is none if the helpers have to be compiled because the wheel does not contain them.
     """
-    if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None:
-        from megatron.core.datasets import utils
-
-        utils.compile_helpers = lambda: None
-
-
-def _mend_megatron() -> None:
-    # Imports Megatron, hence not before the device is installed.
-    from megatron_ext.devices import async_save, torch_optimizer
-
-    torch_optimizer.install()
-    async_save.install()
+    if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is None:
+        return {}
+    return {"megatron.core.datasets.utils.compile_helpers": lambda: None}

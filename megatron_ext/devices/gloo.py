@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
 
 _all_to_all_single = dist.all_to_all_single
 _all_gather = dist.all_gather
@@ -72,12 +71,17 @@ def all_gather(
     return None
 
 
-def install() -> None:
-    """Put the wider forms into `torch.distributed`."""
-    wider: dict[str, Callable[..., Any]] = {
-        "all_gather": all_gather,
-        "all_to_all_single": all_to_all_single,
+def all_gather_replacements() -> dict[str, Callable[..., Any]]:
+    """Return the replacements of `all_gather`."""
+    return {
+        "torch.distributed.all_gather": all_gather,
+        "torch.distributed.distributed_c10d.all_gather": all_gather,
     }
-    for name, collective in wider.items():
-        setattr(dist, name, collective)
-        setattr(distributed_c10d, name, collective)
+
+
+def all_to_all_replacements() -> dict[str, Callable[..., Any]]:
+    """Return the replacements of `all_to_all_single`."""
+    return {
+        "torch.distributed.all_to_all_single": all_to_all_single,
+        "torch.distributed.distributed_c10d.all_to_all_single": all_to_all_single,
+    }

@@ -14,18 +14,10 @@ import torch
 from torch.jit import _builtins
 from torch.utils import _device as device_context
 
+from megatron_ext.patches.table import FACTORIES, METHODS
+
 # Where "cuda" is: host memory, or the meta device inside `without_data`.
 _device = torch.device("cpu")
-
-FACTORIES = (
-    "arange", "as_tensor", "asarray", "bartlett_window", "blackman_window", "empty", "empty_like",
-    "empty_permuted", "empty_strided", "eye", "full", "full_like", "hamming_window", "hann_window",
-    "kaiser_window", "linspace", "logspace", "normal", "ones", "ones_like", "rand", "rand_like",
-    "randint", "randint_like", "randn", "randn_like", "randperm", "range", "scalar_tensor",
-    "sparse_compressed_tensor", "sparse_coo_tensor", "tensor", "tril_indices", "triu_indices",
-    "zeros", "zeros_like",
-)  # fmt: skip
-METHODS = ("new_empty", "new_empty_strided", "new_full", "new_ones", "new_tensor", "new_zeros")
 
 
 @contextmanager
@@ -104,26 +96,26 @@ def _stay_on_host(storage: Any, location: str) -> Any:
     return storage if location.startswith("cuda") else None
 
 
-def install() -> None:
-    """Wrap what takes a device."""
-    # `with torch.device(...)` recognises factories by identity: let it collect the originals.
+def replacements() -> dict[str, Callable[..., Any]]:
+    """Return the replacements of functions that take a device, and register them with torch."""
+    # `with torch.device(...)` recognizes factories by identity, so it must collect the originals.
     device_context._device_constructors()
-    replacements: dict[str, Callable[..., Any]] = {
-        **{name: _placed_on_host(getattr(torch.Tensor, name)) for name in METHODS},
+    methods: dict[str, Callable[..., Any]] = {
+        **{name: _placed_on_host(getattr(torch.Tensor, name)) for name in METHODS.split()},
         "to": tensor_to,
         "type": tensor_type,
         "cuda": _itself,
         "pin_memory": _itself,
         "record_stream": _record_stream,
     }
-    for name, method in replacements.items():
-        setattr(torch.Tensor, name, method)
-    for name in FACTORIES:
-        original = getattr(torch, name)
-        factory = _placed_on_host(original)
-        setattr(torch, name, factory)
-        # `torch.jit.script` recognises operators by identity.
-        if operator := _builtins._find_builtin(original):
+    factories = {name: _placed_on_host(getattr(torch, name)) for name in FACTORIES.split()}
+    for name, factory in factories.items():
+        # `torch.jit.script` recognizes operators by identity.
+        if operator := _builtins._find_builtin(getattr(torch, name)):
             _builtins._register_builtin(factory, operator)
-    device_context.DeviceContext.__init__ = _enter_on_host  # type: ignore[method-assign]
     torch.serialization.register_package(0, lambda storage: None, _stay_on_host)
+    return {
+        **{f"torch.Tensor.{name}": method for name, method in methods.items()},
+        **{f"torch.{name}": factory for name, factory in factories.items()},
+        "torch.utils._device.DeviceContext.__init__": _enter_on_host,
+    }

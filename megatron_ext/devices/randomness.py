@@ -50,18 +50,18 @@ def _device_states(*args: Any) -> tuple[list[int], list[torch.Tensor]]:
     return [0], [_device_generator.get_state()]
 
 
-def install() -> None:
-    """Give host and device a random state each; both begin where torch's was."""
+def replacements() -> dict[str, Any]:
+    """Give host and device a random state each, which start equal, and return the replacements."""
     _host_generator.set_state(_device_generator.get_state())
-    loader, iterator = dataloader.DataLoader, dataloader._BaseDataLoaderIter
-    replacements: list[tuple[Any, str, Any]] = [
-        (torch.cuda, "default_generators", (_device_generator,)),
-        (torch.random, "default_generator", _host_generator),
-        (torch, "default_generator", _host_generator),
-        (torch.utils.checkpoint, "get_device_states", _device_states),
-        (loader, "__iter__", _draws_on_host(loader.__iter__)),
-        (iterator, "__next__", _draws_on_host(iterator.__next__)),
-    ]
-    for owner, name, replacement in replacements:
-        setattr(owner, name, replacement)
     torch.utils.checkpoint.DefaultDeviceType.set_device_type("cuda")
+    loader, iterator = dataloader.DataLoader, dataloader._BaseDataLoaderIter
+    return {
+        "torch.cuda.default_generators": (_device_generator,),
+        "torch.random.default_generator": _host_generator,
+        "torch.default_generator": _host_generator,
+        "torch.utils.checkpoint.get_device_states": _device_states,
+        "torch.utils.data.dataloader.DataLoader.__iter__": _draws_on_host(loader.__iter__),
+        "torch.utils.data.dataloader._BaseDataLoaderIter.__next__": _draws_on_host(
+            iterator.__next__
+        ),
+    }

@@ -7,7 +7,6 @@ memory is the process's resident set.
 import contextlib
 import os
 import platform
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -108,7 +107,7 @@ def stream_guard(stream: Stream | None) -> Iterator[None]:
     yield
 
 
-class Memory:
+class ProcessMemory:
     """Resident bytes of the process; the peak is the highest of the readings."""
 
     def __init__(self) -> None:
@@ -159,12 +158,12 @@ def _always(value: Any) -> Callable[..., Any]:
     return lambda *args, **kwargs: value
 
 
-def answers() -> dict[str, Any]:
-    """What replaces the attributes of `torch.cuda`, by name."""
-    memory = Memory()
+def replacements() -> dict[str, Any]:
+    """Return the replacements of the functions and classes of `torch.cuda`."""
+    memory = ProcessMemory()
     nothing = _always(None)
     stream = _always(Stream())
-    return {
+    functions = {
         "is_available": _always(True),
         "device_count": _always(1),
         "current_device": _always(DEVICE_INDEX),
@@ -196,26 +195,19 @@ def answers() -> dict[str, Any]:
         "ipc_collect": nothing,
         **{f"{name}Tensor": getattr(torch, f"{name}Tensor") for name in TENSOR_TYPES},
     }
+    return {f"torch.cuda.{name}": function for name, function in functions.items()}
 
 
-def install() -> None:
-    """Put the answers into `torch.cuda`, its submodules, nvtx and `torch.accelerator`."""
-    for name, answer in answers().items():
-        _rebind(name, answer)
-    for name in ("mark", "range_end", "range_pop", "range_push", "range_start"):
-        setattr(torch.cuda.nvtx, name, _always(None))
-    setattr(torch.cuda.nvtx, "range", _always(contextlib.nullcontext()))  # noqa: B010
-    # Initialisation counts as done: what waits for it, seeding for example, runs at once.
-    setattr(torch.cuda, "_initialized", True)  # noqa: B010
-    # Having looked for CUDA marks forks as unfit for it; there is none here to be unfit for.
-    setattr(torch.cuda, "_is_in_bad_fork", _always(False))  # noqa: B010
-    # Through `torch.accelerator` torch asks for real hardware, to pin memory for example.
-    setattr(torch.accelerator, "is_available", _always(False))  # noqa: B010
-
-
-def _rebind(name: str, answer: object) -> None:
-    """Bind `answer` wherever `torch.cuda` or a submodule holds the original of that name."""
-    original = getattr(torch.cuda, name)
-    for module_name, module in list(sys.modules.items()):
-        if f"{module_name}.".startswith("torch.cuda.") and vars(module).get(name) is original:
-            setattr(module, name, answer)
+def states() -> dict[str, Any]:
+    """Return the replacements of the state that `torch.cuda` keeps, of nvtx and of accelerators."""
+    ranges = ("mark", "range_end", "range_pop", "range_push", "range_start")
+    return {
+        # Work that waits for the initialization, such as seeding, runs at once.
+        "torch.cuda._initialized": True,
+        # Looking for CUDA marks forked processes as unfit for it, which does not matter here.
+        "torch.cuda._is_in_bad_fork": _always(False),
+        # torch asks `torch.accelerator` for real hardware, to pin memory for example.
+        "torch.accelerator.is_available": _always(False),
+        **{f"torch.cuda.nvtx.{name}": _always(None) for name in ranges},
+        "torch.cuda.nvtx.range": _always(contextlib.nullcontext()),
+    }

@@ -8,6 +8,7 @@ tensor that all parameters share and torch advances once for each of them.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -49,11 +50,15 @@ def load_state_dict(self: DistributedOptimizer, state: dict[str, Any]) -> None:
 
 @functools.wraps(_set_states)
 def set_states(self: DistributedOptimizer, parameter: Any, tensors: dict[str, Any]) -> None:
-    _set_states(self, parameter, {"step": None, **tensors})  # None: leave as it is
+    """Set the state of a parameter, except the parts that a checkpoint does not contain."""
+    _set_states(self, parameter, {"step": None, "param": None, **tensors})  # None: unchanged
 
 
-def install() -> None:
-    """Put the mended methods into Megatron's class."""
-    DistributedOptimizer._set_main_param_and_optimizer_states = set_states
-    DistributedOptimizer.state_dict = state_dict
-    DistributedOptimizer.load_state_dict = load_state_dict
+def replacements() -> dict[str, Callable[..., Any]]:
+    """Return the replacements of methods of Megatron's distributed optimizer."""
+    owner = "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer"
+    return {
+        f"{owner}.state_dict": state_dict,
+        f"{owner}.load_state_dict": load_state_dict,
+        f"{owner}._set_main_param_and_optimizer_states": set_states,
+    }

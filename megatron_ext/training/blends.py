@@ -19,7 +19,7 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_ext.errors import UserError
-from megatron_ext.training.schedule import Progress
+from megatron_ext.training.schedule import RunProgress
 
 _KINDS = ("training", "validation", "test")
 _PER_SPLIT = ("train_data_path", "valid_data_path", "test_data_path")
@@ -152,7 +152,7 @@ def check_documents(found: Sequence[Blend], args: Namespace) -> None:
             )
 
 
-def check_enough_samples(args: Namespace, progress: Progress) -> None:
+def check_enough_samples(args: Namespace, progress: RunProgress) -> None:
     """Refuse a blend that is read once and holds fewer samples than the run reads.
 
     Args:

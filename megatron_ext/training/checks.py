@@ -40,7 +40,7 @@ from megatron_ext.training.run_folder import (
     why_finished,
 )
 from megatron_ext.training.saving import choose_checkpoint
-from megatron_ext.training.schedule import Progress
+from megatron_ext.training.schedule import RunProgress
 
 
 def check_run(args: Namespace, config: ETConfig, launch: Launch) -> Start:
@@ -73,13 +73,13 @@ def check_run(args: Namespace, config: ETConfig, launch: Launch) -> Start:
     return start
 
 
-def check_progress(checkpoint: Path | None, args: Namespace, launch: Launch) -> Progress:
+def check_progress(checkpoint: Path | None, args: Namespace, launch: Launch) -> RunProgress:
     """Return how far a checkpoint is trained, if the data suffice for the rest.
 
     Raises:
         UserError: naming the data that would run out, on every rank.
     """
-    progress = Progress.share(checkpoint, args, launch)
+    progress = RunProgress.share(checkpoint, args, launch)
     launch.agree(
         "samples", lambda: check_enough_samples(args, progress) if args.local_rank == 0 else None
     )

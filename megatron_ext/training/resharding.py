@@ -10,7 +10,7 @@ put into the form of this run.
 
 import functools
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,6 @@ _BY_FLAGS = ("betas", "eps", "momentum", "nesterov")
 _load_content_metadata = dist_checkpointing.load_content_metadata
 _sharded_state_dict = ChainedOptimizer.sharded_state_dict
 _load_state_dict = ChainedOptimizer.load_state_dict
-_set_states = DistributedOptimizer._set_main_param_and_optimizer_states
 
 
 def check_resharding(checkpoint: Path, saved: Namespace, args: Namespace) -> None:
@@ -142,17 +141,14 @@ def load_state_dict(self: ChainedOptimizer, state: Any) -> None:
     _load_state_dict(self, state)
 
 
-@functools.wraps(_set_states)
-def set_states(self: DistributedOptimizer, parameter: Any, tensors: dict[str, Any]) -> None:
-    _set_states(self, parameter, {"param": None, **tensors})  # None: leave as it is
-
-
-def install() -> None:
-    """Put these functions in the place of Megatron's."""
-    dist_checkpointing.load_content_metadata = load_content_metadata
-    ChainedOptimizer.sharded_state_dict = sharded_state_dict
-    ChainedOptimizer.load_state_dict = load_state_dict
-    DistributedOptimizer._set_main_param_and_optimizer_states = set_states
+def replacements() -> dict[str, Callable[..., Any]]:
+    """Return the replacements of Megatron's functions that load a checkpoint."""
+    chain = "megatron.core.optimizer.optimizer.ChainedOptimizer"
+    return {
+        "megatron.core.dist_checkpointing.load_content_metadata": load_content_metadata,
+        f"{chain}.sharded_state_dict": sharded_state_dict,
+        f"{chain}.load_state_dict": load_state_dict,
+    }
 
 
 def _whole_matrices(args: Namespace) -> bool:

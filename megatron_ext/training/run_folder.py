@@ -11,7 +11,7 @@ from typing import IO, Any
 
 from megatron_ext.checkpoint import TRACKER, iterations
 from megatron_ext.errors import UserError
-from megatron_ext.training.schedule import Progress
+from megatron_ext.training.schedule import RunProgress
 
 
 @dataclass
@@ -27,7 +27,7 @@ class Start:
     """
 
     run_dir: Path | None
-    progress: Progress
+    progress: RunProgress
     finished: str = ""
     record: Callable[[], None] | None = None
     lock: IO[str] | None = None
@@ -66,7 +66,7 @@ def check_not_overwritten(args: Namespace) -> None:
         )
 
 
-def why_finished(args: Namespace, progress: Progress) -> str:
+def why_finished(args: Namespace, progress: RunProgress) -> str:
     """Return a sentence that says that a run is finished, empty for one that is not."""
     if not progress.finished(args) or not _is_evaluated(args, progress):
         return ""
@@ -79,7 +79,7 @@ def why_finished(args: Namespace, progress: Progress) -> str:
     )
 
 
-def _is_evaluated(args: Namespace, progress: Progress) -> bool:
+def _is_evaluated(args: Namespace, progress: RunProgress) -> bool:
     """Return whether the evaluation after the last step is done, if there is to be one."""
     if args.run_dir is None or not (args.eval_iters or args.full_validation):
         return True

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_ext import patches
 from megatron_ext.checkpoint import (
     INTEGRITY_FILE,
     TRACKER,
@@ -109,9 +109,9 @@ def write_atomically(path: Path, text: str) -> None:
         raise UserError(f"{path} cannot be written: {error.strerror}") from error
 
 
-def install_integrity() -> None:
-    """Have Megatron end every checkpoint with its list of digests, made by all ranks together."""
-    save = dist_checkpointing.save
+def replacements() -> dict[str, Callable[..., Any]]:
+    """Return Megatron's function that saves, completed by a list of digests from all ranks."""
+    save = patches.original("megatron.core.dist_checkpointing.save")
 
     @wraps(save)
     def save_whole(state: Any, checkpoint_dir: str, *args: Any, **kwargs: Any) -> Any:
@@ -131,7 +131,7 @@ def install_integrity() -> None:
         write = partial(write_and_digest, request.async_fn, str(folder), dist.get_rank())
         return request._replace(async_fn=write)
 
-    dist_checkpointing.save = save_whole
+    return {"megatron.core.dist_checkpointing.save": save_whole}
 
 
 def _write_digests(folder: Path) -> None:

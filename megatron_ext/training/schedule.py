@@ -11,22 +11,26 @@ from argparse import Namespace
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
-from unittest import mock
+from typing import TYPE_CHECKING, Any
 
 from megatron.core.num_microbatches_calculator import (
     get_current_running_global_batch_size,
     update_num_microbatches,
 )
-from megatron.training import get_args, training
+from megatron.training import get_args
 
+from megatron_ext import patches
 from megatron_ext.checkpoint import read_common_state
 from megatron_ext.training.launch import Launch
 
+if TYPE_CHECKING:
+    from megatron_ext.training.trainer import TrainerHooks
+
 
 @dataclass
-class Progress:
+class RunProgress:
     """How far a run has been trained, as its checkpoint records it.
 
     Attributes:
@@ -45,7 +49,7 @@ class Progress:
     history: list[list[int]] = field(default_factory=lambda: [[0, 0]])
 
     @classmethod
-    def read(cls, checkpoint: Path | None, args: Namespace) -> "Progress":
+    def read(cls, checkpoint: Path | None, args: Namespace) -> "RunProgress":
         """Return the progress with which training from a checkpoint starts.
 
         Args:
@@ -72,10 +76,14 @@ class Progress:
         )
 
     @classmethod
-    def share(cls, checkpoint: Path | None, args: Namespace, launch: Launch) -> "Progress":
+    def share(cls, checkpoint: Path | None, args: Namespace, launch: Launch) -> "RunProgress":
         """Read the progress on rank 0 and return it on every rank."""
         own = cls.read(checkpoint, args) if launch.rank == 0 else cls()
         return cls(**launch.share("progress", asdict(own)))
+
+    def record_in(self, args: Namespace) -> None:
+        """Store the tokens and batch sizes so far in the arguments, which checkpoints contain."""
+        args.trained_tokens, args.batch_history = self.tokens, self.history
 
     def finished(self, args: Namespace) -> bool:
         """Whether no step is left to train."""
@@ -123,24 +131,32 @@ def record_step(args: Namespace, iteration: int, batch_size: int) -> None:
     args.last_batch_size = batch_size
 
 
-def install(args: Namespace, progress: Progress) -> None:
-    """Have Megatron's trainer count by the progress of the run.
+def replacements(hooks: "TrainerHooks") -> dict[str, Callable[..., Any]]:
+    """Return Megatron's functions that count steps and samples, following the run's progress.
 
     Args:
-        args: of the run; gets `trained_tokens` and `batch_history`, which checkpoints keep.
-        progress: at its start.
+        hooks: Parts of the run; its progress is that at the start.
     """
-    args.trained_tokens, args.batch_history = progress.tokens, progress.history
-    scheduler = _scheduler(training.get_optimizer_param_scheduler, progress)
-    training.get_optimizer_param_scheduler = scheduler
-    training.update_train_iters = lambda args: _set_train_iters(args, progress)
-    training.setup_model_and_optimizer = _in_step(training.setup_model_and_optimizer, progress)
-    training.get_train_valid_test_num_samples = _enough_samples(
-        training.get_train_valid_test_num_samples, progress
-    )
+    progress = hooks.progress
+
+    def wrapped(name: str, wrapper: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+        target = f"megatron.training.training.{name}"
+        return {target: wrapper(patches.original(target), progress)}
+
+    return {
+        "megatron.training.training.update_train_iters": partial(_set_train_iters, progress),
+        **wrapped("get_optimizer_param_scheduler", _scheduler),
+        **wrapped("setup_model_and_optimizer", _in_step),
+        **wrapped("get_train_valid_test_num_samples", _enough_samples),
+    }
 
 
-def _set_train_iters(args: Namespace, progress: Progress) -> None:
+def arguments(args: Namespace) -> dict[str, Callable[[], Namespace]]:
+    """Return a replacement for Megatron's access to its global arguments."""
+    return {"megatron.training.training.get_args": lambda: args}
+
+
+def _set_train_iters(progress: "RunProgress", args: Namespace) -> None:
     """Turn `--train-samples` into a number of steps, of which the earlier ones are done."""
     if args.train_iters:
         return
@@ -154,7 +170,7 @@ def _set_train_iters(args: Namespace, progress: Progress) -> None:
     args.train_iters = iteration
 
 
-def _scheduler(build: Callable[[Any], Any], progress: Progress) -> Callable[[Any], Any]:
+def _scheduler(build: Callable[[Any], Any], progress: RunProgress) -> Callable[[Any], Any]:
     """Wrap Megatron's builder of the schedule so that steps become the samples they have."""
 
     def wrapped(optimizer: Any) -> Any:
@@ -170,13 +186,13 @@ def _scheduler(build: Callable[[Any], Any], progress: Progress) -> Callable[[Any
         if args.lr_wsd_decay_iters is not None:
             begin = max(0, args.lr_decay_iters - args.lr_wsd_decay_iters)
             by_samples.lr_wsd_decay_samples = decay - progress.samples_after(begin)
-        with mock.patch.object(training, "get_args", return_value=by_samples):
+        with patches.applied("schedule", by_samples):
             return build(optimizer)
 
     return wrapped
 
 
-def _in_step(set_up: Callable[..., Any], progress: Progress) -> Callable[..., Any]:
+def _in_step(set_up: Callable[..., Any], progress: RunProgress) -> Callable[..., Any]:
     """Wrap Megatron's set-up so that a schedule that was not loaded starts where the run stands."""
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -189,7 +205,7 @@ def _in_step(set_up: Callable[..., Any], progress: Progress) -> Callable[..., An
 
 
 def _enough_samples(
-    count: Callable[[], Sequence[Any]], progress: Progress
+    count: Callable[[], Sequence[Any]], progress: RunProgress
 ) -> Callable[[], tuple[Any, Any, Any]]:
     """Wrap Megatron's sizes of the datasets so that they hold all that a resumed run reads."""
 

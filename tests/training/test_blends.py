@@ -17,7 +17,7 @@ from megatron_ext.training.blends import (
     check_mock_split,
     parse_blend,
 )
-from megatron_ext.training.schedule import Progress
+from megatron_ext.training.schedule import RunProgress
 
 
 def run(**given: Any) -> Namespace:
@@ -142,14 +142,14 @@ def test_blend_without_weights_must_hold_all_that_is_read(
     args = run(train_data_path=train, valid_data_path=valid)
     monkeypatch.setattr(schedule, "get_args", lambda: args)
     check_documents(blends(args), args)
-    check_enough_samples(args, Progress())  # 24 and 4 samples
+    check_enough_samples(args, RunProgress())  # 24 and 4 samples
     args.eval_iters = 2
     with pytest.raises(UserError, match=r"their 4 samples are fewer than the 8 of validation"):
-        check_enough_samples(args, Progress())
+        check_enough_samples(args, RunProgress())
     args.valid_data_path = ["1", valid[0], "1", valid[1]]  # read as often as it takes
-    check_enough_samples(args, Progress())
+    check_enough_samples(args, RunProgress())
     args.train_iters = 7
     with pytest.raises(UserError, match=r"their 24 samples are fewer than the 28 of training"):
-        check_enough_samples(args, Progress())
+        check_enough_samples(args, RunProgress())
     # A resumed run counts what it has read at the batch sizes of then.
-    check_enough_samples(args, Progress(iteration=6, samples=12, history=[[0, 0], [6, 12]]))
+    check_enough_samples(args, RunProgress(iteration=6, samples=12, history=[[0, 0], [6, 12]]))

@@ -10,7 +10,7 @@ from megatron.core import num_microbatches_calculator as calculator
 from megatron.training import training
 
 from megatron_ext.training import schedule
-from megatron_ext.training.schedule import Progress, record_step
+from megatron_ext.training.schedule import RunProgress, record_step
 
 PEAK = 1.0
 
@@ -52,7 +52,7 @@ def run(monkeypatch: pytest.MonkeyPatch, **flags: Any) -> Namespace:
     return args
 
 
-def scheduler(args: Namespace, progress: Progress) -> tuple[Any, Any]:
+def scheduler(args: Namespace, progress: RunProgress) -> tuple[Any, Any]:
     """The schedule that a run starts with, advanced to where it resumes."""
     args.progress = progress
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.0)
@@ -61,7 +61,7 @@ def scheduler(args: Namespace, progress: Progress) -> tuple[Any, Any]:
     return built, optimizer.param_groups[0]
 
 
-def rates(args: Namespace, progress: Progress) -> list[float]:
+def rates(args: Namespace, progress: RunProgress) -> list[float]:
     """The learning rate after each further step, as rows record it."""
     built, group = scheduler(args, progress)
     found, samples = [], progress.samples
@@ -75,7 +75,7 @@ def rates(args: Namespace, progress: Progress) -> list[float]:
 
 def test_rate_of_a_resumed_run_follows_its_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     args = run(monkeypatch, global_batch_size=8)
-    progress = Progress(iteration=6, samples=24, history=[[0, 0], [6, 24]])
+    progress = RunProgress(iteration=6, samples=24, history=[[0, 0], [6, 24]])
     assert rates(args, progress) == pytest.approx([1 - 32 / 40, 0], abs=1e-12)
     built, group = scheduler(args, progress)
     built.step(16)
@@ -84,14 +84,14 @@ def test_rate_of_a_resumed_run_follows_its_samples(monkeypatch: pytest.MonkeyPat
 
 def test_warmup_before_the_resumption_keeps_its_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     args = run(monkeypatch, global_batch_size=8, lr_warmup_iters=2)
-    progress = Progress(iteration=6, samples=24, history=[[0, 0], [6, 24]])
+    progress = RunProgress(iteration=6, samples=24, history=[[0, 0], [6, 24]])
     # The warm-up had 8 samples, at the batch size of then.
     assert rates(args, progress) == pytest.approx([1 - (32 - 8) / (40 - 8), 0], abs=1e-12)
 
 
 def test_wsd_anneals_over_the_samples_of_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     args = run(monkeypatch, global_batch_size=8, lr_decay_style="WSD", lr_wsd_decay_iters=4)
-    progress = Progress(iteration=6, samples=24, history=[[0, 0], [6, 24]])
+    progress = RunProgress(iteration=6, samples=24, history=[[0, 0], [6, 24]])
     begin, end = 16, 40  # steps 5 and 6 had four samples each, 7 and 8 have eight
     assert rates(args, progress) == pytest.approx([1 - (32 - begin) / (end - begin), 0], abs=1e-12)
 
@@ -103,14 +103,14 @@ def test_rate_with_a_growing_batch_ends_with_the_last_step(
     args = run(monkeypatch, train_iters=6, **growing)
     trained = [2, 4, 6, 8, 14, 20]  # 128 tokens are 8 samples
     expected = [1 - samples / 20 for samples in trained]
-    assert rates(args, Progress()) == pytest.approx(expected, abs=1e-12)
+    assert rates(args, RunProgress()) == pytest.approx(expected, abs=1e-12)
 
 
 def test_unchanged_resumption_has_the_same_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
     args = run(monkeypatch, lr_warmup_iters=3, lr_decay_iters=7)
-    whole = rates(args, Progress())
+    whole = rates(args, RunProgress())
     for step in (1, 4, 7):
-        progress = Progress(step, 4 * step, history=[[0, 0], [step, 4 * step]])
+        progress = RunProgress(step, 4 * step, history=[[0, 0], [step, 4 * step]])
         assert rates(args, progress) == whole[step:]
 
 
@@ -118,18 +118,18 @@ def test_batch_that_does_not_fit_is_counted_as_it_is_trained(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     args = run(monkeypatch, global_batch_size=5, decrease_batch_size_if_needed=True, train_iters=4)
-    assert rates(args, Progress()) == pytest.approx([0.75, 0.5, 0.25, 0], abs=1e-12)
+    assert rates(args, RunProgress()) == pytest.approx([0.75, 0.5, 0.25, 0], abs=1e-12)
 
 
 def test_steps_of_samples_count_from_where_the_run_stands(monkeypatch: pytest.MonkeyPatch) -> None:
     args = run(monkeypatch, train_iters=None, train_samples=40, global_batch_size=8)
-    progress = Progress(iteration=6, samples=24, history=[[0, 0], [6, 24]])
+    progress = RunProgress(iteration=6, samples=24, history=[[0, 0], [6, 24]])
     args.progress = progress
     schedule._set_train_iters(args, progress)
     assert args.train_iters == 8
     args.train_iters = None
     assert not progress.finished(args)
-    assert Progress(iteration=8, samples=40).finished(args)
+    assert RunProgress(iteration=8, samples=40).finished(args)
 
 
 def test_steps_record_tokens_and_changes_of_the_batch() -> None:
@@ -140,5 +140,5 @@ def test_steps_record_tokens_and_changes_of_the_batch() -> None:
         record_step(args, iteration, size)
     assert args.trained_tokens == 100 + 10 * 12
     assert args.batch_history == [[0, 0], [3, 6], [5, 10]]
-    progress = Progress(7, 18, history=[*args.batch_history, [7, 18]])
+    progress = RunProgress(7, 18, history=[*args.batch_history, [7, 18]])
     assert [progress.samples_after(step) for step in range(7)] == [0, 2, 4, 6, 8, 10, 14]

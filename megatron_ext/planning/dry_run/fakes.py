@@ -6,18 +6,16 @@ memory, with the code that trains; attention uses the kernel that keeps no score
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from fractions import Fraction
 from statistics import NormalDist
 from typing import Any
-from unittest import mock
 
 import torch
-import torch.nn.functional as F
-from megatron.core.optimizer import clip_grads
 from megatron.core.transformer.moe import token_dispatcher
 from torch import Tensor
 
+from megatron_ext import patches
 from megatron_ext.config import ETConfig
 from megatron_ext.moe.routing_metrics import RoutingCounts
 from megatron_ext.moe.threshold_router import ThresholdRouter, threshold_routers
@@ -72,11 +70,16 @@ class EvenLoad:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Replace what needs data, inside."""
-        alltoall = token_dispatcher.MoEAlltoAllTokenDispatcher
-        allgather = token_dispatcher.MoEAllGatherTokenDispatcher
-        postprocess = allgather.dispatch_postprocess
-        select, resolve = ThresholdRouter.select, RoutingStep.resolve
+        """Replace the functions that need data, for the duration of a block."""
+        with (
+            patches.applied("dry run", self),
+            patches.patched(ThresholdRouter, "select", self._random_selection()),
+            patches.patched(RoutingStep, "resolve", self._whole_step()),
+        ):
+            yield
+
+    def counts_on_host(self) -> Callable[..., Any]:
+        """Return the function of a dispatcher that copies the counts of tokens to the host."""
 
         def counts_on_host(dispatcher: Any, point: str, tokens_per_expert: Any = None) -> Any:
             if point != dispatcher.cuda_dtoh_point:
@@ -90,9 +93,21 @@ class EvenLoad:
             dispatcher.num_global_tokens_per_local_expert = torch.full((tp * ep, local), rows)
             return torch.full((local,), rows * ep * tp)
 
+        return counts_on_host
+
+    def gathered(self) -> Callable[..., Any]:
+        """Return the function of a dispatcher that runs after it has gathered tokens."""
+        postprocess = token_dispatcher.MoEAllGatherTokenDispatcher.dispatch_postprocess
+
         def gathered(dispatcher: Any, hidden_states: Tensor, probs: Tensor) -> Any:
             self._copied = self.rows(hidden_states.shape[0])
             return postprocess(dispatcher, hidden_states, probs)
+
+        return gathered
+
+    def _random_selection(self) -> Callable[..., Tensor]:
+        """Return the selection of a router that decides over random logits."""
+        select = ThresholdRouter.select
 
         def select_at_random(
             router: ThresholdRouter, logits: Tensor, positions: Tensor, counting: bool
@@ -107,6 +122,12 @@ class EvenLoad:
                 self.kept_bytes += logits.numel() * logits.element_size()
             return torch.empty_like(logits, dtype=torch.bool)
 
+        return select_at_random
+
+    def _whole_step(self) -> Callable[..., None]:
+        """Return the end of a step that has logits of all its micro-batches."""
+        resolve = RoutingStep.resolve
+
         def resolve_whole_step(step: RoutingStep, routers: Sequence[Any]) -> None:
             for router in threshold_routers(routers):
                 sizes = [len(logits) for logits in router.cutoffs.kept_logits]
@@ -117,17 +138,20 @@ class EvenLoad:
                     router.cutoffs.keep(logits)
             resolve(step, routers)
 
-        with ExitStack() as stack:
-            for owner, name, stand_in in (
-                (alltoall, "_maybe_dtoh_and_synchronize", counts_on_host),
-                (allgather, "dispatch_postprocess", gathered),
-                (ThresholdRouter, "select", select_at_random),
-                (RoutingStep, "resolve", resolve_whole_step),
-                (F, "scaled_dot_product_attention", _flash_attention),
-                (clip_grads, "multi_tensor_applier", _zero_norm),
-            ):
-                stack.enter_context(mock.patch.object(owner, name, stand_in))
-            yield
+        return resolve_whole_step
+
+
+def replacements(load: EvenLoad) -> dict[str, Callable[..., Any]]:
+    """Return the replacements of functions of Megatron and torch that read data."""
+    dispatchers = "megatron.core.transformer.moe.token_dispatcher"
+    return {
+        f"{dispatchers}.MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize": (
+            load.counts_on_host()
+        ),
+        f"{dispatchers}.MoEAllGatherTokenDispatcher.dispatch_postprocess": load.gathered(),
+        "torch.nn.functional.scaled_dot_product_attention": _flash_attention,
+        "megatron.core.optimizer.clip_grads.multi_tensor_applier": _zero_norm,
+    }
 
 
 def _random_logits(tokens: int, experts: int, rate: Fraction) -> Tensor:

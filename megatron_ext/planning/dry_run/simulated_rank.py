@@ -5,18 +5,16 @@ fake process group, and takes a step with its own schedule.
 """
 
 from argparse import Namespace
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
 from megatron.core.enums import ModelType
-from megatron.core.optimizer.emerging_optimizers import TensorParallelMuon
 from megatron.core.parallel_state import destroy_model_parallel, get_global_memory_buffer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -27,6 +25,7 @@ from megatron.training.initialize import initialize_megatron
 from torch import Tensor
 from torch.testing._internal.distributed import fake_pg  # noqa: F401  registers the backend
 
+from megatron_ext import patches
 from megatron_ext.arguments import explained
 from megatron_ext.config import ETConfig
 from megatron_ext.devices.placement import without_data
@@ -144,7 +143,7 @@ class Rank:
         saved = SavedTensors(self.weights)
         batches = [RerunDataIterator(_batches(self.args)) for _ in self.model]
         with load.installed(), _purposes(traffic), traffic, saved:
-            with mock.patch.object(training, "get_num_microbatches", return_value=microbatches):
+            with patches.applied("micro-batches", microbatches):
                 training.train_step(
                     forward_step,
                     batches if len(batches) > 1 else batches[0],
@@ -198,26 +197,51 @@ def _batches(args: Namespace) -> Iterator[dict[str, Tensor]]:
 
 @contextmanager
 def _purposes(traffic: Traffic) -> Iterator[None]:
-    """Tell apart what travels over the same groups for different ends."""
-
-    def serving(function: Any, purpose: str) -> Any:
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            with traffic.purpose(purpose):
-                return function(*args, **kwargs)
-
-        return wrapped
-
-    with ExitStack() as stack:
-        for owner, name, purpose in (
-            (_ParamAndGradBucketGroup, "start_grad_sync", "gradient reduction"),
-            (_ParamAndGradBucketGroup, "start_param_sync", "parameter gather"),
-            (TensorParallelMuon, "step", MUON),
-            (ThresholdRouter, "select", _ROUTING),
-            (RoutingStep, "resolve", _STEP_END),
-        ):
-            function = serving(getattr(owner, name), purpose)
-            stack.enter_context(mock.patch.object(owner, name, function))
+    """Distinguish the purposes of collectives over the same groups, for the duration of a block."""
+    select = _serving(traffic, ThresholdRouter.select, _ROUTING)
+    resolve = _serving(traffic, RoutingStep.resolve, _STEP_END)
+    with (
+        patches.applied("dry-run traffic", traffic),
+        patches.patched(ThresholdRouter, "select", select),
+        patches.patched(RoutingStep, "resolve", resolve),
+    ):
         yield
+
+
+def traffic_replacements(traffic: Traffic) -> dict[str, Callable[..., Any]]:
+    """Return functions of Megatron whose collectives are counted under a purpose."""
+    buckets = "megatron.core.distributed.param_and_grad_buffer._ParamAndGradBucketGroup"
+    purposes = {
+        f"{buckets}.start_grad_sync": "gradient reduction",
+        f"{buckets}.start_param_sync": "parameter gather",
+        "megatron.core.optimizer.emerging_optimizers.TensorParallelMuon.step": MUON,
+    }
+    return {
+        target: _serving(traffic, patches.original(target), purpose)
+        for target, purpose in purposes.items()
+    }
+
+
+def step_length(microbatches: int) -> dict[str, Callable[[], int]]:
+    """Return a replacement for Megatron's number of micro-batches."""
+    return {"megatron.training.training.get_num_microbatches": lambda: microbatches}
+
+
+def backend() -> dict[str, list[str]]:
+    """Return the devices of torch's fake process group, with the meta device."""
+    target = "torch.distributed.Backend.backend_capability.fake"
+    return {target: [*patches.original(target), "meta"]}
+
+
+def _serving(traffic: Traffic, function: Callable[..., Any], purpose: str) -> Callable[..., Any]:
+    """Return a function whose collectives are counted under a purpose."""
+
+    @wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with traffic.purpose(purpose):
+            return function(*args, **kwargs)
+
+    return wrapped
 
 
 @contextmanager
@@ -228,9 +252,8 @@ def fake_rank(args: Namespace, rank: int) -> Iterator[None]:
         UserError: the ranks cannot be laid out as the flags say.
     """
     args.rank = rank
-    capability = dist.Backend.backend_capability
-    with_meta = mock.patch.dict(capability, fake=[*capability["fake"], "meta"])
-    with with_meta, without_data():
+    patches.apply("optimizer")
+    with patches.applied("fake rank"), without_data():
         explained(initialize_megatron)
         try:
             yield
