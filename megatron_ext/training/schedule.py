@@ -144,7 +144,9 @@ def replacements(hooks: "TrainerHooks") -> dict[str, Callable[..., Any]]:
         return {target: wrapper(patches.original(target), progress)}
 
     return {
-        "megatron.training.training.update_train_iters": partial(_set_train_iters, progress),
+        "megatron.training.training.update_train_iters": partial(
+            _set_train_iters, progress=progress
+        ),
         **wrapped("get_optimizer_param_scheduler", _scheduler),
         **wrapped("setup_model_and_optimizer", _in_step),
         **wrapped("get_train_valid_test_num_samples", _enough_samples),
@@ -156,7 +158,7 @@ def arguments(args: Namespace) -> dict[str, Callable[[], Namespace]]:
     return {"megatron.training.training.get_args": lambda: args}
 
 
-def _set_train_iters(progress: "RunProgress", args: Namespace) -> None:
+def _set_train_iters(args: Namespace, progress: RunProgress) -> None:
     """Turn `--train-samples` into a number of steps, of which the earlier ones are done."""
     if args.train_iters:
         return
