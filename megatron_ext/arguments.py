@@ -1,4 +1,4 @@
-"""The command line of `pretrain_et.py`: Megatron's flags, ours, and recipes."""
+"""Command line of `pretrain_et.py`: Megatron's flags, ours, and recipes."""
 
 import contextlib
 import io
@@ -18,87 +18,132 @@ from megatron.core.transformer import TransformerConfig
 from megatron.training import get_tokenizer
 from megatron.training.argument_utils import ArgumentGroupFactory
 from megatron.training.arguments import (
+    MultiStorageClientFeature,
     add_megatron_arguments,
     core_transformer_config_from_args,
-    parse_and_validate_args,
+    validate_args,
 )
+from megatron.training.checkpointing import load_args_from_checkpoint
+from megatron.training.global_vars import set_global_variables
 
 from megatron_ext.config import ETConfig
 from megatron_ext.conflicts import check_conflicts
 from megatron_ext.devices import cpu_default_args, is_cpu_device
 from megatron_ext.errors import ToolParser, UserError
 from megatron_ext.optimizer import add_muon_arguments, paper_flags
-from megatron_ext.patches import patched
 from megatron_ext.planning.layout import check_layout
 from megatron_ext.ranges import batch_schedule, check_ranges, check_trackers
 from megatron_ext.recipes import expand_recipes
 
 _DEFAULTS = [
-    # Megatron's mask is a square matrix a sample; attention here is causal by itself.
+    # Megatron's mask is a square matrix for each sample; attention here is causal without it.
     "--no-create-attention-mask-in-dataloader",
     "--exit-signal-handler",
-    # Megatron divides by it, and has no default.
+    # Megatron divides by the interval and has no default for it.
     "--eval-interval=1000",
-    # Any layout can go on from a checkpoint of any other, see megatron_ext.training.resharding.
+    # Any layout can resume from a checkpoint of any other, see megatron_ext.training.resharding.
     "--dist-ckpt-optim-fully-reshardable",
 ]
 
 
-def parse_args(argv: Sequence[str], writes: bool = True) -> tuple[Namespace, ETConfig]:
-    """Parse and validate a command line and set Megatron's global state.
+def parse_args(
+    argv: Sequence[str], writes: bool = True, world_size: int | None = None
+) -> tuple[Namespace, ETConfig]:
+    """Parse and validate a command line, and initialize Megatron's global state with it.
+
+    Megatron keeps its arguments, its tokenizer and its trackers in global variables, and builds the
+    model's configuration from the validated arguments, so these steps cannot be left to a caller.
 
     Args:
-        argv: flags, without the program's name. `--recipe FILE` expands in place; what stands
-            after it overrides it.
-        writes: whether TensorBoard and other trackers may be opened, which write files.
+        argv: Flags, without the program's name. `--recipe FILE` expands in place; flags that
+            follow it override those of the recipe.
+        writes: Whether TensorBoard and other trackers, which write files, may be opened.
+        world_size: Number of ranks. Default: that of the environment.
 
     Raises:
-        UserError: one sentence on what is wrong with the command line, on every rank.
+        UserError: One sentence on the mistake in the command line, on every rank.
     """
-    parser = ToolParser(prog="pretrain_et.py", add_help=False, allow_abbrev=False)
-    add_arguments(add_megatron_arguments(parser))
-    expanded = expand_recipes(argv, parser)
-    argv = [*_DEFAULTS, *(cpu_default_args() if is_cpu_device() else []), *expanded]
-    if {"-h", "--help"} & set(argv):
-        _print_help(parser)
-        sys.exit(0)
-    args = parser.parse_args(argv)
-    given = _given(expanded, parser)
-    environment: dict[str, str] = {}
+    args, explicit = parse_flags(argv, writes)
+    args.rank = int(os.environ.get("RANK", "0"))
     if args.dry_run is not None:
-        environment = {"WORLD_SIZE": str(args.dry_run), "RANK": "0", "LOCAL_RANK": "0"}
-        argv += _dry_run_flags(args)
-        args = parser.parse_args(argv)
-    argv = [*paper_flags(args), *argv]
-    args = parser.parse_args(argv)
-    _check_before_megatron(args, given)
-    if args.async_save:
-        argv += _async_save_flags(args, given)
-    if not writes:
-        argv = [*argv, "--tensorboard-dir", "", "--wandb-project", ""]
-    if args.dry_run is None:
-        argv = [*_run_dir_flags(args.run_dir), *argv]
-        _check_folders(parser.parse_args(argv))
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(patched(sys, "argv", [sys.argv[0], *argv]))
-        for name, value in environment.items():
-            stack.enter_context(patched(os.environ, name, value))
-        if environment:
-            stack.enter_context(_silence())
-        args = explained(lambda: parse_and_validate_args(extra_args_provider=add_arguments))
-    if args.step_batch_size_schedule is not None:  # checks and plans are for the largest batch
+        args.rank = args.local_rank = 0
+    args.world_size = args.dry_run or world_size or int(os.environ.get("WORLD_SIZE", "1"))
+    _check_before_megatron(args, explicit)
+    with contextlib.nullcontext() if args.dry_run is None else _silence():
+        explained(lambda: _initialize_globals(args))
+    if args.step_batch_size_schedule is not None:  # checks and plans use the largest batch
         args.global_batch_size = batch_schedule(args)[-1][1]
     args.vocab_size = get_tokenizer().vocab_size  # without padding
     if args.stall_timeout is None:
         args.stall_timeout = 0.9 * 60 * args.distributed_timeout_minutes
     config: ETConfig = explained(lambda: core_transformer_config_from_args(args, ETConfig))
     for name in ("moe_router_load_balancing_type", "moe_aux_loss_coeff", "moe_router_dtype"):
-        setattr(args, name, getattr(config, name))  # the trainer's logs go by the arguments
+        setattr(args, name, getattr(config, name))  # the trainer logs the values of the arguments
     return args, config
 
 
+def parse_flags(argv: Sequence[str], writes: bool = True) -> tuple[Namespace, set[str]]:
+    """Parse a command line without any effect outside of the result.
+
+    The defaults of some flags depend on other flags, so that the command line is parsed first
+    without them, and once more with the defaults in front of it.
+
+    Args:
+        argv: Flags, without the program's name.
+        writes: Whether trackers may be opened.
+
+    Returns:
+        The arguments, and the names of those that the command line or a recipe sets.
+    """
+    parser = ToolParser(prog="pretrain_et.py", add_help=False, allow_abbrev=False)
+    add_arguments(add_megatron_arguments(parser))
+    flags = expand_recipes(argv, parser)
+    if {"-h", "--help"} & set(flags):
+        _print_help(parser)
+        sys.exit(0)
+    explicit = _explicit(flags, parser)
+    defaults = [*_DEFAULTS, *(cpu_default_args() if is_cpu_device() else [])]
+    args = parser.parse_args([*defaults, *flags])
+    forced = [] if args.dry_run is None else _dry_run_flags(args)
+    if args.async_save:
+        forced += _async_save_flags(args, explicit)
+    if not writes:
+        forced += ["--tensorboard-dir", "", "--wandb-project", ""]
+    run_dir = [] if args.dry_run is not None else _run_dir_flags(args.run_dir)
+    args = parser.parse_args([*run_dir, *paper_flags(args), *defaults, *flags, *forced])
+    return args, explicit
+
+
+def _initialize_globals(args: Namespace) -> None:
+    """Validate the arguments and set Megatron's global variables.
+
+    These are the steps of Megatron's `parse_and_validate_args` after parsing. It cannot be called
+    because it reads the command line of the process, which has recipes and lacks our defaults.
+    """
+    args._is_global_batch_size_explicitly_specified = args.global_batch_size is not None
+    if args.enable_msc and not args.disable_msc_deprecated:
+        MultiStorageClientFeature.enable()
+        if not MultiStorageClientFeature.is_enabled():
+            raise UserError(
+                "--enable-msc needs the package multi-storage-client: install it, or leave the flag "
+                "out"
+            )
+    else:
+        args.enable_msc = False
+        MultiStorageClientFeature.disable()
+    if args.use_checkpoint_args:
+        if args.load is None and args.pretrained_checkpoint is None:
+            raise UserError(
+                "--use-checkpoint-args needs --load or --pretrained-checkpoint: add one"
+            )
+        load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")
+        load_args_from_checkpoint(args)
+    validate_args(args, {})
+    set_global_variables(args)
+
+
 def add_arguments(parser: ArgumentParser) -> ArgumentParser:
-    """Add this project's flags, those of ETConfig and a few of the run itself."""
+    """Add this project's flags: those of ETConfig, of Muon and of the run."""
     megatron = [field.name for field in fields(TransformerConfig)]
     ArgumentGroupFactory(ETConfig, exclude=megatron).build_group(parser, "expert threshold")
     add_muon_arguments(parser)
@@ -106,41 +151,45 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     group.add_argument(
         "--recipe",
         metavar="FILE.yaml",
-        help="Flags from a YAML mapping; 'base: OTHER.yaml' in it is read first. Flags that "
-        "follow on the command line override it. May be repeated.",
+        help="YAML file that maps flags to values. Its key `base` names a recipe to read first. "
+        "A name without a path, such as quickstart, is looked up in examples/recipes. Flags on "
+        "the command line override the recipe. Can be repeated. Default: none.",
     )
     group.add_argument(
         "--run-dir",
         metavar="DIR",
-        help="Folder of the run: checkpoints/ (saved, and resumed from when there are any), "
+        help="Folder of the run, with checkpoints/ (the run resumes from the newest one), "
         "tensorboard/, metrics.jsonl and run.json. --save, --load, --tensorboard-dir and "
-        "--save-interval (1000) override the parts.",
+        "--save-interval, 1000 steps with this flag, override the parts. Default: none.",
     )
     group.add_argument(
         "--allow-older-checkpoint",
         action="store_true",
-        help="When the newest checkpoint is damaged, resume from the newest one that is whole.",
+        help="Resume from the newest intact checkpoint if the newest one is damaged. "
+        "Default: refuse a damaged checkpoint.",
     )
     group.add_argument(
         "--stall-timeout",
         type=float,
         metavar="SECONDS",
-        help="End the run, naming the rank that holds it up, when a rank is not there at the start "
-        "or none gets on in a step for so long. Default: nine tenths of "
+        help="End the run, and name the rank that blocks it, if a rank does not start or no rank "
+        "makes progress in a step for this many seconds. Default: 0.9 times "
         "--distributed-timeout-minutes.",
     )
     group.add_argument(
         "--no-dist-ckpt-optim-fully-reshardable",
         dest="dist_ckpt_optim_fully_reshardable",
         action="store_false",
-        help="Save the distributed optimizer's shards as they are: no rank gathers them in host "
-        "memory, and only the same tensor, pipeline and expert parallel sizes can resume.",
+        help="Save the shards of the distributed optimizer unchanged. No rank gathers them in host "
+        "memory, but only a run with the same tensor, pipeline and expert parallel sizes can "
+        "resume. Default: save shards that any layout can load.",
     )
     group.add_argument(
         "--peak-tflops",
         type=float,
-        help="Peak TFLOP/s of one device, to report MFU. Default: known for some GPUs, measured "
-        "by a matrix multiplication on a CPU.",
+        metavar="TFLOPS",
+        help="Peak speed of one device in TFLOP/s, for the reported MFU. Default: the data sheet "
+        "of a known GPU, or a matrix multiplication measured on a CPU.",
     )
     group.add_argument(
         "--dry-run",
@@ -148,15 +197,16 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
         type=int,
         nargs="?",
         const=int(os.environ.get("WORLD_SIZE", "1")),
-        help="Train nothing: print parameters, memory of a rank, FLOPs a token and collectives of "
-        "a step for a world of RANKS (default: WORLD_SIZE, or 1), and end. One process is enough, "
-        "without torchrun, data, tokenizer (give --vocab-size) or GPU.",
+        help="Print the parameters, the memory of a rank, the FLOP per token and the collectives "
+        "of a step for a world of this many ranks, without training. One process is enough; "
+        "torchrun, data, tokenizer (with --vocab-size) and GPU are not needed. Without a number: "
+        "WORLD_SIZE, or 1. Default: train.",
     )
     return parser
 
 
 def _print_help(parser: ArgumentParser) -> None:
-    """Print every flag; some of Megatron's texts hold a percent sign that argparse trips on."""
+    """Print every flag, although some of Megatron's texts contain percent signs."""
     for action in parser._actions:
         try:
             parser._get_formatter()._expand_help(action)
@@ -166,7 +216,7 @@ def _print_help(parser: ArgumentParser) -> None:
 
 
 def _run_dir_flags(run_dir: str | None) -> list[str]:
-    """Where a run keeps its parts, unless flags that follow say otherwise."""
+    """Return the folders of a run's parts as flags, which flags that follow override."""
     if run_dir is None:
         return []
     checkpoints = str(Path(run_dir, "checkpoints"))
@@ -177,60 +227,66 @@ def _run_dir_flags(run_dir: str | None) -> list[str]:
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Megatron prints every setting, and warns of what a dry run turns off."""
+    """Suppress Megatron's list of settings and its warnings about what a dry run turns off."""
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def _dry_run_flags(args: Namespace) -> list[str]:
-    """Flags that keep a run without peers from reading and writing files."""
+    """Return flags that keep a run without other ranks from reading and writing files."""
     if args.dry_run < 1:
-        raise UserError(f"--dry-run {args.dry_run} must be at least one rank")
+        raise UserError(f"--dry-run {args.dry_run} must be at least 1 rank")
     if not is_cpu_device():
-        raise UserError("give --dry-run on the command line, not in a recipe")
-    flags = [*cpu_default_args(), "--fake-process-group"]  # whatever the recipe says
+        raise UserError("dry_run in a recipe has no effect: use --dry-run on the command line")
+    flags = [*cpu_default_args(), "--fake-process-group"]  # these override the recipe
     flags += ["--tensorboard-dir", "", "--wandb-project", ""]
     file = args.tokenizer_model
     if args.tokenizer_type is None or (file is not None and not Path(file).exists()):
         if args.vocab_size is None:
-            raise UserError("--dry-run needs --vocab-size, or a tokenizer that is there")
+            raise UserError("--dry-run needs --vocab-size, or an existing --tokenizer-model")
         flags += ["--tokenizer-type", "NullTokenizer"]
     return flags
 
 
-def _given(argv: Sequence[str], parser: ArgumentParser) -> set[str]:
-    """Names of the arguments that a command line sets, its recipes expanded."""
+def _explicit(argv: Sequence[str], parser: ArgumentParser) -> set[str]:
+    """Return the names of the arguments that a command line sets, its recipes expanded."""
     options = (word.partition("=")[0] for word in argv)
     actions = parser._option_string_actions
     return {actions[option].dest for option in options if option in actions}
 
 
-def _check_before_megatron(args: Namespace, given: set[str]) -> None:
-    """What Megatron would answer with a stack trace or a wrong guess."""
+def _check_before_megatron(args: Namespace, explicit: set[str]) -> None:
+    """Refuse mistakes that Megatron would answer with a stack trace or a wrong guess."""
     if args.stall_timeout is not None and args.stall_timeout <= 0:
         raise UserError(f"--stall-timeout {args.stall_timeout:g} must be above 0 seconds")
-    ranks = args.dry_run or int(os.environ.get("WORLD_SIZE", "1"))
-    check_layout(args, ranks)
-    check_ranges(args, ranks)
+    check_layout(args, args.world_size)
+    check_ranges(args, args.world_size)
     if args.dry_run is None:
         check_trackers(args)
-    for warning in check_conflicts(args, given):
+    if args.yaml_cfg is not None:
+        raise UserError("--yaml-cfg is not supported: use --recipe")
+    for warning in check_conflicts(args, explicit):
         if os.environ.get("RANK", "0") == "0":
             name = Path(sys.argv[0]).name
             print(f"{name}: warning: {warning}", file=sys.stderr, flush=True)
-    files = ("SentencePieceTokenizer", "TikTokenizer")  # others may name a model of a hub
+    files = ("SentencePieceTokenizer", "TikTokenizer")  # others may name a model on a hub
     if args.tokenizer_type in files and not Path(args.tokenizer_model or "").is_file():
-        raise UserError(f"--tokenizer-model {args.tokenizer_model} does not exist")
+        raise UserError(f"--tokenizer-model {args.tokenizer_model} does not exist: check the path")
     if args.reset_attention_mask:
-        raise UserError("--reset-attention-mask is not supported: attention is causal throughout")
+        raise UserError(
+            "--reset-attention-mask is not supported, because attention is always causal: leave it "
+            "out"
+        )
+    if args.dry_run is None:
+        _check_folders(args)
 
 
-def _async_save_flags(args: Namespace, given: set[str]) -> list[str]:
-    """Without the first Megatron saves synchronously, without the second it may not start."""
+def _async_save_flags(args: Namespace, explicit: set[str]) -> list[str]:
+    """Return flags without which Megatron saves synchronously, or does not start."""
     flags = ["--use-persistent-ckpt-worker"]
     if args.async_strategy == "nvrx" and find_spec("nvidia_resiliency_ext") is None:
-        if "async_strategy" in given:
+        if "async_strategy" in explicit:
             raise UserError(
                 "--async-strategy nvrx needs the package nvidia-resiliency-ext: install it, or "
                 "use mcore"
@@ -240,7 +296,7 @@ def _async_save_flags(args: Namespace, given: set[str]) -> list[str]:
 
 
 def _check_folders(args: Namespace) -> None:
-    """Whether the run's folders can be made and written; nothing is made yet."""
+    """Refuse folders of the run that cannot be created or written, without creating them."""
     for flag in ("run_dir", "save", "tensorboard_dir"):
         folder = getattr(args, flag)
         if folder is None:
@@ -254,7 +310,7 @@ def _check_folders(args: Namespace) -> None:
 
 
 def explained(call: Callable[[], Any]) -> Any:
-    """Call Megatron's validation and turn its refusal into one sentence."""
+    """Call a validation of Megatron and turn its refusal into a `UserError`."""
     try:
         return call()
     except UserError:

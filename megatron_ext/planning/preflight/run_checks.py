@@ -15,7 +15,6 @@ from megatron_ext.config import ETConfig
 from megatron_ext.data.tokenizer_identity import tokenizer_digest
 from megatron_ext.devices import is_cpu_device
 from megatron_ext.errors import UserError
-from megatron_ext.patches import patched
 from megatron_ext.planning.preflight import storage_checks as storage
 from megatron_ext.planning.preflight.findings import OK, WARNING, Found
 from megatron_ext.planning.preflight.rank_memory import GIB, memory_of_a_rank
@@ -32,8 +31,7 @@ def configuration(flags: Sequence[str], ranks: int) -> tuple[Namespace, ETConfig
     Raises:
         UserError: they are wrong, or do not fit each other.
     """
-    with patched(os.environ, "WORLD_SIZE", str(ranks)):
-        args, config = parse_args(flags, writes=False)
+    args, config = parse_args(flags, writes=False, world_size=ranks)
     args.tokenizer_sha256 = tokenizer_digest(args)
     return args, config
 
