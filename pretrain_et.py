@@ -2,17 +2,23 @@
 
     torchrun --nproc-per-node 2 pretrain_et.py --recipe examples/recipes/FILE.yaml [flags]
 
-Megatron's `pretrain` does the work; this file parses the command line, builds the model's
-configuration and ties the thresholds' end-of-step work to the trainer.
+Megatron's `pretrain` trains. This file parses the command line, checks the run, and adds this
+project's parts to the trainer.
 """
 
 import os
 import signal
 import sys
 
+from megatron_ext.errors import run_on_ranks
+from megatron_ext.recipes import check_flag_names
+
+if __name__ == "__main__":  # before torch and Megatron are imported, which takes seconds
+    run_on_ranks(lambda: check_flag_names(sys.argv[1:]))
+
 from megatron_ext.devices import activate
 
-# Before anything of Megatron is imported. A dry run needs no GPU, and makes nothing on one.
+# The device must be active before Megatron is imported. A dry run uses no GPU.
 activate(use_cuda=not any(word.startswith("--dry-run") for word in sys.argv))
 
 import torch.distributed as dist  # noqa: E402
@@ -22,7 +28,6 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args  #
 
 from megatron_ext import patches  # noqa: E402
 from megatron_ext.arguments import parse_args  # noqa: E402
-from megatron_ext.errors import run_on_ranks  # noqa: E402
 from megatron_ext.model.gpt import gpt_model_config  # noqa: E402
 from megatron_ext.processes import stop_with_launcher  # noqa: E402
 from megatron_ext.training.checks import check_run  # noqa: E402
@@ -35,12 +40,13 @@ from megatron_ext.training.watchdog import Watchdog  # noqa: E402
 
 
 def main() -> None:
+    """Train, or print what training would need."""
     args, config = parse_args(sys.argv[1:])
     patches.apply("optimizer")
     if args.dry_run is not None:
         from megatron_ext.planning.dry_run import dry_run
 
-        if os.environ.get("RANK", "0") == "0":  # torchrun may have started more
+        if os.environ.get("RANK", "0") == "0":  # torchrun may have started several
             dry_run(args, config)
         return
     patches.apply("checkpoints")

@@ -125,8 +125,8 @@ def _initialize_globals(args: Namespace) -> None:
         MultiStorageClientFeature.enable()
         if not MultiStorageClientFeature.is_enabled():
             raise UserError(
-                "--enable-msc needs the package multi-storage-client: install it, or leave the flag "
-                "out"
+                "--enable-msc needs the package multi-storage-client: install it, or leave the "
+                "flag out"
             )
     else:
         args.enable_msc = False

@@ -1,21 +1,25 @@
-"""Recipes: YAML files that stand for flags of a command line."""
+"""Recipes: YAML files that stand for flags of a command line.
+
+This module imports neither torch nor Megatron, so that mistakes are answered at once.
+"""
 
 from argparse import Action, ArgumentParser
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from megatron_ext.errors import UserError
+from megatron_ext.flag_names import FLAGS, MEGATRON_VERSION, NAMES
 
 _COMMAND_LINE = "the command line"
 
-# Arguments of which one side is given: what the command line or a later recipe gives of one side
-# replaces what an earlier recipe gives of the others.
+# Groups of arguments that exclude each other: the command line or a later recipe that sets an
+# argument of one group replaces what an earlier recipe says about the other groups.
 _ALTERNATIVES: tuple[tuple[tuple[str, ...], ...], ...] = (
     (
         ("train_iters", "lr_decay_iters", "lr_warmup_iters", "lr_wsd_decay_iters"),
@@ -49,9 +53,9 @@ class _Entry:
     """One flag of an expanded command line.
 
     Attributes:
-        source: the recipe's file, or `_COMMAND_LINE`.
-        action: of the parser; None for words that belong to no flag it knows.
-        words: the flag and its values; none where a recipe removes the flag.
+        source: File of the recipe, or `_COMMAND_LINE`.
+        action: Action of the parser, None for words that belong to no flag of it.
+        words: Flag and its values, empty if a recipe removes the flag.
     """
 
     source: Path | str
@@ -60,12 +64,12 @@ class _Entry:
 
     @property
     def name(self) -> str | None:
-        """Name of the argument."""
+        """Return the name of the argument."""
         return None if self.action is None else self.action.dest
 
     @property
     def decides(self) -> bool:
-        """Whether it can replace alternatives: a length of 0 only takes itself back."""
+        """Return whether the entry replaces alternatives, which a length of 0 does not."""
         value = self.words[1:] or tuple(self.words[0].split("=")[1:]) if self.words else ()
         return bool(self.words) and not (self.name in _LENGTHS and value == ("0",))
 
@@ -75,17 +79,17 @@ def expand_recipes(
 ) -> list[str]:
     """Replace each `--recipe FILE` by the flags it stands for.
 
-    Flags that follow a recipe override its flags. Where one argument of several is to be given,
-    such as `--train-iters` and `--train-samples`, the command line's replaces the recipe's wherever
-    it stands. A key whose value is null removes what earlier recipes say of it.
+    Flags that follow a recipe override its flags. Of arguments that exclude each other, such as
+    `--train-iters` and `--train-samples`, that of the command line replaces that of the recipe at
+    any position. A key whose value is null removes the key of earlier recipes.
 
     Args:
         argv: Words of the command line.
         parser: Parser of the command.
-        unused: Keys of recipes that are shared with other commands, which this one has no use for.
+        unused: Keys of shared recipes that only other commands use.
 
     Raises:
-        UserError: a file that cannot be read, or a key that is no flag.
+        UserError: A file cannot be read, or a key is not a flag.
     """
     entries: list[_Entry] = []
     remaining = list(argv)
@@ -97,7 +101,7 @@ def expand_recipes(
                 if not remaining:
                     raise UserError("--recipe needs the name of a YAML file")
                 value = remaining.pop(0)
-            entries += _recipe_entries(_recipe_path(value), parser, unused)
+            entries += _recipe_entries(find_recipe(value), parser, unused)
             continue
         action = parser._option_string_actions.get(name)
         words = [word]
@@ -107,20 +111,87 @@ def expand_recipes(
     return [word for entry in _resolved(entries) for word in entry.words]
 
 
-def _recipe_path(name: str) -> Path:
-    """Return the path of a recipe: a file, or an installed one called `examples/...`."""
-    path = Path(name)
-    if path.parts[:1] == ("examples",) and not path.exists():
-        spec = find_spec("megatron_ext.examples")
-        for folder in (spec.submodule_search_locations if spec else None) or ():
-            if (installed := Path(folder, *path.parts[1:])).is_file():
-                return installed
-    return path
+def find_recipe(name: str) -> Path:
+    """Return the file of a recipe.
+
+    Args:
+        name: Path of a file, or name of a recipe that is shipped with this project:
+            `examples/recipes/d12.yaml`, `recipes/d12.yaml` or `d12`.
+
+    Raises:
+        UserError: There is neither such a file nor such a recipe.
+    """
+    if Path(name).exists() and not Path(name).is_dir():
+        return Path(name)
+    root = _examples()
+    wanted = Path(name.removeprefix("examples/"))
+    for folder in ("", "recipes", "alignment"):
+        for suffix in ("", ".yaml"):
+            path = root / folder / f"{wanted}{suffix}"
+            if not wanted.is_absolute() and path.is_file():
+                return path
+    if Path(name).is_dir():
+        raise UserError(f"--recipe {name}: Is a directory. Use a YAML file in it.")
+    shipped = [str(path.relative_to(root)) for path in sorted(root.rglob("*.yaml"))]
+    by_word = {Path(path).stem: path for path in shipped} | {path: path for path in shipped}
+    near = get_close_matches(wanted.stem, by_word, n=3) or get_close_matches(name, by_word, n=3)
+    advice = f"Did you mean {' or '.join(dict.fromkeys(by_word[word] for word in near))}?"
+    if not near:
+        advice = f"Use a path, or a recipe of {root}."
+    raise UserError(f"--recipe {name}: No such file or directory. {advice}")
+
+
+def _examples() -> Path:
+    """Return the folder of examples, of the checkout or of the installed package."""
+    package = Path(__file__).resolve().parent
+    return next(
+        (folder for folder in (package.parent / "examples", package / "examples")
+         if (folder / "recipes").is_dir()),
+        package / "examples",
+    )  # fmt: skip
+
+
+def check_flag_names(argv: Sequence[str]) -> None:
+    """Refuse names of `pretrain_et.py` that are not flags, before Megatron is imported.
+
+    The names are those of one version of Megatron; with another, the parser has to answer.
+
+    Args:
+        argv: Words of the command line.
+
+    Raises:
+        UserError: A flag or a key of a recipe does not exist, or a recipe cannot be read.
+    """
+    try:
+        if version("megatron-core") != MEGATRON_VERSION:
+            return
+    except PackageNotFoundError:
+        return
+    words = iter(argv)
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if flag == "--recipe":
+            name = value if equals else next(words, None)
+            if name is not None:
+                _check_keys(find_recipe(name))
+        elif flag.startswith("--") and len(flag) > 2 and " " not in flag and flag not in FLAGS:
+            near = get_close_matches(flag, FLAGS, n=1)
+            advice = f"Did you mean {near[0]}?" if near else "See --help."
+            raise UserError(f"{flag} is not a flag of pretrain_et.py. {advice}")
+
+
+def _check_keys(path: Path, including: tuple[Path, ...] = ()) -> None:
+    recipe = _read(path, including)
+    if base := recipe.pop("base", None):
+        _check_keys(path.parent / str(base), (*including, path.resolve()))
+    for key in map(str, recipe):
+        if "--" + key.replace("_", "-") not in FLAGS and key.replace("-", "_") not in NAMES:
+            raise _unknown_key(path, key, "pretrain_et.py", FLAGS)
 
 
 def _resolved(entries: Sequence[_Entry]) -> list[_Entry]:
-    """Leave out what recipes say and a later recipe or the command line replaces."""
-    kept: list[_Entry] = []
+    """Return the entries that no later recipe and no flag of the command line replaces."""
+    effective: list[_Entry] = []
     for place, entry in enumerate(entries):
         others = [
             other
@@ -131,17 +202,17 @@ def _resolved(entries: Sequence[_Entry]) -> list[_Entry]:
         replaced = any(other.decides and _excludes(other.name, entry.name) for other in others)
         if entry.source == _COMMAND_LINE:
             replaced = removed = False
-            # `--train-iters 0` beside `--train-samples` says that steps are not what counts.
+            # `--train-iters 0` together with `--train-samples` means that samples count.
             replaced = not entry.decides and any(
                 other.decides and _excludes(other.name, entry.name) for other in entries
             )
         if entry.words and not removed and not replaced:
-            kept.append(entry)
-    return kept
+            effective.append(entry)
+    return effective
 
 
 def _excludes(name: str | None, other: str | None) -> bool:
-    """Return whether giving one argument replaces another."""
+    """Return whether one argument replaces another."""
     if name == "split":  # goes with several sides
         return False
     for sides in _ALTERNATIVES:
@@ -161,16 +232,7 @@ def _recipe_entries(
     unused: Collection[str],
     including: tuple[Path, ...] = (),
 ) -> list[_Entry]:
-    if path.resolve() in including:
-        raise UserError(f"{path}: recipes are each other's base")
-    try:
-        recipe = yaml.safe_load(path.read_text()) or {}
-    except OSError as error:
-        raise UserError(f"--recipe {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--recipe {path} is not YAML: {error}") from error
-    if not isinstance(recipe, dict):
-        raise UserError(f"--recipe {path} must be a mapping of flags to values")
+    recipe = _read(path, including)
     entries: list[_Entry] = []
     if base := recipe.pop("base", None):
         including = (*including, path.resolve())
@@ -181,6 +243,29 @@ def _recipe_entries(
     return entries
 
 
+def _read(path: Path, including: tuple[Path, ...]) -> dict[Any, Any]:
+    """Return the contents of a recipe.
+
+    Args:
+        path: Its file.
+        including: Recipes that have it as their base.
+
+    Raises:
+        UserError: The file cannot be read, is not a mapping, or has itself as a base.
+    """
+    if path.resolve() in including:
+        raise UserError(f"{path}: recipes are each other's base: remove one of the base keys")
+    try:
+        recipe = yaml.safe_load(path.read_text()) or {}
+    except OSError as error:
+        raise UserError(f"--recipe {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--recipe {path} is not YAML: {error}") from error
+    if not isinstance(recipe, dict):
+        raise UserError(f"--recipe {path} must be a mapping of flags to values")
+    return recipe
+
+
 def _entry(key: str, value: Any, parser: ArgumentParser, path: Path) -> _Entry:
     """Return one key of a recipe as a flag of the command line."""
     option = "--" + key.replace("_", "-")
@@ -189,21 +274,22 @@ def _entry(key: str, value: Any, parser: ArgumentParser, path: Path) -> _Entry:
         # A key may name what a negative flag turns off: `bias_swiglu_fusion: false`.
         action = next((a for a in parser._actions if a.dest == key.replace("-", "_")), None)
     if action is None or key == "recipe":
-        raise UserError(f"{path}: {key} is not a flag of {parser.prog} ({_nearest(key, parser)})")
+        raise _unknown_key(path, key, parser.prog, parser._option_string_actions)
     words = [] if value is None and not _takes_none(action) else _words(key, value, action, path)
     return _Entry(path.resolve(), action, tuple(words))
 
 
-def _nearest(key: str, parser: ArgumentParser) -> str:
-    """Return a hint at the flag that a misspelt key may mean."""
-    names = {option.removeprefix("--") for option in parser._option_string_actions}
-    names = {name.replace("-", "_") for name in names if name not in ("recipe", "-h", "help")}
-    found = get_close_matches(key.replace("-", "_"), names, n=1, cutoff=0.75)
-    return f"did you mean {found[0]}?" if found else "see --help"
+def _unknown_key(path: Path, key: str, command: str, flags: Collection[str]) -> UserError:
+    """Return the error for a key that is no flag, with the nearest name that is one."""
+    names = {flag.removeprefix("--").replace("-", "_") for flag in flags}
+    names -= {"recipe", "_h", "help"}
+    near = get_close_matches(key.replace("-", "_"), names, n=1, cutoff=0.75)
+    advice = f"did you mean {near[0]}?" if near else "see --help"
+    return UserError(f"{path}: {key} is not a flag of {command} ({advice})")
 
 
 def _takes_none(action: Action) -> bool:
-    """Return whether the flag itself knows the value none, which its default need not be."""
+    """Return whether `none` is a value of the flag."""
     try:
         return callable(action.type) and action.default is not None and action.type("none") is None
     except Exception:
