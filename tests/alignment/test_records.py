@@ -23,7 +23,7 @@ VERDICT = {"item": "r", "outcome": "score", "score": 1}
         Verdict("r", Outcome.FAILED, reason="timed out after 3 s"),
     ],
 )
-def test_comes_back_from_json(record: Any) -> None:
+def test_record_round_trips_through_json(record: Any) -> None:
     row = json.loads(json.dumps(record.to_row()))
     back = type(record).from_row(row)
     assert back == record
@@ -70,6 +70,6 @@ def test_comes_back_from_json(record: Any) -> None:
         (Verdict, {"item": "r", "outcome": "zero", "score": 0}, "outcome is one of score, "),
     ],
 )
-def test_what_is_wrong_is_told(kind: Any, row: dict[str, Any], said: str) -> None:
+def test_invalid_row_is_refused_with_the_reason(kind: Any, row: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         kind.from_row(row)

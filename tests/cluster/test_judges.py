@@ -46,7 +46,7 @@ pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
 
 @pytest.mark.slow
-def test_training_that_is_cut_short_goes_on_where_it_was(slurm: Cluster, tmp_path: Path) -> None:
+def test_training_that_is_cut_short_resumes(slurm: Cluster, tmp_path: Path) -> None:
     run, model = tmp_path / "run", tmp_path / "model"
     make_model(model)
     (tmp_path / "pointwise-brief.txt").write_text(BRIEF)
@@ -128,7 +128,7 @@ def test_a_served_judge_labels_and_is_let_go(
 
 
 @pytest.mark.slow
-def test_a_missing_vllm_is_told(slurm: Cluster, tmp_path: Path) -> None:
+def test_missing_vllm_is_reported(slurm: Cluster, tmp_path: Path) -> None:
     script = f"{SCRIPTS}/serve.sbatch"
     for exported, told in (
         ("VLLM=no-such-vllm", "there is no no-such-vllm"),
@@ -141,7 +141,7 @@ def test_a_missing_vllm_is_told(slurm: Cluster, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_server_that_is_gone_is_told(slurm: Cluster, tmp_path: Path) -> None:
+def test_lost_server_is_reported(slurm: Cluster, tmp_path: Path) -> None:
     server = submit(slurm, tmp_path, "--wrap=true")
     slurm.wait_for(server, ("COMPLETED", "FAILED"), 240)
     address, items = tmp_path / "gold.url", write_rows(tmp_path / "items.jsonl", responses(1))

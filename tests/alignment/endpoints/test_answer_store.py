@@ -8,7 +8,7 @@ from alignment.endpoints.answer_store import AnswerStore
 from megatron_ext.errors import UserError
 
 
-def test_a_file_cut_anywhere_keeps_every_whole_line(tmp_path: Path) -> None:
+def test_answer_store_cut_anywhere_keeps_whole_lines(tmp_path: Path) -> None:
     file = tmp_path / "folder" / "answers.jsonl"
     with AnswerStore(file) as store:
         store.add([("a", {"text": "ä\n"}), ("b", {"text": ""})])
@@ -36,7 +36,7 @@ def test_a_file_cut_anywhere_keeps_every_whole_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content", [b"hello", b'{"item": "a"}\n', b'{"key": "a", "answer": {}}\nx\n{"key": 1}\n']
 )
-def test_a_file_of_another_kind_is_refused_and_left_alone(tmp_path: Path, content: bytes) -> None:
+def test_answer_store_refuses_other_files_unchanged(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "notes"
     file.write_bytes(content)
     with pytest.raises(UserError, match="notes"):
@@ -44,7 +44,7 @@ def test_a_file_of_another_kind_is_refused_and_left_alone(tmp_path: Path, conten
     assert file.read_bytes() == content
 
 
-def test_a_second_writer_is_refused(tmp_path: Path) -> None:
+def test_answer_store_refuses_a_second_writer(tmp_path: Path) -> None:
     file = tmp_path / "answers.jsonl"
     with AnswerStore(file):
         with pytest.raises(UserError, match="Another run has"):
@@ -53,7 +53,7 @@ def test_a_second_writer_is_refused(tmp_path: Path) -> None:
         pass
 
 
-def test_an_answer_that_finds_no_room_leaves_the_file_as_it_was(small_disk: Path) -> None:
+def test_answer_store_on_a_full_disk_is_unchanged(small_disk: Path) -> None:
     file = small_disk / "answers.jsonl"
     with AnswerStore(file) as store:
         store.add([("a", {"text": "kept"})])

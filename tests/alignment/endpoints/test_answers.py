@@ -66,7 +66,7 @@ def test_thinking_is_read_from_the_fields_that_servers_give_it(name, value):
         ({"content": "7", "reasoning": {"effort": 3}}, "a part of type 'text' without text"),
     ],
 )
-def test_what_is_no_text_of_the_model_is_a_problem_in_words(fields, problem):
+def test_answer_without_text_of_the_model_has_a_problem(fields, problem):
     answer = message(**fields)
     assert problem in answer.problem and answer.missing == answer.problem
     json.dumps(answer.to_row()).encode()
@@ -199,11 +199,11 @@ def test_a_page_of_a_proxy_is_shown_without_its_tags():
         ("judge", "some-other-model-2b", False),
     ],
 )
-def test_another_model_is_told_from_another_name_of_the_same(asked, answered, same):
+def test_same_model_accepts_snapshots_and_owners_only(asked, answered, same):
     assert same_model(asked, answered) is same
 
 
-def test_answers_kept_by_earlier_versions_are_read():
+def test_answers_of_earlier_versions_are_read():
     row = {"text": "7", "thinking": "", "finish": "stop", "prompt_tokens": 3,
            "completion_tokens": 1, "labels": [["7", {"7": -0.1}]]}  # fmt: skip
     assert Answer.from_row(row).labels == [("7", {"7": -0.1}, 0.0)]

@@ -91,13 +91,13 @@ def test_a_run_that_cannot_succeed_any_more_ends_before_it_has_paid_for_all(tmp_
 
 
 @pytest.mark.parametrize("body", [b"[]", b"{}", b'{"choices": []}', b'{"choices": [{}]}'])
-def test_a_body_that_is_no_answer_is_one_call(tmp_path: Path, body: bytes) -> None:
+def test_body_of_another_shape_is_not_requested_again(tmp_path: Path, body: bytes) -> None:
     done, calls = faulty(tmp_path, endpoint.body(body), "--max-failed", 0.99)
     assert (done.returncode, calls) == (3, 7)
     assert "not one of the chat API" in done.stderr and "(7 times)" in done.stderr
 
 
-def test_a_torn_body_is_asked_for_once_more(tmp_path: Path) -> None:
+def test_torn_body_is_requested_once_more(tmp_path: Path) -> None:
     fault = endpoint.body(b'{"choices": [{"message": {"content": "7"')
     done, calls = faulty(tmp_path, fault, "--max-failed", 0.99)
     assert (done.returncode, calls) == (3, 14) and "cut short or damaged" in done.stderr
@@ -114,7 +114,7 @@ def test_a_torn_body_is_asked_for_once_more(tmp_path: Path) -> None:
         (lambda h: h.reply(307, b"", Location="/v2"), "status 307, which redirects to /v2"),
     ],
 )
-def test_what_holds_for_every_question_ends_the_run_at_the_first(
+def test_fatal_error_ends_annotate_at_the_first_call(
     tmp_path: Path, fault: Any, words: str
 ) -> None:
     done, calls = faulty(tmp_path, fault)
@@ -147,7 +147,7 @@ def test_a_longer_wait_than_allowed_ends_the_run_and_says_until_when(
 
 
 @pytest.mark.parametrize("wait", ["-5", "soon", "", "0", "Thu, 01 Jan 1970 00:00:00 GMT"])
-def test_a_wait_that_is_none_is_a_common_try(tmp_path: Path, wait: str) -> None:
+def test_invalid_retry_after_is_an_ordinary_retry(tmp_path: Path, wait: str) -> None:
     fault = failing(429, {"message": "slow"}, Retry_After=wait)
     done, calls = faulty(tmp_path, fault, calls=2)
     assert (done.returncode, calls) == (0, 9)
@@ -176,7 +176,7 @@ def test_the_answering_model_is_recorded_and_another_is_reported_once(
     assert done.stdout.count(warned) == (answered == "some-other-model-2b")
 
 
-def test_unknown_usage_is_told_and_no_cost_of_zero(tmp_path: Path) -> None:
+def test_unknown_usage_is_reported_without_a_cost_of_zero(tmp_path: Path) -> None:
     def answer(text: str) -> dict[str, Any]:
         return chat("7") if text == "a" else chat("7") | {"usage": {"prompt_tokens": "n/a"}}
 

@@ -51,7 +51,7 @@ def test_tokens_a_minute_hold_on_average_though_known_only_afterwards() -> None:
     assert began[-1] == pytest.approx(60 * 14, abs=1)
 
 
-def test_nobody_begins_while_the_endpoint_asks_to_wait() -> None:
+def test_rate_limiter_pauses_all_calls() -> None:
     assert turns(3, hold=42.0) == [0.0, 42.0, 42.0]
     assert turns(2) == [0.0, 0.0]
 

@@ -71,7 +71,7 @@ def test_gold_outside_of_0_to_9_is_refused_by_row_or_mapped_from_its_scale(
     assert judge_reward(best, found[2].gold) == 1.0
 
 
-def test_too_many_verdicts_of_gold_without_a_judgement_are_refused(
+def test_too_many_gold_verdicts_without_a_judgment_are_refused(
     tmp_path: Path, judging: list[str]
 ) -> None:
     from alignment.commands.train_judge import main
@@ -92,9 +92,7 @@ def test_too_many_verdicts_of_gold_without_a_judgement_are_refused(
         main([*flags, "--max-left-out", "1"])
 
 
-def test_a_pairwise_judge_whose_examples_are_mostly_too_long_is_not_trained(
-    tmp_path: Path, judging: list[str]
-) -> None:
+def test_training_refuses_mostly_too_long_examples(tmp_path: Path, judging: list[str]) -> None:
     from alignment.commands.train_judge import main
 
     template = "=== user ===\n{mark} {prompt} {response_a} {response_b} Which, A or B? {answer}\n"

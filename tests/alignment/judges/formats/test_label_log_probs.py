@@ -22,23 +22,23 @@ def expected(*positions: Any, label: int = 7) -> float:
     return expected_score(read_label_log_probs({"content": list(positions)}), label)
 
 
-def test_the_expectation_is_over_the_labels_renormalized():
+def test_expected_score_renormalizes_over_labels():
     likely = top(_7=0.5, _8=0.3, the=0.2)
     assert expected(position("7", likely)) == pytest.approx((7 * 0.5 + 8 * 0.3) / 0.8)
 
 
 @pytest.mark.parametrize("token", ["7", " 7", "7\n", "\n7", "▁7", "Ġ7", "7Ċ"])
-def test_a_label_with_space_around_it_is_the_label(token):
+def test_label_log_probs_ignore_space_around_a_label(token):
     assert expected(position(token, [{"token": token, "logprob": -0.1}])) == 7.0
 
 
 @pytest.mark.parametrize("token", ["７", "٧", "7.", "77", "07", "seven", ""])
-def test_other_tokens_are_no_labels(token):
+def test_label_log_probs_skip_other_tokens(token):
     with pytest.raises(LookupError, match="no token of the answer is the label alone"):
         expected(position(token, [{"token": token, "logprob": -0.1}]))
 
 
-def test_bytes_say_what_a_token_stands_for():
+def test_label_log_probs_read_bytes_of_tokens():
     listed = [
         {"token": "<0x37>", "logprob": math.log(0.6), "bytes": [55]},
         {"token": "token_id:24", "logprob": math.log(0.3), "bytes": [32, 57]},
@@ -46,7 +46,7 @@ def test_bytes_say_what_a_token_stands_for():
     assert expected(position("<0x37>", listed, bytes=[55])) == pytest.approx((4.2 + 2.7) / 0.9)
 
 
-def test_repeated_tokens_count_once_in_any_order():
+def test_label_log_probs_count_repeated_tokens_once():
     repeated = [("7", -0.5), ("7", -0.7), (" 7", -2.0), ("8", -1.5), ("8", -1.5), ("x", -3.0)]
     seven, eight = math.exp(-0.5) + math.exp(-2.0), math.exp(-1.5)
     right = (7 * seven + 8 * eight) / (seven + eight)
@@ -58,7 +58,7 @@ def test_repeated_tokens_count_once_in_any_order():
     assert len(found) == 1 and found.pop() == pytest.approx(right, rel=1e-12)
 
 
-def test_the_sampled_label_counts_by_its_own_value_where_it_is_not_listed():
+def test_label_log_probs_include_unlisted_sampled_label():
     listed = [{"token": "8", "logprob": math.log(0.6)}]
     assert expected(position("7", listed, logprob=math.log(0.2))) == pytest.approx(6.2 / 0.8)
 
@@ -66,12 +66,12 @@ def test_the_sampled_label_counts_by_its_own_value_where_it_is_not_listed():
 @pytest.mark.parametrize(
     "likely", [top(_7=0.3), top(_7=0.2, the=0.1), top(_7=0.004, the=0.99), top(_7=0.4, _8=0.05)]
 )
-def test_labels_that_tokens_not_listed_may_outweigh_give_no_expectation(likely):
+def test_expected_score_refuses_labels_outweighed_by_unlisted_tokens(likely):
     with pytest.raises(LookupError, match="the labels listed have a probability of"):
         expected(position("7", likely))
 
 
-def test_the_expectation_stays_on_the_scale():
+def test_expected_score_stays_on_the_scale():
     values = [-1e-9, -0.1, -0.2, -0.69]
     assert all(
         expected(position("9", [{"token": "9", "logprob": v}]), label=9) == 9 for v in values

@@ -23,7 +23,7 @@ def outcome(parser: Parser, text: str) -> Any:
     return verdict.reason or (verdict.score if verdict.preferred is None else verdict.preferred)
 
 
-def test_one_label_and_nothing_else_is_a_verdict() -> None:
+def test_parser_accepts_exactly_one_label() -> None:
     for digit in range(10):
         assert outcome(SCORE, f"{digit}") == outcome(SCORE, f" \n\t{digit}\r\n") == float(digit)
     assert outcome(PAIR, "A") is Side.FIRST and outcome(PAIR, " B\n") is Side.SECOND
@@ -60,18 +60,18 @@ def test_one_label_and_nothing_else_is_a_verdict() -> None:
         ("<think>fine</think>7", "more than a digit"),
     ],
 )
-def test_anything_else_is_unparseable_with_the_reason(text: str, reason: str) -> None:
+def test_parser_reports_reason_of_unparseable_answer(text: str, reason: str) -> None:
     assert reason in outcome(SCORE, text)
 
 
 @pytest.mark.parametrize(
     "text", ["a", "AB", "A B", "A or B", "Tie", "C", "[[A]]", "А", "Response A"]
 )
-def test_pairwise_labels_are_exact(text: str) -> None:
+def test_parser_requires_exact_pairwise_labels(text: str) -> None:
     assert PAIR.read(text)["outcome"] is Outcome.UNPARSEABLE
 
 
-def test_thinking_comes_first_and_is_kept() -> None:
+def test_parser_returns_thinking_before_label() -> None:
     fields = THINK.read("\n<think>\nIt says 9, but\n4 is due.</think>\n\n4\n")
     assert fields["score"] == 4 and fields["thinking"] == "It says 9, but\n4 is due."
     opened = Parser(thinks=True, opened=True)
@@ -95,7 +95,7 @@ def test_thinking_comes_first_and_is_kept() -> None:
         ("<THINK>x</THINK>7", "does not begin with <think>"),
     ],
 )
-def test_thinking_that_is_not_as_asked_is_unparseable(text: str, reason: str) -> None:
+def test_parser_refuses_malformed_thinking(text: str, reason: str) -> None:
     assert reason in outcome(THINK, text)
     assert THINK.read(text)["outcome"] is Outcome.UNPARSEABLE
 
@@ -112,7 +112,7 @@ pieces = st.lists(
 
 
 @given(pieces)
-def test_the_parser_says_what_a_grammar_of_the_whole_answer_says(text: str) -> None:
+def test_parser_agrees_with_grammar_of_whole_answer(text: str) -> None:
     space = r"[ \t\r\n]*"
     inside = r"(?:(?!</?think>)[\s\S])*"
     for opened in (False, True):
@@ -130,7 +130,7 @@ def test_the_parser_says_what_a_grammar_of_the_whole_answer_says(text: str) -> N
                     assert got == (sides[found["label"]] if pairwise else float(found["label"]))
 
 
-def test_parsers_that_read_differently_have_other_identities() -> None:
+def test_parser_identity_depends_on_settings() -> None:
     identities = {
         Parser(pairwise, thinks, opened).identity
         for pairwise in (False, True) for thinks in (False, True) for opened in (False, True)

@@ -44,7 +44,7 @@ def asked(name: str, item: Any, **more: bool) -> str:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_everything_that_is_not_ours_is_fenced(name: str) -> None:
+def test_templates_fence_all_untrusted_text(name: str) -> None:
     kind = name.partition("-")[0]
     system, user = judge_prompt(name, thinks=True).messages(ITEMS[kind])
     assert (system.role, user.role) == ("system", "user")
@@ -73,7 +73,7 @@ hostile = st.lists(
 
 
 @given(st.lists(hostile, min_size=3, max_size=3))
-def test_no_text_closes_its_fence_even_one_that_knows_the_mark_of_an_earlier_prompt(
+def test_text_with_an_earlier_mark_cannot_close_its_fence(
     texts: list[str],
 ) -> None:
     def items(texts: list[str]) -> list[tuple[str, Any, list[str]]]:
@@ -94,7 +94,7 @@ def test_no_text_closes_its_fence_even_one_that_knows_the_mark_of_an_earlier_pro
 
 
 @given(st.lists(st.text(), max_size=3), st.text())
-def test_a_mark_is_in_no_text_and_the_same_for_the_same_texts(texts: list[str], more: str) -> None:
+def test_mark_occurs_in_no_text_and_is_deterministic(texts: list[str], more: str) -> None:
     mark = mark_for(texts)
     assert not any(mark in text for text in texts) and mark == mark_for(texts)
     assert re.fullmatch("[g-v]{16}", mark)
@@ -103,19 +103,19 @@ def test_a_mark_is_in_no_text_and_the_same_for_the_same_texts(texts: list[str], 
     assert fenced("a", more.replace(mark, ""), mark).count(mark) == 2
 
 
-def test_the_system_message_is_the_same_for_every_item() -> None:
+def test_system_message_is_the_same_for_every_item() -> None:
     other = Response("s", Prompt("q", [Message("user", "Else?")]), "Else.")
     one, two = (judge_prompt("pointwise").messages(item) for item in (RESPONSE, other))
     assert one[0] == two[0] and one[1] != two[1]  # servers keep the state of a common beginning
 
 
-def test_swapping_shows_the_second_response_first() -> None:
+def test_swapped_pair_shows_second_response_first() -> None:
     assert blocks(asked("pairwise", PAIR, swapped=True))[2:] == [
         ("response A", "SECOND"), ("response B", "FIRST"),
     ]  # fmt: skip
 
 
-def test_the_form_of_the_answer_follows_whether_the_judge_thinks() -> None:
+def test_template_requests_the_format_of_a_thinking_judge() -> None:
     for name in NAMES[:4]:
         label, think = (judge_prompt(name, thinks=t).messages(ITEMS[name.partition("-")[0]])
                         for t in (False, True))  # fmt: skip
@@ -123,7 +123,7 @@ def test_the_form_of_the_answer_follows_whether_the_judge_thinks() -> None:
         assert "<think>" in think[1].content
 
 
-def test_identities_change_with_anything_but_the_item(tmp_path: Path) -> None:
+def test_template_identity_depends_on_everything_but_the_item(tmp_path: Path) -> None:
     prompts = [judge_prompt(name, thinks) for name in NAMES[:4] for thinks in (False, True)]
     assert len({prompt.identity for prompt in prompts}) == 8
     assert judge_prompt("pairwise").identity == judge_prompt("pairwise").identity
@@ -145,15 +145,13 @@ def test_identities_change_with_anything_but_the_item(tmp_path: Path) -> None:
         ("other.txt", "=== user ===\n{prompt}", "There is no judge prompt"),
     ],
 )
-def test_templates_that_cannot_work_are_refused(
-    name: str, text: str, said: str, tmp_path: Path
-) -> None:
+def test_invalid_templates_are_refused(name: str, text: str, said: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=said):
         judge_prompt(str(tmp_path / name))
 
 
-def test_items_that_do_not_fit_are_refused() -> None:
+def test_template_refuses_items_of_another_kind() -> None:
     with pytest.raises(UserError, match=r"no judge prompt pointwize\. Choose one of pairwise, "):
         judge_prompt("pointwize")
     with pytest.raises(UserError, match="A pairwise template cannot ask about a response"):

@@ -34,26 +34,26 @@ def test_scores_outside_of_the_scale_are_refused_by_file_and_row(tmp_path):
     [("NaN", "NaN is no JSON"), ("Infinity", "Infinity is no JSON")]
     + [(bad, "score must be a finite number") for bad in ("true", '"7"', "[7]", "1e999")],
 )
-def test_what_is_no_finite_number_is_refused_by_file_and_row(tmp_path, bad, words):
+def test_scores_that_are_not_finite_are_refused_by_file_and_row(tmp_path, bad, words):
     file = tmp_path / "verdicts.jsonl"
     file.write_text(f'{{"item": "a", "outcome": "score", "score": {bad}}}\n')
     with pytest.raises(UserError, match=rf"verdicts\.jsonl, row 1: .*{words}"):
         read_verdicts(file)
 
 
-def test_a_named_scale_is_mapped_linearly(tmp_path):
+def test_scores_of_a_stated_scale_are_mapped_linearly(tmp_path):
     file = verdicts(tmp_path, 1, 10, 5.5)
     assert [v.score for v in read_verdicts(file, [1, 10])] == pytest.approx([0, 9, 4.5], rel=1e-12)
     assert rescale(-1, [-1, 1]) == 0 and rescale(1, [-1, 1]) == 9
 
 
 @pytest.mark.parametrize("scale", [[9, 0], [1, 1], [0, float("nan")], [0, float("inf")], [1]])
-def test_a_scale_without_length_is_refused(scale):
+def test_scale_without_length_is_refused(scale):
     with pytest.raises(UserError, match="--gold-scale"):
         check_scale(scale, "--gold-scale")
 
 
-def test_labels_are_the_nearest_and_never_clamped():
+def test_label_of_verdict_is_nearest_and_never_clamped():
     def label(score):
         return label_of(Verdict("a", Outcome.SCORE, score))
 
@@ -63,13 +63,13 @@ def test_labels_are_the_nearest_and_never_clamped():
             label(outside)
 
 
-def test_the_commonest_reason_counts_those_alike_but_for_numbers_and_quotations():
+def test_commonest_reason_ignores_numbers_and_quotations():
     reasons = ["cut off after 3 tokens", "no label", "cut off after 9 tokens", "says 'a'"]
     assert commonest(reasons) == "cut off after 3 tokens (2 times)"
     assert commonest(["no label"]) == "no label (once)"
 
 
-def test_more_than_the_share_without_a_result_is_too_few():
+def test_require_results_refuses_more_than_the_allowed_share():
     require_results(["x"], 20, 0.05)
     require_results([], 0, 0.0)
     with pytest.raises(TooFewResults, match="2 of 20 questions have no verdict") as failed:

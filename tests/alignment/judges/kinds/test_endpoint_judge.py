@@ -60,7 +60,7 @@ def judged(folder, names, room=True):
     return found
 
 
-def test_what_will_never_be_answered_ends_all_ranks_with_one_sentence(tmp_path):
+def test_refusing_endpoint_ends_all_ranks_with_one_sentence(tmp_path):
     names = ["key", "address", "silent", "silent"]
     with Endpoint(lambda text, n: status(401)) as refusing, Endpoint() as server:
         server.answer = lambda text: chat("7")
@@ -76,7 +76,7 @@ def test_what_will_never_be_answered_ends_all_ranks_with_one_sentence(tmp_path):
     assert calls <= len(ITEMS)  # those kept tell it, too
 
 
-def test_a_full_disk_ends_all_ranks_with_one_sentence(tmp_path):
+def test_full_disk_ends_all_ranks_with_one_sentence(tmp_path):
     with Endpoint() as server:
         server.answer = lambda text: chat("7")
         write_spec(tmp_path, "judge", url=server.url, expected_score=False)
@@ -86,7 +86,7 @@ def test_a_full_disk_ends_all_ranks_with_one_sentence(tmp_path):
     assert "No space left" in first[0]
 
 
-def test_answers_are_paid_for_once_on_any_number_of_ranks(tmp_path):
+def test_endpoint_judge_pays_once_on_any_number_of_ranks(tmp_path):
     with Endpoint() as server:
         server.answer = lambda text: chat(str(sum(server.calls.values()) % 10))
         write_spec(tmp_path, "judge", url=server.url, expected_score=False)
@@ -105,7 +105,7 @@ def test_answers_are_paid_for_once_on_any_number_of_ranks(tmp_path):
     assert again[1::2] == scores[1::2]
 
 
-def test_what_is_null_is_not_sent(tmp_path):
+def test_endpoint_request_omits_null_settings(tmp_path):
     with Endpoint() as server:
         server.answer = lambda text: chat("7")
         write_spec(tmp_path, "plain", url=server.url, expected_score=False)
@@ -134,7 +134,7 @@ def judged_slowly(folder):
     return judged(folder, ["judge"])[0]
 
 
-def test_a_judge_may_take_longer_than_ranks_wait_for_each_other(tmp_path):
+def test_slow_endpoint_does_not_time_out_collectives(tmp_path):
     def answer(text):
         time.sleep(6 if text == "a" else 0)
         return chat("7")
@@ -171,7 +171,7 @@ def stopped(folder):
     return threading.active_count() - before
 
 
-def test_a_signal_is_heard_while_a_judge_is_silent_and_answers_are_kept(tmp_path):
+def test_signal_during_silent_call_keeps_answers(tmp_path):
     with Endpoint(lambda text, number: hang if text == "a" and number == 0 else None) as server:
         server.answer = lambda text: chat("7")
         write_spec(tmp_path, "judge", url=server.url, expected_score=False)
@@ -180,7 +180,7 @@ def test_a_signal_is_heard_while_a_judge_is_silent_and_answers_are_kept(tmp_path
         assert server.calls == {"a" * n: 1 + (n == 1) for n in range(1, 7)}
 
 
-def test_an_empty_answer_tells_nothing_of_an_endpoint():
+def test_empty_answer_does_not_count_as_missing_log_probs():
     judging = JudgingTask(JudgeFormat.create(pairwise=False), "judge", expected=True)
     question = Question(ITEMS[0])
     assert judging.inspect(question, Answer("")) == "malformed"

@@ -62,7 +62,7 @@ def checks(tmp_path):
     return file
 
 
-def test_scores_and_what_has_none(checks):
+def test_function_judge_returns_score_or_unparseable(checks):
     judge = FunctionJudge(f"{checks}:words")
     scored, silent = map(judge.verdict, ITEMS)
     assert (scored.outcome, scored.score) == (Outcome.SCORE, 3.0)
@@ -75,13 +75,13 @@ def test_scores_and_what_has_none(checks):
 
 
 @pytest.mark.parametrize("name", ["checks.py:nothing", "nowhere.py:words", "words"])
-def test_what_is_not_there_is_told(checks, name):
+def test_missing_function_is_refused(checks, name):
     with pytest.raises(UserError, match="cannot be loaded"):
         FunctionJudge(str(checks.parent / name))
 
 
 @pytest.mark.parametrize("said", ["nan", "inf", "text", "digit", "list", "bool"])
-def test_what_is_no_number_is_a_failed_call(checks, said):
+def test_function_result_that_is_no_number_is_a_failed_call(checks, said):
     verdict = FunctionJudge(f"{checks}:odd").verdict(Response("a", PROMPT, said))
     assert (verdict.outcome, verdict.score) == (Outcome.FAILED, None)
     assert verdict.reason.startswith(("ValueError: ", "TypeError: "))
@@ -96,13 +96,13 @@ def test_what_is_no_number_is_a_failed_call(checks, said):
         ("words = undefined", "NameError"),
     ],
 )
-def test_a_file_that_gives_no_function_is_told(checks, source, told):
+def test_file_without_the_function_is_refused(checks, source, told):
     checks.write_text(source)
     with pytest.raises(UserError, match=rf"checks\.py:words cannot be loaded \({told}"):
         FunctionJudge(f"{checks}:words")
 
 
-def test_a_call_beyond_the_time_limit_fails_and_the_next_is_scored(checks):
+def test_function_call_beyond_time_limit_fails_and_next_is_scored(checks):
     judge = FunctionJudge(f"{checks}:stuck", timeout=0.3)
     texts = ["fine", "catches all", "fine", "never leaves C", "ends its process", "fine"]
     verdicts = [judge.verdict(Response("a", PROMPT, text)) for text in texts]
@@ -111,7 +111,7 @@ def test_a_call_beyond_the_time_limit_fails_and_the_next_is_scored(checks):
     assert verdicts[4].reason == "the function ended its process (exit status 4)"
 
 
-def test_a_function_that_never_answers_ends_the_command_with_status_3(checks, tmp_path):
+def test_endless_function_ends_annotate_with_status_3(checks, tmp_path):
     items = [Response(str(n), PROMPT, "catches all") for n in range(9)]
     file = write_rows(tmp_path / "items.jsonl", items)
     flags = ["--judge", f"function:{checks}:stuck", "--timeout", "0.05", "--max-failed", "1"]
@@ -128,7 +128,7 @@ def test_a_function_that_never_answers_ends_the_command_with_status_3(checks, tm
      ("100", [0, 100], 9.0), ("1", [-1, 1], 9.0), ("0", [-1, 1], 4.5), ("9.5", None, None),
      ("-1", None, None), ("101", [0, 100], None)],
 )  # fmt: skip
-def test_scores_are_mapped_from_their_scale_and_never_clamped(checks, said, scale, score):
+def test_function_scores_are_mapped_from_their_scale_and_never_clamped(checks, said, scale, score):
     judge = FunctionJudge(f"{checks}:out_of_scale", scale)
     verdict = judge.verdict(Response("a", PROMPT, said))
     assert verdict.score == (score if score is None else pytest.approx(score, rel=1e-12))
@@ -137,7 +137,7 @@ def test_scores_are_mapped_from_their_scale_and_never_clamped(checks, said, scal
     judge.close()
 
 
-def test_a_function_that_always_raises_ends_with_status_3_and_the_reason(checks, tmp_path):
+def test_function_that_always_raises_ends_annotate_with_status_3(checks, tmp_path):
     items = write_rows(tmp_path / "items.jsonl", ITEMS)
     with pytest.raises(TooFewResults, match=r"2 of 2 questions .* ValueError: no idea"):
         main(["--input", str(items), "--output", str(tmp_path / "out.jsonl"),
@@ -145,7 +145,7 @@ def test_a_function_that_always_raises_ends_with_status_3_and_the_reason(checks,
     assert len(read_all(tmp_path / "out.jsonl", Verdict)) == 2  # for a look at each
 
 
-def test_it_annotates_and_rewards(checks, tmp_path):
+def test_function_judge_annotates_and_rewards(checks, tmp_path):
     items = write_rows(tmp_path / "items.jsonl", ITEMS)
     judge = f"function:{checks}:words"
     files = ["--input", str(items), "--output", str(tmp_path / "out.jsonl")]
@@ -165,7 +165,7 @@ def test_it_annotates_and_rewards(checks, tmp_path):
         config.open(JudgeContext(True, tmp_path, engine))
 
 
-def test_the_agreement_of_a_judge_is_read(tmp_path):
+def test_read_agreement_returns_measures_or_refuses_file(tmp_path):
     spec = tmp_path / "judge.yaml"
     spec.write_text("kind: rule\nrule_text: x\nagreement: " + str(tmp_path / "agreement.json"))
     with pytest.raises(UserError, match=r"is no agreement\.json"):
@@ -185,7 +185,7 @@ def asked_on_two_ranks_of_one_share(file: Path) -> float | None:
     return verdict.score
 
 
-def test_ranks_that_share_a_model_have_the_same_rewards(tmp_path: Path) -> None:
+def test_function_judge_gives_ranks_of_a_share_equal_scores(tmp_path: Path) -> None:
     file = tmp_path / "draws.py"
     file.write_text("import random\n\ndef score(response):\n    return random.random()\n")
     first, second = run_ranks(asked_on_two_ranks_of_one_share, 2, file)

@@ -56,7 +56,7 @@ def ask(judge, *said):
     return judge.judge([Question(Response(str(n), prompt, f"good {n}")) for n in range(len(said))])
 
 
-def test_the_score_is_read_after_the_thinking_or_not_at_all(judge):
+def test_local_judge_reads_label_only_after_thinking(judge):
     found = ask(judge, "<think>3 of 4</think>\n7", "<think>3 of 4</think> 7")
     assert found[0].score == pytest.approx((3 * 0.2 + 7 * 0.6) / 0.8, abs=0.01)
     assert [text.endswith("3 of 4</think>\n") for text in judge.engine.after] == [True]
@@ -64,7 +64,7 @@ def test_the_score_is_read_after_the_thinking_or_not_at_all(judge):
     assert "not one of the tokens" in found[1].reason and found[1].answer.endswith("</think> 7")
 
 
-def test_equal_questions_are_asked_once(judge, monkeypatch):
+def test_local_judge_asks_equal_questions_once(judge, monkeypatch):
     """Whatever their names are: a model that is asked twice answers differently by rounding."""
     prompt = Prompt("p", (Message("user", "say"),))
     questions = [
@@ -93,7 +93,7 @@ def test_equal_questions_are_asked_once(judge, monkeypatch):
     assert len(drawn) == 1 and set(drawn) < before
 
 
-def test_equal_responses_have_equal_scores_whatever_else_is_in_the_batch(judge):
+def test_local_judge_scores_equal_responses_equally_in_any_batch(judge):
     """Padding moves the log-probabilities of an engine in their last digits."""
     judge.format = replace(judge.format, parser=Parser(thinks=False))
     judge.labels, judge.generation_batch_size = judge.format.label_tokens, 3
@@ -128,12 +128,12 @@ def test_equal_responses_have_equal_scores_whatever_else_is_in_the_batch(judge):
         ([-math.inf, -0.7, -math.inf], Side.SECOND),
     ],
 )
-def test_sides_that_are_equally_likely_make_a_tie(log_probs, outcome):
+def test_label_tokens_equally_likely_sides_make_a_tie(log_probs, outcome):
     fields = LabelTokens(SIDES, [1, 2, 3]).judgment(log_probs)
     assert fields.get("preferred", fields["outcome"]) is outcome
 
 
-def test_a_label_without_probability_is_no_score(judge):
+def test_label_tokens_without_probability_are_unparseable(judge):
     judge.engine.likely = [-20.0] * 10
     [found] = ask(judge, "<think>so</think>\n7")
     assert (found.outcome, found.score) == (Outcome.UNPARSEABLE, None)

@@ -28,7 +28,7 @@ def fluency() -> Fluency:
     return Fluency.fit(line for page in pages for line in page.read_text().splitlines())
 
 
-def test_the_score_follows_from_the_thinking_alone(fluency: Fluency) -> None:
+def test_rule_score_follows_from_its_thinking(fluency: Fluency) -> None:
     judge, draw = RuleJudge(GOLD, fluency), random.Random(0)
     words = (ROOT / "docs/how-to/serving.md").read_text().split()
     seen = set()
@@ -52,7 +52,7 @@ def test_the_score_follows_from_the_thinking_alone(fluency: Fluency) -> None:
     assert len(seen) >= 5
 
 
-def test_each_feature_tells_what_it_is_for(fluency: Fluency) -> None:
+def test_rule_features_measure_what_they_are_named_for(fluency: Fluency) -> None:
     judge = RuleJudge(GOLD, fluency)
 
     def levels(text: str) -> dict[str, int]:
@@ -72,7 +72,7 @@ def test_each_feature_tells_what_it_is_for(fluency: Fluency) -> None:
     assert levels("")["topic"] == levels("")["fluency"] == levels("")["length"] == 0
 
 
-def test_the_second_rule_differs_by_one_feature_that_copying_does_not_please(
+def test_no_copying_rule_ignores_copied_content_words(
     fluency: Fluency,
 ) -> None:
     second = RULES["no-copying"]
@@ -85,7 +85,7 @@ def test_the_second_rule_differs_by_one_feature_that_copying_does_not_please(
     assert judges[0].identity != judges[1].identity
 
 
-def test_pairs_are_compared_alike_in_both_orders_and_tied_within_the_margin(
+def test_rule_compares_pairs_equally_in_both_orders(
     fluency: Fluency,
 ) -> None:
     judge = RuleJudge(GOLD, fluency)
@@ -106,6 +106,6 @@ def test_pairs_are_compared_alike_in_both_orders_and_tied_within_the_margin(
 
 
 @pytest.mark.parametrize("texts", [["one two three"], ["x " * 50] * 20])
-def test_a_reference_that_tells_nothing_is_refused(texts: Any) -> None:
+def test_fluency_refuses_uninformative_reference(texts: Any) -> None:
     with pytest.raises(UserError, match="--rule-text"):
         Fluency.fit(texts)
