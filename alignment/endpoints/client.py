@@ -16,7 +16,7 @@ from typing import Any
 
 import httpx
 
-from alignment.endpoints.endpoint_errors import EndpointError, Kind, error_of_status
+from alignment.endpoints.endpoint_errors import EndpointError, ErrorKind, error_of_status
 from alignment.endpoints.rate_limits import RateLimiter, retry_after
 from alignment.endpoints.retry import RetryPolicy
 from megatron_ext.errors import TooFewResults, UserError
@@ -96,11 +96,11 @@ class EndpointClient:
             try:
                 return await self._try(url, body, read)
             except EndpointError as error:
-                if error.kind is Kind.FATAL:
+                if error.kind is ErrorKind.FATAL:
                     raise UserError(
                         f"The endpoint {url} refuses every question with {error}. {self.advice}"
                     ) from None
-                if error.kind is Kind.REFUSED:
+                if error.kind is ErrorKind.REFUSED:
                     raise CallFailed(str(error), refused=True) from None
                 damaged += error.tries is not None
                 seconds = time.monotonic() - begin
@@ -158,7 +158,7 @@ class EndpointClient:
                 status, headers, content = await self._post(url, body)
         except TimeoutError:
             raise EndpointError(
-                f"no answer within {self.policy.timeout:g} seconds", Kind.PASSING
+                f"no answer within {self.policy.timeout:g} seconds", ErrorKind.PASSING
             ) from None
         except (httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
             raise UserError(
@@ -167,13 +167,13 @@ class EndpointClient:
             ) from None
         except httpx.HTTPError as error:
             reason = f"no connection: {str(error) or type(error).__name__}"
-            raise EndpointError(reason, Kind.PASSING) from None
+            raise EndpointError(reason, ErrorKind.PASSING) from None
         seconds = retry_after(headers.get("retry-after"), time.time())
         if 200 <= status < 300:
             return read(content, seconds)
         if 300 <= status < 400:
             place = headers.get("location", "another address")
-            raise EndpointError(f"status {status}, which redirects to {place}", Kind.FATAL)
+            raise EndpointError(f"status {status}, which redirects to {place}", ErrorKind.FATAL)
         raise error_of_status(status, content, seconds)
 
     async def _post(self, url: str, body: Any) -> tuple[int, httpx.Headers, bytes]:
@@ -183,7 +183,7 @@ class EndpointClient:
                 content += piece
                 if len(content) > _LARGEST:
                     size = f"an answer of more than {_LARGEST >> 20} MiB"
-                    raise EndpointError(size, Kind.REFUSED)
+                    raise EndpointError(size, ErrorKind.REFUSED)
         return response.status_code, response.headers, bytes(content)
 
 

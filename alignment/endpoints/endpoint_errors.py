@@ -39,7 +39,7 @@ _UNSUPPORTED = re.compile(
 _LONGEST = 200  # characters of an endpoint's message that are shown
 
 
-class Kind(Enum):
+class ErrorKind(Enum):
     """Consequence of an error for later calls."""
 
     PASSING = "the same call may succeed later"
@@ -58,7 +58,7 @@ class EndpointError(Exception):
     """
 
     def __init__(
-        self, reason: str, kind: Kind, seconds: float | None = None, tries: int | None = None
+        self, reason: str, kind: ErrorKind, seconds: float | None = None, tries: int | None = None
     ) -> None:
         super().__init__(reason)
         self.kind, self.seconds, self.tries = kind, seconds, tries
@@ -135,17 +135,17 @@ def _codes(error: Any) -> Iterator[int | str]:
         error = error.get("error")
 
 
-def _kind(status: int | None, error: Any) -> Kind:
+def _kind(status: int | None, error: Any) -> ErrorKind:
     words = {code for code in _codes(error) if isinstance(code, str)}
     if words & _FATAL_WORDS:
-        return Kind.FATAL
+        return ErrorKind.FATAL
     if status in (400, 422) and _UNSUPPORTED.search(message_of(error).lower()):
-        return Kind.FATAL
+        return ErrorKind.FATAL
     if status is not None:
         if status in _FATAL_STATUSES or 300 <= status < 400:
-            return Kind.FATAL
+            return ErrorKind.FATAL
         passing = status in _PASSING_STATUSES or status >= 500
-        return Kind.PASSING if passing else Kind.REFUSED
+        return ErrorKind.PASSING if passing else ErrorKind.REFUSED
     if words & _REFUSED_WORDS and not words & _PASSING_WORDS:
-        return Kind.REFUSED
-    return Kind.PASSING
+        return ErrorKind.REFUSED
+    return ErrorKind.PASSING

@@ -25,7 +25,7 @@ from alignment.endpoints.api_key import read_api_key
 from alignment.endpoints.client import CallFailed, EndpointClient, connect
 from alignment.endpoints.endpoint_errors import (
     EndpointError,
-    Kind,
+    ErrorKind,
     error_in,
     load_json,
     message_of,
@@ -311,7 +311,7 @@ def _read_json(content: bytes, _: float | None = None) -> Any:
     try:
         return load_json(content)
     except ValueError as error:
-        raise EndpointError(f"an answer is not JSON: {error}", Kind.PASSING) from None
+        raise EndpointError(f"an answer is not JSON: {error}", ErrorKind.PASSING) from None
 
 
 def _no_record(place: int, response: GeneratedResponse) -> tuple[str, Mapping[str, Any]]:

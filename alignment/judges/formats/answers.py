@@ -6,7 +6,7 @@ from typing import Any
 
 from alignment.endpoints.endpoint_errors import (
     EndpointError,
-    Kind,
+    ErrorKind,
     error_in,
     error_of_body,
     load_json,
@@ -103,7 +103,7 @@ def read_answer(content: bytes, log_probs: bool = False, seconds: float | None =
         begins = content[:40].decode(errors="replace")
         reason = f"an answer of status 200 is {what}: {begins!r}" if content else "an empty answer"
         tries = _TRIES_OF_TORN if torn else None
-        raise EndpointError(reason, Kind.PASSING, seconds, tries) from None
+        raise EndpointError(reason, ErrorKind.PASSING, seconds, tries) from None
     choice = _first(body.get("choices")) if isinstance(body, Mapping) else None
     error = error_in(body) or (choice.get("error") if isinstance(choice, Mapping) else None)
     if error:
@@ -112,12 +112,13 @@ def read_answer(content: bytes, log_probs: bool = False, seconds: float | None =
     if not isinstance(choice, Mapping) or not isinstance(message, Mapping):
         lacks = "choices" if choice is None else "message"
         raise EndpointError(
-            f"an answer of status 200 is not one of the chat API: it has no {lacks}", Kind.REFUSED
+            f"an answer of status 200 is not one of the chat API: it has no {lacks}",
+            ErrorKind.REFUSED,
         )
     finish = choice.get("finish_reason")
     if isinstance(finish, str) and finish in _BROKEN:
         reason = f"the endpoint ended the answer with finish_reason {finish}"
-        raise EndpointError(reason, Kind.PASSING, seconds, _TRIES_OF_TORN)
+        raise EndpointError(reason, ErrorKind.PASSING, seconds, _TRIES_OF_TORN)
     return _read(body, choice, message, finish if isinstance(finish, str) else "", log_probs)
 
 
