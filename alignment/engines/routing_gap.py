@@ -61,8 +61,10 @@ class _ForcedRow(GenerationRow):
     def generates(self) -> bool:
         return self.cached >= self._asked
 
-    def chunk(self, slot: int, most: int) -> TokenChunk:
-        end = self.cached + 1 if self.generates else min(self.cached + most, self._asked)
+    def chunk(self, slot: int, max_prompt_tokens: int) -> TokenChunk:
+        end = (
+            self.cached + 1 if self.generates else min(self.cached + max_prompt_tokens, self._asked)
+        )
         return TokenChunk(
             slot, self.cached, self.prompt[self.cached : end], int(end >= self._asked)
         )

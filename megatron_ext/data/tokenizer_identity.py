@@ -93,7 +93,7 @@ def check_dataset_tokenizer(prefix: str, args: Namespace, whose: str) -> None:
     largest = largest_id(prefix)
     if largest >= args.vocab_size:
         raise UserError(
-            f"dataset {prefix} holds token id {largest}, beyond the vocabulary of "
+            f"Dataset {prefix} holds token id {largest}, beyond the vocabulary of "
             f"{args.vocab_size:,}. Give the tokenizer that it was made with."
         )
 
@@ -188,7 +188,7 @@ def _check_manifest(prefix: str, made_with: dict[str, Any], args: Namespace, who
         size = made_with.get("vocab_size")
         if size not in (None, args.vocab_size):
             raise UserError(
-                f"dataset {prefix} was made with another tokenizer, of {size:,} entries where "
+                f"Dataset {prefix} was made with another tokenizer, of {size:,} entries where "
                 f"--vocab-size says {args.vocab_size:,}. Set it to {size}, or preprocess the "
                 "dataset again."
             )
@@ -196,7 +196,7 @@ def _check_manifest(prefix: str, made_with: dict[str, Any], args: Namespace, who
     digest = made_with.get("sha256")
     if digest is not None and digest not in set(_digests(args)):
         raise UserError(
-            f"dataset {prefix} was made with another tokenizer than {whose}. Give "
+            f"Dataset {prefix} was made with another tokenizer than {whose}. Give "
             f"{made_with.get('path', 'that one')}, or preprocess the dataset again."
         )
 

@@ -33,13 +33,13 @@ class Windows:
         targets: Number of tokens that all windows predict.
     """
 
-    def __init__(self, prefix: str, length: int, most: int | None = None) -> None:
+    def __init__(self, prefix: str, length: int, max_windows: int | None = None) -> None:
         """Open a dataset.
 
         Args:
             prefix: Path of the dataset without .bin.
             length: Number of tokens that a window predicts.
-            most: Maximum number of windows; None for all.
+            max_windows: Maximum number of windows; None for all.
 
         Raises:
             UserError: The dataset does not exist, or has fewer than two tokens.
@@ -59,8 +59,8 @@ class Windows:
             )
         self.number = -(-(tokens - 1) // length)
         self.targets = tokens - 1
-        if most is not None and most < self.number:
-            self.number, self.targets = most, most * length
+        if max_windows is not None and max_windows < self.number:
+            self.number, self.targets = max_windows, max_windows * length
 
     def __getitem__(self, window: int) -> NDArray[np.int32]:
         """Return the token before a window and its tokens, `[length + 1]` or fewer."""

@@ -126,13 +126,13 @@ class GenerationEngine:
                 positions.append((row, token))
         if not positions:
             return []
-        most = max(row.likeliest for row, _ in positions)
+        listed = max(row.likeliest for row, _ in positions)
         # Token ids are exact in fp64, so one message carries all.
         packed = torch.empty(
-            2 + 2 * most, len(positions), dtype=torch.float64, device=torch.cuda.current_device()
+            2 + 2 * listed, len(positions), dtype=torch.float64, device=torch.cuda.current_device()
         )
         if logits is not None:
-            self._fill(packed, logits[:, : self.trained.vocab_size].float(), positions, most)
+            self._fill(packed, logits[:, : self.trained.vocab_size].float(), positions, listed)
         pipeline = self.trained.groups.pp
         if pipeline.size() > 1:
             dist.broadcast(packed, group=pipeline, group_src=pipeline.size() - 1)
@@ -147,7 +147,7 @@ class GenerationEngine:
         packed: Tensor,
         logits: Tensor,
         positions: list[tuple[GenerationRow, int | None]],
-        most: int,
+        listed: int,
     ) -> None:
         tokens = torch.tensor([token or 0 for _, token in positions], device=logits.device)
         by_distribution: dict[Any, list[int]] = {}
@@ -164,8 +164,8 @@ class GenerationEngine:
         if any(scale != 1 for scale in scales):
             logits = logits / torch.tensor(scales, device=logits.device).unsqueeze(1)
         packed[0], packed[1] = tokens, log_probs_of(logits, tokens)
-        if most:
-            values, ids = logits.topk(most)  # [positions, most]
+        if listed:
+            values, ids = logits.topk(listed)  # [positions, listed]
             packed[2::2] = ids.T
             packed[3::2] = (values - logits.logsumexp(-1, keepdim=True)).T
 

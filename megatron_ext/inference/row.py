@@ -138,16 +138,16 @@ class GenerationRow:
         """Whether the whole prompt is in the cache."""
         return self.cached >= len(self.prompt)
 
-    def chunk(self, slot: int, most: int) -> TokenChunk:
+    def chunk(self, slot: int, max_prompt_tokens: int) -> TokenChunk:
         """Return the next tokens to run.
 
         Args:
             slot: Slot of the row in the cache.
-            most: Maximum number of prompt tokens.
+            max_prompt_tokens: Maximum number of prompt tokens.
         """
         if self.generates:
             return TokenChunk(slot, self.cached, self.completion.tokens[-1:])
-        tokens = self.prompt[self.cached : self.cached + most]
+        tokens = self.prompt[self.cached : self.cached + max_prompt_tokens]
         whole = self.cached + len(tokens) == len(self.prompt)
         scored = len(tokens) if self.scores_prompt else int(whole)
         return TokenChunk(slot, self.cached, tokens, scored)
@@ -234,11 +234,11 @@ class GenerationRow:
 
     def _stop_prefix(self, text: str) -> int:
         """Return the number of characters at the end of a text that may begin a stop string."""
-        most = len(text) - self._start
+        available = len(text) - self._start
         lengths = (
             length
             for stop in self.sampling.stop
-            for length in range(min(len(stop) - 1, most), 0, -1)
+            for length in range(min(len(stop) - 1, available), 0, -1)
             if text.endswith(stop[:length])
         )
         return max(lengths, default=0)

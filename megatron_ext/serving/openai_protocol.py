@@ -90,12 +90,12 @@ class Reader:
         prompts, texts = self._prompts(request.prompt)
         left = self.trained.max_length - max(map(len, prompts))
         default = max(1, min(16, left, self.limits.new_tokens or left))
-        most = default if request.max_tokens is None else request.max_tokens
-        if most == 0 and not request.echo:
+        max_tokens = default if request.max_tokens is None else request.max_tokens
+        if max_tokens == 0 and not request.echo:
             raise BadRequest("max_tokens must be at least 1 without echo.", "max_tokens")
         scores_prompt = request.echo and request.logprobs is not None
         likeliest = request.logprobs or 0
-        requests = self._requests(request, prompts, most, likeliest, scores_prompt)
+        requests = self._requests(request, prompts, max_tokens, likeliest, scores_prompt)
         echo: list[str] = []
         if request.echo and not scores_prompt:  # scored tokens of the prompt contain its text
             echo = [self._text(*pair) for pair in zip(texts, prompts)]
@@ -107,7 +107,7 @@ class Reader:
             include_usage=request.stream_options.include_usage,
             log_probs=request.logprobs is not None,
             echo=echo,
-            only_prompt=most == 0,
+            only_prompt=max_tokens == 0,
         )
 
     def chat(self, body: Any) -> Call:
@@ -120,19 +120,21 @@ class Reader:
                 "top_logprobs",
             )
         prompt = self._chat_prompt(request.messages)
-        name, most = "max_tokens", request.max_tokens
+        name, max_tokens = "max_tokens", request.max_tokens
         if request.max_completion_tokens is not None:
-            if most is not None and most != request.max_completion_tokens:
+            if max_tokens is not None and max_tokens != request.max_completion_tokens:
                 raise BadRequest("max_tokens and max_completion_tokens differ. Set one.", name)
-            name, most = "max_completion_tokens", request.max_completion_tokens
+            name, max_tokens = "max_completion_tokens", request.max_completion_tokens
         left = self.trained.max_length - len(prompt)
-        if most is None:
-            most = max(1, min(left, self.limits.new_tokens or left))
-        if most == 0:
+        if max_tokens is None:
+            max_tokens = max(1, min(left, self.limits.new_tokens or left))
+        if max_tokens == 0:
             raise BadRequest(f"{name} must be at least 1.", name)
         return Call(
             chat=True,
-            requests=self._requests(request, [prompt], most, request.top_logprobs, False, name),
+            requests=self._requests(
+                request, [prompt], max_tokens, request.top_logprobs, False, name
+            ),
             prompts=[prompt],
             stream=request.stream,
             include_usage=request.stream_options.include_usage,
@@ -199,33 +201,33 @@ class Reader:
         self,
         request: CompletionBody | ChatBody,
         prompts: list[list[int]],
-        most: int,
+        max_tokens: int,
         likeliest: int,
         scores_prompt: bool,
-        most_name: str = "max_tokens",
+        limit_name: str = "max_tokens",
     ) -> list[GenerationRequest]:
         if request.n * len(prompts) > self.limits.choices:
             raise BadRequest(self._too_many_choices(), "n")
-        if self.limits.new_tokens is not None and most > self.limits.new_tokens:
+        if self.limits.new_tokens is not None and max_tokens > self.limits.new_tokens:
             raise BadRequest(
-                f"{most_name} can be at most {self.limits.new_tokens} on this server.", most_name
+                f"{limit_name} can be at most {self.limits.new_tokens} on this server.", limit_name
             )
-        if request.min_tokens > most:
+        if request.min_tokens > max_tokens:
             raise BadRequest(
-                f"min_tokens {request.min_tokens} is above {most_name} {most}. Lower it.",
+                f"min_tokens {request.min_tokens} is above {limit_name} {max_tokens}. Lower it.",
                 "min_tokens",
             )
         for prompt in prompts:
-            self._check_length(prompt, max(most, 1), most_name)
+            self._check_length(prompt, max(max_tokens, 1), limit_name)
         seed = secrets.randbelow(2**62) if request.seed is None else request.seed
-        sampling = self._sampling(request, max(most, 1))
+        sampling = self._sampling(request, max(max_tokens, 1))
         return [
             GenerationRequest(prompt, sampling, seed + i, likeliest, scores_prompt)
             for prompt in prompts
             for i in range(request.n)
         ]
 
-    def _sampling(self, request: CompletionBody | ChatBody, most: int) -> Sampling:
+    def _sampling(self, request: CompletionBody | ChatBody, max_tokens: int) -> Sampling:
         vocab = self.trained.vocab_size
         bias = {}
         for name, value in request.logit_bias.items():
@@ -240,7 +242,7 @@ class Reader:
                 f"stop_token_ids must be token ids from 0 to {vocab - 1}.", "stop_token_ids"
             )
         return Sampling(
-            max_new_tokens=most,
+            max_new_tokens=max_tokens,
             temperature=request.temperature or 1.0,
             top_k=min(max(request.top_k, 0), vocab),
             top_p=request.top_p,
@@ -257,7 +259,7 @@ class Reader:
             skip_special_tokens=request.skip_special_tokens,
         )
 
-    def _check_length(self, prompt: list[int], most: int, most_name: str) -> None:
+    def _check_length(self, prompt: list[int], max_tokens: int, limit_name: str) -> None:
         length = self.trained.max_length
         longest = min(self.limits.prompt_tokens or length - 1, length - 1)
         if not prompt:
@@ -266,11 +268,11 @@ class Reader:
             raise BadRequest(
                 f"A prompt has {len(prompt)} tokens; at most {longest} fit. Shorten it.", "prompt"
             )
-        if len(prompt) + most > length:
+        if len(prompt) + max_tokens > length:
             raise BadRequest(
-                f"A prompt of {len(prompt)} tokens and {most_name} {most} exceed the model's "
-                f"context length of {length}. Lower {most_name}.",
-                most_name,
+                f"A prompt of {len(prompt)} tokens and {limit_name} {max_tokens} exceed the "
+                f"model's context length of {length}. Lower {limit_name}.",
+                limit_name,
             )
         if not all(0 <= token < self.trained.vocab_size for token in prompt):
             raise BadRequest(

@@ -39,8 +39,8 @@ class Job:
 class Scheduler:
     """First-in-first-out scheduler that admits waiting jobs into free slots between passes."""
 
-    def __init__(self, replicas: ModelReplicas, most_waiting: int) -> None:
-        self._replicas, self.most_waiting = replicas, most_waiting
+    def __init__(self, replicas: ModelReplicas, max_waiting: int) -> None:
+        self._replicas, self.max_waiting = replicas, max_waiting
         self._lock = threading.Lock()
         self._waiting: deque[Job] = deque()
         self._running: dict[int, Job] = {}
@@ -75,7 +75,7 @@ class Scheduler:
             if self._closing:
                 raise Closing
             free = self._replicas.max_slots * self._replicas.count - len(self._running)
-            if len(self._waiting) + len(jobs) > self.most_waiting + free:
+            if len(self._waiting) + len(jobs) > self.max_waiting + free:
                 raise QueueFull
             self._waiting.extend(jobs)
         self._wake.put(None)

@@ -94,7 +94,7 @@ class Oracle:
         return self._inner.decode(ids, skip_special_tokens=True)
 
     def certain(self, ids):
-        """What a text has in common with all its continuations."""
+        """Return what a text shares with all of its continuations."""
         texts = [self.decode([*ids, *more]) for more in self._continuations]
         size = min(map(len, texts))
         while any(text[:size] != texts[0][:size] for text in texts):

@@ -20,7 +20,7 @@ def adjusted(tokens=TOKENS, **fields):
 
 
 def processed(*processors):
-    """What transformers makes of the same logits."""
+    """Return the result of transformers for the same logits."""
     ids, scores = torch.tensor([PROMPT + TOKENS]), logits().unsqueeze(0)
     for processor in processors:
         scores = processor(ids, scores)

@@ -36,7 +36,7 @@ def serve(path, sizes):
     if dist.get_rank() > 0:
         replicas.follow()
         return None
-    scheduler = Scheduler(replicas, most_waiting=4)
+    scheduler = Scheduler(replicas, max_waiting=4)
     got: list[list] = [[] for _ in works]
 
     def deliver(i, piece):

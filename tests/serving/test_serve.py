@@ -101,7 +101,7 @@ def test_log_probs_name_the_likeliest_and_greedy_takes_it(client):
 
 
 def test_echo_scores_the_prompt_as_generation_scored_it(client):
-    """What was sampled greedily has the same log-probability when it comes as a prompt."""
+    """Greedily sampled tokens have the same log-probabilities when they are part of a prompt."""
     first = client.completions.create(
         model="tiny", prompt=[10, 11, 12], temperature=0, max_tokens=5, logprobs=1
     )
@@ -534,7 +534,7 @@ def answers_without_time_or_template(path):
     from megatron_ext.serving.scheduler import Scheduler
 
     trained = load_model(path)
-    scheduler = Scheduler(ModelReplicas(trained, max_slots=2), most_waiting=4)
+    scheduler = Scheduler(ModelReplicas(trained, max_slots=2), max_waiting=4)
     reader = Reader(trained, "tiny", RequestLimits(prompt_tokens=3))
     app = make_app(Api(scheduler, reader, timeout=0.02, body_timeout=0.1))
     body = {"prompt": [300], "max_tokens": 60, "ignore_eos": True}

@@ -47,19 +47,19 @@ class Prompts(NamedTuple):
     cropped: int
 
 
-def chosen_items(task: CoreTask, most: int | None) -> list[Item]:
+def chosen_items(task: CoreTask, max_items: int | None) -> list[Item]:
     """Return the first questions of a task in a fixed random order.
 
     Args:
         task: The task.
-        most: Maximum number of questions; None for all.
+        max_items: Maximum number of questions; None for all.
 
     Raises:
         UserError: There are too few questions for the solved examples.
     """
     items = task.items()
     random.Random(_ORDER_SEED).shuffle(items)
-    items = items[:most]
+    items = items[:max_items]
     if len(items) <= task.shots:
         raise UserError(
             f"Task {task.label} needs {task.shots} other questions as examples, and there are "
