@@ -26,12 +26,12 @@ from typing import Any, NoReturn
 import numpy as np
 import sentencepiece
 
+from megatron_ext.data.preprocessing.dataset_output import DatasetOutput
 from megatron_ext.data.preprocessing.indexed_dataset import (
     check_dataset,
     import_megatron,
     write_dataset,
 )
-from megatron_ext.data.preprocessing.output import DatasetOutput
 from megatron_ext.data.preprocessing.parts import FORMAT_VERSION, SPLITS, PartSpec, group_shards
 from megatron_ext.data.preprocessing.workers import write_parts
 from megatron_ext.data.shards import FORMATS, TextFormat, expand_inputs, file_identity, plan_shards

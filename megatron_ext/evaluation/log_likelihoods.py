@@ -17,7 +17,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_ext.evaluation.text_losses import TextCodec
+from megatron_ext.evaluation.text_codec import TextCodec
 
 BATCH_TOKENS = 4096
 

@@ -21,7 +21,7 @@ from megatron_ext.errors import UserError
 from megatron_ext.evaluation.log_likelihoods import ScoringRequest, batch_of, merged
 from megatron_ext.evaluation.models import MegatronModel
 from megatron_ext.evaluation.routing_modes import RoutingMode
-from megatron_ext.evaluation.text_losses import TextCodec
+from megatron_ext.evaluation.text_codec import TextCodec
 
 
 class Windows:

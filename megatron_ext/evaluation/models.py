@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_ext.devices import is_cpu_device
 from megatron_ext.errors import UserError
 from megatron_ext.evaluation.log_likelihoods import DataReplicas, LanguageModel, ScoringBatch
-from megatron_ext.evaluation.text_losses import TextCodec
+from megatron_ext.evaluation.text_codec import TextCodec
 from megatron_ext.hf.families import OWN
 from megatron_ext.inference.forward import target_log_probs
 from megatron_ext.inference.loading import ParallelLayout, TrainedModel, load_model

@@ -17,8 +17,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from megatron_ext.serving.bodies import BadRequest
-from megatron_ext.serving.openai_answers import CompletionResponse, error
 from megatron_ext.serving.openai_protocol import Call, Reader
+from megatron_ext.serving.openai_responses import CompletionResponse, error
 from megatron_ext.serving.replicas import TokenEvent
 from megatron_ext.serving.scheduler import Closing, Job, QueueFull, Scheduler
 

@@ -16,7 +16,7 @@ from alignment.data.model_tokenizer import read_tokenizer
 from megatron_ext.chat_templates import prompt_ids
 from megatron_ext.data.preprocessing.encoding import DocumentEncoder
 from megatron_ext.errors import UserError
-from megatron_ext.evaluation.text_losses import TextCodec
+from megatron_ext.evaluation.text_codec import TextCodec
 from megatron_ext.hf.end_tokens import end_tokens, record_end_tokens
 from megatron_ext.hf.tokenizer_export import (
     as_transformers,

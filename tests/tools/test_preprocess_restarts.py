@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ext.data.preprocessing import output
-from megatron_ext.data.preprocessing.output import DatasetOutput
+from megatron_ext.data.preprocessing.dataset_output import DatasetOutput
 from tests.tools.preprocessed import (
     command,
     make_texts,
