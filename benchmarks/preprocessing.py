@@ -92,12 +92,16 @@ def articles(path: Path, megabytes: float) -> float:
     return share
 
 
-def command(side: str, tool: str, text: Path, model: Path, workers: int, prefix: Path) -> list[str]:
+def command(
+    side: str, tool: str | None, text: Path, model: Path, workers: int, prefix: Path
+) -> list[str]:
+    """Return the command of one of the tools."""
     shared = ["--input", f"{text}", "--tokenizer-model", f"{model}", "--workers", f"{workers}"]
     shared += ["--output-prefix", f"{prefix}"]
     if side == US:
         ours = ["--valid-fraction", "0", "--shard-bytes", str(-(-text.stat().st_size // workers))]
         return [sys.executable, "-m", "tools.preprocess_data", *shared, *ours]
+    assert tool is not None
     theirs = ["--tokenizer-type", "SentencePieceTokenizer", "--append-eod"]
     return [sys.executable, tool, *shared, *theirs]
 
