@@ -3,14 +3,14 @@
     @dataclass(frozen=True, kw_only=True)
     class ReportConfig:
         study: str = flag(positional=True, metavar="STUDY")
-        \"""Folder of a study or of a run.\"""
+        "Folder of a study or of a run."
         threads: int = flag(1, at_least=1)
-        \"""Number of threads that draw pictures.\"""
+        "Number of threads that draw pictures."
 
     config = parse_config(ReportConfig, argv, "et-align report", __doc__)
 
 A field whose type is a dataclass is a group of flags, so that commands share groups. The default is
-added to the help text. Checks of one value are arguments of `flag`, checks of several values belong
+added to the help text. Checks of one value are arguments of `flag`, checks of several values go
 into `__post_init__`, which raises `UserError`.
 
 The builder is used in place of tyro for three reasons. tyro ends the program by itself, with a box

@@ -1,7 +1,7 @@
-"""Detect responses that game a judge, or measure how reliable the detectors are.
+r"""Detect responses that game a judge, or measure how reliable the detectors are.
 
     et-align monitor --input RESPONSES.jsonl [--verdicts VERDICTS.jsonl] [--output FLAGS.jsonl]
-    et-align monitor --input RESPONSES.jsonl --judge http://HOST:PORT/v1 --model NAME \\
+    et-align monitor --input RESPONSES.jsonl --judge http://HOST:PORT/v1 --model NAME \
         --judge-verdicts GAMING.jsonl
     et-align monitor --fixtures [FILE ...] [--folds N]
 

@@ -1,8 +1,8 @@
-"""Replace a judge by a retrained one that has passed a regression test.
+r"""Replace a judge by a retrained one that has passed a regression test.
 
-    et-align promote --candidate RUN/best --current DIR \\
-        --old-gold GOLD.jsonl --old-current V.jsonl --old-candidate V.jsonl \\
-        [--new-gold GOLD.jsonl --new-current V.jsonl --new-candidate V.jsonl] \\
+    et-align promote --candidate RUN/best --current DIR \
+        --old-gold GOLD.jsonl --old-current V.jsonl --old-candidate V.jsonl \
+        [--new-gold GOLD.jsonl --new-current V.jsonl --new-candidate V.jsonl] \
         [--old-items ITEMS.jsonl] [--new-items ITEMS.jsonl]
 
 A policy in training moves away from the texts that its judge was trained on. A judge that is

@@ -1,7 +1,7 @@
-"""Train a judge to agree with a gold judge.
+r"""Train a judge to agree with a gold judge.
 
-    torchrun --nproc-per-node 8 -m alignment train-judge --stage sft --model DIR --run-dir DIR \\
-        --input ITEMS.jsonl --gold VERDICTS.jsonl \\
+    torchrun --nproc-per-node 8 -m alignment train-judge --stage sft --model DIR --run-dir DIR \
+        --input ITEMS.jsonl --gold VERDICTS.jsonl \
         --validation-input ITEMS.jsonl --validation-gold VERDICTS.jsonl
 
 Stage sft imitates the labels of the gold judge or, with --thinking, its thinking and labels. Stage

@@ -297,12 +297,12 @@ def _rl_settings(config: TrainPolicyConfig) -> RLSettings:
 
 def _check_prompts(prompts: Sequence[Prompt], held_out: Sequence[Prompt]) -> None:
     for flag, rows in (("--prompts", prompts), ("--held-out", held_out)):
-        seen: set[str] = set()
+        ids: set[str] = set()
         for prompt in rows:
-            if prompt.id in seen:
+            if prompt.id in ids:
                 raise UserError(f"{flag} has the id {prompt.id!r} twice: remove one of its rows.")
-            seen.add(prompt.id)
-    if shared := {prompt.id for prompt in prompts} & seen:
+            ids.add(prompt.id)
+    if shared := {prompt.id for prompt in prompts} & ids:
         raise UserError(
             f"--held-out has the prompt {min(shared)!r}, which is in --prompts too: split "
             "them with et-align data split."

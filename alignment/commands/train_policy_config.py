@@ -1,6 +1,6 @@
-"""Train a policy on the rewards of judges, and grade it by a gold judge that is not trained on.
+r"""Train a policy on the rewards of judges, and grade it by a gold judge that is not trained on.
 
-    torchrun --nproc-per-node 8 -m alignment train-policy --model DIR --run-dir DIR --steps 200 \\
+    torchrun --nproc-per-node 8 -m alignment train-policy --model DIR --run-dir DIR --steps 200 \
         --prompts PROMPTS.jsonl --judge JUDGE.yaml --held-out PROMPTS.jsonl --gold GOLD.yaml
 
 Each judge is described by a YAML file. --judge can be repeated; rewards are then means. Every

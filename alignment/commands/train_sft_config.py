@@ -1,6 +1,6 @@
-"""Fine-tune a model on responses to prompts.
+r"""Fine-tune a model on responses to prompts.
 
-    torchrun --nproc-per-node 8 -m alignment train-sft --model DIR --run-dir DIR \\
+    torchrun --nproc-per-node 8 -m alignment train-sft --model DIR --run-dir DIR \
         --input RESPONSES.jsonl --validation-input RESPONSES.jsonl
 
 The loss is taken on the responses alone, not on the prompts. The model of the lowest validation
