@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# A judge that thinks, in both stages and measured, on the GPUs of this machine.
+# Train a judge that thinks in both stages and measure it, on the GPUs of this machine.
 #
 #   examples/alignment/torchrun/reasoning_judge.sh MODEL SIZE DATA RUNS [flags of train-judge]
 #
 #   MODEL   a Hugging Face folder
 #   SIZE    its layout: a file of examples/alignment/judges/sizes without .yaml
-#   DATA    a folder with train.jsonl, validation.jsonl and test.jsonl, and gold's verdicts on them:
+#   DATA    a folder with train.jsonl, validation.jsonl and test.jsonl, and verdicts of gold:
 #           train.gold.jsonl and so on
-#   RUNS    gets distilled/ (stage 1), reinforced/ (stage 2), verdicts.jsonl and agreement/
+#   RUNS    folder for distilled/ (stage 1), reinforced/ (stage 2), verdicts.jsonl and agreement/
 #
-# FORM in the environment is a recipe of what the judge is asked, for training and measuring: such as
+# FORM in the environment is a recipe of the judge format for training and measuring, such as
 # examples/alignment/judges/rubric.yaml or pairwise.yaml.
-# Cut short, the same command goes on: a stage that is done ends at once.
+# Repeat the command to resume; a finished stage ends at once.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
 if (($# < 4)); then

@@ -6,7 +6,7 @@
 #
 # The second form is run on every node, with its own NODE_RANK. FLAGS are those of et-align
 # train-judge; examples/torchrun/several_nodes.sh lists what else is read from the environment.
-# After Ctrl-C or SIGTERM the same command goes on.
+# Repeat the command to resume a run that Ctrl-C or SIGTERM ended.
 set -euo pipefail
 [[ -n ${NNODES:-} ]] && start=several_nodes.sh || start=one_node.sh
 exec bash "$(dirname "${BASH_SOURCE[0]}")/../../torchrun/$start" -m alignment train-judge "$@"
