@@ -47,10 +47,11 @@ def main() -> None:
     class Steps(TrainerCallback):  # type: ignore[misc]
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             clock.seconds.clear()
-            self.begin = time.perf_counter()
+            self.begin, self.cpu = time.perf_counter(), time.process_time()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            rows.append({"seconds": time.perf_counter() - self.begin, **clock.seconds})
+            seconds, cpu = time.perf_counter() - self.begin, time.process_time() - self.cpu
+            rows.append({"seconds": seconds, "cpu": cpu, **clock.seconds})
 
     ranks = settings["ranks"]
     common: dict[str, Any] = {

@@ -8,7 +8,10 @@ a step of supervised fine-tuning on 64 samples of the same lengths.
 
     rollout, judging, training   seconds of a step, median over the steps of all pairs
     step                         seconds of the whole step, median
+    cpu                          processor seconds of the step on rank 0, median; other load on the
+                                 machine changes them much less than seconds
     ratio                        TRL's step over ours, median over pairs; above 1 ours is faster
+    cpu ratio                    the same ratio of processor seconds
 
 TRL requires a Python environment of its own:
 
@@ -28,6 +31,7 @@ import random
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -37,7 +41,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, os.fspath(ROOT))
 
 VOCAB = 32000
-PARTS = ("rollout", "judging", "training", "seconds")
+PARTS = ("rollout", "judging", "training", "seconds", "cpu")
 
 
 def make_inputs(folder: Path, options: argparse.Namespace) -> None:
@@ -114,6 +118,13 @@ def our_steps(settings: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as place:
         run_dir = Path(os.environ.get("RL_STEP_RUN", place))
         with TrainingRun(run_dir, engine, {}) as run:
+            finish, ends = run.finish_step, [time.process_time()]
+
+            def finish_step(metrics: Any) -> None:
+                ends.append(time.process_time())
+                finish(metrics)
+
+            run.finish_step = finish_step  # type: ignore[method-assign]
             if settings["kind"] == "sft":
                 tokens = json.loads((folder / "sft.json").read_text())
                 samples = [TokenSample(row, settings["prompt_tokens"]) for row in tokens]
@@ -145,13 +156,15 @@ def our_steps(settings: dict[str, Any]) -> None:
                 engine.save = lambda folder: None  # type: ignore[method-assign]
                 train(rl, schedule)
             if run.writes:
-                for line in (run_dir / "metrics.jsonl").read_text().splitlines():
+                lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+                for line, begin, end in zip(lines, ends, ends[1:]):
                     row = json.loads(line)
                     print(
                         json.dumps(
                             {
                                 "seconds": row["seconds"],
                                 "grad_norm": row["grad_norm"],
+                                "cpu": end - begin,
                                 **{n: row.get(f"time/{n}", 0.0) for n in ("rollout", "judging")},
                                 "training": row.get("time/training", row["seconds"]),
                             }
@@ -204,11 +217,12 @@ def main() -> None:
                 row |= {part: median(step.get(part, 0.0) for step in steps) for part in PARTS}
                 row["grad_norm"] = steps[0]["grad_norm"]
                 if name == "trl":
-                    ratios = [
-                        median(s["seconds"] for s in theirs) / median(s["seconds"] for s in ours)
-                        for ours, theirs in zip(times["ours"], times["trl"])
-                    ]
-                    row |= {"ratio": median(ratios), "ratios": ratios}
+                    for part, label in (("seconds", "ratio"), ("cpu", "cpu ratio")):
+                        ratios = [
+                            median(s[part] for s in theirs) / median(s[part] for s in ours)
+                            for ours, theirs in zip(times["ours"], times["trl"])
+                        ]
+                        row |= {label: median(ratios), f"{label}s": ratios}
                 rows.append(row)
     print_table(rows, os.getloadavg()[0])
     for row in rows:
@@ -217,12 +231,13 @@ def main() -> None:
 
 def print_table(rows: Sequence[dict[str, Any]], load: float) -> None:
     print(f"load average {load:.1f} on {os.cpu_count()} cores")
-    heads = ("kind", "by", "engine", "ranks", "rollout", "judging", "training", "step", "ratio")
+    heads = ("kind", "by", "engine", "ranks", "rollout", "judging", "training", "step", "cpu")
+    heads += ("ratio", "cpu ratio")
     print("".join(f"{head:>10}" for head in heads))
     for row in rows:
         cells = [row["kind"], row["by"], row["engine"], str(row["ranks"])]
         cells += [f"{row[part]:.2f}" for part in PARTS]
-        cells += [f"{row['ratio']:.2f}" if "ratio" in row else ""]
+        cells += [f"{row[n]:.2f}" if n in row else "" for n in ("ratio", "cpu ratio")]
         print("".join(f"{cell:>10}" for cell in cells))
 
 
