@@ -1,7 +1,7 @@
-"""Sampling from a model of transformers: row by row the same draws as Megatron's engine makes.
+"""Sampling from a model of transformers, with the same draws as Megatron's engine makes.
 
 `generate` of transformers draws for all rows from one state, and its ranks do not wait for each
-other unless told to; here a row's sample depends on its prompt and seed alone.
+other by default. Here the sample of a row depends on its prompt and seed alone.
 """
 
 from collections.abc import Sequence
@@ -25,21 +25,23 @@ def decode(
     seeds: Sequence[int],
     device: torch.device | str,
 ) -> list[GeneratedResponse]:
-    """Continue prompts, all at a time. Ranks make as many passes as the one that needs the most.
+    """Continue all prompts together. Ranks make as many passes as the one that needs most.
 
     Args:
-        model: in eval mode.
-        eod: tokens that end a row, where `sampling` says so.
-        prompts: token ids, at least one a row.
-        seeds: one a prompt.
+        model: Model in eval mode.
+        eod: Tokens that end a row, if `sampling` has them end it.
+        prompts: Token ids, at least one per row.
+        sampling: Settings of sampling.
+        seeds: One seed per prompt.
+        device: Device of the model.
 
     Raises:
-        UserError: an empty prompt, or one that leaves no room.
+        UserError: A prompt is empty, or leaves no room.
     """
     longest = model.config.max_position_embeddings
     for prompt in prompts:
         if not 0 < len(prompt) < longest:
-            raise UserError(f"a prompt has {len(prompt)} tokens: give 1 to {longest - 1}")
+            raise UserError(f"A prompt has {len(prompt)} tokens. It must have 1 to {longest - 1}.")
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     found = [GeneratedResponse([], [], False) for _ in prompts]
     going = list(range(len(prompts)))
@@ -77,7 +79,7 @@ def decode(
 
 
 def _aligned_right(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Tokens and where they are, int64 `[rows, longest]`."""
+    """Return tokens aligned to the right and their mask, int64 `[rows, longest]`."""
     width = max(map(len, prompts))
     tokens = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])

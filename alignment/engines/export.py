@@ -1,4 +1,4 @@
-"""A model in training as a Hugging Face folder."""
+"""Export of a model in training as a Hugging Face folder."""
 
 import json
 import os
@@ -23,10 +23,10 @@ def export(folder: Path, origin: Source | Path, tensors: Iterable[tuple[str, Ten
     """Write a folder on rank 0; all ranks must call this.
 
     Args:
-        folder: is there whole at the end, in the place of one of that name.
-        origin: where the model was loaded from: configuration and tokenizer are taken from there.
-        tensors: under their Hugging Face names, whole, on every rank; at most a file of them is in
-            memory.
+        folder: Folder to write. It is there whole at the end and replaces one of that name.
+        origin: Source from which the model was loaded, which has the configuration and tokenizer.
+        tensors: Whole tensors under their Hugging Face names, on every rank. At most one file of
+            them is in memory.
     """
     writes = dist.get_rank() == 0
     temporary = folder.with_name(f".{folder.name}.tmp")
@@ -71,7 +71,7 @@ def export(folder: Path, origin: Source | Path, tensors: Iterable[tuple[str, Ten
 
 
 def _name_files(folder: Path, names: dict[str, int], files: int, total: int) -> None:
-    """Give the files the names that transformers looks for, and write their index."""
+    """Rename the files to the names that transformers reads, and write their index."""
     final = {number: f"model-{number:05d}-of-{files:05d}.safetensors" for number in names.values()}
     for number, name in final.items():
         os.replace(folder / f"{number:05d}.safetensors", folder / name)
@@ -83,7 +83,7 @@ def _name_files(folder: Path, names: dict[str, int], files: int, total: int) -> 
 
 
 def _describe(folder: Path, origin: Source | Path, dtype: torch.dtype) -> None:
-    """Everything but the weights."""
+    """Write everything but the weights."""
     if isinstance(origin, Source) and origin.args is not None:
         special = export_tokenizer(origin.args, folder, origin.place)
         save_config(folder, origin.model, origin.family, dtype, special)

@@ -1,4 +1,4 @@
-"""Log-probabilities, entropies and values of tokens whose vocabulary ranks share; their places."""
+"""Log-probabilities, entropies and values of tokens, with the vocabulary divided among ranks."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -21,7 +21,7 @@ from megatron_ext.sequence import sequence_positions
 
 
 class TokenScorer:
-    """Takes the place of the model's loss: from its last hidden states to scores of a batch."""
+    """Processor of the model's last hidden states, in place of its loss: scores of a batch."""
 
     def __init__(
         self,
@@ -116,8 +116,11 @@ class TokenScorer:
         return align_scores(self.whole(found), self.scored, self.values is not None)
 
     def whole(self, found: Tensor) -> Tensor:
-        """What was found for the rows' parts, on every rank that shares them: `[kinds, rows,
-        length]`, each at the token that it comes after."""
+        """Return the scores of whole rows, on every rank that shares them.
+
+        Returns:
+            `[kinds, rows, length]`, each in the place of the token before the one it is of.
+        """
         if self.groups.cp.size() > 1:
             found = gather_from_sequence_parallel_region(
                 found, tensor_parallel_output_grad=False, group=self.groups.cp
@@ -128,20 +131,19 @@ class TokenScorer:
 def row_values(
     hidden_states: Tensor, weight: Tensor, token: int, group: dist.ProcessGroup, spread: bool
 ) -> Tensor:
-    """Products of hidden states with one row of an output layer that ranks hold parts of, in fp32.
+    """Return products of hidden states with one row of a divided output layer, in fp32.
 
-    Neither the other rows' logits nor what is done to logits afterwards, a soft cap say, has a part
-    in it.
+    Other rows are not computed, and a soft cap of logits, for example, does not apply.
 
     Args:
-        hidden_states: `[length, rows, hidden]`.
-        weight: `[vocabulary of this rank, hidden]`.
-        token: whose row.
-        group: the ranks.
-        spread: the ranks hold parts of the length too.
+        hidden_states: Last hidden states, `[length, rows, hidden]`.
+        weight: Output layer of this rank, `[vocabulary of this rank, hidden]`.
+        token: Token of the row.
+        group: Process group whose ranks divide the vocabulary.
+        spread: Whether the ranks divide the length too.
 
     Returns:
-        `[whole length, rows, 1]`.
+        fp32 `[whole length, rows, 1]`.
     """
     if spread:
         hidden_states = gather_from_sequence_parallel_region(hidden_states, group=group)
@@ -149,7 +151,7 @@ def row_values(
         hidden_states = copy_to_tensor_model_parallel_region(hidden_states, group=group)
     place = token - group.rank() * len(weight)
     mine = 0 <= place < len(weight)
-    # Others multiply by 0, and do not leave out what the backward pass does together.
+    # Other ranks multiply by 0, so that they take part in the collectives of the backward pass.
     row = weight[place if mine else 0].float() * mine
     part = (hidden_states.float() @ row).unsqueeze(-1)
     return reduce_from_tensor_model_parallel_region(part, group=group)
@@ -159,15 +161,15 @@ def row_values(
 def vocab_parallel_log_probs(
     logits: Tensor, tokens: Sequence[int], group: dist.ProcessGroup
 ) -> Tensor:
-    """Log-probabilities of some tokens in distributions over a vocabulary that ranks hold parts of.
+    """Return log-probabilities of some tokens, with the vocabulary divided among ranks.
 
     Args:
-        logits: fp32 `[..., vocabulary of this rank]`, -inf for what cannot be drawn.
-        tokens: ids.
-        group: the ranks.
+        logits: fp32 `[..., vocabulary of this rank]`, -inf for tokens that cannot be sampled.
+        tokens: Token ids.
+        group: Process group whose ranks divide the vocabulary.
 
     Returns:
-        nats, `[..., tokens]`.
+        fp32 `[..., tokens]`, nats.
     """
     size = logits.shape[-1]
     first = group.rank() * size
@@ -183,14 +185,14 @@ def vocab_parallel_log_probs(
 
 
 def vocab_parallel_entropy(logits: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Entropy of distributions over a vocabulary that ranks hold parts of.
+    """Return the entropy of distributions, with the vocabulary divided among ranks.
 
     Args:
-        logits: fp32 `[..., vocabulary of this rank]`, -inf for what cannot be drawn.
-        group: the ranks.
+        logits: fp32 `[..., vocabulary of this rank]`, -inf for tokens that cannot be sampled.
+        group: Process group whose ranks divide the vocabulary.
 
     Returns:
-        nats, `[...]`.
+        fp32 `[...]`, nats.
     """
     with torch.no_grad():
         largest = logits.amax(dim=-1, keepdim=True)

@@ -1,9 +1,9 @@
-"""Routing as generation makes it, and as training makes it, of the same responses.
+"""Comparison of the routing of generation with that of training, on the same responses.
 
-Generation runs a prompt and then one token at a time, with a cache; training runs rows that are
-packed with samples. Where an expert's choice depends on the other tokens of a batch, the two route
-one response differently, and the policy that is trained is not the one that was sampled. Where it
-depends on the token alone, only rounding can part them, and only a decision that stood on the edge.
+Generation runs a prompt and then one token at a time, with a cache. Training runs rows that are
+packed with samples. If an expert's choice depends on the other tokens of a batch, the two route one
+response differently, and the policy that is trained is not the one that was sampled. If it depends
+on the token alone, only rounding can separate them, and only for decisions close to a threshold.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,14 +33,14 @@ _MOST_TOKENS = 1 << 24  # places are whole numbers in fp32
 
 @dataclass(frozen=True)
 class DecodedRouting:
-    """What generation makes of some samples, on this rank's pipeline stage.
+    """Routing of some samples in generation, on this rank's pipeline stage.
 
     Attributes:
-        logits: by layer number, fp32 `[tokens, experts]`: of every token that generation runs, all
-            but the last of each sample, sample after sample.
-        maps: the same, bool: which expert takes which token.
-        log_probs: of each sample's response, nats.
-        tokens: how many.
+        logits: Router logits by layer number, fp32 `[tokens, experts]`, of every token that
+            generation runs: all but the last of each sample, sample after sample.
+        maps: Whether an expert takes a token, bool, in the same form.
+        log_probs: Log-probabilities of the tokens of each sample's response, nats.
+        tokens: Number of tokens.
     """
 
     logits: Mapping[int, Tensor]
@@ -50,7 +50,7 @@ class DecodedRouting:
 
 
 class _ForcedRow(GenerationRow):
-    """A row whose continuation is there already: what would be sampled is not asked for."""
+    """Row of generation whose continuation is given, so that nothing is sampled."""
 
     def __init__(self, trained: TrainedModel, sample: TokenSample, temperature: float) -> None:
         asked, new = sample.tokens[: sample.prompt], len(sample.tokens) - sample.prompt
@@ -81,12 +81,12 @@ class _ForcedRow(GenerationRow):
 def decode(
     trained: TrainedModel, samples: Sequence[TokenSample], temperature: float
 ) -> DecodedRouting:
-    """Take responses that are there through the model as generation takes those that it draws.
+    """Run given responses through the model as generation runs those that it samples.
 
     Args:
-        trained: all its ranks must call.
-        samples: of this copy of the model; each has a response.
-        temperature: divides the logits before log-probabilities.
+        trained: Model. All its ranks must call.
+        samples: Samples of this copy of the model, each with a response.
+        temperature: Divisor of the logits before log-probabilities.
     """
     rows = [_ForcedRow(trained, sample, temperature) for sample in samples]
     engine = GenerationEngine(trained, max_slots=len(rows))
@@ -117,8 +117,10 @@ def decode(
 
 
 def mark_samples(samples: Sequence[TokenSample], decoded: DecodedRouting) -> list[TokenSample]:
-    """The samples with what ties a token of a batch to what was decoded: its place there, counted
-    from 1, or 0; and the log-probability it had."""
+    """Return the samples with each token's place in generation and its log-probability there.
+
+    Places count from 1. The last token of a sample, which generation does not run, has place 0.
+    """
     assert decoded.tokens < _MOST_TOKENS
     found, begin = [], 1
     for sample, log_probs in zip(samples, decoded.log_probs):
@@ -131,19 +133,20 @@ def mark_samples(samples: Sequence[TokenSample], decoded: DecodedRouting) -> lis
 
 
 class RoutingComparison:
-    """Compares what routers do in training with what was decoded; counts each decision once.
+    """Comparison of the routing in training with that in generation, each decision counted once.
 
-    Every rank has the decisions of its own tokens in the layers of its own stage.
+    Every rank has the decisions of its tokens in the layers of its stage.
     """
 
     def __init__(
         self, decoded: DecodedRouting, parts: Sequence[TokenBatch], groups: ProcessGroupCollection
     ):
-        """See the class.
+        """Make a comparison.
 
         Args:
-            parts: micro-batches of marked samples, in the order in which they will run.
-            groups: whose ranks share rows (cp), a row's tokens (tp) and the layers (pp).
+            decoded: Routing in generation.
+            parts: Micro-batches of marked samples, in the order in which they will run.
+            groups: Process groups whose ranks share rows (cp), a row's tokens (tp) and layers (pp).
         """
         self.decoded, self.groups = decoded, groups
         self._places = [_places(part, groups) for part in parts]
@@ -174,11 +177,11 @@ class RoutingComparison:
         self._margins.append(margins.abs().flatten())
 
     def figures(self, batch: TokenBatch, log_probs: Tensor) -> dict[str, float]:
-        """The same on every rank; a collective.
+        """Return the metrics, the same on every rank; a collective.
 
         Args:
-            batch: of the marked samples, whole.
-            log_probs: of its tokens as training sees them, `[rows, length]`.
+            batch: Whole batch of the marked samples.
+            log_probs: Log-probabilities of its tokens in training, `[rows, length]`.
         """
         groups, device = self.groups, torch.cuda.current_device()
         flipped = self._flipped.to(device)
@@ -210,7 +213,7 @@ class RoutingComparison:
         }
 
     def _quantiles(self, device: torch.device | int) -> dict[str, float]:
-        """Of |margin|: the least value that so large a share of all decisions does not exceed."""
+        """Return quantiles of |margin| over all decisions."""
         margins = torch.cat(self._margins).to(device).unsqueeze(1)
         ranks = [lambda n, q=q: n - max(0, -int(-q * n // 1) - 1) for q in QUANTILES.values()]
         found = kth_largest([margins] * len(ranks), ranks, dist.group.WORLD).value.tolist()
@@ -218,6 +221,6 @@ class RoutingComparison:
 
 
 def _places(part: TokenBatch, groups: ProcessGroupCollection) -> Tensor:
-    """Of the tokens of a micro-batch that this rank's routers see, in their order."""
+    """Return the places of the tokens that this rank's routers see, in their order."""
     mine = part.extras[_PLACE][:, TokenScorer(part, groups).places].T  # [length, rows]
     return mine.chunk(groups.tp.size())[groups.tp.rank()].flatten().long().cpu()

@@ -1,6 +1,6 @@
-"""Sampling from the weights that are being trained, without a copy of them.
+"""Sampler with the weights that are being trained, without a copy of them.
 
-Generation wants another model around the same tensors: tokens one at a time cannot be spread along
+Generation requires another model around the same tensors: single tokens cannot be divided along
 their sequence, and rows need no context parallelism.
 """
 
@@ -27,15 +27,15 @@ from megatron_ext.model.gpt import gpt_model_config
 
 
 class Sampler:
-    """Generates with the weights of a model in training."""
+    """Sampler that generates with the weights of a model in training."""
 
     def __init__(self, trained: torch.nn.Module, args: Namespace, tokenizer: Any) -> None:
-        """See the class.
+        """Make a model for generation around the trained tensors.
 
         Args:
-            trained: this rank's stage, without wrappers.
-            args: of its training.
-            tokenizer: Megatron's.
+            trained: Stage of this rank, without wrappers.
+            args: Megatron's arguments of the training.
+            tokenizer: Megatron's tokenizer.
         """
         layout = ParallelLayout(
             args.tensor_model_parallel_size,
@@ -65,12 +65,12 @@ class Sampler:
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int] | None
     ) -> list[GeneratedResponse]:
-        """Continue prompts; ranks that share rows in training share the prompts out."""
+        """Continue prompts. Ranks that share rows in training divide the prompts among them."""
         seeds = range(len(prompts)) if seeds is None else seeds
         rank, size = self._sharers.rank(), self._sharers.size()
-        mine = slice(rank, None, size)
-        found = generate(self._model, list(prompts)[mine], sampling, list(seeds)[mine])
-        own = [GeneratedResponse(c.tokens, c.log_probs, c.finish != "length") for c in found]
+        share = slice(rank, None, size)
+        completions = generate(self._model, list(prompts)[share], sampling, list(seeds)[share])
+        own = [GeneratedResponse(c.tokens, c.log_probs, c.finish != "length") for c in completions]
         if size == 1:
             return own
         parts: list[list[GeneratedResponse]] = [[] for _ in range(size)]
@@ -78,18 +78,20 @@ class Sampler:
         return [parts[i % size][i // size] for i in range(len(prompts))]
 
     def decode(self, samples: Sequence[TokenSample], temperature: float) -> DecodedRouting:
-        """Responses that are there, routed and scored as `generate` does. Ranks that share rows in
-        training each decode them all."""
+        """Return routing and log-probabilities of given responses in generation.
+
+        Ranks that share rows in training each run all of them.
+        """
         return decode(self._model, samples, temperature)
 
 
 def _share(source: torch.nn.Module, target: torch.nn.Module) -> None:
-    """Let a module have the very tensors of another of the same form."""
+    """Let a module use the tensors of another one of the same form."""
     modules = dict(source.named_modules())
     for name, module in list(target.named_modules()):
         theirs = modules[name]
         assert module._parameters.keys() == theirs._parameters.keys(), name
         module._parameters, module._buffers = theirs._parameters, theirs._buffers
         for child, thresholds in theirs.named_children():
-            if child == "thresholds":  # it knows more of itself than its tensors
+            if child == "thresholds":  # the module has more state than its tensors
                 setattr(module, child, thresholds)

@@ -1,8 +1,8 @@
-"""The responses of the next step, drawn by servers while this step is judged and trained on.
+"""Asynchronous rollouts: servers sample the next step while this one is judged and trained on.
 
-A thread asks the servers and writes each response down as it comes, into the next step's folder,
-where that step finds it. The thread makes no collective; the weights are handed over before it
-starts, and not again before it has ended.
+A thread calls the servers and writes each response to the next step's folder as it arrives, where
+that step reads it. The thread makes no collective. The servers get the weights before it starts,
+and not again before it has ended.
 """
 
 import asyncio
@@ -21,14 +21,14 @@ from megatron_ext.inference.sampling import Sampling
 
 
 class AsyncRollouts:
-    """Draws one step ahead. Ranks make the same calls, each about its own share."""
+    """Sampler of the next step's responses. Ranks make the same calls, each about its own share."""
 
     def __init__(self, served: VLLMRollouts, steps: int) -> None:
-        """See the class.
+        """Make a sampler.
 
         Args:
-            served: who draws; nobody else may ask it between `start` and `join`.
-            steps: of the run, beyond which nothing is drawn.
+            served: Servers that sample. Nothing else may call them between `start` and `join`.
+            steps: Steps of the run, after which nothing is sampled.
         """
         self.served, self.steps = served, steps
         self._thread: threading.Thread | None = None
@@ -39,27 +39,28 @@ class AsyncRollouts:
         self,
         step: int,
         folder: Path,
-        wanted: Sequence[tuple[str, int, Sequence[int], int]],
+        requests: Sequence[tuple[str, int, Sequence[int], int]],
         sampling: Sampling,
     ) -> None:
-        """Hand the present weights over and draw what is not there yet; a collective.
+        """Send the present weights to the servers and sample what is missing; a collective.
 
         Args:
-            step: whose responses they are.
-            folder: of its rollouts.
-            wanted: this share's: task, sample of it, prompt and seed.
+            step: Step that the responses are for.
+            folder: Folder of its rollouts.
+            requests: Responses of this share: task, number in the group, prompt and seed.
+            sampling: How responses are sampled.
 
         Raises:
-            UserError: a server does not take the weights.
+            UserError: A server does not load the weights.
         """
-        assert self._thread is None, "what was begun has not been joined"
+        assert self._thread is None, "the previous step has not been joined"
         if step >= self.steps:
             return
         self.served.refresh()
         if not self.served.asks:
             return
-        known = read_share(folder, self.served.engine)
-        missing = [one for one in wanted if f"rollout:{one[0]}:{one[1]}" not in known]
+        stored = read_share(folder, self.served.engine)
+        missing = [one for one in requests if f"rollout:{one[0]}:{one[1]}" not in stored]
         self._stop.clear()
         self._thread = threading.Thread(
             target=self._work,
@@ -70,13 +71,13 @@ class AsyncRollouts:
         self._thread.start()
 
     def join(self, check: Callable[[], None]) -> None:
-        """Wait for what was begun; a collective, after which all ranks see all files.
+        """Wait until the responses are there; a collective, after which all ranks see all files.
 
         Args:
-            check: called on all ranks now and then; may raise.
+            check: Function that all ranks call from time to time. It may raise on all of them.
 
         Raises:
-            UserError: a server does not answer within its patience, or refuses.
+            UserError: A server does not answer in time, or refuses.
         """
         while all_reduce_max(int(self._thread is not None and self._thread.is_alive())):
             check()
@@ -84,13 +85,13 @@ class AsyncRollouts:
                 self._thread.join(0.2)
         self._thread = None
         problem, self._problem = self._problem, None
-        if told := next(
+        if message := next(
             (p for p in all_gather_by_data_rank(self.served.engine, problem) if p), None
         ):
-            raise UserError(told)
+            raise UserError(message)
 
     def cancel(self) -> None:
-        """Give up what was begun; what has come is kept. No collective."""
+        """Stop sampling, and keep the responses that have arrived. It makes no collective."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
@@ -99,34 +100,34 @@ class AsyncRollouts:
     def _work(
         self,
         folder: Path,
-        wanted: Sequence[tuple[str, int, Sequence[int], int]],
+        requests: Sequence[tuple[str, int, Sequence[int], int]],
         sampling: Sampling,
         version: int,
     ) -> None:
         try:
             with AnswerStore(share_file(folder, "ahead", self.served.engine)) as store:
-                asyncio.run(self._until_stopped(self._draw(store, wanted, sampling, version)))
+                asyncio.run(self._until_stopped(self._draw(store, requests, sampling, version)))
         except UserError as error:
             self._problem = str(error)
         except Exception as error:
-            # A thread's error is seen by nobody unless the ranks are told of it.
-            self._problem = f"rollouts ahead of their step failed: {type(error).__name__}: {error}"
+            # An error of the thread has to reach the ranks.
+            self._problem = f"Asynchronous rollouts failed: {type(error).__name__}: {error}"
 
     async def _draw(
         self,
         store: AnswerStore,
-        wanted: Sequence[tuple[str, int, Sequence[int], int]],
+        requests: Sequence[tuple[str, int, Sequence[int], int]],
         sampling: Sampling,
         version: int,
     ) -> None:
         """Draw responses, each stored as it comes."""
 
         def to_record(place: int, response: GeneratedResponse) -> tuple[str, Mapping[str, Any]]:
-            task, sample = wanted[place][:2]
+            task, sample = requests[place][:2]
             fields = (response.tokens, response.log_probs, response.ended, version)
             return rollout_record(Rollout(task, sample, *fields))
 
-        prompts, seeds = [one[2] for one in wanted], [one[3] for one in wanted]
+        prompts, seeds = [one[2] for one in requests], [one[3] for one in requests]
         await self.served.ask(prompts, sampling, seeds, store, to_record)
 
     async def _until_stopped(self, work: Coroutine[Any, Any, Any]) -> None:

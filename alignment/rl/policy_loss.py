@@ -20,7 +20,9 @@ Divergence = Literal["k1", "k2", "k3"]
 
 @dataclass(frozen=True)
 class PolicyLoss:
-    """Loss of a batch of sampled responses. It reads these extras of each token:
+    """Loss of a batch of sampled responses.
+
+    It reads these extras of each token:
 
     - `advantage`;
     - `old_log_probs`, of the policy that the optimizer steps of a step start from. If they are
