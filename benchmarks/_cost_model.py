@@ -10,7 +10,7 @@ from math import ceil, log2
 
 
 @dataclass(frozen=True)
-class Link:
+class NetworkLink:
     """A way between two ranks.
 
     Attributes:
@@ -50,8 +50,8 @@ class Network:
         ranks_a_node: ranks in a node.
     """
 
-    within: Link
-    between: Link
+    within: NetworkLink
+    between: NetworkLink
     ranks_a_node: int
 
     def seconds(self, operation: str, size: float, place: Place) -> float:
@@ -84,7 +84,7 @@ class Network:
             return min(down, doubling + around)
         raise ValueError(f"no cost is known of {operation}")
 
-    def _links(self, place: Place) -> tuple[Link, Link]:
+    def _links(self, place: Place) -> tuple[NetworkLink, NetworkLink]:
         """The slowest link that a rank uses, and that of a ring.
 
         Libraries lay one ring through each adapter of a node, so that a group has the bandwidth
@@ -93,4 +93,4 @@ class Network:
         if place.in_a_node == place.ranks:
             return self.within, self.within
         bandwidth = min(self.within.bandwidth, place.in_a_node * self.between.bandwidth)
-        return self.between, Link(self.between.latency, bandwidth)
+        return self.between, NetworkLink(self.between.latency, bandwidth)

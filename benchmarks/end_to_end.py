@@ -72,7 +72,7 @@ ROUTERS: dict[str, tuple[str, ...]] = {
 
 
 @dataclass
-class Step:
+class TimedStep:
     """A step on one rank: seconds, those of each phase if they were kept, and routed experts a
     token."""
 
@@ -119,7 +119,7 @@ def keeps_phases(number: int) -> bool:
     return number >= WARMUP and (number - WARMUP) % TURNS >= TURNS // 2
 
 
-def train(flags: list[str], port: int, name: str) -> list[Step]:
+def train(flags: list[str], port: int, name: str) -> list[TimedStep]:
     """Train on this rank, each step when the store on `port` says that it is `name`'s turn."""
     import pretrain_et
     from benchmarks._phases import Phases
@@ -127,7 +127,7 @@ def train(flags: list[str], port: int, name: str) -> list[Step]:
 
     turns = dist.TCPStore("127.0.0.1", port, is_master=False)
     turns.set(f"{name}/here/{dist.get_rank()}", "")
-    steps: list[Step] = []
+    steps: list[TimedStep] = []
     commit_after = trainer.commit_after
 
     def taking_turns(train_step: Any, routing: Any) -> Any:
@@ -146,7 +146,7 @@ def train(flags: list[str], port: int, name: str) -> list[Step]:
                 result = inner(*args, **kwargs)
                 seconds = time.perf_counter() - start
             fan_outs = [figures["fan_out"] for figures in routing.figures.values()]
-            steps.append(Step(seconds, phases.seconds, mean(fan_outs) if fan_outs else 0.0))
+            steps.append(TimedStep(seconds, phases.seconds, mean(fan_outs) if fan_outs else 0.0))
             turns.set(f"{name}/{number}/{dist.get_rank()}", "")
             return result
 
@@ -160,11 +160,13 @@ def train(flags: list[str], port: int, name: str) -> list[Step]:
     return steps
 
 
-def take_turns(flags: dict[str, list[str]], ranks: int, rounds: int) -> dict[str, list[list[Step]]]:
+def take_turns(
+    flags: dict[str, list[str]], ranks: int, rounds: int
+) -> dict[str, list[list[TimedStep]]]:
     """Train all models side by side, and return the steps of each of their ranks."""
     turns = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     steps = WARMUP + TURNS * rounds
-    started: dict[str, Future[list[list[Step]]]] = {}
+    started: dict[str, Future[list[list[TimedStep]]]] = {}
 
     def wait(*keys: str) -> None:
         while not turns.check(list(keys)):
@@ -193,7 +195,9 @@ def take_turns(flags: dict[str, list[str]], ranks: int, rounds: int) -> dict[str
         return {name: future.result() for name, future in started.items()}
 
 
-def summary(steps: dict[str, list[list[Step]]], ranks: int, tokens: int) -> list[dict[str, Any]]:
+def summary(
+    steps: dict[str, list[list[TimedStep]]], ranks: int, tokens: int
+) -> list[dict[str, Any]]:
     """One row a model.
 
     Args:

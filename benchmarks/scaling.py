@@ -45,7 +45,7 @@ import torch.distributed as dist  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from megatron.training.training import destroy_global_state  # noqa: E402
 
-from benchmarks._cost_model import Link, Network, Place  # noqa: E402
+from benchmarks._cost_model import Network, NetworkLink, Place  # noqa: E402
 from megatron_ext.arguments import parse_args  # noqa: E402
 from megatron_ext.moe.router import routers_of  # noqa: E402
 from megatron_ext.planning.dry_run import stage_ranks  # noqa: E402
@@ -319,8 +319,8 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=type(default), default=default, help=about)
     options, layout = parser.parse_known_args()
     network = Network(
-        Link(1e-6 * options.intra_latency_us, 1e9 * options.intra_gb_s),
-        Link(1e-6 * options.inter_latency_us, 1e9 * options.inter_gb_s),
+        NetworkLink(1e-6 * options.intra_latency_us, 1e9 * options.intra_gb_s),
+        NetworkLink(1e-6 * options.inter_latency_us, 1e9 * options.inter_gb_s),
         options.ranks_a_node,
     )
     rows: list[dict[str, Any]] = []

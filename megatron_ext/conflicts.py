@@ -39,7 +39,7 @@ def check_conflicts(args: Namespace, given: Set[str]) -> list[str]:
         given: names of the arguments that the command line or a recipe sets.
 
     Returns:
-        what has no effect, one sentence each, to be told as a warning.
+        what has no effect, one sentence each, for the user.
 
     Raises:
         UserError: naming both flags and the way out.
@@ -166,7 +166,7 @@ def _without_effect(args: Namespace, given: Set[str]) -> list[str]:
         unread |= dict.fromkeys(_MUON_FLAGS, f"--optimizer {args.optimizer}")
     elif not args.num_experts:
         unread["muon_router"] = "a model without --num-experts"
-    told = [
+    warnings = [
         f"{_flag(name)} has no effect with {why}" for name, why in unread.items() if name in given
     ]
     steps, warmup = args.train_iters, args.et_warmup_iters
@@ -176,11 +176,11 @@ def _without_effect(args: Namespace, given: Set[str]) -> list[str]:
         length = f"the {steps} steps of --train-samples {args.train_samples}"
     by_threshold = args.num_experts and router.trains_by_threshold
     if by_threshold and steps and warmup >= steps:
-        told.append(
+        warnings.append(
             f"--et-warmup-iters {warmup} is not below {length}: every step routes by "
             "expert choice and none by thresholds"
         )
-    return told
+    return warnings
 
 
 def _flag(name: str) -> str:

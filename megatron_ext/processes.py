@@ -98,6 +98,8 @@ def lock_folder(folder: Path) -> IO[str]:
             time.sleep(0.2)
         except OSError as error:  # some shared file systems are mounted without locks
             name = Path(sys.argv[0]).name
-            told = f"{name}: warning: {folder} cannot be locked ({error.strerror}): start one run"
-            print(f"{told} in it at a time", file=sys.stderr, flush=True)
+            message = (
+                f"{name}: warning: {folder} cannot be locked ({error.strerror}): start one run"
+            )
+            print(f"{message} in it at a time", file=sys.stderr, flush=True)
             return file

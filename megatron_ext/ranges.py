@@ -14,7 +14,7 @@ from typing import Any
 from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
 
 from megatron_ext.errors import UserError
-from megatron_ext.planning.layout import layout_of
+from megatron_ext.planning.layout import run_sizes
 
 _Range = tuple[Callable[[Any], bool], str]
 _NOT_NEGATIVE: _Range = (lambda value: value >= 0, "must not be negative")
@@ -211,7 +211,7 @@ def _check_batch_schedule(args: Namespace, ranks: int) -> None:
             raise UserError(
                 f"{flag}: numbers of tokens must be a sample apart and batches must not shrink"
             )
-    data = layout_of(args, ranks).data
+    data = run_sizes(args, ranks).data
     for _, size in steps:
         if size < 1 or size % ((args.micro_batch_size or 1) * data):
             raise UserError(

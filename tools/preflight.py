@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_ext.devices import activate, is_cpu_device
 from megatron_ext.errors import ToolParser, UserError, run_on_ranks, run_tool
-from megatron_ext.planning.preflight.findings import SKIPPED, Found, Report
+from megatron_ext.planning.preflight.findings import SKIPPED, CheckResult, Report
 from megatron_ext.planning.preflight.rank_memory import DryRun
 from megatron_ext.planning.preflight.version_checks import check_versions
 from megatron_ext.quiet import quiet_megatron
@@ -69,10 +69,10 @@ def _check_all(
     from megatron_ext.planning.preflight import run_checks as run
     from megatron_ext.training.launch import Launch
 
-    def meet() -> Found:
+    def meet() -> CheckResult:
         runner.launch = Launch.join(rank, size, runner.patience)
         nodes = runner.launch.gather("nodes", platform.node())
-        return Found(f"{size} on {len(set(nodes))} node(s)")
+        return CheckResult(f"{size} on {len(set(nodes))} node(s)")
 
     if size > 1 and not runner.check("ranks", meet):
         return
@@ -80,12 +80,12 @@ def _check_all(
         runner.report.add(package, found)
     parsed: list[Any] = []
 
-    def configure() -> Found:
+    def configure() -> CheckResult:
         parsed[:] = run.configuration(flags, options.ranks)
         return run.layout(parsed[0])
 
     if not runner.check("configuration", configure):
-        runner.report.add("everything else", Found("depends on the configuration", SKIPPED))
+        runner.report.add("everything else", CheckResult("depends on the configuration", SKIPPED))
         return
     args, config = parsed
     if size > 1:
@@ -106,15 +106,15 @@ def _check_all(
     if size > 1:
         _check_nodes(runner, options, args)
     else:
-        told = "start it under torchrun to check ranks, clocks, speeds and collectives"
-        runner.report.add("nodes and network", Found(told, SKIPPED))
+        message = "start it under torchrun to check ranks, clocks, speeds and collectives"
+        runner.report.add("nodes and network", CheckResult(message, SKIPPED))
 
 
 def _facts(runner: "Runner", dry_run: DryRun | None) -> dict[str, Any] | None:
     """What rank 0's dry run found, on every rank; None where it failed."""
     facts: list[Any] = [None]
 
-    def share() -> Found:
+    def share() -> CheckResult:
         problem = None
         try:
             facts[0] = dry_run and dry_run.facts(1.5 * runner.patience)
@@ -123,7 +123,7 @@ def _facts(runner: "Runner", dry_run: DryRun | None) -> dict[str, Any] | None:
         if problem := runner.launch.first_problem("facts found", problem):
             raise UserError(problem)
         facts[0] = runner.launch.share("facts", facts[0])
-        return Found(f"{facts[0]['parameters']['total']:,} parameters")
+        return CheckResult(f"{facts[0]['parameters']['total']:,} parameters")
 
     return facts[0] if runner.check("model", share) else None
 

@@ -21,7 +21,7 @@ from megatron_ext.hf.architecture import Architecture, to_flags
 from megatron_ext.hf.configs import load_config
 from megatron_ext.hf.families import read_config
 from megatron_ext.planning.dry_run import dry_run as pretraining_dry_run
-from megatron_ext.planning.dry_run import held_parameters
+from megatron_ext.planning.dry_run import parameters_per_stage
 from megatron_ext.planning.dry_run.dry_run_report import STEP_ALONE
 
 
@@ -79,7 +79,7 @@ def dry_run(
         for folder, other in others.items():
             destroy_global_state()
             names = ", ".join(each.name for each in resident if each.model == folder)
-            counts = held_parameters(*_pretraining_args(other, config, layout, world_size))
+            counts = parameters_per_stage(*_pretraining_args(other, config, layout, world_size))
             lasting[f"{names}: weights"] = [n * args.params_dtype.itemsize for n in counts]
         caches = {"policy": cache(model, generation_batch_size, length)}
         for each in resident:

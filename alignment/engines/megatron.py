@@ -50,7 +50,7 @@ from megatron_ext.model.packing import rotate_by_position_ids
 from megatron_ext.moe.record_routing import record_routing
 from megatron_ext.moe.router import routers_of
 from megatron_ext.quiet import quiet_megatron
-from megatron_ext.training.saving import explain_failure, mend_tracker
+from megatron_ext.training.saving import explain_failure, repair_tracker
 
 
 class MegatronEngine:
@@ -271,7 +271,7 @@ class MegatronEngine:
                 raise UserError(f"{checkpoint} is incomplete or damaged: {problem}")
 
         # Megatron empties its tracker before it writes it, and a kill may come in between.
-        raise_on_all_ranks(lambda: mend_tracker(Path(folder)) if rank == 0 else None)
+        raise_on_all_ranks(lambda: repair_tracker(Path(folder)) if rank == 0 else None)
         raise_on_all_ranks(verify_checkpoint)
         self.args.load = str(folder)
         # Loading adds to these counts.

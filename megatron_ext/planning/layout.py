@@ -13,7 +13,7 @@ from megatron_ext.errors import UserError
 
 
 @dataclass(frozen=True)
-class Layout:
+class RunSizes:
     """The sizes that must fit each other; a model's size is 0 where the flags do not say it."""
 
     ranks: int
@@ -79,7 +79,7 @@ FLAGS = {
 
 
 @dataclass(frozen=True)
-class Rule:
+class DivisibilityRule:
     """One thing that must hold.
 
     Attributes:
@@ -92,48 +92,48 @@ class Rule:
 
     total: str
     parts: tuple[str, ...]
-    of: Callable[[Layout], int] | None = None
-    factor: Callable[[Layout], int] = lambda layout: 1
-    when: Callable[[Layout], bool] = lambda layout: True
+    of: Callable[[RunSizes], int] | None = None
+    factor: Callable[[RunSizes], int] = lambda layout: 1
+    when: Callable[[RunSizes], bool] = lambda layout: True
 
-    def holds(self, layout: Layout) -> bool:
+    def holds(self, layout: RunSizes) -> bool:
         if not self.when(layout):
             return True
         number = getattr(layout, self.total) if self.of is None else self.of(layout)
         return number % self.divisor(layout) == 0
 
-    def divisor(self, layout: Layout) -> int:
+    def divisor(self, layout: RunSizes) -> int:
         return prod(getattr(layout, part) for part in self.parts) * self.factor(layout)
 
 
 RULES = (
-    Rule("ranks", ("tensor", "context", "pipeline")),
-    Rule("heads", ("tensor",)),
-    Rule("heads", ("kv_heads",), when=lambda x: x.kv_heads > 0),
+    DivisibilityRule("ranks", ("tensor", "context", "pipeline")),
+    DivisibilityRule("heads", ("tensor",)),
+    DivisibilityRule("heads", ("kv_heads",), when=lambda x: x.kv_heads > 0),
     # Fewer KV heads than tensor-parallel ranks are copied, a whole number of times.
-    Rule("kv_heads", ("tensor",), when=lambda x: x.kv_heads >= x.tensor),
-    Rule("tensor", ("kv_heads",), when=lambda x: 0 < x.kv_heads < x.tensor),
-    Rule("ffn", ("tensor",)),
-    Rule("shared_ffn", ("tensor",)),
-    Rule("moe_ffn", ("expert_tensor",)),
-    Rule("experts", ("expert",)),
-    Rule("ranks", ("expert", "expert_tensor"), of=lambda x: x.stage_ranks),
-    Rule("layers", ("pipeline",), when=lambda x: x.even_stages),
-    Rule(
+    DivisibilityRule("kv_heads", ("tensor",), when=lambda x: x.kv_heads >= x.tensor),
+    DivisibilityRule("tensor", ("kv_heads",), when=lambda x: 0 < x.kv_heads < x.tensor),
+    DivisibilityRule("ffn", ("tensor",)),
+    DivisibilityRule("shared_ffn", ("tensor",)),
+    DivisibilityRule("moe_ffn", ("expert_tensor",)),
+    DivisibilityRule("experts", ("expert",)),
+    DivisibilityRule("ranks", ("expert", "expert_tensor"), of=lambda x: x.stage_ranks),
+    DivisibilityRule("layers", ("pipeline",), when=lambda x: x.even_stages),
+    DivisibilityRule(
         "layers",
         ("stage_layers", "pipeline"),
         when=lambda x: x.even_stages and x.stage_layers > 0,
     ),
     # Causal attention is shared out in two chunks a rank, and sequence parallelism cuts them.
-    Rule("sequence", ("context",), factor=lambda x: 2, when=lambda x: x.context > 1),
-    Rule(
+    DivisibilityRule("sequence", ("context",), factor=lambda x: 2, when=lambda x: x.context > 1),
+    DivisibilityRule(
         "sequence",
         ("tensor", "context"),
         factor=lambda x: 2 if x.context > 1 else 1,
         when=lambda x: x.tensor > 1,
     ),
-    Rule("global_batch", ("micro_batch",), factor=lambda x: x.data),
-    Rule(
+    DivisibilityRule("global_batch", ("micro_batch",), factor=lambda x: x.data),
+    DivisibilityRule(
         "global_batch",
         ("micro_batch", "pipeline"),
         factor=lambda x: x.data,
@@ -168,14 +168,14 @@ def check_layout(args: Namespace, ranks: int) -> None:
             "--num-layers-per-virtual-pipeline-stage needs --pipeline-model-parallel-size of at "
             "least 2: raise that one or leave this one out"
         )
-    layout = layout_of(args, ranks)
+    layout = run_sizes(args, ranks)
     for rule in RULES:
         if not rule.holds(layout):
             raise UserError(f"{_complaint(rule, layout)}: {_advice(rule, layout)}")
     _check_shared_out_matrices(args, layout)
 
 
-def _check_shared_out_matrices(args: Namespace, layout: Layout) -> None:
+def _check_shared_out_matrices(args: Namespace, layout: RunSizes) -> None:
     """Megatron's distributed Muon shares out experts only where it shares out the rest."""
     if args.optimizer != "muon" or not args.use_distributed_optimizer:
         return
@@ -196,7 +196,7 @@ def _check_shared_out_matrices(args: Namespace, layout: Layout) -> None:
         )
 
 
-def layout_of(args: Namespace, ranks: int) -> Layout:
+def run_sizes(args: Namespace, ranks: int) -> RunSizes:
     """The sizes that a command line and a world size make."""
     tensor = args.tensor_model_parallel_size
     context, pipeline = args.context_parallel_size, args.pipeline_model_parallel_size
@@ -214,7 +214,7 @@ def layout_of(args: Namespace, ranks: int) -> Layout:
         None if getattr(args, "decrease_batch_size_if_needed", False) else args.global_batch_size
     )
     ffn = args.ffn_hidden_size or (0 if args.swiglu else 4 * (args.hidden_size or 0))
-    return Layout(
+    return RunSizes(
         ranks=ranks,
         tensor=tensor,
         pipeline=pipeline,
@@ -250,7 +250,7 @@ def _check_sizes(args: Namespace) -> None:
             raise UserError(f"{flag} {value} must be at least {least}")
 
 
-def _complaint(rule: Rule, layout: Layout) -> str:
+def _complaint(rule: DivisibilityRule, layout: RunSizes) -> str:
     """What does not divide by what."""
     parts = [f"{FLAGS[part]} {getattr(layout, part)}" for part in rule.parts]
     parts = [text for text, part in zip(parts, rule.parts) if getattr(layout, part) > 1] or parts
@@ -269,7 +269,7 @@ def _complaint(rule: Rule, layout: Layout) -> str:
     return f"{text} {verb} {' times '.join(parts)}"
 
 
-def _advice(rule: Rule, layout: Layout) -> str:
+def _advice(rule: DivisibilityRule, layout: RunSizes) -> str:
     """The nearest sizes with which everything holds, one flag changed at a time."""
     names = [part for part in rule.parts if getattr(layout, part) > 1] or list(rule.parts)
     names.append(rule.total)
@@ -282,7 +282,9 @@ def _advice(rule: Rule, layout: Layout) -> str:
     return text if text.startswith("start") else f"use {text}"
 
 
-def _ways(names: Sequence[str], layout: Layout, rules: Sequence[Rule], furthest: int) -> list[str]:
+def _ways(
+    names: Sequence[str], layout: RunSizes, rules: Sequence[DivisibilityRule], furthest: int
+) -> list[str]:
     """For each size, in words, the nearest values with which the rules hold."""
     ways = []
     for name in names:

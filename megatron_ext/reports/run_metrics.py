@@ -141,7 +141,9 @@ class RunMetrics:
         steps, tokens = self._steps_and_tokens(settings)
         gained = np.diff(tokens, prepend=0.0)
         per_token = _column(self.training, "flops_per_token")
-        speeds, rates = (_column(self.training, n) for n in ("flops_per_device", "tokens_per_s"))
+        speeds, rates = (
+            _column(self.training, n) for n in ("flops_per_s_per_device", "tokens_per_s")
+        )
         known = per_token[np.isfinite(per_token)]
         if len(known):
             default = known[0]

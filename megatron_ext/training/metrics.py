@@ -139,7 +139,7 @@ class MetricLog:
             "seq_length": args.seq_length,
             "flops_per_token": flops / (sequences * args.seq_length),
             "tokens_per_s": sequences * args.seq_length / self._seconds,
-            "flops_per_device": per_device,
+            "flops_per_s_per_device": per_device,
             "mfu": per_device / self.peak_flops if self.peak_flops else None,
         }
 
@@ -164,7 +164,9 @@ class MetricLog:
             name: value
             for name, value in row.items()
             if isinstance(value, int | float)
-            and (name.startswith("moe/") or name in ("tokens_per_s", "mfu", "flops_per_device"))
+            and (
+                name.startswith("moe/") or name in ("tokens_per_s", "mfu", "flops_per_s_per_device")
+            )
         }
         if (writer := get_tensorboard_writer()) and iteration % args.tensorboard_log_interval == 0:
             for name, value in scalars.items():

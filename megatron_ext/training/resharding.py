@@ -42,7 +42,7 @@ _KNOWN = (
 # steps whole matrices in either case; a checkpoint has one name for all.
 _SHARDED_NAME, _WHOLE_NAME = "optimizer.state.param.", "optimizer.state.fp32_param."
 # Where the tensors that a run asks for stand, apart from what the checkpoint saved beside them.
-_ASKED = "asked"
+_REQUESTED = "requested"
 
 # Settings of a parameter group that come from flags, and not from the scheduler.
 _BY_FLAGS = ("betas", "eps", "momentum", "nesterov")
@@ -128,15 +128,15 @@ def sharded_state_dict(
         if isinstance(optimizer, DistributedOptimizer) and not _has_main_params(optimizer):
             for tensors in part["param_state"].values():
                 tensors.pop("param")  # the model's own parameters, which the model loads
-    return {_ASKED: state}
+    return {_REQUESTED: state}
 
 
 @functools.wraps(_load_state_dict)
 def load_state_dict(self: ChainedOptimizer, state: Any) -> None:
     """Load the optimizer state of any layout."""
-    if isinstance(state, dict) and _ASKED in state:
-        parts = _parts(self, state.pop(_ASKED))
-        formed = [_in_form_of(optimizer, part, state) for optimizer, part in parts]
+    if isinstance(state, dict) and _REQUESTED in state:
+        parts = _parts(self, state.pop(_REQUESTED))
+        formed = [_convert_state(optimizer, part, state) for optimizer, part in parts]
         state = formed[0] if len(formed) == 1 else dict(enumerate(formed))
     _load_state_dict(self, state)
 
@@ -172,17 +172,17 @@ def _parts(chain: ChainedOptimizer, state: Any) -> Iterator[tuple[MegatronOptimi
             yield optimizer, part
 
 
-def _found(state: Any, name: str) -> Iterator[Any]:
+def _find_entries(state: Any, name: str) -> Iterator[Any]:
     """Every entry of that name, wherever it stands."""
     if isinstance(state, dict):
         if state.get(name) is not None:
             yield state[name]
         for key, value in state.items():
             if key != name:
-                yield from _found(value, name)
+                yield from _find_entries(value, name)
 
 
-def _in_form_of(optimizer: MegatronOptimizer, part: Any, saved: Any) -> dict[str, Any]:
+def _convert_state(optimizer: MegatronOptimizer, part: Any, saved: Any) -> dict[str, Any]:
     """The state that an optimizer loads.
 
     Args:
@@ -190,15 +190,18 @@ def _in_form_of(optimizer: MegatronOptimizer, part: Any, saved: Any) -> dict[str
         part: the tensors that it asked for.
         saved: all the rest of the loaded state, where it stood when it was saved.
     """
-    saved_groups = [group for groups in _found(saved, "param_groups") for group in groups]
-    steps = [*_found(saved, "common_step"), *(g["step"] for g in saved_groups if g.get("step"))]
+    saved_groups = [group for groups in _find_entries(saved, "param_groups") for group in groups]
+    steps = [
+        *_find_entries(saved, "common_step"),
+        *(g["step"] for g in saved_groups if g.get("step")),
+    ]
     counts_steps = not isinstance(optimizer.optimizer, TensorParallelMuon)
     groups = []
     for current in optimizer.optimizer.state_dict()["param_groups"]:
-        groups.append(_like(current, saved_groups))
+        groups.append(match_param_group(current, saved_groups))
         if steps and counts_steps:
             groups[-1]["step"] = int(steps[0])
-    scalers = list(_found(saved, "grad_scaler"))
+    scalers = list(_find_entries(saved, "grad_scaler"))
     scaler = {"grad_scaler": scalers[0]} if scalers else {}
     if isinstance(optimizer, DistributedOptimizer):
         return {
@@ -221,7 +224,9 @@ def _in_form_of(optimizer: MegatronOptimizer, part: Any, saved: Any) -> dict[str
     return {"optimizer": inner, **main, **scaler}
 
 
-def _like(current: dict[str, Any], saved_groups: list[dict[str, Any]]) -> dict[str, Any]:
+def match_param_group(
+    current: dict[str, Any], saved_groups: list[dict[str, Any]]
+) -> dict[str, Any]:
     """The saved settings of a parameter group, with the parameters and the marks of this run.
 
     What flags set and no schedule is that of the flags: megatron_ext.training.checks has compared

@@ -40,7 +40,7 @@ def choose_checkpoint(args: Namespace, launch: Launch) -> Path | None:
         UserError: naming the damaged file, on every rank.
     """
     folder = Path(args.load)
-    launch.agree("tracker", lambda: mend_tracker(folder) if launch.rank == 0 else None)
+    launch.agree("tracker", lambda: repair_tracker(folder) if launch.rank == 0 else None)
     candidates = launch.share("checkpoints", _candidates(folder, args.ckpt_step))
     if not candidates:
         return None
@@ -48,18 +48,18 @@ def choose_checkpoint(args: Namespace, launch: Launch) -> Path | None:
     problem = launch.first_problem(newest, damage(folder / newest, launch.rank, launch.size))
     if problem is None:
         return folder / newest
-    told = f"{folder / newest} is damaged: {problem}"
+    message = f"{folder / newest} is damaged: {problem}"
     if not args.allow_older_checkpoint:
         raise UserError(
-            f"{told}; give --allow-older-checkpoint to resume from the newest one that is whole"
+            f"{message}; give --allow-older-checkpoint to resume from the newest one that is whole"
         )
     for name in older:
         if not launch.first_problem(name, damage(folder / name, launch.rank, launch.size)):
             if launch.rank == 0:
-                print(f"{told}; resuming from {folder / name}", flush=True)
+                print(f"{message}; resuming from {folder / name}", flush=True)
             args.ckpt_step = int(name.removeprefix("iter_"))
             return folder / name
-    raise UserError(f"{told}, and no older checkpoint beside it is whole: use another folder")
+    raise UserError(f"{message}, and no older checkpoint beside it is whole: use another folder")
 
 
 def _candidates(folder: Path, step: int | None) -> list[str]:
@@ -79,7 +79,7 @@ def _tracked(tracker: Path) -> str | None:
     return f"iter_{int(text):07d}" if text.isdigit() else "release" if text == "release" else None
 
 
-def mend_tracker(folder: Path) -> None:
+def repair_tracker(folder: Path) -> None:
     """Name the newest complete checkpoint where a run was killed before or while doing so.
 
     Raises:

@@ -115,8 +115,8 @@ class Watchdog:
                 holding.append(f"rank {rank} does not answer: it is stopped, or its node cut off")
                 continue
             answer = json.loads(self._store.get(f"stall/{rank}"))
-            told = f"rank {rank} on {answer['node']} stands in {answer['place']}"
-            (waiting if answer["waits"] else holding).append(told)
+            place = f"rank {rank} on {answer['node']} stands in {answer['place']}"
+            (waiting if answer["waits"] else holding).append(place)
         if not holding:
             self._say("every rank waits in a collective; " + "; ".join(waiting[:8]))
         else:

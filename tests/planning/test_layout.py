@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_ext.errors import UserError
-from megatron_ext.planning.layout import FLAGS, RULES, Layout, check_layout, layout_of, nearest
+from megatron_ext.planning.layout import FLAGS, RULES, RunSizes, check_layout, nearest, run_sizes
 
 D12 = {
     "num_layers": 12, "hidden_size": 768, "num_attention_heads": 6, "group_query_attention": False,
@@ -199,14 +199,14 @@ layouts = st.fixed_dictionaries(
 )
 
 
-def sound(layout: Layout) -> bool:
+def sound(layout: RunSizes) -> bool:
     return all(rule.holds(layout) for rule in RULES)
 
 
 @given(layouts, st.integers(1, 24))
 def test_whatever_is_advised_is_the_nearest_that_works(sizes: dict[str, int], ranks: int) -> None:
     args = Namespace(**{**D12, **sizes})
-    layout = layout_of(args, ranks)
+    layout = run_sizes(args, ranks)
     try:
         check_layout(args, ranks)
     except UserError as error:
@@ -222,7 +222,7 @@ def test_whatever_is_advised_is_the_nearest_that_works(sizes: dict[str, int], ra
         advised[name] = [int(word) for word in words]
     assert advised
 
-    def changed(name: str, value: int) -> Layout:
+    def changed(name: str, value: int) -> RunSizes:
         sizes: dict[str, Any] = {name: value}
         if name == "tensor":  # experts' tensor parallelism follows
             sizes["expert_tensor"] = value
@@ -247,5 +247,5 @@ def test_nearest_looks_both_ways() -> None:
 
 
 def test_every_size_has_a_flag() -> None:
-    sizes = {field.name for field in fields(Layout) if field.type in (int, "int")}
+    sizes = {field.name for field in fields(RunSizes) if field.type in (int, "int")}
     assert sizes == set(FLAGS)

@@ -35,7 +35,7 @@ def make_run(
         for step in range(1, steps + 1):
             row = training_row(step, layers=layers)
             seconds = STEP / row["tokens_per_s"]
-            rows.append(row | {"flops_per_device": ROW_FLOPS / seconds / WORLD})
+            rows.append(row | {"flops_per_s_per_device": ROW_FLOPS / seconds / WORLD})
             if step % 10 == 0:
                 rows.append({"step": step, "val_loss": 5 - step / 100 + 0.1 * seed})
     write_run(folder, rows)
@@ -86,7 +86,7 @@ def test_device_time_holds_when_the_number_of_devices_changed_on_the_way(tmp_pat
     seconds = 0.0
     for row in rows:
         devices = 2 * WORLD if row["step"] <= 20 else WORLD
-        row["flops_per_device"] = 1e9
+        row["flops_per_s_per_device"] = 1e9
         row["tokens_per_s"] = STEP * devices * 1e9 / ROW_FLOPS
         seconds += devices * STEP / row["tokens_per_s"]
     [run] = read_runs([make_run(tmp_path / "run", rows=rows)])
@@ -99,7 +99,7 @@ def recorded_row(step: int, tokens: int, **sizes: Any) -> dict[str, Any]:
     row = training_row(step) | usual | {"flops_per_token": 100.0} | sizes
     seconds = row["seconds"] * row["world_size"]
     size = row["batch_size"] * row["seq_length"]
-    return row | {"tokens": tokens, "flops_per_device": 100.0 * size / seconds}
+    return row | {"tokens": tokens, "flops_per_s_per_device": 100.0 * size / seconds}
 
 
 def test_figures_come_from_the_rows_whatever_the_last_start_was(tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_device_time_is_never_negative_where_older_rows_lost_tokens(tmp_path: Pa
     rows = [training_row(step) | {"tokens": 256 * step} for step in range(1, 7)]
     rows += [training_row(step) | {"tokens": 128 * step} for step in (7, 8)]
     for row in rows:
-        row["flops_per_device"] = 1e6
+        row["flops_per_s_per_device"] = 1e6
     [run] = read_runs([make_run(tmp_path / "run", rows=rows)])
     assert run.tokens == 6 * 256 + 2 * 128
     assert run.work.device_seconds is not None and (run.work.device_seconds > 0).all()

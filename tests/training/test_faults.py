@@ -25,7 +25,7 @@ from tests.warm import warm_python
 
 STEPS = 14
 SAME = [*TINY, "--train-iters", str(STEPS), "--save-interval", "2"]
-SPEED = ("seconds", "tokens_per_s", "flops_per_device", "mfu")
+SPEED = ("seconds", "tokens_per_s", "flops_per_s_per_device", "mfu")
 
 
 def start_and_do(flags: list[str], step: int, deeds: dict[int, partial[Any]]) -> Any:

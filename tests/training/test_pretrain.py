@@ -10,7 +10,7 @@ from tests.distributed import torchrun
 from tests.megatron import TINY
 from tests.pretraining import train
 
-SPEED = ("seconds", "tokens_per_s", "flops_per_device", "mfu")
+SPEED = ("seconds", "tokens_per_s", "flops_per_s_per_device", "mfu")
 
 
 def pretrain(run_dir: Path, *flags: str, nproc: int = 2) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from megatron_ext.config import ETConfig
 from megatron_ext.planning.dry_run.dry_run_report import print_report
 from megatron_ext.planning.dry_run.fakes import expert_rate
 from megatron_ext.planning.dry_run.parameters import Parameters
-from megatron_ext.planning.dry_run.simulated_rank import Rank, Step, fake_rank
+from megatron_ext.planning.dry_run.simulated_rank import Rank, SimulatedStep, fake_rank
 from megatron_ext.training.checks import check_pools
 
 Facts = dict[str, Any]
@@ -84,7 +84,7 @@ def measure(args: Namespace, config: ETConfig) -> dict[str, Any]:
     }
 
 
-def held_parameters(args: Namespace, config: ETConfig) -> list[int]:
+def parameters_per_stage(args: Namespace, config: ETConfig) -> list[int]:
     """How many parameters a rank of each pipeline stage holds."""
     held = []
     for rank in stage_ranks(args):
@@ -111,7 +111,7 @@ def _phases(config: ETConfig) -> list[str]:
     return ["expert choice", "thresholds"] if config.et_warmup_iters else ["thresholds"]
 
 
-def _rows(step: Step) -> list[dict[str, Any]]:
+def _rows(step: SimulatedStep) -> list[dict[str, Any]]:
     return [
         {**collective._asdict(), **amount._asdict()}
         for collective, amount in sorted(step.collectives.items())

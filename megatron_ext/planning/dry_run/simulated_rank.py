@@ -43,7 +43,7 @@ _ROUTING, _STEP_END = "routing", "routing at the step's end"
 
 
 @dataclass
-class Memory:
+class RankMemory:
     """Bytes a rank holds in a step.
 
     Attributes:
@@ -64,14 +64,14 @@ class Memory:
 
 
 @dataclass
-class Step:
+class SimulatedStep:
     """What a rank does in a step.
 
     Attributes:
         flops: of matrix products and attention, recomputation included.
     """
 
-    memory: Memory
+    memory: RankMemory
     collectives: dict[Collective, Amount]
     flops: int
 
@@ -116,7 +116,7 @@ class Rank:
             functions = [chunk.no_sync for chunk in self.model]
             self.config.no_sync_func = functions if len(functions) > 1 else functions[0]
 
-    def take_step(self, by_threshold: bool) -> Step:
+    def take_step(self, by_threshold: bool) -> SimulatedStep:
         """Count a whole step, routed by thresholds or by expert choice.
 
         Only as many micro-batches run as show what each of them adds.
@@ -135,7 +135,7 @@ class Rank:
             return stages, 1
         return 2 * stages + self.microbatches % stages, stages
 
-    def _run(self, microbatches: int, by_threshold: bool) -> Step:
+    def _run(self, microbatches: int, by_threshold: bool) -> SimulatedStep:
         for router in threshold_routers(routers_of(self.model)):
             prepare_router(router, self.config.et_warmup_iters + 1 if by_threshold else 0)
         load = EvenLoad(self.config, self.microbatches)
@@ -155,7 +155,7 @@ class Rank:
                     iteration=0,
                 )
         self.step.discard()
-        memory = Memory(
+        memory = RankMemory(
             parameters=storage_bytes(self.weights),
             gradients=storage_bytes(weight.main_grad for weight in self.weights),
             optimizer=storage_bytes(optimizer_tensors(self.optimizer), apart_from=self.weights),
@@ -163,10 +163,12 @@ class Rank:
             router_logits=load.kept_bytes,
             gather_buffer=storage_bytes(get_global_memory_buffer().buffer.values()),
         )
-        return Step(memory, traffic.collectives, traffic.flops)
+        return SimulatedStep(memory, traffic.collectives, traffic.flops)
 
 
-def _extended(short: Step, longer: Step, ran: int, stride: int, total: int) -> Step:
+def _extended(
+    short: SimulatedStep, longer: SimulatedStep, ran: int, stride: int, total: int
+) -> SimulatedStep:
     """A step of `total` micro-batches from two shorter ones: `longer` ran `ran` of them, `stride`
     more than `short`.
 
@@ -186,7 +188,7 @@ def _extended(short: Step, longer: Step, ran: int, stride: int, total: int) -> S
         elif key.purpose != _STEP_END:
             base = short.collectives.get(key, Amount(0, 0))
             collectives[key] = Amount(*map(extend, base, amount))
-    return Step(memory, collectives, extend(short.flops, longer.flops))
+    return SimulatedStep(memory, collectives, extend(short.flops, longer.flops))
 
 
 def _batches(args: Namespace) -> Iterator[dict[str, Tensor]]:

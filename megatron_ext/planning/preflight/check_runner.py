@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 from megatron_ext.errors import UserError
-from megatron_ext.planning.preflight.findings import FAILED, Found, Report
+from megatron_ext.planning.preflight.findings import FAILED, CheckResult, Report
 from megatron_ext.training.launch import Launch
 
 _LONG = 10  # times the patience with another rank: for a check as a whole
@@ -31,7 +31,9 @@ class Runner:
         self._ending = threading.Lock()
         threading.Thread(target=self._watch, daemon=True).start()
 
-    def check(self, name: str, look: Callable[[], Found], seconds: float | None = None) -> bool:
+    def check(
+        self, name: str, look: Callable[[], CheckResult], seconds: float | None = None
+    ) -> bool:
         """Run one check on this rank, and hear how it went on the others.
 
         Args:
@@ -44,7 +46,7 @@ class Runner:
         """
         self._seconds = seconds or _LONG * self.patience
         self._checking, self._deadline = name, time.monotonic() + self._seconds
-        found, problem = Found(""), None
+        found, problem = CheckResult(""), None
         try:
             found = look()
         except UserError as error:
@@ -55,7 +57,7 @@ class Runner:
         except UserError as error:  # rank 0 is silent
             problem = problem or str(error)
         self._deadline = float("inf")
-        self.report.add(name, found if problem is None else Found(problem, FAILED))
+        self.report.add(name, found if problem is None else CheckResult(problem, FAILED))
         return problem is None
 
     def _silent_ranks(self, name: str) -> str:
@@ -87,6 +89,6 @@ class Runner:
                 f"does not end within {self._seconds:g} s: a rank, a file system or the network "
                 "hangs; look at the processes with py-spy dump, and set NCCL_DEBUG=INFO"
             )
-            self.report.add(self._checking, Found(what, FAILED))
+            self.report.add(self._checking, CheckResult(what, FAILED))
             self.report.end()
             os._exit(2)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 OK, WARNING, FAILED, SKIPPED = "ok", "warning", "FAILED", "skipped"
 
 
-class Found(NamedTuple):
+class CheckResult(NamedTuple):
     """What a check found that is not wrong.
 
     Attributes:
@@ -35,7 +35,7 @@ class Report:
         self._output = sys.stdout if rank == 0 else None
         self._file = file if rank == 0 else None
 
-    def add(self, check: str, found: Found) -> None:
+    def add(self, check: str, found: CheckResult) -> None:
         """Add the row of one check."""
         text = " ".join(found.text.split())
         self.rows.append({"check": check, "status": found.status, "text": text, **found.figures})
@@ -53,8 +53,8 @@ class Report:
             try:
                 Path(self._file).write_text(json.dumps(content, indent=1) + "\n")
             except OSError as error:
-                told = f"{self._file} cannot be written ({error.strerror}): give another"
-                self.add("--json", Found(told, FAILED))
+                message = f"{self._file} cannot be written ({error.strerror}): give another"
+                self.add("--json", CheckResult(message, FAILED))
         counts = {s: sum(row["status"] == s for row in self.rows) for s in (OK, WARNING, FAILED)}
         self._print(", ".join(f"{count} {status}" for status, count in counts.items()))
 

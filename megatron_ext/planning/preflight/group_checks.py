@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_ext.errors import UserError
-from megatron_ext.planning.preflight.findings import OK, WARNING, Found
+from megatron_ext.planning.preflight.findings import OK, WARNING, CheckResult
 from megatron_ext.training.launch import Launch
 
 # As Megatron lays them out; the last two are what gradients are reduced over.
@@ -116,13 +116,13 @@ def bandwidths(
     ]
 
 
-def in_words(groups: list[dict[str, Any]]) -> Found:
+def in_words(groups: list[dict[str, Any]]) -> CheckResult:
     """The slowest of the groups; a warning where it is less than half as fast as the median."""
-    told, slow = [], []
+    message, slow = [], []
     for operation in OPERATIONS:
         speeds = [group[operation] for group in groups]
         worst = min(groups, key=lambda group: group[operation])
-        told.append(f"{operation} {min(speeds) / 1e9:,.3g} GB/s")
+        message.append(f"{operation} {min(speeds) / 1e9:,.3g} GB/s")
         if worst[operation] < statistics.median_high(speeds) / 2:
             slow.append(
                 f"{operation} over ranks {_names(worst['ranks'])} is slow, the median is "
@@ -131,8 +131,8 @@ def in_words(groups: list[dict[str, Any]]) -> Found:
             )
     ranks = len(groups[0]["ranks"])
     count = f"{len(groups)} group{'s' if len(groups) > 1 else ''} of {ranks} ranks"
-    words = "; ".join([f"{count}, {', '.join(told)}", *slow])
-    return Found(words, WARNING if slow else OK, {"groups": groups})
+    words = "; ".join([f"{count}, {', '.join(message)}", *slow])
+    return CheckResult(words, WARNING if slow else OK, {"groups": groups})
 
 
 def _names(members: list[int]) -> str:
@@ -140,7 +140,7 @@ def _names(members: list[int]) -> str:
     return shown + (" ..." if len(members) > 8 else "")
 
 
-def meet(args: Any, launch: Launch) -> Found:
+def meet(args: Any, launch: Launch) -> CheckResult:
     """Make the process groups of the run, with Megatron's own code.
 
     Raises:
@@ -159,10 +159,10 @@ def meet(args: Any, launch: Launch) -> Found:
             f"ranks cannot make their groups ({reason}): see that the nodes reach each other over "
             "INTERFACE, and NCCL_DEBUG=INFO"
         ) from error
-    return Found(f"{args.distributed_backend} connects all {dist.get_world_size()} ranks")
+    return CheckResult(f"{args.distributed_backend} connects all {dist.get_world_size()} ranks")
 
 
-def measure(launch: Launch, kind: str, group: Any, size: int) -> Found:
+def measure(launch: Launch, kind: str, group: Any, size: int) -> CheckResult:
     """Time collectives of `size` bytes over all groups of a kind.
 
     Raises:

@@ -10,7 +10,7 @@ import torch
 
 from megatron_ext.devices import is_cpu_device
 from megatron_ext.errors import UserError
-from megatron_ext.planning.preflight.findings import WARNING, Found
+from megatron_ext.planning.preflight.findings import WARNING, CheckResult
 from megatron_ext.training.launch import Launch
 
 _ROUNDS = 3
@@ -69,7 +69,7 @@ def own_work(launch: Launch) -> list[dict[str, Any]]:
     return launch.gather("speeds", here)
 
 
-def clocks(launch: Launch, tolerance: float) -> Found:
+def clocks(launch: Launch, tolerance: float) -> CheckResult:
     """Compare the clocks of nodes.
 
     Raises:
@@ -83,23 +83,23 @@ def clocks(launch: Launch, tolerance: float) -> Found:
             f"the clock of rank {furthest}'s node is {offset:+.3f} s off rank 0's: start NTP there "
             "(see chronyc tracking), for times of logs and files mislead"
         )
-    return Found(f"differ by {abs(offset):.3f} s at most, measured within {error:.3f} s")
+    return CheckResult(f"differ by {abs(offset):.3f} s at most, measured within {error:.3f} s")
 
 
-def speeds(launch: Launch, factor: float) -> Found:
+def speeds(launch: Launch, factor: float) -> CheckResult:
     """Compare how fast ranks do work of their own; a warning names those that hold up the rest."""
     rows = own_work(launch)
     flops = [row["flops"] / 1e12 for row in rows]
-    told = f"{min(flops):,.3g} to {max(flops):,.3g} TFLOP/s"
+    message = f"{min(flops):,.3g} to {max(flops):,.3g} TFLOP/s"
     slow = slow_ranks([row["seconds"] for row in rows], factor)
     if not slow:
-        return Found(told, figures={"ranks": rows})
+        return CheckResult(message, figures={"ranks": rows})
     names = [f"rank {r} on {rows[r]['node']} takes {times:.1f} times" for r, times in slow[:8]]
-    told += (
+    message += (
         f"; {', '.join(names)} the median for the same work: see its temperature, power limit "
         "and what else runs there, or leave its node out"
     )
-    return Found(told, WARNING, {"ranks": rows})
+    return CheckResult(message, WARNING, {"ranks": rows})
 
 
 def slow_ranks(seconds: list[float], factor: float) -> list[tuple[int, float]]:

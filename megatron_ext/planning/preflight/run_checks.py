@@ -16,7 +16,7 @@ from megatron_ext.data.tokenizer_identity import tokenizer_digest
 from megatron_ext.devices import is_cpu_device
 from megatron_ext.errors import UserError
 from megatron_ext.planning.preflight import storage_checks as storage
-from megatron_ext.planning.preflight.findings import OK, WARNING, Found
+from megatron_ext.planning.preflight.findings import OK, WARNING, CheckResult
 from megatron_ext.planning.preflight.rank_memory import GIB, memory_of_a_rank
 from megatron_ext.training import checks
 from megatron_ext.training.launch import Launch
@@ -36,36 +36,38 @@ def configuration(flags: Sequence[str], ranks: int) -> tuple[Namespace, ETConfig
     return args, config
 
 
-def layout(args: Namespace) -> Found:
+def layout(args: Namespace) -> CheckResult:
     """The layout in words."""
-    return Found(
+    return CheckResult(
         f"{args.world_size:,} ranks: {args.tensor_model_parallel_size} tensor x "
         f"{args.context_parallel_size} context x {args.pipeline_model_parallel_size} pipeline x "
         f"{args.data_parallel_size} data x {args.expert_model_parallel_size} expert"
     )
 
 
-def same_settings(args: Namespace, launch: Launch) -> Found:
+def same_settings(args: Namespace, launch: Launch) -> CheckResult:
     """Whether all ranks have the same flags and versions."""
     checks.check_same_settings(args, launch)
     versions = (f"{name} {version}" for name, version in checks.versions().items())
-    return Found("all flags, and " + ", ".join(versions))
+    return CheckResult("all flags, and " + ", ".join(versions))
 
 
-def routing(args: Namespace, config: ETConfig) -> Found:
+def routing(args: Namespace, config: ETConfig) -> CheckResult:
     """Tokens of a step, and how many of them an expert takes."""
     tokens = args.global_batch_size * args.seq_length
     micro_batches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
-    told = f"{tokens:,} tokens a step in {micro_batches} micro-batch(es)"
+    message = f"{tokens:,} tokens a step in {micro_batches} micro-batch(es)"
     if not config.uses_thresholds:
-        return Found(told)
+        return CheckResult(message)
     checks.check_pools(args, config)
     pool = tokens // micro_batches
     k = config.routing_rate.k(pool)
-    return Found(f"{told}; k = {k:,} of a micro-batch's {pool:,} go to an expert on average")
+    return CheckResult(
+        f"{message}; k = {k:,} of a micro-batch's {pool:,} go to an expert on average"
+    )
 
 
-def memory(facts: dict[str, Any], device_memory: float | None, alone: bool) -> Found:
+def memory(facts: dict[str, Any], device_memory: float | None, alone: bool) -> CheckResult:
     """What a rank needs against the memory of its device.
 
     Args:
@@ -77,42 +79,44 @@ def memory(facts: dict[str, Any], device_memory: float | None, alone: bool) -> F
         UserError: it is not enough.
     """
     needed, stage = memory_of_a_rank(facts)
-    told = f"{needed / GIB:,.3g} GiB" + (f" in stage {stage}" if len(facts["stages"]) > 1 else "")
+    message = f"{needed / GIB:,.3g} GiB" + (
+        f" in stage {stage}" if len(facts["stages"]) > 1 else ""
+    )
     if device_memory is not None:
         limit, whose = device_memory * GIB, "of --device-memory"
     elif not is_cpu_device():
         device = torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", "0")))
         limit, whose = device.total_memory, f"of {device.name} on {platform.node()}"
     elif alone:
-        return Found(f"{told}; --device-memory GIB compares it with a device")
+        return CheckResult(f"{message}; --device-memory GIB compares it with a device")
     else:
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         limit = psutil.virtual_memory().total / ranks
         whose = f"that {platform.node()} has for each of {ranks} rank(s)"
-    told = f"{told} of the {limit / GIB:,.3g} GiB {whose}"
+    message = f"{message} of the {limit / GIB:,.3g} GiB {whose}"
     if needed <= _FULL * limit:
-        return Found(told)
-    told += (
+        return CheckResult(message)
+    message += (
         ": raise the tensor, pipeline or expert parallel size, lower --micro-batch-size, or "
         "recompute activations (--recompute-granularity full)"
     )
     if needed > limit:
-        raise UserError(told)
-    return Found(told, WARNING)
+        raise UserError(message)
+    return CheckResult(message, WARNING)
 
 
-def data(args: Namespace, config: ETConfig) -> Found:
+def data(args: Namespace, config: ETConfig) -> CheckResult:
     """Whether datasets are whole, long enough and of the tokenizer."""
     if args.mock_data:
-        return Found("--mock-data: nothing to read")
+        return CheckResult("--mock-data: nothing to read")
     checks.check_inputs(args, config)
-    return Found(f"datasets are whole and of this tokenizer of {args.vocab_size:,} tokens")
+    return CheckResult(f"datasets are whole and of this tokenizer of {args.vocab_size:,} tokens")
 
 
-def folder(args: Namespace, launch: Launch) -> Found:
+def folder(args: Namespace, launch: Launch) -> CheckResult:
     """Whether checkpoints can be written, to a place that all nodes see."""
     if args.save is None:
-        return Found("nothing will be saved: give --run-dir", WARNING)
+        return CheckResult("nothing will be saved: give --run-dir", WARNING)
     written: list[str] = []
 
     def write() -> None:
@@ -127,20 +131,20 @@ def folder(args: Namespace, launch: Launch) -> Found:
         if launch.rank == 0:
             os.remove(name)
     shared = " and is shared by all nodes" if launch.size > 1 else ""
-    return Found(f"{Path(name).parent} can be written{shared}")
+    return CheckResult(f"{Path(name).parent} can be written{shared}")
 
 
-def resuming(args: Namespace, config: ETConfig, launch: Launch) -> Found:
+def resuming(args: Namespace, config: ETConfig, launch: Launch) -> CheckResult:
     """Whether the checkpoint to resume from is whole and fits the flags."""
     checkpoint = checks.check_checkpoint(args, config, launch)
     progress = checks.check_progress(checkpoint, args, launch)
     if finished := why_finished(args, progress):
-        return Found(finished, WARNING)
-    return Found("none: starts anew" if checkpoint is None else f"{checkpoint} is whole")
+        return CheckResult(finished, WARNING)
+    return CheckResult("none: starts anew" if checkpoint is None else f"{checkpoint} is whole")
 
 
-def room(args: Namespace, facts: dict[str, Any], keep: int) -> Found:
+def room(args: Namespace, facts: dict[str, Any], keep: int) -> CheckResult:
     """Whether there is room for the checkpoints that are to be kept."""
     size = storage.checkpoint_bytes(args, facts)
-    enough, told = storage.check_room(args, size, keep)
-    return Found(told, OK if enough else WARNING, {"bytes": size})
+    enough, message = storage.check_room(args, size, keep)
+    return CheckResult(message, OK if enough else WARNING, {"bytes": size})

@@ -79,18 +79,18 @@ def check_room(args: Namespace, size: int, keep: int) -> tuple[bool, str]:
     """
     folder = nearest_folder(args.save)
     free = shutil.disk_usage(folder).free
-    told = f"{free / GB:,.3g} GB free in {folder}, a checkpoint takes {size / GB:,.3g} GB"
+    message = f"{free / GB:,.3g} GB free in {folder}, a checkpoint takes {size / GB:,.3g} GB"
     if keep * size > free:
         raise UserError(
-            f"{told} and {keep} must fit: make room, give another --run-dir or --save, or lower "
+            f"{message} and {keep} must fit: make room, give another --run-dir or --save, or lower "
             "--keep-checkpoints"
         )
     interval = args.save_retain_interval or args.save_interval
     steps = args.train_iters or 0
     kept = -(-steps // interval) if interval else 1
     if kept * size <= free:
-        return True, f"{told}; the run keeps {kept}"
+        return True, f"{message}; the run keeps {kept}"
     return False, (
-        f"{told}, but the run will keep {kept}: give --save-retain-interval, a larger "
+        f"{message}, but the run will keep {kept}: give --save-retain-interval, a larger "
         "--save-interval, or remove old ones as it goes"
     )

@@ -7,19 +7,19 @@ from importlib.machinery import ModuleSpec, PathFinder
 
 from packaging.requirements import Requirement
 
-from megatron_ext.planning.preflight.findings import FAILED, WARNING, Found
+from megatron_ext.planning.preflight.findings import FAILED, WARNING, CheckResult
 
 # What a run on GPUs looks for beside the packages that every run needs.
 _GPU = ("transformer-engine",)
 
 
-def check_versions(has_gpu: bool) -> Iterator[tuple[str, Found]]:
+def check_versions(has_gpu: bool) -> Iterator[tuple[str, CheckResult]]:
     """The rows on packages."""
     found, outside = {}, []
     try:
         requirements = _requirements()
     except importlib.metadata.PackageNotFoundError:
-        yield "packages", Found("megatron-et is not installed: pip install -e .", WARNING)
+        yield "packages", CheckResult("megatron-et is not installed: pip install -e .", WARNING)
         requirements = []
     for requirement in requirements:
         version = _version(requirement.name)
@@ -29,28 +29,31 @@ def check_versions(has_gpu: bool) -> Iterator[tuple[str, Found]]:
         if not requirement.specifier.contains(version, prereleases=True):
             outside.append((requirement, version))
     for requirement, version in outside:
-        told = (
+        message = (
             f"version {version} is outside of {requirement.specifier}: "
             f"pip install '{requirement.name}{requirement.specifier}'"
         )
-        yield requirement.name, Found(told, FAILED)
+        yield requirement.name, CheckResult(message, FAILED)
     if found:
         shown = ", ".join(f"{name} {found[name]}" for name in ("torch", "megatron-core"))
         fit = len(found) - len(outside)
-        yield "packages", Found(f"{shown} and others, {fit} of {len(found)} within their ranges")
+        yield (
+            "packages",
+            CheckResult(f"{shown} and others, {fit} of {len(found)} within their ranges"),
+        )
     yield from _check_apex(PathFinder.find_spec("apex"))  # also where the CPU device hides it
     if any(requirement.name == "transformer-engine" for requirement, _ in outside):
         return
     if "transformer-engine" in found:
-        yield "transformer-engine", Found(f"version {found['transformer-engine']}")
+        yield "transformer-engine", CheckResult(f"version {found['transformer-engine']}")
     elif has_gpu:
-        told = (
+        message = (
             "is not installed: layers are plain torch, slower and without FP8; "
             "pip install 'megatron-et[gpu]'"
         )
-        yield "transformer-engine", Found(told, WARNING)
+        yield "transformer-engine", CheckResult(message, WARNING)
     else:
-        yield "transformer-engine", Found("not installed, and not used without a GPU")
+        yield "transformer-engine", CheckResult("not installed, and not used without a GPU")
 
 
 def _requirements() -> list[Requirement]:
@@ -72,10 +75,10 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _check_apex(spec: ModuleSpec | None) -> Iterator[tuple[str, Found]]:
+def _check_apex(spec: ModuleSpec | None) -> Iterator[tuple[str, CheckResult]]:
     """NVIDIA's apex is built from source; PyPI's package of that name is a web framework."""
     if spec is None:
-        yield "apex", Found("not installed: Transformer Engine or torch does its work")
+        yield "apex", CheckResult("not installed: Transformer Engine or torch does its work")
         return
     folders = list(spec.submodule_search_locations or [])
     nvidia = any(
@@ -84,12 +87,12 @@ def _check_apex(spec: ModuleSpec | None) -> Iterator[tuple[str, Found]]:
         for folder in folders
     )
     if nvidia:
-        yield "apex", Found(f"NVIDIA's, in {folders[0]}")
+        yield "apex", CheckResult(f"NVIDIA's, in {folders[0]}")
     else:
         where = folders[0] if folders else spec.origin
-        told = (
+        message = (
             f"{where} is not NVIDIA's apex but the web framework that PyPI has under that name: "
             "pip uninstall apex, and build NVIDIA's from https://github.com/NVIDIA/apex if you "
             "want it"
         )
-        yield "apex", Found(told, FAILED)
+        yield "apex", CheckResult(message, FAILED)
