@@ -5,7 +5,7 @@ from dataclasses import MISSING, dataclass
 from typing import Any
 
 from megatron_ext.errors import UserError
-from megatron_ext.model.identity import default, read_settings
+from megatron_ext.model.identity import default_value, read_settings
 from megatron_ext.moe.registry import ROUTERS, router_type
 
 # Megatron's RoPE scaling has Llama 3's constants built in; only the factor can be set.
@@ -167,7 +167,7 @@ def from_args(args: Namespace) -> Architecture:
     """
     experts = args.num_experts or 0
     router = _router(args.router_type) if experts else None
-    fixed = {name: default(name) for name in read_settings(args) if name not in _TRANSLATED}
+    fixed = {name: default_value(name) for name in read_settings(args) if name not in _TRANSLATED}
     fixed = {name: value for name, value in fixed.items() if value is not MISSING} | _FIXED
     fixed |= _FIXED_WITH_TOKEN_CHOICE if router == "token-choice" else {}
     for name, value in fixed.items():

@@ -1,12 +1,12 @@
-"""Which settings make two models the same, as one table over Megatron's configuration.
+"""Identity of models: which settings two models must share, in one table.
 
 Every field of ETConfig and of Megatron's GPTModelConfig, and every argument that Megatron makes
 them from, has a mark:
 
 - "same": it changes what the model computes from its weights, or which tensors are saved. A
-  checkpoint is used with the value that it was trained with, or not at all.
+  checkpoint can only be used with the value that it was trained with.
 - "schedule": it changes what training does to the weights, not the model. A run resumes with
-  another value only if the user says that the flags count.
+  another value only if the user overrides the checkpoint explicitly.
 - "free": layout, kernels, precision of a computation, memory, logging, initial weights.
 
 A name without a mark counts as "same", and `tests/model/test_identity.py` fails for it.
@@ -31,7 +31,7 @@ def _marked(mark: Mark, names: str) -> dict[str, Mark]:
 
 
 MARKS: dict[str, Mark] = {
-    # Sizes, first in messages.
+    # Sizes, which messages name first.
     **_marked(
         "same",
         """
@@ -74,7 +74,7 @@ MARKS: dict[str, Mark] = {
         dsa_indexer_rotate_activation dsa_indexer_scoring_relu dsa_indexer_k_norm_epsilon
         """,
     ),
-    # How tokens find experts.
+    # Routing.
     **_marked(
         "same",
         """
@@ -85,7 +85,7 @@ MARKS: dict[str, Mark] = {
         moe_router_force_biased
         """,
     ),
-    # What training does: noise, auxiliary losses, limits and rules of its steps.
+    # Training: noise, auxiliary losses, limits and rules of its steps.
     **_marked(
         "schedule",
         """
@@ -184,7 +184,7 @@ MARKS: dict[str, Mark] = {
         cuda_graph_use_single_mempool cuda_graph_retain_backward_graph cuda_graph_warmup_steps
         """,
     ),
-    # Inference, which has flags of its own.
+    # Inference, which has separate flags.
     **_marked(
         "free",
         """
@@ -194,7 +194,7 @@ MARKS: dict[str, Mark] = {
         inference_moe_token_dispatcher_type use_inference_optimized_layers
         """,
     ),
-    # Initial weights, logging, and what Megatron or this project sets while it builds the model.
+    # Initial weights, logging, and what is set while the model is built.
     **_marked(
         "free",
         """
@@ -213,7 +213,13 @@ MARKS: dict[str, Mark] = {
 
 
 class Difference(NamedTuple):
-    """A setting that two models do not share: its argument, and both values."""
+    """Setting that two models do not share.
+
+    Attributes:
+        name: Name of the argument.
+        saved: Value of the run that saved the checkpoint.
+        here: Value of this run.
+    """
 
     name: str
     saved: Any
@@ -227,14 +233,17 @@ def differences(saved: Namespace, here: Namespace, mark: Mark = "same") -> Itera
     out.
 
     Args:
-        saved: arguments of the run that saved a checkpoint. What it lacks has its default.
-        here: arguments of this run.
-        mark: which settings to compare.
+        saved: Arguments of the run that saved a checkpoint. Missing ones have their defaults.
+        here: Arguments of this run.
+        mark: Mark of the settings to compare.
+
+    Yields:
+        The settings that differ.
     """
-    for name in named(mark):
+    for name in names_with_mark(mark):
         if not (_is_read(saved, name) and _is_read(here, name)):
-            continue  # what decides that is compared itself
-        there, value = setting(saved, name), setting(here, name)
+            continue  # the setting that decides this is compared, too
+        there, value = setting_value(saved, name), setting_value(here, name)
         if there != value and there is not MISSING:
             yield Difference(name, there, value)
 
@@ -243,30 +252,30 @@ def check_same_model(checkpoint: Path, saved: Namespace, here: Namespace) -> Non
     """Refuse flags that describe another model than a checkpoint's.
 
     Raises:
-        UserError: naming the first setting that differs, and both values.
+        UserError: A setting differs; the message names the first one and both values.
     """
     for name, there, value in differences(saved, here):
         if name == "et_mean_experts":
             raise UserError(
-                f"{checkpoint} was trained with {float(there):g} experts a token on average, but "
-                f"the flags say {float(value):g}: make them equal"
+                f"{checkpoint} was trained with {float(there):g} experts per token on average, "
+                f"but the flags say {float(value):g}. Make them equal."
             )
         raise UserError(
-            f"{checkpoint} was trained with {_shown(name)} = {there}, but the flags say {value}: "
-            "make them equal, or choose another --run-dir or --load"
+            f"{checkpoint} was trained with {_shown(name)} = {there}, but the flags say {value}. "
+            "Make them equal, or choose another --run-dir or --load."
         )
 
 
 def check_same_schedule(checkpoint: Path, saved: Namespace, here: Namespace) -> None:
-    """Refuse flags that train in another way than the run that saved a checkpoint.
+    """Refuse flags that train differently from the run that saved a checkpoint.
 
     Raises:
-        UserError: naming the first setting that differs, and both values.
+        UserError: A setting differs; the message names the first one and both values.
     """
     for name, there, value in differences(saved, here, "schedule"):
         raise UserError(
-            f"{checkpoint} was trained with {_shown(name)} = {there}, but the flags say {value}: "
-            "make them equal, or give --override-opt-param-scheduler to train by the flags"
+            f"{checkpoint} was trained with {_shown(name)} = {there}, but the flags say {value}. "
+            "Make them equal, or add --override-opt-param-scheduler to train by the flags."
         )
 
 
@@ -284,7 +293,7 @@ def _shown(name: str) -> str:
     return f"{name} ({options[0]})"
 
 
-def named(mark: Mark) -> list[str]:
+def names_with_mark(mark: Mark) -> list[str]:
     """Return the names with a mark, in the order of the table."""
     marks = MARKS | {name: "same" for name in _defaults() if name not in MARKS}
     return [name for name, its_mark in marks.items() if its_mark == mark]
@@ -292,11 +301,11 @@ def named(mark: Mark) -> list[str]:
 
 def read_settings(args: Namespace) -> list[str]:
     """Return the names of the "same" settings that the model of these arguments depends on."""
-    return [name for name in named("same") if _is_read(args, name)]
+    return [name for name in names_with_mark("same") if _is_read(args, name)]
 
 
-def setting(args: Namespace, name: str) -> Any:
-    """Return what a setting amounts to, the same value for the same model.
+def setting_value(args: Namespace, name: str) -> Any:
+    """Return the effective value of a setting, which is the same for the same model.
 
     Returns:
         `MISSING` for an argument that the run did not have and that has no default in the
@@ -308,7 +317,7 @@ def setting(args: Namespace, name: str) -> Any:
     return _defaults().get(name, MISSING) if value is MISSING else value
 
 
-def default(name: str) -> Any:
+def default_value(name: str) -> Any:
     """Return the default of a field of the configuration, `MISSING` if it has none."""
     return _defaults().get(name, MISSING)
 

@@ -52,7 +52,7 @@ OTHER_MODELS: list[tuple[Flags, Flags, str]] = [
     ((), ("--moe-layer-freq", "[1,0]"), "moe_layer_freq"),
     ((), ("--moe-shared-expert-gate",), "moe_shared_expert_gate"),
     ((), ("--et-gate", "relu"), "et_gate"),
-    ((), ("--et-mean-experts", "1.5"), "experts a token on average"),
+    ((), ("--et-mean-experts", "1.5"), "experts per token on average"),
     ((), ("--et-norm-scale",), "et_norm_scale"),
     ((), ("--no-et-embedding-norm",), "et_embedding_norm"),
     ((), ("--et-logit-softcap", "30"), "et_logit_softcap"),

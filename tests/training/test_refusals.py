@@ -163,11 +163,11 @@ def test_checkpoint_of_another_model(tmp_path: Path) -> None:
         (["--hidden-size", "64"], "hidden_size = 32, but the flags say 64"),
         (["--num-experts", "8"], "num_experts = 4, but the flags say 8"),
         (["--vocab-size", "120"], "vocab_size = 127, but the flags say 120"),
-        (["--et-mean-experts", "0.5"], "1 experts a token on average, but the flags say 0.5"),
+        (["--et-mean-experts", "0.5"], "1 experts per token on average, but the flags say 0.5"),
         (["--et-ema-decay", "0.9"], "et_ema_decay = 0.5, but the flags say 0.9"),
         (["--norm-epsilon", "0.1", *override], "layernorm_epsilon (--norm-epsilon) = 1e-05, but"),
         (["--adam-beta2", "0.9"], "adam_beta2 = 0.999, but the flags say 0.9"),
-        (["--et-capacity", "none"], "et_capacity = 0.5, but the flags say None: make them equal"),
+        (["--et-capacity", "none"], "et_capacity = 0.5, but the flags say None. Make them equal"),
     ):
         assert said in refusal([*run, *flags])
     begun, checkpoints = (
