@@ -4,9 +4,10 @@
 
 Trains every row with every seed on the same tokens at equal active parameters, computes the loss
 of all held-out tokens, and writes table.md, results.json, differences.png and the comparison of all
-runs (comparison.html, comparison.png). Run again, it reuses what is done and goes on from where it
-was stopped; more seeds or rows are added. Flags after `--` go to pretrain_et.py in every row, for
-other sizes say. The micro-batches of rows of expert choice follow from their pools.
+runs (comparison.html, comparison.png). When the command is run again, it reuses finished runs,
+resumes interrupted ones and adds further seeds or rows. Flags after `--` are passed to
+pretrain_et.py in every row, for example to choose other sizes. The micro-batches of rows of expert
+choice follow from their pools.
 """
 
 import argparse
@@ -52,7 +53,7 @@ def plan(
     flags: list[str],
     on_gpus: bool,
 ) -> list[Step]:
-    """A training for each row and seed; all rows of a seed before the next."""
+    """Return a training for each row and seed, seed by seed."""
     steps = []
     settings = _settings(flags)
     last, total = settings.train_iters, len(rows) * len(seeds)
@@ -80,7 +81,7 @@ def plan(
 
 
 def validate(row: Row, run: Path, corpus: Corpus, flags: list[str], on_gpus: bool) -> Step:
-    """The loss of every held-out token: as the model routes, and as it was trained."""
+    """Return the step that measures the loss under causal and under training routing."""
     settings = _settings(flags)
     words = []
     if row.trained_as:
@@ -101,7 +102,7 @@ def validate(row: Row, run: Path, corpus: Corpus, flags: list[str], on_gpus: boo
 
 
 def _micro_batch(row: Row, global_batch: int, ranks: int) -> list[str]:
-    """The flag for a step of one micro-batch, or of as many as the row has pools."""
+    """Return the flag for one micro-batch a step, or one for each pool of the row."""
     pools = row.pools or 1
     size, rest = divmod(global_batch, pools * ranks)
     if rest:
@@ -113,7 +114,7 @@ def _micro_batch(row: Row, global_batch: int, ranks: int) -> list[str]:
 
 
 def _settings(flags: list[str]) -> argparse.Namespace:
-    """What the recipe and flags say of `train_iters`, the batch and the sequences."""
+    """Return `train_iters`, batch size and sequence length of the recipe and the flags."""
     parser = ToolParser(add_help=False, allow_abbrev=False)
     recipe = yaml.safe_load((RECIPES / "miniature.yaml").read_text())
     for name in ("train_iters", "global_batch_size", "seq_length"):
@@ -133,20 +134,41 @@ def main(argv: list[str] | None = None) -> int:
     )
     names = list(ROWS)
     add = parser.add_argument
-    add("--output", default="runs/miniature", metavar="DIR", help="default: %(default)s")
-    add("--rows", nargs="+", choices=names, default=names, metavar="ROW", help=f"of {names}")
-    add("--seeds", nargs="+", type=int, default=[1], metavar="SEED", help="default: 1")
-    add("--optimizer", choices=("adamw", "muon"), default="adamw", help="default: %(default)s")
-    add("--ranks", type=int, help="of each training; default: all GPUs, or 1 without")
-    add("--jobs", type=int, help="trainings at once; default: 1 on GPUs, or one a CPU core")
+    add(
+        "--output",
+        default="runs/miniature",
+        metavar="DIR",
+        help="Folder of the runs. Default: %(default)s.",
+    )
+    add(
+        "--rows",
+        nargs="+",
+        choices=names,
+        default=names,
+        metavar="ROW",
+        help=f"Rows to train, of {', '.join(names)}. Default: all.",
+    )
+    add("--seeds", nargs="+", type=int, default=[1], metavar="SEED", help="Seeds. Default: 1.")
+    add(
+        "--optimizer",
+        choices=("adamw", "muon"),
+        default="adamw",
+        help="Optimizer. Default: %(default)s.",
+    )
+    add("--ranks", type=int, help="Ranks of each training. Default: all GPUs, or 1.")
+    add(
+        "--jobs",
+        type=int,
+        help="Trainings at a time. Default: 1 on GPUs, or one for each CPU core.",
+    )
     options = parser.parse_args(words[:cut])
     for name in ("seeds", "rows"):
-        given = getattr(options, name)
-        if len(set(given)) < len(given):
-            raise UserError(f"--{name} names one twice")
+        values = getattr(options, name)
+        if len(set(values)) < len(values):
+            raise UserError(f"--{name} repeats a value. Name each once.")
     for name in ("ranks", "jobs"):
-        if (given := getattr(options, name)) is not None and given < 1:
-            raise UserError(f"--{name} {given} must be at least 1")
+        if (count := getattr(options, name)) is not None and count < 1:
+            raise UserError(f"--{name} {count} is too small. Choose at least 1.")
     output = Path(options.output).absolute()
     (output / "data").mkdir(parents=True, exist_ok=True)
     let_import()
@@ -171,7 +193,7 @@ def main(argv: list[str] | None = None) -> int:
         run_steps(trainings, output / "steps", jobs)
         run_steps(validations, output / "steps", jobs)
     except Stopped as stopped:
-        say("stopped; the same command goes on from here")
+        say("stopped; run the same command to resume")
         return 128 + stopped.number
     os.environ["MPLBACKEND"] = "agg"
     say(write_table(output, rows, options.seeds))

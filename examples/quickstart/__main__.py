@@ -4,8 +4,8 @@ count, a continued text, and a report.
 
     python -m examples.quickstart            # or: make quickstart
 
-Leaves in the output directory: checkpoints/, tensorboard/, metrics.jsonl, run.json, report.html,
-report.png and logs. Run again, it reuses what is done and goes on from where it was stopped.
+The output folder has checkpoints/, tensorboard/, metrics.jsonl, run.json, report.html, report.png
+and logs. When the command is run again, it reuses finished steps and resumes the interrupted one.
 """
 
 import argparse
@@ -40,7 +40,7 @@ PROMPT = "The government said on Tuesday that"
 
 
 def plan(run: Path, ranks: int, train_iters: int | None, on_gpus: bool) -> list[Step]:
-    """The steps in order."""
+    """Return the steps in order."""
     corpus, log, metrics = Corpus(run / "data"), run / "quickstart.log", run / "metrics.jsonl"
     recipe = RECIPES / "quickstart.yaml"
     steps = train_iters or yaml.safe_load(recipe.read_text())["train_iters"]
@@ -100,16 +100,31 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--output", default="runs/quickstart", metavar="DIR", help="default: %(default)s")
-    add("--ranks", type=int, choices=(1, 2), help="default: 2, or 1 where there is one GPU")
-    add("--train-iters", type=int, metavar="N", help="optimizer steps; default: the recipe's")
+    add(
+        "--output",
+        default="runs/quickstart",
+        metavar="DIR",
+        help="Folder of the run. Default: %(default)s.",
+    )
+    add(
+        "--ranks",
+        type=int,
+        choices=(1, 2),
+        help="Number of ranks. Default: 2, or 1 on a machine with one GPU.",
+    )
+    add(
+        "--train-iters",
+        type=int,
+        metavar="N",
+        help="Number of optimizer steps. Default: that of the recipe.",
+    )
     options = parser.parse_args(argv)
     if options.train_iters is not None and options.train_iters < 1:
-        raise UserError(f"--train-iters {options.train_iters} must be at least 1")
+        raise UserError(f"--train-iters {options.train_iters} is too small. Choose at least 1.")
     run = Path(options.output).absolute()
     stamps = run / "data" / "steps"
     if (run / "checkpoints").exists() and not stamps.exists():
-        raise UserError(f"--output {run} holds another run's checkpoints: choose another folder")
+        raise UserError(f"--output {run} has another run's checkpoints. Choose another folder.")
     (run / "data").mkdir(parents=True, exist_ok=True)
     let_import()
     start = time.monotonic()
@@ -120,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
         steps = plan(run, ranks, options.train_iters, on_gpus=gpus >= ranks)
         run_steps(steps, stamps)
     except Stopped as stopped:
-        say("stopped; the same command goes on from here")
+        say("stopped; run the same command to resume")
         return 128 + stopped.number
     sample = json.loads((run / "sample.json").read_text())
     say(f"\n{sample['prompt']}{sample['text']}\n")

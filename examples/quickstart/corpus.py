@@ -1,4 +1,4 @@
-"""Real text as indexed tokens, made in steps."""
+"""Indexed dataset of real text, made in steps."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,22 +31,22 @@ class Corpus:
 
     @property
     def train(self) -> str:
-        """The prefix of the dataset, as `--train-data-path` takes it."""
+        """Prefix of the training dataset, for `--train-data-path`."""
         return f"{self.folder / 'news'}_train_text_document"
 
     @property
     def valid(self) -> str:
-        """The prefix of the dataset, as `--valid-data-path` takes it."""
+        """Prefix of the validation dataset, for `--valid-data-path`."""
         return f"{self.folder / 'news'}_valid_text_document"
 
     @property
     def files(self) -> list[Path]:
-        """What a training on it depends on."""
+        """Files that a training depends on."""
         return [Path(f"{self.train}.bin"), Path(f"{self.valid}.bin"), self.tokenizer]
 
     @property
     def flags(self) -> Sequence[str]:
-        """Of pretrain_et.py, to train on it."""
+        """Flags of pretrain_et.py that select this dataset."""
         return [
             *("--tokenizer-type", "SentencePieceTokenizer"),
             *("--tokenizer-model", str(self.tokenizer)),
@@ -54,7 +54,7 @@ class Corpus:
         ]
 
     def steps(self, log: Path) -> list[Step]:
-        """What makes it."""
+        """Return the steps that make the dataset."""
         prepare = Path(__file__).with_name("prepare_text.py")
         return [
             Step(

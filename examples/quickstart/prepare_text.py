@@ -195,7 +195,7 @@ def _sentences(line: str) -> str:
     return " ".join(kept).strip()
 
 
-def mend_spaces(text: str) -> str:
+def repair_spaces(text: str) -> str:
     """No space inside parentheses or before punctuation, one elsewhere, and one where it was
     turned into a hyphen or a question mark after punctuation."""
     text = re.sub(r"([.,:;!?\"])-+\s*(?=[A-Za-z\"])", r"\1 ", text)
@@ -210,16 +210,20 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--output", required=True, metavar="FILE", help="JSON lines to write")
     parser.add_argument(
-        "--wikipedia", action="store_true", help="add the articles of the package gensim"
+        "--output", required=True, metavar="FILE", help="File of JSON lines to write."
+    )
+    parser.add_argument(
+        "--wikipedia", action="store_true", help="Add the articles of the package gensim."
     )
     arguments = parser.parse_args(argv)
     output = Path(arguments.output)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--output {output}: cannot make its folder: {error.strerror}") from error
+        raise UserError(
+            f"--output {output}: its folder cannot be made ({error.strerror}). Choose another."
+        ) from error
 
     faults = {reason: re.compile(pattern) for reason, pattern in NEWS_FAULTS.items()}
     dropped: collections.Counter[str] = collections.Counter()
@@ -231,7 +235,7 @@ def main(argv: list[str] | None = None) -> None:
         for raw in texts():
             text = unicodedata.normalize("NFC", clean(raw))
             fault = next((r for r, p in faults.items() if source == "news" and p.search(text)), "")
-            text = mend_spaces(text)
+            text = repair_spaces(text)
             # News agencies send an article again when it grows; its beginning stays.
             beginning = text[:LEAST_CHARACTERS]
             if not text:

@@ -54,7 +54,7 @@ class Step:
 
 
 def module(name: str, *arguments: str | Path) -> list[str]:
-    """The command that runs a module."""
+    """Return the arguments of Python that run a module."""
     return ["-m", name, *map(str, arguments)]
 
 
@@ -65,31 +65,31 @@ class Stopped(BaseException):
         self.number = number
 
 
-_held: list[int] | None = None  # signals that came while none may raise
+_pending_signals: list[int] | None = None  # signals that came while none may raise
 
 
 def stop_on_signals() -> None:
     """Let SIGINT and SIGTERM raise `Stopped`, so that children are stopped on the way out."""
 
     def stop(number: int, _: FrameType | None) -> None:
-        if _held is None:
+        if _pending_signals is None:
             raise Stopped(number)
-        _held.append(number)
+        _pending_signals.append(number)
 
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
+def _deferred_signals() -> Iterator[None]:
     """Let a signal that comes meanwhile raise `Stopped` at the end."""
-    global _held
+    global _pending_signals
     came: list[int] = []
-    _held = came
+    _pending_signals = came
     try:
         yield
     finally:
-        _held = None
+        _pending_signals = None
     if came:
         raise Stopped(came[0])
 
@@ -123,7 +123,7 @@ def run_steps(steps: Sequence[Step], folder: Path, jobs: int = 1) -> None:
             if not resuming:
                 _remove(step.resumes)
             begun.write_text(stamp)
-            say(f"{label} {step.about}{', going on from where it was' if resuming else ''} ...")
+            say(f"{label} {step.about}{', resuming' if resuming else ''} ...")
             one = stack.enter_context(_Running(step, label, done, stamp))
             one.start()
             running.append(one)
@@ -132,18 +132,18 @@ def run_steps(steps: Sequence[Step], folder: Path, jobs: int = 1) -> None:
 
 
 def say(line: str) -> None:
-    """A line on the console, at once."""
+    """Print a line on the console at once."""
     print(line, flush=True)
 
 
 def duration(seconds: float) -> str:
-    """Seconds as `5 s` or `4 min 08 s`."""
+    """Return seconds as `5 s` or `4 min 08 s`."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
 def stamp_of(step: Step) -> str:
-    """A digest of everything that the step's result depends on; its `.done` file holds it."""
+    """Return a digest of everything that the result of the step depends on."""
     inputs = ["\0".join(step.command).encode(), *(path.read_bytes() for path in step.depends)]
     return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in inputs)).hexdigest()
 
@@ -180,7 +180,7 @@ class _Running:
         with (
             step.log.open("a") as log,
             self.temporary.open("w") if self.temporary else nullcontext(log) as output,
-            _undisturbed(),  # a process that nobody knows of would be left behind
+            _deferred_signals(),  # a process that nobody knows of would be left behind
         ):
             # In a session of its own, so that Ctrl-C reaches only this process, which stops it.
             self.process = subprocess.Popen(
@@ -197,7 +197,7 @@ class _Running:
             _stop(self.process)
 
     def ended(self) -> bool:
-        """Whether the step is done; says how far it is if not."""
+        """Return whether the step is done, and report its progress if not."""
         step = self.step
         assert self.process is not None
         if self.process.poll() is None:
@@ -219,13 +219,13 @@ class _Running:
 
 
 def _still_running(running: Sequence[_Running]) -> list[_Running]:
-    """Those that have not ended a moment later."""
+    """Return the steps that have not ended a moment later."""
     time.sleep(_POLL_S)
     return [one for one in running if not one.ended()]
 
 
 def _stop(process: "subprocess.Popen[bytes]") -> None:
-    """Ask a process to end, wait a while, and kill what is left of it and its descendants."""
+    """Terminate a process, and kill it and its descendants after a grace period."""
     if process.poll() is not None:
         return
     family = psutil.Process(process.pid).children(recursive=True)
@@ -244,15 +244,13 @@ def _stop(process: "subprocess.Popen[bytes]") -> None:
 
 
 def failure(command: Sequence[str], written: str) -> str:
-    """What a failed command wrote about why: its own sentence, else the first exception of any
-    rank, else the last line."""
+    """Return why a command failed: its own sentence, the first exception, or its last line."""
     lines = [line.strip() for line in written.splitlines() if line.strip()]
     script = next((word for word in command if word.endswith(".py")), "")
     tool = script or command[1].rpartition(".")[2]
     if ("-m", "alignment") in pairwise(command):  # also on ranks that another module starts
         tool = "et-align"
-    for wanted in (rf"{re.escape(tool)}: ", r"(\[rank\d+\]: ?)?[\w.]*(Error|Exception): \S"):
-        found = next((line for line in lines if re.match(wanted, line)), None)
-        if found:
-            return found
-    return lines[-1] if lines else f"{tool} failed without a word"
+    for pattern in (rf"{re.escape(tool)}: ", r"(\[rank\d+\]: ?)?[\w.]*(Error|Exception): \S"):
+        if reason := next((line for line in lines if re.match(pattern, line)), None):
+            return reason
+    return lines[-1] if lines else f"{tool} failed without a message"

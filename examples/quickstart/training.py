@@ -1,4 +1,4 @@
-"""A training as a step: torchrun, pretrain_et.py, and a look at it from outside."""
+"""Step that trains a model with torchrun, and reports its progress."""
 
 import json
 import os
@@ -19,13 +19,13 @@ _PROGRESS_S = 15.0
 
 
 class TrainingProgress:
-    """Says how far training is, from `metrics.jsonl` as it grows.
+    """Progress report of a training, read from `metrics.jsonl` as it grows.
 
     Args:
-        last_step: at which training ends; none if the run tells it itself, in run.json.
-        name: of the training, where there are several.
-        to_follow: how many times as long the trainings after it take.
-        figure: of the metrics, that is told.
+        last_step: Last step of the training. None to read it from run.json.
+        name: Name of the training, if there are several.
+        to_follow: Duration of the trainings after this one, in multiples of this one's.
+        figure: Metric to report.
     """
 
     def __init__(
@@ -40,19 +40,19 @@ class TrainingProgress:
         self.figure = figure
         self.title = f"{name}: " if name else ""
         self.origin: tuple[int, float] | None = None  # the first step seen, and when
-        self.told = 0, 0.0  # the last step said, and when
+        self.reported = 0, 0.0  # the last step said, and when
 
     def __call__(self) -> None:
         now = time.monotonic()
-        if now - self.told[1] < _PROGRESS_S or (row := self._last_row()) is None:
+        if now - self.reported[1] < _PROGRESS_S or (row := self._last_row()) is None:
             return
         step = int(row["step"])
         if self.origin is None or step <= self.origin[0]:
             self.origin = step, now
             return
-        if step == self.told[0]:
+        if step == self.reported[0]:
             return
-        self.told = step, now
+        self.reported = step, now
         seconds = (now - self.origin[1]) / (step - self.origin[0])
         left = (self.last_step - step) * seconds
         all_left = left + self.to_follow * self.last_step * seconds
@@ -71,7 +71,7 @@ class TrainingProgress:
         return self.last
 
     def _last_row(self) -> dict[str, float] | None:
-        """The newest training row."""
+        """Return the newest training row."""
         if not self.metrics.is_file():
             return None
         with self.metrics.open("rb") as file:
@@ -88,7 +88,7 @@ class TrainingProgress:
 
 
 def device(on_gpus: bool) -> dict[str, str]:
-    """Variables that choose where a process computes."""
+    """Return the environment variables that select the device of a process."""
     return {} if on_gpus else {"CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -104,13 +104,13 @@ def training(
     on_gpus: bool,
     progress: TrainingProgress,
 ) -> Step:
-    """The step that trains one model.
+    """Return the step that trains one model.
 
     Args:
-        name, about: see :class:`Step`.
-        run: the run's directory; its log is train.log.
-        flags: of pretrain_et.py, after those of the corpus and the recipes.
-        recipes: in order.
+        name, about: As in `Step`.
+        run: Folder of the run. Its log is train.log.
+        flags: Flags of pretrain_et.py after those of the dataset and the recipes.
+        recipes: Recipes in order.
     """
     # Neither Transformer Engine nor Apex has to be there; on the CPU these are set anyway.
     plain = ["--transformer-impl", "local", "--no-gradient-accumulation-fusion"]
@@ -136,19 +136,19 @@ def training(
 
 
 def with_bases(recipe: Path) -> list[Path]:
-    """A recipe and those it starts from."""
+    """Return a recipe and its bases."""
     base = yaml.safe_load(recipe.read_text()).get("base")
     return [recipe, *(with_bases(recipe.parent / base) if base else ())]
 
 
 def find_gpus() -> int:
-    """How many CUDA devices there are."""
+    """Return the number of CUDA devices."""
     import torch
 
     return torch.cuda.device_count()
 
 
 def let_import() -> None:
-    """Let the steps' processes import the project from wherever this one runs."""
+    """Let the processes of the steps import the project in any working directory."""
     path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(path)

@@ -38,9 +38,16 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--run-dir", required=True, metavar="DIR", help="run with a checkpoint")
-    parser.add_argument("--train-data", required=True, metavar="PREFIX", help="to count in")
-    parser.add_argument("--valid-data", required=True, metavar="PREFIX", help="to predict")
+    parser.add_argument(
+        "--run-dir", required=True, metavar="DIR", help="Folder of a run with a checkpoint."
+    )
+    parser.add_argument(
+        "--train-data",
+        required=True,
+        metavar="PREFIX",
+        help="Dataset in which the baselines count tokens.",
+    )
+    parser.add_argument("--valid-data", required=True, metavar="PREFIX", help="Dataset to predict.")
     options = parser.parse_args(argv)
     run_dir = Path(options.run_dir)
     with (

@@ -104,8 +104,8 @@ def test_rows_are_trained_once_and_compared(tmp_path: Path) -> None:
 
 def test_what_is_wrong_is_told_in_a_sentence(tmp_path: Path) -> None:
     for words, said in (
-        (("--seeds", "1", "1"), "--seeds names one twice"),
-        (("--ranks", "0"), "--ranks 0 must be at least 1"),
+        (("--seeds", "1", "1"), "--seeds repeats a value. Name each once."),
+        (("--ranks", "0"), "--ranks 0 is too small. Choose at least 1."),
         (("--rows", "xy"), "invalid choice: 'xy'"),
     ):
         done = miniature("--output", str(tmp_path / "none"), *words)

@@ -86,7 +86,7 @@ def test_what_a_step_resumes_from_is_kept_for_the_same_inputs_only(tmp_path: Pat
             "[rank0]: torch.cuda.Error: no",
         ),
         (["-m", "a.x"], "UserWarning: old\nKilled\n", "Killed"),
-        (["-m", "a.x"], "", "x failed without a word"),
+        (["-m", "a.x"], "", "x failed without a message"),
     ],
 )
 def test_failure_is_told_in_the_tools_own_words(
@@ -110,7 +110,7 @@ def test_a_folder_with_another_runs_checkpoints_is_left_alone(tmp_path: Path) ->
     process = quickstart(tmp_path)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert re.fullmatch(r"quickstart: --output \S+ holds another run's checkpoints: .*\n", stderr)
+    assert re.fullmatch(r"quickstart: --output \S+ has another run's checkpoints. .*\n", stderr)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
 
 
@@ -131,7 +131,7 @@ def test_a_signal_stops_it_and_its_children(tmp_path: Path, number: signal.Signa
     os.kill(process.pid, number)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 128 + number, stderr
-    assert stdout.splitlines()[-1] == "stopped; the same command goes on from here"
+    assert stdout.splitlines()[-1] == "stopped; run the same command to resume"
     assert not any(child.is_running() for child in children)
 
 

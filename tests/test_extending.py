@@ -1,0 +1,61 @@
+"""The examples of docs/how-to/extending.md, run as they stand."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.distributed import ROOT
+
+PAGE = (ROOT / "docs/how-to/extending.md").read_text()
+SECTIONS = re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PAGE, flags=re.DOTALL | re.MULTILINE)
+
+# What each example must have achieved.
+CHECKS = {
+    "Router": """
+from megatron_ext.moe.router import ETRouter
+from tests.moe.top_p_router import TopPRouter
+assert issubclass(TopPRouter, ETRouter) and "top-p" in ROUTERS
+""",
+    "Model family": "assert MISTRAL",
+    "Judge kind": """
+from types import SimpleNamespace
+verdict = WordCount(3).verdict(SimpleNamespace(id="1", text="one two three"))
+assert verdict.score == 9.0
+assert JUDGE_KINDS["words"](target=3).target == 3
+""",
+    "Detector": "assert find_moss",
+    "Algorithm": "assert above_median(np.array([1.0, 2.0, 6.0])).tolist() == [-1.0, 0.0, 4.0]",
+    "Metric of responses": """
+from types import SimpleNamespace
+assert RESPONSE_METRICS["short"](None, SimpleNamespace(tokens=[1]), None)
+""",
+    "Function paths": """
+from types import SimpleNamespace
+import torch
+settings = SimpleNamespace(lr=2.0, steps=10)
+assert cosine(0, settings) == 2.0
+scores = SimpleNamespace(log_probs=torch.tensor([-1.0, -2.0]))
+mask = torch.tensor([1.0, 0.0])
+batch = SimpleNamespace(extras={"advantage": torch.tensor([3.0, 1.0])}, loss_mask=mask)
+assert reinforce(scores, batch) == LossSums(torch.tensor(3.0), torch.tensor(1.0))
+""",
+}
+
+
+@pytest.mark.parametrize("title, text", SECTIONS, ids=[title for title, _ in SECTIONS])
+def test_example_runs(title: str, text: str) -> None:
+    (code,) = re.findall(r"^```python\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+    program = f"from megatron_ext.devices import activate\nactivate()\n{code}\n{CHECKS[title]}"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_files_and_tests_that_the_page_names_exist() -> None:
+    for name in re.findall(r"`((?:tests|alignment|megatron_ext)/[\w/.]+)(?:::(\w+))?`", PAGE):
+        path, test = name
+        assert (ROOT / path).exists(), path
+        assert not test or f"def {test}(" in (ROOT / path).read_text(), (path, test)
