@@ -9,7 +9,7 @@ from megatron_ext.model.activation import squared_relu
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("shape", [(0, 8), (7,), (3, 5, 16), (130, 1024)])
-def test_values_and_gradients_are_torchs_to_the_bit(
+def test_squared_relu_and_its_gradient_equal_torch_in_every_bit(
     dtype: torch.dtype, shape: tuple[int, ...]
 ) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -20,14 +20,14 @@ def test_values_and_gradients_are_torchs_to_the_bit(
     assert torch.equal(*(torch.autograd.grad(out, x, grad)[0] for out in (y, expected)))
 
 
-def test_tensors_need_not_be_contiguous() -> None:
+def test_squared_relu_accepts_tensors_that_are_not_contiguous() -> None:
     x = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
     assert torch.equal(squared_relu(x.T), F.relu(x.T).pow(2))
     assert torch.autograd.gradcheck(lambda x: squared_relu(x.T), x)
     assert torch.equal(torch.autograd.grad(squared_relu(x).sum(), x)[0], 2 * F.relu(x))
 
 
-def test_only_its_argument_is_kept_for_the_gradient() -> None:
+def test_squared_relu_saves_only_its_argument() -> None:
     kept: list[torch.Tensor] = []
     x = torch.randn(64, 64, requires_grad=True)
 

@@ -73,7 +73,7 @@ def statistics() -> dict[str, tuple[float, list[int]]]:
     return {name: (float(p.std()), list(p.shape)) for name, p in model.named_parameters()}
 
 
-def test_initial_weights_have_the_papers_scales() -> None:
+def test_initial_weights_have_the_scales_of_the_paper() -> None:
     [stds] = run_ranks(statistics, 1)
     layer = "decoder.layers.1."
     for name, std in {
@@ -150,7 +150,7 @@ def decoder() -> None:
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_the_decoder_is_the_papers() -> None:
+def test_decoder_equals_that_of_the_paper() -> None:
     run_ranks(decoder, 1)
 
 

@@ -196,7 +196,7 @@ def test_the_same_model_trained_elsewhere_is_accepted(
 
 
 @pytest.mark.parametrize("base, flags, name", OTHER_TRAININGS)
-def test_another_training_has_to_be_asked_for(
+def test_another_training_is_refused_without_the_override(
     refusals: Any, base: Flags, flags: Flags, name: str
 ) -> None:
     of_model, of_training = refusals[base, flags]

@@ -7,7 +7,7 @@ from megatron_ext.moe.forecast import Forecast
 from megatron_ext.moe.order_statistics import kth_largest
 
 
-def test_there_is_none_before_two_pools() -> None:
+def test_forecast_is_none_before_two_pools() -> None:
     forecast = Forecast()
     assert forecast.bracket() is None
     forecast.observe(torch.zeros(3))
@@ -16,7 +16,7 @@ def test_there_is_none_before_two_pools() -> None:
     assert forecast.bracket() is not None
 
 
-def test_brackets_of_steady_cutoffs_hold_the_next_and_few_of_the_logits() -> None:
+def test_forecast_of_steady_cutoffs_contains_the_next_and_few_logits() -> None:
     generator = torch.Generator().manual_seed(0)
     forecast, missed, held = Forecast(), 0, []
     for step in range(30):
@@ -31,7 +31,7 @@ def test_brackets_of_steady_cutoffs_hold_the_next_and_few_of_the_logits() -> Non
     assert max(held[3:]) < 0.1
 
 
-def test_a_bracket_follows_cutoffs_that_jump() -> None:
+def test_forecast_follows_cutoffs_that_jump() -> None:
     forecast = Forecast()
     for value in (0.0, 0.1, 5.0, 5.1):
         forecast.observe(torch.full((2,), value))
@@ -43,7 +43,7 @@ def test_a_bracket_follows_cutoffs_that_jump() -> None:
     assert float((high - low).max()) < 0.05
 
 
-def test_cutoffs_that_are_not_finite_are_passed_over() -> None:
+def test_forecast_ignores_cutoffs_that_are_not_finite() -> None:
     forecast = Forecast()
     for value in (1.0, 1.1, -torch.inf, torch.nan):
         forecast.observe(torch.tensor([1.0, value]))
@@ -53,7 +53,7 @@ def test_cutoffs_that_are_not_finite_are_passed_over() -> None:
 
 
 @pytest.mark.parametrize("first", [torch.nan, -torch.inf])
-def test_an_expert_that_never_had_a_cutoff_is_searched_from_anywhere(first: float) -> None:
+def test_forecast_of_an_expert_without_a_cutoff_is_the_whole_range(first: float) -> None:
     forecast = Forecast()
     for _ in range(3):
         forecast.observe(torch.tensor([first, 0.5]))

@@ -118,14 +118,16 @@ def check_on_ranks(cases: list[dict[str, Any]]) -> None:
 
 @given(case)
 @settings(max_examples=80)
-def test_equals_sort_on_one_rank(case: dict[str, Any]) -> None:
+def test_kth_largest_and_mask_equal_a_sort_on_one_rank(case: dict[str, Any]) -> None:
     check(case, None, 0, 1)
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
 @given(cases=st.lists(case, min_size=12, max_size=12))
 @settings(max_examples=4, phases=[Phase.generate])  # shrinking would start ranks by the dozen
-def test_equals_sort_of_all_ranks(world: int, cases: list[dict[str, Any]]) -> None:
+def test_kth_largest_and_mask_equal_a_sort_of_all_ranks(
+    world: int, cases: list[dict[str, Any]]
+) -> None:
     run_ranks(check_on_ranks, world, cases, timeout=60)
 
 
@@ -141,7 +143,7 @@ def many_pools_on_a_rank() -> None:
         assert torch.equal(getattr(together, name), expected), name
 
 
-def test_pools_resolved_together_equal_one_at_a_time() -> None:
+def test_kth_largest_of_pools_together_equals_one_at_a_time() -> None:
     run_ranks(many_pools_on_a_rank, 2)
 
 
@@ -160,7 +162,7 @@ def test_column_counts_equal_a_sum(rows: int, n: int) -> None:
         assert torch.equal(column_counts(mask), mask.sum(dim=0))
 
 
-def test_nan_is_absent_and_missing_values_are_minus_infinity() -> None:
+def test_kth_largest_counts_nan_as_absent_and_missing_as_minus_infinity() -> None:
     x = torch.tensor([[float("nan"), 1.0], [2.0, float("nan")], [float("nan"), 0.5]])
     cutoffs = kth_largest([x], [lambda _: 2], None)
     assert cutoffs.value.tolist() == [-torch.inf, 0.5]
@@ -193,7 +195,7 @@ def wide_search() -> list[Collectives]:
     return used
 
 
-def test_cutoffs_of_6144_experts_take_four_reductions_and_four_megabytes() -> None:
+def test_kth_largest_of_6144_experts_takes_four_reductions_and_four_megabytes() -> None:
     first, second = run_ranks(wide_search, 2)
     for collectives, other in zip(first, second):
         assert collectives == other
@@ -203,6 +205,6 @@ def test_cutoffs_of_6144_experts_take_four_reductions_and_four_megabytes() -> No
         assert 2 * collectives.payload <= 4e6
 
 
-def test_rank_below_one_is_refused() -> None:
+def test_kth_largest_with_k_below_one_is_refused() -> None:
     with pytest.raises(ValueError, match="k must be >= 1"):
         kth_largest([torch.zeros(3, 2)], [lambda n: n // 16], None)

@@ -119,7 +119,7 @@ def layer_against_reference() -> None:
                     torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_layer_and_its_gradients_equal_a_dense_mixture() -> None:
+def test_moe_layer_and_its_gradients_equal_a_dense_mixture() -> None:
     run_ranks(layer_against_reference, 1)
 
 
@@ -300,7 +300,7 @@ def thresholds_with_bound(mebibytes: str) -> tuple[torch.Tensor, int, int]:
     return router.thresholds.value(), most, calls
 
 
-def test_a_bound_on_kept_logits_holds_and_changes_no_threshold() -> None:
+def test_bound_on_kept_logits_holds_and_changes_no_threshold() -> None:
     micro_batch = 32 * 2 * 4 * 4  # bytes
     whole = run_ranks(thresholds_with_bound, 2, "1")
     assert [(most, calls) for _, most, calls in whole] == [(5 * micro_batch, 0)] * 2
@@ -343,7 +343,7 @@ def counting() -> None:
     assert figures["dead_experts"] == 0
 
 
-def test_figures_count_what_capacity_dropped_and_forced() -> None:
+def test_routing_metrics_count_what_capacity_dropped_and_forced() -> None:
     run_ranks(counting, 1)
 
 

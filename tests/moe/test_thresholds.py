@@ -20,7 +20,7 @@ from megatron_ext.moe.thresholds import (
 from tests.distributed import run_ranks
 
 
-def test_rates_are_exact() -> None:
+def test_routing_rate_is_exact() -> None:
     rate = RoutingRate(Fraction("0.3") / 1, Fraction("0.5"))
     assert [rate.k(n) for n in (10, 100, 0)] == [3, 30, 0]  # 0.3 * 10 is 3.0000000000000004
     assert RoutingRate(Fraction("0.29")).k(100) == 29  # 0.29 * 100 is 28.999999999999996
@@ -132,7 +132,7 @@ def check_selection(case: tuple, world: int, rank: int, group: object) -> None:
 
 
 @given(selection_case)
-def test_selection_equals_the_definition(case: tuple) -> None:
+def test_select_by_threshold_equals_the_definition(case: tuple) -> None:
     check_selection(case, 1, 0, None)
 
 
@@ -143,18 +143,18 @@ def selection_on_ranks(seeds: int) -> None:
         check_selection(case, dist.get_world_size(), dist.get_rank(), dist.group.WORLD)
 
 
-def test_global_capacity_pool_equals_the_definition_on_all_tokens() -> None:
+def test_select_by_threshold_with_global_pool_equals_the_definition() -> None:
     run_ranks(selection_on_ranks, 3, 24, timeout=60)
 
 
-def test_sorting_counts_nan_as_absent() -> None:
+def test_select_by_sorting_counts_nan_as_absent() -> None:
     x = torch.tensor([[torch.nan, 1.0], [-torch.inf, torch.nan], [2.0, 0.0]])
     chosen = _largest_by_sorting(x, torch.tensor([3, 1]), torch.arange(3))
     assert chosen.tolist() == [[False, True], [True, False], [True, False]]
 
 
 @pytest.mark.parametrize("capacity", [None, Fraction(1, 2)])
-def test_a_device_is_not_waited_for(capacity: Fraction | None) -> None:
+def test_select_by_threshold_does_not_wait_for_the_device(capacity: Fraction | None) -> None:
     # The meta device has no values: whatever asks for one fails.
     logits = torch.empty(64, 4, device="meta")
     thresholds = Thresholds(4, 0.9, device="meta")
