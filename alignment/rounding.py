@@ -89,8 +89,8 @@ def tied(*arrays: ArrayLike, error: float = SINGLE) -> list[Floats]:
         arrays: of one unit, any shapes; NaN stays NaN.
         error: relative error of the values.
     """
-    given = [np.asarray(array, dtype=np.float64) for array in arrays]
-    values = np.unique(np.concatenate([array.ravel() for array in given]))
+    inputs = [np.asarray(array, dtype=np.float64) for array in arrays]
+    values = np.unique(np.concatenate([array.ravel() for array in inputs]))
     values = values[np.isfinite(values)]
     first = values.copy()
     if values.size and not (values == np.round(values)).all():
@@ -101,13 +101,13 @@ def tied(*arrays: ArrayLike, error: float = SINGLE) -> list[Floats]:
             start, value = first[place], values[place + 1]
             if value - start <= reach * max(abs(value), abs(start)):
                 first[place + 1] = start
-    return [_replaced(array, values, first) for array in given]
+    return [_replaced(array, values, first) for array in inputs]
 
 
 def nearest_whole(values: ArrayLike) -> Floats:
     """Return the nearest whole numbers, halves up; what is a half but for rounding is a half."""
-    given = np.asarray(values, dtype=np.float64)
-    return np.floor(given + 0.5 + SINGLE * np.maximum(np.abs(given), 1.0))
+    inputs = np.asarray(values, dtype=np.float64)
+    return np.floor(inputs + 0.5 + SINGLE * np.maximum(np.abs(inputs), 1.0))
 
 
 def _replaced(array: Floats, values: Floats, first: Floats) -> Floats:

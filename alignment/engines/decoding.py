@@ -43,7 +43,7 @@ def decode(
         if not 0 < len(prompt) < longest:
             raise UserError(f"A prompt has {len(prompt)} tokens. It must have 1 to {longest - 1}.")
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    found = [GeneratedResponse([], [], False) for _ in prompts]
+    responses = [GeneratedResponse([], [], False) for _ in prompts]
     going = list(range(len(prompts)))
     tokens, mask = _aligned_right(prompts or [[0]])
     tokens, mask = tokens.to(device), mask.to(device)
@@ -66,16 +66,18 @@ def decode(
             scores = log_probs_of(logits / sampling.score_temperature, chosen).tolist()
             tokens[going, 0] = chosen
             for row, token, score in zip(list(going), chosen.tolist(), scores):
-                found[row].tokens.append(token)
-                found[row].log_probs.append(score)
-                size = len(found[row].tokens)
+                responses[row].tokens.append(token)
+                responses[row].log_probs.append(score)
+                size = len(responses[row].tokens)
                 if token in eod and sampling.stop_at_eod:
-                    found[row] = GeneratedResponse(found[row].tokens, found[row].log_probs, True)
+                    responses[row] = GeneratedResponse(
+                        responses[row].tokens, responses[row].log_probs, True
+                    )
                     going.remove(row)
                 elif size == sampling.max_new_tokens or size + len(prompts[row]) == longest:
                     going.remove(row)
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-    return found
+    return responses
 
 
 def _aligned_right(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

@@ -125,12 +125,12 @@ class DeepSpeedEngine:
         """See the protocol."""
         self._engine.eval()
         with torch.no_grad():
-            found = [
+            results = [
                 self._score(part, temperature, entropy, trained_only) for part in self._split(batch)
             ]
         real = (slice(batch.rows), slice(batch.length))
-        log_probs = torch.cat([scores.log_probs for scores in found])[real]
-        entropies = [scores.entropy for scores in found if scores.entropy is not None]
+        log_probs = torch.cat([scores.log_probs for scores in results])[real]
+        entropies = [scores.entropy for scores in results if scores.entropy is not None]
         return TokenScores(log_probs, torch.cat(entropies)[real] if entropies else None)
 
     def next_log_probs(self, batch: TokenBatch, tokens: Sequence[int]) -> Tensor:
@@ -144,8 +144,8 @@ class DeepSpeedEngine:
         """See the protocol; as exact as the logits are."""
         self._engine.eval()
         with torch.no_grad():
-            found = [self._value(part, token) for part in self._split(batch)]
-        values = [scores.values for scores in found if scores.values is not None]
+            results = [self._value(part, token) for part in self._split(batch)]
+        values = [scores.values for scores in results if scores.values is not None]
         return torch.cat(values)[: batch.rows, : batch.length]
 
     def train_step(
@@ -163,7 +163,7 @@ class DeepSpeedEngine:
         # Sums are differentiated, and divided when all of the weight is known: what is a loss's
         # scale to DeepSpeed. Its own mean over ranks is undone in the same place.
         self._optimizer.override_loss_scale(1.0)
-        found: list[LossSums] = []
+        results: list[LossSums] = []
         parts = self._split(batch)
         for number, part in enumerate(parts, start=1):
             self._engine.set_gradient_accumulation_boundary(number == len(parts))
@@ -173,8 +173,8 @@ class DeepSpeedEngine:
                 scores = self._value(part, values)
             sums = loss(scores, part)
             self._engine.backward(sums.total, scale_wrt_gas=False)
-            found.append(replace(sums, total=sums.total.detach()))
-        weight = torch.stack([sums.weight.to(torch.int64) for sums in found]).sum()
+            results.append(replace(sums, total=sums.total.detach()))
+        weight = torch.stack([sums.weight.to(torch.int64) for sums in results]).sum()
         dist.all_reduce(weight)
         self._optimizer.override_loss_scale(max(int(weight), 1) / self.data_size)
         lr = optimization.rate(self.step)
@@ -182,7 +182,7 @@ class DeepSpeedEngine:
             group["lr"] = lr
         self._engine.step()
         self.step += 1
-        means = reduce_sums(found, None)
+        means = reduce_sums(results, None)
         norm = float(self._engine.get_global_grad_norm())
         return StepResult(means.pop("loss"), norm, lr, means)
 
@@ -225,22 +225,22 @@ class DeepSpeedEngine:
         """See the protocol; all tensors are held in memory until they have their places."""
         from transformers.core_model_loading import revert_weight_conversion
 
-        model, given = self._engine.module, dict(tensors)
+        model, new_tensors = self._engine.module, dict(tensors)
         for name, tensor in _tensors(model):
             with self._gathered(tensor, changed=True):
                 # transformers fuses some tensors: what becomes of a count of the elements tells
                 # which of them each part is.
                 count = torch.arange(tensor.numel(), device=tensor.device).view(tensor.shape)
                 for theirs, part in revert_weight_conversion(model, {name: count}).items():
-                    if theirs not in given:
+                    if theirs not in new_tensors:
                         raise UserError(
                             f"The tensor {theirs} is missing, which the model requires."
                         )
-                    if given[theirs].shape != part.shape:
+                    if new_tensors[theirs].shape != part.shape:
                         raise UserError(
                             f"{theirs} is of another model. Its shape must be {tuple(part.shape)}."
                         )
-                    new = given[theirs].to(tensor.device, tensor.dtype).flatten()
+                    new = new_tensors[theirs].to(tensor.device, tensor.dtype).flatten()
                     tensor.view(-1)[part.flatten()] = new
         if self.optimization is not None:
             self._optimizer.refresh_fp32_params()
@@ -365,10 +365,10 @@ class DeepSpeedEngine:
             sizes = torch.empty(*batch.tokens.shape, 0, dtype=self.dtype, device=self._device)
             return create_masks_for_generate(config, sizes, None, None, batch.positions)
         places = torch.arange(batch.length, device=self._device)
-        seen = batch.samples.unsqueeze(2) == batch.samples.unsqueeze(1)
-        seen = seen & (places.unsqueeze(1) >= places)  # [rows, queries, keys]
-        mask = torch.zeros(seen.shape, dtype=self.dtype, device=self._device)
-        return mask.masked_fill(~seen, torch.finfo(self.dtype).min).unsqueeze(1)
+        visible = batch.samples.unsqueeze(2) == batch.samples.unsqueeze(1)
+        visible = visible & (places.unsqueeze(1) >= places)  # [rows, queries, keys]
+        mask = torch.zeros(visible.shape, dtype=self.dtype, device=self._device)
+        return mask.masked_fill(~visible, torch.finfo(self.dtype).min).unsqueeze(1)
 
     def _gathered(self, tensor: Tensor, changed: bool = False) -> Any:
         if not hasattr(tensor, "ds_id"):

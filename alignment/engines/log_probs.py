@@ -108,24 +108,24 @@ class TokenScorer:
             output_layer.sequence_parallel = spread
         return logits
 
-    def scores(self, found: Tensor) -> TokenScores:
+    def scores(self, scores: Tensor) -> TokenScores:
         """Return scores of the whole rows, on every rank that shares them, each at its token.
 
         A gradient goes back to the rank whose score it is.
         """
-        return align_scores(self.whole(found), self.scored, self.values is not None)
+        return align_scores(self.whole(scores), self.scored, self.values is not None)
 
-    def whole(self, found: Tensor) -> Tensor:
+    def whole(self, scores: Tensor) -> Tensor:
         """Return the scores of whole rows, on every rank that shares them.
 
         Returns:
             `[kinds, rows, length]`, each in the place of the token before the one it is of.
         """
         if self.groups.cp.size() > 1:
-            found = gather_from_sequence_parallel_region(
-                found, tensor_parallel_output_grad=False, group=self.groups.cp
+            scores = gather_from_sequence_parallel_region(
+                scores, tensor_parallel_output_grad=False, group=self.groups.cp
             )[self._order]
-        return found.permute(2, 1, 0)
+        return scores.permute(2, 1, 0)
 
 
 def row_values(
@@ -150,9 +150,9 @@ def row_values(
     else:
         hidden_states = copy_to_tensor_model_parallel_region(hidden_states, group=group)
     place = token - group.rank() * len(weight)
-    mine = 0 <= place < len(weight)
+    owned = 0 <= place < len(weight)
     # Other ranks multiply by 0, so that they take part in the collectives of the backward pass.
-    row = weight[place if mine else 0].float() * mine
+    row = weight[place if owned else 0].float() * owned
     part = (hidden_states.float() @ row).unsqueeze(-1)
     return reduce_from_tensor_model_parallel_region(part, group=group)
 
@@ -177,8 +177,8 @@ def vocab_parallel_log_probs(
     dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
     parts = [(logits - largest).exp().sum(dim=-1)]
     for token in tokens:
-        mine = first <= token < first + size
-        parts.append(logits[..., token - first] if mine else torch.zeros_like(parts[0]))
+        owned = first <= token < first + size
+        parts.append(logits[..., token - first] if owned else torch.zeros_like(parts[0]))
     sums = torch.stack(parts, dim=-1)
     dist.all_reduce(sums, group=group)
     return sums[..., 1:] - sums[..., :1].log() - largest

@@ -151,10 +151,10 @@ class MegatronEngine:
         self._activate_globals()
         parts = self._split(batch)
         with torch.no_grad():
-            found = self._run(parts, scorer, None, train)
+            results = self._run(parts, scorer, None, train)
         shape = (len(parts), kinds, self.layout.micro_batch, parts[0].length)
         device = parts[0].tokens.device
-        values = torch.stack(found) if found else torch.empty(shape, device=device)
+        values = torch.stack(results) if results else torch.empty(shape, device=device)
         pipeline = self.groups.pp
         dist.broadcast(values, group=pipeline, group_src=pipeline.size() - 1)
         return values.transpose(0, 1).flatten(1, 2)[:, : batch.rows, : batch.length]
@@ -183,7 +183,7 @@ class MegatronEngine:
             trained_only=values is None,
             values=values,
         )
-        found = self._run(parts, scorer, loss, train=True)
+        results = self._run(parts, scorer, loss, train=True)
         lr = self._schedule.get_lr(self._optimizer.param_groups[0])
         if self._optimization is not None and self._optimization.schedule is not None:
             lr = self._optimization.rate(self.step)
@@ -193,7 +193,7 @@ class MegatronEngine:
         if stepped:
             self._schedule.step(increment=1)
             self.step += 1
-        means = self._means(found)
+        means = self._means(results)
         return StepResult(means.pop("loss"), float(norm) if stepped else None, lr, means)
 
     def generate(
@@ -222,10 +222,10 @@ class MegatronEngine:
         batch = TokenBatch.packed(mark_samples(samples, decoded), length)
         comparison = RoutingComparison(decoded, self._split(batch), self.groups)
         with record_routing(routers_of(self._model), comparison.saw):
-            found = self._evaluate(
+            results = self._evaluate(
                 batch, partial(TokenScorer, temperature=temperature), 1, train=True
             )
-        return comparison.figures(batch, found[0])
+        return comparison.figures(batch, results[0])
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
         """See the protocol."""
@@ -350,9 +350,9 @@ class MegatronEngine:
 
         return weighed
 
-    def _means(self, found: list[LossSums]) -> dict[str, float]:
+    def _means(self, results: list[LossSums]) -> dict[str, float]:
         """Return loss and metrics of all micro-batches and data-parallel ranks, divided once."""
-        means = [reduce_sums(found, self.groups.dp) if found else {}]
+        means = [reduce_sums(results, self.groups.dp) if results else {}]
         pipeline = self.groups.pp
         if pipeline.size() > 1:
             dist.broadcast_object_list(means, group=pipeline, group_src=pipeline.size() - 1)
@@ -366,5 +366,5 @@ def _scored(scorer: TokenScorer, output: Tensor, non_loss_data: bool = True) -> 
     scores = scorer.scores(output)
     if scores.values is not None:
         return scores.values.unsqueeze(0)
-    kept = [scores.log_probs] if scores.entropy is None else [scores.log_probs, scores.entropy]
-    return torch.stack(kept)
+    kinds = [scores.log_probs] if scores.entropy is None else [scores.log_probs, scores.entropy]
+    return torch.stack(kinds)

@@ -53,8 +53,10 @@ class _ForcedRow(GenerationRow):
     """Row of generation whose continuation is given, so that nothing is sampled."""
 
     def __init__(self, trained: TrainedModel, sample: TokenSample, temperature: float) -> None:
-        asked, new = sample.tokens[: sample.prompt], len(sample.tokens) - sample.prompt
-        super().__init__(trained, asked, Sampling(new, score_temperature=temperature), seed=0)
+        prompt_tokens, new = sample.tokens[: sample.prompt], len(sample.tokens) - sample.prompt
+        super().__init__(
+            trained, prompt_tokens, Sampling(new, score_temperature=temperature), seed=0
+        )
         self.prompt, self._asked = list(sample.tokens), sample.prompt
 
     @property
@@ -122,14 +124,14 @@ def mark_samples(samples: Sequence[TokenSample], decoded: DecodedRouting) -> lis
     Places count from 1. The last token of a sample, which generation does not run, has place 0.
     """
     assert decoded.tokens < _MOST_TOKENS
-    found, begin = [], 1
+    marked, begin = [], 1
     for sample, log_probs in zip(samples, decoded.log_probs):
         last = begin + len(sample.tokens) - 1
         places: list[float] = [*range(begin, last), 0]
         extras = {_PLACE: places, _LOG_PROB: [*[0.0] * sample.prompt, *log_probs]}
-        found.append(replace(sample, extras=extras))
+        marked.append(replace(sample, extras=extras))
         begin = last
-    return found
+    return marked
 
 
 class RoutingComparison:
@@ -216,11 +218,11 @@ class RoutingComparison:
         """Return quantiles of |margin| over all decisions."""
         margins = torch.cat(self._margins).to(device).unsqueeze(1)
         ranks = [lambda n, q=q: n - max(0, -int(-q * n // 1) - 1) for q in QUANTILES.values()]
-        found = kth_largest([margins] * len(ranks), ranks, dist.group.WORLD).value.tolist()
-        return {f"routing/margin_{name}": value for name, value in zip(QUANTILES, found)}
+        quantiles = kth_largest([margins] * len(ranks), ranks, dist.group.WORLD).value.tolist()
+        return {f"routing/margin_{name}": value for name, value in zip(QUANTILES, quantiles)}
 
 
 def _places(part: TokenBatch, groups: ProcessGroupCollection) -> Tensor:
     """Return the places of the tokens that this rank's routers see, in their order."""
-    mine = part.extras[_PLACE][:, TokenScorer(part, groups).places].T  # [length, rows]
-    return mine.chunk(groups.tp.size())[groups.tp.rank()].flatten().long().cpu()
+    places = part.extras[_PLACE][:, TokenScorer(part, groups).places].T  # [length, rows]
+    return places.chunk(groups.tp.size())[groups.tp.rank()].flatten().long().cpu()

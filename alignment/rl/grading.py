@@ -280,9 +280,9 @@ class Grader:
         row["grade/kl"] = float(np.mean(divergences)) if divergences else None
         row["grade/length"] = float(np.mean([len(r.tokens) for r in rollouts]))
         if self.writes:
-            found = self.monitor.findings(responses, scores["proxy"])
-            row |= {f"monitor_held_out/{n}": share for n, share in found.shares.items()}
-            self._write_samples(step, responses, scores, found.flags)
+            findings = self.monitor.findings(responses, scores["proxy"])
+            row |= {f"monitor_held_out/{n}": share for n, share in findings.shares.items()}
+            self._write_samples(step, responses, scores, findings.flags)
         return row
 
     def _errors(

@@ -59,8 +59,8 @@ class JudgeReward:
         texts: Sequence[Sequence[str]],
         verdicts: Sequence[Sequence[Verdict]],
     ) -> list[list[RewardResult]]:
-        found, error = iter(verdicts), rounding_error(self.judges)
-        return [[_mean(next(found), text, error) for text in own] for own in texts]
+        remaining, error = iter(verdicts), rounding_error(self.judges)
+        return [[_mean(next(remaining), text, error) for text in own] for own in texts]
 
     def _matches(
         self, groups: Sequence[tuple[PromptTask, Sequence[Rollout]]], texts: Sequence[Sequence[str]]
@@ -80,13 +80,13 @@ class JudgeReward:
         texts: Sequence[Sequence[str]],
         verdicts: Sequence[Sequence[Verdict]],
     ) -> list[list[RewardResult]]:
-        found = iter(verdicts)
+        remaining = iter(verdicts)
         rewarded = []
         for own in texts:
             wins: list[list[float]] = [[] for _ in own]
             bad: list[list[Verdict]] = [[] for _ in own]
             for a, b in combinations(range(len(own)), 2):
-                orders = next(found), next(found)
+                orders = next(remaining), next(remaining)
                 if (win := win_of(*orders)) is None:
                     bad[a] += chain(*orders)
                     bad[b] += chain(*orders)

@@ -42,7 +42,9 @@ def mini_batches(
         rewards = shaped_rewards(settings, rollouts, results)
         if settings.rollout_filter is not None:
             keep = settings.rollout_filter(group)
-            rewards = [reward if kept else None for reward, kept in zip(rewards, keep, strict=True)]
+            rewards = [
+                reward if selected else None for reward, selected in zip(rewards, keep, strict=True)
+            ]
         if compute_advantages is None:
             name, values = "reward", [0.0 if reward is None else reward for reward in rewards]
         else:

@@ -254,8 +254,8 @@ def collect_groups(
         chosen = sorted(rank for share in ranks for rank in share)[: settings.groups]
         if len(chosen) == settings.groups:
             break
-    wanted = set(chosen)
-    return [group for rank, group in candidates if rank in wanted], all_groups, draw + 1
+    chosen_ranks = set(chosen)
+    return [group for rank, group in candidates if rank in chosen_ranks], all_groups, draw + 1
 
 
 def sample_responses(

@@ -114,8 +114,8 @@ class TrainingRun:
         state, checkpoints = self._state, self.folder / "checkpoints"
         rows = json.loads(state.read_text()) if state.is_file() else []
         # Megatron and DeepSpeed name their newest checkpoint in a file.
-        found = any((checkpoints / name).is_file() for name in (TRACKER, "latest"))
-        if found:
+        has_checkpoint = any((checkpoints / name).is_file() for name in (TRACKER, "latest"))
+        if has_checkpoint:
             self.engine.load(checkpoints)
         # Several steps of the trainer may share a step of the engine, if they left its weights.
         known = [row for row in rows if row["engine_step"] == self.engine.step]
@@ -126,7 +126,7 @@ class TrainingRun:
             self._saved_model = self.engine.step
             for name, engine in self.others.items():
                 engine.load(self._place(name, self.step))
-        elif found:
+        elif has_checkpoint:
             raise UserError(
                 f"{state} has no entry for engine step {self.engine.step}, of which there is a "
                 "checkpoint. Restore the file, or start again in another --run-dir."
@@ -215,7 +215,7 @@ class TrainingRun:
                 that do.
         """
         note = self.folder / "best" / "best.json"
-        found = [None]
+        better_before = [None]
         if self.writes and note.is_file():
             before = json.loads(note.read_text())
             # A run that was killed after this step left it.
@@ -223,9 +223,9 @@ class TrainingRun:
                 sound == before["sound"] and exceeds(value, before[name])
             )
             if before["step"] < self.step and not better:
-                found = [before]
-        dist.broadcast_object_list(found, src=0)
-        if found[0] is not None:
+                better_before = [before]
+        dist.broadcast_object_list(better_before, src=0)
+        if better_before[0] is not None:
             return False
         self.engine.export(self.folder / "best")
         if self.writes:
