@@ -44,7 +44,7 @@ def save_with_a_slow_rank(folder, place):
 
 
 @pytest.mark.slow
-def test_deepspeed_names_a_checkpoint_when_all_ranks_have_written_theirs(tmp_path):
+def test_deepspeed_marks_a_checkpoint_newest_after_all_ranks_have_written(tmp_path):
     make("llama", tmp_path / "model", vocab_size=128, num_hidden_layers=1)
     ranks = run_ranks(save_with_a_slow_rank, 2, tmp_path / "model", tmp_path / "checkpoints")
     assert ranks == [([], "step_1"), (["step_0"], "step_1")]
@@ -93,7 +93,7 @@ def packed_and_alone(folder):
 
 
 @pytest.mark.slow
-def test_samples_of_a_row_have_a_window_each(tmp_path):
+def test_packed_samples_have_separate_attention_windows(tmp_path):
     make_with_windows(tmp_path)
     [found] = run_ranks(packed_and_alone, 1, tmp_path)
     assert len(found) == 4
@@ -115,7 +115,7 @@ def told_on_loading(folder, place, stage=2):
 
 
 @pytest.mark.slow
-def test_all_ranks_are_told_why_deepspeed_cannot_go_on(tmp_path):
+def test_deepspeed_load_errors_are_raised_on_all_ranks(tmp_path):
     make("llama", tmp_path / "model", vocab_size=128, num_hidden_layers=1)
     model, place = tmp_path / "model", tmp_path / "checkpoints"
     run_ranks(save_on_ranks, 2, model, place)
@@ -158,7 +158,7 @@ def untrained(folder, stage, dtype):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 3])
-def test_deepspeed_has_no_optimizer_for_what_is_not_trained(tmp_path, stage):
+def test_deepspeed_engine_without_optimization_has_no_optimizer(tmp_path, stage):
     model = make("llama", tmp_path, vocab_size=128, num_hidden_layers=2)
     reference = brute_force(tmp_path).scores
     for found, _ in run_ranks(untrained, 2, tmp_path, stage, torch.float32):

@@ -175,7 +175,7 @@ ZERO = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS, indirect=True)
-def test_engines_are_plain_torch_on_every_layout(model, tmp_path):
+def test_engines_match_plain_torch_on_every_layout(model, tmp_path):
     name, folder, reference = model
     drawn = []
     for number, (ranks, layout, packed) in enumerate(LAYOUTS[name]):
@@ -194,7 +194,7 @@ def test_engines_are_plain_torch_on_every_layout(model, tmp_path):
     assert all(tokens == drawn[0] for tokens in drawn)
 
 
-def test_a_packed_batch_holds_every_token_in_its_place():
+def test_packed_batch_has_every_token_in_its_place():
     samples = [
         TokenSample(range(10, 10 + length), prompt, {"x": range(length)})
         for length, prompt in ((4, 1), (7, 3), (2, 2), (3, 1))
@@ -217,7 +217,7 @@ def test_a_packed_batch_holds_every_token_in_its_place():
     assert not padded.loss_mask[3:].any() and not padded.predicted[:, 8:].any()
 
 
-def test_a_sample_that_is_too_long_or_all_response_is_refused():
+def test_packed_batch_refuses_a_sample_that_is_too_long_or_has_no_prompt():
     with pytest.raises(ValueError, match="does not fit a row of 3"):
         TokenBatch.packed([TokenSample([1, 2, 3, 4])], 3)
     with pytest.raises(ValueError, match="0 prompt tokens"):
@@ -277,7 +277,7 @@ def ratios_of_megatron(folder):
 
 
 @pytest.mark.slow
-def test_a_model_with_dropout_is_trained_without(tmp_path):
+def test_engines_turn_dropout_off(tmp_path):
     make_with_dropout(tmp_path)
     [found] = run_ranks(ratios_of_deepspeed, 1, tmp_path)
     assert all(ratio < 1e-5 for ratio in found.values()), found
@@ -316,7 +316,7 @@ def load_what_a_kill_left(folder, place):
 
 
 @pytest.mark.slow
-def test_all_ranks_load_what_a_kill_left_or_are_told_why_not(tmp_path):
+def test_megatron_load_repairs_the_tracker_or_raises_on_all_ranks(tmp_path):
     make("llama", tmp_path / "model", vocab_size=128, num_hidden_layers=1)
     place = tmp_path / "checkpoints"
     first, second = run_ranks(load_what_a_kill_left, 2, tmp_path / "model", place)
@@ -349,7 +349,7 @@ def dtypes_on_a_gpu(folder):
 
 
 @pytest.mark.slow
-def test_a_model_of_fp16_is_trained_in_bf16(tmp_path):
+def test_megatron_engine_trains_an_fp16_model_in_bf16(tmp_path):
     model = make("llama", tmp_path / "fp32", vocab_size=128, num_hidden_layers=1)
     model.half().save_pretrained(tmp_path / "fp16")
     [found] = run_ranks(dtypes_on_a_gpu, 1, tmp_path / "fp16")
@@ -375,7 +375,7 @@ def train_in_fp16(folder):
 
 
 @pytest.mark.slow
-def test_a_step_whose_fp16_gradients_overflow_is_skipped_and_not_counted(tmp_path):
+def test_train_step_with_fp16_overflow_is_skipped_and_not_counted(tmp_path):
     make("llama", tmp_path, vocab_size=128, num_hidden_layers=1)
     [found] = run_ranks(train_in_fp16, 1, tmp_path)
     overflows = [result.grad_norm is None for result, _, _ in found]
@@ -394,7 +394,7 @@ def refusal_with(folder, flags):
     return told_by(lambda: MegatronEngine(folder, OPTIMIZATION, MegatronLayout(), flags=flags))
 
 
-def test_flags_that_make_another_model_of_the_weights_are_refused(tmp_path):
+def test_megatron_engine_refuses_flags_that_change_the_model(tmp_path):
     make("llama", tmp_path / "model", vocab_size=128, num_hidden_layers=1)
     for flags, name in (
         (["--norm-epsilon", "0.1"], "eps = 0.1, which was trained with"),

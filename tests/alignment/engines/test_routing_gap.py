@@ -108,7 +108,7 @@ def by_torch(folder):
 
 
 @pytest.mark.slow
-def test_generation_and_training_route_alike(tmp_path):
+def test_routing_gap_between_generation_and_training_is_0(tmp_path):
     make_expert_threshold(tmp_path, moe_layers=[1, 1])
     margins = by_torch(tmp_path)
     everything = torch.stack(margins)

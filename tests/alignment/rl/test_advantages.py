@@ -43,18 +43,18 @@ def by_hand(rule: str) -> list[float]:
 
 
 @pytest.mark.parametrize("rule", [standardized, centered, leave_one_out])
-def test_groups_of_any_order_with_rewards_missing(rule) -> None:
+def test_group_advantages_with_missing_rewards_in_any_order(rule) -> None:
     found = group_advantages(REWARDS, GROUPS, rule)
     np.testing.assert_allclose(found, by_hand(rule.__name__), atol=1e-12)
 
 
 @given(st.floats(-1e6, 1e6), st.integers(2, 9))
-def test_equal_rewards_have_no_advantage(reward: float, count: int) -> None:
+def test_advantages_of_equal_rewards_are_0(reward: float, count: int) -> None:
     assert not group_advantages([reward] * count, [0] * count).any()
 
 
 @given(st.lists(st.floats(-100, 100), min_size=2, max_size=16))
-def test_standardized_sums_to_zero_and_has_the_deviation_of_one(rewards: list[float]) -> None:
+def test_standardized_advantages_have_mean_0_and_deviation_1(rewards: list[float]) -> None:
     found = group_advantages(rewards, [0] * len(rewards))
     assert abs(found.sum()) < 1e-6
     assert not found.any() or math.isclose(found.std(ddof=1), 1, rel_tol=1e-6)
@@ -66,7 +66,7 @@ NOISE = [3.9309329, 3.9309329, 3.9309351, 3.9309307]  # of padding, in fp32
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("unit", [1e-6, 1.0, 1e5])
-def test_rewards_that_differ_by_rounding_have_no_advantage(rule, unit) -> None:
+def test_advantages_of_rewards_that_differ_by_rounding_are_0(rule, unit) -> None:
     rewards = [reward * unit for reward in NOISE]
     assert not group_advantages(rewards, [0] * 4, rule).any()
     assert not informative(rewards, [0] * 4).any()
@@ -77,7 +77,7 @@ def test_rewards_that_differ_by_rounding_have_no_advantage(rule, unit) -> None:
     "rewards",
     [[0.30, 0.31], [7, 7.01, 7], [0.0, 1e-3], [1e-6, 2e-6, 3e-6], [10**6, 10**6 + 1], [1e-200, 0]],
 )
-def test_small_differences_between_rewards_count(rule, rewards) -> None:
+def test_advantages_of_rewards_with_small_differences_are_not_0(rule, rewards) -> None:
     assert informative(rewards, [0] * len(rewards)).all()
     found = group_advantages(rewards, [0] * len(rewards), rule)
     if rule is standardized:
@@ -85,7 +85,7 @@ def test_small_differences_between_rewards_count(rule, rewards) -> None:
     assert found.any() and np.argsort(found).tolist() == np.argsort(rewards).tolist()
 
 
-def test_rewards_are_compared_by_the_error_that_they_carry() -> None:
+def test_advantages_depend_on_the_rounding_error_of_rewards() -> None:
     groups = [0] * 4
     exact = group_advantages(NOISE, groups, errors=[0.0] * 4)
     assert exact == pytest.approx(
@@ -100,26 +100,26 @@ def test_rewards_are_compared_by_the_error_that_they_carry() -> None:
     assert not informative([1 - 5 / 6, 1 / 6], [0, 0], [EXACT] * 2).any()
 
 
-def test_a_penalty_parts_equal_rewards_of_a_model() -> None:
+def test_advantages_of_equal_rewards_with_an_overlong_penalty() -> None:
     shaped = [reward + penalty for reward, penalty in zip(NOISE, (0, -0.5, 0, 0))]
     errors = [4e-5] * 4
     assert not informative(NOISE, [0] * 4, errors).any()
     assert group_advantages(shaped, [0] * 4, errors=errors)[1] == pytest.approx(-1.5, rel=1e-4)
 
 
-def test_a_reward_that_is_no_number_is_refused() -> None:
+def test_advantages_of_an_infinite_reward_are_refused() -> None:
     with pytest.raises(ValueError, match="response 1 is nan"):
         group_advantages([1.0, math.nan], [0, 0])
     with pytest.raises(ValueError, match="1 rewards of 2 responses"):
         group_advantages([1.0], [0, 0])
 
 
-def test_groups_that_teach_nothing() -> None:
+def test_informative_groups_have_rewards_that_differ() -> None:
     kept = informative(REWARDS, GROUPS)
     assert [group for group, keep in zip(GROUPS, kept) if keep] == list("abaaab")
 
 
-def test_overlong_responses() -> None:
+def test_overlong_penalty_falls_within_the_margin() -> None:
     found = overlong_penalty([10, 80, 85, 95, 100, 200], limit=100, margin=20)
     np.testing.assert_allclose(found, [0, 0, -0.25, -0.75, -1, -1])
     with pytest.raises(ValueError, match="margin 0"):

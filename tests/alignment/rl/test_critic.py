@@ -38,7 +38,7 @@ def of_rank(cases):
     return [judged(*case) for case in cases]
 
 
-def test_advantages_of_rounding_are_0_and_others_are_whitened():
+def test_critic_advantages_are_whitened_unless_they_are_rounding():
     draw = np.random.default_rng(0)
     count = sum(LENGTHS)
     exact = np.full(count, 5.0)

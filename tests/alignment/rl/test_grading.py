@@ -44,7 +44,7 @@ def share(proxy, gold, prompts=PROMPTS):
     return responses, rollouts, {"proxy": proxy, "gold": gold}, [], {"proxy": [], "gold": []}
 
 
-def test_a_judge_that_fails_on_poor_responses_is_no_gap(grader):
+def test_gap_is_0_if_a_judge_fails_on_poor_responses(grader):
     """Proxy and gold agree wherever both judge; the proxy leaves out more and more poor ones."""
     gold = [2.0] * 4 + [6.0] * 6
     rows = []
@@ -60,7 +60,7 @@ def test_a_judge_that_fails_on_poor_responses_is_no_gap(grader):
     assert alone["grade/gold"] == pytest.approx(4.4)  # which is told all the same
 
 
-def test_gold_that_scores_equally_but_for_rounding_is_a_tie(grader):
+def test_gold_scores_equal_within_rounding_are_a_tie(grader):
     """Under pairwise rewards: the same response, scored in another batch."""
     grader.pairwise = True
     grader._row(0, [share([0.5] * 10, [7.3] * 10)])
@@ -72,7 +72,7 @@ def test_gold_that_scores_equally_but_for_rounding_is_a_tie(grader):
 
 
 @pytest.mark.parametrize("step, slope", [(1e-7, 0.0), (1e-3, 0.01)])
-def test_a_gap_that_moves_by_rounding_has_no_slope(grader, step, slope):
+def test_slope_of_a_gap_that_changes_by_rounding_is_0(grader, step, slope):
     grader.history = [
         {"step": 10 * i, "grade/proxy": 7 + i * step, "grade/gold": 7, "grade/gap": i * step}
         for i in range(4)
@@ -80,7 +80,7 @@ def test_a_gap_that_moves_by_rounding_has_no_slope(grader, step, slope):
     assert grader._slope() == pytest.approx(slope)
 
 
-def test_samples_are_the_same_on_any_ranks(grader):
+def test_written_samples_do_not_depend_on_the_number_of_ranks(grader):
     scores = [float(i) for i in range(10)]
     kept = []
     for ranks in (1, 2, 3):
@@ -95,7 +95,7 @@ def test_samples_are_the_same_on_any_ranks(grader):
     ]
 
 
-def test_a_gold_that_is_gone_ends_the_run(grader):
+def test_grader_ends_the_run_if_gold_fails_too_often(grader):
     lost = {"proxy": [], "gold": ["status 503"] * 3}
     with pytest.raises(UserError, match=r"--gold failed 3 times on 10 .* status 503\. Check its"):
         grader._require_answers([(*share([1.0] * 10, [1.0] * 10)[:4], lost)])
@@ -104,7 +104,7 @@ def test_a_gold_that_is_gone_ends_the_run(grader):
 
 
 @pytest.mark.parametrize("damage", [("metrics.jsonl", None), ("first.json", '{"p0": {"te')])
-def test_what_is_left_of_a_damaged_run_is_refused(grader, damage):
+def test_restore_refuses_damaged_files_of_the_first_evaluation(grader, damage):
     grader._row(0, [share([1.0] * 10, [1.0] * 10)])
     (grader.folder / "metrics.jsonl").write_text('{"step": 0, "grade/gap": 0}\n')
     name, text = damage
@@ -117,7 +117,7 @@ def test_what_is_left_of_a_damaged_run_is_refused(grader, damage):
         grader.restore(3)
 
 
-def test_an_ensemble_is_none_of_its_judges():
+def test_summary_of_several_judges_has_no_agreement():
     from alignment.commands.train_policy import _told
 
     def spec(name) -> Any:
@@ -151,7 +151,7 @@ def graded_by_a_gold_that_fails(folder):
     return str(caught.value)
 
 
-def test_a_failed_verdict_counts_once_a_question(tmp_path):
+def test_grader_counts_a_failed_verdict_once_per_question(tmp_path):
     [told] = run_ranks(graded_by_a_gold_that_fails, 1, tmp_path)
     assert "--gold failed 10 times on 10 held-out responses" in told and "no connection" in told
     assert not (tmp_path / "first.json").exists()

@@ -6,7 +6,7 @@ from alignment.engines.protocol import StepResult
 from alignment.rl.metrics import update_metrics
 
 
-def test_steps_whose_gradients_overflowed_are_counted_and_have_no_norm():
+def test_update_metrics_count_overflows_without_a_norm():
     stepped = StepResult(1.0, 3.0, 0.1, {"clipped": 0.25})
     overflowed = StepResult(2.0, None, 0.1, {"clipped": 0.75})
     row = update_metrics([overflowed, stepped])

@@ -133,7 +133,9 @@ LAYOUTS: dict[str, Callable[[list[TokenSample]], list[TokenBatch]]] = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", RULES)
-def test_value_and_gradient_are_the_formulas_on_every_layout(name: str, layout: str) -> None:
+def test_policy_loss_value_and_gradient_match_the_formulas_on_every_layout(
+    name: str, layout: str
+) -> None:
     rule, given = RULES[name], samples()
     loss, gradients = whole(rule, given)
     batches = LAYOUTS[layout](given)
@@ -164,7 +166,9 @@ GRID = list(
 
 
 @pytest.mark.parametrize("name, aggregation, weights, divergence", GRID)
-def test_the_gradient_is_that_of_the_value(name, aggregation, weights, divergence) -> None:
+def test_policy_loss_gradient_matches_finite_differences(
+    name, aggregation, weights, divergence
+) -> None:
     """By finite differences in fp64, with advantages that differ within a sample."""
     (bound, how), (weight, estimator) = weights, divergence
     rule = policy_loss(
@@ -184,7 +188,7 @@ def test_the_gradient_is_that_of_the_value(name, aggregation, weights, divergenc
     assert torch.autograd.gradcheck(value, point, eps=1e-7, atol=1e-6, rtol=1e-4)
 
 
-def test_clipping_stops_what_goes_too_far_in_the_wrong_direction_only() -> None:
+def test_clip_removes_the_gradient_only_beyond_the_bound() -> None:
     rule = PolicyLoss(clip=(0.2, 0.3))
     for ratio, advantage, pulls in (
         (1.5, 1.0, False),
@@ -204,7 +208,7 @@ def test_clipping_stops_what_goes_too_far_in_the_wrong_direction_only() -> None:
         assert float(sums.metrics["ratio"][0]) == pytest.approx(ratio)
 
 
-def test_divergences_are_those_of_two_distributions() -> None:
+def test_kl_estimators_match_the_divergence_of_two_distributions() -> None:
     generator = torch.Generator().manual_seed(2)
     ours, theirs = (torch.randn(8, generator=generator).double().log_softmax(0) for _ in range(2))
     truth = float((ours.exp() * (ours - theirs)).sum())
@@ -214,7 +218,7 @@ def test_divergences_are_those_of_two_distributions() -> None:
     assert (kl(ours, theirs, "k3") >= 0).all()
 
 
-def test_what_a_prompt_has_lost_does_not_reach_the_gradient() -> None:
+def test_policy_loss_ignores_prompt_tokens_far_from_the_reference() -> None:
     """A policy may be far from its reference on tokens that are not trained."""
     values = {"rollout_log_probs": 0.0, "old_log_probs": 0.0, "reference_log_probs": -0.1}
     extras: dict[str, Any] = {name: [value] * 4 for name, value in values.items()}
@@ -226,7 +230,7 @@ def test_what_a_prompt_has_lost_does_not_reach_the_gradient() -> None:
     assert log_probs.grad is not None and log_probs.grad.isfinite().all()
 
 
-def test_what_is_wrong_is_told() -> None:
+def test_policy_loss_refuses_wrong_settings() -> None:
     with pytest.raises(UserError, match=r"no algorithm 'grop'\. Choose one of grpo, "):
         policy_loss("grop")
     with pytest.raises(UserError, match="k1 has no gradient"):

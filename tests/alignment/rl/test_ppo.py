@@ -188,7 +188,7 @@ def model(tmp_path_factory):
     return folder
 
 
-def test_ppo_is_plain_torch_and_goes_on_after_a_kill_between_two_saves(model, tmp_path):
+def test_ppo_matches_plain_torch_and_resumes_after_a_kill_between_two_saves(model, tmp_path):
     place = tmp_path / "run"
     [ended] = run_ranks(train, 1, model, place, 2, 0, False)
     rows, hand = rows_of(place), ByHand(model)
@@ -211,7 +211,7 @@ def test_ppo_is_plain_torch_and_goes_on_after_a_kill_between_two_saves(model, tm
     assert [f.name for f in (place / "checkpoints" / "critic").iterdir()] == ["at_000004"]
 
 
-def test_in_the_warm_up_the_critic_learns_alone_and_a_run_goes_on_from_there(model, tmp_path):
+def test_critic_warmup_trains_the_critic_alone_and_is_resumed(model, tmp_path):
     place = tmp_path / "run"
     [(policy, critic)] = run_ranks(train, 1, model, place, 2, 3, False)
     start = saved(model)

@@ -11,7 +11,7 @@ def rank(number: int, size: int) -> Any:
     return SimpleNamespace(data_rank=number, data_size=size)
 
 
-def test_a_rank_reads_its_share_and_all_files_of_other_numbers_of_ranks(tmp_path):
+def test_read_share_reads_own_file_and_all_files_of_other_numbers_of_ranks(tmp_path):
     for kind in ("ahead", "share"):
         for number in range(4):
             key = f"{kind}-{number}-of-4"

@@ -58,7 +58,7 @@ def gaps(folder, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["megatron", "deepspeed"])
-def test_the_samplers_log_probs_are_those_of_training(tmp_path, engine):
+def test_rollout_gap_of_an_engine_is_rounding_with_every_sampling_setting(tmp_path, engine):
     make("llama", tmp_path, vocab_size=128, num_hidden_layers=1)
     [found] = run_ranks(gaps, 1, tmp_path, engine)
     for setting, (gap, loss) in zip(SETTINGS, found):
@@ -112,7 +112,7 @@ def checked_on_a_rank():
     }
 
 
-def test_servers_that_report_another_distribution_are_refused():
+def test_served_log_probs_of_another_distribution_are_refused():
     [found] = run_ranks(checked_on_a_rank, 1)
     for name in ("same", "rounded", "raw at 1", "not looked at closely",
                  "of other weights, as they may be"):  # fmt: skip
@@ -124,7 +124,7 @@ def test_servers_that_report_another_distribution_are_refused():
     assert "nats per token on average" in found["truncated"]
 
 
-def test_servers_draw_from_the_whole_vocabulary():
+def test_truncated_sampling_by_servers_is_refused():
     refuse_truncation(0, 1.0)
     for top_k, top_p, flag in ((20, 1.0, "--top-k 20"), (0, 0.9, "--top-p 0.9")):
         with pytest.raises(UserError, match=f"{flag} is incompatible with --rollout-url"):

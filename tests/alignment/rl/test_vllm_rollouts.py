@@ -214,7 +214,7 @@ def url_of(server):
     return f"http://127.0.0.1:{server.server_address[1]}/v1"
 
 
-def test_the_server_draws_with_the_weights_of_every_step(tmp_path, server):
+def test_vllm_rollouts_use_the_weights_of_every_step(tmp_path, server):
     url = url_of(server)
     key = {"MEGATRON_ET_JUDGE_API_KEY": "a key"}
     server.busy = 2
@@ -236,7 +236,7 @@ def test_the_server_draws_with_the_weights_of_every_step(tmp_path, server):
         run_ranks(learn, 1, tmp_path / "model", tmp_path / "other", url, 1.0)
 
 
-def test_a_server_with_log_probabilities_of_temperature_1_ends_the_run(tmp_path, server):
+def test_vllm_rollouts_with_log_probs_of_temperature_1_end_the_run(tmp_path, server):
     server.away, server.raw = 0, True
     with pytest.raises(Exception, match=r"those of temperature 1, and .* --temperature 0\.8"):
         run_ranks(learn, 1, tmp_path / "model", tmp_path / "run", url_of(server), 60.0)
@@ -250,7 +250,7 @@ def log_probs(model, prompt, tokens):
     return [float(table[len(prompt) + i - 1, token]) for i, token in enumerate(tokens)]
 
 
-def test_the_next_step_is_drawn_while_this_one_is_trained_on(tmp_path, server):
+def test_async_rollouts_sample_the_next_step_during_training(tmp_path, server):
     from transformers import AutoModelForCausalLM
 
     url, place = url_of(server), tmp_path / "run"
@@ -285,7 +285,7 @@ def test_the_next_step_is_drawn_while_this_one_is_trained_on(tmp_path, server):
             assert other[name] == pytest.approx(row[name], rel=1e-3, abs=1e-5), name
 
 
-def test_a_run_ends_while_responses_are_under_way(tmp_path, server):
+def test_async_rollouts_stop_with_the_run(tmp_path, server):
     url = url_of(server)
     server.most = 16 + 4
     [(rows, ended)] = run_ranks(
@@ -315,7 +315,7 @@ def ask_in_vain(folder, url):
     return str(caught.value), time.monotonic() - begin
 
 
-def test_a_server_that_hangs_is_given_up_and_one_that_is_busy_is_not(tmp_path, server):
+def test_vllm_rollouts_give_up_on_a_hanging_but_not_on_a_busy_server(tmp_path, server):
     url = url_of(server)
     server.away = server.most = 0
     threading.Timer(6, setattr, (server, "deaf", True)).start()  # it tells its health at first
@@ -357,7 +357,7 @@ def draw(folder, url):
     return found.tokens, len(checks) > 1
 
 
-def test_a_server_may_take_longer_than_ranks_wait_for_each_other(tmp_path):
+def test_vllm_rollouts_may_take_longer_than_the_collective_timeout(tmp_path):
     server = Slow(tmp_path)
     server.away = 0
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()

@@ -33,7 +33,7 @@ def kept(place):
     return found, json.loads((place / "best" / "best.json").read_text())
 
 
-def test_a_value_that_is_higher_by_rounding_is_no_improvement(tmp_path):
+def test_keep_best_ignores_an_improvement_by_rounding(tmp_path):
     [(found, note)] = run_ranks(kept, 1, tmp_path)
     assert found == [better for _, _, better in VALUES] + [True]
     assert note == {"step": 4, "val/alpha": 0.501, "sound": True}
@@ -50,5 +50,5 @@ def kept_by_log_prob(place):
     return found
 
 
-def test_log_probabilities_which_are_negative_improve_towards_0(tmp_path):
+def test_keep_best_with_negative_log_probs(tmp_path):
     assert run_ranks(kept_by_log_prob, 1, tmp_path) == [[True, False, True, False]]

@@ -98,7 +98,7 @@ def model(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_saves_that_were_not_finished_do_not_count(model, tmp_path):
+def test_resume_ignores_unfinished_saves(model, tmp_path):
     [found] = run_ranks(killed_saves, 1, model, tmp_path)
     assert found == (list(range(1, 9)), list(range(1, 9)))
 
@@ -146,7 +146,7 @@ def evaluations(model, place):
 
 
 @pytest.mark.slow
-def test_every_evaluation_is_had_once_and_the_end_stays_the_end(model, tmp_path):
+def test_resume_evaluates_each_step_once_and_stays_ended(model, tmp_path):
     assert run_ranks(evaluations, 1, model, tmp_path) == [[1, 2, 3, 4]]
 
 
@@ -156,7 +156,7 @@ def order_of(algorithm, tasks, groups, seed=3):
 
 
 @pytest.mark.parametrize("count", [4, 5, 10, 11])
-def test_a_step_has_different_prompts_also_where_epochs_meet(count):
+def test_prompt_order_has_different_prompts_within_a_step(count):
     tasks = [PromptTask(str(n), [n], None) for n in range(count)]
     for seed in range(20):
         order = order_of("grpo", tasks, 4, seed)
@@ -168,7 +168,7 @@ def test_a_step_has_different_prompts_also_where_epochs_meet(count):
             assert len(set(ids)) == len(ids)
 
 
-def test_too_few_prompts_for_a_step_are_refused_before_it_begins():
+def test_prompt_order_refuses_too_few_prompts():
     tasks = [PromptTask(str(n), [n], None) for n in range(3)]
     with pytest.raises(UserError, match="A step requires 4 different prompts, and 3 fit"):
         order_of("grpo", tasks, 4)
@@ -218,7 +218,7 @@ def test_dynamic_sampling_prefers_groups_that_differ_and_counts_all_failures(mod
         assert failed == pytest.approx(drawn.count(0) / len(drawn))
 
 
-def test_a_template_may_not_change_in_the_middle_of_a_run(tmp_path):
+def test_resume_settings_contain_the_content_of_a_template(tmp_path):
     """It is known by what is in it, and may be moved."""
     names = ("here-pointwise.txt", "there-pointwise.txt")
     for name, text in zip(names, ("{mark} {response}", "{mark} {response}")):
