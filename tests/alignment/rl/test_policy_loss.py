@@ -133,9 +133,7 @@ LAYOUTS: dict[str, Callable[[list[TokenSample]], list[TokenBatch]]] = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", RULES)
-def test_policy_loss_value_and_gradient_match_the_formulas_on_every_layout(
-    name: str, layout: str
-) -> None:
+def test_policy_loss_matches_the_formulas_on_every_layout(name: str, layout: str) -> None:
     rule, given = RULES[name], samples()
     loss, gradients = whole(rule, given)
     batches = LAYOUTS[layout](given)
@@ -166,9 +164,7 @@ GRID = list(
 
 
 @pytest.mark.parametrize("name, aggregation, weights, divergence", GRID)
-def test_policy_loss_gradient_matches_finite_differences(
-    name, aggregation, weights, divergence
-) -> None:
+def test_policy_loss_gradient_is_that_of_its_value(name, aggregation, weights, divergence) -> None:
     """By finite differences in fp64, with advantages that differ within a sample."""
     (bound, how), (weight, estimator) = weights, divergence
     rule = policy_loss(
