@@ -18,7 +18,7 @@ from typing import Any
 from megatron_ext.devices import activate
 from megatron_ext.errors import ToolParser, UserError, run_tool_or_ranks
 from megatron_ext.evaluation.core.bundle import read_bundle
-from megatron_ext.evaluation.core.core_results import Results, markdown
+from megatron_ext.evaluation.core.core_results import CoreResults, markdown
 from megatron_ext.inference.loading_flags import (
     LoadingFlags,
     add_loading_flags,
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "tokens. Set it to at most that."
         )
     settings = {**model.description, "max_items": flags.max_items, "max_length": max_length}
-    results = from_first_rank(lambda: Results(Path(flags.out), settings))
+    results = from_first_rank(lambda: CoreResults(Path(flags.out), settings))
     for number, task in enumerate(tasks, 1):
         if results.finished(task):
             continue

@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         activate()  # before anything of Megatron is imported, which takes seconds
         from megatron_ext.inference.loading import load_model
         from megatron_ext.serving.app import Api, make_app
-        from megatron_ext.serving.openai_protocol import Reader, RequestLimits
+        from megatron_ext.serving.openai_protocol import RequestLimits, RequestParser
         from megatron_ext.serving.replicas import ModelReplicas
         from megatron_ext.serving.scheduler import Scheduler
         from megatron_ext.serving.server import serve
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     limits = RequestLimits(flags.max_choices, flags.max_tokens, flags.max_prompt_tokens)
     name = flags.model_name or Path(flags.load).resolve().name
     scheduler = Scheduler(replicas, flags.max_waiting)
-    api = Api(scheduler, Reader(trained, name, limits, template), flags.timeout)
+    api = Api(scheduler, RequestParser(trained, name, limits, template), flags.timeout)
     host, port = listening.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     print(f"serving {name} at http://{shown}:{port}", flush=True)
@@ -102,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
         help="File with the API key that clients must send. Default: the environment variable "
              f"{KEY}, or no key.")
     add("--max-batch-size", type=int, default=32, metavar="N",
-        help="Maximum number of continuations generated at a time, per copy of the model. "
+        help="Maximum number of continuations generated at a time, per replica of the model. "
              "Default: %(default)s.")
     add("--max-waiting", type=int, default=256, metavar="N",
         help="Maximum number of queued continuations; further requests get status 429. "

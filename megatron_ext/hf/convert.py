@@ -15,7 +15,7 @@ from megatron_ext.hf.configs import save_config
 from megatron_ext.hf.families import family_named
 from megatron_ext.hf.gguf import GGUFModel
 from megatron_ext.hf.release import chunk_of, release_arguments, write_release
-from megatron_ext.hf.safetensors_folder import Planned, write_safetensors
+from megatron_ext.hf.safetensors_folder import PlannedTensor, write_safetensors
 from megatron_ext.hf.sources import (
     AVERAGE,
     THRESHOLDS,
@@ -62,12 +62,12 @@ def to_hf(checkpoint: Path, folder: Path, tokenizer_model: str | None = None) ->
     model, tensors = source.model, source.tensors
     special = export_tokenizer(source.args, folder, checkpoint)
     save_config(folder, model, source.family, source.dtype, special)
-    plan: list[Planned] = []
+    plan: list[PlannedTensor] = []
     made: dict[str, Callable[[], Tensor]] = {}
     for name, shape in tensors.shapes.items():
-        plan.append(Planned(name, shape, tensors.dtypes[name]))
+        plan.append(PlannedTensor(name, shape, tensors.dtypes[name]))
         if name.endswith(AVERAGE):
-            derived = Planned(name.replace(AVERAGE, THRESHOLDS), shape, torch.float32)
+            derived = PlannedTensor(name.replace(AVERAGE, THRESHOLDS), shape, torch.float32)
             made[derived.name] = partial(thresholds_of, tensors, name, model)
             plan.append(derived)
 
@@ -95,11 +95,13 @@ def gguf_to_hf(file: Path, folder: Path, dtype: torch.dtype = torch.float32) -> 
     parts = [part for link in family.links(model) for part in link.parts]
     check_tensors(file, dict(parts), source.shapes)
     save_config(folder, model, family, dtype, save_tokenizer(source, folder))
-    plan = [Planned(name, shape, dtype) for name, shape in parts]
+    plan = [PlannedTensor(name, shape, dtype) for name, shape in parts]
     return _hf_conversion(folder, plan, lambda name: source.read(name).to(dtype))
 
 
-def _hf_conversion(folder: Path, plan: list[Planned], read: Callable[[str], Tensor]) -> Conversion:
+def _hf_conversion(
+    folder: Path, plan: list[PlannedTensor], read: Callable[[str], Tensor]
+) -> Conversion:
     def tensors() -> Iterator[Tensor]:
         return (read(entry.name) for entry in plan)
 

@@ -96,7 +96,7 @@ def _files(folder: Path) -> dict[str, Path]:
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedTensor:
     """Name, shape and data type of a tensor to be written."""
 
     name: str
@@ -111,7 +111,7 @@ class Planned:
 
 def write_safetensors(
     folder: Path,
-    plan: list[Planned],
+    plan: list[PlannedTensor],
     tensors: Iterable[Tensor],
     shard_bytes: int,
     done: Callable[[int], None],
@@ -127,7 +127,7 @@ def write_safetensors(
         shard_bytes: Maximum size of a file, unless one tensor is larger.
         done: Callback that receives the number of bytes of each tensor written.
     """
-    shards: list[list[Planned]] = [[]]
+    shards: list[list[PlannedTensor]] = [[]]
     for entry in plan:
         if shards[-1] and sum(e.bytes for e in shards[-1]) + entry.bytes > shard_bytes:
             shards.append([])
@@ -151,7 +151,7 @@ def write_safetensors(
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _header(shard: list[Planned]) -> bytes:
+def _header(shard: list[PlannedTensor]) -> bytes:
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     begin = 0
     for entry in shard:

@@ -17,7 +17,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from megatron_ext.serving.bodies import BadRequest
-from megatron_ext.serving.openai_protocol import Call, Reader
+from megatron_ext.serving.openai_protocol import Call, RequestParser
 from megatron_ext.serving.openai_responses import CompletionResponse, error
 from megatron_ext.serving.replicas import TokenEvent
 from megatron_ext.serving.scheduler import Closing, Job, QueueFull, Scheduler
@@ -49,7 +49,11 @@ class Api:
     """Handlers of the routes and their shared state."""
 
     def __init__(
-        self, scheduler: Scheduler, reader: Reader, timeout: float, body_timeout: float = 30.0
+        self,
+        scheduler: Scheduler,
+        reader: RequestParser,
+        timeout: float,
+        body_timeout: float = 30.0,
     ) -> None:
         """Serve one model.
 

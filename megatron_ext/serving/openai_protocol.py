@@ -64,7 +64,7 @@ class Call:
     only_prompt: bool = False
 
 
-class Reader:
+class RequestParser:
     """Parser of request bodies for one model."""
 
     def __init__(

@@ -35,7 +35,7 @@ def both_ways(folder):
 
     from megatron_ext.hf.convert import to_hf, to_megatron
     from megatron_ext.hf.families import family_named, read_config
-    from megatron_ext.hf.safetensors_folder import Planned, write_safetensors
+    from megatron_ext.hf.safetensors_folder import PlannedTensor, write_safetensors
 
     config = LlamaConfig(
         vocab_size=40_000,
@@ -51,7 +51,9 @@ def both_ways(folder):
         (folder / name).mkdir()
     config.save_pretrained(folder / "hf")
     links = family_named("llama").links(read_config(config))
-    plan = [Planned(name, shape, torch.float32) for link in links for name, shape in link.parts]
+    plan = [
+        PlannedTensor(name, shape, torch.float32) for link in links for name, shape in link.parts
+    ]
     tensors = (torch.ones(entry.shape) for entry in plan)
     write_safetensors(folder / "hf", plan, tensors, 10**7 * 6, lambda _: None)
     assert len(list((folder / "hf").glob("*.safetensors"))) > 1

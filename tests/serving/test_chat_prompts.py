@@ -10,7 +10,7 @@ from megatron.core.tokenizers import MegatronTokenizer
 from alignment.data.chat_prompts import prompt_ids
 from alignment.records import Message
 from megatron_ext.hf.tokenizer_export import as_transformers
-from megatron_ext.serving.openai_protocol import BadRequest, Reader, RequestLimits
+from megatron_ext.serving.openai_protocol import BadRequest, RequestLimits, RequestParser
 from tests.hf.test_tokenizers import byte_level
 from tests.tools.preprocessed import make_texts
 from tools import train_tokenizer
@@ -37,7 +37,7 @@ def tokenizer(request: Any, tmp_path: Path) -> Any:
 
 def test_chat_prompt_ids_equal_those_of_training(tokenizer: Any) -> None:
     trained = SimpleNamespace(tokenizer=tokenizer, max_length=500, vocab_size=tokenizer.vocab_size)
-    reader = Reader(trained, "tiny", RequestLimits(), TEMPLATE)  # type: ignore[arg-type]
+    reader = RequestParser(trained, "tiny", RequestLimits(), TEMPLATE)  # type: ignore[arg-type]
     rows = [{"role": "system", "content": "rate"}, {"role": "user", "content": HOSTILE}]
     [prompt] = reader.chat({"messages": rows}).prompts
     ours = as_transformers(tokenizer)

@@ -529,13 +529,13 @@ def answers_without_time_or_template(path):
     """On a rank, the application alone: statuses and messages of some requests."""
     from megatron_ext.inference.loading import load_model
     from megatron_ext.serving.app import Api, make_app
-    from megatron_ext.serving.openai_protocol import Reader, RequestLimits
+    from megatron_ext.serving.openai_protocol import RequestLimits, RequestParser
     from megatron_ext.serving.replicas import ModelReplicas
     from megatron_ext.serving.scheduler import Scheduler
 
     trained = load_model(path)
     scheduler = Scheduler(ModelReplicas(trained, max_slots=2), max_waiting=4)
-    reader = Reader(trained, "tiny", RequestLimits(prompt_tokens=3))
+    reader = RequestParser(trained, "tiny", RequestLimits(prompt_tokens=3))
     app = make_app(Api(scheduler, reader, timeout=0.02, body_timeout=0.1))
     body = {"prompt": [300], "max_tokens": 60, "ignore_eos": True}
 

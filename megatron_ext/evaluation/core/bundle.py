@@ -20,7 +20,7 @@ MULTIPLE_CHOICE, SCHEMA, LANGUAGE_MODELING = "multiple_choice", "schema", "langu
 
 
 @dataclass(frozen=True)
-class Item:
+class CoreQuestion:
     """Question of any kind.
 
     Attributes:
@@ -59,7 +59,7 @@ class CoreTask:
     baseline: float
     data: Path
 
-    def items(self) -> list[Item]:
+    def items(self) -> list[CoreQuestion]:
         """Return all questions in the order of the file.
 
         Raises:
@@ -75,7 +75,7 @@ class CoreTask:
         """Return the SHA-256 of the task's file."""
         return hashlib.sha256(self.data.read_bytes()).hexdigest()
 
-    def _item(self, number: int, line: str) -> Item:
+    def _item(self, number: int, line: str) -> CoreQuestion:
         try:
             return _READERS[self.kind](json.loads(line))
         except (ValueError, KeyError, TypeError, IndexError) as error:
@@ -166,23 +166,25 @@ def _baselines(file: Path) -> dict[str, float]:
     return baselines
 
 
-def _multiple_choice(entry: dict[str, Any]) -> Item:
+def _multiple_choice(entry: dict[str, Any]) -> CoreQuestion:
     choices = _texts(entry, "choices")
-    return Item((_text(entry["query"], "query"),), choices, _gold(entry, choices))
+    return CoreQuestion((_text(entry["query"], "query"),), choices, _gold(entry, choices))
 
 
-def _schema(entry: dict[str, Any]) -> Item:
+def _schema(entry: dict[str, Any]) -> CoreQuestion:
     contexts = _texts(entry, "context_options")
-    return Item(contexts, (_text(entry["continuation"], "continuation"),), _gold(entry, contexts))
+    return CoreQuestion(
+        contexts, (_text(entry["continuation"], "continuation"),), _gold(entry, contexts)
+    )
 
 
-def _language_modeling(entry: dict[str, Any]) -> Item:
+def _language_modeling(entry: dict[str, Any]) -> CoreQuestion:
     # In some files the context ends with a space, which would become part of the next token.
     context, continuation = (_text(entry[name], name) for name in ("context", "continuation"))
-    return Item((context.strip(),), (continuation,), 0)
+    return CoreQuestion((context.strip(),), (continuation,), 0)
 
 
-_READERS: dict[str, Callable[[dict[str, Any]], Item]] = {
+_READERS: dict[str, Callable[[dict[str, Any]], CoreQuestion]] = {
     MULTIPLE_CHOICE: _multiple_choice,
     SCHEMA: _schema,
     LANGUAGE_MODELING: _language_modeling,

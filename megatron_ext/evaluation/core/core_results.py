@@ -16,7 +16,7 @@ COLUMNS = (
 )  # fmt: skip
 
 
-class Results:
+class CoreResults:
     """Results in the file `results.jsonl` of a folder: the settings, then one row per task.
 
     The file is replaced atomically after each task, so that it is valid after a stop at any time.

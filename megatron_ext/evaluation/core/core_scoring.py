@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from megatron_ext.errors import UserError
-from megatron_ext.evaluation.core.bundle import LANGUAGE_MODELING, SCHEMA, CoreTask, Item
+from megatron_ext.evaluation.core.bundle import LANGUAGE_MODELING, SCHEMA, CoreQuestion, CoreTask
 from megatron_ext.evaluation.log_likelihoods import LanguageModel, ScoringRequest
 
 _ORDER_SEED, _SHOTS_SEED = 1337, 1234  # nanochat's, so that the same questions get the same shots
@@ -47,7 +47,7 @@ class Prompts(NamedTuple):
     cropped: int
 
 
-def chosen_items(task: CoreTask, max_items: int | None) -> list[Item]:
+def chosen_items(task: CoreTask, max_items: int | None) -> list[CoreQuestion]:
     """Return the first questions of a task in a fixed random order.
 
     Args:
@@ -70,7 +70,7 @@ def chosen_items(task: CoreTask, max_items: int | None) -> list[Item]:
 
 def judge(
     task: CoreTask,
-    items: Sequence[Item],
+    items: Sequence[CoreQuestion],
     model: LanguageModel,
     max_length: int,
     batch_tokens: int,
@@ -110,7 +110,7 @@ def judge(
 
 
 def prompts_of(
-    task: CoreTask, items: Sequence[Item], index: int, model: LanguageModel, max_length: int
+    task: CoreTask, items: Sequence[CoreQuestion], index: int, model: LanguageModel, max_length: int
 ) -> Prompts:
     """Return the scoring requests of one question.
 
@@ -145,7 +145,7 @@ def prompts_of(
     return Prompts(requests, cropped)
 
 
-def texts_of(task: CoreTask, items: Sequence[Item], index: int) -> list[str]:
+def texts_of(task: CoreTask, items: Sequence[CoreQuestion], index: int) -> list[str]:
     """Return the prompt of each option; for language modeling, the context and the whole text.
 
     Args:
