@@ -131,7 +131,7 @@ def test_a_judge_that_always_says_the_same_has_undefined_figures_with_reasons(
         (scores([1, 2]), [Verdict("z", Outcome.TIE)], [], "have no item in common"),
         (scores([1, 2, 3]), scores([1, 2]), [], "has 1 items that .* or give --common"),
         (scores([1]), scores([None]), [], "has no judgement on these items"),
-        (scores([1]), [preference("r0", "A")], [], "one has scores, the other has preferences"),
+        (scores([1]), [preference("r0", "A")], [], "one has scores and the other has preferences"),
         (scores([1]) * 2, scores([1]), [], "two verdicts on item 'r0'"),
         ([*scores([1, 2])[:1], preference("r1", "A")], scores([1, 2]), [], "both scores and pref"),
         (scores([1, 2]), scores([1, 2]), ["--slice", "source"], "--slice source needs --items"),
