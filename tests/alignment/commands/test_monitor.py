@@ -197,7 +197,7 @@ def test_errors_are_a_sentence(responses: str, verdicts: str, tmp_path: Path) ->
         (["--input", responses, "--judge", "rule"], "judges the quality of text"),
         (["--input", responses, "--judge", "http://x/v1"], "--judge requires --judge-verdicts"),
         (["--input", responses, "--verdicts", other], "has no score of a response in --input"),
-        (["--input", responses, "--verdicts", pairs], "must hold scores of responses"),
+        (["--input", responses, "--verdicts", pairs], "must contain scores of responses"),
         (["--input", responses, "--limits", str(listed)], "must be a mapping of detectors"),
         (["--input", responses, "--limits", str(broken)], "is not YAML"),
         (["--input", responses, "--limits", str(wrong)], "the limit of refusal must be from 0"),
