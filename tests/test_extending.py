@@ -21,7 +21,7 @@ assert issubclass(TopPRouter, ETRouter) and "top-p" in ROUTERS
 from types import SimpleNamespace
 verdict = WordCount(3).verdict(SimpleNamespace(id="1", text="one two three"))
 assert verdict.score == 9.0
-assert JUDGE_KINDS["words"](target=3).target == 3
+assert JUDGE_KINDS["words"](name="words", target=3).target == 3
 """,
     "Detector": "assert find_moss",
     "Algorithm": "assert above_median(np.array([1.0, 2.0, 6.0])).tolist() == [-1.0, 0.0, 4.0]",
