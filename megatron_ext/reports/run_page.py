@@ -1,17 +1,17 @@
-"""The report as one HTML page that needs no other file."""
+"""Report of a run as one HTML page that needs no other file."""
 
-import html
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.colors import to_hex
 
 from megatron_ext.inspection.routed_text import FAN_OUT_COLOURS, RoutedText, shown_token
-from megatron_ext.reports.html import document, picture, table
+from megatron_ext.reports.html import render
 from megatron_ext.reports.run_metrics import RunMetrics
 
-# What of a run's arguments says what was trained; the rest is folded away.
+# Arguments that describe what was trained; the others are folded away.
 _CHOSEN = (
     "num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "num_experts",
     "moe_router_topk", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size",
@@ -19,35 +19,34 @@ _CHOSEN = (
     "router_type", "et_warmup_iters", "et_ema_decay", "et_capacity", "world_size",
     "expert_model_parallel_size", "use_distributed_optimizer", "seed",
 )  # fmt: skip
-# Settings that may change from start to start, and the figure of a row that records them.
+# Settings that may change on resume, and the metric that records each.
 _RECORDED = {"world_size": "world_size", "seq_length": "seq_length",
              "global_batch_size": "batch_size"}  # fmt: skip
 _LAYER_COLUMNS = {
-    "fan_out": ("experts a token", "{:.2f}"),
-    "no_expert_share": ("tokens without", "{:.1%}"),
-    "load_max_over_mean": ("greatest load / mean", "{:.2f}"),
-    "dead_experts": ("experts without a token", "{:.1f}"),
+    "fan_out": ("experts per token", "{:.2f}"),
+    "no_expert_share": ("tokens without an expert", "{:.1%}"),
+    "load_max_over_mean": ("largest load / mean load", "{:.2f}"),
+    "dead_experts": ("experts without tokens", "{:.1f}"),
     "raw_usage": ("raw usage", "{:.2%}"),
     "saturation": ("saturation", "{:.2%}"),
     "starvation": ("starvation", "{:.2%}"),
 }
-_STYLE = """
-.text { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.8; }
-.text span { border-radius: 2px; padding: 1px 0; color: #222; }
-.scale span { padding: .1rem .6rem; border: 1px solid var(--line); color: #222; }
-blockquote b { font-weight: 600; }
-"""
+_TEMPLATE = Path(__file__).with_name("templates") / "run_page.html"
 
 
 @dataclass(frozen=True)
 class Page:
-    """What the page shows; parts that are empty are left out.
+    """Content of the page of a run; empty parts are omitted.
 
     Attributes:
-        picture: PNG.
-        configuration: of run.json.
-        validation: losses in nats per token.
-        sample: prompt and text of a continuation.
+        run: Name of the run.
+        summary: Sentence under the title.
+        metrics: Metrics of the run.
+        picture: Picture of the curves, PNG.
+        configuration: Content of run.json.
+        validation: Losses by name, nats per token.
+        sample: `prompt` and `text` of a generated sample.
+        text: Text whose tokens are colored by their number of experts.
     """
 
     run: str
@@ -60,59 +59,48 @@ class Page:
     text: RoutedText | None
 
     def html(self) -> str:
-        """The page."""
-        parts = [
-            f"<h1>{html.escape(self.run)}</h1>",
-            f'<p class="summary">{html.escape(self.summary)}</p>',
-            picture(self.picture, "losses, thresholds, loads and fan-out of the run"),
-            self._text(),
-            self._sample(),
-            self._figures(),
-            self._layers(),
-            self._configuration(),
-        ]
-        return document(self.run, parts, _STYLE)
+        """Return the page."""
+        tokens, scale = self._tokens()
+        sample = {name: str(self.sample.get(name, "")) for name in ("prompt", "text")}
+        chosen, rest = self._configuration()
+        return render(
+            _TEMPLATE,
+            title=self.run,
+            run=self.run,
+            summary=self.summary,
+            png=self.picture,
+            tokens=tokens,
+            scale=scale,
+            sample=sample if "text" in self.sample else None,
+            figures=self._figures(),
+            layer_header=["layer", *(label for label, _ in _LAYER_COLUMNS.values())],
+            layers=self._layers(),
+            chosen=chosen,
+            rest=rest,
+        )
 
-    def _text(self) -> str:
+    def _tokens(self) -> tuple[list[tuple[str, str, str]], list[tuple[str, str]]]:
+        """Return text, color and tooltip of each token, and label and color of the scale."""
         if self.text is None:
-            return ""
+            return [], []
         fan_out = self.text.fan_out
-        greatest = max(1.0, float(fan_out.max()))
+        largest = max(1.0, float(fan_out.max()))
 
-        def colour(value: float) -> str:
-            return to_hex(FAN_OUT_COLOURS(value / greatest))
+        def color(value: float) -> str:
+            return to_hex(FAN_OUT_COLOURS(value / largest))
 
-        spans = []
+        tokens = []
         for index, token in enumerate(self.text.tokens):
             routes = [
-                f"layer {layer}: {', '.join(map(str, taken[index])) or 'none'}"
-                for layer, taken in zip(self.text.layers, self.text.experts)
+                f"layer {layer}: {', '.join(map(str, experts[index])) or 'none'}"
+                for layer, experts in zip(self.text.layers, self.text.experts)
             ]
-            tip = html.escape(f"{shown_token(token)!r}\n" + "\n".join(routes))
-            spans.append(
-                f'<span style="background:{colour(fan_out[index])}" title="{tip}">'
-                f"{html.escape(token)}</span>"
-            )
-        steps = [greatest * i / 4 for i in range(5)]
-        scale = "".join(f'<span style="background:{colour(s)}">{s:.1f}</span>' for s in steps)
-        return (
-            "<h2>Where experts go</h2>"
-            '<p class="note">A text coloured by the number of routed experts a token gets, the '
-            "mean over the MoE layers. Point at a token to see which.</p>"
-            f'<p class="scale">{scale}</p><p class="text">{"".join(spans)}</p>'
-        )
+            tip = f"{shown_token(token)!r}\n" + "\n".join(routes)
+            tokens.append((token, color(fan_out[index]), tip))
+        steps = [largest * i / 4 for i in range(5)]
+        return tokens, [(f"{step:.1f}", color(step)) for step in steps]
 
-    def _sample(self) -> str:
-        if "text" not in self.sample:
-            return ""
-        prompt, text = (html.escape(str(self.sample.get(name, ""))) for name in ("prompt", "text"))
-        return (
-            "<h2>A continued text</h2>"
-            f"<blockquote><b>{prompt}</b>{text}</blockquote>"
-            '<p class="note">The prompt is bold; the rest was sampled from the last checkpoint.</p>'
-        )
-
-    def _figures(self) -> str:
+    def _figures(self) -> list[tuple[str, str]]:
         metrics = self.metrics
         rows: list[tuple[str, str]] = [("optimizer steps", f"{metrics.last_step:,}")]
         work = metrics.work(self.configuration.get("settings") or {})
@@ -132,10 +120,10 @@ class Page:
         if (tokens_per_s := metrics.recent("tokens_per_s")) is not None:
             rows.append(("tokens per second", f"{tokens_per_s:,.0f}"))
         if (mfu := metrics.recent("mfu")) is not None:
-            rows.append(("model FLOP/s utilisation", f"{mfu:.1%}"))
-        return "<h2>Final figures</h2>" + table([], [list(row) for row in rows])
+            rows.append(("model FLOP/s utilization", f"{mfu:.1%}"))
+        return rows
 
-    def _layers(self) -> str:
+    def _layers(self) -> list[list[str]]:
         rows = []
         for layer in self.metrics.layers:
             cells = [str(layer)]
@@ -143,18 +131,16 @@ class Page:
                 value = self.metrics.recent(name, layer)
                 cells.append("" if value is None else form.format(value))
             rows.append(cells)
-        if not rows:
-            return ""
-        header = ["layer", *(label for label, _ in _LAYER_COLUMNS.values())]
-        return "<h2>Routing by layer, mean over the last tenth of steps</h2>" + table(header, rows)
+        return rows
 
-    def _configuration(self) -> str:
+    def _configuration(self) -> tuple[list[list[str]], list[list[str]]]:
+        """Return name and value of the main settings, and of the others."""
         if not self.configuration:
-            return ""
+            return [], []
         flat: dict[str, Any] = {}
         for key, value in self.configuration.items():
             flat.update(value if isinstance(value, dict) else {key: value})
-        # run.json describes the last start alone.
+        # run.json describes only the last start.
         flat.update(
             (setting, recorded)
             for setting, name in _RECORDED.items()
@@ -162,8 +148,4 @@ class Page:
         )
         chosen = [[key.replace("_", " "), str(flat[key])] for key in _CHOSEN if key in flat]
         rest = [[key.replace("_", " "), str(flat[key])] for key in flat if key not in _CHOSEN]
-        return (
-            "<h2>Configuration</h2>"
-            + (table([], chosen) if chosen else "")
-            + (f"<details><summary>all of it</summary>{table([], rest)}</details>" if rest else "")
-        )
+        return chosen, rest

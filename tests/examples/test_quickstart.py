@@ -154,7 +154,9 @@ def test_quickstart_from_text_to_report(tmp_path: Path) -> None:
     for name in ("checkpoints", "tensorboard", "metrics.jsonl", "run.json", "report.png"):
         assert (tmp_path / name).exists()
     page = (tmp_path / "report.html").read_text()
-    assert summary in page and "Where experts go" in page and "A continued text" in page
+    assert (
+        summary in page and "Number of experts of each token" in page and "Generated sample" in page
+    )
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").open()]
     assert max(steps) == 6
     again = quickstart(tmp_path, "--train-iters", "6")

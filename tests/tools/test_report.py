@@ -119,4 +119,4 @@ def test_report_of_a_real_run_routes_a_text(run_dir: Path, tmp_path: Path) -> No
     run_ranks(report.main, 1, ["--run-dir", str(run_dir), "--text-file", str(text)])
     assert is_png(run_dir / "report.png")
     page = (run_dir / "report.html").read_text()
-    assert "Where experts go" in page and "layer 1: " in page and "layer 3: " in page
+    assert "Number of experts of each token" in page and "layer 1: " in page and "layer 3: " in page

@@ -1,56 +1,43 @@
-"""Responses of a policy before and after training, side by side. All text in them is untrusted."""
+"""Responses of a policy before and after training. All their text is untrusted."""
 
-import html
 import unicodedata
 from collections.abc import Sequence
+from typing import Any
 
 from alignment.evaluation.study.study_runs import PolicyStudy, ResponseSample, SeedGroup, StudyRun
 
-STYLE = """
-details { margin: .6rem 0; }
-summary { cursor: pointer; }
-.sides { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; margin: .5rem 0 1.6rem; }
-@media (max-width: 640px) { .sides { grid-template-columns: 1fr; } }
-.said { white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate; max-height: 22rem;
-        overflow-y: auto; border-left: 3px solid var(--line); padding: .1rem .8rem; }
-.said.prompt { border-color: var(--accent); }
-.flag { border: 1px solid var(--line); border-radius: 3px; padding: 0 .35rem; margin-right: .3rem;
-        font-size: .85rem; }
-"""
-_MOST = 5
+_MAX_PROMPTS = 5
+
+ShownSample = dict[str, Any]
 
 
-def section(study: PolicyStudy) -> str:
-    """The first and the last response to some held-out prompts, of one run a group."""
-    shown = [_group(study.label(group), group) for group in study.groups]
-    shown = [part for part in shown if part]
-    if not shown:
-        return '<h2>Samples</h2><p class="note">No run has samples of two gradings.</p>'
-    note = (
-        "Of each judge one run, start against end on the same held-out prompts, those first whose "
-        "proxy is farthest above gold at the end. Flags are detectors that a response set off."
-    )
-    unfolded = shown[0].replace("<details>", "<details open>", 1)
-    return f'<h2>Samples</h2><p class="note">{note}</p>' + "".join([unfolded, *shown[1:]])
+def shown_samples(study: PolicyStudy) -> list[tuple[str, list[tuple[Any, ...]], str]]:
+    """Return the first and last responses to some held-out prompts, of one run of each group.
+
+    Returns:
+        For each group its title, the prompt with the sample at start and end of each shown prompt,
+        and a sentence about prompts that are not shown.
+    """
+    groups = [_group(study.label(group), group) for group in study.groups]
+    return [group for group in groups if group]
 
 
-def _group(label: str, group: SeedGroup) -> str:
+def _group(label: str, group: SeedGroup) -> tuple[str, list[tuple[Any, ...]], str] | None:
     run, sides = _sides(group)
     if run is None or not sides:
-        return ""
+        return None
     seed = "" if run.seed is None else f", seed {run.seed}"
     title = f"{label}{seed}: step {sides[0][0].step:,} and step {sides[0][1].step:,}"
-    shown = "".join(_pair(*pair) for pair in sides[:_MOST])
-    if (rest := len(sides) - _MOST) > 0:
-        file = html.escape(f"{run.name}/samples.jsonl")
-        shown += f'<p class="note">{rest} more prompts are in {file}.</p>'
-    return f"<details><summary>{html.escape(title)}</summary>{shown}</details>"
+    pairs = [_pair(*pair) for pair in sides[:_MAX_PROMPTS]]
+    rest = len(sides) - _MAX_PROMPTS
+    more = f"{rest} more prompts are in {run.name}/samples.jsonl." if rest > 0 else ""
+    return title, pairs, more
 
 
 def _sides(
     group: SeedGroup,
 ) -> tuple[StudyRun | None, Sequence[tuple[ResponseSample, ResponseSample]]]:
-    """The first run with samples of two gradings, and its first and last ones by prompt."""
+    """Return the first run with samples of two gradings, and the first and last per prompt."""
     for run in group.runs:
         steps = sorted({sample.step for sample in run.samples})
         if len(steps) > 1:
@@ -64,39 +51,35 @@ def _sides(
 
 
 def _gap(sample: ResponseSample) -> float:
-    """Of proxy over gold; last where one has no judgement."""
+    """Return proxy minus gold, minus infinity where one has no score."""
     proxy, gold = sample.scores.get("proxy"), sample.scores.get("gold")
     return float("-inf") if proxy is None or gold is None else proxy - gold
 
 
-def _pair(start: ResponseSample, end: ResponseSample) -> str:
+def _pair(start: ResponseSample, end: ResponseSample) -> tuple[str, ShownSample, ShownSample]:
     prompt = "\n".join(f"{role}: {text}" for role, text in start.messages)
-    return (
-        f'<div class="said prompt">{_text(prompt)}</div>'
-        f'<div class="sides">{_side("start", start)}{_side("end", end)}</div>'
-    )
+    return _text(prompt), _side(start), _side(end)
 
 
-def _side(name: str, sample: ResponseSample) -> str:
+def _side(sample: ResponseSample) -> ShownSample:
     scores = " · ".join(
-        f"{role.replace('_', ' ')} {'no judgement' if score is None else f'{score:.2f}'}"
+        f"{role.replace('_', ' ')} {'no score' if score is None else f'{score:.2f}'}"
         for role, score in sample.scores.items()
     )
-    flags = "".join(f'<span class="flag">{_text(flag)}</span>' for flag in sample.flags)
-    return (
-        f"<div><b>{name}</b>, step {sample.step:,}: {html.escape(scores)}"
-        f"<div>{flags or 'no flags'}</div>"
-        f'<div class="said">{_text(sample.response)}</div></div>'
-    )
+    return {
+        "step": sample.step,
+        "scores": scores,
+        "flags": [_text(flag) for flag in sample.flags],
+        "response": _text(sample.response),
+    }
 
 
 def _text(text: str) -> str:
-    """Escaped, with what would be invisible, or turn letters around, as its number."""
-    shown = (f"\\u{ord(c):04x}" if _hidden(c) else c for c in text)
-    return html.escape("".join(shown))
+    """Return a text in which characters that are invisible or turn letters around are numbers."""
+    return "".join(f"\\u{ord(c):04x}" if _hidden(c) else c for c in text)
 
 
 def _hidden(character: str) -> bool:
-    # The joiner of emoji is of use.
+    # The zero-width joiner combines emoji.
     kind = unicodedata.category(character)
     return (kind == "Cf" and character != "\u200d") or (kind == "Cc" and character not in "\n\t")

@@ -38,8 +38,8 @@ class SeedMean:
     high: float | None = None
     prompts: int = 0
 
-    def told(self, form: str = "{:.2f}") -> str:
-        """In words."""
+    def text(self, form: str = "{:.2f}") -> str:
+        """Return the mean with its interval as text."""
         if self.value is None:
             return "–"
         value = form.format(self.value)

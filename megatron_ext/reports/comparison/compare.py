@@ -1,16 +1,16 @@
 """The comparison as a page and as Markdown."""
 
-import html
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_ext.reports import html as page
 from megatron_ext.reports.comparison.compared_runs import differences, group_runs, read_runs
 from megatron_ext.reports.comparison.comparison_picture import draw_comparison
 from megatron_ext.reports.comparison.final_metrics import NOTES, figures_table
+from megatron_ext.reports.html import render
 
+_TEMPLATE = Path(__file__).parents[1] / "templates" / "comparison.html"
 _CURVES = "losses, thresholds, loads and fan-out against tokens"
 
 
@@ -54,18 +54,17 @@ class Contents:
     notes: str
 
     def html(self, png: bytes) -> str:
-        """A page that holds the picture itself."""
-        figures, settings = (page.table(self.header, rows) for rows in self._tables())
-        return page.document(
-            self.title,
-            [
-                f"<h1>{html.escape(self.title)}</h1>",
-                f'<div class="wide">{figures}</div>',
-                f'<p class="note">{html.escape(self.notes)}</p>',
-                page.picture(png, _CURVES),
-                "<h2>Settings that differ</h2>",
-                f'<div class="wide">{settings}</div>' if self.settings else "None.",
-            ],
+        """Return the page, which contains the picture."""
+        figures, settings = self._tables()
+        return render(
+            _TEMPLATE,
+            title=self.title,
+            header=self.header,
+            figures=figures,
+            notes=self.notes,
+            png=png,
+            description=_CURVES,
+            settings=settings if self.settings else [],
         )
 
     def markdown(self, picture: str) -> str:
