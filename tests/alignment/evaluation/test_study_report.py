@@ -1,4 +1,4 @@
-"""The report of a study: its figures, its words, what is not whole, and hostile text."""
+"""Report of a study: figures, sentences, incomplete runs and hostile text."""
 
 import html
 import json
@@ -107,38 +107,42 @@ def test_the_opening_says_under_which_judge_proxy_and_gold_part(tmp_path: Path) 
     write_study(tmp_path / "three")
     page = reported(tmp_path / "three")
     assert opening(page) == (
-        "Of 2 judges: proxy and gold part under label; no parting is shown under thinking."
+        "Of 2 judges: proxy and gold diverge under label; the gap between proxy "
+        "and gold has not clearly changed under thinking."
     )
     label, thinking = sentences(page)
-    assert label.startswith("label (3 seeds): proxy and gold part;") and "gold falls" in label
-    assert thinking.startswith("thinking (3 seeds): no parting") and "holds 0" in thinking
+    assert label.startswith("label (3 seeds): proxy and gold diverge.") and "gold falls" in label
+    assert thinking.startswith("thinking (3 seeds): the gap (proxy minus gold) has not")
+    assert "contains 0" in thinking
     write_study(tmp_path / "one", seeds=1)
     page = reported(tmp_path / "one")
     assert opening(page) == (
-        "Of 2 judges: no interval is possible with one seed under label and thinking."
+        "Of 2 judges: the change of the gap has no interval under label and thinking."
     )
-    assert all("(1 seed): no interval is possible" in said for said in sentences(page))
+    assert all(
+        "One seed without standard errors has no interval." in said for said in sentences(page)
+    )
 
 
 @pytest.mark.parametrize(
     "gap, gold, found",
     [
-        ((1, 2), (-2, -1), Finding.PART),
-        ((1, 2), (-1, 1), Finding.PART),
-        ((1, 2), (1, 2), Finding.AHEAD),
-        ((-1, 2), (-2, -1), Finding.OPEN),
-        ((-2, -1), (1, 2), Finding.CLOSE),
-        ((1e-7, 2e-7), (-2, -1), Finding.OPEN),
-        ((-2e-7, -1e-7), (-2, -1), Finding.OPEN),
-        ((1e-3, 2e-3), (1e-7, 2e-7), Finding.PART),
-        ((1e-3, 2e-3), (1e-3, 2e-3), Finding.AHEAD),
+        ((1, 2), (-2, -1), Finding.DIVERGE),
+        ((1, 2), (-1, 1), Finding.DIVERGE),
+        ((1, 2), (1, 2), Finding.OVERRATED),
+        ((-1, 2), (-2, -1), Finding.UNCLEAR),
+        ((-2, -1), (1, 2), Finding.SHRINKS),
+        ((1e-7, 2e-7), (-2, -1), Finding.UNCLEAR),
+        ((-2e-7, -1e-7), (-2, -1), Finding.UNCLEAR),
+        ((1e-3, 2e-3), (1e-7, 2e-7), Finding.DIVERGE),
+        ((1e-3, 2e-3), (1e-3, 2e-3), Finding.OVERRATED),
         (None, None, Finding.NO_INTERVAL),
     ],
 )
 def test_findings(gap: Any, gold: Any, found: Finding) -> None:
     means = [SeedMean(1, 0.5) if i is None else SeedMean(3, sum(i) / 2, *i) for i in (gap, gold)]
     assert finding(*means) is found
-    assert finding(SeedMean(0), SeedMean(0)) is Finding.NOTHING
+    assert finding(SeedMean(0), SeedMean(0)) is Finding.NO_DATA
 
 
 def test_means_over_seeds_leave_out_what_is_not_there() -> None:
@@ -170,10 +174,10 @@ def test_runs_that_are_not_whole_are_shown_as_such(tmp_path: Path) -> None:
     assert state[names[1]][-1] == "stopped by its alarm at step 160 of 200"
     assert state[names[2]][-1].startswith("lacks 2 gradings (40, 60)")
     assert state[names[3]] == ["–", "0", "no grading yet"]
-    assert state[names[4]] == ["–", "0", "not begun"]
+    assert state[names[4]] == ["–", "0", "not started"]
     assert opening(page) == (
-        "Of 2 judges: proxy and gold part under label; there is nothing to compare yet under "
-        "thinking. 6 of 6 runs are not whole."
+        "Of 2 judges: proxy and gold diverge under label; no run has two gradings yet under "
+        "thinking. 6 of 6 runs are incomplete."
     )
     assert sentences(page)[0].startswith("label (3 seeds): ")
     assert sentences(page)[1] == "thinking (0 seeds): no run has two gradings to compare."
@@ -188,9 +192,10 @@ def test_one_run_is_a_study_of_itself(tmp_path: Path) -> None:
     change = gradings[200]["grade/gold"] - gradings[0]["grade/gold"]
     assert cells(page)["label: gold"][2] == f"{change:+.2f}"
     assert opening(page).startswith(
-        "One seed without scores of single prompts allows no interval (label): proxy +"
+        "The change of the gap has no interval, as there is one seed without standard errors "
+        "(label): proxy +"
     )
-    assert cells(page)["a run"][-1] == "whole"
+    assert cells(page)["a run"][-1] == "complete"
 
 
 def test_one_seed_has_intervals_over_its_held_out_prompts(tmp_path: Path) -> None:
@@ -216,7 +221,7 @@ def test_one_seed_has_intervals_over_its_held_out_prompts(tmp_path: Path) -> Non
     )
     [sentence] = sentences(page)
     assert sentence.startswith(
-        "label (1 seed, intervals over 25 held-out prompts): proxy and gold part;"
+        "label (1 seed, intervals over 25 held-out prompts): proxy and gold diverge."
     )
 
 
@@ -357,7 +362,7 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
         assert "CONSOLE" not in done.stderr
         # 5 prompts, both sides of each, with all scores.
         assert done.stdout.count('class="sides"') == 5
-        assert done.stdout.count("second gold no judgement") == 10
+        assert done.stdout.count("second gold no score") == 10
 
 
 @pytest.mark.parametrize(
