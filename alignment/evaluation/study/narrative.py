@@ -127,8 +127,8 @@ def _sentence(label: str, group: SeedGroup) -> str:
                 f"changes by {_change(gold)}."
             )
     return (
-        f"{name}: the gap (proxy minus gold) has not clearly changed. It changes by {_change(gap)}, "
-        f"an interval that contains 0, and gold by {_change(gold)}."
+        f"{name}: the gap (proxy minus gold) has not clearly changed. It changes by "
+        f"{_change(gap)}, an interval that contains 0, and gold by {_change(gold)}."
     )
 
 
