@@ -121,14 +121,16 @@ def test_a_policy_copes_with_what_it_is_given(place, tmp_path):
         assert "NaN" not in (tmp_path / name / "metrics.jsonl").read_text()
 
     assert "24 prompts, 5 too long; 6 held out" in found["some long"][1]
-    assert found["all long"][0].startswith("no prompt leaves room for 12 tokens in --seq-length 96")
-    assert found["held out long"][0].startswith("no prompt of --held-out leaves room")
+    assert found["all long"][0].startswith(
+        "No prompt leaves room for --max-new-tokens 12 in --seq-length 96"
+    )
+    assert found["held out long"][0].startswith("No prompt of --held-out leaves room")
 
     assert found["other tokenizer"][0] == 0, found["other tokenizer"]
     [row] = [row for row in rows_of(tmp_path / "other tokenizer") if "reward" in row]
     assert row["unrewarded"] == 0 and 0 < row["reward"] < 9 and row["reward_std"] > 0
 
-    assert "--gold is a judge that --judge has too" in found["some long"][2]
+    assert "--gold names a judge that --judge names too" in found["some long"][2]
     assert "--gold" not in found["other tokenizer"][2]
 
     assert found["slow"][0] == 0, found["slow"]
