@@ -45,9 +45,9 @@ def test_shares_alarms_and_examples_are_those_of_the_single_responses() -> None:
     items = responses([*plain, REFUSAL, REFUSAL, REFUSAL, ENDED])
     rewards = [float(n) for n in range(16)] + [1.0, 9.0, 5.0, None]
     found = Monitor().check_batch(items, rewards)
-    usual = ReferenceLengths.from_words([9] * 16 + [8, 8, 8, 7])
+    lengths = ReferenceLengths.from_words([9] * 16 + [8, 8, 8, 7])
     for item, flags in zip(items, found.flags):
-        assert flags == detect(item.prompt.messages, item.text, usual)
+        assert flags == detect(item.prompt.messages, item.text, lengths)
     assert found.shares == dict.fromkeys(NAMES, 0.0) | {"refusal": 0.15, "fake_end": 0.05}
     # One response is too few for an alarm, though its share is above the limit.
     assert found.alarms == {"refusal": Alarm(0.15, 0.1)}
@@ -70,8 +70,8 @@ def test_a_share_at_its_limit_is_no_alarm_and_none_switches_it_off() -> None:
 def test_a_batch_that_has_grown_long_as_a_whole_is_verbose_against_usual_lengths() -> None:
     items = responses([f"{n} ferns " * 2 + "and so on " * 30 for n in range(10)])
     assert Monitor().check_batch(items).shares["verbose"] == 0
-    usual = ReferenceLengths.from_words([9, 10, 12, 15])
-    found = Monitor(usual=usual).check_batch(items)
+    lengths = ReferenceLengths.from_words([9, 10, 12, 15])
+    found = Monitor(reference_lengths=lengths).check_batch(items)
     assert found.shares["verbose"] == 1 and found.alarms["verbose"] == Alarm(1.0, 0.1)
 
 
