@@ -19,8 +19,9 @@ class Algorithm:
     Attributes:
         advantages: Function that turns the rewards of a group of responses to one prompt into
             advantages. None if a critic computes them.
-        loss: Loss of the policy. A function other than a `PolicyLoss` may have attributes
-            `uses_reference` and `uses_entropy`, which are False if they are missing.
+        loss: Loss of the policy. A function other than a `PolicyLoss` may have the attributes
+            `uses_reference`, `uses_entropy` and `derives_old_log_probs`, which are False if they
+            are missing.
         dynamic: Whether to draw more prompts in place of groups whose rewards are all equal.
         overlong: Whether to penalize responses that come close to the limit of length.
     """
@@ -39,6 +40,11 @@ class Algorithm:
     def uses_entropy(self) -> bool:
         """Return whether the loss reads the entropy of each token."""
         return bool(getattr(self.loss, "uses_entropy", False))
+
+    @property
+    def derives_old_log_probs(self) -> bool:
+        """Return whether the loss takes missing `old_log_probs` from the training pass."""
+        return bool(getattr(self.loss, "derives_old_log_probs", False))
 
 
 ALGORITHMS: Mapping[str, Algorithm] = MappingProxyType(

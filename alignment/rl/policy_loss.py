@@ -79,6 +79,11 @@ class PolicyLoss:
             raise UserError(f"max_tokens {self.max_tokens} must be at least 1.")
 
     @property
+    def derives_old_log_probs(self) -> bool:
+        """Return True: missing `old_log_probs` are taken from the training pass."""
+        return True
+
+    @property
     def uses_reference(self) -> bool:
         """Return whether the loss reads `reference_log_probs`."""
         return bool(self.kl)

@@ -167,9 +167,13 @@ def train(
 
                 # Old log-probabilities. With a single optimizer step they are those of the
                 # training pass itself, and the loss takes them from there.
-                if batches and (
-                    settings.mini_batches > 1 or not trains_policy or not served_log_probs_checked
-                ):
+                separate_pass = (
+                    settings.mini_batches > 1
+                    or not algorithm.derives_old_log_probs
+                    or not trains_policy
+                    or not served_log_probs_checked
+                )
+                if batches and separate_pass:
                     batches = [with_old_log_probs(rl, batch) for batch in batches]
                     metrics |= rollout_gap(engine, batches)
                     if rl.generate is not None:
@@ -201,7 +205,7 @@ def train(
                             )
                         )
                 metrics |= update_metrics(policy_updates)
-                if rl.generate is not None and policy_updates and fresh:
+                if rl.generate is not None and policy_updates and fresh and not separate_pass:
                     refuse_distant(metrics["rollout_kl"])
                 metrics |= update_metrics(critic_updates, "value_")
 

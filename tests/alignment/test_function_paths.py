@@ -51,6 +51,7 @@ def test_loss_by_function_path_replaces_that_of_an_algorithm(tmp_path):
     algorithm = algorithm_by_name("rloo", loss_path=f"{tmp_path}/own.py:reinforce")
     assert algorithm.advantages is ALGORITHMS["rloo"].advantages
     assert not algorithm.uses_reference and not algorithm.uses_entropy
+    assert not algorithm.derives_old_log_probs and ALGORITHMS["rloo"].derives_old_log_probs
     batch = TokenBatch.of([TokenSample([1, 2, 3], 1, {"advantage": 2.0})])
     log_probs = torch.tensor([[0.0, -1.0, -2.0]])
     sums = algorithm.loss(TokenScores(log_probs), batch)
