@@ -1,4 +1,4 @@
-"""Flags that contradict each other, and flags that would be overridden without a word."""
+"""Checks for flags that contradict each other or have no effect."""
 
 from argparse import Namespace
 from collections.abc import Set
@@ -15,64 +15,66 @@ _MUON_FLAGS = (
     "muon_reference_width",
 )
 
-# What Megatron's Muon would fail on or pass over: a value that changes nothing, and the way out.
+# Settings that Megatron's Muon fails on or ignores: a harmless value, and what to do.
 _NOT_WITH_MUON = {
     "fp16": (False, "use --bf16"),
     "decoupled_lr": (None, "use --muon-embedding-lr and --muon-head-lr"),
-    "decoupled_min_lr": (None, "every learning rate falls to the same share of its peak"),
-    "use_mup": (False, "--muon-reference-width scales learning rates by width"),
-    "optimizer_cpu_offload": (False, "its matrices stay where they are; leave it out"),
+    "decoupled_min_lr": (
+        None,
+        "every learning rate decays to the same fraction of its peak; leave it out",
+    ),
+    "use_mup": (False, "use --muon-reference-width, which scales learning rates by width"),
+    "optimizer_cpu_offload": (False, "its matrices stay on the device; leave it out"),
     "use_precision_aware_optimizer": (False, "its state is fp32; leave it out"),
-    "moe_single_grouped_weight": (False, "it takes each expert's matrices on their own"),
+    "moe_single_grouped_weight": (False, "it needs a matrix for each expert; leave it out"),
     "overlap_param_gather_with_optimizer_step": (False, "use --overlap-param-gather alone"),
-    "num_distributed_optimizer_instances": (1, "it knows one instance; leave it out"),
+    "num_distributed_optimizer_instances": (1, "it supports one instance; leave it out"),
     "distrib_optim_fully_reshardable_mem_efficient": (False, "it gathers on devices; leave it out"),
     "use_layer_wise_param_layout": (True, "its checkpoints could not be resumed; leave it out"),
 }
 
 
-def check_conflicts(args: Namespace, given: Set[str]) -> list[str]:
+def check_conflicts(args: Namespace, explicit: Set[str]) -> list[str]:
     """Refuse flags that contradict each other.
 
     Args:
-        args: as parsed, before Megatron's validation.
-        given: names of the arguments that the command line or a recipe sets.
+        args: Arguments as parsed, before Megatron's validation.
+        explicit: Names of the arguments that the command line or a recipe sets.
 
     Returns:
-        what has no effect, one sentence each, for the user.
+        A warning for each flag that has no effect.
 
     Raises:
-        UserError: naming both flags and the way out.
+        UserError: Two flags contradict each other; the message names both and what to do.
     """
     if args.train_iters and args.train_samples:
         raise UserError(
-            f"--train-iters {args.train_iters} and --train-samples {args.train_samples} both say "
-            "how long to train: give one of them"
+            f"--train-iters {args.train_iters} and --train-samples {args.train_samples} both set "
+            "the length of training: use one of them"
         )
     if args.bf16 and args.fp16:
-        raise UserError("--bf16 and --fp16 both say what to compute in: give one of them")
+        raise UserError("--bf16 and --fp16 both set the precision: use one of them")
     if args.tokenizer_type == "NullTokenizer" and not args.vocab_size:
-        raise UserError("--tokenizer-type NullTokenizer needs --vocab-size of at least 1: give it")
+        raise UserError("--tokenizer-type NullTokenizer needs --vocab-size of at least 1: add it")
     if not args.skip_train:
         _check_steps(args)
     pattern, layers = args.moe_layer_freq, args.num_layers
     if isinstance(pattern, list) and layers is not None and len(pattern) != layers:
         raise UserError(
-            f"--moe-layer-freq is a list of {len(pattern)}, but --num-layers is {layers}: give one "
-            "number a layer"
+            f"--moe-layer-freq is a list of {len(pattern)}, but --num-layers is {layers}: use one "
+            "number for each layer"
         )
     for name in ("multi_latent_attention", "heterogeneous_layers_config_path"):
         if getattr(args, name, None):
-            raise UserError(f"{_flag(name)} is not supported: its layers have no counterpart here")
+            raise UserError(f"{_flag(name)} is not supported by this project: leave it out")
     if find_spec("transformer_engine") is None:
         _check_without_transformer_engine(args)
     if args.ckpt_format != "torch_dist":
         raise UserError(
-            f"--ckpt-format {args.ckpt_format} cannot be resumed or read by the tools here: leave "
-            "it out or use torch_dist"
+            f"--ckpt-format {args.ckpt_format} is not supported: leave it out or use torch_dist"
         )
     if args.num_experts:
-        _check_replaced(args, given)
+        _check_replaced(args, explicit)
     if args.optimizer == "dist_muon":
         raise UserError(
             "--optimizer dist_muon is Megatron's old name of --optimizer muon with "
@@ -80,11 +82,11 @@ def check_conflicts(args: Namespace, given: Set[str]) -> list[str]:
         )
     if args.optimizer == "muon":
         _check_muon(args)
-    return _without_effect(args, given)
+    return _without_effect(args, explicit)
 
 
 def _check_steps(args: Namespace) -> None:
-    """Megatron finds these out once the model is built."""
+    """Refuse numbers of steps that Megatron refuses only after it has built the model."""
     if args.eval_interval < 1:
         raise UserError(
             f"--eval-interval {args.eval_interval} must be at least 1: use --eval-iters 0 to leave "
@@ -117,13 +119,13 @@ def _check_without_transformer_engine(args: Namespace) -> None:
         )
 
 
-def _check_replaced(args: Namespace, given: Set[str]) -> None:
+def _check_replaced(args: Namespace, explicit: Set[str]) -> None:
     for name, (harmless, why) in router_type(args.router_type).replaced.items():
         value = getattr(args, name, None)
-        if name in given and value not in harmless:
+        if name in explicit and value not in harmless:
             raise UserError(
-                f"{_flag(name)} has no place with --router-type {args.router_type}: {why}; leave "
-                "it out, or use --router-type token-choice"
+                f"{_flag(name)} is incompatible with --router-type {args.router_type}: {why}; "
+                "leave it out, or use --router-type token-choice"
             )
 
 
@@ -131,7 +133,7 @@ def _check_muon(args: Namespace) -> None:
     for name, (harmless, why) in _NOT_WITH_MUON.items():
         if getattr(args, name, harmless) != harmless:
             flag = "no_use_layer_wise_param_layout" if harmless is True else name
-            raise UserError(f"{_flag(flag)} has no place with --optimizer muon: {why}")
+            raise UserError(f"{_flag(flag)} is incompatible with --optimizer muon: {why}")
     expert_biases = args.add_bias_linear and args.num_experts
     if expert_biases and args.use_distributed_optimizer and args.expert_model_parallel_size > 1:
         raise UserError(
@@ -151,8 +153,8 @@ def _check_muon(args: Namespace) -> None:
         raise UserError(f"--muon-momentum {args.muon_momentum:g} must be in [0, 1)")
 
 
-def _without_effect(args: Namespace, given: Set[str]) -> list[str]:
-    """One sentence for each flag that was given and will not be looked at."""
+def _without_effect(args: Namespace, explicit: Set[str]) -> list[str]:
+    """Return a warning for each explicit flag that has no effect."""
     unread: dict[str, str] = {}
     router = router_type(args.router_type)
     if not args.num_experts:
@@ -167,7 +169,9 @@ def _without_effect(args: Namespace, given: Set[str]) -> list[str]:
     elif not args.num_experts:
         unread["muon_router"] = "a model without --num-experts"
     warnings = [
-        f"{_flag(name)} has no effect with {why}" for name, why in unread.items() if name in given
+        f"{_flag(name)} has no effect with {why}"
+        for name, why in unread.items()
+        if name in explicit
     ]
     steps, warmup = args.train_iters, args.et_warmup_iters
     length = f"--train-iters {steps}"

@@ -1,4 +1,4 @@
-"""How a command tells a user what to fix: one sentence on stderr, exit code 2, no stack trace."""
+"""Errors of a user: one sentence on standard error, exit status 2, no stack trace."""
 
 import argparse
 import errno
@@ -10,8 +10,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
-# Failures of the machine that a user can mend. Other OSErrors are bugs and keep their stack trace.
-_MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
+# Failures of the machine that a user can fix. Other OSErrors are bugs and keep their stack trace.
+_FIXABLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 
 _STORE_PATIENCE = timedelta(seconds=10)
 
@@ -20,8 +20,7 @@ typed_command: str | None = None
 
 
 class UserError(ValueError):
-    """Something a user can put right. The message is one sentence naming the flag or file and the
-    fix.
+    """Mistake that a user can fix; the message is one sentence with the flag or file and the fix.
 
     Attributes:
         status: exit status of a command that this error ends.
@@ -89,7 +88,7 @@ def run_tool(main: Callable[[], int | None]) -> NoReturn:
         print(f"{_program()}: {' '.join(str(error).split())}", file=sys.stderr)
         code = error.status
     except OSError as error:
-        if error.errno not in _MENDABLE:
+        if error.errno not in _FIXABLE:
             raise
         print(f"{_program()}: {error.filename or 'output'}: {error.strerror}", file=sys.stderr)
         code = 2
@@ -109,7 +108,7 @@ def run_on_ranks(main: Callable[[], int | None]) -> None:
     it with the error's status.
 
     Ranks meet the same error at about the same time, and torchrun kills the others when the first
-    ends: whoever is first on its node tells.
+    ends, so the first on each node prints the message.
     """
     try:
         if code := main():
@@ -130,7 +129,7 @@ def run_tool_or_ranks(main: Callable[[], int | None]) -> None:
 
 
 def _first_on_node() -> bool:
-    """Return whether no other rank of the same launch on this node has asked before.
+    """Return whether this is the first rank on this node, of the same launch, to call this.
 
     The launcher's store counts them. Where a launcher has none, every rank is the first.
     """

@@ -28,14 +28,14 @@ def new_folder(save: Path, overwrite: bool = False) -> Iterator[Path]:
     if not overwrite:
         check_new(save)
     save.absolute().parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{save.name}-", dir=save.absolute().parent))
+    temporary = Path(tempfile.mkdtemp(prefix=f".{save.name}-", dir=save.absolute().parent))
     try:
-        beside.chmod(0o755)
-        yield beside
+        temporary.chmod(0o755)
+        yield temporary
         if overwrite:
             shutil.rmtree(save, ignore_errors=True)
         elif save.exists():
             save.rmdir()  # empty
-        beside.rename(save)
+        temporary.rename(save)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)

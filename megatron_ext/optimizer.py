@@ -1,10 +1,10 @@
-"""The paper's optimizer: Muon on the matrices of the blocks, AdamW on the rest.
+"""Optimizer of the paper: Muon for the matrices of the blocks, AdamW for the rest.
 
 Megatron's `--optimizer muon` does the work: it orthogonalises q, k and v apart, each expert's
 matrices on their own, a tensor-parallel matrix as a whole, and lets each data-parallel rank step
-whole matrices when the optimizer is distributed. What it lacks is here: learning rates for the
-embedding and for the rest of AdamW's parameters, all of them scaled by width; AdamW for the router;
-momentum that warms up; and a distributed optimizer in fp32.
+whole matrices when the optimizer is distributed. This module adds learning rates for the
+embedding and for the rest of AdamW's parameters, scaled by width; AdamW for the router; a warm-up
+of the momentum; and a distributed optimizer in fp32.
 """
 
 import functools
@@ -24,7 +24,7 @@ from megatron.training.models import dist_utils
 from megatron_ext import patches
 from megatron_ext.devices import is_cpu_device
 
-# What momentum begins at; the paper's code has no option for it either.
+# Momentum of the first step; the paper's code has no option for it either.
 _FIRST_MOMENTUM = 0.85
 _ROUTERS, _EMBEDDINGS = ("router.weight", "gate_weight"), "embeddings.weight"
 
@@ -41,43 +41,44 @@ def add_muon_arguments(parser: ArgumentParser) -> None:
         type=float,
         default=0.2,
         metavar="LR",
-        help="With --optimizer muon, AdamW's learning rate of the token embeddings.",
+        help="Learning rate of AdamW for the token embeddings with --optimizer muon. Default: 0.2.",
     )
     group.add_argument(
         "--muon-head-lr",
         type=float,
         default=0.004,
         metavar="LR",
-        help="With --optimizer muon, AdamW's learning rate of the output head, of the routers (see "
-        "--muon-router) and of all that is no matrix. --lr is Muon's. All decay to the same share.",
+        help="Learning rate of AdamW with --optimizer muon for the output head, the routers (see "
+        "--muon-router) and every parameter that is not a matrix. --lr is the learning rate of "
+        "Muon. All learning rates decay to the same fraction of their peak. Default: 0.004.",
     )
     group.add_argument(
         "--muon-router",
         choices=["adam", "muon"],
         default="adam",
-        help="What optimizes the routers' matrices: AdamW, as the paper's code does, or Muon, as "
-        "its table says.",
+        help="Optimizer of the router weights with --optimizer muon: AdamW, as in the code of the "
+        "paper, or Muon, as in its table. Default: adam.",
     )
     group.add_argument(
         "--muon-momentum-warmup-iters",
         type=int,
         default=300,
         metavar="STEPS",
-        help=f"Steps over which Muon's momentum grows from {_FIRST_MOMENTUM} to --muon-momentum; 0 "
-        "for none.",
+        help=f"Number of steps in which the momentum of Muon grows from {_FIRST_MOMENTUM} to "
+        "--muon-momentum. 0 starts with --muon-momentum. Default: 300.",
     )
     group.add_argument(
         "--muon-reference-width",
         type=int,
         default=768,
         metavar="SIZE",
-        help="With --optimizer muon, learning rates are those of a model of this hidden size; in "
-        "another they are multiplied by (hidden size / SIZE) ** -0.5.",
+        help="Hidden size for which the learning rates of --optimizer muon are meant. They are "
+        "multiplied by (hidden size / SIZE) ** -0.5. Default: 768.",
     )
 
 
 def paper_flags(args: Namespace) -> list[str]:
-    """Flags of Megatron that give `--optimizer muon` the paper's values unless a user's follow.
+    """Return the paper's settings of `--optimizer muon`, which flags of the user override.
 
     The learning rate is constant, and falls to --min-lr over the last fifth of the steps.
     """
@@ -132,7 +133,7 @@ def wrapping_replacements() -> dict[str, Any]:
 
 
 def warm_momentum(train_step: Callable[..., Any]) -> Callable[..., Any]:
-    """Megatron's `train_step`, with the momentum that Muon has in its iteration."""
+    """Wrap Megatron's `train_step` so that Muon has the momentum of the iteration."""
 
     @functools.wraps(train_step)
     def wrapped(step: Any, data: Any, model: Any, optimizer: Any, *rest: Any, **kwargs: Any) -> Any:
@@ -149,7 +150,7 @@ def warm_momentum(train_step: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def momentum_at(iteration: int, momentum: float, warmup: int) -> float:
-    """Muon's momentum in a step; steps count from 0."""
+    """Return the momentum of Muon in a step, counted from 0."""
     done = min(iteration / warmup, 1.0) if warmup else 1.0
     first = min(_FIRST_MOMENTUM, momentum)
     return first + (momentum - first) * done
@@ -157,7 +158,7 @@ def momentum_at(iteration: int, momentum: float, warmup: int) -> float:
 
 @functools.wraps(_get_config)
 def optimizer_config(args: Namespace) -> tuple[OptimizerConfig, Any]:
-    """Megatron's function of that name; with Muon, each kind of parameter has its learning rate."""
+    """Return Megatron's configuration, with a learning rate for each kind of parameter."""
     config, overrides = _get_config(args)
     if args.optimizer != "muon":
         return config, overrides
@@ -200,7 +201,7 @@ def wrap(model: list[torch.nn.Module], random: bool, ddp_config: Any, *rest: Any
 
 
 class WholeMatrices(FP32Optimizer):
-    """Muon's part of a distributed optimizer in fp32, saved in the form of one in bf16."""
+    """Muon's part of a distributed optimizer in fp32, saved in the same form as in bf16."""
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         return {"optimizer": super().sharded_state_dict(*args, **kwargs)}
@@ -218,7 +219,7 @@ def init_layer_wise(
     init_state_fn_list: list[Any] | None = None,
     model_chunks: list[Any] | None = None,
 ) -> None:
-    """Megatron's constructor, which wraps torch's optimizers for bf16 and leaves fp32's bare."""
+    """Construct the optimizer, and wrap torch's optimizers in fp32 as Megatron does in bf16."""
     if not config.bf16:
         assert init_state_fn_list is not None
         optimizers = [
@@ -229,7 +230,7 @@ def init_layer_wise(
 
 
 def _is_muons(parameter: torch.nn.Parameter, name: str) -> bool:
-    """Whether Muon optimizes a parameter: a matrix of a block, by choice a router's too."""
+    """Return whether Muon optimizes a parameter: a matrix of a block, or of a router by choice."""
     outer = getattr(parameter, "is_embedding_or_output_parameter", False)
     if parameter.dim() != 2 or outer or name.endswith(_EMBEDDINGS):
         return False

@@ -75,7 +75,7 @@ def check_ranges(args: Namespace, ranks: int) -> None:
     for name, value in vars(args).items():
         infinite = name in _RANGES and isinstance(value, float) and math.isinf(value)
         if isinstance(value, float) and (math.isnan(value) or infinite):
-            raise UserError(f"{_flag(name)} {value:g} is not a finite number: give one")
+            raise UserError(f"{_flag(name)} {value:g} is not a finite number: use one")
         if name in _RANGES:
             _check(name, value, *_RANGES[name])
         elif name.endswith("_interval"):
@@ -89,8 +89,8 @@ def check_ranges(args: Namespace, ranks: int) -> None:
         _check_phases(args)
     if args.multiple_validation_sets != args.full_validation:
         flags = ["--multiple-validation-sets", "--full-validation"]
-        given, needed = flags if args.multiple_validation_sets else reversed(flags)
-        raise UserError(f"{given} needs {needed} in this version of Megatron: add it")
+        flag, needed = flags if args.multiple_validation_sets else reversed(flags)
+        raise UserError(f"{flag} needs {needed} in this version of Megatron: add it")
 
 
 def _check_phases(args: Namespace) -> None:
@@ -116,9 +116,9 @@ def check_trackers(args: Namespace) -> None:
             "pip install 'megatron-et[wandb]', or leave the flag out"
         )
     if not args.wandb_exp_name:
-        raise UserError("--wandb-project needs --wandb-exp-name: give the experiment a name")
+        raise UserError("--wandb-project needs --wandb-exp-name: add a name of the experiment")
     if not (args.wandb_save_dir or args.save or args.run_dir):
-        raise UserError("--wandb-project needs --wandb-save-dir, or --run-dir: give one of them")
+        raise UserError("--wandb-project needs --wandb-save-dir or --run-dir: add one of them")
 
 
 def _check(name: str, value: Any, holds: Callable[[Any], bool], text: str) -> None:
@@ -136,7 +136,7 @@ def _check_learning_rate(args: Namespace) -> None:
     if args.lr is None:
         if args.optimizer == "muon":
             return  # the paper's
-        raise UserError("no learning rate: give --lr")
+        raise UserError("the learning rate is missing: add --lr")
     for name in ("min_lr", "lr_warmup_init"):
         if getattr(args, name) > args.lr:
             raise UserError(
@@ -153,9 +153,9 @@ def _check_annealing(args: Namespace) -> None:
     unit, other = ("iters", "samples") if args.train_iters else ("samples", "iters")
     steps = getattr(args, f"lr_wsd_decay_{unit}")
     if steps is None:
-        given = getattr(args, f"lr_wsd_decay_{other}")
-        rather = f" instead of --lr-wsd-decay-{other} {given}" if given is not None else ""
-        raise UserError(f"--lr-decay-style WSD needs --lr-wsd-decay-{unit}{rather}: give it")
+        value = getattr(args, f"lr_wsd_decay_{other}")
+        instead = f" instead of --lr-wsd-decay-{other} {value}" if value is not None else ""
+        raise UserError(f"--lr-decay-style WSD needs --lr-wsd-decay-{unit}{instead}: add it")
     total = f"lr_decay_{unit}" if getattr(args, f"lr_decay_{unit}") else f"train_{unit}"
     if steps > (getattr(args, total) or 0):
         raise UserError(
@@ -195,8 +195,8 @@ def _check_batch_schedule(args: Namespace, ranks: int) -> None:
     flag = f"--step-batch-size-schedule {schedule!r}"
     if args.global_batch_size is not None:
         raise UserError(
-            f"--global-batch-size {args.global_batch_size} and {flag} both say how large a batch "
-            "is: give one of them"
+            f"--global-batch-size {args.global_batch_size} and {flag} both set the batch "
+            "size: use one of them"
         )
     if args.decrease_batch_size_if_needed:
         raise UserError(f"{flag} is incompatible with --decrease-batch-size-if-needed")

@@ -51,7 +51,7 @@ def parsed(*flags: str) -> Namespace:
         (["--min-lr", "-1"], "--min-lr -1 must not be negative"),
         (["--min-lr", "1"], "--min-lr 1 must not be above --lr 0.001"),
         (["--lr-warmup-init", "1"], "--lr-warmup-init 1 must not be above --lr"),
-        (["--lr-decay-style", "WSD"], "needs --lr-wsd-decay-iters: give it"),
+        (["--lr-decay-style", "WSD"], "needs --lr-wsd-decay-iters: add it"),
         (
             ["--lr-decay-style", "WSD", "--lr-wsd-decay-iters", "9"],
             "--lr-wsd-decay-iters 9 must not be above --train-iters 8",
@@ -66,7 +66,7 @@ def parsed(*flags: str) -> Namespace:
         (["--rampup-batch-size", "2", "2", "8"], "use --step-batch-size-schedule"),
         (
             ["--global-batch-size", "4", "--step-batch-size-schedule", "0:2"],
-            "both say how large a batch is",
+            "both set the batch size",
         ),
         (["--step-batch-size-schedule", "0:3"], "the batch of 3 samples is not divisible by"),
         (["--step-batch-size-schedule", "0:4 640:2"], "batches must not shrink"),
@@ -97,7 +97,7 @@ def test_values_that_turn_something_off_are_accepted() -> None:
 def test_a_missing_learning_rate_is_named() -> None:
     args = parsed()
     args.lr = None
-    with pytest.raises(UserError, match="no learning rate: give --lr"):
+    with pytest.raises(UserError, match="the learning rate is missing: add --lr"):
         check_ranges(args, ranks=1)
 
 

@@ -1,12 +1,12 @@
-"""Check a run before hours are spent on it: flags, memory, data, folders, packages, nodes, network.
+"""Check a run before it starts: flags, memory, data, folders, packages, nodes and network.
 
     python -m tools.preflight --ranks 64 --device-memory 80 --recipe FILE.yaml [flags]
     torchrun --nproc-per-node 8 -m tools.preflight --recipe FILE.yaml [flags]
 
-The flags are those of pretrain_et.py. Alone it checks what one process can see; under torchrun,
-where and as the run will be started, also that the ranks are alike, their clocks and speed, and
-collectives over every group of the layout. It trains nothing and leaves nothing behind. Exit code 0
-when nothing failed, 2 otherwise.
+The flags are those of pretrain_et.py. A single process checks what does not need other ranks.
+Under torchrun, started like the run itself, the command also compares the ranks, their clocks and
+speed, and tests collectives over every group of the layout. It trains nothing and leaves no files.
+The exit status is 0 if no check failed, and 2 otherwise.
 """
 
 import argparse
@@ -32,15 +32,18 @@ _HASHING = 20 * 60  # seconds for reading a checkpoint whole
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the checks and return the exit status."""
     options, flags = _parser().parse_known_args(argv)
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     if any(word.startswith("--dry-run") for word in flags):
-        raise UserError("--dry-run is part of what is checked: leave it out")
+        raise UserError("--dry-run is one of the checks: leave it out")
     for name in ("ranks", "stall_timeout", "megabytes"):
         if getattr(options, name) is not None and getattr(options, name) <= 0:
             raise UserError(f"--{name.replace('_', '-')} must be above 0")
     if size > 1 and options.ranks not in (None, size):
-        raise UserError(f"--ranks {options.ranks} differs from the {size} that were started")
+        raise UserError(
+            f"--ranks {options.ranks} differs from the {size} ranks that were started: leave it out"
+        )
     options.ranks = options.ranks or size
     dry_run = DryRun(flags, options.ranks) if rank == 0 else None  # before Megatron and CUDA
     try:
@@ -65,7 +68,7 @@ def _check_all(
     size: int,
     dry_run: DryRun | None,
 ) -> None:
-    """Every check that those before it allow."""
+    """Run every check that does not depend on a failed one."""
     from megatron_ext.planning.preflight import run_checks as run
     from megatron_ext.training.launch import Launch
 
@@ -76,8 +79,8 @@ def _check_all(
 
     if size > 1 and not runner.check("ranks", meet):
         return
-    for package, found in check_versions(has_gpu=not is_cpu_device()):
-        runner.report.add(package, found)
+    for package, result in check_versions(has_gpu=not is_cpu_device()):
+        runner.report.add(package, result)
     parsed: list[Any] = []
 
     def configure() -> CheckResult:
@@ -111,7 +114,7 @@ def _check_all(
 
 
 def _facts(runner: "Runner", dry_run: DryRun | None) -> dict[str, Any] | None:
-    """What rank 0's dry run found, on every rank; None where it failed."""
+    """Return the results of rank 0's dry run on every rank, None if it failed."""
     facts: list[Any] = [None]
 
     def share() -> CheckResult:
@@ -120,7 +123,7 @@ def _facts(runner: "Runner", dry_run: DryRun | None) -> dict[str, Any] | None:
             facts[0] = dry_run and dry_run.facts(1.5 * runner.patience)
         except UserError as error:
             problem = str(error)
-        if problem := runner.launch.first_problem("facts found", problem):
+        if problem := runner.launch.first_problem("dry run", problem):
             raise UserError(problem)
         facts[0] = runner.launch.share("facts", facts[0])
         return CheckResult(f"{facts[0]['parameters']['total']:,} parameters")
@@ -129,7 +132,7 @@ def _facts(runner: "Runner", dry_run: DryRun | None) -> dict[str, Any] | None:
 
 
 def _check_nodes(runner: "Runner", options: Namespace, args: Namespace) -> None:
-    """Clocks, speeds, and collectives over every group of the layout."""
+    """Check clocks, speeds, and collectives over every group of the layout."""
     from megatron_ext.planning.preflight import group_checks as groups
     from megatron_ext.planning.preflight import rank_checks as ranks
 
@@ -141,7 +144,7 @@ def _check_nodes(runner: "Runner", options: Namespace, args: Namespace) -> None:
     size = round(options.megabytes * 1e6)
     for kind, group in groups.kinds():
         if not runner.check(kind, partial(groups.measure, launch, kind, group, size)):
-            return  # ranks may still stand in a collective
+            return  # ranks may still wait in a collective
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -152,20 +155,52 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--ranks", type=int, metavar="N", help="of the run, where this is started alone")
-    add("--device-memory", type=float, metavar="GIB", help="of a device, where it is not this one")
-    add("--keep-checkpoints", type=int, default=2, metavar="K", help="that must fit (2)")
-    add("--megabytes", type=float, default=16, help="of each collective (16)")
-    add("--slow-rank", type=float, default=1.5, metavar="X", help="times the median (1.5)")
-    add("--clock-tolerance", type=float, default=1.0, metavar="SECONDS", help="between nodes (1)")
+    add(
+        "--ranks",
+        type=int,
+        metavar="N",
+        help="Number of ranks of the run. Default: WORLD_SIZE, or 1.",
+    )
+    add(
+        "--device-memory",
+        type=float,
+        metavar="GIB",
+        help="Memory of one device in GiB. Default: that of this machine's GPU.",
+    )
+    add(
+        "--keep-checkpoints",
+        type=int,
+        default=2,
+        metavar="K",
+        help="Number of checkpoints that must fit on disk. Default: 2.",
+    )
+    add("--megabytes", type=float, default=16, help="Size of each collective in MB. Default: 16.")
+    add(
+        "--slow-rank",
+        type=float,
+        default=1.5,
+        metavar="X",
+        help="Report a rank whose work takes this many times the median. Default: 1.5.",
+    )
+    add(
+        "--clock-tolerance",
+        type=float,
+        default=1.0,
+        metavar="SECONDS",
+        help="Largest difference between the clocks of nodes in seconds. Default: 1.",
+    )
     add(
         "--stall-timeout",
         type=float,
         default=60,
         metavar="SECONDS",
-        help="to wait for another rank (60)",
+        help="Wait this many seconds for another rank. Default: 60.",
     )
-    add("--json", metavar="FILE", help="write the table there too, with figures")
+    add(
+        "--json",
+        metavar="FILE",
+        help="File for the table with figures, as JSON. Default: print only.",
+    )
     return parser
 
 

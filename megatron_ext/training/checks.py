@@ -1,4 +1,4 @@
-"""What can be known to be wrong with a run before its first collective, and its record."""
+"""Checks of a run before its first collective, and the record of the run."""
 
 import importlib.metadata
 import json
@@ -47,7 +47,7 @@ def check_run(args: Namespace, config: ETConfig, launch: Launch) -> Start:
     """Check flags, data, pools and the checkpoint to resume from, and claim the run directory.
 
     Raises:
-        UserError: what is wrong, naming the flag or file and the fix, on every rank.
+        UserError: A check failed; the message names the flag or file and the fix, on every rank.
     """
     args.tokenizer_sha256 = tokenizer_digest(args)  # saved in checkpoints with the rest
     check_same_settings(args, launch)
@@ -74,10 +74,10 @@ def check_run(args: Namespace, config: ETConfig, launch: Launch) -> Start:
 
 
 def check_progress(checkpoint: Path | None, args: Namespace, launch: Launch) -> RunProgress:
-    """Return how far a checkpoint is trained, if the data suffice for the rest.
+    """Return the progress of a checkpoint after checking that the data suffice for the rest.
 
     Raises:
-        UserError: naming the data that would run out, on every rank.
+        UserError: The data would run out; the message names them, on every rank.
     """
     progress = RunProgress.share(checkpoint, args, launch)
     launch.agree(
@@ -90,17 +90,17 @@ def check_same_settings(args: Namespace, launch: Launch) -> None:
     """Compare flags and versions of all ranks.
 
     Raises:
-        UserError: naming a rank that differs from rank 0, on every rank.
+        UserError: A rank differs from rank 0; the message names it, on every rank.
     """
     settings = launch.share("settings", _settings(args))
     launch.agree("flags", lambda: _check_same_settings(settings, args))
 
 
 def check_checkpoint(args: Namespace, config: ETConfig, launch: Launch) -> Path | None:
-    """The checkpoint that training resumes from, if any: whole, and of these flags' model.
+    """Return the checkpoint to resume from, intact and of the same model, or None.
 
     Raises:
-        UserError: naming the damaged file or the flag that differs, on every rank.
+        UserError: A file is damaged or a flag differs; the message names it, on every rank.
     """
     checkpoint = choose_checkpoint(args, launch) if args.load is not None else None
 
@@ -115,7 +115,7 @@ def check_checkpoint(args: Namespace, config: ETConfig, launch: Launch) -> Path 
 
 
 def _settings(args: Namespace) -> dict[str, Any]:
-    """Everything that all ranks must have the same."""
+    """Return everything that must be equal on all ranks."""
     settings = {
         name: plain(value)
         for name, value in sorted(vars(args).items())
@@ -135,10 +135,10 @@ def _check_same_settings(rank_0: dict[str, Any], args: Namespace) -> None:
 
 
 def check_inputs(args: Namespace, config: ETConfig) -> None:
-    """Data, once on each node, for it is read there; and pools.
+    """Check the data, once on each node, and the routing pools.
 
     Raises:
-        UserError: naming the file or flag and the fix.
+        UserError: A check failed; the message names the file or flag and the fix.
     """
     if args.mock_data:
         check_mock_split(args)
@@ -151,12 +151,12 @@ def check_inputs(args: Namespace, config: ETConfig) -> None:
 
 
 def _check_pretrained(args: Namespace) -> None:
-    """Compare the flags with the weights that training begins from when --load has none."""
+    """Compare the flags with the pretrained weights, which count if --load has no checkpoint."""
     if args.load is not None and Path(args.load, TRACKER).is_file():
         return
     if not Path(args.pretrained_checkpoint, TRACKER).is_file():  # Megatron looks nowhere else
         raise UserError(
-            f"--pretrained-checkpoint {args.pretrained_checkpoint} has no {TRACKER}: give a "
+            f"--pretrained-checkpoint {args.pretrained_checkpoint} has no {TRACKER}: use a "
             "folder of checkpoints, such as RUN_DIR/checkpoints"
         )
     checkpoint = find_checkpoint(args.pretrained_checkpoint)
@@ -166,14 +166,14 @@ def _check_pretrained(args: Namespace) -> None:
 
 
 def _check_data(args: Namespace) -> None:
-    found = blends(args)
-    for prefix in dict.fromkeys(prefix for blend in found for prefix in blend.prefixes):
+    used = blends(args)
+    for prefix in dict.fromkeys(prefix for blend in used for prefix in blend.prefixes):
         _check_dataset(prefix, args)
-    check_documents(found, args)
+    check_documents(used, args)
 
 
 def _check_dataset(prefix: str, args: Namespace) -> None:
-    """Existence, wholeness, length and tokenizer of one indexed dataset."""
+    """Check existence, completeness, length and tokenizer of one indexed dataset."""
     files = {suffix: Path(f"{prefix}.{suffix}") for suffix in ("idx", "bin")}
     for file in files.values():
         if not file.is_file():
@@ -190,13 +190,13 @@ def _check_dataset(prefix: str, args: Namespace) -> None:
     expected = tokens * np.dtype(dataset.index.dtype).itemsize
     if files["bin"].stat().st_size != expected:
         raise UserError(
-            f"dataset file {files['bin']} has {files['bin'].stat().st_size:,} bytes where its "
+            f"dataset file {files['bin']} has {files['bin'].stat().st_size:,} bytes, but its "
             f"index says {expected:,}: it is truncated, make it again with preprocess_data"
         )
     if tokens <= args.seq_length:
         raise UserError(
-            f"dataset {prefix} holds {tokens:,} tokens, fewer than a sample of --seq-length "
-            f"{args.seq_length} needs"
+            f"dataset {prefix} has {tokens:,} tokens, fewer than a sample of --seq-length "
+            f"{args.seq_length} needs: add text or lower --seq-length"
         )
     check_dataset_tokenizer(prefix, args, f"--tokenizer-model {args.tokenizer_model}")
 
@@ -208,7 +208,7 @@ class _Dataset(IndexedDataset):
 
 
 def check_pools(args: Namespace, config: ETConfig) -> None:
-    """An expert whose share of a pool is less than one token would never get any."""
+    """Refuse pools in which the share of an expert is less than one token."""
     rate = config.routing_rate
     per_rank = args.micro_batch_size * args.seq_length // args.context_parallel_size
     pool = per_rank * args.data_parallel_size * args.context_parallel_size
@@ -226,7 +226,7 @@ def check_pools(args: Namespace, config: ETConfig) -> None:
         if needed > config.kept_logits_bytes:
             raise UserError(
                 f"--et-cutoff-pool step keeps the router logits of a whole step, and "
-                f"--et-kept-logits-mb {config.et_kept_logits_mb:g} holds only "
+                f"--et-kept-logits-mb {config.et_kept_logits_mb:g} has room for only "
                 f"{config.kept_logits_bytes / needed:.0%} of them: raise it, or use "
                 "--et-cutoff-pool microbatch"
             )
@@ -241,7 +241,7 @@ def check_pools(args: Namespace, config: ETConfig) -> None:
         )
 
 
-# What Megatron's learning rate schedule insists on, unless one of the flags says which one counts.
+# Settings that the learning rate schedule of a resumed run must share with the checkpoint.
 _SAME_SCHEDULE = (
     "train_iters",
     "global_batch_size",
@@ -268,7 +268,7 @@ _SAME_SCHEDULE = (
 )
 
 
-# What else of the optimizer counts by the flags.
+# Other settings of the optimizer that a resumed run must share with the checkpoint.
 _SAME_OPTIMIZER = (
     "adam_beta1",
     "adam_beta2",
@@ -302,7 +302,7 @@ def _check_checkpoint(checkpoint: Path, args: Namespace, config: ETConfig) -> No
             if here != there and hasattr(saved, name):  # older checkpoints know fewer flags
                 raise UserError(
                     f"{checkpoint} was trained with {name} = {there}, but the flags say {here}: "
-                    "give --override-opt-param-scheduler to go on by the flags, or "
+                    "use --override-opt-param-scheduler to resume with the flags, or "
                     "--use-checkpoint-opt-param-scheduler to keep the checkpoint's schedule"
                 )
     if not (weights_only or args.override_opt_param_scheduler or args.skip_train):
@@ -312,16 +312,16 @@ def _check_checkpoint(checkpoint: Path, args: Namespace, config: ETConfig) -> No
             if here != there:
                 raise UserError(
                     f"{checkpoint} was trained with {name} = {there}, but the flags say {here}: "
-                    "make them equal, or give --override-opt-param-scheduler to train by the flags"
+                    "make them equal, or use --override-opt-param-scheduler to train with the flags"
                 )
     check_model_tokenizer(checkpoint, saved, args)
 
 
 def _scheduled(args: Namespace, name: str) -> Any:
-    """Return a setting of the learning rate schedule, with Megatron's default in its place.
+    """Return a setting of the learning rate schedule, or Megatron's default for it.
 
     Megatron keeps the steps that it derives from `--train-samples` in the arguments of a run, and
-    so in its checkpoints; they are nothing that the flags say.
+    so in its checkpoints; the flags do not set them.
     """
     samples = getattr(args, "train_samples", None)
     if samples and name in ("train_iters", "lr_decay_iters"):
@@ -332,13 +332,13 @@ def _scheduled(args: Namespace, name: str) -> Any:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that decide what a run computes, where they are installed."""
+    """Return the versions of Python and of the packages that decide what a run computes."""
     packages = ("torch", "megatron-core", "transformer-engine", "numpy")
-    found = {name: version for name in packages if (version := _version(name))}
+    installed = {name: version for name in packages if (version := _version(name))}
     if not is_cpu_device():
         nccl = ".".join(map(str, torch.cuda.nccl.version()))
-        found |= {"cuda": str(torch.version.cuda), "nccl": nccl}
-    return {"python": platform.python_version(), **found}
+        installed |= {"cuda": str(torch.version.cuda), "nccl": nccl}
+    return {"python": platform.python_version(), **installed}
 
 
 def _version(package: str) -> str | None:
@@ -349,6 +349,7 @@ def _version(package: str) -> str | None:
 
 
 def commit() -> str | None:
+    """Return the commit of this project, None without a repository."""
     here = Path(__file__).parent
     command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"]
     try:

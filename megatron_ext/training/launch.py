@@ -1,8 +1,8 @@
-"""What the ranks of a launch tell each other through its store, before and beside collectives.
+"""Communication of the ranks of a launch through its store, without collectives.
 
 The store is the one that torchrun, or rank 0, serves at MASTER_ADDR:MASTER_PORT. It works before
 there is a process group and while collectives hang, so a rank that is late, was started with other
-flags or found something wrong is named to all.
+flags or failed a check is named on all ranks.
 """
 
 import json
@@ -28,7 +28,7 @@ class Launch:
     """
 
     def __init__(self, store: dist.Store | None, rank: int, size: int, timeout: float) -> None:
-        """See :meth:`join`."""
+        """Create a launch of known ranks; use :meth:`join` to connect to one."""
         self.store, self.rank, self.size, self.timeout = store, rank, size, timeout
 
     @classmethod
@@ -58,13 +58,13 @@ class Launch:
             address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise UserError(
                 f"rank {rank} cannot reach the launch's store at {address} within {timeout:g} s: "
-                "see that rank 0 was started and that the address is right"
+                "check that rank 0 was started and that the address is right"
             ) from error
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         return cls(dist.PrefixStore(f"launch/{attempt}", store), rank, size, timeout)
 
     def agree(self, topic: str, check: Callable[[], None]) -> None:
-        """Go on only when `check` raises no UserError on any rank.
+        """Continue only if `check` raises no UserError on any rank.
 
         Args:
             topic: a name that every rank uses once, in the same order.
@@ -83,7 +83,7 @@ class Launch:
             raise UserError(problem)
 
     def first_problem(self, topic: str, problem: str | None) -> str | None:
-        """The problem of the first rank that has one, on every rank; see :meth:`agree`."""
+        """Return the problem of the first rank that has one, on every rank; see :meth:`agree`."""
         if self.store is None:
             return problem
         if self.rank == 0:
@@ -94,7 +94,7 @@ class Launch:
         return self.wait(f"{topic}/verdict") or None
 
     def share(self, topic: str, value: Any) -> Any:
-        """Rank 0's `value`, which must be plain data, on every rank."""
+        """Return rank 0's `value`, which must be plain data, on every rank."""
         if self.store is None:
             return value
         if self.rank == 0:
@@ -102,7 +102,7 @@ class Launch:
         return json.loads(self.wait(topic))
 
     def gather(self, topic: str, value: Any) -> list[Any]:
-        """Every rank's `value`, which must be plain data, in rank order, on every rank.
+        """Return every rank's `value`, which must be plain data, in rank order, on every rank.
 
         Raises:
             UserError: naming the ranks that do not give theirs in time.
@@ -127,7 +127,7 @@ class Launch:
             self.store.set(f"left/{self.rank}", "")
 
     def _collect(self, topic: str, problem: str | None) -> str | None:
-        """Rank 0's verdict on what the ranks say; it stops waiting for the rest at a problem."""
+        """Return the first problem that a rank reports, without waiting for the other ranks."""
         assert self.store is not None
         deadline = time.monotonic() + self.timeout
         waiting = set(range(1, self.size))
@@ -141,13 +141,13 @@ class Launch:
         if waiting and not problem:
             late = ", ".join(map(str, sorted(waiting)[:8])) + (", ..." if len(waiting) > 8 else "")
             problem = (
-                f"of {self.size} ranks these did not get ready within {self.timeout:g} s "
-                f"({topic}): {late}; see what holds them up, or raise --stall-timeout"
+                f"of {self.size} ranks these were not ready within {self.timeout:g} s "
+                f"({topic}): {late}; check what blocks them, or raise --stall-timeout"
             )
         return problem
 
     def wait(self, key: str) -> str:
-        """What some rank sets in the store, once it is there.
+        """Wait for a value that some rank sets in the store, and return it.
 
         Raises:
             UserError: it is not there in time.
@@ -158,7 +158,7 @@ class Launch:
             self.store.wait([key], timedelta(seconds=2 * self.timeout))
         except dist.DistError as error:
             raise UserError(
-                f"rank {self.rank} has heard nothing from rank 0 for {2 * self.timeout:g} s: see "
-                "what holds it up, or raise --stall-timeout"
+                f"rank {self.rank} received nothing from rank 0 for {2 * self.timeout:g} s: check "
+                "what blocks it, or raise --stall-timeout"
             ) from error
         return self.store.get(key).decode()

@@ -25,7 +25,7 @@ from megatron_ext.training.step import RoutingStep
 
 
 class MetricLog:
-    """Writes the rows of a run on the last rank, where Megatron's own writers are.
+    """Writer of the metrics of a run, on the last rank, like Megatron's own writers.
 
     Args:
         path: of `metrics.jsonl`, or None to write none. Rows of steps after the one that training
@@ -250,17 +250,17 @@ def known_peak(device: str) -> float | None:
     return None if peak is None else peak * 1e12
 
 
-def keep_rows(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
-    """Keep the rows of `path` that are wanted; a torn last line goes too."""
+def keep_rows(path: Path, condition: Callable[[dict[str, Any]], bool]) -> None:
+    """Remove the rows of `path` that fail a condition, and an incomplete last line."""
     if not path.exists():
         return
-    kept = []
+    rows = []
     for line in path.read_text().splitlines():
         try:
-            if wanted(json.loads(line)):
-                kept.append(line)
+            if condition(json.loads(line)):
+                rows.append(line)
         except (ValueError, KeyError, TypeError):
             continue
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(line + "\n" for line in kept))
+    temporary.write_text("".join(line + "\n" for line in rows))
     temporary.replace(path)

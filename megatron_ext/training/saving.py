@@ -1,4 +1,4 @@
-"""Checkpoints of a run that are whole or not at all: chosen, written and, if that fails, removed.
+"""Choice of the checkpoint to resume from, and saving that leaves no incomplete checkpoint.
 
 Megatron's `--verify-integrity` hashes and checks every file on rank 0. Here the ranks share that
 work, the check comes before anything is set up, and an older checkpoint can stand in.
@@ -31,7 +31,7 @@ from megatron_ext.training.launch import Launch
 
 
 def choose_checkpoint(args: Namespace, launch: Launch) -> Path | None:
-    """The checkpoint under `--load` that training resumes from, or None to start anew.
+    """Return the checkpoint under `--load` that training resumes from, or None to start anew.
 
     It is the newest, or that of `--ckpt-step`, and every file of it is as it was saved. With
     `--allow-older-checkpoint` the newest one that is whole; then `args.ckpt_step` names it.
@@ -51,7 +51,7 @@ def choose_checkpoint(args: Namespace, launch: Launch) -> Path | None:
     message = f"{folder / newest} is damaged: {problem}"
     if not args.allow_older_checkpoint:
         raise UserError(
-            f"{message}; give --allow-older-checkpoint to resume from the newest one that is whole"
+            f"{message}; use --allow-older-checkpoint to resume from the newest intact one"
         )
     for name in older:
         if not launch.first_problem(name, damage(folder / name, launch.rank, launch.size)):
@@ -59,7 +59,9 @@ def choose_checkpoint(args: Namespace, launch: Launch) -> Path | None:
                 print(f"{message}; resuming from {folder / name}", flush=True)
             args.ckpt_step = int(name.removeprefix("iter_"))
             return folder / name
-    raise UserError(f"{message}, and no older checkpoint beside it is whole: use another folder")
+    raise UserError(
+        f"{message}, and no older checkpoint in that folder is intact: use another folder"
+    )
 
 
 def _candidates(folder: Path, step: int | None) -> list[str]:
@@ -80,7 +82,7 @@ def _tracked(tracker: Path) -> str | None:
 
 
 def repair_tracker(folder: Path) -> None:
-    """Name the newest complete checkpoint where a run was killed before or while doing so.
+    """Write the name of the newest complete checkpoint if a run was killed before it did.
 
     Raises:
         UserError: the tracker is damaged and there is no complete checkpoint.
@@ -92,11 +94,13 @@ def repair_tracker(folder: Path) -> None:
     if complete:
         write_atomically(tracker, str(int(complete[0].removeprefix("iter_"))))
     elif tracker.is_file():
-        raise UserError(f"{tracker} is damaged and no checkpoint beside it is whole: remove it")
+        raise UserError(
+            f"{tracker} is damaged and no checkpoint in that folder is intact: remove it"
+        )
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file that is there with all of `text` or not at all.
+    """Write a file so that it never exists with only a part of `text`.
 
     Raises:
         UserError: it cannot be written.
@@ -145,8 +149,8 @@ def _write_digests(folder: Path) -> None:
     """
     rank, size = dist.get_rank(), dist.get_world_size()
     known: dict[str, str] = {}
-    for share in _gather(_take_digests(folder, rank)):
-        known |= share
+    for digests in _gather(_take_digests(folder, rank)):
+        known |= digests
     # From rank 0: a network file system may show the others a later list.
     names: list[list[str]] = [[]]
     if rank == 0:
@@ -154,10 +158,10 @@ def _write_digests(folder: Path) -> None:
         names = [sorted(files - known.keys())]
     dist.broadcast_object_list(names, src=0)
     try:
-        mine: Any = {name: file_digest(folder / name) for name in names[0][rank::size]}
+        share: Any = {name: file_digest(folder / name) for name in names[0][rank::size]}
     except OSError as error:
-        mine = f"{error.filename} cannot be read: {error.strerror}"
-    shares = _gather(mine)
+        share = f"{error.filename} cannot be read: {error.strerror}"
+    shares = _gather(share)
     problem = [next((share for share in shares if isinstance(share, str)), None)]
     if rank == 0 and problem[0] is None:
         digests = {name: digest for share in (known, *shares) for name, digest in share.items()}
@@ -190,7 +194,7 @@ def _gather(value: Any) -> list[Any]:
 
 
 def explain_failure(save_checkpoint: Callable[..., None], args: Namespace) -> Callable[..., None]:
-    """Megatron's `save_checkpoint`, which leaves nothing half written and says why it failed."""
+    """Wrap Megatron's `save_checkpoint` to remove an incomplete checkpoint and name the cause."""
 
     @wraps(save_checkpoint)
     def explained(iteration: int, *rest: Any, **kwargs: Any) -> None:
@@ -204,8 +208,8 @@ def explain_failure(save_checkpoint: Callable[..., None], args: Namespace) -> Ca
             reason = (str(error).strip() or repr(error)).splitlines()[-1]
             raise UserError(
                 f"checkpoint {folder} could not be saved, with {free:,.1f} MB free in "
-                f"{args.save}: {reason}; earlier ones are whole, and the same command resumes from "
-                "the newest"
+                f"{args.save}: {reason}; earlier ones are intact, and the same command resumes "
+                "from the newest"
             ) from error
 
     return explained

@@ -1,8 +1,9 @@
-"""A run in which no rank gets on is ended, and the rank that holds it up is named.
+"""Detection of a stalled run: it is ended, and the rank that blocks it is named.
 
-Collectives that hang end in a timeout that tells who waited, not for whom. Here each rank watches
-itself. The first that has not got on for too long calls all others through the launch's store;
-each answers where it stands, and who stands in no collective, or does not answer, is the one.
+A hanging collective ends in a timeout that names the ranks that waited, not the missing one. Here
+each rank watches itself. The first without progress for too long calls all others through the
+launch's store. Each answers with its position in the program; a rank that stands in no collective,
+or does not answer, blocks the run.
 """
 
 import json
@@ -25,12 +26,12 @@ _LIBRARIES = ("site-packages/", "lib/python", "megatron_ext/devices/")
 
 
 class Watchdog:
-    """Watches this rank's steps.
+    """Observer of the steps of this rank.
 
     Args:
         launch: the ranks of the run.
         timeout: seconds without progress after which the run is ended.
-        step: tells the number of the step that runs.
+        step: Returns the number of the current step.
     """
 
     def __init__(self, launch: Launch, timeout: float, step: Callable[[], int]) -> None:
@@ -44,7 +45,7 @@ class Watchdog:
             threading.Thread(target=target, name="watchdog", daemon=True).start()
 
     def watch(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, watched while it runs."""
+        """Return a function that is watched while it runs."""
 
         @wraps(function)
         def watched(*args: Any, **kwargs: Any) -> Any:
@@ -57,7 +58,7 @@ class Watchdog:
         return watched
 
     def progress(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, every call of which shows that this rank gets on."""
+        """Return a function whose calls count as progress of this rank."""
 
         @wraps(function)
         def noted(*args: Any, **kwargs: Any) -> Any:
@@ -68,7 +69,7 @@ class Watchdog:
         return noted
 
     def _stalled_for(self) -> float:
-        """Seconds beyond the timeout since this rank got on, or a negative number."""
+        """Return the seconds beyond the timeout since the last progress, negative before it."""
         last = self._last
         return -1.0 if last is None else time.monotonic() - last - self.timeout
 
@@ -84,14 +85,14 @@ class Watchdog:
     def _listen(self) -> None:
         """Call the other ranks when this one has stalled, and answer their call."""
         assert self._store is not None
-        with suppress(RuntimeError):  # the store has gone: the other thread tells
+        with suppress(RuntimeError):  # without a store the other thread reports
             while self._stalled_for() < 0 and not self._store.check(["stall"]):
                 time.sleep(self._pause)
             self._answer()
             os._exit(1)
 
     def _answer(self) -> None:
-        """Say where this rank stands; one rank then tells what all said."""
+        """Report where this rank stands; one rank then prints the reports of all."""
         assert self._store is not None
         place, waits = self._place()
         answer = {"place": place, "waits": waits, "node": platform.node()}
@@ -100,10 +101,10 @@ class Watchdog:
         if self._store.add("stall/teller", 1) == 1:
             time.sleep(3 * self._pause)
             self._tell()
-            self._store.set("stall/told", "")
+            self._store.set("stall/reported", "")
         else:
             deadline = time.monotonic() + 6 * self._pause
-            while time.monotonic() < deadline and not self._store.check(["stall/told"]):
+            while time.monotonic() < deadline and not self._store.check(["stall/reported"]):
                 time.sleep(0.1)
 
     def _tell(self) -> None:

@@ -115,7 +115,7 @@ def test_ranks_started_unlike_or_not_at_all_are_named_before_training(tmp_path: 
 
     ended = run_ranks(start, 2, [*flags, "--stall-timeout", "4"], {}, {1: 12})
     assert [code for code, _ in ended] == [2, 2]
-    assert "these did not get ready within 4 s" in "".join(stderr for _, stderr in ended)
+    assert "these were not ready within 4 s" in "".join(stderr for _, stderr in ended)
     assert not (tmp_path / "run/metrics.jsonl").exists()
 
     in_time = ["--stall-timeout", "60", "--train-iters", "2"]
@@ -201,7 +201,7 @@ def test_without_a_whole_checkpoint_there_is_nothing_to_resume(
     assert [code for code, _ in ended] == [2, 2]
     told = "".join(stderr for _, stderr in ended)  # either rank may be the one that tells
     assert "its saving did not come to an end" in told
-    assert "no older checkpoint beside it is whole" in told
+    assert "no older checkpoint in that folder is intact" in told
 
 
 def test_a_torn_tracker_is_mended(

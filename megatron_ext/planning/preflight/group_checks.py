@@ -52,7 +52,7 @@ def seconds_of(operation: str, group: Any, size: int) -> float:
     except RuntimeError as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise UserError(
-            f"{operation} over ranks {_names(members)} fails ({reason}): see that these nodes "
+            f"{operation} over ranks {_names(members)} fails ({reason}): check that these nodes "
             "reach each other over INTERFACE, and NCCL_DEBUG=INFO"
         ) from error
 
@@ -156,8 +156,8 @@ def meet(args: Any, launch: Launch) -> CheckResult:
     except RuntimeError as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise UserError(
-            f"ranks cannot make their groups ({reason}): see that the nodes reach each other over "
-            "INTERFACE, and NCCL_DEBUG=INFO"
+            f"ranks cannot make their groups ({reason}): check that the nodes reach each other "
+            "over INTERFACE, and NCCL_DEBUG=INFO"
         ) from error
     return CheckResult(f"{args.distributed_backend} connects all {dist.get_world_size()} ranks")
 

@@ -126,7 +126,7 @@ def folder(args: Namespace, launch: Launch) -> CheckResult:
     launch.agree("token", write)
     name = launch.share("token's name", "".join(written))
     try:
-        launch.agree("token is seen", lambda: storage.check_token(name, platform.node()))
+        launch.agree("token is visible", lambda: storage.check_token(name, platform.node()))
     finally:
         if launch.rank == 0:
             os.remove(name)

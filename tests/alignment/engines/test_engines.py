@@ -324,7 +324,7 @@ def test_megatron_load_repairs_the_tracker_or_raises_on_all_ranks(tmp_path):
     mended, name, damaged, nothing = first
     assert mended == 1
     assert damaged.endswith(f"is incomplete or damaged: its file {name} is not as it was saved")
-    assert f"{place / TRACKER} is damaged and no checkpoint beside it is whole" in nothing
+    assert f"{place / TRACKER} is damaged and no checkpoint in that folder is intact" in nothing
 
 
 def dtypes_on_a_gpu(folder):
