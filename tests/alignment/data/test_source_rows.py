@@ -99,7 +99,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"read by its suffix: \.jsonl"):
         list(read_rows(tmp_path / "rows.csv"))
     (tmp_path / "rows.parquet").write_bytes(b"PAR1")
-    with pytest.raises(UserError, match="no readable Parquet file"):
+    with pytest.raises(UserError, match="is not a readable Parquet file"):
         list(read_rows(tmp_path / "rows.parquet"))
     with pytest.raises(UserError, match=r"written by its suffix"):
         RecordWriter(tmp_path / "rows.csv")
