@@ -231,8 +231,8 @@ def main() -> None:
 
 def print_table(rows: Sequence[dict[str, Any]], load: float) -> None:
     print(f"load average {load:.1f} on {os.cpu_count()} cores")
-    heads = ("kind", "by", "engine", "ranks", "rollout", "judging", "training", "step", "cpu")
-    heads += ("ratio", "cpu ratio")
+    heads = ["kind", "by", "engine", "ranks", "rollout", "judging", "training", "step", "cpu"]
+    heads += ["ratio", "cpu ratio"]
     print("".join(f"{head:>10}" for head in heads))
     for row in rows:
         cells = [row["kind"], row["by"], row["engine"], str(row["ranks"])]

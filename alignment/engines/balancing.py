@@ -53,7 +53,7 @@ def plan_moves(sizes: Sequence[Sequence[int]]) -> list[tuple[int, int, int]]:
     """
     totals = [sum(rank) for rank in sizes]
     left = [dict(enumerate(rank)) for rank in sizes]
-    moves = []
+    moves: list[tuple[int, int, int]] = []
     while True:
         source = max(range(len(totals)), key=totals.__getitem__)
         target = min(range(len(totals)), key=totals.__getitem__)

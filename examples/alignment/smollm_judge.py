@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _claim(run: Path, options: SmolLMJudgeConfig) -> None:
     """Let a run have one set of settings: what is there was made with them."""
     file = run / "settings.json"
-    source = Path(options.archive or options.pairs)
+    source = Path(options.archive or options.pairs or "")
     with source.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     free = ("archive", "pairs", "run_dir")
@@ -130,9 +130,8 @@ def _split(run: Path, options: SmolLMJudgeConfig) -> None:
     """Pairs, split by question; near-duplicates of test questions are not trained on."""
     if (run / "splits").is_dir():
         return
-    pairs = options.pairs
-    if pairs is None:
-        pairs = run / "pairs.jsonl"
+    pairs = Path(options.pairs or run / "pairs.jsonl")
+    if options.pairs is None:
         _align(
             "data", "import", "--package", "truthfulqa", "--archive", options.archive,
             "--output", pairs, "--overwrite",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ext.data.preprocessing import output
+from megatron_ext.data.preprocessing import dataset_output
 from megatron_ext.data.preprocessing.dataset_output import DatasetOutput
 from tests.tools.preprocessed import (
     command,
@@ -73,18 +73,18 @@ def test_run_interrupted_between_renames_resumes(model, tmp_path, monkeypatch):
     source = write_jsonl(tmp_path / "text.jsonl", make_texts(200))
     arguments = command(model, [source], tmp_path / "out", "--valid-fraction", 0.2)
     preprocess_data.main(command(model, [source], tmp_path / "whole", "--valid-fraction", 0.2))
-    publish = output.publish
+    publish = dataset_output.publish
 
     def cut(temporary, final):
         publish(temporary, final)
         if final.suffix == ".bin" and "text_document" in final.name:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(output, "publish", cut)
+    monkeypatch.setattr(dataset_output, "publish", cut)
     with pytest.raises(KeyboardInterrupt):
         preprocess_data.main(arguments)
     assert not list(tmp_path.glob("out*.idx"))
-    monkeypatch.setattr(output, "publish", publish)
+    monkeypatch.setattr(dataset_output, "publish", publish)
     preprocess_data.main(arguments)
     assert output_bytes(tmp_path / "out") == output_bytes(tmp_path / "whole")
 

@@ -57,7 +57,7 @@ def test_gap_is_0_if_a_judge_fails_on_poor_responses(grader):
     assert not grader.alarm.raised(rows)
     alone = grader._row(4, [share([None] * 10, gold)])
     assert alone["grade/gap"] is None and alone["grade/proxy"] is None
-    assert alone["grade/gold"] == pytest.approx(4.4)  # which is told all the same
+    assert alone["grade/gold"] == pytest.approx(4.4)  # The score is reported all the same.
 
 
 def test_gold_scores_equal_within_rounding_are_a_tie(grader):
@@ -118,7 +118,7 @@ def test_restore_refuses_damaged_files_of_the_first_evaluation(grader, damage):
 
 
 def test_summary_of_several_judges_has_no_agreement():
-    from alignment.commands.train_policy import _told
+    from alignment.commands.train_policy import _describe_judges
 
     def spec(name) -> Any:
         return SimpleNamespace(
@@ -126,10 +126,14 @@ def test_summary_of_several_judges_has_no_agreement():
         )
 
     judges: list[Any] = [SimpleNamespace(identity=name) for name in "ab"]
-    told = _told([spec("strong"), spec("weak")], judges)
-    assert told is not None and told["name"] == "strong + weak" and told["agreement"] is None
-    assert [each["identity"] for each in told["ensemble"]] == ["a", "b"]
-    alone = _told([spec("strong")], judges[:1])
+    description = _describe_judges([spec("strong"), spec("weak")], judges)
+    assert (
+        description is not None
+        and description["name"] == "strong + weak"
+        and description["agreement"] is None
+    )
+    assert [each["identity"] for each in description["ensemble"]] == ["a", "b"]
+    alone = _describe_judges([spec("strong")], judges[:1])
     assert alone is not None and alone["agreement"] == {"alpha_interval": 0.9}
 
 
@@ -152,6 +156,9 @@ def graded_by_a_gold_that_fails(folder):
 
 
 def test_grader_counts_a_failed_verdict_once_per_question(tmp_path):
-    [told] = run_ranks(graded_by_a_gold_that_fails, 1, tmp_path)
-    assert "--gold failed 10 times on 10 held-out responses" in told and "no connection" in told
+    [description] = run_ranks(graded_by_a_gold_that_fails, 1, tmp_path)
+    assert (
+        "--gold failed 10 times on 10 held-out responses" in description
+        and "no connection" in description
+    )
     assert not (tmp_path / "first.json").exists()
