@@ -44,6 +44,7 @@ setup(
         "huggingface_hub>=1",  # whose errors transformers raises
         "tokenizers>=0.22",
         "safetensors>=0.5,<1",
+        "markupsafe>=2.1",  # of jinja2
         "jinja2>=3.1",  # chat templates of tokenizers
         "pyarrow>=17",
         "zstandard>=0.23",
