@@ -1,0 +1,1 @@
+"""Reports of pretraining runs, as pictures, HTML pages and Markdown."""

@@ -1,4 +1,4 @@
-"""A run's `metrics.jsonl` as arrays over steps."""
+"""Metrics of a run, read from `metrics.jsonl` as arrays over steps."""
 
 import json
 import re
@@ -18,13 +18,14 @@ Row = dict[str, Any]
 
 
 def read_rows(path: Path, advice: str) -> list[Row]:
-    """The objects of a file of JSON lines; a last line that is still being written is left out.
+    """Return the objects of a JSON Lines file, without an incomplete last line.
 
     Args:
-        advice: to a user whose file is not there.
+        path: File to read.
+        advice: Instruction for the user if the file cannot be read; ends the error message.
 
     Raises:
-        UserError: no file, or a damaged one.
+        UserError: The file cannot be read or is damaged.
     """
     try:
         lines = path.read_bytes().split(b"\n")
@@ -35,7 +36,7 @@ def read_rows(path: Path, advice: str) -> list[Row]:
         try:
             if line.strip():
                 rows.append(json.loads(line))
-        except ValueError as error:  # also of a letter that is cut in half
+        except ValueError as error:  # also raised for a character that is cut in half
             if number < len(lines):
                 raise UserError(f"{path}: line {number} is not JSON: {error}") from error
     return [row for row in rows if isinstance(row, dict)]
@@ -43,13 +44,15 @@ def read_rows(path: Path, advice: str) -> list[Row]:
 
 @dataclass(frozen=True)
 class TrainingWork:
-    """What each training row of a run stands for.
+    """Work behind each training row of a run.
 
     Attributes:
-        steps: optimizer steps `[rows]`.
-        tokens: trained on up to and with the step.
-        flops: of the step by Megatron's formula; None where the rows do not tell.
-        device_seconds: of all devices in the step; None where the rows do not tell.
+        steps: Optimizer steps `[rows]`.
+        tokens: Tokens trained on up to and including the step, `[rows]`.
+        flops: FLOPs of the steps since the previous row by Megatron's formula, `[rows]`; None if
+            the rows do not determine them.
+        device_seconds: Time of all devices for these steps in seconds, `[rows]`; None if the rows
+            do not determine it.
     """
 
     steps: Floats
@@ -59,11 +62,12 @@ class TrainingWork:
 
 
 class RunMetrics:
-    """Rows of an unfinished, resumed or finished run.
+    """Metrics of an unfinished, resumed or finished run.
 
     Attributes:
-        training: rows with a training loss, by step; a step written twice counts as it was last.
-        evaluations: validation loss by step.
+        training: Rows with a training loss, ordered by step. The last row of a repeated step
+            counts.
+        evaluations: Validation loss by step, in nats per token.
     """
 
     def __init__(self, rows: list[Row]) -> None:
@@ -74,10 +78,10 @@ class RunMetrics:
 
     @classmethod
     def read(cls, run_dir: Path) -> "RunMetrics":
-        """Read a run directory; a last line that is still being written is left out.
+        """Read the metrics in a run directory, without an incomplete last line.
 
         Raises:
-            UserError: no file, a damaged one, or one without a training step.
+            UserError: The file cannot be read, is damaged, or has no training step.
         """
         path = run_dir / "metrics.jsonl"
         rows = read_rows(path, "give the directory of a run")
@@ -93,20 +97,28 @@ class RunMetrics:
         return sorted({int(name[1]) for name in names if name})
 
     def series(self, name: str, layer: int | None = None) -> tuple[Floats, Floats]:
-        """Steps `[n]` and values, `[n]` or `[n, experts]`, of the rows that have the figure."""
+        """Return the values of a metric in all rows that have it.
+
+        Args:
+            name: Name of the metric, without the prefix of its layer.
+            layer: Number of the MoE layer; None for a metric of the whole model.
+
+        Returns:
+            Steps `[n]`, and values `[n]` or `[n, experts]`.
+        """
         key = name if layer is None else f"moe/layer_{layer:02d}/{name}"
         rows = [row for row in self.training if row.get(key) is not None]
         steps = np.array([row["step"] for row in rows], dtype=float)
         return steps, np.array([row[key] for row in rows], dtype=float)
 
     def over_layers(self, name: str) -> tuple[Floats, Floats]:
-        """Steps `[n]` and values `[layers, n]` of a scalar that every MoE layer has."""
-        found = [dict(zip(*self.series(name, layer))) for layer in self.layers]
-        steps = sorted(set.intersection(*map(set, found))) if found else []
-        return np.array(steps), np.array([[values[step] for step in steps] for values in found])
+        """Return steps `[n]` and values `[layers, n]` of a scalar that every MoE layer has."""
+        by_layer = [dict(zip(*self.series(name, layer))) for layer in self.layers]
+        steps = sorted(set.intersection(*map(set, by_layer))) if by_layer else []
+        return np.array(steps), np.array([[values[step] for step in steps] for values in by_layer])
 
     def recent(self, name: str, layer: int | None = None) -> Any:
-        """Mean over the last tenth of the run, a number or `[experts]`; None if never logged."""
+        """Return the mean over the last tenth of the run, a number or `[experts]`, or None."""
         steps, values = self.series(name, layer)
         if not len(steps):
             return None
@@ -114,7 +126,7 @@ class RunMetrics:
         return values[steps >= first].mean(axis=0)
 
     def recorded(self, name: str) -> str:
-        """Return the values that a figure of the rows had and since which step, empty if none.
+        """Return the values of a metric and the steps at which it changed; empty if never logged.
 
         >>> rows = [{"step": step, "loss": 3.0, "world_size": 2 * step} for step in (1, 2)]
         >>> RunMetrics(rows).recorded("world_size")
@@ -129,14 +141,14 @@ class RunMetrics:
         return ", ".join([str(known[0][1]), *changes]) if known else ""
 
     def work(self, settings: Mapping[str, Any]) -> TrainingWork:
-        """Return tokens, FLOPs and device time of every row, from the row itself.
+        """Return the tokens, FLOPs and device time of every training row.
 
-        Rows of versions that did not record them are completed: their FLOPs per token are those of
-        the rows that have it, or follow from the world size of the settings.
+        Rows of older versions lack some values. Their FLOPs per token are those of the rows that
+        record them, or follow from the world size in the settings.
 
         Args:
-            settings: of run.json; `global_batch_size`, `seq_length` and `world_size` are read for
-                rows that lack them.
+            settings: Settings from run.json. `global_batch_size`, `seq_length` and `world_size`
+                complete rows that lack them.
         """
         steps, tokens = self._steps_and_tokens(settings)
         gained = np.diff(tokens, prepend=0.0)
@@ -152,7 +164,7 @@ class RunMetrics:
         else:
             default = np.nan
         flops = gained * np.where(np.isfinite(per_token), per_token, default)
-        # A row may stand for steps that were not logged: then all of them were as long as this.
+        # A row may cover steps that were not logged; their duration is assumed to be the same.
         names = ("batch_size", "seq_length", "seconds", "world_size")
         batch, length, seconds, world_size = (_column(self.training, name) for name in names)
         recorded = seconds * world_size * gained / (batch * length)
@@ -165,10 +177,11 @@ class RunMetrics:
         )
 
     def _steps_and_tokens(self, settings: Mapping[str, Any]) -> tuple[Floats, Floats]:
-        """Steps and tokens so far `[rows]`; tokens never fall.
+        """Return steps and cumulative tokens, `[rows]` each; the tokens never decrease.
 
-        Older rows hold samples times the sequence length of their start, which fell when a run
-        was resumed with shorter sequences: there the next step says how many tokens one has.
+        Rows of older versions count samples times the sequence length of the current start, which
+        decreased when a run was resumed with shorter sequences. In such a row, a step is assumed
+        to have as many tokens as the next one.
         """
         steps = _column(self.training, "step")
         tokens = _column(self.training, "tokens")
@@ -188,14 +201,14 @@ class RunMetrics:
 
     @property
     def last_step(self) -> int:
-        """The last optimizer step in the log."""
+        """Last optimizer step in the log."""
         return int(self.training[-1]["step"])
 
     @cached_property
     def warmup_end(self) -> int | None:
-        """Last step that routed by expert choice, whose loads are all equal; None if none did.
+        """Last step of the expert-choice warm-up, in which all loads are equal; None without one.
 
-        A run that stayed with expert choice to its last row has no end of a warm-up either.
+        The value is also None if the warm-up has not ended by the last row.
         """
         steps, imbalance = self.over_layers("load_max_over_mean")
         uneven = np.flatnonzero((imbalance > 1 + 1e-6).any(axis=0))
@@ -203,7 +216,7 @@ class RunMetrics:
 
     @cached_property
     def target_rate(self) -> float | None:
-        """Share of its pool that an expert takes on average, as the warm-up shows; or None."""
+        """Mean share of the tokens that an expert takes in the warm-up; None without a warm-up."""
         if not self.warmup_end:
             return None
         steps, fan_out = self.over_layers("fan_out")
@@ -213,12 +226,12 @@ class RunMetrics:
 
 
 def _column(rows: list[Row], name: str) -> Floats:
-    """Return a figure of every row, NaN where a row does not have it."""
+    """Return a metric of every row, `[rows]`; NaN where a row lacks it."""
     return np.array([np.nan if (v := row.get(name)) is None else v for row in rows], dtype=float)
 
 
 def summary(validation: dict[str, Any]) -> str:
-    """The run in one line, as far as its losses are known; empty when none is.
+    """Return a line with the losses of a run; empty without a validation loss.
 
     >>> summary({"validation": 3.9, "unigram": 6.4, "bigram": 4.4})
     'validation 3.900 against unigram 6.400, bigram 4.400 (nats per token)'

@@ -11,7 +11,7 @@ from megatron_ext.inspection.routed_text import FAN_OUT_COLOURS, RoutedText, sho
 from megatron_ext.reports.html import render
 from megatron_ext.reports.run_metrics import RunMetrics
 
-# Arguments that describe what was trained; the others are folded away.
+# Settings that describe the model and its training; the page hides the others in a fold.
 _CHOSEN = (
     "num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "num_experts",
     "moe_router_topk", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size",

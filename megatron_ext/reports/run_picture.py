@@ -1,4 +1,4 @@
-"""The picture of a run: loss, routing over steps, loads, fan-out, and a text coloured by it."""
+"""Picture of a run: loss, routing over steps, loads, fan-out, and a text colored by fan-out."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,8 +26,8 @@ from megatron_ext.reports.plotting import (
 )
 from megatron_ext.reports.run_metrics import Floats, RunMetrics
 
-_MOST_LAYERS = 3  # that get a panel of thresholds
-_SHOWN_EXPERTS = 3
+_MAX_LAYERS = 3  # number of panels with thresholds
+_MAX_EXPERTS = 3  # number of curves in each of these panels
 
 
 def draw(
@@ -38,17 +38,21 @@ def draw(
     final: tuple[int, float] | None = None,
     text: RoutedText | None = None,
 ) -> None:
-    """Write the picture, whole or not at all.
+    """Write the picture of a run atomically.
 
     Args:
-        final: step and loss of an evaluation after training.
-        baselines: losses to compare with, by name, nats per token.
+        metrics: Metrics of the run.
+        path: File to write.
+        title: Title of the picture.
+        baselines: Losses to compare with by name, in nats per token.
+        final: Step and loss of an evaluation after training.
+        text: Text to color by fan-out.
     """
     matplotlib.use("agg")
     lines = lines_of(text) if text else []
     heights = [3.1, 2.5, 2.5] if metrics.layers else [3.1]
     heights += [text_height(lines)] if text else []
-    gap, top, bottom = 0.85, 0.95, 0.55  # inches; a gap holds one panel's axis, the next's title
+    gap, top, bottom = 0.85, 0.95, 0.55  # inches; a gap has an axis and the next title
     height = sum(heights) + gap * (len(heights) - 1) + top + bottom
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(12, height))
@@ -72,7 +76,12 @@ def draw(
 
 
 def draw_panels(metrics: RunMetrics, folder: Path) -> list[Path]:
-    """Write each panel on routing as a picture of its own, for a page that explains it."""
+    """Write the panels on routing as separate pictures, and return their paths.
+
+    Args:
+        metrics: Metrics of the run.
+        folder: Folder for the pictures; it is created if it does not exist.
+    """
     panels = {"usage": _usage, "loads": _loads, "fan_out": _fan_out}
     matplotlib.use("agg")
     folder.mkdir(parents=True, exist_ok=True)
@@ -92,7 +101,7 @@ def draw_panels(metrics: RunMetrics, folder: Path) -> list[Path]:
 
 
 def _over_steps(axes: Axes, metrics: RunMetrics) -> None:
-    """What all panels over steps share: the axis, and the warm-up shaded."""
+    """Set up the axis of steps and shade the warm-up."""
     axes.set_xlabel("optimizer step")
     axes.set_xlim(0, max(metrics.last_step, 1))
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -137,15 +146,15 @@ def _usage(axes: Axes, metrics: RunMetrics) -> None:
         "starvation": ("starvation: of minimum, forced", GREEN),
     }
     highest = peak = 0.0
-    for name, (label, colour) in kinds.items():
+    for name, (label, color) in kinds.items():
         steps, values = metrics.over_layers(name)
         if not len(steps):
             continue
         smooth = [_smoothed(steps, layer) for layer in values]
         curves = np.array([curve for _, curve in smooth])
         at = smooth[0][0]
-        axes.fill_between(at, curves.min(0), curves.max(0), color=colour, alpha=0.18, lw=0)
-        axes.plot(at, curves.mean(0), color=colour, lw=1.6, label=label)
+        axes.fill_between(at, curves.min(0), curves.max(0), color=color, alpha=0.18, lw=0)
+        axes.plot(at, curves.mean(0), color=color, lw=1.6, label=label)
         late = at > (metrics.warmup_end or 0)
         highest = max(highest, float(curves[:, late].max(initial=0.0)))
         peak = max(peak, float(curves.max()))
@@ -154,7 +163,7 @@ def _usage(axes: Axes, metrics: RunMetrics) -> None:
     axes.legend(loc="best")
     _over_steps(axes, metrics)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    # The first steps, when thresholds chase the logits, would dwarf the rest.
+    # Usage is far higher in the first steps, when thresholds still follow the logits.
     top = min(min(peak, highest or peak) * 1.7 or 1.0, 1.0)
     axes.set_ylim(0, top)
     if peak > top and metrics.warmup_end:
@@ -167,7 +176,7 @@ def _all_thresholds(figure: Figure, row: SubplotSpec, metrics: RunMetrics) -> No
     layers = [layer for layer in metrics.layers if len(metrics.series("threshold", layer)[0])]
     if not layers:
         return nothing_yet(figure.add_subplot(row), "thresholds")
-    chosen = np.unique(np.linspace(0, len(layers) - 1, min(_MOST_LAYERS, len(layers))).round())
+    chosen = np.unique(np.linspace(0, len(layers) - 1, min(_MAX_LAYERS, len(layers))).round())
     columns = row.subgridspec(1, len(chosen), wspace=0.15)
     for position, index in enumerate(chosen.astype(int)):
         axes = figure.add_subplot(columns[position])
@@ -179,13 +188,13 @@ def _all_thresholds(figure: Figure, row: SubplotSpec, metrics: RunMetrics) -> No
 def _thresholds(axes: Axes, metrics: RunMetrics, layer: int) -> None:
     threshold_steps, thresholds = metrics.series("experts/threshold", layer)
     cutoff_steps, cutoffs = metrics.series("experts/cutoff", layer)
-    # Experts at the ends and in the middle of the range that the thresholds reach.
+    # Draw the experts with the lowest, the median and the highest threshold.
     order = np.argsort(thresholds[-1]) if len(thresholds) else np.arange(0)
-    places = np.linspace(0, len(order) - 1, min(_SHOWN_EXPERTS, len(order))).round().astype(int)
-    for expert, colour in zip(order[places], (VERMILION, ORANGE, GREEN)):
-        axes.plot(cutoff_steps, cutoffs[:, expert], color=colour, lw=0.8, alpha=0.5)
+    places = np.linspace(0, len(order) - 1, min(_MAX_EXPERTS, len(order))).round().astype(int)
+    for expert, color in zip(order[places], (VERMILION, ORANGE, GREEN)):
+        axes.plot(cutoff_steps, cutoffs[:, expert], color=color, lw=0.8, alpha=0.5)
         axes.plot(
-            threshold_steps, thresholds[:, expert], color=colour, lw=1.4, label=f"expert {expert}"
+            threshold_steps, thresholds[:, expert], color=color, lw=1.4, label=f"expert {expert}"
         )
     axes.plot(*metrics.series("cutoff", layer), color="black", lw=0.8, alpha=0.35)
     axes.plot(*metrics.series("threshold", layer), color="black", lw=1.8, label="mean")
@@ -219,20 +228,20 @@ def _loads(axes: Axes, metrics: RunMetrics) -> None:
 
 
 def _fan_out(axes: Axes, metrics: RunMetrics) -> None:
-    colours = matplotlib.colormaps["viridis"](np.linspace(0.1, 0.85, len(metrics.layers)))
+    colors = matplotlib.colormaps["viridis"](np.linspace(0.1, 0.85, len(metrics.layers)))
     shown = 1
-    for layer, colour in zip(metrics.layers, colours):
+    for layer, color in zip(metrics.layers, colors):
         counts = metrics.recent("fan_out_histogram", layer)
         if counts is None:
             return nothing_yet(axes, "fan-out")
         share = counts / counts.sum()
-        # Histograms are logged more rarely than the mean, which the table shows too.
+        # The table shows this mean too; it is logged more often than the histogram.
         mean = metrics.recent("fan_out", layer)
         if mean is None:
             mean = (share * np.arange(len(share))).sum()
         shown = max(shown, int(np.flatnonzero(share > 0.001).max(initial=1)))
         label = f"layer {layer}: mean {mean:.2f}"
-        axes.plot(np.arange(len(share)), share, "o-", color=colour, ms=3.5, lw=1.3, label=label)
+        axes.plot(np.arange(len(share)), share, "o-", color=color, ms=3.5, lw=1.3, label=label)
     axes.set_xlim(-0.2, shown + 0.3)
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(10, integer=True))

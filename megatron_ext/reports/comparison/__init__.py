@@ -1,0 +1,1 @@
+"""Comparison of several runs by their metrics."""

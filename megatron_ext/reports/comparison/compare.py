@@ -1,4 +1,4 @@
-"""The comparison as a page and as Markdown."""
+"""Comparison of runs as an HTML page and as Markdown."""
 
 import os
 from collections.abc import Sequence
@@ -15,10 +15,15 @@ _CURVES = "losses, thresholds, loads and fan-out against tokens"
 
 
 def compare(paths: Sequence[str], output: Path, markdown: Path | None) -> None:
-    """Write comparison.png and comparison.html to `output`, and Markdown where asked.
+    """Write comparison.png, comparison.html and optionally a Markdown file.
+
+    Args:
+        paths: Run directories.
+        output: Folder for the picture and the page.
+        markdown: Markdown file to write, if any.
 
     Raises:
-        UserError: a directory that holds no run that can be compared.
+        UserError: A directory contains no run that can be compared.
     """
     groups = group_runs(read_runs(paths))
     output.mkdir(parents=True, exist_ok=True)
@@ -45,7 +50,15 @@ def compare(paths: Sequence[str], output: Path, markdown: Path | None) -> None:
 
 @dataclass(frozen=True)
 class Contents:
-    """What the page and the Markdown show; rows are a label and a cell for each group."""
+    """Content of the page and of the Markdown file.
+
+    Attributes:
+        title: Title of the comparison.
+        header: Names of the columns; the first, of the labels, is empty.
+        figures: Rows of the table of metrics: a label, and a cell per group.
+        settings: Rows of the settings that differ, likewise.
+        notes: Explanation of the table.
+    """
 
     title: str
     header: list[str]
@@ -68,7 +81,11 @@ class Contents:
         )
 
     def markdown(self, picture: str) -> str:
-        """Markdown that shows the picture of a file."""
+        """Return the Markdown text.
+
+        Args:
+            picture: Path of the picture, relative to the Markdown file.
+        """
         figures, settings = (_markdown_table(self.header, rows) for rows in self._tables())
         parts = [f"# {self.title}", figures, self.notes, f"![{_CURVES}]({picture})"]
         parts += ["## Settings that differ", settings if self.settings else "None."]

@@ -1,4 +1,4 @@
-"""Runs to compare, on a scale of tokens, and which of them differ in their seed alone."""
+"""Runs to compare by training tokens, grouped if they differ in their seed only."""
 
 import json
 import os
@@ -14,8 +14,8 @@ import numpy as np
 from megatron_ext.errors import UserError
 from megatron_ext.reports.run_metrics import Floats, RunMetrics, TrainingWork
 
-# Where a run is kept, how it is watched, and how far it is do not make it a different run. The
-# tokenizer is known by its digest.
+# Settings that do not distinguish runs: paths, logging and progress. The digest identifies the
+# tokenizer.
 _NO_DIFFERENCE = re.compile(
     r"trained_tokens|batch_history|last_batch_size|rank|local_rank|run_dir|load|save|tokenizer_model|iteration|iter_per_epoch|stall_timeout"
     r"|(consumed|wandb|mlflow|one_logger|log|save|exit|tensorboard|timing_log)_.*|data_cache_path"
@@ -24,12 +24,13 @@ _NO_DIFFERENCE = re.compile(
 
 @dataclass(frozen=True)
 class ComparedRun:
-    """One run.
+    """Run in a comparison.
 
     Attributes:
-        name: short, different from the other runs'.
-        settings: of run.json, without those that make no difference.
-        seed: of the settings.
+        name: Short name, unique in the comparison.
+        metrics: Metrics of the run.
+        settings: Settings from run.json that distinguish runs, without the seed.
+        seed: Seed of the run, if recorded.
     """
 
     name: str
@@ -48,11 +49,11 @@ class ComparedRun:
 
     @property
     def tokens(self) -> float:
-        """Tokens trained on in all."""
+        """Number of tokens trained on."""
         return float(self.work.tokens[-1])
 
     def curve(self, name: str) -> tuple[Floats, Floats]:
-        """Tokens and values of a training figure, the mean over layers where layers have it."""
+        """Return tokens and values `[n]` of a training metric, averaged over MoE layers."""
         steps, values = self.metrics.series(name)
         if not len(steps):
             steps, by_layer = self.metrics.over_layers(name)
@@ -61,32 +62,37 @@ class ComparedRun:
 
     def validation(self) -> tuple[Floats, Floats]:
         """Tokens and validation losses."""
-        found = self.metrics.evaluations
-        return self.tokens_at(np.array(list(found), float)), np.array(list(found.values()), float)
+        losses = self.metrics.evaluations
+        steps = np.array(list(losses), float)
+        return self.tokens_at(steps), np.array(list(losses.values()), float)
 
 
 @dataclass(frozen=True)
 class RunGroup:
-    """Runs that differ in their seed alone, often just one."""
+    """Runs that differ in their seed only; often a single run."""
 
     name: str
     runs: list[ComparedRun]
 
     def curve(self, name: str) -> tuple[Floats, Floats, Floats]:
-        """Tokens where all runs have the figure, its mean, and its standard deviation.
+        """Return the mean curve of a metric over the runs.
 
         Args:
-            name: of a training figure, or `val_loss`.
+            name: Name of a training metric, or `val_loss`.
+
+        Returns:
+            Numbers of tokens at which all runs have the metric, its mean, and its sample standard
+            deviation, `[n]` each.
         """
         curves = [run.validation() if name == "val_loss" else run.curve(name) for run in self.runs]
-        found = [dict(zip(tokens.round(), values)) for tokens, values in curves]
-        at = sorted(set.intersection(*map(set, found)))
-        values = np.array([[run[tokens] for tokens in at] for run in found])  # [runs, n]
+        by_tokens = [dict(zip(tokens.round(), values)) for tokens, values in curves]
+        at = sorted(set.intersection(*map(set, by_tokens)))
+        values = np.array([[run[tokens] for tokens in at] for run in by_tokens])  # [runs, n]
         return np.array(at), values.mean(axis=0), deviation(values)
 
 
 def deviation(values: Floats) -> Floats:
-    """Sample standard deviation over the first axis; 0 of a single value."""
+    """Return the sample standard deviation over the first axis; 0 for a single value."""
     return values.std(axis=0, ddof=1) if len(values) > 1 else np.zeros(values.shape[1:])
 
 
@@ -94,14 +100,14 @@ def read_runs(paths: Sequence[str]) -> list[ComparedRun]:
     """Read run directories.
 
     Raises:
-        UserError: one is given twice, or holds no usable metrics.jsonl and run.json.
+        UserError: A directory occurs twice, or lacks a usable metrics.jsonl or run.json.
     """
     folders = [Path(path).resolve() for path in paths]
     for path, folder in zip(paths, folders):
         if folders.count(folder) > 1:
             raise UserError(f"{path} is given twice: name each run once")
     parts = [folder.name for folder in folders]
-    if len(set(parts)) < len(parts):  # as much of the path as tells them apart
+    if len(set(parts)) < len(parts):  # extend names to the shortest unique paths
         above = os.path.commonpath(folders)
         parts = [os.path.relpath(folder, above) for folder in folders]
     return [_read(Path(path), name) for path, name in zip(paths, parts)]
@@ -129,7 +135,7 @@ def _read(path: Path, name: str) -> ComparedRun:
 
 
 def group_runs(runs: Sequence[ComparedRun]) -> list[RunGroup]:
-    """Runs with equal settings and different seeds together, in the order given."""
+    """Group runs with equal settings and different seeds, in the order of their first run."""
     groups: list[list[ComparedRun]] = []
     for run in runs:
         for group in groups:
@@ -150,7 +156,7 @@ def _name(runs: list[ComparedRun]) -> str:
 
 
 def differences(groups: Sequence[RunGroup]) -> dict[str, list[Any]]:
-    """Settings in which groups differ: the value of each, None where it has none."""
+    """Return the settings that differ, with the value of each group, None where it has none."""
     settings = [group.runs[0].settings for group in groups]
     names = sorted({name for group in settings for name in group})
     values = {name: [group.get(name) for group in settings] for name in names}

@@ -1,4 +1,4 @@
-"""Curves of runs against tokens."""
+"""Picture of the metrics of runs against training tokens."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, PercentFormatter
 from megatron_ext.reports.comparison.compared_runs import RunGroup
 from megatron_ext.reports.plotting import CYCLE, STYLE, smoothed, write_picture
 
-_SMOOTHED = 50  # a running mean is over such a part of the longest run
+_WINDOWS = 50  # number of smoothing windows in the longest run
 _UNITS = ((1e9, " B"), (1e6, " M"), (1e3, " k"))
 _PANELS = (
     ("loss", "Training loss", "loss (nats per token)", True),
@@ -26,12 +26,16 @@ _PANELS = (
 
 
 def draw_comparison(groups: Sequence[RunGroup], path: Path) -> str:
-    """Write the picture, without panels that no run has, and return how curves are smoothed."""
+    """Write the picture of a comparison, without the panels that no run has.
+
+    Returns:
+        Description of the smoothing.
+    """
     matplotlib.use("agg")
     curves = {name: [group.curve(name) for group in groups] for name, *_ in _PANELS}
     panels = [panel for panel in _PANELS if any(len(at) for at, *_ in curves[panel[0]])]
     longest = max(run.tokens for group in groups for run in group.runs)
-    window = longest / _SMOOTHED
+    window = longest / _WINDOWS
     smoothing = f"running mean over {_short(window)} tokens"
     rows = -(-len(panels) // 2)
     with matplotlib.rc_context(STYLE):
@@ -65,7 +69,7 @@ def _spaced() -> ConstrainedLayoutEngine:
 
 
 def _short(tokens: float) -> str:
-    """A number of tokens as in `1.5 M`."""
+    """Format a number of tokens, for example as `1.5 M`."""
     unit, sign = next((u for u in _UNITS if tokens >= u[0]), (1.0, ""))
     return f"{tokens / unit:.3g}{sign}"
 
@@ -82,18 +86,18 @@ def _draw(
         rows = min(len(at), max(1, round(window / float(np.diff(at).mean()))))
         spread = smoothed(at, spread, rows)[1]
         at, mean = smoothed(at, mean, rows)
-    colour, line = CYCLE[number % len(CYCLE)], ("-", "--", ":")[number // len(CYCLE) % 3]
+    color, line = CYCLE[number % len(CYCLE)], ("-", "--", ":")[number // len(CYCLE) % 3]
     mark = "o" if len(at) <= 30 else ""
     axes.plot(
-        at, mean, line, marker=mark, color=colour, lw=1.5, ms=3.5, label=group.name,
+        at, mean, line, marker=mark, color=color, lw=1.5, ms=3.5, label=group.name,
         clip_on=not mark,
     )  # fmt: skip
     if len(group.runs) > 1:
-        axes.fill_between(at, mean - spread, mean + spread, color=colour, alpha=0.2, lw=0)
+        axes.fill_between(at, mean - spread, mean + spread, color=color, alpha=0.2, lw=0)
 
 
 def _fit(axes: Axes) -> None:
-    """Cut off what only the first twentieth of a curve reaches: it would dwarf the rest."""
+    """Fit the vertical axis to the curves without their first twentieth."""
     drawn = [np.asarray(line.get_data(), dtype=float) for line in axes.lines]
     values = np.concatenate([mean[at > 0.05 * at[-1]] for at, mean in drawn])
     if len(values) < 3 or np.ptp(values) == 0:

@@ -1,4 +1,4 @@
-"""The figures that runs are compared by."""
+"""Table of the metrics by which runs are compared."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -10,11 +10,12 @@ from megatron_ext.reports.run_metrics import Floats
 
 
 class Figure(NamedTuple):
-    """A row of the table.
+    """Row of the table.
 
     Attributes:
-        of: the figure of a run, None where it has none.
-        form: how a value is written.
+        label: Name and unit of the metric.
+        of: Function from a run to its value, or None if it has none.
+        form: Format string of a value.
     """
 
     label: str
@@ -23,55 +24,63 @@ class Figure(NamedTuple):
 
 
 def final_loss(run: ComparedRun) -> float | None:
+    """Return the last validation loss, in nats per token."""
     losses = list(run.metrics.evaluations.values())
     return losses[-1] if losses else None
 
 
 def best_loss(run: ComparedRun) -> float | None:
+    """Return the lowest validation loss, in nats per token."""
     return min(run.metrics.evaluations.values(), default=None)
 
 
 def tokens_per_second(run: ComparedRun) -> float | None:
+    """Return the median speed of a step, in tokens per second."""
     _, speeds = run.metrics.series("tokens_per_s")
     return float(np.median(speeds)) if len(speeds) else None
 
 
 def flops(run: ComparedRun) -> float | None:
-    """Return the FLOPs of all steps, by Megatron's formula."""
+    """Return the FLOPs of all steps by Megatron's formula."""
     return None if run.work.flops is None else float(run.work.flops.sum())
 
 
 def device_hours(run: ComparedRun) -> float | None:
-    """Return the time of all devices in training steps, without evaluation and checkpoints."""
+    """Return the hours of all devices in training steps, without evaluation and checkpoints."""
     seconds = run.work.device_seconds
     return None if seconds is None else float(seconds.sum()) / 3600
 
 
 def load_ratio(run: ComparedRun) -> float | None:
+    """Return the largest load of an expert over the mean load, averaged over layers."""
     return _mean_over_layers(run, "load_max_over_mean")
 
 
 def worst_load_ratio(run: ComparedRun) -> float | None:
-    found = [run.metrics.recent("load_max_over_mean", layer) for layer in run.metrics.layers]
-    return max((float(value) for value in found if value is not None), default=None)
+    """Return the largest load of an expert over the mean load, in the worst layer."""
+    ratios = [run.metrics.recent("load_max_over_mean", layer) for layer in run.metrics.layers]
+    return max((float(ratio) for ratio in ratios if ratio is not None), default=None)
 
 
 def dead_experts(run: ComparedRun) -> float | None:
-    found = [run.metrics.recent("dead_experts", layer) for layer in run.metrics.layers]
-    return float(sum(found)) if found and None not in found else None
+    """Return the mean number of experts without a token, summed over layers."""
+    counts = [run.metrics.recent("dead_experts", layer) for layer in run.metrics.layers]
+    return float(sum(counts)) if counts and None not in counts else None
 
 
 def fan_out(run: ComparedRun) -> float | None:
+    """Return the mean fan-out, averaged over layers."""
     return _mean_over_layers(run, "fan_out")
 
 
 def no_expert_percent(run: ComparedRun) -> float | None:
+    """Return the percentage of tokens without a routed expert, averaged over layers."""
     share = _mean_over_layers(run, "no_expert_share")
     return None if share is None else 100 * share
 
 
 def threshold_drift(run: ComparedRun) -> float | None:
-    """Mean over experts of how far thresholds moved in the last tenth of the tokens, in logits."""
+    """Return the mean absolute change of thresholds in the last tenth of the tokens, in logits."""
     moves: list[Floats] = []
     for layer in run.metrics.layers:
         steps, thresholds = run.metrics.series("experts/threshold", layer)
@@ -83,8 +92,8 @@ def threshold_drift(run: ComparedRun) -> float | None:
 
 
 def _mean_over_layers(run: ComparedRun, name: str) -> float | None:
-    found = [run.metrics.recent(name, layer) for layer in run.metrics.layers]
-    known = [float(value) for value in found if value is not None]
+    values = [run.metrics.recent(name, layer) for layer in run.metrics.layers]
+    known = [float(value) for value in values if value is not None]
     return float(np.mean(known)) if known else None
 
 
@@ -113,31 +122,34 @@ NOTES = (
 
 
 def cells(figure: Figure, groups: Sequence[RunGroup]) -> list[str]:
-    """The figure of each group as text; empty where a run of it has none."""
+    """Return the value of each group as text; empty if a run of the group has none."""
     row = []
     for group in groups:
-        found = [value for run in group.runs if (value := figure.of(run)) is not None]
-        if len(found) < len(group.runs):
+        known = [value for run in group.runs if (value := figure.of(run)) is not None]
+        if len(known) < len(group.runs):
             row.append("")
             continue
-        values = np.array(found, dtype=float)
+        values = np.array(known, dtype=float)
         cell = figure.form.format(values.mean())
         if len(values) > 1:
             spread = float(deviation(values))
-            rounding = 1e-9 * abs(values.mean())  # what equal figures may differ by
+            rounding = 1e-9 * abs(values.mean())  # tolerance for equal values
             cell += " ± " + figure.form.format(spread if spread > rounding else 0.0)
         row.append(cell)
     return row
 
 
 def figures_table(groups: Sequence[RunGroup]) -> list[list[str]]:
-    """Rows of label and a cell for each group, those that no group has left out."""
+    """Return rows of a label and a cell per group, without rows that are empty."""
     rows = [[figure.label, *cells(figure, groups)] for figure in [*FIGURES, *_at_equal(groups)]]
     return [row for row in rows if any(row[1:])]
 
 
 def _at_equal(groups: Sequence[RunGroup]) -> list[Figure]:
-    """Validation loss at the last number of tokens that all evaluated; none for equal lengths."""
+    """Return the row of the validation loss at the last tokens at which all runs evaluated.
+
+    Runs that all end there, or have no evaluation in common, need no such row.
+    """
     runs = [run for group in groups for run in group.runs]
     evaluated = [run.validation() for run in runs]
     common = set.intersection(*(set(tokens.round()) for tokens, _ in evaluated))
