@@ -1,7 +1,8 @@
-"""Finding, checking and reading checkpoints, for training that resumes and for inference.
+"""Discovery, verification and reading of checkpoints, for resumed training and for inference.
 
-A checkpoint is valid whole or not at all: what Megatron's `integrity.json`, written last, says of
-its files must be so. Megatron is imported where it is needed, so that a wrong path is told at once.
+A checkpoint is valid if all its files match the digests in Megatron's `integrity.json`, which is
+written last. Megatron is imported only where it is needed, so that a wrong path is reported at
+once.
 """
 
 import hashlib
@@ -14,17 +15,20 @@ from typing import Any
 from megatron_ext.errors import UserError
 
 TRACKER = "latest_checkpointed_iteration.txt"
-"""Megatron's file beside the iterations; names the newest."""
+"""Megatron's file next to the folders of the iterations; it names the newest one."""
 
 INTEGRITY_FILE = "integrity.json"
-"""Megatron's list of a checkpoint's files with their SHA-256, the last file to be written."""
+"""Megatron's list of a checkpoint's files with their SHA-256 digests, written last."""
 
 
 def find_checkpoint(path: str | os.PathLike[str]) -> Path:
-    """The folder of the newest iteration under a run directory or a folder of checkpoints.
+    """Return the folder of the newest iteration.
+
+    Args:
+        path: Run directory, folder of checkpoints, or folder of one iteration.
 
     Raises:
-        UserError: there is none, or it is incomplete.
+        UserError: There is no checkpoint, or it is incomplete.
     """
     root = Path(path)
     if not root.is_dir():
@@ -55,12 +59,12 @@ def find_model(path: str | os.PathLike[str]) -> Path:
     """Return a model to run: a Hugging Face folder, or the folder of a checkpoint's iteration.
 
     Args:
-        path: a run directory, a folder of checkpoints, the folder of one iteration, a Hugging Face
-            folder, or the run directory of an alignment run, whose model is in `final` (policies)
-            or `best` (judges and supervised fine-tuning).
+        path: Run directory, folder of checkpoints, folder of one iteration, Hugging Face folder, or
+            directory of an alignment run, whose model is in `final` (policies) or `best` (judges
+            and supervised fine-tuning).
 
     Raises:
-        UserError: there is no model, or an incomplete one.
+        UserError: There is no model, or it is incomplete.
     """
     root = Path(path)
     for folder in (root, root / "final", root / "best"):
@@ -70,41 +74,45 @@ def find_model(path: str | os.PathLike[str]) -> Path:
 
 
 def is_hf_folder(folder: Path) -> bool:
-    """Return whether a folder is one of Hugging Face's."""
+    """Return whether a folder has a model in the Hugging Face format."""
     return (folder / "config.json").is_file()
 
 
 def iterations(folder: Path) -> list[str]:
-    """Names of the iterations saved in a folder of checkpoints, whole or not, newest first."""
+    """Return the names of all iterations in a folder of checkpoints, newest first.
+
+    Incomplete ones are included.
+    """
     return sorted((f.name for f in folder.glob("iter_*") if f.name[5:].isdigit()), reverse=True)
 
 
 def file_digest(file: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal.
+    """Return the SHA-256 digest of a file, in hexadecimal.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: The file cannot be read.
     """
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def write_and_digest(write: Callable[..., None], folder: str, rank: int, *args: Any) -> None:
-    """Write a rank's files of a checkpoint, then hash them, in the process that writes.
+    """Write the files of a rank and their digests, in the writing process.
 
-    The digests are left for the rank in `digests_file`, so that training does not read back what
-    was saved asynchronously.
+    The rank reads the digests from `digests_file`, so that training does not read the files of an
+    asynchronous save again.
 
     Args:
-        write: Megatron's function that writes the files, called with `args`.
-        folder: Checkpoint being written.
-        rank: Rank whose files these are; their names begin with `__RANK_`.
+        write: Megatron's function that writes the files.
+        folder: Checkpoint to write.
+        rank: Rank of the files, whose names begin with `__RANK_`.
+        *args: Arguments of `write`.
     """
     write(*args)  # reports its errors to the rank
     try:
         digests = {file.name: file_digest(file) for file in Path(folder).glob(f"__{rank}_*")}
         digests_file(folder, rank).write_text(json.dumps(digests))
-    except OSError:  # the rank hashes what is missing here, and reports what cannot be read
+    except OSError:  # the rank hashes files without a digest and reports unreadable ones
         pass
 
 
@@ -114,13 +122,15 @@ def digests_file(folder: str | os.PathLike[str], rank: int) -> Path:
 
 
 def damage(checkpoint: Path, share: int = 0, shares: int = 1) -> str | None:
-    """What is wrong with the files of a checkpoint, or None.
+    """Return what is wrong with the files of a checkpoint, or None.
+
+    Several ranks can divide the reading of a large checkpoint. Each of them checks that all files
+    exist.
 
     Args:
-        checkpoint: the folder of one iteration.
-        share: only every `shares`-th file is read, from this one on, so that many ranks can read a
-            large checkpoint together. Whether all files are there is always checked.
-        shares: see `share`.
+        checkpoint: Folder of one iteration.
+        share: Index of the share of the files to read.
+        shares: Number of shares.
     """
     manifest = checkpoint / INTEGRITY_FILE
     try:
@@ -142,10 +152,10 @@ def damage(checkpoint: Path, share: int = 0, shares: int = 1) -> str | None:
 
 
 def read_common_state(checkpoint: Path) -> dict[str, Any]:
-    """Everything in a checkpoint that is not spread over ranks, the run's arguments above all.
+    """Return the part of a checkpoint that all ranks share, such as the arguments of the run.
 
     Raises:
-        UserError: it is damaged, or another program saved it.
+        UserError: The checkpoint is damaged, or was saved by another program.
     """
     from megatron.core import dist_checkpointing
 
@@ -156,10 +166,16 @@ def read_common_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def readable(checkpoint: Path, read: Callable[[], Any]) -> Any:
-    """The result of `read`; torch and Megatron raise anything at all over a damaged file.
+    """Return the result of `read`, and report any error as a damaged checkpoint.
+
+    Torch and Megatron may raise any exception for a damaged file.
+
+    Args:
+        checkpoint: Folder of the iteration, for the message.
+        read: Function that reads from it.
 
     Raises:
-        UserError: in place of what `read` raised.
+        UserError: `read` raised an exception.
     """
     from torch.distributed.checkpoint.api import CheckpointException  # no subclass of Exception
 
@@ -167,7 +183,7 @@ def readable(checkpoint: Path, read: Callable[[], Any]) -> Any:
         return read()
     except (Exception, CheckpointException) as error:
         cause: BaseException = error
-        if isinstance(error, CheckpointException):  # holds the errors of all ranks
+        if isinstance(error, CheckpointException):  # contains the errors of all ranks
             cause = next(iter(error.failures.values()))[0]
         reason = " ".join(str(cause).split())[:200] or type(cause).__name__
         raise UserError(f"{checkpoint} is incomplete or damaged: {reason}") from error

@@ -1,4 +1,4 @@
-"""A folder that is there whole or not at all."""
+"""Atomic creation of a folder."""
 
 import shutil
 import tempfile
@@ -10,20 +10,28 @@ from megatron_ext.errors import UserError
 
 
 def check_new(save: Path) -> None:
-    """Raise a UserError where --save names something that is there already."""
+    """Check that --save names a new or an empty folder.
+
+    Raises:
+        UserError: It is a file, or a folder that is not empty.
+    """
     if save.exists() and (not save.is_dir() or any(save.iterdir())):
-        raise UserError(f"--save {save} is there already: give a new folder")
+        raise UserError(f"--save {save} already exists. Choose a new folder.")
 
 
 @contextmanager
 def new_folder(save: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A folder to write into, which gets the name `save` when all went well, and else is removed.
+    """Create a folder that appears under its name only when it is complete.
+
+    The context is a temporary folder to write into. At the end it is renamed to `save`; after an
+    error it is deleted.
 
     Args:
-        overwrite: replace a folder of that name.
+        save: Folder to create.
+        overwrite: Whether to replace an existing folder.
 
     Raises:
-        UserError: `save` is there already.
+        UserError: `save` exists and is not an empty folder.
     """
     if not overwrite:
         check_new(save)

@@ -1,4 +1,4 @@
-"""Processes of a run: helpers and ranks that end with their parent, and one run in a folder."""
+"""Processes of a run: helpers and ranks that end with their parent, and the lock of a folder."""
 
 import fcntl
 import multiprocessing
@@ -12,17 +12,17 @@ from typing import IO
 
 from megatron_ext.errors import UserError
 
-# Seconds for which a new run waits for the processes of a killed one to end.
+# Seconds to wait for the processes of a killed run to end.
 _LOCK_PATIENCE = 5.0
-_PARENT_POLL = 1.0  # seconds
+_PARENT_POLL = 1.0  # seconds between checks of the parent
 
 
 def end_with_parent() -> None:
-    """End this process, a child of `multiprocessing`, when its parent has ended in any way.
+    """End this child process of `multiprocessing` when its parent ends, and ignore signals.
 
-    A parent that is killed cannot tell its children, and some of Megatron's would wait for ever.
-    And only so: torchrun and Slurm send their signals to every process of a rank, which then still
-    needs its helpers to save.
+    A killed parent cannot stop its children, and some children of Megatron would wait indefinitely.
+    Signals are ignored because torchrun and Slurm send them to every process of a rank, which still
+    needs its helpers to save a checkpoint.
     """
     for warning in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(warning, signal.SIG_IGN)
@@ -37,14 +37,14 @@ def _wait_and_exit(parent: multiprocessing.process.BaseProcess) -> None:
 
 
 def stop_with_launcher(stop: signal.Signals, grace: float) -> None:
-    """Stop this rank when the torchrun that started it has ended without stopping it.
+    """Stop this rank when the torchrun that started it has ended.
 
-    A launcher that is killed cannot stop its ranks, and a second start of the same run would meet
-    them. Ranks that something else started, such as Slurm or a shell, are left alone.
+    A killed launcher cannot stop its ranks, which would interfere with a second start of the run.
+    Ranks that were started otherwise, by Slurm or a shell, are not affected.
 
     Args:
-        stop: signal on which training saves and ends.
-        grace: seconds after which a rank that is still there ends at once.
+        stop: Signal on which training saves a checkpoint and ends.
+        grace: Seconds after which a rank that is still running exits immediately.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         parent = os.getppid()
@@ -67,21 +67,21 @@ def _stop_after(parent: int, stop: signal.Signals, grace: float) -> None:
 
 
 def lock_folder(folder: Path) -> IO[str]:
-    """Claim a run directory, which is made where it is missing, for this process.
+    """Lock a run directory for this process, and create the directory if it does not exist.
 
     Returns:
-        the open lock file. The claim ends when it is closed or the process ends in any way. On a
-        file system without locks there is a warning and no claim.
+        The open lock file. The lock is released when the file is closed or the process ends. On a
+        file system without locks, a warning is printed and the folder is not locked.
 
     Raises:
-        UserError: another process has the claim, or the folder cannot be written.
+        UserError: Another process has the lock, or the folder cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = os.fdopen(os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644), "w")
     except OSError as error:
         raise UserError(f"--run-dir {folder} cannot be written: {error.strerror}") from error
-    # A forked helper would otherwise keep the claim of a rank that was killed.
+    # Otherwise a forked helper would retain the lock of a killed rank.
     os.register_at_fork(after_in_child=file.close)
     deadline = time.monotonic() + _LOCK_PATIENCE
     while True:

@@ -1,4 +1,4 @@
-"""How far a tool is through its input."""
+"""Progress of a tool through its input."""
 
 import sys
 import time
@@ -7,13 +7,17 @@ from typing import Any
 
 
 class Progress:
-    """Bytes of input done, speed and ETA: a bar on a terminal, elsewhere a line every ten seconds.
+    """Progress display with speed and remaining time, on stdout.
 
-    With a `unit` it counts those instead of bytes. Everything goes to stdout; stderr is left to
-    errors.
+    It is a bar on a terminal, and otherwise a line every ten seconds. stderr remains for errors.
+
+    Args:
+        label: Name of the task.
+        total: Size of the task, in bytes or in `unit`.
+        unit: Unit in the plural, such as "sequences". Default: bytes.
     """
 
-    INTERVAL = 10.0  # seconds
+    INTERVAL = 10.0  # seconds between lines
 
     def __init__(self, label: str, total: int, unit: str | None = None):
         self.label, self.total, self.unit = label, max(1, total), unit
@@ -40,7 +44,7 @@ class Progress:
             self._bar.stop()
 
     def update(self, done: int, note: str = "") -> None:
-        """Show how much of the total is done and a note on what came of it."""
+        """Show how much of the total is done, followed by a note."""
         if self._bar is not None:
             self._bar.update(self._task, completed=done, note=note)
             return
@@ -71,7 +75,13 @@ class Progress:
 def write_with_progress(
     label: str, total: int, write: Callable[[Callable[[int], None]], None]
 ) -> None:
-    """Run what writes `total` bytes and tells of each piece it has written."""
+    """Run a function that writes files, and display its progress.
+
+    Args:
+        label: Name of the task.
+        total: Number of bytes to write.
+        write: Function that writes. It calls its argument with the size of each piece written.
+    """
     with Progress(label, total) as progress:
         written = 0
 

@@ -1,4 +1,4 @@
-"""Keeping the output of a tool free of Megatron's and torch's notices."""
+"""Suppression of notices from Megatron and torch in the output of a tool."""
 
 import logging
 import os
@@ -9,14 +9,14 @@ from contextlib import contextmanager, redirect_stdout
 
 @contextmanager
 def quiet_megatron() -> Iterator[None]:
-    """Keep stdout for results, and stderr free of Megatron's and torch's notices."""
-    with quiet_warnings(), open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+    """Discard everything written to stdout, and suppress warnings, in this context."""
+    with quiet_warnings(), open(os.devnull, "w") as devnull, redirect_stdout(devnull):
         yield
 
 
 @contextmanager
 def quiet_warnings() -> Iterator[None]:
-    """Keep stderr free of Megatron's and torch's notices."""
+    """Suppress warnings, and log messages up to the level of warnings, in this context."""
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""A text, where its tokens were routed, and a picture of it coloured by their fan-out."""
+"""Text with the routing of its tokens, and its picture colored by fan-out."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,23 +14,23 @@ from megatron_ext.reports.run_metrics import Floats
 if TYPE_CHECKING:
     from megatron_ext.inference.loading import TrainedModel
 
-# Light enough everywhere for black text.
-FAN_OUT_COLOURS = LinearSegmentedColormap.from_list("fan-out", ["#FFFFFF", "#CDE5F5", "#6FB1DE"])
+# All of these colors are light enough for black text.
+FAN_OUT_COLORS = LinearSegmentedColormap.from_list("fan-out", ["#FFFFFF", "#CDE5F5", "#6FB1DE"])
 _TEXT_SIZE = 8.5  # points
-_COLUMNS = 158  # letters of that size side by side
-_CONTEXT = 8  # tokens before a token that decide how it is written
+_COLUMNS = 158  # characters per line
+_CONTEXT = 8  # preceding tokens that determine the text of a token
 
 
 @dataclass(frozen=True)
 class RoutedText:
-    """A text and where its tokens were routed.
+    """Text with the routing of its tokens.
 
     Attributes:
-        tokens: the text in pieces.
-        layers: numbers of the MoE layers.
-        experts: for each layer and token the experts that took it.
-        margins: for each layer and token the margins of those experts.
-        losses: nats, how surprising each token was; NaN for those that nothing predicts.
+        tokens: Text of each token.
+        layers: Numbers of the MoE layers.
+        experts: Experts that took a token, by layer and token.
+        margins: Margins of these experts, by layer and token.
+        losses: Loss of each token in nats; NaN for tokens that the model does not predict.
     """
 
     tokens: list[str]
@@ -46,10 +46,14 @@ class RoutedText:
 
 
 def route(trained: "TrainedModel", tokens: list[int]) -> RoutedText:
-    """Route a text of any length, in windows that do not see each other.
+    """Route a text of any length, in independent windows of the model's context length.
+
+    Args:
+        trained: Model to use.
+        tokens: Token ids of the text.
 
     Raises:
-        ValueError: no token, or a model without experts.
+        ValueError: There are no tokens, or the model has no experts.
     """
     import torch
 
@@ -77,7 +81,10 @@ def route(trained: "TrainedModel", tokens: list[int]) -> RoutedText:
 
 
 def pieces(tokenizer: Any, tokens: list[int]) -> list[str]:
-    """What each token adds to the text; bytes of one letter show at the last of them."""
+    """Return the text that each token adds.
+
+    If several tokens encode one character, the last of them adds it and the others add nothing.
+    """
     shown, before, start = [], "", 0
     for count in range(1, len(tokens) + 1):
         after = tokenizer.detokenize(tokens[start:count])
@@ -93,12 +100,12 @@ def pieces(tokenizer: Any, tokens: list[int]) -> list[str]:
 
 
 def shown_token(token: str) -> str:
-    """A token as one line shows it: line ends as a sign."""
+    """Return the text of a token on one line, with a sign in place of a line break."""
     return token.replace("\n", "↵").replace("\t", " ")
 
 
 def lines_of(text: RoutedText) -> list[list[int]]:
-    """Indices of the tokens on each line of the picture, broken between words."""
+    """Return the indices of the tokens on each line of the picture, wrapped between words."""
     words: list[list[int]] = []
     for index, token in enumerate(text.tokens):
         if not words or token[:1].isspace() or "\n" in text.tokens[index - 1]:
@@ -118,12 +125,12 @@ def lines_of(text: RoutedText) -> list[list[int]]:
 
 
 def height(lines: list[list[int]]) -> float:
-    """Inches that the lines take."""
+    """Return the height of the lines in inches."""
     return (len(lines) * 1.55 * _TEXT_SIZE + 20) / 72
 
 
 def draw_text(axes: Axes, text: RoutedText, lines: list[list[int]]) -> None:
-    """Fill a panel with the text."""
+    """Draw the text into a panel, colored by fan-out."""
     fan_out = text.fan_out
     norm = Normalize(0, max(1.0, float(fan_out.max())))
     font: dict[str, Any] = {"family": "DejaVu Sans Mono", "size": _TEXT_SIZE, "va": "center"}
@@ -131,9 +138,9 @@ def draw_text(axes: Axes, text: RoutedText, lines: list[list[int]]) -> None:
         column = 0
         for index in line:
             token = shown_token(text.tokens[index])
-            colour = FAN_OUT_COLOURS(norm(fan_out[index]))
-            axes.add_patch(Rectangle((column, row - 0.42), len(token), 0.84, color=colour, lw=0))
-            # One by one, so that letters keep to the grid whatever the size of the picture.
+            color = FAN_OUT_COLORS(norm(fan_out[index]))
+            axes.add_patch(Rectangle((column, row - 0.42), len(token), 0.84, color=color, lw=0))
+            # Draw characters one by one to align them to the grid at any size of the picture.
             for offset, letter in enumerate(token):
                 axes.text(column + offset + 0.5, row, letter, ha="center", **font)
             column += len(token)
@@ -144,7 +151,7 @@ def draw_text(axes: Axes, text: RoutedText, lines: list[list[int]]) -> None:
     for spine in axes.spines.values():
         spine.set_visible(False)
     axes.set_title("Where experts go: a text routed by thresholds", y=1.0)
-    scale = ScalarMappable(norm, FAN_OUT_COLOURS)
+    scale = ScalarMappable(norm, FAN_OUT_COLORS)
     assert axes.figure is not None
     inch = 1 / height(lines)  # in units of the panel's height
     bar = axes.figure.colorbar(

@@ -1,4 +1,4 @@
-"""Pictures of the figures, one PNG each."""
+"""Pictures of the routing statistics, one PNG each."""
 
 from collections.abc import Iterator
 from itertools import pairwise
@@ -17,11 +17,16 @@ from megatron_ext.inspection.routing_statistics import FORMULAS
 from megatron_ext.moe.registry import router_type
 from megatron_ext.reports.plotting import BLUE, STYLE, VERMILION, write_picture
 
-_CELLS_WITH_NUMBERS = 400  # more are too small to read
+_CELLS_WITH_NUMBERS = 400  # with more cells, numbers are too small to read
 
 
 def draw_pictures(figures: dict[str, Any], folder: Path) -> dict[str, str]:
-    """Write the pictures that the figures give and return their captions by name."""
+    """Write the pictures and return their captions by name.
+
+    Args:
+        figures: Statistics that `figures_of` returns.
+        folder: Existing folder for the pictures.
+    """
     matplotlib.use("agg")
     drawn = {
         "domains": (_domains, f"Experts by domain. {FORMULAS['share']}."),
@@ -46,7 +51,7 @@ def draw_pictures(figures: dict[str, Any], folder: Path) -> dict[str, str]:
 
 
 def _grid(panels: int, width: float, height: float, most: int = 4) -> tuple[Figure, Iterator[Axes]]:
-    """Equal panels in rows of at most `most`, each so many inches."""
+    """Return a figure and its panels, at most `most` in a row, with sizes in inches."""
     columns = min(panels, most)
     rows = -(-panels // columns)
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
@@ -60,10 +65,10 @@ def _array(values: Any) -> np.ndarray:
     return np.array(values, dtype=float)  # None becomes NaN
 
 
-def _heat(axes: Axes, values: np.ndarray, norm: Normalize, colours: str, form: str = "") -> None:
-    """Rows and columns as coloured cells, with numbers where there are few and `form` is given."""
-    image = axes.imshow(values, cmap=colours, norm=norm, aspect="auto")
-    axes.set_facecolor("#DDDDDD")  # of what is not defined
+def _heat(axes: Axes, values: np.ndarray, norm: Normalize, colors: str, form: str = "") -> None:
+    """Draw a matrix as colored cells, with numbers if it is small and `form` is not empty."""
+    image = axes.imshow(values, cmap=colors, norm=norm, aspect="auto")
+    axes.set_facecolor("#DDDDDD")  # color of undefined cells
     axes.spines[:].set_visible(False)
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     if not form or values.size > _CELLS_WITH_NUMBERS:
@@ -108,8 +113,8 @@ def _specialisation(figures: dict[str, Any]) -> Figure:
     layers = figures["layers"]
     figure = Figure(figsize=(11, 1.9 + 0.28 * min(len(layers), 20)), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.5))
-    found = figures["specialisation"]
-    nmi, chance = _array(found["nmi"]), _array(found["nmi_by_chance"])
+    measures = figures["specialisation"]
+    nmi, chance = _array(measures["nmi"]), _array(measures["nmi_by_chance"])
     at = np.arange(len(layers))
     left.barh(at, nmi, color=BLUE, height=0.65)
     left.plot(chance, at, "|", color=VERMILION, ms=11, mew=2, clip_on=False)
@@ -119,7 +124,7 @@ def _specialisation(figures: dict[str, Any]) -> Figure:
     left.xaxis.set_major_locator(MaxNLocator(5))
     left.set_xlabel("normalised mutual information (red: of independent pairs)")
     left.set_title("Domain and expert")
-    scores = _array(found["experts"])  # [L, E]
+    scores = _array(measures["experts"])  # [L, E]
     norm = Normalize(0, max(0.05, float(np.nanmax(scores, initial=0.0))))
     _heat(right, scores, norm, "viridis", "{:.2f}")
     _layer_ticks(right, layers)
@@ -166,18 +171,18 @@ def _fan_out_by_loss(figures: dict[str, Any]) -> Figure:
     panels = figure.subplots(2, 2, sharex=True, sharey="row", height_ratios=(3, 1))
     titles = {"next": "By the loss of the token predicted here", "own": "By the token's own loss"}
     at = np.arange(len(labels))
-    colours = matplotlib.colormaps["viridis"](np.linspace(0.1, 0.85, len(layers)))
+    colors = matplotlib.colormaps["viridis"](np.linspace(0.1, 0.85, len(layers)))
     for (above, below), (kind, title) in zip(panels.T, titles.items()):
-        found = by_loss[kind]
-        mean, error = _array(found["mean"]), _array(found["standard_error"])
-        for layer, colour, y in zip(layers, colours, mean):
-            above.plot(at, y, color=colour, lw=0.9, label=f"layer {layer}")
+        buckets = by_loss[kind]
+        mean, error = _array(buckets["mean"]), _array(buckets["standard_error"])
+        for layer, color, y in zip(layers, colors, mean):
+            above.plot(at, y, color=color, lw=0.9, label=f"layer {layer}")
         above.errorbar(
             at, mean[-1], error[-1], fmt="o-", color="black", ms=3.5, lw=1.6, capsize=3,
             label="mean of the layers ± standard error",
         )  # fmt: skip
         above.set_title(title)
-        tokens = _array(found["tokens"])
+        tokens = _array(buckets["tokens"])
         below.bar(at, tokens, color="#BBBBBB", width=0.8)
         for x, count in zip(at, tokens):
             below.text(x, count, f"{count:,.0f}", ha="center", va="bottom", fontsize=7)
@@ -194,8 +199,8 @@ def _fan_out_by_loss(figures: dict[str, Any]) -> Figure:
 
 def _coactivation(figures: dict[str, Any]) -> Figure:
     ratios = _array(figures["coactivation"]["observed_over_expected"])  # [L, E, E]
-    seen = ratios[np.isfinite(ratios) & (ratios > 0)]
-    reach = max(2.0, float(np.exp(np.abs(np.log(seen)).max(initial=0.0))))
+    positive = ratios[np.isfinite(ratios) & (ratios > 0)]
+    reach = max(2.0, float(np.exp(np.abs(np.log(positive)).max(initial=0.0))))
     norm = LogNorm(1 / min(reach, 16.0), min(reach, 16.0), clip=True)
     size = 1.3 + 0.26 * min(figures["experts"], 12)
     figure, panels = _grid(len(ratios), size, size)

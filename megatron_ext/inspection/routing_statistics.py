@@ -1,6 +1,6 @@
-"""Figures made of the sums: shares, specialisation, margins, fan-out by loss, co-activation.
+"""Statistics of routing: shares, specialization, margins, fan-out by loss, co-activation.
 
-Shapes: D domains, L MoE layers, E experts. Entropies are in nats, `0 log 0 = 0`.
+Shapes: D domains, L MoE layers, E experts. Entropies are in nats, with `0 log 0 = 0`.
 """
 
 from typing import Any
@@ -32,11 +32,12 @@ FORMULAS = {
 
 
 def figures_of(sums: RoutingSums, layers: list[int], domains: list[str]) -> dict[str, Any]:
-    """All figures as plain data; what is not defined is None.
+    """Return all statistics as JSON values, with None for undefined ones.
 
     Args:
-        layers: numbers of the MoE layers.
-        domains: their names.
+        sums: Sums over the tokens of all domains.
+        layers: Numbers of the MoE layers, `[L]`.
+        domains: Names of the domains, `[D]`.
     """
     share = shares(sums)
     nmi, chance = domain_information(sums)
@@ -84,14 +85,15 @@ def figures_of(sums: RoutingSums, layers: list[int], domains: list[str]) -> dict
 
 
 def shares(sums: RoutingSums) -> Floats:
-    """Share of a domain's tokens that each expert takes, `[D, L, E]`."""
+    """Return the share of a domain's tokens that each expert takes, `[D, L, E]`."""
     return sums.taken / sums.tokens[:, None, None]
 
 
 def domain_information(sums: RoutingSums) -> tuple[Floats, Floats]:
-    """Normalised mutual information of domain and expert, and about that of chance, `[L]` each.
+    """Return the normalized mutual information of domain and expert, `[L]`, and that by chance.
 
-    NaN where a layer takes nothing of a domain, or there is one domain.
+    The second array, `[L]`, approximates the value for independent pairs of token and expert. Both
+    are NaN where a layer routes no token of a domain, or if there is only one domain.
     """
     domains, _, experts = sums.taken.shape
     pairs = sums.taken.sum(axis=2, keepdims=True)  # [D, L, 1]
@@ -108,7 +110,10 @@ def domain_information(sums: RoutingSums) -> tuple[Floats, Floats]:
 
 
 def expert_specialisation(sums: RoutingSums) -> Floats:
-    """How much an expert keeps to one domain, `[L, E]` in [0, 1]; NaN without tokens or domains."""
+    """Return how far each expert specializes in one domain, `[L, E]` in [0, 1].
+
+    The value is NaN for an expert without tokens, or if there is only one domain.
+    """
     share = shares(sums)
     with np.errstate(divide="ignore", invalid="ignore"):
         of_domain = share / share.sum(axis=0)  # [D, L, E]
@@ -117,7 +122,10 @@ def expert_specialisation(sums: RoutingSums) -> Floats:
 
 
 def fan_out_by_loss(sums: RoutingSums) -> list[tuple[Floats, Floats]]:
-    """Mean and standard error `[L + 1, buckets]` for each kind of loss; NaN for want of tokens."""
+    """Return mean fan-out and its standard error, `[L + 1, buckets]`, for each of `LOSS_KINDS`.
+
+    The last layer is the mean over layers. Values that need more tokens are NaN.
+    """
     result = []
     for count, total, squares in np.moveaxis(sums.by_loss, -1, 1):
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -128,9 +136,9 @@ def fan_out_by_loss(sums: RoutingSums) -> list[tuple[Floats, Floats]]:
 
 
 def coactivation(sums: RoutingSums) -> Floats:
-    """Observed over expected number of shared tokens, `[L, E, E]`.
+    """Return the number of tokens that two experts share over the expected number, `[L, E, E]`.
 
-    NaN on the diagonal, and where an expert has no token.
+    The value is NaN on the diagonal, and where an expert has no token.
     """
     alone = np.diagonal(sums.together, axis1=1, axis2=2).astype(float)  # [L, E]
     expected = alone[:, :, None] * alone[:, None, :] / sums.tokens.sum()
@@ -141,7 +149,7 @@ def coactivation(sums: RoutingSums) -> Floats:
 
 
 def margin_limits(sums: RoutingSums) -> Floats:
-    """Ends of the bins of margins, `[L]`."""
+    """Return the largest margin within the bins of each layer, `[L]`."""
     assert sums.margin_limits is not None, "no text was added"
     return sums.margin_limits
 
@@ -152,7 +160,7 @@ def _entropy(p: Floats, axis: int | tuple[int, ...] = -1) -> Floats:
 
 
 def plain(values: Floats) -> Any:
-    """Nested lists of numbers, None for what is no finite number; five or so digits."""
+    """Return nested lists of numbers, to six digits, with None for infinities and NaN."""
     if values.ndim:
         return [plain(row) for row in values]
     return float(f"{values:.6g}") if np.isfinite(values) else None

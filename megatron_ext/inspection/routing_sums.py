@@ -1,4 +1,4 @@
-"""What the routing of texts adds up to, in memory that does not grow with the texts.
+"""Sums over the routed tokens of texts, in memory that does not grow with the texts.
 
 Shapes: D domains, L MoE layers, E experts.
 """
@@ -17,10 +17,10 @@ Counts = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 LOSS_EDGES: Floats = np.array([0, 0.25, 0.5, 1, 2, 3, 4, 5, 6, 8, 10, np.inf])
-"""Nats; a bucket holds its lower edge."""
+"""Edges of the loss buckets in nats; a bucket includes its lower edge."""
 
 LOSS_KINDS = ("next", "own")
-"""A token's fan-out against the loss of the token that it helps to predict, and of itself."""
+"""Loss that a token's fan-out is compared with: of the token predicted here, or its own."""
 
 _MARGIN_BINS = 160
 
@@ -29,16 +29,17 @@ class RoutingSums:
     """Sums over tokens.
 
     Attributes:
-        tokens: `[D]`.
-        taken: tokens that each expert took, `[D, L, E]`.
-        together: tokens that both of two experts took, `[L, E, E]`.
-        fan_out: tokens by their number of experts, `[L, E + 1]`.
-        margins: pairs of token and expert by their margin, `[L, bins + 2]`: below the bins, in
-            each, above them.
-        margin_limits: the bins of a layer divide [-limit, limit] evenly, `[L]`; fixed by the first
-            text, so that one fourth or more of the range is in use.
-        by_loss: for each of `LOSS_KINDS`, layer (last: their mean) and loss bucket the number of
-            tokens, the sum of their fan-out and of its square, `[2, L + 1, buckets, 3]`.
+        tokens: Number of tokens, `[D]`.
+        taken: Number of tokens that each expert took, `[D, L, E]`.
+        together: Number of tokens that both of two experts took, `[L, E, E]`.
+        fan_out: Number of tokens by fan-out, `[L, E + 1]`.
+        margins: Number of pairs of token and expert by margin, `[L, bins + 2]`: below the bins, in
+            each bin, and above them.
+        margin_limits: Limit of each layer, `[L]`; its bins divide [-limit, limit] evenly. The first
+            text determines it, so that its margins reach at least two fifths of the limit.
+        by_loss: Number of tokens, sum of their fan-out, and sum of its square, for each of
+            `LOSS_KINDS`, layer (the last is the mean of the layers) and loss bucket,
+            `[2, L + 1, buckets, 3]`.
     """
 
     def __init__(self, domains: int, layers: int, experts: int) -> None:
@@ -52,7 +53,7 @@ class RoutingSums:
         self.by_loss: Floats = np.zeros((len(LOSS_KINDS), layers + 1, buckets, 3))
 
     def add(self, domain: int, routing: "TextRouting") -> None:
-        """Count the tokens of one text, or window of a text, for a domain."""
+        """Add the tokens of a text, or of a window of a text, to a domain."""
         maps = routing.maps
         self.tokens[domain] += maps.shape[1]
         self.taken[domain] += maps.sum(dim=1).numpy()
@@ -79,7 +80,9 @@ class RoutingSums:
 
     def _add_by_loss(self, kind: int, fan_out: Counts, losses: Floats) -> None:
         bucket = np.searchsorted(LOSS_EDGES, losses, side="right") - 1
-        bucket = bucket.clip(0, len(LOSS_EDGES) - 2)  # a loss of -0.0, or one that is not finite
+        bucket = bucket.clip(
+            0, len(LOSS_EDGES) - 2
+        )  # for a loss of -0.0, or one that is not finite
         for layer, values in enumerate([*fan_out, fan_out.mean(axis=0)]):
             for power in range(3):
                 self.by_loss[kind, layer, :, power] += np.bincount(

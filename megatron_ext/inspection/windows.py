@@ -1,4 +1,4 @@
-"""Texts as windows of tokens that a model takes at once."""
+"""Division of texts into windows of a model's context length."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -7,85 +7,97 @@ from megatron_ext.data.documents import MalformedRecord, ShardReader
 from megatron_ext.data.shards import Shard, TextFormat, expand_inputs, format_of_suffix, plan_shards
 from megatron_ext.errors import UserError
 
-_PIECE = 1 << 16  # characters of a plain text that are tokenised at once
+_PIECE = 1 << 16  # characters of plain text that are tokenized at once
 
 
 class Window(NamedTuple):
-    """At most as many tokens as the model takes, and how much of the files is read by then."""
+    """Window of tokens.
+
+    Attributes:
+        tokens: Token ids, at most as many as the context length.
+        bytes_read: Bytes of the domain's files read so far.
+    """
 
     tokens: list[int]
     bytes_read: int
 
 
 class Domain:
-    """Files of one kind of text.
+    """Files with one kind of text.
 
     Attributes:
-        size: of the files, bytes.
+        name: Name of the domain.
+        shards: The files.
+        size: Size of all files in bytes.
 
     Args:
-        patterns: paths and globs; a file is plain text unless its suffix says otherwise.
-        text_key: the field or column of the text.
+        name: Name of the domain.
+        patterns: Paths and globs. A file is plain text unless it has the suffix of another format.
+        text_key: Field or column with the text.
 
     Raises:
-        UserError: a file is not there or empty.
+        UserError: A file does not exist or is empty.
     """
 
     def __init__(self, name: str, patterns: list[str], text_key: str) -> None:
         self.name = name
         self.shards: list[Shard] = []
         for path in expand_inputs(patterns, f"--domain {name}"):
-            # A plain text is read by lines, so that memory stays bounded, and put together again.
+            # Plain text is read by lines to bound the memory, and joined again.
             kind = format_of_suffix(path) or "text"
             self.layout = TextFormat(kind, text_key, separator="\n")
             self.shards += plan_shards([path], self.layout, 1 << 62)
         self.size = sum(shard.size for shard in self.shards)
 
     def windows(self, tokenizer: Any, length: int) -> Iterator[Window]:
-        """Windows of `length` tokens, the last may be shorter.
+        """Yield windows of `length` tokens; the last one may be shorter.
 
-        Documents follow each other in a window, each ended by the tokenizer's end of document, as
-        they do in training.
+        As in training, windows contain consecutive documents, each followed by the tokenizer's end
+        of document.
+
+        Raises:
+            UserError: A record is malformed.
         """
         end = [] if tokenizer.eod is None else [tokenizer.eod]
-        held: list[int] = []
+        pending: list[int] = []
         read = 0
         for shard in self.shards:
             reader = ShardReader(shard, self.layout)
             for text, ends in _pieces(reader):
-                held += tokenizer.tokenize(text) if text else []
-                held += end if ends else []
-                whole = len(held) // length * length
+                pending += tokenizer.tokenize(text) if text else []
+                pending += end if ends else []
+                whole = len(pending) // length * length
                 for start in range(0, whole, length):
-                    yield Window(held[start : start + length], read + reader.consumed)
-                del held[:whole]
+                    yield Window(pending[start : start + length], read + reader.consumed)
+                del pending[:whole]
             read += shard.size
-        if held:
-            yield Window(held, read)
+        if pending:
+            yield Window(pending, read)
 
 
 def _pieces(reader: ShardReader) -> Iterator[tuple[str, bool]]:
-    """Texts, and whether each is the end of a document."""
-    documents = _sound(reader)
+    """Yield texts, and whether each one ends a document."""
+    documents = _check_records(reader)
     if reader.shard.format != "text":
         yield from ((text, True) for text in documents)
         return
     lines: list[str] = []
-    held = 0
+    characters = 0
     for line in documents:
         lines.append(line + "\n")
-        held += len(line)
-        if held >= _PIECE:
+        characters += len(line)
+        if characters >= _PIECE:
             yield "".join(lines), False
-            lines, held = [], 0
+            lines, characters = [], 0
     yield "".join(lines), True
 
 
-def _sound(reader: ShardReader) -> Iterator[str]:
+def _check_records(reader: ShardReader) -> Iterator[str]:
     documents: Iterable[str | MalformedRecord] = reader
     for document in documents:
         if isinstance(document, MalformedRecord):
             raise UserError(
-                f"{reader.shard.path}, line {document.line}: {document.reason}: mend or remove it"
+                f"{reader.shard.path}, line {document.line}: {document.reason}. "
+                "Correct or remove this line."
             )
         yield document

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.colors import to_hex
 
-from megatron_ext.inspection.routed_text import FAN_OUT_COLOURS, RoutedText, shown_token
+from megatron_ext.inspection.routed_text import FAN_OUT_COLORS, RoutedText, shown_token
 from megatron_ext.reports.html import render
 from megatron_ext.reports.run_metrics import RunMetrics
 
@@ -87,7 +87,7 @@ class Page:
         largest = max(1.0, float(fan_out.max()))
 
         def color(value: float) -> str:
-            return to_hex(FAN_OUT_COLOURS(value / largest))
+            return to_hex(FAN_OUT_COLORS(value / largest))
 
         tokens = []
         for index, token in enumerate(self.text.tokens):

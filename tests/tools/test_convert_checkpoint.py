@@ -171,7 +171,7 @@ def test_converter_refuses_wrong_paths_before_loading(tmp_path):
         convert("megatron", "hf", tmp_path / "empty", tmp_path / "save")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="already exists"):
         convert("hf", "megatron", tmp_path / "empty", tmp_path / "full")
     assert sorted(f.name for f in tmp_path.iterdir()) == ["empty", "full"]
 

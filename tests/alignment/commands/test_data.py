@@ -58,7 +58,7 @@ def test_from_preferences_to_splits(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert {row.id for row in test if isinstance(row, Pair)}.isdisjoint(
         row.id for row in train if isinstance(row, Pair)
     )
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="already exists"):
         main(["split", "--input", pairs, "--save", str(save), "--split", "train=rest"])
 
 
