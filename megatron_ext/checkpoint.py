@@ -32,25 +32,27 @@ def find_checkpoint(path: str | os.PathLike[str]) -> Path:
     """
     root = Path(path)
     if not root.is_dir():
-        raise UserError(f"{root} is not a folder: give a run directory or one of its checkpoints")
+        raise UserError(f"{root} is not a folder. Choose a run directory or a checkpoint.")
     if (root / "metadata.json").is_file() and (root / ".metadata").is_file():
         return root
     trackers = [f / TRACKER for f in (root / "checkpoints", root)]
     tracker = next((file for file in trackers if file.is_file()), None)
     if tracker is None:
         if root.name.startswith("iter_"):
-            raise UserError(f"{root} is an incomplete checkpoint: it has no metadata")
+            raise UserError(
+                f"{root} is an incomplete checkpoint without metadata. Choose another iteration."
+            )
         if (root / "run.json").is_file() and (root / "checkpoints").is_dir():
             raise UserError(
-                f"{root} holds no model yet: an alignment run writes one into final/ or best/"
+                f"{root} has no model yet. An alignment run writes one to final/ or best/."
             )
-        raise UserError(f"{root} holds no checkpoint: train with --run-dir or --save first")
+        raise UserError(f"{root} has no checkpoint. Train with --run-dir or --save first.")
     newest = tracker.read_text().strip()
     folder = tracker.parent / (f"iter_{int(newest):07d}" if newest.isdigit() else newest)
     if not (folder / "metadata.json").is_file() or not (folder / ".metadata").is_file():
         raise UserError(
-            f"{tracker} names {newest or 'nothing'}, but {folder} is missing or incomplete: "
-            "give the folder of an earlier iteration"
+            f"{tracker} names {newest or 'nothing'}, but {folder} is missing or incomplete. "
+            "Choose the folder of an earlier iteration."
         )
     return folder
 
@@ -161,7 +163,7 @@ def read_common_state(checkpoint: Path) -> dict[str, Any]:
 
     state = readable(checkpoint, lambda: dist_checkpointing.load_common_state_dict(checkpoint))
     if not hasattr(state.get("args"), "router_type"):
-        raise UserError(f"{checkpoint} was not saved by pretrain_et.py: it lacks --router-type")
+        raise UserError(f"{checkpoint} was not saved by pretrain_et.py: it lacks --router-type.")
     return state
 
 

@@ -92,8 +92,8 @@ def lock_folder(folder: Path) -> IO[str]:
             if time.monotonic() > deadline:
                 file.close()
                 raise UserError(
-                    f"another process trains in --run-dir {folder}: wait for its end or stop it, "
-                    "or give another --run-dir"
+                    f"Another process uses --run-dir {folder}. Wait for it to end, stop it, or "
+                    "choose another --run-dir."
                 ) from None
             time.sleep(0.2)
         except OSError as error:  # some shared file systems are mounted without locks

@@ -114,10 +114,6 @@ UNREVISED_HELP: set[str] = {
     "benchmarks.router_stage",
     "benchmarks.scaling",
     "examples.quickstart.validate",
-    "tools.calibrate_thresholds",
-    "tools.inspect_routing",
-    "tools.preflight",
-    "tools.report",
     "pretrain_et",
 }
 
@@ -130,9 +126,7 @@ UNREVISED_MESSAGES: set[str] = {
     "alignment/evaluation/study/study_runs.py",
     "megatron_ext/config.py",
     "megatron_ext/conflicts.py",
-    "megatron_ext/inspection/windows.py",
     "megatron_ext/planning/preflight/group_checks.py",
-    "megatron_ext/reports/comparison/compared_runs.py",
     "megatron_ext/training/checks.py",
     "megatron_ext/training/launch.py",
     "megatron_ext/training/saving.py",

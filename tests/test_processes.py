@@ -21,7 +21,7 @@ def test_second_claim_of_a_folder_is_refused_until_the_first_is_closed(
 ) -> None:
     monkeypatch.setattr(processes, "_LOCK_PATIENCE", 0.1)
     first = lock_folder(tmp_path / "run")
-    with pytest.raises(UserError, match="another process trains in --run-dir"):
+    with pytest.raises(UserError, match="Another process uses --run-dir"):
         lock_folder(tmp_path / "run")
     first.close()
     lock_folder(tmp_path / "run").close()

@@ -1,11 +1,11 @@
-"""Show which experts a trained model sends texts to, by how much, and where its experts specialise.
+r"""Show where a trained model sends texts, and in which domains its experts specialize.
 
-    python -m tools.inspect_routing --load RUN_DIR --output DIR \\
+    python -m tools.inspect_routing --load RUN_DIR --output DIR \
         --text-file story.txt --domain news=news.jsonl --domain code=code.jsonl
 
-Writes to DIR routing.html, a page to read: the texts coloured by the number of experts each token
-got, and every picture; routing.json, all figures; and the pictures as PNG. Works for every router.
-A model that needs several ranks runs the same way under torchrun, with the flags of its layout.
+The command works for every router and writes to DIR: routing.html, a page with the texts colored by
+fan-out and all pictures; routing.json, all statistics; and the pictures as PNG files. A model that
+needs several ranks runs under torchrun, with the flags of its layout.
 """
 
 import argparse
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from megatron_ext.inference.loading import TrainedModel
     from megatron_ext.inspection.routing_sums import RoutingSums
 
-_OWN_DOMAIN = "text"  # of what --text and --text-file give, where no --domain is
+_DEFAULT_DOMAIN = "text"  # domain of --text and --text-file, without --domain
 
 
 class InspectFlags(LoadingFlags):
@@ -52,14 +52,15 @@ class InspectFlags(LoadingFlags):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command."""
     options = _parser().parse_args(argv, InspectFlags())
     texts, domains = _texts(options), _domains(options)
     if not texts and not domains:
-        raise UserError("nothing to route: give --text, --text-file or --domain")
+        raise UserError("There is nothing to route. Give --text, --text-file or --domain.")
     checkpoint = find_checkpoint(options.load)
     output = Path(options.output)
     if output.exists() and not output.is_dir():
-        raise UserError(f"--output {output} is a file: give a folder")
+        raise UserError(f"--output {output} is a file. Choose a folder.")
     with quiet_megatron():
         activate()  # before anything of Megatron is imported, which takes seconds
         from megatron_ext.inference.loading import load_model
@@ -78,15 +79,20 @@ def inspect(
     output: Path,
     max_tokens: int | None = None,
 ) -> None:
-    """Route texts and domains and write everything to `output`; every rank must call it.
+    """Route texts and domains, and write the page, the statistics and the pictures.
+
+    This is a collective of all ranks.
 
     Args:
-        texts: to read, by name. Without domains they are also what is counted; without texts the
-            first window of each domain is read.
-        max_tokens: counted of each domain; all without.
+        trained: Model to inspect.
+        texts: Texts for the page, by name. Without texts, the page shows the first window of each
+            domain.
+        domains: Texts for the statistics. Without domains, the statistics are those of `texts`.
+        output: Folder to write.
+        max_tokens: Largest number of tokens of each domain. Default: all.
 
     Raises:
-        UserError: a model or a text that cannot be inspected.
+        UserError: The model or a text cannot be inspected.
     """
     from megatron_ext.inference.text_routing import check_margins, route_text
     from megatron_ext.inspection.routing_sums import RoutingSums
@@ -96,9 +102,12 @@ def inspect(
     check_margins(trained.model.config)
     for router in threshold_routers(routers_of([trained.module])):
         if router.thresholds.update_count == 0:
-            raise UserError(f"{trained.checkpoint} has no thresholds yet: train it for a step")
+            raise UserError(
+                f"{trained.checkpoint} has no thresholds yet. Train it for a step, or set them "
+                "with tools.calibrate_thresholds."
+            )
     routed = {name: _routed(trained, name, text) for name, text in texts.items()}
-    names = [domain.name for domain in domains] or [_OWN_DOMAIN]
+    names = [domain.name for domain in domains] or [_DEFAULT_DOMAIN]
     sums: RoutingSums | None = None
     for at, tokens in _counted(trained, texts, domains, max_tokens):
         routing = route_text(trained, tokens)
@@ -110,7 +119,7 @@ def inspect(
         sums.add(at, routing)
     for at, name in enumerate(names):
         if sums is None or sums.tokens[at] == 0:
-            raise UserError(f"--domain {name} holds no text")
+            raise UserError(f"--domain {name} contains no text. Add text, or leave it out.")
     assert sums is not None
     if is_first_rank():
         _write(trained, routed, sums, layers, names, output)
@@ -122,7 +131,7 @@ def _counted(
     domains: list[Domain],
     max_tokens: int | None,
 ) -> Iterator[tuple[int, list[int]]]:
-    """Number of the domain and tokens of each window, telling how far it is."""
+    """Yield domain number and tokens of each window, and display the progress."""
     length = trained.max_length
     if not domains:
         for text in texts.values():
@@ -157,7 +166,7 @@ def _write(
     names: list[str],
     output: Path,
 ) -> None:
-    """Make all files beside the output folder, then move them there."""
+    """Write all files to a temporary folder, then move them to the output folder."""
     from megatron_ext.inspection.reading_page import reading_page
     from megatron_ext.inspection.routing_pictures import draw_pictures
     from megatron_ext.inspection.routing_statistics import figures_of
@@ -170,11 +179,11 @@ def _write(
         **figures_of(sums, layers, names),
     }
     output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".routing-", dir=output) as beside:
-        made = Path(beside)
-        captions = draw_pictures(figures, made)
+    with tempfile.TemporaryDirectory(prefix=".routing-", dir=output) as temporary:
+        folder = Path(temporary)
+        captions = draw_pictures(figures, folder)
         pictures = {
-            name: ((made / f"{name}.png").read_bytes(), caption)
+            name: ((folder / f"{name}.png").read_bytes(), caption)
             for name, caption in captions.items()
         }
         run = trained.checkpoint.parent.parent.name
@@ -184,10 +193,10 @@ def _write(
         )
         title = f"Where {run or trained.checkpoint.name} sends tokens"
         html = reading_page(title, about, routed, figures, pictures)
-        (made / "routing.html").write_text(html, encoding="utf-8")
+        (folder / "routing.html").write_text(html, encoding="utf-8")
         encoded = json.dumps(figures, ensure_ascii=False, allow_nan=False)
-        (made / "routing.json").write_text(encoded + "\n", encoding="utf-8")
-        for file in made.iterdir():
+        (folder / "routing.json").write_text(encoded + "\n", encoding="utf-8")
+        for file in folder.iterdir():
             shutil.move(file, output / file.name)
     print(f"wrote {output / 'routing.html'}, routing.json and {len(pictures)} pictures")
 
@@ -197,10 +206,10 @@ def _routed(trained: "TrainedModel", name: str, text: str) -> RoutedText:
         tokens = trained.tokenizer.tokenize(text)
     except (ValueError, KeyError) as error:
         raise UserError(
-            f"the model's {trained.args.tokenizer_type} cannot read {name}: {error}"
+            f"The model's {trained.args.tokenizer_type} cannot encode {name}: {error}"
         ) from error
     if not tokens:
-        raise UserError(f"{name} is empty: give it some text")
+        raise UserError(f"{name} is empty. Choose a text with at least one token.")
     return route(trained, tokens)
 
 
@@ -220,7 +229,7 @@ def _domains(options: InspectFlags) -> list[Domain]:
     for argument in options.domain:
         name, equals, file = argument.partition("=")
         if not (name and equals and file):
-            raise UserError(f"--domain {argument} must be NAME=FILE")
+            raise UserError(f"--domain {argument} is not of the form NAME=FILE.")
         files.setdefault(name, []).append(file)
     return [Domain(name, paths, options.text_key) for name, paths in files.items()]
 
@@ -232,17 +241,22 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--load", required=True, metavar="DIR", help="run directory, or folder of checkpoints")
-    add("--output", required=True, metavar="DIR", help="folder for the page, figures and pictures")
-    add("--text", action="append", default=[], help="text to read; may be repeated")
-    add("--text-file", action="append", default=[], metavar="FILE", help="one more text to read")
-    add(
-        "--domain", action="append", default=[], metavar="NAME=FILE",
-        help="texts to count as one domain: JSONL, Parquet or plain text; a domain may have more "
-        "files",
-    )  # fmt: skip
-    add("--text-key", default="text", metavar="KEY", help="field that holds the text (%(default)s)")
-    add("--max-tokens", type=int, metavar="N", help="count at most so many of each domain (all)")
+    # fmt: off
+    add("--load", required=True, metavar="DIR", help="Run directory, or folder of checkpoints.")
+    add("--output", required=True, metavar="DIR",
+        help="Folder for the page, the statistics and the pictures.")
+    add("--text", action="append", default=[],
+        help="Text to show on the page. Can be repeated.")
+    add("--text-file", action="append", default=[], metavar="FILE",
+        help="File with a text to show on the page. Can be repeated.")
+    add("--domain", action="append", default=[], metavar="NAME=FILE",
+        help="Domain for the statistics and a file of it: JSONL, Parquet or plain text. Can be "
+             "repeated, also for further files of a domain. Default: the texts of the page.")
+    add("--text-key", default="text", metavar="KEY",
+        help="Field or column with the text. Default: %(default)s.")
+    add("--max-tokens", type=int, metavar="N",
+        help="Largest number of tokens of each domain. Default: all.")
+    # fmt: on
     add_loading_flags(parser)
     return parser
 

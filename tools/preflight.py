@@ -28,21 +28,35 @@ from megatron_ext.quiet import quiet_megatron
 if TYPE_CHECKING:
     from megatron_ext.planning.preflight.check_runner import Runner
 
-_HASHING = 20 * 60  # seconds for reading a checkpoint whole
+_HASHING = 20 * 60  # seconds in which all files of a checkpoint must be read
+
+
+class PreflightFlags:
+    """Values of the command line, without the flags of training."""
+
+    ranks: int | None
+    device_memory: float | None
+    keep_checkpoints: int
+    megabytes: float
+    slow_rank: float
+    clock_tolerance: float
+    stall_timeout: float
+    json: str | None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the checks and return the exit status."""
-    options, flags = _parser().parse_known_args(argv)
+    options, flags = _parser().parse_known_args(argv, PreflightFlags())
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     if any(word.startswith("--dry-run") for word in flags):
-        raise UserError("--dry-run is one of the checks: leave it out")
+        raise UserError("--dry-run is one of the checks of preflight. Leave it out.")
     for name in ("ranks", "stall_timeout", "megabytes"):
         if getattr(options, name) is not None and getattr(options, name) <= 0:
-            raise UserError(f"--{name.replace('_', '-')} must be above 0")
+            raise UserError(f"--{name.replace('_', '-')} must be above 0.")
     if size > 1 and options.ranks not in (None, size):
         raise UserError(
-            f"--ranks {options.ranks} differs from the {size} ranks that were started: leave it out"
+            f"--ranks {options.ranks} differs from the number of started ranks, {size}. Leave it "
+            "out."
         )
     options.ranks = options.ranks or size
     dry_run = DryRun(flags, options.ranks) if rank == 0 else None  # before Megatron and CUDA
@@ -62,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _check_all(
     runner: "Runner",
-    options: Namespace,
+    options: PreflightFlags,
     flags: list[str],
     rank: int,
     size: int,
@@ -71,6 +85,8 @@ def _check_all(
     """Run every check that does not depend on a failed one."""
     from megatron_ext.planning.preflight import run_checks as run
     from megatron_ext.training.launch import Launch
+
+    ranks = options.ranks or size
 
     def meet() -> CheckResult:
         runner.launch = Launch.join(rank, size, runner.patience)
@@ -84,7 +100,7 @@ def _check_all(
     parsed: list[Any] = []
 
     def configure() -> CheckResult:
-        parsed[:] = run.configuration(flags, options.ranks)
+        parsed[:] = run.configuration(flags, ranks)
         return run.layout(parsed[0])
 
     if not runner.check("configuration", configure):
@@ -96,7 +112,7 @@ def _check_all(
     runner.check("routing", lambda: run.routing(args, config))
     facts = _facts(runner, dry_run)
     if facts is not None:
-        alone = size < options.ranks
+        alone = size < ranks
         runner.check("memory of a rank", lambda: run.memory(facts, options.device_memory, alone))
     runner.check("data and tokenizer", lambda: run.data(args, config))
     saved = runner.check("checkpoint folder", lambda: run.folder(args, runner.launch))
@@ -131,7 +147,7 @@ def _facts(runner: "Runner", dry_run: DryRun | None) -> dict[str, Any] | None:
     return facts[0] if runner.check("model", share) else None
 
 
-def _check_nodes(runner: "Runner", options: Namespace, args: Namespace) -> None:
+def _check_nodes(runner: "Runner", options: PreflightFlags, args: Namespace) -> None:
     """Check clocks, speeds, and collectives over every group of the layout."""
     from megatron_ext.planning.preflight import group_checks as groups
     from megatron_ext.planning.preflight import rank_checks as ranks

@@ -1,17 +1,17 @@
-"""Draw what a run did, or compare several.
+"""Report a pretraining run, or compare several runs.
 
     python -m tools.report --run-dir runs/NAME [--unigram NATS --bigram NATS] [--text-file FILE]
         [--panels DIR]
     python -m tools.report runs/A runs/B ... [--output DIR] [--markdown FILE]
 
-One run: report.png, and report.html with the figures and texts, in the run's directory; while a run
-goes on, too, and after it was resumed. What the run directory also holds is shown: run.json
-(configuration), validation.json (final loss and baselines, as the quickstart writes it),
-sample.json (as `tools.generate --json` prints it) and text.txt, which the newest checkpoint routes
-to show how many experts each token gets.
+For one run, the command writes report.png and report.html to the run's directory. The run may be
+unfinished or resumed. The report includes these files of the directory, if they exist: run.json
+(the configuration), validation.json (final loss and baselines, as the quickstart writes it),
+sample.json (a line of `tools.generate --json`) and text.txt, which the newest checkpoint routes to
+show the fan-out of its tokens.
 
-Several: comparison.png and comparison.html, tables and curves against tokens. Runs that differ in
-their seed alone are shown as mean and standard deviation.
+For several runs, it writes comparison.png and comparison.html with tables and curves against
+training tokens. Runs that differ in their seed only are shown as mean and standard deviation.
 """
 
 import argparse
@@ -26,15 +26,31 @@ from megatron_ext.reports.run_metrics import RunMetrics, summary
 from megatron_ext.reports.run_page import Page
 from megatron_ext.reports.run_picture import draw, draw_panels
 
-_LONGEST_TEXT = 1200  # characters; a picture holds no more
+_MAX_CHARACTERS = 1200  # number of characters that fit in a picture
 _OF_ONE_RUN = ("unigram", "bigram", "validation", "sample", "text_file", "panels")
 _OF_SEVERAL = ("output", "markdown")
 
 
+class ReportFlags:
+    """Values of the command line."""
+
+    runs: list[str]
+    run_dir: str | None
+    unigram: float | None
+    bigram: float | None
+    validation: str | None
+    sample: str | None
+    text_file: str | None
+    panels: str | None
+    output: str | None
+    markdown: str | None
+
+
 def main(argv: list[str] | None = None) -> None:
-    options = _parser().parse_args(argv)
+    """Run the command."""
+    options = _parser().parse_args(argv, ReportFlags())
     runs = [*([options.run_dir] if options.run_dir else []), *options.runs]
-    _refuse_what_does_not_fit(options, len(runs))
+    _check_flags(options, len(runs))
     if len(runs) > 1:
         from megatron_ext.reports.comparison.compare import compare
 
@@ -44,8 +60,8 @@ def main(argv: list[str] | None = None) -> None:
         report(Path(runs[0]), options)
 
 
-def report(run_dir: Path, options: argparse.Namespace) -> None:
-    """Write report.png and report.html of one run."""
+def report(run_dir: Path, options: ReportFlags) -> None:
+    """Write report.png and report.html of one run, and print its losses."""
     metrics = RunMetrics.read(run_dir)
     validation = _optional_json(options.validation or run_dir / "validation.json")
     for name in ("unigram", "bigram"):
@@ -85,10 +101,10 @@ def report(run_dir: Path, options: argparse.Namespace) -> None:
 
 
 def route_text(run_dir: Path, text: str) -> RoutedText:
-    """Send a text, or as much as the model takes at once, through the newest checkpoint.
+    """Route the beginning of a text, at most one context length, with the newest checkpoint.
 
     Raises:
-        UserError: no checkpoint, no text, or a model without experts.
+        UserError: There is no checkpoint, the text is empty, or the model has no experts.
     """
     with quiet_megatron():
         from megatron_ext.devices import activate
@@ -97,21 +113,27 @@ def route_text(run_dir: Path, text: str) -> RoutedText:
         from megatron_ext.inference.loading import load_model
 
         trained = load_model(run_dir)
-        tokens = trained.tokenizer.tokenize(text[:_LONGEST_TEXT])[: trained.max_length]
+        tokens = trained.tokenizer.tokenize(text[:_MAX_CHARACTERS])[: trained.max_length]
         try:
             return route(trained, tokens)
         except ValueError as error:
-            raise UserError(f"the text cannot be routed: {error}") from error
+            raise UserError(f"The text cannot be routed: {error}") from error
 
 
-def _refuse_what_does_not_fit(options: argparse.Namespace, runs: int) -> None:
+def _check_flags(options: ReportFlags, runs: int) -> None:
     if not runs:
-        raise UserError("no run to show: give its directory, or those of several to compare")
+        raise UserError(
+            "There is no run to show. Name the directory of a run, or several to compare them."
+        )
     names = _OF_ONE_RUN if runs > 1 else _OF_SEVERAL
-    given = next((name for name in names if getattr(options, name) is not None), None)
-    if given:
-        expected = "one run" if runs > 1 else "a comparison: give two or more runs"
-        raise UserError(f"--{given.replace('_', '-')} is for {expected}")
+    name = next((name for name in names if getattr(options, name) is not None), None)
+    if name:
+        problem = (
+            "one run. Leave it out, or name one run only."
+            if runs > 1
+            else "a comparison. Leave it out, or name two or more runs."
+        )
+        raise UserError(f"--{name.replace('_', '-')} is for {problem}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -121,24 +143,38 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("runs", nargs="*", metavar="DIR", help="run to show, or runs to compare")
-    add("--run-dir", metavar="DIR", help="the same")
-    add("--unigram", type=float, metavar="NATS", help="loss per token of a unigram baseline")
-    add("--bigram", type=float, metavar="NATS", help="loss per token of a bigram baseline")
-    add("--validation", metavar="FILE", help="JSON with unigram, bigram, validation")
-    add("--sample", metavar="FILE", help="a line of tools.generate --json")
-    add("--text-file", metavar="FILE", help="text to colour by the experts its tokens get")
-    add("--panels", metavar="DIR", help="write the panels on routing there, a picture each")
-    add("--output", metavar="DIR", help="for the comparison (the folder that the first run is in)")
-    add("--markdown", metavar="FILE", help="write the comparison as Markdown too")
+    # fmt: off
+    add("runs", nargs="*", metavar="DIR", help="Directory of the run to report, or of the runs to "
+        "compare.")
+    add("--run-dir", metavar="DIR", help="Directory of a run, like the argument without a flag.")
+    add("--unigram", type=float, metavar="NATS",
+        help="Loss of a unigram baseline to draw, in nats per token.")
+    add("--bigram", type=float, metavar="NATS",
+        help="Loss of a bigram baseline to draw, in nats per token.")
+    add("--validation", metavar="FILE",
+        help="JSON file with the losses unigram, bigram and validation, in nats per token. "
+             "Default: validation.json of the run, if it exists.")
+    add("--sample", metavar="FILE",
+        help="File with a line of tools.generate --json. Default: sample.json of the run, if it "
+             "exists.")
+    add("--text-file", metavar="FILE",
+        help="Text to color by the fan-out of its tokens. Default: text.txt of the run, if it "
+             "exists.")
+    add("--panels", metavar="DIR",
+        help="Folder for separate pictures of the panels on routing. Default: none are written.")
+    add("--output", metavar="DIR",
+        help="Folder for the comparison. Default: the folder that contains the first run.")
+    add("--markdown", metavar="FILE",
+        help="Markdown file for the comparison. Default: none is written.")
+    # fmt: on
     return parser
 
 
 def _optional_json(path: Path | str) -> dict[str, Any]:
-    """The object in a file; empty without the file.
+    """Return the JSON object in a file, empty if the file does not exist.
 
     Raises:
-        UserError: the file holds something else.
+        UserError: The file does not contain a JSON object.
     """
     if not Path(path).is_file():
         return {}
@@ -147,7 +183,7 @@ def _optional_json(path: Path | str) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):
-        raise UserError(f"{path} must hold one JSON object")
+        raise UserError(f"{path} does not contain a JSON object.")
     return value
 
 

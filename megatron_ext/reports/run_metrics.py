@@ -30,7 +30,7 @@ def read_rows(path: Path, advice: str) -> list[Row]:
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}: {advice}") from error
+        raise UserError(f"{path}: {error.strerror}. {advice}") from error
     rows = []
     for number, line in enumerate(lines, 1):
         try:
@@ -84,10 +84,10 @@ class RunMetrics:
             UserError: The file cannot be read, is damaged, or has no training step.
         """
         path = run_dir / "metrics.jsonl"
-        rows = read_rows(path, "give the directory of a run")
+        rows = read_rows(path, "Name the directory of a run.")
         metrics = cls([row for row in rows if "step" in row])
         if not metrics.training:
-            raise UserError(f"{path} has no training step yet: wait for the first")
+            raise UserError(f"{path} has no training step yet. Wait for the first one.")
         return metrics
 
     @cached_property

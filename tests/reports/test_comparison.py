@@ -214,12 +214,12 @@ def test_runs_without_experts_alone_are_compared_by_their_losses(tmp_path: Path)
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda a, b: [a, a], "is given twice"),
+        (lambda a, b: [a, a], "occurs twice"),
         (lambda a, b: [a, b + "x"], "metrics.jsonl: No such file"),
         (lambda a, b: [a, b, "--unigram", "3"], "--unigram is for one run"),
         (lambda a, b: [a, "--markdown", "c.md"], "--markdown is for a comparison"),
         (lambda a, b: [], "no run to show"),
-        (lambda a, b: [a, emptied(b)], "run.json does not hold"),
+        (lambda a, b: [a, emptied(b)], "run.json does not contain"),
         (lambda a, b: [a, removed(b)], "run.json: No such file"),
     ],
 )

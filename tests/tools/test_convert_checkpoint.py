@@ -167,7 +167,7 @@ def test_converter_refuses_wrong_paths_before_loading(tmp_path):
     for source, target in (("megatron", "hf"), ("hf", "hf"), ("hf", "megatron")):
         with pytest.raises(UserError):
             convert(source, target, tmp_path / "nowhere", tmp_path / "save")
-    with pytest.raises(UserError, match="holds no checkpoint"):
+    with pytest.raises(UserError, match="has no checkpoint"):
         convert("megatron", "hf", tmp_path / "empty", tmp_path / "save")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()

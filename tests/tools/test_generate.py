@@ -95,7 +95,7 @@ def test_lines_of_a_prompt_file_end_at_newlines_alone(tmp_path, end):
         (["--load", "{run}", "--prompt", "a", "--batch-size", "0"], "--batch-size"),
         (["--load", "{run}", "--prompt", "a", "--dtype", "fp4"], "--dtype"),
         (["--load", "{run}/nowhere", "--prompt", "a"], "is not a folder"),
-        (["--load", "{run}/tensorboard", "--prompt", "a"], "holds no checkpoint"),
+        (["--load", "{run}/tensorboard", "--prompt", "a"], "has no checkpoint"),
     ],
 )
 def test_a_bad_command_line_is_refused_before_anything_is_loaded(run_dir, flags, message):  # noqa: F811

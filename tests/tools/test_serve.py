@@ -13,7 +13,7 @@ from tools import serve
     [
         ([], "--load"),
         (["--load", "{folder}/nowhere"], "is not a folder"),
-        (["--load", "{folder}"], "holds no checkpoint"),
+        (["--load", "{folder}"], "has no checkpoint"),
         (["--load", "{folder}", "--max-batch-size", "0"], "--max-batch-size"),
         (["--load", "{folder}", "--max-waiting", "-1"], "--max-waiting"),
         (["--load", "{folder}", "--max-tokens", "0"], "--max-tokens"),

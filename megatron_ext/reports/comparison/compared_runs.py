@@ -105,7 +105,7 @@ def read_runs(paths: Sequence[str]) -> list[ComparedRun]:
     folders = [Path(path).resolve() for path in paths]
     for path, folder in zip(paths, folders):
         if folders.count(folder) > 1:
-            raise UserError(f"{path} is given twice: name each run once")
+            raise UserError(f"{path} occurs twice. Name each run once.")
     parts = [folder.name for folder in folders]
     if len(set(parts)) < len(parts):  # extend names to the shortest unique paths
         above = os.path.commonpath(folders)
@@ -121,15 +121,18 @@ def _read(path: Path, name: str) -> ComparedRun:
         settings["global_batch_size"], settings["seq_length"]
     except OSError as error:
         raise UserError(
-            f"{path / 'run.json'}: {error.strerror}: a comparison needs the run's settings"
+            f"{path / 'run.json'}: {error.strerror}. A comparison requires the settings of "
+            "each run."
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path / 'run.json'} does not hold a run's settings: {error}") from error
+        raise UserError(
+            f"{path / 'run.json'} does not contain the settings of a run: {error}"
+        ) from error
     varied = settings.get("rampup_batch_size") or settings.get("step_batch_size_schedule")
     if varied and not len(metrics.series("tokens")[0]):
         raise UserError(
-            f"{path / 'metrics.jsonl'} does not tell the tokens of a step, and the run's batch "
-            "size changed: train it again to compare it by tokens"
+            f"{path / 'metrics.jsonl'} does not record the tokens of each step, and the batch size "
+            "changed during the run. Repeat the run to compare it by tokens."
         )
     return ComparedRun(name, metrics, settings, settings.pop("seed", None))
 
