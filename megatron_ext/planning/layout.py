@@ -1,7 +1,8 @@
-"""Whether ranks, parallel sizes, model and batch fit each other, and the nearest that do.
+"""Checks that ranks, parallel sizes, model and batch fit each other, with advice on the fix.
 
-Megatron finds most of this out itself, some of it after minutes, and says what is wrong but not
-what would be right. Nothing here knows of Megatron's state: sizes in, one sentence out.
+Megatron detects most of these mistakes itself, some of them after minutes, but does not say which
+sizes would work. The functions here depend on no global state of Megatron: they take sizes and
+return one sentence.
 """
 
 from argparse import Namespace
@@ -14,7 +15,7 @@ from megatron_ext.errors import UserError
 
 @dataclass(frozen=True)
 class RunSizes:
-    """The sizes that must fit each other; a model's size is 0 where the flags do not say it."""
+    """Sizes that must fit each other; a size of the model is 0 where no flag sets it."""
 
     ranks: int
     tensor: int
@@ -23,7 +24,7 @@ class RunSizes:
     expert: int
     expert_tensor: int
     layers: int
-    stage_layers: int  # a virtual stage's; 0 without interleaving
+    stage_layers: int  # of a virtual stage; 0 without interleaving
     heads: int
     kv_heads: int
     ffn: int
@@ -33,27 +34,27 @@ class RunSizes:
     sequence: int
     micro_batch: int
     global_batch: int
-    even_stages: bool  # every pipeline stage has as many layers
+    even_stages: bool  # all pipeline stages have the same number of layers
     interleaved_batches: bool  # micro-batches go through virtual stages in groups of `pipeline`
 
     @property
     def model_ranks(self) -> int:
-        """How many ranks hold one copy of the model and one sample."""
+        """Return the number of ranks that share one copy of the model and one sample."""
         return self.tensor * self.pipeline * self.context
 
     @property
     def data(self) -> int:
-        """How many ranks hold samples of their own."""
+        """Return the data-parallel size."""
         return max(1, self.ranks // self.model_ranks)
 
     @property
     def stage_ranks(self) -> int:
-        """The ranks of a pipeline stage: an expert-parallel group is of these."""
+        """Return the number of ranks of a pipeline stage, which contains expert-parallel groups."""
         return self.ranks // self.pipeline
 
     @property
     def micro_batches(self) -> int:
-        """Of a step, on each data-parallel rank."""
+        """Return the number of micro-batches of a step on each data-parallel rank."""
         return self.global_batch // (self.micro_batch * self.data)
 
 
@@ -80,14 +81,14 @@ FLAGS = {
 
 @dataclass(frozen=True)
 class DivisibilityRule:
-    """One thing that must hold.
+    """Rule that one size must be divisible by others.
 
     Attributes:
-        total: the size that is divided.
-        parts: the sizes whose product divides it; the first are the first to be changed.
-        of: the number that is divided, where it is not the size of that name.
-        factor: a further divisor that no flag changes.
-        when: whether the rule applies at all.
+        total: Name of the size that is divided.
+        parts: Names of the sizes whose product divides it; advice changes the first ones first.
+        of: Function that returns the divided number where it is not the size `total`.
+        factor: Function that returns a further divisor, which no flag changes.
+        when: Function that returns whether the rule applies.
     """
 
     total: str
@@ -97,12 +98,14 @@ class DivisibilityRule:
     when: Callable[[RunSizes], bool] = lambda layout: True
 
     def holds(self, layout: RunSizes) -> bool:
+        """Return whether the sizes comply with the rule, or the rule does not apply."""
         if not self.when(layout):
             return True
         number = getattr(layout, self.total) if self.of is None else self.of(layout)
         return number % self.divisor(layout) == 0
 
     def divisor(self, layout: RunSizes) -> int:
+        """Return the product of all sizes and factors that must divide the total."""
         return prod(getattr(layout, part) for part in self.parts) * self.factor(layout)
 
 
@@ -124,7 +127,8 @@ RULES = (
         ("stage_layers", "pipeline"),
         when=lambda x: x.even_stages and x.stage_layers > 0,
     ),
-    # Causal attention is shared out in two chunks a rank, and sequence parallelism cuts them.
+    # Causal attention splits a sequence into two chunks for each rank, and sequence parallelism
+    # splits these.
     DivisibilityRule("sequence", ("context",), factor=lambda x: 2, when=lambda x: x.context > 1),
     DivisibilityRule(
         "sequence",
@@ -146,11 +150,11 @@ def check_layout(args: Namespace, ranks: int) -> None:
     """Refuse a layout that cannot work.
 
     Args:
-        args: as parsed, before Megatron's validation.
-        ranks: the world size.
+        args: Arguments as parsed, before Megatron's validation.
+        ranks: World size.
 
     Raises:
-        UserError: what does not fit, and the nearest that does.
+        UserError: Sizes do not fit; the message names them and the nearest sizes that do.
     """
     _check_sizes(args)
     if args.tensor_model_parallel_size > 1 and args.num_experts and not args.sequence_parallel:
@@ -176,7 +180,10 @@ def check_layout(args: Namespace, ranks: int) -> None:
 
 
 def _check_shared_out_matrices(args: Namespace, layout: RunSizes) -> None:
-    """Megatron's distributed Muon shares out experts only where it shares out the rest."""
+    """Refuse layouts in which Megatron's distributed Muon cannot distribute the matrices.
+
+    Muon distributes experts over ranks only where it distributes all other matrices too.
+    """
     if args.optimizer != "muon" or not args.use_distributed_optimizer:
         return
     if layout.pipeline > 2 and not args.et_norm_scale and args.muon_router == "muon":
@@ -197,7 +204,12 @@ def _check_shared_out_matrices(args: Namespace, layout: RunSizes) -> None:
 
 
 def run_sizes(args: Namespace, ranks: int) -> RunSizes:
-    """The sizes that a command line and a world size make."""
+    """Return the sizes of a run.
+
+    Args:
+        args: Arguments as parsed, before Megatron's validation.
+        ranks: World size.
+    """
     tensor = args.tensor_model_parallel_size
     context, pipeline = args.context_parallel_size, args.pipeline_model_parallel_size
     heads, experts = args.num_attention_heads or 0, args.num_experts or 0
@@ -242,16 +254,16 @@ def run_sizes(args: Namespace, ranks: int) -> RunSizes:
 
 
 def _check_sizes(args: Namespace) -> None:
-    """A size below 1 would divide by zero further on."""
+    """Refuse sizes below 1, by which later checks would divide."""
     for name, flag in FLAGS.items():
         value = getattr(args, flag.removeprefix("--").replace("-", "_"), None)
-        least = 0 if name == "experts" else 1  # Megatron's word for a dense model
+        least = 0 if name == "experts" else 1  # 0 experts: Megatron's dense model
         if name != "ranks" and value is not None and value < least:
             raise UserError(f"{flag} {value} must be at least {least}")
 
 
 def _complaint(rule: DivisibilityRule, layout: RunSizes) -> str:
-    """What does not divide by what."""
+    """Return a phrase that names the size that is not divisible, and by which sizes."""
     parts = [f"{FLAGS[part]} {getattr(layout, part)}" for part in rule.parts]
     parts = [text for text, part in zip(parts, rule.parts) if getattr(layout, part) > 1] or parts
     total = getattr(layout, rule.total)
@@ -270,12 +282,12 @@ def _complaint(rule: DivisibilityRule, layout: RunSizes) -> str:
 
 
 def _advice(rule: DivisibilityRule, layout: RunSizes) -> str:
-    """The nearest sizes with which everything holds, one flag changed at a time."""
+    """Return the nearest sizes that comply with all rules, changing one flag at a time."""
     names = [part for part in rule.parts if getattr(layout, part) > 1] or list(rule.parts)
     names.append(rule.total)
     if rule.total == "global_batch" and layout.data > 1:
         names.append("ranks")
-    # Where no one change mends everything, begin with what was found first.
+    # If no single change satisfies all rules, the advice is on the first broken rule alone.
     furthest = 2 * max(rule.divisor(layout), *(getattr(layout, name) for name in names))
     ways = _ways(names, layout, RULES, furthest) or _ways(names, layout, (rule,), furthest)
     text = ", or ".join(ways)
@@ -285,14 +297,14 @@ def _advice(rule: DivisibilityRule, layout: RunSizes) -> str:
 def _ways(
     names: Sequence[str], layout: RunSizes, rules: Sequence[DivisibilityRule], furthest: int
 ) -> list[str]:
-    """For each size, in words, the nearest values with which the rules hold."""
+    """Return a phrase for each size that has values with which the rules hold."""
     ways = []
     for name in names:
 
         def works(value: int, name: str = name) -> bool:
             changed = replace(layout, **{name: value})  # type: ignore[arg-type]
             if name == "tensor" and layout.expert_tensor == layout.tensor:
-                changed = replace(changed, expert_tensor=value)  # it follows unless a flag sets it
+                changed = replace(changed, expert_tensor=value)  # its default is the tensor size
             return all(rule.holds(changed) for rule in rules)
 
         if values := nearest(getattr(layout, name), works, furthest):
@@ -303,7 +315,16 @@ def _ways(
 
 
 def nearest(value: int, works: Callable[[int], bool], furthest: int) -> list[int]:
-    """The next smaller and the next larger number from 1 to `furthest` that work, if any do."""
+    """Return the nearest smaller and larger numbers that work.
+
+    Args:
+        value: Number that does not work.
+        works: Function that returns whether a number works.
+        furthest: Largest number to try; the smallest is 1.
+
+    Returns:
+        At most one number below `value` and one above.
+    """
     smaller = next((n for n in range(value - 1, 0, -1) if works(n)), None)
     larger = next((n for n in range(value + 1, furthest + 1) if works(n)), None)
     return [n for n in (smaller, larger) if n is not None]

@@ -1,4 +1,4 @@
-"""`--dry-run`: what a run would need, on a world of any size, without running it."""
+"""Dry run: parameters, memory, FLOPs and collectives of a run on any number of ranks."""
 
 import contextlib
 import io
@@ -28,10 +28,13 @@ def dry_run(
     """Print parameters, memory, FLOPs and collectives, and the same as JSON on the last line.
 
     Args:
-        more: further facts, from those that were measured; `together` is printed as a table.
+        args: Validated arguments of the run.
+        config: Configuration of the model.
+        more: Function that derives further facts from the measured ones. Its key `together` is
+            printed as a table.
 
     Raises:
-        UserError: the layout or the routing pools cannot work.
+        UserError: The layout or the routing pools cannot work.
     """
     if config.uses_thresholds:
         check_pools(args, config)
@@ -44,7 +47,7 @@ def dry_run(
 
 
 def measure(args: Namespace, config: ETConfig) -> dict[str, Any]:
-    """Everything that `--dry-run` prints, by names of JSON."""
+    """Return everything that `--dry-run` prints, by its JSON keys."""
     stages, parameters, flops = [], [], 0
     ranks_of_a_stage = args.world_size // args.pipeline_model_parallel_size
     for stage, rank in enumerate(stage_ranks(args)):
@@ -85,16 +88,16 @@ def measure(args: Namespace, config: ETConfig) -> dict[str, Any]:
 
 
 def parameters_per_stage(args: Namespace, config: ETConfig) -> list[int]:
-    """How many parameters a rank of each pipeline stage holds."""
-    held = []
+    """Return the number of parameters that a rank of each pipeline stage stores."""
+    counts = []
     for rank in stage_ranks(args):
         with fake_rank(args, rank):
-            held.append(sum(weight.numel() for weight in Rank(args, config).weights))
-    return held
+            counts.append(sum(weight.numel() for weight in Rank(args, config).weights))
+    return counts
 
 
 def stage_ranks(args: Namespace) -> list[int]:
-    """The first rank of each pipeline stage."""
+    """Return the first rank of each pipeline stage."""
     stages = args.pipeline_model_parallel_size
     stride = args.world_size // stages
     if args.use_tp_pp_dp_mapping:
@@ -103,7 +106,7 @@ def stage_ranks(args: Namespace) -> list[int]:
 
 
 def _phases(config: ETConfig) -> list[str]:
-    """How a run routes, in the order in which it does."""
+    """Return the ways in which a run routes tokens, in their order in time."""
     if not config.uses_thresholds:
         return [config.router_type.replace("-", " ") if config.num_moe_experts else "dense"]
     if not config.router.trains_by_threshold:
@@ -130,7 +133,10 @@ def _layout(args: Namespace) -> dict[str, int]:
 
 
 def _megatron_flops(args: Namespace, config: ETConfig) -> float:
-    """Megatron's formula, of the forward and backward pass, for the mean number of experts."""
+    """Return the FLOPs of a token, forward and backward, by Megatron's formula.
+
+    The formula takes the mean fan-out as its number of experts.
+    """
     args = copy(args)
     if config.num_moe_experts is not None and config.uses_thresholds:
         args.moe_router_topk = float(config.mean_experts)

@@ -1,4 +1,4 @@
-"""The facts of a dry run as tables, and as one JSON object on the last line."""
+"""Report of a dry run: tables, and one JSON object on the last line."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ _MEMORY = {
     "gather_buffer": "gathered activations",
 }
 STEP_ALONE = ("activations", "router_logits", "gather_buffer")
-"""Memory that a training step needs while it runs, and a model that answers does not."""
+"""Memory that a training step needs while it runs, and text generation does not."""
 
 # Memory of common devices in MiB, as nvidia-smi reports it, and the share of it that is left to
 # CUDA, NCCL, temporary tensors and fragmentation.
@@ -33,7 +33,7 @@ more, its own part included; of an all-to-all what it hands in."""
 
 
 def print_report(facts: dict[str, Any]) -> None:
-    """Print the tables and the JSON line."""
+    """Print the tables and the line of JSON."""
     sizes = " x ".join(f"{size} {name.replace('_', ' ')}" for name, size in facts["layout"].items())
     print(f"{facts['world_size']:,} ranks: {sizes}")
     print(f"{facts['tokens_per_step']:,} tokens a step, {facts['micro_batches']} micro-batch(es)")
@@ -65,11 +65,11 @@ def print_report(facts: dict[str, Any]) -> None:
 
 
 def largest_rank(facts: Mapping[str, Any]) -> int:
-    """Return the bytes of the rank that needs most memory, in training or while it answers.
+    """Return the bytes of the rank that needs most memory, in training or in generation.
 
     Args:
-        facts: What a dry run found. `together` has all the models that a rank holds; `answers` the
-            keys and values of a model that also answers.
+        facts: Facts of a dry run. `together` has the bytes of all models on a rank, and `answers`
+            those of the keys and values of a model that also generates text.
     """
     if "together" in facts:
         *_, sums = facts["together"].values()
@@ -83,7 +83,11 @@ def largest_rank(facts: Mapping[str, Any]) -> int:
 
 
 def fit(size: int) -> str:
-    """Return the sentence that says which devices have room for a rank of so many bytes."""
+    """Return a sentence on the devices whose memory is enough for a rank.
+
+    Args:
+        size: Bytes that the rank needs.
+    """
     room = {name: int(mib * (1 - _RESERVED) * 2**20) for name, mib in _DEVICES.items()}
     names = {
         "fits": [name for name in room if size <= room[name]],
@@ -110,7 +114,7 @@ def _print_memory(stages: Sequence[dict[str, Any]]) -> None:
 
 
 def _print_together(rows: Mapping[str, Sequence[int]]) -> None:
-    """Bytes of each stage's ranks, by what they are of; the last row is the sum."""
+    """Print the bytes on the ranks of each stage by purpose; the last row is the sum."""
     stages = len(next(iter(rows.values())))
     names = [f"stage {stage}" for stage in range(stages)] if stages > 1 else [""]
     header = ["all that a rank holds (MiB)", *names]
@@ -118,7 +122,7 @@ def _print_together(rows: Mapping[str, Sequence[int]]) -> None:
 
 
 def _print_collectives(stage: dict[str, Any], several: bool) -> None:
-    """The last phase's collectives, and what an earlier phase does otherwise."""
+    """Print the collectives of the last phase, and those that differ in earlier phases."""
     where = f" of stage {stage['stage']}" if several else ""
     phases = list(stage["collectives"].items())
     _, main = phases[-1]
@@ -151,7 +155,7 @@ def _mib(size: int) -> str:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
-    """Print aligned columns, the first `left` of them to the left."""
+    """Print aligned columns, of which the first `left` are aligned to the left."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     print()
     for line, row in enumerate([header, *rows]):

@@ -1,8 +1,9 @@
-"""What stands for data in a step without data: evenly loaded experts, and random logits.
+"""Substitutes for data in a simulated step: evenly loaded experts and random logits.
 
-Hidden states have shapes alone. What routing makes of them is replaced at three places: every
-expert takes its mean share of every rank's tokens; a router decides over random logits, in host
-memory, with the code that trains; attention uses the kernel that keeps no scores.
+In a simulated step, hidden states have shapes but no values. Code that reads values is replaced
+in three places: every expert takes its mean share of the tokens of every rank; a router selects
+tokens by random logits in host memory, with the same code as in training; attention uses the
+kernel that does not store scores.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,20 +23,23 @@ from megatron_ext.moe.threshold_router import ThresholdRouter, threshold_routers
 from megatron_ext.moe.thresholds import Thresholds
 from megatron_ext.training.step import RoutingStep
 
-# Logits a router decides over: so many tokens, or those that give an expert a few.
+# Tokens of the random logits of a router: a maximum, the least number that an expert selects, and
+# a maximum over all micro-batches of a step.
 _TOKENS, _TOKENS_OF_AN_EXPERT, _TOKENS_OF_A_STEP = 2048, 8, 65536
 _aten = torch.ops.aten
 
 
 class EvenLoad:
-    """Every expert takes its mean share of every rank's tokens.
+    """Router load in which every expert takes its mean share of the tokens of every rank.
 
     Args:
-        config: of the model.
-        microbatches: of the whole step; the step's end gets logits of so many, run or not.
+        config: Configuration of the model.
+        microbatches: Micro-batches of the whole step. The end of the step receives logits of all
+            of them, although fewer may run.
 
     Attributes:
-        kept_bytes: of router logits that wait for the end of the step.
+        rate: Share of all tokens that one expert takes.
+        kept_bytes: Bytes of the router logits that are stored until the end of the step.
     """
 
     def __init__(self, config: ETConfig, microbatches: int = 1) -> None:
@@ -45,11 +49,11 @@ class EvenLoad:
         self._copied = 0
 
     def rows(self, tokens: int) -> int:
-        """The tokens of a rank's that one expert takes."""
+        """Return how many of a rank's tokens one expert takes."""
         return round(self.rate * tokens)
 
     def answers(self) -> Mapping[Any, Callable[..., Any]]:
-        """What operations give whose results depend on data, for meta tensors."""
+        """Return substitutes, for meta tensors, of operations whose results depend on data."""
         return {
             _aten._local_scalar_dense.default: lambda _, x: torch.zeros((), dtype=x.dtype).item(),
             _aten.masked_select.default: self._masked_select,
@@ -58,7 +62,7 @@ class EvenLoad:
         }
 
     def _masked_select(self, _: Any, values: Tensor, mask: Tensor) -> Tensor:
-        """Megatron's permutation selects by masks `[experts, tokens]`."""
+        """Select by a mask `[experts, tokens]`, as Megatron's permutation of tokens does."""
         experts, tokens = mask.shape
         return values.new_empty(experts * self.rows(tokens))
 
@@ -106,33 +110,33 @@ class EvenLoad:
         return gathered
 
     def _random_selection(self) -> Callable[..., Tensor]:
-        """Return the selection of a router that decides over random logits."""
+        """Return a replacement for the selection of a router, which uses random logits."""
         select = ThresholdRouter.select
 
         def select_at_random(
             router: ThresholdRouter, logits: Tensor, positions: Tensor, counting: bool
         ) -> Tensor:
-            kept = len(router.cutoffs.kept_logits)
+            before = len(router.cutoffs.kept_logits)
             enough = int(_TOKENS_OF_AN_EXPERT / self.rate) + 1
             affordable = min(_TOKENS, _TOKENS_OF_A_STEP // self.microbatches)
             tokens = min(logits.shape[0], max(affordable, enough))
             sample = _random_logits(tokens, router.num_experts, self.rate)
             select(router, sample, torch.arange(tokens), counting)
-            if len(router.cutoffs.kept_logits) > kept:
+            if len(router.cutoffs.kept_logits) > before:
                 self.kept_bytes += logits.numel() * logits.element_size()
             return torch.empty_like(logits, dtype=torch.bool)
 
         return select_at_random
 
     def _whole_step(self) -> Callable[..., None]:
-        """Return the end of a step that has logits of all its micro-batches."""
+        """Return a replacement for the end of a step, with logits of all its micro-batches."""
         resolve = RoutingStep.resolve
 
         def resolve_whole_step(step: RoutingStep, routers: Sequence[Any]) -> None:
             for router in threshold_routers(routers):
                 sizes = [len(logits) for logits in router.cutoffs.kept_logits]
                 for i in range(len(sizes), self.microbatches if sizes else 0):
-                    # Not the same again: a search takes longer where values are tied.
+                    # New logits each time, because a search takes longer where values are tied.
                     tokens = sizes[i % len(sizes)]
                     logits = _random_logits(tokens, router.num_experts, self.rate)
                     router.cutoffs.keep(logits)
@@ -155,19 +159,24 @@ def replacements(load: EvenLoad) -> dict[str, Callable[..., Any]]:
 
 
 def _random_logits(tokens: int, experts: int, rate: Fraction) -> Tensor:
-    """Normal logits, fp32 `[tokens, experts]`, of which the share `rate` is above 0."""
+    """Return normal logits, fp32 `[tokens, experts]`, of which the share `rate` is above 0."""
     quantile = NormalDist().inv_cdf(1.0 - float(rate)) if rate < 1 else -10.0
     return torch.randn(tokens, experts, device="cpu") - quantile
 
 
 def expert_rate(config: ETConfig) -> Fraction:
-    """The share of all tokens that one expert takes; 0 without experts."""
+    """Return the share of all tokens that one expert takes, 0 without experts."""
     experts = config.num_moe_experts
     return config.mean_experts / experts if experts else Fraction(0)
 
 
 def prepare_router(router: ThresholdRouter, updates: int) -> None:
-    """Put a router's own state into host memory, its thresholds at 0 after so many updates."""
+    """Put the state of a router into host memory.
+
+    Args:
+        router: Router of a model on the meta device.
+        updates: Number of updates that the thresholds, all 0, claim to have had.
+    """
     router.thresholds = Thresholds(router.num_experts, router.thresholds.decay, device="cpu")
     router.thresholds._updates_on_host = updates
     router.counts = RoutingCounts(router.num_experts).to_empty(device="cpu")
@@ -175,7 +184,7 @@ def prepare_router(router: ThresholdRouter, updates: int) -> None:
 
 
 def _zero_norm(*args: Any) -> tuple[Tensor, None]:
-    """The norm of the gradients, which Megatron's torch implementation takes off the device."""
+    """Return 0 as the norm of the gradients; that of meta tensors has no value."""
     return torch.zeros(1, device="cuda"), None
 
 
@@ -189,7 +198,10 @@ def _flash_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """On the meta device torch would take the formula that keeps every score."""
+    """Compute attention by the kernel that does not store scores.
+
+    On the meta device torch would choose the formula that stores every score.
+    """
     if attn_mask is not None:
         attn_mask = query.new_empty(attn_mask.shape)
     return _aten._scaled_dot_product_flash_attention_for_cpu(

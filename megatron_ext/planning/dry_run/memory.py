@@ -1,4 +1,4 @@
-"""Bytes that a rank holds: what the model and the optimizer own, and what waits for backward."""
+"""Bytes that a rank stores: tensors of the model and the optimizer, and saved activations."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def storage_bytes(tensors: Iterable[Any], apart_from: Iterable[Any] = ()) -> int:
-    """Bytes of the distinct storages behind `tensors`, without those behind `apart_from`."""
+    """Return the bytes of the distinct storages of `tensors`, except those of `apart_from`."""
     known = {tensor.untyped_storage()._cdata for tensor in apart_from}
     sizes = {
         storage._cdata: storage.nbytes()
@@ -20,8 +20,8 @@ def storage_bytes(tensors: Iterable[Any], apart_from: Iterable[Any] = ()) -> int
 
 
 def optimizer_tensors(optimizer: Any) -> Iterator[Any]:
-    """Every tensor of a Megatron optimizer: the parameters it steps and the state it keeps."""
-    if hasattr(optimizer, "chained_optimizers"):  # Muon's part of a distributed one is a chain too
+    """Yield every tensor of a Megatron optimizer: its parameters and their state."""
+    if hasattr(optimizer, "chained_optimizers"):  # part of a distributed Muon too
         for part in optimizer.chained_optimizers:
             yield from optimizer_tensors(part)
     elif (inner := optimizer.optimizer) is not None:
@@ -32,26 +32,26 @@ def optimizer_tensors(optimizer: Any) -> Iterator[Any]:
 
 
 class SavedTensors(torch.autograd.graph.saved_tensors_hooks):
-    """Follows the bytes that autograd keeps for the backward pass.
+    """Hooks that count the bytes that autograd saves for the backward pass.
 
     Args:
-        parameters: their storages, and any view of them, are not counted.
+        parameters: Tensors that are not counted, nor is any view of them.
 
     Attributes:
-        peak: the most bytes kept at once while this was active.
+        peak: Largest number of bytes saved at once while the hooks were active.
     """
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
-        super().__init__(self._pack, lambda held: held.tensor)
+        super().__init__(self._pack, lambda saved: saved.tensor)
         self._own = {parameter.untyped_storage()._cdata for parameter in parameters}
-        self._holders: dict[int, int] = {}  # storage: how many saved tensors share it
+        self._holders: dict[int, int] = {}  # saved tensors by storage
         self._bytes = self.peak = 0
 
-    def _pack(self, tensor: Tensor) -> "_Held":
-        return _Held(tensor.detach(), self)
+    def _pack(self, tensor: Tensor) -> "_SavedTensor":
+        return _SavedTensor(tensor.detach(), self)
 
     def add(self, storage: torch.UntypedStorage, holders: int) -> None:
-        """One more, or with -1 one less, saved tensor lives in `storage`."""
+        """Record that `storage` has one more saved tensor, or with -1 one fewer."""
         key = storage._cdata
         if key in self._own:
             return
@@ -64,8 +64,8 @@ class SavedTensors(torch.autograd.graph.saved_tensors_hooks):
             del self._holders[key]
 
 
-class _Held:
-    """A saved tensor; the graph drops it when it needs it no longer."""
+class _SavedTensor:
+    """Saved tensor, counted until the autograd graph drops it."""
 
     def __init__(self, tensor: Tensor, owner: SavedTensors) -> None:
         self.tensor, self.owner = tensor, owner

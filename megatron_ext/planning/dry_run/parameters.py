@@ -1,4 +1,4 @@
-"""How many parameters a model has, whatever its layout."""
+"""Parameter counts of a model, independent of its parallel layout."""
 
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
@@ -14,9 +14,9 @@ class Parameters:
     """Parameters of a model, or of one pipeline stage of it, by kind.
 
     Attributes:
-        embeddings: token embeddings and output head, without rows that pad the vocabulary.
-        experts: the routed experts of all layers.
-        others: attention, dense layers, shared experts, routers and norms.
+        embeddings: Token embeddings and output head, without rows that pad the vocabulary.
+        experts: Routed experts of all layers.
+        others: Attention, dense layers, shared experts, routers and norms.
     """
 
     embeddings: int
@@ -25,25 +25,31 @@ class Parameters:
 
     @property
     def total(self) -> int:
-        """Every parameter once."""
+        """Return the number of all parameters."""
         return self.embeddings + self.experts + self.others
 
     def active(self, rate: Fraction) -> int:
-        """Parameters that a token meets on average: of the routed experts the share `rate`.
+        """Return the mean number of parameters that a token uses.
 
-        Embeddings and head count in full, as in the paper's tables.
+        Embeddings and head count in full, as in the tables of the paper.
+
+        Args:
+            rate: Share of the routed experts that process a token.
         """
         return self.embeddings + self.others + round(rate * self.experts)
 
     @staticmethod
     def of_model(stages: Iterable["Parameters"]) -> "Parameters":
-        """Those of all pipeline stages together."""
+        """Return the sum over all pipeline stages."""
         rows = [(stage.embeddings, stage.experts, stage.others) for stage in stages]
         return Parameters(*(sum(column) for column in zip(*rows, strict=True)))
 
 
 def count_parameters(model: Sequence[Any], args: Namespace) -> Parameters:
-    """Parameters of this rank's pipeline stage, those on its tensor and expert peers included."""
+    """Return the parameters of this rank's pipeline stage.
+
+    Those on its tensor-parallel and expert-parallel peers are included.
+    """
     counts = {"embeddings": 0, "experts": 0, "others": 0}
     tensor, expert_tensor = args.tensor_model_parallel_size, args.expert_tensor_parallel_size
     padding = args.padded_vocab_size - args.vocab_size

@@ -1,4 +1,4 @@
-"""One training step of one rank, in a world of any size, without data and without its peers.
+"""Simulation of a training step of one rank, without data and without the other ranks.
 
 Megatron's own trainer builds the rank's stages and optimizer on the meta device, under torch's
 fake process group, and takes a step with its own schedule.
@@ -44,15 +44,15 @@ _ROUTING, _STEP_END = "routing", "routing at the step's end"
 
 @dataclass
 class RankMemory:
-    """Bytes a rank holds in a step.
+    """Bytes that a rank stores in a step.
 
     Attributes:
-        parameters: weights, with the padding of Megatron's buffers.
-        gradients: the buffers that they are accumulated and reduced in.
-        optimizer: main parameters, where they are not the weights themselves, and their state.
-        activations: the most that waits for the backward pass at once.
-        router_logits: kept for the cutoffs at the end of the step.
-        gather_buffer: what sequence parallelism gathers activations into.
+        parameters: Weights, with the padding of Megatron's buffers.
+        gradients: Buffers in which gradients are accumulated and reduced.
+        optimizer: Main parameters, where they are not the weights themselves, and their state.
+        activations: Largest number of bytes saved for the backward pass at once.
+        router_logits: Logits stored for the cutoffs at the end of the step.
+        gather_buffer: Buffer into which sequence parallelism gathers activations.
     """
 
     parameters: int = 0
@@ -65,10 +65,12 @@ class RankMemory:
 
 @dataclass
 class SimulatedStep:
-    """What a rank does in a step.
+    """Memory, collectives and FLOPs of a rank in a step.
 
     Attributes:
-        flops: of matrix products and attention, recomputation included.
+        memory: Bytes that the rank stores.
+        collectives: Calls and bytes of every kind of collective.
+        flops: FLOPs of matrix products and attention, recomputation included.
     """
 
     memory: RankMemory
@@ -77,11 +79,11 @@ class SimulatedStep:
 
 
 class Rank:
-    """A rank's model and optimizer; make it inside :func:`fake_rank`.
+    """Model and optimizer of a rank, to be created inside :func:`fake_rank`.
 
     Args:
-        args: of the run.
-        config: of the model; left as it is.
+        args: Validated arguments of the run.
+        config: Configuration of the model, which is copied.
     """
 
     def __init__(self, args: Namespace, config: ETConfig) -> None:
@@ -107,19 +109,22 @@ class Rank:
         self._prepare_schedule()
 
     def _prepare_schedule(self) -> None:
-        """What Megatron's `train` sets up, and what its first step leaves."""
+        """Do what Megatron's `train` does before its first step, and take one optimizer step."""
         self.config.grad_scale_func = self.optimizer.scale_loss
         load = EvenLoad(self.config)
         with load.installed(), Traffic(load.answers()):
-            self.optimizer.step()  # the first asks the other ranks more than later ones do
+            self.optimizer.step()  # the first has more collectives than later ones
         if self.args.overlap_grad_reduce:
             functions = [chunk.no_sync for chunk in self.model]
             self.config.no_sync_func = functions if len(functions) > 1 else functions[0]
 
     def take_step(self, by_threshold: bool) -> SimulatedStep:
-        """Count a whole step, routed by thresholds or by expert choice.
+        """Return the memory, collectives and FLOPs of a whole step.
 
-        Only as many micro-batches run as show what each of them adds.
+        Only a few micro-batches run, enough to know what each further one adds.
+
+        Args:
+            by_threshold: Whether routing is by thresholds instead of by expert choice.
         """
         first, stride = self._shortest_step()
         total = self.microbatches
@@ -129,7 +134,7 @@ class Rank:
         return _extended(short, longer, first + stride, stride, total)
 
     def _shortest_step(self) -> tuple[int, int]:
-        """Micro-batches that fill the pipeline, and by how many a step can grow."""
+        """Return the micro-batches that fill the pipeline, and the increment of a longer step."""
         stages = self.args.pipeline_model_parallel_size
         if self.args.virtual_pipeline_model_parallel_size is None:
             return stages, 1
@@ -169,11 +174,18 @@ class Rank:
 def _extended(
     short: SimulatedStep, longer: SimulatedStep, ran: int, stride: int, total: int
 ) -> SimulatedStep:
-    """A step of `total` micro-batches from two shorter ones: `longer` ran `ran` of them, `stride`
-    more than `short`.
+    """Extrapolate from two shorter steps to a whole step.
 
-    Activations do not grow once the pipeline is full. What a search for cutoffs takes varies: in
-    the forward pass the mean counts, and the step's end has searched for all micro-batches.
+    Activations do not grow once the pipeline is full. The collectives of a search for cutoffs
+    vary: those of the forward pass are scaled by the mean, and those of the end of the step
+    already cover all micro-batches.
+
+    Args:
+        short: Step of `ran - stride` micro-batches.
+        longer: Step of `ran` micro-batches.
+        ran: Micro-batches of the longer step.
+        stride: Difference of the two steps in micro-batches.
+        total: Micro-batches of the whole step.
     """
 
     def extend(before: int, after: int) -> int:
@@ -199,7 +211,7 @@ def _batches(args: Namespace) -> Iterator[dict[str, Tensor]]:
 
 @contextmanager
 def _purposes(traffic: Traffic) -> Iterator[None]:
-    """Distinguish the purposes of collectives over the same groups, for the duration of a block."""
+    """Separate the purposes of collectives over the same groups, for the duration of a block."""
     select = _serving(traffic, ThresholdRouter.select, _ROUTING)
     resolve = _serving(traffic, RoutingStep.resolve, _STEP_END)
     with (
@@ -230,7 +242,7 @@ def step_length(microbatches: int) -> dict[str, Callable[[], int]]:
 
 
 def backend() -> dict[str, list[str]]:
-    """Return the devices of torch's fake process group, with the meta device."""
+    """Return the devices of torch's fake process group, extended by the meta device."""
     target = "torch.distributed.Backend.backend_capability.fake"
     return {target: [*patches.original(target), "meta"]}
 
@@ -248,10 +260,16 @@ def _serving(traffic: Traffic, function: Callable[..., Any], purpose: str) -> Ca
 
 @contextmanager
 def fake_rank(args: Namespace, rank: int) -> Iterator[None]:
-    """Be `rank` of `args.world_size` inside; the other ranks exist in name alone.
+    """Let this process be one rank of `args.world_size`, for the duration of a block.
+
+    The other ranks do not exist, and collectives with them return at once.
+
+    Args:
+        args: Validated arguments of the run.
+        rank: Rank that this process simulates.
 
     Raises:
-        UserError: the ranks cannot be laid out as the flags say.
+        UserError: The ranks cannot be laid out as the flags say.
     """
     args.rank = rank
     patches.apply("optimizer")

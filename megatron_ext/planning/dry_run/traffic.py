@@ -1,4 +1,4 @@
-"""Collectives and FLOPs of a training step, counted as torch dispatches them."""
+"""Counter of the collectives and FLOPs of a training step, as torch dispatches them."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +14,14 @@ from torch.utils.flop_counter import flop_registry
 
 
 class Collective(NamedTuple):
-    """What is counted together; `group` is Megatron's name of it."""
+    """Kind of collective whose calls are counted together.
+
+    Attributes:
+        purpose: Use of the collective in training.
+        operation: Name of the operation.
+        group: Megatron's name of the process group.
+        ranks: Size of the group.
+    """
 
     purpose: str
     operation: str
@@ -23,8 +30,13 @@ class Collective(NamedTuple):
 
 
 class Amount(NamedTuple):
-    """Calls and bytes on one rank: of what it hands in, or of what it gets when that is more; of
-    an all-to-all what it hands in. A rank's part for itself is included."""
+    """Calls and bytes of a collective on one rank.
+
+    Attributes:
+        calls: Number of calls.
+        bytes: Bytes of the input or of the output, whichever are more; of an all-to-all those of
+            the input. The part that a rank sends to itself is included.
+    """
 
     calls: int
     bytes: int
@@ -72,15 +84,15 @@ _FLOPS = {
 
 
 class Traffic(TorchDispatchMode):
-    """Counts while it is active.
+    """Dispatch mode that counts collectives and FLOPs while it is active.
 
     Args:
-        answers: what stands for operations that need data where tensors have none.
+        answers: Substitutes for operations that need data, for tensors without data.
 
     Attributes:
-        collectives: calls and bytes; groups of one rank are left out.
-        flops: of matrix products and attention, Muon's apart; a multiplication and an addition
-            count two.
+        collectives: Calls and bytes of each kind; groups of one rank are left out.
+        flops: FLOPs of matrix products and attention without those of Muon. A multiplication and
+            an addition count two.
     """
 
     def __init__(self, answers: Mapping[Any, Callable[..., Any]] | None = None) -> None:
@@ -92,7 +104,7 @@ class Traffic(TorchDispatchMode):
 
     @contextmanager
     def purpose(self, name: str) -> Iterator[None]:
-        """Count the collectives inside as serving `name`."""
+        """Count collectives under the purpose `name`, for the duration of a block."""
         outer, self._purpose = self._purpose, name
         try:
             yield
@@ -110,7 +122,7 @@ class Traffic(TorchDispatchMode):
         if answer is not None and args[0].is_meta:
             return answer(func, *args, **kwargs)
         result = func(*args, **kwargs)
-        # How much of Muon's falls to a rank depends on the rank.
+        # The share of Muon's work differs from rank to rank.
         if self._purpose != MUON and (count := _FLOPS.get(func.overloadpacket)):
             self.flops += count(*args, **kwargs, out_val=result)
         return result
@@ -120,9 +132,9 @@ class Traffic(TorchDispatchMode):
         group = dist.ProcessGroup.unbox(args[index])
         if group.size() == 1 or name == "barrier":
             return
-        sizes = [_bytes(arg) for arg in args[:index]]  # outputs stand before inputs
+        sizes = [_bytes(arg) for arg in args[:index]]  # outputs come before inputs
         operation = _OPERATIONS.get(name, name)
-        # Two pipeline stages talk over the default group too.
+        # Two pipeline stages communicate over the default group too.
         point_to_point = operation in ("send", "receive")
         default = "pipeline" if point_to_point else "step statistics"
         purpose = self._purpose or _PURPOSES.get(group.group_desc, default)
@@ -141,7 +153,7 @@ def _bytes(tensors: Any) -> int:
 def _run_collective(func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
     name = func.overloadpacket.__name__
     if name.endswith("coalesced_") and _first_tensor(args).is_meta:
-        return FakeWork().boxed()  # torch has no meta kernel of these
+        return FakeWork().boxed()  # torch has no meta kernels for these
     return func(*args, **kwargs)
 
 

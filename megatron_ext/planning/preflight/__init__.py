@@ -1,0 +1,1 @@
+"""Preflight: checks of a run, its ranks and its storage before training."""

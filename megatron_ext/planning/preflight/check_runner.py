@@ -1,4 +1,4 @@
-"""Checks one after the other, on all ranks alike, that cannot hang."""
+"""Runner of checks that all ranks run in the same order and that cannot hang."""
 
 import os
 import threading
@@ -9,19 +9,21 @@ from megatron_ext.errors import UserError
 from megatron_ext.planning.preflight.findings import FAILED, CheckResult, Report
 from megatron_ext.training.launch import Launch
 
-_LONG = 10  # times the patience with another rank: for a check as a whole
+_LONG = 10  # patience with a whole check, in multiples of the patience with another rank
 
 
 class Runner:
-    """Runs checks. They run in the same order on every rank and end alike on them, so that no rank
-    waits for one that has given up.
+    """Runner of checks.
+
+    Checks run in the same order on every rank and have the same outcome on all, so that no rank
+    waits for one that has stopped.
 
     Args:
-        report: of this rank.
-        patience: seconds to wait for another rank.
+        report: Report of this rank.
+        patience: Seconds to wait for another rank.
 
     Attributes:
-        launch: the ranks; only this one until they have met.
+        launch: Ranks that take part; this rank alone until they have connected.
     """
 
     def __init__(self, report: Report, patience: float) -> None:
@@ -34,34 +36,35 @@ class Runner:
     def check(
         self, name: str, look: Callable[[], CheckResult], seconds: float | None = None
     ) -> bool:
-        """Run one check on this rank, and hear how it went on the others.
+        """Run one check on this rank, and exchange its outcome with the other ranks.
 
         Args:
-            name: of its row.
-            look: returns what it found, of which rank 0's is told, or raises a `UserError`.
-            seconds: after which it is given up; ten times the patience by default.
+            name: Name of its row in the report.
+            look: Function that returns the result, of which the report has that of rank 0, or
+                raises a `UserError`.
+            seconds: Time limit. Default: ten times the patience.
 
         Returns:
-            whether it went well on all ranks.
+            Whether the check passed on all ranks.
         """
         self._seconds = seconds or _LONG * self.patience
         self._checking, self._deadline = name, time.monotonic() + self._seconds
-        found, problem = CheckResult(""), None
+        result, problem = CheckResult(""), None
         try:
-            found = look()
+            result = look()
         except UserError as error:
             problem = str(error)
         try:
             problem = problem and problem + self._silent_ranks(name)
             problem = self.launch.first_problem(f"check {name}", problem)
-        except UserError as error:  # rank 0 is silent
+        except UserError as error:  # rank 0 does not answer
             problem = problem or str(error)
         self._deadline = float("inf")
-        self.report.add(name, found if problem is None else CheckResult(problem, FAILED))
+        self.report.add(name, result if problem is None else CheckResult(problem, FAILED))
         return problem is None
 
     def _silent_ranks(self, name: str) -> str:
-        """On rank 0, who does not come out of a check in which others have failed."""
+        """Return a phrase, on rank 0 alone, on ranks that have not ended a failed check."""
         launch = self.launch
         if launch.store is None or launch.rank != 0:
             return ""
@@ -71,17 +74,17 @@ class Runner:
         return f"; no answer from rank(s) {', '.join(silent[:8])}" if silent else ""
 
     def end(self) -> int:
-        """The exit code, the same on all ranks, once rank 0 has told what there is to tell.
+        """Write the report and return the exit code, which is the same on all ranks.
 
         Raises:
-            UserError: rank 0 is silent.
+            UserError: Rank 0 does not answer.
         """
         self._ending.acquire()
         self.report.end()
         return self.launch.share("exit code", 2 if self.report.failed else 0)
 
     def _watch(self) -> None:
-        """End it all where nothing times out by itself."""
+        """End the process when a check exceeds its time limit."""
         while time.monotonic() < self._deadline:
             time.sleep(0.2)
         if self._ending.acquire(blocking=False):

@@ -1,4 +1,4 @@
-"""What a preflight found: a row of a table for each check, printed as it is known."""
+"""Report of a preflight: a row of a table for each check, printed when the check ends."""
 
 import json
 import sys
@@ -9,12 +9,12 @@ OK, WARNING, FAILED, SKIPPED = "ok", "warning", "FAILED", "skipped"
 
 
 class CheckResult(NamedTuple):
-    """What a check found that is not wrong.
+    """Result of a check.
 
     Attributes:
-        text: in words; the fix too where it is a warning.
-        status: OK, WARNING or SKIPPED.
-        figures: for the JSON file.
+        text: Result in words; a warning or failure also has the fix.
+        status: OK, WARNING, FAILED or SKIPPED.
+        figures: Further values for the JSON file.
     """
 
     text: str
@@ -23,11 +23,14 @@ class CheckResult(NamedTuple):
 
 
 class Report:
-    """Rows of the table; the first rank prints them and, in the end, writes the JSON file.
+    """Table of results, which the first rank prints and finally writes to the JSON file.
 
     Args:
-        rank: of this process.
-        file: of JSON, if any.
+        rank: Rank of this process.
+        file: JSON file to write, or None.
+
+    Attributes:
+        rows: Results so far.
     """
 
     def __init__(self, rank: int, file: str | None) -> None:
@@ -35,19 +38,19 @@ class Report:
         self._output = sys.stdout if rank == 0 else None
         self._file = file if rank == 0 else None
 
-    def add(self, check: str, found: CheckResult) -> None:
+    def add(self, check: str, result: CheckResult) -> None:
         """Add the row of one check."""
-        text = " ".join(found.text.split())
-        self.rows.append({"check": check, "status": found.status, "text": text, **found.figures})
-        self._print(f"{found.status:<8} {check:<22} {text}")
+        text = " ".join(result.text.split())
+        self.rows.append({"check": check, "status": result.status, "text": text, **result.figures})
+        self._print(f"{result.status:<8} {check:<22} {text}")
 
     @property
     def failed(self) -> bool:
-        """Whether any check failed."""
+        """Return whether any check failed."""
         return any(row["status"] == FAILED for row in self.rows)
 
     def end(self) -> None:
-        """Write the file, and tell how many checks ended how."""
+        """Write the JSON file, and print the number of checks with each status."""
         if self._file is not None:
             content = {"failed": self.failed, "checks": self.rows}
             try:

@@ -1,4 +1,4 @@
-"""Collectives over the groups of a layout: right results, and how fast."""
+"""Checks of the collectives over the groups of a layout: results and bandwidth."""
 
 import os
 import statistics
@@ -15,7 +15,7 @@ from megatron_ext.errors import UserError
 from megatron_ext.planning.preflight.findings import OK, WARNING, CheckResult
 from megatron_ext.training.launch import Launch
 
-# As Megatron lays them out; the last two are what gradients are reduced over.
+# Groups as Megatron lays them out. Gradients are reduced over the last two.
 KINDS: dict[str, Callable[[], Any]] = {
     "tensor parallel": parallel_state.get_tensor_model_parallel_group,
     "context parallel": parallel_state.get_context_parallel_group,
@@ -29,17 +29,22 @@ _ROUNDS = 5
 
 
 def kinds() -> Iterator[tuple[str, Any]]:
-    """The groups of this rank that have other ranks in them."""
+    """Yield the kind and the group of each of this rank's groups of more than one rank."""
     for kind, group in KINDS.items():
         if group().size() > 1:
             yield kind, group()
 
 
 def seconds_of(operation: str, group: Any, size: int) -> float:
-    """Run a collective of `size` bytes, check its result, and return the seconds of one.
+    """Run a collective, check its result, and return the mean seconds of a call.
+
+    Args:
+        operation: One of `OPERATIONS`.
+        group: Process group.
+        size: Bytes of the tensor on each rank.
 
     Raises:
-        UserError: it fails, does not end in time, or its result is wrong.
+        UserError: The collective fails, does not end in time, or its result is wrong.
     """
     members = dist.get_process_group_ranks(group)
     try:
@@ -58,7 +63,7 @@ def seconds_of(operation: str, group: Any, size: int) -> float:
 
 
 class _WrongResult(Exception):
-    pass
+    """Wrong result of a collective."""
 
 
 def _all_reduce(group: Any, size: int) -> float:
@@ -74,7 +79,7 @@ def _all_to_all(group: Any, size: int) -> float:
     ranks, rank = group.size(), group.rank()
     part = max(1, size // 4 // ranks)
     x = torch.arange(ranks, device="cuda").repeat_interleave(part) + 1000.0 * rank
-    y = torch.empty_like(x)  # from rank i: 1000 i + this rank
+    y = torch.empty_like(x)  # receives 1000 i + this rank from rank i
     _wait(dist.all_to_all_single(y, x, group=group, async_op=True))
     expected = 1000.0 * torch.arange(ranks, device="cuda").repeat_interleave(part) + rank
     if not torch.equal(y, expected):
@@ -98,26 +103,39 @@ def _wait(work: Any) -> None:
 def bandwidths(
     launch: Launch, kind: str, group: Any, seconds: dict[str, float], size: int
 ) -> list[dict[str, Any]]:
-    """For each group of a kind its ranks and, by operation, the bytes a second of its slowest rank.
+    """Return the bandwidth of every group of a kind.
 
     Bytes are those that pass a rank's link, as nccl-tests counts its bus bandwidth.
+
+    Args:
+        launch: Ranks of the launch.
+        kind: Kind of the groups.
+        group: This rank's group of the kind.
+        seconds: Seconds of a call on this rank, by operation.
+        size: Bytes of the tensor on each rank.
+
+    Returns:
+        For each group its ranks and, by operation, the bytes per second of its slowest rank.
     """
     ranks = dist.get_process_group_ranks(group)
-    found: dict[tuple[int, ...], dict[str, float]] = {}
+    slowest_ranks: dict[tuple[int, ...], dict[str, float]] = {}
     for row in launch.gather(f"{kind} seconds", {"ranks": ranks, "seconds": seconds}):
-        slowest = found.setdefault(tuple(row["ranks"]), {})
+        slowest = slowest_ranks.setdefault(tuple(row["ranks"]), {})
         for operation, value in row["seconds"].items():
             slowest[operation] = max(value, slowest.get(operation, 0.0))
     n = len(ranks)
     passing = {"all-reduce": 2 * (n - 1) / n, "all-to-all": (n - 1) / n}
     return [
         {"ranks": list(members), **{o: size * passing[o] / slowest[o] for o in OPERATIONS}}
-        for members, slowest in sorted(found.items())
+        for members, slowest in sorted(slowest_ranks.items())
     ]
 
 
 def in_words(groups: list[dict[str, Any]]) -> CheckResult:
-    """The slowest of the groups; a warning where it is less than half as fast as the median."""
+    """Return the bandwidth of the slowest group as the result of a check.
+
+    It is a warning if that group is less than half as fast as the median.
+    """
     message, slow = [], []
     for operation in OPERATIONS:
         speeds = [group[operation] for group in groups]
@@ -141,14 +159,14 @@ def _names(members: list[int]) -> str:
 
 
 def meet(args: Any, launch: Launch) -> CheckResult:
-    """Make the process groups of the run, with Megatron's own code.
+    """Create the process groups of the run with Megatron's own code.
 
     Raises:
-        UserError: the ranks cannot reach each other.
+        UserError: The ranks cannot reach each other.
     """
     from megatron.training.initialize import _initialize_distributed
 
-    # A hang of NCCL then becomes an error here, and not the end of the process.
+    # With this setting a hang of NCCL raises an error here instead of ending the process.
     os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
     args.distributed_timeout_minutes = launch.timeout / 60
     try:
@@ -166,7 +184,7 @@ def measure(launch: Launch, kind: str, group: Any, size: int) -> CheckResult:
     """Time collectives of `size` bytes over all groups of a kind.
 
     Raises:
-        UserError: see :func:`seconds_of`.
+        UserError: A collective fails or its result is wrong, see :func:`seconds_of`.
     """
     seconds = {operation: seconds_of(operation, group, size) for operation in OPERATIONS}
     return in_words(bandwidths(launch, kind, group, seconds, size))

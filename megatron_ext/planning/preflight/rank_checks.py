@@ -1,4 +1,4 @@
-"""What the ranks of a launch are like: their clocks, and how fast each does work of its own."""
+"""Checks of the ranks of a launch: their clocks and their speed of computation."""
 
 import os
 import platform
@@ -14,15 +14,19 @@ from megatron_ext.planning.preflight.findings import WARNING, CheckResult
 from megatron_ext.training.launch import Launch
 
 _ROUNDS = 3
-_SECONDS = 0.5  # of work in a round
-_SIZES = {True: 256, False: 8192}  # of the matrices, on the CPU and on a GPU
+_SECONDS = 0.5  # length of a round
+_SIZES = {True: 256, False: 8192}  # rows of the matrices, on the CPU and on a GPU
 
 
 def clock_offsets(launch: Launch) -> list[tuple[float, float]]:
-    """For each rank how far its clock is ahead of rank 0's, and how wrong that may be, in seconds.
+    """Return the offset of each rank's clock from that of rank 0, and its possible error.
 
-    Rank 0 tells the time to one rank after the other; a rank takes it to be that of the middle of
-    its question and the answer.
+    Each rank in turn asks rank 0 for the time, which is taken to be that of the middle between the
+    question and the answer.
+
+    Returns:
+        For each rank the seconds by which its clock is ahead, and the largest error of this
+        measurement in seconds.
     """
     assert launch.store is not None
     offset, error = 0.0, 0.0
@@ -33,17 +37,20 @@ def clock_offsets(launch: Launch) -> list[tuple[float, float]]:
             launch.store.set(f"clock/{rank}/answer", repr(time.time()))
     else:
         launch.wait(f"clock/{launch.rank}/turn")
-        asked = time.time()
+        start = time.time()
         launch.store.set(f"clock/{launch.rank}/question", "")
         answer = float(launch.wait(f"clock/{launch.rank}/answer"))
-        answered = time.time()
-        offset, error = (asked + answered) / 2 - answer, (answered - asked) / 2
+        end = time.time()
+        offset, error = (start + end) / 2 - answer, (end - start) / 2
     return [(float(o), float(e)) for o, e in launch.gather("clocks", [offset, error])]
 
 
 def own_work(launch: Launch) -> list[dict[str, Any]]:
-    """Seconds that each rank takes for the same matrix products, all ranks at once; the best of
-    some rounds."""
+    """Time the same matrix products on all ranks at once.
+
+    Returns:
+        For each rank the seconds of its fastest round, its FLOP/s and the name of its node.
+    """
     if not is_cpu_device():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     size = _SIZES[is_cpu_device()]
@@ -72,8 +79,12 @@ def own_work(launch: Launch) -> list[dict[str, Any]]:
 def clocks(launch: Launch, tolerance: float) -> CheckResult:
     """Compare the clocks of nodes.
 
+    Args:
+        launch: Ranks of the launch.
+        tolerance: Largest allowed offset in seconds.
+
     Raises:
-        UserError: one is off by more than `tolerance` seconds.
+        UserError: A clock is off by more than the tolerance.
     """
     offsets = clock_offsets(launch)
     furthest = max(range(launch.size), key=lambda rank: abs(offsets[rank][0]))
@@ -87,7 +98,12 @@ def clocks(launch: Launch, tolerance: float) -> CheckResult:
 
 
 def speeds(launch: Launch, factor: float) -> CheckResult:
-    """Compare how fast ranks do work of their own; a warning names those that hold up the rest."""
+    """Compare the speeds of the ranks.
+
+    Args:
+        launch: Ranks of the launch.
+        factor: A warning names the ranks that take more than this many times the median.
+    """
     rows = own_work(launch)
     flops = [row["flops"] / 1e12 for row in rows]
     message = f"{min(flops):,.3g} to {max(flops):,.3g} TFLOP/s"
@@ -103,7 +119,15 @@ def speeds(launch: Launch, factor: float) -> CheckResult:
 
 
 def slow_ranks(seconds: list[float], factor: float) -> list[tuple[int, float]]:
-    """Ranks that take more than `factor` times the median, and how many times, slowest first."""
+    """Return the slow ranks, slowest first.
+
+    Args:
+        seconds: Seconds that each rank takes for the same work.
+        factor: Ranks that take more than this many times the median are slow.
+
+    Returns:
+        The number of each slow rank, and its time as a multiple of the median.
+    """
     median = statistics.median_low(seconds)
     slow = [(rank, s / median) for rank, s in enumerate(seconds) if s > factor * median]
     return sorted(slow, key=lambda row: -row[1])

@@ -1,4 +1,4 @@
-"""`--dry-run` in a process beside a preflight."""
+"""Dry run in a child process of a preflight."""
 
 import multiprocessing
 import os
@@ -14,30 +14,33 @@ GIB = 2**30
 
 
 class DryRun:
-    """A dry run in a process of its own: it pretends to be other ranks and to have no GPU.
+    """Dry run in a child process, which simulates other ranks and uses no GPU.
 
-    Make it before anything of Megatron is imported and before CUDA is used, which a fork would
-    not survive.
+    Create it before anything of Megatron is imported and before CUDA is used, because neither
+    works after a fork.
 
     Args:
-        flags: of `pretrain_et.py`.
-        ranks: of the run.
+        flags: Flags of `pretrain_et.py`.
+        ranks: World size of the run.
     """
 
     def __init__(self, flags: Sequence[str], ranks: int) -> None:
         context = multiprocessing.get_context("fork")
-        self._pipe, theirs = context.Pipe(duplex=False)
+        self._pipe, child_end = context.Pipe(duplex=False)
         self._process = context.Process(
-            target=_measure, args=(theirs, [*flags, "--dry-run", str(ranks)]), daemon=True
+            target=_measure, args=(child_end, [*flags, "--dry-run", str(ranks)]), daemon=True
         )
         self._process.start()
-        theirs.close()
+        child_end.close()
 
     def facts(self, timeout: float) -> dict[str, Any]:
-        """What `--dry-run` prints as JSON.
+        """Wait for the dry run and return the facts that `--dry-run` prints as JSON.
+
+        Args:
+            timeout: Seconds to wait.
 
         Raises:
-            UserError: the flags are wrong, or it does not end within `timeout` seconds.
+            UserError: The flags are wrong, or the dry run does not end in time.
         """
         try:
             if not self._pipe.poll(timeout):
@@ -59,13 +62,13 @@ class DryRun:
         return value
 
     def stop(self) -> None:
-        """End it, whatever it does."""
+        """Kill the process."""
         self._process.kill()
         self._process.join()
 
 
 def _measure(pipe: Connection, flags: list[str]) -> None:
-    with open(os.devnull, "w") as nowhere:  # the preflight itself tells warnings
+    with open(os.devnull, "w") as nowhere:  # the preflight itself prints warnings
         for stream in (1, 2):
             os.dup2(nowhere.fileno(), stream)
     try:
@@ -81,6 +84,6 @@ def _measure(pipe: Connection, flags: list[str]) -> None:
 
 
 def memory_of_a_rank(facts: dict[str, Any]) -> tuple[int, int]:
-    """Bytes that a rank of the fullest pipeline stage holds, and which stage that is."""
-    held = [sum(stage["memory"].values()) for stage in facts["stages"]]
-    return max(held), held.index(max(held))
+    """Return the bytes on a rank of the pipeline stage that needs most, and the stage's number."""
+    sizes = [sum(stage["memory"].values()) for stage in facts["stages"]]
+    return max(sizes), sizes.index(max(sizes))

@@ -1,4 +1,4 @@
-"""Checks of one run: its flags, what it needs, and what it reads and writes."""
+"""Checks of one run: its flags, memory, data and folders."""
 
 import os
 import platform
@@ -22,14 +22,14 @@ from megatron_ext.training import checks
 from megatron_ext.training.launch import Launch
 from megatron_ext.training.run_folder import why_finished
 
-_FULL = 0.9  # of a device's memory: the rest is for CUDA, NCCL, fragments, uneven routing
+_FULL = 0.9  # usable share of a device's memory, without CUDA, NCCL, fragments, uneven routing
 
 
 def configuration(flags: Sequence[str], ranks: int) -> tuple[Namespace, ETConfig]:
-    """Parse the flags of `pretrain_et.py` as a rank of a world of `ranks`.
+    """Parse the flags of `pretrain_et.py` for a run of this many ranks.
 
     Raises:
-        UserError: they are wrong, or do not fit each other.
+        UserError: A flag is wrong, or flags do not fit each other.
     """
     args, config = parse_args(flags, writes=False, world_size=ranks)
     args.tokenizer_sha256 = tokenizer_digest(args)
@@ -37,7 +37,7 @@ def configuration(flags: Sequence[str], ranks: int) -> tuple[Namespace, ETConfig
 
 
 def layout(args: Namespace) -> CheckResult:
-    """The layout in words."""
+    """Return the parallel layout in words."""
     return CheckResult(
         f"{args.world_size:,} ranks: {args.tensor_model_parallel_size} tensor x "
         f"{args.context_parallel_size} context x {args.pipeline_model_parallel_size} pipeline x "
@@ -46,14 +46,14 @@ def layout(args: Namespace) -> CheckResult:
 
 
 def same_settings(args: Namespace, launch: Launch) -> CheckResult:
-    """Whether all ranks have the same flags and versions."""
+    """Check that all ranks have the same flags and versions."""
     checks.check_same_settings(args, launch)
     versions = (f"{name} {version}" for name, version in checks.versions().items())
     return CheckResult("all flags, and " + ", ".join(versions))
 
 
 def routing(args: Namespace, config: ETConfig) -> CheckResult:
-    """Tokens of a step, and how many of them an expert takes."""
+    """Return the tokens of a step and the mean number of them that an expert takes."""
     tokens = args.global_batch_size * args.seq_length
     micro_batches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
     message = f"{tokens:,} tokens a step in {micro_batches} micro-batch(es)"
@@ -68,15 +68,15 @@ def routing(args: Namespace, config: ETConfig) -> CheckResult:
 
 
 def memory(facts: dict[str, Any], device_memory: float | None, alone: bool) -> CheckResult:
-    """What a rank needs against the memory of its device.
+    """Compare the memory that a rank needs with that of its device.
 
     Args:
-        facts: of the dry run.
-        device_memory: GiB, where it is not this device's.
-        alone: whether this process stands for ranks that are elsewhere.
+        facts: Facts of the dry run.
+        device_memory: Memory in GiB of the device to compare with, or None for this rank's.
+        alone: Whether this process checks a run whose ranks are on other machines.
 
     Raises:
-        UserError: it is not enough.
+        UserError: The memory is not enough.
     """
     needed, stage = memory_of_a_rank(facts)
     message = f"{needed / GIB:,.3g} GiB" + (
@@ -106,7 +106,7 @@ def memory(facts: dict[str, Any], device_memory: float | None, alone: bool) -> C
 
 
 def data(args: Namespace, config: ETConfig) -> CheckResult:
-    """Whether datasets are whole, long enough and of the tokenizer."""
+    """Check that datasets are complete, long enough and made with the tokenizer of the run."""
     if args.mock_data:
         return CheckResult("--mock-data: nothing to read")
     checks.check_inputs(args, config)
@@ -114,7 +114,7 @@ def data(args: Namespace, config: ETConfig) -> CheckResult:
 
 
 def folder(args: Namespace, launch: Launch) -> CheckResult:
-    """Whether checkpoints can be written, to a place that all nodes see."""
+    """Check that checkpoints can be written, to a folder that all nodes share."""
     if args.save is None:
         return CheckResult("nothing will be saved: give --run-dir", WARNING)
     written: list[str] = []
@@ -135,7 +135,7 @@ def folder(args: Namespace, launch: Launch) -> CheckResult:
 
 
 def resuming(args: Namespace, config: ETConfig, launch: Launch) -> CheckResult:
-    """Whether the checkpoint to resume from is whole and fits the flags."""
+    """Check that the checkpoint to resume from is intact and fits the flags."""
     checkpoint = checks.check_checkpoint(args, config, launch)
     progress = checks.check_progress(checkpoint, args, launch)
     if finished := why_finished(args, progress):
@@ -144,7 +144,13 @@ def resuming(args: Namespace, config: ETConfig, launch: Launch) -> CheckResult:
 
 
 def room(args: Namespace, facts: dict[str, Any], keep: int) -> CheckResult:
-    """Whether there is room for the checkpoints that are to be kept."""
+    """Check that there is room for checkpoints.
+
+    Args:
+        args: Validated arguments of the run.
+        facts: Facts of the dry run.
+        keep: Number of checkpoints that must fit.
+    """
     size = storage.checkpoint_bytes(args, facts)
     enough, message = storage.check_room(args, size, keep)
     return CheckResult(message, OK if enough else WARNING, {"bytes": size})

@@ -1,4 +1,4 @@
-"""Whether checkpoints can be written where the run wants them, and how many fit."""
+"""Checks of the folder of checkpoints: that it can be written, and how many fit."""
 
 import os
 import shutil
@@ -13,7 +13,7 @@ GB = 1e9
 
 
 def nearest_folder(path: str) -> Path:
-    """The folder itself, or the nearest above it that exists."""
+    """Return the folder itself, or the nearest parent folder that exists."""
     absolute = Path(path).absolute()
     return next(folder for folder in (absolute, *absolute.parents) if folder.is_dir())
 
@@ -22,7 +22,7 @@ def write_token(args: Namespace) -> str:
     """Write a small file where checkpoints will go, and return its name.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: The file cannot be written.
     """
     folder = nearest_folder(args.save)
     try:
@@ -39,10 +39,14 @@ def write_token(args: Namespace) -> str:
 
 
 def check_token(name: str, node: str) -> None:
-    """See whether another node's file is there.
+    """Check that a file that rank 0 wrote is visible on this node.
+
+    Args:
+        name: Path of the file.
+        node: Name of this node, for the message.
 
     Raises:
-        UserError: it is not.
+        UserError: The file is not visible.
     """
     if not Path(name).is_file():
         raise UserError(
@@ -52,9 +56,9 @@ def check_token(name: str, node: str) -> None:
 
 
 def checkpoint_bytes(args: Namespace, facts: dict[str, Any]) -> int:
-    """Bytes of one checkpoint: weights, and what the optimizer keeps of each.
+    """Return the bytes of one checkpoint: weights and optimizer state.
 
-    Moments count with Adam's two in fp32, of which other optimizers keep no more.
+    Every optimizer but SGD counts with two moments in fp32, as Adam has them; none has more.
     """
     half = args.bf16 or args.fp16
     weights = 2 if half else 4
@@ -64,18 +68,18 @@ def checkpoint_bytes(args: Namespace, facts: dict[str, Any]) -> int:
 
 
 def check_room(args: Namespace, size: int, keep: int) -> tuple[bool, str]:
-    """Compare the room for checkpoints with what is wanted.
+    """Compare the free space with the size of checkpoints.
 
     Args:
-        args: of the run.
-        size: bytes of one checkpoint.
-        keep: how many must fit.
+        args: Validated arguments of the run.
+        size: Bytes of one checkpoint.
+        keep: Number of checkpoints that must fit.
 
     Returns:
-        whether all that the run will write fit, and the figures in words.
+        Whether all checkpoints of the run fit, and the figures in words.
 
     Raises:
-        UserError: `keep` do not fit.
+        UserError: `keep` checkpoints do not fit.
     """
     folder = nearest_folder(args.save)
     free = shutil.disk_usage(folder).free
@@ -87,10 +91,10 @@ def check_room(args: Namespace, size: int, keep: int) -> tuple[bool, str]:
         )
     interval = args.save_retain_interval or args.save_interval
     steps = args.train_iters or 0
-    kept = -(-steps // interval) if interval else 1
-    if kept * size <= free:
-        return True, f"{message}; the run keeps {kept}"
+    total = -(-steps // interval) if interval else 1
+    if total * size <= free:
+        return True, f"{message}; the run keeps {total}"
     return False, (
-        f"{message}, but the run will keep {kept}: give --save-retain-interval, a larger "
+        f"{message}, but the run will keep {total}: give --save-retain-interval, a larger "
         "--save-interval, or remove old ones as it goes"
     )

@@ -1,4 +1,4 @@
-"""Whether the packages are those that this project was made for."""
+"""Checks of the versions of installed packages."""
 
 import importlib.metadata
 import os
@@ -9,13 +9,17 @@ from packaging.requirements import Requirement
 
 from megatron_ext.planning.preflight.findings import FAILED, WARNING, CheckResult
 
-# What a run on GPUs looks for beside the packages that every run needs.
+# Packages that a run on GPUs uses in addition to those that every run needs.
 _GPU = ("transformer-engine",)
 
 
 def check_versions(has_gpu: bool) -> Iterator[tuple[str, CheckResult]]:
-    """The rows on packages."""
-    found, outside = {}, []
+    """Yield the name and the result of each check on packages.
+
+    Args:
+        has_gpu: Whether the run uses a GPU.
+    """
+    installed, outside = {}, []
     try:
         requirements = _requirements()
     except importlib.metadata.PackageNotFoundError:
@@ -25,7 +29,7 @@ def check_versions(has_gpu: bool) -> Iterator[tuple[str, CheckResult]]:
         version = _version(requirement.name)
         if version is None:
             continue
-        found[requirement.name] = version
+        installed[requirement.name] = version
         if not requirement.specifier.contains(version, prereleases=True):
             outside.append((requirement, version))
     for requirement, version in outside:
@@ -34,18 +38,18 @@ def check_versions(has_gpu: bool) -> Iterator[tuple[str, CheckResult]]:
             f"pip install '{requirement.name}{requirement.specifier}'"
         )
         yield requirement.name, CheckResult(message, FAILED)
-    if found:
-        shown = ", ".join(f"{name} {found[name]}" for name in ("torch", "megatron-core"))
-        fit = len(found) - len(outside)
+    if installed:
+        shown = ", ".join(f"{name} {installed[name]}" for name in ("torch", "megatron-core"))
+        fit = len(installed) - len(outside)
         yield (
             "packages",
-            CheckResult(f"{shown} and others, {fit} of {len(found)} within their ranges"),
+            CheckResult(f"{shown} and others, {fit} of {len(installed)} within their ranges"),
         )
-    yield from _check_apex(PathFinder.find_spec("apex"))  # also where the CPU device hides it
+    yield from _check_apex(PathFinder.find_spec("apex"))  # works also where the CPU device hides it
     if any(requirement.name == "transformer-engine" for requirement, _ in outside):
         return
-    if "transformer-engine" in found:
-        yield "transformer-engine", CheckResult(f"version {found['transformer-engine']}")
+    if "transformer-engine" in installed:
+        yield "transformer-engine", CheckResult(f"version {installed['transformer-engine']}")
     elif has_gpu:
         message = (
             "is not installed: layers are plain torch, slower and without FP8; "
@@ -57,7 +61,7 @@ def check_versions(has_gpu: bool) -> Iterator[tuple[str, CheckResult]]:
 
 
 def _requirements() -> list[Requirement]:
-    """The ranges of setup.py: of what every run needs, and of what a GPU adds."""
+    """Return the version ranges of the packages that every run needs and that a GPU adds."""
     lines = importlib.metadata.requires("megatron-et") or []
     requirements = [Requirement(line) for line in lines]
     return [
@@ -76,7 +80,7 @@ def _version(package: str) -> str | None:
 
 
 def _check_apex(spec: ModuleSpec | None) -> Iterator[tuple[str, CheckResult]]:
-    """NVIDIA's apex is built from source; PyPI's package of that name is a web framework."""
+    """Check that an installed apex is NVIDIA's, and not PyPI's web framework of that name."""
     if spec is None:
         yield "apex", CheckResult("not installed: Transformer Engine or torch does its work")
         return
