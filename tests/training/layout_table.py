@@ -1,4 +1,4 @@
-"""Measures every layout against one rank and writes the documentation's table.
+"""Comparison of every layout with one rank, written as the documentation's page on layouts.
 
     python -m tests.training.layout_table docs/experiments/layouts.md
 
@@ -24,7 +24,8 @@ from tests.training.layouts import (
     train,
 )
 
-# Resumed in the middle of the steps that thresholds route, and watched for this long.
+# Runs resume after the first of these steps, while thresholds route, and are compared until the
+# second.
 SAVED, WATCHED = 12, 16
 
 HEADER = [
@@ -35,30 +36,41 @@ HEADER = [
 INTRODUCTION = f"""\
 # Layouts
 
-Each row is a run of {STEPS} steps on real ranks, the first {WARMUP} by expert choice, compared with
-the same run on one rank: the largest difference of a loss, of a gradient norm or an expert's cutoff
-or threshold, and whether the number of tokens of every expert and the fan-out of every step are the
-same. Each is also resumed after {SAVED} steps from the checkpoint of one rank, and one rank from
-its checkpoint, with the losses of the undisturbed run. The table is written by `make layouts`, on
-CPUs; `tests/training/test_layouts.py` trains all of them again.
+This page is for readers who choose a parallel layout and want to know whether it changes the
+run. It compares the runs of different layouts with the same run on one rank.
+
+Each row of a table is a run of {STEPS} steps on real ranks, of which the first {WARMUP} route by
+expert choice. The columns after the flags report:
+
+- **loss**: the largest difference of a loss from that on one rank;
+- **gradient norm, thresholds**: the largest difference of a gradient norm, or of an expert's
+  cutoff or threshold;
+- **routing counts**: whether the number of tokens of every expert and the fan-out are equal in
+  every step;
+- **resumes one rank**: whether the layout, resumed after {SAVED} steps from the checkpoint of one
+  rank, has the losses of the undisturbed run;
+- **one rank resumes it**: the same for one rank, resumed from the checkpoint of the layout.
+
+`make layouts` measures the tables on CPUs and writes this page.
+`tests/training/test_layouts.py` trains all layouts again.
 """
 
 
 def holds(found: Difference, layout: Layout) -> bool:
-    """Whether a difference is within what the layout's comparison allows."""
+    """Return whether a difference is within the tolerance of the layout's comparison."""
     kind = KINDS[layout.kind]
     return found.loss <= kind.loss and found.rest <= kind.rest and (found.counts or kind.counts_may)
 
 
 def start_flags(layout: Layout, one_rank: Callable[[str], Path]) -> tuple[str, ...]:
-    """The flags that let a run begin where its comparison begins."""
+    """Return the flags that start a run at the first step of its comparison."""
     if not KINDS[layout.kind].after_warmup:
         return ()
     return ("--load", str(one_rank("fp32") / "checkpoints"), "--ckpt-step", str(WARMUP))
 
 
 def row(layout: Layout, cells: list[str]) -> list[str]:
-    """A line of the table; the first three cells are known without measuring."""
+    """Return a row of the table: three cells that describe the layout, and the measured cells."""
     return [layout.name, str(layout.ranks), f"`{' '.join(layout.flags)}`" if layout.flags else "",
             *cells]  # fmt: skip
 
@@ -68,7 +80,7 @@ def as_line(cells: list[str]) -> str:
 
 
 def measure(folder: Path) -> dict[str, list[list[str]]]:
-    """Train everything; the rows of each comparison by its key."""
+    """Train all layouts and return the rows of each comparison by its key."""
     rows_of: dict[str, list[Any]] = {}
 
     @cache
@@ -103,13 +115,13 @@ def measure(folder: Path) -> dict[str, list[list[str]]]:
 
 
 def document(tables: dict[str, list[list[str]]]) -> str:
-    """The page."""
+    """Return the text of the page."""
     parts = [INTRODUCTION]
     for key, kind in KINDS.items():
         shared = f" Shared flags: `{' '.join(kind.flags)}`." if kind.flags else ""
         parts.append(
-            f"\n## {kind.title}\n\n{kind.about}{shared} Allowed: {kind.loss:.0e} of a loss, "
-            f"{kind.rest:.0e} of the rest.\n\n"
+            f"\n## {kind.title}\n\n{kind.about}{shared} Tolerance: {kind.loss:.0e} for losses, "
+            f"{kind.rest:.0e} for gradient norms, cutoffs and thresholds.\n\n"
         )
         lines = [HEADER, ["---"] * len(HEADER), *tables[key]]
         parts.append("".join(as_line(cells) + "\n" for cells in lines))

@@ -74,16 +74,17 @@ class Kind:
 KINDS = {
     "fp32": Kind(
         "fp32",
-        "By expert choice and then by thresholds, with the capacity at work. Micro-batch times "
-        "data-parallel size is the same everywhere: expert choice pools it.",
+        "Expert choice, then thresholds, with a capacity that drops and adds tokens. The product "
+        "of micro-batch size and data-parallel size, which is the pool of expert choice, is the "
+        "same in all rows.",
         (),
         1e-5,
         1e-4,
     ),
     "thresholds": Kind(
         "Any micro-batch",
-        "From one rank's checkpoint at the end of the warm-up, by thresholds: with cutoffs over "
-        "the whole step and no capacity, only the global batch counts.",
+        "Thresholds only, from one rank's checkpoint at the end of the warm-up. With cutoffs over "
+        "the whole step and no capacity, the run depends only on the global batch.",
         # The checkpoint was trained with a capacity.
         ("--et-cutoff-pool", "step", "--et-capacity", "none", "--override-opt-param-scheduler"),
         1e-5,
@@ -92,8 +93,8 @@ KINDS = {
     ),
     "bf16": Kind(
         "bf16",
-        "Compared with one rank in bf16; main parameters and gradients are fp32. Sums of bf16 in "
-        "another order move logits across cutoffs, so that counts may differ.",
+        "Comparison with one rank in bf16; main parameters and gradients are fp32. A different "
+        "order of sums in bf16 moves logits across cutoffs, so that counts may differ.",
         ("--bf16",),
         5e-3,
         1e-1,
