@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Make .venv with everything the project needs; when it is up to date, return at once.
+# Create the virtual environment .venv with all packages of the project. If it is up to date, return
+# immediately.
 #
-#   tools/bootstrap.sh                   the environment
-#   tools/bootstrap.sh PACKAGE==X ...    and these, without their dependencies
-#   tools/bootstrap.sh --find            only print the Python it would be made with
+#   tools/bootstrap.sh                   create or update the environment
+#   tools/bootstrap.sh PACKAGE==X ...    also install these packages, without their dependencies
+#   tools/bootstrap.sh --find            only print the Python that would be used
 #
-# PYTHON=/path/to/python chooses the interpreter. Exits with 2 when there is no usable Python or
-# the packages cannot be installed.
+# PYTHON=/path/to/python selects the interpreter. The exit code is 2 if there is no usable Python or
+# if the packages cannot be installed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=.venv
@@ -17,8 +18,9 @@ fail() {
     exit 2
 }
 
-# Runs it, for a name on PATH may be a pyenv shim with nothing behind it, and Debian's python3 may
-# lack venv and pip.
+# usable PYTHON: return 0 if the interpreter runs, is of version 3.12 or newer, and has venv and
+# pip. It must be run to know this: a name on PATH may be a pyenv shim without a Python version,
+# and Debian's python3 may lack venv and pip.
 usable() {
     "$1" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 12))' \
         </dev/null >/dev/null 2>&1
@@ -52,7 +54,8 @@ find_python() {
         "or name one with PYTHON=/path/to/python3.12."
 }
 
-# ensure STAMP KEY PIP-ARGUMENTS...: once for each KEY; the stamp is written when all is done.
+# ensure STAMP KEY PIP-ARGUMENTS...: run pip unless the file STAMP contains KEY. The file is written
+# after the installation has succeeded.
 ensure() {
     local stamp=$venv/$1 key=$2
     shift 2
@@ -77,7 +80,7 @@ if ! usable "$python" || ! "$python" -m pip --version >/dev/null 2>&1; then
     "$base" -m venv --clear "$venv" || fail "$base could not make $venv."
 fi
 
-# The folder is part of the key: an environment that has moved is installed anew.
+# The folder is part of the key, so that an environment that was moved is installed again.
 ensure .installed "$(cat setup.py pyproject.toml constraints.txt | cksum) $PWD" -c constraints.txt -e '.[dev]'
 if (($#)); then
     ensure .extra-packages "$*" --no-deps "$@"

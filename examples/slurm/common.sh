@@ -1,12 +1,13 @@
 # shellcheck shell=bash
-# What the job scripts beside this file share; they source it from the folder that sbatch was
-# called in, which must be the repository's root.
+# Functions shared by the Slurm job scripts. The scripts source this file from the directory in
+# which sbatch was called, which must be the root of the repository.
 #
-# From the environment of sbatch, beside what examples/torchrun/several_nodes.sh lists:
-#   CONTAINER     an image to run in: a file that ends in .sif with apptainer, any other with the
-#                 pyxis plugin and enroot
-#   MOUNTS        folders to mount in it beside the repository and the run directory, by commas
-#   PREFLIGHT     1: run tools.preflight on the job's nodes before the first start
+# Environment variables, in addition to those of examples/torchrun/several_nodes.sh:
+#   CONTAINER     Container image. A file that ends in .sif runs with apptainer, any other image
+#                 with the pyxis plugin and enroot. Default: no container.
+#   MOUNTS        Folders to mount in the container in addition to the repository and the run
+#                 directory, separated by commas. Default: none.
+#   PREFLIGHT     If not empty, run tools.preflight on the nodes of the job before the first start.
 
 cd "${SLURM_SUBMIT_DIR:?submit this file with sbatch, from the root of the repository}" || exit 2
 warned=0 step='' signal=USR1
@@ -19,7 +20,8 @@ fail() {
 
 [[ -f pretrain_et.py ]] || fail "call sbatch in the root of the repository, not in $PWD"
 
-# prepare RUN_DIR: say where the ranks meet, where logs go, and write down what the job runs on.
+# prepare RUN_DIR: create the run directory, export the address of the rendezvous and the folder of
+# the logs, and record the environment of the job.
 prepare() {
     run_dir=$1
     mkdir -p "$run_dir/logs"
@@ -42,9 +44,9 @@ record() {
     scontrol show job "$SLURM_JOB_ID" || true
 }
 
-# on_nodes PROGRAM [flags]: run it on all nodes under torchrun and wait. A warning that Slurm sends
-# to this script is passed on to the ranks until they have saved and ended; a tool is ended at once.
-# Sets `code`.
+# on_nodes PROGRAM [flags]: run a program under torchrun on all nodes and wait for it. When Slurm
+# warns this script, training receives the warning until its ranks have saved and exited; other
+# programs are terminated at once. Sets `code` to the exit code.
 on_nodes() {
     case $* in
         pretrain_et.py* | "-m alignment train-"*) signal=USR1 ;;
@@ -63,7 +65,7 @@ on_nodes() {
             options+=(--container-workdir "$PWD")
             ;;
     esac
-    # shellcheck disable=SC2016  # the node says which it is
+    # shellcheck disable=SC2016  # SLURM_NODEID is expanded on the node
     srun --ntasks-per-node 1 --cpu-bind none --open-mode append \
         --output "$run_dir/logs/%x-%j-%N-%n.log" "${options[@]}" \
         bash -c 'NODE_RANK=$SLURM_NODEID exec "$@"' - "${command[@]}" &
@@ -71,7 +73,7 @@ on_nodes() {
     await
 }
 
-# await: wait for `step`, whatever signals come meanwhile. Sets `code`.
+# await: wait until `step` ends, also when signals interrupt the wait. Sets `code` to its exit code.
 await() {
     while
         code=0
@@ -81,33 +83,35 @@ await() {
     step=
 }
 
-# pretrain [flags]: train in the run directory, after a check of the nodes if that is wanted.
+# pretrain [flags]: train in the run directory. If PREFLIGHT is not empty, check the nodes first.
 pretrain() {
     if [[ -n ${PREFLIGHT:-} && ${SLURM_RESTART_COUNT:-0} == 0 ]]; then
         on_nodes -m tools.preflight --run-dir "$run_dir" "$@"
-        ((code == 0)) || fail "tools.preflight found what to fix: see $run_dir/logs"
+        ((code == 0)) || fail "tools.preflight reported errors: read the logs in $run_dir/logs"
     fi
     on_nodes pretrain_et.py --run-dir "$run_dir" "$@"
 }
 
-# Ranks that have not come to their first step do not hear a warning yet.
+# warn PID: send the signal every 10 seconds until the process has ended, because ranks that have
+# not reached their first step ignore it.
 warn() {
     while kill -"$signal" "$1" 2>/dev/null; do
         sleep 10
     done
 }
 
-# Slurm requeues a job that it preempts without GraceTime. With it, the job's steps get SIGTERM,
-# and a script that then ends is complete, unless it requeues itself.
+# preempted: return 0 if Slurm has preempted the job. Slurm requeues a job that it preempts without
+# GraceTime. With GraceTime the job's steps receive SIGTERM, and Slurm counts the job as completed
+# when the script ends, unless the script requeues it.
 preempted() {
     scontrol show --oneliner job "$SLURM_JOB_ID" | grep -q ' PreemptTime=[0-9]'
 }
 
-# finish: put the job back into the queue where Slurm cut it short, else end with its exit code.
+# finish: requeue the job if Slurm interrupted it, otherwise exit with its exit code.
 finish() {
     if ((warned)) || preempted; then
-        echo "cut short by Slurm: back into the queue"
-        # The bare id of an array's last task would mean the whole array.
+        echo "Slurm interrupted the job, which is now requeued."
+        # SLURM_JOB_ID of an array's last task is the id of the whole array.
         local task=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
         exec scontrol requeue "${task:-$SLURM_JOB_ID}"
     fi

@@ -1,25 +1,28 @@
 #!/usr/bin/env bash
-# Start the ranks of one node; run it on every node of a run, with the same PROGRAM and flags.
+# Start the ranks of one node. Run it on every node of a run, with the same PROGRAM and flags.
 #
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=node1 examples/torchrun/several_nodes.sh PROGRAM [flags]
 #
-# PROGRAM is pretrain_et.py, -m tools.NAME or -m alignment NAME. From the environment:
-#   NNODES, NODE_RANK     how many nodes there are, and which of them this is, from 0
-#   MASTER_ADDR           name or address of node 0
-#   MASTER_PORT           29500; on one machine each run needs its own
-#   NPROC_PER_NODE        ranks of a node: the GPUs that Slurm or nvidia-smi shows, or 1
-#   MAX_RESTARTS          how often all ranks start again, from the newest checkpoint: 3, and 0
-#                         for what is started by -m
-#   SAVE_SECONDS          270: how long ranks may save after SIGTERM before they are killed
-#   INTERFACE             network interface of NCCL and gloo, such as ib0; they choose otherwise
-#   NODE_ADDR             this node's own address, where its host name does not resolve
-#   LOG_DIR               the output of every rank is kept there, by node and rank
-#   PYTHON                the interpreter: that of .venv, or python3
+# PROGRAM is pretrain_et.py, -m tools.NAME or -m alignment NAME. Environment variables:
+#   NNODES, NODE_RANK     Number of nodes, and the number of this node, from 0. Required.
+#   MASTER_ADDR           Host name or address of node 0. Required.
+#   MASTER_PORT           Port of node 0; runs on the same machine need different ports.
+#                         Default: 29500.
+#   NPROC_PER_NODE        Number of ranks on the node. Default: the number of GPUs that Slurm or
+#                         nvidia-smi reports, or 1 without GPUs.
+#   MAX_RESTARTS          How often all ranks restart, from the newest checkpoint, after a failure.
+#                         Default: 3, or 0 for a PROGRAM that starts with -m.
+#   SAVE_SECONDS          Seconds that the ranks have to save after SIGTERM before they are killed.
+#                         Default: 270.
+#   INTERFACE             Network interface of NCCL and gloo, such as ib0. Default: their choice.
+#   NODE_ADDR             Address of this node, needed if its host name does not resolve.
+#   LOG_DIR               Folder for the output of every rank, by node and rank. Default: none.
+#   PYTHON                Python interpreter. Default: that of .venv if it exists, else python3.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 if (($# == 0)); then
-    echo "several_nodes.sh: name the program, such as pretrain_et.py, and its flags" >&2
+    echo "several_nodes.sh: the program is missing: give its name, such as pretrain_et.py, and its flags" >&2
     exit 2
 fi
 for name in NNODES NODE_RANK MASTER_ADDR; do
@@ -45,7 +48,8 @@ fi
 ranks=${NPROC_PER_NODE:-$(gpus)}
 ((ranks > 0)) || ranks=1
 
-# Tensor and context parallelism overlap with computing only if kernels start in order.
+# Communication of tensor and context parallelism overlaps with computation only if kernels start
+# in order.
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 if [[ -n ${INTERFACE:-} ]]; then
     export NCCL_SOCKET_IFNAME=$INTERFACE GLOO_SOCKET_IFNAME=$INTERFACE
@@ -60,7 +64,7 @@ options=(
 [[ -z ${NODE_ADDR:-} ]] || options+=(--local-addr "$NODE_ADDR")
 [[ -z ${LOG_DIR:-} ]] || options+=(--log-dir "$LOG_DIR/node$NODE_RANK" --tee 3)
 
-# Slurm sends a warning to every process of a node. The ranks save and end by themselves, so
-# torchrun must outlive it.
+# Slurm sends a warning to every process of a node. The ranks save and exit by themselves, so
+# torchrun must ignore the signal.
 trap '' USR1
 exec "$python" -m torch.distributed.run "${options[@]}" "$@"
