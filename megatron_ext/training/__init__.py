@@ -1,0 +1,1 @@
+"""Pretraining: checks, data, trainer hooks, metrics and checkpoints."""

@@ -1,8 +1,8 @@
-"""Datasets of a run before they are built: blends, weights, splits, and whether they suffice.
+"""Checks of the datasets of a run before they are built: blends, weights, splits and length.
 
-Megatron finds most of this at the first evaluation, at the end of training or never: it repeats a
-single dataset and a blend with weights as often as it takes, but reads a blend without weights
-once, and counts the epochs of an empty split for ever.
+Megatron detects most mistakes at the first evaluation, at the end of training or never: it repeats
+a single dataset and a blend with weights as often as necessary, but reads a blend without weights
+once, and counts the epochs of an empty split indefinitely.
 """
 
 import json
@@ -28,14 +28,14 @@ _NO_VALIDATION = "give --eval-iters 0 to train without validation"
 
 
 class Blend(NamedTuple):
-    """Datasets that one split is drawn from.
+    """Datasets from which one split is drawn.
 
     Attributes:
-        flag: that names them.
-        kind: of the split, one of `_KINDS`.
-        prefixes: of the datasets' files.
-        weights: one for each dataset, or None to read each once.
-        part: begin and end of the split as shares of the documents of each dataset.
+        flag: Flag that names the datasets.
+        kind: Kind of the split, one of `_KINDS`.
+        prefixes: Paths of the datasets without the suffixes of their files.
+        weights: Weight of each dataset, or None to read each once.
+        part: Begin and end of the split as shares of the documents of each dataset.
     """
 
     flag: str
@@ -46,7 +46,7 @@ class Blend(NamedTuple):
 
     @property
     def is_read_once(self) -> bool:
-        """Whether Megatron builds one epoch of it at most."""
+        """Return whether Megatron builds at most one epoch of the blend."""
         return self.weights is None and len(self.prefixes) > 1
 
 
@@ -54,8 +54,8 @@ def blends(args: Namespace) -> list[Blend]:
     """Return the blend of every split that the flags describe, training first.
 
     Raises:
-        UserError: flags that contradict each other, a weight that is none, or no training or
-            validation data.
+        UserError: Flags contradict each other, a weight is not a positive number, or there are no
+            training or validation data.
     """
     sources = [_flag(name) for name in _SOURCES if getattr(args, name)]
     per_split = [flag for flag in sources if flag in map(_flag, _PER_SPLIT)]
@@ -67,7 +67,7 @@ def blends(args: Namespace) -> list[Blend]:
         words = args.data_path or _read(args.data_args_path, sources[0]).split()
         prefixes, weights = parse_blend(words, sources[0])
         matrix = _split_matrix(args)
-        found = [
+        result = [
             Blend(sources[0], kind, prefixes, weights, part)
             for kind, part in zip(_KINDS, matrix, strict=True)
             if part is not None
@@ -78,20 +78,20 @@ def blends(args: Namespace) -> list[Blend]:
                 f"--split {args.split} shares out --data-path, and {sources[0]} names the splits "
                 "one by one: leave --split out"
             )
-        found = [
+        result = [
             Blend(flag, kind, *parse_blend(words, flag))
             for kind, flag, words in zip(_KINDS, *_per_split(args), strict=True)
             if words
         ]
-    _check_kinds(found, args)
-    return found
+    _check_kinds(result, args)
+    return result
 
 
 def check_mock_split(args: Namespace) -> None:
     """Refuse `--mock-data` without a split for validation.
 
     Raises:
-        UserError: there is nothing to train or to evaluate on.
+        UserError: There is nothing to train or to evaluate on.
     """
     if args.split is not None:
         parts = zip(_KINDS, _split_matrix(args), strict=True)
@@ -101,9 +101,13 @@ def check_mock_split(args: Namespace) -> None:
 def parse_blend(words: Sequence[str], flag: str) -> tuple[list[str], list[float] | None]:
     """Return prefixes and weights of a list such as `0.3 A 0.7 B` or `A B`.
 
+    Args:
+        words: Words of the list.
+        flag: Flag with the list, for messages.
+
     Raises:
-        UserError: a dataset without a weight next to one that has one, or a weight that is not a
-            positive number.
+        UserError: Some datasets have a weight and others do not, or a weight is not a positive
+            number.
     """
     numbers = [_number(word) for word in words]
     if all(number is None for number in numbers):
@@ -130,13 +134,17 @@ def parse_blend(words: Sequence[str], flag: str) -> tuple[list[str], list[float]
     return [word.strip() for word in words[1::2]], weights
 
 
-def check_documents(found: Sequence[Blend], args: Namespace) -> None:
-    """Refuse a split that is left without documents.
+def check_documents(splits: Sequence[Blend], args: Namespace) -> None:
+    """Refuse a split for which too few documents remain.
+
+    Args:
+        splits: Blends of all splits.
+        args: Validated arguments of the run.
 
     Raises:
-        UserError: naming the split and the dataset.
+        UserError: The message names the split and the dataset.
     """
-    for blend in found:
+    for blend in splits:
         evaluates = bool(args.eval_iters or args.full_validation)
         once = blend.is_read_once or (blend.kind != "training" and not evaluates)
         once |= blend.kind == "validation" and args.full_validation
@@ -153,13 +161,14 @@ def check_documents(found: Sequence[Blend], args: Namespace) -> None:
 
 
 def check_enough_samples(args: Namespace, progress: RunProgress) -> None:
-    """Refuse a blend that is read once and holds fewer samples than the run reads.
+    """Refuse a blend that is read once and has fewer samples than the run reads.
 
     Args:
-        progress: of the checkpoint that training resumes from.
+        args: Validated arguments of the run.
+        progress: Progress of the checkpoint from which training resumes.
 
     Raises:
-        UserError: naming the flag, the samples there are and those that are needed.
+        UserError: The message names the flag, and the numbers of existing and needed samples.
     """
     if args.mock_data or args.skip_train:
         return
@@ -189,13 +198,14 @@ def _validation_batch(args: Namespace) -> int:
     return 0 if args.full_validation else args.eval_iters * args.eval_global_batch_size
 
 
-def _check_kinds(found: Sequence[Blend], args: Namespace) -> None:
-    kinds = {blend.kind: blend for blend in found}
+def _check_kinds(splits: Sequence[Blend], args: Namespace) -> None:
+    """Refuse a run without the training or validation data that it needs."""
+    kinds = {blend.kind: blend for blend in splits}
     if "training" not in kinds and not args.skip_train:
         raise UserError("no training data: give --train-data-path, or --split with a first share")
     evaluates = bool(args.eval_iters or args.full_validation)
     if evaluates and "validation" not in kinds:
-        flag = found[0].flag
+        flag = splits[0].flag
         where = f"--split {args.split}" if args.split is not None else f"{flag} alone"
         fix = (
             "give it a second share above 0" if args.split is not None else "give --valid-data-path"
@@ -209,7 +219,7 @@ def _check_kinds(found: Sequence[Blend], args: Namespace) -> None:
 
 
 def _split_matrix(args: Namespace) -> list[tuple[float, float] | None]:
-    """Return begin and end of each split as shares of the documents, None for an empty one."""
+    """Return begin and end of each split as shares of the documents, None for an empty split."""
     words = [word.strip() for word in str(args.split).split(",")]
     numbers = [_number(word) for word in words]
     if (
@@ -243,14 +253,14 @@ def _per_split(args: Namespace) -> tuple[list[str], list[Sequence[str]]]:
 
 def _tokens(prefix: str, part: tuple[float, float]) -> int:
     """Return the tokens of a dataset's documents in a split, as Megatron cuts it."""
-    dataset = IndexedDataset(prefix)  # closes the file of the lengths when it is dropped
+    dataset = IndexedDataset(prefix)  # closes its index file when it is deleted
     count = len(dataset.sequence_lengths)
     begin, end = (round(share * float(count)) for share in part)
     return int(dataset.sequence_lengths[begin:end].sum())
 
 
 def _number(word: str) -> float | None:
-    """Return a word as a number; None for other words and for a dataset that is called so."""
+    """Return a word as a number, or None for the name of a dataset, which may be numeric."""
     try:
         return None if Path(f"{word}.idx").is_file() else float(word)
     except ValueError:

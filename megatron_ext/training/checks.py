@@ -1,4 +1,4 @@
-"""Checks of a run before its first collective, and the record of the run."""
+"""Checks of a run before its first collective, and the start of the run."""
 
 import importlib.metadata
 import json
@@ -59,7 +59,7 @@ def check_run(args: Namespace, config: ETConfig, launch: Launch) -> Start:
             locks.append(lock_folder(run_dir))
 
     was_there = launch.share("run directory", run_dir is not None and run_dir.is_dir())
-    if was_there:  # before it is read
+    if was_there:  # locked before it is read
         launch.agree("lock", claim)
     launch.agree("inputs", lambda: check_inputs(args, config))
     checkpoint = check_checkpoint(args, config, launch)
@@ -154,7 +154,7 @@ def _check_pretrained(args: Namespace) -> None:
     """Compare the flags with the pretrained weights, which count if --load has no checkpoint."""
     if args.load is not None and Path(args.load, TRACKER).is_file():
         return
-    if not Path(args.pretrained_checkpoint, TRACKER).is_file():  # Megatron looks nowhere else
+    if not Path(args.pretrained_checkpoint, TRACKER).is_file():  # Megatron reads this file alone
         raise UserError(
             f"--pretrained-checkpoint {args.pretrained_checkpoint} has no {TRACKER}: use a "
             "folder of checkpoints, such as RUN_DIR/checkpoints"
@@ -203,12 +203,16 @@ def _check_dataset(prefix: str, args: Namespace) -> None:
 
 class _Dataset(IndexedDataset):
     def __del__(self) -> None:
-        if hasattr(self, "index"):  # else it failed to open, and Megatron's prints that again
+        if hasattr(self, "index"):  # otherwise it failed to open, which Megatron would report again
             super().__del__()
 
 
 def check_pools(args: Namespace, config: ETConfig) -> None:
-    """Refuse pools in which the share of an expert is less than one token."""
+    """Refuse pools in which the share of an expert is less than one token.
+
+    Raises:
+        UserError: A pool is too small, or too large for the memory of its router logits.
+    """
     rate = config.routing_rate
     per_rank = args.micro_batch_size * args.seq_length // args.context_parallel_size
     pool = per_rank * args.data_parallel_size * args.context_parallel_size
@@ -230,7 +234,7 @@ def check_pools(args: Namespace, config: ETConfig) -> None:
                 f"{config.kept_logits_bytes / needed:.0%} of them: raise it, or use "
                 "--et-cutoff-pool microbatch"
             )
-    # Expert choice takes the top k of the whole pool and never looks at the capacity.
+    # Expert choice selects the top k of the whole pool and ignores the capacity.
     limited = config.router.trains_by_threshold and config.et_capacity is not None
     limited &= config.et_capacity_pool == "rank"
     if limited and rate.k(per_rank) < 1:
@@ -293,13 +297,13 @@ def _check_checkpoint(checkpoint: Path, args: Namespace, config: ETConfig) -> No
         )
     check_resharding(checkpoint, saved, args)
     check_same_model(checkpoint, saved, args)
-    # A converted checkpoint has weights alone, and --finetune takes nothing else.
+    # A converted checkpoint has only weights, and --finetune loads only weights.
     weights_only = args.finetune or getattr(saved, "no_save_optim", False)
     flags_decide = args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler
     if not (weights_only or flags_decide):
         for name in _SAME_SCHEDULE:
             here, there = (_scheduled(a, name) for a in (args, saved))
-            if here != there and hasattr(saved, name):  # older checkpoints know fewer flags
+            if here != there and hasattr(saved, name):  # older checkpoints have fewer flags
                 raise UserError(
                     f"{checkpoint} was trained with {name} = {there}, but the flags say {here}: "
                     "use --override-opt-param-scheduler to resume with the flags, or "
@@ -320,8 +324,8 @@ def _check_checkpoint(checkpoint: Path, args: Namespace, config: ETConfig) -> No
 def _scheduled(args: Namespace, name: str) -> Any:
     """Return a setting of the learning rate schedule, or Megatron's default for it.
 
-    Megatron keeps the steps that it derives from `--train-samples` in the arguments of a run, and
-    so in its checkpoints; the flags do not set them.
+    Megatron stores the steps that it derives from `--train-samples` in the arguments of a run, and
+    thus in its checkpoints, although no flag sets them.
     """
     samples = getattr(args, "train_samples", None)
     if samples and name in ("train_iters", "lr_decay_iters"):
@@ -332,7 +336,7 @@ def _scheduled(args: Namespace, name: str) -> Any:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that decide what a run computes."""
+    """Return the versions of Python and of the packages that affect the results of a run."""
     packages = ("torch", "megatron-core", "transformer-engine", "numpy")
     installed = {name: version for name in packages if (version := _version(name))}
     if not is_cpu_device():
@@ -349,7 +353,7 @@ def _version(package: str) -> str | None:
 
 
 def commit() -> str | None:
-    """Return the commit of this project, None without a repository."""
+    """Return the commit of this project, or None outside of a Git repository."""
     here = Path(__file__).parent
     command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"]
     try:

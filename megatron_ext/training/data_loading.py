@@ -29,7 +29,11 @@ def train_valid_test_datasets(
     """Build the three splits on the ranks that read data.
 
     Args:
-        samples: number of samples of train, validation and test.
+        samples: Numbers of samples for training, validation and test.
+        vp_stage: Virtual pipeline stage, or None without interleaving.
+
+    Returns:
+        The training, validation and test datasets, None on ranks that read no data.
     """
     args = get_args()
     blend, blend_per_split = get_blend_and_blend_per_split(args)
@@ -62,7 +66,8 @@ def train_valid_test_datasets(
     return BlendedMegatronDatasetBuilder(dataset, samples, is_built_on_rank, config).build()
 
 
-# Megatron then calls it on every rank instead of on the first of each tensor-parallel group.
+# With this mark Megatron calls the function on every rank, not only on the first rank of each
+# tensor-parallel group.
 train_valid_test_datasets.is_distributed = True  # type: ignore[attr-defined]
 
 
@@ -72,11 +77,15 @@ def _reads_data(vp_stage: int | None) -> bool:
 
 
 def forward_step(data_iterator: Iterator[Any], model: torch.nn.Module) -> tuple[Tensor, Any]:
-    """One micro-batch through the model; Megatron's schedules call this.
+    """Run the forward pass of a micro-batch, as Megatron's schedules require.
+
+    Args:
+        data_iterator: Iterator over micro-batches.
+        model: Model, or its part in this pipeline stage.
 
     Returns:
-        the losses by token `[batch, sequence]` (or a stage's activations), and the function that
-        reduces them.
+        The losses by token in nats, `[batch, sequence]`, or the activations of a stage, and the
+        function that reduces the losses.
     """
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
@@ -84,12 +93,12 @@ def forward_step(data_iterator: Iterator[Any], model: torch.nn.Module) -> tuple[
     batch = _get_batch(data_iterator, vp_stage)
     timers("batch-generator").stop()
     losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
-    # Only the last stage, which has the mask, calls the second.
+    # Only the last stage calls the function, and the mask is None on inner stages.
     return losses, partial(loss_sum, cast(Tensor, batch["loss_mask"]))
 
 
 def _get_batch(data_iterator: Iterator[Any], vp_stage: int | None) -> dict[str, Tensor | None]:
-    """This rank's part of the next micro-batch; None on inner pipeline stages."""
+    """Return this rank's part of the next micro-batch, without tensors on inner pipeline stages."""
     if not is_first_or_last_pipeline_stage(vp_stage):
         return dict.fromkeys(_FIELDS)
     args = get_args()
@@ -128,11 +137,14 @@ def _get_batch(data_iterator: Iterator[Any], vp_stage: int | None) -> dict[str, 
 
 
 def loss_sum(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Sum of the losses that count, their number, and both for the logs.
+    """Sum the losses of the tokens that count.
 
     Args:
-        loss_mask: `[batch, sequence]`, 1 where a token counts.
-        losses: `[batch, sequence]`, nats.
+        loss_mask: 1 where a token counts and 0 elsewhere, `[batch, sequence]`.
+        losses: Losses by token in nats, `[batch, sequence]`.
+
+    Returns:
+        The sum of the losses, the number of tokens that count, and both for the logs.
     """
     args = get_args()
     mask = loss_mask.view(-1).float()

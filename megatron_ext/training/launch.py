@@ -1,4 +1,4 @@
-"""Communication of the ranks of a launch through its store, without collectives.
+"""Communication of the ranks of a launch through a key-value store, without collectives.
 
 The store is the one that torchrun, or rank 0, serves at MASTER_ADDR:MASTER_PORT. It works before
 there is a process group and while collectives hang, so a rank that is late, was started with other
@@ -18,13 +18,14 @@ from megatron_ext.errors import UserError
 
 
 class Launch:
-    """The ranks that were started together.
+    """Ranks that were started together.
 
     Attributes:
-        store: shared by all ranks, None when there is one. Its keys belong to this attempt of
-            torchrun alone.
-        rank: of this process.
-        size: number of ranks.
+        store: Store that all ranks share, None if there is one rank. Its keys belong to this
+            attempt of torchrun alone.
+        rank: Rank of this process.
+        size: Number of ranks.
+        timeout: Seconds to wait for any other rank.
     """
 
     def __init__(self, store: dist.Store | None, rank: int, size: int, timeout: float) -> None:
@@ -36,12 +37,12 @@ class Launch:
         """Connect to the store of this launch.
 
         Args:
-            rank: of this process.
-            size: number of ranks.
-            timeout: seconds to wait for any other rank.
+            rank: Rank of this process.
+            size: Number of ranks.
+            timeout: Seconds to wait for any other rank.
 
         Raises:
-            UserError: the store does not answer in time.
+            UserError: The store does not answer in time.
         """
         if size == 1:
             return cls(None, 0, 1, timeout)
@@ -67,12 +68,12 @@ class Launch:
         """Continue only if `check` raises no UserError on any rank.
 
         Args:
-            topic: a name that every rank uses once, in the same order.
-            check: what this rank looks at; may be another function on each.
+            topic: Name of the check, used once, and in the same order on every rank.
+            check: Check of this rank, which may be a different function on each rank.
 
         Raises:
-            UserError: the first rank's, or one that names the ranks that did not say anything in
-                time; the same on every rank.
+            UserError: A check failed or a rank did not answer in time. Every rank raises the error
+                of the first failing rank, or one that names the silent ranks.
         """
         problem = None
         try:
@@ -94,7 +95,7 @@ class Launch:
         return self.wait(f"{topic}/verdict") or None
 
     def share(self, topic: str, value: Any) -> Any:
-        """Return rank 0's `value`, which must be plain data, on every rank."""
+        """Return the `value` of rank 0, which must be JSON data, on every rank."""
         if self.store is None:
             return value
         if self.rank == 0:
@@ -102,10 +103,14 @@ class Launch:
         return json.loads(self.wait(topic))
 
     def gather(self, topic: str, value: Any) -> list[Any]:
-        """Return every rank's `value`, which must be plain data, in rank order, on every rank.
+        """Return the values of all ranks, in rank order, on every rank.
+
+        Args:
+            topic: Name of the exchange, used once.
+            value: JSON data of this rank.
 
         Raises:
-            UserError: naming the ranks that do not give theirs in time.
+            UserError: The message names the ranks that do not answer in time.
         """
         if self.store is None:
             return [value]
@@ -118,7 +123,7 @@ class Launch:
         return self.share(f"{topic}/values", values)
 
     def leave(self) -> None:
-        """Let every rank read what the others shared, before rank 0, which may serve it, ends."""
+        """Wait on rank 0, which may serve the store, until all ranks have read the values."""
         if self.store is None:
             return
         if self.rank == 0:
@@ -147,14 +152,14 @@ class Launch:
         return problem
 
     def wait(self, key: str) -> str:
-        """Wait for a value that some rank sets in the store, and return it.
+        """Wait for a value that another rank sets in the store, and return it.
 
         Raises:
-            UserError: it is not there in time.
+            UserError: The value is not set in time.
         """
         assert self.store is not None
         try:
-            # Rank 0 may itself wait the whole time for another.
+            # Rank 0 may itself wait for the whole timeout for another rank.
             self.store.wait([key], timedelta(seconds=2 * self.timeout))
         except dist.DistError as error:
             raise UserError(

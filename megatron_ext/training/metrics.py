@@ -1,7 +1,7 @@
-"""Metric rows of a run: `metrics.jsonl`, and the MoE figures in TensorBoard.
+"""Metrics of a run: rows of `metrics.jsonl`, and MoE metrics in TensorBoard.
 
-Megatron logs losses to the console and TensorBoard by itself. Its functions that do so are
-wrapped here to write the same values, with ours, as one JSON object a line.
+Megatron logs losses to the console and TensorBoard. The functions that do so are wrapped here to
+write the same values, together with those of this project, as one JSON object per line.
 """
 
 import json
@@ -28,11 +28,12 @@ class MetricLog:
     """Writer of the metrics of a run, on the last rank, like Megatron's own writers.
 
     Args:
-        path: of `metrics.jsonl`, or None to write none. Rows of steps after the one that training
-            resumes from are dropped: the resumed run writes them again.
-        step: knows the routers' figures.
-        peak_flops: of one device, for MFU.
-        record: called once, after the first step; a start that trains nothing leaves no trace.
+        path: Path of `metrics.jsonl`, or None to write no file. Rows of steps after the one from
+            which training resumes are dropped, because the resumed run writes them again.
+        step: Source of the routing metrics.
+        peak_flops: Peak FLOP/s of one device, for MFU, or None if unknown.
+        record: Function to call once, after the first step, so that a start without training
+            leaves no record.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class MetricLog:
         self._evaluating, self._evaluated_sets = ("val_loss", 0), 0
 
     def time_step(self, train_step: Callable[..., Any]) -> Callable[..., Any]:
-        """Wrap Megatron's `train_step` to know how long the last one took."""
+        """Wrap Megatron's `train_step` to measure the duration of a step."""
 
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             start = time.perf_counter()
@@ -95,7 +96,7 @@ class MetricLog:
         return wrapped
 
     def evaluate_and_print_results(self, evaluate: Callable[..., Any]) -> Callable[..., Any]:
-        """Wrap Megatron's function of that name to know which set and step is evaluated."""
+        """Wrap Megatron's function of that name to record which set and step it evaluates."""
 
         def wrapped(prefix: str, *args: Any, **kwargs: Any) -> Any:
             # forward_step_func, data_iterator, model, iteration
@@ -124,10 +125,10 @@ class MetricLog:
         return wrapped
 
     def _throughput(self, sequences: int) -> dict[str, float | None]:
-        """Return what the step took and on what, so that no reader needs the run's flags.
+        """Return duration, size and speed of the step, which need no flags to be understood.
 
         Args:
-            sequences: of the step, on all ranks.
+            sequences: Sequences of the step on all ranks.
         """
         args = get_args()
         flops = num_floating_point_operations(args, sequences)
@@ -144,7 +145,7 @@ class MetricLog:
         }
 
     def _all_figures(self) -> dict[str, Any]:
-        """Figures of all layers on the last rank, named `moe/layer_NN/...` (NN from 0)."""
+        """Return the metrics of all layers, named `moe/layer_NN/...` (NN from 0), on every rank."""
         layers = self.step.figures
         if mpu.get_pipeline_model_parallel_world_size() > 1:
             stages: list[dict[int, Any]] = [
@@ -187,8 +188,8 @@ class MetricLog:
 def peak_flops(args: Namespace) -> float | None:
     """Return the peak FLOP/s of one device.
 
-    It is that of `--peak-tflops`, or the data sheet's for a known GPU, or measured on a CPU; None
-    for any other GPU.
+    It is the value of `--peak-tflops`, that of the data sheet for a known GPU, or measured on a
+    CPU; None for any other GPU.
     """
     if args.peak_tflops is not None:
         return float(args.peak_tflops) * 1e12
@@ -203,7 +204,7 @@ def peak_flops(args: Namespace) -> float | None:
     return 2 * 1024**3 / fastest
 
 
-# Peaks in TFLOP/s of dense bf16 products on tensor cores, from the makers' data sheets.
+# Peak TFLOP/s of dense bf16 products on tensor cores, from the data sheets of the manufacturers.
 _DENSE_BF16_TFLOPS = {
     "A10": 125.0,
     "A10G": 70.0,
@@ -237,7 +238,7 @@ _WITHOUT_EFFECT = re.compile(r"nvidia|tesla|sxm\d*|\d+gb?|hbm\d\w?|3e")
 
 
 def known_peak(device: str) -> float | None:
-    """Return the peak FLOP/s of a GPU for dense bf16 products, None where it is not known.
+    """Return the peak FLOP/s of a GPU for dense bf16 products, or None if it is unknown.
 
     >>> known_peak("NVIDIA H100 NVL")
     835000000000000.0
@@ -251,7 +252,7 @@ def known_peak(device: str) -> float | None:
 
 
 def keep_rows(path: Path, condition: Callable[[dict[str, Any]], bool]) -> None:
-    """Remove the rows of `path` that fail a condition, and an incomplete last line."""
+    """Remove the rows of a file that do not meet a condition, and an incomplete last line."""
     if not path.exists():
         return
     rows = []

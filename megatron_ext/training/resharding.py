@@ -1,11 +1,11 @@
-"""Going on from a checkpoint of another layout: the optimizer's part of it.
+"""Loading of optimizer state from a checkpoint of another parallel layout.
 
-Tensors in a checkpoint have global names and shapes, and any layout can load them. What Megatron
-saves beside them has the form of the optimizer that saved it: one optimizer or two (experts have
-their own once they are expert parallel), sharded over data-parallel ranks or not, parameter groups
-of the first rank alone; with Muon, a chain of optimizers within another. It expects to find the
-form of the run that loads, and fails otherwise. Here that part is found in whatever form it has and
-put into the form of this run.
+Tensors in a checkpoint have global names and shapes, and any layout can load them. The remaining
+state has the structure of the optimizer that saved it: one optimizer or two (experts have a
+separate one with expert parallelism), sharded over data-parallel ranks or not, parameter groups of
+the first rank alone; with Muon, a chain of optimizers within another. Megatron expects the
+structure of the run that loads, and fails otherwise. Here the state is read in any structure and
+converted to that of this run.
 """
 
 import functools
@@ -38,10 +38,10 @@ _KNOWN = (
     Float16OptimizerWithFloat16Params,
     WholeMatrices,
 )
-# What the main parameters are called by an optimizer that is sharded, and by one that is not. Muon
-# steps whole matrices in either case; a checkpoint has one name for all.
+# Names of the main parameters in a sharded optimizer and in one that is not sharded. Muon steps
+# whole matrices in either case, but a checkpoint has one name for all parameters.
 _SHARDED_NAME, _WHOLE_NAME = "optimizer.state.param.", "optimizer.state.fp32_param."
-# Where the tensors that a run asks for stand, apart from what the checkpoint saved beside them.
+# Key of the tensors that a run requests, which separates them from the rest of the loaded state.
 _REQUESTED = "requested"
 
 # Settings of a parameter group that come from flags, and not from the scheduler.
@@ -53,15 +53,15 @@ _load_state_dict = ChainedOptimizer.load_state_dict
 
 
 def check_resharding(checkpoint: Path, saved: Namespace, args: Namespace) -> None:
-    """Refuse a checkpoint whose optimizer state this run cannot take up.
+    """Refuse a checkpoint whose optimizer state this run cannot load.
 
     Args:
-        checkpoint: its folder, for the message.
-        saved: the arguments of the run that saved it.
-        args: of this run.
+        checkpoint: Folder of the checkpoint, for the message.
+        saved: Arguments of the run that saved it.
+        args: Arguments of this run.
 
     Raises:
-        UserError: what differs, and what to do.
+        UserError: A setting differs; the message names it and the fix.
     """
     if args.no_load_optim or args.finetune or getattr(saved, "no_save_optim", False):
         return
@@ -98,7 +98,7 @@ def check_resharding(checkpoint: Path, saved: Namespace, args: Namespace) -> Non
 
 @functools.wraps(_load_content_metadata)
 def load_content_metadata(*args: Any, **kwargs: Any) -> Any:
-    """Say of every checkpoint how a sharded optimizer has to read it."""
+    """Add to the metadata of an unsharded checkpoint how a sharded optimizer reads it."""
     metadata = _load_content_metadata(*args, **kwargs)
     if metadata is not None and "distrib_optim_sharding_type" not in metadata:
         metadata["distrib_optim_sharding_type"] = _RESHARDABLE
@@ -110,7 +110,7 @@ def load_content_metadata(*args: Any, **kwargs: Any) -> Any:
 def sharded_state_dict(
     self: ChainedOptimizer, model: Any, is_loading: bool = False, **kwargs: Any
 ) -> Any:
-    """Name main parameters as the whole checkpoint does."""
+    """Give main parameters the names that they have in the checkpoint."""
     state = _sharded_state_dict(self, model, is_loading, **kwargs)
     metadata = kwargs.get("metadata") or {}
     reshardable = metadata.get("distrib_optim_sharding_type") == _RESHARDABLE
@@ -127,7 +127,7 @@ def sharded_state_dict(
     for optimizer, part in _parts(self, state):
         if isinstance(optimizer, DistributedOptimizer) and not _has_main_params(optimizer):
             for tensors in part["param_state"].values():
-                tensors.pop("param")  # the model's own parameters, which the model loads
+                tensors.pop("param")  # parameters of the model, which the model loads
     return {_REQUESTED: state}
 
 
@@ -136,8 +136,8 @@ def load_state_dict(self: ChainedOptimizer, state: Any) -> None:
     """Load the optimizer state of any layout."""
     if isinstance(state, dict) and _REQUESTED in state:
         parts = _parts(self, state.pop(_REQUESTED))
-        formed = [_convert_state(optimizer, part, state) for optimizer, part in parts]
-        state = formed[0] if len(formed) == 1 else dict(enumerate(formed))
+        converted = [_convert_state(optimizer, part, state) for optimizer, part in parts]
+        state = converted[0] if len(converted) == 1 else dict(enumerate(converted))
     _load_state_dict(self, state)
 
 
@@ -152,17 +152,17 @@ def replacements() -> dict[str, Callable[..., Any]]:
 
 
 def _whole_matrices(args: Namespace) -> bool:
-    """Whether Megatron has made `--use-distributed-optimizer` one that shares out matrices."""
+    """Return whether the distributed optimizer of a run distributes whole matrices."""
     return getattr(args, "use_layer_wise_distributed_optimizer", False)
 
 
 def _has_main_params(optimizer: MegatronOptimizer) -> bool:
-    """Whether there is an fp32 copy of the model's parameters."""
+    """Return whether the optimizer has an fp32 copy of the parameters of the model."""
     return bool(optimizer.config.bf16 or optimizer.config.fp16)
 
 
 def _parts(chain: ChainedOptimizer, state: Any) -> Iterator[tuple[MegatronOptimizer, Any]]:
-    """Each optimizer of a chain, and of the chains in it, with its part of the chain's state."""
+    """Yield each optimizer of a chain, including nested chains, with its part of the state."""
     optimizers = chain.chained_optimizers
     for i, optimizer in enumerate(optimizers):
         part = state if len(optimizers) == 1 else state.get(i, {})
@@ -173,7 +173,7 @@ def _parts(chain: ChainedOptimizer, state: Any) -> Iterator[tuple[MegatronOptimi
 
 
 def _find_entries(state: Any, name: str) -> Iterator[Any]:
-    """Every entry of that name, wherever it stands."""
+    """Yield the entries of a name at any depth of nested dictionaries."""
     if isinstance(state, dict):
         if state.get(name) is not None:
             yield state[name]
@@ -183,12 +183,12 @@ def _find_entries(state: Any, name: str) -> Iterator[Any]:
 
 
 def _convert_state(optimizer: MegatronOptimizer, part: Any, saved: Any) -> dict[str, Any]:
-    """The state that an optimizer loads.
+    """Return loaded state in the structure that an optimizer of this run loads.
 
     Args:
-        optimizer: of this run.
-        part: the tensors that it asked for.
-        saved: all the rest of the loaded state, where it stood when it was saved.
+        optimizer: Optimizer of this run.
+        part: Tensors that the optimizer requested.
+        saved: Rest of the loaded state, in the structure in which it was saved.
     """
     saved_groups = [group for groups in _find_entries(saved, "param_groups") for group in groups]
     steps = [
@@ -227,22 +227,26 @@ def _convert_state(optimizer: MegatronOptimizer, part: Any, saved: Any) -> dict[
 def match_param_group(
     current: dict[str, Any], saved_groups: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """The saved settings of a parameter group, with the parameters and the marks of this run.
+    """Return the saved settings of a parameter group, with the parameters of this run.
 
-    What flags set and no schedule is that of the flags: megatron_ext.training.checks has compared
-    it with the checkpoint's.
+    Settings that come from flags, and not from a schedule, are those of this run, which
+    `megatron_ext.training.checks` has compared with the checkpoint.
 
-    A group that the first rank had no part of has not been saved. It differs by its marks alone,
-    and the scheduler sets its learning rate and weight decay before the next step.
+    A group of which the first rank had no parameters was not saved. It takes the settings of a
+    similar group, and the scheduler sets its learning rate and weight decay before the next step.
+
+    Args:
+        current: Parameter group of this run.
+        saved_groups: All saved parameter groups.
     """
-    marks = {key: current[key] for key in param_group_identifier_keys if key in current}
+    identifiers = {key: current[key] for key in param_group_identifier_keys if key in current}
 
-    def alike(saved: dict[str, Any], but: str = "") -> bool:
+    def matches(saved: dict[str, Any], but: str = "") -> bool:
         keys = [key for key in param_group_identifier_keys if key != but]
         return all(saved.get(key) == current.get(key) for key in keys)
 
-    exact = (group for group in saved_groups if alike(group))
-    near = (group for group in saved_groups if alike(group, "is_expert_parallel"))
+    exact = (group for group in saved_groups if matches(group))
+    near = (group for group in saved_groups if matches(group, "is_expert_parallel"))
     settings = next(exact, None) or next(near, None) or current
     flags = {key: current[key] for key in _BY_FLAGS if key in current}
-    return {**settings, **flags, **marks, "params": current["params"]}
+    return {**settings, **flags, **identifiers, "params": current["params"]}

@@ -1,4 +1,4 @@
-"""The folder of a run: who may write to it, whether its run is finished, and its record."""
+"""Folder of a run: protection of earlier runs, completion and record."""
 
 import json
 import os
@@ -16,14 +16,15 @@ from megatron_ext.training.schedule import RunProgress
 
 @dataclass
 class Start:
-    """What a run starts from.
+    """State from which a run starts.
 
     Attributes:
-        run_dir: of `--run-dir`.
-        progress: of the checkpoint that training resumes from.
-        finished: why there is nothing to do, empty where there is.
-        record: writes `run.json`, to be called once a step has been trained; None on other ranks.
-        lock: held on the run directory as long as this object lives.
+        run_dir: Folder of `--run-dir`.
+        progress: Progress of the checkpoint from which training resumes.
+        finished: Reason why there is nothing to do, or an empty string.
+        record: Function that writes `run.json`, to be called after the first step; None on all
+            ranks but the first.
+        lock: Lock of the run directory, which lasts as long as this object.
     """
 
     run_dir: Path | None
@@ -37,7 +38,7 @@ def check_not_overwritten(args: Namespace) -> None:
     """Refuse to start a new run on top of an earlier one.
 
     Raises:
-        UserError: naming the folder that holds the earlier run.
+        UserError: The message names the folder of the earlier run.
     """
     if args.save is None or args.skip_train or args.load is None:
         return
@@ -67,7 +68,7 @@ def check_not_overwritten(args: Namespace) -> None:
 
 
 def why_finished(args: Namespace, progress: RunProgress) -> str:
-    """Return a sentence that says that a run is finished, empty for one that is not."""
+    """Return the sentence that a run is finished, or an empty string if it is not."""
     if not progress.finished(args) or not _is_evaluated(args, progress):
         return ""
     end = f"--train-iters {args.train_iters}"
@@ -80,7 +81,7 @@ def why_finished(args: Namespace, progress: RunProgress) -> str:
 
 
 def _is_evaluated(args: Namespace, progress: RunProgress) -> bool:
-    """Return whether the evaluation after the last step is done, if there is to be one."""
+    """Return whether the evaluation after the last step, if any, is done."""
     if args.run_dir is None or not (args.eval_iters or args.full_validation):
         return True
     try:
@@ -95,10 +96,12 @@ def _is_evaluated(args: Namespace, progress: RunProgress) -> bool:
 
 
 def recorder(run_dir: Path, args: Namespace, facts: dict[str, Any]) -> Callable[[], None]:
-    """Return a function that writes `run.json`: every command that trained, and the last settings.
+    """Return a function that writes `run.json` with all commands and the last settings of a run.
 
     Args:
-        facts: about the commit and the packages.
+        run_dir: Folder of the run.
+        args: Validated arguments of the run.
+        facts: Further keys of the file, on the commit and the packages.
     """
     settings = {name: plain(value) for name, value in sorted(vars(args).items())}
 
@@ -127,5 +130,5 @@ def _command() -> str:
 
 
 def plain(value: Any) -> Any:
-    """Return a setting as JSON holds it."""
+    """Return a setting as JSON data, a string where it has no other form."""
     return value if isinstance(value, str | int | float | bool | list | None) else str(value)

@@ -1,7 +1,7 @@
-"""Choice of the checkpoint to resume from, and saving that leaves no incomplete checkpoint.
+"""Choice of the checkpoint to resume from, and saving without incomplete checkpoints.
 
 Megatron's `--verify-integrity` hashes and checks every file on rank 0. Here the ranks share that
-work, the check comes before anything is set up, and an older checkpoint can stand in.
+work, the check precedes all other work, and an older checkpoint can replace a damaged one.
 """
 
 import json
@@ -31,13 +31,14 @@ from megatron_ext.training.launch import Launch
 
 
 def choose_checkpoint(args: Namespace, launch: Launch) -> Path | None:
-    """Return the checkpoint under `--load` that training resumes from, or None to start anew.
+    """Return the checkpoint under `--load` from which training resumes, or None to start anew.
 
-    It is the newest, or that of `--ckpt-step`, and every file of it is as it was saved. With
-    `--allow-older-checkpoint` the newest one that is whole; then `args.ckpt_step` names it.
+    It is the newest one, or that of `--ckpt-step`, and must be intact. With
+    `--allow-older-checkpoint` it is the newest intact one, whose step becomes `args.ckpt_step` if
+    it is not the newest of all.
 
     Raises:
-        UserError: naming the damaged file, on every rank.
+        UserError: A file is damaged; the message names it, on every rank.
     """
     folder = Path(args.load)
     launch.agree("tracker", lambda: repair_tracker(folder) if launch.rank == 0 else None)
@@ -65,7 +66,7 @@ def choose_checkpoint(args: Namespace, launch: Launch) -> Path | None:
 
 
 def _candidates(folder: Path, step: int | None) -> list[str]:
-    """Names of checkpoints to resume from, the best first."""
+    """Return the names of checkpoints from which training can resume, the newest first."""
     tracker = folder / TRACKER
     if step is not None:
         newest = f"iter_{step:07d}"
@@ -77,15 +78,16 @@ def _candidates(folder: Path, step: int | None) -> list[str]:
 
 
 def _tracked(tracker: Path) -> str | None:
+    """Return the name of the checkpoint in a tracker file, or None if the file is damaged."""
     text = tracker.read_text().strip()
     return f"iter_{int(text):07d}" if text.isdigit() else "release" if text == "release" else None
 
 
 def repair_tracker(folder: Path) -> None:
-    """Write the name of the newest complete checkpoint if a run was killed before it did.
+    """Write the tracker for the newest complete checkpoint if a killed run did not write it.
 
     Raises:
-        UserError: the tracker is damaged and there is no complete checkpoint.
+        UserError: The tracker is damaged and there is no complete checkpoint.
     """
     tracker = folder / TRACKER
     if tracker.is_file() and _tracked(tracker):
@@ -103,7 +105,7 @@ def write_atomically(path: Path, text: str) -> None:
     """Write a file so that it never exists with only a part of `text`.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: The file cannot be written.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -120,7 +122,7 @@ def replacements() -> dict[str, Callable[..., Any]]:
     @wraps(save)
     def save_whole(state: Any, checkpoint_dir: str, *args: Any, **kwargs: Any) -> Any:
         folder = Path(checkpoint_dir)
-        if dist.get_rank() == 0:  # what an interrupted save of this iteration left
+        if dist.get_rank() == 0:  # remains of an interrupted save
             for file in folder.iterdir():
                 file.unlink()
         dist.barrier()
@@ -128,7 +130,7 @@ def replacements() -> dict[str, Callable[..., Any]]:
         if request is None:
             _write_digests(folder)
             return None
-        # Asynchronous: after the files, before the tracker.
+        # In an asynchronous save digests are written after the files and before the tracker.
         request.finalize_fns.append(lambda: _write_digests(folder))
         if request.async_fn is None:  # this rank has nothing to write
             return request
@@ -141,17 +143,17 @@ def replacements() -> dict[str, Callable[..., Any]]:
 def _write_digests(folder: Path) -> None:
     """List the files of a checkpoint with their digests, in Megatron's format.
 
-    Files of an asynchronous save were hashed by the process that wrote them; of the others each
-    rank hashes its share.
+    The writing processes have hashed the files of an asynchronous save. Each rank hashes its share
+    of all other files.
 
     Raises:
-        UserError: On every rank, when a file cannot be read or the list cannot be written.
+        UserError: A file cannot be read or the list cannot be written; raised on every rank.
     """
     rank, size = dist.get_rank(), dist.get_world_size()
     known: dict[str, str] = {}
     for digests in _gather(_take_digests(folder, rank)):
         known |= digests
-    # From rank 0: a network file system may show the others a later list.
+    # Rank 0 lists the files, because a network file system may show other ranks a later list.
     names: list[list[str]] = [[]]
     if rank == 0:
         files = {file.name for file in folder.iterdir() if file.suffix != ".tmp"}
@@ -176,11 +178,11 @@ def _write_digests(folder: Path) -> None:
 
 
 def _take_digests(folder: Path, rank: int) -> dict[str, str]:
-    """Read and remove what `write_and_digest` left for this rank; empty after any other save."""
+    """Read and remove the digests that `write_and_digest` wrote for this rank, if any."""
     file = digests_file(folder, rank)
     try:
         digests: dict[str, str] = json.loads(file.read_text())
-    except (OSError, ValueError):  # not written, or torn: those files are hashed here
+    except (OSError, ValueError):  # missing or damaged: the files are hashed again
         digests = {}
     file.unlink(missing_ok=True)
     return digests
@@ -203,7 +205,7 @@ def explain_failure(save_checkpoint: Callable[..., None], args: Namespace) -> Ca
         except (Exception, CheckpointException) as error:
             folder = Path(args.save, f"iter_{iteration:07d}")
             free = shutil.disk_usage(args.save).free / 1e6
-            if not (folder / INTEGRITY_FILE).exists():  # else it is whole
+            if not (folder / INTEGRITY_FILE).exists():  # otherwise it is complete
                 shutil.rmtree(folder, ignore_errors=True)
             reason = (str(error).strip() or repr(error)).splitlines()[-1]
             raise UserError(

@@ -1,4 +1,4 @@
-"""Where a run stands in samples and tokens, and schedules that follow it.
+"""Progress of a run in samples and tokens, and schedules that follow it.
 
 Megatron counts schedules of the learning rate and of weight decay in samples, but turns a number of
 steps into samples by the batch size of the current command line. That holds only while the batch
@@ -34,12 +34,12 @@ class RunProgress:
     """How far a run has been trained, as its checkpoint records it.
 
     Attributes:
-        iteration: optimizer steps.
-        samples: sequences.
-        tokens: tokens, also of steps with another sequence length.
-        validation_samples: sequences of the validation data that evaluations have read.
-        history: pairs of iteration and samples at which the batch size changed, the first `[0, 0]`.
-            Between two of them every step had as many samples.
+        iteration: Number of optimizer steps.
+        samples: Number of sequences.
+        tokens: Number of tokens, including steps with another sequence length.
+        validation_samples: Number of validation sequences that evaluations have read.
+        history: Pairs of iteration and samples at which the batch size changed, the first `[0, 0]`.
+            Between two of them all steps had the same number of samples.
     """
 
     iteration: int = 0
@@ -53,8 +53,8 @@ class RunProgress:
         """Return the progress with which training from a checkpoint starts.
 
         Args:
-            checkpoint: folder of the iteration to resume from, or None.
-            args: of this run; `--finetune` starts at 0.
+            checkpoint: Folder of the iteration to resume from, or None.
+            args: Arguments of this run, where `--finetune` starts at 0.
         """
         if checkpoint is None or args.finetune:
             return cls()
@@ -62,7 +62,7 @@ class RunProgress:
         saved = state["args"]
         iteration = 0 if checkpoint.name == "release" else int(state.get("iteration") or 0)
         samples = int(getattr(saved, "consumed_train_samples", 0))
-        if samples == 0:  # as Megatron takes checkpoints that do not record it
+        if samples == 0:  # not recorded: Megatron assumes the same
             samples = iteration * getattr(saved, "global_batch_size", 0)
         history = [list(corner) for corner in getattr(saved, "batch_history", [[0, 0]])]
         if history[-1][0] < iteration:
@@ -86,7 +86,7 @@ class RunProgress:
         args.trained_tokens, args.batch_history = self.tokens, self.history
 
     def finished(self, args: Namespace) -> bool:
-        """Whether no step is left to train."""
+        """Return whether no step is left to train."""
         if args.skip_train or self.iteration == 0:
             return False
         if args.train_iters:
@@ -111,17 +111,19 @@ def _batch_size(samples: int) -> int:
     """Return the size of the batch that follows so many samples."""
     update_num_microbatches(samples, consistency_check=False)
     size = get_current_running_global_batch_size()
-    update_num_microbatches(0, consistency_check=False)  # Megatron's own start
+    update_num_microbatches(0, consistency_check=False)  # as Megatron initializes it
     return size
 
 
 def record_step(args: Namespace, iteration: int, batch_size: int) -> None:
-    """Note in the arguments, which checkpoints hold, what a finished step was trained on.
+    """Record the tokens and the batch size of a finished step in the arguments.
+
+    Checkpoints contain the arguments.
 
     Args:
-        args: with Megatron's `consumed_train_samples` after the step.
-        iteration: number of the step, from 1.
-        batch_size: sequences of the step.
+        args: Megatron's arguments, with `consumed_train_samples` after the step.
+        iteration: Number of the step, from 1.
+        batch_size: Sequences of the step.
     """
     args.trained_tokens += batch_size * args.seq_length
     if batch_size != getattr(args, "last_batch_size", batch_size):
@@ -147,9 +149,9 @@ def replacements(hooks: "TrainerHooks") -> dict[str, Callable[..., Any]]:
         "megatron.training.training.update_train_iters": partial(
             _set_train_iters, progress=progress
         ),
-        **wrapped("get_optimizer_param_scheduler", _scheduler),
-        **wrapped("setup_model_and_optimizer", _in_step),
-        **wrapped("get_train_valid_test_num_samples", _enough_samples),
+        **wrapped("get_optimizer_param_scheduler", _wrap_scheduler),
+        **wrapped("setup_model_and_optimizer", _wrap_setup),
+        **wrapped("get_train_valid_test_num_samples", _wrap_sample_counts),
     }
 
 
@@ -159,7 +161,7 @@ def arguments(args: Namespace) -> dict[str, Callable[[], Namespace]]:
 
 
 def _set_train_iters(args: Namespace, progress: RunProgress) -> None:
-    """Turn `--train-samples` into a number of steps, of which the earlier ones are done."""
+    """Convert `--train-samples` into a number of steps, including those already done."""
     if args.train_iters:
         return
     samples, iteration = progress.samples, progress.iteration
@@ -172,8 +174,8 @@ def _set_train_iters(args: Namespace, progress: RunProgress) -> None:
     args.train_iters = iteration
 
 
-def _scheduler(build: Callable[[Any], Any], progress: RunProgress) -> Callable[[Any], Any]:
-    """Wrap Megatron's builder of the schedule so that steps become the samples they have."""
+def _wrap_scheduler(build: Callable[[Any], Any], progress: RunProgress) -> Callable[[Any], Any]:
+    """Wrap Megatron's builder of the schedule so that steps are converted into their samples."""
 
     def wrapped(optimizer: Any) -> Any:
         args = get_args()
@@ -194,8 +196,8 @@ def _scheduler(build: Callable[[Any], Any], progress: RunProgress) -> Callable[[
     return wrapped
 
 
-def _in_step(set_up: Callable[..., Any], progress: RunProgress) -> Callable[..., Any]:
-    """Wrap Megatron's set-up so that a schedule that was not loaded starts where the run stands."""
+def _wrap_setup(set_up: Callable[..., Any], progress: RunProgress) -> Callable[..., Any]:
+    """Wrap Megatron's set-up so that a new schedule starts at the progress of the run."""
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         model, optimizer, scheduler = set_up(*args, **kwargs)
@@ -206,17 +208,17 @@ def _in_step(set_up: Callable[..., Any], progress: RunProgress) -> Callable[...,
     return wrapped
 
 
-def _enough_samples(
+def _wrap_sample_counts(
     count: Callable[[], Sequence[Any]], progress: RunProgress
 ) -> Callable[[], tuple[Any, Any, Any]]:
-    """Wrap Megatron's sizes of the datasets so that they hold all that a resumed run reads."""
+    """Wrap Megatron's sizes of the datasets so that they cover all that a resumed run reads."""
 
     def wrapped() -> tuple[Any, Any, Any]:
         args = get_args()
         train, valid, test = count()
         if not args.phase_transition_iterations and not args.skip_train:
             train = args.train_samples or progress.samples_after(args.train_iters)
-            # A run that only has to be evaluated still opens its training data.
+            # A run of which only the evaluation is left still opens its training data.
             train = max(train, progress.samples + args.global_batch_size)
         if valid is not None and not args.skip_train:
             interval = args.eval_interval

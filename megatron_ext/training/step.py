@@ -1,8 +1,8 @@
-"""The end of an optimizer step: cutoffs of all layers resolved together, then thresholds moved.
+"""End of an optimizer step: resolution of the cutoffs and update of the thresholds.
 
 Megatron's trainer calls `finalize_model_grads` after the last backward pass and before the
-optimizer. There the cutoffs become known. The thresholds move only once the optimizer has in
-fact stepped: a skipped or repeated step leaves them unchanged.
+optimizer. There the cutoffs of all layers are resolved together. The thresholds are updated only
+after the optimizer has stepped: a skipped or repeated step leaves them unchanged.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from megatron_ext.moe.step_cutoffs import resolve_kept_logits
 
 
 class RoutingStep:
-    """Sequence of what happens to the routers between two optimizer steps.
+    """Updates of the routers between two optimizer steps.
 
     Attributes:
         figures: Routing metrics of the last finished step by layer number, the same on all ranks
@@ -28,13 +28,13 @@ class RoutingStep:
         self._routers: list[ETRouter] = []  # resolved, but neither committed nor discarded
 
     def finalize_model_grads(self, model: list[torch.nn.Module], *args: Any, **kwargs: Any) -> None:
-        """Do Megatron's own work on the gradients, then resolve the cutoffs of this step."""
+        """Run Megatron's function of that name, then resolve the cutoffs of this step."""
         finalize_model_grads(model, *args, **kwargs)
         self.resolve(routers_of(model))
 
     @torch.no_grad()
     def resolve(self, routers: Sequence[ETRouter]) -> None:
-        """Turn what the routers collected into cutoffs and metrics, and start a new step."""
+        """Compute cutoffs and metrics from the routers' counts and logits, and start a new step."""
         self._routers, self.figures = list(routers), {}
         if not routers:
             return
@@ -45,13 +45,13 @@ class RoutingStep:
             self.figures[router.layer_number - 1] = router.resolve(packed)
 
     def commit(self) -> None:
-        """Update the routers: the optimizer has stepped."""
+        """Update the routers after the optimizer has stepped."""
         for router in self._routers:
             router.commit()
         self._routers = []
 
     def discard(self) -> None:
-        """Leave the routers as they are: the step did not count."""
+        """Leave the routers unchanged after a skipped step."""
         for router in self._routers:
             router.discard()
         self._routers = []

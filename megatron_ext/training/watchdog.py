@@ -1,9 +1,9 @@
-"""Detection of a stalled run: it is ended, and the rank that blocks it is named.
+"""Detection of a stalled run, which ends it and names the rank that blocks it.
 
 A hanging collective ends in a timeout that names the ranks that waited, not the missing one. Here
-each rank watches itself. The first without progress for too long calls all others through the
-launch's store. Each answers with its position in the program; a rank that stands in no collective,
-or does not answer, blocks the run.
+each rank watches itself. The first rank without progress for too long notifies all others through
+the store of the launch. Each answers with its position in the program; a rank that is in no
+collective, or does not answer, blocks the run.
 """
 
 import json
@@ -20,7 +20,7 @@ from typing import Any
 
 from megatron_ext.training.launch import Launch
 
-# Where a rank stands that waits for others.
+# Files in which a rank waits for others.
 _WAITING = ("torch/distributed/", "torch/cuda/", "megatron_ext/devices/gloo.py")
 _LIBRARIES = ("site-packages/", "lib/python", "megatron_ext/devices/")
 
@@ -29,14 +29,14 @@ class Watchdog:
     """Observer of the steps of this rank.
 
     Args:
-        launch: the ranks of the run.
-        timeout: seconds without progress after which the run is ended.
-        step: Returns the number of the current step.
+        launch: Ranks of the run.
+        timeout: Seconds without progress after which the run is ended.
+        step: Function that returns the number of the current step.
     """
 
     def __init__(self, launch: Launch, timeout: float, step: Callable[[], int]) -> None:
         self.launch, self.timeout, self.step = launch, timeout, step
-        self._last: float | None = None  # None outside of steps, where nothing is watched
+        self._last: float | None = None  # time of the last progress
         self._main = threading.main_thread().ident
         # A store serves one thread at a time, and the main thread may wait in it.
         self._store = None if launch.store is None else launch.store.clone()  # type: ignore[attr-defined]
@@ -61,12 +61,12 @@ class Watchdog:
         """Return a function whose calls count as progress of this rank."""
 
         @wraps(function)
-        def noted(*args: Any, **kwargs: Any) -> Any:
+        def recorded(*args: Any, **kwargs: Any) -> Any:
             if self._last is not None:
                 self._last = time.monotonic()
             return function(*args, **kwargs)
 
-        return noted
+        return recorded
 
     def _stalled_for(self) -> float:
         """Return the seconds beyond the timeout since the last progress, negative before it."""
@@ -74,16 +74,16 @@ class Watchdog:
         return -1.0 if last is None else time.monotonic() - last - self.timeout
 
     def _watch(self) -> None:
-        """End this rank by the clock alone: the store may hang too, its node being cut off."""
+        """End this rank without the store, which hangs if its node is unreachable."""
         patience = 0.0 if self._store is None else 10 * self._pause
         while self._stalled_for() <= patience:
             time.sleep(self._pause)
         silent = "" if self._store is None else ", and the launch's store does not answer"
-        self._say(f"rank {self.launch.rank} stands in {self._place()[0]}{silent}")
+        self._print(f"rank {self.launch.rank} stands in {self._place()[0]}{silent}")
         os._exit(1)
 
     def _listen(self) -> None:
-        """Call the other ranks when this one has stalled, and answer their call."""
+        """Notify the other ranks when this one has stalled, and answer their notification."""
         assert self._store is not None
         with suppress(RuntimeError):  # without a store the other thread reports
             while self._stalled_for() < 0 and not self._store.check(["stall"]):
@@ -92,7 +92,7 @@ class Watchdog:
             os._exit(1)
 
     def _answer(self) -> None:
-        """Report where this rank stands; one rank then prints the reports of all."""
+        """Report the position of this rank; one rank then prints the reports of all."""
         assert self._store is not None
         place, waits = self._place()
         answer = {"place": place, "waits": waits, "node": platform.node()}
@@ -100,40 +100,41 @@ class Watchdog:
         self._store.set("stall", "")
         if self._store.add("stall/teller", 1) == 1:
             time.sleep(3 * self._pause)
-            self._tell()
+            self._print_reports()
             self._store.set("stall/reported", "")
         else:
             deadline = time.monotonic() + 6 * self._pause
             while time.monotonic() < deadline and not self._store.check(["stall/reported"]):
                 time.sleep(0.1)
 
-    def _tell(self) -> None:
+    def _print_reports(self) -> None:
+        """Print the positions of the ranks, those that block the run first."""
         assert self._store is not None
-        holding: list[str] = []
+        blocking: list[str] = []
         waiting: list[str] = []
         for rank in range(self.launch.size):
             if not self._store.check([f"stall/{rank}"]):
-                holding.append(f"rank {rank} does not answer: it is stopped, or its node cut off")
+                blocking.append(f"rank {rank} does not answer: it is stopped, or its node cut off")
                 continue
             answer = json.loads(self._store.get(f"stall/{rank}"))
             place = f"rank {rank} on {answer['node']} stands in {answer['place']}"
-            (waiting if answer["waits"] else holding).append(place)
-        if not holding:
-            self._say("every rank waits in a collective; " + "; ".join(waiting[:8]))
+            (waiting if answer["waits"] else blocking).append(place)
+        if not blocking:
+            self._print("every rank waits in a collective; " + "; ".join(waiting[:8]))
         else:
             rest = f"; {len(waiting)} others wait, {waiting[0]}" if waiting else ""
-            self._say("; ".join(holding[:8]) + rest)
+            self._print("; ".join(blocking[:8]) + rest)
 
-    def _say(self, what: str) -> None:
+    def _print(self, message: str) -> None:
         name = os.path.basename(sys.argv[0])
         print(
-            f"{name}: no progress for {self.timeout:g} s in step {self.step()}: {what}",
+            f"{name}: no progress for {self.timeout:g} s in step {self.step()}: {message}",
             file=sys.stderr,
             flush=True,
         )
 
     def _place(self) -> tuple[str, bool]:
-        """Where the main thread stands outside of libraries, and whether it waits for others."""
+        """Return the position of the main thread outside of libraries, and whether it waits."""
         frame: FrameType | None = sys._current_frames()[self._main or 0]
         waits, depth = False, 0
         while frame is not None:

@@ -56,7 +56,7 @@ def scheduler(args: Namespace, progress: RunProgress) -> tuple[Any, Any]:
     """The schedule that a run starts with, advanced to where it resumes."""
     args.progress = progress
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.0)
-    built = schedule._scheduler(training.get_optimizer_param_scheduler, progress)(optimizer)
+    built = schedule._wrap_scheduler(training.get_optimizer_param_scheduler, progress)(optimizer)
     built.step(progress.samples)
     return built, optimizer.param_groups[0]
 
