@@ -90,7 +90,7 @@ def test_labels_share_no_prompt(tmp_path):
     assert [len(prompts[name]) for name in parts] == [5, 7, len(rows) - 12]
     assert not prompts["train"] & (prompts["validation"] | prompts["test"])
     assert all(part[0].text == "drawn" != part[1].text for part in parts.values())
-    with pytest.raises(UserError, match="nothing is left for training"):
+    with pytest.raises(UserError, match="none is left for training"):
         labels([*words, "--validation", "5", "--test", str(len(rows))])
 
 
