@@ -49,7 +49,7 @@ find_python() {
             return
         fi
     done < <(candidates)
-    fail "found no Python of version 3.12 or newer with venv and pip; install one" \
+    fail "no Python of version 3.12 or newer with venv and pip was found. Install one" \
         "(for example: apt install python3.12-venv, pyenv install 3.12, or uv python install 3.12)" \
         "or name one with PYTHON=/path/to/python3.12."
 }
@@ -76,8 +76,8 @@ fi
 
 if ! usable "$python" || ! "$python" -m pip --version >/dev/null 2>&1; then
     base=$(find_python)
-    echo "bootstrap: making $venv with $base"
-    "$base" -m venv --clear "$venv" || fail "$base could not make $venv."
+    echo "bootstrap: creating $venv with $base"
+    "$base" -m venv --clear "$venv" || fail "$base could not create $venv. Check the free disk space and the permissions of $PWD."
 fi
 
 # The folder is part of the key, so that an environment that was moved is installed again.
