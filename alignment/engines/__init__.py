@@ -1,1 +1,1 @@
-"""Engines: what trains, scores and samples a policy or a judge, behind one protocol."""
+"""Engines that train, score and sample policies and judges, behind one protocol."""

@@ -61,7 +61,7 @@ def plan_moves(sizes: Sequence[Sequence[int]]) -> list[tuple[int, int, int]]:
         fitting = [(size, -place) for place, size in left[source].items() if 0 < size < gap]
         if not fitting:
             return moves
-        # The best move halves the gap.
+        # The best move halves the gap between the two ranks.
         size, place = min(fitting, key=lambda one: (abs(gap - 2 * one[0]), one))
         moves.append((source, -place, target))
         del left[source][-place]

@@ -1,4 +1,4 @@
-"""Batches of token ids: rows that hold one sample each, or several end to end."""
+"""Batches of token ids, in rows of one sample or of several consecutive samples."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -34,7 +34,7 @@ class TokenSample:
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Rows of equal length. Everything that belongs to a token stands in the token's place.
+    """Rows of equal length, with the data of a token at the token's position.
 
     Attributes:
         tokens: int64 `[rows, length]`.

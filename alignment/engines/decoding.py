@@ -1,7 +1,7 @@
-"""Sampling from a model of transformers, with the same draws as Megatron's engine makes.
+"""Sampling from a model of transformers, with the same random draws as the Megatron engine.
 
-`generate` of transformers draws for all rows from one state, and its ranks do not wait for each
-other by default. Here the sample of a row depends on its prompt and seed alone.
+`generate` of transformers draws for all rows from one random state, and its ranks do not wait for
+each other by default. Here the response in a row depends on its prompt and seed only.
 """
 
 from collections.abc import Sequence
@@ -25,11 +25,11 @@ def decode(
     seeds: Sequence[int],
     device: torch.device | str,
 ) -> list[GeneratedResponse]:
-    """Continue all prompts together. Ranks make as many passes as the one that needs most.
+    """Continue all prompts together. All ranks make the same number of forward passes.
 
     Args:
         model: Model in eval mode.
-        eod: Tokens that end a row, if `sampling` has them end it.
+        eod: Tokens that end a response, if `sampling.stop_at_eod` is set.
         prompts: Token ids, at least one per row.
         sampling: Settings of sampling.
         seeds: One seed per prompt.
@@ -44,11 +44,11 @@ def decode(
             raise UserError(f"A prompt has {len(prompt)} tokens. It must have 1 to {longest - 1}.")
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     responses = [GeneratedResponse([], [], False) for _ in prompts]
-    going = list(range(len(prompts)))
+    unfinished = list(range(len(prompts)))
     tokens, mask = _aligned_right(prompts or [[0]])
     tokens, mask = tokens.to(device), mask.to(device)
     cache = None
-    while _any_rank(bool(going), device):
+    while _any_rank(bool(unfinished), device):
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
         output = model(
             input_ids=tokens,
@@ -60,12 +60,12 @@ def decode(
         )
         cache = output.past_key_values
         tokens = torch.zeros(len(mask), 1, dtype=torch.int64, device=device)
-        if going:
-            logits = output.logits[going, -1].float()
-            chosen = choose(logits, sampling, [generators[row] for row in going])
+        if unfinished:
+            logits = output.logits[unfinished, -1].float()
+            chosen = choose(logits, sampling, [generators[row] for row in unfinished])
             scores = log_probs_of(logits / sampling.score_temperature, chosen).tolist()
-            tokens[going, 0] = chosen
-            for row, token, score in zip(list(going), chosen.tolist(), scores):
+            tokens[unfinished, 0] = chosen
+            for row, token, score in zip(list(unfinished), chosen.tolist(), scores):
                 responses[row].tokens.append(token)
                 responses[row].log_probs.append(score)
                 size = len(responses[row].tokens)
@@ -73,9 +73,9 @@ def decode(
                     responses[row] = GeneratedResponse(
                         responses[row].tokens, responses[row].log_probs, True
                     )
-                    going.remove(row)
+                    unfinished.remove(row)
                 elif size == sampling.max_new_tokens or size + len(prompts[row]) == longest:
-                    going.remove(row)
+                    unfinished.remove(row)
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
     return responses
 
@@ -88,7 +88,7 @@ def _aligned_right(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     return tokens, mask
 
 
-def _any_rank(works: bool, device: torch.device | str) -> bool:
-    flag = torch.tensor(int(works), device=device)
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    return bool(flag)
+def _any_rank(flag: bool, device: torch.device | str) -> bool:
+    total = torch.tensor(int(flag), device=device)
+    dist.all_reduce(total, op=dist.ReduceOp.MAX)
+    return bool(total)

@@ -1,6 +1,6 @@
-"""The engine on DeepSpeed: any causal language model of transformers, with ZeRO 1 to 3.
+"""Engine on DeepSpeed, for any causal language model of transformers, with ZeRO 1 to 3.
 
-Every rank has data of its own. Without CUDA it runs over gloo, in plain torch.
+Every rank has a separate share of the data. Without CUDA the engine runs over gloo, in plain torch.
 """
 
 import os
@@ -52,12 +52,12 @@ from deepspeed.utils.logging import logger  # noqa: E402
 
 @dataclass(frozen=True)
 class ZeroSettings:
-    """Settings of ZeRO: what ranks divide among them.
+    """Settings of ZeRO, which divides the state of training among ranks.
 
     Attributes:
         stage: 1 for the optimizer's state, 2 for gradients too, 3 for parameters too.
-        offload_optimizer: Whether to keep the optimizer's state in host memory, and step there.
-        offload_parameters: Whether to keep parameters there as well. Requires stage 3.
+        offload_optimizer: Whether the optimizer's state is in host memory and updated there.
+        offload_parameters: Whether parameters are in host memory too. Requires stage 3.
         micro_batch: Rows that run through the model at a time.
     """
 
@@ -67,6 +67,11 @@ class ZeroSettings:
     micro_batch: int = 1
 
     def __post_init__(self) -> None:
+        """Check the settings.
+
+        Raises:
+            UserError: A setting is out of its range.
+        """
         if self.stage not in (1, 2, 3):
             raise UserError(f"There is no ZeRO stage {self.stage}. Choose 1, 2 or 3.")
         if self.offload_parameters and self.stage < 3:
@@ -74,7 +79,7 @@ class ZeroSettings:
 
 
 class DeepSpeedEngine:
-    """See `alignment.engines.protocol.Engine`."""
+    """Engine on DeepSpeed; see `alignment.engines.protocol.AlignmentEngine`."""
 
     def __init__(
         self,
@@ -122,7 +127,7 @@ class DeepSpeedEngine:
         entropy: bool = False,
         trained_only: bool = False,
     ) -> TokenScores:
-        """See the protocol."""
+        """Return the scores of the batch's tokens, without gradients."""
         self._engine.eval()
         with torch.no_grad():
             results = [
@@ -134,14 +139,14 @@ class DeepSpeedEngine:
         return TokenScores(log_probs, torch.cat(entropies)[real] if entropies else None)
 
     def next_log_probs(self, batch: TokenBatch, tokens: Sequence[int]) -> Tensor:
-        """See the protocol."""
+        """Return the log-probabilities of some tokens after each sample, without gradients."""
         self._engine.eval()
         with torch.no_grad():
             parts = [self._next(part, tokens) for part in self._split(batch)]
         return torch.cat(parts)[: batch.rows, : batch.length]
 
     def values(self, batch: TokenBatch, token: int) -> Tensor:
-        """See the protocol; as exact as the logits are."""
+        """Return a critic's values of the states before the tokens, as exact as the logits are."""
         self._engine.eval()
         with torch.no_grad():
             results = [self._value(part, token) for part in self._split(batch)]
@@ -157,11 +162,11 @@ class DeepSpeedEngine:
         entropy: bool = False,
         values: int | None = None,
     ) -> StepResult:
-        """See the protocol."""
+        """Make one optimizer step on the batches of all ranks together."""
         optimization = self._trained()
         self._engine.train()
-        # Sums are differentiated, and divided when all of the weight is known: what is a loss's
-        # scale to DeepSpeed. Its own mean over ranks is undone in the same place.
+        # Gradients are those of sums. They are divided by the weight of all ranks, through
+        # DeepSpeed's loss scale, which also undoes its mean over ranks.
         self._optimizer.override_loss_scale(1.0)
         results: list[LossSums] = []
         parts = self._split(batch)
@@ -192,7 +197,12 @@ class DeepSpeedEngine:
         sampling: Sampling,
         seeds: Sequence[int] | None = None,
     ) -> list[GeneratedResponse]:
-        """See the protocol; `Sampling.stop` needs a tokenizer, which this engine has not."""
+        """Continue prompts with the present weights.
+
+        Raises:
+            UserError: The sampling has stop strings, which require a tokenizer, or settings that
+                this engine does not support.
+        """
         if sampling.stop:
             raise UserError("The DeepSpeed engine has no stop strings. End responses by tokens.")
         if sampling.depends_on_tokens or sampling.stop_token_ids:
@@ -206,63 +216,71 @@ class DeepSpeedEngine:
     def routing_gap(
         self, samples: Sequence[TokenSample], length: int, temperature: float = 1.0
     ) -> dict[str, float]:
-        """Return nothing, as models of transformers do not report their routing."""
+        """Return no metrics, because models of transformers do not report their routing."""
         return {}
 
     @torch.no_grad()
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """See the protocol."""
+        """Iterate over the model's whole tensors under their Hugging Face names."""
         from transformers.core_model_loading import revert_weight_conversion
 
         model = self._engine.module
         for name, tensor in _tensors(model):
             with self._gathered(tensor):
-                for theirs, part in revert_weight_conversion(model, {name: tensor.data}).items():
-                    yield theirs, part.clone()
+                for hf_name, part in revert_weight_conversion(model, {name: tensor.data}).items():
+                    yield hf_name, part.clone()
 
     @torch.no_grad()
     def load_parameters(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """See the protocol; all tensors are held in memory until they have their places."""
+        """Copy whole tensors into the model; all of them are in memory at the same time.
+
+        Raises:
+            UserError: A tensor is missing or has another shape.
+        """
         from transformers.core_model_loading import revert_weight_conversion
 
         model, new_tensors = self._engine.module, dict(tensors)
         for name, tensor in _tensors(model):
             with self._gathered(tensor, changed=True):
-                # transformers fuses some tensors: what becomes of a count of the elements tells
-                # which of them each part is.
-                count = torch.arange(tensor.numel(), device=tensor.device).view(tensor.shape)
-                for theirs, part in revert_weight_conversion(model, {name: count}).items():
-                    if theirs not in new_tensors:
+                # transformers fuses some tensors. Converting the indices of the elements shows
+                # which elements each part has.
+                indices = torch.arange(tensor.numel(), device=tensor.device).view(tensor.shape)
+                for hf_name, part in revert_weight_conversion(model, {name: indices}).items():
+                    if hf_name not in new_tensors:
                         raise UserError(
-                            f"The tensor {theirs} is missing, which the model requires."
+                            f"The tensor {hf_name} is missing, which the model requires."
                         )
-                    if new_tensors[theirs].shape != part.shape:
+                    if new_tensors[hf_name].shape != part.shape:
                         raise UserError(
-                            f"{theirs} is of another model. Its shape must be {tuple(part.shape)}."
+                            f"{hf_name} is of another model. Its shape must be {tuple(part.shape)}."
                         )
-                    new = new_tensors[theirs].to(tensor.device, tensor.dtype).flatten()
+                    new = new_tensors[hf_name].to(tensor.device, tensor.dtype).flatten()
                     tensor.view(-1)[part.flatten()] = new
         if self.optimization is not None:
             self._optimizer.refresh_fp32_params()
 
     def export(self, folder: str | os.PathLike[str]) -> None:
-        """See the protocol."""
+        """Write the model as a Hugging Face folder, atomically."""
         export(Path(folder), self._path, self.parameters())
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """See the protocol; DeepSpeed's own form, for the same number of ranks."""
+        """Write a checkpoint in DeepSpeed's format, which the same number of ranks can load."""
         self._trained()
         tag = f"step_{self.step}"
         self._engine.save_checkpoint(
             os.fspath(folder), tag=tag, client_state={"step": self.step}, save_latest=False
         )
-        # DeepSpeed would name the checkpoint before the other ranks have written their parts.
+        # DeepSpeed would write this file before the other ranks have written their parts.
         dist.barrier()
         latest = Path(folder, "latest")
         raise_on_all_ranks(lambda: write_atomically(latest, tag) if dist.get_rank() == 0 else None)
 
     def load(self, folder: str | os.PathLike[str]) -> None:
-        """See the protocol."""
+        """Resume from the checkpoint that `save` wrote.
+
+        Raises:
+            UserError: There is no checkpoint, it is damaged, or it has another number of ranks.
+        """
         self._trained()
         rank, size = dist.get_rank(), dist.get_world_size()
         raise_on_all_ranks(lambda: _verify_checkpoint(Path(folder), rank, size))
@@ -285,7 +303,7 @@ class DeepSpeedEngine:
 
     def _config(self) -> dict[str, Any]:
         zero, trained = self.zero, self.optimization is not None
-        # Without an optimizer only the parameters are left to share out.
+        # Without an optimizer, only parameters can be divided.
         settings: dict[str, Any] = {"stage": zero.stage if trained or zero.stage == 3 else 0}
         if zero.offload_optimizer and trained:
             settings["offload_optimizer"] = {"device": "cpu"}
@@ -293,7 +311,7 @@ class DeepSpeedEngine:
             settings["offload_param"] = {"device": "cpu"}
         return {
             "train_micro_batch_size_per_gpu": zero.micro_batch,
-            # Boundaries are set by hand; with 1, offloading keeps only the last micro-batch.
+            # `train_step` sets the boundaries. With 1, offloading loses all but the last part.
             "gradient_accumulation_steps": 2,
             "zero_optimization": settings,
             "zero_force_ds_cpu_optimizer": False,
@@ -302,7 +320,7 @@ class DeepSpeedEngine:
         }
 
     def _split(self, batch: TokenBatch) -> list[TokenBatch]:
-        # With ZeRO ranks need each other's parts in every one.
+        # With ZeRO, every micro-batch is a collective.
         return micro_batches(batch, self.zero.micro_batch, None, self._device)
 
     def _score(
@@ -327,7 +345,7 @@ class DeepSpeedEngine:
         return every.index_copy(1, places, scores) * batch.last.unsqueeze(-1)
 
     def _value(self, batch: TokenBatch, token: int) -> TokenScores:
-        # Values are read from the output layer, before a soft cap for example.
+        # Read the values from the output layer, before a soft cap of the logits for example.
         outputs: list[Tensor] = []
         head = self._engine.module.get_output_embeddings()
         hook = head.register_forward_hook(lambda layer, inputs, output: outputs.append(output))
@@ -361,7 +379,7 @@ class DeepSpeedEngine:
 
         config = self._engine.module.config.get_text_config()
         if any(getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")):
-            # A mask for each kind of layer; transformers tells samples apart by their positions.
+            # One mask per kind of layer. transformers distinguishes samples by their positions.
             sizes = torch.empty(*batch.tokens.shape, 0, dtype=self.dtype, device=self._device)
             return create_masks_for_generate(config, sizes, None, None, batch.positions)
         places = torch.arange(batch.length, device=self._device)
@@ -391,13 +409,13 @@ def _start_ranks() -> None:
         if not dist.is_initialized():
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     if ON_CPU:
-        # Its collectives in shared memory would be compiled at their first use.
+        # Otherwise DeepSpeed compiles its shared-memory collectives at their first use.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
 
 
 def _verify_checkpoint(folder: Path, rank: int, size: int) -> None:
-    """Check a checkpoint before it is loaded, as a rank that failed would leave others waiting.
+    """Check a checkpoint before it is loaded, where a failing rank would leave others waiting.
 
     Args:
         folder: Folder of the checkpoints.
@@ -405,7 +423,7 @@ def _verify_checkpoint(folder: Path, rank: int, size: int) -> None:
         size: Number of ranks.
 
     Raises:
-        UserError: There is none, it is of another number of ranks, or it is damaged.
+        UserError: There is no checkpoint, it has another number of ranks, or it is damaged.
     """
     latest = folder / "latest"
     if not latest.is_file():
@@ -423,11 +441,11 @@ def _verify_checkpoint(folder: Path, rank: int, size: int) -> None:
 
 
 def _is_whole(file: Path) -> bool:
-    """Return whether a file of torch.save, which is a zip archive, is whole."""
+    """Return whether a file of torch.save, which is a zip archive, is complete and intact."""
     try:
         with ZipFile(file) as archive:
             return archive.testzip() is None
-    except Exception:  # of many kinds: any byte may be wrong
+    except Exception:  # a damaged archive may raise any exception
         return False
 
 
@@ -443,23 +461,23 @@ def _load(folder: Path, dtype: torch.dtype) -> Any:
         )
     own = f'"{OWN.name}"' in (folder / "config.json").read_text()
     config = load_config(folder) if own else AutoConfig.from_pretrained(folder)
-    # What a train step computes must be what `log_probs` does: with dropout the ratios of PPO and
-    # its kind would not be 1 before the first update. To train in eval mode would be no way out:
-    # there experts without a token take no part, and ranks would lack each other's gradients.
+    # A train step must compute the same as `log_probs`: with dropout, the ratios of PPO would
+    # not be 1 before the first update. Training in eval mode is no alternative, because experts
+    # without a token then take no part and ranks would lack each other's gradients.
     _turn_dropout_off(config)
     loader = ExpertThresholdForCausalLM if own else AutoModelForCausalLM
     model = loader.from_pretrained(folder, config=config, dtype=dtype)
     for module in model.modules():
-        if isinstance(module, _DropoutNd):  # of a rate that is not the configuration's
+        if isinstance(module, _DropoutNd):  # also rates that the configuration does not have
             module.p = 0.0
     if own:
-        # Which experts run depends on the tokens: ZeRO 3 must not follow them one by one.
+        # The tokens decide which experts run, so ZeRO 3 must fetch all experts of a layer together.
         deepspeed.utils.set_z3_leaf_modules(model, [MoE], raise_if_not_found=False)
     return model
 
 
 def _turn_dropout_off(config: Any) -> None:
-    """Set all rates to 0, before modules copy them: not all of them are of a torch.nn.Dropout."""
+    """Set all dropout rates to 0, before modules that are no torch.nn.Dropout copy them."""
     from transformers import PretrainedConfig
 
     for name, value in list(vars(config).items()):
@@ -491,7 +509,7 @@ def _parameter_groups(model: Any, optimization: Optimization) -> list[dict[str, 
 
 
 def _tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """Iterate over the parameters, each once, and the buffers that are saved."""
+    """Iterate over the distinct parameters and the persistent buffers."""
     yield from model.named_parameters()
     saved = model.state_dict().keys()
     yield from ((name, buffer) for name, buffer in model.named_buffers() if name in saved)

@@ -20,13 +20,13 @@ _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".
 
 
 def export(folder: Path, origin: Source | Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Write a folder on rank 0; all ranks must call this.
+    """Write a model as a Hugging Face folder on rank 0; a collective of all ranks.
 
     Args:
-        folder: Folder to write. It is there whole at the end and replaces one of that name.
+        folder: Folder to write. It replaces an existing one when it is complete.
         origin: Source from which the model was loaded, which has the configuration and tokenizer.
-        tensors: Whole tensors under their Hugging Face names, on every rank. At most one file of
-            them is in memory.
+        tensors: Whole tensors under their Hugging Face names, on every rank. At most the tensors of
+            one file are in memory.
     """
     writes = dist.get_rank() == 0
     temporary = folder.with_name(f".{folder.name}.tmp")
@@ -83,7 +83,7 @@ def _name_files(folder: Path, names: dict[str, int], files: int, total: int) -> 
 
 
 def _describe(folder: Path, origin: Source | Path, dtype: torch.dtype) -> None:
-    """Write everything but the weights."""
+    """Write the configuration and the tokenizer."""
     if isinstance(origin, Source) and origin.args is not None:
         special = export_tokenizer(origin.args, folder, origin.place)
         save_config(folder, origin.model, origin.family, dtype, special)

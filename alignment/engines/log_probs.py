@@ -21,7 +21,7 @@ from megatron_ext.sequence import sequence_positions
 
 
 class TokenScorer:
-    """Processor of the model's last hidden states, in place of its loss: scores of a batch."""
+    """Output processor that computes the scores of a batch from the last hidden states."""
 
     def __init__(
         self,
@@ -41,7 +41,7 @@ class TokenScorer:
             temperature: Divisor of the logits.
             entropy: Whether to compute entropies.
             trained_only: Score the tokens of `loss_mask` alone.
-            choices: Score these tokens after the last token of each sample, and not the batch's.
+            choices: Tokens to score after the last token of each sample, instead of the batch's.
             values: Compute values instead, with the output layer's row of this token.
         """
         self.batch, self.groups = batch, groups
@@ -51,7 +51,7 @@ class TokenScorer:
         ranks, length = groups.cp.size(), batch.length // groups.cp.size()
         device = batch.tokens.device
         places = [sequence_positions(length, rank, ranks, device) for rank in range(ranks)]
-        self.places = places[groups.cp.rank()]  # of this rank's tokens in their rows
+        self.places = places[groups.cp.rank()]  # positions of this rank's tokens in their rows
         self._order = torch.cat(places).argsort()
         before = batch.last if choices else F.pad(self.scored, (0, 1))[:, 1:]
         self._index = before[:, self.places].T.flatten().nonzero().flatten()
@@ -85,7 +85,7 @@ class TokenScorer:
             targets = F.pad(self.batch.tokens, (0, 1))[:, 1:][:, self.places].T.flatten()
             targets = targets[self._index].unsqueeze(1)
             kinds = [vocab_parallel_entropy(logits.clone(), self.groups.tp)] if self.entropy else []
-            # The cross entropy replaces the logits by what its backward pass needs.
+            # The cross entropy overwrites the logits with values for its backward pass.
             kinds.insert(0, -vocab_parallel_cross_entropy(logits, targets))
             scores = torch.stack(kinds, dim=-1).squeeze(1)
         rows, length = self.batch.rows, len(self.places)
@@ -109,9 +109,9 @@ class TokenScorer:
         return logits
 
     def scores(self, scores: Tensor) -> TokenScores:
-        """Return scores of the whole rows, on every rank that shares them, each at its token.
+        """Return the scores of whole rows, at the scored tokens, on every rank that shares them.
 
-        A gradient goes back to the rank whose score it is.
+        Gradients flow back to the rank that computed a score.
         """
         return align_scores(self.whole(scores), self.scored, self.values is not None)
 

@@ -1,8 +1,8 @@
-"""The engine on Megatron: tensor, pipeline, context, expert and data parallelism.
+"""Engine on Megatron, with tensor, pipeline, context, expert and data parallelism.
 
 `activate` of `megatron_ext.devices` must have been called. Engines of a process share Megatron's
-process groups, hence their layout; its global arguments and tokenizer are always those of the
-engine that was called last.
+process groups and therefore have the same layout. Megatron's global arguments and tokenizer are
+those of the engine that was called last.
 """
 
 import os
@@ -56,7 +56,7 @@ from megatron_ext.training.saving import explain_failure, repair_tracker
 class MegatronEngine:
     """Engine on Megatron; see `alignment.engines.protocol.AlignmentEngine`.
 
-    Thresholds are frozen: training routes by them as generation does, and never moves them.
+    Thresholds are frozen: training routes by them, as generation does, and does not change them.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class MegatronEngine:
 
     @property
     def dtype(self) -> torch.dtype:
-        """See the protocol."""
+        """Dtype of the weights."""
         return self.args.params_dtype
 
     def log_probs(
@@ -127,7 +127,7 @@ class MegatronEngine:
         entropy: bool = False,
         trained_only: bool = False,
     ) -> TokenScores:
-        """See the protocol."""
+        """Return the scores of the batch's tokens, without gradients."""
         scorer = partial(
             TokenScorer, temperature=temperature, entropy=entropy, trained_only=trained_only
         )
@@ -135,13 +135,13 @@ class MegatronEngine:
         return TokenScores(values[0], values[1] if entropy else None)
 
     def next_log_probs(self, batch: TokenBatch, tokens: Sequence[int]) -> Tensor:
-        """See the protocol."""
+        """Return the log-probabilities of some tokens after each sample, without gradients."""
         return self._evaluate(batch, partial(TokenScorer, choices=tokens), len(tokens)).permute(
             1, 2, 0
         )
 
     def values(self, batch: TokenBatch, token: int) -> Tensor:
-        """See the protocol; in fp32 whatever the weights are."""
+        """Return a critic's values of the states before the tokens, computed in fp32."""
         return self._evaluate(batch, partial(TokenScorer, values=token), 1)[0]
 
     def _evaluate(
@@ -168,7 +168,7 @@ class MegatronEngine:
         entropy: bool = False,
         values: int | None = None,
     ) -> StepResult:
-        """See the protocol."""
+        """Make one optimizer step on the batches of all ranks together."""
         self._activate_globals()
         if self._optimizer is None:
             raise ValueError("the engine was made without an optimization")
@@ -202,7 +202,7 @@ class MegatronEngine:
         sampling: Sampling,
         seeds: Sequence[int] | None = None,
     ) -> list[GeneratedResponse]:
-        """See the protocol; a row's sample depends on its prompt and seed alone."""
+        """Continue prompts; each response depends on its prompt and seed only."""
         return self._sampling().generate(prompts, sampling, seeds)
 
     def _sampling(self) -> Sampler:
@@ -215,35 +215,35 @@ class MegatronEngine:
     def routing_gap(
         self, samples: Sequence[TokenSample], length: int, temperature: float = 1.0
     ) -> dict[str, float]:
-        """See the protocol; the routers are those of training, in training mode."""
+        """Compare the routing of generation with that of the training model, in training mode."""
         if not self.config.num_moe_experts:
             return {}
         decoded = self._sampling().decode(samples, temperature)
         batch = TokenBatch.packed(mark_samples(samples, decoded), length)
         comparison = RoutingComparison(decoded, self._split(batch), self.groups)
-        with record_routing(routers_of(self._model), comparison.saw):
+        with record_routing(routers_of(self._model), comparison.record):
             results = self._evaluate(
                 batch, partial(TokenScorer, temperature=temperature), 1, train=True
             )
         return comparison.figures(batch, results[0])
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """See the protocol."""
+        """Iterate over the model's whole tensors under their Hugging Face names."""
         return iter(self._tensors)
 
     def load_parameters(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """See the protocol; a rank needs only what it holds a part of."""
+        """Copy tensors into the model; a rank requires only those of which it has a part."""
         self._tensors.load(tensors)
         if self._optimizer is not None:
             with torch.no_grad():
                 self._optimizer.reload_model_params()
 
     def export(self, folder: str | os.PathLike[str]) -> None:
-        """See the protocol."""
+        """Write the model as a Hugging Face folder, atomically."""
         export(Path(folder), self._source, self.parameters())
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write a checkpoint of this step, which `pretrain_et.py` and the tools read too."""
+        """Write a checkpoint of this step, which `pretrain_et.py` and the tools can also load."""
         self._activate_globals()
         place = Path(folder)
         if dist.get_rank() == 0:
@@ -261,7 +261,11 @@ class MegatronEngine:
             )
 
     def load(self, folder: str | os.PathLike[str]) -> None:
-        """See the protocol."""
+        """Resume from the newest checkpoint in a folder.
+
+        Raises:
+            UserError: There is no checkpoint, or it is incomplete or damaged.
+        """
         self._activate_globals()
         rank, size = dist.get_rank(), dist.get_world_size()
 
@@ -345,7 +349,7 @@ class MegatronEngine:
             sums = loss(scorer.scores(output), scorer.batch)
             # Ranks that share rows have the same weight, which counts once.
             counts = sums.weight.to(torch.int) * (self.groups.cp.rank() == 0)
-            # The pipeline's schedule frees the first.
+            # The pipeline schedule frees the first value.
             return sums.total, counts, replace(sums, total=sums.total.detach())
 
         return weighed

@@ -1,4 +1,4 @@
-"""Start of Megatron for an engine: flags of the model, its layout and its training."""
+"""Start of Megatron for an engine, with the flags of the model, its layout and its training."""
 
 import os
 from argparse import Namespace
@@ -85,7 +85,7 @@ def start(
     first = global_vars._GLOBAL_ARGS is None
     if not first:
         _check_same_layout(global_vars._GLOBAL_ARGS, layout)
-        unset_global_variables()  # those of the previous engine, which keeps its own
+        unset_global_variables()  # the previous engine has references to its own
         destroy_rerun_state_machine()
     model, frozen = source.model, optimization is None
     optimization = optimization or Optimization()
@@ -118,7 +118,7 @@ def start(
             "moe-aux-loss-coeff": 0.0,
         }
     words = [word for name, value in values.items() for word in (f"--{name}", str(value))]
-    # A step is not repeated: values that are not finite end the run.
+    # Steps are not repeated; values that are not finite end the run.
     words += ["--rerun-mode", "disabled"]
     words += ["--skip-train"] if frozen else []  # neither optimizer nor buffers of gradients
     words += ["--mock-data", "--calculate-per-token-loss", "--no-rope-fusion"]
@@ -142,12 +142,12 @@ def start(
 
 def _check_same_function(args: Namespace, model: Architecture) -> None:
     """Refuse flags that would change what the weights compute."""
-    made = from_args(args)
+    flagged = from_args(args)
     for name in (field.name for field in fields(Architecture)):
         # Padding, training losses, and a bound that rotary positions do not require may differ.
         if name in ("vocab", "aux_loss", "max_length"):
             continue
-        here, there = getattr(made, name), getattr(model, name)
+        here, there = getattr(flagged, name), getattr(model, name)
         if here != there:
             raise UserError(
                 f"--megatron-flags make another model of these weights: {name} = {here}, which was "

@@ -16,9 +16,9 @@ def micro_batches(
     device: torch.device | int,
     multiple: int = 1,
 ) -> list[TokenBatch]:
-    """Return micro-batches of one shape, as many as the rank of a group with most of them has.
+    """Return micro-batches of one shape, the same number on all ranks of a group.
 
-    Ranks run in step. Rows of padding fill up what a rank lacks.
+    Ranks with fewer rows get rows of padding.
 
     Args:
         batch: Batch of this rank, which may have no rows.

@@ -40,10 +40,10 @@ class TokenScores:
 
 
 def align_scores(scores: Tensor, scored: Tensor, values: bool = False) -> TokenScores:
-    """Move scores from the tokens after which they were computed to the tokens that they are of.
+    """Move scores from the tokens after which they were computed to the scored tokens.
 
     Args:
-        scores: fp32 `[1 or 2, rows, length]`, each of the token after its place.
+        scores: fp32 `[1 or 2, rows, length]`, each at the token before the scored one.
         scored: bool `[rows, length]`, tokens that have a score. The others get 0.
         values: Whether the scores are a critic's values.
     """
@@ -155,7 +155,7 @@ class StepResult:
     Attributes:
         loss: Mean loss before the step.
         grad_norm: Norm of all gradients before they were clipped. None if gradients overflowed in
-            fp16: the optimizer skipped the step, lowered the loss scale, and no step was counted.
+            fp16: the optimizer then skipped the step, which was not counted, and lowered the scale.
         lr: Learning rate of the step.
         metrics: Means and maxima of the loss's metrics, by name.
     """
@@ -308,7 +308,7 @@ class AlignmentEngine(Protocol):
         """Iterate over the model's whole tensors under their Hugging Face names, on every rank."""
 
     def load_parameters(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Take over whole tensors, passed on every rank. The optimizer's state does not change.
+        """Copy whole tensors, passed on every rank, into the model. The optimizer state stays.
 
         Raises:
             UserError: A tensor is missing or has another shape.
@@ -317,7 +317,7 @@ class AlignmentEngine(Protocol):
     def export(self, folder: str | os.PathLike[str]) -> None:
         """Write the model as a Hugging Face folder, and replace a folder of that name.
 
-        The folder is there whole or not at all.
+        The folder is replaced only when the new one is complete.
         """
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -327,5 +327,5 @@ class AlignmentEngine(Protocol):
         """Resume exactly from what `save` wrote.
 
         Raises:
-            UserError: There is no checkpoint, or it is not whole.
+            UserError: There is no checkpoint, or it is incomplete or damaged.
         """

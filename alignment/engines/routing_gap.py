@@ -28,7 +28,7 @@ from megatron_ext.moe.router import ETRouter, routers_of
 
 QUANTILES = {"0.1%": 0.001, "1%": 0.01, "10%": 0.1, "50%": 0.5}
 _PLACE, _LOG_PROB = "place", "decoded_log_probs"
-_MOST_TOKENS = 1 << 24  # places are whole numbers in fp32
+_MAX_TOKENS = 1 << 24  # fp32 represents places up to here exactly
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class DecodedRouting:
     Attributes:
         logits: Router logits by layer number, fp32 `[tokens, experts]`, of every token that
             generation runs: all but the last of each sample, sample after sample.
-        maps: Whether an expert takes a token, bool, in the same form.
+        maps: Whether an expert takes a token, bool `[tokens, experts]`, likewise.
         log_probs: Log-probabilities of the tokens of each sample's response, nats.
         tokens: Number of tokens.
     """
@@ -50,31 +50,33 @@ class DecodedRouting:
 
 
 class _ForcedRow(GenerationRow):
-    """Row of generation whose continuation is given, so that nothing is sampled."""
+    """Row of generation with a fixed continuation, so that nothing is sampled."""
 
     def __init__(self, trained: TrainedModel, sample: TokenSample, temperature: float) -> None:
         prompt_tokens, new = sample.tokens[: sample.prompt], len(sample.tokens) - sample.prompt
         super().__init__(
             trained, prompt_tokens, Sampling(new, score_temperature=temperature), seed=0
         )
-        self.prompt, self._asked = list(sample.tokens), sample.prompt
+        self.prompt, self._prompt_length = list(sample.tokens), sample.prompt
 
     @property
     def generates(self) -> bool:
-        return self.cached >= self._asked
+        return self.cached >= self._prompt_length
 
-    def chunk(self, slot: int, max_prompt_tokens: int) -> TokenChunk:
+    def chunk(self, slot: int, max_prompt_length: int) -> TokenChunk:
         end = (
-            self.cached + 1 if self.generates else min(self.cached + max_prompt_tokens, self._asked)
+            self.cached + 1
+            if self.generates
+            else min(self.cached + max_prompt_length, self._prompt_length)
         )
         return TokenChunk(
-            slot, self.cached, self.prompt[self.cached : end], int(end >= self._asked)
+            slot, self.cached, self.prompt[self.cached : end], int(end >= self._prompt_length)
         )
 
     def add(self, score: TokenScore) -> str:
         self.completion.tokens.append(score.token)
         self.completion.log_probs.append(score.log_prob)
-        if self._asked + len(self.completion.tokens) == len(self.prompt):
+        if self._prompt_length + len(self.completion.tokens) == len(self.prompt):
             self.completion.finish = "length"
         return ""
 
@@ -83,10 +85,10 @@ class _ForcedRow(GenerationRow):
 def decode(
     trained: TrainedModel, samples: Sequence[TokenSample], temperature: float
 ) -> DecodedRouting:
-    """Run given responses through the model as generation runs those that it samples.
+    """Run existing responses through the model in the same way as generation.
 
     Args:
-        trained: Model. All its ranks must call.
+        trained: Model. This is a collective of all its ranks.
         samples: Samples of this copy of the model, each with a response.
         temperature: Divisor of the logits before log-probabilities.
     """
@@ -101,7 +103,7 @@ def decode(
     logits: dict[int, Tensor] = {}
     maps: dict[int, Tensor] = {}
 
-    def saw(router: ETRouter, values: Tensor, chosen: Tensor) -> None:
+    def record(router: ETRouter, values: Tensor, chosen: Tensor) -> None:
         places = [
             begins[engine.rows[chunk.slot]] + position
             for chunk in engine.chunks
@@ -112,7 +114,7 @@ def decode(
             logits.setdefault(layer, torch.empty(shape))[places] = values.cpu()
             maps.setdefault(layer, torch.empty(shape, dtype=torch.bool))[places] = chosen.cpu()
 
-    with record_routing(routers_of([trained.module]), saw):
+    with record_routing(routers_of([trained.module]), record):
         for _ in passes(engine):
             pass
     return DecodedRouting(logits, maps, [row.completion.log_probs for row in rows], tokens)
@@ -123,7 +125,7 @@ def mark_samples(samples: Sequence[TokenSample], decoded: DecodedRouting) -> lis
 
     Places count from 1. The last token of a sample, which generation does not run, has place 0.
     """
-    assert decoded.tokens < _MOST_TOKENS
+    assert decoded.tokens < _MAX_TOKENS
     marked, begin = [], 1
     for sample, log_probs in zip(samples, decoded.log_probs):
         last = begin + len(sample.tokens) - 1
@@ -135,9 +137,10 @@ def mark_samples(samples: Sequence[TokenSample], decoded: DecodedRouting) -> lis
 
 
 class RoutingComparison:
-    """Comparison of the routing in training with that in generation, each decision counted once.
+    """Comparison of the routing in training with that in generation.
 
-    Every rank has the decisions of its tokens in the layers of its stage.
+    Every rank compares the decisions on its tokens in the layers of its stage. Each decision counts
+    once.
     """
 
     def __init__(
@@ -158,7 +161,7 @@ class RoutingComparison:
         self._gap = 0.0
         self._margins = [torch.empty(0)]
 
-    def saw(self, router: ETRouter, logits: Tensor, maps: Tensor) -> None:
+    def record(self, router: ETRouter, logits: Tensor, maps: Tensor) -> None:
         """Compare one layer's decisions on the next micro-batch; for `record_routing`."""
         layer = router.layer_number
         run = self._runs.setdefault(layer, 0)
@@ -188,21 +191,21 @@ class RoutingComparison:
         groups, device = self.groups, torch.cuda.current_device()
         flipped = self._flipped.to(device)
         dist.all_reduce(flipped, op=dist.ReduceOp.MAX, group=groups.pp)
-        speaks = groups.pp.rank() == 0  # a token is on all stages, its layers on one
+        reports = groups.pp.rank() == 0  # a token is on all stages, each of its layers on one
         own = sum(int((places > 0).sum()) for places in self._places)
-        tokens = [int(flipped.sum()) * speaks, own * speaks]
-        speaks &= groups.tp.rank() == 0 and groups.cp.rank() == 0
+        tokens = [int(flipped.sum()) * reports, own * reports]
+        reports &= groups.tp.rank() == 0 and groups.cp.rank() == 0
         gaps = (log_probs.cpu() - batch.extras[_LOG_PROB])[batch.loss_mask].abs().double()
-        counts = torch.tensor([*self._counts.tolist(), *tokens, len(gaps) * speaks], device=device)
-        total = torch.tensor(float(gaps.sum()) * speaks, dtype=torch.float64, device=device)
-        most = torch.tensor([self._gap, float(gaps.max()) if len(gaps) else 0.0], device=device)
+        counts = torch.tensor([*self._counts.tolist(), *tokens, len(gaps) * reports], device=device)
+        total = torch.tensor(float(gaps.sum()) * reports, dtype=torch.float64, device=device)
+        largest = torch.tensor([self._gap, float(gaps.max()) if len(gaps) else 0.0], device=device)
         dist.all_reduce(counts)
         dist.all_reduce(total)
-        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         decisions, flips, selected, moved, whole, scored = counts.tolist()
         if not decisions:
             return {}
-        logit_gap, log_prob_gap = most.tolist()
+        logit_gap, log_prob_gap = largest.tolist()
         return {
             "routing/decisions": decisions,
             "routing/flip_rate": flips / decisions,

@@ -1,7 +1,7 @@
 """Sampler with the weights that are being trained, without a copy of them.
 
-Generation requires another model around the same tensors: single tokens cannot be divided along
-their sequence, and rows need no context parallelism.
+Generation requires another model with the same tensors, because single tokens cannot be divided
+along their sequence, and rows need no context parallelism.
 """
 
 import copy
@@ -46,7 +46,7 @@ class Sampler:
         args = copy.copy(args)
         for_inference(args, layout, args.params_dtype)
         groups = ProcessGroupCollection.use_mpu_process_groups()
-        self._sharers = groups.cp
+        self._context_group = groups.cp
         if groups.cp.size() > 1:
             groups.cp, _ = dist.new_subgroups(group_size=1)
         config: ETConfig = core_transformer_config_from_args(args, ETConfig)
@@ -67,18 +67,18 @@ class Sampler:
     ) -> list[GeneratedResponse]:
         """Continue prompts. Ranks that share rows in training divide the prompts among them."""
         seeds = range(len(prompts)) if seeds is None else seeds
-        rank, size = self._sharers.rank(), self._sharers.size()
+        rank, size = self._context_group.rank(), self._context_group.size()
         share = slice(rank, None, size)
         completions = generate(self._model, list(prompts)[share], sampling, list(seeds)[share])
         own = [GeneratedResponse(c.tokens, c.log_probs, c.finish != "length") for c in completions]
         if size == 1:
             return own
         parts: list[list[GeneratedResponse]] = [[] for _ in range(size)]
-        dist.all_gather_object(parts, own, group=self._sharers)
+        dist.all_gather_object(parts, own, group=self._context_group)
         return [parts[i % size][i // size] for i in range(len(prompts))]
 
     def decode(self, samples: Sequence[TokenSample], temperature: float) -> DecodedRouting:
-        """Return routing and log-probabilities of given responses in generation.
+        """Return the routing and log-probabilities that existing responses have in generation.
 
         Ranks that share rows in training each run all of them.
         """
@@ -86,12 +86,12 @@ class Sampler:
 
 
 def _share(source: torch.nn.Module, target: torch.nn.Module) -> None:
-    """Let a module use the tensors of another one of the same form."""
+    """Make a module use the tensors of another one with the same structure."""
     modules = dict(source.named_modules())
     for name, module in list(target.named_modules()):
-        theirs = modules[name]
-        assert module._parameters.keys() == theirs._parameters.keys(), name
-        module._parameters, module._buffers = theirs._parameters, theirs._buffers
-        for child, thresholds in theirs.named_children():
+        source_module = modules[name]
+        assert module._parameters.keys() == source_module._parameters.keys(), name
+        module._parameters, module._buffers = source_module._parameters, source_module._buffers
+        for child, thresholds in source_module.named_children():
             if child == "thresholds":  # the module has more state than its tensors
                 setattr(module, child, thresholds)

@@ -1,1 +1,1 @@
-"""Reinforcement learning of policies and judges: rewards to advantages to losses."""
+"""Reinforcement learning of policies and judges, from rewards through advantages to losses."""

@@ -74,7 +74,7 @@ def informative(
     groups: Sequence[Hashable],
     errors: Sequence[float | None] | None = None,
 ) -> NDArray[np.bool_]:
-    """Return which responses dynamic sampling keeps, as in DAPO (arXiv 2503.14476).
+    """Return which responses dynamic sampling selects, as in DAPO (arXiv 2503.14476).
 
     Args:
         rewards: Rewards before any penalty, which could make equal ones differ, `[responses]`.
@@ -82,13 +82,13 @@ def informative(
         errors: Rounding error of each reward; see `group_advantages`.
 
     Returns:
-        bool `[responses]`. A group is kept when two of its rewards differ by more than rounding.
+        bool `[responses]`, True for groups in which two rewards differ by more than rounding.
     """
-    keep = {
+    selected = {
         group: _differ(members, rewards, errors)
         for group, members in _members(rewards, groups).items()
     }
-    return np.array([keep.get(group, False) for group in groups], dtype=bool)
+    return np.array([selected.get(group, False) for group in groups], dtype=bool)
 
 
 def _differ(

@@ -51,7 +51,7 @@ ALGORITHMS: Mapping[str, Algorithm] = MappingProxyType(
     {
         # arXiv 2603.12246 clips GRPO at 0.2 and 0.3, without a divergence.
         "grpo": Algorithm(standardized, PolicyLoss(clip=(0.2, 0.3))),
-        # With a constant divisor and no standard deviation neither length nor difficulty weighs.
+        # A constant divisor and no standard deviation: length and difficulty have no weight.
         "dr-grpo": Algorithm(centered, PolicyLoss(aggregation="sample-sum")),
         "dapo": Algorithm(
             standardized,
@@ -59,7 +59,7 @@ ALGORITHMS: Mapping[str, Algorithm] = MappingProxyType(
             dynamic=True,
             overlong=True,
         ),
-        # A mean over many tokens moves little, so that arXiv 2507.18071 bounds it this closely.
+        # A mean over many tokens changes little, hence these narrow bounds (arXiv 2507.18071).
         "gspo": Algorithm(standardized, PolicyLoss(clip=(3e-4, 4e-4), ratio_of="sample")),
         "rloo": Algorithm(leave_one_out, PolicyLoss(clip=None, aggregation="sample-sum")),
         "ppo": Algorithm(None, PolicyLoss(aggregation="token-mean")),
@@ -68,7 +68,7 @@ ALGORITHMS: Mapping[str, Algorithm] = MappingProxyType(
 
 
 def algorithm_by_name(name: str, loss_path: str | None = None, **settings: object) -> Algorithm:
-    """Return an algorithm of the registry, with another loss or with other settings of its own.
+    """Return an algorithm of the registry, optionally with another loss or other settings.
 
     Args:
         name: Name in the registry.

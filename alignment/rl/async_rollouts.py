@@ -1,8 +1,8 @@
-"""Asynchronous rollouts: servers sample the next step while this one is judged and trained on.
+"""Asynchronous rollouts: servers sample the next step during the judging and training of this one.
 
-A thread calls the servers and writes each response to the next step's folder as it arrives, where
-that step reads it. The thread makes no collective. The servers get the weights before it starts,
-and not again before it has ended.
+A thread calls the servers and writes each response to the folder of the next step, which reads it
+there. The thread calls no collective. The servers load the weights before the thread starts, and
+again only after it has ended.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ from megatron_ext.inference.sampling import Sampling
 
 
 class AsyncRollouts:
-    """Sampler of the next step's responses. Ranks make the same calls, each about its own share."""
+    """Sampler of the next step's responses. All ranks make the same calls, each for its share."""
 
     def __init__(self, served: VLLMRollouts, steps: int) -> None:
         """Make a sampler.
@@ -42,7 +42,7 @@ class AsyncRollouts:
         requests: Sequence[tuple[str, int, Sequence[int], int]],
         sampling: Sampling,
     ) -> None:
-        """Send the present weights to the servers and sample what is missing; a collective.
+        """Send the present weights to the servers and sample missing responses; a collective.
 
         Args:
             step: Step that the responses are for.
@@ -57,7 +57,7 @@ class AsyncRollouts:
         if step >= self.steps:
             return
         self.served.refresh()
-        if not self.served.asks:
+        if not self.served.calls_server:
             return
         stored = read_share(folder, self.served.engine)
         missing = [one for one in requests if f"rollout:{one[0]}:{one[1]}" not in stored]
@@ -71,7 +71,7 @@ class AsyncRollouts:
         self._thread.start()
 
     def join(self, check: Callable[[], None]) -> None:
-        """Wait until the responses are there; a collective, after which all ranks see all files.
+        """Wait for the responses; a collective, after which all ranks can read all files.
 
         Args:
             check: Function that all ranks call from time to time. It may raise on all of them.
@@ -91,7 +91,7 @@ class AsyncRollouts:
             raise UserError(message)
 
     def cancel(self) -> None:
-        """Stop sampling, and keep the responses that have arrived. It makes no collective."""
+        """Stop sampling without a collective; responses that have arrived remain stored."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
@@ -110,7 +110,7 @@ class AsyncRollouts:
         except UserError as error:
             self._problem = str(error)
         except Exception as error:
-            # An error of the thread has to reach the ranks.
+            # `join` reports the error on all ranks.
             self._problem = f"Asynchronous rollouts failed: {type(error).__name__}: {error}"
 
     async def _draw(
@@ -120,7 +120,7 @@ class AsyncRollouts:
         sampling: Sampling,
         version: int,
     ) -> None:
-        """Draw responses, each stored as it comes."""
+        """Sample responses and store each one when it arrives."""
 
         def to_record(place: int, response: GeneratedResponse) -> tuple[str, Mapping[str, Any]]:
             task, sample = requests[place][:2]

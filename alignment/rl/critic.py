@@ -1,8 +1,8 @@
-"""Critic of PPO: the expected reward of a response before each of its tokens.
+"""Critic of PPO, which estimates the reward of a response before each of its tokens.
 
-The critic is a second trained model on the ranks of the policy. It has no separate head: the row of
-the output layer that belongs to a token that no prompt has serves as one. Every layout therefore
-divides, saves and loads a critic as it does any model. The row starts at 0, and so do all values.
+The critic is a second trained model on the ranks of the policy. It has no separate head, but uses
+the row of the output layer for a token that no prompt contains. Every layout therefore divides,
+saves and loads a critic like any other model. The row starts at 0, and so do all values.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,7 +20,7 @@ from alignment.rl.advantages import generalized_advantages
 from alignment.rounding import Floats, model_error, tolerance
 from megatron_ext.errors import UserError
 
-# An output layer that is the embedding's transpose is only known by that name.
+# A tied output layer has the name of the embedding only.
 _HEADS = ("lm_head.weight", "embed_tokens.weight")
 
 
@@ -31,11 +31,9 @@ class CriticSettings:
     Attributes:
         discount: Discount of later rewards, gamma.
         gae_lambda: Decay of the generalized advantage estimator, lambda.
-        whiten: Whether to take advantages from their mean over all trained tokens of a step, in
-            their standard deviations.
-        clip: How far a value may move in a step before its token has no gradient. None for no
-            bound.
-        warmup: First steps in which the critic alone is trained.
+        whiten: Whether to standardize advantages over all trained tokens of a step.
+        clip: Change of a value in a step beyond which its token has no gradient. None for no bound.
+        warmup: Number of first steps in which only the critic is trained.
     """
 
     discount: float = 1.0
@@ -59,10 +57,10 @@ class CriticSettings:
 
 @dataclass(frozen=True)
 class ValueLoss:
-    """Half the mean squared distance of values from `returns`, over all trained tokens.
+    """Loss of the critic: half the mean squared error of the values, over trained tokens.
 
     Attributes:
-        clip: Bound of the distance from `old_values`; see `CriticSettings`.
+        clip: Bound of the change from `old_values`; see `CriticSettings`.
     """
 
     clip: float | None = None
@@ -87,20 +85,20 @@ class Critic:
     def __init__(
         self,
         engine: AlignmentEngine,
-        seen: AbstractSet[int],
+        used_tokens: AbstractSet[int],
         settings: CriticSettings | None = None,
         name: str = "the critic",
     ) -> None:
-        """Choose the row of the values, and set it to 0.
+        """Choose the row that computes the values, and set it to 0.
 
         Args:
             engine: Engine of the critic, with an optimization.
-            seen: Tokens whose rows are in use: those of all prompts, and the end tokens.
+            used_tokens: Tokens whose rows are in use: those of all prompts, and the end tokens.
             settings: Settings of advantages and training.
             name: Name of the model, for error messages.
 
         Raises:
-            UserError: The output layer is not found, or has fewer rows than there are tokens.
+            UserError: The model has no known output layer, or one with too few rows.
         """
         self.engine, self.settings = engine, settings or CriticSettings()
         sizes = {name: len(tensor) for name, tensor in engine.parameters()}
@@ -110,12 +108,12 @@ class Critic:
                 f"{name} has no {' nor '.join(_HEADS)}. Choose another model for --critic."
             )
         rows = sizes[heads[0]]
-        if max(seen, default=0) >= rows:
+        if max(used_tokens, default=0) >= rows:
             raise UserError(
-                f"{name} has {rows:,} tokens, and there is a token {max(seen)}. Choose a model "
-                "with the policy's tokenizer for --critic."
+                f"{name} has {rows:,} tokens, and there is a token {max(used_tokens)}. Choose a "
+                "model with the policy's tokenizer for --critic."
             )
-        self.token = max(set(range(rows)) - seen)
+        self.token = max(set(range(rows)) - used_tokens)
         engine.load_parameters(self._with_empty_row(engine.parameters(), heads[0]))
 
     def _with_empty_row(
@@ -172,7 +170,8 @@ class Critic:
         extras["returns"] = torch.zeros_like(values)
         for row, places in _responses(batch):
             rewards = np.zeros(len(places))
-            rewards[-1] = batch.extras["reward"][row, places[-1]]  # a reward is that of the end
+            # The reward belongs to the last token.
+            rewards[-1] = batch.extras["reward"][row, places[-1]]
             advantages, returns = generalized_advantages(
                 rewards,
                 values[row, places].double().numpy(),
@@ -215,7 +214,7 @@ def _responses(batch: TokenBatch) -> Iterator[tuple[int, Tensor]]:
 
 
 def _whitened(batch: TokenBatch, mean: float, spread: float, rounding: float) -> TokenBatch:
-    """Whiten the advantages; set them to 0 where their standard deviation is rounding."""
+    """Standardize the advantages; set them to 0 if their standard deviation is rounding."""
     if not batch.rows:
         return batch
     scale = 1 / spread if spread > rounding else 0.0

@@ -38,7 +38,7 @@ class GamingAlarm:
     """Condition under which a policy counts as gaming its judge.
 
     Attributes:
-        gap: How far proxy minus gold may rise above its first value.
+        gap: Largest rise of proxy minus gold above its first value.
         window: Evaluations over which the proxy must have risen while gold did not.
     """
 
@@ -137,9 +137,8 @@ class Grader:
             )
         self.history: list[Mapping[str, Any]] = []
         self.pairwise, self.max_failed = pairwise, max_failed
-        self._first: dict[
-            str, dict[str, Any]
-        ] = {}  # text and scores of each prompt in the first evaluation
+        # Text and scores of each prompt's response in the first evaluation.
+        self._first: dict[str, dict[str, Any]] = {}
 
     def __call__(self, step: int) -> dict[str, Any]:
         """Return metrics of the policy after a number of steps; a collective."""
@@ -150,7 +149,7 @@ class Grader:
         for begin in range(0, all_reduce_max(len(share)), self.generation_batch_size):
             self.check()
             part = share[begin : begin + self.generation_batch_size]
-            # With the same seeds every time, evaluations differ by the policy and not by chance.
+            # The same seeds are used every time, so that only the policy makes evaluations differ.
             seeds = [derive_seed("grading", prompt.id) for prompt, _ in part]
             generated = self.policy.generate([ids for _, ids in part], self.sampling, seeds)
             rollouts += [
@@ -202,7 +201,7 @@ class Grader:
         return columns, wins
 
     def _require_answers(self, shares: Sequence[Any]) -> None:
-        """Raise if a judge failed too often: without gold no alarm could be raised."""
+        """Raise if a judge failed too often, as no alarm can be raised without gold scores."""
         questions = sum(len(share[0]) for share in shares)
         for name in self.judges:
             reasons = [reason for share in shares for reason in share[4][name]]
@@ -220,10 +219,10 @@ class Grader:
         return self.pairwise and name == "proxy"
 
     def restore(self, step: int) -> None:
-        """Read the evaluations before a step, of a run that is resumed.
+        """Read the evaluations up to a step, for a resumed run.
 
         Raises:
-            UserError: The files of the first evaluation are gone or damaged.
+            UserError: The files of the first evaluation are missing or damaged.
         """
         if self._first or not step:
             return
@@ -269,7 +268,7 @@ class Grader:
                     _better(score, self._first[response.prompt.id][name], self.errors[name])
                     for score, response in zip(scores[name], responses)
                 ]
-        # Means over the same responses, so that a judge that fails on hard ones shows no gap.
+        # Means are over the same responses, so that failures on hard ones cause no gap.
         both = [None not in pair for pair in zip(scores["proxy"], scores["gold"])]
         for name, values in scores.items():
             known = [v for v, b in zip(values, both) if b] if name in ("proxy", "gold") else []
@@ -298,7 +297,7 @@ class Grader:
             ([self._first[prompt][name] for name in names], [proxy, gold])
             for prompt, proxy, gold in zip(prompts, scores["proxy"], scores["gold"])
         ]
-        if self.pairwise:  # win rates against the first grading's responses, which tie with it
+        if self.pairwise:  # win rates against the first responses, which tie with themselves
             pairs = [([0.5 if f is not None else None for f in first], now) for first, now in pairs]
         judged = [pair for pair in pairs if None not in (*pair[0], *pair[1])]
         if len(judged) < 2:
@@ -319,7 +318,7 @@ class Grader:
         scores: Mapping[str, Sequence[float | None]],
         flags: Sequence[Mapping[str, Any]],
     ) -> None:
-        """Write some samples for people, and drop those of this and later steps."""
+        """Write some samples for readers, and remove older entries of this and later steps."""
         file = self.folder / "samples.jsonl"
         before = file.read_text().splitlines() if file.is_file() else []
         rows = [line for line in before if json.loads(line)["step"] < step]

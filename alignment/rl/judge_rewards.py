@@ -19,8 +19,8 @@ from alignment.rounding import EXACT, tolerance
 class JudgeReward:
     """Reward function that averages the verdicts of judges.
 
-    A response that one of the judges has not judged has no reward. A mean over the other judges
-    would depend on which judge failed, and not on the response.
+    A response without a verdict of one of the judges has no reward. A mean over the other judges
+    would depend on which judge failed.
     """
 
     def __init__(self, judges: Sequence[Judge], tokenizer: Any, pairwise: bool) -> None:

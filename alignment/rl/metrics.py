@@ -1,4 +1,4 @@
-"""Metrics of a step: of its responses and of its optimizer steps, the same on every rank."""
+"""Metrics of a step, of its responses and its optimizer steps, the same on every rank."""
 
 import time
 from collections import Counter
@@ -41,11 +41,11 @@ def response_metrics(engine: AlignmentEngine, groups: Sequence[RolloutGroup]) ->
     shares = all_gather_by_data_rank(engine, (rows, differ))
     rows = [row for share, _ in shares for row in share]
     differ = [one for _, share in shares for one in share]
-    rewards_ = [row[0] for row in rows if row[0] is not None]
+    known_rewards = [row[0] for row in rows if row[0] is not None]
     count = max(1, len(rows))
     return {
-        "reward": float(np.mean(rewards_)) if rewards_ else None,
-        "reward_std": float(np.std(rewards_)) if rewards_ else None,
+        "reward": float(np.mean(known_rewards)) if known_rewards else None,
+        "reward_std": float(np.std(known_rewards)) if known_rewards else None,
         **{
             name: float(np.mean([row[place] for row in rows])) if rows else 0.0
             for place, name in enumerate(RESPONSE_METRICS, start=3)
@@ -100,9 +100,9 @@ def rollout_gap(engine: AlignmentEngine, batches: Sequence[TokenBatch]) -> dict[
         batches: Batches with the extras `rollout_log_probs` and `old_log_probs`.
 
     Returns:
-        Nats per token: the mean distance, the largest distance, and how much larger the sampler's
-        log-probabilities are on average (`rollout_kl`), which estimates the divergence of the
-        sampler from the policy.
+        In nats per token: the mean distance, the largest distance, and the mean excess of the
+        sampler's log-probabilities (`rollout_kl`), which estimates the divergence of the sampler
+        from the policy.
     """
     differences = [
         (batch.extras["rollout_log_probs"] - batch.extras["old_log_probs"])[batch.loss_mask]

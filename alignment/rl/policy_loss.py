@@ -1,7 +1,7 @@
-"""Loss of a policy: a clipped policy gradient, with the settings in which algorithms differ.
+"""Clipped policy-gradient loss, with the settings in which algorithms differ.
 
-The settings say what a ratio is taken of, how far it may move, how tokens are averaged, and what
-keeps the policy near another one. Everything that depends on rewards alone is in the advantages.
+The settings choose the probabilities of the ratio, its bounds, the mean over tokens, and the
+divergence from a reference policy. The advantages contain everything that depends on rewards only.
 """
 
 from dataclasses import dataclass, replace
@@ -129,7 +129,7 @@ class PolicyLoss:
             gain = gain * weight
         loss = -gain
         if self.kl:
-            # On prompt tokens it may be infinite, and 0 times its gradient is not a number.
+            # On prompt tokens the divergence may be infinite, and 0 times its gradient is NaN.
             own, other = (
                 torch.where(mask, values, 0)
                 for values in (log_probs, extras["reference_log_probs"])
@@ -181,7 +181,7 @@ def kl(log_probs: Tensor, other: Tensor, estimator: Divergence) -> Tensor:
 
 
 def _sample_index(batch: TokenBatch) -> Tensor:
-    """Return a number for each token that its sample alone has; each row's padding has another."""
+    """Return the number of each token's sample, unique in the batch; padding has one per row."""
     rows, length = batch.samples.shape
     row = torch.arange(rows, device=batch.samples.device).unsqueeze(1)
     return row * (length + 1) + torch.where(batch.samples == PADDING, length, batch.samples)

@@ -9,13 +9,13 @@ from alignment.judges.kinds.registry import read_judge
 
 @dataclass(frozen=True)
 class ResidentModel:
-    """A model on the ranks next to the one that is trained, in the same layout.
+    """Model on the ranks next to the trained one, in the same layout.
 
     Attributes:
-        name: Its role, for messages.
-        model: Its folder; models of one folder are one copy.
-        generation_batch_size: Answers that a rank generates at a time; 0 if it generates none.
-        length: Longest question with its answer, in tokens; 0 if it generates none.
+        name: Role of the model, for messages.
+        model: Folder of the model. Models with the same folder share one copy.
+        generation_batch_size: Answers that a rank generates at a time. 0 if it generates none.
+        length: Largest length of a question with its answer, in tokens. 0 if it generates none.
     """
 
     name: str
@@ -28,11 +28,11 @@ def resident_models(reference: str | None, judges: Sequence[str]) -> list[Reside
     """Return the start policy, if it is needed, and the local judges.
 
     Args:
-        reference: Folder of the start policy; none if no divergence is measured.
-        judges: Files of judges.
+        reference: Folder of the start policy. None if no divergence is measured.
+        judges: Judge files.
 
     Raises:
-        UserError: A file of a judge cannot be used.
+        UserError: A judge file cannot be used.
     """
     models = [ResidentModel("start policy", reference)] if reference else []
     for file in judges:

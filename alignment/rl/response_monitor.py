@@ -22,7 +22,7 @@ from megatron_ext.training.saving import write_atomically
 
 @dataclass(frozen=True, kw_only=True)
 class RoutingCheck:
-    """How often to compare the routing of generation with that of training.
+    """Settings of the comparison between the routing of generation and that of training.
 
     Attributes:
         interval: Steps between comparisons. 0 for none.
@@ -38,10 +38,10 @@ class RoutingCheck:
 
 
 class ResponseMonitor:
-    """Monitor of a run's responses. It alone knows the detectors and the typical lengths.
+    """Monitor of a run's responses, with its detectors and the typical lengths.
 
-    An alarm is printed when it begins. Each step with alarms leaves them, with examples, in
-    `RUN/alarms`.
+    An alarm is printed when it begins. The alarms of each step are written to `RUN/alarms`, with
+    examples.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class ResponseMonitor:
         return self.monitor.check_batch(responses, scores)
 
     def check_step(self, step: int, groups: Sequence[RolloutGroup]) -> dict[str, Any]:
-        """Return metrics of a step's responses; a collective. Those of detectors are on rank 0.
+        """Return metrics of a step's responses, those of detectors on rank 0 only; a collective.
 
         Args:
             step: Number of the step, from 0.
@@ -157,7 +157,7 @@ def routing_metrics(
         for rollout in rollouts
         if rollout.tokens
     ]
-    # The first ones of all ranks are among the first ones of each rank.
+    # The first responses of all ranks together are among the first ones of each rank.
     first = sorted(own, key=lambda row: row[:2])[: routing.responses]
     shares = all_gather_by_data_rank(engine, first)
     rows = sorted((row for share in shares for row in share), key=lambda row: row[:2])

@@ -1,8 +1,8 @@
-"""Sampled responses with their rewards, and the store that keeps them on disk as they come.
+"""Sampled responses with their rewards, and the store that writes them to disk as they arrive.
 
-The rollouts of a step lie in a folder of their own, with one file per share of the data. A line
-counts once it is synced to the disk. A run that was killed reads the lines again, whatever the
-number of ranks that resumes it, so that no response is sampled twice and no verdict is replaced.
+The rollouts of a step are in a separate folder, with one file per share of the data. A line counts
+once it is synced to the disk. A resumed run reads the lines again, on any number of ranks, so that
+no response is sampled twice and no verdict is replaced.
 """
 
 import json
@@ -59,7 +59,7 @@ class RewardResult:
         reward: Reward of the response. None if there is no verdict; 0 never stands for that.
         outcome: "score", "preference", "unparseable" or "failed".
         text: Text of the response.
-        details: Plain data for people, such as the scores of each judge and `reasons` of failures.
+        details: JSON values for readers, such as the scores of each judge and failure `reasons`.
         error: Largest rounding error of the reward, in its unit. None if it is unknown, which
             counts as the error of a score computed in fp32.
     """
@@ -80,7 +80,7 @@ class RolloutGroup(NamedTuple):
 
 
 class RolloutStore:
-    """Rollouts and rewards of one step. Ranks make the same calls, each about its own share."""
+    """Rollouts and rewards of one step. All ranks make the same calls, each for its share."""
 
     def __init__(self, folder: Path, engine: AlignmentEngine) -> None:
         """Read the share of this rank; a collective."""
@@ -115,8 +115,8 @@ class RolloutStore:
     def add_rewards(self, rewards: Sequence[tuple[Rollout, RewardResult]]) -> None:
         """Store rewards; a collective.
 
-        Failed calls are remembered in memory alone. A run that is resumed asks the judge again,
-        unless the step was trained without them; see `settle`.
+        Failed calls stay in memory only. A resumed run calls the judge again, unless the step was
+        trained without these responses; see `settle`.
         """
         records = [_reward_record(*one) for one in rewards]
         self._records |= dict(records)
@@ -125,8 +125,8 @@ class RolloutStore:
     def settle(self, groups: Sequence[RolloutGroup]) -> None:
         """Make the failures of a step final; a collective.
 
-        The step is trained without these responses. The later steps are sampled with the weights
-        that result, so that a resumed run must not ask for their rewards again.
+        The step is trained without these responses, and later steps are sampled with the resulting
+        weights. A resumed run must therefore not request their rewards again.
         """
         self._add(
             [

@@ -1,8 +1,8 @@
-"""Checks that the log-probabilities of servers are of the same distribution as those of training.
+"""Checks that servers and training report log-probabilities of the same distribution.
 
 Training computes log-probabilities over the whole vocabulary at the sampling temperature, and so do
-the samplers of both engines, whatever --top-k and --top-p leave to sample from. A vLLM server
-reports what its start options say: with `--logprobs-mode processed_logprobs` log-probabilities at
+the samplers of both engines, for any --top-k and --top-p. The start options of a vLLM server decide
+what it reports: with `--logprobs-mode processed_logprobs` log-probabilities at
 the request's temperature, renormalized over the tokens that top-k and top-p leave; by default
 log-probabilities at temperature 1.
 """
@@ -15,7 +15,7 @@ from alignment.engines.protocol import AlignmentEngine
 from alignment.rl.metrics import rollout_gap
 from megatron_ext.errors import UserError
 
-# Nats per token. Rounding in bf16, and the routing that it flips, stay well below the second one.
+# Nats per token. Rounding in bf16, with the routing that it flips, stays well below `_TOO_FAR`.
 _COMPARABLE, _TOO_FAR = 1e-3, 0.1
 _ADVICE = (
     "Start the servers with --logprobs-mode processed_logprobs on the folder that the training "
@@ -47,17 +47,17 @@ def check_served_log_probs(
     fresh: bool,
     thorough: bool,
 ) -> None:
-    """Refuse log-probabilities of servers that are clearly of another distribution; a collective.
+    """Refuse log-probabilities of servers that clearly have another distribution; a collective.
 
     Args:
         engine: Engine whose weights the servers have.
         batches: Batches with `old_log_probs` at the temperature, and `rollout_log_probs`.
         temperature: Temperature of sampling.
-        fresh: Whether the servers had the weights that `old_log_probs` are of.
+        fresh: Whether the servers had the weights of `old_log_probs`.
         thorough: Whether to compare with temperature 1 too, which takes a forward pass.
 
     Raises:
-        UserError: They are of temperature 1, or far from those of training.
+        UserError: They have temperature 1, or differ from those of training.
     """
     gap = rollout_gap(engine, batches)
     if thorough and temperature != 1 and gap["rollout_gap"] > _COMPARABLE:
@@ -72,13 +72,13 @@ def check_served_log_probs(
 
 
 def refuse_distant(divergence: float) -> None:
-    """Refuse log-probabilities that are far from those of training with equal weights.
+    """Refuse log-probabilities that differ from those of training with equal weights.
 
     Args:
         divergence: The metric `rollout_kl`, in nats per token.
 
     Raises:
-        UserError: They are far.
+        UserError: They differ by more than rounding can explain.
     """
     if abs(divergence) > _TOO_FAR:
         raise UserError(

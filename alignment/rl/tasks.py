@@ -1,4 +1,4 @@
-"""Inputs of reinforcement learning: prompts and their order, the reward function, the settings."""
+"""Inputs of reinforcement learning: prompts, their order, reward function and settings."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ class PromptTask:
     Attributes:
         id: Name of the prompt, unique in a run.
         prompt: Token ids.
-        metadata: Whatever the reward function has to know about the prompt.
+        metadata: Data about the prompt for the reward function.
     """
 
     id: str

@@ -1,9 +1,9 @@
-"""The training loop of reinforcement learning, for policies and for judges, from top to bottom.
+"""Training loop of reinforcement learning, for policies and for judges.
 
 Each step samples responses to prompts, scores them, computes advantages, trains on them, logs its
-metrics, and evaluates and saves the model when that is due. A step is the same on every layout and
-number of ranks, given the same responses: seeds alone decide which prompts belong to a step and
-which responses to a mini-batch, and the loss is normalized over all ranks and micro-batches.
+metrics, and evaluates and saves the model when that is due. With the same responses, a step is the
+same on every layout and number of ranks: only seeds decide which prompts belong to a step and which
+responses to a mini-batch, and the loss is normalized over all ranks and micro-batches.
 """
 
 from collections import Counter
@@ -60,7 +60,7 @@ from megatron_ext.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class RLComponents:
-    """The parts of a run of reinforcement learning. Every rank has the same ones.
+    """Components of a run of reinforcement learning, the same on every rank.
 
     Attributes:
         run: Directory of the run.
@@ -93,7 +93,7 @@ class RLComponents:
     prompts: PromptOrder = field(init=False)
 
     def __post_init__(self) -> None:
-        """Check that the parts fit together.
+        """Check that the components fit together.
 
         Raises:
             UserError: No prompt leaves room for a response, there are too few prompts for a step,
@@ -117,10 +117,10 @@ def train(
     schedule: TrainingSchedule,
     evaluate: Callable[[int], Metrics] | None = None,
 ) -> int:
-    """Train a model on the rewards of its own responses, from where the run stands to its end.
+    """Train a model on the rewards of its responses, from the current step of the run to the last.
 
     Args:
-        rl: Parts of the run.
+        rl: Components of the run.
         schedule: Number of steps, and when to evaluate and to save.
         evaluate: Function that returns metrics of the model after a number of steps. It is also
             called before the first step.
@@ -141,7 +141,7 @@ def train(
             step, times = run.step, StepTimes()
             remove_rollouts_before(rollout_root, run.saved)
 
-            # Sample responses and score them. What the store already has is not sampled again.
+            # Sample and score the responses that the store does not have yet.
             with times.measure("rollout"):
                 if rl.async_rollouts is not None:
                     rl.async_rollouts.join(run.check_signals)
@@ -313,7 +313,7 @@ def refuse_stale(rl: RLComponents, step: int, rollouts: Sequence[Sequence[Rollou
     """Refuse responses that are older than the weights before the last step.
 
     Raises:
-        UserError: Another run, or another version of this one, left them.
+        UserError: The responses belong to another run, or to an earlier state of this one.
     """
     behind = [abs(rl.engine.step - r.version) for group in rollouts for r in group]
     most = all_reduce_max(max(behind, default=0))

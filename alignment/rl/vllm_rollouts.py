@@ -5,9 +5,9 @@ Start each server on a folder that the training writes,
     VLLM_SERVER_DEV_MODE=1 vllm serve RUN/served --served-model-name policy \
         --logprobs-mode processed_logprobs
 
-on a file system that both see. The training asks it to reload the folder after each step. Prompts
-and responses are token ids, so that nothing is tokenized twice. Requests override everything in
-generation_config.json, and carry the key in MEGATRON_ET_JUDGE_API_KEY, if there is one.
+on a file system that both can read. The training requests a reload of the folder after each step.
+Prompts and responses are token ids, so that no text is tokenized twice. Requests override all
+settings of generation_config.json, and send the key in MEGATRON_ET_JUDGE_API_KEY, if it is set.
 """
 
 import asyncio
@@ -51,7 +51,7 @@ _NEUTRAL = {
 class VLLMRollouts:
     """Source of rollouts with the interface of an engine.
 
-    All ranks make the same calls, and one rank of each share of the data asks its server.
+    All ranks make the same calls, and one rank of each share of the data calls its server.
     """
 
     def __init__(
@@ -68,19 +68,20 @@ class VLLMRollouts:
         """Prepare the rollouts; a collective.
 
         Args:
-            engine: The engine whose weights are served.
-            urls: Addresses of the servers up to and including /v1; shares of the data take turns.
-            model: The name that the servers serve.
-            folder: The folder that they were started on.
-            ends: The tokens that end a response.
+            engine: Engine whose weights are served.
+            urls: Addresses of the servers, up to and including /v1. Shares of the data are
+                assigned to them in turn.
+            model: Model name of the servers.
+            folder: Folder from which the servers were started.
+            ends: Tokens that end a response.
             patience: Seconds to wait for a server that does not answer.
-            concurrency: Most calls of a rank at a time.
-            check: Function that is called on all ranks while they wait and may raise an error.
+            concurrency: Largest number of concurrent calls of a rank.
+            check: Function that all ranks call while they wait. It may raise on all of them.
         """
         self.engine, self.folder, self.model, self.ends = engine, folder, model, ends
         self.urls = [url.rstrip("/") for url in urls]
         self.patience, self.concurrency, self.check = patience, concurrency, check
-        self.asks = is_share_leader(engine)
+        self.calls_server = is_share_leader(engine)
         self._served: int | None = None
 
     def generate(
@@ -91,23 +92,22 @@ class VLLMRollouts:
     ) -> list[GeneratedResponse]:
         """Return responses to prompts, after the servers have loaded the present weights.
 
-        Log-probabilities are those of the distribution that was drawn from, if the server was
-        started with --logprobs-mode processed_logprobs. The training checks that they agree with
-        its own.
+        Log-probabilities are those of the sampled distribution if the server was started with
+        --logprobs-mode processed_logprobs. The training compares them with its own.
 
         Args:
-            prompts: The token ids of the prompts of this rank.
-            sampling: How responses are drawn.
-            seeds: The seed of each prompt. Default: 0, 1, 2 and so on.
+            prompts: Token ids of this rank's prompts.
+            sampling: Settings of sampling.
+            seeds: Seed of each prompt. Default: 0, 1, 2 and so on.
 
         Raises:
-            UserError: If a server does not answer within the patience, or refuses.
+            UserError: A server does not answer within the patience, or refuses.
         """
         self.refresh()
         seeds = list(range(len(prompts)) if seeds is None else seeds)
         responses = problem = None
         try:
-            work = (lambda: self.ask(prompts, sampling, seeds)) if self.asks else None
+            work = (lambda: self.ask(prompts, sampling, seeds)) if self.calls_server else None
             responses = run_async_while_polling(work, self.check)
         except UserError as error:
             problem = str(error)
@@ -120,7 +120,7 @@ class VLLMRollouts:
         """Let the servers load the present weights; a collective.
 
         Raises:
-            UserError: If a server does not answer within the patience, or refuses.
+            UserError: A server does not answer within the patience, or refuses.
         """
         if self._served == self.engine.step:
             return
@@ -146,10 +146,10 @@ class VLLMRollouts:
                 await self._while_healthy(url, self._reset_prefix_cache(client, root))
 
     async def _reset_prefix_cache(self, client: EndpointClient, root: str) -> None:
-        """Empty the prefix cache of a server: its keys and values are those of the old weights.
+        """Empty the prefix cache of a server, which has keys and values of the old weights.
 
         Raises:
-            UserError: If the server keeps them, as it does while it answers other requests.
+            UserError: The server does not empty it, because it answers other requests.
         """
         begin = time.monotonic()
         while True:
@@ -172,18 +172,18 @@ class VLLMRollouts:
         store: AnswerStore | None = None,
         to_record: Callable[[int, GeneratedResponse], tuple[str, Mapping[str, Any]]] | None = None,
     ) -> list[GeneratedResponse]:
-        """Return continuations of prompts by the server of this rank's share; no collective.
+        """Return continuations of prompts from the server of this rank's share; no collective.
 
         Args:
-            prompts: The token ids of each prompt.
-            sampling: How responses are drawn.
-            seeds: The seed of each prompt.
-            store: The store that responses are written to as they come.
-            to_record: Function that returns the key and the row of a response, by the place of its
-                prompt; needed with a store.
+            prompts: Token ids of each prompt.
+            sampling: Settings of sampling.
+            seeds: Seed of each prompt.
+            store: Store to which responses are written when they arrive.
+            to_record: Function from the index of a prompt and its response to the key and the
+                content of the record. Required with a store.
 
         Raises:
-            UserError: If the server refuses, or does not answer within the patience.
+            UserError: The server refuses, or does not answer within the patience.
         """
         url = self.urls[self.engine.data_rank % len(self.urls)]
         responses: dict[int, GeneratedResponse] = {}
@@ -219,20 +219,20 @@ class VLLMRollouts:
         body: dict[str, Any],
         read: Callable[[bytes, float | None], T],
     ) -> T:
-        """Return the answer of a server, after waiting for one that is away or busy.
+        """Return the answer of a server, after waiting for one that is not available or busy.
 
         Raises:
-            UserError: If the server refuses, or does not answer within the patience.
+            UserError: The server refuses, or does not answer within the patience.
         """
         try:
             return await client.post(url, body, read)
         except CallFailed as error:
             if error.refused:
                 raise UserError(f"The endpoint {url} refuses with {error}. {_ADVICE}") from None
-            raise self._given_up(url, str(error)) from None
+            raise self._no_answer(url, str(error)) from None
 
     async def _while_healthy[T](self, url: str, work: Awaitable[T]) -> T:
-        """Return the result of work at a server, which may be slow while it reports its health."""
+        """Return the result of a call, however slow, while the server passes health checks."""
         task = asyncio.ensure_future(work)
         last_sign, interval = time.monotonic(), self.patience / 10
         try:
@@ -246,13 +246,13 @@ class VLLMRollouts:
                     except (httpx.HTTPError, httpx.InvalidURL) as error:
                         reason = str(error) or type(error).__name__
                     if time.monotonic() - last_sign > self.patience:
-                        raise self._given_up(url, reason)
+                        raise self._no_answer(url, reason)
             return await task
         finally:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
 
-    def _given_up(self, url: str, reason: str) -> UserError:
+    def _no_answer(self, url: str, reason: str) -> UserError:
         return UserError(
             f"{url} has not answered for {self.patience:.0f} s ({reason}). Check the server, then "
             "repeat the command, which resumes."
@@ -266,15 +266,15 @@ class VLLMRollouts:
             "temperature": 0.0 if sampling.greedy else sampling.temperature,
             "top_p": sampling.top_p,
             "top_k": sampling.top_k or -1,
-            # vLLM takes absent settings from generation_config.json. Some files penalize
-            # repetition, which would draw from another distribution than the policy's.
+            # vLLM reads missing settings from generation_config.json. Some of these files penalize
+            # repetition, which would change the distribution.
             **_NEUTRAL,
             "seed": seed % (1 << 31),
             "logprobs": 0,
             "return_token_ids": True,
             "skip_special_tokens": False,
-            # vLLM also ends responses at the end tokens in files, so that it must ignore these
-            # and receives those of the policy.
+            # vLLM would also end responses at the end tokens of its files. It must use those of
+            # the policy only.
             "ignore_eos": True,
             "stop_token_ids": sorted(self.ends) if sampling.stop_at_eod else [],
         }
@@ -305,7 +305,7 @@ class VLLMRollouts:
 
 
 def _read_json(content: bytes, _: float | None = None) -> Any:
-    """Return the value of a body, or None for an empty one."""
+    """Return the JSON value of a response body, or None if it is empty."""
     if not content:
         return None
     try:

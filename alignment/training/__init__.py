@@ -1,1 +1,1 @@
-"""Training runs of judges and policies: flags, engines, directories, the loop."""
+"""Training runs of judges and policies: the loop, run directories and settings."""

@@ -1,4 +1,4 @@
-"""Parts that every training loop has: resuming, evaluations, checkpoints, signals, progress."""
+"""Common parts of all training loops: resuming, evaluation, checkpoints, signals, progress."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -52,7 +52,7 @@ def fit(
     train: Callable[[int], Metrics],
     evaluate: Callable[[int], Metrics] | None = None,
 ) -> int:
-    """Train from where the run stands to its end, with one function per step.
+    """Train from the current step of a run to the last one, with one function per step.
 
     Args:
         run: Directory of the run, with the engine.
@@ -84,7 +84,7 @@ def resume(
     schedule: TrainingSchedule,
     evaluate: Callable[[int], Metrics] | None,
 ) -> None:
-    """Load the newest checkpoint if there is one, and make up for an evaluation that is due."""
+    """Load the newest checkpoint if there is one, and run an evaluation that is still due."""
     run.resume()
     run.note(steps=schedule.steps)
     if schedule.evaluates_after(run.step) and not run.evaluated:
@@ -131,7 +131,7 @@ class StopSignal:
 
 @contextmanager
 def stop_on_signal(run: TrainingRun) -> Iterator[StopSignal]:
-    """Save the model and leave the block when a signal comes; report why the training ended."""
+    """Save the model and leave the block after a signal; report why the training ended."""
     stop = StopSignal()
     try:
         yield stop
@@ -153,7 +153,7 @@ class StepProgress:
     """Progress bar of a training on rank 0; nothing on the other ranks."""
 
     def __init__(self, bar: Progress | None) -> None:
-        """Wrap a bar, or nothing."""
+        """Wrap a progress bar, or None."""
         self._bar = bar
 
     def update(self, step: int, metrics: Metrics) -> None:

@@ -1,4 +1,4 @@
-"""Settings that a resumed run must have again, and fingerprints of its models."""
+"""Settings that must be the same when a run resumes, and fingerprints of its models."""
 
 import hashlib
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from megatron_ext.checkpoint import find_checkpoint
 from megatron_ext.errors import UserError
 from megatron_ext.typed_flags import flag_values, flags_of
 
-# Files of a model's folder, apart from its weights, that change how it reads or answers.
+# Files of a model's folder, apart from the weights, that affect its responses.
 _SETTINGS = (
     "config.json",
     "generation_config.json",
@@ -23,14 +23,14 @@ _SAMPLES, _SAMPLE_BYTES = 16, 16384
 
 
 def lasting_settings(config: Any, files: Sequence[str] = ()) -> dict[str, Any]:
-    """Return the settings that a run must have again when it is resumed, as plain data.
+    """Return the settings that must be the same when a run resumes, as JSON values.
 
-    These are the flags that are not marked `may_change`. A template or chat template in a file
-    counts by its text. A model's folder counts by its path and by its content.
+    These are the flags that are not marked `may_change`. A template in a file is represented by its
+    digest, and a model's folder by its path and a fingerprint of its content.
 
     Args:
         config: Configuration of the command, a dataclass of flags.
-        files: Names of flags whose files count by their content, not by their names.
+        files: Names of flags whose files are represented by their digests, not by their names.
     """
     marks = {each.name: each.resume for each in flags_of(type(config))}
     settings = {

@@ -1,7 +1,7 @@
 """Directory of a training run: metrics, checkpoints, the best model, and the settings of the run.
 
-Rank 0 writes. After a kill at any moment the same command resumes from the newest whole checkpoint,
-and the metrics of later steps are written again.
+Rank 0 writes. After a kill at any time, the same command resumes from the newest complete
+checkpoint and writes the metrics of later steps again.
 """
 
 import json
@@ -33,7 +33,7 @@ class StoppedBySignal(Exception):
     """Signal that arrived on some rank. All ranks raise this together."""
 
     def __init__(self, number: int) -> None:
-        """Keep the number of the signal; the message is its name."""
+        """Store the number of the signal. The message is its name."""
         super().__init__(signal.Signals(number).name)
         self.number = number
 
@@ -62,7 +62,7 @@ class TrainingRun:
         Args:
             folder: The directory.
             engine: Engine of the model that is trained.
-            settings: Plain data that must not change when a run is resumed.
+            settings: JSON values that must not change when a run resumes.
             others: Engines of other models that are trained together with this one, by name.
 
         Raises:
@@ -102,11 +102,11 @@ class TrainingRun:
             self._lock.close()
 
     def at_exit(self, call: Callable[[], None]) -> None:
-        """Call a function without collectives when the run ends, however it does."""
+        """Register a function without collectives that is called when the run ends in any way."""
         self._exits.append(call)
 
     def at_resume(self, call: Callable[[int], None]) -> None:
-        """Call a function with the number of finished steps when the run has been resumed."""
+        """Register a function that is called with the number of finished steps after resuming."""
         self._resumes.append(call)
 
     def resume(self) -> bool:
@@ -117,7 +117,7 @@ class TrainingRun:
         has_checkpoint = any((checkpoints / name).is_file() for name in (TRACKER, "latest"))
         if has_checkpoint:
             self.engine.load(checkpoints)
-        # Several steps of the trainer may share a step of the engine, if they left its weights.
+        # Steps of the trainer that did not change the weights share a step of the engine.
         known = [row for row in rows if row["engine_step"] == self.engine.step]
         if known:
             newest = max(known, key=lambda row: row["step"])
@@ -139,10 +139,9 @@ class TrainingRun:
         return bool(known)
 
     def _remains(self, row: Mapping[str, Any]) -> bool:
-        """Return whether a row of metrics stays when the run is resumed.
+        """Return whether a row of metrics remains when the run resumes.
 
-        An evaluation of this step that was not saved is repeated. The row of the step's training
-        has `seconds`.
+        An evaluation of this step that was not saved is repeated. Rows of training have `seconds`.
         """
         if row["step"] == self.step and not self.evaluated:
             return "seconds" in row
@@ -165,10 +164,10 @@ class TrainingRun:
         self.log({"step": self.step, **metrics})
 
     def save(self) -> None:
-        """Write a checkpoint of this step. The previous one stays until it is whole.
+        """Write a checkpoint of this step. The previous one remains until it is complete.
 
         The other models come first, then the trainer's state, then the model itself: the newest
-        whole checkpoint of the model decides which checkpoints of the others belong to it.
+        complete checkpoint of the model decides which checkpoints of the others belong to it.
         """
         checkpoints = self.folder / "checkpoints"
         again = self.saved == self.step > 0  # only the state changes
@@ -177,18 +176,18 @@ class TrainingRun:
                 break
             place = self._place(name, self.step)
             if self.writes:
-                shutil.rmtree(place, ignore_errors=True)  # a part that a kill left
+                shutil.rmtree(place, ignore_errors=True)  # an incomplete folder of a killed run
             dist.barrier()
             engine.save(place)
         if self.writes:
             checkpoints.mkdir(parents=True, exist_ok=True)
             rows = json.loads(self._state.read_text()) if self._state.is_file() else []
-            # Other rows are of unfinished saves, and must not displace those of checkpoints.
+            # Rows of unfinished saves must not displace those of checkpoints.
             rows = [row for row in rows if row["step"] <= self.saved and row["step"] < self.step]
             row = {"step": self.step, "evaluated": self.evaluated, "ended": self.ended}
             rows = [*rows[-3:], {**row, "engine_step": self.engine.step}]
             write_atomically(self._state, json.dumps(rows))
-        # A skipped step left the model as it is. Writing it again would first remove it.
+        # A skipped step does not change the model, and writing it again would first remove it.
         if self.engine.step != self._saved_model:
             self.engine.save(checkpoints)
         self.saved, self._saved_model = self.step, self.engine.step
@@ -204,21 +203,20 @@ class TrainingRun:
         dist.barrier()
 
     def keep_best(self, name: str, value: float, sound: bool = True) -> bool:
-        """Export the model to `best/` if its value is the highest so far. Return whether it is.
+        """Export the model to `best/` if its value is the highest so far, and return whether it is.
 
-        A value that is higher by no more than rounding is no improvement: the earlier model stays.
+        A value that is higher by rounding only is no improvement.
 
         Args:
             name: Name of the metric.
             value: Value of the metric, the same on all ranks.
-            sound: Whether the value covers enough items. A value that does not is below all values
-                that do.
+            sound: Whether the value covers enough items. Sound values precede all others.
         """
         note = self.folder / "best" / "best.json"
         better_before = [None]
         if self.writes and note.is_file():
             before = json.loads(note.read_text())
-            # A run that was killed after this step left it.
+            # An entry of this or a later step is from a killed run.
             better = sound > before["sound"] or (
                 sound == before["sound"] and exceeds(value, before[name])
             )
@@ -235,7 +233,7 @@ class TrainingRun:
         return True
 
     def check_signals(self) -> None:
-        """Raise `Stopped` on all ranks if a signal has come on any."""
+        """Raise `StoppedBySignal` on all ranks if any of them has received a signal."""
         flag = torch.tensor(self._signal, device=_device())
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         if int(flag):

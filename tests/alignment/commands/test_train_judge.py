@@ -111,7 +111,7 @@ def a_few_steps(folder, place, kind, layout):
     found = [step(number) for number in range(2)]
     with TrainingRun(place, engine, {}) as run:
         train(reinforcement(folder, engine, run), TrainingSchedule(2, 100, 100))
-        critic = Critic(engine_of(folder, kind, layout), seen={0})
+        critic = Critic(engine_of(folder, kind, layout), used_tokens={0})
         train(reinforcement(folder, engine, run, critic), TrainingSchedule(4, 100, 100))
     found += rows_of(place)
     models = [critic.engine, engine]
