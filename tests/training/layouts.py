@@ -1,4 +1,4 @@
-"""The layouts that must train as one rank does, and how a run is trained on one of them."""
+"""Parallel layouts that must train as one rank does, and functions that train and compare them."""
 
 import contextlib
 import io
@@ -18,21 +18,21 @@ MODEL = [
     *("--num-layers", "4", "--moe-layer-freq", "[0,1,1,1]", "--train-iters", str(STEPS)),
     *("--et-warmup-iters", str(WARMUP), "--et-capacity-pool", "global", "--et-capacity", "0.1"),
 ]
-# Of TINY's 8 samples a step; expert choice pools the micro-batch of all ranks.
+# Samples in the pool of expert choice, the micro-batch of all ranks. A step of TINY has 8 samples.
 POOL = 4
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How ranks share a run.
+    """Parallel layout of a run.
 
     Attributes:
-        name: as in the table.
-        ranks: how many.
-        data_parallel: how many of them hold samples of their own.
-        flags: what a user would add to the command.
-        kind: the comparison it belongs to, a key of :data:`KINDS`.
-        pool: samples in a micro-batch of all data-parallel ranks.
+        name: Name in the table.
+        ranks: Number of ranks.
+        data_parallel: Data-parallel size.
+        flags: Flags that a user adds to the command to select the layout.
+        kind: Comparison that the layout belongs to, a key of :data:`KINDS`.
+        pool: Number of samples in a micro-batch of all data-parallel ranks.
     """
 
     name: str
@@ -44,22 +44,24 @@ class Layout:
 
     @property
     def all_flags(self) -> tuple[str, ...]:
-        """Those of the layout and of its comparison, the micro-batch a rank too."""
+        """Flags of the layout and of its comparison, and the micro-batch size of a rank."""
         micro_batch = ("--micro-batch-size", str(self.pool // self.data_parallel))
         return (*micro_batch, *KINDS[self.kind].flags, *self.flags)
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Runs that are compared with one of their own on one rank.
+    """Comparison of several layouts with the same run on one rank.
 
     Attributes:
-        title, about: for the table.
-        flags: shared by all of them.
-        loss, rest: how far a loss, and a gradient norm, cutoff or threshold, may lie from one
-            rank's.
-        counts_may: whether counts of routed tokens may differ.
-        after_warmup: start from the fp32 run on one rank at the end of its warm-up.
+        title: Heading of the table.
+        about: Text above the table.
+        flags: Flags that all runs share.
+        loss: Tolerance for losses.
+        rest: Tolerance for gradient norms, cutoffs and thresholds.
+        counts_may: Whether the numbers of routed tokens may differ.
+        after_warmup: Whether the runs start from the checkpoint of the fp32 run on one rank at the
+            end of its warm-up.
     """
 
     title: str
@@ -152,7 +154,7 @@ def _pretrain(flags: list[str]) -> None:
     with contextlib.redirect_stdout(io.StringIO()):
         try:
             main()
-        except SystemExit as end:  # so does a run end that --exit-interval stops
+        except SystemExit as end:  # a run that --exit-interval stops exits with code 0
             if end.code:
                 raise
 
@@ -161,10 +163,10 @@ def train(run_dir: Path, layout: Layout, *flags: str, save: bool = False) -> lis
     """Train on real ranks and return the training rows.
 
     Args:
-        run_dir: of the run; its checkpoints are written if `save` says so, and read if there are.
-        layout: who trains.
-        flags: added to the layout's.
-        save: whether the run leaves checkpoints; they take a third of its time.
+        run_dir: Run directory. The run resumes from its checkpoints if there are any.
+        layout: Parallel layout.
+        flags: Flags in addition to those of the layout.
+        save: Whether the run saves checkpoints, which take a third of its time.
     """
     unsaved = () if save else ("--save", "")
     argv = [*MODEL, "--run-dir", str(run_dir), *layout.all_flags, *unsaved, *flags]
@@ -175,7 +177,7 @@ def train(run_dir: Path, layout: Layout, *flags: str, save: bool = False) -> lis
 
 @dataclass(frozen=True)
 class Difference:
-    """The largest differences between two runs, and whether every routing count is equal."""
+    """Largest differences between two runs, and whether all their routing counts are equal."""
 
     loss: float
     rest: float
@@ -183,7 +185,7 @@ class Difference:
 
 
 def difference(rows: list[Any], expected: list[Any]) -> Difference:
-    """Compare the training rows of the same steps of two runs."""
+    """Compare the training rows of two runs, which must contain the same steps."""
     assert [row["step"] for row in rows] == [row["step"] for row in expected]
     loss, rest, counts = 0.0, 0.0, True
     for row, other in zip(rows, expected):
