@@ -63,11 +63,11 @@ class _ForcedRow(GenerationRow):
     def generates(self) -> bool:
         return self.cached >= self._prompt_length
 
-    def chunk(self, slot: int, max_prompt_length: int) -> TokenChunk:
+    def chunk(self, slot: int, max_prompt_tokens: int) -> TokenChunk:
         end = (
             self.cached + 1
             if self.generates
-            else min(self.cached + max_prompt_length, self._prompt_length)
+            else min(self.cached + max_prompt_tokens, self._prompt_length)
         )
         return TokenChunk(
             slot, self.cached, self.prompt[self.cached : end], int(end >= self._prompt_length)
