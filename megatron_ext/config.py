@@ -55,8 +55,9 @@ class ETConfig(TransformerConfig):
 
     et_kept_logits_mb: float = 256.0
     """Bound, in MiB per rank, on the router logits that are stored until the end of the step to
-    find cutoffs. Beyond it, cutoffs of micro-batches are found earlier, by a few small reductions
-    in the forward pass, and are the same. A layer stores at least one micro-batch. Default: 256."""
+    find cutoffs. Beyond it, cutoffs of micro-batches are determined earlier, by a few small
+    reductions in the forward pass, and are the same. A layer stores at least one micro-batch.
+    Default: 256."""
 
     et_gate: Literal["sigmoid", "softmax", "relu"] = "sigmoid"
     """Function from a router logit to the weight of an expert's output. The weights are not
