@@ -1,4 +1,4 @@
-"""Errors of a user: one sentence on standard error, exit status 2, no stack trace."""
+"""Mistakes of a user, reported as one sentence on standard error without a stack trace."""
 
 import argparse
 import errno
@@ -10,7 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
-# Failures of the machine that a user can fix. Other OSErrors are bugs and keep their stack trace.
+# Failures of the machine that a user can fix. Other OSErrors are bugs and print a stack trace.
 _FIXABLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 
 _STORE_PATIENCE = timedelta(seconds=10)
@@ -23,26 +23,26 @@ class UserError(ValueError):
     """Mistake that a user can fix; the message is one sentence with the flag or file and the fix.
 
     Attributes:
-        status: exit status of a command that this error ends.
+        status: Exit status of a command that this error ends.
     """
 
     status = 2
 
 
 class TooFewResults(UserError):
-    """More items of a command ended without a result than the user allows.
+    """Failure of more items of a command than the user allows.
 
-    The flags may be right: an endpoint is down, or a judge does not answer in the required form.
+    The flags may be correct: an endpoint is down, or a judge does not answer in its format.
     """
 
     status = 3
 
 
 class ToolParser(argparse.ArgumentParser):
-    """An argument parser whose complaints are a `UserError`, without argparse's usage text.
+    """Argument parser whose errors are a `UserError`, without argparse's usage text.
 
-    Words that are not UTF-8 are refused: Python passes their bytes on as halves of characters that
-    no tokenizer, file or terminal takes.
+    Words that are not UTF-8 are refused: Python passes their bytes as surrogate characters, which
+    no tokenizer, file or terminal accepts.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -52,6 +52,11 @@ class ToolParser(argparse.ArgumentParser):
             self.prog = self.prog.replace("et-align", "et align") if is_alignment else typed_command
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse arguments like argparse, after checking that all words are UTF-8.
+
+        Raises:
+            UserError: A word is not UTF-8, or a flag is wrong.
+        """
         words = sys.argv[1:] if args is None else list(args)
         for before, word in zip(["", *words], words):
             try:
@@ -69,18 +74,22 @@ class ToolParser(argparse.ArgumentParser):
             return super()._get_value(action, arg_string)  # type: ignore[misc]
         except argparse.ArgumentError:
             raise
-        except Exception as error:  # of a converter that evaluates the text, say
+        except Exception as error:  # for example of a converter that evaluates the text
             raise argparse.ArgumentError(action, f"invalid value: {arg_string!r}") from error
 
     def error(self, message: str) -> NoReturn:
+        """Raise a `UserError`."""
         raise UserError(f"{message} (see --help)")
 
 
 def run_tool(main: Callable[[], int | None]) -> NoReturn:
-    """Run a tool's `main` and exit with its code: 0 on success, the status of a `UserError` (2, or
-    3 for too few results), 130 on Ctrl-C.
+    """Run the `main` of a tool and exit with its code.
 
-    Errors are prefixed by the tool's name, taken from the command line.
+    The code is 0 on success, the status of a `UserError` (2, or 3 for too few results), or 130 on
+    Ctrl-C. Error messages begin with the name of the tool on the command line.
+
+    Args:
+        main: Function that returns an exit code, or None for 0.
     """
     try:
         code = main() or 0
@@ -104,11 +113,14 @@ def _program() -> str:
 
 
 def run_on_ranks(main: Callable[[], int | None]) -> None:
-    """Run a program that torchrun starts on many ranks and exit with its code; a `UserError` ends
-    it with the error's status.
+    """Run a program that torchrun starts on many ranks.
 
-    Ranks meet the same error at about the same time, and torchrun kills the others when the first
-    ends, so the first on each node prints the message.
+    The process ends with a nonzero code of `main`, or with the status of a `UserError`. All ranks
+    raise the same error at about the same time, and torchrun kills the others when the first one
+    ends, so the first rank on each node prints the message.
+
+    Args:
+        main: Function that returns an exit code, or None for 0.
     """
     try:
         if code := main():
@@ -129,9 +141,9 @@ def run_tool_or_ranks(main: Callable[[], int | None]) -> None:
 
 
 def _first_on_node() -> bool:
-    """Return whether this is the first rank on this node, of the same launch, to call this.
+    """Return whether this is the first rank of the launch on this node that calls the function.
 
-    The launcher's store counts them. Where a launcher has none, every rank is the first.
+    The store of the launcher counts the calls. Without a store every rank is the first.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return True

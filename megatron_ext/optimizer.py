@@ -1,10 +1,10 @@
 """Optimizer of the paper: Muon for the matrices of the blocks, AdamW for the rest.
 
-Megatron's `--optimizer muon` does the work: it orthogonalises q, k and v apart, each expert's
-matrices on their own, a tensor-parallel matrix as a whole, and lets each data-parallel rank step
-whole matrices when the optimizer is distributed. This module adds learning rates for the
-embedding and for the rest of AdamW's parameters, scaled by width; AdamW for the router; a warm-up
-of the momentum; and a distributed optimizer in fp32.
+Megatron's `--optimizer muon` orthogonalizes q, k and v separately, each expert's matrices
+separately and a tensor-parallel matrix as a whole, and lets each data-parallel rank step whole
+matrices when the optimizer is distributed. This module adds learning rates for the embedding and
+for the other parameters of AdamW, scaled by width; AdamW for the router; a warm-up of the momentum;
+and a distributed optimizer in fp32.
 """
 
 import functools
@@ -24,7 +24,7 @@ from megatron.training.models import dist_utils
 from megatron_ext import patches
 from megatron_ext.devices import is_cpu_device
 
-# Momentum of the first step; the paper's code has no option for it either.
+# Momentum of the first step. As in the code of the paper, it is not an option.
 _FIRST_MOMENTUM = 0.85
 _ROUTERS, _EMBEDDINGS = ("router.weight", "gate_weight"), "embeddings.weight"
 
@@ -80,7 +80,7 @@ def add_muon_arguments(parser: ArgumentParser) -> None:
 def paper_flags(args: Namespace) -> list[str]:
     """Return the paper's settings of `--optimizer muon`, which flags of the user override.
 
-    The learning rate is constant, and falls to --min-lr over the last fifth of the steps.
+    The learning rate is constant, and decays to --min-lr in the last fifth of the steps.
     """
     if args.optimizer != "muon":
         return []
@@ -95,7 +95,7 @@ def paper_flags(args: Namespace) -> list[str]:
         *("--weight-decay", "0", "--clip-grad", "0"),
     ]
     if is_cpu_device():
-        flags += ["--muon-fp32-matmul-prec", "high"]  # the GPU's default computes in bf16
+        flags += ["--muon-fp32-matmul-prec", "high"]  # the default computes in bf16
     return flags
 
 
@@ -150,7 +150,13 @@ def warm_momentum(train_step: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def momentum_at(iteration: int, momentum: float, warmup: int) -> float:
-    """Return the momentum of Muon in a step, counted from 0."""
+    """Return the momentum of Muon in a step.
+
+    Args:
+        iteration: Number of the step, from 0.
+        momentum: Momentum after the warm-up.
+        warmup: Number of warm-up steps.
+    """
     done = min(iteration / warmup, 1.0) if warmup else 1.0
     first = min(_FIRST_MOMENTUM, momentum)
     return first + (momentum - first) * done
@@ -187,8 +193,8 @@ def optimizer_config(args: Namespace) -> tuple[OptimizerConfig, Any]:
 def wrap(model: list[torch.nn.Module], random: bool, ddp_config: Any, *rest: Any, **kw: Any) -> Any:
     """Wrap a model so that gradients of whole matrices reach the rank that steps them.
 
-    Megatron does so where it builds a model by its older way only; by this one every rank would
-    hold, and reduce, all gradients.
+    Megatron does so only in its older way of building a model. In the newer way every rank would
+    store and reduce all gradients.
     """
     if not get_args().use_layer_wise_distributed_optimizer:
         return _wrap(model, random, ddp_config, *rest, **kw)
@@ -201,12 +207,14 @@ def wrap(model: list[torch.nn.Module], random: bool, ddp_config: Any, *rest: Any
 
 
 class WholeMatrices(FP32Optimizer):
-    """Muon's part of a distributed optimizer in fp32, saved in the same form as in bf16."""
+    """Part of a distributed optimizer in fp32 that Muon steps, saved with the structure of bf16."""
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return the sharded state under the key `optimizer`."""
         return {"optimizer": super().sharded_state_dict(*args, **kwargs)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the state under the key `optimizer`."""
         super().load_state_dict(state_dict["optimizer"])
 
 

@@ -1,12 +1,12 @@
-"""Megatron's asynchronous saving with tensors in host memory, and without processes left behind.
+"""Asynchronous saving by Megatron with tensors in host memory and without orphaned processes.
 
-A process of its own writes the checkpoint. It gets the tensors through shared memory, copies them
-off the GPU, and training goes on. On the CPU there is nothing to copy, so it would write what the
-next steps make of them. And it would wait for work for ever if its rank were killed, as would the
-process through which it reports.
+A separate process writes the checkpoint. It receives the tensors through shared memory and copies
+them off the GPU, while training continues. On the CPU there is nothing to copy, so the process
+would write tensors that the next steps have changed. It would also wait for work indefinitely if
+its rank were killed, and so would the process through which it reports.
 
-Megatron is imported where it is needed: the process that writes comes here first, and the device
-must be active before.
+Megatron is imported inside functions, because the writing process imports this module first, and
+the device must be active before Megatron is imported.
 """
 
 import multiprocessing
@@ -23,7 +23,7 @@ _preload_tensors: Callable[..., list[Any]]
 
 
 def write_for_a_rank(*args: Any) -> None:
-    """The main function of the process that writes."""
+    """Run the writing process: activate the device, then Megatron's loop."""
     global _writing
     end_with_parent()
     from megatron_ext.devices import activate
@@ -34,7 +34,7 @@ def write_for_a_rank(*args: Any) -> None:
 
 
 def preload_tensors(write_buckets: list[Any], non_blocking: bool = True) -> list[Any]:
-    """Megatron's function of that name, with tensors that training cannot change."""
+    """Copy tensors off the device as Megatron does, into memory that training cannot change."""
     loaded = _preload_tensors(write_buckets, non_blocking)
     if not _writing:  # the rank itself writes and waits
         return loaded
@@ -45,10 +45,11 @@ def preload_tensors(write_buckets: list[Any], non_blocking: bool = True) -> list
 
 
 def get_write_results_queue(mp_mode: str = "spawn") -> Any:
-    """Megatron's function of that name; the process that holds the queue ends with its rank.
+    """Return the queue of the results of writing, whose process ends with its rank.
 
-    Only a process that writes needs one. A rank that writes by itself, which asks for "spawn", gets
-    a queue of its own; Megatron's would import this whole program again to hold it.
+    Only a writing process needs a queue that processes share. A rank that writes synchronously,
+    which passes "spawn", uses a queue in this process; Megatron's queue would start a process that
+    imports the whole program again.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 

@@ -1,9 +1,9 @@
 """The CPU device: Megatron's real trainer over gloo on a machine without CUDA.
 
-Megatron asks `torch.cuda` for its device, streams, memory and random state, and places tensors on
-"cuda". The CPU device answers those questions for the CPU and places those tensors in host memory;
-Megatron's own code runs as it is. Each concern has a file: `runtime` (what `torch.cuda` says),
-`placement` (where tensors go), `randomness` (two random states on one generator) and `gloo`
+Megatron uses `torch.cuda` for its device, streams, memory and random state, and places tensors on
+"cuda". The CPU device replaces these functions and places those tensors in host memory, so that
+Megatron's code runs unchanged. Each concern has a file: `runtime` (functions of `torch.cuda`),
+`placement` (devices of tensors), `randomness` (two random states on one generator) and `gloo`
 (collectives that gloo lacks).
 """
 
@@ -22,34 +22,37 @@ _device: str | None = None
 
 
 def activate(use_cuda: bool = True) -> str:
-    """Decide once which device Megatron runs on and return it: "cuda" or "cpu".
+    """Choose the device on which Megatron runs, once, and return it: "cuda" or "cpu".
 
     With CUDA available, and unless `use_cuda` is False, torch stays untouched. Otherwise the CPU
     device is installed, which must happen before Megatron is imported, because its modules keep
     references to torch functions.
-    On either device the patches of the group "megatron" are applied. Calling again returns the
-    first decision.
+    On either device the patches of the group "megatron" are applied. Later calls return the first
+    choice.
+
+    Args:
+        use_cuda: Whether to use CUDA if it is available.
 
     Raises:
-        RuntimeError: the device is the CPU and Megatron has been imported already.
+        RuntimeError: The device is the CPU and Megatron has been imported already.
     """
     global _device
     if _device is None:
         device = "cuda" if use_cuda and torch.cuda.is_available() else "cpu"
         if device == "cpu":
             _install()
-        patches.apply("megatron")  # imports Megatron, hence not before the device is installed
+        patches.apply("megatron")  # imports Megatron, hence after the device is installed
         _device = device
     return _device
 
 
 def is_cpu_device() -> bool:
-    """Whether `activate` has installed the CPU device in this process."""
+    """Return whether `activate` has installed the CPU device in this process."""
     return _device == "cpu"
 
 
 def cpu_default_args() -> list[str]:
-    """Megatron's flags that the CPU device needs, to go before the user's on the command line.
+    """Return Megatron's flags for the CPU device, to be put before the flags of the user.
 
     They choose gloo and the layers written in plain torch, and turn off kernels that exist for
     CUDA only. (Megatron's `args_defaults` cannot carry them: it fills only flags without a value.)
@@ -72,15 +75,15 @@ def _install() -> None:
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     # Megatron refuses tensor parallelism unless CUDA would run its kernels in launch order.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    # transformers imports DeepSpeed where it is installed, which would ask `torch.cuda`.
+    # transformers imports DeepSpeed where it is installed, which would use `torch.cuda`.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     patches.apply("cpu device")
 
 
 def _hide_gpu_packages() -> None:
-    """Let Megatron fall back to torch where packages are installed that need a GPU.
+    """Hide installed packages that need a GPU, so that Megatron falls back to torch.
 
-    It takes the optimizer and the norm of gradients from them wherever they can be imported, as on
+    Megatron uses their optimizer and gradient norm wherever they can be imported, for example on
     the login node of a cluster, and fails when they launch their first kernel.
     """
     for package in ("transformer_engine", "apex"):
@@ -90,22 +93,22 @@ def _hide_gpu_packages() -> None:
 def compiler_settings() -> dict[str, Any]:
     """Return the setting by which `torch.compile`d functions run eagerly.
 
-    It is the first patch of the CPU device: applying it imports Dynamo, which files torch's
-    functions by identity and must therefore see the originals.
+    It is the first patch of the CPU device: applying it imports Dynamo, which registers torch's
+    functions by identity and must therefore be imported before they are replaced.
     """
     return {"torch._dynamo.config.disable": True}
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc keep what tensors free for the next ones, as torch does with CUDA's memory.
+    """Let glibc reuse freed memory of tensors, as torch does with CUDA's memory.
 
-    It would give blocks of megabytes back to the system, which clears every page of them before
-    the next tensor gets them: 10,000 page faults and some percent of the time of an MoE layer's
-    step. Blocks of 32 MiB and more are always given back. Other C libraries are left alone.
+    By default glibc returns blocks of megabytes to the system, which clears every page of them
+    before the next tensor uses them: 10,000 page faults and some percent of the time of an MoE
+    layer's step. Blocks of 32 MiB and more are always returned. Other C libraries are not changed.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        trim_threshold, mmap_threshold = -1, -3  # of malloc.h
+        trim_threshold, mmap_threshold = -1, -3  # constants of malloc.h
         mallopt(mmap_threshold, 32 << 20)
         mallopt(trim_threshold, (1 << 31) - 1)
 

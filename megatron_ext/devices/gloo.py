@@ -1,4 +1,4 @@
-"""Collectives in the forms that Megatron uses and gloo refuses."""
+"""Collectives with arguments that Megatron uses and gloo refuses."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -12,17 +12,19 @@ _all_gather = dist.all_gather
 
 
 class AllDone:
-    """One handle for the several collectives that stand for one."""
+    """Handle of several collectives that together replace one."""
 
     def __init__(self, works: Sequence[dist.Work]) -> None:
         self._works = works
 
     def wait(self) -> bool:
+        """Wait for all collectives."""
         for work in self._works:
             work.wait()
         return True
 
     def is_completed(self) -> bool:
+        """Return whether all collectives are completed."""
         return all(work.is_completed() for work in self._works)
 
 
@@ -35,10 +37,10 @@ def all_to_all_single(
     group: dist.ProcessGroup | None = None,
     async_op: bool = False,
 ) -> Any:
-    """Accept split sizes as tensors.
+    """Exchange tensors between all ranks, with split sizes that may be tensors.
 
-    Megatron's dispatcher turns them into arrays as it copies them off the GPU. On the CPU it has
-    nothing to copy and passes them as they are, which torch refuses.
+    Megatron's dispatcher converts split sizes to arrays when it copies them off the GPU. On the
+    CPU it has nothing to copy and passes tensors, which torch refuses.
     """
     output_splits, input_splits = (
         sizes.tolist() if isinstance(sizes, torch.Tensor) else sizes
@@ -54,9 +56,12 @@ def all_gather(
     group: dist.ProcessGroup | None = None,
     async_op: bool = False,
 ) -> Any:
-    """Gather tensors of unequal shapes, as layer-wise optimizers do, by one broadcast a rank."""
-    alike = len({part.shape for part in tensor_list}) <= 1
-    if alike or dist.get_backend(group) != "gloo":
+    """Gather tensors, of unequal shapes by one broadcast per rank.
+
+    Layer-wise optimizers gather tensors of unequal shapes.
+    """
+    equal_shapes = len({part.shape for part in tensor_list}) <= 1
+    if equal_shapes or dist.get_backend(group) != "gloo":
         return _all_gather(tensor_list, tensor, group, async_op)
     tensor_list[dist.get_rank(group)].copy_(tensor)
     gathering = AllDone(

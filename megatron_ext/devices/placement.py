@@ -1,7 +1,7 @@
-"""Where tensors go: "cuda" means host memory.
+"""Placement of tensors on the CPU device, where "cuda" means host memory.
 
 The torch functions and Tensor methods that take a device are wrapped one by one. A global
-`TorchFunctionMode` would do it in fewer lines and tax every operation
+`TorchFunctionMode` would need fewer lines but slow down every operation
 (`benchmarks/cpu_device.py` measures both).
 """
 
@@ -16,13 +16,13 @@ from torch.utils import _device as device_context
 
 from megatron_ext.patches.table import FACTORIES, METHODS
 
-# Where "cuda" is: host memory, or the meta device inside `without_data`.
+# Device that "cuda" means: host memory, or the meta device inside `without_data`.
 _device = torch.device("cpu")
 
 
 @contextmanager
 def without_data() -> Iterator[None]:
-    """Let "cuda" mean the meta device inside: tensors placed there have a shape and no data."""
+    """Let "cuda" mean the meta device, whose tensors have no data, for the duration of a block."""
     global _device
     _device = torch.device("meta")
     try:
@@ -32,9 +32,10 @@ def without_data() -> Iterator[None]:
 
 
 def on_host(device: Any) -> Any:
-    """The device a tensor is placed on: the CPU (or meta) for any spelling of a CUDA device.
+    """Return the device on which a tensor is placed: the CPU or meta device instead of CUDA.
 
-    An integer is a CUDA device to torch. What is no device comes back unchanged.
+    An integer is a CUDA device to torch. Other devices, and arguments that are not devices, are
+    returned unchanged.
     """
     if isinstance(device, torch.device):
         return _device if device.type == "cuda" else device
@@ -60,6 +61,7 @@ _enter_device = device_context.DeviceContext.__init__
 
 
 def tensor_to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """Replace `Tensor.to`, placing tensors on the host instead of on CUDA."""
     if args:
         args = (on_host(args[0]), *args[1:])
     elif "device" in kwargs:
@@ -68,7 +70,7 @@ def tensor_to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
 
 
 def tensor_type(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
-    """Name the type CUDA would give: Megatron's optimizers sort parameters by it."""
+    """Replace `Tensor.type`, returning the type on CUDA, by which Megatron sorts parameters."""
     if dtype is None:
         # Under a TorchFunctionMode the original calls this function again.
         name = _type(self).removeprefix("torch.cuda.").removeprefix("torch.")
@@ -92,7 +94,7 @@ def _enter_on_host(self: device_context.DeviceContext, device: Any) -> None:
 
 
 def _stay_on_host(storage: Any, location: str) -> Any:
-    """For `torch.load`: a storage saved on a GPU is used where it was read, in host memory."""
+    """Let `torch.load` leave a storage that was saved on a GPU in host memory."""
     return storage if location.startswith("cuda") else None
 
 

@@ -1,14 +1,14 @@
-"""Two random states, the host's and the device's, where torch has one generator.
+"""Separate random states of host and device on the CPU, where torch has one generator.
 
-Megatron keeps them apart: parameters and dropout draw from the device's state, which its tracker
+Megatron separates them: parameters and dropout draw from the device's state, which its tracker
 forks per parallel rank; data loading draws from the host's. On the CPU every tensor operation
 draws from torch's one default generator, so that generator becomes the *device's*, and
-`torch.get_rng_state`, `torch.set_rng_state` and `torch.seed`, which mean the host, get a generator
-of their own; `torch.manual_seed` seeds both, as it does with CUDA.
+`torch.get_rng_state`, `torch.set_rng_state` and `torch.seed`, which mean the host, use a separate
+generator; `torch.manual_seed` seeds both, as it does with CUDA.
 
 Data loaders draw on the host without naming a generator, so they run with the host's state
-swapped in. Otherwise a loader that exists on the first tensor-parallel rank alone would shift that
-rank's dropout away from its peers'.
+swapped in. Otherwise a loader that exists on the first tensor-parallel rank alone would make the
+dropout of that rank differ from that of its peers.
 """
 
 import functools
@@ -26,7 +26,7 @@ _host_generator = torch.Generator()
 
 @contextmanager
 def drawing_on_host() -> Iterator[None]:
-    """Let torch operations inside draw from the host's state and leave the device's alone."""
+    """Let torch operations draw from the host's random state, for the duration of a block."""
     device_state = _device_generator.get_state()
     _device_generator.set_state(_host_generator.get_state())
     try:
@@ -46,12 +46,15 @@ def _draws_on_host(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _device_states(*args: Any) -> tuple[list[int], list[torch.Tensor]]:
-    """For `torch.utils.checkpoint`, which looks for devices among its arguments and finds none."""
+    """Return the device and its random state for `torch.utils.checkpoint`.
+
+    It would look for devices among its arguments, which are on the CPU.
+    """
     return [0], [_device_generator.get_state()]
 
 
 def replacements() -> dict[str, Any]:
-    """Give host and device a random state each, which start equal, and return the replacements."""
+    """Create equal random states of host and device, and return the replacements."""
     _host_generator.set_state(_device_generator.get_state())
     torch.utils.checkpoint.DefaultDeviceType.set_device_type("cuda")
     loader, iterator = dataloader.DataLoader, dataloader._BaseDataLoaderIter

@@ -1,7 +1,7 @@
-"""What `torch.cuda` answers when the device is the CPU.
+"""Replacements of the functions of `torch.cuda` on the CPU device.
 
-Everything runs in program order, so streams and events are done whenever they are asked, and
-memory is the process's resident set.
+Everything runs in program order, so streams and events are always completed. Memory is the
+resident set of the process.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ import psutil
 import torch
 
 DEVICE_INDEX = 0
-# Ampere's: bf16 is there, and none of the kernels Megatron keeps for newer architectures.
+# That of Ampere, which has bf16 and none of Megatron's kernels for newer architectures.
 CAPABILITY = (8, 0)
 TENSOR_TYPES = (
     "BFloat16", "Bool", "Byte", "Char", "Double", "Float", "Half", "Int", "Long", "Short",
@@ -25,7 +25,7 @@ TENSOR_TYPES = (
 
 
 class Stream:
-    """The one stream there is: every instance is equal to every other."""
+    """Stream of the CPU device; all instances are equal, because there is only one stream."""
 
     device = torch.device("cuda", DEVICE_INDEX)
     device_index = DEVICE_INDEX
@@ -38,23 +38,26 @@ class Stream:
 
     @staticmethod
     def priority_range() -> tuple[int, int]:
+        """Return the least and the greatest priority, which are the same."""
         return 0, 0
 
     def wait_stream(self, stream: "Stream") -> None:
-        pass
+        """Do nothing: the work of the stream is completed."""
 
     def wait_event(self, event: "Event") -> None:
-        pass
+        """Do nothing: the event is completed."""
 
     def record_event(self, event: "Event | None" = None) -> "Event":
+        """Record an event, a new one by default, and return it."""
         event = Event() if event is None else event
         event.record(self)
         return event
 
     def synchronize(self) -> None:
-        pass
+        """Do nothing: the work of the stream is completed."""
 
     def query(self) -> bool:
+        """Return that the work of the stream is completed."""
         return True
 
     def __eq__(self, other: object) -> bool:
@@ -65,32 +68,34 @@ class Stream:
 
 
 class Event:
-    """A point in program order; two of them measure wall-clock time."""
+    """Point in program order; two events measure wall-clock time."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._recorded_at: float | None = None
 
     def record(self, stream: Stream | None = None) -> None:
+        """Record the current time."""
         self._recorded_at = time.perf_counter()
 
     def elapsed_time(self, end: "Event") -> float:
-        """Milliseconds from this event to `end`."""
+        """Return the milliseconds from this event to `end`."""
         if self._recorded_at is None or end._recorded_at is None:
             raise RuntimeError("elapsed_time needs two events that have been recorded")
         return (end._recorded_at - self._recorded_at) * 1e3
 
     def wait(self, stream: Stream | None = None) -> None:
-        pass
+        """Do nothing: the event is completed."""
 
     def synchronize(self) -> None:
-        pass
+        """Do nothing: the event is completed."""
 
     def query(self) -> bool:
+        """Return that the event is completed."""
         return True
 
 
 class DeviceGuard:
-    """Stands for `torch.cuda.device`: its block runs on the one device anyway."""
+    """Replacement for the context manager `torch.cuda.device`, without effect on one device."""
 
     def __init__(self, device: Any = None) -> None:
         self.idx = self.prev_idx = DEVICE_INDEX
@@ -104,29 +109,33 @@ class DeviceGuard:
 
 @contextlib.contextmanager
 def stream_guard(stream: Stream | None) -> Iterator[None]:
+    """Run a block unchanged, as there is only one stream."""
     yield
 
 
 class ProcessMemory:
-    """Resident bytes of the process; the peak is the highest of the readings."""
+    """Meter of the resident bytes of the process, whose peak is the largest reading."""
 
     def __init__(self) -> None:
         self._peak = 0
 
     def current(self, device: Any = None) -> int:
+        """Return the resident bytes of the process."""
         resident = psutil.Process().memory_info().rss
         self._peak = max(self._peak, resident)
         return resident
 
     def peak(self, device: Any = None) -> int:
+        """Return the largest reading since the start or the last reset, in bytes."""
         self.current()
         return self._peak
 
     def reset_peak(self, device: Any = None) -> None:
+        """Set the peak to 0."""
         self._peak = 0
 
     def stats(self, device: Any = None) -> dict[str, int]:
-        """`torch.cuda.memory_stats`, with zero for whatever has no meaning here."""
+        """Return the dictionary of `torch.cuda.memory_stats`, 0 for keys without a meaning here."""
         stats: dict[str, int] = defaultdict(int)
         for kind in ("active", "allocated", "requested", "reserved"):
             stats[f"{kind}_bytes.all.current"] = self.current()
@@ -134,16 +143,18 @@ class ProcessMemory:
         return stats
 
     def info(self, device: Any = None) -> tuple[int, int]:
-        """Free and total bytes of the machine."""
+        """Return the available and the total bytes of the machine."""
         memory = psutil.virtual_memory()
         return memory.available, memory.total
 
 
 def device_name(device: Any = None) -> str:
+    """Return the name of the processor."""
     return platform.processor() or platform.machine()
 
 
 def device_properties(device: Any = None) -> SimpleNamespace:
+    """Return the attributes of `torch.cuda.get_device_properties` that Megatron reads."""
     major, minor = CAPABILITY
     return SimpleNamespace(
         name=device_name(),
@@ -155,6 +166,7 @@ def device_properties(device: Any = None) -> SimpleNamespace:
 
 
 def _always(value: Any) -> Callable[..., Any]:
+    """Return a function that ignores its arguments and returns a value."""
     return lambda *args, **kwargs: value
 
 
@@ -199,14 +211,14 @@ def replacements() -> dict[str, Any]:
 
 
 def states() -> dict[str, Any]:
-    """Return the replacements of the state that `torch.cuda` keeps, of nvtx and of accelerators."""
+    """Return the replacements of the states of `torch.cuda`, of nvtx and of accelerators."""
     ranges = ("mark", "range_end", "range_pop", "range_push", "range_start")
     return {
         # Work that waits for the initialization, such as seeding, runs at once.
         "torch.cuda._initialized": True,
         # Looking for CUDA marks forked processes as unfit for it, which does not matter here.
         "torch.cuda._is_in_bad_fork": _always(False),
-        # torch asks `torch.accelerator` for real hardware, to pin memory for example.
+        # torch uses `torch.accelerator` for real hardware, to pin memory for example.
         "torch.accelerator.is_available": _always(False),
         **{f"torch.cuda.nvtx.{name}": _always(None) for name in ranges},
         "torch.cuda.nvtx.range": _always(contextlib.nullcontext()),

@@ -1,10 +1,10 @@
-"""Resuming Megatron's distributed optimizer in fp32 and with torch's Adam.
+"""Resuming of Megatron's distributed optimizer in fp32 and with torch's Adam.
 
-Megatron saves both and could load neither. In fp32 the shards to fill are views of the parameters
-themselves, which autograd guards. Torch's Adam runs wherever neither Transformer Engine nor Apex
-is installed. It is asked for its step count before it has any state. Loading looks for that count
-beside each parameter, where reshardable checkpoints have none, and leaves it at zero, or in one
-tensor that all parameters share and torch advances once for each of them.
+Megatron can save both but load neither. In fp32 the shards to fill are views of the parameters
+themselves, which autograd protects from changes. Torch's Adam is used where neither Transformer
+Engine nor Apex is installed. Megatron reads its step count before it has any state. Loading looks
+for that count next to each parameter, where reshardable checkpoints have none, and leaves it at
+zero, or in one tensor that all parameters share and that torch increases once for each of them.
 """
 
 import functools
@@ -19,8 +19,8 @@ _load_state_dict = DistributedOptimizer.load_state_dict
 _set_states = DistributedOptimizer._set_main_param_and_optimizer_states
 
 
-def _begin(optimizer: torch.optim.Optimizer) -> None:
-    """Give every parameter the state Adam would give it before its first step."""
+def _initialize_state(optimizer: torch.optim.Optimizer) -> None:
+    """Create the state of every parameter as Adam does before its first step."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if not optimizer.state[parameter]:
@@ -33,13 +33,15 @@ def _begin(optimizer: torch.optim.Optimizer) -> None:
 
 @functools.wraps(_state_dict)
 def state_dict(self: DistributedOptimizer) -> dict[str, Any]:
+    """Return Megatron's state dictionary, after creating the missing state of torch's Adam."""
     if isinstance(self.optimizer, torch.optim.Adam):
-        _begin(self.optimizer)
+        _initialize_state(self.optimizer)
     return _state_dict(self)
 
 
 @functools.wraps(_load_state_dict)
 def load_state_dict(self: DistributedOptimizer, state: dict[str, Any]) -> None:
+    """Load a state dictionary, with a separate step count for each parameter of torch's Adam."""
     with torch.no_grad():
         _load_state_dict(self, state)
     if isinstance(self.optimizer, torch.optim.Adam):
