@@ -208,7 +208,9 @@ def report(measured: Measured) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=10, help="steps timed either way")
+    parser.add_argument(
+        "--pairs", type=int, default=10, help="Timed steps of each kind. Default: %(default)s."
+    )
     pairs = parser.parse_args().pairs
     if DEVICE != "cpu":
         print("CUDA is available: the CPU device is not in use and costs nothing")

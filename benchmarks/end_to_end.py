@@ -258,11 +258,13 @@ def print_table(rows: list[dict[str, Any]], phases: Sequence[str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--hidden-size", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--seq-length", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=2, help=f"of {TURNS} timed steps each")
+    add = parser.add_argument
+    add("--ranks", nargs="+", type=int, default=[1, 2], help="Numbers of ranks. Default: 1 2.")
+    add("--hidden-size", type=int, default=256, help="Hidden size. Default: %(default)s.")
+    add("--layers", type=int, default=4, help="Number of layers. Default: %(default)s.")
+    add("--seq-length", type=int, default=256, help="Tokens per sequence. Default: %(default)s.")
+    rounds = f"Rounds of {TURNS} timed steps each. Default: %(default)s."
+    add("--rounds", type=int, default=2, help=rounds)
     options = parser.parse_args()
     hidden, layers, sequence = options.hidden_size, options.layers, options.seq_length
     phases = "attention, experts, dispatch, router, cutoffs, gradients, optimizer, data, other"

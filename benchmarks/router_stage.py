@@ -295,7 +295,7 @@ def main() -> None:
             f"--{name}",
             type=int,
             nargs="+",
-            help=f"Values of {name}. Default: {default} if another is given, else several.",
+            help=f"Values of {name}. Default: {default} next to another flag, else several.",
         )
     parser.add_argument(
         "--data",

@@ -303,20 +303,25 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    counts = [8, 32, 128, 512, 2048, 8192]
-    parser.add_argument("--ranks", nargs="+", type=int, default=counts)
-    parser.add_argument("--batches", nargs="+", choices=("weak", "fixed"))
-    parser.add_argument("--output", type=Path, default=Path("runs/scaling"), help="of the picture")
-    for name, default, about in (
-        ("ranks-a-node", 8, "GPUs of a node"),
-        ("intra-latency-us", 2.0, "between GPUs of a node"),
-        ("intra-gb-s", 450.0, "NVLink 4: of a GPU, one way"),
-        ("inter-latency-us", 5.0, "between nodes"),
-        ("inter-gb-s", 50.0, "NDR InfiniBand, 400 Gb/s: of a GPU's adapter, one way"),
+    add = parser.add_argument
+    models, counts = list(MODELS), [8, 32, 128, 512, 2048, 8192]
+    text = f"Models to calculate. Default: {' '.join(models)}."
+    add("--models", nargs="+", choices=MODELS, default=models, help=text)
+    text = f"Numbers of ranks. Default: {' '.join(map(str, counts))}."
+    add("--ranks", nargs="+", type=int, default=counts, help=text)
+    text = "Batch that grows with the ranks, or that is the same on all of them. Default: both."
+    add("--batches", nargs="+", choices=("weak", "fixed"), help=text)
+    text = "Folder of the picture. Default: %(default)s."
+    add("--output", type=Path, default=Path("runs/scaling"), help=text)
+    for name, default, text in (
+        ("ranks-a-node", 8, "GPUs per node."),
+        ("intra-latency-us", 2.0, "Latency between GPUs of a node in microseconds."),
+        ("intra-gb-s", 450.0, "Bandwidth of a GPU within a node, one way, in GB/s (NVLink 4)."),
+        ("inter-latency-us", 5.0, "Latency between nodes in microseconds."),
+        ("inter-gb-s", 50.0, "Bandwidth of a GPU's network adapter, one way, in GB/s (NDR 400)."),
     ):
-        about += f" (default: {default})"
-        parser.add_argument(f"--{name}", type=type(default), default=default, help=about)
+        text += " Default: %(default)s."
+        add(f"--{name}", type=type(default), default=default, help=text)
     options, layout = parser.parse_known_args()
     network = Network(
         NetworkLink(1e-6 * options.intra_latency_us, 1e9 * options.intra_gb_s),

@@ -53,11 +53,11 @@ class ETConfig(TransformerConfig):
     """Tokens that a cutoff is taken over: each micro-batch of all ranks, then averaged (the paper),
     or all tokens of the optimizer step. Default: microbatch."""
 
-    et_kept_logits_mb: float = 256.0
-    """Bound, in MiB per rank, on the router logits that are stored until the end of the step to
-    find cutoffs. Beyond it, cutoffs of micro-batches are determined earlier, by a few small
-    reductions in the forward pass, and are the same. A layer stores at least one micro-batch.
-    Default: 256."""
+    et_logit_buffer_mb: float = 256.0
+    """Size, in MiB per rank, of the buffer of router logits that wait for the search for cutoffs at
+    the end of the step. Once it is full, the cutoffs of micro-batches are computed earlier, by a
+    few small reductions in the forward pass, and are the same. A layer stores at least one
+    micro-batch. Default: 256."""
 
     et_gate: Literal["sigmoid", "softmax", "relu"] = "sigmoid"
     """Function from a router logit to the weight of an expert's output. The weights are not
@@ -116,9 +116,9 @@ class ETConfig(TransformerConfig):
 
     @property
     def kept_logits_bytes(self) -> int:
-        """Part of `et_kept_logits_mb` for each MoE layer of a pipeline stage, in bytes."""
+        """Part of `et_logit_buffer_mb` for each MoE layer of a pipeline stage, in bytes."""
         layers = -(-sum(moe_layer_pattern(self)) // self.pipeline_model_parallel_size)
-        return int(self.et_kept_logits_mb * 2**20) // max(layers, 1)
+        return int(self.et_logit_buffer_mb * 2**20) // max(layers, 1)
 
     def _check_thresholds(self) -> None:
         """Refuse values with which thresholds cannot work, naming the flag and the fix."""
@@ -147,9 +147,9 @@ class ETConfig(TransformerConfig):
                 f"--et-logit-softcap {self.et_logit_softcap} must not be negative. Use 0 for no "
                 "bound."
             )
-        if self.et_kept_logits_mb < 0:
+        if self.et_logit_buffer_mb < 0:
             raise UserError(
-                f"--et-kept-logits-mb {self.et_kept_logits_mb} must not be negative. Use 0 to "
+                f"--et-logit-buffer-mb {self.et_logit_buffer_mb} must not be negative. Use 0 to "
                 "store as little as possible."
             )
 

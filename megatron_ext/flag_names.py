@@ -73,7 +73,7 @@ FLAGS = frozenset((
     "--encoder-seq-length", "--end-weight-decay", "--eod-mask-loss",
     "--ep-overlap-early-attn-memory-release", "--error-injection-rate", "--error-injection-type",
     "--et-capacity", "--et-capacity-pool", "--et-cutoff-pool", "--et-ema-decay", "--et-gate",
-    "--et-init", "--et-kept-logits-mb", "--et-logit-softcap", "--et-mean-experts",
+    "--et-init", "--et-logit-buffer-mb", "--et-logit-softcap", "--et-mean-experts",
     "--et-norm-scale", "--et-warmup-iters", "--eval-global-batch-size", "--eval-interval",
     "--eval-iters", "--eval-micro-batch-size", "--evidence-data-path", "--exit-duration-in-mins",
     "--exit-interval", "--exit-on-missing-checkpoint", "--exit-signal", "--exit-signal-handler",

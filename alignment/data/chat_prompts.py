@@ -72,8 +72,9 @@ def example(
     hidden, whole = conversation.answered(answer)
     if not whole.startswith(conversation.prompt):
         raise UserError(
-            "the chat template writes a conversation otherwise once it is answered, so that prompt "
-            "and completion cannot be told apart: give another template with --chat-template"
+            "The chat template writes a conversation differently after it is answered, so that "
+            "prompt and completion cannot be separated. Choose another template with "
+            "--chat-template."
         )
     conversation.check_complete()
     completion = _ended(tokenizer, whole[len(conversation.prompt) :], hidden)

@@ -161,8 +161,8 @@ class RecordWriter:
         self._kind = self._kind or kind
         if kind is not self._kind:
             raise UserError(
-                f"{self.path} cannot hold a {kind.__name__} beside a {self._kind.__name__}: "
-                f"import them into files of their own, or choose one with --as"
+                f"{self.path} cannot hold a {kind.__name__} and a {self._kind.__name__}. "
+                "Import them into separate files, or choose one kind with --as."
             )
         self.count += 1
         self._batch.append(record.to_row())

@@ -122,9 +122,7 @@ class Splitter:
             for size in wanted
         ]
         if sum(sizes) > prompts:
-            raise UserError(
-                f"--split: {sum(sizes):,} prompts are wanted, and there are {prompts:,}"
-            )
+            raise UserError(f"--split requires {sum(sizes):,} prompts, and there are {prompts:,}.")
         if wanted[-1] == REST:
             sizes[-1] = prompts - sum(sizes)
         return sizes

@@ -53,7 +53,9 @@ def read_comparison(files: Sequence[str], baseline: str, common: bool) -> Policy
     for file in [baseline, *(file for file in files if file != baseline)]:
         name, of = _read_responses(Path(file))
         if name in answers:
-            raise UserError(f"{file} is of {name!r}, as another file of --responses: mend a source")
+            raise UserError(
+                f"{file} is from {name!r}, like another file of --responses. Correct a source."
+            )
         answers[name] = of
     prompts = _shared(answers, common)
     responses = [r for of in answers.values() for prompt in prompts for r in of[prompt]]

@@ -137,7 +137,7 @@ MARKS: dict[str, Mark] = {
         moe_enable_routing_replay moe_flex_dispatcher_num_sms moe_deepep_num_sms
         moe_hybridep_num_sms moe_hybridep_num_blocks_permute moe_hybridep_num_blocks_unpermute
         moe_hybridep_num_sms_preprocessing moe_ncclep_static_shape moe_ncclep_zero_copy
-        et_kept_logits_mb
+        et_logit_buffer_mb
         """,
     ),
     # Kernels and their precision. The precision of the weights is checked with the optimizer's

@@ -230,7 +230,7 @@ def check_pools(args: Namespace, config: ETConfig) -> None:
         if needed > config.kept_logits_bytes:
             raise UserError(
                 f"--et-cutoff-pool step keeps the router logits of a whole step, and "
-                f"--et-kept-logits-mb {config.et_kept_logits_mb:g} has room for only "
+                f"--et-logit-buffer-mb {config.et_logit_buffer_mb:g} has room for only "
                 f"{config.kept_logits_bytes / needed:.0%} of them: raise it, or use "
                 "--et-cutoff-pool microbatch"
             )

@@ -74,7 +74,7 @@ SAME_MODELS: list[tuple[Flags, Flags]] = [
     ((), ("--attention-backend", "fused", "--transformer-impl", "transformer_engine")),
     ((), ("--log-interval", "7", "--eval-interval", "3", "--save-interval", "5")),
     ((), ("--make-vocab-size-divisible-by", "64", "--seed", "5", "--et-init", "paper")),
-    ((), ("--et-kept-logits-mb", "1", "--moe-router-dtype", "fp64")),
+    ((), ("--et-logit-buffer-mb", "1", "--moe-router-dtype", "fp64")),
     ((), ("--bf16", "--fp8-format", "hybrid", "--attention-softmax-in-fp32")),
     # The same in other words, or nothing that the model reads.
     ((), ("--moe-router-topk", "1", "--et-mean-experts", "1.0")),

@@ -282,7 +282,7 @@ def test_thresholds_need_no_collective_in_forward_and_four_a_step(pool: str) -> 
 
 
 def thresholds_with_bound(mebibytes: str) -> tuple[torch.Tensor, int, int]:
-    _, _, model = megatron.start("--et-kept-logits-mb", mebibytes)
+    _, _, model = megatron.start("--et-logit-buffer-mb", mebibytes)
     from megatron_ext.moe.router import routers_of
     from megatron_ext.training.step import RoutingStep
 

@@ -50,10 +50,10 @@ def changed(dataset: Path, folder: Path) -> Path:
         (["--et-capacity", "-0.1"], "--et-capacity -0.1 must be in [0, 1)"),
         (["--et-ema-decay", "1"], "--et-ema-decay 1.0 must be in [0, 1)"),
         (["--et-warmup-iters", "-1"], "--et-warmup-iters -1 must not be negative"),
-        (["--et-kept-logits-mb", "-1"], "--et-kept-logits-mb -1.0 must not be negative"),
+        (["--et-logit-buffer-mb", "-1"], "--et-logit-buffer-mb -1.0 must not be negative"),
         (
-            ["--et-cutoff-pool", "step", "--et-kept-logits-mb", "0.003"],
-            "--et-kept-logits-mb 0.003 holds only 77% of them: raise it, or use",
+            ["--et-cutoff-pool", "step", "--et-logit-buffer-mb", "0.003"],
+            "--et-logit-buffer-mb 0.003 holds only 77% of them: raise it, or use",
         ),
         (["--router-type", "expert"], "--router-type"),
         (["--moe-token-dispatcher-type", "flex"], "Use alltoall or allgather"),

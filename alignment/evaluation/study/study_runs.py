@@ -259,8 +259,8 @@ def _of_study(study: Path, entry: Mapping[str, Any]) -> StudyRun:
     own = about.get("seed")
     if None not in (seed, own) and seed != own:
         raise UserError(
-            f"{study / 'study.json'} has seed {seed} of {folder}, whose run.json tells seed {own}: "
-            "mend the one in study.json"
+            f"{study / 'study.json'} has seed {seed} for {folder}, whose run.json has seed {own}. "
+            "Correct the seed in study.json."
         )
     seed = own if seed is None else seed
     names = (folder, clean(entry["policy"]), clean(entry["judge"]), seed)

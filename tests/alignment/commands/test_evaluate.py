@@ -244,7 +244,7 @@ def test_policies_that_cannot_be_compared_are_refused(tmp_path: Path, files: lis
 
     short = policy(tmp_path, "short", ["x"] * (N - 4))
     refused(short, "base answered 4 prompts that another")
-    refused(policy(tmp_path / "..", "base", ["x"] * N), "is of 'base', as another file")
+    refused(policy(tmp_path / "..", "base", ["x"] * N), "is from 'base', like another file")
     mixed = read_all(Path(files[1]), Response)[:1] + read_all(Path(files[2]), Response)[1:]
     refused(write(tmp_path / "mixed.jsonl", mixed), "'bad' and of 'good'")
     same = [Response(f"base-p{i}", Prompt(f"p{i}", [Message("user", f"Say {i}")]), "x", "c")

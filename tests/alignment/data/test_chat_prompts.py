@@ -260,7 +260,7 @@ def test_a_tokenizer_without_a_template_or_with_one_that_cannot_do_is_told(token
     with pytest.raises(UserError, match="refuses the messages"):
         prompt_ids(with_template("{{ messages[0].content + 1 }}"), TALK)
     changing = with_template("{{ messages|length }}{% if add_generation_prompt %}:{% endif %}")
-    with pytest.raises(UserError, match="otherwise once it is answered"):
+    with pytest.raises(UserError, match="differently after it is answered"):
         example(changing, TALK, "Blue")
 
 

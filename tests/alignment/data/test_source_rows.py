@@ -63,7 +63,7 @@ def test_a_file_is_replaced_only_when_that_is_asked_for_and_when_the_new_one_is_
     file.write_text("old")
     with pytest.raises(UserError, match="is there already: give --overwrite"):
         RecordWriter(file)
-    with pytest.raises(UserError, match="cannot hold a Response beside a Prompt"):
+    with pytest.raises(UserError, match="cannot hold a Response and a Prompt"):
         with RecordWriter(file, overwrite=True) as writer:
             writer.write(PROMPT)
             writer.write(Response("r", PROMPT, ""))

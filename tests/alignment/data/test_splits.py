@@ -146,7 +146,7 @@ def test_splits_that_cannot_be_had_are_refused() -> None:
         Splitter([Split("a", 1), Split("a", 1)])
     with pytest.raises(UserError, match="only the last"):
         Splitter([Split("a", "rest"), Split("b", 1)])
-    with pytest.raises(UserError, match="3 prompts are wanted, and there are 2"):
+    with pytest.raises(UserError, match="requires 3 prompts, and there are 2"):
         split_all(Splitter([Split("a", 3)]), ["one", "two"])
     with pytest.raises(UserError, match=r"a=0\.01 leaves no prompt"):
         split_all(Splitter([Split("a", 0.01), Split("b", "rest")]), ["one", "two"])

@@ -243,7 +243,7 @@ def test_a_seed_twice_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has seed 3 of 'label' on 'start' twice"):
         main([str(tmp_path)])
     write_index(tmp_path, [one | {"seed": seed} for seed, one in enumerate(entries, 1)])
-    with pytest.raises(UserError, match=r"seed 1 of .*/a, whose run\.json tells seed 3"):
+    with pytest.raises(UserError, match=r"seed 1 for .*/a, whose run\.json has seed 3"):
         main([str(tmp_path)])
     for one in entries:
         del one["seed"]  # then run.json tells
