@@ -115,7 +115,7 @@ class ETConfig(TransformerConfig):
         return RoutingRate(self.mean_experts / self.num_moe_experts, capacity)
 
     @property
-    def kept_logits_bytes(self) -> int:
+    def logit_buffer_bytes(self) -> int:
         """Part of `et_logit_buffer_mb` for each MoE layer of a pipeline stage, in bytes."""
         layers = -(-sum(moe_layer_pattern(self)) // self.pipeline_model_parallel_size)
         return int(self.et_logit_buffer_mb * 2**20) // max(layers, 1)

@@ -14,7 +14,7 @@ class StepCutoffs:
     """Cutoffs of one layer's experts in the current optimizer step.
 
     A router adds the cutoffs that its forward pass needed, or keeps a micro-batch's logits for
-    :func:`resolve_kept_logits`, once per micro-batch however often recomputation repeats the
+    :func:`resolve_buffered_logits`, once per micro-batch however often recomputation repeats the
     forward pass.
 
     Args:
@@ -25,21 +25,21 @@ class StepCutoffs:
 
     def __init__(self, rank_of: RankOf, whole_step: bool, max_bytes: int) -> None:
         self.rank_of, self.whole_step, self.max_bytes = rank_of, whole_step, max_bytes
-        self.kept_logits: list[Tensor] = []  # fp32 [tokens, experts] each
+        self.buffered_logits: list[Tensor] = []  # fp32 [tokens, experts] each
         self.values: list[Tensor] = []  # fp32 [experts] each, one per pool
         self._forecast = Forecast()
 
     @property
     def is_empty(self) -> bool:
         """Whether nothing was collected since the last step."""
-        return not self.kept_logits and not self.values
+        return not self.buffered_logits and not self.values
 
     @property
     def pools(self) -> list[Pool]:
-        """Pools of kept logits whose cutoffs are still to be found."""
-        if self.kept_logits and self.whole_step:
-            return [self.kept_logits]
-        return list(self.kept_logits)
+        """Pools of buffered logits whose cutoffs are not yet known."""
+        if self.buffered_logits and self.whole_step:
+            return [self.buffered_logits]
+        return list(self.buffered_logits)
 
     def bracket(self) -> Bracket | None:
         """Return where the next pool's cutoffs are likely to lie."""
@@ -56,27 +56,27 @@ class StepCutoffs:
 
     def keep(self, logits: Tensor) -> None:
         """Keep the logits of one micro-batch, fp32 `[tokens, experts]`, until they are resolved."""
-        self.kept_logits.append(logits)
+        self.buffered_logits.append(logits)
 
     def has_room(self, nbytes: int) -> bool:
         """Return whether another micro-batch's logits can be kept within the bound.
 
         Pools of whole steps cannot be resolved early; their size is checked before training.
         """
-        return self.whole_step or (len(self.kept_logits) + 1) * nbytes <= self.max_bytes
+        return self.whole_step or (len(self.buffered_logits) + 1) * nbytes <= self.max_bytes
 
     def take(self) -> Tensor:
         """Return the mean cutoffs of the step, fp32 `[experts]`, and start a new step."""
-        assert self.values and not self.kept_logits, "a training step without a micro-batch"
+        assert self.values and not self.buffered_logits, "a training step without a micro-batch"
         mean = torch.stack(self.values).mean(dim=0)
         self.values = []
         return mean
 
 
-def resolve_kept_logits(
+def resolve_buffered_logits(
     layers: Sequence[StepCutoffs], group: Group, counts: Tensor | None = None
 ) -> None:
-    """Turn the kept logits of a pipeline stage into cutoffs, all layers in one search.
+    """Turn the buffered logits of a pipeline stage into cutoffs, all layers in one search.
 
     Args:
         layers: Collections of the layers, in the same order on all ranks.
@@ -100,4 +100,4 @@ def resolve_kept_logits(
     for layer, value in zip(owners, values, strict=True):
         layer.add(value)
     for layer in layers:
-        layer.kept_logits = []
+        layer.buffered_logits = []

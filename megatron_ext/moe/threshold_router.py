@@ -13,7 +13,7 @@ from megatron_ext.config import ETConfig
 from megatron_ext.moe.order_statistics import kth_largest, top_k_mask
 from megatron_ext.moe.router import ETRouter
 from megatron_ext.moe.routing_metrics import routing_figures
-from megatron_ext.moe.step_cutoffs import StepCutoffs, resolve_kept_logits
+from megatron_ext.moe.step_cutoffs import StepCutoffs, resolve_buffered_logits
 from megatron_ext.moe.thresholds import Thresholds, select_by_threshold
 from megatron_ext.sequence import sequence_positions
 
@@ -56,7 +56,7 @@ class ThresholdRouter(ETRouter):
             config.num_moe_experts, config.et_ema_decay, device=torch.cuda.current_device()
         )
         whole_step = config.et_cutoff_pool == "step"
-        self.cutoffs = StepCutoffs(self.rate.k, whole_step, config.kept_logits_bytes)
+        self.cutoffs = StepCutoffs(self.rate.k, whole_step, config.logit_buffer_bytes)
         self._step_cutoff: Tensor | None = None  # fp32 [experts], until commit or discard
 
     @property
@@ -75,7 +75,7 @@ class ThresholdRouter(ETRouter):
         with torch.no_grad():
             # All ranks resolve together: Megatron gives them micro-batches of one shape.
             if counting and not self.cutoffs.has_room(logits.numel() * logits.element_size()):
-                resolve_kept_logits([self.cutoffs], self.pool_group)
+                resolve_buffered_logits([self.cutoffs], self.pool_group)
             positions = self._positions(sequence, batch, logits.device)
             if padding_mask is None:
                 routing_map = self.select(logits.detach(), positions, counting)

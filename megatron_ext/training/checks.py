@@ -227,11 +227,11 @@ def check_pools(args: Namespace, config: ETConfig) -> None:
     if config.et_cutoff_pool == "step":
         micro_batches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
         needed = 4 * per_rank * micro_batches * config.num_moe_experts
-        if needed > config.kept_logits_bytes:
+        if needed > config.logit_buffer_bytes:
             raise UserError(
                 f"--et-cutoff-pool step keeps the router logits of a whole step, and "
                 f"--et-logit-buffer-mb {config.et_logit_buffer_mb:g} has room for only "
-                f"{config.kept_logits_bytes / needed:.0%} of them: raise it, or use "
+                f"{config.logit_buffer_bytes / needed:.0%} of them: raise it, or use "
                 "--et-cutoff-pool microbatch"
             )
     # Expert choice selects the top k of the whole pool and ignores the capacity.

@@ -12,7 +12,7 @@ import torch
 from megatron.core.distributed import finalize_model_grads
 
 from megatron_ext.moe.router import ETRouter, routers_of
-from megatron_ext.moe.step_cutoffs import resolve_kept_logits
+from megatron_ext.moe.step_cutoffs import resolve_buffered_logits
 
 
 class RoutingStep:
@@ -40,7 +40,7 @@ class RoutingStep:
             return
         counts = torch.stack([router.counts.packed() for router in routers])
         cutoffs = [router.cutoffs for router in routers if router.cutoffs is not None]
-        resolve_kept_logits(cutoffs, routers[0].pool_group, counts)
+        resolve_buffered_logits(cutoffs, routers[0].pool_group, counts)
         for router, packed in zip(routers, counts, strict=True):
             self.figures[router.layer_number - 1] = router.resolve(packed)
 

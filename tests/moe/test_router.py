@@ -262,7 +262,7 @@ def communication(pool: str) -> list[tuple[int, int, int]]:
             for _ in range(3):
                 for router in routers:
                     router.routing(torch.randn(32, 4, 4, generator=generator))
-        kept = max(len(router.cutoffs.kept_logits) for router in routers)
+        kept = max(len(router.cutoffs.buffered_logits) for router in routers)
         with counted_collectives() as end:
             step.resolve(routers)
         step.commit()
@@ -294,13 +294,13 @@ def thresholds_with_bound(mebibytes: str) -> tuple[torch.Tensor, int, int]:
             with counted_collectives() as forward:
                 router.routing(torch.randn(32, 2, 4, generator=generator))
             calls = len(forward.calls)
-            most = max(most, sum(kept.nbytes for kept in router.cutoffs.kept_logits))
+            most = max(most, sum(kept.nbytes for kept in router.cutoffs.buffered_logits))
         step.resolve(routers_of(model))
         step.commit()
     return router.thresholds.value(), most, calls
 
 
-def test_bound_on_kept_logits_holds_and_changes_no_threshold() -> None:
+def test_bound_on_buffered_logits_holds_and_changes_no_threshold() -> None:
     micro_batch = 32 * 2 * 4 * 4  # bytes
     whole = run_ranks(thresholds_with_bound, 2, "1")
     assert [(most, calls) for _, most, calls in whole] == [(5 * micro_batch, 0)] * 2

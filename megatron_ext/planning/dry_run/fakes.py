@@ -116,13 +116,13 @@ class EvenLoad:
         def select_at_random(
             router: ThresholdRouter, logits: Tensor, positions: Tensor, counting: bool
         ) -> Tensor:
-            before = len(router.cutoffs.kept_logits)
+            before = len(router.cutoffs.buffered_logits)
             enough = int(_TOKENS_OF_AN_EXPERT / self.rate) + 1
             affordable = min(_TOKENS, _TOKENS_OF_A_STEP // self.microbatches)
             tokens = min(logits.shape[0], max(affordable, enough))
             sample = _random_logits(tokens, router.num_experts, self.rate)
             select(router, sample, torch.arange(tokens), counting)
-            if len(router.cutoffs.kept_logits) > before:
+            if len(router.cutoffs.buffered_logits) > before:
                 self.kept_bytes += logits.numel() * logits.element_size()
             return torch.empty_like(logits, dtype=torch.bool)
 
@@ -134,7 +134,7 @@ class EvenLoad:
 
         def resolve_whole_step(step: RoutingStep, routers: Sequence[Any]) -> None:
             for router in threshold_routers(routers):
-                sizes = [len(logits) for logits in router.cutoffs.kept_logits]
+                sizes = [len(logits) for logits in router.cutoffs.buffered_logits]
                 for i in range(len(sizes), self.microbatches if sizes else 0):
                     # New logits each time, because a search takes longer where values are tied.
                     tokens = sizes[i % len(sizes)]
