@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 pretrain_et.py --recipe examples/recipes/FILE.yaml [flags]
 
-Megatron's `pretrain` trains. This file parses the command line, checks the run, and adds this
-project's parts to the trainer.
+Megatron's `pretrain` trains the model. This file parses the command line, checks the run, and adds
+the parts of this project to the trainer.
 """
 
 import os
@@ -40,13 +40,13 @@ from megatron_ext.training.watchdog import Watchdog  # noqa: E402
 
 
 def main() -> None:
-    """Train, or print what training would need."""
+    """Train, or print the requirements of the run with `--dry-run`."""
     args, config = parse_args(sys.argv[1:])
     patches.apply("optimizer")
     if args.dry_run is not None:
         from megatron_ext.planning.dry_run import dry_run
 
-        if os.environ.get("RANK", "0") == "0":  # torchrun may have started several
+        if os.environ.get("RANK", "0") == "0":  # torchrun may have started several ranks
             dry_run(args, config)
         return
     patches.apply("checkpoints")

@@ -1,4 +1,4 @@
-"""Command line of `pretrain_et.py`: Megatron's flags, ours, and recipes."""
+"""Command line of `pretrain_et.py`: flags of Megatron and of this project, and recipes."""
 
 import contextlib
 import io
@@ -36,12 +36,12 @@ from megatron_ext.ranges import batch_schedule, check_ranges, check_trackers
 from megatron_ext.recipes import expand_recipes
 
 _DEFAULTS = [
-    # Megatron's mask is a square matrix for each sample; attention here is causal without it.
+    # Megatron's mask is a square matrix for each sample; attention is causal without it.
     "--no-create-attention-mask-in-dataloader",
     "--exit-signal-handler",
     # Megatron divides by the interval and has no default for it.
     "--eval-interval=1000",
-    # Any layout can resume from a checkpoint of any other, see megatron_ext.training.resharding.
+    # A checkpoint can then be resumed in any layout, see megatron_ext.training.resharding.
     "--dist-ckpt-optim-fully-reshardable",
 ]
 
@@ -61,7 +61,7 @@ def parse_args(
         world_size: Number of ranks. Default: that of the environment.
 
     Raises:
-        UserError: One sentence on the mistake in the command line, on every rank.
+        UserError: The command line has a mistake; raised on every rank.
     """
     args, explicit = parse_flags(argv, writes)
     args.rank = int(os.environ.get("RANK", "0"))
@@ -83,10 +83,10 @@ def parse_args(
 
 
 def parse_flags(argv: Sequence[str], writes: bool = True) -> tuple[Namespace, set[str]]:
-    """Parse a command line without any effect outside of the result.
+    """Parse a command line without side effects.
 
-    The defaults of some flags depend on other flags, so that the command line is parsed first
-    without them, and once more with the defaults in front of it.
+    The defaults of some flags depend on other flags. Therefore the command line is parsed first
+    without them, and again with the defaults in front of it.
 
     Args:
         argv: Flags, without the program's name.
@@ -118,7 +118,7 @@ def _initialize_globals(args: Namespace) -> None:
     """Validate the arguments and set Megatron's global variables.
 
     These are the steps of Megatron's `parse_and_validate_args` after parsing. It cannot be called
-    because it reads the command line of the process, which has recipes and lacks our defaults.
+    because it reads the command line of the process, which has recipes and lacks these defaults.
     """
     args._is_global_batch_size_explicitly_specified = args.global_batch_size is not None
     if args.enable_msc and not args.disable_msc_deprecated:
@@ -143,7 +143,7 @@ def _initialize_globals(args: Namespace) -> None:
 
 
 def add_arguments(parser: ArgumentParser) -> ArgumentParser:
-    """Add this project's flags: those of ETConfig, of Muon and of the run."""
+    """Add the flags of this project, which are those of ETConfig, of Muon and of the run."""
     megatron = [field.name for field in fields(TransformerConfig)]
     ArgumentGroupFactory(ETConfig, exclude=megatron).build_group(parser, "expert threshold")
     add_muon_arguments(parser)
@@ -216,7 +216,7 @@ def _print_help(parser: ArgumentParser) -> None:
 
 
 def _run_dir_flags(run_dir: str | None) -> list[str]:
-    """Return the folders of a run's parts as flags, which flags that follow override."""
+    """Return flags for the folders in a run directory, which later flags override."""
     if run_dir is None:
         return []
     checkpoints = str(Path(run_dir, "checkpoints"))
@@ -257,7 +257,7 @@ def _explicit(argv: Sequence[str], parser: ArgumentParser) -> set[str]:
 
 
 def _check_before_megatron(args: Namespace, explicit: set[str]) -> None:
-    """Refuse mistakes that Megatron would answer with a stack trace or a wrong guess."""
+    """Refuse mistakes that Megatron reports as a stack trace, or not at all."""
     if args.stall_timeout is not None and args.stall_timeout <= 0:
         raise UserError(f"--stall-timeout {args.stall_timeout:g} must be above 0 seconds")
     check_layout(args, args.world_size)
@@ -270,7 +270,7 @@ def _check_before_megatron(args: Namespace, explicit: set[str]) -> None:
         if os.environ.get("RANK", "0") == "0":
             name = Path(sys.argv[0]).name
             print(f"{name}: warning: {warning}", file=sys.stderr, flush=True)
-    files = ("SentencePieceTokenizer", "TikTokenizer")  # others may name a model on a hub
+    files = ("SentencePieceTokenizer", "TikTokenizer")  # others may have a model on a hub
     if args.tokenizer_type in files and not Path(args.tokenizer_model or "").is_file():
         raise UserError(f"--tokenizer-model {args.tokenizer_model} does not exist: check the path")
     if args.reset_attention_mask:
@@ -283,7 +283,7 @@ def _check_before_megatron(args: Namespace, explicit: set[str]) -> None:
 
 
 def _async_save_flags(args: Namespace, explicit: set[str]) -> list[str]:
-    """Return flags without which Megatron saves synchronously, or does not start."""
+    """Return the flags that Megatron needs to save asynchronously."""
     flags = ["--use-persistent-ckpt-worker"]
     if args.async_strategy == "nvrx" and find_spec("nvidia_resiliency_ext") is None:
         if "async_strategy" in explicit:
@@ -310,13 +310,20 @@ def _check_folders(args: Namespace) -> None:
 
 
 def explained(call: Callable[[], Any]) -> Any:
-    """Call a validation of Megatron and turn its refusal into a `UserError`."""
+    """Call a validation of Megatron and convert its errors.
+
+    Args:
+        call: Function that calls Megatron.
+
+    Raises:
+        UserError: Megatron refuses the arguments.
+    """
     try:
         return call()
     except UserError:
         raise
     except (AssertionError, ValueError, RuntimeError, ImportError, OSError) as error:
-        # An assertion may have no message; then its own source line says what must hold.
+        # The message of an assertion without one is its source line, which has the condition.
         line = (traceback.extract_tb(error.__traceback__)[-1].line or "").removeprefix("assert ")
         message = " ".join(str(error).split()) or f"Megatron requires that {line}"
         message = re.sub(r"\bargs\.(\w+)", lambda m: "--" + m[1].replace("_", "-"), message)

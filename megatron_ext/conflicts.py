@@ -1,4 +1,4 @@
-"""Checks for flags that contradict each other or have no effect."""
+"""Checks of flags that contradict each other or have no effect."""
 
 from argparse import Namespace
 from collections.abc import Set
@@ -15,7 +15,7 @@ _MUON_FLAGS = (
     "muon_reference_width",
 )
 
-# Settings that Megatron's Muon fails on or ignores: a harmless value, and what to do.
+# Settings that Megatron's Muon fails on or ignores: a harmless value and the advice.
 _NOT_WITH_MUON = {
     "fp16": (False, "use --bf16"),
     "decoupled_lr": (None, "use --muon-embedding-lr and --muon-head-lr"),
@@ -107,6 +107,7 @@ def _check_steps(args: Namespace) -> None:
 
 
 def _check_without_transformer_engine(args: Namespace) -> None:
+    """Refuse flags that need Transformer Engine."""
     if args.transformer_impl == "transformer_engine":
         raise UserError(
             "--transformer-impl transformer_engine needs the package transformer-engine and a GPU: "
@@ -120,6 +121,7 @@ def _check_without_transformer_engine(args: Namespace) -> None:
 
 
 def _check_replaced(args: Namespace, explicit: Set[str]) -> None:
+    """Refuse settings of Megatron's router that the router of the run replaces."""
     for name, (harmless, why) in router_type(args.router_type).replaced.items():
         value = getattr(args, name, None)
         if name in explicit and value not in harmless:
@@ -130,6 +132,7 @@ def _check_replaced(args: Namespace, explicit: Set[str]) -> None:
 
 
 def _check_muon(args: Namespace) -> None:
+    """Refuse flags that are incompatible with Muon, and values outside of their range."""
     for name, (harmless, why) in _NOT_WITH_MUON.items():
         if getattr(args, name, harmless) != harmless:
             flag = "no_use_layer_wise_param_layout" if harmless is True else name
@@ -155,22 +158,22 @@ def _check_muon(args: Namespace) -> None:
 
 def _without_effect(args: Namespace, explicit: Set[str]) -> list[str]:
     """Return a warning for each explicit flag that has no effect."""
-    unread: dict[str, str] = {}
+    unused: dict[str, str] = {}
     router = router_type(args.router_type)
     if not args.num_experts:
-        unread = dict.fromkeys(sorted(routing_flags()), "a model without --num-experts")
+        unused = dict.fromkeys(sorted(routing_flags()), "a model without --num-experts")
     else:
         ignored = sorted(routing_flags() - router.flags)
-        unread = dict.fromkeys(ignored, f"--router-type {args.router_type}")
+        unused = dict.fromkeys(ignored, f"--router-type {args.router_type}")
         if args.et_capacity is None:
-            unread = {"et_capacity_pool": "--et-capacity none"} | unread
+            unused = {"et_capacity_pool": "--et-capacity none"} | unused
     if args.optimizer != "muon":
-        unread |= dict.fromkeys(_MUON_FLAGS, f"--optimizer {args.optimizer}")
+        unused |= dict.fromkeys(_MUON_FLAGS, f"--optimizer {args.optimizer}")
     elif not args.num_experts:
-        unread["muon_router"] = "a model without --num-experts"
+        unused["muon_router"] = "a model without --num-experts"
     warnings = [
         f"{_flag(name)} has no effect with {why}"
-        for name, why in unread.items()
+        for name, why in unused.items()
         if name in explicit
     ]
     steps, warmup = args.train_iters, args.et_warmup_iters

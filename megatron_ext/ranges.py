@@ -1,6 +1,6 @@
-"""Ranges of flags that Megatron divides by, or hands to torch, long after it has read them.
+"""Checks of the ranges of flags that Megatron does not check when it parses them.
 
-Without a check here a value outside of its range ends a run with a stack trace when the model, the
+Without these checks a value outside of its range ends a run with a stack trace: when the model, the
 optimizer or the data are built, at the first step that logs or saves, or at the end of training.
 """
 
@@ -52,7 +52,7 @@ _RANGES: dict[str, _Range] = {
     "seed": (lambda value: 1 <= value < 2**32, "must be at least 1 and below 2 ** 32"),
 }  # fmt: skip
 
-# Intervals at which 0 turns off what they are of. Megatron divides by all others.
+# Intervals for which 0 means never. Megatron divides by all others.
 _OFF_AT_0 = {
     "exit_interval",
     "manual_gc_interval",
@@ -66,11 +66,11 @@ def check_ranges(args: Namespace, ranks: int) -> None:
     """Refuse values outside of their range, and schedules that cannot be computed.
 
     Args:
-        args: as parsed, before Megatron's validation.
-        ranks: the world size.
+        args: Arguments as parsed, before Megatron's validation.
+        ranks: World size.
 
     Raises:
-        UserError: naming the flag, its value and its range.
+        UserError: The message names the flag, its value and its range.
     """
     for name, value in vars(args).items():
         infinite = name in _RANGES and isinstance(value, float) and math.isinf(value)
@@ -94,6 +94,7 @@ def check_ranges(args: Namespace, ranks: int) -> None:
 
 
 def _check_phases(args: Namespace) -> None:
+    """Refuse phase transitions that are not steps, or without `--train-samples`."""
     steps = [step.strip() for step in args.phase_transition_iterations.split(",")]
     flag = f"--phase-transition-iterations {args.phase_transition_iterations}"
     if not all(step.isdecimal() and int(step) > 0 for step in steps):
@@ -106,7 +107,7 @@ def check_trackers(args: Namespace) -> None:
     """Refuse an experiment tracker that is not installed or lacks a name.
 
     Raises:
-        UserError: naming the flag, and the extra to install.
+        UserError: The message names the flag and the package or flag to add.
     """
     if not args.wandb_project:
         return
@@ -121,21 +122,23 @@ def check_trackers(args: Namespace) -> None:
         raise UserError("--wandb-project needs --wandb-save-dir or --run-dir: add one of them")
 
 
-def _check(name: str, value: Any, holds: Callable[[Any], bool], text: str) -> None:
-    if isinstance(value, int | float) and not isinstance(value, bool) and not holds(value):
-        raise UserError(f"{_flag(name)} {value:g} {text}{_WAYS_OUT.get(name, '')}")
+def _check(name: str, value: Any, is_valid: Callable[[Any], bool], text: str) -> None:
+    """Refuse the value of a flag that is not valid; `text` is the range in words."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and not is_valid(value):
+        raise UserError(f"{_flag(name)} {value:g} {text}{_ADVICE.get(name, '')}")
 
 
-_WAYS_OUT = {
+_ADVICE = {
     "eval_interval": ": use --eval-iters 0 to leave validation out",
     "save_interval": ": leave --run-dir and --save out to save nothing",
 }
 
 
 def _check_learning_rate(args: Namespace) -> None:
+    """Refuse a missing learning rate, and limits above the peak."""
     if args.lr is None:
         if args.optimizer == "muon":
-            return  # the paper's
+            return  # that of the paper
         raise UserError("the learning rate is missing: add --lr")
     for name in ("min_lr", "lr_warmup_init"):
         if getattr(args, name) > args.lr:
@@ -150,6 +153,7 @@ def _check_learning_rate(args: Namespace) -> None:
 
 
 def _check_annealing(args: Namespace) -> None:
+    """Refuse a WSD schedule whose decay is missing or longer than the schedule."""
     unit, other = ("iters", "samples") if args.train_iters else ("samples", "iters")
     steps = getattr(args, f"lr_wsd_decay_{unit}")
     if steps is None:
@@ -164,6 +168,7 @@ def _check_annealing(args: Namespace) -> None:
 
 
 def _check_weight_decay(args: Namespace) -> None:
+    """Refuse a schedule of the weight decay that is incomplete or decreases."""
     begin, end = args.start_weight_decay, args.end_weight_decay
     if args.weight_decay_incr_style == "constant":
         if begin is not None or end is not None:
@@ -183,7 +188,7 @@ def _check_weight_decay(args: Namespace) -> None:
 
 
 def _check_batch_schedule(args: Namespace, ranks: int) -> None:
-    """Refuse a schedule of the batch size that Megatron ignores or fails on while it trains."""
+    """Refuse a schedule of the batch size that Megatron ignores or fails on during training."""
     if args.rampup_batch_size is not None:
         raise UserError(
             "--rampup-batch-size has no effect in this version of Megatron: use "
@@ -221,7 +226,11 @@ def _check_batch_schedule(args: Namespace, ranks: int) -> None:
 
 
 def batch_schedule(args: Namespace) -> list[tuple[int, int]]:
-    """Return the batch sizes of `--step-batch-size-schedule` and the samples they begin at."""
+    """Return the samples at which each batch size of `--step-batch-size-schedule` starts.
+
+    Returns:
+        Pairs of the number of samples and the batch size.
+    """
     return StepBatchsizeNumMicroBatchesCalculator._parse_schedule(
         args.step_batch_size_schedule, args.seq_length
     )

@@ -1,6 +1,6 @@
-"""Recipes: YAML files that stand for flags of a command line.
+"""Recipes: YAML files that contain flags of a command line.
 
-This module imports neither torch nor Megatron, so that mistakes are answered at once.
+This module imports neither torch nor Megatron, so that mistakes are reported at once.
 """
 
 from argparse import Action, ArgumentParser
@@ -18,8 +18,8 @@ from megatron_ext.flag_names import FLAGS, MEGATRON_VERSION, NAMES
 
 _COMMAND_LINE = "the command line"
 
-# Groups of arguments that exclude each other: the command line or a later recipe that sets an
-# argument of one group replaces what an earlier recipe says about the other groups.
+# Groups of arguments that exclude each other. If the command line or a later recipe sets an
+# argument of one group, those of the other groups in earlier recipes have no effect.
 _ALTERNATIVES: tuple[tuple[tuple[str, ...], ...], ...] = (
     (
         ("train_iters", "lr_decay_iters", "lr_warmup_iters", "lr_wsd_decay_iters"),
@@ -54,7 +54,7 @@ class _Entry:
 
     Attributes:
         source: File of the recipe, or `_COMMAND_LINE`.
-        action: Action of the parser, None for words that belong to no flag of it.
+        action: Action of the parser, or None for words that belong to no flag.
         words: Flag and its values, empty if a recipe removes the flag.
     """
 
@@ -69,7 +69,7 @@ class _Entry:
 
     @property
     def decides(self) -> bool:
-        """Return whether the entry replaces alternatives, which a length of 0 does not."""
+        """Return whether the entry replaces its alternatives, which a length of 0 does not."""
         value = self.words[1:] or tuple(self.words[0].split("=")[1:]) if self.words else ()
         return bool(self.words) and not (self.name in _LENGTHS and value == ("0",))
 
@@ -77,11 +77,11 @@ class _Entry:
 def expand_recipes(
     argv: Sequence[str], parser: ArgumentParser, unused: Collection[str] = ()
 ) -> list[str]:
-    """Replace each `--recipe FILE` by the flags it stands for.
+    """Replace each `--recipe FILE` by the flags of the recipe.
 
-    Flags that follow a recipe override its flags. Of arguments that exclude each other, such as
-    `--train-iters` and `--train-samples`, that of the command line replaces that of the recipe at
-    any position. A key whose value is null removes the key of earlier recipes.
+    Flags that follow a recipe override its flags. If arguments exclude each other, such as
+    `--train-iters` and `--train-samples`, the one on the command line replaces that of the recipe
+    at any position. A key whose value is null removes the key of earlier recipes.
 
     Args:
         argv: Words of the command line.
@@ -124,17 +124,17 @@ def find_recipe(name: str) -> Path:
     if Path(name).exists() and not Path(name).is_dir():
         return Path(name)
     root = _examples()
-    wanted = Path(name.removeprefix("examples/"))
+    relative = Path(name.removeprefix("examples/"))
     for folder in ("", "recipes", "alignment"):
         for suffix in ("", ".yaml"):
-            path = root / folder / f"{wanted}{suffix}"
-            if not wanted.is_absolute() and path.is_file():
+            path = root / folder / f"{relative}{suffix}"
+            if not relative.is_absolute() and path.is_file():
                 return path
     if Path(name).is_dir():
         raise UserError(f"--recipe {name}: Is a directory. Use a YAML file in it.")
     shipped = [str(path.relative_to(root)) for path in sorted(root.rglob("*.yaml"))]
     by_word = {Path(path).stem: path for path in shipped} | {path: path for path in shipped}
-    near = get_close_matches(wanted.stem, by_word, n=3) or get_close_matches(name, by_word, n=3)
+    near = get_close_matches(relative.stem, by_word, n=3) or get_close_matches(name, by_word, n=3)
     advice = f"Did you mean {' or '.join(dict.fromkeys(by_word[word] for word in near))}?"
     if not near:
         advice = f"Use a path, or a recipe of {root}."
@@ -142,7 +142,7 @@ def find_recipe(name: str) -> Path:
 
 
 def _examples() -> Path:
-    """Return the folder of examples, of the checkout or of the installed package."""
+    """Return the folder of examples in the checkout or in the installed package."""
     package = Path(__file__).resolve().parent
     return next(
         (folder for folder in (package.parent / "examples", package / "examples")
@@ -154,7 +154,8 @@ def _examples() -> Path:
 def check_flag_names(argv: Sequence[str]) -> None:
     """Refuse names of `pretrain_et.py` that are not flags, before Megatron is imported.
 
-    The names are those of one version of Megatron; with another, the parser has to answer.
+    The names are those of one version of Megatron; with another version only the parser checks
+    them.
 
     Args:
         argv: Words of the command line.
@@ -181,6 +182,7 @@ def check_flag_names(argv: Sequence[str]) -> None:
 
 
 def _check_keys(path: Path, including: tuple[Path, ...] = ()) -> None:
+    """Refuse keys of a recipe and of its bases that are not flags."""
     recipe = _read(path, including)
     if base := recipe.pop("base", None):
         _check_keys(path.parent / str(base), (*including, path.resolve()))
@@ -202,7 +204,7 @@ def _resolved(entries: Sequence[_Entry]) -> list[_Entry]:
         replaced = any(other.decides and _excludes(other.name, entry.name) for other in others)
         if entry.source == _COMMAND_LINE:
             replaced = removed = False
-            # `--train-iters 0` together with `--train-samples` means that samples count.
+            # `--train-iters 0` together with `--train-samples` selects `--train-samples`.
             replaced = not entry.decides and any(
                 other.decides and _excludes(other.name, entry.name) for other in entries
             )
@@ -213,15 +215,15 @@ def _resolved(entries: Sequence[_Entry]) -> list[_Entry]:
 
 def _excludes(name: str | None, other: str | None) -> bool:
     """Return whether one argument replaces another."""
-    if name == "split":  # goes with several sides
+    if name == "split":  # belongs to several groups
         return False
-    for sides in _ALTERNATIVES:
-        own = [side for side in sides if name in side]
-        if not own or any(other in side for side in own):
+    for groups in _ALTERNATIVES:
+        own = [group for group in groups if name in group]
+        if not own or any(other in group for group in own):
             continue
-        # The lengths of training choose between steps and samples, parts of a schedule do not.
-        decisive = name in _LENGTHS or not set(_LENGTHS) & {*sides[0]}
-        if decisive and any(other in side for side in sides):
+        # Only the length of training selects steps or samples; parts of a schedule do not.
+        decisive = name in _LENGTHS or not set(_LENGTHS) & {*groups[0]}
+        if decisive and any(other in group for group in groups):
             return True
     return False
 
@@ -232,6 +234,7 @@ def _recipe_entries(
     unused: Collection[str],
     including: tuple[Path, ...] = (),
 ) -> list[_Entry]:
+    """Return the entries of a recipe, after those of its base."""
     recipe = _read(path, including)
     entries: list[_Entry] = []
     if base := recipe.pop("base", None):
@@ -247,7 +250,7 @@ def _read(path: Path, including: tuple[Path, ...]) -> dict[Any, Any]:
     """Return the contents of a recipe.
 
     Args:
-        path: Its file.
+        path: File of the recipe.
         including: Recipes that have it as their base.
 
     Raises:
@@ -271,7 +274,7 @@ def _entry(key: str, value: Any, parser: ArgumentParser, path: Path) -> _Entry:
     option = "--" + key.replace("_", "-")
     action = parser._option_string_actions.get(option)
     if action is None:
-        # A key may name what a negative flag turns off: `bias_swiglu_fusion: false`.
+        # A key may be the name that a negative flag turns off: `bias_swiglu_fusion: false`.
         action = next((a for a in parser._actions if a.dest == key.replace("-", "_")), None)
     if action is None or key == "recipe":
         raise _unknown_key(path, key, parser.prog, parser._option_string_actions)
@@ -280,7 +283,7 @@ def _entry(key: str, value: Any, parser: ArgumentParser, path: Path) -> _Entry:
 
 
 def _unknown_key(path: Path, key: str, command: str, flags: Collection[str]) -> UserError:
-    """Return the error for a key that is no flag, with the nearest name that is one."""
+    """Return the error for a key that is not a flag, with the most similar flag."""
     names = {flag.removeprefix("--").replace("-", "_") for flag in flags}
     names -= {"recipe", "_h", "help"}
     near = get_close_matches(key.replace("-", "_"), names, n=1, cutoff=0.75)
@@ -297,6 +300,7 @@ def _takes_none(action: Action) -> bool:
 
 
 def _words(key: str, value: Any, action: Action, path: Path) -> list[str]:
+    """Return a flag and its values as words of the command line."""
     option = "--" + key.replace("_", "-")
     if option not in action.option_strings:
         option = action.option_strings[0]

@@ -1,8 +1,8 @@
-"""Every change made to Megatron or torch at run time, applied from one table.
+"""Changes of Megatron and torch at run time, applied from one table.
 
 `megatron_ext.patches.table` lists the patches: the attribute that is replaced, why, whether the
-problem is known upstream, and when the patch can be removed. The replacements themselves are
-defined next to their subject, by the function that an entry names as its source.
+problem is known upstream, and when the patch can be removed. The replacements are defined in the
+modules of their subjects, by the function that an entry names as its source.
 
 No attribute is patched by two entries, so the order of groups does not matter.
 """
@@ -28,7 +28,7 @@ def apply(group: Group, *context: Any) -> None:
 
     Args:
         group: Name of the group.
-        context: Arguments of the functions that make the replacements.
+        context: Arguments of the functions that return the replacements.
 
     Raises:
         AttributeError: A target does not exist in the installed version.
@@ -50,7 +50,7 @@ def applied(group: Group, *context: Any) -> Iterator[None]:
 
     Args:
         group: Name of the group.
-        context: Arguments of the functions that make the replacements.
+        context: Arguments of the functions that return the replacements.
     """
     with ExitStack() as stack:
         for target, replacement in _replacements(group, context):
@@ -63,7 +63,7 @@ def patched(owner: Any, name: str, value: Any) -> Iterator[None]:
     """Set an attribute of an object, or an item of a mapping, for the duration of a block.
 
     Args:
-        owner: Object or mapping of this project. Patches of Megatron and torch belong into the
+        owner: Object or mapping of this project. Patches of Megatron and torch belong in the
             table.
         name: Name of the attribute or key of the item.
         value: Its value inside the block.
@@ -132,11 +132,12 @@ def _replacements(group: Group, context: tuple[Any, ...]) -> Iterator[tuple[str,
 
 
 def _is_rebound(target: str) -> bool:
+    """Return whether submodules that imported the target get the replacement too."""
     return any(patch.in_submodules for patch in PATCHES if target in patch.targets)
 
 
 def _rebind_in_submodules(owner: Any, name: str, before: Any, value: Any) -> None:
-    """Replace an object wherever a submodule of its module holds it under the same name."""
+    """Replace an object in all submodules of its module that have it under the same name."""
     prefix = f"{owner.__name__}."
     for module_name, module in list(sys.modules.items()):
         if module_name.startswith(prefix) and vars(module).get(name) is before:
@@ -144,6 +145,7 @@ def _rebind_in_submodules(owner: Any, name: str, before: Any, value: Any) -> Non
 
 
 def _read(owner: Any, name: str) -> Any:
+    """Return an attribute of an object, or an item of a mapping."""
     if isinstance(owner, MutableMapping):
         if name not in owner:
             raise AttributeError(f"there is no item {name}")
@@ -152,6 +154,7 @@ def _read(owner: Any, name: str) -> Any:
 
 
 def _write(owner: Any, name: str, value: Any) -> None:
+    """Set an attribute of an object, or an item of a mapping."""
     if isinstance(owner, MutableMapping):
         owner[name] = value
     else:
@@ -159,6 +162,6 @@ def _write(owner: Any, name: str, value: Any) -> None:
 
 
 def _own_attribute(owner: Any, name: str) -> Any:
-    """Return the raw attribute of an object, `_MISSING` if it only inherits one."""
+    """Return the attribute of the object itself, or `_MISSING` if it inherits the attribute."""
     getattr(owner, name)  # a name that does not exist is an error, not a new attribute
     return vars(owner).get(name, _MISSING) if hasattr(owner, "__dict__") else getattr(owner, name)

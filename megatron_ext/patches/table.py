@@ -1,7 +1,7 @@
-"""The table of patches of Megatron and torch.
+"""Table of the patches of Megatron and torch.
 
-This module imports neither, so that it can be read at no cost. `docs/reference/patches.md` shows
-the table; a test compares the two.
+This module imports neither of them, so that importing it is fast. `docs/reference/patches.md` has
+the same table, which a test compares with this one.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ GROUPS: dict[Group, str] = {
     "checkpoints": "Applied before a checkpoint is loaded or saved by training.",
     "trainer": "Applied by `pretrain_et.py` before it starts Megatron's trainer.",
     "schedule": "Applied while Megatron builds the schedule of the learning rate.",
-    "fake rank": "Applied while a dry run plays one rank.",
+    "fake rank": "Applied while a dry run simulates one rank.",
     "dry run": "Applied while a dry run takes a step without data.",
     "dry-run traffic": "Applied while a dry run counts what ranks send.",
     "micro-batches": "Applied while a dry run takes a step of fewer micro-batches.",
@@ -37,10 +37,10 @@ _UNTIL_DRY_RUN = "When Megatron can take a step on meta tensors."
 
 @dataclass(frozen=True)
 class Patch:
-    """One change to Megatron or torch.
+    """One change of Megatron or torch.
 
     Attributes:
-        group: Patches that are applied together.
+        group: Name of the patches that are applied together.
         targets: Dotted paths of the replaced attributes, or of items of dictionaries.
         source: `module:function` that returns the replacements by target.
         reason: What fails, or is missing, without the patch.
@@ -61,6 +61,7 @@ class Patch:
 
 
 def _in(owner: str, names: str) -> tuple[str, ...]:
+    """Return the dotted paths of several names, separated by spaces, in one owner."""
     return tuple(f"{owner}.{name}" for name in names.split())
 
 
