@@ -1,4 +1,4 @@
-"""Atomic creation of a folder."""
+"""Folders that a command writes: checks before the work, and creation in one step."""
 
 import shutil
 import tempfile
@@ -17,6 +17,20 @@ def check_new(save: Path) -> None:
     """
     if save.exists() and (not save.is_dir() or any(save.iterdir())):
         raise UserError(f"--save {save} already exists. Choose a new folder.")
+
+
+def check_output_folder(output: str | Path) -> None:
+    """Check that a folder of --output can be made, without making it.
+
+    Args:
+        output: The folder.
+
+    Raises:
+        UserError: If the folder, or one above it, is a file.
+    """
+    for path in (Path(output), *Path(output).absolute().parents):
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path} is a file, not a folder. Choose another --output.")
 
 
 @contextmanager

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from alignment.judges.formats.scale import check_scale
-from alignment.new_output_folder import check_folder
 from megatron_ext.errors import UserError
+from megatron_ext.new_folder import check_output_folder
 from megatron_ext.typed_flags import flag, parse_config
 
 
@@ -59,7 +59,7 @@ class AgreementConfig:
             if self.items is None and name != "gold":
                 raise UserError(f"--slice {name} needs --items, which has this property.")
         if self.output:
-            check_folder(self.output)
+            check_output_folder(self.output)
 
 
 def parse(argv: Sequence[str] | None) -> AgreementConfig:

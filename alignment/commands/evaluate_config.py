@@ -20,8 +20,8 @@ from typing import Literal
 
 from alignment.commands.annotation_judge_config import AnnotationJudgeConfig
 from alignment.judges.formats.scale import check_scale
-from alignment.new_output_folder import check_folder
 from megatron_ext.errors import UserError
+from megatron_ext.new_folder import check_output_folder
 from megatron_ext.typed_flags import flag, group, parse_config
 
 SCORES, PREFERENCES = "scores", "preferences"
@@ -98,7 +98,7 @@ class Evaluation:
         if not config.output and (self.judges or not config.verdicts):
             raise UserError("evaluate requires --output, the folder to store the answers in.")
         if config.output:
-            check_folder(config.output)
+            check_output_folder(config.output)
         names = [(file_name(judge.judge_name), k) for judge in self.judges for k in judge.kinds]
         if repeated := [name for name, kind in names if names.count((name, kind)) > 1]:
             raise UserError(

@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from alignment.commands.annotation_judge_config import AnnotationJudgeConfig
-from alignment.new_output_folder import check_folder
 from megatron_ext.errors import UserError
+from megatron_ext.new_folder import check_output_folder
 from megatron_ext.typed_flags import flag, group, parse_config
 
 ALARMED = 3
@@ -104,7 +104,7 @@ class MonitorConfig:
     def _check_output(self, output: Path) -> None:
         if output.is_dir():
             raise UserError(f"--output {output} is a folder: give a file.")
-        check_folder(output.parent)
+        check_output_folder(output.parent)
         if output.exists() and not self.overwrite:
             raise UserError(f"--output {output} exists already: give --overwrite to replace it.")
 

@@ -9,7 +9,7 @@ from alignment.evaluation.study.narrative import opening, sentences
 from alignment.evaluation.study.study_page import page
 from alignment.evaluation.study.study_pictures import draw
 from alignment.evaluation.study.study_runs import read_study
-from alignment.new_output_folder import check_folder
+from megatron_ext.new_folder import check_output_folder
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -22,7 +22,7 @@ def run(config: ReportConfig) -> None:
     folder = Path(config.study)
     study = read_study(folder)
     output = Path(config.output) if config.output else folder / "report"
-    check_folder(output)
+    check_output_folder(output)
     output.mkdir(parents=True, exist_ok=True)
     pictures = draw(study, output)
     file = output / "report.html"
