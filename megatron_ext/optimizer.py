@@ -105,7 +105,7 @@ def replacements() -> dict[str, Any]:
     Without `--optimizer muon` the replacements change nothing.
     """
     others = ParamWithNamePredicate(
-        "not of muon", lambda parameter, name: not _is_muons(parameter, name)
+        "not of muon", lambda parameter, name: not _uses_muon(parameter, name)
     )
     key = ParamKey(with_name_predicate=others)
     muon = replace(
@@ -177,7 +177,7 @@ def optimizer_config(args: Namespace) -> tuple[OptimizerConfig, Any]:
         return name.endswith(_EMBEDDINGS)
 
     def is_other(parameter: torch.nn.Parameter, name: str) -> bool:
-        return not is_embedding(parameter, name) and not _is_muons(parameter, name)
+        return not is_embedding(parameter, name) and not _uses_muon(parameter, name)
 
     config.lr, config.min_lr = rates(args.lr).values()
     for kind, belongs, peak in (
@@ -201,7 +201,7 @@ def wrap(model: list[torch.nn.Module], random: bool, ddp_config: Any, *rest: Any
     ddp_config.use_distributed_optimizer = True
     for chunk in model:
         for name, parameter in chunk.named_parameters():
-            parameter.is_managed_by_layer_wise_optimizer = _is_muons(parameter, name)  # type: ignore[attr-defined]
+            parameter.is_managed_by_layer_wise_optimizer = _uses_muon(parameter, name)  # type: ignore[attr-defined]
     with patches.applied("matrix gradients"):
         return _wrap(model, random, ddp_config, *rest, **kw)
 
@@ -237,7 +237,7 @@ def init_layer_wise(
     _init_layer_wise(self, optimizers, config, pg_collection, init_state_fn_list, model_chunks)
 
 
-def _is_muons(parameter: torch.nn.Parameter, name: str) -> bool:
+def _uses_muon(parameter: torch.nn.Parameter, name: str) -> bool:
     """Return whether Muon optimizes a parameter: a matrix of a block, or of a router by choice."""
     outer = getattr(parameter, "is_embedding_or_output_parameter", False)
     if parameter.dim() != 2 or outer or name.endswith(_EMBEDDINGS):

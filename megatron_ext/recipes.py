@@ -108,7 +108,7 @@ def expand_recipes(
         while remaining and not remaining[0].startswith("--"):
             words.append(remaining.pop(0))
         entries.append(_Entry(_COMMAND_LINE, action, tuple(words)))
-    return [word for entry in _resolved(entries) for word in entry.words]
+    return [word for entry in _resolve(entries) for word in entry.words]
 
 
 def find_recipe(name: str) -> Path:
@@ -191,7 +191,7 @@ def _check_keys(path: Path, including: tuple[Path, ...] = ()) -> None:
             raise _unknown_key(path, key, "pretrain_et.py", FLAGS)
 
 
-def _resolved(entries: Sequence[_Entry]) -> list[_Entry]:
+def _resolve(entries: Sequence[_Entry]) -> list[_Entry]:
     """Return the entries that no later recipe and no flag of the command line replaces."""
     effective: list[_Entry] = []
     for place, entry in enumerate(entries):

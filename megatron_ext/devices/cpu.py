@@ -1,4 +1,4 @@
-"""The CPU device: Megatron's real trainer over gloo on a machine without CUDA.
+"""CPU device, on which Megatron's trainer runs over gloo on a machine without CUDA.
 
 Megatron uses `torch.cuda` for its device, streams, memory and random state, and places tensors on
 "cuda". The CPU device replaces these functions and places those tensors in host memory, so that

@@ -175,11 +175,11 @@ def check_layout(args: Namespace, ranks: int) -> None:
     layout = run_sizes(args, ranks)
     for rule in RULES:
         if not rule.holds(layout):
-            raise UserError(f"{_complaint(rule, layout)}: {_advice(rule, layout)}")
-    _check_shared_out_matrices(args, layout)
+            raise UserError(f"{_violation(rule, layout)}: {_advice(rule, layout)}")
+    _check_distributed_muon(args, layout)
 
 
-def _check_shared_out_matrices(args: Namespace, layout: RunSizes) -> None:
+def _check_distributed_muon(args: Namespace, layout: RunSizes) -> None:
     """Refuse layouts in which Megatron's distributed Muon cannot distribute the matrices.
 
     Muon distributes experts over ranks only where it distributes all other matrices too.
@@ -262,7 +262,7 @@ def _check_sizes(args: Namespace) -> None:
             raise UserError(f"{flag} {value} must be at least {least}")
 
 
-def _complaint(rule: DivisibilityRule, layout: RunSizes) -> str:
+def _violation(rule: DivisibilityRule, layout: RunSizes) -> str:
     """Return a phrase that names the size that is not divisible, and by which sizes."""
     parts = [f"{FLAGS[part]} {getattr(layout, part)}" for part in rule.parts]
     parts = [text for text, part in zip(parts, rule.parts) if getattr(layout, part) > 1] or parts
@@ -288,17 +288,19 @@ def _advice(rule: DivisibilityRule, layout: RunSizes) -> str:
     if rule.total == "global_batch" and layout.data > 1:
         names.append("ranks")
     # If no single change satisfies all rules, the advice is on the first broken rule alone.
-    furthest = 2 * max(rule.divisor(layout), *(getattr(layout, name) for name in names))
-    ways = _ways(names, layout, RULES, furthest) or _ways(names, layout, (rule,), furthest)
-    text = ", or ".join(ways)
+    largest = 2 * max(rule.divisor(layout), *(getattr(layout, name) for name in names))
+    phrases = _working_sizes(names, layout, RULES, largest) or _working_sizes(
+        names, layout, (rule,), largest
+    )
+    text = ", or ".join(phrases)
     return text if text.startswith("start") else f"use {text}"
 
 
-def _ways(
-    names: Sequence[str], layout: RunSizes, rules: Sequence[DivisibilityRule], furthest: int
+def _working_sizes(
+    names: Sequence[str], layout: RunSizes, rules: Sequence[DivisibilityRule], largest: int
 ) -> list[str]:
     """Return a phrase for each size that has values with which the rules hold."""
-    ways = []
+    phrases = []
     for name in names:
 
         def works(value: int, name: str = name) -> bool:
@@ -307,24 +309,24 @@ def _ways(
                 changed = replace(changed, expert_tensor=value)  # its default is the tensor size
             return all(rule.holds(changed) for rule in rules)
 
-        if values := nearest(getattr(layout, name), works, furthest):
+        if values := nearest(getattr(layout, name), works, largest):
             choice = " or ".join(map(str, values))
             start = "start 1 rank" if choice == "1" else f"start {choice} ranks"
-            ways.append(start if name == "ranks" else f"{FLAGS[name]} {choice}")
-    return ways
+            phrases.append(start if name == "ranks" else f"{FLAGS[name]} {choice}")
+    return phrases
 
 
-def nearest(value: int, works: Callable[[int], bool], furthest: int) -> list[int]:
+def nearest(value: int, works: Callable[[int], bool], largest: int) -> list[int]:
     """Return the nearest smaller and larger numbers that work.
 
     Args:
         value: Number that does not work.
         works: Function that returns whether a number works.
-        furthest: Largest number to try; the smallest is 1.
+        largest: Largest number to try; the smallest is 1.
 
     Returns:
         At most one number below `value` and one above.
     """
     smaller = next((n for n in range(value - 1, 0, -1) if works(n)), None)
-    larger = next((n for n in range(value + 1, furthest + 1) if works(n)), None)
+    larger = next((n for n in range(value + 1, largest + 1) if works(n)), None)
     return [n for n in (smaller, larger) if n is not None]

@@ -125,12 +125,13 @@ def _settings(args: Namespace) -> dict[str, Any]:
 
 
 def _check_same_settings(rank_0: dict[str, Any], args: Namespace) -> None:
-    here = _settings(args)
-    for name in sorted(rank_0.keys() | here.keys()):
-        if rank_0.get(name) != here.get(name):
+    """Compare the settings of this rank with those of rank 0."""
+    settings = _settings(args)
+    for name in sorted(rank_0.keys() | settings.keys()):
+        if rank_0.get(name) != settings.get(name):
             raise UserError(
                 f"rank {args.rank} on {platform.node()} was started with {name} = "
-                f"{here.get(name)} and rank 0 with {rank_0.get(name)}: start all ranks alike"
+                f"{settings.get(name)} and rank 0 with {rank_0.get(name)}: start all ranks alike"
             )
 
 
@@ -166,6 +167,7 @@ def _check_pretrained(args: Namespace) -> None:
 
 
 def _check_data(args: Namespace) -> None:
+    """Check every dataset of the run, and the documents of every split."""
     used = blends(args)
     for prefix in dict.fromkeys(prefix for blend in used for prefix in blend.prefixes):
         _check_dataset(prefix, args)
@@ -202,6 +204,8 @@ def _check_dataset(prefix: str, args: Namespace) -> None:
 
 
 class _Dataset(IndexedDataset):
+    """Dataset that can be deleted after it failed to open."""
+
     def __del__(self) -> None:
         if hasattr(self, "index"):  # otherwise it failed to open, which Megatron would report again
             super().__del__()
@@ -302,26 +306,27 @@ def _check_checkpoint(checkpoint: Path, args: Namespace, config: ETConfig) -> No
     flags_decide = args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler
     if not (weights_only or flags_decide):
         for name in _SAME_SCHEDULE:
-            here, there = (_scheduled(a, name) for a in (args, saved))
-            if here != there and hasattr(saved, name):  # older checkpoints have fewer flags
+            current, previous = (_schedule_setting(a, name) for a in (args, saved))
+            if current != previous and hasattr(saved, name):  # older checkpoints have fewer flags
                 raise UserError(
-                    f"{checkpoint} was trained with {name} = {there}, but the flags say {here}: "
-                    "use --override-opt-param-scheduler to resume with the flags, or "
+                    f"{checkpoint} was trained with {name} = {previous}, but the flags say "
+                    f"{current}: use --override-opt-param-scheduler to resume with the flags, or "
                     "--use-checkpoint-opt-param-scheduler to keep the checkpoint's schedule"
                 )
     if not (weights_only or args.override_opt_param_scheduler or args.skip_train):
         check_same_schedule(checkpoint, saved, args)
         for name in () if args.no_load_optim else _SAME_OPTIMIZER:
-            here, there = getattr(args, name), getattr(saved, name, getattr(args, name))
-            if here != there:
+            current, previous = getattr(args, name), getattr(saved, name, getattr(args, name))
+            if current != previous:
                 raise UserError(
-                    f"{checkpoint} was trained with {name} = {there}, but the flags say {here}: "
-                    "make them equal, or use --override-opt-param-scheduler to train with the flags"
+                    f"{checkpoint} was trained with {name} = {previous}, but the flags say "
+                    f"{current}: make them equal, or use --override-opt-param-scheduler to train "
+                    "with the flags"
                 )
     check_model_tokenizer(checkpoint, saved, args)
 
 
-def _scheduled(args: Namespace, name: str) -> Any:
+def _schedule_setting(args: Namespace, name: str) -> Any:
     """Return a setting of the learning rate schedule, or Megatron's default for it.
 
     Megatron stores the steps that it derives from `--train-samples` in the arguments of a run, and
@@ -354,8 +359,8 @@ def _version(package: str) -> str | None:
 
 def commit() -> str | None:
     """Return the commit of this project, or None outside of a Git repository."""
-    here = Path(__file__).parent
-    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"]
+    folder = Path(__file__).parent
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

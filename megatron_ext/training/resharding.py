@@ -65,16 +65,16 @@ def check_resharding(checkpoint: Path, saved: Namespace, args: Namespace) -> Non
     """
     if args.no_load_optim or args.finetune or getattr(saved, "no_save_optim", False):
         return
-    way_out = "or begin with a new optimizer by --no-load-optim"
+    advice = "or begin with a new optimizer by --no-load-optim"
     muon = ("muon_router",) if args.optimizer == "muon" else ()
     for name in ("optimizer", "bf16", "fp16", *muon):
-        here, there = getattr(args, name), getattr(saved, name, None)
-        if here != there:
+        current, previous = getattr(args, name), getattr(saved, name, None)
+        if current != previous:
             raise UserError(
-                f"{checkpoint} was trained with {name} = {there}, but the flags say {here}: make "
-                f"them equal, {way_out}"
+                f"{checkpoint} was trained with {name} = {previous}, but the flags say "
+                f"{current}: make them equal, {advice}"
             )
-    sharded = saved.use_distributed_optimizer or _whole_matrices(saved)
+    sharded = saved.use_distributed_optimizer or _distributes_matrices(saved)
     if not sharded or saved.dist_ckpt_optim_fully_reshardable:
         return
     names = (
@@ -87,12 +87,12 @@ def check_resharding(checkpoint: Path, saved: Namespace, args: Namespace) -> Non
         "expert_tensor_parallel_size",
     )
     for name in names:
-        here, there = getattr(args, name), getattr(saved, name, False)
-        if here != there:
+        current, previous = getattr(args, name), getattr(saved, name, False)
+        if current != previous:
             raise UserError(
                 f"{checkpoint} was saved with --no-dist-ckpt-optim-fully-reshardable and {name} = "
-                f"{there}, but the flags say {here}: save it once more from there without that "
-                f"flag, {way_out}"
+                f"{previous}, but the flags say {current}: save it once more from there without "
+                f"that flag, {advice}"
             )
 
 
@@ -151,7 +151,7 @@ def replacements() -> dict[str, Callable[..., Any]]:
     }
 
 
-def _whole_matrices(args: Namespace) -> bool:
+def _distributes_matrices(args: Namespace) -> bool:
     """Return whether the distributed optimizer of a run distributes whole matrices."""
     return getattr(args, "use_layer_wise_distributed_optimizer", False)
 

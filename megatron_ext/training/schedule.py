@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class RunProgress:
-    """How far a run has been trained, as its checkpoint records it.
+    """Progress of the training of a run, as its checkpoint records it.
 
     Attributes:
         iteration: Number of optimizer steps.
@@ -78,8 +78,8 @@ class RunProgress:
     @classmethod
     def share(cls, checkpoint: Path | None, args: Namespace, launch: Launch) -> "RunProgress":
         """Read the progress on rank 0 and return it on every rank."""
-        own = cls.read(checkpoint, args) if launch.rank == 0 else cls()
-        return cls(**launch.share("progress", asdict(own)))
+        progress = cls.read(checkpoint, args) if launch.rank == 0 else cls()
+        return cls(**launch.share("progress", asdict(progress)))
 
     def record_in(self, args: Namespace) -> None:
         """Store the tokens and batch sizes so far in the arguments, which checkpoints contain."""

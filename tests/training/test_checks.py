@@ -2,11 +2,11 @@
 
 from argparse import Namespace
 
-from megatron_ext.training.checks import _SAME_SCHEDULE, _scheduled
+from megatron_ext.training.checks import _SAME_SCHEDULE, _schedule_setting
 
 
 def schedule(**settings):
-    return {name: _scheduled(Namespace(**settings), name) for name in _SAME_SCHEDULE}
+    return {name: _schedule_setting(Namespace(**settings), name) for name in _SAME_SCHEDULE}
 
 
 def test_a_schedule_counted_in_samples_is_the_same_in_flags_and_checkpoint():

@@ -130,15 +130,15 @@ def _print_collectives(stage: dict[str, Any], several: bool) -> None:
         print("\nno collectives between ranks")
         return
     header = (f"a step{where}, on each rank", "", "group", "ranks", "calls", "MiB")
-    _table(header, [_collective(row) for row in main], left=3)
+    _table(header, [_collective_row(row) for row in main], left=3)
     for phase, rows in phases[:-1]:
         different = [row for row in rows if row not in main]
         if different:
             header = (f"instead, by {phase}", "", "group", "ranks", "calls", "MiB")
-            _table(header, [_collective(row) for row in different], left=3)
+            _table(header, [_collective_row(row) for row in different], left=3)
 
 
-def _collective(row: dict[str, Any]) -> tuple[str, ...]:
+def _collective_row(row: dict[str, Any]) -> tuple[str, ...]:
     group = row["group"].replace("_GROUP", "").replace("_PARALLEL", "").replace("_", " ").lower()
     return (
         row["purpose"],
@@ -151,6 +151,7 @@ def _collective(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _mib(size: int) -> str:
+    """Return bytes in MiB."""
     return f"{size / 2**20:,.2f}" if size == 0 or size >= 2**20 / 100 else "<0.01"
 
 

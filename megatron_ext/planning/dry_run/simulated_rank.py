@@ -131,7 +131,7 @@ class Rank:
         if total <= first + stride:
             return self._run(total, by_threshold)
         short, longer = (self._run(n, by_threshold) for n in (first, first + stride))
-        return _extended(short, longer, first + stride, stride, total)
+        return _extrapolate(short, longer, first + stride, stride, total)
 
     def _shortest_step(self) -> tuple[int, int]:
         """Return the micro-batches that fill the pipeline, and the increment of a longer step."""
@@ -147,7 +147,7 @@ class Rank:
         traffic = Traffic(load.answers())
         saved = SavedTensors(self.weights)
         batches = [RerunDataIterator(_batches(self.args)) for _ in self.model]
-        with load.installed(), _purposes(traffic), traffic, saved:
+        with load.installed(), _separate_purposes(traffic), traffic, saved:
             with patches.applied("micro-batches", microbatches):
                 training.train_step(
                     forward_step,
@@ -171,7 +171,7 @@ class Rank:
         return SimulatedStep(memory, traffic.collectives, traffic.flops)
 
 
-def _extended(
+def _extrapolate(
     short: SimulatedStep, longer: SimulatedStep, ran: int, stride: int, total: int
 ) -> SimulatedStep:
     """Extrapolate from two shorter steps to a whole step.
@@ -210,10 +210,10 @@ def _batches(args: Namespace) -> Iterator[dict[str, Tensor]]:
 
 
 @contextmanager
-def _purposes(traffic: Traffic) -> Iterator[None]:
+def _separate_purposes(traffic: Traffic) -> Iterator[None]:
     """Separate the purposes of collectives over the same groups, for the duration of a block."""
-    select = _serving(traffic, ThresholdRouter.select, _ROUTING)
-    resolve = _serving(traffic, RoutingStep.resolve, _STEP_END)
+    select = _counted_as(traffic, ThresholdRouter.select, _ROUTING)
+    resolve = _counted_as(traffic, RoutingStep.resolve, _STEP_END)
     with (
         patches.applied("dry-run traffic", traffic),
         patches.patched(ThresholdRouter, "select", select),
@@ -231,7 +231,7 @@ def traffic_replacements(traffic: Traffic) -> dict[str, Callable[..., Any]]:
         "megatron.core.optimizer.emerging_optimizers.TensorParallelMuon.step": MUON,
     }
     return {
-        target: _serving(traffic, patches.original(target), purpose)
+        target: _counted_as(traffic, patches.original(target), purpose)
         for target, purpose in purposes.items()
     }
 
@@ -247,7 +247,7 @@ def backend() -> dict[str, list[str]]:
     return {target: [*patches.original(target), "meta"]}
 
 
-def _serving(traffic: Traffic, function: Callable[..., Any], purpose: str) -> Callable[..., Any]:
+def _counted_as(traffic: Traffic, function: Callable[..., Any], purpose: str) -> Callable[..., Any]:
     """Return a function whose collectives are counted under a purpose."""
 
     @wraps(function)

@@ -34,13 +34,13 @@ class Runner:
         threading.Thread(target=self._watch, daemon=True).start()
 
     def check(
-        self, name: str, look: Callable[[], CheckResult], seconds: float | None = None
+        self, name: str, run: Callable[[], CheckResult], seconds: float | None = None
     ) -> bool:
         """Run one check on this rank, and exchange its outcome with the other ranks.
 
         Args:
             name: Name of its row in the report.
-            look: Function that returns the result, of which the report has that of rank 0, or
+            run: Function that returns the result, of which the report has that of rank 0, or
                 raises a `UserError`.
             seconds: Time limit. Default: ten times the patience.
 
@@ -51,7 +51,7 @@ class Runner:
         self._checking, self._deadline = name, time.monotonic() + self._seconds
         result, problem = CheckResult(""), None
         try:
-            result = look()
+            result = run()
         except UserError as error:
             problem = str(error)
         try:

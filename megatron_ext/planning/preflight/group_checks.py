@@ -149,8 +149,8 @@ def in_words(groups: list[dict[str, Any]]) -> CheckResult:
             )
     ranks = len(groups[0]["ranks"])
     count = f"{len(groups)} group{'s' if len(groups) > 1 else ''} of {ranks} ranks"
-    words = "; ".join([f"{count}, {', '.join(message)}", *slow])
-    return CheckResult(words, WARNING if slow else OK, {"groups": groups})
+    text = "; ".join([f"{count}, {', '.join(message)}", *slow])
+    return CheckResult(text, WARNING if slow else OK, {"groups": groups})
 
 
 def _names(members: list[int]) -> str:

@@ -72,8 +72,8 @@ def own_work(launch: Launch) -> list[dict[str, Any]]:
         launch.agree(f"work {number}", lambda: None)
         seconds.append(work(products))
     flops = 2 * size**3 * products / min(seconds)
-    here = {"seconds": min(seconds), "flops": flops, "node": platform.node()}
-    return launch.gather("speeds", here)
+    speed = {"seconds": min(seconds), "flops": flops, "node": platform.node()}
+    return launch.gather("speeds", speed)
 
 
 def clocks(launch: Launch, tolerance: float) -> CheckResult:

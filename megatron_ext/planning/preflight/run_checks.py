@@ -83,17 +83,17 @@ def memory(facts: dict[str, Any], device_memory: float | None, alone: bool) -> C
         f" in stage {stage}" if len(facts["stages"]) > 1 else ""
     )
     if device_memory is not None:
-        limit, whose = device_memory * GIB, "of --device-memory"
+        limit, source = device_memory * GIB, "of --device-memory"
     elif not is_cpu_device():
         device = torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", "0")))
-        limit, whose = device.total_memory, f"of {device.name} on {platform.node()}"
+        limit, source = device.total_memory, f"of {device.name} on {platform.node()}"
     elif alone:
         return CheckResult(f"{message}; --device-memory GIB compares it with a device")
     else:
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         limit = psutil.virtual_memory().total / ranks
-        whose = f"that {platform.node()} has for each of {ranks} rank(s)"
-    message = f"{message} of the {limit / GIB:,.3g} GiB {whose}"
+        source = f"that {platform.node()} has for each of {ranks} rank(s)"
+    message = f"{message} of the {limit / GIB:,.3g} GiB {source}"
     if needed <= _FULL * limit:
         return CheckResult(message)
     message += (
