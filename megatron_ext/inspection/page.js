@@ -2,18 +2,18 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const picker = document.getElementById("layer");
 const details = document.getElementById("details");
-// Where each coloured token stands: its text, and its place in it.
+// Number of the text and position in it, for each colored token.
 const places = new Map();
 document.querySelectorAll(".text").forEach((text, t) => {
   Array.from(text.children).forEach((span, i) => places.set(span, [t, i]));
 });
 let current = document.querySelector(".text span");
 
-// Experts of a token in a layer lie in a row with their margins: [expert, margin, expert, ...].
+// The route of a token in a layer lists experts and margins: [expert, margin, expert, ...].
 const fanOut = (t, i, layer) => data.texts[t].routes[layer][i].length / 2;
 const meanFanOut = (t, i) =>
   data.layers.reduce((sum, _, layer) => sum + fanOut(t, i, layer), 0) / data.layers.length;
-// Single layers share a scale, so that they can be compared.
+// All layers have the same scale, so that they can be compared.
 let mostOfMean = 1, mostOfLayer = 1;
 for (const [t, i] of places.values()) {
   mostOfMean = Math.max(mostOfMean, meanFanOut(t, i));
@@ -72,7 +72,7 @@ function show(span) {
   details.replaceChildren(head, table);
 }
 
-// One token is a tab stop; the arrows go from token to token.
+// Only the current token is a tab stop; the arrow keys move between tokens.
 function focusOn(span) {
   if (!span) return;
   if (current) current.tabIndex = -1;

@@ -1,4 +1,4 @@
-"""The page of tools.inspect_routing in a browser: colours, layers, keys, themes, hostile text."""
+"""Page of tools.inspect_routing in a browser: colors, layers, keys, themes, escaping."""
 
 import html
 import json
@@ -32,7 +32,7 @@ def make_page() -> str:
     return reading_page("A <b> page", "about & more", {"one <i>": TEXT, "two": TEXT}, FIGURES, {})
 
 
-def test_text_cannot_become_markup() -> None:
+def test_reading_page_escapes_text() -> None:
     page = make_page()
     assert page.count("<script") == 2  # the data and ours
     body = page[page.index("<body>") : page.index('<script type="application/json"')]
@@ -88,7 +88,7 @@ def chromium(page: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_layers_details_keys_and_themes_work_in_a_browser(tmp_path: Path) -> None:
+def test_reading_page_interaction_in_a_browser(tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     page.write_text(make_page().replace("</body>", DRIVER + "</body>"), encoding="utf-8")
     done = chromium(page, "--dump-dom")
@@ -113,7 +113,9 @@ def test_layers_details_keys_and_themes_work_in_a_browser(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("scheme, dark", [("0", True), ("1", False)], ids=["dark", "light"])
-def test_the_page_follows_the_browsers_theme(tmp_path: Path, scheme: str, dark: bool) -> None:
+def test_reading_page_follows_the_theme_of_the_browser(
+    tmp_path: Path, scheme: str, dark: bool
+) -> None:
     page, picture = tmp_path / "page.html", tmp_path / "shot.png"
     page.write_text(make_page(), encoding="utf-8")
     chromium(page, f"--blink-settings=preferredColorScheme={scheme}", f"--screenshot={picture}")

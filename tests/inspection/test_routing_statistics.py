@@ -1,4 +1,4 @@
-"""Figures of routing against loops over single tokens, and against cases with a known answer."""
+"""Statistics of routing against loops over single tokens and against known results."""
 
 import math
 from itertools import pairwise, product
@@ -59,7 +59,7 @@ def tokens_of(windows, layer):
     ]
 
 
-def test_shares_fan_out_and_co_activation_are_those_of_single_tokens(windows, figures):
+def test_shares_fan_out_and_coactivation_match_loops_over_tokens(windows, figures):
     for layer in range(LAYERS):
         tokens = tokens_of(windows, layer)
         assert figures["tokens"] == len(tokens)
@@ -83,7 +83,7 @@ def test_shares_fan_out_and_co_activation_are_those_of_single_tokens(windows, fi
             assert ratio == pytest.approx(both * len(tokens) / (one * other), rel=1e-4)
 
 
-def test_counts_sum_to_what_they_must(windows, figures):
+def test_routing_counts_are_consistent(windows, figures):
     pairs = figures["tokens"] * EXPERTS
     for layer in range(LAYERS):
         taken = sum(sum(domain["taken"][layer]) for domain in figures["domains"].values())
@@ -96,7 +96,7 @@ def test_counts_sum_to_what_they_must(windows, figures):
         assert sum(figures["fan_out_by_loss"][kind]["tokens"]) == predicted
 
 
-def test_margins_are_counted_in_the_bin_they_lie_in(windows, figures):
+def test_margin_histogram_matches_single_margins(windows, figures):
     for layer in range(LAYERS):
         found = figures["margins"][layer]
         first = windows[0][1].margins[layer].abs().max()
@@ -113,7 +113,7 @@ def test_margins_are_counted_in_the_bin_they_lie_in(windows, figures):
 
 
 @pytest.mark.parametrize("kind", LOSS_KINDS)
-def test_fan_out_by_loss_is_that_of_the_tokens_in_each_bucket(windows, figures, kind):
+def test_fan_out_by_loss_matches_the_tokens_of_each_bucket(windows, figures, kind):
     found = figures["fan_out_by_loss"][kind]
     for layer in range(LAYERS + 1):
         for bucket, (low, high) in enumerate(pairwise(LOSS_EDGES)):
@@ -135,7 +135,7 @@ def test_fan_out_by_loss_is_that_of_the_tokens_in_each_bucket(windows, figures, 
                 assert error == pytest.approx(expected, abs=1e-4)
 
 
-def test_specialisation_is_that_of_the_definitions(windows, figures):
+def test_specialization_matches_its_definitions(windows, figures):
     for layer in range(LAYERS):
         joint = np.zeros((DOMAINS, EXPERTS))
         share = np.zeros((DOMAINS, EXPERTS))
@@ -171,7 +171,7 @@ def sums_of_shares(shares, tokens=4000):
     return sums
 
 
-def test_experts_of_one_domain_score_one_and_indifferent_ones_about_chance():
+def test_specialization_of_exclusive_and_of_indifferent_experts():
     special = figures_of(sums_of_shares([[0.5, 0.5, 0, 0], [0, 0, 0.5, 0.5]]), [0], ["a", "b"])
     assert special["specialisation"]["nmi"] == pytest.approx([1.0])
     assert special["specialisation"]["experts"][0] == pytest.approx([1.0] * 4)
@@ -180,7 +180,7 @@ def test_experts_of_one_domain_score_one_and_indifferent_ones_about_chance():
     assert max(even["experts"][0]) < 2e-3
 
 
-def test_what_is_not_defined_is_none():
+def test_undefined_statistics_are_none():
     sums = sums_of_shares([[0.0, 0.5, 0.5]])
     figures = figures_of(sums, [0], ["only"])
     assert figures["specialisation"]["nmi"] == [None]

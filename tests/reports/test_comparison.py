@@ -1,4 +1,4 @@
-"""Several runs in one report: figures by hand, lengths, seeds, missing columns, refusals."""
+"""Comparison of runs: metrics, lengths, seeds, missing columns, refusals."""
 
 import json
 import math
@@ -55,7 +55,7 @@ def table_of(paths: list[str]) -> dict[str, list[str]]:
     return {label: cells for label, *cells in figures_table(group_runs(read_runs(paths)))}
 
 
-def test_figures_of_a_run_are_those_computed_by_hand(tmp_path: Path) -> None:
+def test_final_metrics_match_manual_computation(tmp_path: Path) -> None:
     [run] = read_runs([make_run(tmp_path / "run")])
     assert figure("tokens trained on")(run) == run.tokens == 40 * STEP
     assert figure("final validation")(run) == pytest.approx(5 - 0.4 + 0.1)
@@ -70,7 +70,7 @@ def test_figures_of_a_run_are_those_computed_by_hand(tmp_path: Path) -> None:
     assert figure("threshold drift")(run) == 0.0
 
 
-def test_threshold_drift_is_how_far_thresholds_moved_in_the_last_tenth(tmp_path: Path) -> None:
+def test_threshold_drift_is_measured_over_the_last_tenth(tmp_path: Path) -> None:
     rows = [training_row(step) for step in range(1, 101)]
     for row in rows:
         for layer, slope in ((1, 0.01), (2, -0.03)):
@@ -80,7 +80,7 @@ def test_threshold_drift_is_how_far_thresholds_moved_in_the_last_tenth(tmp_path:
     assert figure("threshold drift")(run) == pytest.approx((0.1 + 0.3) / 2)
 
 
-def test_device_time_holds_when_the_number_of_devices_changed_on_the_way(tmp_path: Path) -> None:
+def test_device_hours_with_a_changing_number_of_devices(tmp_path: Path) -> None:
     """Half of the steps ran on twice the devices that run.json names, as fast a device."""
     rows = [training_row(step) for step in range(1, 41)]
     seconds = 0.0
@@ -102,7 +102,7 @@ def recorded_row(step: int, tokens: int, **sizes: Any) -> dict[str, Any]:
     return row | {"tokens": tokens, "flops_per_s_per_device": 100.0 * size / seconds}
 
 
-def test_figures_come_from_the_rows_whatever_the_last_start_was(tmp_path: Path) -> None:
+def test_work_is_read_from_rows_and_not_from_the_last_start(tmp_path: Path) -> None:
     rows = [recorded_row(step, 128 * step) for step in range(1, 5)]
     other = {"world_size": 2, "seq_length": 32, "batch_size": 2, "seconds": 5.0}
     other |= {"flops_per_token": 120.0}
@@ -116,7 +116,7 @@ def test_figures_come_from_the_rows_whatever_the_last_start_was(tmp_path: Path) 
     assert run.metrics.recorded("world_size") == "4, 2 from step 5"
 
 
-def test_rows_of_an_older_version_are_completed_from_later_ones(tmp_path: Path) -> None:
+def test_work_completes_rows_of_older_versions(tmp_path: Path) -> None:
     recorded = [recorded_row(step, 128 * step) for step in range(1, 7)]
     new = ("seconds", "world_size", "batch_size", "seq_length", "flops_per_token")
     old = [{k: v for k, v in row.items() if k not in new} for row in recorded[:3]]
@@ -126,7 +126,7 @@ def test_rows_of_an_older_version_are_completed_from_later_ones(tmp_path: Path) 
     assert figure("device-hours")(run) == pytest.approx(6 * 8 / 3600)
 
 
-def test_device_time_is_never_negative_where_older_rows_lost_tokens(tmp_path: Path) -> None:
+def test_device_time_is_not_negative_if_older_rows_lose_tokens(tmp_path: Path) -> None:
     """Older rows held samples times the sequence length of their start."""
     rows = [training_row(step) | {"tokens": 256 * step} for step in range(1, 7)]
     rows += [training_row(step) | {"tokens": 128 * step} for step in (7, 8)]
@@ -137,7 +137,7 @@ def test_device_time_is_never_negative_where_older_rows_lost_tokens(tmp_path: Pa
     assert run.work.device_seconds is not None and (run.work.device_seconds > 0).all()
 
 
-def test_tokens_are_those_of_the_rows_where_they_tell(tmp_path: Path) -> None:
+def test_tokens_in_rows_take_precedence_over_settings(tmp_path: Path) -> None:
     rows = [training_row(step) | {"tokens": 100 * step**2} for step in range(1, 11)]
     rows.append({"step": 5, "val_loss": 4.0})
     path = make_run(tmp_path / "run", rows=rows, rampup_batch_size=[2, 2, 100])
@@ -146,7 +146,7 @@ def test_tokens_are_those_of_the_rows_where_they_tell(tmp_path: Path) -> None:
     assert run.validation()[0].tolist() == [2500]
 
 
-def test_runs_that_differ_in_their_seed_alone_are_a_mean_with_a_deviation(tmp_path: Path) -> None:
+def test_runs_that_differ_in_seed_are_grouped_with_mean_and_deviation(tmp_path: Path) -> None:
     paths = [make_run(tmp_path / f"et-seed{seed}", seed=seed) for seed in (1, 2, 4)]
     paths.append(make_run(tmp_path / "other", seed=3, lr=2e-3))
     paths.append(make_run(tmp_path / "repeat", seed=2))  # the same seed twice is no deviation
@@ -168,7 +168,7 @@ def test_runs_that_differ_in_their_seed_alone_are_a_mean_with_a_deviation(tmp_pa
     assert cell == f"{values[:, -1].mean():.4f} ± {values[:, -1].std(ddof=1):.4f}"
 
 
-def test_runs_of_different_length_are_also_compared_where_both_were_evaluated(
+def test_comparison_of_different_lengths_has_the_loss_at_common_tokens(
     tmp_path: Path,
 ) -> None:
     table = table_of([make_run(tmp_path / "a"), make_run(tmp_path / "b", 25, lr=1.0)])
@@ -178,7 +178,7 @@ def test_runs_of_different_length_are_also_compared_where_both_were_evaluated(
     assert not any("all have it" in label for label in same)
 
 
-def test_steps_that_a_resumed_run_repeated_count_once(tmp_path: Path) -> None:
+def test_repeated_steps_of_a_resumed_run_count_once(tmp_path: Path) -> None:
     rows = [training_row(step) for step in range(1, 31)]
     lost = [row | {"loss": 99.0, "tokens_per_s": 1e9} for row in rows[20:]]
     again = make_run(tmp_path / "again", rows=[*rows[:20], *lost, *rows[20:]])
@@ -188,7 +188,7 @@ def test_steps_that_a_resumed_run_repeated_count_once(tmp_path: Path) -> None:
     assert all(one == other for one, other in table.values())
 
 
-def test_pages_hold_runs_without_experts_and_what_differs(tmp_path: Path, capsys: Any) -> None:
+def test_comparison_page_with_a_run_without_experts(tmp_path: Path, capsys: Any) -> None:
     runs = [make_run(tmp_path / "runs" / "et", router_type="expert-threshold", note="<b>|")]
     runs.append(make_run(tmp_path / "runs" / "dense", 30, layers=()))
     report.main([*runs, "--output", str(tmp_path / "out"), "--markdown", str(tmp_path / "c.md")])
@@ -205,7 +205,7 @@ def test_pages_hold_runs_without_experts_and_what_differs(tmp_path: Path, capsys
     assert not list(tmp_path.rglob("*.tmp"))
 
 
-def test_runs_without_experts_alone_are_compared_by_their_losses(tmp_path: Path) -> None:
+def test_comparison_of_runs_without_experts(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / name, 12, layers=(), lr=lr) for name, lr in (("a", 1), ("b", 2))]
     report.main(runs)
     assert (tmp_path / "comparison.html").is_file()
@@ -223,7 +223,7 @@ def test_runs_without_experts_alone_are_compared_by_their_losses(tmp_path: Path)
         (lambda a, b: [a, removed(b)], "run.json: No such file"),
     ],
 )
-def test_what_cannot_be_compared_is_said_in_one_sentence(
+def test_comparison_refuses_unusable_runs_and_flags(
     tmp_path: Path, change: Any, message: str
 ) -> None:
     runs = [make_run(tmp_path / name, 12) for name in "ab"]
@@ -231,7 +231,7 @@ def test_what_cannot_be_compared_is_said_in_one_sentence(
         report.main(change(*runs))
 
 
-def test_a_changing_batch_without_tokens_in_the_rows_is_refused(tmp_path: Path) -> None:
+def test_comparison_refuses_a_changing_batch_size_without_tokens(tmp_path: Path) -> None:
     path = make_run(tmp_path / "a", rampup_batch_size=[2, 2, 100])
     with pytest.raises(UserError, match="batch size changed"):
         read_runs([path])
@@ -247,7 +247,7 @@ def removed(run: str) -> str:
     return run
 
 
-def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+def test_runs_with_equal_names_are_named_by_their_folders(tmp_path: Path) -> None:
     paths = [make_run(tmp_path / folder / "run", 12) for folder in ("a", "b")]
     assert [run.name for run in read_runs(paths)] == ["a/run", "b/run"]
     assert math.isclose(read_runs(paths[:1])[0].tokens, 12 * STEP)

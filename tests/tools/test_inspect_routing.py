@@ -1,4 +1,4 @@
-"""The inspecting tool on real checkpoints: by thresholds, by token choice, dense; and refusals."""
+"""tools.inspect_routing on trained models: thresholds, token choice, dense; and refusals."""
 
 import json
 from pathlib import Path
@@ -143,7 +143,7 @@ PICTURES = ["domains", "specialisation", "margins", "fan_out_by_loss", "coactiva
 
 
 @pytest.mark.slow
-def test_the_tool_writes_a_page_figures_and_pictures_and_nothing_else(facts):
+def test_inspect_routing_writes_page_statistics_and_pictures_only(facts):
     names = {"routing.html", "routing.json", *(f"{name}.png" for name in PICTURES)}
     assert set(facts.et.files) == names
     assert all(facts.et.files[f"{name}.png"] == b"\x89PNG" for name in PICTURES)
@@ -153,7 +153,7 @@ def test_the_tool_writes_a_page_figures_and_pictures_and_nothing_else(facts):
 
 
 @pytest.mark.slow
-def test_every_token_of_a_domain_is_counted_once_in_windows_of_the_models_length(facts):
+def test_windows_contain_every_token_of_a_domain_once(facts):
     for name, windows in facts.tokens.items():
         assert {len(window) for window in windows[:-1]} == {MAX_LENGTH}
         assert facts.et.figures["domains"][name]["tokens"] == len(flat(windows))
@@ -162,19 +162,19 @@ def test_every_token_of_a_domain_is_counted_once_in_windows_of_the_models_length
 
 
 @pytest.mark.slow
-def test_margins_and_losses_are_those_of_gates_and_log_softmax(facts):
+def test_margins_and_losses_match_gates_and_log_softmax(facts):
     assert facts.signs
     assert max(facts.by_hand) < 1e-4
 
 
 @pytest.mark.slow
-def test_pieces_of_a_long_text_make_it_up(facts):
+def test_pieces_of_a_long_text_concatenate_to_it(facts):
     joined, decoded = facts.pieces
     assert joined == decoded and "🙂" in decoded
 
 
 @pytest.mark.slow
-def test_experts_made_for_a_domain_are_found_to_be_so(facts):
+def test_specialization_detects_experts_of_a_domain(facts):
     found = facts.made.figures
     assert found["tokens"] == 200  # --max-tokens of each
     by_token, even = found["specialisation"]["nmi"]
@@ -195,7 +195,7 @@ def on_two_ranks(run: Path, folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_pipeline_stages_find_what_one_rank_does(facts, run_dir):  # noqa: F811
+def test_statistics_are_equal_on_two_pipeline_stages(facts, run_dir):  # noqa: F811
     run_ranks(on_two_ranks, 2, run_dir, facts.folder)
     two = result(facts.folder / "two")
     assert two.figures == facts.et.figures
@@ -254,7 +254,7 @@ def other_models(folder: Path) -> SimpleNamespace:
 
 
 @pytest.mark.slow
-def test_token_choice_has_margins_to_the_kth_and_dense_models_are_refused(tmp_path):
+def test_token_choice_margins_and_refusal_of_dense_models(tmp_path):
     for name in ("mixtral", "llama"):  # Megatron parses arguments once in a process
         run_ranks(convert, 1, tmp_path, name)
     [facts] = run_ranks(other_models, 1, tmp_path)
@@ -282,12 +282,12 @@ def test_token_choice_has_margins_to_the_kth_and_dense_models_are_refused(tmp_pa
         (["--text", "a"], "no-run is not a folder"),
     ],
 )
-def test_what_cannot_be_done_is_said_before_a_model_is_loaded(flags, message):
+def test_inspect_routing_refuses_wrong_flags_before_loading(flags, message):
     with pytest.raises(UserError, match=message):
         inspect_routing.main(["--load", "no-run", "--output", "out", *flags])
 
 
-def test_a_malformed_line_is_named(tmp_path):
+def test_domain_names_a_malformed_line(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"body": "b"}\n')
     domain = Domain("a", [str(tmp_path / "a.jsonl")], "text")
     with pytest.raises(UserError, match="line 2: no key 'text'"):

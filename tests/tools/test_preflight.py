@@ -1,4 +1,4 @@
-"""A preflight names what would stop a run, and the rank that would hold it up."""
+"""Preflight reports what would stop a run, and the rank that would delay it."""
 
 import contextlib
 import io
@@ -104,13 +104,13 @@ def preflight(
     words = [*argv, "--json", str(file)]
     ended = run_ranks(start, ranks, words, store.port, dict(trouble), mark, env=env, timeout=100)
     assert len({code for code, _, _ in ended}) == 1, ended
-    told = "".join(out + err for _, out, err in ended)
-    assert "Traceback" not in told, told
+    output = "".join(out + err for _, out, err in ended)
+    assert "Traceback" not in output, output
     assert all(out == "" for _, out, _ in ended[1:])  # one rank tells
     table = {row["check"]: row for row in json.loads(file.read_text())["checks"]}
     for row in table.values():
         assert row["text"] in ended[0][1]
-    return ended[0][0], table, told
+    return ended[0][0], table, output
 
 
 def statuses(table: dict[str, dict[str, Any]], status: str) -> set[str]:
@@ -118,12 +118,14 @@ def statuses(table: dict[str, dict[str, Any]], status: str) -> set[str]:
 
 
 @pytest.mark.slow
-def test_a_good_run_passes_with_what_it_needs(dataset: Path, tmp_path: Path) -> None:
+def test_preflight_of_a_valid_run_passes(dataset: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     flags = [*REAL_DATA, "--data-path", str(dataset), "--run-dir", str(run)]
     flags += ["--hidden-size", "128", "--ffn-hidden-size", "512"]
-    code, table, told = preflight(tmp_path, *flags)
-    assert (code, statuses(table, "FAILED"), statuses(table, "warning")) == (0, set(), set()), told
+    code, table, output = preflight(tmp_path, *flags)
+    assert (code, statuses(table, "FAILED"), statuses(table, "warning")) == (0, set(), set()), (
+        output
+    )
     assert not run.exists()  # it leaves nothing behind
     # 8 sequences of 32 tokens, 2 at once; each of 4 experts takes a quarter.
     assert "256 tokens a step in 4 micro-batch(es); k = 16 of" in table["routing"]["text"]
@@ -132,22 +134,24 @@ def test_a_good_run_passes_with_what_it_needs(dataset: Path, tmp_path: Path) -> 
     folder = run / "checkpoints/iter_0000001"
     tensors = sum(file.stat().st_size for file in folder.glob("*.distcp"))
     assert table["room for checkpoints"]["bytes"] == pytest.approx(tensors, rel=0.1)
-    code, table, told = preflight(tmp_path, *flags)
-    assert (code, table["checkpoint to resume"]["text"]) == (0, f"{folder} is whole"), told
+    code, table, output = preflight(tmp_path, *flags)
+    assert (code, table["checkpoint to resume"]["text"]) == (0, f"{folder} is whole"), output
 
     file = next(folder.glob("*.distcp"))
     file.write_bytes(file.read_bytes()[:-1])
-    code, table, told = preflight(tmp_path, *flags)
-    assert (code, statuses(table, "FAILED")) == (2, {"checkpoint to resume"}), told
+    code, table, output = preflight(tmp_path, *flags)
+    assert (code, statuses(table, "FAILED")) == (2, {"checkpoint to resume"}), output
 
 
-def test_sizes_that_do_not_fit_each_other(tmp_path: Path) -> None:
+def test_preflight_refuses_inconsistent_sizes(tmp_path: Path) -> None:
     code, table, _ = preflight(tmp_path, *TINY, "--ranks", "3")
     assert (code, statuses(table, "FAILED")) == (2, {"configuration"})
     assert "--global-batch-size 8 is not divisible" in table["configuration"]["text"]
 
 
-def test_everything_wrong_is_told_at_once(dataset: Path, tmp_path: Path, small_disk: Path) -> None:
+def test_preflight_reports_all_problems_at_once(
+    dataset: Path, tmp_path: Path, small_disk: Path
+) -> None:
     for suffix in ("bin", "idx"):
         shutil.copy(f"{dataset}.{suffix}", tmp_path)
     prefix = tmp_path / dataset.name
@@ -158,7 +162,7 @@ def test_everything_wrong_is_told_at_once(dataset: Path, tmp_path: Path, small_d
     old = packages / "transformer_engine-1.0.dist-info"
     old.mkdir()
     (old / "METADATA").write_text("Name: transformer-engine\nVersion: 1.0\n")
-    code, table, told = preflight(
+    code, table, output = preflight(
         tmp_path,
         *(*REAL_DATA, "--data-path", str(prefix), "--run-dir", str(small_disk / "run")),
         *("--device-memory", "0.0001", "--keep-checkpoints", "4"),
@@ -172,12 +176,12 @@ def test_everything_wrong_is_told_at_once(dataset: Path, tmp_path: Path, small_d
         "data and tokenizer": "is truncated, make it again",
         "room for checkpoints": "make room",
     }
-    assert statuses(table, "FAILED") == set(fixes), told
+    assert statuses(table, "FAILED") == set(fixes), output
     for name, fix in fixes.items():
         assert fix in table[name]["text"]
 
 
-def test_a_tokenizer_of_another_size_and_a_full_disk(
+def test_preflight_with_a_wrong_tokenizer_and_a_full_disk(
     dataset: Path, tmp_path: Path, small_disk: Path
 ) -> None:
     with contextlib.suppress(OSError), (small_disk / "full").open("wb", buffering=0) as file:
@@ -185,27 +189,27 @@ def test_a_tokenizer_of_another_size_and_a_full_disk(
             pass
     small = ["--vocab-size", "90", "--make-vocab-size-divisible-by", "1"]
     run = ["--run-dir", str(small_disk / "run")]
-    code, table, told = preflight(tmp_path, *REAL_DATA, *small, "--data-path", str(dataset), *run)
+    code, table, output = preflight(tmp_path, *REAL_DATA, *small, "--data-path", str(dataset), *run)
     assert (code, statuses(table, "FAILED")) == (2, {"data and tokenizer", "checkpoint folder"}), (
-        told
+        output
     )
     assert "holds token id 98, beyond the vocabulary" in table["data and tokenizer"]["text"]
     assert "No space left on device" in table["checkpoint folder"]["text"]
 
 
 @pytest.mark.slow
-def test_groups_of_a_layout_the_slow_rank_and_the_wrong_clock(tmp_path: Path) -> None:
+def test_preflight_reports_a_slow_rank_and_a_wrong_clock(tmp_path: Path) -> None:
     layout = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
     layout += ["--expert-model-parallel-size", "2", "--expert-tensor-parallel-size", "1"]
-    code, table, told = preflight(
+    code, table, output = preflight(
         tmp_path,
         *(*TINY, *layout, "--run-dir", str(tmp_path / "run"), "--megabytes", "1"),
         ranks=4,
         trouble={1: "slow_and_with_a_wrong_clock"},
     )
-    assert (code, statuses(table, "FAILED")) == (2, {"clocks"}), told
+    assert (code, statuses(table, "FAILED")) == (2, {"clocks"}), output
     assert "rank 1's node is +5." in table["clocks"]["text"] or "+4.9" in table["clocks"]["text"]
-    assert table["speed of ranks"]["status"] == "warning", told
+    assert table["speed of ranks"]["status"] == "warning", output
     assert "rank 1 on" in table["speed of ranks"]["text"].split(";")[1].split(",")[0]
     members = {
         "tensor parallel": [[0, 1], [2, 3]],
@@ -219,19 +223,19 @@ def test_groups_of_a_layout_the_slow_rank_and_the_wrong_clock(tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_a_rank_that_stands_still_is_named_in_time(tmp_path: Path) -> None:
-    code, table, told = preflight(
+def test_preflight_names_a_hanging_rank(tmp_path: Path) -> None:
+    code, table, output = preflight(
         tmp_path,
         *(*TINY, "--expert-model-parallel-size", "2", "--stall-timeout", "6"),
         ranks=2,
         trouble={1: "stopped_in_a_collective"},
     )
-    assert (code, statuses(table, "FAILED")) == (2, {"expert parallel"}), told
+    assert (code, statuses(table, "FAILED")) == (2, {"expert parallel"}), output
     assert "all-to-all over ranks 0 1 fails" in table["expert parallel"]["text"]
     assert "no answer from rank(s) 1" in table["expert parallel"]["text"]
 
 
-def test_a_mistake_in_its_own_flags_is_one_sentence() -> None:
+def test_preflight_refuses_wrong_flags_in_one_sentence() -> None:
     done = subprocess.run(
         [warm_python(), "-m", "tools.preflight", "--keep-checkpoints", "few"],
         cwd=ROOT,
@@ -243,7 +247,7 @@ def test_a_mistake_in_its_own_flags_is_one_sentence() -> None:
     assert len(done.stderr.splitlines()) == 1 and "--keep-checkpoints" in done.stderr
 
 
-def test_ranks_that_take_longer_than_the_rest() -> None:
+def test_slow_ranks_exceed_the_median_by_a_factor() -> None:
     from megatron_ext.planning.preflight.rank_checks import slow_ranks
 
     assert slow_ranks([1.0, 1.1, 1.0, 1.2], 1.5) == []

@@ -42,14 +42,14 @@ def test_report_shows_baselines_sample_and_configuration(tmp_path: Path, capsys:
     assert not list(run.glob("*.tmp"))
 
 
-def test_report_does_with_a_run_that_has_just_begun(tmp_path: Path, capsys: Any) -> None:
+def test_report_of_a_run_with_a_single_step(tmp_path: Path, capsys: Any) -> None:
     run = write_run(tmp_path / "run", [training_row(1)], tail='{"step": 2, "lo')
     report.main(["--run-dir", str(run)])
     assert is_png(run / "report.png")
     assert "nats per token)" not in capsys.readouterr().out
 
 
-def test_report_does_with_a_run_without_experts(tmp_path: Path) -> None:
+def test_report_of_a_run_without_experts(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", [training_row(step, layers=()) for step in range(1, 20)])
     report.main(["--run-dir", str(run)])
     assert is_png(run / "report.png")
@@ -64,7 +64,7 @@ def test_report_does_with_a_run_without_experts(tmp_path: Path) -> None:
         ('{"step": 1}\nnonsense\n{"step": 2}\n', "line 2 is not JSON"),
     ],
 )
-def test_report_says_what_is_wrong_with_a_log(
+def test_report_refuses_a_missing_empty_or_damaged_log(
     tmp_path: Path, content: str | None, message: str
 ) -> None:
     if content is not None:
@@ -73,7 +73,7 @@ def test_report_says_what_is_wrong_with_a_log(
         report.main(["--run-dir", str(tmp_path)])
 
 
-def test_a_step_written_again_counts_as_it_was_last() -> None:
+def test_last_row_of_a_repeated_step_counts() -> None:
     rows = [{**training_row(step), "loss": 9.0} for step in (1, 2, 3)]
     rows += [{"step": 3, "val_loss": 8.0}, training_row(2), training_row(3)]
     rows += [{"step": 3, "val_loss": 7.0}]
@@ -84,7 +84,7 @@ def test_a_step_written_again_counts_as_it_was_last() -> None:
     assert metrics.evaluations == {3: 7.0}
 
 
-def test_warmup_and_target_are_read_off_the_loads() -> None:
+def test_warmup_end_and_target_rate_follow_from_the_loads() -> None:
     metrics = RunMetrics([training_row(step, warmup=12) for step in range(1, 31)])
     assert metrics.warmup_end == 12
     assert metrics.target_rate == pytest.approx(1 / EXPERTS)
