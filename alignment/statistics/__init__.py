@@ -1,1 +1,1 @@
-"""How far two judges agree."""
+"""Statistics of verdicts: agreement between judges, bootstrap intervals and Bradley-Terry fits."""

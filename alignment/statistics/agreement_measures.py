@@ -1,4 +1,4 @@
-"""Which figures of agreement there are for scores and for preferences, over any choice of items."""
+"""Agreement figures of scores and of preferences, as functions of a choice of items."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -33,17 +33,18 @@ TITLES: Mapping[str, str] = {
     "flip_rate": "position flips",
     "shown_first_rate": "preferences for the one shown first",
 }
-# Of probabilities that the first response of a pair is better.
+# Width of the bins for probabilities that the first response of a pair is better.
 _PAIRWISE_BIN = 0.1
 
 
 @dataclass(frozen=True)
 class AgreementData:
-    """Two judges over the same items.
+    """Verdicts of two judges on the same items.
 
     Attributes:
-        a: held to be right.
-        use_mean: an item's label is the mean of all answers, not the first answer.
+        a: Verdicts of the first judge, which serves as the reference (gold).
+        b: Verdicts of the second judge, which is measured.
+        use_mean: Whether the label of an item is the mean of all answers instead of the first one.
     """
 
     a: AlignedVerdicts
@@ -51,12 +52,12 @@ class AgreementData:
     use_mean: bool = False
 
     def labels(self) -> tuple[Floats, Floats]:
-        """A label of each judge for each item, NaN where there is none, `[items]`."""
+        """Return the labels of each judge, `[items]`; NaN where an item has none."""
         a, b = [judge.mean if self.use_mean else judge.single for judge in (self.a, self.b)]
         return a, b
 
     def agreement(self) -> dict[str, Figure]:
-        """Figures of both, over items that both judged."""
+        """Return the figures that compare the judges, over the items that both judged."""
         a, b = self.labels()
         if self.a.pairwise:
             return self._of_preferences(a, b)
@@ -85,18 +86,23 @@ class AgreementData:
         }
 
     def calibration(self) -> list[tuple[float, float, int]]:
-        """The curve behind the calibration error; see `figures.calibration`."""
+        """Return the calibration curve; see `coefficients.calibration` for its points."""
         a, b = (self.a.mean, self.b.mean) if self.a.pairwise else self.labels()
-        there = ~np.isnan(a) & ~np.isnan(b)
+        both = ~np.isnan(a) & ~np.isnan(b)
         width = _PAIRWISE_BIN if self.a.pairwise else 1.0
-        return figures.calibration(a[there], b[there], width)
+        return figures.calibration(a[both], b[both], width)
 
     def confusion(self) -> tuple[list[float], np.ndarray]:
-        """Labels, and how often the first judge gave the row's and the second the column's."""
+        """Return the confusion matrix of the two judges.
+
+        Returns:
+            The labels, and the number of items for each combination of the first judge's label
+            (row) with the second judge's label (column), `[labels, labels]`.
+        """
         a, b = self.labels()
         a, b = (as_sides(a), as_sides(b)) if self.a.pairwise else (rounded(a), rounded(b))
-        there = ~np.isnan(a) & ~np.isnan(b)
-        a, b = a[there], b[there]
+        both = ~np.isnan(a) & ~np.isnan(b)
+        a, b = a[both], b[both]
         labels = np.union1d(a, b)
         if self.a.pairwise:
             labels = np.array([FIRST, TIED, SECOND])
@@ -110,9 +116,9 @@ class AgreementData:
 
 
 def alone(judge: AlignedVerdicts) -> dict[str, Figure]:
-    """Figures of one judge by itself."""
+    """Return the figures of a single judge."""
     whole = (lambda labels: labels) if judge.pairwise else rounded
-    found: dict[str, Figure] = {
+    measures: dict[str, Figure] = {
         "malformed_rate": partial(_rate, judge.malformed, judge.verdicts),
         "failed_rate": partial(_rate, judge.failed, judge.verdicts),
         "self_consistency": lambda items: figures.repeats_agree(whole(_repeats(judge, items))),
@@ -121,21 +127,21 @@ def alone(judge: AlignedVerdicts) -> dict[str, Figure]:
         ),
     }
     if judge.pairwise:
-        found |= {
+        measures |= {
             "tie_rate": partial(_ties, judge),
             "flip_rate": partial(_flips, judge),
             "shown_first_rate": partial(_shown_first, judge),
         }
-    return found
+    return measures
 
 
 def rounded(scores: Floats) -> Floats:
-    """To whole labels, halves up."""
+    """Round scores to whole labels, halves up."""
     return nearest_whole(scores)
 
 
 def as_sides(labels: Floats) -> Floats:
-    """Which side a mean of labels is on."""
+    """Map means of labels to the preferred side: `FIRST`, `TIED` or `SECOND`; NaN stays NaN."""
     return np.where(np.isnan(labels), np.nan, 0.5 + 0.5 * np.sign(labels - TIED))
 
 
@@ -144,15 +150,15 @@ def _alpha(metric: str) -> Callable[[Floats, Floats], float]:
 
 
 def _both(figure: Callable[[Floats, Floats], float], a: Floats, b: Floats) -> Figure:
-    """Of the items among those asked for that both judged."""
+    """Return a figure of two arrays as a figure of items, over those that both judges judged."""
 
-    def over(items: Indices) -> float:
-        there = ~np.isnan(a[items]) & ~np.isnan(b[items])
-        if not there.any():
+    def over_items(items: Indices) -> float:
+        both = ~np.isnan(a[items]) & ~np.isnan(b[items])
+        if not both.any():
             raise Undefined("no item that both judged")
-        return figure(a[items][there], b[items][there])
+        return figure(a[items][both], b[items][both])
 
-    return over
+    return over_items
 
 
 def _rate(part: Floats, of: Floats, items: Indices) -> float:
@@ -160,40 +166,42 @@ def _rate(part: Floats, of: Floats, items: Indices) -> float:
 
 
 def _repeats(judge: AlignedVerdicts, items: Indices) -> Floats:
-    """Answers to the same question, `[samples, orders x items]`."""
+    """Return the answers to each question, `[samples, orders x items]`."""
     return judge.labels[:, :, items].reshape(len(judge.labels), -1)
 
 
 def _accuracy(side: Floats, judge: AlignedVerdicts, items: Indices) -> float:
-    """Share of all answers of the judge that are for the side that is right; ties are not."""
+    """Return the share of a judge's answers that prefer the right side; a tie is a wrong answer."""
     items = items[side[items] != TIED]
     answers = judge.labels[:, :, items]
-    there = ~np.isnan(answers) & ~np.isnan(side[items])
-    if not there.any():
+    valid = ~np.isnan(answers) & ~np.isnan(side[items])
+    if not valid.any():
         raise Undefined("the first prefers no side of any pair that the second judged")
-    return float(((answers == side[items]) & there).sum() / there.sum())
+    return float(((answers == side[items]) & valid).sum() / valid.sum())
 
 
 def _ties(judge: AlignedVerdicts, items: Indices) -> float:
     answers = judge.labels[:, :, items]
-    there = ~np.isnan(answers)
-    if not there.any():
+    valid = ~np.isnan(answers)
+    if not valid.any():
         raise Undefined("no judgement")
-    return float((answers == TIED).sum() / there.sum())
+    return float((answers == TIED).sum() / valid.sum())
 
 
 def _flips(judge: AlignedVerdicts, items: Indices) -> float:
-    """Share of pairs, judged in both orders, in which the orders prefer different responses."""
-    given, swapped = judge.labels[:, 0, items], judge.labels[:, 1, items]
-    there = ~np.isnan(given) & ~np.isnan(swapped)
-    if not there.any():
+    """Return the share of pairs, judged in both orders, whose preference changes with the order."""
+    original, swapped = judge.labels[:, 0, items], judge.labels[:, 1, items]
+    both = ~np.isnan(original) & ~np.isnan(swapped)
+    if not both.any():
         raise Undefined("no pair was judged in both orders: ask with --orders both")
-    return float((np.abs(given - swapped) == 1).sum() / there.sum())
+    return float((np.abs(original - swapped) == 1).sum() / both.sum())
 
 
 def _shown_first(judge: AlignedVerdicts, items: Indices) -> float:
-    given, swapped = judge.labels[:, 0, items], judge.labels[:, 1, items]
-    preferences = (np.isin(given, (FIRST, SECOND))).sum() + np.isin(swapped, (FIRST, SECOND)).sum()
+    """Return the share of preferences, ties apart, for the response that was shown first."""
+    original, swapped = judge.labels[:, 0, items], judge.labels[:, 1, items]
+    sides = (FIRST, SECOND)
+    preferences = np.isin(original, sides).sum() + np.isin(swapped, sides).sum()
     if not preferences:
         raise Undefined("no side was preferred")
-    return float(((given == FIRST).sum() + (swapped == SECOND).sum()) / preferences)
+    return float(((original == FIRST).sum() + (swapped == SECOND).sum()) / preferences)

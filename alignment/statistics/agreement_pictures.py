@@ -1,4 +1,4 @@
-"""Pictures of agreement: who gave what, and whether what the second gives can be believed."""
+"""Pictures of agreement: the confusion matrix of two judges and their calibration curve."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,11 +27,11 @@ def draw(compared: AgreementData, names: Sequence[str], file: Path) -> None:
 
 
 def _confusion(axes: Axes, compared: AgreementData, names: Sequence[str]) -> None:
-    """Counts, shaded by their share of the row."""
+    """Draw the counts, shaded by their share of the row."""
     labels, counts = compared.confusion()
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    shades = LinearSegmentedColormap.from_list("blue", ["white", BLUE])
-    axes.imshow(shares, cmap=shades, vmin=0, vmax=1, origin="lower")
+    color_map = LinearSegmentedColormap.from_list("blue", ["white", BLUE])
+    axes.imshow(shares, cmap=color_map, vmin=0, vmax=1, origin="lower")
     if len(labels) <= 12:
         for row, column in np.ndindex(*counts.shape):
             if counts[row, column]:
@@ -50,12 +50,12 @@ def _confusion(axes: Axes, compared: AgreementData, names: Sequence[str]) -> Non
 
 
 def _calibration(axes: Axes, compared: AgreementData, names: Sequence[str]) -> None:
-    given, there, counts = np.reshape(compared.calibration(), (-1, 3)).T
-    ends = (0.0, 1.0) if compared.a.pairwise else (min([0.0, *given]), max([9.0, *given]))
+    measured, reference, counts = np.reshape(compared.calibration(), (-1, 3)).T
+    ends = (0.0, 1.0) if compared.a.pairwise else (min([0.0, *measured]), max([9.0, *measured]))
     axes.plot(ends, ends, color=GREY, linewidth=1, linestyle="--", label="calibrated")
     sizes = 20 + 220 * counts / counts.max(initial=1)
-    axes.plot(given, there, color=BLUE, linewidth=1)
-    axes.scatter(given, there, s=sizes, color=VERMILION, alpha=0.8, linewidth=0,
+    axes.plot(measured, reference, color=BLUE, linewidth=1)
+    axes.scatter(measured, reference, s=sizes, color=VERMILION, alpha=0.8, linewidth=0,
                  label="mean of a bin; area by items")  # fmt: skip
     what = "share that prefers the first response" if compared.a.pairwise else "score"
     axes.set_xlabel(f"{what}, {names[1]}")

@@ -1,4 +1,4 @@
-"""What was measured, as a table to read and as plain values for JSON."""
+"""Agreement figures as text tables and as plain values for JSON."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -7,18 +7,19 @@ from typing import Any
 from alignment.statistics.agreement_measures import TITLES
 from alignment.statistics.bootstrap import Estimate
 
-# One figure a slice in the table; all are in the JSON.
+# Figures of a slice in the table, by whether the verdicts are pairwise; the JSON has all of them.
 _MAIN = {False: ("alpha_interval", "quadratic_kappa", "bias"), True: ("accuracy", "alpha_nominal")}
 
 
 @dataclass(frozen=True)
 class AgreementSummary:
-    """The figures over some items.
+    """Agreement figures over some items.
 
     Attributes:
-        items: how many.
-        both: how many of them have a judgement of both judges: those that agreement is about.
-        agreement: figures of both judges; `judges`: figures of each by itself.
+        items: Number of items.
+        both: Number of items that both judges judged, over which agreement is measured.
+        agreement: Figures that compare the judges, by name.
+        judges: Figures of the first and of the second judge alone, by name.
     """
 
     items: int
@@ -27,6 +28,7 @@ class AgreementSummary:
     judges: Sequence[Mapping[str, Estimate]]
 
     def to_json(self) -> dict[str, Any]:
+        """Return the figures as plain values."""
         return {
             "items": self.items,
             "judged_by_both": self.both,
@@ -39,7 +41,13 @@ class AgreementSummary:
 def table(
     pairwise: bool, whole: AgreementSummary, slices: Mapping[str, Mapping[str, AgreementSummary]]
 ) -> str:
-    """Figures with their intervals, then the main ones by slice."""
+    """Format all figures with their intervals, then the main figures by slice.
+
+    Args:
+        pairwise: Whether the verdicts are preferences.
+        whole: Figures over all items.
+        slices: Figures by name of a slicing and by slice.
+    """
     lines = [f"{whole.both:,} of {whole.items:,} items are judged by both", ""]
     lines += aligned(
         [["first against second", "", "95 % interval"]]
@@ -60,7 +68,7 @@ def table(
 
 
 def cells(estimate: Estimate) -> list[str]:
-    """A figure and its interval in words, or why there is none."""
+    """Return a figure and its interval as text, or the reason why there is none."""
     if estimate.value is None:
         return ["-", f"undefined: {estimate.reason}"]
     value = f"{estimate.value:.3f}"
@@ -70,18 +78,18 @@ def cells(estimate: Estimate) -> list[str]:
 
 
 def _notes(whole: AgreementSummary) -> list[str]:
-    """Which intervals leave resamples out."""
-    found = [
+    """Return a note for each interval that omits resamples."""
+    notes = [
         f"{TITLES[name]}: undefined in {e.undefined} resamples, which its interval leaves out"
         for figures in (whole.agreement, *whole.judges)
         for name, e in figures.items()
         if e.low is not None and e.undefined
     ]
-    return ["", *found] if found else []
+    return ["", *notes] if notes else []
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns of one width: the first to the left, numbers to the right, intervals to the left."""
+    """Format rows as lines with aligned columns: numbers to the right, other text to the left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:

@@ -1,4 +1,4 @@
-"""How far a figure can be trusted: percentile intervals from resampled groups of items."""
+"""Bootstrap estimates: percentile intervals of figures from resampled groups of items."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from alignment.statistics.coefficients import Undefined
 
-# Beyond this share of resamples without a value, what is left tells another story.
+# If the figure is undefined in a larger share of resamples, the others are not representative.
 _MOST_UNDEFINED = 0.1
 LEVEL = 0.95
 
@@ -17,10 +17,14 @@ Indices = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure, or why there is none, and its interval, or why there is none.
+    """Value of a figure with its interval.
 
     Attributes:
-        undefined: resamples in which the figure has no value; they do not count.
+        value: Value over all items; None where it is undefined.
+        low: Lower end of the 95 % interval; None where there is none.
+        high: Upper end of the 95 % interval; None where there is none.
+        undefined: Number of resamples in which the figure is undefined; the interval omits them.
+        reason: Why the value or the interval is missing.
     """
 
     value: float | None
@@ -37,13 +41,19 @@ def estimates[K](
     seed: int = 0,
     advance: Callable[[], None] = lambda: None,
 ) -> dict[K, Estimate]:
-    """Every figure over all units, with an interval from the same resamples of groups.
+    """Estimate every figure over all units, with intervals from the same resamples of groups.
 
     Args:
-        figures: each takes places of units, some several times, and may raise `Undefined`, or be
-            infinite; so may be the ends of its interval.
-        groups: places of the units that are drawn together: those of one item, or of one prompt.
-        advance: told of each resample.
+        figures: Functions by name. Each takes indices of units, in which a unit may occur several
+            times, and returns a value, or raises `Undefined`. The value and the ends of its
+            interval may be infinite.
+        groups: Indices of the units that are drawn together, such as those of one prompt.
+        resamples: Number of bootstrap resamples.
+        seed: Seed of the random draws.
+        advance: Function that is called before each resample, to report progress.
+
+    Returns:
+        The estimate of each figure, by name.
     """
     everything = np.concatenate([np.empty(0, np.int64), *groups])
     values: dict[K, list[float]] = {name: [] for name in figures}
@@ -53,11 +63,11 @@ def estimates[K](
             whole[name] = figure(everything)
         except Undefined as error:
             whole[name] = str(error)
-    draw = np.random.default_rng(seed)
+    generator = np.random.default_rng(seed)
     for _ in range(resamples):
         advance()
         if len(groups) > 1:
-            drawn = draw.integers(0, len(groups), len(groups))
+            drawn = generator.integers(0, len(groups), len(groups))
             places = np.concatenate([groups[number] for number in drawn])
             for name, figure in figures.items():
                 if not isinstance(whole[name], str):
@@ -78,7 +88,7 @@ def _estimate(whole: float | str, values: list[float], resamples: int, groups: i
         reason = f"no interval: undefined in {undefined} of {resamples} resamples"
         return Estimate(whole, undefined=undefined, reason=reason)
     tail = (1 - LEVEL) / 2
-    # Between a number and infinity nothing can be interpolated: then the outer resample counts.
+    # Interpolation between a number and infinity is impossible: take the outer resample instead.
     finite = np.isfinite(values).all()
     low = np.quantile(values, tail, method="linear" if finite else "lower")
     high = np.quantile(values, 1 - tail, method="linear" if finite else "higher")

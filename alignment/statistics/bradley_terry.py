@@ -1,9 +1,10 @@
 """Bradley-Terry strengths by maximum likelihood: P(policy beats baseline) = σ(strength + style).
 
-Where data separate wins from losses, the likelihood grows without end: a policy that always won has
-no finite strength, and a style that only winners have no finite weight. Such comparisons fit
-perfectly in the limit and say nothing of all else, so they are set aside, and what the others tell
-is what is given; never where an optimizer happened to stop.
+Where the data separate wins from losses, the likelihood has no maximum: a policy that always won
+has no finite strength, and a style that only winners have has no finite weight. Such comparisons
+fit perfectly in the limit and say nothing about the other parameters. They are therefore removed,
+and the parameters are fitted to the remaining comparisons. The result never depends on where an
+optimizer stopped.
 """
 
 import numpy as np
@@ -15,7 +16,7 @@ from alignment.rounding import EXACT, Floats
 from alignment.statistics.coefficients import Undefined
 
 _STEPS = 100
-# Logits beyond are rare where the likelihood has a maximum, and on the way where it has none.
+# Larger logits are rare where the likelihood has a maximum and inevitable where it has none.
 _SUSPICIOUS = 15.0
 _ZERO = 1e-9
 
@@ -23,64 +24,79 @@ _ZERO = 1e-9
 def strengths(
     policies: NDArray[np.int64], outcomes: Floats, count: int, style: Floats | None = None
 ) -> Floats:
-    """Logits of beating the baseline at equal style, `[count]`, then weights of style, `[k]`.
-
-    Plus or minus infinity is a policy that won, or lost, every comparison. NaN is what the
-    comparisons do not tell: a policy has none, style and policy cannot be told apart, or a weight
-    grows without end.
+    """Fit the strengths of policies against the baseline and the weights of style.
 
     Args:
-        policies: whose comparison it is, from 0, `[n]`.
-        outcomes: from 0, lost, to 1, won, `[n]`.
-        style: of each comparison, `[n, k]`.
+        policies: Index of the policy of each comparison, from 0, `[n]`.
+        outcomes: Outcome of each comparison, from 0 (lost) to 1 (won), `[n]`.
+        count: Number of policies.
+        style: Style covariates of each comparison, `[n, k]`. Default: none.
+
+    Returns:
+        The logits of beating the baseline at equal style, `[count]`, followed by the weights of
+        style, `[k]`. Plus or minus infinity stands for a policy that won, or lost, every
+        comparison. NaN stands for what the comparisons do not determine: the policy has no
+        comparison, style and policy are collinear, or a weight has no finite maximum.
     """
     style = np.empty((len(outcomes), 0)) if style is None else style
-    # A mean of wins that rounding keeps from 1 would have a finite strength, of any size.
+    # A mean of wins that differs from 1 only by rounding would have an arbitrary finite strength.
     whole = np.round(outcomes)
     outcomes = np.where(np.abs(outcomes - whole) <= EXACT, whole, outcomes)
-    found = np.full(count + style.shape[1], np.nan)
+    parameters = np.full(count + style.shape[1], np.nan)
     for policy in range(count):
         own = outcomes[policies == policy]
         if own.size and own.min() == own.max() and own[0] in (0.0, 1.0):
-            found[policy] = np.inf if own[0] else -np.inf
-    kept = np.intersect1d(np.flatnonzero(np.isnan(found[:count])), policies)
-    if kept.size:
-        rows = np.isin(policies, kept)
-        design = np.hstack([policies[rows, None] == kept, style[rows]]).astype(float)
+            parameters[policy] = np.inf if own[0] else -np.inf
+    undecided = np.intersect1d(np.flatnonzero(np.isnan(parameters[:count])), policies)
+    if undecided.size:
+        rows = np.isin(policies, undecided)
+        design = np.hstack([policies[rows, None] == undecided, style[rows]]).astype(float)
         fitted = maximum_likelihood(design, outcomes[rows])
-        found[kept], found[count:] = fitted[: len(kept)], fitted[len(kept) :]
-    return found
+        parameters[undecided] = fitted[: len(undecided)]
+        parameters[count:] = fitted[len(undecided) :]
+    return parameters
 
 
 def maximum_likelihood(design: Floats, outcomes: Floats) -> Floats:
-    """Logistic regression without penalty and intercept, `[columns]`; see `strengths` for NaN.
+    """Fit a logistic regression without penalty and intercept.
 
     Args:
-        design: `[n, columns]`.
-        outcomes: shares from 0 to 1, `[n]`.
+        design: Design matrix, `[n, columns]`.
+        outcomes: Shares of wins from 0 to 1, `[n]`.
+
+    Returns:
+        The weights, `[columns]`; NaN where the data do not determine a weight, see `strengths`.
     """
     while len(design):
         basis = _independent(design)
         weights = _newton(design @ basis.T, outcomes)
         if weights is not None:
-            told = (basis**2).sum(axis=0) > 1 - _ZERO
-            return np.where(told, weights @ basis, np.nan)
+            determined = (basis**2).sum(axis=0) > 1 - _ZERO
+            return np.where(determined, weights @ basis, np.nan)
         left = ~fitting_perfectly(design, outcomes)
         design, outcomes = design[left], outcomes[left]
     return np.full(design.shape[1], np.nan)
 
 
 def _independent(design: Floats) -> Floats:
-    """Coordinates in which no column depends on others, `[rank, columns]`."""
+    """Return a basis of the row space, in which no column depends on others, `[rank, columns]`."""
     sizes = np.linalg.eigvalsh(design.T @ design)
-    if sizes[0] > 1e-8 * sizes[-1]:  # no need to look closer, which takes longer
+    if sizes[0] > 1e-8 * sizes[-1]:  # full rank, and the decomposition below takes longer
         return np.eye(design.shape[1])
     _, sizes, basis = np.linalg.svd(design, full_matrices=False)
     return basis[sizes > _ZERO * max(sizes[0], _ZERO)]
 
 
 def _newton(design: Floats, outcomes: Floats) -> Floats | None:
-    """The maximum, or None where there is none; columns are independent."""
+    """Maximize the likelihood by Newton's method; return None where there is no maximum.
+
+    Args:
+        design: Design matrix with independent columns, `[n, rank]`.
+        outcomes: Shares of wins from 0 to 1, `[n]`.
+
+    Raises:
+        Undefined: The method did not converge.
+    """
     weights = np.zeros(design.shape[1])
     checked, reached = False, _log_likelihood(np.zeros(len(design)), outcomes)
     for _ in range(_STEPS):
@@ -103,10 +119,12 @@ def _newton(design: Floats, outcomes: Floats) -> Floats | None:
 
 
 def fitting_perfectly(design: Floats, outcomes: Floats) -> NDArray[np.bool_]:
-    """Comparisons whose likelihood goes to 1 as some weights grow, and no other's falls, `[n]`.
+    """Return which comparisons fit perfectly in the limit of growing weights, `[n]`.
 
-    A linear program: the weights put no win at a negative logit, no loss at a positive one, what is
-    neither at 0, and the sum of all as far from 0 as they can.
+    These are the comparisons whose likelihood approaches 1 along a direction of the weights in
+    which the likelihood of no other comparison falls. A linear program finds the direction: no win
+    has a negative logit, no loss a positive one, every other outcome has the logit 0, and the sum
+    of the absolute logits is as large as possible.
     """
     sign = np.where(outcomes == 1, 1.0, np.where(outcomes == 0, -1.0, 0.0))
     signed = design * sign[:, None]
@@ -115,14 +133,15 @@ def fitting_perfectly(design: Floats, outcomes: Floats) -> NDArray[np.bool_]:
         return np.zeros(len(design), dtype=bool)
     different, repeats = np.unique(pure, axis=0, return_counts=True)
     fixed = np.unique(mixed, axis=0)
-    found = linprog(
+    solution = linprog(
         -(different * repeats[:, None]).sum(axis=0),
         A_ub=-different, b_ub=np.zeros(len(different)),
         A_eq=fixed if len(fixed) else None, b_eq=np.zeros(len(fixed)) if len(fixed) else None,
         bounds=(-1, 1),
     )  # fmt: skip
-    assert found.status == 0, found.message  # all zeros are allowed, and the box bounds the sum
-    return signed @ found.x > 1e-6
+    # The program is feasible, by zeros, and bounded, by the box.
+    assert solution.status == 0, solution.message
+    return signed @ solution.x > 1e-6
 
 
 def _log_likelihood(logits: Floats, outcomes: Floats) -> float:

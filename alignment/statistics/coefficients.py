@@ -1,9 +1,9 @@
-"""Figures of agreement, each a number or, where it has no meaning, the reason.
+"""Coefficients of agreement between numeric labels.
 
-Labels that differ by no more than rounding are equal, see `alignment.rounding`.
-
-Labels are numbers. In a pair of arrays `a` is what is held to be right (the gold judge) and `b`
-what is measured, both `[units]`; `Undefined` is raised rather than a 0 or a NaN given.
+In a pair of arrays, `a` has the labels of the reference (the gold judge) and `b` those of the
+measured judge, both `[units]`. Labels that differ by rounding alone are equal (see
+`alignment.rounding`). Where a coefficient has no meaning, the functions raise `Undefined` instead
+of returning 0 or NaN.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from alignment.rounding import Floats, is_constant, nearest_whole, tied
 
 
 class Undefined(Exception):
-    """The figure has no value for these labels; says why."""
+    """Error with the reason why a figure has no value for these labels."""
 
 
 def _check(a: Floats) -> None:
@@ -24,16 +24,16 @@ def _check(a: Floats) -> None:
 
 
 def krippendorff_alpha(ratings: Floats, metric: str) -> float:
-    """Krippendorff's α = 1 - observed / expected disagreement.
+    """Return Krippendorff's α = 1 - observed / expected disagreement.
 
     Args:
-        ratings: `[raters, units]`, NaN where a rater gave none; units with fewer than two do not
-            count.
+        ratings: Labels, `[raters, units]`; NaN where a rater gave none. Units with fewer than two
+            labels do not count.
         metric: "interval", where disagreement is a squared difference, or "nominal", where it is
             1 for any two labels that differ.
 
     Raises:
-        Undefined: no unit has two ratings, or all labels are the same.
+        Undefined: No unit has two labels, or all labels are the same.
     """
     count = np.sum(~np.isnan(ratings), axis=0)
     ratings, count = ratings[:, count > 1], count[count > 1]
@@ -57,10 +57,10 @@ def krippendorff_alpha(ratings: Floats, metric: str) -> float:
 
 
 def quadratic_kappa(a: Floats, b: Floats) -> float:
-    """Cohen's κ weighted by squared differences.
+    """Return Cohen's κ weighted by squared differences.
 
     Raises:
-        Undefined: both give one and the same label only.
+        Undefined: There is no label, or all labels are the same.
     """
     _check(a)
     if is_constant(np.concatenate([a, b])):
@@ -70,10 +70,10 @@ def quadratic_kappa(a: Floats, b: Floats) -> float:
 
 
 def kappa(a: Floats, b: Floats) -> float:
-    """Cohen's κ without weights.
+    """Return Cohen's κ without weights.
 
     Raises:
-        Undefined: see `quadratic_kappa`.
+        Undefined: There is no label, or all labels are the same.
     """
     _check(a)
     a, b = tied(a, b)
@@ -85,20 +85,20 @@ def kappa(a: Floats, b: Floats) -> float:
 
 
 def spearman(a: Floats, b: Floats) -> float:
-    """Rank correlation.
+    """Return Spearman's rank correlation.
 
     Raises:
-        Undefined: one of them gives one label only.
+        Undefined: There is no label, or all labels of a judge are the same.
     """
     _check_varies(a, b)
     return float(stats.spearmanr(*tied(a), *tied(b)).statistic)
 
 
 def kendall(a: Floats, b: Floats) -> float:
-    """Kendall's τ-b, which allows for ties.
+    """Return Kendall's τ-b, which accounts for ties.
 
     Raises:
-        Undefined: one of them gives one label only.
+        Undefined: There is no label, or all labels of a judge are the same.
     """
     _check_varies(a, b)
     return float(stats.kendalltau(*tied(a), *tied(b)).statistic)
@@ -112,31 +112,34 @@ def _check_varies(a: Floats, b: Floats) -> None:
 
 
 def exact(a: Floats, b: Floats) -> float:
-    """Share of equal labels."""
+    """Return the share of equal labels."""
     _check(a)
     a, b = tied(a, b)
     return float((a == b).mean())
 
 
 def absolute_error(a: Floats, b: Floats) -> float:
-    """Mean absolute difference, in labels."""
+    """Return the mean absolute difference, in units of the labels."""
     _check(a)
     return float(np.abs(a - b).mean())
 
 
 def bias(a: Floats, b: Floats) -> float:
-    """How much more the second gives, in labels."""
+    """Return the mean of b - a, in units of the labels."""
     _check(a)
     return float((b - a).mean())
 
 
 def calibration(a: Floats, b: Floats, width: float = 1.0) -> list[tuple[float, float, int]]:
-    """What the second gives against what the first gives there.
+    """Return the calibration curve of b against a.
 
     Args:
-        width: of a bin; bins are centred on multiples of it.
+        a: Labels of the reference, `[units]`.
+        b: Labels of the measured judge, `[units]`.
+        width: Width of a bin of b; bins are centered on multiples of it.
 
-    Returns: for each bin of b with anything in it, mean of b, mean of a, and how many.
+    Returns:
+        The mean of b, the mean of a and the number of units of each bin that is not empty.
     """
     bins = nearest_whole(b / width)
     return [
@@ -146,21 +149,26 @@ def calibration(a: Floats, b: Floats, width: float = 1.0) -> list[tuple[float, f
 
 
 def calibration_error(a: Floats, b: Floats, width: float = 1.0) -> float:
-    """Expected calibration error, in units of the labels: the mean over items of the distance of
-    their bin's mean of `a` from its mean of `b`."""
+    """Return the expected calibration error, in units of the labels.
+
+    It is the mean over units of the distance between the means of `a` and of `b` in their bin.
+
+    Raises:
+        Undefined: There is no label.
+    """
     _check(a)
     curve = calibration(a, b, width)
-    return sum(abs(there - given) * count for given, there, count in curve) / len(a)
+    return sum(abs(mean_a - mean_b) * count for mean_b, mean_a, count in curve) / len(a)
 
 
 def repeats_agree(ratings: Floats) -> float:
-    """Share of pairs of answers to the same question that are equal, a mean over questions.
+    """Return the share of equal pairs of answers to the same question, as a mean over questions.
 
     Args:
-        ratings: `[samples, questions]`, NaN where there is none.
+        ratings: Answers, `[samples, questions]`; NaN where there is none.
 
     Raises:
-        Undefined: no question has two answers.
+        Undefined: No question has two answers.
     """
     count = np.sum(~np.isnan(ratings), axis=0)
     ratings, count = ratings[:, count > 1], count[count > 1]

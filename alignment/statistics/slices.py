@@ -1,4 +1,4 @@
-"""Kinds of items over which agreement is told apart."""
+"""Slices of items, over each of which agreement is reported separately."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -20,10 +20,11 @@ _SIDES = {1.0: "first", 0.5: "tie", 0.0: "second"}
 
 @dataclass(frozen=True)
 class Slice:
-    """What an item's key is.
+    """Way to divide items into slices.
 
     Attributes:
-        keys: of all items, from the judges and, where they are needed, the items.
+        keys: Function that returns the slice of every item, from the verdicts and the items.
+        needs_items: Whether `keys` needs the items; if not, it accepts an empty sequence.
     """
 
     keys: Callable[[AgreementData, Sequence[Judgeable]], list[str]]
@@ -38,7 +39,7 @@ def _of_gold(compared: AgreementData, items: Sequence[Judgeable]) -> list[str]:
 
 
 def _of_length(compared: AgreementData, items: Sequence[Judgeable]) -> list[str]:
-    """Thirds of the items by the words of what was judged."""
+    """Return the third of each item by the number of words in its text."""
     words = np.array([len(_text(item).split()) for item in items])
     cuts = np.quantile(words, [1 / 3, 2 / 3])
     names = (*(f"up to {math.floor(cut)} words" for cut in cuts), "longer")
@@ -60,10 +61,14 @@ SLICES = {
 
 
 def read_items(path: Path, wanted: Sequence[str]) -> list[Judgeable]:
-    """The items that were judged, in the order wanted.
+    """Read the items that were judged, in the order of their ids.
+
+    Args:
+        path: File of responses or pairs.
+        wanted: Ids of the items.
 
     Raises:
-        UserError: the file holds something else, or lacks one.
+        UserError: The file contains other records, or lacks an item.
     """
     rows: list[Judgeable] = read_all(path, Response, Pair)
     by_id = {row.id: row for row in rows}
@@ -75,8 +80,15 @@ def read_items(path: Path, wanted: Sequence[str]) -> list[Judgeable]:
 def keys_of(
     name: str, compared: AgreementData, items: Sequence[Judgeable] | None, most: int
 ) -> dict[str, Indices]:
-    """Places of the items of each slice; beyond the most frequent ones they are together."""
+    """Return the indices of the items of each slice.
+
+    Args:
+        name: Name of a slicing in `SLICES`.
+        compared: Verdicts of both judges.
+        items: Items that were judged; None where the slicing does not need them.
+        most: Largest number of slices; the less frequent ones are united as "others".
+    """
     keys = SLICES[name].keys(compared, items or ())
-    kept = set(largest(keys, most))
-    keys = [key if key in kept else "others" for key in keys]
+    frequent = set(largest(keys, most))
+    keys = [key if key in frequent else "others" for key in keys]
     return {keys[group[0]]: group for group in sorted(groups_of(keys), key=lambda g: keys[g[0]])}

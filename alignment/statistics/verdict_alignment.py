@@ -1,4 +1,4 @@
-"""Two judges' verdicts brought together, item by item, as arrays."""
+"""Alignment of verdicts by item, as arrays of labels."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,19 +11,22 @@ from alignment.records import Outcome, Side, Verdict
 from alignment.rounding import Floats
 from megatron_ext.errors import TooFewResults, UserError
 
-FIRST, TIED, SECOND = 1.0, 0.5, 0.0  # labels of pairs: how far the first response is preferred
-_GIVEN, _SWAPPED = 0, 1
+FIRST, TIED, SECOND = 1.0, 0.5, 0.0  # labels of pairs: preference for the first response
+_ORIGINAL, _SWAPPED = 0, 1  # indices of the orders of a pair
 
 
 @dataclass(frozen=True)
 class AlignedVerdicts:
-    """One judge's verdicts over a list of items.
+    """Verdicts of one judge on a list of items.
 
     Attributes:
-        labels: of each answer, `[samples, orders, items]`, NaN where there is none; responses have
-            one order, pairs two: as given, and swapped.
-        verdicts, malformed, failed: how many of each an item has, `[items]`.
-        identities: what the judge says it is, usually one hash.
+        pairwise: Whether the verdicts are preferences between the responses of a pair.
+        labels: Label of each answer, `[samples, orders, items]`; NaN where there is none.
+            Responses have one order, pairs have two: original and swapped.
+        verdicts: Number of verdicts on each item, `[items]`.
+        malformed: Number of unparseable verdicts on each item, `[items]`.
+        failed: Number of failed verdicts on each item, `[items]`.
+        identities: Identities of the judge in its verdicts, usually one hash.
     """
 
     pairwise: bool
@@ -35,38 +38,43 @@ class AlignedVerdicts:
 
     @property
     def single(self) -> Floats:
-        """One label an item, from the first sample, `[items]`.
+        """One label per item, from the first sample, `[items]`.
 
-        A pair that was judged in both orders has the side that both prefer, else it is tied.
+        A pair that was judged in both orders has the side that both prefer, or else is tied.
         """
         return self._over_orders(self.labels[0])
 
     @property
     def mean(self) -> Floats:
-        """The mean of an item's labels, `[items]`."""
+        """Mean of the labels of each item, `[items]`; NaN where it has none."""
         answers = self.labels.reshape(-1, self.labels.shape[2])
-        there = ~np.isnan(answers)
-        total = np.where(there, answers, 0.0).sum(axis=0)
-        return np.divide(total, there.sum(axis=0), out=np.full(total.shape, np.nan),
-                         where=there.any(axis=0))  # fmt: skip
+        valid = ~np.isnan(answers)
+        total = np.where(valid, answers, 0.0).sum(axis=0)
+        return np.divide(total, valid.sum(axis=0), out=np.full(total.shape, np.nan),
+                         where=valid.any(axis=0))  # fmt: skip
 
     def _over_orders(self, labels: Floats) -> Floats:
         if not self.pairwise:
-            return labels[_GIVEN]
-        given, swapped = labels
-        one = np.where(np.isnan(given), swapped, given)
-        both = ~np.isnan(given) & ~np.isnan(swapped)
-        return np.where(both & (given != swapped), TIED, one)
+            return labels[_ORIGINAL]
+        original, swapped = labels
+        either = np.where(np.isnan(original), swapped, original)
+        both = ~np.isnan(original) & ~np.isnan(swapped)
+        return np.where(both & (original != swapped), TIED, either)
 
 
 def align_verdicts(
     verdicts: Mapping[str, Sequence[Verdict]], items: Sequence[str], name: str
 ) -> AlignedVerdicts:
-    """The verdicts on `items`, in that order.
+    """Align a judge's verdicts with a list of items.
+
+    Args:
+        verdicts: Verdicts by item.
+        items: Ids of the items, in the order of the result.
+        name: Name of the judge or of its file, for error messages.
 
     Raises:
-        UserError: scores and preferences are mixed.
-        TooFewResults: there is no judgement at all.
+        UserError: Scores and preferences are mixed.
+        TooFewResults: No verdict is a score, a preference or a tie.
     """
     rows = [verdict for item in items for verdict in verdicts[item]]
     kinds = {v.outcome is Outcome.SCORE for v in rows if v.judged}
@@ -83,7 +91,7 @@ def align_verdicts(
     counts = np.zeros((3, len(items)))
     for at, item in enumerate(items):
         for verdict in verdicts[item]:
-            order = _SWAPPED if pairwise and verdict.swapped else _GIVEN
+            order = _SWAPPED if pairwise and verdict.swapped else _ORIGINAL
             labels[verdict.sample, order, at] = _label(verdict)
             counts[0, at] += 1
             counts[1, at] += verdict.outcome is Outcome.UNPARSEABLE
@@ -101,34 +109,41 @@ def _label(verdict: Verdict) -> float:
 
 
 def verdicts_by_item(verdicts: Iterable[Verdict], name: str) -> dict[str, list[Verdict]]:
-    """The verdicts of each item.
+    """Group verdicts by item.
+
+    Args:
+        verdicts: Verdicts of one judge.
+        name: Name of the judge or of its file, for error messages.
 
     Raises:
-        UserError: there is none, or two answer the same question.
+        UserError: There is no verdict, or two verdicts have the same item, order and sample.
     """
-    found: dict[str, list[Verdict]] = {}
-    asked: set[tuple[str, bool, int]] = set()
+    by_item: dict[str, list[Verdict]] = {}
+    answered: set[tuple[str, bool, int]] = set()
     for verdict in verdicts:
         question = (verdict.item, verdict.swapped, verdict.sample)
-        if question in asked:
+        if question in answered:
             raise UserError(f"{name} has two verdicts on item {verdict.item!r}: take one out")
-        asked.add(question)
-        found.setdefault(verdict.item, []).append(verdict)
-    if not found:
+        answered.add(question)
+        by_item.setdefault(verdict.item, []).append(verdict)
+    if not by_item:
         raise UserError(f"{name} holds no verdict: annotate some items first")
-    return found
+    return by_item
 
 
 def shared_items(
     first: Mapping[str, object], second: Mapping[str, object], common: bool, names: Sequence[str]
 ) -> list[str]:
-    """Items of both, in the first's order.
+    """Return the items that both judges have, in the order of the first.
 
     Args:
-        common: whether items of one alone may be left out.
+        first: Verdicts of the first judge by item.
+        second: Verdicts of the second judge by item.
+        common: Whether items of only one judge may be omitted.
+        names: Names of the judges or of their files, for error messages.
 
     Raises:
-        UserError: they have no item in common, or different items without `common`.
+        UserError: The judges have no item in common, or different items without `common`.
     """
     shared = [item for item in first if item in second]
     alone = [len(first) - len(shared), len(second) - len(shared)]
@@ -143,7 +158,7 @@ def shared_items(
 
 
 def groups_of(keys: Sequence[str]) -> list[np.ndarray]:
-    """Places of equal keys."""
+    """Return the indices of each distinct key, in the order of first occurrence."""
     places: dict[str, list[int]] = {}
     for place, key in enumerate(keys):
         places.setdefault(key, []).append(place)
@@ -151,5 +166,5 @@ def groups_of(keys: Sequence[str]) -> list[np.ndarray]:
 
 
 def largest(keys: Sequence[str], most: int) -> list[str]:
-    """The most frequent keys, those of equal frequency in order."""
+    """Return the most frequent keys; keys of equal frequency are sorted."""
     return [key for key, _ in sorted(Counter(keys).items(), key=lambda kv: (-kv[1], kv[0]))[:most]]
