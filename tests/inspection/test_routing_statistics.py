@@ -65,11 +65,11 @@ def test_shares_fan_out_and_coactivation_match_loops_over_tokens(windows, figure
         assert figures["tokens"] == len(tokens)
         for number, name in enumerate("abc"):
             own = [taken for domain, taken in tokens if domain == number]
-            found = figures["domains"][name]
-            assert found["tokens"] == len(own)
+            result = figures["domains"][name]
+            assert result["tokens"] == len(own)
             share = [sum(e in taken for taken in own) / len(own) for e in range(EXPERTS)]
-            assert found["share"][layer] == pytest.approx(share, abs=1e-5)
-            assert found["fan_out"][layer] == pytest.approx(np.mean([*map(len, own)]), abs=1e-5)
+            assert result["share"][layer] == pytest.approx(share, abs=1e-5)
+            assert result["fan_out"][layer] == pytest.approx(np.mean([*map(len, own)]), abs=1e-5)
         histogram = [sum(len(taken) == n for _, taken in tokens) for n in range(EXPERTS + 1)]
         assert figures["fan_out_histogram"][layer] == histogram
         for i, j in product(range(EXPERTS), repeat=2):
@@ -98,23 +98,23 @@ def test_routing_counts_are_consistent(windows, figures):
 
 def test_margin_histogram_matches_single_margins(windows, figures):
     for layer in range(LAYERS):
-        found = figures["margins"][layer]
+        result = figures["margins"][layer]
         first = windows[0][1].margins[layer].abs().max()
-        limit = found["limit"]
+        limit = result["limit"]
         assert first * 1.25 <= limit <= first * 2.5
         values = torch.cat([window.margins[layer].flatten() for _, window in windows]).double()
         inside = values[values.abs() <= limit].numpy()
-        counts, _ = np.histogram(inside, bins=len(found["counts"]), range=(-limit, limit))
-        assert found["counts"] == counts.tolist()
-        assert (found["below"], found["above"]) == (
+        counts, _ = np.histogram(inside, bins=len(result["counts"]), range=(-limit, limit))
+        assert result["counts"] == counts.tolist()
+        assert (result["below"], result["above"]) == (
             int((values < -limit).sum()), int((values >= limit).sum()),
         )  # fmt: skip
-        assert found["above"] > 0  # a later window is wider
+        assert result["above"] > 0  # a later window is wider
 
 
 @pytest.mark.parametrize("kind", LOSS_KINDS)
 def test_fan_out_by_loss_matches_the_tokens_of_each_bucket(windows, figures, kind):
-    found = figures["fan_out_by_loss"][kind]
+    result = figures["fan_out_by_loss"][kind]
     for layer in range(LAYERS + 1):
         for bucket, (low, high) in enumerate(pairwise(LOSS_EDGES)):
             values = []
@@ -124,8 +124,8 @@ def test_fan_out_by_loss_matches_the_tokens_of_each_bucket(windows, figures, kin
                 for at in range(1, len(window.losses)):
                     if low <= window.losses[at] < high:
                         values.append(float(fan_out[at - 1 if kind == "next" else at]))
-            assert found["tokens"][bucket] == len(values)
-            mean, error = (found[name][layer][bucket] for name in ("mean", "standard_error"))
+            assert result["tokens"][bucket] == len(values)
+            mean, error = (result[name][layer][bucket] for name in ("mean", "standard_error"))
             if not values:
                 assert mean is None
                 continue
@@ -152,12 +152,12 @@ def test_specialization_matches_its_definitions(windows, figures):
         )
         of_expert = joint.sum(axis=0)
         bound = min(math.log(DOMAINS), -sum(p * math.log(p) for p in of_expert))
-        found = figures["specialisation"]
-        assert found["nmi"][layer] == pytest.approx(information / bound, rel=1e-4)
+        result = figures["specialisation"]
+        assert result["nmi"][layer] == pytest.approx(information / bound, rel=1e-4)
         for expert in range(EXPERTS):
             p = share[:, expert] / share[:, expert].sum()
             score = 1 + sum(x * math.log(x) for x in p if x) / math.log(DOMAINS)
-            assert found["experts"][layer][expert] == pytest.approx(score, abs=1e-5)
+            assert result["experts"][layer][expert] == pytest.approx(score, abs=1e-5)
 
 
 def sums_of_shares(shares, tokens=4000):

@@ -47,8 +47,8 @@ def make_run(
 
 
 def figure(name: str) -> Any:
-    [found] = [f for f in FIGURES if f.label.startswith(name)]
-    return found.of
+    [result] = [f for f in FIGURES if f.label.startswith(name)]
+    return result.of
 
 
 def table_of(paths: list[str]) -> dict[str, list[str]]:

@@ -50,19 +50,19 @@ def test_json_holds_every_sample_and_nothing_else_reaches_stdout(rows):
 
 
 def test_terminal_shows_the_streamed_text(run_dir, rows):  # noqa: F811
-    ours, theirs = pty.openpty()
+    ours, other = pty.openpty()
     flags = ["--load", run_dir, "--prompt", PROMPTS[0], "--seed", 3, "--max-new-tokens", 8]
-    done = tool(*flags, stdout=theirs, stderr=subprocess.PIPE)
-    os.close(theirs)
-    seen = b""
+    done = tool(*flags, stdout=other, stderr=subprocess.PIPE)
+    os.close(other)
+    observed = b""
     try:
         while piece := os.read(ours, 4096):
-            seen += piece
+            observed += piece
     except OSError:  # Linux's way to say that the other side is closed
         pass
     os.close(ours)
     assert (done.returncode, done.stderr) == (0, "")
-    assert seen.decode().replace("\r\n", "\n") == f"{PROMPTS[0]}{rows[0]['text']}\n"
+    assert observed.decode().replace("\r\n", "\n") == f"{PROMPTS[0]}{rows[0]['text']}\n"
 
 
 def test_generate_on_two_ranks_prints_once(run_dir, rows):  # noqa: F811

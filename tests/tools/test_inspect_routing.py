@@ -135,8 +135,8 @@ def specialise(trained, first: set[int], second: set[int]) -> set[int]:
 
 @pytest.fixture(scope="module")
 def facts(run_dir, tmp_path_factory) -> SimpleNamespace:  # noqa: F811
-    [found] = run_ranks(on_one_rank, 1, run_dir, tmp_path_factory.mktemp("inspect"))
-    return found
+    [results] = run_ranks(on_one_rank, 1, run_dir, tmp_path_factory.mktemp("inspect"))
+    return results
 
 
 PICTURES = ["domains", "specialisation", "margins", "fan_out_by_loss", "coactivation"]
@@ -175,16 +175,16 @@ def test_pieces_of_a_long_text_concatenate_to_it(facts):
 
 @pytest.mark.slow
 def test_specialization_detects_experts_of_a_domain(facts):
-    found = facts.made.figures
-    assert found["tokens"] == 200  # --max-tokens of each
-    by_token, even = found["specialisation"]["nmi"]
+    results = facts.made.figures
+    assert results["tokens"] == 200  # --max-tokens of each
+    by_token, even = results["specialisation"]["nmi"]
     assert by_token > 0.99 and even < 0.01
-    scores = np.array(found["specialisation"]["experts"])
+    scores = np.array(results["specialisation"]["experts"])
     assert (scores[0] > 0.99).all() and (scores[1] < 0.01).all()
     share = np.mean([token in facts.of_first_only for token in flat(facts.tokens["first"])[:100]])
     assert 0.1 < share < 1
-    assert found["domains"]["first"]["share"][0] == pytest.approx([share] * 4 + [0] * 4)
-    assert found["domains"]["second"]["share"][1] == [1.0] * 8
+    assert results["domains"]["first"]["share"][0] == pytest.approx([share] * 4 + [0] * 4)
+    assert results["domains"]["second"]["share"][1] == [1.0] * 8
     assert "first (its first 64 tokens)" in facts.made.page
 
 

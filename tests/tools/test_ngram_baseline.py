@@ -35,8 +35,8 @@ def brute_force_bigram(train: list[int], context: int, token: int) -> float:
     total = sum(after.values())
     freed = sum(discount[min(n, 3)] for n in after.values())
     count = after.get(token, 0)
-    kept = count - discount[min(count, 3)] if count else 0.0
-    return kept / total + freed / total * continuation
+    retained = count - discount[min(count, 3)] if count else 0.0
+    return retained / total + freed / total * continuation
 
 
 @given(STREAMS)
@@ -44,11 +44,11 @@ def test_bigram_equals_its_definition_and_sums_to_one(train: list[int]) -> None:
     model = Bigram.fit(np.array(train), VOCABULARY)
     tokens = np.arange(VOCABULARY)
     for context in range(VOCABULARY):
-        got = model.probability(np.full(VOCABULARY, context), tokens)
-        wanted = [brute_force_bigram(train, context, token) for token in range(VOCABULARY)]
-        assert got == pytest.approx(wanted, abs=1e-12)
-        assert got.sum() == pytest.approx(1.0)
-        assert (got > 0).all()
+        actual = model.probability(np.full(VOCABULARY, context), tokens)
+        required = [brute_force_bigram(train, context, token) for token in range(VOCABULARY)]
+        assert actual == pytest.approx(required, abs=1e-12)
+        assert actual.sum() == pytest.approx(1.0)
+        assert (actual > 0).all()
 
 
 def test_discounts_are_estimated_when_there_is_text_enough() -> None:
@@ -59,8 +59,8 @@ def test_discounts_are_estimated_when_there_is_text_enough() -> None:
     assert len({round(float(d), 6) % 1 for d in model.discounted}) > 1  # not one discount for all
     for context in range(VOCABULARY):
         for token in range(VOCABULARY):
-            [got] = model.probability(np.array([context]), np.array([token]))
-            assert got == pytest.approx(brute_force_bigram(train, context, token), abs=1e-12)
+            [actual] = model.probability(np.array([context]), np.array([token]))
+            assert actual == pytest.approx(brute_force_bigram(train, context, token), abs=1e-12)
 
 
 @given(STREAMS)

@@ -217,9 +217,9 @@ def test_preflight_reports_a_slow_rank_and_a_wrong_clock(tmp_path: Path) -> None
         "expert parallel": [[0, 1], [2, 3]],
         "expert data parallel": [[0, 2], [1, 3]],
     }
-    found = {name: row["groups"] for name, row in table.items() if "groups" in row}
-    assert {name: [g["ranks"] for g in groups] for name, groups in found.items()} == members
-    assert all(g["all-to-all"] > 0 for groups in found.values() for g in groups)
+    result = {name: row["groups"] for name, row in table.items() if "groups" in row}
+    assert {name: [g["ranks"] for g in groups] for name, groups in result.items()} == members
+    assert all(g["all-to-all"] > 0 for groups in result.values() for g in groups)
 
 
 @pytest.mark.slow

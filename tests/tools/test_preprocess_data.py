@@ -57,10 +57,10 @@ def test_every_format_and_compression_gives_the_same_documents(model, tokenizer,
         model, files, tmp_path / "out", "--valid-fraction", 0, "--document-separator", "<>",
         "--shard-bytes", 700, "--workers", 2,
     )  # fmt: skip
-    found = stored(tmp_path / "out")
+    result = stored(tmp_path / "out")
     assert len(files) == 9
     for i, file in enumerate(files):
-        assert found[i * len(texts) : (i + 1) * len(texts)] == expected, file.name
+        assert result[i * len(texts) : (i + 1) * len(texts)] == expected, file.name
         assert manifest["inputs"][str(file)]["documents"] == len(texts)
     assert manifest["splits"] == {
         "train": {"documents": 9 * len(texts), "tokens": 9 * sum(map(len, expected))}
@@ -93,10 +93,10 @@ def test_dataset_decodes_to_the_source_texts(model, tokenizer, tmp_path):
     collect()
     source = write_jsonl(tmp_path / "texts.jsonl", texts)
     preprocess(model, [source], tmp_path / "out", "--valid-fraction", 0, "--workers", 1)
-    found = stored(tmp_path / "out")
-    assert [tokenizer.detokenize(ids[:-1]) for ids in found] == texts
-    assert {ids[-1] for ids in found} == {tokenizer.eod}
-    assert not any(tokenizer.eod in ids[:-1] for ids in found)
+    result = stored(tmp_path / "out")
+    assert [tokenizer.detokenize(ids[:-1]) for ids in result] == texts
+    assert {ids[-1] for ids in result} == {tokenizer.eod}
+    assert not any(tokenizer.eod in ids[:-1] for ids in result)
 
 
 def test_output_has_the_same_bytes_for_any_workers_and_shards(model, tmp_path):
@@ -156,8 +156,8 @@ def test_valid_input_is_the_whole_validation_split(model, tokenizer, tmp_path):
     valid = write_jsonl(tmp_path / "valid.jsonl", make_texts(5, 1))
     preprocess(model, [train], tmp_path / "out", "--valid-input", valid)
     for split, texts in (("train", make_texts(20)), ("valid", make_texts(5, 1))):
-        found = stored(tmp_path / "out", split)
-        assert [tokenizer.detokenize(ids[:-1]) for ids in found] == texts
+        result = stored(tmp_path / "out", split)
+        assert [tokenizer.detokenize(ids[:-1]) for ids in result] == texts
 
 
 def test_dtype_goes_by_the_vocabulary_as_in_megatron(model, tmp_path):
@@ -184,8 +184,8 @@ def test_manifest_describes_settings_and_inputs(model, tmp_path):
     assert manifest["tokenizer"]["vocab_size"] == 360
     assert manifest["settings"]["input"][0][:2] == [str(source), source.stat().st_size]
     for split in ("train", "valid"):
-        found = stored(tmp_path / "out", split)
+        result = stored(tmp_path / "out", split)
         assert manifest["splits"][split] == {
-            "documents": len(found),
-            "tokens": int(np.sum([len(ids) for ids in found])),
+            "documents": len(result),
+            "tokens": int(np.sum([len(ids) for ids in result])),
         }

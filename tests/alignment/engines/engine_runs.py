@@ -47,8 +47,8 @@ def by_token(scores, batch):
 def by_sample(scores, batch):
     """The mean over samples of their mean over tokens; it needs whole samples."""
     tokens = batch.sum_by_sample(batch.loss_mask.float())
-    found = batch.sum_by_sample(scores.log_probs * batch.extras["advantage"] * batch.loss_mask)
-    means = found / tokens.clamp(min=1)
+    results = batch.sum_by_sample(scores.log_probs * batch.extras["advantage"] * batch.loss_mask)
+    means = results / tokens.clamp(min=1)
     weight = torch.tensor(len(tokens), device=tokens.device)
     return LossSums(-means.sum(), weight, {"log_prob": (scores.log_probs.detach().sum(), weight)})
 
@@ -60,36 +60,36 @@ def loss_of(step):
 def share(engine, step, packed=False):
     """What this rank has of a step's samples; in the third step the first rank has all."""
     rank, size = (engine.data_rank, engine.data_size) if step != 2 else (engine.data_rank, 1)
-    mine = samples(step)[rank::size] if rank < size else []
-    return TokenBatch.packed(mine, LENGTH) if packed else TokenBatch.of(mine)
+    own_samples = samples(step)[rank::size] if rank < size else []
+    return TokenBatch.packed(own_samples, LENGTH) if packed else TokenBatch.of(own_samples)
 
 
 def train(engine, steps=range(STEPS), packed=False):
     """Train, and tell the loss and the norm of the gradients in each step."""
-    found = []
+    results = []
     for step in steps:
         result = engine.train_step(
             share(engine, step, packed), loss_of(step), temperature=TEMPERATURE
         )
-        found.append((result.loss, result.grad_norm, result.lr))
-    return found
+        results.append((result.loss, result.grad_norm, result.lr))
+    return results
 
 
 def scores(engine, packed=False):
     """Log-probabilities and entropies of this rank's first samples, each by its tokens."""
     batch = share(engine, 0, packed)
-    found = engine.log_probs(batch, temperature=TEMPERATURE, entropy=True)
-    assert found.log_probs.shape == found.entropy.shape == batch.tokens.shape
+    results = engine.log_probs(batch, temperature=TEMPERATURE, entropy=True)
+    assert results.log_probs.shape == results.entropy.shape == batch.tokens.shape
     trained = engine.log_probs(batch, temperature=TEMPERATURE, entropy=True, trained_only=True)
-    mask = batch.loss_mask.to(found.log_probs.device)
+    mask = batch.loss_mask.to(results.log_probs.device)
     for name in ("log_probs", "entropy"):
-        every, some = getattr(found, name), getattr(trained, name)
+        every, some = getattr(results, name), getattr(trained, name)
         assert torch.allclose(some, torch.where(mask, every, 0), atol=1e-5)
     by_tokens = {}
     for row in range(batch.rows):
         for number in range(int(batch.samples[row].max()) + 1):
             at = batch.samples[row] == number
-            values = (found.log_probs[row, at].tolist(), found.entropy[row, at].tolist())
+            values = (results.log_probs[row, at].tolist(), results.entropy[row, at].tolist())
             by_tokens[tuple(batch.tokens[row, at].tolist())] = values
     return by_tokens
 
@@ -97,9 +97,9 @@ def scores(engine, packed=False):
 def after_last(engine, packed=False):
     """Of this rank's first samples: log-probabilities of some tokens to come after the last."""
     batch = share(engine, 0, packed)
-    found = engine.next_log_probs(batch, CHOICES)
-    assert found.shape == (*batch.tokens.shape, len(CHOICES))
-    return {tokens: values[-1] for tokens, values in _by_tokens(batch, found).items()}
+    results = engine.next_log_probs(batch, CHOICES)
+    assert results.shape == (*batch.tokens.shape, len(CHOICES))
+    return {tokens: values[-1] for tokens, values in _by_tokens(batch, results).items()}
 
 
 def values(engine, packed=False):
@@ -108,12 +108,12 @@ def values(engine, packed=False):
     return _by_tokens(batch, engine.values(batch, CHOICES[-1]))
 
 
-def _by_tokens(batch, found):
+def _by_tokens(batch, results):
     by_tokens = {}
     for row in range(batch.rows):
         for number in range(int(batch.samples[row].max()) + 1):
             at = batch.samples[row] == number
-            by_tokens[tuple(batch.tokens[row, at].tolist())] = found[row, at].tolist()
+            by_tokens[tuple(batch.tokens[row, at].tolist())] = results[row, at].tolist()
     return by_tokens
 
 
@@ -128,12 +128,12 @@ def generate(engine):
         stop_at_eod=False,
         score_temperature=TEMPERATURE,
     )
-    found = engine.generate(prompts, sampling, seeds=[sum(prompt) for prompt in prompts])
-    rows = [TokenSample(p + g.tokens, len(p)) for p, g in zip(prompts, found)]
+    results = engine.generate(prompts, sampling, seeds=[sum(prompt) for prompt in prompts])
+    rows = [TokenSample(p + g.tokens, len(p)) for p, g in zip(prompts, results)]
     scores = engine.log_probs(TokenBatch.of(rows), temperature=TEMPERATURE).log_probs
     return [
         (tuple(p), g.tokens, g.log_probs, scores[i, len(p) : len(p) + len(g.tokens)].tolist())
-        for i, (p, g) in enumerate(zip(prompts, found))
+        for i, (p, g) in enumerate(zip(prompts, results))
     ]
 
 
@@ -151,27 +151,27 @@ def observe(engine, folder, checkpoint, packed=False):
         checkpoint: where to save.
         packed: whether it trains on packed rows.
     """
-    found = SimpleNamespace()
-    found.first = dict(engine.parameters())
-    found.alone, found.packed = scores(engine), scores(engine, packed=True)
-    found.after, found.values = after_last(engine, packed), values(engine, packed)
+    results = SimpleNamespace()
+    results.first = dict(engine.parameters())
+    results.alone, results.packed = scores(engine), scores(engine, packed=True)
+    results.after, results.values = after_last(engine, packed), values(engine, packed)
     half = STEPS // 2
-    found.steps = train(engine, range(half), packed)
-    found.generated = generate(engine)
+    results.steps = train(engine, range(half), packed)
+    results.generated = generate(engine)
     engine.save(checkpoint)
     rest = train(engine, range(half, STEPS), packed)
-    found.steps += rest
-    found.last = dict(engine.parameters())
+    results.steps += rest
+    results.last = dict(engine.parameters())
     engine.export(folder / "exported")
     exported = saved(folder / "exported")
-    assert exported.keys() == found.last.keys()
-    assert all(torch.equal(found.last[name].cpu(), tensor) for name, tensor in exported.items())
+    assert exported.keys() == results.last.keys()
+    assert all(torch.equal(results.last[name].cpu(), tensor) for name, tensor in exported.items())
     engine.load(checkpoint)
     assert engine.step == half
-    found.resumed = rest, train(engine, range(half, STEPS), packed)
+    results.resumed = rest, train(engine, range(half, STEPS), packed)
     engine.load_parameters(saved(folder).items())
-    found.again = scores(engine)
-    return found
+    results.again = scores(engine)
+    return results
 
 
 def brute_force(folder):
@@ -192,19 +192,19 @@ def brute_force(folder):
         tokens = torch.tensor(sample.tokens[1:])
         return table[:-1].gather(1, tokens.unsqueeze(1)).squeeze(1), table
 
-    found = SimpleNamespace(scores={}, after={}, values={}, losses=[], norms=[])
+    results = SimpleNamespace(scores={}, after={}, values={}, losses=[], norms=[])
     raw = []  # before a soft cap
-    model.lm_head.register_forward_hook(lambda layer, given, output: raw.append(output[0]))
+    model.lm_head.register_forward_hook(lambda layer, inputs, output: raw.append(output[0]))
     with torch.no_grad():
         for sample in samples(0):
             last = logits(sample)[-1].log_softmax(-1)
-            found.after[tuple(sample.tokens)] = last[CHOICES].tolist()
+            results.after[tuple(sample.tokens)] = last[CHOICES].tolist()
             before = raw[-1][:-1, CHOICES[-1]].tolist()
-            found.values[tuple(sample.tokens)] = [0.0, *before]
+            results.values[tuple(sample.tokens)] = [0.0, *before]
             values, table = of_tokens(sample, TEMPERATURE)
             entropy = -(table.exp() * table).sum(-1)[:-1]
             both = ([0.0, *values.tolist()], [0.0, *entropy.tolist()])
-            found.scores[tuple(sample.tokens)] = both
+            results.scores[tuple(sample.tokens)] = both
 
     decayed = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]
@@ -231,13 +231,13 @@ def brute_force(folder):
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
-        found.losses.append(loss.item())
-        found.norms.append(norm.item())
-    found.weights = {name: value.detach().clone() for name, value in model.named_parameters()}
-    return found
+        results.losses.append(loss.item())
+        results.norms.append(norm.item())
+    results.weights = {name: value.detach().clone() for name, value in model.named_parameters()}
+    return results
 
 
-def told_by(call):
+def error_message_of(call):
     """The sentence that a call is refused with; nothing of one that is not."""
     try:
         call()

@@ -8,10 +8,10 @@ from tests.alignment.engines.engine_runs import (
     OPTIMIZATION,
     TOLERANCE,
     brute_force,
+    error_message_of,
     generate,
     saved,
     scores,
-    told_by,
     train,
 )
 from tests.closeness import rounding
@@ -29,18 +29,18 @@ def save_with_a_slow_rank(folder, place):
 
     engine = DeepSpeedEngine(folder, OPTIMIZATION)
     engine.save(place)
-    write, seen = engine._engine._save_zero_checkpoint, []
+    write, observed = engine._engine._save_zero_checkpoint, []
 
     def write_late(*args):
         if dist.get_rank() == 1:
             time.sleep(1)
-            seen.append((place / "latest").read_text())
+            observed.append((place / "latest").read_text())
         write(*args)
 
     engine._engine._save_zero_checkpoint = write_late
     engine.step = 1
     engine.save(place)
-    return seen, (place / "latest").read_text()
+    return observed, (place / "latest").read_text()
 
 
 @pytest.mark.slow
@@ -84,20 +84,20 @@ def packed_and_alone(folder):
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, 128, (2, 24), generator=generator).tolist()
     rows = [TokenSample(sample) for sample in tokens]
-    found = {}
+    result = {}
     for place in sorted(folder.iterdir()):
         engine = DeepSpeedEngine(place)
         packed = engine.log_probs(TokenBatch.packed(rows, 52)).log_probs[0, :48]
-        found[place.name] = packed, engine.log_probs(TokenBatch.of(rows)).log_probs.flatten()
-    return found
+        result[place.name] = packed, engine.log_probs(TokenBatch.of(rows)).log_probs.flatten()
+    return result
 
 
 @pytest.mark.slow
 def test_packed_samples_have_separate_attention_windows(tmp_path):
     make_with_windows(tmp_path)
-    [found] = run_ranks(packed_and_alone, 1, tmp_path)
-    assert len(found) == 4
-    for name, (packed, alone) in found.items():
+    [result] = run_ranks(packed_and_alone, 1, tmp_path)
+    assert len(result) == 4
+    for name, (packed, alone) in result.items():
         assert packed.tolist() == pytest.approx(alone.tolist(), abs=rounding(alone, 1e-5)), name
 
 
@@ -107,11 +107,11 @@ def save_on_ranks(folder, place):
     DeepSpeedEngine(folder, OPTIMIZATION).save(place)
 
 
-def told_on_loading(folder, place, stage=2):
+def error_on_loading(folder, place, stage=2):
     from alignment.engines.deepspeed import DeepSpeedEngine, ZeroSettings
 
     engine = DeepSpeedEngine(folder, OPTIMIZATION, ZeroSettings(stage))
-    return told_by(lambda: engine.load(place))
+    return error_message_of(lambda: engine.load(place))
 
 
 @pytest.mark.slow
@@ -119,23 +119,23 @@ def test_deepspeed_load_errors_are_raised_on_all_ranks(tmp_path):
     make("llama", tmp_path / "model", vocab_size=128, num_hidden_layers=1)
     model, place = tmp_path / "model", tmp_path / "checkpoints"
     run_ranks(save_on_ranks, 2, model, place)
-    [told] = run_ranks(told_on_loading, 1, model, place)
-    assert told == (
+    [message] = run_ranks(error_on_loading, 1, model, place)
+    assert message == (
         f"The checkpoint in {place} cannot be loaded: DeepSpeed resumes with as many ranks as "
         "saved it. Start 2 ranks, not 1."
     )
-    first, second = run_ranks(told_on_loading, 2, model, place, 3)
+    first, second = run_ranks(error_on_loading, 2, model, place, 3)
     assert first == second and first.startswith(f"The checkpoint in {place} cannot be loaded (")
     assert "saved with ZeRO stage 3 if it is loaded with stage 3" in first
-    assert run_ranks(told_on_loading, 2, model, place) == [None, None]
+    assert run_ranks(error_on_loading, 2, model, place) == [None, None]
     # The second rank's alone: the first would wait for it.
     [torn] = place.glob("step_0/*pp_rank_1_*_optim_states.pt")
     whole = torn.read_bytes()
     changed = whole[: len(whole) // 2] + b"damaged" + whole[len(whole) // 2 + 7 :]
     for damaged in (whole[:-1000], changed):
         torn.write_bytes(damaged)
-        told = f"The checkpoint in {place} is incomplete or damaged: {torn.name}."
-        assert run_ranks(told_on_loading, 2, model, place) == [told, told]
+        message = f"The checkpoint in {place} is incomplete or damaged: {torn.name}."
+        assert run_ranks(error_on_loading, 2, model, place) == [message, message]
 
 
 def untrained(folder, stage, dtype):
@@ -161,8 +161,8 @@ def untrained(folder, stage, dtype):
 def test_deepspeed_engine_without_optimization_has_no_optimizer(tmp_path, stage):
     model = make("llama", tmp_path, vocab_size=128, num_hidden_layers=2)
     reference = brute_force(tmp_path).scores
-    for found, _ in run_ranks(untrained, 2, tmp_path, stage, torch.float32):
-        for tokens, (log_probs, entropies) in found.items():
+    for result, _ in run_ranks(untrained, 2, tmp_path, stage, torch.float32):
+        for tokens, (log_probs, entropies) in result.items():
             assert log_probs == pytest.approx(reference[tokens][0], abs=TOLERANCE)
             assert entropies == pytest.approx(reference[tokens][1], abs=TOLERANCE)
     for _, held in run_ranks(untrained, 2, tmp_path, stage, torch.bfloat16):

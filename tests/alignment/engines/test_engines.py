@@ -18,10 +18,10 @@ from tests.alignment.engines.engine_runs import (
     OPTIMIZATION,
     TOLERANCE,
     brute_force,
+    error_message_of,
     observe,
     saved,
     share,
-    told_by,
     train,
 )
 from tests.closeness import rounding
@@ -82,7 +82,7 @@ def on_megatron(folder, checkpoint, layout, packed):
     return observe(engine, folder, checkpoint, packed)
 
 
-def go_on(checkpoint, layout):
+def resume_training(checkpoint, layout):
     """On another layout than the checkpoint's, from the middle of the course."""
     from alignment.engines.megatron import MegatronEngine, MegatronLayout
     from tests.alignment.engines.engine_runs import OPTIMIZATION, STEPS, train
@@ -99,27 +99,27 @@ def on_deepspeed(folder, checkpoint, each):
     from alignment.engines.deepspeed import DeepSpeedEngine, ZeroSettings
     from tests.alignment.engines.engine_runs import OPTIMIZATION
 
-    found: dict = {}
+    results: dict = {}
     for name, zero in each.items():
         engine = DeepSpeedEngine(folder, OPTIMIZATION, ZeroSettings(**zero))
-        found[name] = observe(engine, folder, checkpoint / name)
-    return found
+        results[name] = observe(engine, folder, checkpoint / name)
+    return results
 
 
 def check(reference, folder, ranks):
     """Hold what all ranks of one engine observed to plain torch; the samples they drew."""
-    seen: dict[str, dict] = {
+    observed: dict[str, dict] = {
         name: {tokens: row for rank in ranks for tokens, row in getattr(rank, name).items()}
         for name in ("alone", "packed", "again", "values")
     }
     for tokens, (log_probs, entropies) in reference.scores.items():
-        assert seen["alone"][tokens][0] == pytest.approx(log_probs, abs=TOLERANCE)
-        assert seen["alone"][tokens][1] == pytest.approx(entropies, abs=TOLERANCE)
-        assert seen["values"][tokens] == pytest.approx(reference.values[tokens], abs=TOLERANCE)
+        assert observed["alone"][tokens][0] == pytest.approx(log_probs, abs=TOLERANCE)
+        assert observed["alone"][tokens][1] == pytest.approx(entropies, abs=TOLERANCE)
+        assert observed["values"][tokens] == pytest.approx(reference.values[tokens], abs=TOLERANCE)
         for name in ("packed", "again"):
-            alone = seen["alone"][tokens][0]
-            assert seen[name][tokens][0] == pytest.approx(alone, abs=rounding(alone, 1e-5))
-    assert all(values.keys() == reference.scores.keys() for values in seen.values())
+            alone = observed["alone"][tokens][0]
+            assert observed[name][tokens][0] == pytest.approx(alone, abs=rounding(alone, 1e-5))
+    assert all(values.keys() == reference.scores.keys() for values in observed.values())
     after = {tokens: row for rank in ranks for tokens, row in rank.after.items()}
     assert after.keys() == reference.after.keys()
     for tokens, log_probs in after.items():
@@ -184,7 +184,7 @@ def test_engines_match_plain_torch_on_every_layout(model, tmp_path):
             check(reference, folder, run_ranks(on_megatron, ranks, folder, place, layout, packed))
         )
     if name == "llama":
-        for steps in run_ranks(go_on, 2, tmp_path / "2", {"shard_optimizer": True}):
+        for steps in run_ranks(resume_training, 2, tmp_path / "2", {"shard_optimizer": True}):
             losses = [loss for loss, _, _ in steps]
             assert losses == pytest.approx(reference.losses[-len(losses) :], abs=TOLERANCE)
     facts = run_ranks(on_deepspeed, 2, folder, tmp_path / "zero", ZERO[name])
@@ -201,7 +201,7 @@ def test_packed_batch_has_every_token_in_its_place():
     ]
     batch = TokenBatch.packed(samples, 8)
     assert batch.rows == 3 and batch.is_packed and not TokenBatch.of(samples).is_packed
-    found: dict = {}
+    results: dict = {}
     for row in range(batch.rows):
         for number in range(int(batch.samples[row].max()) + 1):
             at = batch.samples[row] == number
@@ -209,8 +209,8 @@ def test_packed_batch_has_every_token_in_its_place():
             assert batch.positions[row, at].tolist() == list(range(length))
             assert batch.extras["x"][row, at].tolist() == list(range(length))
             assert batch.predicted[row, at].tolist() == [False] + [True] * (length - 1)
-            found[length] = int(batch.loss_mask[row, at].sum())
-    assert found == {4: 3, 7: 4, 2: 0, 3: 2}
+            results[length] = int(batch.loss_mask[row, at].sum())
+    assert results == {4: 3, 7: 4, 2: 0, 3: 2}
     assert batch.sum_by_sample(batch.extras["x"]).sort().values.tolist() == [1.0, 3.0, 6.0, 21.0]
     padded = batch.padded(5, 11)
     assert torch.equal(padded.slice(slice(0, 3)).tokens[:, :8], batch.tokens)
@@ -227,15 +227,17 @@ def test_packed_batch_refuses_a_sample_that_is_too_long_or_has_no_prompt():
 def first_ratios(engine):
     """How far apart, in nats, a train step and scoring are before the weights move."""
     batch = share(engine, 0)
-    seen: list[torch.Tensor] = []
+    observed: list[torch.Tensor] = []
     before = engine.log_probs(batch, trained_only=True).log_probs
 
     def loss(scores, part):
-        seen.append(scores.log_probs.detach() - before[len(seen) : len(seen) + part.rows])
+        observed.append(
+            scores.log_probs.detach() - before[len(observed) : len(observed) + part.rows]
+        )
         return LossSums(scores.log_probs.sum(), part.loss_mask.sum())
 
     engine.train_step(batch, loss)
-    return max(float(difference.abs().max()) for difference in seen)
+    return max(float(difference.abs().max()) for difference in observed)
 
 
 def make_with_dropout(folder):
@@ -279,8 +281,8 @@ def ratios_of_megatron(folder):
 @pytest.mark.slow
 def test_engines_turn_dropout_off(tmp_path):
     make_with_dropout(tmp_path)
-    [found] = run_ranks(ratios_of_deepspeed, 1, tmp_path)
-    assert all(ratio < 1e-5 for ratio in found.values()), found
+    [results] = run_ranks(ratios_of_deepspeed, 1, tmp_path)
+    assert all(ratio < 1e-5 for ratio in results.values()), results
     make("llama", tmp_path / "plain", vocab_size=128, num_hidden_layers=2)
     [ratio] = run_ranks(ratios_of_megatron, 1, tmp_path / "plain")
     assert ratio < 1e-5
@@ -304,15 +306,15 @@ def load_what_a_kill_left(folder, place):
     train(engine, [1])
     leave(lambda: (place / TRACKER).write_text(""))
     engine.load(place)
-    mended = engine.step
+    repaired = engine.step
     # Ranks read every other file: this one is the second's.
     checkpoint = place / "iter_0000001"
     names = sorted(file.name for file in checkpoint.iterdir() if file.name != "integrity.json")
     leave(lambda: (checkpoint / names[1]).write_bytes(b"damaged"))
-    damaged = told_by(lambda: engine.load(place))
+    damaged = error_message_of(lambda: engine.load(place))
     leave(lambda: (checkpoint / "integrity.json").unlink())
     leave(lambda: (place / TRACKER).write_text(""))
-    return mended, names[1], damaged, told_by(lambda: engine.load(place))
+    return repaired, names[1], damaged, error_message_of(lambda: engine.load(place))
 
 
 @pytest.mark.slow
@@ -321,8 +323,8 @@ def test_megatron_load_repairs_the_tracker_or_raises_on_all_ranks(tmp_path):
     place = tmp_path / "checkpoints"
     first, second = run_ranks(load_what_a_kill_left, 2, tmp_path / "model", place)
     assert first == second
-    mended, name, damaged, nothing = first
-    assert mended == 1
+    repaired, name, damaged, nothing = first
+    assert repaired == 1
     assert damaged.endswith(f"is incomplete or damaged: its file {name} is not as it was saved")
     assert f"{place / TRACKER} is damaged and no checkpoint in that folder is intact" in nothing
 
@@ -336,7 +338,7 @@ def dtypes_on_a_gpu(folder):
     class Started(Exception):
         pass
 
-    found = []
+    results = []
     for optimization, dtype in ((OPTIMIZATION, None), (None, None), (OPTIMIZATION, torch.float32)):
         with (
             mock.patch.object(megatron, "is_cpu_device", return_value=False),
@@ -344,16 +346,16 @@ def dtypes_on_a_gpu(folder):
             pytest.raises(Started),
         ):
             megatron.MegatronEngine(folder, optimization, dtype=dtype)
-        found.append(start.call_args.args[3])
-    return found
+        results.append(start.call_args.args[3])
+    return results
 
 
 @pytest.mark.slow
 def test_megatron_engine_trains_an_fp16_model_in_bf16(tmp_path):
     model = make("llama", tmp_path / "fp32", vocab_size=128, num_hidden_layers=1)
     model.half().save_pretrained(tmp_path / "fp16")
-    [found] = run_ranks(dtypes_on_a_gpu, 1, tmp_path / "fp16")
-    assert found == [torch.bfloat16, None, torch.float32]
+    [results] = run_ranks(dtypes_on_a_gpu, 1, tmp_path / "fp16")
+    assert results == [torch.bfloat16, None, torch.float32]
 
 
 def train_in_fp16(folder):
@@ -365,23 +367,23 @@ def train_in_fp16(folder):
     engine = MegatronEngine(
         folder, OPTIMIZATION, MegatronLayout(micro_batch=3), dtype=torch.float16, flags=scale
     )
-    found = []
+    results = []
     for _ in range(20):
         before = {name: tensor.clone() for name, tensor in engine.parameters()}
         result = engine.train_step(share(engine, 0), by_token)
         moved = any(not torch.equal(before[name], tensor) for name, tensor in engine.parameters())
-        found.append((result, engine.step, moved))
-    return found
+        results.append((result, engine.step, moved))
+    return results
 
 
 @pytest.mark.slow
 def test_train_step_with_fp16_overflow_is_skipped_and_not_counted(tmp_path):
     make("llama", tmp_path, vocab_size=128, num_hidden_layers=1)
-    [found] = run_ranks(train_in_fp16, 1, tmp_path)
-    overflows = [result.grad_norm is None for result, _, _ in found]
+    [results] = run_ranks(train_in_fp16, 1, tmp_path)
+    overflows = [result.grad_norm is None for result, _, _ in results]
     assert overflows[0] and not overflows[-1]
     steps = 0
-    for (result, step, moved), overflow in zip(found, overflows):
+    for (result, step, moved), overflow in zip(results, overflows):
         assert result.lr == OPTIMIZATION.rate(steps)  # the schedule did not move either
         steps += not overflow
         assert step == steps and (overflow or math.isfinite(result.grad_norm))
@@ -391,7 +393,9 @@ def test_train_step_with_fp16_overflow_is_skipped_and_not_counted(tmp_path):
 def refusal_with(folder, flags):
     from alignment.engines.megatron import MegatronEngine, MegatronLayout
 
-    return told_by(lambda: MegatronEngine(folder, OPTIMIZATION, MegatronLayout(), flags=flags))
+    return error_message_of(
+        lambda: MegatronEngine(folder, OPTIMIZATION, MegatronLayout(), flags=flags)
+    )
 
 
 def test_megatron_engine_refuses_flags_that_change_the_model(tmp_path):
@@ -415,20 +419,20 @@ def rates_of_a_schedule(folder, place):
     from alignment.engines.megatron import MegatronEngine
     from tests.alignment.engines.engine_runs import OPTIMIZATION, by_token, share
 
-    found = []
+    results = []
     for kind in (MegatronEngine, DeepSpeedEngine):
         engine: Any = kind(folder, replace(OPTIMIZATION, schedule=halving))
         rates = [engine.train_step(share(engine, 0), by_token).lr for _ in range(2)]
         engine.save(place / kind.__name__)
         rates.append(engine.train_step(share(engine, 0), by_token).lr)
         engine.load(place / kind.__name__)
-        found.append([*rates, engine.train_step(share(engine, 0), by_token).lr])
-    return found
+        results.append([*rates, engine.train_step(share(engine, 0), by_token).lr])
+    return results
 
 
 @pytest.mark.slow
 def test_schedule_by_function_sets_the_rate_of_every_step_also_after_a_load(tmp_path):
     make("llama", tmp_path / "model", vocab_size=128, num_hidden_layers=1)
-    [found] = run_ranks(rates_of_a_schedule, 1, tmp_path / "model", tmp_path)
+    [results] = run_ranks(rates_of_a_schedule, 1, tmp_path / "model", tmp_path)
     expected = [OPTIMIZATION.lr * factor for factor in (1, 0.5, 0.25, 0.25)]
-    assert found == [pytest.approx(expected)] * 2
+    assert results == [pytest.approx(expected)] * 2

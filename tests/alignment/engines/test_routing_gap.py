@@ -23,12 +23,12 @@ def responses():
     return [sample for sample in samples(0) if sample.prompt < len(sample.tokens)]
 
 
-def mine(engine):
+def own_samples(engine):
     return responses()[engine.data_rank :: engine.data_size]
 
 
 def gap(engine):
-    return engine.routing_gap(mine(engine), LENGTH, TEMPERATURE)
+    return engine.routing_gap(own_samples(engine), LENGTH, TEMPERATURE)
 
 
 def on(folder, layout):
@@ -46,7 +46,7 @@ def thresholds(engine):
     ]
 
 
-def whatever_the_flags(folder):
+def gaps_with_flags(folder):
     """An engine whose flags ask for expert choice, capacity and warm-up: what its steps move, and
     what it routes when decisions are pushed, or when expert choice is let through."""
     from alignment.engines.batch import TokenBatch
@@ -61,17 +61,17 @@ def whatever_the_flags(folder):
     # Between the two passes an expert of the last layer shuts: all that it had flips.
     [router] = [r for r in routers_of(engine._model) if r.layer_number == LAST]
     sampler, average = engine._sampler, router.thresholds.average
-    kept = average.clone()
+    retained = average.clone()
 
-    def then_shut(given, temperature):
-        decoded = type(sampler).decode(sampler, given, temperature)
+    def then_shut(inputs, temperature):
+        decoded = type(sampler).decode(sampler, inputs, temperature)
         average[EXPERT] = torch.inf
         return decoded
 
     sampler.decode = then_shut
     shut = gap(engine)
     del sampler.decode
-    average.copy_(kept)
+    average.copy_(retained)
 
     routers = routers_of(engine._model)
     for router in routers:
@@ -80,7 +80,7 @@ def whatever_the_flags(folder):
     for router in routers:
         router.freeze()
 
-    batch = TokenBatch.packed(mine(engine), LENGTH)
+    batch = TokenBatch.packed(own_samples(engine), LENGTH)
     for _ in range(3):
         engine.train_step(batch, by_token)
     after = thresholds(engine)
@@ -94,17 +94,17 @@ def by_torch(folder):
     from megatron_ext.hf.remote.modeling_et import ExpertThresholdForCausalLM, Router
 
     model = ExpertThresholdForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    found: list[list[torch.Tensor]] = []
+    result: list[list[torch.Tensor]] = []
     for router in (m for m in model.modules() if isinstance(m, Router)):
         own: list[torch.Tensor] = []
-        found.append(own)
+        result.append(own)
         router.register_forward_hook(
             lambda r, args, _, own=own: own.append(args[0] @ r.weight.T - r.thresholds)
         )
     with torch.no_grad():
         for sample in responses():
             model(input_ids=torch.tensor([sample.tokens[:-1]]), use_cache=False)
-    return [torch.cat([rows.view(-1, 4) for rows in own]) for own in found]
+    return [torch.cat([rows.view(-1, 4) for rows in own]) for own in result]
 
 
 @pytest.mark.slow
@@ -112,10 +112,10 @@ def test_routing_gap_between_generation_and_training_is_0(tmp_path):
     make_expert_threshold(tmp_path, moe_layers=[1, 1])
     margins = by_torch(tmp_path)
     everything = torch.stack(margins)
-    [one] = run_ranks(whatever_the_flags, 1, tmp_path)
+    [one] = run_ranks(gaps_with_flags, 1, tmp_path)
     first, shut, by_choice, moved, kept_nothing, last = one
-    found = [run_ranks(on, ranks, tmp_path, layout) for ranks, layout in LAYOUTS]
-    for figures in [first, *(rank for ranks in found for rank in ranks)]:
+    result = [run_ranks(on, ranks, tmp_path, layout) for ranks, layout in LAYOUTS]
+    for figures in [first, *(rank for ranks in result for rank in ranks)]:
         assert figures["routing/decisions"] == everything.numel()
         for name in ("flip_rate", "flip_rate_selected", "tokens_flipped"):
             assert figures[f"routing/{name}"] == 0
@@ -125,7 +125,7 @@ def test_routing_gap_between_generation_and_training_is_0(tmp_path):
         for name, share in QUANTILES.items():
             value = float(ordered[math.ceil(share * len(ordered)) - 1])
             assert figures[f"routing/margin_{name}"] == pytest.approx(value, abs=1e-4)
-    assert all(rank == ranks[0] for ranks in found for rank in ranks)
+    assert all(rank == ranks[0] for ranks in result for rank in ranks)
 
     selected = margins[LAST - 1][:, EXPERT] > 0
     flips = int(selected.sum())

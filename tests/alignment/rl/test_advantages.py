@@ -24,7 +24,7 @@ GROUPS = ["a", "b", "a", "a", "c", "c", "a", "d", "b"]
 
 
 def by_hand(rule: str) -> list[float]:
-    found = []
+    result = []
     for place, (reward, group) in enumerate(zip(REWARDS, GROUPS)):
         peers = [r for r, g in zip(REWARDS, GROUPS) if g == group and r is not None]
         others = [
@@ -33,19 +33,19 @@ def by_hand(rule: str) -> list[float]:
             if g == group and r is not None and other != place
         ]
         if reward is None or not others:
-            found.append(0.0)
+            result.append(0.0)
         elif rule == "leave_one_out":
-            found.append(reward - statistics.mean(others))
+            result.append(reward - statistics.mean(others))
         else:
             spread = statistics.stdev(peers) if rule == "standardized" else 1.0
-            found.append((reward - statistics.mean(peers)) / spread if spread else 0.0)
-    return found
+            result.append((reward - statistics.mean(peers)) / spread if spread else 0.0)
+    return result
 
 
 @pytest.mark.parametrize("rule", [standardized, centered, leave_one_out])
 def test_group_advantages_with_missing_rewards_in_any_order(rule) -> None:
-    found = group_advantages(REWARDS, GROUPS, rule)
-    np.testing.assert_allclose(found, by_hand(rule.__name__), atol=1e-12)
+    result = group_advantages(REWARDS, GROUPS, rule)
+    np.testing.assert_allclose(result, by_hand(rule.__name__), atol=1e-12)
 
 
 @given(st.floats(-1e6, 1e6), st.integers(2, 9))
@@ -55,9 +55,9 @@ def test_advantages_of_equal_rewards_are_0(reward: float, count: int) -> None:
 
 @given(st.lists(st.floats(-100, 100), min_size=2, max_size=16))
 def test_standardized_advantages_have_mean_0_and_deviation_1(rewards: list[float]) -> None:
-    found = group_advantages(rewards, [0] * len(rewards))
-    assert abs(found.sum()) < 1e-6
-    assert not found.any() or math.isclose(found.std(ddof=1), 1, rel_tol=1e-6)
+    result = group_advantages(rewards, [0] * len(rewards))
+    assert abs(result.sum()) < 1e-6
+    assert not result.any() or math.isclose(result.std(ddof=1), 1, rel_tol=1e-6)
 
 
 RULES = [standardized, centered, leave_one_out]
@@ -79,10 +79,10 @@ def test_advantages_of_rewards_that_differ_by_rounding_are_0(rule, unit) -> None
 )
 def test_advantages_of_rewards_with_small_differences_are_not_0(rule, rewards) -> None:
     assert informative(rewards, [0] * len(rewards)).all()
-    found = group_advantages(rewards, [0] * len(rewards), rule)
+    result = group_advantages(rewards, [0] * len(rewards), rule)
     if rule is standardized:
-        assert found.std(ddof=1) == pytest.approx(1)
-    assert found.any() and np.argsort(found).tolist() == np.argsort(rewards).tolist()
+        assert result.std(ddof=1) == pytest.approx(1)
+    assert result.any() and np.argsort(result).tolist() == np.argsort(rewards).tolist()
 
 
 def test_advantages_depend_on_the_rounding_error_of_rewards() -> None:
@@ -115,13 +115,13 @@ def test_advantages_of_an_infinite_reward_are_refused() -> None:
 
 
 def test_informative_groups_have_rewards_that_differ() -> None:
-    kept = informative(REWARDS, GROUPS)
-    assert [group for group, keep in zip(GROUPS, kept) if keep] == list("abaaab")
+    retained = informative(REWARDS, GROUPS)
+    assert [group for group, keep in zip(GROUPS, retained) if keep] == list("abaaab")
 
 
 def test_overlong_penalty_falls_within_the_margin() -> None:
-    found = overlong_penalty([10, 80, 85, 95, 100, 200], limit=100, margin=20)
-    np.testing.assert_allclose(found, [0, 0, -0.25, -0.75, -1, -1])
+    result = overlong_penalty([10, 80, 85, 95, 100, 200], limit=100, margin=20)
+    np.testing.assert_allclose(result, [0, 0, -0.25, -0.75, -1, -1])
     with pytest.raises(ValueError, match="margin 0"):
         overlong_penalty([1], 10, 0)
 

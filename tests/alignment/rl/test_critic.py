@@ -30,8 +30,8 @@ def judged(rewards, values, dtype):
         load_parameters=lambda tensors: list(tensors),
     )  # fmt: skip
     critic = Critic(engine, {1}, CriticSettings(gae_lambda=1.0))
-    [found], row = critic.compute_advantages([batch])
-    return found.extras["advantage"][batch.loss_mask].double().numpy(), row
+    [result], row = critic.compute_advantages([batch])
+    return result.extras["advantage"][batch.loss_mask].double().numpy(), row
 
 
 def of_rank(cases):
@@ -52,8 +52,8 @@ def test_critic_advantages_are_whitened_unless_they_are_rounding():
         (equal, coarse.tolist(), bf16), (equal, coarse.tolist(), fp32),
         (equal, far.tolist(), bf16), (better, noisy.tolist(), fp32),
     ]  # fmt: skip
-    [found] = run_ranks(of_rank, 1, cases)
-    for (rewards, values, dtype), (advantages, row) in zip(cases, found):
+    [result] = run_ranks(of_rank, 1, cases)
+    for (rewards, values, dtype), (advantages, row) in zip(cases, result):
         raw = np.repeat(rewards, LENGTHS) - np.float32(values)  # with lambda 1 and no discount
         if raw.std() < 1e-2 and ((rewards is equal and dtype is bf16) or raw.std() < 1e-5):
             assert not advantages.any()
@@ -63,4 +63,4 @@ def test_critic_advantages_are_whitened_unless_they_are_rounding():
         returns = np.repeat(rewards, LENGTHS)
         explained = 1 - raw.var() / returns.var() if rewards is better else 0.0
         assert row["explained_variance"] == pytest.approx(explained, abs=1e-2)
-    assert [bool(advantages.any()) for advantages, _ in found] == [False] * 3 + [True] * 3
+    assert [bool(advantages.any()) for advantages, _ in result] == [False] * 3 + [True] * 3

@@ -82,15 +82,15 @@ def test_slope_of_a_gap_that_changes_by_rounding_is_0(grader, step, slope):
 
 def test_written_samples_do_not_depend_on_the_number_of_ranks(grader):
     scores = [float(i) for i in range(10)]
-    kept = []
+    retained = []
     for ranks in (1, 2, 3):
         shares = [
             share(scores[r::ranks], scores[r::ranks], PROMPTS[r::ranks]) for r in range(ranks)
         ]
         grader._row(0, shares)
-        kept.append((grader.folder / "samples.jsonl").read_text())
-    assert kept[0] == kept[1] == kept[2]
-    assert [json.loads(line)["prompt"] for line in kept[0].splitlines()] == [
+        retained.append((grader.folder / "samples.jsonl").read_text())
+    assert retained[0] == retained[1] == retained[2]
+    assert [json.loads(line)["prompt"] for line in retained[0].splitlines()] == [
         f"p{i}" for i in range(8)
     ]
 
@@ -146,9 +146,11 @@ def graded_by_a_gold_that_fails(folder):
         "proxy": [SimpleNamespace(judge=lambda questions, check: scored)],
         "gold": [SimpleNamespace(judge=lambda questions, check: failed)],
     }
-    found = SimpleNamespace(tokens=[1, 2], log_probs=[0.0, 0.0], ended=True)
+    result = SimpleNamespace(tokens=[1, 2], log_probs=[0.0, 0.0], ended=True)
     grader.policy = SimpleNamespace(
-        data_size=1, data_rank=0, generate=lambda asked, sampling, seeds: [found] * len(asked)
+        data_size=1,
+        data_rank=0,
+        generate=lambda requested, sampling, seeds: [result] * len(requested),
     )
     with pytest.raises(UserError) as caught:
         grader(0)

@@ -36,7 +36,7 @@ def learn(model, place, algorithms):
     optimization, layout = Optimization(lr=2e-2, steps=10 * STEPS), MegatronLayout(micro_batch=8)
     engine = MegatronEngine(model, optimization, layout)
     start = [(name, tensor.clone()) for name, tensor in engine.parameters()]
-    found = {}
+    result = {}
     for name in algorithms:
         engine.load_parameters(start)
         settings = RLSettings(
@@ -52,14 +52,14 @@ def learn(model, place, algorithms):
             )  # fmt: skip
             train(rl, TrainingSchedule(STEPS, 100, 100))
         lines = (place / name / "metrics.jsonl").read_text().splitlines()
-        found[name] = [json.loads(line)["reward"] for line in lines]
-    return found
+        result[name] = [json.loads(line)["reward"] for line in lines]
+    return result
 
 
 def test_every_algorithm_learns(tmp_path):
     make_model(tmp_path / "model", num_hidden_layers=1, max_position_embeddings=64)
     names = list(ALGORITHMS)
-    [found] = run_ranks(learn, 1, tmp_path / "model", tmp_path, names, timeout=240)
-    for name, rewards in found.items():
+    [result] = run_ranks(learn, 1, tmp_path / "model", tmp_path, names, timeout=240)
+    for name, rewards in result.items():
         assert np.mean(rewards[:2]) < 0.7, name
         assert np.mean(rewards[-2:]) > 0.95, (name, rewards)

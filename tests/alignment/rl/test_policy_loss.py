@@ -30,7 +30,7 @@ def numbers(generator: torch.Generator, count: int, spread: float) -> list[float
 def samples(spread: float = 0.3) -> list[TokenSample]:
     """Of responses, with everything that any loss asks for. Tokens are the sample's number."""
     generator = torch.Generator().manual_seed(1)
-    found = []
+    result = []
     for number, (prompt, response) in enumerate(LENGTHS):
         size = prompt + response
         old = numbers(generator, size, 1.0)
@@ -43,8 +43,8 @@ def samples(spread: float = 0.3) -> list[TokenSample]:
             "log_probs": near[2],
             "entropy": numbers(generator, size, 1.0),
         }
-        found.append(TokenSample([number] * size, prompt, extras))
-    return found
+        result.append(TokenSample([number] * size, prompt, extras))
+    return result
 
 
 def scored(batch: TokenBatch) -> tuple[TokenScores, Tensor]:
@@ -86,14 +86,14 @@ def by_hand(rule: PolicyLoss, sample: TokenSample, log_probs: list[Tensor]) -> l
     return losses
 
 
-def whole(rule: PolicyLoss, given: list[TokenSample]) -> tuple[float, list[list[float]]]:
+def whole(rule: PolicyLoss, inputs: list[TokenSample]) -> tuple[float, list[list[float]]]:
     """The loss of all samples together and its gradients, by the formulas."""
     leaves = [
         [torch.tensor(value, dtype=torch.float64, requires_grad=True)
          for value in sample.extras["log_probs"][sample.prompt :]]  # type: ignore[index]
-        for sample in given
+        for sample in inputs
     ]  # fmt: skip
-    tokens = [by_hand(rule, sample, mine) for sample, mine in zip(given, leaves)]
+    tokens = [by_hand(rule, sample, own) for sample, own in zip(inputs, leaves)]
     if rule.aggregation == "token-mean":
         loss = torch.stack([one for each in tokens for one in each]).mean()
     elif rule.aggregation == "sample-mean":
@@ -104,7 +104,7 @@ def whole(rule: PolicyLoss, given: list[TokenSample]) -> tuple[float, list[list[
     loss.backward()
     # What is clipped has no gradient at all.
     return loss.item(), [
-        [0.0 if leaf.grad is None else leaf.grad.item() for leaf in mine] for mine in leaves
+        [0.0 if leaf.grad is None else leaf.grad.item() for leaf in own] for own in leaves
     ]
 
 
@@ -121,12 +121,12 @@ RULES = {
     "samples' weights masked": replace(LOSSES["gspo"], rollout_bound=1.1, rollout_rule="mask"),
 }
 LAYOUTS: dict[str, Callable[[list[TokenSample]], list[TokenBatch]]] = {
-    "a row each": lambda given: [TokenBatch.of(given)],
-    "packed": lambda given: [TokenBatch.packed(given, 14)],
-    "micro-batches": lambda given: [
-        TokenBatch.of(given[:1], 20),
-        TokenBatch.packed(given[1:4], 11),
-        TokenBatch.of_rows([[], given[4:]]),
+    "a row each": lambda inputs: [TokenBatch.of(inputs)],
+    "packed": lambda inputs: [TokenBatch.packed(inputs, 14)],
+    "micro-batches": lambda inputs: [
+        TokenBatch.of(inputs[:1], 20),
+        TokenBatch.packed(inputs[1:4], 11),
+        TokenBatch.of_rows([[], inputs[4:]]),
     ],
 }
 
@@ -134,17 +134,17 @@ LAYOUTS: dict[str, Callable[[list[TokenSample]], list[TokenBatch]]] = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", RULES)
 def test_policy_loss_matches_the_formulas_on_every_layout(name: str, layout: str) -> None:
-    rule, given = RULES[name], samples()
-    loss, gradients = whole(rule, given)
-    batches = LAYOUTS[layout](given)
-    found: list[tuple[LossSums, Tensor, TokenBatch]] = []
+    rule, inputs = RULES[name], samples()
+    loss, gradients = whole(rule, inputs)
+    batches = LAYOUTS[layout](inputs)
+    result: list[tuple[LossSums, Tensor, TokenBatch]] = []
     for batch in batches:
         scores, log_probs = scored(batch)
-        found.append((rule(scores, batch), log_probs, batch))
-    weight = sum(int(sums.weight) for sums, _, _ in found)
-    assert sum(sums.total.item() for sums, _, _ in found) / weight == pytest.approx(loss, rel=1e-5)
+        result.append((rule(scores, batch), log_probs, batch))
+    weight = sum(int(sums.weight) for sums, _, _ in result)
+    assert sum(sums.total.item() for sums, _, _ in result) / weight == pytest.approx(loss, rel=1e-5)
     by_sample: dict[int, list[float]] = {}
-    for sums, log_probs, batch in found:
+    for sums, log_probs, batch in result:
         (gradient,) = torch.autograd.grad(sums.total / weight, log_probs)
         assert not gradient[~batch.loss_mask].any()
         for token, value in zip(batch.tokens[batch.loss_mask], gradient[batch.loss_mask]):
@@ -206,12 +206,12 @@ def test_clip_removes_the_gradient_only_beyond_the_bound() -> None:
 
 def test_kl_estimators_match_the_divergence_of_two_distributions() -> None:
     generator = torch.Generator().manual_seed(2)
-    ours, theirs = (torch.randn(8, generator=generator).double().log_softmax(0) for _ in range(2))
-    truth = float((ours.exp() * (ours - theirs)).sum())
+    ours, others = (torch.randn(8, generator=generator).double().log_softmax(0) for _ in range(2))
+    truth = float((ours.exp() * (ours - others)).sum())
     for estimator in ("k1", "k3"):
-        estimates = kl(ours, theirs, estimator)  # type: ignore[arg-type]
+        estimates = kl(ours, others, estimator)  # type: ignore[arg-type]
         assert float((ours.exp() * estimates).sum()) == pytest.approx(truth)
-    assert (kl(ours, theirs, "k3") >= 0).all()
+    assert (kl(ours, others, "k3") >= 0).all()
 
 
 def test_policy_loss_ignores_prompt_tokens_far_from_the_reference() -> None:

@@ -147,16 +147,16 @@ class ByHand:
         error = returns - torch.cat([one["values"] for one in samples])
         losses: list[list[float]] = [[], []]
         for part in range(PARTS):
-            mine = [one for one in samples if one["part"] == part]
+            own = [one for one in samples if one["part"] == part]
             each = []
-            for one in mine:
+            for one in own:
                 new = self.values(one)
                 near = one["values"] + (new - one["values"]).clamp(-CLIP, CLIP)
                 wrong = [(v - one["returns"]) ** 2 / 2 for v in (new, near)]
                 each.append(torch.maximum(*wrong))
             losses[1].append(self.update(1, each))
             each = []
-            for one in mine:
+            for one in own:
                 gain = (one["advantages"] - everyone.mean()) / everyone.std()
                 ratio = (self.log_probs(one) - one["old"]).exp()
                 each.append(-torch.minimum(ratio * gain, ratio.clamp(0.8, 1.2) * gain))
@@ -196,16 +196,16 @@ def test_ppo_matches_plain_torch_and_resumes_after_a_kill_between_two_saves(mode
         figures = hand.step(place, step)
         assert {n: row[n] for n in figures} == pytest.approx(figures, rel=1e-4, abs=1e-5)
     assert rows[1]["value_clipped"] > 0 and rows[1]["clipped"] > 0 and rows[1]["unrewarded"] > 0
-    for found, theirs in zip(ended, hand.models):
-        for name, tensor in theirs.named_parameters():
-            assert torch.allclose(found[name], tensor, atol=2e-4), name
+    for result, others in zip(ended, hand.models):
+        for name, tensor in others.named_parameters():
+            assert torch.allclose(result[name], tensor, atol=2e-4), name
 
     with pytest.raises(Exception, match=r"9|died|exit"):
         run_ranks(train, 1, model, place, 4, 0, True)
     before = rows_of(place)
     assert [row["step"] for row in before] == [1, 2, 3, 4]
-    kept = {f.name for f in (place / "checkpoints" / "critic").iterdir()}
-    assert kept == {"at_000002", "at_000004"}  # the critic is ahead of the policy
+    retained = {f.name for f in (place / "checkpoints" / "critic").iterdir()}
+    assert retained == {"at_000002", "at_000004"}  # the critic is ahead of the policy
     run_ranks(train, 1, model, place, 4, 0, False)
     assert rows_of(place) == before
     assert [f.name for f in (place / "checkpoints" / "critic").iterdir()] == ["at_000004"]

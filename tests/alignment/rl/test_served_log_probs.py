@@ -11,7 +11,7 @@ from alignment.rl.algorithms import algorithm_by_name
 from alignment.rl.served_log_probs import check_served_log_probs, refuse_truncation
 from megatron_ext.errors import UserError
 from megatron_ext.inference.sampling import Sampling
-from tests.alignment.engines.engine_runs import told_by
+from tests.alignment.engines.engine_runs import error_message_of
 from tests.distributed import run_ranks
 from tests.hf.models import make
 
@@ -30,7 +30,7 @@ def gaps(folder, name):
     from alignment.rl.metrics import rollout_gap
 
     engine: Any = {"megatron": MegatronEngine, "deepspeed": DeepSpeedEngine}[name](folder)
-    found = []
+    result = []
     for setting in SETTINGS:
         temperature = setting[0]
         sampling = Sampling(6, *setting, stop_at_eod=False, score_temperature=temperature)
@@ -50,30 +50,30 @@ def gaps(folder, name):
         loss = algorithm_by_name("grpo", rollout_bound=1.01, rollout_rule="mask").loss(
             TokenScores(scores), batch
         )
-        found.append(
+        result.append(
             (rollout_gap(engine, [batch])["rollout_gap_max"], float(loss.total / loss.weight))
         )
-    return found
+    return result
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["megatron", "deepspeed"])
 def test_rollout_gap_of_an_engine_is_rounding_with_every_sampling_setting(tmp_path, engine):
     make("llama", tmp_path, vocab_size=128, num_hidden_layers=1)
-    [found] = run_ranks(gaps, 1, tmp_path, engine)
-    for setting, (gap, loss) in zip(SETTINGS, found):
+    [result] = run_ranks(gaps, 1, tmp_path, engine)
+    for setting, (gap, loss) in zip(SETTINGS, result):
         assert gap < 1e-4 and loss == pytest.approx(-1, abs=1e-3), setting
 
 
-def checked_on_a_rank():
+def check_on_one_rank():
     """The sentences for log-probabilities of servers with several start options."""
     generator = torch.Generator().manual_seed(0)
     logits = 2 * torch.randn(64, 32, generator=generator)
 
     def table(temperature, top_k=32):
         lowest = logits.topk(top_k).values[:, -1:]
-        kept = torch.where(logits >= lowest, logits, -torch.inf)
-        return (kept / temperature).log_softmax(-1)
+        retained = torch.where(logits >= lowest, logits, -torch.inf)
+        return (retained / temperature).log_softmax(-1)
 
     def scores(batch, temperature):
         values = table(temperature).gather(1, batch.tokens[:, 1:].T)[:, 0]
@@ -85,14 +85,14 @@ def checked_on_a_rank():
         log_probs=lambda batch, temperature, **_: scores(batch, temperature),
     )
 
-    def told(temperature, served, top_k=32, fresh=True, thorough=True):
+    def refusal(temperature, served, top_k=32, fresh=True, thorough=True):
         drawn_from = table(temperature, top_k).exp()
         tokens = torch.multinomial(drawn_from, 1, generator=generator)[:, 0]
         values = served.gather(1, tokens[:, None])[:, 0].tolist()
         sample = TokenSample([0, *tokens.tolist()], 1, {"rollout_log_probs": [0.0, *values]})
         batch = TokenBatch.of([sample])
         batch.extras["old_log_probs"] = scores(batch, temperature).log_probs  # type: ignore[index]
-        return told_by(
+        return error_message_of(
             lambda: check_served_log_probs(
                 engine, [batch], temperature, fresh=fresh, thorough=thorough
             )
@@ -100,28 +100,28 @@ def checked_on_a_rank():
 
     noise = 0.02 * torch.randn(logits.shape, generator=generator)  # as of bf16
     return {
-        "same": told(0.7, table(0.7)),
-        "rounded": told(0.9, table(0.9) + noise),
-        "raw": told(0.9, table(1.0) + noise),
-        "raw at 1": told(1.0, table(1.0)),
-        "not looked at closely": told(0.9, table(1.0), thorough=False),
-        "truncated": told(1.0, table(1.0, top_k=4), top_k=4),
-        "far": told(1.0, table(1.0) + 0.5),
-        "of other weights, as they may be": told(1.0, table(1.0) + 0.5, fresh=False),
-        "raw of other weights": told(0.7, table(1.0) + noise, fresh=False),
+        "same": refusal(0.7, table(0.7)),
+        "rounded": refusal(0.9, table(0.9) + noise),
+        "raw": refusal(0.9, table(1.0) + noise),
+        "raw at 1": refusal(1.0, table(1.0)),
+        "not looked at closely": refusal(0.9, table(1.0), thorough=False),
+        "truncated": refusal(1.0, table(1.0, top_k=4), top_k=4),
+        "far": refusal(1.0, table(1.0) + 0.5),
+        "of other weights, as they may be": refusal(1.0, table(1.0) + 0.5, fresh=False),
+        "raw of other weights": refusal(0.7, table(1.0) + noise, fresh=False),
     }
 
 
 def test_served_log_probs_of_another_distribution_are_refused():
-    [found] = run_ranks(checked_on_a_rank, 1)
+    [result] = run_ranks(check_on_one_rank, 1)
     for name in ("same", "rounded", "raw at 1", "not looked at closely",
                  "of other weights, as they may be"):  # fmt: skip
-        assert not found[name], name
-    assert "those of temperature 1" in found["raw of other weights"]
-    assert "those of temperature 1, and responses are sampled at --temperature 0.9" in found["raw"]
-    assert "--logprobs-mode processed_logprobs" in found["raw"]
-    assert "+0.5 nats per token on average" in found["far"]
-    assert "nats per token on average" in found["truncated"]
+        assert not result[name], name
+    assert "those of temperature 1" in result["raw of other weights"]
+    assert "those of temperature 1, and responses are sampled at --temperature 0.9" in result["raw"]
+    assert "--logprobs-mode processed_logprobs" in result["raw"]
+    assert "+0.5 nats per token on average" in result["far"]
+    assert "nats per token on average" in result["truncated"]
 
 
 def test_truncated_sampling_by_servers_is_refused():

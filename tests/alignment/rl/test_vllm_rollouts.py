@@ -71,8 +71,8 @@ class Server(ThreadingHTTPServer):
         for _ in range(body["max_tokens"]):
             with torch.no_grad():
                 logits = self.model(torch.tensor([tokens])).logits[0, -1]
-            seen = logits[tokens]
-            logits[tokens] = torch.where(seen > 0, seen / penalty, seen * penalty)
+            observed = logits[tokens]
+            logits[tokens] = torch.where(observed > 0, observed / penalty, observed * penalty)
             table = (logits / body["temperature"]).log_softmax(-1)
             token = int(torch.multinomial(table.exp(), 1, generator=generator))
             tokens.append(token)
@@ -262,13 +262,13 @@ def test_async_rollouts_sample_the_next_step_during_training(tmp_path, server):
     assert [row["rollout_staleness"] for row in rows] == [0, 1, 1]
     assert rows[0]["rollout_gap_max"] < 1e-4 < 1e-3 < rows[1]["rollout_gap"]
     assert rows[0]["rollout_weight"] == pytest.approx(1, abs=1e-4) != rows[1]["rollout_weight"]
-    start, kept = AutoModelForCausalLM.from_pretrained(tmp_path / "model"), 0
+    start, retained = AutoModelForCausalLM.from_pretrained(tmp_path / "model"), 0
     for file in place.glob("rollouts/step_000001/ahead_*.jsonl"):
         for row in (json.loads(line)["answer"] for line in file.read_text().splitlines()):
             values = log_probs(start, [5, int(row["task"]), 7], row["tokens"])
             assert row["version"] == 0 and row["log_probs"] == pytest.approx(values, abs=1e-4)
-            kept += 1
-    assert kept == 16
+            retained += 1
+    assert retained == 16
 
     # As a kill leaves it: no checkpoint yet, and half of the third step's on the disk.
     shutil.rmtree(place / "checkpoints")
@@ -301,7 +301,7 @@ def test_async_rollouts_stop_with_the_run(tmp_path, server):
     assert (tmp_path / "other" / "rollouts" / "step_000001").is_dir()
 
 
-def ask_in_vain(folder, url):
+def generate_without_server(folder, url):
     """The sentence that a call ends with, and after how many seconds."""
     from alignment.rl.vllm_rollouts import VLLMRollouts
     from megatron_ext.inference.sampling import Sampling
@@ -319,11 +319,13 @@ def test_vllm_rollouts_give_up_on_a_hanging_but_not_on_a_busy_server(tmp_path, s
     url = url_of(server)
     server.away = server.most = 0
     threading.Timer(6, setattr, (server, "deaf", True)).start()  # it tells its health at first
-    [(told, seconds)] = run_ranks(ask_in_vain, 1, tmp_path / "model", url)
-    assert "has not answered for 3 s" in told and seconds > 6
+    [(message, seconds)] = run_ranks(generate_without_server, 1, tmp_path / "model", url)
+    assert "has not answered for 3 s" in message and seconds > 6
     for address in ("localhost:8000/v1", "http://localhost:80a0/v1"):
-        [(told, seconds)] = run_ranks(ask_in_vain, 1, tmp_path / "model", address)
-        assert f"--rollout-url {address.removesuffix('/v1')}" in told and "is no address" in told
+        [(message, seconds)] = run_ranks(generate_without_server, 1, tmp_path / "model", address)
+        assert (
+            f"--rollout-url {address.removesuffix('/v1')}" in message and "is no address" in message
+        )
 
 
 class Slow(Server):
@@ -353,8 +355,8 @@ def draw(folder, url):
     rollouts = VLLMRollouts(
         engine, [url], "policy", folder, frozenset([0]), check=lambda: checks.append(rank)
     )
-    [found] = rollouts.generate([[rank]], Sampling(1))
-    return found.tokens, len(checks) > 1
+    [result] = rollouts.generate([[rank]], Sampling(1))
+    return result.tokens, len(checks) > 1
 
 
 def test_vllm_rollouts_may_take_longer_than_the_collective_timeout(tmp_path):

@@ -18,24 +18,24 @@ VALUES = [
 ]
 
 
-def kept(place):
+def retained(place):
     """Of each evaluation, whether it is the best so far; then what is written of the best."""
     from alignment.training.training_run import TrainingRun
 
     engine: Any = SimpleNamespace(export=lambda folder: folder.mkdir(exist_ok=True))
-    found = []
+    result = []
     with TrainingRun(place, engine, {}) as run:
         for run.step, (value, sound, _) in enumerate(VALUES):
-            found.append(run.keep_best("val/alpha", value, sound))
+            result.append(run.keep_best("val/alpha", value, sound))
         # The same evaluation again, of a run that was killed after it.
         run.step = 4
-        found.append(run.keep_best("val/alpha", 0.501, True))
-    return found, json.loads((place / "best" / "best.json").read_text())
+        result.append(run.keep_best("val/alpha", 0.501, True))
+    return result, json.loads((place / "best" / "best.json").read_text())
 
 
 def test_keep_best_ignores_an_improvement_by_rounding(tmp_path):
-    [(found, note)] = run_ranks(kept, 1, tmp_path)
-    assert found == [better for _, _, better in VALUES] + [True]
+    [(result, note)] = run_ranks(retained, 1, tmp_path)
+    assert result == [better for _, _, better in VALUES] + [True]
     assert note == {"step": 4, "val/alpha": 0.501, "sound": True}
 
 
@@ -44,10 +44,10 @@ def kept_by_log_prob(place):
 
     engine: Any = SimpleNamespace(export=lambda folder: folder.mkdir(exist_ok=True))
     with TrainingRun(place, engine, {}) as run:
-        found = []
+        result = []
         for run.step, value in enumerate((-2.0, -1.9999999, -1.999, -2.5)):
-            found.append(run.keep_best("validation/log_prob", value))
-    return found
+            result.append(run.keep_best("validation/log_prob", value))
+    return result
 
 
 def test_keep_best_with_negative_log_probs(tmp_path):

@@ -99,8 +99,8 @@ def model(tmp_path_factory):
 
 @pytest.mark.slow
 def test_resume_ignores_unfinished_saves(model, tmp_path):
-    [found] = run_ranks(killed_saves, 1, model, tmp_path)
-    assert found == (list(range(1, 9)), list(range(1, 9)))
+    [result] = run_ranks(killed_saves, 1, model, tmp_path)
+    assert result == (list(range(1, 9)), list(range(1, 9)))
 
 
 def evaluations(model, place):
@@ -110,18 +110,18 @@ def evaluations(model, place):
     def go(name, plan, stop_at=None):
         engine.load_parameters(start)
         engine.step = 0
-        asked = []
+        requested = []
         with TrainingRun(place / name, engine, {}) as run:
 
             def evaluate(number):
-                asked.append(number)
+                requested.append(number)
                 if number == stop_at:
                     os.kill(os.getpid(), signal.SIGTERM)
                     run.check_signals()
                 return {"n": number}
 
             ended = fit(run, plan, learner(engine), evaluate)
-        return ended, asked
+        return ended, requested
 
     def graded(name):
         return [row["n"] for row in rows_of(place / name) if "n" in row]
@@ -190,7 +190,7 @@ def dynamic(model, place):
             for task, _ in groups
         ]
 
-    found = []
+    result = []
     with TrainingRun(place, engine, {}) as run:
         settings = RLSettings(
             ALGORITHMS["dapo"], 6, 2, 1, LENGTH, Sampling(3), draws=2, max_unrewarded=1
@@ -204,17 +204,19 @@ def dynamic(model, place):
             drawn = [task.metadata % 3 for task, _, _ in sampled]
             train(rl, TrainingSchedule(step + 1, 100, 100))
             failed = rows_of(place)[step]["failed"]
-            found.append(([task.metadata % 3 for task, _, _ in groups], drawn, draws, failed))
-    return found
+            result.append(([task.metadata % 3 for task, _, _ in groups], drawn, draws, failed))
+    return result
 
 
 @pytest.mark.slow
 def test_dynamic_sampling_prefers_groups_that_differ_and_counts_all_failures(model, tmp_path):
-    [found] = run_ranks(dynamic, 1, model, tmp_path)
-    assert any(drawn.count(2) < 6 < len(drawn) for _, drawn, _, _ in found)
-    for kept, drawn, draws, failed in found:
-        assert draws == 2 and len(kept) == 6  # a third of the prompts cannot fill a step at once
-        assert kept.count(2) == min(6, drawn.count(2))
+    [result] = run_ranks(dynamic, 1, model, tmp_path)
+    assert any(drawn.count(2) < 6 < len(drawn) for _, drawn, _, _ in result)
+    for retained, drawn, draws, failed in result:
+        assert (
+            draws == 2 and len(retained) == 6
+        )  # a third of the prompts cannot fill a step at once
+        assert retained.count(2) == min(6, drawn.count(2))
         assert failed == pytest.approx(drawn.count(0) / len(drawn))
 
 
