@@ -78,7 +78,7 @@ def check_conflicts(args: Namespace, explicit: Set[str]) -> list[str]:
     if args.optimizer == "dist_muon":
         raise UserError(
             "--optimizer dist_muon is Megatron's old name of --optimizer muon with "
-            "--use-distributed-optimizer: give these"
+            "--use-distributed-optimizer: use these flags"
         )
     if args.optimizer == "muon":
         _check_muon(args)

@@ -164,8 +164,8 @@ def check_layout(args: Namespace, ranks: int) -> None:
     for flag in ("hierarchical_context_parallel_sizes", "hybrid_context_parallel"):
         if getattr(args, flag, None):
             raise UserError(
-                f"--{flag.replace('_', '-')} deals tokens out to ranks in an order that ties at a "
-                "cutoff do not know: use --context-parallel-size alone"
+                f"--{flag.replace('_', '-')} distributes tokens over ranks in an order in which "
+                "ties at a cutoff cannot be resolved: use --context-parallel-size alone"
             )
     if args.num_layers_per_virtual_pipeline_stage and args.pipeline_model_parallel_size == 1:
         raise UserError(

@@ -75,8 +75,8 @@ def blends(args: Namespace) -> list[Blend]:
     else:
         if args.split is not None:
             raise UserError(
-                f"--split {args.split} shares out --data-path, and {sources[0]} names the splits "
-                "one by one: leave --split out"
+                f"--split {args.split} divides --data-path, but {sources[0]} names the data of "
+                "each split: leave --split out"
             )
         result = [
             Blend(flag, kind, *parse_blend(words, flag))

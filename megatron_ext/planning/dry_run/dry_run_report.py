@@ -26,10 +26,11 @@ _DEVICES = {
 _RESERVED = 0.1
 
 _NOTE = """
-Activations are what autograd keeps; temporary tensors come on top. They, the expert dispatch and
-the FLOPs as executed suppose evenly loaded experts; routing is what random logits take. All else
-does not depend on the data. A rank's bytes are what it hands in, or what it gets when that is
-more, its own part included; of an all-to-all what it hands in."""
+Activations are the tensors that autograd saves, without temporary tensors. Activations, the expert
+dispatch and the FLOPs as executed assume evenly loaded experts; the collectives of routing are
+those of random logits. All other figures do not depend on the data. The bytes of a rank are those
+of its input or of its output, whichever are more; of an all-to-all those of its input. They
+include the part that a rank sends to itself."""
 
 
 def print_report(facts: dict[str, Any]) -> None:

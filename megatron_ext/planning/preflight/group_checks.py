@@ -51,8 +51,8 @@ def seconds_of(operation: str, group: Any, size: int) -> float:
         return _all_reduce(group, size) if operation == "all-reduce" else _all_to_all(group, size)
     except _WrongResult:
         raise UserError(
-            f"{operation} over ranks {_names(members)} gives wrong numbers: see the cables and "
-            "drivers of their nodes"
+            f"{operation} over ranks {_names(members)} gives wrong numbers: check the cables "
+            "and drivers of their nodes"
         ) from None
     except RuntimeError as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
@@ -144,8 +144,8 @@ def in_words(groups: list[dict[str, Any]]) -> CheckResult:
         if worst[operation] < statistics.median_high(speeds) / 2:
             slow.append(
                 f"{operation} over ranks {_names(worst['ranks'])} is slow, the median is "
-                f"{statistics.median_high(speeds) / 1e9:,.3g} GB/s: see the links of their nodes, "
-                "or leave one out"
+                f"{statistics.median_high(speeds) / 1e9:,.3g} GB/s: check the links of their "
+                "nodes, or leave a node out"
             )
     ranks = len(groups[0]["ranks"])
     count = f"{len(groups)} group{'s' if len(groups) > 1 else ''} of {ranks} ranks"

@@ -92,7 +92,7 @@ def clocks(launch: Launch, tolerance: float) -> CheckResult:
     if abs(offset) - error > tolerance:
         raise UserError(
             f"the clock of rank {furthest}'s node is {offset:+.3f} s off rank 0's: start NTP there "
-            "(see chronyc tracking), for times of logs and files mislead"
+            "(see chronyc tracking), because the times of its logs and files are wrong"
         )
     return CheckResult(f"differ by {abs(offset):.3f} s at most, measured within {error:.3f} s")
 
@@ -112,8 +112,8 @@ def speeds(launch: Launch, factor: float) -> CheckResult:
         return CheckResult(message, figures={"ranks": rows})
     names = [f"rank {r} on {rows[r]['node']} takes {times:.1f} times" for r, times in slow[:8]]
     message += (
-        f"; {', '.join(names)} the median for the same work: see its temperature, power limit "
-        "and what else runs there, or leave its node out"
+        f"; {', '.join(names)} the median for the same work: check temperature, power limit "
+        "and other processes of the node, or leave it out"
     )
     return CheckResult(message, WARNING, {"ranks": rows})
 

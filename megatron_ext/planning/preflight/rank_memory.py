@@ -51,8 +51,8 @@ class DryRun:
         except EOFError:
             self._process.join()
             raise UserError(
-                f"--dry-run ended with exit code {self._process.exitcode}: look for memory of the "
-                "host that ran out"
+                f"--dry-run ended with exit code {self._process.exitcode}: check "
+                "whether the memory of the host ran out"
             ) from None
         finally:
             self.stop()

@@ -96,5 +96,5 @@ def check_room(args: Namespace, size: int, keep: int) -> tuple[bool, str]:
         return True, f"{message}; the run keeps {total}"
     return False, (
         f"{message}, but the run will keep {total}: give --save-retain-interval, a larger "
-        "--save-interval, or remove old ones as it goes"
+        "--save-interval, or remove old checkpoints during the run"
     )
