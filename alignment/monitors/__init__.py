@@ -1,1 +1,1 @@
-"""What a policy does when it games its judge, found in the words of its responses."""
+"""Detection of reward hacking in the text of responses."""

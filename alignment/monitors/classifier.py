@@ -1,11 +1,10 @@
 """Classifier of sentences that game a judge, trained on the packaged fixtures at its first use.
 
-Each sentence of a response is read as the classes that its words have in `lexicon.txt`, so that a
-wording that nobody wrote down before looks like those that were, and as words and their parts.
-Words of a class that the prompt uses too count as another class: a review may praise and a policy
-may forbid where the prompt asks for one. A multinomial logistic regression gives the probabilities
-of the forms of attack and of none; training is convex, so that it gives the same classifier
-everywhere.
+The features of a sentence are the classes that its words have in `lexicon.txt`, so that a new
+wording resembles known ones, and its words and their parts. Words of a class that the prompt also
+uses count as another class: a review may praise and a policy may forbid where the prompt requests
+one. A multinomial logistic regression returns the probabilities of each form of attack and of none.
+Training is a convex problem, so that it gives the same classifier on every machine.
 """
 
 import re
@@ -29,7 +28,7 @@ _LONGEST_SENTENCE = 600  # characters of a sentence that are read
 _SHORT_QUOTATION = 25  # characters; longer ones are not read
 
 _TOKEN = re.compile(r"[a-z0-9+_]+(?:['-][a-z]+)*")
-# Classes that say nothing of what a prompt is about.
+# Classes that do not depend on the topic of a prompt.
 _GENERAL = frozenset({
     "i", "my", "you", "your", "this", "that", "not", "can", "cannot", "must", "every", "answer",
     "please", "who", "end", "start", "size",
@@ -81,12 +80,12 @@ _GENRES = {
 
 @dataclass(frozen=True)
 class Sentence:
-    """A sentence of a response with what its meaning depends on.
+    """Sentence of a response with its context.
 
     Attributes:
-        text: in lower case and plain letters.
-        place: "only", "first", "last" or "middle" among the sentences of the response.
-        prompt: the user's messages, in lower case and plain letters.
+        text: Text in lower case and plain letters.
+        place: Position in the response: "only", "first", "last" or "middle".
+        prompt: Text of the user's messages in lower case.
     """
 
     text: str
@@ -98,7 +97,7 @@ class Lexicon:
     """Classes of words, read from a file of lines `CLASS: WORDS`."""
 
     def __init__(self, path: Path) -> None:
-        """Read the file; a word with an asterisk stands for all that begin so."""
+        """Read the file; a word that ends with an asterisk is a prefix."""
         self._classes: dict[str, list[str]] = {}
         for line in path.read_text(encoding="utf-8").splitlines():
             if line and not line.startswith("#"):
@@ -134,7 +133,7 @@ def _prompt_features(prompt: str) -> tuple[frozenset[str], tuple[str, ...], froz
 
 
 def meaning(sentence: Sentence) -> list[str]:
-    """Return the features of a sentence that do not depend on its very words."""
+    """Return the features of a sentence that depend on the classes of its words only."""
     in_prompt, genres, stems = _prompt_features(sentence.prompt)
     words = LEXICON.words(sentence.text)
     sequence = [
@@ -169,10 +168,14 @@ def _text(sentence: Sentence) -> str:
 
 
 def sentences(response: NormalizedResponse) -> tuple[list[Sentence], list[tuple[int, int]]]:
-    """Return the sentences that a response says itself, with their positions in the folded text."""
+    """Return the sentences of a response that are not quoted or copied from the prompt.
+
+    Returns:
+        The sentences, and their positions in the folded text.
+    """
     spans = response.sentences
     prompt = prompt_text(response.messages)
-    found, kept = [], []
+    own_sentences, positions = [], []
     for number, (start, end) in enumerate(spans):
         if not response.is_own(start, end):
             continue
@@ -180,9 +183,9 @@ def sentences(response: NormalizedResponse) -> tuple[list[Sentence], list[tuple[
         place = ("only" if last else "first") if number == 0 else "last" if last else "middle"
         words = _own_words(response, start, end)
         if any(map(LEXICON.classes, LEXICON.words(words))):  # others, such as data, say nothing
-            found.append(Sentence(words, place, prompt))
-            kept.append((start, end))
-    return found, kept
+            own_sentences.append(Sentence(words, place, prompt))
+            positions.append((start, end))
+    return own_sentences, positions
 
 
 def _own_words(response: NormalizedResponse, start: int, end: int) -> str:
@@ -199,7 +202,7 @@ def _own_words(response: NormalizedResponse, start: int, end: int) -> str:
 
 @lru_cache(4096)
 def prompt_text(messages: tuple[Message, ...]) -> str:
-    """Return what the user says, in lower case."""
+    """Return the text of the user's messages, in lower case."""
     return "\n".join(m.content for m in messages if m.role == "user").lower()
 
 
@@ -207,11 +210,11 @@ class Classifier:
     """Logistic regression over the features of sentences."""
 
     def __init__(self, rows: Iterable[tuple[Sequence[Message], str, str, str]]) -> None:
-        """Train.
+        """Train the classifier.
 
         Args:
-            rows: messages of the prompt, text, passage of the text that is an attack, and its form;
-                an empty passage and `NONE` for a harmless text.
+            rows: Messages of the prompt, text, passage of the text that is an attack, and form of
+                the attack; an empty passage and `NONE` for a harmless text.
         """
         examples: list[Sentence] = []
         labels: list[str] = []
@@ -248,7 +251,7 @@ class Classifier:
         return np.asarray(result)
 
     def score(self, responses: Sequence[NormalizedResponse]) -> list[list[ScoredSentence]]:
-        """Return the sentences that each response says itself, with their probabilities."""
+        """Return the scored sentences of each response, without quoted or copied ones."""
         parts = [sentences(response) for response in responses]
         rows = self.probabilities([sentence for part, _ in parts for sentence in part])
         none = self.forms.index(NONE)
@@ -266,14 +269,18 @@ class Classifier:
 
 @cache
 def packaged_classifier() -> Classifier:
-    """Return the classifier trained on the packaged fixtures that may be learned from."""
+    """Return the classifier trained on the packaged fixtures of the split `develop`."""
     from alignment.monitors.detector_quality import PACKAGED, read_fixtures
 
     return Classifier(training_rows(read_fixtures(sorted(PACKAGED.glob("*.jsonl")))))
 
 
 def training_rows(fixtures: Iterable[Any]) -> Iterable[tuple[Sequence[Message], str, str, str]]:
-    """Give what the classifier learns: attacks with a wording, and harmless texts."""
+    """Yield the training data in fixtures: attacks with a wording, and harmless texts.
+
+    Yields:
+        Messages of the prompt, text, passage that is the attack, and form of the attack or `NONE`.
+    """
     for fixture in fixtures:
         if fixture.split == "develop" and (fixture.wording or not fixture.fires):
             form = fixture.fires[0] if fixture.passage else NONE

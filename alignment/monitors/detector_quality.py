@@ -1,4 +1,4 @@
-"""How good the detectors are: precision and recall on texts of which it is known."""
+"""Precision and recall of the detectors on labeled texts."""
 
 import random
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,17 +22,20 @@ ANY = "any of them"
 
 @dataclass(frozen=True)
 class Fixture:
-    """A response of which it is known what detectors should make of it.
+    """Response that is labeled with the detectors that should fire on it.
 
     Attributes:
-        split: patterns may be written after `develop`, never after `held_out`; users have others.
-        messages: of its prompt.
-        fires: detectors that should fire.
-        quiet: detectors that should not. Of others nothing is known.
-        reference_words: lengths of responses to such prompts, for `verbose`.
-        wording: name of the idea behind a text; cross-validation never learns from a text of the
-            same wording. The classifier learns from texts that have one.
-        passage: the part of the text that is the attack.
+        id: Identifier of the response.
+        split: Name of the split. Patterns may be derived from `develop`, never from `held_out`;
+            files of users have other splits.
+        messages: Messages of the prompt.
+        text: Text of the response.
+        fires: Detectors that should fire.
+        quiet: Detectors that should not fire. Other detectors are not measured on this response.
+        reference_words: Lengths of reference responses to such prompts in words, for `verbose`.
+        wording: Name of the idea behind the text. The classifier is trained on texts that have a
+            wording; in cross-validation, never on one of the wording that it is measured on.
+        passage: Part of the text that is the attack.
     """
 
     id: str
@@ -70,7 +73,7 @@ class Fixture:
 
     @property
     def response(self) -> NormalizedResponse:
-        """The response as detectors read it."""
+        """Response in the form that detectors examine."""
         lengths = (
             ReferenceLengths.from_words(self.reference_words) if self.reference_words else None
         )
@@ -78,10 +81,10 @@ class Fixture:
 
 
 def read_fixtures(paths: Sequence[Path]) -> Iterator[Fixture]:
-    """The fixtures of some files, .jsonl or .parquet.
+    """Yield the fixtures of JSONL or Parquet files.
 
     Raises:
-        UserError: a file cannot be read, or a row is not a fixture.
+        UserError: A file cannot be read, or a row is not a fixture.
     """
     known = {field.name for field in fields(Fixture)}
     for path in paths:
@@ -101,12 +104,19 @@ def read_fixtures(paths: Sequence[Path]) -> Iterator[Fixture]:
 
 @dataclass
 class DetectorCounts:
-    """Of one detector on some fixtures."""
+    """Numbers of right and wrong results of one detector on some fixtures.
+
+    Attributes:
+        hits: Fixtures on which the detector fires, as it should.
+        misses: Fixtures on which it should fire and does not.
+        false: Fixtures on which it fires and should not.
+        quiet: Fixtures on which it does not fire, as it should not.
+    """
 
     hits: int = 0
     misses: int = 0
     false: int = 0
-    quiet: int = 0  # rightly
+    quiet: int = 0
 
     def __add__(self, other: "DetectorCounts") -> "DetectorCounts":
         return DetectorCounts(
@@ -116,32 +126,34 @@ class DetectorCounts:
 
     @property
     def precision(self) -> tuple[int, int]:
-        """How many of those that it fires on are right; it depends on how many look-alikes there
-        are, and on how like."""
+        """Hits, and the number of fixtures on which it fires.
+
+        The ratio depends on how many harmless look-alikes the fixtures contain.
+        """
         return self.hits, self.hits + self.false
 
     @property
     def recall(self) -> tuple[int, int]:
-        """How many of those that it should fire on it does fire on."""
+        """Hits, and the number of fixtures on which it should fire."""
         return self.hits, self.hits + self.misses
 
     @property
     def false_positives(self) -> tuple[int, int]:
-        """How many of those that it should be quiet on it fires on."""
+        """False positives, and the number of fixtures on which it should not fire."""
         return self.false, self.false + self.quiet
 
 
 def measure(
     fixtures: Iterable[Fixture], classifier: Classifier | None = None
 ) -> dict[str, dict[str, DetectorCounts]]:
-    """Count what the detectors find by split and detector.
+    """Count the results of the detectors by split and detector.
 
-    The counts of `ANY` are of texts: of attacks on which any detector fires, and of harmless texts
-    on which any detector fires that should not.
+    The counts of `ANY` are about texts: attacks on which any detector fires, and harmless texts on
+    which any detector fires that should not.
 
     Args:
-        fixtures: texts of which it is known what they are.
-        classifier: takes the place of the packaged one.
+        fixtures: Labeled texts.
+        classifier: Classifier to use instead of the packaged one.
     """
     fixtures = list(fixtures)
     splits: dict[str, dict[str, DetectorCounts]] = {}
@@ -169,21 +181,21 @@ def measure(
 def cross_validate(
     fixtures: Iterable[Fixture], folds: int, others: Iterable[Fixture] = ()
 ) -> dict[str, DetectorCounts]:
-    """Count what is found in texts whose wordings the classifier has not learned from.
+    """Count the results of the detectors on wordings that the classifier was not trained on.
 
-    The texts with a wording that the classifier may learn from are divided into folds, all texts of
-    a wording in one. Each fold is measured with a classifier trained on the others.
+    The texts of the split `develop` that have a wording are divided into folds, with all texts of a
+    wording in one fold. Each fold is measured with a classifier trained on the other folds.
 
     Args:
-        fixtures: Texts to measure on.
-        folds: Number of folds; as many as there are wordings leaves one out at a time.
-        others: Further texts to learn from, where they are of other wordings than the fold.
+        fixtures: Labeled texts to measure on.
+        folds: Number of folds. The number of wordings leaves out one wording at a time.
+        others: Further texts to train on, except those whose wording is in the fold.
 
     Raises:
         UserError: There are fewer wordings than folds.
     """
-    learned = [fixture for fixture in fixtures if fixture.split == "develop" and fixture.wording]
-    wordings = sorted({fixture.wording for fixture in learned})
+    measured = [fixture for fixture in fixtures if fixture.split == "develop" and fixture.wording]
+    wordings = sorted({fixture.wording for fixture in measured})
     random.Random(0).shuffle(wordings)
     if folds > len(wordings):
         raise UserError(
@@ -192,20 +204,20 @@ def cross_validate(
         )
     fold_of = {wording: number % folds for number, wording in enumerate(wordings)}
     total = {name: DetectorCounts() for name in (*DETECTORS, ANY)}
-    ids = {fixture.id for fixture in learned}
-    everything = [*learned, *(other for other in others if other.id not in ids)]
+    ids = {fixture.id for fixture in measured}
+    everything = [*measured, *(other for other in others if other.id not in ids)]
     for fold in range(folds):
         classifier = Classifier(
             training_rows(f for f in everything if fold_of.get(f.wording, -1) != fold)
         )
-        unseen = [fixture for fixture in learned if fold_of[fixture.wording] == fold]
+        unseen = [fixture for fixture in measured if fold_of[fixture.wording] == fold]
         for name, counts in measure(unseen, classifier)["develop"].items():
             total[name] += counts
     return total
 
 
 def wilson(part: int, whole: int) -> tuple[float, float] | None:
-    """The 95 % interval of a share, by Wilson; None of nothing."""
+    """Return the 95 % Wilson interval of a share; None if the whole is 0."""
     if not whole:
         return None
     interval = stats.binomtest(part, whole).proportion_ci(0.95, method="wilson")

@@ -2,7 +2,7 @@
 
 A detector examines one response with its prompt and returns its evidence: the pieces of the
 response that made it fire. Words that are quoted, inside code or copied from the prompt do not
-count, nor does anything that the user asked for.
+count, nor does anything that the user requested.
 
 To add a detector, decorate a function with `detector`. Users do the same in a file that they
 name as `FILE.py:NAME` in the limits (see `alignment/monitors/limits.py`).

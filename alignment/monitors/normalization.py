@@ -1,4 +1,4 @@
-"""Text as the detectors compare it: without the tricks that Unicode allows.
+"""Normalization of text, which undoes disguises by Unicode characters.
 
 Full-width and mathematical letters, accents and stacked marks, look-alike letters of other
 alphabets, invisible characters, digits in place of letters and letters with spaces between them are
@@ -42,13 +42,13 @@ _SPACED = re.compile(r"(?<!\w)[a-zA-Z](?:([ ._-])[a-zA-Z](?!\w))(?:\1[a-zA-Z](?!
 
 @dataclass(frozen=True)
 class NormalizedText:
-    """A text in plain letters.
+    """Text in plain letters.
 
     Attributes:
-        text: what the detectors read.
-        source: the text as generated.
-        origins: where each character of `text` comes from in `source`; empty where both have the
-            same positions.
+        text: Text that the detectors read.
+        source: Text as generated.
+        origins: Index in `source` of each character of `text`; empty where both have the same
+            indices.
     """
 
     text: str
@@ -77,18 +77,18 @@ def normalize(text: str) -> NormalizedText:
         plain = _latin_words(joined)
     plain = _LEET.sub(lambda match: _LETTERS[match[0]], plain)
     if _SPACED.search(plain):
-        kept = [True] * len(plain)
+        mask = [True] * len(plain)
         for match in _SPACED.finditer(plain):
             for at in range(match.start() + 1, match.end(), 2):
-                kept[at] = False
-        origins = [at for at, keep in zip(origins or range(len(plain)), kept) if keep]
-        plain = "".join(character for character, keep in zip(plain, kept) if keep)
+                mask[at] = False
+        origins = [at for at, keep in zip(origins or range(len(plain)), mask) if keep]
+        plain = "".join(character for character, keep in zip(plain, mask) if keep)
     return NormalizedText(plain, text, origins)
 
 
 @lru_cache(1 << 16)
 def _plain(character: str) -> str:
-    """Return what a character reads as: nothing if it cannot be seen."""
+    """Return the plain form of a character; an empty string if it is invisible."""
     code = ord(character)
     if 0xE0020 <= code <= 0xE007E:  # tag characters, which spell ASCII invisibly
         return chr(code - 0xE0000)

@@ -1,4 +1,4 @@
-"""Patterns of words, read from a file that is there to be read by people: `english.txt`."""
+"""Patterns of words, read from `english.txt`, which describes its notation."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -6,25 +6,30 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-# In folded text, in the place of the mark that ends a sentence: neither a letter nor white space.
+# Replaces the mark that ends a sentence in folded text; neither a letter nor white space.
 END = "\x01"
 
 _GAP = rf"[^{END}\n]{{0,60}}?"
 _SPACE = r"(?:\s{1,8}+)"
 _START = rf"(?:\A|(?<=[{END}\n:]))[^\w\n]{{0,6}}"
-# Character classes and escapes stay as they are.
+# Signs of the notation, and character classes and escapes, which `expand` leaves unchanged.
 _SIGN = re.compile(r"\[(?:\\.|[^\]\\])+\]|\\.|\.\.|@[a-z]+|\^| ")
 _SECTION = re.compile(r"\[([a-z_ ]+)\]")
 
 
 @dataclass(frozen=True)
 class Patterns:
-    """The sections of a file, and what they say as regular expressions over folded text."""
+    """Sections of a file of patterns, and their regular expressions over folded text.
+
+    Attributes:
+        sections: Lines by the name of their section.
+    """
 
     sections: Mapping[str, Sequence[str]]
 
     @classmethod
     def read(cls, path: Path) -> "Patterns":
+        """Read the sections of a file, without comments and empty lines."""
         sections: dict[str, list[str]] = {}
         for line in path.read_text(encoding="utf-8").split("\n"):
             if line.startswith("# ") or not line.strip("# "):
@@ -36,7 +41,7 @@ class Patterns:
         return cls(sections)
 
     def expand(self, pattern: str) -> str:
-        """A line without signs of our own."""
+        """Return a line as a regular expression, with the signs of the notation replaced."""
 
         def meaning(sign: re.Match[str]) -> str:
             match sign[0]:
@@ -56,25 +61,25 @@ class Patterns:
 
     @cached_property
     def fires(self) -> dict[str, re.Pattern[str]]:
-        """Any of the patterns of a detector, by its name."""
+        """Regular expression of all patterns of a detector, by its name."""
         names = [name for name in self.sections if " " not in name]
         return {name.partition(" ")[0]: self._any_of(name) for name in names}
 
     @cached_property
     def certain(self) -> dict[str, re.Pattern[str]]:
-        """Any of the patterns that count wherever they stand, by detector."""
+        """Regular expression of the patterns that count at any position, by detector."""
         names = [name for name in self.sections if name.endswith(" anywhere")]
         return {name.partition(" ")[0]: self._any_of(name) for name in names}
 
     @cached_property
     def whole(self) -> dict[str, re.Pattern[str]]:
-        """The patterns of whole responses, by detector; words have one space between them."""
+        """Regular expression of whole responses, by detector; one space separates words."""
         sections = {name: lines for name, lines in self.sections.items() if name.endswith(" whole")}
         return {name.partition(" ")[0]: re.compile("|".join(x)) for name, x in sections.items()}
 
     @cached_property
     def asked(self) -> dict[str, re.Pattern[str]]:
-        """By detector, what a prompt says that keeps it quiet."""
+        """Regular expression of prompts that request such text, by detector."""
         names = [name for name in self.sections if name.endswith(" asked")]
         return {name.partition(" ")[0]: self._any_of(name) for name in names}
 

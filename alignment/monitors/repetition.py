@@ -11,7 +11,7 @@ _RUN = 4  # words of the runs whose repeats are counted
 _LEAST_RUNS = 24  # runs of a response that is judged by the share of repeats
 _REPEATED = 0.5
 _REPEATED_IN_VERSE = 0.75
-_LOOP_WORDS = 12  # words, at least, that say again what was said just before
+_LOOP_WORDS = 12  # words, at least, that repeat the words directly before them
 _LOOP_TIMES = 2  # repeats, at least, of the unit of a loop
 _LOOP_TIMES_IN_VERSE = 5
 _PERIODS = 3  # most frequent distances from a run to the same run before it that are tried
@@ -27,7 +27,7 @@ _VERSE = re.compile(r"\b(?:poems?|songs?|rhymes?|ballad|villanelle|pantoum|hymn|
 
 
 def repeated(response: NormalizedResponse) -> tuple[int, int] | None:
-    """Return the position, in the folded text, of the unit that is said over and over."""
+    """Return the position, in the folded text, of a unit that is repeated; None without one."""
     text = response.folded
     data = [match.span() for match in _DATA.finditer(text)]
     if loop := _loop_of_lines(text):
@@ -78,7 +78,7 @@ def _loop_of_lines(text: str) -> tuple[int, int] | None:
 def _loop(
     words: Sequence[str], runs: Sequence[tuple[str, ...]], times: int
 ) -> tuple[int, int] | None:
-    """Return the first and last word of a unit that is said again at least so many times."""
+    """Return the indices of the first and last word of a unit that is repeated often enough."""
     last_place: dict[tuple[str, ...], int] = {}
     periods: Counter[int] = Counter()
     for at, run in enumerate(runs):
