@@ -116,9 +116,9 @@ def plain_lm(model, tokenizer):
                 ids = ids if context else before + ids
                 assert ids[: len(before)] == before and len(ids) <= MAX_LENGTH
                 rows = log_probs(ids)[len(before) - 1 : -1]
-                wanted = torch.tensor(ids[len(before) :])
-                total = float(rows.gather(1, wanted.unsqueeze(1)).sum())
-                answers.append((total, bool((rows.argmax(-1) == wanted).all())))
+                required = torch.tensor(ids[len(before) :])
+                total = float(rows.gather(1, required.unsqueeze(1)).sum())
+                answers.append((total, bool((rows.argmax(-1) == required).all())))
             return answers
 
         def loglikelihood_rolling(self, requests):
@@ -198,12 +198,14 @@ def test_harness_log_likelihoods_equal_those_of_transformers(ours, transformers)
     for name in ("pick", "read"):
         assert len(ours.samples[name]) == 11
         for doc, expected in transformers.samples[name].items():
-            for answer, wanted in zip(ours.samples[name][doc], expected, strict=True):
+            for answer, required in zip(ours.samples[name][doc], expected, strict=True):
                 if name == "pick":
                     answer, greedy = answer
-                    wanted, wanted_greedy = wanted
-                    assert str(greedy) == str(wanted_greedy)
-                assert float(answer) == pytest.approx(float(wanted), abs=rounding([float(wanted)]))
+                    required, required_greedy = required
+                    assert str(greedy) == str(required_greedy)
+                assert float(answer) == pytest.approx(
+                    float(required), abs=rounding([float(required)])
+                )
 
 
 def test_harness_continuations_equal_those_of_transformers(ours, transformers):
@@ -249,7 +251,7 @@ def adapter_and_harness(folder):
     flags = ["--from", "hf", "--to", "megatron", "--load", folder / "hf", "--save", folder / "m"]
     convert_checkpoint.main([*map(str, flags)])
     ours = MegatronLM(load=str(folder / "m"), batch_size=3)
-    theirs = HFLM(pretrained=str(folder / "hf"), dtype="float32", batch_size=1, device="cpu")
+    other = HFLM(pretrained=str(folder / "hf"), dtype="float32", batch_size=1, device="cpu")
 
     def ask(model, kind):
         requests = [Instance(kind, {}, arguments, 0) for arguments in REQUESTS[kind]]
@@ -264,14 +266,14 @@ def adapter_and_harness(folder):
     turns = [{"role": "user", "content": "hi"}]
     chats = [
         model.apply_chat_template(turns, begin)
-        for model in (ours, theirs)
+        for model in (ours, other)
         for begin in (True, False)
     ]
     too_long = [Instance("loglikelihood", {}, ("a", "b " * 200), 0)]
     assert ours.tokenizer is not None
     ours.tokenizer.chat_template = None
     return SimpleNamespace(
-        answers={kind: (ask(ours, kind), ask(theirs, kind)) for kind in REQUESTS},
+        answers={kind: (ask(ours, kind), ask(other, kind)) for kind in REQUESTS},
         chats=chats,
         too_long=refusal(lambda: ours.loglikelihood(too_long, disable_tqdm=True)),
         without=refusal(lambda: ours.apply_chat_template(turns)),
@@ -286,13 +288,13 @@ def test_harness_control_tokens_are_parsed_as_by_the_hf_model(tmp_path):
 
     tokenizer = byte_level(tmp_path / "hf", chat_template=CHAT)
     make("llama", tmp_path / "hf", vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=[1, 2])
-    [found] = run_ranks(adapter_and_harness, 1, tmp_path)
+    [result] = run_ranks(adapter_and_harness, 1, tmp_path)
     for kind in ("loglikelihood", "loglikelihood_rolling"):
-        for request, mine, wanted in zip(REQUESTS[kind], *found.answers[kind], strict=True):
-            mine, wanted = (a[0] if isinstance(a, tuple) else a for a in (mine, wanted))
-            assert mine == pytest.approx(wanted, rel=1e-5), request
-    ours, theirs = found.answers["generate_until"]
-    assert [text.lstrip() for text in ours] == [text.lstrip() for text in theirs]
-    assert found.chats[:2] == found.chats[2:] and found.chats[0].endswith("<|im_end|>assistant:")
-    assert "a continuation has 4" in found.too_long and "scores 1 to 64" in found.too_long
-    assert "no chat template: leave out --apply_chat_template" in found.without
+        for request, own, required in zip(REQUESTS[kind], *result.answers[kind], strict=True):
+            own, required = (a[0] if isinstance(a, tuple) else a for a in (own, required))
+            assert own == pytest.approx(required, rel=1e-5), request
+    ours, other = result.answers["generate_until"]
+    assert [text.lstrip() for text in ours] == [text.lstrip() for text in other]
+    assert result.chats[:2] == result.chats[2:] and result.chats[0].endswith("<|im_end|>assistant:")
+    assert "a continuation has 4" in result.too_long and "scores 1 to 64" in result.too_long
+    assert "no chat template: leave out --apply_chat_template" in result.without

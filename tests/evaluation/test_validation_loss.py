@@ -70,8 +70,8 @@ def capped(logits, thresholds, pool):
     chosen = np.zeros(logits.shape, dtype=bool)
     for expert in range(EXPERTS):
         column = logits[:, expert]
-        wanted = min(max(int((column > thresholds[expert]).sum()), least), most)
-        chosen[np.argsort(-column, kind="stable")[:wanted], expert] = True
+        required = min(max(int((column > thresholds[expert]).sum()), least), most)
+        chosen[np.argsort(-column, kind="stable")[:required], expert] = True
     return chosen
 
 
@@ -110,10 +110,10 @@ def test_losses_and_loads_equal_those_of_transformers_routed_by_hand(
     inputs = tokens[: WINDOWS * MAX_LENGTH].view(WINDOWS, MAX_LENGTH)
     targets = tokens[1 : WINDOWS * MAX_LENGTH + 1].view(WINDOWS, MAX_LENGTH)
     losses = []
-    for pool, wanted in zip(inputs.split(POOL), targets.split(POOL)):
+    for pool, required in zip(inputs.split(POOL), targets.split(POOL)):
         with torch.no_grad():
             logits = hf_model(pool, use_cache=False).logits
-        losses.append(torch.nn.functional.cross_entropy(logits.mT, wanted, reduction="none"))
+        losses.append(torch.nn.functional.cross_entropy(logits.mT, required, reduction="none"))
     by_window = torch.cat(losses).double().mean(dim=1)
     [row] = [row for row in one_rank.whole["routings"] if row["routing"] == name]
     assert row["loss"] == pytest.approx(float(by_window.mean()), abs=1e-5)

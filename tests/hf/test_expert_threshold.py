@@ -98,8 +98,8 @@ def test_hf_model_log_probs_of_generated_tokens_equal_those_of_megatron(megatron
     for prompt, tokens, log_probs in zip(PROMPTS, megatron.tokens, megatron.log_probs):
         with torch.no_grad():
             logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
-        theirs = logits.log_softmax(-1).gather(1, torch.tensor(tokens).unsqueeze(1))
-        assert theirs[:, 0].tolist() == pytest.approx(log_probs, abs=rounding(logits))
+        other = logits.log_softmax(-1).gather(1, torch.tensor(tokens).unsqueeze(1))
+        assert other[:, 0].tolist() == pytest.approx(log_probs, abs=rounding(logits))
 
 
 def test_hf_model_thresholds_stay_fp32_with_another_dtype(model, folder):

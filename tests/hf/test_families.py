@@ -75,7 +75,7 @@ def there_and_back(folder):
 
 def generate_alone(model, prompt):
     """Greedy tokens of transformers and their log-probabilities."""
-    found = model.generate(
+    result = model.generate(
         torch.tensor([prompt]),
         max_new_tokens=NEW,
         do_sample=False,
@@ -84,8 +84,8 @@ def generate_alone(model, prompt):
         output_logits=True,
         return_dict_in_generate=True,
     )
-    tokens = found.sequences[0, len(prompt) :].tolist()
-    logits = torch.cat(found.logits)  # [NEW, vocabulary]
+    tokens = result.sequences[0, len(prompt) :].tolist()
+    logits = torch.cat(result.logits)  # [NEW, vocabulary]
     return tokens, [float(row.log_softmax(-1)[t]) for row, t in zip(logits, tokens)]
 
 
@@ -104,8 +104,8 @@ def test_family_has_equal_logits_in_megatron_and_a_lossless_round_trip(name, tmp
     assert facts.hf.std() > 0.5 and facts.padded > VOCAB
     torch.testing.assert_close(facts.megatron, facts.hf, atol=rounding(facts.hf), rtol=0)
     for prompt, (tokens, log_probs) in zip(PROMPTS, facts.generated):  # ours, in a batch
-        theirs, their_log_probs = generate_alone(model, prompt)
-        assert tokens == theirs
+        other, their_log_probs = generate_alone(model, prompt)
+        assert tokens == other
         assert log_probs == pytest.approx(their_log_probs, abs=rounding(facts.hf))
     before, after = tensors(tmp_path / "hf"), tensors(tmp_path / "back")
     assert before.keys() == after.keys()
@@ -125,8 +125,8 @@ def test_rows_beyond_the_tokenizer_and_its_files_survive_a_round_trip(tmp_path):
     make("qwen2", tmp_path / "hf")
     add_tokenizer(tmp_path / "hf", known := 450)
     [facts] = run_ranks(there_and_back, 1, tmp_path)
-    ours, theirs = facts.megatron[..., :known], facts.hf[..., :known]
-    torch.testing.assert_close(ours, theirs, atol=rounding(theirs), rtol=0)
+    ours, other = facts.megatron[..., :known], facts.hf[..., :known]
+    torch.testing.assert_close(ours, other, atol=rounding(other), rtol=0)
     assert facts.megatron[..., known:].isneginf().all()  # never sampled
     before, after = tensors(tmp_path / "hf"), tensors(tmp_path / "back")
     assert all(torch.equal(tensor, after[key]) for key, tensor in before.items())

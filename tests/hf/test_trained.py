@@ -20,12 +20,12 @@ GQA = ["--group-query-attention", "--num-query-groups", "2", "--num-attention-he
 
 def tiny(without=()):
     """The tiny model's flags without some, and without the values these had."""
-    kept, skipping = [], False
+    retained, skipping = [], False
     for word in TINY:
         skipping = word in without or (skipping and not word.startswith("--"))
         if not skipping:
-            kept.append(word)
-    return kept
+            retained.append(word)
+    return retained
 
 
 RUNS = {

@@ -130,7 +130,7 @@ def as_a_user(run, save):
 
 def test_the_tool_writes_a_checkpoint_that_differs_in_thresholds_alone(run_dir, tmp_path):  # noqa: F811
     save = tmp_path / "calibrated"
-    [(told, changed, tokens)] = run_ranks(as_a_user, 1, run_dir, save)
+    [(printed, changed, tokens)] = run_ranks(as_a_user, 1, run_dir, save)
     assert sorted(changed) == [
         f"decoder.layers.{layer}.mlp.router.thresholds.{name}"
         for layer in (1, 3)
@@ -140,11 +140,11 @@ def test_the_tool_writes_a_checkpoint_that_differs_in_thresholds_alone(run_dir, 
     report = json.loads((save / "calibration.json").read_text())
     before, after = (report[name]["layers"]["3"] for name in ("before", "after"))
     assert abs(after["fan_out"] - 2) < 0.2 < abs(before["fan_out"] - 2)
-    assert f"{before['fan_out']:.3f} > {after['fan_out']:.3f}" in told
-    assert f"loss {report['before']['loss']:.4f} > {report['after']['loss']:.4f}" in told
+    assert f"{before['fan_out']:.3f} > {after['fan_out']:.3f}" in printed
+    assert f"loss {report['before']['loss']:.4f} > {report['after']['loss']:.4f}" in printed
     # 62 sequences of 64 tokens; every eighth is held out.
     assert report["after"]["tokens"] == 7 * 64
-    assert "calibrated on 3,520 tokens, measured on 448" in told
+    assert "calibrated on 3,520 tokens, measured on 448" in printed
 
 
 def from_token_choice(folder):

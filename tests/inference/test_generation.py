@@ -83,7 +83,7 @@ def logits_with_cache_and_in_full(trained):
 
     rows = [list(range(10, 40)), list(range(400, 450))]
     cache, done = RaggedCache(max_slots=3, max_length=50), {0: 0, 2: 0}
-    found: dict[int, list[torch.Tensor]] = {0: [], 2: []}
+    result: dict[int, list[torch.Tensor]] = {0: [], 2: []}
     # (slot, number of tokens) of each pass, those with one token first
     passes = [[(0, 7)], [(0, 1), (2, 30)], [(0, 1), (2, 1)], [(2, 1), (0, 20)]]
     passes += [[(0, 1), (2, 17)], [(2, 1)]]
@@ -96,11 +96,11 @@ def logits_with_cache_and_in_full(trained):
         logits = next_logits(trained, cache, chunks)
         assert logits is not None
         for (slot, _), part in zip(parts, logits.split([count for _, count in parts])):
-            found[slot].append(part)
+            result[slot].append(part)
     full = [
         logits for row in rows if (logits := full_logits(trained, torch.tensor([row]))) is not None
     ]
-    return torch.cat(found[0] + found[2]), torch.cat([logits[0] for logits in full])
+    return torch.cat(result[0] + result[2]), torch.cat([logits[0] for logits in full])
 
 
 def greedy_by_full_forwards(trained, prompt):

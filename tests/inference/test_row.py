@@ -111,14 +111,14 @@ class Oracle:
             if taken <= min_tokens:
                 exempt = len(text)
             # Every place at which a stop string is found, one character after the other.
-            found = [
+            result = [
                 place
                 for place in range(start, len(text))
                 for stop in stops
                 if text.startswith(stop, place) and place + len(stop) > exempt
             ]
-            if found:
-                return taken, text[start : min(found)], "stop"
+            if result:
+                return taken, text[start : min(result)], "stop"
         return len(ids), text[start:], "length"
 
 
@@ -170,21 +170,21 @@ def differences(kind, folder):
             if row.completion.finish:
                 break
         completion = row.completion
-        got = (len(pieces), completion.text, completion.finish)
+        actual = (len(pieces), completion.text, completion.finish)
         expected = oracle.text(prompt, ids, stops, sampling.min_tokens)
         texts = [entry.part.text for entry in parts]
         data = b"".join(entry.part.data for entry in parts)
         whole = oracle.certain(prompt) * echo + completion.text
         tokens = prompt * echo + completion.tokens
         if (
-            got != expected
+            actual != expected
             or "".join(pieces) != whole
             or "".join(texts) != whole
             or data != whole.encode()
             or [entry.part.token for entry in parts] != tokens
             or [entry.score.token for entry in parts if entry.score] != tokens[echo:]
         ):
-            wrong.append((prompt, ids, stops, least, expected, got, pieces, texts, data))
+            wrong.append((prompt, ids, stops, least, expected, actual, pieces, texts, data))
         finishes.append(completion.finish)
         broken += "\ufffd" in completion.text
     return wrong[:3], finishes.count("stop"), broken
@@ -202,7 +202,7 @@ def special_tokens(folder):
     from megatron_ext.inference.row import GenerationRow, TokenScore
     from megatron_ext.inference.sampling import Sampling
 
-    found = {}
+    result = {}
     for kind in ("sentencepiece", "byte-level"):
         (folder / kind).mkdir()
         tokenizer, _ = build(kind, folder / kind)
@@ -225,13 +225,13 @@ def special_tokens(folder):
         shown = run(ids, skip_special_tokens=False)
         further = run(ids, stop_token_ids=(ids[3],))
         tokenizer.end_tokens = frozenset([end, special])
-        found[kind] = own, shown, further, run(ids), run(ids, stop_at_eod=False)[1]
-    return found
+        result[kind] = own, shown, further, run(ids), run(ids, stop_at_eod=False)[1]
+    return result
 
 
 def test_row_omits_special_tokens_unless_requested(tmp_path):
-    [found] = run_ranks(special_tokens, 1, tmp_path)
-    for own, shown, further, several, ignored in found.values():
+    [result] = run_ranks(special_tokens, 1, tmp_path)
+    for own, shown, further, several, ignored in result.values():
         assert own[1] == shown[1] == "eod" and "<s>" not in own[0] and ignored is None
         assert shown[0].replace("<s>", "") == own[0] and shown[0].count("<s>") == 1
         assert [entry.part.text for entry in own[2]][-1] == ""  # the end token

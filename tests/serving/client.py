@@ -41,11 +41,11 @@ class Server:
         self._reader.start()
         assert self.process.stdout is not None
         first = self.process.stdout.readline()
-        found = re.fullmatch(r"serving (\S+) at (http://127\.0\.0\.1:\d+)\n", first)
-        if found is None:
+        result = re.fullmatch(r"serving (\S+) at (http://127\.0\.0\.1:\d+)\n", first)
+        if result is None:
             self.stop()
             raise RuntimeError(f"{first}{''.join(self.stderr)}")
-        self.model, self.url = found.groups()
+        self.model, self.url = result.groups()
 
     def _read(self) -> None:
         assert self.process.stderr is not None

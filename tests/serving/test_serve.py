@@ -92,10 +92,10 @@ def test_log_probs_name_the_likeliest_and_greedy_takes_it(client):
     answer = client.completions.create(
         model="tiny", prompt=PROMPT, temperature=0, max_tokens=6, logprobs=3
     )
-    found = answer.choices[0].logprobs
-    assert len(found.tokens) == answer.usage.completion_tokens
-    assert "".join(found.tokens) == answer.choices[0].text
-    for token, value, top in zip(found.tokens, found.token_logprobs, found.top_logprobs):
+    result = answer.choices[0].logprobs
+    assert len(result.tokens) == answer.usage.completion_tokens
+    assert "".join(result.tokens) == answer.choices[0].text
+    for token, value, top in zip(result.tokens, result.token_logprobs, result.top_logprobs):
         assert top[token] == value == max(top.values())
         assert sum(math.exp(v) for v in top.values()) <= 1 + 1e-6
 
@@ -111,12 +111,12 @@ def test_echo_scores_the_prompt_as_generation_scored_it(client):
         longer = client.completions.create(
             model="tiny", prompt=prompt, temperature=0, max_tokens=1, logprobs=1, echo=True
         )
-        found = longer.choices[0].logprobs
-        assert found.token_logprobs[0] is None and len(found.tokens) == len(prompt) + 1
-        assert found.token_logprobs[-1] == pytest.approx(scores[number - 1], abs=1e-5)
+        result = longer.choices[0].logprobs
+        assert result.token_logprobs[0] is None and len(result.tokens) == len(prompt) + 1
+        assert result.token_logprobs[-1] == pytest.approx(scores[number - 1], abs=1e-5)
         if number > 1:
-            got = found.token_logprobs[3:]
-            assert got == pytest.approx(scores[:number], abs=1e-5)
+            actual = result.token_logprobs[3:]
+            assert actual == pytest.approx(scores[:number], abs=1e-5)
         prompt = [*prompt, prompt[-1] + 1]  # the model counts, as its training data did
         if not text:
             break
@@ -323,12 +323,12 @@ def test_tokens_and_offsets_join_to_the_text_also_after_a_stop(client, echo):
     assert any("\ufffd" in choice.text for choice in free.choices)
     assert any(choice.finish_reason == "stop" for choice in cut.choices)
     for choice in [*free.choices, *cut.choices]:
-        found = choice.logprobs
-        assert "".join(found.tokens) == choice.text
-        for token, offset in zip(found.tokens, found.text_offset, strict=True):
+        result = choice.logprobs
+        assert "".join(result.tokens) == choice.text
+        for token, offset in zip(result.tokens, result.text_offset, strict=True):
             assert choice.text[offset : offset + len(token)] == token
         for token, value, top in list(
-            zip(found.tokens, found.token_logprobs, found.top_logprobs, strict=True)
+            zip(result.tokens, result.token_logprobs, result.top_logprobs, strict=True)
         )[echo:]:
             assert top[token] == value
     if not echo:
@@ -547,14 +547,14 @@ def answers_without_time_or_template(path):
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
             message = {"messages": [{"role": "user", "content": "ba"}]}
-            found = [
+            result = [
                 await client.post("/v1/chat/completions", json=message),
                 await client.post("/v1/completions", json={"prompt": [1] * 4}),
                 await client.post("/v1/completions", content=slowly()),
                 await client.post("/v1/completions", json=body),
                 await client.post("/v1/completions", json=body | {"stream": True}),
             ]
-            return [(answer.status_code, answer.text) for answer in found]
+            return [(answer.status_code, answer.text) for answer in result]
 
     thread = threading.Thread(target=scheduler.run)
     thread.start()
@@ -566,8 +566,8 @@ def answers_without_time_or_template(path):
 
 
 def test_missing_template_and_timeouts_return_a_message(run_dir):  # noqa: F811
-    [found] = run_ranks(answers_without_time_or_template, 1, run_dir)
-    chat, long, slow, late, streamed = found
+    [result] = run_ranks(answers_without_time_or_template, 1, run_dir)
+    chat, long, slow, late, streamed = result
     assert chat[0] == 400 and "no chat template" in chat[1]
     assert long[0] == 400 and "at most 3 fit" in long[1]
     assert slow[0] == 408 and "did not arrive within 0.1 seconds" in slow[1]
