@@ -323,7 +323,7 @@ def explained(call: Callable[[], Any]) -> Any:
     except UserError:
         raise
     except (AssertionError, ValueError, RuntimeError, ImportError, OSError) as error:
-        # The message of an assertion without one is its source line, which has the condition.
+        # An assertion without a message is reported by its source line, which has the condition.
         line = (traceback.extract_tb(error.__traceback__)[-1].line or "").removeprefix("assert ")
         message = " ".join(str(error).split()) or f"Megatron requires that {line}"
         message = re.sub(r"\bargs\.(\w+)", lambda m: "--" + m[1].replace("_", "-"), message)

@@ -191,4 +191,5 @@ def _without_effect(args: Namespace, explicit: Set[str]) -> list[str]:
 
 
 def _flag(name: str) -> str:
+    """Return the flag of an argument."""
     return "--" + name.replace("_", "-")

@@ -70,6 +70,7 @@ class ToolParser(argparse.ArgumentParser):
         return super().parse_known_args(words, namespace)
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        """Convert a value, reporting every error of the converter as an argument error."""
         try:
             return super()._get_value(action, arg_string)  # type: ignore[misc]
         except argparse.ArgumentError:

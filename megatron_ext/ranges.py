@@ -237,6 +237,7 @@ def batch_schedule(args: Namespace) -> list[tuple[int, int]]:
 
 
 def _flag(name: str) -> str:
+    """Return the flag of an argument."""
     if name == "layernorm_epsilon":
         return "--norm-epsilon"
     return "--" + name.replace("_", "-")

@@ -68,6 +68,7 @@ def cpu_default_args() -> list[str]:
 
 
 def _install() -> None:
+    """Install the CPU device behind `torch.cuda`."""
     if "megatron.core" in sys.modules:
         raise RuntimeError("activate() must be called before anything of megatron is imported")
     _hide_gpu_packages()

@@ -45,6 +45,8 @@ def on_host(device: Any) -> Any:
 
 
 def _placed_on_host(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a function that creates a tensor, to place it on the host instead of on CUDA."""
+
     @functools.wraps(function)
     def factory(*args: Any, **kwargs: Any) -> Any:
         if "device" in kwargs:
@@ -82,14 +84,16 @@ def tensor_type(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any
 
 
 def _itself(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """Return the tensor, as moving it to CUDA and pinning it have no effect."""
     return self
 
 
 def _record_stream(self: torch.Tensor, stream: Any) -> None:
-    pass
+    """Do nothing: there is only one stream."""
 
 
 def _enter_on_host(self: device_context.DeviceContext, device: Any) -> None:
+    """Replace the constructor of `with torch.device(...)`, using the host instead of CUDA."""
     _enter_device(self, on_host(torch.device(device)))
 
 

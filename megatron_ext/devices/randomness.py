@@ -37,6 +37,8 @@ def drawing_on_host() -> Iterator[None]:
 
 
 def _draws_on_host(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a function to draw from the host's random state."""
+
     @functools.wraps(function)
     def swapped(*args: Any, **kwargs: Any) -> Any:
         with drawing_on_host():

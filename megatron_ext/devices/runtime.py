@@ -216,7 +216,7 @@ def states() -> dict[str, Any]:
     return {
         # Work that waits for the initialization, such as seeding, runs at once.
         "torch.cuda._initialized": True,
-        # Looking for CUDA marks forked processes as unfit for it, which does not matter here.
+        # Checking for CUDA marks forked processes as unable to use it, which does not matter here.
         "torch.cuda._is_in_bad_fork": _always(False),
         # torch uses `torch.accelerator` for real hardware, to pin memory for example.
         "torch.accelerator.is_available": _always(False),

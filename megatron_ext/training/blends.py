@@ -268,6 +268,7 @@ def _number(word: str) -> float | None:
 
 
 def _read(file: str, flag: str) -> str:
+    """Return the text of a file that a flag names."""
     try:
         return Path(file).read_text()
     except (OSError, UnicodeDecodeError) as error:
@@ -275,4 +276,5 @@ def _read(file: str, flag: str) -> str:
 
 
 def _flag(name: str) -> str:
+    """Return the flag of an argument."""
     return "--" + name.replace("_", "-")

@@ -72,6 +72,7 @@ train_valid_test_datasets.is_distributed = True  # type: ignore[attr-defined]
 
 
 def _reads_data(vp_stage: int | None) -> bool:
+    """Return whether this rank reads data in a virtual pipeline stage."""
     first = mpu.get_tensor_model_parallel_rank() == 0
     return first and is_first_or_last_pipeline_stage(vp_stage)
 

@@ -160,6 +160,7 @@ class MetricLog:
         }
 
     def _write(self, row: dict[str, Any], iteration: int) -> None:
+        """Write a row to TensorBoard, Weights & Biases and the file of metrics."""
         args = get_args()
         scalars = {
             name: value

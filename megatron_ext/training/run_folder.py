@@ -121,11 +121,13 @@ def recorder(run_dir: Path, args: Namespace, facts: dict[str, Any]) -> Callable[
 
 
 def _commands(run_dir: Path) -> list[str]:
+    """Return the commands in the record of a run."""
     path = run_dir / "run.json"
     return json.loads(path.read_text())["commands"] if path.is_file() else []
 
 
 def _command() -> str:
+    """Return the command line of this process."""
     return " ".join(sys.argv)
 
 

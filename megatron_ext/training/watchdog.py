@@ -126,6 +126,7 @@ class Watchdog:
             self._print("; ".join(blocking[:8]) + rest)
 
     def _print(self, message: str) -> None:
+        """Print a message on standard error, after the name of the program and the step."""
         name = os.path.basename(sys.argv[0])
         print(
             f"{name}: no progress for {self.timeout:g} s in step {self.step()}: {message}",

@@ -115,6 +115,7 @@ def _phases(config: ETConfig) -> list[str]:
 
 
 def _rows(step: SimulatedStep) -> list[dict[str, Any]]:
+    """Return the collectives of a step as rows for the JSON object."""
     return [
         {**collective._asdict(), **amount._asdict()}
         for collective, amount in sorted(step.collectives.items())
@@ -122,6 +123,7 @@ def _rows(step: SimulatedStep) -> list[dict[str, Any]]:
 
 
 def _layout(args: Namespace) -> dict[str, int]:
+    """Return the parallel sizes by their JSON keys."""
     return {
         "tensor": args.tensor_model_parallel_size,
         "context": args.context_parallel_size,

@@ -102,6 +102,7 @@ def fit(size: int) -> str:
 
 
 def _print_memory(stages: Sequence[dict[str, Any]]) -> None:
+    """Print the bytes on a rank of each stage by purpose."""
     header = ["memory of a rank (MiB)", *(f"stage {stage['stage']}" for stage in stages)]
     if len(stages) == 1:
         header = ["memory of a rank (MiB)", ""]
@@ -140,6 +141,7 @@ def _print_collectives(stage: dict[str, Any], several: bool) -> None:
 
 
 def _collective_row(row: dict[str, Any]) -> tuple[str, ...]:
+    """Return the cells of a collective's row."""
     group = row["group"].replace("_GROUP", "").replace("_PARALLEL", "").replace("_", " ").lower()
     return (
         row["purpose"],

@@ -67,6 +67,7 @@ class EvenLoad:
         return values.new_empty(experts * self.rows(tokens))
 
     def _to_copy(self, func: Any, x: Tensor, **kwargs: Any) -> Tensor:
+        """Copy a tensor; the values of a copy on the host are the tokens of an expert."""
         device = kwargs.get("device")
         if device is None or torch.device(device).type == "meta":
             return func(x, **kwargs)

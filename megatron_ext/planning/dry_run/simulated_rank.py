@@ -141,6 +141,7 @@ class Rank:
         return 2 * stages + self.microbatches % stages, stages
 
     def _run(self, microbatches: int, by_threshold: bool) -> SimulatedStep:
+        """Take a step of some micro-batches, and return its memory, collectives and FLOPs."""
         for router in threshold_routers(routers_of(self.model)):
             prepare_router(router, self.config.et_warmup_iters + 1 if by_threshold else 0)
         load = EvenLoad(self.config, self.microbatches)
@@ -204,6 +205,7 @@ def _extrapolate(
 
 
 def _batches(args: Namespace) -> Iterator[dict[str, Tensor]]:
+    """Yield micro-batches of meta tensors, `[batch, sequence]`, indefinitely."""
     ids = torch.empty(args.micro_batch_size, args.seq_length, dtype=torch.int64, device="meta")
     while True:
         yield {"tokens": ids, "labels": ids, "loss_mask": ids.float(), "position_ids": ids}

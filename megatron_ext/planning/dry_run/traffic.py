@@ -44,7 +44,7 @@ class Amount(NamedTuple):
 
 MUON = "Muon"
 
-# What a group's traffic is for, unless `Traffic.purpose` says otherwise.
+# Purpose of the collectives of a group, unless `Traffic.purpose` sets another.
 _PURPOSES = {
     "TENSOR_MODEL_PARALLEL_GROUP": "tensor parallel",
     "CONTEXT_PARALLEL_GROUP": "context parallel",
@@ -128,6 +128,7 @@ class Traffic(TorchDispatchMode):
         return result
 
     def _count(self, name: str, args: tuple[Any, ...]) -> None:
+        """Add a collective to the counts, unless its group has one rank."""
         index = next(i for i, arg in enumerate(args) if isinstance(arg, torch.ScriptObject))
         group = dist.ProcessGroup.unbox(args[index])
         if group.size() == 1 or name == "barrier":
@@ -145,12 +146,14 @@ class Traffic(TorchDispatchMode):
 
 
 def _bytes(tensors: Any) -> int:
+    """Return the bytes of a tensor or of nested lists of tensors."""
     if isinstance(tensors, Tensor):
         return tensors.numel() * tensors.element_size()
     return sum(_bytes(tensor) for tensor in tensors)
 
 
 def _run_collective(func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
+    """Run a collective, or skip one that torch cannot run on meta tensors."""
     name = func.overloadpacket.__name__
     if name.endswith("coalesced_") and _first_tensor(args).is_meta:
         return FakeWork().boxed()  # torch has no meta kernels for these
@@ -158,4 +161,5 @@ def _run_collective(func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
 
 
 def _first_tensor(args: Any) -> Tensor:
+    """Return the first tensor of nested lists."""
     return args if isinstance(args, Tensor) else _first_tensor(args[0])

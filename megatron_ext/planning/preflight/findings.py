@@ -62,5 +62,6 @@ class Report:
         self._print(", ".join(f"{count} {status}" for status, count in counts.items()))
 
     def _print(self, line: str) -> None:
+        """Print a line on the first rank."""
         if self._output is not None:
             print(line, file=self._output, flush=True)

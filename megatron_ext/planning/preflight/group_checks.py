@@ -67,6 +67,7 @@ class _WrongResult(Exception):
 
 
 def _all_reduce(group: Any, size: int) -> float:
+    """Check the result of an all-reduce, and return the mean seconds of a call."""
     ranks, rank = group.size(), group.rank()
     x = torch.full((size // 4,), float(rank + 1), device="cuda")
     _wait(dist.all_reduce(x, group=group, async_op=True))
@@ -76,6 +77,7 @@ def _all_reduce(group: Any, size: int) -> float:
 
 
 def _all_to_all(group: Any, size: int) -> float:
+    """Check the result of an all-to-all, and return the mean seconds of a call."""
     ranks, rank = group.size(), group.rank()
     part = max(1, size // 4 // ranks)
     x = torch.arange(ranks, device="cuda").repeat_interleave(part) + 1000.0 * rank
@@ -88,6 +90,7 @@ def _all_to_all(group: Any, size: int) -> float:
 
 
 def _time(start: Callable[[], Any], group: Any) -> float:
+    """Return the mean seconds of a collective, started on all ranks at once."""
     _wait(dist.all_reduce(torch.zeros(1, device="cuda"), group=group, async_op=True))
     begin = time.perf_counter()
     for _ in range(_ROUNDS):
@@ -96,6 +99,7 @@ def _time(start: Callable[[], Any], group: Any) -> float:
 
 
 def _wait(work: Any) -> None:
+    """Wait for a collective, on the host too."""
     work.wait()
     torch.cuda.synchronize()
 
@@ -154,6 +158,7 @@ def in_words(groups: list[dict[str, Any]]) -> CheckResult:
 
 
 def _names(members: list[int]) -> str:
+    """Return the numbers of ranks, at most eight, in words."""
     shown = " ".join(map(str, members[:8]))
     return shown + (" ..." if len(members) > 8 else "")
 

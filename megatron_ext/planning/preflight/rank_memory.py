@@ -68,6 +68,7 @@ class DryRun:
 
 
 def _measure(pipe: Connection, flags: list[str]) -> None:
+    """Measure a dry run in this process, and send the outcome through a pipe."""
     with open(os.devnull, "w") as nowhere:  # the preflight itself prints warnings
         for stream in (1, 2):
             os.dup2(nowhere.fileno(), stream)
