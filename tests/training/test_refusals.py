@@ -53,7 +53,7 @@ def changed(dataset: Path, folder: Path) -> Path:
         (["--et-logit-buffer-mb", "-1"], "--et-logit-buffer-mb -1.0 must not be negative"),
         (
             ["--et-cutoff-pool", "step", "--et-logit-buffer-mb", "0.003"],
-            "--et-logit-buffer-mb 0.003 holds only 77% of them: raise it, or use",
+            "--et-logit-buffer-mb 0.003 has room for only 77% of them: raise it, or use",
         ),
         (["--router-type", "expert"], "--router-type"),
         (["--moe-token-dispatcher-type", "flex"], "Use alltoall or allgather"),
