@@ -197,8 +197,8 @@ def _check_distributed_muon(args: Namespace, layout: RunSizes) -> None:
     copies = layout.stage_ranks // (layout.expert * layout.expert_tensor)
     if layout.data * layout.context == 1 and copies > 1:
         raise UserError(
-            f"--use-distributed-optimizer with --optimizer muon cannot share out experts of which "
-            f"there are {copies} copies where there is one of all else: leave it out, or use "
+            f"--use-distributed-optimizer with --optimizer muon cannot distribute experts that "
+            f"have {copies} copies where all other parameters have one: leave it out, or use "
             f"--expert-model-parallel-size {layout.expert * copies}"
         )
 
@@ -272,7 +272,7 @@ def _violation(rule: DivisibilityRule, layout: RunSizes) -> str:
         text = f"{total} ranks" if total > 1 else "1 rank"
         if rule.of is not None and layout.pipeline > 1:
             text = f"a pipeline stage of {rule.of(layout)} ranks"
-        return f"{text} cannot be shared out over {' times '.join(parts)}"
+        return f"{text} cannot be distributed over {' times '.join(parts)}"
     if rule.total == "global_batch" and layout.data > 1:
         parts.append(f"{layout.data} data-parallel ranks")
     elif (factor := rule.factor(layout)) > 1:

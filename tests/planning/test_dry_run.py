@@ -269,7 +269,7 @@ def test_layouts_that_cannot_work_are_refused_in_one_sentence() -> None:
     cases = {
         "must be at least one rank": [*TINY, "--dry-run", "0"],
         "needs --vocab-size": [*no_vocabulary, "--dry-run", "2", "--tokenizer-model", "none"],
-        "6 ranks cannot be shared out": [*TINY, "--dry-run", *six],
+        "6 ranks cannot be distributed": [*TINY, "--dry-run", *six],
         "--num-experts 4 is not divisible": [*TINY, "--dry-run", *experts],
         "--global-batch-size 8 is too small": [*TINY, "--dry-run", "16"],
         "--global-batch-size 10 is not divisible": [*TINY, "--dry-run", "2", *interleaved],

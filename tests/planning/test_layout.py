@@ -41,7 +41,7 @@ VIRTUAL = "num_layers_per_virtual_pipeline_stage"
         (
             6,
             {TP: 4, "num_attention_heads": 12},
-            "6 ranks cannot be shared out over --tensor-model-parallel-size 4: use "
+            "6 ranks cannot be distributed over --tensor-model-parallel-size 4: use "
             "--tensor-model-parallel-size 2, or start 4 or 8 ranks",
         ),
         (
@@ -94,14 +94,14 @@ VIRTUAL = "num_layers_per_virtual_pipeline_stage"
         (
             4,
             {EP: 8},
-            "4 ranks cannot be shared out over --expert-model-parallel-size 8: use "
+            "4 ranks cannot be distributed over --expert-model-parallel-size 8: use "
             "--expert-model-parallel-size 4",
         ),
         (
             4,
             {EP: 4, PP: 2},
-            "a pipeline stage of 2 ranks cannot be shared out over --expert-model-parallel-size 4: "
-            "use --expert-model-parallel-size 2, or start 8 ranks",
+            "a pipeline stage of 2 ranks cannot be distributed over --expert-model-parallel-size "
+            "4: use --expert-model-parallel-size 2, or start 8 ranks",
         ),
         (
             5,
@@ -150,7 +150,7 @@ VIRTUAL = "num_layers_per_virtual_pipeline_stage"
         (
             2,
             {TP: 2, "expert_tensor_parallel_size": 1, "optimizer": "muon"},
-            "there are 2 copies where there is one of all else: leave it out, or use "
+            "have 2 copies where all other parameters have one: leave it out, or use "
             "--expert-model-parallel-size 2",
         ),
         (
