@@ -1,1 +1,1 @@
-"""Prompts and preferences: reading and writing them, splits, near-duplicates, chat templates."""
+"""Prompts and preferences: input and output, splits, near-duplicates and chat templates."""

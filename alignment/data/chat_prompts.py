@@ -1,14 +1,14 @@
-"""Conversations and answers as token ids to train on, by the tokenizer's chat template.
+"""Conversion of conversations and answers to token ids, by the tokenizer's chat template.
 
-What training relies on of a template and its tokenizer is checked here, on every row before the
-first step, and at the start of a command by `check_template`:
+Training relies on the following properties of a template and its tokenizer. They are checked on
+every row before the first step, and at the start of a command by `check_template`:
 
-* The prompt is a prefix of the conversation with its answer, so that the two can be told apart.
-* The template ends an answer with an end token of the model: one that is not taught to stop, or
-  stops where nobody looks for it, runs to the limit.
-* The answer is written as it is, its thinking included. Space may be trimmed.
-* `megatron_ext.chat_templates` lists what holds for every message: none is left out, and none can
-  hold a control token.
+* The prompt is a prefix of the conversation with its answer, so that the two can be separated.
+* The template ends an answer with an end token of the model. A model that is not trained to emit
+  this token, or emits one at which generation does not stop, generates up to the length limit.
+* The template keeps the whole answer, including its thinking. White space may be trimmed.
+* `megatron_ext.chat_templates` lists the requirements on every message: the template omits none,
+  and no message can contain a control token.
 """
 
 import os
@@ -24,17 +24,18 @@ from megatron_ext.chat_templates import THINK, Conversation, squeezed
 from megatron_ext.errors import UserError
 from megatron_ext.hf.end_tokens import end_tokens
 
-_SHOWN = 40  # characters of an answer in an error
-_PROBE = "Yes."  # an answer to see how the template ends one
+_SHOWN = 40  # characters of an answer in an error message
+_PROBE = "Yes."  # answer that shows how the template ends one
 
 
 @dataclass(frozen=True)
 class ChatExample:
-    """Token ids to train on. A loss on the completion alone is on the ids of `completion`.
+    """Token ids of a training example.
 
     Attributes:
-        prompt: all that the model is given, up to where its answer begins.
-        completion: what it is to write, with the token that ends it.
+        prompt: Ids of the input of the model, up to the beginning of its answer.
+        completion: Ids of the answer, with its end token. A loss on the completion alone covers
+            exactly these.
     """
 
     prompt: list[int]
@@ -42,16 +43,16 @@ class ChatExample:
 
 
 def prompt_ids(tokenizer: Any, messages: Sequence[Message], **template: Any) -> list[int]:
-    """Return the ids of a conversation, up to where the assistant's next message begins.
+    """Return the ids of a conversation, up to the beginning of the assistant's next message.
 
     Args:
-        tokenizer: one of transformers.
-        messages: the conversation.
-        template: further variables of the template, such as enable_thinking.
+        tokenizer: Tokenizer of transformers.
+        messages: Messages of the conversation.
+        template: Further variables of the template, such as `enable_thinking`.
 
     Raises:
-        UserError: the tokenizer has no chat template, or its template refuses the messages or
-            leaves one of them out.
+        UserError: The tokenizer has no chat template, or its template refuses the messages or
+            omits one of them.
     """
     return chat.prompt_ids(tokenizer, _rows(messages), template)
 
@@ -61,12 +62,18 @@ def example(
 ) -> ChatExample:
     """Return the ids of a conversation and of the assistant's answer to it.
 
-    They are encoded apart, as they are when a model generates the answer. What a template writes
-    after the token that ends the answer is left out.
+    Both are encoded separately, as they are when a model generates the answer. Text of the template
+    after the end token of the answer is omitted.
+
+    Args:
+        tokenizer: Tokenizer of transformers.
+        messages: Messages of the conversation.
+        answer: Text of the answer.
+        template: Further variables of the template, such as `enable_thinking`.
 
     Raises:
-        UserError: see `prompt_ids`; or the template does not keep what the head of this page
-            promises of an answer.
+        UserError: The tokenizer has no chat template, or its template lacks one of the properties
+            at the top of this module.
     """
     conversation = Conversation(tokenizer, _rows(messages), template)
     hidden, whole = conversation.answered(answer)
@@ -80,40 +87,40 @@ def example(
     completion = _ended(tokenizer, whole[len(conversation.prompt) :], hidden)
     written = (THINK if conversation.opened else "") + completion
     if squeezed(hidden) not in squeezed(written):
-        raise UserError(_lost(conversation, answer))
+        raise UserError(_lost(answer))
     return ChatExample(conversation.ids(conversation.prompt), conversation.ids(completion))
 
 
 def decode_ids(tokenizer: Any, tokens: Sequence[int]) -> str:
-    """Return the text of tokens as it is: control tokens by name, spaces not cleaned up."""
+    """Return the text of tokens unchanged: with control tokens by name and without clean-up."""
     return tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def check_template(tokenizer: Any, messages: Sequence[Message], **template: Any) -> str | None:
     """Check that the template ends an answer with an end token of the model.
 
-    Unlike `example`, this does not need the prompt to be a prefix: a model that samples its own
-    answers is not trained on the template's writing of them.
+    Unlike `example`, this does not require the prompt to be a prefix: a model that samples its own
+    answers is not trained on the form in which the template writes them.
 
     Args:
-        tokenizer: see `prompt_ids`.
-        messages: a conversation that the model is to answer.
-        template: see `prompt_ids`.
+        tokenizer: Tokenizer of transformers.
+        messages: Messages of a conversation that the model should answer.
+        template: Further variables of the template, such as `enable_thinking`.
 
     Returns:
-        A warning, if the end token is one that the tokenizer itself does not name.
+        A warning if the tokenizer itself does not name the end token; otherwise None.
 
     Raises:
-        UserError: it ends otherwise, leaves a message out or refuses the messages.
+        UserError: The template ends an answer differently, omits a message or refuses the messages.
     """
     conversation = Conversation(tokenizer, _rows(messages), template)
     conversation.check_complete()
     hidden, whole = conversation.answered(_PROBE)
-    place = whole.rfind(hidden)
-    if place < 0:
-        raise UserError(_lost(conversation, _PROBE))
-    ended = _ended(tokenizer, whole[place + len(hidden) :])
-    [last] = conversation.ids(ended)[-1:]
+    position = whole.rfind(hidden)
+    if position < 0:
+        raise UserError(_lost(_PROBE))
+    ending = _ended(tokenizer, whole[position + len(hidden) :])
+    [last] = conversation.ids(ending)[-1:]
     if last == tokenizer.eos_token_id:
         return None
     return (
@@ -130,15 +137,18 @@ def warn_of_template(
     template: Mapping[str, Any],
     trains: bool = True,
 ) -> None:
-    """Check a command's template, and print a warning on the first rank where there is one.
+    """Check the template of a command, and print its warning, if any, on the first rank.
 
     Args:
-        command: its name.
-        tokenizer, messages, template: see `check_template`.
-        trains: whether it trains; one that only generates warns of what training refuses.
+        command: Name of the command.
+        tokenizer: Tokenizer of transformers.
+        messages: Messages of a conversation that the model should answer.
+        template: Further variables of the template, such as `enable_thinking`.
+        trains: Whether the command trains. A command that only generates prints a warning where
+            training refuses the template.
 
     Raises:
-        UserError: see `check_template`.
+        UserError: `check_template` refuses the template of a command that trains.
     """
     try:
         warning = check_template(tokenizer, messages, **template)
@@ -155,20 +165,20 @@ def _rows(messages: Sequence[Message]) -> list[dict[str, str]]:
 
 
 def _ended(tokenizer: Any, rendered: str, answer: str = "") -> str:
-    """Return an answer up to and with its end token.
+    """Return a rendered answer up to and including its end token.
 
     Args:
-        tokenizer: see `prompt_ids`.
-        rendered: what a template writes of the answer and after it.
-        answer: to leave out of the message.
+        tokenizer: Tokenizer of transformers.
+        rendered: Output of the template from the beginning of the answer on, or after its text.
+        answer: Text of the answer, to omit from the error message.
 
     Raises:
-        UserError: it has none.
+        UserError: The output contains no end token.
     """
     names = [tokenizer.convert_ids_to_tokens(end) for end in sorted(end_tokens(tokenizer))]
     names = sorted(filter(None, names), key=len, reverse=True)
-    found = re.search("|".join(map(re.escape, names)) or "(?!)", rendered)
-    if found is None:
+    end_token = re.search("|".join(map(re.escape, names)) or "(?!)", rendered)
+    if end_token is None:
         ending = rendered.rpartition(answer.strip())[2][-_SHOWN:] if answer else rendered
         raise UserError(
             f"the chat template ends an answer with {ending!r} and not with an "
@@ -176,12 +186,13 @@ def _ended(tokenizer: Any, rendered: str, answer: str = "") -> str:
             "model would not stop: add the token to eos_token_id in generation_config.json, or "
             "give another template with --chat-template"
         )
-    return rendered[: found.end()]
+    return rendered[: end_token.end()]
 
 
-def _lost(conversation: Conversation, answer: str) -> str:
-    lost = "the thinking of an answer" if THINK in answer else "a part of an answer"
+def _lost(answer: str) -> str:
+    """Return the error message about a template that omits a part of an answer."""
+    part = "the thinking of an answer" if THINK in answer else "a part of an answer"
     return (
-        f"the chat template leaves out {lost} ({answer.strip()[:_SHOWN]!r}), which then cannot be "
+        f"the chat template leaves out {part} ({answer.strip()[:_SHOWN]!r}), which then cannot be "
         "learned: give a template that keeps it with --chat-template"
     )

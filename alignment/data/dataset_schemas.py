@@ -1,6 +1,6 @@
-"""Rows as others write them, as records.
+"""Schemas of data sets, by which rows of other projects become records.
 
-A file's convention is told by its columns. Where a row has no id, its hash is one.
+The columns of a file determine its schema. A row without an id gets the hash of its content.
 """
 
 import math
@@ -25,7 +25,7 @@ from alignment.records import Message, Pair, Prompt, Response, Side, Verdict
 from megatron_ext.errors import UserError
 
 Row = Mapping[str, Any]
-# Columns that change what a conversation means. A row that has one is not read without it.
+# Columns that change the meaning of a conversation. A row is refused if its value would be lost.
 _CONTEXT = (
     "system", "system_prompt", "system_message", "tools", "functions", "documents", "image",
     "images", "videos", "audio", "chat_template_kwargs",
@@ -34,38 +34,43 @@ _CONTEXT = (
 
 @dataclass(frozen=True)
 class DatasetSchema:
-    """Columns of rows, and how a record is made of them.
+    """Columns of rows, and their conversion to records.
 
     Attributes:
+        name: Description of the schema in error messages.
         columns: Columns that a row must have.
-        convert: Function that makes a record of a row. Its second argument is the source of rows
+        convert: Function that converts a row to a record. Its second argument is the source of rows
             that name none.
-        kept: Columns that are read where a row has them. None where `convert` refuses rows with
-            other columns than its own.
+        read_columns: All columns that `convert` reads where a row has them. None where `convert`
+            refuses rows with other columns.
     """
 
     name: str
     columns: Collection[str]
     convert: Callable[[Row, str], Record]
-    kept: Collection[str] | None = None
+    read_columns: Collection[str] | None = None
 
     def unread(self, row: Row) -> list[str]:
-        """Return the columns with a value that the record of a row does not keep."""
-        if self.kept is None:
+        """Return the columns of a row that have a value and are not read."""
+        if self.read_columns is None:
             return []
-        return [name for name in row if name not in self.kept and row[name] is not None]
+        return [name for name in row if name not in self.read_columns and row[name] is not None]
 
 
 def schema_of(columns: Collection[str], file: str | Path) -> DatasetSchema:
-    """The convention that has these columns.
+    """Return the first schema whose required columns are among those of a file.
+
+    Args:
+        columns: Columns of the file.
+        file: Path of the file, for the error message.
 
     Raises:
-        UserError: none has.
+        UserError: No schema matches.
     """
-    for convention in CONVENTIONS:
-        if set(convention.columns) <= set(columns):
-            return convention
-    known = "; ".join(f"{', '.join(c.columns)} ({c.name})" for c in CONVENTIONS)
+    for schema in SCHEMAS:
+        if set(schema.columns) <= set(columns):
+            return schema
+    known = "; ".join(f"{', '.join(schema.columns)} ({schema.name})" for schema in SCHEMAS)
     raise UserError(
         f"{file} has the columns {', '.join(columns) or '(none)'}, which no known convention has; "
         f"known are: {known}"
@@ -75,48 +80,58 @@ def schema_of(columns: Collection[str], file: str | Path) -> DatasetSchema:
 def read_records(
     path: str | Path,
     source: str = "",
-    told: Callable[[int], None] = lambda consumed: None,
+    report_progress: Callable[[int], None] = lambda consumed: None,
     unread: Counter[str] | None = None,
 ) -> Iterator[Record | MalformedRow]:
-    """Yield the records of a file of any convention, and a row that gives none as `Malformed`.
+    """Yield the records of a file of any known schema.
 
     Args:
         path: File to read.
         source: Source of rows that name none. Default: the file's name.
-        told: See `read_rows`.
-        unread: Counter that gets, for each column that records do not keep, the number of rows
-            with a value there.
+        report_progress: Function that is called now and then with the number of bytes read so far.
+        unread: Counter to which the rows with a value in a column that is not read are added, by
+            column.
+
+    Yields:
+        A record, or a `MalformedRow` for a row that cannot be converted.
 
     Raises:
-        UserError: The file cannot be read, or is of an unknown convention.
+        UserError: The file cannot be read, or its schema is unknown.
     """
-    convention = schema_of(columns_of(path), path)
+    schema = schema_of(columns_of(path), path)
     source = source or Path(path).name.partition(".")[0]
-    for number, row in read_rows(path, told):
+    for number, row in read_rows(path, report_progress):
         if isinstance(row, MalformedRow):
             yield row
             continue
         try:
-            if missing := [name for name in convention.columns if name not in row]:
+            if missing := [name for name in schema.columns if name not in row]:
                 raise UserError(f"no {missing[0]!r}, which the rows before it have")
-            record = convention.convert(row, source)
+            record = schema.convert(row, source)
         except UserError as error:
             yield MalformedRow(number, str(error))
             continue
         if unread is not None:
-            unread.update(convention.unread(row))
+            unread.update(schema.unread(row))
         yield record
 
 
 def hash_id(*parts: object) -> str:
-    """An id for what has none: the same for the same parts, in every file."""
+    """Return an id that depends on the parts only, for records without one."""
     return sha256(repr(parts).encode()).hexdigest()[:32]
 
 
 def prompt_of(
     messages: Sequence[Message], source: str, id: object = None, rubric: str | None = None
 ) -> Prompt:
-    """A prompt of messages that have been checked."""
+    """Return a prompt of messages that have been checked.
+
+    Args:
+        messages: Messages of the prompt.
+        source: Source of the prompt.
+        id: Id of the prompt. Default: a hash of the messages.
+        rubric: Requirements that judges apply to the responses.
+    """
     plain = [(message.role, message.content) for message in messages]
     return Prompt(str(id) if id is not None else hash_id(plain), messages, source, rubric)
 
@@ -124,13 +139,18 @@ def prompt_of(
 def pair_of(
     prompt: Prompt, chosen: str, rejected: str, source: str, id: object = None, equal: bool = False
 ) -> Pair:
-    """A pair with its two sides in an order that tells nothing of which is better.
+    """Return a pair whose order of responses reveals nothing about which one is better.
 
     Args:
-        equal: whoever labelled them found neither better.
+        prompt: Prompt of the pair.
+        chosen: Response that is labeled as better.
+        rejected: Response that is labeled as worse.
+        source: Source of the pair.
+        id: Id of the pair. Default: a hash of the prompt's id and the responses.
+        equal: Whether the label is a tie.
     """
     name = str(id) if id is not None else hash_id(prompt.id, chosen, rejected)
-    # By the texts alone: the order neither follows the label nor depends on the id of the source.
+    # The order depends on the texts only, neither on the label nor on the id in the source.
     chosen_first = sha256(f"{prompt.id}\0{min(chosen, rejected)}".encode()).digest()[0] % 2 == 0
     if chosen > rejected:
         chosen_first = not chosen_first
@@ -163,11 +183,18 @@ def _opening(row: Row) -> list[Message] | None:
 
 
 def _conversation(row: Row, column: str, opening: Sequence[Message] | None) -> list[Message]:
-    """Return the messages of an answer's column and those it answers. These are in the same column,
-    in the column prompt, or in both.
+    """Return the messages of a conversation that ends with the answer of a column.
+
+    The messages before the answer are in the same column, in the column prompt, or in both.
+
+    Args:
+        row: Row of preferences.
+        column: Column of the answer, chosen or rejected.
+        opening: Messages of the column prompt; None where the row has none.
 
     Raises:
-        UserError: There is no answer or nothing that it answers, or the two columns do not fit.
+        UserError: There is no answer, nothing precedes it, or the two columns contradict each
+            other.
     """
     value, prompt = row[column], row.get("prompt")
     plain = isinstance(prompt, str) and not is_transcript(prompt)
@@ -196,7 +223,7 @@ def _check_context(row: Row, messages: Sequence[Message]) -> None:
     """Check that no column that belongs to the conversation is lost.
 
     Raises:
-        UserError: One is. The text of a system message may be in a column as well.
+        UserError: The value of such a column is in no message.
     """
     for name in _CONTEXT:
         value = row.get(name)
@@ -212,10 +239,10 @@ def _check_among(text: str, column: str, messages: Sequence[Message]) -> None:
 
 
 def _is_tie(row: Row) -> bool:
-    """Return whether whoever labelled a pair found its answers equal.
+    """Return whether the label of a pair is a tie.
 
     Raises:
-        UserError: A label is no number, or contradicts that `chosen` was chosen.
+        UserError: A label has the wrong type, or the score of `chosen` is below that of `rejected`.
     """
     tie = row.get("tie")
     if tie not in (None, False, True):
@@ -233,7 +260,7 @@ def _is_tie(row: Row) -> bool:
 
 
 def _messages_row(row: Row, source: str) -> Prompt | Response:
-    """Return a prompt; or, where the assistant has the last word, a response."""
+    """Return a prompt or, where the last message is the assistant's, a response."""
     messages = message_list(row["messages"], "messages")
     _check_context(row, messages)
     id, source = row.get("id"), row.get("source") or source
@@ -254,7 +281,7 @@ def _arena_hard(row: Row, source: str) -> Prompt:
     return prompt_of(messages, f"arena-hard/{row['category']}", row["uid"])
 
 
-CONVENTIONS = (
+SCHEMAS = (
     DatasetSchema("our verdicts", ("item", "outcome"), lambda row, _: Verdict.from_row(row)),
     DatasetSchema("our pairs", ("prompt", "first", "second"), lambda row, _: Pair.from_row(row)),
     DatasetSchema("our responses", ("prompt", "text"), lambda row, _: Response.from_row(row)),

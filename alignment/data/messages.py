@@ -1,6 +1,6 @@
-"""Conversations as other projects write them: transcripts and lists of messages.
+"""Parsers of conversations in the formats of other projects: transcripts and lists of messages.
 
-A conversation is read in full or refused. No message, field or turn is dropped.
+A conversation is read completely or refused. No message, field or turn is dropped.
 """
 
 import re
@@ -26,7 +26,7 @@ def begins_transcript(text: str) -> bool:
 
 
 def transcript(text: str) -> list[Message]:
-    """Return the turns of "\\n\\nHuman: ...\\n\\nAssistant: ..." without the blanks around them.
+    r"""Return the turns of "\n\nHuman: ...\n\nAssistant: ..." without the blanks around them.
 
     Raises:
         UserError: The text does not begin with a turn, or one speaker has two turns in a row.

@@ -1,4 +1,4 @@
-"""The tokenizer of a model, as transformers has it, with its chat template."""
+"""Loading of the tokenizer of a model, with its chat template."""
 
 from pathlib import Path
 from typing import Any
@@ -8,14 +8,15 @@ from megatron_ext.hf.end_tokens import end_tokens, record_end_tokens
 
 
 def load_tokenizer(model: Path, chat_template: Path | None = None) -> Any:
-    """Load the tokenizer that came with a model, with the end tokens of the model.
+    """Load the tokenizer of a model, with the end tokens of the model.
 
     Args:
-        model: a Hugging Face folder, a run directory, or a folder of checkpoints.
-        chat_template: a Jinja file, to have it instead of the model's.
+        model: A Hugging Face folder, a run directory, or a folder of checkpoints.
+        chat_template: A Jinja file that replaces the chat template of the model.
 
     Raises:
-        UserError: it cannot be read, or has no chat template or end token.
+        UserError: The tokenizer or the file cannot be read, or the tokenizer has no chat template
+            or no end token.
     """
     tokenizer = read_tokenizer(model)
     if chat_template is not None:
@@ -35,10 +36,10 @@ def load_tokenizer(model: Path, chat_template: Path | None = None) -> Any:
 
 
 def read_tokenizer(model: Path) -> Any:
-    """Load the tokenizer that came with a model, with or without a chat template.
+    """Load the tokenizer of a model, which may lack a chat template.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: The tokenizer cannot be read.
     """
     from transformers import AutoTokenizer
 
@@ -47,7 +48,7 @@ def read_tokenizer(model: Path) -> Any:
 
     place = _place(model)
     try:
-        # Code of a folder is never run; our own class is known by its file.
+        # Code in the folder is never run; a tokenizer of this project is recognized by its file.
         if place.is_file():
             tokenizer = open_sentencepiece(place)
         elif (place / "tokenizer.json").is_file() or not (place / "tokenizer.model").is_file():
@@ -61,7 +62,7 @@ def read_tokenizer(model: Path) -> Any:
 
 
 def _place(model: Path) -> Path:
-    """Return a folder that transformers loads a tokenizer from, or a SentencePiece model."""
+    """Return the folder or SentencePiece model from which to load the tokenizer of a model."""
     if (model / "config.json").is_file():
         return model
     for root in (model / "checkpoints", model, model.parent):

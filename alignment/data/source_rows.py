@@ -1,6 +1,7 @@
-"""Rows of JSONL and Parquet files as a stream, and files that are there whole or not at all.
+"""Streaming input of JSONL and Parquet rows, and atomic output of records.
 
-Memory is bounded by the largest row (Parquet: by one row group), whatever the number of rows.
+Memory is bounded by the largest row (Parquet: by one row group), whatever the number of rows. An
+output file appears under its name only when it is complete.
 """
 
 import json
@@ -16,12 +17,12 @@ from megatron_ext.data.shards import format_of_suffix, open_parquet
 from megatron_ext.errors import UserError
 
 Record = Prompt | Response | Pair | Verdict
-_BATCH = 256  # rows that are read at a time
-_GROUP = 2048  # rows of a Parquet row group, each of which adds to what a reader must hold
+_BATCH = 256  # rows that are read or written at a time
+_GROUP = 2048  # rows of a Parquet row group, which a reader must load at once
 
 
 class MalformedRow(UserError):
-    """A row that cannot be used. The message does not name the file.
+    """Row that cannot be used. The message does not name the file.
 
     Attributes:
         reason: Why it cannot be used, without the row's number.
@@ -33,8 +34,7 @@ class MalformedRow(UserError):
 
 
 def columns_of(path: str | Path) -> list[str]:
-    """Return the columns of a Parquet file, or the fields of a JSONL file's first row that can be
-    read.
+    """Return the columns of a Parquet file, or the fields of the first valid row of a JSONL file.
 
     Raises:
         UserError: The file has no such row, or cannot be read.
@@ -51,20 +51,23 @@ def columns_of(path: str | Path) -> list[str]:
 
 
 def read_rows(
-    path: str | Path, told: Callable[[int], None] = lambda consumed: None
+    path: str | Path, report_progress: Callable[[int], None] = lambda consumed: None
 ) -> Iterator[tuple[int, dict[str, Any] | MalformedRow]]:
-    """The rows of a JSONL file (plain or compressed) or a Parquet file, with their numbers: of the
-    line, or of the row, from 1.
+    """Yield the rows of a JSONL file (plain or compressed) or a Parquet file.
 
     Args:
-        told: gets the number of bytes read so far, now and then.
+        path: File to read.
+        report_progress: Function that is called now and then with the number of bytes read so far.
+
+    Yields:
+        The number of the line (JSONL) or row (Parquet) from 1, and the row.
 
     Raises:
-        UserError: the file is not there, of another format, or broken.
+        UserError: The file does not exist, has another format, or is damaged.
     """
     read = _read_parquet if _format(path) == "parquet" else _read_jsonl
     try:
-        yield from read(path, told)
+        yield from read(path, report_progress)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
 
@@ -78,14 +81,14 @@ def _format(path: str | Path) -> str:
     return kind
 
 
-def _read_jsonl(path: str | Path, told: Callable[[int], None]) -> Iterator[Any]:
+def _read_jsonl(path: str | Path, report_progress: Callable[[int], None]) -> Iterator[Any]:
     with open(path, "rb") as raw:
         try:
             for number, line in enumerate(decompressed(raw), start=1):
                 if not line.isspace():
                     yield number, _json_row(number, line)
                 if number % _BATCH == 0:
-                    told(raw.tell())
+                    report_progress(raw.tell())
         except BROKEN as error:
             raise UserError(f"{path} is truncated or broken: {error}") from error
 
@@ -108,7 +111,7 @@ def _no_number(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON")
 
 
-def _read_parquet(path: str | Path, told: Callable[[int], None]) -> Iterator[Any]:
+def _read_parquet(path: str | Path, report_progress: Callable[[int], None]) -> Iterator[Any]:
     import pyarrow
 
     size = os.path.getsize(path)
@@ -118,20 +121,22 @@ def _read_parquet(path: str | Path, told: Callable[[int], None]) -> Iterator[Any
             for batch in file.iter_batches(_BATCH):
                 yield from enumerate(batch.to_pylist(), start=done + 1)
                 done += batch.num_rows
-                told(size * done // total)
+                report_progress(size * done // total)
         except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
             raise UserError(f"{path} is truncated or broken: {error}") from error
 
 
 class RecordWriter:
-    """Writes records of one kind; the file gets its name when the block ends without an error.
+    """Context manager that writes records of one kind to a file.
+
+    The file receives its name when the block ends without an error.
 
     Args:
-        path: ends in .jsonl or .parquet.
-        overwrite: replace a file of that name.
+        path: File to write, with the suffix .jsonl or .parquet.
+        overwrite: Whether to replace an existing file.
 
     Raises:
-        UserError: the file is there already, or its suffix is another.
+        UserError: The file exists already, or has another suffix.
     """
 
     def __init__(self, path: Path, overwrite: bool = False) -> None:
@@ -152,10 +157,10 @@ class RecordWriter:
         return self
 
     def write(self, record: Record) -> None:
-        """Add a row.
+        """Add a record.
 
         Raises:
-            UserError: the record is of another kind than those before it.
+            UserError: The record is of another kind than those before it.
         """
         kind = type(record)
         self._kind = self._kind or kind
@@ -201,7 +206,7 @@ class RecordWriter:
 
 
 def parquet_schema(kind: type[Record]) -> Any:
-    """The columns of a kind of record."""
+    """Return the Parquet schema of a kind of record."""
     import pyarrow as pa
 
     text = pa.string()

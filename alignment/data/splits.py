@@ -1,8 +1,8 @@
-"""Splits of rows by their prompts, without near-duplicates across splits.
+"""Division of rows into splits by their prompts, without near-duplicates across splits.
 
-All rows of a prompt are in one split. Splits have an order: the first keeps all its prompts, and
-each later one loses those that are near to a prompt kept in an earlier one. Which split a prompt
-is in depends on the prompts and the seed, and not on their order.
+All rows of a prompt are in the same split. Splits have an order: the first keeps all its prompts,
+and each later split drops the near-duplicates of prompts that remain in an earlier one. The split
+of a prompt depends on the set of prompts and the seed, not on the order of the rows.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,17 +21,22 @@ DROPPED = -1
 
 @dataclass(frozen=True)
 class Split:
-    """A name, and a number of prompts, a share of them, or `REST`: all that others leave."""
+    """Name and size of a split.
+
+    Attributes:
+        name: Name of the split.
+        size: Number of prompts, share of all prompts below 1, or `REST` for all remaining prompts.
+    """
 
     name: str
     size: int | float | str
 
     @classmethod
     def parse(cls, text: str) -> "Split":
-        """From NAME=SIZE.
+        """Parse NAME=SIZE.
 
         Raises:
-            UserError: it is something else.
+            UserError: The text has another form.
         """
         name, _, size = text.partition("=")
         problem = f"--split {text}: give NAME=1000, NAME=0.1 or NAME={REST}"
@@ -49,19 +54,24 @@ class Split:
 
 
 def text_of(prompt: Prompt) -> list[str]:
-    """The words that make prompts alike: the user's. Different prompts may share the others'."""
-    said = [message.content for message in prompt.messages if message.role == "user"]
-    return words("\n".join(said or [prompt.messages[-1].content]))
+    """Return the words by which prompts are compared.
+
+    These are the user's words, as different prompts may share the same system message. A prompt
+    without a message of the user is compared by its last message.
+    """
+    contents = [message.content for message in prompt.messages if message.role == "user"]
+    return words("\n".join(contents or [prompt.messages[-1].content]))
 
 
 class Splitter:
-    """Takes prompts, repeated ones too, and then tells the split of each.
+    """Assignment of prompts to splits.
 
-    Memory: some 300 bytes a different prompt, and 512 of a file.
+    Add all prompts, which may repeat, then call `assign`, then look up the split of each prompt. A
+    distinct prompt takes about 300 bytes of memory and 512 bytes of disk.
 
     Attributes:
-        near: how many prompts were left out of each split.
-        sizes: how many prompts each split has.
+        sizes: Number of prompts of each split.
+        near: Number of near-duplicates that were dropped from each split.
     """
 
     def __init__(self, splits: Sequence[Split], seed: int = 0, threshold: float = 0.7) -> None:
@@ -85,6 +95,7 @@ class Splitter:
         return int.from_bytes(blake2b(joined, digest_size=8, key=self._salt).digest(), "little")
 
     def add(self, prompt: Prompt) -> None:
+        """Add a prompt; a repeated one has no effect."""
         text = text_of(prompt)
         key = self._key(text)
         if key not in self._numbers:
@@ -92,13 +103,13 @@ class Splitter:
             self._signatures.add(text)
 
     def assign(self) -> None:
-        """Decide, when all prompts have been added.
+        """Assign all added prompts to the splits.
 
         Raises:
-            UserError: the splits need more prompts than there are, or one gets none.
+            UserError: The splits require more prompts than there are, or one remains empty.
         """
         keys = np.fromiter(self._numbers, np.uint64, len(self._numbers))
-        order = np.argsort(keys)  # at random, as keys are
+        order = np.argsort(keys)  # a random order, because the keys are hashes
         split_of = np.full(len(keys), DROPPED, dtype=np.int8)
         start = 0
         for number, size in enumerate(self._sizes(len(keys))):
@@ -106,29 +117,29 @@ class Splitter:
             start += size
         near, sizes = {}, {}
         for number, split in enumerate(self.splits):
-            mine = np.flatnonzero(split_of == number)
+            members = np.flatnonzero(split_of == number)
             earlier = np.flatnonzero((split_of >= 0) & (split_of < number))
-            close = self._signatures.near(mine, earlier, self.threshold)
-            split_of[mine[close]] = DROPPED
+            close = self._signatures.near(members, earlier, self.threshold)
+            split_of[members[close]] = DROPPED
             near[split.name], sizes[split.name] = int(close.sum()), int((~close).sum())
             if not sizes[split.name]:
                 raise UserError(f"--split {split.name}={split.size} leaves no prompt for it")
         self._split_of, self.near, self.sizes = split_of, near, sizes
 
     def _sizes(self, prompts: int) -> list[int]:
-        wanted = [s.size for s in self.splits]
+        requested = [split.size for split in self.splits]
         sizes = [
             0 if size == REST else size if isinstance(size, int) else round(float(size) * prompts)
-            for size in wanted
+            for size in requested
         ]
         if sum(sizes) > prompts:
             raise UserError(f"--split requires {sum(sizes):,} prompts, and there are {prompts:,}.")
-        if wanted[-1] == REST:
+        if requested[-1] == REST:
             sizes[-1] = prompts - sum(sizes)
         return sizes
 
     def split_of(self, prompt: Prompt) -> str | None:
-        """The name of the split of a prompt that was added; None where it is left out."""
+        """Return the name of the split of an added prompt; None where it was dropped."""
         assert self._split_of is not None
         number = self._split_of[self._numbers[self._key(text_of(prompt))]]
         return None if number == DROPPED else self.splits[number].name
