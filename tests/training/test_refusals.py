@@ -114,7 +114,7 @@ def test_missing_empty_truncated_and_short_data(dataset: Path, tmp_path: Path) -
     Path(f"{prefix}.idx").write_bytes(index)
     longer = ["--seq-length", "4096", "--max-position-embeddings", "4096"]
     said = refusal([*REAL_DATA, *longer, "--data-path", str(prefix)])
-    assert "holds 2,400 tokens, fewer than" in said
+    assert "has 2,400 tokens, fewer than" in said
 
 
 def test_tokenizer_that_does_not_match_the_data(dataset: Path, tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ def test_checkpoint_of_another_model(tmp_path: Path) -> None:
     assert "layernorm_epsilon" in refusal(other)
     other = [*begun, "--finetune", "--load", checkpoints, "--rotary-percent", "0.5"]
     assert "rotary_percent = 1.0, but the flags say 0.5" in refusal(other)
-    assert "give a folder of checkpoints" in refusal(
+    assert "use a folder of checkpoints" in refusal(
         [*begun, "--pretrained-checkpoint", str(tmp_path)]
     )
     newest = next((tmp_path / "checkpoints").glob("iter_*"))

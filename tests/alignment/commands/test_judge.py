@@ -129,7 +129,7 @@ REFUSED = {
     ("--input", "pairs.jsonl"): "which is not in --input",
     ("--model", "nowhere"): "is not a folder",
     ("--stage", "rl"): "--stage rl requires a judge that thinks",
-    ("--seq-length", 8): "most often: longer than --seq-length 8: raise it (7 times)",
+    ("--seq-length", 8): "most often: longer than --seq-length 8, which can be raised (7 times)",
     ("--lr", -1): "--lr -1.0 must be above 0",
     ("--chat-template-kwargs", "[]"): "--chat-template-kwargs [] is not a JSON object",
     ("--tensor-model-parallel-size", 3): "--tensor-model-parallel-size",
