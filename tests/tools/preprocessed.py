@@ -1,4 +1,4 @@
-"""Texts, and runs of the preprocessing tool on them."""
+"""Texts, and runs of tools.preprocess_data on them."""
 
 import functools
 import json

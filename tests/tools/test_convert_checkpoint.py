@@ -1,4 +1,4 @@
-"""The converter as a user runs it: output, refusals, nothing half-written, and its memory."""
+"""tools.convert_checkpoint: output, refusals and memory."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Shards as FineWeb-Edu has them: streamed, blended, one array task a shard."""
+"""Shards in the format of FineWeb-Edu: streaming, blending, and array tasks."""
 
 import os
 import subprocess
@@ -24,7 +24,7 @@ def shards(tmp_path_factory):
     return folder
 
 
-def test_shards_have_the_columns_of_fineweb_edu_and_hold_each_article_once(shards):
+def test_shards_have_the_columns_of_fineweb_edu_and_each_article_once(shards):
     tables = [pyarrow.parquet.read_table(file) for file in sorted(shards.iterdir())]
     texts = [text for table in tables for text in table["text"].to_pylist()]
     assert len(set(texts)) == 40
@@ -34,12 +34,12 @@ def test_shards_have_the_columns_of_fineweb_edu_and_hold_each_article_once(shard
         assert ((scores >= 2.5) & (scores <= 5)).all() and (abs(scores - whole) <= 0.5).all()
 
 
-def test_a_shard_without_so_many_articles_is_refused(tmp_path):
+def test_shard_with_too_few_articles_is_refused(tmp_path):
     with pytest.raises(UserError, match="leaves 0 articles, fewer than --documents 500"):
         fineweb_shard.main(["--output", str(tmp_path / "a.parquet"), "--skip", "100000"])
 
 
-def test_an_array_task_gives_what_a_command_for_its_shard_gives(shards, model, tmp_path):
+def test_array_task_writes_the_same_as_a_command_for_its_shard(shards, model, tmp_path):
     preprocess(model, [shards / "001_00000.parquet"], tmp_path / "alone", "--valid-fraction", 0.2)
     script = ["bash", "examples/slurm/preprocess.sbatch", str(shards), str(tmp_path / "each")]
     script += ["--tokenizer-model", str(model), "--valid-fraction", "0.2"]

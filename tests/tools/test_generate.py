@@ -1,4 +1,4 @@
-"""The generating tool as a user runs it: output, streaming, and answers to bad input."""
+"""tools.generate: output, streaming, and refusals."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def rows(run_dir):  # noqa: F811
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def test_json_holds_every_sample_and_nothing_else_reaches_stdout(rows):
+def test_json_output_has_every_sample_and_nothing_else(rows):
     assert [(row["prompt"], row["seed"]) for row in rows] == [
         (prompt, seed) for prompt in PROMPTS for seed in (3, 4)
     ]
@@ -75,7 +75,7 @@ def test_generate_on_two_ranks_prints_once(run_dir, rows):  # noqa: F811
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
-def test_lines_of_a_prompt_file_end_at_newlines_alone(tmp_path, end):
+def test_prompt_file_lines_end_at_newlines_only(tmp_path, end):
     lines = ["a\u2028b", "c\x0bd\x0ce\x1cf\x85g", "h\u2029 i"]
     file = tmp_path / "prompts.txt"
     file.write_bytes("".join(line + end for line in lines).encode("utf-8-sig"))
@@ -98,7 +98,7 @@ def test_lines_of_a_prompt_file_end_at_newlines_alone(tmp_path, end):
         (["--load", "{run}/tensorboard", "--prompt", "a"], "has no checkpoint"),
     ],
 )
-def test_a_bad_command_line_is_refused_before_anything_is_loaded(run_dir, flags, message):  # noqa: F811
+def test_generate_refuses_wrong_flags_before_loading(run_dir, flags, message):  # noqa: F811
     with pytest.raises(UserError, match=message):
         generate.main([flag.format(run=run_dir) for flag in flags])
 

@@ -51,7 +51,7 @@ def test_bigram_equals_its_definition_and_sums_to_one(train: list[int]) -> None:
         assert (actual > 0).all()
 
 
-def test_discounts_are_estimated_when_there_is_text_enough() -> None:
+def test_discounts_are_estimated_from_sufficient_text() -> None:
     generator = np.random.default_rng(1)
     train = generator.choice(VOCABULARY, 80, p=[0.5, 0.2, 0.15, 0.1, 0.05]).tolist()
     assert {1, 2, 3, 4} <= set(Counter(pairwise(train)).values())
@@ -73,7 +73,7 @@ def test_unigram_sums_to_one_and_follows_counts(train: list[int]) -> None:
 
 
 @given(STREAMS, STREAMS)
-def test_losses_are_means_over_all_but_the_first_token(train: list[int], valid: list[int]) -> None:
+def test_losses_exclude_the_first_token(train: list[int], valid: list[int]) -> None:
     losses = baseline_losses(np.array(train), np.array(valid), VOCABULARY)
     bigram = [-math.log(brute_force_bigram(train, a, b)) for a, b in pairwise(valid)]
     assert losses["bigram"] == pytest.approx(sum(bigram) / len(bigram))

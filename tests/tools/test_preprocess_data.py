@@ -1,5 +1,4 @@
-"""Preprocessing: the same tokens from every format and worker count, checked with Megatron's own
-reader."""
+"""tools.preprocess_data: equal tokens for every format and number of workers."""
 
 import gzip
 import hashlib
@@ -37,7 +36,7 @@ def packed(content):
     }  # fmt: skip
 
 
-def test_every_format_and_compression_gives_the_same_documents(model, tokenizer, tmp_path):
+def test_all_formats_and_compressions_give_equal_documents(model, tokenizer, tmp_path):
     texts = make_texts(120) + ["two\nlines"]
     expected = [[*tokenizer.tokenize(text), tokenizer.eod] for text in texts]
     contents = {
@@ -67,7 +66,7 @@ def test_every_format_and_compression_gives_the_same_documents(model, tokenizer,
     }
 
 
-def test_a_plain_text_file_is_one_document(model, tokenizer, tmp_path):
+def test_plain_text_file_is_one_document(model, tokenizer, tmp_path):
     texts = ["one\n\nstill one\n", "two"]
     for i, text in enumerate(texts):
         (tmp_path / f"{i}.txt").write_text(text)
@@ -113,7 +112,7 @@ def test_output_has_the_same_bytes_for_any_workers_and_shards(model, tmp_path):
         assert output_bytes(prefix) == expected
 
 
-def test_small_files_share_parts_and_keep_their_own_counts(model, tmp_path, capsys):
+def test_small_files_share_parts_with_separate_counts(model, tmp_path, capsys):
     texts = make_texts(40)
     for number, text in enumerate(texts):
         (tmp_path / f"{number:03}.txt").write_text(f"{text}\n<>\n")
@@ -134,7 +133,7 @@ def test_small_files_share_parts_and_keep_their_own_counts(model, tmp_path, caps
     )
 
 
-def test_split_depends_on_the_text_and_seed_alone(model, tokenizer, tmp_path):
+def test_split_depends_on_text_and_seed_only(model, tokenizer, tmp_path):
     texts = make_texts(1000)
     first = write_jsonl(tmp_path / "first.jsonl", texts)
     shuffled = random.Random(3).sample(texts * 2, 2000)
@@ -160,7 +159,7 @@ def test_valid_input_is_the_whole_validation_split(model, tokenizer, tmp_path):
         assert [tokenizer.detokenize(ids[:-1]) for ids in result] == texts
 
 
-def test_dtype_goes_by_the_vocabulary_as_in_megatron(model, tmp_path):
+def test_dtype_depends_on_the_vocabulary_as_in_megatron(model, tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", make_texts(30))
     assert preprocess(model, [source], tmp_path / "small", "--valid-fraction", 0)["dtype"] == (
         "uint16"

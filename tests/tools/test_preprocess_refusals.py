@@ -1,4 +1,4 @@
-"""Preprocessing of bad input: lines left out with file and line, and one sentence for the rest."""
+"""tools.preprocess_data with bad input: skipped lines and refusals."""
 
 import functools
 import gzip

@@ -1,4 +1,4 @@
-"""Preprocessing that is cut off, damaged or run again: the same bytes in the end, or a refusal."""
+"""tools.preprocess_data after interruptions, damage and repetitions."""
 
 import os
 import signal

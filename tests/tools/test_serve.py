@@ -1,4 +1,4 @@
-"""The serving tool's command line; what it serves is tested in tests/serving."""
+"""Command line of tools.serve; tests/serving has the tests of the server."""
 
 import socket
 
@@ -25,7 +25,7 @@ from tools import serve
     ],
     ids=str,
 )
-def test_a_bad_command_line_is_refused_before_anything_is_loaded(tmp_path, flags, message):
+def test_serve_refuses_wrong_flags_before_loading(tmp_path, flags, message):
     (tmp_path / "empty").write_text("\n")
     with pytest.raises(UserError, match=message):
         serve.main([flag.format(folder=tmp_path) for flag in flags])

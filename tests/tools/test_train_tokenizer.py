@@ -1,4 +1,4 @@
-"""Training a tokenizer: what it promises to Megatron, its sample, and its answers to bad input."""
+"""tools.train_tokenizer: properties of the tokenizer, its sample, and refusals."""
 
 import functools
 import gzip
@@ -52,13 +52,13 @@ def test_megatron_reads_the_tokenizer_with_its_special_ids(tokenizer):
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581")))
-def test_decoding_gives_back_any_text_and_no_token_is_special(tokenizer, text):
+def test_decoding_restores_any_text_without_special_tokens(tokenizer, text):
     ids = tokenizer.tokenize(text)
     assert tokenizer.detokenize(ids) == text
     assert not set(ids) & {0, 1, 2, 3}
 
 
-def test_names_of_special_tokens_in_text_stay_text(tokenizer):
+def test_names_of_special_tokens_are_encoded_as_text(tokenizer):
     text = "a </s> b <s><unk><pad> <0x41>"
     ids = tokenizer.tokenize(text)
     assert not set(ids) & {0, 1, 2, 3}
@@ -69,7 +69,7 @@ def test_digits_are_separate_tokens(tokenizer):
     assert tokenizer.detokenize(tokenizer.tokenize("2024")[:1]) == "2"
 
 
-def test_same_text_gives_the_same_bytes_and_the_suffix_is_added(corpus, model, tmp_path):
+def test_training_is_deterministic_and_appends_the_suffix(corpus, model, tmp_path):
     packed = tmp_path / "corpus.jsonl.gz"
     packed.write_bytes(gzip.compress(corpus.read_bytes()))
     output = tmp_path / "again"
@@ -88,7 +88,7 @@ def test_vocabulary_of_65536_trains():
     assert tokenizer.get_piece_size() == 65536
 
 
-def test_sample_keeps_to_its_bounds_and_is_the_same_for_the_same_seed():
+def test_sample_is_bounded_and_deterministic():
     texts = [f"line {i} " + "x" * (i % 50) for i in range(5000)]
     first, same, other = (
         train_tokenizer.sample_lines(iter(texts), 400, 20_000, seed) for seed in (0, 0, 1)

@@ -1,4 +1,4 @@
-"""One course of training for every engine, and the same by plain torch, a sample at a time."""
+"""The same short training by every engine and by plain torch."""
 
 import json
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""What DeepSpeed's engine alone has: masks of packed rows, checkpoints of its own, no optimizer."""
+"""Features of the DeepSpeed engine: masks of packed rows, checkpoints, and no optimizer."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Advantages against the formulas written out."""
+"""Advantages against their formulas."""
 
 import math
 import statistics

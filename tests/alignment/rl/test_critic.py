@@ -1,4 +1,4 @@
-"""Advantages of a critic whose values carry the rounding of a model."""
+"""Advantages of a critic whose values have the rounding error of a model."""
 
 from types import SimpleNamespace
 from typing import Any

@@ -1,4 +1,4 @@
-"""Grading on held-out prompts, without a policy: what rows tell when judges fail."""
+"""Evaluation on held-out prompts without a policy, also when judges fail."""
 
 import json
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""Every algorithm solves a task whose reward can be verified: say odd tokens."""
+"""Every algorithm learns a task with a verifiable reward: to generate odd tokens."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Figures of a step of learning."""
+"""Metrics of a training step."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Packing of responses: balanced over ranks and rows, without those that a filter leaves out."""
+"""Packing of responses, balanced over ranks and rows, and filtered."""
 
 import random
 from typing import Any

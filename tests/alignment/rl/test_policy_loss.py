@@ -1,4 +1,4 @@
-"""Losses of policies against their formulas, sample by sample."""
+"""Policy losses against their formulas, sample by sample."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""PPO: a policy and its critic against plain torch; killed between the saves of the two."""
+"""PPO against plain torch, also when the run is killed between the saves of policy and critic."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What a rank reads of the rollouts that a stopped step left."""
+"""Reading of the stored rollouts of an unfinished step."""
 
 import json
 from types import SimpleNamespace

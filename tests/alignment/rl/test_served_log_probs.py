@@ -1,4 +1,4 @@
-"""Rollout and training log-probabilities of the same distribution, with every sampling setting."""
+"""Log-probabilities of rollouts and of training have the same distribution."""
 
 from types import SimpleNamespace
 from typing import Any

@@ -1,4 +1,4 @@
-"""Rollouts by a server that speaks vLLM's protocol, with the weights of the training."""
+"""Rollouts by a server with vLLM's protocol, which loads the weights of the training."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The best model of a run is one that is better by more than rounding."""
+"""Selection of the best model, which must be better by more than rounding."""
 
 import json
 from types import SimpleNamespace

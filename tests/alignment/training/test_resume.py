@@ -1,4 +1,4 @@
-"""What kills and failures leave behind, and what of it counts; which prompts a step takes."""
+"""Resuming after kills and failures, and the prompts of each step."""
 
 import json
 import os

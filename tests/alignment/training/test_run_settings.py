@@ -1,4 +1,4 @@
-"""Settings of a resumed run: every flag has a mark, and a model is known by its content."""
+"""Settings that must be the same when a run resumes, and fingerprints of models."""
 
 import shutil
 from dataclasses import dataclass
@@ -51,7 +51,7 @@ def test_every_flag_of_a_training_command_has_its_resume_mark(config: type) -> N
     assert changing == marks.keys() & MAY_CHANGE
 
 
-def test_layout_and_precision_may_change_and_what_is_learned_may_not() -> None:
+def test_resume_marks_allow_only_layout_and_precision_to_change() -> None:
     @dataclass
     class Config:
         lr: float = must_match(1e-5)
@@ -70,7 +70,7 @@ def make(folder: Path, seed: int) -> Path:
     return folder
 
 
-def test_a_model_is_known_by_its_content_and_not_by_its_place(tmp_path: Path) -> None:
+def test_model_fingerprint_depends_on_content_and_not_on_path(tmp_path: Path) -> None:
     first = make(tmp_path / "first", 1)
     moved = shutil.copytree(first, tmp_path / "moved", copy_function=shutil.copyfile)
     assert model_content(first) == model_content(moved)
@@ -79,7 +79,7 @@ def test_a_model_is_known_by_its_content_and_not_by_its_place(tmp_path: Path) ->
     assert model_content(moved) != model_content(first)
 
 
-def test_a_folder_without_a_model_has_no_content(tmp_path: Path) -> None:
+def test_model_fingerprint_of_a_folder_without_a_model_is_empty(tmp_path: Path) -> None:
     assert model_content(tmp_path) == ""
 
     @dataclass
