@@ -160,6 +160,6 @@ def draw_text(axes: Axes, text: RoutedText, lines: list[list[int]]) -> None:
     )  # fmt: skip
     bar.ax.tick_params(length=2, labelsize=8)
     axes.text(
-        0.81, 1 + 0.15 * inch, "experts a token (mean of the MoE layers)", ha="right", va="center",
-        fontsize=8, transform=axes.transAxes,
+        0.81, 1 + 0.15 * inch, "experts per token (mean of the MoE layers)", ha="right",
+        va="center", fontsize=8, transform=axes.transAxes,
     )  # fmt: skip

@@ -32,7 +32,7 @@ def draw_pictures(figures: dict[str, Any], folder: Path) -> dict[str, str]:
         "domains": (_domains, f"Experts by domain. {FORMULAS['share']}."),
         "specialisation": (
             _specialisation,
-            f"Specialisation. Left: {FORMULAS['nmi']}. Independent pairs: "
+            f"Specialization. Left: {FORMULAS['nmi']}. Independent pairs: "
             f"{FORMULAS['nmi_by_chance']}. Right: {FORMULAS['expert_specialisation']}.",
         ),
         "margins": (_margins, f"Margins. {FORMULAS['margin']}."),
@@ -122,7 +122,7 @@ def _specialisation(figures: dict[str, Any]) -> Figure:
     left.set_ylim(len(layers) - 0.4, -0.6)
     left.set_xlim(left=0)
     left.xaxis.set_major_locator(MaxNLocator(5))
-    left.set_xlabel("normalised mutual information (red: of independent pairs)")
+    left.set_xlabel("normalized mutual information (red: independent pairs)")
     left.set_title("Domain and expert")
     scores = _array(measures["experts"])  # [L, E]
     norm = Normalize(0, max(0.05, float(np.nanmax(scores, initial=0.0))))
@@ -189,7 +189,7 @@ def _fan_out_by_loss(figures: dict[str, Any]) -> Figure:
         below.set_ylim(0, max(1.0, tokens.max()) * 1.25)
         below.set_xticks(at, labels, rotation=35, ha="right")
         below.set_xlabel("loss (nats)")
-    panels[0, 0].set_ylabel("routed experts a token (fan-out)")
+    panels[0, 0].set_ylabel("routed experts per token (fan-out)")
     panels[1, 0].set_ylabel("tokens")
     panels[1, 0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     if len(layers) <= 8:

@@ -10,24 +10,25 @@ import numpy as np
 from megatron_ext.inspection.routing_sums import LOSS_EDGES, LOSS_KINDS, Floats, RoutingSums
 
 FORMULAS = {
-    "share": "tokens of the domain that the expert takes / tokens of the domain; the domain "
-    "specialisation of OLMoE (arXiv 2409.02060, section 5)",
-    "nmi": "I(domain; expert) / min(H(domain), H(expert)) per layer, of p(domain, expert) = "
-    "1/D * taken(domain, expert) / taken(domain), so that every domain weighs the same; 0: the "
-    "expert says nothing of the domain, 1: as much as it can (NMI_min of Vinh, Epps and Bailey, "
-    "JMLR 11, 2010)",
-    "nmi_by_chance": "(D - 1)(E - 1) / (2 * pairs) / min(H(domain), H(expert)): about what "
-    "independent pairs of token and expert would give; pairs of one text are not independent, so "
-    "the true figure is larger",
-    "expert_specialisation": "1 - H(domain | expert) / log D, of p(domain | expert) = share / sum "
-    "of the expert's shares; 0: takes as much of every domain, 1: takes of one domain only",
-    "margin": "logit - threshold (token choice: score - k-th largest score of the other experts); "
+    "share": "tokens of the domain that the expert takes / tokens of the domain: the domain "
+    "specialization of OLMoE (arXiv 2409.02060, section 5)",
+    "nmi": "I(domain; expert) / min(H(domain), H(expert)) per layer, for p(domain, expert) = "
+    "1/D * taken(domain, expert) / taken(domain), which gives every domain the same weight. 0: "
+    "experts do not distinguish domains; 1: one determines the other (NMI_min of Vinh, Epps and "
+    "Bailey, JMLR 11, 2010)",
+    "nmi_by_chance": "(D - 1)(E - 1) / (2 * pairs) / min(H(domain), H(expert)): approximately the "
+    "value for independent pairs of token and expert. Pairs of one text are not independent, so "
+    "that it is a lower bound",
+    "expert_specialisation": "1 - H(domain | expert) / log D, for p(domain | expert) = share / sum "
+    "of the expert's shares. 0: the expert takes the same share of every domain; 1: it takes "
+    "tokens of one domain only",
+    "margin": "logit - threshold (token choice: score - k-th largest score of the other experts), "
     "above 0 where the expert takes the token",
-    "fan_out_by_loss": "mean number of routed experts of the tokens in a bucket of losses; next: "
-    "of the loss of the token predicted from here, own: of the token's own loss; standard error "
-    "as if tokens were independent",
-    "coactivation": "tokens that both experts took * tokens / (tokens of one * tokens of the "
-    "other): 1 where they are independent",
+    "fan_out_by_loss": "mean fan-out of the tokens in a range of losses (next: loss of the token "
+    "that is predicted here; own: loss of the token itself), with a standard error that assumes "
+    "independent tokens",
+    "coactivation": "tokens that both experts take * tokens / (tokens of one * tokens of the "
+    "other): 1 for independent experts",
 }
 
 

@@ -246,7 +246,7 @@ def _fan_out(axes: Axes, metrics: RunMetrics) -> None:
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(10, integer=True))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes.set_xlabel("routed experts a token (fan-out)")
+    axes.set_xlabel("routed experts per token (fan-out)")
     axes.set_ylabel("share of tokens")
     axes.set_title("Fan-out (last tenth of steps)")
     if len(metrics.layers) <= 8:

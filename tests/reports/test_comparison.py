@@ -64,7 +64,7 @@ def test_final_metrics_match_manual_computation(tmp_path: Path) -> None:
     assert figure("FLOPs")(run) == pytest.approx(40 * ROW_FLOPS)
     hours = sum(STEP / speed for speed in speeds) * WORLD / 3600
     assert figure("device-hours")(run) == pytest.approx(hours)
-    assert figure("routed experts a token")(run) == 1.0
+    assert figure("routed experts per token")(run) == 1.0
     assert figure("tokens without")(run) == pytest.approx(30)
     assert figure("busiest expert's load / mean, worst")(run) == pytest.approx(1.2)
     assert figure("threshold drift")(run) == 0.0
@@ -197,7 +197,7 @@ def test_comparison_page_with_a_run_without_experts(tmp_path: Path, capsys: Any)
     assert "<h1>Comparison of et, dense</h1>" in page and "&lt;b&gt;|" in page
     assert "running mean over" in page and "<script" not in page
     markdown = (tmp_path / "c.md").read_text()
-    assert "| routed experts a token (fan-out) | 1.000 |  |" in markdown
+    assert "| routed experts per token (fan-out) | 1.000 |  |" in markdown
     assert "| router type | expert-threshold |  |" in markdown and "<b>\\|" in markdown
     assert "](out/comparison.png)" in markdown
     picture = matplotlib.image.imread(tmp_path / "out" / "comparison.png")

@@ -20,7 +20,7 @@ _PANELS = (
     ("val_loss", "Validation loss", "loss (nats per token)", False),
     ("threshold", "Thresholds, mean of experts and layers", "router logit", False),
     ("load_max_over_mean", "Load", "busiest expert / mean (mean of layers)", True),
-    ("fan_out", "Fan-out", "routed experts a token (mean of layers)", True),
+    ("fan_out", "Fan-out", "routed experts per token (mean of layers)", True),
     ("no_expert_share", "Tokens without a routed expert", "share (mean of layers)", True),
 )
 

@@ -108,7 +108,7 @@ FIGURES = (
     Figure("busiest expert's load / mean, mean of layers", load_ratio, "{:.3f}"),
     Figure("busiest expert's load / mean, worst layer", worst_load_ratio, "{:.3f}"),
     Figure("experts without a token, all layers", dead_experts, "{:.2f}"),
-    Figure("routed experts a token (fan-out)", fan_out, "{:.3f}"),
+    Figure("routed experts per token (fan-out)", fan_out, "{:.3f}"),
     Figure("tokens without a routed expert, %", no_expert_percent, "{:.2f}"),
     Figure("threshold drift, logits", threshold_drift, "{:.4f}"),
 )
