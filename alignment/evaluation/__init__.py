@@ -1,1 +1,1 @@
-"""How good policies are, by their responses and by what their training left behind."""
+"""Evaluation of policies, by their responses and by the records of their training."""

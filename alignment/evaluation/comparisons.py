@@ -1,4 +1,4 @@
-"""What policies are compared on: their responses, and each one's against the baseline's."""
+"""Input of a comparison of policies: their responses, and pairs with those of the baseline."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,10 +17,11 @@ class PolicyComparison:
     """Policies that answered the same prompts.
 
     Attributes:
-        policies: by name, the baseline first.
-        prompts: ids.
-        responses: of all policies to all prompts.
-        pairs: a policy's response first and the baseline's second; their source is the policy.
+        policies: Names of the policies, the baseline first.
+        prompts: Ids of the prompts.
+        responses: Responses of all policies to all prompts.
+        pairs: Pairs of a policy's response (first) and the baseline's (second). Their source is the
+            policy.
     """
 
     policies: Sequence[str]
@@ -30,20 +31,21 @@ class PolicyComparison:
 
     @property
     def baseline(self) -> str:
+        """Name of the baseline."""
         return self.policies[0]
 
 
 def read_comparison(files: Sequence[str], baseline: str, common: bool) -> PolicyComparison:
-    """The contest of some files of responses.
+    """Read the responses of policies, and pair them with those of the baseline.
 
     Args:
-        files: of one policy each.
-        baseline: one of them.
-        common: whether prompts that only some policies answered may be left out.
+        files: Files of responses, one per policy.
+        baseline: File of the baseline, which is one of them.
+        common: Whether prompts that only some policies answered may be omitted.
 
     Raises:
-        UserError: a file holds responses of several policies, policies answered different prompts,
-            or two responses have one id.
+        UserError: A file contains responses of several policies, policies answered different
+            prompts, or two responses have the same id.
     """
     if baseline not in files:
         raise UserError(f"--baseline {baseline} must be one of the files of --responses")
@@ -51,27 +53,32 @@ def read_comparison(files: Sequence[str], baseline: str, common: bool) -> Policy
         raise UserError("--responses names a file twice: give each policy's once")
     answers: dict[str, Answers] = {}
     for file in [baseline, *(file for file in files if file != baseline)]:
-        name, of = _read_responses(Path(file))
+        name, by_prompt = _read_responses(Path(file))
         if name in answers:
             raise UserError(
                 f"{file} is from {name!r}, like another file of --responses. Correct a source."
             )
-        answers[name] = of
+        answers[name] = by_prompt
     prompts = _shared(answers, common)
-    responses = [r for of in answers.values() for prompt in prompts for r in of[prompt]]
+    responses = [
+        response
+        for by_prompt in answers.values()
+        for prompt in prompts
+        for response in by_prompt[prompt]
+    ]
     _check(responses)
     first, *others = answers
     pairs = [
-        _pair(name, mine, answers[first][prompt][place % len(answers[first][prompt])])
+        _pair(name, response, answers[first][prompt][place % len(answers[first][prompt])])
         for name in others
         for prompt in prompts
-        for place, mine in enumerate(answers[name][prompt])
+        for place, response in enumerate(answers[name][prompt])
     ]
     return PolicyComparison([first, *others], prompts, responses, pairs)
 
 
 def _read_responses(file: Path) -> tuple[str, Answers]:
-    """A policy's name and responses."""
+    """Return the name of a policy and its responses by prompt."""
     rows = read_all(file, Response)
     sources = sorted({row.source for row in rows})
     if len(sources) > 1:
@@ -79,28 +86,34 @@ def _read_responses(file: Path) -> tuple[str, Answers]:
             f"{file} has responses of {sources[0]!r} and of {sources[1]!r}: give a file a policy"
         )
     name = sources[0] or file.name.partition(".")[0]
-    found: Answers = {}
+    by_prompt: Answers = {}
     for row in rows:
-        found.setdefault(row.prompt.id, []).append(replace(row, source=name))
-    return name, found
+        by_prompt.setdefault(row.prompt.id, []).append(replace(row, source=name))
+    return name, by_prompt
 
 
 def _shared(answers: Mapping[str, Answers], common: bool) -> list[str]:
-    """Prompts that all policies answered, in the baseline's order."""
+    """Return the prompts that all policies answered, in the order of the baseline."""
     first, *others = answers
     shared = [prompt for prompt in answers[first] if all(prompt in answers[o] for o in others)]
     if not shared:
         raise UserError("the files of --responses have no prompt in common")
-    for name, of in answers.items():
-        if len(of) > len(shared) and not common:
+    for name, by_prompt in answers.items():
+        if len(by_prompt) > len(shared) and not common:
             raise UserError(
-                f"{name} answered {len(of) - len(shared)} prompts that another policy did not: "
-                f"answer the same ones, or give --common to compare on the {len(shared)} of all"
+                f"{name} answered {len(by_prompt) - len(shared)} prompts that another policy did "
+                f"not: answer the same ones, or give --common to compare on the {len(shared)} of "
+                f"all"
             )
     return shared
 
 
 def _check(responses: Sequence[Response]) -> None:
+    """Check that ids are unique and that a prompt is the same in all files.
+
+    Raises:
+        UserError: They are not.
+    """
     ids: set[str] = set()
     prompts: dict[str, Prompt] = {}
     for response in responses:
@@ -119,6 +132,6 @@ def _check(responses: Sequence[Response]) -> None:
             )
 
 
-def _pair(policy: str, mine: Response, theirs: Response) -> Pair:
-    name = hash_id("pair", mine.id, theirs.id)
-    return Pair(name, mine.prompt, mine.text, theirs.text, source=policy)
+def _pair(policy: str, response: Response, baseline: Response) -> Pair:
+    name = hash_id("pair", response.id, baseline.id)
+    return Pair(name, response.prompt, response.text, baseline.text, source=policy)

@@ -1,4 +1,4 @@
-"""What an evaluation found, as a table to read and as plain values for JSON."""
+"""Results of an evaluation as text tables and as plain values for JSON."""
 
 from dataclasses import asdict
 from typing import Any
@@ -10,33 +10,33 @@ from alignment.statistics.bootstrap import Estimate
 _INTERVAL = "95 % interval"
 
 
-def scores_table(judge: str, found: PolicyScores, baseline: str) -> str:
-    """A line a policy."""
+def scores_table(judge: str, scores: PolicyScores, baseline: str) -> str:
+    """Format the scores by one judge, one line per policy."""
     header = [f"scores of {judge}", "mean", _INTERVAL, f"over {baseline}", _INTERVAL, "judged"]
     rows = [
-        [policy, *_cells(mean), *_cells(found.gain.get(policy)), _judged(found.counts[policy])]
-        for policy, mean in found.mean.items()
+        [policy, *_cells(mean), *_cells(scores.gain.get(policy)), _judged(scores.counts[policy])]
+        for policy, mean in scores.mean.items()
     ]
     return "\n".join(aligned([header, *rows]))
 
 
-def preferences_table(judge: str, found: PolicyPreferences, baseline: str) -> str:
-    """A line a policy, and what style counted for."""
+def preferences_table(judge: str, preferences: PolicyPreferences, baseline: str) -> str:
+    """Format the preferences of one judge, one line per policy, and the weights of style."""
     header = [
         f"{judge}, against {baseline}", "win rate", _INTERVAL, "strength", _INTERVAL,
         "at equal style", _INTERVAL, "flips", "judged",
     ]  # fmt: skip
     rows = [
         [
-            policy, *_cells(rate), *_cells(found.strength[policy]),
-            *_cells(found.controlled[policy]), _cells(found.flips[policy])[0],
-            _judged(found.counts[policy]),
+            policy, *_cells(rate), *_cells(preferences.strength[policy]),
+            *_cells(preferences.controlled[policy]), _cells(preferences.flips[policy])[0],
+            _judged(preferences.counts[policy]),
         ]
-        for policy, rate in found.win_rate.items()
+        for policy, rate in preferences.win_rate.items()
     ]  # fmt: skip
     lines = aligned([header, *rows])
-    if found.style:
-        weights = [[name, *_cells(weight)] for name, weight in found.style.items()]
+    if preferences.style:
+        weights = [[name, *_cells(weight)] for name, weight in preferences.style.items()]
         lines += ["", *aligned([["weight of more", "", _INTERVAL], *weights])]
     return "\n".join(lines)
 
@@ -56,26 +56,28 @@ def _cells(estimate: Estimate | None) -> list[str]:
 def _judged(counts: VerdictCounts) -> str:
     each = (("malformed answer", counts.malformed), ("failed call", counts.failed))
     lost = [f"{n:,} {what}{'' if n == 1 else 's'}" for what, n in each if n]
-    said = f"{counts.judged:,} of {counts.items:,}"
-    return f"{said} ({', '.join(lost)})" if lost else said
+    share = f"{counts.judged:,} of {counts.items:,}"
+    return f"{share} ({', '.join(lost)})" if lost else share
 
 
-def scores_json(found: PolicyScores) -> dict[str, Any]:
+def scores_json(scores: PolicyScores) -> dict[str, Any]:
+    """Return the scores by one judge as plain values."""
     policies = {
         policy: {"mean": asdict(mean)}
-        | ({"gain": asdict(found.gain[policy])} if policy in found.gain else {})
-        | asdict(found.counts[policy])
-        for policy, mean in found.mean.items()
+        | ({"gain": asdict(scores.gain[policy])} if policy in scores.gain else {})
+        | asdict(scores.counts[policy])
+        for policy, mean in scores.mean.items()
     }
-    return {"judge": list(found.identities), "policies": policies}
+    return {"judge": list(scores.identities), "policies": policies}
 
 
-def preferences_json(found: PolicyPreferences) -> dict[str, Any]:
+def preferences_json(preferences: PolicyPreferences) -> dict[str, Any]:
+    """Return the preferences of one judge as plain values."""
     kinds = ("win_rate", "strength", "controlled", "flips")
     policies = {
-        policy: {kind: asdict(getattr(found, kind)[policy]) for kind in kinds}
-        | asdict(found.counts[policy])
-        for policy in found.win_rate
+        policy: {kind: asdict(getattr(preferences, kind)[policy]) for kind in kinds}
+        | asdict(preferences.counts[policy])
+        for policy in preferences.win_rate
     }
-    style = {name: asdict(weight) for name, weight in found.style.items()}
-    return {"judge": list(found.identities), "policies": policies, "style": style}
+    style = {name: asdict(weight) for name, weight in preferences.style.items()}
+    return {"judge": list(preferences.identities), "policies": policies, "style": style}

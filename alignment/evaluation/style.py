@@ -1,4 +1,4 @@
-"""How two responses differ in style: what judges are known to be swayed by."""
+"""Differences in style between two responses, which are known to influence judges."""
 
 import re
 from collections.abc import Sequence
@@ -19,16 +19,22 @@ _WORD = re.compile(r"\w+|[^\w\s]")
 
 
 def counts(text: str) -> list[int]:
-    """Words and punctuation marks; headers, list items and bold spans outside of code blocks."""
+    """Count the words and punctuation marks, headers, list items and bold spans of a text.
+
+    Code blocks contribute only words and punctuation marks.
+    """
     plain = _CODE.sub("", text)
     return [len(_WORD.findall(text)), *(len(mark.findall(plain)) for mark in _MARKS)]
 
 
 def differences(pairs: Sequence[Pair]) -> Floats:
-    """How much more of each the first response has, `[pairs, 4]`.
+    """Return how much more of each style feature the first response of a pair has.
 
-    As Arena-Hard's style control: of lengths (a - b) / (a + b), and of markdown, counted a word,
-    (a - b) / (a + b + 1).
+    As in the style control of Arena-Hard, the difference of lengths is (a - b) / (a + b), and that
+    of markdown elements per word is (a - b) / (a + b + 1).
+
+    Returns:
+        The differences, `[pairs, 4]`, with the columns `COLUMNS`.
     """
     first = np.array([counts(pair.first) for pair in pairs], dtype=float).reshape(-1, len(COLUMNS))
     second = np.array([counts(pair.second) for pair in pairs], dtype=float).reshape(first.shape)
@@ -38,13 +44,15 @@ def differences(pairs: Sequence[Pair]) -> Floats:
 
 
 def covariates(pairs: Sequence[Pair]) -> tuple[Floats, list[str]]:
-    """Columns of `differences` in units of their root mean square, and their names.
+    """Return the columns of `differences` in units of their root mean square, and their names.
 
-    They are not centred: a strength beside them is that at equal style, where centring would give
-    it at the mean difference, and so call a policy strong for being longer in every pair. Columns
-    in which no pair differs by more than rounding are left out.
+    The columns are not centered, so that a strength fitted together with them is the strength at
+    equal style. With centered columns it would be the strength at the mean difference, and a policy
+    would count as strong because it is longer in every pair. Columns in which no pair differs by
+    more than rounding are omitted.
     """
-    found = differences(pairs)
-    scale = np.sqrt((found**2).mean(axis=0)) if len(found) else np.zeros(len(COLUMNS))
-    kept = scale > EXACT  # shares: their size is 1
-    return found[:, kept] / scale[kept], [n for n, there in zip(COLUMNS, kept) if there]
+    values = differences(pairs)
+    scale = np.sqrt((values**2).mean(axis=0)) if len(values) else np.zeros(len(COLUMNS))
+    varies = scale > EXACT  # the differences are shares, of the order of 1
+    names = [name for name, used in zip(COLUMNS, varies) if used]
+    return values[:, varies] / scale[varies], names

@@ -1,4 +1,4 @@
-"""What a judge's verdicts say of policies: mean scores, win rates and strengths, with intervals."""
+"""Mean scores, win rates and strengths of policies by a judge's verdicts, with intervals."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,11 +25,13 @@ Advance = Callable[[], None]
 
 @dataclass(frozen=True)
 class VerdictCounts:
-    """Of a policy's items.
+    """Numbers of items and verdicts of a policy.
 
     Attributes:
-        judged: those that count.
-        malformed, failed: answers of the judge.
+        items: Number of items.
+        judged: Number of items that enter the figures.
+        malformed: Number of unparseable verdicts.
+        failed: Number of failed verdicts.
     """
 
     items: int
@@ -40,11 +42,14 @@ class VerdictCounts:
 
 @dataclass(frozen=True)
 class PolicyScores:
-    """By policy.
+    """Scores of policies by one judge.
 
     Attributes:
-        mean: of its prompts' mean scores.
-        gain: mean difference from the baseline on the prompts that have a score of both.
+        identities: Identities of the judge in its verdicts.
+        mean: Mean over prompts of the mean score of each, by policy.
+        gain: Mean difference from the baseline over the prompts on which both have a score, by
+            policy, without the baseline.
+        counts: Numbers of items and verdicts by policy.
     """
 
     identities: Sequence[str]
@@ -55,11 +60,16 @@ class PolicyScores:
 
 @dataclass(frozen=True)
 class PolicyPreferences:
-    """By policy, without the baseline, against which all of it is.
+    """Preferences of one judge between policies and the baseline, by policy.
 
     Attributes:
-        strength, controlled: Bradley-Terry, in logits; the second at equal style.
-        style: weights of what style was controlled for, by name.
+        identities: Identities of the judge in its verdicts.
+        win_rate: Win rate against the baseline, from 0 to 1.
+        strength: Bradley-Terry strength, in logits.
+        controlled: Bradley-Terry strength at equal style, in logits.
+        flips: Share of pairs in which the two orders prefer different responses.
+        style: Weights of the style covariates, by their name.
+        counts: Numbers of items and verdicts by policy.
     """
 
     identities: Sequence[str]
@@ -72,7 +82,17 @@ class PolicyPreferences:
 
 
 def check_items(verdicts: Verdicts, items: Sequence[str], name: str, common: bool) -> None:
-    """Raise a UserError where there is no verdict on some items."""
+    """Check that a judge has verdicts on the items of a comparison.
+
+    Args:
+        verdicts: Verdicts by item.
+        items: Ids of the items.
+        name: Name of the judge, for error messages.
+        common: Whether items may lack a verdict.
+
+    Raises:
+        UserError: No item has a verdict, or one lacks it without `common`.
+    """
     missing = [item for item in items if item not in verdicts]
     if len(missing) == len(items):
         raise UserError(f"{name} has no verdict on what is compared here: annotate these items")
@@ -84,39 +104,52 @@ def check_items(verdicts: Verdicts, items: Sequence[str], name: str, common: boo
 
 
 def score(
-    contest: PolicyComparison,
+    comparison: PolicyComparison,
     verdicts: Verdicts,
     name: str,
     resamples: int,
     seed: int,
     advance: Advance,
 ) -> PolicyScores:
-    """Mean scores; prompts are resampled."""
-    found = align_verdicts({r.id: verdicts.get(r.id, []) for r in contest.responses},
-                   [r.id for r in contest.responses], name)  # fmt: skip
-    policies = np.array([contest.policies.index(r.source) for r in contest.responses])
-    places = {prompt: place for place, prompt in enumerate(contest.prompts)}
-    prompts = np.array([places[r.prompt.id] for r in contest.responses])
-    table = _by_prompt(found.mean, policies, prompts, (len(contest.policies), len(places)))
+    """Return the mean scores of policies, with intervals over resampled prompts.
+
+    Args:
+        comparison: Policies and their responses.
+        verdicts: Verdicts by response.
+        name: Name of the judge, for error messages.
+        resamples: Number of bootstrap resamples.
+        seed: Seed of the resamples.
+        advance: Function that is called before each resample, to report progress.
+
+    Raises:
+        UserError: The verdicts are of different kinds.
+        TooFewResults: No response has a score.
+    """
+    ids = [response.id for response in comparison.responses]
+    aligned = align_verdicts({item: verdicts.get(item, []) for item in ids}, ids, name)
+    policies = np.array([comparison.policies.index(r.source) for r in comparison.responses])
+    places = {prompt: place for place, prompt in enumerate(comparison.prompts)}
+    prompts = np.array([places[r.prompt.id] for r in comparison.responses])
+    table = _by_prompt(aligned.mean, policies, prompts, (len(comparison.policies), len(places)))
     figures: dict[tuple[str, str], Figure] = {}
-    for row, policy in enumerate(contest.policies):
+    for row, policy in enumerate(comparison.policies):
         figures["mean", policy] = partial(_mean, table[row])
         if row:
             figures["gain", policy] = partial(_mean, table[row] - table[0])
     every = estimates(figures, list(np.arange(len(places))[:, None]), resamples, seed, advance)
     counts = {
-        policy: _counts(found, ~np.isnan(found.mean), policies == row)
-        for row, policy in enumerate(contest.policies)
+        policy: _counts(aligned, ~np.isnan(aligned.mean), policies == row)
+        for row, policy in enumerate(comparison.policies)
     }
-    return PolicyScores(found.identities, _named(every, "mean"), _named(every, "gain"), counts)
+    return PolicyScores(aligned.identities, _named(every, "mean"), _named(every, "gain"), counts)
 
 
 def _by_prompt(labels: Floats, rows: Indices, columns: Indices, shape: tuple[int, int]) -> Floats:
-    """Mean of the labels that are there, NaN where none is, `[policies, prompts]`."""
-    there = ~np.isnan(labels)
+    """Return the mean label of each policy and prompt, `[policies, prompts]`; NaN without one."""
+    valid = ~np.isnan(labels)
     total, count = np.zeros(shape), np.zeros(shape)
-    np.add.at(total, (rows[there], columns[there]), labels[there])
-    np.add.at(count, (rows[there], columns[there]), 1)
+    np.add.at(total, (rows[valid], columns[valid]), labels[valid])
+    np.add.at(count, (rows[valid], columns[valid]), 1)
     return np.divide(total, count, out=np.full(shape, np.nan), where=count > 0)
 
 
@@ -129,31 +162,40 @@ def _mean(values: Floats, places: Indices) -> float:
 
 
 def prefer(
-    contest: PolicyComparison,
+    comparison: PolicyComparison,
     verdicts: Verdicts,
     name: str,
     resamples: int,
     seed: int,
     advance: Advance,
 ) -> PolicyPreferences:
-    """Win rates and strengths; prompts are resampled, with all pairs of each.
+    """Return win rates and strengths, with intervals over resampled prompts and all their pairs.
+
+    Args:
+        comparison: Policies and the pairs of their responses with the baseline's.
+        verdicts: Verdicts by pair.
+        name: Name of the judge, for error messages.
+        resamples: Number of bootstrap resamples.
+        seed: Seed of the resamples.
+        advance: Function that is called before each resample, to report progress.
 
     Raises:
-        UserError: no pair was judged in both orders.
+        UserError: No pair was judged in both orders, or the verdicts are of different kinds.
+        TooFewResults: No pair has a verdict that is a preference or a tie.
     """
-    found = align_verdicts({p.id: verdicts.get(p.id, []) for p in contest.pairs},
-                   [p.id for p in contest.pairs], name)  # fmt: skip
-    outcomes = outcomes_of(found)
+    ids = [pair.id for pair in comparison.pairs]
+    aligned = align_verdicts({item: verdicts.get(item, []) for item in ids}, ids, name)
+    outcomes = outcomes_of(aligned)
     if np.isnan(outcomes).all():
         raise UserError(f"{name} judged no pair in both orders: annotate with --orders both")
-    others = contest.policies[1:]
-    policies = np.array([others.index(p.source) for p in contest.pairs])
-    style, columns = covariates(contest.pairs)
+    others = comparison.policies[1:]
+    policies = np.array([others.index(p.source) for p in comparison.pairs])
+    style, columns = covariates(comparison.pairs)
     fits = {
         "strength": _Fits(policies, outcomes, len(others), None),
         "controlled": _Fits(policies, outcomes, len(others), style),
     }
-    flips = alone(found)["flip_rate"]
+    flips = alone(aligned)["flip_rate"]
     figures: dict[tuple[str, str], Figure] = {}
     for row, policy in enumerate(others):
         own = policies == row
@@ -163,42 +205,46 @@ def prefer(
             figures[kind, policy] = partial(fit, row)
     for place, column in enumerate(columns):
         figures["style", column] = partial(fits["controlled"], len(others) + place)
-    groups = groups_of([p.prompt.id for p in contest.pairs])
+    groups = groups_of([p.prompt.id for p in comparison.pairs])
     every = estimates(figures, groups, resamples, seed, advance)
     counts = {
-        policy: _counts(found, ~np.isnan(outcomes), policies == row)
+        policy: _counts(aligned, ~np.isnan(outcomes), policies == row)
         for row, policy in enumerate(others)
     }
     prompts = {
-        policy: len({p.prompt.id for p, y in zip(contest.pairs, outcomes)
+        policy: len({p.prompt.id for p, y in zip(comparison.pairs, outcomes)
                      if p.source == policy and not np.isnan(y)})
         for policy in others
     }  # fmt: skip
     kinds = {kind: _named(every, kind) for kind in ("win_rate", "flips", "style", *fits)}
     for kind in fits:
-        # The limit is one of win rates, which do not know style.
+        # The binomial limit is one of win rates, which ignore style.
         limits = kind == "strength"
         kinds[kind] = {p: finite(e, prompts[p], limits) for p, e in kinds[kind].items()}
     return PolicyPreferences(
-        found.identities, kinds["win_rate"], kinds["strength"], kinds["controlled"],
+        aligned.identities, kinds["win_rate"], kinds["strength"], kinds["controlled"],
         kinds["flips"], kinds["style"], counts,
     )  # fmt: skip
 
 
-def outcomes_of(found: AlignedVerdicts) -> Floats:
-    """How far each pair's first response won, from 0 to 1, `[pairs]`; NaN without both orders.
+def outcomes_of(verdicts: AlignedVerdicts) -> Floats:
+    """Return the outcome of each pair for its first response, `[pairs]`.
 
-    Each order counts half, a tie in it a quarter: a judge that goes by position gives 0.5.
+    Each order counts half, and a tie in one order a quarter, so that a judge that prefers a
+    position gives 0.5.
+
+    Returns:
+        The outcomes from 0 (lost) to 1 (won); NaN for a pair that was not judged in both orders.
     """
-    there = ~np.isnan(found.labels)
-    total = np.where(there, found.labels, 0.0).sum(axis=0)  # [orders, pairs]
-    count = there.sum(axis=0)
+    valid = ~np.isnan(verdicts.labels)
+    total = np.where(valid, verdicts.labels, 0.0).sum(axis=0)  # [orders, pairs]
+    count = valid.sum(axis=0)
     orders = np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
     return orders.mean(axis=0)
 
 
 class _Fits:
-    """Strengths of the pairs at some places; all policies of a resample come from one fit."""
+    """Strengths fitted to resampled pairs; one fit serves all policies of a resample."""
 
     def __init__(
         self, policies: Indices, outcomes: Floats, count: int, style: Floats | None
@@ -231,10 +277,12 @@ class _Fits:
 
 
 def finite(estimate: Estimate, prompts: int, limits: bool) -> Estimate:
-    """An estimate in which infinities are words: a limit, or that there is none on a side.
+    """Return an estimate whose infinite values are replaced by None and a reason.
 
     Args:
-        limits: whether a policy that won, or lost, on all of its prompts has the exact binomial
+        estimate: Estimate of a strength, in logits.
+        prompts: Number of prompts of the policy.
+        limits: Whether to give a policy that won, or lost, on all of its prompts the exact binomial
             limit of its win rate, in logits.
     """
     if estimate.value is None:
@@ -249,8 +297,8 @@ def finite(estimate: Estimate, prompts: int, limits: bool) -> Estimate:
             return Estimate(None, low=end, reason=f"{why}: above {end:.2f} at 97.5 %")
         return Estimate(None, high=-end, reason=f"{why}: below {-end:.2f} at 97.5 %")
     low, high = (e if e is None or np.isfinite(e) else None for e in (estimate.low, estimate.high))
-    endless = [side for side, end, given in (("lower", low, estimate.low),
-               ("upper", high, estimate.high)) if end != given]  # fmt: skip
+    endless = [side for side, end, original in (("lower", low, estimate.low),
+               ("upper", high, estimate.high)) if end != original]  # fmt: skip
     if not endless:
         return estimate
     why = f"no {' and '.join(endless)} limit: infinite in more than 2.5 % of resamples"
@@ -265,8 +313,15 @@ def _named(every: Mapping[tuple[str, str], Estimate], kind: str) -> dict[str, Es
     return {name: estimate for (of, name), estimate in every.items() if of == kind}
 
 
-def _counts(found: AlignedVerdicts, there: Floats, own: Floats) -> VerdictCounts:
+def _counts(verdicts: AlignedVerdicts, judged: Floats, own: Floats) -> VerdictCounts:
+    """Count the items of a policy.
+
+    Args:
+        verdicts: Verdicts on the items of all policies.
+        judged: Whether each item enters the figures, `[items]` bool.
+        own: Whether each item is of the policy, `[items]` bool.
+    """
     return VerdictCounts(
-        int(own.sum()), int(there[own].sum()), int(found.malformed[own].sum()),
-        int(found.failed[own].sum()),
+        int(own.sum()), int(judged[own].sum()), int(verdicts.malformed[own].sum()),
+        int(verdicts.failed[own].sum()),
     )  # fmt: skip

@@ -1,1 +1,1 @@
-"""A study of policies that were trained against judges: read, measured, drawn and told."""
+"""Report of a study of policies that were trained against judges."""

@@ -1,4 +1,4 @@
-"""Figures over seeds: means with Student's t-intervals, and changes from the first grading on."""
+"""Figures over seeds: means with Student's t-intervals, and changes since the first grading."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -24,11 +24,14 @@ from alignment.statistics.bootstrap import LEVEL
 
 @dataclass(frozen=True)
 class SeedMean:
-    """Mean over n seeds.
+    """Mean over seeds.
 
     Attributes:
-        low, high: Ends of the 95 % t-interval of the mean over seeds, or, of the change of a single
+        n: Number of seeds.
+        value: Mean; None without a seed.
+        low: Lower end of the 95 % t-interval of the mean over seeds or, for the change of a single
             run, over its held-out prompts; None where neither is known.
+        high: Upper end of the interval.
         prompts: Number of held-out prompts that the interval is over; 0 if it is over seeds.
     """
 
@@ -49,15 +52,15 @@ class SeedMean:
 
 
 def mean_of(values: Iterable[float | None]) -> SeedMean:
-    """Of the values that are there."""
-    found = [value for value in values if value is not None]
-    if not found:
+    """Return the mean of one value per seed, without those that are None."""
+    present = [value for value in values if value is not None]
+    if not present:
         return SeedMean(0)
-    value = float(np.mean(found))
-    if len(found) < 2:
+    value = float(np.mean(present))
+    if len(present) < 2:
         return SeedMean(1, value)
-    reach = _reach(float(np.std(found, ddof=1)) / len(found) ** 0.5, len(found))
-    return SeedMean(len(found), value, value - reach, value + reach)
+    reach = _reach(float(np.std(present, ddof=1)) / len(present) ** 0.5, len(present))
+    return SeedMean(len(present), value, value - reach, value + reach)
 
 
 def _reach(error: float, n: int) -> float:
@@ -66,16 +69,23 @@ def _reach(error: float, n: int) -> float:
 
 
 def curve(group: SeedGroup, name: str) -> tuple[list[int], list[SeedMean]]:
-    """A figure at each grading, over the seeds that have it there."""
+    """Return the curve of a figure over gradings.
+
+    Returns:
+        The steps of the gradings, and the mean at each over the seeds that have the figure there.
+    """
     series = [run.graded(name) for run in group.graded]
-    steps = sorted({step for found in series for step in found})
-    return steps, [mean_of(found.get(step) for found in series) for step in steps]
+    steps = sorted({step for values in series for step in values})
+    return steps, [mean_of(values.get(step) for values in series) for step in steps]
 
 
 def first_and_last(run: StudyRun, name: str) -> tuple[float, float] | None:
-    """A figure at the first and last grading that have it; of proxy and gold, that have both.
+    """Return a figure at the first and last grading that have it.
 
-    None with fewer than two such gradings.
+    Proxy, gold and their gap are taken at gradings that have both proxy and gold.
+
+    Returns:
+        The two values; None with fewer than two such gradings.
     """
     if name in (PROXY, GOLD):
         values = [pair[name == GOLD] for pair in run.both.values()]
@@ -88,7 +98,7 @@ def first_and_last(run: StudyRun, name: str) -> tuple[float, float] | None:
 
 @dataclass(frozen=True)
 class Trend:
-    """A figure from the first grading to the last."""
+    """Figure at the first and last grading, and its change."""
 
     first: SeedMean
     last: SeedMean
@@ -97,7 +107,7 @@ class Trend:
 
 def trend_of(group: SeedGroup, name: str) -> Trend:
     """Return first, last and change of a figure, over the seeds that have two gradings of it."""
-    ends = [(run, found) for run in group.runs if (found := first_and_last(run, name))]
+    ends = [(run, values) for run in group.runs if (values := first_and_last(run, name))]
     change = mean_of(last - first for _, (first, last) in ends)
     if len(ends) == 1:
         change = _over_prompts(ends[0][0], GAP if name == "gap" else name, change)
@@ -108,21 +118,21 @@ def trend_of(group: SeedGroup, name: str) -> Trend:
 
 def _over_prompts(run: StudyRun, name: str, change: SeedMean) -> SeedMean:
     """Return the change of a single run with its interval over held-out prompts."""
-    if (found := run.error(name)) is None or change.value is None:
+    if (result := run.error(name)) is None or change.value is None:
         return change
-    error, prompts = found
+    error, prompts = result
     reach = _reach(error, prompts)
     return SeedMean(1, change.value, change.value - reach, change.value + reach, prompts)
 
 
 def trends_of(group: SeedGroup) -> dict[str, Trend]:
-    """Of proxy, gold, second gold and their gap, in labels."""
+    """Return the trends of proxy, gold, second gold and the gap of proxy over gold, by title."""
     names = {"proxy": PROXY, "gold": GOLD, "second gold": SECOND, "proxy - gold": "gap"}
     return {title: trend_of(group, name) for title, name in names.items()}
 
 
 def last(group: SeedGroup, name: str) -> SeedMean:
-    """At the last grading that has it."""
+    """Return the mean of a figure at the last grading of each run that has it."""
     return mean_of(next(reversed(run.graded(name).values()), None) for run in group.runs)
 
 
@@ -130,7 +140,12 @@ slope, kl = partial(last, name=SLOPE), partial(last, name=KL)
 
 
 def detectors(groups: Sequence[SeedGroup], prefix: str) -> list[str]:
-    """Those whose shares any run logged."""
+    """Return the detectors whose shares any run logged under a prefix.
+
+    Args:
+        groups: Groups of runs.
+        prefix: `HELD_OUT` or `TRAINING`.
+    """
     rows = [
         row
         for group in groups
@@ -141,15 +156,21 @@ def detectors(groups: Sequence[SeedGroup], prefix: str) -> list[str]:
 
 
 def shares(group: SeedGroup, prefix: str, name: str) -> tuple[SeedMean, SeedMean]:
-    """Of responses that a detector flags: at the first and last grading, or over the first and
-    last tenth of the training steps."""
+    """Return the share of responses that a detector flags, at the beginning and at the end.
+
+    Args:
+        group: Runs that differ in their seed.
+        prefix: `HELD_OUT` for the first and last grading, or `TRAINING` for the first and last
+            tenth of the training steps.
+        name: Name of the detector.
+    """
     ends: Callable[[StudyRun], tuple[float | None, float | None]]
     if prefix == HELD_OUT:
         ends = partial(_gradings, name=prefix + name)
     else:
         ends = partial(tenths, name=prefix + name)
-    found = [ends(run) for run in group.runs]
-    return mean_of(a for a, _ in found), mean_of(b for _, b in found)
+    values = [ends(run) for run in group.runs]
+    return mean_of(first for first, _ in values), mean_of(last for _, last in values)
 
 
 TRAINING, HELD_OUT = "monitor/", "monitor_held_out/"
@@ -161,7 +182,7 @@ def _gradings(run: StudyRun, name: str) -> tuple[float | None, float | None]:
 
 
 def tenths(run: StudyRun, name: str) -> tuple[float | None, float | None]:
-    """Means of a training figure over the first and the last tenth of its steps."""
+    """Return the means of a training figure over the first and the last tenth of its steps."""
     values: Floats = np.array(list(run.trained(name).values()))
     if not len(values):
         return None, None

@@ -1,4 +1,4 @@
-"""Pictures of a study: grades over steps, agreement against gold's gain, gold against KL."""
+"""Pictures of a study: grades over steps, gain of gold over agreement, and gold over KL."""
 
 import textwrap
 from collections.abc import Callable, Sequence
@@ -14,7 +14,8 @@ from alignment.evaluation.study.seed_summary import SeedMean, curve, mean_of, tr
 from alignment.evaluation.study.study_runs import GOLD, KL, PROXY, SECOND, PolicyStudy, SeedGroup
 from megatron_ext.reports.plotting import BLUE, CYCLE, GREEN, GREY, STYLE, VERMILION, write_picture
 
-# By label, colour and width. The second gold often says what gold says, and lies broad below it.
+# Label, color and width of each grade. The second gold often coincides with gold, and is drawn as a
+# wider line below it.
 GRADES = {
     PROXY: ("proxy: the judge trained against", BLUE, 1.9),
     GOLD: ("gold", VERMILION, 1.9),
@@ -22,30 +23,39 @@ GRADES = {
 }
 _MOST_COLUMNS = 3
 _MARKERS = "os^Dvp*X"
-# Names are from outside: a dollar in them begins no formula. SVG keeps letters as letters.
+# Names are untrusted, so that a dollar in them must not begin a formula. SVG files contain text as
+# text, and are reproducible.
 _RC = STYLE | {"text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": "study"}
 
 
 def draw(study: PolicyStudy, folder: Path) -> dict[str, Path]:
-    """Write each picture as PNG and SVG; returns the PNGs by name, those that have anything."""
+    """Write each picture that has data as PNG and SVG, and delete outdated ones.
+
+    Args:
+        study: Study to draw.
+        folder: Folder of the pictures.
+
+    Returns:
+        The PNG files by the name of the picture.
+    """
     matplotlib.use("agg")
     pictures: dict[str, Callable[[PolicyStudy], Figure | None]] = {
         "curves": _curves, "agreement": _agreement, "kl": _kl,
     }  # fmt: skip
-    found = {}
+    files = {}
     with matplotlib.rc_context(_RC):
         for name, draw_one in pictures.items():
             for stale in (".png", ".svg"):
                 (folder / f"{name}{stale}").unlink(missing_ok=True)
             if (figure := draw_one(study)) is not None:
-                found[name] = folder / f"{name}.png"
-                write_picture(figure, found[name])
+                files[name] = folder / f"{name}.png"
+                write_picture(figure, files[name])
                 write_picture(figure, folder / f"{name}.svg")
-    return found
+    return files
 
 
 def _curves(study: PolicyStudy) -> Figure:
-    """A panel a group: a row a policy, or rows of judges under one policy."""
+    """Draw one panel per group: one row per policy, or several rows of judges of one policy."""
     several = len(study.policies) > 1
     columns = len(study.judges) if several else min(_MOST_COLUMNS, len(study.groups))
     rows = len(study.policies) if several else -(-len(study.groups) // columns)
@@ -72,8 +82,8 @@ def _curves(study: PolicyStudy) -> Figure:
             axes.set_ylabel(f"{measures}, held-out prompts")
     figure.axes[0].set_ylim(_range(study, shown))
     handles, labels = [], []
-    for label, colour, width in (GRADES[name] for name in shown):
-        handles += figure.axes[0].plot([], [], color=colour, lw=width)
+    for label, color, width in (GRADES[name] for name in shown):
+        handles += figure.axes[0].plot([], [], color=color, lw=width)
         labels.append(label)
     if any(run.alarms for run in study.runs):
         handles.append(figure.axes[0].plot([], [], "x", color="black", ms=6, mew=1.6)[0])
@@ -83,7 +93,10 @@ def _curves(study: PolicyStudy) -> Figure:
 
 
 def _range(study: PolicyStudy, shown: Sequence[str]) -> tuple[float, float]:
-    """Of the seeds: an interval of two or three may be wider than all that there is to see."""
+    """Return the range of the vertical axis, by the curves of single seeds.
+
+    The intervals are ignored, because with two or three seeds they may be much wider.
+    """
     values = [v for run in study.runs for name in shown for v in run.graded(name).values()]
     low, high = min(values, default=0.0), max(values, default=9.0)
     margin = max(0.25, 0.12 * (high - low))
@@ -92,18 +105,18 @@ def _range(study: PolicyStudy, shown: Sequence[str]) -> tuple[float, float]:
 
 def _group(axes: Axes, group: SeedGroup, shown: Sequence[str]) -> None:
     for name in reversed(shown):
-        _, colour, width = GRADES[name]
+        _, color, width = GRADES[name]
         steps, means = curve(group, name)
         if not steps:
             continue
         for run in group.graded:
             series = run.graded(name)
-            axes.plot(list(series), list(series.values()), color=colour, lw=0.7, alpha=0.45)
+            axes.plot(list(series), list(series.values()), color=color, lw=0.7, alpha=0.45)
             if name == GOLD and run.alarms and (step := run.alarms[0]) in series:
                 axes.plot(step, series[step], "x", color="black", ms=6, mew=1.6, zorder=5)
-        _mean_curve(axes, steps, means, colour, width, len(group.graded))
+        _mean_curve(axes, steps, means, color, width, len(group.graded))
         if name == PROXY:
-            _tell_fewer(axes, steps, means)
+            _annotate_fewer(axes, steps, means)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.grid(axis="y", color="#E5E5E5", lw=0.6)
     axes.set_axisbelow(True)
@@ -113,25 +126,25 @@ def _mean_curve(
     axes: Axes,
     steps: Sequence[int],
     means: Sequence[SeedMean],
-    colour: str,
+    color: str,
     width: float,
     seeds: int,
 ) -> None:
-    """Solid where all seeds are in the mean, dashed where some have ended."""
+    """Draw the mean with its interval: solid where it includes all seeds, dashed elsewhere."""
     at, values = np.array(steps), np.array([mean.value for mean in means], dtype=float)
     full = np.array([mean.n == seeds for mean in means])
-    axes.plot(at, np.where(full, values, np.nan), color=colour, lw=width)
+    axes.plot(at, np.where(full, values, np.nan), color=color, lw=width)
     if not full.all():
-        axes.plot(at, values, color=colour, lw=1.3, ls=(0, (3, 2)))
-    axes.plot(at, values, ".", color=colour, ms=4)
+        axes.plot(at, values, color=color, lw=1.3, ls=(0, (3, 2)))
+    axes.plot(at, values, ".", color=color, ms=4)
     low, high = (
         np.array([getattr(mean, end) for mean in means], dtype=float) for end in ("low", "high")
     )
-    axes.fill_between(at, low, high, color=colour, alpha=0.15, lw=0)
+    axes.fill_between(at, low, high, color=color, alpha=0.15, lw=0)
 
 
-def _tell_fewer(axes: Axes, steps: Sequence[int], means: Sequence[SeedMean]) -> None:
-    """Say how many seeds are left where some have ended."""
+def _annotate_fewer(axes: Axes, steps: Sequence[int], means: Sequence[SeedMean]) -> None:
+    """Annotate the steps at which runs have ended with the number of remaining seeds."""
     for step, before, mean in zip(steps[1:], means, means[1:]):
         if mean.n < before.n and mean.value is not None:
             axes.annotate(f"n = {mean.n}", (step, mean.value), (0, 7), textcoords="offset points",
@@ -160,11 +173,11 @@ def _agreement(study: PolicyStudy) -> Figure | None:
     axes.axhline(0, color=GREY, lw=1, ls="--")
     for group, alpha, change in points:
         assert change.value is not None
-        colour = CYCLE[study.policies.index(group.policy) % len(CYCLE)]
+        color = CYCLE[study.policies.index(group.policy) % len(CYCLE)]
         if change.low is not None and change.high is not None:
-            axes.plot([alpha, alpha], [change.low, change.high], color=colour, lw=1.2, alpha=0.7)
-        axes.plot(alpha, change.value, "o", color=colour, ms=6)
-    # Once a judge, above all of its points: policies differ by colour.
+            axes.plot([alpha, alpha], [change.low, change.high], color=color, lw=1.2, alpha=0.7)
+        axes.plot(alpha, change.value, "o", color=color, ms=6)
+    # Name each judge once, above all of its points. Policies differ by color.
     for judge in {group.judge: None for group, *_ in points}:
         own = [(alpha, c.high or c.value) for group, alpha, c in points if group.judge == judge]
         at = max(own, key=lambda point: point[1] or 0.0)
@@ -183,7 +196,7 @@ def _agreement(study: PolicyStudy) -> Figure | None:
 
 
 def agreement_of(group: SeedGroup) -> SeedMean:
-    """Of the group's judge; seeds may have judges of their own."""
+    """Return the mean agreement of the judges of a group, which may differ between seeds."""
     return mean_of(run.agreement for run in group.runs)
 
 
@@ -210,16 +223,16 @@ def _kl(study: PolicyStudy) -> Figure | None:
     return figure
 
 
-def _against_kl(axes: Axes, group: SeedGroup, colour: str, marker: str) -> None:
-    """Each seed that has both thin, and their mean at each grading that all of them have."""
+def _against_kl(axes: Axes, group: SeedGroup, color: str, marker: str) -> None:
+    """Draw gold over KL: a thin line per seed, and the mean at the gradings that all seeds have."""
     paths = []
     for run in group.graded:
         gold, kl = run.graded(GOLD), run.graded(KL)
         if path := {step: (kl[step], gold[step]) for step in gold if step in kl}:
             paths.append(path)
-            axes.plot(*zip(*path.values()), color=colour, lw=0.7, alpha=0.4)
+            axes.plot(*zip(*path.values()), color=color, lw=0.7, alpha=0.4)
     common = sorted(set.intersection(*map(set, paths))) if paths else []
     means = np.array([np.mean([path[step] for path in paths], axis=0) for step in common])
     means = means.reshape(-1, 2)
     label = f"{_short(group.judge, 28)}, n = {len(paths)}"
-    axes.plot(*means.T, f"{marker}-", color=colour, lw=1.6, ms=4, label=label)
+    axes.plot(*means.T, f"{marker}-", color=color, lw=1.6, ms=4, label=label)

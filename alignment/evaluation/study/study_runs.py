@@ -1,4 +1,4 @@
-"""What runs of a study left behind, finished or not."""
+"""Reader of the runs of a study, which may be incomplete."""
 
 import itertools
 import json
@@ -19,11 +19,15 @@ PROMPTS = "grade/prompts"
 
 @dataclass(frozen=True)
 class ResponseSample:
-    """A response to a held-out prompt at a grading; all of its text is a model's.
+    """Response to a held-out prompt at a grading. All of its text is untrusted.
 
     Attributes:
-        scores: by the judge's role; None without a judgement.
-        flags: names of detectors that it set off.
+        step: Training step of the grading.
+        prompt: Id of the prompt.
+        messages: Role and text of the messages of the prompt.
+        response: Text of the response.
+        scores: Scores by the role of the judge; None where the judge gave none.
+        flags: Names of the detectors that fire on it.
     """
 
     step: int
@@ -36,12 +40,17 @@ class ResponseSample:
 
 @dataclass(frozen=True)
 class StudyRun:
-    """A policy trained against a judge.
+    """Run that trained a policy against a judge.
 
     Attributes:
-        seed: None where neither study.json nor run.json tells it.
-        about: of run.json; empty for a run that has not begun.
-        gradings, training: rows by step; a step written twice counts as it was last.
+        folder: Folder of the run.
+        policy: Name of the policy.
+        judge: Name of the judge.
+        seed: Seed of the run; None where neither study.json nor run.json has it.
+        about: Content of run.json; empty for a run that has not begun.
+        gradings: Rows of gradings by step. The last row of a step counts.
+        training: Rows of training by step. The last row of a step counts.
+        samples: Responses to held-out prompts.
     """
 
     folder: Path
@@ -55,10 +64,11 @@ class StudyRun:
 
     @property
     def name(self) -> str:
+        """Name of the folder."""
         return clean(self.folder.resolve().name)
 
     def graded(self, name: str) -> dict[int, float]:
-        """A figure of the gradings that have it, by step."""
+        """Return a figure of the gradings that have it, by step."""
         return self._figure(self.gradings, name)
 
     def error(self, name: str) -> tuple[float, int] | None:
@@ -78,7 +88,7 @@ class StudyRun:
         return errors[last], int(prompts[last])
 
     def trained(self, name: str) -> dict[int, float]:
-        """A figure of the training steps that have it, by step."""
+        """Return a figure of the training steps that have it, by step."""
         return self._figure(self.training, name)
 
     @cached_property
@@ -94,23 +104,23 @@ class StudyRun:
 
     @property
     def planned(self) -> int | None:
-        """Steps that the run was to have; None where it is not told."""
+        """Planned number of steps; None where run.json does not have it."""
         steps = self.about.get("steps")
         return steps if isinstance(steps, int) else None
 
     @property
     def stops_on_alarm(self) -> bool:
-        """Whether an alarm ends it; of a run that does not tell, it does."""
+        """Whether an alarm stops the run; true where run.json lacks this setting."""
         return bool(_settings(self.about).get("stop_on_alarm", True))
 
     @property
     def measure(self) -> str:
-        """What its grades are."""
+        """Name of the quantity that the grades are."""
         return "win rate" if _settings(self.about).get("reward") == "pairwise" else "mean score"
 
     @property
     def gold(self) -> list[Any]:
-        """Identities of its gold judges; empty where they are not told."""
+        """Identities of the gold judges; empty where run.json does not have them."""
         gold = self.about.get("gold")
         each = gold.get("ensemble") if isinstance(gold, Mapping) else None
         each = each if isinstance(each, list) else [gold]
@@ -118,9 +128,9 @@ class StudyRun:
 
     @property
     def agreement(self) -> float | None:
-        """Of its judge with gold, Krippendorff's α."""
-        told = self._judge.get("agreement")
-        value = told.get("alpha_interval") if isinstance(told, Mapping) else None
+        """Agreement of the judge with gold, Krippendorff's α; None where it is not recorded."""
+        agreement = self._judge.get("agreement")
+        value = agreement.get("alpha_interval") if isinstance(agreement, Mapping) else None
         return None if value is None else _number(value, f"{self.folder / 'run.json'}: agreement")
 
     @property
@@ -130,10 +140,10 @@ class StudyRun:
 
     def _figure(self, rows: Mapping[int, Row], name: str) -> dict[int, float]:
         where = f"{self.folder / 'metrics.jsonl'}: {name}"
-        found = {
+        values = {
             step: _number(row.get(name), f"{where} at step {step}") for step, row in rows.items()
         }
-        return {step: value for step, value in found.items() if value is not None}
+        return {step: value for step, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -151,47 +161,60 @@ class SeedGroup:
 
     @cached_property
     def steps(self) -> list[int]:
-        """Of all gradings."""
+        """Steps of all gradings."""
         return sorted({step for run in self.runs for step in run.gradings})
 
 
 @dataclass(frozen=True)
 class PolicyStudy:
-    """Groups in the order of the study."""
+    """Study of policies and judges.
+
+    Attributes:
+        name: Name of the study's folder.
+        groups: Groups of runs in the order of the study.
+    """
 
     name: str
     groups: Sequence[SeedGroup]
 
     @property
     def runs(self) -> list[StudyRun]:
+        """Runs of all groups."""
         return [run for group in self.groups for run in group.runs]
 
     @cached_property
     def policies(self) -> list[str]:
+        """Names of the policies, in the order of the study."""
         return list(dict.fromkeys(group.policy for group in self.groups))
 
     @cached_property
     def judges(self) -> list[str]:
+        """Names of the judges, in the order of the study."""
         return list(dict.fromkeys(group.judge for group in self.groups))
 
     @cached_property
     def last_step(self) -> int:
+        """Step of the last grading of all runs."""
         return max(step for group in self.groups for step in group.steps)
 
     def label(self, group: SeedGroup) -> str:
+        """Return the judge of a group, with its policy if the study has several."""
         return f"{group.judge} on {group.policy}" if len(self.policies) > 1 else group.judge
 
     def has(self, name: str) -> bool:
-        """Whether any run was graded so."""
+        """Return whether any run has a figure of gradings."""
         return any(run.graded(name) for run in self.runs)
 
 
 def read_study(folder: Path) -> PolicyStudy:
-    """The study in a folder, or a study of the one run that is in it.
+    """Read the study in a folder, or a single run as a study.
+
+    Args:
+        folder: Folder with study.json, or folder of a run with run.json.
 
     Raises:
-        UserError: there is neither, a file is malformed, runs of a policy and judge are no seeds
-            of each other, or nothing was graded yet.
+        UserError: The folder has neither file, a file is malformed, runs of the same policy and
+            judge differ in more than their seed, or no run has a grading yet.
     """
     if (folder / "study.json").exists():
         runs = [_of_study(folder, entry) for entry in _entries(folder / "study.json")]
@@ -212,7 +235,11 @@ def read_study(folder: Path) -> PolicyStudy:
 
 
 def _check_seeds(group: SeedGroup) -> None:
-    """Raise a UserError where its runs have one seed, or differ in more than it."""
+    """Check that the runs of a group differ in their seed, and in nothing else that is recorded.
+
+    Raises:
+        UserError: Two runs have the same seed, different measures or different gold judges.
+    """
     of = f"of {group.judge!r} on {group.policy!r}"
     seeds = [run.seed for run in group.runs if run.seed is not None]
     if twice := [seed for seed in seeds if seeds.count(seed) > 1]:
@@ -220,14 +247,14 @@ def _check_seeds(group: SeedGroup) -> None:
             f"study.json has seed {twice[0]} {of} twice, which are no two seeds: take one out"
         )
     advice = "give one another judge or policy in study.json"
-    told = [run for run in group.runs if run.about]
-    for one, other in itertools.pairwise(told):
+    started = [run for run in group.runs if run.about]
+    for one, other in itertools.pairwise(started):
         if one.measure != other.measure:
             raise UserError(
                 f"{one.folder} and {other.folder} are no two seeds {of}, as one has the "
                 f"{one.measure} and the other the {other.measure}: {advice}"
             )
-    for one, other in itertools.pairwise(run for run in told if run.gold):
+    for one, other in itertools.pairwise(run for run in started if run.gold):
         if one.gold != other.gold:
             raise UserError(
                 f"{one.folder} and {other.folder} are no two seeds {of}, as their gold judges "
@@ -254,7 +281,7 @@ def _entries(file: Path) -> list[Mapping[str, Any]]:
 
 def _of_study(study: Path, entry: Mapping[str, Any]) -> StudyRun:
     folder, seed = study / entry["folder"], entry.get("seed")
-    file = folder / "run.json"  # not there before the run's models are loaded
+    file = folder / "run.json"  # written after the models of the run are loaded
     about = _object(file) if file.exists() else {}
     own = about.get("seed")
     if None not in (seed, own) and seed != own:
@@ -270,7 +297,7 @@ def _of_study(study: Path, entry: Mapping[str, Any]) -> StudyRun:
 def _alone(folder: Path) -> StudyRun:
     about = _object(folder / "run.json")
     judge = about.get("judge")
-    if judge is None and "judge" in _settings(about):  # which is told after the settings
+    if judge is None and "judge" in _settings(about):  # run.json gets its judge after the settings
         raise UserError(f"the run {folder} has no grading yet: wait for the first")
     if not isinstance(judge, Mapping) or not isinstance(judge.get("name"), str):
         raise UserError(f"{folder / 'run.json'} does not name its judge: it is of another tool")
@@ -285,7 +312,7 @@ def _settings(about: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _rows(folder: Path) -> tuple[dict[int, Row], dict[int, Row]]:
-    """Gradings and training rows by step; nothing of a run that has logged nothing."""
+    """Return the gradings and the training rows by step; both empty if there is no log yet."""
     file = folder / "metrics.jsonl"
     rows = read_rows(file, "") if file.exists() else []
     for row in rows:
@@ -330,7 +357,11 @@ def _object(file: Path) -> dict[str, Any]:
 
 
 def _number(value: Any, where: str) -> float | None:
-    """None for null and for what is not finite."""
+    """Return a number; None if it is null or not finite.
+
+    Raises:
+        UserError: The value is no number.
+    """
     if value is None:
         return None
     if not isinstance(value, int | float):
@@ -339,5 +370,5 @@ def _number(value: Any, where: str) -> float | None:
 
 
 def clean(text: str) -> str:
-    """Text that can be written: JSON may hold halves of letters."""
+    """Return a text that can be encoded, as JSON may contain lone surrogates."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
