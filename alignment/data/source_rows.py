@@ -143,7 +143,7 @@ class RecordWriter:
         if path.suffix not in (".jsonl", ".parquet"):
             raise UserError(f"{path} is written by its suffix: .jsonl or .parquet")
         if path.exists() and not overwrite:
-            raise UserError(f"{path} is there already: give --overwrite, or another name")
+            raise UserError(f"{path} already exists. Add --overwrite, or choose another file.")
         self.path, self.count = path, 0
         self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         self._file: Any = None

@@ -39,7 +39,7 @@ class Split:
             UserError: The text has another form.
         """
         name, _, size = text.partition("=")
-        problem = f"--split {text}: give NAME=1000, NAME=0.1 or NAME={REST}"
+        problem = f"--split {text} is not valid. Give NAME=1000, NAME=0.1 or NAME={REST}."
         if not name or not name.replace("-", "").replace("_", "").isalnum():
             raise UserError(problem)
         if size == REST:
@@ -76,12 +76,16 @@ class Splitter:
 
     def __init__(self, splits: Sequence[Split], seed: int = 0, threshold: float = 0.7) -> None:
         if not 0 < threshold <= 1:
-            raise UserError("--near must be above 0 and at most 1")
+            raise UserError("--near must be above 0 and at most 1.")
         names = [split.name for split in splits]
         if len(set(names)) < len(names):
-            raise UserError(f"--split names {max(names, key=names.count)} twice")
+            raise UserError(
+                f"--split names {max(names, key=names.count)} twice. Name each split once."
+            )
         if [split.size for split in splits[:-1]].count(REST):
-            raise UserError(f"--split: only the last one can be {REST}")
+            raise UserError(
+                f"--split has {REST} before its last value. Only the last split can have it."
+            )
         self.splits, self.threshold = splits, threshold
         self._salt = seed.to_bytes(8, "little", signed=True)
         self._numbers: dict[int, int] = {}  # prompts by hash, in order of arrival
@@ -123,7 +127,10 @@ class Splitter:
             split_of[members[close]] = DROPPED
             near[split.name], sizes[split.name] = int(close.sum()), int((~close).sum())
             if not sizes[split.name]:
-                raise UserError(f"--split {split.name}={split.size} leaves no prompt for it")
+                raise UserError(
+                    f"--split {split.name}={split.size} leaves no prompt for it. "
+                    "Choose another size."
+                )
         self._split_of, self.near, self.sizes = split_of, near, sizes
 
     def _sizes(self, prompts: int) -> list[int]:

@@ -156,7 +156,7 @@ def test_malformed_rows_are_counted_and_too_many_stop(
             ["count", "--input", "x", "--max-malformed", "-1"],
             "-1 must be at least 0",
         ),
-        (["split", "--input", "x", "--save", "y", "--split", "a=b"], "give NAME=1000"),
+        (["split", "--input", "x", "--save", "y", "--split", "a=b"], "Give NAME=1000"),
     ],
 )
 def test_what_cannot_be_done_is_refused(words: list[str], said: str) -> None:

@@ -61,7 +61,7 @@ def test_a_file_is_replaced_only_when_that_is_asked_for_and_when_the_new_one_is_
 ) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text("old")
-    with pytest.raises(UserError, match="is there already: give --overwrite"):
+    with pytest.raises(UserError, match="already exists"):
         RecordWriter(file)
     with pytest.raises(UserError, match="cannot hold a Response and a Prompt"):
         with RecordWriter(file, overwrite=True) as writer:

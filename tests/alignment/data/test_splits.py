@@ -135,16 +135,16 @@ def test_another_seed_gives_other_splits() -> None:
 @pytest.mark.parametrize(
     "text", ["a", "a=", "=1", "a=0", "a=1.0", "a=-1", "a=x", "a=nan", "../a=1", "a=1.5", "a=0.0"]
 )
-def test_what_is_no_split_is_refused(text: str) -> None:
-    with pytest.raises(UserError, match="give NAME=1000"):
+def test_split_refuses_text_of_another_form(text: str) -> None:
+    with pytest.raises(UserError, match="Give NAME=1000"):
         Split.parse(text)
 
 
-def test_splits_that_cannot_be_had_are_refused() -> None:
+def test_splitter_refuses_impossible_splits() -> None:
     assert Split.parse("a-b=0.25") == Split("a-b", 0.25) and Split.parse("a=7").size == 7
     with pytest.raises(UserError, match="names a twice"):
         Splitter([Split("a", 1), Split("a", 1)])
-    with pytest.raises(UserError, match="only the last"):
+    with pytest.raises(UserError, match="Only the last"):
         Splitter([Split("a", "rest"), Split("b", 1)])
     with pytest.raises(UserError, match="requires 3 prompts, and there are 2"):
         split_all(Splitter([Split("a", 3)]), ["one", "two"])
