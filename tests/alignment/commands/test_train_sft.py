@@ -162,7 +162,7 @@ def test_what_cannot_be_learned_from_is_told(place, tmp_path):
     with RecordWriter(file) as writer:
         writer.write(rows(1)[0])
     [told] = run_ranks(learn_from, 1, place, tmp_path / "run", file)
-    assert told.startswith(f"all 1 responses of {file} are longer with their prompts")
+    assert told.startswith(f"All 1 responses of {file} are longer with their prompts")
 
 
 def learn_late(folder, run):
