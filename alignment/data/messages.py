@@ -77,7 +77,7 @@ def message_list(value: Any, column: str) -> list[Message]:
         column: Name of the column, for error messages.
 
     Raises:
-        UserError: The value is something else, a message cannot be kept in full, or the messages
+        UserError: The value is something else, a message cannot be read completely, or the messages
             are in an impossible order.
     """
     if isinstance(value, Mapping):

@@ -78,9 +78,9 @@ class Patterns:
         return {name.partition(" ")[0]: re.compile("|".join(x)) for name, x in sections.items()}
 
     @cached_property
-    def asked(self) -> dict[str, re.Pattern[str]]:
+    def requested(self) -> dict[str, re.Pattern[str]]:
         """Regular expression of prompts that request such text, by detector."""
-        names = [name for name in self.sections if name.endswith(" asked")]
+        names = [name for name in self.sections if name.endswith(" requested")]
         return {name.partition(" ")[0]: self._any_of(name) for name in names}
 
     def _any_of(self, section: str) -> re.Pattern[str]:

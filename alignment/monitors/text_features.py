@@ -165,7 +165,7 @@ def words_of(text: str) -> list[str]:
 @lru_cache(_CACHED_PROMPTS)
 def _requested_detectors(messages: tuple[Message, ...]) -> frozenset[str]:
     request = fold(normalize("\n".join(m.content for m in messages if m.role == "user")).text)
-    return frozenset(name for name, pattern in ENGLISH.asked.items() if pattern.search(request))
+    return frozenset(name for name, pattern in ENGLISH.requested.items() if pattern.search(request))
 
 
 @lru_cache(_CACHED_PROMPTS)

@@ -60,21 +60,21 @@ SLICES = {
 }
 
 
-def read_items(path: Path, wanted: Sequence[str]) -> list[Judgeable]:
+def read_items(path: Path, ids: Sequence[str]) -> list[Judgeable]:
     """Read the items that were judged, in the order of their ids.
 
     Args:
         path: File of responses or pairs.
-        wanted: Ids of the items.
+        ids: Ids of the items.
 
     Raises:
         UserError: The file contains other records, or lacks an item.
     """
     rows: list[Judgeable] = read_all(path, Response, Pair)
     by_id = {row.id: row for row in rows}
-    if missing := [item for item in wanted if item not in by_id]:
+    if missing := [item for item in ids if item not in by_id]:
         raise UserError(f"{path} lacks {len(missing)} items with verdicts, {missing[0]!r} for one")
-    return [by_id[item] for item in wanted]
+    return [by_id[item] for item in ids]
 
 
 def keys_of(

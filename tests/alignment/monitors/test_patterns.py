@@ -78,7 +78,7 @@ def test_no_line_has_an_unbounded_repeat(line: str) -> None:
 def test_sections_name_detectors() -> None:
     for name in ENGLISH.sections:
         first, _, kind = name.partition(" ")
-        assert kind in ("", "asked", "anywhere", "whole") or first == "word", name
+        assert kind in ("", "requested", "anywhere", "whole") or first == "word", name
         assert first == "word" or first in NAMES, name
     assert set(ENGLISH.fires) < set(DETECTORS)
 
