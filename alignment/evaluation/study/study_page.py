@@ -52,11 +52,11 @@ def page(study: PolicyStudy, pictures: Mapping[str, Path]) -> str:
 def _grades(study: PolicyStudy) -> list[list[str]]:
     rows = []
     for group in study.groups:
-        for name, course in trends_of(group).items():
-            if course.change.n:
-                cells = (course.first, course.last, course.change)
-                means = [m.text("{:+.2f}" if m is course.change else "{:.2f}") for m in cells]
-                rows.append([f"{study.label(group)}: {name}", *means, str(course.change.n)])
+        for name, trend in trends_of(group).items():
+            if trend.change.n:
+                cells = (trend.first, trend.last, trend.change)
+                means = [m.text("{:+.2f}" if m is trend.change else "{:.2f}") for m in cells]
+                rows.append([f"{study.label(group)}: {name}", *means, str(trend.change.n)])
     return rows
 
 
