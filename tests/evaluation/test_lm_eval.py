@@ -296,5 +296,5 @@ def test_harness_control_tokens_are_parsed_as_by_the_hf_model(tmp_path):
     ours, other = result.answers["generate_until"]
     assert [text.lstrip() for text in ours] == [text.lstrip() for text in other]
     assert result.chats[:2] == result.chats[2:] and result.chats[0].endswith("<|im_end|>assistant:")
-    assert "a continuation has 4" in result.too_long and "scores 1 to 64" in result.too_long
+    assert "A continuation has 4" in result.too_long and "scores 1 to 64" in result.too_long
     assert "no chat template: leave out --apply_chat_template" in result.without

@@ -53,7 +53,7 @@ def test_the_sentence_of_et_align_is_told_alone_and_on_ranks(tmp_path: Path) -> 
         done = subprocess.run([warm_python(), *command], capture_output=True, text=True)
         assert done.returncode
         assert failure(command, done.stdout + done.stderr) == (
-            f"et-align: --model {tmp_path / 'none'} is not a folder"
+            f"et-align: --model {tmp_path / 'none'} is not a folder."
         )
 
 
