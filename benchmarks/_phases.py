@@ -29,7 +29,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import Router
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from megatron_ext.moe import router as routing
+from megatron_ext.moe import step_cutoffs, threshold_router
 from megatron_ext.training import data_loading as data
 from megatron_ext.training import step
 
@@ -65,8 +65,9 @@ class Phases:
         """Keep the time of what `model` and `optimizer` do inside."""
         functions = [
             (data, "_get_batch", "data"),
-            (routing, "kth_largest", "cutoffs"),
-            (routing, "top_k_mask", "cutoffs"),
+            (step_cutoffs, "kth_largest", "cutoffs"),
+            (threshold_router, "kth_largest", "cutoffs"),
+            (threshold_router, "top_k_mask", "cutoffs"),
             (step.RoutingStep, "resolve", "cutoffs"),
             (step.RoutingStep, "commit", "cutoffs"),
             (step, "finalize_model_grads", "gradients"),

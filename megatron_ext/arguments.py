@@ -236,7 +236,7 @@ def _silence() -> Iterator[None]:
 def _dry_run_flags(args: Namespace) -> list[str]:
     """Return flags that keep a run without other ranks from reading and writing files."""
     if args.dry_run < 1:
-        raise UserError(f"--dry-run {args.dry_run} must be at least 1 rank")
+        raise UserError(f"--dry-run {args.dry_run} must be at least one rank.")
     if not is_cpu_device():
         raise UserError("dry_run in a recipe has no effect: use --dry-run on the command line")
     flags = [*cpu_default_args(), "--fake-process-group"]  # these override the recipe

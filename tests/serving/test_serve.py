@@ -447,10 +447,9 @@ def test_client_disconnect_frees_its_slots(server, http):
     with http.stream("POST", "/v1/completions", json=LONG) as response:
         next(response.iter_lines())
         # Eight rows end in the same pass, and then none runs until the next eight join.
-        for _ in range(20):
-            health = http.get("/health").json()
-            if health["running"]:
-                break
+        deadline = time.monotonic() + 20
+        while not (health := http.get("/health").json())["running"]:
+            assert time.monotonic() < deadline, health
         assert health["running"] == 8 and health["waiting"] > 0
     settled(server)
     left = [line for line in server.stderr if " 499 " in line][-1]
