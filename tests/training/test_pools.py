@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_ext.errors import UserError
+from megatron_ext.moe.registry import ROUTERS
 from megatron_ext.moe.thresholds import RoutingRate
 from megatron_ext.training.checks import check_pools
 
@@ -19,13 +20,14 @@ def test_expert_choice_needs_no_token_on_every_rank() -> None:
     )  # fmt: skip
     config = SimpleNamespace(
         routing_rate=RoutingRate(Fraction(1, 64), Fraction(1, 2)), et_cutoff_pool="microbatch",
-        et_capacity=0.5, et_capacity_pool="rank", num_moe_experts=64, router_type="expert-choice",
+        et_capacity=0.5, et_capacity_pool="rank", num_moe_experts=64,
+        router=ROUTERS["expert-choice"],
     )  # fmt: skip
     check_pools(args, config)  # type: ignore[arg-type]
-    config.router_type = "expert-threshold"
+    config.router = ROUTERS["expert-threshold"]
     with pytest.raises(UserError, match="less than one of a rank's 32"):
         check_pools(args, config)  # type: ignore[arg-type]
     args.data_parallel_size = 1
-    config.router_type = "expert-choice"
+    config.router = ROUTERS["expert-choice"]
     with pytest.raises(UserError, match="less than one of the 32 in a micro-batch"):
         check_pools(args, config)  # type: ignore[arg-type]
