@@ -12,6 +12,8 @@ import pytest
 
 from alignment.__main__ import COMMANDS
 from alignment.commands.data_config import SUBCOMMANDS
+from megatron_ext import devices
+from megatron_ext.devices import activate
 from megatron_ext.errors import ToolParser
 from tests.distributed import ROOT
 
@@ -61,6 +63,13 @@ def parser_of(module: str, monkeypatch: pytest.MonkeyPatch) -> argparse.Argument
         parsers.append(parser)
         raise _Parsed
 
+    def activate_if_possible(**settings: bool) -> str:
+        try:
+            return activate(**settings)
+        except RuntimeError:  # another test of this process has imported Megatron before
+            return "cpu"
+
+    monkeypatch.setattr(devices, "activate", activate_if_possible)
     name, *words = module.split()
     main = importlib.import_module("alignment.__main__" if words else name).main
     monkeypatch.setattr("sys.argv", [module])
