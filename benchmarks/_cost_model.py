@@ -43,7 +43,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Network:
-    """Nodes of ranks that are close to each other, each rank with an adapter of its own.
+    """Nodes of ranks that are close to each other, each rank with a separate adapter.
 
     Attributes:
         within, between: the link inside a node, and that of one adapter.

@@ -13,12 +13,12 @@ a step of supervised fine-tuning on 64 samples of the same lengths.
     ratio                        TRL's step over ours, median over pairs; above 1 ours is faster
     cpu ratio                    the same ratio of processor seconds
 
-TRL requires a Python environment of its own:
+TRL requires a separate Python environment:
 
-    python -m venv /tmp/trl
-    /tmp/trl/bin/pip install trl==1.16.0 torch==2.13.0 transformers==5.23.0
+    python -m venv runs/trl
+    runs/trl/bin/pip install trl==1.16.0 torch==2.13.0 transformers==5.23.0
 
-    python benchmarks/rl_step.py --trl-python /tmp/trl/bin/python [--engine deepspeed] [--ranks 2]
+    python benchmarks/rl_step.py --trl-python runs/trl/bin/python [--engine deepspeed] [--ranks 2]
         [--pairs 3] [--steps 3] [--seq-length 96] [--micro-batch 8]
 
 Without --trl-python it times this project alone.

@@ -182,7 +182,7 @@ class _Running:
             self.temporary.open("w") if self.temporary else nullcontext(log) as output,
             _deferred_signals(),  # a process that nobody knows of would be left behind
         ):
-            # In a session of its own, so that Ctrl-C reaches only this process, which stops it.
+            # In a separate session, so that Ctrl-C reaches only this process, which stops it.
             self.process = subprocess.Popen(
                 [sys.executable, *step.command],
                 stdin=subprocess.DEVNULL,
