@@ -72,13 +72,14 @@ def main() -> None:
     # Schedulers warn of a time limit by SIGUSR1; Megatron saves and ends on SIGTERM.
     signal.signal(signal.SIGUSR1, lambda *_: signal.raise_signal(args.exit_signal))
 
-    training.pretrain(
-        pretrain_cfg_container_from_args(args, gpt_model_config(args, config)),
-        train_valid_test_datasets,
-        ModelType.encoder_or_decoder,
-        watchdog.progress(forward_step),
-        store=launch.store,
-    )
+    with watchdog:
+        training.pretrain(
+            pretrain_cfg_container_from_args(args, gpt_model_config(args, config)),
+            train_valid_test_datasets,
+            ModelType.encoder_or_decoder,
+            watchdog.progress(forward_step),
+            store=launch.store,
+        )
 
 
 if __name__ == "__main__":

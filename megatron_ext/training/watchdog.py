@@ -26,7 +26,7 @@ _LIBRARIES = ("site-packages/", "lib/python", "megatron_ext/devices/")
 
 
 class Watchdog:
-    """Observer of the steps of this rank.
+    """Observer of the steps of this rank, and the context in which it observes them.
 
     Args:
         launch: Ranks of the run.
@@ -41,8 +41,24 @@ class Watchdog:
         # A store serves one thread at a time, and the main thread may wait in it.
         self._store = None if launch.store is None else launch.store.clone()  # type: ignore[attr-defined]
         self._pause = min(5.0, timeout / 10)
-        for target in (self._watch, *([self._listen] if self._store is not None else [])):
-            threading.Thread(target=target, name="watchdog", daemon=True).start()
+        self._closed = threading.Event()
+        targets = [self._watch] if self._store is None else [self._watch, self._listen]
+        self._threads = [threading.Thread(target=t, name="watchdog", daemon=True) for t in targets]
+
+    def __enter__(self) -> "Watchdog":
+        """Start to observe."""
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop the threads: one that returns from the store while Python ends aborts the process.
+
+        The wait is bounded, as a store on an unreachable node does not answer.
+        """
+        self._closed.set()
+        for thread in self._threads:
+            thread.join(1 + self._pause)
 
     def watch(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return a function that is watched while it runs."""
@@ -77,7 +93,8 @@ class Watchdog:
         """End this rank without the store, which hangs if its node is unreachable."""
         patience = 0.0 if self._store is None else 10 * self._pause
         while self._stalled_for() <= patience:
-            time.sleep(self._pause)
+            if self._closed.wait(self._pause):
+                return
         silent = "" if self._store is None else ", and the launch's store does not answer"
         self._print(f"rank {self.launch.rank} stands in {self._place()[0]}{silent}")
         os._exit(1)
@@ -87,7 +104,8 @@ class Watchdog:
         assert self._store is not None
         with suppress(RuntimeError):  # without a store the other thread reports
             while self._stalled_for() < 0 and not self._store.check(["stall"]):
-                time.sleep(self._pause)
+                if self._closed.wait(self._pause):
+                    return
             self._answer()
             os._exit(1)
 

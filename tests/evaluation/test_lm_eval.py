@@ -297,4 +297,4 @@ def test_harness_control_tokens_are_parsed_as_by_the_hf_model(tmp_path):
     assert [text.lstrip() for text in ours] == [text.lstrip() for text in other]
     assert result.chats[:2] == result.chats[2:] and result.chats[0].endswith("<|im_end|>assistant:")
     assert "A continuation has 4" in result.too_long and "scores 1 to 64" in result.too_long
-    assert "no chat template: leave out --apply_chat_template" in result.without
+    assert "has no chat template. Remove --apply_chat_template" in result.without
