@@ -7,7 +7,7 @@ split, joined and shuffled without a second file.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from typing import Any, Self
 
@@ -56,8 +56,12 @@ class _Record:
     """Row with a fixed set of fields."""
 
     def to_row(self) -> dict[str, Any]:
-        """Return the row as plain values."""
-        return asdict(self)
+        """Return the row as plain values, without metadata that is empty."""
+        row = asdict(self)
+        for prompt in (row, row.get("prompt")):
+            if isinstance(prompt, dict) and prompt.get("metadata") == {}:
+                del prompt["metadata"]
+        return row
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> Self:
@@ -70,7 +74,7 @@ class _Record:
             UserError: If a field is missing, unknown or of a wrong type. The reader of the file
                 adds its name and the line.
         """
-        known = {field.name for field in fields(cls)}
+        known = {one.name for one in fields(cls)}
         if unknown := sorted(set(row) - known):
             raise UserError(
                 f"unknown field {unknown[0]!r}; the fields of a {cls.__name__} are {sorted(known)}"
@@ -91,15 +95,19 @@ class Prompt(_Record):
         messages: The conversation, whose last message is from the user or a tool.
         source: Origin of the prompt, for counts and slices.
         rubric: Description of a good answer, for judges whose template shows it.
+        metadata: Further columns of the source by name, such as a reference answer, for functions
+            and verifiers. A column without a value is left out.
     """
 
     id: str
     messages: Sequence[Message]
     source: str = ""
     rubric: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         _check_text(self, "id", "source")
+        object.__setattr__(self, "metadata", _metadata(self.metadata))
         object.__setattr__(self, "messages", _messages(self.messages))
         if self.messages[-1].role == "assistant":
             raise UserError(f"prompt {self.id!r} ends with the assistant's message")
@@ -217,6 +225,14 @@ def _check_text(record: Any, *names: str) -> None:
             raise UserError(f"{name} must be text, not {value!r}")
     if not getattr(record, names[0]):
         raise UserError(f"{names[0]} is empty")
+
+
+def _metadata(value: Any) -> dict[str, Any]:
+    if value is None:  # of a Parquet file whose other rows have metadata
+        return {}
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+        raise UserError(f"metadata must be a mapping from names to values, not {value!r:.60}")
+    return {name: content for name, content in value.items() if content is not None}
 
 
 def _messages(value: Any) -> tuple[Message, ...]:

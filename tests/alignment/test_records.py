@@ -73,3 +73,17 @@ def test_record_round_trips_through_json(record: Any) -> None:
 def test_invalid_row_is_refused_with_the_reason(kind: Any, row: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         kind.from_row(row)
+
+
+def test_metadata_of_a_prompt_survives_a_row_and_is_left_out_where_there_is_none():
+    bare = {"id": "1", "messages": [{"role": "user", "content": "2 + 2?"}]}
+    assert "metadata" not in Prompt.from_row(bare).to_row()
+    row = bare | {"metadata": {"answer": 4, "tests": ["assert True"], "empty": None}}
+    prompt = Prompt.from_row(row)
+    assert prompt.metadata == {"answer": 4, "tests": ["assert True"]}
+    response = Response("r", prompt, "4")
+    assert Response.from_row(json.loads(json.dumps(response.to_row()))) == response
+    assert Prompt.from_row(bare | {"metadata": None}).metadata == {}
+    assert hash(prompt)
+    with pytest.raises(UserError, match="metadata must be a mapping"):
+        Prompt.from_row(bare | {"metadata": "answer"})

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from alignment.judges.questions import Question
 from alignment.judges.results import reasons_of, require_results
 from alignment.output_file import OutputFile, format_outcomes
-from alignment.records import Pair, Verdict
+from alignment.records import Pair, Prompt, Verdict
 from alignment.rounding import SINGLE
 from megatron_ext.errors import UserError
 from megatron_ext.progress import Progress
@@ -164,6 +164,17 @@ class JudgeConfig(BaseModel):
         """
         raise NotImplementedError
 
+    def check_prompts(self, prompts: Sequence[Prompt], source: str) -> None:
+        """Check that the prompts have what this judge reads from their metadata.
+
+        Args:
+            prompts: The prompts whose responses will be judged.
+            source: The flag or file that they are from, for the message.
+
+        Raises:
+            UserError: If a prompt has none, or something that cannot be used.
+        """
+
     def annotate(
         self, questions: Sequence[Question], output: OutputFile, settings: AnnotationSettings
     ) -> int:
@@ -179,6 +190,9 @@ class JudgeConfig(BaseModel):
                 f"kind {self.kind}."
             )
         pairwise = isinstance(questions[0].item, Pair)
+        items = [question.item for question in questions]
+        prompts = {id(p): p for p in (i if isinstance(i, Prompt) else i.prompt for i in items)}
+        self.check_prompts(list(prompts.values()), "--input")
         judge = self.open(JudgeContext(pairwise, output.path.parent))
         try:
             output.check_or_create(judge.identity)
