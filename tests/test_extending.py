@@ -12,9 +12,12 @@ SECTIONS = re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PAGE, flags=re.DOTALL | re
 # What each example must have achieved.
 CHECKS = {
     "Router": """
-from megatron_ext.moe.router import ETRouter
-from tests.moe.top_p_router import TopPRouter
-assert issubclass(TopPRouter, ETRouter) and "top-p" in ROUTERS
+from tests.moe import top_p_router
+logits = torch.tensor([[0.3, 0.5, 0.1, 0.1], [0.9, 0.05, 0.03, 0.02]]).log()
+for router in (TopPRouter, top_p_router.TopPRouter):
+    margins = router.margins(object.__new__(router), logits)
+    assert (margins > 0).tolist() == [[False, True, False, False], [True, False, False, False]]
+assert ROUTERS["top-p"].load() is top_p_router.TopPRouter
 """,
     "Model family": "assert MISTRAL",
     "Judge kind": """

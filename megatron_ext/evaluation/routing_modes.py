@@ -112,7 +112,7 @@ class RoutingMode:
         routing_map[self._real] = select(
             router, logits[self._real], self._positions[self._real], self._group
         )
-        return router.gate(logits) * routing_map, routing_map
+        return router.gates(logits) * routing_map, routing_map
 
     def _count(self, counts: RoutingCounts, _: ETRouter, __: Any, output: tuple[Any, Any]) -> None:
         counts.add(output[1][self._real].bool())

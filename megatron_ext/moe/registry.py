@@ -4,7 +4,7 @@ A router is a class derived from :class:`megatron_ext.moe.router.ETRouter` and a
 with the facts that are needed before a model is built: which flags the router reads, which flags
 of Megatron it replaces, and what becomes of its models in evaluation and conversion. The command
 line, the checks, the model and the conversions all go by these entries, so a new router needs
-nothing else. `docs/extending.md` has an example.
+nothing else. `docs/how-to/extending.md` has an example.
 
 This module imports neither torch nor Megatron.
 """
@@ -27,6 +27,30 @@ _NEEDS_FIXED_FAN_OUT: dict[str, str] = {
     "moe_apply_probs_on_input": "a token may have any number of experts",
 }
 
+# What a router that does not read Megatron's router flags sets, refuses and replaces.
+_OWN_SETTINGS: dict[str, Any] = {
+    "moe_router_dtype": "fp32",
+    "moe_router_load_balancing_type": "none",
+    "moe_aux_loss_coeff": 0.0,
+    "moe_router_score_function": "sigmoid",  # unused; Megatron checks others with top 1
+}
+_NEEDS_MEGATRONS_ROUTER: dict[str, str] = {
+    "moe_router_enable_expert_bias": "the router has no balancing bias",
+    "moe_router_num_groups": "the router has no groups of experts",
+    "moe_input_jitter_eps": "the router adds no noise",
+    "moe_z_loss_coeff": "the router has no auxiliary loss",
+}
+_REPLACED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "moe_aux_loss_coeff": ((0, [0.0]), "the router has no auxiliary loss"),
+    "moe_router_load_balancing_type": (("none", ["none"]), "the router has no auxiliary loss"),
+    "moe_router_topk_scaling_factor": ((None, 1), "the router does not scale its gates"),
+    "moe_router_score_function": (("sigmoid",), "the router has its own gates"),
+    "moe_router_pre_softmax": ((False,), "the router has its own gates"),
+    "moe_router_dtype": (("fp32",), "the router computes in fp32"),
+    "moe_router_force_load_balancing": ((False,), "its random logits would never reach it"),
+    "moe_router_force_biased": ((None,), "its random logits would never reach it"),
+}
+
 
 @dataclass(frozen=True)
 class RouterType:
@@ -39,7 +63,8 @@ class RouterType:
         uses_thresholds: Whether the router has one threshold per expert, by which it evaluates.
         trains_by_threshold: Whether thresholds also decide in training, after the warm-up.
         flags: Fields of ETConfig for routing that the router reads.
-        reads_megatron_flags: Whether it reads Megatron's `--moe-router-*` and auxiliary loss.
+        reads_megatron_flags: Whether it reads Megatron's `--moe-router-*` and auxiliary loss. They
+            are refused for a router that does not.
         settings: Fields of Megatron's configuration that it sets, whatever the flags say.
         unsupported: Fields of Megatron's configuration that it cannot work with, and the reason.
         replaced: Flags of Megatron that it would ignore: harmless values, and the reason.
@@ -56,7 +81,7 @@ class RouterType:
     uses_thresholds: bool = False
     trains_by_threshold: bool = False
     flags: frozenset[str] = frozenset()
-    reads_megatron_flags: bool = True
+    reads_megatron_flags: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
     unsupported: Mapping[str, str] = field(default_factory=dict)
     replaced: Mapping[str, tuple[tuple[Any, ...], str]] = field(default_factory=dict)
@@ -65,6 +90,15 @@ class RouterType:
     not_convertible: str = "has no counterpart among the Hugging Face families"
     margin_unit: str = "distance from being routed otherwise"
     without_margins: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.reads_megatron_flags:
+            for name, facts in (
+                ("settings", _OWN_SETTINGS),
+                ("unsupported", _NEEDS_MEGATRONS_ROUTER),
+                ("replaced", _REPLACED),
+            ):
+                object.__setattr__(self, name, {**facts, **getattr(self, name)})
 
     def load(self) -> "type[ETRouter]":
         """Import and return the class of the router."""
@@ -89,19 +123,11 @@ _THRESHOLD_ROUTER: dict[str, Any] = {
     "router": "megatron_ext.moe.threshold_router:ThresholdRouter",
     "variable_fan_out": True,
     "uses_thresholds": True,
-    "reads_megatron_flags": False,
-    "settings": {
-        "moe_router_dtype": "fp32",
-        "moe_router_load_balancing_type": "none",
-        "moe_aux_loss_coeff": 0.0,
-        "moe_router_score_function": "sigmoid",  # unused; Megatron checks others with top 1
-    },
     "unsupported": {
         "moe_expert_capacity_factor": "use --et-capacity",
         "moe_router_enable_expert_bias": "thresholds balance the load without a bias",
         "moe_router_num_groups": "experts choose on their own, not in groups",
         "moe_input_jitter_eps": "noise would make the cutoffs random",
-        "moe_z_loss_coeff": "the router has no auxiliary loss",
         "moe_latent_size": "it needs a separate dispatcher",
         "mtp_num_layers": "thresholds of repeated prediction layers are not defined",
     },
@@ -118,8 +144,6 @@ _THRESHOLD_ROUTER: dict[str, Any] = {
         "moe_router_score_function": (("sigmoid",), "use --et-gate for the weight of an expert"),
         "moe_router_pre_softmax": ((False,), "use --et-gate for the weight of an expert"),
         "moe_router_dtype": (("fp32",), "logits, cutoffs and thresholds are fp32"),
-        "moe_router_force_load_balancing": ((False,), "its random logits would never reach it"),
-        "moe_router_force_biased": ((None,), "its random logits would never reach it"),
     },
     "evaluation": "et",
     "not_convertible": "",
@@ -127,6 +151,7 @@ _THRESHOLD_ROUTER: dict[str, Any] = {
 }
 _TOP_K_ROUTER: dict[str, Any] = {
     "router": "megatron_ext.moe.token_choice_router:TokenChoiceRouter",
+    "reads_megatron_flags": True,
     "evaluation": "tc",
     "margin_unit": "score − k-th of the others",
     "without_margins": ("moe_router_group_topk", "moe_expert_capacity_factor"),
@@ -172,8 +197,8 @@ def router_type(name: str) -> RouterType:
     """
     if name not in ROUTERS:
         raise UserError(
-            f"--router-type {name} is not registered in megatron_ext.moe.registry.ROUTERS: add its "
-            f"entry, or use one of {', '.join(ROUTERS)}"
+            f"--router-type {name} is not registered in megatron_ext.moe.registry.ROUTERS. Add its "
+            f"entry, or use one of {', '.join(ROUTERS)}."
         )
     return ROUTERS[name]
 

@@ -27,10 +27,11 @@ from megatron_ext.moe.step_cutoffs import StepCutoffs
 class ETRouter(Router):
     """Megatron's router with counts, margins and an end of the optimizer step.
 
-    A new router implements :meth:`routing`, which calls :meth:`count`, and :meth:`margins`. One
-    that learns from whole steps also sets `cutoffs` or overrides :meth:`resolve`, :meth:`commit`
-    and :meth:`discard`. Forward only reads what these methods change, so that recomputation and
-    evaluation have no effect.
+    A router that decides by a token's own logits implements :meth:`margins` and, unless the weight
+    of an expert is its softmax, :meth:`gates`. One that compares tokens overrides :meth:`routing`,
+    and calls :meth:`count` there. One that learns from whole steps also sets `cutoffs` or overrides
+    :meth:`resolve`, :meth:`commit` and :meth:`discard`. Forward only reads what these methods
+    change, so that recomputation and evaluation have no effect.
 
     Attributes:
         pool_group: Ranks over which the tokens of a micro-batch are spread, each token on one of
@@ -58,9 +59,8 @@ class ETRouter(Router):
         """Route hidden states `[sequence, batch, hidden]`; see :meth:`routing`."""
         return self.routing(self.gating(input), padding_mask)
 
-    @abstractmethod
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Route tokens by their logits.
+        """Route tokens by their logits: to the experts with a positive margin.
 
         Args:
             logits: `[sequence, batch, experts]`, this rank's part.
@@ -69,17 +69,34 @@ class ETRouter(Router):
         Returns:
             probs, fp32 `[tokens, experts]`, and routing map, bool `[tokens, experts]`.
         """
+        logits = logits.reshape(-1, logits.shape[-1]).float()
+        routing_map = self.margins(logits.detach()) > 0
+        if padding_mask is not None:
+            routing_map &= ~padding_mask.reshape(-1, 1)
+        self.count(routing_map, padding_mask)
+        return self.gates(logits) * routing_map, routing_map
 
     @abstractmethod
     def margins(self, logits: Tensor) -> Tensor:
         """Return how far each pair of token and expert is from being routed otherwise.
 
         Args:
-            logits: `[..., experts]`, as :meth:`gating` returns them in evaluation.
+            logits: fp32 `[tokens, experts]`.
 
         Returns:
             fp32 `[tokens, experts]`, positive where the expert is selected.
         """
+
+    def gates(self, logits: Tensor) -> Tensor:
+        """Return the weights that experts have where they are selected.
+
+        Args:
+            logits: fp32 `[tokens, experts]`.
+
+        Returns:
+            fp32 `[tokens, experts]`; gradients reach the router's weights through them.
+        """
+        return torch.softmax(logits, dim=-1)
 
     @property
     def counting(self) -> bool:

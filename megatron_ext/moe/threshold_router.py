@@ -33,7 +33,6 @@ class ThresholdRouter(ETRouter):
 
     Attributes:
         rate: Share of a pool's tokens that an expert takes.
-        gate: Function from logits to the weights of the experts' outputs.
         thresholds: One threshold per expert.
     """
 
@@ -49,7 +48,6 @@ class ThresholdRouter(ETRouter):
         assert isinstance(config, ETConfig) and pg_collection is not None
         assert config.num_moe_experts is not None
         self.rate = config.routing_rate
-        self.gate = GATES[config.et_gate]
         self.ranks = tuple(g.rank() for g in (pg_collection.dp, pg_collection.cp, pg_collection.tp))
         self.cp_size, self.tp_size = pg_collection.cp.size(), pg_collection.tp.size()
         self.thresholds = Thresholds(
@@ -83,7 +81,7 @@ class ThresholdRouter(ETRouter):
                 real = ~padding_mask.reshape(-1)
                 routing_map = torch.zeros_like(logits, dtype=torch.bool)
                 routing_map[real] = self.select(logits.detach()[real], positions[real], counting)
-        return self.gate(logits) * routing_map, routing_map
+        return self.gates(logits) * routing_map, routing_map
 
     def select(self, logits: Tensor, positions: Tensor, counting: bool) -> Tensor:
         """Return the routing map of a micro-batch.
@@ -124,7 +122,11 @@ class ThresholdRouter(ETRouter):
 
     def margins(self, logits: Tensor) -> Tensor:
         """Return the logits minus the thresholds of their experts; see :meth:`ETRouter.margins`."""
-        return logits.reshape(-1, logits.shape[-1]).float() - self.thresholds.value()
+        return logits - self.thresholds.value()
+
+    def gates(self, logits: Tensor) -> Tensor:
+        """Return the function `--et-gate` of the logits; see :meth:`ETRouter.gates`."""
+        return GATES[cast(ETConfig, self.config).et_gate](logits)
 
     def resolve(self, counts: Tensor) -> dict[str, Any]:
         """End the collection of a step's cutoffs and counts; see :meth:`ETRouter.resolve`."""

@@ -27,7 +27,7 @@ class TokenChoiceRouter(TopKRouter, ETRouter):
         A score is what the router compares: the logit, or its sigmoid and the like plus the
         balancing bias. An expert whose margin is 0 may be selected too, in a tie.
         """
-        scores = self._compared_scores(logits.reshape(-1, logits.shape[-1]).float())
+        scores = self._compared_scores(logits)
         k, experts = self.topk, scores.shape[-1]
         if k == experts:
             return torch.full_like(scores, torch.inf)

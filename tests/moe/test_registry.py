@@ -35,11 +35,12 @@ def test_unregistered_router_is_refused_with_the_registered_ones() -> None:
 
 
 def test_router_reads_its_own_flags_and_those_of_megatron() -> None:
-    kind = RouterType(summary="", router="", flags=frozenset({"et_gate"}))
+    kind = RouterType("", "", flags=frozenset({"et_gate"}), reads_megatron_flags=True)
     assert kind.flags < routing_flags()
     assert kind.reads("et_gate") and kind.reads("moe_router_topk") and kind.reads("hidden_size")
     assert not kind.reads("et_warmup_iters")
     assert not ROUTERS["expert-threshold"].reads("moe_router_topk")
+    assert not RouterType("", "").reads("moe_router_topk")
 
 
 def train_top_p(run_dir: Path, flags: Sequence[str]) -> tuple[int, str]:
@@ -59,7 +60,7 @@ def train_top_p(run_dir: Path, flags: Sequence[str]) -> tuple[int, str]:
 
 
 def test_router_added_to_the_registry_trains_resumes_and_evaluates(tmp_path: Path) -> None:
-    flags = ["--router-type", "top-p", "--moe-router-pre-softmax", "--eval-interval", "3"]
+    flags = ["--router-type", "top-p", "--eval-interval", "3"]
     flags += ["--expert-model-parallel-size", "2"]
     for more in (["--exit-interval", "3"], []):
         ended = run_ranks(train_top_p, 2, tmp_path, [*flags, *more], timeout=240)

@@ -1,4 +1,4 @@
-"""Example of a router that somebody might add: see `docs/extending.md` and `test_registry.py`."""
+"""Example of a router that somebody might add: see `docs/how-to/extending.md`."""
 
 import torch
 from torch import Tensor
@@ -16,20 +16,10 @@ TOP_P = RouterType(
 class TopPRouter(ETRouter):
     """Router that gives a token its most likely experts, up to a total probability."""
 
-    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Select the experts whose better ones have a total probability below 0.4."""
-        probs = logits.reshape(-1, self.num_experts).float().softmax(dim=-1)
-        routing_map = self.margins(logits) > 0
-        if padding_mask is not None:
-            routing_map &= ~padding_mask.reshape(-1, 1)
-        self.count(routing_map, padding_mask)
-        return probs * routing_map, routing_map
-
     def margins(self, logits: Tensor) -> Tensor:
         """Return 0.4 minus the total probability of the better experts."""
-        probs = logits.detach().reshape(-1, self.num_experts).float().softmax(dim=-1)
-        best, order = probs.sort(dim=-1, descending=True)
-        better = torch.empty_like(probs).scatter_(1, order, best.cumsum(dim=-1) - best)
+        best, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)
+        better = torch.empty_like(best).scatter_(1, order, best.cumsum(dim=-1) - best)
         return 0.4 - better
 
 

@@ -244,7 +244,7 @@ def other_models(folder: Path) -> SimpleNamespace:
         for expert in range(4):  # the second best of the three others
             others = scores[:, [e for e in range(4) if e != expert]]
             expected[:, expert] = scores[:, expert] - others.sort(descending=True).values[:, 1]
-        margins = router.margins(logits)
+        margins = router.margins(logits[:, 0])
         chosen = router.routing(logits)[1].bool()
         facts.kinds[kind] = (
             float((margins - expected).abs().max()),
