@@ -74,8 +74,9 @@ def parse_arguments(argv: list[str] | None) -> PreprocessFlags:
     add = parser.add_argument
     # fmt: off
     add("--input", nargs="+", required=True, metavar="FILE",
-        help="Files or globs to tokenize (** matches any folders): .jsonl, .parquet or .txt, "
-             "plain or compressed as .gz, .zst, .bz2 or .xz.")
+        help="Files, folders or globs to tokenize (** matches any folders): .txt, .md, .jsonl, "
+             ".csv, .tsv or .parquet, plain or compressed as .gz, .zst, .bz2 or .xz. A folder "
+             "stands for all such files in it and its subfolders.")
     add("--tokenizer-model", required=True, metavar="FILE",
         help="SentencePiece model that tokenizes the text.")
     add("--output-prefix", required=True, metavar="PREFIX",
@@ -91,7 +92,8 @@ def parse_arguments(argv: list[str] | None) -> PreprocessFlags:
         help="Format of the input; auto determines it from the suffix of each file. "
              "Default: %(default)s.")
     add("--text-key", default="text", metavar="KEY",
-        help="Field (JSONL) or column (Parquet) that contains the text. Default: %(default)s.")
+        help="Field (JSONL) or column (CSV, Parquet) that contains the text. "
+             "Default: %(default)s.")
     add("--document-separator", metavar="LINE",
         help="Line that ends a document in plain text; '' stands for a blank line, and '\\n' makes "
              "every line a document. Write --document-separator=-- for a separator that begins "

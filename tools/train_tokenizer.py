@@ -203,8 +203,9 @@ def parse_arguments(argv: list[str] | None) -> TrainTokenizerFlags:
     add = parser.add_argument
     # fmt: off
     add("--input", nargs="+", required=True, metavar="FILE",
-        help="Files or globs to train on (** matches any folders): .jsonl, .parquet or .txt, plain "
-             "or compressed as .gz, .zst, .bz2 or .xz.")
+        help="Files, folders or globs to train on (** matches any folders): .txt, .md, .jsonl, "
+             ".csv, .tsv or .parquet, plain or compressed as .gz, .zst, .bz2 or .xz. A folder "
+             "stands for all such files in it and its subfolders.")
     add("--output", required=True, metavar="FILE",
         help="File for the tokenizer. The suffix .model is appended if it is missing.")
     add("--vocab-size", type=int, required=True, metavar="N",
@@ -213,7 +214,8 @@ def parse_arguments(argv: list[str] | None) -> TrainTokenizerFlags:
         help="Format of the input; auto determines it from the suffix of each file. "
              "Default: %(default)s.")
     add("--text-key", default="text", metavar="KEY",
-        help="Field (JSONL) or column (Parquet) that contains the text. Default: %(default)s.")
+        help="Field (JSONL) or column (CSV, Parquet) that contains the text. "
+             "Default: %(default)s.")
     add("--max-sample-bytes", type=int, default=256 << 20, metavar="N",
         help="Maximum size of the sample of lines, in bytes. Training takes about ten times as "
              "much memory. Default: 268435456 (256 MiB).")

@@ -1,4 +1,4 @@
-"""Reader of documents in JSONL, Parquet and plain text files, one shard at a time.
+"""Reader of documents in JSONL, Parquet, CSV and plain text files, one shard at a time.
 
 Memory is bounded by the largest document (Parquet: by one batch of rows).
 """
@@ -8,9 +8,12 @@ import json
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
+from megatron_ext.data.csv_rows import csv_rows
 from megatron_ext.data.decompression import BROKEN, decompressed
 from megatron_ext.data.shards import MAX_PLAIN_DOCUMENT, Shard, TextFormat, open_parquet, too_large
 from megatron_ext.errors import UserError
+
+_ARRAY = "a JSON array, not JSON lines; write each of its objects on a separate line"
 
 
 class MalformedRecord(NamedTuple):
@@ -26,7 +29,8 @@ class ShardReader:
     Iterating raises a `UserError` if the file turns out to be truncated or broken.
 
     Attributes:
-        lines: Number of lines (rows) of the shard read so far; at the end, all that it owns.
+        lines: Number of lines (Parquet: rows) of the shard read so far; at the end, all that it
+            owns. For CSV, the line on which the current row begins.
         consumed: Bytes of the shard read so far, at most `shard.size`.
     """
 
@@ -43,6 +47,8 @@ class ShardReader:
                 stream = decompressed(raw)
                 if self.shard.format == "jsonl":
                     yield from self._jsonl(raw, stream)
+                elif self.shard.format == "csv":
+                    yield from self._csv(raw, stream)
                 elif self.layout.separator is None:
                     yield from self._whole(stream)
                 elif self.layout.separator == "\n":
@@ -88,14 +94,25 @@ class ShardReader:
         try:
             record = json.loads(text)
         except (ValueError, RecursionError) as error:
+            if self.lines == 1 and text.lstrip().startswith("["):
+                return MalformedRecord(1, _ARRAY)
             return MalformedRecord(self.lines, f"invalid JSON: {error}")
         if not isinstance(record, dict):
-            return MalformedRecord(self.lines, "not a JSON object")
+            is_array = self.lines == 1 and isinstance(record, list)
+            return MalformedRecord(self.lines, _ARRAY if is_array else "not a JSON object")
         key = self.layout.text_key
         if key not in record:
             keys = ", ".join(map(repr, list(record)[:8])) or "none"
             return MalformedRecord(self.lines, f"no key {key!r} (--text-key); its keys: {keys}")
         return self._checked(record[key])
+
+    def _csv(self, raw: BinaryIO, stream: io.BufferedIOBase) -> Iterator[str | MalformedRecord]:
+        for self.lines, row in csv_rows(stream, self.shard.path):
+            self.consumed = min(raw.tell(), self.shard.size)
+            if isinstance(row, str):
+                yield MalformedRecord(self.lines, row)
+            else:
+                yield row[self.layout.text_key]
 
     def _checked(self, text: object) -> str | MalformedRecord:
         """Return the text if it can be encoded as UTF-8; JSON permits half a surrogate pair."""

@@ -1,27 +1,33 @@
 """Input files of preprocessing, their text format, and their division into shards.
 
 A shard is a piece of one file that can be read independently: a byte range, a run of Parquet row
-groups, or a whole compressed file.
+groups, or a whole compressed or CSV file.
 """
 
 import glob
+import itertools
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_ext.data.decompression import COMPRESSIONS, is_compressed
+from megatron_ext.data.columns import missing_column
+from megatron_ext.data.csv_rows import csv_columns
+from megatron_ext.data.decompression import BROKEN, COMPRESSIONS, decompressed, is_compressed
 from megatron_ext.errors import UserError
 
-FORMATS = ("jsonl", "parquet", "text")
+FORMATS = ("jsonl", "parquet", "csv", "text")
 _SUFFIXES = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl",
     ".parquet": "parquet", ".pq": "parquet",
+    ".csv": "csv", ".tsv": "csv",
     ".txt": "text", ".text": "text", ".md": "text",
 }  # fmt: skip
 # SentencePiece needs about fifty bytes of memory per byte of one document.
 MAX_PLAIN_DOCUMENT = 256 << 20
+_FIRST_OBJECTS = 16  # of a JSONL file, which must not all lack the text
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,7 @@ class TextFormat:
 
     Attributes:
         format: One of `FORMATS`, or "auto" to determine it from the suffix of each file.
-        text_key: Field (JSONL) or column (Parquet) that contains the text.
+        text_key: Field (JSONL) or column (Parquet, CSV) that contains the text.
         separator: Line of plain text that ends a document ("" is a blank line). A newline makes
             every line a document. None makes the whole file one document.
     """
@@ -59,24 +65,25 @@ class Shard(NamedTuple):
 
 
 def expand_inputs(patterns: list[str], flag: str = "--input") -> list[str]:
-    """Return the absolute paths of the files that paths and globs name.
+    """Return the absolute paths of the files that paths, folders and globs name.
 
-    The order is that of the patterns; the files of a glob are sorted. A file that links give
-    further names appears once.
+    The order is that of the patterns; the files of a folder or glob are sorted. A file that links
+    give further names appears once. A folder stands for its files with a known suffix, those of its
+    subfolders included; hidden and empty files are left out.
 
     Args:
-        patterns: Paths and globs.
+        patterns: Paths, folders and globs.
         flag: Name of the flag, for error messages.
 
     Raises:
-        UserError: A pattern matches nothing, a directory, or an empty file.
+        UserError: A pattern matches nothing, a folder without text, or an empty file.
     """
     paths: dict[tuple[int, int], str] = {}
     for pattern in patterns:
         if os.path.isdir(pattern):
-            raise UserError(
-                f"{flag} {pattern} is a directory. Give its files, such as {pattern}/*.jsonl."
-            )
+            for path in _files_of_folder(pattern, flag):
+                paths.setdefault(file_identity(path), path)
+            continue
         matches = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
         files = [os.path.abspath(path) for path in sorted(matches) if os.path.isfile(path)]
         if not files:
@@ -87,6 +94,28 @@ def expand_inputs(patterns: list[str], flag: str = "--input") -> list[str]:
                 raise UserError(f"{flag} {path} is empty. Remove it from the flag.")
             paths.setdefault(file_identity(path), path)
     return list(paths.values())
+
+
+def _files_of_folder(folder: str, flag: str) -> list[str]:
+    """Return the files of a folder that contain text by their suffix, sorted by path."""
+    found, others = [], set()
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            path = os.path.abspath(os.path.join(parent, name))
+            if name.startswith(".") or not os.path.getsize(path):
+                continue
+            if format_of_suffix(path):
+                found.append(path)
+            else:
+                others.add(Path(path).suffix or name)
+    if not found:
+        seen = f" Its files end in {', '.join(sorted(others)[:8])}." if others else ""
+        raise UserError(
+            f"{flag} {folder} is a folder without a file of text ({', '.join(_SUFFIXES)}).{seen} "
+            "Give another folder, or a glob and --format."
+        )
+    return sorted(found)
 
 
 def file_identity(path: str) -> tuple[int, int]:
@@ -104,15 +133,18 @@ def plan_shards(paths: list[str], layout: TextFormat, shard_bytes: int) -> list[
         shard_bytes: Approximate size of a shard.
 
     Raises:
-        UserError: A format is unknown, a Parquet file is broken or lacks the text column, or a file
-            is too large to be one document.
+        UserError: A format is unknown, a file is broken or lacks the text column, or a file is too
+            large to be one document.
     """
     shards: list[Shard] = []
     for path in paths:
         kind, size = _format_of(path, layout), os.path.getsize(path)
         if kind == "parquet":
             shards += _parquet_shards(path, layout.text_key, size, shard_bytes)
-        elif is_compressed(path):
+            continue
+        if kind in ("jsonl", "csv"):
+            _check_text_key(path, kind, layout.text_key)
+        if is_compressed(path) or kind == "csv":  # a newline within quotes does not end a row
             shards.append(Shard(path, kind, 0, None, size))
         elif kind == "text" and layout.separator is None:
             if size > MAX_PLAIN_DOCUMENT:
@@ -145,12 +177,41 @@ def _format_of(path: str, layout: TextFormat) -> str:
     kind = format_of_suffix(path) if layout.format == "auto" else layout.format
     if not kind:
         known = f"{', '.join(_SUFFIXES)}, compressed {', '.join(COMPRESSIONS)}"
-        raise UserError(f"{path} has no known suffix ({known}). Set --format to jsonl or text.")
+        raise UserError(
+            f"{path} has no known suffix ({known}). Set --format to jsonl, csv or text."
+        )
     if kind == "parquet" and is_compressed(path):
         raise UserError(
             f"{path} is a compressed Parquet file. Decompress it: Parquet compresses its own pages."
         )
     return kind
+
+
+def _check_text_key(path: str, kind: str, text_key: str) -> None:
+    """Check that a CSV file, or the first objects of a JSONL file, have the text column.
+
+    Other objects without it are malformed; a file whose first ones all lack it has another schema.
+    """
+    with open(path, "rb") as raw:
+        try:
+            stream = decompressed(raw)
+            if kind == "csv":
+                if text_key not in (columns := csv_columns(stream, path)):
+                    raise missing_column(path, text_key, columns, "--text-key")
+                return
+            keys: dict[str, None] = {}
+            for line in itertools.islice(stream, _FIRST_OBJECTS):
+                try:
+                    record = json.loads(line)
+                except (ValueError, RecursionError):
+                    return  # malformed lines are counted and reported where they are read
+                if not isinstance(record, dict) or text_key in record:
+                    return
+                keys |= dict.fromkeys(record)
+        except BROKEN as error:
+            raise UserError(f"{path} is truncated or broken: {error}. Copy it again.") from error
+    if keys:
+        raise missing_column(path, text_key, keys, "--text-key")
 
 
 def open_parquet(path: str) -> Any:
@@ -179,8 +240,7 @@ def _parquet_shards(path: str, text_key: str, size: int, shard_bytes: int) -> It
         schema, metadata = file.schema_arrow, file.metadata
     kinds = [field.type for field in schema if field.name == text_key]
     if not kinds:
-        columns = ", ".join(schema.names)
-        raise UserError(f"{path} has no column {text_key!r}; set --text-key to one of {columns}.")
+        raise missing_column(path, text_key, schema.names, "--text-key")
     if len(kinds) > 1:
         raise UserError(f"{path} has {len(kinds)} columns {text_key!r}. Rename all but one.")
     [kind] = kinds

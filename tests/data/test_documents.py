@@ -206,3 +206,29 @@ def test_small_shards_are_grouped_in_order_up_to_a_share_of_the_shard_size():
         [10, 20, 70], [1, 99], [1], [500], [0, 100], [30],
     ]  # fmt: skip
     assert [shard for group in groups for shard in group] == shards
+
+
+def test_folders_stand_for_their_files_with_text(tmp_path):
+    names = ["b/two.TXT", "a.csv.gz", "b/.hidden/x.txt", ".y.txt", "picture.png", "empty.txt"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_bytes(b"" if name == "empty.txt" else b"x")
+    assert expand_inputs([str(tmp_path)]) == [f"{tmp_path}/a.csv.gz", f"{tmp_path}/b/two.TXT"]
+
+
+def test_csv_column_is_read_with_quoted_newlines_and_compression(tmp_path):
+    content = 'n,"the text"\n1,"one\n\nstill ""one"""\n2,\n3,zwei\n'.encode()
+    (tmp_path / "a.csv").write_bytes(codecs.BOM_UTF8 + content)
+    (tmp_path / "b.csv.gz").write_bytes(gzip.compress(content))
+    (tmp_path / "c.tsv.zst").write_bytes(zstandard.compress(content.replace(b",", b"\t")))
+    layout = TextFormat(text_key="the text")
+    for path in sorted(tmp_path.iterdir()):
+        [shard] = plan_shards([str(path)], layout, 5)
+        assert list(ShardReader(shard, layout)) == ['one\n\nstill "one"', "", "zwei"]
+
+
+def test_json_array_is_malformed_with_advice(tmp_path):
+    for content in ('[{"text": "a"}]', '[\n{"text": "a"}\n]'):
+        (tmp_path / "a.json").write_text(content)
+        first = read_all(tmp_path / "a.json")[0]
+        assert isinstance(first, MalformedRecord) and "JSON array" in first.reason

@@ -99,6 +99,8 @@ def test_user_errors_are_reported_in_one_line(model, tmp_path, capsys):
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "blank.jsonl").write_text("\n\n")
     (tmp_path / "noise.bin").write_bytes(b"noise")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/noise.bin").write_bytes(b"noise")
     pyarrow.parquet.write_table(pyarrow.table({"body": ["x"]}), tmp_path / "a.parquet")
     pyarrow.parquet.write_table(pyarrow.table({"text": [1]}), tmp_path / "b.parquet")
     prefix = tmp_path / "out"
@@ -109,12 +111,16 @@ def test_user_errors_are_reported_in_one_line(model, tmp_path, capsys):
         ("empty.jsonl", "is empty"),
         ("blank.jsonl", "contains no document"),
         ("noise.bin", "--format"),
-        ("a.parquet", "set --text-key to one of body"),
+        ("a.parquet", "Set --text-key to one of its columns: 'body'"),
         ("b.parquet", "not text"),
-        (".", "is a directory"),
+        ("folder", "is a folder without a file of text"),
     ):
         assert part in refuse(model, [tmp_path / name], prefix), name
-    assert "'text'" in refuse(model, [source], prefix, "--text-key", "body")
+    error = refuse(model, [source], prefix, "--text-key", "Texts")
+    assert "no column 'Texts'. Did you mean 'text'?" in error
+    (tmp_path / "qa.csv").write_text('question,explanation\n"Why?","Because\nso"\n')
+    error = refuse(model, [tmp_path / "qa.csv"], prefix, "--text-key", "explanations")
+    assert "Did you mean 'explanation'?" in error and "--text-key" in error
     assert "SentencePiece" in refuse(tmp_path / "noise.bin", [source], prefix)
     assert "No such file" in refuse(tmp_path / "no.model", [source], prefix)
     assert "Not a directory" in refuse(model, [source], source / "out")
