@@ -2,7 +2,8 @@
 
 The tool writes PREFIX_train_text_document.{bin,idx}, PREFIX_valid_text_document.{bin,idx} and the
 manifest PREFIX.json, which describes their source. Every document is followed by the tokenizer's
-end-of-document id; empty documents and documents of whitespace are skipped. The split of a document
+end-of-document id. A Hugging Face tokenizer gives the ids of transformers.AutoTokenizer, encoded in
+Rust. Empty documents and documents of whitespace are skipped. The split of a document
 depends only on its text and --seed, so that duplicates stay in one split. The output is identical
 for any number of workers.
 
@@ -13,18 +14,15 @@ source before it is renamed to its final name.
 """
 
 import argparse
-import hashlib
 import os
 import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
 import numpy as np
-import sentencepiece
 
 from megatron_ext.data.preprocessing.dataset_output import DatasetOutput
 from megatron_ext.data.preprocessing.indexed_dataset import (
@@ -33,6 +31,7 @@ from megatron_ext.data.preprocessing.indexed_dataset import (
     write_dataset,
 )
 from megatron_ext.data.preprocessing.parts import FORMAT_VERSION, SPLITS, PartSpec, group_shards
+from megatron_ext.data.preprocessing.source_tokenizer import SourceTokenizer, open_tokenizer
 from megatron_ext.data.preprocessing.workers import write_parts
 from megatron_ext.data.shards import FORMATS, TextFormat, expand_inputs, file_identity, plan_shards
 from megatron_ext.errors import ToolParser, UserError, run_tool
@@ -43,6 +42,7 @@ class PreprocessFlags:
 
     input: list[str]
     tokenizer_model: str
+    parse_special_tokens: bool
     output_prefix: str
     valid_fraction: float | None
     valid_input: list[str]
@@ -78,7 +78,12 @@ def parse_arguments(argv: list[str] | None) -> PreprocessFlags:
              ".csv, .tsv or .parquet, plain or compressed as .gz, .zst, .bz2 or .xz. A folder "
              "stands for all such files in it and its subfolders.")
     add("--tokenizer-model", required=True, metavar="FILE",
-        help="SentencePiece model that tokenizes the text.")
+        help="Tokenizer of the text: a SentencePiece model, or a folder with a Hugging Face "
+             "tokenizer.json, or that file.")
+    add("--parse-special-tokens", action="store_true",
+        help="Encode the names of special tokens in the text, such as <|im_start|>, as these "
+             "tokens, for text that was written with a chat template. Default: they are encoded "
+             "like other text, so that no text can end a document.")
     add("--output-prefix", required=True, metavar="PREFIX",
         help="Path and beginning of the names of the output files.")
     add("--valid-fraction", type=float, metavar="SHARE",
@@ -134,38 +139,6 @@ def parse_arguments(argv: list[str] | None) -> PreprocessFlags:
     return flags
 
 
-def open_tokenizer(model: str) -> tuple[sentencepiece.SentencePieceProcessor, str]:
-    """Return a SentencePiece tokenizer and the SHA-256 of its file.
-
-    Args:
-        model: Path of the file.
-
-    Raises:
-        UserError: The file cannot be read, or the tokenizer has no end-of-document id.
-    """
-    try:
-        content = Path(model).read_bytes()
-    except OSError as error:
-        raise UserError(
-            f"--tokenizer-model {model} cannot be read: {error.strerror}. Give the path of a "
-            "SentencePiece model."
-        ) from error
-    tokenizer = sentencepiece.SentencePieceProcessor()
-    try:
-        tokenizer.load_from_serialized_proto(content)
-    except RuntimeError as error:
-        raise UserError(
-            f"--tokenizer-model {model} is not a SentencePiece model. Train one with "
-            "python -m tools.train_tokenizer."
-        ) from error
-    if tokenizer.eos_id() < 0:
-        raise UserError(
-            f"--tokenizer-model {model} has no eos id, which ends documents. Train a tokenizer "
-            "with python -m tools.train_tokenizer."
-        )
-    return tokenizer, hashlib.sha256(content).hexdigest()
-
-
 @contextmanager
 def stopping_on_signals(output: DatasetOutput) -> Iterator[None]:
     """Stop cleanly on SIGINT and SIGTERM, and print the number of finished parts."""
@@ -192,7 +165,6 @@ def main(argv: list[str] | None = None) -> None:
     flags = parse_arguments(argv)
     separator = flags.document_separator
     layout = TextFormat(flags.format, flags.text_key, "\n" if separator == r"\n" else separator)
-    tokenizer, sha256 = open_tokenizer(flags.tokenizer_model)
     inputs = {
         "train": expand_inputs(flags.input),
         "valid": expand_inputs(flags.valid_input, "--valid-input"),
@@ -202,6 +174,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(
             f"{both[0]} is in --input and in --valid-input. Remove it from one of them."
         )
+    tokenizer = open_tokenizer(flags.tokenizer_model, flags.parse_special_tokens)
     status = {path: os.stat(path) for path in inputs["train"] + inputs["valid"]}
     files = {
         split: [[path, status[path].st_size, status[path].st_mtime_ns] for path in paths]
@@ -209,7 +182,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     settings: dict[str, Any] = {
         "version": FORMAT_VERSION,
-        "tokenizer_sha256": sha256,
+        "tokenizer_sha256": tokenizer.sha256,
         "input": files["train"],
         "valid_input": files["valid"],
         "format": layout.format,
@@ -218,22 +191,23 @@ def main(argv: list[str] | None = None) -> None:
         "valid_fraction": flags.valid_share,
         "seed": flags.seed,
     }
+    if flags.parse_special_tokens:
+        settings["parse_special_tokens"] = True
     output = DatasetOutput(os.path.abspath(flags.output_prefix))
     if output.is_complete(settings, flags.overwrite):
         shutil.rmtree(output.parts, ignore_errors=True)
         print(f"{output.prefix} is complete already, made with the same settings")
         return
     shards = {s: plan_shards(paths, layout, flags.shard_bytes) for s, paths in inputs.items()}
-    vocab_size = tokenizer.get_piece_size()
-    dtype = np.dtype(import_megatron().DType.optimal_dtype(vocab_size)).name
+    dtype = np.dtype(import_megatron().DType.optimal_dtype(tokenizer.vocab_size)).name
     specs = [
         PartSpec(
             shards=group,
             file_stamps=tuple(status[shard.path].st_mtime_ns for shard in group),
             layout=layout,
-            tokenizer_model=os.path.abspath(flags.tokenizer_model),
-            tokenizer_sha256=sha256,
-            eod=tokenizer.eos_id(),
+            tokenizer_sha256=tokenizer.sha256,
+            eod=tokenizer.eod,
+            parse_special=tokenizer.parse_special,
             dtype=dtype,
             valid_fraction=1.0 if split == "valid" else flags.valid_share,
             seed=flags.seed,
@@ -242,7 +216,7 @@ def main(argv: list[str] | None = None) -> None:
         for group in group_shards(shards[split], flags.shard_bytes)
     ]
     with output.locked(), stopping_on_signals(output):
-        write_output(flags, settings, specs, output, vocab_size)
+        write_output(flags, settings, specs, output, tokenizer)
 
 
 def write_output(
@@ -250,7 +224,7 @@ def write_output(
     settings: dict[str, Any],
     specs: list[PartSpec],
     output: DatasetOutput,
-    vocab_size: int,
+    tokenizer: SourceTokenizer,
 ) -> None:
     """Write the parts, join them into datasets, check these and give them their final names.
 
@@ -259,12 +233,12 @@ def write_output(
         settings: Everything that determines the output, for the manifest.
         specs: The parts, in order.
         output: Names of the files.
-        vocab_size: Number of entries of the tokenizer.
+        tokenizer: The tokenizer.
 
     Raises:
         UserError: The input is malformed, or a split would be empty.
     """
-    parts, counts = write_parts(specs, output.parts, flags.workers, flags.max_malformed)
+    parts, counts = write_parts(specs, tokenizer, output.parts, flags.workers, flags.max_malformed)
     splits = [split for split in SPLITS if any(part["documents"][split] for part in parts)]
     if "train" not in splits:
         raise UserError("No document is left for training. Lower --valid-fraction.")
@@ -277,7 +251,7 @@ def write_output(
     for split in splits:
         prefix = str(output.parts / f"{split}.dataset")
         write_dataset(split, specs, output.parts, prefix)
-        outcome = check_dataset(split, specs, parts, prefix)
+        outcome = check_dataset(split, specs, tokenizer, parts, prefix)
         summary[split] = {
             key: sum(part[key][split] for part in parts) for key in ("documents", "tokens")
         }
@@ -289,10 +263,11 @@ def write_output(
     manifest = {
         "settings": settings,
         "tokenizer": {
-            "path": specs[0].tokenizer_model,
-            "sha256": specs[0].tokenizer_sha256,
-            "vocab_size": vocab_size,
-            "eod": specs[0].eod,
+            "type": tokenizer.kind,
+            "path": os.path.abspath(tokenizer.path),
+            "sha256": tokenizer.sha256,
+            "vocab_size": tokenizer.vocab_size,
+            "eod": tokenizer.eod,
         },
         "dtype": specs[0].dtype,
         "splits": summary,

@@ -1,66 +1,44 @@
-"""Train a lossless SentencePiece BPE tokenizer: decode(encode(text)) == text.
+"""Train a lossless BPE tokenizer: decode(encode(text)) == text.
 
-Text is not normalized and gets no dummy prefix, and characters outside the vocabulary are encoded
-as byte tokens, so that no text is unknown. The one exception is U+2581, SentencePiece's mark for a
-space, which decodes to a space. The ids 0 to 3 are unk, bos, eos and pad. Megatron reads the file
-with `--tokenizer-type SentencePieceTokenizer --tokenizer-model FILE` and ends documents with eos.
+With --kind sentencepiece the tokenizer is a SentencePiece model. Text is not normalized and gets no
+dummy prefix, and characters outside the vocabulary are encoded as byte tokens, so that no text is
+unknown. The one exception is U+2581, SentencePiece's mark for a space, which decodes to a space.
+The ids 0 to 3 are unk, bos, eos and pad; eos ends documents.
+
+With --kind huggingface it is a folder with tokenizer.json and tokenizer_config.json, which
+transformers.AutoTokenizer loads: byte-level BPE, whose first ids are the special tokens. It can
+have a chat template, which alignment needs.
 
 If the corpus is larger than the sample, a uniform sample of lines is drawn in one pass.
 """
 
 import argparse
-import heapq
-import io
 import os
-import random
-import re
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import sentencepiece
 
+from megatron_ext.data.byte_level_bpe import (
+    CHATML,
+    CHATML_TOKENS,
+    FILES,
+    SpecialTokens,
+    save_tokenizer,
+    train_byte_level_bpe,
+)
 from megatron_ext.data.documents import MalformedRecord, ShardReader
+from megatron_ext.data.line_sample import sample_lines
+from megatron_ext.data.sentencepiece_bpe import train_sentencepiece
 from megatron_ext.data.shards import FORMATS, TextFormat, expand_inputs, plan_shards
 from megatron_ext.errors import ToolParser, UserError, run_tool
 from megatron_ext.inference.loading_flags import check_at_least_one
+from megatron_ext.new_folder import new_folder
 from megatron_ext.progress import Progress
 
 _SHARD_BYTES = 1 << 30
-
-
-class LineSample:
-    """Uniform sample of a stream's lines, in their order, within `max_lines` and `max_bytes`.
-
-    Every line draws a random key, and the lines with the smallest keys stay. Once a key has been
-    rejected, every larger key is rejected too, which keeps the sample uniform when lines differ in
-    length.
-    """
-
-    def __init__(self, max_lines: int, max_bytes: int, seed: int):
-        self.max_lines, self.max_bytes = max_lines, max_bytes
-        self.seen_lines = self.seen_bytes = self.bytes = 0
-        self._random = random.Random(seed)
-        self._limit = 1.0
-        self._heap: list[tuple[float, int, str]] = []  # (-key, position, line)
-
-    def add(self, line: str) -> None:
-        """Add the next line of the stream, or reject it."""
-        key, size = self._random.random(), len(line.encode())
-        self.seen_lines += 1
-        self.seen_bytes += size
-        if key >= self._limit:
-            return
-        heapq.heappush(self._heap, (-key, self.seen_lines, line))
-        self.bytes += size
-        while self.bytes > self.max_bytes or len(self._heap) > self.max_lines:
-            largest, _, dropped = heapq.heappop(self._heap)
-            self._limit = -largest
-            self.bytes -= len(dropped.encode())
-
-    def lines(self) -> list[str]:
-        """Return the sample, in the order of the stream."""
-        return [line for _, _, line in sorted(self._heap, key=lambda entry: entry[1])]
+_JOINED = 1 << 20  # characters of plain text that are yielded at a time
 
 
 def documents(paths: list[str], layout: TextFormat) -> Iterator[str]:
@@ -81,7 +59,7 @@ def documents(paths: list[str], layout: TextFormat) -> Iterator[str]:
     with Progress("reading", sum(shard.size for shard in shards)) as progress:
         for shard in shards:
             reader = ShardReader(shard, layout)
-            for document in reader:
+            for document in _joined_lines(reader) if shard.format == "text" else reader:
                 if isinstance(document, MalformedRecord):
                     where = f"{shard.path}: line {document.line}"
                     if shard.start:
@@ -89,7 +67,7 @@ def documents(paths: list[str], layout: TextFormat) -> Iterator[str]:
                     malformed.append(f"{where}: {document.reason}")
                     continue
                 count += 1
-                if count % 256 == 0:
+                if count % 256 == 0 or shard.format == "text":
                     progress.update(done + reader.consumed, f"{count:,} documents")
                 yield document
             done += shard.size
@@ -100,81 +78,21 @@ def documents(paths: list[str], layout: TextFormat) -> Iterator[str]:
         raise UserError(f"--input contains no document.{reason} Give files with text.")
 
 
-def sample_lines(texts: Iterable[str], max_lines: int, max_bytes: int, seed: int) -> LineSample:
-    """Return a sample of the texts' lines.
-
-    Each line includes its newline, which the tokenizer learns like any other character.
-
-    Args:
-        texts: The documents.
-        max_lines: Maximum number of lines in the sample.
-        max_bytes: Maximum size of the sample, in bytes.
-        seed: Seed of the sample.
-    """
-    sample = LineSample(max_lines, max_bytes, seed)
-    for text in texts:
-        for line in text.split("\n"):
-            if line.strip():
-                sample.add(line + "\n")
-    return sample
-
-
-def train(lines: list[str], vocab_size: int, character_coverage: float) -> bytes:
-    """Train a BPE model with exactly `vocab_size` entries; the same lines give the same bytes.
-
-    Args:
-        lines: The text.
-        vocab_size: Number of entries.
-        character_coverage: Share of all characters that get their own entry.
-
-    Returns:
-        The content of the model file.
-
-    Raises:
-        UserError: The vocabulary is too large or too small for the lines, or there are none.
-    """
-    if not lines:
-        raise UserError("--input contains no text to train on. Give files with text.")
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            character_coverage=character_coverage,
-            num_threads=1,  # BPE gains nothing from more, and the number is stored in the file
-            byte_fallback=True,
-            split_digits=True,
-            allow_whitespace_only_pieces=True,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            add_dummy_prefix=False,
-            max_sentence_length=max(len(line.encode()) for line in lines) + 1,
-            minloglevel=2,
-            unk_id=0,
-            bos_id=1,
-            eos_id=2,
-            pad_id=3,
-        )
-    except RuntimeError as error:
-        raise _explained(error, vocab_size) from error
-    return model.getvalue()
-
-
-def _explained(error: RuntimeError, vocab_size: int) -> UserError:
-    message = str(error)
-    if match := re.search(r"Please set it to a value <= (\d+)", message):
-        return UserError(
-            f"--vocab-size {vocab_size} is too large for this text. Set it to at most {match[1]} "
-            "or give more text."
-        )
-    if match := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
-        return UserError(
-            f"--vocab-size {vocab_size} is too small for the characters of this text. Set it to at "
-            f"least {match[1]} or lower --character-coverage."
-        )
-    return UserError(f"SentencePiece cannot train on the text of --input: {message}")
+def _joined_lines(reader: ShardReader) -> Iterator[str | MalformedRecord]:
+    """Join the lines of plain text, so that blank lines are known; malformed ones are kept."""
+    lines: list[str] = []
+    size = 0
+    for line in reader:
+        if isinstance(line, MalformedRecord):
+            yield line
+            continue
+        lines.append(f"{line}\n")
+        size += len(line)
+        if size > _JOINED:
+            yield "".join(lines)
+            lines, size = [], 0
+    if lines:
+        yield "".join(lines)
 
 
 class TrainTokenizerFlags:
@@ -182,12 +100,16 @@ class TrainTokenizerFlags:
 
     input: list[str]
     output: str
+    kind: str
+    end_token: str | None
+    special_tokens: list[str]
+    chat_template: str | None
     vocab_size: int
     format: str
     text_key: str
     max_sample_bytes: int
     max_sample_lines: int
-    character_coverage: float
+    character_coverage: float | None
     seed: int
     overwrite: bool
 
@@ -206,10 +128,23 @@ def parse_arguments(argv: list[str] | None) -> TrainTokenizerFlags:
         help="Files, folders or globs to train on (** matches any folders): .txt, .md, .jsonl, "
              ".csv, .tsv or .parquet, plain or compressed as .gz, .zst, .bz2 or .xz. A folder "
              "stands for all such files in it and its subfolders.")
-    add("--output", required=True, metavar="FILE",
-        help="File for the tokenizer. The suffix .model is appended if it is missing.")
+    add("--output", required=True, metavar="PATH",
+        help="File for a SentencePiece model, to which the suffix .model is appended if it is "
+             "missing, or folder for a Hugging Face tokenizer.")
+    add("--kind", choices=("sentencepiece", "huggingface"), default="sentencepiece",
+        help="Format of the tokenizer. Default: %(default)s.")
     add("--vocab-size", type=int, required=True, metavar="N",
-        help="Number of entries in the vocabulary, including 256 bytes and 4 special tokens.")
+        help="Number of entries in the vocabulary, including 256 bytes and the special tokens: 4 "
+             "in a SentencePiece model, 2 in a Hugging Face tokenizer without --special-tokens.")
+    add("--end-token", metavar="TOKEN",
+        help="Token that ends a document, of a Hugging Face tokenizer. Default: <|endoftext|>.")
+    add("--special-tokens", nargs="+", default=[], metavar="TOKEN",
+        help="Further special tokens of a Hugging Face tokenizer, such as those of a chat "
+             "template. Default: none.")
+    add("--chat-template", metavar="FILE",
+        help="File with the Jinja chat template of a Hugging Face tokenizer, or chatml for the "
+             "template with <|im_start|> and <|im_end|>, which become special tokens. "
+             "Default: none.")
     add("--format", choices=("auto", *FORMATS), default="auto",
         help="Format of the input; auto determines it from the suffix of each file. "
              "Default: %(default)s.")
@@ -221,9 +156,9 @@ def parse_arguments(argv: list[str] | None) -> TrainTokenizerFlags:
              "much memory. Default: 268435456 (256 MiB).")
     add("--max-sample-lines", type=int, default=20_000_000, metavar="N",
         help="Maximum number of lines in the sample. Default: %(default)s.")
-    add("--character-coverage", type=float, default=0.9995, metavar="SHARE",
-        help="Share of all characters that get their own entry; the others are encoded as bytes. "
-             "Default: %(default)s.")
+    add("--character-coverage", type=float, metavar="SHARE",
+        help="Share of all characters that get their own entry in a SentencePiece model; the "
+             "others are encoded as bytes. Default: 0.9995.")
     add("--seed", type=int, default=0, metavar="N",
         help="Seed of the sample. Default: %(default)s.")
     add("--overwrite", action="store_true", help="Replace --output if it exists.")
@@ -234,25 +169,76 @@ def parse_arguments(argv: list[str] | None) -> TrainTokenizerFlags:
         max_sample_bytes=flags.max_sample_bytes,
         max_sample_lines=flags.max_sample_lines,
     )
-    if not 0 < flags.character_coverage <= 1:
+    if flags.character_coverage is not None and not 0 < flags.character_coverage <= 1:
         raise UserError(
             f"--character-coverage {flags.character_coverage} is out of range. Set it above 0 and "
             "to at most 1."
         )
+    names = ("character_coverage",)
+    if flags.kind == "sentencepiece":
+        names = ("end_token", "special_tokens", "chat_template")
+    for name in names:
+        if getattr(flags, name):
+            other = {"sentencepiece": "huggingface", "huggingface": "sentencepiece"}[flags.kind]
+            raise UserError(
+                f"--{name.replace('_', '-')} has no effect with --kind {flags.kind}. Leave it out, "
+                f"or use --kind {other}."
+            )
     return flags
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run the command."""
-    flags = parse_arguments(argv)
+def special_tokens(flags: TrainTokenizerFlags) -> tuple[SpecialTokens, str | None]:
+    """Return the special tokens of a Hugging Face tokenizer and its chat template.
+
+    Raises:
+        UserError: A token is empty, or the file of the template cannot be read.
+    """
+    template, chatml = flags.chat_template, flags.chat_template == "chatml"
+    if chatml:
+        template = CHATML
+    elif template is not None:
+        try:
+            template = Path(template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"--chat-template {flags.chat_template} cannot be read: {error}. Give a file with "
+                "a Jinja template, or chatml."
+            ) from error
+    more = (*(CHATML_TOKENS if chatml else ()), *flags.special_tokens)
+    special = SpecialTokens(
+        flags.end_token or SpecialTokens.end, more, CHATML_TOKENS[1:] if chatml else ()
+    )
+    if any(not name.strip() for name in special.names):
+        raise UserError("--special-tokens contains an empty token. Remove it.")
+    return special, template
+
+
+def output_path(flags: TrainTokenizerFlags) -> Path:
+    """Return the file or folder of the tokenizer, whose parent folder exists.
+
+    Raises:
+        UserError: It exists and may not be replaced, or its folder cannot be created.
+    """
     output = Path(flags.output)
-    if output.suffix != ".model":
-        output = output.with_name(output.name + ".model")
-    if output.exists() and not flags.overwrite:
+    if flags.kind == "sentencepiece":
+        if output.suffix != ".model":
+            output = output.with_name(output.name + ".model")
+        exists, replaceable = output.exists(), True
+    else:
+        if output.suffix in (".json", ".model") or output.is_file():
+            raise UserError(
+                f"--output {output} is not a folder, but a Hugging Face tokenizer consists of "
+                "several files. Give the path of a folder."
+            )
+        names = {file.name for file in output.iterdir()} if output.is_dir() else set()
+        exists, replaceable = bool(names), names <= set(FILES)
+    if not replaceable:
+        raise UserError(
+            f"--output {output} contains other files than those of a tokenizer. Choose a new "
+            "folder."
+        )
+    if exists and not flags.overwrite:
         raise UserError(f"--output {output} exists. Give --overwrite to replace it.")
-    # The tokenizer trains on lines, wherever a document of plain text ends.
-    layout = TextFormat(flags.format, flags.text_key, separator="\n")
-    paths = expand_inputs(flags.input)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -260,9 +246,21 @@ def main(argv: list[str] | None = None) -> None:
             f"The folder of --output {output} cannot be created: {error.strerror}. Choose another "
             "path."
         ) from error
+    return output
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command."""
+    flags = parse_arguments(argv)
+    output = output_path(flags)
+    is_sentencepiece = flags.kind == "sentencepiece"
+    special, template = special_tokens(flags)
+    # The tokenizer trains on lines, wherever a document of plain text ends.
+    layout = TextFormat(flags.format, flags.text_key, separator="\n")
     sample = sample_lines(
-        documents(paths, layout),
+        documents(expand_inputs(flags.input), layout),
         flags.max_sample_lines, flags.max_sample_bytes, flags.seed,
+        keep_blank_lines=not is_sentencepiece,
     )  # fmt: skip
     lines = sample.lines()
     print(
@@ -270,17 +268,24 @@ def main(argv: list[str] | None = None) -> None:
         f"{sample.bytes / 1e6:,.1f} of {sample.seen_bytes / 1e6:,.1f} MB",
         flush=True,
     )
-    # SentencePiece trains outside Python, where Python's signal handler would not run.
+    # Tokenizers are trained outside Python, where Python's signal handler would not run.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    model = train(lines, flags.vocab_size, flags.character_coverage)
-    temporary = output.with_name(f"{output.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(model)
-    temporary.replace(output)
-    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(output))
     text = "".join(lines[:1000])
+    if is_sentencepiece:
+        model = train_sentencepiece(lines, flags.vocab_size, flags.character_coverage or 0.9995)
+        temporary = output.with_name(f"{output.name}.{os.getpid()}.tmp")
+        temporary.write_bytes(model)
+        temporary.replace(output)
+        tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(output))
+        tokens = len(tokenizer.encode(text))
+    else:
+        trained = train_byte_level_bpe(lines, flags.vocab_size, special)
+        with new_folder(output, overwrite=True) as folder:
+            save_tokenizer(trained, folder, special, template)
+        tokens = len(trained.encode(text).ids)
     print(
-        f"wrote {output}: {tokenizer.get_piece_size():,} entries, "
-        f"{len(text.encode()) / len(tokenizer.encode(text)):.2f} bytes per token"
+        f"wrote {output}: {flags.vocab_size:,} entries, "
+        f"{len(text.encode()) / tokens:.2f} bytes per token"
     )
 
 

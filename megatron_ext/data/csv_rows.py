@@ -3,6 +3,7 @@
 import csv
 import io
 from collections.abc import Iterator
+from typing import Any, TextIO
 
 from megatron_ext.errors import UserError
 
@@ -28,8 +29,7 @@ def csv_rows(stream: io.BufferedIOBase, path: str) -> Iterator[tuple[int, dict[s
         UserError: The file has no header, or two columns have the same name.
     """
     csv.field_size_limit(_LONGEST_FIELD)
-    # Lone surrogates stand for invalid bytes, so that a row can be reported and reading continues.
-    text = io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="")
+    text = _decoded(stream)
     try:
         reader, header = _header(text, path)
         first = 1 + reader.line_num
@@ -54,17 +54,22 @@ def csv_rows(stream: io.BufferedIOBase, path: str) -> Iterator[tuple[int, dict[s
 
 def csv_columns(stream: io.BufferedIOBase, path: str) -> list[str]:
     """Return the columns of a CSV file; see `csv_rows`."""
-    text = io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="")
+    text = _decoded(stream)
     try:
         return _header(text, path)[1]
     finally:
         text.detach()
 
 
+def _decoded(stream: Any) -> io.TextIOWrapper:
+    # Lone surrogates stand for invalid bytes, so that a row can be reported and reading continues.
+    return io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="")
+
+
 class _Reader:
     """CSV reader that counts lines from the beginning of the file."""
 
-    def __init__(self, text: io.TextIOWrapper, delimiter: str, lines_before: int) -> None:
+    def __init__(self, text: TextIO, delimiter: str, lines_before: int) -> None:
         self._reader = csv.reader(text, delimiter=delimiter, strict=True)
         self._lines_before = lines_before
 
@@ -77,7 +82,7 @@ class _Reader:
         return next(self._reader)
 
 
-def _header(text: io.TextIOWrapper, path: str) -> tuple[_Reader, list[str]]:
+def _header(text: TextIO, path: str) -> tuple[_Reader, list[str]]:
     """Return a reader of the rows below the header, and the names of the columns."""
     lines = []
     for line in text:
@@ -93,7 +98,8 @@ def _header(text: io.TextIOWrapper, path: str) -> tuple[_Reader, list[str]]:
         header = next((row for row in rows if row), None)
     except csv.Error as error:
         raise UserError(
-            f"{path} has no valid header: {error}. Write the names of the columns on its first line."
+            f"{path} has no valid header: {error}. Write the names of the columns on its first "
+            "line."
         ) from error
     if header is None:
         raise UserError(f"{path} has no header. Write the names of the columns on its first line.")

@@ -107,7 +107,8 @@ class ShardReader:
         return self._checked(record[key])
 
     def _csv(self, raw: BinaryIO, stream: io.BufferedIOBase) -> Iterator[str | MalformedRecord]:
-        for self.lines, row in csv_rows(stream, self.shard.path):
+        for line, row in csv_rows(stream, self.shard.path):
+            self.lines = line
             self.consumed = min(raw.tell(), self.shard.size)
             if isinstance(row, str):
                 yield MalformedRecord(self.lines, row)

@@ -5,7 +5,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -38,6 +38,39 @@ _SETTINGS = (
 )
 # A SentencePiece file as a Hugging Face folder, as megatron_ext.hf.tokenizer_export writes it.
 _OWN_CLASS = "ExpertThresholdTokenizer"
+
+
+def tokenizer_of_path(
+    model: str,
+) -> tuple[Literal["SentencePieceTokenizer", "HuggingFaceTokenizer"], str]:
+    """Return Megatron's type of a tokenizer, and the path by which Megatron reads it.
+
+    A Hugging Face tokenizer is a folder or its tokenizer.json. A folder with only a SentencePiece
+    model, or one that conversion made of it, stands for that model.
+
+    Args:
+        model: Path of a file or folder, which need not exist.
+
+    Raises:
+        UserError: It is a JSON file with another name, which Megatron cannot read.
+    """
+    path = Path(model)
+    if path.is_dir():
+        sentencepiece = path / "tokenizer.model"
+        if sentencepiece.is_file() and (
+            not any((path / name).is_file() for name in (_FAST, "tokenizer_config.json"))
+            or _json(path / "tokenizer_config.json").get("tokenizer_class") == _OWN_CLASS
+        ):
+            return "SentencePieceTokenizer", str(sentencepiece)
+        return "HuggingFaceTokenizer", model
+    if path.name == _FAST:
+        return "HuggingFaceTokenizer", str(path.parent)
+    if path.suffix == ".json":
+        raise UserError(
+            f"--tokenizer-model {model} is not called tokenizer.json. Move it to a separate folder "
+            "under that name, because Hugging Face reads tokenizers from folders."
+        )
+    return "SentencePieceTokenizer", model
 
 
 def tokenizer_digest(args: Namespace) -> str | None:

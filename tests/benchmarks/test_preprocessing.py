@@ -27,7 +27,7 @@ def test_ours_is_measured_alone(tmp_path: Path) -> None:
     text, model = tmp_path / "text.jsonl", tmp_path / "model"
     texts = [f"{number} tokens went to expert {number % 7}" for number in range(300)]
     text.write_text("".join(json.dumps({"text": one}) + "\n" for one in texts))
-    model.write_bytes(train_tokenizer.train(texts, 300, 1.0))
+    model.write_bytes(train_tokenizer.train_sentencepiece(texts, 300, 1.0))
     options = PreprocessingBenchmarkFlags()
     options.rounds, options.megatron_tool = 1, None
     row = measure([US], options, text, model, workers=2)

@@ -217,7 +217,7 @@ def test_folders_stand_for_their_files_with_text(tmp_path):
 
 
 def test_csv_column_is_read_with_quoted_newlines_and_compression(tmp_path):
-    content = 'n,"the text"\n1,"one\n\nstill ""one"""\n2,\n3,zwei\n'.encode()
+    content = b'n,"the text"\n1,"one\n\nstill ""one"""\n2,\n3,zwei\n'
     (tmp_path / "a.csv").write_bytes(codecs.BOM_UTF8 + content)
     (tmp_path / "b.csv.gz").write_bytes(gzip.compress(content))
     (tmp_path / "c.tsv.zst").write_bytes(zstandard.compress(content.replace(b",", b"\t")))

@@ -11,7 +11,7 @@ def model(tmp_path_factory):
     from tools import train_tokenizer
 
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-    path.write_bytes(train_tokenizer.train(make_texts(400), 360, 1.0))
+    path.write_bytes(train_tokenizer.train_sentencepiece(make_texts(400), 360, 1.0))
     return path
 
 

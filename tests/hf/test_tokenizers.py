@@ -47,7 +47,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A SentencePiece model whose runs of spaces are pieces."""
     file = tmp_path_factory.mktemp("sentencepiece") / "tokenizer.model"
     indented = [text.replace(" ", "   ") for text in make_texts(200)]
-    file.write_bytes(train_tokenizer.train([*make_texts(200), *indented], 380, 1.0))
+    file.write_bytes(train_tokenizer.train_sentencepiece([*make_texts(200), *indented], 380, 1.0))
     return file
 
 

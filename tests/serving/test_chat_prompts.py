@@ -27,7 +27,7 @@ def tokenizer(request: Any, tmp_path: Path) -> Any:
     """One of Megatron's."""
     place = tmp_path / "tokenizer"
     if request.param == "sentencepiece":
-        place.write_bytes(train_tokenizer.train(make_texts(200), 360, 1.0))
+        place.write_bytes(train_tokenizer.train_sentencepiece(make_texts(200), 360, 1.0))
     else:
         byte_level(place)
     return MegatronTokenizer.from_pretrained(

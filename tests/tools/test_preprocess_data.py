@@ -168,7 +168,7 @@ def test_dtype_depends_on_the_vocabulary_as_in_megatron(model, tmp_path):
     words = [" ".join("".join(choose.choices("abcdefghij", k=9)) for _ in range(9))
              for _ in range(6000)]  # fmt: skip
     large = tmp_path / "large.model"
-    large.write_bytes(train_tokenizer.train(words, 65536, 1.0))
+    large.write_bytes(train_tokenizer.train_sentencepiece(words, 65536, 1.0))
     source = write_jsonl(tmp_path / "b.jsonl", words[:50])
     manifest = preprocess(large, [source], tmp_path / "large", "--valid-fraction", 0)
     assert manifest["dtype"] == "int32"

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.tokenizers import MegatronTokenizer
 
+from megatron_ext.data.line_sample import LineSample
 from megatron_ext.errors import run_tool
 from tools import train_tokenizer
 
@@ -83,7 +84,7 @@ def test_vocabulary_of_65536_trains():
         " ".join("".join(choose.choices(string.ascii_lowercase, k=9)) for _ in range(10))
         for _ in range(4000)
     ]
-    model = train_tokenizer.train(lines, 65536, 1.0)
+    model = train_tokenizer.train_sentencepiece(lines, 65536, 1.0)
     tokenizer = train_tokenizer.sentencepiece.SentencePieceProcessor(model_proto=model)
     assert tokenizer.get_piece_size() == 65536
 
@@ -104,7 +105,7 @@ def test_sample_is_uniform_over_the_stream_and_over_lengths():
     texts = ["a" * (1 + 30 * (i % 2)) for i in range(2000)]
     early = long = total = 0
     for seed in range(60):
-        sample = train_tokenizer.LineSample(10**9, 3000, seed)
+        sample = LineSample(10**9, 3000, seed)
         for i, text in enumerate(texts):
             sample.add(f"{i:04}{text}")
         lines = sample.lines()

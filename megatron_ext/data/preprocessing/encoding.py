@@ -7,6 +7,7 @@ looked up afterwards. With other models a document is encoded as a whole.
 
 import re
 from array import array
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,10 @@ class DocumentEncoder:
             words = _with_runs(words)
         tokens = map(self._words.__getitem__, words)
         return b"".join([self.encode(first), *tokens, self._end])
+
+    def encode_documents(self, texts: Sequence[str]) -> list[bytes | None]:
+        """Return the bytes of each document, as calling the encoder does; none is None."""
+        return list(map(self, texts))
 
     def encode(self, text: str) -> bytes:
         """Return the bytes of a text's tokens, encoded as a whole."""

@@ -5,13 +5,15 @@ import os
 import random
 import warnings
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from megatron_ext.data.documents import ShardReader
+from megatron_ext.data.documents import MalformedRecord, ShardReader
 from megatron_ext.data.preprocessing.parts import PartCounts, PartSpec
+from megatron_ext.data.preprocessing.source_tokenizer import SourceTokenizer
 from megatron_ext.errors import UserError
 
 CHECKED_DOCUMENTS = 8  # documents of each split that are compared with the source
@@ -51,7 +53,13 @@ def write_dataset(split: str, specs: list[PartSpec], folder: Path, prefix: str) 
     builder.finalize(f"{prefix}.idx")
 
 
-def check_dataset(split: str, specs: list[PartSpec], parts: list[PartCounts], prefix: str) -> str:
+def check_dataset(
+    split: str,
+    specs: list[PartSpec],
+    tokenizer: SourceTokenizer,
+    parts: list[PartCounts],
+    prefix: str,
+) -> str:
     """Read an indexed dataset back and compare it with the parts and the source.
 
     All of it is compared with the parts' counts and checksums, and some documents with their source
@@ -60,6 +68,7 @@ def check_dataset(split: str, specs: list[PartSpec], parts: list[PartCounts], pr
     Args:
         split: One of `SPLITS`.
         specs: The parts.
+        tokenizer: The tokenizer.
         parts: Their counts, in the same order.
         prefix: Path of the dataset without its suffix.
 
@@ -69,8 +78,6 @@ def check_dataset(split: str, specs: list[PartSpec], parts: list[PartCounts], pr
     Raises:
         UserError: The dataset differs.
     """
-    from megatron.core.tokenizers import MegatronTokenizer
-
     dataset = import_megatron().IndexedDataset(prefix)
     documents = np.array([part["documents"][split] for part in parts])
     tokens = [part["tokens"][split] for part in parts]
@@ -82,18 +89,21 @@ def check_dataset(split: str, specs: list[PartSpec], parts: list[PartCounts], pr
     with open(f"{prefix}.bin", "rb") as file:
         for part, count in zip(parts, tokens):
             same = same and part["crc32"][split] == _crc32(file, count * dataset.index.dtype_size)
-    tokenizer = MegatronTokenizer.from_pretrained(
-        tokenizer_path=specs[0].tokenizer_model, metadata_path={"library": "sentencepiece"}
-    )
+    encode, decode = tokenizer.reference()
+
+    def encodable(text: str) -> bool:
+        return tokenizer.encoder(specs[0].dtype).encode_documents([text]) != [None]
+
     choose = random.Random(specs[0].seed)
     checked = exact = 0
     while same and checked < CHECKED_DOCUMENTS:
         index = choose.choices(range(len(specs)), weights=documents.tolist())[0]
         ordinal = choose.randrange(min(documents[index], 1000))  # a shard may be a huge file
-        text = source_document(specs[index], split, ordinal)
+        accepts = encodable if parts[index]["refused"] else None
+        text = source_document(specs[index], split, ordinal, accepts)
         stored = dataset[int(documents[:index].sum()) + ordinal].tolist()
-        same = stored == [*tokenizer.tokenize(text), tokenizer.eod]
-        exact += tokenizer.detokenize(stored[:-1]) == text
+        same = stored == encode(text)
+        exact += decode(stored[:-1]) == text
         checked += 1
     if not same:
         raise UserError(
@@ -111,20 +121,26 @@ def _crc32(file: BinaryIO, size: int) -> int:
     return checksum
 
 
-def source_document(spec: PartSpec, split: str, ordinal: int) -> str:
+def source_document(
+    spec: PartSpec, split: str, ordinal: int, accepts: Callable[[str], bool] | None = None
+) -> str:
     """Read a document of a part from the source again.
 
     Args:
         spec: The part.
         split: One of `SPLITS`.
         ordinal: Number of the document within the part and split, from 0.
+        accepts: Function that returns whether the encoder accepted a text. Default: it accepted
+            all.
 
     Raises:
         UserError: The part has fewer documents now.
     """
     for shard in spec.shards:
         for document in ShardReader(shard, spec.layout):
-            if isinstance(document, str) and document.strip() and spec.split_of(document) == split:
+            if isinstance(document, MalformedRecord) or not document.strip():
+                continue
+            if spec.split_of(document) == split and (accepts is None or accepts(document)):
                 if ordinal == 0:
                     return document
                 ordinal -= 1

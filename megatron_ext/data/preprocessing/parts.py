@@ -5,15 +5,15 @@ import hashlib
 import json
 import os
 import zlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from megatron_ext.data.documents import MalformedRecord, ShardReader
-from megatron_ext.data.preprocessing.encoding import DocumentEncoder
 from megatron_ext.data.shards import Shard, TextFormat
 
 SPLITS = ("train", "valid")
@@ -25,6 +25,20 @@ MALFORMED_EXAMPLES = 20  # malformed lines that are listed for each shard, and i
 # files, up to that size together, because each part costs several fsyncs and takes about half a
 # second per 4 MiB.
 _SMALL = 16
+# Characters and number of documents that are encoded at a time.
+_BATCH_CHARACTERS, _BATCH_DOCUMENTS = 1 << 20, 1024
+_END_IN_TEXT = "its text contains the tokenizer's end token, which would end the document there"
+
+
+class Encoder(Protocol):
+    """Encoder of documents."""
+
+    def encode_documents(self, texts: Sequence[str]) -> list[bytes | None]:
+        """Return the bytes of each document's tokens and of the end-of-document id.
+
+        A document is None if the end-of-document id is also within it.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -35,9 +49,9 @@ class PartSpec:
         shards: One shard, or several small files in order.
         file_stamps: Modification time of each shard's file, in ns.
         layout: Format of the files.
-        tokenizer_model: Path of the tokenizer.
-        tokenizer_sha256: Digest of the tokenizer's file.
+        tokenizer_sha256: Digest of the tokenizer.
         eod: End-of-document id.
+        parse_special: Whether names of special tokens in a text are these tokens.
         dtype: Data type of the tokens.
         valid_fraction: Share of documents for validation; 0.0 and 1.0 put all into one split.
         seed: Seed of the split.
@@ -46,9 +60,9 @@ class PartSpec:
     shards: tuple[Shard, ...]
     file_stamps: tuple[int, ...]
     layout: TextFormat
-    tokenizer_model: str
     tokenizer_sha256: str
     eod: int
+    parse_special: bool
     dtype: str
     valid_fraction: float
     seed: int
@@ -56,7 +70,7 @@ class PartSpec:
     @cached_property
     def name(self) -> str:
         """Name of the part's files, a digest of everything that determines its tokens."""
-        identity = {**asdict(self), "tokenizer_model": "", "version": FORMAT_VERSION}
+        identity = {**asdict(self), "version": FORMAT_VERSION}
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
 
     @property
@@ -106,23 +120,48 @@ def group_shards(shards: list[Shard], shard_bytes: int) -> list[tuple[Shard, ...
 
 
 class _PartWriter:
-    """Writer of the tokens of a part's documents into one file per split."""
+    """Writer of the tokens of a part's documents into one file per split.
 
-    def __init__(self, spec: PartSpec, files: dict[str, Any], encode: DocumentEncoder) -> None:
-        self._work, self._files, self._encode = spec, files, encode
+    Attributes:
+        lengths: Number of tokens of each document, by split.
+        checksums: CRC-32 of the tokens, by split.
+        refused: Number of documents that the encoder refused.
+    """
+
+    def __init__(self, spec: PartSpec, files: dict[str, Any], encoder: Encoder) -> None:
+        self._spec, self._files, self._encoder = spec, files, encoder
         self._itemsize = np.dtype(spec.dtype).itemsize
-        self.lengths: dict[str, list[int]] = {split: [] for split in SPLITS}  # tokens of documents
+        self._batch: list[tuple[int, str]] = []  # lines and documents
+        self._characters = 0
+        self.lengths: dict[str, list[int]] = {split: [] for split in SPLITS}
         self.checksums = dict.fromkeys(SPLITS, 0)
+        self.refused = 0
 
-    def write(self, document: str) -> None:
-        split = self._work.split_of(document)
-        tokens = self._encode(document)
-        self.checksums[split] = zlib.crc32(tokens, self.checksums[split])
-        self._files[split].write(tokens)
-        self.lengths[split].append(len(tokens) // self._itemsize)
+    def write(self, line: int, document: str) -> list[MalformedRecord]:
+        """Add a document, and return those that turned out to be malformed."""
+        self._batch.append((line, document))
+        self._characters += len(document)
+        full = self._characters >= _BATCH_CHARACTERS or len(self._batch) >= _BATCH_DOCUMENTS
+        return self.flush() if full else []
+
+    def flush(self) -> list[MalformedRecord]:
+        """Encode and write the documents added so far, and return the malformed ones."""
+        malformed = []
+        encoded = self._encoder.encode_documents([document for _, document in self._batch])
+        for (line, document), tokens in zip(self._batch, encoded, strict=True):
+            if tokens is None:
+                malformed.append(MalformedRecord(line, _END_IN_TEXT))
+                continue
+            split = self._spec.split_of(document)
+            self.checksums[split] = zlib.crc32(tokens, self.checksums[split])
+            self._files[split].write(tokens)
+            self.lengths[split].append(len(tokens) // self._itemsize)
+        self._batch, self._characters = [], 0
+        self.refused += len(malformed)
+        return malformed
 
 
-def write_part(spec: PartSpec, folder: Path, encode: DocumentEncoder, consumed: Any) -> PartCounts:
+def write_part(spec: PartSpec, folder: Path, encoder: Encoder, consumed: Any) -> PartCounts:
     """Tokenize the shards of a part into files.
 
     The files are NAME.SPLIT.bin (tokens), NAME.SPLIT.len (number of tokens of each document, int32)
@@ -131,16 +170,17 @@ def write_part(spec: PartSpec, folder: Path, encode: DocumentEncoder, consumed: 
     Args:
         spec: The part.
         folder: Folder of the parts.
-        encode: Encoder of its documents.
+        encoder: Encoder of its documents.
         consumed: Shared counter of the bytes that all workers have read.
 
     Returns:
-        The counts: documents, tokens and CRC-32 by split, and the counts of each shard.
+        The counts: documents, tokens and CRC-32 by split, documents that the encoder refused, and
+        the counts of each shard.
     """
     temporary = {split: folder / f"{spec.name}.{split}.{os.getpid()}.tmp" for split in SPLITS}
     with contextlib.ExitStack() as stack:
         files = {split: stack.enter_context(open(temporary[split], "wb")) for split in SPLITS}
-        writer = _PartWriter(spec, files, encode)
+        writer = _PartWriter(spec, files, encoder)
         shards = [_write_shard(shard, spec.layout, writer, consumed) for shard in spec.shards]
     for split in SPLITS:
         publish(temporary[split], folder / f"{spec.name}.{split}.bin")
@@ -150,6 +190,7 @@ def write_part(spec: PartSpec, folder: Path, encode: DocumentEncoder, consumed: 
         "documents": {split: len(writer.lengths[split]) for split in SPLITS},
         "tokens": {split: sum(writer.lengths[split]) for split in SPLITS},
         "crc32": writer.checksums,
+        "refused": writer.refused,
         "shards": shards,
     }
     temporary["train"].write_text(json.dumps(part))
@@ -172,16 +213,21 @@ def _write_shard(
             consumed.value += done - reported
         reported = done
 
+    def skip(records: list[MalformedRecord]) -> None:
+        nonlocal malformed, malformed_count
+        malformed_count += len(records)
+        malformed = sorted([*malformed, *records])[:MALFORMED_EXAMPLES]
+
     for document in reader:
         if reader.consumed - reported > 1 << 17:
             report(reader.consumed)
         if isinstance(document, MalformedRecord):
-            malformed_count += 1
-            malformed += [document][: MALFORMED_EXAMPLES - len(malformed)]
+            skip([document])
         elif not document.strip():
             empty += 1
         else:
-            writer.write(document)
+            skip(writer.write(reader.lines, document))
+    skip(writer.flush())
     report(shard.size)
     for split in SPLITS:
         lengths = writer.lengths[split][before[split] :]

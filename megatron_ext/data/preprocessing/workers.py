@@ -9,26 +9,33 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_ext.data.preprocessing.document_counts import DocumentCounts
-from megatron_ext.data.preprocessing.encoding import DocumentEncoder
-from megatron_ext.data.preprocessing.parts import PartCounts, PartSpec, read_part, write_part
+from megatron_ext.data.preprocessing.parts import (
+    Encoder,
+    PartCounts,
+    PartSpec,
+    read_part,
+    write_part,
+)
+from megatron_ext.data.preprocessing.source_tokenizer import SourceTokenizer
 from megatron_ext.errors import UserError
 from megatron_ext.progress import Progress
 
 # State of a worker process, set by start_worker.
-_encoder: DocumentEncoder
+_encoder: Encoder
 _consumed: Any
 
 
-def start_worker(model: str, dtype: str, consumed: Any) -> None:
+def start_worker(tokenizer: SourceTokenizer, dtype: str, threads: int, consumed: Any) -> None:
     """Initialize a worker process, which exits when the main process is killed.
 
     Args:
-        model: Path of the tokenizer.
+        tokenizer: The tokenizer.
         dtype: Data type of the tokens.
+        threads: Number of threads of a Rust tokenizer.
         consumed: Shared counter of the bytes that all workers have read.
     """
     global _encoder, _consumed
-    _encoder, _consumed = DocumentEncoder(model, dtype), consumed
+    _encoder, _consumed = tokenizer.encoder(dtype, threads), consumed
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -45,14 +52,19 @@ def write_part_in_worker(spec: PartSpec, folder: Path) -> PartCounts:
 
 
 def write_parts(
-    specs: list[PartSpec], folder: Path, workers: int, max_malformed: int
+    specs: list[PartSpec],
+    tokenizer: SourceTokenizer,
+    folder: Path,
+    workers: int,
+    max_malformed: int,
 ) -> tuple[list[PartCounts], DocumentCounts]:
     """Write the parts that do not exist yet.
 
     Args:
         specs: All parts, in order.
+        tokenizer: The tokenizer.
         folder: Folder of the parts.
-        workers: Number of processes.
+        workers: Number of processes. With fewer parts, a Rust tokenizer gets the rest as threads.
         max_malformed: Maximum number of malformed lines.
 
     Returns:
@@ -70,9 +82,10 @@ def write_parts(
     parts: list[PartCounts] = []
     with Progress("tokenizing", sum(spec.size for spec in todo)) as progress:
         counts = DocumentCounts(specs, max_malformed, progress)
+        processes = max(1, min(workers, len(todo)))
         with concurrent.futures.ProcessPoolExecutor(
-            max(1, min(workers, len(todo))), context, start_worker,
-            (specs[0].tokenizer_model, specs[0].dtype, consumed),
+            processes, context, start_worker,
+            (tokenizer, specs[0].dtype, workers // processes, consumed),
         ) as pool:  # fmt: skip
             try:
                 # Workers start here and inherit the ignored Ctrl-C, which the main process handles.
