@@ -38,6 +38,15 @@ class TooFewResults(UserError):
     status = 3
 
 
+class LimitExceeded(UserError):
+    """Limit that the user sets and the command would exceed: a budget, or the memory of a device.
+
+    The flags are correct, and the command may work with a higher limit.
+    """
+
+    status = 4
+
+
 class ToolParser(argparse.ArgumentParser):
     """Argument parser whose errors are a `UserError`, without argparse's usage text.
 
@@ -86,8 +95,9 @@ class ToolParser(argparse.ArgumentParser):
 def run_tool(main: Callable[[], int | None]) -> NoReturn:
     """Run the `main` of a tool and exit with its code.
 
-    The code is 0 on success, the status of a `UserError` (2, or 3 for too few results), or 130 on
-    Ctrl-C. Error messages begin with the name of the tool on the command line.
+    The code is 0 on success, the status of a `UserError` (2; 3 for too few results; 4 for a limit
+    that would be exceeded), or 130 on Ctrl-C. Error messages begin with the name of the tool on the
+    command line.
 
     Args:
         main: Function that returns an exit code, or None for 0.

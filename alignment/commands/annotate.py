@@ -7,7 +7,7 @@ from pathlib import Path
 from alignment.commands.annotate_config import AnnotateConfig, Orders, parse
 from alignment.commands.annotation_judge_config import AnnotationJudgeConfig
 from alignment.commands.config_groups import OutputConfig
-from alignment.judges.kinds.judge_kind import AnnotationSettings, JudgeFlags
+from alignment.judges.kinds.judge_kind import AnnotationSettings, CostSettings, JudgeFlags
 from alignment.judges.kinds.registry import judge_from_flag
 from alignment.judges.questions import Item, make_questions
 from alignment.output_file import OutputFile
@@ -27,7 +27,14 @@ def run(config: AnnotateConfig) -> int:
         UserError: A flag or a file cannot be used; answers that arrived are stored.
         TooFewResults: More questions have no result than --max-failed allows.
     """
-    return annotate(config.files, config.judge, config.orders, config.generate, config.rubrics)
+    return annotate(
+        config.files,
+        config.judge,
+        config.orders,
+        config.generate,
+        config.rubrics,
+        config.dry_run,
+    )
 
 
 def annotate(
@@ -36,6 +43,8 @@ def annotate(
     orders: Orders = "both",
     generate: bool = False,
     rubrics: bool = False,
+    dry_run: bool = False,
+    counted: Sequence[Path] = (),
 ) -> int:
     """Ask a judge about the records of a file; return the exit status.
 
@@ -45,10 +54,13 @@ def annotate(
         orders: Orders in which the responses of a pair are shown.
         generate: Whether to answer prompts instead of judging.
         rubrics: Whether to write rubrics instead of judging.
+        dry_run: Whether to print the estimate of the cost alone.
+        counted: Further files of answers whose cost counts against --max-cost.
 
     Raises:
         UserError: A flag or a file cannot be used; answers that arrived are stored.
         TooFewResults: More questions have no result than --max-failed allows.
+        BudgetSpent: --max-cost allows no further call; answers that arrived are stored.
     """
     items = read_items(Path(files.input), generate or rubrics)
     output = OutputFile(
@@ -56,15 +68,14 @@ def annotate(
         orders=orders, samples=judge.samples,
     )  # fmt: skip
     flags = JudgeFlags(**{field.name: getattr(judge, field.name) for field in fields(JudgeFlags)})
+    cost = {field.name: getattr(judge, field.name) for field in fields(CostSettings)}
     settings = AnnotationSettings(
         "rubrics" if rubrics else "generate" if generate else "judge",
         judge.max_failed,
-        judge.concurrency,
-        judge.requests_per_minute,
-        judge.tokens_per_minute,
-        judge.price_in,
-        judge.price_out,
         judge.cache,
+        dry_run,
+        counted,
+        CostSettings(**cost),
     )
     questions = list(make_questions(items, orders, judge.samples))
     return judge_from_flag(judge.judge, flags).annotate(questions, output, settings)

@@ -7,7 +7,8 @@
 
 Repeat the command to resume a run that was stopped or killed. --output is written when all
 questions have been asked; until then the answers are in --cache. The exit status is 3 if more of
-the questions than --max-failed have no result.
+the questions than --max-failed have no result, and 4 if --max-cost allows no further call.
+--dry-run prints what a run will take before anything is spent.
 """
 
 from collections.abc import Sequence
@@ -34,6 +35,9 @@ class AnnotateConfig:
     template shows rubrics."""
     orders: Orders = flag("both")
     """Orders in which the responses of a pair are shown to the judge."""
+    dry_run: bool = flag(False)
+    """Print what the run will take, in calls, tokens, hours and dollars, and write no file and make
+    no call."""
     judge: AnnotationJudgeConfig = group()
 
     def __post_init__(self) -> None:

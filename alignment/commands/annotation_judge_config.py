@@ -56,8 +56,13 @@ class AnnotationJudgeConfig:
     seed: int | None = flag(None)
     """Seed of the first answer to a question; each further answer has the next one. Default:
     none."""
-    concurrency: int = flag(32, metavar="N", at_least=1)
-    """Calls at a time."""
+    concurrency: int | None = flag(None, metavar="N", at_least=1)
+    """Calls at a time. Default: 64 for each of --replicas."""
+    replicas: int | None = flag(None, metavar="N", at_least=1)
+    """Replicas of the model behind the address. Default: 1."""
+    tokens_per_second: float | None = flag(None, metavar="N", above=0)
+    """Answer tokens per second of one replica with 64 calls at a time, for the estimate of the
+    time. Default: unknown."""
     requests_per_minute: float | None = flag(None, metavar="N", above=0)
     """Limit of the calls per minute. Default: no limit."""
     tokens_per_minute: float | None = flag(None, metavar="N", above=0)
@@ -74,9 +79,23 @@ class AnnotationJudgeConfig:
     """Share of the questions that may end without a result, from 0 to 1. If more do, the command
     ends with status 3."""
     price_in: float | None = flag(None, metavar="DOLLARS", at_least=0)
-    """Price in dollars of a million prompt tokens. Default: none; no cost is reported."""
+    """Price in dollars of a million prompt tokens. Default: unknown; no cost is reported."""
     price_out: float | None = flag(None, metavar="DOLLARS", at_least=0)
-    """Price in dollars of a million answer tokens. Default: none; no cost is reported."""
+    """Price in dollars of a million answer tokens. Default: unknown; no cost is reported."""
+    price_cached: float | None = flag(None, metavar="DOLLARS", at_least=0)
+    """Price in dollars of a million prompt tokens that the endpoint had cached. Default: that of
+    --price-in."""
+    max_cost: float | None = flag(None, metavar="DOLLARS", above=0)
+    """Most dollars that all answers may cost, with those of earlier runs in the same --cache. The
+    run ends with status 4 before it would exceed them, and resumes with a higher limit. Default:
+    no limit."""
+    answer_tokens: float | None = flag(None, metavar="TOKENS", above=0)
+    """Expected tokens of an answer, for the estimate of the cost. Default: the mean of the answers
+    in --cache; without any, 8 for a label alone and 1500 otherwise."""
+    tokenizer: str | None = flag(None, metavar="DIR")
+    """Folder of the tokenizer of the judge's model, which counts the tokens of prompts. Default:
+    that of --model, if it is a folder or in the cache of Hugging Face; otherwise tokens are
+    estimated from characters."""
     cache: str | None = flag(None, metavar="FILE")
     """File that stores the answers; runs may share it one after the other. Default:
     OUTPUT.answers.jsonl."""
@@ -137,10 +156,15 @@ class AnnotationJudgeConfig:
             "--expected-score": self.expected_score, "--cache": self.cache,
             "--template": self.template,
         }  # fmt: skip
+        in_file = self.judge.endswith((".yaml", ".yml"))
+        if in_file:  # of a judge whose kind is not known here
+            used = {"--model": self.model, "--expected-score": self.expected_score,
+                    "--template": self.template}  # fmt: skip
         for option, value in used.items():
             if value:
+                fix = "write it into the file" if in_file else "leave it out"
                 raise UserError(
-                    f"{option} requires a judge at an endpoint, and --judge is {self.judge}."
+                    f"{option} requires a judge at an endpoint, and --judge is {self.judge}: {fix}."
                 )
 
     def _check_address(self) -> None:

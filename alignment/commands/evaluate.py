@@ -61,7 +61,8 @@ def run(evaluation: Evaluation) -> int:
                 records = str(file.with_name(_ITEMS[kind]))
                 print(f"{file.stem}:", flush=True)
                 output = OutputConfig(input=records, output=str(file), overwrite=config.overwrite)
-                if code := annotate(output, judge.judge):
+                caches = [Path(f"{each}.answers.jsonl") for [each] in files.values()]
+                if code := annotate(output, judge.judge, counted=caches):
                     return code
                 files[judge.judge_name, kind] = [file]
     verdicts = {judge: _read(paths, judge[0]) for judge, paths in files.items()}

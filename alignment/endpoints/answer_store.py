@@ -8,7 +8,7 @@ leaves every answer that it had counted. The memory holds keys and places, not t
 import fcntl
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,15 @@ class AnswerStore:
 
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(
+        self, path: Path, visit: Callable[[str, Any], None] = lambda key, answer: None
+    ) -> None:
         """Open the file.
 
         Args:
             path: The file.
+            visit: Function that receives the key and the row of every answer in the file, also of
+                one that a later answer replaces.
 
         Raises:
             UserError: If another process has the file open, or it is not a store.
@@ -53,7 +57,7 @@ class AnswerStore:
                 f"Another run has {path} open. Wait for its end, or choose another --cache."
             ) from None
         try:
-            self._places, self.torn_bytes = self._read()
+            self._places, self.torn_bytes = self._read(visit)
             _sync_folder(path.parent)
         except BaseException:
             os.close(self._file)
@@ -105,21 +109,22 @@ class AnswerStore:
             self._places[key] = (start, len(line))
             start += len(line)
 
-    def _read(self) -> tuple[dict[str, tuple[int, int]], int]:
+    def _read(self, visit: Callable[[str, Any], None]) -> tuple[dict[str, tuple[int, int]], int]:
         places: dict[str, tuple[int, int]] = {}
         start, size = 0, os.fstat(self._file).st_size
         with open(os.dup(self._file), "rb") as stream:
             stream.seek(0)
             for number, line in enumerate(stream, start=1):
-                key = _key(line)
-                if key is None:
+                entry = _entry(line)
+                if entry is None:
                     if start + len(line) < size:
                         raise UserError(
                             f"{self.path}, line {number}, is not an answer. The file is damaged or "
                             "no answer store. Choose another --cache."
                         )
                     break
-                places[key] = (start, len(line))
+                visit(*entry)
+                places[entry[0]] = (start, len(line))
                 start += len(line)
         # A file of another kind must not be emptied: only the beginning of an answer is removed.
         if start < size and not _is_torn_answer(os.pread(self._file, 8, start)):
@@ -130,13 +135,26 @@ class AnswerStore:
         return places, size - start
 
 
-def _key(line: bytes) -> str | None:
-    """Return the key of a line, or None if the line is torn or not an answer."""
+def read_answers(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the key and the row of every answer in a file, without opening it as a store.
+
+    Another process may have the file open. A torn last line is left out, and so is everything of a
+    file that does not exist.
+    """
+    if path.exists():
+        with path.open("rb") as stream:
+            for line in stream:
+                if (entry := _entry(line)) is not None:
+                    yield entry
+
+
+def _entry(line: bytes) -> tuple[str, dict[str, Any]] | None:
+    """Return the key and the answer of a line, or None if the line is torn or not an answer."""
     if not line.endswith(b"\n"):
         return None
     try:
         row = json.loads(line)
-        return row["key"] if isinstance(row["answer"], dict) else None
+        return (row["key"], row["answer"]) if isinstance(row["answer"], dict) else None
     except (ValueError, KeyError, TypeError):
         return None
 

@@ -5,15 +5,16 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from hashlib import sha256
 from typing import Any
 
+from alignment.endpoints.budget import Budget
 from alignment.endpoints.client import EndpointClient
+from alignment.endpoints.token_counter import CHARACTERS_PER_TOKEN
+from alignment.endpoints.usage import Prices, TokenUsage
 from alignment.judges.formats.answers import Answer, read_answer
 from alignment.records import Message
 
-_CHARACTERS = 4  # per token, about, where an endpoint does not count tokens
 # Names of snapshots: gpt-4o-2024-08-06, claude-sonnet-4-20250514, gemini-1.5-pro-002.
 _SNAPSHOT = re.compile(r"[-@:](\d{4}-\d{2}-\d{2}|\d{8}|\d{6}|\d{4}|\d{3}|latest)$")
 
@@ -70,15 +71,28 @@ class ChatClient(EndpointClient):
     """Client of an endpoint that speaks OpenAI's chat API.
 
     Attributes:
+        budget: The budget that the calls are paid from. Default: one without a limit.
         models: Number of answers of each model, by the names that the endpoint returns.
     """
 
+    budget: Budget = field(default_factory=lambda: Budget(Prices()))
     models: Counter[str] = field(default_factory=Counter, init=False)
 
     async def ask(self, request: ChatRequest) -> Answer:
-        """Return the answer to a request; see `EndpointClient.post` for the errors."""
-        read = partial(_read, request.label_log_probs)
-        answer = await self.post(f"{self.url}/chat/completions", request.body(), read)
+        """Return the answer to a request; see `EndpointClient.post` for further errors.
+
+        Raises:
+            BudgetSpent: The call does not fit into the budget.
+        """
+        reservation = self.budget.reserve(request.messages, request.sampling.max_tokens)
+
+        def read(content: bytes, seconds: float | None) -> Answer:
+            answer = read_answer(content, request.label_log_probs, seconds)
+            reservation.answered(TokenUsage.of(answer))
+            return answer
+
+        url = f"{self.url}/chat/completions"
+        answer = await self.post(url, request.body(), read, reservation)
         self.limiter.count_tokens(_tokens(request, answer))
         self._count_model(request.model, answer.model)
         return answer
@@ -92,10 +106,6 @@ class ChatClient(EndpointClient):
                 f"warning: {self.url} was called for the model {requested!r} and answers as "
                 f"{answered!r}. Check that it serves the right model."
             )
-
-
-def _read(label_log_probs: bool, content: bytes, seconds: float | None) -> Answer:
-    return read_answer(content, label_log_probs, seconds)
 
 
 def same_model(requested: str, answered: str) -> bool:
@@ -115,7 +125,7 @@ def _tokens(request: ChatRequest, answer: Answer) -> int:
     """Return the tokens of a call, estimated where the endpoint does not count them."""
     prompt, completion = answer.prompt_tokens, answer.completion_tokens
     if prompt is None:
-        prompt = sum(len(message.content) for message in request.messages) // _CHARACTERS
+        prompt = sum(len(message.content) for message in request.messages) // CHARACTERS_PER_TOKEN
     if completion is None:
-        completion = len(answer.thinking + answer.text) // _CHARACTERS
+        completion = len(answer.thinking + answer.text) // CHARACTERS_PER_TOKEN
     return prompt + completion

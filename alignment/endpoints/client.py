@@ -10,6 +10,7 @@ import asyncio
 import itertools
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -71,7 +72,13 @@ class EndpointClient:
     last_fault: str = field(default="", init=False)
     _waits_until: float = field(default=0.0, init=False)
 
-    async def post[T](self, url: str, body: Any, read: Callable[[bytes, float | None], T]) -> T:
+    async def post[T](
+        self,
+        url: str,
+        body: Any,
+        read: Callable[[bytes, float | None], T],
+        reservation: AbstractAsyncContextManager[Any] | None = None,
+    ) -> T:
         """Return the answer to a request.
 
         Only faults that may pass are repeated. An answer that was received is paid for, whatever it
@@ -82,6 +89,7 @@ class EndpointClient:
             body: The request, which is sent as JSON.
             read: Function that reads the body of a successful answer. Its second argument is the
                 wait that the endpoint requests, in seconds. It may raise `EndpointError`.
+            reservation: The part of a budget that each try holds; it may wait. Default: none.
 
         Raises:
             CallFailed: If this request has no answer.
@@ -92,9 +100,10 @@ class EndpointClient:
         begin, damaged = time.monotonic(), 0
         for attempt in itertools.count():
             await self.limiter.acquire()
-            await self.sleep(0)  # The run may have been cancelled meanwhile.
             try:
-                return await self._try(url, body, read)
+                async with reservation or nullcontext():
+                    await self.sleep(0)  # The run may have been cancelled meanwhile.
+                    return await self._try(url, body, read)
             except EndpointError as error:
                 if error.kind is ErrorKind.FATAL:
                     raise UserError(
@@ -158,7 +167,9 @@ class EndpointClient:
                 status, headers, content = await self._post(url, body)
         except TimeoutError:
             raise EndpointError(
-                f"no answer within {self.policy.timeout:g} seconds", ErrorKind.PASSING
+                f"no answer within {self.policy.timeout:g} seconds",
+                ErrorKind.PASSING,
+                may_be_billed=True,
             ) from None
         except (httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
             raise UserError(
@@ -167,7 +178,8 @@ class EndpointClient:
             ) from None
         except httpx.HTTPError as error:
             reason = f"no connection: {str(error) or type(error).__name__}"
-            raise EndpointError(reason, ErrorKind.PASSING) from None
+            sent = not isinstance(error, httpx.ConnectError | httpx.PoolTimeout)
+            raise EndpointError(reason, ErrorKind.PASSING, may_be_billed=sent) from None
         seconds = retry_after(headers.get("retry-after"), time.time())
         if 200 <= status < 300:
             return read(content, seconds)
@@ -183,7 +195,7 @@ class EndpointClient:
                 content += piece
                 if len(content) > _LARGEST:
                     size = f"an answer of more than {_LARGEST >> 20} MiB"
-                    raise EndpointError(size, ErrorKind.REFUSED)
+                    raise EndpointError(size, ErrorKind.REFUSED, may_be_billed=True)
         return response.status_code, response.headers, bytes(content)
 
 

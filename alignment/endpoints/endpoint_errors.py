@@ -55,13 +55,20 @@ class EndpointError(Exception):
         seconds: The wait that the endpoint requests, in seconds, or None.
         tries: Most tries that may end with an error of this sort, because each may be billed; None
             for the limit of all tries.
+        may_be_billed: Whether the endpoint may have answered nevertheless, and bill the answer.
     """
 
     def __init__(
-        self, reason: str, kind: ErrorKind, seconds: float | None = None, tries: int | None = None
+        self,
+        reason: str,
+        kind: ErrorKind,
+        seconds: float | None = None,
+        tries: int | None = None,
+        may_be_billed: bool = False,
     ) -> None:
         super().__init__(reason)
         self.kind, self.seconds, self.tries = kind, seconds, tries
+        self.may_be_billed = may_be_billed or tries is not None
 
 
 def load_json(content: bytes) -> Any:

@@ -8,10 +8,44 @@ from alignment.judges.formats.answers import Answer
 
 @dataclass(frozen=True)
 class Prices:
-    """Prices in dollars per million tokens; None where they are not known."""
+    """Prices in dollars per million tokens; None where they are not known.
+
+    Attributes:
+        prompt: Price of the tokens of prompts.
+        completion: Price of the tokens of answers, with their thinking.
+        cached_prompt: Price of the tokens of prompts that the endpoint had cached. Default: that of
+            all tokens of prompts.
+    """
 
     prompt: float | None = None
     completion: float | None = None
+    cached_prompt: float | None = None
+
+    def cost(
+        self, prompt_tokens: float, completion_tokens: float, cached_tokens: float = 0
+    ) -> float | None:
+        """Return the price of tokens in dollars, or None where a price is not known.
+
+        Args:
+            prompt_tokens: Tokens of prompts, cached ones included.
+            completion_tokens: Tokens of answers.
+            cached_tokens: Those of the prompts' tokens that the endpoint had cached.
+        """
+        if self.prompt is None or self.completion is None:
+            return None
+        cached = self.prompt if self.cached_prompt is None else self.cached_prompt
+        new = (prompt_tokens - cached_tokens) * self.prompt
+        return (new + cached_tokens * cached + completion_tokens * self.completion) / 1e6
+
+    def most(self, prompt_tokens: float, completion_tokens: float) -> float | None:
+        """Return the most that tokens may cost in dollars, however many of them are cached.
+
+        Writing to a cache may cost more than a token that is not cached.
+        """
+        costs = [
+            self.cost(prompt_tokens, completion_tokens, cached) for cached in (0, prompt_tokens)
+        ]
+        return max((cost for cost in costs if cost is not None), default=None)
 
 
 @dataclass(frozen=True)
@@ -24,19 +58,22 @@ class TokenUsage:
         completion_tokens: Tokens of the answers.
         uncounted: Number of answers for which the endpoint reports no usable usage. They are in no
             sum of tokens.
+        cached_tokens: Those of the prompts' tokens that the endpoint had cached.
     """
 
     answers: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
     uncounted: int = 0
+    cached_tokens: int = 0
 
     @classmethod
     def of(cls, answer: Answer) -> "TokenUsage":
         """Return the usage of one answer."""
         prompt, completion = answer.prompt_tokens, answer.completion_tokens
-        uncounted = int(prompt is None or completion is None)
-        return cls(1, prompt or 0, completion or 0, uncounted)
+        if prompt is None or completion is None:
+            return cls(1, prompt or 0, completion or 0, uncounted=1)
+        return cls(1, prompt, completion, cached_tokens=min(answer.cached_tokens or 0, prompt))
 
     def __add__(self, other: "TokenUsage") -> "TokenUsage":
         """Return the usage of both."""
@@ -45,21 +82,18 @@ class TokenUsage:
             self.prompt_tokens + other.prompt_tokens,
             self.completion_tokens + other.completion_tokens,
             self.uncounted + other.uncounted,
+            self.cached_tokens + other.cached_tokens,
         )
 
     def cost(self, prices: Prices) -> float | None:
         """Return the cost of the tokens that were counted, in dollars; None without prices."""
-        if prices.prompt is None and prices.completion is None:
-            return None
-        pairs = (
-            (self.prompt_tokens, prices.prompt), (self.completion_tokens, prices.completion)
-        )  # fmt: skip
-        return sum(tokens * (price or 0.0) for tokens, price in pairs) / 1e6
+        return prices.cost(self.prompt_tokens, self.completion_tokens, self.cached_tokens)
 
     def summary(self, prices: Prices) -> str:
         """Return the usage and its cost as text."""
         cost = self.cost(prices)
-        tokens = f"{self.prompt_tokens:,} tokens in, {self.completion_tokens:,} out"
+        cached = f" ({self.cached_tokens:,} of them cached)" if self.cached_tokens else ""
+        tokens = f"{self.prompt_tokens:,} tokens in{cached}, {self.completion_tokens:,} out"
         if cost is not None:
             tokens = f"{tokens}, {'at least ' if self.uncounted else ''}${cost:,.4f}"
         if self.uncounted:

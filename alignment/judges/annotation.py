@@ -2,6 +2,7 @@
 
 import asyncio
 import signal
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ _LEAST_DONE = 100
 # Answers without a result that are received before a run that cannot succeed ends. A small run
 # asks all its questions, and the reasons can be read in its output.
 _LEAST_LACKING = 20
+# Answers after which the estimate of the cost is revised, if they are twice the calls at a time.
+_FIRST = 20
 # Calls in a row that failed in every try, after which the endpoint counts as dead.
 _DEAD = 20
 
@@ -66,6 +69,8 @@ class AnnotationRun:
         concurrency: Most calls at a time.
         max_failed: Share of the questions that may end without a result.
         describe: Function that returns what the progress line adds to the counts.
+        revise: Function that returns in a sentence what the first answers imply for all calls, from
+            their usage and the seconds that they took.
     """
 
     keys: Sequence[str]
@@ -79,8 +84,11 @@ class AnnotationRun:
     concurrency: int = 32
     max_failed: float = 0.05
     describe: Callable[[AnnotationProgress], str] = lambda progress: ""
+    revise: Callable[[TokenUsage, float], str] | None = None
     counts: AnnotationProgress = field(default_factory=AnnotationProgress, init=False)
     _failed_in_a_row: int = field(default=0, init=False)
+    _progress: Progress | None = field(default=None, init=False)
+    _begin: float = field(default=0.0, init=False)
 
     async def run(self, progress: Progress) -> AnnotationProgress:
         """Ask all questions.
@@ -92,6 +100,7 @@ class AnnotationRun:
             RunCancelled: After a signal, whose number is the argument.
         """
         pool = EndpointPool(self._call, _to_record, self.concurrency, self.cancel)
+        self._progress, self._begin = progress, time.monotonic()
         display = asyncio.create_task(self._show(progress))
         try:
             with self._signals(pool, progress):
@@ -111,6 +120,11 @@ class AnnotationRun:
 
     def _on_answer(self, key: str, answer: Answer) -> None:
         self.counts.usage += TokenUsage.of(answer)
+        # Short answers arrive first, so that the first of every worker would mislead.
+        if self.revise and self.counts.usage.answers == max(_FIRST, 2 * self.concurrency):
+            assert self._progress is not None
+            seconds = time.monotonic() - self._begin
+            self._progress.log(self.revise(self.counts.usage, seconds))
         if note := self.inspect(key, answer):
             self.counts.notes[note] = self.counts.notes.get(note, 0) + 1
         if reason := self.explain_lack(key, answer):

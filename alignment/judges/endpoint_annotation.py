@@ -10,14 +10,17 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from alignment.endpoints.answer_store import AnswerStore
+from alignment.endpoints.answer_store import AnswerStore, read_answers
 from alignment.endpoints.api_key import read_api_key
+from alignment.endpoints.budget import Budget
 from alignment.endpoints.chat_client import ChatClient, ChatRequest
 from alignment.endpoints.client import RunCancelled, connect
+from alignment.endpoints.cost_estimate import CostEstimate, format_dollars
 from alignment.endpoints.pool import CancelToken
 from alignment.endpoints.rate_limits import RateLimiter
-from alignment.endpoints.usage import Prices, TokenUsage
+from alignment.endpoints.usage import TokenUsage
 from alignment.judges.annotation import AnnotationProgress, AnnotationRun
+from alignment.judges.annotation_cost import estimate_cost, open_budget
 from alignment.judges.formats.answers import Answer
 from alignment.judges.formats.judge_format import JudgeFormat
 from alignment.judges.formats.prompts import judge_prompt
@@ -51,10 +54,11 @@ def annotate_by_endpoint(
         UserError: If the run ended early for a reason that the user can fix; answers are stored.
         TooFewResults: If more questions have no result than allowed. Where all have been asked, the
             rows are written nevertheless.
+        BudgetSpent: If the budget allows no further call; answers are stored.
     """
     judge, task = _judge(config, settings, pairwise=isinstance(questions[0].item, Pair))
-    output.check_or_create(_hash(judge))
-    prices = Prices(settings.price_in, settings.price_out)
+    if not settings.dry_run:
+        output.check_or_create(_hash(judge))
 
     def request(question: Question) -> ChatRequest:
         return ChatRequest(
@@ -69,21 +73,51 @@ def annotate_by_endpoint(
     keys = [request(question).key for question in questions]
     by_key = dict(zip(keys, questions))
     cache = Path(settings.cache or f"{output.path}.answers.jsonl")
+    budget, count_stored = open_budget(
+        config,
+        settings.counted,
+        lambda key: task.messages(by_key[key]) if key in by_key else (),
+    )
+
+    def estimate(before: Mapping[str, Answer]) -> CostEstimate:
+        """Print and return what the calls will take; raise BudgetSpent if none can be paid."""
+        missing = [key for key in by_key if key not in before]
+        print(f"{len(by_key):,} questions, {len(before):,} answered before", flush=True)
+        prompts = (task.messages(by_key[key]) for key in missing)
+        answers = list(before.values())
+        cost = estimate_cost(config, settings, prompts, len(missing), answers)
+        if missing:
+            print("\n".join(cost.lines(budget)), flush=True)
+            budget.check()
+        return cost
+
+    def known(stored: Mapping[str, Any] | AnswerStore) -> dict[str, Answer]:
+        """Return the answers of this run's questions among the stored ones."""
+        answers = {key: Answer.from_row(stored[key]) for key in by_key if key in stored}
+        if not isinstance(task, JudgingTask):
+            return answers
+        # An answer without log-probabilities is a fault of the server, and is requested again.
+        return {key: a for key, a in answers.items() if not task.lacks_log_probs(a)}
+
+    if settings.dry_run:
+        stored = {}
+        for key, row in read_answers(cache):
+            count_stored(key, row)
+            stored[key] = row
+        estimate(known(stored))
+        return 0
     begin = time.monotonic()
-    with AnswerStore(cache) as store:
+    with AnswerStore(cache, count_stored) as store:
         if store.torn_bytes:
             print(f"{cache}: took away the last line, which a killed run had not finished")
-        before = {key: Answer.from_row(store[key]) for key in by_key if key in store}
-        if isinstance(task, JudgingTask):
-            # An answer without log-probabilities is a fault of the server, and is requested again.
-            before = {key: a for key, a in before.items() if not task.lacks_log_probs(a)}
+        before = known(store)
+        cost = estimate(before)
         missing = [key for key in by_key if key not in before]
         lacking = {
             key: reason
             for key, answer in before.items()
             if (reason := task.explain_lack(by_key[key], answer))
         }
-        print(f"{len(by_key):,} questions, {len(before):,} answered before", flush=True)
         try:
             progress = asyncio.run(
                 _ask(
@@ -93,7 +127,8 @@ def annotate_by_endpoint(
                     len(before),
                     lacking,
                     store,
-                    prices,
+                    budget,
+                    cost,
                     lambda key: request(by_key[key]),
                     lambda key, answer: task.inspect(by_key[key], answer),
                     lambda key, answer: task.explain_lack(by_key[key], answer),
@@ -112,6 +147,7 @@ def annotate_by_endpoint(
         for key, question in zip(keys, questions)
     ]
     records = [row for row in rows if row is not None]
+    prices = config.prices
     usage = sum(map(TokenUsage.of, answers.values()), TokenUsage())
     models = Counter(answer.model for answer in answers.values() if answer.model)
     about: dict[str, Any] = {"judge": judge, "used": usage.to_json(prices), "models": dict(models)}
@@ -161,6 +197,14 @@ def _hash(values: Mapping[str, Any]) -> str:
     return sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
+def _describe(usage: TokenUsage, budget: Budget) -> str:
+    """Return the usage of a run and what is left of its budget, for the progress line."""
+    summary = usage.summary(budget.prices)
+    if budget.max_cost is None:
+        return summary
+    return f"{summary}, {format_dollars(budget.spent)} of {format_dollars(budget.max_cost)} spent"
+
+
 async def _ask(
     config: EndpointJudgeConfig,
     settings: AnnotationSettings,
@@ -168,20 +212,25 @@ async def _ask(
     answered_before: int,
     lacking: Mapping[str, str],
     store: AnswerStore,
-    prices: Prices,
+    budget: Budget,
+    cost: CostEstimate,
     request: Callable[[str], ChatRequest],
     inspect: Callable[[str, Answer], str],
     explain_lack: Callable[[str, Answer], str],
 ) -> AnnotationProgress:
     cancel = CancelToken()
-    limiter = RateLimiter(
-        settings.requests_per_minute, settings.tokens_per_minute, sleep=cancel.sleep
-    )
+    limiter = RateLimiter(config.requests_per_minute, config.tokens_per_minute, sleep=cancel.sleep)
     key = read_api_key(config.api_key_variable)
-    async with connect(key, settings.concurrency) as http:
+    async with connect(key, config.calls_at_a_time) as http:
         with Progress("asking", len(keys), "answers") as progress:
             client = ChatClient(
-                config.url, http, config.retry_policy, limiter, cancel.sleep, progress.log
+                config.url,
+                http,
+                config.retry_policy,
+                limiter,
+                cancel.sleep,
+                progress.log,
+                budget=budget,
             )
             run = AnnotationRun(
                 keys,
@@ -192,9 +241,10 @@ async def _ask(
                 inspect,
                 explain_lack,
                 answered_before,
-                settings.concurrency,
+                config.calls_at_a_time,
                 settings.max_failed,
-                lambda counts: counts.usage.summary(prices),
+                lambda counts: _describe(counts.usage, budget),
+                cost.revised,
             )
             run.counts.lacking.update(lacking)
             try:

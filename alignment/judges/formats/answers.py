@@ -37,6 +37,8 @@ class Answer:
         problem: Why the text is not an answer of the model (a refusal, a content filter, a tool
             call), in a sentence; "" if it is one.
         label_problem: Why `labels` is None although they were requested, in a sentence.
+        cached_tokens: Those of the prompt's tokens that the endpoint had cached; None if it does
+            not report them.
     """
 
     text: str
@@ -48,6 +50,7 @@ class Answer:
     model: str = ""
     problem: str = ""
     label_problem: str = ""
+    cached_tokens: int | None = None
 
     def to_row(self) -> dict[str, Any]:
         """Return the answer as plain values."""
@@ -114,6 +117,7 @@ def read_answer(content: bytes, log_probs: bool = False, seconds: float | None =
         raise EndpointError(
             f"an answer of status 200 is not one of the chat API: it has no {lacks}",
             ErrorKind.REFUSED,
+            may_be_billed=True,
         )
     finish = choice.get("finish_reason")
     if isinstance(finish, str) and finish in _BROKEN:
@@ -162,6 +166,7 @@ def _read(
         model=_whole(model.strip()) if isinstance(model, str) else "",
         problem=_whole(problem),
         label_problem=label_problem,
+        cached_tokens=_cached(usage),
     )
 
 
@@ -214,6 +219,14 @@ def _parts(content: Any) -> Iterator[tuple[bool, str]]:
 def _whole(text: str) -> str:
     """Replace halves of characters."""
     return text.encode(errors="replace").decode()
+
+
+def _cached(usage: Mapping[str, Any]) -> int | None:
+    """Return the tokens of the prompt that were cached, by the names of OpenAI and DeepSeek."""
+    details = usage.get("prompt_tokens_details")
+    if isinstance(details, Mapping) and details.get("cached_tokens") is not None:
+        return _count(details, "cached_tokens")
+    return _count(usage, "prompt_cache_hit_tokens")
 
 
 def _count(usage: Mapping[str, Any], *names: str) -> int | None:

@@ -3,14 +3,17 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from alignment.endpoints.api_key import API_KEY_VARIABLE
 from alignment.endpoints.chat_client import ChatSampling
+from alignment.endpoints.cost_estimate import CALLS_PER_REPLICA, Speed
 from alignment.endpoints.retry import MAX_WAIT, RetryPolicy
+from alignment.endpoints.usage import Prices
 from alignment.judges.kinds.judge_kind import (
     MAY_CHANGE,
     AnnotationSettings,
+    CostSettings,
     JudgeConfig,
     JudgeContext,
     JudgeFlags,
@@ -24,6 +27,42 @@ if TYPE_CHECKING:
 
 ENDPOINT_TIMEOUT = 600.0
 """Default time limit of one call, in seconds."""
+
+
+def check_cost_settings(settings: "EndpointJudgeConfig") -> None:
+    """Check settings of cost and speed against each other.
+
+    Raises:
+        UserError: Settings contradict each other.
+    """
+    if (settings.price_in is None) != (settings.price_out is None):
+        known, missing = ("in", "out") if settings.price_out is None else ("out", "in")
+        raise UserError(
+            f"--price-{known} (price_{known} in a judge's file) requires --price-{missing} "
+            f"(price_{missing}): a cost that lacks one of them would be too low. Give both; 0 is "
+            "for what is free."
+        )
+    if settings.price_cached is not None and settings.price_in is None:
+        raise UserError(
+            "--price-cached (price_cached in a judge's file) requires --price-in and --price-out."
+        )
+    if settings.max_cost is not None and settings.price_in is None:
+        raise UserError(
+            "--max-cost (max_cost in a judge's file) requires --price-in and --price-out (price_in "
+            "and price_out), in dollars per million tokens."
+        )
+    if settings.answer_tokens is not None and settings.answer_tokens > settings.max_new_tokens:
+        raise UserError(
+            f"--answer-tokens {settings.answer_tokens:g} (answer_tokens in a judge's file) exceeds "
+            f"the longest answer, --max-tokens {settings.max_new_tokens} (max_new_tokens). Lower "
+            "the first or raise the second."
+        )
+    if settings.concurrency is not None and settings.concurrency < settings.replicas:
+        raise UserError(
+            f"--concurrency {settings.concurrency} (concurrency in a judge's file) leaves some of "
+            f"--replicas {settings.replicas} (replicas) without a call. Raise the first to at "
+            f"least {settings.replicas}, or leave it out for {CALLS_PER_REPLICA} for each replica."
+        )
 
 
 class EndpointJudgeConfig(JudgeConfig):
@@ -44,11 +83,22 @@ class EndpointJudgeConfig(JudgeConfig):
         reasoning_effort: Reasoning effort, such as "high", for models that have it.
         seed: Seed of the first sample; the second has the next one, and so on.
         expected_score: Whether the score is the expectation over the probabilities of the labels.
-        concurrency: Number of calls at a time of one rank.
+        concurrency: Number of calls at a time of one rank. Default: 64 for each replica.
         timeout: Time limit of one call, in seconds.
         tries: Most tries of one call.
         first_wait: Longest wait after the first failed try, in seconds; it doubles up to a minute.
         max_wait: Longest wait that the endpoint may request, in seconds.
+        requests_per_minute: Limit of the calls per minute, or None.
+        tokens_per_minute: Limit of the tokens of prompts and answers per minute, or None.
+        price_in: Price in dollars of a million prompt tokens, or None if it is not known.
+        price_out: Price in dollars of a million answer tokens, or None if it is not known.
+        price_cached: Price in dollars of a million prompt tokens that the endpoint had cached.
+            Default: that of all prompt tokens.
+        max_cost: Most dollars that all calls may cost, or None for no limit.
+        replicas: Replicas of the model behind the address.
+        tokens_per_second: Answer tokens per second of one replica, for estimates of the time.
+        answer_tokens: Expected tokens of an answer, for estimates of the cost.
+        tokenizer: Folder of the model's tokenizer, for estimates of the cost.
     """
 
     kind: Literal["endpoint"] = "endpoint"
@@ -65,11 +115,31 @@ class EndpointJudgeConfig(JudgeConfig):
     reasoning_effort: str | None = None
     seed: int | None = None
     expected_score: bool = True
-    concurrency: Annotated[int, Field(ge=1), MAY_CHANGE] = 32
+    concurrency: Annotated[int | None, Field(ge=1), MAY_CHANGE] = None
     timeout: Annotated[float, Field(gt=0), MAY_CHANGE] = ENDPOINT_TIMEOUT
     tries: Annotated[int, Field(ge=1), MAY_CHANGE] = 12
     first_wait: Annotated[float, Field(ge=0), MAY_CHANGE] = 1.0
     max_wait: Annotated[float, Field(ge=0), MAY_CHANGE] = MAX_WAIT
+    requests_per_minute: Annotated[float | None, Field(gt=0), MAY_CHANGE] = None
+    tokens_per_minute: Annotated[float | None, Field(gt=0), MAY_CHANGE] = None
+    price_in: Annotated[float | None, Field(ge=0), MAY_CHANGE] = None
+    price_out: Annotated[float | None, Field(ge=0), MAY_CHANGE] = None
+    price_cached: Annotated[float | None, Field(ge=0), MAY_CHANGE] = None
+    max_cost: Annotated[float | None, Field(gt=0), MAY_CHANGE] = None
+    replicas: Annotated[int, Field(ge=1), MAY_CHANGE] = 1
+    tokens_per_second: Annotated[float | None, Field(gt=0), MAY_CHANGE] = None
+    answer_tokens: Annotated[float | None, Field(gt=0), MAY_CHANGE] = None
+    tokenizer: Annotated[str | None, MAY_CHANGE] = None
+
+    @model_validator(mode="after")
+    def check_cost(self) -> Self:
+        """Check the settings of cost and speed against each other.
+
+        Raises:
+            UserError: Settings contradict each other.
+        """
+        check_cost_settings(self)
+        return self
 
     @classmethod
     def from_flag(cls, argument: str, flags: JudgeFlags) -> Self:
@@ -121,6 +191,37 @@ class EndpointJudgeConfig(JudgeConfig):
             max_wait=self.max_wait,
         )
 
+    @property
+    def prices(self) -> Prices:
+        """Return the prices of the endpoint."""
+        return Prices(self.price_in, self.price_out, self.price_cached)
+
+    @property
+    def calls_at_a_time(self) -> int:
+        """Return the number of calls at a time."""
+        return self.concurrency or CALLS_PER_REPLICA * self.replicas
+
+    @property
+    def speed(self) -> Speed:
+        """Return what bounds the speed of the endpoint."""
+        return Speed(
+            self.calls_at_a_time,
+            self.replicas,
+            self.tokens_per_second,
+            self.requests_per_minute,
+            self.tokens_per_minute,
+        )
+
+    def with_settings(self, settings: CostSettings) -> Self:
+        """Return the judge with the settings of cost and speed that a command gives.
+
+        Raises:
+            UserError: Settings contradict each other.
+        """
+        changed = self.model_copy(update=settings.given)
+        check_cost_settings(changed)
+        return changed
+
     def open(self, context: JudgeContext) -> "EndpointJudge":
         """Return the judge, whose answers are stored in the folder of the context."""
         from alignment.judges.kinds.endpoint_judge import EndpointJudge
@@ -135,7 +236,7 @@ class EndpointJudgeConfig(JudgeConfig):
         """Ask the questions that have no answer yet; see `annotate_by_endpoint`."""
         from alignment.judges.endpoint_annotation import annotate_by_endpoint
 
-        return annotate_by_endpoint(self, questions, output, settings)
+        return annotate_by_endpoint(self.with_settings(settings.cost), questions, output, settings)
 
     def content_hashes(self) -> dict[str, Any]:
         """Return a hash of the prompt template if it is a file."""

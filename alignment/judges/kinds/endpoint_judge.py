@@ -125,7 +125,7 @@ class EndpointJudge:
         def on_failure(key: str, error: CallFailed) -> None:
             failed[key] = str(error)
 
-        concurrency = self._config.concurrency
+        concurrency = self._config.calls_at_a_time
         async with connect(read_api_key(self._config.api_key_variable), concurrency) as http:
             client = ChatClient(
                 self._config.url.rstrip("/"),

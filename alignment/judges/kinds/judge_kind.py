@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, Self
@@ -92,28 +92,50 @@ class JudgeFlags:
 
 
 @dataclass(frozen=True)
+class CostSettings:
+    """Settings of an endpoint that decide on cost and speed, and on no verdict.
+
+    They take the place of those in the judge's file, see `EndpointJudgeConfig`; None leaves the
+    judge's own.
+    """
+
+    concurrency: int | None = None
+    requests_per_minute: float | None = None
+    tokens_per_minute: float | None = None
+    price_in: float | None = None
+    price_out: float | None = None
+    price_cached: float | None = None
+    max_cost: float | None = None
+    replicas: int | None = None
+    tokens_per_second: float | None = None
+    answer_tokens: float | None = None
+    tokenizer: str | None = None
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """Return the settings that are given, by name."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
 class AnnotationSettings:
     """Settings of an annotation that do not belong to the judge.
 
     Attributes:
         task: What to request: verdicts, responses to prompts, or rubrics of prompts.
         max_failed: Share of the questions that may end without a result.
-        concurrency: Number of calls at a time.
-        requests_per_minute: Limit of the request rate, or None.
-        tokens_per_minute: Limit of the token rate, or None.
-        price_in: Dollars per million prompt tokens, or None.
-        price_out: Dollars per million completion tokens, or None.
         cache: File that keeps the answers. Default: next to the output.
+        dry_run: Whether to print the estimate of the cost alone.
+        counted: Further files of answers whose cost counts against the budget.
+        cost: Settings of cost and speed.
     """
 
     task: Literal["judge", "generate", "rubrics"] = "judge"
     max_failed: float = 0.05
-    concurrency: int = 32
-    requests_per_minute: float | None = None
-    tokens_per_minute: float | None = None
-    price_in: float | None = None
-    price_out: float | None = None
     cache: str | None = None
+    dry_run: bool = False
+    counted: Sequence[Path] = ()
+    cost: CostSettings = CostSettings()
 
 
 class _MayChange:
@@ -189,6 +211,17 @@ class JudgeConfig(BaseModel):
                 f"--{settings.task} requires a judge at an endpoint, and {self.name} is a judge of "
                 f"kind {self.kind}."
             )
+        for name in settings.cost.given:
+            raise UserError(
+                f"--{name.replace('_', '-')} requires a judge at an endpoint, and {self.name} is a "
+                f"judge of kind {self.kind}, which costs no tokens. Leave the flag out."
+            )
+        if settings.dry_run:
+            print(
+                f"{len(questions):,} questions; a judge of kind {self.kind} makes no calls and "
+                "costs no tokens"
+            )
+            return 0
         pairwise = isinstance(questions[0].item, Pair)
         items = [question.item for question in questions]
         prompts = {id(p): p for p in (i if isinstance(i, Prompt) else i.prompt for i in items)}

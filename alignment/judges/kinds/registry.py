@@ -109,7 +109,8 @@ def _validate(config: type[JudgeConfig], values: Mapping[Any, Any], file: str) -
 
 def _sentence(error: ErrorDetails, kind: str, config: type[JudgeConfig]) -> str:
     """Return what is wrong with a key and what to do."""
-    key, value, name = str(error["loc"][0]), error["input"], error["type"]
+    key = str(next(iter(error["loc"]), ""))  # a check of several keys has no place
+    value, name = error["input"], error["type"]
     context = error.get("ctx", {})
     if name == "extra_forbidden":
         keys = list(config.model_fields)

@@ -274,8 +274,11 @@ def test_registered_kind_serves_annotate_evaluate_and_rewards(tmp_path, monkeypa
     assert [v.score for v in read_all(output, Verdict)] == [8.0]
     with pytest.raises(UserError, match=r"no short form for --judge\. Describe it in a YAML file"):
         annotate.main([*files, "--judge", "words:3"])
-    with pytest.raises(UserError, match=r"requires a judge at an endpoint|is for a judge at an"):
-        annotate.main([*files, "--judge", judge, "--generate"])
+    write_rows(tmp_path / "prompts.jsonl", [Prompt("p", (Message("user", "count"),))])
+    generate = ["--input", str(tmp_path / "prompts.jsonl"), *files[2:], "--generate"]
+    for flags in (generate, [*files, "--max-cost", "1"]):
+        with pytest.raises(UserError, match="requires a judge at an endpoint, and words is"):
+            annotate.main([*flags, "--judge", judge])
 
     base, better = (str(tmp_path / f"{name}.jsonl") for name in texts)
     compared = ["--responses", base, better, "--baseline", base, "--output", str(tmp_path / "out")]
