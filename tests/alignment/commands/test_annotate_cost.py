@@ -133,9 +133,7 @@ def test_contradictory_settings_are_refused(
 
 
 def test_prompt_tokens_are_counted_by_the_tokenizer(tmp_path: Path) -> None:
-    from alignment.data.chat_prompts import prompt_ids
-    from alignment.data.model_tokenizer import read_tokenizer
-    from alignment.records import Message
+    from transformers import AutoTokenizer
 
     folder = tmp_path / "model"
     make_tokenizer(folder)
@@ -145,11 +143,14 @@ def test_prompt_tokens_are_counted_by_the_tokenizer(tmp_path: Path) -> None:
         assert not server.calls
         assert f"counted by the tokenizer in {folder}" in done.stdout
         annotate(file, server)
-        tokenizer = read_tokenizer(folder)
-        count = sum(
-            len(prompt_ids(tokenizer, [Message(**message) for message in body["messages"]]))
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        chats = [
+            tokenizer.apply_chat_template(
+                body["messages"], add_generation_prompt=True, tokenize=False
+            )
             for body in server.bodies
-        )
+        ]
+        count = sum(len(ids) for ids in tokenizer(chats, add_special_tokens=False)["input_ids"])
         assert f"prompt tokens  {count:,}, counted" in done.stdout
 
 
