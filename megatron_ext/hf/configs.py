@@ -45,6 +45,7 @@ def save_config(
         config.architectures = ["ExpertThresholdForCausalLM"]
         config.auto_map = {
             "AutoConfig": "configuration_et.ExpertThresholdConfig",
+            "AutoModel": "modeling_et.ExpertThresholdModel",
             "AutoModelForCausalLM": "modeling_et.ExpertThresholdForCausalLM",
         }
     else:

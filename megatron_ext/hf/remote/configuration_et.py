@@ -85,3 +85,8 @@ class ExpertThresholdConfig(PreTrainedConfig):
         self.use_cache = use_cache
         self.attention_dropout = attention_dropout
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+
+    @property
+    def final_logit_softcapping(self) -> float | None:
+        """Bound of the logits under the name by which vLLM's own head reads it."""
+        return self.logit_softcap or None

@@ -156,8 +156,9 @@ class MoE(nn.Module):
     def __init__(self, config: ExpertThresholdConfig) -> None:
         super().__init__()
         self.gate = Router(config)
-        self.experts = nn.ModuleList(
-            MLP(config, config.moe_intermediate_size) for _ in range(config.num_experts)
+        # A dictionary, as vLLM replaces every list called experts by a layer of fixed fan-out.
+        self.experts = nn.ModuleDict(
+            {str(n): MLP(config, config.moe_intermediate_size) for n in range(config.num_experts)}
         )
         shared = config.shared_expert_intermediate_size
         self.shared_expert = MLP(config, shared) if shared else None
@@ -167,7 +168,7 @@ class MoE(nn.Module):
         tokens = x.view(-1, x.shape[-1])
         weights, routing_map = self.gate(tokens)
         output = torch.zeros_like(tokens)
-        for number, expert in enumerate(self.experts):
+        for number, expert in enumerate(self.experts.values()):
             chosen = routing_map[:, number].nonzero().squeeze(1)
             # In training, all data-parallel ranks must have gradients of the same experts.
             if chosen.numel() or self.training:
@@ -231,7 +232,7 @@ class ExpertThresholdModel(ExpertThresholdPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Return the hidden states; the arguments are those of transformers' models."""
+        """Return the hidden states; `kwargs` are passed to the attention function."""
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and past_key_values is None:
@@ -255,6 +256,7 @@ class ExpertThresholdModel(ExpertThresholdPreTrainedModel):
                 position_embeddings=rotary,
                 attention_mask=mask,
                 past_key_values=past_key_values,
+                **kwargs,
             )
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(x), past_key_values=past_key_values
