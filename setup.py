@@ -66,7 +66,8 @@ setup(
         # package called apex on PyPI is an unrelated web framework.
         "gpu": ["transformer-engine[core-cu13,pytorch]>=2.10,<3"],
         "deepspeed": ["deepspeed>=0.19.8,<0.20", "ninja"],
-        "vllm": ["vllm>=0.33,<0.34"],  # wants torch 2.14: install without constraints.txt
+        # The versions that megatron_ext/vllm has been tested with; install without constraints.txt.
+        "vllm": ["vllm>=0.32,<0.33"],
         "evaluation": ["lm-eval>=0.4.9,<0.5"],
         "gguf": ["gguf>=0.17"],
         "wandb": ["wandb>=0.19"],

@@ -1,0 +1,43 @@
+"""Plug-in through which vLLM serves Expert Threshold models.
+
+vLLM calls :func:`register` in each of its processes, by the entry point `vllm.general_plugins`.
+Nothing here imports Megatron, so the package can be installed next to vLLM without dependencies.
+"""
+
+import logging
+
+TESTED = ("0.32",)
+"""Versions of vLLM that this plug-in has been tested with."""
+
+
+def register() -> None:
+    """Register the model, its configuration and its tokenizer with vLLM.
+
+    With another version of vLLM than :data:`TESTED` an error is logged and nothing is registered,
+    so that vLLM refuses the model, and other models are not affected.
+    """
+    import vllm
+
+    version = ".".join(vllm.__version__.split(".")[:2])
+    if version not in TESTED:
+        logging.getLogger("vllm.megatron_ext").error(
+            "The plug-in of megatron-et has been tested with vLLM %s, and this is %s. Expert "
+            "Threshold models are not registered: install a tested version of vLLM.",
+            " and ".join(TESTED),
+            vllm.__version__,
+        )
+        return
+    from transformers import AutoConfig, AutoTokenizer
+    from vllm import ModelRegistry
+
+    from megatron_ext.hf.remote.configuration_et import ExpertThresholdConfig
+    from megatron_ext.hf.remote.tokenization_et import ExpertThresholdTokenizer
+
+    AutoConfig.register(ExpertThresholdConfig.model_type, ExpertThresholdConfig, exist_ok=True)
+    AutoTokenizer.register(
+        ExpertThresholdConfig, slow_tokenizer_class=ExpertThresholdTokenizer, exist_ok=True
+    )
+    # A name and not the class, which would initialize CUDA in vLLM's main process.
+    ModelRegistry.register_model(
+        "ExpertThresholdForCausalLM", "megatron_ext.vllm.model:ExpertThresholdForCausalLM"
+    )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_ext.hf.remote.modeling_et import GATES
 
+
 def activate(inner: Tensor, gated: bool) -> Tensor:
     """Return SwiGLU of `[gate, up]` halves if `gated`, else the squared ReLU."""
     if not gated:
@@ -18,9 +19,7 @@ def activate(inner: Tensor, gated: bool) -> Tensor:
     return F.silu(gate) * up
 
 
-def route(
-    tokens: Tensor, router: Tensor, thresholds: Tensor, gate: str
-) -> tuple[Tensor, Tensor]:
+def route(tokens: Tensor, router: Tensor, thresholds: Tensor, gate: str) -> tuple[Tensor, Tensor]:
     """Choose the experts of each token.
 
     Args:

@@ -20,6 +20,8 @@ class ExpertThresholdConfig(PreTrainedConfig):
         num_experts_per_tok: Mean fan-out, unless `mean_experts` is set.
         mean_experts: Mean fan-out if it is not an integer.
         threshold_ema_decay: Decay of the moving average of the thresholds, for training.
+        max_fan_out: Largest mean fan-out of a batch for which a server reserves memory; None for
+            the number of experts. A server refuses batches above it.
     """
 
     model_type = "expert_threshold"
@@ -52,6 +54,7 @@ class ExpertThresholdConfig(PreTrainedConfig):
         num_experts_per_tok: int = 1,
         mean_experts: float | None = None,
         threshold_ema_decay: float = 0.999,
+        max_fan_out: int | None = None,
         tie_word_embeddings: bool = False,
         use_cache: bool = True,
         attention_dropout: float = 0.0,
@@ -82,6 +85,7 @@ class ExpertThresholdConfig(PreTrainedConfig):
         self.num_experts_per_tok = num_experts_per_tok
         self.mean_experts = mean_experts
         self.threshold_ema_decay = threshold_ema_decay
+        self.max_fan_out = max_fan_out
         self.use_cache = use_cache
         self.attention_dropout = attention_dropout
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
