@@ -76,7 +76,16 @@ def grouped_experts(
     max_fan_out` rows, sorted by expert. The products skip the rows behind them.
 
     Args:
+        tokens: Hidden states, `[tokens, hidden]`.
+        weights: Weights, fp32 `[tokens, experts]`.
+        routing_map: Whether a token is sent to an expert, bool `[tokens, experts]`.
+        up: First projections, `[experts, inner, hidden]`; with `gated` the gates come first.
+        down: Second projections, `[experts, hidden, inner]`.
+        gated: Whether the experts are SwiGLU and not squared ReLU.
         max_fan_out: Largest mean fan-out of the tokens for which the buffer has space.
+
+    Returns:
+        `[tokens, hidden]`, in the data type of `tokens`.
 
     Raises:
         RuntimeError: More pairs were chosen. On a GPU the error is raised by the device, later.

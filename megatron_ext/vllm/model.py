@@ -42,7 +42,9 @@ from vllm.model_executor.models.utils import (
     make_layers,
     maybe_prefix,
 )
+from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
 from megatron_ext.hf.remote.configuration_et import ExpertThresholdConfig
 from megatron_ext.vllm.experts import grouped_experts, loop_over_experts, route
@@ -223,6 +225,12 @@ class ExpertThresholdAttention(nn.Module):
         self.o_proj = RowParallelLinear(
             heads * size, config.hidden_size, bias=False, prefix=f"{prefix}.o_proj"
         )
+        if current_platform.is_cpu() and size not in CPUAttentionBackend.get_supported_head_sizes():
+            raise ValueError(
+                f"vLLM's attention on CPUs has no heads of size {size} (head_dim in config.json), "
+                f"only {CPUAttentionBackend.get_supported_head_sizes()}. Serve the model on a GPU, "
+                "or with tools.serve."
+            )
         self.head_dim = size
         self.heads, self.groups = self.qkv_proj.num_heads, self.qkv_proj.num_kv_heads
         self.q_norm = self.k_norm = None

@@ -1,0 +1,164 @@
+"""Real vLLM servers for tests, and Expert Threshold folders that they serve.
+
+`make vllm-test` makes the environment of vLLM and names its Python in VLLM_PYTHON.
+"""
+
+import asyncio
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+
+from megatron_ext.hf.configs import save_config
+from megatron_ext.hf.families import OWN, read_config
+from megatron_ext.hf.remote.configuration_et import ExpertThresholdConfig
+from megatron_ext.hf.remote.modeling_et import ExpertThresholdForCausalLM, Router
+from tests.hf.models import add_tokenizer
+
+VOCAB = 256
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,  # vLLM's attention on CPUs has no smaller heads
+    "max_position_embeddings": 512,
+    "num_experts": 8,
+    "moe_intermediate_size": 64,
+    "moe_layers": [0, 1, 1, 1],
+}
+KINDS: dict[str, dict[str, Any]] = {
+    # as pretrain_et.py makes them: squared ReLU, norms without scale, a softcap
+    "paper": {"shared_expert_intermediate_size": 64},
+    # as tools.upcycle makes them
+    "upcycled": {
+        "gated_mlp": True, "hidden_act": "silu", "norm_scale": True, "qk_norm": False,
+        "embedding_norm": False, "qkv_bias": True, "logit_softcap": 0.0,
+        "router_gate": "softmax", "tie_word_embeddings": True,
+    },
+}  # fmt: skip
+
+
+def make_model(folder: Path, kind: str, seed: int = 0, updates: int = 5, **sizes: Any) -> Any:
+    """Write a random Expert Threshold model with a fan-out of about two, and return it."""
+    config = ExpertThresholdConfig(**SIZES | KINDS[kind] | sizes)
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    model = ExpertThresholdForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 1.5 / parameter.shape[-1] ** 0.5)
+            else:
+                parameter.uniform_(0.5, 1.5)
+        for router in model.modules():
+            if isinstance(router, Router):
+                router.thresholds.normal_(1.0, 0.5)
+                router.threshold_average.copy_(router.thresholds)
+                router.threshold_updates.fill_(updates)
+    model.save_pretrained(folder)
+    save_config(folder, read_config(config), OWN, torch.float32, {"eos_token_id": 1})
+    add_tokenizer(folder, VOCAB)
+    return model
+
+
+def vllm_python() -> str:
+    """Return the Python of vLLM's environment, or skip the test."""
+    python = os.environ.get("VLLM_PYTHON")
+    if not python:
+        pytest.skip("vLLM needs an environment of its own: make vllm-test")
+    return python
+
+
+def start(
+    folder: Path, *flags: str, log: Path, **env: str
+) -> tuple["subprocess.Popen[bytes]", str]:
+    """Start a server, and return its process and its address."""
+    python = vllm_python()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = {
+        "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_SERVER_DEV_MODE": "1", "OMP_NUM_THREADS": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    }  # fmt: skip
+    command = [
+        python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder),
+        "--served-model-name", "policy", "--host", "127.0.0.1", "--port", str(port),
+        "--enforce-eager", "--dtype", "float32", "--max-model-len", "256",
+        "--max-num-seqs", "16", "--logprobs-mode", "processed_logprobs", *flags,
+    ]  # fmt: skip
+    base = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    process = subprocess.Popen(
+        command,
+        cwd=folder,
+        env=base | settings | env,
+        stdin=subprocess.DEVNULL,
+        stdout=log.open("wb"),
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    return process, f"http://127.0.0.1:{port}"
+
+
+def stop(process: Process) -> None:
+    """Stop a server with its workers."""
+    process.terminate()
+    try:
+        process.wait(30)
+    except subprocess.TimeoutExpired:
+        pass
+    try:
+        os.killpg(process.pid, 9)
+    except ProcessLookupError:
+        pass
+    process.wait()
+
+
+@contextmanager
+def serve(folder: Path, *flags: str, log: Path, **env: str) -> Iterator[str]:
+    """Run a server while the context lasts, and give its address."""
+    process, url = start(folder, *flags, log=log, **env)
+    try:
+        deadline = time.monotonic() + 280
+        while True:
+            assert process.poll() is None, log.read_text()[-6000:]
+            assert time.monotonic() < deadline, log.read_text()[-6000:]
+            try:
+                if httpx.get(f"{url}/health", timeout=5).status_code == 200:
+                    break
+            except httpx.HTTPError:
+                time.sleep(0.5)
+        yield url
+    finally:
+        stop(process)
+
+
+def complete(url: str, prompts: Sequence[Sequence[int]], **settings: Any) -> list[Any]:
+    """Return the choices of concurrent greedy requests, with log-probabilities."""
+
+    async def one(http: httpx.AsyncClient, prompt: Sequence[int]) -> Any:
+        body = {
+            "model": "policy", "prompt": list(prompt), "max_tokens": 16, "temperature": 0,
+            "logprobs": 0, "prompt_logprobs": 0, "return_token_ids": True, "ignore_eos": True,
+        } | settings  # fmt: skip
+        response = await http.post(f"{url}/v1/completions", json=body)
+        assert response.status_code == 200, response.text
+        return response.json()["choices"][0]
+
+    async def ask() -> list[Any]:
+        async with httpx.AsyncClient(timeout=120) as http:
+            return await asyncio.gather(*(one(http, prompt) for prompt in prompts))
+
+    return asyncio.run(ask())
