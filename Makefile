@@ -23,7 +23,7 @@ system := slurm-wlm munge chromium
 commands := slurmctld munged chromium
 
 .DEFAULT_GOAL := help
-.PHONY: help environment quickstart test test-slow test-all lint docs layouts bench gpu-test \
+.PHONY: help environment quickstart test test-slow test-all lint docs layouts bench gpu-test vllm-test \
     system-deps clean
 
 help:  ## this list
@@ -40,9 +40,12 @@ test: environment  ## the tests to pass before a pull request (at most 15 minute
 	$(pytest) $(workers) -m "not slow" --session-timeout=1500 --durations=20
 
 test-slow: environment  ## the tests that `make test` leaves out
-	$(pytest) $(workers) -m slow --session-timeout=3900 --durations=40
+	$(pytest) $(workers) -m "slow and not vllm" --session-timeout=3900 --durations=40
 
 test-all: test test-slow  ## every test
+
+vllm-test: environment  ## the tests with real vLLM servers, in an environment of Python 3.11
+	python=$$(bash tests/vllm/environment.sh) && VLLM_PYTHON=$$python $(pytest) -m vllm
 
 gpu-test: environment  ## the tests that need a CUDA device; skipped where there is none
 	$(pytest) -m gpu

@@ -72,6 +72,9 @@ def make_model(folder: Path, kind: str, seed: int = 0, updates: int = 5, **sizes
     return model
 
 
+Process = subprocess.Popen[bytes]
+
+
 def vllm_python() -> str:
     """Return the Python of vLLM's environment, or skip the test."""
     python = os.environ.get("VLLM_PYTHON")
@@ -80,9 +83,7 @@ def vllm_python() -> str:
     return python
 
 
-def start(
-    folder: Path, *flags: str, log: Path, **env: str
-) -> tuple["subprocess.Popen[bytes]", str]:
+def start(folder: Path, *flags: str, log: Path, **env: str) -> tuple[Process, str]:
     """Start a server, and return its process and its address."""
     python = vllm_python()
     with socket.socket() as free:
