@@ -56,6 +56,8 @@ class EndpointClient:
         report: Function that shows a sentence to the user, such as the reason of a long wait.
         flag: The flag or key that holds the address, for error messages.
         advice: What to do if the endpoint refuses every request, as a sentence.
+        is_permanent: Function that returns whether an error that looks like a passing one will be
+            the answer to every further try.
         retried: Number of tries that failed and were repeated.
         last_fault: Reason of the last one.
     """
@@ -68,6 +70,7 @@ class EndpointClient:
     report: Callable[[str], None] = print
     flag: str = "--judge"
     advice: str = "Check the address, the name of the model and the key."
+    is_permanent: Callable[[EndpointError], Awaitable[bool]] | None = None
     retried: int = field(default=0, init=False)
     last_fault: str = field(default="", init=False)
     _waits_until: float = field(default=0.0, init=False)
@@ -105,7 +108,8 @@ class EndpointClient:
                     await self.sleep(0)  # The run may have been cancelled meanwhile.
                     return await self._try(url, body, read)
             except EndpointError as error:
-                if error.kind is ErrorKind.FATAL:
+                permanent = self.is_permanent is not None and await self.is_permanent(error)
+                if error.kind is ErrorKind.FATAL or permanent:
                     raise UserError(
                         f"The endpoint {url} refuses every question with {error}. {self.advice}"
                     ) from None

@@ -56,6 +56,7 @@ class EndpointError(Exception):
         tries: Most tries that may end with an error of this sort, because each may be billed; None
             for the limit of all tries.
         may_be_billed: Whether the endpoint may have answered nevertheless, and bill the answer.
+        status: The status of the answer; None if there was none, or a success.
     """
 
     def __init__(
@@ -65,9 +66,10 @@ class EndpointError(Exception):
         seconds: float | None = None,
         tries: int | None = None,
         may_be_billed: bool = False,
+        status: int | None = None,
     ) -> None:
         super().__init__(reason)
-        self.kind, self.seconds, self.tries = kind, seconds, tries
+        self.kind, self.seconds, self.tries, self.status = kind, seconds, tries, status
         self.may_be_billed = may_be_billed or tries is not None
 
 
@@ -107,7 +109,7 @@ def error_of_status(status: int, content: bytes, seconds: float | None) -> Endpo
     except ValueError:
         error = None
     text = message_of(error if error is not None else content.decode(errors="replace"))
-    return EndpointError(f"status {status}: {text}", _kind(status, error), seconds)
+    return EndpointError(f"status {status}: {text}", _kind(status, error), seconds, status=status)
 
 
 def error_of_body(error: Any, seconds: float | None) -> EndpointError:

@@ -14,6 +14,7 @@ import asyncio
 import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -136,14 +137,28 @@ class VLLMRollouts:
         self._served = self.engine.step
 
     async def _reload(self) -> None:
+        """Let every server load the weights while it answers no requests."""
         for url in self.urls:
             async with connect(read_api_key(), 1) as http:
                 client = self._client(url, http)
                 root = url.removesuffix("/v1")
-                body = {"method": "reload_weights"}
-                weights = self._post(client, f"{root}/collective_rpc", body, _read_json)
-                await self._while_healthy(url, weights)
-                await self._while_healthy(url, self._reset_prefix_cache(client, root))
+                # A request in between would mix old keys and values with new weights.
+                await self._while_healthy(
+                    url, self._post(client, f"{root}/pause?mode=abort", {}, _read_json)
+                )
+                try:
+                    body = {"method": "reload_weights"}
+                    weights = self._post(client, f"{root}/collective_rpc", body, _read_json)
+                    await self._while_healthy(url, weights)
+                    await self._while_healthy(url, self._reset_prefix_cache(client, root))
+                except BaseException:
+                    with suppress(UserError, TimeoutError):  # requests to a paused server hang
+                        await asyncio.wait_for(self._resume(client, root), _WAIT)
+                    raise
+                await self._while_healthy(url, self._resume(client, root))
+
+    async def _resume(self, client: EndpointClient, root: str) -> None:
+        await self._post(client, f"{root}/resume", {}, _read_json)
 
     async def _reset_prefix_cache(self, client: EndpointClient, root: str) -> None:
         """Empty the prefix cache of a server, which has keys and values of the old weights.
@@ -208,9 +223,29 @@ class VLLMRollouts:
         policy = RetryPolicy(
             patience=self.patience, timeout=None, first_wait=wait, longest_wait=wait
         )
+
+        async def is_permanent(error: EndpointError) -> bool:
+            # A server whose engine has died fails its health checks; one that passes them will
+            # answer the same request with the same error.
+            return error.status == 500 and await self._is_healthy(url)
+
         return EndpointClient(
-            url, http, policy, report=_report, flag="--rollout-url", advice=_ADVICE
+            url,
+            http,
+            policy,
+            report=_report,
+            flag="--rollout-url",
+            advice=_ADVICE,
+            is_permanent=is_permanent,
         )
+
+    async def _is_healthy(self, url: str) -> bool:
+        try:
+            async with httpx.AsyncClient(timeout=self.patience / 10) as http:
+                response = await http.get(f"{url.removesuffix('/v1')}/health")
+                return response.status_code == 200
+        except (httpx.HTTPError, httpx.InvalidURL):
+            return False
 
     async def _post[T](
         self,

@@ -32,6 +32,8 @@ class Server(ThreadingHTTPServer):
         busy: resets of the prefix cache that are answered with a failure.
         keys: that callers gave.
         deaf: tells its health no more, until it is `freed`.
+        paused: answers no requests.
+        broken: cannot read weights, which it reports as vLLM does.
         raw: reports log-probabilities of temperature 1, as vLLM does by default.
         most: completions that it answers; others hang until it is `freed`, and get no answer.
     """
@@ -44,6 +46,7 @@ class Server(ThreadingHTTPServer):
         self.folder, self.loads, self.away, self.most = folder, 0, 2, 10**6
         self.begun, self.deaf, self.freed = 0, False, threading.Event()
         self.busy, self.raw = 0, False
+        self.paused = self.broken = False
         self.lock = threading.Lock()
         self.calls: list[str] = []
         self.keys: set[str | None] = set()
@@ -111,8 +114,14 @@ class Handler(BaseHTTPRequestHandler):
             if server.away:
                 server.away -= 1
                 return self.reply(503, {})
+            if self.path in ("/pause?mode=abort", "/resume"):
+                server.paused = self.path != "/resume"
+                return self.reply(200, {"status": "paused" if server.paused else "resumed"})
             if self.path == "/collective_rpc":
                 assert body == {"method": "reload_weights"}
+                assert server.paused
+                if server.broken:
+                    return self.reply(500, {"error": {"message": "no such weights"}})
                 server.reload()
                 return self.reply(200, {"results": [None]})
             if self.path == "/reset_prefix_cache":
@@ -236,6 +245,13 @@ def test_vllm_rollouts_use_the_weights_of_every_step(tmp_path, server):
         run_ranks(learn, 1, tmp_path / "model", tmp_path / "other", url, 1.0)
 
 
+def test_vllm_rollouts_stop_at_once_if_weights_cannot_be_loaded(tmp_path, server):
+    server.away, server.broken = 0, True
+    with pytest.raises(Exception, match=r"refuses every question with status 500: no such weights"):
+        run_ranks(learn, 1, tmp_path / "model", tmp_path / "run", url_of(server), 600.0)
+    assert server.calls == ["/pause?mode=abort", "/collective_rpc", "/resume"]
+
+
 def test_vllm_rollouts_with_log_probs_of_temperature_1_end_the_run(tmp_path, server):
     server.away, server.raw = 0, True
     with pytest.raises(Exception, match=r"those of temperature 1, and .* --temperature 0\.8"):
@@ -256,7 +272,8 @@ def test_async_rollouts_sample_the_next_step_during_training(tmp_path, server):
     url, place = url_of(server), tmp_path / "run"
     server.away = 0
     (rows, _), _ = run_ranks(learn, 2, tmp_path / "model", place, url, 60.0, True)
-    load, draw = ["/collective_rpc", "/reset_prefix_cache"], ["/v1/completions"]
+    load = ["/pause?mode=abort", "/collective_rpc", "/reset_prefix_cache", "/resume"]
+    draw = ["/v1/completions"]
     # The second step's come before weights that the first step has trained.
     assert server.calls == [*load, *draw * 32, *load, *draw * 16]
     assert [row["rollout_staleness"] for row in rows] == [0, 1, 1]
