@@ -360,6 +360,9 @@ class ExpertThresholdForCausalLM(nn.Module, SupportsPP):
                 "--enable-expert-parallel, or start one server per replica."
             )
         self.config = config
+        # On CPUs vLLM packs the head's weight, and packs it again only if it is loaded again: a
+        # head that is tied there keeps the weights of the first load.
+        self.tied = config.tie_word_embeddings and not current_platform.is_cpu()
         self.model = ExpertThresholdModel(
             vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model")
         )
@@ -368,7 +371,7 @@ class ExpertThresholdForCausalLM(nn.Module, SupportsPP):
             self.lm_head = ParallelLMHead(
                 config.vocab_size, config.hidden_size, prefix=maybe_prefix(prefix, "lm_head")
             )
-            if config.tie_word_embeddings:
+            if self.tied:
                 self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
         self.logits_processor = LogitsProcessor(
             config.vocab_size, soft_cap=config.logit_softcap or None
@@ -415,16 +418,25 @@ class ExpertThresholdForCausalLM(nn.Module, SupportsPP):
                 )
             if name.endswith((".threshold_average", ".threshold_updates")):
                 continue  # state of training
-            tied = self.config.tie_word_embeddings and name == "lm_head.weight"
-            if tied or is_pp_missing_parameter(name, self):
-                continue
-            target, arguments = self._parameter_name(name)
-            if target not in params:
-                raise ValueError(f"The model has no parameter for the tensor {name}.")
-            loader = getattr(params[target], "weight_loader", default_weight_loader)
-            loader(params[target], tensor, *arguments)
-            loaded.add(target)
+            for name_of_use in self._uses(name):
+                if is_pp_missing_parameter(name_of_use, self):
+                    continue
+                target, arguments = self._parameter_name(name_of_use)
+                if target not in params:
+                    raise ValueError(f"The model has no parameter for the tensor {name}.")
+                loader = getattr(params[target], "weight_loader", default_weight_loader)
+                loader(params[target], tensor, *arguments)
+                loaded.add(target)
         return loaded
+
+    def _uses(self, name: str) -> list[str]:
+        """Return the names under which a tensor is loaded."""
+        if self.config.tie_word_embeddings:
+            if name == "lm_head.weight":
+                return []
+            if name == "model.embed_tokens.weight" and not self.tied:
+                return [name, "lm_head.weight"]
+        return [name]
 
     def _parameter_name(self, name: str) -> tuple[str, tuple[str | int, ...]]:
         """Return the parameter of a tensor and what its loader needs to know about the tensor."""
