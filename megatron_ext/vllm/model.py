@@ -42,6 +42,7 @@ from vllm.model_executor.models.utils import (
     make_layers,
     maybe_prefix,
 )
+from vllm.model_executor.utils import set_weight_attrs
 from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
@@ -119,6 +120,27 @@ class ExpertThresholdMLP(nn.Module):
         return self.down_proj(self.act(inner))[0]
 
 
+class ExpertThresholdGate(nn.Module):
+    """Weight `[experts, hidden]` and thresholds `[experts]` of a router."""
+
+    def __init__(self, experts: int, hidden: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(experts, hidden), requires_grad=False)
+        # A parameter, as vLLM reloads no buffers; fp32, whatever the data type of the model.
+        thresholds = torch.empty(experts, dtype=torch.float32)
+        self.thresholds = nn.Parameter(thresholds, requires_grad=False)
+
+
+class StackedExperts(nn.Module):
+    """First and second projections of all local experts of a layer."""
+
+    def __init__(self, experts: int, inner: int, hidden: int, gated: bool) -> None:
+        super().__init__()
+        up = torch.empty(experts, inner * (1 + gated), hidden)
+        self.up = nn.Parameter(up, requires_grad=False)
+        self.down = nn.Parameter(torch.empty(experts, hidden, inner), requires_grad=False)
+
+
 class ExpertThresholdMoE(nn.Module):
     """Mixture-of-experts block with an optional shared expert.
 
@@ -145,19 +167,10 @@ class ExpertThresholdMoE(nn.Module):
         dummy = vllm_config.load_config.load_format == "dummy"
         self.max_fan_out = experts if dummy else (config.max_fan_out or experts)
         self.router_gate = config.router_gate
-        self.gate = nn.Module()
-        self.gate.weight = nn.Parameter(torch.empty(experts, config.hidden_size))
-        # A parameter, as vLLM reloads no buffers; fp32, whatever the data type of the model.
-        self.gate.thresholds = nn.Parameter(torch.empty(experts, dtype=torch.float32))
-        self.experts = nn.Module()
-        self.experts.up = nn.Parameter(
-            torch.empty(shape[0], shape[1] * (1 + self.gated), config.hidden_size)
-        )
-        self.experts.down = nn.Parameter(torch.empty(shape[0], config.hidden_size, shape[1]))
-        self.experts.up.weight_loader = self.load_expert
-        self.experts.down.weight_loader = self.load_expert
-        for parameter in self.parameters():
-            parameter.requires_grad_(False)
+        self.gate = ExpertThresholdGate(experts, config.hidden_size)
+        self.experts = StackedExperts(*shape, config.hidden_size, self.gated)
+        for parameter in self.experts.parameters():
+            set_weight_attrs(parameter, {"weight_loader": self.load_expert})
         shared = config.shared_expert_intermediate_size
         self.shared_expert = (
             ExpertThresholdMLP(config, shared, False, f"{prefix}.shared_expert") if shared else None
@@ -271,6 +284,7 @@ class ExpertThresholdLayer(nn.Module):
         self.input_layernorm = _norm(config, config.hidden_size)
         self.self_attn = ExpertThresholdAttention(config, vllm_config, f"{prefix}.self_attn")
         self.post_attention_layernorm = _norm(config, config.hidden_size)
+        self.mlp: nn.Module
         if config.moe_layers[extract_layer_index(prefix)]:
             self.mlp = ExpertThresholdMoE(config, vllm_config, f"{prefix}.mlp")
         else:
@@ -295,7 +309,7 @@ class ExpertThresholdModel(nn.Module):
         config: ExpertThresholdConfig = vllm_config.model_config.hf_config
         first, last = get_pp_group().is_first_rank, get_pp_group().is_last_rank
         self.embed_tokens: nn.Module = PPMissingLayer()
-        self.embedding_norm = None
+        self.embedding_norm: RMSNorm | None = None
         if first or (config.tie_word_embeddings and last):
             self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size)
         if config.embedding_norm:
@@ -325,7 +339,10 @@ class ExpertThresholdModel(nn.Module):
     ) -> Tensor | IntermediateTensors:
         """Return hidden states `[tokens, hidden]`, for the head or for the next stage."""
         if get_pp_group().is_first_rank:
-            x = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
+            if inputs_embeds is None:
+                assert input_ids is not None
+                inputs_embeds = self.embed_input_ids(input_ids)
+            x = inputs_embeds
             if self.embedding_norm is not None:
                 x = self.embedding_norm(x)
         else:
@@ -448,6 +465,6 @@ class ExpertThresholdForCausalLM(nn.Module, SupportsPP):
         module, _, kind = name.rpartition(".")
         parent, _, projection = module.rpartition(".")
         if projection in _PARTS and (self.config.gated_mlp or projection != "up_proj"):
-            packed, part = _PARTS[projection]
-            return f"{parent}.{packed}.{kind}", (part,)
+            packed, slot = _PARTS[projection]
+            return f"{parent}.{packed}.{kind}", (slot,)
         return name, ()
