@@ -162,13 +162,14 @@ class ExpertThresholdMoE(nn.Module):
             )
         share = divided // ranks
         self.local = slice(rank * share, (rank + 1) * share) if self.whole_experts else slice(None)
-        shape = (share, inner) if self.whole_experts else (experts, share)
+        local_experts = share if self.whole_experts else experts
+        local_inner = inner if self.whole_experts else share
         # The dummy weights of --load-format dummy are routed to half of all experts.
         dummy = vllm_config.load_config.load_format == "dummy"
         self.max_fan_out = experts if dummy else (config.max_fan_out or experts)
         self.router_gate = config.router_gate
         self.gate = ExpertThresholdGate(experts, config.hidden_size)
-        self.experts = StackedExperts(*shape, config.hidden_size, self.gated)
+        self.experts = StackedExperts(local_experts, local_inner, config.hidden_size, self.gated)
         for parameter in self.experts.parameters():
             set_weight_attrs(parameter, {"weight_loader": self.load_expert})
         shared = config.shared_expert_intermediate_size
@@ -385,11 +386,10 @@ class ExpertThresholdForCausalLM(nn.Module, SupportsPP):
         )
         self.lm_head: nn.Module = PPMissingLayer()
         if get_pp_group().is_last_rank:
-            self.lm_head = ParallelLMHead(
+            head = ParallelLMHead(
                 config.vocab_size, config.hidden_size, prefix=maybe_prefix(prefix, "lm_head")
             )
-            if self.tied:
-                self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
+            self.lm_head = head.tie_weights(self.model.embed_tokens) if self.tied else head
         self.logits_processor = LogitsProcessor(
             config.vocab_size, soft_cap=config.logit_softcap or None
         )
@@ -411,7 +411,8 @@ class ExpertThresholdForCausalLM(nn.Module, SupportsPP):
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """Return logits, `[tokens, vocab]`, on the ranks that sample."""
-        return self.logits_processor(self.lm_head, hidden_states)
+        logits: Tensor | None = self.logits_processor(self.lm_head, hidden_states)
+        return logits
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load tensors of a Hugging Face folder, at the start or again.
