@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 class Program(Protocol):
     """Program that judges one item at a time.
 
+    A program may have an attribute `parallel`, the number of items that it judges at a time in
+    several threads; without it, that is one.
+
     Attributes:
         identity: A hash of everything that a verdict depends on.
     """
@@ -86,7 +89,16 @@ class ProgramJudge:
             close()
 
     async def _verdicts(self, questions: Sequence[Question]) -> list[Verdict]:
-        return [await asyncio.to_thread(self._verdict, question) for question in questions]
+        parallel = getattr(self.program, "parallel", 1)
+        if parallel == 1:  # an error ends the round before the next item is begun
+            return [await asyncio.to_thread(self._verdict, question) for question in questions]
+        slots = asyncio.Semaphore(parallel)
+
+        async def verdict(question: Question) -> Verdict:
+            async with slots:
+                return await asyncio.to_thread(self._verdict, question)
+
+        return list(await asyncio.gather(*map(verdict, questions)))
 
     def _verdict(self, question: Question) -> Verdict:
         assert not isinstance(question.item, Prompt)

@@ -18,6 +18,12 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from alignment.judges.kinds.answer_verifiers import (
+    ExactAnswerConfig,
+    NumericAnswerConfig,
+    PatternConfig,
+)
+from alignment.judges.kinds.code_tests import CodeTestsConfig
 from alignment.judges.kinds.endpoint import EndpointJudgeConfig
 from alignment.judges.kinds.function import FunctionJudgeConfig
 from alignment.judges.kinds.judge_kind import JudgeConfig, JudgeFlags
@@ -30,6 +36,10 @@ JUDGE_KINDS: dict[str, type[JudgeConfig]] = {
     "endpoint": EndpointJudgeConfig,
     "rule": RuleJudgeConfig,
     "function": FunctionJudgeConfig,
+    "exact-answer": ExactAnswerConfig,
+    "numeric-answer": NumericAnswerConfig,
+    "pattern": PatternConfig,
+    "code-tests": CodeTestsConfig,
 }
 
 _EXPECTED = {

@@ -1,0 +1,182 @@
+"""Base of the judge kinds that verify a response against data of its prompt."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from hashlib import sha256
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
+
+from pydantic import Field
+
+from alignment.judges.formats.scale import HIGH
+from alignment.judges.kinds.judge_kind import JudgeConfig, JudgeContext, JudgeFlags
+from alignment.judges.kinds.program_judge import ProgramJudge
+from alignment.judges.verifiers.extraction import final_text
+from alignment.records import Outcome, Pair, Prompt, Response, Verdict
+from megatron_ext.errors import UserError
+
+if TYPE_CHECKING:
+    from alignment.engines.protocol import AlignmentEngine
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Result of verifying a response.
+
+    Attributes:
+        score: From 0 (wrong) to 1 (right).
+        note: What was compared, in a sentence for readers.
+    """
+
+    score: float
+    note: str
+
+
+class CannotVerify(Exception):
+    """Fault of the verification, and not of the response; its verdict is a failed one."""
+
+
+class VerifierConfig(JudgeConfig):
+    """Description of a verifier: a program that checks a response against data of its prompt.
+
+    A right response scores 9 and a wrong one 0, also one without an answer. A response whose
+    thinking has no end is wrong; thinking is not checked.
+    """
+
+    VERSION: ClassVar[int] = 1  # increase it when a rule changes, which makes another judge
+
+    @classmethod
+    def from_flag(cls, argument: str, flags: JudgeFlags) -> Self:
+        """Return the verifier that `--judge KIND:COLUMN` names, with its defaults."""
+        kind = cls.model_fields["kind"].default
+        return cls(name=f"{kind}:{argument}".rstrip(":"), **cls.column_settings(argument))
+
+    @classmethod
+    def column_settings(cls, column: str) -> dict[str, Any]:
+        """Return the settings that a column in the short form of --judge stands for."""
+        return {"reference": column} if column else {}
+
+    def read_prompt(self, prompt: Prompt) -> Any:
+        """Return what the verification needs of a prompt, or raise a `CannotVerify`."""
+        raise NotImplementedError
+
+    def verify(self, expected: Any, text: str) -> Verification:
+        """Return the result of verifying a text, which has no thinking.
+
+        Args:
+            expected: What `read_prompt` returned.
+            text: The response.
+
+        Raises:
+            CannotVerify: For a fault that is not the response's.
+        """
+        raise NotImplementedError
+
+    @property
+    def parallel(self) -> int:
+        """Return the number of responses that a rank verifies at a time."""
+        return 1
+
+    def open(self, context: JudgeContext) -> ProgramJudge:
+        """Return the judge; every rank verifies its own responses.
+
+        Raises:
+            UserError: If the verifier is to compare pairs.
+        """
+        if context.pairwise and context.engine is not None:
+            raise UserError(
+                f"The judge {self.name} verifies single responses, so that it gives no pairwise "
+                "reward. Choose --reward pointwise or another judge."
+            )
+        return ProgramJudge(Verifier(self), self.shared_engine(context))
+
+    def shared_engine(self, context: JudgeContext) -> "AlignmentEngine | None":
+        """Return the engine if only one rank of each share of the data is to verify, or None."""
+        return None
+
+    def check_prompts(self, prompts: Sequence[Prompt], source: str) -> None:
+        """Check that every prompt has what the verifier compares with; see `JudgeConfig`."""
+        problems = []
+        for prompt in prompts:
+            try:
+                self.read_prompt(prompt)
+            except CannotVerify as error:
+                problems.append(f"prompt {prompt.id!r}: {error}")
+        if problems:
+            raise UserError(
+                f"The judge {self.name} ({self.kind}) cannot verify responses to "
+                f"{len(problems):,} of the {len(prompts):,} prompts of {source}, first {problems[0]}."
+            )
+
+
+class Verifier:
+    """Program that verifies responses as a `VerifierConfig` describes.
+
+    Attributes:
+        identity: A hash of the settings and the version of the rules.
+    """
+
+    def __init__(self, config: VerifierConfig) -> None:
+        """Prepare the verifier."""
+        self.config, self.parallel = config, config.parallel
+        depends = json.dumps([config.VERSION, config.resume_settings()], sort_keys=True)
+        self.identity = sha256(depends.encode()).hexdigest()
+
+    def verdict(self, item: Response | Pair, swapped: bool = False, sample: int = 0) -> Verdict:
+        """Return the verdict on a response.
+
+        Raises:
+            UserError: If the item is a pair.
+        """
+        if not isinstance(item, Response):
+            raise UserError(
+                f"The judge {self.config.name} verifies single responses, and these are pairs. "
+                "Pass a file of responses, or choose another judge."
+            )
+        text = final_text(item.text)
+        try:
+            expected = self.config.read_prompt(item.prompt)
+            if text is None:
+                result = Verification(0.0, "the thinking has no end")
+            else:
+                result = self.config.verify(expected, text)
+        except CannotVerify as error:
+            return Verdict(
+                item.id, Outcome.FAILED, sample=sample, reason=str(error), judge=self.identity
+            )
+        score = HIGH * result.score
+        return Verdict(
+            item.id, Outcome.SCORE, score, sample=sample, answer=result.note, judge=self.identity
+        )
+
+
+Column = Annotated[str, Field(min_length=1)]
+
+
+def read_column(prompt: Prompt, column: str) -> Any:
+    """Return a value of a prompt's metadata.
+
+    Raises:
+        CannotVerify: If the prompt has none.
+    """
+    if column in prompt.metadata:
+        return prompt.metadata[column]
+    names = sorted(prompt.metadata)
+    nearest = get_close_matches(column, names, n=1)
+    advice = f" Did you mean {nearest[0]!r}?" if nearest else ""
+    known = f"its columns are {', '.join(names)}" if names else "it has no metadata"
+    raise CannotVerify(f"there is no value in the column {column!r}; {known}.{advice}".rstrip("."))
+
+
+def read_references(prompt: Prompt, column: str) -> list[Any]:
+    """Return the reference answers of a prompt, of which any one makes a response right.
+
+    Raises:
+        CannotVerify: If there is none.
+    """
+    value = read_column(prompt, column)
+    values = list(value) if isinstance(value, list | tuple) else [value]
+    if not values or any(v is None or isinstance(v, dict | list) for v in values):
+        raise CannotVerify(f"the column {column!r} holds {value!r:.60}, which is no answer")
+    return values

@@ -1,0 +1,1 @@
+"""Verifiers: programs that check a response against data of its prompt."""
