@@ -1,6 +1,7 @@
 """Rewards of responses from the verdicts of judges."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import chain, combinations
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 
 from alignment.data.chat_prompts import decode_ids
 from alignment.engines.protocol import GeneratedResponse
-from alignment.judges.kinds.judge_kind import Judge, rounding_error
+from alignment.judges.kinds.judge_kind import Judge, component_scores, rounding_error
 from alignment.judges.questions import Question
 from alignment.records import Outcome, Pair, Prompt, Response, Side, Verdict
 from alignment.rl.rollouts import RewardResult, Rollout
@@ -23,7 +24,9 @@ class JudgeReward:
     would depend on which judge failed.
     """
 
-    def __init__(self, judges: Sequence[Judge], tokenizer: Any, pairwise: bool) -> None:
+    def __init__(
+        self, judges: Sequence[Judge], tokenizer: Any, pairwise: bool, names: Sequence[str] = ()
+    ) -> None:
         """Make a reward function.
 
         Args:
@@ -31,8 +34,10 @@ class JudgeReward:
             tokenizer: Tokenizer of the policy.
             pairwise: Whether the reward is the mean win rate against the others of the group, over
                 the pairs that were judged in both orders, and not the score.
+            names: Name of each judge, for the scores of the components.
         """
         self.judges, self.tokenizer, self.pairwise = judges, tokenizer, pairwise
+        self.names = names
 
     def __call__(
         self, groups: Sequence[tuple[PromptTask, Sequence[Rollout]]], check: Callable[[], None]
@@ -60,7 +65,18 @@ class JudgeReward:
         verdicts: Sequence[Sequence[Verdict]],
     ) -> list[list[RewardResult]]:
         remaining, error = iter(verdicts), rounding_error(self.judges)
-        return [[_mean(next(remaining), text, error) for text in own] for own in texts]
+        rewarded = []
+        for own in texts:
+            results = []
+            for text in own:
+                column = next(remaining)
+                result = _mean(column, text, error)
+                if components := scores_by_component(self.judges, self.names, column):
+                    details = {**result.details, "components": components}
+                    result = replace(result, details=details)
+                results.append(result)
+            rewarded.append(results)
+        return rewarded
 
     def _matches(
         self, groups: Sequence[tuple[PromptTask, Sequence[Rollout]]], texts: Sequence[Sequence[str]]
@@ -126,6 +142,33 @@ def mean_score(verdicts: Sequence[Verdict]) -> float | None:
     scores = [verdict.score for verdict in verdicts]
     known = [score for score in scores if score is not None]
     return float(np.mean(known)) if len(known) == len(scores) else None
+
+
+def scores_by_component(
+    judges: Sequence[Judge], names: Sequence[str], verdicts: Sequence[Verdict]
+) -> dict[str, float]:
+    """Return the scores that a mean over judges consists of, by name.
+
+    These are the scores of the judges, if there are several, and of the components of each judge
+    that combines others. A component that was not asked, or failed, has none.
+
+    Args:
+        judges: The judges.
+        names: Name of each judge. Judges of one name are numbered.
+        verdicts: Verdict of each judge.
+    """
+    scores: dict[str, float] = {}
+    for place, (judge, verdict) in enumerate(zip(judges, verdicts)):
+        prefix = ""
+        if len(judges) > 1:
+            name = names[place] if place < len(names) else "judge"
+            if names.count(name) != 1:
+                name = f"{name}-{place + 1}"
+            prefix = f"{name}/"
+            scores |= {} if verdict.score is None else {name: verdict.score}
+        below = component_scores(judge, verdict)
+        scores |= {f"{prefix}{part}": score for part, score in below.items()}
+    return scores
 
 
 def text_of(tokenizer: Any, rollout: Rollout | GeneratedResponse) -> str:

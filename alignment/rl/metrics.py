@@ -38,9 +38,12 @@ def response_metrics(engine: AlignmentEngine, groups: Sequence[RolloutGroup]) ->
         for rollout, reward in zip(rollouts, rewards)
     ]
     differ = [rewards_differ(group) for group in groups]
-    shares = all_gather_by_data_rank(engine, (rows, differ))
-    rows = [row for share, _ in shares for row in share]
-    differ = [one for _, share in shares for one in share]
+    components = [
+        reward.details.get("components", {}) for _, _, rewards in groups for reward in rewards
+    ]
+    shares = all_gather_by_data_rank(engine, (rows, differ, components))
+    rows = [row for share in shares for row in share[0]]
+    differ = [one for share in shares for one in share[1]]
     known_rewards = [row[0] for row in rows if row[0] is not None]
     count = max(1, len(rows))
     return {
@@ -50,10 +53,25 @@ def response_metrics(engine: AlignmentEngine, groups: Sequence[RolloutGroup]) ->
             name: float(np.mean([row[place] for row in rows])) if rows else 0.0
             for place, name in enumerate(RESPONSE_METRICS, start=3)
         },
+        **component_means([one for share in shares for one in share[2]], "component"),
         "groups_that_differ": sum(differ) / max(1, len(differ)),
         "rollout_staleness": sum(row[2] for row in rows) / count,
         "tokens": sum(row[1] for row in rows),
     }
+
+
+def component_means(components: Sequence[Mapping[str, float]], prefix: str) -> dict[str, float]:
+    """Return the mean score of each component over the responses that have one.
+
+    Args:
+        components: Scores of each response by component.
+        prefix: Prefix of the names of the metrics.
+    """
+    by_name: dict[str, list[float]] = {}
+    for scores in components:
+        for name, score in scores.items():
+            by_name.setdefault(name, []).append(score)
+    return {f"{prefix}/{name}": float(np.mean(own)) for name, own in sorted(by_name.items())}
 
 
 def failure_metrics(

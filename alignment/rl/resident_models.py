@@ -1,8 +1,11 @@
 """Models that are resident on the training ranks next to the policy."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
+from alignment.judges.kinds.combined import CombinedConfig
+from alignment.judges.kinds.judge_kind import JudgeConfig
 from alignment.judges.kinds.local import LocalJudgeConfig
 from alignment.judges.kinds.registry import read_judge
 
@@ -35,10 +38,7 @@ def resident_models(reference: str | None, judges: Sequence[str]) -> list[Reside
         UserError: A judge file cannot be used.
     """
     models = [ResidentModel("start policy", reference)] if reference else []
-    for file in judges:
-        judge = read_judge(file)
-        if not isinstance(judge, LocalJudgeConfig):
-            continue
+    for judge in chain.from_iterable(_local_judges(read_judge(file)) for file in judges):
         generates = judge.thinking != "none"
         models.append(
             ResidentModel(
@@ -49,3 +49,12 @@ def resident_models(reference: str | None, judges: Sequence[str]) -> list[Reside
             )
         )
     return models
+
+
+def _local_judges(judge: JudgeConfig) -> Iterator[LocalJudgeConfig]:
+    """Yield a judge, or those that it combines, as far as they are models on the ranks."""
+    if isinstance(judge, LocalJudgeConfig):
+        yield judge
+    elif isinstance(judge, CombinedConfig):
+        for part in judge.parts.values():
+            yield from _local_judges(part)

@@ -1,7 +1,7 @@
 """Judge kinds that compare the answer of a response: "exact-answer", "numeric-answer", "pattern".
 
-    kind: numeric-answer
-    reference: answer     # a column of the prompts' metadata
+kind: numeric-answer
+reference: answer     # a column of the prompts' metadata
 """
 
 import unicodedata
@@ -106,7 +106,8 @@ class NumericAnswerConfig(VerifierConfig):
         if number is None:
             return Verification(0.0, what)
         right = any(
-            abs(value - target) <= max(Fraction(self.absolute), Fraction(self.relative) * abs(target))
+            abs(value - target)
+            <= max(Fraction(self.absolute), Fraction(self.relative) * abs(target))
             for targets in expected
             for target in targets
             for value in self._values(number)
@@ -203,7 +204,9 @@ class PatternConfig(VerifierConfig):
         return Verification(float(right), note)
 
     def _compile(self, pattern: str) -> "regex.Pattern[str]":
-        flags = regex.IGNORECASE * self.ignore_case | (regex.MULTILINE | regex.DOTALL) * self.multiline
+        flags = (
+            regex.IGNORECASE * self.ignore_case | (regex.MULTILINE | regex.DOTALL) * self.multiline
+        )
         try:
             return regex.compile(pattern, flags)
         except regex.error as error:

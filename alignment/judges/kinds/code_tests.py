@@ -1,7 +1,7 @@
 """Judge kind "code-tests": tests of the Python program in a response.
 
-    kind: code-tests
-    tests: test_list      # a column of the prompts' metadata
+kind: code-tests
+tests: test_list      # a column of the prompts' metadata
 """
 
 import sys

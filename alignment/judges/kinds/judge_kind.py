@@ -1,7 +1,7 @@
 """Configuration of a judge, the base class of every judge kind, and the judge that it opens."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -26,6 +26,7 @@ class Judge(Protocol):
 
     Each rank asks its own questions. A judge may have an attribute `rounding_error`, the relative
     error of its scores (see `alignment.rounding`); without it the judge counts as a model in fp32.
+    It may have a method `component_scores`; see the function of that name.
 
     Attributes:
         identity: A hash of everything that a verdict depends on.
@@ -48,6 +49,13 @@ class Judge(Protocol):
 def rounding_error(judges: Sequence[Judge]) -> float:
     """Return the relative error of the scores that judges give, or of the mean of their scores."""
     return max((getattr(judge, "rounding_error", SINGLE) for judge in judges), default=SINGLE)
+
+
+def component_scores(judge: Judge, verdict: Verdict) -> Mapping[str, float]:
+    """Return the scores that a judge combined into a verdict, by component; most have none."""
+    read = getattr(judge, "component_scores", None)
+    scores: Mapping[str, float] = read(verdict) if read else {}
+    return scores
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ training then accept its files.
 """
 
 from collections.abc import Mapping
+from contextvars import ContextVar
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from alignment.judges.kinds.answer_verifiers import (
     PatternConfig,
 )
 from alignment.judges.kinds.code_tests import CodeTestsConfig
+from alignment.judges.kinds.combined import RouteConfig, SumConfig
 from alignment.judges.kinds.endpoint import EndpointJudgeConfig
 from alignment.judges.kinds.function import FunctionJudgeConfig
 from alignment.judges.kinds.judge_kind import JudgeConfig, JudgeFlags
@@ -40,7 +42,11 @@ JUDGE_KINDS: dict[str, type[JudgeConfig]] = {
     "numeric-answer": NumericAnswerConfig,
     "pattern": PatternConfig,
     "code-tests": CodeTestsConfig,
+    "sum": SumConfig,
+    "route": RouteConfig,
 }
+
+_OPEN_FILES: ContextVar[tuple[str, ...]] = ContextVar("files of judges being read", default=())
 
 _EXPECTED = {
     "string_type": "text",
@@ -68,15 +74,36 @@ def read_judge(file: str) -> JudgeConfig:
         raise UserError(f"The judge {file} is not YAML: {error}") from error
     if not isinstance(values, dict) or "kind" not in values:
         raise UserError(f"The judge {file} must be a mapping with a kind, such as kind: local.")
-    kind = values["kind"]
+    if file in (files := _OPEN_FILES.get()):
+        raise UserError(f"The judge {file} contains itself. Remove it from its components.")
+    token = _OPEN_FILES.set((*files, file))
+    try:
+        return judge_from_values({"name": Path(file).stem, **values}, file)
+    finally:
+        _OPEN_FILES.reset(token)
+
+
+def judge_from_values(values: Mapping[Any, Any], source: str) -> JudgeConfig:
+    """Return the judge that the keys of a file, or of a part of one, describe.
+
+    Args:
+        values: The keys and values, with the name of the judge.
+        source: The file or the name of the part, for error messages.
+
+    Raises:
+        UserError: If a key or value is invalid.
+    """
+    kind = values.get("kind")
+    if kind is None:
+        raise UserError(f"{source} needs kind or file. Add kind, such as kind: numeric-answer.")
     if not isinstance(kind, str):
-        raise UserError(f"{file}: kind must be text, not {kind!r}.")
+        raise UserError(f"{source}: kind must be text, not {kind!r}.")
     if kind not in JUDGE_KINDS:
         names = ", ".join(JUDGE_KINDS)
         raise UserError(
-            f"{file}: kind is one of {names}, not {kind!r}.{_nearest(kind, JUDGE_KINDS)}"
+            f"{source}: kind is one of {names}, not {kind!r}.{_nearest(kind, JUDGE_KINDS)}"
         )
-    return _validate(JUDGE_KINDS[kind], {"name": Path(file).stem, **values}, file)
+    return _validate(JUDGE_KINDS[kind], values, source)
 
 
 def judge_from_flag(judge: str, flags: JudgeFlags) -> JudgeConfig:

@@ -106,7 +106,8 @@ class VerifierConfig(JudgeConfig):
         if problems:
             raise UserError(
                 f"The judge {self.name} ({self.kind}) cannot verify responses to "
-                f"{len(problems):,} of the {len(prompts):,} prompts of {source}, first {problems[0]}."
+                f"{len(problems):,} of the {len(prompts):,} prompts of {source}, first "
+                f"{problems[0]}."
             )
 
 

@@ -32,7 +32,7 @@ def main() -> None:
     else:
         os.dup2(null, 0)
         os.dup2(null, 1)
-    sys.stdin = open(0, closefd=False)
+    sys.stdin = os.fdopen(0, closefd=False)
     try:
         lacking = confine(payload["memory"], payload["cpu_seconds"])
     except OSError as error:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,9 @@ from typing import Any
 
 _RUNNER = Path(__file__).with_name("code_runner.py")
 _MOST_OUTPUT = 4 << 20  # bytes that are read of what a program prints
-_FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[^\n]*\n(.*?)^[ \t]*```[ \t]*$", re.MULTILINE | re.DOTALL)
+_FENCE = re.compile(
+    r"^[ \t]*```[ \t]*([\w+-]*)[^\n]*\n(.*?)^[ \t]*```[ \t]*$", re.MULTILINE | re.DOTALL
+)
 _PYTHON = ("python", "py", "python3", "")
 
 
@@ -74,7 +77,7 @@ def extract_code(text: str) -> str | None:
     A block counts if its fence names Python or no language.
     """
     blocks = [code for language, code in _FENCE.findall(text) if language.lower() in _PYTHON]
-    return blocks[-1] if blocks else None
+    return textwrap.dedent(blocks[-1]) if blocks else None
 
 
 def read_tests(value: Any, entry_point: str | None = None) -> list[str] | list[InputTest]:

@@ -69,7 +69,8 @@ def test_exact_answers(tmp_path, text, reference, settings, score):
     "text, settings, score",
     [
         ("x = 5", {"pattern": r"\d"}, 9), ("five", {"pattern": r"\d"}, 0),
-        (" 5\n", {"pattern": r"\d", "match": "full"}, 9), ("55", {"pattern": r"\d", "match": "full"}, 0),
+        (" 5\n", {"pattern": r"\d", "match": "full"}, 9),
+        ("55", {"pattern": r"\d", "match": "full"}, 0),
         ("Sorry", {"pattern": "sorry", "match": "none"}, 9), ("a\nB", {"pattern": "^b$"}, 0),
         ("Sorry", {"pattern": "sorry", "match": "none", "ignore_case": True}, 0),
         ("a\nB", {"pattern": "^b$", "multiline": True, "ignore_case": True}, 9),
@@ -93,7 +94,11 @@ def test_a_pattern_that_backtracks_for_ages_is_a_failed_call(tmp_path):
 @pytest.mark.parametrize(
     "settings, metadata, message",
     [
-        ({"kind": "numeric-answer"}, {"refrence": 1}, "its columns are refrence. Did you mean 'refr"),
+        (
+            {"kind": "numeric-answer"},
+            {"refrence": 1},
+            "its columns are refrence. Did you mean 'refr",
+        ),
         ({"kind": "numeric-answer"}, {}, "the column 'reference'; it has no metadata"),
         ({"kind": "numeric-answer"}, {"reference": "many"}, "'many': no number"),
         ({"kind": "numeric-answer"}, {"reference": True}, "True: no number"),
@@ -132,7 +137,9 @@ def test_settings_that_change_verdicts_change_the_identity_and_must_match(tmp_pa
 
 def test_annotate_takes_a_verifier_and_names_the_rows_that_lack_a_reference(tmp_path, capsys):
     rows = [
-        Response(str(i), Prompt(str(i), [Message("user", "?")], metadata={"answer": i}), f"= {i % 2}")
+        Response(
+            str(i), Prompt(str(i), [Message("user", "?")], metadata={"answer": i}), f"= {i % 2}"
+        )
         for i in range(4)
     ]
     items = write_rows(tmp_path / "items.jsonl", rows)

@@ -27,7 +27,13 @@ def run(program, tests=("assert f(2) == 4",), timeout=20.0):
 def test_each_test_counts_and_a_program_must_reach_its_end():
     assert run("def f(x): return x * x", SQUARE).passed == [True, True]
     assert run("def f(x): return x + 2", SQUARE).passed == [True, False]
-    for program in ("import sys; sys.exit(0)", "import os; os._exit(0)", "def f(x: return", "1 / 0", ""):
+    for program in (
+        "import sys; sys.exit(0)",
+        "import os; os._exit(0)",
+        "def f(x: return",
+        "1 / 0",
+        "",
+    ):
         assert run(program).passed == [False], program
     assert run("def f(x): raise SystemExit(0)").passed == [False]
     assert run("def f(x): return f(x)").problem.startswith("RecursionError")
@@ -116,7 +122,10 @@ def test_what_a_program_prints_is_bounded_and_no_result():
 
 
 def test_nothing_is_left_of_a_program():
-    run("import threading, time\nthreading.Thread(target=time.sleep, args=(99,)).start()", timeout=1.5)
+    run(
+        "import threading, time\nthreading.Thread(target=time.sleep, args=(99,)).start()",
+        timeout=1.5,
+    )
     runner = str(code_tests._RUNNER)
     running = subprocess.run(["ps", "-eo", "ppid,args"], capture_output=True, text=True).stdout
     mine = [line for line in running.splitlines() if runner in line]
@@ -126,7 +135,7 @@ def test_nothing_is_left_of_a_program():
 def test_a_program_ends_with_the_command_that_started_it(tmp_path):
     command = (
         "from alignment.judges.verifiers.code_tests import Limits, run_tests\n"
-        f"run_tests('import time\\ntime.sleep(77)', ['1'], Limits(60.0))"
+        "run_tests('import time\\ntime.sleep(77)', ['1'], Limits(60.0))"
     )
     parent = subprocess.Popen([sys.executable, "-c", command])
     deadline = time.monotonic() + 60
@@ -159,7 +168,7 @@ def _alive(pid):
         ("First\n```py\nx = 1\n```\nbetter\n```\nx = 2\n```\nDone.", "x = 2\n"),
         ("```python\nx = 1\n```\nOutput:\n```text\n1\n```", "x = 1\n"),
         ("```bash\nls\n```", None), ("x = 1", None), ("", None), ("```python\nx = 1", None),
-        ("  ```Python title=a\n  x = 1\n  ```", "  x = 1\n"),
+        ("  ```Python title=a\n  x = 1\n  ```", "x = 1\n"),
     ],
 )  # fmt: skip
 def test_the_last_block_of_python_is_the_program(text, expected):

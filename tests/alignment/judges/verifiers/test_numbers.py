@@ -79,7 +79,11 @@ def test_fractions_are_read_back(fraction, form):
 
 
 @settings(max_examples=50)
-@given(st.decimals(allow_nan=False, allow_infinity=False, places=4, min_value=-10**9, max_value=10**9))
+@given(
+    st.decimals(
+        allow_nan=False, allow_infinity=False, places=4, min_value=-(10**9), max_value=10**9
+    )
+)
 def test_decimals_are_read_back_with_and_without_groups(decimal):
     assert value(f"{decimal:f}") == value(f"{decimal:,f}") == Fraction(decimal)
 

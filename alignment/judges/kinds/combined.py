@@ -1,0 +1,267 @@
+"""Judge kinds that combine judges: "sum", a weighted sum with gates, and "route", one for each row.
+
+kind: sum
+components:
+  correct: {kind: numeric-answer, reference: answer, weight: 2}
+  style: {file: style.yaml, only_if: correct, otherwise: 0}
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator, model_validator
+
+from alignment.judges.formats.scale import HIGH
+from alignment.judges.kinds.judge_kind import JudgeConfig, JudgeContext
+from alignment.records import Prompt
+from megatron_ext.errors import UserError
+
+if TYPE_CHECKING:
+    from alignment.judges.kinds.combined_judge import RouteJudge, SumJudge
+
+_SETTINGS = ("weight", "only_if", "at_least", "otherwise")
+
+
+class CombinedConfig(JudgeConfig):
+    """Base of the judges that ask other judges."""
+
+    @property
+    def parts(self) -> Mapping[str, JudgeConfig]:
+        """Return the judges that this one asks, by name."""
+        raise NotImplementedError
+
+    def content_hashes(self) -> dict[str, Any]:
+        """Return what the judges must not change, by their names."""
+        return {"parts": {name: part.resume_settings() for name, part in self.parts.items()}}
+
+
+class Component(BaseModel):
+    """Judge of a sum, with its weight and its gate.
+
+    Attributes:
+        judge: The judge.
+        weight: Weight of its score; a component of negative weight lowers the sum.
+        only_if: Component before this one that must reach `at_least` for this one to be asked.
+        at_least: Least score, from 0 to 9, that opens the gate.
+        otherwise: Score of this component, from 0 to 9, where the gate is closed.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    judge: SerializeAsAny[JudgeConfig]
+    weight: float = 1.0
+    only_if: str | None = None
+    at_least: Annotated[float, Field(ge=0, le=HIGH)] = HIGH
+    otherwise: Annotated[float, Field(ge=0, le=HIGH)] = 0.0
+
+
+class SumConfig(CombinedConfig):
+    """Description of a weighted sum of judges.
+
+    With normalization the sum of weight times score is mapped linearly from the range that it can
+    have to 0 to 9. For weights that are not negative this is the weighted mean; a component of
+    negative weight counts as 9 minus its score.
+
+    Attributes:
+        components: Judges by name, each a mapping with the keys of a judge, or with `file`, and
+            with `weight`, `only_if`, `at_least` and `otherwise`.
+        normalize: Whether the sum is mapped to 0 to 9. Without, the weights must keep it there.
+    """
+
+    kind: Literal["sum"] = "sum"
+    components: dict[str, Component]
+    normalize: bool = True
+
+    @field_validator("components", mode="before")
+    @classmethod
+    def _read_components(cls, components: Any) -> Any:
+        if not isinstance(components, dict) or not components:
+            raise ValueError(
+                "components must be a mapping from names to judges. Add at least one, such as "
+                "correct: {kind: numeric-answer}."
+            )
+        return {str(name): _read_component(str(name), c) for name, c in components.items()}
+
+    @model_validator(mode="after")
+    def _check_components(self) -> "SumConfig":
+        before: list[str] = []
+        for name, component in self.components.items():
+            if component.only_if is not None and component.only_if not in before:
+                raise ValueError(
+                    f"{name} has only_if: {component.only_if}, which is no component before it. "
+                    f"Choose one of {', '.join(before) or 'none, because it is the first'}."
+                )
+            before.append(name)
+        low, high = self.range
+        if low == high:
+            raise ValueError("all weights are 0, so that no score counts. Give one a weight.")
+        if not self.normalize and not (low >= 0 and high <= HIGH * (1 + 1e-9)):
+            raise ValueError(
+                f"normalize is false, and the sum can lie between {low:g} and {high:g}, outside of "
+                "0 to 9. Choose weights of at least 0 that sum up to at most 1, or leave normalize "
+                "out."
+            )
+        return self
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """Return the lowest and the highest sum that scores from 0 to 9 can have."""
+        weights = [component.weight for component in self.components.values()]
+        return HIGH * sum(min(w, 0.0) for w in weights), HIGH * sum(max(w, 0.0) for w in weights)
+
+    @property
+    def parts(self) -> Mapping[str, JudgeConfig]:
+        """Return the judges of the components."""
+        return {name: component.judge for name, component in self.components.items()}
+
+    def check_prompts(self, prompts: Sequence[Prompt], source: str) -> None:
+        """Check the prompts by every component; see `JudgeConfig`."""
+        for part in self.parts.values():
+            part.check_prompts(prompts, source)
+
+    def open(self, context: JudgeContext) -> "SumJudge":
+        """Return the judge, with all of its components opened.
+
+        Raises:
+            UserError: If a component cannot be made, or the judge is to compare pairs.
+        """
+        from alignment.judges.kinds.combined_judge import SumJudge
+
+        refuse_pairs(self, context)
+        return SumJudge(self, {name: part.open(context) for name, part in self.parts.items()})
+
+
+class RouteConfig(CombinedConfig):
+    """Description of a judge that asks another judge for each row, by a column.
+
+    Attributes:
+        column: Column of the prompts' metadata that chooses the judge.
+        routes: Judges by the value of the column, each a mapping with the keys of a judge, or with
+            `file`.
+        default: Judge of the rows with another value or none. Without, such rows are refused.
+    """
+
+    kind: Literal["route"] = "route"
+    column: Annotated[str, Field(min_length=1)]
+    routes: dict[str, SerializeAsAny[JudgeConfig]]
+    default: SerializeAsAny[JudgeConfig] | None = None
+
+    @field_validator("routes", mode="before")
+    @classmethod
+    def _read_routes(cls, routes: Any) -> Any:
+        if not isinstance(routes, dict) or not routes:
+            raise ValueError(
+                "routes must be a mapping from values of the column to judges. Add at least one, "
+                "such as math: {kind: numeric-answer}."
+            )
+        return {value_name(value): _read_part(value_name(value), r) for value, r in routes.items()}
+
+    @field_validator("default", mode="before")
+    @classmethod
+    def _read_default(cls, default: Any) -> Any:
+        return None if default is None else _read_part("default", default)
+
+    @property
+    def parts(self) -> Mapping[str, JudgeConfig]:
+        """Return the judges of the routes, and the default one as "default"."""
+        default = {} if self.default is None else {"default": self.default}
+        return self.routes | default
+
+    def route_of(self, prompt: Prompt) -> str | None:
+        """Return the name of the judge for a prompt, or None if no route leads to one."""
+        value = prompt.metadata.get(self.column)
+        name = None if value is None else value_name(value)
+        if name is not None and name in self.routes:
+            return name
+        return None if self.default is None else "default"
+
+    def check_prompts(self, prompts: Sequence[Prompt], source: str) -> None:
+        """Check that every prompt has a route, and the prompts of each by its judge.
+
+        Raises:
+            UserError: If a prompt has none.
+        """
+        by_route: dict[str | None, list[Prompt]] = {}
+        for prompt in prompts:
+            by_route.setdefault(self.route_of(prompt), []).append(prompt)
+        if lost := by_route.pop(None, []):
+            value = lost[0].metadata.get(self.column)
+            shown = "no value" if value is None else repr(value)
+            raise UserError(
+                f"The judge {self.name} has no route for {len(lost):,} of the {len(prompts):,} "
+                f"prompts of {source}, first prompt {lost[0].id!r} with {shown} in the column "
+                f"{self.column!r}; its routes are {', '.join(self.routes)}. Add a route or default."
+            )
+        for name, own in by_route.items():
+            assert name is not None
+            self.parts[name].check_prompts(own, source)
+
+    def open(self, context: JudgeContext) -> "RouteJudge":
+        """Return the judge, with the judges of all routes opened.
+
+        Raises:
+            UserError: If a judge cannot be made, or pairs are to be compared.
+        """
+        from alignment.judges.kinds.combined_judge import RouteJudge
+
+        refuse_pairs(self, context)
+        return RouteJudge(self, {name: part.open(context) for name, part in self.parts.items()})
+
+
+def value_name(value: Any) -> str:
+    """Return the value of a column, or the key of a route, as text."""
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
+
+
+def refuse_pairs(config: JudgeConfig, context: JudgeContext) -> None:
+    """Refuse to compare pairs, because what is combined are scores.
+
+    Raises:
+        UserError: If the context asks for it.
+    """
+    if context.pairwise:
+        raise UserError(
+            f"The judge {config.name} of kind {config.kind} combines scores, so that it compares "
+            "no pairs. Choose --reward pointwise and files of responses, or another judge."
+        )
+
+
+def _read_component(name: str, values: Any) -> Component:
+    """Return the component that a mapping describes, or raise a `ValueError` in a sentence."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{name} must be a mapping with kind or file, not {values!r:.60}.")
+    own = {key: value for key, value in values.items() if key in _SETTINGS}
+    for key, value in own.items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if key == "only_if" and not isinstance(value, str):
+            raise ValueError(f"{name}: only_if must be the name of a component, not {value!r}.")
+        if key != "only_if" and not (is_number and abs(value) < float("inf")):
+            raise ValueError(f"{name}: {key} must be a number, not {value!r}.")
+        if key in ("at_least", "otherwise") and not 0 <= value <= HIGH:
+            raise ValueError(f"{name}: {key} must be a score from 0 to 9, not {value}.")
+    if {"at_least", "otherwise"} & set(own) and "only_if" not in own:
+        raise ValueError(f"{name}: at_least and otherwise require only_if. Name a component.")
+    rest = {key: value for key, value in values.items() if key not in _SETTINGS}
+    return Component(judge=_read_part(name, rest), **own)
+
+
+def _read_part(name: str, values: Any) -> JudgeConfig:
+    """Return the judge of a mapping, or raise a `ValueError` in a sentence."""
+    from alignment.judges.kinds.registry import judge_from_values, read_judge
+
+    if isinstance(values, JudgeConfig):
+        return values
+    if not isinstance(values, dict):
+        raise ValueError(f"{name} must be a mapping with kind or file, not {values!r:.60}.")
+    try:
+        if "file" not in values:
+            return judge_from_values({"name": name, **values}, name)
+        if others := sorted(map(str, set(values) - {"file"})):
+            raise ValueError(
+                f"{name} names a file, which describes the judge, so that {others[0]} must be in "
+                "the file."
+            )
+        return read_judge(str(values["file"])).model_copy(update={"name": name})
+    except UserError as error:
+        raise ValueError(str(error)) from None

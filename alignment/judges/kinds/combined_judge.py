@@ -1,0 +1,191 @@
+"""Judges that ask other judges: a weighted sum with gates, and a route by a column."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from hashlib import sha256
+
+from alignment.judges.formats.scale import HIGH
+from alignment.judges.kinds.combined import CombinedConfig, RouteConfig, SumConfig
+from alignment.judges.kinds.judge_kind import Judge, component_scores, rounding_error
+from alignment.judges.questions import Question
+from alignment.records import Outcome, Pair, Prompt, Verdict
+from megatron_ext.errors import UserError
+
+Scores = dict[str, float]
+
+
+class CombinedJudge:
+    """Base of the judges that ask other judges.
+
+    Attributes:
+        judges: The judges by name, always asked in this order on all ranks.
+        identity: A hash of the settings and of the identities of the judges.
+        rounding_error: The largest relative error of their scores.
+    """
+
+    def __init__(self, config: CombinedConfig, judges: Mapping[str, Judge]) -> None:
+        """Combine judges as a configuration states."""
+        self.judges = judges
+        own = config.model_dump(include={"kind", "column", "normalize"}, exclude_none=True)
+        gates = {
+            name: component.model_dump(exclude={"judge"})
+            for name, component in getattr(config, "components", {}).items()
+        }
+        depends = [own, gates, {name: judge.identity for name, judge in judges.items()}]
+        self.identity = sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
+        self.rounding_error = rounding_error(list(judges.values()))
+
+    def component_scores(self, verdict: Verdict) -> Scores:
+        """Return the scores of the components that a verdict of this judge was made from."""
+        scores: Scores = json.loads(verdict.answer) if verdict.answer else {}
+        return scores
+
+    def close(self) -> None:
+        """Release what the judges use."""
+        for judge in self.judges.values():
+            if close := getattr(judge, "close", None):
+                close()
+
+    def _ask(
+        self,
+        name: str,
+        questions: Sequence[Question],
+        chosen: Sequence[int],
+        check: Callable[[], None],
+    ) -> dict[int, Verdict]:
+        """Return the verdicts of one judge on the chosen questions; a collective in a training."""
+        verdicts = self.judges[name].judge([questions[place] for place in chosen], check)
+        return dict(zip(chosen, verdicts))
+
+    def _scores_of(self, name: str, verdict: Verdict) -> Scores:
+        """Return the score of a judge, and those of its own components below its name."""
+        own = {} if verdict.score is None else {name: verdict.score}
+        below = component_scores(self.judges[name], verdict)
+        return own | {f"{name}/{part}": score for part, score in below.items()}
+
+    def _lacking(
+        self, question: Question, scores: Scores, reasons: Mapping[str, Verdict]
+    ) -> Verdict:
+        """Return the verdict on a question that some of the judges gave no score to."""
+        failed = any(verdict.outcome is Outcome.FAILED for verdict in reasons.values())
+        return Verdict(
+            question.item.id,
+            Outcome.FAILED if failed else Outcome.UNPARSEABLE,
+            sample=question.sample,
+            reason="; ".join(f"{name}: {verdict.reason}" for name, verdict in reasons.items()),
+            answer=json.dumps(scores),
+            judge=self.identity,
+        )
+
+    def _score(self, question: Question, score: float, scores: Scores) -> Verdict:
+        return Verdict(
+            question.item.id,
+            Outcome.SCORE,
+            score,
+            sample=question.sample,
+            answer=json.dumps(scores),
+            judge=self.identity,
+        )
+
+
+class SumJudge(CombinedJudge):
+    """Weighted sum of the scores of judges.
+
+    A question that a component has no score for has none: a sum over the others would depend on
+    which of them failed.
+    """
+
+    def __init__(self, config: SumConfig, judges: Mapping[str, Judge]) -> None:
+        """Make the sum of the opened components."""
+        super().__init__(config, judges)
+        self._config = config
+
+    def judge(
+        self, questions: Sequence[Question], check: Callable[[], None] = lambda: None
+    ) -> list[Verdict]:
+        """Return the verdicts on questions; see `Judge`.
+
+        A component behind a gate is asked only about the questions for which the gate is open.
+        """
+        refuse_pair_items(questions)
+        verdicts: dict[str, dict[int, Verdict]] = {}
+        for name, component in self._config.components.items():
+            chosen: Sequence[int] = range(len(questions))
+            if component.only_if is not None:
+                gate, least = verdicts[component.only_if], component.at_least
+                # The score of a gate that is itself behind a closed one is its `otherwise`.
+                shut = self._config.components[component.only_if].otherwise
+                scores = [gate[place].score if place in gate else shut for place in chosen]
+                chosen = [p for p, s in enumerate(scores) if s is not None and s >= least]
+            verdicts[name] = self._ask(name, questions, chosen, check)
+        return [
+            self._combine(question, place, verdicts) for place, question in enumerate(questions)
+        ]
+
+    def _combine(
+        self, question: Question, place: int, verdicts: Mapping[str, Mapping[int, Verdict]]
+    ) -> Verdict:
+        asked = {name: own[place] for name, own in verdicts.items() if place in own}
+        scores: Scores = {}
+        for name, verdict in asked.items():
+            scores |= self._scores_of(name, verdict)
+        if lacking := {name: verdict for name, verdict in asked.items() if verdict.score is None}:
+            return self._lacking(question, scores, lacking)
+        total = 0.0
+        for name, component in self._config.components.items():
+            total += component.weight * (scores[name] if name in asked else component.otherwise)
+        low, high = self._config.range
+        if self._config.normalize:
+            total = HIGH * (total - low) / (high - low)
+        return self._score(question, min(HIGH, max(0.0, total)), scores)  # rounding of the sum
+
+
+class RouteJudge(CombinedJudge):
+    """Judge that asks the judge of each row's route."""
+
+    def __init__(self, config: RouteConfig, judges: Mapping[str, Judge]) -> None:
+        """Make the router over the opened judges."""
+        super().__init__(config, judges)
+        self._config = config
+
+    def judge(
+        self, questions: Sequence[Question], check: Callable[[], None] = lambda: None
+    ) -> list[Verdict]:
+        """Return the verdicts on questions; see `Judge`."""
+        refuse_pair_items(questions)
+        routes = [self._config.route_of(_prompt_of(question)) for question in questions]
+        answers: dict[int, Verdict] = {}
+        for name in self.judges:
+            chosen = [place for place, route in enumerate(routes) if route == name]
+            answers |= self._ask(name, questions, chosen, check)
+        return [
+            self._verdict(question, routes[place], answers.get(place))
+            for place, question in enumerate(questions)
+        ]
+
+    def _verdict(self, question: Question, route: str | None, verdict: Verdict | None) -> Verdict:
+        if route is None or verdict is None:
+            return Verdict(
+                question.item.id,
+                Outcome.FAILED,
+                sample=question.sample,
+                reason=f"no route for the column {self._config.column!r}",
+                judge=self.identity,
+            )
+        scores = self._scores_of(route, verdict)
+        if verdict.score is None:
+            return self._lacking(question, scores, {route: verdict})
+        return self._score(question, verdict.score, scores)
+
+
+def refuse_pair_items(questions: Sequence[Question]) -> None:
+    """Raise a `UserError` if a question is about a pair."""
+    if any(isinstance(question.item, Pair) for question in questions):
+        raise UserError(
+            "Judges of the kinds sum and route combine scores, and these are pairs. Pass a file of "
+            "responses."
+        )
+
+
+def _prompt_of(question: Question) -> Prompt:
+    return question.item if isinstance(question.item, Prompt) else question.item.prompt

@@ -1,0 +1,272 @@
+"""Sums, gates and routes of judges, compared with the sum written out; failures have no score."""
+
+import itertools
+import json
+
+import pytest
+import yaml
+
+from alignment.commands.annotate import main as annotate
+from alignment.judges.kinds.judge_kind import JudgeConfig, JudgeContext, component_scores
+from alignment.judges.kinds.program_judge import ProgramJudge
+from alignment.judges.kinds.registry import JUDGE_KINDS, read_judge
+from alignment.judges.questions import Question
+from alignment.record_files import read_all
+from alignment.records import Message, Outcome, Pair, Prompt, Response, Verdict
+from alignment.rl.judge_rewards import scores_by_component
+from alignment.rl.metrics import component_means
+from alignment.rl.resident_models import resident_models
+from alignment.rounding import EXACT
+from megatron_ext.errors import UserError
+from tests.alignment.chat_model import write_rows
+
+NUMBER = {"kind": "numeric-answer", "reference": "answer"}
+
+
+class Word:
+    """Scores by the number after a letter in the text: "a3 b9"; "b?" fails, "b!" is unparseable."""
+
+    asked: list[str] = []
+
+    def __init__(self, letter):
+        self.letter, self.identity = letter, letter
+
+    def verdict(self, item, swapped=False, sample=0):
+        self.asked.append(f"{self.letter}:{item.id}")
+        value = {word[0]: word[1:] for word in item.text.split()}[self.letter]
+        if value in ("?", "!"):
+            outcome = Outcome.FAILED if value == "?" else Outcome.UNPARSEABLE
+            return Verdict(item.id, outcome, reason=f"{value} occurs", judge=self.identity)
+        return Verdict(item.id, Outcome.SCORE, float(value), judge=self.identity)
+
+
+class WordConfig(JudgeConfig):
+    """Judge of the test."""
+
+    kind: str = "word"
+
+    def open(self, context):
+        return ProgramJudge(Word(self.name))
+
+
+@pytest.fixture(autouse=True)
+def _word_judge(monkeypatch):
+    monkeypatch.setitem(JUDGE_KINDS, "word", WordConfig)
+    Word.asked.clear()
+
+
+def read(folder, content, name="judge"):
+    file = folder / f"{name}.yaml"
+    file.write_text(
+        content if isinstance(content, str) else yaml.safe_dump(content, sort_keys=False)
+    )
+    return read_judge(str(file))
+
+
+def ask(config, folder, *texts, metadata=None):
+    metadata = metadata or [{}] * len(texts)
+    responses = [
+        Response(str(i), Prompt(str(i), [Message("user", "?")], metadata=m), text)
+        for i, (text, m) in enumerate(zip(texts, metadata))
+    ]
+    judge = config.open(JudgeContext(False, folder))
+    verdicts = judge.judge([Question(response) for response in responses])
+    return verdicts, [dict(component_scores(judge, verdict)) for verdict in verdicts]
+
+
+def components(**parts):
+    return {"kind": "sum", "components": {n: {"kind": "word"} | p for n, p in parts.items()}}
+
+
+@pytest.mark.parametrize("weights", [(1, 1), (2, 0.5), (1, -0.25), (-1, -2), (0, 1), (0.1, 0.2)])
+def test_normalized_sum_is_the_mean_over_scores_turned_where_the_weight_is_negative(
+    tmp_path, weights
+):
+    config = read(tmp_path, components(a={"weight": weights[0]}, b={"weight": weights[1]}))
+    pairs = list(itertools.product([0, 3.5, 9], repeat=2))
+    verdicts, parts = ask(config, tmp_path, *(f"a{a} b{b}" for a, b in pairs))
+    sizes = [abs(weight) for weight in weights]
+    for (a, b), verdict, part in zip(pairs, verdicts, parts):
+        turned = [s if w >= 0 else 9 - s for s, w in zip((a, b), weights)]
+        expected = sum(w * s for w, s in zip(sizes, turned)) / sum(sizes)
+        assert verdict.score == pytest.approx(expected, rel=EXACT, abs=EXACT)
+        assert part == {"a": a, "b": b}
+
+
+def test_sum_without_normalization_is_the_sum(tmp_path):
+    plain = components(a={"weight": 0.5}, b={"weight": 0.25}) | {"normalize": False}
+    verdicts, _ = ask(read(tmp_path, plain), tmp_path, "a8 b4", "a9 b9")
+    assert [v.score for v in verdicts] == [5.0, 6.75]
+    for weights, said in (((1, 1), "between 0 and 18"), ((1, -0.5), "between -4.5 and 9")):
+        bad = components(a={"weight": weights[0]}, b={"weight": weights[1]}) | {"normalize": False}
+        with pytest.raises(UserError, match=f"{said}, outside of 0 to 9"):
+            read(tmp_path, bad)
+
+
+def test_component_behind_a_gate_counts_and_is_asked_only_where_it_is_open(tmp_path):
+    gated = {"only_if": "a", "at_least": 5, "otherwise": 2, "weight": 3}
+    config = read(tmp_path, components(a={}, b=gated))
+    verdicts, parts = ask(config, tmp_path, "a5 b9", "a4 b9", "a4 b?", "a? b9")
+    assert [v.score for v in verdicts] == [(5 + 27) / 4, (4 + 6) / 4, (4 + 6) / 4, None]
+    assert parts == [{"a": 5, "b": 9}, {"a": 4}, {"a": 4}, {}]
+    assert verdicts[3].outcome is Outcome.FAILED and verdicts[3].reason == "a: ? occurs"
+    assert [one for one in Word.asked if one[0] == "b"] == ["b:0"]
+
+
+def test_gate_of_a_gate_has_its_stated_score_where_the_first_is_closed(tmp_path):
+    for otherwise, expected in ((0, [9.0, 0.0]), (9, [9.0, (0 + 9 + 9) / 3])):
+        config = read(
+            tmp_path,
+            components(a={}, b={"only_if": "a", "otherwise": otherwise}, c={"only_if": "b"}),
+        )
+        verdicts, _ = ask(config, tmp_path, "a9 b9 c9", "a0 b9 c9")
+        assert [v.score for v in verdicts] == expected
+
+
+def test_weight_zero_is_a_gate_alone(tmp_path):
+    config = read(tmp_path, components(a={"weight": 0}, b={"only_if": "a"}))
+    verdicts, _ = ask(config, tmp_path, "a9 b4", "a8 b4")
+    assert [v.score for v in verdicts] == [4.0, 0.0]
+
+
+def test_failure_of_a_component_is_never_scored(tmp_path):
+    config = read(tmp_path, components(a={"weight": 0.001}, b={}))
+    verdicts, parts = ask(config, tmp_path, "a? b9", "a! b9", "a! b?", "a1 b9")
+    assert [v.outcome for v in verdicts] == ["failed", "unparseable", "failed", "score"]
+    assert verdicts[2].reason == "a: ! occurs; b: ? occurs" and parts[0] == {"b": 9}
+
+
+def test_rows_go_to_the_judge_of_their_column(tmp_path):
+    routes = {"math": NUMBER, "1": {"kind": "word"}, "true": {"kind": "word"}}
+    config = read(tmp_path, {"kind": "route", "column": "task", "routes": routes})
+    rows = [{"task": "math", "answer": 4}, {"task": 1}, {"task": True}, {"task": "chat"}, {}]
+    prompts = [Prompt(str(i), [Message("user", "?")], metadata=m) for i, m in enumerate(rows)]
+    message = (
+        "for 2 of the 5 prompts of --prompts, first prompt '3' with 'chat' in the column 'task'; "
+        "its routes are math, 1, true"
+    )
+    with pytest.raises(UserError, match=message):
+        config.check_prompts(prompts, "--prompts")
+    config.check_prompts(prompts[:3], "--prompts")
+    texts = ["4", "15", "t7", "x", "x"]
+    verdicts, parts = ask(config, tmp_path, *texts, metadata=rows)
+    assert [v.score for v in verdicts] == [9, 5, 7, None, None]
+    assert parts == [{"math": 9}, {"1": 5}, {"true": 7}, {}, {}]
+    assert verdicts[3].reason == "no route for the column 'task'"
+    rest = {"kind": "route", "column": "task", "routes": {"math": NUMBER},
+            "default": {"kind": "exact-answer", "reference": "task"}}  # fmt: skip
+    verdicts, parts = ask(read(tmp_path, rest), tmp_path, "4", "chat",
+                          metadata=[rows[0], rows[3]])  # fmt: skip
+    assert parts == [{"math": 9}, {"default": 9}]
+    with pytest.raises(UserError, match="cannot verify responses to 1 of the 1 prompts"):
+        read(tmp_path, rest).check_prompts([prompts[4]], "--prompts")
+
+
+def test_parts_are_files_or_inline_and_nest(tmp_path):
+    (tmp_path / "number.yaml").write_text(yaml.safe_dump(NUMBER))
+    content = f"""
+        kind: sum
+        components:
+          right: {{file: {tmp_path}/number.yaml, weight: 2}}
+          task:
+            only_if: right
+            kind: route
+            column: task
+            routes: {{long: {{kind: pattern, pattern: "..."}}}}
+            default: {{kind: pattern, pattern: "4"}}
+        """
+    config = read(tmp_path, content)
+    rows = [{"answer": 4, "task": "long"}, {"answer": 4}, {"answer": 5}]
+    verdicts, parts = ask(config, tmp_path, "004", "4", "4", metadata=rows)
+    assert [v.score for v in verdicts] == [9, 9, 0]
+    assert parts == [
+        {"right": 9, "task": 9, "task/long": 9},
+        {"right": 9, "task": 9, "task/default": 9},
+        {"right": 0},
+    ]
+    assert component_means(parts, "component") == {
+        "component/right": 6, "component/task": 9, "component/task/default": 9,
+        "component/task/long": 9,
+    }  # fmt: skip
+    judge = config.open(JudgeContext(False, tmp_path))
+    [verdict, _, _] = verdicts
+    assert scores_by_component([judge], ["x"], [verdict]) == parts[0]
+    both = scores_by_component([judge, judge], ["x", "x"], [verdict, verdict])
+    assert both["x-1"] == both["x-2"] == 9 and both["x-2/task/long"] == 9
+
+
+def test_what_verdicts_depend_on_must_match_on_resume(tmp_path):
+    plain = components(a={}, b={"weight": 2})
+    first, again = read(tmp_path, plain), read(tmp_path, plain, "other")
+    assert first.resume_settings() == again.resume_settings()
+    context = JudgeContext(False, tmp_path)
+    heavier = read(tmp_path, components(a={}, b={"weight": 3}))
+    assert first.resume_settings() != heavier.resume_settings()
+    assert first.open(context).identity == again.open(context).identity
+    assert first.open(context).identity != heavier.open(context).identity
+    slow = {"kind": "sum", "components": {"a": {"kind": "pattern", "pattern": "x", "timeout": 5}}}
+    fast = {"kind": "sum", "components": {"a": {"kind": "pattern", "pattern": "x", "timeout": 9}}}
+    assert read(tmp_path, slow).resume_settings() == read(tmp_path, fast).resume_settings()
+    json.dumps(first.summary())
+
+
+def test_models_of_components_are_resident(tmp_path):
+    local = {"kind": "local", "model": "m", "thinking": "asked"}
+    read(tmp_path, {"kind": "sum", "components": {"a": {"kind": "word"}, "b": local}})
+    [model] = resident_models(None, [str(tmp_path / "judge.yaml")])
+    assert (model.name, model.model) == ("judge b", "m")
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ({"kind": "sum"}, "needs components. Add the key"),
+        ({"kind": "sum", "components": {}}, "components must be a mapping from names"),
+        ({"kind": "sum", "components": {"a": 5}}, "a must be a mapping with kind or file, not 5"),
+        ({"kind": "sum", "components": {"a": {}}}, "a needs kind or file"),
+        (components(a={"kind": "numeric-anser"}), "Did you mean numeric-answer?"),
+        (components(a={"wieght": 1}), "wieght is not a key of a judge of kind word"),
+        (components(a={"weight": "2"}), "a: weight must be a number, not '2'"),
+        (components(a={"weight": float("nan")}), "a: weight must be a number, not nan"),
+        (components(a={"weight": 0}), "all weights are 0"),
+        (components(a={"only_if": "b"}, b={}), "a has only_if: b, which is no component before it"),
+        (components(a={}, b={"otherwise": 1}), "b: at_least and otherwise require only_if"),
+        (components(a={}, b={"only_if": "a", "at_least": 10}), "a score from 0 to 9, not 10"),
+        (components(a={"kind": None, "file": "none.yaml"}), "a names a file"),
+        ({"kind": "sum", "components": {"a": {"file": "none.yaml"}}}, "none.yaml cannot be read"),
+        ({"kind": "route", "column": "task"}, "needs routes. Add the key"),
+        ({"kind": "route", "column": "task", "routes": []}, "routes must be a mapping"),
+        ({"kind": "route", "routes": {"a": {"kind": "word"}}}, "needs column. Add the key"),
+        (
+            {"kind": "route", "column": "t", "routes": {"a": NUMBER}, "default": 5},
+            "default must be",
+        ),
+    ],
+)
+def test_mistakes_are_answered_by_a_sentence(tmp_path, content, message):
+    with pytest.raises(UserError) as error:
+        read(tmp_path, content)
+    assert message in str(error.value) and str(error.value).endswith((".", "?")), error.value
+    assert str(error.value).startswith(f"{tmp_path}/judge.yaml: ")
+
+
+def test_file_that_contains_itself_is_refused(tmp_path):
+    content = {"kind": "sum", "components": {"a": {"file": str(tmp_path / "judge.yaml")}}}
+    with pytest.raises(UserError, match="contains itself"):
+        read(tmp_path, content)
+
+
+def test_annotate_takes_a_sum_and_pairs_are_refused(tmp_path):
+    short = {"kind": "pattern", "pattern": "^.{0,3}$", "only_if": "right", "otherwise": 0}
+    read(tmp_path, {"kind": "sum", "components": {"right": NUMBER, "short": short}})
+    prompt = Prompt("p", [Message("user", "2 + 2?")], metadata={"answer": 4})
+    rows = [Response(str(i), prompt, text) for i, text in enumerate(["4", "It is 4", "5"])]
+    items = write_rows(tmp_path / "items.jsonl", rows)
+    command = ["--judge", str(tmp_path / "judge.yaml"), "--output", str(tmp_path / "out.jsonl")]
+    assert annotate([*command, "--input", str(items)]) == 0
+    verdicts = read_all(tmp_path / "out.jsonl", Verdict)
+    assert [v.score for v in verdicts] == [9, 4.5, 0]
+    assert json.loads(verdicts[1].answer) == {"right": 9, "short": 0}
+    pairs = write_rows(tmp_path / "pairs.jsonl", [Pair("x", prompt, "4", "5")])
+    with pytest.raises(UserError, match="of kind sum combines scores, so that it"):
+        annotate([*command, "--input", str(pairs), "--overwrite"])
