@@ -63,6 +63,10 @@ class RateLimiter:
         self._not_before, self._reason = float("-inf"), ""
         self._turn = asyncio.Lock()
 
+    def enter_loop(self) -> None:
+        """Let the calls of another event loop wait for the same limits, one loop at a time."""
+        self._turn = asyncio.Lock()
+
     async def acquire(self) -> None:
         """Wait until the next call may begin, and count it."""
         async with self._turn:

@@ -226,7 +226,6 @@ class EndpointJudgeConfig(JudgeConfig):
         """Return the judge, whose answers are stored in the folder of the context."""
         from alignment.judges.kinds.endpoint_judge import EndpointJudge
 
-        assert context.engine is not None, "annotate() serves commands of one process"
         store = context.store / f"{self.name}.answers"
         return EndpointJudge(self, context.pairwise, context.engine, store)
 

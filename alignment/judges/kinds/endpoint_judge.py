@@ -3,18 +3,22 @@
 import asyncio
 import json
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from alignment.endpoints.answer_store import AnswerStore
+from alignment.endpoints.answer_store import AnswerStore, read_answers
 from alignment.endpoints.api_key import read_api_key
+from alignment.endpoints.budget import Budget, BudgetSpent
 from alignment.endpoints.chat_client import ChatClient, ChatRequest
 from alignment.endpoints.client import CallFailed, connect
 from alignment.endpoints.pool import EndpointPool
+from alignment.endpoints.rate_limits import RateLimiter
+from alignment.endpoints.usage import TokenUsage
 from alignment.engines.protocol import AlignmentEngine
 from alignment.judges.formats.answers import Answer
 from alignment.judges.formats.judge_format import JudgeFormat
@@ -26,6 +30,8 @@ from alignment.records import Verdict
 from alignment.rounding import EXACT, SINGLE
 from megatron_ext.errors import UserError
 
+_COUNTS = ("answers", "prompt_tokens", "completion_tokens")
+
 
 class EndpointJudge:
     """Judge behind an address.
@@ -34,14 +40,18 @@ class EndpointJudge:
     """
 
     def __init__(
-        self, config: EndpointJudgeConfig, pairwise: bool, engine: AlignmentEngine, store: Path
+        self,
+        config: EndpointJudgeConfig,
+        pairwise: bool,
+        engine: AlignmentEngine | None,
+        store: Path,
     ) -> None:
         """Prepare the judge; a collective.
 
         Args:
             config: The description of the judge.
             pairwise: Whether the judge compares pairs instead of scoring responses.
-            engine: The engine whose ranks ask.
+            engine: The engine whose ranks ask, or None in a command of one process.
             store: The folder for the answers.
 
         Raises:
@@ -62,9 +72,18 @@ class EndpointJudge:
         # The dtype of the server is not known. Equal responses are one question, asked once.
         self.rounding_error = SINGLE if self._expected else EXACT
         self._task = JudgingTask(judge_format, self.identity, self._expected)
-        self._asks = is_share_leader(engine)
         self._reported: set[str] = set()
-        self._file = store / f"share_{engine.data_rank:05d}.jsonl"
+        rank, self._shares = (engine.data_rank, engine.data_size) if engine else (0, 1)
+        self._asks = engine is None or is_share_leader(engine)
+        self._file = store / f"share_{rank:05d}.jsonl"
+        # One rank counts the answers of earlier runs, before any rank asks: the round begins with
+        # a collective.
+        self._before = _dollars_of(config, store) if self._asks and not rank else 0.0
+        self._usage, self._dollars = TokenUsage(), 0.0  # of this process
+        rates = (config.requests_per_minute, config.tokens_per_minute)
+        self._limiter = RateLimiter(
+            *(rate and rate / self._shares for rate in rates), clock=time.monotonic
+        )
 
     def judge(
         self, questions: Sequence[Question], check: Callable[[], None] = lambda: None
@@ -75,26 +94,63 @@ class EndpointJudge:
 
         Raises:
             UserError: If the endpoint will answer no question, or answers cannot be stored.
+            LimitExceeded: If `max_cost` does not pay for another call.
         """
         check()
         rows: list[Any] = []
-        problem = None
+        problem: UserError | None = None
+        name, spent, begin = self._config.name, self.usage()["dollars_total"], self._dollars
         try:
-            work = (lambda: self._ask(questions)) if self._asks else None
-            verdicts = run_async_while_polling(work, check)
+            verdicts = self._run(questions, spent, check)
             rows = [verdict.to_row() for verdict in verdicts or []]
-        except UserError as error:  # No question will be answered.
-            problem = f"the judge {self._config.name}: {error}"
-        except OSError as error:
-            problem = (
-                f"the judge {self._config.name} cannot keep its answers in {self._store}: {error}"
+        except BudgetSpent:
+            problem = BudgetSpent(
+                f"The judge {name}: max_cost {self._config.max_cost:g} does not pay for another "
+                f"call: the answers of this run cost ${spent + self._dollars - begin:,.4f} so far. "
+                "Raise max_cost in the judge's file and repeat the command to resume; all answers "
+                "are stored."
             )
-        shares = all_gather_by_data_rank(self._engine, (rows, problem))
-        if message := next((problem for _, problem in shares if problem), None):
-            raise UserError(message)
-        return [Verdict.from_row(row) for row in shares[self._engine.data_rank][0]]
+        except UserError as error:  # No question will be answered.
+            problem = type(error)(f"the judge {name}: {error}")
+        except OSError as error:
+            problem = UserError(
+                f"the judge {name} cannot keep its answers in {self._store}: {error}"
+            )
+        shares = self._gather((rows, problem))
+        if first := next((problem for _, problem in shares if problem), None):
+            raise first
+        own = shares[self._engine.data_rank if self._engine else 0][0]
+        return [Verdict.from_row(row) for row in own]
 
-    async def _ask(self, questions: Sequence[Question]) -> list[Verdict]:
+    def usage(self) -> dict[str, float]:
+        """Return what the answers of all ranks took, those of earlier runs included; a collective.
+
+        Returns:
+            `answers`, `prompt_tokens` and `completion_tokens` of the answers since the process
+            began, and the dollars of all answers of the run, `dollars_total`; 0 without prices.
+        """
+        own = {name: getattr(self._usage, name) for name in _COUNTS}
+        shares = self._gather(own | {"dollars_total": self._before + self._dollars})
+        return {name: sum(share[name] for share in shares) for name in shares[0]}
+
+    @property
+    def priced(self) -> bool:
+        """Return whether the prices of the endpoint are known."""
+        return self._config.prices.cost(0, 0) is not None
+
+    def _gather(self, value: Any) -> list[Any]:
+        return [value] if self._engine is None else all_gather_by_data_rank(self._engine, value)
+
+    def _run(
+        self, questions: Sequence[Question], spent: float, check: Callable[[], None]
+    ) -> list[Verdict] | None:
+        """Ask from the ranks whose turn it is, while the others poll for signals."""
+        if self._engine is None:
+            return asyncio.run(self._ask(questions, spent))
+        work = partial(self._ask, questions, spent) if self._asks else None
+        return run_async_while_polling(work, check)
+
+    async def _ask(self, questions: Sequence[Question], spent: float) -> list[Verdict]:
         requests = [
             ChatRequest(
                 self._config.model,
@@ -126,13 +182,18 @@ class EndpointJudge:
             failed[key] = str(error)
 
         concurrency = self._config.calls_at_a_time
+        left = self._config.max_cost and (self._config.max_cost - spent) / self._shares
+        budget = Budget(self._config.prices, left)
+        self._limiter.enter_loop()
         async with connect(read_api_key(self._config.api_key_variable), concurrency) as http:
             client = ChatClient(
                 self._config.url.rstrip("/"),
                 http,
                 self._config.retry_policy,
+                self._limiter,
                 report=self._report,
                 flag="url",
+                budget=budget,
             )
 
             async def call(key: str) -> Answer:
@@ -140,7 +201,11 @@ class EndpointJudge:
 
             pool = EndpointPool(call, _to_record, concurrency, await_calls=False)
             remaining = [key for key in missing if key not in answers]
-            await pool.ask_many(remaining, store, on_answer, on_failure)
+            try:
+                await pool.ask_many(remaining, store, on_answer, on_failure)
+            finally:
+                self._usage += budget.usage
+                self._dollars += budget.spent
         return [
             self._task.record(question, answers.get(key), failed.get(key, ""))
             for question, key in zip(questions, keys)
@@ -178,6 +243,20 @@ class EndpointJudge:
                         places[json.loads(line)["key"]] = (file, start)
                     start += len(line)
         return places
+
+
+def _dollars_of(config: EndpointJudgeConfig, store: Path) -> float:
+    """Return the dollars of the answers in a folder, each counted once; 0 without prices.
+
+    A run that resumes on another number of ranks has copies of an answer in several files.
+    """
+    budget, seen = Budget(config.prices), set()
+    for file in sorted(store.glob("share_*.jsonl")):
+        for key, row in read_answers(file):
+            if key not in seen:
+                seen.add(key)
+                budget.count(TokenUsage.of(Answer.from_row(row)))
+    return budget.spent
 
 
 def _to_record(key: str, answer: Answer) -> tuple[str, Mapping[str, Any]]:
