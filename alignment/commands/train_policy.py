@@ -31,6 +31,7 @@ from alignment.records import Prompt
 from alignment.rl.algorithms import ALGORITHMS
 from alignment.rl.critic import Critic
 from alignment.rl.grading import GamingAlarm, Grader
+from alignment.rl.judge_costs import JudgeCosts
 from alignment.rl.judge_rewards import JudgeReward
 from alignment.rl.resident_models import resident_models
 from alignment.rl.response_monitor import ResponseMonitor, RoutingCheck
@@ -71,12 +72,18 @@ def run(config: TrainPolicyConfig) -> int:
     prompts = transform_records(prompts, config.data_transform)
     held_out = [p for file in config.held_out for p in read_all(Path(file), Prompt)]
     _check_prompts(prompts, held_out)
+    for name, each in specs.items():
+        for spec in each:
+            if name == "proxy":
+                spec.check_prompts(prompts, "--prompts")
+            spec.check_prompts(held_out, "--held-out")
     tokenizer = load_tokenizer(config.model.model_folder, config.model.chat_template_file)
     template, max_new_tokens = config.model.template_variables, config.sampling.max_new_tokens
     tasks = [PromptTask(p.id, prompt_ids(tokenizer, p.messages, **template), p) for p in prompts]
     check_room(config, max_new_tokens, [task.prompt for task in tasks], "prompts of --prompts")
     ids = [prompt_ids(tokenizer, p.messages, **template) for p in held_out]
-    check_room(config, max_new_tokens, ids, "prompts of --held-out")
+    if held_out:
+        check_room(config, max_new_tokens, ids, "prompts of --held-out")
     if prompts:
         warn_of_template("train-policy", tokenizer, prompts[0].messages, template)
 
@@ -165,7 +172,7 @@ def _train_policy(
             algorithm=config.reinforcement.algorithm,
             seed=config.run.seed,
             judge=_describe_judges(specs["proxy"], judges["proxy"]),
-            gold=_describe_judges(specs["gold"], judges["gold"]),
+            gold=_describe_judges(specs["gold"], judges.get("gold", [])),
             second_gold=_describe_judges(specs["second_gold"], judges.get("second_gold", [])),
         )
         monitor = ResponseMonitor(
@@ -179,28 +186,33 @@ def _train_policy(
             ),
             keep_responses=config.keep_responses,
         )
-        grader = Grader(
-            engine,
-            tokenizer,
-            held_out,
-            settings.sampling,
-            judges,
-            training.folder,
-            template=template,
-            reference=reference,
-            length=config.batch.seq_length,
-            generation_batch_size=config.sampling.generation_batch_size,
-            monitor=monitor,
-            alarm=GamingAlarm(config.alarm_threshold, config.alarm_window),
-            check=training.check_signals,
-            writes=training.writes,
-            pairwise=config.reward == "pairwise",
-            max_failed=config.max_unrewarded,
-        )
+        names = [spec.name for spec in specs["proxy"]]
+        grader = None
+        if held_out:
+            grader = Grader(
+                engine,
+                tokenizer,
+                held_out,
+                settings.sampling,
+                judges,
+                training.folder,
+                template=template,
+                reference=reference,
+                length=config.batch.seq_length,
+                generation_batch_size=config.sampling.generation_batch_size,
+                monitor=monitor,
+                alarm=GamingAlarm(config.alarm_threshold, config.alarm_window),
+                check=training.check_signals,
+                writes=training.writes,
+                pairwise=config.reward == "pairwise",
+                max_failed=config.max_unrewarded,
+                names=names,
+            )
 
-        training.at_resume(grader.restore)
+            training.at_resume(grader.restore)
 
         def stop_when(row: Mapping[str, Any]) -> str | None:
+            assert grader is not None
             if training.writes and (sentence := grader.alarm.sentence(grader.history)):
                 print(sentence, flush=True)
             if config.stop_on_alarm and row["grade/alarm"]:
@@ -211,26 +223,29 @@ def _train_policy(
                 )
             return None
 
+        costs = JudgeCosts(judge for each in judges.values() for judge in each)
         rl = RLComponents(
             run=training,
             engine=engine,
             tasks=tasks,
-            reward=JudgeReward(judges["proxy"], tokenizer, config.reward == "pairwise"),
+            reward=JudgeReward(judges["proxy"], tokenizer, config.reward == "pairwise", names),
             settings=settings,
             seed=config.run.seed,
             reference=reference,
             critic=critic,
             monitor=monitor,
+            costs=costs,
             **rollout_sources(
                 config, config.steps, engine, end_tokens(tokenizer), training.check_signals
             ),
         )
         if training.writes:
-            if same := shared_with_gold(specs):
-                print(f"train-policy: warning: {same}", file=sys.stderr, flush=True)
+            for warning in filter(None, (shared_with_gold(specs), _without_gold(config))):
+                print(f"train-policy: warning: {warning}", file=sys.stderr, flush=True)
+            graded = len(grader.prompts) if grader else 0
             left = f", {rl.prompts.too_long:,} too long" if rl.prompts.too_long else ""
             print(
-                f"{len(rl.prompts.tasks):,} prompts{left}; {len(grader.prompts):,} held out; "
+                f"{len(rl.prompts.tasks):,} prompts{left}; {graded:,} held out; "
                 f"{config.steps:,} steps",
                 flush=True,
             )
@@ -238,12 +253,26 @@ def _train_policy(
             config.steps, config.run.save_interval, config.run.eval_interval, stop_when=stop_when
         )
         stopped = train(rl, plan, grader)
+        for sentence in costs.sentences():
+            if training.writes:
+                print(sentence, flush=True)
         if stopped:
             return 128 + stopped
         engine.export(training.folder / "final")
         if training.writes:
             print(f"The policy is {training.folder / 'final'}.", flush=True)
     return 0
+
+
+def _without_gold(config: TrainPolicyConfig) -> str | None:
+    """Return a warning if nothing can show that the policy games its judge."""
+    if config.gold:
+        return None
+    missing = "--gold" if config.held_out else "--gold and --held-out"
+    return (
+        f"{missing} are left out, so that this run cannot show whether the policy games its judge: "
+        "a rising reward may be no gain, and no alarm can be raised. Use this for a smoke test."
+    ).replace("--gold are", "--gold is")
 
 
 def shared_with_gold(specs: Mapping[str, Sequence[JudgeConfig]]) -> str | None:

@@ -3,11 +3,12 @@ r"""Train a policy on the rewards of judges, and grade it by a gold judge that i
     torchrun --nproc-per-node 8 -m alignment train-policy --model DIR --run-dir DIR --steps 200 \
         --prompts PROMPTS.jsonl --judge JUDGE.yaml --held-out PROMPTS.jsonl --gold GOLD.yaml
 
-Each judge is described by a YAML file. --judge can be repeated; rewards are then means. Every
---eval-interval steps the policy answers held-out prompts, which the judges (proxy) and the gold
-judge grade. An alarm is raised when the proxy score rises and the gold score does not. Repeat the
-command to resume a run that was stopped or killed; no finished response or verdict is lost or used
-twice.
+Each judge is described by a YAML file; one of kind sum or route combines judges, verifiers and
+functions. --judge can be repeated; rewards are then means. Every --eval-interval steps the policy
+answers held-out prompts, which the judges (proxy) and the gold judge grade. An alarm is raised when
+the proxy score rises and the gold score does not. --gold and --held-out may be left out for a smoke
+test, which cannot show that a policy games its judge. Repeat the command to resume a run that was
+stopped or killed; no finished response or verdict is lost or used twice.
 """
 
 from collections.abc import Sequence
@@ -39,9 +40,10 @@ class TrainPolicyConfig(ReinforcementTrainingConfig):
     """Reward: the judge's score, or the win rate against the other responses to the prompt, each
     pair judged in both orders."""
     held_out: tuple[str, ...] = must_match((), metavar="FILE")
-    """Prompts for grading, none of them in --prompts; required for training."""
+    """Prompts for grading, none of them in --prompts. Default: none, so that nothing is graded."""
     gold: tuple[str, ...] = must_match((), metavar="FILE.yaml", repeat=True)
-    """Gold judge, which grades and is not trained on; required for training. Can be repeated."""
+    """Gold judge, which grades and is not trained on. Can be repeated. Default: none, so that it
+    cannot be seen whether the policy games its judge."""
     second_gold: tuple[str, ...] = must_match((), metavar="FILE.yaml", repeat=True)
     """Gold judge of another kind, which shows whether the first one is gamed. Can be repeated.
     Default: none."""
@@ -83,10 +85,10 @@ class TrainPolicyConfig(ReinforcementTrainingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.run.dry_run is None:
-            for name in ("prompts", "judge", "held_out", "gold"):
+            for name in ("prompts", "judge"):
                 if not getattr(self, name):
-                    option = f"--{name.replace('_', '-')}"
-                    raise UserError(f"train-policy requires {option}. See --help.")
+                    raise UserError(f"train-policy requires --{name}. See --help.")
+            self._check_grading()
         if self.sampling.temperature <= 0:
             raise UserError(
                 f"--temperature {self.sampling.temperature} must be above 0: equal responses "
@@ -94,6 +96,18 @@ class TrainPolicyConfig(ReinforcementTrainingConfig):
             )
         if self.reward == "pairwise" and self.reinforcement.group_size < 2:
             raise UserError("--reward pairwise compares responses: give --group-size 2 or more.")
+
+    def _check_grading(self) -> None:
+        """Check that what grades has something to grade, and an alarm something to compare."""
+        if self.gold and not self.held_out:
+            raise UserError(
+                "--gold grades the responses to --held-out prompts. Give both, or leave both out."
+            )
+        for name, given in (
+            ("--second-gold", self.second_gold), ("--stop-on-alarm", self.stop_on_alarm)
+        ):  # fmt: skip
+            if given and not self.gold:
+                raise UserError(f"{name} requires --gold, which it is compared with. Add --gold.")
 
     @property
     def alarm_threshold(self) -> float:

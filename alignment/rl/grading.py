@@ -20,7 +20,14 @@ from alignment.judges.kinds.judge_kind import Judge, rounding_error
 from alignment.judges.questions import Question
 from alignment.ranks import all_gather_by_data_rank, all_reduce_max, interleave
 from alignment.records import Outcome, Pair, Prompt, Response, Verdict
-from alignment.rl.judge_rewards import mean_score, response_of, text_of, win_of
+from alignment.rl.judge_rewards import (
+    mean_score,
+    response_of,
+    scores_by_component,
+    text_of,
+    win_of,
+)
+from alignment.rl.metrics import component_means
 from alignment.rl.response_monitor import ResponseMonitor
 from alignment.rl.rollouts import Rollout
 from alignment.rounding import exceeds, is_constant, tolerance
@@ -47,7 +54,7 @@ class GamingAlarm:
 
     def raised(self, rows: Sequence[Mapping[str, Any]]) -> bool:
         """Return whether the last of some evaluations raises the alarm. Rounding is no change."""
-        known = [row for row in rows if row["grade/gap"] is not None]
+        known = [row for row in rows if row.get("grade/gap") is not None]
         if len(known) < self.window + 1 or known[-1] is not rows[-1]:
             return False
         before, now = known[-1 - self.window], known[-1]
@@ -91,6 +98,7 @@ class Grader:
         max_failed: float = 0.2,
         shown: int = 8,
         pairwise: bool = False,
+        names: Sequence[str] = (),
     ) -> None:
         """Encode the held-out prompts.
 
@@ -99,7 +107,8 @@ class Grader:
             tokenizer: Tokenizer of the policy.
             prompts: Held-out prompts. Those that leave no room for a response are left out.
             sampling: How responses are sampled.
-            judges: Judges by role: "proxy", "gold" and perhaps "second_gold".
+            judges: Judges by role: "proxy", and perhaps "gold" and "second_gold". Without "gold"
+                there is no gap, and no alarm can be raised.
             folder: Directory of the run, for samples.jsonl and first.json.
             template: Variables of the chat template.
             reference: Function that returns log-probabilities under the start policy, for the
@@ -115,6 +124,7 @@ class Grader:
             pairwise: Whether the proxy compares. All grades are then win rates against the
                 responses of the first evaluation, with a tie as one half, and the scores of gold
                 are in `grade/gold_score`.
+            names: Name of each judge of the role "proxy", for the scores of the components.
 
         Raises:
             UserError: No prompt leaves room for a response.
@@ -136,7 +146,7 @@ class Grader:
                 "--max-new-tokens."
             )
         self.history: list[Mapping[str, Any]] = []
-        self.pairwise, self.max_failed = pairwise, max_failed
+        self.pairwise, self.max_failed, self.names = pairwise, max_failed, names
         # Text and scores of each prompt's response in the first evaluation.
         self._first: dict[str, dict[str, Any]] = {}
 
@@ -163,23 +173,28 @@ class Grader:
         questions = [Question(response) for response in responses]
         scores: dict[str, list[float | None]] = {}
         failures: dict[str, list[str]] = {}
+        components: list[dict[str, float]] = []
         for name, judges in self.judges.items():
             if self._in_pairs(name):
                 columns, scores[name] = self._wins(step, responses, judges)
             else:
                 columns = list(zip(*[judge.judge(questions, self.check) for judge in judges]))
                 scores[name] = [mean_score(column) for column in columns]
+                if name == "proxy":
+                    components = [scores_by_component(judges, self.names, c) for c in columns]
             failed = [[v for v in column if v.outcome is Outcome.FAILED] for column in columns]
             failures[name] = [verdicts[0].reason for verdicts in failed if verdicts]
         divergence = self._divergence(share, rollouts)
         shares = all_gather_by_data_rank(
-            self.policy, (responses, rollouts, scores, divergence, failures)
+            self.policy, (responses, rollouts, scores, divergence, failures, components)
         )
         self._require_answers(shares)
         row = self._row(step, shares)
+        row |= component_means([one for share in shares for one in share[5]], "component_held_out")
         self.history = [r for r in self.history if r["step"] < step] + [row]
-        row["grade/gap_slope"] = self._slope()
-        row["grade/alarm"] = int(self.alarm.raised(self.history))
+        if "gold" in self.judges:
+            row["grade/gap_slope"] = self._slope()
+            row["grade/alarm"] = int(self.alarm.raised(self.history))
         return row
 
     def _wins(
@@ -239,7 +254,7 @@ class Grader:
                 f"The files of the first evaluation in {self.folder} cannot be read ({error!r}). "
                 "Start again in another --run-dir."
             ) from error
-        self.history = [row for row in rows if "grade/gap" in row and row["step"] <= step]
+        self.history = [row for row in rows if PROXY in row and row["step"] <= step]
 
     def _set_first(self, rows: dict[str, dict[str, Any]]) -> None:
         self._first = rows
@@ -269,12 +284,14 @@ class Grader:
                     for score, response in zip(scores[name], responses)
                 ]
         # Means are over the same responses, so that failures on hard ones cause no gap.
-        both = [None not in pair for pair in zip(scores["proxy"], scores["gold"])]
+        compared = [name for name in ("proxy", "gold") if name in scores]
+        both = [None not in pair for pair in zip(*(scores[name] for name in compared))]
         for name, values in scores.items():
-            known = [v for v, b in zip(values, both) if b] if name in ("proxy", "gold") else []
+            known = [v for v, b in zip(values, both) if b] if name in compared else []
             row[f"grade/{name}"] = _mean(known or values)
             row[f"grade/{name}_unjudged"] = sum(v is None for v in values) / max(1, len(values))
-        row["grade/gap"] = row["grade/proxy"] - row["grade/gold"] if any(both) else None
+        if "gold" in scores:
+            row["grade/gap"] = row[PROXY] - row[GOLD] if any(both) else None
         row |= self._errors([response.prompt.id for response in responses], scores)
         row["grade/kl"] = float(np.mean(divergences)) if divergences else None
         row["grade/length"] = float(np.mean([len(r.tokens) for r in rollouts]))
@@ -292,10 +309,10 @@ class Grader:
         The intervals of a run with a single seed come from them. Each prompt is compared with
         itself, so that easy and hard prompts do not count as noise.
         """
-        names = ("proxy", "gold")
+        names = [name for name in ("proxy", "gold") if name in scores]
         pairs = [
-            ([self._first[prompt][name] for name in names], [proxy, gold])
-            for prompt, proxy, gold in zip(prompts, scores["proxy"], scores["gold"])
+            ([self._first[prompt][name] for name in names], list(now))
+            for prompt, *now in zip(prompts, *(scores[name] for name in names))
         ]
         if self.pairwise:  # win rates against the first responses, which tie with themselves
             pairs = [([0.5 if f is not None else None for f in first], now) for first, now in pairs]
@@ -303,8 +320,9 @@ class Grader:
         if len(judged) < 2:
             return {}
         changes = np.array([now for _, now in judged]) - np.array([first for first, _ in judged])
-        columns = {"proxy": changes[:, 0], "gold": changes[:, 1]}
-        columns["gap"] = columns["proxy"] - columns["gold"]
+        columns = {name: changes[:, place] for place, name in enumerate(names)}
+        if "gold" in columns:
+            columns["gap"] = columns["proxy"] - columns["gold"]
         errors = {name: float(stats.sem(values)) for name, values in columns.items()}
         return {
             "grade/prompts": len(judged),

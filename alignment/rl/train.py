@@ -15,6 +15,7 @@ from alignment.engines.protocol import AlignmentEngine, GeneratedResponse
 from alignment.ranks import all_gather_by_data_rank, all_reduce_max
 from alignment.rl.async_rollouts import AsyncRollouts
 from alignment.rl.critic import Critic
+from alignment.rl.judge_costs import JudgeCosts
 from alignment.rl.metrics import (
     StepTimes,
     failure_metrics,
@@ -77,6 +78,7 @@ class RLComponents:
             engine's own.
         async_rollouts: Sampler of the next step's responses, which works during this step.
         monitor: Monitor of the responses of every step.
+        costs: Usage of the judges at endpoints, for the metrics of every step.
     """
 
     run: TrainingRun
@@ -90,6 +92,7 @@ class RLComponents:
     generate: Callable[..., Sequence[GeneratedResponse]] | None = None
     async_rollouts: AsyncRollouts | None = None
     monitor: ResponseMonitor | None = None
+    costs: JudgeCosts | None = None
     prompts: PromptOrder = field(init=False)
 
     def __post_init__(self) -> None:
@@ -150,6 +153,7 @@ def train(
                 metrics = response_metrics(engine, groups) | {"draws": draws}
                 failures, reasons = failure_metrics(engine, all_groups)
                 metrics |= failures
+                metrics |= rl.costs.metrics() if rl.costs is not None else {}
                 if rl.monitor is not None:
                     metrics |= rl.monitor.check_step(step, groups)
                 refuse_failures(settings, failures, reasons)

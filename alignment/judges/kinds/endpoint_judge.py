@@ -134,6 +134,11 @@ class EndpointJudge:
         return {name: sum(share[name] for share in shares) for name in shares[0]}
 
     @property
+    def name(self) -> str:
+        """Return the name of the judge."""
+        return self._config.name
+
+    @property
     def priced(self) -> bool:
         """Return whether the prices of the endpoint are known."""
         return self._config.prices.cost(0, 0) is not None

@@ -28,6 +28,7 @@ from alignment.judges.kinds.code_tests import CodeTestsConfig
 from alignment.judges.kinds.combined import RouteConfig, SumConfig
 from alignment.judges.kinds.endpoint import EndpointJudgeConfig
 from alignment.judges.kinds.function import FunctionJudgeConfig
+from alignment.judges.kinds.instructions import InstructionsConfig
 from alignment.judges.kinds.judge_kind import JudgeConfig, JudgeFlags
 from alignment.judges.kinds.local import LocalJudgeConfig
 from alignment.judges.kinds.rule import RuleJudgeConfig
@@ -41,6 +42,7 @@ JUDGE_KINDS: dict[str, type[JudgeConfig]] = {
     "exact-answer": ExactAnswerConfig,
     "numeric-answer": NumericAnswerConfig,
     "pattern": PatternConfig,
+    "instructions": InstructionsConfig,
     "code-tests": CodeTestsConfig,
     "sum": SumConfig,
     "route": RouteConfig,

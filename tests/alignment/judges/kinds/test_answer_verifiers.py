@@ -154,3 +154,43 @@ def test_annotate_takes_a_verifier_and_names_the_rows_that_lack_a_reference(tmp_
     with pytest.raises(UserError, match="verifies single responses, and these are pairs"):
         annotate(["--input", str(pairs), "--output", str(tmp_path / "o.jsonl"), "--judge",
                   "numeric-answer:answer"])  # fmt: skip
+
+
+def test_instructions_come_from_the_columns_of_ifeval(tmp_path):
+    rows = {
+        "instruction_id_list": ["punctuation:no_comma", "length_constraints:number_words"],
+        "kwargs": [{}, {"num_words": 2, "relation": "at least", "letter": None}],
+    }
+    as_json = {name: json.dumps(value) for name, value in rows.items()}
+    for metadata in (rows, as_json):
+        for text, score, share in (("a b", 9, 9), ("a, b", 0, 4.5), ("a", 0, 4.5), ("", 0, 0)):
+            assert judge(tmp_path, text, metadata, kind="instructions").score == score
+            partial = judge(tmp_path, text, metadata, kind="instructions", partial=True)
+            assert partial.score == share
+    assert (
+        "not length_constraints:number_words"
+        in judge(tmp_path, "a", rows, kind="instructions").answer
+    )
+    unknown = {"instruction_id_list": ["punctuation:no_coma", "punctuation:no_comma"]}
+    with pytest.raises(
+        UserError, match="'punctuation:no_coma' has no check; .* Did you mean punct"
+    ):
+        judge(tmp_path, "a", unknown, kind="instructions")
+    assert judge(tmp_path, "a", unknown, kind="instructions", unknown="skip").score == 9
+    with pytest.raises(UserError, match="there is no value in the column 'instruction_id_list'"):
+        judge(tmp_path, "a", {}, kind="instructions")
+
+
+def test_programs_are_run_against_the_tests_of_their_row(tmp_path):
+    tests = {"test_list": ["assert f(1) == 2", "assert f(2) == 4"]}
+    settings = {"kind": "code-tests", "tests": "test_list"}
+    right = "Here:\n```python\ndef f(x):\n    return 2 * x\n```\nDone."
+    verdict = judge(tmp_path, right, tests, **settings)
+    assert (verdict.score, verdict.answer) == (9, "2 of 2 tests passed")
+    half = right.replace("2 * x", "x + 1")
+    assert judge(tmp_path, half, tests, **settings).score == 0
+    verdict = judge(tmp_path, half, tests, **settings, partial=True)
+    assert verdict.score == 4.5 and verdict.answer.startswith("1 of 2 tests passed; AssertionError")
+    assert judge(tmp_path, "I cannot.", tests, **settings).score == 0
+    with pytest.raises(UserError, match="cannot be used: no tests in 5"):
+        judge(tmp_path, right, {"test_list": 5}, **settings)

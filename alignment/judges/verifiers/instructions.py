@@ -1,0 +1,261 @@
+"""Checks of the instructions of IFEval, such as a number of words, and of some of IFBench's.
+
+The names and arguments are those of the datasets (`instruction_id_list` and `kwargs`). The checks
+are written anew and need no language model and no download: sentences end at `.`, `!` or `?`, and
+words are runs of letters and digits. Results are close to those of IFEval, and not to be compared
+with them. A response that is empty follows no instruction.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+Arguments = Mapping[str, Any]
+Check = Callable[[str, Arguments], bool]
+CHECKS: dict[str, Check] = {}
+
+_CONSTRAINED = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
+
+
+def instruction(name: str) -> Callable[[Check], Check]:
+    """Register the check of an instruction."""
+
+    def register(check: Check) -> Check:
+        CHECKS[name] = check
+        return check
+
+    return register
+
+
+def words_of(text: str) -> list[str]:
+    """Return the words of a text, which are runs of letters, digits and underscores."""
+    return re.findall(r"\w+", text)
+
+
+def sentences_of(text: str) -> list[str]:
+    """Return the sentences of a text, which end at `.`, `!`, `?` or a line break."""
+    return [part for part in re.split(r"(?<=[.!?])[\"'”’)]*\s+|\n+", text) if words_of(part)]
+
+
+def _paragraphs(text: str, separator: str) -> list[str]:
+    return [part.strip() for part in re.split(separator, text) if part.strip()]
+
+
+def _holds(count: float, relation: str | None, bound: float) -> bool:
+    """Return whether a count is "at least", "at most", "less than" or "exactly" a bound."""
+    relations = {
+        "at least": count >= bound, "at most": count <= bound, "less than": count < bound,
+        "more than": count > bound, "exactly": count == bound,
+    }  # fmt: skip
+    if relation is not None and relation not in relations:
+        raise ValueError(f"the relation {relation!r} is none of {', '.join(relations)}")
+    return relations[relation or "at least"]
+
+
+def _occurrences(word: str, text: str) -> int:
+    return len(re.findall(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE))
+
+
+@instruction("keywords:existence")
+def _keywords(text: str, given: Arguments) -> bool:
+    return all(_occurrences(word, text) for word in given["keywords"])
+
+
+@instruction("keywords:forbidden_words")
+def _forbidden(text: str, given: Arguments) -> bool:
+    return not any(_occurrences(word, text) for word in given["forbidden_words"])
+
+
+@instruction("keywords:frequency")
+def _frequency(text: str, given: Arguments) -> bool:
+    return _holds(_occurrences(given["keyword"], text), given.get("relation"), given["frequency"])
+
+
+@instruction("keywords:letter_frequency")
+def _letters(text: str, given: Arguments) -> bool:
+    count = text.lower().count(given["letter"].lower())
+    return _holds(count, given.get("let_relation"), given["let_frequency"])
+
+
+@instruction("length_constraints:number_words")
+def _number_of_words(text: str, given: Arguments) -> bool:
+    return _holds(len(words_of(text)), given.get("relation"), given["num_words"])
+
+
+@instruction("length_constraints:number_sentences")
+def _number_of_sentences(text: str, given: Arguments) -> bool:
+    return _holds(len(sentences_of(text)), given.get("relation"), given["num_sentences"])
+
+
+@instruction("length_constraints:number_paragraphs")
+def _number_of_paragraphs(text: str, given: Arguments) -> bool:
+    return len(_paragraphs(text, r"\s?\*\*\*\s?")) == given["num_paragraphs"]
+
+
+@instruction("length_constraints:nth_paragraph_first_word")
+def _first_word(text: str, given: Arguments) -> bool:
+    paragraphs = _paragraphs(text, r"\n\n")
+    if len(paragraphs) != given["num_paragraphs"] or given["nth_paragraph"] > len(paragraphs):
+        return False
+    words = words_of(paragraphs[given["nth_paragraph"] - 1])
+    return bool(words) and words[0].lower() == given["first_word"].lower()
+
+
+@instruction("detectable_content:number_placeholders")
+def _placeholders(text: str, given: Arguments) -> bool:
+    return len(re.findall(r"\[[^\[\]]*\]", text)) >= given["num_placeholders"]
+
+
+@instruction("detectable_content:postscript")
+def _postscript(text: str, given: Arguments) -> bool:
+    marker = given["postscript_marker"]
+    pattern = r"\s*".join(re.escape(letter) for letter in marker if not letter.isspace())
+    return re.search(rf"^\s*{pattern}", text, re.IGNORECASE | re.MULTILINE) is not None
+
+
+@instruction("detectable_format:number_bullet_lists")
+def _bullets(text: str, given: Arguments) -> bool:
+    return len(re.findall(r"^\s*(?:\*(?!\*)|-)\s*\S", text, re.MULTILINE)) == given["num_bullets"]
+
+
+@instruction("detectable_format:constrained_response")
+def _constrained(text: str, given: Arguments) -> bool:
+    return any(answer in text for answer in _CONSTRAINED)
+
+
+@instruction("detectable_format:number_highlighted_sections")
+def _highlights(text: str, given: Arguments) -> bool:
+    double = re.findall(r"\*\*[^\n*]+\*\*", text)
+    single = re.findall(r"\*[^\n*]+\*", re.sub(r"\*\*[^\n*]+\*\*", "", text))
+    return sum(bool(part.strip("* ")) for part in double + single) >= given["num_highlights"]
+
+
+@instruction("detectable_format:multiple_sections")
+def _sections(text: str, given: Arguments) -> bool:
+    marks = re.findall(rf"\s?{re.escape(given['section_spliter'])}\s?\d+\s?", text)
+    return len(marks) >= given["num_sections"]
+
+
+@instruction("detectable_format:json_format")
+def _json(text: str, given: Arguments) -> bool:
+    text = re.sub(r"\A\s*```(?:json)?|```\s*\Z", "", text, flags=re.IGNORECASE)
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+@instruction("detectable_format:title")
+def _title(text: str, given: Arguments) -> bool:
+    return any(part.strip("<> \t") for part in re.findall(r"<<[^\n]+>>", text))
+
+
+@instruction("combination:two_responses")
+def _two_responses(text: str, given: Arguments) -> bool:
+    parts = [part.strip() for part in text.split("******")]
+    inner = [part for place, part in enumerate(parts) if part or 0 < place < len(parts) - 1]
+    return len(inner) == 2 and "" not in inner and inner[0] != inner[1]
+
+
+@instruction("combination:repeat_prompt")
+def _repeat(text: str, given: Arguments) -> bool:
+    return text.strip().lower().startswith(given["prompt_to_repeat"].strip().lower())
+
+
+@instruction("startend:end_checker")
+def _ending(text: str, given: Arguments) -> bool:
+    return text.strip().strip('"').lower().endswith(given["end_phrase"].strip().lower())
+
+
+@instruction("startend:quotation")
+def _quotation(text: str, given: Arguments) -> bool:
+    text = text.strip()
+    return len(text) > 1 and text[0] == '"' == text[-1]
+
+
+@instruction("change_case:capital_word_frequency")
+def _capital_words(text: str, given: Arguments) -> bool:
+    count = sum(word.isupper() for word in words_of(text))
+    return _holds(count, given.get("capital_relation"), given["capital_frequency"])
+
+
+@instruction("change_case:english_capital")
+def _capitals(text: str, given: Arguments) -> bool:
+    return text.isupper()
+
+
+@instruction("change_case:english_lowercase")
+def _lower_case(text: str, given: Arguments) -> bool:
+    return text.islower()
+
+
+@instruction("punctuation:no_comma")
+def _no_comma(text: str, given: Arguments) -> bool:
+    return "," not in text
+
+
+@instruction("count:word_count_range")
+def _word_range(text: str, given: Arguments) -> bool:
+    return given["min_words"] <= len(words_of(text)) <= given["max_words"]
+
+
+@instruction("count:unique_word_count")
+def _unique_words(text: str, given: Arguments) -> bool:
+    return len({word.lower() for word in words_of(text)}) >= given["N"]
+
+
+@instruction("count:keywords_multiple")
+def _keywords_multiple(text: str, given: Arguments) -> bool:
+    numbered = zip(("keyword1", "keyword2", "keyword3", "keyword4", "keyword5"), (1, 2, 3, 5, 7))
+    return all(
+        _occurrences(given[name], text) == count for name, count in numbered if given.get(name)
+    )
+
+
+@instruction("count:numbers")
+def _numbers(text: str, given: Arguments) -> bool:
+    return len(re.findall(r"\d+", text)) == given["N"]
+
+
+@instruction("words:repeats")
+def _repeats(text: str, given: Arguments) -> bool:
+    counts = Counter(word.lower() for word in words_of(text))
+    return all(count <= given["small_n"] for count in counts.values())
+
+
+def follows(text: str, name: str, arguments: Arguments) -> bool:
+    """Return whether a response follows an instruction.
+
+    Args:
+        text: The response.
+        name: Name of the instruction, a key of `CHECKS`.
+        arguments: Arguments of the instruction. Those without a value are left out.
+
+    Raises:
+        ValueError: If an argument is missing or of a wrong kind.
+    """
+    given = {key: value for key, value in arguments.items() if value is not None}
+    try:
+        return CHECKS[name](text, given) and bool(text.strip())
+    except KeyError as error:
+        raise ValueError(f"{name} lacks the argument {error}") from None
+    except (TypeError, AttributeError, re.error) as error:
+        raise ValueError(f"{name} has an argument of a wrong kind: {error}") from None
+
+
+def check_instructions(names: Sequence[str], arguments: Sequence[Any]) -> str:
+    """Return in a clause what is wrong with the instructions of a prompt, or ""."""
+    if len(names) != len(arguments):
+        return f"there are {len(names)} instructions and {len(arguments)} sets of arguments"
+    for name, given in zip(names, arguments):
+        if not isinstance(given, Mapping):
+            return f"the arguments of {name} are {given!r:.40}, and not a mapping"
+        if name in CHECKS:
+            try:
+                follows("text", name, given)
+            except ValueError as error:
+                return str(error)
+    return ""
