@@ -18,8 +18,8 @@ class AnnotationJudgeConfig:
 
     judge: str = flag("", metavar="URL")
     """Judge: http://HOST:PORT/v1 of an OpenAI-compatible endpoint; rule or rule:NAME;
-    function:FILE.py:NAME, a function from a Response to a score; or FILE.yaml, which describes a
-    judge of any kind."""
+    function:FILE.py:NAME, a function from a Response to a score; numeric-answer:COLUMN or another
+    verifier; or FILE.yaml, which describes a judge of any kind."""
     model: str = flag("", metavar="NAME")
     """Name of the model at the endpoint; required for an endpoint."""
     revision: str = flag("", metavar="TEXT")

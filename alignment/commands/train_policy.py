@@ -22,6 +22,7 @@ from alignment.data.chat_prompts import prompt_ids, warn_of_template
 from alignment.data.model_tokenizer import load_tokenizer
 from alignment.engines.batch import TokenBatch
 from alignment.engines.protocol import AlignmentEngine
+from alignment.judges.kinds.combined import CombinedConfig
 from alignment.judges.kinds.judge_kind import Judge, JudgeConfig, JudgeContext
 from alignment.judges.kinds.registry import read_judge
 from alignment.monitors.limits import MonitorLimits
@@ -277,7 +278,7 @@ def _without_gold(config: TrainPolicyConfig) -> str | None:
 
 def shared_with_gold(specs: Mapping[str, Sequence[JudgeConfig]]) -> str | None:
     """Return a warning if a judge of the rewards is also a gold judge."""
-    rewarding = {spec.fingerprint for spec in specs["proxy"]}
+    rewarding = {f for spec in specs["proxy"] for f in _fingerprints(spec)}
     for name in ("gold", "second_gold"):
         if rewarding & {spec.fingerprint for spec in specs[name]}:
             return (
@@ -285,6 +286,12 @@ def shared_with_gold(specs: Mapping[str, Sequence[JudgeConfig]]) -> str | None:
                 "must not be trained on, or no gap can show that the policy is gaming its judge"
             )
     return None
+
+
+def _fingerprints(spec: JudgeConfig) -> set[str]:
+    """Return the fingerprints of a judge and of those that it combines."""
+    parts = spec.parts.values() if isinstance(spec, CombinedConfig) else ()
+    return {spec.fingerprint, *(f for part in parts for f in _fingerprints(part))}
 
 
 def _describe_judges(

@@ -31,9 +31,20 @@ class CombinedConfig(JudgeConfig):
         """Return the judges that this one asks, by name."""
         raise NotImplementedError
 
-    def content_hashes(self) -> dict[str, Any]:
-        """Return what the judges must not change, by their names."""
-        return {"parts": {name: part.resume_settings() for name, part in self.parts.items()}}
+    @property
+    def asks_endpoints(self) -> bool:
+        """Return whether one of the judges is at an endpoint."""
+        return any(part.asks_endpoints for part in self.parts.values())
+
+    @property
+    def own_settings(self) -> dict[str, Any]:
+        """Return the settings other than those of the judges."""
+        raise NotImplementedError
+
+    def resume_settings(self) -> dict[str, Any]:
+        """Return what must not change when a run resumes, of this judge and of its judges."""
+        parts = {name: part.resume_settings() for name, part in self.parts.items()}
+        return {"kind": self.kind, **self.own_settings, "parts": parts}
 
 
 class Component(BaseModel):
@@ -111,6 +122,15 @@ class SumConfig(CombinedConfig):
         return HIGH * sum(min(w, 0.0) for w in weights), HIGH * sum(max(w, 0.0) for w in weights)
 
     @property
+    def own_settings(self) -> dict[str, Any]:
+        """Return weights and gates, and whether the sum is normalized."""
+        components = {
+            name: component.model_dump(exclude={"judge"}, exclude_none=True)
+            for name, component in self.components.items()
+        }
+        return {"normalize": self.normalize, "components": components}
+
+    @property
     def parts(self) -> Mapping[str, JudgeConfig]:
         """Return the judges of the components."""
         return {name: component.judge for name, component in self.components.items()}
@@ -161,6 +181,11 @@ class RouteConfig(CombinedConfig):
     @classmethod
     def _read_default(cls, default: Any) -> Any:
         return None if default is None else _read_part("default", default)
+
+    @property
+    def own_settings(self) -> dict[str, Any]:
+        """Return the column."""
+        return {"column": self.column}
 
     @property
     def parts(self) -> Mapping[str, JudgeConfig]:

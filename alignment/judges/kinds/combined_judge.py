@@ -21,19 +21,17 @@ class CombinedJudge:
         judges: The judges by name, always asked in this order on all ranks.
         identity: A hash of the settings and of the identities of the judges.
         rounding_error: The largest relative error of their scores.
+        batch_size: The largest number of questions that one of them asks together.
     """
 
     def __init__(self, config: CombinedConfig, judges: Mapping[str, Judge]) -> None:
         """Combine judges as a configuration states."""
         self.judges = judges
-        own = config.model_dump(include={"kind", "column", "normalize"}, exclude_none=True)
-        gates = {
-            name: component.model_dump(exclude={"judge"})
-            for name, component in getattr(config, "components", {}).items()
-        }
-        depends = [own, gates, {name: judge.identity for name, judge in judges.items()}]
+        identities = {name: judge.identity for name, judge in judges.items()}
+        depends = [config.kind, config.own_settings, identities]
         self.identity = sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
         self.rounding_error = rounding_error(list(judges.values()))
+        self.batch_size = max(getattr(judge, "batch_size", 1) for judge in judges.values())
 
     def component_scores(self, verdict: Verdict) -> Scores:
         """Return the scores of the components that a verdict of this judge was made from."""

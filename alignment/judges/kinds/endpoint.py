@@ -192,6 +192,11 @@ class EndpointJudgeConfig(JudgeConfig):
         )
 
     @property
+    def asks_endpoints(self) -> bool:
+        """Return that verdicts may cost money."""
+        return True
+
+    @property
     def prices(self) -> Prices:
         """Return the prices of the endpoint."""
         return Prices(self.price_in, self.price_out, self.price_cached)

@@ -39,6 +39,8 @@ class EndpointJudge:
     One rank of each share of the data asks, and stores the answers.
     """
 
+    batch_size = 1024
+
     def __init__(
         self,
         config: EndpointJudgeConfig,

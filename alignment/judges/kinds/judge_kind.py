@@ -26,7 +26,8 @@ class Judge(Protocol):
 
     Each rank asks its own questions. A judge may have an attribute `rounding_error`, the relative
     error of its scores (see `alignment.rounding`); without it the judge counts as a model in fp32.
-    It may have a method `component_scores`; see the function of that name.
+    It may have a method `component_scores`, see the function of that name, and an attribute
+    `batch_size`, the number of questions that one process asks together.
 
     Attributes:
         identity: A hash of everything that a verdict depends on.
@@ -220,9 +221,16 @@ class JudgeConfig(BaseModel):
                 f"kind {self.kind}."
             )
         for name in settings.cost.given:
+            why = "whose files state it" if self.asks_endpoints else "which costs no tokens"
             raise UserError(
                 f"--{name.replace('_', '-')} requires a judge at an endpoint, and {self.name} is a "
-                f"judge of kind {self.kind}, which costs no tokens. Leave the flag out."
+                f"judge of kind {self.kind}, {why}. Leave the flag out."
+            )
+        if settings.dry_run and self.asks_endpoints:
+            raise UserError(
+                f"--dry-run estimates one endpoint, and {self.name} of kind {self.kind} combines "
+                "judges. Pass the file of its endpoint as --judge; a component behind a gate is "
+                "asked less often."
             )
         if settings.dry_run:
             print(
@@ -239,8 +247,9 @@ class JudgeConfig(BaseModel):
             output.check_or_create(judge.identity)
             verdicts: list[Verdict] = []
             with Progress("judging", len(questions), "items") as progress:
-                for question in questions:
-                    verdicts += judge.judge([question])
+                size = getattr(judge, "batch_size", 1)
+                for begin in range(0, len(questions), size):
+                    verdicts += judge.judge(questions[begin : begin + size])
                     progress.update(len(verdicts))
         finally:
             if close := getattr(judge, "close", None):
@@ -249,6 +258,11 @@ class JudgeConfig(BaseModel):
         print(f"{format_outcomes(verdicts)}; wrote {output.path}")
         require_results(reasons_of(verdicts), len(verdicts), settings.max_failed)
         return 0
+
+    @property
+    def asks_endpoints(self) -> bool:
+        """Return whether verdicts may cost money."""
+        return False
 
     def provenance(self) -> dict[str, Any]:
         """Return the description of the judge for the file next to an output."""

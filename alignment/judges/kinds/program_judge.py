@@ -55,6 +55,8 @@ class ProgramJudge:
         """
         self.program, self._engine, self.identity = program, engine, program.identity
         self._asks = True
+        parallel = getattr(program, "parallel", 1)
+        self.batch_size = 4 * parallel if parallel > 1 else 1
         if engine is not None:
             from alignment.ranks import is_share_leader
 
@@ -64,6 +66,8 @@ class ProgramJudge:
         self, questions: Sequence[Question], check: Callable[[], None] = lambda: None
     ) -> list[Verdict]:
         """Return the verdicts on questions; see `Judge`."""
+        if self._engine is None and self.batch_size > 1:
+            return asyncio.run(self._verdicts(questions))
         if self._engine is None:
             return [self._verdict(question) for question in questions]
         from alignment.polling import run_async_while_polling

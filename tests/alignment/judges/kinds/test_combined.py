@@ -17,8 +17,9 @@ from alignment.rl.judge_rewards import scores_by_component
 from alignment.rl.metrics import component_means
 from alignment.rl.resident_models import resident_models
 from alignment.rounding import EXACT
-from megatron_ext.errors import UserError
-from tests.alignment.chat_model import write_rows
+from megatron_ext.errors import LimitExceeded, UserError
+from tests.alignment.chat_model import BRIEF, write_rows
+from tests.alignment.endpoints.endpoint import Endpoint, chat
 
 NUMBER = {"kind": "numeric-answer", "reference": "answer"}
 
@@ -46,7 +47,7 @@ class WordConfig(JudgeConfig):
     kind: str = "word"
 
     def open(self, context):
-        return ProgramJudge(Word(self.name))
+        return ProgramJudge(Word(self.name[0]))
 
 
 @pytest.fixture(autouse=True)
@@ -270,3 +271,52 @@ def test_annotate_takes_a_sum_and_pairs_are_refused(tmp_path):
     pairs = write_rows(tmp_path / "pairs.jsonl", [Pair("x", prompt, "4", "5")])
     with pytest.raises(UserError, match="of kind sum combines scores, so that it"):
         annotate([*command, "--input", str(pairs), "--overwrite"])
+
+
+def test_gold_that_is_a_component_of_the_rewards_is_warned_about(tmp_path):
+    from alignment.commands.train_policy import shared_with_gold
+
+    proxy = read(tmp_path, {"kind": "sum", "components": {"a": NUMBER, "b": {"kind": "word"}}})
+    gold, other = read(tmp_path, NUMBER, "gold"), read(tmp_path, {"kind": "exact-answer"}, "o")
+    specs = {"proxy": [proxy], "gold": [gold], "second_gold": []}
+    assert "--gold names a judge that --judge names too" in (shared_with_gold(specs) or "")
+    assert shared_with_gold(specs | {"gold": [other]}) is None
+
+
+def test_annotate_asks_the_endpoints_of_a_sum_where_their_gates_are_open(tmp_path, capsys):
+    endpoint = {
+        "kind": "endpoint", "model": "m", "expected_score": False, "only_if": "right",
+        "template": str(tmp_path / "brief.txt"), "price_in": 1000.0, "price_out": 0.0,
+        "max_cost": 1.0,
+    }  # fmt: skip
+    (tmp_path / "brief.txt").write_text(BRIEF)
+    prompts = [Prompt(str(i), [Message("user", f"{i}?")], metadata={"answer": i}) for i in range(6)]
+    rows = [Response(str(i), p, f"{i % 3} or {i % 3}") for i, p in enumerate(prompts)]
+    items = write_rows(tmp_path / "items.jsonl", rows)
+    command = [
+        "--judge", str(tmp_path / "judge.yaml"), "--output", str(tmp_path / "out.jsonl"),
+        "--input", str(items),
+    ]  # fmt: skip
+    with Endpoint() as server:
+        server.answer = lambda text: chat("6")
+        parts = {"right": NUMBER, "grader": endpoint | {"url": server.url}}
+        read(tmp_path, {"kind": "sum", "components": parts})
+        for flags, message in (
+            (["--dry-run"], "--dry-run estimates one endpoint"),
+            (["--max-cost", "1"], "whose files state it"),
+        ):
+            with pytest.raises(UserError, match=message):
+                annotate([*command, *flags])
+        assert annotate(command) == 0
+        assert sum(server.answered.values()) == 3
+        assert annotate([*command, "--overwrite"]) == 0
+        assert sum(server.answered.values()) == 3  # answers are stored
+        parts["grader"]["max_cost"] = 0.31
+        read(tmp_path, {"kind": "sum", "components": parts})
+        write_rows(tmp_path / "items.jsonl", [*rows, Response("n", prompts[1], "new 1")])
+        with pytest.raises(
+            LimitExceeded, match=r"grader: max_cost 0\.31 does not pay .* \$0\.3000"
+        ):
+            annotate([*command, "--overwrite"])
+    verdicts = read_all(tmp_path / "out.jsonl", Verdict)
+    assert [v.score for v in verdicts] == [7.5, 7.5, 7.5, 0, 0, 0]

@@ -7,18 +7,25 @@ from alignment.judges.verifiers.instructions import CHECKS, check_instructions, 
 CASES = {
     "keywords:existence": ({"keywords": ["cat", "dog"]}, "A Cat and a dog.", "A cat and dogs."),
     "keywords:forbidden_words": ({"forbidden_words": ["cat"]}, "A category.", "A CAT."),
-    "keywords:frequency": ({"keyword": "cat", "frequency": 2, "relation": "less than"}, "cat", "cat, cat"),
-    "keywords:letter_frequency": ({"letter": "a", "let_frequency": 2, "let_relation": "at least"}, "Aa", "ab"),
+    "keywords:frequency": (
+        {"keyword": "cat", "frequency": 2, "relation": "less than"},
+        "cat", "cat, cat"),
+    "keywords:letter_frequency": (
+        {"letter": "a", "let_frequency": 2, "let_relation": "at least"},
+        "Aa", "ab"),
     "length_constraints:number_words": ({"num_words": 3, "relation": "at least"}, "a b c", "a, b!"),
-    "length_constraints:number_sentences": ({"num_sentences": 2, "relation": "less than"}, "One. ", "One! Two?"),
+    "length_constraints:number_sentences": (
+        {"num_sentences": 2, "relation": "less than"}, "One. ", "One! Two?"),
     "length_constraints:number_paragraphs": ({"num_paragraphs": 2}, "a\n***\nb", "a\n\nb"),
     "length_constraints:nth_paragraph_first_word": (
-        {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "cat"}, "a\n\nCat b", "a\n\nthe cat"),
+        {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "cat"},
+        "a\n\nCat b", "a\n\nthe cat"),
     "detectable_content:number_placeholders": ({"num_placeholders": 2}, "[a] [b]", "[a] b"),
     "detectable_content:postscript": ({"postscript_marker": "P.S."}, "a\nP. S. b", "a PS"),
     "detectable_format:number_bullet_lists": ({"num_bullets": 2}, "* a\n- b", "* a\n**b**"),
     "detectable_format:constrained_response": ({}, "My answer is no.", "no"),
-    "detectable_format:number_highlighted_sections": ({"num_highlights": 2}, "*a* **b**", "*a* * *"),
+    "detectable_format:number_highlighted_sections": (
+        {"num_highlights": 2}, "*a* **b**", "*a* * *"),
     "detectable_format:multiple_sections": (
         {"section_spliter": "PART", "num_sections": 2}, "PART 1 a PART 2 b", "PART a PART b"),
     "detectable_format:json_format": ({}, '```json\n{"a": [1]}\n```', "{a: 1}"),
@@ -34,7 +41,8 @@ CASES = {
     "punctuation:no_comma": ({}, "a; b", "a, b"),
     "count:word_count_range": ({"min_words": 2, "max_words": 3}, "a b", "a b c d"),
     "count:unique_word_count": ({"N": 2}, "a b", "a A"),
-    "count:keywords_multiple": ({"keyword1": "x", "keyword2": "y", "keyword3": None}, "x y y", "x y"),
+    "count:keywords_multiple": (
+        {"keyword1": "x", "keyword2": "y", "keyword3": None}, "x y y", "x y"),
     "count:numbers": ({"N": 2}, "1 and 23", "123"),
     "words:repeats": ({"small_n": 1}, "a b", "a b A"),
 }  # fmt: skip
