@@ -11,7 +11,6 @@ from alignment.commands.train_policy_config import parse
 from alignment.record_files import read_all
 from alignment.records import Prompt
 from megatron_ext.errors import UserError
-from tests.alignment.chat_model import BRIEF
 from tests.alignment.commands.test_train_policy import place as place
 from tests.alignment.commands.test_train_policy import rows_of, train
 from tests.alignment.endpoints.endpoint import Endpoint, chat
@@ -62,7 +61,9 @@ def run_all(place, runs, url):
 
 @pytest.mark.slow
 def test_rewards_are_sums_with_one_curve_each_and_gold_may_be_left_out(place, tmp_path):
-    (place / "pointwise-brief.txt").write_text(BRIEF)
+    (place / "pointwise-brief.txt").write_text(
+        "=== user ===\n{mark} <item> {prompt} {response} {answer}\n"
+    )
     with Endpoint() as server:
         server.answer = lambda text: chat(str(len(text) % 10))
         [results] = run_ranks(run_all, 1, place, tmp_path, server.url)

@@ -18,7 +18,7 @@ from alignment.rl.metrics import component_means
 from alignment.rl.resident_models import resident_models
 from alignment.rounding import EXACT
 from megatron_ext.errors import LimitExceeded, UserError
-from tests.alignment.chat_model import BRIEF, write_rows
+from tests.alignment.chat_model import write_rows
 from tests.alignment.endpoints.endpoint import Endpoint, chat
 
 NUMBER = {"kind": "numeric-answer", "reference": "answer"}
@@ -286,10 +286,12 @@ def test_gold_that_is_a_component_of_the_rewards_is_warned_about(tmp_path):
 def test_annotate_asks_the_endpoints_of_a_sum_where_their_gates_are_open(tmp_path, capsys):
     endpoint = {
         "kind": "endpoint", "model": "m", "expected_score": False, "only_if": "right",
-        "template": str(tmp_path / "brief.txt"), "price_in": 1000.0, "price_out": 0.0,
+        "template": str(tmp_path / "pointwise-brief.txt"), "price_in": 1000.0, "price_out": 0.0,
         "max_cost": 1.0,
     }  # fmt: skip
-    (tmp_path / "brief.txt").write_text(BRIEF)
+    (tmp_path / "pointwise-brief.txt").write_text(
+        "=== user ===\n{mark} <item> {prompt} {response} {answer}\n"
+    )
     prompts = [Prompt(str(i), [Message("user", f"{i}?")], metadata={"answer": i}) for i in range(6)]
     rows = [Response(str(i), p, f"{i % 3} or {i % 3}") for i, p in enumerate(prompts)]
     items = write_rows(tmp_path / "items.jsonl", rows)
@@ -315,7 +317,7 @@ def test_annotate_asks_the_endpoints_of_a_sum_where_their_gates_are_open(tmp_pat
         read(tmp_path, {"kind": "sum", "components": parts})
         write_rows(tmp_path / "items.jsonl", [*rows, Response("n", prompts[1], "new 1")])
         with pytest.raises(
-            LimitExceeded, match=r"grader: max_cost 0\.31 does not pay .* \$0\.3000"
+            LimitExceeded, match=r"max_cost 0\.31 does not .* \$0\.3000"
         ):
             annotate([*command, "--overwrite"])
     verdicts = read_all(tmp_path / "out.jsonl", Verdict)
