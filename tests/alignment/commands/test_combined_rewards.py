@@ -7,12 +7,13 @@ import json
 import numpy as np
 import pytest
 
+from alignment.commands.train_policy import main
 from alignment.commands.train_policy_config import parse
 from alignment.record_files import read_all
 from alignment.records import Prompt
 from megatron_ext.errors import UserError
 from tests.alignment.commands.test_train_policy import place as place
-from tests.alignment.commands.test_train_policy import rows_of, train
+from tests.alignment.commands.test_train_policy import rows_of
 from tests.alignment.endpoints.endpoint import Endpoint, chat
 from tests.distributed import run_ranks
 
@@ -39,22 +40,37 @@ components:
 """
 
 
+def train(folder, run, judge, *more):
+    """The exit code of two steps of `train-policy` without gold, or the sentence it ends with."""
+    words = [
+        *("--model", folder / "model", "--run-dir", run, "--steps", 2, "--judge", judge),
+        *("--prompts", folder / "prompts.jsonl", "--batch-size", 16, "--group-size", 4),
+        *("--mini-batches", 1, "--max-new-tokens", 12, "--temperature", 0.8, "--seq-length", 96),
+        *("--lr", 1e-2, "--eval-interval", 2, "--save-interval", 2, "--micro-batch-size", 4),
+        *("--no-reference", *more),
+    ]
+    try:
+        return main([str(word) for word in words])
+    except UserError as error:
+        return str(error)
+
+
 def run_all(place, runs, url):
     """The outcome of each run, and what it printed and warned."""
     results = {}
     (place / "sum.yaml").write_text(SUM.replace("FOLDER", str(place)))
     priced = PRICED.replace("FOLDER", str(place)).replace("URL", url)
-    nothing = ("--gold", "--no-reference")
-    for name, run, judge, cost, steps, more in (
-        ("alone", "alone", "sum", 0, 2, ("--held-out", *nothing)),
-        ("graded", "graded", "sum", 0, 2, nothing),
-        ("poor", "priced", "priced", 3, 2, ("--held-out", *nothing)),
-        ("rich", "priced", "priced", 1000, 2, ("--held-out", *nothing)),
+    held_out = ("--held-out", place / "held_out.jsonl")
+    for name, run, judge, cost, more in (
+        ("alone", "alone", "sum", 0, ()),
+        ("graded", "graded", "sum", 0, held_out),
+        ("poor", "priced", "priced", 3, ()),
+        ("rich", "priced", "priced", 1000, ()),
     ):
         (place / "priced.yaml").write_text(priced.replace("COST", str(cost)))
         said, warned = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(warned):
-            result = train(place, runs / run, place / f"{judge}.yaml", steps, *more)
+            result = train(place, runs / run, place / f"{judge}.yaml", *more)
         results[name] = (result, said.getvalue(), warned.getvalue())
     return results
 
@@ -115,8 +131,19 @@ def test_rewards_are_sums_with_one_curve_each_and_gold_may_be_left_out(place, tm
         (["--stop-on-alarm"], "--stop-on-alarm requires --gold"),
     ],
 )
-def test_what_grades_needs_something_to_grade(flags, message):
-    words = ["--model", "m", "--run-dir", "r", "--steps", "1", "--prompts", "p", "--judge", "j"]
+def test_what_grades_needs_something_to_grade(place, flags, message):
+    words = [
+        "--model",
+        str(place / "model"),
+        "--run-dir",
+        "r",
+        "--steps",
+        "1",
+        "--prompts",
+        "p",
+        "--judge",
+        "j",
+    ]
     with pytest.raises(UserError, match=message):
         parse([*words, *flags])
 
@@ -125,6 +152,6 @@ def test_prompts_without_a_reference_are_refused_before_anything_is_loaded(place
     judge = tmp_path / "judge.yaml"
     judge.write_text("kind: numeric-answer\nreference: answer\n")
     assert len(read_all(place / "prompts.jsonl", Prompt)) == 24
-    message = train(place, tmp_path / "run", judge, 1)
+    message = train(place, tmp_path / "run", judge)
     assert "cannot verify responses to 24 of the 24 prompts of --prompts" in message
     assert "it has no metadata" in message and not (tmp_path / "run").exists()

@@ -316,9 +316,7 @@ def test_annotate_asks_the_endpoints_of_a_sum_where_their_gates_are_open(tmp_pat
         parts["grader"]["max_cost"] = 0.31
         read(tmp_path, {"kind": "sum", "components": parts})
         write_rows(tmp_path / "items.jsonl", [*rows, Response("n", prompts[1], "new 1")])
-        with pytest.raises(
-            LimitExceeded, match=r"max_cost 0\.31 does not .* \$0\.3000"
-        ):
+        with pytest.raises(LimitExceeded, match=r"max_cost 0\.31 does not .* \$0\.3000"):
             annotate([*command, "--overwrite"])
     verdicts = read_all(tmp_path / "out.jsonl", Verdict)
     assert [v.score for v in verdicts] == [7.5, 7.5, 7.5, 0, 0, 0]
