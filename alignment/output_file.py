@@ -9,8 +9,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from alignment.data.source_rows import Record, RecordWriter
+from alignment.data.record_writer import Record, RecordWriter
 from alignment.records import Verdict
+from megatron_ext.data.row_files import expand_row_files
 from megatron_ext.errors import UserError
 
 
@@ -47,8 +48,12 @@ class OutputFile:
         Raises:
             UserError: If the file exists and was made otherwise.
         """
-        with open(self._input, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digests = []
+        for path in expand_row_files([str(self._input)]):
+            with open(path, "rb") as file:
+                digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+        digest = hashlib.sha256("".join(digests).encode()).hexdigest()
+        digest = digests[0] if len(digests) == 1 else digest
         self.made_with = {"input": digest, maker: identity, **self.made_with}
         self.path.absolute().parent.mkdir(parents=True, exist_ok=True)
         RecordWriter(self.path, overwrite=True)  # refuses an unknown suffix

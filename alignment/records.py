@@ -5,6 +5,7 @@ returned about one of them. A row is complete: a response carries its prompt, so
 split, joined and shuffled without a second file.
 """
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -56,12 +57,8 @@ class _Record:
     """Row with a fixed set of fields."""
 
     def to_row(self) -> dict[str, Any]:
-        """Return the row as plain values, without metadata that is empty."""
-        row = asdict(self)
-        for prompt in (row, row.get("prompt")):
-            if isinstance(prompt, dict) and prompt.get("metadata") == {}:
-                del prompt["metadata"]
-        return row
+        """Return the row as plain values, without metadata or a tie that it does not have."""
+        return _without_absent(asdict(self))
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> Self:
@@ -95,8 +92,9 @@ class Prompt(_Record):
         messages: The conversation, whose last message is from the user or a tool.
         source: Origin of the prompt, for counts and slices.
         rubric: Description of a good answer, for judges whose template shows it.
-        metadata: Further columns of the source by name, such as a reference answer, for functions
-            and verifiers. A column without a value is left out.
+        metadata: Further columns of the source by name, such as a reference answer, for functions,
+            verifiers and templates of judges. In a row they may also be one JSON text. A column
+            without a value is left out.
     """
 
     id: str
@@ -143,9 +141,10 @@ class Pair(_Record):
         prompt: The prompt.
         first: The text of the first response.
         second: The text of the second response.
-        preferred: The side that the author of the data prefers; None if there is no label, or both
-            are equally good.
+        preferred: The side that the author of the data prefers; None if there is no label, several
+            people gave labels, or both responses are equally good.
         source: Origin of the data.
+        tied: Whether the author of the data holds both responses for equally good.
     """
 
     id: str
@@ -154,12 +153,16 @@ class Pair(_Record):
     second: str
     preferred: Side | None = None
     source: str = ""
+    tied: bool = False
 
     def __post_init__(self) -> None:
         _check_text(self, "id", "first", "second", "source")
         object.__setattr__(self, "prompt", _prompt(self.prompt))
         if self.preferred is not None:
             object.__setattr__(self, "preferred", _member(Side, "preferred", self.preferred))
+        object.__setattr__(self, "tied", bool(self.tied))
+        if self.tied and self.preferred is not None:
+            raise UserError("a pair that is tied has no preferred side")
 
 
 @dataclass(frozen=True)
@@ -227,8 +230,23 @@ def _check_text(record: Any, *names: str) -> None:
         raise UserError(f"{names[0]} is empty")
 
 
-def _metadata(value: Any) -> dict[str, Any]:
-    if value is None:  # of a Parquet file whose other rows have metadata
+def _without_absent(row: dict[str, Any]) -> dict[str, Any]:
+    if row.get("metadata") == {}:
+        del row["metadata"]
+    if row.get("tied") is False:
+        del row["tied"]
+    if isinstance(row.get("prompt"), dict):
+        row["prompt"] = _without_absent(row["prompt"])
+    return row
+
+
+def _metadata(value: Any) -> Mapping[str, Any]:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise UserError(f"metadata must be a JSON object, not {value!r:.60}") from None
+    if value is None:
         return {}
     if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
         raise UserError(f"metadata must be a mapping from names to values, not {value!r:.60}")

@@ -55,6 +55,11 @@ def prompt_ids(
     return conversation.ids(conversation.prompt)
 
 
+def control_tokens(tokenizer: Any) -> Mapping[int, str]:
+    """Return the names of the control tokens of a tokenizer by id; see the top of this module."""
+    return {number: name for name, number in _encoder_of(tokenizer).ids_by_name.items()}
+
+
 class Conversation:
     """Conversation that is ready to be rendered and encoded.
 
@@ -200,24 +205,28 @@ class _Encoder:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         added = tokenizer.added_tokens_decoder
-        self._ids = {
+        self.ids_by_name = {
             token.content: number
             for number, token in added.items()
             if token.special or not _WORD.fullmatch(token.content)
         }
         # The key consists of private characters, so that no text of a message occurs in a mark.
         key = "".join(chr(_PRIVATE + secrets.randbelow(6000)) for _ in range(8))
-        self._marks = {name: key + _in_private(place) for place, name in enumerate(self._ids)}
+        self._marks = {
+            name: key + _in_private(place) for place, name in enumerate(self.ids_by_name)
+        }
         self._names = {mark: name for name, mark in self._marks.items()}
         self.checked: set[str] = set()
-        longest = sorted(self._ids, key=len, reverse=True)
+        longest = sorted(self.ids_by_name, key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, longest)) or r"(?!)")
         self._mark = re.compile(f"{key}[{chr(_PRIVATE)}-{chr(_PRIVATE + 9)}]+{_END}")
         # Normalization may turn another spelling into a control token: "＜/think＞".
         self._always = tokenizer.split_special_tokens or (
             tokenizer.is_fast
             and tokenizer.backend_tokenizer.normalizer is not None
-            and any(token.normalized for token in added.values() if token.content in self._ids)
+            and any(
+                token.normalized for token in added.values() if token.content in self.ids_by_name
+            )
         )
 
     def hide(self, rows: Sequence[Row], opened: bool) -> list[Row]:
@@ -250,7 +259,7 @@ class _Encoder:
                     self._shown(text), add_special_tokens=False, split_special_tokens=True
                 )["input_ids"]
             if match:
-                ids.append(self._ids[match[0]])
+                ids.append(self.ids_by_name[match[0]])
                 end = match.end()
         return ids
 
@@ -277,7 +286,7 @@ class _Encoder:
         state["model"] = self._renamed(state["model"])
         state |= {"post_processor": None, "truncation": None, "padding": None}
         copy: Any = Tokenizer.from_str(json.dumps(state))
-        ids = {copy.token_to_id(mark): self._ids[name] for name, mark in self._marks.items()}
+        ids = {copy.token_to_id(mark): self.ids_by_name[name] for name, mark in self._marks.items()}
         return copy, ids
 
     def _renamed(self, model: dict[str, Any]) -> dict[str, Any]:

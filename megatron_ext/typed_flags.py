@@ -47,6 +47,7 @@ def flag(
     metavar: str | None = None,
     positional: bool = False,
     repeat: bool = False,
+    several: bool = False,
     choices: Sequence[str] | None = None,
     value_if_bare: Callable[[], Any] | None = None,
     at_least: float | None = None,
@@ -63,6 +64,7 @@ def flag(
         metavar: Placeholder for the value in the help.
         positional: The value is given by its place, without the flag's name.
         repeat: The flag is repeated for several values, where it otherwise takes several.
+        several: A flag that can be repeated takes several values each time.
         choices: Permitted values, where they come from a registry; otherwise write a Literal type.
         value_if_bare: Returns the value of a flag that is given without one.
         at_least: Smallest value.
@@ -76,6 +78,7 @@ def flag(
         "metavar": metavar,
         "positional": positional,
         "repeat": repeat,
+        "several": several,
         "choices": choices,
         "value_if_bare": value_if_bare,
         "bounds": {"at least": at_least, "above": above, "at most": at_most, "below": below},
@@ -258,6 +261,8 @@ def _argument(of: Flag) -> dict[str, Any]:
         if metadata.get("repeat"):
             # argparse appends to a copy of the default, which must be a list.
             argument |= {"action": "append", "default": list(default)}
+            if metadata.get("several"):
+                argument |= {"action": "extend", "nargs": "+"}
         else:
             any_number = "*" if metadata.get("value_if_bare") else "+"
             argument["nargs"] = any_number if others == [Ellipsis] else 1 + len(others)

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,11 +47,13 @@ def run(config: AgreementConfig) -> None:
     names = [str(file) for file in files]
     scales = {"--first-scale": config.first_scale, "--second-scale": config.second_scale}
     verdicts = [
-        verdicts_by_item(read_verdicts(file, scale, flag), str(file))
+        verdicts_by_item(read_verdicts(file, scale, flag, config.rows.options), str(file))
         for file, (flag, scale) in zip(files, scales.items())
     ]
-    items = shared_items(verdicts[0], verdicts[1], config.common, names)
-    rows = read_items(Path(config.items), items) if config.items else None
+    items = shared_items(verdicts[0], verdicts[1], config.common, names)[: config.rows.limit]
+    # A limit counts the items that are compared, not those of --items.
+    whole = replace(config.rows.options, limit=None)
+    rows = read_items(Path(config.items), items, whole) if config.items else None
     judges = [align_verdicts(each, items, name) for each, name in zip(verdicts, names)]
     if judges[0].pairwise != judges[1].pairwise:
         raise UserError(

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from alignment.commands.rows_config import RowsConfig
 from alignment.judges.formats.scale import check_scale
 from megatron_ext.errors import UserError
 from megatron_ext.new_folder import check_output_folder
-from megatron_ext.typed_flags import flag, parse_config
+from megatron_ext.typed_flags import flag, group, parse_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +22,7 @@ class AgreementConfig:
     """Flags of `et-align agreement`."""
 
     first: str = flag(positional=True, metavar="FIRST")
-    """Verdicts that count as right: those of the gold judge."""
+    """Verdicts that count as right: those of the gold judge, or a file with labels of people."""
     second: str = flag(positional=True, metavar="SECOND")
     """Verdicts to compare with them."""
     items: str | None = flag(None, metavar="FILE")
@@ -48,6 +49,7 @@ class AgreementConfig:
     """Seed of the bootstrap."""
     output: str | None = flag(None, metavar="DIR")
     """Folder to write agreement.json and agreement.png into. Default: none."""
+    rows: RowsConfig = group()
 
     def __post_init__(self) -> None:
         for name, scale in (("first", self.first_scale), ("second", self.second_scale)):

@@ -7,6 +7,7 @@ from pathlib import Path
 from alignment.commands.annotate_config import AnnotateConfig, Orders, parse
 from alignment.commands.annotation_judge_config import AnnotationJudgeConfig
 from alignment.commands.config_groups import OutputConfig
+from alignment.data.source_row import ReadOptions
 from alignment.judges.kinds.judge_kind import AnnotationSettings, CostSettings, JudgeFlags
 from alignment.judges.kinds.registry import judge_from_flag
 from alignment.judges.questions import Item, make_questions
@@ -34,6 +35,7 @@ def run(config: AnnotateConfig) -> int:
         config.generate,
         config.rubrics,
         config.dry_run,
+        options=config.rows.options,
     )
 
 
@@ -45,6 +47,7 @@ def annotate(
     rubrics: bool = False,
     dry_run: bool = False,
     counted: Sequence[Path] = (),
+    options: ReadOptions | None = None,
 ) -> int:
     """Ask a judge about the records of a file; return the exit status.
 
@@ -56,13 +59,14 @@ def annotate(
         rubrics: Whether to write rubrics instead of judging.
         dry_run: Whether to print the estimate of the cost alone.
         counted: Further files of answers whose cost counts against --max-cost.
+        options: How an input of another project is read.
 
     Raises:
         UserError: A flag or a file cannot be used; answers that arrived are stored.
         TooFewResults: More questions have no result than --max-failed allows.
         BudgetSpent: --max-cost allows no further call; answers that arrived are stored.
     """
-    items = read_items(Path(files.input), generate or rubrics)
+    items = read_items(Path(files.input), generate or rubrics, options)
     output = OutputFile(
         Path(files.output), Path(files.input), files.overwrite,
         orders=orders, samples=judge.samples,
@@ -81,11 +85,12 @@ def annotate(
     return judge_from_flag(judge.judge, flags).annotate(questions, output, settings)
 
 
-def read_items(path: Path, prompts: bool) -> list[Item]:
+def read_items(path: Path, prompts: bool, options: ReadOptions | None = None) -> list[Item]:
     """Return the responses or pairs of a file, or its prompts.
 
     Raises:
         UserError: The file contains other records.
     """
-    items: list[Item] = read_all(path, Prompt) if prompts else read_all(path, Response, Pair)
+    kinds = (Prompt,) if prompts else (Response, Pair)
+    items: list[Item] = read_all(path, *kinds, options=options)
     return items

@@ -17,6 +17,7 @@ from typing import Literal
 
 from alignment.commands.annotation_judge_config import AnnotationJudgeConfig
 from alignment.commands.config_groups import OutputConfig
+from alignment.commands.rows_config import RowsConfig
 from megatron_ext.errors import UserError
 from megatron_ext.typed_flags import flag, group, parse_config
 
@@ -28,6 +29,7 @@ class AnnotateConfig:
     """Flags of `et-align annotate`."""
 
     files: OutputConfig = group()
+    rows: RowsConfig = group()
     generate: bool = flag(False)
     """Answer prompts instead of judging responses or pairs."""
     rubrics: bool = flag(False)

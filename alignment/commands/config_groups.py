@@ -319,7 +319,8 @@ class OutputConfig:
     """Input and output."""
 
     input: str = flag(metavar="FILE")
-    """Records to read, .jsonl or .parquet."""
+    """Records to read: a file (.jsonl, .json, .csv, .tsv or .parquet) or a folder of them, of this
+    project or of a known schema."""
     output: str = flag(metavar="FILE")
     """File to write, .jsonl or .parquet."""
     overwrite: bool = flag(False)

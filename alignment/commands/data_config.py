@@ -1,8 +1,9 @@
-"""Import, split and count prompts, responses and pairs.
+"""Import, split, count and show prompts, responses and pairs.
 
     et-align data import --input FILE ... --output FILE
     et-align data split --input FILE ... --save DIR --split NAME=SIZE ...
     et-align data count --input FILE ...
+    et-align data show FILE [--model DIR] [--template NAME]
 
 Each subcommand has its own --help.
 """
@@ -12,9 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from alignment.commands.data_show_config import ShowConfig
+from alignment.commands.rows_config import RowsConfig
 from alignment.data.packages import PACKAGES
+from alignment.judges.formats.scale import check_scale
 from megatron_ext.errors import UserError
-from megatron_ext.typed_flags import flag, parse_config
+from megatron_ext.typed_flags import flag, group, parse_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,10 +26,11 @@ class CountConfig:
     """Flags of `et-align data count`, which counts records by source."""
 
     input: tuple[str, ...] = flag(metavar="FILE")
-    """Files or glob patterns, .jsonl (plain or compressed) or .parquet, of a known schema."""
+    """Files, globs or folders of .jsonl, .json, .csv, .tsv (also compressed) or .parquet."""
     max_malformed: int = flag(100, metavar="N", at_least=0)
     """Number of rows that may be unusable. They are left out and reported; the command stops if
     there are more."""
+    rows: RowsConfig = group()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +38,8 @@ class ImportConfig:
     """Flags of `et-align data import`, which converts rows of files or of a package to records."""
 
     input: tuple[str, ...] = flag((), metavar="FILE")
-    """Files or glob patterns, .jsonl (plain or compressed) or .parquet, of a known schema. Default:
-    none; --package is read."""
+    """Files, glob patterns or folders of .jsonl, .json, .csv, .tsv (also compressed) or .parquet.
+    Default: none; --package is read."""
     package: str | None = flag(None, choices=sorted(PACKAGES))
     """Installed package to read in place of files. Default: none; --input is read."""
     archive: str | None = flag(None, metavar="FILE")
@@ -42,9 +47,14 @@ class ImportConfig:
     read."""
     output: str = flag(metavar="FILE")
     """File to write, .jsonl or .parquet."""
-    kind: Literal["pairs", "prompts", "responses"] | None = flag(None, name="as")
-    """Kind of records to write: of pairs only the prompts, or each response by itself; of responses
-    only the prompts. Default: the kind of the input."""
+    kind: Literal["pairs", "prompts", "responses", "chosen"] | None = flag(None, name="as")
+    """Kind of records to write: of pairs only the prompts, each response by itself, or the response
+    that is preferred (chosen); of responses only the prompts. Default: the kind of the input."""
+    verdicts: str | None = flag(None, metavar="FILE")
+    """File to write the labels of people into, as verdicts, .jsonl or .parquet. Default: none."""
+    scale: tuple[float, float] | None = flag(None, metavar="LOW HIGH")
+    """Lowest and highest rating that people could give, which are mapped to 0 and 9. Default: none;
+    required for --verdicts of ratings."""
     source: str = flag("", metavar="NAME")
     """Source of rows that name none. Default: the file's name."""
     overwrite: bool = flag(False)
@@ -52,12 +62,20 @@ class ImportConfig:
     max_malformed: int = flag(100, metavar="N", at_least=0)
     """Number of rows that may be unusable. They are left out and reported; the command stops if
     there are more."""
+    rows: RowsConfig = group()
 
     def __post_init__(self) -> None:
         if bool(self.input) == bool(self.package):
             raise UserError("Give either files as --input or a --package.")
         if self.archive and not self.package:
             raise UserError("--archive requires --package, which defines how to read it.")
+        if self.verdicts and self.kind in ("prompts", "chosen"):
+            raise UserError(
+                f"--verdicts labels the items of the input, and --as {self.kind} writes others. "
+                "Remove one of the flags."
+            )
+        if self.scale:
+            check_scale(self.scale, "--scale")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +83,7 @@ class SplitConfig:
     """Flags of `et-align data split`, which splits records by prompt without near-duplicates."""
 
     input: tuple[str, ...] = flag(metavar="FILE")
-    """Files or glob patterns, .jsonl (plain or compressed) or .parquet, of a known schema."""
+    """Files, globs or folders of .jsonl, .json, .csv, .tsv (also compressed) or .parquet."""
     split: tuple[str, ...] = flag(metavar="NAME=SIZE")
     """Splits in order of precedence. A size is a number of prompts, a share below 1, or, for the
     last split, rest."""
@@ -83,12 +101,18 @@ class SplitConfig:
     max_malformed: int = flag(100, metavar="N", at_least=0)
     """Number of rows that may be unusable. They are left out and reported; the command stops if
     there are more."""
+    rows: RowsConfig = group()
 
 
-SUBCOMMANDS: dict[str, type] = {"import": ImportConfig, "split": SplitConfig, "count": CountConfig}
+SUBCOMMANDS: dict[str, type] = {
+    "import": ImportConfig,
+    "split": SplitConfig,
+    "count": CountConfig,
+    "show": ShowConfig,
+}
 
 
-def parse(argv: Sequence[str] | None) -> ImportConfig | SplitConfig | CountConfig:
+def parse(argv: Sequence[str] | None) -> ImportConfig | SplitConfig | CountConfig | ShowConfig:
     """Return the configuration that a command line describes."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
@@ -99,6 +123,7 @@ def parse(argv: Sequence[str] | None) -> ImportConfig | SplitConfig | CountConfi
         raise UserError(f"data has no subcommand {name!r}, only {', '.join(SUBCOMMANDS)}.")
     purpose = (SUBCOMMANDS[name].__doc__ or "").partition("`, which ")[2]
     description = purpose[:1].upper() + purpose[1:].replace("counts", "count", 1)
-    config: ImportConfig | SplitConfig | CountConfig
+    description = description.replace("prints", "print", 1)
+    config: ImportConfig | SplitConfig | CountConfig | ShowConfig
     config = parse_config(SUBCOMMANDS[name], rest, f"et-align data {name}", description)
     return config

@@ -17,7 +17,7 @@ from alignment.commands.evaluate_config import (
     file_name,
     parse,
 )
-from alignment.data.source_rows import RecordWriter
+from alignment.data.record_writer import RecordWriter
 from alignment.evaluation.comparisons import PolicyComparison, read_comparison
 from alignment.evaluation.policy_table import (
     preferences_json,
@@ -51,7 +51,7 @@ def run(evaluation: Evaluation) -> int:
     """
     config = evaluation.config
     assert config.baseline is not None
-    contest = read_comparison(config.responses, config.baseline, config.common)
+    contest = read_comparison(config.responses, config.baseline, config.common, config.rows.options)
     files: dict[tuple[str, str], list[Path]] = {}
     if config.output:
         _write_items(Path(config.output), contest)

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from alignment.commands.annotation_judge_config import AnnotationJudgeConfig
+from alignment.commands.rows_config import RowsConfig
 from alignment.judges.formats.scale import check_scale
 from megatron_ext.errors import UserError
 from megatron_ext.new_folder import check_output_folder
@@ -55,6 +56,7 @@ class EvaluateConfig:
     """Name of the judge in tables. Default: --model, or else --judge."""
     ask: Literal["both", "scores", "preferences"] = flag("both")
     """Kind of verdicts to collect from the judge."""
+    rows: RowsConfig = group()
     judge: AnnotationJudgeConfig = group()
 
     def __post_init__(self) -> None:

@@ -35,7 +35,7 @@ def run(config: GenerateConfig) -> int:
         TooFewResults: All responses are empty.
     """
     files, model = config.files, config.model.model
-    prompts = read_all(Path(files.input), Prompt)
+    prompts = read_all(Path(files.input), Prompt, options=config.rows.options)
     tokenizer = load_tokenizer(config.model.model_folder, config.model.chat_template_file)
     template = config.model.template_variables
     if prompts:

@@ -15,6 +15,7 @@ from alignment.commands.config_groups import (
     OutputConfig,
     SamplingConfig,
 )
+from alignment.commands.rows_config import RowsConfig
 from megatron_ext.errors import UserError
 from megatron_ext.typed_flags import flag, group, parse_config
 
@@ -24,6 +25,7 @@ class GenerateConfig:
     """Flags of `et-align generate`."""
 
     files: OutputConfig = group()
+    rows: RowsConfig = group()
     samples: int = flag(1, metavar="N", at_least=1)
     """Responses to each prompt."""
     source: str | None = flag(None, metavar="NAME")

@@ -30,7 +30,9 @@ def run(config: JudgeCommandConfig) -> int:
         TooFewResults: More questions have no verdict than --max-failed allows.
     """
     files, model = config.files, config.model.model
-    items: list[Judgeable] = read_all(Path(files.input), Response, Pair)
+    items: list[Judgeable] = read_all(
+        Path(files.input), Response, Pair, options=config.rows.options
+    )
     todo = list(make_questions(items, config.orders, config.samples))
     judge_format = load_judge_format(config.model, config.format, isinstance(items[0], Pair))
     judge_format.label_tokens  # noqa: B018  (fails before anything is loaded)

@@ -18,6 +18,7 @@ from alignment.commands.config_groups import (
     ModelConfig,
     OutputConfig,
 )
+from alignment.commands.rows_config import RowsConfig
 from megatron_ext.errors import UserError
 from megatron_ext.typed_flags import flag, group, parse_config
 
@@ -27,6 +28,7 @@ class JudgeCommandConfig:
     """Flags of `et-align judge`."""
 
     files: OutputConfig = group()
+    rows: RowsConfig = group()
     orders: Literal["both", "given", "swapped"] = flag("both")
     """Orders in which the responses of a pair are shown to the judge."""
     samples: int = flag(1, metavar="N", at_least=1)

@@ -19,7 +19,7 @@ from alignment.commands.training_setup import (
     start_engine,
 )
 from alignment.data.chat_prompts import warn_of_template
-from alignment.data.source_rows import RecordWriter
+from alignment.data.record_writer import RecordWriter
 from alignment.engines.protocol import AlignmentEngine
 from alignment.judges import training_examples as examples
 from alignment.judges.kinds.local_judge import LocalJudge, TokenizedJudgeFormat
@@ -61,7 +61,7 @@ def run(config: TrainJudgeConfig) -> int:
     if config.run.dry_run is not None:
         dry_run(config, config.run.dry_run, config.answers.generation_batch_size * thinks)
         return 0
-    reading = (not thinks, config.gold_scale, config.batch.max_left_out)
+    reading = (not thinks, config.gold_scale, config.batch.max_left_out, config.rows.options)
     gold = examples.read_labeled_questions(config.input, config.gold, *reading)
     validation = []
     if config.validation_input:

@@ -19,6 +19,7 @@ from alignment.commands.config_groups import (
     JudgeFormatConfig,
     ReinforcementTrainingConfig,
 )
+from alignment.commands.rows_config import RowsConfig
 from alignment.judges.formats.scale import check_scale
 from megatron_ext.errors import UserError
 from megatron_ext.typed_flags import group, must_match, parse_config
@@ -50,6 +51,7 @@ class TrainJudgeConfig(ReinforcementTrainingConfig):
     """Steps of the training; required in stage rl. Default in stage sft: those of --epochs."""
     temperature: float = must_match(1.0)
     """Sampling temperature of answers in stage rl; above 0."""
+    rows: RowsConfig = group()
     format: JudgeFormatConfig = group()
     answers: JudgeAnswerConfig = group()
 

@@ -27,7 +27,7 @@ from alignment.judges.kinds.judge_kind import Judge, JudgeConfig, JudgeContext
 from alignment.judges.kinds.registry import read_judge
 from alignment.monitors.limits import MonitorLimits
 from alignment.monitors.training_monitor import Monitor
-from alignment.record_files import read_all
+from alignment.record_files import read_files
 from alignment.records import Prompt
 from alignment.rl.algorithms import ALGORITHMS
 from alignment.rl.critic import Critic
@@ -69,9 +69,9 @@ def run(config: TrainPolicyConfig) -> int:
         "gold": [read_judge(file) for file in config.gold],
         "second_gold": [read_judge(file) for file in config.second_gold],
     }
-    prompts = [p for file in config.prompts for p in read_all(Path(file), Prompt)]
+    prompts = read_files(config.prompts, Prompt, options=config.rows.options)
     prompts = transform_records(prompts, config.data_transform)
-    held_out = [p for file in config.held_out for p in read_all(Path(file), Prompt)]
+    held_out = read_files(config.held_out, Prompt, options=config.rows.options)
     _check_prompts(prompts, held_out)
     for name, each in specs.items():
         for spec in each:

@@ -21,6 +21,7 @@ from alignment.commands.config_groups import (
     ReinforcementTrainingConfig,
     SamplingConfig,
 )
+from alignment.commands.rows_config import RowsConfig
 from megatron_ext.errors import UserError
 from megatron_ext.typed_flags import group, may_change, must_match, parse_config
 
@@ -78,6 +79,7 @@ class TrainPolicyConfig(ReinforcementTrainingConfig):
     """Responses to compare the routing of, on all ranks together."""
     reference: bool = must_match(True)
     """Do not load the start policy, from which the divergence is measured."""
+    rows: RowsConfig = group()
     sampling: SamplingConfig = group()
     batch: BatchConfig = group(batch_size=1024)
     optimization: OptimizationConfig = group(lr=1e-6)

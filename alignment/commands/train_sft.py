@@ -13,7 +13,7 @@ from alignment.engines.batch import TokenBatch, TokenSample
 from alignment.engines.protocol import AlignmentEngine
 from alignment.judges.results import require_usable
 from alignment.ranks import all_gather_by_data_rank, all_reduce_max
-from alignment.record_files import read_all
+from alignment.record_files import read_files
 from alignment.records import Response
 from alignment.training.loop import TrainingSchedule, fit
 from alignment.training.run_settings import lasting_settings
@@ -100,7 +100,7 @@ def _read_samples(
     """
     tokenizer = load_tokenizer(config.model.model_folder, config.model.chat_template_file)
     template, length = config.model.template_variables, config.batch.seq_length
-    rows = [row for file in files for row in read_all(Path(file), Response)]
+    rows = read_files(files, Response, options=config.rows.options) if files else []
     rows = transform_records(rows, config.data_transform)
     if warn and rows:
         warn_of_template("train-sft", tokenizer, rows[0].prompt.messages, template)

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from alignment.commands.config_groups import TrainingConfig
+from alignment.commands.rows_config import RowsConfig
 from megatron_ext.errors import UserError
-from megatron_ext.typed_flags import must_match, parse_config
+from megatron_ext.typed_flags import group, must_match, parse_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,7 @@ class TrainSFTConfig(TrainingConfig):
     """Responses for validation. Default: none; the last model is exported."""
     epochs: float = must_match(2.0, metavar="N", above=0)
     """Passes over the responses."""
+    rows: RowsConfig = group()
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,8 +1,10 @@
 """Parsers of conversations in the formats of other projects: transcripts and lists of messages.
 
-A conversation is read completely or refused. No message, field or turn is dropped.
+A conversation is read completely or refused. No message, turn or field that changes the meaning of
+a message is dropped.
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -12,7 +14,18 @@ from alignment.records import Message, message_of
 from megatron_ext.errors import UserError
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
-_ROLES = {"Human": "user", "Assistant": "assistant"}
+_SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+# Roles of other projects: ShareGPT, Gemini, Llama and newer models of OpenAI.
+_ROLES = {
+    "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant",
+    "model": "assistant", "developer": "system", "function": "tool", "observation": "tool",
+    "function_response": "tool", "ipython": "tool",
+}  # fmt: skip
+# Fields of a message that change what it means or how it is trained on.
+_MEANINGFUL = {
+    "tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "refusal", "audio",
+    "images", "image", "videos", "weight", "loss", "train", "trainable", "masked",
+}  # fmt: skip
 
 
 def is_transcript(text: str) -> bool:
@@ -38,7 +51,9 @@ def transcript(text: str) -> list[Message]:
     for speaker, following in pairwise(speakers):
         if speaker == following:
             raise UserError(f"two turns of {speaker} in a row")
-    return [Message(_ROLES[speaker], content.strip()) for speaker, content in zip(speakers, words)]
+    return [
+        Message(_SPEAKERS[speaker], content.strip()) for speaker, content in zip(speakers, words)
+    ]
 
 
 def transcript_prompt(text: str) -> list[Message]:
@@ -68,28 +83,80 @@ def transcript_answer(text: str, column: str) -> Message:
     return Message("assistant", text.strip())
 
 
-def message_list(value: Any, column: str) -> list[Message]:
+def is_json_messages(text: str) -> bool:
+    """Return whether a text is a list of messages in JSON, as a cell of a CSV file may be."""
+    if not text.lstrip().startswith("[") or not ('"role"' in text or '"from"' in text):
+        return False
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return False
+    return isinstance(value, list) and all(
+        isinstance(each, dict)
+        and ({"role", "content"} <= set(each) or {"from", "value"} <= set(each))
+        for each in value
+    )
+
+
+def message_list(value: Any, column: str, lost: list[str] | None = None) -> list[Message]:
     """Return the messages of a column.
 
     Args:
-        value: A list of mappings with role and content. Parquet files also have mappings of lists,
-            one list for all roles and one for all contents.
+        value: A list of mappings with role and content (OpenAI) or from and value (ShareGPT), also
+            as JSON text. Parquet files also have mappings of lists, one list for all roles and one
+            for all contents.
         column: Name of the column, for error messages.
+        lost: List to which the names of fields that are not kept are added.
 
     Raises:
         UserError: The value is something else, a message cannot be read completely, or the messages
             are in an impossible order.
     """
+    if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise UserError(f"{column} begins like a list, but is no JSON: {error}") from None
     if isinstance(value, Mapping):
         value = _from_lists(value, column)
     if isinstance(value, str) or not isinstance(value, Sequence) or not value:
         raise UserError(f"{column} must be a list of messages, not {_kind(value)}")
     try:
-        messages = [message_of(message) for message in value]
+        messages = [_message(message, column, lost) for message in value]
     except UserError as error:
         raise UserError(f"{column}: {error}") from None
     check_order(messages, column)
     return messages
+
+
+def _message(value: Any, column: str, lost: list[str] | None) -> Message:
+    """Return a message of another project in the words of this one."""
+    if not isinstance(value, Mapping):
+        return message_of(value)
+    message = {name: each for name, each in value.items() if each not in (None, "", [], {})}
+    if "from" in message and "role" not in message:
+        message = {"content": value.get("value"), **message, "role": message["from"]}
+        message = {name: each for name, each in message.items() if name not in ("from", "value")}
+    else:
+        message = {**{n: value[n] for n in ("role", "content") if n in value}, **message}
+    for name in sorted(message.keys() - {"role", "content"} - _MEANINGFUL):
+        del message[name]
+        if lost is not None:
+            lost.append(f"{column}.{name}")
+    role = message.get("role")
+    message["role"] = _ROLES.get(role, role) if isinstance(role, str) else role
+    content = message.get("content")
+    if isinstance(content, list) and content and all(map(_is_text_part, content)):
+        message["content"] = "".join(part["text"] for part in content)
+    return message_of(message)
+
+
+def _is_text_part(part: Any) -> bool:
+    return (
+        isinstance(part, Mapping)
+        and part.get("type") in ("text", "input_text", "output_text")
+        and isinstance(part.get("text"), str)
+    )
 
 
 def check_order(messages: Sequence[Message], column: str) -> None:

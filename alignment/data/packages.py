@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alignment.data.dataset_schemas import pair_of, prompt_of
 from alignment.data.messages import transcript
+from alignment.data.source_row import pair_of, prompt_of
 from alignment.records import Message, Pair, Prompt
 from megatron_ext.errors import UserError
 

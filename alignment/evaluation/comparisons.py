@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from alignment.data.dataset_schemas import hash_id
+from alignment.data.source_row import ReadOptions, hash_id
 from alignment.record_files import read_all
 from alignment.records import Pair, Prompt, Response
 from megatron_ext.errors import UserError
@@ -35,13 +35,16 @@ class PolicyComparison:
         return self.policies[0]
 
 
-def read_comparison(files: Sequence[str], baseline: str, common: bool) -> PolicyComparison:
+def read_comparison(
+    files: Sequence[str], baseline: str, common: bool, options: ReadOptions | None = None
+) -> PolicyComparison:
     """Read the responses of policies, and pair them with those of the baseline.
 
     Args:
         files: Files of responses, one per policy.
         baseline: File of the baseline, which is one of them.
         common: Whether prompts that only some policies answered may be omitted.
+        options: How files of other projects are read.
 
     Raises:
         UserError: A file contains responses of several policies, policies answered different
@@ -53,7 +56,7 @@ def read_comparison(files: Sequence[str], baseline: str, common: bool) -> Policy
         raise UserError("--responses names a file twice: give each policy's once")
     answers: dict[str, Answers] = {}
     for file in [baseline, *(file for file in files if file != baseline)]:
-        name, by_prompt = _read_responses(Path(file))
+        name, by_prompt = _read_responses(Path(file), options)
         if name in answers:
             raise UserError(
                 f"{file} is from {name!r}, like another file of --responses. Correct a source."
@@ -77,9 +80,9 @@ def read_comparison(files: Sequence[str], baseline: str, common: bool) -> Policy
     return PolicyComparison([first, *others], prompts, responses, pairs)
 
 
-def _read_responses(file: Path) -> tuple[str, Answers]:
+def _read_responses(file: Path, options: ReadOptions | None) -> tuple[str, Answers]:
     """Return the name of a policy and its responses by prompt."""
-    rows = read_all(file, Response)
+    rows = read_all(file, Response, options=options)
     sources = sorted({row.source for row in rows})
     if len(sources) > 1:
         raise UserError(

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from alignment.data.chat_prompts import example
+from alignment.data.source_row import ReadOptions
 from alignment.engines.batch import TokenSample
 from alignment.judges.formats.labels import answer_text, label_of
 from alignment.judges.formats.scale import read_verdicts
@@ -41,15 +42,17 @@ def read_labeled_questions(
     mirror: bool,
     scale: Sequence[float] | None = None,
     max_left_out: float = 1.0,
+    options: ReadOptions | None = None,
 ) -> list[LabeledQuestion]:
     """Return the items of files with their gold verdicts, except those without a judgment.
 
     Args:
         items: Files of responses, or of pairs.
-        gold: Files of verdicts on them.
+        gold: Files of verdicts on them, or with labels of people.
         mirror: Whether a pair that was judged in one order has the same judgment in the other.
         scale: The lowest and the highest score of gold's scale. Default: 0 and 9.
         max_left_out: Share of the verdicts that may hold no judgment.
+        options: How files of other projects are read. A limit counts the items.
 
     Raises:
         UserError: If a file cannot be used, a score is outside of the scale, a verdict is about no
@@ -57,8 +60,14 @@ def read_labeled_questions(
         TooFewResults: If more verdicts hold no judgment.
     """
     known: dict[str, Judgeable] = {}
+    options = options or ReadOptions()
     for file in items:
-        judged_items: list[Judgeable] = read_all(Path(file), Response, Pair)
+        if options.limit is not None and len(known) >= options.limit:
+            break
+        rest = None if options.limit is None else options.limit - len(known)
+        judged_items: list[Judgeable] = read_all(
+            Path(file), Response, Pair, options=replace(options, limit=rest)
+        )
         for item in judged_items:
             if known.setdefault(item.id, item) is not item:
                 raise UserError(
@@ -66,7 +75,16 @@ def read_labeled_questions(
                 )
     if len({type(item) for item in known.values()}) > 1:
         raise UserError("--input must hold only responses or only pairs. Pass one kind of files.")
-    verdicts = [v for file in gold for v in read_verdicts(Path(file), scale, "--gold-scale")]
+    verdicts = [
+        v for file in gold for v in read_verdicts(Path(file), scale, "--gold-scale", options)
+    ]
+    if options.limit is not None:
+        verdicts = [v for v in verdicts if v.item in known]
+        if not verdicts:
+            raise UserError(
+                f"--gold has no verdict on the first {options.limit:,} items of --input. Raise "
+                "--limit."
+            )
     unknown = next((v.item for v in verdicts if v.item not in known), None)
     if unknown is not None:
         raise UserError(

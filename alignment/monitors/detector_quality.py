@@ -8,12 +8,12 @@ from typing import Any
 
 from scipy import stats
 
-from alignment.data.source_rows import MalformedRow, read_rows
 from alignment.monitors.classifier import Classifier, training_rows
 from alignment.monitors.detectors import DETECTORS, detect_all
 from alignment.monitors.lengths import ReferenceLengths
 from alignment.monitors.text_features import NormalizedResponse
 from alignment.records import Prompt
+from megatron_ext.data.row_files import MalformedRow, read_rows
 from megatron_ext.errors import UserError
 
 PACKAGED = Path(__file__).with_name("fixtures")

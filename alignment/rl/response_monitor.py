@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from alignment.data.source_rows import RecordWriter
+from alignment.data.record_writer import RecordWriter
 from alignment.engines.batch import TokenSample
 from alignment.engines.protocol import AlignmentEngine
 from alignment.monitors.lengths import ReferenceLengths

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from alignment.data.source_row import ReadOptions
 from alignment.record_files import read_all
 from alignment.records import Pair, Response
 from alignment.statistics.agreement_measures import AgreementData
@@ -60,17 +61,20 @@ SLICES = {
 }
 
 
-def read_items(path: Path, ids: Sequence[str]) -> list[Judgeable]:
+def read_items(
+    path: Path, ids: Sequence[str], options: ReadOptions | None = None
+) -> list[Judgeable]:
     """Read the items that were judged, in the order of their ids.
 
     Args:
         path: File of responses or pairs.
         ids: Ids of the items.
+        options: How a file of another project is read.
 
     Raises:
         UserError: The file contains other records, or lacks an item.
     """
-    rows: list[Judgeable] = read_all(path, Response, Pair)
+    rows: list[Judgeable] = read_all(path, Response, Pair, options=options)
     by_id = {row.id: row for row in rows}
     if missing := [item for item in ids if item not in by_id]:
         raise UserError(f"{path} lacks {len(missing)} items with verdicts, {missing[0]!r} for one")

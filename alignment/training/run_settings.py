@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.checkpoint import find_checkpoint
+from megatron_ext.data.row_files import expand_row_files
 from megatron_ext.errors import UserError
 from megatron_ext.typed_flags import flag_values, flags_of
 
@@ -43,8 +44,8 @@ def lasting_settings(config: Any, files: Sequence[str] = ()) -> dict[str, Any]:
         if settings.get(name) and Path(settings[name]).is_dir():
             settings[f"{name}_content"] = model_content(Path(settings[name]))
     for name in files:
-        contents = [Path(file).read_bytes() for file in settings[name]]
-        settings[name] = [hashlib.sha256(content).hexdigest() for content in contents]
+        paths = [Path(path) for path in expand_row_files(list(settings[name]))]
+        settings[name] = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
     return settings
 
 

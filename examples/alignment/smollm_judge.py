@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from alignment.data.source_rows import RecordWriter
+from alignment.data.record_writer import RecordWriter
 from alignment.record_files import read_all
 from alignment.records import Outcome, Pair, Response, Side, Verdict
 from alignment.statistics.bootstrap import Indices, estimates

@@ -22,7 +22,7 @@ from typing import Literal
 import psutil
 import yaml
 
-from alignment.data.source_rows import RecordWriter
+from alignment.data.record_writer import RecordWriter
 from alignment.record_files import read_all
 from alignment.records import Prompt
 from examples.alignment.checks import constraints_of

@@ -2,14 +2,18 @@
 
 A template is a text file with sections, each headed by a line `=== system ===` or `=== user ===`,
 and placeholders: {prompt}, {response} or {response_a} and {response_b}, and {rubric} become fenced
-text, {mark} becomes the mark of every fence, {rules} and {answer} the files of these names. The
-text that is filled in is never read as a template, and a file that differs by a byte has another
-hash. Every variant is a separate file, so that a reader sees what the judge sees.
+text, {mark} becomes the mark of every fence, {rules} and {answer} the files of these names. Any
+other placeholder, such as {reference}, becomes the fenced text of the column of this name in the
+metadata of the prompt; {column:answer} does so for a column with a name that is taken. The text
+that is filled in is never read as a template, and a file that differs by a byte has another hash.
+Every variant is a separate file, so that a reader sees what the judge sees.
 """
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from hashlib import sha256
 from pathlib import Path
 
@@ -20,7 +24,7 @@ FOLDER = Path(__file__).with_name("prompts")
 # Version of the way in which the code below writes conversations and fences.
 _VERSION = 1
 _SECTION = re.compile(r"^=== (system|user) ===\n", re.MULTILINE)
-_PLACEHOLDER = re.compile(r"\{([a-z_]+)\}")
+_PLACEHOLDER = re.compile(r"\{((?:column:)?[A-Za-z_][A-Za-z0-9_]*)\}")
 _MATERIAL = {
     "pointwise": {"prompt", "response"},
     "pairwise": {"prompt", "response_a", "response_b"},
@@ -37,6 +41,7 @@ class JudgePrompt:
             rubric the judge is to write).
         thinks: Whether the judge is asked to think before its label.
         with_rubric: Whether the judge sees the rubric of the prompt.
+        columns: Placeholders of columns of the prompt's metadata.
         sections: Role and text of each message, with the placeholders of the item.
         identity: A hash of everything that the messages depend on except the item.
     """
@@ -44,6 +49,7 @@ class JudgePrompt:
     kind: str
     thinks: bool
     with_rubric: bool
+    columns: Sequence[str]
     sections: Sequence[tuple[str, str]]
     identity: str
 
@@ -95,7 +101,27 @@ class JudgePrompt:
                     "template without a rubric."
                 )
             material["rubric"] = [("rubric", prompt.rubric)]
+        for placeholder in self.columns:
+            column = placeholder.removeprefix("column:")
+            material[placeholder] = [(column, _column_text(prompt, column))]
         return material
+
+
+def _column_text(prompt: Prompt, column: str) -> str:
+    """Return the value of a column of a prompt's metadata as text.
+
+    Raises:
+        UserError: The prompt has no such column.
+    """
+    value = prompt.metadata.get(column)
+    if value is None:
+        near = get_close_matches(column, ["response", "rubric", *prompt.metadata], n=1)
+        advice = f"Did you mean {{{near[0]}}}?" if near else "Name the column with --columns."
+        raise UserError(
+            f"The template of the judge shows {{{column}}}, and the prompt {prompt.id!r} has no "
+            f"value in such a column, only in {', '.join(prompt.metadata) or 'none'}. {advice}"
+        )
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def judge_prompt(name: str, thinks: bool = False) -> JudgePrompt:
@@ -126,13 +152,19 @@ def judge_prompt(name: str, thinks: bool = False) -> JudgePrompt:
     if before.strip() or not sections:
         raise UserError(f"{path} must begin with a line === system === or === user ===")
     used = set(_PLACEHOLDER.findall(text)) - {"mark"}
-    allowed = _MATERIAL[kind] | ({"rubric"} if kind != "rubric" else set())
+    reserved = {"rubric", "rules", "answer"}.union(*_MATERIAL.values())
+    columns = sorted(used - reserved)
+    allowed = _MATERIAL[kind] | ({"rubric"} if kind != "rubric" else set()) | set(columns)
     if wrong := sorted(used - allowed) or sorted(_MATERIAL[kind] - used):
         problem = "has an unknown" if wrong[0] in used else "lacks the"
-        raise UserError(f"{path} {problem} placeholder {{{wrong[0]}}}")
+        raise UserError(
+            f"{path} {problem} placeholder {{{wrong[0]}}}. Correct the template; a column of the "
+            "data is {reference} or another name of it."
+        )
     pairs = [(role, body.strip()) for role, body in zip(sections[::2], sections[1::2])]
     identity = sha256(repr((_VERSION, kind, pairs)).encode()).hexdigest()
-    return JudgePrompt(kind, thinks and kind != "rubric", "rubric" in used, pairs, identity)
+    shows_rubric = "rubric" in used
+    return JudgePrompt(kind, thinks and kind != "rubric", shows_rubric, columns, pairs, identity)
 
 
 def _file(name: str) -> str:

@@ -5,8 +5,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from alignment.record_files import read_all
-from alignment.records import Verdict
+from alignment.data.dataset_schemas import own_kind
+from alignment.data.people_labels import PersonLabel, verdicts_of
+from alignment.data.source_row import LabeledRecord, ReadOptions
+from alignment.record_files import read_all, read_labeled
+from alignment.records import Pair, Response, Verdict
+from megatron_ext.data.row_files import MalformedRow, expand_row_files, read_rows
 from megatron_ext.errors import UserError
 
 LOW, HIGH = 0.0, 9.0
@@ -41,18 +45,28 @@ def rescale(score: float, scale: Sequence[float] | None = None) -> float:
 
 
 def read_verdicts(
-    path: Path, scale: Sequence[float] | None = None, flag: str = ""
+    path: Path,
+    scale: Sequence[float] | None = None,
+    flag: str = "",
+    options: ReadOptions | None = None,
 ) -> list[Verdict]:
     """Read the verdicts of a file, with their scores mapped to 0 to 9.
 
+    A file of responses or pairs gives the verdicts of the people who labeled them.
+
     Args:
         path: The file.
-        scale: The lowest and the highest score of the file's scale. Default: 0 and 9.
+        scale: The lowest and the highest score of the file's scale. Default: 0 and 9; ratings by
+            people have none.
         flag: The flag that states the scale, for the error message.
+        options: How a file of another project is read; its limit does not count.
 
     Raises:
         UserError: If the file cannot be used, or a score is outside of the scale.
     """
+    options = options or ReadOptions()
+    if not has_verdicts(path):
+        return people_verdicts(path, scale, flag, options)
     verdicts = read_all(path, Verdict)
     for place, verdict in enumerate(verdicts):
         if verdict.score is None:
@@ -65,3 +79,67 @@ def read_verdicts(
         if score != verdict.score:
             verdicts[place] = replace(verdict, score=score)
     return verdicts
+
+
+def has_verdicts(path: Path) -> bool:
+    """Return whether a file holds verdicts, by its first row; broken ones are reported later."""
+    for file in expand_row_files([str(path)]):
+        for _, row in read_rows(file):
+            return isinstance(row, MalformedRow) or own_kind(row) is Verdict
+    return True
+
+
+def people_verdicts(
+    path: Path, scale: Sequence[float] | None, flag: str, options: ReadOptions
+) -> list[Verdict]:
+    """Return the labels of people in a file of responses or pairs as verdicts.
+
+    Raises:
+        UserError: If the file has no label, or ratings without a scale or outside of it.
+    """
+    items = read_labeled([str(path)], Response, Pair, options=replace(options, limit=None))
+    if not any(item.labels for item in items):
+        raise UserError(
+            f"{path} has neither verdicts nor labels of people. Name the column of the labels with "
+            "--columns label=COLUMN (pairs) or score=COLUMN (responses)."
+        )
+    ratings = [
+        label.score
+        for item in items
+        for label in item.labels
+        if label.score is not None and not label.is_scaled
+    ]
+    if ratings and scale is None:
+        raise UserError(
+            f"{path} has ratings from {min(ratings):g} to {max(ratings):g}. State the lowest and "
+            f"the highest rating that people could give with {flag or '--scale'} LOW HIGH."
+        )
+    return verdicts_of(
+        (item.record.id, _scaled(path, item, scale))
+        for item in items
+        if not isinstance(item.record, Verdict)
+    )
+
+
+def _scaled(path: Path, item: LabeledRecord, scale: Sequence[float] | None) -> list[PersonLabel]:
+    try:
+        return [scaled_label(label, scale) for label in item.labels]
+    except ValueError as error:
+        raise UserError(f"{path}, row {item.number:,}: {error}. Correct the scale.") from None
+
+
+def scaled_label(label: PersonLabel, scale: Sequence[float] | None) -> PersonLabel:
+    """Return a label with its rating mapped to 0 to 9.
+
+    Args:
+        label: The label.
+        scale: The lowest and the highest rating that people could give.
+
+    Raises:
+        ValueError: If the rating is outside of the scale, or there is no scale.
+    """
+    if label.score is None or label.is_scaled:
+        return label
+    if scale is None:
+        raise ValueError(f"the rating {label.score:g} has no scale")
+    return replace(label, score=rescale(label.score, scale), is_scaled=True)

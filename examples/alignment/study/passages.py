@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from alignment.data.source_rows import RecordWriter
+from alignment.data.record_writer import RecordWriter
 from alignment.records import Message, Prompt, Response
 from megatron_ext.errors import UserError, run_tool
 from megatron_ext.typed_flags import flag, parse_config

@@ -40,8 +40,9 @@ def written(file: Path, rows: Iterator[dict[str, Any]]) -> str:
 def test_from_preferences_to_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     raw, pairs = written(tmp_path / "raw.jsonl", preferences(600)), str(tmp_path / "p.parquet")
     main(["import", "--input", raw, "--output", pairs])
+    assert "Read " in capsys.readouterr().out
     main(["count", "--input", pairs])
-    table = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    table = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert table[0] == ["source", "pairs", "first", "second"]
     assert [row[:2] for row in table[1:]] == [
         ["set0", "200"], ["set1", "200"], ["set2", "200"], ["total", "600"],
@@ -112,15 +113,16 @@ def test_left_out_rows_and_columns_are_reported_with_their_reasons(
     rows: list[Any] = list(preferences(6))
     for row in rows[:2]:
         row["chosen"][1]["tool_calls"] = [{"type": "function"}]
-    rows[2]["rejected"][0]["role"] = "human"
+    rows[2]["rejected"][0]["role"] = "critic"
     for row in rows:
         row["chosen_model"] = "m"
     raw, file = written(tmp_path / "raw.jsonl", iter(rows)), tmp_path / "out.jsonl"
     main(["import", "--input", raw, "--output", str(file)])
     printed = capsys.readouterr().out
     assert "Left out 3 malformed rows: 2 as in " in printed and "'tool_calls'" in printed
-    assert "1 as in" in printed and "not 'human'" in printed
-    assert "do not have: chosen_model (3 rows)" in printed
+    assert "1 as in" in printed and "not 'critic'" in printed
+    assert "raw.jsonl as preferences (chosen, rejected): 3 records" in printed
+    assert "kept as metadata: chosen_model" in printed
     none = written(tmp_path / "none.jsonl", iter(rows[:3]))
     with pytest.raises(UserError, match=r"no rows in the input: left out 2 as in .*'tool_calls'"):
         main(["import", "--input", none, "--output", str(file), "--overwrite"])

@@ -8,7 +8,7 @@ import pytest
 import torch.distributed as dist
 
 from alignment.commands.evaluate import main as evaluate
-from alignment.data.source_rows import RecordWriter
+from alignment.data.record_writer import RecordWriter
 from alignment.record_files import read_all
 from alignment.records import Message, Prompt, Response
 from megatron_ext.errors import UserError

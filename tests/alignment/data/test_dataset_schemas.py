@@ -1,7 +1,6 @@
 """Files of preferences and conversations, as their authors write them."""
 
 import json
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +8,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from alignment.data.dataset_schemas import read_records
-from alignment.data.source_rows import MalformedRow
+from alignment.data.dataset_schemas import RecordFile, read_records
 from alignment.records import Message, Pair, Prompt, Response, Side
+from megatron_ext.data.row_files import MalformedRow
 from megatron_ext.errors import UserError
 
 
@@ -103,7 +102,7 @@ def test_the_side_of_the_chosen_response_tells_nothing(tmp_path: Path) -> None:
         (TULU | {"rejected": ASKED}, "rejected does not end with an answer"),
         (TULU | {"rejected": [said("assistant", "No.")]}, "do not answer the same"),
         (TULU | {"chosen": [*ASKED, said("assistant", None)]}, "must be text, not null"),  # type: ignore[arg-type]
-        (TULU | {"chosen": None}, "chosen must be a list of messages"),
+        (TULU | {"chosen": None}, "chosen must be a list of messages or text, not null"),
         (HH | {"rejected": "No."}, "a transcript begins with"),
         (HH | {"rejected": "\n\nHuman: a\n\nHuman: b\n\nAssistant: c"}, "two turns of Human"),
     ],
@@ -162,16 +161,18 @@ def with_field(**fields: Any) -> list[dict[str, Any]]:
         ({"messages": with_field(reasoning_content="Hm.")}, "'reasoning_content'"),
         ({"messages": with_field(weight=0)}, "'weight'"),
         ({"messages": with_field(train=False)}, "'train'"),
-        ({"messages": with_field(content=[{"type": "text", "text": "A"}])}, "a list of parts"),
+        ({"messages": with_field(content=[{"type": "image_url"}])}, "a list of parts"),
         ({"messages": with_field(content=None)}, "must be text, not null"),
-        ({"messages": [said("developer", "D"), *with_field()]}, "not 'developer'"),
-        ({"messages": [said("human", "Q"), said("gpt", "A")]}, "not 'human'"),
-        ({"messages": [*with_field(), said("ipython", "I")]}, "not 'ipython'"),
+        ({"messages": [said("critic", "D"), *with_field()]}, "not 'critic'"),
+        ({"conversations": [{"from": "human", "value": "Q"},
+                            {"from": "function_call", "value": "{}"}]}, "not 'function_call'"),
+        ({"messages": [said("system", "S"), said("developer", "D")]}, "a system message after"),
         ({"messages": [said("user", "Q"), said("system", "S")]}, "a system message after"),
         ({"messages": [said("system", "S")]}, "nothing of the user's"),
         ({"messages": [*with_field(), *with_field()[1:], said("user", "Q")]}, "in a row"),
         ({"messages": with_field(), "tools": [{"name": "f"}]}, "column tools is a part"),
-        ({"messages": with_field(), "system": "S"}, "column system is in no message"),
+        ({"messages": [said("system", "T"), *with_field()], "system": "S"}, "different system"),
+        ({"messages": with_field(), "system": ["S"]}, "system must be text"),
         ({"messages": by_lists(with_field()) | {"role": ["user"]}}, "different lengths"),
         ({"prompt": TRANSCRIPT + " The", "chosen": " C", "rejected": " R"}, "a part of the answer"),
         ({"prompt": "S" + TRANSCRIPT, "chosen": " C", "rejected": " R"}, "a transcript begins"),
@@ -206,11 +207,16 @@ def test_empty_fields_of_messages_and_rows_take_nothing_from_them(tmp_path: Path
     assert isinstance(tie, Pair) and tie.preferred is None
 
 
-def test_columns_that_records_do_not_keep_are_counted(tmp_path: Path) -> None:
-    counts: Counter[str] = Counter()
+def test_further_columns_are_kept_as_metadata_and_counted(tmp_path: Path) -> None:
     rows = [TULU, TULU | {"chosen_model": None, "chosen": None}, TULU | {"chosen_model": None}]
-    list(read_records(written(tmp_path, rows), unread=counts))
-    assert counts == {"chosen_model": 1, "rejected_model": 2}
+    file = RecordFile(written(tmp_path, rows))
+    first, broken, last = file.read()
+    assert file.kept == {"chosen_model": 1, "rejected_model": 2}
+    assert isinstance(broken, MalformedRow)
+    assert not isinstance(first, MalformedRow) and isinstance(first.record, Pair)
+    assert first.record.prompt.metadata == {"chosen_model": "a", "rejected_model": "b"}
+    assert not isinstance(last, MalformedRow) and isinstance(last.record, Pair)
+    assert last.record.prompt.metadata == {"rejected_model": "b"}
 
 
 def test_the_convention_is_that_of_the_first_row_that_can_be_read(tmp_path: Path) -> None:
@@ -223,16 +229,19 @@ def test_the_convention_is_that_of_the_first_row_that_can_be_read(tmp_path: Path
 def test_an_unknown_convention_is_refused_with_its_columns_and_those_that_are_known(
     tmp_path: Path,
 ) -> None:
-    file = written(tmp_path, [{"question": "?", "answer": "!"}])
+    file = written(tmp_path, [{"qestion": "?", "anwser": "!"}])
     with pytest.raises(UserError) as caught:
         list(read_records(file))
-    for part in (str(file), "question, answer", "chosen, rejected", "messages", "item, outcome"):
+    for part in (str(file), "qestion, anwser", "chosen, rejected", "messages", "prompt=qestion"):
         assert part in str(caught.value)
 
 
 def test_questions_of_arena_hard(tmp_path: Path) -> None:
     row = {"uid": "2edb", "category": "creative_writing", "subcategory": "poetry", "prompt": "Go"}
     [prompt] = read_records(written(tmp_path, [row]))
-    assert prompt == Prompt("2edb", [Message("user", "Go")], "arena-hard/creative_writing")
+    kept = {"subcategory": "poetry"}
+    assert prompt == Prompt(
+        "2edb", [Message("user", "Go")], "arena-hard/creative_writing", None, kept
+    )
     [bad] = read_records(written(tmp_path, [row | {"prompt": None}]))
     assert isinstance(bad, MalformedRow) and "prompt must be text" in str(bad)

@@ -9,15 +9,21 @@ import pyarrow.parquet
 import pytest
 
 from alignment.data.dataset_schemas import read_records
-from alignment.data.source_rows import MalformedRow, RecordWriter, read_rows
+from alignment.data.record_writer import RecordWriter
 from alignment.records import Message, Outcome, Pair, Prompt, Response, Side, Verdict
+from megatron_ext.data.row_files import MalformedRow, read_rows
 from megatron_ext.errors import UserError
 
 PROMPT = Prompt("p", [Message("system", "Be brief."), Message("user", "Why?\u2028\n")], "s", "r")
+ANSWERED = Prompt("a", PROMPT.messages, "s", None, {"reference": "4", "steps": [1, {"x": None}]})
 KINDS: list[list[Any]] = [
     [PROMPT, Prompt("q", [Message("user", "ünï 漢")], "s")],
-    [Response("r", PROMPT, "", "m")],
-    [Pair("x", PROMPT, "a", "b", Side.SECOND, "s"), Pair("y", PROMPT, "a", "b", None, "s")],
+    [Response("r", PROMPT, "", "m"), Response("q", ANSWERED, "4", "m")],
+    [
+        Pair("x", PROMPT, "a", "b", Side.SECOND, "s"),
+        Pair("y", PROMPT, "a", "b", None, "s"),
+        Pair("z", ANSWERED, "a", "b", None, "s", True),
+    ],
     [
         Verdict("r", Outcome.SCORE, score=3.5, sample=2, judge="j"),
         Verdict("x", Outcome.PREFERENCE, preferred=Side.FIRST, swapped=True, thinking="hm"),
@@ -96,8 +102,8 @@ def test_rows_that_cannot_be_used_are_numbered_by_their_lines(tmp_path: Path) ->
 def test_other_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot be read: No such file"):
         list(read_rows(tmp_path / "none.jsonl"))
-    with pytest.raises(UserError, match=r"read by its suffix: \.jsonl"):
-        list(read_rows(tmp_path / "rows.csv"))
+    with pytest.raises(UserError, match=r"read by its suffix, one of \.jsonl"):
+        list(read_rows(tmp_path / "rows.xls"))
     (tmp_path / "rows.parquet").write_bytes(b"PAR1")
     with pytest.raises(UserError, match="is not a readable Parquet file"):
         list(read_rows(tmp_path / "rows.parquet"))
@@ -105,5 +111,5 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         RecordWriter(tmp_path / "rows.csv")
     empty = pyarrow.parquet.ParquetWriter(tmp_path / "e.parquet", pyarrow.schema({"x": "int64"}))
     empty.close()
-    with pytest.raises(UserError, match=r"e\.parquet has the columns x, which no known"):
+    with pytest.raises(UserError, match=r"e\.parquet has no rows"):
         list(read_records(tmp_path / "e.parquet"))

@@ -1,0 +1,168 @@
+"""Rows of prompts, responses and conversations of other projects."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from alignment.data.messages import is_transcript, message_list, transcript
+from alignment.data.people_labels import PersonLabel, score_label, several_labels
+from alignment.data.preference_rows import (
+    check_context,
+    conversation,
+    mapping_of,
+    opening_of,
+    with_system,
+)
+from alignment.data.source_row import LabeledRecord, SourceRow, hash_id, prompt_of
+from alignment.records import Message, Prompt, Response
+from megatron_ext.errors import UserError
+
+
+def answered(row: SourceRow) -> list[LabeledRecord]:
+    """Return the response of a row with a prompt and an answer, or its prompt without an answer."""
+    opening = opening_of(row)
+    if opening is None:
+        raise UserError(f"{row.column('prompt')} is empty")
+    return [_answer(row, opening)]
+
+
+def prompt_only(row: SourceRow) -> list[LabeledRecord]:
+    """Return the prompt of a row without an answer."""
+    opening = opening_of(row)
+    if opening is None:
+        raise UserError(f"{row.column('prompt')} is empty")
+    return [LabeledRecord(_prompt(row, with_system(row, opening)))]
+
+
+def alpaca(row: SourceRow) -> list[LabeledRecord]:
+    """Return the response of a row with an instruction and perhaps an input, or its prompt."""
+    instruction, context = row.get("prompt"), row.get("input")
+    for name, value in ((row.column("prompt"), instruction), ("input", context)):
+        if value is not None and not isinstance(value, str):
+            raise UserError(f"{name} must be text, not {type(value).__name__}")
+    if not instruction or not instruction.strip():
+        raise UserError(f"{row.column('prompt')} is empty")
+    question = f"{instruction}\n\n{context}" if context and context.strip() else instruction
+    opening = [*_history(row.get("history")), Message("user", question)]
+    return [_answer(row, opening)]
+
+
+def _history(value: Any) -> list[Message]:
+    """Return earlier turns, pairs of a question and its answer."""
+    messages: list[Message] = []
+    for turn in value or []:
+        if not (isinstance(turn, Sequence) and len(turn) == 2 and all(map(_is_text, turn))):
+            raise UserError("history must be a list of pairs of a question and its answer")
+        messages += [Message("user", turn[0]), Message("assistant", turn[1])]
+    return messages
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _answer(row: SourceRow, opening: list[Message]) -> LabeledRecord:
+    """Return the response to messages that is in the column of the response."""
+    value, column = row.get("response"), row.column("response")
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise UserError(f"{column} is empty")
+    messages = conversation(row, "response", opening)
+    return _response(row, with_system(row, messages))
+
+
+def _prompt(row: SourceRow, messages: Sequence[Message]) -> Prompt:
+    check_context(row)
+    prompt_id, id, rubric = row.get("prompt_id"), row.get("id"), row.get("rubric")
+    id = id if id is not None else prompt_id
+    return prompt_of(messages, row.source, id, rubric, row.metadata())
+
+
+def _response(
+    row: SourceRow, messages: Sequence[Message], labels: Sequence[PersonLabel] | None = None
+) -> LabeledRecord:
+    """Return the response that is the last of several messages, with its ratings by people."""
+    check_context(row)
+    if labels is None:
+        labels = _ratings(row)
+    id, prompt_id, rubric = row.get("id"), row.get("prompt_id"), row.get("rubric")
+    prompt = prompt_of(messages[:-1], row.source, prompt_id, rubric, row.metadata())
+    text = messages[-1].content
+    name = str(id) if id is not None else hash_id(prompt.id, text)
+    return LabeledRecord(Response(name, prompt, text, row.source), labels)
+
+
+def _ratings(row: SourceRow) -> list[PersonLabel]:
+    """Return the ratings of a response where the data has some that can be read as such."""
+    mapping = row.options.labels
+    annotator = row.get("annotator")
+    name = None if annotator is None else str(annotator)
+    for role in ("score", "label"):
+        named = role in row.options.columns
+        try:
+            column, given = row.column(role), several_labels(row.peek(role), name)
+            labels = [score_label(value, who, mapping, column) for value, who in given]
+        except UserError:
+            # A column that the user has not named may be something else, such as a category.
+            if named or mapping:
+                raise
+            continue
+        if labels:
+            row.get(role)
+            return labels
+    return []
+
+
+def chat(row: SourceRow) -> list[LabeledRecord]:
+    """Return the response that ends a conversation, or the prompt that a conversation is."""
+    value, column = row.get("messages"), row.column("messages")
+    if value in (None, "", []):
+        raise UserError(f"{column} must be a list of messages, not empty")
+    if isinstance(value, str) and is_transcript(value):
+        messages = transcript(value)
+        if messages[-1] == Message("assistant", ""):
+            messages.pop()
+    else:
+        messages = message_list(value, column, row.lost)
+    messages = with_system(row, messages)
+    if messages[-1].role == "system":
+        raise UserError(f"{column} has nothing of the user's")
+    if messages[-1].role != "assistant":
+        return [LabeledRecord(_prompt(row, messages))]
+    if len(messages) == 1:
+        raise UserError(f"{column} has an answer of the assistant and nothing that it answers")
+    return [_response(row, messages)]
+
+
+def completions(row: SourceRow) -> list[LabeledRecord]:
+    """Return the responses of a row with several completions, as UltraFeedback has them."""
+    opening = opening_of(row)
+    if opening is None:
+        raise UserError(f"{row.column('prompt')} is empty")
+    opening = with_system(row, opening)
+    each = row.get("completions")
+    if not isinstance(each, list) or not each:
+        raise UserError("completions must be a list of at least one answer")
+    check_context(row)
+    prompt = _prompt(row, opening)
+    records: list[LabeledRecord] = []
+    for place, item in enumerate(each):
+        answer = mapping_of(item, "an entry of completions")
+        text = answer.get("response") or answer.get("completion") or answer.get("text")
+        if not isinstance(text, str):
+            raise UserError(f"entry {place + 1} of completions has no response")
+        source = str(answer.get("model") or row.source)
+        score = answer.get("overall_score", answer.get("score"))
+        labels = []
+        if isinstance(score, int | float):
+            labels = [score_label(score, "overall_score", {}, "overall_score")]
+        name = hash_id(prompt.id, text, source)
+        records.append(LabeledRecord(Response(name, prompt, text, source), labels))
+    return records
+
+
+def arena_hard(row: SourceRow) -> list[LabeledRecord]:
+    """Return a question of Arena-Hard."""
+    question, category = row.get("prompt"), row.get("category")
+    if not isinstance(question, str):
+        raise UserError(f"prompt must be text, not {str(question)[:60]!r}")
+    source, id = f"arena-hard/{category}", row.get("uid")
+    return [LabeledRecord(prompt_of([Message("user", question)], source, id, None, row.metadata()))]

@@ -1,0 +1,310 @@
+"""Rows of other projects: their columns by role, what is kept of them, and how they are read."""
+
+import datetime
+import decimal
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from hashlib import sha256
+from typing import Any
+
+from alignment.data.people_labels import PersonLabel
+from alignment.records import Message, Pair, Prompt, Response, Side, Verdict
+from megatron_ext.errors import UserError
+
+Record = Prompt | Response | Pair | Verdict
+# Names of columns by role, in order of precedence; a name of the same group is as good.
+SYNONYMS: Mapping[str, Sequence[Sequence[str]]] = {
+    "messages": (("messages", "conversations", "conversation", "dialogue", "dialog"),),
+    "prompt": (("prompt", "question", "instruction", "query", "problem"),),
+    "response": (("response", "completion", "output"), ("solution",), ("answer", "text")),
+    "chosen": (("chosen",),),
+    "rejected": (("rejected",),),
+    "label": (("preferred", "winner", "preference", "better_response_id", "label", "labels"),),
+    "score": (("score", "rating", "ratings"),),
+    "annotator": (("annotator", "annotator_id", "rater", "labeler", "worker_id", "judge"),),
+    "system": (("system", "system_prompt", "system_message"),),
+}  # fmt: skip
+ROLES = (
+    *SYNONYMS, "input", "history", "first", "second", "completions", "id", "prompt_id", "source",
+    "rubric", "tie", "score_chosen", "score_rejected",
+)  # fmt: skip
+"""Roles that a column can play; one under any other name is kept as metadata."""
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How files of other projects are read; files of this project need none of it.
+
+    Attributes:
+        columns: Name of a column in the files, or several with commas in between, by the name of
+            the role that it plays or under which it is kept.
+        labels: Value of a label, as the files have it, mapped to first, second, tie or a score.
+        limit: Number of records after which reading ends, in the order of the files. None for all.
+    """
+
+    columns: Mapping[str, str] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
+    limit: int | None = None
+
+    @classmethod
+    def parse(
+        cls, columns: Sequence[str], labels: Sequence[str] = (), limit: int | None = None
+    ) -> "ReadOptions":
+        """Parse the values of --columns, --labels and --limit.
+
+        Raises:
+            UserError: A value has another form.
+        """
+        names: dict[str, str] = {}
+        for words in columns:
+            ours, equals, theirs = words.partition("=")
+            if not (ours and equals and theirs):
+                raise UserError(
+                    f"--columns {words} must have the form OURS=THEIRS, such as prompt=question."
+                )
+            names[ours] = theirs
+        values: dict[str, str] = {}
+        for words in labels:
+            ours, equals, theirs = words.partition("=")
+            if not (equals and theirs and (ours in ("first", "second", "tie") or _is_number(ours))):
+                raise UserError(
+                    f"--labels {words} must have the form LABEL=VALUE with first, second, tie or a "
+                    "score as LABEL, such as first=model_a."
+                )
+            values |= dict.fromkeys(theirs.split(","), ours)
+        return cls(names, values, limit)
+
+    def check(self, known: Collection[str], path: object) -> None:
+        """Check that a file has the columns that `columns` names.
+
+        Raises:
+            UserError: It lacks one.
+        """
+        for ours, theirs in self.columns.items():
+            for name in [theirs] if theirs in known else theirs.split(","):
+                if name not in known and name.partition(".")[0] not in known:
+                    near = get_close_matches(name, known, n=1)
+                    advice = f"Did you mean {near[0]}?" if near else "Name one of them."
+                    raise UserError(
+                        f"--columns {ours}={theirs}: {path} has no column {name!r}; its columns "
+                        f"are {', '.join(known)}. {advice}"
+                    )
+
+    def rename(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a row with the columns under the names of `columns`, those first."""
+        if not self.columns:
+            return dict(row)
+        renamed = {ours: _value(row, theirs) for ours, theirs in self.columns.items()}
+        taken = {
+            name
+            for theirs in self.columns.values()
+            for name in ([theirs] if theirs in row else theirs.split(","))
+        }
+        return renamed | {n: v for n, v in row.items() if n not in taken and n not in renamed}
+
+    def shadowed(self, columns: Iterable[str]) -> list[str]:
+        """Return the columns of a file that another one replaces under their name."""
+        return [c for c in columns if c in self.columns and self.columns[c] != c]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def _value(row: Mapping[str, Any], name: str) -> Any:
+    """Return the value of a column, of a field of a nested one, or of several by their names."""
+    if name in row or ("," not in name and "." not in name):
+        return row.get(name)
+    if "," in name:
+        return {each: _value(row, each) for each in name.split(",")}
+    column, _, rest = name.partition(".")
+    inner = row.get(column)
+    return _value(inner, rest) if isinstance(inner, Mapping) else None
+
+
+def find_column(role: str, columns: Iterable[str], explicit: Collection[str] = ()) -> str | None:
+    """Return the column that plays a role, or None.
+
+    Case, blanks and hyphens of names do not count.
+
+    Args:
+        role: One of the keys of `SYNONYMS`, or the name of a column.
+        columns: Columns of the row.
+        explicit: Roles whose column the user has named.
+
+    Raises:
+        AmbiguousColumns: Several columns may play it.
+    """
+    known = {name.strip().lower().replace(" ", "_").replace("-", "_"): name for name in columns}
+    if role in explicit or role not in SYNONYMS:
+        return role if role in columns else known.get(role)
+    for names in SYNONYMS[role]:
+        found = [known[name] for name in names if name in known]
+        if len(found) > 1:
+            raise AmbiguousColumns(role, found)
+        if found:
+            return found[0]
+    return None
+
+
+class AmbiguousColumns(UserError):
+    """Several columns that may play the same role."""
+
+    def __init__(self, role: str, columns: Sequence[str]) -> None:
+        super().__init__(
+            f"has the columns {' and '.join(columns)}, each of which may be the {role}. Choose one "
+            f"with --columns {role}={columns[0]}."
+        )
+
+
+class SourceRow:
+    """Row of a file, whose columns are looked up by their roles.
+
+    Columns that nothing looks up are the row's metadata.
+
+    Attributes:
+        source: Source of the row where it names none.
+        options: How the file is read.
+        lost: Names of what was in the row and is not kept.
+    """
+
+    def __init__(
+        self,
+        values: Mapping[str, Any],
+        roles: Mapping[str, str],
+        source: str,
+        options: ReadOptions | None = None,
+    ) -> None:
+        self._values, self._roles, self._read = values, roles, set[str]()
+        self.options = options or ReadOptions()
+        self.lost: list[str] = []
+        self.source = str(self.get("source") or source)
+
+    def get(self, role: str) -> Any:
+        """Return the value of the column that plays a role, or None, and count it as read."""
+        name = self.column(role)
+        self._read.add(name)
+        return self._values.get(name)
+
+    def peek(self, role: str) -> Any:
+        """Return the value of the column that plays a role, or None, without counting it."""
+        return self._values.get(self.column(role))
+
+    def column(self, role: str) -> str:
+        """Return the name of the column that plays a role; that of the role where none does."""
+        if role in self._roles:
+            return self._roles[role]
+        return find_column(role, self._values, self.options.columns) or role
+
+    def metadata(self) -> dict[str, Any]:
+        """Return the columns that were not read and have a value, as JSON values."""
+        kept: dict[str, Any] = {}
+        read = [self._values[name] for name in self._read if name in self._values]
+        conversations = [value for value in read if isinstance(value, list)]
+        given = self._values.get("metadata")
+        for name, value in self._values.items():
+            if name in self._read or _is_absent(value) or value in conversations:
+                continue
+            if name == "metadata" and isinstance(given, Mapping):
+                kept |= given
+                continue
+            try:
+                kept[name] = _as_json(value)
+            except TypeError:
+                self.lost.append(name)
+        return kept
+
+
+def _is_absent(value: Any) -> bool:
+    return value is None or value == "" or value == [] or value == {} or value != value
+
+
+def _as_json(value: Any) -> Any:
+    """Return a value of a Parquet file as a value of JSON.
+
+    Raises:
+        TypeError: It has none, as the bytes of an image.
+    """
+    match value:
+        case None | bool() | int() | str():
+            return value
+        case float():
+            return value if math.isfinite(value) else None
+        case datetime.date() | datetime.time():
+            return value.isoformat()
+        case decimal.Decimal():
+            return float(value)
+        case Mapping():
+            return {str(key): _as_json(each) for key, each in value.items()}
+        case list() | tuple():
+            return [_as_json(each) for each in value]
+    raise TypeError(type(value).__name__)
+
+
+@dataclass(frozen=True)
+class LabeledRecord:
+    """Record with what people say about it.
+
+    Attributes:
+        record: The record.
+        labels: Labels and ratings by people; none where the data has none.
+        number: Number of the row of the file that it is from.
+    """
+
+    record: Record
+    labels: Sequence[PersonLabel] = ()
+    number: int = 0
+
+
+def hash_id(*parts: object) -> str:
+    """Return an id that depends on the parts only, for records without one."""
+    return sha256(repr(parts).encode()).hexdigest()[:32]
+
+
+def prompt_of(
+    messages: Sequence[Message],
+    source: str,
+    id: object = None,
+    rubric: str | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> Prompt:
+    """Return a prompt of messages that have been checked.
+
+    Args:
+        messages: Messages of the prompt.
+        source: Source of the prompt.
+        id: Id of the prompt. Default: a hash of the messages.
+        rubric: Requirements that judges apply to the responses.
+        metadata: Further columns. Default: none.
+    """
+    plain = [(message.role, message.content) for message in messages]
+    name = str(id) if id is not None else hash_id(plain)
+    return Prompt(name, messages, source, rubric, metadata or {})
+
+
+def pair_of(
+    prompt: Prompt, chosen: str, rejected: str, source: str, id: object = None, equal: bool = False
+) -> Pair:
+    """Return a pair whose order of responses reveals nothing about which one is better.
+
+    Args:
+        prompt: Prompt of the pair.
+        chosen: Response that is labeled as better.
+        rejected: Response that is labeled as worse.
+        source: Source of the pair.
+        id: Id of the pair. Default: a hash of the prompt's id and the responses.
+        equal: Whether the label is a tie.
+    """
+    name = str(id) if id is not None else hash_id(prompt.id, chosen, rejected)
+    # The order depends on the texts only, neither on the label nor on the id in the source.
+    chosen_first = sha256(f"{prompt.id}\0{min(chosen, rejected)}".encode()).digest()[0] % 2 == 0
+    if chosen > rejected:
+        chosen_first = not chosen_first
+    first, second = (chosen, rejected) if chosen_first else (rejected, chosen)
+    preferred = None if equal else Side.FIRST if chosen_first else Side.SECOND
+    return Pair(name, prompt, first, second, preferred, source, equal)
