@@ -34,7 +34,7 @@ class AnnotationJudgeConfig:
     samples: int = flag(1, metavar="N", at_least=1)
     """Answers to each question."""
     template: str | None = flag(None, metavar="NAME")
-    """Template of the judge's prompt: pointwise, pairwise, pointwise-rubric, pairwise-rubric or a
+    """Template of the judge's prompt: pointwise, pairwise, each with -rubric or -reference, or a
     file. Default: pointwise for responses, pairwise for pairs."""
     thinking: Thinking = flag("none")
     """Whether the judge thinks in <think> before its label: not at all, because its prompt asks it

@@ -291,7 +291,7 @@ class JudgeFormatConfig:
     """Judge format."""
 
     template: str | None = must_match(None, metavar="NAME")
-    """Template of the judge's prompt: pointwise, pairwise, pointwise-rubric, pairwise-rubric or a
+    """Template of the judge's prompt: pointwise, pairwise, each with -rubric or -reference, or a
     file. Default: pointwise for responses, pairwise for pairs."""
     thinking: Thinking = must_match("none")
     """Whether the judge thinks in <think> before its label: not at all, because its prompt asks it

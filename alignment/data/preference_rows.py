@@ -28,6 +28,7 @@ _ENDS = re.compile(
     r"(?P<name>(?:response|answer|completion|output|conversation|assistant|human_ref)?)_?"
     r"(?P<end>first|second|left|right|[ab012])"
 )
+_WORDS = re.compile(r"[^\W\d_]+|\d+")
 _SIDES = (("first", "second"), ("a", "b"), ("1", "2"), ("0", "1"), ("left", "right"))
 
 
@@ -79,7 +80,7 @@ def labeled_pair(row: SourceRow) -> list[LabeledRecord]:
     if first[:-1] != second[:-1]:
         raise UserError("the two responses do not answer the same messages")
     check_context(row)
-    ends = _end(row.column("first")), _end(row.column("second"))
+    ends = _ends([row.options.columns.get(c, c) for c in map(row.column, ("first", "second"))])
     annotator = row.get("annotator")
     given = several_labels(row.get("label"), None if annotator is None else str(annotator))
     labels = [
@@ -98,9 +99,13 @@ def labeled_pair(row: SourceRow) -> list[LabeledRecord]:
     return [LabeledRecord(Pair(name, prompt, *texts, side, row.source, tied), labels)]
 
 
-def _end(column: str) -> str:
-    match = _ENDS.fullmatch(column.strip().lower().replace(" ", "_"))
-    return match["end"] if match else column
+def _ends(columns: Sequence[str]) -> tuple[str, str]:
+    """Return the words and numbers in which two names of columns differ."""
+    first, second = (_WORDS.findall(name) for name in columns)
+    different = [pair for pair in zip(first, second) if pair[0] != pair[1]]
+    if len(first) != len(second) or len(different) != 1:
+        return columns[0], columns[1]
+    return different[0]
 
 
 def opening_of(row: SourceRow) -> list[Message] | None:

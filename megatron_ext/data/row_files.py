@@ -165,9 +165,9 @@ def _begins_document(line: bytes) -> bool:
         row = json.loads(text) if text.startswith(b"{") else None
     except (ValueError, RecursionError):
         return text == b"{" or text.endswith((b",", b"[", b"{"))
-    if not isinstance(row, dict) or len(row) != 1 or _looks_like_row(row):
+    if not isinstance(row, dict) or not row or _looks_like_row(row):
         return False
-    return _is_rows(next(iter(row.values())))
+    return all(map(_is_rows, row.values()))
 
 
 def _is_rows(value: Any) -> bool:
@@ -181,7 +181,7 @@ def _document(path: str | Path, content: bytes, line: int) -> Iterator[Any]:
     except (ValueError, RecursionError) as error:
         # The first line may just be a broken row of JSON lines.
         lines = [text for text in content.splitlines() if not text.isspace()]
-        if len(lines) > 1 and lines[1].lstrip().startswith(b"{") and lines[0].strip() != b"[":
+        if len(lines) > 1 and all(text.lstrip().startswith(b"{") for text in lines[:2]):
             for number, text in enumerate(content.splitlines(), start=line):
                 if text and not text.isspace():
                     yield number, _json_row(number, text)

@@ -153,13 +153,14 @@ def judge_prompt(name: str, thinks: bool = False) -> JudgePrompt:
         raise UserError(f"{path} must begin with a line === system === or === user ===")
     used = set(_PLACEHOLDER.findall(text)) - {"mark"}
     reserved = {"rubric", "rules", "answer"}.union(*_MATERIAL.values())
-    columns = sorted(used - reserved)
+    # A name that is nearly that of a text is a mistake; {column:NAME} is a column for certain.
+    columns = sorted(n for n in used - reserved if not get_close_matches(n, reserved, 1, 0.8))
     allowed = _MATERIAL[kind] | ({"rubric"} if kind != "rubric" else set()) | set(columns)
     if wrong := sorted(used - allowed) or sorted(_MATERIAL[kind] - used):
         problem = "has an unknown" if wrong[0] in used else "lacks the"
         raise UserError(
             f"{path} {problem} placeholder {{{wrong[0]}}}. Correct the template; a column of the "
-            "data is {reference} or another name of it."
+            "data whose name is nearly that of another text is {column:NAME}."
         )
     pairs = [(role, body.strip()) for role, body in zip(sections[::2], sections[1::2])]
     identity = sha256(repr((_VERSION, kind, pairs)).encode()).hexdigest()

@@ -12,11 +12,17 @@ from alignment.judges.formats.prompts import fenced, judge_prompt, mark_for
 from alignment.records import Message, Pair, Prompt, Response
 from megatron_ext.errors import UserError
 
-PROMPT = Prompt("p", [Message("system", "SYS"), Message("user", "ASKED {response}")], rubric="RUB")
+PROMPT = Prompt(
+    "p", [Message("system", "SYS"), Message("user", "ASKED {response}")], rubric="RUB",
+    metadata={"reference": "REF {prompt}", "answer": ["4", "four"]},
+)  # fmt: skip
 RESPONSE = Response("r", PROMPT, "ANSWER {rubric} \\1")
 PAIR = Pair("x", PROMPT, "FIRST", "SECOND")
 ITEMS: dict[str, Any] = {"pointwise": RESPONSE, "pairwise": PAIR, "rubric": PROMPT}
-NAMES = ["pointwise", "pointwise-rubric", "pairwise", "pairwise-rubric", "rubric"]
+NAMES = [
+    "pointwise", "pointwise-rubric", "pairwise", "pairwise-rubric", "rubric",
+    "pointwise-reference", "pairwise-reference",
+]  # fmt: skip
 
 
 def blocks(text: str) -> list[tuple[str, str]]:
@@ -52,6 +58,8 @@ def test_templates_fence_all_untrusted_text(name: str) -> None:
     expected = [("system message", "SYS"), ("user message", "ASKED {response}")]
     if "-rubric" in name:
         expected.append(("rubric", "RUB"))
+    if "-reference" in name:
+        expected.append(("reference", "REF {prompt}"))
     if kind == "pointwise":
         expected.append(("response", RESPONSE.text))
     if kind == "pairwise":
@@ -149,6 +157,15 @@ def test_invalid_templates_are_refused(name: str, text: str, said: str, tmp_path
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=said):
         judge_prompt(str(tmp_path / name))
+
+
+def test_templates_show_columns_of_the_data_inside_fences(tmp_path: Path) -> None:
+    own = tmp_path / "pointwise-own.txt"
+    own.write_text("=== user ===\nThe mark is {mark}.\n{prompt}\n{response}\n{column:answer}\n")
+    assert blocks(asked(str(own), RESPONSE))[-1] == ("answer", '["4", "four"]')
+    own.write_text("=== user ===\n{prompt}\n{response}\n{refrence}\n{answer}")
+    with pytest.raises(UserError, match=r"\{refrence\}.*'p'.*Did you mean \{reference\}"):
+        judge_prompt(str(own)).messages(RESPONSE)
 
 
 def test_template_refuses_items_of_another_kind() -> None:
