@@ -8,6 +8,7 @@ split, joined and shuffled without a second file.
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from typing import Any, Self
@@ -242,10 +243,8 @@ def _without_absent(row: dict[str, Any]) -> dict[str, Any]:
 
 def _metadata(value: Any) -> Mapping[str, Any]:
     if isinstance(value, str):
-        try:
+        with suppress(ValueError):
             value = json.loads(value)
-        except ValueError:
-            raise UserError(f"metadata must be a JSON object, not {value!r:.60}") from None
     if value is None:
         return {}
     if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):

@@ -286,7 +286,9 @@ def test_a_limit_counts_records_of_all_files(
     prompts = read_files([str(file) for file in files], Prompt, options=options)
     assert [prompt.messages[0].content for prompt in prompts] == ["a1", "a2", "b1"]
     printed = capsys.readouterr().out
-    assert "a.jsonl as prompts and responses (prompt=question, response=answer): 2 records" in printed
+    assert (
+        "a.jsonl as prompts and responses (prompt=question, response=answer): 2 records" in printed
+    )
     assert "1 more rows repeat one of them" in printed
     with pytest.raises(UserError, match="an earlier row with other texts has the id '5' too"):
         read_all(written(tmp_path, [{"id": 5, "prompt": str(n)} for n in range(2)]), Prompt)
