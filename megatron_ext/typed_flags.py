@@ -44,6 +44,7 @@ def flag(
     *,
     resume: Resume | None = None,
     name: str | None = None,
+    short: str | None = None,
     metavar: str | None = None,
     positional: bool = False,
     repeat: bool = False,
@@ -61,6 +62,7 @@ def flag(
         default: Value where the flag is not given. A flag without a default is required.
         resume: Whether a run that is resumed must have the same value.
         name: Name on the command line. Default: the field's, with hyphens.
+        short: Second, short name on the command line, such as -n.
         metavar: Placeholder for the value in the help.
         positional: The value is given by its place, without the flag's name.
         repeat: The flag is repeated for several values, where it otherwise takes several.
@@ -75,6 +77,7 @@ def flag(
     metadata = {
         "resume": resume,
         "name": name,
+        "short": short,
         "metavar": metavar,
         "positional": positional,
         "repeat": repeat,
@@ -240,7 +243,9 @@ def build_parser(config: type, prog: str, description: str | None) -> ArgumentPa
     for each in flags_of(config):
         if each.group not in groups:
             groups[each.group] = parser.add_argument_group(each.group)
-        groups[each.group].add_argument(each.option, **_argument(each))
+        short = each.field.metadata.get("short")
+        names = [short, each.option] if short else [each.option]
+        groups[each.group].add_argument(*names, **_argument(each))
     return parser
 
 

@@ -9,11 +9,7 @@ from megatron_ext.typed_flags import flag, group
 
 @dataclass(frozen=True, kw_only=True)
 class ShowConfig:
-    """Flags of `et-align data show`, which prints rows as a model sees them.
-
-    Attributes:
-        file: The file.
-    """
+    """Flags of `et-align data show`, which prints rows as a model sees them."""
 
     file: str = flag(positional=True, metavar="FILE")
     """File or folder of prompts, responses or pairs, of this project or of a known schema."""

@@ -18,7 +18,7 @@ class RowsConfig:
     labels: tuple[str, ...] = must_match((), metavar="LABEL=VALUE", repeat=True, several=True)
     """Values of labels by people: first, second, tie or a score, and the values that mean it, such
     as first=model_a tie=both,neither. Default: the values that are known."""
-    limit: int | None = must_match(None, metavar="N", at_least=1)
+    limit: int | None = must_match(None, short="-n", metavar="N", at_least=1)
     """Read only the first N records of each flag that names files, in the order of the files.
     Default: all."""
 
