@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from alignment.data.dataset_schemas import RecordFile
 from alignment.data.source_row import LabeledRecord, ReadOptions, Record
@@ -36,12 +37,12 @@ def read_files[R: Record](
     Raises:
         UserError: A row is malformed or of another kind, an id occurs twice, or there is no row.
     """
-    records = [item.record for item in read_labeled(paths, *kinds, options=options)]
-    return records  # type: ignore[return-value]  # read_labeled has checked the kinds
+    items = read_labeled(paths, *kinds, options=options)
+    return [item.record for item in items if isinstance(item.record, kinds)]
 
 
 def read_labeled(
-    paths: Sequence[str], *kinds: type[Record], options: ReadOptions | None = None
+    paths: Sequence[str], *kinds: type[Any], options: ReadOptions | None = None
 ) -> list[LabeledRecord]:
     """Return the records of files with the labels of people; see `read_files`.
 
@@ -49,7 +50,7 @@ def read_labeled(
     """
     options = options or ReadOptions()
     reader = _StrictReader(kinds, options)
-    for path in expand_row_files([str(path) for path in paths]):
+    for path in expand_row_files([str(path) for path in paths], flag=""):
         reader.read(path)
     return reader.items
 
@@ -61,7 +62,7 @@ class _StrictReader:
         items: The records so far, each once.
     """
 
-    def __init__(self, kinds: Sequence[type[Record]], options: ReadOptions) -> None:
+    def __init__(self, kinds: Sequence[type[Any]], options: ReadOptions) -> None:
         self.items: list[LabeledRecord] = []
         self._kinds, self._options = tuple(kinds), options
         self._foreign: dict[str, int] = {}  # places of records of other projects by id
@@ -145,12 +146,19 @@ class _StrictReader:
                 f"{item.record.id!r} too. Make the ids unique, or name the column otherwise, as "
                 "in --columns group=id."
             )
-        record, other = earlier.record, item.record
-        both = isinstance(record, Pair) and isinstance(other, Pair)
-        if both and (record.preferred, record.tied) != (other.preferred, other.tied):
-            record = replace(record, preferred=None, tied=False)
         labels = [*earlier.labels, *item.labels]
-        self.items[place] = replace(earlier, record=record, labels=labels)
+        self.items[place] = replace(
+            earlier, record=_undecided(earlier.record, item.record), labels=labels
+        )
+
+
+def _undecided(record: Record, other: Record) -> Record:
+    """Return a pair without the preference that another label contradicts."""
+    if not (isinstance(record, Pair) and isinstance(other, Pair)):
+        return record
+    if (record.preferred, record.tied) == (other.preferred, other.tied):
+        return record
+    return replace(record, preferred=None, tied=False)
 
 
 def same_content(a: Record, b: Record) -> bool:

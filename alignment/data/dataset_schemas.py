@@ -204,10 +204,10 @@ class RecordFile:
         row = SourceRow(values, self.roles, self.source, self.options)
         records = self.schema.convert(row)
         self.lost.update(dict.fromkeys([*row.lost, *shadowed], 1))
-        prompt = records[0].record if isinstance(records[0].record, Prompt) else None
-        if prompt is None and not isinstance(records[0].record, Verdict):
-            prompt = records[0].record.prompt
-        self.kept.update(list(prompt.metadata) if prompt else [])
+        record = records[0].record
+        assert not isinstance(record, Verdict)
+        prompt = record if isinstance(record, Prompt) else record.prompt
+        self.kept.update(list(prompt.metadata))
         return [replace(item, number=number) for item in records]
 
     @property

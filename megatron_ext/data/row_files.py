@@ -46,15 +46,18 @@ def expand_row_files(patterns: Sequence[str], flag: str = "--input") -> list[str
     Args:
         patterns: Paths, globs and folders. Files of a folder and of its subfolders are sorted by
             their paths; hidden ones and those without a known suffix do not count.
-        flag: Name of the flag, for error messages.
+        flag: Name of the flag, for error messages; empty for none.
 
     Raises:
         UserError: A pattern names no file, or a folder has files of several formats or splits.
     """
     paths: list[str] = []
-    for pattern in patterns:
-        paths += _files_of_folder(pattern, flag) if os.path.isdir(pattern) else [pattern]
-    return expand_inputs(paths, flag)
+    try:
+        for pattern in patterns:
+            paths += _files_of_folder(pattern, flag) if os.path.isdir(pattern) else [pattern]
+        return expand_inputs(paths, flag)
+    except UserError as error:
+        raise UserError(str(error).lstrip()) from None
 
 
 def _files_of_folder(folder: str, flag: str) -> list[str]:

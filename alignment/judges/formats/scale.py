@@ -83,7 +83,7 @@ def read_verdicts(
 
 def has_verdicts(path: Path) -> bool:
     """Return whether a file holds verdicts, by its first row; broken ones are reported later."""
-    for file in expand_row_files([str(path)]):
+    for file in expand_row_files([str(path)], flag=""):
         for _, row in read_rows(file):
             return isinstance(row, MalformedRow) or own_kind(row) is Verdict
     return True
