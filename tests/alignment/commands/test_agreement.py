@@ -136,7 +136,7 @@ def test_a_judge_that_always_says_the_same_has_undefined_figures_with_reasons(
         ([*scores([1, 2])[:1], preference("r1", "A")], scores([1, 2]), [], "both scores and pref"),
         (scores([1, 2]), scores([1, 2]), ["--slice", "source"], "--slice source needs --items"),
         (scores([1, 2]), scores([1, 2]), ["--resample", "prompt"], "prompt needs --items"),
-        ([], scores([1]), [], r"first\.jsonl is empty"),
+        ([], scores([1]), [], r"a\.jsonl is empty"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_in_a_sentence(
