@@ -184,7 +184,7 @@ def describe(file: RecordFile, count: int, counts: Mapping[str, int] | None = No
     """
     parts = [f"Read {file.path} as {file.description}: {count:,} records"]
     parts += [f"{number:,} {what}" for what, number in (counts or {}).items() if number]
-    for names, what in ((file.kept, "kept as metadata"), (file.lost, "left out")):
+    for names, what in ((file.metadata, "metadata"), (file.omissions, "left out")):
         if names:
             more = f" and {len(names) - _FEW} more" if len(names) > _FEW else ""
             parts.append(f"{what}: {', '.join(list(names)[:_FEW])}{more}")

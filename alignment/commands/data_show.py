@@ -45,7 +45,7 @@ def show_rows(config: ShowConfig) -> None:
         print(_legend(color))
     left = config.rows.limit
     for path in expand_row_files([config.file], "FILE"):
-        file, shown = RecordFile(path, options=config.rows.options), 0
+        file, count = RecordFile(path, options=config.rows.options), 0
         for item in file.read():
             if left is not None and left <= 0:
                 break
@@ -53,10 +53,10 @@ def show_rows(config: ShowConfig) -> None:
             if isinstance(item, MalformedRow):
                 print(f"\n{path}, {item}. No command can use this row.")
                 continue
-            shown += 1
+            count += 1
             printer.show(item)
         if file.schema is not None:
-            print(f"\n{describe(file, shown)}")
+            print(f"\n{describe(file, count)}")
 
 
 def _legend(color: bool) -> str:
@@ -109,8 +109,8 @@ class _Printer:
                 self._print_tokens(messages, answer)
         prompt = record if isinstance(record, Prompt) else record.prompt
         if prompt.metadata:
-            kept = (f"{k}={_short(v)}" for k, v in prompt.metadata.items())
-            print(f"metadata: {', '.join(kept)}")
+            columns = (f"{k}={_short(v)}" for k, v in prompt.metadata.items())
+            print(f"metadata: {', '.join(columns)}")
         if item.labels:
             print(f"labels of people: {', '.join(map(_label, item.labels))}")
 

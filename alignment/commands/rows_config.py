@@ -13,7 +13,7 @@ class RowsConfig:
     columns: tuple[str, ...] = must_match((), metavar="OURS=THEIRS", repeat=True, several=True)
     """Columns of files of other projects by the role that they play: prompt, response, chosen,
     rejected, messages, system, first, second, label, score, annotator, rubric, id or source, such
-    as prompt=question. A column under any other name is kept as metadata. Default: the names that
+    as prompt=question. Further columns become metadata of the prompt. Default: the names that
     are known."""
     labels: tuple[str, ...] = must_match((), metavar="LABEL=VALUE", repeat=True, several=True)
     """Values of labels by people: first, second, tie or a score, and the values that mean it, such

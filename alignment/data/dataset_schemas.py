@@ -54,13 +54,13 @@ def _requires(*roles: str) -> Callable[[Collection[str], Collection[str]], Roles
     """Return the match of a schema that requires columns of these roles."""
 
     def match(columns: Collection[str], explicit: Collection[str]) -> Roles | None:
-        found: dict[str, str] = {}
+        columns_by_role: dict[str, str] = {}
         for role in roles:
             column = find_column(role, columns, explicit)
             if column is None:
                 return None
-            found[role] = column
-        return found
+            columns_by_role[role] = column
+        return columns_by_role
 
     return match
 
@@ -119,8 +119,8 @@ class RecordFile:
         path: The file.
         roles: Column of each required role, for a file of another project.
         schema: Schema of such a file. None before it is read, and for a file of this project.
-        lost: For each column or field that is not kept, the rows with a value there.
-        kept: For each column that is kept as metadata, the rows with a value there.
+        omissions: For each column or field that is left out, the rows with a value there.
+        metadata: For each column of the metadata, the rows with a value there.
     """
 
     def __init__(
@@ -137,8 +137,8 @@ class RecordFile:
         self.source = source or Path(path).name.partition(".")[0]
         self.schema: DatasetSchema | None = None
         self.roles: Roles = {}
-        self.lost: Counter[str] = Counter()
-        self.kept: Counter[str] = Counter()
+        self.omissions: Counter[str] = Counter()
+        self.metadata: Counter[str] = Counter()
 
     def read(
         self, report_progress: Callable[[int], None] = lambda consumed: None
@@ -186,9 +186,9 @@ class RecordFile:
         columns = list(row)
         explicit = self.options.columns
         # Roles that the user names choose the schema; other columns may look like another one.
-        named = [schema for schema in SCHEMAS if _fits_named(schema, columns, explicit)]
+        candidates = [schema for schema in SCHEMAS if _fits_named(schema, columns, explicit)]
         try:
-            for schema in named or SCHEMAS:
+            for schema in candidates or SCHEMAS:
                 if (roles := schema.match(columns, explicit)) is not None:
                     return schema, roles
         except AmbiguousColumns as error:
@@ -203,11 +203,11 @@ class RecordFile:
             raise UserError(f"no {missing[0]!r}, which the rows before it have")
         row = SourceRow(values, self.roles, self.source, self.options)
         records = self.schema.convert(row)
-        self.lost.update(dict.fromkeys([*row.lost, *shadowed], 1))
+        self.omissions.update(dict.fromkeys([*row.omissions, *shadowed], 1))
         record = records[0].record
         assert not isinstance(record, Verdict)
         prompt = record if isinstance(record, Prompt) else record.prompt
-        self.kept.update(list(prompt.metadata))
+        self.metadata.update(list(prompt.metadata))
         return [replace(item, number=number) for item in records]
 
     @property
@@ -236,8 +236,8 @@ def _fits_named(schema: DatasetSchema, columns: Collection[str], explicit: Colle
         roles = schema.match(columns, explicit)
     except AmbiguousColumns:
         return False
-    named = {"messages", "chosen", "rejected", "first", "second", "response"} & set(explicit)
-    return bool(named) and roles is not None and named <= set(roles)
+    required = {"messages", "chosen", "rejected", "first", "second", "response"} & set(explicit)
+    return bool(required) and roles is not None and required <= set(roles)
 
 
 def own_kind(row: Mapping[str, Any]) -> type[Record] | None:

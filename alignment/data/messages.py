@@ -98,7 +98,7 @@ def is_json_messages(text: str) -> bool:
     )
 
 
-def message_list(value: Any, column: str, lost: list[str] | None = None) -> list[Message]:
+def message_list(value: Any, column: str, omissions: list[str] | None = None) -> list[Message]:
     """Return the messages of a column.
 
     Args:
@@ -106,7 +106,7 @@ def message_list(value: Any, column: str, lost: list[str] | None = None) -> list
             as JSON text. Parquet files also have mappings of lists, one list for all roles and one
             for all contents.
         column: Name of the column, for error messages.
-        lost: List to which the names of fields that are not kept are added.
+        omissions: List to which the names of fields that are left out are added.
 
     Raises:
         UserError: The value is something else, a message cannot be read completely, or the messages
@@ -122,14 +122,14 @@ def message_list(value: Any, column: str, lost: list[str] | None = None) -> list
     if isinstance(value, str) or not isinstance(value, Sequence) or not value:
         raise UserError(f"{column} must be a list of messages, not {_kind(value)}")
     try:
-        messages = [_message(message, column, lost) for message in value]
+        messages = [_message(message, column, omissions) for message in value]
     except UserError as error:
         raise UserError(f"{column}: {error}") from None
     check_order(messages, column)
     return messages
 
 
-def _message(value: Any, column: str, lost: list[str] | None) -> Message:
+def _message(value: Any, column: str, omissions: list[str] | None) -> Message:
     """Return a message of another project in the words of this one."""
     if not isinstance(value, Mapping):
         return message_of(value)
@@ -141,8 +141,8 @@ def _message(value: Any, column: str, lost: list[str] | None) -> Message:
         message = {**{n: value[n] for n in ("role", "content") if n in value}, **message}
     for name in sorted(message.keys() - {"role", "content"} - _MEANINGFUL):
         del message[name]
-        if lost is not None:
-            lost.append(f"{column}.{name}")
+        if omissions is not None:
+            omissions.append(f"{column}.{name}")
     role = message.get("role")
     message["role"] = _ROLES.get(role, role) if isinstance(role, str) else role
     content = message.get("content")

@@ -60,15 +60,15 @@ def find_sides(columns: Iterable[str]) -> tuple[str, str] | None:
 
     They have the same name up to their ends, such as response_a and response_b.
     """
-    found: dict[tuple[str, str], str] = {}
+    columns_by_end: dict[tuple[str, str], str] = {}
     for column in columns:
         if match := _ENDS.fullmatch(column.strip().lower().replace(" ", "_")):
-            found.setdefault((match["name"], match["end"]), column)
-    for name in dict.fromkeys(name for name, _ in found):
+            columns_by_end.setdefault((match["name"], match["end"]), column)
+    for name in dict.fromkeys(name for name, _ in columns_by_end):
         for first, second in _SIDES:
             bare = not name and first not in ("first", "a")
-            if not bare and (name, first) in found and (name, second) in found:
-                return found[name, first], found[name, second]
+            if not bare and (name, first) in columns_by_end and (name, second) in columns_by_end:
+                return columns_by_end[name, first], columns_by_end[name, second]
     return None
 
 
@@ -82,10 +82,10 @@ def labeled_pair(row: SourceRow) -> list[LabeledRecord]:
     check_context(row)
     ends = _ends([row.options.columns.get(c, c) for c in map(row.column, ("first", "second"))])
     annotator = row.get("annotator")
-    given = several_labels(row.get("label"), None if annotator is None else str(annotator))
+    values = several_labels(row.get("label"), None if annotator is None else str(annotator))
     labels = [
         PersonLabel.of_side(parse_side(value, ends, row.options.labels, row.column("label")), name)
-        for value, name in given
+        for value, name in values
     ]
     id = row.get("id")
     prompt = prompt_of(
@@ -114,7 +114,7 @@ def opening_of(row: SourceRow) -> list[Message] | None:
     if prompt in (None, "", []):
         return None
     if not isinstance(prompt, str) or is_json_messages(prompt):
-        return message_list(prompt, row.column("prompt"), row.lost)
+        return message_list(prompt, row.column("prompt"), row.omissions)
     return transcript_prompt(prompt) if is_transcript(prompt) else [Message("user", prompt)]
 
 
@@ -138,7 +138,7 @@ def conversation(row: SourceRow, role: str, opening: Sequence[Message] | None) -
     if value is None and opening is not None:
         raise UserError(f"{column} must be a list of messages or text, not null")
     if not isinstance(value, str) or is_json_messages(value):
-        messages = message_list(value, column, row.lost)
+        messages = message_list(value, column, row.omissions)
     elif opening is None or begins_transcript(value):
         messages = transcript(value)
     elif plain or not is_text:

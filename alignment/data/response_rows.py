@@ -96,13 +96,13 @@ def _ratings(row: SourceRow) -> list[PersonLabel]:
     annotator = row.get("annotator")
     name = None if annotator is None else str(annotator)
     for role in ("score", "label"):
-        named = role in row.options.columns
+        is_explicit = role in row.options.columns
         try:
-            column, given = row.column(role), several_labels(row.peek(role), name)
-            labels = [score_label(value, who, mapping, column) for value, who in given]
+            column, values = row.column(role), several_labels(row.peek(role), name)
+            labels = [score_label(value, who, mapping, column) for value, who in values]
         except UserError:
             # A column that the user has not named may be something else, such as a category.
-            if named or mapping:
+            if is_explicit or mapping:
                 raise
             continue
         if labels:
@@ -121,7 +121,7 @@ def chat(row: SourceRow) -> list[LabeledRecord]:
         if messages[-1] == Message("assistant", ""):
             messages.pop()
     else:
-        messages = message_list(value, column, row.lost)
+        messages = message_list(value, column, row.omissions)
     messages = with_system(row, messages)
     if messages[-1].role == "system":
         raise UserError(f"{column} has nothing of the user's")

@@ -39,7 +39,7 @@ class ReadOptions:
 
     Attributes:
         columns: Name of a column in the files, or several with commas in between, by the name of
-            the role that it plays or under which it is kept.
+            the role that it plays or under which it becomes metadata.
         labels: Value of a label, as the files have it, mapped to first, second, tie or a score.
         limit: Number of records after which reading ends, in the order of the files. None for all.
     """
@@ -97,12 +97,14 @@ class ReadOptions:
         if not self.columns:
             return dict(row)
         renamed = {ours: _value(row, theirs) for ours, theirs in self.columns.items()}
-        taken = {
+        sources = {
             name
             for theirs in self.columns.values()
             for name in ([theirs] if theirs in row else theirs.split(","))
         }
-        return renamed | {n: v for n, v in row.items() if n not in taken and n not in renamed}
+        return renamed | {
+            n: v for n, v in row.items() if n not in renamed_columns and n not in renamed
+        }
 
     def shadowed(self, columns: Iterable[str]) -> list[str]:
         """Return the columns of a file that another one replaces under their name."""
@@ -144,11 +146,11 @@ def find_column(role: str, columns: Iterable[str], explicit: Collection[str] = (
     if role in explicit or role not in SYNONYMS:
         return role if role in columns else known.get(role)
     for names in SYNONYMS[role]:
-        found = [known[name] for name in names if name in known]
-        if len(found) > 1:
-            raise AmbiguousColumns(role, found)
-        if found:
-            return found[0]
+        matches = [known[name] for name in names if name in known]
+        if len(matches) > 1:
+            raise AmbiguousColumns(role, matches)
+        if matches:
+            return matches[0]
     return None
 
 
@@ -170,7 +172,7 @@ class SourceRow:
     Attributes:
         source: Source of the row where it names none.
         options: How the file is read.
-        lost: Names of what was in the row and is not kept.
+        omissions: Names of what was in the row and is left out.
     """
 
     def __init__(
@@ -182,7 +184,7 @@ class SourceRow:
     ) -> None:
         self._values, self._roles, self._read = values, roles, set[str]()
         self.options = options or ReadOptions()
-        self.lost: list[str] = []
+        self.omissions: list[str] = []
         self.source = str(self.get("source") or source)
 
     def get(self, role: str) -> Any:
@@ -203,21 +205,21 @@ class SourceRow:
 
     def metadata(self) -> dict[str, Any]:
         """Return the columns that were not read and have a value, as JSON values."""
-        kept: dict[str, Any] = {}
+        metadata: dict[str, Any] = {}
         read = [self._values[name] for name in self._read if name in self._values]
         conversations = [value for value in read if isinstance(value, list)]
-        given = self._values.get("metadata")
+        own = self._values.get("metadata")
         for name, value in self._values.items():
             if name in self._read or _is_absent(value) or value in conversations:
                 continue
-            if name == "metadata" and isinstance(given, Mapping):
-                kept |= given
+            if name == "metadata" and isinstance(own, Mapping):
+                metadata |= own
                 continue
             try:
-                kept[name] = _as_json(value)
+                metadata[name] = _as_json(value)
             except TypeError:
-                self.lost.append(name)
-        return kept
+                self.omissions.append(name)
+        return metadata
 
 
 def _is_absent(value: Any) -> bool:

@@ -211,7 +211,7 @@ def test_further_columns_are_kept_as_metadata_and_counted(tmp_path: Path) -> Non
     rows = [TULU, TULU | {"chosen_model": None, "chosen": None}, TULU | {"chosen_model": None}]
     file = RecordFile(written(tmp_path, rows))
     first, broken, last = file.read()
-    assert file.kept == {"chosen_model": 1, "rejected_model": 2}
+    assert file.metadata == {"chosen_model": 1, "rejected_model": 2}
     assert isinstance(broken, MalformedRow)
     assert not isinstance(first, MalformedRow) and isinstance(first.record, Pair)
     assert first.record.prompt.metadata == {"chosen_model": "a", "rejected_model": "b"}

@@ -81,7 +81,7 @@ def test_show_prints_rows_with_counts_metadata_and_what_is_left_out(
     assert re.search(r"\(7 tokens: 5 of the prompt, 2 trained; 1 more than --seq-length 6", printed)
     assert "metadata: level='easy'" in printed
     assert f"{file}, row 5: question is empty. No command can use this row." in printed
-    assert "(prompt=question, response=explanation): 2 records; kept as metadata: level" in printed
+    assert "(prompt=question, response=explanation): 2 records; metadata: level" in printed
     assert "row 4" not in show(capsys, file, "-n", 1)
 
 
