@@ -21,7 +21,7 @@ class ShowConfig:
     chat_template_kwargs: str = flag("{}", metavar="JSON")
     """Variables of the chat template as a JSON object, such as {"enable_thinking": false}."""
     seq_length: int | None = flag(None, metavar="TOKENS", at_least=1)
-    """Length of the sample beyond which training leaves a row out. Default: none."""
+    """Length in tokens beyond which training leaves a row out. Default: none."""
     judge: bool = flag(False)
     """Print what a judge receives, with the label of people as its answer. Implied by
     --template."""

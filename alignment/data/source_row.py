@@ -102,9 +102,8 @@ class ReadOptions:
             for theirs in self.columns.values()
             for name in ([theirs] if theirs in row else theirs.split(","))
         }
-        return renamed | {
-            n: v for n, v in row.items() if n not in renamed_columns and n not in renamed
-        }
+        rest = {n: v for n, v in row.items() if n not in sources and n not in renamed}
+        return renamed | rest
 
     def shadowed(self, columns: Iterable[str]) -> list[str]:
         """Return the columns of a file that another one replaces under their name."""
