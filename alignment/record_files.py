@@ -184,6 +184,9 @@ def describe(file: RecordFile, count: int, counts: Mapping[str, int] | None = No
     """
     parts = [f"Read {file.path} as {file.description}: {count:,} records"]
     parts += [f"{number:,} {what}" for what, number in (counts or {}).items() if number]
+    if labels := file.labels.total():
+        people = f" by {len(file.labels):,} people" if len(file.labels) > 1 else ""
+        parts.append(f"{labels:,} labels{people}")
     for names, what in ((file.metadata, "metadata"), (file.omissions, "left out")):
         if names:
             more = f" and {len(names) - _FEW} more" if len(names) > _FEW else ""

@@ -79,6 +79,8 @@ def import_rows(config: ImportConfig) -> None:
         if count:
             print(f"Left out {count:,} {kind}.")
     print(f"Wrote {writer.count:,} rows to {output}.")
+    if verdicts is None and reader.annotators > 1:
+        print("The labels of several people are left out. Write them with --verdicts FILE.")
     if verdicts is not None:
         print(f"Wrote {verdicts.count:,} labels of people to {config.verdicts}.")
 

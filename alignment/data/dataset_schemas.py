@@ -121,6 +121,7 @@ class RecordFile:
         schema: Schema of such a file. None before it is read, and for a file of this project.
         omissions: For each column or field that is left out, the rows with a value there.
         metadata: For each column of the metadata, the rows with a value there.
+        labels: For each person, the number of labels.
     """
 
     def __init__(
@@ -139,6 +140,7 @@ class RecordFile:
         self.roles: Roles = {}
         self.omissions: Counter[str] = Counter()
         self.metadata: Counter[str] = Counter()
+        self.labels: Counter[str] = Counter()
 
     def read(
         self, report_progress: Callable[[int], None] = lambda consumed: None
@@ -208,6 +210,7 @@ class RecordFile:
         assert not isinstance(record, Verdict)
         prompt = record if isinstance(record, Prompt) else record.prompt
         self.metadata.update(list(prompt.metadata))
+        self.labels.update(label.annotator for item in records for label in item.labels)
         return [replace(item, number=number) for item in records]
 
     @property

@@ -144,6 +144,11 @@ class RecordReader:
             lines.append(f"{others:,} for other reasons")
         return lines
 
+    @property
+    def annotators(self) -> int:
+        """Number of people whose labels the files have."""
+        return len({name for file, _ in self._files.values() for name in file.labels})
+
     def report(self) -> None:
         """Print how files of other projects were read, and what was left out."""
         for file, count in self._files.values():

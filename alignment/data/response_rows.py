@@ -91,9 +91,11 @@ def _response(
 
 
 def _ratings(row: SourceRow) -> list[PersonLabel]:
-    """Return the ratings of a response where the data has some that can be read as such."""
-    mapping = row.options.labels
-    annotator = row.get("annotator")
+    """Return the ratings of a response where the data has some that can be read as such.
+
+    The column stays in the metadata too, unless it is that of one of several annotators.
+    """
+    annotator, mapping = row.peek("annotator"), row.options.labels
     name = None if annotator is None else str(annotator)
     for role in ("score", "label"):
         is_explicit = role in row.options.columns
@@ -106,7 +108,9 @@ def _ratings(row: SourceRow) -> list[PersonLabel]:
                 raise
             continue
         if labels:
-            row.get(role)
+            if name is not None or is_explicit:
+                row.get(role)
+                row.get("annotator")
             return labels
     return []
 
