@@ -52,8 +52,8 @@ def run(config: AgreementConfig) -> None:
     ]
     items = shared_items(verdicts[0], verdicts[1], config.common, names)[: config.rows.limit]
     # A limit counts the items that are compared, not those of --items.
-    whole = replace(config.rows.options, limit=None)
-    rows = read_items(Path(config.items), items, whole) if config.items else None
+    options = replace(config.rows.options, limit=None)
+    rows = read_items(Path(config.items), items, options) if config.items else None
     judges = [align_verdicts(each, items, name) for each, name in zip(verdicts, names)]
     if judges[0].pairwise != judges[1].pairwise:
         raise UserError(
