@@ -1,22 +1,26 @@
 """Compare preprocessing of this project with Megatron-LM's tool: text to an indexed dataset.
 
-Both run as commands on the same JSON lines, with the same SentencePiece model, number of workers
-and end-of-document tokens, in turn and repeatedly. Then their datasets are compared byte by
-byte. Each also runs on a single document, to measure the start-up time, which is subtracted.
+Both run as commands on the same JSON lines, with the same tokenizer (a SentencePiece model, and a
+Hugging Face tokenizer), number of workers and end-of-document tokens, in turn and repeatedly. Then
+their datasets are compared byte by byte. Each also runs on a single document, to measure the
+start-up time, which is subtracted. The library of the tokenizer alone encodes the same texts, held
+in memory, with as many threads.
 
     seconds       time of the whole command, median over turns
     start         time of the command with one document
     MB/s per core megabytes of text per second and worker, without the start-up time
     MB/CPU s      megabytes of text per second of CPU time of all processes, without the start-up
                   time; it counts other processes than workers, too
+    tokens/s      tokens per second of all workers, without the start-up time
+    library       tokens per second of the library alone, with as many threads, best of the turns
     ratio         our MB/s divided by theirs: median, minimum and maximum over turns
 
 Megatron-LM's tool is not part of megatron-core's package. Clone the repository and give its file:
 
     git clone https://github.com/NVIDIA/Megatron-LM && git -C Megatron-LM checkout d98e8a64ddf3
     python benchmarks/preprocessing.py --megatron-tool Megatron-LM/tools/preprocess_data.py
-        [--input FILE.jsonl] [--tokenizer-model FILE | --vocab-size 65536] [--workers 1 2]
-        [--rounds 3] [--megabytes 64]
+        [--input FILE.jsonl] [--vocab-size 65536] [--kinds sentencepiece huggingface]
+        [--workers 1 2] [--rounds 3] [--megabytes 64]
 
 Without --megatron-tool only this project is measured. Without --input the text begins with that of
 the quickstart, 9 MB of news and encyclopedia articles from two packages that `make environment`
@@ -29,12 +33,14 @@ import argparse
 import contextlib
 import io
 import json
+import multiprocessing
 import os
 import random
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -48,6 +54,7 @@ from tools import train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 US, THEM = "this project", "Megatron-LM"
+KINDS = {"sentencepiece": "SentencePieceTokenizer", "huggingface": "HuggingFaceTokenizer"}
 
 
 class PreprocessingBenchmarkFlags:
@@ -55,7 +62,7 @@ class PreprocessingBenchmarkFlags:
 
     megatron_tool: str | None
     input: str | None
-    tokenizer_model: str | None
+    kinds: list[str]
     vocab_size: int
     megabytes: float
     workers: list[int]
@@ -93,7 +100,7 @@ def articles(path: Path, megabytes: float) -> float:
 
 
 def command(
-    side: str, tool: str | None, text: Path, model: Path, workers: int, prefix: Path
+    side: str, tool: str | None, kind: str, text: Path, model: Path, workers: int, prefix: Path
 ) -> list[str]:
     """Return the command of one of the tools."""
     shared = ["--input", f"{text}", "--tokenizer-model", f"{model}", "--workers", f"{workers}"]
@@ -102,7 +109,7 @@ def command(
         ours = ["--valid-fraction", "0", "--shard-bytes", str(-(-text.stat().st_size // workers))]
         return [sys.executable, "-m", "tools.preprocess_data", *shared, *ours]
     assert tool is not None
-    theirs = ["--tokenizer-type", "SentencePieceTokenizer", "--append-eod"]
+    theirs = ["--tokenizer-type", KINDS[kind], "--append-eod"]
     return [sys.executable, tool, *shared, *theirs]
 
 
@@ -127,23 +134,72 @@ def dataset(side: str, prefix: Path, suffix: str) -> Path:
     return Path(f"{prefix}{'_train' if side == US else ''}_text_document.{suffix}")
 
 
+def library_seconds(kind: str, model: Path, text: Path, threads: int) -> float:
+    """Return the seconds in which the tokenizer's library alone encodes the texts in memory.
+
+    It must run in a new process, because Rust reads the number of threads only once.
+    """
+    os.environ |= {"RAYON_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "true"}
+    texts = [json.loads(line)["text"] for line in text.open()]
+    encode: Any
+    if kind == "huggingface":
+        from tokenizers import Tokenizer
+
+        encode = Tokenizer.from_file(str(model / "tokenizer.json")).encode_batch_fast
+    else:
+        from sentencepiece import SentencePieceProcessor
+
+        processor = SentencePieceProcessor(model_file=str(model))
+
+        def encode(batch: list[str]) -> Any:
+            return processor.encode(batch, num_threads=threads)
+
+    begin = time.perf_counter()
+    for start in range(0, len(texts), 1000):
+        encode(texts[start : start + 1000])
+    return time.perf_counter() - begin
+
+
+def library_alone(kind: str, model: Path, text: Path, threads: int) -> float:
+    """Return `library_seconds` of a new process."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context) as pool:
+        return pool.submit(library_seconds, kind, model, text, threads).result()
+
+
 def measure(
-    sides: list[str], flags: PreprocessingBenchmarkFlags, text: Path, model: Path, workers: int
+    sides: list[str],
+    flags: PreprocessingBenchmarkFlags,
+    kind: str,
+    text: Path,
+    model: Path,
+    workers: int,
 ) -> dict[str, Any]:
-    """Measure one number of workers and return its row of the table."""
+    """Measure one kind of tokenizer and number of workers, and return its row of the table."""
     folder = text.parent
     line = next(line for line in text.open() if line.strip())
     (folder / "one.jsonl").write_text(line)
     megabytes = sum(len(json.loads(line)["text"].encode()) for line in text.open()) / 1e6
     whole: dict[str, list[Cost]] = {side: [] for side in sides}
     start: dict[str, list[Cost]] = {side: [] for side in sides}
+    alone: list[float] = []
     for turn in range(flags.rounds):
+        alone.append(library_alone(kind, model, text, workers))
         for side in sides[:: 1 if turn % 2 == 0 else -1]:
             for costs, source in ((start, folder / "one.jsonl"), (whole, text)):
-                prefix = folder / f"{side[0]}{turn}-{source.stem}-{workers}"
-                arguments = command(side, flags.megatron_tool, source, model, workers, prefix)
+                prefix = folder / f"{kind}-{side[0]}{turn}-{source.stem}-{workers}"
+                tool = flags.megatron_tool
+                arguments = command(side, tool, kind, source, model, workers, prefix)
                 costs[side].append(run(arguments))
-    row: dict[str, Any] = {"workers": workers, "megabytes": round(megabytes, 3)}
+    manifest = json.loads((folder / f"{kind}-{US[0]}0-{text.stem}-{workers}.json").read_text())
+    tokens = manifest["splits"]["train"]["tokens"]
+    row: dict[str, Any] = {
+        "kind": kind,
+        "workers": workers,
+        "megabytes": round(megabytes, 3),
+        "tokens": tokens,
+        "library_tokens_per_s": round(tokens / min(alone)),
+    }
     speeds: dict[str, list[float]] = {}
     for side, name in zip(sides, ("", "megatron_")):
         net = [a - b for a, b in zip(whole[side], start[side])]
@@ -152,6 +208,7 @@ def measure(
             f"{name}seconds": round(median(cost.wall for cost in whole[side]), 2),
             f"{name}start_seconds": round(median(cost.wall for cost in start[side]), 2),
             f"{name}mb_per_s_per_core": round(median(speeds[side]) / workers, 3),
+            f"{name}tokens_per_s": round(tokens / median(cost.wall for cost in net)),
             f"{name}mb_per_cpu_s": round(megabytes / median(cost.cpu for cost in net), 3),
         }
     if THEM in sides:
@@ -162,8 +219,12 @@ def measure(
             "ratio_most": round(max(ratios), 3),
             "ratio_cpu": round(row["mb_per_cpu_s"] / row["megatron_mb_per_cpu_s"], 3),
             "same_bytes": all(
-                dataset(US, folder / f"{US[0]}{turn}-{text.stem}-{workers}", suffix).read_bytes()
-                == dataset(THEM, folder / f"{THEM[0]}0-{text.stem}-{workers}", suffix).read_bytes()
+                dataset(
+                    US, folder / f"{kind}-{US[0]}{turn}-{text.stem}-{workers}", suffix
+                ).read_bytes()
+                == dataset(
+                    THEM, folder / f"{kind}-{THEM[0]}0-{text.stem}-{workers}", suffix
+                ).read_bytes()
                 for turn in range(flags.rounds)
                 for suffix in ("bin", "idx")
             ),
@@ -173,19 +234,22 @@ def measure(
 
 def print_table(rows: list[dict[str, Any]]) -> None:
     """Print the rows as a table."""
-    heads = ["workers", "tool", "seconds", "start", "MB/s per core", "MB/CPU s"]
-    heads += ["same bytes", "ratio"]
-    print("  ".join(head.rjust(12) for head in heads))
+    heads = ["tokenizer", "workers", "tool", "seconds", "start", "MB/s per core", "MB/CPU s"]
+    heads += ["tokens/s", "library", "same bytes", "ratio"]
+    print("  ".join(head.rjust(13) for head in heads))
     for row in rows:
         for side, name in ((US, ""), (THEM, "megatron_")):
             if f"{name}seconds" not in row:
                 continue
             keys = ("seconds", "start_seconds", "mb_per_s_per_core", "mb_per_cpu_s")
-            cells = [str(row["workers"]), side, *(f"{row[name + key]:.2f}" for key in keys)]
+            cells = [row["kind"], str(row["workers"]), side]
+            cells += [f"{row[name + key]:.2f}" for key in keys]
+            cells.append(f"{row[f'{name}tokens_per_s']:,}")
+            cells.append(f"{row['library_tokens_per_s']:,}" if side == US else "")
             if "ratio" in row and side == US:
                 spread = f"{row['ratio_least']:.2f} to {row['ratio_most']:.2f}"
                 cells += ["yes" if row["same_bytes"] else "NO", f"{row['ratio']:.2f} ({spread})"]
-            print("  ".join(cell.rjust(12) for cell in cells))
+            print("  ".join(cell.rjust(13) for cell in cells))
 
 
 def main() -> None:
@@ -198,10 +262,11 @@ def main() -> None:
              "measured.")
     add("--input", metavar="FILE",
         help='JSON lines with the field "text". Default: the text of the quickstart and copies.')
-    add("--tokenizer-model", metavar="FILE",
-        help="SentencePiece model. Default: one is trained on the text.")
+    add("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS),
+        help="Kinds of tokenizers, which are trained on the text. "
+             "Default: sentencepiece huggingface.")
     add("--vocab-size", type=int, default=65536, metavar="N",
-        help="Vocabulary size of a model that is trained. Default: %(default)s.")
+        help="Vocabulary size of the tokenizers. Default: %(default)s.")
     add("--megabytes", type=float, default=64, metavar="N",
         help="Minimum size of the text without --input, in megabytes. Default: %(default)s.")
     add("--workers", nargs="+", type=int, default=[1, 2], metavar="N",
@@ -216,20 +281,23 @@ def main() -> None:
         sides.append(THEM)
     with tempfile.TemporaryDirectory(prefix="preprocessing-") as name:
         folder = Path(name)
-        text, model = folder / "text.jsonl", folder / "tokenizer.model"
+        text = folder / "text.jsonl"
+        rows = []
         with contextlib.redirect_stdout(io.StringIO()):
             if options.input:
                 text.symlink_to(os.path.abspath(options.input))
             else:
                 articles(text, options.megabytes)
-            if options.tokenizer_model:
-                model.symlink_to(os.path.abspath(options.tokenizer_model))
-            else:
-                size = str(options.vocab_size)
+            for kind in options.kinds:
+                model = folder / f"{kind}.model"
+                if kind == "huggingface":
+                    model = folder / kind
                 train_tokenizer.main(
-                    ["--input", str(text), "--output", str(model), "--vocab-size", size]
+                    ["--input", str(text), "--output", str(model), "--kind", kind]
+                    + ["--vocab-size", str(options.vocab_size)]
                 )
-        rows = [measure(sides, options, text, model, workers) for workers in options.workers]
+                for workers in options.workers:
+                    rows.append(measure(sides, options, kind, text, model, workers))
     if THEM not in sides:
         print(
             "Megatron-LM's tool is not measured. Give its file with --megatron-tool (see --help)."

@@ -28,6 +28,7 @@ from megatron.training.global_vars import set_global_variables
 
 from megatron_ext.config import ETConfig
 from megatron_ext.conflicts import check_conflicts
+from megatron_ext.data.run_tokenizer import tokenizer_flags
 from megatron_ext.devices import cpu_default_args, is_cpu_device
 from megatron_ext.errors import ToolParser, UserError
 from megatron_ext.optimizer import add_muon_arguments, paper_flags
@@ -110,7 +111,12 @@ def parse_flags(argv: Sequence[str], writes: bool = True) -> tuple[Namespace, se
     if not writes:
         forced += ["--tensorboard-dir", "", "--wandb-project", ""]
     run_dir = [] if args.dry_run is not None else _run_dir_flags(args.run_dir)
-    args = parser.parse_args([*run_dir, *paper_flags(args), *defaults, *flags, *forced])
+    before = [*run_dir, *paper_flags(args), *defaults]
+    if args.dry_run is None:
+        forced += tokenizer_flags(parser.parse_args([*before, *flags]), explicit)
+    args = parser.parse_args([*before, *flags, *forced])
+    if args.max_position_embeddings is None:
+        args.max_position_embeddings = args.seq_length
     return args, explicit
 
 
@@ -241,8 +247,9 @@ def _dry_run_flags(args: Namespace) -> list[str]:
         raise UserError("dry_run in a recipe has no effect: use --dry-run on the command line")
     flags = [*cpu_default_args(), "--fake-process-group"]  # these override the recipe
     flags += ["--tensorboard-dir", "", "--wandb-project", ""]
-    file = args.tokenizer_model
-    if args.tokenizer_type is None or (file is not None and not Path(file).exists()):
+    flags += tokenizer_flags(args, set())
+    file, known = args.tokenizer_model, args.tokenizer_type or "--tokenizer-type" in flags
+    if not known or (file is not None and not Path(file).exists()):
         if args.vocab_size is None:
             raise UserError("--dry-run needs --vocab-size, or an existing --tokenizer-model")
         flags += ["--tokenizer-type", "NullTokenizer"]
@@ -270,9 +277,10 @@ def _check_before_megatron(args: Namespace, explicit: set[str]) -> None:
         if os.environ.get("RANK", "0") == "0":
             name = Path(sys.argv[0]).name
             print(f"{name}: warning: {warning}", file=sys.stderr, flush=True)
-    files = ("SentencePieceTokenizer", "TikTokenizer")  # others may have a model on a hub
-    if args.tokenizer_type in files and not Path(args.tokenizer_model or "").is_file():
-        raise UserError(f"--tokenizer-model {args.tokenizer_model} does not exist: check the path")
+    model, kind = args.tokenizer_model, args.tokenizer_type  # other types may be on a hub
+    is_file = Path(model or "").is_file()
+    if kind in ("SentencePieceTokenizer", "TikTokenizer") and not is_file or model and not kind:
+        raise UserError(f"--tokenizer-model {model} does not exist: check the path")
     if args.reset_attention_mask:
         raise UserError(
             "--reset-attention-mask is not supported, because attention is always causal: leave it "

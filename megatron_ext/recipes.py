@@ -108,7 +108,7 @@ def expand_recipes(
         while remaining and not remaining[0].startswith("--"):
             words.append(remaining.pop(0))
         entries.append(_Entry(_COMMAND_LINE, action, tuple(words)))
-    return [word for entry in _resolve(entries) for word in entry.words]
+    return [word for entry in _with_context(_resolve(entries)) for word in entry.words]
 
 
 def find_recipe(name: str) -> Path:
@@ -211,6 +211,38 @@ def _resolve(entries: Sequence[_Entry]) -> list[_Entry]:
         if entry.words and not removed and not replaced:
             effective.append(entry)
     return effective
+
+
+def _with_context(entries: list[_Entry]) -> list[_Entry]:
+    """Leave out a context length that is below a sequence length that is given later.
+
+    Without `--max-position-embeddings` the context length is the sequence length.
+
+    Raises:
+        UserError: The same recipe, or the command line, sets both and they contradict each other.
+    """
+    length, context = (
+        next((e for e in reversed(entries) if e.name == name and e.words), None)
+        for name in ("seq_length", "max_position_embeddings")
+    )
+    if length is None or context is None or not _number(context) < _number(length):
+        return entries
+    later = entries.index(length) > entries.index(context) and context.source != _COMMAND_LINE
+    if length.source != context.source and (later or length.source == _COMMAND_LINE):
+        return [entry for entry in entries if entry.name != "max_position_embeddings"]
+    raise UserError(
+        f"--max-position-embeddings {_number(context):g} of {context.source} is below --seq-length "
+        f"{_number(length):g} of {length.source}. Leave it out: it follows --seq-length."
+    )
+
+
+def _number(entry: _Entry) -> float:
+    """Return the number of a flag, or NaN for what the parser refuses."""
+    words = (*entry.words[0].split("=")[1:], *entry.words[1:])
+    try:
+        return float(words[0])
+    except (ValueError, IndexError):
+        return float("nan")
 
 
 def _excludes(name: str | None, other: str | None) -> bool:

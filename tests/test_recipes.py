@@ -102,3 +102,40 @@ def test_keys_that_only_other_commands_use_are_left_out_and_no_others(tmp_path: 
     assert expand_recipes(argv, parser(), unused=("rows",)) == ["--lr", "1"]
     with pytest.raises(UserError, match=r"base\.yaml: rows is not a flag"):
         expand_recipes(argv, parser())
+
+
+@pytest.mark.parametrize(
+    "recipe, flags, context",
+    [
+        ("seq_length: 64", (), None),
+        ("seq_length: 64", ("--max-position-embeddings", "256"), "256"),
+        ("seq_length: 64\nmax_position_embeddings: 64", ("--seq-length", "128"), None),
+        ("seq_length: 64\nmax_position_embeddings: 256", ("--seq-length=128",), "256"),
+    ],
+)
+def test_context_follows_the_sequence_length_where_it_would_be_below(
+    tmp_path: Path, recipe: str, flags: tuple[str, ...], context: str | None
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe + "\n")
+    words = expand_recipes(["--recipe", str(path), *flags], length_parser())
+    given = [words[at + 1] for at, word in enumerate(words) if word == "--max-position-embeddings"]
+    assert given == ([] if context is None else [context])
+
+
+def test_context_below_the_sequence_length_of_the_same_source_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("seq_length: 64\nmax_position_embeddings: 32\n")
+    with pytest.raises(UserError, match=f"32 of {path} is below --seq-length 64 of {path}"):
+        expand_recipes(["--recipe", str(path)], length_parser())
+    path.write_text("seq_length: 64\n")
+    flags = ["--max-position-embeddings", "32", "--recipe", str(path)]
+    with pytest.raises(UserError, match="32 of the command line is below --seq-length 64"):
+        expand_recipes(flags, length_parser())
+
+
+def length_parser() -> ArgumentParser:
+    parser = ArgumentParser()
+    parser.add_argument("--seq-length", type=int)
+    parser.add_argument("--max-position-embeddings", type=int)
+    return parser

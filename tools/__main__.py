@@ -18,7 +18,7 @@ COMMANDS = {
     "pretrain": "Pretrain a model; starts pretrain_et.py.",
     "align": "Align a model with judges; lists the commands of et-align.",
     "preflight": "Check a run before it starts: flags, memory, data, folders and network.",
-    "train-tokenizer": "Train a lossless SentencePiece tokenizer.",
+    "train-tokenizer": "Train a lossless tokenizer, SentencePiece or Hugging Face.",
     "preprocess-data": "Tokenize text into indexed datasets for training and validation.",
     "report": "Draw the report of a run, or compare several runs.",
     "inspect-routing": "Show which experts a trained model sends a text to.",

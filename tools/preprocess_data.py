@@ -253,7 +253,7 @@ def write_output(
         write_dataset(split, specs, output.parts, prefix)
         outcome = check_dataset(split, specs, tokenizer, parts, prefix)
         summary[split] = {
-            key: sum(part[key][split] for part in parts) for key in ("documents", "tokens")
+            key: sum(part[key][split] for part in parts) for key in ("documents", "tokens", "bytes")
         }
         print(
             f"{split}: {summary[split]['documents']:,} documents, "

@@ -98,7 +98,7 @@ def tokenizer_digest(args: Namespace) -> str | None:
         if model is not None and Path(model).is_file():
             return file_digest(Path(model))
         if args.tokenizer_type == "HuggingFaceTokenizer" and model is not None:
-            folder = Path(model) if Path(model).is_dir() else _cached_folder(model)
+            folder = Path(model) if Path(model).is_dir() else cached_folder(model)
             return _folder_digest(folder) if folder is not None else None
         files = [getattr(args, name, None) for name in ("vocab_file", "merge_file")]
         present = [Path(file) for file in files if file is not None]
@@ -263,13 +263,17 @@ def _folder_digest(folder: Path) -> str | None:
     return _combined(content) if len(content) > 1 else None
 
 
-def _cached_folder(model: str) -> Path | None:
+def cached_folder(model: str) -> Path | None:
     """Return the folder that a model of the hub was downloaded to."""
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
-    for name in (_FAST, "tokenizer_config.json", *_SLOW):
-        if isinstance(file := try_to_load_from_cache(model, name), str):
-            return Path(file).parent
+    try:
+        for name in (_FAST, "tokenizer_config.json", *_SLOW):
+            if isinstance(file := try_to_load_from_cache(model, name), str):
+                return Path(file).parent
+    except HFValidationError:  # the path of a folder, not the name of a model
+        pass
     return None
 
 

@@ -81,17 +81,17 @@ class Windows:
         return np.concatenate(parts)
 
     def text_bytes(self, codec: TextCodec) -> int:
-        """Return the UTF-8 bytes that the windows predict; ends of documents have none."""
+        """Return the UTF-8 bytes that the windows predict; special tokens have none."""
         total = 0
         document: list[int] = []
         for window in range(self.number):
             for token in self[window][1:].tolist():
                 if token == codec.end:
-                    total += len(codec.decode(document).encode())
+                    total += codec.text_bytes(document)
                     document = []
                 else:
                     document.append(token)
-        return total + len(codec.decode(document).encode())
+        return total + codec.text_bytes(document)
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,10 @@ class TextCodec:
         special = set(self._transformers.all_special_ids)
         return [token for token in tokens if token not in special]
 
+    def text_bytes(self, tokens: list[int]) -> int:
+        """Return the size of the tokens' text in UTF-8, without the names of special tokens."""
+        return len(self.decode(self.without_special(tokens)).encode())
+
     def decode(self, tokens: list[int]) -> str:
         """Return the text of tokens."""
         if self._transformers is not None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_ext.checkpoint import damage, find_checkpoint, read_common_state
+from megatron_ext.data.run_tokenizer import locate_tokenizer
 from megatron_ext.data.tokenizer_identity import check_tokenizer_content
 from megatron_ext.errors import UserError
 from megatron_ext.hf.architecture import Architecture, from_args
@@ -143,7 +144,9 @@ def open_megatron(
     args = read_common_state(checkpoint)["args"]
     if tokenizer_model is not None:
         args.tokenizer_model = tokenizer_model
-    check_tokenizer_content(checkpoint, args)
+        check_tokenizer_content(checkpoint, args)
+    else:
+        locate_tokenizer(args, checkpoint)
     reader = TorchDistReader(checkpoint)
     model = _with_rows(from_args(args), args, reader)
     family = family or family_of(model)

@@ -19,6 +19,8 @@ _FILES = (
     "vocab.txt",
     "merges.txt",
     "chat_template.jinja",
+    "spiece.model",
+    "sentencepiece.bpe.model",
     _SENTENCEPIECE,
 )
 _SPECIAL = ("bos", "eos", "pad")
@@ -174,16 +176,16 @@ def carry_tokenizer(args: Namespace, folder: Path, checkpoint: Path | None = Non
         )
     target = folder / ("tokenizer" if source.is_dir() else _SENTENCEPIECE)
     if source.is_dir():
-        _copy_files(source, target)
+        target.mkdir()
+        copy_tokenizer_files(source, target)
     else:
         shutil.copy(source, target)
     carry_generation_config(source, target)
     return ["--tokenizer-type", args.tokenizer_type, "--tokenizer-model", str(target)]
 
 
-def _copy_files(source: Path, target: Path) -> None:
-    """Copy a tokenizer's files, but not the weights next to them, to a new folder."""
-    target.mkdir()
+def copy_tokenizer_files(source: Path, target: Path) -> None:
+    """Copy a tokenizer's files, but not the weights next to them, to an existing folder."""
     for file in (source / name for name in _FILES):
         if file.is_file():
             shutil.copy(file, target)
@@ -215,7 +217,8 @@ def import_tokenizer(source: Path, vocab: int, folder: Path) -> list[str]:
         from transformers import AutoTokenizer
 
         kind, target = "HuggingFaceTokenizer", folder / "tokenizer"
-        _copy_files(source, target)
+        target.mkdir()
+        copy_tokenizer_files(source, target)
         size = len(AutoTokenizer.from_pretrained(target))
     else:
         carry_generation_config(source, folder, same_model=True)

@@ -25,6 +25,7 @@ from megatron.training.arguments import add_megatron_arguments
 from megatron_ext.arguments import explained
 from megatron_ext.checkpoint import damage, find_model, is_hf_folder, read_common_state, readable
 from megatron_ext.config import ETConfig
+from megatron_ext.data.run_tokenizer import locate_tokenizer
 from megatron_ext.data.tokenizer_identity import check_tokenizer_content
 from megatron_ext.devices import cpu_default_args, is_cpu_device
 from megatron_ext.errors import UserError
@@ -132,7 +133,9 @@ def load_model(
     for_inference(args, layout or ParallelLayout(), dtype)
     if tokenizer_model is not None:
         args.tokenizer_model = tokenizer_model
-    check_tokenizer_content(checkpoint, args)
+        check_tokenizer_content(checkpoint, args)
+    else:
+        locate_tokenizer(args, checkpoint)
     tokenizer = _build_tokenizer(args)
     place = args.tokenizer_model
     if args.tokenizer_type == "NullTokenizer":

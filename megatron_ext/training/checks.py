@@ -14,6 +14,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_ext.checkpoint import TRACKER, find_checkpoint, read_common_state
 from megatron_ext.config import ETConfig
+from megatron_ext.data.run_tokenizer import keep_tokenizer
 from megatron_ext.data.tokenizer_identity import (
     check_dataset_tokenizer,
     check_model_tokenizer,
@@ -68,6 +69,12 @@ def check_run(args: Namespace, config: ETConfig, launch: Launch) -> Start:
         launch.agree("lock", claim)
     start = Start(run_dir, progress, lock=locks[0] if locks else None)
     start.finished = launch.share("finished", why_finished(args, progress))
+
+    def keep() -> None:
+        if launch.rank == 0 and run_dir is not None and not start.finished:
+            keep_tokenizer(args, run_dir)
+
+    launch.agree("tokenizer", keep)
     if launch.rank == 0 and run_dir is not None:
         start.record = recorder(run_dir, args, {"commit": commit(), "versions": versions()})
     return start

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.preprocessing import US, PreprocessingBenchmarkFlags, articles, measure
+from benchmarks.preprocessing import KINDS, US, PreprocessingBenchmarkFlags, articles, measure
 from tools import train_tokenizer
 
 
@@ -23,14 +23,18 @@ def test_copies_of_the_articles_hold_as_many_new_words_as_their_end(tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_ours_is_measured_alone(tmp_path: Path) -> None:
-    text, model = tmp_path / "text.jsonl", tmp_path / "model"
+@pytest.mark.parametrize("kind", KINDS)
+def test_ours_is_measured_alone(tmp_path: Path, kind: str) -> None:
+    text = tmp_path / "text.jsonl"
+    model = tmp_path / ("folder" if kind == "huggingface" else "tokenizer.model")
     texts = [f"{number} tokens went to expert {number % 7}" for number in range(300)]
     text.write_text("".join(json.dumps({"text": one}) + "\n" for one in texts))
-    model.write_bytes(train_tokenizer.train_sentencepiece(texts, 300, 1.0))
+    arguments = ["--input", str(text), "--kind", kind, "--vocab-size", "280"]
+    train_tokenizer.main([*arguments, "--output", str(model)])
     options = PreprocessingBenchmarkFlags()
     options.rounds, options.megatron_tool = 1, None
-    row = measure([US], options, text, model, workers=2)
+    row = measure([US], options, kind, text, model, workers=2)
     assert row["megabytes"] == round(sum(map(len, texts)) / 1e6, 3)
     assert row["workers"] == 2 and row["seconds"] > 0 and row["start_seconds"] > 0
+    assert row["tokens"] > 300 and row["tokens_per_s"] and row["library_tokens_per_s"]
     assert "ratio" not in row

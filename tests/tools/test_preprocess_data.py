@@ -62,7 +62,11 @@ def test_all_formats_and_compressions_give_equal_documents(model, tokenizer, tmp
         assert result[i * len(texts) : (i + 1) * len(texts)] == expected, file.name
         assert manifest["inputs"][str(file)]["documents"] == len(texts)
     assert manifest["splits"] == {
-        "train": {"documents": 9 * len(texts), "tokens": 9 * sum(map(len, expected))}
+        "train": {
+            "documents": 9 * len(texts),
+            "tokens": 9 * sum(map(len, expected)),
+            "bytes": 9 * sum(len(text.encode()) for text in texts),
+        }
     }
 
 
@@ -182,9 +186,11 @@ def test_manifest_describes_settings_and_inputs(model, tmp_path):
     assert manifest["tokenizer"]["sha256"] == hashlib.sha256(model.read_bytes()).hexdigest()
     assert manifest["tokenizer"]["vocab_size"] == 360
     assert manifest["settings"]["input"][0][:2] == [str(source), source.stat().st_size]
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(model))
     for split in ("train", "valid"):
         result = stored(tmp_path / "out", split)
         assert manifest["splits"][split] == {
             "documents": len(result),
             "tokens": int(np.sum([len(ids) for ids in result])),
+            "bytes": sum(len(tokenizer.decode(ids).encode()) for ids in result),
         }

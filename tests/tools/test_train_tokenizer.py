@@ -3,16 +3,22 @@
 import functools
 import gzip
 import json
+import os
 import random
 import string
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.tokenizers import MegatronTokenizer
+from transformers import AutoTokenizer
 
 from megatron_ext.data.line_sample import LineSample
 from megatron_ext.errors import run_tool
+from megatron_ext.hf.end_tokens import special_ids
+from tests.distributed import ROOT
 from tools import train_tokenizer
 
 WORDS = ["".join(random.Random(i).choices(string.ascii_lowercase, k=2 + i % 7)) for i in range(500)]
@@ -160,3 +166,99 @@ def test_existing_output_needs_overwrite(corpus, model, capsys):
     arguments = ["--input", str(corpus), "--output", str(model), "--vocab-size", "500"]
     assert "--overwrite" in refusal(capsys, *arguments)
     assert model.read_bytes() == before
+
+
+def train_hf(corpus, output, *more, size=600):
+    train_tokenizer.main(
+        ["--input", str(corpus), "--kind", "huggingface", "--vocab-size", str(size)]
+        + ["--output", str(output), *more]
+    )
+    return output
+
+
+@pytest.fixture(scope="module")
+def hf_folder(corpus):
+    return train_hf(corpus, corpus.with_name("hf"))
+
+
+def test_hugging_face_tokenizer_is_exact_and_megatron_reads_it(hf_folder):
+    tokenizer = AutoTokenizer.from_pretrained(hf_folder)
+    assert len(tokenizer) == len(set(tokenizer.get_vocab().values())) == 600
+    assert tokenizer.convert_ids_to_tokens([0, 1]) == ["<|endoftext|>", "<|pad|>"]
+    assert (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id) == (0, 0, 1)
+    megatron = MegatronTokenizer.from_pretrained(
+        tokenizer_path=str(hf_folder), metadata_path={"library": "huggingface"}
+    )
+    assert (megatron.vocab_size, megatron.eod) == (600, 0)
+    assert tokenizer.decode(tokenizer("2024").input_ids[:1]) == "2"
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_hugging_face_tokenizer_restores_any_text(hf_folder, text):
+    tokenizer = loaded(hf_folder)
+    ids = tokenizer(text, split_special_tokens=True).input_ids
+    assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
+    assert not set(ids) & {0, 1}
+
+
+@functools.cache
+def loaded(folder):
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def test_hugging_face_training_is_deterministic_for_any_number_of_threads(
+    corpus, hf_folder, tmp_path
+):
+    for threads in ("1", "3"):
+        arguments = [corpus, "--kind", "huggingface", "--vocab-size", 600]
+        arguments += ["--output", tmp_path / threads]
+        subprocess.run(
+            [sys.executable, "-m", "tools.train_tokenizer", "--input", *map(str, arguments)],
+            cwd=ROOT, check=True, stdout=subprocess.DEVNULL,
+            env={**os.environ, "RAYON_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "true"},
+        )  # fmt: skip
+        for file in hf_folder.iterdir():
+            assert (tmp_path / threads / file.name).read_bytes() == file.read_bytes()
+
+
+def test_runs_of_newlines_are_learned(tmp_path):
+    (tmp_path / "a.txt").write_text("one paragraph\n\nanother one\n\n\n" * 50)
+    folder = train_hf(tmp_path / "a.txt", tmp_path / "hf", size=270)
+    assert "ĊĊ" in AutoTokenizer.from_pretrained(folder).get_vocab()
+
+
+def test_chat_template_and_special_tokens(corpus, tmp_path):
+    folder = train_hf(
+        corpus, tmp_path / "hf", "--chat-template", "chatml", "--end-token", "</s>",
+        "--special-tokens", "<tool>",
+    )  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.eos_token == "</s>" and len(tokenizer) == 600
+    names = ["</s>", "<|pad|>", "<|im_start|>", "<|im_end|>", "<tool>"]
+    assert tokenizer.convert_tokens_to_ids(names) == list(range(5))
+    messages = [{"role": "user", "content": "Zürich?"}, {"role": "assistant", "content": "Yes."}]
+    text = "<|im_start|>user\nZürich?<|im_end|>\n<|im_start|>assistant\nYes.<|im_end|>\n"
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == text
+    opened = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
+    assert opened.endswith("<|im_end|>\n<|im_start|>assistant\n")
+    assert special_ids(folder)["eos_token_id"] == [0, 3]  # generation stops after a turn, too
+
+
+def test_hugging_face_refusals_are_one_line(corpus, hf_folder, tmp_path, capsys):
+    base = ["--input", corpus, "--kind", "huggingface", "--output", tmp_path / "new"]
+    assert "Set it to at most" in refusal(capsys, *base, "--vocab-size", 10**6)
+    assert "at least 258" in refusal(capsys, *base, "--vocab-size", 200)
+    base += ["--vocab-size", 600]
+    assert "has no effect" in refusal(capsys, *base, "--character-coverage", 1)
+    assert "cannot be read" in refusal(capsys, *base, "--chat-template", tmp_path / "none")
+    assert "empty token" in refusal(capsys, *base, "--special-tokens", " ")
+    assert "not a folder" in refusal(capsys, *base, "--output", tmp_path / "tokenizer.json")
+    assert "--overwrite" in refusal(capsys, *base, "--output", hf_folder)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").touch()
+    error = refusal(capsys, *base, "--output", tmp_path / "mine", "--overwrite")
+    assert "other files" in error and (tmp_path / "mine/thesis.txt").exists()
+    error = refusal(capsys, "--input", corpus, "--output", tmp_path / "x", "--vocab-size", 600,
+                    "--chat-template", "chatml")  # fmt: skip
+    assert "use --kind huggingface" in error
+    assert not (tmp_path / "new").exists()

@@ -125,6 +125,7 @@ class _PartWriter:
     Attributes:
         lengths: Number of tokens of each document, by split.
         checksums: CRC-32 of the tokens, by split.
+        text_bytes: Size of the documents in UTF-8, by split.
         refused: Number of documents that the encoder refused.
     """
 
@@ -135,6 +136,7 @@ class _PartWriter:
         self._characters = 0
         self.lengths: dict[str, list[int]] = {split: [] for split in SPLITS}
         self.checksums = dict.fromkeys(SPLITS, 0)
+        self.text_bytes = dict.fromkeys(SPLITS, 0)
         self.refused = 0
 
     def write(self, line: int, document: str) -> list[MalformedRecord]:
@@ -155,6 +157,7 @@ class _PartWriter:
             split = self._spec.split_of(document)
             self.checksums[split] = zlib.crc32(tokens, self.checksums[split])
             self._files[split].write(tokens)
+            self.text_bytes[split] += len(document.encode())
             self.lengths[split].append(len(tokens) // self._itemsize)
         self._batch, self._characters = [], 0
         self.refused += len(malformed)
@@ -174,8 +177,8 @@ def write_part(spec: PartSpec, folder: Path, encoder: Encoder, consumed: Any) ->
         consumed: Shared counter of the bytes that all workers have read.
 
     Returns:
-        The counts: documents, tokens and CRC-32 by split, documents that the encoder refused, and
-        the counts of each shard.
+        The counts: documents, tokens, bytes of text and CRC-32 by split, documents that the encoder
+        refused, and the counts of each shard.
     """
     temporary = {split: folder / f"{spec.name}.{split}.{os.getpid()}.tmp" for split in SPLITS}
     with contextlib.ExitStack() as stack:
@@ -189,6 +192,7 @@ def write_part(spec: PartSpec, folder: Path, encoder: Encoder, consumed: Any) ->
     part = {
         "documents": {split: len(writer.lengths[split]) for split in SPLITS},
         "tokens": {split: sum(writer.lengths[split]) for split in SPLITS},
+        "bytes": writer.text_bytes,
         "crc32": writer.checksums,
         "refused": writer.refused,
         "shards": shards,
@@ -255,7 +259,7 @@ def read_part(spec: PartSpec, folder: Path) -> PartCounts | None:
             )
             for split in SPLITS
         )
-        whole = whole and len(part["shards"]) == len(spec.shards)
+        whole = whole and len(part["shards"]) == len(spec.shards) and "bytes" in part
     except (FileNotFoundError, ValueError, KeyError):
         return None
     return part if whole else None
