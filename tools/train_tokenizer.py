@@ -174,9 +174,9 @@ def parse_arguments(argv: list[str] | None) -> TrainTokenizerFlags:
             f"--character-coverage {flags.character_coverage} is out of range. Set it above 0 and "
             "to at most 1."
         )
-    names = ("character_coverage",)
+    names = ["character_coverage"]
     if flags.kind == "sentencepiece":
-        names = ("end_token", "special_tokens", "chat_template")
+        names = ["end_token", "special_tokens", "chat_template"]
     for name in names:
         if getattr(flags, name):
             other = {"sentencepiece": "huggingface", "huggingface": "sentencepiece"}[flags.kind]
