@@ -279,7 +279,7 @@ def _check_before_megatron(args: Namespace, explicit: set[str]) -> None:
             print(f"{name}: warning: {warning}", file=sys.stderr, flush=True)
     model, kind = args.tokenizer_model, args.tokenizer_type  # other types may be on a hub
     is_file = Path(model or "").is_file()
-    if kind in ("SentencePieceTokenizer", "TikTokenizer") and not is_file or model and not kind:
+    if (kind in ("SentencePieceTokenizer", "TikTokenizer") and not is_file) or (model and not kind):
         raise UserError(f"--tokenizer-model {model} does not exist: check the path")
     if args.reset_attention_mask:
         raise UserError(
