@@ -45,7 +45,7 @@ def use(run: Path, prefix: str, out: Path) -> dict[str, object]:
     )
     return {
         "bytes": windows.text_bytes(model.codec),
-        "ids": model.codec.encode(text),
+        "ids": trained.tokenizer.tokenize(text),
         "of transformers": AutoTokenizer.from_pretrained(out)(text).input_ids,
         "tokenizer": trained.args.tokenizer_model,
         "vocab": (trained.vocab_size, trained.args.padded_vocab_size, trained.max_length),
