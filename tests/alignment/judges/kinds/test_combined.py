@@ -274,7 +274,7 @@ def test_annotate_takes_a_sum_and_pairs_are_refused(tmp_path):
 
 
 def test_gold_that_is_a_component_of_the_rewards_is_warned_about(tmp_path):
-    from alignment.commands.train_policy import shared_with_gold
+    from alignment.commands.policy_judges import shared_with_gold
 
     proxy = read(tmp_path, {"kind": "sum", "components": {"a": NUMBER, "b": {"kind": "word"}}})
     gold, other = read(tmp_path, NUMBER, "gold"), read(tmp_path, {"kind": "exact-answer"}, "o")
