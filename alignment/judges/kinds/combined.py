@@ -7,8 +7,9 @@ components:
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator, model_validator
@@ -259,7 +260,18 @@ def _read_component(name: str, values: Any) -> Component:
     if {"at_least", "otherwise"} & set(own) and "only_if" not in own:
         raise ValueError(f"{name}: at_least and otherwise require only_if. Name a component.")
     rest = {key: value for key, value in values.items() if key not in _SETTINGS}
+    for key in map(str, rest):
+        nearest = get_close_matches(key, _SETTINGS, n=1, cutoff=0.75)
+        if nearest and key not in _keys_of(rest.get("kind")):
+            raise ValueError(f"{name}: {key} is no key of a component. Did you mean {nearest[0]}?")
     return Component(judge=_read_part(name, rest), **own)
+
+
+def _keys_of(kind: Any) -> Collection[str]:
+    """Return the keys of a judge kind, none if there is no such kind."""
+    from alignment.judges.kinds.registry import JUDGE_KINDS
+
+    return JUDGE_KINDS[kind].model_fields if kind in JUDGE_KINDS else ()
 
 
 def _read_part(name: str, values: Any) -> JudgeConfig:
