@@ -1,4 +1,4 @@
-"""What `et-align train-policy` records and warns of about its judges."""
+"""Checks of the prompts and judges of `et-align train-policy`, and what it records of judges."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,6 +6,8 @@ from typing import Any
 from alignment.commands.train_policy_config import TrainPolicyConfig
 from alignment.judges.kinds.combined import CombinedConfig
 from alignment.judges.kinds.judge_kind import Judge, JudgeConfig
+from alignment.records import Prompt
+from megatron_ext.errors import UserError
 
 
 def warn_without_gold(config: TrainPolicyConfig) -> str | None:
@@ -46,3 +48,36 @@ def describe_judges(specs: Sequence[JudgeConfig], judges: Sequence[Judge]) -> di
         return {**each[0], "agreement": specs[0].read_agreement()}
     # The agreement of one judge is not that of the mean, which was not measured.
     return {"name": " + ".join(e["name"] for e in each), "agreement": None, "ensemble": each}
+
+
+def check_prompts(
+    prompts: Sequence[Prompt],
+    held_out: Sequence[Prompt],
+    specs: Mapping[str, Sequence[JudgeConfig]],
+) -> None:
+    """Check that prompts have different ids, and what the judges read from their metadata.
+
+    Args:
+        prompts: Prompts to train on, which the judges of the role "proxy" judge.
+        held_out: Prompts for grading, which all judges judge.
+        specs: Descriptions of the judges by role.
+
+    Raises:
+        UserError: An id occurs twice, or a judge cannot judge responses to a prompt.
+    """
+    for flag, rows in (("--prompts", prompts), ("--held-out", held_out)):
+        ids: set[str] = set()
+        for prompt in rows:
+            if prompt.id in ids:
+                raise UserError(f"{flag} has the id {prompt.id!r} twice: remove one of its rows.")
+            ids.add(prompt.id)
+    if shared := {prompt.id for prompt in prompts} & ids:
+        raise UserError(
+            f"--held-out has the prompt {min(shared)!r}, which is in --prompts too: split "
+            "them with et-align data split."
+        )
+    for name, each in specs.items():
+        for spec in each:
+            if name == "proxy":
+                spec.check_prompts(prompts, "--prompts")
+            spec.check_prompts(held_out, "--held-out")

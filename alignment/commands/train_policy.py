@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment.commands.policy_judges import (
+    check_prompts,
     describe_judges,
     shared_with_gold,
     warn_without_gold,
@@ -76,12 +77,7 @@ def run(config: TrainPolicyConfig) -> int:
     prompts = read_files(config.prompts, Prompt, options=config.rows.options)
     prompts = transform_records(prompts, config.data_transform)
     held_out = read_files(config.held_out, Prompt, options=config.rows.options)
-    _check_prompts(prompts, held_out)
-    for name, each in specs.items():
-        for spec in each:
-            if name == "proxy":
-                spec.check_prompts(prompts, "--prompts")
-            spec.check_prompts(held_out, "--held-out")
+    check_prompts(prompts, held_out, specs)
     tokenizer = load_tokenizer(config.model.model_folder, config.model.chat_template_file)
     template, max_new_tokens = config.model.template_variables, config.sampling.max_new_tokens
     tasks = [PromptTask(p.id, prompt_ids(tokenizer, p.messages, **template), p) for p in prompts]
@@ -291,20 +287,6 @@ def _rl_settings(config: TrainPolicyConfig) -> RLSettings:
         max_unrewarded=config.max_unrewarded,
         rollout_filter=load_rollout_filter(config),
     )
-
-
-def _check_prompts(prompts: Sequence[Prompt], held_out: Sequence[Prompt]) -> None:
-    for flag, rows in (("--prompts", prompts), ("--held-out", held_out)):
-        ids: set[str] = set()
-        for prompt in rows:
-            if prompt.id in ids:
-                raise UserError(f"{flag} has the id {prompt.id!r} twice: remove one of its rows.")
-            ids.add(prompt.id)
-    if shared := {prompt.id for prompt in prompts} & ids:
-        raise UserError(
-            f"--held-out has the prompt {min(shared)!r}, which is in --prompts too: split "
-            "them with et-align data split."
-        )
 
 
 def _lasting_settings(config: TrainPolicyConfig) -> dict[str, Any]:
