@@ -24,7 +24,7 @@ from megatron_ext.inspection.routed_text import RoutedText, route
 from megatron_ext.quiet import quiet_megatron
 from megatron_ext.reports.run_metrics import RunMetrics, summary
 from megatron_ext.reports.run_page import Page
-from megatron_ext.reports.run_picture import draw, draw_panels
+from megatron_ext.reports.run_picture import draw, draw_panels, page_panels
 
 _MAX_CHARACTERS = 1200  # number of characters that fit in a picture
 _OF_ONE_RUN = ("unigram", "bigram", "validation", "sample", "text_file", "panels")
@@ -83,7 +83,7 @@ def report(run_dir: Path, options: ReportFlags) -> None:
         run=run_dir.name,
         summary=headline,
         metrics=metrics,
-        picture=(run_dir / "report.png").read_bytes(),
+        panels=page_panels(metrics, baselines, final),
         configuration=_optional_json(run_dir / "run.json"),
         validation=validation,
         sample=_optional_json(options.sample or run_dir / "sample.json"),

@@ -42,7 +42,7 @@ class Page:
         run: Name of the run.
         summary: Sentence under the title.
         metrics: Metrics of the run.
-        picture: Picture of the curves, PNG.
+        panels: Panels of curves, PNG with a description of each.
         configuration: Content of run.json.
         validation: Losses by name, nats per token.
         sample: `prompt` and `text` of a generated sample.
@@ -52,7 +52,7 @@ class Page:
     run: str
     summary: str
     metrics: RunMetrics
-    picture: bytes
+    panels: list[tuple[bytes, str]]
     configuration: dict[str, Any]
     validation: dict[str, Any]
     sample: dict[str, Any]
@@ -68,12 +68,11 @@ class Page:
             title=self.run,
             run=self.run,
             summary=self.summary,
-            png=self.picture,
+            panels=self.panels,
             tokens=tokens,
             scale=scale,
             sample=sample if "text" in self.sample else None,
             figures=self._figures(),
-            layer_header=["layer", *(label for label, _ in _LAYER_COLUMNS.values())],
             layers=self._layers(),
             chosen=chosen,
             rest=rest,
@@ -124,14 +123,14 @@ class Page:
         return rows
 
     def _layers(self) -> list[list[str]]:
-        rows = []
-        for layer in self.metrics.layers:
-            cells = [str(layer)]
-            for name, (_, form) in _LAYER_COLUMNS.items():
-                value = self.metrics.recent(name, layer)
-                cells.append("" if value is None else form.format(value))
-            rows.append(cells)
-        return rows
+        """Return the table of the layers, header first, without figures that no layer has."""
+        columns = [["layer", *map(str, self.metrics.layers)]]
+        for name, (label, form) in _LAYER_COLUMNS.items():
+            values = [self.metrics.recent(name, layer) for layer in self.metrics.layers]
+            cells = ["" if value is None else form.format(value) for value in values]
+            if any(cells):
+                columns.append([label, *cells])
+        return [list(row) for row in zip(*columns)] if self.metrics.layers else []
 
     def _configuration(self) -> tuple[list[list[str]], list[list[str]]]:
         """Return name and value of the main settings, and of the others."""

@@ -1,6 +1,12 @@
-"""Picture of a run: loss, routing over steps, loads, fan-out, and a text colored by fan-out."""
+"""Picture of a run: loss, routing over steps, loads, fan-out, and a text colored by fan-out.
 
-from collections.abc import Mapping
+The panels also stand on the page of the run, one below the other on a narrow screen. A panel whose
+figures are not in the log, such as thresholds before they exist, is left out.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -8,7 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import CenteredNorm
 from matplotlib.figure import Figure
-from matplotlib.gridspec import GridSpec, SubplotSpec
+from matplotlib.gridspec import GridSpec
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from megatron_ext.inspection.routed_text import RoutedText, draw_text, lines_of
@@ -17,10 +23,12 @@ from megatron_ext.reports.plotting import (
     BLUE,
     GREEN,
     GREY,
+    LINES,
+    MARKERS,
     ORANGE,
     STYLE,
     VERMILION,
-    nothing_yet,
+    panel_png,
     smoothed,
     write_picture,
 )
@@ -28,6 +36,64 @@ from megatron_ext.reports.run_metrics import Floats, RunMetrics
 
 _MAX_LAYERS = 3  # number of panels with thresholds
 _MAX_EXPERTS = 3  # number of curves in each of these panels
+_SHORT = 30  # number of steps up to which single steps are marked
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Panel of the picture.
+
+    Attributes:
+        name: Name of its kind: "loss", "usage", "thresholds", "loads" or "fan_out".
+        description: What it shows, for readers who cannot see it.
+        draw: Function that draws it on some axes.
+    """
+
+    name: str
+    description: str
+    draw: Callable[[Axes], None]
+
+
+def run_panels(
+    metrics: RunMetrics, baselines: Mapping[str, float], final: tuple[int, float] | None = None
+) -> list[Panel]:
+    """Return the panels whose figures the log has; see `draw` for the arguments."""
+    panels = [Panel("loss", "losses over steps", partial(_loss, metrics, baselines, final))]
+    return panels + _routing_panels(metrics)
+
+
+def _routing_panels(metrics: RunMetrics) -> list[Panel]:
+    panels = []
+    if any(len(metrics.over_layers(name)[0]) for name in _USAGE):
+        panels.append(Panel("usage", "usage and capacity over steps", partial(_usage, metrics)))
+    layers = [layer for layer in metrics.layers if len(metrics.series("threshold", layer)[0])]
+    if layers:
+        chosen = np.unique(np.linspace(0, len(layers) - 1, min(_MAX_LAYERS, len(layers))).round())
+        for index in chosen.astype(int):
+            text = f"thresholds and cutoffs of layer {layers[index]} over steps"
+            drawn = partial(_thresholds, metrics, layers[index])
+            panels.append(Panel("thresholds", text, drawn))
+    figures = {
+        "loads": ("experts/load", "load of each expert", _loads),
+        "fan_out": ("fan_out_histogram", "share of tokens by fan-out", _fan_out),
+    }
+    for name, (figure, description, function) in figures.items():
+        known = [metrics.recent(figure, layer) is not None for layer in metrics.layers]
+        if known and all(known):
+            panels.append(Panel(name, description, partial(function, metrics)))
+    return panels
+
+
+def page_panels(
+    metrics: RunMetrics, baselines: Mapping[str, float], final: tuple[int, float] | None = None
+) -> list[tuple[bytes, str]]:
+    """Return each panel as a PNG with its description; see `draw` for the arguments."""
+    matplotlib.use("agg")
+    with matplotlib.rc_context(STYLE):
+        return [
+            (panel_png(panel.draw), panel.description)
+            for panel in run_panels(metrics, baselines, final)
+        ]
 
 
 def draw(
@@ -49,29 +115,28 @@ def draw(
         text: Text to color by fan-out.
     """
     matplotlib.use("agg")
+    panels = run_panels(metrics, baselines, final)
+    places = (("loss", "usage"), ("thresholds",), ("loads", "fan_out"))
+    rows = [[panel for panel in panels if panel.name in names] for names in places]
+    rows = [row for row in rows if row]
     lines = lines_of(text) if text else []
-    heights = [3.1, 2.5, 2.5] if metrics.layers else [3.1]
+    heights = [3.1, *[2.5] * (len(rows) - 1)]
     heights += [text_height(lines)] if text else []
     gap, top, bottom = 0.85, 0.95, 0.55  # inches; a gap has an axis and the next title
     height = sum(heights) + gap * (len(heights) - 1) + top + bottom
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(12, height))
         figure.text(0.06, 1 - 0.35 / height, title, fontsize=13)
-        rows = GridSpec(
+        grid = GridSpec(
             len(heights), 1, figure, height_ratios=heights, hspace=gap / float(np.mean(heights)),
             left=0.06, right=0.98, top=1 - top / height, bottom=bottom / height,
         )  # fmt: skip
-        if not metrics.layers:
-            _loss(figure.add_subplot(rows[0]), metrics, baselines, final)
-        else:
-            first, third = (rows[i].subgridspec(1, 2, wspace=0.24) for i in (0, 2))
-            _loss(figure.add_subplot(first[0]), metrics, baselines, final)
-            _usage(figure.add_subplot(first[1]), metrics)
-            _all_thresholds(figure, rows[1], metrics)
-            _loads(figure.add_subplot(third[0]), metrics)
-            _fan_out(figure.add_subplot(third[1]), metrics)
+        for place, row in enumerate(rows):
+            columns = grid[place].subgridspec(1, len(row), wspace=0.24 if len(row) < 3 else 0.2)
+            for column, panel in enumerate(row):
+                panel.draw(figure.add_subplot(columns[column]))
         if text:
-            draw_text(figure.add_subplot(rows[-1]), text, lines)
+            draw_text(figure.add_subplot(grid[-1]), text, lines)
         write_picture(figure, path)
 
 
@@ -82,19 +147,16 @@ def draw_panels(metrics: RunMetrics, folder: Path) -> list[Path]:
         metrics: Metrics of the run.
         folder: Folder for the pictures; it is created if it does not exist.
     """
-    panels = {"usage": _usage, "loads": _loads, "fan_out": _fan_out}
     matplotlib.use("agg")
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
+    panels = _routing_panels(metrics)
     with matplotlib.rc_context(STYLE):
-        for name in ("thresholds", *panels):
-            width = 12 if name == "thresholds" else 7
-            figure = Figure(figsize=(width, 3), layout="constrained")
-            row = GridSpec(1, 1, figure)[0]
-            if name == "thresholds":
-                _all_thresholds(figure, row, metrics)
-            else:
-                panels[name](figure.add_subplot(row), metrics)
+        for name in dict.fromkeys(panel.name for panel in panels):
+            row = [panel for panel in panels if panel.name == name]
+            figure = Figure(figsize=(12 if name == "thresholds" else 7, 3), layout="constrained")
+            for axes, panel in zip(figure.subplots(1, len(row), squeeze=False).flat, row):
+                panel.draw(axes)
             paths.append(folder / f"{name}.png")
             write_picture(figure, paths[-1])
     return paths
@@ -103,25 +165,38 @@ def draw_panels(metrics: RunMetrics, folder: Path) -> list[Path]:
 def _over_steps(axes: Axes, metrics: RunMetrics) -> None:
     """Set up the axis of steps and shade the warm-up."""
     axes.set_xlabel("optimizer step")
-    axes.set_xlim(0, max(metrics.last_step, 1))
+    first, last = int(metrics.training[0]["step"]), metrics.last_step
+    short = last - first < _SHORT
+    low, high = (first - 0.5, last + 0.5) if short else (0.0, float(last))
+    axes.set_xlim(low, high)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     if end := metrics.warmup_end:
-        axes.axvspan(0, end, color="#EFEFEF", lw=0, label="expert-choice warm-up", zorder=0)
+        # The last step of the warm-up belongs to it.
+        edge = end + 0.5 if short else end
+        axes.axvspan(low, edge, color="#EFEFEF", lw=0, label="expert-choice warm-up", zorder=0)
+
+
+def _mark(values: Floats) -> str:
+    """Return the marker of a curve: points are marked if they are few."""
+    return "o" if len(values) <= _SHORT else ""
 
 
 def _loss(
-    axes: Axes,
     metrics: RunMetrics,
     baselines: Mapping[str, float],
     final: tuple[int, float] | None,
+    axes: Axes,
 ) -> None:
     steps, loss = metrics.series("loss")
-    axes.plot(steps, loss, color=BLUE, alpha=0.25, lw=0.8)
-    axes.plot(*_smoothed(steps, loss), color=BLUE, lw=1.6, label="training (smoothed)")
+    at, smooth = _smoothed(steps, loss)
+    if len(at) < len(steps):
+        axes.plot(steps, loss, color=BLUE, alpha=0.25, lw=0.8)
+    label = "training (smoothed)" if len(at) < len(steps) else "training"
+    axes.plot(at, smooth, color=BLUE, lw=1.6, marker=_mark(at), ms=3.5, label=label)
     if metrics.evaluations:
         points = list(metrics.evaluations.items())
         axes.plot(
-            *zip(*points), "o-", color=VERMILION, lw=1, ms=4.5, label="validation in training",
+            *zip(*points), "s--", color=VERMILION, lw=1, ms=4.5, label="validation in training",
             clip_on=False, zorder=4,
         )  # fmt: skip
     if final:
@@ -139,14 +214,16 @@ def _smoothed(steps: Floats, values: Floats) -> tuple[Floats, Floats]:
     return smoothed(steps, values, max(1, len(values) // 40))
 
 
-def _usage(axes: Axes, metrics: RunMetrics) -> None:
-    kinds = {
-        "raw_usage": ("raw usage: pairs above threshold", BLUE),
-        "saturation": ("saturation: of those, dropped", VERMILION),
-        "starvation": ("starvation: of minimum, forced", GREEN),
-    }
+_USAGE = {
+    "raw_usage": ("raw usage: pairs above threshold", BLUE, "-", 1.6),
+    "saturation": ("saturation: of those, dropped", VERMILION, (0, (5, 2)), 1.6),
+    "starvation": ("starvation: of minimum, forced", GREEN, (0, (1, 1.2)), 2.4),
+}
+
+
+def _usage(metrics: RunMetrics, axes: Axes) -> None:
     highest = peak = 0.0
-    for name, (label, color) in kinds.items():
+    for name, (label, color, line, width) in _USAGE.items():
         steps, values = metrics.over_layers(name)
         if not len(steps):
             continue
@@ -154,7 +231,8 @@ def _usage(axes: Axes, metrics: RunMetrics) -> None:
         curves = np.array([curve for _, curve in smooth])
         at = smooth[0][0]
         axes.fill_between(at, curves.min(0), curves.max(0), color=color, alpha=0.18, lw=0)
-        axes.plot(at, curves.mean(0), color=color, lw=1.6, label=label)
+        axes.plot(at, curves.mean(0), color=color, lw=width, ls=line, marker=_mark(at), ms=3,
+                  label=label)  # fmt: skip
         late = at > (metrics.warmup_end or 0)
         highest = max(highest, float(curves[:, late].max(initial=0.0)))
         peak = max(peak, float(curves.max()))
@@ -162,30 +240,17 @@ def _usage(axes: Axes, metrics: RunMetrics) -> None:
         axes.axhline(rate, color=GREY, lw=1.2, ls="--", label=f"target of raw usage: {rate:.2%}")
     axes.legend(loc="best")
     _over_steps(axes, metrics)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     # Usage is far higher in the first steps, when thresholds still follow the logits.
     top = min(min(peak, highest or peak) * 1.7 or 1.0, 1.0)
     axes.set_ylim(0, top)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0 if top > 0.1 else None))
     if peak > top and metrics.warmup_end:
         axes.text(metrics.warmup_end, top, f" ↑ up to {peak:.0%}", va="top", color=BLUE, fontsize=8)
     axes.set_ylabel("share (mean and range over layers)")
     axes.set_title("Usage and capacity")
 
 
-def _all_thresholds(figure: Figure, row: SubplotSpec, metrics: RunMetrics) -> None:
-    layers = [layer for layer in metrics.layers if len(metrics.series("threshold", layer)[0])]
-    if not layers:
-        return nothing_yet(figure.add_subplot(row), "thresholds")
-    chosen = np.unique(np.linspace(0, len(layers) - 1, min(_MAX_LAYERS, len(layers))).round())
-    columns = row.subgridspec(1, len(chosen), wspace=0.15)
-    for position, index in enumerate(chosen.astype(int)):
-        axes = figure.add_subplot(columns[position])
-        _thresholds(axes, metrics, layers[index])
-        if position == 0:
-            axes.set_ylabel("router logit")
-
-
-def _thresholds(axes: Axes, metrics: RunMetrics, layer: int) -> None:
+def _thresholds(metrics: RunMetrics, layer: int, axes: Axes) -> None:
     threshold_steps, thresholds = metrics.series("experts/threshold", layer)
     cutoff_steps, cutoffs = metrics.series("experts/cutoff", layer)
     # Draw the experts with the lowest, the median and the highest threshold.
@@ -194,20 +259,20 @@ def _thresholds(axes: Axes, metrics: RunMetrics, layer: int) -> None:
     for expert, color in zip(order[places], (VERMILION, ORANGE, GREEN)):
         axes.plot(cutoff_steps, cutoffs[:, expert], color=color, lw=0.8, alpha=0.5)
         axes.plot(
-            threshold_steps, thresholds[:, expert], color=color, lw=1.4, label=f"expert {expert}"
-        )
+            threshold_steps, thresholds[:, expert], color=color, lw=1.4,
+            marker=_mark(threshold_steps), ms=3, label=f"expert {expert}",
+        )  # fmt: skip
     axes.plot(*metrics.series("cutoff", layer), color="black", lw=0.8, alpha=0.35)
-    axes.plot(*metrics.series("threshold", layer), color="black", lw=1.8, label="mean")
+    steps, means = metrics.series("threshold", layer)
+    axes.plot(steps, means, color="black", lw=1.8, marker=_mark(means), ms=3, label="mean")
     axes.legend(loc="best", ncols=2, handlelength=1.4, columnspacing=1.0)
+    axes.set_ylabel("router logit")
     _over_steps(axes, metrics)
     axes.set_title(f"Layer {layer}: thresholds (bold), cutoffs (thin)", fontsize=10)
 
 
-def _loads(axes: Axes, metrics: RunMetrics) -> None:
-    means = [metrics.recent("experts/load", layer) for layer in metrics.layers]
-    if any(mean is None for mean in means):
-        return nothing_yet(axes, "loads")
-    loads = np.array(means)
+def _loads(metrics: RunMetrics, axes: Axes) -> None:
+    loads = np.array([metrics.recent("experts/load", layer) for layer in metrics.layers])
     relative = loads / loads.mean(axis=1, keepdims=True).clip(1e-12)  # [layers, experts]
     norm = CenteredNorm(1.0, halfrange=max(0.25, float(np.abs(relative - 1).max())))
     image = axes.imshow(relative, cmap="PuOr_r", norm=norm, aspect="auto")
@@ -222,32 +287,33 @@ def _loads(axes: Axes, metrics: RunMetrics) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(16, integer=True))
     axes.set_xlabel("expert")
     axes.set_ylabel("layer")
-    axes.set_title("Load of an expert / mean of its layer (last tenth of steps)")
+    axes.set_title("Load of an expert / mean of its layer (end)")
     assert axes.figure is not None
-    axes.figure.colorbar(image, cax=axes.inset_axes((1.015, 0, 0.02, 1)))
+    axes.figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02)
 
 
-def _fan_out(axes: Axes, metrics: RunMetrics) -> None:
+def _fan_out(metrics: RunMetrics, axes: Axes) -> None:
     colors = matplotlib.colormaps["viridis"](np.linspace(0.1, 0.85, len(metrics.layers)))
-    shown = 1
-    for layer, color in zip(metrics.layers, colors):
-        counts = metrics.recent("fan_out_histogram", layer)
-        if counts is None:
-            return nothing_yet(axes, "fan-out")
-        share = counts / counts.sum()
+    counts = [metrics.recent("fan_out_histogram", layer) for layer in metrics.layers]
+    shares = [of_layer / of_layer.sum() for of_layer in counts]
+    shown = max(int(np.flatnonzero(share > 0.001).max(initial=1)) for share in shares)
+    for number, (layer, share, color) in enumerate(zip(metrics.layers, shares, colors)):
         # The table shows this mean too; it is logged more often than the histogram.
         mean = metrics.recent("fan_out", layer)
         if mean is None:
             mean = (share * np.arange(len(share))).sum()
-        shown = max(shown, int(np.flatnonzero(share > 0.001).max(initial=1)))
         label = f"layer {layer}: mean {mean:.2f}"
-        axes.plot(np.arange(len(share)), share, "o-", color=color, ms=3.5, lw=1.3, label=label)
+        axes.plot(
+            np.arange(shown + 1), share[: shown + 1], color=color, label=label,
+            ls=LINES[number % len(LINES)], marker=MARKERS[number % len(MARKERS)], ms=3.5,
+            lw=max(1.2, 2.2 - 0.3 * number), clip_on=False,
+        )  # fmt: skip
     axes.set_xlim(-0.2, shown + 0.3)
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(10, integer=True))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set_xlabel("routed experts per token (fan-out)")
     axes.set_ylabel("share of tokens")
-    axes.set_title("Fan-out (last tenth of steps)")
+    axes.set_title("Fan-out (end)")
     if len(metrics.layers) <= 8:
         axes.legend(loc="upper right")
