@@ -1,5 +1,6 @@
 """Report of a run as one HTML page that needs no other file."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import numpy as np
 from matplotlib.colors import to_hex
 
 from megatron_ext.inspection.routed_text import FAN_OUT_COLORS, RoutedText, shown_token
+from megatron_ext.reports.comparison.text_bytes import bytes_per_token
 from megatron_ext.reports.html import render
 from megatron_ext.reports.run_metrics import RunMetrics
 
@@ -58,6 +60,19 @@ class Page:
     sample: dict[str, Any]
     text: RoutedText | None
 
+    @property
+    def _settings(self) -> dict[str, Any]:
+        settings = self.configuration.get("settings")
+        return settings if isinstance(settings, dict) else {}
+
+    @property
+    def unfinished(self) -> str:
+        """Sentence on a run that has not made all of its steps; empty for others."""
+        planned = self._settings.get("train_iters")
+        if not isinstance(planned, int) or self.metrics.last_step >= planned:
+            return ""
+        return f"The run has made {self.metrics.last_step:,} of {planned:,} steps."
+
     def html(self) -> str:
         """Return the page."""
         tokens, scale = self._tokens()
@@ -68,6 +83,7 @@ class Page:
             title=self.run,
             run=self.run,
             summary=self.summary,
+            unfinished=self.unfinished,
             panels=self.panels,
             tokens=tokens,
             scale=scale,
@@ -102,7 +118,7 @@ class Page:
     def _figures(self) -> list[tuple[str, str]]:
         metrics = self.metrics
         rows: list[tuple[str, str]] = [("optimizer steps", f"{metrics.last_step:,}")]
-        work = metrics.work(self.configuration.get("settings") or {})
+        work = metrics.work(self._settings)
         if np.isfinite(work.tokens[-1]):
             rows.append(("tokens trained on", f"{work.tokens[-1]:,.0f}"))
         if work.flops is not None:
@@ -110,9 +126,13 @@ class Page:
         if work.device_seconds is not None:
             hours = work.device_seconds.sum() / 3600
             rows.append(("device-hours in training steps", f"{hours:.3g}"))
+        of_bytes = bytes_per_token(self._settings, "valid")
         for name, value in self.validation.items():
             if isinstance(value, float):
                 rows.append((f"{name} loss, nats per token", f"{value:.4f}"))
+                if name == "validation" and of_bytes:
+                    bits = value / math.log(2) / of_bytes
+                    rows.append(("validation loss, bits per byte of text", f"{bits:.4f}"))
             elif name == "tokens":
                 rows.append(("validation tokens", f"{value:,}"))
         rows.append(("training loss, last tenth of steps", f"{metrics.recent('loss'):.4f}"))

@@ -13,7 +13,12 @@ import numpy as np
 
 from megatron_ext.errors import UserError
 from megatron_ext.reports.comparison.text_bytes import BITS, NATS, bytes_per_token
-from megatron_ext.reports.run_metrics import Floats, RunMetrics, TrainingWork
+from megatron_ext.reports.run_metrics import (
+    Floats,
+    RunMetrics,
+    TrainingWork,
+    refuse_policy_run,
+)
 from megatron_ext.reports.run_names import seeds_name, unique_names
 
 # Settings that do not distinguish runs: paths, logging and progress. The digest identifies the
@@ -154,6 +159,7 @@ def loss_unit(runs: Sequence[ComparedRun]) -> str:
 
 
 def _read(path: Path, name: str) -> ComparedRun:
+    refuse_policy_run(path)
     metrics = RunMetrics.read(path)
     try:
         settings = json.loads((path / "run.json").read_text(encoding="utf-8"))["settings"]

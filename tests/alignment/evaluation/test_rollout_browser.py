@@ -91,8 +91,8 @@ set("search", "ANSWER 3 AT 4"); out.search = result();
 set("search", "nowhere"); out.nothing = result(); out.count = count.textContent;
 set("search", ""); more.click(); out.more = result();
 out.options = [...form.flag.options].map((option) => option.textContent);
-const shown = document.createElement("pre");
-shown.id = "result"; shown.textContent = JSON.stringify(out); document.body.append(shown);
+const box = document.createElement("pre");
+box.id = "result"; box.textContent = JSON.stringify(out); document.body.append(box);
 </script>"""
 
 

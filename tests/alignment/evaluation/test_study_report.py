@@ -128,7 +128,10 @@ def test_the_opening_says_under_which_judge_proxy_and_gold_part(tmp_path: Path) 
         f"thinking against label at step 200: gold is higher, by {change:+.2f} "
         f"(95 % interval {low:+.2f} to {high:+.2f}), over seeds."
     )
-    assert others[1:] == ["label: detectors fire more often at the end: self_praise 0.0% to 50.0%."]
+    assert others[1:] == [
+        "label: detectors fire more often at the end: self_praise 0.0% to 50.0%.",
+        "thinking: detectors fire more often at the end: self_praise 1.0% to 19.1% in training.",
+    ]
     write_study(tmp_path / "one", seeds=1)
     page = reported(tmp_path / "one")
     assert opening(page) == (
