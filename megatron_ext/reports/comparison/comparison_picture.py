@@ -28,10 +28,10 @@ _UNITS = ((1e9, " B"), (1e6, " M"), (1e3, " k"))
 _PANELS = (
     ("loss", "Training loss", "loss ({unit})", True),
     ("val_loss", "Validation loss", "loss ({unit})", False),
-    ("threshold", "Thresholds, mean of experts and layers", "router logit", False),
-    ("load_max_over_mean", "Load", "busiest expert / mean (mean of layers)", True),
-    ("fan_out", "Fan-out", "routed experts per token (mean of layers)", True),
-    ("no_expert_share", "Tokens without a routed expert", "share (mean of layers)", True),
+    ("threshold", "Thresholds, mean of all experts", "router logit", False),
+    ("load_max_over_mean", "Load, mean of layers", "busiest expert / mean load", True),
+    ("fan_out", "Fan-out, mean of layers", "routed experts per token", True),
+    ("no_expert_share", "Tokens without a routed expert", "share, mean of layers", True),
 )
 
 
@@ -95,12 +95,12 @@ def _panel(
         if len(curve[0]):
             _draw(axes, group, curve, number, window)
         else:  # for the legend of all panels
-            draw_curve(axes, curve[0], curve[1], number, group.name)
+            draw_curve(axes, curve[0], curve[1], number, group.name, clip_on=True)
     _fit(axes)
     axes.set_title(labels[0])
     axes.set_ylabel(labels[1])
     axes.set_xlabel("training tokens")
-    axes.set_xlim(0, longest)
+    axes.set_xlim(0, 1.01 * longest)  # room for the last marker
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
     if name == "no_expert_share":
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
@@ -133,7 +133,7 @@ def _draw(axes: Axes, group: RunGroup, curve: Curve, number: int, window: float)
         rows = min(len(at), max(1, round(window / float(np.diff(at).mean()))))
         spread = smoothed(at, spread, rows)[1]
         at, mean = smoothed(at, mean, rows)
-    draw_curve(axes, at, mean, number, group.name)
+    draw_curve(axes, at, mean, number, group.name, clip_on=True)
     if len(group.runs) > 1:
         color = CYCLE[number % len(CYCLE)]
         axes.fill_between(at, mean - spread, mean + spread, color=color, alpha=0.2, lw=0)
