@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,21 @@ STYLE: Any = {
     "legend.framealpha": 0.9,
     "legend.fontsize": 8,
 }
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Panel of a picture or page.
+
+    Attributes:
+        title: What it shows, also for readers who cannot see it.
+        draw: Function that draws it on some axes.
+        kind: Kind of the panel, by which pictures arrange panels.
+    """
+
+    title: str
+    draw: Callable[[Axes], object]
+    kind: str = ""
 
 
 def write_picture(figure: Figure, path: Path, dpi: int = 130) -> None:

@@ -1,87 +1,21 @@
 """Picture of a run: loss, routing over steps, loads, fan-out, and a text colored by fan-out.
 
-The panels also stand on the page of the run, one below the other on a narrow screen. A panel whose
-figures are not in the log, such as thresholds before they exist, is left out.
+The panels also stand on the page of the run, one below the other on a narrow screen.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 
 import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.colors import CenteredNorm
 from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec
-from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from megatron_ext.inspection.routed_text import RoutedText, draw_text, lines_of
 from megatron_ext.inspection.routed_text import height as text_height
-from megatron_ext.reports.plotting import (
-    BLUE,
-    GREEN,
-    GREY,
-    LINES,
-    MARKERS,
-    ORANGE,
-    STYLE,
-    VERMILION,
-    panel_png,
-    smoothed,
-    write_picture,
-)
-from megatron_ext.reports.run_metrics import Floats, RunMetrics
-
-_MAX_LAYERS = 3  # number of panels with thresholds
-_MAX_EXPERTS = 3  # number of curves in each of these panels
-_SHORT = 30  # number of steps up to which single steps are marked
-
-
-@dataclass(frozen=True)
-class Panel:
-    """Panel of the picture.
-
-    Attributes:
-        name: Name of its kind: "loss", "usage", "thresholds", "loads" or "fan_out".
-        description: What it shows, for readers who cannot see it.
-        draw: Function that draws it on some axes.
-    """
-
-    name: str
-    description: str
-    draw: Callable[[Axes], None]
-
-
-def run_panels(
-    metrics: RunMetrics, baselines: Mapping[str, float], final: tuple[int, float] | None = None
-) -> list[Panel]:
-    """Return the panels whose figures the log has; see `draw` for the arguments."""
-    panels = [Panel("loss", "losses over steps", partial(_loss, metrics, baselines, final))]
-    return panels + _routing_panels(metrics)
-
-
-def _routing_panels(metrics: RunMetrics) -> list[Panel]:
-    panels = []
-    if any(len(metrics.over_layers(name)[0]) for name in _USAGE):
-        panels.append(Panel("usage", "usage and capacity over steps", partial(_usage, metrics)))
-    layers = [layer for layer in metrics.layers if len(metrics.series("threshold", layer)[0])]
-    if layers:
-        chosen = np.unique(np.linspace(0, len(layers) - 1, min(_MAX_LAYERS, len(layers))).round())
-        for index in chosen.astype(int):
-            text = f"thresholds and cutoffs of layer {layers[index]} over steps"
-            drawn = partial(_thresholds, metrics, layers[index])
-            panels.append(Panel("thresholds", text, drawn))
-    figures = {
-        "loads": ("experts/load", "load of each expert", _loads),
-        "fan_out": ("fan_out_histogram", "share of tokens by fan-out", _fan_out),
-    }
-    for name, (figure, description, function) in figures.items():
-        known = [metrics.recent(figure, layer) is not None for layer in metrics.layers]
-        if known and all(known):
-            panels.append(Panel(name, description, partial(function, metrics)))
-    return panels
+from megatron_ext.reports.plotting import STYLE, panel_png, write_picture
+from megatron_ext.reports.run_metrics import RunMetrics
+from megatron_ext.reports.run_panels import routing_panels, run_panels
 
 
 def page_panels(
@@ -91,8 +25,7 @@ def page_panels(
     matplotlib.use("agg")
     with matplotlib.rc_context(STYLE):
         return [
-            (panel_png(panel.draw), panel.description)
-            for panel in run_panels(metrics, baselines, final)
+            (panel_png(panel.draw), panel.title) for panel in run_panels(metrics, baselines, final)
         ]
 
 
@@ -117,7 +50,7 @@ def draw(
     matplotlib.use("agg")
     panels = run_panels(metrics, baselines, final)
     places = (("loss", "usage"), ("thresholds",), ("loads", "fan_out"))
-    rows = [[panel for panel in panels if panel.name in names] for names in places]
+    rows = [[panel for panel in panels if panel.kind in names] for names in places]
     rows = [row for row in rows if row]
     lines = lines_of(text) if text else []
     heights = [3.1, *[2.5] * (len(rows) - 1)]
@@ -150,170 +83,13 @@ def draw_panels(metrics: RunMetrics, folder: Path) -> list[Path]:
     matplotlib.use("agg")
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    panels = _routing_panels(metrics)
+    panels = routing_panels(metrics)
     with matplotlib.rc_context(STYLE):
-        for name in dict.fromkeys(panel.name for panel in panels):
-            row = [panel for panel in panels if panel.name == name]
+        for name in dict.fromkeys(panel.kind for panel in panels):
+            row = [panel for panel in panels if panel.kind == name]
             figure = Figure(figsize=(12 if name == "thresholds" else 7, 3), layout="constrained")
             for axes, panel in zip(figure.subplots(1, len(row), squeeze=False).flat, row):
                 panel.draw(axes)
             paths.append(folder / f"{name}.png")
             write_picture(figure, paths[-1])
     return paths
-
-
-def _over_steps(axes: Axes, metrics: RunMetrics) -> None:
-    """Set up the axis of steps and shade the warm-up."""
-    axes.set_xlabel("optimizer step")
-    first, last = int(metrics.training[0]["step"]), metrics.last_step
-    short = last - first < _SHORT
-    low, high = (first - 0.5, last + 0.5) if short else (0.0, float(last))
-    axes.set_xlim(low, high)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    if end := metrics.warmup_end:
-        # The last step of the warm-up belongs to it.
-        edge = end + 0.5 if short else end
-        axes.axvspan(low, edge, color="#EFEFEF", lw=0, label="expert-choice warm-up", zorder=0)
-
-
-def _mark(values: Floats) -> str:
-    """Return the marker of a curve: points are marked if they are few."""
-    return "o" if len(values) <= _SHORT else ""
-
-
-def _loss(
-    metrics: RunMetrics,
-    baselines: Mapping[str, float],
-    final: tuple[int, float] | None,
-    axes: Axes,
-) -> None:
-    steps, loss = metrics.series("loss")
-    at, smooth = _smoothed(steps, loss)
-    if len(at) < len(steps):
-        axes.plot(steps, loss, color=BLUE, alpha=0.25, lw=0.8)
-    label = "training (smoothed)" if len(at) < len(steps) else "training"
-    axes.plot(at, smooth, color=BLUE, lw=1.6, marker=_mark(at), ms=3.5, label=label)
-    if metrics.evaluations:
-        points = list(metrics.evaluations.items())
-        axes.plot(
-            *zip(*points), "s--", color=VERMILION, lw=1, ms=4.5, label="validation in training",
-            clip_on=False, zorder=4,
-        )  # fmt: skip
-    if final:
-        label = f"final validation {final[1]:.3f}"
-        axes.plot(*final, "*", color="black", ms=11, label=label, clip_on=False, zorder=5)
-    for (name, value), style in zip(baselines.items(), ["--", "-.", ":"] * len(baselines)):
-        axes.axhline(value, color=GREY, lw=1.2, ls=style, label=f"{name} {value:.3f}")
-    _over_steps(axes, metrics)
-    axes.set_ylabel("loss (nats per token)")
-    axes.set_title("Loss")
-    axes.legend(loc="upper right")
-
-
-def _smoothed(steps: Floats, values: Floats) -> tuple[Floats, Floats]:
-    return smoothed(steps, values, max(1, len(values) // 40))
-
-
-_USAGE = {
-    "raw_usage": ("raw usage: pairs above threshold", BLUE, "-", 1.6),
-    "saturation": ("saturation: of those, dropped", VERMILION, (0, (5, 2)), 1.6),
-    "starvation": ("starvation: of minimum, forced", GREEN, (0, (1, 1.2)), 2.4),
-}
-
-
-def _usage(metrics: RunMetrics, axes: Axes) -> None:
-    highest = peak = 0.0
-    for name, (label, color, line, width) in _USAGE.items():
-        steps, values = metrics.over_layers(name)
-        if not len(steps):
-            continue
-        smooth = [_smoothed(steps, layer) for layer in values]
-        curves = np.array([curve for _, curve in smooth])
-        at = smooth[0][0]
-        axes.fill_between(at, curves.min(0), curves.max(0), color=color, alpha=0.18, lw=0)
-        axes.plot(at, curves.mean(0), color=color, lw=width, ls=line, marker=_mark(at), ms=3,
-                  label=label)  # fmt: skip
-        late = at > (metrics.warmup_end or 0)
-        highest = max(highest, float(curves[:, late].max(initial=0.0)))
-        peak = max(peak, float(curves.max()))
-    if (rate := metrics.target_rate) is not None:
-        axes.axhline(rate, color=GREY, lw=1.2, ls="--", label=f"target of raw usage: {rate:.2%}")
-    axes.legend(loc="best")
-    _over_steps(axes, metrics)
-    # Usage is far higher in the first steps, when thresholds still follow the logits.
-    top = min(min(peak, highest or peak) * 1.7 or 1.0, 1.0)
-    axes.set_ylim(0, top)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0 if top > 0.1 else None))
-    if peak > top and metrics.warmup_end:
-        axes.text(metrics.warmup_end, top, f" ↑ up to {peak:.0%}", va="top", color=BLUE, fontsize=8)
-    axes.set_ylabel("share (mean and range over layers)")
-    axes.set_title("Usage and capacity")
-
-
-def _thresholds(metrics: RunMetrics, layer: int, axes: Axes) -> None:
-    threshold_steps, thresholds = metrics.series("experts/threshold", layer)
-    cutoff_steps, cutoffs = metrics.series("experts/cutoff", layer)
-    # Draw the experts with the lowest, the median and the highest threshold.
-    order = np.argsort(thresholds[-1]) if len(thresholds) else np.arange(0)
-    places = np.linspace(0, len(order) - 1, min(_MAX_EXPERTS, len(order))).round().astype(int)
-    for expert, color in zip(order[places], (VERMILION, ORANGE, GREEN)):
-        axes.plot(cutoff_steps, cutoffs[:, expert], color=color, lw=0.8, alpha=0.5)
-        axes.plot(
-            threshold_steps, thresholds[:, expert], color=color, lw=1.4,
-            marker=_mark(threshold_steps), ms=3, label=f"expert {expert}",
-        )  # fmt: skip
-    axes.plot(*metrics.series("cutoff", layer), color="black", lw=0.8, alpha=0.35)
-    steps, means = metrics.series("threshold", layer)
-    axes.plot(steps, means, color="black", lw=1.8, marker=_mark(means), ms=3, label="mean")
-    axes.legend(loc="best", ncols=2, handlelength=1.4, columnspacing=1.0)
-    axes.set_ylabel("router logit")
-    _over_steps(axes, metrics)
-    axes.set_title(f"Layer {layer}: thresholds (bold), cutoffs (thin)", fontsize=10)
-
-
-def _loads(metrics: RunMetrics, axes: Axes) -> None:
-    loads = np.array([metrics.recent("experts/load", layer) for layer in metrics.layers])
-    relative = loads / loads.mean(axis=1, keepdims=True).clip(1e-12)  # [layers, experts]
-    norm = CenteredNorm(1.0, halfrange=max(0.25, float(np.abs(relative - 1).max())))
-    image = axes.imshow(relative, cmap="PuOr_r", norm=norm, aspect="auto")
-    if relative.size <= 200:
-        for (row, column), value in np.ndenumerate(relative):
-            dark = abs(norm(value) - 0.5) > 0.33
-            axes.text(
-                column, row, f"{value:.2f}", ha="center", va="center", fontsize=8,
-                color="white" if dark else "black",
-            )  # fmt: skip
-    axes.set_yticks(range(len(metrics.layers)), [str(layer) for layer in metrics.layers])
-    axes.xaxis.set_major_locator(MaxNLocator(16, integer=True))
-    axes.set_xlabel("expert")
-    axes.set_ylabel("layer")
-    axes.set_title("Load of an expert / mean of its layer (end)")
-    assert axes.figure is not None
-    axes.figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02)
-
-
-def _fan_out(metrics: RunMetrics, axes: Axes) -> None:
-    colors = matplotlib.colormaps["viridis"](np.linspace(0.1, 0.85, len(metrics.layers)))
-    counts = [metrics.recent("fan_out_histogram", layer) for layer in metrics.layers]
-    shares = [of_layer / of_layer.sum() for of_layer in counts]
-    shown = max(int(np.flatnonzero(share > 0.001).max(initial=1)) for share in shares)
-    for number, (layer, share, color) in enumerate(zip(metrics.layers, shares, colors)):
-        # The table shows this mean too; it is logged more often than the histogram.
-        mean = metrics.recent("fan_out", layer)
-        if mean is None:
-            mean = (share * np.arange(len(share))).sum()
-        label = f"layer {layer}: mean {mean:.2f}"
-        axes.plot(
-            np.arange(shown + 1), share[: shown + 1], color=color, label=label,
-            ls=LINES[number % len(LINES)], marker=MARKERS[number % len(MARKERS)], ms=3.5,
-            lw=max(1.2, 2.2 - 0.3 * number), clip_on=False,
-        )  # fmt: skip
-    axes.set_xlim(-0.2, shown + 0.3)
-    axes.set_ylim(bottom=0)
-    axes.xaxis.set_major_locator(MaxNLocator(10, integer=True))
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes.set_xlabel("routed experts per token (fan-out)")
-    axes.set_ylabel("share of tokens")
-    axes.set_title("Fan-out (end)")
-    if len(metrics.layers) <= 8:
-        axes.legend(loc="upper right")

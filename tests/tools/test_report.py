@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 from megatron_ext.errors import UserError
 from megatron_ext.inspection.routed_text import RoutedText
 from megatron_ext.reports.run_metrics import RunMetrics
-from megatron_ext.reports.run_picture import draw, run_panels
+from megatron_ext.reports.run_panels import run_panels
+from megatron_ext.reports.run_picture import draw
 from tests.distributed import run_ranks
 from tests.inference.checkpoint import run_dir  # noqa: F401
 from tests.reports.metric_rows import EXPERTS, training_row, write_run

@@ -17,8 +17,8 @@ from alignment.evaluation.study.outcome_pictures import (
     policies_with_kl,
 )
 from alignment.evaluation.study.study_runs import PolicyStudy
-from alignment.evaluation.study.training_curves import Panel, training_panels
-from megatron_ext.reports.plotting import STYLE, panel_png, write_picture
+from alignment.evaluation.study.training_curves import training_panels
+from megatron_ext.reports.plotting import STYLE, Panel, panel_png, write_picture
 
 # Names are untrusted, so that a dollar in them must not begin a formula. SVG files contain text as
 # text, and are reproducible.

@@ -1,7 +1,6 @@
 """Curves of training: reward and its components, length of responses, entropy and KL."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -9,24 +8,11 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from alignment.evaluation.study.study_runs import PolicyStudy, SeedGroup
 from alignment.rounding import Floats
-from megatron_ext.reports.plotting import draw_curve
+from megatron_ext.reports.plotting import Panel, draw_curve
 
 COMPONENT, COMPONENT_HELD_OUT = "component/", "component_held_out/"
 _MOST_COMPONENTS = 6
 _MOST_POINTS = 120  # of a curve, before it is averaged
-
-
-@dataclass(frozen=True)
-class Panel:
-    """Panel of curves.
-
-    Attributes:
-        title: Title above the panel.
-        draw: Function that draws on the axes of the panel.
-    """
-
-    title: str
-    draw: Callable[[Axes], None]
 
 
 # Name of the metric, title and unit. Metrics of gradings begin with "grade/".
