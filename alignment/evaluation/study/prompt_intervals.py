@@ -48,21 +48,23 @@ def mean_with_interval(values: Floats) -> PromptMean | None:
     return PromptMean(len(values), float(values.mean()), float(interval.low), float(interval.high))
 
 
-def change_over_prompts(run: StudyRun, name: str) -> PromptMean | None:
-    """Return the change of a grade from the first to the last grading, with its interval.
+def change_over_prompts(run: StudyRun, name: str, step: int | None = None) -> PromptMean | None:
+    """Return the change of a grade since the first grading, with its interval.
 
     Args:
         run: Run.
         name: `PROXY`, `GOLD`, `SECOND` or "gap". Only prompts with all of its scores at both
             gradings count; proxy, gold and gap are over the same prompts.
+        step: Step of the later grading. Default: the last one.
 
     Returns:
         The change; None where the run did not record the scores of the prompts.
     """
-    steps = [step for step in run.both or run.graded(PROXY) if step in run.prompt_scores]
-    if len(steps) < 2 or {steps[0], steps[-1]} != _ends(run):
+    graded = list(run.both or run.graded(PROXY))
+    ends = (graded[0], graded[-1] if step is None else step) if graded else (0, 0)
+    if ends[0] == ends[1] or not all(end in run.prompt_scores for end in ends):
         return None
-    first, last = (_values(run.prompt_scores[step], name) for step in (steps[0], steps[-1]))
+    first, last = (_values(run.prompt_scores[end], name) for end in ends)
     shared = sorted(first.keys() & last.keys())
     return mean_with_interval(np.array([last[prompt] - first[prompt] for prompt in shared]))
 
@@ -102,11 +104,6 @@ def difference(one: SeedGroup, other: SeedGroup, name: str) -> tuple[int, Prompt
     shared = sorted(means[0].keys() & means[1].keys())
     paired = mean_with_interval(np.array([means[1][p] - means[0][p] for p in shared]))
     return None if paired is None else (step, paired)
-
-
-def _ends(run: StudyRun) -> set[int]:
-    steps = list(run.both or run.graded(PROXY))
-    return {steps[0], steps[-1]}
 
 
 def _mean_over_seeds(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:

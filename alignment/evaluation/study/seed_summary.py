@@ -74,10 +74,23 @@ def curve(group: SeedGroup, name: str) -> tuple[list[int], list[SeedMean]]:
 
     Returns:
         The steps of the gradings, and the mean at each over the seeds that have the figure there.
+        The interval of a single run is that of its change since the first grading.
     """
     series = [run.graded(name) for run in group.graded]
     steps = sorted({step for values in series for step in values})
-    return steps, [mean_of(values.get(step) for values in series) for step in steps]
+    means = [mean_of(values.get(step) for values in series) for step in steps]
+    if len(group.graded) == 1 and name in (PROXY, GOLD, SECOND):
+        means = [_around(group.graded[0], name, step, mean) for step, mean in zip(steps, means)]
+    return steps, means
+
+
+def _around(run: StudyRun, name: str, step: int, mean: SeedMean) -> SeedMean:
+    """Return the grade of a single run with the width of the interval of its change."""
+    change = change_over_prompts(run, name, step)
+    if change is None or mean.value is None:
+        return mean
+    low, high = (mean.value + end - change.value for end in (change.low, change.high))
+    return SeedMean(1, mean.value, low, high, change.prompts)
 
 
 def first_and_last(run: StudyRun, name: str) -> tuple[float, float] | None:
