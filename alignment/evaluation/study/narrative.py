@@ -1,5 +1,6 @@
 """Headline and sentences of a study, derived from its figures."""
 
+import itertools
 from collections.abc import Sequence
 from enum import StrEnum
 
@@ -14,7 +15,7 @@ from alignment.evaluation.study.seed_summary import (
     tenths,
     trend_of,
 )
-from alignment.evaluation.study.study_reader import is_ungraded
+from alignment.evaluation.study.study_reader import incomparable, is_ungraded
 from alignment.evaluation.study.study_runs import GOLD, PROXY, PolicyStudy, SeedGroup, StudyRun
 from alignment.rounding import SINGLE
 
@@ -151,6 +152,9 @@ def _differences(study: PolicyStudy) -> list[str]:
     for policy in study.policies:
         first, *others = [group for group in study.groups if group.policy == policy]
         for group in others:
+            pairs = itertools.product(first.graded, group.graded)
+            if any(incomparable(*pair) for pair in pairs):
+                continue
             if (result := difference(first, group, GOLD)) is None:
                 continue
             step, mean = result

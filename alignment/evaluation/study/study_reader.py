@@ -72,7 +72,10 @@ def read_compared_runs(folders: Sequence[Path]) -> PolicyStudy:
             )
         runs.append((clean(name), run))
     for (_, one), (_, other) in itertools.pairwise(runs):
-        _check_comparable(one, other)
+        if reason := incomparable(one, other):
+            raise UserError(
+                f"{reason}, so that their scores cannot be compared. Report each of them alone."
+            )
     groups: list[list[tuple[str, StudyRun]]] = []
     for name, run in runs:
         for group in groups:
@@ -104,25 +107,18 @@ def _arm(run: StudyRun) -> str:
     return json.dumps([settings, run.about.get("judge"), run.gold], sort_keys=True, default=str)
 
 
-def _check_comparable(one: StudyRun, other: StudyRun) -> None:
-    """Check that the grades of two runs mean the same.
-
-    Raises:
-        UserError: They were graded on other prompts, by other gold judges, or in another unit.
-    """
-    advice = "so that their scores cannot be compared. Report each of them alone."
+def incomparable(one: StudyRun, other: StudyRun) -> str:
+    """Return why the grades of two runs do not mean the same; an empty string if they do."""
+    runs = f"{one.folder} and {other.folder}"
     prompts = one.held_out, other.held_out
     marked = [known is not None and known[:1] == ["ids"] for known in prompts]
     if None not in prompts and marked[0] == marked[1] and prompts[0] != prompts[1]:
-        raise UserError(
-            f"{one.folder} and {other.folder} were graded on different held-out prompts, {advice}"
-        )
+        return f"{runs} were graded on different held-out prompts"
     if one.gold and other.gold and one.gold != other.gold:
-        raise UserError(f"{one.folder} and {other.folder} have different gold judges, {advice}")
+        return f"{runs} have different gold judges"
     if one.measure != other.measure:
-        raise UserError(
-            f"{one.folder} has the {one.measure} and {other.folder} the {other.measure}, {advice}"
-        )
+        return f"{one.folder} has the {one.measure} and {other.folder} the {other.measure}"
+    return ""
 
 
 def _check_seeds(group: SeedGroup) -> None:
