@@ -205,7 +205,10 @@ def test_a_third_judge_is_compared_with_the_second(
     better: list[float | None] = np.clip(gold + draw.normal(0, 0.5, 80), 0, 9).tolist()
     better[7] = None
     third = write(tmp_path / "c.jsonl", scores(better))
-    found = measured(tmp_path, scores(gold.tolist()), scores(worse.tolist()), third)
+    files = [write(tmp_path / "a.jsonl", scores(gold.tolist()))]
+    files.append(write(tmp_path / "b.jsonl", scores(worse.tolist())))
+    main([*files, third, "--resamples", "20", "--output", str(tmp_path / "out")])
+    found = json.loads((tmp_path / "out" / "agreement.json").read_text())
     result = found["differences"]["figures"]["alpha_interval"]
     kept = [i for i in range(80) if i != 7]
     known = np.array([np.nan if x is None else x for x in better])
