@@ -113,12 +113,12 @@ def test_the_opening_says_under_which_judge_proxy_and_gold_part(tmp_path: Path) 
     found = write_study(tmp_path / "three")
     page = reported(tmp_path / "three")
     assert opening(page) == (
-        "Of 2 judges: proxy and gold diverge under label; the gap between proxy "
+        "Of 2 judges: proxy and gold diverge under label; gold improves, and the gap between proxy "
         "and gold has not clearly changed under thinking."
     )
     label, thinking, *others = sentences(page)
     assert label.startswith("label (3 seeds): proxy and gold diverge.") and "gold falls" in label
-    assert thinking.startswith("thinking (3 seeds): the gap (proxy minus gold) has not")
+    assert thinking.startswith("thinking (3 seeds): gold improves by ")
     assert "contains 0" in thinking
     # Without scores of each prompt, gold is compared over seeds.
     gold = [[seed[200]["grade/gold"] for seed in found[judge]] for judge in ("thinking", "label")]
@@ -149,6 +149,8 @@ def test_the_opening_says_under_which_judge_proxy_and_gold_part(tmp_path: Path) 
         ((1, 2), (-1, 1), Finding.DIVERGE),
         ((1, 2), (1, 2), Finding.OVERRATED),
         ((-1, 2), (-2, -1), Finding.UNCLEAR),
+        ((-1, 2), (1, 2), Finding.IMPROVES),
+        ((-1, 2), (1e-7, 2e-7), Finding.UNCLEAR),
         ((-2, -1), (1, 2), Finding.SHRINKS),
         ((1e-7, 2e-7), (-2, -1), Finding.UNCLEAR),
         ((-2e-7, -1e-7), (-2, -1), Finding.UNCLEAR),
