@@ -10,6 +10,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
+from megatron_ext.console import console
+
 # Failures of the machine that a user can fix. Other OSErrors are bugs and print a stack trace.
 _FIXABLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 
@@ -105,15 +107,15 @@ def run_tool(main: Callable[[], int | None]) -> NoReturn:
     try:
         code = main() or 0
     except UserError as error:
-        print(f"{_program()}: {' '.join(str(error).split())}", file=sys.stderr)
+        console.error(f"{_program()}: {' '.join(str(error).split())}")
         code = error.status
     except OSError as error:
         if error.errno not in _FIXABLE:
             raise
-        print(f"{_program()}: {error.filename or 'output'}: {error.strerror}", file=sys.stderr)
+        console.error(f"{_program()}: {error.filename or 'output'}: {error.strerror}")
         code = 2
     except KeyboardInterrupt:
-        print(f"{_program()}: interrupted", file=sys.stderr)
+        console.error(f"{_program()}: interrupted")
         code = 130
     sys.exit(code)
 
@@ -139,7 +141,7 @@ def run_on_ranks(main: Callable[[], int | None]) -> None:
     except UserError as error:
         if _first_on_node():
             name = typed_command or Path(sys.argv[0]).name
-            print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+            console.error(f"{name}: {' '.join(str(error).split())}")
         sys.exit(error.status)
 
 

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import IO
 
+from megatron_ext.console import console
 from megatron_ext.errors import UserError
 
 # Seconds to wait for the processes of a killed run to end.
@@ -56,11 +57,8 @@ def _stop_after(parent: int, stop: signal.Signals, grace: float) -> None:
     while os.getppid() == parent:
         time.sleep(_PARENT_POLL)
     rank = os.environ.get("RANK", "0")
-    try:
-        name = Path(sys.argv[0]).name
-        print(f"{name}: rank {rank} stops: its launcher has ended", file=sys.stderr, flush=True)
-    except OSError:  # the launcher may have read this output
-        pass
+    name = Path(sys.argv[0]).name
+    console.error(f"{name}: rank {rank} stops: its launcher has ended")
     os.kill(os.getpid(), stop)
     time.sleep(grace)
     os._exit(1)
@@ -101,5 +99,5 @@ def lock_folder(folder: Path) -> IO[str]:
             message = (
                 f"{name}: warning: {folder} cannot be locked ({error.strerror}): start one run"
             )
-            print(f"{message} in it at a time", file=sys.stderr, flush=True)
+            console.warn(f"{message} in it at a time")
             return file
