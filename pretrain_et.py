@@ -10,11 +10,13 @@ import os
 import signal
 import sys
 
+from megatron_ext.console import console
 from megatron_ext.errors import run_on_ranks
 from megatron_ext.recipes import check_flag_names
 
 if __name__ == "__main__":  # before torch and Megatron are imported, which takes seconds
     run_on_ranks(lambda: check_flag_names(sys.argv[1:]))
+    console.capture()  # their notices go to the log of the run
 
 from megatron_ext.devices import activate
 
@@ -28,12 +30,15 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args  #
 
 from megatron_ext import patches  # noqa: E402
 from megatron_ext.arguments import parse_args  # noqa: E402
+from megatron_ext.devices.peak_flops import peak_flops  # noqa: E402
 from megatron_ext.model.gpt import gpt_model_config  # noqa: E402
 from megatron_ext.processes import stop_with_launcher  # noqa: E402
+from megatron_ext.tracker_flags import open_trackers  # noqa: E402
 from megatron_ext.training.checks import check_run  # noqa: E402
 from megatron_ext.training.data_loading import forward_step, train_valid_test_datasets  # noqa: E402
 from megatron_ext.training.launch import Launch  # noqa: E402
-from megatron_ext.training.metrics import MetricLog, peak_flops  # noqa: E402
+from megatron_ext.training.metrics import MetricLog  # noqa: E402
+from megatron_ext.training.run_console import RunConsole  # noqa: E402
 from megatron_ext.training.step import RoutingStep  # noqa: E402
 from megatron_ext.training.trainer import TrainerHooks  # noqa: E402
 from megatron_ext.training.watchdog import Watchdog  # noqa: E402
@@ -46,6 +51,7 @@ def main() -> None:
     if args.dry_run is not None:
         from megatron_ext.planning.dry_run import dry_run
 
+        console.release()
         if os.environ.get("RANK", "0") == "0":  # torchrun may have started several ranks
             dry_run(args, config)
         return
@@ -58,7 +64,7 @@ def main() -> None:
     start = check_run(args, config, launch)
     if start.finished:
         if launch.rank == 0:
-            print(f"pretrain_et.py: {start.finished}", flush=True)
+            console.line(f"pretrain_et.py: {start.finished}")
         launch.leave()
         return
     start.progress.record_in(args)
@@ -66,18 +72,20 @@ def main() -> None:
     routing = RoutingStep()
     config.finalize_model_grads_func = routing.finalize_model_grads
     metrics_file = start.run_dir and start.run_dir / "metrics.jsonl"
-    log = MetricLog(metrics_file, routing, peak_flops(args), start.record)
+    lines = RunConsole(args, config, start.progress)
+    trackers = open_trackers(args, launch)
+    log = MetricLog(metrics_file, routing, lines, trackers, peak_flops(args), start.record)
     watchdog = Watchdog(launch, args.stall_timeout, lambda: args.curr_iteration + 1)
     patches.apply("trainer", TrainerHooks(args, start.progress, routing, log, watchdog))
     # Schedulers warn of a time limit by SIGUSR1; Megatron saves and ends on SIGTERM.
     signal.signal(signal.SIGUSR1, lambda *_: signal.raise_signal(args.exit_signal))
 
-    with watchdog:
+    with log, lines, watchdog:
         training.pretrain(
             pretrain_cfg_container_from_args(args, gpt_model_config(args, config)),
             train_valid_test_datasets,
             ModelType.encoder_or_decoder,
-            watchdog.progress(forward_step),
+            watchdog.progress(log.time_data(forward_step)),
             store=launch.store,
         )
 

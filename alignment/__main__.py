@@ -50,10 +50,13 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     if name not in ON_RANKS:
         status: int | None = importlib.import_module(module).run(config)
         return status
+    from megatron_ext.console import console
     from megatron_ext.devices import activate  # imports torch
     from megatron_ext.quiet import quiet_megatron
 
     dry_run = any(word.startswith("--dry-run") for word in rest)
+    if name.startswith("train-") and not dry_run:
+        console.capture()
     with quiet_megatron():
         activate(use_cuda=not dry_run)
         command = importlib.import_module(module)

@@ -28,13 +28,15 @@ from megatron.training.global_vars import set_global_variables
 
 from megatron_ext.config import ETConfig
 from megatron_ext.conflicts import check_conflicts
+from megatron_ext.console import console
 from megatron_ext.data.run_tokenizer import tokenizer_flags
 from megatron_ext.devices import cpu_default_args, is_cpu_device
 from megatron_ext.errors import ToolParser, UserError
 from megatron_ext.optimizer import add_muon_arguments, paper_flags
 from megatron_ext.planning.layout import check_layout
-from megatron_ext.ranges import batch_schedule, check_ranges, check_trackers
+from megatron_ext.ranges import batch_schedule, check_ranges
 from megatron_ext.recipes import expand_recipes
+from megatron_ext.tracker_flags import add_tracker_arguments, tracker_settings
 
 _DEFAULTS = [
     # Megatron's mask is a square matrix for each sample; attention is causal without it.
@@ -45,6 +47,8 @@ _DEFAULTS = [
     # A checkpoint can then be resumed in any layout, see megatron_ext.training.resharding.
     "--dist-ckpt-optim-fully-reshardable",
 ]
+
+_NO_TRACKERS = ["--tensorboard-dir", "", "--wandb-project", "", "--mlflow-experiment", ""]
 
 
 def parse_args(
@@ -109,7 +113,7 @@ def parse_flags(argv: Sequence[str], writes: bool = True) -> tuple[Namespace, se
     if args.async_save:
         forced += _async_save_flags(args, explicit)
     if not writes:
-        forced += ["--tensorboard-dir", "", "--wandb-project", ""]
+        forced += _NO_TRACKERS
     run_dir = [] if args.dry_run is not None else _run_dir_flags(args.run_dir)
     before = [*run_dir, *paper_flags(args), *defaults]
     if args.dry_run is None:
@@ -145,7 +149,12 @@ def _initialize_globals(args: Namespace) -> None:
         load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")
         load_args_from_checkpoint(args)
     validate_args(args, {})
+    # Megatron would open trackers of its own; see megatron_ext.training.metrics.
+    trackers = {name: getattr(args, name) for name in ("tensorboard_dir", "wandb_project")}
+    args.tensorboard_dir, args.wandb_project = None, ""
     set_global_variables(args)
+    for name, value in trackers.items():
+        setattr(args, name, value)
 
 
 def add_arguments(parser: ArgumentParser) -> ArgumentParser:
@@ -153,6 +162,7 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     megatron = [field.name for field in fields(TransformerConfig)]
     ArgumentGroupFactory(ETConfig, exclude=megatron).build_group(parser, "expert threshold")
     add_muon_arguments(parser)
+    add_tracker_arguments(parser)
     group = parser.add_argument_group("run")
     group.add_argument(
         "--recipe",
@@ -246,7 +256,7 @@ def _dry_run_flags(args: Namespace) -> list[str]:
     if not is_cpu_device():
         raise UserError("dry_run in a recipe has no effect: use --dry-run on the command line")
     flags = [*cpu_default_args(), "--fake-process-group"]  # these override the recipe
-    flags += ["--tensorboard-dir", "", "--wandb-project", ""]
+    flags += _NO_TRACKERS
     flags += tokenizer_flags(args, set())
     file, known = args.tokenizer_model, args.tokenizer_type or "--tokenizer-type" in flags
     if not known or (file is not None and not Path(file).exists()):
@@ -270,13 +280,13 @@ def _check_before_megatron(args: Namespace, explicit: set[str]) -> None:
     check_layout(args, args.world_size)
     check_ranges(args, args.world_size)
     if args.dry_run is None:
-        check_trackers(args)
+        tracker_settings(args).check()
     if args.yaml_cfg is not None:
         raise UserError("--yaml-cfg is not supported: use --recipe")
     for warning in check_conflicts(args, explicit):
         if os.environ.get("RANK", "0") == "0":
             name = Path(sys.argv[0]).name
-            print(f"{name}: warning: {warning}", file=sys.stderr, flush=True)
+            console.warn(f"{name}: warning: {warning}")
     model, kind = args.tokenizer_model, args.tokenizer_type  # other types may be on a hub
     is_file = Path(model or "").is_file()
     if (kind in ("SentencePieceTokenizer", "TikTokenizer") and not is_file) or (model and not kind):

@@ -7,7 +7,6 @@ optimizer or the data are built, at the first step that logs or saves, or at the
 import math
 from argparse import Namespace
 from collections.abc import Callable
-from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any
 
@@ -101,25 +100,6 @@ def _check_phases(args: Namespace) -> None:
         raise UserError(f"{flag} must be numbers of steps, such as 1000,2000")
     if not args.train_samples:
         raise UserError(f"{flag} needs --train-samples: give it instead of --train-iters")
-
-
-def check_trackers(args: Namespace) -> None:
-    """Refuse an experiment tracker that is not installed or lacks a name.
-
-    Raises:
-        UserError: The message names the flag and the package or flag to add.
-    """
-    if not args.wandb_project:
-        return
-    if find_spec("wandb") is None:
-        raise UserError(
-            f"--wandb-project {args.wandb_project} needs the package wandb: install the extra with "
-            "pip install 'megatron-et[wandb]', or leave the flag out"
-        )
-    if not args.wandb_exp_name:
-        raise UserError("--wandb-project needs --wandb-exp-name: add a name of the experiment")
-    if not (args.wandb_save_dir or args.save or args.run_dir):
-        raise UserError("--wandb-project needs --wandb-save-dir or --run-dir: add one of them")
 
 
 def _check(name: str, value: Any, is_valid: Callable[[Any], bool], text: str) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_ext.errors import UserError
+from megatron_ext.trackers import TrackerSettings
 from megatron_ext.typed_flags import flag, group, may_change, must_match
 
 Thinking = Literal["none", "asked", "opened"]
@@ -110,20 +111,49 @@ class RunConfig:
     """Run."""
 
     run_dir: str = may_change(metavar="DIR")
-    """Folder of the run: checkpoints/, best/ (a Hugging Face folder), metrics.jsonl, tensorboard/
-    and run.json. A run that it already holds is resumed."""
+    """Folder of the run: checkpoints/, best/ (a Hugging Face folder), metrics.jsonl, tensorboard/,
+    train.log and run.json. A run that it already holds is resumed."""
     seed: int = must_match(0)
     """Seed of the order of the data and of sampling."""
     save_interval: int = may_change(50, metavar="STEPS", at_least=1)
     """Number of steps between two checkpoints."""
     eval_interval: int = must_match(50, metavar="STEPS", at_least=1)
     """Number of steps between two evaluations."""
+    log_interval: int | None = may_change(None, metavar="STEPS", at_least=1)
+    """Number of steps between two lines on the console; every step is in metrics.jsonl. Default: 10
+    for supervised training, 1 for training on rewards."""
+    wandb_project: str | None = may_change(None, metavar="NAME")
+    """Project of Weights & Biases to which the metrics are sent, next to TensorBoard. Default: do
+    not use it. WANDB_MODE=offline in the environment keeps everything in the folder of the run."""
+    wandb_exp_name: str | None = may_change(None, metavar="NAME")
+    """Name of the run in Weights & Biases. Default: the name of the run's folder."""
+    mlflow_experiment: str | None = may_change(None, metavar="NAME")
+    """Experiment of MLflow to which the metrics are sent. Default: do not use MLflow."""
+    mlflow_tracking_uri: str | None = may_change(None, metavar="URI")
+    """Address of MLflow's server, or folder of its files. Default: the environment variable
+    MLFLOW_TRACKING_URI, or mlflow/ in the folder of the run."""
     dry_run: int | None = may_change(
         None, metavar="RANKS", value_if_bare=lambda: int(os.environ.get("WORLD_SIZE", "1"))
     )
     """Print the parameters, the memory of a rank and the collectives of a step for a world of this
     many ranks, and end. Reads the model's config.json and no data. Default: train; without a number
     the present world."""
+
+    def __post_init__(self) -> None:
+        if self.dry_run is None:
+            self.trackers.check()
+
+    @property
+    def trackers(self) -> TrackerSettings:
+        """Experiment trackers of the run."""
+        return TrackerSettings(
+            run_dir=Path(self.run_dir),
+            tensorboard_dir=Path(self.run_dir, "tensorboard"),
+            wandb_project=self.wandb_project,
+            wandb_name=self.wandb_exp_name,
+            mlflow_experiment=self.mlflow_experiment,
+            mlflow_uri=self.mlflow_tracking_uri,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

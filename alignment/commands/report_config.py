@@ -1,12 +1,9 @@
-"""Write a report on a run of et-align train-policy, on several runs, or on a study.
+"""Write a report on a study of policies and judges, or on one run of it.
 
-    et-align report RUN [--output FOLDER]
-    et-align report RUN RUN ... [--output FOLDER]
     et-align report STUDY [--output FOLDER]
 
-The report is report.html, a page that needs no other file, and its pictures as PNG and SVG. Several
-runs are compared under the names of their folders; runs whose settings differ in the seed only are
-seeds of one arm. STUDY is a folder with study.json, which names the runs, and one folder per run.
+The report is report.html, a page that needs no other file, and its pictures as PNG and SVG. STUDY
+is a folder with study.json and one folder per run, or the folder of a run of et-align train-policy.
 Runs that have not ended are reported as far as they are.
 """
 
@@ -20,11 +17,10 @@ from megatron_ext.typed_flags import flag, parse_config
 class ReportConfig:
     """Flags of `et-align report`."""
 
-    runs: tuple[str, ...] = flag(positional=True, metavar="RUN")
-    """Folder of a run, or of several runs to compare, or of a study."""
+    study: str = flag(positional=True, metavar="STUDY")
+    """Folder of a study or of a run."""
     output: str | None = flag(None, metavar="FOLDER")
-    """Folder to write the report into. Default: report in the folder of the run or study, or
-    comparison next to the first of several runs."""
+    """Folder to write the report into. Default: STUDY/report."""
 
 
 def parse(argv: Sequence[str] | None) -> ReportConfig:

@@ -36,6 +36,7 @@ from alignment.training.loop import Metrics, TrainingSchedule, fit
 from alignment.training.run_settings import lasting_settings
 from alignment.training.sft import SupervisedStep, steps_of
 from alignment.training.training_run import TrainingRun
+from megatron_ext.console import console
 from megatron_ext.errors import UserError
 from megatron_ext.hf.end_tokens import end_tokens
 from megatron_ext.inference.sampling import Sampling
@@ -239,8 +240,9 @@ def _run(
 ) -> int:
     judge = _make_judge(config, engine, judge_format)
     others = {"critic": critic.engine} if critic else {}
+    settings = lasting_settings(config, _FILES)
     with TrainingRun(
-        Path(config.run.run_dir), engine, lasting_settings(config, _FILES), others
+        Path(config.run.run_dir), engine, settings, others, config.run.trackers
     ) as training:
         training.note(
             judge={"identity": judge_format.identity, "template": judge_format.prompt.identity}
@@ -256,10 +258,15 @@ def _run(
             return agreement([row.gold for row in validation], verdicts)
 
         if training.writes:
-            print(f"{data}; {len(validation):,} for validation; {steps:,} steps", flush=True)
+            console.line(f"{'Data':9}{data}; {len(validation):,} for validation; {steps:,} steps")
         best = BEST[judge_format.parser.pairwise] if validation else None
         plan = TrainingSchedule(
-            steps, config.run.save_interval, config.run.eval_interval, best, is_sound
+            steps,
+            config.run.save_interval,
+            config.run.eval_interval,
+            best,
+            is_sound,
+            report_every=config.run.log_interval or (10 if config.stage == "sft" else 1),
         )
         stopped = run_steps(training, plan, evaluate if validation else None)
         if stopped:
@@ -268,5 +275,5 @@ def _run(
         if not all_reduce_max(int(training.writes and (training.folder / "best").is_dir())):
             engine.export(training.folder / "best")
         if training.writes:
-            print(f"The best judge is {training.folder / 'best'}.", flush=True)
+            console.line(f"The best judge is {training.folder / 'best'}.")
     return 0

@@ -1,16 +1,9 @@
 """Command `et-align train-policy`; its help is in `train_policy_config`."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from alignment.commands.policy_judges import (
-    check_prompts,
-    describe_judges,
-    shared_with_gold,
-    warn_without_gold,
-)
 from alignment.commands.train_policy_config import TrainPolicyConfig, parse
 from alignment.commands.training_dry_run import dry_run
 from alignment.commands.training_setup import (
@@ -28,6 +21,7 @@ from alignment.data.chat_prompts import prompt_ids, warn_of_template
 from alignment.data.model_tokenizer import load_tokenizer
 from alignment.engines.batch import TokenBatch
 from alignment.engines.protocol import AlignmentEngine
+from alignment.judges.kinds.combined import CombinedConfig
 from alignment.judges.kinds.judge_kind import Judge, JudgeConfig, JudgeContext
 from alignment.judges.kinds.registry import read_judge
 from alignment.monitors.limits import MonitorLimits
@@ -46,6 +40,7 @@ from alignment.rl.train import RLComponents, train
 from alignment.training.loop import TrainingSchedule
 from alignment.training.run_settings import lasting_settings
 from alignment.training.training_run import TrainingRun
+from megatron_ext.console import console
 from megatron_ext.errors import UserError
 from megatron_ext.hf.end_tokens import end_tokens
 from megatron_ext.inference.sampling import Sampling
@@ -77,7 +72,12 @@ def run(config: TrainPolicyConfig) -> int:
     prompts = read_files(config.prompts, Prompt, options=config.rows.options)
     prompts = transform_records(prompts, config.data_transform)
     held_out = read_files(config.held_out, Prompt, options=config.rows.options)
-    check_prompts(prompts, held_out, specs)
+    _check_prompts(prompts, held_out)
+    for name, each in specs.items():
+        for spec in each:
+            if name == "proxy":
+                spec.check_prompts(prompts, "--prompts")
+            spec.check_prompts(held_out, "--held-out")
     tokenizer = load_tokenizer(config.model.model_folder, config.model.chat_template_file)
     template, max_new_tokens = config.model.template_variables, config.sampling.max_new_tokens
     tasks = [PromptTask(p.id, prompt_ids(tokenizer, p.messages, **template), p) for p in prompts]
@@ -166,15 +166,15 @@ def _train_policy(
 ) -> int:
     others = {"critic": critic.engine} if critic else {}
     with TrainingRun(
-        Path(config.run.run_dir), engine, _lasting_settings(config), others
+        Path(config.run.run_dir), engine, _lasting_settings(config), others, config.run.trackers
     ) as training:
         training.note(
             policy=config.model.model,
             algorithm=config.reinforcement.algorithm,
             seed=config.run.seed,
-            judge=describe_judges(specs["proxy"], judges["proxy"]),
-            gold=describe_judges(specs["gold"], judges.get("gold", [])),
-            second_gold=describe_judges(specs["second_gold"], judges.get("second_gold", [])),
+            judge=_describe_judges(specs["proxy"], judges["proxy"]),
+            gold=_describe_judges(specs["gold"], judges.get("gold", [])),
+            second_gold=_describe_judges(specs["second_gold"], judges.get("second_gold", [])),
         )
         monitor = ResponseMonitor(
             training,
@@ -215,7 +215,7 @@ def _train_policy(
         def stop_when(row: Mapping[str, Any]) -> str | None:
             assert grader is not None
             if training.writes and (sentence := grader.alarm.sentence(grader.history)):
-                print(sentence, flush=True)
+                console.alarm(sentence)
             if config.stop_on_alarm and row["grade/alarm"]:
                 return (
                     f"the proxy score exceeds the gold score by {row['grade/gap']:.2f} more than "
@@ -241,28 +241,73 @@ def _train_policy(
             ),
         )
         if training.writes:
-            for warning in filter(None, (shared_with_gold(specs), warn_without_gold(config))):
-                print(f"train-policy: warning: {warning}", file=sys.stderr, flush=True)
+            for warning in filter(None, (shared_with_gold(specs), _without_gold(config))):
+                console.warn(f"train-policy: warning: {warning}")
             graded = len(grader.prompts) if grader else 0
             left = f", {rl.prompts.too_long:,} too long" if rl.prompts.too_long else ""
-            print(
-                f"{len(rl.prompts.tasks):,} prompts{left}; {graded:,} held out; "
-                f"{config.steps:,} steps",
-                flush=True,
+            console.line(
+                f"{'Data':9}{len(rl.prompts.tasks):,} prompts{left}; {graded:,} held out; "
+                f"{config.steps:,} steps"
             )
         plan = TrainingSchedule(
-            config.steps, config.run.save_interval, config.run.eval_interval, stop_when=stop_when
+            config.steps,
+            config.run.save_interval,
+            config.run.eval_interval,
+            stop_when=stop_when,
+            report_every=config.run.log_interval or 1,
         )
         stopped = train(rl, plan, grader)
         for sentence in costs.sentences():
             if training.writes:
-                print(sentence, flush=True)
+                console.line(sentence)
         if stopped:
             return 128 + stopped
         engine.export(training.folder / "final")
         if training.writes:
-            print(f"The policy is {training.folder / 'final'}.", flush=True)
+            console.line(f"The policy is {training.folder / 'final'}.")
     return 0
+
+
+def _without_gold(config: TrainPolicyConfig) -> str | None:
+    """Return a warning if nothing can show that the policy games its judge."""
+    if config.gold:
+        return None
+    missing = "--gold" if config.held_out else "--gold and --held-out"
+    return (
+        f"{missing} are left out, so that this run cannot show whether the policy games its judge: "
+        "a rising reward may be no gain, and no alarm can be raised. Use this for a smoke test."
+    ).replace("--gold are", "--gold is")
+
+
+def shared_with_gold(specs: Mapping[str, Sequence[JudgeConfig]]) -> str | None:
+    """Return a warning if a judge of the rewards is also a gold judge."""
+    rewarding = {f for spec in specs["proxy"] for f in _fingerprints(spec)}
+    for name in ("gold", "second_gold"):
+        if rewarding & {spec.fingerprint for spec in specs[name]}:
+            return (
+                f"--{name.replace('_', '-')} names a judge that --judge names too: the gold judge "
+                "must not be trained on, or no gap can show that the policy is gaming its judge"
+            )
+    return None
+
+
+def _fingerprints(spec: JudgeConfig) -> set[str]:
+    """Return the fingerprints of a judge and of those that it combines."""
+    parts = spec.parts.values() if isinstance(spec, CombinedConfig) else ()
+    return {spec.fingerprint, *(f for part in parts for f in _fingerprints(part))}
+
+
+def _describe_judges(
+    specs: Sequence[JudgeConfig], judges: Sequence[Judge]
+) -> dict[str, Any] | None:
+    """Return the description of the judges of one role for run.json."""
+    if not specs:
+        return None
+    each = [spec.summary() | {"identity": j.identity} for spec, j in zip(specs, judges)]
+    if len(each) == 1:
+        return {**each[0], "agreement": specs[0].read_agreement()}
+    # The agreement of one judge is not that of the mean, which was not measured.
+    return {"name": " + ".join(e["name"] for e in each), "agreement": None, "ensemble": each}
 
 
 def _rl_settings(config: TrainPolicyConfig) -> RLSettings:
@@ -287,6 +332,20 @@ def _rl_settings(config: TrainPolicyConfig) -> RLSettings:
         max_unrewarded=config.max_unrewarded,
         rollout_filter=load_rollout_filter(config),
     )
+
+
+def _check_prompts(prompts: Sequence[Prompt], held_out: Sequence[Prompt]) -> None:
+    for flag, rows in (("--prompts", prompts), ("--held-out", held_out)):
+        ids: set[str] = set()
+        for prompt in rows:
+            if prompt.id in ids:
+                raise UserError(f"{flag} has the id {prompt.id!r} twice: remove one of its rows.")
+            ids.add(prompt.id)
+    if shared := {prompt.id for prompt in prompts} & ids:
+        raise UserError(
+            f"--held-out has the prompt {min(shared)!r}, which is in --prompts too: split "
+            "them with et-align data split."
+        )
 
 
 def _lasting_settings(config: TrainPolicyConfig) -> dict[str, Any]:

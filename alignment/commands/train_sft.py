@@ -19,6 +19,7 @@ from alignment.training.loop import TrainingSchedule, fit
 from alignment.training.run_settings import lasting_settings
 from alignment.training.sft import SupervisedStep, steps_of
 from alignment.training.training_run import TrainingRun
+from megatron_ext.console import console
 from megatron_ext.errors import UserError
 
 BEST = "validation/log_prob"  # nats per token; the highest is best
@@ -46,13 +47,21 @@ def run(config: TrainSFTConfig) -> int:
         engine, samples, config.batch.batch_size, config.batch.seq_length, config.run.seed
     )
     settings = lasting_settings(config, files=("input", "validation_input"))
-    with TrainingRun(Path(config.run.run_dir), engine, settings) as training:
+    with TrainingRun(
+        Path(config.run.run_dir), engine, settings, trackers=config.run.trackers
+    ) as training:
         if training.writes:
             left = f" ({too_long + left_out:,} too long)" if too_long + left_out else ""
             data = f"{len(samples):,} responses; {len(validation):,} for validation{left}"
-            print(f"{data}; {steps:,} steps", flush=True)
+            console.line(f"{'Data':9}{data}; {steps:,} steps")
         best = BEST if validation else None
-        plan = TrainingSchedule(steps, config.run.save_interval, config.run.eval_interval, best)
+        plan = TrainingSchedule(
+            steps,
+            config.run.save_interval,
+            config.run.eval_interval,
+            best,
+            report_every=config.run.log_interval or 10,
+        )
 
         def evaluate(step: int) -> Mapping[str, Any]:
             return {BEST: mean_log_prob(engine, validation, config.batch.seq_length)}
@@ -65,7 +74,7 @@ def run(config: TrainSFTConfig) -> int:
         if not all_reduce_max(int(training.writes and folder.is_dir())):
             engine.export(folder)
         if training.writes:
-            print(f"The best policy is {folder}.", flush=True)
+            console.line(f"The best policy is {folder}.")
     return 0
 
 

@@ -23,7 +23,7 @@ from alignment.rl.algorithms import Algorithm, algorithm_by_name
 from alignment.rl.critic import Critic, CriticSettings
 from alignment.rl.tasks import RolloutFilter
 from megatron_ext.errors import UserError
-from megatron_ext.quiet import quiet_megatron
+from megatron_ext.quiet import quiet_megatron, quiet_warnings
 
 
 def start_engine(
@@ -58,7 +58,8 @@ def start_engine(
             schedule=_load_optional(optimization.lr_schedule, "--lr-schedule"),
         )
     if config.engine == "deepspeed":
-        from alignment.engines.deepspeed import DeepSpeedEngine, ZeroSettings
+        with quiet_warnings():  # DeepSpeed names its accelerator
+            from alignment.engines.deepspeed import DeepSpeedEngine, ZeroSettings
 
         zero = ZeroSettings(
             config.zero_stage,

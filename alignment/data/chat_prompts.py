@@ -13,7 +13,6 @@ every row before the first step, and at the start of a command by `check_templat
 
 import os
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +20,7 @@ from typing import Any
 from alignment.records import Message
 from megatron_ext import chat_templates as chat
 from megatron_ext.chat_templates import THINK, Conversation, squeezed
+from megatron_ext.console import console
 from megatron_ext.errors import UserError
 from megatron_ext.hf.end_tokens import end_tokens
 
@@ -157,7 +157,7 @@ def warn_of_template(
             raise
         warning = str(error)
     if warning and os.environ.get("RANK", "0") == "0":
-        print(f"{command}: warning: {warning}", file=sys.stderr, flush=True)
+        console.warn(f"{command}: warning: {warning}")
 
 
 def _rows(messages: Sequence[Message]) -> list[dict[str, str]]:

@@ -219,6 +219,12 @@ class DeepSpeedEngine:
         """Return no metrics, because models of transformers do not report their routing."""
         return {}
 
+    def count_parameters(self) -> tuple[int, int]:
+        """Return the number of all parameters twice: which of them a token uses is not known."""
+        parameters = self._engine.module.parameters()
+        total = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)
+        return total, total
+
     @torch.no_grad()
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Iterate over the model's whole tensors under their Hugging Face names."""

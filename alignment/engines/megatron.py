@@ -7,8 +7,10 @@ those of the engine that was called last.
 
 import os
 import tempfile
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,7 @@ from alignment.engines.protocol import (
     reduce_sums,
 )
 from alignment.engines.routing_gap import RoutingComparison, mark_samples
+from alignment.engines.routing_loads import RoutingLoads
 from alignment.engines.sampler import Sampler
 from alignment.ranks import raise_on_all_ranks
 from megatron_ext.checkpoint import damage, find_checkpoint
@@ -183,7 +186,9 @@ class MegatronEngine:
             trained_only=values is None,
             values=values,
         )
-        results = self._run(parts, scorer, loss, train=True)
+        loads = RoutingLoads(parts, self.groups)
+        with loads.recorded(routers_of(self._model)):
+            results = self._run(parts, scorer, loss, train=True)
         lr = self._schedule.get_lr(self._optimizer.param_groups[0])
         if self._optimization is not None and self._optimization.schedule is not None:
             lr = self._optimization.rate(self.step)
@@ -194,6 +199,8 @@ class MegatronEngine:
             self._schedule.step(increment=1)
             self.step += 1
         means = self._means(results)
+        if values is None and self.config.num_moe_experts:
+            means |= loads.metrics()
         return StepResult(means.pop("loss"), float(norm) if stepped else None, lr, means)
 
     def generate(
@@ -226,6 +233,18 @@ class MegatronEngine:
                 batch, partial(TokenScorer, temperature=temperature), 1, train=True
             )
         return comparison.figures(batch, results[0])
+
+    def count_parameters(self) -> tuple[int, int]:
+        """Return the number of all parameters, and of those that a token uses on average."""
+        from megatron_ext.planning.dry_run.parameters import Parameters, count_parameters
+
+        args = Namespace(**{**vars(self.args), "vocab_size": self.args.hf_vocab_size})
+        stages: list[Any] = [None] * self.groups.pp.size()
+        own = count_parameters(self._model, args)
+        dist.all_gather_object(stages, own, group=self.groups.pp)
+        whole, experts = Parameters.of_model(stages), self.config.num_moe_experts
+        rate = self.config.mean_experts / experts if experts else Fraction(0)
+        return whole.total, whole.active(rate)
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Iterate over the model's whole tensors under their Hugging Face names."""

@@ -304,6 +304,9 @@ class AlignmentEngine(Protocol):
             engine that does not know their routing.
         """
 
+    def count_parameters(self) -> tuple[int, int]:
+        """Return the number of all parameters, and of those that a token uses on average."""
+
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Iterate over the model's whole tensors under their Hugging Face names, on every rank."""
 

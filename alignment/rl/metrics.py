@@ -12,6 +12,7 @@ import torch
 from alignment.engines.batch import TokenBatch
 from alignment.engines.protocol import AlignmentEngine, StepResult
 from alignment.ranks import all_gather_by_data_rank
+from alignment.records import Prompt
 from alignment.rl.advantages import informative
 from alignment.rl.rollouts import RewardResult, Rollout, RolloutGroup
 from alignment.rl.tasks import PromptTask
@@ -37,13 +38,16 @@ def response_metrics(engine: AlignmentEngine, groups: Sequence[RolloutGroup]) ->
         for task, rollouts, rewards in groups
         for rollout, reward in zip(rollouts, rewards)
     ]
+    sampled = [p for _, rollouts, _ in groups for r in rollouts for p in r.log_probs]
     differ = [rewards_differ(group) for group in groups]
     components = [
         reward.details.get("components", {}) for _, _, rewards in groups for reward in rewards
     ]
-    shares = all_gather_by_data_rank(engine, (rows, differ, components))
+    surprise = (-float(np.sum(sampled)), len(sampled))
+    shares = all_gather_by_data_rank(engine, (rows, differ, components, surprise))
     rows = [row for share in shares for row in share[0]]
     differ = [one for share in shares for one in share[1]]
+    surprises, counts = zip(*(share[3] for share in shares))
     known_rewards = [row[0] for row in rows if row[0] is not None]
     count = max(1, len(rows))
     return {
@@ -53,6 +57,9 @@ def response_metrics(engine: AlignmentEngine, groups: Sequence[RolloutGroup]) ->
             name: float(np.mean([row[place] for row in rows])) if rows else 0.0
             for place, name in enumerate(RESPONSE_METRICS, start=3)
         },
+        # The mean surprise of sampled tokens estimates the entropy of their distribution. A loss
+        # that has an entropy replaces it by the exact one.
+        "entropy": sum(surprises) / max(1, sum(counts)),
         **component_means([one for share in shares for one in share[2]], "component"),
         "groups_that_differ": sum(differ) / max(1, len(differ)),
         "rollout_staleness": sum(row[2] for row in rows) / count,
@@ -72,6 +79,21 @@ def component_means(components: Sequence[Mapping[str, float]], prefix: str) -> d
         for name, score in scores.items():
             by_name.setdefault(name, []).append(score)
     return {f"{prefix}/{name}": float(np.mean(own)) for name, own in sorted(by_name.items())}
+
+
+def sample_text(groups: Sequence[RolloutGroup], most: int = 4) -> str:
+    """Return some responses of a step with their rewards, one of each prompt, in Markdown."""
+    parts = []
+    for task, rollouts, rewards in groups[:most]:
+        prompt, response, result = task.metadata, rollouts[0], rewards[0]
+        parts.append(
+            f"**{task.id}**: reward {'none' if result.reward is None else f'{result.reward:.3f}'}, "
+            f"{len(response.tokens):,} tokens{'' if response.ended else ', cut off'}"
+        )
+        if isinstance(prompt, Prompt):
+            parts += [f"    {message.role}: {message.content}" for message in prompt.messages]
+        parts.append("\n".join(f"    {line}" for line in result.text.splitlines()))
+    return "\n\n".join(parts)
 
 
 def failure_metrics(

@@ -22,6 +22,7 @@ from alignment.rl.metrics import (
     response_metrics,
     rewards_differ,
     rollout_gap,
+    sample_text,
     update_metrics,
 )
 from alignment.rl.mini_batches import mini_batches
@@ -52,9 +53,9 @@ from alignment.training.loop import (
     TrainingSchedule,
     record_evaluation,
     resume,
-    show_progress,
     stop_on_signal,
 )
+from alignment.training.run_console import RunConsole
 from alignment.training.training_run import TrainingRun
 from megatron_ext.errors import UserError
 
@@ -137,8 +138,9 @@ def train(
     run, engine, settings, critic = rl.run, rl.engine, rl.settings, rl.critic
     algorithm, rollout_root = settings.algorithm, run.folder / "rollouts"
     served_log_probs_checked = rl.generate is None
-    with show_progress(run, schedule) as progress, stop_on_signal(run) as stop:
-        resume(run, schedule, evaluate)
+    lines = RunConsole(run, schedule.steps, schedule.report_every)
+    with lines, stop_on_signal(run) as stop:
+        resume(run, schedule, lines, evaluate)
         while run.step < schedule.steps and not run.ended:
             run.check_signals()
             step, times = run.step, StepTimes()
@@ -156,6 +158,8 @@ def train(
                 metrics |= rl.costs.metrics() if rl.costs is not None else {}
                 if rl.monitor is not None:
                     metrics |= rl.monitor.check_step(step, groups)
+                if step == 0 or schedule.evaluates_after(step + 1):
+                    run.show_text("samples", sample_text(groups))
                 refuse_failures(settings, failures, reasons)
                 store.settle(all_groups)
 
@@ -216,11 +220,11 @@ def train(
             # Log.
             metrics |= times.metrics(metrics["tokens"])
             run.finish_step(metrics)
-            progress.update(run.step, metrics)
+            lines.finish_step(run.step, metrics)
 
             # Evaluate and save.
             if schedule.evaluates_after(run.step):
-                record_evaluation(run, schedule, evaluate)
+                record_evaluation(run, schedule, lines, evaluate)
             if schedule.saves_after(run.step) or run.ended:
                 run.save()
     return stop.signal

@@ -11,7 +11,6 @@ settings of generation_config.json, and send the key in MEGATRON_ET_JUDGE_API_KE
 """
 
 import asyncio
-import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
@@ -36,6 +35,7 @@ from alignment.endpoints.retry import RetryPolicy
 from alignment.engines.protocol import AlignmentEngine, GeneratedResponse
 from alignment.polling import run_async_while_polling
 from alignment.ranks import all_gather_by_data_rank, is_share_leader
+from megatron_ext.console import console
 from megatron_ext.errors import UserError
 from megatron_ext.inference.sampling import Sampling
 
@@ -354,4 +354,4 @@ def _no_record(place: int, response: GeneratedResponse) -> tuple[str, Mapping[st
 
 
 def _report(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+    console.warn(message)

@@ -1,4 +1,4 @@
-"""Common parts of all training loops: resuming, evaluation, checkpoints, signals, progress."""
+"""Common parts of all training loops: resuming, evaluation, checkpoints, signals, the console."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -6,9 +6,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from alignment.training.run_console import RunConsole
 from alignment.training.training_run import StoppedBySignal, TrainingRun
+from megatron_ext.console import console
 from megatron_ext.errors import UserError
-from megatron_ext.progress import Progress
 
 Metrics = Mapping[str, Any]
 
@@ -28,6 +29,7 @@ class TrainingSchedule:
         best: Metric of an evaluation whose highest value marks the best model.
         sound: Function that returns whether an evaluation covers enough items to mark a model.
         stop_when: Function that returns why an evaluation is the last one, or None.
+        report_every: Steps between two lines on the console.
     """
 
     steps: int
@@ -36,6 +38,7 @@ class TrainingSchedule:
     best: str | None = None
     sound: Callable[[Metrics], bool] = lambda metrics: True
     stop_when: Callable[[Metrics], str | None] = lambda metrics: None
+    report_every: int = 1
 
     def evaluates_after(self, step: int) -> bool:
         """Return whether the model is evaluated after a number of steps."""
@@ -64,16 +67,18 @@ def fit(
     Returns:
         The number of the signal that stopped the run, or 0.
     """
-    with show_progress(run, schedule) as progress, stop_on_signal(run) as stop:
-        resume(run, schedule, evaluate)
+    lines = RunConsole(run, schedule.steps, schedule.report_every)
+    with lines, stop_on_signal(run) as stop:
+        resume(run, schedule, lines, evaluate)
         while run.step < schedule.steps and not run.ended:
             run.check_signals()
             begin = time.perf_counter()
             metrics = train(run.step)
-            run.finish_step({**metrics, "seconds": time.perf_counter() - begin})
-            progress.update(run.step, metrics)
+            metrics = {**metrics, "seconds": time.perf_counter() - begin}
+            run.finish_step(metrics)
+            lines.finish_step(run.step, metrics)
             if schedule.evaluates_after(run.step):
-                record_evaluation(run, schedule, evaluate)
+                record_evaluation(run, schedule, lines, evaluate)
             if schedule.saves_after(run.step) or run.ended:
                 run.save()
     return stop.signal
@@ -82,13 +87,15 @@ def fit(
 def resume(
     run: TrainingRun,
     schedule: TrainingSchedule,
+    lines: RunConsole,
     evaluate: Callable[[int], Metrics] | None,
 ) -> None:
     """Load the newest checkpoint if there is one, and run an evaluation that is still due."""
     run.resume()
     run.note(steps=schedule.steps)
+    lines.resume(run.step)
     if schedule.evaluates_after(run.step) and not run.evaluated:
-        record_evaluation(run, schedule, evaluate)
+        record_evaluation(run, schedule, lines, evaluate)
         if run.step:
             run.save()
 
@@ -96,6 +103,7 @@ def resume(
 def record_evaluation(
     run: TrainingRun,
     schedule: TrainingSchedule,
+    lines: RunConsole,
     evaluate: Callable[[int], Metrics] | None,
 ) -> None:
     """Evaluate the model, log and print its metrics, and export it if it is the best so far.
@@ -113,8 +121,7 @@ def record_evaluation(
         raise
     run.evaluated = True
     run.log({"step": run.step, **metrics})
-    if run.writes:
-        print(f"step {run.step}: {_summary(metrics)}", flush=True)
+    lines.evaluate(run.step, metrics)
     # The metric of an untrained judge may be undefined.
     value = metrics.get(schedule.best) if schedule.best is not None else None
     if schedule.best is not None and value is not None:
@@ -140,38 +147,7 @@ def stop_on_signal(run: TrainingRun) -> Iterator[StopSignal]:
         if run.step > run.saved:
             run.save()
         if run.writes:
-            print(
-                f"{stopped} after step {run.step}. Run the same command again to resume.",
-                flush=True,
-            )
+            console.line(f"{stopped} after step {run.step}. Run the same command again to resume.")
         return
     if run.ended and run.writes:
-        print(f"Stopped after step {run.step}: {run.ended}", flush=True)
-
-
-class StepProgress:
-    """Progress bar of a training on rank 0; nothing on the other ranks."""
-
-    def __init__(self, bar: Progress | None) -> None:
-        """Wrap a progress bar, or None."""
-        self._bar = bar
-
-    def update(self, step: int, metrics: Metrics) -> None:
-        """Show the number of finished steps and the first metrics of the last one."""
-        if self._bar is not None:
-            self._bar.update(step, _summary(metrics, most=4))
-
-
-@contextmanager
-def show_progress(run: TrainingRun, schedule: TrainingSchedule) -> Iterator[StepProgress]:
-    """Show a progress bar on rank 0 while a block runs."""
-    if not run.writes:
-        yield StepProgress(None)
-        return
-    with Progress("training", schedule.steps, "steps") as bar:
-        yield StepProgress(bar)
-
-
-def _summary(metrics: Metrics, most: int = 12) -> str:
-    numbers = [(n, v) for n, v in metrics.items() if isinstance(v, int | float)]
-    return ", ".join(f"{name} {value:.4g}" for name, value in numbers[:most])
+        console.alarm(f"Stopped after step {run.step}: {run.ended}")

@@ -57,6 +57,7 @@ class SupervisedStep:
             "lr": result.lr,
             "tokens": sum(len(sample.tokens) for sample in chosen),
             "trained_tokens": sum(len(s.tokens) - s.prompt for s in chosen),
+            **result.metrics,
             "epoch": (first + self.batch_size) / len(self.samples),
         }
 

@@ -5,7 +5,6 @@ checkpoint and writes the metrics of later steps again.
 """
 
 import json
-import os
 import shutil
 import signal
 import sys
@@ -20,8 +19,10 @@ import torch.distributed as dist
 from alignment.engines.protocol import AlignmentEngine
 from alignment.rounding import exceeds
 from megatron_ext.checkpoint import TRACKER
+from megatron_ext.console import console, log_name
 from megatron_ext.errors import UserError
 from megatron_ext.processes import lock_folder
+from megatron_ext.trackers import Trackers, TrackerSettings
 from megatron_ext.training.checks import commit, versions
 from megatron_ext.training.metrics import keep_rows
 from megatron_ext.training.saving import write_atomically
@@ -56,6 +57,7 @@ class TrainingRun:
         engine: AlignmentEngine,
         settings: Mapping[str, Any],
         others: Mapping[str, AlignmentEngine] | None = None,
+        trackers: TrackerSettings | None = None,
     ) -> None:
         """Make the directory, or check that it belongs to the same run.
 
@@ -64,9 +66,11 @@ class TrainingRun:
             engine: Engine of the model that is trained.
             settings: JSON values that must not change when a run resumes.
             others: Engines of other models that are trained together with this one, by name.
+            trackers: Experiment trackers. Default: TensorBoard.
 
         Raises:
-            UserError: The directory belongs to a run with other settings, or is in use.
+            UserError: The directory belongs to a run with other settings or is in use, or a tracker
+                does not start.
         """
         self.folder, self.engine, self.step = folder, engine, 0
         self.others = dict(others or {})
@@ -75,14 +79,22 @@ class TrainingRun:
         self.writes = dist.get_rank() == 0
         self._signal = 0
         self._lock: Any = None
-        self._board: Any = None
+        self._trackers: Trackers | None = None
         self._before: dict[int, Any] = {}
         self._exits: list[Callable[[], None]] = []
         self._resumes: list[Callable[[int], None]] = []
         self.settings = json.loads(json.dumps(settings))
         if self.writes:
             self._open()
+            chosen = trackers or TrackerSettings(
+                run_dir=folder, tensorboard_dir=folder / "tensorboard"
+            )
+            self._trackers = Trackers(chosen, self.settings)
         dist.barrier()
+        log = folder / log_name()
+        console.log_to(log)
+        if self.writes:
+            console.line(f"{'Run':9}{folder}, all other output in {log}")
 
     def __enter__(self) -> Self:
         for number in _SIGNALS:
@@ -96,8 +108,8 @@ class TrainingRun:
             call()
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        if self._board is not None:
-            self._board.close()
+        if self._trackers is not None:
+            self._trackers.close()
         if self._lock is not None:
             self._lock.close()
 
@@ -132,7 +144,9 @@ class TrainingRun:
                 "checkpoint. Restore the file, or start again in another --run-dir."
             )
         if self.writes:
-            keep_rows(self.folder / "metrics.jsonl", self._remains)
+            dropped = keep_rows(self.folder / "metrics.jsonl", self._remains)
+            if self._trackers is not None:
+                self._trackers.skip(dropped)
         dist.barrier()
         for call in self._resumes:
             call(self.step)
@@ -153,9 +167,13 @@ class TrainingRun:
             return
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
-        for name, value in row.items():
-            if name != "step" and isinstance(value, int | float):
-                self._writer().add_scalar(name, value, row["step"])
+        if self._trackers is not None:
+            self._trackers.log(row["step"], row)
+
+    def show_text(self, tag: str, text: str) -> None:
+        """Send a text of the next step, in Markdown, to the trackers."""
+        if self._trackers is not None:
+            self._trackers.text(self.step + 1, tag, text)
 
     def finish_step(self, metrics: Mapping[str, Any]) -> None:
         """Count a step, and log its metrics under its number."""
@@ -291,15 +309,6 @@ class TrainingRun:
             path = self.folder / "run.json"
             record = json.loads(path.read_text()) | entries
             write_atomically(path, json.dumps(record, indent=1) + "\n")
-
-    def _writer(self) -> Any:
-        if self._board is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(
-                os.fspath(self.folder / "tensorboard"), purge_step=self.step
-            )
-        return self._board
 
 
 def _device() -> Any:

@@ -67,7 +67,7 @@ def training(
     )  # fmt: skip
     files = ("first.json", "metrics.jsonl", "run.json", "samples.jsonl")
     return Step(
-        name, about, command, run / "train.log", [run / makes], depends,
+        name, about, command, run / "console.log", [run / makes], depends,
         [run / part for part in (*folders, *files)],
         environment=_environment(threads, on_gpus),
         watch=TrainingProgress(run / "metrics.jsonl", None, name, figure=figure),

@@ -108,7 +108,7 @@ def training(
 
     Args:
         name, about: As in `Step`.
-        run: Folder of the run. Its log is train.log.
+        run: Folder of the run. Its console is in console.log.
         flags: Flags of pretrain_et.py after those of the dataset and the recipes.
         recipes: Recipes in order.
     """
@@ -126,7 +126,7 @@ def training(
             *(word for recipe in recipes for word in ("--recipe", str(recipe))),
             *("--run-dir", str(run), *corpus.flags, *plain, *flags),
         ],
-        run / "train.log",
+        run / "console.log",
         makes=[run / "checkpoints", run / "metrics.jsonl"],
         depends=[*corpus.files, *(file for recipe in recipes for file in with_bases(recipe))],
         resumes=[run / part for part in left],

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.checkpoint import TRACKER
+from megatron_ext.console import console
 from megatron_ext.data.tokenizer_identity import (
     cached_folder,
     check_tokenizer_content,
@@ -222,4 +223,4 @@ def _inside(path: Path, folder: Path) -> bool:
 def _say(message: str) -> None:
     """Print a message on the first rank."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"{Path(sys.argv[0]).stem}: {message}", file=sys.stderr, flush=True)
+        console.warn(f"{Path(sys.argv[0]).stem}: {message}")

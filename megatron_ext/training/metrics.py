@@ -1,14 +1,13 @@
-"""Metrics of a run: rows of `metrics.jsonl`, and MoE metrics in TensorBoard.
+"""Metrics of a run: rows of `metrics.jsonl`, experiment trackers and lines of the console.
 
-Megatron logs losses to the console and TensorBoard. The functions that do so are wrapped here to
-write the same values, together with those of this project, as one JSON object per line.
+Megatron's functions that log losses are wrapped here to write the same values, together with those
+of this project, as one JSON object per line, and to send them to the trackers.
 """
 
 import json
-import re
 import time
-from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,12 @@ import torch
 import torch.distributed as dist
 from megatron.core import mpu
 from megatron.core.num_microbatches_calculator import get_num_microbatches
-from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer, is_last_rank
+from megatron.training import get_args, global_vars, is_last_rank
 from megatron.training.training import num_floating_point_operations
 
-from megatron_ext.devices import is_cpu_device
+from megatron_ext.trackers import Trackers
+from megatron_ext.training.layer_summary import load_picture, summarize_layers
+from megatron_ext.training.run_console import RunConsole
 from megatron_ext.training.schedule import record_step
 from megatron_ext.training.step import RoutingStep
 
@@ -31,6 +32,8 @@ class MetricLog:
         path: Path of `metrics.jsonl`, or None to write no file. Rows of steps after the one from
             which training resumes are dropped, because the resumed run writes them again.
         step: Source of the routing metrics.
+        console: Lines that the run prints.
+        trackers: Experiment trackers on the last rank, None on the others.
         peak_flops: Peak FLOP/s of one device, for MFU, or None if unknown.
         record: Function to call once, after the first step, so that a start without training
             leaves no record.
@@ -40,26 +43,63 @@ class MetricLog:
         self,
         path: Path | None,
         step: RoutingStep,
+        console: RunConsole,
+        trackers: Trackers | None,
         peak_flops: float | None,
         record: Callable[[], None] | None = None,
     ) -> None:
         self.path, self.step, self.peak_flops = path, step, peak_flops
+        self.console, self.trackers = console, trackers
+        if trackers is not None:  # Megatron tests for a writer, and forwards all it logs
+            global_vars._GLOBAL_TENSORBOARD_WRITER = MegatronTags(trackers)
         self._record = record
         self._opened = False
         self._seconds = 0.0
         self._evaluating, self._evaluated_sets = ("val_loss", 0), 0
+        self._is_final = False
+
+    def __enter__(self) -> "MetricLog":
+        """Begin to write metrics."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Send what the trackers have not sent yet."""
+        if self.trackers is not None:
+            self.trackers.close()
 
     def time_step(self, train_step: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap Megatron's `train_step` to measure the duration of a step."""
 
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
+        def wrapped(forward_step: Any, data: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+            self.console.describe_model(model)
+            self.console.seconds_waiting = 0.0
             start = time.perf_counter()
-            result = train_step(*args, **kwargs)
+            result = train_step(forward_step, data, model, *args, **kwargs)
             torch.cuda.synchronize()
             self._seconds = time.perf_counter() - start
             return result
 
         return wrapped
+
+    def time_data(self, forward_step: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap the forward step to measure how long it waits for data."""
+
+        @wraps(forward_step)
+        def wrapped(data_iterator: Any, *args: Any, **kwargs: Any) -> Any:
+            iterator = None if data_iterator is None else self._timed(data_iterator)
+            return forward_step(iterator, *args, **kwargs)
+
+        return wrapped
+
+    def _timed(self, data_iterator: Iterator[Any]) -> Iterator[Any]:
+        while True:
+            start = time.perf_counter()
+            try:
+                sample = next(data_iterator)
+            except StopIteration:
+                return
+            self.console.seconds_waiting += time.perf_counter() - start
+            yield sample
 
     def training_log(self, training_log: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap Megatron's `training_log` to write a training row."""
@@ -78,19 +118,29 @@ class MetricLog:
                 self._record = None
             # loss_scale, report_memory_flag, skipped_iter, grad_norm
             skipped, grad_norm = args[2], args[3]
-            figures = self._all_figures()
+            loss = loss_dict.get("lm loss")
+            loss, layers = self._of_all_stages(None if loss is None else float(loss))
+            row = {
+                "step": iteration,
+                "tokens": settings.trained_tokens,
+                "loss": loss,
+                "lr": lr,
+                "grad_norm": None if grad_norm is None else float(grad_norm),
+                "skipped": bool(skipped),
+                **self._throughput(sequences),
+            }
+            summary = summarize_layers(layers)
             if is_last_rank():
-                loss = loss_dict.get("lm loss")
-                row = {
-                    "step": iteration,
-                    "tokens": settings.trained_tokens,
-                    "loss": None if loss is None else float(loss),
-                    "lr": lr,
-                    "grad_norm": None if grad_norm is None else float(grad_norm),
-                    "skipped": bool(skipped),
-                    **self._throughput(sequences),
+                names = {
+                    f"moe/layer_{number:02d}/{name}": value
+                    for number, figures in layers.items()
+                    for name, value in figures.items()
                 }
-                self._write(row | figures, iteration)
+                self._write(row | names, iteration)
+                self._track(row, summary, names if settings.log_layers else {})
+                if self.trackers is not None and layers and not iteration % settings.log_interval:
+                    self.trackers.image(iteration, "moe/expert_load", load_picture(layers))
+            self.console.finish_step(row, summary)
             return result
 
         return wrapped
@@ -102,6 +152,7 @@ class MetricLog:
             # forward_step_func, data_iterator, model, iteration
             self._evaluated_sets = 0
             self._evaluating = ("test_loss" if "test set" in prefix else "val_loss", args[3])
+            self._is_final = prefix.endswith(" set")
             return evaluate(prefix, *args, **kwargs)
 
         return wrapped
@@ -111,15 +162,22 @@ class MetricLog:
 
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             result = evaluate(*args, **kwargs)
-            losses = result[0]
-            if is_last_rank() and losses and "lm loss" in losses:
+            losses = result[0] or {}
+            loss = float(losses["lm loss"]) if "lm loss" in losses else None
+            loss, _ = self._of_all_stages(loss)
+            if loss is not None:
                 name, iteration = self._evaluating
                 if get_args().multiple_validation_sets and name == "val_loss":
                     # Megatron evaluates one set after the other, in the order of the flags.
                     names = get_args().validation_set_names
                     name += f"/{names[self._evaluated_sets] if names else self._evaluated_sets}"
                     self._evaluated_sets += 1
-                self._write({"step": iteration, name: float(losses["lm loss"])}, iteration)
+                if is_last_rank():
+                    row = {"step": iteration, name: loss}
+                    self._write(row, iteration)
+                    if self.trackers is not None:
+                        self.trackers.log(iteration, row)
+                self.console.evaluate(name, iteration, loss, final=self._is_final)
             return result
 
         return wrapped
@@ -144,125 +202,91 @@ class MetricLog:
             "mfu": per_device / self.peak_flops if self.peak_flops else None,
         }
 
-    def _all_figures(self) -> dict[str, Any]:
-        """Return the metrics of all layers, named `moe/layer_NN/...` (NN from 0), on every rank."""
+    def _of_all_stages(self, loss: float | None) -> tuple[float | None, dict[int, dict[str, Any]]]:
+        """Return the loss, which the last stage has, and the routing metrics of all layers.
+
+        A collective of the pipeline stages.
+
+        Args:
+            loss: Loss of this step, None on other stages than the last.
+
+        Returns:
+            The loss, and the metrics by layer, counted from 0, in their order.
+        """
         layers = self.step.figures
         if mpu.get_pipeline_model_parallel_world_size() > 1:
-            stages: list[dict[int, Any]] = [
-                {} for _ in range(mpu.get_pipeline_model_parallel_world_size())
-            ]
-            dist.all_gather_object(stages, layers, group=mpu.get_pipeline_model_parallel_group())
-            layers = {number: figures for stage in stages for number, figures in stage.items()}
-        return {
-            f"moe/layer_{number:02d}/{name}": value
-            for number, figures in sorted(layers.items())
-            for name, value in figures.items()
-        }
+            stages: list[Any] = [None] * mpu.get_pipeline_model_parallel_world_size()
+            group = mpu.get_pipeline_model_parallel_group()
+            dist.all_gather_object(stages, (loss, layers), group=group)
+            loss = stages[-1][0]
+            layers = {number: figures for _, part in stages for number, figures in part.items()}
+        return loss, dict(sorted(layers.items()))
+
+    def _track(
+        self, row: dict[str, Any], summary: dict[str, float], layers: dict[str, Any]
+    ) -> None:
+        """Send the metrics of a step to the trackers."""
+        if self.trackers is not None and row["step"] % get_args().tensorboard_log_interval == 0:
+            means = {f"moe/{name}": value for name, value in summary.items()}
+            self.trackers.log(row["step"], row | means | layers)
 
     def _write(self, row: dict[str, Any], iteration: int) -> None:
-        """Write a row to TensorBoard, Weights & Biases and the file of metrics."""
+        """Write a row to the file of metrics."""
         args = get_args()
-        scalars = {
-            name: value
-            for name, value in row.items()
-            if isinstance(value, int | float)
-            and (
-                name.startswith("moe/") or name in ("tokens_per_s", "mfu", "flops_per_s_per_device")
-            )
-        }
-        if (writer := get_tensorboard_writer()) and iteration % args.tensorboard_log_interval == 0:
-            for name, value in scalars.items():
-                writer.add_scalar(name, value, iteration)
-        if (wandb := get_wandb_writer()) and scalars:
-            wandb.log(scalars, iteration)
         if self.path is None:
             return
         if not self._opened:
             self._opened = True
-            keep_rows(self.path, lambda row: row["step"] <= args.iteration)
+            dropped = keep_rows(self.path, lambda row: row["step"] <= args.iteration)
+            if self.trackers is not None:
+                self.trackers.skip(dropped)
         if iteration % args.log_interval:  # lists by expert are long
             row = {name: value for name, value in row.items() if not isinstance(value, list)}
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
 
-def peak_flops(args: Namespace) -> float | None:
-    """Return the peak FLOP/s of one device.
+class MegatronTags:
+    """Writer that Megatron takes for TensorBoard's: sends what Megatron alone measures.
 
-    It is the value of `--peak-tflops`, that of the data sheet for a known GPU, or measured on a
-    CPU; None for any other GPU.
+    The tags begin with `megatron/`. What is among the metrics of this project is left out, and so
+    are the same values over the number of samples.
     """
-    if args.peak_tflops is not None:
-        return float(args.peak_tflops) * 1e12
-    if not is_cpu_device():
-        return known_peak(torch.cuda.get_device_name())
-    a, b = torch.randn(2, 1024, 1024)
-    fastest = float("inf")
-    for _ in range(5):
-        start = time.perf_counter()
-        torch.mm(a, b)
-        fastest = min(fastest, time.perf_counter() - start)
-    return 2 * 1024**3 / fastest
+
+    _KNOWN = ("lm loss", "learning-rate", "grad-norm", "batch-size", "world-size")
+
+    def __init__(self, trackers: Trackers) -> None:
+        self._trackers = trackers
+
+    def add_scalar(self, name: str, value: Any, step: int) -> None:
+        """Send a number."""
+        if not name.startswith(self._KNOWN) and not name.endswith(" vs samples"):
+            self._trackers.log(step, {f"megatron/{name.replace(' ', '-')}": float(value)})
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        """Ignore texts, among them all settings, which are in run.json."""
+        return lambda *args, **kwargs: None
 
 
-# Peak TFLOP/s of dense bf16 products on tensor cores, from the data sheets of the manufacturers.
-_DENSE_BF16_TFLOPS = {
-    "A10": 125.0,
-    "A10G": 70.0,
-    "A30": 165.0,
-    "A40": 149.7,
-    "A100": 312.0,
-    "A800": 312.0,
-    "L4": 121.0,
-    "L20": 119.5,
-    "L40": 181.0,
-    "L40S": 362.0,
-    "H20": 148.0,
-    "H100": 989.0,
-    "H100 PCIe": 756.0,
-    "H100 NVL": 835.0,
-    "H800": 989.0,
-    "H800 PCIe": 756.0,
-    "H200": 989.0,
-    "H200 NVL": 835.0,
-    "GH200": 989.0,
-    "B100": 1750.0,
-    "B200": 2250.0,
-    "GB200": 2500.0,
-    "B300": 2250.0,
-    "GB300": 2500.0,
-}
+def keep_rows(path: Path, condition: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+    """Remove the rows of a file that do not meet a condition, and an incomplete last line.
 
-
-# Parts of a device's name that do not change its peak.
-_WITHOUT_EFFECT = re.compile(r"nvidia|tesla|sxm\d*|\d+gb?|hbm\d\w?|3e")
-
-
-def known_peak(device: str) -> float | None:
-    """Return the peak FLOP/s of a GPU for dense bf16 products, or None if it is unknown.
-
-    >>> known_peak("NVIDIA H100 NVL")
-    835000000000000.0
-    >>> known_peak("NVIDIA H1000")
+    Returns:
+        The rows that were removed.
     """
-    words = re.split(r"[\s_-]+", device.lower())
-    name = " ".join(word for word in words if not _WITHOUT_EFFECT.fullmatch(word))
-    peaks = {key.lower(): peak for key, peak in _DENSE_BF16_TFLOPS.items()}
-    peak = peaks.get(name, peaks.get(name.removesuffix(" pcie")))
-    return None if peak is None else peak * 1e12
-
-
-def keep_rows(path: Path, condition: Callable[[dict[str, Any]], bool]) -> None:
-    """Remove the rows of a file that do not meet a condition, and an incomplete last line."""
     if not path.exists():
-        return
-    rows = []
+        return []
+    lines, removed = [], []
     for line in path.read_text().splitlines():
         try:
-            if condition(json.loads(line)):
-                rows.append(line)
+            row = json.loads(line)
+            if condition(row):
+                lines.append(line)
+            else:
+                removed.append(row)
         except (ValueError, KeyError, TypeError):
             continue
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(line + "\n" for line in rows))
+    temporary.write_text("".join(line + "\n" for line in lines))
     temporary.replace(path)
+    return removed

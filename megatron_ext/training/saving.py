@@ -26,6 +26,7 @@ from megatron_ext.checkpoint import (
     iterations,
     write_and_digest,
 )
+from megatron_ext.console import console
 from megatron_ext.errors import UserError
 from megatron_ext.training.launch import Launch
 
@@ -57,7 +58,7 @@ def choose_checkpoint(args: Namespace, launch: Launch) -> Path | None:
     for name in older:
         if not launch.first_problem(name, damage(folder / name, launch.rank, launch.size)):
             if launch.rank == 0:
-                print(f"{message}; resuming from {folder / name}", flush=True)
+                console.warn(f"{message}; resuming from {folder / name}")
             args.ckpt_step = int(name.removeprefix("iter_"))
             return folder / name
     raise UserError(

@@ -18,6 +18,7 @@ from functools import wraps
 from types import FrameType
 from typing import Any
 
+from megatron_ext.console import console
 from megatron_ext.training.launch import Launch
 
 # Files in which a rank waits for others.
@@ -146,10 +147,8 @@ class Watchdog:
     def _print(self, message: str) -> None:
         """Print a message on standard error, after the name of the program and the step."""
         name = os.path.basename(sys.argv[0])
-        print(
-            f"{name}: no progress for {self.timeout:g} s in step {self.step()}: {message}",
-            file=sys.stderr,
-            flush=True,
+        console.error(
+            f"{name}: no progress for {self.timeout:g} s in step {self.step()}: {message}"
         )
 
     def _place(self) -> tuple[str, bool]:

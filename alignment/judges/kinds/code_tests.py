@@ -4,7 +4,6 @@ kind: code-tests
 tests: test_list      # a column of the prompts' metadata
 """
 
-import sys
 from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -28,6 +27,7 @@ from alignment.judges.verifiers.code_tests import (
     run_tests,
 )
 from alignment.records import Prompt
+from megatron_ext.console import console
 from megatron_ext.errors import UserError
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class CodeTestsConfig(VerifierConfig):
             UserError: If this machine cannot confine programs.
         """
         if warning := _try_confinement(self.name):
-            print(warning, file=sys.stderr, flush=True)
+            console.warn(warning)
         return super().open(context)
 
     def shared_engine(self, context: JudgeContext) -> "AlignmentEngine | None":

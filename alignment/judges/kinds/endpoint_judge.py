@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -28,6 +27,7 @@ from alignment.polling import run_async_while_polling
 from alignment.ranks import all_gather_by_data_rank, is_share_leader
 from alignment.records import Verdict
 from alignment.rounding import EXACT, SINGLE
+from megatron_ext.console import console
 from megatron_ext.errors import UserError
 
 _COUNTS = ("answers", "prompt_tokens", "completion_tokens")
@@ -222,7 +222,7 @@ class EndpointJudge:
         """Show a sentence once, however often the judge is asked."""
         if message not in self._reported:
             self._reported.add(message)
-            print(f"the judge {self._config.name}: {message}", file=sys.stderr, flush=True)
+            console.warn(f"the judge {self._config.name}: {message}")
 
     def _check(self, answer: Answer) -> None:
         """Raise a UserError if no answer of this endpoint can have an expected score."""

@@ -229,8 +229,8 @@ class JudgeConfig(BaseModel):
         if settings.dry_run and self.asks_endpoints:
             raise UserError(
                 f"--dry-run estimates one endpoint, and {self.name} of kind {self.kind} combines "
-                "judges. Pass the file of its endpoint as --judge; a component behind a gate "
-                "makes fewer calls."
+                "judges. Pass the file of its endpoint as --judge; a component behind a gate is "
+                "asked less often."
             )
         if settings.dry_run:
             print(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_ext.training.metrics import known_peak
+from megatron_ext.devices.peak_flops import known_peak
 
 
 @pytest.mark.parametrize(
