@@ -14,11 +14,11 @@ from typing import Any
 from alignment.data import preference_rows, response_rows
 from alignment.data.people_labels import PersonLabel
 from alignment.data.preference_rows import find_sides
+from alignment.data.read_options import ReadOptions
 from alignment.data.source_row import (
     SYNONYMS,
     AmbiguousColumns,
     LabeledRecord,
-    ReadOptions,
     Record,
     SourceRow,
     find_column,
@@ -195,7 +195,7 @@ class RecordFile:
                     return schema, roles
         except AmbiguousColumns as error:
             raise UserError(f"{self.path} {error}") from None
-        raise UserError(_unknown(self.path, columns))
+        raise UserError(_unknown(self.path, columns, explicit))
 
     def _convert(self, values: Mapping[str, Any], number: int) -> list[LabeledRecord]:
         assert self.schema is not None
@@ -263,11 +263,11 @@ def labels_of(record: Record) -> list[PersonLabel]:
     return []
 
 
-def _unknown(path: str | Path, columns: Collection[str]) -> str:
+def _unknown(path: str | Path, columns: Collection[str], explicit: Mapping[str, str]) -> str:
     names = {name for groups in SYNONYMS.values() for group in groups for name in group}
     near = {c: match[0] for c in columns if (match := get_close_matches(c.lower(), names, 1, 0.75))}
     roles = {name: role for role, groups in SYNONYMS.items() for group in groups for name in group}
-    advice = [f"{roles[name]}={column}" for column, name in near.items()]
+    advice = [f"{roles[name]}={explicit.get(column, column)}" for column, name in near.items()]
     known = "; ".join(f"{schema.columns} ({schema.name})" for schema in SCHEMAS)
     return (
         f"{path} has the columns {', '.join(columns) or '(none)'}, which no known schema has. Name "

@@ -111,6 +111,8 @@ def _ends(columns: Sequence[str]) -> tuple[str, str]:
 def opening_of(row: SourceRow) -> list[Message] | None:
     """Return the messages of the prompt's column, or None where a row has none."""
     prompt = row.get("prompt")
+    if isinstance(prompt, Mapping) and isinstance(prompt.get("messages"), list):
+        prompt = prompt["messages"]  # OpenAI's preferences have them in the column input
     if prompt in (None, "", []):
         return None
     if not isinstance(prompt, str) or is_json_messages(prompt):
