@@ -205,13 +205,17 @@ class RecordFile:
             raise UserError(f"no {missing[0]!r}, which the rows before it have")
         row = SourceRow(values, self.roles, self.source, self.options)
         records = self.schema.convert(row)
-        self.omissions.update(dict.fromkeys([*row.omissions, *shadowed], 1))
+        if row.omissions or shadowed:
+            self.omissions.update(dict.fromkeys([*row.omissions, *shadowed], 1))
         record = records[0].record
         assert not isinstance(record, Verdict)
         prompt = record if isinstance(record, Prompt) else record.prompt
-        self.metadata.update(list(prompt.metadata))
-        self.labels.update(label.annotator for item in records for label in item.labels)
-        return [replace(item, number=number) for item in records]
+        if prompt.metadata:
+            self.metadata.update(list(prompt.metadata))
+        for item in records:
+            for label in item.labels:
+                self.labels[label.annotator] += 1
+        return [LabeledRecord(item.record, item.labels, number) for item in records]
 
     @property
     def description(self) -> str:

@@ -5,6 +5,7 @@ import decimal
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import sha256
 from typing import Any
 
@@ -43,8 +44,13 @@ def find_column(role: str, columns: Iterable[str], explicit: Collection[str] = (
     Raises:
         AmbiguousColumns: Several columns may play it.
     """
+    return _find_column(role, tuple(columns), role in explicit)
+
+
+@lru_cache(maxsize=4096)  # the rows of a file have the same columns
+def _find_column(role: str, columns: tuple[str, ...], is_explicit: bool) -> str | None:
     known = {name.strip().lower().replace(" ", "_").replace("-", "_"): name for name in columns}
-    if role in explicit or role not in SYNONYMS:
+    if is_explicit or role not in SYNONYMS:
         return role if role in columns else known.get(role)
     for names in SYNONYMS[role]:
         matches = [known[name] for name in names if name in known]
@@ -93,6 +99,11 @@ class SourceRow:
         name = self.column(role)
         self._read.add(name)
         return self._values.get(name)
+
+    @property
+    def columns(self) -> set[str]:
+        """Columns of the row."""
+        return set(self._values)
 
     def peek(self, role: str) -> Any:
         """Return the value of the column that plays a role, or None, without counting it."""
