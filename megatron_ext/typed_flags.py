@@ -64,7 +64,8 @@ def flag(
         name: Name on the command line. Default: the field's, with hyphens.
         short: Second, short name on the command line, such as -n.
         metavar: Placeholder for the value in the help.
-        positional: The value is given by its place, without the flag's name.
+        positional: The value is given by its place, without the flag's name. With a default it
+            may be left out.
         repeat: The flag is repeated for several values, where it otherwise takes several.
         several: A flag that can be repeated takes several values each time.
         choices: Permitted values, where they come from a registry; otherwise write a Literal type.
@@ -271,6 +272,8 @@ def _argument(of: Flag) -> dict[str, Any]:
         else:
             any_number = "*" if metadata.get("value_if_bare") else "+"
             argument["nargs"] = any_number if others == [Ellipsis] else 1 + len(others)
+    elif metadata.get("positional") and default is not MISSING:
+        argument["nargs"] = "?"
     elif bare := metadata.get("value_if_bare"):
         argument |= {"nargs": "?", "const": bare()}
     if get_origin(kind) is Literal:

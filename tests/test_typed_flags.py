@@ -129,3 +129,23 @@ def test_configurations_of_commands_import_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptionalPlace:
+    """Flags of a command with a value by place that may be left out."""
+
+    first: str = flag(positional=True, metavar="FIRST")
+    """First file."""
+    second: str | None = flag(None, positional=True, metavar="SECOND")
+    """Second file."""
+
+
+def test_a_value_by_place_with_a_default_may_be_left_out() -> None:
+    def parsed(*words: str) -> OptionalPlace:
+        return parse_config(OptionalPlace, words, "et-align command", None)
+
+    assert parsed("a") == OptionalPlace(first="a")
+    assert parsed("a", "b") == OptionalPlace(first="a", second="b")
+    with pytest.raises(UserError, match="requires FIRST"):
+        parsed()

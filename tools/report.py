@@ -22,9 +22,9 @@ from typing import Any
 from megatron_ext.errors import ToolParser, UserError, run_tool
 from megatron_ext.inspection.routed_text import RoutedText, route
 from megatron_ext.quiet import quiet_megatron
-from megatron_ext.reports.run_metrics import RunMetrics, summary
+from megatron_ext.reports.run_metrics import RunMetrics, refuse_policy_run, summary
 from megatron_ext.reports.run_page import Page
-from megatron_ext.reports.run_picture import draw, draw_panels
+from megatron_ext.reports.run_picture import draw, draw_panels, page_panels
 
 _MAX_CHARACTERS = 1200  # number of characters that fit in a picture
 _OF_ONE_RUN = ("unigram", "bigram", "validation", "sample", "text_file", "panels")
@@ -62,6 +62,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def report(run_dir: Path, options: ReportFlags) -> None:
     """Write report.png and report.html of one run, and print its losses."""
+    refuse_policy_run(run_dir)
     metrics = RunMetrics.read(run_dir)
     validation = _optional_json(options.validation or run_dir / "validation.json")
     for name in ("unigram", "bigram"):
@@ -83,7 +84,7 @@ def report(run_dir: Path, options: ReportFlags) -> None:
         run=run_dir.name,
         summary=headline,
         metrics=metrics,
-        picture=(run_dir / "report.png").read_bytes(),
+        panels=page_panels(metrics, baselines, final),
         configuration=_optional_json(run_dir / "run.json"),
         validation=validation,
         sample=_optional_json(options.sample or run_dir / "sample.json"),
@@ -94,6 +95,8 @@ def report(run_dir: Path, options: ReportFlags) -> None:
     temporary.write_text(page.html(), encoding="utf-8")
     temporary.replace(target)
     print(f"wrote {run_dir / 'report.png'} and {target}")
+    if page.unfinished:
+        print(page.unfinished)
     if options.panels and metrics.layers:
         print(f"wrote {', '.join(map(str, draw_panels(metrics, Path(options.panels))))}")
     if headline:

@@ -4,7 +4,7 @@ import itertools
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,18 @@ from alignment.commands.agreement_config import AgreementConfig, parse
 from alignment.judges.formats.scale import read_verdicts
 from alignment.statistics.agreement_measures import AgreementData, alone
 from alignment.statistics.agreement_pictures import draw
-from alignment.statistics.agreement_text import AgreementSummary, table
+from alignment.statistics.agreement_text import (
+    COMPARED,
+    AgreementSummary,
+    difference_table,
+    table,
+)
 from alignment.statistics.bootstrap import LEVEL, Indices, estimates
+from alignment.statistics.judge_difference import (
+    AgreementDifference,
+    agreement_differences,
+    judged_by_both,
+)
 from alignment.statistics.slices import keys_of, read_items
 from alignment.statistics.verdict_alignment import (
     align_verdicts,
@@ -43,23 +53,32 @@ def run(config: AgreementConfig) -> None:
         UserError: The files do not fit each other.
         TooFewResults: No item has a verdict in both files.
     """
-    files = [Path(config.first), Path(config.second)]
+    files = [Path(name) for name in (config.first, config.second, config.third) if name]
     names = [str(file) for file in files]
-    scales = {"--first-scale": config.first_scale, "--second-scale": config.second_scale}
+    scales = {
+        "--first-scale": config.first_scale,
+        "--second-scale": config.second_scale,
+        "--third-scale": config.third_scale,
+    }
     verdicts = [
         verdicts_by_item(read_verdicts(file, scale, flag, config.rows.options), str(file))
         for file, (flag, scale) in zip(files, scales.items())
     ]
-    items = shared_items(verdicts[0], verdicts[1], config.common, names)[: config.rows.limit]
+    items = list(verdicts[0])
+    for other, name in zip(verdicts[1:], names[1:]):
+        shared = set(shared_items(verdicts[0], other, config.common, [names[0], name]))
+        items = [item for item in items if item in shared]
+    items = items[: config.rows.limit]
     # A limit counts the items that are compared, not those of --items.
     options = replace(config.rows.options, limit=None)
     rows = read_items(Path(config.items), items, options) if config.items else None
     judges = [align_verdicts(each, items, name) for each, name in zip(verdicts, names)]
-    if judges[0].pairwise != judges[1].pairwise:
-        raise UserError(
-            f"{names[0]} and {names[1]} cannot be compared: one has scores and the other has "
-            "preferences. Give two files of one kind."
-        )
+    for judge, name in zip(judges[1:], names[1:]):
+        if judge.pairwise != judges[0].pairwise:
+            raise UserError(
+                f"{names[0]} and {name} cannot be compared: one has scores and the other has "
+                "preferences. Give files of one kind."
+            )
     compared = AgreementData(judges[0], judges[1], config.label == "mean")
     keys = items
     if config.resample == "prompt":
@@ -68,7 +87,7 @@ def run(config: AgreementConfig) -> None:
     slices: dict[str, dict[str, Indices]] = {
         name: keys_of(name, compared, rows, _MOST_SLICES) for name in config.slice
     }
-    steps = 1 + sum(len(parts) for parts in slices.values())
+    steps = 1 + sum(len(parts) for parts in slices.values()) + len(judges[2:])
     with Progress("resampling", steps * config.resamples, "resamples") as progress:
         done = itertools.count(1)
         measure = partial(
@@ -80,9 +99,19 @@ def run(config: AgreementConfig) -> None:
             name: {key: measure(places) for key, places in slice_places.items()}
             for name, slice_places in slices.items()
         }
+        differences: dict[str, AgreementDifference] = {}
+        if len(judges) > 2:
+            differences = agreement_differences(
+                judges[0], (judges[1], judges[2]), COMPARED[judges[0].pairwise], keys,
+                config.resamples, seed=config.seed, permutations=config.resamples,
+                use_mean=config.label == "mean", advance=lambda: progress.update(next(done)),
+            )  # fmt: skip
     print(table(judges[0].pairwise, whole, parts))
+    if differences:
+        both = len(judged_by_both(judges[1], judges[2]))
+        print("\n" + difference_table(differences, names, both))
     if config.output:
-        _write(Path(config.output), compared, names, whole, parts, config)
+        _write(Path(config.output), compared, names, whole, parts, differences, config)
     if not whole.both:
         raise TooFewResults(
             f"None of the {len(items):,} items was judged successfully in both {names[0]} and "
@@ -120,6 +149,7 @@ def _write(
     names: Sequence[str],
     whole: AgreementSummary,
     parts: Mapping[str, Mapping[str, AgreementSummary]],
+    differences: Mapping[str, AgreementDifference],
     config: AgreementConfig,
 ) -> None:
     labels, counts = compared.confusion()
@@ -140,6 +170,11 @@ def _write(
             {"second": b, "first": a, "items": count} for b, a, count in compared.calibration()
         ],
     }
+    if differences:
+        content["differences"] = {
+            "third": {"file": names[2]},
+            "figures": {name: asdict(result) for name, result in differences.items()},
+        }
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "agreement.json"
     temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")

@@ -1,6 +1,11 @@
-"""Measure how well one judge agrees with another on the same items.
+"""Measure how well one judge agrees with another on the same items, or which of two agrees better.
 
-    et-align agreement GOLD.jsonl OTHER.jsonl --items ITEMS.jsonl --output DIR
+    et-align agreement GOLD.jsonl JUDGE.jsonl --items ITEMS.jsonl --output DIR
+    et-align agreement GOLD.jsonl JUDGE.jsonl OTHER.jsonl
+
+With a third file, the command also compares the second and third judge: the difference between
+their agreements with the first, over the items that both judged, with a paired bootstrap interval
+and the p-value of a permutation test that exchanges the two judges.
 
 Prints every statistic with a bootstrap interval, and writes agreement.json and agreement.png to
 --output. A statistic that these verdicts do not define is reported as undefined, with the reason.
@@ -25,6 +30,8 @@ class AgreementConfig:
     """Verdicts that count as right: those of the gold judge, or a file with labels of people."""
     second: str = flag(positional=True, metavar="SECOND")
     """Verdicts to compare with them."""
+    third: str | None = flag(None, positional=True, metavar="THIRD")
+    """Verdicts of another judge, to compare its agreement with that of the second."""
     items: str | None = flag(None, metavar="FILE")
     """Responses or pairs that were judged; required for --slice and for --resample prompt. Default:
     none."""
@@ -36,6 +43,9 @@ class AgreementConfig:
     second_scale: tuple[float, float] | None = flag(None, metavar="LOW HIGH")
     """Lowest and highest score of the second file, whose scores are mapped to 0 to 9. Default: 0
     9."""
+    third_scale: tuple[float, float] | None = flag(None, metavar="LOW HIGH")
+    """Lowest and highest score of the third file, whose scores are mapped to 0 to 9. Default: 0
+    9."""
     label: Literal["first", "mean"] = flag("first")
     """Label of an item that was judged several times: that of the first verdict, or the mean."""
     resample: Literal["item", "prompt"] = flag("item")
@@ -44,7 +54,7 @@ class AgreementConfig:
     """Property of the items by which to report the statistics of parts of them as well. Can be
     repeated. Default: none."""
     resamples: int = flag(1000, metavar="N", at_least=1)
-    """Number of resamples of the bootstrap."""
+    """Number of resamples of the bootstrap, and largest number of permutations of the test."""
     seed: int = flag(0)
     """Seed of the bootstrap."""
     output: str | None = flag(None, metavar="DIR")
@@ -52,9 +62,16 @@ class AgreementConfig:
     rows: RowsConfig = group()
 
     def __post_init__(self) -> None:
-        for name, scale in (("first", self.first_scale), ("second", self.second_scale)):
+        scales = {"first": self.first_scale, "second": self.second_scale, "third": self.third_scale}
+        for name, scale in scales.items():
             if scale:
                 check_scale(scale, f"--{name}-scale")
+        if self.third_scale and self.third is None:
+            raise UserError("--third-scale is for a third file. Name the file, or leave it out.")
+        files = [self.first, self.second, *([self.third] if self.third else [])]
+        for file in files:
+            if files.count(file) > 1:
+                raise UserError(f"{file} occurs twice. Name the verdicts of different judges.")
         if self.items is None and self.resample == "prompt":
             raise UserError("--resample prompt needs --items, which has the prompt of each item.")
         for name in self.slice:

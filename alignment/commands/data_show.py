@@ -4,7 +4,6 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
 from alignment.commands.config_groups import ModelConfig
@@ -46,17 +45,18 @@ def show_rows(config: ShowConfig) -> None:
         print(_legend(color))
     left = config.rows.limit
     for path in expand_row_files([config.file], "FILE"):
-        file, count, malformed = RecordFile(path, options=config.rows.options), 0, 0
-        for item in islice(file.read(), left):
+        file, count = RecordFile(path, options=config.rows.options), 0
+        for item in file.read():
+            if left is not None and left <= 0:
+                break
+            left = None if left is None else left - 1
             if isinstance(item, MalformedRow):
                 print(f"\n{path}, {item}. No command can use this row.")
-                malformed += 1
-            else:
-                printer.show(item)
+                continue
             count += 1
-        left = None if left is None else left - count
+            printer.show(item)
         if file.schema is not None:
-            print(f"\n{describe(file, count - malformed)}")
+            print(f"\n{describe(file, count)}")
 
 
 def _legend(color: bool) -> str:

@@ -3,24 +3,21 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
 
 from alignment.commands.promote_config import PromoteConfig, parse
 from alignment.judges.formats.scale import read_verdicts
 from alignment.judges.results import reasons_of, require_results
 from alignment.rounding import EXACT, Floats, exceeds
-from alignment.statistics.agreement_measures import AgreementData
 from alignment.statistics.agreement_text import aligned, cells
-from alignment.statistics.bootstrap import Estimate, Indices, estimates
+from alignment.statistics.bootstrap import Estimate
+from alignment.statistics.judge_difference import agreement_differences, judged_by_both
 from alignment.statistics.slices import read_items
 from alignment.statistics.verdict_alignment import (
     AlignedVerdicts,
     align_verdicts,
-    groups_of,
     shared_items,
     verdicts_by_item,
 )
@@ -131,29 +128,17 @@ def compare(
             f"{', '.join(names)} cannot be compared: some have scores and others have preferences. "
             "Give files of one kind."
         )
-    # An item that one judge fails on must not count for the other: it may be a hard one.
-    both = np.flatnonzero(_unjudged(judges[1]) + _unjudged(judges[2]) == 0)
     keys = items
     if judged_items:
         keys = [row.prompt.id for row in read_items(Path(judged_items), items)]
-    groups = [both[group] for group in groups_of([keys[place] for place in both])]
     name = "accuracy" if judges[0].pairwise else "alpha_interval"
-    figures: list[Callable[[Indices], float]] = [
-        AgreementData(judges[0], judge).agreement()[name] for judge in judges[1:]
-    ]
-    each = estimates(
-        {
-            "current": figures[0],
-            "candidate": figures[1],
-            "difference": lambda places: figures[1](places) - figures[0](places),
-        },
-        groups,
-        resamples,
-    )
+    pair = (judges[1], judges[2])
+    result = agreement_differences(judges[0], pair, [name], keys, resamples)[name]
     lost = [float(_unjudged(j).sum() / j.verdicts.sum()) for j in judges[1:]]
     return JudgeComparison(
-        len(both), (lost[0], lost[1]), each["current"], each["candidate"], each["difference"]
-    )
+        len(judged_by_both(*pair)), (lost[0], lost[1]), result.first, result.second,
+        result.difference,
+    )  # fmt: skip
 
 
 def _unjudged(judge: AlignedVerdicts) -> Floats:

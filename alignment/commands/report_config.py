@@ -1,9 +1,12 @@
-"""Write a report on a study of policies and judges, or on one run of it.
+"""Write a report on a run of et-align train-policy, on several runs, or on a study.
 
+    et-align report RUN [--output FOLDER]
+    et-align report RUN RUN ... [--output FOLDER]
     et-align report STUDY [--output FOLDER]
 
-The report is report.html, a page that needs no other file, and its pictures as PNG and SVG. STUDY
-is a folder with study.json and one folder per run, or the folder of a run of et-align train-policy.
+The report is report.html, a page that needs no other file, and its pictures as PNG and SVG. Several
+runs are compared under the names of their folders; runs whose settings differ in the seed only are
+seeds of one arm. STUDY is a folder with study.json, which names the runs, and one folder per run.
 Runs that have not ended are reported as far as they are.
 """
 
@@ -17,10 +20,11 @@ from megatron_ext.typed_flags import flag, parse_config
 class ReportConfig:
     """Flags of `et-align report`."""
 
-    study: str = flag(positional=True, metavar="STUDY")
-    """Folder of a study or of a run."""
+    runs: tuple[str, ...] = flag(positional=True, metavar="RUN")
+    """Folder of a run, or of several runs to compare, or of a study."""
     output: str | None = flag(None, metavar="FOLDER")
-    """Folder to write the report into. Default: STUDY/report."""
+    """Folder to write the report into. Default: report in the folder of the run or study, or
+    comparison next to the first of several runs."""
 
 
 def parse(argv: Sequence[str] | None) -> ReportConfig:

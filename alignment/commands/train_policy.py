@@ -4,6 +4,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from alignment.commands.policy_judges import (
+    check_prompts,
+    describe_judges,
+    shared_with_gold,
+    warn_without_gold,
+)
 from alignment.commands.train_policy_config import TrainPolicyConfig, parse
 from alignment.commands.training_dry_run import dry_run
 from alignment.commands.training_setup import (
@@ -21,7 +27,6 @@ from alignment.data.chat_prompts import prompt_ids, warn_of_template
 from alignment.data.model_tokenizer import load_tokenizer
 from alignment.engines.batch import TokenBatch
 from alignment.engines.protocol import AlignmentEngine
-from alignment.judges.kinds.combined import CombinedConfig
 from alignment.judges.kinds.judge_kind import Judge, JudgeConfig, JudgeContext
 from alignment.judges.kinds.registry import read_judge
 from alignment.monitors.limits import MonitorLimits
@@ -72,12 +77,7 @@ def run(config: TrainPolicyConfig) -> int:
     prompts = read_files(config.prompts, Prompt, options=config.rows.options)
     prompts = transform_records(prompts, config.data_transform)
     held_out = read_files(config.held_out, Prompt, options=config.rows.options)
-    _check_prompts(prompts, held_out)
-    for name, each in specs.items():
-        for spec in each:
-            if name == "proxy":
-                spec.check_prompts(prompts, "--prompts")
-            spec.check_prompts(held_out, "--held-out")
+    check_prompts(prompts, held_out, specs)
     tokenizer = load_tokenizer(config.model.model_folder, config.model.chat_template_file)
     template, max_new_tokens = config.model.template_variables, config.sampling.max_new_tokens
     tasks = [PromptTask(p.id, prompt_ids(tokenizer, p.messages, **template), p) for p in prompts]
@@ -172,9 +172,9 @@ def _train_policy(
             policy=config.model.model,
             algorithm=config.reinforcement.algorithm,
             seed=config.run.seed,
-            judge=_describe_judges(specs["proxy"], judges["proxy"]),
-            gold=_describe_judges(specs["gold"], judges.get("gold", [])),
-            second_gold=_describe_judges(specs["second_gold"], judges.get("second_gold", [])),
+            judge=describe_judges(specs["proxy"], judges["proxy"]),
+            gold=describe_judges(specs["gold"], judges.get("gold", [])),
+            second_gold=describe_judges(specs["second_gold"], judges.get("second_gold", [])),
         )
         monitor = ResponseMonitor(
             training,
@@ -241,7 +241,7 @@ def _train_policy(
             ),
         )
         if training.writes:
-            for warning in filter(None, (shared_with_gold(specs), _without_gold(config))):
+            for warning in filter(None, (shared_with_gold(specs), warn_without_gold(config))):
                 console.warn(f"train-policy: warning: {warning}")
             graded = len(grader.prompts) if grader else 0
             left = f", {rl.prompts.too_long:,} too long" if rl.prompts.too_long else ""
@@ -268,48 +268,6 @@ def _train_policy(
     return 0
 
 
-def _without_gold(config: TrainPolicyConfig) -> str | None:
-    """Return a warning if nothing can show that the policy games its judge."""
-    if config.gold:
-        return None
-    missing = "--gold" if config.held_out else "--gold and --held-out"
-    return (
-        f"{missing} are left out, so that this run cannot show whether the policy games its judge: "
-        "a rising reward may be no gain, and no alarm can be raised. Use this for a smoke test."
-    ).replace("--gold are", "--gold is")
-
-
-def shared_with_gold(specs: Mapping[str, Sequence[JudgeConfig]]) -> str | None:
-    """Return a warning if a judge of the rewards is also a gold judge."""
-    rewarding = {f for spec in specs["proxy"] for f in _fingerprints(spec)}
-    for name in ("gold", "second_gold"):
-        if rewarding & {spec.fingerprint for spec in specs[name]}:
-            return (
-                f"--{name.replace('_', '-')} names a judge that --judge names too: the gold judge "
-                "must not be trained on, or no gap can show that the policy is gaming its judge"
-            )
-    return None
-
-
-def _fingerprints(spec: JudgeConfig) -> set[str]:
-    """Return the fingerprints of a judge and of those that it combines."""
-    parts = spec.parts.values() if isinstance(spec, CombinedConfig) else ()
-    return {spec.fingerprint, *(f for part in parts for f in _fingerprints(part))}
-
-
-def _describe_judges(
-    specs: Sequence[JudgeConfig], judges: Sequence[Judge]
-) -> dict[str, Any] | None:
-    """Return the description of the judges of one role for run.json."""
-    if not specs:
-        return None
-    each = [spec.summary() | {"identity": j.identity} for spec, j in zip(specs, judges)]
-    if len(each) == 1:
-        return {**each[0], "agreement": specs[0].read_agreement()}
-    # The agreement of one judge is not that of the mean, which was not measured.
-    return {"name": " + ".join(e["name"] for e in each), "agreement": None, "ensemble": each}
-
-
 def _rl_settings(config: TrainPolicyConfig) -> RLSettings:
     algorithm = select_algorithm(
         config,
@@ -332,20 +290,6 @@ def _rl_settings(config: TrainPolicyConfig) -> RLSettings:
         max_unrewarded=config.max_unrewarded,
         rollout_filter=load_rollout_filter(config),
     )
-
-
-def _check_prompts(prompts: Sequence[Prompt], held_out: Sequence[Prompt]) -> None:
-    for flag, rows in (("--prompts", prompts), ("--held-out", held_out)):
-        ids: set[str] = set()
-        for prompt in rows:
-            if prompt.id in ids:
-                raise UserError(f"{flag} has the id {prompt.id!r} twice: remove one of its rows.")
-            ids.add(prompt.id)
-    if shared := {prompt.id for prompt in prompts} & ids:
-        raise UserError(
-            f"--held-out has the prompt {min(shared)!r}, which is in --prompts too: split "
-            "them with et-align data split."
-        )
 
 
 def _lasting_settings(config: TrainPolicyConfig) -> dict[str, Any]:

@@ -43,8 +43,8 @@ class TrainPolicyConfig(ReinforcementTrainingConfig):
     held_out: tuple[str, ...] = must_match((), metavar="FILE")
     """Prompts for grading, none of them in --prompts. Default: none, so that nothing is graded."""
     gold: tuple[str, ...] = must_match((), metavar="FILE.yaml", repeat=True)
-    """Gold judge, which grades and is not trained on. Can be repeated. Default: none, so that it
-    cannot be seen whether the policy games its judge."""
+    """Gold judge, which grades and is not trained on. Can be repeated. Default: none, so that
+    nothing shows whether the policy games its judge."""
     second_gold: tuple[str, ...] = must_match((), metavar="FILE.yaml", repeat=True)
     """Gold judge of another kind, which shows whether the first one is gamed. Can be repeated.
     Default: none."""

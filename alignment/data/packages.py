@@ -9,7 +9,7 @@ import json
 import re
 import tarfile
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,8 @@ def _mtbench(questions: str, references: str) -> Iterator[Prompt]:
             reference = known[number - 1] if known else None
             rubric = f"It agrees with this reference answer:\n{reference}" if reference else None
             source = f"mtbench/{question['category']}"
-            yield prompt_of(list(messages), source, f"mtbench-{id}-{number}", rubric)
+            prompt = prompt_of(list(messages), source, f"mtbench-{id}-{number}", rubric)
+            yield replace(prompt, metadata={"reference": reference}) if reference else prompt
             messages.append(Message("assistant", reference or ""))
 
 
@@ -110,7 +111,10 @@ def _ifbench(prompts: str) -> Iterator[Prompt]:
             rules.append(f"- {name}" + (f" ({', '.join(values)})" if values else ""))
         rubric = "It meets every one of these constraints:\n" + "\n".join(rules)
         messages = [Message("user", row["prompt"])]
-        yield prompt_of(messages, "ifbench", f"ifbench-{row['key']}", rubric)
+        prompt = prompt_of(messages, "ifbench", f"ifbench-{row['key']}", rubric)
+        arguments = [{k: v for k, v in given.items() if v is not None} for given in row["kwargs"]]
+        columns = {"instruction_id_list": row["instruction_id_list"], "kwargs": arguments}
+        yield replace(prompt, metadata=columns)
 
 
 def _writingbench(prompts: str) -> Iterator[Prompt]:

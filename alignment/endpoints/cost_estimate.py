@@ -209,7 +209,7 @@ def count_prompt_tokens(
     if stride == 1:
         return tokens, counter.source
     scale = characters / max(1, sampled)
-    return tokens * scale, f"{counter.source} in every {stride:,}th prompt"
+    return tokens * scale, f"{counter.source}, in one of every {stride:,} prompts"
 
 
 def format_hours(seconds: float) -> str:

@@ -109,7 +109,7 @@ class Grader:
             sampling: How responses are sampled.
             judges: Judges by role: "proxy", and perhaps "gold" and "second_gold". Without "gold"
                 there is no gap, and no alarm can be raised.
-            folder: Directory of the run, for samples.jsonl and first.json.
+            folder: Directory of the run, for samples.jsonl, grades.jsonl and first.json.
             template: Variables of the chat template.
             reference: Function that returns log-probabilities under the start policy, for the
                 divergence from it. None to leave it out.
@@ -299,6 +299,7 @@ class Grader:
             findings = self.monitor.findings(responses, scores["proxy"])
             row |= {f"monitor_held_out/{n}": share for n, share in findings.shares.items()}
             self._write_samples(step, responses, scores, findings.flags)
+            self._write_scores(step, responses, scores)
         return row
 
     def _errors(
@@ -356,6 +357,20 @@ class Grader:
         temporary = file.with_name(".samples.tmp")
         temporary.write_text("".join(row + "\n" for row in rows))
         temporary.replace(file)
+
+    def _write_scores(
+        self,
+        step: int,
+        responses: Sequence[Response],
+        scores: Mapping[str, Sequence[float | None]],
+    ) -> None:
+        """Write the scores of every held-out prompt, for intervals over prompts in reports.
+
+        A resumed run writes a step again; the last row of a step counts.
+        """
+        row = {"step": step, "prompts": [r.prompt.id for r in responses], "scores": dict(scores)}
+        with open(self.folder / "grades.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
 
     def _divergence(
         self, share: Sequence[tuple[Prompt, Sequence[int]]], rollouts: Sequence[Rollout]

@@ -20,6 +20,9 @@ from alignment.training.training_run import TrainingRun
 from megatron_ext.console import console
 from megatron_ext.training.saving import write_atomically
 
+ROLLOUTS_PER_STEP = 8
+"""Number of responses of each step in `RUN/rollouts.jsonl`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RoutingCheck:
@@ -42,7 +45,7 @@ class ResponseMonitor:
     """Monitor of a run's responses, with its detectors and the typical lengths.
 
     An alarm is printed when it begins. The alarms of each step are written to `RUN/alarms`, with
-    examples.
+    examples, and some responses of each step to `RUN/rollouts.jsonl`, which reports show.
     """
 
     def __init__(
@@ -107,6 +110,7 @@ class ResponseMonitor:
             if self._keep_responses:
                 write_responses(self.run.folder, step + 1, responses[: self._keep_responses])
             findings = self.findings(responses, rewards)
+            append_rollouts(self.run.folder, step + 1, responses, rewards, findings)
             self._report(step + 1, findings)
             metrics |= {**findings.metrics(), "monitor_alarms": len(findings.alarms)}
         return metrics
@@ -130,6 +134,34 @@ class ResponseMonitor:
             file = self.run.folder / "alarms" / f"step_{step:06d}.json"
             file.parent.mkdir(exist_ok=True)
             write_atomically(file, json.dumps(record, ensure_ascii=False, indent=1) + "\n")
+
+
+def append_rollouts(
+    folder: Path,
+    step: int,
+    responses: Sequence[Response],
+    rewards: Sequence[float | None],
+    findings: BatchFindings,
+) -> None:
+    """Append some responses of a step to `rollouts.jsonl`, flagged ones first, for reports.
+
+    A resumed run appends a step again; the last row of a response counts.
+    """
+    # The sort is stable: after the flagged responses, one of every prompt comes first.
+    order = sorted(range(len(responses)), key=lambda place: not findings.flags[place])
+    with open(folder / "rollouts.jsonl", "a") as file:
+        for place in order[:ROLLOUTS_PER_STEP]:
+            response = responses[place]
+            row = {
+                "step": step,
+                "id": response.id,
+                "prompt": response.prompt.id,
+                "messages": response.prompt.to_row()["messages"],
+                "response": response.text,
+                "scores": {"reward": rewards[place]},
+                "flags": sorted(findings.flags[place]),
+            }
+            file.write(json.dumps(row) + "\n")
 
 
 def write_responses(folder: Path, step: int, responses: Sequence[Response]) -> None:

@@ -6,9 +6,17 @@ from typing import Any
 
 from alignment.statistics.agreement_measures import TITLES
 from alignment.statistics.bootstrap import Estimate
+from alignment.statistics.judge_difference import AgreementDifference
 
 # Figures of a slice in the table, by whether the verdicts are pairwise; the JSON has all of them.
 _MAIN = {False: ("alpha_interval", "quadratic_kappa", "bias"), True: ("accuracy", "alpha_nominal")}
+
+
+COMPARED = {
+    False: ("alpha_interval", "quadratic_kappa", "spearman", "absolute_error", "exact"),
+    True: ("accuracy", "alpha_nominal", "exact"),
+}
+"""Figures by which two judges are compared, by whether the verdicts are pairwise."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,44 @@ def table(
         ]
         lines += ["", *aligned([header, *rows])]
     return "\n".join(lines + _notes(whole))
+
+
+def difference_table(
+    differences: Mapping[str, AgreementDifference], names: Sequence[str], items: int
+) -> str:
+    """Format the differences between two judges' agreements with the first, after a sentence.
+
+    Args:
+        differences: Differences by figure, the main one first.
+        names: Names of the three judges or of their files.
+        items: Number of items that both judges judged.
+    """
+    main, result = next(iter(differences.items()))
+    change = result.difference
+    if change.value is None or change.low is None or change.high is None:
+        verdict = f"The difference is not known: {change.reason or 'it has no interval'}"
+    else:
+        words = "not clearly more or less than"
+        if change.low > 0:
+            words = "more than"
+        elif change.high < 0:
+            words = "less than"
+        p = "" if result.p is None else f", p = {result.p:.3f}"
+        verdict = (
+            f"{names[2]} agrees with {names[0]} {words} {names[1]}: {TITLES[main]} "
+            f"{change.value:+.3f} (95 % interval {change.low:+.3f} to {change.high:+.3f}{p})"
+        )
+    header = [
+        f"on {items:,} items that both judged", "second", "", "third", "", "difference", "", "p",
+    ]  # fmt: skip
+    rows = [
+        [
+            TITLES[name], *cells(each.first), *cells(each.second), *cells(each.difference),
+            "" if each.p is None else f"{each.p:.3f}",
+        ]
+        for name, each in differences.items()
+    ]  # fmt: skip
+    return "\n".join([f"{verdict}.", "", *aligned([header, *rows])])
 
 
 def cells(estimate: Estimate) -> list[str]:

@@ -1,6 +1,5 @@
 """Page of texts whose tokens are colored by fan-out, with the pictures of all figures."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 from markupsafe import Markup
 
 from megatron_ext.inspection.routed_text import RoutedText
-from megatron_ext.reports.html import render
+from megatron_ext.reports.html import render, script_json
 
 _STYLE = Path(__file__).with_name("page.css")
 _SCRIPT = Path(__file__).with_name("page.js")
@@ -83,10 +82,7 @@ def _script_data(texts: dict[str, RoutedText]) -> Markup:
             for text in texts.values()
         ],
     }
-    encoded = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    for sign in "<>&\u2028\u2029":
-        encoded = encoded.replace(sign, f"\\u{ord(sign):04x}")
-    return Markup(encoded)
+    return script_json(content)
 
 
 def _route(experts: list[int], margins: list[float]) -> list[float | None]:

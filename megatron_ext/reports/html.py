@@ -5,10 +5,13 @@ and pictures from `templates/macros.html`. All values are escaped.
 """
 
 import base64
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 _SHARED = Path(__file__).with_name("templates")
 
@@ -30,3 +33,17 @@ def render(template: Path, **values: Any) -> str:
     )
     environment.filters["base64"] = lambda data: base64.b64encode(data).decode()
     return environment.get_template(template.name).render(**values)
+
+
+def script_json(content: Any) -> Markup:
+    """Return JSON for a script element, in which no text can end the element."""
+    encoded = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    for sign in "<>&\u2028\u2029":
+        encoded = encoded.replace(sign, f"\\u{ord(sign):04x}")
+    return Markup(encoded)
+
+
+def script_hash(script: str) -> str:
+    """Return the source of a content security policy that permits this script and no other."""
+    digest = hashlib.sha256(script.encode()).digest()
+    return f"'sha256-{base64.b64encode(digest).decode()}'"

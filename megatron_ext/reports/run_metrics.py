@@ -225,6 +225,22 @@ class RunMetrics:
         return float(fan_out[:, steps <= self.warmup_end].mean() / experts) if experts > 0 else None
 
 
+def refuse_policy_run(run_dir: Path) -> None:
+    """Refuse the folder of a run that trained a policy, which has a report of its own kind.
+
+    Raises:
+        UserError: The run is one of et-align train-policy.
+    """
+    try:
+        record = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    if isinstance(record, dict) and isinstance(record.get("judge"), dict):
+        raise UserError(
+            f"{run_dir} is a run of et-align train-policy. Use et-align report {run_dir}."
+        )
+
+
 def _column(rows: list[Row], name: str) -> Floats:
     """Return a metric of every row, `[rows]`; NaN where a row lacks it."""
     return np.array([np.nan if (v := row.get(name)) is None else v for row in rows], dtype=float)

@@ -1,13 +1,16 @@
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from megatron_ext.errors import UserError
 from megatron_ext.inspection.routed_text import RoutedText
 from megatron_ext.reports.run_metrics import RunMetrics
+from megatron_ext.reports.run_panels import run_panels
 from megatron_ext.reports.run_picture import draw
 from tests.distributed import run_ranks
 from tests.inference.checkpoint import run_dir  # noqa: F401
@@ -54,6 +57,43 @@ def test_report_of_a_run_without_experts(tmp_path: Path) -> None:
     report.main(["--run-dir", str(run)])
     assert is_png(run / "report.png")
     assert "Routing by layer" not in (run / "report.html").read_text()
+
+
+def test_report_of_an_unfinished_run_without_validation_or_thresholds(
+    tmp_path: Path, capsys: Any
+) -> None:
+    rows = [training_row(step) for step in (1, 2)]
+    rows = [{n: v for n, v in row.items() if "threshold" not in n} for row in rows]
+    run = write_run(tmp_path / "run", rows)
+    (run / "run.json").write_text(json.dumps({"settings": {"train_iters": 800}}))
+    report.main([str(run)])
+    sentence = "The run has made 2 of 800 steps."
+    assert capsys.readouterr().out.splitlines()[-1] == sentence
+    page = (run / "report.html").read_text()
+    assert sentence in page
+    # Panels without data, of thresholds, loads and fan-out, are left out.
+    assert re.findall(r'<img alt="([^"]*)"', page) == [
+        "losses over steps", "usage and capacity over steps",
+    ]  # fmt: skip
+    assert 'name="viewport" content="width=device-width, initial-scale=1"' in page
+
+
+def test_panels_of_a_short_run_show_every_step_inside_of_their_axes() -> None:
+    metrics = RunMetrics([training_row(step) for step in (1, 2, 3)])
+    figure = Figure()
+    for panel, axes in zip(run_panels(metrics, {}), figure.subplots(1, 4)):
+        panel.draw(axes)
+        low, high = axes.get_xlim()
+        assert low < 1 and high > 3
+    loss = figure.axes[0].get_lines()[0]
+    assert loss.get_label() == "training" and loss.get_marker() == "o"
+
+
+def test_report_refuses_a_run_of_a_policy(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [{"step": 1, "loss": 0.5, "reward": 3.0}])
+    (run / "run.json").write_text(json.dumps({"judge": {"name": "a"}, "settings": {}}))
+    with pytest.raises(UserError, match=r"is a run of et-align train-policy\. Use et-align report"):
+        report.main([str(run)])
 
 
 @pytest.mark.parametrize(

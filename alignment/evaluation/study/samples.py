@@ -58,7 +58,7 @@ def _gap(sample: ResponseSample) -> float:
 
 def _pair(start: ResponseSample, end: ResponseSample) -> tuple[str, ShownSample, ShownSample]:
     prompt = "\n".join(f"{role}: {text}" for role, text in start.messages)
-    return _text(prompt), _side(start), _side(end)
+    return visible(prompt), _side(start), _side(end)
 
 
 def _side(sample: ResponseSample) -> ShownSample:
@@ -69,12 +69,12 @@ def _side(sample: ResponseSample) -> ShownSample:
     return {
         "step": sample.step,
         "scores": scores,
-        "flags": [_text(flag) for flag in sample.flags],
-        "response": _text(sample.response),
+        "flags": [visible(flag) for flag in sample.flags],
+        "response": visible(sample.response),
     }
 
 
-def _text(text: str) -> str:
+def visible(text: str) -> str:
     """Return a text in which characters that are invisible or turn letters around are numbers."""
     return "".join(f"\\u{ord(c):04x}" if _hidden(c) else c for c in text)
 

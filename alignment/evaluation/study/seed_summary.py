@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 from scipy import stats
 
+from alignment.evaluation.study.prompt_intervals import change_over_prompts
 from alignment.evaluation.study.study_runs import (
     GAP,
     GOLD,
@@ -30,7 +31,7 @@ class SeedMean:
         n: Number of seeds.
         value: Mean; None without a seed.
         low: Lower end of the 95 % t-interval of the mean over seeds or, for the change of a single
-            run, over its held-out prompts; None where neither is known.
+            run, of the bootstrap interval over its held-out prompts; None where neither is known.
         high: Upper end of the interval.
         prompts: Number of held-out prompts that the interval is over; 0 if it is over seeds.
     """
@@ -73,21 +74,37 @@ def curve(group: SeedGroup, name: str) -> tuple[list[int], list[SeedMean]]:
 
     Returns:
         The steps of the gradings, and the mean at each over the seeds that have the figure there.
+        The interval of a single run is that of its change since the first grading.
     """
     series = [run.graded(name) for run in group.graded]
     steps = sorted({step for values in series for step in values})
-    return steps, [mean_of(values.get(step) for values in series) for step in steps]
+    means = [mean_of(values.get(step) for values in series) for step in steps]
+    if len(group.graded) == 1 and name in (PROXY, GOLD, SECOND):
+        means = [_around(group.graded[0], name, step, mean) for step, mean in zip(steps, means)]
+    return steps, means
+
+
+def _around(run: StudyRun, name: str, step: int, mean: SeedMean) -> SeedMean:
+    """Return the grade of a single run with the width of the interval of its change."""
+    change = change_over_prompts(run, name, step)
+    if change is None or mean.value is None:
+        return mean
+    low, high = (mean.value + end - change.value for end in (change.low, change.high))
+    return SeedMean(1, mean.value, low, high, change.prompts)
 
 
 def first_and_last(run: StudyRun, name: str) -> tuple[float, float] | None:
     """Return a figure at the first and last grading that have it.
 
-    Proxy, gold and their gap are taken at gradings that have both proxy and gold.
+    Proxy, gold and their gap are taken at gradings that have both proxy and gold, the proxy of a
+    run without gold at all of them.
 
     Returns:
         The two values; None with fewer than two such gradings.
     """
-    if name in (PROXY, GOLD):
+    if name == PROXY and not run.graded(GOLD):
+        values = list(run.graded(PROXY).values())
+    elif name in (PROXY, GOLD):
         values = [pair[name == GOLD] for pair in run.both.values()]
     elif name == "gap":
         values = [proxy - gold for proxy, gold in run.both.values()]
@@ -110,15 +127,20 @@ def trend_of(group: SeedGroup, name: str) -> Trend:
     ends = [(run, values) for run in group.runs if (values := first_and_last(run, name))]
     change = mean_of(last - first for _, (first, last) in ends)
     if len(ends) == 1:
-        change = _over_prompts(ends[0][0], GAP if name == "gap" else name, change)
+        change = _over_prompts(ends[0][0], name, change)
     return Trend(
         mean_of(first for _, (first, _) in ends), mean_of(last for _, (_, last) in ends), change
     )
 
 
 def _over_prompts(run: StudyRun, name: str, change: SeedMean) -> SeedMean:
-    """Return the change of a single run with its interval over held-out prompts."""
-    if (result := run.error(name)) is None or change.value is None:
+    """Return the change of a single run with its interval over held-out prompts.
+
+    Runs of older versions recorded only standard errors of the changes.
+    """
+    if (paired := change_over_prompts(run, name)) is not None:
+        return SeedMean(1, paired.value, paired.low, paired.high, paired.prompts)
+    if (result := run.error(GAP if name == "gap" else name)) is None or change.value is None:
         return change
     error, prompts = result
     reach = _reach(error, prompts)

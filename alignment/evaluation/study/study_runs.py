@@ -1,7 +1,5 @@
-"""Reader of the runs of a study, which may be incomplete."""
+"""Runs of a study, which may be incomplete; `study_reader` reads them."""
 
-import itertools
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.errors import UserError
-from megatron_ext.reports.run_metrics import Row, read_rows
+from megatron_ext.reports.run_metrics import Row
 
 PROXY, GOLD, SECOND = "grade/proxy", "grade/gold", "grade/second_gold"
 GAP, SLOPE, KL, ALARM = "grade/gap", "grade/gap_slope", "grade/kl", "grade/alarm"
@@ -19,14 +17,14 @@ PROMPTS = "grade/prompts"
 
 @dataclass(frozen=True)
 class ResponseSample:
-    """Response to a held-out prompt at a grading. All of its text is untrusted.
+    """Response to a held-out prompt at a grading, or in training. All of its text is untrusted.
 
     Attributes:
-        step: Training step of the grading.
+        step: Training step of the grading, or that the response was sampled for.
         prompt: Id of the prompt.
         messages: Role and text of the messages of the prompt.
         response: Text of the response.
-        scores: Scores by the role of the judge; None where the judge gave none.
+        scores: Scores by the role of the judge, or `reward` in training; None where there is none.
         flags: Names of the detectors that fire on it.
     """
 
@@ -51,6 +49,9 @@ class StudyRun:
         gradings: Rows of gradings by step. The last row of a step counts.
         training: Rows of training by step. The last row of a step counts.
         samples: Responses to held-out prompts.
+        rollouts: Responses in training.
+        prompt_scores: Scores of every held-out prompt, by step, role of the judge, and id of the
+            prompt; empty where the run did not record them.
     """
 
     folder: Path
@@ -61,6 +62,10 @@ class StudyRun:
     gradings: Mapping[int, Row] = field(default_factory=dict)
     training: Mapping[int, Row] = field(default_factory=dict)
     samples: Sequence[ResponseSample] = ()
+    rollouts: Sequence[ResponseSample] = ()
+    prompt_scores: Mapping[int, Mapping[str, Mapping[str, float | None]]] = field(
+        default_factory=dict
+    )
 
     @property
     def name(self) -> str:
@@ -98,6 +103,23 @@ class StudyRun:
         return {step: (proxy[step], gold[step]) for step in proxy if step in gold}
 
     @property
+    def has_gold(self) -> bool:
+        """Whether a gold judge grades the run, as far as it is known."""
+        return bool(self.graded(GOLD) or self.about.get("gold") or not self.graded(PROXY))
+
+    @property
+    def held_out(self) -> list[str] | None:
+        """Identity of the held-out prompts: their ids, or digests of their files; None if unknown.
+
+        Lists of ids are marked, so that they do not equal lists of digests.
+        """
+        if self.prompt_scores:
+            step = min(self.prompt_scores)
+            return ["ids", *sorted({p for of in self.prompt_scores[step].values() for p in of})]
+        digests = settings_of(self.about).get("held_out")
+        return list(digests) if isinstance(digests, list) and digests else None
+
+    @property
     def alarms(self) -> list[int]:
         """Steps of the gradings that raised the alarm."""
         return [step for step, raised in self.graded(ALARM).items() if raised]
@@ -111,12 +133,12 @@ class StudyRun:
     @property
     def stops_on_alarm(self) -> bool:
         """Whether an alarm stops the run; true where run.json lacks this setting."""
-        return bool(_settings(self.about).get("stop_on_alarm", True))
+        return bool(settings_of(self.about).get("stop_on_alarm", True))
 
     @property
     def measure(self) -> str:
         """Name of the quantity that the grades are."""
-        return "win rate" if _settings(self.about).get("reward") == "pairwise" else "mean score"
+        return "win rate" if settings_of(self.about).get("reward") == "pairwise" else "mean score"
 
     @property
     def gold(self) -> list[Any]:
@@ -131,7 +153,7 @@ class StudyRun:
         """Agreement of the judge with gold, Krippendorff's α; None where it is not recorded."""
         agreement = self._judge.get("agreement")
         value = agreement.get("alpha_interval") if isinstance(agreement, Mapping) else None
-        return None if value is None else _number(value, f"{self.folder / 'run.json'}: agreement")
+        return None if value is None else number(value, f"{self.folder / 'run.json'}: agreement")
 
     @property
     def _judge(self) -> Mapping[str, Any]:
@@ -141,7 +163,7 @@ class StudyRun:
     def _figure(self, rows: Mapping[int, Row], name: str) -> dict[int, float]:
         where = f"{self.folder / 'metrics.jsonl'}: {name}"
         values = {
-            step: _number(row.get(name), f"{where} at step {step}") for step, row in rows.items()
+            step: number(row.get(name), f"{where} at step {step}") for step, row in rows.items()
         }
         return {step: value for step, value in values.items() if value is not None}
 
@@ -170,12 +192,15 @@ class PolicyStudy:
     """Study of policies and judges.
 
     Attributes:
-        name: Name of the study's folder.
+        name: Name of the study's folder, or a title.
         groups: Groups of runs in the order of the study.
+        named_by_folder: Whether the runs were named one by one. Each group is then called by its
+            folders, and not by its judge.
     """
 
     name: str
     groups: Sequence[SeedGroup]
+    named_by_folder: bool = False
 
     @property
     def runs(self) -> list[StudyRun]:
@@ -194,8 +219,8 @@ class PolicyStudy:
 
     @cached_property
     def last_step(self) -> int:
-        """Step of the last grading of all runs."""
-        return max(step for group in self.groups for step in group.steps)
+        """Step of the last grading of all runs; 0 without a grading."""
+        return max((step for group in self.groups for step in group.steps), default=0)
 
     def label(self, group: SeedGroup) -> str:
         """Return the judge of a group, with its policy if the study has several."""
@@ -206,157 +231,13 @@ class PolicyStudy:
         return any(run.graded(name) for run in self.runs)
 
 
-def read_study(folder: Path) -> PolicyStudy:
-    """Read the study in a folder, or a single run as a study.
-
-    Args:
-        folder: Folder with study.json, or folder of a run with run.json.
-
-    Raises:
-        UserError: The folder has neither file, a file is malformed, runs of the same policy and
-            judge differ in more than their seed, or no run has a grading yet.
-    """
-    if (folder / "study.json").exists():
-        runs = [_of_study(folder, entry) for entry in _entries(folder / "study.json")]
-    elif (folder / "run.json").exists():
-        runs = [_alone(folder)]
-    else:
-        raise UserError(f"{folder} has no study.json and no run.json: give a study's or a run's")
-    if not any(run.gradings for run in runs):
-        raise UserError(f"no run of {folder} has a grading yet: wait for the first")
-    groups: dict[tuple[str, str], list[StudyRun]] = {}
-    for run in runs:
-        groups.setdefault((run.policy, run.judge), []).append(run)
-    name = clean(folder.resolve().name)
-    study = PolicyStudy(name, [SeedGroup(*names, of) for names, of in groups.items()])
-    for group in study.groups:
-        _check_seeds(group)
-    return study
-
-
-def _check_seeds(group: SeedGroup) -> None:
-    """Check that the runs of a group differ in their seed, and in nothing else that is recorded.
-
-    Raises:
-        UserError: Two runs have the same seed, different measures or different gold judges.
-    """
-    of = f"of {group.judge!r} on {group.policy!r}"
-    seeds = [run.seed for run in group.runs if run.seed is not None]
-    if twice := [seed for seed in seeds if seeds.count(seed) > 1]:
-        raise UserError(
-            f"study.json has seed {twice[0]} {of} twice, which are no two seeds: take one out"
-        )
-    advice = "give one another judge or policy in study.json"
-    started = [run for run in group.runs if run.about]
-    for one, other in itertools.pairwise(started):
-        if one.measure != other.measure:
-            raise UserError(
-                f"{one.folder} and {other.folder} are no two seeds {of}, as one has the "
-                f"{one.measure} and the other the {other.measure}: {advice}"
-            )
-    for one, other in itertools.pairwise(run for run in started if run.gold):
-        if one.gold != other.gold:
-            raise UserError(
-                f"{one.folder} and {other.folder} are no two seeds {of}, as their gold judges "
-                f"differ: {advice}"
-            )
-
-
-def _entries(file: Path) -> list[Mapping[str, Any]]:
-    entries = _object(file).get("runs")
-    names = ("folder", "policy", "judge")
-    if not isinstance(entries, list) or not entries:
-        raise UserError(f"{file} must have a list of runs")
-    for entry in entries:
-        if not isinstance(entry, Mapping) or not all(isinstance(entry.get(n), str) for n in names):
-            raise UserError(f"{file}: a run has a folder, a policy and a judge, not {entry!r:.80}")
-    folders: set[Path] = set()
-    for entry in entries:
-        folder = (file.parent / entry["folder"]).resolve()
-        if folder in folders:
-            raise UserError(f"{file} has the folder {entry['folder']!r} twice: take one out")
-        folders.add(folder)
-    return entries
-
-
-def _of_study(study: Path, entry: Mapping[str, Any]) -> StudyRun:
-    folder, seed = study / entry["folder"], entry.get("seed")
-    file = folder / "run.json"  # written after the models of the run are loaded
-    about = _object(file) if file.exists() else {}
-    own = about.get("seed")
-    if None not in (seed, own) and seed != own:
-        raise UserError(
-            f"{study / 'study.json'} has seed {seed} for {folder}, whose run.json has seed {own}. "
-            "Correct the seed in study.json."
-        )
-    seed = own if seed is None else seed
-    names = (folder, clean(entry["policy"]), clean(entry["judge"]), seed)
-    return StudyRun(*names, about, *_rows(folder), _samples(folder))
-
-
-def _alone(folder: Path) -> StudyRun:
-    about = _object(folder / "run.json")
-    judge = about.get("judge")
-    if judge is None and "judge" in _settings(about):  # run.json gets its judge after the settings
-        raise UserError(f"the run {folder} has no grading yet: wait for the first")
-    if not isinstance(judge, Mapping) or not isinstance(judge.get("name"), str):
-        raise UserError(f"{folder / 'run.json'} does not name its judge: it is of another tool")
-    policy = Path(str(about.get("policy") or "policy")).name
-    names = (folder, clean(policy), clean(judge["name"]), about.get("seed"))
-    return StudyRun(*names, about, *_rows(folder), _samples(folder))
-
-
-def _settings(about: Mapping[str, Any]) -> Mapping[str, Any]:
+def settings_of(about: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the settings in the content of run.json; empty where it has none."""
     settings = about.get("settings")
     return settings if isinstance(settings, Mapping) else {}
 
 
-def _rows(folder: Path) -> tuple[dict[int, Row], dict[int, Row]]:
-    """Return the gradings and the training rows by step; both empty if there is no log yet."""
-    file = folder / "metrics.jsonl"
-    rows = read_rows(file, "") if file.exists() else []
-    for row in rows:
-        if not isinstance(row.get("step"), int):
-            raise UserError(f"{file} has a row without a whole number as its step")
-    gradings = {row["step"]: row for row in rows if any(n.startswith("grade/") for n in row)}
-    training = {row["step"]: row for row in rows if "reward" in row or "loss" in row}
-    return dict(sorted(gradings.items())), dict(sorted(training.items()))
-
-
-def _samples(folder: Path) -> list[ResponseSample]:
-    file = folder / "samples.jsonl"
-    return [_sample(row, file) for row in read_rows(file, "")] if file.exists() else []
-
-
-def _sample(row: Row, file: Path) -> ResponseSample:
-    where = f"{file}, step {row.get('step')!r:.20}, prompt {row.get('prompt')!r:.40}"
-    try:
-        messages = [(clean(m["role"]), clean(m["content"])) for m in row["messages"]]
-        scores = {
-            clean(name): _number(score, f"{where}: {name}") for name, score in row["scores"].items()
-        }
-        flags = [clean(flag) for flag in row.get("flags") or ()]
-        step, prompt, response = row["step"], clean(str(row["prompt"])), clean(row["response"])
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{where}: not a sample of a policy run: {error!r}") from error
-    if not isinstance(step, int):
-        raise UserError(f"{where}: not a sample of a policy run: its step is no whole number")
-    return ResponseSample(step, prompt, messages, response, scores, flags)
-
-
-def _object(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_bytes())
-    except OSError as error:
-        raise UserError(f"{file}: {error.strerror}: give the folder of a study or a run") from error
-    except ValueError as error:
-        raise UserError(f"{file} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{file} must hold one JSON object")
-    return value
-
-
-def _number(value: Any, where: str) -> float | None:
+def number(value: Any, where: str) -> float | None:
     """Return a number; None if it is null or not finite.
 
     Raises:

@@ -7,13 +7,15 @@ components:
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator, model_validator
 
 from alignment.judges.formats.scale import HIGH
-from alignment.judges.kinds.judge_kind import JudgeConfig, JudgeContext
+from alignment.judges.kinds.judge_kind import Judge, JudgeConfig, JudgeContext
 from alignment.records import Prompt
 from megatron_ext.errors import UserError
 
@@ -30,6 +32,11 @@ class CombinedConfig(JudgeConfig):
     def parts(self) -> Mapping[str, JudgeConfig]:
         """Return the judges that this one asks, by name."""
         raise NotImplementedError
+
+    def open_parts(self, context: JudgeContext) -> dict[str, Judge]:
+        """Return the judges, opened for scores: pairs are compared by their scores."""
+        context = replace(context, pairwise=False)
+        return {name: part.open(context) for name, part in self.parts.items()}
 
     @property
     def asks_endpoints(self) -> bool:
@@ -144,12 +151,11 @@ class SumConfig(CombinedConfig):
         """Return the judge, with all of its components opened.
 
         Raises:
-            UserError: If a component cannot be made, or the judge is to compare pairs.
+            UserError: If a component cannot be made.
         """
         from alignment.judges.kinds.combined_judge import SumJudge
 
-        refuse_pairs(self, context)
-        return SumJudge(self, {name: part.open(context) for name, part in self.parts.items()})
+        return SumJudge(self, self.open_parts(context))
 
 
 class RouteConfig(CombinedConfig):
@@ -226,30 +232,16 @@ class RouteConfig(CombinedConfig):
         """Return the judge, with the judges of all routes opened.
 
         Raises:
-            UserError: If a judge cannot be made, or pairs are to be compared.
+            UserError: If a judge cannot be made.
         """
         from alignment.judges.kinds.combined_judge import RouteJudge
 
-        refuse_pairs(self, context)
-        return RouteJudge(self, {name: part.open(context) for name, part in self.parts.items()})
+        return RouteJudge(self, self.open_parts(context))
 
 
 def value_name(value: Any) -> str:
     """Return the value of a column, or the key of a route, as text."""
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
-
-
-def refuse_pairs(config: JudgeConfig, context: JudgeContext) -> None:
-    """Refuse to compare pairs, because what is combined are scores.
-
-    Raises:
-        UserError: If the context asks for it.
-    """
-    if context.pairwise:
-        raise UserError(
-            f"The judge {config.name} of kind {config.kind} combines scores, so that it compares "
-            "no pairs. Choose --reward pointwise and files of responses, or another judge."
-        )
 
 
 def _read_component(name: str, values: Any) -> Component:
@@ -268,7 +260,18 @@ def _read_component(name: str, values: Any) -> Component:
     if {"at_least", "otherwise"} & set(own) and "only_if" not in own:
         raise ValueError(f"{name}: at_least and otherwise require only_if. Name a component.")
     rest = {key: value for key, value in values.items() if key not in _SETTINGS}
+    for key in map(str, rest):
+        nearest = get_close_matches(key, _SETTINGS, n=1, cutoff=0.75)
+        if nearest and key not in _keys_of(rest.get("kind")):
+            raise ValueError(f"{name}: {key} is no key of a component. Did you mean {nearest[0]}?")
     return Component(judge=_read_part(name, rest), **own)
+
+
+def _keys_of(kind: Any) -> Collection[str]:
+    """Return the keys of a judge kind, none if there is no such kind."""
+    from alignment.judges.kinds.registry import JUDGE_KINDS
+
+    return JUDGE_KINDS[kind].model_fields if kind in JUDGE_KINDS else ()
 
 
 def _read_part(name: str, values: Any) -> JudgeConfig:

@@ -7,9 +7,9 @@ from hashlib import sha256
 from alignment.judges.formats.scale import HIGH
 from alignment.judges.kinds.combined import CombinedConfig, RouteConfig, SumConfig
 from alignment.judges.kinds.judge_kind import Judge, component_scores, rounding_error
+from alignment.judges.kinds.score_pairs import prefer_higher, responses_of
 from alignment.judges.questions import Question
 from alignment.records import Outcome, Pair, Prompt, Verdict
-from megatron_ext.errors import UserError
 
 Scores = dict[str, float]
 
@@ -37,6 +37,35 @@ class CombinedJudge:
         """Return the scores of the components that a verdict of this judge was made from."""
         scores: Scores = json.loads(verdict.answer) if verdict.answer else {}
         return scores
+
+    def judge(
+        self, questions: Sequence[Question], check: Callable[[], None] = lambda: None
+    ) -> list[Verdict]:
+        """Return the verdicts on questions; see `Judge`.
+
+        Of a pair, the response with the higher score is preferred.
+        """
+        pairs = [question.item for question in questions if isinstance(question.item, Pair)]
+        if not pairs:  # on ranks without questions too, because all pass the same kind of items
+            return self.score(questions, check)
+        verdicts = self.score(
+            [
+                Question(response, sample=question.sample)
+                for pair, question in zip(pairs, questions, strict=True)
+                for response in responses_of(pair)
+            ],
+            check,
+        )
+        return [
+            prefer_higher(
+                pair, *verdicts[2 * i : 2 * i + 2], q.swapped, q.sample, self.rounding_error
+            )
+            for i, (pair, q) in enumerate(zip(pairs, questions))
+        ]
+
+    def score(self, questions: Sequence[Question], check: Callable[[], None]) -> list[Verdict]:
+        """Return the verdicts on responses; a collective in a training."""
+        raise NotImplementedError
 
     def close(self) -> None:
         """Release what the judges use."""
@@ -98,14 +127,11 @@ class SumJudge(CombinedJudge):
         super().__init__(config, judges)
         self._config = config
 
-    def judge(
-        self, questions: Sequence[Question], check: Callable[[], None] = lambda: None
-    ) -> list[Verdict]:
-        """Return the verdicts on questions; see `Judge`.
+    def score(self, questions: Sequence[Question], check: Callable[[], None]) -> list[Verdict]:
+        """Return the verdicts on responses.
 
         A component behind a gate is asked only about the questions for which the gate is open.
         """
-        refuse_pair_items(questions)
         verdicts: dict[str, dict[int, Verdict]] = {}
         for name, component in self._config.components.items():
             chosen: Sequence[int] = range(len(questions))
@@ -146,11 +172,8 @@ class RouteJudge(CombinedJudge):
         super().__init__(config, judges)
         self._config = config
 
-    def judge(
-        self, questions: Sequence[Question], check: Callable[[], None] = lambda: None
-    ) -> list[Verdict]:
-        """Return the verdicts on questions; see `Judge`."""
-        refuse_pair_items(questions)
+    def score(self, questions: Sequence[Question], check: Callable[[], None]) -> list[Verdict]:
+        """Return the verdicts on responses."""
         routes = [self._config.route_of(_prompt_of(question)) for question in questions]
         answers: dict[int, Verdict] = {}
         for name in self.judges:
@@ -174,15 +197,6 @@ class RouteJudge(CombinedJudge):
         if verdict.score is None:
             return self._lacking(question, scores, {route: verdict})
         return self._score(question, verdict.score, scores)
-
-
-def refuse_pair_items(questions: Sequence[Question]) -> None:
-    """Raise a `UserError` if a question is about a pair."""
-    if any(isinstance(question.item, Pair) for question in questions):
-        raise UserError(
-            "Judges of the kinds sum and route combine scores, and these are pairs. Pass a file of "
-            "responses."
-        )
 
 
 def _prompt_of(question: Question) -> Prompt:

@@ -12,8 +12,10 @@ from pydantic import Field
 from alignment.judges.formats.scale import HIGH
 from alignment.judges.kinds.judge_kind import JudgeConfig, JudgeContext, JudgeFlags
 from alignment.judges.kinds.program_judge import ProgramJudge
+from alignment.judges.kinds.score_pairs import prefer_higher, responses_of
 from alignment.judges.verifiers.extraction import final_text
 from alignment.records import Outcome, Pair, Prompt, Response, Verdict
+from alignment.rounding import EXACT
 from megatron_ext.errors import UserError
 
 if TYPE_CHECKING:
@@ -79,16 +81,7 @@ class VerifierConfig(JudgeConfig):
         return 1
 
     def open(self, context: JudgeContext) -> ProgramJudge:
-        """Return the judge; every rank verifies its own responses.
-
-        Raises:
-            UserError: If the verifier is to compare pairs.
-        """
-        if context.pairwise and context.engine is not None:
-            raise UserError(
-                f"The judge {self.name} verifies single responses, so that it gives no pairwise "
-                "reward. Choose --reward pointwise or another judge."
-            )
+        """Return the judge; every rank verifies its own responses."""
         return ProgramJudge(Verifier(self), self.shared_engine(context))
 
     def shared_engine(self, context: JudgeContext) -> "AlignmentEngine | None":
@@ -125,16 +118,10 @@ class Verifier:
         self.identity = sha256(depends.encode()).hexdigest()
 
     def verdict(self, item: Response | Pair, swapped: bool = False, sample: int = 0) -> Verdict:
-        """Return the verdict on a response.
-
-        Raises:
-            UserError: If the item is a pair.
-        """
-        if not isinstance(item, Response):
-            raise UserError(
-                f"The judge {self.config.name} verifies single responses, and these are pairs. "
-                "Pass a file of responses, or choose another judge."
-            )
+        """Return the verdict on a response, or on a pair, of which the higher score is better."""
+        if isinstance(item, Pair):
+            first, second = (self.verdict(response) for response in responses_of(item))
+            return prefer_higher(item, first, second, swapped, sample, EXACT)
         text = final_text(item.text)
         try:
             expected = self.config.read_prompt(item.prompt)

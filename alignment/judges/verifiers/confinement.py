@@ -16,23 +16,26 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 _EPERM, _ENOSYS = 1, 38
 _PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS, _SIGKILL = 1, 22, 38, 9
 _CLONE_THREAD = 0x10000
+_SIGNALS_OF_FILES = (8, 10, 15)  # commands of fcntl that let a file send a signal to any process
 
 # System calls by number on x86-64 and on arm64: processes, programs, signals, sessions, limits,
-# tracing, sockets, rights of files, mounts, kernel.
+# tracing, sockets, rights of files, mounts, kernel; then priorities, memory and queues of others.
 _X86_64 = {
-    "clone": 56, "clone3": 435,
+    "clone": 56, "clone3": 435, "fcntl": 72,
     "denied": (
         57, 58, 59, 322, 62, 200, 234, 129, 297, 424, 434, 438, 109, 112, 160, 302, 101, 310, 311,
         440, 41, 42, 44, 90, 91, 92, 93, 94, 260, 268, 452, 132, 235, 261, 280, 188, 189, 190, 161,
         155, 165, 166, 167, 272, 308, 169, 170, 164, 175, 313, 246, 320, 250, 298, 321, 323, 425,
+        141, 142, 144, 203, 251, 314, 256, 279, 31, 66, 71,
     ),
 }  # fmt: skip
 _ARM64 = {
-    "clone": 220, "clone3": 435,
+    "clone": 220, "clone3": 435, "fcntl": 25,
     "denied": (
         221, 281, 129, 130, 131, 138, 240, 424, 434, 438, 154, 157, 164, 261, 117, 270, 271, 440,
         198, 203, 206, 52, 53, 54, 55, 452, 88, 5, 6, 7, 51, 41, 40, 39, 224, 97, 268, 142, 161,
         170, 105, 273, 104, 294, 219, 241, 280, 282, 425,
+        140, 118, 119, 122, 30, 274, 238, 239, 195, 191, 187,
     ),
 }  # fmt: skip
 _MACHINES = {"x86_64": (0xC000003E, _X86_64), "aarch64": (0xC00000B7, _ARM64)}
@@ -116,6 +119,10 @@ def _deny_system_calls() -> None:
         (equal, 0, 4, calls["clone"]), (load, 0, 0, 16), (any_bit, 0, 1, _CLONE_THREAD),
         (back, 0, 0, allow), (back, 0, 0, error | _EPERM),
     ]  # fmt: skip
+    program += [(equal, 0, 2 + 2 * len(_SIGNALS_OF_FILES), calls["fcntl"]), (load, 0, 0, 24)]
+    for command in _SIGNALS_OF_FILES:
+        program += [(equal, 0, 1, command), (back, 0, 0, error | _EPERM)]
+    program.append((back, 0, 0, allow))
     if architecture == 0xC000003E:  # calls of the x32 variant have other numbers
         program.insert(4, (0x35, 0, 1, 0x40000000))
         program.insert(5, (back, 0, 0, error | _ENOSYS))

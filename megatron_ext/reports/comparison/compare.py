@@ -5,9 +5,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_ext.reports.comparison.compared_runs import differences, group_runs, read_runs
+from megatron_ext.reports.comparison.compared_runs import (
+    ComparedRun,
+    differences,
+    group_runs,
+    loss_unit,
+    read_runs,
+    tokenizers_differ,
+)
 from megatron_ext.reports.comparison.comparison_picture import draw_comparison
 from megatron_ext.reports.comparison.final_metrics import NOTES, figures_table
+from megatron_ext.reports.comparison.text_bytes import BITS
 from megatron_ext.reports.html import render
 
 _TEMPLATE = Path(__file__).parents[1] / "templates" / "comparison.html"
@@ -25,10 +33,11 @@ def compare(paths: Sequence[str], output: Path, markdown: Path | None) -> None:
     Raises:
         UserError: A directory contains no run that can be compared.
     """
-    groups = group_runs(read_runs(paths))
+    runs = read_runs(paths)
+    groups = group_runs(runs)
     output.mkdir(parents=True, exist_ok=True)
     picture = output / "comparison.png"
-    smoothing = draw_comparison(groups, picture)
+    smoothing, panels = draw_comparison(groups, picture)
     names = [group.name for group in groups]
     contents = Contents(
         title="Comparison of " + ", ".join(names),
@@ -38,14 +47,29 @@ def compare(paths: Sequence[str], output: Path, markdown: Path | None) -> None:
             [name.replace("_", " "), *("" if value is None else str(value) for value in values)]
             for name, values in differences(groups).items()
         ],
-        notes=" ".join([*NOTES, f"Curves called smoothed are a {smoothing}."]),
+        notes=" ".join([*_unit_notes(runs), *NOTES, f"Curves called smoothed are a {smoothing}."]),
     )
-    _write(output / "comparison.html", contents.html(picture.read_bytes()))
+    _write(output / "comparison.html", contents.html(panels))
     print(f"wrote {picture} and {output / 'comparison.html'}")
     if markdown is not None:
         markdown.parent.mkdir(parents=True, exist_ok=True)
         _write(markdown, contents.markdown(os.path.relpath(picture, markdown.parent)))
         print(f"wrote {markdown}")
+
+
+def _unit_notes(runs: Sequence[ComparedRun]) -> list[str]:
+    """Return sentences on the unit of the losses, where the tokenizers differ."""
+    if not tokenizers_differ(runs):
+        return []
+    if loss_unit(runs) == BITS:
+        return [
+            "The tokenizers differ: losses are in bits per byte of text, from the bytes and tokens "
+            "that the datasets' manifests record. Tokens are those of each run's tokenizer."
+        ]
+    return [
+        "The tokenizers differ, and the manifests of the datasets do not record the bytes of their "
+        "text: losses in nats per token cannot be compared between runs with different tokenizers."
+    ]
 
 
 @dataclass(frozen=True)
@@ -66,8 +90,12 @@ class Contents:
     settings: list[list[str]]
     notes: str
 
-    def html(self, png: bytes) -> str:
-        """Return the page, which contains the picture."""
+    def html(self, panels: Sequence[tuple[bytes, str]]) -> str:
+        """Return the page.
+
+        Args:
+            panels: Each panel as a PNG with its title.
+        """
         figures, settings = self._tables()
         return render(
             _TEMPLATE,
@@ -75,8 +103,7 @@ class Contents:
             header=self.header,
             figures=figures,
             notes=self.notes,
-            png=png,
-            description=_CURVES,
+            panels=panels,
             settings=settings if self.settings else [],
         )
 

@@ -1,10 +1,10 @@
 """Runs to compare by training tokens, grouped if they differ in their seed only."""
 
 import json
-import os
+import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,14 @@ from typing import Any
 import numpy as np
 
 from megatron_ext.errors import UserError
-from megatron_ext.reports.run_metrics import Floats, RunMetrics, TrainingWork
+from megatron_ext.reports.comparison.text_bytes import BITS, NATS, bytes_per_token
+from megatron_ext.reports.run_metrics import (
+    Floats,
+    RunMetrics,
+    TrainingWork,
+    refuse_policy_run,
+)
+from megatron_ext.reports.run_names import seeds_name, unique_names
 
 # Settings that do not distinguish runs: paths, logging and progress. The digest identifies the
 # tokenizer.
@@ -31,12 +38,15 @@ class ComparedRun:
         metrics: Metrics of the run.
         settings: Settings from run.json that distinguish runs, without the seed.
         seed: Seed of the run, if recorded.
+        bytes_per_token: UTF-8 bytes of text per token by which losses are divided, of the training
+            and of the validation data; None for losses in nats per token.
     """
 
     name: str
     metrics: RunMetrics
     settings: dict[str, Any]
     seed: int | None
+    bytes_per_token: tuple[float, float] | None = None
 
     @cached_property
     def work(self) -> TrainingWork:
@@ -58,13 +68,27 @@ class ComparedRun:
         if not len(steps):
             steps, by_layer = self.metrics.over_layers(name)
             values = by_layer.mean(axis=0) if by_layer.size else steps
+        if name == "loss":
+            values = self.loss_in_unit(values, "train")
         return self.tokens_at(steps), values
 
     def validation(self) -> tuple[Floats, Floats]:
         """Tokens and validation losses."""
         losses = self.metrics.evaluations
         steps = np.array(list(losses), float)
-        return self.tokens_at(steps), np.array(list(losses.values()), float)
+        values = self.loss_in_unit(np.array(list(losses.values()), float), "valid")
+        return self.tokens_at(steps), values
+
+    def loss_in_unit(self, nats: Floats, split: str) -> Floats:
+        """Convert losses from nats per token to the unit of the comparison.
+
+        Args:
+            nats: Losses in nats per token.
+            split: Data that they are on, "train" or "valid".
+        """
+        if self.bytes_per_token is None:
+            return nats
+        return nats / math.log(2) / self.bytes_per_token[split == "valid"]
 
 
 @dataclass(frozen=True)
@@ -102,18 +126,40 @@ def read_runs(paths: Sequence[str]) -> list[ComparedRun]:
     Raises:
         UserError: A directory occurs twice, or lacks a usable metrics.jsonl or run.json.
     """
-    folders = [Path(path).resolve() for path in paths]
-    for path, folder in zip(paths, folders):
-        if folders.count(folder) > 1:
-            raise UserError(f"{path} occurs twice. Name each run once.")
-    parts = [folder.name for folder in folders]
-    if len(set(parts)) < len(parts):  # extend names to the shortest unique paths
-        above = os.path.commonpath(folders)
-        parts = [os.path.relpath(folder, above) for folder in folders]
-    return [_read(Path(path), name) for path, name in zip(paths, parts)]
+    return in_one_unit([_read(Path(path), name) for path, name in zip(paths, unique_names(paths))])
+
+
+def tokenizers_differ(runs: Sequence[ComparedRun]) -> bool:
+    """Return whether runs have different tokenizers, as far as their settings show."""
+    names = ("tokenizer_sha256", "tokenizer_type", "vocab_size")
+    return len({tuple(str(run.settings.get(name)) for name in names) for run in runs}) > 1
+
+
+def in_one_unit(runs: list[ComparedRun]) -> list[ComparedRun]:
+    """Return runs with losses in bits per byte if their tokenizers differ and all bytes are known.
+
+    Otherwise losses are in nats per token.
+    """
+    if not tokenizers_differ(runs):
+        return runs
+    ratios = [
+        tuple(bytes_per_token(run.settings, split) for split in ("train", "valid")) for run in runs
+    ]
+    converted = []
+    for run, (train, valid) in zip(runs, ratios):
+        if train is None or valid is None:
+            return runs
+        converted.append(replace(run, bytes_per_token=(train, valid)))
+    return converted
+
+
+def loss_unit(runs: Sequence[ComparedRun]) -> str:
+    """Return the unit of the losses of compared runs."""
+    return NATS if any(run.bytes_per_token is None for run in runs) else BITS
 
 
 def _read(path: Path, name: str) -> ComparedRun:
+    refuse_policy_run(path)
     metrics = RunMetrics.read(path)
     try:
         settings = json.loads((path / "run.json").read_text(encoding="utf-8"))["settings"]
@@ -153,9 +199,7 @@ def group_runs(runs: Sequence[ComparedRun]) -> list[RunGroup]:
 def _name(runs: list[ComparedRun]) -> str:
     if len(runs) == 1:
         return runs[0].name
-    common = os.path.commonprefix([run.name for run in runs])  # noqa: RUF071
-    common = re.sub(r"[-_. /]*(seed|s)?[-_. /=]*\d*$", "", common) or runs[0].name
-    return f"{common} ({len(runs)} seeds)"
+    return f"{seeds_name([run.name for run in runs])} ({len(runs)} seeds)"
 
 
 def differences(groups: Sequence[RunGroup]) -> dict[str, list[Any]]:

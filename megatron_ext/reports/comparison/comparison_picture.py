@@ -1,6 +1,7 @@
 """Picture of the metrics of runs against training tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -10,58 +11,110 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
-from megatron_ext.reports.comparison.compared_runs import RunGroup
-from megatron_ext.reports.plotting import CYCLE, STYLE, smoothed, write_picture
+from megatron_ext.reports.comparison.compared_runs import RunGroup, loss_unit
+from megatron_ext.reports.plotting import (
+    CYCLE,
+    STYLE,
+    draw_curve,
+    panel_png,
+    smoothed,
+    write_picture,
+)
+from megatron_ext.reports.run_metrics import Floats
 
+Curve = tuple[Floats, Floats, Floats]  # tokens, mean and standard deviation, `[n]` each
 _WINDOWS = 50  # number of smoothing windows in the longest run
 _UNITS = ((1e9, " B"), (1e6, " M"), (1e3, " k"))
 _PANELS = (
-    ("loss", "Training loss", "loss (nats per token)", True),
-    ("val_loss", "Validation loss", "loss (nats per token)", False),
-    ("threshold", "Thresholds, mean of experts and layers", "router logit", False),
-    ("load_max_over_mean", "Load", "busiest expert / mean (mean of layers)", True),
-    ("fan_out", "Fan-out", "routed experts per token (mean of layers)", True),
-    ("no_expert_share", "Tokens without a routed expert", "share (mean of layers)", True),
+    ("loss", "Training loss", "loss ({unit})", True),
+    ("val_loss", "Validation loss", "loss ({unit})", False),
+    ("threshold", "Thresholds, mean of all experts", "router logit", False),
+    ("load_max_over_mean", "Load, mean of layers", "busiest expert / mean load", True),
+    ("fan_out", "Fan-out, mean of layers", "routed experts per token", True),
+    ("no_expert_share", "Tokens without a routed expert", "share, mean of layers", True),
 )
 
 
-def draw_comparison(groups: Sequence[RunGroup], path: Path) -> str:
+def draw_comparison(groups: Sequence[RunGroup], path: Path) -> tuple[str, list[tuple[bytes, str]]]:
     """Write the picture of a comparison, without the panels that no run has.
 
     Returns:
-        Description of the smoothing.
+        Description of the smoothing, and each panel as a PNG with its title.
     """
     matplotlib.use("agg")
-    curves = {name: [group.curve(name) for group in groups] for name, *_ in _PANELS}
-    panels = [panel for panel in _PANELS if any(len(at) for at, *_ in curves[panel[0]])]
     longest = max(run.tokens for group in groups for run in group.runs)
     window = longest / _WINDOWS
+    drawers = _drawers(groups, longest, window)
     smoothing = f"running mean over {_short(window)} tokens"
-    rows = -(-len(panels) // 2)
+    rows = -(-len(drawers) // 2)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(12, 3.4 * rows + 0.5), layout=_spaced())
-        grid = figure.subplots(rows, min(2, len(panels)), squeeze=False)
-        for axes in grid.flat[len(panels) :]:
+        grid = figure.subplots(rows, min(2, len(drawers)), squeeze=False)
+        for axes in grid.flat[len(drawers) :]:
             axes.set_axis_off()
-        for axes, (name, title, label, smooth) in zip(grid.flat, panels):
-            for number, (group, curve) in enumerate(zip(groups, curves[name])):
-                if len(curve[0]):
-                    _draw(axes, group, curve, number, window if smooth else 0.0)
-            _fit(axes)
-            axes.set_title(f"{title} (smoothed)" if smooth else title)
-            axes.set_ylabel(label)
-            axes.set_xlabel("training tokens")
-            axes.set_xlim(0, longest)
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
-            if name == "no_expert_share":
-                axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        for axes, draw in zip(grid.flat, drawers.values()):
+            draw(axes)
         handles, labels = grid.flat[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper left", ncols=4, fontsize=9)
+        columns = max(1, min(4, 150 // (8 + max(map(len, labels)))))
+        figure.legend(handles, labels, loc="outside upper left", ncols=columns, fontsize=9)
         several = any(len(group.runs) > 1 for group in groups)
         bands = "; bands: standard deviation over seeds" if several else ""
         figure.supxlabel(f"Smoothed: {smoothing}{bands}.", x=0.01, ha="left", fontsize=8)
         write_picture(figure, path)
-    return smoothing
+        panels = [(panel_png(_with_legend(draw)), title) for title, draw in drawers.items()]
+    return smoothing, panels
+
+
+def _drawers(
+    groups: Sequence[RunGroup], longest: float, window: float
+) -> dict[str, Callable[[Axes], None]]:
+    """Return the function that draws each panel for which a run has data, by title."""
+    drawers: dict[str, Callable[[Axes], None]] = {}
+    unit = loss_unit([run for group in groups for run in group.runs])
+    for name, title, label, smooth in _PANELS:
+        curves = [group.curve(name) for group in groups]
+        if any(len(at) for at, *_ in curves):
+            shown = f"{title} (smoothed)" if smooth else title
+            drawers[shown] = partial(
+                _panel, groups, curves, name, (shown, label.format(unit=unit)), longest,
+                window if smooth else 0.0,
+            )  # fmt: skip
+    return drawers
+
+
+def _panel(
+    groups: Sequence[RunGroup],
+    curves: Sequence[Curve],
+    name: str,
+    labels: tuple[str, str],
+    longest: float,
+    window: float,
+    axes: Axes,
+) -> None:
+    for number, (group, curve) in enumerate(zip(groups, curves)):
+        if len(curve[0]):
+            _draw(axes, group, curve, number, window)
+        else:  # for the legend of all panels
+            draw_curve(axes, curve[0], curve[1], number, group.name, clip_on=True)
+    _fit(axes)
+    axes.set_title(labels[0])
+    axes.set_ylabel(labels[1])
+    axes.set_xlabel("training tokens")
+    axes.set_xlim(0, 1.01 * longest)  # room for the last marker
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+    if name == "no_expert_share":
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+
+
+def _with_legend(draw: Callable[[Axes], None]) -> Callable[[Axes], None]:
+    def drawn(axes: Axes) -> None:
+        draw(axes)
+        handles, labels = axes.get_legend_handles_labels()
+        columns = 1 if max(map(len, labels)) > 34 else 2
+        assert axes.figure is not None
+        axes.figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+
+    return drawn
 
 
 def _spaced() -> ConstrainedLayoutEngine:
@@ -74,32 +127,22 @@ def _short(tokens: float) -> str:
     return f"{tokens / unit:.3g}{sign}"
 
 
-def _draw(
-    axes: Axes,
-    group: RunGroup,
-    curve: tuple[np.ndarray, np.ndarray, np.ndarray],
-    number: int,
-    window: float,
-) -> None:
+def _draw(axes: Axes, group: RunGroup, curve: Curve, number: int, window: float) -> None:
     at, mean, spread = curve
     if window and len(at) > 1:
         rows = min(len(at), max(1, round(window / float(np.diff(at).mean()))))
         spread = smoothed(at, spread, rows)[1]
         at, mean = smoothed(at, mean, rows)
-    color, line = CYCLE[number % len(CYCLE)], ("-", "--", ":")[number // len(CYCLE) % 3]
-    mark = "o" if len(at) <= 30 else ""
-    axes.plot(
-        at, mean, line, marker=mark, color=color, lw=1.5, ms=3.5, label=group.name,
-        clip_on=not mark,
-    )  # fmt: skip
+    draw_curve(axes, at, mean, number, group.name, clip_on=True)
     if len(group.runs) > 1:
+        color = CYCLE[number % len(CYCLE)]
         axes.fill_between(at, mean - spread, mean + spread, color=color, alpha=0.2, lw=0)
 
 
 def _fit(axes: Axes) -> None:
     """Fit the vertical axis to the curves without their first twentieth."""
     drawn = [np.asarray(line.get_data(), dtype=float) for line in axes.lines]
-    values = np.concatenate([mean[at > 0.05 * at[-1]] for at, mean in drawn])
+    values = np.concatenate([mean[at > 0.05 * at[-1]] for at, mean in drawn if len(at)])
     if len(values) < 3 or np.ptp(values) == 0:
         return
     margin = 0.06 * float(np.ptp(values))

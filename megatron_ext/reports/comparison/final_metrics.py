@@ -5,7 +5,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megatron_ext.reports.comparison.compared_runs import ComparedRun, RunGroup, deviation
+from megatron_ext.reports.comparison.compared_runs import (
+    ComparedRun,
+    RunGroup,
+    deviation,
+    loss_unit,
+    tokenizers_differ,
+)
 from megatron_ext.reports.run_metrics import Floats
 
 
@@ -13,7 +19,7 @@ class Figure(NamedTuple):
     """Row of the table.
 
     Attributes:
-        label: Name and unit of the metric.
+        label: Name and unit of the metric; `{unit}` stands for the unit of losses.
         of: Function from a run to its value, or None if it has none.
         form: Format string of a value.
     """
@@ -24,14 +30,20 @@ class Figure(NamedTuple):
 
 
 def final_loss(run: ComparedRun) -> float | None:
-    """Return the last validation loss, in nats per token."""
-    losses = list(run.metrics.evaluations.values())
-    return losses[-1] if losses else None
+    """Return the last validation loss."""
+    _, losses = run.validation()
+    return float(losses[-1]) if len(losses) else None
 
 
 def best_loss(run: ComparedRun) -> float | None:
-    """Return the lowest validation loss, in nats per token."""
-    return min(run.metrics.evaluations.values(), default=None)
+    """Return the lowest validation loss."""
+    _, losses = run.validation()
+    return float(losses.min()) if len(losses) else None
+
+
+def training_loss(run: ComparedRun) -> float | None:
+    """Return the mean training loss over the last tenth of the steps."""
+    return float(run.loss_in_unit(run.metrics.recent("loss"), "train"))
 
 
 def tokens_per_second(run: ComparedRun) -> float | None:
@@ -99,9 +111,9 @@ def _mean_over_layers(run: ComparedRun, name: str) -> float | None:
 
 FIGURES = (
     Figure("tokens trained on", lambda run: run.tokens, "{:,.0f}"),
-    Figure("final validation loss, nats per token", final_loss, "{:.4f}"),
-    Figure("best validation loss, nats per token", best_loss, "{:.4f}"),
-    Figure("training loss, last tenth", lambda run: run.metrics.recent("loss"), "{:.4f}"),
+    Figure("final validation loss, {unit}", final_loss, "{:.4f}"),
+    Figure("best validation loss, {unit}", best_loss, "{:.4f}"),
+    Figure("training loss, last tenth, {unit}", training_loss, "{:.4f}"),
     Figure("tokens per second, median step", tokens_per_second, "{:,.0f}"),
     Figure("FLOPs, by Megatron's formula", flops, "{:.3g}"),
     Figure("device-hours in training steps", device_hours, "{:.3g}"),
@@ -141,7 +153,11 @@ def cells(figure: Figure, groups: Sequence[RunGroup]) -> list[str]:
 
 def figures_table(groups: Sequence[RunGroup]) -> list[list[str]]:
     """Return rows of a label and a cell per group, without rows that are empty."""
-    rows = [[figure.label, *cells(figure, groups)] for figure in [*FIGURES, *_at_equal(groups)]]
+    unit = loss_unit([run for group in groups for run in group.runs])
+    rows = [
+        [figure.label.format(unit=unit), *cells(figure, groups)]
+        for figure in [*FIGURES, *_at_equal(groups)]
+    ]
     return [row for row in rows if any(row[1:])]
 
 
@@ -151,6 +167,8 @@ def _at_equal(groups: Sequence[RunGroup]) -> list[Figure]:
     Runs that all end there, or have no evaluation in common, need no such row.
     """
     runs = [run for group in groups for run in group.runs]
+    if tokenizers_differ(runs):  # equal numbers of tokens are different amounts of text
+        return []
     evaluated = [run.validation() for run in runs]
     common = set.intersection(*(set(tokens.round()) for tokens, _ in evaluated))
     if not common or all(tokens[-1].round() == max(common) for tokens, _ in evaluated):

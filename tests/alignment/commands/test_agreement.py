@@ -194,3 +194,42 @@ def test_an_output_that_is_a_file_is_refused_before_any_work(tmp_path: Path) -> 
     (tmp_path / "out").write_text("mine")
     with pytest.raises(UserError, match=r"/out is a file, .* another --output"):
         main(["none.jsonl", "no.jsonl", "--output", str(tmp_path / "out")])
+
+
+def test_a_third_judge_is_compared_with_the_second(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw = np.random.default_rng(0)
+    gold = draw.integers(0, 10, 80).astype(float)
+    worse = np.clip(gold + draw.normal(0, 3, 80), 0, 9)
+    better: list[float | None] = np.clip(gold + draw.normal(0, 0.5, 80), 0, 9).tolist()
+    better[7] = None
+    third = write(tmp_path / "c.jsonl", scores(better))
+    files = [write(tmp_path / "a.jsonl", scores(gold.tolist()))]
+    files.append(write(tmp_path / "b.jsonl", scores(worse.tolist())))
+    main([*files, third, "--resamples", "20", "--output", str(tmp_path / "out")])
+    found = json.loads((tmp_path / "out" / "agreement.json").read_text())
+    result = found["differences"]["figures"]["alpha_interval"]
+    kept = [i for i in range(80) if i != 7]
+    known = np.array([np.nan if x is None else x for x in better])
+    alphas = [
+        krippendorff.alpha(np.stack([gold, labels])[:, kept], level_of_measurement="interval")
+        for labels in (worse, known)
+    ]
+    assert result["first"]["value"] == pytest.approx(alphas[0])
+    assert result["second"]["value"] == pytest.approx(alphas[1])
+    assert result["difference"]["value"] == pytest.approx(alphas[1] - alphas[0])
+    assert result["p"] == pytest.approx(1 / 21)  # none of 20 permutations is as extreme
+    output = capsys.readouterr().out
+    assert f"{third} agrees with {tmp_path / 'a.jsonl'} more than {tmp_path / 'b.jsonl'}" in output
+    assert "on 79 items that both judged" in output
+    main([third, str(tmp_path / "a.jsonl")])  # two files have no such table
+    assert "both judged  " not in capsys.readouterr().out
+
+
+def test_a_file_twice_and_a_scale_without_a_file_are_refused(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", scores([1.0, 2.0]))
+    with pytest.raises(UserError, match=r"occurs twice\. Name the verdicts of different judges"):
+        main([file, file])
+    with pytest.raises(UserError, match="--third-scale is for a third file"):
+        main([file, str(tmp_path / "b.jsonl"), "--third-scale", "0", "1"])

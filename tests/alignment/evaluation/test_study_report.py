@@ -1,5 +1,7 @@
 """Report of a study: figures, sentences, incomplete runs and hostile text."""
 
+import base64
+import hashlib
 import html
 import json
 import re
@@ -16,7 +18,7 @@ from alignment.commands.report import main
 from alignment.evaluation.study import study_pictures as pictures
 from alignment.evaluation.study.narrative import Finding, finding
 from alignment.evaluation.study.seed_summary import SeedMean, mean_of
-from alignment.evaluation.study.study_runs import read_study
+from alignment.evaluation.study.study_reader import read_study
 from megatron_ext.errors import UserError
 from tests.alignment.evaluation.small_study import (
     COURSES,
@@ -30,7 +32,11 @@ from tests.alignment.evaluation.small_study import (
 from tests.inspection.test_reading_page import chromium
 from tests.tools.test_report import is_png
 
-PICTURES = {f"{name}.{kind}" for name in ("curves", "agreement", "kl") for kind in ("png", "svg")}
+PICTURES = {
+    f"{name}.{kind}"
+    for name in ("curves", "training", "agreement", "kl")
+    for kind in ("png", "svg")
+}
 
 
 def reported(folder: Path) -> str:
@@ -104,23 +110,35 @@ def re_rows(page: str, first: str) -> list[list[str]]:
 
 
 def test_the_opening_says_under_which_judge_proxy_and_gold_part(tmp_path: Path) -> None:
-    write_study(tmp_path / "three")
+    found = write_study(tmp_path / "three")
     page = reported(tmp_path / "three")
     assert opening(page) == (
-        "Of 2 judges: proxy and gold diverge under label; the gap between proxy "
+        "Of 2 judges: proxy and gold diverge under label; gold improves, and the gap between proxy "
         "and gold has not clearly changed under thinking."
     )
-    label, thinking = sentences(page)
+    label, thinking, *others = sentences(page)
     assert label.startswith("label (3 seeds): proxy and gold diverge.") and "gold falls" in label
-    assert thinking.startswith("thinking (3 seeds): the gap (proxy minus gold) has not")
+    assert thinking.startswith("thinking (3 seeds): gold improves by ")
     assert "contains 0" in thinking
+    # Without scores of each prompt, gold is compared over seeds.
+    gold = [[seed[200]["grade/gold"] for seed in found[judge]] for judge in ("thinking", "label")]
+    low, high = stats.ttest_ind(*gold, equal_var=False).confidence_interval(0.95)
+    change = np.mean(gold[0]) - np.mean(gold[1])
+    assert others[0] == (
+        f"thinking against label at step 200: gold is higher, by {change:+.2f} "
+        f"(95 % interval {low:+.2f} to {high:+.2f}), over seeds."
+    )
+    assert others[1:] == [
+        "label: detectors fire more often at the end: self_praise 0.0% to 50.0%.",
+        "thinking: detectors fire more often at the end: self_praise 1.0% to 19.1% in training.",
+    ]
     write_study(tmp_path / "one", seeds=1)
     page = reported(tmp_path / "one")
     assert opening(page) == (
         "Of 2 judges: the change of the gap has no interval under label and thinking."
     )
     assert all(
-        "One seed without standard errors has no interval." in said for said in sentences(page)
+        "One seed without standard errors has no interval." in said for said in sentences(page)[:2]
     )
 
 
@@ -131,6 +149,8 @@ def test_the_opening_says_under_which_judge_proxy_and_gold_part(tmp_path: Path) 
         ((1, 2), (-1, 1), Finding.DIVERGE),
         ((1, 2), (1, 2), Finding.OVERRATED),
         ((-1, 2), (-2, -1), Finding.UNCLEAR),
+        ((-1, 2), (1, 2), Finding.IMPROVES),
+        ((-1, 2), (1e-7, 2e-7), Finding.UNCLEAR),
         ((-2, -1), (1, 2), Finding.SHRINKS),
         ((1e-7, 2e-7), (-2, -1), Finding.UNCLEAR),
         ((-2e-7, -1e-7), (-2, -1), Finding.UNCLEAR),
@@ -216,10 +236,12 @@ def test_one_seed_has_intervals_over_its_held_out_prompts(tmp_path: Path) -> Non
         assert cells(page)[f"label: {title}"][2] == shown
     alarm = min(step for step, row in gradings.items() if row["grade/alarm"])
     assert opening(page) == (
-        f"The policy is gaming its judge (label): proxy {change['proxy']:+.2f}, "
-        f"gold {change['gold']:+.2f}, alarm at step {alarm}."
+        f"The policy is gaming its judge (label): proxy {change['proxy']:+.2f} (95 % interval "
+        f"{change['proxy'] - reach * 0.2:+.2f} to {change['proxy'] + reach * 0.2:+.2f}), gold "
+        f"{change['gold']:+.2f} ({change['gold'] - reach * 0.3:+.2f} to "
+        f"{change['gold'] + reach * 0.3:+.2f}), alarm at step {alarm}."
     )
-    [sentence] = sentences(page)
+    sentence = sentences(page)[0]
     assert sentence.startswith(
         "label (1 seed, intervals over 25 held-out prompts): proxy and gold diverge."
     )
@@ -228,10 +250,10 @@ def test_one_seed_has_intervals_over_its_held_out_prompts(tmp_path: Path) -> Non
 def test_a_run_without_a_grading_is_to_be_waited_for(tmp_path: Path) -> None:
     about = {"commands": ["et-align train-policy"], "settings": {"judge": [{"kind": "rule"}]}}
     (tmp_path / "run.json").write_text(json.dumps(about))  # what judges it has comes later
-    with pytest.raises(UserError, match="has no grading yet: wait for the first"):
+    with pytest.raises(UserError, match=r"has no grading yet\. Wait for the first one\."):
         main([str(tmp_path)])
     (tmp_path / "run.json").write_text('{"settings": {"gold": []}}')
-    with pytest.raises(UserError, match="it is of another tool"):
+    with pytest.raises(UserError, match="is not a run of et-align train-policy"):
         main([str(tmp_path)])
 
 
@@ -348,11 +370,17 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     name = "<b>label</b> $x^{2$"
     write_study(tmp_path, seeds=2, courses={name.replace("/", "-"): COURSES["label"]})
     page = reported(tmp_path)
-    assert "<script" not in page and "<img src=x" not in page and "<b>label" not in page
+    assert page.count("<script") == 2  # data and ours
+    assert "<img src=x" not in page and "<b>label" not in page
     assert "<i>" not in page and "&lt;script&gt;" in page and "\\ud83d" in page
     assert "\u202e" not in page and "\\u202e" in page
     assert not re.search(r"""(src|href)=["']?(https?:)?//""", page)
-    assert "script-src" not in page  # so that nothing of the page may run, were it markup
+    # The policy permits the page's script alone, so that nothing else may run, were it markup.
+    (script,) = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'\"" in page
+    data = re.search(r'id="rollouts-data">(.*?)</script>', page, re.DOTALL)
+    assert data and not set("<>&") & set(data[1])
     # Escaping alone has to do, too.
     bare = tmp_path / "report" / "bare.html"
     bare.write_text(re.sub(r"<meta http-equiv=[^>]*>", "", page))
@@ -362,7 +390,8 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
         assert "CONSOLE" not in done.stderr
         # 5 prompts, both sides of each, with all scores.
         assert done.stdout.count('class="sides"') == 5
-        assert done.stdout.count("second gold no score") == 10
+        assert done.stdout.count("second gold no score") == 10 + 20  # and of the browser's cards
+        assert "154 of 154 responses match; 20 are shown." in done.stdout
 
 
 @pytest.mark.parametrize(

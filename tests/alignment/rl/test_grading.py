@@ -118,7 +118,7 @@ def test_restore_refuses_damaged_files_of_the_first_evaluation(grader, damage):
 
 
 def test_summary_of_several_judges_has_no_agreement():
-    from alignment.commands.train_policy import _describe_judges
+    from alignment.commands.policy_judges import describe_judges
 
     def spec(name) -> Any:
         return SimpleNamespace(
@@ -126,14 +126,14 @@ def test_summary_of_several_judges_has_no_agreement():
         )
 
     judges: list[Any] = [SimpleNamespace(identity=name) for name in "ab"]
-    description = _describe_judges([spec("strong"), spec("weak")], judges)
+    description = describe_judges([spec("strong"), spec("weak")], judges)
     assert (
         description is not None
         and description["name"] == "strong + weak"
         and description["agreement"] is None
     )
     assert [each["identity"] for each in description["ensemble"]] == ["a", "b"]
-    alone = _describe_judges([spec("strong")], judges[:1])
+    alone = describe_judges([spec("strong")], judges[:1])
     assert alone is not None and alone["agreement"] == {"alpha_interval": 0.9}
 
 

@@ -151,9 +151,10 @@ def test_annotate_takes_a_verifier_and_names_the_rows_that_lack_a_reference(tmp_
     with pytest.raises(UserError, match="to 4 of the 4 prompts of --input, first prompt '0'"):
         annotate([*command, "numeric-answer:anser", "--overwrite"])
     pairs = write_rows(tmp_path / "pairs.jsonl", [Pair("x", rows[0].prompt, "0", "1")])
-    with pytest.raises(UserError, match="verifies single responses, and these are pairs"):
-        annotate(["--input", str(pairs), "--output", str(tmp_path / "o.jsonl"), "--judge",
-                  "numeric-answer:answer"])  # fmt: skip
+    command[1], command[3] = str(pairs), str(tmp_path / "preferences.jsonl")
+    assert annotate([*command, "numeric-answer:answer"]) == 0
+    both = read_all(tmp_path / "preferences.jsonl", Verdict)
+    assert [(v.preferred, v.swapped) for v in both] == [("first", False), ("first", True)]
 
 
 def test_instructions_come_from_the_columns_of_ifeval(tmp_path):

@@ -226,7 +226,8 @@ def test_models_of_components_are_resident(tmp_path):
         ({"kind": "sum", "components": {"a": 5}}, "a must be a mapping with kind or file, not 5"),
         ({"kind": "sum", "components": {"a": {}}}, "a needs kind or file"),
         (components(a={"kind": "numeric-anser"}), "Did you mean numeric-answer?"),
-        (components(a={"wieght": 1}), "wieght is not a key of a judge of kind word"),
+        (components(a={"wieght": 1}), "a: wieght is no key of a component. Did you mean weight?"),
+        (components(a={"colour": 1}), "colour is not a key of a judge of kind word"),
         (components(a={"weight": "2"}), "a: weight must be a number, not '2'"),
         (components(a={"weight": float("nan")}), "a: weight must be a number, not nan"),
         (components(a={"weight": 0}), "all weights are 0"),
@@ -257,7 +258,7 @@ def test_file_that_contains_itself_is_refused(tmp_path):
         read(tmp_path, content)
 
 
-def test_annotate_takes_a_sum_and_pairs_are_refused(tmp_path):
+def test_annotate_takes_a_sum_and_prefers_the_higher_score_of_a_pair(tmp_path):
     short = {"kind": "pattern", "pattern": "^.{0,3}$", "only_if": "right", "otherwise": 0}
     read(tmp_path, {"kind": "sum", "components": {"right": NUMBER, "short": short}})
     prompt = Prompt("p", [Message("user", "2 + 2?")], metadata={"answer": 4})
@@ -269,12 +270,14 @@ def test_annotate_takes_a_sum_and_pairs_are_refused(tmp_path):
     assert [v.score for v in verdicts] == [9, 4.5, 0]
     assert json.loads(verdicts[1].answer) == {"right": 9, "short": 0}
     pairs = write_rows(tmp_path / "pairs.jsonl", [Pair("x", prompt, "4", "5")])
-    with pytest.raises(UserError, match="of kind sum combines scores, so that it"):
-        annotate([*command, "--input", str(pairs), "--overwrite"])
+    assert annotate([*command, "--input", str(pairs), "--overwrite"]) == 0
+    both = read_all(tmp_path / "out.jsonl", Verdict)
+    assert [(v.preferred, v.swapped) for v in both] == [("first", False), ("first", True)]
+    assert json.loads(both[0].answer) == {"first": 9, "second": 0}
 
 
 def test_gold_that_is_a_component_of_the_rewards_is_warned_about(tmp_path):
-    from alignment.commands.train_policy import shared_with_gold
+    from alignment.commands.policy_judges import shared_with_gold
 
     proxy = read(tmp_path, {"kind": "sum", "components": {"a": NUMBER, "b": {"kind": "word"}}})
     gold, other = read(tmp_path, NUMBER, "gold"), read(tmp_path, {"kind": "exact-answer"}, "o")
@@ -320,3 +323,15 @@ def test_annotate_asks_the_endpoints_of_a_sum_where_their_gates_are_open(tmp_pat
             annotate([*command, "--overwrite"])
     verdicts = read_all(tmp_path / "out.jsonl", Verdict)
     assert [v.score for v in verdicts] == [7.5, 7.5, 7.5, 0, 0, 0]
+
+
+def test_pair_of_equal_scores_is_a_tie_and_one_without_a_score_fails(tmp_path):
+    config = read(tmp_path, components(a={}, b={}))
+    judge = config.open(JudgeContext(True, tmp_path))
+    prompt = Prompt("p", [Message("user", "?")])
+    cases = [("a9 b0", "a0 b9"), ("a9 b?", "a0 b0"), ("a1 b1", "a1 b2"), ("a! b1", "a1 b2")]
+    pairs = [Pair(str(i), prompt, *texts) for i, texts in enumerate(cases)]
+    verdicts = judge.judge([Question(pair, swapped=True) for pair in pairs])
+    assert [v.outcome for v in verdicts] == ["tie", "failed", "preference", "unparseable"]
+    assert verdicts[2].preferred == "second" and verdicts[1].reason == "b: ? occurs"
+    assert judge.judge([]) == []
