@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from alignment.data.dataset_schemas import RecordFile
-from alignment.data.source_row import LabeledRecord, ReadOptions, Record
+from alignment.data.read_options import ReadOptions
+from alignment.data.source_row import LabeledRecord, Record
 from alignment.records import Pair, Prompt, Response, Verdict
 from megatron_ext.data.row_files import MalformedRow, expand_row_files
 from megatron_ext.errors import UserError

@@ -142,8 +142,8 @@ class Pair(_Record):
         prompt: The prompt.
         first: The text of the first response.
         second: The text of the second response.
-        preferred: The side that the author of the data prefers; None if there is no label, several
-            people gave labels, or both responses are equally good.
+        preferred: The side that the author of the data prefers; None without a label, with those of
+            several people, or for a tie.
         source: Origin of the data.
         tied: Whether the author of the data holds both responses for equally good.
     """
@@ -232,10 +232,9 @@ def _check_text(record: Any, *names: str) -> None:
 
 
 def _without_absent(row: dict[str, Any]) -> dict[str, Any]:
-    if row.get("metadata") == {}:
-        del row["metadata"]
-    if row.get("tied") is False:
-        del row["tied"]
+    for name in ("metadata", "tied"):
+        if name in row and not row[name]:
+            del row[name]
     if isinstance(row.get("prompt"), dict):
         row["prompt"] = _without_absent(row["prompt"])
     return row
@@ -245,8 +244,7 @@ def _metadata(value: Any) -> Mapping[str, Any]:
     if isinstance(value, str):
         with suppress(ValueError):
             value = json.loads(value)
-    if value is None:
-        return {}
+    value = {} if value is None else value
     if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
         raise UserError(f"metadata must be a mapping from names to values, not {value!r:.60}")
     return {name: content for name, content in value.items() if content is not None}

@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from alignment.commands.config_groups import ModelConfig
@@ -45,18 +46,17 @@ def show_rows(config: ShowConfig) -> None:
         print(_legend(color))
     left = config.rows.limit
     for path in expand_row_files([config.file], "FILE"):
-        file, count = RecordFile(path, options=config.rows.options), 0
-        for item in file.read():
-            if left is not None and left <= 0:
-                break
-            left = None if left is None else left - 1
+        file, count, malformed = RecordFile(path, options=config.rows.options), 0, 0
+        for item in islice(file.read(), left):
             if isinstance(item, MalformedRow):
                 print(f"\n{path}, {item}. No command can use this row.")
-                continue
+                malformed += 1
+            else:
+                printer.show(item)
             count += 1
-            printer.show(item)
+        left = None if left is None else left - count
         if file.schema is not None:
-            print(f"\n{describe(file, count)}")
+            print(f"\n{describe(file, count - malformed)}")
 
 
 def _legend(color: bool) -> str:

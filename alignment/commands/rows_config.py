@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from alignment.data.source_row import ReadOptions
+from alignment.data.read_options import ReadOptions
 from megatron_ext.typed_flags import must_match
 
 

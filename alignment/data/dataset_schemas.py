@@ -14,11 +14,11 @@ from typing import Any
 from alignment.data import preference_rows, response_rows
 from alignment.data.people_labels import PersonLabel
 from alignment.data.preference_rows import find_sides
+from alignment.data.read_options import ReadOptions
 from alignment.data.source_row import (
     SYNONYMS,
     AmbiguousColumns,
     LabeledRecord,
-    ReadOptions,
     Record,
     SourceRow,
     find_column,
@@ -195,7 +195,7 @@ class RecordFile:
                     return schema, roles
         except AmbiguousColumns as error:
             raise UserError(f"{self.path} {error}") from None
-        raise UserError(_unknown(self.path, columns))
+        raise UserError(_unknown(self.path, columns, explicit))
 
     def _convert(self, values: Mapping[str, Any], number: int) -> list[LabeledRecord]:
         assert self.schema is not None
@@ -205,13 +205,17 @@ class RecordFile:
             raise UserError(f"no {missing[0]!r}, which the rows before it have")
         row = SourceRow(values, self.roles, self.source, self.options)
         records = self.schema.convert(row)
-        self.omissions.update(dict.fromkeys([*row.omissions, *shadowed], 1))
+        if row.omissions or shadowed:
+            self.omissions.update(dict.fromkeys([*row.omissions, *shadowed], 1))
         record = records[0].record
         assert not isinstance(record, Verdict)
         prompt = record if isinstance(record, Prompt) else record.prompt
-        self.metadata.update(list(prompt.metadata))
-        self.labels.update(label.annotator for item in records for label in item.labels)
-        return [replace(item, number=number) for item in records]
+        if prompt.metadata:
+            self.metadata.update(list(prompt.metadata))
+        for item in records:
+            for label in item.labels:
+                self.labels[label.annotator] += 1
+        return [LabeledRecord(item.record, item.labels, number) for item in records]
 
     @property
     def description(self) -> str:
@@ -263,11 +267,11 @@ def labels_of(record: Record) -> list[PersonLabel]:
     return []
 
 
-def _unknown(path: str | Path, columns: Collection[str]) -> str:
+def _unknown(path: str | Path, columns: Collection[str], explicit: Mapping[str, str]) -> str:
     names = {name for groups in SYNONYMS.values() for group in groups for name in group}
     near = {c: match[0] for c in columns if (match := get_close_matches(c.lower(), names, 1, 0.75))}
     roles = {name: role for role, groups in SYNONYMS.items() for group in groups for name in group}
-    advice = [f"{roles[name]}={column}" for column, name in near.items()]
+    advice = [f"{roles[name]}={explicit.get(column, column)}" for column, name in near.items()]
     known = "; ".join(f"{schema.columns} ({schema.name})" for schema in SCHEMAS)
     return (
         f"{path} has the columns {', '.join(columns) or '(none)'}, which no known schema has. Name "

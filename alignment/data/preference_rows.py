@@ -20,10 +20,10 @@ from alignment.records import Message, Pair, Side
 from megatron_ext.errors import UserError
 
 # Columns that change the meaning of a conversation. A row is refused if its value would be lost.
-_CONTEXT = (
+_CONTEXT = {
     "tools", "functions", "documents", "image", "images", "videos", "audio",
     "chat_template_kwargs",
-)  # fmt: skip
+}  # fmt: skip
 _ENDS = re.compile(
     r"(?P<name>(?:response|answer|completion|output|conversation|assistant|human_ref)?)_?"
     r"(?P<end>first|second|left|right|[ab012])"
@@ -111,6 +111,8 @@ def _ends(columns: Sequence[str]) -> tuple[str, str]:
 def opening_of(row: SourceRow) -> list[Message] | None:
     """Return the messages of the prompt's column, or None where a row has none."""
     prompt = row.get("prompt")
+    if isinstance(prompt, Mapping) and isinstance(prompt.get("messages"), list):
+        prompt = prompt["messages"]  # OpenAI's preferences have them in the column input
     if prompt in (None, "", []):
         return None
     if not isinstance(prompt, str) or is_json_messages(prompt):
@@ -184,7 +186,7 @@ def check_context(row: SourceRow) -> None:
     Raises:
         UserError: There is such a column with a value.
     """
-    for name in _CONTEXT:
+    for name in _CONTEXT & row.columns:
         if row.get(name) not in (None, "", "[]", [], {}):
             raise UserError(f"the column {name} is a part of the conversation and is not read")
 

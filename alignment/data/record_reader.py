@@ -5,7 +5,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from alignment.data.dataset_schemas import RecordFile
-from alignment.data.source_row import LabeledRecord, ReadOptions, Record, hash_id
+from alignment.data.read_options import ReadOptions
+from alignment.data.source_row import LabeledRecord, Record, hash_id
 from alignment.record_files import describe
 from alignment.records import Pair, Prompt, Response, Side, Verdict
 from megatron_ext.data.row_files import MalformedRow

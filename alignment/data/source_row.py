@@ -4,12 +4,13 @@ import datetime
 import decimal
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from difflib import get_close_matches
+from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import sha256
 from typing import Any
 
 from alignment.data.people_labels import PersonLabel
+from alignment.data.read_options import ReadOptions
 from alignment.records import Message, Pair, Prompt, Response, Side, Verdict
 from megatron_ext.errors import UserError
 
@@ -17,115 +18,17 @@ Record = Prompt | Response | Pair | Verdict
 # Names of columns by role, in order of precedence; a name of the same group is as good.
 SYNONYMS: Mapping[str, Sequence[Sequence[str]]] = {
     "messages": (("messages", "conversations", "conversation", "dialogue", "dialog"),),
-    "prompt": (("prompt", "question", "instruction", "query", "problem"),),
+    "prompt": (
+        ("prompt", "question", "instruction", "query", "problem"), ("input", "context", "history"),
+    ),
     "response": (("response", "completion", "output"), ("solution",), ("answer", "text")),
-    "chosen": (("chosen",),),
-    "rejected": (("rejected",),),
+    "chosen": (("chosen", "preferred_output"),),
+    "rejected": (("rejected", "non_preferred_output"),),
     "label": (("preferred", "winner", "preference", "better_response_id", "label", "labels"),),
     "score": (("score", "rating", "ratings"),),
     "annotator": (("annotator", "annotator_id", "rater", "labeler", "worker_id", "judge"),),
     "system": (("system", "system_prompt", "system_message"),),
 }  # fmt: skip
-ROLES = (
-    *SYNONYMS, "input", "history", "first", "second", "completions", "id", "prompt_id", "source",
-    "rubric", "tie", "score_chosen", "score_rejected",
-)  # fmt: skip
-"""Roles that a column can play; one under any other name is kept as metadata."""
-
-
-@dataclass(frozen=True)
-class ReadOptions:
-    """How files of other projects are read; files of this project need none of it.
-
-    Attributes:
-        columns: Name of a column in the files, or several with commas in between, by the name of
-            the role that it plays or under which it becomes metadata.
-        labels: Value of a label, as the files have it, mapped to first, second, tie or a score.
-        limit: Number of records after which reading ends, in the order of the files. None for all.
-    """
-
-    columns: Mapping[str, str] = field(default_factory=dict)
-    labels: Mapping[str, str] = field(default_factory=dict)
-    limit: int | None = None
-
-    @classmethod
-    def parse(
-        cls, columns: Sequence[str], labels: Sequence[str] = (), limit: int | None = None
-    ) -> "ReadOptions":
-        """Parse the values of --columns, --labels and --limit.
-
-        Raises:
-            UserError: A value has another form.
-        """
-        names: dict[str, str] = {}
-        for words in columns:
-            ours, equals, theirs = words.partition("=")
-            if not (ours and equals and theirs):
-                raise UserError(
-                    f"--columns {words} must have the form OURS=THEIRS, such as prompt=question."
-                )
-            names[ours] = theirs
-        values: dict[str, str] = {}
-        for words in labels:
-            ours, equals, theirs = words.partition("=")
-            if not (equals and theirs and (ours in ("first", "second", "tie") or _is_number(ours))):
-                raise UserError(
-                    f"--labels {words} must have the form LABEL=VALUE with first, second, tie or a "
-                    "score as LABEL, such as first=model_a."
-                )
-            values |= dict.fromkeys(theirs.split(","), ours)
-        return cls(names, values, limit)
-
-    def check(self, known: Collection[str], path: object) -> None:
-        """Check that a file has the columns that `columns` names.
-
-        Raises:
-            UserError: It lacks one.
-        """
-        for ours, theirs in self.columns.items():
-            for name in [theirs] if theirs in known else theirs.split(","):
-                if name not in known and name.partition(".")[0] not in known:
-                    near = get_close_matches(name, known, n=1)
-                    advice = f"Did you mean {near[0]}?" if near else "Name one of them."
-                    raise UserError(
-                        f"--columns {ours}={theirs}: {path} has no column {name!r}; its columns "
-                        f"are {', '.join(known)}. {advice}"
-                    )
-
-    def rename(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a row with the columns under the names of `columns`, those first."""
-        if not self.columns:
-            return dict(row)
-        renamed = {ours: _value(row, theirs) for ours, theirs in self.columns.items()}
-        sources = {
-            name
-            for theirs in self.columns.values()
-            for name in ([theirs] if theirs in row else theirs.split(","))
-        }
-        rest = {n: v for n, v in row.items() if n not in sources and n not in renamed}
-        return renamed | rest
-
-    def shadowed(self, columns: Iterable[str]) -> list[str]:
-        """Return the columns of a file that another one replaces under their name."""
-        return [c for c in columns if c in self.columns and self.columns[c] != c]
-
-
-def _is_number(text: str) -> bool:
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
-
-
-def _value(row: Mapping[str, Any], name: str) -> Any:
-    """Return the value of a column, of a field of a nested one, or of several by their names."""
-    if name in row or ("," not in name and "." not in name):
-        return row.get(name)
-    if "," in name:
-        return {each: _value(row, each) for each in name.split(",")}
-    column, _, rest = name.partition(".")
-    inner = row.get(column)
-    return _value(inner, rest) if isinstance(inner, Mapping) else None
 
 
 def find_column(role: str, columns: Iterable[str], explicit: Collection[str] = ()) -> str | None:
@@ -141,8 +44,13 @@ def find_column(role: str, columns: Iterable[str], explicit: Collection[str] = (
     Raises:
         AmbiguousColumns: Several columns may play it.
     """
+    return _find_column(role, tuple(columns), role in explicit)
+
+
+@lru_cache(maxsize=4096)  # the rows of a file have the same columns
+def _find_column(role: str, columns: tuple[str, ...], is_explicit: bool) -> str | None:
     known = {name.strip().lower().replace(" ", "_").replace("-", "_"): name for name in columns}
-    if role in explicit or role not in SYNONYMS:
+    if is_explicit or role not in SYNONYMS:
         return role if role in columns else known.get(role)
     for names in SYNONYMS[role]:
         matches = [known[name] for name in names if name in known]
@@ -191,6 +99,11 @@ class SourceRow:
         name = self.column(role)
         self._read.add(name)
         return self._values.get(name)
+
+    @property
+    def columns(self) -> set[str]:
+        """Columns of the row."""
+        return set(self._values)
 
     def peek(self, role: str) -> Any:
         """Return the value of the column that plays a role, or None, without counting it."""

@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from alignment.data.source_row import ReadOptions, hash_id
+from alignment.data.read_options import ReadOptions
+from alignment.data.source_row import hash_id
 from alignment.record_files import read_all
 from alignment.records import Pair, Prompt, Response
 from megatron_ext.errors import UserError

@@ -46,6 +46,13 @@ def make_questions(items: Sequence[Item], orders: str, samples: int) -> Iterator
                 yield Question(item, swapped, sample)
 
 
+def prompts_of(questions: Sequence[Question]) -> list[Prompt]:
+    """Return the prompts of the items of questions, each object once."""
+    items = [question.item for question in questions]
+    prompts = [item if isinstance(item, Prompt) else item.prompt for item in items]
+    return list({id(prompt): prompt for prompt in prompts}.values())
+
+
 class AnnotationTask(Protocol):
     """Task of an annotation: what to request about an item, and how to use an answer."""
 

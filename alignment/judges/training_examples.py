@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from alignment.data.chat_prompts import example
-from alignment.data.source_row import ReadOptions
+from alignment.data.read_options import ReadOptions
 from alignment.engines.batch import TokenSample
 from alignment.judges.formats.labels import answer_text, label_of
 from alignment.judges.formats.scale import read_verdicts

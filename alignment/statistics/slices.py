@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from alignment.data.source_row import ReadOptions
+from alignment.data.read_options import ReadOptions
 from alignment.record_files import read_all
 from alignment.records import Pair, Response
 from alignment.statistics.agreement_measures import AgreementData

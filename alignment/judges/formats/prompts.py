@@ -76,6 +76,25 @@ class JudgePrompt:
             for role, text in self.sections
         ]
 
+    def check_prompts(self, prompts: Sequence[Prompt], source: str) -> None:
+        """Check that all prompts have the rubric and the columns that the template shows.
+
+        Args:
+            prompts: The prompts.
+            source: The flag or file that they are from, for the message.
+
+        Raises:
+            UserError: If a prompt lacks one.
+        """
+        for prompt in prompts:
+            try:
+                for column in self.columns:
+                    _column_text(prompt, column.removeprefix("column:"))
+                if self.with_rubric:
+                    _rubric(prompt)
+            except UserError as error:
+                raise UserError(f"{source}: {error}") from None
+
     def _material(
         self, item: Prompt | Response | Pair, swapped: bool
     ) -> Mapping[str, Sequence[tuple[str, str]]]:
@@ -94,17 +113,26 @@ class JudgePrompt:
                 "Choose another --template."
             )
         if self.with_rubric:
-            if prompt.rubric is None:
-                raise UserError(
-                    f"The prompt {prompt.id!r} has no rubric, but the template of the judge shows "
-                    "it. Write rubrics first with et-align annotate --rubrics, or choose a "
-                    "template without a rubric."
-                )
-            material["rubric"] = [("rubric", prompt.rubric)]
+            material["rubric"] = [("rubric", _rubric(prompt))]
         for placeholder in self.columns:
             column = placeholder.removeprefix("column:")
             material[placeholder] = [(column, _column_text(prompt, column))]
         return material
+
+
+def _rubric(prompt: Prompt) -> str:
+    """Return the rubric of a prompt.
+
+    Raises:
+        UserError: The prompt has none.
+    """
+    if prompt.rubric is None:
+        raise UserError(
+            f"The prompt {prompt.id!r} has no rubric, but the template of the judge shows it. "
+            "Write rubrics first with et-align annotate --rubrics, or choose a template without a "
+            "rubric."
+        )
+    return prompt.rubric
 
 
 def _column_text(prompt: Prompt, column: str) -> str:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from alignment.data.dataset_schemas import own_kind
 from alignment.data.people_labels import PersonLabel, verdicts_of
-from alignment.data.source_row import LabeledRecord, ReadOptions
+from alignment.data.read_options import ReadOptions
+from alignment.data.source_row import LabeledRecord
 from alignment.record_files import read_all, read_labeled
 from alignment.records import Pair, Response, Verdict
 from megatron_ext.data.row_files import MalformedRow, expand_row_files, read_rows

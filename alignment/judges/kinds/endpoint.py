@@ -18,7 +18,7 @@ from alignment.judges.kinds.judge_kind import (
     JudgeContext,
     JudgeFlags,
 )
-from alignment.judges.questions import Question
+from alignment.judges.questions import Question, prompts_of
 from alignment.output_file import OutputFile
 from megatron_ext.errors import UserError
 
@@ -238,6 +238,8 @@ class EndpointJudgeConfig(JudgeConfig):
         self, questions: Sequence[Question], output: OutputFile, settings: AnnotationSettings
     ) -> int:
         """Ask the questions that have no answer yet; see `annotate_by_endpoint`."""
+        if settings.task == "judge":
+            self.check_prompts(prompts_of(questions), "--input")
         from alignment.judges.endpoint_annotation import annotate_by_endpoint
 
         return annotate_by_endpoint(self.with_settings(settings.cost), questions, output, settings)

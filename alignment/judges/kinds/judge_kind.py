@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, Self
 
 from pydantic import BaseModel, ConfigDict
 
-from alignment.judges.questions import Question
+from alignment.judges.formats.prompts import judge_prompt
+from alignment.judges.questions import Question, prompts_of
 from alignment.judges.results import reasons_of, require_results
 from alignment.output_file import OutputFile, format_outcomes
 from alignment.records import Pair, Prompt, Verdict
@@ -196,7 +197,7 @@ class JudgeConfig(BaseModel):
         raise NotImplementedError
 
     def check_prompts(self, prompts: Sequence[Prompt], source: str) -> None:
-        """Check that the prompts have what this judge reads from their metadata.
+        """Check that the prompts have what this judge reads of them.
 
         Args:
             prompts: The prompts whose responses will be judged.
@@ -205,6 +206,8 @@ class JudgeConfig(BaseModel):
         Raises:
             UserError: If a prompt has none, or something that cannot be used.
         """
+        if template := getattr(self, "template", None):
+            judge_prompt(template).check_prompts(prompts, source)
 
     def annotate(
         self, questions: Sequence[Question], output: OutputFile, settings: AnnotationSettings
@@ -239,9 +242,7 @@ class JudgeConfig(BaseModel):
             )
             return 0
         pairwise = isinstance(questions[0].item, Pair)
-        items = [question.item for question in questions]
-        prompts = {id(p): p for p in (i if isinstance(i, Prompt) else i.prompt for i in items)}
-        self.check_prompts(list(prompts.values()), "--input")
+        self.check_prompts(prompts_of(questions), "--input")
         judge = self.open(JudgeContext(pairwise, output.path.parent))
         try:
             output.check_or_create(judge.identity)

@@ -9,7 +9,8 @@ import pyarrow.parquet
 import pytest
 
 from alignment.data.dataset_schemas import RecordFile
-from alignment.data.source_row import LabeledRecord, ReadOptions
+from alignment.data.read_options import ReadOptions
+from alignment.data.source_row import LabeledRecord
 from alignment.record_files import read_all, read_files
 from alignment.records import Outcome, Pair, Prompt, Response, Side
 from megatron_ext.data.row_files import MalformedRow
@@ -86,6 +87,8 @@ OPENAI = [turn("system", "S"), turn("user", "Q"), turn("assistant", "A")]
         ({"prompt": OPENAI[:2], "completion": "A"}, S),
         ({"prompt": "\n\nHuman: Q\n\nAssistant:", "response": " A"}, A),
         ({"messages": "\n\nHuman: Q\n\nAssistant: A"}, A),
+        ({"input": "Q", "output": "A"}, A),
+        ({"question": "Q", "context": "C", "answer": "A"}, A),
         ({"prompt": "Q"}, Q),
         ({"prompt": OPENAI[:2]}, S[:2]),
         ({"question": "Q", "level": 3}, Q),
@@ -133,6 +136,17 @@ def test_conversations_of_the_arena_are_pairs(tmp_path: Path) -> None:
     assert (item.record.first, item.record.second) == ("A", "B")
     assert [(x.preferred, x.annotator) for x in item.labels] == [(Side.SECOND, "ann")]
     assert item.record.prompt.metadata == {"question_id": "q7", "model_a": "m", "model_b": "n"}
+
+
+def test_preferences_of_openai_have_their_messages_in_the_input(tmp_path: Path) -> None:
+    row = {
+        "input": {"messages": OPENAI[:2], "tools": []},
+        "preferred_output": OPENAI[2:], "non_preferred_output": [turn("assistant", "B")],
+    }  # fmt: skip
+    [item] = read(written(tmp_path, [row]))
+    pair = item.record
+    assert plain(pair) == S[:2] and {pair.first, pair.second} == {"A", "B"}
+    assert (pair.first if pair.preferred is Side.FIRST else pair.second) == "A"
 
 
 def test_values_of_labels_can_be_stated(tmp_path: Path) -> None:
@@ -217,6 +231,7 @@ def test_columns_are_named_by_their_roles(tmp_path: Path) -> None:
          r"columns prompt and question, each of which may be the prompt.*prompt=prompt"),
         ({"prompt": "P", "response": "A", "completion": "B"}, (), "may be the response"),
         ({"prompt": "P"}, ("prompt",), "must have the form OURS=THEIRS"),
+        ({"frage": "Q"}, ("promt=frage",), r"Name them with --columns prompt=frage\."),
     ],
 )  # fmt: skip
 def test_columns_that_are_missing_or_ambiguous_are_refused(

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from alignment.commands.agreement import main as agreement
+from alignment.commands.annotate import main as annotate
 from alignment.commands.data import main as data
-from alignment.data.source_row import ReadOptions
+from alignment.data.read_options import ReadOptions
 from alignment.judges.formats.scale import read_verdicts
 from alignment.judges.kinds.function_judge import FunctionJudge
 from alignment.judges.training_examples import read_labeled_questions
@@ -150,3 +151,23 @@ def test_functions_receive_the_metadata_of_the_prompt(ratings: Path, tmp_path: P
         assert [judge.verdict(item).score for item in items] == [9.0] * 4
     finally:
         judge.close()
+
+
+def test_templates_are_checked_for_every_prompt_before_anything_is_asked(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"Q{n}", "response": "A", "reference": r} for n, r in enumerate(["x", None])]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    flags = ["--input", str(file), "--output", str(tmp_path / "out.jsonl")]
+    judge = [
+        "--judge",
+        "http://127.0.0.1:9/v1",
+        "--model",
+        "m",
+        "--template",
+        "pointwise-reference",
+    ]
+    with pytest.raises(UserError, match=r"--input: The template of the judge shows \{reference\}"):
+        annotate([*flags, *judge])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl"]

@@ -1,0 +1,104 @@
+"""Options of reading files of other projects: which columns play which roles, and how many rows."""
+
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any
+
+from megatron_ext.errors import UserError
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How files of other projects are read; files of this project need none of it.
+
+    Attributes:
+        columns: Name of a column in the files, or several with commas in between, by the name of
+            the role that it plays or under which it becomes metadata.
+        labels: Value of a label, as the files have it, mapped to first, second, tie or a score.
+        limit: Number of records after which reading ends, in the order of the files. None for all.
+    """
+
+    columns: Mapping[str, str] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
+    limit: int | None = None
+
+    @classmethod
+    def parse(
+        cls, columns: Sequence[str], labels: Sequence[str] = (), limit: int | None = None
+    ) -> "ReadOptions":
+        """Parse the values of --columns, --labels and --limit.
+
+        Raises:
+            UserError: A value has another form.
+        """
+        names: dict[str, str] = {}
+        for words in columns:
+            ours, equals, theirs = words.partition("=")
+            if not (ours and equals and theirs):
+                raise UserError(
+                    f"--columns {words} must have the form OURS=THEIRS, such as prompt=question."
+                )
+            names[ours] = theirs
+        values: dict[str, str] = {}
+        for words in labels:
+            ours, equals, theirs = words.partition("=")
+            if not (equals and theirs and (ours in ("first", "second", "tie") or _is_number(ours))):
+                raise UserError(
+                    f"--labels {words} must have the form LABEL=VALUE with first, second, tie or a "
+                    "score as LABEL, such as first=model_a."
+                )
+            values |= dict.fromkeys(theirs.split(","), ours)
+        return cls(names, values, limit)
+
+    def check(self, known: Collection[str], path: object) -> None:
+        """Check that a file has the columns that `columns` names.
+
+        Raises:
+            UserError: It lacks one.
+        """
+        for ours, theirs in self.columns.items():
+            for name in [theirs] if theirs in known else theirs.split(","):
+                if name not in known and name.partition(".")[0] not in known:
+                    near = get_close_matches(name, known, n=1)
+                    advice = f"Did you mean {near[0]}?" if near else "Name one of them."
+                    raise UserError(
+                        f"--columns {ours}={theirs}: {path} has no column {name!r}; its columns "
+                        f"are {', '.join(known)}. {advice}"
+                    )
+
+    def rename(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a row with the columns under the names of `columns`, those first."""
+        if not self.columns:
+            return dict(row)
+        renamed = {ours: _value(row, theirs) for ours, theirs in self.columns.items()}
+        sources = {
+            name
+            for theirs in self.columns.values()
+            for name in ([theirs] if theirs in row else theirs.split(","))
+        }
+        rest = {n: v for n, v in row.items() if n not in sources and n not in renamed}
+        return renamed | rest
+
+    def shadowed(self, columns: Iterable[str]) -> list[str]:
+        """Return the columns of a file that another one replaces under their name."""
+        return [c for c in columns if c in self.columns and self.columns[c] != c]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def _value(row: Mapping[str, Any], name: str) -> Any:
+    """Return the value of a column, of a field of a nested one, or of several by their names."""
+    if name in row or ("," not in name and "." not in name):
+        return row.get(name)
+    if "," in name:
+        return {each: _value(row, each) for each in name.split(",")}
+    column, _, rest = name.partition(".")
+    inner = row.get(column)
+    return _value(inner, rest) if isinstance(inner, Mapping) else None
