@@ -31,6 +31,7 @@ _SHOWN = {
 
 _UNREWARDED = 0.05  # share of the responses from which a report calls attention to them
 _MOST_EVALUATED = 6  # metrics in the line of an evaluation
+_NOT_SHOWN = ("step", "_unjudged", "_error", "/prompts", "/alarm")  # ends of their names
 
 
 class RunConsole:
@@ -103,9 +104,11 @@ class RunConsole:
     def evaluate(self, step: int, metrics: Metrics) -> None:
         """Print the first metrics of an evaluation."""
         if self._run.writes:
-            numbers = [(n, v) for n, v in metrics.items() if isinstance(v, int | float)]
-            shown = (f"{_words(name)} {value:.4g}" for name, value in numbers if name != "step")
-            parts = list(shown)[:_MOST_EVALUATED]
+            parts = [
+                f"{_words(name)} {value:.4g}"
+                for name, value in metrics.items()
+                if isinstance(value, int | float) and not name.endswith(_NOT_SHOWN)
+            ][:_MOST_EVALUATED]
             console.line(report_line([step_of(step, self._steps), "evaluation", *parts]), "bold")
 
     def _alarms(self, metrics: Metrics) -> Iterator[str]:
