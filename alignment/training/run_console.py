@@ -116,7 +116,8 @@ class RunConsole:
         if any(value is not None and not math.isfinite(value) for value in values):
             yield "loss, gradient or reward is not a finite number"
         if self._skipped:
-            yield f"{self._skipped} steps skipped, as no rewards of a prompt differ"
+            steps = f"{self._skipped} step{'s' * (self._skipped > 1)} skipped"
+            yield f"{steps}, as no rewards of a prompt differ"
         if overflows := metrics.get("overflows"):
             yield f"{overflows:.0f} optimizer steps skipped, as gradients overflowed"
         if "loss" in metrics and "grad_norm" in metrics and metrics["grad_norm"] is None:
