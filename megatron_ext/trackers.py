@@ -74,7 +74,9 @@ class TrackerSettings:
     @property
     def name(self) -> str | None:
         """Name of the run."""
-        return self.wandb_name or (self.run_dir and self.run_dir.absolute().name)
+        if self.wandb_name or self.run_dir is None:
+            return self.wandb_name
+        return self.run_dir.absolute().name
 
     @property
     def mlflow_store(self) -> str | None:

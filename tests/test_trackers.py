@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def test_a_missing_package_is_named_with_its_command(
     monkeypatch.setattr("megatron_ext.trackers.find_spec", lambda name: None)
     package = flag.partition("_")[0]
     with pytest.raises(UserError, match=rf"pip install 'megatron-et\[{package}\]'"):
-        TrackerSettings(run_dir=tmp_path, **{flag: "mine"}).check()
+        replace(TrackerSettings(run_dir=tmp_path), **{flag: "mine"}).check()
     TrackerSettings(run_dir=tmp_path, tensorboard_dir=tmp_path).check()
 
 
