@@ -116,5 +116,5 @@ def _row(header: list[str], fields: list[str]) -> dict[str, str] | str:
     try:
         "".join(fields).encode()
     except UnicodeEncodeError:
-        return "invalid UTF-8"
+        return "invalid UTF-8; convert the file, for example with iconv -f WINDOWS-1252 -t UTF-8"
     return row

@@ -6,14 +6,12 @@ Memory is bounded by the largest document (Parquet: by one batch of rows).
 import io
 import json
 from collections.abc import Iterator
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from megatron_ext.data.csv_rows import csv_rows
 from megatron_ext.data.decompression import BROKEN, decompressed
 from megatron_ext.data.shards import MAX_PLAIN_DOCUMENT, Shard, TextFormat, open_parquet, too_large
 from megatron_ext.errors import UserError
-
-_ARRAY = "a JSON array, not JSON lines; write each of its objects on a separate line"
 
 
 class MalformedRecord(NamedTuple):
@@ -29,8 +27,8 @@ class ShardReader:
     Iterating raises a `UserError` if the file turns out to be truncated or broken.
 
     Attributes:
-        lines: Number of lines (Parquet: rows) of the shard read so far; at the end, all that it
-            owns. For CSV, the line on which the current row begins.
+        lines: Number of lines (Parquet, JSON arrays: rows) of the shard read so far; at the end,
+            all that it owns. For CSV, the line on which the current row begins.
         consumed: Bytes of the shard read so far, at most `shard.size`.
     """
 
@@ -41,6 +39,9 @@ class ShardReader:
     def __iter__(self) -> Iterator[str | MalformedRecord]:
         if self.shard.format == "parquet":
             yield from self._parquet()
+            return
+        if self.shard.format == "array":
+            yield from self._array()
             return
         with open(self.shard.path, "rb") as raw:
             try:
@@ -94,12 +95,23 @@ class ShardReader:
         try:
             record = json.loads(text)
         except (ValueError, RecursionError) as error:
-            if self.lines == 1 and text.lstrip().startswith("["):
-                return MalformedRecord(1, _ARRAY)
             return MalformedRecord(self.lines, f"invalid JSON: {error}")
         if not isinstance(record, dict):
-            is_array = self.lines == 1 and isinstance(record, list)
-            return MalformedRecord(self.lines, _ARRAY if is_array else "not a JSON object")
+            return MalformedRecord(self.lines, "not a JSON object")
+        return self._field(record)
+
+    def _array(self) -> Iterator[str | MalformedRecord]:
+        from megatron_ext.data.row_files import MalformedRow, read_rows
+
+        for number, row in read_rows(self.shard.path):
+            self.lines = number
+            if isinstance(row, MalformedRow):
+                yield MalformedRecord(number, row.reason)
+            else:
+                yield self._field(row)
+        self.consumed = self.shard.size
+
+    def _field(self, record: dict[str, Any]) -> str | MalformedRecord:
         key = self.layout.text_key
         if key not in record:
             keys = ", ".join(map(repr, list(record)[:8])) or "none"

@@ -51,7 +51,7 @@ class Shard(NamedTuple):
 
     Attributes:
         path: The file.
-        format: One of `FORMATS`.
+        format: One of `FORMATS`, or "array" for a JSON file with one array of objects.
         start: First byte or row group.
         stop: Byte or row group after the last, or None if the whole file is read.
         size: Share of the file, in bytes.
@@ -142,9 +142,12 @@ def plan_shards(paths: list[str], layout: TextFormat, shard_bytes: int) -> list[
         if kind == "parquet":
             shards += _parquet_shards(path, layout.text_key, size, shard_bytes)
             continue
-        if kind in ("jsonl", "csv"):
+        if kind == "jsonl" and ".json" in Path(path.lower()).suffixes and _is_array(path):
+            kind = "array"
+        elif kind in ("jsonl", "csv"):
             _check_text_key(path, kind, layout.text_key)
-        if is_compressed(path) or kind == "csv":  # a newline within quotes does not end a row
+        # A newline within the quotes of a CSV file does not end a row.
+        if is_compressed(path) or kind in ("csv", "array"):
             shards.append(Shard(path, kind, 0, None, size))
         elif kind == "text" and layout.separator is None:
             if size > MAX_PLAIN_DOCUMENT:
@@ -185,6 +188,15 @@ def _format_of(path: str, layout: TextFormat) -> str:
             f"{path} is a compressed Parquet file. Decompress it: Parquet compresses its own pages."
         )
     return kind
+
+
+def _is_array(path: str) -> bool:
+    """Return whether a JSON file is one array of objects, and not JSON lines."""
+    with open(path, "rb") as raw:
+        try:
+            return decompressed(raw).read(1 << 10).lstrip().startswith(b"[")
+        except BROKEN:
+            return False  # reported where it is read
 
 
 def _check_text_key(path: str, kind: str, text_key: str) -> None:

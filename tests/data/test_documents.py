@@ -227,8 +227,11 @@ def test_csv_column_is_read_with_quoted_newlines_and_compression(tmp_path):
         assert list(ShardReader(shard, layout)) == ['one\n\nstill "one"', "", "zwei"]
 
 
-def test_json_array_is_malformed_with_advice(tmp_path):
-    for content in ('[{"text": "a"}]', '[\n{"text": "a"}\n]'):
-        (tmp_path / "a.json").write_text(content)
-        first = read_all(tmp_path / "a.json")[0]
-        assert isinstance(first, MalformedRecord) and "JSON array" in first.reason
+def test_json_arrays_are_read_whole(tmp_path):
+    objects = [{"text": "a\nb"}, {"n": 1, "text": "ü"}, {"other": 1}, "no object"]
+    for indent in (None, 1):
+        (tmp_path / "a.json").write_text(json.dumps(objects, indent=indent))
+        *texts, missing, other = read_all(tmp_path / "a.json", size=5)
+        assert texts == ["a\nb", "ü"]
+        assert isinstance(missing, MalformedRecord) and missing.line == 3
+        assert isinstance(other, MalformedRecord) and "not" in other.reason
