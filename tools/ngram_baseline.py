@@ -1,6 +1,6 @@
 """Compute unigram and bigram losses of an indexed dataset, in nats per token.
 
-    python -m tools.ngram_baseline --train-data PREFIX --valid-data PREFIX --vocab-size N
+    python -m tools.ngram_baseline --train-data PREFIX --valid-data PREFIX
 
 Both models are fitted to the whole training set. The bigram model is interpolated modified
 Kneser-Ney with Chen and Goodman's discounts (1999, section 4.1.6), the strongest of the common ways
@@ -16,6 +16,7 @@ import sys
 from megatron_ext.data.tokenizer_identity import manifest_tokenizer
 from megatron_ext.errors import ToolParser, UserError, run_tool
 from megatron_ext.evaluation.ngram_losses import baseline_losses, read_stream
+from megatron_ext.quiet import quiet_warnings
 
 
 def _check_same_tokenizer(train: str, valid: str, vocab_size: int) -> None:
@@ -48,21 +49,34 @@ def main(argv: list[str] | None = None) -> None:
         help="Prefix of the indexed dataset that the models are fitted to.")
     add("--valid-data", required=True, metavar="PREFIX",
         help="Prefix of the indexed dataset whose loss is computed.")
-    add("--vocab-size", type=int, required=True, metavar="N",
-        help="Number of entries of the tokenizer.")
+    add("--vocab-size", type=int, metavar="N",
+        help="Number of entries of the tokenizer. Default: that of the manifest of --train-data.")
     # fmt: on
     options = parser.parse_args(argv)
-    _check_same_tokenizer(options.train_data, options.valid_data, options.vocab_size)
-    train, valid = read_stream(options.train_data), read_stream(options.valid_data)
+    if options.vocab_size is None:
+        options.vocab_size = manifest_tokenizer(options.train_data).get("vocab_size")
+        if options.vocab_size is None:
+            raise UserError(
+                f"--train-data {options.train_data} has no manifest of preprocess_data that says "
+                "how many entries its tokenizer has. Give --vocab-size."
+            )
+    with quiet_warnings():  # of the import of Megatron
+        losses, tokens = _losses(options.train_data, options.valid_data, options.vocab_size)
+    json.dump({**losses, "tokens": tokens}, sys.stdout)
+    print()
+
+
+def _losses(train_data: str, valid_data: str, vocab_size: int) -> tuple[dict[str, float], int]:
+    """Return the losses and the number of tokens that they are means of."""
+    _check_same_tokenizer(train_data, valid_data, vocab_size)
+    train, valid = read_stream(train_data), read_stream(valid_data)
     highest = int(max(train.max(), valid.max()))
-    if highest >= options.vocab_size:
+    if highest >= vocab_size:
         raise UserError(
-            f"--vocab-size {options.vocab_size} is too small: a dataset contains token {highest}. "
+            f"--vocab-size {vocab_size} is too small: a dataset contains token {highest}. "
             "Set it to the number of entries of the tokenizer."
         )
-    losses = baseline_losses(train, valid, options.vocab_size)
-    json.dump({**losses, "tokens": len(valid) - 1}, sys.stdout)
-    print()
+    return baseline_losses(train, valid, vocab_size), len(valid) - 1
 
 
 if __name__ == "__main__":
