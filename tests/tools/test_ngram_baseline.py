@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from megatron_ext.errors import UserError
 from megatron_ext.evaluation.ngram_losses import Bigram, Unigram, baseline_losses
+from tests.tools.preprocessed import make_texts, preprocess, write_jsonl
 from tools.ngram_baseline import main
 
 VOCABULARY = 5
@@ -101,3 +102,20 @@ def test_datasets_of_different_tokenizers_are_refused(tmp_path: Path) -> None:
         main([*words, valid])
     with pytest.raises(UserError, match=r"which has 9 entries\. Set it to 9"):
         main([*words, train])
+    (tmp_path / "train.json").unlink()
+    with pytest.raises(UserError, match=r"has no manifest.*Give --vocab-size"):
+        main(["--train-data", train, "--valid-data", valid])
+
+
+def test_vocabulary_size_is_that_of_the_manifest(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_jsonl(tmp_path / "text.jsonl", make_texts(60))
+    preprocess(model, [source], tmp_path / "data", "--valid-fraction", 0.3)
+    data = [f"{tmp_path}/data_{split}_text_document" for split in ("train", "valid")]
+    words = ["--train-data", data[0], "--valid-data", data[1]]
+    capsys.readouterr()
+    main(words)
+    first = capsys.readouterr().out
+    main([*words, "--vocab-size", "360"])
+    assert json.loads(first) == json.loads(capsys.readouterr().out)
