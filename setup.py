@@ -54,6 +54,7 @@ setup(
         "rich>=13",
         # judges
         "httpx>=0.27",
+        "regex>=2024.5",  # patterns with a time limit
         "scikit-learn>=1.5,<2",  # the monitors' classifier
         # serving
         "pydantic>=2.10,<3",

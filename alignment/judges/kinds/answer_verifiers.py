@@ -204,9 +204,8 @@ class PatternConfig(VerifierConfig):
         return Verification(float(right), note)
 
     def _compile(self, pattern: str) -> "regex.Pattern[str]":
-        flags = (
-            regex.IGNORECASE * self.ignore_case | (regex.MULTILINE | regex.DOTALL) * self.multiline
-        )
+        flags = regex.IGNORECASE if self.ignore_case else 0
+        flags |= regex.MULTILINE | regex.DOTALL if self.multiline else 0
         try:
             return regex.compile(pattern, flags)
         except regex.error as error:

@@ -82,9 +82,11 @@ class EndpointJudge:
         # a collective.
         self._before = _dollars_of(config, store) if self._asks and not rank else 0.0
         self._usage, self._dollars = TokenUsage(), 0.0  # of this process
-        rates = (config.requests_per_minute, config.tokens_per_minute)
+        requests, tokens = config.requests_per_minute, config.tokens_per_minute
         self._limiter = RateLimiter(
-            *(rate and rate / self._shares for rate in rates), clock=time.monotonic
+            requests and requests / self._shares,
+            tokens and tokens / self._shares,
+            clock=time.monotonic,
         )
 
     def judge(
