@@ -259,10 +259,11 @@ def test_columns_that_are_missing_or_ambiguous_are_refused(
     ],
 )  # fmt: skip
 def test_rows_that_cannot_be_used_say_why(row: Any, reason: str, tmp_path: Path) -> None:
-    good = {name: value for name, value in (("prompt", "Q"), ("response", "A")) if name in row}
-    good = good or {n: ([shared("human", "Q")] if n == "conversations" else "Q") for n in row}
-    if "messages" in row:
-        good = {"messages": OPENAI}
+    valid: dict[str, Any] = {
+        "conversations": SHAREGPT, "messages": OPENAI, "prompt": "Q", "response": "A",
+        "instruction": "Q", "input": "", "output": "A",
+    }  # fmt: skip
+    good = {name: valid[name] for name in row if name in valid}
     items = read(written(tmp_path, [good, row]))
     assert isinstance(items[1], MalformedRow) and items[1].number == 2
     assert reason in items[1].reason
