@@ -10,6 +10,7 @@ from alignment.data.dataset_schemas import RecordFile
 from alignment.data.read_options import ReadOptions
 from alignment.data.source_row import LabeledRecord, Record
 from alignment.records import Pair, Prompt, Response, Verdict
+from megatron_ext.console import console
 from megatron_ext.data.row_files import MalformedRow, expand_row_files
 from megatron_ext.errors import UserError
 
@@ -105,7 +106,7 @@ class _StrictReader:
                 "more rows repeat one of them": repeated,
                 "pairs of a response with itself are left out": equal,
             }
-            print(describe(file, len(self.items) - before, counts), flush=True)
+            console.line(describe(file, len(self.items) - before, counts))
         if not self.items:
             raise UserError(f"{path} has no rows. Give a file with rows.")
 

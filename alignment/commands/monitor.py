@@ -41,17 +41,19 @@ def run(config: MonitorConfig) -> int:
         _measure(config)
         return 0
     limits = MonitorLimits.read(config.limits) if config.limits else MonitorLimits()
-    responses = read_all(Path(config.input), Response)
+    options = config.rows.options
+    responses = read_all(Path(config.input), Response, options=options)
     reference = None
     if config.reference_lengths:
-        texts = (row.text for row in read_all(Path(config.reference_lengths), Response))
+        references = read_all(Path(config.reference_lengths), Response, options=options)
+        texts = (row.text for row in references)
         reference = ReferenceLengths.from_words([len(words_of(text)) for text in texts])
     rewards = _rewards(responses, config.verdicts) if config.verdicts else None
     if config.judge.judge and config.judge_verdicts:
         files = OutputConfig(
             input=config.input, output=config.judge_verdicts, overwrite=config.overwrite
         )
-        if status := annotate(files, config.gaming_judge, orders="given"):
+        if status := annotate(files, config.gaming_judge, orders="given", options=options):
             return status
     verdicts = _gaming(responses, config.judge_verdicts) if config.judge_verdicts else None
     findings = Monitor(limits, reference).check_batch(responses, rewards, verdicts)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from alignment.commands.annotation_judge_config import AnnotationJudgeConfig
+from alignment.commands.rows_config import RowsConfig
 from megatron_ext.errors import UserError
 from megatron_ext.new_folder import check_output_folder
 from megatron_ext.typed_flags import flag, group, parse_config
@@ -54,6 +55,7 @@ class MonitorConfig:
     judge_verdicts: str | None = flag(None, metavar="FILE")
     """Verdicts of a judge on whether responses game their judge, 0 to 9; written by --judge.
     Default: none."""
+    rows: RowsConfig = group()
     judge: AnnotationJudgeConfig = group()
 
     def __post_init__(self) -> None:
