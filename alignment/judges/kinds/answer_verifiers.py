@@ -6,12 +6,12 @@ reference: answer     # a column of the prompts' metadata
 
 import unicodedata
 from fractions import Fraction
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import regex
 from pydantic import Field, model_validator
 
-from alignment.judges.kinds.judge_kind import MAY_CHANGE
+from alignment.judges.kinds.judge_kind import MAY_CHANGE, JudgeContext
 from alignment.judges.kinds.verifier import (
     CannotVerify,
     Column,
@@ -23,6 +23,9 @@ from alignment.judges.kinds.verifier import (
 from alignment.judges.verifiers.extraction import Extract, extract_answer
 from alignment.judges.verifiers.numbers import Decimal, Number, find_numbers, read_number
 from alignment.records import Prompt
+
+if TYPE_CHECKING:
+    from alignment.engines.protocol import AlignmentEngine
 
 _EDGES = " \t\r\n.,;:!?\"'“”‘’`*_()[]{}$"
 
@@ -179,6 +182,10 @@ class PatternConfig(VerifierConfig):
     def column_settings(cls, column: str) -> dict[str, Any]:
         """Return the settings that a column in the short form of --judge stands for."""
         return {"column": column or "pattern"}
+
+    def shared_engine(self, context: JudgeContext) -> "AlignmentEngine | None":
+        """Return the engine, because it depends on the machine whether a time limit is exceeded."""
+        return context.engine
 
     def read_prompt(self, prompt: Prompt) -> "regex.Pattern[str]":
         """Return the compiled pattern."""
