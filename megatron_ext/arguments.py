@@ -79,12 +79,30 @@ def parse_args(
     if args.step_batch_size_schedule is not None:  # checks and plans use the largest batch
         args.global_batch_size = batch_schedule(args)[-1][1]
     args.vocab_size = get_tokenizer().vocab_size  # without padding
+    if "padded_vocab_size" in explicit:
+        _use_rows(args)
     if args.stall_timeout is None:
         args.stall_timeout = 0.9 * 60 * args.distributed_timeout_minutes
     config: ETConfig = explained(lambda: core_transformer_config_from_args(args, ETConfig))
     for name in ("moe_router_load_balancing_type", "moe_aux_loss_coeff", "moe_router_dtype"):
         setattr(args, name, getattr(config, name))  # the trainer logs the values of the arguments
     return args, config
+
+
+def _use_rows(args: Namespace) -> None:
+    """Give the model the rows of `--padded-vocab-size`, which a model from elsewhere has.
+
+    Raises:
+        UserError: The tokenizer has more entries.
+    """
+    rows, tensor = args.padded_vocab_size, args.tensor_model_parallel_size
+    if rows < args.vocab_size:
+        raise UserError(
+            f"--padded-vocab-size {rows} is below the {args.vocab_size} entries of the tokenizer. "
+            "Give the tokenizer of the model, or raise it."
+        )
+    args.hf_vocab_size = rows
+    args.padded_vocab_size = -(-rows // tensor) * tensor
 
 
 def parse_flags(argv: Sequence[str], writes: bool = True) -> tuple[Namespace, set[str]]:

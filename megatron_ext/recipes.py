@@ -17,6 +17,8 @@ from megatron_ext.errors import UserError
 from megatron_ext.flag_names import FLAGS, MEGATRON_VERSION, NAMES
 
 _COMMAND_LINE = "the command line"
+_FOLDER = "${recipe_dir}"
+"""Text in the values of a recipe that stands for the folder of its file."""
 
 # Groups of arguments that exclude each other. If the command line or a later recipe sets an
 # argument of one group, those of the other groups in earlier recipes have no effect.
@@ -81,7 +83,8 @@ def expand_recipes(
 
     Flags that follow a recipe override its flags. If arguments exclude each other, such as
     `--train-iters` and `--train-samples`, the one on the command line replaces that of the recipe
-    at any position. A key whose value is null removes the key of earlier recipes.
+    at any position. A key whose value is null removes the key of earlier recipes. In a value,
+    `${recipe_dir}` is the folder of the recipe, so that the folder can be moved with what it names.
 
     Args:
         argv: Words of the command line.
@@ -343,4 +346,6 @@ def _words(key: str, value: Any, action: Action, path: Path) -> list[str]:
             raise UserError(f"{path}: {key} must be true or false, not {value!r}")
         return [option] if value else []
     values = value if isinstance(value, list) and action.nargs else [value]
-    return [option, *("none" if v is None else str(v) for v in values)]
+    folder = str(path.absolute().parent)
+    words = ["none" if v is None else str(v).replace(_FOLDER, folder) for v in values]
+    return [option, *words]

@@ -251,56 +251,67 @@ def _expert_settings(args: Namespace, router: str | None) -> dict[str, Any]:
 
 def to_flags(model: Architecture) -> list[str]:
     """Return the flags of `pretrain_et.py` that build this model."""
+    words: list[str] = []
+    for name, value in to_settings(model).items():
+        option = "--" + name.replace("_", "-")
+        words += [option] if value is True else [option, str(value)]
+    return words
+
+
+def to_settings(model: Architecture) -> dict[str, Any]:
+    """Return the settings of `pretrain_et.py` that build this model, as a recipe has them.
+
+    Switches that are on have the value True; those that are off are left out.
+    """
     values: dict[str, Any] = {
-        "num-layers": model.layers,
-        "hidden-size": model.hidden,
-        "num-attention-heads": model.heads,
-        "num-query-groups": model.kv_heads,
-        "kv-channels": model.head_dim,
-        "ffn-hidden-size": model.ffn,
-        "seq-length": model.max_length,
-        "max-position-embeddings": model.max_length,
-        "norm-epsilon": model.eps,
-        "rotary-base": model.rope_base,
-        "et-logit-softcap": model.softcap,
-        "position-embedding-type": "rope",
+        "num_layers": model.layers,
+        "hidden_size": model.hidden,
+        "num_attention_heads": model.heads,
+        "num_query_groups": model.kv_heads,
+        "kv_channels": model.head_dim,
+        "ffn_hidden_size": model.ffn,
+        "seq_length": model.max_length,
+        "max_position_embeddings": model.max_length,
+        "norm_epsilon": model.eps,
+        "rotary_base": model.rope_base,
+        "et_logit_softcap": model.softcap,
+        "position_embedding_type": "rope",
         "normalization": "RMSNorm",
-        "hidden-dropout": 0,
-        "attention-dropout": 0,
+        "hidden_dropout": 0,
+        "attention_dropout": 0,
     }
     switches = {
-        "group-query-attention": True,
-        "disable-bias-linear": True,
-        "no-bias-gelu-fusion": True,
+        "group_query_attention": True,
+        "disable_bias_linear": True,
+        "no_bias_gelu_fusion": True,
         "swiglu": model.gated,
-        "squared-relu": not model.gated,
-        "et-norm-scale": model.norm_scale,
-        "qk-layernorm": model.qk_norm,
-        "add-qkv-bias": model.qkv_bias,
-        "untie-embeddings-and-output-weights": not model.tied,
-        "no-et-embedding-norm": not model.embedding_norm,
-        "use-rope-scaling": model.rope_factor is not None,
+        "squared_relu": not model.gated,
+        "et_norm_scale": model.norm_scale,
+        "qk_layernorm": model.qk_norm,
+        "add_qkv_bias": model.qkv_bias,
+        "untie_embeddings_and_output_weights": not model.tied,
+        "no_et_embedding_norm": not model.embedding_norm,
+        "use_rope_scaling": model.rope_factor is not None,
     }
     if model.rope_factor is not None:
-        values["rope-scaling-factor"] = model.rope_factor
+        values["rope_scaling_factor"] = model.rope_factor
     if model.router is not None:
         pattern = ",".join(str(int(moe)) for moe in model.moe_layers)
         values |= {
-            "router-type": model.router,
-            "num-experts": model.experts,
-            "moe-layer-freq": 1 if model.moe_everywhere else f"[{pattern}]",
-            "moe-ffn-hidden-size": model.moe_ffn,
-            "moe-router-topk": model.topk,
+            "router_type": model.router,
+            "num_experts": model.experts,
+            "moe_layer_freq": 1 if model.moe_everywhere else f"[{pattern}]",
+            "moe_ffn_hidden_size": model.moe_ffn,
+            "moe_router_topk": model.topk,
         }
         if model.shared_ffn:
-            values["moe-shared-expert-intermediate-size"] = model.shared_ffn
+            values["moe_shared_expert_intermediate_size"] = model.shared_ffn
         if model.thresholds:
-            values |= {"et-gate": model.gate, "et-ema-decay": model.ema_decay}
+            values |= {"et_gate": model.gate, "et_ema_decay": model.ema_decay}
             if model.mean_experts is not None:
-                values["et-mean-experts"] = model.mean_experts
+                values["et_mean_experts"] = model.mean_experts
         else:
-            switches["moe-router-pre-softmax"] = not model.normalize_topk
-            values |= {"moe-router-load-balancing-type": "aux_loss"}
-            values |= {"moe-aux-loss-coeff": model.aux_loss}
-    words = [word for name, value in values.items() for word in (f"--{name}", str(value))]
-    return words + [f"--{name}" for name, on in switches.items() if on]
+            switches["moe_router_pre_softmax"] = not model.normalize_topk
+            values |= {"moe_router_load_balancing_type": "aux_loss"}
+            values |= {"moe_aux_loss_coeff": model.aux_loss}
+    return values | {name: True for name, on in switches.items() if on}

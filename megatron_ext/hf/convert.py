@@ -21,10 +21,12 @@ from megatron_ext.hf.sources import (
     THRESHOLDS,
     Source,
     check_tensors,
+    has_thresholds,
     open_hf,
     open_megatron,
     thresholds_of,
 )
+from megatron_ext.hf.starting_recipe import write_recipe
 from megatron_ext.hf.tokenizer_export import export_tokenizer
 
 SHARD_BYTES = 5 * 10**9
@@ -134,6 +136,7 @@ def as_checkpoint(source: Source, folder: Path, final: Path) -> Conversion:
     tokenizer = source.carry_tokenizer(folder)
     args = release_arguments(model, source.dtype, tokenizer, final)
     links = source.family.links(model)
+    write_recipe(folder, model, source.dtype, tokenizer, str(source.place), has_thresholds(source))
 
     def write(done: Done) -> None:
         rows = args.padded_vocab_size

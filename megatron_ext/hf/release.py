@@ -39,9 +39,7 @@ def release_arguments(
     run = ["--mock-data", "--micro-batch-size", "1", "--train-iters", "1", "--lr", "1e-4"]
     run += ["--et-warmup-iters", "0"] if model.thresholds else []
     args, _ = parse_args([*to_flags(model), *tokenizer, *precision, *run])
-    multiple = args.make_vocab_size_divisible_by
-    args.hf_vocab_size = model.vocab
-    args.padded_vocab_size = max(args.padded_vocab_size, -(-model.vocab // multiple) * multiple)
+    args.hf_vocab_size = args.padded_vocab_size = model.vocab
     settle(args, final)
     return args
 

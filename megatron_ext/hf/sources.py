@@ -176,6 +176,12 @@ def open_dense(path: Path) -> Source:
     return source
 
 
+def has_thresholds(source: Source) -> bool:
+    """Return whether the thresholds of a model have values, which those of a new model lack."""
+    names = (name for name in source.tensors.shapes if name.endswith(UPDATES))
+    return any(int(source.tensors.read(name)) for name in names)
+
+
 def thresholds_of(tensors: Tensors, average: str, model: Architecture) -> Tensor:
     """Compute the thresholds of a layer from the state of their moving average.
 

@@ -29,9 +29,9 @@ def gpt_model_config(args: Namespace, config: ETConfig) -> GPTModelConfig:
     config.perform_initialization = False  # the hook below sets every parameter
     if config.activation_func is activations.squared_relu and is_cpu_device():
         config.activation_func = squared_relu  # on CUDA Megatron's own is compiled into one kernel
-    model_config.pre_wrap_hooks = [
-        partial(_finish_stages, seed=args.seed, vocab_size=args.vocab_size)
-    ]
+    # A model from Hugging Face may have more rows than its tokenizer has entries.
+    rows = getattr(args, "hf_vocab_size", None) or args.vocab_size
+    model_config.pre_wrap_hooks = [partial(_finish_stages, seed=args.seed, vocab_size=rows)]
     return model_config
 
 

@@ -260,6 +260,15 @@ _TRAINING = (
     ),
     Patch(
         group="checkpoints",
+        targets=(
+            f"{_OPTIMIZER}.distrib_optimizer.DistributedOptimizer.get_parameter_state_dp_zero",
+        ),
+        source="megatron_ext.training.gathering:replacements",
+        reason="A save takes host memory of up to nine times the fp32 weights, on every rank.",
+        removable="When Megatron gathers the optimizer's state one tensor at a time.",
+    ),
+    Patch(
+        group="checkpoints",
         targets=("megatron.core.dist_checkpointing.save",),
         source="megatron_ext.training.saving:replacements",
         reason="Megatron hashes every file of a checkpoint on rank 0, if at all.",

@@ -52,7 +52,8 @@ def count_parameters(model: Sequence[Any], args: Namespace) -> Parameters:
     """
     counts = {"embeddings": 0, "experts": 0, "others": 0}
     tensor, expert_tensor = args.tensor_model_parallel_size, args.expert_tensor_parallel_size
-    padding = args.padded_vocab_size - args.vocab_size
+    rows = getattr(args, "hf_vocab_size", None) or args.vocab_size
+    padding = args.padded_vocab_size - rows
     for chunk in unwrap_model(list(model)):
         for name, parameter in chunk.named_parameters():
             experts = ".experts." in name
