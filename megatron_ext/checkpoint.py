@@ -57,29 +57,6 @@ def find_checkpoint(path: str | os.PathLike[str]) -> Path:
     return folder
 
 
-def find_model(path: str | os.PathLike[str]) -> Path:
-    """Return a model to run: a Hugging Face folder, or the folder of a checkpoint's iteration.
-
-    Args:
-        path: Run directory, folder of checkpoints, folder of one iteration, Hugging Face folder, or
-            directory of an alignment run, whose model is in `final` (policies) or `best` (judges
-            and supervised fine-tuning).
-
-    Raises:
-        UserError: There is no model, or it is incomplete.
-    """
-    root = Path(path)
-    for folder in (root, root / "final", root / "best"):
-        if is_hf_folder(folder):
-            return folder
-    return find_checkpoint(root)
-
-
-def is_hf_folder(folder: Path) -> bool:
-    """Return whether a folder has a model in the Hugging Face format."""
-    return (folder / "config.json").is_file()
-
-
 def iterations(folder: Path) -> list[str]:
     """Return the names of all iterations in a folder of checkpoints, newest first.
 
@@ -164,7 +141,22 @@ def read_common_state(checkpoint: Path) -> dict[str, Any]:
     state = readable(checkpoint, lambda: dist_checkpointing.load_common_state_dict(checkpoint))
     if not hasattr(state.get("args"), "router_type"):
         raise UserError(f"{checkpoint} was not saved by pretrain_et.py: it lacks --router-type.")
+    _find_tokenizer(checkpoint, state["args"])
     return state
+
+
+def _find_tokenizer(checkpoint: Path, args: Any) -> None:
+    """Point the arguments of a run to the tokenizer next to its checkpoints, which may have moved.
+
+    Its content is compared with that of training where it is used.
+    """
+    recorded = getattr(args, "tokenizer_model", None)
+    if not recorded:
+        return
+    for folder in (checkpoint.parent, checkpoint.parent.parent):
+        if (present := folder / Path(recorded).name).exists():
+            args.tokenizer_model = str(present.absolute())
+            return
 
 
 def readable(checkpoint: Path, read: Callable[[], Any]) -> Any:

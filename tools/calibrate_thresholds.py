@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_ext.checkpoint import find_checkpoint, read_common_state
+from megatron_ext.checkpoint import read_common_state
 from megatron_ext.devices import activate
 from megatron_ext.errors import ToolParser, UserError, run_tool_or_ranks
 from megatron_ext.inference.loading_flags import (
@@ -27,6 +27,7 @@ from megatron_ext.inference.loading_flags import (
     check_at_least_one,
     is_first_rank,
 )
+from megatron_ext.model_location import announced, locate_checkpoint
 from megatron_ext.new_folder import check_new, new_folder
 from megatron_ext.progress import Progress, write_with_progress
 from megatron_ext.quiet import quiet_megatron
@@ -55,8 +56,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     options = _parser().parse_args(argv, CalibrateFlags())
     check_at_least_one(tokens=options.tokens, batch_size=options.batch_size)
-    checkpoint, save = find_checkpoint(options.load), Path(options.save)
+    location, save = locate_checkpoint(options.load), Path(options.save)
     check_new(save)
+    checkpoint = announced(location)
     first = is_first_rank()
     out = sys.stdout if first else open(os.devnull, "w")  # noqa: SIM115
     with quiet_megatron():
@@ -66,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not first:
         return
     from megatron_ext.hf.recalibrate import with_thresholds
+    from megatron_ext.hf.starting_recipe import how_to_continue
 
     with new_folder(save) as folder:
         with quiet_megatron():
@@ -75,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         report = {name: _plain(m) for name, m in qualities.items() if m is not None}
         (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n")
     print(f"wrote {save}")
+    print(how_to_continue(save))
 
 
 def _calibrate(options: CalibrateFlags, checkpoint: Path, out: Any) -> Any:

@@ -4,17 +4,18 @@
 
 A model trained here becomes a Llama, Qwen2, Qwen3, Mixtral or Qwen3-MoE model if it has that
 architecture, and otherwise an Expert Threshold model with its own code. A Hugging Face folder of
-one of these families becomes a checkpoint without an optimizer, which tools.generate and
-pretrain_et.py load. A GGUF file of a Llama model becomes a Hugging Face folder.
+one of these families, or a GGUF file of a Llama model, becomes a checkpoint without an optimizer,
+and a recipe.yaml with which pretrain_et.py continues its training. A GGUF file also becomes a
+Hugging Face folder.
 """
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_ext.checkpoint import find_checkpoint
 from megatron_ext.devices import activate
 from megatron_ext.errors import ToolParser, UserError, run_tool
+from megatron_ext.model_location import announced, exported_model, locate_checkpoint
 from megatron_ext.new_folder import check_new, new_folder
 from megatron_ext.progress import write_with_progress
 from megatron_ext.quiet import quiet_megatron
@@ -42,10 +43,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"--from and --to are both {flags.source}. Choose two different formats to convert "
             "between."
         )
-    if flags.source == "gguf" and (flags.target != "hf" or flags.verify):
+    if flags.source == "gguf" and flags.verify:
         raise UserError(
-            "--from gguf can be converted --to hf only, without --verify. Convert the resulting "
-            "folder to megatron in a second step, with --verify."
+            "--verify compares a checkpoint with a Hugging Face folder, not with a GGUF file. "
+            "Convert the file --to hf without --verify, and the folder --to megatron with it."
         )
     if flags.dtype != "fp32" and flags.source != "gguf":
         raise UserError(
@@ -55,20 +56,36 @@ def main(argv: Sequence[str] | None = None) -> None:
     load, save = Path(flags.load), Path(flags.save)
     check_new(save)
     if flags.source == "megatron":
-        load = find_checkpoint(load)
+        load = announced(locate_checkpoint(load))
     elif flags.source == "gguf":
         if not load.is_file():
             raise UserError(f"--load {load} is not a file. Give the path of a GGUF file.")
-    elif not any((load / name).is_file() for name in ("config.json", "adapter_config.json")):
+    elif not (load / "adapter_config.json").is_file():
+        load = _hf_folder(load)
+    with new_folder(save) as unfinished:
+        difference = _convert(flags, load, save, unfinished)
+    print(f"wrote {save}")
+    if flags.target == "megatron":
+        from megatron_ext.hf.starting_recipe import how_to_continue
+
+        print(how_to_continue(save))
+    if difference is not None:
+        print(f"largest difference of logits: {difference:.3g} of the largest logit")
+
+
+def _hf_folder(load: Path) -> Path:
+    """Return the Hugging Face folder that --load leads to.
+
+    Raises:
+        UserError: There is none.
+    """
+    location = exported_model(load)
+    if location is None:
         raise UserError(
             f"--load {load} has no config.json, so it is not a Hugging Face model. Give the folder "
             "that contains config.json."
         )
-    with new_folder(save) as unfinished:
-        difference = _convert(flags, load, save, unfinished)
-    print(f"wrote {save}")
-    if difference is not None:
-        print(f"largest difference of logits: {difference:.3g} of the largest logit")
+    return load if location.folder == load else announced(location)
 
 
 def _convert(flags: ConvertFlags, load: Path, save: Path, unfinished: Path) -> float | None:
@@ -83,12 +100,12 @@ def _convert(flags: ConvertFlags, load: Path, save: Path, unfinished: Path) -> f
         from megatron_ext.hf.verify import largest_difference
         from megatron_ext.inference.loading import DTYPES
 
-        if flags.source == "gguf":
+        if flags.target == "megatron":
+            conversion = to_megatron(load, unfinished, save, DTYPES[flags.dtype])
+        elif flags.source == "gguf":
             conversion = gguf_to_hf(load, unfinished, DTYPES[flags.dtype])
-        elif flags.target == "hf":
-            conversion = to_hf(load, unfinished, flags.tokenizer_model)
         else:
-            conversion = to_megatron(load, unfinished, save)
+            conversion = to_hf(load, unfinished, flags.tokenizer_model)
     write_with_progress("converting", conversion.bytes, conversion.write)
     if not flags.verify:
         return None

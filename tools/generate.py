@@ -16,7 +16,6 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
-from megatron_ext.checkpoint import find_model
 from megatron_ext.devices import activate
 from megatron_ext.errors import ToolParser, UserError, run_tool_or_ranks
 from megatron_ext.inference.loading_flags import (
@@ -26,6 +25,7 @@ from megatron_ext.inference.loading_flags import (
     is_first_rank,
 )
 from megatron_ext.inference.sampling import Sampling
+from megatron_ext.model_location import announce_model
 from megatron_ext.quiet import quiet_megatron
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         greedy=flags.greedy,
         stop=tuple(flags.stop),
     )
-    checkpoint = find_model(flags.load)
+    checkpoint = announce_model(flags.load)
     out = sys.stdout if is_first_rank() else open(os.devnull, "w")  # noqa: SIM115
     with quiet_megatron():
         activate()  # before anything of Megatron is imported, which takes seconds

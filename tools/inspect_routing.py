@@ -18,7 +18,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_ext.checkpoint import find_checkpoint
 from megatron_ext.devices import activate
 from megatron_ext.errors import ToolParser, UserError, run_tool_or_ranks
 from megatron_ext.inference.loading_flags import (
@@ -29,6 +28,7 @@ from megatron_ext.inference.loading_flags import (
 )
 from megatron_ext.inspection.routed_text import RoutedText, route
 from megatron_ext.inspection.windows import Domain
+from megatron_ext.model_location import announce_model
 from megatron_ext.progress import Progress
 from megatron_ext.quiet import quiet_megatron
 
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     texts, domains = _texts(options), _domains(options)
     if not texts and not domains:
         raise UserError("There is nothing to route. Give --text, --text-file or --domain.")
-    checkpoint = find_checkpoint(options.load)
+    checkpoint = announce_model(options.load)
     output = Path(options.output)
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output} is a file. Choose a folder.")

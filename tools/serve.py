@@ -15,7 +15,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_ext.checkpoint import find_model
 from megatron_ext.devices import activate
 from megatron_ext.errors import ToolParser, UserError, run_tool_or_ranks
 from megatron_ext.inference.loading_flags import (
@@ -24,6 +23,7 @@ from megatron_ext.inference.loading_flags import (
     check_at_least_one,
     is_first_rank,
 )
+from megatron_ext.model_location import announce_model
 from megatron_ext.quiet import quiet_megatron
 
 KEY = "MEGATRON_ET_API_KEY"
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     _check(flags)
     key = _key(flags.api_key_file)
     template = _read("--chat-template", flags.chat_template) if flags.chat_template else None
-    checkpoint = find_model(flags.load)
+    checkpoint = announce_model(flags.load)
     listening = listen(flags.host, flags.port) if is_first_rank() else None
     with quiet_megatron():
         activate()  # before anything of Megatron is imported, which takes seconds

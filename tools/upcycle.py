@@ -2,11 +2,11 @@
 
     python -m tools.upcycle --load DENSE --save DIR --num-experts 8 --granularity 4
 
-DENSE is a Hugging Face folder of a Llama, Qwen2 or Qwen3 model, or a dense checkpoint of this
-project. Each expert is a copy of a slice of the dense feed-forward block.
+DENSE is a Hugging Face folder of a Llama, Qwen2 or Qwen3 model, a GGUF file of a Llama model, or a
+dense checkpoint of this project. Each expert is a copy of a slice of the dense feed-forward block.
 megatron_ext/hf/upcycling.py describes exactly what the new model computes. The checkpoint has no
 optimizer state, and its thresholds have no value yet: set them with tools.calibrate_thresholds, or
-train with --et-warmup-iters.
+train with the recipe.yaml next to it, whose first steps route by expert choice.
 """
 
 import argparse
@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         activate()  # before anything of Megatron is imported
         from megatron_ext.hf.convert import as_checkpoint
         from megatron_ext.hf.sources import open_dense
+        from megatron_ext.hf.starting_recipe import how_to_continue
         from megatron_ext.hf.upcycling import Upcycling, upcycled
 
         dense = open_dense(load)
@@ -50,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             conversion = as_checkpoint(source, unfinished, save)
         write_with_progress("upcycling", conversion.bytes, conversion.write)
     print(f"wrote {save}")
+    print(how_to_continue(save))
 
 
 def _pattern(text: str, layers: int) -> tuple[bool, ...]:
@@ -75,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     # fmt: off
     add("--load", required=True, metavar="DIR",
-        help="Run directory or Hugging Face folder of the dense model.")
+        help="Run directory, Hugging Face folder or GGUF file of the dense model.")
     add("--save", required=True, metavar="DIR", help="Folder of checkpoints to create.")
     add("--num-experts", type=int, required=True, metavar="N",
         help="Number of routed experts in a layer.")

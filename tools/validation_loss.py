@@ -24,6 +24,7 @@ from megatron_ext.inference.loading_flags import (
     check_at_least_one,
     is_first_rank,
 )
+from megatron_ext.model_location import announce_model
 from megatron_ext.progress import Progress
 from megatron_ext.quiet import quiet_megatron, quiet_warnings
 
@@ -66,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         max_sequences=flags.max_sequences,
         batch_tokens=flags.batch_tokens,
     )
+    checkpoint = announce_model(flags.load)
     with quiet_megatron():
         activate()  # before anything of Megatron is imported, which takes seconds
         from megatron_ext.evaluation.losses import Windows, summary, window_losses
@@ -74,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         from megatron_ext.inference.loading import load_model
 
         layout, others = flags.load_model_options()
-        model = MegatronModel(load_model(flags.load, layout, **others))
+        model = MegatronModel(load_model(checkpoint, layout, **others))
         names = flags.routing or [default_routing(model.trained.model.config)]
         routings = [RoutingMode(model.trained, name) for name in dict.fromkeys(names)]
         length = _sequence_length(flags.seq_length, model)

@@ -23,6 +23,7 @@ from alignment.rl.algorithms import Algorithm, algorithm_by_name
 from alignment.rl.critic import Critic, CriticSettings
 from alignment.rl.tasks import RolloutFilter
 from megatron_ext.errors import UserError
+from megatron_ext.model_location import announce_model
 from megatron_ext.quiet import quiet_megatron, quiet_warnings
 
 
@@ -46,6 +47,7 @@ def start_engine(
         UserError: The model or the layout cannot be used; see the engines.
     """
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, None: None}[config.dtype]
+    announce_model(model, "--model")
     schedule = None
     if optimization is not None:
         schedule = Optimization(

@@ -5,6 +5,7 @@ from typing import Any
 
 from megatron_ext.errors import UserError
 from megatron_ext.hf.end_tokens import end_tokens, record_end_tokens
+from megatron_ext.model_location import locate_model
 
 
 def load_tokenizer(model: Path, chat_template: Path | None = None) -> Any:
@@ -63,17 +64,17 @@ def read_tokenizer(model: Path) -> Any:
 
 def _place(model: Path) -> Path:
     """Return the folder or SentencePiece model from which to load the tokenizer of a model."""
-    if (model / "config.json").is_file():
-        return model
-    for root in (model / "checkpoints", model, model.parent):
+    location = locate_model(model, "--model")
+    if location.kind == "hf":
+        return location.folder
+    for root in (location.folder.parent, location.folder.parent.parent):
         if (root / "tokenizer").is_dir():
             return root / "tokenizer"
         if (root / "tokenizer.model").is_file():
             return root / "tokenizer.model"
-    from megatron_ext.checkpoint import find_checkpoint
     from megatron_ext.hf.sources import open_megatron
 
-    args = open_megatron(find_checkpoint(model)).args
+    args = open_megatron(location.folder).args
     file = Path(getattr(args, "tokenizer_model", None) or "")
     if file.is_dir():
         return file

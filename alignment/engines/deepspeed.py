@@ -38,6 +38,7 @@ from megatron_ext.errors import UserError
 from megatron_ext.hf.end_tokens import end_tokens, record_end_tokens
 from megatron_ext.hf.families import OWN
 from megatron_ext.inference.sampling import Sampling, log_probs_of
+from megatron_ext.model_location import locate_hf_folder
 from megatron_ext.training.saving import write_atomically
 
 ON_CPU = is_cpu_device() or not torch.cuda.is_available()
@@ -92,7 +93,7 @@ class DeepSpeedEngine:
         """Load the weights of a model.
 
         Args:
-            path: A Hugging Face folder.
+            path: A Hugging Face folder, or a run directory that has one.
             optimization: Settings of training. None for a model that is not trained.
             zero: Settings of ZeRO.
             dtype: fp32 or bf16. Default: fp32 on a CPU, else bf16.
@@ -105,7 +106,7 @@ class DeepSpeedEngine:
         _start_ranks()
         self.data_rank, self.data_size = dist.get_rank(), dist.get_world_size()
         self.step = 0
-        self._path = Path(path)
+        self._path = locate_hf_folder(path, "--model", "--engine deepspeed")
         model = _load(self._path, self.dtype)
         self.eod = _end_tokens(self._path)
         optimizer = None

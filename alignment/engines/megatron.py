@@ -47,7 +47,7 @@ from megatron_ext.devices import is_cpu_device
 from megatron_ext.errors import UserError
 from megatron_ext.hf.end_tokens import record_end_tokens
 from megatron_ext.hf.live import LiveTensors
-from megatron_ext.hf.sources import open_hf, open_megatron
+from megatron_ext.hf.sources import open_model
 from megatron_ext.inference.sampling import Sampling
 from megatron_ext.model.packing import rotate_by_position_ids
 from megatron_ext.moe.record_routing import record_routing
@@ -75,7 +75,8 @@ class MegatronEngine:
         """Start Megatron on this rank and load the weights of a model.
 
         Args:
-            path: A Hugging Face folder, a run directory, or a folder of checkpoints.
+            path: A Hugging Face folder, a run directory of either engine, or a folder of
+                checkpoints; see `megatron_ext.model_location.locate_model`.
             optimization: Settings of training. None for a model that is not trained.
             layout: Division of the model among the ranks that were started.
             dtype: Dtype of the weights. Default: fp32 on a CPU, else the model's; bf16 to train a
@@ -89,9 +90,7 @@ class MegatronEngine:
         """
         self.layout = layout or MegatronLayout()
         self._optimization = optimization
-        folder = Path(path)
-        hf = (folder / "config.json").is_file()
-        source = open_hf(folder) if hf else open_megatron(find_checkpoint(folder))
+        source = open_model(Path(path), "--model")
         if optimization is not None and source.dtype == torch.float16 and not is_cpu_device():
             dtype = dtype or torch.bfloat16  # a step in fp16 may overflow
         # Megatron reads the tokenizer from files while it starts.

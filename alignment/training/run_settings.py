@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.checkpoint import find_checkpoint
 from megatron_ext.data.row_files import expand_row_files
 from megatron_ext.errors import UserError
+from megatron_ext.model_location import locate_model
 from megatron_ext.typed_flags import flag_values, flags_of
 
 # Files of a model's folder, apart from the weights, that affect its responses.
@@ -60,12 +60,10 @@ def model_content(path: Path) -> str:
         path: A Hugging Face folder, a run directory, or a folder of checkpoints.
     """
     digest = hashlib.sha256()
-    folder = path
-    if not (path / "config.json").is_file():
-        try:
-            folder = find_checkpoint(path)
-        except UserError:  # loading the model reports what is wrong with it
-            return ""
+    try:
+        folder = locate_model(path).folder
+    except UserError:  # loading the model reports what is wrong with it
+        return ""
     for name in _SETTINGS:
         if (folder / name).is_file():
             digest.update(f"{name}\0".encode() + (folder / name).read_bytes())

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_ext.checkpoint import is_hf_folder
 from megatron_ext.devices import is_cpu_device
 from megatron_ext.errors import UserError
 from megatron_ext.evaluation.log_likelihoods import DataReplicas, LanguageModel, ScoringBatch
@@ -18,6 +19,7 @@ from megatron_ext.evaluation.text_codec import TextCodec
 from megatron_ext.hf.families import OWN
 from megatron_ext.inference.forward import target_log_probs
 from megatron_ext.inference.loading import ParallelLayout, TrainedModel, load_model
+from megatron_ext.model_location import announce_model
 
 
 class MegatronModel(LanguageModel):
@@ -99,7 +101,8 @@ def load(
     """Load a checkpoint or a Hugging Face folder. Every rank must call it.
 
     Args:
-        path: Run directory, folder of checkpoints, folder of one iteration, or Hugging Face folder.
+        path: Run directory, folder of checkpoints, folder of one iteration, or Hugging Face folder;
+            see `megatron_ext.model_location.locate_model`.
         layout: Parallel sizes of a checkpoint.
         dtype: Data type of the weights. Default: that of training on a GPU, fp32 on a CPU.
         tokenizer_model: File or folder of a checkpoint's tokenizer. Default: the one that training
@@ -108,8 +111,8 @@ def load(
     Raises:
         UserError: The model cannot be loaded, or not with this layout.
     """
-    folder = Path(path)
-    if not (folder / "config.json").is_file():
+    folder = announce_model(path)
+    if not is_hf_folder(folder):
         trained = load_model(folder, layout, dtype=dtype, tokenizer_model=tokenizer_model)
         return MegatronModel(trained)
     if (layout or ParallelLayout()) != ParallelLayout():

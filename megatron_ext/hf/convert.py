@@ -12,16 +12,15 @@ import torch
 from torch import Tensor
 
 from megatron_ext.hf.configs import save_config
-from megatron_ext.hf.families import family_named
 from megatron_ext.hf.gguf import GGUFModel
+from megatron_ext.hf.gguf_source import open_gguf
 from megatron_ext.hf.release import chunk_of, release_arguments, write_release
 from megatron_ext.hf.safetensors_folder import PlannedTensor, write_safetensors
 from megatron_ext.hf.sources import (
     AVERAGE,
     THRESHOLDS,
+    UPDATES,
     Source,
-    check_tensors,
-    has_thresholds,
     open_hf,
     open_megatron,
     thresholds_of,
@@ -92,13 +91,11 @@ def gguf_to_hf(file: Path, folder: Path, dtype: torch.dtype = torch.float32) -> 
     """
     from megatron_ext.hf.gguf_tokenizer import save_tokenizer  # of an optional package
 
-    source = GGUFModel(file)
-    model, family = source.architecture, family_named("llama")
-    parts = [part for link in family.links(model) for part in link.parts]
-    check_tensors(file, dict(parts), source.shapes)
-    save_config(folder, model, family, dtype, save_tokenizer(source, folder))
-    plan = [PlannedTensor(name, shape, dtype) for name, shape in parts]
-    return _hf_conversion(folder, plan, lambda name: source.read(name).to(dtype))
+    source = open_gguf(file, dtype)
+    special = save_tokenizer(GGUFModel(file), folder)
+    save_config(folder, source.model, source.family, dtype, special)
+    plan = [PlannedTensor(name, shape, dtype) for name, shape in source.tensors.shapes.items()]
+    return _hf_conversion(folder, plan, source.tensors.read)
 
 
 def _hf_conversion(
@@ -113,21 +110,31 @@ def _hf_conversion(
     return Conversion(sum(entry.bytes for entry in plan), write)
 
 
-def to_megatron(source: Path, folder: Path, final: Path) -> Conversion:
-    """Write a Hugging Face folder as a folder of checkpoints, except for its one checkpoint.
+def to_megatron(
+    source: Path, folder: Path, final: Path, dtype: torch.dtype = torch.float32
+) -> Conversion:
+    """Write a Hugging Face folder or GGUF file as a folder of checkpoints, except for its tensors.
 
     The checkpoint has no optimizer state. Megatron's global arguments are set, which is possible
     once per process.
 
     Args:
-        source: Folder with config.json and safetensors files.
+        source: Folder with config.json and safetensors files, or a GGUF file.
         folder: An existing, empty folder.
         final: Path to which the folder will be moved, which the checkpoint refers to.
+        dtype: Data type of the tensors of a GGUF file.
 
     Raises:
         UserError: The source is incomplete, or its family is not supported.
     """
-    return as_checkpoint(open_hf(source), folder, final)
+    opened = open_gguf(source, dtype) if source.is_file() else open_hf(source)
+    return as_checkpoint(opened, folder, final)
+
+
+def _has_thresholds(source: Source) -> bool:
+    """Return whether the thresholds of a model have values, which those of a new model lack."""
+    names = (name for name in source.tensors.shapes if name.endswith(UPDATES))
+    return any(int(source.tensors.read(name)) for name in names)
 
 
 def as_checkpoint(source: Source, folder: Path, final: Path) -> Conversion:
@@ -136,7 +143,7 @@ def as_checkpoint(source: Source, folder: Path, final: Path) -> Conversion:
     tokenizer = source.carry_tokenizer(folder)
     args = release_arguments(model, source.dtype, tokenizer, final)
     links = source.family.links(model)
-    write_recipe(folder, model, source.dtype, tokenizer, str(source.place), has_thresholds(source))
+    write_recipe(folder, model, source.dtype, tokenizer, str(source.place), _has_thresholds(source))
 
     def write(done: Done) -> None:
         rows = args.padded_vocab_size

@@ -12,6 +12,8 @@ from megatron_ext.errors import UserError
 from megatron_ext.hf.architecture import from_args
 from megatron_ext.hf.convert import Conversion, Done
 from megatron_ext.hf.release import settle, write_release
+from megatron_ext.hf.sources import with_rows
+from megatron_ext.hf.starting_recipe import write_recipe
 from megatron_ext.hf.tokenizer_export import carry_tokenizer
 from megatron_ext.hf.torch_dist import TensorChunk, TorchDistReader
 from megatron_ext.moe.thresholds import Thresholds
@@ -65,10 +67,16 @@ def with_thresholds(
     use_thresholds(args)
     if tokenizer_model is not None:
         args.tokenizer_model = tokenizer_model
-    if (flags := carry_tokenizer(args, folder, checkpoint))[-2] == "--tokenizer-model":
+    flags = carry_tokenizer(args, folder, checkpoint)
+    if flags[-2] == "--tokenizer-model":
         args.tokenizer_model = flags[-1]
     settle(args, final)
     reader = TorchDistReader(checkpoint)
+    model, dtype = (
+        with_rows(from_args(args), args, reader),
+        reader.dtypes["embedding.word_embeddings.weight"],
+    )
+    write_recipe(folder, model, dtype, flags, str(checkpoint), has_thresholds=True)
 
     def write(done: Done) -> None:
         write_release(folder, _chunks(reader, args, cutoffs, done), args)

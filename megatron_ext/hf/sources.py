@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from megatron_ext.checkpoint import damage, find_checkpoint, read_common_state
+from megatron_ext.checkpoint import damage, read_common_state
 from megatron_ext.data.run_tokenizer import locate_tokenizer
 from megatron_ext.data.tokenizer_identity import check_tokenizer_content
 from megatron_ext.errors import UserError
@@ -26,6 +26,7 @@ from megatron_ext.hf.names import TensorLayout, TensorLink, split
 from megatron_ext.hf.safetensors_folder import SafetensorsReader
 from megatron_ext.hf.tokenizer_export import carry_tokenizer, import_tokenizer
 from megatron_ext.hf.torch_dist import TorchDistReader
+from megatron_ext.model_location import locate_model
 from megatron_ext.moe.thresholds import Thresholds
 
 # Older folders contain the frequencies of each layer. transformers computes them from the
@@ -148,7 +149,7 @@ def open_megatron(
     else:
         locate_tokenizer(args, checkpoint)
     reader = TorchDistReader(checkpoint)
-    model = _with_rows(from_args(args), args, reader)
+    model = with_rows(from_args(args), args, reader)
     family = family or family_of(model)
     links = family.links(model)
     _check_megatron_tensors(checkpoint, links, model, reader)
@@ -157,29 +158,44 @@ def open_megatron(
     return Source(checkpoint, model, family, tensors, carry, args)
 
 
+def open_model(path: Path, flag: str = "--load", family: Family | None = None) -> Source:
+    """Open a model in any folder that this project writes; see `locate_model`.
+
+    Args:
+        path: Hugging Face folder, run directory, or folder of checkpoints.
+        flag: Flag that has the path, for messages.
+        family: Family whose tensor names a checkpoint gets. Default: that of its architecture.
+
+    Raises:
+        UserError: There is no model, or it cannot be read.
+    """
+    location = locate_model(path, flag)
+    if location.kind == "hf":
+        return open_hf(location.folder)
+    return open_megatron(location.folder, family=family)
+
+
 def open_dense(path: Path) -> Source:
     """Open a model without experts, with the tensor names of Expert Threshold models.
 
     Args:
-        path: Hugging Face folder, run directory, or folder of checkpoints.
+        path: Hugging Face folder, GGUF file, run directory, or folder of checkpoints.
 
     Raises:
         UserError: The model cannot be read, or has experts.
     """
-    hf = (path / "config.json").is_file()
-    source = open_hf(path) if hf else open_megatron(find_checkpoint(path), family=OWN)
+    if path.is_file():
+        from megatron_ext.hf.gguf_source import open_gguf  # which imports this module
+
+        source = open_gguf(path)
+    else:
+        source = open_model(path, family=OWN)
     if source.model.router is not None:
         raise UserError(
             f"{source.place} has experts already. Only dense models can be upcycled; choose a "
             "model without experts."
         )
     return source
-
-
-def has_thresholds(source: Source) -> bool:
-    """Return whether the thresholds of a model have values, which those of a new model lack."""
-    names = (name for name in source.tensors.shapes if name.endswith(UPDATES))
-    return any(int(source.tensors.read(name)) for name in names)
 
 
 def thresholds_of(tensors: Tensors, average: str, model: Architecture) -> Tensor:
@@ -267,7 +283,7 @@ class _MegatronTensors:
         return self._last[1][place]
 
 
-def _with_rows(model: Architecture, args: Namespace, reader: TorchDistReader) -> Architecture:
+def with_rows(model: Architecture, args: Namespace, reader: TorchDistReader) -> Architecture:
     """Add the embedding rows beyond the tokenizer that a model from Hugging Face has."""
     rows = getattr(args, "hf_vocab_size", None)
     embedding = reader.shapes.get("embedding.word_embeddings.weight", (0,))

@@ -84,6 +84,14 @@ def write_recipe(
     (folder / RECIPE).write_text(text, encoding="utf-8")
 
 
+def how_to_continue(folder: Path) -> str:
+    """Return the command that continues the training of a model from its recipe."""
+    return (
+        f"continue its training with: pretrain_et.py --recipe {folder / RECIPE} "
+        "--train-data-path PREFIX --run-dir RUN"
+    )
+
+
 def describe(model: Architecture) -> str:
     """Return the size of a model in a few words, such as "30 layers of 576, 49,152 tokens"."""
     experts = f", {model.experts} experts" if model.router is not None else ""

@@ -23,7 +23,7 @@ from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.arguments import add_megatron_arguments
 
 from megatron_ext.arguments import explained
-from megatron_ext.checkpoint import damage, find_model, is_hf_folder, read_common_state, readable
+from megatron_ext.checkpoint import damage, read_common_state, readable
 from megatron_ext.config import ETConfig
 from megatron_ext.data.run_tokenizer import locate_tokenizer
 from megatron_ext.data.tokenizer_identity import check_tokenizer_content
@@ -32,6 +32,7 @@ from megatron_ext.errors import UserError
 from megatron_ext.hf.end_tokens import record_end_tokens
 from megatron_ext.inference.plain_linear import simplify_linear_layers
 from megatron_ext.model.gpt import gpt_model_config
+from megatron_ext.model_location import locate_model
 
 # Temporary folders with tokenizers of Hugging Face folders, which exist until the process ends.
 _TOKENIZERS: list[tempfile.TemporaryDirectory[str]] = []
@@ -107,7 +108,7 @@ def load_model(
 
     Args:
         path: Run directory, folder of checkpoints, folder of one iteration, or Hugging Face folder;
-            see `find_model`.
+            see `megatron_ext.model_location.locate_model`.
         layout: Parallel sizes, which may differ from those of training. Default: one rank.
         dtype: Data type of the weights. Default: that of training on a GPU, fp32 on a CPU.
         tokenizer_model: File or folder of the tokenizer. Default: the one that training used.
@@ -118,9 +119,10 @@ def load_model(
         UserError: There is no checkpoint, it is incomplete or from another project, the tokenizer
             differs from that of training, or the layout does not fit the ranks or the model.
     """
-    checkpoint = find_model(path)
+    location = locate_model(path)
+    checkpoint = location.folder
     source = state = None
-    if is_hf_folder(checkpoint):
+    if location.kind == "hf":
         source, args = _open_hf(checkpoint)
     else:
         rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))

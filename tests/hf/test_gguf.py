@@ -24,11 +24,11 @@ TEXTS = [
 TOKENS = torch.arange(40).unsqueeze(0) * 7919 % 49152
 
 
-def convert(source, target, load, save):
+def convert(source, target, load, save, *more):
     from tools import convert_checkpoint
 
     flags = ["--from", source, "--to", target, "--load", str(load), "--save", str(save)]
-    convert_checkpoint.main(flags)
+    convert_checkpoint.main([*flags, *more])
 
 
 def there_and_back(folder, file):
@@ -39,7 +39,7 @@ def there_and_back(folder, file):
     from megatron_ext.inference.loading import load_model
 
     convert("gguf", "hf", file, folder / "hf")
-    convert("hf", "megatron", folder / "hf", folder / "megatron")
+    convert("gguf", "megatron", file, folder / "megatron")
     convert("megatron", "hf", folder / "megatron", folder / "back")
     trained = load_model(folder / "megatron")
     logits = full_logits(trained, TOKENS)
@@ -244,9 +244,9 @@ def refusals(folder, names):
     return messages
 
 
-def test_gguf_to_megatron_directly_is_refused(tmp_path):
-    with pytest.raises(UserError, match="--from gguf can be converted --to hf only"):
-        convert("gguf", "megatron", tmp_path, tmp_path / "save")
+def test_gguf_with_verify_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"not with a GGUF file\. Convert the file --to hf"):
+        convert("gguf", "megatron", tmp_path, tmp_path / "save", "--verify")
 
 
 class _WithTurns(GGUFModel):
