@@ -58,9 +58,10 @@ class Family:
 
     def misfit(self, model: Architecture) -> str | None:
         """Return the first property that excludes a model from this family, or None."""
+        keys = {ours: theirs for theirs, ours in self.config.items()}
         for name, value in self.required.items():
             if getattr(model, name) != value:
-                return f"{name} is {getattr(model, name)}, not {value}"
+                return f"{keys.get(name, name)} is {getattr(model, name)}, not {value}"
         return None
 
     def links(self, model: Architecture) -> list[names.TensorLink]:
@@ -206,8 +207,8 @@ def family_named(model_type: str) -> Family:
             return family
     known = ", ".join(family.name for family in FAMILIES)
     raise UserError(
-        f"Models of type {model_type} cannot be converted. Supported types are {known}. To add "
-        "one, see megatron_ext/hf/families.py."
+        f"Models of type {model_type} (model_type in config.json) cannot be converted. Supported "
+        f"types are {known}. To add one, see megatron_ext/hf/families.py."
     )
 
 
@@ -222,7 +223,7 @@ def read_config(config: Any) -> Architecture:
     for name, value in family.fixed.items():
         if (actual := getattr(config, name, value)) != value:
             raise UserError(
-                f"The configuration has {name} = {actual}. Only {family.name} models with {name} = "
+                f"config.json has {name} = {actual}. Only {family.name} models with {name} = "
                 f"{value} can be converted."
             )
     own = {item.name for item in fields(Architecture)}
@@ -246,12 +247,12 @@ def _read_rope(config: Any) -> dict[str, Any]:
     kind, base = rope.pop("rope_type", "default"), rope.pop("rope_theta")
     if kind not in ("default", "llama3"):
         raise UserError(
-            f"The configuration has rope_type {kind}. Only models with rope_type default or llama3 "
-            "can be converted."
+            f"config.json has rope_type {kind}. Only models with rope_type default or llama3 can be "
+            "converted."
         )
     if base != int(base):
         raise UserError(
-            f"The configuration has rope_theta {base}, but Megatron's --rotary-base is an integer, "
+            f"config.json has rope_theta {base}, but Megatron's --rotary-base is an integer, "
             "so the model cannot be converted."
         )
     factor = float(rope.pop("factor")) if kind == "llama3" else None
@@ -259,7 +260,7 @@ def _read_rope(config: Any) -> dict[str, Any]:
     for name, value in expected.items():
         if (actual := rope.get(name, value)) != value:
             raise UserError(
-                f"The configuration has {name} = {actual} in its RoPE parameters. Megatron "
+                f"config.json has {name} = {actual} in its RoPE parameters. Megatron "
                 f"supports only {value}, so the model cannot be converted."
             )
     return {"rope_base": int(base), "rope_factor": factor}

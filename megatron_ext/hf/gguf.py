@@ -98,8 +98,9 @@ class GGUFModel:
             whole = dequantize(stored.data, stored.tensor_type)
         except NotImplementedError as error:
             raise UserError(
-                f"The tensor {name} of {self._file} cannot be dequantized: {error}. Use a file "
-                "with another quantization of the model."
+                f"{self._file} has the tensor {name} in the quantization "
+                f"{stored.tensor_type.name}, which the package gguf cannot dequantize. Use a file "
+                "with another quantization of the model, such as Q8_0 or F16."
             ) from error
         # An unquantized tensor is a view of the file, which torch must not write to.
         tensor = torch.from_numpy(whole if whole.flags.writeable else whole.copy())
@@ -188,6 +189,12 @@ def _opened(file: Path) -> tuple[dict[str, Any], list[Any]]:
     try:
         reader = GGUFReader(file)
     except (ValueError, IndexError, KeyError, OSError) as error:
+        if "GGMLQuantizationType" in str(error):
+            raise UserError(
+                f"{file} uses a quantization that the installed package gguf does not know "
+                f"({error}). Use a file with another quantization of the model, such as Q8_0 or "
+                "F16, or a newer gguf."
+            ) from error
         raise UserError(
             f"{file} is not a GGUF file or is incomplete ({error}). Download the file again."
         ) from error

@@ -85,10 +85,20 @@ def write_recipe(
 
 
 def how_to_continue(folder: Path) -> str:
-    """Return the command that continues the training of a model from its recipe."""
-    return (
+    """Return the command that continues the training of a model from its recipe.
+
+    If the model has no tokenizer, a sentence says so.
+    """
+    command = (
         f"continue its training with: pretrain_et.py --recipe {folder / RECIPE} "
         "--train-data-path PREFIX --run-dir RUN"
+    )
+    if any((folder / name).exists() for name in ("tokenizer", "tokenizer.model")):
+        return command
+    return (
+        f"{command}\nwarning: the source has no tokenizer, so that the model reads token ids only. "
+        "To train it on text, copy tokenizer.json and tokenizer_config.json of the model next to "
+        "its config.json, and convert it again."
     )
 
 

@@ -16,6 +16,7 @@ from megatron_ext.config import ETConfig
 from megatron_ext.planning.dry_run.dry_run_report import print_report
 from megatron_ext.planning.dry_run.fakes import expert_rate
 from megatron_ext.planning.dry_run.parameters import Parameters
+from megatron_ext.planning.dry_run.saving import saving_bytes
 from megatron_ext.planning.dry_run.simulated_rank import Rank, SimulatedStep, fake_rank
 from megatron_ext.training.checks import check_pools
 
@@ -84,6 +85,7 @@ def measure(args: Namespace, config: ETConfig) -> dict[str, Any]:
             "executed": flops / tokens,
         },
         "stages": stages,
+        "saving": saving_bytes(args, stages),
     }
 
 

@@ -4,6 +4,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megatron_ext.planning.dry_run.saving import describe_saving
+
 _MEMORY = {
     "parameters": "parameters",
     "gradients": "gradients",
@@ -59,6 +61,8 @@ def print_report(facts: dict[str, Any]) -> None:
     if "together" in facts:
         _print_together(facts["together"])
     print(f"\n{fit(largest_rank(facts))}")
+    if facts.get("saving") is not None:
+        print(describe_saving(facts["saving"]))
     for stage in facts["stages"]:
         _print_collectives(stage, len(facts["stages"]) > 1)
     print(_NOTE)
