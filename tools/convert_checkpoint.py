@@ -65,12 +65,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     with new_folder(save) as unfinished:
         difference = _convert(flags, load, save, unfinished)
     print(f"wrote {save}")
+    if difference is not None:
+        print(f"largest difference of logits: {difference:.3g} of the largest logit")
     if flags.target == "megatron":
         from megatron_ext.hf.starting_recipe import how_to_continue
 
         print(how_to_continue(save))
-    if difference is not None:
-        print(f"largest difference of logits: {difference:.3g} of the largest logit")
 
 
 def _hf_folder(load: Path) -> Path:

@@ -247,8 +247,8 @@ def _read_rope(config: Any) -> dict[str, Any]:
     kind, base = rope.pop("rope_type", "default"), rope.pop("rope_theta")
     if kind not in ("default", "llama3"):
         raise UserError(
-            f"config.json has rope_type {kind}. Only models with rope_type default or llama3 can be "
-            "converted."
+            f"config.json has rope_type {kind}. Only models with rope_type default or llama3 can "
+            "be converted."
         )
     if base != int(base):
         raise UserError(

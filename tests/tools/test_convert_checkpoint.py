@@ -51,8 +51,11 @@ def test_converter_reports_the_output_and_the_difference(run_dir, tmp_path):  # 
     again = ("--from", "hf", "--to", "megatron", "--load", hf, "--save", back)
     for flags, target in ((there, hf), (again, back)):
         done = tool(*flags, "--verify")
-        assert (done.returncode, done.stderr) == (0, "")
-        wrote, difference = done.stdout.splitlines()
+        named = [] if target == back else [f"model: {run_dir / 'checkpoints' / 'iter_0000040'}"]
+        assert done.returncode == 0
+        assert [line.partition(" (")[0] for line in done.stderr.splitlines()] == named
+        wrote, difference, *further = done.stdout.splitlines()
+        assert bool(further) == (target == back) == (target / "recipe.yaml").is_file()
         assert wrote == f"wrote {target}"
         share = re.fullmatch(
             r"largest difference of logits: (\S+) of the largest logit", difference
