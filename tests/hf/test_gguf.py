@@ -12,6 +12,7 @@ import torch
 
 from megatron_ext.errors import UserError
 from megatron_ext.hf.gguf import GGUFModel
+from megatron_ext.hf.gguf_source import open_gguf
 from tests.closeness import rounding
 from tests.distributed import run_ranks
 from tests.hf.smollm import QUESTION, gguf_file
@@ -229,6 +230,11 @@ def test_gguf_file_that_is_broken_or_unsupported_is_refused_and_nothing_is_writt
     files = {f"{number}.gguf": text for number, text in enumerate(cases)}
     files |= dict.fromkeys(("other.gguf", "half.gguf"), "is not a GGUF file or is incomplete")
     files["none.gguf"] = "is not a file"
+    files["new.gguf"] = "uses a quantization that the installed package gguf does not know (250"
+    whole, name = (tmp_path / "0.gguf").read_bytes(), b"token_embd.weight"
+    kind = whole.index(name) + len(name) + 4 + 2 * 8  # after the sizes of two dimensions
+    code = (250).to_bytes(4, "little")
+    (tmp_path / "new.gguf").write_bytes(whole[:kind] + code + whole[kind + 4 :])
     [messages] = run_ranks(refusals, 1, tmp_path, list(files))
     for expected, message in zip(files.values(), messages):
         assert expected in message
@@ -242,6 +248,20 @@ def refusals(folder, names):
             convert("gguf", "hf", folder / name, folder / "saved" / "hf")
         messages.append(str(refused.value))
     return messages
+
+
+def test_gguf_quantization_that_cannot_be_dequantized_is_named(tmp_path, monkeypatch):
+    import gguf
+
+    write_gguf(tmp_path / "small.gguf")
+    with pytest.raises(UserError, match="no tensor"):
+        open_gguf(tmp_path / "small.gguf")
+    model = GGUFModel(tmp_path / "small.gguf")
+    [name] = model.shapes
+    stored = SimpleNamespace(data=b"", tensor_type=gguf.GGMLQuantizationType.Q8_K)
+    monkeypatch.setitem(model._sources, name, stored)
+    with pytest.raises(UserError, match="in the quantization Q8_K, which the package gguf cannot"):
+        model.read(name)
 
 
 def test_gguf_with_verify_is_refused(tmp_path):

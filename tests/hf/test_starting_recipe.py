@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 
 from tests.distributed import run_ranks
-from tests.hf.models import add_tokenizer, make
-from tests.pretraining import train
+from tests.hf.models import VOCAB, add_tokenizer, make
+from tests.pretraining import start, train
 
 LENGTH, SAMPLES = 16, 12
 IDS = np.random.default_rng(0).integers(0, 450, LENGTH * SAMPLES + 1)
@@ -83,6 +84,52 @@ def flags(folder, run, *more):
 
 def rows(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").open()]
+
+
+def upcycle(folder):
+    """On a rank: add experts without thresholds to the model, and write a dataset."""
+    from tools import upcycle as tool
+
+    flags = ["--load", str(folder / "hf"), "--num-experts", "8", "--granularity", "4"]
+    tool.main([*flags, "--save", str(folder / "moved")])
+    write_dataset(folder / "data")
+
+
+def test_upcycled_model_without_a_tokenizer_trains_and_resumes_from_its_recipe(tmp_path, capfd):
+    """Flags override the recipe; a new optimizer starts at step 0, and the same run goes on."""
+    make("llama-tied", tmp_path / "hf")
+    run_ranks(upcycle, 1, tmp_path)
+    assert "the source has no tokenizer" in capfd.readouterr().out
+    recipe = yaml.safe_load((tmp_path / "moved" / "recipe.yaml").read_text())
+    assert recipe["et_warmup_iters"] == 100 and recipe["vocab_size"] == VOCAB
+    more = ["--train-iters", "4", "--lr", "1e-2", "--et-warmup-iters", "1", "--log-interval", "1"]
+    train(flags(tmp_path, "run", *more, "--exit-interval", "2"), ranks=1)
+    train(flags(tmp_path, "run", *more), ranks=1)
+    steps = [row for row in rows(tmp_path / "run") if "loss" in row]
+    assert [row["step"] for row in steps] == [1, 2, 3, 4]
+    assert steps[-1]["loss"] < steps[0]["loss"]
+
+
+def refused(folder, *more):
+    """Return the message that a run from the recipe is refused with."""
+    [(code, message)] = run_ranks(start, 1, flags(folder, "refused", "--train-iters", "2", *more))
+    assert code == 2
+    return message
+
+
+def test_recipe_with_data_of_another_tokenizer_is_refused(tmp_path):
+    make("llama-tied", tmp_path / "hf")
+    add_tokenizer(tmp_path / "hf", 450)
+    run_ranks(convert, 1, tmp_path)
+    (tmp_path / "first").rename(tmp_path / "moved")
+    manifest = {"tokenizer": {"path": "other.model", "sha256": "0" * 64}}
+    (tmp_path / "data.json").write_text(json.dumps(manifest))
+    message = refused(tmp_path)
+    assert "was made with another tokenizer than" in message
+    (tmp_path / "data.json").unlink()
+    shutil.rmtree(tmp_path / "moved" / "release")
+    assert "release is missing or incomplete" in refused(tmp_path)
+    assert not (tmp_path / "refused").exists()
 
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen3_moe", "expert_threshold"])
