@@ -145,11 +145,11 @@ def test_recipe_dir_is_the_folder_of_the_file_that_has_it(tmp_path: Path) -> Non
     inner = tmp_path / "model"
     inner.mkdir()
     (inner / "recipe.yaml").write_text(
-        "split: ${recipe_dir}/a\ntrain_data_path:\n- ${recipe_dir}/b\n- c\nlr: 2\n"
+        "step_batch_size_schedule: ${recipe_dir}/a\ntrain_data_path:\n- ${recipe_dir}/b\n- c\nlr: 2\n"
     )
     outer = "base: model/recipe.yaml\nvalid_data_path:\n- ${recipe_dir}/d\n"
     assert values(tmp_path, outer, "--lr", "3") == {
-        "split": f"{inner}/a",
+        "step_batch_size_schedule": f"{inner}/a",
         "train_data_path": [f"{inner}/b", "c"],
         "valid_data_path": [f"{tmp_path}/d"],
         "lr": "3",
