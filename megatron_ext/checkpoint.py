@@ -141,22 +141,7 @@ def read_common_state(checkpoint: Path) -> dict[str, Any]:
     state = readable(checkpoint, lambda: dist_checkpointing.load_common_state_dict(checkpoint))
     if not hasattr(state.get("args"), "router_type"):
         raise UserError(f"{checkpoint} was not saved by pretrain_et.py: it lacks --router-type.")
-    _find_tokenizer(checkpoint, state["args"])
     return state
-
-
-def _find_tokenizer(checkpoint: Path, args: Any) -> None:
-    """Point the arguments of a run to the tokenizer next to its checkpoints, which may have moved.
-
-    Its content is compared with that of training where it is used.
-    """
-    recorded = getattr(args, "tokenizer_model", None)
-    if not recorded:
-        return
-    for folder in (checkpoint.parent, checkpoint.parent.parent):
-        if (present := folder / Path(recorded).name).exists():
-            args.tokenizer_model = str(present.absolute())
-            return
 
 
 def readable(checkpoint: Path, read: Callable[[], Any]) -> Any:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_ext.checkpoint import read_common_state
+from megatron_ext.data.run_tokenizer import locate_tokenizer
 from megatron_ext.errors import UserError
 from megatron_ext.hf.architecture import from_args
 from megatron_ext.hf.convert import Conversion, Done
@@ -67,6 +68,8 @@ def with_thresholds(
     use_thresholds(args)
     if tokenizer_model is not None:
         args.tokenizer_model = tokenizer_model
+    else:
+        locate_tokenizer(args, checkpoint)
     flags = carry_tokenizer(args, folder, checkpoint)
     if flags[-2] == "--tokenizer-model":
         args.tokenizer_model = flags[-1]
