@@ -145,7 +145,8 @@ def test_recipe_dir_is_the_folder_of_the_file_that_has_it(tmp_path: Path) -> Non
     inner = tmp_path / "model"
     inner.mkdir()
     (inner / "recipe.yaml").write_text(
-        "step_batch_size_schedule: ${recipe_dir}/a\ntrain_data_path:\n- ${recipe_dir}/b\n- c\nlr: 2\n"
+        "step_batch_size_schedule: ${recipe_dir}/a\ntrain_data_path:\n- ${recipe_dir}/b\n- c\n"
+        "lr: 2\n"
     )
     outer = "base: model/recipe.yaml\nvalid_data_path:\n- ${recipe_dir}/d\n"
     assert values(tmp_path, outer, "--lr", "3") == {
