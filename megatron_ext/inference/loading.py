@@ -226,6 +226,7 @@ def for_inference(args: Namespace, layout: ParallelLayout, dtype: torch.dtype | 
         expert_tensor_parallel_num_weight_shards=expert_tensor,
         gtp_weight_remat_size=1,
         expert_gtp_weight_remat_size=1,
+        padded_vocab_size=-(-args.padded_vocab_size // layout.tensor) * layout.tensor,
         context_parallel_size=1,
         virtual_pipeline_model_parallel_size=None,
         pipeline_model_parallel_layout=None,
