@@ -30,7 +30,7 @@ def tool(*flags, **options):
 def taken(run):
     """Return the line that names the checkpoint of the last step with its validation loss."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").open()]
-    [loss] = [row["val_loss"] for row in rows if row["step"] == 40 and "val_loss" in row]
+    loss = [row["val_loss"] for row in rows if row["step"] == 40 and "val_loss" in row][-1]
     folder = run / "checkpoints" / "iter_0000040"
     return f"model: {folder} (step 40, validation loss {loss:.4f})\n"
 
