@@ -5,13 +5,13 @@ Megatron is not imported, so that a wrong path is reported at once.
 
 import json
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron_ext.checkpoint import TRACKER, find_checkpoint
+from megatron_ext.console import console
 from megatron_ext.errors import UserError
 
 _CONFIG = "config.json"
@@ -134,7 +134,7 @@ def announce_model(path: str | os.PathLike[str], flag: str = "--load") -> Path:
 def announced(location: ModelLocation) -> Path:
     """Return the folder of a model, and name the model on standard error."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"model: {location}", file=sys.stderr, flush=True)
+        console.warn(f"model: {location}")
     return location.folder
 
 

@@ -98,7 +98,7 @@ def upcycle(folder):
 def test_upcycled_model_without_a_tokenizer_trains_and_resumes_from_its_recipe(tmp_path, capfd):
     """Flags override the recipe; a new optimizer starts at step 0, and the same run goes on."""
     make("llama-tied", tmp_path / "hf")
-    run_ranks(upcycle, 1, tmp_path)
+    run_ranks(upcycle, 1, tmp_path, timeout=240)
     assert "the source has no tokenizer" in capfd.readouterr().out
     recipe = yaml.safe_load((tmp_path / "moved" / "recipe.yaml").read_text())
     assert recipe["et_warmup_iters"] == 100 and recipe["vocab_size"] == VOCAB
@@ -112,7 +112,8 @@ def test_upcycled_model_without_a_tokenizer_trains_and_resumes_from_its_recipe(t
 
 def refused(folder, *more):
     """Return the message that a run from the recipe is refused with."""
-    [(code, message)] = run_ranks(start, 1, flags(folder, "refused", "--train-iters", "2", *more))
+    words = flags(folder, "refused", "--train-iters", "2", *more)
+    [(code, message)] = run_ranks(start, 1, words, timeout=240)
     assert code == 2
     return message
 
@@ -120,7 +121,7 @@ def refused(folder, *more):
 def test_recipe_with_data_of_another_tokenizer_is_refused(tmp_path):
     make("llama-tied", tmp_path / "hf")
     add_tokenizer(tmp_path / "hf", 450)
-    run_ranks(convert, 1, tmp_path)
+    run_ranks(convert, 1, tmp_path, timeout=240)
     (tmp_path / "first").rename(tmp_path / "moved")
     manifest = {"tokenizer": {"path": "other.model", "sha256": "0" * 64}}
     (tmp_path / "data.json").write_text(json.dumps(manifest))
@@ -138,10 +139,10 @@ def test_validation_loss_at_step_0_equals_that_of_transformers(name, tmp_path):
     own = name == "expert_threshold"
     make("llama-tied" if own else name, tmp_path / "hf")
     add_tokenizer(tmp_path / "hf", 450)
-    run_ranks(convert_with_thresholds if own else convert, 1, tmp_path)
+    run_ranks(convert_with_thresholds if own else convert, 1, tmp_path, timeout=240)
     (tmp_path / "first").rename(tmp_path / "moved")
     if own:
-        run_ranks(export, 1, tmp_path)
+        run_ranks(export, 1, tmp_path, timeout=240)
     shutil.rmtree(tmp_path / "hf", ignore_errors=own) if own else None
     train(flags(tmp_path, "run", "--skip-train", "--train-iters", "2"), ranks=1)
     [row] = [row for row in rows(tmp_path / "run") if "val_loss" in row]
