@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_ext.checkpoint import is_hf_folder
 from megatron_ext.devices import is_cpu_device
 from megatron_ext.errors import UserError
 from megatron_ext.evaluation.log_likelihoods import DataReplicas, LanguageModel, ScoringBatch
@@ -19,7 +18,7 @@ from megatron_ext.evaluation.text_codec import TextCodec
 from megatron_ext.hf.families import OWN
 from megatron_ext.inference.forward import target_log_probs
 from megatron_ext.inference.loading import ParallelLayout, TrainedModel, load_model
-from megatron_ext.model_location import announce_model
+from megatron_ext.model_location import announced, locate_model
 
 
 class MegatronModel(LanguageModel):
@@ -111,8 +110,9 @@ def load(
     Raises:
         UserError: The model cannot be loaded, or not with this layout.
     """
-    folder = announce_model(path)
-    if not is_hf_folder(folder):
+    location = locate_model(path)
+    folder = announced(location)
+    if location.kind == "megatron":
         trained = load_model(folder, layout, dtype=dtype, tokenizer_model=tokenizer_model)
         return MegatronModel(trained)
     if (layout or ParallelLayout()) != ParallelLayout():
