@@ -230,7 +230,7 @@ def test_gguf_file_that_is_broken_or_unsupported_is_refused_and_nothing_is_writt
     files = {f"{number}.gguf": text for number, text in enumerate(cases)}
     files |= dict.fromkeys(("other.gguf", "half.gguf"), "is not a GGUF file or is incomplete")
     files["none.gguf"] = "is not a file"
-    files["new.gguf"] = "uses a quantization that the installed package gguf does not know (250"
+    files["new.gguf"] = "uses a quantization that the installed package gguf does not know"
     whole, name = (tmp_path / "0.gguf").read_bytes(), b"token_embd.weight"
     kind = whole.index(name) + len(name) + 4 + 2 * 8  # after the sizes of two dimensions
     code = (250).to_bytes(4, "little")
