@@ -55,7 +55,7 @@ def import_rows(config: ImportConfig) -> None:
                     "--max-malformed."
                 )
             if verdicts is not None and repeats.clashes == clashes:
-                for verdict in _verdicts(item, config.scale, judged):
+                for verdict in _verdicts(item, reader.path, config.scale, judged):
                     verdicts.write(verdict)
         if not writer.count:
             reasons = [
@@ -96,12 +96,13 @@ def _items(config: ImportConfig, reader: RecordReader) -> Iterator[LabeledRecord
 
 
 def _verdicts(
-    item: LabeledRecord, scale: Sequence[float] | None, judged: Counter[str]
+    item: LabeledRecord, path: str, scale: Sequence[float] | None, judged: Counter[str]
 ) -> list[Verdict]:
     """Return the labels of an item as verdicts.
 
     Args:
         item: The item.
+        path: File that it is from.
         scale: Lowest and highest rating.
         judged: Verdicts so far by item, to which these are added.
     """
@@ -111,8 +112,8 @@ def _verdicts(
         labels = [scaled_label(label, scale) for label in item.labels]
     except ValueError as error:
         raise UserError(
-            f"Row {item.number:,}: {error}. State the lowest and the highest rating that people "
-            "could give with --scale LOW HIGH."
+            f"{path}, row {item.number:,}: {error}. State the lowest and the highest rating "
+            "that people could give with --scale LOW HIGH."
         ) from None
     return verdicts_of([(item.record.id, labels)], judged)
 

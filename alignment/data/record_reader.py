@@ -66,7 +66,10 @@ class RecordReader:
 
     Attributes:
         malformed: Rows that give no record.
+        path: File that is being read.
     """
+
+    path = ""
 
     def __init__(
         self,
@@ -109,6 +112,7 @@ class RecordReader:
                 def advance(done: int, before: int = before) -> None:
                     progress.update(before + done)
 
+                self.path = path
                 file, count = RecordFile(path, self.source, self.options), 0
                 for item in file.read(advance):
                     if total == self.options.limit:

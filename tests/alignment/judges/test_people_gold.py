@@ -87,7 +87,7 @@ def test_import_writes_items_and_labels_that_belong_together(
 ) -> None:
     items, gold = tmp_path / "items.parquet", tmp_path / "gold.jsonl"
     words = ["import", "--output", str(items), "--verdicts", str(gold), "--overwrite", "--input"]
-    with pytest.raises(UserError, match=r"Row 2: the rating 5 has no scale.*--scale LOW HIGH"):
+    with pytest.raises(UserError, match=r"ratings\.csv, row 2: the rating 5 has no scale"):
         data([*words, str(ratings), "--columns", *COLUMNS])
     assert not items.exists() and not gold.exists()
     data([*words, str(ratings), "--columns", *COLUMNS, "--scale", "1", "5"])
