@@ -139,6 +139,8 @@ def parse_flags(argv: Sequence[str], writes: bool = True) -> tuple[Namespace, se
     args = parser.parse_args([*before, *flags, *forced])
     if args.max_position_embeddings is None:
         args.max_position_embeddings = args.seq_length
+    if args.dry_run is not None:  # which has no weights
+        args.load = args.pretrained_checkpoint = None
     return args, explicit
 
 

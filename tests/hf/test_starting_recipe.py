@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -9,9 +10,10 @@ import torch
 import torch.nn.functional as F
 import yaml
 
-from tests.distributed import run_ranks
+from tests.distributed import ROOT, run_ranks
 from tests.hf.models import VOCAB, add_tokenizer, make
 from tests.pretraining import start, train
+from tests.warm import warm_python
 
 LENGTH, SAMPLES = 16, 12
 IDS = np.random.default_rng(0).integers(0, 450, LENGTH * SAMPLES + 1)
@@ -123,6 +125,16 @@ def test_recipe_with_data_of_another_tokenizer_is_refused(tmp_path):
     add_tokenizer(tmp_path / "hf", 450)
     run_ranks(convert, 1, tmp_path, timeout=240)
     (tmp_path / "first").rename(tmp_path / "moved")
+    dry_run = subprocess.run(
+        [warm_python(), "pretrain_et.py", "--dry-run", "1"]
+        + ["--recipe", tmp_path / "moved" / "recipe.yaml"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert dry_run.returncode == 0, dry_run.stderr
+    assert "saving a checkpoint takes up to" in dry_run.stdout
     manifest = {"tokenizer": {"path": "other.model", "sha256": "0" * 64}}
     (tmp_path / "data.json").write_text(json.dumps(manifest))
     message = refused(tmp_path)
