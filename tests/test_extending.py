@@ -26,7 +26,14 @@ verdict = WordCount(3).verdict(SimpleNamespace(id="1", text="one two three"))
 assert verdict.score == 9.0
 assert JUDGE_KINDS["words"](name="words", target=3).target == 3
 """,
-    "Detector": "assert find_moss",
+    "Detector": """
+from types import SimpleNamespace
+assert find_moss(SimpleNamespace(words=("green", "moss"))) == ("moss",)
+""",
+    "Reward function": """
+from types import SimpleNamespace
+assert brevity(SimpleNamespace(text="a" * 200)) == 7 and brevity(SimpleNamespace(text="")) is None
+""",
     "Algorithm": "assert above_median(np.array([1.0, 2.0, 6.0])).tolist() == [-1.0, 0.0, 4.0]",
     "Metric of responses": """
 from types import SimpleNamespace
