@@ -7,6 +7,7 @@ import platform
 import sys
 from collections.abc import Callable
 from datetime import timedelta
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,6 +16,7 @@ from megatron_ext.console import console
 # Failures of the machine that a user can fix. Other OSErrors are bugs and print a stack trace.
 _FIXABLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 
+_NUMBERS = {int: "a whole number", float: "a number"}
 _STORE_PATIENCE = timedelta(seconds=10)
 
 typed_command: str | None = None
@@ -50,17 +52,40 @@ class LimitExceeded(UserError):
 
 
 class ToolParser(argparse.ArgumentParser):
-    """Argument parser whose errors are a `UserError`, without argparse's usage text.
+    """Argument parser whose errors are a `UserError`: one sentence with the flag and the fix.
 
-    Words that are not UTF-8 are refused: Python passes their bytes as surrogate characters, which
-    no tokenizer, file or terminal accepts.
+    A wrong flag or choice is answered with the nearest right one; abbreviations are refused. So are
+    words that are not UTF-8: Python passes their bytes as surrogate characters, which no tokenizer,
+    file or terminal accepts.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
+        super().__init__(*args, **{"allow_abbrev": False} | options)
         if typed_command is not None and not self.prog.startswith("et "):
             is_alignment = self.prog.startswith("et-align")
             self.prog = self.prog.replace("et-align", "et align") if is_alignment else typed_command
+
+    @property
+    def command(self) -> str:
+        """Name of the command in messages."""
+        return self.prog.removeprefix("python -m ").removeprefix("et-align ")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse arguments like argparse, after checking the names of the flags.
+
+        Raises:
+            UserError: A flag or its value is wrong, or a required flag is missing.
+        """
+        words = sys.argv[1:] if args is None else list(args)
+        flags = self._option_string_actions
+        for word in words[: words.index("--")] if "--" in words else words:
+            name = word.partition("=")[0]
+            # A word with a space is a value, such as flags for another program.
+            if name.startswith("--") and " " not in name and name not in flags:
+                near = get_close_matches(name, flags, n=1)
+                advice = f"Did you mean {near[0]}?" if near else f"See {self.prog} --help."
+                raise UserError(f"{name} is not a flag of {self.command}. {advice}")
+        return super().parse_args(words, namespace)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse arguments like argparse, after checking that all words are UTF-8.
@@ -81,17 +106,37 @@ class ToolParser(argparse.ArgumentParser):
         return super().parse_known_args(words, namespace)
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
-        """Convert a value, reporting every error of the converter as an argument error."""
+        """Convert a value, reporting every error of the converter as a `UserError`."""
         try:
             return super()._get_value(action, arg_string)  # type: ignore[misc]
-        except argparse.ArgumentError:
-            raise
         except Exception as error:  # for example of a converter that evaluates the text
-            raise argparse.ArgumentError(action, f"invalid value: {arg_string!r}") from error
+            required = _NUMBERS.get(action.type, "valid")  # type: ignore[call-overload]
+            raise UserError(f"{_option(action)} {arg_string} is not {required}.") from error
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Refuse a value that is not among the choices, with the nearest of them."""
+        if action.choices is not None and value not in action.choices:
+            choices = [str(choice) for choice in action.choices]
+            near = get_close_matches(str(value), choices, n=1)
+            advice = f" Did you mean {near[0]}?" if near else ""
+            raise UserError(
+                f"{_option(action)} {value} is not one of {', '.join(choices)}.{advice}"
+            )
 
     def error(self, message: str) -> NoReturn:
-        """Raise a `UserError`."""
-        raise UserError(f"{message} (see --help)")
+        """Raise a `UserError` with the message of argparse as a sentence."""
+        missing = message.partition("the following arguments are required: ")[2]
+        if missing:
+            raise UserError(f"{self.command} requires {missing}. See {self.prog} --help.")
+        name, expected, count = message.removeprefix("argument ").partition(": expected ")
+        if expected:
+            values = count.replace("arguments", "values").replace("argument", "value")
+            raise UserError(f"{name} requires {values}. See {self.prog} --help.")
+        raise UserError(f"{message[:1].upper()}{message[1:]}. See {self.prog} --help.")
+
+
+def _option(action: argparse.Action) -> str:
+    return "/".join(action.option_strings) or str(action.metavar or action.dest)
 
 
 def run_tool(main: Callable[[], int | None]) -> NoReturn:

@@ -23,20 +23,17 @@ import ast
 import inspect
 import math
 import textwrap
-from argparse import Action, ArgumentParser, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
-from difflib import get_close_matches
 from functools import cache
 from types import NoneType, UnionType
-from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from megatron_ext.errors import ToolParser, UserError
 from megatron_ext.recipes import expand_recipes
 
 Resume = Literal["must match", "may change"]
-
-_NUMBERS = {int: "a whole number", float: "a number"}
 
 
 def flag(
@@ -234,7 +231,7 @@ def _build[Config](config: type[Config], values: dict[str, Any]) -> Config:
 
 def build_parser(config: type, prog: str, description: str | None) -> ArgumentParser:
     """Return the parser of a configuration."""
-    parser = _ConfigParser(
+    parser = ToolParser(
         prog=prog,
         description=description,
         formatter_class=RawDescriptionHelpFormatter,
@@ -314,48 +311,3 @@ def _field_docstrings(config: type) -> dict[str, str]:
             if isinstance(statement.target, ast.Name) and isinstance(after.value, ast.Constant):
                 texts[statement.target.id] = " ".join(str(after.value.value).split())
     return texts
-
-
-class _ConfigParser(ToolParser):
-    """An argument parser whose errors name the flag and what to do, in one sentence."""
-
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        for word in args or ():
-            name = word.partition("=")[0]
-            # A word with a space is a value, such as flags for another program.
-            is_flag = name.startswith("--") and len(name) > 2 and " " not in name
-            if is_flag and name not in self._option_string_actions:
-                near = get_close_matches(name, self._option_string_actions, n=1)
-                advice = f"Did you mean {near[0]}?" if near else f"See {self.prog} --help."
-                raise UserError(f"{name} is not a flag of {self._command}. {advice}")
-        return super().parse_args(args, namespace)
-
-    @property
-    def _command(self) -> str:
-        return self.prog.removeprefix("et-align ")
-
-    def _get_value(self, action: Action, arg_string: str) -> Any:
-        try:
-            return super()._get_value(action, arg_string)
-        except Exception as error:
-            required = _NUMBERS.get(action.type, "valid")  # type: ignore[call-overload]
-            raise UserError(f"{_option(action)} {arg_string} is not {required}.") from error
-
-    def _check_value(self, action: Action, value: Any) -> None:
-        if action.choices is not None and value not in action.choices:
-            choices = ", ".join(map(str, action.choices))
-            raise UserError(f"{_option(action)} {value} is not one of {choices}.")
-
-    def error(self, message: str) -> NoReturn:
-        missing = message.partition("the following arguments are required: ")[2]
-        if missing:
-            raise UserError(f"{self._command} requires {missing}. See {self.prog} --help.")
-        name, expected, count = message.removeprefix("argument ").partition(": expected ")
-        if expected:
-            values = count.replace("arguments", "values").replace("argument", "value")
-            raise UserError(f"{name} requires {values}. See {self.prog} --help.")
-        raise UserError(f"{message[:1].upper()}{message[1:]}. See {self.prog} --help.")
-
-
-def _option(action: Action) -> str:
-    return "/".join(action.option_strings) or str(action.metavar or action.dest)

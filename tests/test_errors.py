@@ -1,10 +1,19 @@
 """Arguments that no command can use end in one sentence."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 
 from megatron_ext.errors import ToolParser, UserError
+from tests.distributed import ROOT
+
+# Tools whose flags are parsed before torch is imported.
+TOOLS = """
+    calibrate_thresholds convert_checkpoint eval_core generate inspect_routing ngram_baseline
+    preflight preprocess_data report serve train_tokenizer upcycle validation_loss
+"""
 
 
 def test_argument_of_another_encoding_is_named_with_its_flag() -> None:
@@ -21,5 +30,50 @@ def test_argument_of_another_encoding_is_named_with_its_flag() -> None:
 def test_converter_that_raises_anything_ends_in_one_sentence() -> None:
     parser = ToolParser(prog="tool")
     parser.add_argument("--pattern", type=eval)
-    with pytest.raises(UserError, match=r"--pattern: invalid value: '\[0,'"):
+    with pytest.raises(UserError, match=r"^--pattern \[0, is not valid\.$"):
         parser.parse_args(["--pattern", "[0,"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--lod", "x"], "--lod is not a flag of tools.name. Did you mean --load?"),
+        (["--loa=x"], "--loa is not a flag of tools.name. Did you mean --load?"),  # no abbreviation
+        (["--zzz"], "--zzz is not a flag of tools.name. See python -m tools.name --help."),
+        (["--steps", "3"], "tools.name requires --load. See python -m tools.name --help."),
+        (["--load"], "--load requires one value. See python -m tools.name --help."),
+        (["--dtype", "bf61"], "--dtype bf61 is not one of fp32, bf16. Did you mean bf16?"),
+        (["--dtype", "xy"], "--dtype xy is not one of fp32, bf16."),
+        (["--steps", "3.5"], "--steps 3.5 is not a whole number."),
+        (["--load", "x", "y"], "Unrecognized arguments: y. See python -m tools.name --help."),
+    ],
+)  # fmt: skip
+def test_wrong_flag_or_value_is_answered_with_the_nearest(words: list[str], message: str) -> None:
+    parser = ToolParser(prog="python -m tools.name")
+    parser.add_argument("--load", required=True)
+    parser.add_argument("--dtype", choices=("fp32", "bf16"))
+    parser.add_argument("--steps", type=int)
+    with pytest.raises(UserError) as error:
+        parser.parse_args(words)
+    assert str(error.value) == message
+
+
+def test_words_after_two_hyphens_are_not_flags() -> None:
+    parser = ToolParser(prog="tool")
+    parser.add_argument("words", nargs="*")
+    assert parser.parse_args(["--", "--lod"]).words == ["--lod"]
+
+
+def test_tool_refuses_a_wrong_flag_before_torch_is_imported() -> None:
+    program = f"""
+import importlib, sys
+for tool in {TOOLS.split()}:
+    try:
+        importlib.import_module(f"tools.{{tool}}").main(["--loadd", "x"])
+    except ValueError as error:
+        assert "--loadd is not a flag of" in str(error), error
+    else:
+        raise AssertionError(tool)
+    assert not {{"torch", "megatron"}} & {{*sys.modules}}, tool
+"""
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)

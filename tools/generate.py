@@ -24,13 +24,13 @@ from megatron_ext.inference.loading_flags import (
     check_at_least_one,
     is_first_rank,
 )
-from megatron_ext.inference.sampling import Sampling
 from megatron_ext.model_location import announce_model
 from megatron_ext.quiet import quiet_megatron
 
 if TYPE_CHECKING:
     from megatron_ext.inference.generation import Completion
     from megatron_ext.inference.loading import TrainedModel
+    from megatron_ext.inference.sampling import Sampling
 
 
 class GenerateFlags(LoadingFlags):
@@ -57,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = _parser().parse_args(argv, GenerateFlags())
     check_at_least_one(num_samples=flags.num_samples, batch_size=flags.batch_size)
     texts = read_prompts(flags.prompt, flags.prompt_file)
+    from megatron_ext.inference.sampling import Sampling  # imports torch
+
     sampling = Sampling(
         max_new_tokens=flags.max_new_tokens,
         temperature=flags.temperature,
@@ -162,7 +164,7 @@ def _tokenize(trained: "TrainedModel", text: str) -> list[int]:
 def _print_as_it_comes(
     trained: "TrainedModel",
     job: tuple[str, list[int], int],
-    sampling: Sampling,
+    sampling: "Sampling",
     log_probs: bool,
     out: TextIO,
 ) -> None:
@@ -184,7 +186,7 @@ def _print_as_it_comes(
 def _print_in_batches(
     trained: "TrainedModel",
     jobs: list[tuple[str, list[int], int]],
-    sampling: Sampling,
+    sampling: "Sampling",
     flags: GenerateFlags,
     out: TextIO,
 ) -> None:

@@ -24,6 +24,7 @@ from megatron_ext.planning.preflight.findings import SKIPPED, CheckResult, Repor
 from megatron_ext.planning.preflight.rank_memory import DryRun
 from megatron_ext.planning.preflight.version_checks import check_versions
 from megatron_ext.quiet import quiet_megatron
+from megatron_ext.recipes import check_flag_names
 
 if TYPE_CHECKING:
     from megatron_ext.planning.preflight.check_runner import Runner
@@ -47,6 +48,7 @@ class PreflightFlags:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the checks and return the exit status."""
     options, flags = _parser().parse_known_args(argv, PreflightFlags())
+    check_flag_names(flags)
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     if any(word.startswith("--dry-run") for word in flags):
         raise UserError("--dry-run is one of the checks of preflight. Leave it out.")

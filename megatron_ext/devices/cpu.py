@@ -14,8 +14,6 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from megatron_ext import patches
 
 _device: str | None = None
@@ -38,6 +36,8 @@ def activate(use_cuda: bool = True) -> str:
     """
     global _device
     if _device is None:
+        import torch  # here, so that a tool can refuse its flags before torch is imported
+
         device = "cuda" if use_cuda and torch.cuda.is_available() else "cpu"
         if device == "cpu":
             _install()

@@ -106,7 +106,7 @@ def test_what_is_wrong_is_told_in_a_sentence(tmp_path: Path) -> None:
     for words, said in (
         (("--seeds", "1", "1"), "--seeds repeats a value. Name each once."),
         (("--ranks", "0"), "--ranks 0 is too small. Choose at least 1."),
-        (("--rows", "xy"), "invalid choice: 'xy'"),
+        (("--rows", "xy"), "--rows xy is not one of"),
     ):
         done = miniature("--output", str(tmp_path / "none"), *words)
         assert done.returncode == 2

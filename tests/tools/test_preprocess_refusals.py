@@ -130,5 +130,5 @@ def test_user_errors_are_reported_in_one_line(model, tmp_path, capsys):
     assert "Remove it" in refuse(model, [source], prefix, "--valid-input", source)
     both = ["--valid-input", tmp_path / "blank.jsonl", "--valid-fraction", 0.1]
     assert "exclude each other" in refuse(model, [source], prefix, *both)
-    assert "unrecognized" in refuse(model, [source], prefix, "--no-such-flag")
+    assert "--no-such-flag is not a flag of" in refuse(model, [source], prefix, "--no-such-flag")
     assert output_bytes(prefix) == {}

@@ -5,11 +5,13 @@ import io
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_ext.errors import UserError
 from megatron_ext.evaluation.core.bundle import CoreTask
-from megatron_ext.evaluation.core.core_scoring import ScoredItem
+
+if TYPE_CHECKING:
+    from megatron_ext.evaluation.core.core_scoring import ScoredItem
 
 COLUMNS = (
     "task", "kind", "shots", "items", "cropped", "accuracy", "baseline", "centered",
@@ -56,7 +58,7 @@ class CoreResults:
         row = self.rows.get(task.label)
         return row is not None and row["asked"] == _question_format(task)
 
-    def add(self, task: CoreTask, judged: ScoredItem) -> None:
+    def add(self, task: CoreTask, judged: "ScoredItem") -> None:
         """Add the row of a finished task and write the file."""
         self.rows[task.label] = {
             "task": task.label,
