@@ -11,6 +11,7 @@ Each subcommand has its own --help.
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Literal
 
 from alignment.commands.data_show_config import ShowConfig
@@ -120,7 +121,9 @@ def parse(argv: Sequence[str] | None) -> ImportConfig | SplitConfig | CountConfi
         raise SystemExit(0)
     name, *rest = words
     if name not in SUBCOMMANDS:
-        raise UserError(f"data has no subcommand {name!r}, only {', '.join(SUBCOMMANDS)}.")
+        near = get_close_matches(name, SUBCOMMANDS, n=1)
+        advice = f"Did you mean {near[0]}?" if near else f"Choose one of {', '.join(SUBCOMMANDS)}."
+        raise UserError(f"{name} is not a subcommand of data. {advice}")
     purpose = (SUBCOMMANDS[name].__doc__ or "").partition("`, which ")[2]
     description = purpose[:1].upper() + purpose[1:].replace("counts", "count", 1)
     description = description.replace("prints", "print", 1)

@@ -131,8 +131,9 @@ def read_rows(
     Raises:
         UserError: The file does not exist, has another format, or is damaged.
     """
-    reader = {"json": _read_json, "csv": _read_csv, "parquet": _read_parquet}[format_of(path)]
     try:
+        os.stat(path)  # a missing file is reported before its suffix
+        reader = {"json": _read_json, "csv": _read_csv, "parquet": _read_parquet}[format_of(path)]
         yield from reader(path, report_progress)
     except OSError as error:
         raise UserError(

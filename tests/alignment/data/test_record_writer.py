@@ -102,6 +102,9 @@ def test_rows_that_cannot_be_used_are_numbered_by_their_lines(tmp_path: Path) ->
 def test_other_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot be read: No such file"):
         list(read_rows(tmp_path / "none.jsonl"))
+    with pytest.raises(UserError, match=r"none cannot be read: No such file"):
+        list(read_rows(tmp_path / "none"))
+    (tmp_path / "rows.xls").touch()
     with pytest.raises(UserError, match=r"read by its suffix, one of \.jsonl"):
         list(read_rows(tmp_path / "rows.xls"))
     (tmp_path / "rows.parquet").write_bytes(b"PAR1")
