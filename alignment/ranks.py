@@ -42,6 +42,27 @@ def gather_by_data_rank(engine: AlignmentEngine, value: Any) -> list[Any]:
     return [by_rank[rank] for rank in range(engine.data_size)] if first else []
 
 
+def on_first_rank[T](function: Callable[[], T]) -> T:
+    """Return on every rank what a function returns on rank 0; a collective.
+
+    Args:
+        function: Function without collectives, which only rank 0 calls.
+
+    Raises:
+        UserError: The error that the function raises, on all ranks.
+    """
+    outcome: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            outcome = [function()]
+        except UserError as error:
+            outcome = [error]
+    dist.broadcast_object_list(outcome, src=0)
+    if isinstance(outcome[0], UserError):
+        raise outcome[0]
+    return outcome[0]
+
+
 def map_over_data_ranks[T, R](
     engine: AlignmentEngine, items: Sequence[T], function: Callable[[Sequence[T]], Sequence[R]]
 ) -> list[R]:

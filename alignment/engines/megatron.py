@@ -129,7 +129,7 @@ class MegatronEngine:
         entropy: bool = False,
         trained_only: bool = False,
     ) -> TokenScores:
-        """Return the scores of the batch's tokens, without gradients."""
+        """Return the scores of the batch's tokens; see `AlignmentEngine.log_probs`."""
         scorer = partial(
             TokenScorer, temperature=temperature, entropy=entropy, trained_only=trained_only
         )
@@ -137,14 +137,15 @@ class MegatronEngine:
         return TokenScores(values[0], values[1] if entropy else None)
 
     def next_log_probs(self, batch: TokenBatch, tokens: Sequence[int]) -> Tensor:
-        """Return the log-probabilities of some tokens after each sample, without gradients."""
+        """Return log-probabilities after samples; see `AlignmentEngine.next_log_probs`."""
         return self._evaluate(batch, partial(TokenScorer, choices=tokens), len(tokens)).permute(
             1, 2, 0
         )
 
-    def values(self, batch: TokenBatch, token: int) -> Tensor:
-        """Return a critic's values of the states before the tokens, computed in fp32."""
-        return self._evaluate(batch, partial(TokenScorer, values=token), 1)[0]
+    def values(self, batch: TokenBatch, token: int, *, trained_only: bool = False) -> Tensor:
+        """Return a critic's values, computed in fp32; see `AlignmentEngine.values`."""
+        scorer = partial(TokenScorer, values=token, trained_only=trained_only)
+        return self._evaluate(batch, scorer, 1)[0]
 
     def _evaluate(
         self, batch: TokenBatch, scorer: Callable[..., TokenScorer], kinds: int, train: bool = False
@@ -170,7 +171,7 @@ class MegatronEngine:
         entropy: bool = False,
         values: int | None = None,
     ) -> StepResult:
-        """Make one optimizer step on the batches of all ranks together."""
+        """Make one optimizer step; see `AlignmentEngine.train_step`."""
         self._activate_globals()
         if self._optimizer is None:
             raise ValueError("the engine was made without an optimization")
@@ -182,7 +183,7 @@ class MegatronEngine:
             TokenScorer,
             temperature=temperature,
             entropy=entropy,
-            trained_only=values is None,
+            trained_only=True,
             values=values,
         )
         loads = RoutingLoads(parts, self.groups)
@@ -246,7 +247,7 @@ class MegatronEngine:
         return whole.total, whole.active(rate)
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """Iterate over the model's whole tensors under their Hugging Face names."""
+        """Iterate over the model's whole tensors; see `AlignmentEngine.parameters`."""
         return iter(self._tensors)
 
     def load_parameters(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -257,7 +258,7 @@ class MegatronEngine:
                 self._optimizer.reload_model_params()
 
     def export(self, folder: str | os.PathLike[str]) -> None:
-        """Write the model as a Hugging Face folder, atomically."""
+        """Write the model as a Hugging Face folder; see `AlignmentEngine.export`."""
         export(Path(folder), self._source, self.parameters())
 
     def save(self, folder: str | os.PathLike[str]) -> None:

@@ -234,7 +234,7 @@ class AlignmentEngine(Protocol):
             that last token; 0 in all other places.
         """
 
-    def values(self, batch: TokenBatch, token: int) -> Tensor:
+    def values(self, batch: TokenBatch, token: int, *, trained_only: bool = False) -> Tensor:
         """Return a critic's values of the states before the batch's tokens, without gradients.
 
         A value is the product of the last hidden state and one row of the output layer, that of a
@@ -243,6 +243,8 @@ class AlignmentEngine(Protocol):
         Args:
             batch: Samples of this rank.
             token: Token whose row computes the values.
+            trained_only: Compute the values of trained tokens alone, those of `loss_mask`. The
+                others are 0.
 
         Returns:
             fp32 `[rows, length]`; 0 for a sample's first token and for padding.

@@ -162,7 +162,7 @@ class Critic:
         return self.engine.train_step(batch, ValueLoss(self.settings.clip), values=self.token)
 
     def _with_values(self, batch: TokenBatch) -> TokenBatch:
-        values = self.engine.values(batch, self.token).cpu()
+        values = self.engine.values(batch, self.token, trained_only=True).cpu()
         if not batch.rows:
             return batch
         extras = {**batch.extras, "old_values": values}

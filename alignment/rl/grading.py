@@ -18,7 +18,7 @@ from alignment.engines.batch import TokenBatch, TokenSample
 from alignment.engines.protocol import AlignmentEngine
 from alignment.judges.kinds.judge_kind import Judge, rounding_error
 from alignment.judges.questions import Question
-from alignment.ranks import all_gather_by_data_rank, all_reduce_max, interleave
+from alignment.ranks import all_reduce_max, gather_by_data_rank, interleave, on_first_rank
 from alignment.records import Outcome, Pair, Prompt, Response, Verdict
 from alignment.rl.judge_rewards import (
     mean_score,
@@ -185,12 +185,13 @@ class Grader:
             failed = [[v for v in column if v.outcome is Outcome.FAILED] for column in columns]
             failures[name] = [verdicts[0].reason for verdicts in failed if verdicts]
         divergence = self._divergence(share, rollouts)
-        shares = all_gather_by_data_rank(
+        if not step:  # rank 0 keeps all responses of the first evaluation, the others their share
+            self._set_first({r.prompt.id: {"text": r.text} for r in responses})
+        # Texts cross the network once. The other ranks get the metrics alone.
+        shares = gather_by_data_rank(
             self.policy, (responses, rollouts, scores, divergence, failures, components)
         )
-        self._require_answers(shares)
-        row = self._row(step, shares)
-        row |= component_means([one for share in shares for one in share[5]], "component_held_out")
+        row = on_first_rank(lambda: self._checked_row(step, shares))
         self.history = [r for r in self.history if r["step"] < step] + [row]
         if "gold" in self.judges:
             row["grade/gap_slope"] = self._slope()
@@ -229,6 +230,11 @@ class Grader:
                     f"{reasons[0]}. Check its server, then run the same command again, which "
                     "repeats the evaluation."
                 )
+
+    def _checked_row(self, step: int, shares: Sequence[Any]) -> dict[str, Any]:
+        self._require_answers(shares)
+        components = [each for share in shares for each in share[5]]
+        return self._row(step, shares) | component_means(components, "component_held_out")
 
     def _in_pairs(self, name: str) -> bool:
         return self.pairwise and name == "proxy"

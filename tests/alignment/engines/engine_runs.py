@@ -105,7 +105,10 @@ def after_last(engine, packed=False):
 def values(engine, packed=False):
     """Of this rank's first samples: what a token's row of the output layer says before each."""
     batch = share(engine, 0, packed)
-    return _by_tokens(batch, engine.values(batch, CHOICES[-1]))
+    results = engine.values(batch, CHOICES[-1])
+    trained = engine.values(batch, CHOICES[-1], trained_only=True)
+    torch.testing.assert_close(trained.cpu(), results.cpu() * batch.loss_mask)
+    return _by_tokens(batch, results)
 
 
 def _by_tokens(batch, results):

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from alignment.data.model_tokenizer import load_tokenizer
 from alignment.monitors.training_monitor import Monitor
@@ -164,3 +165,32 @@ def test_grader_counts_a_failed_verdict_once_per_question(tmp_path):
         and "no connection" in description
     )
     assert not (tmp_path / "first.json").exists()
+
+
+def graded_with_others(folder):
+    """On a rank: metrics of a first evaluation, and the prompts whose responses the rank has."""
+    grader = grader_in(folder / f"rank_{dist.get_rank()}")
+    grader.writes = dist.get_rank() == 0
+
+    def judge(questions, check):
+        return [Verdict(q.item.id, Outcome.SCORE, float(q.item.prompt.id[1:])) for q in questions]
+
+    grader.judges = {
+        "proxy": [SimpleNamespace(judge=judge)],
+        "gold": [SimpleNamespace(judge=judge)],
+    }
+    result = SimpleNamespace(tokens=[1, 2], log_probs=[0.0, 0.0], ended=True)
+    grader.policy = SimpleNamespace(
+        data_size=dist.get_world_size(),
+        data_rank=dist.get_rank(),
+        generate=lambda requested, sampling, seeds: [result] * len(requested),
+    )
+    return grader(0), sorted(grader._first)
+
+
+def test_grader_collects_responses_on_the_first_rank_and_metrics_on_all(tmp_path):
+    [(alone, prompts)] = run_ranks(graded_with_others, 1, tmp_path / "alone")
+    rows = run_ranks(graded_with_others, 3, tmp_path / "three")
+    assert all(row == alone for row, _ in rows)
+    assert alone["grade/proxy"] == alone["grade/gold"] == 4.5
+    assert [responses for _, responses in rows] == [prompts, prompts[1::3], prompts[2::3]]
