@@ -7,13 +7,26 @@ import re
 from pathlib import Path
 
 from setuptools import find_namespace_packages, setup
+from setuptools.command.build_py import build_py
 
 INIT = Path(__file__).with_name("megatron_ext") / "__init__.py"
 VERSION = re.search(r'^__version__ = "(.*)"$', INIT.read_text(), re.MULTILINE)
 assert VERSION is not None
 
+
+class BuildLibrary(build_py):
+    """Build of the library, which contains the recipes of examples/, but not its programs."""
+
+    def find_package_modules(self, package, package_dir):
+        """Return the modules of a package: none for the examples."""
+        if package == "megatron_ext.examples":
+            return []
+        return super().find_package_modules(package, package_dir)
+
+
 setup(
     version=VERSION[1],
+    cmdclass={"build_py": BuildLibrary},
     # The commands of tools/ and the recipes are installed within the library, so that nothing
     # called `tools` or `examples` is added to site-packages.
     packages=[

@@ -122,6 +122,18 @@ def test_wheel_contains_every_data_file_and_recipe(site_packages):
     assert [file for file in sorted(expected) if not (site_packages / file).is_file()] == []
 
 
+def test_wheel_has_no_program_of_the_examples_and_imports_no_folder_of_the_checkout(site_packages):
+    modules = [*site_packages.rglob("*.py")]
+    assert not [file for file in modules if "examples" in file.relative_to(site_packages).parts]
+    roots = {"examples", "tools", "tests", "benchmarks"}
+    for file in modules:
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [name.name for name in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module or ""]
+            assert not roots & {name.partition(".")[0] for name in names}, file
+
+
 def test_installed_commands_work_in_a_folder_with_packages_of_the_same_names(
     site_packages, tmp_path
 ):

@@ -18,7 +18,6 @@ from alignment.evaluation.study.study_runs import (
     SeedGroup,
     StudyRun,
 )
-from alignment.monitors.detectors import DETECTORS
 from alignment.rounding import Floats
 from alignment.statistics.bootstrap import LEVEL
 
@@ -162,7 +161,7 @@ slope, kl = partial(last, name=SLOPE), partial(last, name=KL)
 
 
 def detectors(groups: Sequence[SeedGroup], prefix: str) -> list[str]:
-    """Return the detectors whose shares any run logged under a prefix.
+    """Return the detectors whose shares any run logged under a prefix, also those of users.
 
     Args:
         groups: Groups of runs.
@@ -174,7 +173,9 @@ def detectors(groups: Sequence[SeedGroup], prefix: str) -> list[str]:
         for run in group.runs
         for row in (*run.training.values(), *run.gradings.values())
     ]
-    return sorted(name for name in DETECTORS if any(prefix + name in row for row in rows))
+    columns = {key for row in rows for key in row if key.startswith(prefix)}
+    others = {key for row in rows for key in columns & row.keys() if not 0 <= (row[key] or 0) <= 1}
+    return sorted(key.removeprefix(prefix) for key in columns - others)
 
 
 def shares(group: SeedGroup, prefix: str, name: str) -> tuple[SeedMean, SeedMean]:

@@ -335,6 +335,14 @@ def test_only_detectors_have_shares_of_flagged_responses(tmp_path: Path) -> None
     assert "self_praise" in page and "alarms" not in cells(page) and "200.0%" not in page
 
 
+def test_detector_by_function_path_has_shares_of_flagged_responses(tmp_path: Path) -> None:
+    write_study(tmp_path, seeds=1)
+    for file in tmp_path.glob("*/metrics.jsonl"):
+        rows = [json.loads(line) for line in file.open()]
+        write(file, [row | {"monitor/moss": row["step"] / 400} for row in rows])
+    assert "moss" in cells(reported(tmp_path))
+
+
 def test_seeds_without_kl_are_no_part_of_gold_against_kl(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
