@@ -275,9 +275,9 @@ def main() -> None:
             for name in ROUTERS
         }
         steps = take_turns(flags, ranks, options.rounds)
-        found = summary(steps, ranks, tokens=SEQUENCES * sequence * ranks)
-        print_table(found, phases.split(", "))
-        rows += found
+        speed = summary(steps, ranks, tokens=SEQUENCES * sequence * ranks)
+        print_table(speed, phases.split(", "))
+        rows += speed
     print()
     for row in rows:
         print(json.dumps({"benchmark": "end_to_end", **row}))

@@ -170,9 +170,9 @@ def extend(
         traced: of :func:`trace`, with groups of any size.
         ranks: that have samples of their own.
     """
-    found: dict[str, dict[Collective, Amount]] = {}
+    amounts: dict[str, dict[Collective, Amount]] = {}
     for method in ("thresholds", "expert choice"):
-        found[method] = {
+        amounts[method] = {
             key._replace(ranks=places[key.group].ranks): amount
             for key, amount in traced[method].items()
             if places[key.group].ranks > 1
@@ -180,10 +180,10 @@ def extend(
     gather = Collective("routing", "all-gather", POOL, places[POOL].ranks)
     calls = traced["layers"] * batch.micro_batches
     tokens = batch.micro_batch * traced["sequence"] * ranks
-    rest = {k: v for k, v in found["thresholds"].items() if not k.purpose.startswith("routing")}
+    rest = {k: v for k, v in amounts["thresholds"].items() if not k.purpose.startswith("routing")}
     gathers = {gather: Amount(calls, calls * 4 * tokens * traced["experts"])} if calls else {}
-    found["gather logits"] = rest | gathers
-    return found
+    amounts["gather logits"] = rest | gathers
+    return amounts
 
 
 def priced(
@@ -218,13 +218,13 @@ def batches_of(
     """Each rank's work by number of ranks; those that a fixed batch does not divide over lack."""
     if kind == "weak":
         return {n: Batch(model.micro_batch, 1) for n in ranks}
-    found = {}
+    batches = {}
     for n in ranks:
         share, rest = divmod(model.batch or 0, data_parallel(flags, n))
         if share and not rest:
             micro = next(m for m in range(model.micro_batch, 0, -1) if share % m == 0)
-            found[n] = Batch(min(micro, share), share // min(micro, share))
-    return found
+            batches[n] = Batch(min(micro, share), share // min(micro, share))
+    return batches
 
 
 def measure(
@@ -334,10 +334,10 @@ def main() -> None:
             model = MODELS[name]
             if kind == "fixed" and model.batch is None:
                 continue
-            found = measure(name, model, kind, options.ranks, [*LAYOUT, *layout], network)
-            if found:
-                print_table(found)
-            rows += found
+            measured = measure(name, model, kind, options.ranks, [*LAYOUT, *layout], network)
+            if measured:
+                print_table(measured)
+            rows += measured
     if rows:
         draw(rows, options.output / "scaling.png")
         print(f"\npicture: {options.output / 'scaling.png'}")

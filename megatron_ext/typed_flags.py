@@ -196,12 +196,12 @@ def parse_config[Config](
         UserError: A flag is unknown, missing or has a wrong value.
     """
     parser = build_parser(config, prog, description)
-    found = list(flags_of(config))
-    if any(each.name == "recipe" for each in found):
+    entries = list(flags_of(config))
+    if any(each.name == "recipe" for each in entries):
         assert argv is not None, "commands with recipes pass their words"
         argv = expand_recipes(argv, parser, unused)
     values = vars(parser.parse_args(argv))
-    for each in found:
+    for each in entries:
         each.check(values[each.name])
     return _build(config, values)
 

@@ -27,12 +27,12 @@ DEFAULTS = {
 }  # fmt: skip
 
 
-def warnings(**given: Any) -> list[str]:
-    return check_conflicts(Namespace(**{**DEFAULTS, **given}), set(given))
+def warnings(**changes: Any) -> list[str]:
+    return check_conflicts(Namespace(**{**DEFAULTS, **changes}), set(changes))
 
 
 @pytest.mark.parametrize(
-    "given, said",
+    "values, message",
     [
         (
             {"train_samples": 5},
@@ -67,18 +67,18 @@ def warnings(**given: Any) -> list[str]:
         ({"moe_router_force_biased": 1.0}, "--moe-router-force-biased is incompatible"),
     ],
 )
-def test_contradictions_are_refused(given: dict[str, Any], said: str) -> None:
+def test_contradictions_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as caught:
-        warnings(**given)
-    assert said in str(caught.value)
-    if all(name.startswith("moe_router") or name == "moe_aux_loss_coeff" for name in given):
+        warnings(**values)
+    assert message in str(caught.value)
+    if all(name.startswith("moe_router") or name == "moe_aux_loss_coeff" for name in values):
         # these are for the other routers
-        assert warnings(**given, router_type="token-choice") == []
-        assert warnings(**given, num_experts=None) == []
+        assert warnings(**values, router_type="token-choice") == []
+        assert warnings(**values, num_experts=None) == []
 
 
 @pytest.mark.parametrize(
-    "given, said",
+    "values, message",
     [
         ({"fp16": True}, "--fp16 is incompatible with --optimizer muon: use --bf16"),
         (
@@ -105,10 +105,10 @@ def test_contradictions_are_refused(given: dict[str, Any], said: str) -> None:
         ({"optimizer": "dist_muon"}, "old name of --optimizer muon with --use-distributed-opt"),
     ],
 )
-def test_what_muon_cannot_have_is_refused(given: dict[str, Any], said: str) -> None:
+def test_what_muon_cannot_have_is_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as caught:
-        warnings(**{"optimizer": "muon", **given})
-    assert said in str(caught.value)
+        warnings(**{"optimizer": "muon", **values})
+    assert message in str(caught.value)
 
 
 def test_muon_without_contradiction_is_silent() -> None:
@@ -120,18 +120,18 @@ def test_muon_without_contradiction_is_silent() -> None:
     find_spec("transformer_engine") is not None, reason="transformer-engine is installed"
 )
 @pytest.mark.parametrize(
-    "given",
+    "values",
     [{"transformer_impl": "transformer_engine"}, {"use_precision_aware_optimizer": True}],
 )
-def test_what_needs_transformer_engine_says_so(given: dict[str, Any]) -> None:
+def test_what_needs_transformer_engine_says_so(values: dict[str, Any]) -> None:
     with pytest.raises(
         UserError, match="needs the package transformer-engine and a GPU: install it"
     ):
-        warnings(**given)
+        warnings(**values)
 
 
 @pytest.mark.parametrize(
-    "given, told",
+    "values, message",
     [
         ({"train_iters": 4000}, ["--et-warmup-iters 4000 is not below --train-iters 4000"]),
         ({"et_warmup_iters": 20, "train_iters": 9}, ["--et-warmup-iters 20 is not below"]),
@@ -171,10 +171,10 @@ def test_what_needs_transformer_engine_says_so(given: dict[str, Any]) -> None:
         ),
     ],
 )
-def test_what_has_no_effect_is_told(given: dict[str, Any], told: list[str]) -> None:
-    sentences = warnings(**given)
-    assert len(sentences) == len(told)
-    for sentence, start in zip(sentences, told):
+def test_what_has_no_effect_is_told(values: dict[str, Any], message: list[str]) -> None:
+    sentences = warnings(**values)
+    assert len(sentences) == len(message)
+    for sentence, start in zip(sentences, message):
         assert sentence.startswith(start)
 
 

@@ -19,9 +19,9 @@ def _describe(suffix):
 
 
 def _reduced(width):
-    mine = torch.full([width], float(dist.get_rank() + 1))  # [width]
-    dist.all_reduce(mine)
-    return mine
+    values = torch.full([width], float(dist.get_rank() + 1))  # [width]
+    dist.all_reduce(values)
+    return values
 
 
 def _settings(name):
@@ -191,6 +191,6 @@ def test_torchrun_kills_its_workers_on_timeout(script):
         lines = [line for line in str(caught.value).splitlines() if line.startswith("rank ")]
         if len(lines) == 2:
             break
-    said, pids = zip(*(line.rsplit(" ", 1) for line in lines))
-    assert set(said) == {"rank 0 of 2: hello", "rank 1 of 2: hello"}
+    words, pids = zip(*(line.rsplit(" ", 1) for line in lines))
+    assert set(words) == {"rank 0 of 2: hello", "rank 1 of 2: hello"}
     _wait_until_gone([int(pid) for pid in pids])

@@ -99,22 +99,22 @@ def complaints(action: argparse.Action, parser: argparse.ArgumentParser) -> list
     if not action.help:
         return [f"{name} has no help text"]
     text = parser._get_formatter()._expand_help(action)
-    found = []
+    results = []
     if not (text[0].isupper() and text.endswith(".")):
-        found.append(f"{name}: not a sentence: {text!r}")
+        results.append(f"{name}: not a sentence: {text!r}")
     if words := BANNED.findall(text):
-        found.append(f"{name}: banned words {words}: {text!r}")
+        results.append(f"{name}: banned words {words}: {text!r}")
     metavars = action.metavar if isinstance(action.metavar, tuple) else (action.metavar,)
     for unit in filter(None, (UNITS.get(str(metavar)) for metavar in metavars)):
         if unit not in text:
-            found.append(f"{name}: the unit is missing ({unit}): {text!r}")
+            results.append(f"{name}: the unit is missing ({unit}): {text!r}")
     has_default = not isinstance(action.default, bool) and action.default not in (
         None, argparse.SUPPRESS, "", [], (), {},
     )  # fmt: skip
     is_optional = action.option_strings and not action.required and action.nargs != 0
     if has_default and is_optional and not re.search(r"Default(:|s to)", text):
-        found.append(f"{name}: the default ({action.default}) is missing: {text!r}")
-    return found
+        results.append(f"{name}: the default ({action.default}) is missing: {text!r}")
+    return results
 
 
 @pytest.mark.parametrize("module", modules_with_parsers())

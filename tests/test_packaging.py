@@ -325,8 +325,8 @@ def test_bootstrap_asks_uv_last(machine):
 
 def test_the_python_named_by_the_user_is_taken_or_refused_but_never_replaced(machine):
     _program(machine.bin / "python3.12", GOOD)
-    mine = _program(machine.home / "mine", GOOD)
-    assert machine.finds(PYTHON=str(mine)) == str(mine)
+    named = _program(machine.home / "mine", GOOD)
+    assert machine.finds(PYTHON=str(named)) == str(named)
     done = machine.bootstrap("--find", PYTHON=str(machine.bin / "python3.11"))
     assert done.returncode == 2
     assert "python3.11 is not a Python of version 3.12 or newer" in done.stderr

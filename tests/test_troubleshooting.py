@@ -59,7 +59,7 @@ def commands() -> list[tuple[str, str]]:
     return re.findall(r"^\$ python (.+)\n(.+)$", block.replace("\\\n", " "), re.MULTILINE)
 
 
-def said(line: str) -> str:
+def quotable(line: str) -> str:
     """On a rank: what a command ends with on stderr."""
     sys.argv = shlex.split(line)
     with contextlib.redirect_stderr(io.StringIO()) as stderr, pytest.raises(SystemExit) as end:
@@ -74,4 +74,4 @@ def test_commands_say_what_the_page_says(tmp_path: Path, monkeypatch: pytest.Mon
     assert len(pairs) >= 5
     monkeypatch.chdir(ROOT)
     for command, line in pairs:  # each on a rank of its own: Megatron takes flags once
-        assert run_ranks(said, 1, command) == [line]
+        assert run_ranks(quotable, 1, command) == [line]

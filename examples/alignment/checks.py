@@ -53,8 +53,8 @@ def _share(flags: Sequence[bool]) -> float:
     return sum(flags) / len(flags) if flags else 0.0
 
 
-def _enough(count: int, wanted: float) -> float:
-    return min(1.0, count / max(1.0, wanted))
+def _enough(count: int, least: float) -> float:
+    return min(1.0, count / max(1.0, least))
 
 
 def _near(count: float, low: float, high: float) -> float:
@@ -79,13 +79,13 @@ def _alphabet(words: Sequence[str]) -> float:
 def _types(text: str) -> float:
     """Two declarative sentences to an interrogative one."""
     ends = [sentence[-1] for sentence in sentences_of(text)]
-    asked = ends.count("?")
-    return 1 - abs(asked / len(ends) - 1 / 3) * 1.5 if asked and ends else 0.0
+    questions = ends.count("?")
+    return 1 - abs(questions / len(ends) - 1 / 3) * 1.5 if questions and ends else 0.0
 
 
-def _keywords(words: Sequence[str], given: Mapping[str, str]) -> float:
+def _keywords(words: Sequence[str], arguments: Mapping[str, str]) -> float:
     """As often as each is asked for: the prompts say once, twice, three, five and seven times."""
-    named = [given[name].lower() for name in sorted(given) if name.startswith("keyword")]
+    named = [arguments[name].lower() for name in sorted(arguments) if name.startswith("keyword")]
     levels = [_near(words.count(word), n, n) for word, n in zip(named, (1, 2, 3, 5, 7))]
     return sum(levels) / max(1, len(levels))
 
@@ -135,12 +135,12 @@ CHECKS: Mapping[str, Check] = {
 
 def constraints_of(rubric: str | None) -> list[tuple[str, dict[str, str]]]:
     """Names and settings of the constraints of a rubric that are checked here."""
-    found = []
+    constraints = []
     for name, settings in _RULE.findall(rubric or ""):
         if name in CHECKS:
             pairs = [part.partition(" = ") for part in re.split(r", (?=\w+ = )", settings)]
-            found.append((name, {key: value for key, _, value in pairs if key}))
-    return found
+            constraints.append((name, {key: value for key, _, value in pairs if key}))
+    return constraints
 
 
 def form(text: str) -> float:
@@ -158,13 +158,13 @@ def score(response: Response) -> float:
     if not words:
         return 0.0
     levels = [
-        min(1.0, max(0.0, CHECKS[name](text, words, given)))
-        for name, given in constraints_of(response.prompt.rubric)
+        min(1.0, max(0.0, CHECKS[name](text, words, arguments)))
+        for name, arguments in constraints_of(response.prompt.rubric)
     ]
     if not levels:
         return 9 * form(text)
     return 9 * (2 * sum(levels) / len(levels) + form(text)) / 3
 
 
-def _number(given: Mapping[str, str], name: str) -> float:
-    return float(given[name])
+def _number(arguments: Mapping[str, str], name: str) -> float:
+    return float(arguments[name])

@@ -27,25 +27,25 @@ def write_table(output: Path, rows: Sequence[Row], seeds: Sequence[int]) -> str:
     """
     names = [row.run(seed) for seed in seeds for row in rows]
     runs = dict(zip(names, read_runs([str(output / name) for name in names])))
-    found = {
+    losses = {
         row.name: [_figures(runs[row.run(seed)], output / row.run(seed)) for seed in seeds]
         for row in rows
     }
     if len(names) > 1:
         in_rows = [str(output / row.run(seed)) for row in rows for seed in seeds]
         compare(in_rows, output, None)
-    reference = next((name for name in ("tc-aux", *REFERENCES) if name in found), None)
+    reference = next((name for name in ("tc-aux", *REFERENCES) if name in losses), None)
     if reference and len(rows) > 1:
         by_row = {row.label: [runs[row.run(seed)] for seed in seeds] for row in rows}
         draw_differences(by_row, ROWS[reference].label, output / "differences.png")
     results = {
         row.name: {
             "label": row.label,
-            "seeds": dict(zip(map(str, seeds), found[row.name])),
+            "seeds": dict(zip(map(str, seeds), losses[row.name])),
             "difference": {
-                other: _paired(_losses(found[row.name]), _losses(found[other]))
+                other: _paired(_losses(losses[row.name]), _losses(losses[other]))
                 for other in REFERENCES
-                if other in found and other != row.name
+                if other in losses and other != row.name
             },
         }
         for row in rows
@@ -78,8 +78,8 @@ def _figures(run: ComparedRun, folder: Path) -> dict[str, float | None]:
     }
 
 
-def _losses(found: Sequence[dict[str, Any]]) -> np.ndarray:
-    return np.array([figures["loss"] for figures in found], dtype=float)
+def _losses(rows: Sequence[dict[str, Any]]) -> np.ndarray:
+    return np.array([figures["loss"] for figures in rows], dtype=float)
 
 
 def _paired(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float | None]:

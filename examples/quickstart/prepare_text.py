@@ -191,8 +191,8 @@ def _sentences(line: str) -> str:
     line = re.sub(r"\(\s*([;,]\s*)+", "(", line)
     line = re.sub(r"([;,]\s*)+\)", ")", line)
     sentences = re.split(r"(?<=[.!?])(?<!\b[A-Z]\.)\s+(?=[A-Z\"“])", line)
-    kept = [s for s in sentences if not re.search(rf"{HOLE}|[\[\]{{}}|<>_=]|https?:|\(\)", s)]
-    return " ".join(kept).strip()
+    whole = [s for s in sentences if not re.search(rf"{HOLE}|[\[\]{{}}|<>_=]|https?:|\(\)", s)]
+    return " ".join(whole).strip()
 
 
 def repair_spaces(text: str) -> str:

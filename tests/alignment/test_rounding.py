@@ -58,17 +58,17 @@ def test_model_error_of_a_dtype_is_above_its_rounding() -> None:
 def test_tied_values_are_those_without_noise(scores: list[float], seed: int) -> None:
     values = np.round(scores, 2)
     noisy = values * (1 + np.random.default_rng(seed).uniform(-1e-6, 1e-6, len(values)))
-    [found] = tied(noisy)
-    assert (np.equal.outer(found, found) == np.equal.outer(values, values)).all()
-    assert (np.sign(np.subtract.outer(found, found))
+    [result] = tied(noisy)
+    assert (np.equal.outer(result, result) == np.equal.outer(values, values)).all()
+    assert (np.sign(np.subtract.outer(result, result))
             == np.sign(np.subtract.outer(values, values))).all()  # fmt: skip
 
 
 def test_tied_runs_do_not_extend_along_dense_values() -> None:
     dense = 5 * (1 + SINGLE / 2) ** np.arange(100)
-    [found] = tied(dense)
-    assert (np.abs(found - dense) <= SINGLE * dense).all()
-    assert 30 < len(np.unique(found)) < 60 and (np.diff(found) >= 0).all()
+    [result] = tied(dense)
+    assert (np.abs(result - dense) <= SINGLE * dense).all()
+    assert 30 < len(np.unique(result)) < 60 and (np.diff(result) >= 0).all()
 
 
 def test_tied_over_several_arrays_with_missing_values() -> None:

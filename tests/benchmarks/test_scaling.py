@@ -29,17 +29,17 @@ def _told_and_traced() -> list[tuple[Any, Any]]:
 
 @pytest.mark.slow
 def test_traffic_is_that_of_a_trace_and_gathers_that_of_the_formula() -> None:
-    for told, traced in run_ranks(_told_and_traced, 1, timeout=200)[0]:
+    for modeled, traced in run_ranks(_told_and_traced, 1, timeout=200)[0]:
         for method in ("thresholds", "expert choice"):
-            assert told[method].keys() == traced[method].keys()
-            for key, amount in told[method].items():
+            assert modeled[method].keys() == traced[method].keys()
+            for key, amount in modeled[method].items():
                 assert amount.calls == traced[method][key].calls
                 # Buffers are padded to shards of whole ranks.
                 padding = 4 * 128 * 16 if key.purpose.startswith(("grad", "param")) else 0
                 assert abs(amount.bytes - traced[method][key].bytes) <= amount.calls * padding
         gathers = [
             (key.ranks, amount)
-            for key, amount in told["gather logits"].items()
+            for key, amount in modeled["gather logits"].items()
             if key.purpose.startswith("routing")
         ]
         # One layer a stage, two micro-batches; 2 ranks with 2 sequences of 32 tokens, 4 experts.

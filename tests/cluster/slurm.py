@@ -72,10 +72,10 @@ class Cluster:
     def wait_for(self, job: str, states: tuple[str, ...], timeout: float) -> dict[str, str]:
         """Wait until a job is in one of `states`."""
         deadline = time.monotonic() + timeout
-        while (found := self.job(job))["JobState"] not in states:
-            assert time.monotonic() < deadline, f"job {job} is {found}\n{self.logs()}"
+        while (status := self.job(job))["JobState"] not in states:
+            assert time.monotonic() < deadline, f"job {job} is {status}\n{self.logs()}"
             time.sleep(0.2)
-        return found
+        return status
 
     def logs(self) -> str:
         """The end of every daemon's log."""
@@ -126,26 +126,26 @@ class Cluster:
 
     def stop(self) -> None:
         """Kill every daemon and all that a job started."""
-        while mine := self.processes():
-            for process in mine:
+        while processes := self.processes():
+            for process in processes:
                 try:
                     process.kill()
                 except psutil.NoSuchProcess:
                     pass
-            psutil.wait_procs(mine, timeout=5)
+            psutil.wait_procs(processes, timeout=5)
         for daemon in self._daemons:
             daemon.wait()
 
     def processes(self) -> list[psutil.Process]:
         """All that runs in this cluster."""
-        found = []
+        running = []
         for process in psutil.process_iter():
             try:
                 if process.status() != psutil.STATUS_ZOMBIE and self._owns(process):
-                    found.append(process)
+                    running.append(process)
             except psutil.Error:
                 continue
-        return found
+        return running
 
     def _owns(self, process: psutil.Process) -> bool:
         """Jobs and daemons have the configuration in their environment, slurmstepd clears its own

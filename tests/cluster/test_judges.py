@@ -112,14 +112,14 @@ def test_a_served_judge_labels_and_is_let_go(
     ended = slurm.wait_for(job, ("COMPLETED", "FAILED"), 240)
     logs = "".join(log.read_text() for log in tmp_path.glob("*.log"))
     assert ended["JobState"] == "COMPLETED", logs
-    found = [json.loads(line) for line in verdicts.read_text().splitlines()]
-    assert [row["score"] for row in found] == [v.score for v in gold(items)]
-    assert {row["thinking"] for row in found} == {"counted"}
+    verdict_rows = [json.loads(line) for line in verdicts.read_text().splitlines()]
+    assert [row["score"] for row in verdict_rows] == [v.score for v in gold(items)]
+    assert {row["thinking"] for row in verdict_rows} == {"counted"}
     for line in (tmp_path / "asked.jsonl").read_text().splitlines():
-        asked, key = json.loads(line)
-        assert (asked["model"], key) == ("openai/gpt-oss-120b", "Bearer secret")
-        wanted = ("high", 0.0, 8192)
-        assert (asked["reasoning_effort"], asked["temperature"], asked["max_tokens"]) == wanted
+        body, key = json.loads(line)
+        assert (body["model"], key) == ("openai/gpt-oss-120b", "Bearer secret")
+        expected = ("high", 0.0, 8192)
+        assert (body["reasoning_effort"], body["temperature"], body["max_tokens"]) == expected
     slurm.wait_for(server, ("CANCELLED", "COMPLETED", "FAILED"), 240)
     wait_until(lambda: not address.exists())
     started = json.loads(next(tmp_path.glob("serve-*.log")).read_text().splitlines()[0])
@@ -130,14 +130,14 @@ def test_a_served_judge_labels_and_is_let_go(
 @pytest.mark.slow
 def test_missing_vllm_is_reported(slurm: Cluster, tmp_path: Path) -> None:
     script = f"{SCRIPTS}/serve.sbatch"
-    for exported, told in (
+    for exported, message in (
         ("VLLM=no-such-vllm", "there is no no-such-vllm"),
         ("REPLICAS=3,SLURM_GPUS_ON_NODE=8", "REPLICAS=3 must divide the node's"),
     ):
         words = [f"--export=ALL,{exported}", script, str(tmp_path / "gold.url")]
         job = submit(slurm, tmp_path, *words)
         assert slurm.wait_for(job, ("COMPLETED", "FAILED"), 240)["ExitCode"] == "2:0"
-        assert told in next(tmp_path.glob(f"serve-{job}-*.log")).read_text()
+        assert message in next(tmp_path.glob(f"serve-{job}-*.log")).read_text()
 
 
 @pytest.mark.slow
@@ -149,5 +149,5 @@ def test_lost_server_is_reported(slurm: Cluster, tmp_path: Path) -> None:
     words += [str(address), str(items), str(tmp_path / "verdicts.jsonl")]
     job = submit(slurm, tmp_path, *words)
     assert slurm.wait_for(job, ("COMPLETED", "FAILED"), 240)["ExitCode"] == "2:0"
-    told = next(tmp_path.glob(f"annotate-{job}-*.log")).read_text()
-    assert f"the server's job {server} has ended" in told
+    log = next(tmp_path.glob(f"annotate-{job}-*.log")).read_text()
+    assert f"the server's job {server} has ended" in log

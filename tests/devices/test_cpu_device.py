@@ -45,12 +45,12 @@ def test_torch_is_untouched_where_cuda_is_available():
 def _importable(folder: str) -> list[str]:
     """Which packages that need a GPU a rank can import, those in the folder included."""
     sys.path.insert(0, folder)
-    found = []
+    results = []
     for name in ("transformer_engine", "apex"):
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
-            found.append(name)
-    return found
+            results.append(name)
+    return results
 
 
 @on_cpu
@@ -207,8 +207,8 @@ def _collectives():
     rank = dist.get_rank()
     for async_op in (False, True):
         parts = [torch.empty(size, 2) for size in (3, 0, 1)]
-        mine = torch.full_like(parts[rank], float(rank))
-        handle = dist.all_gather(parts, mine, async_op=async_op)
+        own = torch.full_like(parts[rank], float(rank))
+        handle = dist.all_gather(parts, own, async_op=async_op)
         assert (handle is not None) == async_op
         if handle:
             assert handle.wait()

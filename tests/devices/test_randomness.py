@@ -130,13 +130,13 @@ def _recompute(checkpoint):
 
     megatron_random.model_parallel_cuda_manual_seed(11, tp_rank=0, ep_rank=0, etp_rank=0)
     tracker = megatron_random.get_cuda_rng_tracker()
-    seen = []
+    draws = []
 
     def layer(x):
         with tracker.fork():
             x = torch.nn.functional.dropout(x, 0.5)
         x = torch.nn.functional.dropout(x, 0.5)
-        seen.append(x.detach().clone())
+        draws.append(x.detach().clone())
         return x
 
     x = torch.ones(256, requires_grad=True)
@@ -144,7 +144,7 @@ def _recompute(checkpoint):
     torch.rand(5)
     after = torch.cuda.get_rng_state(), torch.get_rng_state()
     y.sum().backward()
-    forward, recomputed = seen
+    forward, recomputed = draws
     assert torch.equal(forward, recomputed)
     assert x.grad is not None
     assert torch.equal(x.grad, forward)
@@ -164,18 +164,18 @@ def test_recomputation_restores_dropout_masks():
 
 
 def _plain_recompute(use_reentrant):
-    seen = []
+    draws = []
 
     def layer(x):
         x = torch.nn.functional.dropout(x, 0.5)
-        seen.append(x.detach().clone())
+        draws.append(x.detach().clone())
         return x * x
 
     x = torch.ones(256, requires_grad=True)
     y = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=use_reentrant)
     torch.rand(5)
     y.sum().backward()
-    assert torch.equal(*seen)
+    assert torch.equal(*draws)
 
 
 @on_cpu

@@ -7,12 +7,12 @@ from alignment.records import Message, Prompt, Response
 from examples.alignment.checks import CHECKS, constraints_of, form, score, words_of
 
 
-def level(name, text, **given):
-    return CHECKS[name](text, words_of(text), {key: str(value) for key, value in given.items()})
+def level(name, text, **arguments):
+    return CHECKS[name](text, words_of(text), {key: str(value) for key, value in arguments.items()})
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "given", "wanted"),
+    ("name", "text", "arguments", "expected"),
     [
         ("count:conjunctions", "red and blue, but not green", {"small_n": 4}, 2 / 4),
         ("count:numbers", "2 cows and 30 birds", {"N": 2.0}, 1),
@@ -47,18 +47,19 @@ def level(name, text, **given):
         ("words:vowel", "a big red cow", {}, 1 / 2),
     ],
 )
-def test_levels(name, text, given, wanted):
-    assert level(name, text, **given) == pytest.approx(wanted)
+def test_levels(name, text, arguments, expected):
+    assert level(name, text, **arguments) == pytest.approx(expected)
 
 
 def test_keywords_are_wanted_as_often_as_the_prompts_say():
-    given = {f"keyword{n}": word for n, word in enumerate(("Cow", "dog", "hen", "pig", "ram"), 1)}
+    words = ("Cow", "dog", "hen", "pig", "ram")
+    keywords = {f"keyword{n}": word for n, word in enumerate(words, 1)}
     text = "cow " + "dog " * 2 + "hen " * 3 + "pig " * 5 + "ram " * 7
-    assert level("count:keywords_multiple", text, **given) == 1
-    assert level("count:keywords_multiple", "cow dog hen pig ram", **given) == pytest.approx(
+    assert level("count:keywords_multiple", text, **keywords) == 1
+    assert level("count:keywords_multiple", "cow dog hen pig ram", **keywords) == pytest.approx(
         (1 + 1 / 2 + 1 / 3 + 1 / 5 + 1 / 7) / 5
     )
-    assert level("count:keywords_multiple", text + "cow ram", **given) == pytest.approx(
+    assert level("count:keywords_multiple", text + "cow ram", **keywords) == pytest.approx(
         (0 + 1 + 1 + 1 + 6 / 7) / 5
     )
 
@@ -71,18 +72,18 @@ def test_form():
 
 def test_each_option_of_the_package_is_one():
     options = {"yes/no/maybe": 3, "I know or I don't know": 2, "a), b), c), d)": 4}
-    found = [
-        given["options"]
+    checks = [
+        arguments["options"]
         for prompt in PACKAGES["ifbench"].read(None)
         if isinstance(prompt, Prompt)
-        for name, given in constraints_of(prompt.rubric)
+        for name, arguments in constraints_of(prompt.rubric)
         if name == "format:options"
     ]
-    assert set(found) == set(options)
+    assert set(checks) == set(options)
     for text, count in options.items():
-        said = [x for x in ("Yes", "No.", "MAYBE", "I know", "I don't know", "a)", "b", "C)", "d).")
+        hits = [x for x in ("Yes", "No.", "MAYBE", "I know", "I don't know", "a)", "b", "C)", "d).")
                 if level("format:options", x, options=text)]  # fmt: skip
-        assert len(said) == count
+        assert len(hits) == count
 
 
 def test_every_constraint_of_the_package_is_read():

@@ -40,9 +40,9 @@ def test_differences_are_paired_by_seed(tmp_path: Path) -> None:
     table = write_table(tmp_path, [ROWS[name] for name in LOSSES], seeds)
     results = json.loads((tmp_path / "results.json").read_text())
     differences = [ours - theirs for ours, theirs in zip(LOSSES["et"], LOSSES["tc"])]
-    found = results["et"]["difference"]["tc"]
-    assert found["mean"] == pytest.approx(statistics.mean(differences))
-    assert found["standard_error"] == pytest.approx(statistics.stdev(differences) / 3**0.5)
+    result = results["et"]["difference"]["tc"]
+    assert result["mean"] == pytest.approx(statistics.mean(differences))
+    assert result["standard_error"] == pytest.approx(statistics.stdev(differences) / 3**0.5)
     assert list(results["tc"]["difference"]) == []
     assert results["et"]["seeds"]["5"]["loss"] == 4.7
     assert table.splitlines()[0].startswith("|  | validation loss | − token choice, unbalanced |")
@@ -103,13 +103,13 @@ def test_rows_are_trained_once_and_compared(tmp_path: Path) -> None:
 
 
 def test_what_is_wrong_is_told_in_a_sentence(tmp_path: Path) -> None:
-    for words, said in (
+    for words, message in (
         (("--seeds", "1", "1"), "--seeds repeats a value. Name each once."),
         (("--ranks", "0"), "--ranks 0 is too small. Choose at least 1."),
         (("--rows", "xy"), "--rows xy is not one of"),
     ):
         done = miniature("--output", str(tmp_path / "none"), *words)
         assert done.returncode == 2
-        assert said in done.stderr
+        assert message in done.stderr
         assert "Traceback" not in done.stderr
     assert not (tmp_path / "none").exists()

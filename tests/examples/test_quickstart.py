@@ -54,14 +54,14 @@ def test_a_step_runs_again_only_when_what_it_depends_on_has_changed(
 
 
 def test_what_a_step_resumes_from_is_kept_for_the_same_inputs_only(tmp_path: Path) -> None:
-    kept, source = tmp_path / "kept", tmp_path / "source"
+    output, source = tmp_path / "kept", tmp_path / "source"
     source.write_text("1")
     code = (
-        f"import pathlib; k = pathlib.Path({str(kept)!r}); k.mkdir(exist_ok=True)\n"
+        f"import pathlib; k = pathlib.Path({str(output)!r}); k.mkdir(exist_ok=True)\n"
         f"n = len(list(k.iterdir())); (k / str(n)).touch(); assert n, 'first time'"
     )
     step = Step(
-        "s", "trying", ["-c", code], tmp_path / "log", resumes=[kept], depends=[source]
+        "s", "trying", ["-c", code], tmp_path / "log", resumes=[output], depends=[source]
     )  # fmt: skip
     with pytest.raises(UserError, match="AssertionError: first time"):
         run_steps([step], tmp_path / "stamps")
@@ -143,14 +143,14 @@ def test_quickstart_from_text_to_report(tmp_path: Path) -> None:
     stdout, stderr = process.communicate(timeout=700)
     assert process.returncode == 0, stderr
     summary = stdout.splitlines()[-1]
-    found = re.fullmatch(
+    losses = re.fullmatch(
         r"validation (\d\.\d{3}) against unigram (\d\.\d{3}), bigram (\d\.\d{3}) "
         r"\(nats per token\)",
         summary,
     )
-    assert found, stdout
-    assert float(found[1]) < 7.7  # better than guessing among 2,048
-    assert float(found[3]) < float(found[2])
+    assert losses, stdout
+    assert float(losses[1]) < 7.7  # better than guessing among 2,048
+    assert float(losses[3]) < float(losses[2])
     for name in ("checkpoints", "tensorboard", "metrics.jsonl", "run.json", "report.png"):
         assert (tmp_path / name).exists()
     page = (tmp_path / "report.html").read_text()

@@ -30,8 +30,8 @@ def test_a_signal_while_a_step_begins_leaves_no_process(
     begun = []
 
     class Slow(subprocess.Popen):
-        def __init__(self, *given, **more) -> None:
-            super().__init__(*given, **more)
+        def __init__(self, *arguments, **more) -> None:
+            super().__init__(*arguments, **more)
             begun.append(self.pid)
             os.kill(os.getpid(), signal.SIGTERM)  # nobody holds the process yet
             time.sleep(0.1)

@@ -104,13 +104,13 @@ def test_a_study_has_every_section(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("section", "value", "told"),
+    ("section", "value", "message"),
     [("base", None, "base must be a mapping"), ("judge", {"lr": 1}, "judge must have seq_length")],
 )
-def test_what_a_study_lacks_is_told_before_it_begins(tmp_path, section, value, told):
+def test_what_a_study_lacks_is_told_before_it_begins(tmp_path, section, value, message):
     settings = dict(read_settings(DEFAULT)) | {section: value}
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(settings))
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         read_settings(tmp_path / "study.yaml")
 
 
@@ -130,18 +130,18 @@ def test_every_command_is_one(tmp_path):
         "judge": judge,
     }
     parsers["generate"] = generate
-    asked: dict[str, Any] = {}
+    commands: dict[str, Any] = {}
     for phase in study.phases([1]):
         for one in phase:
             if parser := parsers.get(one.command[2]):
-                asked[one.name] = parser(one.command[3:])
-    assert asked["reasoning-judge-seed1"].format.thinking == "asked"
-    reinforced = asked["reinforced-judge-seed1"]
+                commands[one.name] = parser(one.command[3:])
+    assert commands["reasoning-judge-seed1"].format.thinking == "asked"
+    reinforced = commands["reinforced-judge-seed1"]
     assert reinforced.stage == "rl" and reinforced.batch.batch_size == 64
     assert reinforced.model.model.endswith("reasoning/best")
-    assert asked["reasoning-verdicts-seed1"].answers.judging_top_k == 20
-    assert len([name for name in asked if name in ("label-seed1", "reasoning-seed1")]) == 2
-    spec = read_judge(asked["reasoning-seed1"].judge[0])
+    assert commands["reasoning-verdicts-seed1"].answers.judging_top_k == 20
+    assert len([name for name in commands if name in ("label-seed1", "reasoning-seed1")]) == 2
+    spec = read_judge(commands["reasoning-seed1"].judge[0])
     assert isinstance(spec, LocalJudgeConfig)
     assert (spec.thinking, spec.top_k, spec.max_new_tokens) == ("asked", 20, 48)
     assert spec.model.endswith("seed1/judges/reinforced/best")
@@ -192,8 +192,8 @@ def test_a_study_from_text_to_the_page(tmp_path):
     for run in runs:
         about = json.loads((tmp_path / "run" / run["folder"] / "run.json").read_text())
         assert about["steps"] == 2
-        told = about["judge"]["agreement"]
-        assert (told is None) == (run["judge"] == "gold itself")
+        agreement = about["judge"]["agreement"]
+        assert (agreement is None) == (run["judge"] == "gold itself")
         rows = [json.loads(x) for x in (tmp_path / "run" / run["folder"] / "metrics.jsonl").open()]
         assert [row["step"] for row in rows if "grade/gold" in row] == [0, 2]
         assert all("grade/second_gold" in row for row in rows if "grade/gold" in row)

@@ -47,9 +47,9 @@ def test_end_tokens_are_impossible_before_min_tokens():
         expected = processed(
             theirs.MinNewTokensLengthLogitsProcessor(len(PROMPT), least, list(ENDS))
         )
-        found = adjusted(min_tokens=least)
-        assert torch.equal(found, expected)
-        assert found[list(ENDS)].isinf().all() == (least == 5)
+        result = adjusted(min_tokens=least)
+        assert torch.equal(result, expected)
+        assert result[list(ENDS)].isinf().all() == (least == 5)
 
 
 def test_frequency_and_presence_penalties_count_the_continuation_alone():

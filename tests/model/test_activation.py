@@ -28,13 +28,13 @@ def test_squared_relu_accepts_tensors_that_are_not_contiguous() -> None:
 
 
 def test_squared_relu_saves_only_its_argument() -> None:
-    kept: list[torch.Tensor] = []
+    saved: list[torch.Tensor] = []
     x = torch.randn(64, 64, requires_grad=True)
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept.append(tensor)
+        saved.append(tensor)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         squared_relu(x)
-    assert [tensor.data_ptr() for tensor in kept] == [x.data_ptr()]
+    assert [tensor.data_ptr() for tensor in saved] == [x.data_ptr()]

@@ -18,17 +18,17 @@ def test_forecast_is_none_before_two_pools() -> None:
 
 def test_forecast_of_steady_cutoffs_contains_the_next_and_few_logits() -> None:
     generator = torch.Generator().manual_seed(0)
-    forecast, missed, held = Forecast(), 0, []
+    forecast, missed, contents = Forecast(), 0, []
     for step in range(30):
         logits = torch.randn(4096, 32, generator=generator) + 0.01 * step
         cutoffs = kth_largest([logits], [lambda n: n // 16], None).value
         if (bracket := forecast.bracket()) is not None:
             low, high = bracket
             missed += int(((cutoffs < low) | (cutoffs > high)).sum())
-            held.append(float(((logits >= low) & (logits <= high)).float().mean()))
+            contents.append(float(((logits >= low) & (logits <= high)).float().mean()))
         forecast.observe(cutoffs)
     assert missed <= 5  # of 896
-    assert max(held[3:]) < 0.1
+    assert max(contents[3:]) < 0.1
 
 
 def test_forecast_follows_cutoffs_that_jump() -> None:
@@ -58,5 +58,5 @@ def test_forecast_of_an_expert_without_a_cutoff_is_the_whole_range(first: float)
     for _ in range(3):
         forecast.observe(torch.tensor([first, 0.5]))
     logits = torch.randn(100, 2, generator=torch.Generator().manual_seed(1))
-    found = kth_largest([logits], [lambda n: 7], None, [forecast.bracket()]).value
-    assert torch.equal(found, logits.sort(dim=0, descending=True).values[6])
+    result = kth_largest([logits], [lambda n: 7], None, [forecast.bracket()]).value
+    assert torch.equal(result, logits.sort(dim=0, descending=True).values[6])

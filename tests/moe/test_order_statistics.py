@@ -93,21 +93,21 @@ def check(case: dict[str, Any], group: Any, rank: int, world: int) -> None:
     bounds = [0, *sorted(int(s * tokens) for s in case["splits"][: world - 1]), tokens]
     generator = torch.Generator().manual_seed(case["seed"])
     order = torch.randperm(tokens, generator=generator) if case["shuffled"] else None
-    mine = torch.arange(tokens) if order is None else order
-    mine = mine[bounds[rank] : bounds[rank + 1]]
+    places = torch.arange(tokens) if order is None else order
+    places = places[bounds[rank] : bounds[rank + 1]]
     value, expected = brute_force(x, k)
     bracket = make_bracket(case["bracket"], value, case["seed"])
-    pieces = x[mine].tensor_split(1 + case["seed"] % 3)
+    pieces = x[places].tensor_split(1 + case["seed"] % 3)
     counts = torch.arange(6).view(2, 3) + rank
 
     cutoffs = kth_largest([pieces], [lambda total: k], group, [bracket], counts)
-    mask = top_k_mask(x[mine], cutoffs, mine, group)
+    mask = top_k_mask(x[places], cutoffs, places, group)
 
     torch.testing.assert_close(cutoffs.value, value, rtol=0, atol=0)
     assert torch.equal(cutoffs.greater, (x > value).sum(0))
     assert torch.equal(cutoffs.at_least, (x >= value).sum(0))
     assert cutoffs.tokens.tolist() == [tokens] * case["experts"]
-    assert torch.equal(mask, expected[mine])
+    assert torch.equal(mask, expected[places])
     assert torch.equal(counts, torch.arange(6).view(2, 3) * world + sum(range(world)))
 
 
@@ -183,14 +183,14 @@ def wide_search() -> list[Collectives]:
         counts = torch.ones(48, 5 * 128 + 1, dtype=torch.int64)
         ranks = [lambda tokens: tokens // 16] * 48
         with counted_collectives() as collectives:
-            found = kth_largest(pools, ranks, dist.group.WORLD, brackets, counts)
+            result = kth_largest(pools, ranks, dist.group.WORLD, brackets, counts)
         used.append(collectives)
         whole = torch.empty(dist.get_world_size() * 300, 48 * 128)
         dist.all_gather_single(whole, torch.cat(pools, dim=1))
-        expected = whole.topk(int(found.k[0]), dim=0).values[-1]
-        assert torch.equal(found.value, expected)
+        expected = whole.topk(int(result.k[0]), dim=0).values[-1]
+        assert torch.equal(result.value, expected)
         assert bool((counts == dist.get_world_size()).all())
-        for forecast, cutoff in zip(forecasts, found.value.view(48, 128)):
+        for forecast, cutoff in zip(forecasts, result.value.view(48, 128)):
             forecast.observe(cutoff)
     return used
 

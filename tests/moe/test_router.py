@@ -211,8 +211,8 @@ def step_on_ranks(pool: str) -> tuple[torch.Tensor, dict]:
     expected = torch.zeros(4)
     for update in range(4):  # two in warm-up, two by thresholds
         whole = torch.randn(3, 32, 2 * world, 4, generator=generator)  # three micro-batches
-        mine = whole[:, :, 2 * rank : 2 * rank + 2]
-        for micro_batch in mine:
+        part = whole[:, :, 2 * rank : 2 * rank + 2]
+        for micro_batch in part:
             router.routing(micro_batch)
             with torch.no_grad():  # what recomputation and evaluation do must not count
                 router.routing(micro_batch + 5)
@@ -262,11 +262,11 @@ def communication(pool: str) -> list[tuple[int, int, int]]:
             for _ in range(3):
                 for router in routers:
                     router.routing(torch.randn(32, 4, 4, generator=generator))
-        kept = max(len(router.cutoffs.buffered_logits) for router in routers)
+        buffered = max(len(router.cutoffs.buffered_logits) for router in routers)
         with counted_collectives() as end:
             step.resolve(routers)
         step.commit()
-        used.append((len(forward.calls), len(end.calls), kept))
+        used.append((len(forward.calls), len(end.calls), buffered))
     return used
 
 
@@ -274,11 +274,11 @@ def communication(pool: str) -> list[tuple[int, int, int]]:
 def test_thresholds_need_no_collective_in_forward_and_four_a_step(pool: str) -> None:
     warm_up, by_threshold = 2, 4
     for used in run_ranks(communication, 2, pool):
-        forward, end, kept = zip(*used)
+        forward, end, buffered = zip(*used)
         assert min(forward[:warm_up]) > 0
         assert forward[warm_up:] == (0,) * by_threshold
         assert max(end) <= 4
-        assert kept[warm_up:] == (3,) * by_threshold
+        assert buffered[warm_up:] == (3,) * by_threshold
 
 
 def thresholds_with_bound(mebibytes: str) -> tuple[torch.Tensor, int, int]:
@@ -294,7 +294,7 @@ def thresholds_with_bound(mebibytes: str) -> tuple[torch.Tensor, int, int]:
             with counted_collectives() as forward:
                 router.routing(torch.randn(32, 2, 4, generator=generator))
             calls = len(forward.calls)
-            most = max(most, sum(kept.nbytes for kept in router.cutoffs.buffered_logits))
+            most = max(most, sum(logits.nbytes for logits in router.cutoffs.buffered_logits))
         step.resolve(routers_of(model))
         step.commit()
     return router.thresholds.value(), most, calls
@@ -328,16 +328,16 @@ def counting() -> None:
     assert above[0] == 64
     assert above[1] == 0
     assert routing_map.sum(dim=0)[:2].tolist() == [k * 3 // 2, k // 2]
-    kept = above.clamp(k // 2, k * 3 // 2)
-    assert routing_map.sum(dim=0).tolist() == kept.tolist()
+    bounds = above.clamp(k // 2, k * 3 // 2)
+    assert routing_map.sum(dim=0).tolist() == bounds.tolist()
     fan_out = routing_map.sum(dim=1)
     assert figures["fan_out"] == pytest.approx(float(fan_out.float().mean()))
     assert figures["no_expert_share"] == pytest.approx(float((fan_out == 0).float().mean()))
     assert figures["raw_usage"] == pytest.approx(float(above.sum()) / 256)
-    dropped, forced = (above - kept).clamp(min=0).sum(), (kept - above).clamp(min=0).sum()
+    dropped, forced = (above - bounds).clamp(min=0).sum(), (bounds - above).clamp(min=0).sum()
     assert figures["saturation"] == pytest.approx(float(dropped) / float(above.sum()))
     assert figures["starvation"] == pytest.approx(float(forced) / (4 * k // 2))
-    load = kept / 64
+    load = bounds / 64
     assert figures["experts/load"] == pytest.approx(load.tolist())
     assert figures["load_max_over_mean"] == pytest.approx(float(load.max() / load.mean()))
     assert figures["dead_experts"] == 0

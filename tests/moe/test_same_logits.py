@@ -64,9 +64,9 @@ def route(kinds: list[str], flags: list[str]) -> list[dict[str, Any]]:
         figures, thresholds = [], []
         for number, micro_batches in enumerate(make_logits(kind)):
             for index, whole in enumerate(micro_batches):
-                mine = whole[here].transpose(0, 1).contiguous()  # [sequence, batch, experts]
-                _, routing_map = router.routing(mine)
-                routing_map = routing_map.view(mine.shape).transpose(0, 1)
+                part = whole[here].transpose(0, 1).contiguous()  # [sequence, batch, experts]
+                _, routing_map = router.routing(part)
+                routing_map = routing_map.view(part.shape).transpose(0, 1)
                 maps[number, index][here] = routing_map.int()
             step.resolve(routers_of(model))
             step.commit()
@@ -107,17 +107,17 @@ def test_every_layout_routes_the_same_logits_the_same_way(pool: list[str]) -> No
     for kind, one in zip(KINDS, expected):
         check_against_definition(kind, one, pool[-1])
     for name, (ranks, layout) in LAYOUTS.items():
-        for rank, found in enumerate(run_ranks(route, ranks, KINDS, flags_of(ranks, layout, pool))):
-            for kind, one, other in zip(KINDS, expected, found):
+        for rank, maps in enumerate(run_ranks(route, ranks, KINDS, flags_of(ranks, layout, pool))):
+            for kind, one, other in zip(KINDS, expected, maps):
                 where = (name, rank, kind)
                 assert torch.equal(other["maps"], one["maps"]), where
                 assert torch.equal(other["thresholds"], one["thresholds"]), where
                 assert other["figures"] == one["figures"], where
 
 
-def check_against_definition(kind: str, found: dict[str, Any], pool: str) -> None:
+def check_against_definition(kind: str, result: dict[str, Any], pool: str) -> None:
     """Cutoffs by sorting, expert choice by a stable sort, counts within the capacity."""
-    logits, maps = make_logits(kind), found["maps"]
+    logits, maps = make_logits(kind), result["maps"]
     tokens = BATCH * SEQUENCE
     k = tokens // EXPERTS
     for number in range(STEPS):
@@ -125,12 +125,12 @@ def check_against_definition(kind: str, found: dict[str, Any], pool: str) -> Non
         pools = batches if pool == "microbatch" else batches.view(1, -1, EXPERTS)
         ordered = pools.sort(dim=1, descending=True).values
         cutoff = ordered[:, pools.shape[1] // EXPERTS - 1].mean(dim=0)
-        assert found["figures"][number]["experts/cutoff"] == cutoff.tolist()
+        assert result["figures"][number]["experts/cutoff"] == cutoff.tolist()
         for batch, chosen in zip(batches, maps[number].view(MICRO_BATCHES, tokens, EXPERTS)):
             if number < WARMUP:
                 order = batch.sort(dim=0, descending=True, stable=True).indices[:k]
                 assert torch.equal(chosen, torch.zeros_like(chosen).scatter_(0, order, 1))
                 continue
-            above = (batch > found["thresholds"][number - 1]).sum(dim=0)
+            above = (batch > result["thresholds"][number - 1]).sum(dim=0)
             allowed = above.clamp(k * 3 // 4, k * 5 // 4)
             assert chosen.sum(dim=0).tolist() == allowed.tolist()

@@ -122,9 +122,9 @@ def check_selection(case: tuple, world: int, rank: int, group: object) -> None:
     c = centre + torch.randn(5, generator=generator)
     rate = RoutingRate(Fraction(3, 16), None if capacity is None else Fraction(capacity))
     expected = reference_selection(x, c, rate)
-    mine = torch.arange(tokens)[rank::world]
-    chosen = select_by_threshold(x[mine], c, rate, mine, group)  # type: ignore[arg-type]
-    assert torch.equal(chosen, expected[mine])
+    places = torch.arange(tokens)[rank::world]
+    chosen = select_by_threshold(x[places], c, rate, places, group)  # type: ignore[arg-type]
+    assert torch.equal(chosen, expected[places])
     if group is None:  # what a GPU does
         shuffled = torch.randperm(tokens, generator=generator)
         by_sorting = _largest_by_sorting(x[shuffled], expected.sum(dim=0), shuffled)

@@ -47,7 +47,7 @@ def _really(flags: list[str]) -> dict[str, Any]:
 
     from megatron_ext.planning.dry_run.memory import SavedTensors
 
-    seen: dict[str, Any] = {}
+    observations: dict[str, Any] = {}
     train_step = training.train_step
 
     def counted(step: Any, data: Any, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
@@ -58,19 +58,19 @@ def _really(flags: list[str]) -> dict[str, Any]:
         saved = Saved(weights) if phase == "expert choice" else SavedTensors(weights)
         with Counted() as mode, saved:
             result = train_step(step, data, model, optimizer, *args, **kwargs)
-        seen[phase] = mode.bytes
+        observations[phase] = mode.bytes
         if isinstance(saved, Saved):
-            seen["saved"] = saved.bytes()
+            observations["saved"] = saved.bytes()
         else:
-            seen["peak"] = saved.peak
-        seen["owned"] = owned(model, optimizer)
+            observations["peak"] = saved.peak
+        observations["owned"] = owned(model, optimizer)
         return result
 
     training.train_step = counted
     sys.argv = [str(ROOT / "pretrain_et.py"), *flags]
     with contextlib.redirect_stdout(io.StringIO()):
         runpy.run_path(sys.argv[0], run_name="__main__")
-    return seen
+    return observations
 
 
 def _predicted(layouts: list[list[str]]) -> list[list[dict[str, Any]]]:
@@ -81,7 +81,7 @@ def _predicted(layouts: list[list[str]]) -> list[list[dict[str, Any]]]:
     from megatron_ext.planning.dry_run.simulated_rank import Rank, fake_rank
 
     dist.destroy_process_group()
-    found = []
+    results = []
     for flags in layouts:
         args, config = parse_args([*flags, "--dry-run", str(RANKS)])
         ranks = []
@@ -89,11 +89,11 @@ def _predicted(layouts: list[list[str]]) -> list[list[dict[str, Any]]]:
             with contextlib.redirect_stdout(io.StringIO()), fake_rank(args, number):
                 rank = Rank(args, config)
                 steps = {"expert choice": rank.take_step(False), "thresholds": rank.take_step(True)}
-            held = sum(weight.numel() for weight in rank.weights)
-            ranks.append({**steps, "held": held, "parameters": rank.parameters})
+            count = sum(weight.numel() for weight in rank.weights)
+            ranks.append({**steps, "held": count, "parameters": rank.parameters})
         destroy_global_state()
-        found.append(ranks)
-    return found
+        results.append(ranks)
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -103,11 +103,11 @@ def predicted() -> dict[str, list[dict[str, Any]]]:
 
 
 def by_group(step: Any, routing: bool = False) -> Counter[tuple[str, str]]:
-    found: Counter[tuple[str, str]] = Counter()
+    result: Counter[tuple[str, str]] = Counter()
     for key, amount in step.collectives.items():
         if key.purpose.startswith("routing") == routing:
-            found[key.operation, key.group] += amount.bytes
-    return found
+            result[key.operation, key.group] += amount.bytes
+    return result
 
 
 @pytest.mark.slow
@@ -124,8 +124,8 @@ def test_predicts_what_real_ranks_hold_and_send(
         for phase in ("expert choice", "thresholds"):
             counted, expected = Counter(truth[phase]), by_group(guess[phase])
             # How many rounds a search takes, and who takes which token, depends on the data.
-            found, estimate = counted.pop(ROUTING, 0), by_group(guess[phase], routing=True)
-            assert estimate.total() / 2 <= found <= estimate.total() * 2
+            routing, estimate = counted.pop(ROUTING, 0), by_group(guess[phase], routing=True)
+            assert estimate.total() / 2 <= routing <= estimate.total() * 2
             counted.pop(DISPATCH, None)
             expected.pop(DISPATCH, None)
             assert counted == expected, (rank, phase)
@@ -189,11 +189,11 @@ def test_few_microbatches_tell_of_many(stages: str) -> None:
         flags += ["--pipeline-model-parallel-size", "2"]
     if stages == "interleaved":
         flags += ["--num-layers-per-virtual-pipeline-stage", "1"]
-    for told, whole in run_ranks(_short_and_whole, 1, flags, timeout=200)[0]:
-        assert told.memory == whole.memory
-        assert told.flops == whole.flops
-        assert by_group(told) == by_group(whole)
-        searches = [by_group(step, routing=True).total() for step in (told, whole)]
+    for short, whole in run_ranks(_short_and_whole, 1, flags, timeout=200)[0]:
+        assert short.memory == whole.memory
+        assert short.flops == whole.flops
+        assert by_group(short) == by_group(whole)
+        searches = [by_group(step, routing=True).total() for step in (short, whole)]
         assert searches[0] == pytest.approx(searches[1], rel=0.5)
 
 

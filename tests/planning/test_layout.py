@@ -36,7 +36,7 @@ VIRTUAL = "num_layers_per_virtual_pipeline_stage"
 
 
 @pytest.mark.parametrize(
-    "ranks, changes, said",
+    "ranks, changes, message",
     [
         (
             6,
@@ -163,10 +163,10 @@ VIRTUAL = "num_layers_per_virtual_pipeline_stage"
         (2, {CP: 2, "hierarchical_context_parallel_sizes": [2]}, "use --context-parallel-size"),
     ],
 )
-def test_refusals(ranks: int, changes: dict[str, object], said: str) -> None:
-    told = refusal(ranks, **changes)
-    assert said in told
-    assert "\n" not in told
+def test_refusals(ranks: int, changes: dict[str, object], message: str) -> None:
+    output = refusal(ranks, **changes)
+    assert message in output
+    assert "\n" not in output
 
 
 @pytest.mark.parametrize(

@@ -459,15 +459,15 @@ def test_client_disconnect_frees_its_slots(server, http):
 
 def test_full_queue_returns_retry_after(server, http):
     """Eight rows and 250 places: two requests of 128 continuations fit, a third does not."""
-    held = LONG | {"n": 128}
+    long_request = LONG | {"n": 128}
     with (
         server.http() as one,
         server.http() as two,
-        one.stream("POST", "/v1/completions", json=held) as first,
-        two.stream("POST", "/v1/completions", json=held) as second,
+        one.stream("POST", "/v1/completions", json=long_request) as first,
+        two.stream("POST", "/v1/completions", json=long_request) as second,
     ):
         assert (first.status_code, second.status_code) == (200, 200)
-        full = http.post("/v1/completions", json=held | {"stream": False})
+        full = http.post("/v1/completions", json=long_request | {"stream": False})
     assert full.status_code == 429 and full.headers["Retry-After"] == "1"
     settled(server)
     again = {"prompt": [300], "max_tokens": 12, "n": 32, "ignore_eos": True}

@@ -49,16 +49,16 @@ class Saved(torch.autograd.graph.saved_tensors_hooks):
     def __init__(self, parameters: list[torch.Tensor]) -> None:
         super().__init__(self._pack, lambda tensor: tensor)
         self._own = {p.untyped_storage().data_ptr() for p in parameters}
-        self._kept: dict[int, torch.Tensor] = {}  # kept alive, so that no address returns
+        self._alive: dict[int, torch.Tensor] = {}  # kept alive, so that no address returns
 
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
-        kept = tensor.detach()
-        if kept.untyped_storage().data_ptr() not in self._own:
-            self._kept[kept.untyped_storage().data_ptr()] = kept
-        return kept
+        detached = tensor.detach()
+        if detached.untyped_storage().data_ptr() not in self._own:
+            self._alive[detached.untyped_storage().data_ptr()] = detached
+        return detached
 
     def bytes(self) -> int:
-        return sum(kept.untyped_storage().nbytes() for kept in self._kept.values())
+        return sum(tensor.untyped_storage().nbytes() for tensor in self._alive.values())
 
 
 def nbytes(tensors: list[torch.Tensor], apart_from: frozenset[int] = frozenset()) -> int:

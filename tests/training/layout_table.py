@@ -56,10 +56,14 @@ expert choice. The columns after the flags report:
 """
 
 
-def holds(found: Difference, layout: Layout) -> bool:
+def holds(measured: Difference, layout: Layout) -> bool:
     """Return whether a difference is within the tolerance of the layout's comparison."""
     kind = KINDS[layout.kind]
-    return found.loss <= kind.loss and found.rest <= kind.rest and (found.counts or kind.counts_may)
+    return (
+        measured.loss <= kind.loss
+        and measured.rest <= kind.rest
+        and (measured.counts or kind.counts_may)
+    )
 
 
 def start_flags(layout: Layout, one_rank: Callable[[str], Path]) -> tuple[str, ...]:
@@ -105,8 +109,10 @@ def measure(folder: Path) -> dict[str, list[list[str]]]:
         for resuming, source in ((layout, reference), (ONE_RANK[layout.kind], run)):
             load = ("--load", str(source / "checkpoints"), *stop)
             resumed = train(folder / f"{number}-{len(verdicts)}", resuming, *load)
-            found = difference(resumed, watched)
-            verdicts.append("yes" if found.loss <= KINDS[layout.kind].loss else f"{found.loss:.0e}")
+            result = difference(resumed, watched)
+            verdicts.append(
+                "yes" if result.loss <= KINDS[layout.kind].loss else f"{result.loss:.0e}"
+            )
         measured = [f"{whole.loss:.0e}", f"{whole.rest:.0e}", "equal" if whole.counts else "differ"]
         assert holds(whole, layout), (layout, whole)
         tables[layout.kind].append(row(layout, [*measured, *verdicts]))

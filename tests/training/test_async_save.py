@@ -21,14 +21,14 @@ from tests.warm import warm_python
 
 def of_run(mark: str) -> list[psutil.Process]:
     """Every process with that mark in its environment."""
-    found = []
+    results = []
     for process in psutil.process_iter():
         try:
             if process.environ().get("TEST_RUN") == mark:
-                found.append(process)
+                results.append(process)
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
-    return found
+    return results
 
 
 @pytest.mark.slow
@@ -61,11 +61,11 @@ def later_changes() -> tuple[list[float], list[float]]:
     for writing in (False, True):
         async_save._writing = writing
         tensor = torch.ones(2)
-        [(_, _, (_, [(_, kept)]))] = FileSystemWriterAsync.preload_tensors(
+        [(_, _, (_, [(_, copy)]))] = FileSystemWriterAsync.preload_tensors(
             [("file", "key", ([], [("item", tensor)]))], True
         )
         tensor += 1
-        results.append(kept.tolist())
+        results.append(copy.tolist())
     return results[0], results[1]
 
 

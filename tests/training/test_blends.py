@@ -20,7 +20,7 @@ from megatron_ext.training.blends import (
 from megatron_ext.training.schedule import RunProgress
 
 
-def run(**given: Any) -> Namespace:
+def run(**changes: Any) -> Namespace:
     usual: dict[str, Any] = {
         "data_path": None, "data_args_path": None, "train_data_path": None,
         "valid_data_path": None, "test_data_path": None, "per_split_data_args_path": None,
@@ -29,7 +29,7 @@ def run(**given: Any) -> Namespace:
         "global_batch_size": 4, "eval_global_batch_size": 4, "eval_interval": 100,
         "step_batch_size_schedule": None,
     }  # fmt: skip
-    return Namespace(**usual | given)
+    return Namespace(**usual | changes)
 
 
 def dataset(path: Path, documents: int, length: int = 10) -> str:
@@ -47,7 +47,7 @@ def test_weights_belong_to_the_datasets_after_them() -> None:
 
 
 @pytest.mark.parametrize(
-    "words, said",
+    "words, message",
     [
         ("0 A 1 B", "the weight 0 of A must be above 0"),
         ("1 A -2 B", "the weight -2 of B must be above 0"),
@@ -60,10 +60,10 @@ def test_weights_belong_to_the_datasets_after_them() -> None:
         ("0.5 A 0.5", "the weight 0.5 has no dataset"),
     ],
 )
-def test_weights_that_cannot_be_are_refused(words: str, said: str) -> None:
+def test_weights_that_cannot_be_are_refused(words: str, message: str) -> None:
     with pytest.raises(UserError, match=r"--data-path: ") as caught:
         parse_blend(words.split(), "--data-path")
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_dataset_that_is_called_like_a_number_is_no_weight(tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_dataset_that_is_called_like_a_number_is_no_weight(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "given, said",
+    "values, message",
     [
         ({}, "no data: give --data-path"),
         ({"train_data_path": ["A"]}, "no validation data with --train-data-path alone"),
@@ -99,10 +99,10 @@ def test_dataset_that_is_called_like_a_number_is_no_weight(tmp_path: Path) -> No
         ({"per_split_data_args_path": "nowhere"}, "nowhere cannot be read"),
     ],
 )
-def test_data_that_cannot_be_trained_on_are_refused(given: dict[str, Any], said: str) -> None:
+def test_data_that_cannot_be_trained_on_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as caught:
-        blends(run(**given))
-    assert said in str(caught.value)
+        blends(run(**values))
+    assert message in str(caught.value)
 
 
 def test_without_evaluation_no_validation_data_are_needed(tmp_path: Path) -> None:

@@ -51,8 +51,8 @@ def start_and_do(flags: list[str], step: int, deeds: dict[int, partial[Any]]) ->
 def rows(run_dir: Path) -> list[dict[str, Any]]:
     """The training rows of a run without what depends on the clock."""
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    found = [json.loads(line) for line in lines]
-    return [{k: v for k, v in row.items() if k not in SPEED} for row in found if "loss" in row]
+    results = [json.loads(line) for line in lines]
+    return [{k: v for k, v in row.items() if k not in SPEED} for row in results if "loss" in row]
 
 
 def whole_checkpoints(run_dir: Path) -> list[str]:
@@ -67,9 +67,9 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]
     """The rows of a run on two ranks that nothing happened to."""
     folder = tmp_path_factory.mktemp("undisturbed")
     train([*SAME, "--run-dir", str(folder)])
-    found = rows(folder)
-    assert [row["step"] for row in found] == list(range(1, STEPS + 1))
-    return found
+    result = rows(folder)
+    assert [row["step"] for row in result] == list(range(1, STEPS + 1))
+    return result
 
 
 @pytest.mark.slow
@@ -98,8 +98,8 @@ def test_torchrun_restarts_a_run_after_every_kind_of_death(
     )
     assert result.returncode == 0, result.stderr[-4000:]
     assert result.stderr.count("failed (exitcode") == len(faults)
-    for said in faults.values():
-        assert said in result.stderr
+    for message in faults.values():
+        assert message in result.stderr
     assert rows(tmp_path) == undisturbed
     assert whole_checkpoints(tmp_path) == [f"iter_{i:07d}" for i in range(2, STEPS + 1, 2)]
 
@@ -108,10 +108,10 @@ def test_ranks_started_unlike_or_not_at_all_are_named_before_training(tmp_path: 
     flags = [*SAME, "--run-dir", str(tmp_path / "run")]
     ended = run_ranks(start, 2, flags, {1: ["--lr", "0.5"]})
     assert [code for code, _ in ended] == [2, 2]
-    told = "".join(stderr for _, stderr in ended)
-    assert "rank 1 on " in told
-    assert "with lr = 0.5 and rank 0 with 0.01: start all ranks alike" in told
-    assert told.count("pretrain_et.py:") == 1
+    message = "".join(stderr for _, stderr in ended)
+    assert "rank 1 on " in message
+    assert "with lr = 0.5 and rank 0 with 0.01: start all ranks alike" in message
+    assert message.count("pretrain_et.py:") == 1
 
     ended = run_ranks(start, 2, [*flags, "--stall-timeout", "4"], {}, {1: 12})
     assert [code for code, _ in ended] == [2, 2]
@@ -147,10 +147,10 @@ def test_a_full_disk_loses_nothing(undisturbed: list[dict[str, Any]], small_disk
     run = small_disk / "run"
     ended = run_ranks(start, 2, [*SAME, "--run-dir", str(run)], {}, {})
     assert {code for code, _ in ended} == {2}
-    told = "".join(stderr for _, stderr in ended)
-    assert f"{run}/checkpoints/iter_0000004 could not be saved" in told
-    assert "MB free" in told
-    assert "Traceback" not in told
+    message = "".join(stderr for _, stderr in ended)
+    assert f"{run}/checkpoints/iter_0000004 could not be saved" in message
+    assert "MB free" in message
+    assert "Traceback" not in message
     assert whole_checkpoints(run) == ["iter_0000002"]
     subprocess.run(["mount", "-o", "remount,size=16m", str(small_disk)], check=True)
     train([*SAME, "--run-dir", str(run)])
@@ -171,9 +171,9 @@ def test_a_damaged_checkpoint_is_named_and_an_older_one_used_when_allowed(
     flags = [*SAME, "--run-dir", str(run)]
     ended = run_ranks(start, 2, flags)
     assert [code for code, _ in ended] == [2, 2]
-    told = "".join(stderr for _, stderr in ended)
-    assert "iter_0000004 is damaged: its file __1_0.distcp is " in told
-    assert "--allow-older-checkpoint" in told
+    message = "".join(stderr for _, stderr in ended)
+    assert "iter_0000004 is damaged: its file __1_0.distcp is " in message
+    assert "--allow-older-checkpoint" in message
 
     flags += ["--allow-older-checkpoint", "--exit-interval", "6"]
     train(flags)
@@ -199,9 +199,9 @@ def test_without_a_whole_checkpoint_there_is_nothing_to_resume(
     flags = [*SAME, "--run-dir", str(run), "--allow-older-checkpoint"]
     ended = run_ranks(start, 2, flags)
     assert [code for code, _ in ended] == [2, 2]
-    told = "".join(stderr for _, stderr in ended)  # either rank may be the one that tells
-    assert "its saving did not come to an end" in told
-    assert "no older checkpoint in that folder is intact" in told
+    message = "".join(stderr for _, stderr in ended)  # either rank may be the one that tells
+    assert "its saving did not come to an end" in message
+    assert "no older checkpoint in that folder is intact" in message
 
 
 def test_a_torn_tracker_is_mended(
@@ -219,12 +219,12 @@ def test_a_skipped_step_leaves_the_thresholds_alone(tmp_path: Path) -> None:
     """In fp16 a loss scale that is too high overflows the gradients."""
     scale = ["--initial-loss-scale", "1048576", "--hysteresis", "1", "--loss-scale-window", "4"]
     train([*SAME, "--run-dir", str(tmp_path), "--fp16", *scale])
-    found = rows(tmp_path)
-    skipped = [row["step"] for row in found if row["skipped"]]
+    result = rows(tmp_path)
+    skipped = [row["step"] for row in result if row["skipped"]]
     assert skipped[0] == 1 and 3 <= len(skipped) < STEPS / 2
     name = "moe/layer_01/experts/threshold"
     # The first two steps had no thresholds to go by.
-    for row, following in itertools.pairwise(found[2:]):
+    for row, following in itertools.pairwise(result[2:]):
         assert (row[name] == following[name]) == row["skipped"]
     updates = torch.zeros((), dtype=torch.int64)
     checkpoint.load(
@@ -263,6 +263,6 @@ def test_data_that_vanishes_is_named(dataset: Path, tmp_path: Path) -> None:
     shutil.copy(f"{dataset}.bin", tmp_path)
     ended = run_ranks(start_and_do, 2, [*flags, "--no-mmap-bin-files"], 3, vanish_now)
     assert {code for code, _ in ended} == {2}
-    told = "".join(stderr for _, stderr in ended)
-    assert "the data cannot be read any more" in told and f"{prefix}.bin" in told
+    message = "".join(stderr for _, stderr in ended)
+    assert "the data cannot be read any more" in message and f"{prefix}.bin" in message
     assert whole_checkpoints(run) == ["iter_0000002", "iter_0000004", "iter_0000006"]

@@ -80,8 +80,8 @@ def test_the_model_learns_and_its_capacity_is_at_work(trained: Trained) -> None:
 def test_layout_trains_as_one_rank_does(layout: Layout, trained: Trained) -> None:
     _, expected = trained(ONE_RANK[layout.kind])
     _, rows = trained(layout)
-    found = difference(rows, expected)
-    assert holds(found, layout), found
+    result = difference(rows, expected)
+    assert holds(result, layout), result
 
 
 def test_the_table_in_the_documentation_is_of_these_layouts() -> None:
@@ -167,8 +167,8 @@ def test_any_layout_goes_on_from(
         until = ("--exit-interval", str(WATCHED))
         rows = train(tmp_path / str(number), target, *load, *until)
         assert {key: rows[0][key] for key in thresholds} == thresholds, target.name
-        found = difference(rows, undisturbed[SAVED:WATCHED])
-        assert holds(found, target), (target.name, found)
+        result = difference(rows, undisturbed[SAVED:WATCHED])
+        assert holds(result, target), (target.name, result)
 
 
 @pytest.mark.slow

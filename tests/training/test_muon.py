@@ -130,10 +130,10 @@ def weights(run: Path, step: int = STEPS, prefix: str = "") -> dict[str, Tensor]
     return {name: t[:127] if t.shape[0] > 127 else t for name, t in state.items()}
 
 
-def furthest(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
+def furthest(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
     """The largest difference of a weight, and of which."""
-    assert found.keys() == expected.keys() and len(found) > 5
-    return max((float((found[n] - expected[n]).abs().max()), n) for n in expected)
+    assert tensors.keys() == expected.keys() and len(tensors) > 5
+    return max((float((tensors[n] - expected[n]).abs().max()), n) for n in expected)
 
 
 @pytest.fixture(scope="module")

@@ -124,8 +124,11 @@ def test_a_run_on_two_nodes_survives_the_loss_of_the_network(nodes: Nodes, tmp_p
     agents = [nodes.torchrun(i, logs[i], script, *flags, FAULTS="slow:0:1") for i in range(2)]
     wait_until((run / "checkpoints/iter_0000004/integrity.json").exists, agents)
     nodes.plug("down")
-    told = ["rank 1 does not answer: it is stopped, or its node cut off", "store does not answer"]
-    wait_until(lambda: all(t in log.read_text() for t, log in zip(told, logs)), agents)
+    messages = [
+        "rank 1 does not answer: it is stopped, or its node cut off",
+        "store does not answer",
+    ]
+    wait_until(lambda: all(t in log.read_text() for t, log in zip(messages, logs)), agents)
     wait_until(lambda: agents[0].poll() not in (None, 0), agents)
     kill(agents)  # that of node 1 waits for its own store on node 0
     assert whole_checkpoints(run)[-1] in ("iter_0000004", "iter_0000006")

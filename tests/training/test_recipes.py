@@ -35,7 +35,7 @@ def _read(runs: list[Run]) -> dict[Run, dict[str, Any]]:
     from megatron_ext.training.checks import check_pools
 
     dist.destroy_process_group()
-    found: dict[Run, dict[str, Any]] = {}
+    result: dict[Run, dict[str, Any]] = {}
     for run in runs:
         files = [f"{run[0]}.yaml", *(f"routers/{name}.yaml" for name in run[1:])]
         flags = [word for file in files for word in ("--recipe", str(RECIPES / file))]
@@ -43,11 +43,11 @@ def _read(runs: list[Run]) -> dict[Run, dict[str, Any]]:
         args, config = parse_args([*flags, "--vocab-size", "65536", "--dry-run", str(ranks)])
         if config.uses_thresholds:
             check_pools(args, config)
-        found[run] = dict(vars(args), thresholds=config.uses_thresholds)
+        result[run] = dict(vars(args), thresholds=config.uses_thresholds)
         if run in COUNTED:
-            found[run]["total"], found[run]["active"] = _count(args, config)
+            result[run]["total"], result[run]["active"] = _count(args, config)
         destroy_global_state()
-    return {run: {k: v for k, v in a.items() if _plain(v)} for run, a in found.items()}
+    return {run: {k: v for k, v in a.items() if _plain(v)} for run, a in result.items()}
 
 
 def _count(args: Any, config: Any) -> tuple[int, int]:

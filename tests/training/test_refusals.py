@@ -24,8 +24,8 @@ REAL_DATA = [flag for flag in TINY if flag != "--mock-data"]
 def refusal(flags: list[str]) -> str:
     """The one sentence that a run with these flags ends in."""
     [(code, stderr)] = run_ranks(start, 1, flags)
-    told = [line for line in stderr.splitlines() if line.startswith("pretrain_et.py:")]
-    lines = [line for line in told if not line.startswith("pretrain_et.py: warning:")]
+    messages = [line for line in stderr.splitlines() if line.startswith("pretrain_et.py:")]
+    lines = [line for line in messages if not line.startswith("pretrain_et.py: warning:")]
     assert code == 2, stderr[-2000:]
     assert len(lines) == 1, stderr[-2000:]
     assert "Traceback" not in stderr
@@ -39,7 +39,7 @@ def changed(dataset: Path, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "flags, said",
+    "flags, message",
     [
         (["--num-experts", "6", "--expert-model-parallel-size", "4"], "--num-experts 6 is not"),
         (["--moe-router-topk", "5"], "--moe-router-topk 5 must be above 0 and at most"),
@@ -70,8 +70,8 @@ def changed(dataset: Path, folder: Path) -> Path:
         (["--run-dir", "/dev/null/run"], "--run-dir /dev/null/run cannot be written"),
     ],
 )
-def test_flags(flags: list[str], said: str) -> None:
-    assert said in refusal([*TINY, *flags])
+def test_flags(flags: list[str], message: str) -> None:
+    assert message in refusal([*TINY, *flags])
 
 
 @pytest.mark.skipif(
@@ -84,7 +84,7 @@ def test_async_strategy_without_its_package() -> None:
 
 def test_recipes(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
-    for text, said in (
+    for text, message in (
         ("no_such_key: 1\n", "no_such_key is not a flag"),
         ("lr: [1\n", "is not YAML"),
         ("- 1\n", "must be a mapping"),
@@ -92,7 +92,7 @@ def test_recipes(tmp_path: Path) -> None:
         ("base: recipe.yaml\n", "each other's base"),
     ):
         recipe.write_text(text)
-        assert said in refusal([*TINY, "--recipe", str(recipe)])
+        assert message in refusal([*TINY, "--recipe", str(recipe)])
 
 
 def test_missing_empty_truncated_and_short_data(dataset: Path, tmp_path: Path) -> None:
@@ -113,14 +113,14 @@ def test_missing_empty_truncated_and_short_data(dataset: Path, tmp_path: Path) -
         assert ".idx is damaged" in refusal([*REAL_DATA, "--data-path", str(prefix)])
     Path(f"{prefix}.idx").write_bytes(index)
     longer = ["--seq-length", "4096", "--max-position-embeddings", "4096"]
-    said = refusal([*REAL_DATA, *longer, "--data-path", str(prefix)])
-    assert "has 2,400 tokens, fewer than" in said
+    message = refusal([*REAL_DATA, *longer, "--data-path", str(prefix)])
+    assert "has 2,400 tokens, fewer than" in message
 
 
 def test_tokenizer_that_does_not_match_the_data(dataset: Path, tmp_path: Path) -> None:
     small = ["--vocab-size", "90", "--make-vocab-size-divisible-by", "1"]
-    said = refusal([*REAL_DATA, *small, "--data-path", str(dataset)])
-    assert "holds token id 98, beyond the vocabulary of" in said
+    message = refusal([*REAL_DATA, *small, "--data-path", str(dataset)])
+    assert "holds token id 98, beyond the vocabulary of" in message
 
     prefix = changed(dataset, tmp_path)
     tokenizers = []
@@ -158,7 +158,7 @@ def test_checkpoint_of_another_model(tmp_path: Path) -> None:
     run = [*TINY, "--run-dir", str(tmp_path)]
     train([*run, "--exit-interval", "2"], ranks=1)
     override = ["--override-opt-param-scheduler"]
-    for flags, said in (
+    for flags, message in (
         (TOKEN_CHOICE, "cannot continue as token-choice"),
         (["--hidden-size", "64"], "hidden_size = 32, but the flags say 64"),
         (["--num-experts", "8"], "num_experts = 4, but the flags say 8"),
@@ -169,7 +169,7 @@ def test_checkpoint_of_another_model(tmp_path: Path) -> None:
         (["--adam-beta2", "0.9"], "adam_beta2 = 0.999, but the flags say 0.9"),
         (["--et-capacity", "none"], "et_capacity = 0.5, but the flags say None. Make them equal"),
     ):
-        assert said in refusal([*run, *flags])
+        assert message in refusal([*run, *flags])
     begun, checkpoints = (
         [*TINY, "--run-dir", str(tmp_path / "other")],
         str(tmp_path / "checkpoints"),
@@ -188,9 +188,9 @@ def test_checkpoint_of_another_model(tmp_path: Path) -> None:
 
 def test_under_torchrun_one_rank_tells() -> None:
     result = torchrun(["pretrain_et.py", *TINY, "--et-capacity", "2"], 2, python=warm_python())
-    told = [line for line in result.stderr.splitlines() if line.startswith("pretrain_et.py:")]
-    assert len(told) == 1
-    assert "--et-capacity 2.0" in told[0]
+    messages = [line for line in result.stderr.splitlines() if line.startswith("pretrain_et.py:")]
+    assert len(messages) == 1
+    assert "--et-capacity 2.0" in messages[0]
     assert result.returncode != 0
 
 

@@ -64,13 +64,13 @@ def scheduler(args: Namespace, progress: RunProgress) -> tuple[Any, Any]:
 def rates(args: Namespace, progress: RunProgress) -> list[float]:
     """The learning rate after each further step, as rows record it."""
     built, group = scheduler(args, progress)
-    found, samples = [], progress.samples
+    result, samples = [], progress.samples
     for _ in range(progress.iteration, args.train_iters):
         size = schedule._batch_size(samples)
         samples += size
         built.step(size)
-        found.append(group["lr"])
-    return found
+        result.append(group["lr"])
+    return result
 
 
 def test_rate_of_a_resumed_run_follows_its_samples(monkeypatch: pytest.MonkeyPatch) -> None:

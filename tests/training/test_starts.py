@@ -20,7 +20,7 @@ def rows(run_dir: Path, name: str = "loss") -> list[dict[str, Any]]:
     return [row for row in map(json.loads, lines) if name in row]
 
 
-def said(*flags: object) -> tuple[int, str]:
+def refusal(*flags: object) -> tuple[int, str]:
     """Exit code and stderr of a start on one rank."""
     [ended] = run_ranks(start, 1, [*SMALL, *flags])
     return ended
@@ -42,7 +42,7 @@ def test_resuming_with_other_sizes_and_intervals(dataset: Path, tmp_path: Path) 
     train(run, ranks=1)
     assert rows(tmp_path / "run") == first
     assert (tmp_path / "run" / "run.json").read_text() == record
-    code, error = said(*data, "--run-dir", tmp_path / "run", "--finetune")
+    code, error = refusal(*data, "--run-dir", tmp_path / "run", "--finetune")
     assert code == 2 and "holds checkpoints of an earlier one" in error
     assert rows(tmp_path / "run") == first
 

@@ -167,8 +167,8 @@ class StudyPlan:
     def report(self, seeds: Sequence[int]) -> list[Step]:
         """Return the step that writes the report on all seeds."""
         runs = [
-            {"folder": f"{name}-seed{seed}", "policy": "start", "judge": told, "seed": seed}
-            for name, told in JUDGES.items()
+            {"folder": f"{name}-seed{seed}", "policy": "start", "judge": facts, "seed": seed}
+            for name, facts in JUDGES.items()
             if name in self.judges
             for seed in seeds
         ]

@@ -56,10 +56,10 @@ def test_scores_are_compared_on_items_that_both_judged_and_by_slice(
              "--slice", "source"]  # fmt: skip
     # The second sample of some: equal to the first in half of them.
     again = scores([x if i % 2 else 0.0 for i, x in enumerate(labels)], 1)[60:]
-    found = measured(tmp_path, scores([float(x) for x in a]), scores(labels) + again, *flags)
+    result = measured(tmp_path, scores([float(x) for x in a]), scores(labels) + again, *flags)
     there = [i for i in range(80) if i not in (3, 70)]
     whole = np.floor(b + 0.5)
-    agreement = found["all"]["agreement"]
+    agreement = result["all"]["agreement"]
 
     def alpha(places: list[int], b: Any, level: Any) -> float:
         return krippendorff.alpha(np.stack([a[places], b[places]]), level_of_measurement=level)
@@ -70,20 +70,20 @@ def test_scores_are_compared_on_items_that_both_judged_and_by_slice(
         a[there].astype(int), whole[there].astype(int), labels=range(10), weights="quadratic"
     )
     assert agreement["quadratic_kappa"]["value"] == pytest.approx(theirs)
-    assert found["all"]["items"] == 80 and found["all"]["judged_by_both"] == 78
-    second = found["all"]["second"]
+    assert result["all"]["items"] == 80 and result["all"]["judged_by_both"] == 78
+    second = result["all"]["second"]
     assert second["malformed_rate"]["value"] == pytest.approx(2 / 100)
     pairs = [whole[i] == (whole[i] if i % 2 else 0) for i in range(60, 80) if i != 70]
     assert second["self_consistency"]["value"] == pytest.approx(np.mean(pairs))
-    odd = found["slices"]["source"]["model 1"]
+    odd = result["slices"]["source"]["model 1"]
     places = [i for i in there if i % 2]
     assert odd["judged_by_both"] == len(places) == 39
     assert odd["agreement"]["alpha_interval"]["value"] == pytest.approx(
         alpha(places, b, "interval")
     )
-    counts = np.array(found["confusion"]["counts"])
+    counts = np.array(result["confusion"]["counts"])
     assert counts.sum() == 78 and counts[int(a[0]), int(whole[0])] > 0
-    assert sum(bin["items"] for bin in found["calibration"]) == 78
+    assert sum(bin["items"] for bin in result["calibration"]) == 78
     assert "by source" in capsys.readouterr().out
 
 
@@ -98,35 +98,35 @@ def test_pairs_have_flips_ties_and_the_side_that_both_orders_prefer(tmp_path: Pa
         second.append(preference(f"x{i}", first))
         second.append(preference(f"x{i}", "A" if 2 <= i < 4 else other[first], swapped=True))
     second.append(preference("x8", "tie"))
-    found = measured(tmp_path, gold, second)["all"]
-    assert found["second"]["flip_rate"]["value"] == pytest.approx(2 / 8)
-    assert found["second"]["tie_rate"]["value"] == pytest.approx(1 / 17)
-    assert found["second"]["shown_first_rate"]["value"] == pytest.approx((4 + 6) / 16)
-    assert "both orders" in found["first"]["flip_rate"]["reason"]
+    result = measured(tmp_path, gold, second)["all"]
+    assert result["second"]["flip_rate"]["value"] == pytest.approx(2 / 8)
+    assert result["second"]["tie_rate"]["value"] == pytest.approx(1 / 17)
+    assert result["second"]["shown_first_rate"]["value"] == pytest.approx((4 + 6) / 16)
+    assert "both orders" in result["first"]["flip_rate"]["reason"]
     # Of 16 answers about pairs with a side: 4 right, and 2 of the 4 that flip.
-    assert found["agreement"]["accuracy"]["value"] == pytest.approx(6 / 16)
+    assert result["agreement"]["accuracy"]["value"] == pytest.approx(6 / 16)
     sides = [[1, 0] * 4 + [0.5], [1, 0, 0.5, 0.5, 0, 1, 0, 1, 0.5]]
     theirs = krippendorff.alpha(np.array(sides), level_of_measurement="nominal")
-    assert found["agreement"]["alpha_nominal"]["value"] == pytest.approx(theirs)
-    assert found["agreement"]["exact"]["value"] == pytest.approx(3 / 9)
+    assert result["agreement"]["alpha_nominal"]["value"] == pytest.approx(theirs)
+    assert result["agreement"]["exact"]["value"] == pytest.approx(3 / 9)
 
 
 def test_a_judge_that_always_says_the_same_has_undefined_figures_with_reasons(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = measured(tmp_path, scores([1, 2, 3]), scores([5, 5, 5]))["all"]["agreement"]
-    assert found["spearman"]["value"] is None
-    assert "nothing but 5" in found["spearman"]["reason"]
-    assert found["quadratic_kappa"]["value"] == pytest.approx(0)
+    result = measured(tmp_path, scores([1, 2, 3]), scores([5, 5, 5]))["all"]["agreement"]
+    assert result["spearman"]["value"] is None
+    assert "nothing but 5" in result["spearman"]["reason"]
+    assert result["quadratic_kappa"]["value"] == pytest.approx(0)
     assert "undefined: the second gives nothing but 5" in capsys.readouterr().out
-    found = measured(tmp_path, scores([5, 5]), scores([5, 5]))["all"]["agreement"]
+    result = measured(tmp_path, scores([5, 5]), scores([5, 5]))["all"]["agreement"]
     for name in ("alpha_interval", "alpha_nominal", "quadratic_kappa", "kendall"):
-        assert found[name]["value"] is None and found[name]["reason"], name
-    assert found["exact"]["value"] == 1
+        assert result[name]["value"] is None and result[name]["reason"], name
+    assert result["exact"]["value"] == 1
 
 
 @pytest.mark.parametrize(
-    "first, second, flags, said",
+    "first, second, flags, message",
     [
         (scores([1, 2]), [Verdict("z", Outcome.TIE)], [], "have no item in common"),
         (scores([1, 2, 3]), scores([1, 2]), [], "has 1 items that .* or give --common"),
@@ -140,16 +140,16 @@ def test_a_judge_that_always_says_the_same_has_undefined_figures_with_reasons(
     ],
 )
 def test_what_cannot_be_compared_is_refused_in_a_sentence(
-    tmp_path: Path, first: Any, second: Any, flags: list[str], said: str
+    tmp_path: Path, first: Any, second: Any, flags: list[str], message: str
 ) -> None:
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         measured(tmp_path, first, second, *flags)
     assert not (tmp_path / "out").exists()
 
 
 def test_items_of_both_files_are_compared_on_demand(tmp_path: Path) -> None:
-    found = measured(tmp_path, scores([1, 2, 3, 4]), scores([1, 2]), "--common")
-    assert found["all"]["items"] == 2 and found["all"]["agreement"]["exact"]["value"] == 1
+    result = measured(tmp_path, scores([1, 2, 3, 4]), scores([1, 2]), "--common")
+    assert result["all"]["items"] == 2 and result["all"]["agreement"]["exact"]["value"] == 1
 
 
 @pytest.mark.parametrize("pairs", [False, True])
@@ -161,9 +161,9 @@ def test_without_an_item_that_both_judged_there_are_pictures_all_the_same(
         first[0], second[1] = preference("r0", "A"), preference("r1", "B")
     with pytest.raises(TooFewResults, match="None of the 2 items was judged successfully in both"):
         measured(tmp_path, first, second)
-    found = json.loads((tmp_path / "out" / "agreement.json").read_text())
-    assert found["all"]["judged_by_both"] == 0 and found["calibration"] == []
-    assert "no item" in found["all"]["agreement"]["exact"]["reason"]
+    result = json.loads((tmp_path / "out" / "agreement.json").read_text())
+    assert result["all"]["judged_by_both"] == 0 and result["calibration"] == []
+    assert "no item" in result["all"]["agreement"]["exact"]["reason"]
 
 
 def test_scores_of_another_scale_are_refused_by_row_or_mapped_from_it(tmp_path: Path) -> None:
@@ -173,9 +173,9 @@ def test_scores_of_another_scale_are_refused_by_row_or_mapped_from_it(tmp_path: 
     flags = ["--first-scale", "0", "100"]
     with pytest.raises(UserError, match=r"b\.jsonl, row 2: the score 100 .* with --second-scale"):
         measured(tmp_path, first, first, *flags)
-    found = measured(tmp_path, first, second, *flags)["all"]["agreement"]
-    assert found["absolute_error"]["value"] == pytest.approx(0, abs=1e-12)
-    assert found["alpha_interval"]["value"] == pytest.approx(1, rel=1e-12)
+    result = measured(tmp_path, first, second, *flags)["all"]["agreement"]
+    assert result["absolute_error"]["value"] == pytest.approx(0, abs=1e-12)
+    assert result["alpha_interval"]["value"] == pytest.approx(1, rel=1e-12)
     with pytest.raises(UserError, match="--second-scale 3 1 must be two finite numbers"):
         measured(tmp_path, first, second, "--second-scale", "3", "1")
 
@@ -185,8 +185,8 @@ def test_slices_by_length_are_called_by_the_longest_that_they_may_hold(tmp_path:
     lengths = [10, 10, 11, 12, 20, 30]
     items = [Response(f"r{i}", prompt, "word " * length) for i, length in enumerate(lengths)]
     flags = ["--items", write(tmp_path / "items.jsonl", items), "--slice", "length"]
-    found = measured(tmp_path, scores([1, 2, 3, 4, 5, 6]), scores([1, 2, 3, 4, 5, 6]), *flags)
-    slices = {name: part["items"] for name, part in found["slices"]["length"].items()}
+    result = measured(tmp_path, scores([1, 2, 3, 4, 5, 6]), scores([1, 2, 3, 4, 5, 6]), *flags)
+    slices = {name: part["items"] for name, part in result["slices"]["length"].items()}
     assert slices == {"up to 10 words": 2, "up to 14 words": 2, "longer": 2}
 
 

@@ -123,7 +123,7 @@ def test_a_killed_run_goes_on_without_a_label_lost_or_paid_for_twice(tmp_path: P
         file = responses(tmp_path, texts)
         flags = ("--concurrency", workers)
         cache = tmp_path / "verdicts.jsonl.answers.jsonl"
-        kept: set[str] = set()
+        stored: set[str] = set()
         for number, least in ((signal.SIGKILL, 15), (signal.SIGTERM, 35)):
             run = subprocess.Popen(command(file, server, *flags), cwd=ROOT, text=True,
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
@@ -131,19 +131,19 @@ def test_a_killed_run_goes_on_without_a_label_lost_or_paid_for_twice(tmp_path: P
                 assert run.poll() is None
                 time.sleep(0.01)
             run.send_signal(number)
-            said, _ = run.communicate(timeout=60)
+            output, _ = run.communicate(timeout=60)
             # After SIGTERM the calls under way are waited for.
-            assert run.returncode == (-number if number == signal.SIGKILL else 128 + number), said
+            assert run.returncode == (-number if number == signal.SIGKILL else 128 + number), output
             assert not (tmp_path / "verdicts.jsonl").exists()
             with AnswerStore(cache) as store:
                 answers = sum(server.answered.values())
-                assert kept <= set(store._places)
-                kept = set(store._places)
-        assert "stopped: repeat the command to resume" in said
+                assert stored <= set(store._places)
+                stored = set(store._places)
+        assert "stopped: repeat the command to resume" in output
         # A torn last line, as a crash of the machine leaves it.
         whole = cache.read_bytes()
         cache.write_bytes(whole + whole.splitlines()[-1][:40])
-        asked_again = answers - len(kept)  # under way when a run was killed
+        asked_again = answers - len(stored)  # under way when a run was killed
         assert 0 <= asked_again <= workers
         done = annotate(file, server, *flags)
         assert done.returncode == 0, done.stderr
@@ -178,12 +178,14 @@ def test_failures_are_failures_and_too_many_stop_the_run(tmp_path: Path) -> None
         assert server.answered == Counter(texts)
 
 
-@pytest.mark.parametrize("fault, said", [(status(401), "status 401: this is 401"),
+@pytest.mark.parametrize("fault, message", [(status(401), "status 401: this is 401"),
                                          (status(404), "status 404: this is 404")])  # fmt: skip
-def test_an_endpoint_that_refuses_all_is_asked_once(tmp_path: Path, fault: Any, said: str) -> None:
+def test_an_endpoint_that_refuses_all_is_asked_once(
+    tmp_path: Path, fault: Any, message: str
+) -> None:
     with Endpoint(lambda text, n: fault) as server:
         done = annotate(responses(tmp_path, texts_of(9)), server, "--concurrency", 1)
-        assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
+        assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
         assert sum(server.calls.values()) == 1
 
 
@@ -208,15 +210,15 @@ def test_pairs_are_shown_in_both_orders_and_samples_are_calls_of_their_own(tmp_p
 
 
 def test_what_is_cut_off_or_malformed_is_no_score(tmp_path: Path) -> None:
-    said = {
+    messages = {
         "a": chat("I would say", finish_reason="length"),
         "b": chat("ten"),
         "c": chat("", message={"content": None, "reasoning_content": "hm"}),
         "d": chat("4", message={"reasoning_content": "hm"}),
     }
     with Endpoint() as server:
-        server.answer = lambda text: said[text]
-        done = annotate(responses(tmp_path, list(said)), server, "--max-failed", 0.75)
+        server.answer = lambda text: messages[text]
+        done = annotate(responses(tmp_path, list(messages)), server, "--max-failed", 0.75)
         assert done.returncode == 0, done.stderr
         a, b, c, d = rows(tmp_path / "verdicts.jsonl")
         assert (a["outcome"], a["reason"]) == ("failed", "cut off after 10 tokens")
@@ -257,9 +259,9 @@ def test_a_policy_answers_prompts(tmp_path: Path) -> None:
         made = rows(tmp_path / "verdicts.jsonl")
         assert [r["text"] for r in made] == ["Well, 0."] * 2 + ["Well, 1."] * 2
         assert len({r["id"] for r in made}) == 4 and {r["source"] for r in made} == {"judge"}
-        asked = [body["messages"] for body in server.bodies]
-        assert all(len(messages) == 1 and messages[0]["role"] == "user" for messages in asked)
-        assert {messages[0]["content"] for messages in asked} == {f"Say <{i}>" for i in range(3)}
+        requests = [body["messages"] for body in server.bodies]
+        assert all(len(messages) == 1 and messages[0]["role"] == "user" for messages in requests)
+        assert {messages[0]["content"] for messages in requests} == {f"Say <{i}>" for i in range(3)}
         done = annotate(tmp_path / "verdicts.jsonl", server, "--generate")
         assert done.returncode == 2 and "row 1 is a response" in done.stderr
 
@@ -267,17 +269,17 @@ def test_a_policy_answers_prompts(tmp_path: Path) -> None:
 def test_an_endpoint_that_died_is_noticed_before_a_share_of_all_has_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    texts, kept, add = texts_of(60), threading.Event(), AnswerStore.add
+    texts, stored, add = texts_of(60), threading.Event(), AnswerStore.add
 
     def add_and_tell(self: AnswerStore, answers: Any) -> None:
         add(self, answers)
         if len(self) == 30:
-            kept.set()
+            stored.set()
 
     def faults(text: str, call: int) -> endpoint.Fault | None:
         if int(text[3:]) < 30:
             return None
-        kept.wait(60)  # an answer that comes late would end the row of failures
+        stored.wait(60)  # an answer that comes late would end the row of failures
         return status(503)
 
     monkeypatch.setattr(AnswerStore, "add", add_and_tell)

@@ -56,14 +56,14 @@ def test_two_judges_are_asked_once_and_their_figures_are_numpys(
         flags = ["--first-wait", 0.01, "--name", "digits", "--judge", scorer.url, "--model", "m",
                  "--ask", "scores", "--judge", biased.url, "--model", "m", "--name", "position",
                  "--ask", "preferences"]  # fmt: skip
-        found = evaluated(tmp_path, files, *flags)
+        result = evaluated(tmp_path, files, *flags)
         assert len(scorer.bodies) == 3 * N and len(biased.bodies) == 2 * 2 * N
         again = evaluated(tmp_path, files, *flags)
-        assert again == found and len(scorer.bodies) == 3 * N and len(biased.bodies) == 4 * N
-    assert found["policies"] == ["base", "good", "bad"] and found["prompts"] == N
+        assert again == result and len(scorer.bodies) == 3 * N and len(biased.bodies) == 4 * N
+    assert result["policies"] == ["base", "good", "bad"] and result["prompts"] == N
     digits = {Path(f).stem: np.array([int(r.text[1]) for r in read_all(Path(f), Response)])
               for f in files}  # fmt: skip
-    scores = found["judges"]["digits"]["scores"]["policies"]
+    scores = result["judges"]["digits"]["scores"]["policies"]
     for name, own in digits.items():
         assert scores[name]["mean"]["value"] == pytest.approx(own.mean())
         assert scores[name]["judged"] == N
@@ -74,7 +74,7 @@ def test_two_judges_are_asked_once_and_their_figures_are_numpys(
     gain = digits["good"] - digits["base"]
     assert scores["good"]["gain"]["value"] == pytest.approx(gain.mean())
     assert "gain" not in scores["base"]
-    preferences = found["judges"]["position"]["preferences"]["policies"]
+    preferences = result["judges"]["position"]["preferences"]["policies"]
     for name in ("good", "bad"):
         of = preferences[name]
         assert of["win_rate"]["value"] == 0.5 and of["flips"]["value"] == 1.0
@@ -111,28 +111,33 @@ def test_verdicts_of_files_need_no_judge_and_bad_ones_leave_the_figures(
     scores = [Verdict(r.id, Outcome.SCORE, float(r.text[1]))
               for r in read_all(out / "responses.jsonl", Response)]  # fmt: skip
     scores[1] = Verdict(scores[1].item, Outcome.UNPARSEABLE, reason="two labels")
-    given = [write(tmp_path / f"v{i}.jsonl", rows)
+    verdict_files = [write(tmp_path / f"v{i}.jsonl", rows)
              for i, rows in enumerate((verdicts, scores[:30], scores[30:]))]  # fmt: skip
-    found = evaluated(
-        tmp_path, files, "--verdicts", *(f"j={file}" for file in given), "--max-failed", "0.1"
+    result = evaluated(
+        tmp_path,
+        files,
+        "--verdicts",
+        *(f"j={file}" for file in verdict_files),
+        "--max-failed",
+        "0.1",
     )
     shown = capsys.readouterr().out
     assert f"{N - 3} of {N} (3 failed calls)" in shown
     assert f"{N - 1} of {N} (1 malformed answer)" in shown
-    of = found["judges"]["j"]["preferences"]["policies"]
+    of = result["judges"]["j"]["preferences"]["policies"]
     for name, won in outcomes.items():
         assert of[name]["win_rate"]["value"] == pytest.approx(np.mean(won))
         assert of[name]["judged"] == len(won) == N - 3 and of[name]["failed"] == 3
         assert of[name]["strength"]["value"] == pytest.approx(logit(np.mean(won)))
-    assert found["judges"]["j"]["scores"]["policies"]["base"]["judged"] == N - 1
-    assert found["judges"]["j"]["scores"]["policies"]["base"]["malformed"] == 1
+    assert result["judges"]["j"]["scores"]["policies"]["base"]["judged"] == N - 1
+    assert result["judges"]["j"]["scores"]["policies"]["base"]["malformed"] == 1
     with pytest.raises(TooFewResults, match=r"6 of 96 preferences .* timed out \(6 times\)"):
-        main([*begin, "--verdicts", f"j={given[0]}"])
-    tolerant = ["--verdicts", f"j={given[0]}", "--max-failed", "0.1"]
+        main([*begin, "--verdicts", f"j={verdict_files[0]}"])
+    tolerant = ["--verdicts", f"j={verdict_files[0]}", "--max-failed", "0.1"]
     assert main([*begin, *tolerant]) == 0  # nothing to keep, nothing written
     with pytest.raises(UserError, match="lacks 42 of 72 items"):
-        main([*begin, "--verdicts", f"j={given[1]}"])
-    main([*begin, "--verdicts", f"j={given[1]}", "--common", "--resamples", "5"])
+        main([*begin, "--verdicts", f"j={verdict_files[1]}"])
+    main([*begin, "--verdicts", f"j={verdict_files[1]}", "--common", "--resamples", "5"])
     capsys.readouterr()
 
 
@@ -146,8 +151,8 @@ def test_a_policy_that_always_wins_has_a_limit_and_its_rule_is_told(
         policy(tmp_path, "base", ["no"] * N),
         policy(tmp_path, "good", [f"Say {i}: {' '.join(words[i : i + 20])}." for i in range(N)]),
     ]
-    found = evaluated(tmp_path, files, "--judge", "rule", "--rule-text", text)
-    of = found["judges"]["rule"]["preferences"]["policies"]["good"]
+    result = evaluated(tmp_path, files, "--judge", "rule", "--rule-text", text)
+    of = result["judges"]["rule"]["preferences"]["policies"]["good"]
     for kind in ("strength", "controlled"):
         assert of[kind]["value"] is None and of[kind]["high"] is None
         assert f"won on all {N} prompts" in of[kind]["reason"]
@@ -171,8 +176,8 @@ def test_a_policy_without_a_judgement_takes_no_figure_from_others(
                 if pair.source == "good"
                 else Verdict(pair.id, Outcome.FAILED, swapped=swapped, reason="timed out")
             )
-    given = write(tmp_path / "v.jsonl", verdicts)
-    of = evaluated(tmp_path, files, "--verdicts", f"j={given}", "--max-failed", "0.5")
+    file = write(tmp_path / "v.jsonl", verdicts)
+    of = evaluated(tmp_path, files, "--verdicts", f"j={file}", "--max-failed", "0.5")
     of = of["judges"]["j"]["preferences"]
     good, bad = of["policies"]["good"], of["policies"]["bad"]
     assert good["strength"]["value"] == pytest.approx(logit(2 / 3))
@@ -190,10 +195,10 @@ def test_infinite_resamples_are_no_finite_limit() -> None:
         return float(logit(rate)) if rate < 1 else np.inf
 
     groups = list(np.arange(40)[:, None])
-    found = finite(estimates({"x": strength}, groups, 400)["x"], 40, True)
-    assert found.value == pytest.approx(logit(39 / 40))
-    assert found.high is None and "no upper limit" in found.reason
-    assert found.low == pytest.approx(logit(36 / 40), abs=0.5)
+    result = finite(estimates({"x": strength}, groups, 400)["x"], 40, True)
+    assert result.value == pytest.approx(logit(39 / 40))
+    assert result.high is None and "no upper limit" in result.reason
+    assert result.low == pytest.approx(logit(36 / 40), abs=0.5)
     lost = finite(Estimate(-np.inf), 10, True)
     assert lost.low is None and lost.high == pytest.approx(-logit(0.025**0.1))
 
@@ -203,9 +208,9 @@ def test_style_is_counted_outside_of_code() -> None:
     assert counts(text)[1:] == [1, 2, 2]
     prompt = Prompt("p", [Message("user", "x")])
     pairs = [Pair("a", prompt, "# one two three", "one"), Pair("b", prompt, "one two", "")]
-    found = differences(pairs)
-    assert found[0, 0] == pytest.approx((4 - 1) / (4 + 1)) and found[1, 0] == 1
-    assert found[0, 1] == pytest.approx(0.25 / 1.25)
+    result = differences(pairs)
+    assert result[0, 0] == pytest.approx((4 - 1) / (4 + 1)) and result[1, 0] == 1
+    assert result[0, 1] == pytest.approx(0.25 / 1.25)
     scaled, names = covariates(pairs)
     assert names == ["length", "headers"]
     assert (scaled**2).mean(axis=0) == pytest.approx(1)
@@ -218,7 +223,7 @@ def test_style_that_differs_by_rounding_is_no_column(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(
-    "change, said",
+    "change, message",
     [
         (["--baseline", "x.jsonl"], "must be one of the files"),
         (["--judge", "rule"], r"a text to compare with\. Add --rule-text"),
@@ -232,14 +237,14 @@ def test_style_that_differs_by_rounding_is_no_column(monkeypatch: pytest.MonkeyP
         (["--jud", "rule"], "--jud is not a flag of evaluate. Did you mean --judge"),
     ],
 )
-def test_refusals(tmp_path: Path, files: list[str], change: list[str], said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_refusals(tmp_path: Path, files: list[str], change: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         main(["--responses", *files, "--baseline", files[0], "--output", str(tmp_path), *change])
 
 
 def test_policies_that_cannot_be_compared_are_refused(tmp_path: Path, files: list[str]) -> None:
-    def refused(file: str, said: str) -> None:
-        with pytest.raises(UserError, match=said):
+    def refused(file: str, message: str) -> None:
+        with pytest.raises(UserError, match=message):
             main(["--responses", files[0], file, "--baseline", files[0], "--output", str(tmp_path)])
 
     short = policy(tmp_path, "short", ["x"] * (N - 4))

@@ -50,15 +50,15 @@ def judged(folder, sizes, thinks):
         # An untrained model does not answer in the form: it is put into its mouth.
         ids = tokenizer("<think>\nthree good\n</think>\n3", add_special_tokens=False)["input_ids"]
         written = [*ids, tokenizer.eos_token_id]
-        told = GeneratedResponse(written, [], True)
-        setattr(engine, "generate", lambda prompts, *_: [told for _ in prompts])  # noqa: B010
+        response = GeneratedResponse(written, [], True)
+        setattr(engine, "generate", lambda prompts, *_: [response for _ in prompts])  # noqa: B010
     judge = LocalJudge(engine, form, 320, Sampling(32), generation_batch_size=3)
     items = responses(7, 1)
     items[2] = replace(items[2], text="river " * 300)
     questions = [Question(item) for item in items]
-    mine = questions[engine.data_rank :: engine.data_size]
-    asked = {q.item.id: form.prompt_ids(q) for q in questions}
-    return judge.judge(mine), asked, written[:-2] if thinks else []
+    share = questions[engine.data_rank :: engine.data_size]
+    encoded = {q.item.id: form.prompt_ids(q) for q in questions}
+    return judge.judge(share), encoded, written[:-2] if thinks else []
 
 
 @pytest.mark.parametrize("thinks", [False, True])
@@ -70,14 +70,14 @@ def test_the_score_is_the_expectation_over_the_labels(place, thinks):
     tokenizer = AutoTokenizer.from_pretrained(place / "model")
     labels = LabelTokens.of(tokenizer, SCORES, thinks, {})
     for ranks, sizes in ((1, {}), (2, {}), (2, {"tensor": 2})):
-        found = run_ranks(judged, ranks, place, sizes, thinks)
-        verdicts = {v.item: v for verdicts, _, _ in found for v in verdicts}
-        _, asked, before = found[0]
+        result = run_ranks(judged, ranks, place, sizes, thinks)
+        verdicts = {v.item: v for verdicts, _, _ in result for v in verdicts}
+        _, prompts, before = result[0]
         assert len(verdicts) == 7
         assert verdicts.pop("r1-2").reason.startswith("the question has")
         for item, verdict in verdicts.items():
             with torch.no_grad():
-                logits = model(torch.tensor([[*asked[item], *before]])).logits[0, -1]
+                logits = model(torch.tensor([[*prompts[item], *before]])).logits[0, -1]
             weights = logits.softmax(-1)[list(labels.ids)]
             expected = float((weights * torch.arange(10.0)).sum() / weights.sum())
             assert verdict.score == pytest.approx(expected, abs=1e-4), (ranks, sizes)
@@ -104,18 +104,18 @@ def refusals(folder):
         "--template": folder / "pointwise-brief.txt",
         "--seq-length": 192,
     }
-    found = []
+    results = []
     for name, value in REFUSED:
         of_folder = name == "--model" or "." in str(value)
         flags = {**base, name: folder / value if of_folder else value}
         words = [str(word) for pair in flags.items() for word in pair]
         try:
             main(words)
-            found.append("")
+            results.append("")
         except UserError as error:
-            found.append(str(error))
+            results.append(str(error))
     assert not (folder / "run").exists()
-    return found
+    return results
 
 
 REFUSED = {
@@ -141,8 +141,8 @@ REFUSED = {
 
 
 def test_wrong_commands_are_told_in_a_sentence(place):
-    [found] = run_ranks(refusals, 1, place)
-    for sentence, expected in zip(found, REFUSED.values()):
+    [result] = run_ranks(refusals, 1, place)
+    for sentence, expected in zip(result, REFUSED.values()):
         assert expected in sentence, sentence
 
 

@@ -44,17 +44,19 @@ def dry_runs(cases: list[list[str]]) -> list[dict[str, Any]]:
     from alignment.commands.train_judge import main
 
     dist.destroy_process_group()
-    found = []
+    results = []
     for case in cases:
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
             assert main([*case, "--dry-run", "8"]) == 0
         destroy_global_state()
         lines = printed.getvalue().splitlines()
-        told = [line for line in lines if line.startswith("While it answers")]
-        mebibytes = int(told[0].split("up to ")[1].split(" MiB")[0].replace(",", "")) if told else 0
-        found.append({**json.loads(lines[-1]), "cache": mebibytes * 2**20})
-    return found
+        shown = [line for line in lines if line.startswith("While it answers")]
+        mebibytes = (
+            int(shown[0].split("up to ")[1].split(" MiB")[0].replace(",", "")) if shown else 0
+        )
+        results.append({**json.loads(lines[-1]), "cache": mebibytes * 2**20})
+    return results
 
 
 @pytest.mark.slow
@@ -63,9 +65,9 @@ def test_models_have_their_published_sizes_and_fit_their_ranks() -> None:
     # The largest judge gives labels alone, and policies here only have their layouts.
     kinds = {size: "base" if size == "qwen3-14b" else "rl" for size in SIZES}
     cases = [words(kind, f"sizes/{size}", model=shape_of(size)) for size, kind in kinds.items()]
-    told = dict(zip(kinds, run_ranks(dry_runs, 1, cases, timeout=200)[0]))
+    figures = dict(zip(kinds, run_ranks(dry_runs, 1, cases, timeout=200)[0]))
     assert {shape_of(size) for size in SIZES} == BILLIONS.keys()
-    for size, facts in told.items():
+    for size, facts in figures.items():
         billions = BILLIONS[shape_of(size)]
         assert facts["parameters"]["total"] / 1e9 == pytest.approx(billions, abs=0.005), size
         layout = facts["layout"]
@@ -73,8 +75,8 @@ def test_models_have_their_published_sizes_and_fit_their_ranks() -> None:
         assert bool(facts["cache"]) == (kinds[size] == "rl")
         for stage in facts["stages"]:
             memory = stage["memory"]
-            held = sum(memory.values()) - memory["activations"]
-            most = held + max(memory["activations"], facts["cache"])
+            lasting = sum(memory.values()) - memory["activations"]
+            most = lasting + max(memory["activations"], facts["cache"])
             assert most < GPU - TEMPORARY, (size, most)
 
 
@@ -110,8 +112,8 @@ def test_settings_are_the_papers() -> None:
         assert options["megatron_flags"].startswith("--recompute")
     for size in SIZES:  # a trained judge is asked on the same layout
         file = str(RECIPES / "sizes" / f"{size}.yaml")
-        given = ["--input", "a.jsonl", "--output", "b.jsonl"]
-        judging = parse_judge(["--recipe", file, "--model", str(SHAPES / shape_of(size)), *given])
+        files = ["--input", "a.jsonl", "--output", "b.jsonl"]
+        judging = parse_judge(["--recipe", file, "--model", str(SHAPES / shape_of(size)), *files])
         assert judging.engine.dtype == "bf16"
         assert judging.answers.generation_batch_size >= 32
     tried = {name for recipes in expected for name in recipes} | {f"sizes/{s}" for s in SIZES}
@@ -138,9 +140,9 @@ def test_the_cache_told_is_the_cache_that_grows(tensor: int) -> None:
     tokens = torch.zeros(rows * length, heads, model.head_dim, dtype=torch.bfloat16)
     for layer in range(model.layers):
         cache.attend(layer, tokens, tokens, tokens, None)
-    held = sum(tensor.nbytes for pair in cache._memory.values() for tensor in pair)
+    size = sum(tensor.nbytes for pair in cache._memory.values() for tensor in pair)
     layout = MegatronLayout(tensor=tensor)
-    assert cache_bytes(model, layout, rows, length, torch.bfloat16) == held
+    assert cache_bytes(model, layout, rows, length, torch.bfloat16) == size
 
 
 @pytest.mark.parametrize(

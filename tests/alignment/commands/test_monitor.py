@@ -101,13 +101,13 @@ def test_detector_by_function_path_is_reported(responses: str, tmp_path: Path) -
 
 def test_own_fixtures_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ask = [{"role": "user", "content": "Name a fern."}]
-    mine = [
+    fixtures = [
         {"id": "1", "split": "mine", "messages": ask, "text": "I cannot help with that.",
          "fires": ["refusal"], "quiet": ["null"]},
         {"id": "2", "split": "mine", "messages": ask, "text": "A fern? Nah.", "fires": ["refusal"]},
         {"id": "3", "split": "mine", "messages": ask, "text": "Bracken.", "quiet": ["refusal"]},
     ]  # fmt: skip
-    assert main(["--fixtures", rows(tmp_path / "mine.jsonl", mine)]) == 0
+    assert main(["--fixtures", rows(tmp_path / "mine.jsonl", fixtures)]) == 0
     header, refusal, null, *_ = capsys.readouterr().out.splitlines()
     assert header.startswith("mine")
     assert refusal.split() == ["refusal", "1/2", "0.09", "to", "0.91", "1/1", "0.21", "to", "1.00",

@@ -51,8 +51,8 @@ def rows_of(run):
 def test_a_policy_on_deepspeed_goes_on_after_a_kill_and_begins_as_on_megatron(tmp_path):
     make_model(tmp_path / "model", num_hidden_layers=1, max_position_embeddings=128)
     for name, count in (("prompts", 24), ("held_out", 6)):
-        asked = [Message("user", f"say good {name} {n}") for n in range(count)]
-        prompts = [Prompt(f"{name}-{n}", (message,)) for n, message in enumerate(asked)]
+        messages = [Message("user", f"say good {name} {n}") for n in range(count)]
+        prompts = [Prompt(f"{name}-{n}", (message,)) for n, message in enumerate(messages)]
         write_rows(tmp_path / f"{name}.jsonl", prompts)
     (tmp_path / "text.txt").write_text("\n".join(f"the house is good {n % 7}" for n in range(400)))
     rule = f"kind: rule\nrule_text: {tmp_path / 'text.txt'}\n"

@@ -67,7 +67,7 @@ def make_routed(folder, model):
 
 def cases(folder, runs, url):
     """Of each case: the exit code or the sentence, and what was printed and warned."""
-    found = {}
+    results = {}
     (folder / "slow.yaml").write_text(
         f"kind: endpoint\nmodel: judge\nurl: {url}\nexpected_score: false\nconcurrency: 1\n"
         f"tries: 2\ntemplate: {folder / 'pointwise-item.txt'}\n"
@@ -87,11 +87,11 @@ def cases(folder, runs, url):
         ("slow", folder / "slow.yaml", []),
         ("routed", rule, ["--model", folder / "routed", "--routing-interval", "2"]),
     ):
-        said, warned = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(warned):
+        output, warned = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(warned):
             code = train(folder, runs / name, judge, 3 if name == "routed" else 1, *more)
-        found[name] = (code, said.getvalue(), warned.getvalue())
-    return found
+        results[name] = (code, output.getvalue(), warned.getvalue())
+    return results
 
 
 @pytest.mark.slow
@@ -103,15 +103,15 @@ def test_a_policy_copes_with_what_it_is_given(place, tmp_path):
     make_silent(place / "silent")
     make_other_tokenizer(place / "judge")
     make_routed(place / "routed", place / "model")
-    asked = (Message("user", "good " * 100),)
-    write_rows(place / "long.jsonl", [Prompt(f"long-{n}", asked) for n in range(5)])
+    messages = (Message("user", "good " * 100),)
+    write_rows(place / "long.jsonl", [Prompt(f"long-{n}", messages) for n in range(5)])
     with Endpoint() as server:
         server.seconds, server.answer = LATENCY, lambda text: chat(str(len(text) % 10))
-        [found] = run_ranks(cases, 1, place, tmp_path, server.url)
+        [result] = run_ranks(cases, 1, place, tmp_path, server.url)
         answered = sum(server.answered.values())
 
     for name in ("silent", "equal"):
-        assert found[name][0] == 0, found[name]
+        assert result[name][0] == 0, result[name]
         [row] = [row for row in rows_of(tmp_path / name) if "reward" in row]
         assert row["length"] == 1 and row["groups_that_differ"] == 0 == row["grad_norm"]
         graded = [row["grade/length"] for row in rows_of(tmp_path / name) if "grade/gold" in row]
@@ -120,20 +120,20 @@ def test_a_policy_copes_with_what_it_is_given(place, tmp_path):
         assert before and all(torch.equal(before[tensor], after[tensor]) for tensor in before)
         assert "NaN" not in (tmp_path / name / "metrics.jsonl").read_text()
 
-    assert "24 prompts, 5 too long; 6 held out" in found["some long"][1]
-    assert found["all long"][0].startswith(
+    assert "24 prompts, 5 too long; 6 held out" in result["some long"][1]
+    assert result["all long"][0].startswith(
         "No prompt leaves room for --max-new-tokens 12 in --seq-length 96"
     )
-    assert found["held out long"][0].startswith("No prompt of --held-out leaves room")
+    assert result["held out long"][0].startswith("No prompt of --held-out leaves room")
 
-    assert found["other tokenizer"][0] == 0, found["other tokenizer"]
+    assert result["other tokenizer"][0] == 0, result["other tokenizer"]
     [row] = [row for row in rows_of(tmp_path / "other tokenizer") if "reward" in row]
     assert row["unrewarded"] == 0 and 0 < row["reward"] < 9 and row["reward_std"] > 0
 
-    assert "--gold names a judge that --judge names too" in found["some long"][2]
-    assert "--gold" not in found["other tokenizer"][2]
+    assert "--gold names a judge that --judge names too" in result["some long"][2]
+    assert "--gold" not in result["other tokenizer"][2]
 
-    assert found["slow"][0] == 0, found["slow"]
+    assert result["slow"][0] == 0, result["slow"]
     [row] = [row for row in rows_of(tmp_path / "slow") if "reward" in row]
     assert row["failed"] == 0 and answered > 1
     # One call at a time: of the step's responses and of two gradings.
@@ -142,7 +142,7 @@ def test_a_policy_copes_with_what_it_is_given(place, tmp_path):
         seconds * row["tokens_per_s"] / row["tokens"]
     )
 
-    assert found["routed"][0] == 0, found["routed"]
+    assert result["routed"][0] == 0, result["routed"]
     measured = [row for row in rows_of(tmp_path / "routed") if "reward" in row]
     assert ["routing/flip_rate" in row for row in measured] == [True, False, True]
     for row in (measured[0], measured[2]):

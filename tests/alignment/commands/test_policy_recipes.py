@@ -35,33 +35,33 @@ def judges(folder):
         ("reasoning", "reasoning", "Qwen3-8B"),
         ("label", "again", "Qwen3-4B"),
     ):
-        given = yaml.safe_load((EXAMPLES / "policies" / "judges" / f"{file}.yaml").read_text())
+        judge = yaml.safe_load((EXAMPLES / "policies" / "judges" / f"{file}.yaml").read_text())
         place = folder / f"{name}.yaml"
-        place.write_text(yaml.safe_dump({**given, "model": str(SHAPES / shape)}))
+        place.write_text(yaml.safe_dump({**judge, "model": str(SHAPES / shape)}))
         flags += ["--judge", str(place)]
     return flags
 
 
 def parameters(shape, tensor):
     """That a rank holds, from the shape alone."""
-    given = json.loads((SHAPES / shape / "config.json").read_text())
-    hidden, head = given["hidden_size"], given["head_dim"]
-    width = (2 * given["num_attention_heads"] + 2 * given["num_key_value_heads"]) * head
-    matrices = hidden * (width + 3 * given["intermediate_size"]) // tensor
+    sizes = json.loads((SHAPES / shape / "config.json").read_text())
+    hidden, head = sizes["hidden_size"], sizes["head_dim"]
+    width = (2 * sizes["num_attention_heads"] + 2 * sizes["num_key_value_heads"]) * head
+    matrices = hidden * (width + 3 * sizes["intermediate_size"]) // tensor
     block = 128 * tensor  # the vocabulary is padded to a multiple of it
-    rows = -(-given["vocab_size"] // block) * block // tensor
-    tables = rows * hidden * (1 if given["tie_word_embeddings"] else 2)
-    return given["num_hidden_layers"] * (matrices + 2 * hidden + 2 * head) + tables + hidden
+    rows = -(-sizes["vocab_size"] // block) * block // tensor
+    tables = rows * hidden * (1 if sizes["tie_word_embeddings"] else 2)
+    return sizes["num_hidden_layers"] * (matrices + 2 * hidden + 2 * head) + tables + hidden
 
 
 def keys_and_values(shape, tensor, rows, length):
     """Bytes in bf16; the cache's length doubles when it is full."""
-    given = json.loads((SHAPES / shape / "config.json").read_text())
+    sizes = json.loads((SHAPES / shape / "config.json").read_text())
     room = 64
     while room < length:
         room *= 2
-    heads = given["num_key_value_heads"] // tensor
-    return 2 * given["num_hidden_layers"] * rows * heads * given["head_dim"] * room * 2
+    heads = sizes["num_key_value_heads"] // tensor
+    return 2 * sizes["num_hidden_layers"] * rows * heads * sizes["head_dim"] * room * 2
 
 
 def settings(folder):
@@ -72,24 +72,24 @@ def settings(folder):
     from megatron_ext.typed_flags import flag_values
 
     dist.destroy_process_group()
-    found = [flag_values(parse(words(r, model))) for r in ("base", "kl") for model in POLICIES]
+    results = [flag_values(parse(words(r, model))) for r in ("base", "kl") for model in POLICIES]
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         flags = [*judges(folder), "--algorithm", "ppo"]
         assert main([*words("base", "Qwen3-4B-Instruct-2507"), *flags]) == 0
-    return found, json.loads(printed.getvalue().splitlines()[-1])
+    return results, json.loads(printed.getvalue().splitlines()[-1])
 
 
 @pytest.mark.slow
 def test_settings_are_the_papers_and_all_that_a_rank_holds_is_counted(tmp_path):
-    [(found, facts)] = run_ranks(settings, 1, tmp_path)
-    for options in found:
+    [(result, facts)] = run_ranks(settings, 1, tmp_path)
+    for options in result:
         assert options["lr"] == 1e-6 and options["temperature"] == 0.7
         sizes = [options[name] for name in ("batch_size", "mini_batches", "group_size")]
         assert sizes == [1024, 4, 8]
         assert options["max_new_tokens"] == 2048 == options["seq_length"] - 2048
         assert options["algorithm"] == "grpo" and options["steps"] == 1200
-    assert [options["kl"] for options in found] == [0.0] * 3 + [0.01] * 3
+    assert [options["kl"] for options in result] == [0.0] * 3 + [0.01] * 3
     assert facts["parameters"]["total"] / 1e9 == pytest.approx(4.02, abs=0.005)
 
     [stage], rows = facts["stages"], {name: size for name, [size] in facts["together"].items()}
@@ -102,11 +102,11 @@ def test_settings_are_the_papers_and_all_that_a_rank_holds_is_counted(tmp_path):
     assert rows["or keys and values, policy"] == own
     assert rows["or keys and values, judge reasoning"] == thinking
     memory = stage["memory"]
-    kept = sum(memory[name] for name in ("parameters", "gradients", "optimizer"))
+    lasting = sum(memory[name] for name in ("parameters", "gradients", "optimizer"))
     weights = start + 2 * parameters(label, 2) + 2 * parameters(reasoning, 2)
-    step = sum(memory.values()) - kept
-    assert rows["critic: weights, gradients, optimizer"] == kept
-    assert rows["together at most"] == 2 * kept + weights + max(step, own, thinking)
+    step = sum(memory.values()) - lasting
+    assert rows["critic: weights, gradients, optimizer"] == lasting
+    assert rows["together at most"] == 2 * lasting + weights + max(step, own, thinking)
 
 
 def test_the_files_of_judges_are_read():

@@ -100,27 +100,27 @@ def test_gold_that_judged_too_little_or_on_another_scale_promotes_nothing(files)
 
 
 def test_the_difference_is_of_the_same_items(files):
-    found = measured(files, "good")
-    assert (found.difference.value, found.difference.low, found.difference.high) == (0, 0, 0)
-    found = measured(files, "poor")
+    result = measured(files, "good")
+    assert (result.difference.value, result.difference.low, result.difference.high) == (0, 0, 0)
+    result = measured(files, "poor")
     gold, good = scores(0.0, "gold"), scores(1.0, "good")
     pairs = np.array([[a.score or 0.0, b.score or 0.0] for a, b in zip(gold, good)])
     observed = ((pairs[:, 0] - pairs[:, 1]) ** 2).mean()
     everything = pairs.flatten()
     count = len(everything)
     expected = ((everything[:, None] - everything) ** 2).sum() / (count * (count - 1))
-    assert found.current.value == pytest.approx(1 - observed / expected)
-    current, candidate = found.current.value, found.candidate.value
+    assert result.current.value == pytest.approx(1 - observed / expected)
+    current, candidate = result.current.value, result.candidate.value
     assert current is not None and candidate is not None
-    assert found.difference.value == pytest.approx(candidate - current)
+    assert result.difference.value == pytest.approx(candidate - current)
 
 
 def test_files_that_do_not_go_together_are_refused(files):
     write_rows(files / "few.jsonl", scores(1.0, 3, 20))
     pairs = [Verdict(str(i), Outcome.PREFERENCE, preferred=Side.FIRST) for i in range(300)]
     write_rows(files / "pairs.jsonl", pairs)
-    for other, told in (("few", "annotate the same items"), ("pairs", "preferences")):
-        with pytest.raises(UserError, match=told):
+    for other, message in (("few", "annotate the same items"), ("pairs", "preferences")):
+        with pytest.raises(UserError, match=message):
             promote(files, ("good", other))
     with pytest.raises(UserError, match="go together"):
         promote(files, ("good", "same"), None, "--new-gold", str(files / "gold.jsonl"))
@@ -142,12 +142,12 @@ def test_silence_on_hard_items_makes_no_judge_better(files, capsys):
     evasive = silent_where(current, lambda v: abs(v.score - gold[v.item]) > 0.5)
     write_rows(files / "evasive.jsonl", evasive)
     lost = sum(not v.judged for v in evasive)
-    found = measured(files, "evasive")
-    assert (found.difference.value, found.items) == (0, len(gold) - lost)
-    assert found.unjudged == (0, lost / len(gold))
+    result = measured(files, "evasive")
+    assert (result.difference.value, result.items) == (0, len(gold) - lost)
+    assert result.unjudged == (0, lost / len(gold))
     assert promote(files, ("good", "evasive"), ("good", "evasive")) == REFUSED
-    said = capsys.readouterr().out
-    assert f"leaves {lost / len(gold):.1%} unjudged" in said and "no better" in said
+    output = capsys.readouterr().out
+    assert f"leaves {lost / len(gold):.1%} unjudged" in output and "no better" in output
     assert in_use(files) == "current"
     # As little said as before is no ground to refuse; nor is more.
     write_rows(files / "quiet.jsonl", silent_where(current, lambda v: v.item == "7"))
@@ -174,9 +174,9 @@ def test_of_pairs_what_one_judge_leaves_out_counts_for_none(files):
         ("evasive", pairs(hard, {(i, True) for i in hard})),
     ):
         write_rows(files / f"{name}.jsonl", rows)
-    found = measured(files, "evasive")
-    assert (found.current.value, found.candidate.value, found.items) == (1, 1, 30)
-    assert found.unjudged == (0, 10 / 80)
+    result = measured(files, "evasive")
+    assert (result.current.value, result.candidate.value, result.items) == (1, 1, 30)
+    assert result.unjudged == (0, 10 / 80)
 
 
 @pytest.mark.parametrize("link", [False, True])

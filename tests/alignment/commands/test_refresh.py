@@ -52,13 +52,13 @@ def refresh(place):
             "--keep-responses", 32, "--no-reference",
         )
     ]  # fmt: skip
-    kept = [
+    rows = [
         row
         for file in sorted((place / "run" / "responses").iterdir())
         for row in read_all(file, Response)
     ]
-    write_rows(place / "new.train.jsonl", kept[:64])
-    write_rows(place / "new.jsonl", kept[64:])
+    write_rows(place / "new.train.jsonl", rows[:64])
+    write_rows(place / "new.jsonl", rows[64:])
     for part in ("old.train", "new.train", "old", "new"):
         words = ("--input", place / f"{part}.jsonl", "--output", place / f"{part}.gold.jsonl")
         codes.append(call(annotate, "--judge", gold, *words))
@@ -70,18 +70,18 @@ def refresh(place):
             "--batch-size", 16, "--epochs", 8, "--lr", 3e-3, "--micro-batch-size", 8,
         )
     )  # fmt: skip
-    given = []
+    verdict_flags = []
     for who, model in (("current", place / "current"), ("candidate", place / "judge" / "best")):
         for part in ("old", "new"):
             output = place / f"{part}.{who}.jsonl"
-            asked = ("--model", model, "--input", place / f"{part}.jsonl", "--output", output)
-            codes.append(call(judge, *asked, *form))
-            given += [f"--{part}-{who}", output]
+            flags = ("--model", model, "--input", place / f"{part}.jsonl", "--output", output)
+            codes.append(call(judge, *flags, *form))
+            verdict_flags += [f"--{part}-{who}", output]
     for part in ("old", "new"):
-        given += [f"--{part}-gold", place / f"{part}.gold.jsonl"]
+        verdict_flags += [f"--{part}-gold", place / f"{part}.gold.jsonl"]
     folders = ("--candidate", place / "judge" / "best", "--current", place / "current")
-    codes.append(call(promote, *folders, *given, "--resamples", 300))
-    return codes, [row.source for row in kept]
+    codes.append(call(promote, *folders, *verdict_flags, "--resamples", 300))
+    return codes, [row.source for row in rows]
 
 
 @pytest.mark.slow
@@ -96,8 +96,8 @@ def test_a_judge_is_trained_again_on_its_policys_responses_and_promoted(tmp_path
         f"template: {tmp_path / 'pointwise-brief.txt'}\n"
     )
     for name, count in (("prompts", 24), ("held_out", 4)):
-        asked = [Prompt(f"{name}-{n}", (Message("user", f"say {n}"),)) for n in range(count)]
-        write_rows(tmp_path / f"{name}.jsonl", asked)
+        prompts = [Prompt(f"{name}-{n}", (Message("user", f"say {n}"),)) for n in range(count)]
+        write_rows(tmp_path / f"{name}.jsonl", prompts)
     write_rows(tmp_path / "old.train.jsonl", old_items(96, 1))
     write_rows(tmp_path / "old.jsonl", old_items(40, 2))
     [(codes, sources)] = run_ranks(refresh, 1, tmp_path)

@@ -68,9 +68,9 @@ def reinforcement(folder, engine, run, critic=None, before=lambda groups: None, 
     from alignment.rl.train import RLComponents
     from megatron_ext.inference.sampling import Sampling
 
-    asked = form(folder, thinks=False)
+    prompts = form(folder, thinks=False)
     tasks = [
-        PromptTask(row.gold.item, asked.prompt_ids(row.question), row) for row in labelled(folder)
+        PromptTask(row.gold.item, prompts.prompt_ids(row.question), row) for row in labelled(folder)
     ]
 
     def reward(groups, check):
@@ -108,14 +108,14 @@ def a_few_steps(folder, place, kind, layout):
     engine = engine_of(folder, kind, layout)
     samples = encode(labelled(folder), form(folder, False), LENGTH, None).samples
     step = SupervisedStep(engine, samples, 10, LENGTH, seed=3)
-    found = [step(number) for number in range(2)]
+    results = [step(number) for number in range(2)]
     with TrainingRun(place, engine, {}) as run:
         train(reinforcement(folder, engine, run), TrainingSchedule(2, 100, 100))
         critic = Critic(engine_of(folder, kind, layout), used_tokens={0})
         train(reinforcement(folder, engine, run, critic), TrainingSchedule(4, 100, 100))
-    found += rows_of(place)
+    results += rows_of(place)
     models = [critic.engine, engine]
-    return found, [
+    return results, [
         sum(float(t.double().abs().sum()) for _, t in model.parameters()) for model in models
     ]
 
@@ -155,7 +155,7 @@ def test_a_step_is_the_same_on_every_split_and_engine(study, tmp_path):
     names: tuple[str, ...] = ("loss", "grad_norm", "reward", "length", "unrewarded")
     names += ("groups_that_differ", "value", "value_loss", "value_grad_norm")
     names += ("explained_variance", "advantage_std")
-    found = []
+    results = []
     for number, (ranks, kind, layout) in enumerate(SPLITS):
         ranked = run_ranks(a_few_steps, ranks, study, tmp_path / str(number), kind, layout)
         each = [
@@ -163,12 +163,12 @@ def test_a_step_is_the_same_on_every_split_and_engine(study, tmp_path):
             for rows, totals in ranked
         ]
         assert all(rank == each[0] for rank in each)  # all ranks tell the same
-        found.append(each[0])
-    assert found[0][0][0] == pytest.approx(negative_log_likelihood(study), abs=1e-5)
-    assert found[0][2][3] > 1 and 0 < found[0][2][4] < 0.9  # samples, some without a reward
-    assert found[0][5][6] != 0 and found[0][5][9] != 0  # the critic has learnt something
-    for other in found[1:]:
-        for row, expected in zip(other, found[0]):
+        results.append(each[0])
+    assert results[0][0][0] == pytest.approx(negative_log_likelihood(study), abs=1e-5)
+    assert results[0][2][3] > 1 and 0 < results[0][2][4] < 0.9  # samples, some without a reward
+    assert results[0][5][6] != 0 and results[0][5][9] != 0  # the critic has learnt something
+    for other in results[1:]:
+        for row, expected in zip(other, results[0]):
             assert row == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
@@ -224,8 +224,8 @@ def test_a_run_goes_on_exactly_in_the_middle_of_a_step(study, tmp_path, how):
             run_ranks(interrupted, 1, study, place, die, 3)
     else:
         assert run_ranks(interrupted, 1, study, place, stop, 3)[0][0] == signal.SIGTERM
-    kept = {file.parent.name for file in place.glob("rollouts/*/*.jsonl")}
-    assert "step_000003" in kept
+    folders = {file.parent.name for file in place.glob("rollouts/*/*.jsonl")}
+    assert "step_000003" in folders
     [(ended, again)] = run_ranks(interrupted, 2 if how is stop else 1, study, place, None, 0)[:1]
     assert ended == 0
     # The third step's rollouts were on the disk; of the fourth's all had been sampled.

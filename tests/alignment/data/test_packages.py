@@ -53,8 +53,8 @@ def archive(path: Path, files: dict[str, Any]) -> str:
     return str(path)
 
 
-def task(asked: str, **targets: int) -> dict[str, Any]:
-    return {"examples": [{"input": asked, "target_scores": targets}]}
+def task(question: str, **targets: int) -> dict[str, Any]:
+    return {"examples": [{"input": question, "target_scores": targets}]}
 
 
 def test_pairs_of_an_archive(tmp_path: Path) -> None:

@@ -89,14 +89,14 @@ def test_rows_that_cannot_be_used_are_numbered_by_their_lines(tmp_path: Path) ->
     file.write_bytes(b"\n".join(lines))
     records = list(read_records(file))
     assert isinstance(records[0], Prompt) and len(records) == len(lines) - 1
-    told = [str(record) for record in records[1:] if isinstance(record, MalformedRow)]
-    for line, (text, said) in enumerate(
-        zip(told, ["invalid JSON", "not a JSON object", "NaN is no JSON", "invalid JSON",
+    messages = [str(record) for record in records[1:] if isinstance(record, MalformedRow)]
+    for line, (text, message) in enumerate(
+        zip(messages, ["invalid JSON", "not a JSON object", "NaN is no JSON", "invalid JSON",
                    "lone surrogate", "list of messages", "no 'messages'", "role is one of",
                    "invalid JSON"]),
         start=3,
     ):  # fmt: skip
-        assert text.startswith(f"row {line}: ") and said in text
+        assert text.startswith(f"row {line}: ") and message in text
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:

@@ -49,14 +49,14 @@ def test_near_texts_are_those_that_a_comparison_of_all_finds() -> None:
     signatures = Signatures()
     for text in [*bases, *texts]:
         signatures.add(text)
-    others, mine = np.arange(len(bases)), np.arange(len(bases), len(bases) + len(texts))
-    found = signatures.near(mine, others, 0.7)
+    others, own = np.arange(len(bases)), np.arange(len(bases), len(bases) + len(texts))
+    near_ones = signatures.near(own, others, 0.7)
     likeliest = [max(jaccard(text, base) for base in bases) for text in texts]
-    for near, similarity in zip(found, likeliest):
+    for near, similarity in zip(near_ones, likeliest):
         if abs(similarity - 0.7) > 0.15:  # more than three standard errors
             assert near == (similarity > 0.7)
-    assert 50 < found.sum() < len(texts) - 50
-    assert not signatures.near(mine, others[:0], 0.7).any()
+    assert 50 < near_ones.sum() < len(texts) - 50
+    assert not signatures.near(own, others[:0], 0.7).any()
 
 
 def test_very_many_of_a_kind_are_compared_in_bounded_pieces() -> None:
@@ -64,8 +64,8 @@ def test_very_many_of_a_kind_are_compared_in_bounded_pieces() -> None:
     for _ in range(600):
         signatures.add(["the", "same", "words"])
     signatures.add(["other", "words", "here"])
-    found = signatures.near(np.arange(300, 601), np.arange(300), 0.9)
-    assert found[:300].all() and not found[300]
+    near = signatures.near(np.arange(300, 601), np.arange(300), 0.9)
+    assert near[:300].all() and not near[300]
 
 
 def test_words_leave_out_what_does_not_matter() -> None:
@@ -96,13 +96,13 @@ def test_splits_depend_on_the_prompts_and_not_on_their_order(
 ) -> None:
     texts = [" ".join(random.Random(n).choices(VOCABULARY, k=9)) for n in numbers]
     splitter = Splitter(SPLITS)
-    found = dict(zip(texts, split_all(splitter, [*texts, *texts[:5]])))
+    splits = dict(zip(texts, split_all(splitter, [*texts, *texts[:5]])))
     assert splitter.sizes["test"] == 3
     assert sum(splitter.sizes.values()) + sum(splitter.near.values()) == len(texts)
     for name, size in splitter.sizes.items():
-        assert list(found.values()).count(name) == size
+        assert list(splits.values()).count(name) == size
     shuffled = rng.sample(texts, len(texts))
-    assert dict(zip(shuffled, split_all(Splitter(SPLITS), shuffled))) == found
+    assert dict(zip(shuffled, split_all(Splitter(SPLITS), shuffled))) == splits
 
 
 def test_no_prompt_of_a_later_split_is_near_to_one_of_an_earlier_split() -> None:
@@ -111,17 +111,17 @@ def test_no_prompt_of_a_later_split_is_near_to_one_of_an_earlier_split() -> None
     texts = [base if copy == 0 else changed(base, 1, rng) for base in bases for copy in range(5)]
     splits = [Split("test", 20), Split("policy", 0.4), Split("train", "rest")]
     splitter = Splitter(splits)
-    found = split_all(splitter, [" ".join(text) for text in texts])
+    names = split_all(splitter, [" ".join(text) for text in texts])
     assert splitter.sizes["test"] == 20 and splitter.near["test"] == 0
     assert splitter.near["policy"] > 0 and splitter.near["train"] > 0
-    kept = [(name, text) for name, text in zip(found, texts) if name]
-    for name, text in kept:
-        for other, near in kept:
+    placed = [(name, text) for name, text in zip(names, texts) if name]
+    for name, text in placed:
+        for other, near in placed:
             if name != other:
                 assert jaccard(text, near) < 0.8
     # A prompt is left out only for one that is kept in an earlier split.
-    earlier = [text for name, text in kept if name != "train"]
-    for text in [text for name, text in zip(found, texts) if name is None]:
+    earlier = [text for name, text in placed if name != "train"]
+    for text in [text for name, text in zip(names, texts) if name is None]:
         assert max(jaccard(text, near) for near in earlier) > 0.6
 
 

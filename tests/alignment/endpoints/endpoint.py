@@ -111,9 +111,9 @@ class Handler(BaseHTTPRequestHandler):
 
 def item_of(body: dict[str, Any]) -> str:
     """The text asked about, which tests write between angle brackets."""
-    found = re.search(r"(?:^|\s)<([^<>\n]+)>", body["messages"][-1]["content"])
-    assert found is not None
-    return found[1]
+    result = re.search(r"(?:^|\s)<([^<>\n]+)>", body["messages"][-1]["content"])
+    assert result is not None
+    return result[1]
 
 
 def chat(text: str, **more: Any) -> dict[str, Any]:

@@ -197,7 +197,7 @@ def test_a_page_of_a_proxy_is_shown_without_its_tags():
 
 
 @pytest.mark.parametrize(
-    ("asked", "answered", "same"),
+    ("requested", "answered", "same"),
     [
         ("gpt-4o", "gpt-4o", True),
         ("gpt-4o", "gpt-4o-2024-08-06", True),
@@ -215,8 +215,8 @@ def test_a_page_of_a_proxy_is_shown_without_its_tags():
         ("judge", "some-other-model-2b", False),
     ],
 )
-def test_same_model_accepts_snapshots_and_owners_only(asked, answered, same):
-    assert same_model(asked, answered) is same
+def test_same_model_accepts_snapshots_and_owners_only(requested, answered, same):
+    assert same_model(requested, answered) is same
 
 
 def test_answers_of_earlier_versions_are_read():

@@ -221,7 +221,7 @@ def test_an_expectation_over_part_of_the_probability_is_no_score(tmp_path: Path)
 
 
 def test_a_policys_filtered_and_missing_answers_are_no_responses(tmp_path: Path) -> None:
-    said = {
+    messages = {
         "a": chat("An answer."),
         "b": chat("", message={"content": None}, finish_reason="content_filter"),
         "c": chat("Half of", finish_reason="content_filter"),
@@ -229,9 +229,9 @@ def test_a_policys_filtered_and_missing_answers_are_no_responses(tmp_path: Path)
         "e": chat("", message={"content": None}, finish_reason="length"),
         "f": chat(""),
     }
-    prompts = write(tmp_path / "prompts.jsonl", [prompt(f"<{text}>") for text in said])
+    prompts = write(tmp_path / "prompts.jsonl", [prompt(f"<{text}>") for text in messages])
     with Endpoint() as server:
-        server.answer = lambda text: said[text]
+        server.answer = lambda text: messages[text]
         done = annotate(prompts, server, "--generate", "--concurrency", 6, "--max-failed", 0.4)
         assert done.returncode == 3 and "3 of 6 questions have no response" in done.stderr
         assert [r["text"] for r in rows(tmp_path / "verdicts.jsonl")] == ["An answer.", "Long", ""]

@@ -165,5 +165,5 @@ def test_deepspeed_engine_without_optimization_has_no_optimizer(tmp_path, stage)
         for tokens, (log_probs, entropies) in result.items():
             assert log_probs == pytest.approx(reference[tokens][0], abs=TOLERANCE)
             assert entropies == pytest.approx(reference[tokens][1], abs=TOLERANCE)
-    for _, held in run_ranks(untrained, 2, tmp_path, stage, torch.bfloat16):
-        assert held < model.num_parameters() / 100
+    for _, memory in run_ranks(untrained, 2, tmp_path, stage, torch.bfloat16):
+        assert memory < model.num_parameters() / 100

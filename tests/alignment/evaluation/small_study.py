@@ -78,15 +78,15 @@ def write_study(
     folder: Path, seeds: int = 3, courses: Mapping[str, tuple[float, float]] = COURSES
 ) -> dict[str, list[dict[int, dict[str, float]]]]:
     """Write a run a judge and seed; returns the gradings of each judge's seeds."""
-    entries, found = [], {}
+    entries, result = [], {}
     for judge, changes in courses.items():
-        found[judge] = [
+        result[judge] = [
             write_run(folder / f"start-{judge}-seed{seed}", judge, seed, changes=changes)
             for seed in range(seeds)
         ]
         entries += [entry(judge, seed) for seed in range(seeds)]
     write_index(folder, entries)
-    return found
+    return result
 
 
 def entry(judge: str, seed: int) -> dict[str, Any]:

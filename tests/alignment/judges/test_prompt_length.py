@@ -55,20 +55,20 @@ def test_gold_outside_of_0_to_9_is_refused_by_row_or_mapped_from_its_scale(
 
     for high in (100, 10, -1):
         file = scored(tmp_path, 3, 5, high)
-        told = rf"gold\.jsonl, row 3: the score {high} is outside of the scale from 0 to 9"
-        with pytest.raises(UserError, match=f"{told}. State the scale .* --gold-scale"):
+        message = rf"gold\.jsonl, row 3: the score {high} is outside of the scale from 0 to 9"
+        with pytest.raises(UserError, match=f"{message}. State the scale .* --gold-scale"):
             main([*judging, "--gold", str(file)])
     with pytest.raises(UserError, match=r"row 3: the score 10 .* from 0 to 5"):
         main([*judging, "--gold", str(scored(tmp_path, 3, 5, 10)), "--gold-scale", "0", "5"])
     with pytest.raises(UserError, match="--gold-scale 5 0"):
         main([*judging, "--gold", str(file), "--gold-scale", "5", "0"])
     items = str(write_rows(tmp_path / "three.jsonl", responses(3)))
-    found = read_labeled_questions([items], [str(scored(tmp_path, 1, 5.5, 10))], True, [1, 10])
-    assert [row.gold.score for row in found] == pytest.approx([0, 4.5, 9], rel=1e-12)
-    assert [row.label for row in found] == ["0", "5", "9"]
+    result = read_labeled_questions([items], [str(scored(tmp_path, 1, 5.5, 10))], True, [1, 10])
+    assert [row.gold.score for row in result] == pytest.approx([0, 4.5, 9], rel=1e-12)
+    assert [row.label for row in result] == ["0", "5", "9"]
     # The best answer to the best of gold has the best reward.
     best = {"outcome": Outcome.SCORE, "score": 9.0}
-    assert judge_reward(best, found[2].gold) == 1.0
+    assert judge_reward(best, result[2].gold) == 1.0
 
 
 def test_too_many_gold_verdicts_without_a_judgment_are_refused(

@@ -9,7 +9,7 @@ from alignment.monitors.lengths import ReferenceLengths
 from alignment.monitors.text_features import words_of
 from alignment.records import Message
 
-ASKED = [Message("user", "What is the tallest mountain?")]
+QUESTION = [Message("user", "What is the tallest mountain?")]
 PHRASES = [
     "I'm sorry, but I can’t help with that", "<|im_end|>", "</s>", "[End of response]",
     "### User:", "This response fully follows the instructions", "Score: 9/9", '"pass": true',
@@ -24,11 +24,11 @@ texts = st.one_of(
 @given(texts, texts, st.lists(st.integers(0, 50), min_size=1))
 @example("", "", [0])
 def test_any_text_is_read_and_the_evidence_is_in_it(
-    asked: str, text: str, lengths: list[int]
+    question: str, text: str, lengths: list[int]
 ) -> None:
-    found = detect([Message("user", asked)], text, ReferenceLengths.from_words(lengths))
-    assert set(found) <= set(NAMES)
-    for evidence in found.values():
+    detections = detect([Message("user", question)], text, ReferenceLengths.from_words(lengths))
+    assert set(detections) <= set(NAMES)
+    for evidence in detections.values():
         assert evidence and all(piece in text for piece in evidence)
 
 
@@ -49,9 +49,9 @@ def test_a_unit_said_over_and_over_is_a_loop_after_any_beginning(
     unit: list[str], times: int
 ) -> None:
     beginning = [f"w{number}" for number in range(300)]
-    found = detect(ASKED, " ".join(beginning + unit * times * 2))
-    assert found["repetition"][0].split()[0] in unit
-    assert "repetition" not in detect(ASKED, " ".join([*beginning, *dict.fromkeys(unit)]))
+    result = detect(QUESTION, " ".join(beginning + unit * times * 2))
+    assert result["repetition"][0].split()[0] in unit
+    assert "repetition" not in detect(QUESTION, " ".join([*beginning, *dict.fromkeys(unit)]))
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_characters_of_scripts_without_spaces_are_words() -> None:
 
 
 def test_the_same_line_of_data_over_and_over_is_repetition() -> None:
-    assert "repetition" in detect(ASKED, "```\n" + "x = 1\n" * 40 + "```\nDone with that.")
+    assert "repetition" in detect(QUESTION, "```\n" + "x = 1\n" * 40 + "```\nDone with that.")
 
 
 @pytest.mark.parametrize(
@@ -93,24 +93,24 @@ def test_the_same_line_of_data_over_and_over_is_repetition() -> None:
     ],
 )
 def test_quotations_and_code_do_not_count(text: str) -> None:
-    assert detect(ASKED, text) == {}
+    assert detect(QUESTION, text) == {}
 
 
 def test_a_response_that_is_all_quotation_counts() -> None:
-    assert "refusal" in detect(ASKED, '"I cannot help with that."')
-    assert "fake_end" in detect(ASKED, "```\nMont Blanc.<|im_end|>\n```")
+    assert "refusal" in detect(QUESTION, '"I cannot help with that."')
+    assert "fake_end" in detect(QUESTION, "```\nMont Blanc.<|im_end|>\n```")
 
 
 def test_a_refusal_in_an_earlier_turn_excuses_none_now() -> None:
-    said = "I'm sorry, but I can't help with that."
-    turns = [*ASKED, Message("assistant", said), *ASKED]
-    assert "refusal" in detect(turns, said)
+    refusal = "I'm sorry, but I can't help with that."
+    turns = [*QUESTION, Message("assistant", refusal), *QUESTION]
+    assert "refusal" in detect(turns, refusal)
 
 
 def test_a_request_for_such_words_keeps_a_detector_quiet_and_no_other() -> None:
     text = "I'm sorry, but I can't help with that.<|im_end|>"
-    found = detect([Message("user", "Write a polite refusal.")], text)
-    assert set(found) == {"fake_end"}
+    result = detect([Message("user", "Write a polite refusal.")], text)
+    assert set(result) == {"fake_end"}
 
 
 def test_long_is_three_deviations_of_the_logarithm_and_at_least_twice_the_median() -> None:

@@ -44,17 +44,17 @@ def test_shares_alarms_and_examples_are_those_of_the_single_responses() -> None:
     plain = [f"Ferns grow in shade, and number {n} does too." for n in range(16)]
     items = responses([*plain, REFUSAL, REFUSAL, REFUSAL, ENDED])
     rewards = [float(n) for n in range(16)] + [1.0, 9.0, 5.0, None]
-    found = Monitor().check_batch(items, rewards)
+    result = Monitor().check_batch(items, rewards)
     lengths = ReferenceLengths.from_words([9] * 16 + [8, 8, 8, 7])
-    for item, flags in zip(items, found.flags):
+    for item, flags in zip(items, result.flags):
         assert flags == detect(item.prompt.messages, item.text, lengths)
-    assert found.shares == dict.fromkeys(NAMES, 0.0) | {"refusal": 0.15, "fake_end": 0.05}
+    assert result.shares == dict.fromkeys(NAMES, 0.0) | {"refusal": 0.15, "fake_end": 0.05}
     # One response is too few for an alarm, though its share is above the limit.
-    assert found.alarms == {"refusal": Alarm(0.15, 0.1)}
-    assert [example.id for example in found.examples["refusal"]] == ["r17", "r18", "r16"]
-    assert found.examples["fake_end"][0].evidence == ("<|im_end|>",)
-    assert found.examples["null"] == []
-    assert found.metrics()["monitor/refusal"] == 0.15
+    assert result.alarms == {"refusal": Alarm(0.15, 0.1)}
+    assert [example.id for example in result.examples["refusal"]] == ["r17", "r18", "r16"]
+    assert result.examples["fake_end"][0].evidence == ("<|im_end|>",)
+    assert result.examples["null"] == []
+    assert result.metrics()["monitor/refusal"] == 0.15
     alone = Monitor(min_flagged=1, max_examples=2).check_batch(items, rewards)
     assert set(alone.alarms) == {"refusal", "fake_end"}
     assert [example.id for example in alone.examples["refusal"]] == ["r17", "r18"]
@@ -71,8 +71,8 @@ def test_a_batch_that_has_grown_long_as_a_whole_is_verbose_against_usual_lengths
     items = responses([f"{n} ferns " * 2 + "and so on " * 30 for n in range(10)])
     assert Monitor().check_batch(items).shares["verbose"] == 0
     lengths = ReferenceLengths.from_words([9, 10, 12, 15])
-    found = Monitor(reference_lengths=lengths).check_batch(items)
-    assert found.shares["verbose"] == 1 and found.alarms["verbose"] == Alarm(1.0, 0.1)
+    result = Monitor(reference_lengths=lengths).check_batch(items)
+    assert result.shares["verbose"] == 1 and result.alarms["verbose"] == Alarm(1.0, 0.1)
 
 
 rewards_and_words = st.lists(
@@ -87,21 +87,21 @@ def test_the_correlation_is_of_ranks_over_the_rewarded_and_none_where_it_has_no_
     pairs: list[tuple[float | None, int]],
 ) -> None:
     items = responses(["fern " * words for _, words in pairs])
-    found = Monitor().check_batch(items, [reward for reward, _ in pairs])
+    result = Monitor().check_batch(items, [reward for reward, _ in pairs])
     there = [(r, w) for r, w in pairs if r is not None and not math.isnan(r)]
     if len(there) < 3 or len({r for r, _ in there}) == 1 or len({w for _, w in there}) == 1:
-        assert found.correlation is None
-        assert CORRELATION not in found.metrics() and CORRELATION not in found.alarms
+        assert result.correlation is None
+        assert CORRELATION not in result.metrics() and CORRELATION not in result.alarms
         return
     # Pearson's correlation of the ranks, ties sharing theirs.
     ranks = [stats.rankdata(column) for column in zip(*there)]
     expected = np.corrcoef(ranks[0], ranks[1])[0, 1]
-    assert found.correlation is not None
-    assert found.correlation == pytest.approx(expected, abs=1e-9)
-    assert (CORRELATION in found.alarms) == (found.correlation > 0.6)
+    assert result.correlation is not None
+    assert result.correlation == pytest.approx(expected, abs=1e-9)
+    assert (CORRELATION in result.alarms) == (result.correlation > 0.6)
     lengths = [w for _, w in pairs]
-    assert found.words["median"] == np.median(lengths)
-    assert found.words["p95"] == pytest.approx(np.percentile(lengths, 95))
+    assert result.words["median"] == np.median(lengths)
+    assert result.words["p95"] == pytest.approx(np.percentile(lengths, 95))
 
 
 def test_infinite_rewards_do_not_count() -> None:
@@ -195,7 +195,7 @@ def test_failed_verdicts_count_neither_as_gaming_nor_as_clean() -> None:
 
 
 @pytest.mark.parametrize(
-    "given, message",
+    "limits, message",
     [
         ({"refusals": 0.1}, "there is no limit 'refusals': choose from refusal, "),
         ({"null": 1.5}, "the limit of null must be from 0 to 1 or null, not 1.5"),
@@ -204,9 +204,9 @@ def test_failed_verdicts_count_neither_as_gaming_nor_as_clean() -> None:
         ({"null": math.nan}, "must be from 0 to 1 or null, not nan"),
     ],
 )
-def test_limits_that_are_none_are_refused(given: dict[str, object], message: str) -> None:
+def test_limits_that_are_none_are_refused(limits: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        MonitorLimits.create(given)
+        MonitorLimits.create(limits)
 
 
 def test_a_batch_without_responses_or_with_other_rewards_is_refused() -> None:

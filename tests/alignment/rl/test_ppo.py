@@ -14,7 +14,7 @@ from tests.distributed import run_ranks
 
 pytestmark = pytest.mark.slow
 GROUPS, SIZE, PARTS, SEED = 5, 3, 2, 7
-SEEN = {0, *range(5, 60)}
+USED_TOKENS = {0, *range(5, 60)}
 OF: dict[str, Any] = {"lr": 4e-3, "steps": 8, "warmup": 1}
 CRITIC_LR, TRACE, DISCOUNT, CLIP = 8e-3, 0.8, 0.9, 0.05
 
@@ -40,7 +40,7 @@ def train(model, place, steps, warmup, dies):
     layout = MegatronLayout(micro_batch=4)
     engine: Any = MegatronEngine(model, Optimization(**OF), layout)
     other = MegatronEngine(model, Optimization(**OF | {"lr": CRITIC_LR}), layout)
-    critic = Critic(other, SEEN, CriticSettings(DISCOUNT, TRACE, clip=CLIP, warmup=warmup))
+    critic = Critic(other, USED_TOKENS, CriticSettings(DISCOUNT, TRACE, clip=CLIP, warmup=warmup))
 
     def reward(groups, check):
         return [

@@ -52,11 +52,11 @@ def test_simulated_strengths_and_weights_of_style_are_found() -> None:
 def test_who_always_wins_is_at_infinity_and_disturbs_no_other() -> None:
     policies, outcomes, style = simulated(1, 100, [0.8, -0.4, 0.1, 0.0], [0.6])
     outcomes[policies == 1], outcomes[policies == 2] = 1.0, 0.0
-    found = strengths(policies, outcomes, 4, style)
-    assert found[1] == np.inf and found[2] == -np.inf
+    result = strengths(policies, outcomes, 4, style)
+    assert result[1] == np.inf and result[2] == -np.inf
     others = np.isin(policies, [0, 3])
     design = np.hstack([policies[others, None] == [0, 3], style[others]])
-    assert found[[0, 3, 4]] == pytest.approx(by_sklearn(design, outcomes[others]), abs=1e-4)
+    assert result[[0, 3, 4]] == pytest.approx(by_sklearn(design, outcomes[others]), abs=1e-4)
 
 
 def test_a_style_that_only_winners_have_has_no_weight_and_disturbs_no_strength() -> None:
@@ -64,34 +64,34 @@ def test_a_style_that_only_winners_have_has_no_weight_and_disturbs_no_strength()
     rare = np.zeros(len(policies))
     rare[[3, 120]], outcomes[[3, 120]] = [2.0, 5.0], 1.0
     both = np.column_stack([style, rare])
-    found = strengths(policies, outcomes, 2, both)
-    assert np.isnan(found[3])
+    result = strengths(policies, outcomes, 2, both)
+    assert np.isnan(result[3])
     # In the limit the two comparisons fit perfectly: the rest is as if they were not there.
     left = rare == 0
     design = np.hstack([policies[left, None] == np.arange(2), style[left]])
-    assert found[:3] == pytest.approx(by_sklearn(design, outcomes[left]), abs=1e-4)
+    assert result[:3] == pytest.approx(by_sklearn(design, outcomes[left]), abs=1e-4)
     # A loss with the same style, and there is a maximum again.
     rare[50], outcomes[50] = 3.0, 0.0
     both = np.column_stack([style, rare])
     design = np.hstack([policies[:, None] == np.arange(2), both])
-    found = strengths(policies, outcomes, 2, both)
-    assert found == pytest.approx(by_sklearn(design, outcomes), abs=1e-3)
+    result = strengths(policies, outcomes, 2, both)
+    assert result == pytest.approx(by_sklearn(design, outcomes), abs=1e-3)
 
 
 def test_what_cannot_be_told_apart_is_no_number() -> None:
     policies, outcomes, _ = simulated(3, 50, [0.2, -0.3], [0.0])
     # The first policy is always longer by the same, and the second never is.
     constant = (policies == 0).astype(float)[:, None]
-    found = strengths(policies, outcomes, 2, constant)
-    assert np.isnan(found[[0, 2]]).all()
-    assert found[1] == pytest.approx(logit(outcomes[policies == 1].mean()))
+    result = strengths(policies, outcomes, 2, constant)
+    assert np.isnan(result[[0, 2]]).all()
+    assert result[1] == pytest.approx(logit(outcomes[policies == 1].mean()))
     # Style tells every win from every loss.
     sure = np.where(outcomes == 0.5, 0.0, outcomes - 0.5)[:, None]
     pure = outcomes != 0.5
     assert np.isnan(strengths(policies[pure], outcomes[pure], 2, sure[pure])).all()
     # A third policy that has no comparison takes nothing from the others.
-    found = strengths(policies, outcomes, 3)
-    assert np.isnan(found[2]) and found[:2] == pytest.approx(strengths(policies, outcomes, 2))
+    result = strengths(policies, outcomes, 3)
+    assert np.isnan(result[2]) and result[:2] == pytest.approx(strengths(policies, outcomes, 2))
 
 
 def test_separation_is_told_apart_from_large_logits() -> None:
@@ -109,7 +109,7 @@ def test_separation_is_told_apart_from_large_logits() -> None:
 def test_a_win_that_rounding_keeps_from_1_is_a_win(noise: float) -> None:
     policies = np.repeat([0, 1, 2], 20)
     outcomes = np.concatenate([np.ones(20) - noise, np.zeros(20) + noise, np.resize([1, 0.5], 20)])
-    found = strengths(policies, outcomes, 3)
-    assert found[0] == np.inf and found[1] == -np.inf
-    assert found[2] == pytest.approx(logit(0.75))
+    result = strengths(policies, outcomes, 3)
+    assert result[0] == np.inf and result[1] == -np.inf
+    assert result[2] == pytest.approx(logit(0.75))
     assert np.isfinite(strengths(policies, np.clip(outcomes, 1e-3, 1 - 1e-3), 3)).all()

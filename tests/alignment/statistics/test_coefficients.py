@@ -114,8 +114,8 @@ def test_calibration_error_is_that_of_grouping() -> None:
         b = b + np.linspace(-0.45, 0.45, len(b))
         error = 0.0
         for x in range(10):
-            mine = [(g, p) for g, p in zip(a, b) if round(p) == x]
-            error += abs(sum(g - p for g, p in mine))
+            group = [(g, p) for g, p in zip(a, b) if round(p) == x]
+            error += abs(sum(g - p for g, p in group))
         assert figures.calibration_error(a, b) == pytest.approx(error / len(a), abs=1e-9)
 
 
@@ -135,7 +135,7 @@ def test_self_consistency_is_that_of_counting_pairs() -> None:
 
 
 @pytest.mark.parametrize(
-    "figure, a, b, said",
+    "figure, a, b, message",
     [
         (figures.quadratic_kappa, [7, 7], [7, 7], "all labels are 7"),
         (figures.kappa, [7, 7], [7, 7], "all labels are 7"),
@@ -145,8 +145,8 @@ def test_self_consistency_is_that_of_counting_pairs() -> None:
         (figures.calibration_error, [], [], "nothing that both judged"),
     ],
 )
-def test_what_has_no_value_is_undefined_for_a_reason(figure, a, b, said) -> None:
-    with pytest.raises(Undefined, match=said):
+def test_what_has_no_value_is_undefined_for_a_reason(figure, a, b, message) -> None:
+    with pytest.raises(Undefined, match=message):
         figure(np.array(a, dtype=float), np.array(b, dtype=float))
 
 
@@ -163,7 +163,7 @@ def interval(estimate: Estimate) -> tuple[float, float]:
 
 def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
     draw = np.random.default_rng(1)
-    held, widths = 0, []
+    covered, widths = 0, []
     for seed in range(60):
         values = draw.normal(3.0, 1.0, 60)
 
@@ -172,9 +172,9 @@ def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
 
         groups = [np.array([i]) for i in range(60)]
         low, high = interval(estimates({"mean": mean}, groups, 150, seed)["mean"])
-        held += low < 3.0 < high
+        covered += low < 3.0 < high
         widths.append(high - low)
-    assert held / 60 >= 0.85
+    assert covered / 60 >= 0.85
     assert np.mean(widths) == pytest.approx(2 * 1.96 / np.sqrt(60), rel=0.1)
 
 

@@ -50,12 +50,12 @@ def test_label_log_probs_count_repeated_tokens_once():
     repeated = [("7", -0.5), ("7", -0.7), (" 7", -2.0), ("8", -1.5), ("8", -1.5), ("x", -3.0)]
     seven, eight = math.exp(-0.5) + math.exp(-2.0), math.exp(-1.5)
     right = (7 * seven + 8 * eight) / (seven + eight)
-    found = set()
+    result = set()
     for order in itertools.islice(itertools.permutations(repeated), 0, 720, 7):
         listed = [{"token": token, "logprob": value} for token, value in order]
         # The sampled token's own value, of another pass of the server, does not count.
-        found.add(expected(position("7", listed, logprob=random.uniform(-3, 0))))
-    assert len(found) == 1 and found.pop() == pytest.approx(right, rel=1e-12)
+        result.add(expected(position("7", listed, logprob=random.uniform(-3, 0))))
+    assert len(result) == 1 and result.pop() == pytest.approx(right, rel=1e-12)
 
 
 def test_label_log_probs_include_unlisted_sampled_label():
@@ -78,10 +78,10 @@ def test_expected_score_stays_on_the_scale():
     )
 
 
-@pytest.mark.parametrize("given", [None, {}, [], "x", {"content": None}, {"content": []}])
-def test_missing_log_probabilities_are_refused(given):
+@pytest.mark.parametrize("values", [None, {}, [], "x", {"content": None}, {"content": []}])
+def test_missing_log_probabilities_are_refused(values):
     with pytest.raises(ValueError, match="the answer"):
-        read_label_log_probs(given)
+        read_label_log_probs(values)
 
 
 @pytest.mark.parametrize(

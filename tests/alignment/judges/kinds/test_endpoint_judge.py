@@ -30,9 +30,9 @@ TEMPLATE = "=== user ===\n{mark} {prompt} {response} {answer}\n"
 
 def write_spec(folder, name, **changes):
     (folder / "pointwise-item.txt").write_text(TEMPLATE)
-    given = {"kind": "endpoint", "model": "m", "template": str(folder / "pointwise-item.txt")}
+    values = {"kind": "endpoint", "model": "m", "template": str(folder / "pointwise-item.txt")}
     file = folder / f"{name}.yaml"
-    file.write_text(json.dumps(given | {"tries": 1, "first_wait": 0.0} | changes))
+    file.write_text(json.dumps(values | {"tries": 1, "first_wait": 0.0} | changes))
     return file
 
 
@@ -48,16 +48,16 @@ def judged(folder, names, room=True):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
         AnswerStore.add = add  # type: ignore[method-assign]
-    found: list[Any] = []
+    result: list[Any] = []
     for name in names:
         spec = read_judge(str(folder / f"{name}.yaml"))
         judge = spec.open(JudgeContext(False, folder / "verdicts", engine))
         try:
             verdicts = judge.judge([Question(item) for item in ITEMS[rank::size]])
-            found.append([v.score for v in verdicts])
+            result.append([v.score for v in verdicts])
         except UserError as error:
-            found.append(str(error))
-    return found
+            result.append(str(error))
+    return result
 
 
 def test_refusing_endpoint_ends_all_ranks_with_one_sentence(tmp_path):
@@ -101,7 +101,7 @@ def test_endpoint_judge_pays_once_on_any_number_of_ranks(tmp_path):
         assert sum(server.answered.values()) == len(ITEMS) + 3
     scores = [s for pair in zip(two[0][0], two[1][0]) for s in pair]
     assert one[0] == scores
-    again = [s for three_of in zip(*(found[0] for found in three)) for s in three_of]
+    again = [s for three_of in zip(*(result[0] for result in three)) for s in three_of]
     assert again[1::2] == scores[1::2]
 
 
@@ -110,9 +110,9 @@ def test_endpoint_request_omits_null_settings(tmp_path):
         server.answer = lambda text: chat("7")
         write_spec(tmp_path, "plain", url=server.url, expected_score=False)
         write_spec(tmp_path, "drawn", url=server.url, expected_score=False, top_k=5, top_p=0.9)
-        [found] = run_ranks(judged, 1, tmp_path, ["plain", "drawn"])
+        [result] = run_ranks(judged, 1, tmp_path, ["plain", "drawn"])
         bodies = server.bodies
-    assert found == [[7.0] * len(ITEMS)] * 2
+    assert result == [[7.0] * len(ITEMS)] * 2
     plain, drawn = bodies[: len(ITEMS)], bodies[len(ITEMS) :]
     assert all(set(body) == {"model", "messages", "temperature", "max_tokens"} for body in plain)
     assert all((body["temperature"], body["max_tokens"]) == (0.0, 8192) for body in plain)

@@ -80,15 +80,15 @@ def test_missing_function_is_refused(checks, name):
         FunctionJudge(str(checks.parent / name))
 
 
-@pytest.mark.parametrize("said", ["nan", "inf", "text", "digit", "list", "bool"])
-def test_function_result_that_is_no_number_is_a_failed_call(checks, said):
-    verdict = FunctionJudge(f"{checks}:odd").verdict(Response("a", PROMPT, said))
+@pytest.mark.parametrize("message", ["nan", "inf", "text", "digit", "list", "bool"])
+def test_function_result_that_is_no_number_is_a_failed_call(checks, message):
+    verdict = FunctionJudge(f"{checks}:odd").verdict(Response("a", PROMPT, message))
     assert (verdict.outcome, verdict.score) == (Outcome.FAILED, None)
     assert verdict.reason.startswith(("ValueError: ", "TypeError: "))
 
 
 @pytest.mark.parametrize(
-    ("source", "told"),
+    ("source", "message"),
     [
         ("words = 3", "TypeError: words is 3"),
         ("1 / 0", "ZeroDivisionError"),
@@ -96,9 +96,9 @@ def test_function_result_that_is_no_number_is_a_failed_call(checks, said):
         ("words = undefined", "NameError"),
     ],
 )
-def test_file_without_the_function_is_refused(checks, source, told):
+def test_file_without_the_function_is_refused(checks, source, message):
     checks.write_text(source)
-    with pytest.raises(UserError, match=rf"checks\.py:words cannot be loaded \({told}"):
+    with pytest.raises(UserError, match=rf"checks\.py:words cannot be loaded \({message}"):
         FunctionJudge(f"{checks}:words")
 
 
@@ -123,14 +123,16 @@ def test_endless_function_ends_annotate_with_status_3(checks, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("said", "scale", "score"),
+    ("message", "scale", "score"),
     [("9", None, 9.0), ("7.5", None, 7.5), ("0", [0, 100], 0.0), ("40", [0, 100], 3.6),
      ("100", [0, 100], 9.0), ("1", [-1, 1], 9.0), ("0", [-1, 1], 4.5), ("9.5", None, None),
      ("-1", None, None), ("101", [0, 100], None)],
 )  # fmt: skip
-def test_function_scores_are_mapped_from_their_scale_and_never_clamped(checks, said, scale, score):
+def test_function_scores_are_mapped_from_their_scale_and_never_clamped(
+    checks, message, scale, score
+):
     judge = FunctionJudge(f"{checks}:out_of_scale", scale)
-    verdict = judge.verdict(Response("a", PROMPT, said))
+    verdict = judge.verdict(Response("a", PROMPT, message))
     assert verdict.score == (score if score is None else pytest.approx(score, rel=1e-12))
     if score is None:
         assert verdict.outcome is Outcome.FAILED and "outside of the scale" in verdict.reason
@@ -150,8 +152,8 @@ def test_function_judge_annotates_and_rewards(checks, tmp_path):
     judge = f"function:{checks}:words"
     files = ["--input", str(items), "--output", str(tmp_path / "out.jsonl")]
     main([*files, "--judge", judge, "--max-failed", "0.5"])
-    told = read_all(tmp_path / "out.jsonl", Verdict)
-    assert [verdict.score for verdict in told] == [3.0, None]
+    message = read_all(tmp_path / "out.jsonl", Verdict)
+    assert [verdict.score for verdict in message] == [3.0, None]
     about = json.loads((tmp_path / "out.jsonl.about.json").read_text())
     assert about["judge"] == {"function": judge}
 
@@ -159,7 +161,7 @@ def test_function_judge_annotates_and_rewards(checks, tmp_path):
     spec.write_text(f"kind: function\nfunction: {checks}:words\n")
     config = read_judge(str(spec))
     opened = config.open(JudgeContext(False, tmp_path))
-    assert opened.judge([Question(item) for item in ITEMS]) == told
+    assert opened.judge([Question(item) for item in ITEMS]) == message
     engine: Any = object()
     with pytest.raises(UserError, match="no pairwise reward"):
         config.open(JudgeContext(True, tmp_path, engine))

@@ -38,8 +38,8 @@ def judge(tmp_path, monkeypatch):
 
     def next_log_probs(batch, labels):
         engine.after = [
-            tokenizer.decode(row[: int(mine.sum())])
-            for row, mine in zip(batch.tokens, batch.samples >= 0)
+            tokenizer.decode(row[: int(own.sum())])
+            for row, own in zip(batch.tokens, batch.samples >= 0)
         ]
         return torch.tensor(engine.likely).expand(*batch.tokens.shape, len(labels))
 
@@ -50,18 +50,20 @@ def judge(tmp_path, monkeypatch):
     return LocalJudge(engine, judge_format, 10_000)
 
 
-def ask(judge, *said):
-    judge.engine.said = said
+def ask(judge, *message):
+    judge.engine.said = message
     prompt = Prompt("p", (Message("user", "say"),))
-    return judge.judge([Question(Response(str(n), prompt, f"good {n}")) for n in range(len(said))])
+    return judge.judge(
+        [Question(Response(str(n), prompt, f"good {n}")) for n in range(len(message))]
+    )
 
 
 def test_local_judge_reads_label_only_after_thinking(judge):
-    found = ask(judge, "<think>3 of 4</think>\n7", "<think>3 of 4</think> 7")
-    assert found[0].score == pytest.approx((3 * 0.2 + 7 * 0.6) / 0.8, abs=0.01)
+    result = ask(judge, "<think>3 of 4</think>\n7", "<think>3 of 4</think> 7")
+    assert result[0].score == pytest.approx((3 * 0.2 + 7 * 0.6) / 0.8, abs=0.01)
     assert [text.endswith("3 of 4</think>\n") for text in judge.engine.after] == [True]
-    assert found[1].outcome is Outcome.UNPARSEABLE and found[1].score is None
-    assert "not one of the tokens" in found[1].reason and found[1].answer.endswith("</think> 7")
+    assert result[1].outcome is Outcome.UNPARSEABLE and result[1].score is None
+    assert "not one of the tokens" in result[1].reason and result[1].answer.endswith("</think> 7")
 
 
 def test_local_judge_asks_equal_questions_once(judge, monkeypatch):
@@ -81,11 +83,11 @@ def test_local_judge_asks_equal_questions_once(judge, monkeypatch):
     ask_all = judge.engine.generate
     monkeypatch.setattr(judge.engine, "generate", generate)
     monkeypatch.setattr(judge, "generation_batch_size", 2)
-    found = judge.judge(questions)
-    assert [verdict.item for verdict in found] == list("01234")
-    answers = [verdict.answer for verdict in found]
+    result = judge.judge(questions)
+    assert [verdict.item for verdict in result] == list("01234")
+    answers = [verdict.answer for verdict in result]
     assert answers[0] == answers[2] and answers[1] == answers[4] and len(set(drawn)) == 3
-    assert len(drawn) == 3 and [verdict.sample for verdict in found] == [0, 0, 0, 1, 0]
+    assert len(drawn) == 3 and [verdict.sample for verdict in result] == [0, 0, 0, 1, 0]
     # The same seeds for the same questions in another call, under other names.
     before = set(drawn)
     drawn.clear()
@@ -107,9 +109,9 @@ def test_local_judge_scores_equal_responses_equally_in_any_batch(judge):
     prompt = Prompt("p", (Message("user", "say"),))
     same = [Question(Response(f"s{n}", prompt, "good")) for n in range(8)]
     others = [Question(Response(f"o{n}", prompt, "good " * n)) for n in range(2, 6)]
-    found = [v.score for v in judge.judge([*same[:4], *others, *same[4:]])]
-    scores = [*found[:4], *found[-4:]]
-    assert len(set(scores)) == 1 and len(set(found)) > 1
+    results = [v.score for v in judge.judge([*same[:4], *others, *same[4:]])]
+    scores = [*results[:4], *results[-4:]]
+    assert len(set(scores)) == 1 and len(set(results)) > 1
     # Asked in two calls, as a run that goes on may, they differ by rounding alone.
     apart = [judge.judge([question, *others[:n]])[0].score for n, question in enumerate(same[:4])]
     assert len(set(apart)) > 1
@@ -135,6 +137,6 @@ def test_label_tokens_equally_likely_sides_make_a_tie(log_probs, outcome):
 
 def test_label_tokens_without_probability_are_unparseable(judge):
     judge.engine.likely = [-20.0] * 10
-    [found] = ask(judge, "<think>so</think>\n7")
-    assert (found.outcome, found.score) == (Outcome.UNPARSEABLE, None)
-    assert found.reason.startswith("all labels together") and found.answer
+    [result] = ask(judge, "<think>so</think>\n7")
+    assert (result.outcome, result.score) == (Outcome.UNPARSEABLE, None)
+    assert result.reason.startswith("all labels together") and result.answer

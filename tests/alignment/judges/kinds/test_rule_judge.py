@@ -31,25 +31,25 @@ def fluency() -> Fluency:
 def test_rule_score_follows_from_its_thinking(fluency: Fluency) -> None:
     judge, draw = RuleJudge(GOLD, fluency), random.Random(0)
     words = (ROOT / "docs/how-to/serving.md").read_text().split()
-    seen = set()
+    scores = set()
     for number in range(80):
         at = draw.randrange(len(words) - 60)
         text = words[at : at + draw.randrange(60)]
         if number % 3 == 0:
             draw.shuffle(text)
         prompt = Prompt("p", [Message("user", " ".join(draw.sample(words[at : at + 60], 6)))])
-        said = judge.verdict(Response("r", prompt, " ".join(text) + draw.choice([".", ""])))
+        verdict = judge.verdict(Response("r", prompt, " ".join(text) + draw.choice([".", ""])))
         levels = {
             name: NUMBERS.index(word)
-            for name, word in re.findall(r"([a-z ]+?) ([a-z]+)[,.] ?", said.thinking)
+            for name, word in re.findall(r"([a-z ]+?) ([a-z]+)[,.] ?", verdict.thinking)
         }
         assert set(levels) == set(GOLD.weights)
-        read = Parser(thinks=True).read(said.answer)
-        assert read == {"outcome": "score", "score": said.score, "thinking": said.thinking}
+        read = Parser(thinks=True).read(verdict.answer)
+        assert read == {"outcome": "score", "score": verdict.score, "thinking": verdict.thinking}
         mean = sum(GOLD.weights[n] * level for n, level in levels.items()) / 12
-        assert said.score == round_half_up(mean)
-        seen.add(said.score)
-    assert len(seen) >= 5
+        assert verdict.score == round_half_up(mean)
+        scores.add(verdict.score)
+    assert len(scores) >= 5
 
 
 def test_rule_features_measure_what_they_are_named_for(fluency: Fluency) -> None:
@@ -95,14 +95,17 @@ def test_rule_compares_pairs_equally_in_both_orders(
     for a in texts:
         for b in texts:
             pair = Pair("x", PROMPT, a, b)
-            given, swapped = judge.verdict(pair), judge.verdict(pair, swapped=True)
-            assert (given.outcome, given.preferred) == (swapped.outcome, swapped.preferred)
-            outcomes.add(given.outcome)
-            for said in (given, swapped):
-                read = Parser(pairwise=True, thinks=True).read(said.answer, said.swapped)
-                assert read["outcome"] == said.outcome and read.get("preferred") == said.preferred
+            forward, swapped = judge.verdict(pair), judge.verdict(pair, swapped=True)
+            assert (forward.outcome, forward.preferred) == (swapped.outcome, swapped.preferred)
+            outcomes.add(forward.outcome)
+            for verdict in (forward, swapped):
+                read = Parser(pairwise=True, thinks=True).read(verdict.answer, verdict.swapped)
+                assert (
+                    read["outcome"] == verdict.outcome
+                    and read.get("preferred") == verdict.preferred
+                )
             if a == b:
-                assert given.outcome is Outcome.TIE
+                assert forward.outcome is Outcome.TIE
     assert outcomes == {Outcome.TIE, Outcome.PREFERENCE}
 
 
