@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import threading
+import time
 from pathlib import Path
 
 import httpx
@@ -14,6 +15,7 @@ from tests.distributed import ROOT, SINGLE_THREADED
 from tests.warm import warm_python
 
 KEY = "tests-only"
+PROMPT = "ba ké lo mü"
 TEMPLATE = (
     "{% for m in messages %}"
     "{% if m.role == 'witch' %}{{ raise_exception('which role?') }}{% endif %}"
@@ -76,3 +78,13 @@ def write_template(folder: Path) -> Path:
     file = folder / "template.jinja"
     file.write_text(TEMPLATE)
     return file
+
+
+def settled(server):
+    """The server's counts once nothing runs."""
+    for _ in range(200):
+        health = server.health()
+        if health["running"] == health["waiting"] == 0:
+            return health
+        time.sleep(0.05)
+    raise AssertionError(health)
