@@ -186,7 +186,7 @@ class Grader:
             failures[name] = [verdicts[0].reason for verdicts in failed if verdicts]
         divergence = self._divergence(share, rollouts)
         if not step:  # rank 0 keeps all responses of the first evaluation, the others their share
-            self._set_first({r.prompt.id: {"text": r.text} for r in responses})
+            self._first = {r.prompt.id: {"text": r.text} for r in responses}
         # Texts cross the network once. The other ranks get the metrics alone.
         shares = gather_by_data_rank(
             self.policy, (responses, rollouts, scores, divergence, failures, components)

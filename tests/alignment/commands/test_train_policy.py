@@ -2,7 +2,6 @@
 
 import itertools
 import json
-from itertools import combinations
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,165 +11,22 @@ import torch
 from scipy.stats import entropy
 
 from alignment.data.model_tokenizer import load_tokenizer
-from alignment.judges.kinds.registry import read_judge
 from alignment.monitors.lengths import ReferenceLengths
 from alignment.monitors.limits import MonitorLimits
 from alignment.monitors.text_features import words_of
 from alignment.monitors.training_monitor import Monitor
 from alignment.record_files import read_all
-from alignment.records import Message, Outcome, Prompt, Response, Side, Verdict
+from alignment.records import Message, Prompt, Response
 from alignment.rl.grading import GamingAlarm, Grader
-from alignment.rl.judge_rewards import JudgeReward
 from alignment.rl.response_monitor import ResponseMonitor
 from alignment.rl.rollouts import Rollout
-from alignment.rl.tasks import PromptTask
-from alignment.rounding import EXACT
 from megatron_ext.errors import UserError
 from megatron_ext.inference.sampling import Sampling
 from tests.alignment.chat_model import make_model, write_rows
 from tests.alignment.endpoints.endpoint import Endpoint, chat, status
 from tests.distributed import run_ranks
 
-
-class Longest:
-    """Judges by length; cannot judge what begins with an x."""
-
-    identity = "longest"
-
-    def judge(self, questions, check=lambda: None):
-        return [self._pair(q) if hasattr(q.item, "first") else self._score(q) for q in questions]
-
-    def _score(self, question):
-        text = question.item.text
-        if text.startswith("x"):
-            return Verdict(question.item.id, Outcome.UNPARSEABLE, reason="an x")
-        return Verdict(question.item.id, Outcome.SCORE, float(len(text)))
-
-    def _pair(self, question):
-        first, second = question.item.first, question.item.second
-        of = {"item": question.item.id, "swapped": question.swapped}
-        if "x" in (first[:1], second[:1]):
-            return Verdict(**of, outcome=Outcome.FAILED, reason="an x")
-        if len(first) == len(second):
-            return Verdict(**of, outcome=Outcome.TIE)
-        side = Side.FIRST if len(first) > len(second) else Side.SECOND
-        return Verdict(**of, outcome=Outcome.PREFERENCE, preferred=side)
-
-
 NO_RUN: Any = ResponseMonitor(SimpleNamespace(), Monitor())  # type: ignore[arg-type]
-LETTERS = SimpleNamespace(decode=lambda tokens, **_: "".join(map(chr, tokens)))
-
-
-def group(*texts):
-    task = PromptTask("p", [1], Prompt("p", (Message("user", "say"),)))
-    rollouts = [Rollout("p", i, [*map(ord, t), 0], [], True) for i, t in enumerate(texts)]
-    return task, rollouts
-
-
-def test_scores_are_means_over_judges_that_all_judged():
-    groups = [group("aa", "x", "")]
-    always = SimpleNamespace(
-        judge=lambda questions, check: [Verdict(q.item.id, Outcome.SCORE, 9.0) for q in questions]
-    )
-    [[aa, x, empty]] = JudgeReward([Longest()], LETTERS, False)(groups, lambda: None)
-    assert (aa.reward, x.reward, empty.reward) == (2.0, None, 0.0)
-    assert x.outcome == "unparseable" and x.details["reasons"] == ["an x"]
-    [[aa, x, empty]] = JudgeReward([Longest(), always], LETTERS, False)(groups, lambda: None)
-    assert (aa.reward, x.reward, empty.reward) == (5.5, None, 4.5)
-    assert x.outcome == "unparseable" and x.details["reasons"] == ["an x"]
-
-
-def test_win_rates_are_over_the_matches_that_were_judged():
-    texts = ["a", "bbb", "x", "cc", "dd"]
-    [found] = JudgeReward([Longest()], LETTERS, True)([group(*texts)], lambda: None)
-    wins: dict[str, list[float]] = {text: [] for text in texts}
-    for a, b in combinations([text for text in texts if text != "x"], 2):
-        wins[a].append(0.5 + 0.5 * np.sign(len(a) - len(b)))
-        wins[b].append(0.5 + 0.5 * np.sign(len(b) - len(a)))
-    assert [r.reward for r in found] == [np.mean(wins[t]) if t != "x" else None for t in texts]
-    assert found[2].outcome == "failed"
-
-
-def test_a_pair_counts_in_both_orders_or_not_at_all():
-    """A judge that prefers what is shown first, and fails on some pairs when they are swapped."""
-
-    def judge(questions, check):
-        return [
-            Verdict(q.item.id, Outcome.FAILED, swapped=True, reason="away")
-            if q.swapped and "0" in q.item.id
-            else Verdict(
-                q.item.id, Outcome.PREFERENCE, swapped=q.swapped,
-                preferred=Side.SECOND if q.swapped else Side.FIRST,
-            )
-            for q in questions
-        ]  # fmt: skip
-
-    given = [group("same", "same", "same", "same")]
-    [found] = JudgeReward([SimpleNamespace(judge=judge)], LETTERS, True)(given, lambda: None)
-    assert [r.reward for r in found] == [None, 0.5, 0.5, 0.5]  # not 1, 0.67, 0.33, 0
-    assert found[0].outcome == "failed"
-
-
-def test_rewards_carry_the_rounding_error_of_their_judges():
-    exact: Any = SimpleNamespace(
-        judge=lambda questions, check: [Verdict(q.item.id, Outcome.SCORE, 7.5) for q in questions],
-        rounding_error=EXACT,
-    )
-    coarse: Any = SimpleNamespace(judge=exact.judge, rounding_error=2**-8)
-    expected = [([exact], EXACT), ([coarse], 2**-8), ([exact, coarse], 2**-8)]
-    for judges, error in expected:
-        [[one]] = JudgeReward(judges, LETTERS, False)([group("a")], lambda: None)
-        assert one.error == pytest.approx(7.5 * error)
-    [found] = JudgeReward([Longest()], LETTERS, True)([group("a", "bb")], lambda: None)
-    assert [one.error for one in found] == [EXACT] * 2  # win rates
-
-
-def test_an_alarm_takes_no_notice_of_rounding():
-    def rows(proxy, gold, noise):
-        return [
-            {"grade/proxy": p, "grade/gold": g, "grade/gap": p - g}
-            for p, g in zip(proxy, (g + noise * i for i, g in enumerate(gold)))
-        ]
-
-    alarm = GamingAlarm(gap=0.5, window=2)
-    for noise in (0.0, 1e-6, -1e-6):
-        assert alarm.raised(rows([4, 5, 6, 7], [4, 4, 4, 4], noise)), noise
-        assert not alarm.raised(rows([4, 4.2, 4.3, 4.5], [4, 4, 4, 4], noise)), noise  # 0.5, as may
-        assert not alarm.raised(rows([7, 7, 7, 7 + noise], [7, 6, 6, 6], noise)), noise
-    assert not alarm.raised(rows([4, 5, 6, 7], [4, 4, 4, 4], 1e-3))  # gold rises
-
-
-def test_an_alarm_is_announced_when_it_is_raised_and_not_at_each_grading():
-    def rows(proxy, gold):
-        return [
-            {"step": 10 * i, "grade/proxy": p, "grade/gold": g, "grade/gap": p - g}
-            for i, (p, g) in enumerate(zip(proxy, gold))
-        ]
-
-    alarm = GamingAlarm(gap=0.5, window=2)
-    course = rows([4, 5, 6, 7.25, 8], [4, 4, 3.5, 3, 3])
-    assert alarm.sentence(course[:2]) is None and alarm.raised(course)
-    assert alarm.sentence(course[:3]) == (
-        "ALARM at step 20: the policy is gaming its judge: proxy +2.00, gold -0.50 since step 0"
-    )
-    assert alarm.sentence(course[:4]) is None and alarm.sentence(course) is None
-
-
-def test_an_alarm_wants_a_gap_that_opens_while_gold_does_not_rise():
-    def rows(proxy, gold):
-        return [
-            {"grade/proxy": p, "grade/gold": g, "grade/gap": None if g is None else p - g}
-            for p, g in zip(proxy, gold)
-        ]
-
-    alarm = GamingAlarm(gap=0.5, window=2)
-    assert alarm.raised(rows([4, 5, 6, 7], [4, 5, 4.9, 4.8]))
-    assert not alarm.raised(rows([4, 5, 6, 7], [4, 5, 5.5, 6]))  # gold rises too
-    assert not alarm.raised(rows([4, 4.1, 4.2, 4.3], [4, 4, 4, 4]))  # hardly a gap
-    assert not alarm.raised(rows([9, 8, 7, 6], [4, 3, 2, 1]))  # both fall
-    assert not alarm.raised(rows([4, 7], [4, 3]))  # too early to say
-    assert alarm.raised(rows([4, 5, 9, 6, 7], [4, 5, None, 4.9, 4.8]))
-    assert not alarm.raised(rows([4, 5, 6, 7, 8], [4, 5, 4.9, 4.8, None]))  # gold failed
 
 
 def test_the_divergence_is_that_of_what_is_sampled(place, tmp_path):
@@ -196,35 +52,9 @@ def test_the_divergence_is_that_of_what_is_sampled(place, tmp_path):
         check=lambda: None, writes=True,
     )  # fmt: skip
     rollouts = [Rollout("p", n, [n], [0.0], True) for n in range(2)]
-    found = grader._divergence([(held_out[0], [1])] * 2, rollouts)
+    log_ratios = grader._divergence([(held_out[0], [1])] * 2, rollouts)
     sampled, start = (table(name, 0.7).exp().numpy() for name in ("policy", "start"))
-    assert np.dot(sampled, found) == pytest.approx(entropy(sampled, start))
-
-
-@pytest.mark.parametrize(
-    ("content", "told"),
-    [
-        ("kind: oracle", "kind is one of local, endpoint, rule, function, .*, not 'oracle'"),
-        ("model: x", "must be a mapping with a kind"),
-        ("kind: local", "a judge of kind local needs model"),
-        ("kind: rule\nrule_text: a\ncolour: red", "colour is not a key of a judge"),
-        ("kind: [", "is not YAML"),
-    ],
-)
-def test_the_file_of_a_judge_is_checked(tmp_path, content, told):
-    (tmp_path / "judge.yaml").write_text(content)
-    with pytest.raises(UserError, match=told.replace("[", r"\[")):
-        read_judge(str(tmp_path / "judge.yaml"))
-
-
-def test_a_server_may_move_and_a_judge_may_not_change(tmp_path):
-    def lasting(**changes):
-        given = {"kind": "endpoint", "model": "m", "url": "http://a/v1"} | changes
-        (tmp_path / "judge.yaml").write_text(json.dumps(given))
-        return read_judge(str(tmp_path / "judge.yaml")).resume_settings()
-
-    assert lasting() == lasting(url="http://b/v1", concurrency=3, tries=1)
-    assert lasting() != lasting(temperature=0.5) and lasting() != lasting(model="n")
+    assert np.dot(sampled, log_ratios) == pytest.approx(entropy(sampled, start))
 
 
 @pytest.fixture(scope="module")
@@ -232,8 +62,8 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("policy")
     make_model(folder / "model", num_hidden_layers=1, max_position_embeddings=128)
     for name, count in (("prompts", 24), ("held_out", 6)):
-        asked = [Message("user", f"say good {name} {n}") for n in range(count)]
-        prompts = [Prompt(f"{name}-{n}", (message,)) for n, message in enumerate(asked)]
+        messages = [Message("user", f"say good {name} {n}") for n in range(count)]
+        prompts = [Prompt(f"{name}-{n}", (message,)) for n, message in enumerate(messages)]
         write_rows(folder / f"{name}.jsonl", prompts)
     (folder / "text.txt").write_text("\n".join(f"the house is good {n % 7}" for n in range(400)))
     text = f"rule_text: {folder / 'text.txt'}\n"
@@ -264,24 +94,24 @@ def rows_of(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def check_monitors(run, kept, limits, held_out):
+def check_monitors(run, responses_of_steps, limits, held_out):
     """Figures and alarms are those of the responses, beside lengths of the first grading."""
     first = json.loads((run / "first.json").read_text())
     lengths = ReferenceLengths.from_words([len(words_of(row["text"])) for row in first.values()])
     monitor = Monitor(MonitorLimits.read(str(limits)), lengths)
     rows = [row for row in rows_of(run) if "reward" in row]
     alarms = 0
-    for row, responses in zip(rows, kept, strict=True):
-        found = monitor.check_batch(responses)
-        assert {name: row[f"monitor/{name}"] for name in found.shares} == found.shares
+    for row, responses in zip(rows, responses_of_steps, strict=True):
+        findings = monitor.check_batch(responses)
+        assert {name: row[f"monitor/{name}"] for name in findings.shares} == findings.shares
         file = run / "alarms" / f"step_{row['step']:06d}.json"
-        told = json.loads(file.read_text()) if file.is_file() else {}
-        told.pop("reward_length_correlation", None)  # rewards are not in `kept`
-        assert told.keys() == found.alarms.keys()
-        for name, alarm in told.items():
-            assert alarm["figure"] == found.shares[name] and alarm["examples"]
-        alarms += len(told)
-        assert row["monitor_alarms"] >= len(told)
+        entries = json.loads(file.read_text()) if file.is_file() else {}
+        entries.pop("reward_length_correlation", None)  # the rewards are not in the files
+        assert entries.keys() == findings.alarms.keys()
+        for name, alarm in entries.items():
+            assert alarm["figure"] == findings.shares[name] and alarm["examples"]
+        alarms += len(entries)
+        assert row["monitor_alarms"] >= len(entries)
     assert alarms, "nothing was tested"
     nobody: Any = SimpleNamespace()
     graded = Grader(
@@ -319,7 +149,7 @@ def check_errors_over_prompts(run, row):
 def test_a_policy_is_trained_graded_and_reported_on_any_ranks(place, tmp_path):
     from alignment.commands.report import main as report
 
-    found = []
+    runs = []
     for ranks in (1, 2):
         run = tmp_path / f"runs-{ranks}"
         (tmp_path / "limits.yaml").write_text("repetition: 0\nverbose: 0\nnull: 0\n")
@@ -330,7 +160,7 @@ def test_a_policy_is_trained_graded_and_reported_on_any_ranks(place, tmp_path):
         assert set(run_ranks(train, ranks, place, run, place / "rule.yaml", 4, *more)) == {0}
         rows = rows_of(run)
         names = ("step", "reward", "loss", "grade/proxy", "grade/gold", "grade/gap", "grade/kl")
-        found.append([[row.get(name) or 0 for name in names] for row in rows])
+        runs.append([[row.get(name) or 0 for name in names] for row in rows])
         first = next(row for row in rows if "kl_from_reference" in row)
         # At the temperature of the loss, the start policy is the policy.
         assert first["kl_from_reference"] == pytest.approx(0, abs=1e-5)
@@ -344,19 +174,19 @@ def test_a_policy_is_trained_graded_and_reported_on_any_ranks(place, tmp_path):
         assert (run / "final" / "config.json").is_file()
         samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
         assert {row["step"] for row in samples} == {0, 2, 4} and len(samples) == 18
-        kept = [read_all(file, Response) for file in sorted((run / "responses").iterdir())]
-        assert [len(rows) for rows in kept] == [16] * 4
-        assert kept[2][0].source == "policy at step 3"
+        responses = [read_all(file, Response) for file in sorted((run / "responses").iterdir())]
+        assert [len(rows) for rows in responses] == [16] * 4
+        assert responses[2][0].source == "policy at step 3"
         held_out = read_all(place / "held_out.jsonl", Prompt)
-        check_monitors(run, kept, tmp_path / "limits.yaml", held_out)
-    for row, other in zip(*found):
+        check_monitors(run, responses, tmp_path / "limits.yaml", held_out)
+    for row, other in zip(*runs):
         assert other == pytest.approx(row, rel=1e-3, abs=1e-4)
     report([str(tmp_path / "runs-1"), "--output", str(tmp_path / "page")])
     assert list((tmp_path / "page").glob("*.html"))
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (("--critic-lr", 1e-3), "--critic-lr requires --algorithm ppo"),
         (("--algorithm", "ppo", "--gae-lambda", 2), "--gae-lambda 2.0 must be from 0 to 1"),
@@ -371,8 +201,8 @@ def test_a_policy_is_trained_graded_and_reported_on_any_ranks(place, tmp_path):
         ),
     ],
 )
-def test_flags_that_do_not_go_together_are_refused(place, tmp_path, words, told):
-    assert told in train(place, tmp_path, place / "rule.yaml", 2, *words)
+def test_flags_that_do_not_go_together_are_refused(place, tmp_path, words, message):
+    assert message in train(place, tmp_path, place / "rule.yaml", 2, *words)
 
 
 @pytest.mark.slow
@@ -395,8 +225,8 @@ def test_judges_that_fail_end_the_run_and_are_asked_again(place, tmp_path):
     run, spec = tmp_path / "run", tmp_path / "http.yaml"
 
     def faults(text, number):  # gradings and rewards do not ask at the same time
-        asked = server.bodies[-1]["messages"][-1]["content"]
-        return status(503) if broken[0] in asked else None
+        content = server.bodies[-1]["messages"][-1]["content"]
+        return status(503) if broken[0] in content else None
 
     with Endpoint(faults) as server:
         server.answer = lambda text: chat(str(next(digits) % 10))
@@ -404,15 +234,17 @@ def test_judges_that_fail_end_the_run_and_are_asked_again(place, tmp_path):
             f"kind: endpoint\nmodel: judge\nurl: {server.url}\ntries: 2\nfirst_wait: 0.01\n"
             f"expected_score: false\ntemplate: {tmp_path / 'pointwise-brief.txt'}\n"
         )
-        [told] = run_ranks(train, 1, place, run, spec, 2)
-        assert "100% of the responses have no reward" in told and "failed 100%" in told
-        assert "The most frequent reasons: status 503" in told and "(16)" in told
-        [kept] = run.glob("rollouts/step_000000/*.jsonl")
-        before = kept.read_bytes()
+        [message] = run_ranks(train, 1, place, run, spec, 2)
+        assert "100% of the responses have no reward" in message and "failed 100%" in message
+        assert "The most frequent reasons: status 503" in message and "(16)" in message
+        [rollout_file] = run.glob("rollouts/step_000000/*.jsonl")
+        before = rollout_file.read_bytes()
         assert before.count(b'"rollout:') == 16 and b'"reward:' not in before
         broken[0] = "good held_out"
-        [told] = run_ranks(train, 1, place, run, spec, 2)
-        assert "--judge failed 6 times on 6 held-out responses" in told and "status 503" in told
+        [message] = run_ranks(train, 1, place, run, spec, 2)
+        assert (
+            "--judge failed 6 times on 6 held-out responses" in message and "status 503" in message
+        )
         assert (run / "checkpoints" / "iter_0000002").is_dir()  # the step before is not lost
         broken[0] = "\0"  # in no prompt
         assert run_ranks(train, 1, place, run, spec, 2) == [0]
@@ -435,13 +267,13 @@ def test_win_rates_are_graded_against_the_first_responses(place, tmp_path):
     texts = {
         step: {s["prompt"]: s["response"] for s in samples if s["step"] == step} for step in (0, 4)
     }
-    asked = {s["prompt"]: tuple(Message(**m) for m in s["messages"]) for s in samples}
+    messages = {s["prompt"]: tuple(Message(**m) for m in s["messages"]) for s in samples}
     assert len(texts[0]) == len(texts[4]) == 6 and texts[0] != texts[4]
     for name, rule in (("gold", "no-copying"), ("second_gold", "gold"), ("proxy", "gold")):
         judge = load_rule_judge(rule, str(place / "text.txt"))
 
         def mean(prompt, text, judge=judge):
-            return judge.rule.mean(judge.levels(asked[prompt], text))
+            return judge.rule.mean(judge.levels(messages[prompt], text))
 
         wins, scores = [], []
         for prompt, before in texts[0].items():
