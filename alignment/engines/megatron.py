@@ -232,7 +232,7 @@ class MegatronEngine:
             results = self._evaluate(
                 batch, partial(TokenScorer, temperature=temperature), 1, train=True
             )
-        return comparison.figures(batch, results[0])
+        return comparison.metrics(batch, results[0])
 
     def count_parameters(self) -> tuple[int, int]:
         """Return the number of all parameters, and of those that a token uses on average."""

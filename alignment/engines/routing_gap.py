@@ -181,7 +181,7 @@ class RoutingComparison:
         self._gap = max(self._gap, float((logits - other_logits).abs().max()))
         self._margins.append(margins.abs().flatten())
 
-    def figures(self, batch: TokenBatch, log_probs: Tensor) -> dict[str, float]:
+    def metrics(self, batch: TokenBatch, log_probs: Tensor) -> dict[str, float]:
         """Return the metrics, the same on every rank; a collective.
 
         Args:

@@ -198,7 +198,7 @@ def summary(
         routing: The way of routing.
         text_bytes: UTF-8 bytes of the predicted text; None if unknown.
     """
-    layers = routing.figures()
+    layers = routing.metrics()
     nats = float(losses.sums.sum())
     gap, gap_error = losses.minus(base)
     figures: dict[str, Any] = {

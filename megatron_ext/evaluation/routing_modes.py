@@ -23,7 +23,7 @@ from megatron_ext.errors import UserError
 from megatron_ext.inference.loading import TrainedModel
 from megatron_ext.moe.order_statistics import Group, kth_largest, top_k_mask
 from megatron_ext.moe.router import ETRouter, routers_of
-from megatron_ext.moe.routing_metrics import RoutingCounts, routing_figures
+from megatron_ext.moe.routing_metrics import RoutingCounts, layer_metrics
 from megatron_ext.moe.threshold_router import ThresholdRouter, threshold_routers
 from megatron_ext.moe.thresholds import select_by_threshold
 
@@ -90,14 +90,14 @@ class RoutingMode:
             for router in self._routers:
                 router.__dict__.pop("routing", None)
 
-    def figures(self) -> dict[int, dict[str, Any]]:
+    def metrics(self) -> dict[int, dict[str, Any]]:
         """Return the routing metrics of each MoE layer over all ranks. Every rank must call it."""
         layers = {}
         for router, counts in zip(self._routers, self._counts):
             packed = counts.packed()
             if self._group is not None:
                 dist.all_reduce(packed, group=self._group)
-            layers[router.layer_number - 1] = routing_figures(packed, None, None, 0.0)
+            layers[router.layer_number - 1] = layer_metrics(packed, None, None, 0.0)
         stages: list[Any] = [None] * self.trained.groups.pp.size()
         dist.all_gather_object(stages, layers, group=self.trained.groups.pp)
         return {layer: stage[layer] for stage in stages for layer in sorted(stage)}

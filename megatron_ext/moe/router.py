@@ -20,7 +20,7 @@ from megatron.core.transformer.moe.router import Router
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
-from megatron_ext.moe.routing_metrics import RoutingCounts, routing_figures
+from megatron_ext.moe.routing_metrics import RoutingCounts, layer_metrics
 from megatron_ext.moe.step_cutoffs import StepCutoffs
 
 
@@ -127,7 +127,7 @@ class ETRouter(Router):
             The layer's routing metrics of this step, by name.
         """
         self.counts.reset()
-        return routing_figures(counts, None, None, 0.0)
+        return layer_metrics(counts, None, None, 0.0)
 
     def commit(self) -> None:
         """Update the router's state: the optimizer has stepped."""

@@ -57,7 +57,7 @@ class RoutingCounts(torch.nn.Module):
         self.fan_out.zero_()
 
 
-def routing_figures(
+def layer_metrics(
     packed: Tensor, threshold: Tensor | None, cutoff: Tensor | None, k_min_rate: float
 ) -> dict[str, Any]:
     """Return the metrics of one layer and step from its summed counts.
@@ -78,7 +78,7 @@ def routing_figures(
     tokens = max(1.0, float(fan_out.sum()))
     load = selected / tokens
     mean_load = float(load.mean())
-    figures: dict[str, Any] = {
+    metrics: dict[str, Any] = {
         "fan_out": float(selected.sum()) / tokens,
         "no_expert_share": float(fan_out[0]) / tokens,
         "load_max_over_mean": float(load.max()) / mean_load if mean_load else 0.0,
@@ -89,10 +89,10 @@ def routing_figures(
         "fan_out_histogram": [int(count) for count in fan_out],
     }
     if threshold is not None:
-        figures["raw_usage"] = float(above.sum()) / (tokens * experts)
-        figures["threshold"] = float(threshold.mean())
-        figures["experts/threshold"] = threshold.tolist()
+        metrics["raw_usage"] = float(above.sum()) / (tokens * experts)
+        metrics["threshold"] = float(threshold.mean())
+        metrics["experts/threshold"] = threshold.tolist()
     if cutoff is not None:
-        figures["cutoff"] = float(cutoff.mean())
-        figures["experts/cutoff"] = cutoff.tolist()
-    return figures
+        metrics["cutoff"] = float(cutoff.mean())
+        metrics["experts/cutoff"] = cutoff.tolist()
+    return metrics

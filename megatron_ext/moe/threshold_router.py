@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_ext.config import ETConfig
 from megatron_ext.moe.order_statistics import kth_largest, top_k_mask
 from megatron_ext.moe.router import ETRouter
-from megatron_ext.moe.routing_metrics import routing_figures
+from megatron_ext.moe.routing_metrics import layer_metrics
 from megatron_ext.moe.step_cutoffs import StepCutoffs, resolve_buffered_logits
 from megatron_ext.moe.thresholds import Thresholds, select_by_threshold
 from megatron_ext.sequence import sequence_positions
@@ -135,7 +135,7 @@ class ThresholdRouter(ETRouter):
         rate = self.rate
         k_min_rate = 0.0 if rate.capacity is None else float(rate.rate * (1 - rate.capacity))
         self.counts.reset()
-        return routing_figures(counts, threshold, self._step_cutoff, k_min_rate)
+        return layer_metrics(counts, threshold, self._step_cutoff, k_min_rate)
 
     def commit(self) -> None:
         """Move the thresholds by the cutoffs of the step."""
