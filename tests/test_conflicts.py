@@ -67,7 +67,7 @@ def warnings(**changes: Any) -> list[str]:
         ({"moe_router_force_biased": 1.0}, "--moe-router-force-biased is incompatible"),
     ],
 )
-def test_contradictions_are_refused(values: dict[str, Any], message: str) -> None:
+def test_check_conflicts_refuses_contradictions(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as caught:
         warnings(**values)
     assert message in str(caught.value)
@@ -105,13 +105,15 @@ def test_contradictions_are_refused(values: dict[str, Any], message: str) -> Non
         ({"optimizer": "dist_muon"}, "old name of --optimizer muon with --use-distributed-opt"),
     ],
 )
-def test_what_muon_cannot_have_is_refused(values: dict[str, Any], message: str) -> None:
+def test_check_conflicts_refuses_settings_that_muon_lacks(
+    values: dict[str, Any], message: str
+) -> None:
     with pytest.raises(UserError) as caught:
         warnings(**{"optimizer": "muon", **values})
     assert message in str(caught.value)
 
 
-def test_muon_without_contradiction_is_silent() -> None:
+def test_check_conflicts_accepts_muon_without_a_warning() -> None:
     fine = {"add_bias_linear": False, "use_distributed_optimizer": True, "lr": 0.02}
     assert warnings(optimizer="muon", **fine, expert_model_parallel_size=2) == []
 
@@ -123,7 +125,9 @@ def test_muon_without_contradiction_is_silent() -> None:
     "values",
     [{"transformer_impl": "transformer_engine"}, {"use_precision_aware_optimizer": True}],
 )
-def test_what_needs_transformer_engine_says_so(values: dict[str, Any]) -> None:
+def test_check_conflicts_names_transformer_engine_where_it_is_needed(
+    values: dict[str, Any],
+) -> None:
     with pytest.raises(
         UserError, match="needs the package transformer-engine and a GPU: install it"
     ):
@@ -171,14 +175,16 @@ def test_what_needs_transformer_engine_says_so(values: dict[str, Any]) -> None:
         ),
     ],
 )
-def test_what_has_no_effect_is_told(values: dict[str, Any], message: list[str]) -> None:
+def test_check_conflicts_warns_of_flags_without_effect(
+    values: dict[str, Any], message: list[str]
+) -> None:
     sentences = warnings(**values)
     assert len(sentences) == len(message)
     for sentence, start in zip(sentences, message):
         assert sentence.startswith(start)
 
 
-def test_defaults_are_not_held_against_anyone() -> None:
+def test_check_conflicts_ignores_defaults() -> None:
     for router_type in ("expert-threshold", "token-choice", "quantile-balancing"):
         assert warnings(router_type=router_type) == []
     harmless = {"moe_aux_loss_coeff": 0, "moe_router_load_balancing_type": "none"}

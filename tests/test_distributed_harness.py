@@ -82,7 +82,7 @@ def _wait_until_gone(pids):
     assert not any(map(_alive, pids))
 
 
-def test_results_come_in_rank_order_and_no_process_stays():
+def test_run_ranks_returns_results_in_rank_order():
     results = run_ranks(_describe, 3, "!")
     assert [text for text, _ in results] == ["0/3!", "1/3!", "2/3!"]
     assert not any(_alive(pid) for _, pid in results)
@@ -110,7 +110,7 @@ def test_ranks_start_with_megatron_imported_and_the_cpu_device_active():
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyError, SystemExit])
-def test_an_exception_is_raised_with_its_rank_and_traceback_while_others_wait(error):
+def test_run_ranks_raises_an_exception_with_rank_and_traceback(error):
     started = time.monotonic()
     with pytest.raises(error, match="rank 1 refuses") as caught:
         run_ranks(_fail_on, 3, 1, error)
@@ -119,28 +119,28 @@ def test_an_exception_is_raised_with_its_rank_and_traceback_while_others_wait(er
     assert time.monotonic() - started < 30
 
 
-def test_an_exception_that_does_not_pickle_keeps_its_name_and_text():
+def test_run_ranks_keeps_name_and_text_of_an_exception_that_does_not_pickle():
     with pytest.raises(RuntimeError, match="_Unpicklable: this and that"):
         run_ranks(_fail_on, 2, 0, _Unpicklable)
 
 
-def test_a_result_that_does_not_pickle_is_an_error():
+def test_run_ranks_refuses_a_result_that_does_not_pickle():
     with pytest.raises((AttributeError, TypeError), match="pickle"):
         run_ranks(_return_lambda, 1)
 
 
-def test_a_rank_that_dies_is_named_with_its_exit_code():
+def test_run_ranks_names_a_rank_that_dies_with_its_exit_code():
     with pytest.raises(RuntimeError, match=r"rank 1 \(exit code 7\) of 2"):
         run_ranks(_exit_on, 2, 1)
 
 
-def test_a_hang_ends_by_timeout_and_says_who_and_where():
+def test_run_ranks_timeout_names_the_hanging_rank_and_place():
     with pytest.raises(TimeoutError, match=r"ranks \[1\] of 2 still ran after 6 s") as caught:
         run_ranks(_hang_on, 2, 1, timeout=6)
     assert "_hang_on" in str(caught.value)
 
 
-def test_a_timeout_kills_what_the_ranks_started_too(tmp_path):
+def test_run_ranks_timeout_kills_children_of_ranks(tmp_path):
     with pytest.raises(TimeoutError):
         run_ranks(_hang_with_child, 2, tmp_path, timeout=6)
     pids = [int(pid) for file in tmp_path.iterdir() for pid in file.read_text().split()]

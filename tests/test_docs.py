@@ -26,7 +26,7 @@ def blocks(page: Path) -> list[str]:
     [(page, script) for page in PAGES for script in blocks(page)],
     ids=lambda value: value.name if isinstance(value, Path) else "",
 )
-def test_commands_run(page: Path, script: str, tmp_path: Path) -> None:
+def test_bash_blocks_of_a_page_run(page: Path, script: str, tmp_path: Path) -> None:
     script = script.replace("runs/", f"{tmp_path}/")
     done = subprocess.run(
         ["bash", "-e", "-c", script],
@@ -62,7 +62,7 @@ def test_site_is_built_without_warnings(tmp_path: Path) -> None:
     assert "order_statistics" in (tmp_path / "reference/api/index.html").read_text()
 
 
-def test_links_lead_somewhere() -> None:
+def test_links_have_targets() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             assert target.startswith("http") or (page.parent / target).exists(), (page, target)

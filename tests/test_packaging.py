@@ -192,7 +192,7 @@ def test_version_is_that_of_the_library(metadata):
     assert str(metadata.version) == megatron_ext.__version__
 
 
-def test_apex_is_no_dependency_for_the_package_of_that_name_is_another(metadata):
+def test_apex_is_not_a_dependency(metadata):
     assert all(need.name != "apex" for need in metadata.requires_dist)
 
 
@@ -206,7 +206,7 @@ def _imported_at_the_top(file: Path) -> set[str]:
     return names
 
 
-def test_what_the_packages_import_unconditionally_is_declared(metadata):
+def test_unconditional_imports_are_declared_dependencies(metadata):
     declared = {
         canonicalize_name(requirement.name)
         for requirement in metadata.requires_dist
@@ -226,7 +226,7 @@ def test_what_the_packages_import_unconditionally_is_declared(metadata):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_make_knows_the_target(target):
+def test_makefile_has_the_target(target):
     subprocess.run(["make", "-n", target], cwd=ROOT, check=True, capture_output=True, timeout=60)
 
 
@@ -323,7 +323,7 @@ def test_bootstrap_asks_uv_last(machine):
     assert machine.finds() == str(good)
 
 
-def test_the_python_named_by_the_user_is_taken_or_refused_but_never_replaced(machine):
+def test_bootstrap_uses_or_refuses_the_python_of_the_user(machine):
     _program(machine.bin / "python3.12", GOOD)
     named = _program(machine.home / "mine", GOOD)
     assert machine.finds(PYTHON=str(named)) == str(named)
@@ -385,7 +385,7 @@ def test_bootstrap_adds_packages_without_their_dependencies_once(fresh):
     assert _installed(fresh)[1].endswith("--no-deps text==1.0 more==2.0")
 
 
-def test_a_failed_install_is_told_in_a_sentence_and_tried_again(fresh):
+def test_bootstrap_reports_a_failed_install_and_tries_again(fresh):
     (fresh.home / "offline").touch()
     done = fresh.bootstrap()
     assert done.returncode == 2

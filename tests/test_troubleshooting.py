@@ -48,7 +48,7 @@ def test_quoted_messages_are_in_the_code(quoted: str) -> None:
     assert any(pattern.search(message) for message in MESSAGES), quoted
 
 
-def test_the_page_quotes_what_users_meet() -> None:
+def test_troubleshooting_quotes_frequent_messages() -> None:
     assert len(QUOTED) >= 25
     assert len(set(QUOTED)) == len(QUOTED)
 
@@ -69,7 +69,9 @@ def quotable(line: str) -> str:
 
 
 @pytest.mark.slow
-def test_commands_say_what_the_page_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_print_the_messages_of_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pairs = commands()
     assert len(pairs) >= 5
     monkeypatch.chdir(ROOT)

@@ -62,7 +62,7 @@ def parse(*words: str) -> Config:
     return parse_config(Config, words, "et-align train", "Train.")
 
 
-def test_values_are_those_of_the_fields_and_groups() -> None:
+def test_parsed_values_equal_fields_and_groups() -> None:
     config = parse("here", "--steps", "3", "--judge", "a", "--judge", "b", "--files", "x", "y")
     assert (config.study, config.steps, config.judge) == ("here", 3, ("a", "b"))
     assert config.files == ("x", "y") and config.scale is None
@@ -88,7 +88,7 @@ def test_values_are_those_of_the_fields_and_groups() -> None:
         (["here", "--steps", "1", "--mode", "slow"], "--mode slow is not one of fast, exact."),
     ],
 )
-def test_an_error_names_the_flag_and_what_to_do(words: list[str], message: str) -> None:
+def test_parse_config_error_names_the_flag_and_the_fix(words: list[str], message: str) -> None:
     with pytest.raises(UserError) as caught:
         parse(*words)
     assert message in str(caught.value)
@@ -102,7 +102,7 @@ def test_help_is_the_docstring_with_the_default() -> None:
     assert helps["scale"] == "Lowest and highest score. Default: 0 9."
 
 
-def test_marks_say_what_may_change_on_resume() -> None:
+def test_resume_marks_list_what_may_change() -> None:
     marks = {each.name: each.resume for each in flags_of(Config)}
     assert (marks["lr"], marks["recipe"], marks["steps"]) == ("must match", "may change", None)
 

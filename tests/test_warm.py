@@ -92,7 +92,7 @@ def test_signals_are_forwarded_and_a_killed_client_takes_its_command_along(progr
         assert not psutil.pid_exists(int(pid.read_text()))
 
 
-def test_other_programs_run_in_the_real_interpreter():
+def test_warm_python_runs_other_programs_in_the_real_interpreter():
     code = "import sys; print(sys.executable, 'torch' in sys.modules)"
     done = subprocess.run([warm_python(), "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == f"{sys.executable} False\n"

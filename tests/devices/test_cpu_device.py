@@ -37,7 +37,7 @@ assert not torch.cuda._initialized
 """
 
 
-def test_torch_is_untouched_where_cuda_is_available():
+def test_activate_leaves_torch_untouched_with_cuda():
     env = {**os.environ, "PYTHONPATH": os.fspath(ROOT), "PYTHONWARNINGS": "ignore"}
     subprocess.run([sys.executable, "-c", PRETENDING_CUDA], env=env, cwd=ROOT, check=True)
 
@@ -54,14 +54,14 @@ def _importable(folder: str) -> list[str]:
 
 
 @on_cpu
-def test_packages_that_need_a_gpu_are_hidden(tmp_path):
+def test_activate_hides_packages_that_need_a_gpu(tmp_path):
     for name in ("transformer_engine", "apex"):
         (tmp_path / f"{name}.py").touch()
     assert run_ranks(_importable, 1, str(tmp_path)) == [[]]
 
 
 @on_cpu
-def test_activation_after_megatron_is_refused(monkeypatch):
+def test_activate_after_the_import_of_megatron_is_refused(monkeypatch):
     monkeypatch.setattr(cpu, "_device", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setitem(sys.modules, "megatron.core", types.ModuleType("megatron.core"))
@@ -119,7 +119,7 @@ def _runtime():
 
 
 @on_cpu
-def test_cuda_answers_for_the_cpu():
+def test_torch_cuda_functions_describe_the_cpu():
     run_ranks(_runtime, 1)
 
 
@@ -199,7 +199,7 @@ def _load_from_gpu():
 
 
 @on_cpu
-def test_files_saved_on_a_gpu_load():
+def test_torch_load_reads_files_saved_on_a_gpu():
     run_ranks(_load_from_gpu, 1)
 
 
@@ -229,5 +229,5 @@ def _collectives():
 
 
 @on_cpu
-def test_collectives_that_gloo_refuses():
+def test_collectives_that_gloo_lacks_equal_their_definitions():
     run_ranks(_collectives, 3)

@@ -29,5 +29,5 @@ from megatron_ext.devices.peak_flops import known_peak
         ("NVIDIA GeForce RTX 4090", None),
     ],
 )
-def test_known_peak_of_a_device(device: str, tflops: float | None) -> None:
+def test_peak_flops_of_known_devices(device: str, tflops: float | None) -> None:
     assert known_peak(device) == (None if tflops is None else pytest.approx(tflops * 1e12))

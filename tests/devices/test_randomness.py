@@ -36,7 +36,7 @@ def _two_states():
 
 
 @on_cpu
-def test_host_and_device_draw_from_states_of_their_own():
+def test_host_and_device_draw_from_separate_random_states():
     run_ranks(_two_states, 1)
 
 
@@ -61,7 +61,7 @@ def _loaders(workers):
 
 @on_cpu
 @pytest.mark.parametrize("workers", [0, 1])
-def test_data_loaders_leave_the_device_state_alone(workers):
+def test_data_loaders_leave_the_device_random_state(workers):
     run_ranks(_loaders, 1, workers)
 
 
@@ -78,7 +78,7 @@ def _fork_rng():
 
 
 @on_cpu
-def test_seeding_the_device_leaves_the_host_alone():
+def test_device_seed_leaves_the_host_random_state():
     run_ranks(_fork_rng, 1)
 
 
@@ -118,7 +118,7 @@ def _tracker_on_ranks():
 
 
 @on_cpu
-def test_parallel_regions_draw_per_rank_reproducibly_and_without_a_warning():
+def test_rng_tracker_draws_per_rank_reproducibly_without_a_warning():
     (first, quiet), (second, also_quiet) = run_ranks(_tracker_on_ranks, 2)
     alike = [torch.equal(ours, theirs) for ours, theirs in zip(first, second)]
     assert alike == [False, False, True]

@@ -91,7 +91,7 @@ def test_megatron_resumes_exactly_in_bf16(tmp_path):
 
 @on_cpu
 @pytest.mark.slow
-def test_megatron_trains_the_same_when_it_recomputes(trained):
+def test_megatron_trains_equally_with_recomputation(trained):
     how = ["full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
     recomputed = run_ranks(_pretrain, 2, "--recompute-granularity", *how)
     assert _different(trained[0], recomputed) == [[], []]
@@ -99,7 +99,7 @@ def test_megatron_trains_the_same_when_it_recomputes(trained):
 
 @on_cpu
 @pytest.mark.slow
-def test_megatron_trains_alike_with_either_dispatcher(trained):
+def test_megatron_trains_equally_with_either_dispatcher(trained):
     gathered = run_ranks(_pretrain, 2, "--moe-token-dispatcher-type", "allgather")
     for ours, theirs in zip(trained[0], gathered):
         for name in ours:

@@ -47,11 +47,11 @@ def level(name, text, **arguments):
         ("words:vowel", "a big red cow", {}, 1 / 2),
     ],
 )
-def test_levels(name, text, arguments, expected):
+def test_constraint_levels_of_each_kind(name, text, arguments, expected):
     assert level(name, text, **arguments) == pytest.approx(expected)
 
 
-def test_keywords_are_wanted_as_often_as_the_prompts_say():
+def test_keyword_constraint_counts_as_often_as_the_prompts_say():
     words = ("Cow", "dog", "hen", "pig", "ram")
     keywords = {f"keyword{n}": word for n, word in enumerate(words, 1)}
     text = "cow " + "dog " * 2 + "hen " * 3 + "pig " * 5 + "ram " * 7
@@ -64,13 +64,13 @@ def test_keywords_are_wanted_as_often_as_the_prompts_say():
     )
 
 
-def test_form():
+def test_form_level_of_a_response():
     assert form("It is a cow.") == 1 == form("It is a cow! 😀 ✌️")
     assert form("It is a cow 😀") == 1 / 2
     assert form("a b c a b c a b c a b c") == 0
 
 
-def test_each_option_of_the_package_is_one():
+def test_option_constraint_reads_each_option_of_ifbench():
     options = {"yes/no/maybe": 3, "I know or I don't know": 2, "a), b), c), d)": 4}
     checks = [
         arguments["options"]
@@ -86,7 +86,7 @@ def test_each_option_of_the_package_is_one():
         assert len(hits) == count
 
 
-def test_every_constraint_of_the_package_is_read():
+def test_constraints_of_every_ifbench_prompt_are_read():
     prompts = [p for p in PACKAGES["ifbench"].read(None) if isinstance(p, Prompt)]
     usable = [prompt for prompt in prompts if constraints_of(prompt.rubric)]
     assert len(prompts) == 294 and len(usable) == 150
@@ -95,7 +95,7 @@ def test_every_constraint_of_the_package_is_read():
             assert 0 <= score(Response("r", prompt, text)) <= 9
 
 
-def test_a_prompt_without_constraints_is_judged_by_form():
+def test_score_of_a_prompt_without_constraints_is_its_form():
     prompt = Prompt("p", (Message("user", "say"),))
     assert score(Response("r", prompt, "It is a cow.")) == 9
     assert score(Response("r", prompt, "")) == 0

@@ -34,7 +34,7 @@ def make_runs(output: Path, seeds: list[int]) -> None:
             (run / "run.json").write_text(json.dumps({"settings": settings}))
 
 
-def test_differences_are_paired_by_seed(tmp_path: Path) -> None:
+def test_table_differences_are_paired_by_seed(tmp_path: Path) -> None:
     seeds = [3, 5, 9]
     make_runs(tmp_path, seeds)
     table = write_table(tmp_path, [ROWS[name] for name in LOSSES], seeds)
@@ -56,7 +56,7 @@ def test_differences_are_paired_by_seed(tmp_path: Path) -> None:
     assert (tmp_path / "comparison.png").stat().st_size > 10_000
 
 
-def test_one_seed_has_no_spread(tmp_path: Path) -> None:
+def test_table_of_one_seed_has_no_spread(tmp_path: Path) -> None:
     make_runs(tmp_path, [1])
     table = write_table(tmp_path, [ROWS[name] for name in LOSSES], [1])
     assert "±" not in table
@@ -83,7 +83,7 @@ def few_texts(output: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(not has_texts(), reason="the packages with the text are missing")
-def test_rows_are_trained_once_and_compared(tmp_path: Path) -> None:
+def test_miniature_trains_rows_once_and_compares_them(tmp_path: Path) -> None:
     few_texts(tmp_path)
     short = ("--", "--train-iters", "6", "--et-warmup-iters", "2", "--eval-iters", "1")
     shape = ("--output", str(tmp_path), "--ranks", "1")
@@ -102,7 +102,7 @@ def test_rows_are_trained_once_and_compared(tmp_path: Path) -> None:
     assert (tmp_path / "comparison.html").is_file()
 
 
-def test_what_is_wrong_is_told_in_a_sentence(tmp_path: Path) -> None:
+def test_miniature_refuses_wrong_flags_in_one_sentence(tmp_path: Path) -> None:
     for words, message in (
         (("--seeds", "1", "1"), "--seeds repeats a value. Name each once."),
         (("--ranks", "0"), "--ranks 0 is too small. Choose at least 1."),

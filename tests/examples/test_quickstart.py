@@ -32,7 +32,7 @@ def writing(folder: Path, name: str, code: str = "", depends: tuple[Path, ...] =
     return Step(name, "writing", ["-c", code], folder / "log", makes=[path], depends=depends)
 
 
-def test_a_step_runs_again_only_when_what_it_depends_on_has_changed(
+def test_step_runs_again_only_after_a_change_of_its_inputs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = tmp_path / "source"
@@ -53,7 +53,7 @@ def test_a_step_runs_again_only_when_what_it_depends_on_has_changed(
     assert runs() == [1, 2, 2]
 
 
-def test_what_a_step_resumes_from_is_kept_for_the_same_inputs_only(tmp_path: Path) -> None:
+def test_step_keeps_its_output_for_the_same_inputs_only(tmp_path: Path) -> None:
     output, source = tmp_path / "kept", tmp_path / "source"
     source.write_text("1")
     code = (
@@ -89,7 +89,7 @@ def test_what_a_step_resumes_from_is_kept_for_the_same_inputs_only(tmp_path: Pat
         (["-m", "a.x"], "", "x failed without a message"),
     ],
 )
-def test_failure_is_told_in_the_tools_own_words(
+def test_step_failure_shows_the_message_of_the_tool(
     command: list[str], written: str, expected: str
 ) -> None:
     assert failure(command, written) == expected
@@ -105,7 +105,7 @@ def quickstart(output: Path, *flags: str, python: str | None = None) -> "subproc
     )
 
 
-def test_a_folder_with_another_runs_checkpoints_is_left_alone(tmp_path: Path) -> None:
+def test_quickstart_leaves_a_folder_with_checkpoints_of_another_run(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     process = quickstart(tmp_path)
     _, stderr = process.communicate(timeout=60)
@@ -123,7 +123,7 @@ def wait_until(condition: Callable[[], bool], timeout: float = 60) -> None:
 
 @pytest.mark.skipif(not has_texts(), reason="the packages with the quickstart's text are missing")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_it_and_its_children(tmp_path: Path, number: signal.Signals) -> None:
+def test_quickstart_signal_stops_the_children(tmp_path: Path, number: signal.Signals) -> None:
     process = quickstart(tmp_path, python=sys.executable)  # whose children are its own
     family = psutil.Process(process.pid)
     wait_until(lambda: bool(family.children()))

@@ -29,7 +29,7 @@ TRUTHS = [
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_real_model_is_trained_as_a_judge_and_measured(tmp_path):
+def test_smollm_judge_is_trained_and_measured(tmp_path):
     gguf_file()
     pairs = []
     for number, (question, true, false) in enumerate(TRUTHS):

@@ -16,7 +16,7 @@ from examples.quickstart.steps import run_steps
 from tests.alignment.chat_model import write_rows
 
 
-def test_prompts_and_commands(tmp_path):
+def test_smollm_policy_prompts_and_commands(tmp_path):
     for name in ("ifbench", "mtbench"):
         rows = [row for row in PACKAGES[name].read(None) if isinstance(row, Prompt)]
         write_rows(tmp_path / f"{name}.jsonl", rows)

@@ -24,7 +24,7 @@ def signals():
         signal.signal(number, handler)
 
 
-def test_a_signal_while_a_step_begins_leaves_no_process(
+def test_step_signal_at_its_start_leaves_no_process(
     signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun = []
@@ -45,7 +45,7 @@ def test_a_signal_while_a_step_begins_leaves_no_process(
     assert not (tmp_path / "stamps" / "sleeper.done").exists()
 
 
-def test_the_sentence_of_et_align_is_told_alone_and_on_ranks(tmp_path: Path) -> None:
+def test_step_shows_the_sentence_of_et_align_alone_and_on_ranks(tmp_path: Path) -> None:
     launch = ("--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2")
     command = align("train-sft", "--model", tmp_path / "none", "--run-dir", tmp_path / "checks.py")
     for ranked in ([], module("torch.distributed.run", *launch)):
@@ -57,7 +57,7 @@ def test_the_sentence_of_et_align_is_told_alone_and_on_ranks(tmp_path: Path) -> 
         )
 
 
-def test_a_training_that_begins_anew_keeps_nothing_of_the_one_before(tmp_path: Path) -> None:
+def test_training_step_that_starts_again_keeps_no_earlier_file(tmp_path: Path) -> None:
     """All that a run's folder may hold, but the log of the step."""
     step = training("policy", "", [], tmp_path / "run", "final", [])
     left = {place.name for place in step.resumes}

@@ -39,14 +39,14 @@ NAMES = (
 VERBS = ("sees", "finds", "takes", "likes", "makes", "holds", "paints", "moves")
 
 
-def test_passages_are_neighbours_of_fitting_lengths():
+def test_study_passages_are_neighbours_of_fitting_lengths():
     short, fits = "Too short here.", "This sentence has just six words."
     follows = "And this one, which follows it, has nine words."
     text = f"{short} {fits} {follows} {fits.replace('six', 'some')}"
     assert list(neighbours(text)) == [(fits, follows)]
 
 
-def test_every_way_to_spoil(tmp_path):
+def test_study_spoils_responses_in_every_way(tmp_path):
     draw = random.Random(0)
     text, prompt, other = "one two three four five six", "seven eight nine", "ten eleven"
     made = {name: spoil(text, prompt, other, draw) for name, spoil in CORRUPTIONS.items()}
@@ -72,7 +72,7 @@ def write_text(file, documents=60):
             lines.write(json.dumps({"text": text}) + "\n")
 
 
-def test_labels_share_no_prompt(tmp_path):
+def test_study_labels_share_no_prompt(tmp_path):
     write_text(tmp_path / "text.jsonl")
     real = tmp_path / "real.jsonl"
     passages(["--text", str(tmp_path / "text.jsonl"), "--output", str(real)])
@@ -94,7 +94,7 @@ def test_labels_share_no_prompt(tmp_path):
         labels([*words, "--validation", "5", "--test", str(len(rows))])
 
 
-def test_a_study_has_every_section(tmp_path):
+def test_study_plan_requires_every_section(tmp_path):
     file = tmp_path / "study.yaml"
     settings = dict(read_settings(DEFAULT))
     del settings["label"]
@@ -107,14 +107,14 @@ def test_a_study_has_every_section(tmp_path):
     ("section", "value", "message"),
     [("base", None, "base must be a mapping"), ("judge", {"lr": 1}, "judge must have seq_length")],
 )
-def test_what_a_study_lacks_is_told_before_it_begins(tmp_path, section, value, message):
+def test_study_refuses_missing_files_before_it_starts(tmp_path, section, value, message):
     settings = dict(read_settings(DEFAULT)) | {section: value}
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(settings))
     with pytest.raises(UserError, match=message):
         read_settings(tmp_path / "study.yaml")
 
 
-def test_every_command_is_one(tmp_path):
+def test_study_commands_parse(tmp_path):
     from alignment.commands.generate_config import parse as generate
     from alignment.commands.judge_config import parse as judge
     from alignment.commands.train_judge import parse as train_judge
@@ -161,7 +161,7 @@ def make_quickstart(folder):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_study_from_text_to_the_page(tmp_path):
+def test_study_runs_from_text_to_the_page(tmp_path):
     quickstart = make_quickstart(tmp_path / "quickstart")
     settings = dict(read_settings(DEFAULT))
     small = {"seq_length": 512, "max_new_tokens": 6}

@@ -56,7 +56,7 @@ def alone(run_dir):  # noqa: F811
     return facts
 
 
-def test_cutoffs_are_the_kth_largest_of_the_model_they_make(alone):
+def test_calibrated_cutoffs_are_the_kth_largest_of_their_model(alone):
     """The logits come from the model with all its new thresholds, hence from fixed earlier ones."""
     assert list(alone.cutoffs) == [1, 3]
     for layer, cutoffs in alone.cutoffs.items():
@@ -70,7 +70,7 @@ def test_cutoffs_are_the_kth_largest_of_the_model_they_make(alone):
         torch.testing.assert_close(alone.thresholds[layer], halfway, atol=1e-5, rtol=0)
 
 
-def test_measured_loads_and_loss_are_those_of_the_logits(alone):
+def test_measure_routing_equals_loads_and_loss_of_the_logits(alone):
     for layer, logits in alone.logits.items():
         chosen = logits > alone.thresholds[layer]
         share = chosen.double().mean(dim=0)
@@ -93,7 +93,7 @@ def on_a_layout(path, layout):
 
 
 @pytest.mark.parametrize("layout", [{"expert": 2}, {"tensor": 2}, {"pipeline": 2}], ids=str)
-def test_every_layout_and_rank_finds_the_same(alone, run_dir, layout):  # noqa: F811
+def test_calibration_is_equal_on_every_layout_and_rank(alone, run_dir, layout):  # noqa: F811
     for facts in run_ranks(on_a_layout, 2, run_dir, layout):
         assert list(facts.cutoffs) == [1, 3]
         for layer, cutoffs in facts.cutoffs.items():
@@ -128,7 +128,7 @@ def as_a_user(run, save):
     return out.getvalue(), changed, generate(trained, [[10, 11, 12]], greedy)[0].tokens
 
 
-def test_the_tool_writes_a_checkpoint_that_differs_in_thresholds_alone(run_dir, tmp_path):  # noqa: F811
+def test_calibrate_thresholds_writes_a_checkpoint_with_other_thresholds_only(run_dir, tmp_path):  # noqa: F811
     save = tmp_path / "calibrated"
     [(printed, changed, tokens)] = run_ranks(as_a_user, 1, run_dir, save)
     assert sorted(changed) == [
@@ -180,7 +180,7 @@ def calibrate(tool, folder, data, *extra):
     tool.main([*flags, "--data", str(folder / data), *extra])
 
 
-def test_a_token_choice_model_routes_by_threshold_at_its_own_rate(tmp_path):
+def test_calibrated_token_choice_model_routes_by_threshold_at_its_rate(tmp_path):
     from tests.hf.models import make
 
     make("qwen3_moe-unnormalized", tmp_path / "hf")

@@ -195,7 +195,7 @@ def test_greedy_tokens_and_log_probs_of_a_ragged_batch_are_those_of_full_forward
         assert completion.finish == "length"
 
 
-def test_a_sample_depends_on_its_prompt_and_seed_alone(one_rank):
+def test_generated_sample_depends_on_its_prompt_and_seed_alone(one_rank):
     tokens = tokens_of(one_rank.random)
     assert tokens_of(one_rank.reverse[::-1]) == tokens
     assert tokens_of(one_rank.alone) == tokens
@@ -211,13 +211,13 @@ def test_streamed_texts_concatenate_to_the_completion(one_rank):
     assert any(piece.text == "" for piece in pieces)
 
 
-def test_a_stop_string_ends_a_continuation_and_is_never_shown(one_rank):
+def test_generation_ends_before_a_stop_string(one_rank):
     free, stop, cut, shown = one_rank.stopped
     assert cut.finish == "stop" and cut.text == free.text[: free.text.index(stop)] == shown
     assert cut.tokens == free.tokens[: len(cut.tokens)] and len(cut.tokens) < len(free.tokens)
 
 
-def test_end_of_document_ends_a_continuation_unless_disabled(one_rank):
+def test_generation_ends_at_the_end_of_document_unless_disabled(one_rank):
     free, ended, ignoring = one_rank.ended
     assert ended.finish == "eod" and ignoring.finish == "length"
     first = free.tokens.index(free.tokens[3])
@@ -225,7 +225,7 @@ def test_end_of_document_ends_a_continuation_unless_disabled(one_rank):
     assert len(ended.log_probs) == len(ended.tokens) and free.text.startswith(ended.text)
 
 
-def test_a_continuation_ends_at_the_length_of_the_model(one_rank):
+def test_generation_ends_at_the_length_of_the_model(one_rank):
     long, short = one_rank.at_the_end
     assert (len(long.tokens), long.finish) == (3, "length")
     assert (len(short.tokens), short.finish) == (5, "length")

@@ -28,13 +28,13 @@ def processed(*processors):
 
 
 @pytest.mark.parametrize("penalty", [1.7, 0.5])
-def test_repetition_penalty_is_that_of_transformers(penalty):
+def test_repetition_penalty_equals_transformers(penalty):
     expected = processed(theirs.RepetitionPenaltyLogitsProcessor(penalty))
     assert torch.equal(adjusted(repetition_penalty=penalty), expected)
     assert not torch.equal(expected, logits())
 
 
-def test_logit_bias_is_that_of_transformers_and_comes_before_penalties():
+def test_logit_bias_equals_transformers_and_comes_before_penalties():
     bias = ((7, 4.0), (40, -100.0))
     biased = theirs.SequenceBiasLogitsProcessor([[[token], value] for token, value in bias])
     assert torch.equal(adjusted(logit_bias=bias), processed(biased))
@@ -70,7 +70,7 @@ def test_frequency_and_presence_penalties_count_the_continuation_alone():
     ],
     ids=str,
 )
-def test_tokens_are_drawn_from_the_distribution_of_transformers(fields):
+def test_sampled_tokens_follow_the_distribution_of_transformers(fields):
     warpers = [theirs.TemperatureLogitsWarper(fields.get("temperature", 1.0))]
     warpers += [theirs.MinPLogitsWarper(fields["min_p"])]
     if "top_k" in fields:
@@ -87,7 +87,7 @@ def test_tokens_are_drawn_from_the_distribution_of_transformers(fields):
     assert ((shares - expected).abs() <= bound).all()
 
 
-def test_a_temperature_near_zero_takes_the_likeliest_token():
+def test_sampling_at_a_temperature_near_0_takes_the_likeliest_token():
     for temperature in (1e-3, 1e-300):
         sampling = Sampling(temperature=temperature)
         [chosen] = choose(logits().unsqueeze(0), sampling, [torch.Generator()])

@@ -41,7 +41,7 @@ def whole_weights(*flags: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("style", [(), ("--et-init", "paper"), ("--swiglu", "--et-norm-scale")])
-def test_a_seed_gives_the_same_weights_on_every_layout(style: tuple[str, ...]) -> None:
+def test_initial_weights_depend_on_the_seed_and_not_on_the_layout(style: tuple[str, ...]) -> None:
     if "--swiglu" in style:
         megatron_flags = [f for f in megatron.TINY if f != "--squared-relu"]
         style = (*style, "--no-bias-swiglu-fusion")
@@ -150,7 +150,7 @@ def decoder() -> None:
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_decoder_equals_that_of_the_paper() -> None:
+def test_decoder_equals_a_plain_implementation_of_the_paper() -> None:
     run_ranks(decoder, 1)
 
 
@@ -162,7 +162,7 @@ def rotary_frequencies(factor: float) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("factor", [8.0, 32.0])
-def test_rope_scaling_is_that_of_llama_3_for_every_factor(factor: float) -> None:
+def test_rope_scaling_equals_llama_3_for_every_factor(factor: float) -> None:
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 

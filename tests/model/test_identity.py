@@ -182,21 +182,21 @@ def refusals() -> dict[tuple[Flags, Flags], tuple[str, str]]:
 
 
 @pytest.mark.parametrize("base, flags, name", OTHER_MODELS)
-def test_another_model_is_refused(refusals: Any, base: Flags, flags: Flags, name: str) -> None:
+def test_check_same_model_refuses_another_model(
+    refusals: Any, base: Flags, flags: Flags, name: str
+) -> None:
     of_model, _ = refusals[base, flags]
     assert of_model.startswith("step was trained with ")
     assert name in of_model and "but the flags say" in of_model
 
 
 @pytest.mark.parametrize("base, flags", SAME_MODELS)
-def test_the_same_model_trained_elsewhere_is_accepted(
-    refusals: Any, base: Flags, flags: Flags
-) -> None:
+def test_check_same_model_accepts_another_layout(refusals: Any, base: Flags, flags: Flags) -> None:
     assert refusals[base, flags] == ("", "")
 
 
 @pytest.mark.parametrize("base, flags, name", OTHER_TRAININGS)
-def test_another_training_is_refused_without_the_override(
+def test_check_same_schedule_refuses_another_training(
     refusals: Any, base: Flags, flags: Flags, name: str
 ) -> None:
     of_model, of_training = refusals[base, flags]
@@ -228,7 +228,7 @@ def marks_by_comparison() -> dict[str, set[str]]:
     return marks_by_name
 
 
-def test_each_argument_is_compared_by_its_mark() -> None:
+def test_differences_compare_each_argument_by_its_mark() -> None:
     [marks_by_name] = run_ranks(marks_by_comparison, 1)
     assert len(marks_by_name) > 200
     del marks_by_name["group_query_attention"]  # the number of groups is compared
@@ -241,7 +241,7 @@ def differences_from_an_older_checkpoint() -> list[str]:
     return [difference.name for difference in differences(saved, here)]
 
 
-def test_a_setting_unknown_to_an_older_checkpoint_had_its_default() -> None:
+def test_setting_value_of_an_older_checkpoint_is_the_default() -> None:
     assert run_ranks(differences_from_an_older_checkpoint, 1) == [["et_logit_softcap"]]
 
 

@@ -77,7 +77,7 @@ def test_replaced_bracket_gets_more_words_than_another() -> None:
     assert int(plan.bins[1]) > 50 * int(plan.bins[0])
 
 
-def test_examples_in_docstrings_hold() -> None:
+def test_packed_bins_docstring_examples_hold() -> None:
     for module in (packed_bins, bracket_search):
         result = doctest.testmod(module)
         assert result.attempted >= 3 and result.failed == 0

@@ -140,7 +140,7 @@ def outputs_and_gradients(dispatcher: str, router_type: str) -> dict[str, torch.
 
 
 @pytest.mark.parametrize("router_type", ["expert-threshold", "expert-choice"])
-def test_allgather_equals_alltoall(router_type: str) -> None:
+def test_allgather_dispatcher_equals_alltoall(router_type: str) -> None:
     alltoall = run_ranks(outputs_and_gradients, 2, "alltoall", router_type)
     allgather = run_ranks(outputs_and_gradients, 2, "allgather", router_type)
     for one, other in zip(alltoall, allgather):
@@ -240,7 +240,7 @@ def step_on_ranks(pool: str) -> tuple[torch.Tensor, dict]:
 
 
 @pytest.mark.parametrize("pool", ["microbatch", "step"])
-def test_a_step_moves_thresholds_once_by_the_cutoffs_of_all_ranks(pool: str) -> None:
+def test_commit_moves_thresholds_once_by_the_cutoffs_of_all_ranks(pool: str) -> None:
     first, second = run_ranks(step_on_ranks, 2, pool)
     assert torch.equal(first[0], second[0])
     assert first[1] == second[1]
@@ -271,7 +271,7 @@ def communication(pool: str) -> list[tuple[int, int, int]]:
 
 
 @pytest.mark.parametrize("pool", ["microbatch", "step"])
-def test_thresholds_need_no_collective_in_forward_and_four_a_step(pool: str) -> None:
+def test_thresholds_need_no_collective_in_forward_and_four_per_step(pool: str) -> None:
     warm_up, by_threshold = 2, 4
     for used in run_ranks(communication, 2, pool):
         forward, end, buffered = zip(*used)
@@ -360,7 +360,7 @@ def padding() -> None:
     assert routing_map.sum(dim=0).tolist() == [56 // 4] * 4
 
 
-def test_padding_is_neither_routed_nor_counted() -> None:
+def test_router_neither_routes_nor_counts_padding() -> None:
     run_ranks(padding, 1)
 
 

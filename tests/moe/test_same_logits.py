@@ -102,7 +102,7 @@ def flags_of(ranks: int, layout: list[str], pool: list[str]) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pool", POOLS.values(), ids=list(POOLS))
-def test_every_layout_routes_the_same_logits_the_same_way(pool: list[str]) -> None:
+def test_routing_of_the_same_logits_is_equal_on_every_layout(pool: list[str]) -> None:
     [expected] = run_ranks(route, 1, KINDS, flags_of(1, [], pool))
     for kind, one in zip(KINDS, expected):
         check_against_definition(kind, one, pool[-1])

@@ -65,7 +65,7 @@ def test_thresholds_without_an_update_have_no_value() -> None:
         Thresholds(2, 0.9).value()
 
 
-def test_a_cutoff_that_is_not_finite_leaves_the_threshold() -> None:
+def test_thresholds_ignore_a_cutoff_that_is_not_finite() -> None:
     thresholds = Thresholds(2, 0.5)
     thresholds.update(torch.tensor([1.0, 3.0]))
     thresholds.update(torch.tensor([-torch.inf, 4.0]))
@@ -73,7 +73,7 @@ def test_a_cutoff_that_is_not_finite_leaves_the_threshold() -> None:
     assert thresholds.value()[1] > 3.0
 
 
-def test_thresholds_keep_their_bits_whatever_the_dtype_of_the_model() -> None:
+def test_thresholds_keep_their_bits_in_every_dtype_of_the_model() -> None:
     model: Any = torch.nn.Sequential(torch.nn.Linear(2, 2), Thresholds(3, 0.9))
     cutoffs = torch.tensor([0.1, 1 / 3, -2.7182818])
     model[1].update(cutoffs)

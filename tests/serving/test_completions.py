@@ -81,7 +81,7 @@ def test_echo_scores_the_prompt_as_generation_scored_it(client):
     assert len(scored.choices[0].logprobs.tokens) == len(prompt)
 
 
-def test_streams_add_up_to_the_whole_answer(client):
+def test_streamed_chunks_join_to_the_whole_answer(client):
     options = {"model": "tiny", "prompt": [PROMPT, "su té"], "seed": 3, "max_tokens": 12, "n": 2}
     whole = client.completions.create(**options)
     texts: dict[int, str] = {}
@@ -98,7 +98,7 @@ def test_streams_add_up_to_the_whole_answer(client):
     assert usage == whole.usage
 
 
-def test_a_stop_string_is_neither_sent_nor_passed(client):
+def test_stop_string_ends_the_answer_and_is_not_sent(client):
     options = {"model": "tiny", "prompt": PROMPT, "temperature": 0, "max_tokens": 20}
     free = client.completions.create(**options).choices[0].text
     stop = free[len(free) // 2 :][:3]
@@ -128,7 +128,7 @@ def test_chat_is_a_completion_of_the_rendered_template(client):
     assert "".join(c.choices[0].delta.content or "" for c in chunks) == choice.message.content
 
 
-def test_bias_and_further_end_tokens_decide_what_is_sampled(client):
+def test_logit_bias_and_stop_token_ids_decide_the_sample(client):
     options = {"model": "tiny", "prompt": [10, 11, 12], "temperature": 0, "max_tokens": 6}
     forced = client.completions.create(**options, logit_bias={"77": 100}).choices[0]
     extra = {"stop_token_ids": [77]}
@@ -149,7 +149,7 @@ HOT = {"model": "tiny", "prompt": [260, 261], "temperature": 20.0, "max_tokens":
 
 
 @pytest.mark.parametrize("echo", [False, True])
-def test_tokens_and_offsets_join_to_the_text_also_after_a_stop(client, echo):
+def test_tokens_and_offsets_join_to_the_text_with_a_stop_string(client, echo):
     free = client.completions.create(**HOT, seed=1, logprobs=3, echo=echo)
     text = free.choices[0].text
     stop = [text[len(text) // 2 :][:2], "b", "é"]

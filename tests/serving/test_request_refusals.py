@@ -125,7 +125,7 @@ def test_chat_refusals_name_the_field(http, change, named):
     assert answer.status_code == 400 and named in answer.json()["error"]["message"]
 
 
-def test_the_client_raises_its_own_error_with_the_field(client):
+def test_openai_client_raises_its_error_with_the_field(client):
     with pytest.raises(openai.BadRequestError) as refused:
         client.completions.create(model="tiny", prompt="ba", extra_body={"guided_json": {}})
     assert refused.value.param == "guided_json"
@@ -149,7 +149,7 @@ def test_malformed_requests_are_refused(server, http):
     settled(server)
 
 
-def test_a_wrong_key_is_refused(server):
+def test_server_refuses_a_wrong_key(server):
     body = {"prompt": "ba", "max_tokens": 1}
     for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": KEY}):
         for path in ("/v1/completions", "/v1/chat/completions"):

@@ -10,7 +10,7 @@ import pytest
 from tests.serving.client import KEY, settled
 
 
-def test_two_hundred_concurrent_requests_get_independent_results(server):
+def test_server_answers_two_hundred_concurrent_requests_independently(server):
     """A tenth leave before they are answered; no tokens change, and nothing stays behind.
 
     180 + 20 x 3 continuations fit into eight rows and 250 places, however fast they come.
@@ -105,7 +105,7 @@ def second_server(start_server):
     server.stop()
 
 
-def test_sigterm_finishes_what_runs_and_refuses_the_rest(second_server):
+def test_sigterm_finishes_running_requests_and_refuses_new_ones(second_server):
     server = second_server
     with server.http() as client, client.stream("POST", "/v1/completions", json=LONG) as response:
         lines = response.iter_lines()

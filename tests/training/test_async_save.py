@@ -32,7 +32,7 @@ def of_run(mark: str) -> list[psutil.Process]:
 
 
 @pytest.mark.slow
-def test_resumes_bit_for_bit_from_every_checkpoint(
+def test_async_save_resumes_bit_for_bit_from_every_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mark = uuid.uuid4().hex
@@ -69,14 +69,14 @@ def later_changes() -> tuple[list[float], list[float]]:
     return results[0], results[1]
 
 
-def test_what_is_written_is_not_what_training_makes_of_it() -> None:
+def test_async_save_writes_tensors_as_they_were_at_the_save() -> None:
     [(by_the_rank, by_another)] = run_ranks(later_changes, 1)
     assert by_another == [1.0, 1.0]
     assert by_the_rank == [2.0, 2.0]  # no copy where the rank waits
 
 
 @pytest.mark.slow
-def test_killed_ranks_leave_no_process_behind(tmp_path: Path) -> None:
+def test_async_save_of_killed_ranks_leaves_no_process(tmp_path: Path) -> None:
     mark = uuid.uuid4().hex
     command = [warm_python(), "pretrain_et.py", *TINY, "--run-dir", str(tmp_path), "--async-save"]
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -108,7 +108,7 @@ def test_killed_ranks_leave_no_process_behind(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_signals_to_a_rank_and_all_its_helpers_let_them_save(tmp_path: Path) -> None:
+def test_async_save_completes_after_signals_to_all_processes(tmp_path: Path) -> None:
     flags = [*TINY, "--run-dir", str(tmp_path), "--async-save", "--save-interval", "2"]
     [(code, stderr)] = run_ranks(start_and_do, 1, flags, 4, {0: signals_to_all})
     assert code == 0, stderr

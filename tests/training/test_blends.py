@@ -40,7 +40,7 @@ def dataset(path: Path, documents: int, length: int = 10) -> str:
     return str(path)
 
 
-def test_weights_belong_to_the_datasets_after_them() -> None:
+def test_blend_weights_belong_to_the_datasets_after_them() -> None:
     assert parse_blend(["A"], "--data-path") == (["A"], None)
     assert parse_blend(["A", "B"], "--data-path") == (["A", "B"], None)
     assert parse_blend(["0.3", "A", "7", "B"], "--data-path") == (["A", "B"], [0.3, 7.0])
@@ -60,13 +60,13 @@ def test_weights_belong_to_the_datasets_after_them() -> None:
         ("0.5 A 0.5", "the weight 0.5 has no dataset"),
     ],
 )
-def test_weights_that_cannot_be_are_refused(words: str, message: str) -> None:
+def test_blend_refuses_impossible_weights(words: str, message: str) -> None:
     with pytest.raises(UserError, match=r"--data-path: ") as caught:
         parse_blend(words.split(), "--data-path")
     assert message in str(caught.value)
 
 
-def test_dataset_that_is_called_like_a_number_is_no_weight(tmp_path: Path) -> None:
+def test_blend_accepts_a_dataset_named_like_a_number(tmp_path: Path) -> None:
     name = dataset(tmp_path / "7", 4)
     assert parse_blend([name], "--data-path") == ([name], None)
 
@@ -99,13 +99,15 @@ def test_dataset_that_is_called_like_a_number_is_no_weight(tmp_path: Path) -> No
         ({"per_split_data_args_path": "nowhere"}, "nowhere cannot be read"),
     ],
 )
-def test_data_that_cannot_be_trained_on_are_refused(values: dict[str, Any], message: str) -> None:
+def test_blend_refuses_data_without_training_documents(
+    values: dict[str, Any], message: str
+) -> None:
     with pytest.raises(UserError) as caught:
         blends(run(**values))
     assert message in str(caught.value)
 
 
-def test_without_evaluation_no_validation_data_are_needed(tmp_path: Path) -> None:
+def test_blend_without_evaluation_requires_no_validation_data(tmp_path: Path) -> None:
     assert len(blends(run(train_data_path=["A"], eval_iters=0))) == 1
     assert len(blends(run(data_path=["A"], split="1", eval_iters=0))) == 1
     file = tmp_path / "splits.json"
@@ -117,7 +119,7 @@ def test_without_evaluation_no_validation_data_are_needed(tmp_path: Path) -> Non
         blends(run(per_split_data_args_path=str(file)))
 
 
-def test_mock_data_need_a_split_for_validation() -> None:
+def test_mock_data_require_a_split_for_validation() -> None:
     check_mock_split(run(split="90,5,5"))
     check_mock_split(run())  # Megatron's own, of three parts
     with pytest.raises(UserError, match="no validation data with --split 1,0,0"):

@@ -143,7 +143,9 @@ def test_a_signal_to_some_or_all_ranks_saves_and_ends_the_run(
 
 
 @pytest.mark.slow
-def test_a_full_disk_loses_nothing(undisturbed: list[dict[str, Any]], small_disk: Path) -> None:
+def test_full_disk_leaves_the_last_checkpoint(
+    undisturbed: list[dict[str, Any]], small_disk: Path
+) -> None:
     run = small_disk / "run"
     ended = run_ranks(start, 2, [*SAME, "--run-dir", str(run)], {}, {})
     assert {code for code, _ in ended} == {2}
@@ -158,7 +160,7 @@ def test_a_full_disk_loses_nothing(undisturbed: list[dict[str, Any]], small_disk
 
 
 @pytest.mark.parametrize("harm", ["flipped bit", "truncated", "missing"])
-def test_a_damaged_checkpoint_is_named_and_an_older_one_used_when_allowed(
+def test_damaged_checkpoint_is_refused_or_replaced_by_an_older_one(
     harm: str, trained: Path, undisturbed: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     run = shutil.copytree(trained, tmp_path / "run")
@@ -190,9 +192,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_without_a_whole_checkpoint_there_is_nothing_to_resume(
-    trained: Path, tmp_path: Path
-) -> None:
+def test_resume_without_a_whole_checkpoint_is_refused(trained: Path, tmp_path: Path) -> None:
     run = shutil.copytree(trained, tmp_path / "run")
     for folder in (run / "checkpoints").glob("iter_*"):
         (folder / "integrity.json").unlink()
@@ -204,7 +204,7 @@ def test_without_a_whole_checkpoint_there_is_nothing_to_resume(
     assert "no older checkpoint in that folder is intact" in message
 
 
-def test_a_torn_tracker_is_mended(
+def test_torn_tracker_file_is_repaired(
     trained: Path, undisturbed: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     run = shutil.copytree(trained, tmp_path / "run")
@@ -215,7 +215,7 @@ def test_a_torn_tracker_is_mended(
 
 
 @pytest.mark.slow
-def test_a_skipped_step_leaves_the_thresholds_alone(tmp_path: Path) -> None:
+def test_skipped_step_leaves_the_thresholds(tmp_path: Path) -> None:
     """In fp16 a loss scale that is too high overflows the gradients."""
     scale = ["--initial-loss-scale", "1048576", "--hysteresis", "1", "--loss-scale-window", "4"]
     train([*SAME, "--run-dir", str(tmp_path), "--fp16", *scale])
@@ -245,7 +245,7 @@ def vanish(file: str | None) -> None:
 
 
 @pytest.mark.slow
-def test_data_that_vanishes_is_named(dataset: Path, tmp_path: Path) -> None:
+def test_missing_data_on_resume_are_named(dataset: Path, tmp_path: Path) -> None:
     for suffix in ("bin", "idx"):
         shutil.copy(f"{dataset}.{suffix}", tmp_path)
     prefix, run = tmp_path / dataset.name, tmp_path / "run"

@@ -65,7 +65,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 
 @pytest.mark.slow
-def test_the_model_learns_and_its_capacity_is_at_work(trained: Trained) -> None:
+def test_layout_reference_learns_and_uses_its_capacity(trained: Trained) -> None:
     _, rows = trained(ONE_RANK["fp32"])
     assert [r["step"] for r in rows] == list(range(1, STEPS + 1))
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.05
@@ -155,7 +155,7 @@ def saved_thresholds(run: Path) -> dict[str, list[float]]:
     GOING_ON,
     ids=lambda value: value.name if isinstance(value, Layout) else "",
 )
-def test_any_layout_goes_on_from(
+def test_layout_resumes_from_every_other_layout(
     source: Layout, targets: list[Layout], trained: Trained, tmp_path: Path
 ) -> None:
     _, undisturbed = trained(ONE_RANK[source.kind])
@@ -172,7 +172,7 @@ def test_any_layout_goes_on_from(
 
 
 @pytest.mark.slow
-def test_state_that_is_not_reshardable_is_refused_elsewhere(tmp_path: Path) -> None:
+def test_resume_refuses_state_that_cannot_be_resharded(tmp_path: Path) -> None:
     from megatron_ext.errors import UserError
 
     sharded = TWO_RANKS[-1]

@@ -160,7 +160,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Layout], Path
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("number", range(len(LAYOUTS)), ids=[x.name for x in LAYOUTS])
-def test_a_layout_trains_as_the_reference_and_goes_on_from_another(
+def test_muon_layout_equals_the_reference_and_resumes_from_another(
     number: int, reference: dict[str, Tensor], trained: Any, tmp_path: Path
 ) -> None:
     layout, other = LAYOUTS[number], LAYOUTS[number - 1]
@@ -178,7 +178,7 @@ def test_a_layout_trains_as_the_reference_and_goes_on_from_another(
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_in_bf16_the_same_layout_resumes_bit_for_bit_and_another_closely(tmp_path: Path) -> None:
+def test_muon_in_bf16_resumes_bit_for_bit_on_the_same_layout(tmp_path: Path) -> None:
     shared_out, whole = (
         Layout(x.name, x.ranks, x.data_parallel, x.flags, kind="bf16") for x in LAYOUTS[1:5:3]
     )
@@ -193,7 +193,7 @@ def test_in_bf16_the_same_layout_resumes_bit_for_bit_and_another_closely(tmp_pat
         assert row["loss"] == pytest.approx(undisturbed["loss"], abs=5e-3)
 
 
-def test_momentum_grows_over_the_warmup() -> None:
+def test_muon_momentum_grows_over_the_warmup() -> None:
     assert [momentum_at(step, 0.95, 300) for step in (0, 150, 300, 9000)] == [
         0.85, pytest.approx(0.9), 0.95, 0.95,
     ]  # fmt: skip

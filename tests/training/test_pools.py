@@ -12,7 +12,7 @@ from megatron_ext.moe.thresholds import RoutingRate
 from megatron_ext.training.checks import check_pools
 
 
-def test_expert_choice_needs_no_token_on_every_rank() -> None:
+def test_expert_choice_runs_with_ranks_without_tokens() -> None:
     """64 experts, top 1: 32 tokens on each of 8 ranks are 4 for an expert, but none on a rank."""
     args = Namespace(
         micro_batch_size=1, seq_length=32, context_parallel_size=1, data_parallel_size=8,

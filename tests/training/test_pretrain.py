@@ -54,7 +54,7 @@ def test_recomputation_and_evaluation_change_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_every_router_trains_and_expert_choice_continues_by_thresholds(tmp_path: Path) -> None:
+def test_pretrain_with_every_router_resumes_expert_choice_by_thresholds(tmp_path: Path) -> None:
     topk = ("--moe-router-pre-softmax", "--moe-aux-loss-coeff", "1e-3")
     for router_type, flags in {
         "expert-choice": (),
@@ -78,7 +78,7 @@ def test_every_router_trains_and_expert_choice_continues_by_thresholds(tmp_path:
 
 
 @pytest.mark.slow
-def test_a_llama_like_mixture_trains(tmp_path: Path) -> None:
+def test_pretrain_of_a_llama_like_mixture(tmp_path: Path) -> None:
     """Every part of the paper's model has a flag that turns it into the usual one."""
     base = {*TINY} - {"--squared-relu", "--untie-embeddings-and-output-weights", "--qk-layernorm"}
     llama = [flag for flag in TINY if flag in base]

@@ -78,7 +78,7 @@ def read() -> dict[Run, dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_parameters_are_the_papers(read: dict[Run, dict[str, Any]]) -> None:
+def test_recipe_parameter_counts_equal_the_paper(read: dict[Run, dict[str, Any]]) -> None:
     expected = {
         ("d12",): (575.0e6, 185.7e6),
         ("d12", "dense"): (185.6e6, 185.6e6),

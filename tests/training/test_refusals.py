@@ -70,7 +70,7 @@ def changed(dataset: Path, folder: Path) -> Path:
         (["--run-dir", "/dev/null/run"], "--run-dir /dev/null/run cannot be written"),
     ],
 )
-def test_flags(flags: list[str], message: str) -> None:
+def test_pretrain_refuses_wrong_flags_in_one_sentence(flags: list[str], message: str) -> None:
     assert message in refusal([*TINY, *flags])
 
 
@@ -82,7 +82,7 @@ def test_async_strategy_without_its_package() -> None:
     assert "needs the package nvidia-resiliency-ext" in refusal([*TINY, *flags])
 
 
-def test_recipes(tmp_path: Path) -> None:
+def test_pretrain_refuses_wrong_recipes_in_one_sentence(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     for text, message in (
         ("no_such_key: 1\n", "no_such_key is not a flag"),
@@ -95,7 +95,9 @@ def test_recipes(tmp_path: Path) -> None:
         assert message in refusal([*TINY, "--recipe", str(recipe)])
 
 
-def test_missing_empty_truncated_and_short_data(dataset: Path, tmp_path: Path) -> None:
+def test_pretrain_refuses_missing_empty_truncated_and_short_data(
+    dataset: Path, tmp_path: Path
+) -> None:
     assert "no data: give --data-path" in refusal(REAL_DATA)
     missing = tmp_path / "missing"
     assert f"{missing}.idx does not exist" in refusal([*REAL_DATA, "--data-path", str(missing)])
@@ -117,7 +119,9 @@ def test_missing_empty_truncated_and_short_data(dataset: Path, tmp_path: Path) -
     assert "has 2,400 tokens, fewer than" in message
 
 
-def test_tokenizer_that_does_not_match_the_data(dataset: Path, tmp_path: Path) -> None:
+def test_pretrain_refuses_a_tokenizer_that_does_not_match_the_data(
+    dataset: Path, tmp_path: Path
+) -> None:
     small = ["--vocab-size", "90", "--make-vocab-size-divisible-by", "1"]
     message = refusal([*REAL_DATA, *small, "--data-path", str(dataset)])
     assert "holds token id 98, beyond the vocabulary of" in message
@@ -154,7 +158,7 @@ def test_tokenizer_that_does_not_match_the_data(dataset: Path, tmp_path: Path) -
     assert "was trained with another tokenizer" in refusal(run)
 
 
-def test_checkpoint_of_another_model(tmp_path: Path) -> None:
+def test_pretrain_refuses_a_checkpoint_of_another_model(tmp_path: Path) -> None:
     run = [*TINY, "--run-dir", str(tmp_path)]
     train([*run, "--exit-interval", "2"], ranks=1)
     override = ["--override-opt-param-scheduler"]
@@ -186,7 +190,7 @@ def test_checkpoint_of_another_model(tmp_path: Path) -> None:
     assert "is damaged: its file .metadata is missing" in refusal(run)
 
 
-def test_under_torchrun_one_rank_tells() -> None:
+def test_refusal_under_torchrun_is_printed_by_one_rank() -> None:
     result = torchrun(["pretrain_et.py", *TINY, "--et-capacity", "2"], 2, python=warm_python())
     messages = [line for line in result.stderr.splitlines() if line.startswith("pretrain_et.py:")]
     assert len(messages) == 1

@@ -11,7 +11,7 @@ from megatron_ext.training.launch import Launch
 from megatron_ext.training.watchdog import Watchdog
 
 
-def test_threads_end_with_the_context():
+def test_watchdog_threads_end_with_the_context():
     launch = Launch(dist.HashStore(), 0, 2, 1.0)
     with Watchdog(launch, 1.0, lambda: 1):
         assert sum(thread.name == "watchdog" for thread in threading.enumerate()) == 2

@@ -3,7 +3,7 @@
 from alignment.rl.grading import GamingAlarm
 
 
-def test_an_alarm_takes_no_notice_of_rounding():
+def test_gaming_alarm_ignores_rounding():
     def rows(proxy, gold, noise):
         return [
             {"grade/proxy": p, "grade/gold": g, "grade/gap": p - g}
@@ -18,7 +18,7 @@ def test_an_alarm_takes_no_notice_of_rounding():
     assert not alarm.raised(rows([4, 5, 6, 7], [4, 4, 4, 4], 1e-3))  # gold rises
 
 
-def test_an_alarm_is_announced_when_it_is_raised_and_not_at_each_grading():
+def test_gaming_alarm_sentence_is_returned_once_per_alarm():
     def rows(proxy, gold):
         return [
             {"step": 10 * i, "grade/proxy": p, "grade/gold": g, "grade/gap": p - g}
@@ -34,7 +34,7 @@ def test_an_alarm_is_announced_when_it_is_raised_and_not_at_each_grading():
     assert alarm.sentence(course[:4]) is None and alarm.sentence(course) is None
 
 
-def test_an_alarm_wants_a_gap_that_opens_while_gold_does_not_rise():
+def test_gaming_alarm_requires_a_gap_that_opens_without_a_rise_of_gold():
     def rows(proxy, gold):
         return [
             {"grade/proxy": p, "grade/gold": g, "grade/gap": None if g is None else p - g}

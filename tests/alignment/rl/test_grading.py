@@ -21,11 +21,13 @@ from tests.distributed import run_ranks
 PROMPTS = [Prompt(f"p{i}", (Message("user", f"say {i}"),)) for i in range(10)]
 
 
-def grader_in(folder):
-    make_model(folder / "model", num_hidden_layers=1, max_position_embeddings=128)
+def grader_in(folder, model=None):
+    if model is None:
+        model = folder / "model"
+        make_model(model, num_hidden_layers=1, max_position_embeddings=128)
     run: Any = SimpleNamespace()
     return Grader(
-        SimpleNamespace(), load_tokenizer(folder / "model", None), PROMPTS, Sampling(12),
+        SimpleNamespace(), load_tokenizer(model, None), PROMPTS, Sampling(12),
         {"proxy": [], "gold": []}, folder, template={}, reference=None, length=96,
         generation_batch_size=4,
         monitor=ResponseMonitor(run, Monitor()), alarm=GamingAlarm(gap=0.5, window=3),
@@ -167,9 +169,9 @@ def test_grader_counts_a_failed_verdict_once_per_question(tmp_path):
     assert not (tmp_path / "first.json").exists()
 
 
-def graded_with_others(folder):
+def graded_with_others(folder, model):
     """On a rank: metrics of a first evaluation, and the prompts whose responses the rank has."""
-    grader = grader_in(folder / f"rank_{dist.get_rank()}")
+    grader = grader_in(folder, model)
     grader.writes = dist.get_rank() == 0
 
     def judge(questions, check):
@@ -189,8 +191,10 @@ def graded_with_others(folder):
 
 
 def test_grader_collects_responses_on_the_first_rank_and_metrics_on_all(tmp_path):
-    [(alone, prompts)] = run_ranks(graded_with_others, 1, tmp_path / "alone")
-    rows = run_ranks(graded_with_others, 3, tmp_path / "three")
+    model = tmp_path / "model"
+    make_model(model, num_hidden_layers=1, max_position_embeddings=128)
+    [(alone, prompts)] = run_ranks(graded_with_others, 1, tmp_path, model)
+    rows = run_ranks(graded_with_others, 3, tmp_path, model)
     assert all(row == alone for row, _ in rows)
     assert alone["grade/proxy"] == alone["grade/gold"] == 4.5
     assert [responses for _, responses in rows] == [prompts, prompts[1::3], prompts[2::3]]

@@ -48,7 +48,7 @@ def group(*texts):
     return task, rollouts
 
 
-def test_scores_are_means_over_judges_that_all_judged():
+def test_judge_reward_is_the_mean_of_judges_that_all_gave_a_score():
     groups = [group("aa", "x", "")]
     always = SimpleNamespace(
         judge=lambda questions, check: [Verdict(q.item.id, Outcome.SCORE, 9.0) for q in questions]
@@ -61,7 +61,7 @@ def test_scores_are_means_over_judges_that_all_judged():
     assert x.outcome == "unparseable" and x.details["reasons"] == ["an x"]
 
 
-def test_win_rates_are_over_the_matches_that_were_judged():
+def test_win_rate_counts_only_matches_with_a_verdict():
     texts = ["a", "bbb", "x", "cc", "dd"]
     [rewards] = JudgeReward([Longest()], LETTERS, True)([group(*texts)], lambda: None)
     wins: dict[str, list[float]] = {text: [] for text in texts}
@@ -72,7 +72,7 @@ def test_win_rates_are_over_the_matches_that_were_judged():
     assert rewards[2].outcome == "failed"
 
 
-def test_a_pair_counts_in_both_orders_or_not_at_all():
+def test_win_rate_leaves_out_a_pair_with_one_order_missing():
     """A judge that prefers what is shown first, and fails on some pairs when they are swapped."""
 
     def judge(questions, check):
@@ -92,7 +92,7 @@ def test_a_pair_counts_in_both_orders_or_not_at_all():
     assert rewards[0].outcome == "failed"
 
 
-def test_rewards_carry_the_rounding_error_of_their_judges():
+def test_judge_reward_has_the_rounding_error_of_its_judges():
     exact: Any = SimpleNamespace(
         judge=lambda questions, check: [Verdict(q.item.id, Outcome.SCORE, 7.5) for q in questions],
         rounding_error=EXACT,

@@ -56,7 +56,7 @@ def learn(model, place, algorithms):
     return result
 
 
-def test_every_algorithm_learns(tmp_path):
+def test_every_algorithm_learns_a_verifiable_reward(tmp_path):
     make_model(tmp_path / "model", num_hidden_layers=1, max_position_embeddings=64)
     names = list(ALGORITHMS)
     [result] = run_ranks(learn, 1, tmp_path / "model", tmp_path, names, timeout=240)

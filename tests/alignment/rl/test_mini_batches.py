@@ -25,7 +25,7 @@ def after(sizes, moves):
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 5])
-def test_moves_lower_the_largest_number_of_tokens_of_a_rank(ranks):
+def test_balancing_moves_lower_the_largest_token_count_of_a_rank(ranks):
     draw = random.Random(ranks)
     for _ in range(50):
         sizes = [[draw.randint(1, 90) for _ in range(draw.randint(0, 8))] for _ in range(ranks)]
@@ -35,7 +35,7 @@ def test_moves_lower_the_largest_number_of_tokens_of_a_rank(ranks):
         assert max(totals) - min(totals) <= largest
 
 
-def test_equal_ranks_move_nothing():
+def test_balancing_of_equal_ranks_moves_nothing():
     assert plan_moves([[96] * 4, [96] * 4]) == []
 
 

@@ -30,7 +30,7 @@ def by_sklearn(design: Any, outcomes: Any) -> Any:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_strengths_are_those_of_scikit_learn(seed: int) -> None:
+def test_strengths_equal_scikit_learn(seed: int) -> None:
     policies, outcomes, style = simulated(seed, 150, [0.8, -0.4, 0.1], [0.6, -0.3])
     alone = strengths(policies, outcomes, 3)
     rates = [outcomes[policies == policy].mean() for policy in range(3)]
@@ -41,7 +41,7 @@ def test_strengths_are_those_of_scikit_learn(seed: int) -> None:
     assert both == pytest.approx(by_sklearn(np.hstack([dummies, style]), outcomes), abs=1e-4)
 
 
-def test_simulated_strengths_and_weights_of_style_are_found() -> None:
+def test_strengths_recover_simulated_strengths_and_style_weights() -> None:
     true, weights = [1.0, -0.5], [0.8, 0.4]
     policies, outcomes, style = simulated(0, 20_000, true, weights)
     assert strengths(policies, outcomes, 2, style) == pytest.approx(true + weights, abs=0.05)
@@ -49,7 +49,7 @@ def test_simulated_strengths_and_weights_of_style_are_found() -> None:
     assert np.abs(biased - true).max() > 0.15
 
 
-def test_who_always_wins_is_at_infinity_and_disturbs_no_other() -> None:
+def test_strength_of_a_policy_that_always_wins_is_infinite() -> None:
     policies, outcomes, style = simulated(1, 100, [0.8, -0.4, 0.1, 0.0], [0.6])
     outcomes[policies == 1], outcomes[policies == 2] = 1.0, 0.0
     result = strengths(policies, outcomes, 4, style)
@@ -59,7 +59,7 @@ def test_who_always_wins_is_at_infinity_and_disturbs_no_other() -> None:
     assert result[[0, 3, 4]] == pytest.approx(by_sklearn(design, outcomes[others]), abs=1e-4)
 
 
-def test_a_style_that_only_winners_have_has_no_weight_and_disturbs_no_strength() -> None:
+def test_style_that_only_winners_have_gets_no_weight() -> None:
     policies, outcomes, style = simulated(2, 100, [0.3, -0.4], [0.5])
     rare = np.zeros(len(policies))
     rare[[3, 120]], outcomes[[3, 120]] = [2.0, 5.0], 1.0
@@ -78,7 +78,7 @@ def test_a_style_that_only_winners_have_has_no_weight_and_disturbs_no_strength()
     assert result == pytest.approx(by_sklearn(design, outcomes), abs=1e-3)
 
 
-def test_what_cannot_be_told_apart_is_no_number() -> None:
+def test_strengths_that_cannot_be_identified_are_undefined() -> None:
     policies, outcomes, _ = simulated(3, 50, [0.2, -0.3], [0.0])
     # The first policy is always longer by the same, and the second never is.
     constant = (policies == 0).astype(float)[:, None]
@@ -94,7 +94,7 @@ def test_what_cannot_be_told_apart_is_no_number() -> None:
     assert np.isnan(result[2]) and result[:2] == pytest.approx(strengths(policies, outcomes, 2))
 
 
-def test_separation_is_told_apart_from_large_logits() -> None:
+def test_strengths_distinguish_separation_from_large_logits() -> None:
     x = np.array([[-40.0], [-0.1], [0.1], [40.0]])
     assert fitting_perfectly(x, np.array([0.0, 0.0, 1.0, 1.0])).tolist() == [True] * 4
     crossed = np.array([0.0, 1.0, 0.0, 1.0])
@@ -106,7 +106,7 @@ def test_separation_is_told_apart_from_large_logits() -> None:
 
 
 @pytest.mark.parametrize("noise", [0.0, 1e-16, 3e-16])
-def test_a_win_that_rounding_keeps_from_1_is_a_win(noise: float) -> None:
+def test_strengths_count_a_win_that_rounding_keeps_from_1(noise: float) -> None:
     policies = np.repeat([0, 1, 2], 20)
     outcomes = np.concatenate([np.ones(20) - noise, np.zeros(20) + noise, np.resize([1, 0.5], 20)])
     result = strengths(policies, outcomes, 3)

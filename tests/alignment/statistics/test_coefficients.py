@@ -33,7 +33,7 @@ def matrices() -> Iterator[Floats]:
         yield np.where(draw.random(shape) < 0.3, np.nan, labels)
 
 
-def test_alpha_is_that_of_krippendorff_with_any_raters_and_gaps() -> None:
+def test_alpha_equals_krippendorff_with_any_raters_and_gaps() -> None:
     compared = 0
     for matrix in matrices():
         paired = matrix[:, (~np.isnan(matrix)).sum(axis=0) > 1]
@@ -50,7 +50,7 @@ def test_alpha_is_that_of_krippendorff_with_any_raters_and_gaps() -> None:
     assert compared > 60
 
 
-def test_labels_that_differ_by_rounding_are_equal() -> None:
+def test_coefficients_treat_labels_that_differ_by_rounding_as_equal() -> None:
     """Scores with ties, scored again in other batches: the figures of the scores themselves."""
     draw = np.random.default_rng(2)
     for _ in range(20):
@@ -68,7 +68,7 @@ def test_labels_that_differ_by_rounding_are_equal() -> None:
         assert figures.repeats_agree(pairs) == 1
 
 
-def test_labels_that_are_constant_but_for_rounding_have_no_figure() -> None:
+def test_coefficients_of_labels_constant_up_to_rounding_are_undefined() -> None:
     constant = np.array([3.9309329, 3.9309351, 3.9309307])
     other = np.array([1.0, 2.5, 4.0])
     for figure in (figures.spearman, figures.kendall):
@@ -84,14 +84,14 @@ def test_labels_that_are_constant_but_for_rounding_have_no_figure() -> None:
     assert figures.spearman(np.array([7.0, 7.01, 7.02]), other) == 1
 
 
-def test_bins_of_calibration_do_not_depend_on_rounding() -> None:
+def test_calibration_bins_do_not_depend_on_rounding() -> None:
     b = np.array([0.05, 0.15, 0.25, 0.35, 0.45])  # each begins a bin of 0.1
     for noise in (0.0, 1e-7, -1e-7):
         curve = figures.calibration(b, b + noise, 0.1)
         assert [count for _, _, count in curve] == [1] * 5
 
 
-def test_kappas_are_those_of_scikit_learn() -> None:
+def test_kappas_equal_scikit_learn() -> None:
     for a, b in pairs_of_labels():
         whole = a.astype(int), b.astype(int)
         # With all labels named, for scikit-learn weighs by rank among the labels.
@@ -100,7 +100,7 @@ def test_kappas_are_those_of_scikit_learn() -> None:
         assert figures.kappa(a, b) == pytest.approx(cohen_kappa_score(*whole), abs=1e-9)
 
 
-def test_rank_correlations_are_those_of_their_definitions() -> None:
+def test_rank_correlations_equal_their_definitions() -> None:
     for a, b in pairs_of_labels():
         ranks = np.corrcoef(rankdata(a), rankdata(b))[0, 1]
         assert figures.spearman(a, b) == pytest.approx(ranks, abs=1e-9)
@@ -109,7 +109,7 @@ def test_rank_correlations_are_those_of_their_definitions() -> None:
         assert figures.kendall(a, b) == pytest.approx(signs.sum() / untied, abs=1e-9)
 
 
-def test_calibration_error_is_that_of_grouping() -> None:
+def test_calibration_error_equals_that_of_grouped_items() -> None:
     for a, b in pairs_of_labels():
         b = b + np.linspace(-0.45, 0.45, len(b))
         error = 0.0
@@ -119,7 +119,7 @@ def test_calibration_error_is_that_of_grouping() -> None:
         assert figures.calibration_error(a, b) == pytest.approx(error / len(a), abs=1e-9)
 
 
-def test_self_consistency_is_that_of_counting_pairs() -> None:
+def test_self_consistency_equals_the_count_of_pairs() -> None:
     for matrix in matrices():
         shares = []
         for column in matrix.T:
@@ -145,12 +145,12 @@ def test_self_consistency_is_that_of_counting_pairs() -> None:
         (figures.calibration_error, [], [], "nothing that both judged"),
     ],
 )
-def test_what_has_no_value_is_undefined_for_a_reason(figure, a, b, message) -> None:
+def test_coefficients_without_a_value_are_undefined_with_a_reason(figure, a, b, message) -> None:
     with pytest.raises(Undefined, match=message):
         figure(np.array(a, dtype=float), np.array(b, dtype=float))
 
 
-def test_a_judge_that_always_answers_the_same_agrees_by_chance_only() -> None:
+def test_kappa_of_a_constant_judge_is_0() -> None:
     a, b = np.arange(10.0), np.full(10, 4.0)
     assert figures.quadratic_kappa(a, b) == pytest.approx(0, abs=1e-12)
     assert figures.krippendorff_alpha(np.stack([a, b]), "interval") == pytest.approx(0, abs=0.05)
@@ -161,7 +161,7 @@ def interval(estimate: Estimate) -> tuple[float, float]:
     return estimate.low, estimate.high
 
 
-def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
+def test_bootstrap_intervals_cover_the_truth_at_their_level() -> None:
     draw = np.random.default_rng(1)
     covered, widths = 0, []
     for seed in range(60):
@@ -178,7 +178,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
     assert np.mean(widths) == pytest.approx(2 * 1.96 / np.sqrt(60), rel=0.1)
 
 
-def test_items_of_one_prompt_are_drawn_together() -> None:
+def test_bootstrap_draws_items_of_one_prompt_together() -> None:
     values = np.repeat(np.random.default_rng(2).normal(size=20), 10)
     mean = {"mean": lambda at: float(values[at].mean())}
     together = [np.arange(10 * i, 10 * i + 10) for i in range(20)]
@@ -188,7 +188,7 @@ def test_items_of_one_prompt_are_drawn_together() -> None:
     assert ratio == pytest.approx(np.sqrt(10), rel=0.2)
 
 
-def test_resamples_without_a_value_are_counted_and_too_many_leave_no_interval() -> None:
+def test_bootstrap_counts_resamples_without_a_value() -> None:
     def share(positive: int):
         labels = np.array([1.0] * positive + [0.0] * (40 - positive))
 

@@ -18,13 +18,13 @@ from megatron_ext.errors import UserError
         ("kind: [", "is not YAML"),
     ],
 )
-def test_the_file_of_a_judge_is_checked(tmp_path, content, message):
+def test_read_judge_refuses_wrong_files(tmp_path, content, message):
     (tmp_path / "judge.yaml").write_text(content)
     with pytest.raises(UserError, match=message.replace("[", r"\[")):
         read_judge(str(tmp_path / "judge.yaml"))
 
 
-def test_a_server_may_move_and_a_judge_may_not_change(tmp_path):
+def test_resume_settings_ignore_the_server_but_not_the_judge(tmp_path):
     def lasting(**changes):
         settings = {"kind": "endpoint", "model": "m", "url": "http://a/v1"} | changes
         (tmp_path / "judge.yaml").write_text(json.dumps(settings))
