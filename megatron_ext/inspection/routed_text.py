@@ -150,7 +150,7 @@ def draw_text(axes: Axes, text: RoutedText, lines: list[list[int]]) -> None:
     axes.set_yticks([])
     for spine in axes.spines.values():
         spine.set_visible(False)
-    axes.set_title("Where experts go: a text routed by thresholds", y=1.0)
+    axes.set_title("Number of experts per token of a text", y=1.0)
     scale = ScalarMappable(norm, FAN_OUT_COLORS)
     assert axes.figure is not None
     inch = 1 / height(lines)  # in units of the panel's height

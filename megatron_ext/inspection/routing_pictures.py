@@ -150,7 +150,7 @@ def _margins(figures: dict[str, Any]) -> Figure:
         axes.stairs(density[taken], selected, fill=True, color=BLUE)
         axes.axvline(0, color="black", lw=0.8)
         share = (counts[taken].sum() + margins["above"]) / max(pairs, 1)
-        axes.set_title(f"Layer {layer}: {share:.1%} taken")
+        axes.set_title(f"Layer {layer}: {share:.1%} of the pairs routed")
         used = np.flatnonzero(counts)
         if len(used):
             axes.set_xlim(edges[used[0]], edges[used[-1] + 1])
@@ -212,7 +212,9 @@ def _coactivation(figures: dict[str, Any]) -> Figure:
         axes.set_ylabel("expert")
         axes.set_title(f"Layer {layer}")
     bar = figure.colorbar(
-        ScalarMappable(norm, "PuOr_r"), ax=figure.axes, label="shared tokens / if independent"
+        ScalarMappable(norm, "PuOr_r"),
+        ax=figure.axes,
+        label="shared tokens / expected if independent",
     )
     ticks = [
         tick for tick in (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8, 16) if 1 / reach <= tick <= reach
