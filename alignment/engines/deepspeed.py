@@ -278,9 +278,9 @@ class DeepSpeedEngine:
     def _gathered(self, tensor: Tensor, changed: bool = False) -> Any:
         if not hasattr(tensor, "ds_id"):
             return nullcontext()
-        from deepspeed.zero import GatheredParameters
+        import deepspeed  # deepspeed_launch has reported a missing installation
 
-        return GatheredParameters([tensor], modifier_rank=0 if changed else None)
+        return deepspeed.zero.GatheredParameters([tensor], modifier_rank=0 if changed else None)
 
 
 def _tensors(model: Any) -> Iterator[tuple[str, Tensor]]:

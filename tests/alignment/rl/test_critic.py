@@ -25,7 +25,7 @@ def judged(rewards, values, dtype):
     table = torch.zeros(batch.tokens.shape)
     table[batch.loss_mask] = torch.tensor(values)
     engine: Any = SimpleNamespace(
-        dtype=dtype, data_rank=0, data_size=1, values=lambda batch, token: table,
+        dtype=dtype, data_rank=0, data_size=1, values=lambda batch, token, trained_only: table,
         parameters=lambda: iter([("lm_head.weight", torch.ones(8, 2))]),
         load_parameters=lambda tensors: list(tensors),
     )  # fmt: skip
