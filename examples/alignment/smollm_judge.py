@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     _convert(run)
     _split(run, options)
     for name in ("train", "test"):
-        _answers(run, name, options.train_answers if name == "train" else None)
+        _write_answers(run, name, options.train_answers if name == "train" else None)
     template = ["--template", HERE / "prompts" / "pointwise-truth.txt"]
     form = [*template, "--chat-template", run / "chat.jinja", "--seq-length", 512]
     _judge(run, "untrained", run / "model", form)
@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     _majority(run)
     for name in ("majority", "untrained", "trained"):
         _agreement(run, name)
-    for line in _figures(run):
+    for line in _result_lines(run):
         print(line)
     print(f"{time.monotonic() - begin:.0f} s; everything is in {run}")
 
@@ -142,7 +142,7 @@ def _split(run: Path, options: SmolLMJudgeConfig) -> None:
     )  # fmt: skip
 
 
-def _answers(run: Path, name: str, most: int | None) -> None:
+def _write_answers(run: Path, name: str, most: int | None) -> None:
     """Each answer once, in an order that mixes questions, and gold's scores."""
     pairs = read_all(run / "splits" / f"{name}.jsonl", Pair)
     rows: dict[str, tuple[Response, Verdict]] = {}
@@ -209,7 +209,7 @@ def _agreement(run: Path, name: str) -> None:
     )  # fmt: skip
 
 
-def _figures(run: Path) -> list[str]:
+def _result_lines(run: Path) -> list[str]:
     """How often each prefers the true answer of all pairs, and differences on the same pairs.
 
     A pair without a verdict counts as wrong. Intervals resample questions.
@@ -223,14 +223,14 @@ def _figures(run: Path) -> list[str]:
     for other in ("majority", "untrained"):
         right[f"trained less {other}"] = right["trained"] - right[other]
     means = {name: partial(_mean, values) for name, values in right.items()}
-    told = []
-    for name, found in estimates(means, groups, resamples=2000).items():
-        assert found.value is not None
-        value, interval = f"{found.value:+.1%}" if "less" in name else f"{found.value:.1%}", ""
-        if found.low is not None and found.high is not None:
-            interval = f" (95 % interval {found.low:.1%} to {found.high:.1%})"
-        told.append(f"{name:22} {value}{interval}")
-    return [f"true answer preferred, of {len(pairs)} pairs of {len(groups)} questions:", *told]
+    lines = []
+    for name, estimate in estimates(means, groups, resamples=2000).items():
+        assert estimate.value is not None
+        sign, interval = "+" if "less" in name else "", ""
+        if estimate.low is not None and estimate.high is not None:
+            interval = f" (95 % interval {estimate.low:.1%} to {estimate.high:.1%})"
+        lines.append(f"{name:22} {estimate.value:{sign}.1%}{interval}")
+    return [f"true answer preferred, of {len(pairs)} pairs of {len(groups)} questions:", *lines]
 
 
 def _mean(values: np.ndarray, places: Indices) -> float:

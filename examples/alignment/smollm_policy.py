@@ -42,7 +42,7 @@ from megatron_ext.errors import UserError, run_tool
 from megatron_ext.typed_flags import flag, parse_config
 
 CHECKS = Path(__file__).with_name("checks.py")
-QUESTION = Path(__file__).parent / "study" / "pointwise-brief.txt"
+TEMPLATE = Path(__file__).parent / "study" / "pointwise-brief.txt"
 CORES = psutil.cpu_count(logical=False) or 1
 MOST_WORDS = 60  # of a prompt
 SHORT = "Answer in one short sentence."  # so that answers can end within --max-new-tokens
@@ -140,8 +140,8 @@ def _choose(run: Path) -> None:
     for name, prompts in parts.items():
         with RecordWriter(run / f"{name}.prompts.jsonl", overwrite=True) as writer:
             for prompt in prompts:
-                [asked] = prompt.messages
-                message = replace(asked, content=f"{asked.content} {SHORT}")
+                [question] = prompt.messages
+                message = replace(question, content=f"{question.content} {SHORT}")
                 writer.write(replace(prompt, messages=(message,)))
 
 
@@ -164,7 +164,7 @@ def _judge(run: Path, options: SmolLMPolicyConfig) -> list[Step]:
                 align(
                     "generate", "--model", run / "model", "--input", prompts, "--output", drawn,
                     "--samples", samples, "--source", "start", "--overwrite", *sampled,
-                    *_form(run, options),
+                    *_format_flags(run, options),
                 ),
                 run, [drawn], [prompts],
             ),
@@ -179,7 +179,7 @@ def _judge(run: Path, options: SmolLMPolicyConfig) -> list[Step]:
         ]  # fmt: skip
     judge, agreement = run / "judge", run / "agreement"
     responses, gold = run / "test.responses.jsonl", run / "test.gold.jsonl"
-    form = ["--template", QUESTION, *_form(run, options)]
+    form = ["--template", TEMPLATE, *_format_flags(run, options)]
     return [
         *steps,
         training(
@@ -218,7 +218,7 @@ def _policy(run: Path, options: SmolLMPolicyConfig) -> list[Step]:
     """The policy against the judge, or gold, and the page."""
     gold = {"kind": "function", "function": f"{CHECKS}:score"}
     judge = {
-        "kind": "local", "model": str(run / "judge" / "best"), "template": str(QUESTION),
+        "kind": "local", "model": str(run / "judge" / "best"), "template": str(TEMPLATE),
         "chat_template": str(run / "chat.jinja"), "length": options.seq_length,
         "generation_batch_size": 16,
         "agreement": str(run / "agreement" / "agreement.json"),
@@ -240,7 +240,7 @@ def _policy(run: Path, options: SmolLMPolicyConfig) -> list[Step]:
                 "--mini-batches", "1", "--max-new-tokens", options.max_new_tokens,
                 *TEMPERATURE, "--lr", "5e-5", "--seq-length", options.seq_length,
                 "--eval-interval", max(1, options.steps // 2), "--save-interval", "5",
-                "--generation-batch-size", "20", *_form(run, options),
+                "--generation-batch-size", "20", *_format_flags(run, options),
             ),
             policy, "final",
             [*prompts, by, run / "gold.yaml", CHECKS, *trained],
@@ -258,7 +258,7 @@ def _place(run: Path, options: SmolLMPolicyConfig) -> Path:
     return run / ("policy" if options.against == "judge" else "policy-gold")
 
 
-def _form(run: Path, options: SmolLMPolicyConfig) -> list[object]:
+def _format_flags(run: Path, options: SmolLMPolicyConfig) -> list[object]:
     return ["--chat-template", run / "chat.jinja"]
 
 

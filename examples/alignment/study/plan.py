@@ -16,7 +16,7 @@ from examples.quickstart.training import training as pretraining
 from megatron_ext.errors import UserError
 
 HERE = Path(__file__).parent
-QUESTION = HERE / "pointwise-brief.txt"
+TEMPLATE = HERE / "pointwise-brief.txt"
 CHAT = (
     "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content }}</s>"
     "{% else %}<s>{{ m.content }}\n{% endif %}{% endfor %}"
@@ -94,11 +94,11 @@ class StudyPlan:
         Run each before the next one is taken: its steps depend on files of earlier phases.
         """
         own = seeds if self.judges_of is None else [self.judges_of]
-        yield [self._drawn(seed) for seed in own]
+        yield [self._sampling(seed) for seed in own]
         yield [self._labels(seed) for seed in own]
         yield [self._gold(seed, part) for seed in own for part in _PARTS]
         yield [self._judge(seed, name) for name in self.trained for seed in own]
-        yield [self._reinforced(seed) for seed in own if "reasoning" in self.trained]
+        yield [self._reinforcement(seed) for seed in own if "reasoning" in self.trained]
         yield [self._verdicts(seed, name) for seed in own for name in self.trained]
         yield [self._agreement(seed, name) for seed in own for name in self.trained]
         yield [self._policy(seed, name) for seed in seeds for name in self.judges]
@@ -144,7 +144,7 @@ class StudyPlan:
                 "start", "a model that answers", self.output / "start",
                 align(
                     "train-sft", "--model", base, "--input", splits / "start.jsonl",
-                    "--validation-input", splits / "held_out.jsonl", *self._form("start"),
+                    "--validation-input", splits / "held_out.jsonl", *self._flags_of("start"),
                 ),
                 "best",
                 [base / "metrics.jsonl", splits / "start.jsonl", splits / "held_out.jsonl"],
@@ -183,29 +183,29 @@ class StudyPlan:
             )
         ]  # fmt: skip
 
-    def _drawn(self, seed: int) -> Step:
-        file = self._of(seed) / "drawn.jsonl"
+    def _sampling(self, seed: int) -> Step:
+        file = self._folder(seed) / "drawn.jsonl"
         return self._step(
             f"drawn-seed{seed}", "what the start policy answers",
             align(
                 "generate", "--model", self.start, "--input", self.prompts / "judge.jsonl",
                 "--output", file, "--overwrite", "--source", "start", "--seed", seed,
-                *self._form("drawn"),
+                *self._flags_of("drawn"),
             ),
-            self._of(seed) / "study.log", [file],
+            self._folder(seed) / "study.log", [file],
             [*_weights(self.start), self.prompts / "judge.jsonl"],
         )  # fmt: skip
 
     def _labels(self, seed: int) -> Step:
-        real, drawn = self.output / "splits" / "judge.jsonl", self._of(seed) / "drawn.jsonl"
-        responses = self._of(seed) / "responses"
+        real, drawn = self.output / "splits" / "judge.jsonl", self._folder(seed) / "drawn.jsonl"
+        responses = self._folder(seed) / "responses"
         return self._step(
             f"labels-seed{seed}", "responses for gold to label",
             module(
                 "examples.alignment.study.labels", "--real", real, "--drawn", drawn,
                 "--save", responses, "--seed", str(seed), *_flags(self.settings["labels"]),
             ),
-            self._of(seed) / "study.log", [responses / f"{part}.jsonl" for part in _PARTS],
+            self._folder(seed) / "study.log", [responses / f"{part}.jsonl" for part in _PARTS],
             [real, drawn, HERE / "labels.py"],
         )  # fmt: skip
 
@@ -217,37 +217,37 @@ class StudyPlan:
                 "annotate", "--judge", "rule", "--rule-text", self.corpus.text,
                 "--input", responses, "--output", verdicts, "--overwrite",
             ),
-            self._of(seed) / "study.log", [verdicts], [responses, self.corpus.text],
+            self._folder(seed) / "study.log", [verdicts], [responses, self.corpus.text],
         )  # fmt: skip
 
     def _judge(self, seed: int, name: str) -> Step:
         thinks = ["--thinking", "asked"] if name == "reasoning" else []
-        return self._judge_training(seed, name, "sft", self.start, [*thinks, *self._form(name)])
+        return self._judge_training(seed, name, "sft", self.start, [*thinks, *self._flags_of(name)])
 
-    def _reinforced(self, seed: int) -> Step:
-        start = self._of(seed) / "judges" / "reasoning" / "best"
-        flags = ["--thinking", "asked", *self._form("reinforced")]
+    def _reinforcement(self, seed: int) -> Step:
+        start = self._folder(seed) / "judges" / "reasoning" / "best"
+        flags = ["--thinking", "asked", *self._flags_of("reinforced")]
         return self._judge_training(seed, "reinforced", "rl", start, flags)
 
     def _judge_training(
         self, seed: int, name: str, stage: str, model: Path, flags: Sequence[str]
     ) -> Step:
         train, validation = self._items(seed, "train"), self._items(seed, "validation")
-        run = self._of(seed) / "judges" / name
+        run = self._folder(seed) / "judges" / name
         return self._training(
             f"{name}-judge-seed{seed}", f"a judge, stage {stage}", run,
             align(
-                "train-judge", "--stage", stage, "--model", model, "--template", QUESTION,
+                "train-judge", "--stage", stage, "--model", model, "--template", TEMPLATE,
                 "--input", train[0], "--gold", train[1], "--validation-input", validation[0],
                 "--validation-gold", validation[1], "--seed", seed,
                 *_flags(self.settings["judge"]), *flags,
             ),
-            "best", [*train, *validation, *_weights(model), QUESTION],
+            "best", [*train, *validation, *_weights(model), TEMPLATE],
         )  # fmt: skip
 
     def _verdicts(self, seed: int, name: str) -> Step:
         responses, _ = self._items(seed, "test")
-        model, file = self._model(seed, name), self._of(seed) / f"{name}.verdicts.jsonl"
+        model, file = self._model(seed, name), self._folder(seed) / f"{name}.verdicts.jsonl"
         length = self.settings["judge"]["seq_length"]
         words: list[object] = ["--seq-length", length]
         if name == "reasoning":
@@ -258,18 +258,18 @@ class StudyPlan:
         return self._step(
             f"{name}-verdicts-seed{seed}", "the judge on test responses",
             align(
-                "judge", "--model", model, "--template", QUESTION, "--chat-template", self.chat,
+                "judge", "--model", model, "--template", TEMPLATE, "--chat-template", self.chat,
                 "--input", responses, "--output", file, "--overwrite", *words,
                 "--max-failed", "1",  # how many fail is among the figures of the agreement
             ),
-            self._of(seed) / "study.log", [file], [responses, *_weights(model), QUESTION],
+            self._folder(seed) / "study.log", [file], [responses, *_weights(model), TEMPLATE],
         )  # fmt: skip
 
     def _agreement(self, seed: int, name: str) -> Step:
         responses, gold = self._items(seed, "test")
         file, folder = (
-            self._of(seed) / f"{name}.verdicts.jsonl",
-            self._of(seed) / f"{name}.agreement",
+            self._folder(seed) / f"{name}.verdicts.jsonl",
+            self._folder(seed) / f"{name}.agreement",
         )
         return self._step(
             f"{name}-agreement-seed{seed}", "how far it agrees with gold",
@@ -277,21 +277,21 @@ class StudyPlan:
                 "agreement", gold, file, "--items", responses, "--resample", "prompt",
                 "--slice", "source", "--output", folder,
             ),
-            self._of(seed) / "study.log", [folder / "agreement.json"], [gold, file, responses],
+            self._folder(seed) / "study.log", [folder / "agreement.json"], [gold, file, responses],
         )  # fmt: skip
 
     def _policy(self, seed: int, name: str) -> Step:
         run = self.output / f"{name}-seed{seed}"
         gold = {"kind": "rule", "rule_text": str(self.corpus.text)}
-        files = self._of(seed) / "policies"
+        files = self._folder(seed) / "policies"
         _yaml(files / "gold.yaml", gold)
         _yaml(files / "no-copying.yaml", {**gold, "rule": "no-copying"})
         depends = [self.corpus.text, *(self.prompts / f"{n}.jsonl" for n in ("policy", "held_out"))]
         if name in self.trained:
             source = seed if self.judges_of is None else self.judges_of
-            model, folder = self._model(source, name), self._of(source) / f"{name}.agreement"
+            model, folder = self._model(source, name), self._folder(source) / f"{name}.agreement"
             judge: dict[str, Any] = {
-                "kind": "local", "model": str(model), "template": str(QUESTION),
+                "kind": "local", "model": str(model), "template": str(TEMPLATE),
                 "chat_template": str(self.chat), "length": self.settings["judge"]["seq_length"],
                 "agreement": str(folder / "agreement.json"),
             }  # fmt: skip
@@ -305,26 +305,27 @@ class StudyPlan:
                 "train-policy", "--model", self.start, "--judge", files / f"{name}.yaml",
                 "--prompts", self.prompts / "policy.jsonl",
                 "--held-out", self.prompts / "held_out.jsonl", "--gold", files / "gold.yaml",
-                "--second-gold", files / "no-copying.yaml", "--seed", seed, *self._form("policy"),
+                "--second-gold", files / "no-copying.yaml", "--seed", seed,
+                *self._flags_of("policy"),
             ),
             "final", [*depends, *_weights(self.start)], figure="reward",
         )  # fmt: skip
 
-    def _of(self, seed: int) -> Path:
+    def _folder(self, seed: int) -> Path:
         folder = self.output / f"seed{seed}"
         folder.mkdir(exist_ok=True)
         return folder
 
     def _items(self, seed: int, part: str) -> tuple[Path, Path]:
         """Return the files of responses and of the gold judge's verdicts on them."""
-        of = self._of(seed)
+        of = self._folder(seed)
         return of / "responses" / f"{part}.jsonl", of / "gold" / f"{part}.jsonl"
 
     def _model(self, seed: int, judge: str) -> Path:
         run = "reinforced" if judge == "reasoning" else judge
-        return self._of(seed) / "judges" / run / "best"
+        return self._folder(seed) / "judges" / run / "best"
 
-    def _form(self, section: str) -> list[str]:
+    def _flags_of(self, section: str) -> list[str]:
         return [*_flags(self.settings[section]), "--chat-template", str(self.chat)]
 
     def _step(
