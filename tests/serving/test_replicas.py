@@ -7,7 +7,6 @@ import pytest
 
 from megatron_ext.inference.sampling import Sampling
 from tests.distributed import run_ranks
-from tests.inference.checkpoint import run_dir  # noqa: F401
 
 PROMPTS = [[10, 11, 12], list(range(200, 240)), [77], [40, 300, 20, 31, 32], [5, 6], [400, 401]]
 SAMPLINGS = [
@@ -71,7 +70,7 @@ def serve(path, sizes):
 
 
 @pytest.mark.parametrize("sizes", [{}, {"tensor": 2}, {"expert": 2}, {"pipeline": 2}], ids=str)
-def test_replicas_on_several_ranks_generate_what_one_rank_does(run_dir, sizes):  # noqa: F811
+def test_replicas_on_several_ranks_generate_what_one_rank_does(run_dir, sizes):
     facts = run_ranks(serve, 2 if sizes else 1, run_dir, sizes)[0]
     assert facts.left == (0, 0)
     for i, (pieces, alone) in enumerate(zip(facts.got, facts.alone)):
