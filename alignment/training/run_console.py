@@ -88,6 +88,8 @@ class RunConsole:
         names = [name for name in _SHOWN if isinstance(metrics.get(name), int | float)]
         if "kl_from_reference" in names and "kl_from_old" in names:
             names.remove("kl_from_old")
+        if "reward" in names and "loss" in names:  # it is 0 except for rounding, and means little
+            names.remove("loss")
         parts = [
             step_of(step, self._steps),
             *(_SHOWN[name].format(metrics[name]) for name in names),

@@ -25,7 +25,7 @@ def test_a_line_has_reward_divergence_entropy_length_and_truncation(
 ) -> None:
     console().finish_step(1, STEP)
     line = capsys.readouterr().out.rstrip("\n")
-    start = "step  1/20 | reward 0.500 | loss 0.2500 | KL of the step 0.5000 | entropy 2.35 | "
+    start = "step  1/20 | reward 0.500 | KL of the step 0.5000 | entropy 2.35 | "
     assert line.startswith(f"{start}length 42 | cut off 12% | 500 tokens/s | 0:00:00 left")
     console().finish_step(1, STEP | {"kl_from_reference": 0.0125, "moe/fan_out": 1.5})
     line = capsys.readouterr().out
