@@ -48,14 +48,15 @@ def read_labeled_questions(
 
     Args:
         items: Files of responses, or of pairs.
-        gold: Files of verdicts on them, or with labels of people.
+        gold: Files of verdicts on them, or with labels of people. Verdicts on other items are not
+            used.
         mirror: Whether a pair that was judged in one order has the same judgment in the other.
         scale: The lowest and the highest score of gold's scale. Default: 0 and 9.
         max_left_out: Share of the verdicts that may hold no judgment.
         options: How files of other projects are read. A limit counts the items.
 
     Raises:
-        UserError: If a file cannot be used, a score is outside of the scale, a verdict is about no
+        UserError: If a file cannot be used, a score is outside of the scale, no verdict is about an
             item, or there is only one label.
         TooFewResults: If more verdicts hold no judgment.
     """
@@ -78,18 +79,16 @@ def read_labeled_questions(
     verdicts = [
         v for file in gold for v in read_verdicts(Path(file), scale, "--gold-scale", options)
     ]
-    if options.limit is not None:
-        verdicts = [v for v in verdicts if v.item in known]
-        if not verdicts:
-            raise UserError(
-                f"--gold has no verdict on the first {options.limit:,} items of --input. Raise "
-                "--limit."
-            )
-    unknown = next((v.item for v in verdicts if v.item not in known), None)
-    if unknown is not None:
+    # Items are split after people have labeled them, and their labels stay in one file.
+    verdicts = [v for v in verdicts if v.item in known]
+    if not verdicts and options.limit is not None:
         raise UserError(
-            f"--gold judges the item {unknown!r}, which is not in --input. Pass the items that "
-            "were judged."
+            f"--gold has no verdict on the first {options.limit:,} items of --input. Raise "
+            "--limit."
+        )
+    if not verdicts:
+        raise UserError(
+            "--gold has no verdict on an item of --input. Pass the verdicts that belong to it."
         )
     rows = [
         LabeledQuestion(Question(known[v.item], v.swapped, v.sample), v)

@@ -119,14 +119,14 @@ def refusals(folder):
 
 
 REFUSED = {
-    ("--gold", "others.jsonl"): "--gold judges the item 'r5-0', which is not in --input",
+    ("--gold", "others.jsonl"): "--gold has no verdict on an item of --input",
     ("--gold", "one.jsonl"): "All 7 labels of --gold are 3, and a judge learns nothing",
     (
         "--gold",
         "silent.jsonl",
     ): "7 of 7 verdicts of --gold are left out, more than --max-left-out 0.2",
     ("--gold", "none.jsonl"): "none.jsonl cannot be read: No such file",
-    ("--input", "pairs.jsonl"): "which is not in --input",
+    ("--input", "pairs.jsonl"): "--gold has no verdict on an item of --input",
     ("--model", "nowhere"): "is not a folder",
     ("--stage", "rl"): "--stage rl requires a judge that thinks",
     ("--seq-length", 8): "most often: longer than --seq-length 8, which can be raised (7 times)",
