@@ -44,9 +44,10 @@ def as_kind(item: LabeledRecord, kind: str | None, file: RecordFile | None) -> l
         case "responses", Pair():
             return [LabeledRecord(_response(record, side), (), item.number) for side in Side]
         case "chosen", Pair():
-            if record.preferred is None:
+            preferred = record.preferred or _majority(item)
+            if preferred is None:
                 raise LookupError("no side of the pair is preferred")
-            return [LabeledRecord(_response(record, record.preferred), (), item.number)]
+            return [LabeledRecord(_response(record, preferred), (), item.number)]
         case "responses" | "chosen", Prompt() if file and file.schema is not None:
             raise LookupError("there is no answer of the assistant")
     contained = "responses" if kind == "chosen" else kind
@@ -54,6 +55,13 @@ def as_kind(item: LabeledRecord, kind: str | None, file: RecordFile | None) -> l
         f"--as {kind} is not possible: a {type(record).__name__} contains no {contained}. Choose "
         "another kind."
     )
+
+
+def _majority(item: LabeledRecord) -> Side | None:
+    """Return the side of a pair that most people of a row prefer, or None."""
+    votes = Counter(label.preferred for label in item.labels)
+    first, second = votes[Side.FIRST], votes[Side.SECOND]
+    return None if first == second else Side.FIRST if first > second else Side.SECOND
 
 
 def _response(pair: Pair, side: Side) -> Response:
