@@ -83,8 +83,7 @@ def read_labeled_questions(
     verdicts = [v for v in verdicts if v.item in known]
     if not verdicts and options.limit is not None:
         raise UserError(
-            f"--gold has no verdict on the first {options.limit:,} items of --input. Raise "
-            "--limit."
+            f"--gold has no verdict on the first {options.limit:,} items of --input. Raise --limit."
         )
     if not verdicts:
         raise UserError(
