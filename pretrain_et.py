@@ -49,11 +49,13 @@ def main() -> None:
     args, config = parse_args(sys.argv[1:])
     patches.apply("optimizer")
     if args.dry_run is not None:
+        from megatron_ext.planning.devices import device_of
         from megatron_ext.planning.dry_run import dry_run
 
         console.release()
         if os.environ.get("RANK", "0") == "0":  # torchrun may have started several ranks
-            dry_run(args, config)
+            device = device_of(args.device, args.world_size)
+            dry_run(args, config, device, lambda flags: parse_args([*sys.argv[1:], *flags]))
         return
     patches.apply("checkpoints")
     stop_with_launcher(args.exit_signal, args.stall_timeout)

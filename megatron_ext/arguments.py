@@ -238,6 +238,13 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
         "torchrun, data, tokenizer (with --vocab-size) and GPU are not needed. Without a number: "
         "WORLD_SIZE, or 1. Default: train.",
     )
+    group.add_argument(
+        "--device",
+        metavar="CARD",
+        help="Device whose memory --dry-run compares with what a rank needs: a card such as "
+        "h100-80gb, or a number of GiB. The exit status is 4 if the layout does not fit it. "
+        "Default: the GPU of this machine, or its memory divided by its ranks.",
+    )
     return parser
 
 
@@ -297,6 +304,8 @@ def _check_before_megatron(args: Namespace, explicit: set[str]) -> None:
     """Refuse mistakes that Megatron reports as a stack trace, or not at all."""
     if args.stall_timeout is not None and args.stall_timeout <= 0:
         raise UserError(f"--stall-timeout {args.stall_timeout:g} must be above 0 seconds")
+    if args.device is not None and args.dry_run is None:
+        raise UserError("--device requires --dry-run: add it, or leave --device out.")
     check_layout(args, args.world_size)
     check_ranges(args, args.world_size)
     if args.dry_run is None:

@@ -138,6 +138,14 @@ class RunConfig:
     """Print the parameters, the memory of a rank and the collectives of a step for a world of this
     many ranks, and end. Reads the model's config.json and no data. Default: train; without a number
     the present world."""
+    device: str | None = may_change(None, metavar="CARD")
+    """Device whose memory --dry-run compares with what a rank needs: a card such as h100-80gb, or a
+    number of GiB. The exit status is 4 if the layout does not fit it. Default: the GPU of this
+    machine, or its memory divided by its ranks."""
+
+    def __post_init__(self) -> None:
+        if self.device is not None and self.dry_run is None:
+            raise UserError("--device requires --dry-run: add it, or leave --device out.")
 
     def __post_init__(self) -> None:
         if self.dry_run is None:

@@ -12,17 +12,19 @@ from megatron.training.training import destroy_global_state
 
 from alignment.commands.config_groups import TrainingConfig
 from alignment.commands.training_setup import megatron_layout
+from alignment.engines.export import SHARD_BYTES
 from alignment.engines.megatron_launch import MegatronLayout
 from alignment.rl.resident_models import ResidentModel
-from megatron_ext.arguments import parse_args
+from megatron_ext.arguments import parse_args, parse_flags
 from megatron_ext.config import ETConfig
 from megatron_ext.errors import UserError
 from megatron_ext.hf.architecture import Architecture, to_flags
 from megatron_ext.hf.configs import load_config
 from megatron_ext.hf.families import read_config
+from megatron_ext.planning.devices import Device, device_of
 from megatron_ext.planning.dry_run import dry_run as pretraining_dry_run
 from megatron_ext.planning.dry_run import parameters_per_stage
-from megatron_ext.planning.dry_run.dry_run_report import STEP_ALONE
+from megatron_ext.planning.dry_run.dry_run_report import EITHER, STEP_ALONE, SUMS
 
 
 def dry_run(
@@ -34,8 +36,9 @@ def dry_run(
 ) -> None:
     """Print parameters, memory of a rank, FLOP per token and the collectives of a step.
 
-    For a model that generates answers, the memory of their keys and values is printed too. The step
-    has as many micro-batches as there are pipeline stages: longer ones take no more memory.
+    For a model that generates answers, the memory of their keys and values is printed too, and so
+    is that of the weights that a rank copies when it exports the model. The step has as many
+    micro-batches as there are pipeline stages: longer ones take no more memory.
 
     Args:
         config: Flags of the command.
@@ -46,59 +49,93 @@ def dry_run(
 
     Raises:
         UserError: A model is of an unknown family, or --engine is not megatron.
+        LimitExceeded: A rank does not fit --device. The report is printed.
     """
     if config.engine.engine != "megatron":
         raise UserError("--dry-run requires --engine megatron.")
+    device = device_of(config.run.device, world_size)
     if os.environ.get("RANK", "0") != "0":
         return
     length = config.batch.seq_length
     model = _read_architecture(config.model.model, "--model")
     others = {each.model: _read_architecture(each.model, each.name) for each in resident or ()}
-    layout = megatron_layout(config.engine, config.optimization.use_distributed_optimizer)
-    args, et_config = _pretraining_args(model, config, layout, world_size)
-    answers = 0
+    if critic and _read_architecture(critic, "--critic") != model:
+        raise UserError(
+            f"--dry-run cannot count --critic {critic}, which has another shape than --model: "
+            "remove --critic or give one of the same shape."
+        )
 
-    def cache(of: Architecture, rows: int, length: int) -> int:
-        return cache_bytes(of, layout, rows, length, args.params_dtype)
+    def parse(of: Architecture, flags: Sequence[str]) -> tuple[argparse.Namespace, ETConfig]:
+        return _pretraining_args(of, config, world_size, flags)
 
-    def together(facts: Mapping[str, Any]) -> dict[str, Any]:
-        if resident is None:
-            return {"answers": answers} if answers else {}
+    def together(
+        args: argparse.Namespace, facts: Mapping[str, Any], flags: Sequence[str]
+    ) -> dict[str, Any]:
+        layout = MegatronLayout(
+            tensor=args.tensor_model_parallel_size, pipeline=args.pipeline_model_parallel_size
+        )
+
+        def cache(of: Architecture, rows: int, length: int) -> int:
+            return cache_bytes(of, layout, rows, length, args.params_dtype)
+
         stages = [stage["memory"] for stage in facts["stages"]]
+        exported = _exported_bytes(args, facts, device)
+        if resident is None:
+            rows = {f"{EITHER}weights at export": [exported] * len(stages)}
+            answers = cache(model, generation_batch_size, length) if generation_batch_size else 0
+            return {"moments": rows} | ({"answers": answers} if answers else {})
         temporary = [sum(memory[name] for name in STEP_ALONE) for memory in stages]
         totals = [sum(memory.values()) for memory in stages]
         state = [total - part for total, part in zip(totals, temporary)]
-        lasting = {"policy: weights, gradients, optimizer": state}
+        policy, step, most = SUMS
+        lasting = {policy: state}
         if critic:
-            if _read_architecture(critic, "--critic") != model:
-                raise UserError(
-                    f"--dry-run cannot count --critic {critic}, which has another shape than "
-                    "--model: remove --critic or give one of the same shape."
-                )
             lasting["critic: weights, gradients, optimizer"] = state
         for folder, other in others.items():
             destroy_global_state()
             names = ", ".join(each.name for each in resident if each.model == folder)
-            counts = parameters_per_stage(*_pretraining_args(other, config, layout, world_size))
+            counts = parameters_per_stage(*parse(other, flags))
             lasting[f"{names}: weights"] = [n * args.params_dtype.itemsize for n in counts]
-        caches = {"policy": cache(model, generation_batch_size, length)}
-        for each in resident:
-            if size := each.generation_batch_size:
-                caches[each.name] = cache(others[each.model], size, each.length)
-        rows = {**lasting, "what a step needs besides": temporary}
-        rows |= {f"or keys and values, {n}": [size] * len(stages) for n, size in caches.items()}
-        most = [max(part, *caches.values()) for part in temporary]
-        rows["together at most"] = [sum(column) for column in zip(*lasting.values(), most)]
+        moments = {
+            "keys and values, policy": cache(model, generation_batch_size, length),
+            **{
+                f"keys and values, {each.name}": cache(
+                    others[each.model], each.generation_batch_size, each.length
+                )
+                for each in resident
+                if each.generation_batch_size
+            },
+            "weights at export": exported,
+        }
+        rows = {**lasting, step: temporary}
+        rows |= {f"{EITHER}{name}": [size] * len(stages) for name, size in moments.items()}
+        largest = [max(part, *moments.values()) for part in temporary]
+        rows[most] = [sum(column) for column in zip(*lasting.values(), largest)]
         return {"together": rows}
 
+    args, et_config = parse(model, ())
     if generation_batch_size and resident is None:
-        answers = cache(model, generation_batch_size, length)
+        layout = megatron_layout(config.engine)
+        answers = cache_bytes(model, layout, generation_batch_size, length, args.params_dtype)
         print(
             "While it answers, the keys and values of --generation-batch-size "
             f"{generation_batch_size} take up to {answers / 2**20:,.0f} MiB of a rank, in place of "
             "the activations.\n"
         )
-    pretraining_dry_run(args, et_config, together)
+    pretraining_dry_run(args, et_config, device, lambda flags: parse(model, flags), together)
+
+
+def _exported_bytes(args: argparse.Namespace, facts: Mapping[str, Any], device: Device) -> int:
+    """Return the bytes that the first rank copies when it exports the model.
+
+    Every rank gathers one whole tensor at a time, of which embeddings are the largest. The first
+    copies the tensors of a file into the memory of the host.
+    """
+    size = args.params_dtype.itemsize
+    tensor = args.padded_vocab_size * args.hidden_size * size
+    if device.is_card:
+        return int(tensor)
+    return int(tensor + min(facts["parameters"]["total"] * size, SHARD_BYTES))
 
 
 def _read_architecture(folder: str, name: str) -> Architecture:
@@ -108,13 +145,19 @@ def _read_architecture(folder: str, name: str) -> Architecture:
 
 
 def _pretraining_args(
-    model: Architecture, config: TrainingConfig, layout: MegatronLayout, world_size: int
+    model: Architecture, config: TrainingConfig, world_size: int, flags: Sequence[str] = ()
 ) -> tuple[argparse.Namespace, ETConfig]:
-    """Return the arguments of `pretrain_et.py` for a model in the layout of these flags."""
-    copies = max(1, world_size // (layout.tensor * layout.pipeline * layout.context))
+    """Return the arguments of `pretrain_et.py` for a model in the layout of these flags.
+
+    Args:
+        model: Shape of the model.
+        config: Flags of the command.
+        world_size: Number of ranks.
+        flags: Further flags of `pretrain_et.py`, which override the others.
+    """
+    layout = megatron_layout(config.engine, config.optimization.use_distributed_optimizer)
     values = {
         "seq-length": config.batch.seq_length,
-        "global-batch-size": layout.micro_batch * copies * layout.pipeline,
         "lr": config.optimization.lr,
         "train-iters": 1,
         "vocab-size": model.vocab,
@@ -123,8 +166,15 @@ def _pretraining_args(
     }
     words = [word for name, value in values.items() for word in (f"--{name}", str(value))]
     precision = [] if config.engine.dtype == "fp32" else ["--bf16"]
-    extra = shlex.split(config.engine.megatron_flags)
-    return parse_args([*to_flags(model), *precision, *layout.flags, *words, "--mock-data", *extra])
+    extra = [*shlex.split(config.engine.megatron_flags), *flags]
+    given = [*to_flags(model), *precision, *layout.flags, *words, "--mock-data", *extra]
+    sizes, _ = parse_flags(given, writes=False)
+    ranks = sizes.tensor_model_parallel_size * sizes.context_parallel_size
+    stages = sizes.pipeline_model_parallel_size
+    copies = max(1, world_size // (ranks * stages))
+    return parse_args(
+        [*given, "--global-batch-size", str(sizes.micro_batch_size * copies * stages)]
+    )
 
 
 def cache_bytes(

@@ -15,7 +15,8 @@ from megatron_ext.hf.configs import save_config
 from megatron_ext.hf.sources import Source
 from megatron_ext.hf.tokenizer_export import export_tokenizer
 
-_SHARD_BYTES = 5 * 10**9
+SHARD_BYTES = 5 * 10**9
+"""Most bytes of the weights in one file."""
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf")
 
 
@@ -51,7 +52,7 @@ def export(folder: Path, origin: Source | Path, tensors: Iterable[tuple[str, Ten
     for name, tensor in tensors:  # a collective
         if writes:
             bytes_ = tensor.numel() * tensor.element_size()
-            if size + bytes_ > _SHARD_BYTES:
+            if size + bytes_ > SHARD_BYTES:
                 flush()
             shard[name] = tensor.detach().cpu().contiguous().clone()
             size, total = size + bytes_, total + bytes_

@@ -5,14 +5,24 @@ import io
 import logging
 import warnings
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import asdict
 from typing import Any
 
-from megatron.training.training import num_floating_point_operations
+from megatron.training.training import destroy_global_state, num_floating_point_operations
 
 from megatron_ext.config import ETConfig
+from megatron_ext.errors import LimitExceeded
+from megatron_ext.planning.devices import Device
+from megatron_ext.planning.dry_run.device_fit import (
+    advice,
+    demand,
+    fits,
+    measure_changes,
+    table_of,
+    verdict,
+)
 from megatron_ext.planning.dry_run.dry_run_report import print_report
 from megatron_ext.planning.dry_run.fakes import expert_rate
 from megatron_ext.planning.dry_run.parameters import Parameters
@@ -24,27 +34,62 @@ Facts = dict[str, Any]
 
 
 def dry_run(
-    args: Namespace, config: ETConfig, more: Callable[[Facts], Facts] = lambda facts: {}
+    args: Namespace,
+    config: ETConfig,
+    device: Device,
+    rebuild: Callable[[Sequence[str]], tuple[Namespace, ETConfig]],
+    more: Callable[[Namespace, Facts, Sequence[str]], Facts] = lambda args, facts, flags: {},
 ) -> None:
     """Print parameters, memory, FLOPs and collectives, and the same as JSON on the last line.
+
+    The memory is compared with that of a device. If it does not fit, changes of the layout are
+    measured in the same way, and the one that helps most is named.
 
     Args:
         args: Validated arguments of the run.
         config: Configuration of the model.
-        more: Function that derives further facts from the measured ones. Its key `together` is
-            printed as a table.
+        device: Device of a rank.
+        rebuild: Function that parses the flags of the run with further ones after them.
+        more: Function that derives further facts from the arguments, the measured facts and the
+            further flags. Its key `together` is printed as a table.
 
     Raises:
         UserError: The layout or the routing pools cannot work.
+        LimitExceeded: A rank does not fit the device, and the user named it. The report is printed.
     """
     if config.uses_thresholds:
         check_pools(args, config)
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
-    with contextlib.redirect_stdout(io.StringIO()):
-        facts = measure(args, config)
-        facts |= more(facts)
-    print_report(facts)
+
+    def measure_with(flags: Sequence[str]) -> Facts:
+        with contextlib.redirect_stdout(io.StringIO()):
+            built = args, config
+            if flags:
+                destroy_global_state()
+                built = rebuild(flags)
+            facts = measure(*built)
+            return facts | more(built[0], facts, flags)
+
+    facts = measure_with([])
+    needed = demand(facts, device)
+    total = needed.total + device.reserve
+    sentences, fit = [verdict(needed, device)], fits(needed, device)
+    if not fit:
+        sentences.append(advice(measure_changes(args, device, measure_with), total, device))
+    facts["device"] = {
+        "name": device.name,
+        "bytes": device.size,
+        "reserve": device.reserve,
+        "needed": total,
+        "logits": needed.logits,
+        "parts": needed.parts,
+        "fits": fit,
+    }
+    shown = [f"{sentence[0].upper()}{sentence[1:]}" for sentence in sentences]
+    print_report(facts, table_of(needed, device, len(facts["stages"])), shown)
+    if device.named and not fit:
+        raise LimitExceeded(f"--device: the layout {'. '.join(sentences)}")
 
 
 def measure(args: Namespace, config: ETConfig) -> dict[str, Any]:
@@ -64,6 +109,8 @@ def measure(args: Namespace, config: ETConfig) -> dict[str, Any]:
                 "rank": rank,
                 "parameters": sum(weight.numel() for weight in built.weights),
                 "memory": asdict(last.memory),
+                "logits": last.logits,
+                "optimizer_temporary": last.optimizer_temporary,
                 "collectives": {phase: _rows(step) for phase, step in steps.items()},
             }
         )

@@ -4,39 +4,51 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megatron_ext.planning.devices import named_device
 from megatron_ext.planning.dry_run.saving import describe_saving
 
-_MEMORY = {
+LABELS = {
     "parameters": "parameters",
     "gradients": "gradients",
     "optimizer": "optimizer",
     "activations": "activations",
+    "temporary": "temporary tensors",
     "router_logits": "router logits until the step's end",
     "gather_buffer": "gathered activations",
 }
-STEP_ALONE = ("activations", "router_logits", "gather_buffer")
+"""Purposes of the memory of a rank, by their keys."""
+
+STEP_ALONE = ("activations", "temporary", "router_logits", "gather_buffer")
 """Memory that a training step needs while it runs, and text generation does not."""
 
-# Memory of common devices in MiB, as nvidia-smi reports it, and the share of it that is left to
-# CUDA, NCCL, temporary tensors and fragmentation.
-_DEVICES = {
-    "A100 40 GB": 40_960,
-    "H100 80 GB": 81_559,
-    "H200": 143_771,
-    "B200": 183_359,
-}
-_RESERVED = 0.1
+EITHER = "or "
+"""Beginning of the rows of memory that a rank needs at another time than in a step."""
+
+SUMS = ("policy: weights, gradients, optimizer", "what a step needs besides", "together at most")
+"""Rows that sum up what other rows of a report state by purpose."""
+
+# Cards of data centers, which the last sentence of the memory compares with.
+_COMPARED = ("a100-40gb", "h100-80gb", "h200-141gb", "b200-180gb")
 
 _NOTE = """
-Activations are the tensors that autograd saves, without temporary tensors. Activations, the expert
-dispatch and the FLOPs as executed assume evenly loaded experts; the collectives of routing are
-those of random logits. All other figures do not depend on the data. The bytes of a rank are those
-of its input or of its output, whichever are more; of an all-to-all those of its input. They
-include the part that a rank sends to itself."""
+Activations are the tensors that autograd saves; temporary tensors are all others that a step
+creates, at the moment at which most are stored. Both, the expert dispatch and the FLOPs as executed
+assume evenly loaded experts; the collectives of routing are those of random logits. All other
+figures do not depend on the data. The bytes of a rank are those of its input or of its output,
+whichever are more; of an all-to-all those of its input. They include the part that a rank sends to
+itself."""
 
 
-def print_report(facts: dict[str, Any]) -> None:
-    """Print the tables and the line of JSON."""
+def print_report(
+    facts: dict[str, Any], device: Sequence[Sequence[str]], verdict: Sequence[str]
+) -> None:
+    """Print the tables and the line of JSON.
+
+    Args:
+        facts: Facts of the dry run.
+        device: Header and rows of the table that compares a rank with its device.
+        verdict: Whether the rank fits and what would help, in sentences.
+    """
     sizes = " x ".join(f"{size} {name.replace('_', ' ')}" for name, size in facts["layout"].items())
     print(f"{facts['world_size']:,} ranks: {sizes}")
     print(f"{facts['tokens_per_step']:,} tokens a step, {facts['micro_batches']} micro-batch(es)")
@@ -60,7 +72,11 @@ def print_report(facts: dict[str, Any]) -> None:
     _print_memory(facts["stages"])
     if "together" in facts:
         _print_together(facts["together"])
-    print(f"\n{fit(largest_rank(facts))}")
+    _table(device[0], device[1:])
+    print()
+    for sentence in verdict:
+        print(sentence)
+    print(fit(largest_rank(facts)))
     if facts.get("saving") is not None:
         print(describe_saving(facts["saving"]))
     for stage in facts["stages"]:
@@ -93,15 +109,16 @@ def fit(size: int) -> str:
     Args:
         size: Bytes that the rank needs.
     """
-    room = {name: int(mib * (1 - _RESERVED) * 2**20) for name, mib in _DEVICES.items()}
+    cards = [named_device(name) for name in _COMPARED]
+    room = {card.name: card.size - card.reserve for card in cards}
     names = {
         "fits": [name for name in room if size <= room[name]],
         "does not fit": [name for name in room if size > room[name]],
     }
     parts = [f"{verb} {', '.join(devices)}" for verb, devices in names.items() if devices]
     return (
-        f"The largest rank needs {_mib(size)} MiB: it {' and '.join(parts)} "
-        f"({_RESERVED:.0%} of a device's memory left to CUDA, NCCL and temporary tensors)."
+        f"Of common cards the largest rank, with {_mib(size)} MiB, {' and '.join(parts)} (a tenth "
+        "of the card's memory left to CUDA, NCCL and fragmentation)."
     )
 
 
@@ -112,7 +129,7 @@ def _print_memory(stages: Sequence[dict[str, Any]]) -> None:
         header = ["memory of a rank (MiB)", ""]
     rows = [
         [label, *(_mib(stage["memory"][name]) for stage in stages)]
-        for name, label in _MEMORY.items()
+        for name, label in LABELS.items()
     ]
     rows.append(["total", *(_mib(sum(stage["memory"].values())) for stage in stages)])
     rows.append(["(parameters held)", *(f"{stage['parameters']:,}" for stage in stages)])

@@ -1,10 +1,37 @@
-"""Bytes that a rank stores: tensors of the model and the optimizer, and saved activations."""
+"""Bytes that a rank stores: model and optimizer, saved activations, and all tensors of a step."""
 
+import weakref
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+
+@dataclass
+class RankMemory:
+    """Bytes that a rank stores in a step.
+
+    Attributes:
+        parameters: Weights, with the padding of Megatron's buffers.
+        gradients: Buffers in which gradients are accumulated and reduced.
+        optimizer: Main parameters, where they are not the weights themselves, and their state.
+        activations: Largest number of bytes saved for the backward pass at once.
+        temporary: Bytes of all other tensors of the forward and backward pass, such as gradients of
+            activations, at the moment at which most are stored.
+        router_logits: Logits stored for the cutoffs at the end of the step.
+        gather_buffer: Buffer into which sequence parallelism gathers activations.
+    """
+
+    parameters: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    activations: int = 0
+    temporary: int = 0
+    router_logits: int = 0
+    gather_buffer: int = 0
 
 
 def storage_bytes(tensors: Iterable[Any], apart_from: Iterable[Any] = ()) -> int:
@@ -73,3 +100,69 @@ class _SavedTensor:
 
     def __del__(self) -> None:
         self.owner.add(self.tensor.untyped_storage(), -1)
+
+
+class LiveTensors:
+    """Counter of the bytes of all meta tensors that a step creates and has not freed.
+
+    Tensors that exist before the step, such as weights, do not count, nor does any view of them.
+
+    Args:
+        vocabulary: Rows of the vocabulary on this rank. Tensors whose last dimension has as many
+            elements are logits.
+
+    Attributes:
+        peak: Largest number of bytes at once.
+        logits: Those of them that belonged to logits.
+    """
+
+    def __init__(self, vocabulary: int = 0) -> None:
+        self.peak = self.logits = 0
+        self._vocabulary = vocabulary
+        self._bytes = self._logits = 0
+        self._known: dict[int, weakref.ref[Any]] = {}
+
+    def record(self, arguments: Any, results: Any) -> None:
+        """Count the tensors that an operation creates.
+
+        Args:
+            arguments: Arguments of the operation, in any nesting.
+            results: Its results, in any nesting.
+        """
+        for tensor in _meta_tensors(arguments):
+            self._add(tensor, counts=False)
+        for tensor in _meta_tensors(results):
+            self._add(tensor, counts=True)
+        if self._bytes > self.peak:
+            self.peak, self.logits = self._bytes, self._logits
+
+    def begin_phase(self) -> tuple[int, int]:
+        """Return the peak and its logits so far, and begin to look for that of another phase."""
+        before = self.peak, self.logits
+        self.peak, self.logits = self._bytes, self._logits
+        return before
+
+    def _add(self, tensor: Tensor, counts: bool) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known:
+            return
+        size = storage.nbytes() if counts else 0
+        is_logits = self._vocabulary > 0 and tensor.shape[-1:] == (self._vocabulary,)
+        logits = size if is_logits and tensor.dim() > 1 else 0
+
+        def free(_: Any) -> None:
+            del self._known[key]
+            self._bytes -= size
+            self._logits -= logits
+
+        self._known[key] = weakref.ref(storage, free)
+        self._bytes += size
+        self._logits += logits
+
+
+def _meta_tensors(values: Any) -> Iterator[Tensor]:
+    """Yield the meta tensors in nested values."""
+    for value in tree_leaves(values):
+        if isinstance(value, Tensor) and value.is_meta:
+            yield value

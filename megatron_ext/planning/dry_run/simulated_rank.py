@@ -33,34 +33,19 @@ from megatron_ext.model.gpt import gpt_model_config
 from megatron_ext.moe.router import routers_of
 from megatron_ext.moe.threshold_router import ThresholdRouter, threshold_routers
 from megatron_ext.planning.dry_run.fakes import EvenLoad, prepare_router
-from megatron_ext.planning.dry_run.memory import SavedTensors, optimizer_tensors, storage_bytes
+from megatron_ext.planning.dry_run.memory import (
+    LiveTensors,
+    RankMemory,
+    SavedTensors,
+    optimizer_tensors,
+    storage_bytes,
+)
 from megatron_ext.planning.dry_run.parameters import Parameters, count_parameters
 from megatron_ext.planning.dry_run.traffic import MUON, Amount, Collective, Traffic
 from megatron_ext.training.data_loading import forward_step
 from megatron_ext.training.step import RoutingStep
 
 _ROUTING, _STEP_END = "routing", "routing at the step's end"
-
-
-@dataclass
-class RankMemory:
-    """Bytes that a rank stores in a step.
-
-    Attributes:
-        parameters: Weights, with the padding of Megatron's buffers.
-        gradients: Buffers in which gradients are accumulated and reduced.
-        optimizer: Main parameters, where they are not the weights themselves, and their state.
-        activations: Largest number of bytes saved for the backward pass at once.
-        router_logits: Logits stored for the cutoffs at the end of the step.
-        gather_buffer: Buffer into which sequence parallelism gathers activations.
-    """
-
-    parameters: int = 0
-    gradients: int = 0
-    optimizer: int = 0
-    activations: int = 0
-    router_logits: int = 0
-    gather_buffer: int = 0
 
 
 @dataclass
@@ -71,11 +56,17 @@ class SimulatedStep:
         memory: Bytes that the rank stores.
         collectives: Calls and bytes of every kind of collective.
         flops: FLOPs of matrix products and attention, recomputation included.
+        logits: Bytes of the logits of the vocabulary, which are parts of the activations and of the
+            temporary tensors.
+        optimizer_temporary: Bytes of the temporary tensors of torch's optimizers, when activations
+            are freed. Fused optimizers on a GPU have none.
     """
 
     memory: RankMemory
     collectives: dict[Collective, Amount]
     flops: int
+    logits: int = 0
+    optimizer_temporary: int = 0
 
 
 class Rank:
@@ -145,10 +136,24 @@ class Rank:
         for router in threshold_routers(routers_of(self.model)):
             prepare_router(router, self.config.et_warmup_iters + 1 if by_threshold else 0)
         load = EvenLoad(self.config, self.microbatches)
-        traffic = Traffic(load.answers())
+        live = LiveTensors(self.args.padded_vocab_size // self.args.tensor_model_parallel_size)
+        traffic = Traffic(load.answers(), live)
         saved = SavedTensors(self.weights)
         batches = [RerunDataIterator(_batches(self.args)) for _ in self.model]
-        with load.installed(), _separate_purposes(traffic), traffic, saved:
+        step, passes = self.optimizer.step, (0, 0)
+
+        def optimizer_step() -> Any:
+            nonlocal passes
+            passes = live.begin_phase()
+            return step()
+
+        with (
+            load.installed(),
+            _separate_purposes(traffic),
+            patches.patched(self.optimizer, "step", optimizer_step),
+            traffic,
+            saved,
+        ):
             with patches.applied("micro-batches", microbatches):
                 training.train_step(
                     forward_step,
@@ -161,15 +166,18 @@ class Rank:
                     iteration=0,
                 )
         self.step.discard()
+        gathered = storage_bytes(get_global_memory_buffer().buffer.values())
         memory = RankMemory(
             parameters=storage_bytes(self.weights),
             gradients=storage_bytes(weight.main_grad for weight in self.weights),
             optimizer=storage_bytes(optimizer_tensors(self.optimizer), apart_from=self.weights),
             activations=saved.peak,
+            temporary=max(0, passes[0] - saved.peak - gathered),
             router_logits=load.kept_bytes,
-            gather_buffer=storage_bytes(get_global_memory_buffer().buffer.values()),
+            gather_buffer=gathered,
         )
-        return SimulatedStep(memory, traffic.collectives, traffic.flops)
+        logits, of_optimizer = passes[1], live.peak - gathered
+        return SimulatedStep(memory, traffic.collectives, traffic.flops, logits, of_optimizer)
 
 
 def _extrapolate(
@@ -201,7 +209,13 @@ def _extrapolate(
         elif key.purpose != _STEP_END:
             base = short.collectives.get(key, Amount(0, 0))
             collectives[key] = Amount(*map(extend, base, amount))
-    return SimulatedStep(memory, collectives, extend(short.flops, longer.flops))
+    return SimulatedStep(
+        memory,
+        collectives,
+        extend(short.flops, longer.flops),
+        longer.logits,
+        longer.optimizer_temporary,
+    )
 
 
 def _batches(args: Namespace) -> Iterator[dict[str, Tensor]]:

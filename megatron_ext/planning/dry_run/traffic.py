@@ -12,6 +12,8 @@ from torch._C._distributed_c10d import FakeWork
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from megatron_ext.planning.dry_run.memory import LiveTensors
+
 
 class Collective(NamedTuple):
     """Kind of collective whose calls are counted together.
@@ -88,6 +90,7 @@ class Traffic(TorchDispatchMode):
 
     Args:
         answers: Substitutes for operations that need data, for tensors without data.
+        live: Counter of the tensors that operations create. Default: they are not counted.
 
     Attributes:
         collectives: Calls and bytes of each kind; groups of one rank are left out.
@@ -95,8 +98,13 @@ class Traffic(TorchDispatchMode):
             an addition count two.
     """
 
-    def __init__(self, answers: Mapping[Any, Callable[..., Any]] | None = None) -> None:
+    def __init__(
+        self,
+        answers: Mapping[Any, Callable[..., Any]] | None = None,
+        live: LiveTensors | None = None,
+    ) -> None:
         super().__init__()
+        self._live = live
         self.collectives: dict[Collective, Amount] = {}
         self.flops = 0
         self._answers = answers or {}
@@ -115,6 +123,13 @@ class Traffic(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        result = self._run(func, args, kwargs)
+        if self._live is not None:
+            self._live.record((args, kwargs), result)
+        return result
+
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation or its substitute, and count its collectives and FLOPs."""
         if func.namespace == "c10d":
             self._count(func.overloadpacket.__name__, args)
             return _run_collective(func, args, kwargs)
