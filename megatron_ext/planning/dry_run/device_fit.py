@@ -55,6 +55,8 @@ def _demand_of_stage(facts: Facts, device: Device, stage: int) -> Demand:
     moments = [step]
     if not device.is_card:
         moments.append({"temporary tensors of the optimizer": of_stage["optimizer_temporary"]})
+    if not device.is_card and facts.get("saving"):
+        moments.append({"copies while a checkpoint is saved": facts["saving"]})
     if "answers" in facts:
         moments.append({"keys and values": facts["answers"]})
     for label, sizes in (facts.get("together") or facts.get("moments", {})).items():
