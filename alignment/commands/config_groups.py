@@ -146,8 +146,6 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.device is not None and self.dry_run is None:
             raise UserError("--device requires --dry-run: add it, or leave --device out.")
-
-    def __post_init__(self) -> None:
         if self.dry_run is None:
             self.trackers.check()
 
