@@ -122,7 +122,15 @@ def dry_run(
             f"{generation_batch_size} take up to {answers / 2**20:,.0f} MiB of a rank, in place of "
             "the activations.\n"
         )
-    pretraining_dry_run(args, et_config, device, lambda flags: parse(model, flags), together)
+    pretraining_dry_run(
+        args, et_config, device, lambda flags: parse(model, flags), together, _spelled
+    )
+
+
+def _spelled(flags: Sequence[str]) -> str:
+    """Return how flags of `pretrain_et.py` are written for an `et-align` command."""
+    text = " ".join(flags).replace(" --sequence-parallel", "").replace("--bf16", "--dtype bf16")
+    return f"--megatron-flags '{text}'" if text.startswith("--recompute") else text
 
 
 def _exported_bytes(args: argparse.Namespace, facts: Mapping[str, Any], device: Device) -> int:

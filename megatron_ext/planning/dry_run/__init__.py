@@ -39,6 +39,7 @@ def dry_run(
     device: Device,
     rebuild: Callable[[Sequence[str]], tuple[Namespace, ETConfig]],
     more: Callable[[Namespace, Facts, Sequence[str]], Facts] = lambda args, facts, flags: {},
+    spell: Callable[[Sequence[str]], str] = " ".join,
 ) -> None:
     """Print parameters, memory, FLOPs and collectives, and the same as JSON on the last line.
 
@@ -52,6 +53,7 @@ def dry_run(
         rebuild: Function that parses the flags of the run with further ones after them.
         more: Function that derives further facts from the arguments, the measured facts and the
             further flags. Its key `together` is printed as a table.
+        spell: Function that returns how the user writes further flags.
 
     Raises:
         UserError: The layout or the routing pools cannot work.
@@ -76,7 +78,7 @@ def dry_run(
     total = needed.total + device.reserve
     sentences, fit = [verdict(needed, device)], fits(needed, device)
     if not fit:
-        sentences.append(advice(measure_changes(args, device, measure_with), total, device))
+        sentences.append(advice(measure_changes(args, device, measure_with, spell), total, device))
     facts["device"] = {
         "name": device.name,
         "bytes": device.size,
@@ -122,6 +124,7 @@ def measure(args: Namespace, config: ETConfig) -> dict[str, Any]:
         "layout": _layout(args),
         "tokens_per_step": tokens,
         "micro_batches": built.microbatches,
+        "fused_optimizer": args.optimizer == "adam",
         "parameters": {
             **asdict(whole),
             "total": whole.total,

@@ -40,7 +40,7 @@ def demand(facts: Facts, device: Device) -> Demand:
     Args:
         facts: Facts of a dry run.
         device: The device of a rank. On a host the temporary tensors of torch's optimizers count,
-            which the fused optimizers of a GPU do not have.
+            and everywhere those of Muon; the fused Adam of a GPU has none.
     """
     stages = range(len(facts["stages"]))
     return max((_demand_of_stage(facts, device, stage) for stage in stages), key=lambda d: d.total)
@@ -53,7 +53,7 @@ def _demand_of_stage(facts: Facts, device: Device, stage: int) -> Demand:
     # At its peak a rank takes a step, or its optimizer does, or it generates, or it exports.
     step = {LABELS[name]: size for name, size in memory.items() if name in STEP_ALONE}
     moments = [step]
-    if not device.is_card:
+    if not (device.is_card and facts.get("fused_optimizer", True)):
         moments.append({"temporary tensors of the optimizer": of_stage["optimizer_temporary"]})
     if not device.is_card and facts.get("saving"):
         moments.append({"copies while a checkpoint is saved": facts["saving"]})
@@ -135,7 +135,10 @@ def changes(args: Namespace, device: Device) -> Iterator[list[str]]:
 
 
 def measure_changes(
-    args: Namespace, device: Device, measure: Callable[[Sequence[str]], Facts]
+    args: Namespace,
+    device: Device,
+    measure: Callable[[Sequence[str]], Facts],
+    spell: Callable[[Sequence[str]], str] = " ".join,
 ) -> list[tuple[str, int]]:
     """Return what a rank needs after each change that works, the least first.
 
@@ -143,6 +146,7 @@ def measure_changes(
         args: Arguments of the run that does not fit.
         device: The device of a rank.
         measure: Function that returns the facts of the run with further flags.
+        spell: Function that returns how the user writes the flags.
     """
     results = []
     for flags in changes(args, device):
@@ -151,7 +155,7 @@ def measure_changes(
                 facts = measure(flags)
             except UserError:  # a layout that cannot work
                 continue
-        results.append((" ".join(flags), demand(facts, device).total + device.reserve))
+        results.append((spell(flags), demand(facts, device).total + device.reserve))
     return sorted(results, key=lambda result: result[1])
 
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from megatron_ext.arguments import parse_args
@@ -17,6 +16,7 @@ from megatron_ext.devices import is_cpu_device
 from megatron_ext.errors import UserError
 from megatron_ext.planning.preflight import storage_checks as storage
 from megatron_ext.planning.preflight.findings import OK, WARNING, CheckResult
+from megatron_ext.planning.devices import host_memory
 from megatron_ext.planning.preflight.rank_memory import GIB, memory_of_a_rank
 from megatron_ext.training import checks
 from megatron_ext.training.launch import Launch
@@ -91,7 +91,7 @@ def memory(facts: dict[str, Any], device_memory: float | None, alone: bool) -> C
         return CheckResult(f"{message}; --device-memory GIB compares it with a device")
     else:
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        limit = psutil.virtual_memory().total / ranks
+        limit = host_memory() / ranks
         source = f"that {platform.node()} has for each of {ranks} rank(s)"
     message = f"{message} of the {limit / GIB:,.3g} GiB {source}"
     if needed <= _FULL * limit:
