@@ -14,9 +14,9 @@ from megatron_ext.config import ETConfig
 from megatron_ext.data.tokenizer_identity import tokenizer_digest
 from megatron_ext.devices import is_cpu_device
 from megatron_ext.errors import UserError
+from megatron_ext.planning.devices import host_memory
 from megatron_ext.planning.preflight import storage_checks as storage
 from megatron_ext.planning.preflight.findings import OK, WARNING, CheckResult
-from megatron_ext.planning.devices import host_memory
 from megatron_ext.planning.preflight.rank_memory import GIB, memory_of_a_rank
 from megatron_ext.training import checks
 from megatron_ext.training.launch import Launch
