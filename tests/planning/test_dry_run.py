@@ -242,6 +242,7 @@ def _refusals(cases: list[list[str]]) -> list[str]:
 
     from megatron_ext.arguments import parse_args
     from megatron_ext.errors import UserError
+    from megatron_ext.planning.devices import device_of
     from megatron_ext.planning.dry_run import dry_run
 
     dist.destroy_process_group()
@@ -249,7 +250,9 @@ def _refusals(cases: list[list[str]]) -> list[str]:
     for flags in cases:
         try:
             with contextlib.redirect_stdout(io.StringIO()):
-                dry_run(*parse_args(flags))
+                args, config = parse_args(flags)
+                device = device_of(args.device, args.world_size)
+                dry_run(args, config, device, lambda more: parse_args([*flags, *more]))
             messages.append("")
         except UserError as error:
             messages.append(str(error))
@@ -273,6 +276,9 @@ def test_layouts_that_cannot_work_are_refused_in_one_sentence() -> None:
         "--num-experts 4 is not divisible": [*TINY, "--dry-run", *experts],
         "--global-batch-size 8 is too small": [*TINY, "--dry-run", "16"],
         "--global-batch-size 10 is not divisible": [*TINY, "--dry-run", "2", *interleaved],
+        "--device h10-80gb is no known card": [*TINY, "--dry-run", "2", "--device", "h10-80gb"],
+        "--device requires --dry-run": [*TINY, "--device", "h100"],
+        "--device: the layout does not fit": [*TINY, "--dry-run", "2", "--device", "0.001"],
         "less than one of the": [*TINY, "--dry-run", "2", "--et-mean-experts", "0.01"],
     }
     messages = run_ranks(_refusals, 1, list(cases.values()))[0]

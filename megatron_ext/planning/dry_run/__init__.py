@@ -43,8 +43,8 @@ def dry_run(
 ) -> None:
     """Print parameters, memory, FLOPs and collectives, and the same as JSON on the last line.
 
-    The memory is compared with that of a device. If it does not fit, changes of the layout are
-    measured in the same way, and the one that helps most is named.
+    The memory is compared with that of a device. If it does not fit a card, changes of the layout
+    are measured in the same way, and the one that helps most is named.
 
     Args:
         args: Validated arguments of the run.
@@ -77,7 +77,9 @@ def dry_run(
     needed = demand(facts, device)
     total = needed.total + device.reserve
     sentences, fit = [verdict(needed, device)], fits(needed, device)
-    if not fit:
+    if not fit and not (device.named or device.is_card):
+        sentences.append("--device compares with the card of the run, and finds what would help.")
+    elif not fit:
         sentences.append(advice(measure_changes(args, device, measure_with, spell), total, device))
     facts["device"] = {
         "name": device.name,
