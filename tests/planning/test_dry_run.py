@@ -7,6 +7,8 @@ import runpy
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +239,12 @@ def test_d12_has_the_papers_parameters_and_megatrons_flops() -> None:
     )
 
 
+def _parse_with(flags: list[str], more: Sequence[str]) -> Any:
+    from megatron_ext.arguments import parse_args
+
+    return parse_args([*flags, *more])
+
+
 def _refusals(cases: list[list[str]]) -> list[str]:
     from megatron.training.training import destroy_global_state
 
@@ -252,7 +260,7 @@ def _refusals(cases: list[list[str]]) -> list[str]:
             with contextlib.redirect_stdout(io.StringIO()):
                 args, config = parse_args(flags)
                 device = device_of(args.device, args.world_size)
-                dry_run(args, config, device, lambda more: parse_args([*flags, *more]))
+                dry_run(args, config, device, partial(_parse_with, flags))
             messages.append("")
         except UserError as error:
             messages.append(str(error))
