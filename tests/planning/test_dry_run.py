@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -192,7 +193,10 @@ def test_few_microbatches_tell_of_many(stages: str) -> None:
     if stages == "interleaved":
         flags += ["--num-layers-per-virtual-pipeline-stage", "1"]
     for short, whole in run_ranks(_short_and_whole, 1, flags, timeout=200)[0]:
-        assert short.memory == whole.memory
+        assert replace(short.memory, temporary=0) == replace(whole.memory, temporary=0)
+        # Each micro-batch leaves its loss, which counts in a model as small as this one.
+        peaks = [step.memory.activations + step.memory.temporary for step in (short, whole)]
+        assert peaks[0] == pytest.approx(peaks[1], rel=0.1)
         assert short.flops == whole.flops
         assert by_group(short) == by_group(whole)
         searches = [by_group(step, routing=True).total() for step in (short, whole)]
