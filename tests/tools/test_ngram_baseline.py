@@ -1,5 +1,6 @@
 import json
 import math
+import subprocess
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -11,7 +12,9 @@ from hypothesis import strategies as st
 
 from megatron_ext.errors import UserError
 from megatron_ext.evaluation.ngram_losses import Bigram, Unigram, baseline_losses
+from tests.distributed import ROOT
 from tests.tools.preprocessed import make_texts, preprocess, write_jsonl
+from tests.warm import warm_python
 from tools.ngram_baseline import main
 
 VOCABULARY = 5
@@ -107,15 +110,16 @@ def test_datasets_of_different_tokenizers_are_refused(tmp_path: Path) -> None:
         main(["--train-data", train, "--valid-data", valid])
 
 
-def test_vocabulary_size_is_that_of_the_manifest(
-    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_vocabulary_size_is_that_of_the_manifest(tmp_path: Path, model: Path) -> None:
     source = write_jsonl(tmp_path / "text.jsonl", make_texts(60))
     preprocess(model, [source], tmp_path / "data", "--valid-fraction", 0.3)
     data = [f"{tmp_path}/data_{split}_text_document" for split in ("train", "valid")]
-    words = ["--train-data", data[0], "--valid-data", data[1]]
-    capsys.readouterr()
-    main(words)
-    first = capsys.readouterr().out
-    main([*words, "--vocab-size", "360"])
-    assert json.loads(first) == json.loads(capsys.readouterr().out)
+    words = ["-m", "tools.ngram_baseline", "--train-data", data[0], "--valid-data", data[1]]
+    first, same = (
+        subprocess.run(
+            [warm_python(), *words, *more], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        for more in ([], ["--vocab-size", "360"])
+    )
+    assert json.loads(first.stdout) == json.loads(same.stdout)
+    assert first.stderr == ""
