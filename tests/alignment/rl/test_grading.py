@@ -11,7 +11,7 @@ from alignment.data.model_tokenizer import load_tokenizer
 from alignment.monitors.training_monitor import Monitor
 from alignment.records import Message, Outcome, Prompt, Response, Verdict
 from alignment.rl.grading import GamingAlarm, Grader
-from alignment.rl.response_monitor import ResponseMonitor
+from alignment.rl.response_monitor import ResponseMonitor, append_rollouts
 from alignment.rl.rollouts import Rollout
 from megatron_ext.errors import UserError
 from megatron_ext.inference.sampling import Sampling
@@ -96,6 +96,29 @@ def test_written_samples_do_not_depend_on_the_number_of_ranks(grader):
     assert [json.loads(line)["prompt"] for line in retained[0].splitlines()] == [
         f"p{i}" for i in range(8)
     ]
+
+
+def test_scores_of_every_held_out_prompt_are_written(grader):
+    proxy, gold = [float(i) for i in range(10)], [None, *[3.0] * 9]
+    grader._row(0, [share(proxy, gold)])
+    grader._row(20, [share(gold, proxy)])
+    rows = [json.loads(line) for line in (grader.folder / "grades.jsonl").open()]
+    assert [row["step"] for row in rows] == [0, 20]
+    assert rows[0]["prompts"] == [prompt.id for prompt in PROMPTS]
+    assert rows[0]["scores"] == {"proxy": proxy, "gold": gold}
+    assert rows[1]["scores"] == {"proxy": gold, "gold": proxy}
+
+
+def test_flagged_responses_of_a_step_are_written_first(tmp_path):
+    texts = [f"A plain answer {i}." for i in range(9)] + ["I refuse."]
+    responses = [Response(f"{p.id}:0", p, text) for p, text in zip(PROMPTS, texts)]
+    flags = [{}] * 9 + [{"refusal": ("I refuse",)}]
+    findings: Any = SimpleNamespace(flags=flags)
+    append_rollouts(tmp_path, 3, responses, [float(i) for i in range(9)] + [None], findings)
+    rows = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").open()]
+    assert [row["id"] for row in rows] == ["p9:0", *(f"p{i}:0" for i in range(7))]
+    assert rows[0]["flags"] == ["refusal"] and rows[0]["scores"] == {"reward": None}
+    assert rows[1]["step"] == 3 and rows[1]["messages"][0]["content"] == "say 0"
 
 
 def test_grader_ends_the_run_if_gold_fails_too_often(grader):
