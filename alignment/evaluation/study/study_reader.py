@@ -3,6 +3,7 @@
 import itertools
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +179,7 @@ def _of_study(study: Path, entry: Mapping[str, Any]) -> StudyRun:
         )
     seed = own if seed is None else seed
     names = (folder, clean(entry["policy"]), clean(entry["judge"]), seed)
-    return StudyRun(*names, about, *_rows(folder), *_texts(folder))
+    return _with_files(StudyRun(*names, about))
 
 
 def _read_run(folder: Path) -> StudyRun:
@@ -203,7 +204,7 @@ def _read_run(folder: Path) -> StudyRun:
         raise UserError(f"{folder} is not a run of et-align train-policy. {other}")
     policy = Path(str(about.get("policy") or "policy")).name
     names = (folder, clean(policy), clean(judge["name"]), about.get("seed"))
-    return StudyRun(*names, about, *_rows(folder), *_texts(folder))
+    return _with_files(StudyRun(*names, about))
 
 
 def _rows(folder: Path) -> tuple[dict[int, Row], dict[int, Row]]:
@@ -216,6 +217,16 @@ def _rows(folder: Path) -> tuple[dict[int, Row], dict[int, Row]]:
     gradings = {row["step"]: row for row in rows if any(n.startswith("grade/") for n in row)}
     training = {row["step"]: row for row in rows if "reward" in row or "loss" in row}
     return dict(sorted(gradings.items())), dict(sorted(training.items()))
+
+
+def _with_files(run: StudyRun) -> StudyRun:
+    """Return a run with its metrics, responses and scores."""
+    gradings, training = _rows(run.folder)
+    samples, rollouts, scores = _texts(run.folder)
+    return replace(
+        run, gradings=gradings, training=training, samples=samples, rollouts=rollouts,
+        prompt_scores=scores,
+    )  # fmt: skip
 
 
 def _texts(

@@ -108,7 +108,8 @@ def test_two_runs_are_compared_by_paired_prompts(tmp_path: Path, capsys: Any) ->
     page = (tmp_path / "comparison" / "report.html").read_text()
     study = read_compared_runs([tmp_path / "base", tmp_path / "with"])
     assert [group.judge for group in study.groups] == ["base", "with"]
-    result = difference(*study.groups, GOLD)
+    base, changed = study.groups
+    result = difference(base, changed, GOLD)
     assert result is not None
     changes = np.array(other[40]["gold"]) - np.array(one[40]["gold"])
     assert (result[0], result[1].prompts) == (40, 40)

@@ -108,9 +108,9 @@ def test_items_of_a_prompt_are_exchanged_together() -> None:
     """Copies of an item are no further evidence."""
     gold, a, b = make_scores(8, seed=5)
     alone = compare(gold, a, b, ["absolute_error"], resamples=1, permutations=1000)
-    copies = [np.tile(each, 3) for each in (gold, a, b)]
+    one, two, three = (np.tile(each, 3) for each in (gold, a, b))
     keys = [str(i) for i in range(8)] * 3
-    copied = compare(*copies, ["absolute_error"], resamples=1, permutations=1000, keys=keys)
+    copied = compare(one, two, three, ["absolute_error"], resamples=1, permutations=1000, keys=keys)
     assert copied["absolute_error"].p == alone["absolute_error"].p
 
 
