@@ -13,7 +13,7 @@ def summarize_layers(layers: Mapping[int, Mapping[str, Any]]) -> dict[str, float
     """Return metrics of the whole model from those of its MoE layers.
 
     Args:
-        layers: Metrics by layer, see `megatron_ext.moe.routing_metrics.routing_figures`.
+        layers: Metrics by layer, see `megatron_ext.moe.routing_metrics.layer_metrics`.
 
     Returns:
         The mean of each number over the layers, by its name; and `largest_load`, the load of the
