@@ -147,7 +147,7 @@ def test_tokenizer_training_refusals_are_one_line(corpus, tmp_path, capsys):
     assert "matches no file" in refusal(capsys, "--input", tmp_path / "*.jsonl", *base)
     assert "does not exist" in refusal(capsys, "--input", tmp_path / "none.jsonl", *base)
     assert "--text-key" in refusal(capsys, "--input", corpus, "--text-key", "body", *base)
-    assert "required: --input" in refusal(capsys, *base)
+    assert "requires --input" in refusal(capsys, *base)
     blank = tmp_path / "blank.txt"
     blank.write_text("\n\n")
     assert "no text" in refusal(capsys, "--input", blank, *base)
