@@ -93,7 +93,8 @@ def test_a_missing_package_is_named_with_its_command(
     monkeypatch.setattr("megatron_ext.trackers.find_spec", lambda name: None)
     package = flag.partition("_")[0]
     with pytest.raises(UserError, match=rf"pip install 'megatron-et\[{package}\]'"):
-        replace(TrackerSettings(run_dir=tmp_path), **{flag: "mine"}).check()
+        options: dict[str, Any] = {flag: "mine"}
+        replace(TrackerSettings(run_dir=tmp_path), **options).check()
     TrackerSettings(run_dir=tmp_path, tensorboard_dir=tmp_path).check()
 
 

@@ -1,6 +1,6 @@
 """Host memory that a save takes, as the dry run states it."""
 
-from types import SimpleNamespace
+from argparse import Namespace
 
 import pytest
 
@@ -29,7 +29,7 @@ def test_memory_of_a_save_is_that_of_the_largest_stage(changes, expected):
     args = {"optimizer": "adam", "async_save": False, "use_distributed_optimizer": True}
     args |= {"no_save_optim": None, "data_parallel_size": 1, "context_parallel_size": 1}
     args |= {"bf16": False, "fp16": False} | changes
-    assert saving_bytes(SimpleNamespace(**args), STAGES) == expected
+    assert saving_bytes(Namespace(**args), STAGES) == expected
 
 
 def test_memory_of_a_save_is_stated_in_mebibytes():

@@ -58,7 +58,7 @@ class CombinedJudge:
         )
         return [
             prefer_higher(
-                pair, *verdicts[2 * i : 2 * i + 2], q.swapped, q.sample, self.rounding_error
+                pair, verdicts[2 * i], verdicts[2 * i + 1], q.swapped, q.sample, self.rounding_error
             )
             for i, (pair, q) in enumerate(zip(pairs, questions))
         ]

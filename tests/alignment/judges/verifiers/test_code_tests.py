@@ -190,6 +190,7 @@ def test_forms_of_tests():
     check = "def check(candidate):\n    assert candidate(2) == 4\n"
     assert run("def sq(x): return x * x", read_tests(check, "sq")).passed == [True]
     assert run("def sq(x): return x", read_tests(check, "sq")).passed == [False]
-    for value in ("", [], {}, 5, None, [1], [{"input": 1}], {"inputs": [1], "outputs": []}):
+    wrong: list[object] = ["", [], {}, 5, None, [1], [{"input": 1}], {"inputs": [1], "outputs": []}]
+    for each in wrong:
         with pytest.raises(ValueError):
-            read_tests(value)
+            read_tests(each)
