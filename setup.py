@@ -17,11 +17,12 @@ assert VERSION is not None
 class BuildLibrary(build_py):
     """Build of the library, which contains the recipes of examples/, but not its programs."""
 
-    def find_package_modules(self, package, package_dir):
+    def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
         """Return the modules of a package: none for the examples."""
         if package == "megatron_ext.examples":
             return []
-        return super().find_package_modules(package, package_dir)
+        modules: list[tuple[str, str, str]] = super().find_package_modules(package, package_dir)
+        return modules
 
 
 setup(

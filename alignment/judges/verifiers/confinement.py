@@ -11,6 +11,7 @@ import platform
 import resource
 import struct
 import sys
+from typing import Any
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _EPERM, _ENOSYS = 1, 38
@@ -38,7 +39,10 @@ _ARM64 = {
         140, 118, 119, 122, 30, 274, 238, 239, 195, 191, 187,
     ),
 }  # fmt: skip
-_MACHINES = {"x86_64": (0xC000003E, _X86_64), "aarch64": (0xC00000B7, _ARM64)}
+_MACHINES: dict[str, tuple[int, dict[str, Any]]] = {
+    "x86_64": (0xC000003E, _X86_64),
+    "aarch64": (0xC00000B7, _ARM64),
+}
 
 # Landlock: reading, writing, creating, removing and renaming files, as far as a kernel knows them.
 _ACCESS_BY_VERSION = (0x1FFE, 0x3FFE, 0x7FFE)  # versions 1, 2 and 3 and later

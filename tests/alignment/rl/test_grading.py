@@ -112,7 +112,7 @@ def test_scores_of_every_held_out_prompt_are_written(grader):
 def test_flagged_responses_of_a_step_are_written_first(tmp_path):
     texts = [f"A plain answer {i}." for i in range(9)] + ["I refuse."]
     responses = [Response(f"{p.id}:0", p, text) for p, text in zip(PROMPTS, texts)]
-    flags = [{}] * 9 + [{"refusal": ("I refuse",)}]
+    flags: list[dict[str, tuple[str]]] = [{}] * 9 + [{"refusal": ("I refuse",)}]
     findings: Any = SimpleNamespace(flags=flags)
     append_rollouts(tmp_path, 3, responses, [float(i) for i in range(9)] + [None], findings)
     rows = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").open()]

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from typing import Any
 
 import pytest
 import yaml
@@ -140,7 +141,13 @@ def test_failure_of_a_component_is_never_scored(tmp_path):
 def test_rows_go_to_the_judge_of_their_column(tmp_path):
     routes = {"math": NUMBER, "1": {"kind": "word"}, "true": {"kind": "word"}}
     config = read(tmp_path, {"kind": "route", "column": "task", "routes": routes})
-    rows = [{"task": "math", "answer": 4}, {"task": 1}, {"task": True}, {"task": "chat"}, {}]
+    rows: list[dict[str, Any]] = [
+        {"task": "math", "answer": 4},
+        {"task": 1},
+        {"task": True},
+        {"task": "chat"},
+        {},
+    ]
     prompts = [Prompt(str(i), [Message("user", "?")], metadata=m) for i, m in enumerate(rows)]
     message = (
         "for 2 of the 5 prompts of --prompts, first prompt '3' with 'chat' in the column 'task'; "
@@ -304,7 +311,7 @@ def test_annotate_asks_the_endpoints_of_a_sum_where_their_gates_are_open(tmp_pat
     ]  # fmt: skip
     with Endpoint() as server:
         server.answer = lambda text: chat("6")
-        parts = {"right": NUMBER, "grader": endpoint | {"url": server.url}}
+        parts: dict[str, Any] = {"right": NUMBER, "grader": endpoint | {"url": server.url}}
         read(tmp_path, {"kind": "sum", "components": parts})
         for flags, message in (
             (["--dry-run"], "--dry-run estimates one endpoint"),

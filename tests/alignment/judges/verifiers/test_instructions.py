@@ -1,10 +1,12 @@
 """Checks of instructions: one response that follows each and one that does not."""
 
+from typing import Any
+
 import pytest
 
 from alignment.judges.verifiers.instructions import CHECKS, check_instructions, follows
 
-CASES = {
+CASES: dict[str, tuple[dict[str, Any], str, str]] = {
     "keywords:existence": ({"keywords": ["cat", "dog"]}, "A Cat and a dog.", "A cat and dogs."),
     "keywords:forbidden_words": ({"forbidden_words": ["cat"]}, "A category.", "A CAT."),
     "keywords:frequency": (
