@@ -75,7 +75,7 @@ def dry_run(
 
     facts = measure_with([])
     needed = demand(facts, device)
-    total = needed.total + device.reserve
+    total = needed.total + device.reserve_next_to(needed.total)
     sentences, fit = [verdict(needed, device)], fits(needed, device)
     if not fit and not (device.named or device.is_card):
         sentences.append("--device compares with the card of the run, and finds what would help.")
@@ -84,7 +84,7 @@ def dry_run(
     facts["device"] = {
         "name": device.name,
         "bytes": device.size,
-        "reserve": device.reserve,
+        "reserve": device.reserve_next_to(needed.total),
         "needed": total,
         "logits": needed.logits,
         "parts": needed.parts,

@@ -72,7 +72,7 @@ def _demand_of_stage(facts: Facts, device: Device, stage: int) -> Demand:
 
 def fits(needed: Demand, device: Device) -> bool:
     """Return whether a rank fits a device, with the device's reserve."""
-    return needed.total + device.reserve <= device.size
+    return needed.total + device.reserve_next_to(needed.total) <= device.size
 
 
 def table_of(needed: Demand, device: Device, stages: int) -> list[tuple[str, str, str]]:
@@ -83,10 +83,11 @@ def table_of(needed: Demand, device: Device, stages: int) -> list[tuple[str, str
         device: Its device.
         stages: Number of pipeline stages.
     """
-    total = needed.total + device.reserve
+    reserve = device.reserve_next_to(needed.total)
+    total = needed.total + reserve
     rows = [
         *needed.parts.items(),
-        (f"reserve for {device.reserve_for}", device.reserve),
+        (f"reserve for {device.reserve_for}", reserve),
         ("all that is needed", total),
         (device.name, device.size),
         ("headroom", device.size - total),
@@ -104,7 +105,7 @@ def table_of(needed: Demand, device: Device, stages: int) -> list[tuple[str, str
 
 def verdict(needed: Demand, device: Device) -> str:
     """Return in a sentence whether a rank fits a device."""
-    total = needed.total + device.reserve
+    total = needed.total + device.reserve_next_to(needed.total)
     there = f"{device.size / MIB:,.0f} MiB of {device.name} ({device.source})"
     if fits(needed, device):
         return f"fits: a rank needs {total / MIB:,.0f} of the {there}"
@@ -155,7 +156,8 @@ def measure_changes(
                 facts = measure(flags)
             except UserError:  # a layout that cannot work
                 continue
-        results.append((spell(flags), demand(facts, device).total + device.reserve))
+        tensors = demand(facts, device).total
+        results.append((spell(flags), tensors + device.reserve_next_to(tensors)))
     return sorted(results, key=lambda result: result[1])
 
 
