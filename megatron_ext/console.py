@@ -148,7 +148,9 @@ class _Capture:
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.flush()
-                stream.reconfigure(line_buffering=True)
+                # One write per line: torchrun starts Python with -u, which writes a line and its
+                # end apart, and another process may write in between.
+                stream.reconfigure(line_buffering=True, write_through=False)
         self._before = os.dup(1), os.dup(2)
         self.out = self._terminal(sys.stdout, self._before[0], 1)
         self.err = self._terminal(sys.stderr, self._before[1], 2)

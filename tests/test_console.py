@@ -100,14 +100,16 @@ os.kill(os.getpid(), 9)
     assert lines == ["before the log", *(f"line {number}" for number in range(1000)), "last"]
 
 
-def test_lines_of_several_processes_stay_whole(tmp_path: Path) -> None:
+@pytest.mark.parametrize("unbuffered", [[], ["-u"]], ids=["buffered", "as torchrun"])
+def test_lines_of_several_processes_stay_whole(tmp_path: Path, unbuffered: list[str]) -> None:
     log = tmp_path / "train.log"
     text = BEGIN + (
         "console.log_to(Path(sys.argv[1]))\n"
         "for number in range(300):\n    print(sys.argv[2] * 100)\n"
     )
     processes = [
-        subprocess.Popen([sys.executable, "-c", text, log, letter], cwd=ROOT) for letter in "ab"
+        subprocess.Popen([sys.executable, *unbuffered, "-c", text, log, letter], cwd=ROOT)
+        for letter in "ab"
     ]
     assert [process.wait(60) for process in processes] == [0, 0]
     lines = log.read_text().splitlines()

@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if flags.target == "megatron":
         from megatron_ext.hf.starting_recipe import how_to_continue
 
-        print(how_to_continue(save))
+        print(how_to_continue(save), flush=True)
 
 
 def _hf_folder(load: Path) -> Path:

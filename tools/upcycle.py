@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             conversion = as_checkpoint(source, unfinished, save)
         write_with_progress("upcycling", conversion.bytes, conversion.write)
     print(f"wrote {save}")
-    print(how_to_continue(save))
+    print(how_to_continue(save), flush=True)
 
 
 def _pattern(text: str, layers: int) -> tuple[bool, ...]:

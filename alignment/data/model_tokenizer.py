@@ -64,6 +64,9 @@ def read_tokenizer(model: Path) -> Any:
 
 def _place(model: Path) -> Path:
     """Return the folder or SentencePiece model from which to load the tokenizer of a model."""
+    # A tokenizer may be in a folder without a model.
+    if any((model / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        return model
     location = locate_model(model, "--model")
     if location.kind == "hf":
         return location.folder

@@ -208,6 +208,8 @@ def for_inference(args: Namespace, layout: ParallelLayout, dtype: torch.dtype | 
         args.moe_grouped_gemm = False
         args.bias_swiglu_fusion = False  # slower than separate operations
     dtype = dtype or args.params_dtype
+    vocab = args.padded_vocab_size  # its rows are shared by the tensor-parallel ranks
+    padded_vocab = vocab and -(-vocab // layout.tensor) * layout.tensor
     expert_tensor = layout.expert_tensor or layout.tensor
     vars(args).update(
         rank=int(os.environ.get("RANK", "0")),
@@ -226,7 +228,7 @@ def for_inference(args: Namespace, layout: ParallelLayout, dtype: torch.dtype | 
         expert_tensor_parallel_num_weight_shards=expert_tensor,
         gtp_weight_remat_size=1,
         expert_gtp_weight_remat_size=1,
-        padded_vocab_size=-(-args.padded_vocab_size // layout.tensor) * layout.tensor,
+        padded_vocab_size=padded_vocab,
         context_parallel_size=1,
         virtual_pipeline_model_parallel_size=None,
         pipeline_model_parallel_layout=None,

@@ -16,6 +16,7 @@ from tests.pretraining import train
 TEXTS = torch.tensor([list(range(10, 40)), list(range(400, 430))])
 PROMPTS = [[10, 11, 12], [200, 201, 202, 203, 204, 205, 206], [77], [40, 300, 20, 31, 32]]
 NEW = 12
+VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 WORDS = ["ba ké lo", " mü  ni\n", "</s>x", "日本 ba", ""]
 
 
@@ -138,9 +139,12 @@ def test_exported_tokenizer_equals_that_of_the_run(megatron, folder):
 def test_expert_threshold_round_trip_is_bit_exact(megatron, run_dir, folder):  # noqa: F811
     old = TorchDistReader(run_dir / "checkpoints" / "iter_0000040")
     new = TorchDistReader(folder / "back" / "release")
-    assert old.shapes == new.shapes and old.dtypes == new.dtypes
+    assert old.shapes.keys() == new.shapes.keys() and old.dtypes == new.dtypes
     for name in old.shapes:
-        assert torch.equal(old.read(name), new.read(name)), name
+        tensor = old.read(name)
+        if name in VOCABULARY:
+            tensor = tensor[:500]  # without Megatron's padding
+        assert torch.equal(tensor, new.read(name)), name
     assert torch.equal(megatron.back, megatron.logits)
 
 

@@ -1,8 +1,10 @@
 """recipe.yaml next to a converted checkpoint: the model of transformers at step 0, and training."""
 
+import io
 import json
 import shutil
 import subprocess
+from contextlib import redirect_stdout
 
 import numpy as np
 import pytest
@@ -93,15 +95,17 @@ def upcycle(folder):
     from tools import upcycle as tool
 
     flags = ["--load", str(folder / "hf"), "--num-experts", "8", "--granularity", "4"]
-    tool.main([*flags, "--save", str(folder / "moved")])
+    with redirect_stdout(io.StringIO()) as output:
+        tool.main([*flags, "--save", str(folder / "moved")])
     write_dataset(folder / "data")
+    return output.getvalue()
 
 
-def test_upcycled_model_without_a_tokenizer_trains_and_resumes_from_its_recipe(tmp_path, capfd):
+def test_upcycled_model_without_a_tokenizer_trains_and_resumes_from_its_recipe(tmp_path):
     """Flags override the recipe; a new optimizer starts at step 0, and the same run goes on."""
     make("llama-tied", tmp_path / "hf")
-    run_ranks(upcycle, 1, tmp_path, timeout=240)
-    assert "the source has no tokenizer" in capfd.readouterr().out
+    [output] = run_ranks(upcycle, 1, tmp_path, timeout=240)
+    assert "the source has no tokenizer" in output
     recipe = yaml.safe_load((tmp_path / "moved" / "recipe.yaml").read_text())
     assert recipe["et_warmup_iters"] == 100 and recipe["vocab_size"] == VOCAB
     more = ["--train-iters", "4", "--lr", "1e-2", "--et-warmup-iters", "1", "--log-interval", "1"]

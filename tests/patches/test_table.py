@@ -22,7 +22,7 @@ LIBRARY = [
     ),
 ]
 PATCHED_PACKAGES = ("torch", "megatron")
-STATE = ("_results_queue",)
+STATE = ("_results_queue", "_GLOBAL_TENSORBOARD_WRITER")
 """Global variables of Megatron, which its own functions assign as well."""
 
 

@@ -19,6 +19,7 @@ MAY_CHANGE = {
     "recipe",
     "run_dir",
     "dry_run",
+    "device",
     "save_interval",
     "log_interval",
     "wandb_project",
