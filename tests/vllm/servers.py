@@ -21,6 +21,7 @@ from megatron_ext.hf.configs import save_config
 from megatron_ext.hf.families import OWN, read_config
 from megatron_ext.hf.remote.configuration_et import ExpertThresholdConfig
 from megatron_ext.hf.remote.modeling_et import ExpertThresholdForCausalLM, Router
+from megatron_ext.moe.thresholds import Thresholds
 from tests.hf.models import add_tokenizer
 
 VOCAB = 256
@@ -63,9 +64,14 @@ def make_model(folder: Path, kind: str, seed: int = 0, updates: int = 5, **sizes
                 parameter.uniform_(0.5, 1.5)
         for router in model.modules():
             if isinstance(router, Router):
-                router.thresholds.normal_(1.0, 0.5)
-                router.threshold_average.copy_(router.thresholds)
+                correction = 1 - config.threshold_ema_decay ** max(updates, 1)
+                router.threshold_average.normal_(1.0, 0.5).mul_(correction)
                 router.threshold_updates.fill_(updates)
+                state = Thresholds(config.num_experts, config.threshold_ema_decay, device="cpu")
+                state.load_state_dict(
+                    {"average": router.threshold_average, "updates": router.threshold_updates}
+                )
+                router.thresholds.copy_(state.value() if updates else router.threshold_average)
     model.save_pretrained(folder)
     save_config(folder, read_config(config), OWN, torch.float32, {"eos_token_id": 1})
     add_tokenizer(folder, VOCAB)

@@ -85,14 +85,14 @@ def test_remote_code_without_the_plug_in_equals_transformers(kind, tmp_path):
     assert "falling back to Transformers implementation" in log.read_text()
 
 
+# Without pipeline stages: on CPUs vLLM 0.32 has no buffers for what stages send each other.
 @pytest.mark.parametrize(
     "flags",
     [
         ["--tensor-parallel-size", "2"],
         ["--tensor-parallel-size", "2", "--enable-expert-parallel"],
-        ["--pipeline-parallel-size", "2"],
     ],
-    ids=["tensor", "expert", "pipeline"],
+    ids=["tensor", "expert"],
 )
 def test_parallel_ranks_equal_transformers(flags, tmp_path):
     model = make_model(tmp_path / "model", "paper")

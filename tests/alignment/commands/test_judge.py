@@ -125,7 +125,7 @@ REFUSED = {
         "--gold",
         "silent.jsonl",
     ): "7 of 7 verdicts of --gold are left out, more than --max-left-out 0.2",
-    ("--gold", "none.jsonl"): "none.jsonl cannot be read: No such file",
+    ("--gold", "none.jsonl"): "none.jsonl does not exist. Give the path of a file",
     ("--input", "pairs.jsonl"): "--gold has no verdict on an item of --input",
     ("--model", "nowhere"): "is not a folder",
     ("--stage", "rl"): "--stage rl requires a judge that thinks",
