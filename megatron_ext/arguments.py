@@ -169,7 +169,7 @@ def _initialize_globals(args: Namespace) -> None:
         load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")
         load_args_from_checkpoint(args)
     validate_args(args, {})
-    # Megatron would open trackers of its own; see megatron_ext.training.metrics.
+    # Megatron would open separate trackers; see megatron_ext.training.metrics.
     trackers = {name: getattr(args, name) for name in ("tensorboard_dir", "wandb_project")}
     args.tensorboard_dir, args.wandb_project = None, ""
     set_global_variables(args)

@@ -22,7 +22,7 @@ _COUNTED_PROMPTS = 1000
 
 @dataclass(frozen=True)
 class Speed:
-    """What bounds the speed of an endpoint.
+    """Bounds of the speed of an endpoint.
 
     Attributes:
         concurrency: Calls at a time.

@@ -1,4 +1,4 @@
-"""What a command that trains prints: its start, one line for every report, and its end.
+"""Output of a command that trains: its start, one line for every report, and its end.
 
 All other output of every rank is in `train.log` of the run directory.
 """

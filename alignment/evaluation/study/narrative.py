@@ -200,8 +200,8 @@ def _sentence(label: str, group: SeedGroup) -> str:
             return f"{name}: no prompts were held out, so that no judge graded the policy."
         case Finding.NO_GOLD:
             proxy = trend_of(group, PROXY).change
-            told = f" Proxy changes by {_change(proxy)}." if proxy.low is not None else ""
-            return f"{name}: no gold judge graded the policy.{told}"
+            change = f" Proxy changes by {_change(proxy)}." if proxy.low is not None else ""
+            return f"{name}: no gold judge graded the policy.{change}"
         case Finding.NO_DATA:
             return f"{name}: no run has two gradings to compare."
         case Finding.NO_INTERVAL:

@@ -85,7 +85,7 @@ class CombinedJudge:
         return dict(zip(chosen, verdicts))
 
     def _scores_of(self, name: str, verdict: Verdict) -> Scores:
-        """Return the score of a judge, and those of its own components below its name."""
+        """Return the score of a judge, and those of its components below its name."""
         own = {} if verdict.score is None else {name: verdict.score}
         below = component_scores(self.judges[name], verdict)
         return own | {f"{name}/{part}": score for part, score in below.items()}

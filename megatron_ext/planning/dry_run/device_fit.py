@@ -16,7 +16,7 @@ Facts = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Demand:
-    """What the rank that needs most memory stores at its peak.
+    """Memory at the peak of the rank that needs most.
 
     Attributes:
         stage: Pipeline stage of the rank.
