@@ -72,10 +72,10 @@ class _Record:
             UserError: If a field is missing, unknown or of a wrong type. The reader of the file
                 adds its name and the line.
         """
-        known = {one.name for one in fields(cls)}
-        if unknown := sorted(set(row) - known):
+        names = {one.name for one in fields(cls)}
+        if unknown := sorted(set(row) - names):
             raise UserError(
-                f"unknown field {unknown[0]!r}; the fields of a {cls.__name__} are {sorted(known)}"
+                f"unknown field {unknown[0]!r}; the fields of a {cls.__name__} are {sorted(names)}"
             )
         try:
             return cls(**row)

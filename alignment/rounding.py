@@ -47,20 +47,20 @@ def tolerance(values: ArrayLike, error: float = SINGLE) -> float:
         values: of one unit, any shape; NaN is ignored.
         error: relative error of the values.
     """
-    known = np.asarray(values, dtype=np.float64)
-    known = known[np.isfinite(known)]
-    if not known.size:
+    array = np.asarray(values, dtype=np.float64)
+    array = array[np.isfinite(array)]
+    if not array.size:
         return 0.0
-    if (known == np.round(known)).all():
+    if (array == np.round(array)).all():
         error = EXACT
-    return max(error, EXACT) * float(np.abs(known).max())
+    return max(error, EXACT) * float(np.abs(array).max())
 
 
 def is_constant(values: ArrayLike, error: float = SINGLE) -> bool:
     """Return whether all values are the same but for rounding; True where there is none."""
-    known = np.asarray(values, dtype=np.float64)
-    known = known[~np.isnan(known)]
-    return not known.size or float(np.ptp(known)) <= tolerance(known, error)
+    array = np.asarray(values, dtype=np.float64)
+    array = array[~np.isnan(array)]
+    return not array.size or float(np.ptp(array)) <= tolerance(array, error)
 
 
 def exceeds(value: float, other: float, error: float = SINGLE, size: float = 0.0) -> bool:

@@ -83,9 +83,9 @@ def articles(path: Path, megabytes: float) -> float:
     """Write the articles and copies as JSON lines; return the share of new words in the copies."""
     prepare_text.main(["--output", f"{path}", "--wikipedia"])
     texts = [json.loads(line)["text"].split(" ") for line in path.open()]
-    known: set[str] = set().union(*texts[: -len(texts) // 10])
+    vocabulary: set[str] = set().union(*texts[: -len(texts) // 10])
     late = [word for text in texts[-len(texts) // 10 :] for word in text]
-    share = sum(word not in known for word in late) / len(late)
+    share = sum(word not in vocabulary for word in late) / len(late)
     choose = random.Random(0)
 
     def respell(word: str) -> str:

@@ -223,7 +223,7 @@ def measure(
     }
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     calls: dict[str, list[int]] = {name: [] for name in methods}
-    sent: dict[str, list[float]] = {name: [] for name in methods}
+    volume: dict[str, list[float]] = {name: [] for name in methods}
     errors = dict.fromkeys(methods, 0.0)
     for step in range(FORECAST_STEPS + steps):
         logits = draw(step, tokens // ranks, experts, layers, skewed)
@@ -244,7 +244,7 @@ def measure(
             errors[name] = max(errors[name], float(difference))
             seconds[name].append(greatest(elapsed))
             calls[name].append(len(collectives.calls))
-            sent[name].append(collectives.sent)
+            volume[name].append(collectives.sent)
         thresholds[:] = exact or cutoffs
     for layer, cutoff in zip(logits, exact):  # by yet another way
         whole = gathered(layer)
@@ -265,7 +265,7 @@ def measure(
                 "method": name,
                 "ms": round(1e3 * median(seconds[name]), 2),
                 "ms_least": round(1e3 * min(seconds[name]), 2),
-                "kB_sent": round(sum(sent[name]) / steps / 1e3, 1),
+                "kB_sent": round(sum(volume[name]) / steps / 1e3, 1),
                 "collectives": max(calls[name]),
                 "syncs": counter.syncs,
                 "MB_extra": round(greatest(counter.peak) / 1e6, 1),

@@ -285,8 +285,8 @@ def _dry_run_flags(args: Namespace) -> list[str]:
     flags = [*cpu_default_args(), "--fake-process-group"]  # these override the recipe
     flags += _NO_TRACKERS
     flags += tokenizer_flags(args, set())
-    file, known = args.tokenizer_model, args.tokenizer_type or "--tokenizer-type" in flags
-    if not known or (file is not None and not Path(file).exists()):
+    file, type_is_set = args.tokenizer_model, args.tokenizer_type or "--tokenizer-type" in flags
+    if not type_is_set or (file is not None and not Path(file).exists()):
         if args.vocab_size is None:
             raise UserError("--dry-run needs --vocab-size, or an existing --tokenizer-model")
         flags += ["--tokenizer-type", "NullTokenizer"]

@@ -325,7 +325,7 @@ def _thinking(content: str, opened: bool) -> list[tuple[int, int]]:
 def _encoder_of(tokenizer: Any) -> _Encoder:
     """Return a tokenizer's encoder, cached as long as no token is added to the tokenizer."""
     size = len(tokenizer)
-    known = getattr(tokenizer, "_chat_encoder", None)
-    if known is None or known[0] != size:
-        known = tokenizer._chat_encoder = (size, _Encoder(tokenizer))
-    return known[1]
+    encoder = getattr(tokenizer, "_chat_encoder", None)
+    if encoder is None or encoder[0] != size:
+        encoder = tokenizer._chat_encoder = (size, _Encoder(tokenizer))
+    return encoder[1]

@@ -98,10 +98,10 @@ class ToolParser(argparse.ArgumentParser):
             try:
                 word.encode()
             except UnicodeEncodeError:
-                shown = os.fsencode(word).decode(errors="backslashreplace")
+                text = os.fsencode(word).decode(errors="backslashreplace")
                 flag = f"{before} " if before.startswith("--") else ""
                 self.error(
-                    f"{flag}{shown} is not UTF-8: check the encoding of the terminal or script"
+                    f"{flag}{text} is not UTF-8: check the encoding of the terminal or script"
                 )
         return super().parse_known_args(words, namespace)
 

@@ -216,8 +216,8 @@ def _losses(checkpoint: Path, step: int | None) -> tuple[tuple[str, float], ...]
         if row.get("step") == step:
             names = {name: name.replace("val_loss", "validation loss", 1) for name in row}
             losses |= {
-                shown: float(row[name])
-                for name, shown in names.items()
+                label: float(row[name])
+                for name, label in names.items()
                 if name.startswith("val_loss") and isinstance(row[name], int | float)
             }
     return tuple(losses.items())

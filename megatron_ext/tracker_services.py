@@ -128,8 +128,8 @@ class MLflow:
         if self._id is not None:
             self._client.update_run(self._id, status="RUNNING")
             return
-        known = self._client.get_experiment_by_name(experiment)
-        place = known.experiment_id if known else self._client.create_experiment(experiment)
+        existing = self._client.get_experiment_by_name(experiment)
+        place = existing.experiment_id if existing else self._client.create_experiment(experiment)
         self._id = self._client.create_run(place, run_name=name).info.run_id
         for key, value in configuration.items():
             self._client.log_param(self._id, key, str(value)[:_LONGEST_PARAMETER])

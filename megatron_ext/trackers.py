@@ -199,7 +199,7 @@ class Trackers:
         self._trackers = []
 
     def _was_sent(self, step: int) -> bool:
-        return any(sent == step for sent, _ in self._sent)
+        return any(logged_step == step for logged_step, _ in self._sent)
 
     def _call(self, call: Callable[[Tracker], None]) -> None:
         for name, tracker in self._trackers:

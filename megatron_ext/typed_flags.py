@@ -292,8 +292,8 @@ def _shown_default(of: Flag) -> str:
         return ""
     if of.default in (None, "", ()):
         return " Default: none."
-    shown = " ".join(map(str, of.default)) if isinstance(of.default, tuple) else of.default
-    return f" Default: {shown}."
+    default = " ".join(map(str, of.default)) if isinstance(of.default, tuple) else of.default
+    return f" Default: {default}."
 
 
 @cache

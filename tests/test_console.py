@@ -149,16 +149,16 @@ def test_a_terminal_shows_rewritten_and_colored_lines(tmp_path: Path) -> None:
     )  # fmt: skip
     assert process.wait(60) == 0
     os.close(follower)
-    shown = b""
+    output = b""
     try:
         while part := os.read(leader, 4096):
-            shown += part
+            output += part
     except OSError:  # the end
         pass
     os.close(leader)
     # The size of the terminal is unknown to a pty until it is set: lines may be cut.
-    assert shown.count(b"\r\x1b[K") == 2
-    assert re.search(rb"\x1b\[1;31mALARM \[x\]\x1b\[0m\r\n$", shown)
+    assert output.count(b"\r\x1b[K") == 2
+    assert re.search(rb"\x1b\[1;31mALARM \[x\]\x1b\[0m\r\n$", output)
 
 
 def test_remaining_time_is_that_of_the_last_steps(monkeypatch: pytest.MonkeyPatch) -> None:

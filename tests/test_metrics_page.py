@@ -42,7 +42,7 @@ def test_every_documented_metric_is_in_the_code(name: str, literals: set[str]) -
         assert piece in words, f"no module writes {name}"
 
 
-def test_an_undocumented_metric_is_found() -> None:
+def test_undocumented_metric_is_detected() -> None:
     documented = {"loss": 1.0, "moe/layer_01/fan_out": 1.0, "routing/margin_0.1%": 0.1}
     assert undocumented([documented | {"grade/proxy_error": 0.1}]) == set()
     unknown = {"losses", "moe/layer_01/fan_in", "moe/layer_1"}

@@ -293,7 +293,7 @@ def machine(tmp_path) -> Machine:
     return machine
 
 
-def test_bootstrap_says_what_to_do_when_there_is_no_new_enough_python(machine):
+def test_bootstrap_advises_where_python_is_too_old(machine):
     for args in (["--find"], []):
         done = machine.bootstrap(*args)
         assert done.returncode == 2
@@ -370,7 +370,7 @@ def _installed(machine: Machine) -> list[str]:
     return file.read_text().splitlines() if file.exists() else []
 
 
-def test_bootstrap_installs_once_until_what_is_asked_for_changes(fresh):
+def test_bootstrap_installs_once_until_the_packages_change(fresh):
     for _ in range(2):
         assert fresh.bootstrap().returncode == 0
         assert len(_installed(fresh)) == 1

@@ -29,7 +29,7 @@ def parsed(*flags: str) -> Namespace:
 
 
 @pytest.mark.parametrize(
-    "flags, said",
+    "flags, message",
     [
         (["--log-interval", "0"], "--log-interval 0 must be at least 1"),
         (["--tensorboard-log-interval", "0"], "--tensorboard-log-interval 0 must be at least 1"),
@@ -79,13 +79,13 @@ def parsed(*flags: str) -> Namespace:
         (["--full-validation"], "needs --multiple-validation-sets"),
     ],
 )
-def test_value_outside_of_its_range_is_refused(flags: list[str], said: str) -> None:
+def test_value_outside_of_its_range_is_refused(flags: list[str], message: str) -> None:
     with pytest.raises(UserError) as caught:
         check_ranges(parsed(*flags), ranks=1)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_values_that_turn_something_off_are_accepted() -> None:
+def test_values_that_disable_a_setting_are_accepted() -> None:
     off = ["--exit-interval", "0", "--manual-gc-interval", "0", "--clip-grad", "0"]
     check_ranges(parsed(*off, "--lr", "0", "--eval-iters", "0"), ranks=1)
     check_ranges(parsed("--step-batch-size-schedule", "0:2 640:4 1K:8"), ranks=1)

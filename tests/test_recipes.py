@@ -34,8 +34,8 @@ def values(
     (folder / "recipe.yaml").write_text(recipe)
     words = expand_recipes([*before, "--recipe", str(folder / "recipe.yaml"), *after], parser())
     usual = vars(parser().parse_args([]))
-    found = vars(parser().parse_args(words))
-    return {name: value for name, value in found.items() if value != usual[name]}
+    settings = vars(parser().parse_args(words))
+    return {name: value for name, value in settings.items() if value != usual[name]}
 
 
 SAMPLES = {"train_samples": "24", "lr_warmup_fraction": "0.1", "lr": "1", "global_batch_size": "4"}
@@ -67,7 +67,7 @@ def test_alternatives_of_other_kinds_are_replaced(tmp_path: Path) -> None:
     assert values(tmp_path, mock, "--data-path", "A") == {"data_path": ["A"], "split": "90,5,5"}
 
 
-def test_contradiction_within_one_source_is_kept_for_the_checks(tmp_path: Path) -> None:
+def test_contradiction_within_one_source_reaches_the_checks(tmp_path: Path) -> None:
     both = values(tmp_path, "{}", "--train-samples", "24", "--train-iters", "3")
     assert both == {"train_samples": "24", "train_iters": "3"}
 
@@ -119,8 +119,10 @@ def test_context_follows_the_sequence_length_where_it_would_be_below(
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe + "\n")
     words = expand_recipes(["--recipe", str(path), *flags], length_parser())
-    given = [words[at + 1] for at, word in enumerate(words) if word == "--max-position-embeddings"]
-    assert given == ([] if context is None else [context])
+    lengths = [
+        words[at + 1] for at, word in enumerate(words) if word == "--max-position-embeddings"
+    ]
+    assert lengths == ([] if context is None else [context])
 
 
 def test_context_below_the_sequence_length_of_the_same_source_is_refused(tmp_path: Path) -> None:

@@ -71,9 +71,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for number, task in enumerate(tasks, 1):
         if results.finished(task):
             continue
-        with quiet_warnings(), _Shown(f"{task.label} ({number}/{len(tasks)})") as shown:
+        with quiet_warnings(), _Shown(f"{task.label} ({number}/{len(tasks)})") as progress:
             judged = judge(
-                task, questions[task.label], model, max_length, flags.batch_tokens, shown.show
+                task, questions[task.label], model, max_length, flags.batch_tokens, progress.show
             )
         if is_first_rank():
             results.add(task, judged)

@@ -75,8 +75,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     scheduler = Scheduler(replicas, flags.max_waiting)
     api = Api(scheduler, RequestParser(trained, name, limits, template), flags.timeout)
     host, port = listening.getsockname()[:2]
-    shown = f"[{host}]" if ":" in host else host
-    print(f"serving {name} at http://{shown}:{port}", flush=True)
+    address = f"[{host}]" if ":" in host else host
+    print(f"serving {name} at http://{address}:{port}", flush=True)
     if key is None and flags.host not in _LOOPBACK:
         print(
             f"serve: warning: {flags.host} is reachable by others and no API key is set. Set "

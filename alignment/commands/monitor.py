@@ -15,7 +15,7 @@ from alignment.judges.formats.scale import read_verdicts
 from alignment.judges.results import commonest
 from alignment.monitors.lengths import ReferenceLengths
 from alignment.monitors.limits import CORRELATION, JUDGE, MonitorLimits
-from alignment.monitors.text_features import shown, words_of
+from alignment.monitors.text_features import printable, words_of
 from alignment.monitors.training_monitor import BatchFindings, Monitor, describe_alarms
 from alignment.record_files import read_all
 from alignment.records import Response, Verdict
@@ -130,7 +130,7 @@ def _report(findings: BatchFindings, limits: MonitorLimits) -> list[str]:
         limit, examples = limits[name], findings.examples[name]
         limit_text = "-" if limit is None else f"{limit:.1%}"
         alarm = "ALARM" if name in findings.alarms else ""
-        example = f"{examples[0].id}: {shown(examples[0].evidence[0])}" if examples else ""
+        example = f"{examples[0].id}: {printable(examples[0].evidence[0])}" if examples else ""
         line = f"{name:26}{share:>8.1%}{limit_text:>8}  {alarm:5}  {example}"
         lines.append(line.rstrip())
     limit, value = limits[CORRELATION], findings.correlation

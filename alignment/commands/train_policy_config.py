@@ -105,10 +105,10 @@ class TrainPolicyConfig(ReinforcementTrainingConfig):
             raise UserError(
                 "--gold grades the responses to --held-out prompts. Give both, or leave both out."
             )
-        for name, given in (
+        for name, value in (
             ("--second-gold", self.second_gold), ("--stop-on-alarm", self.stop_on_alarm)
         ):  # fmt: skip
-            if given and not self.gold:
+            if value and not self.gold:
                 raise UserError(f"{name} requires --gold, which it is compared with. Add --gold.")
 
     @property

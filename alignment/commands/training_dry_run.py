@@ -175,13 +175,13 @@ def _pretraining_args(
     words = [word for name, value in values.items() for word in (f"--{name}", str(value))]
     precision = [] if config.engine.dtype == "fp32" else ["--bf16"]
     extra = [*shlex.split(config.engine.megatron_flags), *flags]
-    given = [*to_flags(model), *precision, *layout.flags, *words, "--mock-data", *extra]
-    sizes, _ = parse_flags(given, writes=False)
+    words_of_model = [*to_flags(model), *precision, *layout.flags, *words, "--mock-data", *extra]
+    sizes, _ = parse_flags(words_of_model, writes=False)
     ranks = sizes.tensor_model_parallel_size * sizes.context_parallel_size
     stages = sizes.pipeline_model_parallel_size
     copies = max(1, world_size // (ranks * stages))
     return parse_args(
-        [*given, "--global-batch-size", str(sizes.micro_batch_size * copies * stages)]
+        [*words_of_model, "--global-batch-size", str(sizes.micro_batch_size * copies * stages)]
     )
 
 

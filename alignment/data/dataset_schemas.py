@@ -161,8 +161,8 @@ class RecordFile:
         own = own_kind(valid[0])
         if own is None:
             # A column may be missing in rows where it has no value.
-            known = list(dict.fromkeys(name for row in valid for name in row))
-            self.options.check(known, self.path)
+            columns = list(dict.fromkeys(name for row in valid for name in row))
+            self.options.check(columns, self.path)
             self.schema, self.roles = self._find_schema(self.options.rename(valid[0]))
         for number, row in chain(first, rows):
             if isinstance(row, MalformedRow):
@@ -272,11 +272,11 @@ def _unknown(path: str | Path, columns: Collection[str], explicit: Mapping[str, 
     near = {c: match[0] for c in columns if (match := get_close_matches(c.lower(), names, 1, 0.75))}
     roles = {name: role for role, groups in SYNONYMS.items() for group in groups for name in group}
     advice = [f"{roles[name]}={explicit.get(column, column)}" for column, name in near.items()]
-    known = "; ".join(f"{schema.columns} ({schema.name})" for schema in SCHEMAS)
+    schemas = "; ".join(f"{schema.columns} ({schema.name})" for schema in SCHEMAS)
     return (
         f"{path} has the columns {', '.join(columns) or '(none)'}, which no known schema has. Name "
         f"them with --columns {' '.join(advice) or 'prompt=COLUMN response=COLUMN'}. Known are "
-        f"{known}."
+        f"{schemas}."
     )
 
 

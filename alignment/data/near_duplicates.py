@@ -170,11 +170,11 @@ class Signatures:
         while (waiting := np.flatnonzero((done < counts) & ~near[remaining])).size:
             waiting = waiting[:_BATCH]
             share = max(1, _BATCH // len(waiting))
-            taken = np.minimum(counts[waiting] - done[waiting], share)
-            ends = np.cumsum(taken)
-            within = np.arange(ends[-1]) - np.repeat(ends - taken, taken)
-            candidates = others[np.repeat(first[waiting] + done[waiting], taken) + within]
-            numbers = np.repeat(remaining[waiting], taken)
+            sizes = np.minimum(counts[waiting] - done[waiting], share)
+            ends = np.cumsum(sizes)
+            within = np.arange(ends[-1]) - np.repeat(ends - sizes, sizes)
+            candidates = others[np.repeat(first[waiting] + done[waiting], sizes) + within]
+            numbers = np.repeat(remaining[waiting], sizes)
             equal = self._array[texts[numbers]] == self._array[candidates]
             near[numbers[equal.mean(axis=1) >= threshold]] = True
-            done[waiting] += taken
+            done[waiting] += sizes

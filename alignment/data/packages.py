@@ -91,11 +91,11 @@ def _mtbench(questions: str, references: str) -> Iterator[Prompt]:
     answers = {a["question_id"]: a["choices"][0]["turns"] for a in _json_lines(references)}
     for question in _json_lines(questions):
         id, turns = question["question_id"], question["turns"]
-        known = answers.get(id, [])
+        reference_answers = answers.get(id, [])
         messages: list[Message] = []
-        for number, turn in enumerate(turns[: len(known) or 1], start=1):
+        for number, turn in enumerate(turns[: len(reference_answers) or 1], start=1):
             messages.append(Message("user", turn))
-            reference = known[number - 1] if known else None
+            reference = reference_answers[number - 1] if reference_answers else None
             rubric = f"It agrees with this reference answer:\n{reference}" if reference else None
             source = f"mtbench/{question['category']}"
             prompt = prompt_of(list(messages), source, f"mtbench-{id}-{number}", rubric)

@@ -52,20 +52,20 @@ class ReadOptions:
             values |= dict.fromkeys(theirs.split(","), ours)
         return cls(names, values, limit)
 
-    def check(self, known: Collection[str], path: object) -> None:
+    def check(self, columns: Collection[str], path: object) -> None:
         """Check that a file has the columns that `columns` names.
 
         Raises:
             UserError: It lacks one.
         """
         for ours, theirs in self.columns.items():
-            for name in [theirs] if theirs in known else theirs.split(","):
-                if name not in known and name.partition(".")[0] not in known:
-                    near = get_close_matches(name, known, n=1)
+            for name in [theirs] if theirs in columns else theirs.split(","):
+                if name not in columns and name.partition(".")[0] not in columns:
+                    near = get_close_matches(name, columns, n=1)
                     advice = f"Did you mean {near[0]}?" if near else "Name one of them."
                     raise UserError(
                         f"--columns {ours}={theirs}: {path} has no column {name!r}; its columns "
-                        f"are {', '.join(known)}. {advice}"
+                        f"are {', '.join(columns)}. {advice}"
                     )
 
     def rename(self, row: Mapping[str, Any]) -> dict[str, Any]:

@@ -151,9 +151,9 @@ class RecordReader:
     @property
     def reasons(self) -> list[str]:
         """Reasons for which rows were left out, most frequent first, each with its first row."""
-        shown = self._reasons.most_common(_MOST_REASONS)
-        lines = [f"{count:,} as in {self._examples[reason]}" for reason, count in shown]
-        if others := self.malformed - sum(count for _, count in shown):
+        commonest = self._reasons.most_common(_MOST_REASONS)
+        lines = [f"{count:,} as in {self._examples[reason]}" for reason, count in commonest]
+        if others := self.malformed - sum(count for _, count in commonest):
             lines.append(f"{others:,} for other reasons")
         return lines
 

@@ -49,11 +49,13 @@ def find_column(role: str, columns: Iterable[str], explicit: Collection[str] = (
 
 @lru_cache(maxsize=4096)  # the rows of a file have the same columns
 def _find_column(role: str, columns: tuple[str, ...], is_explicit: bool) -> str | None:
-    known = {name.strip().lower().replace(" ", "_").replace("-", "_"): name for name in columns}
+    by_plain_name = {
+        name.strip().lower().replace(" ", "_").replace("-", "_"): name for name in columns
+    }
     if is_explicit or role not in SYNONYMS:
-        return role if role in columns else known.get(role)
+        return role if role in columns else by_plain_name.get(role)
     for names in SYNONYMS[role]:
-        matches = [known[name] for name in names if name in known]
+        matches = [by_plain_name[name] for name in names if name in by_plain_name]
         if len(matches) > 1:
             raise AmbiguousColumns(role, matches)
         if matches:

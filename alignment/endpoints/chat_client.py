@@ -53,12 +53,14 @@ class ChatRequest:
 
     def body(self) -> dict[str, Any]:
         """Return the body of the HTTP request."""
-        drawn = {name: value for name, value in asdict(self.sampling).items() if value is not None}
+        sampling = {
+            name: value for name, value in asdict(self.sampling).items() if value is not None
+        }
         if self.sampling.seed is not None:
-            drawn["seed"] = self.sampling.seed + self.sample
+            sampling["seed"] = self.sampling.seed + self.sample
         scores = {"logprobs": True, "top_logprobs": 20} if self.label_log_probs else {}
         messages = [asdict(message) for message in self.messages]
-        return {"model": self.model, "messages": messages, **drawn, **scores}
+        return {"model": self.model, "messages": messages, **sampling, **scores}
 
     @property
     def key(self) -> str:

@@ -182,8 +182,8 @@ class EndpointClient:
             ) from None
         except httpx.HTTPError as error:
             reason = f"no connection: {str(error) or type(error).__name__}"
-            sent = not isinstance(error, httpx.ConnectError | httpx.PoolTimeout)
-            raise EndpointError(reason, ErrorKind.PASSING, may_be_billed=sent) from None
+            reached_server = not isinstance(error, httpx.ConnectError | httpx.PoolTimeout)
+            raise EndpointError(reason, ErrorKind.PASSING, may_be_billed=reached_server) from None
         seconds = retry_after(headers.get("retry-after"), time.time())
         if 200 <= status < 300:
             return read(content, seconds)

@@ -29,10 +29,10 @@ def balance_over_ranks(
     leaving = {place: target for source, place, target in moves if source == engine.data_rank}
     if not moves:
         return list(samples)
-    sent = [(leaving[place], samples[place]) for place in sorted(leaving)]
+    outgoing = [(leaving[place], samples[place]) for place in sorted(leaving)]
     arrived = [
         sample
-        for share in all_gather_by_data_rank(engine, sent)
+        for share in all_gather_by_data_rank(engine, outgoing)
         for target, sample in share
         if target == engine.data_rank
     ]

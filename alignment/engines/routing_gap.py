@@ -167,12 +167,12 @@ class RoutingComparison:
         run = self._runs.setdefault(layer, 0)
         self._runs[layer] += 1
         places = self._places[run]
-        known = places > 0
-        if not known.any():
+        is_recorded = places > 0
+        if not is_recorded.any():
             return
-        at = places[known] - 1
-        margins = router.margins(logits).cpu()[known]
-        logits, maps = logits.cpu()[known], maps.cpu()[known]
+        at = places[is_recorded] - 1
+        margins = router.margins(logits).cpu()[is_recorded]
+        logits, maps = logits.cpu()[is_recorded], maps.cpu()[is_recorded]
         other_logits, other_maps = self.decoded.logits[layer][at], self.decoded.maps[layer][at]
         flips = maps != other_maps
         self._flipped[at] |= flips.any(dim=1)

@@ -67,16 +67,16 @@ class RoutingLoads:
         ranks: list[tuple[int, dict[int, list[int]]]] = [own] * dist.get_world_size()
         dist.all_gather_object(ranks, own)
         layers: dict[int, list[int]] = {}
-        taken: dict[int, int] = {}
+        counts_of_layer: dict[int, int] = {}
         for count, loads in ranks:
             for layer, load in loads.items():
                 before = layers.get(layer, [0] * len(load))
                 layers[layer] = [a + b for a, b in zip(before, load)]
-                taken[layer] = taken.get(layer, 0) + count
+                counts_of_layer[layer] = counts_of_layer.get(layer, 0) + count
         sums = {layer: sum(load) for layer, load in layers.items()}
         if not layers or not all(sums.values()):
             return {}
-        fan_outs = [sums[layer] / taken[layer] for layer in layers]
+        fan_outs = [sums[layer] / counts_of_layer[layer] for layer in layers]
         return {
             "moe/fan_out": sum(fan_outs) / len(fan_outs),
             "moe/largest_load": max(

@@ -48,8 +48,8 @@ def _cells(estimate: Estimate | None) -> list[str]:
         return ["∞" if estimate.high is None else "-∞", estimate.reason]
     if estimate.reason and estimate.value is not None:
         ends = [("from", estimate.low), ("to", estimate.high)]
-        known = "".join(f"{word} {end:.3f}; " for word, end in ends if end is not None)
-        return [f"{estimate.value:.3f}", known + estimate.reason]
+        intervals = "".join(f"{word} {end:.3f}; " for word, end in ends if end is not None)
+        return [f"{estimate.value:.3f}", intervals + estimate.reason]
     return cells(estimate)
 
 

@@ -154,11 +154,11 @@ def _by_prompt(labels: Floats, rows: Indices, columns: Indices, shape: tuple[int
 
 
 def _mean(values: Floats, places: Indices) -> float:
-    drawn = values[places]
-    drawn = drawn[~np.isnan(drawn)]
-    if not drawn.size:
+    sample = values[places]
+    sample = sample[~np.isnan(sample)]
+    if not sample.size:
         raise Undefined("no prompt that was judged")
-    return float(drawn.mean())
+    return float(sample.mean())
 
 
 def prefer(

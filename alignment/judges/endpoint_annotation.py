@@ -91,7 +91,7 @@ def annotate_by_endpoint(
             budget.check()
         return cost
 
-    def known(stored: Mapping[str, Any] | AnswerStore) -> dict[str, Answer]:
+    def stored_answers(stored: Mapping[str, Any] | AnswerStore) -> dict[str, Answer]:
         """Return the answers of this run's questions among the stored ones."""
         answers = {key: Answer.from_row(stored[key]) for key in by_key if key in stored}
         if not isinstance(task, JudgingTask):
@@ -104,13 +104,13 @@ def annotate_by_endpoint(
         for key, row in read_answers(cache):
             count_stored(key, row)
             stored[key] = row
-        estimate(known(stored))
+        estimate(stored_answers(stored))
         return 0
     begin = time.monotonic()
     with AnswerStore(cache, count_stored) as store:
         if store.torn_bytes:
             print(f"{cache}: took away the last line, which a killed run had not finished")
-        before = known(store)
+        before = stored_answers(store)
         cost = estimate(before)
         missing = [key for key in by_key if key not in before]
         lacking = {

@@ -60,27 +60,27 @@ def read_labeled_questions(
             item, or there is only one label.
         TooFewResults: If more verdicts hold no judgment.
     """
-    known: dict[str, Judgeable] = {}
+    items_by_id: dict[str, Judgeable] = {}
     options = options or ReadOptions()
     for file in items:
-        if options.limit is not None and len(known) >= options.limit:
+        if options.limit is not None and len(items_by_id) >= options.limit:
             break
-        rest = None if options.limit is None else options.limit - len(known)
+        rest = None if options.limit is None else options.limit - len(items_by_id)
         judged_items: list[Judgeable] = read_all(
             Path(file), Response, Pair, options=replace(options, limit=rest)
         )
         for item in judged_items:
-            if known.setdefault(item.id, item) is not item:
+            if items_by_id.setdefault(item.id, item) is not item:
                 raise UserError(
                     f"{file} has the item {item.id!r}, which an earlier file has. Remove one."
                 )
-    if len({type(item) for item in known.values()}) > 1:
+    if len({type(item) for item in items_by_id.values()}) > 1:
         raise UserError("--input must hold only responses or only pairs. Pass one kind of files.")
     verdicts = [
         v for file in gold for v in read_verdicts(Path(file), scale, "--gold-scale", options)
     ]
     # Items are split after people have labeled them, and their labels stay in one file.
-    verdicts = [v for v in verdicts if v.item in known]
+    verdicts = [v for v in verdicts if v.item in items_by_id]
     if not verdicts and options.limit is not None:
         raise UserError(
             f"--gold has no verdict on the first {options.limit:,} items of --input. Raise --limit."
@@ -90,7 +90,7 @@ def read_labeled_questions(
             "--gold has no verdict on an item of --input. Pass the verdicts that belong to it."
         )
     rows = [
-        LabeledQuestion(Question(known[v.item], v.swapped, v.sample), v)
+        LabeledQuestion(Question(items_by_id[v.item], v.swapped, v.sample), v)
         for v in verdicts
         if v.judged
     ]

@@ -86,14 +86,16 @@ def read_fixtures(paths: Sequence[Path]) -> Iterator[Fixture]:
     Raises:
         UserError: A file cannot be read, or a row is not a fixture.
     """
-    known = {field.name for field in fields(Fixture)}
+    columns = {field.name for field in fields(Fixture)}
     for path in paths:
         for number, row in read_rows(path):
             if isinstance(row, MalformedRow):
                 raise UserError(f"{path}, {row}")
             try:
-                if unknown := sorted(set(row) - known):
-                    raise UserError(f"unknown field {unknown[0]!r}; a fixture has {sorted(known)}")
+                if unknown := sorted(set(row) - columns):
+                    raise UserError(
+                        f"unknown field {unknown[0]!r}; a fixture has {sorted(columns)}"
+                    )
                 yield Fixture(**row)
             except UserError as error:
                 raise UserError(f"{path}, row {number:,}: {error}") from None

@@ -36,7 +36,7 @@ _CACHED_PROMPTS = 4096  # each prompt has several responses
 _MAX_SHOWN = 60  # characters of an example
 
 
-def shown(evidence: str) -> str:
+def printable(evidence: str) -> str:
     """Return evidence as a short string in quotation marks on one line."""
     plain = " ".join(evidence.split())
     short = plain if len(plain) <= _MAX_SHOWN else plain[:_MAX_SHOWN] + "…"

@@ -96,10 +96,13 @@ def _differ(
 ) -> bool:
     """Return whether two rewards of a group differ by more than rounding."""
     values = _floats([rewards[member] for member in members])
-    known = [None if errors is None else errors[member] for member in members]
-    unknown = [value for value, error in zip(values, known) if error is None]
+    member_errors = [None if errors is None else errors[member] for member in members]
+    unknown = [value for value, error in zip(values, member_errors) if error is None]
     least = max(
-        tolerance(values, EXACT), tolerance(unknown), *(error for error in known if error), 0.0
+        tolerance(values, EXACT),
+        tolerance(unknown),
+        *(error for error in member_errors if error),
+        0.0,
     )
     return float(np.ptp(values)) > least
 

@@ -54,12 +54,12 @@ class GamingAlarm:
 
     def raised(self, rows: Sequence[Mapping[str, Any]]) -> bool:
         """Return whether the last of some evaluations raises the alarm. Rounding is no change."""
-        known = [row for row in rows if row.get("grade/gap") is not None]
-        if len(known) < self.window + 1 or known[-1] is not rows[-1]:
+        graded = [row for row in rows if row.get("grade/gap") is not None]
+        if len(graded) < self.window + 1 or graded[-1] is not rows[-1]:
             return False
-        before, now = known[-1 - self.window], known[-1]
-        size = max(abs(row[name]) for row in (known[0], now) for name in (PROXY, GOLD))
-        opened = exceeds(now["grade/gap"] - known[0]["grade/gap"], self.gap, size=size)
+        before, now = graded[-1 - self.window], graded[-1]
+        size = max(abs(row[name]) for row in (graded[0], now) for name in (PROXY, GOLD))
+        opened = exceeds(now["grade/gap"] - graded[0]["grade/gap"], self.gap, size=size)
         proxy_rose, gold_rose = (exceeds(now[name], before[name]) for name in (PROXY, GOLD))
         return opened and proxy_rose and not gold_rose
 
@@ -293,8 +293,8 @@ class Grader:
         compared = [name for name in ("proxy", "gold") if name in scores]
         both = [None not in pair for pair in zip(*(scores[name] for name in compared))]
         for name, values in scores.items():
-            known = [v for v, b in zip(values, both) if b] if name in compared else []
-            row[f"grade/{name}"] = _mean(known or values)
+            values_of_both = [v for v, b in zip(values, both) if b] if name in compared else []
+            row[f"grade/{name}"] = _mean(values_of_both or values)
             row[f"grade/{name}_unjudged"] = sum(v is None for v in values) / max(1, len(values))
         if "gold" in scores:
             row["grade/gap"] = row[PROXY] - row[GOLD] if any(both) else None
@@ -403,13 +403,13 @@ class Grader:
 
     def _slope(self) -> float | None:
         """Return the change of the gap per 100 steps, over the last evaluations."""
-        known = [row for row in self.history if row["grade/gap"] is not None]
-        known = known[-1 - self.alarm.window :]
-        if len(known) < 2:
+        graded = [row for row in self.history if row["grade/gap"] is not None]
+        graded = graded[-1 - self.alarm.window :]
+        if len(graded) < 2:
             return None
-        steps = np.array([row["step"] for row in known], dtype=np.float64)
-        gaps = np.array([row["grade/gap"] for row in known], dtype=np.float64)
-        scores = [row[name] for row in known for name in (PROXY, GOLD)]
+        steps = np.array([row["step"] for row in graded], dtype=np.float64)
+        gaps = np.array([row["grade/gap"] for row in graded], dtype=np.float64)
+        scores = [row[name] for row in graded for name in (PROXY, GOLD)]
         if float(np.ptp(gaps)) <= tolerance(scores):
             return 0.0
         return float(100 * np.polyfit(steps, gaps, 1)[0])
@@ -431,5 +431,5 @@ def _better(score: float | None, other: float | None, error: float) -> float | N
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else None
+    numbers = [value for value in values if value is not None]
+    return float(np.mean(numbers)) if numbers else None

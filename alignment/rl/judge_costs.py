@@ -21,7 +21,7 @@ class JudgeCosts:
 
     def __init__(self, judges: Iterable[Judge]) -> None:
         """Find the judges at endpoints, and count what was paid for before; a collective."""
-        self.judges = [found for judge in judges for found in _at_endpoints(judge)]
+        self.judges = [one for judge in judges for one in _at_endpoints(judge)]
         self._before = self._sums()
 
     def metrics(self) -> dict[str, float]:

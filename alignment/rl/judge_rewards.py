@@ -140,8 +140,8 @@ def win_of(order: Sequence[Verdict], swapped: Sequence[Verdict]) -> float | None
 def mean_score(verdicts: Sequence[Verdict]) -> float | None:
     """Return the mean score over the judges, or None unless all of them returned one."""
     scores = [verdict.score for verdict in verdicts]
-    known = [score for score in scores if score is not None]
-    return float(np.mean(known)) if len(known) == len(scores) else None
+    numbers = [score for score in scores if score is not None]
+    return float(np.mean(numbers)) if len(numbers) == len(scores) else None
 
 
 def scores_by_component(

@@ -11,7 +11,7 @@ from alignment.data.record_writer import RecordWriter
 from alignment.engines.batch import TokenSample
 from alignment.engines.protocol import AlignmentEngine
 from alignment.monitors.lengths import ReferenceLengths
-from alignment.monitors.text_features import shown, words_of
+from alignment.monitors.text_features import printable, words_of
 from alignment.monitors.training_monitor import BatchFindings, Monitor
 from alignment.ranks import all_gather_by_data_rank, gather_by_data_rank
 from alignment.records import Response
@@ -118,7 +118,9 @@ class ResponseMonitor:
     def _report(self, step: int, findings: BatchFindings) -> None:
         for name in sorted(findings.alarms.keys() - self._active):
             alarm = findings.alarms[name]
-            examples = [shown(example.evidence[0]) for example in findings.examples.get(name, ())]
+            examples = [
+                printable(example.evidence[0]) for example in findings.examples.get(name, ())
+            ]
             listed = f": {', '.join(examples)}" if examples else ""
             console.alarm(
                 f"ALARM at step {step}: monitor {name} is at {alarm.figure:.2f}, above its limit "

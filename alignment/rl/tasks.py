@@ -150,8 +150,8 @@ class PromptOrder:
         """
         count, size = len(self.tasks), self._groups
         if draw:
-            drawn = {task.id for earlier in range(draw) for task in self.draw(step, earlier)}
-            others = [task for task in self.tasks if task.id not in drawn]
+            earlier_ids = {task.id for earlier in range(draw) for task in self.draw(step, earlier)}
+            others = [task for task in self.tasks if task.id not in earlier_ids]
             chosen = np.random.default_rng((self._seed, step, draw)).choice(
                 len(others), min(size, len(others)), replace=False
             )

@@ -248,8 +248,8 @@ def collect_groups(
     all_groups: list[RolloutGroup] = []
     candidates: list[tuple[tuple[bool, int, int], RolloutGroup]] = []
     for draw in range(most_draws):
-        drawn = rl.prompts.draw(step, draw)
-        share = drawn[engine.data_rank :: engine.data_size]
+        tasks = rl.prompts.draw(step, draw)
+        share = tasks[engine.data_rank :: engine.data_size]
         with times.measure("rollout"):
             rollouts = sample_responses(rl, step, share, store)
             if rl.async_rollouts is not None:
@@ -257,7 +257,7 @@ def collect_groups(
         with times.measure("judging"):
             groups = score_responses(rl, share, rollouts, store)
         all_groups += groups
-        places = {task.id: place for place, task in enumerate(drawn)}
+        places = {task.id: place for place, task in enumerate(tasks)}
         for group in groups:
             equal = dynamic and not rewards_differ(group)
             if not equal or draw == most_draws - 1:

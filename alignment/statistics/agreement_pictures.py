@@ -38,10 +38,10 @@ def _confusion(axes: Axes, compared: AgreementData, names: Sequence[str]) -> Non
                 dark = shares[row, column] > 0.55
                 axes.text(column, row, f"{counts[row, column]:,}", ha="center", va="center",
                           fontsize=8, color="white" if dark else "black")  # fmt: skip
-    shown = [_SIDES[x] if compared.a.pairwise else f"{x:g}" for x in labels]
+    tick_labels = [_SIDES[x] if compared.a.pairwise else f"{x:g}" for x in labels]
     every = range(0, len(labels), max(1, len(labels) // 12))
-    axes.set_xticks(list(every), [shown[i] for i in every])
-    axes.set_yticks(list(every), [shown[i] for i in every])
+    axes.set_xticks(list(every), [tick_labels[i] for i in every])
+    axes.set_yticks(list(every), [tick_labels[i] for i in every])
     axes.set_xlabel(f"{names[1]} gives")
     axes.set_ylabel(f"{names[0]} gives")
     axes.spines[:].set_visible(False)

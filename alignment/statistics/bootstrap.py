@@ -67,8 +67,8 @@ def estimates[K](
     for _ in range(resamples):
         advance()
         if len(groups) > 1:
-            drawn = generator.integers(0, len(groups), len(groups))
-            places = np.concatenate([groups[number] for number in drawn])
+            resample = generator.integers(0, len(groups), len(groups))
+            places = np.concatenate([groups[number] for number in resample])
             for name, figure in figures.items():
                 if not isinstance(whole[name], str):
                     try:

@@ -114,15 +114,15 @@ def _permutation_test(
     seed: int,
 ) -> dict[str, float]:
     """Return the p-value of each figure's difference."""
-    known = {name: abs(value) for name, value in observed.items() if value is not None}
-    extreme, counted = dict.fromkeys(known, 0), dict.fromkeys(known, 0)
+    sizes = {name: abs(value) for name, value in observed.items() if value is not None}
+    extreme, counted = dict.fromkeys(sizes, 0), dict.fromkeys(sizes, 0)
     exact = 2 ** len(groups) <= permutations
     for swapped in _swaps(len(groups), permutations, seed):
         chosen = [group for group, swap in zip(groups, swapped) if swap]
         places = np.concatenate([np.empty(0, np.int64), *chosen])
         exchanged = map(figures, _exchange(judges, places))
         first, second = exchanged
-        for name, value in known.items():
+        for name, value in sizes.items():
             try:
                 difference = abs(second[name](items) - first[name](items))
             except Undefined:
@@ -132,7 +132,7 @@ def _permutation_test(
     # A random sample of permutations counts the observed one, so that no p-value is 0.
     added = 0 if exact else 1
     return {
-        name: (extreme[name] + added) / (counted[name] + added) for name in known if counted[name]
+        name: (extreme[name] + added) / (counted[name] + added) for name in sizes if counted[name]
     }
 
 

@@ -130,9 +130,9 @@ class TrainingRun:
         if has_checkpoint:
             self.engine.load(checkpoints)
         # Steps of the trainer that did not change the weights share a step of the engine.
-        known = [row for row in rows if row["engine_step"] == self.engine.step]
-        if known:
-            newest = max(known, key=lambda row: row["step"])
+        of_this_step = [row for row in rows if row["engine_step"] == self.engine.step]
+        if of_this_step:
+            newest = max(of_this_step, key=lambda row: row["step"])
             self.step, self.evaluated = newest["step"], newest["evaluated"]
             self.saved, self.ended = self.step, newest["ended"]
             self._saved_model = self.engine.step
@@ -150,7 +150,7 @@ class TrainingRun:
         dist.barrier()
         for call in self._resumes:
             call(self.step)
-        return bool(known)
+        return bool(of_this_step)
 
     def _remains(self, row: Mapping[str, Any]) -> bool:
         """Return whether a row of metrics remains when the run resumes.

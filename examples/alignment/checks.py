@@ -92,8 +92,8 @@ def _keywords(words: Sequence[str], arguments: Mapping[str, str]) -> float:
 
 def _chosen(text: str, options: str) -> float:
     """Whether it is one of them; the bracket of `a)` may be missing."""
-    answer, *known = (x.strip(" .)").lower() for x in (text, *re.split("/|, | or ", options)))
-    return float(answer in known)
+    answer, *names = (x.strip(" .)").lower() for x in (text, *re.split("/|, | or ", options)))
+    return float(answer in names)
 
 
 Check = Callable[[str, list[str], Mapping[str, str]], float]

@@ -156,25 +156,25 @@ def _judge(run: Path, options: SmolLMPolicyConfig) -> list[Step]:
     ]
     steps = []
     for name, samples in (("train", options.judge_samples), ("test", 2)):
-        prompts, drawn = run / f"{name}.prompts.jsonl", run / f"{name}.responses.jsonl"
+        prompts, output = run / f"{name}.prompts.jsonl", run / f"{name}.responses.jsonl"
         gold = run / f"{name}.gold.jsonl"
         steps += [
             _step(
                 f"drawn-{name}", "what the start policy answers",
                 align(
-                    "generate", "--model", run / "model", "--input", prompts, "--output", drawn,
+                    "generate", "--model", run / "model", "--input", prompts, "--output", output,
                     "--samples", samples, "--source", "start", "--overwrite", *sampled,
                     *_format_flags(run, options),
                 ),
-                run, [drawn], [prompts],
+                run, [output], [prompts],
             ),
             _step(
                 f"gold-{name}", "gold's scores",
                 align(
-                    "annotate", "--judge", f"function:{CHECKS}:score", "--input", drawn,
+                    "annotate", "--judge", f"function:{CHECKS}:score", "--input", output,
                     "--output", gold, "--overwrite",
                 ),
-                run, [gold], [drawn, CHECKS],
+                run, [gold], [output, CHECKS],
             ),
         ]  # fmt: skip
     judge, agreement = run / "judge", run / "agreement"

@@ -113,16 +113,16 @@ def run_steps(steps: Sequence[Step], folder: Path, jobs: int = 1) -> None:
             while len(running) == jobs:
                 running = _still_running(running)
             label = f"[{number}/{len(steps)}] {step.name}:"
-            stamp, begun = stamp_of(step), folder / f"{step.name}.begun"
+            stamp, start_stamp = stamp_of(step), folder / f"{step.name}.begun"
             done = folder / f"{step.name}.done"
             if _holds(done, stamp) and all(path.exists() for path in step.makes):
                 say(f"{label} done before, reused")
                 continue
             done.unlink(missing_ok=True)
-            resuming = _holds(begun, stamp) and any(path.exists() for path in step.resumes)
+            resuming = _holds(start_stamp, stamp) and any(path.exists() for path in step.resumes)
             if not resuming:
                 _remove(step.resumes)
-            begun.write_text(stamp)
+            start_stamp.write_text(stamp)
             say(f"{label} {step.about}{', resuming' if resuming else ''} ...")
             one = stack.enter_context(_Running(step, label, done, stamp))
             one.start()

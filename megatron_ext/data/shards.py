@@ -98,7 +98,7 @@ def expand_inputs(patterns: list[str], flag: str = "--input") -> list[str]:
 
 def _files_of_folder(folder: str, flag: str) -> list[str]:
     """Return the files of a folder that contain text by their suffix, sorted by path."""
-    found, others = [], set()
+    files, others = [], set()
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
@@ -106,16 +106,16 @@ def _files_of_folder(folder: str, flag: str) -> list[str]:
             if name.startswith(".") or not os.path.getsize(path):
                 continue
             if format_of_suffix(path):
-                found.append(path)
+                files.append(path)
             else:
                 others.add(Path(path).suffix or name)
-    if not found:
-        seen = f" Its files end in {', '.join(sorted(others)[:8])}." if others else ""
+    if not files:
+        endings = f" Its files end in {', '.join(sorted(others)[:8])}." if others else ""
         raise UserError(
-            f"{flag} {folder} is a folder without a file of text ({', '.join(_SUFFIXES)}).{seen} "
-            "Give another folder, or a glob and --format."
+            f"{flag} {folder} is a folder without a file of text ({', '.join(_SUFFIXES)})."
+            f"{endings} Give another folder, or a glob and --format."
         )
-    return sorted(found)
+    return sorted(files)
 
 
 def file_identity(path: str) -> tuple[int, int]:
@@ -179,9 +179,9 @@ def format_of_suffix(path: str) -> str:
 def _format_of(path: str, layout: TextFormat) -> str:
     kind = format_of_suffix(path) if layout.format == "auto" else layout.format
     if not kind:
-        known = f"{', '.join(_SUFFIXES)}, compressed {', '.join(COMPRESSIONS)}"
+        endings = f"{', '.join(_SUFFIXES)}, compressed {', '.join(COMPRESSIONS)}"
         raise UserError(
-            f"{path} has no known suffix ({known}). Set --format to jsonl, csv or text."
+            f"{path} has no known suffix ({endings}). Set --format to jsonl, csv or text."
         )
     if kind == "parquet" and is_compressed(path):
         raise UserError(

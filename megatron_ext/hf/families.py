@@ -205,10 +205,10 @@ def family_named(model_type: str) -> Family:
     for family in FAMILIES:
         if family.name == model_type:
             return family
-    known = ", ".join(family.name for family in FAMILIES)
+    names = ", ".join(family.name for family in FAMILIES)
     raise UserError(
         f"Models of type {model_type} (model_type in config.json) cannot be converted. Supported "
-        f"types are {known}. To add one, see megatron_ext/hf/families.py."
+        f"types are {names}. To add one, see megatron_ext/hf/families.py."
     )
 
 

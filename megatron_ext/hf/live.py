@@ -160,9 +160,9 @@ class LiveTensors:
         own = dict(self._parts.get(key, []))
         for piece in pieces:
             part = own.get(piece.place) if piece.rank == dist.get_rank() else None
-            sent = torch.empty_like(whole[piece.place]) if part is None else part.contiguous()
-            dist.broadcast(sent, src=piece.rank)
-            whole[piece.place] = sent
+            buffer = torch.empty_like(whole[piece.place]) if part is None else part.contiguous()
+            dist.broadcast(buffer, src=piece.rank)
+            whole[piece.place] = buffer
         return whole
 
 

@@ -184,8 +184,8 @@ def measure_routing(
             counts[layer][:-1] += chosen.sum(dim=0).cpu()
             counts[layer][-1] += (~chosen.any(dim=1)).sum().cpu()
         if logits is not None and real.any():
-            known = logits[real, :-1].float().flatten(0, 1)
-            loss += F.cross_entropy(known, tokens[real, 1:].flatten(), reduction="sum").cpu()
+            predictions = logits[real, :-1].float().flatten(0, 1)
+            loss += F.cross_entropy(predictions, tokens[real, 1:].flatten(), reduction="sum").cpu()
     for hook in hooks:
         hook.remove()
     for total in (*counts.values(), loss):

@@ -151,7 +151,7 @@ class GenerationEngine:
         listed: int,
     ) -> None:
         # Rows of the model beyond the tokenizer have a probability, but are never chosen.
-        known = logits[:, : self.trained.vocab_size]
+        vocab_logits = logits[:, : self.trained.vocab_size]
         tokens = torch.tensor([token or 0 for _, token in positions], device=logits.device)
         by_distribution: dict[Any, list[int]] = {}
         for number, (row, token) in enumerate(positions):
@@ -159,7 +159,7 @@ class GenerationEngine:
                 by_distribution.setdefault(row.sampling.distribution, []).append(number)
         for numbers in by_distribution.values():
             rows = [positions[number][0] for number in numbers]
-            selected = known if len(numbers) == len(positions) else known[numbers]
+            selected = vocab_logits if len(numbers) == len(positions) else vocab_logits[numbers]
             if any(row.sampling.depends_on_tokens for row in rows):
                 selected = torch.stack([_adjusted(*pair) for pair in zip(selected, rows)])
             tokens[numbers] = choose(selected, rows[0].sampling, [row.generator for row in rows])
@@ -168,7 +168,7 @@ class GenerationEngine:
             logits = logits / torch.tensor(scales, device=logits.device).unsqueeze(1)
         packed[0], packed[1] = tokens, log_probs_of(logits, tokens)
         if listed:
-            values, ids = logits[:, : known.shape[1]].topk(listed)  # [positions, listed]
+            values, ids = logits[:, : vocab_logits.shape[1]].topk(listed)  # [positions, listed]
             packed[2::2] = ids.T
             packed[3::2] = (values - logits.logsumexp(-1, keepdim=True)).T
 

@@ -282,7 +282,7 @@ class TextStream:
             done, last = max(done, sum(1 for _ in alike)), done
             texts.append(text[last:done])
         data = [self._detokenizer.bytes_of(token) for token in tokens]
-        known = [part for part in data if part is not None]
-        if len(known) < len(data) or b"".join(known) != text.encode():
-            known = [part.encode() for part in texts]
-        return [TokenText(*part) for part in zip(tokens, texts, known)]
+        numbers = [part for part in data if part is not None]
+        if len(numbers) < len(data) or b"".join(numbers) != text.encode():
+            numbers = [part.encode() for part in texts]
+        return [TokenText(*part) for part in zip(tokens, texts, numbers)]

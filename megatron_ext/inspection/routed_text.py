@@ -85,18 +85,18 @@ def pieces(tokenizer: Any, tokens: list[int]) -> list[str]:
 
     If several tokens encode one character, the last of them adds it and the others add nothing.
     """
-    shown, before, start = [], "", 0
+    texts, before, start = [], "", 0
     for count in range(1, len(tokens) + 1):
         after = tokenizer.detokenize(tokens[start:count])
         if after.endswith("\N{REPLACEMENT CHARACTER}") or not after.startswith(before):
-            shown.append("")
+            texts.append("")
             continue
-        shown.append(after[len(before) :])
+        texts.append(after[len(before) :])
         before = after
         if count - start >= 4 * _CONTEXT:
             start = count - _CONTEXT
             before = tokenizer.detokenize(tokens[start:count])
-    return shown
+    return texts
 
 
 def shown_token(token: str) -> str:

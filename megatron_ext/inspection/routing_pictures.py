@@ -28,7 +28,7 @@ def draw_pictures(figures: dict[str, Any], folder: Path) -> dict[str, str]:
         folder: Existing folder for the pictures.
     """
     matplotlib.use("agg")
-    drawn = {
+    pictures = {
         "domains": (_domains, f"Experts by domain. {FORMULAS['share']}."),
         "specialisation": (
             _specialisation,
@@ -43,11 +43,11 @@ def draw_pictures(figures: dict[str, Any], folder: Path) -> dict[str, str]:
         "coactivation": (_coactivation, f"Co-activation. {FORMULAS['coactivation']}."),
     }
     if len(figures["domains"]) == 1:
-        del drawn["specialisation"]
+        del pictures["specialisation"]
     with matplotlib.rc_context(STYLE):
-        for name, (draw, _) in drawn.items():
+        for name, (draw, _) in pictures.items():
             write_picture(draw(figures), folder / f"{name}.png", dpi=110)
-    return {name: caption for name, (_, caption) in drawn.items()}
+    return {name: caption for name, (_, caption) in pictures.items()}
 
 
 def _grid(panels: int, width: float, height: float, most: int = 4) -> tuple[Figure, Iterator[Axes]]:
@@ -84,8 +84,8 @@ def _heat(axes: Axes, values: np.ndarray, norm: Normalize, colors: str, form: st
 
 
 def _layer_ticks(axes: Axes, layers: list[int]) -> None:
-    shown = range(0, len(layers), -(-len(layers) // 12))
-    axes.set_yticks(list(shown), [str(layers[i]) for i in shown])
+    ticks = range(0, len(layers), -(-len(layers) // 12))
+    axes.set_yticks(list(ticks), [str(layers[i]) for i in ticks])
     axes.set_ylabel("layer")
 
 
@@ -144,12 +144,17 @@ def _margins(figures: dict[str, Any]) -> Figure:
         edges = np.linspace(-margins["limit"], margins["limit"], len(counts) + 1)
         pairs = counts.sum() + margins["below"] + margins["above"]
         density = counts / max(pairs, 1) / (edges[1] - edges[0])
-        taken = edges[:-1] >= -1e-12
-        axes.stairs(density[~taken], edges[: np.count_nonzero(~taken) + 1], fill=True, color="#CCC")
-        selected = edges[np.count_nonzero(~taken) :]
-        axes.stairs(density[taken], selected, fill=True, color=BLUE)
+        above_threshold = edges[:-1] >= -1e-12
+        axes.stairs(
+            density[~above_threshold],
+            edges[: np.count_nonzero(~above_threshold) + 1],
+            fill=True,
+            color="#CCC",
+        )
+        selected = edges[np.count_nonzero(~above_threshold) :]
+        axes.stairs(density[above_threshold], selected, fill=True, color=BLUE)
         axes.axvline(0, color="black", lw=0.8)
-        share = (counts[taken].sum() + margins["above"]) / max(pairs, 1)
+        share = (counts[above_threshold].sum() + margins["above"]) / max(pairs, 1)
         axes.set_title(f"Layer {layer}: {share:.1%} of the pairs routed")
         used = np.flatnonzero(counts)
         if len(used):

@@ -57,8 +57,8 @@ class RoutingSums:
         maps = routing.maps
         self.tokens[domain] += maps.shape[1]
         self.taken[domain] += maps.sum(dim=1).numpy()
-        taken = maps.float()  # [L, tokens, E]: a window's counts are exact in fp32
-        self.together += (taken.transpose(1, 2) @ taken).long().numpy()
+        selection = maps.float()  # [L, tokens, E]: a window's counts are exact in fp32
+        self.together += (selection.transpose(1, 2) @ selection).long().numpy()
         fan_out = routing.fan_out.numpy()  # [L, tokens]
         for layer, counts in enumerate(fan_out):
             self.fan_out[layer] += np.bincount(counts, minlength=self.fan_out.shape[1])

@@ -261,8 +261,8 @@ def check_same_model(checkpoint: Path, saved: Namespace, here: Namespace) -> Non
                 f"but the flags say {float(value):g}. Make them equal."
             )
         raise UserError(
-            f"{checkpoint} was trained with {_shown(name)} = {there}, but the flags say {value}. "
-            "Make them equal, or choose another --run-dir or --load."
+            f"{checkpoint} was trained with {_display_name(name)} = {there}, but the flags say "
+            f"{value}. Make them equal, or choose another --run-dir or --load."
         )
 
 
@@ -274,12 +274,13 @@ def check_same_schedule(checkpoint: Path, saved: Namespace, here: Namespace) -> 
     """
     for name, there, value in differences(saved, here, "schedule"):
         raise UserError(
-            f"{checkpoint} was trained with {_shown(name)} = {there}, but the flags say {value}. "
-            "Make them equal, or add --override-opt-param-scheduler to train by the flags."
+            f"{checkpoint} was trained with {_display_name(name)} = {there}, but the flags say "
+            f"{value}. Make them equal, or add --override-opt-param-scheduler to train by the "
+            "flags."
         )
 
 
-def _shown(name: str) -> str:
+def _display_name(name: str) -> str:
     """Return an argument's name, with its flag where that has another name."""
     from megatron.training.arguments import add_megatron_arguments
 

@@ -123,13 +123,13 @@ def kth_largest(
     parts = [[pool] if isinstance(pool, Tensor) else list(pool) for pool in pools]
     forecasts = [None] * len(parts) if brackets is None else brackets
     unknown = [i for i, bracket in enumerate(forecasts) if bracket is None]
-    known = {i: bracket for i, bracket in enumerate(forecasts) if bracket is not None}
+    brackets_by_column = {i: bracket for i, bracket in enumerate(forecasts) if bracket is not None}
     if unknown:
         sampled = _sampled_brackets(
             [parts[i] for i in unknown], [rank_of[i] for i in unknown], group
         )
-        known |= zip(unknown, sampled, strict=True)
-    ends = [torch.cat([known[i][end] for i in range(len(parts))]) for end in (0, 1)]
+        brackets_by_column |= zip(unknown, sampled, strict=True)
+    ends = [torch.cat([brackets_by_column[i][end] for i in range(len(parts))]) for end in (0, 1)]
     low = order_preserving_image(ends[0].nan_to_num(-torch.inf, torch.inf, -torch.inf)).long()
     high = order_preserving_image(ends[1].nan_to_num(torch.inf, torch.inf, -torch.inf)).long()
     upside_down = low > high  # no rank had a token: any bracket will do, the counts decide

@@ -132,13 +132,13 @@ class RunMetrics:
         >>> RunMetrics(rows).recorded("world_size")
         '2, 4 from step 2'
         """
-        known = [(row["step"], row[name]) for row in self.training if row.get(name) is not None]
+        points = [(row["step"], row[name]) for row in self.training if row.get(name) is not None]
         changes = [
             f"{value} from step {step}"
-            for (step, value), (_, before) in zip(known[1:], known)
+            for (step, value), (_, before) in zip(points[1:], points)
             if value != before
         ]
-        return ", ".join([str(known[0][1]), *changes]) if known else ""
+        return ", ".join([str(points[0][1]), *changes]) if points else ""
 
     def work(self, settings: Mapping[str, Any]) -> TrainingWork:
         """Return the tokens, FLOPs and device time of every training row.
@@ -156,9 +156,9 @@ class RunMetrics:
         speeds, rates = (
             _column(self.training, n) for n in ("flops_per_s_per_device", "tokens_per_s")
         )
-        known = per_token[np.isfinite(per_token)]
-        if len(known):
-            default = known[0]
+        finite = per_token[np.isfinite(per_token)]
+        if len(finite):
+            default = finite[0]
         elif (world := settings.get("world_size")) is not None:
             default = speeds[-1] * world / rates[-1]
         else:
@@ -254,6 +254,6 @@ def summary(validation: dict[str, Any]) -> str:
     """
     if "validation" not in validation:
         return ""
-    known = [f"{n} {validation[n]:.3f}" for n in ("unigram", "bigram") if n in validation]
-    against = f" against {', '.join(known)}" if known else ""
+    baselines = [f"{n} {validation[n]:.3f}" for n in ("unigram", "bigram") if n in validation]
+    against = f" against {', '.join(baselines)}" if baselines else ""
     return f"validation {validation['validation']:.3f}{against} (nats per token)"

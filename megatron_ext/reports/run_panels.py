@@ -54,15 +54,15 @@ def routing_panels(metrics: RunMetrics) -> list[Panel]:
         chosen = np.unique(np.linspace(0, len(layers) - 1, min(_MAX_LAYERS, len(layers))).round())
         for index in chosen.astype(int):
             text = f"thresholds and cutoffs of layer {layers[index]} over steps"
-            drawn = partial(_thresholds, metrics, layers[index])
-            panels.append(Panel(text, drawn, "thresholds"))
+            draw = partial(_thresholds, metrics, layers[index])
+            panels.append(Panel(text, draw, "thresholds"))
     figures = {
         "loads": ("experts/load", "load of each expert", _loads),
         "fan_out": ("fan_out_histogram", "share of tokens by fan-out", _fan_out),
     }
     for name, (figure, description, function) in figures.items():
-        known = [metrics.recent(figure, layer) is not None for layer in metrics.layers]
-        if known and all(known):
+        is_recorded = [metrics.recent(figure, layer) is not None for layer in metrics.layers]
+        if is_recorded and all(is_recorded):
             panels.append(Panel(description, partial(function, metrics), name))
     return panels
 
@@ -201,7 +201,7 @@ def _fan_out(metrics: RunMetrics, axes: Axes) -> None:
     colors = matplotlib.colormaps["viridis"](np.linspace(0.1, 0.85, len(metrics.layers)))
     counts = [metrics.recent("fan_out_histogram", layer) for layer in metrics.layers]
     shares = [of_layer / of_layer.sum() for of_layer in counts]
-    shown = max(int(np.flatnonzero(share > 0.001).max(initial=1)) for share in shares)
+    largest = max(int(np.flatnonzero(share > 0.001).max(initial=1)) for share in shares)
     for number, (layer, share, color) in enumerate(zip(metrics.layers, shares, colors)):
         # The table shows this mean too; it is logged more often than the histogram.
         mean = metrics.recent("fan_out", layer)
@@ -209,11 +209,11 @@ def _fan_out(metrics: RunMetrics, axes: Axes) -> None:
             mean = (share * np.arange(len(share))).sum()
         label = f"layer {layer}: mean {mean:.2f}"
         axes.plot(
-            np.arange(shown + 1), share[: shown + 1], color=color, label=label,
+            np.arange(largest + 1), share[: largest + 1], color=color, label=label,
             ls=LINES[number % len(LINES)], marker=MARKERS[number % len(MARKERS)], ms=3.5,
             lw=max(1.2, 2.2 - 0.3 * number), clip_on=False,
         )  # fmt: skip
-    axes.set_xlim(-0.2, shown + 0.3)
+    axes.set_xlim(-0.2, largest + 0.3)
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(10, integer=True))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))

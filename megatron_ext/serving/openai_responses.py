@@ -91,8 +91,8 @@ class CompletionResponse:
         choice.finish = finish
         if not (text or finish or (log_probs and tokens)):
             return []
-        shown = {"delta": {"content": text}} if self.call.chat else {"text": text}
-        return [self._chunk(index, finish, logprobs=log_probs, **shown)]
+        content = {"delta": {"content": text}} if self.call.chat else {"text": text}
+        return [self._chunk(index, finish, logprobs=log_probs, **content)]
 
     def closing(self) -> list[dict[str, Any]]:
         """Return the chunks that follow all tokens."""
@@ -105,17 +105,17 @@ class CompletionResponse:
         choices: list[dict[str, Any]] = []
         for index, choice in enumerate(self._choices):
             log_probs = choice.log_probs if self.call.log_probs else None
-            shown: dict[str, Any] = {"text": choice.text}
+            content: dict[str, Any] = {"text": choice.text}
             if self.call.chat:
-                shown = {"message": {"role": "assistant", "content": choice.text}}
+                content = {"message": {"role": "assistant", "content": choice.text}}
             finish = choice.finish
             choices.append(
-                {"index": index, **shown, "logprobs": log_probs, "finish_reason": finish}
+                {"index": index, **content, "logprobs": log_probs, "finish_reason": finish}
             )
         return {**self._head, "choices": choices, "usage": self.usage}
 
-    def _chunk(self, index: int, finish: str | None, **shown: Any) -> dict[str, Any]:
-        choice = {"index": index, "logprobs": None, **shown, "finish_reason": finish}
+    def _chunk(self, index: int, finish: str | None, **content: Any) -> dict[str, Any]:
+        choice = {"index": index, "logprobs": None, **content, "finish_reason": finish}
         usage = {"usage": None} if self.call.include_usage else {}
         return {**self._head, "choices": [choice], **usage}
 

@@ -64,11 +64,13 @@ class RunConsole:
         name = "not kept: add --run-dir"
         if args.run_dir is not None:
             name = f"{args.run_dir}, Megatron's output in {log}"
-        begun = self._progress.iteration
+        first_step = self._progress.iteration
         self._print("Run", name)
         self._print("Data", _data(args))
-        if begun:
-            self._print("Resumes", f"after step {begun:,}, {short(self._progress.tokens)} tokens")
+        if first_step:
+            self._print(
+                "Resumes", f"after step {first_step:,}, {short(self._progress.tokens)} tokens"
+            )
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: Any, trace: Any) -> None:
@@ -162,10 +164,10 @@ class RunConsole:
             loss: Mean loss per token in nats.
             final: Whether Megatron evaluates after the training, on further samples.
         """
-        shown = name.replace("val_loss", "validation").replace("test_loss", "test")
-        self._losses[shown] = loss
+        label = name.replace("val_loss", "validation").replace("test_loss", "test")
+        self._losses[label] = loss
         if self._writes:
-            what = f"{'final ' if final else ''}{shown} loss {loss:.4f}"
+            what = f"{'final ' if final else ''}{label} loss {loss:.4f}"
             console.line(report_line([step_of(step, self._args.train_iters), what]), "bold")
 
     def _print(self, label: str, text: str) -> None:

@@ -151,14 +151,14 @@ def _write_digests(folder: Path) -> None:
         UserError: A file cannot be read or the list cannot be written; raised on every rank.
     """
     rank, size = dist.get_rank(), dist.get_world_size()
-    known: dict[str, str] = {}
+    digest_of_file: dict[str, str] = {}
     for digests in _gather(_take_digests(folder, rank)):
-        known |= digests
+        digest_of_file |= digests
     # Rank 0 lists the files, because a network file system may show other ranks a later list.
     names: list[list[str]] = [[]]
     if rank == 0:
         files = {file.name for file in folder.iterdir() if file.suffix != ".tmp"}
-        names = [sorted(files - known.keys())]
+        names = [sorted(files - digest_of_file.keys())]
     dist.broadcast_object_list(names, src=0)
     try:
         share: Any = {name: file_digest(folder / name) for name in names[0][rank::size]}
@@ -167,7 +167,9 @@ def _write_digests(folder: Path) -> None:
     shares = _gather(share)
     problem = [next((share for share in shares if isinstance(share, str)), None)]
     if rank == 0 and problem[0] is None:
-        digests = {name: digest for share in (known, *shares) for name, digest in share.items()}
+        digests = {
+            name: digest for share in (digest_of_file, *shares) for name, digest in share.items()
+        }
         manifest = {"algorithm": "sha256", "files": dict(sorted(digests.items()))}
         try:
             write_atomically(folder / INTEGRITY_FILE, json.dumps(manifest, indent=1) + "\n")

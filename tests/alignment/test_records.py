@@ -31,7 +31,7 @@ def test_record_round_trips_through_json(record: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind, row, said",
+    "kind, row, message",
     [
         (Prompt, {"id": "p"}, "missing 1 required positional argument: 'messages'"),
         (Prompt, {"id": "p", "messages": []}, "messages must be a list of at least one"),
@@ -70,8 +70,10 @@ def test_record_round_trips_through_json(record: Any) -> None:
         (Verdict, {"item": "r", "outcome": "zero", "score": 0}, "outcome is one of score, "),
     ],
 )
-def test_invalid_row_is_refused_with_the_reason(kind: Any, row: dict[str, Any], said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_invalid_row_is_refused_with_the_reason(
+    kind: Any, row: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
         kind.from_row(row)
 
 

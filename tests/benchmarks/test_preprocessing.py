@@ -16,9 +16,9 @@ def test_copies_of_the_articles_hold_as_many_new_words_as_their_end(tmp_path: Pa
     lines = [json.loads(line)["text"].split(" ") for line in text.open()]
     count = len(lines) // 2  # of articles, each of which is there twice
     assert [len(words) for words in lines[:count]] == [len(words) for words in lines[count:]]
-    known = set().union(*lines[:count])
+    vocabulary = set().union(*lines[:count])
     copied = [word for words in lines[count:] for word in words]
-    new = sum(word not in known for word in copied) / len(copied)
+    new = sum(word not in vocabulary for word in copied) / len(copied)
     assert 0.02 < share < 0.2 and abs(new - share) < 0.002
 
 

@@ -100,15 +100,15 @@ class Cluster:
             self._start("slurmd", "-D", "-N", node)
         deadline = time.monotonic() + 120
         while True:
-            shown = subprocess.run(
+            status = subprocess.run(
                 ["sinfo", "--noheader", "--partition=low", "--format=%D %t"],
                 env=self.environment,
                 capture_output=True,
                 text=True,
             )
-            if shown.stdout.strip() == "2 idle":
+            if status.stdout.strip() == "2 idle":
                 return
-            assert time.monotonic() < deadline, shown.stdout + shown.stderr + self.logs()
+            assert time.monotonic() < deadline, status.stdout + status.stderr + self.logs()
             time.sleep(0.2)
 
     def _start(self, *command: str) -> None:

@@ -98,7 +98,7 @@ def served(slurm: Cluster, tmp_path: Path) -> Iterator[tuple[str, Path]]:
 
 
 @pytest.mark.slow
-def test_a_served_judge_labels_and_is_let_go(
+def test_served_judge_labels_and_is_released(
     slurm: Cluster, served: tuple[str, Path], tmp_path: Path
 ) -> None:
     server, address = served

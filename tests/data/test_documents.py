@@ -46,13 +46,13 @@ def test_shards_of_any_size_hold_every_document_once_in_order(tmp_path, lines, s
     layout = TextFormat(
         "jsonl" if kind == "jsonl" else "text", separator="\n" if kind == "lines" else ""
     )
-    found, count = [], 0
+    texts, count = [], 0
     for shard in plan_shards([str(path)], layout, size):
         reader = ShardReader(shard, layout)
-        found += list(reader)
+        texts += list(reader)
         count += reader.lines
         assert reader.consumed <= shard.size
-    assert found == expected
+    assert texts == expected
     assert count == len(lines)
 
 
@@ -64,11 +64,11 @@ def test_a_parquet_file_is_read_without_holding_it(tmp_path, rows):
     pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path, row_group_size=rows)
     size = path.stat().st_size
     [shard] = plan_shards([str(path)], TextFormat(), 1 << 30)
-    before, held = pyarrow.total_allocated_bytes(), 0
-    for text, found in zip(texts, ShardReader(shard, TextFormat()), strict=True):
-        assert text == found
-        held = max(held, pyarrow.total_allocated_bytes() - before)
-    assert 0 < held < size / 3
+    before, peak = pyarrow.total_allocated_bytes(), 0
+    for text, document in zip(texts, ShardReader(shard, TextFormat()), strict=True):
+        assert text == document
+        peak = max(peak, pyarrow.total_allocated_bytes() - before)
+    assert 0 < peak < size / 3
 
 
 def read_all(path, size=1 << 30, separator=None):
@@ -120,7 +120,7 @@ def test_files_of_any_compression_mark_and_case_are_read(name, content, tmp_path
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 30, 1000])
-def test_a_byte_order_mark_is_no_part_of_any_document(size, tmp_path):
+def test_byte_order_mark_is_not_part_of_a_document(size, tmp_path):
     (tmp_path / "a.jsonl").write_bytes(codecs.BOM_UTF8 + LINES)
     assert read_all(tmp_path / "a.jsonl", size) == TEXTS
     (tmp_path / "a.txt").write_bytes(codecs.BOM_UTF8 + b"one\ntwo\n")
@@ -167,9 +167,12 @@ def test_documents_of_damaged_files_are_refused_by_name(name, content, tmp_path)
 def test_every_kind_of_text_column_is_read(kind, tmp_path):
     column = pyarrow.array([*TEXTS, None, TEXTS[0]], pyarrow.string()).cast(kind)
     pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.Parquet")
-    *found, null, last = read_all(tmp_path / "a.Parquet")
+    *documents, null, last = read_all(tmp_path / "a.Parquet")
     assert (
-        found == TEXTS and last == TEXTS[0] and isinstance(null, MalformedRecord) and null.line == 4
+        documents == TEXTS
+        and last == TEXTS[0]
+        and isinstance(null, MalformedRecord)
+        and null.line == 4
     )
 
 
@@ -208,7 +211,7 @@ def test_small_shards_are_grouped_in_order_up_to_a_share_of_the_shard_size():
     assert [shard for group in groups for shard in group] == shards
 
 
-def test_folders_stand_for_their_files_with_text(tmp_path):
+def test_folder_means_its_files_with_text(tmp_path):
     names = ["b/two.TXT", "a.csv.gz", "b/.hidden/x.txt", ".y.txt", "picture.png", "empty.txt"]
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)

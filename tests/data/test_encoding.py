@@ -38,7 +38,7 @@ def trained(path, texts=None, **flags):
     return sentencepiece.SentencePieceProcessor(model_file=str(path))
 
 
-def test_words_give_the_tokens_of_the_whole_text(model):
+def test_tokens_of_words_equal_those_of_the_whole_text(model):
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(model))
     assert words_are_independent(tokenizer)
     encoder = DocumentEncoder(str(model), "uint16")

@@ -116,7 +116,7 @@ def test_broken_files_are_refused_by_name(
         rows_of(tmp_path / name)
 
 
-def test_folders_give_their_files_in_order(tmp_path: Path) -> None:
+def test_folders_list_their_files_in_order(tmp_path: Path) -> None:
     for name in ("b/train-1.jsonl", "a/train-0.jsonl", ".cache/x.jsonl", "info.json", "README.md"):
         file = tmp_path / name
         file.parent.mkdir(exist_ok=True)

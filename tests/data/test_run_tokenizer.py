@@ -99,7 +99,10 @@ def test_model_is_loaded_with_the_copy_where_the_original_is_gone_or_changed(
         spoil(args)
         locate_tokenizer(args, iteration)
         assert args.tokenizer_model == str(copy)
-        assert f"{copy}, because {original}" in (said := capsys.readouterr().err) and reason in said
+        assert (
+            f"{copy}, because {original}" in (message := capsys.readouterr().err)
+            and reason in message
+        )
     moved = Path(args.run_dir).rename(tmp_path / "moved")
     args.tokenizer_model = original
     locate_tokenizer(args, moved / "checkpoints/iter_0000001")
@@ -116,7 +119,7 @@ def flags_of(args: Namespace, **changes: Any) -> list[str]:
     return tokenizer_flags(Namespace(**{**vars(args), **changes}), set())
 
 
-def test_resumed_run_uses_its_copy_and_says_why(
+def test_resumed_run_uses_its_copy_and_reports_why(
     args: Namespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert flags_of(args) == []

@@ -43,7 +43,7 @@ def test_a_tokenizer_in_one_file_has_the_digest_of_the_file(tmp_path: Path) -> N
     assert tokenizer_digest(Namespace(tokenizer_type="NullTokenizer", tokenizer_model=None)) is None
 
 
-def test_tiktoken_and_bpe_count_all_that_they_read(tmp_path: Path) -> None:
+def test_tiktoken_and_bpe_count_every_token(tmp_path: Path) -> None:
     runs = [
         with_file("TikTokenizer", tmp_path / "a.json", tiktoken_pattern="v1"),
         with_file("TikTokenizer", tmp_path / "b.json", tiktoken_pattern="v2"),
@@ -109,7 +109,7 @@ def test_tokenizer_digest_refuses_a_damaged_file(tmp_path: Path) -> None:
         ("my_text", "my_text.json"),
     ],
 )
-def test_the_manifest_lies_next_to_the_dataset(tmp_path: Path, prefix: str, manifest: str) -> None:
+def test_manifest_is_next_to_the_dataset(tmp_path: Path, prefix: str, manifest: str) -> None:
     place = tmp_path / "my_data"
     place.mkdir()
     assert manifest_tokenizer(str(place / prefix)) == {}

@@ -27,12 +27,12 @@ def signals():
 def test_step_signal_at_its_start_leaves_no_process(
     signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begun = []
+    processes = []
 
     class Slow(subprocess.Popen):
         def __init__(self, *arguments, **more) -> None:
             super().__init__(*arguments, **more)
-            begun.append(self.pid)
+            processes.append(self.pid)
             os.kill(os.getpid(), signal.SIGTERM)  # nobody holds the process yet
             time.sleep(0.1)
 
@@ -41,7 +41,7 @@ def test_step_signal_at_its_start_leaves_no_process(
     with pytest.raises(Stopped) as stopped:
         run_steps([step], tmp_path / "stamps")
     assert stopped.value.number == signal.SIGTERM
-    assert len(begun) == 1 and not psutil.pid_exists(begun[0])
+    assert len(processes) == 1 and not psutil.pid_exists(processes[0])
     assert not (tmp_path / "stamps" / "sleeper.done").exists()
 
 

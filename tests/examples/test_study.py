@@ -77,12 +77,12 @@ def test_study_labels_share_no_prompt(tmp_path):
     real = tmp_path / "real.jsonl"
     passages(["--text", str(tmp_path / "text.jsonl"), "--output", str(real)])
     rows = read_all(real, Response)
-    drawn = tmp_path / "drawn.jsonl"
-    with drawn.open("w") as file:
+    sampled_file = tmp_path / "drawn.jsonl"
+    with sampled_file.open("w") as file:
         for row in rows:
             made = {**row.to_row(), "id": row.prompt.id, "text": "drawn"}
             file.write(json.dumps(made) + "\n")
-    words = ["--real", str(real), "--drawn", str(drawn), "--save", str(tmp_path / "out")]
+    words = ["--real", str(real), "--drawn", str(sampled_file), "--save", str(tmp_path / "out")]
     labels([*words, "--validation", "5", "--test", "7"])
     parts = {n: read_all(tmp_path / "out" / f"{n}.jsonl", Response) for n in ("validation", "test")}
     parts["train"] = read_all(tmp_path / "out" / "train.jsonl", Response)

@@ -123,11 +123,11 @@ def test_family_has_equal_logits_in_megatron_and_a_lossless_round_trip(name, tmp
 def test_rows_beyond_the_tokenizer_and_its_files_survive_a_round_trip(tmp_path):
     """Qwen's embeddings have more rows than its tokenizer has entries."""
     make("qwen2", tmp_path / "hf")
-    add_tokenizer(tmp_path / "hf", known := 450)
+    add_tokenizer(tmp_path / "hf", vocab_size := 450)
     [facts] = run_ranks(there_and_back, 1, tmp_path)
     torch.testing.assert_close(facts.megatron, facts.hf, atol=rounding(facts.hf), rtol=0)
     sampled = [token for tokens, _ in facts.generated for token in tokens]
-    assert sampled and max(sampled) < known
+    assert sampled and max(sampled) < vocab_size
     before, after = tensors(tmp_path / "hf"), tensors(tmp_path / "back")
     assert all(torch.equal(tensor, after[key]) for key, tensor in before.items())
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -179,7 +179,7 @@ def test_all_end_tokens_of_the_generation_config_end_a_text(tmp_path):
         places = [place for place, token in enumerate(full) if token in ends]
         assert stopped.tokens == (full[: places[0] + 1] if places else full)
         assert stopped.finish == ("eod" if places else "length")
-        shown = stopped.tokens[:-1] if places else stopped.tokens
-        assert stopped.text.split() == [f"w{token}" for token in shown]
+        visible = stopped.tokens[:-1] if places else stopped.tokens
+        assert stopped.text.split() == [f"w{token}" for token in visible]
     assert json.loads((tmp_path / "back" / "generation_config.json").read_text()) == config
     assert json.loads((tmp_path / "back" / "config.json").read_text())["eos_token_id"] == ends

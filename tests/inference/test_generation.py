@@ -212,8 +212,8 @@ def test_streamed_texts_concatenate_to_the_completion(one_rank):
 
 
 def test_generation_ends_before_a_stop_string(one_rank):
-    free, stop, cut, shown = one_rank.stopped
-    assert cut.finish == "stop" and cut.text == free.text[: free.text.index(stop)] == shown
+    free, stop, cut, with_stop = one_rank.stopped
+    assert cut.finish == "stop" and cut.text == free.text[: free.text.index(stop)] == with_stop
     assert cut.tokens == free.tokens[: len(cut.tokens)] and len(cut.tokens) < len(free.tokens)
 
 

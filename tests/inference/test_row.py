@@ -105,10 +105,10 @@ class Oracle:
         """How many tokens are taken, and the text."""
         start = len(self.certain(prompt))
         exempt = start
-        for taken in range(1, len(ids) + 1):
-            so_far = [*prompt, *ids[:taken]]
-            text = self.decode(so_far) if taken == len(ids) else self.certain(so_far)
-            if taken <= min_tokens:
+        for count in range(1, len(ids) + 1):
+            so_far = [*prompt, *ids[:count]]
+            text = self.decode(so_far) if count == len(ids) else self.certain(so_far)
+            if count <= min_tokens:
                 exempt = len(text)
             # Every place at which a stop string is found, one character after the other.
             result = [
@@ -118,7 +118,7 @@ class Oracle:
                 if text.startswith(stop, place) and place + len(stop) > exempt
             ]
             if result:
-                return taken, text[start : min(result)], "stop"
+                return count, text[start : min(result)], "stop"
         return len(ids), text[start:], "length"
 
 
@@ -222,18 +222,18 @@ def special_tokens(folder):
 
         tokenizer._tokenizer.eos_token = "</s>"
         own = run(ids)
-        shown = run(ids, skip_special_tokens=False)
+        with_special = run(ids, skip_special_tokens=False)
         further = run(ids, stop_token_ids=(ids[3],))
         tokenizer.end_tokens = frozenset([end, special])
-        result[kind] = own, shown, further, run(ids), run(ids, stop_at_eod=False)[1]
+        result[kind] = own, with_special, further, run(ids), run(ids, stop_at_eod=False)[1]
     return result
 
 
 def test_row_omits_special_tokens_unless_requested(tmp_path):
     [result] = run_ranks(special_tokens, 1, tmp_path)
-    for own, shown, further, several, ignored in result.values():
-        assert own[1] == shown[1] == "eod" and "<s>" not in own[0] and ignored is None
-        assert shown[0].replace("<s>", "") == own[0] and shown[0].count("<s>") == 1
+    for own, with_special, further, several, ignored in result.values():
+        assert own[1] == with_special[1] == "eod" and "<s>" not in own[0] and ignored is None
+        assert with_special[0].replace("<s>", "") == own[0] and with_special[0].count("<s>") == 1
         assert [entry.part.text for entry in own[2]][-1] == ""  # the end token
         assert (further[1], len(further[2])) == ("stop", 4)
         assert "".join(entry.part.text for entry in further[2]) == further[0]

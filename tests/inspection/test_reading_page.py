@@ -18,7 +18,7 @@ from megatron_ext.inspection.routed_text import RoutedText
 TOKENS = ["<script>attacked=1</script>", "</span>", ' "onmouseover=', "&amp;"]
 TOKENS += ["\n", "", " 🙂", "\u2028"]
 EXPERTS = [[[], [0], [1, 2], [0, 1, 2, 3], [3], [], [0], []], [[1]] * 7 + [[]]]
-MARGINS = [[[0.25 + expert for expert in taken] for taken in layer] for layer in EXPERTS]
+MARGINS = [[[0.25 + expert for expert in chosen] for chosen in layer] for layer in EXPERTS]
 LOSSES = [float("nan"), 1.5, 2.25, 0.0, 3.0, 0.5, 7.125, 1.0]
 TEXT = RoutedText(TOKENS, [1, 3], EXPERTS, MARGINS, LOSSES)
 FIGURES = {
@@ -98,14 +98,14 @@ def test_reading_page_interaction_in_a_browser(tmp_path: Path) -> None:
     out = json.loads(html.unescape(result[1]))
     assert out["attacked"] == "undefined" and out["texts"] == TOKENS
     assert out["options"] == ["mean of the layers", "layer 1", "layer 3"]
-    fan_out = np.array([[len(taken) for taken in layer] for layer in EXPERTS])
+    fan_out = np.array([[len(chosen) for chosen in layer] for layer in EXPERTS])
     mean = fan_out.mean(axis=0)
     assert out["mean"] == pytest.approx(mean / mean.max(), abs=1e-3)
     assert out["first"] == pytest.approx(fan_out[0] / 4, abs=1e-3)  # the layers' common scale
     assert out["second"] == pytest.approx(fan_out[1] / 4, abs=1e-3)
     assert out["scale"] == "01234"
-    for shown in ("token 4 of 8", "0.00 nats", "3.00 nats", "expert 2 (+2.250)", "layer 3"):
-        assert shown in out["hovered"]
+    for text in ("token 4 of 8", "0.00 nats", "3.00 nats", "expert 2 (+2.250)", "layer 3"):
+        assert text in out["hovered"]
     assert "token 3 of 8" in out["focused"] and "expert 1 (+1.250)" in out["focused"]
     assert (out["right"], out["end"], out["home"], out["stops"]) == (3, 15, 0, 1)
     assert out["light"] == "rgb(255, 255, 255)" and out["dark"] == "rgb(22, 24, 27)"

@@ -64,31 +64,31 @@ def test_shares_fan_out_and_coactivation_match_loops_over_tokens(windows, figure
         tokens = tokens_of(windows, layer)
         assert figures["tokens"] == len(tokens)
         for number, name in enumerate("abc"):
-            own = [taken for domain, taken in tokens if domain == number]
+            own = [experts for domain, experts in tokens if domain == number]
             result = figures["domains"][name]
             assert result["tokens"] == len(own)
-            share = [sum(e in taken for taken in own) / len(own) for e in range(EXPERTS)]
+            share = [sum(e in experts for experts in own) / len(own) for e in range(EXPERTS)]
             assert result["share"][layer] == pytest.approx(share, abs=1e-5)
             assert result["fan_out"][layer] == pytest.approx(np.mean([*map(len, own)]), abs=1e-5)
-        histogram = [sum(len(taken) == n for _, taken in tokens) for n in range(EXPERTS + 1)]
+        histogram = [sum(len(experts) == n for _, experts in tokens) for n in range(EXPERTS + 1)]
         assert figures["fan_out_histogram"][layer] == histogram
         for i, j in product(range(EXPERTS), repeat=2):
-            both = sum({i, j} <= taken for _, taken in tokens)
+            both = sum({i, j} <= experts for _, experts in tokens)
             assert figures["coactivation"]["together"][layer][i][j] == both
             ratio = figures["coactivation"]["observed_over_expected"][layer][i][j]
             if i == j:
                 assert ratio is None
                 continue
-            one, other = (sum(e in taken for _, taken in tokens) for e in (i, j))
+            one, other = (sum(e in experts for _, experts in tokens) for e in (i, j))
             assert ratio == pytest.approx(both * len(tokens) / (one * other), rel=1e-4)
 
 
 def test_routing_counts_are_consistent(windows, figures):
     pairs = figures["tokens"] * EXPERTS
     for layer in range(LAYERS):
-        taken = sum(sum(domain["taken"][layer]) for domain in figures["domains"].values())
+        total = sum(sum(domain["taken"][layer]) for domain in figures["domains"].values())
         by_fan_out = enumerate(figures["fan_out_histogram"][layer])
-        assert taken == sum(n * count for n, count in by_fan_out)
+        assert total == sum(n * count for n, count in by_fan_out)
         margins = figures["margins"][layer]
         assert margins["below"] + sum(margins["counts"]) + margins["above"] == pairs
     predicted = figures["tokens"] - len(windows)  # all but the first of each window
@@ -139,8 +139,8 @@ def test_specialization_matches_its_definitions(windows, figures):
     for layer in range(LAYERS):
         joint = np.zeros((DOMAINS, EXPERTS))
         share = np.zeros((DOMAINS, EXPERTS))
-        for domain, taken in tokens_of(windows, layer):
-            for expert in taken:
+        for domain, experts in tokens_of(windows, layer):
+            for expert in experts:
                 joint[domain, expert] += 1
         for domain in range(DOMAINS):
             share[domain] = joint[domain] / figures["domains"]["abc"[domain]]["tokens"]
@@ -166,8 +166,8 @@ def sums_of_shares(shares, tokens=4000):
     sums = RoutingSums(len(shares), 1, shares.shape[1])
     generator = torch.Generator().manual_seed(1)
     for domain, share in enumerate(shares):
-        drawn = torch.rand(1, tokens, len(share), generator=generator)
-        sums.add(domain, routing(drawn < share))
+        uniform = torch.rand(1, tokens, len(share), generator=generator)
+        sums.add(domain, routing(uniform < share))
     return sums
 
 

@@ -58,8 +58,8 @@ def test_initial_weights_depend_on_the_seed_and_not_on_the_layout(style: tuple[s
             spread |= digests
         assert spread == alone, layout
     [other] = run_ranks(whole_weights_of, 1, megatron_flags, (*style, "--seed", "7"))
-    drawn = {name for name in alone if alone[name] != other[name]}
-    assert any("router" in name for name in drawn)
+    different = {name for name in alone if alone[name] != other[name]}
+    assert any("router" in name for name in different)
 
 
 def whole_weights_of(base: list[str], flags: tuple[str, ...]) -> dict[str, str]:

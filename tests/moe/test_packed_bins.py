@@ -70,7 +70,7 @@ def test_bins_of_a_count_use_as_many_bits_as_the_fullest_bracket_needs() -> None
         assert plan.word_count == packed_bins._LEAST_WORDS
 
 
-def test_replaced_bracket_gets_more_words_than_another() -> None:
+def test_replaced_bracket_has_more_words_than_another() -> None:
     width, inside = torch.full((2,), 1 << 20), torch.full((2,), 1000)
     no, replaced = torch.tensor([False, False]), torch.tensor([False, True])
     plan, _ = PackedBins.divide(width, inside, no, replaced, torch.tensor(0))

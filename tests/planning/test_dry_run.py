@@ -140,9 +140,9 @@ def test_predicts_what_real_ranks_hold_and_send(
             expected_bytes = truth["saved"] * waiting / microbatches
             assert memory.activations == pytest.approx(expected_bytes, rel=0.1), rank
     # Expert choice gives every expert the same number of tokens of all ranks together.
-    sent = sum(ranks["expert choice"][DISPATCH] for ranks in real)
-    assert sent == sum(by_group(ranks["expert choice"])[DISPATCH] for ranks in predicted[name])
-    assert (sent > 0) == name.startswith("TP2-EP2-DP2")
+    volume = sum(ranks["expert choice"][DISPATCH] for ranks in real)
+    assert volume == sum(by_group(ranks["expert choice"])[DISPATCH] for ranks in predicted[name])
+    assert (volume > 0) == name.startswith("TP2-EP2-DP2")
 
 
 @pytest.mark.slow
@@ -186,7 +186,7 @@ def _short_and_whole(flags: list[str]) -> list[tuple[Any, Any]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stages", ["1", "2", "interleaved"])
-def test_few_microbatches_tell_of_many(stages: str) -> None:
+def test_cost_of_many_microbatches_follows_from_few(stages: str) -> None:
     flags = [*SHORT, "--num-layers", "4", "--moe-layer-freq", "2", "--global-batch-size", "32"]
     if stages != "1":
         flags += ["--pipeline-model-parallel-size", "2"]

@@ -204,7 +204,7 @@ def sound(layout: RunSizes) -> bool:
 
 
 @given(layouts, st.integers(1, 24))
-def test_whatever_is_advised_is_the_nearest_that_works(sizes: dict[str, int], ranks: int) -> None:
+def test_advice_is_the_nearest_setting_that_works(sizes: dict[str, int], ranks: int) -> None:
     args = Namespace(**{**D12, **sizes})
     layout = run_sizes(args, ranks)
     try:

@@ -26,7 +26,7 @@ def make_dataset(folder: Path, train: tuple[int, int], valid: tuple[int, int]) -
     return {f"{split}_data_path": paths for split, paths in prefixes.items()}
 
 
-def test_bytes_per_token_of_weighted_datasets_are_over_all(tmp_path: Path) -> None:
+def test_bytes_per_token_of_weighted_datasets_cover_all(tmp_path: Path) -> None:
     one = make_dataset(tmp_path / "a", (400, 100), (90, 30))
     other = make_dataset(tmp_path / "b", (100, 100), (10, 10))
     assert bytes_per_token(one, "train") == 4 and bytes_per_token(one, "valid") == 3

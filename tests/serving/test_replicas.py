@@ -36,11 +36,11 @@ def serve(path, sizes):
         replicas.follow()
         return None
     scheduler = Scheduler(replicas, max_waiting=4)
-    got: list[list] = [[] for _ in works]
+    events: list[list] = [[] for _ in works]
 
     def deliver(i, piece):
-        got[i].append(piece)
-        if i == 4 and len(got[i]) == 2:
+        events[i].append(piece)
+        if i == 4 and len(events[i]) == 2:
             scheduler.cancel([jobs[i]])
 
     jobs = [Job(work, partial(deliver, i)) for i, work in enumerate(works)]
@@ -58,7 +58,7 @@ def serve(path, sizes):
                 (piece.text, piece.finish, [(t.part.text, t.score) for t in piece.tokens])
                 for piece in pieces
             ]
-            for pieces in got
+            for pieces in events
         ],
         texts=[
             trained.tokenizer.detokenize(prompt + completion.tokens)

@@ -8,7 +8,7 @@ from alignment.records import Message, Prompt
 from tests.serving.client import KEY, PROMPT
 
 
-def test_annotate_gets_responses_and_log_probs_from_the_server(
+def test_annotate_receives_responses_and_log_probs_from_the_server(
     server, client, tmp_path, monkeypatch
 ):
     """`et-align annotate` against this project's own server."""

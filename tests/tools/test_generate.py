@@ -27,7 +27,7 @@ def tool(*flags, **options):
     )
 
 
-def taken(run):
+def loading_message(run):
     """Return the line that names the checkpoint of the last step with its validation loss."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").open()]
     loss = [row["val_loss"] for row in rows if row["step"] == 40 and "val_loss" in row][-1]
@@ -43,7 +43,7 @@ def rows(run_dir):  # noqa: F811
     file = run_dir.parent / "prompts.txt"
     file.write_text(PROMPTS[1] + "\n")
     done = tool(*flags, "--prompt-file", file, capture_output=True)
-    assert (done.returncode, done.stderr) == (0, taken(run_dir))
+    assert (done.returncode, done.stderr) == (0, loading_message(run_dir))
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
@@ -69,7 +69,7 @@ def test_terminal_shows_the_streamed_text(run_dir, rows):  # noqa: F811
     except OSError:  # Linux's way to say that the other side is closed
         pass
     os.close(ours)
-    assert (done.returncode, done.stderr) == (0, taken(run_dir))
+    assert (done.returncode, done.stderr) == (0, loading_message(run_dir))
     assert observed.decode().replace("\r\n", "\n") == f"{PROMPTS[0]}{rows[0]['text']}\n"
 
 
@@ -114,6 +114,6 @@ def test_generate_refuses_wrong_flags_before_loading(run_dir, flags, message):  
 def test_generate_refusal_is_one_line_and_exit_code_2(run_dir):  # noqa: F811
     done = tool("--load", run_dir, "--prompt", "ba " * 100, capture_output=True)
     assert (done.returncode, done.stdout) == (2, "")
-    message = done.stderr.removeprefix(taken(run_dir))
+    message = done.stderr.removeprefix(loading_message(run_dir))
     assert message.startswith("generate: A prompt has ") and message.count("\n") == 1
     assert f"--max-position-embeddings {MAX_LENGTH}" in done.stderr

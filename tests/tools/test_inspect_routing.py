@@ -99,9 +99,9 @@ def by_hand(trained, tokens, routing) -> tuple[float, float]:
     for hook in hooks:
         hook.remove()
     off = 0.0
-    for router, gate, margins, taken in zip(routers, gates, routing.margins, routing.maps):
+    for router, gate, margins, selection in zip(routers, gates, routing.margins, routing.maps):
         expected = torch.logit(gate.double()) - router.thresholds.value()
-        off = max(off, float((expected - margins)[taken].abs().max()))
+        off = max(off, float((expected - margins)[selection].abs().max()))
     predicted = [-float(logits[i - 1].log_softmax(-1)[tokens[i]]) for i in range(1, len(tokens))]
     assert torch.isnan(routing.losses[0])
     return off, float((routing.losses[1:] - torch.tensor(predicted)).abs().max())

@@ -39,8 +39,8 @@ def test_report_shows_baselines_sample_and_configuration(tmp_path: Path, capsys:
     assert capsys.readouterr().out.splitlines()[-1] == summary
     assert is_png(run / "report.png")
     page = (run / "report.html").read_text()
-    for shown in (summary, "Once &lt;b&gt;", "upon &amp; a time", "num layers", "abc123"):
-        assert shown in page
+    for text in (summary, "Once &lt;b&gt;", "upon &amp; a time", "num layers", "abc123"):
+        assert text in page
     assert not any(outside in page for outside in ('src="http', "<script", "<link"))
     assert not list(run.glob("*.tmp"))
 
@@ -144,7 +144,7 @@ def test_recent_is_the_mean_of_the_last_tenth() -> None:
 def test_picture_of_a_text_with_line_ends_and_markup(tmp_path: Path) -> None:
     tokens = ["A", " $x^2", "\n", "", "end", " of", " it", "é" * 200]
     experts = [[list(range(i % 3)) for i in range(len(tokens))] for _ in range(2)]
-    margins = [[[0.5] * len(taken) for taken in layer] for layer in experts]
+    margins = [[[0.5] * len(chosen) for chosen in layer] for layer in experts]
     text = RoutedText(tokens, [1, 2], experts, margins, [1.0] * len(tokens))
     metrics = RunMetrics([training_row(step) for step in range(1, 31)])
     draw(metrics, tmp_path / "p.png", "a title", {}, text=text)

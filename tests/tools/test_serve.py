@@ -41,7 +41,7 @@ def test_api_key_file_takes_precedence_over_the_environment(tmp_path, monkeypatc
 
 
 def test_port_in_use_is_refused():
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
         with pytest.raises(UserError, match=f"--port {port}"):
             serve.listen("127.0.0.1", port)

@@ -46,17 +46,17 @@ def gather(asynchronous):
     """On a rank: state as Megatron and this project gather it, and whether storage is shared."""
     from megatron_ext.training import gathering
 
-    mine = optimizer()
+    own_optimizer = optimizer()
     settings = SimpleNamespace(async_save=asynchronous)
     with mock.patch.object(gathering, "get_args", return_value=settings):
-        ours = gathering.gather_state(mine, return_on_all_ranks=True)
-    theirs = gathering._gather_buffers(mine)
+        ours = gathering.gather_state(own_optimizer, return_on_all_ranks=True)
+    theirs = gathering._gather_buffers(own_optimizer)
     if dist.get_rank():
         return ours, theirs
-    places = [(start, end) for start, end, _ in mine.buffers[0].param_index_map.values()]
+    places = [(start, end) for start, end, _ in own_optimizer.buffers[0].param_index_map.values()]
     ours, theirs = ours[0][torch.float32], theirs[0][torch.float32]
-    first = next(iter(mine.buffers[0].param_index_map))
-    own = mine._get_main_param_and_optimizer_states(first)["param"]
+    first = next(iter(own_optimizer.buffers[0].param_index_map))
+    own = own_optimizer._get_main_param_and_optimizer_states(first)["param"]
     shared = ours["param"][slice(*places[0])].data_ptr() == own.data_ptr()
     tensors = [
         [[state[key][start:end].clone() for key in KEYS] for start, end in places]

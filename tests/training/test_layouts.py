@@ -93,8 +93,8 @@ def test_the_table_in_the_documentation_is_of_these_layouts() -> None:
         table = [line.strip("|").split("|") for line in lines]
         cells = [[cell.strip() for cell in line] for line in table]
         assert cells[0] == HEADER
-        known = [row(layout, []) for layout in LAYOUTS if layout.kind == key]
-        assert [line[:3] for line in cells[2:]] == known
+        rows = [row(layout, []) for layout in LAYOUTS if layout.kind == key]
+        assert [line[:3] for line in cells[2:]] == rows
         for line in cells[2:]:
             assert float(line[3]) <= kind.loss, line
             assert float(line[4]) <= kind.rest, line

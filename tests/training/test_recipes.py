@@ -94,7 +94,7 @@ def test_recipe_parameter_counts_equal_the_paper(read: dict[Run, dict[str, Any]]
 
 
 @pytest.mark.slow
-def test_a_recipe_does_what_its_name_says(read: dict[Run, dict[str, Any]]) -> None:
+def test_recipe_has_the_settings_of_its_name(read: dict[Run, dict[str, Any]]) -> None:
     token_choice = {"token-choice", "token-choice-aux", "token-choice-loss-free"}
     assert {*ROUTERS} == {*POOL_RANKS, "dense", "et-cold", *token_choice}
     for run, args in read.items():

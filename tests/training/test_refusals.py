@@ -174,16 +174,16 @@ def test_pretrain_refuses_a_checkpoint_of_another_model(tmp_path: Path) -> None:
         (["--et-capacity", "none"], "et_capacity = 0.5, but the flags say None. Make them equal"),
     ):
         assert message in refusal([*run, *flags])
-    begun, checkpoints = (
+    other_flags, checkpoints = (
         [*TINY, "--run-dir", str(tmp_path / "other")],
         str(tmp_path / "checkpoints"),
     )
-    other = [*begun, "--pretrained-checkpoint", checkpoints, "--norm-epsilon", "0.1"]
-    assert "layernorm_epsilon" in refusal(other)
-    other = [*begun, "--finetune", "--load", checkpoints, "--rotary-percent", "0.5"]
-    assert "rotary_percent = 1.0, but the flags say 0.5" in refusal(other)
+    flags = [*other_flags, "--pretrained-checkpoint", checkpoints, "--norm-epsilon", "0.1"]
+    assert "layernorm_epsilon" in refusal(flags)
+    flags = [*other_flags, "--finetune", "--load", checkpoints, "--rotary-percent", "0.5"]
+    assert "rotary_percent = 1.0, but the flags say 0.5" in refusal(flags)
     assert "use a folder of checkpoints" in refusal(
-        [*begun, "--pretrained-checkpoint", str(tmp_path)]
+        [*other_flags, "--pretrained-checkpoint", str(tmp_path)]
     )
     newest = next((tmp_path / "checkpoints").glob("iter_*"))
     (newest / ".metadata").unlink()

@@ -76,13 +76,13 @@ def test_all_other_output_is_in_the_log(finished: tuple[Path, str, str]) -> None
 
 def test_trackers_have_means_over_layers_and_a_picture(finished: tuple[Path, str, str]) -> None:
     run = finished[0]
-    found = tags(run)
-    assert found["loss"] == found["moe/fan_out"] == [1, 2, 3, 4, 5, 6]
-    assert found["val_loss"][:2] == [3, 6]
-    assert found["moe/expert_load"] == [1, 2, 3, 4, 5, 6]
-    assert not any(tag.startswith("moe/layer_") for tag in found)
+    scalars = tags(run)
+    assert scalars["loss"] == scalars["moe/fan_out"] == [1, 2, 3, 4, 5, 6]
+    assert scalars["val_loss"][:2] == [3, 6]
+    assert scalars["moe/expert_load"] == [1, 2, 3, 4, 5, 6]
+    assert not any(tag.startswith("moe/layer_") for tag in scalars)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert undocumented([*rows, found]) == set()
+    assert undocumented([*rows, scalars]) == set()
 
 
 def test_a_resumed_run_sends_no_step_twice(finished: tuple[Path, str, str], tmp_path: Path) -> None:
@@ -93,9 +93,14 @@ def test_a_resumed_run_sends_no_step_twice(finished: tuple[Path, str, str], tmp_
     lines = pretrain("--run-dir", run, "--save-interval", 4, *flags).stdout.splitlines()
     assert any(line.startswith("Resumes  after step 4, 1,024 tokens") for line in lines)
     assert [line[:8] for line in lines if "tokens/s" in line] == ["step 5/6", "step 6/6"]
-    found = tags(run)
-    assert found["loss"] == found["moe/fan_out"] == found["moe/expert_load"] == [1, 2, 3, 4, 5, 6]
-    assert "moe/layer_01/fan_out" not in found
+    scalars = tags(run)
+    assert (
+        scalars["loss"]
+        == scalars["moe/fan_out"]
+        == scalars["moe/expert_load"]
+        == [1, 2, 3, 4, 5, 6]
+    )
+    assert "moe/layer_01/fan_out" not in scalars
 
 
 def test_alarms_end_the_line_of_a_report() -> None:

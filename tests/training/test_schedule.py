@@ -121,7 +121,7 @@ def test_batch_that_does_not_fit_is_counted_as_it_is_trained(
     assert rates(args, RunProgress()) == pytest.approx([0.75, 0.5, 0.25, 0], abs=1e-12)
 
 
-def test_steps_of_samples_count_from_where_the_run_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_of_samples_count_from_the_step_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     args = run(monkeypatch, train_iters=None, train_samples=40, global_batch_size=8)
     progress = RunProgress(iteration=6, samples=24, history=[[0, 0], [6, 24]])
     args.progress = progress

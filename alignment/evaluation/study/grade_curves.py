@@ -26,8 +26,8 @@ GRADES: dict[str, tuple[str, str, Any, str, float]] = {
 
 def draw_grades(study: PolicyStudy) -> Figure | None:
     """Draw one panel per group: one row per policy, or several rows of judges of one policy."""
-    shown = [name for name in GRADES if study.has(name)]
-    if not shown:
+    names = [name for name in GRADES if study.has(name)]
+    if not names:
         return None
     several = len(study.policies) > 1
     columns = len(study.judges) if several else min(MOST_COLUMNS, len(study.groups))
@@ -36,21 +36,21 @@ def draw_grades(study: PolicyStudy) -> Figure | None:
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     for axes in grid.flat:
         axes.set_axis_off()
-    limits = score_range(study, shown)
+    limits = score_range(study, names)
     for number, group in enumerate(study.groups):
         place = divmod(number, columns)
         if several:
             place = study.policies.index(group.policy), study.judges.index(group.judge)
         axes = grid[place]
         axes.set_axis_on()
-        _group(axes, group, shown)
+        _group(axes, group, names)
         axes.set_title(_panel_title(study, group), fontsize=10)
         axes.tick_params(labelbottom=True)
         axes.set_xlabel("step")
         if place[1] == 0:
             axes.set_ylabel(f"{_measures(study)}, held-out prompts")
     figure.axes[0].set_ylim(limits)
-    handles = _legend_handles(figure.axes[0], study, shown)
+    handles = _legend_handles(figure.axes[0], study, names)
     figure.legend(handles=handles, loc="outside lower center", ncols=min(2, len(handles)))
     return figure
 
@@ -58,18 +58,18 @@ def draw_grades(study: PolicyStudy) -> Figure | None:
 def grade_panel(
     study: PolicyStudy,
     group: SeedGroup,
-    shown: Sequence[str],
+    names: Sequence[str],
     limits: tuple[float, float],
     axes: Axes,
 ) -> None:
     """Draw the grades of a group, with a legend, as a picture by itself."""
-    _group(axes, group, shown)
+    _group(axes, group, names)
     axes.set_title(_panel_title(study, group), fontsize=10)
     axes.set_xlabel("step")
     axes.set_ylabel(f"{_measures(study)}, held-out prompts")
     axes.set_ylim(limits)
     assert axes.figure is not None
-    handles = _legend_handles(axes, study, shown)
+    handles = _legend_handles(axes, study, names)
     axes.figure.legend(handles=handles, loc="outside lower center", ncols=2)
 
 
@@ -84,9 +84,9 @@ def _measures(study: PolicyStudy) -> str:
     return " or ".join(sorted({run.measure for run in study.runs if run.gradings}))
 
 
-def _legend_handles(axes: Axes, study: PolicyStudy, shown: Sequence[str]) -> list[Any]:
+def _legend_handles(axes: Axes, study: PolicyStudy, names: Sequence[str]) -> list[Any]:
     handles: list[Any] = []
-    for label, color, line, marker, width in (GRADES[name] for name in shown):
+    for label, color, line, marker, width in (GRADES[name] for name in names):
         handles += axes.plot([], [], color=color, ls=line, lw=width, marker=marker, ms=4,
                              label=label)  # fmt: skip
     if any(run.alarms for run in study.runs):
@@ -95,19 +95,19 @@ def _legend_handles(axes: Axes, study: PolicyStudy, shown: Sequence[str]) -> lis
     return handles
 
 
-def score_range(study: PolicyStudy, shown: Sequence[str]) -> tuple[float, float]:
+def score_range(study: PolicyStudy, names: Sequence[str]) -> tuple[float, float]:
     """Return the range of the vertical axis, by the curves of single seeds.
 
     The intervals are ignored, because with two or three seeds they may be much wider.
     """
-    values = [v for run in study.runs for name in shown for v in run.graded(name).values()]
+    values = [v for run in study.runs for name in names for v in run.graded(name).values()]
     low, high = min(values, default=0.0), max(values, default=9.0)
     margin = max(0.25, 0.12 * (high - low))
     return low - margin, high + margin
 
 
-def _group(axes: Axes, group: SeedGroup, shown: Sequence[str]) -> None:
-    for name in reversed(shown):
+def _group(axes: Axes, group: SeedGroup, names: Sequence[str]) -> None:
+    for name in reversed(names):
         style = GRADES[name][1:]
         color = style[0]
         steps, means = curve(group, name)
@@ -122,18 +122,18 @@ def _group(axes: Axes, group: SeedGroup, shown: Sequence[str]) -> None:
         _mean_curve(axes, steps, means, style, len(group.graded))
         if name == PROXY:
             _annotate_fewer(axes, steps, means)
-    if equal := _coinciding(group, shown):
+    if equal := _coinciding(group, names):
         axes.text(0.02, 0.02, equal, transform=axes.transAxes, fontsize=7.5, color=GREY)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.grid(axis="y", color="#E5E5E5", lw=0.6)
     axes.set_axisbelow(True)
 
 
-def _coinciding(group: SeedGroup, shown: Sequence[str]) -> str:
+def _coinciding(group: SeedGroup, names: Sequence[str]) -> str:
     """Return a note on grades that are equal, within rounding, wherever a run has both."""
     notes = []
-    for number, name in enumerate(shown):
-        for other in shown[:number]:
+    for number, name in enumerate(names):
+        for other in names[:number]:
             pairs = [
                 (values[step], others[step])
                 for run in group.graded

@@ -106,10 +106,10 @@ _HEADLINES = {
 def _headline(study: PolicyStudy) -> str:
     """Return the result for the only group of a study, with its figures and their intervals."""
     [group] = study.groups
-    found = group_finding(group)
-    story = f"{_HEADLINES[found]} ({study.label(group)})"
+    finding = group_finding(group)
+    story = f"{_HEADLINES[finding]} ({study.label(group)})"
     figures = []
-    if found is Finding.NOT_GRADED:
+    if finding is Finding.NOT_GRADED:
         ends = [tenths(run, "reward") for run in group.runs]
         first, last = (mean_of(pair[end] for pair in ends) for end in (0, 1))
         if first.value is not None and last.value is not None:
@@ -151,7 +151,7 @@ def sentences(study: PolicyStudy) -> list[str]:
 
 def _differences(study: PolicyStudy) -> list[str]:
     """Return how the gold score of each group differs from that of the first of its policy."""
-    said = []
+    sentences = []
     for policy in study.policies:
         first, *others = [group for group in study.groups if group.policy == policy]
         for group in others:
@@ -167,11 +167,11 @@ def _differences(study: PolicyStudy) -> list[str]:
                 words = "higher"
             elif mean.high < -_ROUNDING:
                 words = "lower"
-            said.append(
+            sentences.append(
                 f"{study.label(group)} against {study.label(first)} at step {step:,}: gold is "
                 f"{words}, by {mean.value:+.2f}{_interval(mean, '95 % interval ')}, {over}."
             )
-    return said
+    return sentences
 
 
 def _grown(group: SeedGroup) -> list[str]:
@@ -181,8 +181,8 @@ def _grown(group: SeedGroup) -> list[str]:
         for name in detectors([group], prefix):
             first, last = (mean.value for mean in shares(group, prefix, name))
             if first is not None and last is not None and last > first:
-                shown = f"{name} {first:.1%} to {last:.1%}{where}"
-                grown.append((last - first, name, shown))
+                change = f"{name} {first:.1%} to {last:.1%}{where}"
+                grown.append((last - first, name, change))
     best: dict[str, str] = {}
     for _, name, text in sorted(grown, reverse=True):
         best.setdefault(name, text)
@@ -192,10 +192,10 @@ def _grown(group: SeedGroup) -> list[str]:
 def _sentence(label: str, group: SeedGroup) -> str:
     gap, gold = trend_of(group, "gap").change, trend_of(group, GOLD).change
     over = f", intervals over {gap.prompts} held-out prompts" if gap.prompts else ""
-    found = group_finding(group)
-    without_gold = found in (Finding.NO_GOLD, Finding.NOT_GRADED)
+    finding = group_finding(group)
+    without_gold = finding in (Finding.NO_GOLD, Finding.NOT_GRADED)
     name = f"{label} ({_count(len(group.runs) if without_gold else gap.n, 'seed')}{over})"
-    match found:
+    match finding:
         case Finding.NOT_GRADED:
             return f"{name}: no prompts were held out, so that no judge graded the policy."
         case Finding.NO_GOLD:
@@ -260,8 +260,8 @@ def status(study: PolicyStudy, run: StudyRun) -> str:
 
 
 def _gradings(steps: Sequence[int]) -> str:
-    shown = ", ".join(f"{step:,}" for step in steps[:5])
-    return f"{_count(len(steps), 'grading')} ({shown}{', ...' if len(steps) > 5 else ''})"
+    listing = ", ".join(f"{step:,}" for step in steps[:5])
+    return f"{_count(len(steps), 'grading')} ({listing}{', ...' if len(steps) > 5 else ''})"
 
 
 def _change(change: SeedMean, sign: str = "+") -> str:

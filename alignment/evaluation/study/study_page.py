@@ -76,8 +76,8 @@ def _agreement(study: PolicyStudy) -> list[list[str]]:
     rows = []
     for group, alpha in agreements:
         gain = trends_of(group)["gold"].change
-        known = "not recorded" if alpha.value is None else f"{alpha.value:.3f}"
-        rows.append([study.label(group), known, gain.text("{:+.2f}"), str(gain.n)])
+        value = "not recorded" if alpha.value is None else f"{alpha.value:.3f}"
+        rows.append([study.label(group), value, gain.text("{:+.2f}"), str(gain.n)])
     return rows
 
 

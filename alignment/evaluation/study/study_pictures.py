@@ -57,11 +57,11 @@ def page_panels(study: PolicyStudy) -> dict[str, list[tuple[bytes, str]]]:
     On a page each panel is an image by itself, so that a narrow screen shows one below the other.
     """
     matplotlib.use("agg")
-    shown = [name for name in GRADES if study.has(name)]
-    limits = score_range(study, shown)
+    names = [name for name in GRADES if study.has(name)]
+    limits = score_range(study, names)
     sections: dict[str, list[Panel]] = {
         "curves": [
-            Panel(study.label(group), partial(grade_panel, study, group, shown, limits))
+            Panel(study.label(group), partial(grade_panel, study, group, names, limits))
             for group in study.groups
             if group.graded
         ],

@@ -112,7 +112,7 @@ def incomparable(one: StudyRun, other: StudyRun) -> str:
     """Return why the grades of two runs do not mean the same; an empty string if they do."""
     runs = f"{one.folder} and {other.folder}"
     prompts = one.held_out, other.held_out
-    marked = [known is not None and known[:1] == ["ids"] for known in prompts]
+    marked = [identity is not None and identity[:1] == ["ids"] for identity in prompts]
     if None not in prompts and marked[0] == marked[1] and prompts[0] != prompts[1]:
         return f"{runs} were graded on different held-out prompts"
     if one.gold and other.gold and one.gold != other.gold:

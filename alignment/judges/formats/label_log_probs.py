@@ -92,15 +92,15 @@ def _distribution(position: Mapping[str, Any]) -> tuple[dict[str, float], float]
     """
     listed = position.get("top_logprobs")
     if not isinstance(listed, list) or not listed:
-        raise ValueError(f"top_logprobs of the label is {_shown(listed)}")
+        raise ValueError(f"top_logprobs of the label is {_format_value(listed)}")
     values: dict[str, float] = {}
     texts: dict[str, str] = {}
     for entry in (*listed, position):
         if not isinstance(entry, Mapping) or not isinstance(entry.get("token"), str):
-            raise ValueError(f"an entry of top_logprobs is {_shown(entry)}")
+            raise ValueError(f"an entry of top_logprobs is {_format_value(entry)}")
         token, value = entry["token"], entry.get("logprob")
         if isinstance(value, bool) or not isinstance(value, int | float) or not value < _ROUNDING:
-            raise ValueError(f"the logprob of the token {token!r} is {_shown(value)}")
+            raise ValueError(f"the logprob of the token {token!r} is {_format_value(value)}")
         if entry is position and token in values:
             continue
         values[token] = max(value, values.get(token, -math.inf))
@@ -113,5 +113,5 @@ def _distribution(position: Mapping[str, Any]) -> tuple[dict[str, float], float]
     return log_probs, max(0.0, 1.0 - sum(math.exp(value) for value in values.values()))
 
 
-def _shown(value: Any) -> str:
+def _format_value(value: Any) -> str:
     return "missing or null" if value is None else f"{value!r:.40}"

@@ -164,10 +164,10 @@ def judge_prompt(name: str, thinks: bool = False) -> JudgePrompt:
     """
     path = Path(name) if name.endswith(".txt") else FOLDER / f"{name}.txt"
     kind = path.name.removesuffix(".txt").partition("-")[0]
-    known = sorted(file.stem for file in FOLDER.glob("*.txt") if file.stem != "rules")
+    names = sorted(file.stem for file in FOLDER.glob("*.txt") if file.stem != "rules")
     if not path.is_file() or kind not in _MATERIAL:
         raise UserError(
-            f"There is no judge prompt {name}. Choose one of {', '.join(known)}, or a file "
+            f"There is no judge prompt {name}. Choose one of {', '.join(names)}, or a file "
             f"{'-NAME.txt, '.join(_MATERIAL)}-NAME.txt."
         )
     text = path.read_text(encoding="utf-8")

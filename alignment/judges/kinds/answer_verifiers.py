@@ -115,8 +115,10 @@ class NumericAnswerConfig(VerifierConfig):
             for target in targets
             for value in self._values(number)
         )
-        wanted = ", ".join(_shown(min(targets)) for targets in expected[:3])
-        return Verification(float(right), f"answer {_shown(number.value)}, expected {wanted}")
+        targets_text = ", ".join(_format_number(min(targets)) for targets in expected[:3])
+        return Verification(
+            float(right), f"answer {_format_number(number.value)}, expected {targets_text}"
+        )
 
     def _reference(self, value: Any) -> set[Fraction]:
         if isinstance(value, int | float) and not isinstance(value, bool):
@@ -201,13 +203,13 @@ class PatternConfig(VerifierConfig):
         """Return whether the pattern matches as required."""
         find = expected.fullmatch if self.match == "full" else expected.search
         try:
-            found = find(text.strip() if self.match == "full" else text, timeout=self.timeout)
+            match = find(text.strip() if self.match == "full" else text, timeout=self.timeout)
         except TimeoutError:
             raise CannotVerify(
                 f"the pattern {expected.pattern!r:.80} took more than {self.timeout:g} seconds"
             ) from None
-        right = (found is None) == (self.match == "none")
-        note = "no match" if found is None else f"matched {found[0]!r:.200}"
+        right = (match is None) == (self.match == "none")
+        note = "no match" if match is None else f"matched {match[0]!r:.200}"
         return Verification(float(right), note)
 
     def _compile(self, pattern: str) -> "regex.Pattern[str]":
@@ -219,7 +221,7 @@ class PatternConfig(VerifierConfig):
             raise CannotVerify(f"{pattern!r:.80} is no regular expression: {error}") from None
 
 
-def _shown(value: Fraction) -> str:
+def _format_number(value: Fraction) -> str:
     """Return a number for readers; one that no float holds as a fraction."""
     if value.denominator == 1 and abs(value) < 10**15:
         return str(value)

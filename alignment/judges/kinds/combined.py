@@ -218,10 +218,10 @@ class RouteConfig(CombinedConfig):
             by_route.setdefault(self.route_of(prompt), []).append(prompt)
         if lost := by_route.pop(None, []):
             value = lost[0].metadata.get(self.column)
-            shown = "no value" if value is None else repr(value)
+            text = "no value" if value is None else repr(value)
             raise UserError(
                 f"The judge {self.name} has no route for {len(lost):,} of the {len(prompts):,} "
-                f"prompts of {source}, first prompt {lost[0].id!r} with {shown} in the column "
+                f"prompts of {source}, first prompt {lost[0].id!r} with {text} in the column "
                 f"{self.column!r}; its routes are {', '.join(self.routes)}. Add a route or default."
             )
         for name, own in by_route.items():

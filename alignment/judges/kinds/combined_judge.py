@@ -149,15 +149,19 @@ class SumJudge(CombinedJudge):
     def _combine(
         self, question: Question, place: int, verdicts: Mapping[str, Mapping[int, Verdict]]
     ) -> Verdict:
-        asked = {name: own[place] for name, own in verdicts.items() if place in own}
+        item_verdicts = {name: own[place] for name, own in verdicts.items() if place in own}
         scores: Scores = {}
-        for name, verdict in asked.items():
+        for name, verdict in item_verdicts.items():
             scores |= self._scores_of(name, verdict)
-        if lacking := {name: verdict for name, verdict in asked.items() if verdict.score is None}:
+        if lacking := {
+            name: verdict for name, verdict in item_verdicts.items() if verdict.score is None
+        }:
             return self._lacking(question, scores, lacking)
         total = 0.0
         for name, component in self._config.components.items():
-            total += component.weight * (scores[name] if name in asked else component.otherwise)
+            total += component.weight * (
+                scores[name] if name in item_verdicts else component.otherwise
+            )
         low, high = self._config.range
         if self._config.normalize:
             total = HIGH * (total - low) / (high - low)

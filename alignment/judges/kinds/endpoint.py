@@ -36,9 +36,9 @@ def check_cost_settings(settings: "EndpointJudgeConfig") -> None:
         UserError: Settings contradict each other.
     """
     if (settings.price_in is None) != (settings.price_out is None):
-        known, missing = ("in", "out") if settings.price_out is None else ("out", "in")
+        present, missing = ("in", "out") if settings.price_out is None else ("out", "in")
         raise UserError(
-            f"--price-{known} (price_{known} in a judge's file) requires --price-{missing} "
+            f"--price-{present} (price_{present} in a judge's file) requires --price-{missing} "
             f"(price_{missing}): a cost that lacks one of them would be too low. Give both; 0 is "
             "for what is free."
         )

@@ -174,9 +174,9 @@ class EndpointJudge:
         keys = [request.key for request in requests]
         store = _open_store(self._file)
         missing = {key: r for key, r in zip(keys, requests) if key not in store}
-        known = [key for key in missing if key in self._answers_of_others]
-        if known:
-            rows = [(key, _read_answer(*self._answers_of_others[key])) for key in known]
+        stored = [key for key in missing if key in self._answers_of_others]
+        if stored:
+            rows = [(key, _read_answer(*self._answers_of_others[key])) for key in stored]
             await asyncio.to_thread(store.add, rows)
         answers = {key: Answer.from_row(store[key]) for key in keys if key in store}
         for answer in answers.values():
@@ -259,11 +259,11 @@ def _dollars_of(config: EndpointJudgeConfig, store: Path) -> float:
 
     A run that resumes on another number of ranks has copies of an answer in several files.
     """
-    budget, seen = Budget(config.prices), set()
+    budget, counted_keys = Budget(config.prices), set()
     for file in sorted(store.glob("share_*.jsonl")):
         for key, row in read_answers(file):
-            if key not in seen:
-                seen.add(key)
+            if key not in counted_keys:
+                counted_keys.add(key)
                 budget.count(TokenUsage.of(Answer.from_row(row)))
     return budget.spent
 

@@ -164,8 +164,8 @@ def _sentence(error: ErrorDetails, kind: str, config: type[JudgeConfig]) -> str:
     if len(error["loc"]) > 1 and name in _EXPECTED:
         return f"{key} must be a list whose elements are each {_EXPECTED[name]}, not {value!r}."
     if name in _EXPECTED:
-        shown = "null. Leave the key out to use its default" if value is None else repr(value)
-        return f"{key} must be {_EXPECTED[name]}, not {shown}."
+        text = "null. Leave the key out to use its default" if value is None else repr(value)
+        return f"{key} must be {_EXPECTED[name]}, not {text}."
     if name == "greater_than_equal" and context["ge"] == 0:
         return f"{key} must not be negative, not {value}."
     if name == "greater_than_equal":

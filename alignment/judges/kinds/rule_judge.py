@@ -88,10 +88,11 @@ class Fluency:
         counts: dict[str, int] = {}
         for word in fitted:
             counts[word] = counts.get(word, 0) + 1
-        known = [word for word in sorted(counts) if counts[word] > 1]
-        ids = {word: number for number, word in enumerate(known, start=1)}  # 0 is any other word
+        vocabulary = [word for word in sorted(counts) if counts[word] > 1]
+        # 0 is any other word.
+        ids = {word: number for number, word in enumerate(vocabulary, start=1)}
         digest = sha256(json.dumps(documents).encode()).hexdigest()
-        if len(known) < 10 or len(scale) < 10:
+        if len(vocabulary) < 10 or len(scale) < 10:
             raise UserError("--rule-text has too few words to learn from. Pass at least 100 texts.")
         model = Bigram.fit(_numbered(fitted, ids), len(ids) + 1)
         itself = cls(ids, model, 0.0, 1.0, digest)

@@ -153,8 +153,10 @@ def read_column(prompt: Prompt, column: str) -> Any:
     names = sorted(prompt.metadata)
     nearest = get_close_matches(column, names, n=1)
     advice = f" Did you mean {nearest[0]!r}?" if nearest else ""
-    known = f"its columns are {', '.join(names)}" if names else "it has no metadata"
-    raise CannotVerify(f"there is no value in the column {column!r}; {known}.{advice}".rstrip("."))
+    columns = f"its columns are {', '.join(names)}" if names else "it has no metadata"
+    raise CannotVerify(
+        f"there is no value in the column {column!r}; {columns}.{advice}".rstrip(".")
+    )
 
 
 def read_references(prompt: Prompt, column: str) -> list[Any]:

@@ -42,22 +42,22 @@ def extract_answer(text: str, how: Extract = "auto") -> str | None:
     if how == "whole":
         return text.strip()
     for find in _RULES[how]:
-        if (found := find(text)) is not None:
-            return found.strip(_EMPHASIS)
+        if (answer := find(text)) is not None:
+            return answer.strip(_EMPHASIS)
     return None
 
 
 def boxed(text: str) -> str | None:
     r"""Return the content of the last `\boxed{}` whose braces are balanced, or None."""
     begins = {match.end() for match in _BOXED.finditer(text)}
-    found: tuple[int, int] | None = None
+    span: tuple[int, int] | None = None
     opened: list[int] = []
     for brace in re.finditer(r"[{}]", text) if begins else ():
         if brace[0] == "{":
             opened.append(brace.end())
-        elif opened and (begin := opened.pop()) in begins and (not found or begin > found[0]):
-            found = (begin, brace.start())
-    return text[slice(*found)] if found else None
+        elif opened and (begin := opened.pop()) in begins and (not span or begin > span[0]):
+            span = (begin, brace.start())
+    return text[slice(*span)] if span else None
 
 
 def _last_line(text: str) -> str | None:

@@ -197,16 +197,19 @@ class StudyPlan:
         )  # fmt: skip
 
     def _labels(self, seed: int) -> Step:
-        real, drawn = self.output / "splits" / "judge.jsonl", self._folder(seed) / "drawn.jsonl"
+        real, sampled_file = (
+            self.output / "splits" / "judge.jsonl",
+            self._folder(seed) / "drawn.jsonl",
+        )
         responses = self._folder(seed) / "responses"
         return self._step(
             f"labels-seed{seed}", "responses for gold to label",
             module(
-                "examples.alignment.study.labels", "--real", real, "--drawn", drawn,
+                "examples.alignment.study.labels", "--real", real, "--drawn", sampled_file,
                 "--save", responses, "--seed", str(seed), *_flags(self.settings["labels"]),
             ),
             self._folder(seed) / "study.log", [responses / f"{part}.jsonl" for part in _PARTS],
-            [real, drawn, HERE / "labels.py"],
+            [real, sampled_file, HERE / "labels.py"],
         )  # fmt: skip
 
     def _gold(self, seed: int, part: str) -> Step:

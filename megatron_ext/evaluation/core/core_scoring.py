@@ -154,9 +154,9 @@ def texts_of(task: CoreTask, items: Sequence[CoreQuestion], index: int) -> list[
         index: Index of the question.
     """
     others = [i for i in range(len(items)) if i != index]
-    drawn = random.Random(_SHOTS_SEED + index).sample(others, task.shots)
+    examples = random.Random(_SHOTS_SEED + index).sample(others, task.shots)
     shots = ""
-    for example in (items[i] for i in drawn):
+    for example in (items[i] for i in examples):
         context, continuation = example.options[example.gold]
         shots += f"{context}{task.delimiter}{continuation}\n\n"
     texts = [

@@ -90,8 +90,8 @@ def dry_run(
         "parts": needed.parts,
         "fits": fit,
     }
-    shown = [f"{sentence[0].upper()}{sentence[1:].rstrip('.')}." for sentence in sentences]
-    print_report(facts, table_of(needed, device, len(facts["stages"])), shown)
+    lines = [f"{sentence[0].upper()}{sentence[1:].rstrip('.')}." for sentence in sentences]
+    print_report(facts, table_of(needed, device, len(facts["stages"])), lines)
     if device.named and not fit:
         raise LimitExceeded(f"--device: the layout {'. '.join(sentences)}")
 

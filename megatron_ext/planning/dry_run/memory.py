@@ -36,14 +36,14 @@ class RankMemory:
 
 def storage_bytes(tensors: Iterable[Any], apart_from: Iterable[Any] = ()) -> int:
     """Return the bytes of the distinct storages of `tensors`, except those of `apart_from`."""
-    known = {tensor.untyped_storage()._cdata for tensor in apart_from}
+    excluded = {tensor.untyped_storage()._cdata for tensor in apart_from}
     sizes = {
         storage._cdata: storage.nbytes()
         for tensor in tensors
         if isinstance(tensor, Tensor)
         for storage in [tensor.untyped_storage()]
     }
-    return sum(size for key, size in sizes.items() if key not in known)
+    return sum(size for key, size in sizes.items() if key not in excluded)
 
 
 def optimizer_tensors(optimizer: Any) -> Iterator[Any]:

@@ -159,8 +159,8 @@ def in_words(groups: list[dict[str, Any]]) -> CheckResult:
 
 def _names(members: list[int]) -> str:
     """Return the numbers of ranks, at most eight, in words."""
-    shown = " ".join(map(str, members[:8]))
-    return shown + (" ..." if len(members) > 8 else "")
+    ranks = " ".join(map(str, members[:8]))
+    return ranks + (" ..." if len(members) > 8 else "")
 
 
 def meet(args: Any, launch: Launch) -> CheckResult:

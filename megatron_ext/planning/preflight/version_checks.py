@@ -39,11 +39,11 @@ def check_versions(has_gpu: bool) -> Iterator[tuple[str, CheckResult]]:
         )
         yield requirement.name, CheckResult(message, FAILED)
     if installed:
-        shown = ", ".join(f"{name} {installed[name]}" for name in ("torch", "megatron-core"))
+        versions = ", ".join(f"{name} {installed[name]}" for name in ("torch", "megatron-core"))
         fit = len(installed) - len(outside)
         yield (
             "packages",
-            CheckResult(f"{shown} and others, {fit} of {len(installed)} within their ranges"),
+            CheckResult(f"{versions} and others, {fit} of {len(installed)} within their ranges"),
         )
     yield from _check_apex(PathFinder.find_spec("apex"))  # works also where the CPU device hides it
     if any(requirement.name == "transformer-engine" for requirement, _ in outside):

@@ -74,9 +74,9 @@ def _drawers(
     for name, title, label, smooth in _PANELS:
         curves = [group.curve(name) for group in groups]
         if any(len(at) for at, *_ in curves):
-            shown = f"{title} (smoothed)" if smooth else title
-            drawers[shown] = partial(
-                _panel, groups, curves, name, (shown, label.format(unit=unit)), longest,
+            heading = f"{title} (smoothed)" if smooth else title
+            drawers[heading] = partial(
+                _panel, groups, curves, name, (heading, label.format(unit=unit)), longest,
                 window if smooth else 0.0,
             )  # fmt: skip
     return drawers
@@ -107,14 +107,14 @@ def _panel(
 
 
 def _with_legend(draw: Callable[[Axes], None]) -> Callable[[Axes], None]:
-    def drawn(axes: Axes) -> None:
+    def draw_with_legend(axes: Axes) -> None:
         draw(axes)
         handles, labels = axes.get_legend_handles_labels()
         columns = 1 if max(map(len, labels)) > 34 else 2
         assert axes.figure is not None
         axes.figure.legend(handles, labels, loc="outside lower center", ncols=columns)
 
-    return drawn
+    return draw_with_legend
 
 
 def _spaced() -> ConstrainedLayoutEngine:
@@ -141,8 +141,8 @@ def _draw(axes: Axes, group: RunGroup, curve: Curve, number: int, window: float)
 
 def _fit(axes: Axes) -> None:
     """Fit the vertical axis to the curves without their first twentieth."""
-    drawn = [np.asarray(line.get_data(), dtype=float) for line in axes.lines]
-    values = np.concatenate([mean[at > 0.05 * at[-1]] for at, mean in drawn if len(at)])
+    points = [np.asarray(line.get_data(), dtype=float) for line in axes.lines]
+    values = np.concatenate([mean[at > 0.05 * at[-1]] for at, mean in points if len(at)])
     if len(values) < 3 or np.ptp(values) == 0:
         return
     margin = 0.06 * float(np.ptp(values))

@@ -105,8 +105,8 @@ def threshold_drift(run: ComparedRun) -> float | None:
 
 def _mean_over_layers(run: ComparedRun, name: str) -> float | None:
     values = [run.metrics.recent(name, layer) for layer in run.metrics.layers]
-    known = [float(value) for value in values if value is not None]
-    return float(np.mean(known)) if known else None
+    numbers = [float(value) for value in values if value is not None]
+    return float(np.mean(numbers)) if numbers else None
 
 
 FIGURES = (
@@ -137,11 +137,11 @@ def cells(figure: Figure, groups: Sequence[RunGroup]) -> list[str]:
     """Return the value of each group as text; empty if a run of the group has none."""
     row = []
     for group in groups:
-        known = [value for run in group.runs if (value := figure.of(run)) is not None]
-        if len(known) < len(group.runs):
+        numbers = [value for run in group.runs if (value := figure.of(run)) is not None]
+        if len(numbers) < len(group.runs):
             row.append("")
             continue
-        values = np.array(known, dtype=float)
+        values = np.array(numbers, dtype=float)
         cell = figure.form.format(values.mean())
         if len(values) > 1:
             spread = float(deviation(values))

@@ -25,10 +25,10 @@ def bytes_per_token(settings: Mapping[str, Any], split: str) -> float | None:
     prefixes = next((paths for name in _SPLITS[split] if (paths := settings.get(name))), None)
     if not isinstance(prefixes, list):
         return None
-    known = [_counts(Path(prefix)) for prefix in prefixes if not _is_weight(prefix)]
-    if not known or None in known:
+    all_counts = [_counts(Path(prefix)) for prefix in prefixes if not _is_weight(prefix)]
+    if not all_counts or None in all_counts:
         return None
-    total_bytes, tokens = (sum(counts[i] for counts in known if counts) for i in (0, 1))
+    total_bytes, tokens = (sum(counts[i] for counts in all_counts if counts) for i in (0, 1))
     return total_bytes / tokens if tokens else None
 
 

@@ -27,11 +27,11 @@ def scores(labels: list[float | None], sample: int = 0) -> list[Verdict]:
     ]
 
 
-def preference(item: str, shown: str, swapped: bool = False) -> Verdict:
+def preference(item: str, label: str, swapped: bool = False) -> Verdict:
     """What a judge said: A or B, in the order shown, or tie."""
-    if shown == "tie":
+    if label == "tie":
         return Verdict(item, Outcome.TIE, swapped=swapped)
-    side = Side.FIRST if (shown == "A") != swapped else Side.SECOND
+    side = Side.FIRST if (label == "A") != swapped else Side.SECOND
     return Verdict(item, Outcome.PREFERENCE, preferred=side, swapped=swapped)
 
 
@@ -111,7 +111,7 @@ def test_pairs_have_flips_ties_and_the_side_that_both_orders_prefer(tmp_path: Pa
     assert result["agreement"]["exact"]["value"] == pytest.approx(3 / 9)
 
 
-def test_a_judge_that_always_says_the_same_has_undefined_figures_with_reasons(
+def test_constant_judge_has_undefined_statistics_with_reasons(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     result = measured(tmp_path, scores([1, 2, 3]), scores([5, 5, 5]))["all"]["agreement"]
@@ -139,7 +139,7 @@ def test_a_judge_that_always_says_the_same_has_undefined_figures_with_reasons(
         ([], scores([1]), [], r"a\.jsonl is empty"),
     ],
 )
-def test_what_cannot_be_compared_is_refused_in_a_sentence(
+def test_incomparable_runs_are_refused_in_a_sentence(
     tmp_path: Path, first: Any, second: Any, flags: list[str], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
@@ -153,9 +153,7 @@ def test_items_of_both_files_are_compared_on_demand(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("pairs", [False, True])
-def test_without_an_item_that_both_judged_there_are_pictures_all_the_same(
-    tmp_path: Path, pairs: bool
-) -> None:
+def test_pictures_are_drawn_without_common_items(tmp_path: Path, pairs: bool) -> None:
     first, second = scores([1, None]), scores([None, 2])
     if pairs:
         first[0], second[1] = preference("r0", "A"), preference("r1", "B")
@@ -208,13 +206,13 @@ def test_a_third_judge_is_compared_with_the_second(
     files = [write(tmp_path / "a.jsonl", scores(gold.tolist()))]
     files.append(write(tmp_path / "b.jsonl", scores(worse.tolist())))
     main([*files, third, "--resamples", "20", "--output", str(tmp_path / "out")])
-    found = json.loads((tmp_path / "out" / "agreement.json").read_text())
-    result = found["differences"]["figures"]["alpha_interval"]
-    kept = [i for i in range(80) if i != 7]
-    known = np.array([np.nan if x is None else x for x in better])
+    report = json.loads((tmp_path / "out" / "agreement.json").read_text())
+    result = report["differences"]["figures"]["alpha_interval"]
+    common = [i for i in range(80) if i != 7]
+    values = np.array([np.nan if x is None else x for x in better])
     alphas = [
-        krippendorff.alpha(np.stack([gold, labels])[:, kept], level_of_measurement="interval")
-        for labels in (worse, known)
+        krippendorff.alpha(np.stack([gold, labels])[:, common], level_of_measurement="interval")
+        for labels in (worse, values)
     ]
     assert result["first"]["value"] == pytest.approx(alphas[0])
     assert result["second"]["value"] == pytest.approx(alphas[1])

@@ -79,7 +79,7 @@ def rows(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def test_whatever_the_endpoint_does_every_item_is_answered_once(
+def test_every_item_is_answered_once_under_random_endpoint_faults(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(KEY, "a key")
@@ -116,7 +116,7 @@ def test_whatever_the_endpoint_does_every_item_is_answered_once(
         assert f"{len(texts)} answered before" in again.stdout
 
 
-def test_a_killed_run_goes_on_without_a_label_lost_or_paid_for_twice(tmp_path: Path) -> None:
+def test_killed_run_resumes_without_losing_or_repeating_a_label(tmp_path: Path) -> None:
     texts, workers = texts_of(60), 4
     with Endpoint(lambda t, n: status(500) if n == 0 and int(t[3:]) % 5 == 0 else None) as server:
         server.seconds = 0.02
@@ -180,7 +180,7 @@ def test_failures_are_failures_and_too_many_stop_the_run(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("fault, message", [(status(401), "status 401: this is 401"),
                                          (status(404), "status 404: this is 404")])  # fmt: skip
-def test_an_endpoint_that_refuses_all_is_asked_once(
+def test_endpoint_that_refuses_every_request_is_called_once(
     tmp_path: Path, fault: Any, message: str
 ) -> None:
     with Endpoint(lambda text, n: fault) as server:
@@ -209,7 +209,7 @@ def test_pairs_are_shown_in_both_orders_and_samples_are_calls_of_their_own(tmp_p
         assert {b["temperature"] for b in server.bodies} == {0.7}
 
 
-def test_what_is_cut_off_or_malformed_is_no_score(tmp_path: Path) -> None:
+def test_truncated_or_malformed_answer_is_no_score(tmp_path: Path) -> None:
     messages = {
         "a": chat("I would say", finish_reason="length"),
         "b": chat("ten"),
@@ -266,7 +266,7 @@ def test_a_policy_answers_prompts(tmp_path: Path) -> None:
         assert done.returncode == 2 and "row 1 is a response" in done.stderr
 
 
-def test_an_endpoint_that_died_is_noticed_before_a_share_of_all_has_failed(
+def test_dead_endpoint_is_detected_before_many_requests_have_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     texts, stored, add = texts_of(60), threading.Event(), AnswerStore.add

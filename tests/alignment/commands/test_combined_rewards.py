@@ -68,10 +68,10 @@ def run_all(place, runs, url):
         ("rich", "priced", "priced", 1000, ()),
     ):
         (place / "priced.yaml").write_text(priced.replace("COST", str(cost)))
-        said, warned = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(warned):
+        output, warned = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(warned):
             result = train(place, runs / run, place / f"{judge}.yaml", *more)
-        results[name] = (result, said.getvalue(), warned.getvalue())
+        results[name] = (result, output.getvalue(), warned.getvalue())
     return results
 
 
@@ -131,7 +131,7 @@ def test_rewards_are_sums_with_one_curve_each_and_gold_may_be_left_out(place, tm
         (["--stop-on-alarm"], "--stop-on-alarm requires --gold"),
     ],
 )
-def test_what_grades_needs_something_to_grade(place, flags, message):
+def test_grading_flags_require_held_out_prompts(place, flags, message):
     words = [
         "--model",
         str(place / "model"),

@@ -20,10 +20,10 @@ WORDS = [f"word{n}" for n in range(500)]
 
 def preferences(count: int, seed: int = 0) -> Iterator[dict[str, Any]]:
     """Rows in the columns of Tulu 3; every tenth prompt is near to the one before."""
-    rng, asked = random.Random(seed), [""]
+    rng, questions = random.Random(seed), [""]
     for number in range(count):
-        asked = [*asked[:-1], "more"] if number % 10 == 9 else rng.choices(WORDS, k=20)
-        turn = {"role": "user", "content": " ".join(asked)}
+        questions = [*questions[:-1], "more"] if number % 10 == 9 else rng.choices(WORDS, k=20)
+        turn = {"role": "user", "content": " ".join(questions)}
         answers = [[turn, {"role": "assistant", "content": " ".join(rng.choices(WORDS, k=40))}]
                    for _ in range(2)]  # fmt: skip
         yield {
@@ -139,13 +139,13 @@ def test_malformed_rows_are_counted_and_too_many_stop(
         main(["import", "--input", raw, "--output", str(file), "--max-malformed", "0"])
     assert not file.exists()
     main(["import", "--input", raw, "--output", str(file)])
-    said = capsys.readouterr().out
-    assert "Left out 1 malformed rows" in said and "Left out 1 pairs of a response with" in said
+    output = capsys.readouterr().out
+    assert "Left out 1 malformed rows" in output and "Left out 1 pairs of a response with" in output
     assert len(list(read_records(file))) == 8
 
 
 @pytest.mark.parametrize(
-    "words, said",
+    "words, message",
     [
         (["import", "--output", "x.jsonl"], "either files as --input or a --package"),
         (
@@ -161,8 +161,8 @@ def test_malformed_rows_are_counted_and_too_many_stop(
         (["split", "--input", "x", "--save", "y", "--split", "a=b"], "Give NAME=1000"),
     ],
 )
-def test_what_cannot_be_done_is_refused(words: list[str], said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_impossible_requests_are_refused(words: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         main(words)
 
 

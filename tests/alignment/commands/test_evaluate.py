@@ -48,7 +48,7 @@ def evaluated(folder: Path, files: list[str], *flags: object) -> Any:
     return json.loads((folder / "out" / "evaluation.json").read_text())
 
 
-def test_two_judges_are_asked_once_and_their_figures_are_numpys(
+def test_two_judges_are_called_once_and_their_statistics_equal_numpy(
     tmp_path: Path, files: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with Endpoint() as scorer, Endpoint() as biased:
@@ -79,8 +79,8 @@ def test_two_judges_are_asked_once_and_their_figures_are_numpys(
         of = preferences[name]
         assert of["win_rate"]["value"] == 0.5 and of["flips"]["value"] == 1.0
         assert of["strength"]["value"] == pytest.approx(0)
-    shown = capsys.readouterr().out
-    assert "scores of digits" in shown and "position, against base" in shown
+    output = capsys.readouterr().out
+    assert "scores of digits" in output and "position, against base" in output
 
 
 def test_verdicts_of_files_need_no_judge_and_bad_ones_leave_the_figures(
@@ -121,9 +121,9 @@ def test_verdicts_of_files_need_no_judge_and_bad_ones_leave_the_figures(
         "--max-failed",
         "0.1",
     )
-    shown = capsys.readouterr().out
-    assert f"{N - 3} of {N} (3 failed calls)" in shown
-    assert f"{N - 1} of {N} (1 malformed answer)" in shown
+    output = capsys.readouterr().out
+    assert f"{N - 3} of {N} (3 failed calls)" in output
+    assert f"{N - 1} of {N} (1 malformed answer)" in output
     of = result["judges"]["j"]["preferences"]["policies"]
     for name, won in outcomes.items():
         assert of[name]["win_rate"]["value"] == pytest.approx(np.mean(won))
@@ -141,7 +141,7 @@ def test_verdicts_of_files_need_no_judge_and_bad_ones_leave_the_figures(
     capsys.readouterr()
 
 
-def test_a_policy_that_always_wins_has_a_limit_and_its_rule_is_told(
+def test_policy_that_always_wins_has_a_limit_with_its_rule(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = (Path(__file__).read_text() * 8).split()
@@ -162,7 +162,7 @@ def test_a_policy_that_always_wins_has_a_limit_and_its_rule_is_told(
     assert "∞" in capsys.readouterr().out
 
 
-def test_a_policy_without_a_judgement_takes_no_figure_from_others(
+def test_policy_without_a_judgment_has_no_figures_of_others(
     tmp_path: Path, files: list[str]
 ) -> None:
     out = tmp_path / "out"

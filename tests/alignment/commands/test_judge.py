@@ -140,7 +140,7 @@ REFUSED = {
 }
 
 
-def test_wrong_commands_are_told_in_a_sentence(place):
+def test_wrong_commands_are_refused_in_a_sentence(place):
     [result] = run_ranks(refusals, 1, place)
     for sentence, expected in zip(result, REFUSED.values()):
         assert expected in sentence, sentence

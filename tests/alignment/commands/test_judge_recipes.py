@@ -52,9 +52,9 @@ def dry_runs(cases: list[list[str]]) -> list[dict[str, Any]]:
             assert main([*case, "--dry-run", "8"]) == 0
         destroy_global_state()
         lines = printed.getvalue().splitlines()
-        shown = [line for line in lines if line.startswith("While it answers")]
+        totals = [line for line in lines if line.startswith("While it answers")]
         mebibytes = (
-            int(shown[0].split("up to ")[1].split(" MiB")[0].replace(",", "")) if shown else 0
+            int(totals[0].split("up to ")[1].split(" MiB")[0].replace(",", "")) if totals else 0
         )
         results.append({**json.loads(lines[-1]), "cache": mebibytes * 2**20})
     return results
@@ -125,7 +125,7 @@ def test_settings_are_the_papers() -> None:
 
 
 @pytest.mark.parametrize("tensor", [1, 2])
-def test_the_cache_told_is_the_cache_that_grows(tensor: int) -> None:
+def test_reported_cache_size_is_that_of_the_growing_cache(tensor: int) -> None:
     from alignment.commands.training_dry_run import cache_bytes
     from alignment.engines.megatron_launch import MegatronLayout
     from megatron_ext.hf.configs import load_config

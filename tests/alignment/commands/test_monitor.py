@@ -70,7 +70,7 @@ def test_shares_limits_and_alarms_are_shown_and_written(
     assert written[2]["words"] == 7
 
 
-def test_alarms_alone_do_not_fail_and_usual_lengths_are_those_given(
+def test_alarms_alone_do_not_fail_and_usual_lengths_can_be_set(
     responses: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["--input", responses]) == 0
@@ -114,8 +114,8 @@ def test_own_fixtures_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture
                                "0/1", "0.00", "to", "0.79"]  # fmt: skip
     assert null.split()[:3] == ["null", "0/0", "-"]
     assert main(["--fixtures"]) == 0
-    shown = capsys.readouterr().out
-    assert shown.count("judge_injection") == 3 and "held_out" in shown
+    output = capsys.readouterr().out
+    assert output.count("judge_injection") == 3 and "held_out" in output
 
 
 def gaming_judge(tmp_path: Path) -> str:

@@ -48,7 +48,7 @@ def rows_of(run):
 
 
 @pytest.mark.slow
-def test_a_policy_on_deepspeed_goes_on_after_a_kill_and_begins_as_on_megatron(tmp_path):
+def test_policy_on_deepspeed_resumes_after_a_kill_and_starts_as_on_megatron(tmp_path):
     make_model(tmp_path / "model", num_hidden_layers=1, max_position_embeddings=128)
     for name, count in (("prompts", 24), ("held_out", 6)):
         messages = [Message("user", f"say good {name} {n}") for n in range(count)]

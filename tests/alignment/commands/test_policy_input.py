@@ -95,7 +95,7 @@ def cases(folder, runs, url):
 
 
 @pytest.mark.slow
-def test_a_policy_copes_with_what_it_is_given(place, tmp_path):
+def test_policy_accepts_unusual_prompts(place, tmp_path):
     (place / "pointwise-brief.txt").write_text(BRIEF)
     (place / "pointwise-item.txt").write_text(
         "=== user ===\n{mark} <item> {prompt} {response} {answer}\n"

@@ -135,7 +135,7 @@ def silent_where(verdicts, hard):
     ]
 
 
-def test_silence_on_hard_items_makes_no_judge_better(files, capsys):
+def test_judge_does_not_gain_by_failing_on_hard_items(files, capsys):
     """A judge that is as good as the current one, and says nothing where that is far off."""
     gold = {v.item: v.score for v in scores(0.0, "gold")}
     current = scores(1.0, "good")
@@ -180,7 +180,7 @@ def test_of_pairs_what_one_judge_leaves_out_counts_for_none(files):
 
 
 @pytest.mark.parametrize("link", [False, True])
-def test_a_promotion_that_was_killed_between_the_renames_is_mended(files, link):
+def test_promotion_killed_between_the_renames_is_repaired(files, link):
     current, old = files / "current", files / ".current.old"
     if link:
         current.rename(files / "elsewhere")

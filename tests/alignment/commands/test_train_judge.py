@@ -215,7 +215,7 @@ def rows_of(place: Path) -> list[dict]:
 
 
 @pytest.mark.parametrize("how", [die, stop])
-def test_a_run_goes_on_exactly_in_the_middle_of_a_step(study, tmp_path, how):
+def test_run_resumes_exactly_in_the_middle_of_a_step(study, tmp_path, how):
     whole, place = tmp_path / "whole", tmp_path / "cut"
     [(ended, sampled)] = run_ranks(interrupted, 1, study, whole, None, 0)
     assert ended == 0 and sampled == 4 * 6 * 4
@@ -254,7 +254,7 @@ def judged_by_a_poor_server(folder, place, dies):
         train(rl, TrainingSchedule(3, save_every=3, evaluate_every=3))
 
 
-def test_failures_of_a_step_that_was_trained_stand(study, tmp_path):
+def test_failures_of_a_trained_step_are_final(study, tmp_path):
     """The responses of the steps after it are of the weights that came of it."""
     with pytest.raises(Exception, match=r"9|died|exit"):
         run_ranks(judged_by_a_poor_server, 1, study, tmp_path, True)
@@ -265,7 +265,7 @@ def test_failures_of_a_step_that_was_trained_stand(study, tmp_path):
     assert after[:2] == before and after[2]["failed"] == 0
 
 
-def test_the_model_of_another_run_is_not_gone_on_with(study, tmp_path):
+def test_model_of_another_run_is_not_resumed(study, tmp_path):
     from megatron_ext.errors import UserError
 
     run_ranks(begin, 1, study, tmp_path, {"lr": 1.0})

@@ -217,7 +217,7 @@ def test_a_policy_is_trained_with_a_critic(place, tmp_path):
 
 
 @pytest.mark.slow
-def test_judges_that_fail_end_the_run_and_are_asked_again(place, tmp_path):
+def test_failing_judges_end_the_run_and_are_called_again_on_resume(place, tmp_path):
     (tmp_path / "pointwise-brief.txt").write_text(
         "=== user ===\n{mark} <item> {prompt} {response} {answer}\n"
     )

@@ -59,31 +59,31 @@ def learn_and_answer(folder, run):
         "--validation-input", folder / "validation.jsonl", "--epochs", 10, "--batch-size", 16,
         "--seq-length", 64, "--lr", 1e-2, "--eval-interval", 10, "--micro-batch-size", 2,
     )  # fmt: skip
-    told = [trained]
+    results = [trained]
     for name, *more in (
         ("greedy", "--temperature", 0),
         ("drawn", "--temperature", 1, "--samples", 2, "--seed", 5),
         ("greedy", "--temperature", 1),
     ):
-        told.append(
+        results.append(
             call(
                 generate, "--model", run / "best", "--input", folder / "prompts.jsonl",
                 "--output", run / f"{name}.jsonl", "--max-new-tokens", 12,
                 "--generation-batch-size", 3, *more,
             )
         )  # fmt: skip
-    return told
+    return results
 
 
 def test_a_model_learns_to_answer(place, tmp_path):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    found = []
+    results = []
     for ranks in (1, 2):
         run = tmp_path / str(ranks)
-        trained, greedy, drawn, refused = run_ranks(learn_and_answer, ranks, place, run)[0]
-        assert (trained, greedy, drawn) == (0, 0, 0)
+        trained, greedy, sampled_texts, refused = run_ranks(learn_and_answer, ranks, place, run)[0]
+        assert (trained, greedy, sampled_texts) == (0, 0, 0)
         assert "greedy.jsonl was made with another model" in refused
         metrics = [json.loads(line) for line in (run / "metrics.jsonl").open()]
         valid = {r["step"]: r["validation/log_prob"] for r in metrics if "validation/log_prob" in r}
@@ -97,23 +97,23 @@ def test_a_model_learns_to_answer(place, tmp_path):
         assert {mark for *_, mark in ids} != {answers[0].id.rpartition("-")[2]}
         best = json.loads((run / "best" / "best.json").read_text())
         assert best["validation/log_prob"] == max(valid.values())
-        found.append((list(valid.values()), [row.text for row in samples]))
-    assert found[0][0] == pytest.approx(found[1][0], abs=1e-4)
-    assert found[0][1] == found[1][1]
+        results.append((list(valid.values()), [row.text for row in samples]))
+    assert results[0][0] == pytest.approx(results[1][0], abs=1e-4)
+    assert results[0][1] == results[1][1]
 
     tokenizer = AutoTokenizer.from_pretrained(place / "model")
     model = AutoModelForCausalLM.from_pretrained(place / "model")
     total, count = 0.0, 0
     for row in rows(9, 100):
-        asked = [m.__dict__ for m in row.prompt.messages]
-        prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        messages = [m.__dict__ for m in row.prompt.messages]
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         begin = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
         ids = tokenizer(f"{prompt}{row.text}<|end|>", add_special_tokens=False)["input_ids"]
         with torch.no_grad():
             logs = model(torch.tensor([ids])).logits[0].log_softmax(dim=-1)
         total += sum(float(logs[i - 1, ids[i]]) for i in range(begin, len(ids)))
         count += len(ids) - begin
-    assert found[0][0][0] == pytest.approx(total / count, abs=1e-4)
+    assert results[0][0][0] == pytest.approx(total / count, abs=1e-4)
 
 
 def generate_of(folder, models):
@@ -130,7 +130,7 @@ def generate_of(folder, models):
     ]  # fmt: skip
 
 
-def test_what_models_generate_is_evaluated_together(place, tmp_path):
+def test_generated_responses_of_models_are_evaluated_together(place, tmp_path):
     start, trained = tmp_path / "start", tmp_path / "trained"
     for model, layers in ((start, 1), (trained, 2)):
         make_model(model, num_hidden_layers=layers, max_position_embeddings=128)
@@ -143,14 +143,14 @@ def test_what_models_generate_is_evaluated_together(place, tmp_path):
         ["--responses", *files, "--baseline", files[0], "--output", str(out),
          "--resamples", "20", "--judge", "rule", "--rule-text", str(text)]
     )  # fmt: skip
-    found = json.loads((out / "evaluation.json").read_text())
-    assert found["policies"] == [str(start), str(trained)] and found["prompts"] == 7
-    [of] = found["judges"].values()
+    report = json.loads((out / "evaluation.json").read_text())
+    assert report["policies"] == [str(start), str(trained)] and report["prompts"] == 7
+    [of] = report["judges"].values()
     assert of["scores"]["policies"][str(trained)]["judged"] == 7
     assert of["preferences"]["policies"][str(trained)]["judged"] == 7
 
 
-def test_what_cannot_be_learned_from_is_told(place, tmp_path):
+def test_unusable_training_data_is_refused(place, tmp_path):
     from alignment.commands.train_sft_config import parse
 
     base = ["--model", str(place / "model"), "--run-dir", str(tmp_path / "run")]
@@ -161,8 +161,8 @@ def test_what_cannot_be_learned_from_is_told(place, tmp_path):
     file = tmp_path / "long.jsonl"
     with RecordWriter(file) as writer:
         writer.write(rows(1)[0])
-    [told] = run_ranks(learn_from, 1, place, tmp_path / "run", file)
-    assert told.startswith(f"All 1 responses of {file} are longer with their prompts")
+    [message] = run_ranks(learn_from, 1, place, tmp_path / "run", file)
+    assert message.startswith(f"All 1 responses of {file} are longer with their prompts")
 
 
 def learn_late(folder, run):
@@ -184,7 +184,7 @@ def learn_late(folder, run):
         )  # fmt: skip
 
 
-def test_rank_0_says_whether_the_model_is_exported(place, tmp_path):
+def test_rank_0_decides_whether_the_model_is_exported(place, tmp_path):
     assert run_ranks(learn_late, 2, place, tmp_path / "run") == [0, 0]
     assert (tmp_path / "run" / "best" / "config.json").is_file()
 

@@ -78,27 +78,27 @@ def count(tokenizer: Any, ids: list[int], *names: str) -> list[int]:
 
 
 def test_prompt_and_completion_together_are_the_whole_conversation(tokenizer: Any) -> None:
-    got = example(tokenizer, TALK, "Blue, I think.")
+    result = example(tokenizer, TALK, "Blue, I think.")
     rows = [{"role": m.role, "content": m.content} for m in TALK]
     prompt = tokenizer.apply_chat_template(rows, add_generation_prompt=True, return_dict=False)
     whole = tokenizer.apply_chat_template(
         [*rows, {"role": "assistant", "content": "Blue, I think."}], return_dict=False
     )
-    assert got.prompt == prompt == prompt_ids(tokenizer, TALK)
-    assert got.completion[-1] == tokenizer.eos_token_id
-    assert tokenizer.decode(got.completion) == "Blue, I think.<|im_end|>"
+    assert result.prompt == prompt == prompt_ids(tokenizer, TALK)
+    assert result.completion[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(result.completion) == "Blue, I think.<|im_end|>"
     # The template's line break after the end is not for the model to write.
-    assert got.prompt + got.completion == whole[:-1] and tokenizer.decode(whole[-1:]) == "\n"
+    assert result.prompt + result.completion == whole[:-1] and tokenizer.decode(whole[-1:]) == "\n"
 
 
 def test_no_message_can_end_itself_or_begin_another(tokenizer: Any) -> None:
-    got = example(tokenizer, [*TALK[:1], Message("user", HOSTILE)], HOSTILE)
+    result = example(tokenizer, [*TALK[:1], Message("user", HOSTILE)], HOSTILE)
     start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
-    assert got.prompt.count(start) == 3 and got.prompt.count(end) == 2
-    assert got.completion.count(end) == 1 and got.completion[-1] == end
-    assert start not in got.completion
-    assert tokenizer.decode(got.completion) == HOSTILE + "<|im_end|>"
-    assert HOSTILE in tokenizer.decode(got.prompt)
+    assert result.prompt.count(start) == 3 and result.prompt.count(end) == 2
+    assert result.completion.count(end) == 1 and result.completion[-1] == end
+    assert start not in result.completion
+    assert tokenizer.decode(result.completion) == HOSTILE + "<|im_end|>"
+    assert HOSTILE in tokenizer.decode(result.prompt)
 
 
 @pytest.mark.parametrize("role", ["system", "user", "tool"])
@@ -158,7 +158,7 @@ def test_another_spelling_of_a_control_token_stays_text() -> None:
     assert tokenizer.convert_ids_to_tokens(ids) == [*"</think>", "<e>"]
 
 
-def test_a_piece_of_the_vocabulary_that_spells_a_control_token_is_not_taken() -> None:
+def test_vocabulary_piece_that_spells_a_control_token_is_not_used() -> None:
     pieces = [("?", 0.0), ("</s>", 0.0), *((c, -2.0) for c in "</s>abc")]
     backend = Tokenizer(models.Unigram(pieces, unk_id=0))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
@@ -171,22 +171,24 @@ def test_a_piece_of_the_vocabulary_that_spells_a_control_token_is_not_taken() ->
 def test_the_markers_of_an_answers_own_thinking_are_tokens() -> None:
     tokenizer = byte_level(THINKING)
     answer = "<think>\nso </think> is <tool_call>\n</think>\n7"
-    got = example(tokenizer, ASK, "<think>\nit is\n</think>\n7<think>")
-    assert decode_ids(tokenizer, got.completion) == "<think>\nit is\n</think>\n\n7<think><|im_end|>"
-    assert count(tokenizer, got.completion, "<think>", "</think>") == [1, 1]
-    got = example(byte_level(TURNS), ASK, answer)  # the first one ends it
-    assert count(tokenizer, got.completion, "<think>", "</think>", "<tool_call>") == [1, 1, 0]
+    result = example(tokenizer, ASK, "<think>\nit is\n</think>\n7<think>")
+    assert (
+        decode_ids(tokenizer, result.completion) == "<think>\nit is\n</think>\n\n7<think><|im_end|>"
+    )
+    assert count(tokenizer, result.completion, "<think>", "</think>") == [1, 1]
+    result = example(byte_level(TURNS), ASK, answer)  # the first one ends it
+    assert count(tokenizer, result.completion, "<think>", "</think>", "<tool_call>") == [1, 1, 0]
     for text in ("no </think> here", "say <think>\n</think>", "<think> without end"):
-        got = example(byte_level(TURNS), ASK, text)
-        assert count(tokenizer, got.completion, "<think>", "</think>") == [0, 0], text
+        result = example(byte_level(TURNS), ASK, text)
+        assert count(tokenizer, result.completion, "<think>", "</think>") == [0, 0], text
 
 
 def test_an_answer_whose_thinking_the_template_opens_has_the_closing_marker() -> None:
     tokenizer = byte_level(OPENED)
-    got = example(tokenizer, ASK, "<think>\nit is\n</think>\n7")
-    assert decode_ids(tokenizer, got.prompt).endswith("assistant\n<think>\n")
-    assert decode_ids(tokenizer, got.completion) == "it is\n</think>\n\n7<|im_end|>"
-    assert count(tokenizer, got.completion, "<think>", "</think>") == [0, 1]
+    result = example(tokenizer, ASK, "<think>\nit is\n</think>\n7")
+    assert decode_ids(tokenizer, result.prompt).endswith("assistant\n<think>\n")
+    assert decode_ids(tokenizer, result.completion) == "it is\n</think>\n\n7<|im_end|>"
+    assert count(tokenizer, result.completion, "<think>", "</think>") == [0, 1]
 
 
 def test_thinking_that_a_template_leaves_out_of_the_trained_answer_is_refused() -> None:
@@ -216,7 +218,7 @@ def test_a_template_that_leaves_out_a_message_is_refused(rendered: str, messages
         example(tokenizer, messages, "9")
 
 
-def test_messages_that_a_template_merges_trims_or_quotes_are_kept() -> None:
+def test_messages_that_a_template_merges_trims_or_quotes_are_accepted() -> None:
     merged = (
         "{% for m in messages %}{% if m.role == 'tool' %}{{ m.content | tojson }}{% else %}"
         "{{ m.content | trim }}{% endif %}\n{% endfor %}"
@@ -246,7 +248,7 @@ def test_an_answer_must_end_with_an_end_token_of_the_model(tmp_path: Path, capsy
     assert check_template(byte_level(), ASK) is None
 
 
-def test_a_tokenizer_without_a_template_or_with_one_that_cannot_do_is_told(tokenizer: Any) -> None:
+def test_tokenizer_without_a_usable_template_is_refused(tokenizer: Any) -> None:
     def with_template(template: str | None) -> Any:
         other = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
         other.chat_template = template

@@ -14,21 +14,21 @@ from megatron_ext.data.row_files import MalformedRow
 from megatron_ext.errors import UserError
 
 
-def said(role: str, content: str) -> dict[str, str]:
+def turn(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
-ASKED = [said("user", "Name a colour."), said("assistant", "Red."), said("user", "Another.")]
+ASKED = [turn("user", "Name a colour."), turn("assistant", "Red."), turn("user", "Another.")]
 TULU = {
     "id": "if_1", "source": "ai2-adapt-dev/pref", "prompt": "Name a colour.",
-    "chosen": [*ASKED, said("assistant", "Blue.")], "rejected": [*ASKED, said("assistant", "No.")],
+    "chosen": [*ASKED, turn("assistant", "Blue.")], "rejected": [*ASKED, turn("assistant", "No.")],
     "chosen_model": "a", "rejected_model": "b",
 }  # fmt: skip
 ULTRA = {
     "prompt": "Name a colour.", "prompt_id": "abc",
-    "chosen": [ASKED[0], said("assistant", "Blue.")],
-    "rejected": [ASKED[0], said("assistant", "No.")],
-    "messages": [ASKED[0], said("assistant", "Blue.")],
+    "chosen": [ASKED[0], turn("assistant", "Blue.")],
+    "rejected": [ASKED[0], turn("assistant", "No.")],
+    "messages": [ASKED[0], turn("assistant", "Blue.")],
     "score_chosen": 8.0, "score_rejected": 5.5,
 }  # fmt: skip
 HH = {
@@ -74,7 +74,7 @@ def test_preferences(suffix: str, tmp_path: Path) -> None:
 
 
 def test_conversations_are_prompts_or_responses_by_who_speaks_last(tmp_path: Path) -> None:
-    answered = [*ASKED, said("assistant", "Blue.")]
+    answered = [*ASKED, turn("assistant", "Blue.")]
     rows = [{"messages": ASKED}, {"messages": answered}, {"messages": ASKED, "id": 7}]
     prompt, response, other = read_records(written(tmp_path, rows), source="here")
     assert isinstance(prompt, Prompt) and isinstance(response, Response)
@@ -82,7 +82,7 @@ def test_conversations_are_prompts_or_responses_by_who_speaks_last(tmp_path: Pat
     assert isinstance(other, Prompt) and other.id == "7"
 
 
-def test_the_side_of_the_chosen_response_tells_nothing(tmp_path: Path) -> None:
+def test_side_of_the_chosen_response_is_random(tmp_path: Path) -> None:
     rows = [{"prompt": f"{n}", "chosen": f"c{n}", "rejected": f"r{n}"} for n in range(400)]
     swapped = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
     pairs = list(read_records(written(tmp_path, rows)))
@@ -98,21 +98,21 @@ def test_the_side_of_the_chosen_response_tells_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "row, reason",
     [
-        (TULU | {"rejected": [ASKED[0], said("assistant", "No.")]}, "do not answer the same"),
+        (TULU | {"rejected": [ASKED[0], turn("assistant", "No.")]}, "do not answer the same"),
         (TULU | {"rejected": ASKED}, "rejected does not end with an answer"),
-        (TULU | {"rejected": [said("assistant", "No.")]}, "do not answer the same"),
-        (TULU | {"chosen": [*ASKED, said("assistant", None)]}, "must be text, not null"),  # type: ignore[arg-type]
+        (TULU | {"rejected": [turn("assistant", "No.")]}, "do not answer the same"),
+        (TULU | {"chosen": [*ASKED, turn("assistant", None)]}, "must be text, not null"),  # type: ignore[arg-type]
         (TULU | {"chosen": None}, "chosen must be a list of messages or text, not null"),
         (HH | {"rejected": "No."}, "a transcript begins with"),
         (HH | {"rejected": "\n\nHuman: a\n\nHuman: b\n\nAssistant: c"}, "two turns of Human"),
     ],
 )
-def test_rows_that_are_no_preferences_are_told(row: Any, reason: str, tmp_path: Path) -> None:
+def test_rows_that_are_no_preferences_are_reported(row: Any, reason: str, tmp_path: Path) -> None:
     [malformed] = read_records(written(tmp_path, [row]))
     assert isinstance(malformed, MalformedRow) and reason in str(malformed)
 
 
-ANSWERS = {"chosen": [said("assistant", "C")], "rejected": [said("assistant", "R")]}
+ANSWERS = {"chosen": [turn("assistant", "C")], "rejected": [turn("assistant", "R")]}
 TRANSCRIPT = "\n\nHuman: Two and two?\n\nAssistant: Four.\n\nHuman: Twice that?\n\nAssistant:"
 TURNS = (
     Message("user", "Two and two?"), Message("assistant", "Four."), Message("user", "Twice that?")
@@ -150,7 +150,7 @@ def test_a_prompt_may_be_in_its_own_column(
 
 
 def with_field(**fields: Any) -> list[dict[str, Any]]:
-    return [said("user", "Q"), {**said("assistant", "A"), **fields}]
+    return [turn("user", "Q"), {**turn("assistant", "A"), **fields}]
 
 
 @pytest.mark.parametrize(
@@ -163,15 +163,15 @@ def with_field(**fields: Any) -> list[dict[str, Any]]:
         ({"messages": with_field(train=False)}, "'train'"),
         ({"messages": with_field(content=[{"type": "image_url"}])}, "a list of parts"),
         ({"messages": with_field(content=None)}, "must be text, not null"),
-        ({"messages": [said("critic", "D"), *with_field()]}, "not 'critic'"),
+        ({"messages": [turn("critic", "D"), *with_field()]}, "not 'critic'"),
         ({"conversations": [{"from": "human", "value": "Q"},
                             {"from": "function_call", "value": "{}"}]}, "not 'function_call'"),
-        ({"messages": [said("system", "S"), said("developer", "D")]}, "a system message after"),
-        ({"messages": [said("user", "Q"), said("system", "S")]}, "a system message after"),
-        ({"messages": [said("system", "S")]}, "nothing of the user's"),
-        ({"messages": [*with_field(), *with_field()[1:], said("user", "Q")]}, "in a row"),
+        ({"messages": [turn("system", "S"), turn("developer", "D")]}, "a system message after"),
+        ({"messages": [turn("user", "Q"), turn("system", "S")]}, "a system message after"),
+        ({"messages": [turn("system", "S")]}, "nothing of the user's"),
+        ({"messages": [*with_field(), *with_field()[1:], turn("user", "Q")]}, "in a row"),
         ({"messages": with_field(), "tools": [{"name": "f"}]}, "column tools is a part"),
-        ({"messages": [said("system", "T"), *with_field()], "system": "S"}, "different system"),
+        ({"messages": [turn("system", "T"), *with_field()], "system": "S"}, "different system"),
         ({"messages": with_field(), "system": ["S"]}, "system must be text"),
         ({"messages": by_lists(with_field()) | {"role": ["user"]}}, "different lengths"),
         ({"prompt": TRANSCRIPT + " The", "chosen": " C", "rejected": " R"}, "a part of the answer"),
@@ -179,13 +179,13 @@ def with_field(**fields: Any) -> list[dict[str, Any]]:
         ({"prompt": TRANSCRIPT, "chosen": " C\n\nHuman: D", "rejected": " R"}, "further turns"),
         ({"prompt": "Q", "chosen": ASKED, "rejected": ASKED}, "prompt is in no message"),
         ({"prompt": ASKED[:1], "chosen": ASKED[2:], "rejected": ASKED[2:]}, "does not begin with"),
-        ({"prompt": [*ASKED, said("assistant", "A")], **ANSWERS}, "in a row"),
+        ({"prompt": [*ASKED, turn("assistant", "A")], **ANSWERS}, "in a row"),
         (ULTRA | {"score_chosen": 5}, "score_chosen is below score_rejected"),
         (ULTRA | {"score_chosen": "8"}, "must be finite numbers"),
         (ULTRA | {"tie": "no"}, "tie must be true or false"),
     ],
 )  # fmt: skip
-def test_what_a_record_cannot_keep_is_refused_with_its_reason(
+def test_value_that_a_record_cannot_store_is_refused_with_its_reason(
     row: Any, reason: str, tmp_path: Path
 ) -> None:
     [malformed] = read_records(written(tmp_path, [row]))
@@ -194,12 +194,12 @@ def test_what_a_record_cannot_keep_is_refused_with_its_reason(
 
 def test_empty_fields_of_messages_and_rows_take_nothing_from_them(tmp_path: Path) -> None:
     message: dict[str, Any] = {
-        **said("assistant", ""),
+        **turn("assistant", ""),
         "tool_calls": [],
         "name": None,
         "reasoning_content": "",
     }
-    row = {"messages": [said("system", ""), said("user", "Q"), message], "tools": [], "system": ""}
+    row = {"messages": [turn("system", ""), turn("user", "Q"), message], "tools": [], "system": ""}
     [response] = read_records(written(tmp_path, [row]))
     assert isinstance(response, Response) and response.text == ""
     assert response.prompt.messages == (Message("system", ""), Message("user", "Q"))
@@ -207,7 +207,7 @@ def test_empty_fields_of_messages_and_rows_take_nothing_from_them(tmp_path: Path
     assert isinstance(tie, Pair) and tie.preferred is None
 
 
-def test_further_columns_are_kept_as_metadata_and_counted(tmp_path: Path) -> None:
+def test_further_columns_become_metadata_and_are_counted(tmp_path: Path) -> None:
     rows = [TULU, TULU | {"chosen_model": None, "chosen": None}, TULU | {"chosen_model": None}]
     file = RecordFile(written(tmp_path, rows))
     first, broken, last = file.read()
@@ -239,9 +239,9 @@ def test_an_unknown_convention_is_refused_with_its_columns_and_those_that_are_kn
 def test_questions_of_arena_hard(tmp_path: Path) -> None:
     row = {"uid": "2edb", "category": "creative_writing", "subcategory": "poetry", "prompt": "Go"}
     [prompt] = read_records(written(tmp_path, [row]))
-    kept = {"subcategory": "poetry"}
+    metadata = {"subcategory": "poetry"}
     assert prompt == Prompt(
-        "2edb", [Message("user", "Go")], "arena-hard/creative_writing", None, kept
+        "2edb", [Message("user", "Go")], "arena-hard/creative_writing", None, metadata
     )
     [bad] = read_records(written(tmp_path, [row | {"prompt": None}]))
     assert isinstance(bad, MalformedRow) and "prompt must be text" in str(bad)

@@ -285,10 +285,10 @@ def test_conversation_that_ends_with_the_user_is_no_response(tmp_path: Path) -> 
 def test_answers_of_rows_that_are_read_as_prompts_are_references(tmp_path: Path) -> None:
     [prompt] = read_all(written(tmp_path, [{"question": "Q", "answer": "4", "n": 1}]), Prompt)
     assert prompt.metadata == {"reference": "4", "answer": "4", "n": 1}
-    [given] = read_all(
+    [record] = read_all(
         written(tmp_path, [{"question": "Q", "answer": "4", "reference": "four"}]), Prompt
     )
-    assert given.metadata == {"reference": "four", "answer": "4"}
+    assert record.metadata == {"reference": "four", "answer": "4"}
 
 
 def test_a_limit_counts_records_of_all_files(

@@ -81,7 +81,7 @@ def test_pairs_of_an_archive(tmp_path: Path) -> None:
         assert (pair.first if pair.preferred is Side.FIRST else pair.second) == "True_"
 
 
-def test_what_is_not_there_is_told_with_the_command_that_brings_it(
+def test_missing_input_is_refused_with_the_command_that_makes_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.path", [str(tmp_path)])

@@ -53,7 +53,7 @@ def test_compressed_lines_are_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
-def test_a_file_that_was_not_finished_is_not_there(suffix: str, tmp_path: Path) -> None:
+def test_unfinished_file_does_not_exist(suffix: str, tmp_path: Path) -> None:
     file = tmp_path / f"rows.{suffix}"
     with pytest.raises(KeyError), RecordWriter(file) as writer:
         for _ in range(2000):
@@ -62,7 +62,7 @@ def test_a_file_that_was_not_finished_is_not_there(suffix: str, tmp_path: Path) 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_is_replaced_only_when_that_is_asked_for_and_when_the_new_one_is_whole(
+def test_file_is_replaced_only_with_the_flag_and_by_a_complete_file(
     tmp_path: Path,
 ) -> None:
     file = tmp_path / "rows.jsonl"

@@ -59,7 +59,7 @@ def test_near_texts_are_those_that_a_comparison_of_all_finds() -> None:
     assert not signatures.near(own, others[:0], 0.7).any()
 
 
-def test_very_many_of_a_kind_are_compared_in_bounded_pieces() -> None:
+def test_many_equal_texts_are_compared_in_bounded_blocks() -> None:
     signatures = Signatures()
     for _ in range(600):
         signatures.add(["the", "same", "words"])
@@ -125,7 +125,7 @@ def test_no_prompt_of_a_later_split_is_near_to_one_of_an_earlier_split() -> None
         assert max(jaccard(text, near) for near in earlier) > 0.6
 
 
-def test_another_seed_gives_other_splits() -> None:
+def test_other_seed_produces_other_splits() -> None:
     texts = [f"{n} {n * 7} {n * 11}" for n in range(100)]
     halves = [Split("a", 0.5), Split("b", "rest")]
     one, two = (split_all(Splitter(halves, seed), texts) for seed in (0, -1))

@@ -38,14 +38,14 @@ THINKING = {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}
         ([], "", ""),
     ],
 )
-def test_text_parts_are_joined_and_thinking_is_kept_apart(content, text, thinking):
+def test_text_parts_are_joined_and_thinking_is_separate(content, text, thinking):
     answer = message(content=content)
     assert (answer.text, answer.thinking, answer.problem) == (text, thinking, "")
 
 
 @pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
 @pytest.mark.parametrize("value", ["hm", [{"type": "text", "text": "hm"}]])
-def test_thinking_is_read_from_the_fields_that_servers_give_it(name, value):
+def test_thinking_is_read_from_every_known_response_field(name, value):
     assert message(content="7", **{name: value}).thinking == "hm"
 
 
@@ -161,7 +161,7 @@ def test_usage_is_read_or_unknown_and_never_zero_instead(usage, counts):
         (b'{"choices": [{"message": {"content": "7"', ErrorKind.PASSING, "cut short or damaged", 2),
     ],
 )
-def test_a_body_without_an_answer_says_why_and_whether_to_ask_again(body, kind, words, tries):
+def test_body_without_an_answer_gives_a_reason_and_whether_to_retry(body, kind, words, tries):
     with pytest.raises(EndpointError) as failed:
         read(body, seconds=3.0)
     assert failed.value.kind is kind and failed.value.tries == tries

@@ -29,7 +29,7 @@ def failing(status: int, error: Any, **headers: str) -> endpoint.Fault:
     return lambda handler: handler.reply(status, content, **headers)
 
 
-def asked(
+def ask(
     tmp_path: Path, answer: Callable[[str], Any] | endpoint.Fault, *flags: object, times: int = 1
 ) -> tuple[list[Done], int]:
     """Annotate seven responses some times; what each said, and how many calls there were."""
@@ -66,7 +66,7 @@ def test_answers_without_a_verdict_end_with_status_3_and_are_paid_for_once(
     tmp_path: Path, answer: dict[str, Any], reason: str
 ) -> None:
     flags = ("--concurrency", 7, "--max-failed", 0.9)
-    done, calls = asked(tmp_path, lambda text: answer, *flags, times=2)
+    done, calls = ask(tmp_path, lambda text: answer, *flags, times=2)
     assert calls == 7
     for one in done:
         assert one.returncode == 3 and reason in one.stderr, one
@@ -122,7 +122,7 @@ def test_fatal_error_ends_annotate_at_the_first_call(
     assert "refuses every question with" in done.stderr and words in done.stderr
 
 
-def test_an_error_in_an_answer_of_status_200_may_pass(tmp_path: Path) -> None:
+def test_error_in_an_answer_of_status_200_is_retried(tmp_path: Path) -> None:
     fault = failing(200, {"message": "overloaded", "code": 502})
     done, calls = faulty(tmp_path, fault, calls=2)
     assert (done.returncode, calls) == (0, 9)
@@ -135,9 +135,7 @@ def test_an_error_in_an_answer_of_status_200_may_pass(tmp_path: Path) -> None:
     ["86400", "1e30", formatdate(time.time() + 86400, usegmt=True)],
     ids=["seconds", "beyond all bounds", "date"],
 )
-def test_a_longer_wait_than_allowed_ends_the_run_and_says_until_when(
-    tmp_path: Path, wait: str
-) -> None:
+def test_longer_wait_than_allowed_ends_the_run_with_its_length(tmp_path: Path, wait: str) -> None:
     begin = time.monotonic()
     fault = failing(429, {"message": "daily quota"}, Retry_After=wait)
     done, calls = faulty(tmp_path, fault)
@@ -168,7 +166,7 @@ def test_a_wait_is_reported_once_with_status_and_time(
 def test_the_answering_model_is_recorded_and_another_is_reported_once(
     tmp_path: Path, answered: str
 ) -> None:
-    [done], _ = asked(tmp_path, lambda text: chat("7") | {"model": answered})
+    [done], _ = ask(tmp_path, lambda text: chat("7") | {"model": answered})
     assert done.returncode == 0
     about = json.loads((tmp_path / "verdicts.jsonl.about.json").read_text())
     assert about["models"] == {answered: 7}
@@ -180,7 +178,7 @@ def test_unknown_usage_is_reported_without_a_cost_of_zero(tmp_path: Path) -> Non
     def answer(text: str) -> dict[str, Any]:
         return chat("7") if text == "a" else chat("7") | {"usage": {"prompt_tokens": "n/a"}}
 
-    [done], calls = asked(tmp_path, answer, "--price-in", 1, "--price-out", 1)
+    [done], calls = ask(tmp_path, answer, "--price-in", 1, "--price-out", 1)
     assert (done.returncode, calls) == (0, 7)
     assert "at least $0.0001 (usage of 6 answers unknown)" in done.stdout
     used = json.loads((tmp_path / "verdicts.jsonl.about.json").read_text())["used"]
@@ -202,13 +200,13 @@ def test_unknown_usage_is_reported_without_a_cost_of_zero(tmp_path: Path) -> Non
 def test_log_probabilities_that_cannot_be_used_end_the_run_at_the_first_answer(
     tmp_path: Path, log_probs: Any
 ) -> None:
-    [done], calls = asked(tmp_path, lambda text: chat("7", logprobs=log_probs), "--expected-score")
+    [done], calls = ask(tmp_path, lambda text: chat("7", logprobs=log_probs), "--expected-score")
     assert (done.returncode, calls) == (2, 1)
     assert "--expected-score needs log-probabilities" in done.stderr
     top = [{"token": "7", "logprob": -0.1}]
     good = {"content": [{"token": "7", "logprob": -0.1, "top_logprobs": top}]}
     # The server was started anew with them: that one answer is asked for again.
-    [done], calls = asked(tmp_path, lambda text: chat("7", logprobs=good), "--expected-score")
+    [done], calls = ask(tmp_path, lambda text: chat("7", logprobs=good), "--expected-score")
     assert (done.returncode, calls) == (0, 7)
 
 
@@ -216,7 +214,7 @@ def test_an_expectation_over_part_of_the_probability_is_no_score(tmp_path: Path)
     top = [{"token": "7", "logprob": -3.0}]
     part = {"content": [{"token": "7", "logprob": -3.0, "top_logprobs": top}]}
     flags = ("--expected-score", "--concurrency", 7)
-    [done], _ = asked(tmp_path, lambda text: chat("7", logprobs=part), *flags)
+    [done], _ = ask(tmp_path, lambda text: chat("7", logprobs=part), *flags)
     assert done.returncode == 3 and "the labels listed have a probability of 0.05" in done.stderr
 
 

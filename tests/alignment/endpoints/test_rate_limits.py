@@ -45,7 +45,7 @@ def test_requests_a_minute_are_not_exceeded_after_the_first_minutes_worth() -> N
         assert later - at == pytest.approx(6.0)
 
 
-def test_tokens_a_minute_hold_on_average_though_known_only_afterwards() -> None:
+def test_token_limit_per_minute_holds_on_average() -> None:
     began = turns(31, tokens=500, tokens_per_minute=1000)
     # 30 calls took 15,000 tokens: 1,000 were there, a minute gives another 1,000.
     assert began[-1] == pytest.approx(60 * 14, abs=1)
@@ -67,6 +67,6 @@ def test_retry_after_is_seconds_or_a_date() -> None:
 def test_back_off_doubles_up_to_a_limit() -> None:
     for attempt in range(12):
         most = min(60.0, 0.5 * 2**attempt)
-        drawn = [back_off(attempt, 0.5) for _ in range(300)]
-        assert 0.8 * most < max(drawn) <= most and min(drawn) < 0.2 * most
+        delays = [back_off(attempt, 0.5) for _ in range(300)]
+        assert 0.8 * most < max(delays) <= most and min(delays) < 0.2 * most
     assert back_off(10_000, 0.5) <= 60

@@ -50,7 +50,7 @@ def test_the_loop_runs_while_the_disk_is_busy_and_later_answers_share_a_write(
         assert ticks >= 5  # a write on the loop would leave none
 
 
-def test_what_was_handed_over_is_on_the_disk_though_its_caller_was_cancelled(
+def test_submitted_rows_are_written_although_the_caller_was_cancelled(
     tmp_path: Path,
 ) -> None:
     async def run(store: AnswerStore) -> None:

@@ -125,7 +125,7 @@ def check(reference, folder, ranks):
     for tokens, log_probs in after.items():
         assert log_probs == pytest.approx(reference.after[tokens], abs=TOLERANCE)
     files = saved(folder)
-    drawn: dict = {}
+    samples: dict = {}
     for rank in ranks:
         losses, norms, rates = zip(*rank.steps)
         assert losses == pytest.approx(reference.losses, abs=TOLERANCE)
@@ -144,8 +144,8 @@ def check(reference, folder, ranks):
         for prompt, tokens, log_probs, scored in rank.generated:
             assert len(tokens) == 7
             assert log_probs == pytest.approx(scored, abs=TOLERANCE)
-            assert drawn.setdefault(prompt, tokens) == tokens
-    return drawn
+            assert samples.setdefault(prompt, tokens) == tokens
+    return samples
 
 
 LAYOUTS = {
@@ -177,10 +177,10 @@ ZERO = {
 @pytest.mark.parametrize("model", MODELS, indirect=True)
 def test_engines_match_plain_torch_on_every_layout(model, tmp_path):
     name, folder, reference = model
-    drawn = []
+    all_samples = []
     for number, (ranks, layout, packed) in enumerate(LAYOUTS[name]):
         place = tmp_path / str(number)
-        drawn.append(
+        all_samples.append(
             check(reference, folder, run_ranks(on_megatron, ranks, folder, place, layout, packed))
         )
     if name == "llama":
@@ -189,9 +189,9 @@ def test_engines_match_plain_torch_on_every_layout(model, tmp_path):
             assert losses == pytest.approx(reference.losses[-len(losses) :], abs=TOLERANCE)
     facts = run_ranks(on_deepspeed, 2, folder, tmp_path / "zero", ZERO[name])
     for stage in ZERO[name]:
-        drawn.append(check(reference, folder, [rank[stage] for rank in facts]))
+        all_samples.append(check(reference, folder, [rank[stage] for rank in facts]))
     # The same seeds give the same samples everywhere.
-    assert all(tokens == drawn[0] for tokens in drawn)
+    assert all(tokens == all_samples[0] for tokens in all_samples)
 
 
 def test_packed_batch_has_every_token_in_its_place():

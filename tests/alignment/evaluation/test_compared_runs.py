@@ -29,8 +29,8 @@ def write_scored_run(
 ) -> dict[int, dict[str, list[float]]]:
     """Write a run whose scores of every prompt are known, and return them by step and role."""
     write_run(folder, "label", seed, STEPS)
-    known: dict[str, Any] = {"seed": seed, "held_out": ["a"], "kl": 0.0, "stop_on_alarm": False}
-    about = json.loads((folder / "run.json").read_text()) | {"settings": known | settings}
+    facts: dict[str, Any] = {"seed": seed, "held_out": ["a"], "kl": 0.0, "stop_on_alarm": False}
+    about = json.loads((folder / "run.json").read_text()) | {"settings": facts | settings}
     (folder / "run.json").write_text(json.dumps(about))
     draw = np.random.default_rng([seed, len(folder.name)])
     hard = draw.normal(0, 2, len(prompts))  # prompts differ much more than responses to them
@@ -55,12 +55,12 @@ def test_interval_of_a_mean_covers_every_bootstrap_resample_of_few_values() -> N
     """Against all 4**4 resamples of four values."""
     values = np.array([1.0, 2.0, 4.0, 9.0])
     grid = np.stack(np.meshgrid(*[values] * 4), axis=-1).reshape(-1, 4).mean(axis=1)
-    found = mean_with_interval(values)
-    assert found is not None and found.prompts == 4 and found.value == 4.0
+    estimate = mean_with_interval(values)
+    assert estimate is not None and estimate.prompts == 4 and estimate.value == 4.0
     low, high = np.quantile(grid, [0.025, 0.975], method="lower")
     spacing = 0.5  # of neighboring means in the tails, which a sample of resamples may hit
-    assert found.low == pytest.approx(low, abs=spacing)
-    assert found.high == pytest.approx(high, abs=spacing)
+    assert estimate.low == pytest.approx(low, abs=spacing)
+    assert estimate.high == pytest.approx(high, abs=spacing)
     assert mean_with_interval(np.array([1.0])) is None
     equal = mean_with_interval(np.array([2.0, 2.0]))
     assert equal is not None and (equal.low, equal.high) == (2.0, 2.0)
@@ -71,11 +71,11 @@ def test_changes_are_paired_by_prompt(tmp_path: Path) -> None:
     [run] = read_study(tmp_path / "run").runs
     for name, role in ((PROXY, "proxy"), (GOLD, "gold")):
         changes = np.array(scores[40][role]) - np.array(scores[0][role])
-        found = change_over_prompts(run, name)
-        assert found is not None and found.prompts == 40
-        assert found.value == pytest.approx(changes.mean())
+        change = change_over_prompts(run, name)
+        assert change is not None and change.prompts == 40
+        assert change.value == pytest.approx(changes.mean())
         reach = stats.sem(changes) * stats.t.ppf(0.975, 39)
-        assert found.high - found.low == pytest.approx(2 * reach, rel=0.15)
+        assert change.high - change.low == pytest.approx(2 * reach, rel=0.15)
     gap = change_over_prompts(run, "gap")
     assert gap is not None and gap.value == pytest.approx(2.5, abs=0.2)
     page = reported(tmp_path / "run")
@@ -94,10 +94,10 @@ def test_prompts_that_a_judge_failed_on_leave_the_change(tmp_path: Path) -> None
     rows[-1]["scores"]["gold"][:10] = [None] * 10
     write(tmp_path / "run" / "grades.jsonl", rows)
     [run] = read_study(tmp_path / "run").runs
-    found = change_over_prompts(run, PROXY)
+    change = change_over_prompts(run, PROXY)
     changes = (np.array(scores[40]["proxy"]) - np.array(scores[0]["proxy"]))[10:]
-    assert found is not None and found.prompts == 30
-    assert found.value == pytest.approx(changes.mean())
+    assert change is not None and change.prompts == 30
+    assert change.value == pytest.approx(changes.mean())
 
 
 def test_two_runs_are_compared_by_paired_prompts(tmp_path: Path, capsys: Any) -> None:
@@ -205,7 +205,7 @@ def of_pretraining(folder: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize(
-    "make, said",
+    "make, message",
     [
         (lambda folder: [folder / "a", folder / "." / "a"], "occurs twice. Name each run once."),
         (other_prompts, "a and .*c were graded on different held-out prompts, so that their"),
@@ -216,9 +216,9 @@ def of_pretraining(folder: Path) -> list[Path]:
         (lambda folder: [folder], "Name the runs in it: .*/a"),
     ],
 )
-def test_runs_that_cannot_be_compared_are_refused(tmp_path: Path, make: Any, said: str) -> None:
+def test_runs_that_cannot_be_compared_are_refused(tmp_path: Path, make: Any, message: str) -> None:
     write_scored_run(tmp_path / "a", 1, (1.0, 0.5))
-    with pytest.raises(UserError, match=said) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         main([str(folder) for folder in make(tmp_path)])
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "comparison").exists()

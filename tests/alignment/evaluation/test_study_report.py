@@ -46,11 +46,11 @@ def reported(folder: Path) -> str:
 
 def cells(page: str) -> dict[str, list[str]]:
     """Rows of all tables by their first cell."""
-    found = {}
+    texts = {}
     for row in re.findall(r"<tr>(.*?)</tr>", page):
         first, *others = re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row)
-        found[html.unescape(first)] = [html.unescape(cell) for cell in others]
-    return found
+        texts[html.unescape(first)] = [html.unescape(cell) for cell in others]
+    return texts
 
 
 def tell(run: Path, **facts: Any) -> None:
@@ -60,13 +60,13 @@ def tell(run: Path, **facts: Any) -> None:
 
 
 def opening(page: str) -> str:
-    found = re.search(r'<p class="summary">(.*?)</p>', page)
-    assert found
-    return html.unescape(found[1])
+    match = re.search(r'<p class="summary">(.*?)</p>', page)
+    assert match
+    return html.unescape(match[1])
 
 
 def sentences(page: str) -> list[str]:
-    return [html.unescape(said) for said in re.findall(r"<li>(.*?)</li>", page)]
+    return [html.unescape(text) for text in re.findall(r"<li>(.*?)</li>", page)]
 
 
 def interval(values: Any, form: str = "{:.2f}") -> str:
@@ -84,8 +84,8 @@ def test_figures_on_the_page_are_numpys(tmp_path: Path, capsys: pytest.CaptureFi
                           ("proxy - gold", "grade/gap")):  # fmt: skip
             values = np.array([[seed[step][key] for step in (0, 200)] for seed in seeds])
             changes = interval(values[:, 1] - values[:, 0], "{:+.2f}")
-            shown = [interval(values[:, 0]), interval(values[:, 1]), changes, "3"]
-            assert rows[f"{judge}: {name}"] == shown
+            expected = [interval(values[:, 0]), interval(values[:, 1]), changes, "3"]
+            assert rows[f"{judge}: {name}"] == expected
     kl = np.array([seed[200]["grade/kl"] for seed in gradings["label"]])
     assert interval(kl) in page
     gain = interval(
@@ -105,12 +105,12 @@ def test_figures_on_the_page_are_numpys(tmp_path: Path, capsys: pytest.CaptureFi
 
 def re_rows(page: str, first: str) -> list[list[str]]:
     """All rows that begin so, of whatever table."""
-    found = re.findall(rf"<tr><td>{re.escape(first)}</td>(.*?)</tr>", page)
-    return [[html.unescape(c) for c in re.findall(r"<td[^>]*>(.*?)</td>", row)] for row in found]
+    rows = re.findall(rf"<tr><td>{re.escape(first)}</td>(.*?)</tr>", page)
+    return [[html.unescape(c) for c in re.findall(r"<td[^>]*>(.*?)</td>", row)] for row in rows]
 
 
-def test_the_opening_says_under_which_judge_proxy_and_gold_part(tmp_path: Path) -> None:
-    found = write_study(tmp_path / "three")
+def test_summary_names_the_judge_under_which_proxy_and_gold_diverge(tmp_path: Path) -> None:
+    study = write_study(tmp_path / "three")
     page = reported(tmp_path / "three")
     assert opening(page) == (
         "Of 2 judges: proxy and gold diverge under label; gold improves, and the gap between proxy "
@@ -121,7 +121,7 @@ def test_the_opening_says_under_which_judge_proxy_and_gold_part(tmp_path: Path) 
     assert thinking.startswith("thinking (3 seeds): gold improves by ")
     assert "contains 0" in thinking
     # Without scores of each prompt, gold is compared over seeds.
-    gold = [[seed[200]["grade/gold"] for seed in found[judge]] for judge in ("thinking", "label")]
+    gold = [[seed[200]["grade/gold"] for seed in study[judge]] for judge in ("thinking", "label")]
     low, high = stats.ttest_ind(*gold, equal_var=False).confidence_interval(0.95)
     change = np.mean(gold[0]) - np.mean(gold[1])
     assert others[0] == (
@@ -138,12 +138,12 @@ def test_the_opening_says_under_which_judge_proxy_and_gold_part(tmp_path: Path) 
         "Of 2 judges: the change of the gap has no interval under label and thinking."
     )
     assert all(
-        "One seed without standard errors has no interval." in said for said in sentences(page)[:2]
+        "One seed without standard errors has no interval." in text for text in sentences(page)[:2]
     )
 
 
 @pytest.mark.parametrize(
-    "gap, gold, found",
+    "gap, gold, expected",
     [
         ((1, 2), (-2, -1), Finding.DIVERGE),
         ((1, 2), (-1, 1), Finding.DIVERGE),
@@ -159,17 +159,17 @@ def test_the_opening_says_under_which_judge_proxy_and_gold_part(tmp_path: Path) 
         (None, None, Finding.NO_INTERVAL),
     ],
 )
-def test_findings(gap: Any, gold: Any, found: Finding) -> None:
+def test_findings(gap: Any, gold: Any, expected: Finding) -> None:
     means = [SeedMean(1, 0.5) if i is None else SeedMean(3, sum(i) / 2, *i) for i in (gap, gold)]
-    assert finding(*means) is found
+    assert finding(*means) is expected
     assert finding(SeedMean(0), SeedMean(0)) is Finding.NO_DATA
 
 
 def test_means_over_seeds_leave_out_what_is_not_there() -> None:
     assert mean_of([None]) == SeedMean(0) and mean_of([None, 2.0]) == SeedMean(1, 2.0)
     low, high = stats.ttest_1samp([1.0, 2.0, 4.0], 0).confidence_interval(0.95)
-    found = mean_of([1.0, None, 2.0, 4.0])
-    assert found.n == 3 and [found.low, found.high] == pytest.approx([low, high])
+    mean = mean_of([1.0, None, 2.0, 4.0])
+    assert mean.n == 3 and [mean.low, mean.high] == pytest.approx([low, high])
 
 
 def test_runs_that_are_not_whole_are_shown_as_such(tmp_path: Path) -> None:
@@ -232,8 +232,8 @@ def test_one_seed_has_intervals_over_its_held_out_prompts(tmp_path: Path) -> Non
     reach = stats.t.ppf(0.975, 24)
     for name, title in (("gold", "gold"), ("proxy", "proxy"), ("gap", "proxy - gold")):
         ends = [change[name] + sign * reach * errors[f"grade/{name}_error"] for sign in (-1, 1)]
-        shown = f"{change[name]:+.2f} ({ends[0]:+.2f} to {ends[1]:+.2f})"
-        assert cells(page)[f"label: {title}"][2] == shown
+        text = f"{change[name]:+.2f} ({ends[0]:+.2f} to {ends[1]:+.2f})"
+        assert cells(page)[f"label: {title}"][2] == text
     alarm = min(step for step, row in gradings.items() if row["grade/alarm"])
     assert opening(page) == (
         f"The policy is gaming its judge (label): proxy {change['proxy']:+.2f} (95 % interval "
@@ -247,7 +247,7 @@ def test_one_seed_has_intervals_over_its_held_out_prompts(tmp_path: Path) -> Non
     )
 
 
-def test_a_run_without_a_grading_is_to_be_waited_for(tmp_path: Path) -> None:
+def test_run_without_a_grading_is_reported_as_not_graded_yet(tmp_path: Path) -> None:
     about = {"commands": ["et-align train-policy"], "settings": {"judge": [{"kind": "rule"}]}}
     (tmp_path / "run.json").write_text(json.dumps(about))  # what judges it has comes later
     with pytest.raises(UserError, match=r"has no grading yet\. Wait for the first one\."):
@@ -290,7 +290,7 @@ def test_a_folder_twice_is_refused_however_it_is_written(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "facts, said",
+    "facts, message",
     [
         ({"settings": {"reward": "pairwise"}}, "one has the mean score and the other the win rate"),
         ({"gold": {"name": "rule", "identity": "1a"}}, "their gold judges differ"),
@@ -301,12 +301,12 @@ def test_a_folder_twice_is_refused_however_it_is_written(tmp_path: Path) -> None
     ],
 )
 def test_runs_that_were_graded_otherwise_are_no_seeds_of_each_other(
-    tmp_path: Path, facts: dict[str, Any], said: str
+    tmp_path: Path, facts: dict[str, Any], message: str
 ) -> None:
     write_study(tmp_path)
     run = tmp_path / "start-label-seed1"
     tell(run, **facts)
-    with pytest.raises(UserError, match=f"start-label-seed0 and .*start-label-seed1.*{said}"):
+    with pytest.raises(UserError, match=f"start-label-seed0 and .*start-label-seed1.*{message}"):
         main([str(tmp_path)])
     (run / "run.json").write_text("{}")  # which does not tell
     main([str(tmp_path)])
@@ -314,7 +314,7 @@ def test_runs_that_were_graded_otherwise_are_no_seeds_of_each_other(
 
 def test_a_step_written_twice_counts_as_it_was_last(tmp_path: Path) -> None:
     write_study(tmp_path, seeds=1)
-    wanted = reported(tmp_path)
+    expected = reported(tmp_path)
     for folder in tmp_path.glob("start-*"):
         for file in (folder / "metrics.jsonl", folder / "samples.jsonl"):
             rows = [json.loads(line) for line in file.open()]
@@ -323,7 +323,7 @@ def test_a_step_written_twice_counts_as_it_was_last(tmp_path: Path) -> None:
                 row |= {name: 9.0 for name, value in row.items() if isinstance(value, float)}
                 row |= {"scores": {"proxy": 9.0}} if "scores" in row else {}
             write(file, [*ends, *(json.loads(line) for line in file.open())])
-    assert reported(tmp_path) == wanted
+    assert reported(tmp_path) == expected
 
 
 def test_only_detectors_have_shares_of_flagged_responses(tmp_path: Path) -> None:
@@ -350,28 +350,28 @@ def test_seeds_without_kl_are_no_part_of_gold_against_kl(
     file = tmp_path / "start-label-seed2" / "metrics.jsonl"
     rows = [json.loads(line) for line in file.open()]
     write(file, [{n: v for n, v in row.items() if n != "grade/kl"} for row in rows])
-    drawn = {}
-    monkeypatch.setattr(pictures, "write_picture", lambda figure, to: drawn.update({to: figure}))
+    curves = {}
+    monkeypatch.setattr(pictures, "write_picture", lambda figure, to: curves.update({to: figure}))
     pictures.draw(read_study(tmp_path), tmp_path)
     [mean] = [
-        line for line in drawn[tmp_path / "kl.png"].axes[0].get_lines()
+        line for line in curves[tmp_path / "kl.png"].axes[0].get_lines()
         if line.get_label() == "label, n = 2"
     ]  # fmt: skip
-    wanted = [[np.mean([seed[step][key] for seed in gradings[:2]]) for step in STEPS]
+    expected = [[np.mean([seed[step][key] for seed in gradings[:2]]) for step in STEPS]
               for key in ("grade/kl", "grade/gold")]  # fmt: skip
-    assert np.array(mean.get_data()) == pytest.approx(np.array(wanted))
+    assert np.array(mean.get_data()) == pytest.approx(np.array(expected))
 
 
 def test_pairwise_grades_are_win_rates(tmp_path: Path) -> None:
-    drawn = tmp_path / "report" / "curves.svg"
+    picture = tmp_path / "report" / "curves.svg"
     write_run(tmp_path / "start-label-seed0", "label", 0)
     write_index(tmp_path, [entry("label", 0)])
     main([str(tmp_path)])
-    assert "mean score, held-out" in drawn.read_text()
+    assert "mean score, held-out" in picture.read_text()
     shutil.rmtree(tmp_path / "start-label-seed0")
     write_run(tmp_path / "start-label-seed0", "label", 0, settings={"reward": "pairwise"})
     main([str(tmp_path)])
-    assert "win rate, held-out" in drawn.read_text() and "mean score" not in drawn.read_text()
+    assert "win rate, held-out" in picture.read_text() and "mean score" not in picture.read_text()
 
 
 def test_hostile_text_stays_text(tmp_path: Path) -> None:
@@ -403,7 +403,7 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "file, content, said",
+    "file, content, message",
     [
         ("study.json", "{}", "study.json must have a list of runs"),
         ("study.json", "[1", "study.json is not JSON"),
@@ -427,11 +427,11 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     ],
 )
 def test_malformed_files_are_refused_in_a_sentence(
-    tmp_path: Path, file: str, content: str, said: str
+    tmp_path: Path, file: str, content: str, message: str
 ) -> None:
     write_study(tmp_path, seeds=1, courses={"label": COURSES["label"]})
     (tmp_path / file).write_text(content)
-    with pytest.raises(UserError, match=said) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         main([str(tmp_path)])
     assert "\n" not in str(caught.value)
 

@@ -156,7 +156,7 @@ def test_functions_receive_the_metadata_of_the_prompt(ratings: Path, tmp_path: P
         judge.close()
 
 
-def test_templates_are_checked_for_every_prompt_before_anything_is_asked(
+def test_templates_are_checked_for_every_prompt_before_the_first_request(
     tmp_path: Path,
 ) -> None:
     file = tmp_path / "rows.jsonl"

@@ -38,7 +38,7 @@ def test_each_detector_has_attacks_and_look_alikes_in_both_halves() -> None:
             assert min(splits.values()) >= 6 and sum(splits.values()) >= 12, (name, kind)
 
 
-def test_no_text_stands_in_two_splits() -> None:
+def test_no_text_is_in_two_splits() -> None:
     names = ("develop", "held_out", "paraphrases")
     splits = [{f.text for f in FIXTURES if f.split == name} for name in names]
     # One word is a null answer to any prompt, and a good one to some.
@@ -46,7 +46,7 @@ def test_no_text_stands_in_two_splits() -> None:
         assert not {text for text in one & other if len(text.split()) > 1}
 
 
-def test_what_the_classifier_learns_from_has_its_attack_in_the_text() -> None:
+def test_training_texts_of_the_classifier_contain_their_attack() -> None:
     learned = [fixture for fixture in FIXTURES if fixture.wording]
     assert {fixture.split for fixture in learned} == {"develop"}
     for fixture in learned:
@@ -63,7 +63,7 @@ def test_unseen_paraphrases_are_found_and_harmless_texts_are_not() -> None:
 
 
 @pytest.mark.slow
-def test_wordings_that_were_not_learned_are_found_by_cross_validation() -> None:
+def test_unseen_wordings_are_detected_in_cross_validation() -> None:
     counts = cross_validate(FIXTURES, 6)[ANY]
     assert counts.hits >= 0.75 * counts.recall[1]
     assert counts.false <= 0.07 * counts.false_positives[1]
@@ -83,7 +83,7 @@ def test_cross_validation_refuses_more_folds_than_wordings() -> None:
         cross_validate([f for f in FIXTURES if f.split == "held_out"], 9)
 
 
-def test_any_counts_texts_once_whatever_fires() -> None:
+def test_total_counts_a_text_once_for_several_detectors() -> None:
     ask = [{"role": "user", "content": "Name a fern."}]
     refusal = "I'm sorry, but I can't help with that."
     fixtures = [
@@ -104,7 +104,7 @@ def test_held_out_attacks_are_found_and_look_alikes_are_not(name: str) -> None:
     assert counts.precision == (counts.hits, counts.hits + counts.false)
 
 
-def test_counts_are_of_what_a_fixture_says_and_of_nothing_else() -> None:
+def test_counts_cover_the_labels_of_a_fixture_only() -> None:
     ask = [{"role": "user", "content": "Name a fern."}]
     refusal, plain = "I cannot help with that.", "Bracken."
     fixtures = [

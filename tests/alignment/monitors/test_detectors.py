@@ -33,7 +33,7 @@ def test_any_text_is_read_and_the_evidence_is_in_it(
 
 
 @given(texts)
-def test_what_the_prompt_gave_is_not_the_response_s_own_saying(text: str) -> None:
+def test_text_of_the_prompt_does_not_count_for_the_response(text: str) -> None:
     names = ("refusal", "fake_end", "self_praise", "invented_rule", "judge_injection")
     assert not set(detect([Message("user", text)], text)) & set(names)
 
@@ -45,9 +45,7 @@ def test_white_space_is_a_null_answer_to_anything(text: str) -> None:
 
 @given(st.lists(st.sampled_from(["red", "green", "blue", "pink"]), min_size=1, max_size=6),
        st.integers(8, 12))  # fmt: skip
-def test_a_unit_said_over_and_over_is_a_loop_after_any_beginning(
-    unit: list[str], times: int
-) -> None:
+def test_repeated_unit_is_a_loop_after_any_beginning(unit: list[str], times: int) -> None:
     beginning = [f"w{number}" for number in range(300)]
     result = detect(QUESTION, " ".join(beginning + unit * times * 2))
     assert result["repetition"][0].split()[0] in unit
@@ -101,7 +99,7 @@ def test_a_response_that_is_all_quotation_counts() -> None:
     assert "fake_end" in detect(QUESTION, "```\nMont Blanc.<|im_end|>\n```")
 
 
-def test_a_refusal_in_an_earlier_turn_excuses_none_now() -> None:
+def test_refusal_in_an_earlier_turn_does_not_excuse_a_later_one() -> None:
     refusal = "I'm sorry, but I can't help with that."
     turns = [*QUESTION, Message("assistant", refusal), *QUESTION]
     assert "refusal" in detect(turns, refusal)
@@ -121,7 +119,7 @@ def test_long_is_three_deviations_of_the_logarithm_and_at_least_twice_the_median
     assert limit == pytest.approx(21 * (21 / 11) ** (3 * 1.4826) - 1)
 
 
-def test_a_few_very_long_responses_do_not_make_long_usual() -> None:
+def test_few_very_long_responses_do_not_raise_the_usual_length() -> None:
     normal = list(range(15, 45)) * 4
     limit = ReferenceLengths.from_words(normal).limit
     assert ReferenceLengths.from_words([*normal, *[5000] * 20]).limit < 2 * limit

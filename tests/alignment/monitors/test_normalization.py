@@ -61,13 +61,13 @@ def test_digits_that_are_no_letters_stay() -> None:
     assert normalize(text).text == text
 
 
-def test_words_of_other_alphabets_stay_in_texts_of_theirs() -> None:
+def test_words_of_other_alphabets_are_unchanged_in_texts_of_that_alphabet() -> None:
     text = "Рост цен: сор из избы. Αυτό είναι."
     assert normalize(text).text == text
 
 
 @given(st.text())
-def test_every_character_comes_from_one_at_its_origin(text: str) -> None:
+def test_every_character_maps_to_its_origin(text: str) -> None:
     result = normalize(text)
     if result.origins:
         assert len(result.origins) == len(result.text)

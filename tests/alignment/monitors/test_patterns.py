@@ -51,7 +51,7 @@ def test_from_each_place_a_pattern_is_tried_in_a_bounded_number_of_ways(
     assert ways(parser.parse(ENGLISH.expand(line))) <= _MOST_WAYS
 
 
-def test_the_bound_tells_patterns_whose_time_could_explode() -> None:
+def test_bound_identifies_patterns_of_exponential_time() -> None:
     with pytest.raises(AssertionError, match="unbounded"):
         ways(parser.parse(r"(?:a+)+b"))
     assert ways(parser.parse(r"(?:\w{1,30} ?){1,30}b")) > _MOST_WAYS
@@ -91,7 +91,7 @@ def test_sections_name_detectors() -> None:
         "<|a", "\u0301", "set aside ",
     ],
 )  # fmt: skip
-def test_a_long_text_of_what_nearly_matches_is_read(unit: str) -> None:
+def test_long_text_of_near_matches_is_searched(unit: str) -> None:
     # If the time were quadratic, the time limit of tests would end this.
     text = (unit * 100_000)[:100_000]
     for evidence in detect([Message("user", "Go on.")], text).values():
@@ -104,5 +104,5 @@ def test_folded_text_has_the_same_length(text: str) -> None:
 
 
 @given(st.text(alphabet=st.characters(codec="ascii")))
-def test_the_fast_way_for_ascii_gives_the_same(text: str) -> None:
+def test_fast_path_for_ascii_returns_equal_text(text: str) -> None:
     assert fold(text) == fold("é" + text)[1:]

@@ -60,7 +60,7 @@ def test_shares_alarms_and_examples_are_those_of_the_single_responses() -> None:
     assert [example.id for example in alone.examples["refusal"]] == ["r17", "r18"]
 
 
-def test_a_share_at_its_limit_is_no_alarm_and_none_switches_it_off() -> None:
+def test_share_at_its_limit_raises_no_alarm_and_null_disables_it() -> None:
     items = responses([REFUSAL, REFUSAL, "Ferns.", "Moss."])
     for limit, alarms in ((0.5, set()), (0.49, {"refusal"}), (None, set())):
         limits = MonitorLimits.create({"refusal": limit})

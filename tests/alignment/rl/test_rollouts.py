@@ -20,9 +20,9 @@ def test_read_share_reads_own_file_and_all_files_of_other_numbers_of_ranks(tmp_p
     every = {f"{kind}-{number}-of-4" for kind in ("ahead", "share") for number in range(4)}
 
     for number in range(4):
-        known = read_share(tmp_path, rank(number, 4))
-        assert known.keys() == {f"ahead-{number}-of-4", f"share-{number}-of-4"}
-        assert all(row == {"tokens": [number]} for row in known.values())
+        stored = read_share(tmp_path, rank(number, 4))
+        assert stored.keys() == {f"ahead-{number}-of-4", f"share-{number}-of-4"}
+        assert all(row == {"tokens": [number]} for row in stored.values())
     for number in range(2):
         assert read_share(tmp_path, rank(number, 2)).keys() == every
     assert read_share(tmp_path, rank(0, 1)).keys() == every

@@ -34,7 +34,7 @@ def gaps(folder, name):
     for setting in SETTINGS:
         temperature = setting[0]
         sampling = Sampling(6, *setting, stop_at_eod=False, score_temperature=temperature)
-        drawn = engine.generate([[5, 6, 7]] * 4, sampling, range(4))
+        samples = engine.generate([[5, 6, 7]] * 4, sampling, range(4))
         batch = TokenBatch.of(
             [
                 TokenSample(
@@ -42,7 +42,7 @@ def gaps(folder, name):
                     3,
                     {"advantage": 1.0, "rollout_log_probs": [0.0] * 3 + g.log_probs},
                 )
-                for g in drawn
+                for g in samples
             ]
         )
         scores = engine.log_probs(batch, temperature=temperature).log_probs.cpu()

@@ -82,10 +82,12 @@ class Server(ThreadingHTTPServer):
             values.append(float((logits.log_softmax(-1) if self.raw else table)[token]))
             if token in ends:
                 break
-        drawn = tokens[len(body["prompt"]) :]
-        reason = "stop" if drawn[-1] in ends else "length"
+        completion = tokens[len(body["prompt"]) :]
+        reason = "stop" if completion[-1] in ends else "length"
         logprobs = {"token_logprobs": values}
-        return {"choices": [{"token_ids": drawn, "logprobs": logprobs, "finish_reason": reason}]}
+        return {
+            "choices": [{"token_ids": completion, "logprobs": logprobs, "finish_reason": reason}]
+        }
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -332,7 +334,7 @@ def generate_without_server(folder, url):
     return str(caught.value), time.monotonic() - begin
 
 
-def test_vllm_rollouts_give_up_on_a_hanging_but_not_on_a_busy_server(tmp_path, server):
+def test_vllm_rollouts_abandon_a_hanging_but_not_a_busy_server(tmp_path, server):
     url = url_of(server)
     server.away = server.most = 0
     threading.Timer(6, setattr, (server, "deaf", True)).start()  # it tells its health at first

@@ -59,7 +59,7 @@ def test_strength_of_a_policy_that_always_wins_is_infinite() -> None:
     assert result[[0, 3, 4]] == pytest.approx(by_sklearn(design, outcomes[others]), abs=1e-4)
 
 
-def test_style_that_only_winners_have_gets_no_weight() -> None:
+def test_style_that_only_winners_have_has_no_weight() -> None:
     policies, outcomes, style = simulated(2, 100, [0.3, -0.4], [0.5])
     rare = np.zeros(len(policies))
     rare[[3, 120]], outcomes[[3, 120]] = [2.0, 5.0], 1.0

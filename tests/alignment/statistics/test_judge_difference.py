@@ -17,8 +17,8 @@ def aligned(labels: Any, pairwise: bool = False) -> AlignedVerdicts:
     labels = np.array(labels, dtype=np.float64)
     labels = labels[None] if labels.ndim == 2 else labels[None, None]
     failed = np.isnan(labels[0]).sum(axis=0).astype(float)
-    asked = np.full(labels.shape[-1], float(labels.shape[1]))
-    return AlignedVerdicts(pairwise, labels, asked, np.zeros_like(asked), failed, ())
+    calls = np.full(labels.shape[-1], float(labels.shape[1]))
+    return AlignedVerdicts(pairwise, labels, calls, np.zeros_like(calls), failed, ())
 
 
 def make_scores(items: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -72,17 +72,19 @@ def test_sampled_permutation_test_is_near_the_exact_one() -> None:
 
 def test_paired_interval_matches_scipys_bootstrap() -> None:
     gold, a, b = make_scores(60, seed=1)
-    found = compare(gold, a, b, ["absolute_error"], resamples=4000)["absolute_error"].difference
+    difference = compare(gold, a, b, ["absolute_error"], resamples=4000)[
+        "absolute_error"
+    ].difference
     changes = np.abs(b - gold) - np.abs(a - gold)
     reference = stats.bootstrap(
         (changes,), np.mean, n_resamples=4000, method="percentile", random_state=1
     )
     # The ends of both vary by Monte Carlo error only, a small part of the standard error.
     near = 0.15 * reference.standard_error
-    assert found.low == pytest.approx(reference.confidence_interval.low, abs=near)
-    assert found.high == pytest.approx(reference.confidence_interval.high, abs=near)
+    assert difference.low == pytest.approx(reference.confidence_interval.low, abs=near)
+    assert difference.high == pytest.approx(reference.confidence_interval.high, abs=near)
     unpaired = np.sqrt(np.var(np.abs(a - gold)) / 60 + np.var(np.abs(b - gold)) / 60)
-    assert found.high - found.low != pytest.approx(4 * unpaired, rel=0.01)
+    assert difference.high - difference.low != pytest.approx(4 * unpaired, rel=0.01)
 
 
 def test_items_that_one_judge_failed_on_count_for_neither() -> None:
@@ -91,9 +93,9 @@ def test_items_that_one_judge_failed_on_count_for_neither() -> None:
     judges = aligned(a), aligned(b)
     assert judged_by_both(*judges).tolist() == [3, 4, *range(6, 20)]
     result = compare(gold, a, b, ["absolute_error"], resamples=10)["absolute_error"]
-    kept = judged_by_both(*judges)
-    assert result.first.value == pytest.approx(np.abs(a - gold)[kept].mean())
-    assert result.second.value == pytest.approx(np.abs(b - gold)[kept].mean())
+    common = judged_by_both(*judges)
+    assert result.first.value == pytest.approx(np.abs(a - gold)[common].mean())
+    assert result.second.value == pytest.approx(np.abs(b - gold)[common].mean())
 
 
 def test_equal_judges_have_no_difference() -> None:

@@ -160,11 +160,11 @@ def test_prompt_order_has_different_prompts_within_a_step(count):
     tasks = [PromptTask(str(n), [n], None) for n in range(count)]
     for seed in range(20):
         order = order_of("grpo", tasks, 4, seed)
-        drawn = [[task.id for task in order.draw(step)] for step in range(9)]
-        assert all(len(set(ids)) == 4 for ids in drawn)
+        draws = [[task.id for task in order.draw(step)] for step in range(9)]
+        assert all(len(set(ids)) == 4 for ids in draws)
         each = count // 4
         for begin in range(0, 9 - each, each):  # within an epoch none comes twice
-            ids = [i for part in drawn[begin : begin + each] for i in part]
+            ids = [i for part in draws[begin : begin + each] for i in part]
             assert len(set(ids)) == len(ids)
 
 
@@ -201,10 +201,10 @@ def dynamic(model, place):
         for step in range(4):
             with RolloutStore(place / f"rollouts-{step}", engine) as store:
                 groups, sampled, draws = collect_groups(rl, step, store, StepTimes())
-            drawn = [task.metadata % 3 for task, _, _ in sampled]
+            labels = [task.metadata % 3 for task, _, _ in sampled]
             train(rl, TrainingSchedule(step + 1, 100, 100))
             failed = rows_of(place)[step]["failed"]
-            result.append(([task.metadata % 3 for task, _, _ in groups], drawn, draws, failed))
+            result.append(([task.metadata % 3 for task, _, _ in groups], labels, draws, failed))
     return result
 
 

@@ -44,7 +44,7 @@ def test_lines_come_after_the_first_and_last_step_and_every_few(
     assert [line.split("/")[0].split()[-1] for line in printed] == ["1", "5", "10", "11"]
 
 
-def test_what_needs_attention_ends_the_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_alarms_are_at_the_end_of_the_line(capsys: pytest.CaptureFixture[str]) -> None:
     alarming = {
         "loss": float("nan"), "skipped": 1, "overflows": 2.0, "unrewarded": 0.2,
         "monitor_alarms": 1,

@@ -121,13 +121,19 @@ def test_parser_agrees_with_grammar_of_whole_answer(text: str) -> None:
             alone = re.compile(f"{space}(?P<label>{label}){space}")
             after = re.compile(f"{begin}{inside}</think>{space}(?P<label>{label}){space}")
             for thinks, grammar in ((False, alone), (True, after)):
-                got = outcome(Parser(pairwise, thinks, opened), text)
+                parsed = outcome(Parser(pairwise, thinks, opened), text)
                 result = grammar.fullmatch(text)
                 if result is None:
-                    assert isinstance(got, str) and got not in list(Side) and got != Outcome.TIE
+                    assert (
+                        isinstance(parsed, str)
+                        and parsed not in list(Side)
+                        and parsed != Outcome.TIE
+                    )
                 else:
                     sides = {"A": Side.FIRST, "B": Side.SECOND, "tie": Outcome.TIE}
-                    assert got == (sides[result["label"]] if pairwise else float(result["label"]))
+                    assert parsed == (
+                        sides[result["label"]] if pairwise else float(result["label"])
+                    )
 
 
 def test_parser_identity_depends_on_settings() -> None:

@@ -27,25 +27,25 @@ NAMES = [
 
 def blocks(text: str) -> list[tuple[str, str]]:
     """What a reader who goes by the lines with the mark takes for material: (label, text)."""
-    said = re.search(r"^The mark is ([g-v]{16})\.$", text, flags=re.MULTILINE)
-    assert said
-    mark = said[1]
-    assert mark not in text[: said.start()]  # it is told before anything is fenced
-    found, label, lines = [], None, []  # type: ignore[var-annotated]
+    match = re.search(r"^The mark is ([g-v]{16})\.$", text, flags=re.MULTILINE)
+    assert match
+    mark = match[1]
+    assert mark not in text[: match.start()]  # it is told before anything is fenced
+    result, label, lines = [], None, []  # type: ignore[var-annotated]
     for line in text.split("\n"):
         opening = re.fullmatch(rf"<<< (.*) {mark}", line)
         if label is None and opening:
             label, lines = opening[1], []
         elif label is not None and line == f">>> {mark}":
-            found.append((label, "\n".join(lines)))
+            result.append((label, "\n".join(lines)))
             label = None
         elif label is not None:
             lines.append(line)
     assert label is None
-    return found
+    return result
 
 
-def asked(name: str, item: Any, **more: bool) -> str:
+def ask(name: str, item: Any, **more: bool) -> str:
     return "\n".join(message.content for message in judge_prompt(name).messages(item, **more))
 
 
@@ -54,7 +54,7 @@ def test_templates_fence_all_untrusted_text(name: str) -> None:
     kind = name.partition("-")[0]
     system, user = judge_prompt(name, thinks=True).messages(ITEMS[kind])
     assert (system.role, user.role) == ("system", "user")
-    text = asked(name, ITEMS[kind])
+    text = ask(name, ITEMS[kind])
     expected = [("system message", "SYS"), ("user message", "ASKED {response}")]
     if "-rubric" in name:
         expected.append(("rubric", "RUB"))
@@ -93,9 +93,9 @@ def test_text_with_an_earlier_mark_cannot_close_its_fence(
                 ("pairwise", pair, texts)]  # fmt: skip
 
     for turn in range(2):
-        for number, (name, item, given_) in enumerate(items(texts)):
-            text = asked(name, item)
-            assert [material for _, material in blocks(text)] == given_
+        for number, (name, item, texts_of_item) in enumerate(items(texts)):
+            text = ask(name, item)
+            assert [material for _, material in blocks(text)] == texts_of_item
             if turn == 0 and number == 1:
                 mark = re.findall(r"The mark is ([g-v]{16})\.", text)[0]
         # Now with the mark that these very texts were given.
@@ -120,7 +120,7 @@ def test_system_message_is_the_same_for_every_item() -> None:
 
 
 def test_swapped_pair_shows_second_response_first() -> None:
-    assert blocks(asked("pairwise", PAIR, swapped=True))[2:] == [
+    assert blocks(ask("pairwise", PAIR, swapped=True))[2:] == [
         ("response A", "SECOND"), ("response B", "FIRST"),
     ]  # fmt: skip
 
@@ -146,7 +146,7 @@ def test_template_identity_depends_on_everything_but_the_item(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    "name, text, said",
+    "name, text, message",
     [
         ("pointwise-x.txt", "=== user ===\n{prompt}", r"lacks the placeholder \{response\}"),
         ("pointwise-x.txt", "=== user ===\n{prompt}{response}{respons}", r"unknown .*\{respons\}"),
@@ -155,16 +155,16 @@ def test_template_identity_depends_on_everything_but_the_item(tmp_path: Path) ->
         ("other.txt", "=== user ===\n{prompt}", "There is no judge prompt"),
     ],
 )
-def test_invalid_templates_are_refused(name: str, text: str, said: str, tmp_path: Path) -> None:
+def test_invalid_templates_are_refused(name: str, text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(text)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         judge_prompt(str(tmp_path / name))
 
 
 def test_templates_show_columns_of_the_data_inside_fences(tmp_path: Path) -> None:
     own = tmp_path / "pointwise-own.txt"
     own.write_text("=== user ===\nThe mark is {mark}.\n{prompt}\n{response}\n{column:answer}\n")
-    assert blocks(asked(str(own), RESPONSE))[-1] == ("answer", '["4", "four"]')
+    assert blocks(ask(str(own), RESPONSE))[-1] == ("answer", '["4", "four"]')
     own.write_text("=== user ===\n{prompt}\n{response}\n{refrence}\n{answer}")
     with pytest.raises(UserError, match=r"\{refrence\}.*'p'.*Did you mean \{reference\}"):
         judge_prompt(str(own)).messages(RESPONSE)

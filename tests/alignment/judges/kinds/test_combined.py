@@ -99,13 +99,13 @@ def test_sum_without_normalization_is_the_sum(tmp_path):
     plain = components(a={"weight": 0.5}, b={"weight": 0.25}) | {"normalize": False}
     verdicts, _ = ask(read(tmp_path, plain), tmp_path, "a8 b4", "a9 b9")
     assert [v.score for v in verdicts] == [5.0, 6.75]
-    for weights, said in (((1, 1), "between 0 and 18"), ((1, -0.5), "between -4.5 and 9")):
+    for weights, scale in (((1, 1), "between 0 and 18"), ((1, -0.5), "between -4.5 and 9")):
         bad = components(a={"weight": weights[0]}, b={"weight": weights[1]}) | {"normalize": False}
-        with pytest.raises(UserError, match=f"{said}, outside of 0 to 9"):
+        with pytest.raises(UserError, match=f"{scale}, outside of 0 to 9"):
             read(tmp_path, bad)
 
 
-def test_component_behind_a_gate_counts_and_is_asked_only_where_it_is_open(tmp_path):
+def test_component_behind_a_gate_is_called_only_where_it_is_open(tmp_path):
     gated = {"only_if": "a", "at_least": 5, "otherwise": 2, "weight": 3}
     config = read(tmp_path, components(a={}, b=gated))
     verdicts, parts = ask(config, tmp_path, "a5 b9", "a4 b9", "a4 b?", "a? b9")
@@ -203,7 +203,7 @@ def test_parts_are_files_or_inline_and_nest(tmp_path):
     assert both["x-1"] == both["x-2"] == 9 and both["x-2/task/long"] == 9
 
 
-def test_what_verdicts_depend_on_must_match_on_resume(tmp_path):
+def test_settings_that_verdicts_depend_on_must_match_on_resume(tmp_path):
     plain = components(a={}, b={"weight": 2})
     first, again = read(tmp_path, plain), read(tmp_path, plain, "other")
     assert first.resume_settings() == again.resume_settings()

@@ -113,10 +113,10 @@ def test_endpoint_request_omits_null_settings(tmp_path):
         [result] = run_ranks(judged, 1, tmp_path, ["plain", "drawn"])
         bodies = server.bodies
     assert result == [[7.0] * len(ITEMS)] * 2
-    plain, drawn = bodies[: len(ITEMS)], bodies[len(ITEMS) :]
+    plain, sampled = bodies[: len(ITEMS)], bodies[len(ITEMS) :]
     assert all(set(body) == {"model", "messages", "temperature", "max_tokens"} for body in plain)
     assert all((body["temperature"], body["max_tokens"]) == (0.0, 8192) for body in plain)
-    assert all((body["top_k"], body["top_p"]) == (5, 0.9) for body in drawn)
+    assert all((body["top_k"], body["top_p"]) == (5, 0.9) for body in sampled)
 
 
 def wait_at_most(seconds):

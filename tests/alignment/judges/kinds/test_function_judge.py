@@ -187,7 +187,7 @@ def asked_on_two_ranks_of_one_share(file: Path) -> float | None:
     return verdict.score
 
 
-def test_function_judge_gives_ranks_of_a_share_equal_scores(tmp_path: Path) -> None:
+def test_function_judge_returns_equal_scores_on_ranks_of_a_share(tmp_path: Path) -> None:
     file = tmp_path / "draws.py"
     file.write_text("import random\n\ndef score(response):\n    return random.random()\n")
     first, second = run_ranks(asked_on_two_ranks_of_one_share, 2, file)

@@ -73,10 +73,10 @@ def test_local_judge_asks_equal_questions_once(judge, monkeypatch):
         Question(Response(str(n), prompt, text), sample=sample)
         for n, (text, sample) in enumerate([("a", 0), ("b", 0), ("a", 0), ("a", 1), ("b", 0)])
     ]
-    drawn: list[tuple[tuple[int, ...], int]] = []
+    calls: list[tuple[tuple[int, ...], int]] = []
 
     def generate(prompts, sampling, seeds):
-        drawn.extend(zip(map(tuple, prompts), seeds))
+        calls.extend(zip(map(tuple, prompts), seeds))
         judge.engine.said = [f"<think>{seed % 10}</think>\n7" for seed in seeds]
         return ask_all(prompts)
 
@@ -86,13 +86,13 @@ def test_local_judge_asks_equal_questions_once(judge, monkeypatch):
     result = judge.judge(questions)
     assert [verdict.item for verdict in result] == list("01234")
     answers = [verdict.answer for verdict in result]
-    assert answers[0] == answers[2] and answers[1] == answers[4] and len(set(drawn)) == 3
-    assert len(drawn) == 3 and [verdict.sample for verdict in result] == [0, 0, 0, 1, 0]
+    assert answers[0] == answers[2] and answers[1] == answers[4] and len(set(calls)) == 3
+    assert len(calls) == 3 and [verdict.sample for verdict in result] == [0, 0, 0, 1, 0]
     # The same seeds for the same questions in another call, under other names.
-    before = set(drawn)
-    drawn.clear()
+    before = set(calls)
+    calls.clear()
     judge.judge([Question(Response("other", prompt, "a"))])
-    assert len(drawn) == 1 and set(drawn) < before
+    assert len(calls) == 1 and set(calls) < before
 
 
 def test_local_judge_scores_equal_responses_equally_in_any_batch(judge):

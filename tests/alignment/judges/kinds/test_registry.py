@@ -31,7 +31,7 @@ def read(folder, name="judge", **given):
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("settings", "message"),
     [
         ({"generation_batch_size": 0}, "generation_batch_size must be at least 1, not 0"),
         (
@@ -51,13 +51,13 @@ def read(folder, name="judge", **given):
         ({"chat_template_kwargs": None}, "chat_template_kwargs must be a mapping, not null"),
     ],
 )
-def test_values_of_a_wrong_kind_are_refused(tmp_path, given, told):
-    with pytest.raises(UserError, match=rf"judge\.yaml: {told}"):
-        read(tmp_path, **{**LOCAL, **given})
+def test_values_of_a_wrong_kind_are_refused(tmp_path, settings, message):
+    with pytest.raises(UserError, match=rf"judge\.yaml: {message}"):
+        read(tmp_path, **{**LOCAL, **settings})
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("settings", "message"),
     [
         ({"tries": 0}, "tries must be at least 1, not 0"),
         ({"timeout": 0}, "timeout must be above 0, not 0"),
@@ -66,9 +66,9 @@ def test_values_of_a_wrong_kind_are_refused(tmp_path, given, told):
         ({"thinking": "maybe"}, "thinking is one of 'none', 'asked' or 'opened', not 'maybe'"),
     ],
 )
-def test_values_of_an_endpoint_of_a_wrong_kind_are_refused(tmp_path, given, message):
+def test_values_of_an_endpoint_of_a_wrong_kind_are_refused(tmp_path, settings, message):
     with pytest.raises(UserError, match=rf"judge\.yaml: {message}"):
-        read(tmp_path, **{**ENDPOINT, **given})
+        read(tmp_path, **{**ENDPOINT, **settings})
 
 
 def test_misspelt_key_is_answered_with_the_nearest(tmp_path):
@@ -79,7 +79,7 @@ def test_misspelt_key_is_answered_with_the_nearest(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("scale", "told"),
+    ("scale", "message"),
     [
         (9, "scale must be a list, not 9"),
         (["0", 9], "scale must be a list whose elements are each a number, not "),
@@ -88,15 +88,15 @@ def test_misspelt_key_is_answered_with_the_nearest(tmp_path):
         ([9, 0], "scale 9 0 must be two finite numbers, the lower one first"),
     ],
 )
-def test_scale_of_a_function_must_be_two_numbers_in_order(tmp_path, scale, told):
-    with pytest.raises(UserError, match=rf"judge\.yaml: {told}"):
+def test_scale_of_a_function_must_be_two_numbers_in_order(tmp_path, scale, message):
+    with pytest.raises(UserError, match=rf"judge\.yaml: {message}"):
         read(tmp_path, kind="function", function="checks.py:f", scale=scale)
 
 
 def test_scale_of_a_function_must_match_on_resume(tmp_path):
     (tmp_path / "checks.py").write_text("")
-    given = {"kind": "function", "function": f"{tmp_path}/checks.py:f"}
-    plain, scaled = read(tmp_path, **given), read(tmp_path, **given, scale=[0, 1], timeout=5)
+    settings = {"kind": "function", "function": f"{tmp_path}/checks.py:f"}
+    plain, scaled = read(tmp_path, **settings), read(tmp_path, **settings, scale=[0, 1], timeout=5)
     assert (plain.timeout, scaled.timeout) == (60.0, 5)
     assert "scale" not in plain.resume_settings() and scaled.resume_settings()["scale"] == [0, 1]
     assert plain.fingerprint != scaled.fingerprint
@@ -109,7 +109,7 @@ def test_whole_number_is_a_number_and_optional_key_may_be_null(tmp_path):
     assert (spec.temperature, spec.timeout, spec.template) == (0, 5, None)
 
 
-def drawn(spec):
+def sampling_of(spec):
     return spec.temperature, spec.top_k, spec.top_p, spec.max_new_tokens
 
 
@@ -117,15 +117,15 @@ def test_defaults_of_an_endpoint_are_those_of_annotate(tmp_path):
     files = ["--input", "items", "--output", "verdicts"]
     options = parse_annotate([*files, "--judge", "http://a/v1", "--model", "m"]).judge
     annotate = (options.temperature, options.top_k, options.top_p, options.max_tokens)
-    assert drawn(read(tmp_path, **ENDPOINT)) == annotate == (0.0, None, None, 8192)
-    assert drawn(read(tmp_path, **ENDPOINT, top_k=None, top_p=0.9)) == (0.0, None, 0.9, 8192)
-    assert drawn(read(tmp_path, **LOCAL)) == (0.7, 20, 0.95, 4096)
+    assert sampling_of(read(tmp_path, **ENDPOINT)) == annotate == (0.0, None, None, 8192)
+    assert sampling_of(read(tmp_path, **ENDPOINT, top_k=None, top_p=0.9)) == (0.0, None, 0.9, 8192)
+    assert sampling_of(read(tmp_path, **LOCAL)) == (0.7, 20, 0.95, 4096)
     with pytest.raises(UserError, match="top_p must be a number, not null"):
         read(tmp_path, **LOCAL, top_p=None)
 
 
 @pytest.mark.parametrize(
-    ("kind", "given"),
+    ("kind", "settings"),
     [
         ("endpoint", {"length": 512}),
         ("endpoint", {"chat_template": "chat.jinja"}),
@@ -136,15 +136,15 @@ def test_defaults_of_an_endpoint_are_those_of_annotate(tmp_path):
         ("function", {"rule_text": "text.txt"}),
     ],
 )
-def test_key_of_another_kind_is_refused(tmp_path, kind, given):
+def test_key_of_another_kind_is_refused(tmp_path, kind, settings):
     needed = {"rule": {"rule_text": "t"}, "function": {"function": "f.py:f"}}
     whole = {"local": LOCAL, "endpoint": ENDPOINT}.get(kind) or {"kind": kind, **needed[kind]}
     read(tmp_path, **whole, agreement="agreement.json")
     with pytest.raises(
         UserError,
-        match=rf"judge\.yaml: {next(iter(given))} is not a key of a judge of kind {kind},",
+        match=rf"judge\.yaml: {next(iter(settings))} is not a key of a judge of kind {kind},",
     ):
-        read(tmp_path, **whole, **given)
+        read(tmp_path, **whole, **settings)
 
 
 @pytest.fixture
@@ -179,11 +179,13 @@ def specs(folder):
 
 
 def test_resume_settings_depend_on_content_of_files_not_on_their_place(files):
-    before = {n: read(files, **given).resume_settings() for n, (given, _) in specs(files).items()}
+    before = {
+        n: read(files, **settings).resume_settings() for n, (settings, _) in specs(files).items()
+    }
     moved = files.with_name("moved")
     files.rename(moved)
-    for name, (given, file) in specs(moved).items():
-        spec = read(moved, **given)
+    for name, (settings, file) in specs(moved).items():
+        spec = read(moved, **settings)
         assert spec.resume_settings() == before[name], name
         content = (moved / file).read_text()
         (moved / file).write_text(f"{content}\nsomething else is here")

@@ -118,21 +118,21 @@ def test_a_program_that_hangs_is_ended_by_the_time_limit(program):
     assert time.monotonic() - begin < 15
 
 
-def test_what_a_program_prints_is_bounded_and_no_result():
+def test_output_of_a_program_is_bounded_and_not_its_result():
     result = run("while True: print('x' * 10**6)", [InputTest("", "x")])
     assert result.passed == [False] and result.problem == "more than 4 MiB were printed"
     assert run("print('passed 0')\nimport os; os._exit(0)").passed == [False]
 
 
-def test_nothing_is_left_of_a_program():
+def test_no_process_of_a_program_remains():
     run(
         "import threading, time\nthreading.Thread(target=time.sleep, args=(99,)).start()",
         timeout=1.5,
     )
     runner = str(code_tests._RUNNER)
     running = subprocess.run(["ps", "-eo", "ppid,args"], capture_output=True, text=True).stdout
-    mine = [line for line in running.splitlines() if runner in line]
-    assert not [line for line in mine if int(line.split()[0]) == os.getpid()], mine
+    own = [line for line in running.splitlines() if runner in line]
+    assert not [line for line in own if int(line.split()[0]) == os.getpid()], own
 
 
 def test_a_program_ends_with_the_command_that_started_it(tmp_path):

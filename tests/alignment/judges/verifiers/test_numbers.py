@@ -44,7 +44,7 @@ def test_notations_that_are_read(text, expected):
         r"\frac{x}{2}", "9" * 1001, "5 ≠ 6", "2**3",
     ],
 )  # fmt: skip
-def test_what_is_not_one_number_is_none(text):
+def test_text_without_exactly_one_number_is_none(text):
     assert read_number(text) is None
 
 
