@@ -12,7 +12,9 @@ _INTERVAL = 0.2  # seconds between checks
 
 
 def run_async_while_polling[T](
-    work: Callable[[], Coroutine[Any, Any, T]] | None, check: Callable[[], None]
+    work: Callable[[], Coroutine[Any, Any, T]] | None,
+    check: Callable[[], None],
+    meanwhile: Callable[[], None] | None = None,
 ) -> T | None:
     """Return the result of this rank's work; a collective, in which ranks without work wait.
 
@@ -23,6 +25,7 @@ def run_async_while_polling[T](
         work: Work of this rank, without collectives. None if it has none.
         check: Function that all ranks call from time to time. It may raise on all of them, which
             cancels the work.
+        meanwhile: Function that all ranks call while the work is under way, before they wait.
 
     Raises:
         Exception: An error of the work, on its rank alone.
@@ -31,6 +34,8 @@ def run_async_while_polling[T](
     with ThreadPoolExecutor(1) as pool:
         done = pool.submit(asyncio.run, _until_stopped(work(), stop)) if work else None
         try:
+            if meanwhile is not None:
+                meanwhile()
             while all_reduce_max(int(done is not None and not done.done())):
                 check()
                 wait([done] if done else [], _INTERVAL)

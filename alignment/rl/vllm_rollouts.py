@@ -10,37 +10,21 @@ Prompts and responses are token ids, so that no text is tokenized twice. Request
 settings of generation_config.json, and send the key in MEGATRON_ET_JUDGE_API_KEY, if it is set.
 """
 
-import asyncio
-import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import httpx
-import torch.distributed as dist
-
 from alignment.endpoints.answer_store import AnswerStore
-from alignment.endpoints.api_key import read_api_key
-from alignment.endpoints.client import CallFailed, EndpointClient, connect
-from alignment.endpoints.endpoint_errors import (
-    EndpointError,
-    ErrorKind,
-    error_in,
-    load_json,
-    message_of,
-)
+from alignment.endpoints.endpoint_errors import error_in, message_of
 from alignment.endpoints.pool import EndpointPool
-from alignment.endpoints.retry import RetryPolicy
 from alignment.engines.protocol import AlignmentEngine, GeneratedResponse
 from alignment.polling import run_async_while_polling
 from alignment.ranks import all_gather_by_data_rank, is_share_leader
-from megatron_ext.console import console
+from alignment.rl.vllm_servers import ADVICE, VLLMServer, VLLMServers, read_json
+from alignment.rl.weight_transfer import FolderTransfer, WeightTransfer
 from megatron_ext.errors import UserError
 from megatron_ext.inference.sampling import Sampling
 
-_WAIT = 2.0  # seconds between tries
-_ADVICE = "Start vLLM as docs/how-to/training-judges.md describes."
 _NEUTRAL = {
     "repetition_penalty": 1.0,
     "presence_penalty": 0.0,
@@ -65,6 +49,7 @@ class VLLMRollouts:
         patience: float = 600.0,
         concurrency: int = 256,
         check: Callable[[], None] = lambda: None,
+        transfer: WeightTransfer | None = None,
     ) -> None:
         """Prepare the rollouts; a collective.
 
@@ -78,10 +63,12 @@ class VLLMRollouts:
             patience: Seconds to wait for a server that does not answer.
             concurrency: Largest number of concurrent calls of a rank.
             check: Function that all ranks call while they wait. It may raise on all of them.
+            transfer: Way in which the servers get the weights. Default: as files in the folder.
         """
-        self.engine, self.folder, self.model, self.ends = engine, folder, model, ends
-        self.urls = [url.rstrip("/") for url in urls]
-        self.patience, self.concurrency, self.check = patience, concurrency, check
+        self.engine, self.model, self.ends = engine, model, ends
+        self.servers = VLLMServers(urls, patience, check)
+        self.transfer = transfer or FolderTransfer(engine, folder)
+        self.concurrency, self.check = concurrency, check
         self.calls_server = is_share_leader(engine)
         self._served: int | None = None
 
@@ -123,61 +110,19 @@ class VLLMRollouts:
         Raises:
             UserError: A server does not answer within the patience, or refuses.
         """
-        if self._served == self.engine.step:
+        version = self.engine.step
+        if self._served == version:
             return
-        self.engine.export(self.folder)
-        problem: list[str | None] = [None]
+        self.transfer.prepare(version)
+        self.servers.call(VLLMServer.pause)
         try:
-            run_async_while_polling(self._reload if dist.get_rank() == 0 else None, self.check)
-        except UserError as error:
-            problem = [str(error)]
-        dist.broadcast_object_list(problem, src=0)
-        if problem[0] is not None:
-            raise UserError(problem[0])
-        self._served = self.engine.step
-
-    async def _reload(self) -> None:
-        """Let every server load the weights while it answers no requests."""
-        for url in self.urls:
-            async with connect(read_api_key(), 1) as http:
-                client = self._client(url, http)
-                root = url.removesuffix("/v1")
-                # A request in between would mix old keys and values with new weights.
-                await self._while_healthy(
-                    url, self._post(client, f"{root}/pause?mode=abort", {}, _read_json)
-                )
-                try:
-                    body = {"method": "reload_weights"}
-                    weights = self._post(client, f"{root}/collective_rpc", body, _read_json)
-                    await self._while_healthy(url, weights)
-                    await self._while_healthy(url, self._reset_prefix_cache(client, root))
-                except BaseException:
-                    with suppress(UserError, TimeoutError):  # requests to a paused server hang
-                        await asyncio.wait_for(self._resume(client, root), _WAIT)
-                    raise
-                await self._while_healthy(url, self._resume(client, root))
-
-    async def _resume(self, client: EndpointClient, root: str) -> None:
-        await self._post(client, f"{root}/resume", {}, _read_json)
-
-    async def _reset_prefix_cache(self, client: EndpointClient, root: str) -> None:
-        """Empty the prefix cache of a server, which has keys and values of the old weights.
-
-        Raises:
-            UserError: The server does not empty it, because it answers other requests.
-        """
-        begin = time.monotonic()
-        while True:
-            answer = await self._post(client, f"{root}/reset_prefix_cache", {}, _read_json)
-            if not isinstance(answer, dict) or answer.get("success") is not False:
-                return
-            if time.monotonic() - begin > self.patience:
-                raise UserError(
-                    f"{root} has not emptied its prefix cache for {self.patience:.0f} s, and would "
-                    "answer with the old weights. Let nothing else send it requests, then repeat "
-                    "the command, which resumes."
-                )
-            await asyncio.sleep(min(_WAIT, self.patience / 4))
+            self.transfer.update_weights(version, self.servers)
+            self.servers.call(VLLMServer.reset_prefix_cache)
+        except BaseException:
+            self.servers.resume_after_failure()
+            raise
+        self.servers.call(VLLMServer.resume)
+        self._served = version
 
     async def ask(
         self,
@@ -200,98 +145,22 @@ class VLLMRollouts:
         Raises:
             UserError: The server refuses, or does not answer within the patience.
         """
-        url = self.urls[self.engine.data_rank % len(self.urls)]
+        url = self.servers.urls[self.engine.data_rank % len(self.servers.urls)]
         responses: dict[int, GeneratedResponse] = {}
-        async with connect(read_api_key(), self.concurrency) as http:
-            client = self._client(url, http)
+        async with self.servers.connect(url, self.concurrency) as server:
 
             async def call(place: int) -> GeneratedResponse:
                 body = self._body(prompts[place], sampling, seeds[place])
 
                 def read(content: bytes, _: float | None) -> GeneratedResponse:
-                    return self._read(_read_json(content), url)
+                    return self._read(read_json(content), url)
 
-                return await self._post(client, f"{url}/completions", body, read)
+                return await server.post("/v1/completions", body, read)
 
             pool = EndpointPool(call, to_record or _no_record, self.concurrency, await_calls=False)
             work = pool.ask_many(range(len(prompts)), store, responses.__setitem__)
-            await self._while_healthy(url, work)
+            await server.while_healthy(work)
         return [responses[place] for place in range(len(prompts))]
-
-    def _client(self, url: str, http: httpx.AsyncClient) -> EndpointClient:
-        wait = min(_WAIT, self.patience / 4)
-        policy = RetryPolicy(
-            patience=self.patience, timeout=None, first_wait=wait, longest_wait=wait
-        )
-
-        async def is_permanent(error: EndpointError) -> bool:
-            # A server whose engine has died fails its health checks; one that passes them will
-            # answer the same request with the same error.
-            return error.status == 500 and await self._is_healthy(url)
-
-        return EndpointClient(
-            url,
-            http,
-            policy,
-            report=_report,
-            flag="--rollout-url",
-            advice=_ADVICE,
-            is_permanent=is_permanent,
-        )
-
-    async def _is_healthy(self, url: str) -> bool:
-        try:
-            async with httpx.AsyncClient(timeout=self.patience / 10) as http:
-                response = await http.get(f"{url.removesuffix('/v1')}/health")
-                return response.status_code == 200
-        except (httpx.HTTPError, httpx.InvalidURL):
-            return False
-
-    async def _post[T](
-        self,
-        client: EndpointClient,
-        url: str,
-        body: dict[str, Any],
-        read: Callable[[bytes, float | None], T],
-    ) -> T:
-        """Return the answer of a server, after waiting for one that is not available or busy.
-
-        Raises:
-            UserError: The server refuses, or does not answer within the patience.
-        """
-        try:
-            return await client.post(url, body, read)
-        except CallFailed as error:
-            if error.refused:
-                raise UserError(f"The endpoint {url} refuses with {error}. {_ADVICE}") from None
-            raise self._no_answer(url, str(error)) from None
-
-    async def _while_healthy[T](self, url: str, work: Awaitable[T]) -> T:
-        """Return the result of a call, however slow, while the server passes health checks."""
-        task = asyncio.ensure_future(work)
-        last_sign, interval = time.monotonic(), self.patience / 10
-        try:
-            async with httpx.AsyncClient(timeout=interval) as http:
-                while not (await asyncio.wait([task], timeout=interval))[0]:
-                    try:
-                        response = await http.get(f"{url.removesuffix('/v1')}/health")
-                        reason = f"its health check returned status {response.status_code}"
-                        if response.status_code < 500:
-                            last_sign = time.monotonic()
-                    except (httpx.HTTPError, httpx.InvalidURL) as error:
-                        reason = str(error) or type(error).__name__
-                    if time.monotonic() - last_sign > self.patience:
-                        raise self._no_answer(url, reason)
-            return await task
-        finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-
-    def _no_answer(self, url: str, reason: str) -> UserError:
-        return UserError(
-            f"{url} has not answered for {self.patience:.0f} s ({reason}). Check the server, then "
-            "repeat the command, which resumes."
-        )
 
     def _body(self, prompt: Sequence[int], sampling: Sampling, seed: int) -> dict[str, Any]:
         return {
@@ -316,7 +185,7 @@ class VLLMRollouts:
 
     def _read(self, answer: Any, url: str) -> GeneratedResponse:
         if error := error_in(answer):
-            raise UserError(f"{url} answers with an error: {message_of(error)}. {_ADVICE}")
+            raise UserError(f"{url} answers with an error: {message_of(error)}. {ADVICE}")
         try:
             [choice] = answer["choices"]
             tokens = [int(token) for token in choice["token_ids"]]
@@ -329,7 +198,7 @@ class VLLMRollouts:
         if len(tokens) != len(log_probs):
             raise UserError(
                 f"{url} returned {len(tokens)} tokens with {len(log_probs)} log-probabilities. "
-                f"{_ADVICE}"
+                f"{ADVICE}"
             )
         if ended and not self.ends.intersection(tokens[-1:]):
             raise UserError(
@@ -339,19 +208,5 @@ class VLLMRollouts:
         return GeneratedResponse(tokens, log_probs, ended)
 
 
-def _read_json(content: bytes, _: float | None = None) -> Any:
-    """Return the JSON value of a response body, or None if it is empty."""
-    if not content:
-        return None
-    try:
-        return load_json(content)
-    except ValueError as error:
-        raise EndpointError(f"an answer is not JSON: {error}", ErrorKind.PASSING) from None
-
-
 def _no_record(place: int, response: GeneratedResponse) -> tuple[str, Mapping[str, Any]]:
     raise AssertionError("a store needs to_record")
-
-
-def _report(message: str) -> None:
-    console.warn(message)

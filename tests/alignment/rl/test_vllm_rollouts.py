@@ -120,7 +120,8 @@ class Handler(BaseHTTPRequestHandler):
                 server.paused = self.path != "/resume"
                 return self.reply(200, {"status": "paused" if server.paused else "resumed"})
             if self.path == "/collective_rpc":
-                assert body == {"method": "reload_weights"}
+                assert body["method"] == "reload_weights"
+                assert body["kwargs"] == {"weights_path": str(server.folder)}
                 assert server.paused
                 if server.broken:
                     return self.reply(500, {"error": {"message": "no such weights"}})
@@ -163,6 +164,7 @@ def learn(folder, place, url, patience, ahead=False, waits=16, stops=False):
     from alignment.engines.protocol import Optimization
     from alignment.ranks import all_reduce_max
     from alignment.rl import vllm_rollouts as served
+    from alignment.rl import vllm_servers
     from alignment.rl.algorithms import algorithm_by_name
     from alignment.rl.async_rollouts import AsyncRollouts
     from alignment.rl.rollouts import RewardResult
@@ -172,7 +174,7 @@ def learn(folder, place, url, patience, ahead=False, waits=16, stops=False):
     from alignment.training.training_run import TrainingRun
     from megatron_ext.inference.sampling import Sampling
 
-    served._WAIT = 0.05
+    vllm_servers._WAIT = 0.05
     engine = MegatronEngine(folder, Optimization(lr=1e-2, steps=9), MegatronLayout(micro_batch=4))
     rollouts = served.VLLMRollouts(
         engine, [url], "policy", place / "served", frozenset([0]), patience
