@@ -160,7 +160,7 @@ def _judge(run: Path, options: SmolLMPolicyConfig) -> list[Step]:
         gold = run / f"{name}.gold.jsonl"
         steps += [
             _step(
-                f"drawn-{name}", "what the start policy answers",
+                f"generate-{name}", "what the start policy answers",
                 align(
                     "generate", "--model", run / "model", "--input", prompts, "--output", output,
                     "--samples", samples, "--source", "start", "--overwrite", *sampled,

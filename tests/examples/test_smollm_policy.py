@@ -37,7 +37,7 @@ def test_smollm_policy_prompts_and_commands(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "judge" / "best").mkdir(parents=True)
     steps = {step.name: step for step in [*_judge(tmp_path, options), *_policy(tmp_path, options)]}
-    generation = generate(steps["drawn-train"].command[3:])
+    generation = generate(steps["generate-train"].command[3:])
     assert generation.samples == 1 and generation.sampling.temperature == 0.7
     written = [
         Response(p.id, p, "A cow sees. Does it? " * (n % 3 + 1))

@@ -77,19 +77,26 @@ def test_study_labels_share_no_prompt(tmp_path):
     real = tmp_path / "real.jsonl"
     passages(["--text", str(tmp_path / "text.jsonl"), "--output", str(real)])
     rows = read_all(real, Response)
-    sampled_file = tmp_path / "drawn.jsonl"
+    sampled_file = tmp_path / "start_responses.jsonl"
     with sampled_file.open("w") as file:
         for row in rows:
-            made = {**row.to_row(), "id": row.prompt.id, "text": "drawn"}
+            made = {**row.to_row(), "id": row.prompt.id, "text": "start"}
             file.write(json.dumps(made) + "\n")
-    words = ["--real", str(real), "--drawn", str(sampled_file), "--save", str(tmp_path / "out")]
+    words = [
+        "--real",
+        str(real),
+        "--start-responses",
+        str(sampled_file),
+        "--save",
+        str(tmp_path / "out"),
+    ]
     labels([*words, "--validation", "5", "--test", "7"])
     parts = {n: read_all(tmp_path / "out" / f"{n}.jsonl", Response) for n in ("validation", "test")}
     parts["train"] = read_all(tmp_path / "out" / "train.jsonl", Response)
     prompts = {name: {row.prompt.id for row in part} for name, part in parts.items()}
     assert [len(prompts[name]) for name in parts] == [5, 7, len(rows) - 12]
     assert not prompts["train"] & (prompts["validation"] | prompts["test"])
-    assert all(part[0].text == "drawn" != part[1].text for part in parts.values())
+    assert all(part[0].text == "start" != part[1].text for part in parts.values())
     with pytest.raises(UserError, match="none is left for training"):
         labels([*words, "--validation", "5", "--test", str(len(rows))])
 
@@ -121,7 +128,7 @@ def test_study_commands_parse(tmp_path):
     from alignment.commands.train_policy import parse as train_policy
 
     study = StudyPlan(tmp_path, read_settings(DEFAULT), ranks=1, on_gpus=False)
-    models = [f"seed1/judges/{name}" for name in ("label", "reasoning", "reinforced")]
+    models = [f"seed1/judges/{name}" for name in ("label", "reasoning", "rl")]
     for model in ("start", *models):
         (tmp_path / model / "best").mkdir(parents=True)
     parsers: dict[str, Any] = {
@@ -136,15 +143,15 @@ def test_study_commands_parse(tmp_path):
             if parser := parsers.get(one.command[2]):
                 commands[one.name] = parser(one.command[3:])
     assert commands["reasoning-judge-seed1"].format.thinking == "asked"
-    reinforced = commands["reinforced-judge-seed1"]
-    assert reinforced.stage == "rl" and reinforced.batch.batch_size == 64
-    assert reinforced.model.model.endswith("reasoning/best")
+    rl = commands["rl-judge-seed1"]
+    assert rl.stage == "rl" and rl.batch.batch_size == 64
+    assert rl.model.model.endswith("reasoning/best")
     assert commands["reasoning-verdicts-seed1"].answers.judging_top_k == 20
     assert len([name for name in commands if name in ("label-seed1", "reasoning-seed1")]) == 2
     spec = read_judge(commands["reasoning-seed1"].judge[0])
     assert isinstance(spec, LocalJudgeConfig)
     assert (spec.thinking, spec.top_k, spec.max_new_tokens) == ("asked", 20, 48)
-    assert spec.model.endswith("seed1/judges/reinforced/best")
+    assert spec.model.endswith("seed1/judges/rl/best")
 
 
 def make_quickstart(folder):
@@ -169,7 +176,7 @@ def test_study_runs_from_text_to_the_page(tmp_path):
         "splits": {"held_out": 8, "policy": 40, "judge": 40},
         "labels": {"validation": 5, "test": 10},
         "start": {"epochs": 1, "batch_size": 32, "seq_length": 512, "lr": 1e-3},
-        "drawn": {"max_new_tokens": 6},
+        "generate": {"max_new_tokens": 6},
         "judge": {"batch_size": 16, "seq_length": 512, "lr": 1e-3, "eval_interval": 50},
         "label": {"epochs": 1},
         "policy": {

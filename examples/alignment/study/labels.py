@@ -1,7 +1,7 @@
 """Select responses for the gold judge to label: generated, real and corrupted ones.
 
-    python -m examples.alignment.study.labels --real RESPONSES.jsonl --drawn RESPONSES.jsonl \\
-        --save DIR --validation 100 --test 200 --seed 1
+    python -m examples.alignment.study.labels --real RESPONSES.jsonl \\
+        --start-responses RESPONSES.jsonl --save DIR --validation 100 --test 200 --seed 1
 
 Each prompt has two: the response of the start policy, and a real or corrupted one. They are
 written to train.jsonl, validation.jsonl and test.jsonl, which share no prompt.
@@ -72,7 +72,7 @@ class LabelsConfig:
 
     real: str = flag(metavar="FILE")
     """Responses of the text to the prompts."""
-    drawn: str = flag(metavar="FILE")
+    start_responses: str = flag(metavar="FILE")
     """Responses of the start policy to the same prompts."""
     save: str = flag(metavar="DIR")
     """Folder to write train.jsonl, validation.jsonl and test.jsonl into."""
@@ -87,10 +87,11 @@ class LabelsConfig:
 def main(argv: Sequence[str] | None = None) -> None:
     options = _parse(argv)
     real = read_all(Path(options.real), Response)
-    drawn = {row.prompt.id: row for row in read_all(Path(options.drawn), Response)}
-    if missing := [row.prompt.id for row in real if row.prompt.id not in drawn]:
+    start = {row.prompt.id: row for row in read_all(Path(options.start_responses), Response)}
+    if missing := [row.prompt.id for row in real if row.prompt.id not in start]:
         raise UserError(
-            f"--drawn {options.drawn} has no response to the prompt {missing[0]!r}. Generate it."
+            f"--start-responses {options.start_responses} has no response to the prompt "
+            f"{missing[0]!r}. Generate it."
         )
     begins = {"validation": 0, "test": options.validation}
     begins["train"] = options.validation + options.test
@@ -104,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, begin in begins.items():
         with RecordWriter(Path(options.save) / f"{name}.jsonl", overwrite=True) as writer:
             for row, other in zip(real[begin : ends[name]], others[begin : ends[name]]):
-                writer.write(drawn[row.prompt.id])
+                writer.write(start[row.prompt.id])
                 writer.write(other)
         print(f"{name}: {writer.count:,} responses")
 

@@ -24,8 +24,8 @@ CHAT = (
 JUDGES = {"label": "judge of labels", "reasoning": "judge that thinks", "gold": "gold itself"}
 _PARTS = ("train", "validation", "test")
 _SECTIONS = {
-    "name", "recipe", "base", "splits", "start", "drawn", "labels", "judge", "label", "reasoning",
-    "reinforced", "thinking", "policy",
+    "name", "recipe", "base", "splits", "start", "generate", "labels", "judge", "label",
+    "reasoning", "rl", "thinking", "policy",
 }  # fmt: skip
 
 
@@ -184,32 +184,30 @@ class StudyPlan:
         ]  # fmt: skip
 
     def _sampling(self, seed: int) -> Step:
-        file = self._folder(seed) / "drawn.jsonl"
+        file = self._folder(seed) / "start_responses.jsonl"
         return self._step(
-            f"drawn-seed{seed}", "what the start policy answers",
+            f"generate-seed{seed}", "what the start policy answers",
             align(
                 "generate", "--model", self.start, "--input", self.prompts / "judge.jsonl",
                 "--output", file, "--overwrite", "--source", "start", "--seed", seed,
-                *self._flags_of("drawn"),
+                *self._flags_of("generate"),
             ),
             self._folder(seed) / "study.log", [file],
             [*_weights(self.start), self.prompts / "judge.jsonl"],
         )  # fmt: skip
 
     def _labels(self, seed: int) -> Step:
-        real, sampled_file = (
-            self.output / "splits" / "judge.jsonl",
-            self._folder(seed) / "drawn.jsonl",
-        )
+        real = self.output / "splits" / "judge.jsonl"
+        start = self._folder(seed) / "start_responses.jsonl"
         responses = self._folder(seed) / "responses"
         return self._step(
             f"labels-seed{seed}", "responses for gold to label",
             module(
-                "examples.alignment.study.labels", "--real", real, "--drawn", sampled_file,
+                "examples.alignment.study.labels", "--real", real, "--start-responses", start,
                 "--save", responses, "--seed", str(seed), *_flags(self.settings["labels"]),
             ),
             self._folder(seed) / "study.log", [responses / f"{part}.jsonl" for part in _PARTS],
-            [real, sampled_file, HERE / "labels.py"],
+            [real, start, HERE / "labels.py"],
         )  # fmt: skip
 
     def _gold(self, seed: int, part: str) -> Step:
@@ -229,8 +227,8 @@ class StudyPlan:
 
     def _reinforcement(self, seed: int) -> Step:
         start = self._folder(seed) / "judges" / "reasoning" / "best"
-        flags = ["--thinking", "asked", *self._flags_of("reinforced")]
-        return self._judge_training(seed, "reinforced", "rl", start, flags)
+        flags = ["--thinking", "asked", *self._flags_of("rl")]
+        return self._judge_training(seed, "rl", "rl", start, flags)
 
     def _judge_training(
         self, seed: int, name: str, stage: str, model: Path, flags: Sequence[str]
@@ -325,7 +323,7 @@ class StudyPlan:
         return of / "responses" / f"{part}.jsonl", of / "gold" / f"{part}.jsonl"
 
     def _model(self, seed: int, judge: str) -> Path:
-        run = "reinforced" if judge == "reasoning" else judge
+        run = "rl" if judge == "reasoning" else judge
         return self._folder(seed) / "judges" / run / "best"
 
     def _flags_of(self, section: str) -> list[str]:
