@@ -124,7 +124,7 @@ class Trackers:
         """
         settings.check()
         self._trackers: list[tuple[str, Tracker]] = []
-        self._sent: set[tuple[int, str]] = set()
+        self._logged: set[tuple[int, str]] = set()
         self._failed: set[str] = set()
         identifiers = RunIdentifiers(settings.run_dir)
         makers: list[tuple[str, str, Any, Callable[[], Tracker]]] = [
@@ -169,11 +169,11 @@ class Trackers:
 
     def skip(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Do not send again what some rows of metrics contain, which have been sent before."""
-        self._sent = {(row["step"], name) for row in rows for name in row if name != "step"}
+        self._logged = {(row["step"], name) for row in rows for name in row if name != "step"}
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Send the numbers among some values by their tags, which are the names of the metrics."""
-        if any((step, tag) in self._sent for tag in values):  # then all of them have been sent
+        if any((step, tag) in self._logged for tag in values):  # then all of them have been sent
             return
         numbers = {
             tag: float(value)
@@ -199,7 +199,7 @@ class Trackers:
         self._trackers = []
 
     def _was_sent(self, step: int) -> bool:
-        return any(logged_step == step for logged_step, _ in self._sent)
+        return any(logged_step == step for logged_step, _ in self._logged)
 
     def _call(self, call: Callable[[Tracker], None]) -> None:
         for name, tracker in self._trackers:

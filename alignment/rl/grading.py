@@ -96,7 +96,7 @@ class Grader:
         check: Callable[[], None],
         writes: bool,
         max_failed: float = 0.2,
-        shown: int = 8,
+        written_samples: int = 8,
         pairwise: bool = False,
         names: Sequence[str] = (),
     ) -> None:
@@ -120,7 +120,7 @@ class Grader:
             check: Function that all ranks call from time to time. It may raise on all of them.
             writes: Whether this rank writes files.
             max_failed: Largest share of a judge's questions that may fail.
-            shown: Samples per evaluation that are written to samples.jsonl.
+            written_samples: Samples per evaluation that are written to samples.jsonl.
             pairwise: Whether the proxy compares. All grades are then win rates against the
                 responses of the first evaluation, with a tie as one half, and the scores of gold
                 are in `grade/gold_score`.
@@ -135,7 +135,7 @@ class Grader:
         self.length, self.monitor, self.alarm = length, monitor, alarm
         self.generation_batch_size = generation_batch_size
         self.errors = {name: rounding_error(each) for name, each in judges.items()}
-        self.check, self.writes, self.shown = check, writes, shown
+        self.check, self.writes, self.written_samples = check, writes, written_samples
         room = length - sampling.max_new_tokens
         encoded = [(p, prompt_ids(tokenizer, p.messages, **template)) for p in prompts]
         self.prompts = [(prompt, ids) for prompt, ids in encoded if len(ids) <= room]
@@ -347,7 +347,7 @@ class Grader:
         file = self.folder / "samples.jsonl"
         before = file.read_text().splitlines() if file.is_file() else []
         rows = [line for line in before if json.loads(line)["step"] < step]
-        for place, response in enumerate(responses[: self.shown]):
+        for place, response in enumerate(responses[: self.written_samples]):
             rows.append(
                 json.dumps(
                     {

@@ -13,7 +13,7 @@ FORMULAS = {
     "share": "tokens of the domain that the expert takes / tokens of the domain: the domain "
     "specialization of OLMoE (arXiv 2409.02060, section 5)",
     "nmi": "I(domain; expert) / min(H(domain), H(expert)) per layer, for p(domain, expert) = "
-    "1/D * taken(domain, expert) / taken(domain), which gives every domain the same weight. 0: "
+    "1/D * load(domain, expert) / load(domain), which gives every domain the same weight. 0: "
     "experts do not distinguish domains; 1: one determines the other (NMI_min of Vinh, Epps and "
     "Bailey, JMLR 11, 2010)",
     "nmi_by_chance": "(D - 1)(E - 1) / (2 * pairs) / min(H(domain), H(expert)): approximately the "
@@ -45,12 +45,12 @@ def figures_of(sums: RoutingSums, layers: list[int], domains: list[str]) -> dict
     return {
         "formulas": FORMULAS,
         "layers": layers,
-        "experts": sums.taken.shape[2],
+        "experts": sums.load.shape[2],
         "tokens": int(sums.tokens.sum()),
         "domains": {
             name: {
                 "tokens": int(sums.tokens[i]),
-                "taken": sums.taken[i].tolist(),
+                "load": sums.load[i].tolist(),
                 "share": plain(share[i]),
                 "fan_out": plain(share[i].sum(axis=-1)),
             }
@@ -87,7 +87,7 @@ def figures_of(sums: RoutingSums, layers: list[int], domains: list[str]) -> dict
 
 def shares(sums: RoutingSums) -> Floats:
     """Return the share of a domain's tokens that each expert takes, `[D, L, E]`."""
-    return sums.taken / sums.tokens[:, None, None]
+    return sums.load / sums.tokens[:, None, None]
 
 
 def domain_information(sums: RoutingSums) -> tuple[Floats, Floats]:
@@ -96,10 +96,10 @@ def domain_information(sums: RoutingSums) -> tuple[Floats, Floats]:
     The second array, `[L]`, approximates the value for independent pairs of token and expert. Both
     are NaN where a layer routes no token of a domain, or if there is only one domain.
     """
-    domains, _, experts = sums.taken.shape
-    pairs = sums.taken.sum(axis=2, keepdims=True)  # [D, L, 1]
+    domains, _, experts = sums.load.shape
+    pairs = sums.load.sum(axis=2, keepdims=True)  # [D, L, 1]
     with np.errstate(divide="ignore", invalid="ignore"):
-        joint = sums.taken / pairs / domains  # [D, L, E]
+        joint = sums.load / pairs / domains  # [D, L, E]
         of_expert = joint.sum(axis=0, keepdims=True)
         information = _entropy(of_expert[0]) + np.log(domains) - _entropy(joint, axis=(0, 2))
         bound = np.minimum(np.log(domains), _entropy(of_expert[0]))

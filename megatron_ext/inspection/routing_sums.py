@@ -30,7 +30,7 @@ class RoutingSums:
 
     Attributes:
         tokens: Number of tokens, `[D]`.
-        taken: Number of tokens that each expert took, `[D, L, E]`.
+        load: Number of tokens that each expert took, `[D, L, E]`.
         together: Number of tokens that both of two experts took, `[L, E, E]`.
         fan_out: Number of tokens by fan-out, `[L, E + 1]`.
         margins: Number of pairs of token and expert by margin, `[L, bins + 2]`: below the bins, in
@@ -44,7 +44,7 @@ class RoutingSums:
 
     def __init__(self, domains: int, layers: int, experts: int) -> None:
         self.tokens: Counts = np.zeros(domains, np.int64)
-        self.taken: Counts = np.zeros((domains, layers, experts), np.int64)
+        self.load: Counts = np.zeros((domains, layers, experts), np.int64)
         self.together: Counts = np.zeros((layers, experts, experts), np.int64)
         self.fan_out: Counts = np.zeros((layers, experts + 1), np.int64)
         self.margins: Counts = np.zeros((layers, _MARGIN_BINS + 2), np.int64)
@@ -56,7 +56,7 @@ class RoutingSums:
         """Add the tokens of a text, or of a window of a text, to a domain."""
         maps = routing.maps
         self.tokens[domain] += maps.shape[1]
-        self.taken[domain] += maps.sum(dim=1).numpy()
+        self.load[domain] += maps.sum(dim=1).numpy()
         selection = maps.float()  # [L, tokens, E]: a window's counts are exact in fp32
         self.together += (selection.transpose(1, 2) @ selection).long().numpy()
         fan_out = routing.fan_out.numpy()  # [L, tokens]

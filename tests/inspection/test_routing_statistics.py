@@ -86,7 +86,7 @@ def test_shares_fan_out_and_coactivation_match_loops_over_tokens(windows, figure
 def test_routing_counts_are_consistent(windows, figures):
     pairs = figures["tokens"] * EXPERTS
     for layer in range(LAYERS):
-        total = sum(sum(domain["taken"][layer]) for domain in figures["domains"].values())
+        total = sum(sum(domain["load"][layer]) for domain in figures["domains"].values())
         by_fan_out = enumerate(figures["fan_out_histogram"][layer])
         assert total == sum(n * count for n, count in by_fan_out)
         margins = figures["margins"][layer]

@@ -223,7 +223,7 @@ class EndpointJudgeConfig(JudgeConfig):
         Raises:
             UserError: Settings contradict each other.
         """
-        changed = self.model_copy(update=settings.given)
+        changed = self.model_copy(update=settings.overrides)
         check_cost_settings(changed)
         return changed
 

@@ -122,8 +122,8 @@ class CostSettings:
     tokenizer: str | None = None
 
     @property
-    def given(self) -> dict[str, Any]:
-        """Return the settings that are given, by name."""
+    def overrides(self) -> dict[str, Any]:
+        """Return the settings that have a value, by name."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
@@ -223,7 +223,7 @@ class JudgeConfig(BaseModel):
                 f"--{settings.task} requires a judge at an endpoint, and {self.name} is a judge of "
                 f"kind {self.kind}."
             )
-        for name in settings.cost.given:
+        for name in settings.cost.overrides:
             why = "whose files state it" if self.asks_endpoints else "which costs no tokens"
             raise UserError(
                 f"--{name.replace('_', '-')} requires a judge at an endpoint, and {self.name} is a "

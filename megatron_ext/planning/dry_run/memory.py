@@ -120,7 +120,7 @@ class LiveTensors:
         self.peak = self.logits = 0
         self._vocabulary = vocabulary
         self._bytes = self._logits = 0
-        self._known: dict[int, weakref.ref[Any]] = {}
+        self._storages: dict[int, weakref.ref[Any]] = {}
 
     def record(self, arguments: Any, results: Any) -> None:
         """Count the tensors that an operation creates.
@@ -145,18 +145,18 @@ class LiveTensors:
     def _add(self, tensor: Tensor, counts: bool) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._known:
+        if key in self._storages:
             return
         size = storage.nbytes() if counts else 0
         is_logits = self._vocabulary > 0 and tensor.shape[-1:] == (self._vocabulary,)
         logits = size if is_logits and tensor.dim() > 1 else 0
 
         def free(_: Any) -> None:
-            del self._known[key]
+            del self._storages[key]
             self._bytes -= size
             self._logits -= logits
 
-        self._known[key] = weakref.ref(storage, free)
+        self._storages[key] = weakref.ref(storage, free)
         self._bytes += size
         self._logits += logits
 
