@@ -34,7 +34,9 @@ class CausalScorer:
         scored = batch.loss_mask if trained_only else batch.predicted
         places = _places_before(scored)
         targets = F.pad(batch.tokens, (0, 1))[:, 1:][:, places]
-        logits = self._logits(batch, places) / temperature
+        logits = self._logits(batch, places)
+        if temperature != 1:  # a division of all logits takes a noticeable part of a step
+            logits = logits / temperature
         kinds = [log_probs_of(logits.flatten(0, 1), targets.flatten()).view_as(targets)]
         if entropy:
             table = logits.log_softmax(dim=-1)

@@ -78,14 +78,16 @@ class TokenScorer:
             spread = output_layer.sequence_parallel
             return row_values(hidden_states, weight, self.values, self.groups.tp, spread)
         logits = self._logits(hidden_states, output_layer, output_weight)
-        logits = scale_logits(logits).float() / self.temperature  # [chosen, 1, vocabulary part]
+        logits = scale_logits(logits).float()  # [chosen, 1, vocabulary part]
+        if self.temperature != 1:  # a division of all logits takes a noticeable part of a step
+            logits = logits / self.temperature
         if self.choices:
             scores = vocab_parallel_log_probs(logits, self.choices, self.groups.tp).squeeze(1)
         else:
             targets = F.pad(self.batch.tokens, (0, 1))[:, 1:][:, self.places].T.flatten()
             targets = targets[self._index].unsqueeze(1)
-            kinds = [vocab_parallel_entropy(logits.clone(), self.groups.tp)] if self.entropy else []
-            # The cross entropy overwrites the logits with values for its backward pass.
+            kinds = [vocab_parallel_entropy(logits, self.groups.tp)] if self.entropy else []
+            # Last: the cross entropy overwrites the logits with values for its backward pass.
             kinds.insert(0, -vocab_parallel_cross_entropy(logits, targets))
             scores = torch.stack(kinds, dim=-1).squeeze(1)
         rows, length = self.batch.rows, len(self.places)

@@ -156,9 +156,12 @@ def choose(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Genera
     """
     if sampling.greedy:
         return logits.argmax(dim=-1)
-    logits = logits.double()
-    logits = logits - logits.amax(dim=-1, keepdim=True)  # finite at any temperature
-    probs = torch.softmax(logits / sampling.temperature, dim=-1)
+    # In place: new memory for every intermediate result costs more than the arithmetic.
+    logits = logits.to(torch.float64, copy=True)
+    logits -= logits.amax(dim=-1, keepdim=True)  # finite at any temperature
+    if sampling.temperature != 1:
+        logits /= sampling.temperature
+    probs = torch.softmax(logits, dim=-1)
     if sampling.min_p:
         probs[probs < sampling.min_p * probs.amax(dim=-1, keepdim=True)] = 0
     ids = None
@@ -168,7 +171,7 @@ def choose(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Genera
             probs[:, sampling.top_k :] = 0
         likelier = probs.cumsum(dim=-1) - probs
         probs[likelier >= sampling.top_p * probs.sum(dim=-1, keepdim=True)] = 0
-    cumulative = probs.cumsum(dim=-1)
+    cumulative = probs.cumsum_(dim=-1)
     draws = [torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators]
     mark = torch.stack(draws).to(cumulative.device) * cumulative[:, -1:]
     chosen = torch.searchsorted(cumulative, mark, right=True).clamp(max=probs.shape[1] - 1)
