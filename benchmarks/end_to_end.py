@@ -145,7 +145,7 @@ def train(flags: list[str], port: int, name: str) -> list[TimedStep]:
                 start = time.perf_counter()
                 result = inner(*args, **kwargs)
                 seconds = time.perf_counter() - start
-            fan_outs = [figures["fan_out"] for figures in routing.figures.values()]
+            fan_outs = [layer["fan_out"] for layer in routing.metrics.values()]
             steps.append(TimedStep(seconds, phases.seconds, mean(fan_outs) if fan_outs else 0.0))
             turns.set(f"{name}/{number}/{dist.get_rank()}", "")
             return result

@@ -22,7 +22,7 @@ _device: str | None = None
 def activate(use_cuda: bool = True) -> str:
     """Choose the device on which Megatron runs, once, and return it: "cuda" or "cpu".
 
-    With CUDA available, and unless `use_cuda` is False, torch stays untouched. Otherwise the CPU
+    With CUDA available, and unless `use_cuda` is False, torch is not changed. Otherwise the CPU
     device is installed, which must happen before Megatron is imported, because its modules keep
     references to torch functions.
     On either device the patches of the group "megatron" are applied. Later calls return the first

@@ -17,7 +17,7 @@ import psutil
 import torch
 
 DEVICE_INDEX = 0
-# That of Ampere, which has bf16 and none of Megatron's kernels for newer architectures.
+# The capability of Ampere, which has bf16 and none of Megatron's kernels for newer architectures.
 CAPABILITY = (8, 0)
 TENSOR_TYPES = (
     "BFloat16", "Bool", "Byte", "Char", "Double", "Float", "Half", "Int", "Long", "Short",

@@ -74,9 +74,9 @@ class SDPAttention(torch.nn.Module):
             key, value, mask = self._gather(key, value, attention_mask)
         elif attention_mask is not None:
             assert queries == keys, "no cache with several samples per row"
-            places = torch.arange(keys, device=query.device)
-            causal = places.unsqueeze(1) >= places
-            mask = _within_samples(causal, attention_mask, places, places)
+            positions = torch.arange(keys, device=query.device)
+            causal = positions.unsqueeze(1) >= positions
+            mask = _within_samples(causal, attention_mask, positions, positions)
         elif 1 < queries < keys:
             mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
             mask = mask.tril(keys - queries)
@@ -107,10 +107,10 @@ class SDPAttention(torch.nn.Module):
         """
         size, rank, length = self.cp_group.size(), self.cp_group.rank(), key.shape[0]
         positions = [sequence_positions(length, r, size, key.device) for r in range(size)]
-        own, gathered = positions[rank], torch.cat(positions)
-        mask = own.unsqueeze(1) >= gathered
+        query_positions, key_positions = positions[rank], torch.cat(positions)
+        mask = query_positions.unsqueeze(1) >= key_positions
         if samples is not None:
-            mask = _within_samples(mask, samples, own, gathered)
+            mask = _within_samples(mask, samples, query_positions, key_positions)
         key, value = (
             gather_from_sequence_parallel_region(x.contiguous(), group=self.cp_group)
             for x in (key, value)
@@ -130,5 +130,5 @@ def _within_samples(mask: Tensor, samples: Tensor, queries: Tensor, keys: Tensor
     Returns:
         bool `[batch, 1, queries, keys]`.
     """
-    same = samples[:, queries].unsqueeze(2) == samples[:, keys].unsqueeze(1)
-    return torch.logical_and(mask, same).unsqueeze(1)
+    same_sample = samples[:, queries].unsqueeze(2) == samples[:, keys].unsqueeze(1)
+    return torch.logical_and(mask, same_sample).unsqueeze(1)

@@ -84,8 +84,8 @@ def _value(name: str, parameter: Any, model: GPTModel, seed: int, vocab_size: in
         return full
     # A gated fc1 keeps its rank's part of both halves: the stride counts them.
     dim, stride = parameter.partition_dim, parameter.partition_stride
-    pieces = full.chunk(group.size() * stride, dim=dim)
-    return torch.cat(pieces[group.rank() :: group.size()], dim=dim)
+    shards = full.chunk(group.size() * stride, dim=dim)
+    return torch.cat(shards[group.rank() :: group.size()], dim=dim)
 
 
 def _draw(name: str, shape: list[int], config: ETConfig, seed: int) -> Tensor:

@@ -22,8 +22,8 @@ def rotate_by_position_ids(model: GPTModel) -> None:
         position_ids[:] = [kwargs["position_ids"] if "position_ids" in kwargs else args[1]]
 
     def look_up(rotary: Any, args: tuple[Any, ...], table: Tensor) -> Tensor:
-        whole = rotary.get_emb(args[0])  # [length, 1, 1, dim]; under CP the table is a part of it
-        return whole[position_ids[0].T.to(whole.device), 0]  # [length, batch, 1, dim]
+        full = rotary.get_emb(args[0])  # [length, 1, 1, dim]; under CP `table` is a part of it
+        return full[position_ids[0].T.to(full.device), 0]  # [length, batch, 1, dim]
 
     model.register_forward_pre_hook(record, with_kwargs=True)
     model.rotary_pos_emb.register_forward_hook(look_up)

@@ -180,7 +180,7 @@ class _Brackets:
         too_low = ~self.done & (self.above >= k)  # the bracket, for the answer
         too_high = ~self.done & (most_below < counts.below[counts.first])
         hit = ~(self.done | too_low | too_high)
-        absent = too_high & (self.low == LOWEST)  # fewer than k values: -inf stands for the answer
+        absent = too_high & (self.low == LOWEST)  # fewer than k values: the answer is -inf
         counted = absent & (plan.width == 1)
 
         above_bin = self.above + counts.below[counts.last + 1] - counts.below[at + 1]
@@ -202,7 +202,7 @@ class _Brackets:
         too_high: Tensor,
         absent: Tensor,
     ) -> None:
-        """Set the ends of the brackets by what became of each column, bool `[columns]`."""
+        """Set the ends of the brackets from the state of each column, bool `[columns]`."""
         low, high, width = self.low, self.high, plan.width
         bins = plan.bins.clamp(min=1)
         edges = [low + ((bin + i) * width + bins - 1) // bins for i in (0, 1)]  # inverse of pack

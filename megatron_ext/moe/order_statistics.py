@@ -1,8 +1,9 @@
 """Exact order statistics of columns that are spread over the ranks of a process group.
 
 Expert choice and expert threshold need, for each expert, the k-th largest router logit over every
-token of the routing pool, wherever those tokens live (arXiv 2603.11535, section 3). Gathering the
-logits costs 4 bytes per token and expert on every rank. Here only integer counts are sent:
+token of the routing pool, whichever ranks have those tokens (arXiv 2603.11535, section 3).
+Gathering the logits costs 4 bytes per token and expert on every rank. Here only integer counts are
+sent:
 
 1. each column has a bracket that very likely contains the answer: the caller's forecast, the same
    on every rank, or one from a small sample of every rank's rows and one max-reduction;
@@ -132,7 +133,8 @@ def kth_largest(
     ends = [torch.cat([brackets_by_column[i][end] for i in range(len(parts))]) for end in (0, 1)]
     low = order_preserving_image(ends[0].nan_to_num(-torch.inf, torch.inf, -torch.inf)).long()
     high = order_preserving_image(ends[1].nan_to_num(torch.inf, torch.inf, -torch.inf)).long()
-    upside_down = low > high  # no rank had a token: any bracket will do, the counts decide
+    # Without a token on any rank every bracket is valid, because the counts correct it.
+    upside_down = low > high
     low, high = low.masked_fill(upside_down, LOWEST), high.masked_fill(upside_down, HIGHEST)
 
     device = low.device

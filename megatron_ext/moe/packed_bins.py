@@ -5,11 +5,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Words of a round: at least so many in all (32 KiB), and on average per column.
+# Least number of words of a round in all (32 KiB), and their average number per column.
 _LEAST_WORDS, _WORDS_PER_COLUMN = 4096, 11
 _WORD_BITS = 63  # the sign bit is not used
-# A bracket that is so wide that usual rounds would not exhaust it, or that had to be replaced, has
-# so many times the words of another. There are few of either.
+# Factor by which a bracket gets more words than others if it is so wide that the usual rounds would
+# not exhaust it, or if it had to be replaced. There are few of either.
 _WIDE, _WIDE_SHARE = 1 << 26, 64
 
 

@@ -1,10 +1,10 @@
 """Registry of the routers that `--router-type` selects.
 
 A router is a class derived from :class:`megatron_ext.moe.router.ETRouter` and an entry of `ROUTERS`
-with the facts that are needed before a model is built: which flags the router reads, which flags
-of Megatron it replaces, and what becomes of its models in evaluation and conversion. The command
-line, the checks, the model and the conversions all go by these entries, so a new router needs
-nothing else. `docs/how-to/extending.md` has an example.
+with the facts that are needed before a model is built: which flags the router reads, which flags of
+Megatron it replaces, and how its models are evaluated and converted. The command line, the checks,
+the model and the conversions all use these entries, so a new router needs nothing else.
+`docs/how-to/extending.md` has an example.
 
 This module imports neither torch nor Megatron.
 """
@@ -166,7 +166,7 @@ ROUTERS: dict[str, RouterType] = {
     ),
     "expert-choice": RouterType(
         summary="In training an expert takes the k largest logits of the micro-batch over all "
-        "data-parallel ranks; evaluation goes by thresholds.",
+        "data-parallel ranks; evaluation uses thresholds.",
         flags=_THRESHOLD_FLAGS,
         evaluates_as="expert-threshold",
         **_THRESHOLD_ROUTER,

@@ -46,7 +46,7 @@ class StepCutoffs:
         return self._forecast.bracket()
 
     def observe(self, cutoffs: Tensor) -> None:
-        """Let cutoffs, fp32 `[experts]`, that are not part of the step improve the next bracket."""
+        """Update the next bracket by cutoffs, fp32 `[experts]`, that are not part of the step."""
         self._forecast.observe(cutoffs)
 
     def add(self, cutoffs: Tensor) -> None:

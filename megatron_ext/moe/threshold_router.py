@@ -61,7 +61,7 @@ class ThresholdRouter(ETRouter):
     def expert_choice_phase(self) -> bool:
         """Whether training routes by expert choice at present."""
         config = cast(ETConfig, self.config)
-        # A model without thresholds has none to go by, warm-up or not.
+        # Without thresholds, expert choice is the only rule, also after the warm-up.
         warming_up = self.thresholds.update_count < max(config.et_warmup_iters, 1)
         return not config.router.trains_by_threshold or warming_up
 

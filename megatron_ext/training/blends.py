@@ -35,7 +35,7 @@ class Blend(NamedTuple):
         kind: Kind of the split, one of `_KINDS`.
         prefixes: Paths of the datasets without the suffixes of their files.
         weights: Weight of each dataset, or None to read each once.
-        part: Begin and end of the split as shares of the documents of each dataset.
+        part: Begin and end of the split, as shares of the documents of each dataset.
     """
 
     flag: str
@@ -62,7 +62,7 @@ def blends(args: Namespace) -> list[Blend]:
     if not sources:
         raise UserError("no data: give --data-path, or --train-data-path and --valid-data-path")
     if len(sources) > 1 and sources != per_split:
-        raise UserError(f"{' and '.join(sources)} both say what to train on: give one of them")
+        raise UserError(f"{' and '.join(sources)} both name training data: give only one of them")
     if sources[0] in ("--data-path", "--data-args-path"):
         words = args.data_path or _read(args.data_args_path, sources[0]).split()
         prefixes, weights = parse_blend(words, sources[0])
@@ -112,20 +112,20 @@ def parse_blend(words: Sequence[str], flag: str) -> tuple[list[str], list[float]
     numbers = [_number(word) for word in words]
     if all(number is None for number in numbers):
         return [word.strip() for word in words], None
-    for place, number in enumerate(numbers):
-        if place % 2 and number is not None:
+    for index, number in enumerate(numbers):
+        if index % 2 and number is not None:
             raise UserError(
-                f"{flag}: {words[place]} stands where a dataset must: give a weight before every "
-                "dataset"
+                f"{flag}: {words[index]} is a number where a dataset is expected: give a weight "
+                "before every dataset"
             )
-        if place % 2 == 0 and number is None:
+        if index % 2 == 0 and number is None:
             raise UserError(
-                f"{flag}: {words[place]} has no weight: give a weight before every dataset, or none"
+                f"{flag}: {words[index]} has no weight: give a weight before every dataset, or none"
             )
         if number is not None and not (number > 0 and math.isfinite(number)):
-            name = words[place + 1] if place + 1 < len(words) else "no dataset"
+            name = words[index + 1] if index + 1 < len(words) else "no dataset"
             raise UserError(
-                f"{flag}: the weight {words[place]} of {name} must be above 0: leave the dataset "
+                f"{flag}: the weight {words[index]} of {name} must be above 0: leave the dataset "
                 "out, or give it another weight"
             )
     if len(words) % 2:
@@ -152,10 +152,10 @@ def check_documents(splits: Sequence[Blend], args: Namespace) -> None:
             tokens = _tokens(prefix, blend.part)
             if tokens > (args.seq_length if once else 0):
                 continue
-            named = f"--split {args.split}" if blend.part != (0.0, 1.0) else blend.flag
+            source = f"--split {args.split}" if blend.part != (0.0, 1.0) else blend.flag
             fix = "give another --split" if blend.part != (0.0, 1.0) else "give more data"
             raise UserError(
-                f"{named} leaves {tokens:,} tokens of {prefix} for {blend.kind}, fewer than a "
+                f"{source} leaves {tokens:,} tokens of {prefix} for {blend.kind}, fewer than a "
                 f"sample of --seq-length {args.seq_length} needs: {fix}"
             )
 
@@ -185,11 +185,11 @@ def check_enough_samples(args: Namespace, progress: RunProgress) -> None:
             (_tokens(prefix, blend.part) - 1) // args.seq_length for prefix in blend.prefixes
         )
         if samples < needed[blend.kind]:
-            less = "--train-iters" if blend.kind == "training" else "--eval-iters"
+            limiting_flag = "--train-iters" if blend.kind == "training" else "--eval-iters"
             raise UserError(
                 f"{blend.flag}: datasets without weights are read once, and their {samples:,} "
                 f"samples are fewer than the {needed[blend.kind]:,} of {blend.kind}: give a weight "
-                f"before every dataset, or lower {less}"
+                f"before every dataset, or lower {limiting_flag}"
             )
 
 
@@ -214,7 +214,7 @@ def _check_kinds(splits: Sequence[Blend], args: Namespace) -> None:
     if args.full_validation and kinds["validation"].weights is not None:
         raise UserError(
             f"--full-validation reads every dataset once, and {kinds['validation'].flag} has "
-            "weights: leave out the one or the other"
+            "weights: leave out one of the two"
         )
 
 
@@ -228,8 +228,8 @@ def _split_matrix(args: Namespace) -> list[tuple[float, float] | None]:
         or not any(numbers)
     ):
         raise UserError(
-            f"--split {args.split} must be the shares of training, validation and test data, such "
-            "as 969,30,1"
+            f"--split {args.split} is invalid: give the shares of training, validation and test "
+            "data, such as 969,30,1"
         )
     return convert_split_vector_to_split_matrix(parse_and_normalize_split(args.split))
 

@@ -53,13 +53,13 @@ def gather_state(
         states = {key: _WholeState() for key in keys}
         for param, (start, end, bucket) in buffer.param_index_map.items():
             shares = _shares(buffer.buckets[bucket], start, end, group.size())
-            own: dict[str, Tensor] = {}
+            local: dict[str, Tensor] = {}
             if group.rank() in shares:
-                own = self._get_main_param_and_optimizer_states(param)
+                local = self._get_main_param_and_optimizer_states(param)
             for key, state in states.items():
-                whole = _gather(own.get(key), shares, group)
-                if whole is not None:
-                    state.tensors[start] = whole
+                tensor = _gather(local.get(key), shares, group)
+                if tensor is not None:
+                    state.tensors[start] = tensor
         result[number] = {dtype: states}
     return result if group.rank() == 0 else None
 
@@ -83,29 +83,32 @@ def _shares(bucket: Any, start: int, end: int, size: int) -> dict[int, int]:
     return shares
 
 
-def _gather(own: Tensor | None, shares: dict[int, int], group: dist.ProcessGroup) -> Tensor | None:
+def _gather(
+    local: Tensor | None, shares: dict[int, int], group: dist.ProcessGroup
+) -> Tensor | None:
     """Return a parameter's state in fp32, flat, on the first rank of a group, else None.
 
     Args:
-        own: This rank's share of it.
+        local: This rank's share of it, or None.
         shares: Number of elements of each rank that has a share.
         group: The ranks.
     """
-    if own is not None:
-        own = own.detach().flatten().float()
+    if local is not None:
+        local = local.detach().flatten().float()
     if list(shares) == [0]:
-        if group.rank() > 0 or own is None:
+        if group.rank() > 0 or local is None:
             return None
-        return own.clone() if get_args().async_save else own  # training changes it during the save
+        # Training changes the tensor during an asynchronous save.
+        return local.clone() if get_args().async_save else local
     if group.rank() > 0:
-        if own is not None:
-            dist.send(own, group=group, group_dst=0)
+        if local is not None:
+            dist.send(local, group=group, group_dst=0)
         return None
     whole = torch.empty(sum(shares.values()), dtype=torch.float32)
     for rank, part in zip(shares, whole.split(list(shares.values())), strict=True):
         if rank == 0:
-            assert own is not None
-            part.copy_(own)
+            assert local is not None
+            part.copy_(local)
         else:
             dist.recv(part, group=group, group_src=rank)
     return whole

@@ -146,7 +146,7 @@ class Launch:
         if waiting and not problem:
             late = ", ".join(map(str, sorted(waiting)[:8])) + (", ..." if len(waiting) > 8 else "")
             problem = (
-                f"of {self.size} ranks these were not ready within {self.timeout:g} s "
+                f"of {self.size} ranks, these were not ready within {self.timeout:g} s "
                 f"({topic}): {late}; check what blocks them, or raise --stall-timeout"
             )
         return problem

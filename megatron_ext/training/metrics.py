@@ -119,7 +119,7 @@ class MetricLog:
             # loss_scale, report_memory_flag, skipped_iter, grad_norm
             skipped, grad_norm = args[2], args[3]
             loss = loss_dict.get("lm loss")
-            loss, layers = self._of_all_stages(None if loss is None else float(loss))
+            loss, layers = self._gather_stages(None if loss is None else float(loss))
             row = {
                 "step": iteration,
                 "tokens": settings.trained_tokens,
@@ -164,7 +164,7 @@ class MetricLog:
             result = evaluate(*args, **kwargs)
             losses = result[0] or {}
             loss = float(losses["lm loss"]) if "lm loss" in losses else None
-            loss, _ = self._of_all_stages(loss)
+            loss, _ = self._gather_stages(loss)
             if loss is not None:
                 name, iteration = self._evaluating
                 if get_args().multiple_validation_sets and name == "val_loss":
@@ -183,7 +183,7 @@ class MetricLog:
         return wrapped
 
     def _throughput(self, sequences: int) -> dict[str, float | None]:
-        """Return duration, size and speed of the step, which need no flags to be understood.
+        """Return duration, size and speed of the step, in units that do not depend on the flags.
 
         Args:
             sequences: Sequences of the step on all ranks.
@@ -202,10 +202,10 @@ class MetricLog:
             "mfu": per_device / self.peak_flops if self.peak_flops else None,
         }
 
-    def _of_all_stages(self, loss: float | None) -> tuple[float | None, dict[int, dict[str, Any]]]:
-        """Return the loss, which the last stage has, and the routing metrics of all layers.
+    def _gather_stages(self, loss: float | None) -> tuple[float | None, dict[int, dict[str, Any]]]:
+        """Gather the loss, which the last stage has, and the routing metrics of all layers.
 
-        A collective of the pipeline stages.
+        This is a collective of the pipeline stages.
 
         Args:
             loss: Loss of this step, None on other stages than the last.
@@ -213,13 +213,13 @@ class MetricLog:
         Returns:
             The loss, and the metrics by layer, counted from 0, in their order.
         """
-        layers = self.step.figures
+        layers = self.step.metrics
         if mpu.get_pipeline_model_parallel_world_size() > 1:
             stages: list[Any] = [None] * mpu.get_pipeline_model_parallel_world_size()
             group = mpu.get_pipeline_model_parallel_group()
             dist.all_gather_object(stages, (loss, layers), group=group)
             loss = stages[-1][0]
-            layers = {number: figures for _, part in stages for number, figures in part.items()}
+            layers = {number: row for _, part in stages for number, row in part.items()}
         return loss, dict(sorted(layers.items()))
 
     def _track(
@@ -247,10 +247,10 @@ class MetricLog:
 
 
 class MegatronTags:
-    """Writer that Megatron takes for TensorBoard's: sends what Megatron alone measures.
+    """Substitute for Megatron's TensorBoard writer, which sends to the trackers.
 
-    The tags begin with `megatron/`. What is among the metrics of this project is left out, and so
-    are the same values over the number of samples.
+    The tags begin with `megatron/`. Values that are also metrics of this project are left out, and
+    so are copies of values over the number of samples.
     """
 
     _KNOWN = ("lm loss", "learning-rate", "grad-norm", "batch-size", "world-size")
@@ -264,7 +264,7 @@ class MegatronTags:
             self._trackers.log(step, {f"megatron/{name.replace(' ', '-')}": float(value)})
 
     def __getattr__(self, name: str) -> Callable[..., None]:
-        """Ignore texts, among them all settings, which are in run.json."""
+        """Return a function that ignores other data, such as the settings, which run.json has."""
         return lambda *args, **kwargs: None
 
 

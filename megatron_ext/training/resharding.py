@@ -220,8 +220,8 @@ def _convert_state(optimizer: MegatronOptimizer, part: Any, saved: Any) -> dict[
         inner["state"]["common_step"] = torch.tensor(float(steps[0]))
     if not nested:
         return inner
-    main = {key: part[key] for key in ("fp32_from_fp16_params",) if key in part}
-    return {"optimizer": inner, **main, **scaler}
+    main_params = {key: part[key] for key in ("fp32_from_fp16_params",) if key in part}
+    return {"optimizer": inner, **main_params, **scaler}
 
 
 def match_param_group(
@@ -230,7 +230,7 @@ def match_param_group(
     """Return the saved settings of a parameter group, with the parameters of this run.
 
     Settings that come from flags, and not from a schedule, are those of this run, which
-    `megatron_ext.training.checks` has compared with the checkpoint.
+    `megatron_ext.training.resume_checks` has compared with the checkpoint.
 
     A group of which the first rank had no parameters was not saved. It takes the settings of a
     similar group, and the scheduler sets its learning rate and weight decay before the next step.
@@ -241,12 +241,12 @@ def match_param_group(
     """
     identifiers = {key: current[key] for key in param_group_identifier_keys if key in current}
 
-    def matches(saved: dict[str, Any], but: str = "") -> bool:
-        keys = [key for key in param_group_identifier_keys if key != but]
+    def matches(saved: dict[str, Any], except_key: str = "") -> bool:
+        keys = [key for key in param_group_identifier_keys if key != except_key]
         return all(saved.get(key) == current.get(key) for key in keys)
 
     exact = (group for group in saved_groups if matches(group))
-    near = (group for group in saved_groups if matches(group, "is_expert_parallel"))
-    settings = next(exact, None) or next(near, None) or current
+    similar = (group for group in saved_groups if matches(group, "is_expert_parallel"))
+    settings = next(exact, None) or next(similar, None) or current
     flags = {key: current[key] for key in _BY_FLAGS if key in current}
     return {**settings, **flags, **identifiers, "params": current["params"]}

@@ -1,4 +1,4 @@
-"""What `pretrain_et.py` prints: the start of a run, one line for every report, and its end.
+"""Console output of `pretrain_et.py`: the start of a run, one line for every report, and its end.
 
 Rank 0 prints. The losses come from the last pipeline stage, and the routing metrics of each layer
 from the stage of the layer. All other output of every rank is in the log.
@@ -23,20 +23,20 @@ from megatron_ext.report_lines import RemainingTime, clock, report_line, short, 
 from megatron_ext.training.blends import blends
 from megatron_ext.training.schedule import RunProgress
 
-# Shares from which a report calls attention to them.
+# Shares above which a report raises an alarm.
 _STARVED = 0.5  # of the guaranteed minimum of the experts, filled with tokens below the threshold
 _WITHOUT_EXPERT = 0.5  # of the tokens
 _WAITING = 0.2  # of the time of the steps, for data
 
 
 class RunConsole:
-    """Console of a training, and the context of its end.
+    """Console of a training run, and the context manager that prints its end.
 
     All ranks make the same calls, and rank 0 prints.
     """
 
     def __init__(self, args: Namespace, config: ETConfig, progress: RunProgress) -> None:
-        """Describe a training.
+        """Create the console of a run.
 
         Args:
             args: Megatron's arguments.
@@ -53,7 +53,7 @@ class RunConsole:
         self.seconds_waiting = 0.0
 
     def __enter__(self) -> "RunConsole":
-        """Open the log, and print where the run is and what it reads."""
+        """Open the log, and print the folder and the data of the run."""
         args = self._args
         log = None
         if args.run_dir is not None:
@@ -74,7 +74,7 @@ class RunConsole:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: Any, trace: Any) -> None:
-        """Print what was reached, if the training ended by itself or by a signal."""
+        """Print the result, if the training finished or was stopped by a signal."""
         if not self._writes or (kind is not None and not issubclass(kind, SystemExit)):
             return
         args, step = self._args, self._last.get("step", self._progress.iteration)
@@ -99,7 +99,7 @@ class RunConsole:
         args, config = self._args, self._config
         self._left = RemainingTime(args.train_iters)
         self._left.finish_step(self._progress.iteration)
-        parameters = Parameters.of_model(_of_all_stages(count_parameters(model, args)))
+        parameters = Parameters.of_model(_gather_stages(count_parameters(model, args)))
         if not self._writes:
             return
         size = f"{short(parameters.total)} parameters"
@@ -129,23 +129,23 @@ class RunConsole:
             f"{batches} micro-batch{'es' * (batches > 1)}",
         )
 
-    def finish_step(self, row: dict[str, Any], figures: dict[str, float]) -> None:
+    def finish_step(self, row: dict[str, Any], metrics: dict[str, float]) -> None:
         """Count a step, and print a line if a report is due.
 
         Args:
             row: Row of `metrics.jsonl`, with the loss.
-            figures: Means over the layers of the routing metrics.
+            metrics: Means over the layers of the routing metrics.
         """
         if not self._writes:
             return
         args, step = self._args, row["step"]
         left = self._left
-        assert left is not None, "the model is described before the first step"
+        assert left is not None, "describe_model must run before the first step"
         left.finish_step(step)
         self._last = row
         if row["loss"] is not None and not row["skipped"]:
             self._losses["training"] = row["loss"]
-        self._interval.add(row, figures, self.seconds_waiting)
+        self._interval.add(row, metrics, self.seconds_waiting)
         first = step == self._progress.iteration + 1
         due = first or step % args.log_interval == 0 or step == args.train_iters
         line, alarms = self._interval.report(step_of(step, args.train_iters), str(left))
@@ -167,8 +167,8 @@ class RunConsole:
         label = name.replace("val_loss", "validation").replace("test_loss", "test")
         self._losses[label] = loss
         if self._writes:
-            what = f"{'final ' if final else ''}{label} loss {loss:.4f}"
-            console.line(report_line([step_of(step, self._args.train_iters), what]), "bold")
+            text = f"{'final ' if final else ''}{label} loss {loss:.4f}"
+            console.line(report_line([step_of(step, self._args.train_iters), text]), "bold")
 
     def _print(self, label: str, text: str) -> None:
         console.line(f"{label:9}{text}")
@@ -182,11 +182,11 @@ class _Interval:
         self.skipped = self.steps = self.tokens = 0
         self.seconds = self.waiting = 0.0
         self.fan_out: list[float] = []
-        self.figures: dict[str, float] = {}
+        self.metrics: dict[str, float] = {}
         self.load = 0.0
         self.broken = False  # a loss or a gradient that is not finite
 
-    def add(self, row: dict[str, Any], figures: dict[str, float], waiting: float) -> None:
+    def add(self, row: dict[str, Any], metrics: dict[str, float], waiting: float) -> None:
         self.steps += 1
         self.tokens += row["batch_size"] * row["seq_length"]
         self.seconds += row["seconds"]
@@ -196,13 +196,13 @@ class _Interval:
             self.losses.append(row["loss"])
             self.broken |= not math.isfinite(row["loss"])
             self.broken |= row["grad_norm"] is not None and not math.isfinite(row["grad_norm"])
-        if figures:
-            self.fan_out.append(figures["fan_out"])
-            self.load = max(self.load, figures["largest_load"])
-            self.figures = figures
+        if metrics:
+            self.fan_out.append(metrics["fan_out"])
+            self.load = max(self.load, metrics["largest_load"])
+            self.metrics = metrics
 
     def report(self, step: str, left: str) -> tuple[str, list[str]]:
-        """Return the line of these steps, and what is alarming about them."""
+        """Return the line of these steps, and their alarms."""
         parts = [step]
         if self.losses:
             parts.append(f"loss {sum(self.losses) / len(self.losses):.4f}")
@@ -216,11 +216,11 @@ class _Interval:
             alarms.append("loss or gradient is not a finite number")
         if self.skipped:
             alarms.append(f"{self.skipped} of {self.steps} steps skipped")
-        if self.figures.get("starvation", 0) > _STARVED:
-            alarms.append(f"starvation {self.figures['starvation']:.0%}")
-        if dead := self.figures.get("all_dead_experts", 0):
+        if self.metrics.get("starvation", 0) > _STARVED:
+            alarms.append(f"starvation {self.metrics['starvation']:.0%}")
+        if dead := self.metrics.get("all_dead_experts", 0):
             alarms.append(f"{dead:.0f} expert{'s' * (dead > 1)} without a token")
-        if (share := self.figures.get("no_expert_share", 0)) > _WITHOUT_EXPERT:
+        if (share := self.metrics.get("no_expert_share", 0)) > _WITHOUT_EXPERT:
             alarms.append(f"{share:.0%} of the tokens without an expert")
         if self.waiting > _WAITING * self.seconds:
             alarms.append(f"{self.waiting / self.seconds:.0%} of the time waiting for data")
@@ -228,7 +228,7 @@ class _Interval:
 
 
 def _data(args: Namespace) -> str:
-    """Return the training data of a run in words."""
+    """Return a description of the training data of a run."""
     if args.mock_data:
         return "random tokens (--mock-data)"
     names = blends(args)[0].prefixes
@@ -236,8 +236,8 @@ def _data(args: Namespace) -> str:
     return ", ".join(names[:3]) + more
 
 
-def _of_all_stages(value: Any) -> list[Any]:
-    """Return the values of all pipeline stages, on every rank; a collective."""
+def _gather_stages(value: Any) -> list[Any]:
+    """Gather the values of all pipeline stages on every rank."""
     size = mpu.get_pipeline_model_parallel_world_size()
     if size == 1:
         return [value]

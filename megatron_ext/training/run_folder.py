@@ -68,7 +68,7 @@ def check_not_overwritten(args: Namespace) -> None:
 
 
 def why_finished(args: Namespace, progress: RunProgress) -> str:
-    """Return the sentence that a run is finished, or an empty string if it is not."""
+    """Return a sentence on why a run is finished, or an empty string if it is not."""
     if not progress.finished(args) or not _is_evaluated(args, progress):
         return ""
     end = f"--train-iters {args.train_iters}"
@@ -76,7 +76,7 @@ def why_finished(args: Namespace, progress: RunProgress) -> str:
         end = f"--train-samples {args.train_samples}"
     return (
         f"{args.run_dir or args.load} is finished: it was trained for {progress.iteration:,} "
-        f"steps, {progress.samples:,} samples, and {end} asks for no more"
+        f"steps, {progress.samples:,} samples, and {end} requires no more"
     )
 
 
@@ -132,5 +132,5 @@ def _command() -> str:
 
 
 def plain(value: Any) -> Any:
-    """Return a setting as JSON data, a string where it has no other form."""
+    """Return a setting as JSON data, converted to a string if it is of another type."""
     return value if isinstance(value, str | int | float | bool | list | None) else str(value)

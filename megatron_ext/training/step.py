@@ -19,12 +19,12 @@ class RoutingStep:
     """Updates of the routers between two optimizer steps.
 
     Attributes:
-        figures: Routing metrics of the last finished step by layer number, the same on all ranks
+        metrics: Routing metrics of the last finished step by layer number, the same on all ranks
             of a pipeline stage.
     """
 
     def __init__(self) -> None:
-        self.figures: dict[int, dict[str, Any]] = {}
+        self.metrics: dict[int, dict[str, Any]] = {}
         self._routers: list[ETRouter] = []  # resolved, but neither committed nor discarded
 
     def finalize_model_grads(self, model: list[torch.nn.Module], *args: Any, **kwargs: Any) -> None:
@@ -35,14 +35,14 @@ class RoutingStep:
     @torch.no_grad()
     def resolve(self, routers: Sequence[ETRouter]) -> None:
         """Compute cutoffs and metrics from the routers' counts and logits, and start a new step."""
-        self._routers, self.figures = list(routers), {}
+        self._routers, self.metrics = list(routers), {}
         if not routers:
             return
         counts = torch.stack([router.counts.packed() for router in routers])
         cutoffs = [router.cutoffs for router in routers if router.cutoffs is not None]
         resolve_buffered_logits(cutoffs, routers[0].pool_group, counts)
         for router, packed in zip(routers, counts, strict=True):
-            self.figures[router.layer_number - 1] = router.resolve(packed)
+            self.metrics[router.layer_number - 1] = router.resolve(packed)
 
     def commit(self) -> None:
         """Update the routers after the optimizer has stepped."""

@@ -53,9 +53,10 @@ class Watchdog:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Stop the threads: one that returns from the store while Python ends aborts the process.
+        """Stop the threads.
 
-        The wait is bounded, as a store on an unreachable node does not answer.
+        A thread that returned from the store during Python's shutdown would abort the process.
+        The wait is bounded, because a store on an unreachable node does not answer.
         """
         self._closed.set()
         for thread in self._threads:
@@ -97,13 +98,13 @@ class Watchdog:
             if self._closed.wait(self._pause):
                 return
         silent = "" if self._store is None else ", and the launch's store does not answer"
-        self._print(f"rank {self.launch.rank} stands in {self._place()[0]}{silent}")
+        self._print(f"rank {self.launch.rank} is in {self._place()[0]}{silent}")
         os._exit(1)
 
     def _listen(self) -> None:
         """Notify the other ranks when this one has stalled, and answer their notification."""
         assert self._store is not None
-        with suppress(RuntimeError):  # without a store the other thread reports
+        with suppress(RuntimeError):  # if the store fails, the other thread reports
             while self._stalled_for() < 0 and not self._store.check(["stall"]):
                 if self._closed.wait(self._pause):
                     return
@@ -117,7 +118,7 @@ class Watchdog:
         answer = {"place": place, "waits": waits, "node": platform.node()}
         self._store.set(f"stall/{self.launch.rank}", json.dumps(answer))
         self._store.set("stall", "")
-        if self._store.add("stall/teller", 1) == 1:
+        if self._store.add("stall/reporter", 1) == 1:
             time.sleep(3 * self._pause)
             self._print_reports()
             self._store.set("stall/reported", "")
@@ -133,16 +134,18 @@ class Watchdog:
         waiting: list[str] = []
         for rank in range(self.launch.size):
             if not self._store.check([f"stall/{rank}"]):
-                blocking.append(f"rank {rank} does not answer: it is stopped, or its node cut off")
+                blocking.append(
+                    f"rank {rank} does not answer: it is stopped, or its node is unreachable"
+                )
                 continue
             answer = json.loads(self._store.get(f"stall/{rank}"))
-            place = f"rank {rank} on {answer['node']} stands in {answer['place']}"
+            place = f"rank {rank} on {answer['node']} is in {answer['place']}"
             (waiting if answer["waits"] else blocking).append(place)
         if not blocking:
             self._print("every rank waits in a collective; " + "; ".join(waiting[:8]))
         else:
-            rest = f"; {len(waiting)} others wait, {waiting[0]}" if waiting else ""
-            self._print("; ".join(blocking[:8]) + rest)
+            others = f"; {len(waiting)} others wait, {waiting[0]}" if waiting else ""
+            self._print("; ".join(blocking[:8]) + others)
 
     def _print(self, message: str) -> None:
         """Print a message on standard error, after the name of the program and the step."""

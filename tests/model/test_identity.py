@@ -1,4 +1,4 @@
-"""What makes two models the same: every setting has a mark, and marks decide what may change."""
+"""Identity of models: every setting has a mark, which decides whether it may change."""
 
 import contextlib
 from argparse import ArgumentParser, Namespace
@@ -11,12 +11,8 @@ from typing import Any
 import pytest
 
 from megatron_ext.errors import UserError
-from megatron_ext.model.identity import (
-    MARKS,
-    check_same_model,
-    check_same_schedule,
-    differences,
-)
+from megatron_ext.model.identity import check_same_model, check_same_schedule, differences
+from megatron_ext.model.setting_marks import MARKS
 from megatron_ext.moe.registry import ROUTERS
 from tests import megatron
 from tests.distributed import run_ranks
@@ -152,7 +148,7 @@ def names_of_the_configuration() -> set[str]:
 
 def test_every_setting_of_the_configuration_has_a_mark() -> None:
     [names] = run_ranks(names_of_the_configuration, 1)
-    assert names - MARKS.keys() == set(), "mark them in megatron_ext/model/identity.py"
+    assert names - MARKS.keys() == set(), "mark them in megatron_ext/model/setting_marks.py"
     assert MARKS.keys() - names == set(), "the configuration has them no more"
 
 

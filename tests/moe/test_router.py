@@ -234,9 +234,9 @@ def step_on_ranks(pool: str) -> tuple[torch.Tensor, dict]:
         cutoffs = torch.stack([p.sort(dim=0, descending=True).values[k - 1] for p in pools])
         expected = 0.5 * expected + 0.5 * cutoffs.mean(dim=0)
         torch.testing.assert_close(router.thresholds.average, expected, rtol=1e-6, atol=1e-6)
-        figures = step.figures[1]
+        figures = step.metrics[1]
         assert sum(figures["fan_out_histogram"]) == 3 * 32 * 2 * world
-    return router.thresholds.value(), copy.deepcopy(step.figures)
+    return router.thresholds.value(), copy.deepcopy(step.metrics)
 
 
 @pytest.mark.parametrize("pool", ["microbatch", "step"])
@@ -323,7 +323,7 @@ def counting() -> None:
     _, routing_map = router.routing(logits)
     step = RoutingStep()
     step.resolve(routers_of(model))
-    figures, k = step.figures[1], 64 // 4
+    figures, k = step.metrics[1], 64 // 4
     above = (logits.view(-1, 4) > router.thresholds.value()).sum(dim=0)
     assert above[0] == 64
     assert above[1] == 0

@@ -70,7 +70,7 @@ def route(kinds: list[str], flags: list[str]) -> list[dict[str, Any]]:
                 maps[number, index][here] = routing_map.int()
             step.resolve(routers_of(model))
             step.commit()
-            figures.append(step.figures[1])
+            figures.append(step.metrics[1])
             thresholds.append(router.thresholds.value())
         dist.all_reduce(maps)  # every token is on one rank: ones where it is taken
         results.append({"maps": maps, "figures": figures, "thresholds": torch.stack(thresholds)})

@@ -56,7 +56,7 @@ def test_blend_weights_belong_to_the_datasets_after_them() -> None:
         ("0.5 A B", "B has no weight"),
         ("0.5 A B C", "B has no weight"),
         ("A 0.5", "A has no weight"),
-        ("0.5 0.5 A B", "0.5 stands where a dataset must"),
+        ("0.5 0.5 A B", "0.5 is a number where a dataset is expected"),
         ("0.5 A 0.5", "the weight 0.5 has no dataset"),
     ],
 )
@@ -89,7 +89,7 @@ def test_blend_accepts_a_dataset_named_like_a_number(tmp_path: Path) -> None:
         ),
         (
             {"data_path": ["A"], "split": "9,1,0", "train_data_path": ["A"]},
-            "--data-path and --train-data-path both say what to train on",
+            "--data-path and --train-data-path both name training data",
         ),
         (
             {"train_data_path": ["A"], "valid_data_path": ["1", "B"], "full_validation": True},

@@ -125,7 +125,7 @@ def test_a_run_on_two_nodes_survives_the_loss_of_the_network(nodes: Nodes, tmp_p
     wait_until((run / "checkpoints/iter_0000004/integrity.json").exists, agents)
     nodes.plug("down")
     messages = [
-        "rank 1 does not answer: it is stopped, or its node cut off",
+        "rank 1 does not answer: it is stopped, or its node is unreachable",
         "store does not answer",
     ]
     wait_until(lambda: all(t in log.read_text() for t, log in zip(messages, logs)), agents)

@@ -9,7 +9,7 @@ import pytest
 from megatron_ext.errors import UserError
 from megatron_ext.moe.registry import ROUTERS
 from megatron_ext.moe.thresholds import RoutingRate
-from megatron_ext.training.checks import check_pools
+from megatron_ext.training.input_checks import check_pools
 
 
 def test_expert_choice_runs_with_ranks_without_tokens() -> None:

@@ -32,7 +32,7 @@ def _read(runs: list[Run]) -> dict[Run, dict[str, Any]]:
     from megatron.training.training import destroy_global_state
 
     from megatron_ext.arguments import parse_args
-    from megatron_ext.training.checks import check_pools
+    from megatron_ext.training.input_checks import check_pools
 
     dist.destroy_process_group()
     result: dict[Run, dict[str, Any]] = {}

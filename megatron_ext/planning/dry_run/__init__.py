@@ -28,7 +28,7 @@ from megatron_ext.planning.dry_run.fakes import expert_rate
 from megatron_ext.planning.dry_run.parameters import Parameters
 from megatron_ext.planning.dry_run.saving import saving_bytes
 from megatron_ext.planning.dry_run.simulated_rank import Rank, SimulatedStep, fake_rank
-from megatron_ext.training.checks import check_pools
+from megatron_ext.training.input_checks import check_pools
 
 Facts = dict[str, Any]
 

@@ -18,7 +18,7 @@ from megatron_ext.planning.devices import host_memory
 from megatron_ext.planning.preflight import storage_checks as storage
 from megatron_ext.planning.preflight.findings import OK, WARNING, CheckResult
 from megatron_ext.planning.preflight.rank_memory import GIB, memory_of_a_rank
-from megatron_ext.training import checks
+from megatron_ext.training import checks, input_checks
 from megatron_ext.training.launch import Launch
 from megatron_ext.training.run_folder import why_finished
 
@@ -59,7 +59,7 @@ def routing(args: Namespace, config: ETConfig) -> CheckResult:
     message = f"{tokens:,} tokens a step in {micro_batches} micro-batch(es)"
     if not config.uses_thresholds:
         return CheckResult(message)
-    checks.check_pools(args, config)
+    input_checks.check_pools(args, config)
     pool = tokens // micro_batches
     k = config.routing_rate.k(pool)
     return CheckResult(
@@ -109,7 +109,7 @@ def data(args: Namespace, config: ETConfig) -> CheckResult:
     """Check that datasets are complete, long enough and made with the tokenizer of the run."""
     if args.mock_data:
         return CheckResult("--mock-data: nothing to read")
-    checks.check_inputs(args, config)
+    input_checks.check_inputs(args, config)
     return CheckResult(f"datasets are whole and of this tokenizer of {args.vocab_size:,} tokens")
 
 

@@ -2,7 +2,7 @@
 
 from argparse import Namespace
 
-from megatron_ext.training.checks import _SAME_SCHEDULE, _schedule_setting
+from megatron_ext.training.resume_checks import _SAME_SCHEDULE, _schedule_setting
 
 
 def schedule(**settings):
