@@ -113,7 +113,7 @@ def measure(router: str, dispatcher: str, d_model: int, steps: int) -> dict[str,
 
     for _ in range(WARM_UP):
         step()
-    [figures] = end.figures.values()
+    [figures] = end.metrics.values()
     products = matmuls(SEQUENCE * batch, d_model)
     products()
     # A machine's speed drifts, so ratios of neighbors in time vary less than ratios of medians.

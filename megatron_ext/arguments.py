@@ -9,14 +9,11 @@ import traceback
 import warnings
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from megatron.core.transformer import TransformerConfig
 from megatron.training import get_tokenizer
-from megatron.training.argument_utils import ArgumentGroupFactory
 from megatron.training.arguments import (
     MultiStorageClientFeature,
     add_megatron_arguments,
@@ -32,11 +29,12 @@ from megatron_ext.console import console
 from megatron_ext.data.run_tokenizer import tokenizer_flags
 from megatron_ext.devices import cpu_default_args, is_cpu_device
 from megatron_ext.errors import ToolParser, UserError
-from megatron_ext.optimizer import add_muon_arguments, paper_flags
+from megatron_ext.optimizer import paper_flags
 from megatron_ext.planning.layout import check_layout
 from megatron_ext.ranges import batch_schedule, check_ranges
 from megatron_ext.recipes import expand_recipes
-from megatron_ext.tracker_flags import add_tracker_arguments, tracker_settings
+from megatron_ext.run_flags import add_arguments
+from megatron_ext.tracker_flags import tracker_settings
 
 _DEFAULTS = [
     # Megatron's mask is a square matrix for each sample; attention is causal without it.
@@ -90,7 +88,7 @@ def parse_args(
 
 
 def _use_rows(args: Namespace) -> None:
-    """Give the model the rows of `--padded-vocab-size`, which a model from elsewhere has.
+    """Set the rows of the embedding to `--padded-vocab-size`, for a model trained elsewhere.
 
     Raises:
         UserError: The tokenizer has more entries.
@@ -139,7 +137,7 @@ def parse_flags(argv: Sequence[str], writes: bool = True) -> tuple[Namespace, se
     args = parser.parse_args([*before, *flags, *forced])
     if args.max_position_embeddings is None:
         args.max_position_embeddings = args.seq_length
-    if args.dry_run is not None:  # which has no weights
+    if args.dry_run is not None:  # a dry run loads no weights
         args.load = args.pretrained_checkpoint = None
     return args, explicit
 
@@ -177,77 +175,6 @@ def _initialize_globals(args: Namespace) -> None:
         setattr(args, name, value)
 
 
-def add_arguments(parser: ArgumentParser) -> ArgumentParser:
-    """Add the flags of this project, which are those of ETConfig, of Muon and of the run."""
-    megatron = [field.name for field in fields(TransformerConfig)]
-    ArgumentGroupFactory(ETConfig, exclude=megatron).build_group(parser, "expert threshold")
-    add_muon_arguments(parser)
-    add_tracker_arguments(parser)
-    group = parser.add_argument_group("run")
-    group.add_argument(
-        "--recipe",
-        metavar="FILE.yaml",
-        help="YAML file that maps flags to values. Its key `base` names a recipe to read first. "
-        "A name without a path, such as quickstart, is looked up in examples/recipes. Flags on "
-        "the command line override the recipe. Can be repeated. Default: none.",
-    )
-    group.add_argument(
-        "--run-dir",
-        metavar="DIR",
-        help="Folder of the run, with checkpoints/ (the run resumes from the newest one), "
-        "tensorboard/, metrics.jsonl and run.json. --save, --load, --tensorboard-dir and "
-        "--save-interval, 1000 steps with this flag, override the parts. Default: none.",
-    )
-    group.add_argument(
-        "--allow-older-checkpoint",
-        action="store_true",
-        help="Resume from the newest intact checkpoint if the newest one is damaged. "
-        "Default: refuse a damaged checkpoint.",
-    )
-    group.add_argument(
-        "--stall-timeout",
-        type=float,
-        metavar="SECONDS",
-        help="End the run, and name the rank that blocks it, if a rank does not start or no rank "
-        "makes progress in a step for this many seconds. Default: 0.9 times "
-        "--distributed-timeout-minutes.",
-    )
-    group.add_argument(
-        "--no-dist-ckpt-optim-fully-reshardable",
-        dest="dist_ckpt_optim_fully_reshardable",
-        action="store_false",
-        help="Save the shards of the distributed optimizer unchanged. No rank gathers them in host "
-        "memory, but only a run with the same tensor, pipeline and expert parallel sizes can "
-        "resume. Default: save shards that any layout can load.",
-    )
-    group.add_argument(
-        "--peak-tflops",
-        type=float,
-        metavar="TFLOPS",
-        help="Peak speed of one device in TFLOP/s, for the reported MFU. Default: the data sheet "
-        "of a known GPU, or a matrix multiplication measured on a CPU.",
-    )
-    group.add_argument(
-        "--dry-run",
-        metavar="RANKS",
-        type=int,
-        nargs="?",
-        const=int(os.environ.get("WORLD_SIZE", "1")),
-        help="Print the parameters, the memory of a rank, the FLOP per token and the collectives "
-        "of a step for a world of this many ranks, without training. One process is enough; "
-        "torchrun, data, tokenizer (with --vocab-size) and GPU are not needed. Without a number: "
-        "WORLD_SIZE, or 1. Default: train.",
-    )
-    group.add_argument(
-        "--device",
-        metavar="CARD",
-        help="Device whose memory --dry-run compares with what a rank needs: a card such as "
-        "h100-80gb, or a number of GiB. The exit status is 4 if the layout does not fit it. "
-        "Default: the GPU of this machine, or its memory divided by its ranks.",
-    )
-    return parser
-
-
 def _print_help(parser: ArgumentParser) -> None:
     """Print every flag, although some of Megatron's texts contain percent signs."""
     for action in parser._actions:
@@ -270,14 +197,14 @@ def _run_dir_flags(run_dir: str | None) -> list[str]:
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Suppress Megatron's list of settings and its warnings about what a dry run turns off."""
+    """Suppress Megatron's list of settings and its warnings about disabled features."""
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def _dry_run_flags(args: Namespace) -> list[str]:
-    """Return flags that keep a run without other ranks from reading and writing files."""
+    """Return flags with which a run needs no other ranks and neither reads nor writes files."""
     if args.dry_run < 1:
         raise UserError(f"--dry-run {args.dry_run} must be at least one rank.")
     if not is_cpu_device():
@@ -370,7 +297,7 @@ def explained(call: Callable[[], Any]) -> Any:
     except UserError:
         raise
     except (AssertionError, ValueError, RuntimeError, ImportError, OSError) as error:
-        # An assertion without a message is reported by its source line, which has the condition.
+        # The source line of an assertion without a message contains its condition.
         line = (traceback.extract_tb(error.__traceback__)[-1].line or "").removeprefix("assert ")
         message = " ".join(str(error).split()) or f"Megatron requires that {line}"
         message = re.sub(r"\bargs\.(\w+)", lambda m: "--" + m[1].replace("_", "-"), message)

@@ -7,10 +7,10 @@ their token ids agree:
   `<tool_call>` are added without being marked as special, and control a model as `<|im_end|>` does.
   Added spaces and words ("\n\n", "covid-19") are text.
 * Control tokens that the template writes are tokens. The name of a control token in a message is
-  text, so that no message can end itself, begin another or think for the model. There is one
-  exception: the markers `<think>` and `</think>` around the thinking at the beginning of an
-  assistant's message belong to the model and are tokens. The same holds for the first `</think>` if
-  the template has opened the thinking. Further ones in the same message are text.
+  text, so that no message can end itself, begin another message or insert thinking of the model.
+  There is one exception: the markers `<think>` and `</think>` around the thinking at the beginning
+  of an assistant's message belong to the model and are tokens. The same holds for the first
+  `</think>` if the template has opened the thinking. Further ones in the same message are text.
 * A template that omits a message is refused. It may trim whitespace and omit the thinking of
   earlier messages.
 """
@@ -169,8 +169,8 @@ class Conversation:
 
 def _left_out(row: Row) -> UserError:
     return UserError(
-        f"The chat template leaves out a message of the {row['role']} "
-        f"({row['content'][:_SHOWN]!r}). Give a template that includes it with --chat-template, or "
+        f"The chat template omits a message of the {row['role']} "
+        f"({row['content'][:_SHOWN]!r}). Use a template that includes it with --chat-template, or "
         "remove such messages from the data."
     )
 

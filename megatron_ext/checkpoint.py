@@ -96,12 +96,12 @@ def write_and_digest(write: Callable[..., None], folder: str, rank: int, *args: 
 
 
 def digests_file(folder: str | os.PathLike[str], rank: int) -> Path:
-    """Return where `write_and_digest` leaves the digests of a rank's files."""
+    """Return the file in which `write_and_digest` stores the digests of a rank's files."""
     return Path(folder, f"digests_{rank}.tmp")
 
 
 def damage(checkpoint: Path, share: int = 0, shares: int = 1) -> str | None:
-    """Return what is wrong with the files of a checkpoint, or None.
+    """Return a description of the damage to the files of a checkpoint, or None.
 
     Several ranks can divide the reading of a large checkpoint. Each of them checks that all files
     exist.
@@ -115,7 +115,7 @@ def damage(checkpoint: Path, share: int = 0, shares: int = 1) -> str | None:
     try:
         digests: dict[str, str] = json.loads(manifest.read_text())["files"]
     except FileNotFoundError:
-        return f"it has no {INTEGRITY_FILE}: its saving did not come to an end"
+        return f"it has no {INTEGRITY_FILE}: it was not saved completely"
     except (OSError, ValueError, KeyError, TypeError):
         return f"its {INTEGRITY_FILE} cannot be read"
     for number, (name, digest) in enumerate(sorted(digests.items())):
@@ -124,7 +124,7 @@ def damage(checkpoint: Path, share: int = 0, shares: int = 1) -> str | None:
             return f"its file {name} is missing"
         try:
             if number % shares == share and file_digest(file) != digest:
-                return f"its file {name} is not as it was saved"
+                return f"its file {name} differs from what was saved"
         except OSError as error:
             return f"its file {name} cannot be read: {error.strerror}"
     return None

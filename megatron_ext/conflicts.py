@@ -89,8 +89,8 @@ def _check_steps(args: Namespace) -> None:
     """Refuse numbers of steps that Megatron refuses only after it has built the model."""
     if args.eval_interval < 1:
         raise UserError(
-            f"--eval-interval {args.eval_interval} must be at least 1: use --eval-iters 0 to leave "
-            "validation out"
+            f"--eval-interval {args.eval_interval} must be at least 1: use --eval-iters 0 to train "
+            "without validation"
         )
     if not args.train_iters and not args.train_samples:
         raise UserError("nothing to train: give --train-iters of at least 1")
@@ -141,7 +141,7 @@ def _check_muon(args: Namespace) -> None:
     if expert_biases and args.use_distributed_optimizer and args.expert_model_parallel_size > 1:
         raise UserError(
             "--optimizer muon with --use-distributed-optimizer and "
-            "--expert-model-parallel-size above 1 has no place for the experts' biases: add "
+            "--expert-model-parallel-size above 1 does not support biases of experts: add "
             "--disable-bias-linear"
         )
     for name in ("lr", "muon_embedding_lr", "muon_head_lr", "muon_reference_width"):

@@ -1,8 +1,8 @@
-"""Console of a process that trains, and the log that takes all other output.
+"""Console of a training process, and the log that receives all other output.
 
 Megatron, torch and the libraries below them print hundreds of lines, through `print`, `logging`,
 `warnings` and from C++. After `console.capture()` the file descriptors of standard output and
-standard error lead to a log. Only this reaches the terminal: what is printed with the methods of
+standard error lead to a log. Only this reaches the terminal: text printed with the methods of
 `console`, errors that libraries log, and the traceback of an exception that ends the process.
 Without a capture the methods print as usual.
 
@@ -77,7 +77,7 @@ class Console:
                 self._status = True
 
     def capture(self) -> None:
-        """Lead all other output of this process to the log."""
+        """Redirect all other output of this process to the log."""
         if self._capture is None:
             self._capture = _Capture(self.release)
 
@@ -106,7 +106,7 @@ class Console:
         return sys.stderr if self._capture is None else self._capture.err
 
     def _print(self, text: str, stream: TextIO, style: str) -> None:
-        # A training does not end because nobody reads its output any more.
+        # Training must not fail because the reader of its output has ended.
         with suppress(OSError, ValueError):
             if style and stream.isatty():
                 from rich.console import Console as RichConsole

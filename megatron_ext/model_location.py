@@ -1,4 +1,4 @@
-"""Location of a model in what this project writes: runs of either engine, checkpoints, folders.
+"""Location of models in run directories of either engine, checkpoints and Hugging Face folders.
 
 Megatron is not imported, so that a wrong path is reported at once.
 """
@@ -58,9 +58,9 @@ def locate_model(path: str | os.PathLike[str], flag: str = "--load") -> ModelLoc
     """
     root = Path(path)
     if not root.is_dir():
-        what = "a file, not a folder" if root.exists() else "not a folder"
+        problem = "a file, not a folder" if root.exists() else "not a folder"
         raise UserError(
-            f"{flag} {root} is {what}. Choose a run directory, a checkpoint or a Hugging Face "
+            f"{flag} {root} is {problem}. Choose a run directory, a checkpoint or a Hugging Face "
             "folder."
         )
     if (root / _CONFIG).is_file() and (root / TRACKER).is_file():
@@ -103,7 +103,7 @@ def locate_hf_folder(path: str | os.PathLike[str], flag: str, user: str) -> Path
     Args:
         path: See `locate_model`.
         flag: Flag that has the path, for messages.
-        user: Part of the project that reads Hugging Face folders only, for messages.
+        user: Name of the part of the project that requires a Hugging Face folder, for messages.
 
     Raises:
         UserError: There is none, or the model is a checkpoint of Megatron.
@@ -147,7 +147,7 @@ def exported_model(root: Path) -> ModelLocation | None:
 
 
 def _exported(folder: Path) -> ModelLocation:
-    """Return a Hugging Face folder with what the run that wrote it noted about it."""
+    """Return the location of a Hugging Face folder, with the recorded step and metrics."""
     note = _json(folder / "best.json")
     step = note.get("step")
     metrics = [
@@ -159,7 +159,7 @@ def _exported(folder: Path) -> ModelLocation:
 
 
 def _check_readable(root: Path, flag: str) -> None:
-    """Refuse folders that have no model of their own, and name those that do.
+    """Refuse a folder without a model, naming the models in its subfolders.
 
     Raises:
         UserError: The folder has only checkpoints of DeepSpeed, or is the parent of other models.
@@ -184,7 +184,7 @@ def _check_readable(root: Path, flag: str) -> None:
     if models := list(_models_in(root)):
         some = ", ".join(map(str, models[:3])) + (" and others" if len(models) > 3 else "")
         raise UserError(
-            f"{flag} {root} has no model, but its folders do: {some}. Give one of them."
+            f"{flag} {root} has no model, but its subfolders have: {some}. Choose one of them."
         )
 
 

@@ -104,10 +104,10 @@ def replacements() -> dict[str, Any]:
 
     Without `--optimizer muon` the replacements change nothing.
     """
-    others = ParamWithNamePredicate(
+    other_parameters = ParamWithNamePredicate(
         "not of muon", lambda parameter, name: not _uses_muon(parameter, name)
     )
-    key = ParamKey(with_name_predicate=others)
+    key = ParamKey(with_name_predicate=other_parameters)
     muon = replace(
         _EMERGING_OPTIMIZERS["muon"], default_param_overrides={key: {"optimizer": "adam"}}
     )

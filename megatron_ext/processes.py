@@ -1,4 +1,4 @@
-"""Processes of a run: helpers and ranks that end with their parent, and the lock of a folder."""
+"""Processes of a run: children that end with their parent, and the lock of a folder."""
 
 import fcntl
 import multiprocessing

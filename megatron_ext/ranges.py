@@ -74,7 +74,7 @@ def check_ranges(args: Namespace, ranks: int) -> None:
     for name, value in vars(args).items():
         infinite = name in _RANGES and isinstance(value, float) and math.isinf(value)
         if isinstance(value, float) and (math.isnan(value) or infinite):
-            raise UserError(f"{_flag(name)} {value:g} is not a finite number: use one")
+            raise UserError(f"{_flag(name)} {value:g} is not a finite number: choose a finite one")
         if name in _RANGES:
             _check(name, value, *_RANGES[name])
         elif name.endswith("_interval"):
@@ -99,7 +99,7 @@ def _check_phases(args: Namespace) -> None:
     if not all(step.isdecimal() and int(step) > 0 for step in steps):
         raise UserError(f"{flag} must be numbers of steps, such as 1000,2000")
     if not args.train_samples:
-        raise UserError(f"{flag} needs --train-samples: give it instead of --train-iters")
+        raise UserError(f"{flag} requires --train-samples: use it instead of --train-iters")
 
 
 def _check(name: str, value: Any, is_valid: Callable[[Any], bool], text: str) -> None:
@@ -109,8 +109,8 @@ def _check(name: str, value: Any, is_valid: Callable[[Any], bool], text: str) ->
 
 
 _ADVICE = {
-    "eval_interval": ": use --eval-iters 0 to leave validation out",
-    "save_interval": ": leave --run-dir and --save out to save nothing",
+    "eval_interval": ": use --eval-iters 0 to train without validation",
+    "save_interval": ": to save nothing, leave out --run-dir and --save",
 }
 
 

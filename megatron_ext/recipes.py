@@ -11,14 +11,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_ext.errors import UserError
 from megatron_ext.flag_names import FLAGS, MEGATRON_VERSION, NAMES
+from megatron_ext.recipe_files import find_recipe, read_recipe, unknown_key
 
 _COMMAND_LINE = "the command line"
 _FOLDER = "${recipe_dir}"
-"""Text in the values of a recipe that stands for the folder of its file."""
+"""Text in the values of a recipe that is replaced by the folder of its file."""
 
 # Groups of arguments that exclude each other. If the command line or a later recipe sets an
 # argument of one group, those of the other groups in earlier recipes have no effect.
@@ -56,7 +55,7 @@ class _Entry:
 
     Attributes:
         source: File of the recipe, or `_COMMAND_LINE`.
-        action: Action of the parser, or None for words that belong to no flag.
+        action: Action of the parser, or None for words that do not belong to a flag.
         words: Flag and its values, empty if a recipe removes the flag.
     """
 
@@ -102,7 +101,7 @@ def expand_recipes(
         if name == "--recipe":
             if not equals:
                 if not remaining:
-                    raise UserError("--recipe needs the name of a YAML file")
+                    raise UserError("--recipe requires the name of a YAML file")
                 value = remaining.pop(0)
             entries += _recipe_entries(find_recipe(value), parser, unused)
             continue
@@ -112,46 +111,6 @@ def expand_recipes(
             words.append(remaining.pop(0))
         entries.append(_Entry(_COMMAND_LINE, action, tuple(words)))
     return [word for entry in _with_context(_resolve(entries)) for word in entry.words]
-
-
-def find_recipe(name: str) -> Path:
-    """Return the file of a recipe.
-
-    Args:
-        name: Path of a file, or name of a recipe that is shipped with this project:
-            `examples/recipes/d12.yaml`, `recipes/d12.yaml` or `d12`.
-
-    Raises:
-        UserError: There is neither such a file nor such a recipe.
-    """
-    if Path(name).exists() and not Path(name).is_dir():
-        return Path(name)
-    root = _examples()
-    relative = Path(name.removeprefix("examples/"))
-    for folder in ("", "recipes", "alignment"):
-        for suffix in ("", ".yaml"):
-            path = root / folder / f"{relative}{suffix}"
-            if not relative.is_absolute() and path.is_file():
-                return path
-    if Path(name).is_dir():
-        raise UserError(f"--recipe {name}: Is a directory. Use a YAML file in it.")
-    shipped = [str(path.relative_to(root)) for path in sorted(root.rglob("*.yaml"))]
-    by_word = {Path(path).stem: path for path in shipped} | {path: path for path in shipped}
-    near = get_close_matches(relative.stem, by_word, n=3) or get_close_matches(name, by_word, n=3)
-    advice = f"Did you mean {' or '.join(dict.fromkeys(by_word[word] for word in near))}?"
-    if not near:
-        advice = f"Use a path, or a recipe of {root}."
-    raise UserError(f"--recipe {name}: No such file or directory. {advice}")
-
-
-def _examples() -> Path:
-    """Return the folder of examples in the checkout or in the installed package."""
-    package = Path(__file__).resolve().parent
-    return next(
-        (folder for folder in (package.parent / "examples", package / "examples")
-         if (folder / "recipes").is_dir()),
-        package / "examples",
-    )  # fmt: skip
 
 
 def check_flag_names(argv: Sequence[str]) -> None:
@@ -186,22 +145,22 @@ def check_flag_names(argv: Sequence[str]) -> None:
 
 def _check_keys(path: Path, including: tuple[Path, ...] = ()) -> None:
     """Refuse keys of a recipe and of its bases that are not flags."""
-    recipe = _read(path, including)
+    recipe = read_recipe(path, including)
     if base := recipe.pop("base", None):
         _check_keys(path.parent / str(base), (*including, path.resolve()))
     for key in map(str, recipe):
         if "--" + key.replace("_", "-") not in FLAGS and key.replace("-", "_") not in NAMES:
-            raise _unknown_key(path, key, "pretrain_et.py", FLAGS)
+            raise unknown_key(path, key, "pretrain_et.py", FLAGS)
 
 
 def _resolve(entries: Sequence[_Entry]) -> list[_Entry]:
     """Return the entries that no later recipe and no flag of the command line replaces."""
     effective: list[_Entry] = []
-    for place, entry in enumerate(entries):
+    for position, entry in enumerate(entries):
         others = [
             other
-            for at, other in enumerate(entries)
-            if other.source != entry.source and (at > place or other.source == _COMMAND_LINE)
+            for index, other in enumerate(entries)
+            if other.source != entry.source and (index > position or other.source == _COMMAND_LINE)
         ]
         removed = any(not other.words and other.name == entry.name for other in others)
         replaced = any(other.decides and _excludes(other.name, entry.name) for other in others)
@@ -217,7 +176,7 @@ def _resolve(entries: Sequence[_Entry]) -> list[_Entry]:
 
 
 def _with_context(entries: list[_Entry]) -> list[_Entry]:
-    """Leave out a context length that is below a sequence length that is given later.
+    """Remove a context length that is below a sequence length of a later recipe or flag.
 
     Without `--max-position-embeddings` the context length is the sequence length.
 
@@ -235,12 +194,12 @@ def _with_context(entries: list[_Entry]) -> list[_Entry]:
         return [entry for entry in entries if entry.name != "max_position_embeddings"]
     raise UserError(
         f"--max-position-embeddings {_number(context):g} of {context.source} is below --seq-length "
-        f"{_number(length):g} of {length.source}. Leave it out: it follows --seq-length."
+        f"{_number(length):g} of {length.source}. Leave it out, so that it equals --seq-length."
     )
 
 
 def _number(entry: _Entry) -> float:
-    """Return the number of a flag, or NaN for what the parser refuses."""
+    """Return the number of a flag, or NaN if the parser will refuse its value."""
     words = (*entry.words[0].split("=")[1:], *entry.words[1:])
     try:
         return float(words[0])
@@ -253,8 +212,8 @@ def _excludes(name: str | None, other: str | None) -> bool:
     if name == "split":  # belongs to several groups
         return False
     for groups in _ALTERNATIVES:
-        own = [group for group in groups if name in group]
-        if not own or any(other in group for group in own):
+        matching_groups = [group for group in groups if name in group]
+        if not matching_groups or any(other in group for group in matching_groups):
             continue
         # Only the length of training selects steps or samples; parts of a schedule do not.
         decisive = name in _LENGTHS or not set(_LENGTHS) & {*groups[0]}
@@ -270,7 +229,7 @@ def _recipe_entries(
     including: tuple[Path, ...] = (),
 ) -> list[_Entry]:
     """Return the entries of a recipe, after those of its base."""
-    recipe = _read(path, including)
+    recipe = read_recipe(path, including)
     entries: list[_Entry] = []
     if base := recipe.pop("base", None):
         including = (*including, path.resolve())
@@ -281,29 +240,6 @@ def _recipe_entries(
     return entries
 
 
-def _read(path: Path, including: tuple[Path, ...]) -> dict[Any, Any]:
-    """Return the contents of a recipe.
-
-    Args:
-        path: File of the recipe.
-        including: Recipes that have it as their base.
-
-    Raises:
-        UserError: The file cannot be read, is not a mapping, or has itself as a base.
-    """
-    if path.resolve() in including:
-        raise UserError(f"{path}: recipes are each other's base: remove one of the base keys")
-    try:
-        recipe = yaml.safe_load(path.read_text()) or {}
-    except OSError as error:
-        raise UserError(f"--recipe {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--recipe {path} is not YAML: {error}") from error
-    if not isinstance(recipe, dict):
-        raise UserError(f"--recipe {path} must be a mapping of flags to values")
-    return recipe
-
-
 def _entry(key: str, value: Any, parser: ArgumentParser, path: Path) -> _Entry:
     """Return one key of a recipe as a flag of the command line."""
     option = "--" + key.replace("_", "-")
@@ -312,18 +248,9 @@ def _entry(key: str, value: Any, parser: ArgumentParser, path: Path) -> _Entry:
         # A key may be the name that a negative flag turns off: `bias_swiglu_fusion: false`.
         action = next((a for a in parser._actions if a.dest == key.replace("-", "_")), None)
     if action is None or key == "recipe":
-        raise _unknown_key(path, key, parser.prog, parser._option_string_actions)
+        raise unknown_key(path, key, parser.prog, parser._option_string_actions)
     words = [] if value is None and not _takes_none(action) else _words(key, value, action, path)
     return _Entry(path.resolve(), action, tuple(words))
-
-
-def _unknown_key(path: Path, key: str, command: str, flags: Collection[str]) -> UserError:
-    """Return the error for a key that is not a flag, with the most similar flag."""
-    names = {flag.removeprefix("--").replace("-", "_") for flag in flags}
-    names -= {"recipe", "_h", "help"}
-    near = get_close_matches(key.replace("-", "_"), names, n=1, cutoff=0.75)
-    advice = f"did you mean {near[0]}?" if near else "see --help"
-    return UserError(f"{path}: {key} is not a flag of {command} ({advice})")
 
 
 def _takes_none(action: Action) -> bool:

@@ -1,4 +1,4 @@
-"""Parts of the lines with which a training reports its progress."""
+"""Parts of the lines in which training reports its progress."""
 
 import math
 import time
@@ -7,9 +7,10 @@ from collections.abc import Iterable
 
 
 class RemainingTime:
-    """Estimate of the time until the last step, from the last steps with all that lies between.
+    """Estimate of the time until the last step, from the durations of recent steps.
 
-    Evaluations and checkpoints count, because the remaining steps have them too.
+    Evaluations and checkpoints between the steps count, because they also occur between the
+    remaining steps.
     """
 
     WINDOW = 100  # steps
@@ -24,7 +25,7 @@ class RemainingTime:
         self._times: deque[tuple[int, float]] = deque(maxlen=self.WINDOW + 1)
 
     def finish_step(self, step: int) -> None:
-        """Note that a step is finished."""
+        """Record that a step is finished."""
         self._times.append((step, time.monotonic()))
 
     @property
@@ -74,7 +75,7 @@ def report_line(parts: Iterable[str], alarms: Iterable[str] = ()) -> str:
 
     Args:
         parts: Parts of the line; empty ones are left out.
-        alarms: What needs attention.
+        alarms: Alarms, which are shown after the word ATTENTION.
     """
     alarms = list(alarms)
     warning = [f"ATTENTION: {', '.join(alarms)}"] if alarms else []

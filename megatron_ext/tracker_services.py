@@ -48,10 +48,10 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """Run of Weights & Biases, which the variable WANDB_MODE=offline keeps in its folder.
+    """Run of Weights & Biases, which stays in its folder with WANDB_MODE=offline.
 
-    The step is a value of each row and the axis of all charts, because the own steps of Weights &
-    Biases cannot go back to the checkpoint from which a run resumes.
+    The step is a value of each row and the axis of all charts, because the step counter of
+    Weights & Biases cannot return to the checkpoint from which a run resumes.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class WeightsAndBiases:
         self._run.log({"step": step, tag: self._wandb.Html(f"<pre>{html.escape(text)}</pre>")})
 
     def close(self) -> None:
-        """Send what is left."""
+        """Send the remaining values."""
         self._run.finish()
 
 
@@ -156,7 +156,7 @@ class MLflow:
         self._client.log_text(self._id, text, f"{tag}/step_{step:06d}.md")
 
     def close(self) -> None:
-        """Send what is left."""
+        """Send the remaining values."""
         if not self._synchronous:
             self._mlflow.flush_async_logging()
         self._client.set_terminated(self._id)

@@ -1,8 +1,8 @@
 """Experiment trackers of a run: TensorBoard, Weights & Biases and MLflow behind one interface.
 
 A resumed run continues the same runs of the trackers, whose identifiers are in `trackers.json` of
-the run directory, and sends nothing that they already have. A tracker that fails while a model
-trains does not end the training; `metrics.jsonl` has everything in any case.
+the run directory, and does not send again what they already have. A tracker that fails while a
+model trains does not end the training; `metrics.jsonl` has everything in any case.
 """
 
 import os
@@ -106,7 +106,7 @@ class Tracker(Protocol):
         """Send a text in Markdown."""
 
     def close(self) -> None:
-        """Send what is left."""
+        """Send the remaining values."""
 
 
 class Trackers:
@@ -168,11 +168,11 @@ class Trackers:
                     console.line(f"{'Tracker':9}{name}, {tracker.place}")
 
     def skip(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Do not send again what some rows of metrics contain, which have been sent before."""
+        """Mark rows of metrics as sent, so that they are not sent again."""
         self._logged = {(row["step"], name) for row in rows for name in row if name != "step"}
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Send the numbers among some values by their tags, which are the names of the metrics."""
+        """Send the values that are numbers, with the names of the metrics as tags."""
         if any((step, tag) in self._logged for tag in values):  # then all of them have been sent
             return
         numbers = {
@@ -194,7 +194,7 @@ class Trackers:
             self._call(lambda tracker: tracker.text(step, tag, text))
 
     def close(self) -> None:
-        """Send what is left, and end the runs of the trackers."""
+        """Send the remaining values, and end the runs of the trackers."""
         self._call(lambda tracker: tracker.close())
         self._trackers = []
 

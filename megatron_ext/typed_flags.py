@@ -13,10 +13,10 @@ A field whose type is a dataclass is a group of flags, so that commands share gr
 added to the help text. Checks of one value are arguments of `flag`, checks of several values go
 into `__post_init__`, which raises `UserError`.
 
-The builder is used in place of tyro for three reasons. tyro ends the program by itself, with a box
-of several lines in place of one sentence. It knows no flag whose value may be left out (`--dry-run
-[RANKS]`). And `megatron_ext.recipes` checks recipes against an `argparse` parser, which tyro no
-longer has.
+This module is used instead of tyro for three reasons. tyro ends the program itself, and prints a
+box of several lines instead of one sentence. It does not support flags with an optional value
+(`--dry-run [RANKS]`). And `megatron_ext.recipes` checks recipes against an `argparse` parser, which
+tyro no longer has.
 """
 
 import ast
@@ -56,21 +56,20 @@ def flag(
     """Return the field of a flag.
 
     Args:
-        default: Value where the flag is not given. A flag without a default is required.
+        default: Value if the flag is absent. A flag without a default is required.
         resume: Whether a run that is resumed must have the same value.
         name: Name on the command line. Default: the field's, with hyphens.
         short: Second, short name on the command line, such as -n.
         metavar: Placeholder for the value in the help.
-        positional: The value is given by its place, without the flag's name. With a default it
-            may be left out.
-        repeat: The flag is repeated for several values, where it otherwise takes several.
-        several: A flag that can be repeated takes several values each time.
-        choices: Permitted values, where they come from a registry; otherwise write a Literal type.
-        value_if_bare: Returns the value of a flag that is given without one.
+        positional: Whether the value is a positional argument. With a default it is optional.
+        repeat: Whether the flag is repeated for several values instead of taking several at once.
+        several: Whether a flag that can be repeated also takes several values at once.
+        choices: Permitted values from a registry; for other values use a Literal type.
+        value_if_bare: Function that returns the value of the flag if none follows it.
         at_least: Smallest value.
-        above: Bound below all values.
+        above: Exclusive lower bound.
         at_most: Largest value.
-        below: Bound above all values.
+        below: Exclusive upper bound.
     """
     metadata = {
         "resume": resume,
@@ -107,9 +106,9 @@ class Flag:
     """One flag of a command.
 
     Attributes:
-        place: Names of the fields that lead to it from the configuration, its own last.
+        place: Names of the fields on the path from the configuration to the flag's field.
         type: Type of the value.
-        default: Value where the flag is not given; MISSING where it is required.
+        default: Value if the flag is absent; MISSING if it is required.
         group: Summary of the group that it belongs to.
     """
 
@@ -164,16 +163,16 @@ def flags_of(config: type, **defaults: Any) -> Iterator[Flag]:
         **defaults: Defaults that replace those of the fields.
     """
     types, documentation = get_type_hints(config), _field_docstrings(config)
-    for each in fields(config):
-        kind = types[each.name]
+    for entry in fields(config):
+        kind = types[entry.name]
         if is_dataclass(kind):
-            for inner in flags_of(kind, **each.metadata.get("defaults", {})):  # type: ignore[arg-type]
+            for inner in flags_of(kind, **entry.metadata.get("defaults", {})):  # type: ignore[arg-type]
                 summary = inner.group or (inspect.getdoc(kind) or "").splitlines()[0].rstrip(".")
-                place = (each.name, *inner.place)
+                place = (entry.name, *inner.place)
                 yield Flag(inner.field, place, inner.type, inner.default, inner.help, summary)
             continue
-        default = defaults.get(each.name, each.default)
-        yield Flag(each, (each.name,), kind, default, documentation.get(each.name, ""), "")
+        default = defaults.get(entry.name, entry.default)
+        yield Flag(entry, (entry.name,), kind, default, documentation.get(entry.name, ""), "")
 
 
 def parse_config[Config](
@@ -197,21 +196,21 @@ def parse_config[Config](
     """
     parser = build_parser(config, prog, description)
     entries = list(flags_of(config))
-    if any(each.name == "recipe" for each in entries):
-        assert argv is not None, "commands with recipes pass their words"
+    if any(entry.name == "recipe" for entry in entries):
+        assert argv is not None, "commands with recipes must pass argv"
         argv = expand_recipes(argv, parser, unused)
     values = vars(parser.parse_args(argv))
-    for each in entries:
-        each.check(values[each.name])
+    for entry in entries:
+        entry.check(values[entry.name])
     return _build(config, values)
 
 
 def flag_values(config: Any) -> dict[str, Any]:
     """Return the value of each flag of a configuration and of its groups, by name."""
     values: dict[str, Any] = {}
-    for each in fields(config):
-        value = getattr(config, each.name)
-        values |= flag_values(value) if is_dataclass(value) else {each.name: value}
+    for entry in fields(config):
+        value = getattr(config, entry.name)
+        values |= flag_values(value) if is_dataclass(value) else {entry.name: value}
     return values
 
 
@@ -219,13 +218,13 @@ def _build[Config](config: type[Config], values: dict[str, Any]) -> Config:
     """Return a configuration, made from its innermost groups outward."""
     types = get_type_hints(config)
     arguments: dict[str, Any] = {}
-    for each in fields(config):  # type: ignore[arg-type]
-        kind = types[each.name]
+    for entry in fields(config):  # type: ignore[arg-type]
+        kind = types[entry.name]
         if is_dataclass(kind):
-            arguments[each.name] = _build(kind, values)  # type: ignore[arg-type]
+            arguments[entry.name] = _build(kind, values)  # type: ignore[arg-type]
         else:
-            value = values[each.name]
-            arguments[each.name] = tuple(value) if isinstance(value, list) else value
+            value = values[entry.name]
+            arguments[entry.name] = tuple(value) if isinstance(value, list) else value
     return config(**arguments)
 
 
@@ -238,21 +237,21 @@ def build_parser(config: type, prog: str, description: str | None) -> ArgumentPa
         allow_abbrev=False,
     )
     groups: dict[str, Any] = {"": parser}
-    for each in flags_of(config):
-        if each.group not in groups:
-            groups[each.group] = parser.add_argument_group(each.group)
-        short = each.field.metadata.get("short")
-        names = [short, each.option] if short else [each.option]
-        groups[each.group].add_argument(*names, **_argument(each))
+    for entry in flags_of(config):
+        if entry.group not in groups:
+            groups[entry.group] = parser.add_argument_group(entry.group)
+        short = entry.field.metadata.get("short")
+        names = [short, entry.option] if short else [entry.option]
+        groups[entry.group].add_argument(*names, **_argument(entry))
     return parser
 
 
-def _argument(of: Flag) -> dict[str, Any]:
+def _argument(entry: Flag) -> dict[str, Any]:
     """Return the arguments of `add_argument` for a flag."""
-    metadata, kind, default = of.field.metadata, of.type, of.default
-    argument: dict[str, Any] = {"help": (of.help + _shown_default(of)).replace("%", "%%")}
+    metadata, kind, default = entry.field.metadata, entry.type, entry.default
+    argument: dict[str, Any] = {"help": (entry.help + _shown_default(entry)).replace("%", "%%")}
     if not metadata.get("positional"):
-        argument |= {"dest": of.name, "required": default is MISSING}
+        argument |= {"dest": entry.name, "required": default is MISSING}
     if default is not MISSING:
         argument["default"] = default
     if kind is bool:
@@ -284,15 +283,17 @@ def _argument(of: Flag) -> dict[str, Any]:
     return argument | {"type": kind}
 
 
-def _shown_default(of: Flag) -> str:
-    """Return the sentence on the default, where the docstring has none."""
-    if of.default is MISSING or "Default:" in of.help or not of.help:
+def _shown_default(entry: Flag) -> str:
+    """Return the sentence on the default, or an empty string if the docstring has one."""
+    if entry.default is MISSING or "Default:" in entry.help or not entry.help:
         return ""
-    if of.type is bool:
+    if entry.type is bool:
         return ""
-    if of.default in (None, "", ()):
+    if entry.default in (None, "", ()):
         return " Default: none."
-    default = " ".join(map(str, of.default)) if isinstance(of.default, tuple) else of.default
+    default = (
+        " ".join(map(str, entry.default)) if isinstance(entry.default, tuple) else entry.default
+    )
     return f" Default: {default}."
 
 

@@ -124,7 +124,7 @@ def test_help_texts_are_complete_sentences(module: str, monkeypatch: pytest.Monk
 
 
 def test_help_texts_of_pretraining_are_complete_sentences() -> None:
-    from megatron_ext.arguments import add_arguments
+    from megatron_ext.run_flags import add_arguments
 
     parser = add_arguments(argparse.ArgumentParser(add_help=False))
     assert [text for action in actions(parser) for text in complaints(action, parser)] == []

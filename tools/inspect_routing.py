@@ -169,14 +169,14 @@ def _write(
     """Write all files to a temporary folder, then move them to the output folder."""
     from megatron_ext.inspection.reading_page import reading_page
     from megatron_ext.inspection.routing_pictures import draw_pictures
-    from megatron_ext.inspection.routing_statistics import figures_of
+    from megatron_ext.inspection.routing_statistics import routing_statistics
 
     router = trained.args.router_type
     figures: dict[str, Any] = {
         "checkpoint": str(trained.checkpoint),
         "iteration": trained.iteration,
         "router": router,
-        **figures_of(sums, layers, names),
+        **routing_statistics(sums, layers, names),
     }
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".routing-", dir=output) as temporary:

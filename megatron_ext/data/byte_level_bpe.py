@@ -32,7 +32,7 @@ class SpecialTokens:
     """Special tokens of a tokenizer; their ids are 0, 1, 2 and so on.
 
     Attributes:
-        end: Token that ends a document; it also stands for the beginning of a text.
+        end: Token that ends a document and also marks the beginning of a text.
         more: Further ones, after the end and the padding token.
         ends_of_turns: Those that end a turn, after which generation stops too.
     """

@@ -13,7 +13,7 @@ def missing_column(path: str, name: str, columns: Iterable[str], flag: str) -> U
 
     Args:
         path: The file.
-        name: The column that was asked for.
+        name: The requested column.
         columns: The columns of the file.
         flag: Flag that names the column, for the error message.
     """
@@ -21,9 +21,9 @@ def missing_column(path: str, name: str, columns: Iterable[str], flag: str) -> U
     lower = {column.lower(): column for column in names}
     near = [lower[match] for match in get_close_matches(name.lower(), lower, n=2)]
     question = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-    listed = ", ".join(map(repr, names[:_SHOWN])) or "none"
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    column_list = ", ".join(map(repr, names[:_SHOWN])) or "none"
+    rest = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return UserError(
         f"{path} has no column {name!r}.{question} Set {flag} to one of its columns: "
-        f"{listed}{more}."
+        f"{column_list}{rest}."
     )

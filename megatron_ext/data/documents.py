@@ -64,7 +64,7 @@ class ShardReader:
     def _numbered_lines(self, raw: BinaryIO, stream: io.BufferedIOBase) -> Iterator[
         tuple[bool, bytes]
     ]:  # fmt: skip
-        """Yield (owned, line): a shard owns the lines that begin in it; others follow unowned."""
+        """Yield pairs (owned, line): first the lines that begin in the shard, then the rest."""
         start, stop = self.shard.start, self.shard.stop
         position = mark = 0
         if start:

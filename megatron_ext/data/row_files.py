@@ -190,7 +190,7 @@ def _document(path: str | Path, content: bytes, line: int) -> Iterator[Any]:
                 if text and not text.isspace():
                     yield number, _json_row(number, text)
             return
-        raise UserError(f"{path} is no valid JSON: {error}. Correct the file.") from error
+        raise UserError(f"{path} is not valid JSON: {error}. Correct the file.") from error
     if isinstance(value, dict):
         arrays = [name for name, each in value.items() if _is_rows(each)]
         if len(arrays) == 1 and not _looks_like_row(value):
@@ -203,7 +203,7 @@ def _document(path: str | Path, content: bytes, line: int) -> Iterator[Any]:
         else:
             value = [value]
     if not isinstance(value, list):
-        raise UserError(f"{path} is JSON, but no array of objects. Correct the file.")
+        raise UserError(f"{path} is JSON, but not an array of objects. Correct the file.")
     surrogates = b"\\ud" in content.lower()
     for number, row in enumerate(value, start=1):
         yield number, _checked(number, row, surrogates)
@@ -226,7 +226,7 @@ def _json_row(number: int, line: bytes) -> Row | MalformedRow:
 
 
 def _checked(number: int, row: Any, surrogates: bool) -> Row | MalformedRow:
-    """Return a row of JSON, which must be an object and, where it has surrogates, whole text."""
+    """Return a row of JSON, which must be an object without lone surrogates."""
     if not isinstance(row, dict):
         return MalformedRow(number, "not a JSON object")
     try:
@@ -238,7 +238,7 @@ def _checked(number: int, row: Any, surrogates: bool) -> Row | MalformedRow:
 
 
 def _no_number(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")
 
 
 def _read_csv(path: str | Path, report_progress: Callable[[int], None]) -> Iterator[Any]:
@@ -249,8 +249,8 @@ def _read_csv(path: str | Path, report_progress: Callable[[int], None]) -> Itera
                     yield number, MalformedRow(number, row)
                 else:
                     # A column without a name is the index that pandas writes.
-                    named = ((name, cell) for name, cell in row.items() if name)
-                    yield number, {n: cell.replace("\r\n", "\n") or None for n, cell in named}
+                    named_cells = ((name, cell) for name, cell in row.items() if name)
+                    yield number, {n: cell.replace("\r\n", "\n") or None for n, cell in named_cells}
                 if count % _BATCH == 0:
                     report_progress(raw.tell())
         except BROKEN as error:

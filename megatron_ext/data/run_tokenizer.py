@@ -55,7 +55,7 @@ def keep_tokenizer(args: Namespace, run_dir: Path) -> None:
             return
         if not target.is_dir() or any(target.iterdir()):
             raise UserError(
-                f"{target} has the place of the copy that the run keeps of --tokenizer-model "
+                f"{target} exists, but the run must keep its copy there of --tokenizer-model "
                 f"{args.tokenizer_model}. Rename it, or choose another --run-dir."
             )
     if record and _digest_of(args, _path_in(target, record)) == args.tokenizer_sha256:
@@ -94,7 +94,7 @@ def tokenizer_flags(args: Namespace, explicit: set[str]) -> list[str]:
         reason = _why_copy(Namespace(**{**vars(args), "tokenizer_type": kind}), record)
         if reason is not None and kind == record["type"]:
             path = _path_in(copy, record)
-            _say(f"using the tokenizer that the run keeps, {path}, because {reason}")
+            _say(f"using the run's copy of the tokenizer, {path}, because {reason}")
             return ["--tokenizer-type", kind, "--tokenizer-model", str(path)]
     if model is None or not os.path.exists(model):
         return []
@@ -136,7 +136,7 @@ def locate_tokenizer(args: Namespace, checkpoint: Path) -> None:
 
 
 def _copies(args: Namespace, checkpoint: Path) -> Iterator[Path]:
-    """Yield the places of copies: in the run directory, and next to the iterations."""
+    """Yield the paths of possible copies: in the run directory, and next to the iterations."""
     folder = checkpoint.resolve().parent
     for parent in (folder.parent, folder):
         copy = parent / _FOLDER
@@ -161,7 +161,7 @@ def _why_copy(args: Namespace, record: dict[str, Any]) -> str | None:
     """Return why a run that resumes uses its copy, or None if it uses what the flags name."""
     model = args.tokenizer_model
     if model is None:
-        return "no other is given"
+        return "the flags name no other"
     if _source(args) is None:
         return f"--tokenizer-model {model} does not exist"
     if os.path.abspath(model) != record["original"]:

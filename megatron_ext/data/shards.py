@@ -67,9 +67,9 @@ class Shard(NamedTuple):
 def expand_inputs(patterns: list[str], flag: str = "--input") -> list[str]:
     """Return the absolute paths of the files that paths, folders and globs name.
 
-    The order is that of the patterns; the files of a folder or glob are sorted. A file that links
-    give further names appears once. A folder stands for its files with a known suffix, those of its
-    subfolders included; hidden and empty files are left out.
+    The order is that of the patterns; the files of a folder or glob are sorted. A file that has
+    further names through links appears once. A folder is replaced by its files with a known suffix,
+    including those of its subfolders but not hidden or empty files.
 
     Args:
         patterns: Paths, folders and globs.
@@ -98,7 +98,7 @@ def expand_inputs(patterns: list[str], flag: str = "--input") -> list[str]:
 
 def _files_of_folder(folder: str, flag: str) -> list[str]:
     """Return the files of a folder that contain text by their suffix, sorted by path."""
-    files, others = [], set()
+    files, other_suffixes = [], set()
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
@@ -108,9 +108,11 @@ def _files_of_folder(folder: str, flag: str) -> list[str]:
             if format_of_suffix(path):
                 files.append(path)
             else:
-                others.add(Path(path).suffix or name)
+                other_suffixes.add(Path(path).suffix or name)
     if not files:
-        endings = f" Its files end in {', '.join(sorted(others)[:8])}." if others else ""
+        endings = (
+            f" Its files end in {', '.join(sorted(other_suffixes)[:8])}." if other_suffixes else ""
+        )
         raise UserError(
             f"{flag} {folder} is a folder without a file of text ({', '.join(_SUFFIXES)})."
             f"{endings} Give another folder, or a glob and --format."

@@ -46,7 +46,7 @@ def tokenizer_of_path(
     """Return Megatron's type of a tokenizer, and the path by which Megatron reads it.
 
     A Hugging Face tokenizer is a folder or its tokenizer.json. A folder with only a SentencePiece
-    model, or one that conversion made of it, stands for that model.
+    model, or one that conversion created from it, is read as that model.
 
     Args:
         model: Path of a file or folder, which need not exist.
@@ -109,24 +109,25 @@ def tokenizer_digest(args: Namespace) -> str | None:
         ) from error
 
 
-def check_dataset_tokenizer(prefix: str, args: Namespace, whose: str) -> None:
+def check_dataset_tokenizer(prefix: str, args: Namespace, tokenizer_name: str) -> None:
     """Check that an indexed dataset was made with the tokenizer of a run or model.
 
     Args:
         prefix: Prefix of a complete dataset.
         args: Megatron's arguments, with `vocab_size` without padding and `tokenizer_sha256`.
-        whose: Description of the tokenizer for error messages, such as "--tokenizer-model FILE".
+        tokenizer_name: Description of the tokenizer for error messages, such as
+            "--tokenizer-model FILE".
 
     Raises:
         UserError: The dataset's manifest names another tokenizer, or a token id is outside the
             vocabulary.
     """
     if made_with := manifest_tokenizer(prefix):
-        _check_manifest(prefix, made_with, args, whose)
+        _check_manifest(prefix, made_with, args, tokenizer_name)
     largest = largest_id(prefix)
     if largest >= args.vocab_size:
         raise UserError(
-            f"Dataset {prefix} holds token id {largest}, beyond the vocabulary of "
+            f"Dataset {prefix} contains token id {largest}, outside the vocabulary of "
             f"{args.vocab_size:,}. Give the tokenizer that it was made with."
         )
 
@@ -174,25 +175,25 @@ def largest_id(prefix: str) -> int:
     return max(int(ids[start : start + length].max()) for start in starts)
 
 
-def check_model_tokenizer(checkpoint: Path, saved: Namespace, here: Namespace) -> None:
+def check_model_tokenizer(checkpoint: Path, saved: Namespace, current: Namespace) -> None:
     """Check that a run resumes from a checkpoint with the tokenizer of its training.
 
     Args:
         checkpoint: Folder of the checkpoint, for error messages.
         saved: Arguments of the checkpoint.
-        here: Arguments of the run.
+        current: Arguments of the run.
 
     Raises:
         UserError: The tokenizers differ.
     """
-    there, digest = getattr(saved, "tokenizer_sha256", None), here.tokenizer_sha256
+    saved_digest, digest = getattr(saved, "tokenizer_sha256", None), current.tokenizer_sha256
     # Earlier versions recorded no digest for a folder.
-    unknown = there is None and saved.tokenizer_type == here.tokenizer_type
-    if there != digest and not unknown:
+    unknown = saved_digest is None and saved.tokenizer_type == current.tokenizer_type
+    if saved_digest != digest and not unknown:
         raise UserError(
             f"{checkpoint} was trained with another tokenizer than --tokenizer-model "
-            f"{here.tokenizer_model}"
-            + (", whose content has changed" if _same_path(saved, here) else "")
+            f"{current.tokenizer_model}"
+            + (", whose content has changed" if _same_path(saved, current) else "")
             + ". Give the one it was trained with."
         )
 
@@ -216,8 +217,10 @@ def check_tokenizer_content(checkpoint: Path, args: Namespace) -> None:
         )
 
 
-def _check_manifest(prefix: str, made_with: dict[str, Any], args: Namespace, whose: str) -> None:
-    if args.tokenizer_type == "NullTokenizer":  # knows no text, only a number of ids
+def _check_manifest(
+    prefix: str, made_with: dict[str, Any], args: Namespace, tokenizer_name: str
+) -> None:
+    if args.tokenizer_type == "NullTokenizer":  # only a number of ids
         size = made_with.get("vocab_size")
         if size not in (None, args.vocab_size):
             raise UserError(
@@ -229,7 +232,7 @@ def _check_manifest(prefix: str, made_with: dict[str, Any], args: Namespace, who
     digest = made_with.get("sha256")
     if digest is not None and digest not in set(_digests(args)):
         raise UserError(
-            f"Dataset {prefix} was made with another tokenizer than {whose}. Give "
+            f"Dataset {prefix} was made with another tokenizer than {tokenizer_name}. Give "
             f"{made_with.get('path', 'that one')}, or preprocess the dataset again."
         )
 
@@ -291,6 +294,6 @@ def _combined(content: list[Any]) -> str:
     return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _same_path(saved: Namespace, here: Namespace) -> bool:
-    model = getattr(here, "tokenizer_model", None)
+def _same_path(saved: Namespace, current: Namespace) -> bool:
+    model = getattr(current, "tokenizer_model", None)
     return model is not None and getattr(saved, "tokenizer_model", None) == model

@@ -209,24 +209,24 @@ class MegatronLM(TemplateLM):
                 )
             prompts.append((self.tok_encode(context) or [self.prefix_token_id])[-room:])
             jobs.setdefault(sampling, []).append(i)
-        own: dict[int, str] = {}
+        local_texts: dict[int, str] = {}
         replicas = self.model.replicas
         for sampling, members in jobs.items():
             members.sort(key=lambda i: len(prompts[i]))
             turn = self.batch_rows * replicas.number
             for start in range(0, len(members), turn):
-                first = start + replicas.own * self.batch_rows
+                first = start + replicas.index * self.batch_rows
                 batch = members[first : first + self.batch_rows]
                 # Replicas without prompts take part if others need their experts.
                 if batch or replicas.in_step:
                     texts = generate(
                         self.model.trained, [prompts[i] for i in batch], sampling, batch
                     )
-                    own.update(
+                    local_texts.update(
                         (i, self._shown(prompts[i], completion, sampling))
                         for i, completion in zip(batch, texts)
                     )
-        texts_of = merged(own)
+        texts_of = merged(local_texts)
         for i, request in enumerate(requests):
             self.cache_hook.add_partial("generate_until", request.args, texts_of[i])
         return [texts_of[i] for i in range(len(requests))]
@@ -241,7 +241,7 @@ class MegatronLM(TemplateLM):
         # The preceding tokens determine whether the text begins with a space.
         before = codec.without_special(prompt)[-_CONTEXT:]
         text = codec.decode(before + tokens)[len(codec.decode(before)) :]
-        cuts = [at for stop in sampling.stop if (at := text.find(stop)) >= 0]
+        cuts = [position for stop in sampling.stop if (position := text.find(stop)) >= 0]
         return text[: min(cuts)] if cuts else text
 
     def get_model_info(self) -> dict[str, Any]:

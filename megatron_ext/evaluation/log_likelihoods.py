@@ -69,12 +69,12 @@ class DataReplicas:
     """Replicas of a model that share the batches.
 
     Attributes:
-        own: Index of this rank's replica.
+        index: Index of this rank's replica.
         number: Number of replicas.
         in_step: Whether the replicas share experts, so that all must run the same number of passes.
     """
 
-    own: int = 0
+    index: int = 0
     number: int = 1
     in_step: bool = False
 
@@ -114,19 +114,19 @@ class LanguageModel(ABC):
         Args:
             requests: The requests.
             batch_tokens: Tokens per batch, padding included. A longer sequence forms a batch alone.
-            done: Callback that receives the number of requests that have been scored since.
+            done: Callback that receives the number of requests scored since its last call.
         """
         batches = batches_by_length([len(r.tokens) - 1 for r in requests], batch_tokens)
-        own: dict[int, LogLikelihood] = {}
+        local_scores: dict[int, LogLikelihood] = {}
         for first in range(0, len(batches), self.replicas.number):
             turn = batches[first : first + self.replicas.number]
-            if self.replicas.own < len(turn):
-                indices = turn[self.replicas.own]
-                own.update(zip(indices, self._score_batch([requests[i] for i in indices])))
+            if self.replicas.index < len(turn):
+                indices = turn[self.replicas.index]
+                local_scores.update(zip(indices, self._score_batch([requests[i] for i in indices])))
             elif self.replicas.in_step:
                 self._score_batch([])
             done(sum(map(len, turn)))
-        scores = merged(own)
+        scores = merged(local_scores)
         return [scores[i] for i in range(len(requests))]
 
     def _score_batch(self, requests: list[ScoringRequest]) -> list[LogLikelihood]:
@@ -179,18 +179,18 @@ def batch_of(requests: Sequence[ScoringRequest]) -> ScoringBatch:
     return ScoringBatch(*(torch.from_numpy(array).to(device) for array in arrays))
 
 
-def merged(own: dict[int, Any]) -> dict[int, Any]:
+def merged(local: dict[int, Any]) -> dict[int, Any]:
     """Return the union of the ranks' dictionaries. Every rank must call it."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return own
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, own)
-    return {index: value for part in everyone for index, value in part.items()}
+        return local
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, local)
+    return {index: value for part in gathered for index, value in part.items()}
 
 
 def from_first_rank[Made](make: Callable[[], Made]) -> Made:
     """Call a function on the first rank and return its result on all ranks."""
-    made: list[Any] = [make() if not dist.is_initialized() or dist.get_rank() == 0 else None]
+    result: list[Any] = [make() if not dist.is_initialized() or dist.get_rank() == 0 else None]
     if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.broadcast_object_list(made, src=0)
-    return made[0]
+        dist.broadcast_object_list(result, src=0)
+    return result[0]

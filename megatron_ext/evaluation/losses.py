@@ -145,26 +145,26 @@ def window_losses(
         routing: Way of routing.
         rows: Windows per batch. If the routing has pools, windows per pool, which the replicas of
             the model share.
-        done: Callback that receives the number of windows that have been finished since.
+        done: Callback that receives the number of windows finished since its last call.
     """
-    own: dict[int, float] = {}
+    local_sums: dict[int, float] = {}
     with routing.applied():
         for turn in _turns(windows.number, rows, model.replicas.number, routing.pooled):
-            own_windows = turn[model.replicas.own]
-            first = own_windows.start - turn[0].start
-            own.update(_losses(model, windows, routing, own_windows, first))
+            local_windows = turn[model.replicas.index]
+            first = local_windows.start - turn[0].start
+            local_sums.update(_losses(model, windows, routing, local_windows, first))
             done(sum(map(len, turn)))
-    sums = merged(own)
+    sums = merged(local_sums)
     tokens = [min(windows.length, windows.targets - i * windows.length) for i in sorted(sums)]
     return Losses(np.array([sums[i] for i in sorted(sums)]), np.array(tokens, dtype=np.float64))
 
 
 def _turns(number: int, rows: int, copies: int, pooled: bool) -> list[list[range]]:
     """Return the windows that the replicas process at the same time, for each turn."""
-    whole = rows if pooled else rows * copies
+    turn_size = rows if pooled else rows * copies
     turns = []
-    for start in range(0, number, whole):
-        stop = min(start + whole, number)
+    for start in range(0, number, turn_size):
+        stop = min(start + turn_size, number)
         if pooled:
             cuts = [start + (stop - start) * copy // copies for copy in range(copies + 1)]
         else:
@@ -201,7 +201,7 @@ def summary(
     layers = routing.metrics()
     nats = float(losses.sums.sum())
     gap, gap_error = losses.minus(base)
-    figures: dict[str, Any] = {
+    result: dict[str, Any] = {
         "routing": routing.name,
         "loss": losses.mean,
         "standard_error": losses.standard_error,
@@ -215,6 +215,6 @@ def summary(
         "layers": layers,
     }
     if layers:
-        figures["fan_out"] = sum(f["fan_out"] for f in layers.values()) / len(layers)
-        figures["max_load"] = max(f["load_max_over_mean"] for f in layers.values())
-    return figures
+        result["fan_out"] = sum(f["fan_out"] for f in layers.values()) / len(layers)
+        result["max_load"] = max(f["load_max_over_mean"] for f in layers.values())
+    return result

@@ -141,8 +141,8 @@ def _model_class(folder: Path) -> Any:
 
 
 def _tokenizer_class(folder: Path) -> Any:
-    own = (folder / "tokenization_et.py").is_file()
-    if _is_own(folder) and own:
+    has_sentencepiece = (folder / "tokenization_et.py").is_file()
+    if _is_own(folder) and has_sentencepiece:
         from megatron_ext.hf.remote.tokenization_et import ExpertThresholdTokenizer
 
         return ExpertThresholdTokenizer

@@ -88,7 +88,7 @@ class Bigram:
 def _discounts(counts: Tokens) -> Floats:
     """Return the discounts of pairs that occur 0, 1, 2, and 3 or more times."""
     number = [int((counts == times).sum()) for times in range(5)]
-    if not all(number[1:]):  # too little text for the estimate
+    if not all(number[1:]):  # the text is too short for the estimate
         return np.array([0.0, 0.5, 0.5, 0.5])
     y = number[1] / (number[1] + 2 * number[2])
     estimate = [0.0, *(m - (m + 1) * y * number[m + 1] / number[m] for m in (1, 2, 3))]

@@ -1,4 +1,4 @@
-"""Routing modes: rules by which a trained model can be routed to measure what they cost.
+"""Routing modes: rules by which a trained model can be routed, to compare their losses.
 
 - `et`: by thresholds, as the model evaluates.
 - `et-capacity`: by thresholds within the capacity of training.
@@ -32,11 +32,11 @@ NAMES = ("et", "tc", *POOLED)
 
 
 class RoutingMode:
-    """A rule to route a model by, and counts of what it did.
+    """Routing rule of a model, and counts of its decisions.
 
     Args:
         trained: Model to route.
-        name: One of `NAMES`, or what :func:`default_routing` returns for the model.
+        name: One of `NAMES`, or the result of :func:`default_routing` for the model.
 
     Raises:
         UserError: The model cannot be routed by this rule.
@@ -126,12 +126,12 @@ def default_routing(config: ETConfig) -> str:
 
 
 def _check(config: ETConfig, name: str) -> None:
-    own = default_routing(config)
-    if name == own:
+    default = default_routing(config)
+    if name == default:
         return
-    if own == "none":
+    if default == "none":
         raise UserError(f"--routing {name}: the model has no experts. Leave the flag out.")
-    if own != "et":
+    if default != "et":
         raise UserError(
             f"--routing {name} needs thresholds, which a model of --router-type "
             f"{config.router_type} does not have. Leave the flag out, or calibrate the model with "

@@ -24,12 +24,12 @@ class TextCodec:
             self.end = self._prefix = of_megatron.eod
         else:
             self.end = of_transformers.eos_token_id
-            own = of_transformers("").input_ids
-            [whole, plain] = (
+            empty_ids = of_transformers("").input_ids
+            [with_special, plain] = (
                 of_transformers("a", add_special_tokens=s).input_ids for s in (True, False)
             )
-            self._begin = whole[0] if whole[:1] != plain[:1] else None
-            self._prefix = own[0] if own else self.end
+            self._begin = with_special[0] if with_special[:1] != plain[:1] else None
+            self._prefix = empty_ids[0] if empty_ids else self.end
 
     @property
     def prefix(self) -> int:

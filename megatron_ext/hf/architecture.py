@@ -220,10 +220,10 @@ def _router(name: str) -> str:
     """Return the router by which the models of a router evaluate."""
     kind = router_type(name)
     if kind.not_convertible:
-        *others, last = (name for name, kind in ROUTERS.items() if not kind.not_convertible)
+        *convertible, last = (name for name, kind in ROUTERS.items() if not kind.not_convertible)
         raise UserError(
             f"The model was trained with --router-type {name}, which {kind.not_convertible}. Only "
-            f"models with {', '.join(others)} or {last} can be converted."
+            f"models with {', '.join(convertible)} or {last} can be converted."
         )
     return kind.evaluates_as or name
 

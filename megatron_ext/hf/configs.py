@@ -65,8 +65,8 @@ def load_config(source: Path) -> Any:
     """
     if (source / "adapter_config.json").is_file():
         raise UserError(
-            f"{source} holds an adapter (adapter_config.json). Merge it into its base model with "
-            "merge_and_unload of peft and convert the saved result."
+            f"{source} contains an adapter (adapter_config.json). Merge it into its base model "
+            "with merge_and_unload of peft and convert the saved result."
         )
     file = source / "config.json"
     try:

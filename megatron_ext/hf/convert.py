@@ -64,16 +64,16 @@ def to_hf(checkpoint: Path, folder: Path, tokenizer_model: str | None = None) ->
     special = export_tokenizer(source.args, folder, checkpoint)
     save_config(folder, model, source.family, source.dtype, special)
     plan: list[PlannedTensor] = []
-    made: dict[str, Callable[[], Tensor]] = {}
+    derived_tensors: dict[str, Callable[[], Tensor]] = {}
     for name, shape in tensors.shapes.items():
         plan.append(PlannedTensor(name, shape, tensors.dtypes[name]))
         if name.endswith(AVERAGE):
             derived = PlannedTensor(name.replace(AVERAGE, THRESHOLDS), shape, torch.float32)
-            made[derived.name] = partial(thresholds_of, tensors, name, model)
+            derived_tensors[derived.name] = partial(thresholds_of, tensors, name, model)
             plan.append(derived)
 
     def read(name: str) -> Tensor:
-        return made[name]() if name in made else tensors.read(name)
+        return derived_tensors[name]() if name in derived_tensors else tensors.read(name)
 
     return _hf_conversion(folder, plan, read)
 

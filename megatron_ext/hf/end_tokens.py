@@ -39,10 +39,10 @@ def record_end_tokens(tokenizer: Any, place: Path | str | None) -> None:
     Raises:
         UserError: The generation configuration is damaged or contains an invalid id.
     """
-    named = frozenset(_as_list(special_ids(place).get("eos_token_id")))
-    # The last id of a tokenizer without text stands for an end only where nothing else does.
-    without_text = named and getattr(tokenizer, "library", None) == "null-text"
-    tokenizer.end_tokens = named if without_text else named | _own_end(tokenizer)
+    configured = frozenset(_as_list(special_ids(place).get("eos_token_id")))
+    # The last id of a tokenizer without text is an end token only if no other is configured.
+    without_text = configured and getattr(tokenizer, "library", None) == "null-text"
+    tokenizer.end_tokens = configured if without_text else configured | _own_end(tokenizer)
 
 
 def special_ids(place: Path | str | None) -> dict[str, Any]:

@@ -226,8 +226,8 @@ def read_config(config: Any) -> Architecture:
                 f"config.json has {name} = {actual}. Only {family.name} models with {name} = "
                 f"{value} can be converted."
             )
-    own = {item.name for item in fields(Architecture)}
-    values = {name: value for name, value in family.required.items() if name in own}
+    field_names = {item.name for item in fields(Architecture)}
+    values = {name: value for name, value in family.required.items() if name in field_names}
     values |= {ours: getattr(config, theirs) for theirs, ours in family.config.items()}
     values |= family.read(config) | _read_rope(config)
     return Architecture(**values)

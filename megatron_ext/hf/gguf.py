@@ -95,7 +95,7 @@ class GGUFModel:
 
         stored = self._sources[name]
         try:
-            whole = dequantize(stored.data, stored.tensor_type)
+            values = dequantize(stored.data, stored.tensor_type)
         except NotImplementedError as error:
             raise UserError(
                 f"{self._file} has the tensor {name} in the quantization "
@@ -103,7 +103,7 @@ class GGUFModel:
                 "with another quantization of the model, such as Q8_0 or F16."
             ) from error
         # An unquantized tensor is a view of the file, which torch must not write to.
-        tensor = torch.from_numpy(whole if whole.flags.writeable else whole.copy())
+        tensor = torch.from_numpy(values if values.flags.writeable else values.copy())
         tensor = tensor.view(self.shapes[name])
         model = self.architecture
         heads = {"q_proj": model.heads, "k_proj": model.kv_heads}.get(name.split(".")[-2])

@@ -56,22 +56,22 @@ def save_tokenizer(model: GGUFModel, folder: Path) -> dict[str, Any]:
     Raises:
         UserError: The kind of tokenizer or its pre-tokenizer is not supported.
     """
-    kind, cut = model.get(_KEY + "model"), model.get(_KEY + "pre", "default")
+    kind, split_name = model.get(_KEY + "model"), model.get(_KEY + "pre", "default")
     if kind != "gpt2":
         raise UserError(
             f"The GGUF file has a tokenizer of kind {kind} (tokenizer.ggml.model). Only gpt2 can "
             "be converted. Convert the Hugging Face folder of the model instead, with --from hf."
         )
-    if cut not in _SPLITS:
+    if split_name not in _SPLITS:
         raise UserError(
-            f"The GGUF file splits text by the rules {cut} (tokenizer.ggml.pre), which are not "
-            f"supported. Supported are {', '.join(sorted(_SPLITS))}. Convert the Hugging Face "
+            f"The GGUF file splits text by the rules {split_name} (tokenizer.ggml.pre), which are "
+            f"not supported. Supported are {', '.join(sorted(_SPLITS))}. Convert the Hugging Face "
             "folder of the model instead, with --from hf."
         )
     tokens: list[str] = model.get(_KEY + "tokens")
     ids = {role: model.get(f"{_KEY}{role}_token_id", -1) for role in _ROLES}
     special = {_ROLES[role]: tokens[number] for role, number in ids.items() if number >= 0}
-    tokenizer = _byte_level(tokens, model.get(_KEY + "merges"), _SPLITS[cut])
+    tokenizer = _byte_level(tokens, model.get(_KEY + "merges"), _SPLITS[split_name])
     for token, code in zip(tokens, model.get(_KEY + "token_type", [1] * len(tokens))):
         if code in (_Kind.CONTROL, _Kind.USER_DEFINED):
             added = AddedToken(token, normalized=False, special=code == _Kind.CONTROL)
@@ -93,16 +93,16 @@ def save_tokenizer(model: GGUFModel, folder: Path) -> dict[str, Any]:
         for role, number in ids.items()
         if number >= 0 and role != "unknown"
     }
-    named = [model.get(f"{_KEY}{end}_token_id", -1) for end in _ENDS]
-    if ends := list(dict.fromkeys(number for number in named if number >= 0)):
+    end_ids = [model.get(f"{_KEY}{end}_token_id", -1) for end in _ENDS]
+    if ends := list(dict.fromkeys(number for number in end_ids if number >= 0)):
         special_ids["eos_token_id"] = ends if len(ends) > 1 else ends[0]
     return special_ids
 
 
-def _byte_level(tokens: list[str], merges: list[str], cut: tuple[Any, ...]) -> Tokenizer:
+def _byte_level(tokens: list[str], merges: list[str], split_steps: tuple[Any, ...]) -> Tokenizer:
     vocabulary = {token: number for number, token in enumerate(tokens)}
     pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(list(cut))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(list(split_steps))
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer

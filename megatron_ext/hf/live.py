@@ -118,9 +118,9 @@ class LiveTensors:
             pending[key][number] = tensor
             if len(pending[key]) == len(link.parts):
                 parts = pending.pop(key)
-                whole = join(link, [parts[i] for i in range(len(parts))], self._model, self._rows)
+                full = join(link, [parts[i] for i in range(len(parts))], self._model, self._rows)
                 for where, part in self._parts[key]:
-                    part.copy_(whole[where])
+                    part.copy_(full[where])
         if left:
             raise UserError(
                 f"The tensor {min(left)} of the model is missing. Load the weights of the same "
@@ -135,8 +135,8 @@ class LiveTensors:
         """Yield names and complete tensors on every rank, with the thresholds after their state."""
         state: dict[str, Tensor] = {}
         for link in self._links:
-            whole = self._gather(link)
-            for (name, _), tensor in zip(link.parts, split(link, whole, self._model)):
+            full = self._gather(link)
+            for (name, _), tensor in zip(link.parts, split(link, full, self._model)):
                 yield name, tensor
                 if name.endswith((AVERAGE, UPDATES)):
                     state[name] = tensor
@@ -156,14 +156,14 @@ class LiveTensors:
         if link.layout is TensorLayout.VOCABULARY:
             shape = (self._rows, *shape[1:])
         device = torch.cuda.current_device()
-        whole = torch.empty(shape, dtype=pieces[0].dtype, device=device)
-        own = dict(self._parts.get(key, []))
+        full = torch.empty(shape, dtype=pieces[0].dtype, device=device)
+        local_parts = dict(self._parts.get(key, []))
         for piece in pieces:
-            part = own.get(piece.place) if piece.rank == dist.get_rank() else None
-            buffer = torch.empty_like(whole[piece.place]) if part is None else part.contiguous()
+            part = local_parts.get(piece.place) if piece.rank == dist.get_rank() else None
+            buffer = torch.empty_like(full[piece.place]) if part is None else part.contiguous()
             dist.broadcast(buffer, src=piece.rank)
-            whole[piece.place] = buffer
-        return whole
+            full[piece.place] = buffer
+        return full
 
 
 def _shards(stage: torch.nn.Module) -> list[ShardedTensor]:

@@ -1,7 +1,7 @@
 """Maps between the tensors of a Megatron checkpoint and those of a Hugging Face folder.
 
 A rule names one tensor of Megatron and the Hugging Face tensors that contain the same numbers.
-`{l}` stands for the number of a layer and `{e}` for the number of an expert. In Megatron's
+`{l}` is replaced by the number of a layer and `{e}` by the number of an expert. In Megatron's
 checkpoint the experts of a layer are one tensor, whose first dimension is the expert.
 """
 
@@ -127,27 +127,27 @@ def join(
         padded = parts[0].new_zeros(rows, *parts[0].shape[1:])
         padded[: parts[0].shape[0]] = parts[0]
         return padded
-    whole = parts[0].new_empty(link.shape)
-    for view, part in zip(_views(link, whole, model), parts):
+    full = parts[0].new_empty(link.shape)
+    for view, part in zip(_views(link, full, model), parts):
         view.copy_(part.view(view.shape))
-    return whole
+    return full
 
 
-def split(link: TensorLink, whole: Tensor, model: Architecture) -> list[Tensor]:
+def split(link: TensorLink, full: Tensor, model: Architecture) -> list[Tensor]:
     """Return the Hugging Face tensors that make up a tensor of Megatron, as views if possible."""
-    views = _views(link, whole, model)
+    views = _views(link, full, model)
     return [view.reshape(shape) for view, (_, shape) in zip(views, link.parts)]
 
 
-def _views(link: TensorLink, whole: Tensor, model: Architecture) -> list[Tensor]:
+def _views(link: TensorLink, full: Tensor, model: Architecture) -> list[Tensor]:
     if link.layout is TensorLayout.SAME:
-        return [whole]
+        return [full]
     if link.layout is TensorLayout.VOCABULARY:
-        return [whole[: link.shape[0]]]
+        return [full[: link.shape[0]]]
     if link.layout is TensorLayout.ROWS:
-        return list(torch.split(whole, [shape[0] for _, shape in link.parts]))
+        return list(torch.split(full, [shape[0] for _, shape in link.parts]))
     queries = model.heads // model.kv_heads
-    grouped = whole.view(model.kv_heads, queries + 2, model.head_dim, *whole.shape[1:])
+    grouped = full.view(model.kv_heads, queries + 2, model.head_dim, *full.shape[1:])
     return [grouped[:, :queries], grouped[:, queries], grouped[:, queries + 1]]
 
 

@@ -278,8 +278,8 @@ class _MegatronTensors:
         link, place = self._places[name]
         if self._last is None or self._last[0] is not link:
             self._last = None  # so that memory never contains two tensors
-            whole = self._reader.read(link.key, link.expert)
-            self._last = link, split(link, whole, self._model)
+            tensor = self._reader.read(link.key, link.expert)
+            self._last = link, split(link, tensor, self._model)
         return self._last[1][place]
 
 

@@ -56,7 +56,7 @@ def write_recipe(
         model: Architecture of the model.
         dtype: Data type of the weights.
         tokenizer: Flags of the tokenizer.
-        place: File or folder that the model is from.
+        place: File or folder from which the model was converted.
         has_thresholds: Whether the thresholds of the model have values.
     """
     settings = to_settings(model) | {"seq_length": min(model.max_length, _LENGTH)}
@@ -77,7 +77,7 @@ def write_recipe(
     elif model.thresholds:
         text += _section("The thresholds have no value yet: the first steps route by expert choice")
         text += "# and give them one.\n" + _yaml({"et_warmup_iters": 100})
-    text += _section("The training, to be changed at will.")
+    text += _section("The training, which can be changed freely.")
     text += _yaml(_TRAINING)
     text += _section("With --valid-data-path, set this to the validation batches of an evaluation.")
     text += _yaml({"eval_iters": 0, "eval_interval": 100})

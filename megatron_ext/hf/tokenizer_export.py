@@ -51,7 +51,7 @@ def export_tokenizer(
 
 
 def _place(args: Namespace, checkpoint: Path | None) -> str | Path | None:
-    """Return where a run's generation configuration is."""
+    """Return the folder or file of a run's generation configuration."""
     without = args.tokenizer_type == "NullTokenizer" or not args.tokenizer_model
     if not without:
         return args.tokenizer_model

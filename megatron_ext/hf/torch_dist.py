@@ -82,7 +82,7 @@ class TorchDistReader:
         places = [place for place in (layer, first) if place is not None]
         offsets = torch.Size([*places, *(0 for _ in stored.size[len(places) :])])
         sizes = torch.Size([*(1 for _ in places), *stored.size[len(places) :]])
-        whole: Tensor | None = None
+        result: Tensor | None = None
         filled = 0
         for chunk in stored.chunks:
             item = _overlap(key, chunk, offsets, sizes)
@@ -91,17 +91,17 @@ class TorchDistReader:
             part = narrow_tensor_by_index(self._load(item), item.storage_offsets, item.lengths)
             filled += part.numel()
             if part.shape == sizes:  # the usual case, without a copy
-                whole = part
+                result = part
                 break
-            if whole is None:
-                whole = torch.empty(sizes, dtype=stored.properties.dtype)
-            narrow_tensor_by_index(whole, item.dest_offsets, item.lengths).copy_(part)
-        if whole is None or filled != whole.numel():
+            if result is None:
+                result = torch.empty(sizes, dtype=stored.properties.dtype)
+            narrow_tensor_by_index(result, item.dest_offsets, item.lengths).copy_(part)
+        if result is None or filled != result.numel():
             raise UserError(
                 f"{self._path} is incomplete: parts of {name} are missing. Copy it again or use an "
                 "earlier checkpoint."
             )
-        return whole.view(sizes[len(places) :])
+        return result.view(sizes[len(places) :])
 
     def _load(self, item: ReadItem) -> Tensor:
         info = self._metadata.storage_data[item.storage_index]

@@ -149,7 +149,7 @@ class Upcycling:
                 f"layers, and the model has {dense.layers}. Give one number per layer, at least "
                 "one of them 1."
             )
-        whole = float(self.mean).is_integer()
+        has_integer_mean = float(self.mean).is_integer()
         return replace(
             dense,
             router="expert-threshold",
@@ -157,8 +157,8 @@ class Upcycling:
             experts=n,
             moe_ffn=dense.ffn // granularity,
             shared_ffn=self.shared_slices * (dense.ffn // granularity),
-            topk=int(self.mean) if whole else max(1, round(self.mean)),
-            mean_experts=None if whole else self.mean,
+            topk=int(self.mean) if has_integer_mean else max(1, round(self.mean)),
+            mean_experts=None if has_integer_mean else self.mean,
             gate=self.gate,
             ema_decay=self.ema_decay,
         )
@@ -207,13 +207,14 @@ class _UpcycledTensors:
     def _slices(self, name: str, match: re.Match[str]) -> Tensor:
         """Return a matrix of an expert or of the shared expert."""
         plan, down = self._plan, match["matrix"] == "down_proj"
-        whole = self._read(f"{match['mlp']}{match['matrix']}.weight")
-        width = whole.shape[down] // plan.granularity  # channels are columns of the down-projection
+        matrix = self._read(f"{match['mlp']}{match['matrix']}.weight")
+        # Channels are columns of the down-projection.
+        width = matrix.shape[down] // plan.granularity
         if match["shared"]:
-            return whole.narrow(int(down), 0, plan.shared_slices * width)
+            return matrix.narrow(int(down), 0, plan.shared_slices * width)
         first = 0 if plan.all_shared else plan.shared_slices
         number = first + int(match["expert"]) % plan.routed_slices
-        part = whole.narrow(int(down), number * width, width)
+        part = matrix.narrow(int(down), number * width, width)
         if not plan.noise and not down:
             return part
         exact = part.float()

@@ -79,7 +79,7 @@ def hf_logits(folder: Path, tokens: Tensor) -> Tensor:
         Logits, fp32 `[batch, sequence, vocabulary]`.
     """
     disable_progress_bar()  # it is printed to stderr
-    own = load_config(folder).model_type == OWN.name
-    kind: Any = ExpertThresholdForCausalLM if own else AutoModelForCausalLM
+    is_expert_threshold = load_config(folder).model_type == OWN.name
+    kind: Any = ExpertThresholdForCausalLM if is_expert_threshold else AutoModelForCausalLM
     model = kind.from_pretrained(folder, dtype=torch.float32).eval()
     return model(input_ids=tokens, use_cache=False).logits

@@ -56,7 +56,7 @@ def calibrate(
     All ranks must call it.
 
     Args:
-        trained: Model with thresholds, of whatever value.
+        trained: Model with thresholds, whatever their values.
         sequences: int64 `[sequences, length]`, the same on all ranks.
         batch_size: Sequences in a forward pass.
         layer_done: Called with the number of each layer, counted from 0, when it is calibrated.
@@ -209,7 +209,7 @@ def _sum(total: Tensor, group: dist.ProcessGroup) -> None:
 
 
 def _gather_stages(trained: TrainedModel, layers: dict[int, Tensor]) -> dict[int, Tensor]:
-    """Return what all stages of the pipeline have by layer, in the order of the layers."""
+    """Gather values by layer from all pipeline stages, in the order of the layers."""
     stages: list[Any] = [None] * trained.groups.pp.size()
     dist.all_gather_object(stages, layers, group=trained.groups.pp)
     return dict(sorted((layer, value) for stage in stages for layer, value in stage.items()))

@@ -126,14 +126,17 @@ class GenerationEngine:
                 positions.append((row, token))
         if not positions:
             return []
-        listed = max(row.likeliest for row, _ in positions)
+        top_count = max(row.likeliest for row, _ in positions)
         # Token ids are exact in fp64, so one message carries all.
         packed = torch.empty(
-            2 + 2 * listed, len(positions), dtype=torch.float64, device=torch.cuda.current_device()
+            2 + 2 * top_count,
+            len(positions),
+            dtype=torch.float64,
+            device=torch.cuda.current_device(),
         )
         if logits is not None:
             rows = getattr(self.trained.args, "hf_vocab_size", None) or self.trained.vocab_size
-            self._fill(packed, logits[:, :rows].float(), positions, listed)
+            self._fill(packed, logits[:, :rows].float(), positions, top_count)
         pipeline = self.trained.groups.pp
         if pipeline.size() > 1:
             dist.broadcast(packed, group=pipeline, group_src=pipeline.size() - 1)
@@ -148,7 +151,7 @@ class GenerationEngine:
         packed: Tensor,
         logits: Tensor,
         positions: list[tuple[GenerationRow, int | None]],
-        listed: int,
+        top_count: int,
     ) -> None:
         # Rows of the model beyond the tokenizer have a probability, but are never chosen.
         vocab_logits = logits[:, : self.trained.vocab_size]
@@ -167,8 +170,10 @@ class GenerationEngine:
         if any(scale != 1 for scale in scales):
             logits = logits / torch.tensor(scales, device=logits.device).unsqueeze(1)
         packed[0], packed[1] = tokens, log_probs_of(logits, tokens)
-        if listed:
-            values, ids = logits[:, : vocab_logits.shape[1]].topk(listed)  # [positions, listed]
+        if top_count:
+            values, ids = logits[:, : vocab_logits.shape[1]].topk(
+                top_count
+            )  # [positions, top_count]
             packed[2::2] = ids.T
             packed[3::2] = (values - logits.logsumexp(-1, keepdim=True)).T
 

@@ -203,8 +203,8 @@ def for_inference(args: Namespace, layout: ParallelLayout, dtype: torch.dtype | 
         dtype = dtype or torch.float32
         parser = add_megatron_arguments(ArgumentParser(add_help=False, allow_abbrev=False))
         needed = vars(parser.parse_args(cpu_default_args()))
-        usual = vars(parser.parse_args([]))
-        vars(args).update({name: v for name, v in needed.items() if v != usual[name]})
+        defaults = vars(parser.parse_args([]))
+        vars(args).update({name: v for name, v in needed.items() if v != defaults[name]})
         args.moe_grouped_gemm = False
         args.bias_swiglu_fusion = False  # slower than separate operations
     dtype = dtype or args.params_dtype

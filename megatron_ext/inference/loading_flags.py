@@ -48,13 +48,13 @@ def add_loading_flags(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="Tokenizer file or folder. Default: the one that training used.",
     )
-    for name, whole in (("tensor", "layer"), ("pipeline", "model"), ("expert", "set of experts")):
+    for name, unit in (("tensor", "layer"), ("pipeline", "model"), ("expert", "set of experts")):
         add(
             f"--{name}-model-parallel-size",
             type=int,
             default=1,
             metavar="N",
-            help=f"Number of ranks that share each {whole} ({name} parallelism). Default: 1.",
+            help=f"Number of ranks that share each {unit} ({name} parallelism). Default: 1.",
         )
 
 

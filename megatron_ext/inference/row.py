@@ -1,4 +1,4 @@
-"""State of one prompt and its continuation: tokens, end conditions, and text that is certain."""
+"""State of one prompt and its continuation: tokens, end conditions, and final text."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -148,8 +148,8 @@ class GenerationRow:
         if self.generates:
             return TokenChunk(slot, self.cached, self.completion.tokens[-1:])
         tokens = self.prompt[self.cached : self.cached + max_prompt_tokens]
-        whole = self.cached + len(tokens) == len(self.prompt)
-        scored = len(tokens) if self.scores_prompt else int(whole)
+        completes_prompt = self.cached + len(tokens) == len(self.prompt)
+        scored = len(tokens) if self.scores_prompt else int(completes_prompt)
         return TokenChunk(slot, self.cached, tokens, scored)
 
     def add(self, score: TokenScore) -> str:
@@ -162,8 +162,8 @@ class GenerationRow:
         stream = self._stream or self._begin()
         completion.tokens.append(token)
         completion.log_probs.append(score.log_prob)
-        spelled = tuple(stream.spell(other) for other, _ in score.likeliest)
-        self._scores.append((score, spelled))
+        spellings = tuple(stream.spell(other) for other, _ in score.likeliest)
+        self._scores.append((score, spellings))
         if token in self.ends:
             completion.finish = "eod" if token in self._document_ends else "stop"
             # The text of an end token does not belong to the continuation.
@@ -175,11 +175,11 @@ class GenerationRow:
                 self._take(stream.flush())
         if len(completion.tokens) <= self.sampling.min_tokens:
             self._exempt = len(stream.certain)
-        cut = self._stop(stream.certain)
-        if cut is not None:
+        stop_position = self._stop(stream.certain)
+        if stop_position is not None:
             completion.finish = "stop"
             self._take(stream.flush())
-        text = stream.text if cut is None else stream.text[:cut]
+        text = stream.text if stop_position is None else stream.text[:stop_position]
         completion.text = text[self._start :]
         if completion.finish is None:
             withheld = self._stop_prefix(stream.certain)
@@ -195,8 +195,8 @@ class GenerationRow:
             stream = TextStream(detokenizer)
             for token, score in zip(self.prompt, [None, *self.prompt_scores], strict=True):
                 likeliest = score.likeliest if score else ()
-                spelled = tuple(stream.spell(other) for other, _ in likeliest)
-                self._scores.append((score, spelled))
+                spellings = tuple(stream.spell(other) for other, _ in likeliest)
+                self._scores.append((score, spellings))
                 self._take(stream.add(token))
             self._start = len(stream.certain)
         else:
@@ -262,12 +262,12 @@ class GenerationRow:
             characters -= len(part.text)
             data -= len(part.data)
             self._parts.popleft()
-            score, spelled = self._scores.popleft()
+            score, spellings = self._scores.popleft()
             if score is not None:  # among the most likely, the token is spelled in the same way
-                own = (part.text, part.data)
+                spelling = (part.text, part.data)
                 ids = (other for other, _ in score.likeliest)
-                spelled = tuple(
-                    own if other == part.token else pair for other, pair in zip(ids, spelled)
+                spellings = tuple(
+                    spelling if other == part.token else pair for other, pair in zip(ids, spellings)
                 )
-            self.released.append(ScoredText(part, score, spelled))
+            self.released.append(ScoredText(part, score, spellings))
         self._released += len(rest) - characters

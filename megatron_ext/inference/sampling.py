@@ -134,8 +134,8 @@ def adjust(
         penalty = sampling.repetition_penalty
         logits[repeated] = torch.where(values > 0, values / penalty, values * penalty)
     if tokens and (sampling.frequency_penalty or sampling.presence_penalty):
-        own, counts = torch.tensor(tokens, device=device).unique(return_counts=True)
-        logits[own] -= sampling.frequency_penalty * counts + sampling.presence_penalty
+        sampled, counts = torch.tensor(tokens, device=device).unique(return_counts=True)
+        logits[sampled] -= sampling.frequency_penalty * counts + sampling.presence_penalty
     if len(tokens) < sampling.min_tokens and ends:
         logits[list(ends)] = -torch.inf
     return logits

@@ -21,7 +21,7 @@ _LONGEST_START = 3  # bytes of a character that lacks at least one
 
 
 class Detokenizer:
-    """Decoder of a model's tokenizer that also reports which bytes a token stands for.
+    """Decoder of a model's tokenizer that also reports the bytes of a token.
 
     Attributes:
         byte_level: Whether every token is a sequence of bytes, as in byte-level BPE. Otherwise only
@@ -72,13 +72,13 @@ class Detokenizer:
             text = self._tokenizer.detokenize(ids)
         if self._sentencepiece is not None and not skip:
             # SentencePiece omits control tokens, so that their names are inserted here.
-            named, done = "", 0
+            text_with_names, done = "", 0
             for place, token in enumerate(ids):
                 if self._sentencepiece.is_control(token):
                     size = len(self._tokenizer.detokenize(ids[:place]))
-                    named += text[done:size] + self._sentencepiece.id_to_piece(token)
+                    text_with_names += text[done:size] + self._sentencepiece.id_to_piece(token)
                     done = size
-            text = named + text[done:]
+            text = text_with_names + text[done:]
         return text
 
     def bytes_of(self, token: int) -> bytes | None:
@@ -109,8 +109,8 @@ class Detokenizer:
         """Return the number of tokens at the end that form an incomplete character."""
         if self._opaque:
             sizes = range(min(len(tokens), _CONTEXT) + 1)
-            whole = (n for n in sizes if not self._ends_broken(tokens[: len(tokens) - n]))
-            return next(whole, 0)
+            complete_sizes = (n for n in sizes if not self._ends_broken(tokens[: len(tokens) - n]))
+            return next(complete_sizes, 0)
         data, size = b"", 0
         while size < len(tokens) and len(data) < _LONGEST_START:
             part = self.bytes_of(tokens[-1 - size])
@@ -261,8 +261,8 @@ class TextStream:
         return text, data
 
     def _decode(self, tokens: Sequence[int]) -> str:
-        whole = self._detokenizer.decode([*self._before, *tokens])
-        return whole[len(self._before_text) :]
+        text = self._detokenizer.decode([*self._before, *tokens])
+        return text[len(self._before_text) :]
 
     def _window(self, tokens: Sequence[int]) -> tuple[list[int], str]:
         """Return the last tokens that have text, which determine how the next one is decoded."""

@@ -1,4 +1,4 @@
-"""Experts that a text is routed to, with margins, and how well the text is predicted."""
+"""Experts to which a text is routed, with margins and the losses of its tokens."""
 
 from dataclasses import dataclass
 from typing import Any

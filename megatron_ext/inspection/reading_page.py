@@ -1,4 +1,4 @@
-"""Page of texts whose tokens are colored by fan-out, with the pictures of all figures."""
+"""Page of texts whose tokens are colored by fan-out, with all pictures."""
 
 import math
 from pathlib import Path
@@ -18,7 +18,7 @@ def reading_page(
     title: str,
     about: str,
     texts: dict[str, RoutedText],
-    figures: dict[str, Any],
+    statistics: dict[str, Any],
     pictures: dict[str, tuple[bytes, str]],
 ) -> str:
     """Return a page that needs no other file and fetches nothing.
@@ -27,10 +27,10 @@ def reading_page(
         title: Title of the page.
         about: Sentence under the title.
         texts: Texts by name. The tokens of all are colored on one scale.
-        figures: Figures that `figures_of` returns.
+        statistics: Statistics that `routing_statistics` returns.
         pictures: PNG and caption by name.
     """
-    header, domains = _domains(figures)
+    header, domains = _domains(statistics)
     return render(
         _TEMPLATE,
         title=title,
@@ -52,14 +52,14 @@ def _tokens(text: RoutedText) -> list[tuple[str, float]]:
     return [(token, fan_out / largest) for token, fan_out in zip(text.tokens, text.fan_out)]
 
 
-def _domains(figures: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+def _domains(statistics: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Return header and rows of the table of domains."""
-    header = ["domain", "tokens", *(f"fan-out, layer {layer}" for layer in figures["layers"])]
+    header = ["domain", "tokens", *(f"fan-out, layer {layer}" for layer in statistics["layers"])]
     rows = [
         [name, f"{domain['tokens']:,}", *(f"{value:.2f}" for value in domain["fan_out"])]
-        for name, domain in figures["domains"].items()
+        for name, domain in statistics["domains"].items()
     ]
-    nmi = figures["specialisation"]["nmi"]
+    nmi = statistics["specialisation"]["nmi"]
     if any(value is not None for value in nmi):
         cells = ["" if value is None else f"{value:.4f}" for value in nmi]
         rows.append(["NMI of domain and expert", "", *cells])

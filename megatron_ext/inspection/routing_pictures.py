@@ -20,11 +20,11 @@ from megatron_ext.reports.plotting import BLUE, STYLE, VERMILION, write_picture
 _CELLS_WITH_NUMBERS = 400  # with more cells, numbers are too small to read
 
 
-def draw_pictures(figures: dict[str, Any], folder: Path) -> dict[str, str]:
+def draw_pictures(statistics: dict[str, Any], folder: Path) -> dict[str, str]:
     """Write the pictures and return their captions by name.
 
     Args:
-        figures: Statistics that `figures_of` returns.
+        statistics: Statistics that `routing_statistics` returns.
         folder: Existing folder for the pictures.
     """
     matplotlib.use("agg")
@@ -42,11 +42,11 @@ def draw_pictures(figures: dict[str, Any], folder: Path) -> dict[str, str]:
         ),
         "coactivation": (_coactivation, f"Co-activation. {FORMULAS['coactivation']}."),
     }
-    if len(figures["domains"]) == 1:
+    if len(statistics["domains"]) == 1:
         del pictures["specialisation"]
     with matplotlib.rc_context(STYLE):
         for name, (draw, _) in pictures.items():
-            write_picture(draw(figures), folder / f"{name}.png", dpi=110)
+            write_picture(draw(statistics), folder / f"{name}.png", dpi=110)
     return {name: caption for name, (_, caption) in pictures.items()}
 
 
@@ -89,12 +89,14 @@ def _layer_ticks(axes: Axes, layers: list[int]) -> None:
     axes.set_ylabel("layer")
 
 
-def _domains(figures: dict[str, Any]) -> Figure:
-    layers, domains = figures["layers"], figures["domains"]
+def _domains(statistics: dict[str, Any]) -> Figure:
+    layers, domains = statistics["layers"], statistics["domains"]
     shares = {name: _array(domain["share"]) for name, domain in domains.items()}  # [L, E]
     most = max(float(share.max()) for share in shares.values()) or 1.0
     height = 1.5 + 0.28 * min(len(layers), 20)
-    figure, panels = _grid(len(domains), 1.4 + 0.34 * min(figures["experts"], 16), height, most=3)
+    figure, panels = _grid(
+        len(domains), 1.4 + 0.34 * min(statistics["experts"], 16), height, most=3
+    )
     for axes, (name, share) in zip(panels, shares.items()):
         _heat(axes, 100 * share, Normalize(0, 100 * most), "viridis", "{:.0f}")
         _layer_ticks(axes, layers)
@@ -109,15 +111,15 @@ def _domains(figures: dict[str, Any]) -> Figure:
     return figure
 
 
-def _specialisation(figures: dict[str, Any]) -> Figure:
-    layers = figures["layers"]
+def _specialisation(statistics: dict[str, Any]) -> Figure:
+    layers = statistics["layers"]
     figure = Figure(figsize=(11, 1.9 + 0.28 * min(len(layers), 20)), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.5))
-    measures = figures["specialisation"]
+    measures = statistics["specialisation"]
     nmi, chance = _array(measures["nmi"]), _array(measures["nmi_by_chance"])
-    at = np.arange(len(layers))
-    left.barh(at, nmi, color=BLUE, height=0.65)
-    left.plot(chance, at, "|", color=VERMILION, ms=11, mew=2, clip_on=False)
+    positions = np.arange(len(layers))
+    left.barh(positions, nmi, color=BLUE, height=0.65)
+    left.plot(chance, positions, "|", color=VERMILION, ms=11, mew=2, clip_on=False)
     _layer_ticks(left, layers)
     left.set_ylim(len(layers) - 0.4, -0.6)
     left.set_xlim(left=0)
@@ -136,10 +138,10 @@ def _specialisation(figures: dict[str, Any]) -> Figure:
     return figure
 
 
-def _margins(figures: dict[str, Any]) -> Figure:
-    figure, panels = _grid(len(figures["layers"]), 3.6, 2.7)
-    unit = router_type(figures["router"]).margin_unit
-    for axes, layer, margins in zip(panels, figures["layers"], figures["margins"]):
+def _margins(statistics: dict[str, Any]) -> Figure:
+    figure, panels = _grid(len(statistics["layers"]), 3.6, 2.7)
+    unit = router_type(statistics["router"]).margin_unit
+    for axes, layer, margins in zip(panels, statistics["layers"], statistics["margins"]):
         counts = _array(margins["counts"])
         edges = np.linspace(-margins["limit"], margins["limit"], len(counts) + 1)
         pairs = counts.sum() + margins["below"] + margins["above"]
@@ -165,8 +167,8 @@ def _margins(figures: dict[str, Any]) -> Figure:
     return figure
 
 
-def _fan_out_by_loss(figures: dict[str, Any]) -> Figure:
-    by_loss, layers = figures["fan_out_by_loss"], figures["layers"]
+def _fan_out_by_loss(statistics: dict[str, Any]) -> Figure:
+    by_loss, layers = statistics["fan_out_by_loss"], statistics["layers"]
     edges = by_loss["edges"]
     labels = [
         f"{low:g}–{high:g}" if high is not None else f"{low:g} and more"
@@ -175,24 +177,24 @@ def _fan_out_by_loss(figures: dict[str, Any]) -> Figure:
     figure = Figure(figsize=(11, 5.2), layout="constrained")
     panels = figure.subplots(2, 2, sharex=True, sharey="row", height_ratios=(3, 1))
     titles = {"next": "By the loss of the token predicted here", "own": "By the token's own loss"}
-    at = np.arange(len(labels))
+    positions = np.arange(len(labels))
     colors = matplotlib.colormaps["viridis"](np.linspace(0.1, 0.85, len(layers)))
     for (above, below), (kind, title) in zip(panels.T, titles.items()):
         buckets = by_loss[kind]
         mean, error = _array(buckets["mean"]), _array(buckets["standard_error"])
         for layer, color, y in zip(layers, colors, mean):
-            above.plot(at, y, color=color, lw=0.9, label=f"layer {layer}")
+            above.plot(positions, y, color=color, lw=0.9, label=f"layer {layer}")
         above.errorbar(
-            at, mean[-1], error[-1], fmt="o-", color="black", ms=3.5, lw=1.6, capsize=3,
+            positions, mean[-1], error[-1], fmt="o-", color="black", ms=3.5, lw=1.6, capsize=3,
             label="mean of the layers ± standard error",
         )  # fmt: skip
         above.set_title(title)
         tokens = _array(buckets["tokens"])
-        below.bar(at, tokens, color="#BBBBBB", width=0.8)
-        for x, count in zip(at, tokens):
+        below.bar(positions, tokens, color="#BBBBBB", width=0.8)
+        for x, count in zip(positions, tokens):
             below.text(x, count, f"{count:,.0f}", ha="center", va="bottom", fontsize=7)
         below.set_ylim(0, max(1.0, tokens.max()) * 1.25)
-        below.set_xticks(at, labels, rotation=35, ha="right")
+        below.set_xticks(positions, labels, rotation=35, ha="right")
         below.set_xlabel("loss (nats)")
     panels[0, 0].set_ylabel("routed experts per token (fan-out)")
     panels[1, 0].set_ylabel("tokens")
@@ -202,15 +204,15 @@ def _fan_out_by_loss(figures: dict[str, Any]) -> Figure:
     return figure
 
 
-def _coactivation(figures: dict[str, Any]) -> Figure:
-    ratios = _array(figures["coactivation"]["observed_over_expected"])  # [L, E, E]
+def _coactivation(statistics: dict[str, Any]) -> Figure:
+    ratios = _array(statistics["coactivation"]["observed_over_expected"])  # [L, E, E]
     positive = ratios[np.isfinite(ratios) & (ratios > 0)]
     reach = max(2.0, float(np.exp(np.abs(np.log(positive)).max(initial=0.0))))
     norm = LogNorm(1 / min(reach, 16.0), min(reach, 16.0), clip=True)
-    size = 1.3 + 0.26 * min(figures["experts"], 12)
+    size = 1.3 + 0.26 * min(statistics["experts"], 12)
     figure, panels = _grid(len(ratios), size, size)
-    for axes, layer, ratio in zip(panels, figures["layers"], ratios):
-        _heat(axes, ratio, norm, "PuOr_r", "{:.1f}" if figures["experts"] <= 12 else "")
+    for axes, layer, ratio in zip(panels, statistics["layers"], ratios):
+        _heat(axes, ratio, norm, "PuOr_r", "{:.1f}" if statistics["experts"] <= 12 else "")
         axes.set_aspect("equal")
         axes.yaxis.set_major_locator(MaxNLocator(8, integer=True))
         axes.set_xlabel("expert")

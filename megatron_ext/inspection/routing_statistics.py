@@ -32,7 +32,7 @@ FORMULAS = {
 }
 
 
-def figures_of(sums: RoutingSums, layers: list[int], domains: list[str]) -> dict[str, Any]:
+def routing_statistics(sums: RoutingSums, layers: list[int], domains: list[str]) -> dict[str, Any]:
     """Return all statistics as JSON values, with None for undefined ones.
 
     Args:
@@ -141,8 +141,8 @@ def coactivation(sums: RoutingSums) -> Floats:
 
     The value is NaN on the diagonal, and where an expert has no token.
     """
-    alone = np.diagonal(sums.together, axis1=1, axis2=2).astype(float)  # [L, E]
-    expected = alone[:, :, None] * alone[:, None, :] / sums.tokens.sum()
+    taken = np.diagonal(sums.together, axis1=1, axis2=2).astype(float)  # [L, E]
+    expected = taken[:, :, None] * taken[:, None, :] / sums.tokens.sum()
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = sums.together / expected
     ratio[:, np.eye(ratio.shape[-1], dtype=bool)] = np.nan

@@ -66,10 +66,10 @@ class Domain:
             for text, ends in _pieces(reader):
                 pending += tokenizer.tokenize(text) if text else []
                 pending += end if ends else []
-                whole = len(pending) // length * length
-                for start in range(0, whole, length):
+                full_length = len(pending) // length * length
+                for start in range(0, full_length, length):
                     yield Window(pending[start : start + length], read + reader.consumed)
-                del pending[:whole]
+                del pending[:full_length]
             read += shard.size
         if pending:
             yield Window(pending, read)

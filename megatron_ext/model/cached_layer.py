@@ -26,13 +26,16 @@ class CachedSelfAttention(SelfAttention):
         table = kwargs.get("rotary_pos_emb")
         rotated = not (self.config.no_rope_freq and self.config.no_rope_freq[self.layer_number - 1])
         if table is not None and rotated:
-            both = cache.rotate(
+            rotated_heads = cache.rotate(
                 torch.cat((query, key), dim=2),
                 table,
                 self._yarn_concentration_factor,
                 self.config.rotary_interleaved,
             )
-            query, key = both[:, :, : query.shape[2]], both[:, :, query.shape[2] :]
+            query, key = (
+                rotated_heads[:, :, : query.shape[2]],
+                rotated_heads[:, :, query.shape[2] :],
+            )
         query, key, value = (x.squeeze(1) for x in (query, key, value))
         context = cache.attend(self.layer_number, query, key, value, self.config.softmax_scale)
         return self.linear_proj(context.unsqueeze(1))

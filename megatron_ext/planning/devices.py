@@ -1,4 +1,4 @@
-"""Memory of devices: known cards, and the device that is found on this machine."""
+"""Memory of devices: known cards, and the device of this machine."""
 
 import os
 import platform
@@ -35,7 +35,7 @@ KNOWN_DEVICES = {
 """Memory of known cards in MiB, as `nvidia-smi --query-gpu=memory.total` reports it."""
 
 _RESERVED = 0.1
-"""Share of a card that is left to CUDA, NCCL and fragmentation of the allocator."""
+"""Share of a card that is reserved for CUDA, NCCL and fragmentation of the allocator."""
 
 _HOST_OVERHEAD = 0.55
 
@@ -48,8 +48,8 @@ class Device:
         name: Name of the card or of this machine.
         size: Bytes of memory.
         reserve: Bytes that are not available to tensors.
-        reserve_for: What the reserve is for, in words.
-        source: Where the size comes from, in words.
+        reserve_for: Purpose of the reserve, as text.
+        source: Origin of the size, as text.
         is_card: Whether it is a GPU; otherwise it is a share of the memory of a host.
         named: Whether the user named the device.
         overhead: Bytes that the allocator takes for each byte of tensors. On a host three layouts
@@ -92,7 +92,7 @@ def named_device(text: str) -> Device:
 
 
 def device_of(text: str | None, ranks: int) -> Device:
-    """Return the device that `--device` names, or the one that is found.
+    """Return the device that `--device` names, or else that of this machine.
 
     Args:
         text: Value of the flag, or None.
@@ -113,7 +113,7 @@ def found_device(ranks: int) -> Device:
     """
     if gpu := _smallest_gpu():
         name, size = gpu
-        return _card(name, size, f"found on {platform.node()}")
+        return _card(name, size, f"GPU of {platform.node()}")
     per_host = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("NPROC_PER_NODE") or ""
     sharing = min(ranks, int(per_host)) if per_host.isdecimal() and int(per_host) else ranks
     total = host_memory()
@@ -154,7 +154,9 @@ def _known_name(text: str) -> str:
         raise UserError(f"--device {text} may be {' or '.join(matches)}. Write one of them.")
     near = get_close_matches(text.lower(), KNOWN_DEVICES, n=1, cutoff=0.4)
     advice = f"Did you mean {near[0]}?" if near else f"Known are {', '.join(KNOWN_DEVICES)}."
-    raise UserError(f"--device {text} is no known card. {advice} A size in GiB works too.")
+    raise UserError(
+        f"--device {text} is not a known card. {advice} A size in GiB is also accepted."
+    )
 
 
 def _smallest_gpu() -> tuple[str, int] | None:

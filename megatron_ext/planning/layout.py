@@ -86,14 +86,14 @@ class DivisibilityRule:
     Attributes:
         total: Name of the size that is divided.
         parts: Names of the sizes whose product divides it; advice changes the first ones first.
-        of: Function that returns the divided number where it is not the size `total`.
+        quantity: Function that returns the divided number if it is not the size `total`.
         factor: Function that returns a further divisor, which no flag changes.
         when: Function that returns whether the rule applies.
     """
 
     total: str
     parts: tuple[str, ...]
-    of: Callable[[RunSizes], int] | None = None
+    quantity: Callable[[RunSizes], int] | None = None
     factor: Callable[[RunSizes], int] = lambda layout: 1
     when: Callable[[RunSizes], bool] = lambda layout: True
 
@@ -101,7 +101,7 @@ class DivisibilityRule:
         """Return whether the sizes comply with the rule, or the rule does not apply."""
         if not self.when(layout):
             return True
-        number = getattr(layout, self.total) if self.of is None else self.of(layout)
+        number = getattr(layout, self.total) if self.quantity is None else self.quantity(layout)
         return number % self.divisor(layout) == 0
 
     def divisor(self, layout: RunSizes) -> int:
@@ -120,7 +120,7 @@ RULES = (
     DivisibilityRule("shared_ffn", ("tensor",)),
     DivisibilityRule("moe_ffn", ("expert_tensor",)),
     DivisibilityRule("experts", ("expert",)),
-    DivisibilityRule("ranks", ("expert", "expert_tensor"), of=lambda x: x.stage_ranks),
+    DivisibilityRule("ranks", ("expert", "expert_tensor"), quantity=lambda x: x.stage_ranks),
     DivisibilityRule("layers", ("pipeline",), when=lambda x: x.even_stages),
     DivisibilityRule(
         "layers",
@@ -270,8 +270,8 @@ def _violation(rule: DivisibilityRule, layout: RunSizes) -> str:
     text = f"{FLAGS[rule.total]} {total}"
     if rule.total == "ranks":
         text = f"{total} ranks" if total > 1 else "1 rank"
-        if rule.of is not None and layout.pipeline > 1:
-            text = f"a pipeline stage of {rule.of(layout)} ranks"
+        if rule.quantity is not None and layout.pipeline > 1:
+            text = f"a pipeline stage of {rule.quantity(layout)} ranks"
         return f"{text} cannot be distributed over {' times '.join(parts)}"
     if rule.total == "global_batch" and layout.data > 1:
         parts.append(f"{layout.data} data-parallel ranks")

@@ -38,7 +38,7 @@ class Panel:
     """Panel of a picture or page.
 
     Attributes:
-        title: What it shows, also for readers who cannot see it.
+        title: Description of the content, also for readers who cannot see the panel.
         draw: Function that draws it on some axes.
         kind: Kind of the panel, by which pictures arrange panels.
     """
@@ -61,11 +61,11 @@ def write_picture(figure: Figure, path: Path, dpi: int = 130) -> None:
     temporary.replace(path)
 
 
-def smoothed(at: Floats, values: Floats, window: int) -> tuple[Floats, Floats]:
+def smoothed(positions: Floats, values: Floats, window: int) -> tuple[Floats, Floats]:
     """Return the running mean of a curve.
 
     Args:
-        at: Positions `[n]`.
+        positions: Positions `[n]`.
         values: Values at the positions, `[n]`.
         window: Number of values in each mean.
 
@@ -73,11 +73,11 @@ def smoothed(at: Floats, values: Floats, window: int) -> tuple[Floats, Floats]:
         Mean positions and mean values, `[n - window + 1]` each if the window fits.
     """
     kernel = np.ones(window) / window
-    return np.convolve(at, kernel, "valid"), np.convolve(values, kernel, "valid")
+    return np.convolve(positions, kernel, "valid"), np.convolve(values, kernel, "valid")
 
 
 def draw_curve(
-    axes: Axes, at: Floats, values: Floats, number: int, label: str, **settings: Any
+    axes: Axes, positions: Floats, values: Floats, number: int, label: str, **settings: Any
 ) -> None:
     """Draw one of several curves, whose color, line style and marker depend on its number.
 
@@ -85,13 +85,13 @@ def draw_curve(
 
     Args:
         axes: Axes to draw on.
-        at: Positions `[n]`.
+        positions: Positions `[n]`.
         values: Values `[n]`.
         number: Number of the curve, from 0.
         label: Name in the legend.
         **settings: Settings of matplotlib that replace those of the number.
     """
-    every = max(1, len(at) // 12) if len(at) > _MARKED_POINTS else 1
+    every = max(1, len(positions) // 12) if len(positions) > _MARKED_POINTS else 1
     style: dict[str, Any] = {
         "color": CYCLE[number % len(CYCLE)],
         "ls": LINES[(number + number // len(CYCLE)) % len(LINES)],
@@ -105,11 +105,11 @@ def draw_curve(
     }
     if style["markerfacecolor"] is None:
         del style["markerfacecolor"]
-    axes.plot(at, values, label=label, **(style | settings))
+    axes.plot(positions, values, label=label, **(style | settings))
 
 
 def panel_png(draw: Callable[[Axes], object], size: tuple[float, float] = (4.8, 3.0)) -> bytes:
-    """Return one panel as a PNG, for a page on which panels stand in one column or several.
+    """Return one panel as a PNG, for a page with panels in one or more columns.
 
     Args:
         draw: Function that draws on the axes.

@@ -187,8 +187,10 @@ class RunMetrics:
         tokens = _column(self.training, "tokens")
         sizes = _column(self.training, "batch_size") * _column(self.training, "seq_length")
         if not np.isfinite(tokens).all():
-            usual = settings.get("global_batch_size", np.nan) * settings.get("seq_length", np.nan)
-            tokens = np.where(np.isfinite(tokens), tokens, steps * usual)
+            tokens_per_step = settings.get("global_batch_size", np.nan) * settings.get(
+                "seq_length", np.nan
+            )
+            tokens = np.where(np.isfinite(tokens), tokens, steps * tokens_per_step)
         gained = np.diff(tokens, prepend=0.0)
         rows = np.diff(steps, prepend=0.0)
         for row in reversed(range(len(gained))):

@@ -26,7 +26,7 @@ def unique_names(paths: Sequence[str | Path]) -> list[str]:
 
 
 def seeds_name(names: Sequence[str]) -> str:
-    """Return the name of runs that differ in their seed only: what their names have in common.
+    """Return the name of runs that differ in their seed only: the common prefix of their names.
 
     >>> seeds_name(["et-seed1", "et-seed2"])
     'et'

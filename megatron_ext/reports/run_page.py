@@ -88,7 +88,7 @@ class Page:
             tokens=tokens,
             scale=scale,
             sample=sample if "text" in self.sample else None,
-            figures=self._figures(),
+            metrics=self._final_metrics(),
             layers=self._layers(),
             chosen=chosen,
             rest=rest,
@@ -115,7 +115,7 @@ class Page:
         steps = [largest * i / 4 for i in range(5)]
         return tokens, [(f"{step:.1f}", color(step)) for step in steps]
 
-    def _figures(self) -> list[tuple[str, str]]:
+    def _final_metrics(self) -> list[tuple[str, str]]:
         metrics = self.metrics
         rows: list[tuple[str, str]] = [("optimizer steps", f"{metrics.last_step:,}")]
         work = metrics.work(self._settings)
@@ -143,7 +143,7 @@ class Page:
         return rows
 
     def _layers(self) -> list[list[str]]:
-        """Return the table of the layers, header first, without figures that no layer has."""
+        """Return the table of the layers, header first, without metrics that no layer has."""
         columns = [["layer", *map(str, self.metrics.layers)]]
         for name, (label, form) in _LAYER_COLUMNS.items():
             values = [self.metrics.recent(name, layer) for layer in self.metrics.layers]

@@ -1,6 +1,6 @@
 """Panels of a run's picture: loss, usage, thresholds, loads and fan-out.
 
-A panel whose figures are not in the log, such as thresholds before they exist, is left out.
+A panel whose metrics are not in the log, such as thresholds before they exist, is left out.
 """
 
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ _SHORT = 30  # number of steps up to which single steps are marked
 def run_panels(
     metrics: RunMetrics, baselines: Mapping[str, float], final: tuple[int, float] | None = None
 ) -> list[Panel]:
-    """Return the panels whose figures the log has.
+    """Return the panels whose metrics the log has.
 
     Args:
         metrics: Metrics of the run.
@@ -45,7 +45,7 @@ def run_panels(
 
 
 def routing_panels(metrics: RunMetrics) -> list[Panel]:
-    """Return the panels on routing whose figures the log has."""
+    """Return the panels on routing whose metrics the log has."""
     panels = []
     if any(len(metrics.over_layers(name)[0]) for name in _USAGE):
         panels.append(Panel("usage and capacity over steps", partial(_usage, metrics), "usage"))
@@ -56,11 +56,11 @@ def routing_panels(metrics: RunMetrics) -> list[Panel]:
             text = f"thresholds and cutoffs of layer {layers[index]} over steps"
             draw = partial(_thresholds, metrics, layers[index])
             panels.append(Panel(text, draw, "thresholds"))
-    figures = {
+    drawers = {
         "loads": ("experts/load", "load of each expert", _loads),
         "fan_out": ("fan_out_histogram", "share of tokens by fan-out", _fan_out),
     }
-    for name, (figure, description, function) in figures.items():
+    for name, (figure, description, function) in drawers.items():
         is_recorded = [metrics.recent(figure, layer) is not None for layer in metrics.layers]
         if is_recorded and all(is_recorded):
             panels.append(Panel(description, partial(function, metrics), name))
@@ -93,11 +93,13 @@ def _loss(
     axes: Axes,
 ) -> None:
     steps, loss = metrics.series("loss")
-    at, smooth = _smoothed(steps, loss)
-    if len(at) < len(steps):
+    smooth_steps, smooth = _smoothed(steps, loss)
+    if len(smooth_steps) < len(steps):
         axes.plot(steps, loss, color=BLUE, alpha=0.25, lw=0.8)
-    label = "training (smoothed)" if len(at) < len(steps) else "training"
-    axes.plot(at, smooth, color=BLUE, lw=1.6, marker=_mark(at), ms=3.5, label=label)
+    label = "training (smoothed)" if len(smooth_steps) < len(steps) else "training"
+    axes.plot(
+        smooth_steps, smooth, color=BLUE, lw=1.6, marker=_mark(smooth_steps), ms=3.5, label=label
+    )
     if metrics.evaluations:
         points = list(metrics.evaluations.items())
         axes.plot(
@@ -134,11 +136,11 @@ def _usage(metrics: RunMetrics, axes: Axes) -> None:
             continue
         smooth = [_smoothed(steps, layer) for layer in values]
         curves = np.array([curve for _, curve in smooth])
-        at = smooth[0][0]
-        axes.fill_between(at, curves.min(0), curves.max(0), color=color, alpha=0.18, lw=0)
-        axes.plot(at, curves.mean(0), color=color, lw=width, ls=line, marker=_mark(at), ms=3,
-                  label=label)  # fmt: skip
-        late = at > (metrics.warmup_end or 0)
+        smooth_steps = smooth[0][0]
+        axes.fill_between(smooth_steps, curves.min(0), curves.max(0), color=color, alpha=0.18, lw=0)
+        axes.plot(smooth_steps, curves.mean(0), color=color, lw=width, ls=line,
+                  marker=_mark(smooth_steps), ms=3, label=label)  # fmt: skip
+        late = smooth_steps > (metrics.warmup_end or 0)
         highest = max(highest, float(curves[:, late].max(initial=0.0)))
         peak = max(peak, float(curves.max()))
     if (rate := metrics.target_rate) is not None:

@@ -1,6 +1,6 @@
 """Picture of a run: loss, routing over steps, loads, fan-out, and a text colored by fan-out.
 
-The panels also stand on the page of the run, one below the other on a narrow screen.
+The page of the run shows the same panels, one below the other on a narrow screen.
 """
 
 from collections.abc import Mapping

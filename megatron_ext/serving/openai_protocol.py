@@ -25,7 +25,7 @@ _PROMPT_TYPES = "prompt must be text, token ids, or a list of either."
 
 @dataclass(frozen=True)
 class RequestLimits:
-    """Upper bounds of a request; None stands for the context length of the model.
+    """Upper bounds of a request; None means the context length of the model.
 
     Attributes:
         choices: Number of prompts times n.

@@ -104,14 +104,14 @@ def _gather(
         if local is not None:
             dist.send(local, group=group, group_dst=0)
         return None
-    whole = torch.empty(sum(shares.values()), dtype=torch.float32)
-    for rank, part in zip(shares, whole.split(list(shares.values())), strict=True):
+    state = torch.empty(sum(shares.values()), dtype=torch.float32)
+    for rank, part in zip(shares, state.split(list(shares.values())), strict=True):
         if rank == 0:
             assert local is not None
             part.copy_(local)
         else:
             dist.recv(part, group=group, group_src=rank)
-    return whole
+    return state
 
 
 def replacements() -> dict[str, Callable[..., Any]]:

@@ -101,7 +101,7 @@ def test_rows_of_csv_with_too_many_cells_are_named_with_their_lines(tmp_path: Pa
         ("r.csv", "a,b\n1,é\n".encode("utf-16"), r"r\.csv is UTF-16 text\. Convert it"),
         ("r.csv", b"a,a\n1,2\n", r"r\.csv has two columns 'a'"),
         ("r.csv", b"\n\n", r"r\.csv has no header"),
-        ("r.json", b'[{"a": 1},\n{"a": ]', r"r\.json is no valid JSON: .*Correct the file"),
+        ("r.json", b'[{"a": 1},\n{"a": ]', r"r\.json is not valid JSON: .*Correct the file"),
         ("r.json", b'{"train": [{"a": 1}], "test": [{"a": 1}]}', r"several arrays of rows"),
         ("r.xlsx", b"PK", r"r\.xlsx is read by its suffix"),
         ("r.parquet", b"PAR1", r"r\.parquet is not a readable Parquet file"),

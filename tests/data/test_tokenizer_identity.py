@@ -172,7 +172,7 @@ def test_ids_are_compared_with_the_vocabulary_and_not_with_its_padding(dataset: 
     null = Namespace(tokenizer_type="NullTokenizer", tokenizer_model=None, padded_vocab_size=128)
     assert largest_id(str(dataset)) == 98
     check_dataset_tokenizer(str(dataset), run_with(null, 99), "the model's")
-    with pytest.raises(UserError, match="holds token id 98, beyond the vocabulary of 98"):
+    with pytest.raises(UserError, match="contains token id 98, outside the vocabulary of 98"):
         check_dataset_tokenizer(str(dataset), run_with(null, 98), "the model's")
 
 

@@ -70,7 +70,7 @@ def test_open_hf_names_tensors_with_another_prefix(save: Any) -> None:
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("adapter_config.json", {"peft_type": "LORA"}, "holds an adapter"),
+        ("adapter_config.json", {"peft_type": "LORA"}, "contains an adapter"),
         ("model.safetensors.index.json", {"weight_map": {"a": "b"}}, "remove the one that is out"),
         ("model.safetensors.index.json", [], "index.json is damaged"),
         ("model.safetensors.index.json", {"weight_map": []}, "index.json is damaged"),

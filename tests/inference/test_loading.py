@@ -112,7 +112,7 @@ CASES = {
     ),
     "can resume. Give": (lambda f: deepspeed(f, True), "checkpoints/step_3"),
     "holds two models": (lambda f: (export(f / "m"), checkpoint(f / "m", 1)), "m"),
-    "has no model, but its folders do": (
+    "has no model, but its subfolders have": (
         lambda f: (export(f / "a"), checkpoint(f / "b" / "checkpoints", 1)),
         ".",
     ),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_ext.inspection.routing_statistics import figures_of
+from megatron_ext.inspection.routing_statistics import routing_statistics
 from megatron_ext.inspection.routing_sums import LOSS_EDGES, LOSS_KINDS, RoutingSums
 
 DOMAINS, LAYERS, EXPERTS = 3, 2, 5
@@ -47,7 +47,7 @@ def figures(windows):
     sums = RoutingSums(DOMAINS, LAYERS, EXPERTS)
     for domain, window in windows:
         sums.add(domain, window)
-    return figures_of(sums, [1, 3], ["a", "b", "c"])
+    return routing_statistics(sums, [1, 3], ["a", "b", "c"])
 
 
 def tokens_of(windows, layer):
@@ -172,19 +172,21 @@ def sums_of_shares(shares, tokens=4000):
 
 
 def test_specialization_of_exclusive_and_of_indifferent_experts():
-    special = figures_of(sums_of_shares([[0.5, 0.5, 0, 0], [0, 0, 0.5, 0.5]]), [0], ["a", "b"])
+    special = routing_statistics(
+        sums_of_shares([[0.5, 0.5, 0, 0], [0, 0, 0.5, 0.5]]), [0], ["a", "b"]
+    )
     assert special["specialisation"]["nmi"] == pytest.approx([1.0])
     assert special["specialisation"]["experts"][0] == pytest.approx([1.0] * 4)
-    even = figures_of(sums_of_shares([[0.25] * 4] * 2), [0], ["a", "b"])["specialisation"]
+    even = routing_statistics(sums_of_shares([[0.25] * 4] * 2), [0], ["a", "b"])["specialisation"]
     assert even["nmi"][0] < 6 * even["nmi_by_chance"][0] < 2e-3
     assert max(even["experts"][0]) < 2e-3
 
 
 def test_undefined_statistics_are_none():
     sums = sums_of_shares([[0.0, 0.5, 0.5]])
-    figures = figures_of(sums, [0], ["only"])
+    figures = routing_statistics(sums, [0], ["only"])
     assert figures["specialisation"]["nmi"] == [None]
     assert figures["specialisation"]["experts"] == [[None] * 3]
     assert figures["coactivation"]["observed_over_expected"][0][0] == [None] * 3
     sums.add(0, routing(torch.ones(1, 1, 3, dtype=torch.bool), torch.full((1, 1, 3), torch.inf)))
-    assert figures_of(sums, [0], ["only"])["margins"][0]["above"] == 3
+    assert routing_statistics(sums, [0], ["only"])["margins"][0]["above"] == 3

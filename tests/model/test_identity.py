@@ -95,7 +95,7 @@ def parser() -> ArgumentParser:
     """On a rank: the parser of `pretrain_et.py`."""
     from megatron.training.arguments import add_megatron_arguments
 
-    from megatron_ext.arguments import add_arguments
+    from megatron_ext.run_flags import add_arguments
 
     return add_arguments(add_megatron_arguments(ArgumentParser(allow_abbrev=False)))
 

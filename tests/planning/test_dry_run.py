@@ -288,7 +288,7 @@ def test_layouts_that_cannot_work_are_refused_in_one_sentence() -> None:
         "--num-experts 4 is not divisible": [*TINY, "--dry-run", *experts],
         "--global-batch-size 8 is too small": [*TINY, "--dry-run", "16"],
         "--global-batch-size 10 is not divisible": [*TINY, "--dry-run", "2", *interleaved],
-        "--device h10-80gb is no known card": [*TINY, "--dry-run", "2", "--device", "h10-80gb"],
+        "--device h10-80gb is not a known card": [*TINY, "--dry-run", "2", "--device", "h10-80gb"],
         "--device requires --dry-run": [*TINY, "--device", "h100"],
         "--device: the layout does not fit": [*TINY, "--dry-run", "2", "--device", "0.001"],
         "less than one of the": [*TINY, "--dry-run", "2", "--et-mean-experts", "0.01"],

@@ -100,10 +100,10 @@ def test_device_is_a_card_or_a_number_of_gib(text: str, size: int) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("h10-80gb", "is no known card. Did you mean h100-80gb?"),
+        ("h10-80gb", "is not a known card. Did you mean h100-80gb?"),
         ("a100", "--device a100 may be a100-40gb or a100-80gb. Write one of them."),
         ("zx81", "Known are t4-16gb"),
-        ("", "is no known card"),
+        ("", "is not a known card"),
         ("0", "--device 0 must be above 0 GiB"),
         ("-80", "--device -80 must be above 0 GiB"),
         ("nan", "must be above 0 GiB"),

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_ext.errors import UserError
 from megatron_ext.reports.comparison.compared_runs import differences, group_runs, read_runs
-from megatron_ext.reports.comparison.final_metrics import FIGURES, figures_table
+from megatron_ext.reports.comparison.final_metrics import METRICS, metrics_table
 from tests.reports.metric_rows import training_row, write_run
 from tools import report
 
@@ -47,12 +47,12 @@ def make_run(
 
 
 def figure(name: str) -> Any:
-    [result] = [f for f in FIGURES if f.label.startswith(name)]
+    [result] = [f for f in METRICS if f.label.startswith(name)]
     return result.of
 
 
 def table_of(paths: list[str]) -> dict[str, list[str]]:
-    return {label: cells for label, *cells in figures_table(group_runs(read_runs(paths)))}
+    return {label: cells for label, *cells in metrics_table(group_runs(read_runs(paths)))}
 
 
 def test_final_metrics_match_manual_computation(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_ext.reports.comparison.compared_runs import group_runs, loss_unit, read_runs
-from megatron_ext.reports.comparison.final_metrics import figures_table
+from megatron_ext.reports.comparison.final_metrics import metrics_table
 from megatron_ext.reports.comparison.text_bytes import bytes_per_token
 from tests.reports.test_comparison import make_run
 from tools import report
@@ -45,7 +45,7 @@ def test_runs_with_different_tokenizers_are_compared_in_bits_per_byte(tmp_path: 
     ]
     runs = read_runs(paths)
     assert loss_unit(runs) == "bits per byte"
-    table = {label: cells for label, *cells in figures_table(group_runs(runs))}
+    table = {label: cells for label, *cells in metrics_table(group_runs(runs))}
     nats = 5 - 0.4 + 0.1
     expected = [f"{nats / math.log(2) / of_bytes:.4f}" for of_bytes in (2, 4)]
     assert table["final validation loss, bits per byte"] == expected

@@ -45,5 +45,5 @@ def test_chat_prompt_ids_equal_those_of_training(tokenizer: Any) -> None:
     assert prompt == prompt_ids(ours, [Message(**row) for row in rows])
     assert prompt.count(tokenizer.eod) == 2  # of the template alone
     assert ours.decode(prompt) == f"system: rate</s>user: {HOSTILE}</s>"
-    with pytest.raises(BadRequest, match="leaves out a message of the tool"):
+    with pytest.raises(BadRequest, match="omits a message of the tool"):
         reader.chat({"messages": [*rows, {"role": "tool", "content": "4"}]})

@@ -160,7 +160,7 @@ def test_converter_refuses_a_broken_checkpoint_and_writes_nothing(run_dir, tmp_p
     saved = tmp_path / "saved" / "hf"
     cases = [("megatron", "hf", folder, saved) for folder in (half, unfinished)]
     [messages] = run_ranks(refusals, 1, cases)
-    assert "is not as it was saved" in messages[0]
+    assert "differs from what was saved" in messages[0]
     assert "has no integrity.json" in messages[1]
     assert not list(saved.parent.iterdir())
 

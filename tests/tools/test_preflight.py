@@ -135,7 +135,7 @@ def test_preflight_of_a_valid_run_passes(dataset: Path, tmp_path: Path) -> None:
     tensors = sum(file.stat().st_size for file in folder.glob("*.distcp"))
     assert table["room for checkpoints"]["bytes"] == pytest.approx(tensors, rel=0.1)
     code, table, output = preflight(tmp_path, *flags)
-    assert (code, table["checkpoint to resume"]["text"]) == (0, f"{folder} is whole"), output
+    assert (code, table["checkpoint to resume"]["text"]) == (0, f"{folder} is intact"), output
 
     file = next(folder.glob("*.distcp"))
     file.write_bytes(file.read_bytes()[:-1])
@@ -174,7 +174,7 @@ def test_preflight_reports_all_problems_at_once(
         "transformer-engine": "version 1.0 is outside of <3,>=2.10: pip install",
         "memory of a rank": "lower --micro-batch-size",
         "data and tokenizer": "is truncated, make it again",
-        "room for checkpoints": "make room",
+        "room for checkpoints": "free space",
     }
     assert statuses(table, "FAILED") == set(fixes), output
     for name, fix in fixes.items():
@@ -193,7 +193,7 @@ def test_preflight_with_a_wrong_tokenizer_and_a_full_disk(
     assert (code, statuses(table, "FAILED")) == (2, {"data and tokenizer", "checkpoint folder"}), (
         output
     )
-    assert "holds token id 98, beyond the vocabulary" in table["data and tokenizer"]["text"]
+    assert "contains token id 98, outside the vocabulary" in table["data and tokenizer"]["text"]
     assert "No space left on device" in table["checkpoint folder"]["text"]
 
 

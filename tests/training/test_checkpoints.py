@@ -45,4 +45,4 @@ def test_digests_of_an_asynchronous_save_come_from_the_process_that_wrote(tmp_pa
     assert damage(tmp_path) is None
     assert {file.name for file in tmp_path.iterdir()} == {*listed, INTEGRITY_FILE}
     (tmp_path / "__0_1.distcp").write_text("tensors 0 7")
-    assert damage(tmp_path) == "its file __0_1.distcp is not as it was saved"
+    assert damage(tmp_path) == "its file __0_1.distcp differs from what was saved"

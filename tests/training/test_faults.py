@@ -200,7 +200,7 @@ def test_resume_without_a_whole_checkpoint_is_refused(trained: Path, tmp_path: P
     ended = run_ranks(start, 2, flags)
     assert [code for code, _ in ended] == [2, 2]
     message = "".join(stderr for _, stderr in ended)  # either rank may be the one that tells
-    assert "its saving did not come to an end" in message
+    assert "it was not saved completely" in message
     assert "no older checkpoint in that folder is intact" in message
 
 

@@ -96,7 +96,7 @@ def test_run_with_a_hugging_face_tokenizer_can_be_moved_resumed_and_converted(
     for more in (flags, flags[2:]):
         steps = ["--train-iters", str(7 + (more != flags)), "--override-opt-param-scheduler"]
         code, error = begin(moved, *more, *steps)
-        assert code == 0 and f"using the tokenizer that the run keeps, {copy}, because" in error
+        assert code == 0 and f"using the run's copy of the tokenizer, {copy}, because" in error
     rows = (moved / "metrics.jsonl").read_text().splitlines()
     losses = [row["loss"] for row in map(json.loads, rows) if "loss" in row]
     assert len(losses) == 8 and all(map(math.isfinite, losses))

@@ -89,7 +89,7 @@ def test_pretrain_refuses_wrong_recipes_in_one_sentence(tmp_path: Path) -> None:
         ("lr: [1\n", "is not YAML"),
         ("- 1\n", "must be a mapping"),
         ("squared_relu: 7\n", "must be true or false"),
-        ("base: recipe.yaml\n", "each other's base"),
+        ("base: recipe.yaml\n", "has itself as a base"),
     ):
         recipe.write_text(text)
         assert message in refusal([*TINY, "--recipe", str(recipe)])
@@ -124,7 +124,7 @@ def test_pretrain_refuses_a_tokenizer_that_does_not_match_the_data(
 ) -> None:
     small = ["--vocab-size", "90", "--make-vocab-size-divisible-by", "1"]
     message = refusal([*REAL_DATA, *small, "--data-path", str(dataset)])
-    assert "holds token id 98, beyond the vocabulary of" in message
+    assert "contains token id 98, outside the vocabulary of" in message
 
     prefix = changed(dataset, tmp_path)
     tokenizers = []

@@ -54,10 +54,10 @@ class FastEncoder:
 
     def _affixes(self) -> tuple[list[int], list[int]]:
         """Return the special tokens that the tokenizer puts before and after a text."""
-        whole, plain = (
+        with_special, plain = (
             self._tokenizer.encode("a", add_special_tokens=added).ids for added in (True, False)
         )
-        for start in range(len(whole) - len(plain) + 1):
-            if whole[start : start + len(plain)] == plain:
-                return whole[:start], whole[start + len(plain) :]
+        for start in range(len(with_special) - len(plain) + 1):
+            if with_special[start : start + len(plain)] == plain:
+                return with_special[:start], with_special[start + len(plain) :]
         return [], []

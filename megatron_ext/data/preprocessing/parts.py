@@ -251,15 +251,15 @@ def read_part(spec: PartSpec, folder: Path) -> PartCounts | None:
     """Return the counts of a finished part, or None if it is missing or incomplete."""
     try:
         part = json.loads((folder / f"{spec.name}.json").read_text())
-        whole = all(
-            (folder / f"{spec.name}.{split}.{suffix}").stat().st_size == part[of][split] * size
-            for suffix, of, size in (
+        is_complete = all(
+            (folder / f"{spec.name}.{split}.{suffix}").stat().st_size == part[count][split] * size
+            for suffix, count, size in (
                 ("bin", "tokens", np.dtype(spec.dtype).itemsize),
                 ("len", "documents", np.dtype(np.int32).itemsize),
             )
             for split in SPLITS
         )
-        whole = whole and len(part["shards"]) == len(spec.shards) and "bytes" in part
+        is_complete = is_complete and len(part["shards"]) == len(spec.shards) and "bytes" in part
     except (FileNotFoundError, ValueError, KeyError):
         return None
-    return part if whole else None
+    return part if is_complete else None

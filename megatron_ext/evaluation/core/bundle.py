@@ -99,7 +99,8 @@ def read_bundle(folder: Path, labels: list[str] | None = None) -> list[CoreTask]
     for name in ("core.yaml", "eval_meta_data.csv", "eval_data"):
         if not (folder / name).exists():
             raise UserError(
-                f"{folder} is not a CORE bundle: it has no {name}. Give the folder that has it."
+                f"{folder} is not a CORE bundle: it has no {name}. Give the folder that contains "
+                "it."
             )
     baselines = _baselines(folder / "eval_meta_data.csv")
     file = folder / "core.yaml"

@@ -74,12 +74,12 @@ class CoreResults:
         lines = [json.dumps(entry) for entry in (self.settings, *self.rows.values())]
         _write(self.file, "\n".join(lines) + "\n")
 
-    def table(self, tasks: list[CoreTask], whole: bool) -> dict[str, Any]:
+    def table(self, tasks: list[CoreTask], is_complete: bool) -> dict[str, Any]:
         """Return the results of finished tasks and their mean.
 
         Args:
             tasks: The tasks.
-            whole: Whether these are all tasks of the bundle, so that the mean is CORE.
+            is_complete: Whether these are all tasks of the bundle, so that the mean is CORE.
         """
         rows = []
         for task in tasks:
@@ -88,7 +88,7 @@ class CoreResults:
             row["centered"] = (row["accuracy"] - task.baseline) / (1 - task.baseline)
             rows.append(row)
         mean = sum(row["centered"] for row in rows) / len(rows)
-        return {**self.settings, "tasks": rows, "core" if whole else "mean_centered": mean}
+        return {**self.settings, "tasks": rows, "core" if is_complete else "mean_centered": mean}
 
     def save(self, table: dict[str, Any]) -> None:
         """Write `core.json`, `core.csv` and `core.md`."""

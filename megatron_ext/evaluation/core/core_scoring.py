@@ -126,9 +126,9 @@ def prompts_of(
     sequences = [[codec.prefix, *codec.encode(text)] for text in texts]
     if task.kind == LANGUAGE_MODELING:
         # Usually the complete shorter prompt; less if a token crosses its end.
-        context, whole = sequences
-        sequences = [whole]
-        starts = [min(_common_length([context, whole]), len(whole) - 1)]
+        context, full_text = sequences
+        sequences = [full_text]
+        starts = [min(_common_length([context, full_text]), len(full_text) - 1)]
     elif task.kind == SCHEMA:
         common = _common_length([sequence[::-1] for sequence in sequences])
         starts = [len(sequence) - max(common, 1) for sequence in sequences]
@@ -153,8 +153,8 @@ def texts_of(task: CoreTask, items: Sequence[CoreQuestion], index: int) -> list[
         items: Its questions.
         index: Index of the question.
     """
-    others = [i for i in range(len(items)) if i != index]
-    examples = random.Random(_SHOTS_SEED + index).sample(others, task.shots)
+    other_items = [i for i in range(len(items)) if i != index]
+    examples = random.Random(_SHOTS_SEED + index).sample(other_items, task.shots)
     shots = ""
     for example in (items[i] for i in examples):
         context, continuation = example.options[example.gold]

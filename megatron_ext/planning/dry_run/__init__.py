@@ -38,7 +38,7 @@ def dry_run(
     config: ETConfig,
     device: Device,
     rebuild: Callable[[Sequence[str]], tuple[Namespace, ETConfig]],
-    more: Callable[[Namespace, Facts, Sequence[str]], Facts] = lambda args, facts, flags: {},
+    more_facts: Callable[[Namespace, Facts, Sequence[str]], Facts] = lambda args, facts, flags: {},
     spell: Callable[[Sequence[str]], str] = " ".join,
 ) -> None:
     """Print parameters, memory, FLOPs and collectives, and the same as JSON on the last line.
@@ -51,7 +51,8 @@ def dry_run(
         config: Configuration of the model.
         device: Device of a rank.
         rebuild: Function that parses the flags of the run with further ones after them.
-        more: Function that derives further facts from the arguments, the measured facts and the
+        more_facts: Function that derives further facts from the arguments, the measured facts and
+        the
             further flags. Its key `together` is printed as a table.
         spell: Function that returns how the user writes further flags.
 
@@ -71,7 +72,7 @@ def dry_run(
                 destroy_global_state()
                 built = rebuild(flags)
             facts = measure(*built)
-            return facts | more(built[0], facts, flags)
+            return facts | more_facts(built[0], facts, flags)
 
     facts = measure_with([])
     needed = demand(facts, device)
@@ -102,35 +103,37 @@ def measure(args: Namespace, config: ETConfig) -> dict[str, Any]:
     ranks_of_a_stage = args.world_size // args.pipeline_model_parallel_size
     for stage, rank in enumerate(stage_ranks(args)):
         with fake_rank(args, rank):
-            built = Rank(args, config)
-            parameters.append(built.parameters)
-            steps = {phase: built.take_step(phase == "thresholds") for phase in _phases(config)}
+            simulated_rank = Rank(args, config)
+            parameters.append(simulated_rank.parameters)
+            steps = {
+                phase: simulated_rank.take_step(phase == "thresholds") for phase in _phases(config)
+            }
         last = list(steps.values())[-1]
         flops += last.flops * ranks_of_a_stage
         stages.append(
             {
                 "stage": stage,
                 "rank": rank,
-                "parameters": sum(weight.numel() for weight in built.weights),
+                "parameters": sum(weight.numel() for weight in simulated_rank.weights),
                 "memory": asdict(last.memory),
                 "logits": last.logits,
                 "optimizer_temporary": last.optimizer_temporary,
                 "collectives": {phase: _rows(step) for phase, step in steps.items()},
             }
         )
-    whole = Parameters.of_model(parameters)
+    all_parameters = Parameters.of_model(parameters)
     rate = expert_rate(config)
     tokens = args.global_batch_size * args.seq_length
     return {
         "world_size": args.world_size,
         "layout": _layout(args),
         "tokens_per_step": tokens,
-        "micro_batches": built.microbatches,
+        "micro_batches": simulated_rank.microbatches,
         "fused_optimizer": args.optimizer == "adam",
         "parameters": {
-            **asdict(whole),
-            "total": whole.total,
-            "active": whole.active(rate),
+            **asdict(all_parameters),
+            "total": all_parameters.total,
+            "active": all_parameters.active(rate),
         },
         "flops_per_token": {
             "megatron": _megatron_flops(args, config),

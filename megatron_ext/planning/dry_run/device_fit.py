@@ -1,4 +1,4 @@
-"""Comparison of what a rank needs with the memory of a device, and the change that helps most."""
+"""Comparison of the memory that a rank needs with a device, and the change that helps most."""
 
 import contextlib
 import io
@@ -35,7 +35,7 @@ class Demand:
 
 
 def demand(facts: Facts, device: Device) -> Demand:
-    """Return what the rank that needs most memory stores.
+    """Return the memory of the rank that needs most.
 
     Args:
         facts: Facts of a dry run.
@@ -79,7 +79,7 @@ def table_of(needed: Demand, device: Device, stages: int) -> list[tuple[str, str
     """Return the header and the rows of the table that compares a rank with its device.
 
     Args:
-        needed: What the rank stores.
+        needed: Memory of the rank.
         device: Its device.
         stages: Number of pipeline stages.
     """
@@ -88,7 +88,7 @@ def table_of(needed: Demand, device: Device, stages: int) -> list[tuple[str, str
     rows = [
         *needed.parts.items(),
         (f"reserve for {device.reserve_for}", reserve),
-        ("all that is needed", total),
+        ("total with reserve", total),
         (device.name, device.size),
         ("headroom", device.size - total),
     ]
@@ -104,13 +104,14 @@ def table_of(needed: Demand, device: Device, stages: int) -> list[tuple[str, str
 
 
 def verdict(needed: Demand, device: Device) -> str:
-    """Return in a sentence whether a rank fits a device."""
+    """Return a sentence on whether a rank fits a device."""
     total = needed.total + device.reserve_next_to(needed.total)
-    there = f"{device.size / MIB:,.0f} MiB of {device.name} ({device.source})"
+    available = f"{device.size / MIB:,.0f} MiB of {device.name} ({device.source})"
     if fits(needed, device):
-        return f"fits: a rank needs {total / MIB:,.0f} of the {there}"
+        return f"fits: a rank needs {total / MIB:,.0f} of the {available}"
     largest = next(iter(needed.parts))
-    return f"does not fit: a rank needs {total / MIB:,.0f} of the {there}, most of it for {largest}"
+    need = f"a rank needs {total / MIB:,.0f} of the {available}"
+    return f"does not fit: {need}, most of it for {largest}"
 
 
 def changes(args: Namespace, device: Device) -> Iterator[list[str]]:
@@ -141,7 +142,7 @@ def measure_changes(
     measure: Callable[[Sequence[str]], Facts],
     spell: Callable[[Sequence[str]], str] = " ".join,
 ) -> list[tuple[str, int]]:
-    """Return what a rank needs after each change that works, the least first.
+    """Return the memory that a rank needs after each valid change, the least first.
 
     Args:
         args: Arguments of the run that does not fit.
@@ -154,7 +155,7 @@ def measure_changes(
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             try:
                 facts = measure(flags)
-            except UserError:  # a layout that cannot work
+            except UserError:  # the changed layout is invalid
                 continue
         tensors = demand(facts, device).total
         results.append((spell(flags), tensors + device.reserve_next_to(tensors)))
@@ -162,7 +163,7 @@ def measure_changes(
 
 
 def advice(results: Sequence[tuple[str, int]], needed: int, device: Device) -> str:
-    """Return in a sentence which change helps most.
+    """Return a sentence on the change that helps most.
 
     Args:
         results: Changes, and the bytes that a rank needs after them, the least first.

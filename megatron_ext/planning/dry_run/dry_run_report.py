@@ -34,7 +34,7 @@ _NOTE = """
 Activations are the tensors that autograd saves; temporary tensors are all others that a step
 creates, at the moment at which most are stored. Both, the expert dispatch and the FLOPs as executed
 assume evenly loaded experts; the collectives of routing are those of random logits. All other
-figures do not depend on the data. The bytes of a rank are those of its input or of its output,
+numbers do not depend on the data. The bytes of a rank are those of its input or of its output,
 whichever are more; of an all-to-all those of its input. They include the part that a rank sends to
 itself."""
 
@@ -132,7 +132,7 @@ def _print_memory(stages: Sequence[dict[str, Any]]) -> None:
         for name, label in LABELS.items()
     ]
     rows.append(["total", *(_mib(sum(stage["memory"].values())) for stage in stages)])
-    rows.append(["(parameters held)", *(f"{stage['parameters']:,}" for stage in stages)])
+    rows.append(["(number of parameters)", *(f"{stage['parameters']:,}" for stage in stages)])
     _table(header, rows)
 
 
@@ -140,13 +140,13 @@ def _print_together(rows: Mapping[str, Sequence[int]]) -> None:
     """Print the bytes on the ranks of each stage by purpose; the last row is the sum."""
     stages = len(next(iter(rows.values())))
     names = [f"stage {stage}" for stage in range(stages)] if stages > 1 else [""]
-    header = ["all that a rank holds (MiB)", *names]
+    header = ["total memory of a rank (MiB)", *names]
     _table(header, [[label, *map(_mib, sizes)] for label, sizes in rows.items()])
 
 
-def _print_collectives(stage: dict[str, Any], several: bool) -> None:
+def _print_collectives(stage: dict[str, Any], has_stages: bool) -> None:
     """Print the collectives of the last phase, and those that differ in earlier phases."""
-    where = f" of stage {stage['stage']}" if several else ""
+    where = f" of stage {stage['stage']}" if has_stages else ""
     phases = list(stage["collectives"].items())
     _, main = phases[-1]
     if not main:

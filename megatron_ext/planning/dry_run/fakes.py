@@ -176,7 +176,7 @@ def prepare_router(router: ThresholdRouter, updates: int) -> None:
 
     Args:
         router: Router of a model on the meta device.
-        updates: Number of updates that the thresholds, all 0, claim to have had.
+        updates: Number of updates to which the counter of the thresholds, all 0, is set.
     """
     router.thresholds = Thresholds(router.num_experts, router.thresholds.decay, device="cpu")
     router.thresholds._updates_on_host = updates

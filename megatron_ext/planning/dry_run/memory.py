@@ -137,7 +137,7 @@ class LiveTensors:
             self.peak, self.logits = self._bytes, self._logits
 
     def begin_phase(self) -> tuple[int, int]:
-        """Return the peak and its logits so far, and begin to look for that of another phase."""
+        """Return the peak so far and its logits, and reset both for another phase."""
         before = self.peak, self.logits
         self.peak, self.logits = self._bytes, self._logits
         return before

@@ -9,7 +9,7 @@ from megatron_ext.errors import UserError
 from megatron_ext.planning.preflight.findings import FAILED, CheckResult, Report
 from megatron_ext.training.launch import Launch
 
-_LONG = 10  # patience with a whole check, in multiples of the patience with another rank
+_LONG = 10  # time limit of a check, in multiples of the time limit for an answer of another rank
 
 
 class Runner:
@@ -88,10 +88,10 @@ class Runner:
         while time.monotonic() < self._deadline:
             time.sleep(0.2)
         if self._ending.acquire(blocking=False):
-            what = (
+            message = (
                 f"does not end within {self._seconds:g} s: a rank, a file system or the network "
                 "hangs; look at the processes with py-spy dump, and set NCCL_DEBUG=INFO"
             )
-            self.report.add(self._checking, CheckResult(what, FAILED))
+            self.report.add(self._checking, CheckResult(message, FAILED))
             self.report.end()
             os._exit(2)

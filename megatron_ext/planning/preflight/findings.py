@@ -14,12 +14,12 @@ class CheckResult(NamedTuple):
     Attributes:
         text: Result in words; a warning or failure also has the fix.
         status: OK, WARNING, FAILED or SKIPPED.
-        figures: Further values for the JSON file.
+        values: Further values for the JSON file.
     """
 
     text: str
     status: str = OK
-    figures: dict[str, Any] = {}
+    values: dict[str, Any] = {}
 
 
 class Report:
@@ -41,7 +41,7 @@ class Report:
     def add(self, check: str, result: CheckResult) -> None:
         """Add the row of one check."""
         text = " ".join(result.text.split())
-        self.rows.append({"check": check, "status": result.status, "text": text, **result.figures})
+        self.rows.append({"check": check, "status": result.status, "text": text, **result.values})
         self._print(f"{result.status:<8} {check:<22} {text}")
 
     @property
@@ -56,7 +56,7 @@ class Report:
             try:
                 Path(self._file).write_text(json.dumps(content, indent=1) + "\n")
             except OSError as error:
-                message = f"{self._file} cannot be written ({error.strerror}): give another"
+                message = f"{self._file} cannot be written ({error.strerror}): choose another"
                 self.add("--json", CheckResult(message, FAILED))
         counts = {s: sum(row["status"] == s for row in self.rows) for s in (OK, WARNING, FAILED)}
         self._print(", ".join(f"{count} {status}" for status, count in counts.items()))

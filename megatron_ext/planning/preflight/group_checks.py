@@ -51,7 +51,7 @@ def seconds_of(operation: str, group: Any, size: int) -> float:
         return _all_reduce(group, size) if operation == "all-reduce" else _all_to_all(group, size)
     except _WrongResult:
         raise UserError(
-            f"{operation} over ranks {_names(members)} gives wrong numbers: check the cables "
+            f"{operation} over ranks {_names(members)} gives wrong results: check the cables "
             "and drivers of their nodes"
         ) from None
     except RuntimeError as error:

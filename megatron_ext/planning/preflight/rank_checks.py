@@ -21,8 +21,8 @@ _SIZES = {True: 256, False: 8192}  # rows of the matrices, on the CPU and on a G
 def clock_offsets(launch: Launch) -> list[tuple[float, float]]:
     """Return the offset of each rank's clock from that of rank 0, and its possible error.
 
-    Each rank in turn asks rank 0 for the time, which is taken to be that of the middle between the
-    question and the answer.
+    Each rank in turn requests the time from rank 0. The answer is assumed to hold for the middle
+    between the request and its arrival.
 
     Returns:
         For each rank the seconds by which its clock is ahead, and the largest error of this
@@ -109,7 +109,7 @@ def speeds(launch: Launch, factor: float) -> CheckResult:
     message = f"{min(flops):,.3g} to {max(flops):,.3g} TFLOP/s"
     slow = slow_ranks([row["seconds"] for row in rows], factor)
     if not slow:
-        return CheckResult(message, figures={"ranks": rows})
+        return CheckResult(message, values={"ranks": rows})
     names = [f"rank {r} on {rows[r]['node']} takes {times:.1f} times" for r, times in slow[:8]]
     message += (
         f"; {', '.join(names)} the median for the same work: check temperature, power limit "

@@ -110,13 +110,15 @@ def data(args: Namespace, config: ETConfig) -> CheckResult:
     if args.mock_data:
         return CheckResult("--mock-data: nothing to read")
     input_checks.check_inputs(args, config)
-    return CheckResult(f"datasets are whole and of this tokenizer of {args.vocab_size:,} tokens")
+    return CheckResult(
+        f"datasets are complete and match the tokenizer of {args.vocab_size:,} tokens"
+    )
 
 
 def folder(args: Namespace, launch: Launch) -> CheckResult:
     """Check that checkpoints can be written, to a folder that all nodes share."""
     if args.save is None:
-        return CheckResult("nothing will be saved: give --run-dir", WARNING)
+        return CheckResult("nothing will be saved: add --run-dir to save", WARNING)
     written: list[str] = []
 
     def write() -> None:
@@ -140,7 +142,9 @@ def resuming(args: Namespace, config: ETConfig, launch: Launch) -> CheckResult:
     progress = checks.check_progress(checkpoint, args, launch)
     if finished := why_finished(args, progress):
         return CheckResult(finished, WARNING)
-    return CheckResult("none: starts anew" if checkpoint is None else f"{checkpoint} is whole")
+    return CheckResult(
+        "none; training starts at step 0" if checkpoint is None else f"{checkpoint} is intact"
+    )
 
 
 def room(args: Namespace, facts: dict[str, Any], keep: int) -> CheckResult:

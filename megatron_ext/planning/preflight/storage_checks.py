@@ -32,8 +32,8 @@ def write_token(args: Namespace) -> str:
             os.fsync(file.fileno())
     except OSError as error:
         raise UserError(
-            f"nothing can be written in {folder} ({error.strerror}): give another --run-dir or "
-            "--save, or make room"
+            f"nothing can be written in {folder} ({error.strerror}): choose another --run-dir or "
+            "--save, or free space"
         ) from error
     return name
 
@@ -76,7 +76,7 @@ def check_room(args: Namespace, size: int, keep: int) -> tuple[bool, str]:
         keep: Number of checkpoints that must fit.
 
     Returns:
-        Whether all checkpoints of the run fit, and the figures in words.
+        Whether all checkpoints of the run fit, and the sizes as a sentence.
 
     Raises:
         UserError: `keep` checkpoints do not fit.
@@ -86,8 +86,8 @@ def check_room(args: Namespace, size: int, keep: int) -> tuple[bool, str]:
     message = f"{free / GB:,.3g} GB free in {folder}, a checkpoint takes {size / GB:,.3g} GB"
     if keep * size > free:
         raise UserError(
-            f"{message} and {keep} must fit: make room, give another --run-dir or --save, or lower "
-            "--keep-checkpoints"
+            f"{message} and {keep} must fit: free space, choose another --run-dir or --save, or "
+            "lower --keep-checkpoints"
         )
     interval = args.save_retain_interval or args.save_interval
     steps = args.train_iters or 0
@@ -95,6 +95,6 @@ def check_room(args: Namespace, size: int, keep: int) -> tuple[bool, str]:
     if total * size <= free:
         return True, f"{message}; the run keeps {total}"
     return False, (
-        f"{message}, but the run will keep {total}: give --save-retain-interval, a larger "
+        f"{message}, but the run will keep {total}: use --save-retain-interval or a larger "
         "--save-interval, or remove old checkpoints during the run"
     )

@@ -83,7 +83,7 @@ def _version(package: str) -> str | None:
 def _check_apex(spec: ModuleSpec | None) -> Iterator[tuple[str, CheckResult]]:
     """Check that an installed apex is NVIDIA's, and not PyPI's web framework of that name."""
     if spec is None:
-        yield "apex", CheckResult("not installed: Transformer Engine or torch does its work")
+        yield "apex", CheckResult("not installed; Transformer Engine or torch is used instead")
         return
     folders = list(spec.submodule_search_locations or [])
     nvidia = any(

@@ -14,7 +14,7 @@ from megatron_ext.reports.comparison.compared_runs import (
     tokenizers_differ,
 )
 from megatron_ext.reports.comparison.comparison_picture import draw_comparison
-from megatron_ext.reports.comparison.final_metrics import NOTES, figures_table
+from megatron_ext.reports.comparison.final_metrics import NOTES, metrics_table
 from megatron_ext.reports.comparison.text_bytes import BITS
 from megatron_ext.reports.html import render
 
@@ -42,7 +42,7 @@ def compare(paths: Sequence[str], output: Path, markdown: Path | None) -> None:
     contents = Contents(
         title="Comparison of " + ", ".join(names),
         header=["", *names],
-        figures=figures_table(groups),
+        metrics=metrics_table(groups),
         settings=[
             [name.replace("_", " "), *("" if value is None else str(value) for value in values)]
             for name, values in differences(groups).items()
@@ -79,14 +79,14 @@ class Contents:
     Attributes:
         title: Title of the comparison.
         header: Names of the columns; the first, of the labels, is empty.
-        figures: Rows of the table of metrics: a label, and a cell per group.
+        metrics: Rows of the table of metrics: a label, and a cell per group.
         settings: Rows of the settings that differ, likewise.
         notes: Explanation of the table.
     """
 
     title: str
     header: list[str]
-    figures: list[list[str]]
+    metrics: list[list[str]]
     settings: list[list[str]]
     notes: str
 
@@ -96,12 +96,12 @@ class Contents:
         Args:
             panels: Each panel as a PNG with its title.
         """
-        figures, settings = self._tables()
+        metrics, settings = self._tables()
         return render(
             _TEMPLATE,
             title=self.title,
             header=self.header,
-            figures=figures,
+            metrics=metrics,
             notes=self.notes,
             panels=panels,
             settings=settings if self.settings else [],
@@ -113,13 +113,13 @@ class Contents:
         Args:
             picture: Path of the picture, relative to the Markdown file.
         """
-        figures, settings = (_markdown_table(self.header, rows) for rows in self._tables())
-        parts = [f"# {self.title}", figures, self.notes, f"![{_CURVES}]({picture})"]
+        metrics, settings = (_markdown_table(self.header, rows) for rows in self._tables())
+        parts = [f"# {self.title}", metrics, self.notes, f"![{_CURVES}]({picture})"]
         parts += ["## Settings that differ", settings if self.settings else "None."]
         return "\n\n".join(parts) + "\n"
 
     def _tables(self) -> tuple[list[list[str]], list[list[str]]]:
-        return self.figures, self.settings
+        return self.metrics, self.settings
 
 
 def _markdown_table(header: list[str], rows: list[list[str]]) -> str:

@@ -110,9 +110,10 @@ class RunGroup:
         """
         curves = [run.validation() if name == "val_loss" else run.curve(name) for run in self.runs]
         by_tokens = [dict(zip(tokens.round(), values)) for tokens, values in curves]
-        at = sorted(set.intersection(*map(set, by_tokens)))
-        values = np.array([[run[tokens] for tokens in at] for run in by_tokens])  # [runs, n]
-        return np.array(at), values.mean(axis=0), deviation(values)
+        common_tokens = sorted(set.intersection(*map(set, by_tokens)))
+        rows = [[run[tokens] for tokens in common_tokens] for run in by_tokens]
+        values = np.array(rows)  # [runs, n]
+        return np.array(common_tokens), values.mean(axis=0), deviation(values)
 
 
 def deviation(values: Floats) -> Floats:

@@ -57,8 +57,8 @@ def draw_comparison(groups: Sequence[RunGroup], path: Path) -> tuple[str, list[t
         handles, labels = grid.flat[0].get_legend_handles_labels()
         columns = max(1, min(4, 150 // (8 + max(map(len, labels)))))
         figure.legend(handles, labels, loc="outside upper left", ncols=columns, fontsize=9)
-        several = any(len(group.runs) > 1 for group in groups)
-        bands = "; bands: standard deviation over seeds" if several else ""
+        has_seeds = any(len(group.runs) > 1 for group in groups)
+        bands = "; bands: standard deviation over seeds" if has_seeds else ""
         figure.supxlabel(f"Smoothed: {smoothing}{bands}.", x=0.01, ha="left", fontsize=8)
         write_picture(figure, path)
         panels = [(panel_png(_with_legend(draw)), title) for title, draw in drawers.items()]
@@ -73,7 +73,7 @@ def _drawers(
     unit = loss_unit([run for group in groups for run in group.runs])
     for name, title, label, smooth in _PANELS:
         curves = [group.curve(name) for group in groups]
-        if any(len(at) for at, *_ in curves):
+        if any(len(tokens) for tokens, *_ in curves):
             heading = f"{title} (smoothed)" if smooth else title
             drawers[heading] = partial(
                 _panel, groups, curves, name, (heading, label.format(unit=unit)), longest,
@@ -128,21 +128,23 @@ def _short(tokens: float) -> str:
 
 
 def _draw(axes: Axes, group: RunGroup, curve: Curve, number: int, window: float) -> None:
-    at, mean, spread = curve
-    if window and len(at) > 1:
-        rows = min(len(at), max(1, round(window / float(np.diff(at).mean()))))
-        spread = smoothed(at, spread, rows)[1]
-        at, mean = smoothed(at, mean, rows)
-    draw_curve(axes, at, mean, number, group.name, clip_on=True)
+    tokens, mean, spread = curve
+    if window and len(tokens) > 1:
+        rows = min(len(tokens), max(1, round(window / float(np.diff(tokens).mean()))))
+        spread = smoothed(tokens, spread, rows)[1]
+        tokens, mean = smoothed(tokens, mean, rows)
+    draw_curve(axes, tokens, mean, number, group.name, clip_on=True)
     if len(group.runs) > 1:
         color = CYCLE[number % len(CYCLE)]
-        axes.fill_between(at, mean - spread, mean + spread, color=color, alpha=0.2, lw=0)
+        axes.fill_between(tokens, mean - spread, mean + spread, color=color, alpha=0.2, lw=0)
 
 
 def _fit(axes: Axes) -> None:
     """Fit the vertical axis to the curves without their first twentieth."""
     points = [np.asarray(line.get_data(), dtype=float) for line in axes.lines]
-    values = np.concatenate([mean[at > 0.05 * at[-1]] for at, mean in points if len(at)])
+    values = np.concatenate(
+        [mean[tokens > 0.05 * tokens[-1]] for tokens, mean in points if len(tokens)]
+    )
     if len(values) < 3 or np.ptp(values) == 0:
         return
     margin = 0.06 * float(np.ptp(values))

@@ -15,17 +15,17 @@ from megatron_ext.reports.comparison.compared_runs import (
 from megatron_ext.reports.run_metrics import Floats
 
 
-class Figure(NamedTuple):
-    """Row of the table.
+class ComparedMetric(NamedTuple):
+    """Metric of a row of the table.
 
     Attributes:
-        label: Name and unit of the metric; `{unit}` stands for the unit of losses.
-        of: Function from a run to its value, or None if it has none.
+        label: Name and unit of the metric; `{unit}` is replaced by the unit of the losses.
+        value: Function from a run to its value, or None if it has none.
         form: Format string of a value.
     """
 
     label: str
-    of: Callable[[ComparedRun], float | None]
+    value: Callable[[ComparedRun], float | None]
     form: str
 
 
@@ -109,59 +109,59 @@ def _mean_over_layers(run: ComparedRun, name: str) -> float | None:
     return float(np.mean(numbers)) if numbers else None
 
 
-FIGURES = (
-    Figure("tokens trained on", lambda run: run.tokens, "{:,.0f}"),
-    Figure("final validation loss, {unit}", final_loss, "{:.4f}"),
-    Figure("best validation loss, {unit}", best_loss, "{:.4f}"),
-    Figure("training loss, last tenth, {unit}", training_loss, "{:.4f}"),
-    Figure("tokens per second, median step", tokens_per_second, "{:,.0f}"),
-    Figure("FLOPs, by Megatron's formula", flops, "{:.3g}"),
-    Figure("device-hours in training steps", device_hours, "{:.3g}"),
-    Figure("busiest expert's load / mean, mean of layers", load_ratio, "{:.3f}"),
-    Figure("busiest expert's load / mean, worst layer", worst_load_ratio, "{:.3f}"),
-    Figure("experts without a token, all layers", dead_experts, "{:.2f}"),
-    Figure("routed experts per token (fan-out)", fan_out, "{:.3f}"),
-    Figure("tokens without a routed expert, %", no_expert_percent, "{:.2f}"),
-    Figure("threshold drift, logits", threshold_drift, "{:.4f}"),
+METRICS = (
+    ComparedMetric("tokens trained on", lambda run: run.tokens, "{:,.0f}"),
+    ComparedMetric("final validation loss, {unit}", final_loss, "{:.4f}"),
+    ComparedMetric("best validation loss, {unit}", best_loss, "{:.4f}"),
+    ComparedMetric("training loss, last tenth, {unit}", training_loss, "{:.4f}"),
+    ComparedMetric("tokens per second, median step", tokens_per_second, "{:,.0f}"),
+    ComparedMetric("FLOPs, by Megatron's formula", flops, "{:.3g}"),
+    ComparedMetric("device-hours in training steps", device_hours, "{:.3g}"),
+    ComparedMetric("busiest expert's load / mean, mean of layers", load_ratio, "{:.3f}"),
+    ComparedMetric("busiest expert's load / mean, worst layer", worst_load_ratio, "{:.3f}"),
+    ComparedMetric("experts without a token, all layers", dead_experts, "{:.2f}"),
+    ComparedMetric("routed experts per token (fan-out)", fan_out, "{:.3f}"),
+    ComparedMetric("tokens without a routed expert, %", no_expert_percent, "{:.2f}"),
+    ComparedMetric("threshold drift, logits", threshold_drift, "{:.4f}"),
 )
 NOTES = (
     "Loads, fan-out and training loss are means over the last tenth of a run's steps.",
     "Threshold drift is how far an expert's threshold moved in the last tenth of the tokens, "
     "without its sign, mean over experts and layers.",
     "Several seeds are shown as mean ± sample standard deviation.",
-    "A step that a resumed run repeated counts once, as it was last.",
+    "A step that a resumed run repeated counts once, with its last values.",
 )
 
 
-def cells(figure: Figure, groups: Sequence[RunGroup]) -> list[str]:
+def cells(metric: ComparedMetric, groups: Sequence[RunGroup]) -> list[str]:
     """Return the value of each group as text; empty if a run of the group has none."""
     row = []
     for group in groups:
-        numbers = [value for run in group.runs if (value := figure.of(run)) is not None]
+        numbers = [value for run in group.runs if (value := metric.value(run)) is not None]
         if len(numbers) < len(group.runs):
             row.append("")
             continue
         values = np.array(numbers, dtype=float)
-        cell = figure.form.format(values.mean())
+        cell = metric.form.format(values.mean())
         if len(values) > 1:
             spread = float(deviation(values))
             rounding = 1e-9 * abs(values.mean())  # tolerance for equal values
-            cell += " ± " + figure.form.format(spread if spread > rounding else 0.0)
+            cell += " ± " + metric.form.format(spread if spread > rounding else 0.0)
         row.append(cell)
     return row
 
 
-def figures_table(groups: Sequence[RunGroup]) -> list[list[str]]:
+def metrics_table(groups: Sequence[RunGroup]) -> list[list[str]]:
     """Return rows of a label and a cell per group, without rows that are empty."""
     unit = loss_unit([run for group in groups for run in group.runs])
     rows = [
-        [figure.label.format(unit=unit), *cells(figure, groups)]
-        for figure in [*FIGURES, *_at_equal(groups)]
+        [metric.label.format(unit=unit), *cells(metric, groups)]
+        for metric in [*METRICS, *_at_equal(groups)]
     ]
     return [row for row in rows if any(row[1:])]
 
 
-def _at_equal(groups: Sequence[RunGroup]) -> list[Figure]:
+def _at_equal(groups: Sequence[RunGroup]) -> list[ComparedMetric]:
     """Return the row of the validation loss at the last tokens at which all runs evaluated.
 
     Runs that all end there, or have no evaluation in common, need no such row.
@@ -173,10 +173,14 @@ def _at_equal(groups: Sequence[RunGroup]) -> list[Figure]:
     common = set.intersection(*(set(tokens.round()) for tokens, _ in evaluated))
     if not common or all(tokens[-1].round() == max(common) for tokens, _ in evaluated):
         return []
-    at = max(common)
+    common_tokens = max(common)
 
     def loss(run: ComparedRun) -> float:
         tokens, losses = run.validation()
-        return float(losses[tokens.round() == at][0])
+        return float(losses[tokens.round() == common_tokens][0])
 
-    return [Figure(f"validation loss at {at:,.0f} tokens, all have it", loss, "{:.4f}")]
+    return [
+        ComparedMetric(
+            f"validation loss at {common_tokens:,.0f} tokens, all have it", loss, "{:.4f}"
+        )
+    ]

@@ -212,9 +212,9 @@ def test_thinking_that_a_template_leaves_out_of_the_trained_answer_is_refused() 
 )
 def test_a_template_that_leaves_out_a_message_is_refused(rendered: str, messages: Any) -> None:
     tokenizer = byte_level(TURNS.replace("in messages", f"in {rendered}"))
-    with pytest.raises(UserError, match="leaves out a message of the"):
+    with pytest.raises(UserError, match="omits a message of the"):
         prompt_ids(tokenizer, messages)
-    with pytest.raises(UserError, match="leaves out a message of the"):
+    with pytest.raises(UserError, match="omits a message of the"):
         example(tokenizer, messages, "9")
 
 

@@ -91,7 +91,7 @@ def test_rows_that_cannot_be_used_are_numbered_by_their_lines(tmp_path: Path) ->
     assert isinstance(records[0], Prompt) and len(records) == len(lines) - 1
     messages = [str(record) for record in records[1:] if isinstance(record, MalformedRow)]
     for line, (text, message) in enumerate(
-        zip(messages, ["invalid JSON", "not a JSON object", "NaN is no JSON", "invalid JSON",
+        zip(messages, ["invalid JSON", "not a JSON object", "NaN is not JSON", "invalid JSON",
                    "lone surrogate", "list of messages", "no 'messages'", "role is one of",
                    "invalid JSON"]),
         start=3,

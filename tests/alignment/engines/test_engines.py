@@ -325,7 +325,9 @@ def test_megatron_load_repairs_the_tracker_or_raises_on_all_ranks(tmp_path):
     assert first == second
     repaired, name, damaged, nothing = first
     assert repaired == 1
-    assert damaged.endswith(f"is incomplete or damaged: its file {name} is not as it was saved")
+    assert damaged.endswith(
+        f"is incomplete or damaged: its file {name} differs from what was saved"
+    )
     assert f"{place / TRACKER} is damaged and no checkpoint in that folder is intact" in nothing
 
 

@@ -31,7 +31,7 @@ def test_scores_outside_of_the_scale_are_refused_by_file_and_row(tmp_path):
 
 @pytest.mark.parametrize(
     ("bad", "words"),
-    [("NaN", "NaN is no JSON"), ("Infinity", "Infinity is no JSON")]
+    [("NaN", "NaN is not JSON"), ("Infinity", "Infinity is not JSON")]
     + [(bad, "score must be a finite number") for bad in ("true", '"7"', "[7]", "1e999")],
 )
 def test_scores_that_are_not_finite_are_refused_by_file_and_row(tmp_path, bad, words):
