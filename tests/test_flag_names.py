@@ -24,7 +24,7 @@ from argparse import ArgumentParser
 from megatron_ext.devices import activate
 activate(use_cuda=False)
 from megatron.training.arguments import add_megatron_arguments
-from megatron_ext.arguments import add_arguments
+from megatron_ext.run_flags import add_arguments
 parser = add_arguments(add_megatron_arguments(ArgumentParser()))
 names = {action.dest for action in parser._actions}
 print(json.dumps([sorted(parser._option_string_actions), sorted(names)]))

@@ -6,9 +6,9 @@ from functools import cache
 import pytest
 from megatron.training.arguments import add_megatron_arguments
 
-from megatron_ext.arguments import add_arguments
 from megatron_ext.errors import ToolParser, UserError
 from megatron_ext.ranges import check_ranges
+from megatron_ext.run_flags import add_arguments
 
 SMALL = [
     *("--train-iters", "8", "--lr", "1e-3", "--eval-interval", "4", "--micro-batch-size", "2"),

@@ -13,7 +13,7 @@ import numpy as np
 
 from alignment.commands.agreement_config import AgreementConfig, parse
 from alignment.judges.formats.scale import read_verdicts
-from alignment.statistics.agreement_measures import AgreementData, alone
+from alignment.statistics.agreement_measures import AgreementData, judge_measures
 from alignment.statistics.agreement_pictures import draw
 from alignment.statistics.agreement_text import (
     COMPARED,
@@ -94,7 +94,7 @@ def run(config: AgreementConfig) -> None:
             _part, compared, keys, config.resamples, config.seed,
             lambda: progress.update(next(done)),
         )  # fmt: skip
-        whole = measure(np.arange(len(items)))
+        overall = measure(np.arange(len(items)))
         parts: dict[str, dict[str, AgreementSummary]] = {
             name: {key: measure(places) for key, places in slice_places.items()}
             for name, slice_places in slices.items()
@@ -106,13 +106,13 @@ def run(config: AgreementConfig) -> None:
                 config.resamples, seed=config.seed, permutations=config.resamples,
                 use_mean=config.label == "mean", advance=lambda: progress.update(next(done)),
             )  # fmt: skip
-    print(table(judges[0].pairwise, whole, parts))
+    print(table(judges[0].pairwise, overall, parts))
     if differences:
         both = len(judged_by_both(judges[1], judges[2]))
         print("\n" + difference_table(differences, names, both))
     if config.output:
-        _write(Path(config.output), compared, names, whole, parts, differences, config)
-    if not whole.both:
+        _write(Path(config.output), compared, names, overall, parts, differences, config)
+    if not overall.judged_by_both:
         raise TooFewResults(
             f"None of the {len(items):,} items was judged successfully in both {names[0]} and "
             f"{names[1]}, so that there is nothing to compare."
@@ -129,12 +129,12 @@ def _part(
 ) -> AgreementSummary:
     """Return all statistics of the items at some places."""
     groups = [places[group] for group in groups_of([keys[place] for place in places])]
-    both, *each = compared.agreement(), alone(compared.a), alone(compared.b)
-    # One call, so that all figures have the same resamples.
+    both, *each = compared.agreement(), judge_measures(compared.a), judge_measures(compared.b)
+    # One call, so that all measures have the same resamples.
     named: dict[tuple[int, str], Callable[[Indices], float]] = {
-        (number, name): figure
-        for number, figures in enumerate([both, *each])
-        for name, figure in figures.items()
+        (number, name): measure
+        for number, measures in enumerate([both, *each])
+        for name, measure in measures.items()
     }
     results = estimates(named, groups, resamples, seed, advance)
     split = [{n: e for (at, n), e in results.items() if at == number} for number in range(3)]
@@ -147,7 +147,7 @@ def _write(
     folder: Path,
     compared: AgreementData,
     names: Sequence[str],
-    whole: AgreementSummary,
+    overall: AgreementSummary,
     parts: Mapping[str, Mapping[str, AgreementSummary]],
     differences: Mapping[str, AgreementDifference],
     config: AgreementConfig,
@@ -160,7 +160,7 @@ def _write(
         "resamples": config.resamples,
         "level": LEVEL,
         "label": config.label,
-        "all": whole.to_json(),
+        "all": overall.to_json(),
         "slices": {
             name: {key: part.to_json() for key, part in slice_parts.items()}
             for name, slice_parts in parts.items()
@@ -173,7 +173,7 @@ def _write(
     if differences:
         content["differences"] = {
             "third": {"file": names[2]},
-            "figures": {name: asdict(result) for name, result in differences.items()},
+            "measures": {name: asdict(result) for name, result in differences.items()},
         }
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "agreement.json"

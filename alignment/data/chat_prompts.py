@@ -76,15 +76,15 @@ def example(
             at the top of this module.
     """
     conversation = Conversation(tokenizer, _rows(messages), template)
-    hidden, whole = conversation.answered(answer)
-    if not whole.startswith(conversation.prompt):
+    hidden, rendered = conversation.answered(answer)
+    if not rendered.startswith(conversation.prompt):
         raise UserError(
             "The chat template writes a conversation differently after it is answered, so that "
             "prompt and completion cannot be separated. Choose another template with "
             "--chat-template."
         )
     conversation.check_complete()
-    completion = _ended(tokenizer, whole[len(conversation.prompt) :], hidden)
+    completion = _ended(tokenizer, rendered[len(conversation.prompt) :], hidden)
     written = (THINK if conversation.opened else "") + completion
     if squeezed(hidden) not in squeezed(written):
         raise UserError(_lost(answer))
@@ -115,11 +115,11 @@ def check_template(tokenizer: Any, messages: Sequence[Message], **template: Any)
     """
     conversation = Conversation(tokenizer, _rows(messages), template)
     conversation.check_complete()
-    hidden, whole = conversation.answered(_PROBE)
-    position = whole.rfind(hidden)
+    hidden, rendered = conversation.answered(_PROBE)
+    position = rendered.rfind(hidden)
     if position < 0:
         raise UserError(_lost(_PROBE))
-    ending = _ended(tokenizer, whole[position + len(hidden) :])
+    ending = _ended(tokenizer, rendered[position + len(hidden) :])
     [last] = conversation.ids(ending)[-1:]
     if last == tokenizer.eos_token_id:
         return None

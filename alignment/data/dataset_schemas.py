@@ -36,9 +36,9 @@ class DatasetSchema:
     """Columns of rows of another project, and their conversion to records.
 
     Attributes:
-        name: Name of the schema in what commands print.
-        columns: Columns that a row must have, in the words of the documentation.
-        match: Function that returns the column of each required role, or None where the columns of
+        name: Name of the schema in the output of commands.
+        columns: Columns that a row must have, as the documentation names them.
+        match: Function that returns the column of each required role, or None if the columns of
             a file, its first argument, lack one. Its second argument is the roles that the user
             has named.
         convert: Function that converts a row.
@@ -119,9 +119,9 @@ class RecordFile:
         path: The file.
         roles: Column of each required role, for a file of another project.
         schema: Schema of such a file. None before it is read, and for a file of this project.
-        omissions: For each column or field that is left out, the rows with a value there.
-        metadata: For each column of the metadata, the rows with a value there.
-        labels: For each person, the number of labels.
+        omissions: Number of rows with a value, for each column or field that is left out.
+        metadata: Number of rows with a value, for each column of the metadata.
+        labels: Number of labels of each person.
     """
 
     def __init__(
@@ -158,8 +158,8 @@ class RecordFile:
         valid = [row for _, row in first if not isinstance(row, MalformedRow)]
         if not valid:
             self._raise_empty([row for _, row in first if isinstance(row, MalformedRow)])
-        own = own_kind(valid[0])
-        if own is None:
+        kind = own_kind(valid[0])
+        if kind is None:
             # A column may be missing in rows where it has no value.
             columns = list(dict.fromkeys(name for row in valid for name in row))
             self.options.check(columns, self.path)
@@ -169,8 +169,8 @@ class RecordFile:
                 yield row
                 continue
             try:
-                if own:
-                    record = own.from_row(row)
+                if kind:
+                    record = kind.from_row(row)
                     records = [LabeledRecord(record, labels_of(record), number)]
                 else:
                     records = self._convert(row, number)
@@ -219,16 +219,16 @@ class RecordFile:
 
     @property
     def description(self) -> str:
-        """Return which schema the file was read as, with the columns of the roles."""
+        """Return the schema by which the file was read, with the columns of the roles."""
         assert self.schema is not None
         names = {role: self.options.columns.get(c, c) for role, c in self.roles.items()}
         columns = ", ".join(c if role == c else f"{role}={c}" for role, c in names.items())
         return f"{self.schema.name} ({columns})"
 
     def as_prompt(self, record: Response | Pair) -> Prompt:
-        """Return the prompt of a record, which keeps the answer of a row as its metadata.
+        """Return the prompt of a record, with the answer of a row in its metadata.
 
-        The answer is `reference` there, and has the name of its column as well.
+        The answer has the key `reference` there, and also the name of its column.
         """
         if not isinstance(record, Response) or self.schema is None:
             return record.prompt

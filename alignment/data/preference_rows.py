@@ -56,7 +56,7 @@ def preference(row: SourceRow) -> list[LabeledRecord]:
 
 
 def find_sides(columns: Iterable[str]) -> tuple[str, str] | None:
-    """Return the columns of the two responses of a pair, or None where there are none.
+    """Return the columns of the two responses of a pair, or None if there are none.
 
     They have the same name up to their ends, such as response_a and response_b.
     """
@@ -109,7 +109,7 @@ def _ends(columns: Sequence[str]) -> tuple[str, str]:
 
 
 def opening_of(row: SourceRow) -> list[Message] | None:
-    """Return the messages of the prompt's column, or None where a row has none."""
+    """Return the messages of the prompt's column, or None if a row has none."""
     prompt = row.get("prompt")
     if isinstance(prompt, Mapping) and isinstance(prompt.get("messages"), list):
         prompt = prompt["messages"]  # OpenAI's preferences have them in the column input
@@ -156,7 +156,9 @@ def conversation(row: SourceRow, role: str, opening: Sequence[Message] | None) -
         else:
             raise UserError(f"{column} does not begin with the messages of prompt")
     if len(messages) < 2 or messages[-1].role != "assistant":
-        raise UserError(f"{column} does not end with an answer of the assistant to something")
+        raise UserError(
+            f"{column} does not end with an answer of the assistant to an earlier message"
+        )
     return messages
 
 
@@ -164,7 +166,7 @@ def with_system(row: SourceRow, messages: list[Message]) -> list[Message]:
     """Return messages after the system message of a row that has one in its own column.
 
     Raises:
-        UserError: The column is no text, or the messages have another system message.
+        UserError: The column is not text, or the messages have another system message.
     """
     system = row.get("system")
     if system in (None, "", []):
@@ -188,7 +190,7 @@ def check_context(row: SourceRow) -> None:
     """
     for name in _CONTEXT & row.columns:
         if row.get(name) not in (None, "", "[]", [], {}):
-            raise UserError(f"the column {name} is a part of the conversation and is not read")
+            raise UserError(f"the column {name} is a part of the conversation but cannot be read")
 
 
 def _check_among(text: str, column: str, messages: Sequence[Message]) -> None:
@@ -221,8 +223,8 @@ def _number(row: SourceRow, name: str) -> float | None:
     return score
 
 
-def mapping_of(value: object, what: str) -> Mapping[str, object]:
+def mapping_of(value: object, name: str) -> Mapping[str, object]:
     """Return a value that must be a mapping."""
     if not isinstance(value, Mapping):
-        raise UserError(f"{what} must be an object, not {type(value).__name__}")
+        raise UserError(f"{name} must be an object, not {type(value).__name__}")
     return value

@@ -11,7 +11,7 @@ from megatron_ext.errors import UserError
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How files of other projects are read; files of this project need none of it.
+    """Options for reading files of other projects; files of this project need none.
 
     Attributes:
         columns: Name of a column in the files, or several with commas in between, by the name of
@@ -31,7 +31,7 @@ class ReadOptions:
         """Parse the values of --columns, --labels and --limit.
 
         Raises:
-            UserError: A value has another form.
+            UserError: A value has the wrong form.
         """
         names: dict[str, str] = {}
         for words in columns:
@@ -56,7 +56,7 @@ class ReadOptions:
         """Check that a file has the columns that `columns` names.
 
         Raises:
-            UserError: It lacks one.
+            UserError: The file lacks one.
         """
         for ours, theirs in self.columns.items():
             for name in [theirs] if theirs in columns else theirs.split(","):
@@ -98,7 +98,7 @@ def _value(row: Mapping[str, Any], name: str) -> Any:
     if name in row or ("," not in name and "." not in name):
         return row.get(name)
     if "," in name:
-        return {each: _value(row, each) for each in name.split(",")}
+        return {part: _value(row, part) for part in name.split(",")}
     column, _, rest = name.partition(".")
     inner = row.get(column)
     return _value(inner, rest) if isinstance(inner, Mapping) else None

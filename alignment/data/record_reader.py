@@ -1,4 +1,4 @@
-"""Reader of many files of records that leaves out and counts what cannot be used."""
+"""Reader of many files of records that counts and leaves out unusable rows."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ from megatron_ext.data.row_files import MalformedRow
 from megatron_ext.errors import UserError
 from megatron_ext.progress import Progress
 
-_MOST_REASONS = 8  # that are shown
+_MOST_REASONS = 8  # reasons that are shown
 
 
 KINDS = ("prompts", "responses", "chosen", "pairs")
@@ -25,8 +25,8 @@ def as_kind(item: LabeledRecord, kind: str | None, file: RecordFile | None) -> l
     Args:
         item: The record.
         kind: "prompts", "responses", "chosen" (the preferred response of a pair), "pairs", or None
-            for its own.
-        file: File that it is from, or None.
+            for the kind of the record.
+        file: File of the record, or None.
 
     Raises:
         LookupError: The row of a file with records of several kinds contains none of this kind.
@@ -129,13 +129,13 @@ class RecordReader:
                         self._count(path, item)
                         continue
                     try:
-                        each = as_kind(item, kind, file)
+                        records = as_kind(item, kind, file)
                     except LookupError as error:
                         self._count(path, MalformedRow(item.number, str(error)))
                         continue
                     total, count = total + 1, count + 1
                     self._files[path] = file, count
-                    yield from each
+                    yield from records
                 before += size
 
     def _count(self, file: str, row: MalformedRow) -> None:
@@ -153,8 +153,8 @@ class RecordReader:
         """Reasons for which rows were left out, most frequent first, each with its first row."""
         commonest = self._reasons.most_common(_MOST_REASONS)
         lines = [f"{count:,} as in {self._examples[reason]}" for reason, count in commonest]
-        if others := self.malformed - sum(count for _, count in commonest):
-            lines.append(f"{others:,} for other reasons")
+        if remainder := self.malformed - sum(count for _, count in commonest):
+            lines.append(f"{remainder:,} for other reasons")
         return lines
 
     @property
@@ -202,7 +202,7 @@ class Repeats:
 
 
 def _content(record: Prompt | Response | Pair) -> dict[str, object]:
-    """Return what two rows about the same item have in common.
+    """Return the content by which a repeated row is recognized.
 
     A copy in another file is a repeat, and so is a row with another label or other metadata.
     """

@@ -33,7 +33,7 @@ class RecordWriter:
 
     def __init__(self, path: Path, overwrite: bool = False) -> None:
         if path.suffix not in (".jsonl", ".parquet"):
-            raise UserError(f"{path} is written by its suffix: .jsonl or .parquet")
+            raise UserError(f"{path} must end with .jsonl or .parquet, which selects the format")
         if path.exists() and not overwrite:
             raise UserError(f"{path} already exists. Add --overwrite, or choose another file.")
         self.path, self.count = path, 0
@@ -58,7 +58,7 @@ class RecordWriter:
         self._kind = self._kind or kind
         if kind is not self._kind:
             raise UserError(
-                f"{self.path} cannot hold a {kind.__name__} and a {self._kind.__name__}. "
+                f"{self.path} cannot contain both a {kind.__name__} and a {self._kind.__name__}. "
                 "Import them into separate files, or choose one kind with --as."
             )
         self.count += 1

@@ -1,4 +1,4 @@
-"""Texts of token ids in which control tokens and the trained part can be told apart."""
+"""Texts of token ids in which control tokens and the trained part are marked."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -51,10 +51,10 @@ def segments_of(tokenizer: Any, prompt: Sequence[int], completion: Sequence[int]
 
 
 def _text(tokenizer: Any, ids: Sequence[int], start: int, stop: int) -> str:
-    """Return the text of ids in their place: alone, SentencePiece drops the space before them."""
-    before, whole = decode_ids(tokenizer, ids[:start]), decode_ids(tokenizer, ids[:stop])
-    if whole.startswith(before):
-        return whole[len(before) :]
+    """Return the text of ids after those before them; alone, SentencePiece drops their space."""
+    before, text = decode_ids(tokenizer, ids[:start]), decode_ids(tokenizer, ids[:stop])
+    if text.startswith(before):
+        return text[len(before) :]
     return decode_ids(tokenizer, ids[start:stop])
 
 
@@ -63,7 +63,7 @@ def write_segments(segments: Sequence[Segment], color: bool) -> str:
 
     Args:
         segments: The segments.
-        color: Whether to mark them by color. Otherwise control tokens stand in brackets, and
+        color: Whether to mark them by color. Otherwise control tokens are in brackets, and
             [trained: and :trained] enclose the trained part.
     """
     return "".join(_marked(segments, color))

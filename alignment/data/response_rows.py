@@ -91,7 +91,7 @@ def _response(
 
 
 def _ratings(row: SourceRow) -> list[PersonLabel]:
-    """Return the ratings of a response where the data has some that can be read as such.
+    """Return the ratings of a response that can be read as such.
 
     The column stays in the metadata too, unless it is that of one of several annotators.
     """
@@ -116,7 +116,7 @@ def _ratings(row: SourceRow) -> list[PersonLabel]:
 
 
 def chat(row: SourceRow) -> list[LabeledRecord]:
-    """Return the response that ends a conversation, or the prompt that a conversation is."""
+    """Return the response that ends a conversation, or the conversation as a prompt."""
     value, column = row.get("messages"), row.column("messages")
     if value in (None, "", []):
         raise UserError(f"{column} must be a list of messages, not empty")
@@ -128,11 +128,11 @@ def chat(row: SourceRow) -> list[LabeledRecord]:
         messages = message_list(value, column, row.omissions)
     messages = with_system(row, messages)
     if messages[-1].role == "system":
-        raise UserError(f"{column} has nothing of the user's")
+        raise UserError(f"{column} has no message of the user")
     if messages[-1].role != "assistant":
         return [LabeledRecord(_prompt(row, messages))]
     if len(messages) == 1:
-        raise UserError(f"{column} has an answer of the assistant and nothing that it answers")
+        raise UserError(f"{column} has an answer of the assistant without a message before it")
     return [_response(row, messages)]
 
 
@@ -142,13 +142,13 @@ def completions(row: SourceRow) -> list[LabeledRecord]:
     if opening is None:
         raise UserError(f"{row.column('prompt')} is empty")
     opening = with_system(row, opening)
-    each = row.get("completions")
-    if not isinstance(each, list) or not each:
+    entries = row.get("completions")
+    if not isinstance(entries, list) or not entries:
         raise UserError("completions must be a list of at least one answer")
     check_context(row)
     prompt = _prompt(row, opening)
     records: list[LabeledRecord] = []
-    for place, item in enumerate(each):
+    for place, item in enumerate(entries):
         answer = mapping_of(item, "an entry of completions")
         text = answer.get("response") or answer.get("completion") or answer.get("text")
         if not isinstance(text, str):

@@ -1,4 +1,4 @@
-"""Rows of other projects: their columns by role, what is kept of them, and how they are read."""
+"""Rows of other projects: lookup of their columns by role, metadata and conversion to records."""
 
 import datetime
 import decimal
@@ -15,7 +15,7 @@ from alignment.records import Message, Pair, Prompt, Response, Side, Verdict
 from megatron_ext.errors import UserError
 
 Record = Prompt | Response | Pair | Verdict
-# Names of columns by role, in order of precedence; a name of the same group is as good.
+# Names of columns by role, in order of precedence; names of one group have equal precedence.
 SYNONYMS: Mapping[str, Sequence[Sequence[str]]] = {
     "messages": (("messages", "conversations", "conversation", "dialogue", "dialog"),),
     "prompt": (
@@ -34,7 +34,7 @@ SYNONYMS: Mapping[str, Sequence[Sequence[str]]] = {
 def find_column(role: str, columns: Iterable[str], explicit: Collection[str] = ()) -> str | None:
     """Return the column that plays a role, or None.
 
-    Case, blanks and hyphens of names do not count.
+    Case, spaces and hyphens of names are ignored.
 
     Args:
         role: One of the keys of `SYNONYMS`, or the name of a column.
@@ -76,12 +76,12 @@ class AmbiguousColumns(UserError):
 class SourceRow:
     """Row of a file, whose columns are looked up by their roles.
 
-    Columns that nothing looks up are the row's metadata.
+    Columns that are never looked up become the row's metadata.
 
     Attributes:
-        source: Source of the row where it names none.
+        source: Source of the row if it names none.
         options: How the file is read.
-        omissions: Names of what was in the row and is left out.
+        omissions: Names of the columns and fields of the row that are left out.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class SourceRow:
         return self._values.get(self.column(role))
 
     def column(self, role: str) -> str:
-        """Return the name of the column that plays a role; that of the role where none does."""
+        """Return the name of the column that plays a role, or else the name of the role."""
         if role in self._roles:
             return self._roles[role]
         return find_column(role, self._values, self.options.columns) or role
@@ -122,12 +122,12 @@ class SourceRow:
         metadata: dict[str, Any] = {}
         read = [self._values[name] for name in self._read if name in self._values]
         conversations = [value for value in read if isinstance(value, list)]
-        own = self._values.get("metadata")
+        recorded = self._values.get("metadata")
         for name, value in self._values.items():
             if name in self._read or _is_absent(value) or value in conversations:
                 continue
-            if name == "metadata" and isinstance(own, Mapping):
-                metadata |= own
+            if name == "metadata" and isinstance(recorded, Mapping):
+                metadata |= recorded
                 continue
             try:
                 metadata[name] = _as_json(value)
@@ -144,7 +144,7 @@ def _as_json(value: Any) -> Any:
     """Return a value of a Parquet file as a value of JSON.
 
     Raises:
-        TypeError: It has none, as the bytes of an image.
+        TypeError: JSON has no such value, for example the bytes of an image.
     """
     match value:
         case None | bool() | int() | str():
@@ -156,20 +156,20 @@ def _as_json(value: Any) -> Any:
         case decimal.Decimal():
             return float(value)
         case Mapping():
-            return {str(key): _as_json(each) for key, each in value.items()}
+            return {str(key): _as_json(entry) for key, entry in value.items()}
         case list() | tuple():
-            return [_as_json(each) for each in value]
+            return [_as_json(entry) for entry in value]
     raise TypeError(type(value).__name__)
 
 
 @dataclass(frozen=True)
 class LabeledRecord:
-    """Record with what people say about it.
+    """Record with labels by people.
 
     Attributes:
         record: The record.
-        labels: Labels and ratings by people; none where the data has none.
-        number: Number of the row of the file that it is from.
+        labels: Labels and ratings by people; empty if the data has none.
+        number: Number of its row in the file.
     """
 
     record: Record

@@ -36,7 +36,7 @@ class Split:
         """Parse NAME=SIZE.
 
         Raises:
-            UserError: The text has another form.
+            UserError: The text has the wrong form.
         """
         name, _, size = text.partition("=")
         problem = f"--split {text} is not valid. Give NAME=1000, NAME=0.1 or NAME={REST}."
@@ -146,7 +146,7 @@ class Splitter:
         return sizes
 
     def split_of(self, prompt: Prompt) -> str | None:
-        """Return the name of the split of an added prompt; None where it was dropped."""
+        """Return the name of the split of an added prompt, or None if it was dropped."""
         assert self._split_of is not None
         number = self._split_of[self._numbers[self._key(text_of(prompt))]]
         return None if number == DROPPED else self.splits[number].name

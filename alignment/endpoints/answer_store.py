@@ -1,8 +1,8 @@
-"""Durable store of answers that were paid for.
+"""Durable store of paid answers.
 
 A store is a file of JSON lines that is only appended to; each line holds a key and an answer. A
-line is synced to the disk before its answer counts, so that a process that is killed at any moment
-leaves every answer that it had counted. The memory holds keys and places, not the answers.
+line is synced to the disk before its answer counts, so that no counted answer is lost when the
+process is killed. Only keys and file positions are in memory, not the answers.
 """
 
 import fcntl
@@ -18,8 +18,8 @@ from megatron_ext.errors import UserError
 class AnswerStore:
     """Answers in a file, which one process at a time may open.
 
-    The file is created if it does not exist. A last line that a kill or a crash cut off is removed
-    when the file is opened.
+    The file is created if it does not exist. A last line that was cut off by a kill or a crash is
+    removed when the file is opened.
 
     Attributes:
         path: The file.
@@ -35,7 +35,7 @@ class AnswerStore:
         Args:
             path: The file.
             visit: Function that receives the key and the row of every answer in the file, also of
-                one that a later answer replaces.
+                those that later answers replace.
 
         Raises:
             UserError: If another process has the file open, or it is not a store.
@@ -54,7 +54,7 @@ class AnswerStore:
         except BlockingIOError:
             os.close(self._file)
             raise UserError(
-                f"Another run has {path} open. Wait for its end, or choose another --cache."
+                f"Another run has {path} open. Wait until it ends, or choose another --cache."
             ) from None
         try:
             self._places, self.torn_bytes = self._read(visit)
@@ -120,7 +120,7 @@ class AnswerStore:
                     if start + len(line) < size:
                         raise UserError(
                             f"{self.path}, line {number}, is not an answer. The file is damaged or "
-                            "no answer store. Choose another --cache."
+                            "not an answer store. Choose another --cache."
                         )
                     break
                 visit(*entry)
@@ -138,8 +138,8 @@ class AnswerStore:
 def read_answers(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the key and the row of every answer in a file, without opening it as a store.
 
-    Another process may have the file open. A torn last line is left out, and so is everything of a
-    file that does not exist.
+    Another process may have the file open. A torn last line is skipped. Nothing is yielded if the
+    file does not exist.
     """
     if path.exists():
         with path.open("rb") as stream:

@@ -5,7 +5,7 @@ import os
 from megatron_ext.errors import UserError
 
 API_KEY_VARIABLE = "MEGATRON_ET_JUDGE_API_KEY"
-"""Environment variable that holds the key of an endpoint unless another one is named."""
+"""Default environment variable with the key of an endpoint."""
 
 
 def read_api_key(variable: str = API_KEY_VARIABLE) -> str | None:
@@ -14,7 +14,7 @@ def read_api_key(variable: str = API_KEY_VARIABLE) -> str | None:
     Keys are not accepted on the command line, which other users of the machine can read.
 
     Args:
-        variable: The environment variable that holds the key.
+        variable: Name of the environment variable with the key.
 
     Raises:
         UserError: If the key is empty or not ASCII.

@@ -1,10 +1,10 @@
 """Budget of the calls of an endpoint, which is never exceeded.
 
-What a call costs is known only when it is answered. Every try of a call therefore reserves the most
-that it may cost before it begins: all characters of the prompt as tokens, and an answer of
-`max_tokens`. When the answer arrives, its usage takes the place of the reservation. Where the
-reservations of the calls under way would exceed the budget, further calls wait for their answers,
-and the run ends only when not even one more call is certain to be within the budget.
+The cost of a call is known only when it is answered. Before it begins, every attempt of a call
+therefore reserves the maximum that it may cost: all characters of the prompt as tokens, and an
+answer of `max_tokens`. When the answer arrives, its usage replaces the reservation. If the
+reservations of the calls in progress would exceed the budget, further calls wait for their answers.
+The run ends only when not even one more call is certain to be within the budget.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from alignment.endpoints.usage import Prices, TokenUsage
 from alignment.records import Message
 from megatron_ext.errors import LimitExceeded, UserError
 
-_TEMPLATE_TOKENS = 256  # most tokens that a chat template adds to each message
+_TEMPLATE_TOKENS = 256  # maximum number of tokens that a chat template adds to each message
 _ROUNDING = 1e-9  # dollars
 
 
@@ -25,23 +25,23 @@ class BudgetSpent(LimitExceeded):
 
 
 class Budget:
-    """Dollars that the calls of an endpoint may cost; use it from one event loop at a time.
+    """Budget in dollars of the calls of an endpoint; use it from one event loop at a time.
 
     Attributes:
         prices: Prices of the endpoint.
-        max_cost: Most dollars that all calls may cost, or None for no limit.
+        max_cost: Maximum cost of all calls in dollars, or None for no limit.
         usage: Token usage of all answers that were counted.
-        reserved: Dollars that the calls under way may cost at most.
+        reserved: Maximum cost of the calls in progress, in dollars.
     """
 
     def __init__(
         self, prices: Prices, max_cost: float | None = None, source: str = "--max-cost"
     ) -> None:
-        """Create a budget of which nothing is spent.
+        """Create a budget of which nothing has been spent.
 
         Args:
             prices: Prices of the endpoint.
-            max_cost: Most dollars that all calls may cost, or None for no limit.
+            max_cost: Maximum cost of all calls in dollars, or None for no limit.
             source: The flag or key that sets the limit, for messages.
 
         Raises:
@@ -49,27 +49,27 @@ class Budget:
         """
         if max_cost is not None and prices.cost(0, 0) is None:
             raise UserError(
-                f"{source} requires the prices of the endpoint: give --price-in and --price-out "
+                f"{source} requires the prices of the endpoint: add --price-in and --price-out "
                 "(price_in and price_out in a judge's file) in dollars per million tokens."
             )
         self.prices, self.max_cost, self._source = prices, max_cost, source
         self.usage = TokenUsage()
         self.reserved = 0.0
-        self._uncounted = 0.0  # dollars of tries and answers without usage, by their bounds
-        self._calls = 0  # under way
+        self._uncounted = 0.0  # dollars of attempts and answers without usage, by their bounds
+        self._calls = 0  # in progress
         self._changed = asyncio.Event()
 
     @property
     def spent(self) -> float:
-        """Return the dollars that were spent; 0 where prices are unknown.
+        """Return the dollars spent so far; 0 if prices are unknown.
 
-        Answers without usage and tries that were lost in transmission count with the most that they
-        may have cost.
+        Answers without usage and attempts that were lost in transmission count with the maximum
+        that they may have cost.
         """
         return (self.usage.cost(self.prices) or 0.0) + self._uncounted
 
     def count(self, usage: TokenUsage, bound: float = 0.0) -> None:
-        """Count what was spent before, such as the usage of a stored answer.
+        """Count earlier costs, such as the usage of a stored answer.
 
         Args:
             usage: The usage.
@@ -88,32 +88,32 @@ class Budget:
             )
 
     def reserve(self, messages: Sequence[Message], max_tokens: int) -> "Reservation":
-        """Return the reservation for the tries of a call, one after the other.
+        """Return the reservation for the successive attempts of a call.
 
         Args:
             messages: The prompt of the call.
-            max_tokens: Most tokens of the answer.
+            max_tokens: Maximum number of tokens of the answer.
         """
         return Reservation(self, self.bound(messages, max_tokens))
 
     def bound(self, messages: Sequence[Message], max_tokens: int) -> float:
-        """Return the most dollars that a call may cost; 0 where prices are unknown.
+        """Return the maximum cost of a call in dollars; 0 if prices are unknown.
 
-        No tokenizer in use makes more tokens than the UTF-8 form of a text has bytes.
+        No tokenizer in use produces more tokens than a text has bytes in UTF-8.
 
         Args:
             messages: The prompt of the call.
-            max_tokens: Most tokens of the answer.
+            max_tokens: Maximum number of tokens of the answer.
         """
         texts = (message.content.encode(errors="replace") for message in messages)
         prompt_tokens = sum(len(text) + _TEMPLATE_TOKENS for text in texts)
         return self.prices.most(prompt_tokens, max_tokens) or 0.0
 
     async def acquire(self, dollars: float) -> None:
-        """Reserve dollars for a try, once it fits next to the calls under way.
+        """Reserve dollars for an attempt, once it fits next to the calls in progress.
 
         Raises:
-            BudgetSpent: It does not fit, although no other call is under way.
+            BudgetSpent: It does not fit, although no other call is in progress.
         """
         limit = self.max_cost
         while limit is not None and self.spent + self.reserved + dollars > limit + _ROUNDING:
@@ -127,12 +127,12 @@ class Budget:
         self._calls += 1
 
     def settle(self, dollars: float, usage: TokenUsage, lost: bool) -> None:
-        """Replace a reservation by what the try cost.
+        """Replace a reservation by the cost of the attempt.
 
         Args:
             dollars: The reservation.
-            usage: The usage of the answer; that of no answer without one.
-            lost: Whether the try has no answer and may be billed nevertheless.
+            usage: The usage of the answer; an empty usage if there is none.
+            lost: Whether the attempt has no answer but may be billed.
         """
         self.reserved = self.reserved - dollars if self._calls > 1 else 0.0
         self._calls -= 1
@@ -149,18 +149,18 @@ class Budget:
 
 
 class Reservation:
-    """Reservation of a part of a budget, held by each try of a call: `async with reservation:`."""
+    """Reservation for each attempt of a call, used as `async with reservation:`."""
 
     def __init__(self, budget: Budget, dollars: float) -> None:
         self._budget, self.dollars = budget, dollars
         self._usage: TokenUsage | None = None
 
     def answered(self, usage: TokenUsage) -> None:
-        """Record the usage of the answer that the try under way received."""
+        """Record the usage of the answer to the attempt in progress."""
         self._usage = usage
 
     async def __aenter__(self) -> None:
-        """Wait until the try fits into the budget.
+        """Wait until the attempt fits into the budget.
 
         Raises:
             BudgetSpent: It does not fit.
@@ -174,7 +174,7 @@ class Reservation:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Count what the try cost."""
+        """Count the cost of the attempt."""
         lost = self._usage is None and (
             isinstance(error, asyncio.CancelledError)
             or (isinstance(error, EndpointError) and error.may_be_billed)

@@ -1,4 +1,4 @@
-"""Client of an endpoint that speaks OpenAI's chat API."""
+"""Client of an endpoint with OpenAI's chat API."""
 
 import json
 import re
@@ -38,8 +38,8 @@ class ChatRequest:
     Attributes:
         model: Name of the model at the endpoint.
         messages: The conversation.
-        sampling: How the answer is drawn.
-        revision: Version of the model, where one name serves several.
+        sampling: Sampling settings of the answer.
+        revision: Version of the model, if one name serves several.
         sample: Number of this sample of the same question; it is added to the seed.
         label_log_probs: Whether to request the log-probabilities of the likeliest tokens.
     """
@@ -70,10 +70,10 @@ class ChatRequest:
 
 @dataclass
 class ChatClient(EndpointClient):
-    """Client of an endpoint that speaks OpenAI's chat API.
+    """Client of an endpoint with OpenAI's chat API.
 
     Attributes:
-        budget: The budget that the calls are paid from. Default: one without a limit.
+        budget: The budget of the calls. Default: one without a limit.
         models: Number of answers of each model, by the names that the endpoint returns.
     """
 
@@ -124,7 +124,7 @@ def same_model(requested: str, answered: str) -> bool:
 
 
 def _tokens(request: ChatRequest, answer: Answer) -> int:
-    """Return the tokens of a call, estimated where the endpoint does not count them."""
+    """Return the tokens of a call, estimated if the endpoint does not count them."""
     prompt, completion = answer.prompt_tokens, answer.completion_tokens
     if prompt is None:
         prompt = sum(len(message.content) for message in request.messages) // CHARACTERS_PER_TOKEN

@@ -1,9 +1,9 @@
-"""Client of one endpoint: one rule for retries, waits and errors, whatever the endpoint does.
+"""Client of one endpoint, with one rule for retries, waits and errors.
 
-httpx is used directly rather than through the openai package: a call that is paid for must be
-repeated by one rule, counted by one counter and bounded by one deadline, and openai's client has
-retries and parsing on top of the same httpx. What an endpoint sends is not trusted: it may be an
-error, not JSON, JSON of another shape, endless, or nothing at all.
+httpx is used directly instead of through the openai package: a paid call must be repeated by one
+rule, counted by one counter and bounded by one deadline, and openai's client adds its own retries
+and parsing to the same httpx. Answers of an endpoint are not trusted: they may be errors, not JSON,
+JSON of another shape, endless, or empty.
 """
 
 import asyncio
@@ -23,15 +23,17 @@ from alignment.endpoints.retry import RetryPolicy
 from megatron_ext.errors import TooFewResults, UserError
 
 _LARGEST = 64 << 20  # bytes of an answer
-_LONG = 5.0  # seconds of a wait that is reported
-_REPORT_INTERVAL = 60.0  # seconds between reports of a call that is repeated by patience
+_LONG = 5.0  # shortest wait that is reported, in seconds
+_REPORT_INTERVAL = (
+    60.0  # seconds between reports of a call that is repeated until its patience ends
+)
 
 
 class CallFailed(Exception):
     """Failure of one call, with its reason as the message.
 
     Attributes:
-        refused: Whether the endpoint refuses this request; otherwise every try failed.
+        refused: Whether the endpoint refuses this request; otherwise every attempt failed.
     """
 
     def __init__(self, reason: str, refused: bool) -> None:
@@ -50,16 +52,16 @@ class EndpointClient:
     Attributes:
         url: Address of the endpoint up to and including /v1.
         http: The connections.
-        policy: How often and how long a failing call is repeated.
+        policy: Limits on the repetition of a failing call.
         limiter: The rate limits, shared by all calls. Default: none.
         sleep: Function that waits between tries; it may raise `RunCancelled`.
         report: Function that shows a sentence to the user, such as the reason of a long wait.
-        flag: The flag or key that holds the address, for error messages.
-        advice: What to do if the endpoint refuses every request, as a sentence.
-        is_permanent: Function that returns whether an error that looks like a passing one will be
-            the answer to every further try.
-        retried: Number of tries that failed and were repeated.
-        last_fault: Reason of the last one.
+        flag: Flag or key with the address, for error messages.
+        advice: Sentence on the fix if the endpoint refuses every request.
+        is_permanent: Function that returns whether an error that looks temporary will recur in
+            every further attempt.
+        retried: Number of failed attempts that were repeated.
+        last_fault: Reason of the last of these failures.
     """
 
     url: str
@@ -84,7 +86,7 @@ class EndpointClient:
     ) -> T:
         """Return the answer to a request.
 
-        Only faults that may pass are repeated. An answer that was received is paid for, whatever it
+        A call is repeated only after temporary faults. A received answer is paid for, whatever it
         contains, and is not requested again.
 
         Args:
@@ -92,7 +94,7 @@ class EndpointClient:
             body: The request, which is sent as JSON.
             read: Function that reads the body of a successful answer. Its second argument is the
                 wait that the endpoint requests, in seconds. It may raise `EndpointError`.
-            reservation: The part of a budget that each try holds; it may wait. Default: none.
+            reservation: Part of a budget that each attempt reserves; it may wait. Default: none.
 
         Raises:
             CallFailed: If this request has no answer.
@@ -119,19 +121,19 @@ class EndpointClient:
                 seconds = time.monotonic() - begin
                 last = self.policy.gives_up(attempt + 1, seconds) or damaged == error.tries
                 await self._wait(url, attempt, seconds, error, last)
-        raise AssertionError("the last try raises an error")
+        raise AssertionError("the last attempt raises an error")
 
     async def _wait(
         self, url: str, attempt: int, elapsed: float, error: EndpointError, last: bool
     ) -> None:
-        """Wait before another try, or raise a `CallFailed` after the last one."""
+        """Wait before another attempt, or raise a `CallFailed` after the last one."""
         requested = error.seconds or 0.0
         patience = self.policy.patience
         if patience is not None:
             requested = min(requested, patience)
         elif requested > self.policy.max_wait:
             raise TooFewResults(
-                f"The endpoint {self.url} asks to wait until {until(requested)}, which is "
+                f"The endpoint {self.url} requests a wait until {until(requested)}, which is "
                 f"{requested:,.0f} seconds ({error}), and --max-wait is {self.policy.max_wait:g}. "
                 "Repeat the command then, or raise --max-wait (max_wait in a judge's file)."
             )
@@ -150,7 +152,7 @@ class EndpointClient:
         await self.sleep(seconds)
 
     def _report_wait(self, seconds: float, reason: str) -> None:
-        """Report once, for all calls, what they wait for and until when."""
+        """Report once, for all calls, the reason and the end of a wait."""
         end = time.monotonic() + seconds
         if seconds >= _LONG and end > self._waits_until + 1:
             self._waits_until = end
@@ -159,7 +161,7 @@ class EndpointClient:
             )
 
     def _report_patience(self, url: str, seconds: float, reason: str) -> None:
-        """Report once a minute, for all calls, what they wait for and until when at most."""
+        """Report once a minute, for all calls, the reason and the latest end of a wait."""
         now = time.monotonic()
         if now >= self._waits_until:
             self._waits_until = now + _REPORT_INTERVAL
@@ -177,7 +179,7 @@ class EndpointClient:
             ) from None
         except (httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
             raise UserError(
-                f"{self.flag} {self.url} is no address of an endpoint: {error}. Pass "
+                f"{self.flag} {self.url} is not the address of an endpoint: {error}. Pass "
                 "http://HOST:PORT/v1."
             ) from None
         except httpx.HTTPError as error:
@@ -210,7 +212,7 @@ def connect(key: str | None, connections: int) -> httpx.AsyncClient:
 
     Args:
         key: The key of the endpoint, or None.
-        connections: Most connections at a time.
+        connections: Maximum number of connections at a time.
     """
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
@@ -222,5 +224,5 @@ def until(seconds: float) -> str:
     try:
         end = datetime.fromtimestamp(time.time() + seconds).astimezone()
     except (OverflowError, ValueError, OSError):
-        return "a time beyond all calendars"
+        return "a time beyond the calendar"
     return f"{end:%H:%M:%S}" if seconds < 12 * 3600 else f"{end:%Y-%m-%d %H:%M %Z}".strip()

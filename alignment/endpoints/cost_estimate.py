@@ -9,7 +9,7 @@ from alignment.endpoints.usage import Prices, TokenUsage
 from alignment.records import Message
 
 CALLS_PER_REPLICA = 64
-"""Default number of calls at a time for each replica of the model, at which its speed is stated."""
+"""Default number of concurrent calls per replica of the model, for which its speed is stated."""
 
 LABEL_TOKENS = 8
 """Assumed tokens of an answer that is a label alone."""
@@ -40,10 +40,10 @@ class Speed:
     tokens_per_minute: float | None = None
 
     def seconds(self, calls: int, prompt_tokens: float, answer_tokens: float) -> dict[str, float]:
-        """Return the seconds that calls take at least, by what bounds them.
+        """Return the minimum duration of calls in seconds, by the reason for the bound.
 
-        With fewer calls at a time than `CALLS_PER_REPLICA` for each replica, the speed is taken to
-        fall in proportion: it then depends on the memory that each token reads, not on arithmetic.
+        With fewer concurrent calls than `CALLS_PER_REPLICA` per replica, the speed is assumed to
+        fall in proportion, because it then depends on memory traffic per token, not on arithmetic.
         """
         seconds = {}
         if self.tokens_per_second:
@@ -65,17 +65,17 @@ class Speed:
 
 @dataclass(frozen=True)
 class CostEstimate:
-    """Tokens, time and money that calls will take.
+    """Tokens, time and money that calls are expected to take.
 
     Attributes:
         calls: Number of calls.
         prompt_tokens: Tokens of all prompts.
         answer_tokens: Expected tokens of one answer.
-        max_tokens: Most tokens of one answer.
+        max_tokens: Maximum number of tokens of one answer.
         prices: Prices of the tokens.
-        speed: What bounds the speed.
-        prompt_source: How the tokens of the prompts are counted, in words.
-        answer_source: Where the expected tokens of an answer come from, in words.
+        speed: Bounds of the speed.
+        prompt_source: Method by which the tokens of the prompts are counted, as text.
+        answer_source: Origin of the expected number of answer tokens, as text.
     """
 
     calls: int
@@ -89,19 +89,19 @@ class CostEstimate:
 
     @property
     def dollars(self) -> float | None:
-        """Return the expected cost in dollars, or None where a price is not known."""
+        """Return the expected cost in dollars, or None if a price is not known."""
         return self.prices.cost(self.prompt_tokens, self.calls * self.answer_tokens)
 
     @property
     def most_dollars(self) -> float | None:
-        """Return the cost in dollars if every answer is as long as it may be, or None."""
+        """Return the cost in dollars if every answer has the maximum length, or None."""
         return self.prices.most(self.prompt_tokens, self.calls * self.max_tokens)
 
     @property
     def seconds(self) -> float | None:
-        """Return the expected time in seconds, or None where the speed is not known.
+        """Return the expected time in seconds, or None if the speed is not known.
 
-        A rate limit alone is a lower bound, and no expectation.
+        A rate limit alone is a lower bound, not an expectation.
         """
         if not self.speed.tokens_per_second:
             return None
@@ -116,7 +116,7 @@ class CostEstimate:
         """Return the estimate as lines of text.
 
         Args:
-            budget: The budget that the calls are paid from.
+            budget: The budget of the calls.
         """
         calls, answers = self.calls, self.calls * self.answer_tokens
         rows = {
@@ -129,17 +129,17 @@ class CostEstimate:
             ),
             "time": self._time(),
         }
-        dollars, most = self.dollars, self.most_dollars
+        dollars, maximum = self.dollars, self.most_dollars
         if dollars is None:
-            rows["cost"] = "unknown: give --price-in and --price-out in dollars per million tokens"
+            rows["cost"] = "unknown: add --price-in and --price-out in dollars per million tokens"
         else:
             rows["cost"] = (
-                f"{format_dollars(dollars)} expected, at most {format_dollars(most or 0.0)}"
+                f"{format_dollars(dollars)} expected, at most {format_dollars(maximum or 0.0)}"
             )
             if budget.spent:
                 rows["cost"] += f"; {format_dollars(budget.spent)} spent before"
         if budget.max_cost is not None and dollars is not None:
-            rows["budget"] = self._coverage(budget, dollars, most or 0.0)
+            rows["budget"] = self._coverage(budget, dollars, maximum or 0.0)
         width = max(map(len, rows))
         return [f"  {name.ljust(width)}  {text}" for name, text in rows.items()]
 
@@ -151,11 +151,11 @@ class CostEstimate:
         about = "about" if self.speed.tokens_per_second else "at least"
         return f"{about} {format_hours(seconds[reason])} ({reason})"
 
-    def _coverage(self, budget: Budget, dollars: float, most: float) -> str:
+    def _coverage(self, budget: Budget, dollars: float, maximum: float) -> str:
         assert budget.max_cost is not None
         left = max(0.0, budget.max_cost - budget.spent)
         text = f"{format_dollars(left)} of {format_dollars(budget.max_cost)} left"
-        if most <= left:
+        if maximum <= left:
             return f"{text}: enough for all calls"
         if dollars <= left:
             return f"{text}: enough if answers are as long as expected"
@@ -163,11 +163,11 @@ class CostEstimate:
         return f"{text}: enough for about {share:,} of {self.calls:,} calls"
 
     def revised(self, usage: TokenUsage, seconds: float) -> str:
-        """Return in a sentence what the first answers imply for all calls.
+        """Return a sentence on what the first answers imply for all calls.
 
         Args:
             usage: Usage of the first answers of the run.
-            seconds: How long they took.
+            seconds: Duration of the first answers.
         """
         counted = usage.answers - usage.uncounted
         parts = []
@@ -189,9 +189,10 @@ class CostEstimate:
 def count_prompt_tokens(
     prompts: Iterable[Sequence[Message]], number: int, counter: TokenCounter
 ) -> tuple[float, str]:
-    """Return the tokens of prompts and how they were counted, in words.
+    """Return the number of prompt tokens, and the method of counting as text.
 
-    Of many prompts a thousand at equal distances are counted, and the others by their characters.
+    Of many prompts, a thousand at equal distances are counted, and the rest is extrapolated by
+    characters.
 
     Args:
         prompts: The messages of each prompt.
@@ -213,12 +214,12 @@ def count_prompt_tokens(
 
 
 def format_hours(seconds: float) -> str:
-    """Return a duration in a unit of its size, such as "7.1 h"."""
+    """Return a duration in minutes or hours, such as "7.1 h"."""
     if seconds < 90:
         return f"{seconds:,.0f} s"
     return f"{seconds / 60:,.0f} min" if seconds < 5400 else f"{seconds / 3600:,.1f} h"
 
 
 def format_dollars(dollars: float) -> str:
-    """Return an amount with the digits that its size needs, such as "$0.0123" or "$41.50"."""
+    """Return an amount with two or four decimals, such as "$0.0123" or "$41.50"."""
     return f"${dollars:,.{2 if dollars >= 1 else 4}f}"

@@ -31,7 +31,7 @@ _REFUSED_WORDS = {
     "context_length_exceeded", "invalid_argument", "invalid_request_error",
     "string_above_max_length",
 }  # fmt: skip
-# A parameter that one request may not have is allowed in no request.
+# A parameter that is refused in one request is refused in every request.
 _UNSUPPORTED = re.compile(
     r"(unsupported|unrecognized|unknown|unexpected) (request )?(parameter|argument|field|keyword)"
     r"|extra (inputs|fields) (are )?not permitted|not supported with this model"
@@ -48,14 +48,14 @@ class ErrorKind(Enum):
 
 
 class EndpointError(Exception):
-    """Error of one try of a call.
+    """Error of one attempt of a call.
 
     Attributes:
         kind: The consequence for later calls.
         seconds: The wait that the endpoint requests, in seconds, or None.
-        tries: Most tries that may end with an error of this sort, because each may be billed; None
-            for the limit of all tries.
-        may_be_billed: Whether the endpoint may have answered nevertheless, and bill the answer.
+        tries: Maximum number of attempts that may end with this kind of error, because each may be
+            billed; None for the limit of all attempts.
+        may_be_billed: Whether the endpoint may bill the attempt as if it had been answered.
         status: The status of the answer; None if there was none, or a success.
     """
 
@@ -131,7 +131,7 @@ def message_of(error: Any) -> str:
 
 
 def _codes(error: Any) -> Iterator[int | str]:
-    """Yield the codes of an error: statuses as integers, words in lower case."""
+    """Yield the codes of an error: statuses as integers, other codes in lower case."""
     while isinstance(error, Mapping):
         for name in ("code", "status", "type"):
             code = error.get(name)

@@ -1,7 +1,7 @@
-"""Many requests to an endpoint at a time, each answered once and stored as it comes.
+"""Concurrent requests to an endpoint, each answered once and stored on arrival.
 
-There is one way to end early, whatever the cause: no further call is begun, the calls under way
-are awaited if they are paid for, and their answers are stored.
+A run that ends early does so in one way, whatever the cause: no further call is begun, the calls in
+progress are awaited if they are paid for, and their answers are stored.
 """
 
 import asyncio
@@ -35,7 +35,7 @@ class CancelToken:
         return self._event.is_set()
 
     def cancel(self, error: Exception | None = None, signal_number: int = 0) -> None:
-        """Cancel the run, unless it is cancelled already; the first cause stays."""
+        """Cancel the run, unless it is already cancelled; the first cause is kept."""
         if not self.cancelled:
             self.error, self.signal = error, signal_number
             self._event.set()
@@ -63,9 +63,9 @@ class EndpointPool[Request, Answer]:
     Attributes:
         call: Function that makes one call, with its retries.
         to_record: Function that returns the key and the row of an answer in the store.
-        concurrency: Most calls at a time.
+        concurrency: Maximum number of concurrent calls.
         cancel: The cancellation of the run.
-        await_calls: Whether calls under way are awaited when an error ends the run, because they
+        await_calls: Whether calls in progress are awaited when an error ends the run, because they
             are paid for.
     """
 
@@ -87,8 +87,8 @@ class EndpointPool[Request, Answer]:
 
         Args:
             requests: The requests, each of which is called once.
-            store: The store that answers are written to, off the event loop.
-            on_answer: Function that receives each answer when it is on the disk. An error that it
+            store: The store to which answers are written, outside of the event loop.
+            on_answer: Function that receives each answer once it is on the disk. An error that it
                 raises ends the run.
             on_failure: Function that receives each failed call. An error that it raises ends the
                 run. Default: every failure ends it.
@@ -117,7 +117,7 @@ class EndpointPool[Request, Answer]:
             raise self.cancel.error
 
     def drop_calls(self) -> None:
-        """Drop the calls under way."""
+        """Cancel the calls in progress."""
         for worker in self._workers:
             worker.cancel()
 

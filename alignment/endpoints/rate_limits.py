@@ -10,10 +10,10 @@ Sleep = Callable[[float], Awaitable[None]]
 
 
 class Allowance:
-    """Budget of units per minute, of which at most a minute's worth can be spent at once.
+    """Allowance of units per minute, of which at most one minute's can be spent at once.
 
-    The cost of a call may be known only afterwards. Then it is spent afterwards, and the next call
-    waits until the debt is paid off.
+    If the cost of a call is known only afterwards, it is deducted then, and the next call waits
+    until the allowance is positive again.
     """
 
     def __init__(self, per_minute: float, clock: Clock) -> None:
@@ -21,15 +21,15 @@ class Allowance:
         self._left, self._at = per_minute, clock()
 
     def spend(self, amount: float) -> None:
-        """Spend units, also more than there are."""
+        """Spend units, even more than are available."""
         self._refill()
         self._left -= amount
 
     def wait(self, amount: float) -> float:
-        """Return the seconds until there are `amount` units, or 0 if there are."""
+        """Return the seconds until `amount` units are available."""
         self._refill()
         missing = min(amount, self._most) - self._left
-        # A rounding error is not worth a wait, which could be too short for any clock to pass.
+        # A wait for a rounding error could be too short for the clock.
         return missing / self._rate if missing > 1e-6 else 0.0
 
     def _refill(self) -> None:
@@ -51,8 +51,8 @@ class RateLimiter:
         """Create the limits.
 
         Args:
-            requests_per_minute: Most requests per minute, or None for no limit.
-            tokens_per_minute: Most tokens per minute, or None for no limit.
+            requests_per_minute: Maximum number of requests per minute, or None for no limit.
+            tokens_per_minute: Maximum number of tokens per minute, or None for no limit.
             clock: Function that returns the time in seconds. Default: the event loop's.
             sleep: Function that waits.
         """
@@ -64,7 +64,7 @@ class RateLimiter:
         self._turn = asyncio.Lock()
 
     def enter_loop(self) -> None:
-        """Let the calls of another event loop wait for the same limits, one loop at a time."""
+        """Apply the same limits to the calls of another event loop, one loop at a time."""
         self._turn = asyncio.Lock()
 
     async def acquire(self) -> None:
@@ -77,7 +77,7 @@ class RateLimiter:
 
     @property
     def waiting(self) -> str:
-        """Return why and how long the next call has to wait, or "" if it may begin."""
+        """Return the reason and length of the wait of the next call, or "" if it may begin."""
         seconds, reason = self._wait()
         return f"waiting {seconds:,.0f} s for {reason}" if seconds >= 1 else ""
 
@@ -87,11 +87,11 @@ class RateLimiter:
             self._tokens.spend(tokens)
 
     def pause(self, seconds: float, reason: str = "the endpoint") -> None:
-        """Let no call begin for some seconds.
+        """Delay all further calls for some seconds.
 
         Args:
             seconds: The wait that the endpoint requests.
-            reason: Why, for the progress line.
+            reason: Reason of the wait, for the progress line.
         """
         end = self._clock() + seconds
         if end > self._not_before:
@@ -110,7 +110,7 @@ def retry_after(value: str | None, now: float) -> float | None:
     """Return the seconds that a Retry-After header requests, or None if it is not valid.
 
     Args:
-        value: The header, which holds seconds or a date.
+        value: The header, either seconds or a date.
         now: The current time, in seconds since the epoch.
     """
     if value is None:

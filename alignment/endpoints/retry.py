@@ -1,4 +1,4 @@
-"""Rule that decides how often and how long a failing call is repeated."""
+"""Rule for the number and the delay of repetitions of a failing call."""
 
 import random
 from dataclasses import dataclass
@@ -9,15 +9,16 @@ MAX_WAIT = 600.0
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """Rule that decides how often and how long a failing call is repeated.
+    """Rule for the number and the delay of repetitions of a failing call.
 
-    A call is given up after `tries` tries or, if `patience` is set, after so many seconds.
+    A call fails after `tries` attempts or, if `patience` is set, after that many seconds.
 
     Attributes:
-        tries: Most tries of one call.
-        patience: Seconds after which a call that keeps failing is given up, instead of `tries`.
-        timeout: Seconds that one try may take, from connecting to the last byte; None for no limit.
-        first_wait: Longest wait after the first failed try, in seconds; it doubles with each try.
+        tries: Maximum number of attempts of one call.
+        patience: Seconds after which a failing call is not repeated any more, instead of `tries`.
+        timeout: Seconds that one attempt may take, from connecting to the last byte; None for no
+        limit.
+        first_wait: Longest wait after the first failed attempt, in seconds; it doubles each time.
         longest_wait: Bound of that wait, in seconds.
         max_wait: Longest wait that the endpoint may request, in seconds.
     """
@@ -30,23 +31,23 @@ class RetryPolicy:
     max_wait: float = MAX_WAIT
 
     def gives_up(self, tries: int, seconds: float) -> bool:
-        """Return whether a call is given up after so many failed tries and seconds."""
+        """Return whether a call fails for good after some failed attempts and seconds."""
         return tries >= self.tries if self.patience is None else seconds > self.patience
 
     def wait(self, attempt: int) -> float:
-        """Return the seconds to wait after a failed try, counted from 0."""
+        """Return the seconds to wait after a failed attempt, counted from 0."""
         return back_off(attempt, self.first_wait, self.longest_wait)
 
 
 def back_off(attempt: int, first: float, longest: float = 60.0) -> float:
-    """Return the seconds to wait before another try.
+    """Return the seconds to wait before another attempt.
 
-    They are drawn from 0 to `first` x 2^`attempt`, so that calls that failed together do not return
-    together.
+    They are drawn from 0 to `first` x 2^`attempt`, so that calls that failed at the same time are
+    not repeated at the same time.
 
     Args:
-        attempt: Number of the failed try, from 0.
-        first: Bound of the wait after the first try, in seconds.
+        attempt: Number of the failed attempt, from 0.
+        first: Bound of the wait after the first attempt, in seconds.
         longest: Bound of every wait, in seconds.
     """
     return random.uniform(0, min(longest, first * 2.0 ** min(attempt, 30)))

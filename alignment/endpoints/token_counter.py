@@ -8,14 +8,14 @@ from alignment.records import Message
 from megatron_ext.errors import UserError
 
 CHARACTERS_PER_TOKEN = 4
-"""Characters of a token, about, where the tokenizer of a model is not known."""
+"""Approximate number of characters per token if the tokenizer of a model is not known."""
 
 
 class TokenCounter:
     """Counter of the tokens of prompts.
 
     Attributes:
-        source: How the tokens are counted, in words.
+        source: Method of counting, as text.
     """
 
     def __init__(self, tokenizer: Any = None, source: str = "") -> None:
@@ -35,15 +35,15 @@ class TokenCounter:
     def create(cls, tokenizer: str | None, model: str) -> "TokenCounter":
         """Return the counter of an endpoint's model.
 
-        Nothing is downloaded: the tokenizer is the one that is named, that of the folder `model`,
-        or that of `model` in the cache of Hugging Face.
+        Nothing is downloaded: the tokenizer is the one in the folder `tokenizer`, that of the
+        folder `model`, or that of `model` in the cache of Hugging Face.
 
         Args:
             tokenizer: Folder of a tokenizer, or None.
             model: Name of the model at the endpoint.
 
         Raises:
-            UserError: The tokenizer that is named cannot be used.
+            UserError: The folder `tokenizer` cannot be used.
         """
         folder = Path(tokenizer) if tokenizer else _known_folder(model)
         if folder is None:
@@ -64,7 +64,7 @@ class TokenCounter:
         return cls(loaded, str(folder))
 
     def count(self, messages: Sequence[Message]) -> int:
-        """Return the tokens of a prompt, with those of the chat template where it is known."""
+        """Return the number of tokens of a prompt, including the chat template if it is known."""
         if self._tokenizer is None:
             characters = sum(len(message.content) for message in messages)
             return -(-characters // CHARACTERS_PER_TOKEN)
@@ -97,6 +97,6 @@ def _known_folder(model: str) -> Path | None:
 
     try:
         file = try_to_load_from_cache(model, "tokenizer.json")
-    except HFValidationError:  # a name that no repository can have
+    except HFValidationError:  # not a valid name of a repository
         return None
     return Path(file).parent if isinstance(file, str) else None

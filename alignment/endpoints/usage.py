@@ -8,7 +8,7 @@ from alignment.judges.formats.answers import Answer
 
 @dataclass(frozen=True)
 class Prices:
-    """Prices in dollars per million tokens; None where they are not known.
+    """Prices in dollars per million tokens; None if they are not known.
 
     Attributes:
         prompt: Price of the tokens of prompts.
@@ -24,12 +24,12 @@ class Prices:
     def cost(
         self, prompt_tokens: float, completion_tokens: float, cached_tokens: float = 0
     ) -> float | None:
-        """Return the price of tokens in dollars, or None where a price is not known.
+        """Return the price of tokens in dollars, or None if a price is not known.
 
         Args:
             prompt_tokens: Tokens of prompts, cached ones included.
             completion_tokens: Tokens of answers.
-            cached_tokens: Those of the prompts' tokens that the endpoint had cached.
+            cached_tokens: Number of prompt tokens that the endpoint had cached.
         """
         if self.prompt is None or self.completion is None:
             return None
@@ -38,7 +38,7 @@ class Prices:
         return (new + cached_tokens * cached + completion_tokens * self.completion) / 1e6
 
     def most(self, prompt_tokens: float, completion_tokens: float) -> float | None:
-        """Return the most that tokens may cost in dollars, however many of them are cached.
+        """Return the maximum cost of tokens in dollars, however many of them are cached.
 
         Writing to a cache may cost more than a token that is not cached.
         """
@@ -56,8 +56,7 @@ class TokenUsage:
         answers: Number of answers.
         prompt_tokens: Tokens of the prompts.
         completion_tokens: Tokens of the answers.
-        uncounted: Number of answers for which the endpoint reports no usable usage. They are in no
-            sum of tokens.
+        uncounted: Number of answers without a usable usage. The sums of tokens omit them.
         cached_tokens: Those of the prompts' tokens that the endpoint had cached.
     """
 
@@ -86,7 +85,7 @@ class TokenUsage:
         )
 
     def cost(self, prices: Prices) -> float | None:
-        """Return the cost of the tokens that were counted, in dollars; None without prices."""
+        """Return the cost of the counted tokens in dollars; None without prices."""
         return prices.cost(self.prompt_tokens, self.completion_tokens, self.cached_tokens)
 
     def summary(self, prices: Prices) -> str:
@@ -101,6 +100,6 @@ class TokenUsage:
         return tokens
 
     def to_json(self, prices: Prices) -> dict[str, Any]:
-        """Return plain values; `dollars` is None where the usage of an answer is unknown."""
+        """Return plain values; `dollars` is None if the usage of an answer is unknown."""
         dollars = None if self.uncounted else self.cost(prices)
         return asdict(self) | {"dollars": dollars}

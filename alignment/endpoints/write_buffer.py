@@ -1,4 +1,4 @@
-"""Buffer of answers that are written to the disk off the event loop."""
+"""Buffer of answers that are written to the disk outside of the event loop."""
 
 import asyncio
 from collections.abc import Mapping
@@ -10,8 +10,8 @@ from alignment.endpoints.answer_store import AnswerStore
 class WriteBuffer:
     """Buffer of answers for a store, shared by the calls of one event loop.
 
-    A write is synced to the disk, which takes milliseconds, or many of them on a network file
-    system. On the event loop it would stop all calls meanwhile. Answers that arrive while the disk
+    Syncing a write to the disk takes milliseconds, or much longer on a network file system. On the
+    event loop it would block all calls. Answers that arrive while the disk
     is busy are written together. Leaving the context waits until all answers are written.
     """
 
@@ -19,7 +19,7 @@ class WriteBuffer:
         """Create an empty buffer.
 
         Args:
-            store: The store, which nothing else may write to meanwhile.
+            store: The store, to which nothing else may write meanwhile.
         """
         self._store = store
         self._queue: asyncio.Queue[tuple[str, Mapping[str, Any], asyncio.Future[None]]] = (

@@ -11,7 +11,7 @@ from alignment.evaluation.comparisons import PolicyComparison
 from alignment.evaluation.style import covariates
 from alignment.records import Verdict
 from alignment.rounding import Floats
-from alignment.statistics.agreement_measures import alone
+from alignment.statistics.agreement_measures import judge_measures
 from alignment.statistics.bootstrap import LEVEL, Estimate, Indices, estimates
 from alignment.statistics.bradley_terry import strengths
 from alignment.statistics.coefficients import Undefined
@@ -195,7 +195,7 @@ def prefer(
         "strength": _Fits(policies, outcomes, len(others), None),
         "controlled": _Fits(policies, outcomes, len(others), style),
     }
-    flips = alone(aligned)["flip_rate"]
+    flips = judge_measures(aligned)["flip_rate"]
     figures: dict[tuple[str, str], Figure] = {}
     for row, policy in enumerate(others):
         own = policies == row

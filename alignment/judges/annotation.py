@@ -1,4 +1,4 @@
-"""Run of an annotation: its progress, its signals, and the failures that end it early."""
+"""Run of an annotation: progress, signals, and the failures that end it early."""
 
 import asyncio
 import signal
@@ -18,26 +18,26 @@ from alignment.judges.results import commonest, require_results
 from megatron_ext.errors import TooFewResults
 from megatron_ext.progress import Progress
 
-# Failures are counted as a share of the questions that are done, or of this many where fewer are
-# done: two failures among the first three calls say little.
+# Failures count as a share of the finished questions, or of this number if fewer are finished,
+# because two failures among the first three calls mean little.
 _LEAST_DONE = 100
-# Answers without a result that are received before a run that cannot succeed ends. A small run
-# asks all its questions, and the reasons can be read in its output.
+# Number of answers without a result after which a run that cannot succeed is ended. A smaller run
+# asks all of its questions, so that its output contains the reasons.
 _LEAST_LACKING = 20
-# Answers after which the estimate of the cost is revised, if they are twice the calls at a time.
+# Number of answers after which the cost estimate is revised, if it is twice the concurrency.
 _FIRST = 20
-# Calls in a row that failed in every try, after which the endpoint counts as dead.
+# Number of consecutive failed calls after which the endpoint is considered unavailable.
 _DEAD = 20
 
 
 @dataclass
 class AnnotationProgress:
-    """Counts of what became of the questions of a run.
+    """Counts of the outcomes of the questions of a run.
 
     Attributes:
         usage: Token usage of the answers of this run.
-        failed: Why a question has no answer, by its key.
-        lacking: Why an answer gives no result, by its key, including answers from before the run.
+        failed: Reason why a question has no answer, by its key.
+        lacking: Reason why an answer gives no result, by its key, including earlier answers.
         notes: Number of answers by the note that `AnnotationRun.inspect` returned.
     """
 
@@ -62,15 +62,15 @@ class AnnotationRun:
         store: The store of the answers.
         client: The client of the endpoint.
         cancel: The cancellation of the run; the client uses its `sleep`.
-        inspect: Function that receives an answer that has been stored, and returns in a word what
-            is wrong with it, or "". A UserError that it raises ends the run.
-        explain_lack: Function that returns in a sentence why an answer gives no result, or "".
+        inspect: Function that receives a stored answer, and returns its fault in a word or two, or
+            "". A UserError that it raises ends the run.
+        explain_lack: Function that returns the reason why an answer gives no result, or "".
         answered_before: Number of questions that had answers before the run.
-        concurrency: Most calls at a time.
+        concurrency: Maximum number of concurrent calls.
         max_failed: Share of the questions that may end without a result.
-        describe: Function that returns what the progress line adds to the counts.
-        revise: Function that returns in a sentence what the first answers imply for all calls, from
-            their usage and the seconds that they took.
+        describe: Function that returns the text after the counts in the progress line.
+        revise: Function that returns a revised estimate for all calls, as a sentence, from the
+            usage and the duration in seconds of the first answers.
     """
 
     keys: Sequence[str]
@@ -115,12 +115,12 @@ class AnnotationRun:
 
     async def _call(self, key: str) -> Answer:
         answer = await self.client.ask(self.request(key))
-        self._failed_in_a_row = 0  # before it is stored, as a slow disk does not matter here
+        self._failed_in_a_row = 0  # before it is stored, so that a slow disk has no effect
         return answer
 
     def _on_answer(self, key: str, answer: Answer) -> None:
         self.counts.usage += TokenUsage.of(answer)
-        # Short answers arrive first, so that the first of every worker would mislead.
+        # Short answers arrive first, so that the first answer of each worker is not representative.
         if self.revise and self.counts.usage.answers == max(_FIRST, 2 * self.concurrency):
             assert self._progress is not None
             seconds = time.monotonic() - self._begin
@@ -137,7 +137,7 @@ class AnnotationRun:
         self._check_failures()
 
     def _check_failures(self) -> None:
-        """End the run as soon as it cannot succeed, or its endpoint seems to be dead."""
+        """End the run if it cannot succeed or its endpoint seems to be unavailable."""
         failed, total = self.counts.failed, self.answered_before + len(self.keys)
         done = self.answered_before + self.counts.done
         out_of = max(done, min(_LEAST_DONE, total))
@@ -148,7 +148,7 @@ class AnnotationRun:
                 f"{self.max_failed:g}"
             )
         elif self._failed_in_a_row >= max(_DEAD, self.concurrency):
-            problem = f"{self._failed_in_a_row} calls in a row failed in every try"
+            problem = f"{self._failed_in_a_row} consecutive calls failed in every attempt"
         if problem:
             often = f"most often: {commonest(failed.values())}"
             advice = "Fix the endpoint and repeat the command, which keeps its answers."
@@ -162,7 +162,9 @@ class AnnotationRun:
             self.cancel.cancel(error)
 
     def _note(self) -> str:
-        repeated = f"{self.client.retried:,} tries repeated, the last for {self.client.last_fault}"
+        repeated = (
+            f"{self.client.retried:,} attempts repeated, the last for {self.client.last_fault}"
+        )
         waits = [repeated] if self.client.retried else []
         failed = [f"{len(self.counts.failed):,} failed"] if self.counts.failed else []
         notes = [f"{count:,} {note}" for note, count in sorted(self.counts.notes.items())]
@@ -185,7 +187,7 @@ class AnnotationRun:
                 pool.drop_calls()
                 return
             self.cancel.cancel(signal_number=number)
-            progress.log("stopping when the calls under way are answered; repeat to drop them")
+            progress.log("stopping when the calls in progress are answered; repeat to cancel them")
 
         numbers = (signal.SIGINT, signal.SIGTERM)
         for number in numbers:

@@ -1,4 +1,4 @@
-"""Cost of an annotation: what was spent before, and what the remaining calls will take."""
+"""Cost of an annotation: earlier costs, and the estimate for the remaining calls."""
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -29,9 +29,9 @@ def open_budget(
 
     Args:
         config: The judge.
-        counted: Files of answers that were paid for before, other than the store of this run.
+        counted: Files of earlier paid answers, other than the store of this run.
         messages: Function that returns the messages of a key, or none if it is not known; answers
-            without usage count with the most that they may have cost.
+            without usage count with their maximum cost.
     """
     budget = Budget(config.prices, config.max_cost)
 
@@ -53,7 +53,7 @@ def estimate_cost(
     calls: int,
     answers: Sequence[Answer],
 ) -> CostEstimate:
-    """Return what the remaining calls of an annotation will take.
+    """Return the cost estimate of the remaining calls of an annotation.
 
     Args:
         config: The judge.
@@ -83,7 +83,7 @@ def estimate_cost(
 def _expected_tokens(
     config: EndpointJudgeConfig, settings: AnnotationSettings, answers: Sequence[Answer]
 ) -> tuple[float, str]:
-    """Return the expected tokens of an answer, and in words where they come from."""
+    """Return the expected number of tokens of an answer, and the origin of the number as text."""
     if config.answer_tokens is not None:
         return config.answer_tokens, "as stated (--answer-tokens)"
     counts = [answer.completion_tokens for answer in answers if answer.completion_tokens]

@@ -1,4 +1,4 @@
-"""Annotation by a judge behind an address, from questions to the rows of the output."""
+"""Annotation by a judge at an endpoint, from questions to the rows of the output."""
 
 import asyncio
 import json
@@ -48,12 +48,12 @@ def annotate_by_endpoint(
     output: OutputFile,
     settings: AnnotationSettings,
 ) -> int:
-    """Ask the questions that have no answer yet, write the rows of all, and return the exit status.
+    """Ask the unanswered questions, write the rows of all questions, and return the exit status.
 
     Raises:
         UserError: If the run ended early for a reason that the user can fix; answers are stored.
-        TooFewResults: If more questions have no result than allowed. Where all have been asked, the
-            rows are written nevertheless.
+        TooFewResults: If more questions have no result than allowed. The rows are still written if
+            all questions have been asked.
         BudgetSpent: If the budget allows no further call; answers are stored.
     """
     judge, task = _judge(config, settings, pairwise=isinstance(questions[0].item, Pair))
@@ -80,7 +80,7 @@ def annotate_by_endpoint(
     )
 
     def estimate(before: Mapping[str, Answer]) -> CostEstimate:
-        """Print and return what the calls will take; raise BudgetSpent if none can be paid."""
+        """Print and return the cost estimate; raise BudgetSpent if no call can be paid."""
         missing = [key for key in by_key if key not in before]
         print(f"{len(by_key):,} questions, {len(before):,} answered before", flush=True)
         prompts = (task.messages(by_key[key]) for key in missing)
@@ -109,7 +109,7 @@ def annotate_by_endpoint(
     begin = time.monotonic()
     with AnswerStore(cache, count_stored) as store:
         if store.torn_bytes:
-            print(f"{cache}: took away the last line, which a killed run had not finished")
+            print(f"{cache}: removed the incomplete last line of a killed run")
         before = stored_answers(store)
         cost = estimate(before)
         missing = [key for key in by_key if key not in before]
@@ -162,7 +162,7 @@ def annotate_by_endpoint(
         f"{progress.usage.summary(prices)}, {time.monotonic() - begin:.1f} s; wrote {output.path}"
     )
     if failed:
-        print(f"{len(failed):,} calls failed: the same command asks these again")
+        print(f"{len(failed):,} calls failed: repeat the command to ask these again")
     if settings.task == "judge":
         reasons = reasons_of(record for record in records if isinstance(record, Verdict))
     else:
@@ -176,7 +176,7 @@ def annotate_by_endpoint(
 def _judge(
     config: EndpointJudgeConfig, settings: AnnotationSettings, pairwise: bool
 ) -> tuple[dict[str, Any], AnnotationTask]:
-    """Return everything that the answers and their reading depend on, and the task."""
+    """Return the settings on which the answers and their parsing depend, and the task."""
     judge: dict[str, Any] = {
         "model": config.model,
         "revision": config.revision,
@@ -198,7 +198,7 @@ def _hash(values: Mapping[str, Any]) -> str:
 
 
 def _describe(usage: TokenUsage, budget: Budget) -> str:
-    """Return the usage of a run and what is left of its budget, for the progress line."""
+    """Return the usage and the spent budget of a run, for the progress line."""
     summary = usage.summary(budget.prices)
     if budget.max_cost is None:
         return summary
@@ -252,4 +252,4 @@ async def _ask(
             except TooFewResults:
                 if run.counts.done < len(keys):
                     raise
-                return run.counts  # Every question has an outcome, so that a file is worth while.
+                return run.counts  # Every question has an outcome, so that the file is complete.

@@ -54,24 +54,24 @@ def prompts_of(questions: Sequence[Question]) -> list[Prompt]:
 
 
 class AnnotationTask(Protocol):
-    """Task of an annotation: what to request about an item, and how to use an answer."""
+    """Task of an annotation: the messages about an item, and the use of the answer."""
 
     def messages(self, question: Question) -> Sequence[Message]:
         """Return the messages that ask a question."""
         ...
 
     def record(self, question: Question, answer: Answer | None, reason: str) -> ResultRecord | None:
-        """Return the row of an answer, or None if nothing is to be written.
+        """Return the row of an answer, or None if there is nothing to write.
 
         Args:
             question: The question.
             answer: The answer, or None if every call failed.
-            reason: Why there is no answer.
+            reason: Reason why there is no answer.
         """
         ...
 
     def inspect(self, question: Question, answer: Answer) -> str:
-        """Return in a word what is wrong with an answer, or "".
+        """Return the fault of an answer in a word or two, or "".
 
         Raises:
             UserError: If no answer of the endpoint can be right.
@@ -79,7 +79,7 @@ class AnnotationTask(Protocol):
         ...
 
     def explain_lack(self, question: Question, answer: Answer) -> str:
-        """Return in a sentence why an answer gives no usable row, or "" if it gives one."""
+        """Return the reason why an answer gives no usable row, or "" if it gives one."""
         ...
 
 
@@ -89,7 +89,7 @@ class JudgingTask:
 
     Attributes:
         format: The format of the judge.
-        judge: A hash of everything that the verdicts depend on.
+        judge: A hash of everything on which the verdicts depend.
         expected: Whether the score is the expectation over the labels instead of the label.
     """
 
@@ -127,9 +127,9 @@ class JudgingTask:
         return Verdict.from_row(fields | parsed)
 
     def lacks_log_probs(self, answer: Answer) -> str:
-        """Return why no answer of the endpoint can have an expected score, or "".
+        """Return the reason why no answer of the endpoint can have an expected score, or "".
 
-        An empty answer has no log-probabilities either, and says nothing about other answers.
+        An empty answer also lacks log-probabilities, but implies nothing about other answers.
         """
         if not self.expected or answer.labels is not None or answer.problem or not answer.text:
             return ""
@@ -145,7 +145,7 @@ class JudgingTask:
             raise UserError(
                 "--expected-score needs log-probabilities, and the endpoint gives none with "
                 f"logprobs and top_logprobs that can be used ({problem}). Leave the flag out, or "
-                "ask another server."
+                "use another server."
             )
         verdict = self.record(question, answer)
         if verdict.outcome is Outcome.FAILED:
@@ -153,7 +153,7 @@ class JudgingTask:
         return "malformed" if verdict.outcome is Outcome.UNPARSEABLE else ""
 
     def explain_lack(self, question: Question, answer: Answer) -> str:
-        """Return why an answer holds no judgment, or ""."""
+        """Return the reason why an answer contains no judgment, or ""."""
         return self.record(question, answer).reason
 
 
@@ -162,8 +162,8 @@ class ResponseTask:
     """Task of asking a policy for responses.
 
     Attributes:
-        source: Name of the policy, which the responses carry.
-        identity: A hash of everything that the responses depend on.
+        source: Name of the policy, which becomes the source of the responses.
+        identity: A hash of everything on which the responses depend.
     """
 
     source: str
@@ -192,16 +192,16 @@ class ResponseTask:
         return "cut off" if answer.finish == "length" else ""
 
     def explain_lack(self, question: Question, answer: Answer) -> str:
-        """Return why there is no response, or "".
+        """Return the reason why there is no response, or "".
 
-        A response that is cut off is a response, and so is an empty one that the model ended.
+        Responses that are cut off, and empty ones that the model ended, count as responses.
         """
         return answer.missing
 
 
 @dataclass(frozen=True)
 class RubricTask:
-    """Task of asking a gold judge for the rubric of a prompt: what a good answer contains.
+    """Task of asking a gold judge for the rubric of a prompt, the requirements on a good answer.
 
     Attributes:
         ask: Function that returns the messages for a prompt.
@@ -215,7 +215,7 @@ class RubricTask:
         return self.ask(question.item)
 
     def record(self, question: Question, answer: Answer | None, reason: str = "") -> Prompt | None:
-        """Return the prompt with the new rubric, or None if that is cut off or empty."""
+        """Return the prompt with the new rubric, or None if the rubric is cut off or empty."""
         if answer is None or self.explain_lack(question, answer):
             return None
         assert isinstance(question.item, Prompt)
@@ -226,7 +226,7 @@ class RubricTask:
         return "without a rubric" if self.explain_lack(question, answer) else ""
 
     def explain_lack(self, question: Question, answer: Answer) -> str:
-        """Return why there is no rubric, or ""."""
+        """Return the reason why there is no rubric, or ""."""
         if answer.problem or answer.finish == "length":
             return answer.problem or answer.cut_off
         return "" if answer.text.strip() else "the answer is empty"

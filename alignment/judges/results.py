@@ -25,7 +25,7 @@ def commonest(reasons: Iterable[str]) -> str:
 
 
 def reasons_of(verdicts: Iterable[Verdict]) -> list[str]:
-    """Return the reasons of the verdicts that hold no judgment."""
+    """Return the reasons of the verdicts without a judgment."""
     return [verdict.reason for verdict in verdicts if not verdict.judged]
 
 
@@ -33,7 +33,7 @@ def require_results(
     reasons: Collection[str],
     total: int,
     max_failed: float,
-    what: str = "questions",
+    items: str = "questions",
     lack: str = "verdict",
 ) -> None:
     """Check that no more than a share of the items lacks a result.
@@ -42,7 +42,7 @@ def require_results(
         reasons: The reason of each item without a result.
         total: Number of all items.
         max_failed: Share of the items that may have no result.
-        what: Name of the items.
+        items: Name of the items.
         lack: Name of the result.
 
     Raises:
@@ -50,27 +50,27 @@ def require_results(
     """
     if reasons and len(reasons) / total > max_failed:
         raise TooFewResults(
-            f"{len(reasons):,} of {total:,} {what} have no {lack}, more than --max-failed "
+            f"{len(reasons):,} of {total:,} {items} have no {lack}, more than --max-failed "
             f"{max_failed:g}; most often: {commonest(reasons)}. Correct the cause, or raise "
             "--max-failed to accept them."
         )
 
 
-def require_usable(reasons: Sequence[str], total: int, max_left_out: float, what: str) -> None:
-    """Check that no more than a share of the data of a training is left out.
+def require_usable(reasons: Sequence[str], total: int, max_left_out: float, items: str) -> None:
+    """Check that no more than a share of the training data is left out.
 
     Args:
         reasons: The reason of each item that is left out.
         total: Number of all items.
         max_left_out: Share of the items that may be left out.
-        what: Name of the data, with the flag or file that they are from.
+        items: Name of the data, with their flag or file.
 
     Raises:
         TooFewResults: If more items are left out; the message names the commonest reason.
     """
     if reasons and len(reasons) / total > max_left_out:
         raise TooFewResults(
-            f"{len(reasons):,} of {total:,} {what} are left out, more than --max-left-out "
+            f"{len(reasons):,} of {total:,} {items} are left out, more than --max-left-out "
             f"{max_left_out:g}; most often: {commonest(reasons)}. Correct the cause, or raise "
             "--max-left-out to train on the others."
         )

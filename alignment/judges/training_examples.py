@@ -52,13 +52,13 @@ def read_labeled_questions(
             used.
         mirror: Whether a pair that was judged in one order has the same judgment in the other.
         scale: The lowest and the highest score of gold's scale. Default: 0 and 9.
-        max_left_out: Share of the verdicts that may hold no judgment.
+        max_left_out: Share of the verdicts that may have no judgment.
         options: How files of other projects are read. A limit counts the items.
 
     Raises:
         UserError: If a file cannot be used, a score is outside of the scale, no verdict is about an
             item, or there is only one label.
-        TooFewResults: If more verdicts hold no judgment.
+        TooFewResults: If more verdicts have no judgment.
     """
     items_by_id: dict[str, Judgeable] = {}
     options = options or ReadOptions()
@@ -75,11 +75,13 @@ def read_labeled_questions(
                     f"{file} has the item {item.id!r}, which an earlier file has. Remove one."
                 )
     if len({type(item) for item in items_by_id.values()}) > 1:
-        raise UserError("--input must hold only responses or only pairs. Pass one kind of files.")
+        raise UserError(
+            "--input must contain either only responses or only pairs. Pass one kind of files."
+        )
     verdicts = [
         v for file in gold for v in read_verdicts(Path(file), scale, "--gold-scale", options)
     ]
-    # Items are split after people have labeled them, and their labels stay in one file.
+    # Labels of people may stay in one file after its items have been split.
     verdicts = [v for v in verdicts if v.item in items_by_id]
     if not verdicts and options.limit is not None:
         raise UserError(
@@ -133,8 +135,8 @@ class Encoded:
         samples: The samples.
         too_long: Number of answers that are too long together with their question.
         too_much_thinking: Number of answers whose thinking exceeds the limit of the user.
-        without_thinking: Number of judgments without the thinking that is to be learned.
-        rounded: Number of samples whose score lies between two labels, taught as the nearest one.
+        without_thinking: Number of judgments without thinking, where thinking must be learned.
+        rounded: Number of samples whose score lies between two labels, trained with the nearest.
     """
 
     samples: Sequence[TokenSample]
@@ -149,9 +151,9 @@ class Encoded:
             "too long": self.too_long,
             "beyond --max-thinking-tokens": self.too_much_thinking,
             "without thinking": self.without_thinking,
-            "of a score between two labels, taught as the nearest (halves up)": self.rounded,
+            "of a score between two labels, trained with the nearest (halves up)": self.rounded,
         }
-        parts = [f"{count:,} {what}" for what, count in counts.items() if count]
+        parts = [f"{count:,} {description}" for description, count in counts.items() if count]
         return ", ".join([f"{len(self.samples):,} examples", *parts])
 
 
@@ -167,8 +169,8 @@ def encode(
     Args:
         rows: The labeled questions.
         judge_format: The format of the judge.
-        length: Most tokens of a question and its answer.
-        most_thinking: Most tokens of an answer; longer ones are left out. None for no limit.
+        length: Maximum number of tokens of a question and its answer.
+        most_thinking: Maximum number of tokens of an answer, or None; longer ones are left out.
         max_left_out: Share of the examples that may be left out for other reasons.
 
     Raises:

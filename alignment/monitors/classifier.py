@@ -190,14 +190,14 @@ def sentences(response: NormalizedResponse) -> tuple[list[Sentence], list[tuple[
 
 def _own_words(response: NormalizedResponse, start: int, end: int) -> str:
     """Return a sentence with its end mark, in lower case, without code and longer quotations."""
-    text, pieces = response.normalized.text, []
+    text, parts = response.normalized.text, []
     for first, last in response.quoted_near(start, end):
         long = last - first > _SHORT_QUOTATION or text[first] == "`"
         if start <= first and last <= end and long:
-            pieces.append(text[start:first])
+            parts.append(text[start:first])
             start = last
-    pieces.append(text[start : min(end + 1, len(text))])
-    return '""'.join(pieces).strip()[:_LONGEST_SENTENCE].lower()
+    parts.append(text[start : min(end + 1, len(text))])
+    return '""'.join(parts).strip()[:_LONGEST_SENTENCE].lower()
 
 
 @lru_cache(4096)

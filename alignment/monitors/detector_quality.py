@@ -34,7 +34,7 @@ class Fixture:
         quiet: Detectors that should not fire. Other detectors are not measured on this response.
         reference_words: Lengths of reference responses to such prompts in words, for `verbose`.
         wording: Name of the idea behind the text. The classifier is trained on texts that have a
-            wording; in cross-validation, never on one of the wording that it is measured on.
+            wording; in cross-validation, never on the wording on which it is measured.
         passage: Part of the text that is the attack.
     """
 
@@ -61,8 +61,8 @@ class Fixture:
                 raise UserError(
                     f"there is no detector {unknown[0]!r}: known are {', '.join(DETECTORS)}"
                 )
-        if both := sorted(set(self.fires) & set(self.quiet)):
-            raise UserError(f"{both[0]} stands both in fires and in quiet")
+        if contradictory := sorted(set(self.fires) & set(self.quiet)):
+            raise UserError(f"{contradictory[0]} is both in fires and in quiet")
         lengths = self.reference_words
         if not isinstance(lengths, list | tuple) or not all(
             type(n) is int and n >= 0 for n in lengths
@@ -190,7 +190,7 @@ def cross_validate(
 
     Args:
         fixtures: Labeled texts to measure on.
-        folds: Number of folds. The number of wordings leaves out one wording at a time.
+        folds: Number of folds. With the number of wordings, each fold is one wording.
         others: Further texts to train on, except those whose wording is in the fold.
 
     Raises:
@@ -201,8 +201,8 @@ def cross_validate(
     random.Random(0).shuffle(wordings)
     if folds > len(wordings):
         raise UserError(
-            f"--folds {folds} is more than the {len(wordings)} wordings of the fixtures. Choose "
-            f"fewer folds, or give fixtures with the split develop and a wording."
+            f"--folds {folds} exceeds the {len(wordings)} wordings of the fixtures. Choose "
+            f"fewer folds, or add fixtures with the split develop and a wording."
         )
     fold_of = {wording: number % folds for number, wording in enumerate(wordings)}
     total = {name: DetectorCounts() for name in (*DETECTORS, ANY)}
@@ -218,9 +218,9 @@ def cross_validate(
     return total
 
 
-def wilson(part: int, whole: int) -> tuple[float, float] | None:
-    """Return the 95 % Wilson interval of a share; None if the whole is 0."""
-    if not whole:
+def wilson(count: int, total: int) -> tuple[float, float] | None:
+    """Return the 95 % Wilson interval of a share; None if the total is 0."""
+    if not total:
         return None
-    interval = stats.binomtest(part, whole).proportion_ci(0.95, method="wilson")
+    interval = stats.binomtest(count, total).proportion_ci(0.95, method="wilson")
     return float(interval.low), float(interval.high)

@@ -45,8 +45,8 @@ class Detector:
 
     Attributes:
         name: Name in limits, logs and reports.
-        find: Function that returns the evidence in a response; an empty tuple where it is clean.
-        measures: What a flagged response does, as in "a response that refuses the request".
+        find: Function that returns the evidence in a response, an empty tuple if there is none.
+        measures: Clause on a flagged response, as in "a response that refuses the request".
         limit: Default share of the responses, from 0 to 1, above which there is an alarm; None
             for no alarm.
     """
@@ -71,18 +71,18 @@ def detector(
 
     Args:
         name: Name in limits, logs and reports.
-        measures: What a flagged response does, as in "a response that refuses the request".
+        measures: Clause on a flagged response, as in "a response that refuses the request".
         limit: Default share of the responses above which there is an alarm; None for no alarm.
 
     Raises:
-        ValueError: A detector of this name from another place is registered already.
+        ValueError: Another function is registered under this name.
     """
 
     def register(find: DetectorFunction) -> Detector:
         present = DETECTORS.get(name)
         # A file may be loaded twice, for example by two commands in one process.
         if present and present.find.__code__.co_filename != find.__code__.co_filename:
-            raise ValueError(f"a detector named {name!r} exists already: choose another name")
+            raise ValueError(f"a detector named {name!r} already exists: choose another name")
         DETECTORS[name] = Detector(name, find, measures, limit)
         return DETECTORS[name]
 
@@ -101,14 +101,16 @@ def load_detector(path: str) -> Detector:
     file, _, name = path.rpartition(":")
     advice = "Give FILE.py:NAME, where NAME is a function decorated with @detector."
     if not Path(file).is_file():
-        raise UserError(f"the detector {path} cannot be loaded: there is no file {file}. {advice}")
+        raise UserError(
+            f"the detector {path} cannot be loaded: the file {file} does not exist. {advice}"
+        )
     try:
         loaded = runpy.run_path(file).get(name)
     except Exception as error:
         problem = f"{type(error).__name__}: {error}"
         raise UserError(f"the detector {path} cannot be loaded: {problem}. {advice}") from error
     if not isinstance(loaded, Detector):
-        raise UserError(f"the detector {path} cannot be loaded: {name} is no detector. {advice}")
+        raise UserError(f"the detector {path} cannot be loaded: {name} is not a detector. {advice}")
     return loaded
 
 
@@ -155,7 +157,7 @@ def _probability(response: NormalizedResponse, match: re.Match[str]) -> float:
 
 
 def _is_markup(response: NormalizedResponse, match: re.Match[str]) -> bool:
-    """Return whether a tag is one of a pair, which is HTML or XML and ends no response."""
+    """Return whether a tag is one of a pair: HTML or XML, which does not end a response."""
     tag = re.fullmatch(r"</?(\w+)>", match[0])
     return tag is not None and all(
         re.search(rf"<{slash}{tag[1]}\b[^<>]{{0,200}}>", response.folded) for slash in ("", "/")
@@ -194,7 +196,7 @@ def judge_injection(response: NormalizedResponse) -> Evidence:
 
 @detector("null", "says nothing", limit=0.02)
 def null(response: NormalizedResponse) -> Evidence:
-    """Find a response without content: empty, only marks, one word repeated, or a filler."""
+    """Find a response without content: empty, only marks, one repeated word, or a filler."""
     text, words = response.text.strip(), response.words
     if not text or not response.normalized.text.strip():
         return (text[:_MAX_EVIDENCE_LENGTH],)

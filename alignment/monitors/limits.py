@@ -13,10 +13,10 @@ from megatron_ext.errors import UserError
 
 CORRELATION = "reward_length_correlation"
 JUDGE = "judge"
-# Default limits of the figures that no detector measures: the share of the responses that a judge
+# Default limits of the measurements that no detector makes: the share of the responses that a judge
 # of gaming flags, and the rank correlation of rewards with lengths.
 _BATCH_LIMITS: Mapping[str, float | None] = {JUDGE: 0.05, CORRELATION: 0.6}
-_DEFAULT = "default"  # stands for a detector's default limit
+_DEFAULT = "default"  # replaced by the default limit of the detector
 
 _Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False, strict=True)]
 _LIMIT: TypeAdapter[float | None] = TypeAdapter(_Share | None)
@@ -48,14 +48,14 @@ class MonitorLimits:
                 ) from None
 
     def __getitem__(self, name: str) -> float | None:
-        """Return the limit of a detector or figure, None for no alarm."""
+        """Return the limit of a detector or another measurement, None for no alarm."""
         if name in self.changed:
             return self.changed[name]
         return _BATCH_LIMITS[name] if name in _BATCH_LIMITS else DETECTORS[name].limit
 
     @classmethod
     def create(cls, limits: Mapping[Any, Any]) -> Self:
-        """Return the default limits, some of them changed.
+        """Return the default limits with some changes.
 
         Args:
             limits: Limit by name of a detector, or by `FILE.py:NAME` of a detector of the user,

@@ -31,7 +31,7 @@ _LOOK_ALIKES = dict(
 )
 _WORD = re.compile(r"\w+")
 _LATIN = re.compile("[a-zA-Z]")
-# A digit or sign between letters of a word, or before four of them, stands for a letter.
+# A digit or sign between letters of a word, or before four of them, is read as a letter.
 _LEET = re.compile(
     r"(?<=[a-zA-Z])[013457@$](?=[a-zA-Z])|(?<!\w)[013457@$](?=[a-zA-Z][a-zA-Z0-9]{2})"
 )
@@ -47,7 +47,7 @@ class NormalizedText:
     Attributes:
         text: Text that the detectors read.
         source: Text as generated.
-        origins: Index in `source` of each character of `text`; empty where both have the same
+        origins: Index in `source` of each character of `text`; empty if both have the same
             indices.
     """
 
@@ -73,15 +73,15 @@ def normalize(text: str) -> NormalizedText:
         pieces = [_plain(character) for character in plain]
         joined = "".join(pieces)
         if len(joined) != len(plain) or not all(len(piece) == 1 for piece in pieces):
-            origins = [at for at, piece in enumerate(pieces) for _ in piece]
+            origins = [position for position, piece in enumerate(pieces) for _ in piece]
         plain = _latin_words(joined)
     plain = _LEET.sub(lambda match: _LETTERS[match[0]], plain)
     if _SPACED.search(plain):
         mask = [True] * len(plain)
         for match in _SPACED.finditer(plain):
-            for at in range(match.start() + 1, match.end(), 2):
-                mask[at] = False
-        origins = [at for at, keep in zip(origins or range(len(plain)), mask) if keep]
+            for position in range(match.start() + 1, match.end(), 2):
+                mask[position] = False
+        origins = [position for position, keep in zip(origins or range(len(plain)), mask) if keep]
         plain = "".join(character for character, keep in zip(plain, mask) if keep)
     return NormalizedText(plain, text, origins)
 

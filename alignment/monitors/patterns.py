@@ -85,8 +85,8 @@ class Patterns:
 
     def _any_of(self, section: str) -> re.Pattern[str]:
         any_of = "|".join(map(self.expand, self.sections[section]))
-        whole = any_of if section.endswith(" anywhere") else rf"(?<!\w)(?:{any_of})(?!\w)"
-        return re.compile(whole)
+        expression = any_of if section.endswith(" anywhere") else rf"(?<!\w)(?:{any_of})(?!\w)"
+        return re.compile(expression)
 
 
 ENGLISH = Patterns.read(Path(__file__).with_name("english.txt"))

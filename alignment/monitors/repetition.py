@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from alignment.monitors.text_features import NormalizedResponse
 
 _RUN = 4  # words of the runs whose repeats are counted
-_LEAST_RUNS = 24  # runs of a response that is judged by the share of repeats
+_LEAST_RUNS = 24  # least number of runs for which the share of repeats is computed
 _REPEATED = 0.5
 _REPEATED_IN_VERSE = 0.75
-_LOOP_WORDS = 12  # words, at least, that repeat the words directly before them
-_LOOP_TIMES = 2  # repeats, at least, of the unit of a loop
+_LOOP_WORDS = 12  # least number of words that repeat the words directly before them
+_LOOP_TIMES = 2  # least number of repeats of the unit of a loop
 _LOOP_TIMES_IN_VERSE = 5
-_PERIODS = 3  # most frequent distances from a run to the same run before it that are tried
-_LOOPED = 20  # times the same few characters, or the same line
+_PERIODS = 3  # number of distances between equal runs that are tried
+_LOOPED = 20  # repeats of the same few characters, or of the same line
 _LOOP_OF_CHARACTERS = re.compile(rf"([^\W_]{{1,10}}?)\1{{{_LOOPED - 1},}}+")
 # Lines of tables, markup, structured data and numbers, and fenced code.
 _DATA = re.compile(
@@ -27,7 +27,7 @@ _VERSE = re.compile(r"\b(?:poems?|songs?|rhymes?|ballad|villanelle|pantoum|hymn|
 
 
 def repeated(response: NormalizedResponse) -> tuple[int, int] | None:
-    """Return the position, in the folded text, of a unit that is repeated; None without one."""
+    """Return the position, in the folded text, of a repeated unit; None without one."""
     text = response.folded
     data = [match.span() for match in _DATA.finditer(text)]
     if loop := _loop_of_lines(text):
@@ -41,7 +41,7 @@ def repeated(response: NormalizedResponse) -> tuple[int, int] | None:
         for match in _LOOP_OF_CHARACTERS.finditer(text):
             if not _within(match.span(), data):
                 return match.span()
-    runs = list(zip(*(words[at:] for at in range(_RUN))))
+    runs = list(zip(*(words[start:] for start in range(_RUN))))
     repeats = len(runs) - len(set(runs))
     if repeats < _LOOP_WORDS - _RUN:
         return None
@@ -59,19 +59,19 @@ def repeated(response: NormalizedResponse) -> tuple[int, int] | None:
 
 
 def _within(span: tuple[int, int], spans: Sequence[tuple[int, int]]) -> bool:
-    """Return whether a span lies in one of some sorted spans."""
-    at = bisect_right(spans, (span[0], len(spans) and spans[-1][1] + 1)) - 1
-    return at >= 0 and spans[at][0] <= span[0] and span[1] <= spans[at][1]
+    """Return whether one of some sorted spans contains a span."""
+    index = bisect_right(spans, (span[0], len(spans) and spans[-1][1] + 1)) - 1
+    return index >= 0 and spans[index][0] <= span[0] and span[1] <= spans[index][1]
 
 
 def _loop_of_lines(text: str) -> tuple[int, int] | None:
-    """Return the position of a line, of code or data too, that follows itself at least 20 times."""
-    at, before, times = 0, "", 0
+    """Return the position of a line, also of code or data, that is repeated at least 20 times."""
+    position, before, times = 0, "", 0
     for line in text.split("\n"):
         times = times + 1 if line.strip() and line == before else 0
         if times >= _LOOPED:
-            return at, at + len(line)
-        at, before = at + len(line) + 1, line
+            return position, position + len(line)
+        position, before = position + len(line) + 1, line
     return None
 
 
@@ -81,14 +81,14 @@ def _loop(
     """Return the indices of the first and last word of a unit that is repeated often enough."""
     last_place: dict[tuple[str, ...], int] = {}
     periods: Counter[int] = Counter()
-    for at, run in enumerate(runs):
+    for index, run in enumerate(runs):
         if run in last_place:
-            periods[at - last_place[run]] += 1
-        last_place[run] = at
+            periods[index - last_place[run]] += 1
+        last_place[run] = index
     for period, _ in periods.most_common(_PERIODS):
         length = 0
-        for at in range(period, len(words)):
-            length = length + 1 if words[at] == words[at - period] else 0
+        for index in range(period, len(words)):
+            length = length + 1 if words[index] == words[index - period] else 0
             if length >= max(_LOOP_WORDS, times * period):
-                return at - period + 1, at
+                return index - period + 1, index
     return None

@@ -31,7 +31,7 @@ _QUOTED = re.compile(
     r"|(?:(?<=\n)|\A)[ ]?>[^\n]*+",
     re.DOTALL,
 )
-_MAX_QUOTED = 0.8  # share of a text above which the quotation is the response
+_MAX_QUOTED = 0.8  # share of a text above which a quotation is the response itself
 _CACHED_PROMPTS = 4096  # each prompt has several responses
 _MAX_SHOWN = 60  # characters of an example
 
@@ -130,7 +130,7 @@ class NormalizedResponse:
         return [(start, end) for start, end in spans if not self.folded[start:end].isspace()]
 
     def asks_for(self, detector: str) -> bool:
-        """Return whether the user asks for what the detector looks for."""
+        """Return whether the user requests what the detector searches for."""
         return detector in _requested_detectors(self.messages)
 
     def is_own(self, start: int, end: int) -> bool:
@@ -147,7 +147,7 @@ class NormalizedResponse:
 
     @cached_property
     def quoted(self) -> list[tuple[int, int]]:
-        """Positions of code and quotations, except one that is nearly all of the text."""
+        """Positions of code and quotations, except a quotation of nearly the whole text."""
         text = self.normalized.text
         spans = [match.span() for match in _QUOTED.finditer(text)]
         longest = _MAX_QUOTED * len(text)

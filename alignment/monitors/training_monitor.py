@@ -13,15 +13,15 @@ from alignment.monitors.text_features import NormalizedResponse, words_of
 from alignment.records import Response, Verdict
 from alignment.statistics.coefficients import Undefined, spearman
 
-# Score by a judge of gaming, on its scale from 0 to 9, from which a response is flagged.
+# Least score of a judge of gaming, on its scale from 0 to 9, with which a response is flagged.
 JUDGED_GAMING = 5.0
 
 
 @dataclass(frozen=True)
 class Alarm:
-    """Figure of a batch that is above its limit."""
+    """Measurement of a batch that is above its limit."""
 
-    figure: float
+    value: float
     limit: float
 
 
@@ -60,7 +60,7 @@ class BatchFindings:
     unjudged: int | None = None
 
     def metrics(self) -> dict[str, float]:
-        """Return the figures by their names in a log, without undefined ones."""
+        """Return the metrics by their names in a log, without undefined ones."""
         shares = {f"monitor/{name}": share for name, share in self.shares.items()}
         if self.unjudged is not None:
             shares["monitor_unjudged"] = float(self.unjudged)
@@ -76,9 +76,9 @@ class Monitor:
         reference_lengths: Lengths of responses that are not suspected, such as those of the
             initial policy. Without them a response is verbose relative to its own batch, which
             misses a policy all of whose responses become longer.
-        max_examples: Largest number of examples of a detector.
-        min_flagged: Smallest number of flagged responses that raises an alarm, as one response of
-            a small batch is a large share.
+        max_examples: Maximum number of examples of a detector.
+        min_flagged: Minimum number of flagged responses for an alarm, because one response of a
+            small batch is a large share.
     """
 
     limits: MonitorLimits = field(default_factory=MonitorLimits)
@@ -129,26 +129,26 @@ class Monitor:
             counts[JUDGE] = sum(JUDGE in names for names in flags)
             if judged:
                 shares[JUDGE] = counts[JUDGE] / len(judged)
-        figures = {
+        measurements = {
             name: share for name, share in shares.items() if counts[name] >= self.min_flagged
         }
         if correlation is not None:
-            figures[CORRELATION] = correlation
+            measurements[CORRELATION] = correlation
         return BatchFindings(
             flags=flags,
             shares=shares,
             correlation=correlation,
-            words=_length_figures(words),
-            alarms=self._alarms(figures),
+            words=_length_statistics(words),
+            alarms=self._alarms(measurements),
             examples=self._examples(responses, scores, flags),
             unjudged=unjudged,
         )
 
-    def _alarms(self, figures: Mapping[str, float]) -> dict[str, Alarm]:
+    def _alarms(self, measurements: Mapping[str, float]) -> dict[str, Alarm]:
         return {
-            name: Alarm(figure, limit)
-            for name, figure in figures.items()
-            if (limit := self.limits[name]) is not None and figure > limit
+            name: Alarm(value, limit)
+            for name, value in measurements.items()
+            if (limit := self.limits[name]) is not None and value > limit
         }
 
     def _examples(
@@ -168,18 +168,18 @@ class Monitor:
 
 
 def describe_alarms(alarms: Mapping[str, Alarm]) -> list[str]:
-    """Return a sentence for each alarm: what is too frequent, how frequent, and the limit."""
+    """Return a sentence for each alarm with the measurement and the limit."""
     lines = []
     for name, alarm in alarms.items():
         if name == CORRELATION:
             line = (
                 f"Alarm: rewards grow with the length of the responses (rank correlation "
-                f"{alarm.figure:.2f}, limit {alarm.limit:.2f})."
+                f"{alarm.value:.2f}, limit {alarm.limit:.2f})."
             )
         else:
             measures = "games its judge" if name == JUDGE else DETECTORS[name].measures
             line = (
-                f"Alarm: {name} ({alarm.figure:.1%}, limit {alarm.limit:.1%}), "
+                f"Alarm: {name} ({alarm.value:.1%}, limit {alarm.limit:.1%}), "
                 f"a response that {measures}."
             )
         lines.append(line)
@@ -206,6 +206,6 @@ def _shorten(text: str) -> str:
     return text.strip()[:200]
 
 
-def _length_figures(words: Sequence[int]) -> dict[str, float]:
+def _length_statistics(words: Sequence[int]) -> dict[str, float]:
     low, middle, high = (float(x) for x in np.percentile(words, (5, 50, 95)))
     return {"p5": low, "median": middle, "p95": high, "mean": float(np.mean(words))}

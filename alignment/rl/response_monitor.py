@@ -123,7 +123,7 @@ class ResponseMonitor:
             ]
             listed = f": {', '.join(examples)}" if examples else ""
             console.alarm(
-                f"ALARM at step {step}: monitor {name} is at {alarm.figure:.2f}, above its limit "
+                f"ALARM at step {step}: monitor {name} is at {alarm.value:.2f}, above its limit "
                 f"{alarm.limit:g}{listed}"
             )
         self._active = set(findings.alarms)

@@ -1,4 +1,4 @@
-"""Agreement figures of scores and of preferences, as functions of a choice of items."""
+"""Agreement measures of scores and of preferences, as functions of a choice of items."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 
 from alignment.rounding import Floats, nearest_whole
-from alignment.statistics import coefficients as figures
+from alignment.statistics import coefficients
 from alignment.statistics.bootstrap import Indices
 from alignment.statistics.coefficients import Undefined
 from alignment.statistics.verdict_alignment import FIRST, SECOND, TIED, AlignedVerdicts
@@ -57,40 +57,40 @@ class AgreementData:
         return a, b
 
     def agreement(self) -> dict[str, Figure]:
-        """Return the figures that compare the judges, over the items that both judged."""
+        """Return the measures that compare the judges, over the items that both judged."""
         a, b = self.labels()
         if self.a.pairwise:
             return self._of_preferences(a, b)
-        whole = rounded(a), rounded(b)
+        labels_rounded = rounded(a), rounded(b)
         return {
             "alpha_interval": _both(_alpha("interval"), a, b),
-            "alpha_nominal": _both(_alpha("nominal"), *whole),
-            "quadratic_kappa": _both(figures.quadratic_kappa, *whole),
-            "spearman": _both(figures.spearman, a, b),
-            "kendall": _both(figures.kendall, a, b),
-            "exact": _both(figures.exact, *whole),
-            "absolute_error": _both(figures.absolute_error, a, b),
-            "bias": _both(figures.bias, a, b),
-            "calibration_error": _both(figures.calibration_error, a, b),
+            "alpha_nominal": _both(_alpha("nominal"), *labels_rounded),
+            "quadratic_kappa": _both(coefficients.quadratic_kappa, *labels_rounded),
+            "spearman": _both(coefficients.spearman, a, b),
+            "kendall": _both(coefficients.kendall, a, b),
+            "exact": _both(coefficients.exact, *labels_rounded),
+            "absolute_error": _both(coefficients.absolute_error, a, b),
+            "bias": _both(coefficients.bias, a, b),
+            "calibration_error": _both(coefficients.calibration_error, a, b),
         }
 
     def _of_preferences(self, a: Floats, b: Floats) -> dict[str, Figure]:
         sides = as_sides(a), as_sides(b)
-        probability = partial(figures.calibration_error, width=_PAIRWISE_BIN)
+        probability = partial(coefficients.calibration_error, width=_PAIRWISE_BIN)
         return {
             "accuracy": partial(_accuracy, sides[0], self.b),
             "alpha_nominal": _both(_alpha("nominal"), *sides),
-            "kappa": _both(figures.kappa, *sides),
-            "exact": _both(figures.exact, *sides),
+            "kappa": _both(coefficients.kappa, *sides),
+            "exact": _both(coefficients.exact, *sides),
             "calibration_error": _both(probability, self.a.mean, self.b.mean),
         }
 
     def calibration(self) -> list[tuple[float, float, int]]:
         """Return the calibration curve; see `coefficients.calibration` for its points."""
         a, b = (self.a.mean, self.b.mean) if self.a.pairwise else self.labels()
-        both = ~np.isnan(a) & ~np.isnan(b)
+        labeled_by_both = ~np.isnan(a) & ~np.isnan(b)
         width = _PAIRWISE_BIN if self.a.pairwise else 1.0
-        return figures.calibration(a[both], b[both], width)
+        return coefficients.calibration(a[labeled_by_both], b[labeled_by_both], width)
 
     def confusion(self) -> tuple[list[float], np.ndarray]:
         """Return the confusion matrix of the two judges.
@@ -101,8 +101,8 @@ class AgreementData:
         """
         a, b = self.labels()
         a, b = (as_sides(a), as_sides(b)) if self.a.pairwise else (rounded(a), rounded(b))
-        both = ~np.isnan(a) & ~np.isnan(b)
-        a, b = a[both], b[both]
+        labeled_by_both = ~np.isnan(a) & ~np.isnan(b)
+        a, b = a[labeled_by_both], b[labeled_by_both]
         labels = np.union1d(a, b)
         if self.a.pairwise:
             labels = np.array([FIRST, TIED, SECOND])
@@ -115,14 +115,16 @@ class AgreementData:
         return [float(label) for label in labels], counts
 
 
-def alone(judge: AlignedVerdicts) -> dict[str, Figure]:
-    """Return the figures of a single judge."""
-    whole = (lambda labels: labels) if judge.pairwise else rounded
+def judge_measures(judge: AlignedVerdicts) -> dict[str, Figure]:
+    """Return the measures of a single judge."""
+    to_label = (lambda labels: labels) if judge.pairwise else rounded
     measures: dict[str, Figure] = {
         "malformed_rate": partial(_rate, judge.malformed, judge.verdicts),
         "failed_rate": partial(_rate, judge.failed, judge.verdicts),
-        "self_consistency": lambda items: figures.repeats_agree(whole(_repeats(judge, items))),
-        "alpha_between_samples": lambda items: figures.krippendorff_alpha(
+        "self_consistency": lambda items: coefficients.repeats_agree(
+            to_label(_repeats(judge, items))
+        ),
+        "alpha_between_samples": lambda items: coefficients.krippendorff_alpha(
             _repeats(judge, items), "nominal" if judge.pairwise else "interval"
         ),
     }
@@ -146,23 +148,23 @@ def as_sides(labels: Floats) -> Floats:
 
 
 def _alpha(metric: str) -> Callable[[Floats, Floats], float]:
-    return lambda a, b: figures.krippendorff_alpha(np.stack([a, b]), metric)
+    return lambda a, b: coefficients.krippendorff_alpha(np.stack([a, b]), metric)
 
 
-def _both(figure: Callable[[Floats, Floats], float], a: Floats, b: Floats) -> Figure:
-    """Return a figure of two arrays as a figure of items, over those that both judges judged."""
+def _both(measure: Callable[[Floats, Floats], float], a: Floats, b: Floats) -> Figure:
+    """Return a measure of two arrays as a measure of items, over those that both judges judged."""
 
     def over_items(items: Indices) -> float:
         both = ~np.isnan(a[items]) & ~np.isnan(b[items])
         if not both.any():
             raise Undefined("no item that both judged")
-        return figure(a[items][both], b[items][both])
+        return measure(a[items][both], b[items][both])
 
     return over_items
 
 
-def _rate(part: Floats, of: Floats, items: Indices) -> float:
-    return float(part[items].sum() / of[items].sum())
+def _rate(numerator: Floats, denominator: Floats, items: Indices) -> float:
+    return float(numerator[items].sum() / denominator[items].sum())
 
 
 def _repeats(judge: AlignedVerdicts, items: Indices) -> Floats:
@@ -191,10 +193,10 @@ def _ties(judge: AlignedVerdicts, items: Indices) -> float:
 def _flips(judge: AlignedVerdicts, items: Indices) -> float:
     """Return the share of pairs, judged in both orders, whose preference changes with the order."""
     original, swapped = judge.labels[:, 0, items], judge.labels[:, 1, items]
-    both = ~np.isnan(original) & ~np.isnan(swapped)
-    if not both.any():
-        raise Undefined("no pair was judged in both orders: ask with --orders both")
-    return float((np.abs(original - swapped) == 1).sum() / both.sum())
+    in_both_orders = ~np.isnan(original) & ~np.isnan(swapped)
+    if not in_both_orders.any():
+        raise Undefined("no pair was judged in both orders: annotate with --orders both")
+    return float((np.abs(original - swapped) == 1).sum() / in_both_orders.sum())
 
 
 def _shown_first(judge: AlignedVerdicts, items: Indices) -> float:

@@ -57,8 +57,8 @@ def _calibration(axes: Axes, compared: AgreementData, names: Sequence[str]) -> N
     axes.plot(measured, reference, color=BLUE, linewidth=1)
     axes.scatter(measured, reference, s=sizes, color=VERMILION, alpha=0.8, linewidth=0,
                  label="mean of a bin; area by items")  # fmt: skip
-    what = "share that prefers the first response" if compared.a.pairwise else "score"
-    axes.set_xlabel(f"{what}, {names[1]}")
-    axes.set_ylabel(f"{what}, {names[0]}, mean in the bin")
+    quantity = "share that prefers the first response" if compared.a.pairwise else "score"
+    axes.set_xlabel(f"{quantity}, {names[1]}")
+    axes.set_ylabel(f"{quantity}, {names[0]}, mean in the bin")
     axes.set_title("Calibration")
     axes.legend(loc="upper left")

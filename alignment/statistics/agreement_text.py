@@ -1,4 +1,4 @@
-"""Agreement figures as text tables and as plain values for JSON."""
+"""Agreement measures as text tables and as plain values for JSON."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -8,7 +8,7 @@ from alignment.statistics.agreement_measures import TITLES
 from alignment.statistics.bootstrap import Estimate
 from alignment.statistics.judge_difference import AgreementDifference
 
-# Figures of a slice in the table, by whether the verdicts are pairwise; the JSON has all of them.
+# Measures of a slice in the table, by whether the verdicts are pairwise; the JSON has all of them.
 _MAIN = {False: ("alpha_interval", "quadratic_kappa", "bias"), True: ("accuracy", "alpha_nominal")}
 
 
@@ -16,30 +16,30 @@ COMPARED = {
     False: ("alpha_interval", "quadratic_kappa", "spearman", "absolute_error", "exact"),
     True: ("accuracy", "alpha_nominal", "exact"),
 }
-"""Figures by which two judges are compared, by whether the verdicts are pairwise."""
+"""Measures by which two judges are compared, by whether the verdicts are pairwise."""
 
 
 @dataclass(frozen=True)
 class AgreementSummary:
-    """Agreement figures over some items.
+    """Agreement measures over some items.
 
     Attributes:
         items: Number of items.
-        both: Number of items that both judges judged, over which agreement is measured.
-        agreement: Figures that compare the judges, by name.
-        judges: Figures of the first and of the second judge alone, by name.
+        judged_by_both: Number of items that both judges judged, over which agreement is measured.
+        agreement: Measures that compare the judges, by name.
+        judges: Measures of the first and of the second judge alone, by name.
     """
 
     items: int
-    both: int
+    judged_by_both: int
     agreement: Mapping[str, Estimate]
     judges: Sequence[Mapping[str, Estimate]]
 
     def to_json(self) -> dict[str, Any]:
-        """Return the figures as plain values."""
+        """Return the measures as plain values."""
         return {
             "items": self.items,
-            "judged_by_both": self.both,
+            "judged_by_both": self.judged_by_both,
             "agreement": {name: asdict(e) for name, e in self.agreement.items()},
             "first": {name: asdict(e) for name, e in self.judges[0].items()},
             "second": {name: asdict(e) for name, e in self.judges[1].items()},
@@ -47,32 +47,36 @@ class AgreementSummary:
 
 
 def table(
-    pairwise: bool, whole: AgreementSummary, slices: Mapping[str, Mapping[str, AgreementSummary]]
+    pairwise: bool, overall: AgreementSummary, slices: Mapping[str, Mapping[str, AgreementSummary]]
 ) -> str:
-    """Format all figures with their intervals, then the main figures by slice.
+    """Format all measures with their intervals, then the main measures by slice.
 
     Args:
         pairwise: Whether the verdicts are preferences.
-        whole: Figures over all items.
-        slices: Figures by name of a slicing and by slice.
+        overall: Measures over all items.
+        slices: Measures by name of a slicing and by slice.
     """
-    lines = [f"{whole.both:,} of {whole.items:,} items are judged by both", ""]
+    lines = [f"{overall.judged_by_both:,} of {overall.items:,} items are judged by both", ""]
     lines += aligned(
         [["first against second", "", "95 % interval"]]
-        + [[TITLES[name], *cells(e)] for name, e in whole.agreement.items()]
+        + [[TITLES[name], *cells(e)] for name, e in overall.agreement.items()]
     )
-    for title, judge in zip(("the first by itself", "the second by itself"), whole.judges):
+    for title, judge in zip(("the first by itself", "the second by itself"), overall.judges):
         rows = [[TITLES[name], *cells(e)] for name, e in judge.items()]
         lines += ["", *aligned([[title, "", ""], *rows])]
     main = _MAIN[pairwise]
     for name, parts in slices.items():
         header = [f"by {name}", "items", *(h for m in main for h in (TITLES[m], ""))]
         rows = [
-            [key, f"{part.both:,}", *(cell for m in main for cell in cells(part.agreement[m]))]
+            [
+                key,
+                f"{part.judged_by_both:,}",
+                *(cell for m in main for cell in cells(part.agreement[m])),
+            ]
             for key, part in parts.items()
         ]
         lines += ["", *aligned([header, *rows])]
-    return "\n".join(lines + _notes(whole))
+    return "\n".join(lines + _notes(overall))
 
 
 def difference_table(
@@ -81,7 +85,7 @@ def difference_table(
     """Format the differences between two judges' agreements with the first, after a sentence.
 
     Args:
-        differences: Differences by figure, the main one first.
+        differences: Differences by measure, the main one first.
         names: Names of the three judges or of their files.
         items: Number of items that both judges judged.
     """
@@ -114,7 +118,7 @@ def difference_table(
 
 
 def cells(estimate: Estimate) -> list[str]:
-    """Return a figure and its interval as text, or the reason why there is none."""
+    """Return a measure and its interval as text, or the reason why there is none."""
     if estimate.value is None:
         return ["-", f"undefined: {estimate.reason}"]
     value = f"{estimate.value:.3f}"
@@ -123,12 +127,12 @@ def cells(estimate: Estimate) -> list[str]:
     return [value, f"{estimate.low:.3f} to {estimate.high:.3f}"]
 
 
-def _notes(whole: AgreementSummary) -> list[str]:
+def _notes(overall: AgreementSummary) -> list[str]:
     """Return a note for each interval that omits resamples."""
     notes = [
         f"{TITLES[name]}: undefined in {e.undefined} resamples, which its interval leaves out"
-        for figures in (whole.agreement, *whole.judges)
-        for name, e in figures.items()
+        for measures in (overall.agreement, *overall.judges)
+        for name, e in measures.items()
         if e.low is not None and e.undefined
     ]
     return ["", *notes] if notes else []

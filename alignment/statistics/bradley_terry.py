@@ -34,19 +34,23 @@ def strengths(
 
     Returns:
         The logits of beating the baseline at equal style, `[count]`, followed by the weights of
-        style, `[k]`. Plus or minus infinity stands for a policy that won, or lost, every
-        comparison. NaN stands for what the comparisons do not determine: the policy has no
-        comparison, style and policy are collinear, or a weight has no finite maximum.
+        style, `[k]`. Plus or minus infinity means that the policy won, or lost, every comparison.
+        NaN means that the comparisons do not determine the value: the policy has no comparison,
+        style and policy are collinear, or a weight has no finite maximum.
     """
     style = np.empty((len(outcomes), 0)) if style is None else style
     # A mean of wins that differs from 1 only by rounding would have an arbitrary finite strength.
-    whole = np.round(outcomes)
-    outcomes = np.where(np.abs(outcomes - whole) <= EXACT, whole, outcomes)
+    rounded = np.round(outcomes)
+    outcomes = np.where(np.abs(outcomes - rounded) <= EXACT, rounded, outcomes)
     parameters = np.full(count + style.shape[1], np.nan)
     for policy in range(count):
-        own = outcomes[policies == policy]
-        if own.size and own.min() == own.max() and own[0] in (0.0, 1.0):
-            parameters[policy] = np.inf if own[0] else -np.inf
+        policy_outcomes = outcomes[policies == policy]
+        if (
+            policy_outcomes.size
+            and policy_outcomes.min() == policy_outcomes.max()
+            and policy_outcomes[0] in (0.0, 1.0)
+        ):
+            parameters[policy] = np.inf if policy_outcomes[0] else -np.inf
     undecided = np.intersect1d(np.flatnonzero(np.isnan(parameters[:count])), policies)
     if undecided.size:
         rows = np.isin(policies, undecided)

@@ -15,12 +15,12 @@ from alignment.rounding import Floats, is_constant, nearest_whole, tied
 
 
 class Undefined(Exception):
-    """Error with the reason why a figure has no value for these labels."""
+    """Error with the reason why a measure has no value for these labels."""
 
 
 def _check(a: Floats) -> None:
     if not a.size:
-        raise Undefined("nothing that both judged")
+        raise Undefined("no item that both judged")
 
 
 def krippendorff_alpha(ratings: Floats, metric: str) -> float:
@@ -108,7 +108,7 @@ def _check_varies(a: Floats, b: Floats) -> None:
     _check(a)
     for name, labels in (("the first", a), ("the second", b)):
         if is_constant(labels):
-            raise Undefined(f"{name} gives nothing but {labels[0]:g}: there is no order")
+            raise Undefined(f"{name} gives only the label {labels[0]:g}, so that there is no order")
 
 
 def exact(a: Floats, b: Floats) -> float:

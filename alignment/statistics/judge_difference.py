@@ -63,7 +63,7 @@ def agreement_differences(
     Args:
         gold: Verdicts of the gold judge.
         judges: Verdicts of the two judges on the same items.
-        names: Figures to compare, by their names in `AgreementData.agreement`.
+        names: Measures to compare, by their names in `AgreementData.agreement`.
         keys: Group of each item; items of a group are resampled and exchanged together.
         resamples: Number of bootstrap resamples.
         seed: Seed of the bootstrap and of the test.
@@ -71,24 +71,24 @@ def agreement_differences(
         use_mean: Whether the label of an item is the mean of its answers instead of the first one.
         advance: Function that is called before each resample.
     """
-    both = judged_by_both(*judges)
-    groups = [both[group] for group in groups_of([keys[place] for place in both])]
+    shared = judged_by_both(*judges)
+    groups = [shared[group] for group in groups_of([keys[place] for place in shared])]
 
-    def figures(judge: AlignedVerdicts) -> dict[str, Callable[[Indices], float]]:
+    def measures(judge: AlignedVerdicts) -> dict[str, Callable[[Indices], float]]:
         measured = AgreementData(gold, judge, use_mean).agreement()
         return {name: measured[name] for name in names}
 
-    first, second = map(figures, judges)
-    named: dict[tuple[str, str], Callable[[Indices], float]] = {}
+    first, second = map(measures, judges)
+    all_measures: dict[tuple[str, str], Callable[[Indices], float]] = {}
     for name in names:
-        named["first", name], named["second", name] = first[name], second[name]
-        named["difference", name] = _difference(first[name], second[name])
-    results = estimates(named, groups, resamples, seed, advance)
+        all_measures["first", name], all_measures["second", name] = first[name], second[name]
+        all_measures["difference", name] = _difference(first[name], second[name])
+    results = estimates(all_measures, groups, resamples, seed, advance)
     items = np.concatenate([np.empty(0, np.int64), *groups])
     p: dict[str, float] = {}
     if permutations and len(groups) > 1:
         observed = {name: results["difference", name].value for name in names}
-        p = _permutation_test(judges, figures, groups, items, observed, permutations, seed)
+        p = _permutation_test(judges, measures, groups, items, observed, permutations, seed)
     return {
         name: AgreementDifference(
             results["first", name], results["second", name], results["difference", name],
@@ -106,21 +106,21 @@ def _difference(
 
 def _permutation_test(
     judges: tuple[AlignedVerdicts, AlignedVerdicts],
-    figures: Callable[[AlignedVerdicts], dict[str, Callable[[Indices], float]]],
+    measures: Callable[[AlignedVerdicts], dict[str, Callable[[Indices], float]]],
     groups: Sequence[Indices],
     items: Indices,
     observed: dict[str, float | None],
     permutations: int,
     seed: int,
 ) -> dict[str, float]:
-    """Return the p-value of each figure's difference."""
+    """Return the p-value of each measure's difference."""
     sizes = {name: abs(value) for name, value in observed.items() if value is not None}
     extreme, counted = dict.fromkeys(sizes, 0), dict.fromkeys(sizes, 0)
     exact = 2 ** len(groups) <= permutations
     for swapped in _swaps(len(groups), permutations, seed):
         chosen = [group for group, swap in zip(groups, swapped) if swap]
         places = np.concatenate([np.empty(0, np.int64), *chosen])
-        exchanged = map(figures, _exchange(judges, places))
+        exchanged = map(measures, _exchange(judges, places))
         first, second = exchanged
         for name, value in sizes.items():
             try:

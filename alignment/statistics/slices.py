@@ -82,7 +82,7 @@ def read_items(
 
 
 def keys_of(
-    name: str, compared: AgreementData, items: Sequence[Judgeable] | None, most: int
+    name: str, compared: AgreementData, items: Sequence[Judgeable] | None, max_slices: int
 ) -> dict[str, Indices]:
     """Return the indices of the items of each slice.
 
@@ -90,9 +90,9 @@ def keys_of(
         name: Name of a slicing in `SLICES`.
         compared: Verdicts of both judges.
         items: Items that were judged; None where the slicing does not need them.
-        most: Largest number of slices; the less frequent ones are united as "others".
+        max_slices: Largest number of slices; the less frequent ones are united as "others".
     """
     keys = SLICES[name].keys(compared, items or ())
-    frequent = set(largest(keys, most))
+    frequent = set(largest(keys, max_slices))
     keys = [key if key in frequent else "others" for key in keys]
     return {keys[group[0]]: group for group in sorted(groups_of(keys), key=lambda g: keys[g[0]])}

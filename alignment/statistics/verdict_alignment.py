@@ -89,13 +89,13 @@ def align_verdicts(
     samples = 1 + max(v.sample for v in rows)
     labels = np.full((samples, 2 if pairwise else 1, len(items)), np.nan)
     counts = np.zeros((3, len(items)))
-    for at, item in enumerate(items):
+    for column, item in enumerate(items):
         for verdict in verdicts[item]:
             order = _SWAPPED if pairwise and verdict.swapped else _ORIGINAL
-            labels[verdict.sample, order, at] = _label(verdict)
-            counts[0, at] += 1
-            counts[1, at] += verdict.outcome is Outcome.UNPARSEABLE
-            counts[2, at] += verdict.outcome is Outcome.FAILED
+            labels[verdict.sample, order, column] = _label(verdict)
+            counts[0, column] += 1
+            counts[1, column] += verdict.outcome is Outcome.UNPARSEABLE
+            counts[2, column] += verdict.outcome is Outcome.FAILED
     identities = tuple(sorted({v.judge for v in rows if v.judge}))
     return AlignedVerdicts(pairwise, labels, counts[0], counts[1], counts[2], identities)
 
@@ -123,11 +123,11 @@ def verdicts_by_item(verdicts: Iterable[Verdict], name: str) -> dict[str, list[V
     for verdict in verdicts:
         question = (verdict.item, verdict.swapped, verdict.sample)
         if question in answered:
-            raise UserError(f"{name} has two verdicts on item {verdict.item!r}: take one out")
+            raise UserError(f"{name} has two verdicts on item {verdict.item!r}: remove one")
         answered.add(question)
         by_item.setdefault(verdict.item, []).append(verdict)
     if not by_item:
-        raise UserError(f"{name} holds no verdict: annotate some items first")
+        raise UserError(f"{name} contains no verdict: annotate some items first")
     return by_item
 
 
@@ -146,13 +146,14 @@ def shared_items(
         UserError: The judges have no item in common, or different items without `common`.
     """
     shared = [item for item in first if item in second]
-    alone = [len(first) - len(shared), len(second) - len(shared)]
+    unshared = [len(first) - len(shared), len(second) - len(shared)]
     if not shared:
         raise UserError(f"{names[0]} and {names[1]} have no item in common: they judge other data")
-    if any(alone) and not common:
+    if any(unshared) and not common:
         raise UserError(
-            f"{names[0]} has {alone[0]} items that {names[1]} has not, and lacks {alone[1]} of its "
-            f"items: annotate the same items, or give --common to compare the {len(shared)} of both"
+            f"{names[0]} has {unshared[0]} items that {names[1]} lacks, and lacks {unshared[1]} of "
+            f"its items: annotate the same items, or give --common to compare the {len(shared)} of "
+            "both"
         )
     return shared
 
@@ -165,6 +166,6 @@ def groups_of(keys: Sequence[str]) -> list[np.ndarray]:
     return [np.array(group) for group in places.values()]
 
 
-def largest(keys: Sequence[str], most: int) -> list[str]:
+def largest(keys: Sequence[str], count: int) -> list[str]:
     """Return the most frequent keys; keys of equal frequency are sorted."""
-    return [key for key, _ in sorted(Counter(keys).items(), key=lambda kv: (-kv[1], kv[0]))[:most]]
+    return [key for key, _ in sorted(Counter(keys).items(), key=lambda kv: (-kv[1], kv[0]))[:count]]

@@ -80,9 +80,9 @@ def test_blend_accepts_a_dataset_named_like_a_number(tmp_path: Path) -> None:
         ({"data_path": ["A"], "split": "100"}, "no validation data with --split 100"),
         ({"data_path": ["A"], "split": "0,1,0"}, "no training data"),
         ({"valid_data_path": ["A"]}, "no training data"),
-        ({"data_path": ["A"], "split": "0,0,0"}, "--split 0,0,0 must be the shares"),
-        ({"data_path": ["A"], "split": "some"}, "--split some must be the shares"),
-        ({"data_path": ["A"], "split": "9,-1"}, "--split 9,-1 must be the shares"),
+        ({"data_path": ["A"], "split": "0,0,0"}, "--split 0,0,0 is invalid: give the shares"),
+        ({"data_path": ["A"], "split": "some"}, "--split some is invalid: give the shares"),
+        ({"data_path": ["A"], "split": "9,-1"}, "--split 9,-1 is invalid: give the shares"),
         (
             {"train_data_path": ["A"], "valid_data_path": ["B"], "split": "9,1,0"},
             "leave --split out",

@@ -1,4 +1,4 @@
-"""Answers of chat endpoints, read into one class whatever their shape."""
+"""Answers of chat endpoints of all formats, as instances of one class."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -13,7 +13,7 @@ from alignment.endpoints.endpoint_errors import (
 )
 from alignment.judges.formats.label_log_probs import LabelLogProbs, read_label_log_probs
 
-# An answer that is cut off in transmission is billed all the same: it is requested once more, and
+# An answer that is cut off in transmission is billed, so that it is requested only once more, and
 # not --tries times.
 _TRIES_OF_TORN = 2
 _MOST_TOKENS = 1 << 40
@@ -23,22 +23,22 @@ _BROKEN = {"error", "abort", "cancelled"}  # reasons to finish that are faults o
 
 @dataclass(frozen=True)
 class Answer:
-    """Answer of an endpoint, which was paid for.
+    """Paid answer of an endpoint.
 
     Attributes:
         text: The text of the answer.
         thinking: The thinking, if the endpoint returns it in a separate field.
-        finish: Why the text ends; "length" for a text that was cut off.
+        finish: Reason why the text ends; "length" for a text that was cut off.
         prompt_tokens: Tokens of the prompt; None if the endpoint does not report them.
         completion_tokens: Tokens of the answer; None if the endpoint does not report them.
         labels: Log-probabilities of the labels, see `LabelLogProbs`; None if there are none that
             can be read.
         model: Name of the model by the endpoint, or "".
-        problem: Why the text is not an answer of the model (a refusal, a content filter, a tool
-            call), in a sentence; "" if it is one.
-        label_problem: Why `labels` is None although they were requested, in a sentence.
-        cached_tokens: Those of the prompt's tokens that the endpoint had cached; None if it does
-            not report them.
+        problem: Reason why the text is not an answer of the model (a refusal, a content filter, a
+            tool call); "" if it is one.
+        label_problem: Reason why `labels` is None although they were requested.
+        cached_tokens: Number of prompt tokens that the endpoint had cached; None if it does not
+            report them.
     """
 
     text: str
@@ -67,14 +67,14 @@ class Answer:
 
     @property
     def missing(self) -> str:
-        """Return why the model wrote no text, in a sentence, or "" if it did."""
+        """Return the reason why the model wrote no text, or "" if it did."""
         if self.problem:
             return self.problem
         return self.cut_off if self.finish == "length" and not self.text.strip() else ""
 
     @property
     def cut_off(self) -> str:
-        """Return where the answer was cut off, in a sentence."""
+        """Return a phrase on where the answer was cut off."""
         tokens = self.completion_tokens
         return (
             "cut off at the limit of tokens" if tokens is None else f"cut off after {tokens} tokens"
@@ -94,17 +94,20 @@ def read_answer(content: bytes, log_probs: bool = False, seconds: float | None =
         seconds: The wait that the endpoint requests, in seconds, for errors.
 
     Raises:
-        EndpointError: If the body reports an error, or is no answer of the chat API. The same call
+        EndpointError: If the body reports an error, or is not an answer of the chat API. The same
+        call
             may succeed later if the body was torn or is that of a proxy; a body of another shape
-            would come again, and is not requested again.
+            would recur, so that the call is not repeated.
     """
     try:
         body = load_json(content)
     except ValueError:
         torn = content.lstrip()[:1] == b"{"
-        what = "JSON that is cut short or damaged" if torn else "not JSON"
+        problem = "JSON that is cut short or damaged" if torn else "not JSON"
         begins = content[:40].decode(errors="replace")
-        reason = f"an answer of status 200 is {what}: {begins!r}" if content else "an empty answer"
+        reason = (
+            f"an answer of status 200 is {problem}: {begins!r}" if content else "an empty answer"
+        )
         tries = _TRIES_OF_TORN if torn else None
         raise EndpointError(reason, ErrorKind.PASSING, seconds, tries) from None
     choice = _first(body.get("choices")) if isinstance(body, Mapping) else None
@@ -175,7 +178,7 @@ def _first(choices: Any) -> Any:
 
 
 def _content(message: Mapping[str, Any]) -> tuple[str, str]:
-    """Return text and thinking, whose halves of characters are refused: JSON can hold them."""
+    """Return text and thinking without lone surrogates, which JSON permits."""
     text: list[str] = []
     thinking: list[str] = []
     for is_text, part in _parts(message.get("content")):
@@ -185,12 +188,12 @@ def _content(message: Mapping[str, Any]) -> tuple[str, str]:
             thinking = [part for _, part in _parts(message[name])]
     for part in (*text, *thinking):
         if _whole(part) != part:
-            raise _Unusable("the answer's text holds half of a character")
+            raise _Unusable("the answer's text contains a lone surrogate")
     return "".join(text), "".join(thinking)
 
 
 def _parts(content: Any) -> Iterator[tuple[bool, str]]:
-    """Yield the texts of a message's content, and of each whether it is not thinking."""
+    """Yield the texts of a message's content, each with whether it is not thinking."""
     if content is None:
         return
     if isinstance(content, str):
@@ -217,7 +220,7 @@ def _parts(content: Any) -> Iterator[tuple[bool, str]]:
 
 
 def _whole(text: str) -> str:
-    """Replace halves of characters."""
+    """Replace lone surrogates."""
     return text.encode(errors="replace").decode()
 
 
@@ -230,7 +233,7 @@ def _cached(usage: Mapping[str, Any]) -> int | None:
 
 
 def _count(usage: Mapping[str, Any], *names: str) -> int | None:
-    """Return a count of tokens, or None where the endpoint gives no whole number."""
+    """Return a count of tokens, or None if the endpoint reports no integer."""
     value = next((usage[name] for name in names if usage.get(name) is not None), None)
     if isinstance(value, str) and value.strip().isdecimal():
         value = int(value)

@@ -12,8 +12,8 @@ from alignment.records import Message, Pair, Prompt, Response
 from megatron_ext.errors import UserError
 
 THINKING_MODES = ("none", "asked", "opened")
-"""Whether a judge thinks before its label: not at all, because its prompt asks it to, or because
-the chat template of its model has already written the opening tag."""
+"""How a judge thinks before its label: not at all, as its prompt requests, or after the opening tag
+that the chat template of its model has written."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class JudgeFormat:
 
     Attributes:
         prompt: The template of the messages that the judge receives.
-        parser: The parser of the text that it answers.
+        parser: The parser of its answers.
     """
 
     prompt: JudgePrompt
@@ -60,7 +60,7 @@ class JudgeFormat:
 
     @property
     def identity(self) -> str:
-        """Return a hash of everything that the messages and their reading depend on."""
+        """Return a hash of everything on which the messages and their parsing depend."""
         return sha256(json.dumps([self.prompt.identity, self.parser.identity]).encode()).hexdigest()
 
     def messages(self, item: Prompt | Response | Pair, swapped: bool = False) -> list[Message]:
@@ -75,7 +75,7 @@ class JudgeFormat:
     def read(
         self, text: str, swapped: bool = False, thinking_is_separate: bool = False
     ) -> Mapping[str, Any]:
-        """Return the fields of the verdict in an answer: outcome, thinking, and what belongs to it.
+        """Return the fields of the verdict in an answer, such as its outcome and score.
 
         Args:
             text: The answer.

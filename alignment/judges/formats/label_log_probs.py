@@ -11,7 +11,7 @@ from alignment.judges.formats.labels import LEAST_MASS, SCORES
 LabelLogProbs = list[tuple[str, dict[str, float], float]]
 
 _IMPOSSIBLE = -700.0  # a log-probability whose exponential is 0; vLLM writes -inf as -9999
-_ROUNDING = 1e-2  # that a log-probability may be above 0
+_ROUNDING = 1e-2  # rounding error by which a log-probability may exceed 0
 
 
 def read_label_log_probs(value: Any) -> LabelLogProbs:
@@ -44,7 +44,8 @@ def expected_score(labels: LabelLogProbs, label: float) -> float:
 
     Args:
         labels: The labels among the tokens of an answer.
-        label: The label in the text; its place is the last token that is this digit alone.
+        label: The label in the text; its position is that of the last token that is this digit
+        alone.
 
     Raises:
         LookupError: If no token is the label alone, or the listed labels are too unlikely to
@@ -72,7 +73,7 @@ def _label(position: Any) -> str | None:
 def _text(token: Any) -> str:
     """Return a token's text without surrounding space.
 
-    Bytes say exactly what a token stands for; names such as `<0x37>` do not.
+    The bytes of a token determine its text exactly; names such as `<0x37>` do not.
     """
     if not isinstance(token, Mapping):
         return ""
@@ -88,7 +89,7 @@ def _distribution(position: Mapping[str, Any]) -> tuple[dict[str, float], float]
 
     " 7" and "7" are the same label, and their probabilities add up. A token that is listed twice
     counts once, with its largest value: servers repeat the sampled token. The sampled token's own
-    value counts where it is not listed.
+    value counts if it is not listed.
     """
     listed = position.get("top_logprobs")
     if not isinstance(listed, list) or not listed:

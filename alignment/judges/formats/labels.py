@@ -35,7 +35,7 @@ def label_of(verdict: Verdict) -> str:
         verdict: The verdict.
 
     Raises:
-        ValueError: If the verdict is no judgment, or its score is not between 0 and 9.
+        ValueError: If the verdict is not a judgment, or its score is not between 0 and 9.
     """
     if verdict.outcome is Outcome.SCORE:
         assert verdict.score is not None
@@ -50,7 +50,7 @@ def label_of(verdict: Verdict) -> str:
 
 @dataclass(frozen=True)
 class LabelTokens:
-    """Token that each label is, or begins with, at its place in an answer.
+    """First token of each label at its position in an answer.
 
     Attributes:
         labels: The labels.

@@ -1,4 +1,4 @@
-"""Parser of a judge's answer, which must hold exactly one label in exactly one place.
+"""Parser of a judge's answer, which must contain exactly one label at exactly one position.
 
 Everything else is unparseable, with the reason. No label is searched for in other text, where the
 judge may repeat text of the response.
@@ -13,10 +13,10 @@ from typing import Any
 from alignment.records import Outcome, Side
 
 OPEN, CLOSE = "<think>", "</think>"
-# Increase it when any answer is parsed differently.
+# Increase this when any answer is parsed differently.
 _VERSION = 1
-_SPACE = " \t\r\n"  # what may surround a label; str.strip() would take more
-_SCORE = re.compile(r"[0-9]")  # \d has the digits of other scripts
+_SPACE = " \t\r\n"  # characters that may surround a label; str.strip() would remove more
+_SCORE = re.compile(r"[0-9]")  # \d would match digits of other scripts
 _NUMBERS = re.compile(r"[-+]?[0-9]+([.,/][0-9]+)?")
 
 
@@ -37,7 +37,7 @@ class Parser:
 
     @property
     def identity(self) -> str:
-        """Return a hash of everything that the parsing depends on."""
+        """Return a hash of everything on which the parsing depends."""
         settings = (_VERSION, self.pairwise, self.thinks, self.opened)
         return sha256(repr(settings).encode()).hexdigest()
 

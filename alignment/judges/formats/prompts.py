@@ -4,8 +4,8 @@ A template is a text file with sections, each headed by a line `=== system ===` 
 and placeholders: {prompt}, {response} or {response_a} and {response_b}, and {rubric} become fenced
 text, {mark} becomes the mark of every fence, {rules} and {answer} the files of these names. Any
 other placeholder, such as {reference}, becomes the fenced text of the column of this name in the
-metadata of the prompt; {column:answer} does so for a column with a name that is taken. The text
-that is filled in is never read as a template, and a file that differs by a byte has another hash.
+metadata of the prompt; {column:answer} is the form for a column whose name is a placeholder. The
+inserted text is never read as a template, and a file that differs by a byte has another hash.
 Every variant is a separate file, so that a reader sees what the judge sees.
 """
 
@@ -21,7 +21,7 @@ from alignment.records import Message, Pair, Prompt, Response
 from megatron_ext.errors import UserError
 
 FOLDER = Path(__file__).with_name("prompts")
-# Version of the way in which the code below writes conversations and fences.
+# Version of the format of conversations and fences.
 _VERSION = 1
 _SECTION = re.compile(r"^=== (system|user) ===\n", re.MULTILINE)
 _PLACEHOLDER = re.compile(r"\{((?:column:)?[A-Za-z_][A-Za-z0-9_]*)\}")
@@ -43,7 +43,7 @@ class JudgePrompt:
         with_rubric: Whether the judge sees the rubric of the prompt.
         columns: Placeholders of columns of the prompt's metadata.
         sections: Role and text of each message, with the placeholders of the item.
-        identity: A hash of everything that the messages depend on except the item.
+        identity: A hash of everything except the item on which the messages depend.
     """
 
     kind: str
@@ -81,7 +81,7 @@ class JudgePrompt:
 
         Args:
             prompts: The prompts.
-            source: The flag or file that they are from, for the message.
+            source: The flag or file with the prompts, for the message.
 
         Raises:
             UserError: If a prompt lacks one.
@@ -181,14 +181,14 @@ def judge_prompt(name: str, thinks: bool = False) -> JudgePrompt:
         raise UserError(f"{path} must begin with a line === system === or === user ===")
     used = set(_PLACEHOLDER.findall(text)) - {"mark"}
     reserved = {"rubric", "rules", "answer"}.union(*_MATERIAL.values())
-    # A name that is nearly that of a text is a mistake; {column:NAME} is a column for certain.
+    # A name similar to that of a text is a mistake; {column:NAME} is certainly a column.
     columns = sorted(n for n in used - reserved if not get_close_matches(n, reserved, 1, 0.8))
     allowed = _MATERIAL[kind] | ({"rubric"} if kind != "rubric" else set()) | set(columns)
     if wrong := sorted(used - allowed) or sorted(_MATERIAL[kind] - used):
         problem = "has an unknown" if wrong[0] in used else "lacks the"
         raise UserError(
-            f"{path} {problem} placeholder {{{wrong[0]}}}. Correct the template; a column of the "
-            "data whose name is nearly that of another text is {column:NAME}."
+            f"{path} {problem} placeholder {{{wrong[0]}}}. Correct the template; write "
+            "{column:NAME} for a column of the data with a similar name."
         )
     pairs = [(role, body.strip()) for role, body in zip(sections[::2], sections[1::2])]
     identity = sha256(repr((_VERSION, kind, pairs)).encode()).hexdigest()
@@ -206,7 +206,7 @@ def mark_for(texts: Iterable[str]) -> str:
     trial = 0
     while True:
         digest = sha256(repr((trial, texts)).encode()).hexdigest()[:16]
-        # Letters only: a tokenizer or model cannot take it for a number to be read.
+        # Letters only, so that no tokenizer or model takes the mark for a number.
         mark = "".join(chr(ord("g") + int(digit, 16)) for digit in digest)
         if not any(mark in text for text in texts):
             return mark
@@ -216,8 +216,8 @@ def mark_for(texts: Iterable[str]) -> str:
 def fenced(label: str, text: str, mark: str) -> str:
     """Return a text between two lines with the mark.
 
-    The mark occurs nowhere in the text and has no line break, so that no line of the text, nor its
-    end joined with what follows, looks like a fence.
+    The mark does not occur in the text and contains no line break, so that neither a line of the
+    text nor its end joined with the following text looks like a fence.
 
     Args:
         label: The label of the opening line.

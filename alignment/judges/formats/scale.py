@@ -15,7 +15,7 @@ from megatron_ext.data.row_files import MalformedRow, expand_row_files, read_row
 from megatron_ext.errors import UserError
 
 LOW, HIGH = 0.0, 9.0
-_ROUNDING = 1e-6  # share of the length of a scale by which a score may exceed it
+_ROUNDING = 1e-6  # share of the length of a scale by which a score may exceed its ends
 
 
 def check_scale(scale: Sequence[float], name: str) -> None:
@@ -83,7 +83,7 @@ def read_verdicts(
 
 
 def has_verdicts(path: Path) -> bool:
-    """Return whether a file holds verdicts, by its first row; broken ones are reported later."""
+    """Return whether the first row of a file is a verdict; damaged files are reported later."""
     for file in expand_row_files([str(path)], flag=""):
         for _, row in read_rows(file):
             return isinstance(row, MalformedRow) or own_kind(row) is Verdict

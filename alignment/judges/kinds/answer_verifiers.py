@@ -54,7 +54,9 @@ class ExactAnswerConfig(VerifierConfig):
             text = str(value).lower() if isinstance(value, bool) else str(value)
             answer = self._form(text)
             if not answer:
-                raise CannotVerify(f"the column {self.reference!r} holds {value!r}: no answer")
+                raise CannotVerify(
+                    f"the column {self.reference!r} contains {value!r}, which is not an answer"
+                )
             answers.append(answer)
         return answers
 
@@ -105,9 +107,9 @@ class NumericAnswerConfig(VerifierConfig):
 
     def verify(self, expected: list[set[Fraction]], text: str) -> Verification:
         """Return whether the number of a text is one of the right ones."""
-        number, what = self._find(text)
+        number, problem = self._find(text)
         if number is None:
-            return Verification(0.0, what)
+            return Verification(0.0, problem)
         right = any(
             abs(value - target)
             <= max(Fraction(self.absolute), Fraction(self.relative) * abs(target))
@@ -127,11 +129,13 @@ class NumericAnswerConfig(VerifierConfig):
                 value = value.replace(".", ",")
         number, _ = self._find(value) if isinstance(value, str) else (None, "")
         if number is None:
-            raise CannotVerify(f"the column {self.reference!r} holds {value!r:.80}: no number")
+            raise CannotVerify(
+                f"the column {self.reference!r} contains {value!r:.80}, which is not a number"
+            )
         return self._values(number)
 
     def _find(self, text: str) -> tuple[Number | None, str]:
-        """Return the number of a text, and why there is none."""
+        """Return the number of a text, or None and the reason."""
         answer = extract_answer(text, self.extract)
         if answer is not None:
             return read_number(answer, self.decimal), f"answer {answer!r:.200} is not one number"
@@ -141,11 +145,11 @@ class NumericAnswerConfig(VerifierConfig):
         return numbers[-1], "the last number cannot be read"
 
     def _values(self, number: Number) -> set[Fraction]:
-        """Return the values that a number may stand for."""
+        """Return the values that a number may mean."""
         if not number.percent or self.percent == "hundredths":
             return {number.value}
-        whole = number.value * 100
-        return {whole} if self.percent == "ignored" else {number.value, whole}
+        percentage = number.value * 100
+        return {percentage} if self.percent == "ignored" else {number.value, percentage}
 
 
 class PatternConfig(VerifierConfig):
@@ -182,11 +186,11 @@ class PatternConfig(VerifierConfig):
 
     @classmethod
     def column_settings(cls, column: str) -> dict[str, Any]:
-        """Return the settings that a column in the short form of --judge stands for."""
+        """Return the settings for a column in the short form of --judge."""
         return {"column": column or "pattern"}
 
     def shared_engine(self, context: JudgeContext) -> "AlignmentEngine | None":
-        """Return the engine, because it depends on the machine whether a time limit is exceeded."""
+        """Return the engine, because whether a time limit is exceeded depends on the machine."""
         return context.engine
 
     def read_prompt(self, prompt: Prompt) -> "regex.Pattern[str]":
@@ -196,7 +200,9 @@ class PatternConfig(VerifierConfig):
             assert self.column is not None, "checked by the validator"
             pattern = read_column(prompt, self.column)
         if not isinstance(pattern, str):
-            raise CannotVerify(f"the column {self.column!r} holds {pattern!r:.80}: no text")
+            raise CannotVerify(
+                f"the column {self.column!r} contains {pattern!r:.80}, which is not text"
+            )
         return self._compile(pattern)
 
     def verify(self, expected: "regex.Pattern[str]", text: str) -> Verification:
@@ -218,11 +224,11 @@ class PatternConfig(VerifierConfig):
         try:
             return regex.compile(pattern, flags)
         except regex.error as error:
-            raise CannotVerify(f"{pattern!r:.80} is no regular expression: {error}") from None
+            raise CannotVerify(f"{pattern!r:.80} is not a regular expression: {error}") from None
 
 
 def _format_number(value: Fraction) -> str:
-    """Return a number for readers; one that no float holds as a fraction."""
+    """Return a number for readers, as a fraction if no float represents it."""
     if value.denominator == 1 and abs(value) < 10**15:
         return str(value)
     try:

@@ -43,12 +43,12 @@ class CodeTestsConfig(VerifierConfig):
     Attributes:
         tests: Column with the tests: Python code, a list of it, or inputs with outputs; see the
             page on rewards.
-        entry_point: Column with the function that `check` of the tests is called with, where the
-            tests define one.
+        entry_point: Column with the name of the function that is passed to `check`, if the tests
+            define `check`.
         partial: Whether the score is the share of the tests that pass. Default: all must pass.
         timeout: Time limit of all tests of a response, in seconds.
         memory: Limit of the address space, in MiB.
-        parallel_programs: Programs that one rank runs at a time.
+        parallel_programs: Number of programs that one rank runs at a time.
     """
 
     kind: Literal["code-tests"] = "code-tests"
@@ -61,7 +61,7 @@ class CodeTestsConfig(VerifierConfig):
 
     @classmethod
     def column_settings(cls, column: str) -> dict[str, Any]:
-        """Return the settings that a column in the short form of --judge stands for."""
+        """Return the settings for a column in the short form of --judge."""
         return {"tests": column} if column else {}
 
     @property
@@ -70,7 +70,7 @@ class CodeTestsConfig(VerifierConfig):
         return self.parallel_programs
 
     def open(self, context: JudgeContext) -> ProgramJudge:
-        """Return the judge, after a program that must pass.
+        """Return the judge, after running a program that must pass.
 
         Raises:
             UserError: If this machine cannot confine programs.
@@ -107,7 +107,7 @@ class CodeTestsConfig(VerifierConfig):
 
 @lru_cache(maxsize=1)
 def _try_confinement(name: str) -> str:
-    """Run a program with the limits; return a warning about what they cannot prevent here."""
+    """Run a program with the limits; return a warning about missing protection on this machine."""
     try:
         result = run_tests("x = 1", ["assert x == 1"], Limits(timeout=60.0))
     except (CannotConfine, OSError) as error:

@@ -49,7 +49,7 @@ class CombinedConfig(JudgeConfig):
         raise NotImplementedError
 
     def resume_settings(self) -> dict[str, Any]:
-        """Return what must not change when a run resumes, of this judge and of its judges."""
+        """Return the settings of this judge and of its judges that must not change on resume."""
         parts = {name: part.resume_settings() for name, part in self.parts.items()}
         return {"kind": self.kind, **self.own_settings, "parts": parts}
 
@@ -60,9 +60,9 @@ class Component(BaseModel):
     Attributes:
         judge: The judge.
         weight: Weight of its score; a component of negative weight lowers the sum.
-        only_if: Component before this one that must reach `at_least` for this one to be asked.
+        only_if: Earlier component whose score must reach `at_least` for this one to be asked.
         at_least: Least score, from 0 to 9, that opens the gate.
-        otherwise: Score of this component, from 0 to 9, where the gate is closed.
+        otherwise: Score of this component, from 0 to 9, if the gate is closed.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
@@ -77,14 +77,15 @@ class Component(BaseModel):
 class SumConfig(CombinedConfig):
     """Description of a weighted sum of judges.
 
-    With normalization the sum of weight times score is mapped linearly from the range that it can
-    have to 0 to 9. For weights that are not negative this is the weighted mean; a component of
+    With normalization, the sum of weight times score is mapped linearly from its possible range to
+    0 to 9. For weights that are not negative this is the weighted mean; a component of
     negative weight counts as 9 minus its score.
 
     Attributes:
         components: Judges by name, each a mapping with the keys of a judge, or with `file`, and
             with `weight`, `only_if`, `at_least` and `otherwise`.
-        normalize: Whether the sum is mapped to 0 to 9. Without, the weights must keep it there.
+        normalize: Whether the sum is mapped to 0 to 9. Otherwise the weights must keep it in this
+        range.
     """
 
     kind: Literal["sum"] = "sum"
@@ -107,7 +108,7 @@ class SumConfig(CombinedConfig):
         for name, component in self.components.items():
             if component.only_if is not None and component.only_if not in before:
                 raise ValueError(
-                    f"{name} has only_if: {component.only_if}, which is no component before it. "
+                    f"{name} has only_if: {component.only_if}, which is not a component before it. "
                     f"Choose one of {', '.join(before) or 'none, because it is the first'}."
                 )
             before.append(name)
@@ -151,7 +152,7 @@ class SumConfig(CombinedConfig):
         """Return the judge, with all of its components opened.
 
         Raises:
-            UserError: If a component cannot be made.
+            UserError: If a component cannot be opened.
         """
         from alignment.judges.kinds.combined_judge import SumJudge
 
@@ -165,7 +166,8 @@ class RouteConfig(CombinedConfig):
         column: Column of the prompts' metadata that chooses the judge.
         routes: Judges by the value of the column, each a mapping with the keys of a judge, or with
             `file`.
-        default: Judge of the rows with another value or none. Without, such rows are refused.
+        default: Judge of the rows with another value or none. Without a default, such rows are
+        refused.
     """
 
     kind: Literal["route"] = "route"
@@ -211,7 +213,7 @@ class RouteConfig(CombinedConfig):
         """Check that every prompt has a route, and the prompts of each by its judge.
 
         Raises:
-            UserError: If a prompt has none.
+            UserError: If a prompt has no route.
         """
         by_route: dict[str | None, list[Prompt]] = {}
         for prompt in prompts:
@@ -221,18 +223,18 @@ class RouteConfig(CombinedConfig):
             text = "no value" if value is None else repr(value)
             raise UserError(
                 f"The judge {self.name} has no route for {len(lost):,} of the {len(prompts):,} "
-                f"prompts of {source}, first prompt {lost[0].id!r} with {text} in the column "
+                f"prompts of {source}, the first being {lost[0].id!r} with {text} in the column "
                 f"{self.column!r}; its routes are {', '.join(self.routes)}. Add a route or default."
             )
-        for name, own in by_route.items():
+        for name, routed in by_route.items():
             assert name is not None
-            self.parts[name].check_prompts(own, source)
+            self.parts[name].check_prompts(routed, source)
 
     def open(self, context: JudgeContext) -> "RouteJudge":
         """Return the judge, with the judges of all routes opened.
 
         Raises:
-            UserError: If a judge cannot be made.
+            UserError: If a judge cannot be opened.
         """
         from alignment.judges.kinds.combined_judge import RouteJudge
 
@@ -245,11 +247,15 @@ def value_name(value: Any) -> str:
 
 
 def _read_component(name: str, values: Any) -> Component:
-    """Return the component that a mapping describes, or raise a `ValueError` in a sentence."""
+    """Return the component that a mapping describes.
+
+    Raises:
+        ValueError: The mapping is invalid; the message is a sentence.
+    """
     if not isinstance(values, dict):
         raise ValueError(f"{name} must be a mapping with kind or file, not {values!r:.60}.")
-    own = {key: value for key, value in values.items() if key in _SETTINGS}
-    for key, value in own.items():
+    settings = {key: value for key, value in values.items() if key in _SETTINGS}
+    for key, value in settings.items():
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if key == "only_if" and not isinstance(value, str):
             raise ValueError(f"{name}: only_if must be the name of a component, not {value!r}.")
@@ -257,25 +263,31 @@ def _read_component(name: str, values: Any) -> Component:
             raise ValueError(f"{name}: {key} must be a number, not {value!r}.")
         if key in ("at_least", "otherwise") and not 0 <= value <= HIGH:
             raise ValueError(f"{name}: {key} must be a score from 0 to 9, not {value}.")
-    if {"at_least", "otherwise"} & set(own) and "only_if" not in own:
+    if {"at_least", "otherwise"} & set(settings) and "only_if" not in settings:
         raise ValueError(f"{name}: at_least and otherwise require only_if. Name a component.")
     rest = {key: value for key, value in values.items() if key not in _SETTINGS}
     for key in map(str, rest):
         nearest = get_close_matches(key, _SETTINGS, n=1, cutoff=0.75)
         if nearest and key not in _keys_of(rest.get("kind")):
-            raise ValueError(f"{name}: {key} is no key of a component. Did you mean {nearest[0]}?")
-    return Component(judge=_read_part(name, rest), **own)
+            raise ValueError(
+                f"{name}: {key} is not a key of a component. Did you mean {nearest[0]}?"
+            )
+    return Component(judge=_read_part(name, rest), **settings)
 
 
 def _keys_of(kind: Any) -> Collection[str]:
-    """Return the keys of a judge kind, none if there is no such kind."""
+    """Return the keys of a judge kind, or none if the kind does not exist."""
     from alignment.judges.kinds.registry import JUDGE_KINDS
 
     return JUDGE_KINDS[kind].model_fields if kind in JUDGE_KINDS else ()
 
 
 def _read_part(name: str, values: Any) -> JudgeConfig:
-    """Return the judge of a mapping, or raise a `ValueError` in a sentence."""
+    """Return the judge that a mapping describes.
+
+    Raises:
+        ValueError: The mapping is invalid; the message is a sentence.
+    """
     from alignment.judges.kinds.registry import judge_from_values, read_judge
 
     if isinstance(values, JudgeConfig):
@@ -285,10 +297,10 @@ def _read_part(name: str, values: Any) -> JudgeConfig:
     try:
         if "file" not in values:
             return judge_from_values({"name": name, **values}, name)
-        if others := sorted(map(str, set(values) - {"file"})):
+        if other_keys := sorted(map(str, set(values) - {"file"})):
             raise ValueError(
-                f"{name} names a file, which describes the judge, so that {others[0]} must be in "
-                "the file."
+                f"{name} names a file, which describes the judge, so that {other_keys[0]} must be "
+                "in the file."
             )
         return read_judge(str(values["file"])).model_copy(update={"name": name})
     except UserError as error:

@@ -34,7 +34,7 @@ class CombinedJudge:
         self.batch_size = max(getattr(judge, "batch_size", 1) for judge in judges.values())
 
     def component_scores(self, verdict: Verdict) -> Scores:
-        """Return the scores of the components that a verdict of this judge was made from."""
+        """Return the scores of the components from which a verdict was computed."""
         scores: Scores = json.loads(verdict.answer) if verdict.answer else {}
         return scores
 
@@ -46,7 +46,9 @@ class CombinedJudge:
         Of a pair, the response with the higher score is preferred.
         """
         pairs = [question.item for question in questions if isinstance(question.item, Pair)]
-        if not pairs:  # on ranks without questions too, because all pass the same kind of items
+        if (
+            not pairs
+        ):  # from the kind of items, because ranks without questions must make the same calls
             return self.score(questions, check)
         verdicts = self.score(
             [
@@ -68,7 +70,7 @@ class CombinedJudge:
         raise NotImplementedError
 
     def close(self) -> None:
-        """Release what the judges use."""
+        """Release the resources of the judges."""
         for judge in self.judges.values():
             if close := getattr(judge, "close", None):
                 close()
@@ -86,14 +88,14 @@ class CombinedJudge:
 
     def _scores_of(self, name: str, verdict: Verdict) -> Scores:
         """Return the score of a judge, and those of its components below its name."""
-        own = {} if verdict.score is None else {name: verdict.score}
+        own_score = {} if verdict.score is None else {name: verdict.score}
         below = component_scores(self.judges[name], verdict)
-        return own | {f"{name}/{part}": score for part, score in below.items()}
+        return own_score | {f"{name}/{part}": score for part, score in below.items()}
 
     def _lacking(
         self, question: Question, scores: Scores, reasons: Mapping[str, Verdict]
     ) -> Verdict:
-        """Return the verdict on a question that some of the judges gave no score to."""
+        """Return the verdict on a question without a score of some of the judges."""
         failed = any(verdict.outcome is Outcome.FAILED for verdict in reasons.values())
         return Verdict(
             question.item.id,
@@ -118,12 +120,12 @@ class CombinedJudge:
 class SumJudge(CombinedJudge):
     """Weighted sum of the scores of judges.
 
-    A question that a component has no score for has none: a sum over the others would depend on
+    A question without a score of one component has no score: a sum over the others would depend on
     which of them failed.
     """
 
     def __init__(self, config: SumConfig, judges: Mapping[str, Judge]) -> None:
-        """Make the sum of the opened components."""
+        """Create the sum of the opened components."""
         super().__init__(config, judges)
         self._config = config
 
@@ -149,7 +151,9 @@ class SumJudge(CombinedJudge):
     def _combine(
         self, question: Question, place: int, verdicts: Mapping[str, Mapping[int, Verdict]]
     ) -> Verdict:
-        item_verdicts = {name: own[place] for name, own in verdicts.items() if place in own}
+        item_verdicts = {
+            name: by_place[place] for name, by_place in verdicts.items() if place in by_place
+        }
         scores: Scores = {}
         for name, verdict in item_verdicts.items():
             scores |= self._scores_of(name, verdict)
@@ -172,7 +176,7 @@ class RouteJudge(CombinedJudge):
     """Judge that asks the judge of each row's route."""
 
     def __init__(self, config: RouteConfig, judges: Mapping[str, Judge]) -> None:
-        """Make the router over the opened judges."""
+        """Create the router over the opened judges."""
         super().__init__(config, judges)
         self._config = config
 

@@ -1,4 +1,4 @@
-"""Judge kind "endpoint": a model behind an OpenAI-compatible address."""
+"""Judge kind "endpoint": a model at an OpenAI-compatible endpoint."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
@@ -39,8 +39,8 @@ def check_cost_settings(settings: "EndpointJudgeConfig") -> None:
         present, missing = ("in", "out") if settings.price_out is None else ("out", "in")
         raise UserError(
             f"--price-{present} (price_{present} in a judge's file) requires --price-{missing} "
-            f"(price_{missing}): a cost that lacks one of them would be too low. Give both; 0 is "
-            "for what is free."
+            f"(price_{missing}): a cost that lacks one of them would be too low. Set both, to 0 "
+            "for tokens that are free."
         )
     if settings.price_cached is not None and settings.price_in is None:
         raise UserError(
@@ -59,34 +59,35 @@ def check_cost_settings(settings: "EndpointJudgeConfig") -> None:
         )
     if settings.concurrency is not None and settings.concurrency < settings.replicas:
         raise UserError(
-            f"--concurrency {settings.concurrency} (concurrency in a judge's file) leaves some of "
-            f"--replicas {settings.replicas} (replicas) without a call. Raise the first to at "
+            f"--concurrency {settings.concurrency} (concurrency in a judge's file) is too low for "
+            f"--replicas {settings.replicas} (replicas). Raise the first to at "
             f"least {settings.replicas}, or leave it out for {CALLS_PER_REPLICA} for each replica."
         )
 
 
 class EndpointJudgeConfig(JudgeConfig):
-    """Description of a judge behind an address.
+    """Description of a judge at an endpoint.
 
     Attributes:
         url: Address of the endpoint up to and including /v1.
         model: Name of the model that the endpoint serves.
-        revision: Version of the model, where one name serves several. Answers are stored under it.
+        revision: Version of the model, if one name serves several. Answers are stored under it.
         api_key_variable: Environment variable that holds the key of the endpoint.
         template: Name or file of the prompt template. Default: the plain one.
         thinking: Whether the judge writes its thinking before the label: "none", "asked" in its
             prompt, or "opened" by the chat template of its model.
         temperature: Sampling temperature.
-        top_k: Number of likeliest tokens to draw from, or None for the default of the endpoint.
-        top_p: Probability of the likeliest tokens to draw from, or None for that default.
-        max_new_tokens: Most tokens of an answer with its thinking.
+        top_k: Number of likeliest tokens to sample from, or None for the default of the endpoint.
+        top_p: Total probability of the likeliest tokens to sample from, or None for that default.
+        max_new_tokens: Maximum number of tokens of an answer with its thinking.
         reasoning_effort: Reasoning effort, such as "high", for models that have it.
-        seed: Seed of the first sample; the second has the next one, and so on.
+        seed: Seed of the first sample; each further sample has the next one.
         expected_score: Whether the score is the expectation over the probabilities of the labels.
-        concurrency: Number of calls at a time of one rank. Default: 64 for each replica.
+        concurrency: Number of concurrent calls of one rank. Default: 64 for each replica.
         timeout: Time limit of one call, in seconds.
-        tries: Most tries of one call.
-        first_wait: Longest wait after the first failed try, in seconds; it doubles up to a minute.
+        tries: Maximum number of attempts of one call.
+        first_wait: Longest wait after the first failed attempt, in seconds; it doubles up to a
+            minute.
         max_wait: Longest wait that the endpoint may request, in seconds.
         requests_per_minute: Limit of the calls per minute, or None.
         tokens_per_minute: Limit of the tokens of prompts and answers per minute, or None.
@@ -94,7 +95,7 @@ class EndpointJudgeConfig(JudgeConfig):
         price_out: Price in dollars of a million answer tokens, or None if it is not known.
         price_cached: Price in dollars of a million prompt tokens that the endpoint had cached.
             Default: that of all prompt tokens.
-        max_cost: Most dollars that all calls may cost, or None for no limit.
+        max_cost: Maximum cost of all calls in dollars, or None for no limit.
         replicas: Replicas of the model behind the address.
         tokens_per_second: Answer tokens per second of one replica, for estimates of the time.
         answer_tokens: Expected tokens of an answer, for estimates of the cost.
@@ -171,7 +172,7 @@ class EndpointJudgeConfig(JudgeConfig):
 
     @property
     def sampling(self) -> ChatSampling:
-        """Return how an answer is drawn."""
+        """Return the sampling settings of an answer."""
         return ChatSampling(
             self.temperature,
             self.max_new_tokens,
@@ -183,7 +184,7 @@ class EndpointJudgeConfig(JudgeConfig):
 
     @property
     def retry_policy(self) -> RetryPolicy:
-        """Return how long a call may take and how often it is repeated."""
+        """Return the limits on the duration and the repetition of a call."""
         return RetryPolicy(
             tries=self.tries,
             timeout=self.timeout,
@@ -193,7 +194,7 @@ class EndpointJudgeConfig(JudgeConfig):
 
     @property
     def asks_endpoints(self) -> bool:
-        """Return that verdicts may cost money."""
+        """Return True, because verdicts may cost money."""
         return True
 
     @property
@@ -203,12 +204,12 @@ class EndpointJudgeConfig(JudgeConfig):
 
     @property
     def calls_at_a_time(self) -> int:
-        """Return the number of calls at a time."""
+        """Return the number of concurrent calls."""
         return self.concurrency or CALLS_PER_REPLICA * self.replicas
 
     @property
     def speed(self) -> Speed:
-        """Return what bounds the speed of the endpoint."""
+        """Return the bounds of the speed of the endpoint."""
         return Speed(
             self.calls_at_a_time,
             self.replicas,
@@ -218,7 +219,7 @@ class EndpointJudgeConfig(JudgeConfig):
         )
 
     def with_settings(self, settings: CostSettings) -> Self:
-        """Return the judge with the settings of cost and speed that a command gives.
+        """Return the judge with the settings of cost and speed of a command.
 
         Raises:
             UserError: Settings contradict each other.

@@ -1,4 +1,4 @@
-"""Judge behind an address, asked by the ranks of a training."""
+"""Judge at an endpoint, asked by the ranks of a training run."""
 
 import asyncio
 import json
@@ -34,7 +34,7 @@ _COUNTS = ("answers", "prompt_tokens", "completion_tokens")
 
 
 class EndpointJudge:
-    """Judge behind an address.
+    """Judge at an endpoint.
 
     One rank of each share of the data asks, and stores the answers.
     """
@@ -48,7 +48,7 @@ class EndpointJudge:
         engine: AlignmentEngine | None,
         store: Path,
     ) -> None:
-        """Prepare the judge; a collective.
+        """Create the judge; a collective.
 
         Args:
             config: The description of the judge.
@@ -94,7 +94,7 @@ class EndpointJudge:
     ) -> list[Verdict]:
         """Return the verdicts on questions; see `Judge`.
 
-        A call that failed in every try is a failed verdict.
+        A call that failed in every attempt is a failed verdict.
 
         Raises:
             UserError: If the endpoint will answer no question, or answers cannot be stored.
@@ -118,23 +118,23 @@ class EndpointJudge:
             problem = type(error)(f"the judge {name}: {error}")
         except OSError as error:
             problem = UserError(
-                f"the judge {name} cannot keep its answers in {self._store}: {error}"
+                f"the judge {name} cannot store its answers in {self._store}: {error}"
             )
         shares = self._gather((rows, problem))
         if first := next((problem for _, problem in shares if problem), None):
             raise first
-        own = shares[self._engine.data_rank if self._engine else 0][0]
-        return [Verdict.from_row(row) for row in own]
+        verdict_rows = shares[self._engine.data_rank if self._engine else 0][0]
+        return [Verdict.from_row(row) for row in verdict_rows]
 
     def usage(self) -> dict[str, float]:
-        """Return what the answers of all ranks took, those of earlier runs included; a collective.
+        """Gather the usage and cost of the answers of all ranks and of earlier runs.
 
         Returns:
             `answers`, `prompt_tokens` and `completion_tokens` of the answers since the process
             began, and the dollars of all answers of the run, `dollars_total`; 0 without prices.
         """
-        own = {name: getattr(self._usage, name) for name in _COUNTS}
-        shares = self._gather(own | {"dollars_total": self._before + self._dollars})
+        counts = {name: getattr(self._usage, name) for name in _COUNTS}
+        shares = self._gather(counts | {"dollars_total": self._before + self._dollars})
         return {name: sum(share[name] for share in shares) for name in shares[0]}
 
     @property
@@ -153,7 +153,7 @@ class EndpointJudge:
     def _run(
         self, questions: Sequence[Question], spent: float, check: Callable[[], None]
     ) -> list[Verdict] | None:
-        """Ask from the ranks whose turn it is, while the others poll for signals."""
+        """Ask from the leader of each share of the data, while the other ranks poll for signals."""
         if self._engine is None:
             return asyncio.run(self._ask(questions, spent))
         work = partial(self._ask, questions, spent) if self._asks else None
@@ -221,7 +221,7 @@ class EndpointJudge:
         ]
 
     def _report(self, message: str) -> None:
-        """Show a sentence once, however often the judge is asked."""
+        """Print a message only once, however often the judge is asked."""
         if message not in self._reported:
             self._reported.add(message)
             console.warn(f"the judge {self._config.name}: {message}")
@@ -231,13 +231,13 @@ class EndpointJudge:
         if problem := self._task.lacks_log_probs(answer):
             raise UserError(
                 f"the endpoint {self._config.url} returns no log-probabilities that can be used "
-                f"({problem}), and the score is the expectation under them: write expected_score: "
+                f"({problem}), and the score is the expectation under them: set expected_score: "
                 "false in the judge's file, or use a server that returns them"
             )
 
     @cached_property
     def _answers_of_others(self) -> dict[str, tuple[Path, int]]:
-        """Return where answers begin in the files of other shares.
+        """Return the file and offset of answers in the files of other shares.
 
         When a run resumes on another number of ranks, a question belongs to another share.
         """
@@ -248,7 +248,9 @@ class EndpointJudge:
             start = 0
             with file.open("rb") as stream:
                 for line in stream:
-                    if line.endswith(b"\n"):  # otherwise torn, or just being written by its rank
+                    if line.endswith(
+                        b"\n"
+                    ):  # other lines are torn, or just being written by their rank
                         places[json.loads(line)["key"]] = (file, start)
                     start += len(line)
         return places

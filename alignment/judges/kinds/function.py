@@ -50,7 +50,7 @@ class FunctionJudgeConfig(JudgeConfig):
         """
         if context.pairwise and context.engine is not None:
             raise UserError(
-                f"The judge {self.name} is a function, which scores responses, so that it gives no "
+                f"The judge {self.name} is a function, which scores responses and cannot give a "
                 "pairwise reward. Choose --reward pointwise or another judge."
             )
         function = FunctionJudge(self.function, self.scale, self.timeout)

@@ -1,4 +1,4 @@
-"""Function in a Python file that scores responses, for what a program can check."""
+"""Judge that is a function in a Python file, for properties that a program can check."""
 
 import os
 import subprocess
@@ -21,8 +21,7 @@ _MOST_TIMEOUTS = 5  # in a row, after which the command ends
 class FunctionJudge:
     """Function that takes a `Response` and returns a score or None.
 
-    The function runs in a separate process, because only a process can be ended in the middle of
-    whatever it does.
+    The function runs in a separate process, because only a process can be interrupted at any point.
 
     Attributes:
         function: FILE.py:NAME of the function.
@@ -92,7 +91,7 @@ class FunctionJudge:
     def _read(self, score: float | None) -> tuple[Outcome, float | None, str]:
         """Return outcome, score and reason of a verdict."""
         if score is None:
-            return Outcome.UNPARSEABLE, None, "the function gives no score"
+            return Outcome.UNPARSEABLE, None, "the function returned no score"
         try:
             return Outcome.SCORE, rescale(score, self._scale), ""
         except ValueError as error:
@@ -112,16 +111,16 @@ class FunctionJudge:
         self.close()
 
     def _start(self) -> None:
-        own, other = Pipe()
-        with other:
+        parent_end, child_end = Pipe()
+        with child_end:
             worker = [sys.executable, "-m", "alignment.judges.kinds.function_worker"]
             self._process = subprocess.Popen(
-                [*worker, str(other.fileno()), self._file, self._name],
+                [*worker, str(child_end.fileno()), self._file, self._name],
                 stdin=subprocess.DEVNULL,
-                pass_fds=[other.fileno()],
+                pass_fds=[child_end.fileno()],
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(p or "." for p in sys.path)},
             )
-        self._connection: Connection = own
+        self._connection: Connection = parent_end
         try:
             problem = self._receive(_LOADING)
         except (TimeoutError, RuntimeError) as error:

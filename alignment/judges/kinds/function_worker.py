@@ -16,17 +16,15 @@ from alignment.records import Response
 def main(handle: str, file: str, name: str) -> None:
     """Load the function, then score each response that arrives until the connection ends.
 
-    The first message to the parent is a text that states why the function cannot be loaded, or is
-    empty. Then each response is answered by its score and a text that states why there is none.
+    The first message to the parent is the reason why the function cannot be loaded, or empty. Then
+    each response is answered by its score and the reason if there is none.
 
     Args:
         handle: The file descriptor of the connection to the parent.
         file: The file of the function.
         name: The name of the function.
     """
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C is for the command, which ends this process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command handles Ctrl-C and ends this process
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     connection = Connection(int(handle))
     sys.argv = [file]
@@ -34,7 +32,7 @@ def main(handle: str, file: str, name: str) -> None:
         score = runpy.run_path(file)[name]
         if not callable(score):
             raise TypeError(f"{name} is {score!r:.40}")
-    except (Exception, SystemExit) as error:  # the file is the user's and may raise anything
+    except (Exception, SystemExit) as error:  # code of the user may raise any exception
         connection.send(f"{type(error).__name__}: {error}")
         return
     connection.send("")

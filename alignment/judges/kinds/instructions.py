@@ -31,8 +31,8 @@ class InstructionsConfig(VerifierConfig):
         arguments: Column with the list of their arguments, each a mapping.
         partial: Whether the score is the share of the instructions that are followed. Default: all
             must be.
-        unknown: What to do with an instruction that has no check here: "refuse" the prompts, or
-            "skip" the instruction; a prompt that has no other one is refused.
+        unknown: Treatment of an instruction without a check: "refuse" the prompt, or "skip" the
+            instruction; a prompt without another instruction is refused.
     """
 
     kind: Literal["instructions"] = "instructions"
@@ -43,7 +43,7 @@ class InstructionsConfig(VerifierConfig):
 
     @classmethod
     def column_settings(cls, column: str) -> dict[str, Any]:
-        """Return the settings that a column in the short form of --judge stands for."""
+        """Return the settings for a column in the short form of --judge."""
         return {"names": column} if column else {}
 
     def read_prompt(self, prompt: Prompt) -> list[Instruction]:
@@ -70,12 +70,14 @@ class InstructionsConfig(VerifierConfig):
 
     def verify(self, expected: list[Instruction], text: str) -> Verification:
         """Return the share of the instructions that a text follows, or whether it follows all."""
-        each = [follows(text, name, given) for name, given in expected]
-        missed = [name for (name, _), followed in zip(expected, each) if not followed]
-        note = f"{sum(each)} of {len(each)} instructions followed" + (
+        results = [follows(text, name, given) for name, given in expected]
+        missed = [name for (name, _), followed in zip(expected, results) if not followed]
+        note = f"{sum(results)} of {len(results)} instructions followed" + (
             f"; not {', '.join(missed)}" if missed else ""
         )
-        return Verification(sum(each) / len(each) if self.partial else float(all(each)), note)
+        return Verification(
+            sum(results) / len(results) if self.partial else float(all(results)), note
+        )
 
 
 def _list(value: Any, column: str) -> list[Any]:
@@ -84,9 +86,11 @@ def _list(value: Any, column: str) -> list[Any]:
         try:
             value = json.loads(value)
         except ValueError:
-            raise CannotVerify(f"the column {column!r} holds {value!r:.60}: no JSON") from None
+            raise CannotVerify(
+                f"the column {column!r} contains {value!r:.60}, which is not JSON"
+            ) from None
     if isinstance(value, str | Mapping):
         return [value]
     if not isinstance(value, list | tuple):
-        raise CannotVerify(f"the column {column!r} holds {value!r:.60}: no list")
+        raise CannotVerify(f"the column {column!r} contains {value!r:.60}, which is not a list")
     return list(value)

@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 
 class Judge(Protocol):
-    """Source of verdicts; in a training, every call is a collective of all ranks.
+    """Source of verdicts; in training, every call is a collective of all ranks.
 
     Each rank asks its own questions. A judge may have an attribute `rounding_error`, the relative
     error of its scores (see `alignment.rounding`); without it the judge counts as a model in fp32.
     It may have a method `component_scores`, see the function of that name, and an attribute
-    `batch_size`, the number of questions that one process asks together.
+    `batch_size`, the number of questions that one process asks in one batch.
 
     Attributes:
         identity: A hash of everything that a verdict depends on.
@@ -54,7 +54,10 @@ def rounding_error(judges: Sequence[Judge]) -> float:
 
 
 def component_scores(judge: Judge, verdict: Verdict) -> Mapping[str, float]:
-    """Return the scores that a judge combined into a verdict, by component; most have none."""
+    """Return the scores that a judge combined into a verdict, by component.
+
+    The result is empty for most judges.
+    """
     read = getattr(judge, "component_scores", None)
     scores: Mapping[str, float] = read(verdict) if read else {}
     return scores
@@ -66,7 +69,7 @@ class JudgeContext:
 
     Attributes:
         pairwise: Whether the judge compares pairs instead of scoring responses.
-        store: The folder for answers that were paid for.
+        store: The folder for paid answers.
         engine: The engine whose ranks ask the judge together, or None in a command of one process.
         load_engine: Function that loads the model of a folder into an engine without an optimizer.
     """
@@ -103,10 +106,10 @@ class JudgeFlags:
 
 @dataclass(frozen=True)
 class CostSettings:
-    """Settings of an endpoint that decide on cost and speed, and on no verdict.
+    """Settings of an endpoint that affect cost and speed, but no verdict.
 
-    They take the place of those in the judge's file, see `EndpointJudgeConfig`; None leaves the
-    judge's own.
+    They replace those of the judge's file, see `EndpointJudgeConfig`; None keeps the value of the
+    file.
     """
 
     concurrency: int | None = None
@@ -134,8 +137,8 @@ class AnnotationSettings:
     Attributes:
         task: What to request: verdicts, responses to prompts, or rubrics of prompts.
         max_failed: Share of the questions that may end without a result.
-        cache: File that keeps the answers. Default: next to the output.
-        dry_run: Whether to print the estimate of the cost alone.
+        cache: File in which answers are stored. Default: next to the output.
+        dry_run: Whether to print only the estimate of the cost.
         counted: Further files of answers whose cost counts against the budget.
         cost: Settings of cost and speed.
     """
@@ -153,13 +156,13 @@ class _MayChange:
 
 
 MAY_CHANGE = _MayChange()
-"""Metadata of a field that verdicts do not depend on, so that it may change on resume."""
+"""Metadata of a field that does not affect verdicts, so that it may change on resume."""
 
 
 class JudgeConfig(BaseModel):
     """Description of a judge, as a YAML file states it.
 
-    A judge kind is a subclass: its fields are the keys of the file, and `open` makes the judge.
+    A judge kind is a subclass: its fields are the keys of the file, and `open` creates the judge.
 
     Attributes:
         name: Name of the judge in logs and reports. Default: the name of its file.
@@ -189,22 +192,22 @@ class JudgeConfig(BaseModel):
         )
 
     def open(self, context: JudgeContext) -> Judge:
-        """Return the judge, ready to answer.
+        """Return the judge, ready for questions.
 
         Raises:
-            UserError: If the judge cannot be made.
+            UserError: If the judge cannot be created.
         """
         raise NotImplementedError
 
     def check_prompts(self, prompts: Sequence[Prompt], source: str) -> None:
-        """Check that the prompts have what this judge reads of them.
+        """Check that the prompts have the data that this judge requires.
 
         Args:
             prompts: The prompts whose responses will be judged.
-            source: The flag or file that they are from, for the message.
+            source: The flag or file with the prompts, for the message.
 
         Raises:
-            UserError: If a prompt has none, or something that cannot be used.
+            UserError: If a prompt has no such data, or data that cannot be used.
         """
         if template := getattr(self, "template", None):
             judge_prompt(template).check_prompts(prompts, source)
@@ -215,7 +218,7 @@ class JudgeConfig(BaseModel):
         """Ask all questions, write the verdicts, and return the exit status.
 
         Raises:
-            UserError: If the judge cannot be made, or the task is not judging.
+            UserError: If the judge cannot be created, or the task is not judging.
             TooFewResults: If too many questions have no verdict.
         """
         if settings.task != "judge":
@@ -272,8 +275,8 @@ class JudgeConfig(BaseModel):
     def resume_settings(self) -> dict[str, Any]:
         """Return the settings that must not change when a run resumes.
 
-        These are the settings that verdicts depend on: not the place of a server or of a file, and
-        not the speed of asking. Hashes of the content of files replace their names.
+        These are the settings that affect verdicts, but not the address of a server, the path of a
+        file or the speed. Hashes of the content of files replace their names.
 
         Raises:
             UserError: If a file cannot be read.
@@ -288,7 +291,7 @@ class JudgeConfig(BaseModel):
 
     @property
     def fingerprint(self) -> str:
-        """Return a hash that two judges share if they differ at most in their template.
+        """Return a hash that is the same for judges that differ at most in their template.
 
         The same model may score responses as gold and compare pairs for rewards.
         """
@@ -301,7 +304,7 @@ class JudgeConfig(BaseModel):
         return self.kind
 
     def summary(self) -> dict[str, Any]:
-        """Return what the record of a run states about the judge."""
+        """Return the description of the judge in the record of a run."""
         settings = self.model_dump(exclude={"name", "kind"})
         return {"name": self.name, "kind": self.report_kind, "settings": settings}
 
@@ -318,8 +321,8 @@ class JudgeConfig(BaseModel):
             return {name: measure["value"] for name, measure in measures.items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
-                f"The judge {self.name} names {self.agreement} as its agreement, which is no "
-                f"agreement.json of et-align agreement: {error}"
+                f"The judge {self.name} names {self.agreement} as its agreement, which is not "
+                f"an agreement.json of et-align agreement: {error}"
             ) from error
 
     def hash_file(self, file: str | Path) -> str:

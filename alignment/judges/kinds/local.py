@@ -14,19 +14,19 @@ if TYPE_CHECKING:
 
 
 class LocalJudgeConfig(JudgeConfig):
-    """Description of a judge whose model is resident on the ranks of a training.
+    """Description of a judge whose model is resident on the ranks of a training run.
 
     Attributes:
         model: Folder of the model.
         template: Name or file of the prompt template. Default: the plain one.
         thinking: Whether the judge thinks: "none", "asked" in its prompt, or "opened" by the chat
             template of its model.
-        temperature: Sampling temperature of the thinking; 0 takes the likeliest tokens.
-        top_k: Number of likeliest tokens that the thinking is drawn from; 0 for all.
-        top_p: Probability of the likeliest tokens that the thinking is drawn from.
-        max_new_tokens: Most tokens of the thinking with its label.
-        length: Most tokens of a question and its answer.
-        generation_batch_size: Number of questions at a time on a rank.
+        temperature: Sampling temperature of the thinking; 0 selects the likeliest tokens.
+        top_k: Number of likeliest tokens from which the thinking is sampled; 0 for all.
+        top_p: Total probability of the likeliest tokens from which the thinking is sampled.
+        max_new_tokens: Maximum number of tokens of the thinking with its label.
+        length: Maximum number of tokens of a question and its answer.
+        generation_batch_size: Number of questions per batch on a rank.
         chat_template: File of a chat template. Default: that of the model.
         chat_template_kwargs: Variables of the chat template.
     """
@@ -88,8 +88,8 @@ class LocalJudgeConfig(JudgeConfig):
         """Return hashes of the model, its chat template and the prompt template."""
         from alignment.judges.kinds.local_judge import model_digest
 
-        own = Path(self.model, "chat_template.jinja")
-        chat_template = self.chat_template or (own if own.is_file() else None)
+        model_template = Path(self.model, "chat_template.jinja")
+        chat_template = self.chat_template or (model_template if model_template.is_file() else None)
         return {
             "model": model_digest(self.model),
             "chat_template": chat_template and self.hash_file(chat_template),
@@ -98,5 +98,5 @@ class LocalJudgeConfig(JudgeConfig):
 
     @property
     def report_kind(self) -> str:
-        """Return whether the judge thinks or gives its label at once."""
+        """Return the word for this judge in reports, by whether it thinks."""
         return "label" if self.thinking == "none" else "thinking"

@@ -49,7 +49,7 @@ class TokenizedJudgeFormat(JudgeFormat):
 
     @property
     def label_tokens(self) -> LabelTokens:
-        """Return the tokens of the labels that this judge may answer.
+        """Return the tokens of the labels of this judge.
 
         Raises:
             UserError: If the tokenizer does not encode each label as a token that can be read.
@@ -63,7 +63,7 @@ class TokenizedJudgeFormat(JudgeFormat):
         return prompt_ids(self.tokenizer, messages, **self.chat_template_kwargs)
 
     def decode(self, answer: GeneratedResponse) -> str:
-        """Return the text of an answer, without the token that ended it."""
+        """Return the text of an answer, without its end token."""
         tokens = answer.tokens[:-1] if answer.ended else answer.tokens
         return decode_ids(self.tokenizer, tokens)
 
@@ -89,15 +89,15 @@ class LocalJudge:
         generation_batch_size: int = 32,
         identity: str = "",
     ) -> None:
-        """Prepare the judge.
+        """Create the judge.
 
         Args:
             engine: The engine of the model.
             judge_format: The prompt template, the parser and the tokenizer.
-            length: Most tokens of a question and its answer.
-            sampling: How the thinking is drawn.
-            generation_batch_size: Number of questions at a time.
-            identity: A hash of everything that a verdict depends on.
+            length: Maximum number of tokens of a question and its answer.
+            sampling: Sampling settings of the thinking.
+            generation_batch_size: Number of questions per batch.
+            identity: A hash of everything on which a verdict depends.
         """
         self.engine, self.format, self.length = engine, judge_format, length
         self.sampling, self.identity = sampling, identity
@@ -115,12 +115,12 @@ class LocalJudge:
         """Return the verdicts on questions, in their order.
 
         The verdict of a judge that does not think is computed from the probabilities of its labels.
-        A judge that thinks generates text, and its score is the expectation at the place of the
+        A judge that thinks generates text, and its score is the expectation at the position of the
         label. A question that is too long for the model is a failed call.
 
-        Questions with the same tokens have the same verdict, because the model is asked once. Two
-        calls would differ in the last digits, which depend on the other rows of a batch, and equal
-        responses would seem to differ.
+        Questions with the same tokens have the same verdict, because the model evaluates them
+        once. Two evaluations would differ in the last digits, which depend on the other rows of a
+        batch, so that equal responses would seem to differ.
 
         Args:
             questions: The questions of this rank.
@@ -181,20 +181,21 @@ class LocalJudge:
         ]
         if self.format.parser.pairwise:
             return read
-        # The score is the expectation at the place of the label.
+        # The score is the expectation at the position of the label.
         scored = [i for i, fields in enumerate(read) if fields["outcome"] is Outcome.SCORE]
         places = {i: self._label_place(answers[i]) for i in scored}
-        there = {i: place for i, place in places.items() if place is not None}
-        before = [[*prompts[i], *answers[i].tokens[:place]] for i, place in there.items()]
+        label_places = {i: place for i, place in places.items() if place is not None}
+        before = [[*prompts[i], *answers[i].tokens[:place]] for i, place in label_places.items()]
         scores: dict[int, Mapping[str, Any]] = {
             i: {
                 "outcome": Outcome.UNPARSEABLE,
-                "reason": "the label is not one of the tokens that scores are read from",
+                "reason": "the label is not one of the tokens from which scores are read",
             }
             for i in scored
         }
         scores |= {
-            i: self.labels.judgment(log_probs) for i, log_probs in zip(there, self._next(before))
+            i: self.labels.judgment(log_probs)
+            for i, log_probs in zip(label_places, self._next(before))
         }
         for i, fields in scores.items():
             written = {name: value for name, value in read[i].items() if name != "score"}
@@ -218,7 +219,7 @@ class LocalJudge:
         return {**fields, "answer": text}
 
     def _label_place(self, answer: GeneratedResponse) -> int | None:
-        """Return the place of the label: the last token after the thinking that is a label."""
+        """Return the position of the label: the last token after the thinking that is a label."""
         for place in reversed(range(len(answer.tokens))):
             if CLOSE in decode_ids(self.format.tokenizer, answer.tokens[place:]):
                 break  # thinking may contain such tokens too
@@ -235,10 +236,10 @@ class LocalJudge:
 
 
 def local_judge_identity(model: str, judge_format: TokenizedJudgeFormat, sampling: Sampling) -> str:
-    """Return a hash of everything that the verdicts of a local judge depend on.
+    """Return a hash of everything on which the verdicts of a local judge depend.
 
-    That is the files of the model, the format, the chat template, which may be a file elsewhere,
-    and for a judge that thinks its sampling.
+    These are the files of the model, the format, the chat template, which may be a separate file,
+    and the sampling of a judge that thinks.
     """
     digest = sha256(judge_format.identity.encode())
     digest.update(repr(judge_format.tokenizer.chat_template).encode())

@@ -1,4 +1,4 @@
-"""Judge that is a program: a rule or a function, asked by the ranks of a training."""
+"""Judge that is a program, such as a rule or a function, called by the ranks of a training run."""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 class Program(Protocol):
     """Program that judges one item at a time.
 
-    A program may have an attribute `parallel`, the number of items that it judges at a time in
-    several threads; without it, that is one.
+    A program may have an attribute `parallel`, the number of items that it judges concurrently in
+    threads; the default is 1.
 
     Attributes:
         identity: A hash of everything that a verdict depends on.
@@ -37,21 +37,22 @@ class Program(Protocol):
 class ProgramJudge:
     """Judge that asks a program, whose scores are exact.
 
-    A program judges one response at a time, so that no batch can change its score. The same
-    response has the same score, and small differences between responses are the program's own.
+    A program judges one response at a time, so that its score does not depend on a batch. Even
+    small differences between scores are therefore real differences between responses.
 
-    A function may return another score each time. With an engine, one rank of each share of the
-    data asks it, so that ranks that share a model train on the same rewards.
+    A function may return different scores for the same response. With an engine, one rank of each
+    share of the data calls it, so that ranks that share a model train on the same rewards.
     """
 
     rounding_error = EXACT
 
     def __init__(self, program: Program, engine: "AlignmentEngine | None" = None) -> None:
-        """Prepare the judge.
+        """Create the judge.
 
         Args:
             program: The rule or the function.
-            engine: The engine whose ranks share the verdicts, or None if each rank asks alone.
+            engine: The engine whose ranks share the verdicts, or None if each rank calls the
+            program.
         """
         self.program, self._engine, self.identity = program, engine, program.identity
         self._asks = True
@@ -76,7 +77,7 @@ class ProgramJudge:
         verdicts: list[Verdict] | None = None
         problem = None
         try:
-            # A function may be slow, and the other ranks hear signals while they wait for it.
+            # A function may be slow, so that the other ranks poll for signals while they wait.
             work = partial(self._verdicts, questions) if self._asks else None
             verdicts = run_async_while_polling(work, check)
         except UserError as error:
@@ -88,7 +89,7 @@ class ProgramJudge:
         return [Verdict.from_row(row) for row in shares[self._engine.data_rank][0]]
 
     def close(self) -> None:
-        """Release what the program uses."""
+        """Release the resources of the program."""
         if close := getattr(self.program, "close", None):
             close()
 

@@ -137,18 +137,22 @@ def is_judge_file(judge: str) -> bool:
 
 
 def _validate(config: type[JudgeConfig], values: Mapping[Any, Any], file: str) -> JudgeConfig:
-    """Return the configuration with these values, or raise a one-sentence UserError."""
+    """Return the configuration with these values.
+
+    Raises:
+        UserError: A key or value is invalid; the message is one sentence.
+    """
     try:
         return config.model_validate(values)
     except ValidationError as error:
-        # An unknown key explains a missing one: it is often the same key, misspelt.
+        # Report an unknown key before a missing one: it is often the missing key, misspelled.
         errors = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
         raise UserError(f"{file}: {_sentence(errors[0], values['kind'], config)}") from None
 
 
 def _sentence(error: ErrorDetails, kind: str, config: type[JudgeConfig]) -> str:
-    """Return what is wrong with a key and what to do."""
-    key = str(next(iter(error["loc"]), ""))  # a check of several keys has no place
+    """Return a sentence on the error in a key and its fix."""
+    key = str(next(iter(error["loc"]), ""))  # an error of several keys has no location
     value, name = error["input"], error["type"]
     context = error.get("ctx", {})
     if name == "extra_forbidden":

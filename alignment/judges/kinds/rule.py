@@ -61,7 +61,7 @@ def load_rule_judge(rule: str, rule_text: str) -> RuleJudge:
         UserError: If there is no such rule or text.
     """
     if rule not in RULES:
-        raise UserError(f"There is no such rule as {rule}. Choose one of {', '.join(RULES)}.")
+        raise UserError(f"The rule {rule} does not exist. Choose one of {', '.join(RULES)}.")
     from megatron_ext.data.shards import expand_inputs
 
     paths = expand_inputs([rule_text], "--rule-text")
@@ -70,7 +70,7 @@ def load_rule_judge(rule: str, rule_text: str) -> RuleJudge:
     return RuleJudge(RULES[rule], _fluency(files))
 
 
-@lru_cache(maxsize=4)  # A fit takes seconds, and rules share a text.
+@lru_cache(maxsize=4)  # Cached, because a fit takes seconds and several rules use the same text.
 def _fluency(files: tuple[tuple[str, int, int], ...]) -> Fluency:
     """Return the fluency measure of texts, by their paths, sizes and modification times."""
     return Fluency.fit(_texts([path for path, *_ in files]))

@@ -1,8 +1,8 @@
-"""Gold judge that is a rule: without a model or randomness, and only partly learnable from text.
+"""Gold judge that is a rule: it uses no model and no randomness, and is hard to learn from text.
 
 It measures a few features of a prompt and a response, each a whole level from 0 to 9, and returns
-the weighted mean of the levels. Its thinking states the levels in words, from which the label
-follows, so that a judge can learn to think in the same way.
+the weighted mean of the levels. Its thinking is a text with the levels, from which the label
+follows, so that another judge can learn this thinking.
 """
 
 import json
@@ -71,7 +71,7 @@ class Fluency:
 
         Args:
             texts: The reference texts.
-            most_words: Number of words after which no further text is read.
+            most_words: Maximum number of words to read.
 
         Raises:
             UserError: If the reference is too small to distinguish text from noise.
@@ -161,10 +161,10 @@ def _own_topic(response: SplitResponse) -> float:
     """Return `_topic` without words in runs of three or more that are copied from the prompt."""
     copied = set(_runs(response.prompt))
     is_own = [True] * len(response.words)
-    for at, run in enumerate(_runs(response.words)):
+    for position, run in enumerate(_runs(response.words)):
         if run in copied:
-            is_own[at : at + 3] = [False] * 3
-    words = [word for word, own in zip(response.words, is_own) if own]
+            is_own[position : position + 3] = [False] * 3
+    words = [word for word, is_own_word in zip(response.words, is_own) if is_own_word]
     return _topic(replace(response, words=words))
 
 
@@ -201,12 +201,12 @@ FEATURES: Mapping[str, Callable[[SplitResponse], float]] = {
 
 @dataclass(frozen=True)
 class ScoringRule:
-    """ScoringRule that scores responses: weights of features.
+    """Rule that scores responses: weights of features.
 
     Attributes:
         name: Name of the rule.
-        weights: Weight of each feature, in the order in which the thinking states them.
-        margin: Largest difference of two mean levels that is a tie.
+        weights: Weight of each feature, in the order of the thinking.
+        margin: Largest difference between two mean levels that counts as a tie.
     """
 
     name: str
@@ -242,7 +242,7 @@ class RuleJudge:
     fluency: Fluency
     identity: str = field(init=False)
 
-    VERSION = 1  # increase it when a feature changes, which makes another judge
+    VERSION = 1  # increase this when a feature changes, because the judge is then another one
 
     def __post_init__(self) -> None:
         rule = [self.rule.name, dict(self.rule.weights), self.rule.margin]
@@ -263,11 +263,11 @@ class RuleJudge:
             thinking, label = describe_levels(levels), f"{score:.0f}"
         else:
             texts = (item.second, item.first) if swapped else (item.first, item.second)
-            both = [self.levels(item.prompt.messages, text) for text in texts]
+            levels_of_both = [self.levels(item.prompt.messages, text) for text in texts]
             thinking = " ".join(
-                f"{name}: {describe_levels(levels)}" for name, levels in zip("AB", both)
+                f"{name}: {describe_levels(levels)}" for name, levels in zip("AB", levels_of_both)
             )
-            difference = self.rule.mean(both[0]) - self.rule.mean(both[1])
+            difference = self.rule.mean(levels_of_both[0]) - self.rule.mean(levels_of_both[1])
             outcome, label = Outcome.TIE, "tie"
             if abs(difference) > self.rule.margin + 1e-9:
                 outcome, label = Outcome.PREFERENCE, "A" if difference > 0 else "B"
@@ -279,7 +279,7 @@ class RuleJudge:
 
 
 def describe_levels(levels: Mapping[str, int]) -> str:
-    """Return levels in words."""
+    """Return levels as text."""
     return ", ".join(f"{name} {NUMBERS[level]}" for name, level in levels.items()) + "."
 
 

@@ -1,4 +1,4 @@
-"""Preferences of judges that score: of a pair, the response with the higher score is preferred."""
+"""Preferences of judges that score responses: the response with the higher score is preferred."""
 
 import json
 

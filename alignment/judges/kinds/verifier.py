@@ -28,7 +28,7 @@ class Verification:
 
     Attributes:
         score: From 0 (wrong) to 1 (right).
-        note: What was compared, in a sentence for readers.
+        note: Sentence on the comparison, for readers.
     """
 
     score: float
@@ -36,17 +36,19 @@ class Verification:
 
 
 class CannotVerify(Exception):
-    """Fault of the verification, and not of the response; its verdict is a failed one."""
+    """Failure of the verification itself, which gives a failed verdict."""
 
 
 class VerifierConfig(JudgeConfig):
     """Description of a verifier: a program that checks a response against data of its prompt.
 
-    A right response scores 9 and a wrong one 0, also one without an answer. A response whose
-    thinking has no end is wrong; thinking is not checked.
+    A right response scores 9; a wrong one, or one without an answer, scores 0. A response whose
+    thinking does not end is wrong; thinking is not checked.
     """
 
-    VERSION: ClassVar[int] = 1  # increase it when a rule changes, which makes another judge
+    VERSION: ClassVar[int] = (
+        1  # increase this when a rule changes, because the judge is then another one
+    )
 
     @classmethod
     def from_flag(cls, argument: str, flags: JudgeFlags) -> Self:
@@ -56,28 +58,32 @@ class VerifierConfig(JudgeConfig):
 
     @classmethod
     def column_settings(cls, column: str) -> dict[str, Any]:
-        """Return the settings that a column in the short form of --judge stands for."""
+        """Return the settings for a column in the short form of --judge."""
         return {"reference": column} if column else {}
 
     def read_prompt(self, prompt: Prompt) -> Any:
-        """Return what the verification needs of a prompt, or raise a `CannotVerify`."""
+        """Return the data of a prompt that the verification needs.
+
+        Raises:
+            CannotVerify: The prompt has no usable data.
+        """
         raise NotImplementedError
 
     def verify(self, expected: Any, text: str) -> Verification:
-        """Return the result of verifying a text, which has no thinking.
+        """Return the result of verifying a text without its thinking.
 
         Args:
-            expected: What `read_prompt` returned.
+            expected: Result of `read_prompt`.
             text: The response.
 
         Raises:
-            CannotVerify: For a fault that is not the response's.
+            CannotVerify: The verification itself failed.
         """
         raise NotImplementedError
 
     @property
     def parallel(self) -> int:
-        """Return the number of responses that a rank verifies at a time."""
+        """Return the number of responses that a rank verifies concurrently."""
         return 1
 
     def open(self, context: JudgeContext) -> ProgramJudge:
@@ -85,11 +91,11 @@ class VerifierConfig(JudgeConfig):
         return ProgramJudge(Verifier(self), self.shared_engine(context))
 
     def shared_engine(self, context: JudgeContext) -> "AlignmentEngine | None":
-        """Return the engine if only one rank of each share of the data is to verify, or None."""
+        """Return the engine if only one rank of each share of the data must verify, else None."""
         return None
 
     def check_prompts(self, prompts: Sequence[Prompt], source: str) -> None:
-        """Check that every prompt has what the verifier compares with; see `JudgeConfig`."""
+        """Check that every prompt has the data for the comparison; see `JudgeConfig`."""
         problems = []
         for prompt in prompts:
             try:
@@ -112,13 +118,13 @@ class Verifier:
     """
 
     def __init__(self, config: VerifierConfig) -> None:
-        """Prepare the verifier."""
+        """Create the verifier."""
         self.config, self.parallel = config, config.parallel
         depends = json.dumps([config.VERSION, config.resume_settings()], sort_keys=True)
         self.identity = sha256(depends.encode()).hexdigest()
 
     def verdict(self, item: Response | Pair, swapped: bool = False, sample: int = 0) -> Verdict:
-        """Return the verdict on a response, or on a pair, of which the higher score is better."""
+        """Return the verdict on a response, or on a pair by the higher score."""
         if isinstance(item, Pair):
             first, second = (self.verdict(response) for response in responses_of(item))
             return prefer_higher(item, first, second, swapped, sample, EXACT)
@@ -126,7 +132,7 @@ class Verifier:
         try:
             expected = self.config.read_prompt(item.prompt)
             if text is None:
-                result = Verification(0.0, "the thinking has no end")
+                result = Verification(0.0, "the thinking does not end")
             else:
                 result = self.config.verify(expected, text)
         except CannotVerify as error:
@@ -146,7 +152,7 @@ def read_column(prompt: Prompt, column: str) -> Any:
     """Return a value of a prompt's metadata.
 
     Raises:
-        CannotVerify: If the prompt has none.
+        CannotVerify: If the prompt has no such value.
     """
     if column in prompt.metadata:
         return prompt.metadata[column]
@@ -168,5 +174,5 @@ def read_references(prompt: Prompt, column: str) -> list[Any]:
     value = read_column(prompt, column)
     values = list(value) if isinstance(value, list | tuple) else [value]
     if not values or any(v is None or isinstance(v, dict | list) for v in values):
-        raise CannotVerify(f"the column {column!r} holds {value!r:.60}, which is no answer")
+        raise CannotVerify(f"the column {column!r} contains {value!r:.60}, which is not an answer")
     return values

@@ -132,7 +132,7 @@ def test_killed_run_resumes_without_losing_or_repeating_a_label(tmp_path: Path) 
                 time.sleep(0.01)
             run.send_signal(number)
             output, _ = run.communicate(timeout=60)
-            # After SIGTERM the calls under way are waited for.
+            # After SIGTERM the calls in progress are awaited.
             assert run.returncode == (-number if number == signal.SIGKILL else 128 + number), output
             assert not (tmp_path / "verdicts.jsonl").exists()
             with AnswerStore(cache) as store:
@@ -147,7 +147,7 @@ def test_killed_run_resumes_without_losing_or_repeating_a_label(tmp_path: Path) 
         assert 0 <= asked_again <= workers
         done = annotate(file, server, *flags)
         assert done.returncode == 0, done.stderr
-        assert "took away the last line" in done.stdout
+        assert "removed the incomplete last line" in done.stdout
         assert sum(server.answered.values()) == len(texts) + asked_again
         assert max(server.answered.values()) <= 2 and set(server.answered) == set(texts)
         assert [v["score"] for v in rows(tmp_path / "verdicts.jsonl")] == [

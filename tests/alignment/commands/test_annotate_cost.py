@@ -40,7 +40,7 @@ def test_dry_run_states_calls_tokens_hours_and_dollars_and_writes_nothing(tmp_pa
         assert "about 30 s (4 answer tokens/s: 2 replica(s) of 2 tokens/s" in done.stdout
 
         without = annotate(file, server, "--dry-run")
-        assert "cost           unknown: give --price-in and --price-out" in without.stdout
+        assert "cost           unknown: add --price-in and --price-out" in without.stdout
         assert "time           unknown until answers arrive" in without.stdout
 
         assert annotate(file, server, *PRICES).returncode == 0
@@ -116,7 +116,7 @@ def test_judge_file_holds_prices_budget_and_limits(tmp_path: Path) -> None:
         (("--max-cost", 1), "--max-cost .* requires --price-in and --price-out"),
         (("--price-cached", 1), "--price-cached .* requires --price-in and --price-out"),
         (("--answer-tokens", 30, "--max-tokens", 20), "--answer-tokens 30 .* exceeds"),
-        (("--concurrency", 4, "--replicas", 8), "--concurrency 4 .* leaves some of --replicas 8"),
+        (("--concurrency", 4, "--replicas", 8), "--concurrency 4 .* is too low for --replicas 8"),
         (("--tokenizer", "nowhere"), "--tokenizer nowhere does not exist"),
     ],
 )

@@ -161,7 +161,7 @@ BAD = {"id": "1", "split": "s", "messages": [{"role": "user", "content": "x"}], 
     "row, message",
     [
         (BAD | {"fires": ["refusals"]}, "row 1: there is no detector 'refusals': known are"),
-        (BAD | {"fires": ["null"], "quiet": ["null"]}, "null stands both in fires and in quiet"),
+        (BAD | {"fires": ["null"], "quiet": ["null"]}, "null is both in fires and in quiet"),
         (BAD | {"fires": "null"}, "fires must be a list"),
         (BAD | {"fires": ["verbose"]}, "verbose needs reference_words"),
         (BAD | {"reference_words": ["many"]}, "reference_words must be a list of numbers"),

@@ -168,7 +168,7 @@ def with_field(**fields: Any) -> list[dict[str, Any]]:
                             {"from": "function_call", "value": "{}"}]}, "not 'function_call'"),
         ({"messages": [turn("system", "S"), turn("developer", "D")]}, "a system message after"),
         ({"messages": [turn("user", "Q"), turn("system", "S")]}, "a system message after"),
-        ({"messages": [turn("system", "S")]}, "nothing of the user's"),
+        ({"messages": [turn("system", "S")]}, "no message of the user"),
         ({"messages": [*with_field(), *with_field()[1:], turn("user", "Q")]}, "in a row"),
         ({"messages": with_field(), "tools": [{"name": "f"}]}, "column tools is a part"),
         ({"messages": [turn("system", "T"), *with_field()], "system": "S"}, "different system"),

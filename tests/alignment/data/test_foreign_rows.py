@@ -254,7 +254,7 @@ def test_columns_that_are_missing_or_ambiguous_are_refused(
         ({"conversations": [shared("human", "Q"), shared("gpt", "A"), shared("gpt", "B")]},
          "two messages of the assistant in a row"),
         ({"conversations": [shared("narrator", "Q")]}, "not 'narrator'"),
-        ({"messages": '[{"role": "user"'}, "begins like a list, but is no JSON"),
+        ({"messages": '[{"role": "user"'}, "begins like a list, but is not JSON"),
         ({"prompt": "Q", "response": "A", "tools": [{"name": "f"}]}, "column tools is a part"),
     ],
 )  # fmt: skip

@@ -89,7 +89,9 @@ def test_missing_input_is_refused_with_the_command_that_makes_it(
         PACKAGES["ifbench"].read()
     with pytest.raises(UserError, match=r"pip download .* bigbench==1\.0\.0 and give its"):
         PACKAGES["hhh"].read()
-    with pytest.raises(UserError, match=r"no bigbench/benchmark_tasks/.*: give that of bigbench"):
+    with pytest.raises(
+        UserError, match=r"no bigbench/benchmark_tasks/.*: pass the archive of bigbench"
+    ):
         PACKAGES["hhh"].read(archive(tmp_path / "other.tar.gz", {"x": 1}))
     (tmp_path / "broken.tar.gz").write_bytes(b"no")
     with pytest.raises(UserError, match="cannot be read"):

@@ -62,7 +62,7 @@ def test_thinking_is_read_from_every_known_response_field(name, value):
         ({"content": True}, "not text but True"),
         ({"content": [{"type": "image_url", "image_url": {}}]}, "a part of type 'image_url'"),
         ({"content": [{"type": "text", "text": None}]}, "a part of type 'text' without text"),
-        ({"content": "7\ud800"}, "half of a character"),
+        ({"content": "7\ud800"}, "a lone surrogate"),
         ({"content": "7", "reasoning": {"effort": 3}}, "a part of type 'text' without text"),
     ],
 )

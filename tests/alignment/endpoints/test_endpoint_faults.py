@@ -140,7 +140,7 @@ def test_longer_wait_than_allowed_ends_the_run_with_its_length(tmp_path: Path, w
     fault = failing(429, {"message": "daily quota"}, Retry_After=wait)
     done, calls = faulty(tmp_path, fault)
     assert (done.returncode, calls) == (3, 1) and time.monotonic() - begin < 10
-    assert "asks to wait until " in done.stderr and "status 429: daily quota" in done.stderr
+    assert "requests a wait until " in done.stderr and "status 429: daily quota" in done.stderr
     assert "--max-wait is 600" in done.stderr
 
 

@@ -123,4 +123,4 @@ def test_scores_between_labels_are_taught_as_the_nearest_and_counted(
     form = load_judge_format(config.model, config.format, False)
     encoded = encode(rows, form, 512, None)
     assert encoded.rounded == 3
-    assert "3 of a score between two labels, taught as the nearest" in encoded.summary()
+    assert "3 of a score between two labels, trained with the nearest" in encoded.summary()

@@ -79,7 +79,7 @@ def test_texts_of_an_author_are_found_by_what_the_others_teach() -> None:
 
 
 def test_cross_validation_refuses_more_folds_than_wordings() -> None:
-    with pytest.raises(UserError, match="--folds 9 is more than the 0 wordings"):
+    with pytest.raises(UserError, match="--folds 9 exceeds the 0 wordings"):
         cross_validate([f for f in FIXTURES if f.split == "held_out"], 9)
 
 

@@ -163,8 +163,8 @@ def test_detector_by_function_path_has_its_own_limit_or_that_of_the_file(
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("absent", "absent is no detector"),
-        ("plain", "plain is no detector. Give FILE.py:NAME"),
+        ("absent", "absent is not a detector"),
+        ("plain", "plain is not a detector. Give FILE.py:NAME"),
     ],
 )
 def test_load_detector_refuses_what_is_none(name: str, message: str, detector_file: Path) -> None:

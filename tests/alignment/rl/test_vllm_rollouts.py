@@ -345,7 +345,8 @@ def test_vllm_rollouts_abandon_a_hanging_but_not_a_busy_server(tmp_path, server)
     for address in ("localhost:8000/v1", "http://localhost:80a0/v1"):
         [(message, seconds)] = run_ranks(generate_without_server, 1, tmp_path / "model", address)
         assert (
-            f"--rollout-url {address.removesuffix('/v1')}" in message and "is no address" in message
+            f"--rollout-url {address.removesuffix('/v1')}" in message
+            and "is not the address" in message
         )
 
 

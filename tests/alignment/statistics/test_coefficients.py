@@ -8,7 +8,7 @@ import pytest
 from scipy.stats import kendalltau, rankdata, spearmanr
 from sklearn.metrics import cohen_kappa_score
 
-from alignment.statistics import coefficients as figures
+from alignment.statistics import coefficients
 from alignment.statistics.bootstrap import Estimate, estimates
 from alignment.statistics.coefficients import Floats, Undefined
 
@@ -41,12 +41,12 @@ def test_alpha_equals_krippendorff_with_any_raters_and_gaps() -> None:
         for metric in ("interval", "nominal"):
             if several:
                 theirs = krippendorff.alpha(matrix, level_of_measurement=metric)
-                ours = figures.krippendorff_alpha(matrix, metric)
+                ours = coefficients.krippendorff_alpha(matrix, metric)
                 assert ours == pytest.approx(theirs, abs=1e-9)
                 compared += 1
             else:
                 with pytest.raises(Undefined, match=r"all labels are|no item has two"):
-                    figures.krippendorff_alpha(matrix, metric)
+                    coefficients.krippendorff_alpha(matrix, metric)
     assert compared > 60
 
 
@@ -57,37 +57,39 @@ def test_coefficients_treat_labels_that_differ_by_rounding_as_equal() -> None:
         a, b = (np.round(draw.uniform(0.5, 9, 30), 1) for _ in range(2))
         b[:10] = a[:10]
         noisy = [x * (1 + draw.uniform(-1e-6, 1e-6, 30)) for x in (a, b)]
-        assert figures.spearman(*noisy) == pytest.approx(float(spearmanr(a, b).statistic))
-        assert figures.kendall(*noisy) == pytest.approx(float(kendalltau(a, b).statistic))
-        assert figures.exact(*noisy) == float((a == b).mean()) > 0.3
+        assert coefficients.spearman(*noisy) == pytest.approx(float(spearmanr(a, b).statistic))
+        assert coefficients.kendall(*noisy) == pytest.approx(float(kendalltau(a, b).statistic))
+        assert coefficients.exact(*noisy) == float((a == b).mean()) > 0.3
         labels = [[str(x) for x in side] for side in (a, b)]
-        assert figures.kappa(*noisy) == pytest.approx(cohen_kappa_score(*labels))
+        assert coefficients.kappa(*noisy) == pytest.approx(cohen_kappa_score(*labels))
         theirs = krippendorff.alpha(np.stack([a, b]), level_of_measurement="nominal")
-        assert figures.krippendorff_alpha(np.stack(noisy), "nominal") == pytest.approx(theirs)
+        assert coefficients.krippendorff_alpha(np.stack(noisy), "nominal") == pytest.approx(theirs)
         pairs = np.stack([noisy[0], noisy[0][::-1] * 0 + a])
-        assert figures.repeats_agree(pairs) == 1
+        assert coefficients.repeats_agree(pairs) == 1
 
 
 def test_coefficients_of_labels_constant_up_to_rounding_are_undefined() -> None:
     constant = np.array([3.9309329, 3.9309351, 3.9309307])
     other = np.array([1.0, 2.5, 4.0])
-    for figure in (figures.spearman, figures.kendall):
+    for figure in (coefficients.spearman, coefficients.kendall):
         for labels in ((constant, other), (other, constant)):
-            with pytest.raises(Undefined, match=r"gives nothing but 3\.93093: there is no order"):
+            with pytest.raises(
+                Undefined, match=r"gives only the label 3\.93093, so that there is no order"
+            ):
                 figure(*labels)
     for metric in ("interval", "nominal"):
         with pytest.raises(Undefined, match=r"all labels are 3\.93093"):
-            figures.krippendorff_alpha(np.stack([constant, constant[::-1]]), metric)
-    for agreement in (figures.quadratic_kappa, figures.kappa):
+            coefficients.krippendorff_alpha(np.stack([constant, constant[::-1]]), metric)
+    for agreement in (coefficients.quadratic_kappa, coefficients.kappa):
         with pytest.raises(Undefined, match=r"all labels are 3\.93093"):
             agreement(constant, constant[::-1])
-    assert figures.spearman(np.array([7.0, 7.01, 7.02]), other) == 1
+    assert coefficients.spearman(np.array([7.0, 7.01, 7.02]), other) == 1
 
 
 def test_calibration_bins_do_not_depend_on_rounding() -> None:
     b = np.array([0.05, 0.15, 0.25, 0.35, 0.45])  # each begins a bin of 0.1
     for noise in (0.0, 1e-7, -1e-7):
-        curve = figures.calibration(b, b + noise, 0.1)
+        curve = coefficients.calibration(b, b + noise, 0.1)
         assert [count for _, _, count in curve] == [1] * 5
 
 
@@ -96,17 +98,17 @@ def test_kappas_equal_scikit_learn() -> None:
         whole = a.astype(int), b.astype(int)
         # With all labels named, for scikit-learn weighs by rank among the labels.
         theirs = cohen_kappa_score(*whole, labels=range(10), weights="quadratic")
-        assert figures.quadratic_kappa(a, b) == pytest.approx(theirs, abs=1e-9)
-        assert figures.kappa(a, b) == pytest.approx(cohen_kappa_score(*whole), abs=1e-9)
+        assert coefficients.quadratic_kappa(a, b) == pytest.approx(theirs, abs=1e-9)
+        assert coefficients.kappa(a, b) == pytest.approx(cohen_kappa_score(*whole), abs=1e-9)
 
 
 def test_rank_correlations_equal_their_definitions() -> None:
     for a, b in pairs_of_labels():
         ranks = np.corrcoef(rankdata(a), rankdata(b))[0, 1]
-        assert figures.spearman(a, b) == pytest.approx(ranks, abs=1e-9)
+        assert coefficients.spearman(a, b) == pytest.approx(ranks, abs=1e-9)
         signs = np.sign(a[:, None] - a) * np.sign(b[:, None] - b)
         untied = np.sqrt((a[:, None] != a).sum() * (b[:, None] != b).sum())
-        assert figures.kendall(a, b) == pytest.approx(signs.sum() / untied, abs=1e-9)
+        assert coefficients.kendall(a, b) == pytest.approx(signs.sum() / untied, abs=1e-9)
 
 
 def test_calibration_error_equals_that_of_grouped_items() -> None:
@@ -116,7 +118,7 @@ def test_calibration_error_equals_that_of_grouped_items() -> None:
         for x in range(10):
             group = [(g, p) for g, p in zip(a, b) if round(p) == x]
             error += abs(sum(g - p for g, p in group))
-        assert figures.calibration_error(a, b) == pytest.approx(error / len(a), abs=1e-9)
+        assert coefficients.calibration_error(a, b) == pytest.approx(error / len(a), abs=1e-9)
 
 
 def test_self_consistency_equals_the_count_of_pairs() -> None:
@@ -128,21 +130,21 @@ def test_self_consistency_equals_the_count_of_pairs() -> None:
             if pairs:
                 shares.append(np.mean([x == y for x, y in pairs]))
         if shares:
-            assert figures.repeats_agree(matrix) == pytest.approx(np.mean(shares))
+            assert coefficients.repeats_agree(matrix) == pytest.approx(np.mean(shares))
         else:
             with pytest.raises(Undefined, match="--samples 2"):
-                figures.repeats_agree(matrix)
+                coefficients.repeats_agree(matrix)
 
 
 @pytest.mark.parametrize(
     "figure, a, b, message",
     [
-        (figures.quadratic_kappa, [7, 7], [7, 7], "all labels are 7"),
-        (figures.kappa, [7, 7], [7, 7], "all labels are 7"),
-        (figures.spearman, [1, 2], [5, 5], "the second gives nothing but 5"),
-        (figures.kendall, [5, 5], [1, 2], "the first gives nothing but 5"),
-        (figures.exact, [], [], "nothing that both judged"),
-        (figures.calibration_error, [], [], "nothing that both judged"),
+        (coefficients.quadratic_kappa, [7, 7], [7, 7], "all labels are 7"),
+        (coefficients.kappa, [7, 7], [7, 7], "all labels are 7"),
+        (coefficients.spearman, [1, 2], [5, 5], "the second gives only the label 5"),
+        (coefficients.kendall, [5, 5], [1, 2], "the first gives only the label 5"),
+        (coefficients.exact, [], [], "no item that both judged"),
+        (coefficients.calibration_error, [], [], "no item that both judged"),
     ],
 )
 def test_coefficients_without_a_value_are_undefined_with_a_reason(figure, a, b, message) -> None:
@@ -152,8 +154,10 @@ def test_coefficients_without_a_value_are_undefined_with_a_reason(figure, a, b, 
 
 def test_kappa_of_a_constant_judge_is_0() -> None:
     a, b = np.arange(10.0), np.full(10, 4.0)
-    assert figures.quadratic_kappa(a, b) == pytest.approx(0, abs=1e-12)
-    assert figures.krippendorff_alpha(np.stack([a, b]), "interval") == pytest.approx(0, abs=0.05)
+    assert coefficients.quadratic_kappa(a, b) == pytest.approx(0, abs=1e-12)
+    assert coefficients.krippendorff_alpha(np.stack([a, b]), "interval") == pytest.approx(
+        0, abs=0.05
+    )
 
 
 def interval(estimate: Estimate) -> tuple[float, float]:

@@ -150,8 +150,8 @@ def test_rows_go_to_the_judge_of_their_column(tmp_path):
     ]
     prompts = [Prompt(str(i), [Message("user", "?")], metadata=m) for i, m in enumerate(rows)]
     message = (
-        "for 2 of the 5 prompts of --prompts, first prompt '3' with 'chat' in the column 'task'; "
-        "its routes are math, 1, true"
+        "for 2 of the 5 prompts of --prompts, the first being '3' with 'chat' in the column "
+        "'task'; its routes are math, 1, true"
     )
     with pytest.raises(UserError, match=message):
         config.check_prompts(prompts, "--prompts")
@@ -238,7 +238,10 @@ def test_models_of_components_are_resident(tmp_path):
         (components(a={"weight": "2"}), "a: weight must be a number, not '2'"),
         (components(a={"weight": float("nan")}), "a: weight must be a number, not nan"),
         (components(a={"weight": 0}), "all weights are 0"),
-        (components(a={"only_if": "b"}, b={}), "a has only_if: b, which is no component before it"),
+        (
+            components(a={"only_if": "b"}, b={}),
+            "a has only_if: b, which is not a component before it",
+        ),
         (components(a={}, b={"otherwise": 1}), "b: at_least and otherwise require only_if"),
         (components(a={}, b={"only_if": "a", "at_least": 10}), "a score from 0 to 9, not 10"),
         (components(a={"kind": None, "file": "none.yaml"}), "a names a file"),
