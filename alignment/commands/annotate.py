@@ -8,7 +8,7 @@ from alignment.commands.annotate_config import AnnotateConfig, Orders, parse
 from alignment.commands.annotation_judge_config import AnnotationJudgeConfig
 from alignment.commands.config_groups import OutputConfig
 from alignment.data.read_options import ReadOptions
-from alignment.judges.kinds.judge_kind import AnnotationSettings, CostSettings, JudgeFlags
+from alignment.judges.kinds.command_settings import AnnotationSettings, CostSettings, JudgeFlags
 from alignment.judges.kinds.registry import judge_from_flag
 from alignment.judges.questions import Item, make_questions
 from alignment.output_file import OutputFile

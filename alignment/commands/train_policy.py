@@ -35,7 +35,8 @@ from alignment.record_files import read_files
 from alignment.records import Prompt
 from alignment.rl.algorithms import ALGORITHMS
 from alignment.rl.critic import Critic
-from alignment.rl.grading import GamingAlarm, Grader
+from alignment.rl.gaming_alarm import GamingAlarm
+from alignment.rl.grading import Grader
 from alignment.rl.judge_costs import JudgeCosts
 from alignment.rl.judge_rewards import JudgeReward
 from alignment.rl.resident_models import resident_models

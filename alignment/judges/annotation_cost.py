@@ -15,8 +15,8 @@ from alignment.endpoints.cost_estimate import (
 from alignment.endpoints.token_counter import TokenCounter
 from alignment.endpoints.usage import TokenUsage
 from alignment.judges.formats.answers import Answer
+from alignment.judges.kinds.command_settings import AnnotationSettings
 from alignment.judges.kinds.endpoint import EndpointJudgeConfig
-from alignment.judges.kinds.judge_kind import AnnotationSettings
 from alignment.records import Message
 
 

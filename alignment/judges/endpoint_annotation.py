@@ -24,8 +24,8 @@ from alignment.judges.annotation_cost import estimate_cost, open_budget
 from alignment.judges.formats.answers import Answer
 from alignment.judges.formats.judge_format import JudgeFormat
 from alignment.judges.formats.prompts import judge_prompt
+from alignment.judges.kinds.command_settings import AnnotationSettings
 from alignment.judges.kinds.endpoint import EndpointJudgeConfig
-from alignment.judges.kinds.judge_kind import AnnotationSettings
 from alignment.judges.questions import (
     AnnotationTask,
     JudgingTask,

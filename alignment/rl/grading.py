@@ -6,7 +6,6 @@ not, the policy exploits a weakness of its judge: it is gaming the judge.
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,8 @@ from alignment.judges.kinds.judge_kind import Judge, rounding_error
 from alignment.judges.questions import Question
 from alignment.ranks import all_reduce_max, gather_by_data_rank, interleave, on_first_rank
 from alignment.records import Outcome, Pair, Prompt, Response, Verdict
+from alignment.rl.gaming_alarm import GOLD, PROXY, GamingAlarm
+from alignment.rl.grade_files import append_scores, write_samples
 from alignment.rl.judge_rewards import (
     mean_score,
     response_of,
@@ -30,49 +31,12 @@ from alignment.rl.judge_rewards import (
 from alignment.rl.metrics import component_means
 from alignment.rl.response_monitor import ResponseMonitor
 from alignment.rl.rollouts import Rollout
-from alignment.rounding import exceeds, is_constant, tolerance
+from alignment.rounding import is_constant
 from alignment.seeds import derive_seed
 from alignment.training.loop import EvaluationFailed
 from megatron_ext.errors import UserError
 from megatron_ext.inference.sampling import Sampling
 from megatron_ext.training.saving import write_atomically
-
-PROXY, GOLD = "grade/proxy", "grade/gold"
-
-
-@dataclass(frozen=True)
-class GamingAlarm:
-    """Condition under which a policy counts as gaming its judge.
-
-    Attributes:
-        gap: Largest rise of proxy minus gold above its first value.
-        window: Evaluations over which the proxy must have risen while gold did not.
-    """
-
-    gap: float = 0.5
-    window: int = 3
-
-    def raised(self, rows: Sequence[Mapping[str, Any]]) -> bool:
-        """Return whether the last of some evaluations raises the alarm. Rounding is no change."""
-        graded = [row for row in rows if row.get("grade/gap") is not None]
-        if len(graded) < self.window + 1 or graded[-1] is not rows[-1]:
-            return False
-        before, now = graded[-1 - self.window], graded[-1]
-        size = max(abs(row[name]) for row in (graded[0], now) for name in (PROXY, GOLD))
-        opened = exceeds(now["grade/gap"] - graded[0]["grade/gap"], self.gap, size=size)
-        proxy_rose, gold_rose = (exceeds(now[name], before[name]) for name in (PROXY, GOLD))
-        return opened and proxy_rose and not gold_rose
-
-    def sentence(self, rows: Sequence[Mapping[str, Any]]) -> str | None:
-        """Return the message to print if the last of some evaluations begins an alarm."""
-        if not self.raised(rows) or self.raised(rows[:-1]):
-            return None
-        first = next(row for row in rows if row["grade/gap"] is not None)
-        proxy, gold = (rows[-1][name] - first[name] for name in (PROXY, GOLD))
-        return (
-            f"ALARM at step {rows[-1]['step']}: the policy is gaming its judge: "
-            f"proxy {proxy:+.2f}, gold {gold:+.2f} since step {first['step']}"
-        )
 
 
 class Grader:
@@ -134,7 +98,7 @@ class Grader:
         self.judges, self.folder, self.reference = judges, folder, reference
         self.length, self.monitor, self.alarm = length, monitor, alarm
         self.generation_batch_size = generation_batch_size
-        self.errors = {name: rounding_error(each) for name, each in judges.items()}
+        self.errors = {name: rounding_error(group) for name, group in judges.items()}
         self.check, self.writes, self.written_samples = check, writes, written_samples
         room = length - sampling.max_new_tokens
         encoded = [(p, prompt_ids(tokenizer, p.messages, **template)) for p in prompts]
@@ -194,7 +158,7 @@ class Grader:
         row = on_first_rank(lambda: self._checked_row(step, shares))
         self.history = [r for r in self.history if r["step"] < step] + [row]
         if "gold" in self.judges:
-            row["grade/gap_slope"] = self._slope()
+            row["grade/gap_slope"] = self.alarm.slope(self.history)
             row["grade/alarm"] = int(self.alarm.raised(self.history))
         return row
 
@@ -233,7 +197,7 @@ class Grader:
 
     def _checked_row(self, step: int, shares: Sequence[Any]) -> dict[str, Any]:
         self._require_answers(shares)
-        components = [each for share in shares for each in share[5]]
+        components = [component for share in shares for component in share[5]]
         return self._row(step, shares) | component_means(components, "component_held_out")
 
     def _in_pairs(self, name: str) -> bool:
@@ -291,21 +255,22 @@ class Grader:
                 ]
         # Means are over the same responses, so that failures on hard ones cause no gap.
         compared = [name for name in ("proxy", "gold") if name in scores]
-        both = [None not in pair for pair in zip(*(scores[name] for name in compared))]
+        judged = [None not in pair for pair in zip(*(scores[name] for name in compared))]
         for name, values in scores.items():
-            values_of_both = [v for v, b in zip(values, both) if b] if name in compared else []
-            row[f"grade/{name}"] = _mean(values_of_both or values)
+            common = [v for v, j in zip(values, judged) if j] if name in compared else []
+            row[f"grade/{name}"] = _mean(common or values)
             row[f"grade/{name}_unjudged"] = sum(v is None for v in values) / max(1, len(values))
         if "gold" in scores:
-            row["grade/gap"] = row[PROXY] - row[GOLD] if any(both) else None
+            row["grade/gap"] = row[PROXY] - row[GOLD] if any(judged) else None
         row |= self._errors([response.prompt.id for response in responses], scores)
         row["grade/kl"] = float(np.mean(divergences)) if divergences else None
         row["grade/length"] = float(np.mean([len(r.tokens) for r in rollouts]))
         if self.writes:
             findings = self.monitor.findings(responses, scores["proxy"])
             row |= {f"monitor_held_out/{n}": share for n, share in findings.shares.items()}
-            self._write_samples(step, responses, scores, findings.flags)
-            self._write_scores(step, responses, scores)
+            samples = responses[: self.written_samples]
+            write_samples(self.folder / "samples.jsonl", step, samples, scores, findings.flags)
+            append_scores(self.folder / "grades.jsonl", step, responses, scores)
         return row
 
     def _errors(
@@ -336,48 +301,6 @@ class Grader:
             **{f"grade/{name}_error": error for name, error in errors.items()},
         }
 
-    def _write_samples(
-        self,
-        step: int,
-        responses: Sequence[Response],
-        scores: Mapping[str, Sequence[float | None]],
-        flags: Sequence[Mapping[str, Any]],
-    ) -> None:
-        """Write some samples for readers, and remove older entries of this and later steps."""
-        file = self.folder / "samples.jsonl"
-        before = file.read_text().splitlines() if file.is_file() else []
-        rows = [line for line in before if json.loads(line)["step"] < step]
-        for place, response in enumerate(responses[: self.written_samples]):
-            rows.append(
-                json.dumps(
-                    {
-                        "step": step,
-                        "prompt": response.prompt.id,
-                        "messages": response.prompt.to_row()["messages"],
-                        "response": response.text,
-                        "scores": {name: values[place] for name, values in scores.items()},
-                        "flags": sorted(flags[place]),
-                    }
-                )
-            )
-        temporary = file.with_name(".samples.tmp")
-        temporary.write_text("".join(row + "\n" for row in rows))
-        temporary.replace(file)
-
-    def _write_scores(
-        self,
-        step: int,
-        responses: Sequence[Response],
-        scores: Mapping[str, Sequence[float | None]],
-    ) -> None:
-        """Write the scores of every held-out prompt, for intervals over prompts in reports.
-
-        A resumed run writes a step again; the last row of a step counts.
-        """
-        row = {"step": step, "prompts": [r.prompt.id for r in responses], "scores": dict(scores)}
-        with open(self.folder / "grades.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
-
     def _divergence(
         self, share: Sequence[tuple[Prompt, Sequence[int]]], rollouts: Sequence[Rollout]
     ) -> list[float]:
@@ -395,24 +318,11 @@ class Grader:
         ]
         batch = TokenBatch.of(samples)
         temperature = self.sampling.temperature
-        own = self.policy.log_probs(
+        policy = self.policy.log_probs(
             batch, temperature=temperature, trained_only=True
         ).log_probs.cpu()
-        change = (own - self.reference(batch, temperature).cpu()) * batch.loss_mask
+        change = (policy - self.reference(batch, temperature).cpu()) * batch.loss_mask
         return change.double().sum(dim=1).tolist()
-
-    def _slope(self) -> float | None:
-        """Return the change of the gap per 100 steps, over the last evaluations."""
-        graded = [row for row in self.history if row["grade/gap"] is not None]
-        graded = graded[-1 - self.alarm.window :]
-        if len(graded) < 2:
-            return None
-        steps = np.array([row["step"] for row in graded], dtype=np.float64)
-        gaps = np.array([row["grade/gap"] for row in graded], dtype=np.float64)
-        scores = [row[name] for row in graded for name in (PROXY, GOLD)]
-        if float(np.ptp(gaps)) <= tolerance(scores):
-            return 0.0
-        return float(100 * np.polyfit(steps, gaps, 1)[0])
 
 
 def _better(score: float | None, other: float | None, error: float) -> float | None:

@@ -10,14 +10,8 @@ from alignment.endpoints.chat_client import ChatSampling
 from alignment.endpoints.cost_estimate import CALLS_PER_REPLICA, Speed
 from alignment.endpoints.retry import MAX_WAIT, RetryPolicy
 from alignment.endpoints.usage import Prices
-from alignment.judges.kinds.judge_kind import (
-    MAY_CHANGE,
-    AnnotationSettings,
-    CostSettings,
-    JudgeConfig,
-    JudgeContext,
-    JudgeFlags,
-)
+from alignment.judges.kinds.command_settings import AnnotationSettings, CostSettings, JudgeFlags
+from alignment.judges.kinds.judge_kind import MAY_CHANGE, JudgeConfig, JudgeContext
 from alignment.judges.questions import Question, prompts_of
 from alignment.output_file import OutputFile
 from megatron_ext.errors import UserError

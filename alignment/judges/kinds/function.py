@@ -5,8 +5,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator
 
 from alignment.judges.formats.scale import check_scale
+from alignment.judges.kinds.command_settings import JudgeFlags
 from alignment.judges.kinds.function_judge import FUNCTION_TIMEOUT, FunctionJudge
-from alignment.judges.kinds.judge_kind import MAY_CHANGE, JudgeConfig, JudgeContext, JudgeFlags
+from alignment.judges.kinds.judge_kind import MAY_CHANGE, JudgeConfig, JudgeContext
 from alignment.judges.kinds.program_judge import ProgramJudge
 from megatron_ext.errors import UserError
 

@@ -26,10 +26,11 @@ from alignment.judges.kinds.answer_verifiers import (
 )
 from alignment.judges.kinds.code_tests import CodeTestsConfig
 from alignment.judges.kinds.combined import RouteConfig, SumConfig
+from alignment.judges.kinds.command_settings import JudgeFlags
 from alignment.judges.kinds.endpoint import EndpointJudgeConfig
 from alignment.judges.kinds.function import FunctionJudgeConfig
 from alignment.judges.kinds.instructions import InstructionsConfig
-from alignment.judges.kinds.judge_kind import JudgeConfig, JudgeFlags
+from alignment.judges.kinds.judge_kind import JudgeConfig
 from alignment.judges.kinds.local import LocalJudgeConfig
 from alignment.judges.kinds.rule import RuleJudgeConfig
 from megatron_ext.errors import UserError

@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field
 
-from alignment.judges.kinds.judge_kind import JudgeConfig, JudgeContext, JudgeFlags
+from alignment.judges.kinds.command_settings import JudgeFlags
+from alignment.judges.kinds.judge_kind import JudgeConfig, JudgeContext
 from alignment.judges.kinds.program_judge import ProgramJudge
 from alignment.judges.kinds.rule_judge import RULES, Fluency, RuleJudge
 from megatron_ext.errors import UserError

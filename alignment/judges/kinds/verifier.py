@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 from pydantic import Field
 
 from alignment.judges.formats.scale import HIGH
-from alignment.judges.kinds.judge_kind import JudgeConfig, JudgeContext, JudgeFlags
+from alignment.judges.kinds.command_settings import JudgeFlags
+from alignment.judges.kinds.judge_kind import JudgeConfig, JudgeContext
 from alignment.judges.kinds.program_judge import ProgramJudge
 from alignment.judges.kinds.score_pairs import prefer_higher, responses_of
 from alignment.judges.verifiers.extraction import final_text

@@ -17,7 +17,8 @@ from alignment.monitors.text_features import words_of
 from alignment.monitors.training_monitor import Monitor
 from alignment.record_files import read_all
 from alignment.records import Message, Prompt, Response
-from alignment.rl.grading import GamingAlarm, Grader
+from alignment.rl.gaming_alarm import GamingAlarm
+from alignment.rl.grading import Grader
 from alignment.rl.response_monitor import ResponseMonitor
 from alignment.rl.rollouts import Rollout
 from megatron_ext.errors import UserError

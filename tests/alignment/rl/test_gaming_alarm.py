@@ -1,6 +1,6 @@
 """The alarm about a policy that games its judge."""
 
-from alignment.rl.grading import GamingAlarm
+from alignment.rl.gaming_alarm import GamingAlarm
 
 
 def test_gaming_alarm_ignores_rounding():

@@ -10,7 +10,8 @@ import torch.distributed as dist
 from alignment.data.model_tokenizer import load_tokenizer
 from alignment.monitors.training_monitor import Monitor
 from alignment.records import Message, Outcome, Prompt, Response, Verdict
-from alignment.rl.grading import GamingAlarm, Grader
+from alignment.rl.gaming_alarm import GamingAlarm
+from alignment.rl.grading import Grader
 from alignment.rl.response_monitor import ResponseMonitor, append_rollouts
 from alignment.rl.rollouts import Rollout
 from megatron_ext.errors import UserError

@@ -6,7 +6,8 @@ import time
 import pytest
 
 from alignment.commands.annotate import main as annotate
-from alignment.judges.kinds.judge_kind import JudgeContext, JudgeFlags
+from alignment.judges.kinds.command_settings import JudgeFlags
+from alignment.judges.kinds.judge_kind import JudgeContext
 from alignment.judges.kinds.registry import judge_from_flag, read_judge
 from alignment.judges.questions import Question
 from alignment.record_files import read_all
