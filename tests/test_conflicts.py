@@ -95,7 +95,7 @@ def test_check_conflicts_refuses_contradictions(values: dict[str, Any], message:
         ),
         (
             {"use_distributed_optimizer": True, "expert_model_parallel_size": 2},
-            "no place for the experts' biases: add --disable-bias-linear",
+            "does not support biases of experts: add --disable-bias-linear",
         ),
         ({"lr": 0.0}, "--lr 0 must be above 0 with --optimizer muon"),
         ({"muon_embedding_lr": -1.0}, "--muon-embedding-lr -1 must be above 0"),

@@ -74,7 +74,7 @@ def parsed(*flags: str) -> Namespace:
         (["--step-batch-size-schedule", "640:4"], "must begin with 0:BATCH"),
         (["--step-batch-size-schedule", "four"], "must be pairs TOKENS:BATCH"),
         (["--phase-transition-iterations", "a"], "must be numbers of steps"),
-        (["--phase-transition-iterations", "4"], "needs --train-samples"),
+        (["--phase-transition-iterations", "4"], "requires --train-samples"),
         (["--multiple-validation-sets"], "needs --full-validation"),
         (["--full-validation"], "needs --multiple-validation-sets"),
     ],

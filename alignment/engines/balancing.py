@@ -40,16 +40,16 @@ def balance_over_ranks(
 
 
 def plan_moves(sizes: Sequence[Sequence[int]]) -> list[tuple[int, int, int]]:
-    """Return moves that lower the number of tokens of the rank that has most.
+    """Return moves that lower the number of tokens of the fullest rank.
 
-    The fullest rank gives its largest sample that lowers the maximum to the emptiest rank, until no
-    sample does.
+    The fullest rank passes its largest sample that lowers the maximum to the emptiest rank, until
+    no sample does.
 
     Args:
         sizes: Tokens of the samples of each rank.
 
     Returns:
-        Rank, place of the sample among the rank's samples, and the rank that it moves to.
+        Rank, index of the sample among the rank's samples, and destination rank.
     """
     totals = [sum(rank) for rank in sizes]
     left = [dict(enumerate(rank)) for rank in sizes]

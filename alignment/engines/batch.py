@@ -52,7 +52,7 @@ class TokenBatch:
 
     @classmethod
     def of(cls, samples: Sequence[TokenSample], length: int | None = None) -> "TokenBatch":
-        """Give every sample a row.
+        """Create a batch with one row per sample.
 
         Args:
             samples: Samples.
@@ -62,7 +62,7 @@ class TokenBatch:
 
     @classmethod
     def packed(cls, samples: Sequence[TokenSample], length: int) -> "TokenBatch":
-        """Put each sample into the first row that has room for it, longest first.
+        """Create a batch by putting each sample into the first row with room for it, longest first.
 
         Raises:
             ValueError: A sample is longer than a row.
@@ -105,7 +105,7 @@ class TokenBatch:
     def of_rows(
         cls, rows: Sequence[Sequence[TokenSample]], length: int | None = None
     ) -> "TokenBatch":
-        """Make rows of the samples of each, padded at their end."""
+        """Create one row from each list of samples, padded at the end."""
         longest = max((sum(len(sample.tokens) for sample in row) for row in rows), default=0)
         length = longest if length is None else length
         if longest > length:
@@ -145,7 +145,7 @@ class TokenBatch:
 
     @cached_property
     def positions(self) -> Tensor:
-        """Places of the tokens in their samples, int64 `[rows, length]`; padding is one."""
+        """Positions of the tokens in samples, int64 `[rows, length]`; padding is a sample."""
         index = torch.arange(self.length, device=self.tokens.device)
         begins = self.samples != F.pad(self.samples, (1, 0), value=PADDING - 1)[:, :-1]
         return index - torch.where(begins, index, 0).cummax(dim=1).values
@@ -187,9 +187,9 @@ class TokenBatch:
 
     def padded(self, rows: int, length: int) -> "TokenBatch":
         """Return the batch with padding up to a number of rows and a length."""
-        more = (0, length - self.length, 0, rows - self.rows)
-        padded = self._each(lambda tensor: F.pad(tensor, more))
-        return replace(padded, samples=F.pad(self.samples, more, value=PADDING))
+        padding = (0, length - self.length, 0, rows - self.rows)
+        padded = self._each(lambda tensor: F.pad(tensor, padding))
+        return replace(padded, samples=F.pad(self.samples, padding, value=PADDING))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "TokenBatch":
         return TokenBatch(

@@ -1,6 +1,6 @@
 """Engine on DeepSpeed, for any causal language model of transformers, with ZeRO 1 to 3.
 
-Every rank has a separate share of the data. Without CUDA the engine runs over gloo, in plain torch.
+Every rank has a separate share of the data. Without CUDA the engine runs on gloo and plain torch.
 """
 
 import os
@@ -108,7 +108,7 @@ class DeepSpeedEngine:
         return torch.cat(parts)[: batch.rows, : batch.length]
 
     def values(self, batch: TokenBatch, token: int, *, trained_only: bool = False) -> Tensor:
-        """Return a critic's values, as exact as the logits are; see `AlignmentEngine.values`."""
+        """Return a critic's values in the precision of logits; see `AlignmentEngine.values`."""
         self._engine.eval()
         with torch.no_grad():
             results = [
@@ -184,7 +184,7 @@ class DeepSpeedEngine:
         return {}
 
     def count_parameters(self) -> tuple[int, int]:
-        """Return the number of all parameters twice: which of them a token uses is not known."""
+        """Return the number of all parameters twice, because the number per token is unknown."""
         parameters = self._engine.module.parameters()
         total = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)
         return total, total
@@ -268,7 +268,7 @@ class DeepSpeedEngine:
 
     def _trained(self) -> Optimization:
         if self.optimization is None:
-            raise ValueError("the engine was made without an optimization")
+            raise ValueError("the engine was created without an optimization")
         return self.optimization
 
     def _split(self, batch: TokenBatch) -> list[TokenBatch]:

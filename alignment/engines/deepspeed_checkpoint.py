@@ -7,7 +7,7 @@ from megatron_ext.errors import UserError
 
 
 def verify_checkpoint(folder: Path, rank: int, size: int) -> None:
-    """Check a checkpoint before DeepSpeed loads it, where a failing rank leaves others waiting.
+    """Check a checkpoint before DeepSpeed loads it, because a failing rank would block the others.
 
     Args:
         folder: Folder of the checkpoints.

@@ -35,7 +35,7 @@ class ZeroSettings:
         stage: 1 for the optimizer's state, 2 for gradients too, 3 for parameters too.
         offload_optimizer: Whether the optimizer's state is in host memory and updated there.
         offload_parameters: Whether parameters are in host memory too. Requires stage 3.
-        micro_batch: Rows that run through the model at a time.
+        micro_batch: Rows of a micro-batch.
     """
 
     stage: int = 2
@@ -56,7 +56,7 @@ class ZeroSettings:
 
 
 def start_ranks() -> None:
-    """Initialize torch.distributed, unless the caller has, and DeepSpeed's view of it."""
+    """Initialize DeepSpeed, and torch.distributed unless the caller has initialized it."""
     logger.setLevel("WARNING")
     backend = "gloo" if ON_CPU else "nccl"
     if "WORLD_SIZE" not in os.environ:  # started without torchrun, which DeepSpeed does not expect
@@ -88,25 +88,25 @@ def load_model(folder: Path, dtype: torch.dtype) -> Any:
         raise UserError(
             f"{folder} is not a Hugging Face folder, as it has no config.json. Choose another one."
         )
-    own = f'"{OWN.name}"' in (folder / "config.json").read_text()
-    config = load_config(folder) if own else AutoConfig.from_pretrained(folder)
+    is_expert_threshold = f'"{OWN.name}"' in (folder / "config.json").read_text()
+    config = load_config(folder) if is_expert_threshold else AutoConfig.from_pretrained(folder)
     # A train step must compute the same as `log_probs`: with dropout, the ratios of PPO would
     # not be 1 before the first update. Training in eval mode is no alternative, because experts
     # without a token then take no part and ranks would lack each other's gradients.
     _turn_dropout_off(config)
-    loader = ExpertThresholdForCausalLM if own else AutoModelForCausalLM
+    loader = ExpertThresholdForCausalLM if is_expert_threshold else AutoModelForCausalLM
     model = loader.from_pretrained(folder, config=config, dtype=dtype)
     for module in model.modules():
         if isinstance(module, _DropoutNd):  # also rates that the configuration does not have
             module.p = 0.0
-    if own:
+    if is_expert_threshold:
         # The tokens decide which experts run, so ZeRO 3 must fetch all experts of a layer together.
         deepspeed.utils.set_z3_leaf_modules(model, [MoE], raise_if_not_found=False)
     return model
 
 
 def _turn_dropout_off(config: Any) -> None:
-    """Set all dropout rates to 0, before modules that are no torch.nn.Dropout copy them."""
+    """Set all dropout rates to 0, before modules other than torch.nn.Dropout copy them."""
     from transformers import PretrainedConfig
 
     for name, value in list(vars(config).items()):

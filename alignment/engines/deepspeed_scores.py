@@ -19,7 +19,7 @@ class CausalScorer:
     """Scores of micro-batches, with gradients unless they are turned off."""
 
     def __init__(self, engine: Any, dtype: torch.dtype) -> None:
-        """Take the model.
+        """Create the scorer.
 
         Args:
             engine: DeepSpeed's engine of the model.
@@ -67,7 +67,7 @@ class CausalScorer:
         return align_scores(every.index_copy(2, places, values.unsqueeze(0)), scored, values=True)
 
     def _logits(self, batch: TokenBatch, places: Tensor) -> Tensor:
-        """Return logits after the tokens at some places of every row.
+        """Return the logits after the tokens at some positions of every row.
 
         Returns:
             fp32 `[rows, places, vocabulary]`.
@@ -103,11 +103,11 @@ class CausalScorer:
 
 
 def _places_before(scored: Tensor) -> Tensor:
-    """Return the columns after whose tokens a scored token follows in any row."""
+    """Return the columns that precede a scored token in any row."""
     return _columns(F.pad(scored, (0, 1))[:, 1:])
 
 
 def _columns(mask: Tensor) -> Tensor:
-    """Return the columns in which a mask is set in any row; the first column if it is nowhere."""
+    """Return the columns in which a mask is set in any row, or else the first column."""
     places = mask.any(dim=0).nonzero().flatten()
     return places if len(places) else places.new_zeros(1)

@@ -1,4 +1,4 @@
-"""Export of a model in training as a Hugging Face folder."""
+"""Export of a model during training as a Hugging Face folder."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from megatron_ext.hf.sources import Source
 from megatron_ext.hf.tokenizer_export import export_tokenizer
 
 SHARD_BYTES = 5 * 10**9
-"""Most bytes of the weights in one file."""
+"""Maximum size of the weights in one file, in bytes."""
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf")
 
 

@@ -40,7 +40,7 @@ class TokenScorer:
             groups: Process groups whose ranks share a vocabulary (tp) and a row (cp).
             temperature: Divisor of the logits.
             entropy: Whether to compute entropies.
-            trained_only: Score the tokens of `loss_mask` alone.
+            trained_only: Score only the tokens of `loss_mask`.
             choices: Tokens to score after the last token of each sample, instead of the batch's.
             values: Compute values instead, with the output layer's row of this token.
         """
@@ -66,12 +66,12 @@ class TokenScorer:
         scale_logits: Any,
         **_: Any,
     ) -> Tensor:
-        """Score the tokens after those of this rank that are chosen.
+        """Score the tokens that follow the chosen tokens of this rank.
 
         Returns:
             fp32 `[length of this rank, rows, 1 or 2]`: log-probabilities, and entropies if they are
             computed; or `[length of this rank, rows, choices]`; or values, `[length of this rank,
-            rows, 1]`. Places that are not chosen have 0.
+            rows, 1]`. Positions that are not chosen have 0.
         """
         if self.values is not None:
             weight = output_layer.weight if output_weight is None else output_weight
@@ -98,7 +98,7 @@ class TokenScorer:
         """Return the logits after the chosen tokens, `[chosen, 1, vocabulary part]`."""
         spread = output_layer.sequence_parallel
         if spread:
-            # The output layer sums gradients over the ranks when its input is not spread.
+            # The output layer sums gradients over the ranks if its input is not divided among them.
             hidden_states = gather_from_sequence_parallel_region(
                 hidden_states, tensor_parallel_output_grad=False, group=self.groups.tp
             )
@@ -121,7 +121,7 @@ class TokenScorer:
         """Return the scores of whole rows, on every rank that shares them.
 
         Returns:
-            `[kinds, rows, length]`, each in the place of the token before the one it is of.
+            `[kinds, rows, length]`, each at the position of the token before the scored one.
         """
         if self.groups.cp.size() > 1:
             scores = gather_from_sequence_parallel_region(
@@ -142,7 +142,7 @@ def row_values(
         weight: Output layer of this rank, `[vocabulary of this rank, hidden]`.
         token: Token of the row.
         group: Process group whose ranks divide the vocabulary.
-        spread: Whether the ranks divide the length too.
+        spread: Whether the ranks also divide the length.
 
     Returns:
         fp32 `[whole length, rows, 1]`.

@@ -82,8 +82,8 @@ class MegatronEngine:
             dtype: Dtype of the weights. Default: fp32 on a CPU, else the model's; bf16 to train a
                 model in fp16.
             flags: Further flags of `pretrain_et.py`, which override all others.
-            same_model: Whether to refuse flags that would change what the weights compute. A
-                comparison of routers on the same weights turns it off.
+            same_model: Whether to refuse flags that would change the function of the weights. A
+                comparison of routers on the same weights sets it to False.
 
         Raises:
             UserError: The model cannot be read, or the layout does not fit it or the ranks.
@@ -92,7 +92,7 @@ class MegatronEngine:
         self._optimization = optimization
         source = open_model(Path(path), "--model")
         if optimization is not None and source.dtype == torch.float16 and not is_cpu_device():
-            dtype = dtype or torch.bfloat16  # a step in fp16 may overflow
+            dtype = dtype or torch.bfloat16  # gradients in fp16 may overflow
         # Megatron reads the tokenizer from files while it starts.
         with tempfile.TemporaryDirectory() as place, quiet_megatron():
             tokenizer = source.carry_tokenizer(Path(place))
@@ -174,7 +174,7 @@ class MegatronEngine:
         """Make one optimizer step; see `AlignmentEngine.train_step`."""
         self._activate_globals()
         if self._optimizer is None:
-            raise ValueError("the engine was made without an optimization")
+            raise ValueError("the engine was created without an optimization")
         parts = self._split(batch)
         for chunk in self._model:
             chunk.zero_grad_buffer()
@@ -240,11 +240,11 @@ class MegatronEngine:
 
         args = Namespace(**{**vars(self.args), "vocab_size": self.args.hf_vocab_size})
         stages: list[Any] = [None] * self.groups.pp.size()
-        own = count_parameters(self._model, args)
-        dist.all_gather_object(stages, own, group=self.groups.pp)
-        whole, experts = Parameters.of_model(stages), self.config.num_moe_experts
+        local = count_parameters(self._model, args)
+        dist.all_gather_object(stages, local, group=self.groups.pp)
+        all_stages, experts = Parameters.of_model(stages), self.config.num_moe_experts
         rate = self.config.mean_experts / experts if experts else Fraction(0)
-        return whole.total, whole.active(rate)
+        return all_stages.total, all_stages.active(rate)
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Iterate over the model's whole tensors; see `AlignmentEngine.parameters`."""

@@ -31,7 +31,7 @@ from megatron_ext.model.gpt import gpt_model_config
 
 @dataclass(frozen=True)
 class MegatronLayout:
-    """Division of a model among ranks. The remaining ranks have copies of it, with other data.
+    """Division of a model among ranks. The remaining ranks have replicas of it, with other data.
 
     Attributes:
         tensor: Ranks that divide the tensors of a layer.
@@ -39,8 +39,8 @@ class MegatronLayout:
         context: Ranks that divide the rows of a batch.
         expert: Ranks that divide the experts.
         expert_tensor: Ranks that divide the tensors of an expert. Default: `tensor`.
-        shard_optimizer: Whether copies divide the optimizer's state among them.
-        micro_batch: Rows that run through the model at a time.
+        shard_optimizer: Whether the replicas divide the optimizer's state among them.
+        micro_batch: Rows of a micro-batch.
     """
 
     tensor: int = 1
@@ -85,7 +85,7 @@ def start(
     first = global_vars._GLOBAL_ARGS is None
     if not first:
         _check_same_layout(global_vars._GLOBAL_ARGS, layout)
-        unset_global_variables()  # the previous engine has references to its own
+        unset_global_variables()  # the previous engine has references to its own arguments
         destroy_rerun_state_machine()
     model, frozen = source.model, optimization is None
     optimization = optimization or Optimization()
@@ -108,7 +108,7 @@ def start(
         "adam-beta2": optimization.betas[1],
         "adam-eps": optimization.eps,
         "clip-grad": optimization.clip,
-        # Attention of Transformer Engine takes no samples that share a row.
+        # Attention of Transformer Engine does not support several samples per row.
         "transformer-impl": "local",
     }
     if model.router is not None:
@@ -141,17 +141,17 @@ def start(
 
 
 def _check_same_function(args: Namespace, model: Architecture) -> None:
-    """Refuse flags that would change what the weights compute."""
+    """Refuse flags that would change the function of the weights."""
     flagged = from_args(args)
     for name in (field.name for field in fields(Architecture)):
         # Padding, training losses, and a bound that rotary positions do not require may differ.
         if name in ("vocab", "aux_loss", "max_length"):
             continue
-        here, there = getattr(flagged, name), getattr(model, name)
-        if here != there:
+        flag_value, model_value = getattr(flagged, name), getattr(model, name)
+        if flag_value != model_value:
             raise UserError(
-                f"--megatron-flags make another model of these weights: {name} = {here}, which was "
-                f"trained with {there}. Leave out the flag that changes it."
+                f"--megatron-flags change the model of these weights: {name} = {flag_value}, which "
+                f"was trained with {model_value}. Leave out the flag that changes it."
             )
 
 

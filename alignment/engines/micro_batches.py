@@ -40,5 +40,5 @@ def micro_batches(
         batch = replace(batch, extras={name: torch.zeros(batch.tokens.shape) for name in names})
     count = max(1, *(-(-count // rows) for count, _ in ranks))
     length = max(1, -(-batch.length // multiple)) * multiple
-    whole = batch.padded(count * rows, length).to(device)
-    return [whole.slice(slice(i * rows, (i + 1) * rows)) for i in range(count)]
+    padded_batch = batch.padded(count * rows, length).to(device)
+    return [padded_batch.slice(slice(i * rows, (i + 1) * rows)) for i in range(count)]

@@ -29,9 +29,9 @@ class TokenScores:
         log_probs: fp32 `[rows, length]`, nats: log-probability of each token after the tokens of
             its sample before it. 0 for a sample's first token and for padding.
         entropy: fp32 `[rows, length]`, nats, if it was computed: entropy of the distribution that
-            the token is of. 0 in the same places.
+            the token belongs to. 0 at the same positions.
         values: fp32 `[rows, length]`, if values were computed: value of the state before each
-            token. 0 in the same places. Log-probabilities are then 0 and were not computed.
+            token. 0 at the same positions. Log-probabilities are then 0 and were not computed.
     """
 
     log_probs: Tensor
@@ -83,12 +83,12 @@ def negative_log_likelihood(scores: TokenScores, batch: TokenBatch) -> LossSums:
 
 def reduce_sums(parts: Sequence[LossSums], group: dist.ProcessGroup | None) -> dict[str, float]:
     """Return loss and metrics of all micro-batches and all ranks of a group, each divided once."""
-    each = [{"loss": (sums.total, sums.weight), **sums.metrics} for sums in parts]
-    flat = [[part.detach().double() for pair in e.values() for part in pair] for e in each]
+    pairs_by_name = [{"loss": (sums.total, sums.weight), **sums.metrics} for sums in parts]
+    flat = [[part.detach().double() for pair in e.values() for part in pair] for e in pairs_by_name]
     total = torch.stack([torch.stack(values) for values in flat]).sum(dim=0)
     dist.all_reduce(total, group=group)
     sums, weights = total.view(-1, 2).unbind(dim=1)
-    metrics = dict(zip(each[0], (sums / weights.clamp(min=1)).tolist()))
+    metrics = dict(zip(pairs_by_name[0], (sums / weights.clamp(min=1)).tolist()))
     if names := list(parts[0].maxima):
         largest = torch.stack([torch.stack([p.maxima[name] for name in names]) for p in parts])
         largest = largest.detach().float().amax(dim=0)
@@ -191,7 +191,7 @@ class AlignmentEngine(Protocol):
     Attributes:
         data_rank: Number of this rank's share of the data.
         data_size: Number of shares of the data.
-        step: Number of optimizer steps that were made.
+        step: Number of finished optimizer steps.
     """
 
     data_rank: int
@@ -217,12 +217,12 @@ class AlignmentEngine(Protocol):
             batch: Samples of this rank.
             temperature: Divisor of the logits.
             entropy: Whether to compute entropies.
-            trained_only: Compute the scores of trained tokens alone, those of `loss_mask`. The
-                others are 0. The output layer is then left out for prompts.
+            trained_only: Compute only the scores of trained tokens, those of `loss_mask`. The
+                others are 0, and the output layer is not computed for prompts.
         """
 
     def next_log_probs(self, batch: TokenBatch, tokens: Sequence[int]) -> Tensor:
-        """Return how likely some tokens, such as labels of a judge, are to follow each sample.
+        """Return the log-probabilities of some tokens after each sample, for labels of a judge.
 
         Args:
             batch: Samples of this rank.
@@ -230,20 +230,20 @@ class AlignmentEngine(Protocol):
 
         Returns:
             fp32 `[rows, length, tokens]`, nats, at temperature 1, without gradients: the
-            log-probability of each of `tokens` after the last token of each sample, in the place of
-            that last token; 0 in all other places.
+            log-probability of each of `tokens` after the last token of each sample, at the position
+            of that token; 0 at all other positions.
         """
 
     def values(self, batch: TokenBatch, token: int, *, trained_only: bool = False) -> Tensor:
         """Return a critic's values of the states before the batch's tokens, without gradients.
 
-        A value is the product of the last hidden state and one row of the output layer, that of a
-        token that no prompt has.
+        A value is the product of the last hidden state and one row of the output layer, the row of
+        a token that no prompt contains.
 
         Args:
             batch: Samples of this rank.
             token: Token whose row computes the values.
-            trained_only: Compute the values of trained tokens alone, those of `loss_mask`. The
+            trained_only: Compute only the values of trained tokens, those of `loss_mask`. The
                 others are 0.
 
         Returns:
@@ -269,8 +269,8 @@ class AlignmentEngine(Protocol):
             loss: Loss of the batch.
             temperature: Divisor of the logits.
             entropy: Whether to compute entropies, with gradients.
-            values: Token whose row of the output layer computes values, which the loss gets in
-                place of log-probabilities.
+            values: Token whose row of the output layer computes values, which the loss receives
+                instead of log-probabilities.
         """
 
     def generate(
@@ -279,7 +279,7 @@ class AlignmentEngine(Protocol):
         sampling: Sampling,
         seeds: Sequence[int] | None = None,
     ) -> list[GeneratedResponse]:
-        """Continue prompts with the present weights.
+        """Continue prompts with the current weights.
 
         Args:
             prompts: Token ids of this rank's prompts.
@@ -290,10 +290,10 @@ class AlignmentEngine(Protocol):
     def routing_gap(
         self, samples: Sequence[TokenSample], length: int, temperature: float = 1.0
     ) -> Mapping[str, float]:
-        """Return how far apart generation and training route the same responses.
+        """Compare the routing of the same responses in generation and in training.
 
-        Generation runs a prompt and then one token at a time; training runs rows that samples are
-        packed into. Both use the present weights.
+        Generation runs a prompt and then one token at a time; training runs rows of packed samples.
+        Both use the current weights.
 
         Args:
             samples: Samples of this rank, each with a response.
@@ -313,7 +313,7 @@ class AlignmentEngine(Protocol):
         """Iterate over the model's whole tensors under their Hugging Face names, on every rank."""
 
     def load_parameters(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Copy whole tensors, passed on every rank, into the model. The optimizer state stays.
+        """Copy whole tensors, passed on every rank, into the model, but not into the optimizer.
 
         Raises:
             UserError: A tensor is missing or has another shape.
@@ -326,10 +326,10 @@ class AlignmentEngine(Protocol):
         """
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write everything that is required to resume the training."""
+        """Write a checkpoint from which training can resume."""
 
     def load(self, folder: str | os.PathLike[str]) -> None:
-        """Resume exactly from what `save` wrote.
+        """Resume exactly from the checkpoint that `save` wrote.
 
         Raises:
             UserError: There is no checkpoint, or it is incomplete or damaged.

@@ -28,7 +28,7 @@ from megatron_ext.moe.router import ETRouter, routers_of
 
 QUANTILES = {"0.1%": 0.001, "1%": 0.01, "10%": 0.1, "50%": 0.5}
 _PLACE, _LOG_PROB = "place", "decoded_log_probs"
-_MAX_TOKENS = 1 << 24  # fp32 represents places up to here exactly
+_MAX_TOKENS = 1 << 24  # fp32 represents integers up to this exactly
 
 
 @dataclass(frozen=True)
@@ -121,9 +121,9 @@ def decode(
 
 
 def mark_samples(samples: Sequence[TokenSample], decoded: DecodedRouting) -> list[TokenSample]:
-    """Return the samples with each token's place in generation and its log-probability there.
+    """Return the samples with each token's index and log-probability in generation.
 
-    Places count from 1. The last token of a sample, which generation does not run, has place 0.
+    Indices count from 1. The last token of a sample, which generation does not run, has index 0.
     """
     assert decoded.tokens < _MAX_TOKENS
     marked, begin = [], 1
@@ -146,7 +146,7 @@ class RoutingComparison:
     def __init__(
         self, decoded: DecodedRouting, parts: Sequence[TokenBatch], groups: ProcessGroupCollection
     ):
-        """Make a comparison.
+        """Create a comparison.
 
         Args:
             decoded: Routing in generation.
@@ -170,12 +170,15 @@ class RoutingComparison:
         is_recorded = places > 0
         if not is_recorded.any():
             return
-        at = places[is_recorded] - 1
+        indices = places[is_recorded] - 1
         margins = router.margins(logits).cpu()[is_recorded]
         logits, maps = logits.cpu()[is_recorded], maps.cpu()[is_recorded]
-        other_logits, other_maps = self.decoded.logits[layer][at], self.decoded.maps[layer][at]
+        other_logits, other_maps = (
+            self.decoded.logits[layer][indices],
+            self.decoded.maps[layer][indices],
+        )
         flips = maps != other_maps
-        self._flipped[at] |= flips.any(dim=1)
+        self._flipped[indices] |= flips.any(dim=1)
         sums = [maps.numel(), int(flips.sum()), int((maps | other_maps).sum())]
         self._counts += torch.tensor(sums)
         self._gap = max(self._gap, float((logits - other_logits).abs().max()))
@@ -192,8 +195,8 @@ class RoutingComparison:
         flipped = self._flipped.to(device)
         dist.all_reduce(flipped, op=dist.ReduceOp.MAX, group=groups.pp)
         reports = groups.pp.rank() == 0  # a token is on all stages, each of its layers on one
-        own = sum(int((places > 0).sum()) for places in self._places)
-        tokens = [int(flipped.sum()) * reports, own * reports]
+        local_tokens = sum(int((places > 0).sum()) for places in self._places)
+        tokens = [int(flipped.sum()) * reports, local_tokens * reports]
         reports &= groups.tp.rank() == 0 and groups.cp.rank() == 0
         gaps = (log_probs.cpu() - batch.extras[_LOG_PROB])[batch.loss_mask].abs().double()
         counts = torch.tensor([*self._counts.tolist(), *tokens, len(gaps) * reports], device=device)
@@ -202,7 +205,7 @@ class RoutingComparison:
         dist.all_reduce(counts)
         dist.all_reduce(total)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-        decisions, flips, selected, moved, whole, scored = counts.tolist()
+        decisions, flips, selected, moved, all_tokens, scored = counts.tolist()
         if not decisions:
             return {}
         logit_gap, log_prob_gap = largest.tolist()
@@ -210,7 +213,7 @@ class RoutingComparison:
             "routing/decisions": decisions,
             "routing/flip_rate": flips / decisions,
             "routing/flip_rate_selected": flips / max(selected, 1),
-            "routing/tokens_flipped": moved / whole,
+            "routing/tokens_flipped": moved / all_tokens,
             "routing/logit_gap_max": logit_gap,
             "routing/log_prob_gap": float(total) / max(scored, 1),
             "routing/log_prob_gap_max": log_prob_gap,
@@ -226,6 +229,6 @@ class RoutingComparison:
 
 
 def _places(part: TokenBatch, groups: ProcessGroupCollection) -> Tensor:
-    """Return the places of the tokens that this rank's routers see, in their order."""
+    """Return the indices of the tokens that this rank's routers receive, in their order."""
     places = part.extras[_PLACE][:, TokenScorer(part, groups).places].T  # [length, rows]
     return places.chunk(groups.tp.size())[groups.tp.rank()].flatten().long().cpu()

@@ -23,7 +23,7 @@ class RoutingLoads:
     """Counts of the tokens that each expert of this rank's layers takes in a step."""
 
     def __init__(self, parts: Sequence[TokenBatch], groups: ProcessGroupCollection) -> None:
-        """Make counts.
+        """Create empty counts.
 
         Args:
             parts: Micro-batches in the order in which they will run.
@@ -36,7 +36,7 @@ class RoutingLoads:
 
     @contextmanager
     def recorded(self, routers: Sequence[ETRouter]) -> Iterator[None]:
-        """Count what some routers decide in this block."""
+        """Count the decisions of some routers in this block."""
         hooks = [router.register_forward_hook(self._record) for router in routers]
         try:
             yield
@@ -63,9 +63,9 @@ class RoutingLoads:
             tokens of the busiest expert of any layer divided by the mean. Empty without experts.
         """
         tokens = sum(int(real.sum()) for real in self._real)
-        own = (tokens, {layer: counts.tolist() for layer, counts in self._counts.items()})
-        ranks: list[tuple[int, dict[int, list[int]]]] = [own] * dist.get_world_size()
-        dist.all_gather_object(ranks, own)
+        local_counts = (tokens, {layer: counts.tolist() for layer, counts in self._counts.items()})
+        ranks: list[tuple[int, dict[int, list[int]]]] = [local_counts] * dist.get_world_size()
+        dist.all_gather_object(ranks, local_counts)
         layers: dict[int, list[int]] = {}
         counts_of_layer: dict[int, int] = {}
         for count, loads in ranks:
@@ -86,6 +86,6 @@ class RoutingLoads:
 
 
 def _real_tokens(part: TokenBatch, groups: ProcessGroupCollection) -> Tensor:
-    """Return which of the tokens that this rank's routers see, in their order, are no padding."""
+    """Return which of the tokens that this rank's routers receive, in order, are not padding."""
     samples = part.samples[:, TokenScorer(part, groups).places].T  # [length, rows]
     return samples.chunk(groups.tp.size())[groups.tp.rank()].flatten() != PADDING

@@ -27,10 +27,10 @@ from megatron_ext.model.gpt import gpt_model_config
 
 
 class Sampler:
-    """Sampler that generates with the weights of a model in training."""
+    """Sampler that generates with the weights of a model that is being trained."""
 
     def __init__(self, trained: torch.nn.Module, args: Namespace, tokenizer: Any) -> None:
-        """Make a model for generation around the trained tensors.
+        """Create a model for generation that uses the trained tensors.
 
         Args:
             trained: Stage of this rank, without wrappers.
@@ -70,11 +70,13 @@ class Sampler:
         rank, size = self._context_group.rank(), self._context_group.size()
         share = slice(rank, None, size)
         completions = generate(self._model, list(prompts)[share], sampling, list(seeds)[share])
-        own = [GeneratedResponse(c.tokens, c.log_probs, c.finish != "length") for c in completions]
+        responses = [
+            GeneratedResponse(c.tokens, c.log_probs, c.finish != "length") for c in completions
+        ]
         if size == 1:
-            return own
+            return responses
         parts: list[list[GeneratedResponse]] = [[] for _ in range(size)]
-        dist.all_gather_object(parts, own, group=self._context_group)
+        dist.all_gather_object(parts, responses, group=self._context_group)
         return [parts[i % size][i // size] for i in range(len(prompts))]
 
     def decode(self, samples: Sequence[TokenSample], temperature: float) -> DecodedRouting:

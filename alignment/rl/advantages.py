@@ -21,7 +21,7 @@ Rewards = Sequence[float | None]
 def standardized(rewards: Floats) -> Floats:
     """Return the distance from the group's mean, in its standard deviations (n - 1), as in GRPO.
 
-    The error of the rewards is that of fp64 arithmetic; `group_advantages` handles larger ones.
+    The rounding error is assumed to be that of fp64; `group_advantages` handles larger errors.
     """
     if is_constant(rewards, EXACT):
         return np.zeros_like(rewards)
@@ -35,7 +35,7 @@ def centered(rewards: Floats) -> Floats:
 
 
 def leave_one_out(rewards: Floats) -> Floats:
-    """Return the distance from the mean of the group's others, as in RLOO (arXiv 2402.14740)."""
+    """Return the distance from the mean of the other rewards, as in RLOO (arXiv 2402.14740)."""
     count = len(rewards)
     return rewards - (rewards.sum() - rewards) / (count - 1)
 
@@ -77,7 +77,7 @@ def informative(
     """Return which responses dynamic sampling selects, as in DAPO (arXiv 2503.14476).
 
     Args:
-        rewards: Rewards before any penalty, which could make equal ones differ, `[responses]`.
+        rewards: Rewards before penalties, which could make equal rewards differ, `[responses]`.
         groups: Group of each response, `[responses]`.
         errors: Rounding error of each reward; see `group_advantages`.
 
@@ -147,7 +147,7 @@ def generalized_advantages(
 
 
 def _members(rewards: Rewards, groups: Sequence[Hashable]) -> dict[Hashable, list[int]]:
-    """Return the places of the rewarded responses of each group."""
+    """Return the indices of the rewarded responses of each group."""
     if len(rewards) != len(groups):
         raise ValueError(f"There are {len(rewards)} rewards of {len(groups)} responses.")
     members: dict[Hashable, list[int]] = {}

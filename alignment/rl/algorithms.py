@@ -22,8 +22,8 @@ class Algorithm:
         loss: Loss of the policy. A function other than a `PolicyLoss` may have the attributes
             `uses_reference`, `uses_entropy` and `derives_old_log_probs`, which are False if they
             are missing.
-        dynamic: Whether to draw more prompts in place of groups whose rewards are all equal.
-        overlong: Whether to penalize responses that come close to the limit of length.
+        dynamic: Whether to draw more prompts to replace groups whose rewards are all equal.
+        overlong: Whether to penalize responses close to the length limit.
     """
 
     advantages: Callable[[Floats], Floats] | None

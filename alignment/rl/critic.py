@@ -1,4 +1,4 @@
-"""Critic of PPO, which estimates the reward of a response before each of its tokens.
+"""Critic of PPO, which predicts the reward of a response before each of its tokens.
 
 The critic is a second trained model on the ranks of the policy. It has no separate head, but uses
 the row of the output layer for a token that no prompt contains. Every layout therefore divides,
@@ -110,8 +110,8 @@ class Critic:
         rows = sizes[heads[0]]
         if max(used_tokens, default=0) >= rows:
             raise UserError(
-                f"{name} has {rows:,} tokens, and there is a token {max(used_tokens)}. Choose a "
-                "model with the policy's tokenizer for --critic."
+                f"{name} has {rows:,} tokens, but the prompts use token {max(used_tokens)}. Choose "
+                "a model with the policy's tokenizer for --critic."
             )
         self.token = max(set(range(rows)) - used_tokens)
         engine.load_parameters(self._with_empty_row(engine.parameters(), heads[0]))
@@ -148,11 +148,13 @@ class Critic:
         if self.settings.whiten:
             valued = [_whitened(batch, mean, spread, rounding) for batch in valued]
         _, error = self._moments(returns - values)
-        _, whole = self._moments(returns)
+        _, spread_of_returns = self._moments(returns)
         return valued, {
             "value": self._moments(values)[0],
             # Equal returns have no variance to explain.
-            "explained_variance": 1 - (error / whole) ** 2 if whole > rounding else 0.0,
+            "explained_variance": 1 - (error / spread_of_returns) ** 2
+            if spread_of_returns > rounding
+            else 0.0,
             "advantage_mean": mean,
             "advantage_std": spread,
         }
@@ -188,10 +190,12 @@ class Critic:
         return np.concatenate(parts) if parts else np.zeros(0)
 
     def _rounding(self, *values: Floats) -> float:
-        """Return the largest difference of values that rounding explains; a collective."""
+        """Return the largest difference of values that rounding can explain; a collective."""
         error = model_error(self.engine.dtype)
         return max(
-            all_gather_by_data_rank(self.engine, max(tolerance(each, error) for each in values))
+            all_gather_by_data_rank(
+                self.engine, max(tolerance(sample_values, error) for sample_values in values)
+            )
         )
 
     def _moments(self, values: Floats) -> tuple[float, float]:
@@ -205,7 +209,7 @@ class Critic:
 
 
 def _responses(batch: TokenBatch) -> Iterator[tuple[int, Tensor]]:
-    """Iterate over the rows and the places of the trained tokens of all samples."""
+    """Iterate over the rows and the positions of the trained tokens of all samples."""
     for row in range(batch.rows):
         for number in range(int(batch.samples[row].max()) + 1):
             trained = (batch.samples[row] == number) & batch.loss_mask[row]
@@ -214,7 +218,7 @@ def _responses(batch: TokenBatch) -> Iterator[tuple[int, Tensor]]:
 
 
 def _whitened(batch: TokenBatch, mean: float, spread: float, rounding: float) -> TokenBatch:
-    """Standardize the advantages; set them to 0 if their standard deviation is rounding."""
+    """Standardize the advantages, or set them to 0 if they differ only by rounding."""
     if not batch.rows:
         return batch
     scale = 1 / spread if spread > rounding else 0.0

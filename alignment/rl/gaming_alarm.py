@@ -24,7 +24,7 @@ class GamingAlarm:
     window: int = 3
 
     def raised(self, rows: Sequence[Mapping[str, Any]]) -> bool:
-        """Return whether the last of some evaluations raises the alarm. Rounding is no change."""
+        """Return whether the last of some evaluations raises the alarm, ignoring rounding."""
         graded = [row for row in rows if row.get("grade/gap") is not None]
         if len(graded) < self.window + 1 or graded[-1] is not rows[-1]:
             return False
@@ -35,7 +35,7 @@ class GamingAlarm:
         return opened and proxy_rose and not gold_rose
 
     def sentence(self, rows: Sequence[Mapping[str, Any]]) -> str | None:
-        """Return the message to print if the last of some evaluations begins an alarm."""
+        """Return the message if the last of some evaluations begins an alarm, else None."""
         if not self.raised(rows) or self.raised(rows[:-1]):
             return None
         first = next(row for row in rows if row["grade/gap"] is not None)

@@ -1,7 +1,7 @@
 """Evaluation of a policy on held-out prompts, by the judges of its reward and by a gold judge.
 
-The gold judge takes no part in the training. If the reward keeps rising and the gold score does
-not, the policy exploits a weakness of its judge: it is gaming the judge.
+The gold judge takes no part in training. If the reward keeps rising but the gold score does not,
+the policy exploits a weakness of its judge: it is gaming the judge.
 """
 
 import json
@@ -40,7 +40,7 @@ from megatron_ext.training.saving import write_atomically
 
 
 class Grader:
-    """Evaluation of a policy. Every rank calls it, and all ranks get the same metrics."""
+    """Evaluator of a policy. Every rank calls it, and all ranks get the same metrics."""
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ class Grader:
             policy: Engine of the policy.
             tokenizer: Tokenizer of the policy.
             prompts: Held-out prompts. Those that leave no room for a response are left out.
-            sampling: How responses are sampled.
+            sampling: Settings of sampling.
             judges: Judges by role: "proxy", and perhaps "gold" and "second_gold". Without "gold"
                 there is no gap, and no alarm can be raised.
             folder: Directory of the run, for samples.jsonl, grades.jsonl and first.json.
@@ -78,14 +78,14 @@ class Grader:
             reference: Function that returns log-probabilities under the start policy, for the
                 divergence from it. None to leave it out.
             length: Largest length of a prompt with its response, in tokens.
-            generation_batch_size: Responses that a rank samples at a time.
+            generation_batch_size: Responses that a rank samples in one batch.
             monitor: Monitor of the run, which takes the typical lengths from the first evaluation.
             alarm: Condition of the alarm.
             check: Function that all ranks call from time to time. It may raise on all of them.
             writes: Whether this rank writes files.
             max_failed: Largest share of a judge's questions that may fail.
             written_samples: Samples per evaluation that are written to samples.jsonl.
-            pairwise: Whether the proxy compares. All grades are then win rates against the
+            pairwise: Whether the proxy compares pairs. All grades are then win rates against the
                 responses of the first evaluation, with a tie as one half, and the scores of gold
                 are in `grade/gold_score`.
             names: Name of each judge of the role "proxy", for the scores of the components.
@@ -149,9 +149,9 @@ class Grader:
             failed = [[v for v in column if v.outcome is Outcome.FAILED] for column in columns]
             failures[name] = [verdicts[0].reason for verdicts in failed if verdicts]
         divergence = self._divergence(share, rollouts)
-        if not step:  # rank 0 keeps all responses of the first evaluation, the others their share
+        if not step:  # rank 0 stores all responses of the first evaluation, the others their share
             self._first = {r.prompt.id: {"text": r.text} for r in responses}
-        # Texts cross the network once. The other ranks get the metrics alone.
+        # Texts are sent to rank 0 only. The other ranks receive only the metrics.
         shares = gather_by_data_rank(
             self.policy, (responses, rollouts, scores, divergence, failures, components)
         )
@@ -181,7 +181,7 @@ class Grader:
         return columns, wins
 
     def _require_answers(self, shares: Sequence[Any]) -> None:
-        """Raise if a judge failed too often, as no alarm can be raised without gold scores."""
+        """Raise if a judge failed too often, because the alarm needs gold scores."""
         questions = sum(len(share[0]) for share in shares)
         for name in self.judges:
             reasons = [reason for share in shares for reason in share[4][name]]
@@ -330,7 +330,7 @@ def _better(score: float | None, other: float | None, error: float) -> float | N
 
     Args:
         score: Score of a response.
-        other: Score that it is compared with.
+        other: Score to compare with.
         error: Relative error of the scores.
     """
     if score is None or other is None:

@@ -1,4 +1,4 @@
-"""Token usage and cost of the judges at endpoints that a training asks."""
+"""Token usage and cost of the judges at endpoints during training."""
 
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
@@ -20,7 +20,7 @@ class JudgeCosts:
     """
 
     def __init__(self, judges: Iterable[Judge]) -> None:
-        """Find the judges at endpoints, and count what was paid for before; a collective."""
+        """Find the judges at endpoints, and count their earlier answers; a collective."""
         self.judges = [one for judge in judges for one in _at_endpoints(judge)]
         self._before = self._sums()
 
@@ -42,7 +42,7 @@ class JudgeCosts:
         return metrics
 
     def sentences(self) -> list[str]:
-        """Return what each judge's answers took in this process and cost in the run; collective."""
+        """Return a sentence on the usage and cost of each judge; a collective."""
         lines = []
         for judge in self.judges:
             usage = judge.usage()

@@ -27,7 +27,7 @@ class JudgeReward:
     def __init__(
         self, judges: Sequence[Judge], tokenizer: Any, pairwise: bool, names: Sequence[str] = ()
     ) -> None:
-        """Make a reward function.
+        """Create the reward function.
 
         Args:
             judges: Judges whose verdicts are averaged.
@@ -47,15 +47,15 @@ class JudgeReward:
         questions = self._matches(groups, texts) if self.pairwise else self._scores(groups, texts)
         verdicts = [judge.judge(questions, check) for judge in self.judges]  # [judges][questions]
         rewards = self._win_rates if self.pairwise else self._means
-        return rewards(groups, texts, [list(each) for each in zip(*verdicts)])
+        return rewards(groups, texts, [list(column) for column in zip(*verdicts)])
 
     def _scores(
         self, groups: Sequence[tuple[PromptTask, Sequence[Rollout]]], texts: Sequence[Sequence[str]]
     ) -> list[Question]:
         return [
             Question(response_of(task.metadata, rollout, text))
-            for (task, rollouts), own in zip(groups, texts)
-            for rollout, text in zip(rollouts, own)
+            for (task, rollouts), group_texts in zip(groups, texts)
+            for rollout, text in zip(rollouts, group_texts)
         ]
 
     def _means(
@@ -66,9 +66,9 @@ class JudgeReward:
     ) -> list[list[RewardResult]]:
         remaining, error = iter(verdicts), rounding_error(self.judges)
         rewarded = []
-        for own in texts:
+        for group_texts in texts:
             results = []
-            for text in own:
+            for text in group_texts:
                 column = next(remaining)
                 result = _mean(column, text, error)
                 if components := scores_by_component(self.judges, self.names, column):
@@ -83,10 +83,16 @@ class JudgeReward:
     ) -> list[Question]:
         return [
             Question(
-                Pair(f"{rollouts[a].key}/{rollouts[b].key}", task.metadata, own[a], own[b]), swapped
+                Pair(
+                    f"{rollouts[a].key}/{rollouts[b].key}",
+                    task.metadata,
+                    group_texts[a],
+                    group_texts[b],
+                ),
+                swapped,
             )
-            for (task, rollouts), own in zip(groups, texts)
-            for a, b in combinations(range(len(own)), 2)
+            for (task, rollouts), group_texts in zip(groups, texts)
+            for a, b in combinations(range(len(group_texts)), 2)
             for swapped in (False, True)
         ]
 
@@ -98,10 +104,10 @@ class JudgeReward:
     ) -> list[list[RewardResult]]:
         remaining = iter(verdicts)
         rewarded = []
-        for own in texts:
-            wins: list[list[float]] = [[] for _ in own]
-            bad: list[list[Verdict]] = [[] for _ in own]
-            for a, b in combinations(range(len(own)), 2):
+        for group_texts in texts:
+            wins: list[list[float]] = [[] for _ in group_texts]
+            bad: list[list[Verdict]] = [[] for _ in group_texts]
+            for a, b in combinations(range(len(group_texts)), 2):
                 orders = next(remaining), next(remaining)
                 if (win := win_of(*orders)) is None:
                     bad[a] += chain(*orders)
@@ -114,7 +120,7 @@ class JudgeReward:
                     RewardResult(float(np.mean(w)), "preference", text, {"matches": len(w)}, EXACT)
                     if w
                     else _without_reward(b, text)
-                    for w, b, text in zip(wins, bad, own)
+                    for w, b, text in zip(wins, bad, group_texts)
                 ]
             )
         return rewarded
@@ -147,10 +153,10 @@ def mean_score(verdicts: Sequence[Verdict]) -> float | None:
 def scores_by_component(
     judges: Sequence[Judge], names: Sequence[str], verdicts: Sequence[Verdict]
 ) -> dict[str, float]:
-    """Return the scores that a mean over judges consists of, by name.
+    """Return the scores of which a mean over judges consists, by name.
 
     These are the scores of the judges, if there are several, and of the components of each judge
-    that combines others. A component that was not asked, or failed, has none.
+    that combines others. A component that was not asked, or failed, has no score.
 
     Args:
         judges: The judges.
@@ -172,13 +178,13 @@ def scores_by_component(
 
 
 def text_of(tokenizer: Any, rollout: Rollout | GeneratedResponse) -> str:
-    """Return the text of a response, without the token that ended it."""
+    """Return the text of a response, without its end token."""
     tokens = rollout.tokens[:-1] if rollout.ended else rollout.tokens
     return decode_ids(tokenizer, tokens)
 
 
 def response_of(prompt: Prompt, rollout: Rollout, text: str) -> Response:
-    """Return a response as judges read it."""
+    """Return the record of a response for judges."""
     return Response(rollout.key, prompt, text, "policy")
 
 

@@ -78,13 +78,14 @@ def component_means(components: Sequence[Mapping[str, float]], prefix: str) -> d
     for scores in components:
         for name, score in scores.items():
             by_name.setdefault(name, []).append(score)
-    return {f"{prefix}/{name}": float(np.mean(own)) for name, own in sorted(by_name.items())}
+    means = {name: float(np.mean(values)) for name, values in sorted(by_name.items())}
+    return {f"{prefix}/{name}": mean for name, mean in means.items()}
 
 
-def sample_text(groups: Sequence[RolloutGroup], most: int = 4) -> str:
+def sample_text(groups: Sequence[RolloutGroup], max_prompts: int = 4) -> str:
     """Return some responses of a step with their rewards, one of each prompt, in Markdown."""
     parts = []
-    for task, rollouts, rewards in groups[:most]:
+    for task, rollouts, rewards in groups[:max_prompts]:
         prompt, response, result = task.metadata, rollouts[0], rewards[0]
         parts.append(
             f"**{task.id}**: reward {'none' if result.reward is None else f'{result.reward:.3f}'}, "
@@ -105,9 +106,9 @@ def failure_metrics(
 
     Args:
         engine: Engine whose ranks share the responses.
-        groups: All groups that were sampled, also those that the step does not train on.
+        groups: All sampled groups, including those on which the step does not train.
     """
-    own = [
+    local_rows = [
         (
             reward.reward is None,
             reward.outcome,
@@ -116,7 +117,7 @@ def failure_metrics(
         for _, _, rewards in groups
         for reward in rewards
     ]
-    rows = [row for share in all_gather_by_data_rank(engine, own) for row in share]
+    rows = [row for share in all_gather_by_data_rank(engine, local_rows) for row in share]
     count = max(1, len(rows))
     shares = {
         "unrewarded": sum(row[0] for row in rows) / count,
@@ -133,7 +134,7 @@ def rewards_differ(group: RolloutGroup) -> bool:
 
 
 def rollout_gap(engine: AlignmentEngine, batches: Sequence[TokenBatch]) -> dict[str, float]:
-    """Return how far the sampler's log-probabilities are from those of training; a collective.
+    """Compare the sampler's log-probabilities with those of training; a collective.
 
     Args:
         engine: Engine whose ranks share the batches.
@@ -149,9 +150,9 @@ def rollout_gap(engine: AlignmentEngine, batches: Sequence[TokenBatch]) -> dict[
         for batch in batches
         if batch.rows
     ]
-    own = torch.cat([torch.zeros(0), *differences]).double()
-    most = float(own.abs().max()) if len(own) else 0.0
-    values = (float(own.abs().sum()), float(own.sum()), len(own), most)
+    local = torch.cat([torch.zeros(0), *differences]).double()
+    largest = float(local.abs().max()) if len(local) else 0.0
+    values = (float(local.abs().sum()), float(local.sum()), len(local), largest)
     shares = all_gather_by_data_rank(engine, values)
     count = max(1, sum(share[2] for share in shares))
     return {
@@ -162,7 +163,7 @@ def rollout_gap(engine: AlignmentEngine, batches: Sequence[TokenBatch]) -> dict[
 
 
 def update_metrics(results: Sequence[StepResult], prefix: str = "") -> dict[str, float]:
-    """Return the mean metrics of the optimizer steps that one step made.
+    """Return the mean metrics of the optimizer steps of one step.
 
     An optimizer step that was skipped because fp16 gradients overflowed has no gradient norm. Such
     steps are counted as `overflows`.
@@ -180,7 +181,7 @@ def update_metrics(results: Sequence[StepResult], prefix: str = "") -> dict[str,
 
 
 class StepTimes:
-    """Seconds that the parts of one step take."""
+    """Stopwatch of the parts of one step, in seconds."""
 
     def __init__(self) -> None:
         """Start the clock of the step."""
@@ -189,7 +190,7 @@ class StepTimes:
 
     @contextmanager
     def measure(self, part: str) -> Iterator[None]:
-        """Add the seconds that a block takes to a part."""
+        """Add the duration of a block to a part."""
         begin = time.perf_counter()
         yield
         self._parts[part] += time.perf_counter() - begin

@@ -22,15 +22,15 @@ def mini_batches(
 ) -> list[TokenBatch]:
     """Pack this rank's responses of each mini-batch, with their advantages or rewards.
 
-    A response without a reward, or that the filter leaves out, is in no mini-batch. Where a critic
-    computes the advantages, tokens have an extra `reward` and no `advantage` yet.
+    A response without a reward, or that the filter removes, is in no mini-batch. If a critic
+    computes the advantages, tokens have an extra `reward` but no `advantage` yet.
 
     Args:
         engine: Engine that is trained. Responses move between its data-parallel ranks where that
             balances the tokens per rank.
-        settings: Settings of the learning.
+        settings: Settings of reinforcement learning.
         groups: This rank's groups of the step.
-        seed: Seed of the mini-batch that each response belongs to.
+        seed: Seed of the assignment of responses to mini-batches.
     """
     compute_advantages = settings.algorithm.advantages
     numbers = group_numbers(engine, groups)
@@ -66,7 +66,7 @@ def mini_batches(
 
 
 def group_numbers(engine: AlignmentEngine, groups: Sequence[RolloutGroup]) -> list[int]:
-    """Return each group's place among the groups of all ranks, which no layout changes."""
+    """Return each group's index among the groups of all ranks, the same on every layout."""
     ids = [group.task.id for group in groups]
     all_ids = sorted(i for share in all_gather_by_data_rank(engine, ids) for i in share)
     places = {task: place for place, task in enumerate(all_ids)}

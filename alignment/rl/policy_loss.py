@@ -1,4 +1,4 @@
-"""Clipped policy-gradient loss, with the settings in which algorithms differ.
+"""Clipped policy-gradient loss, with settings for the differences between algorithms.
 
 The settings choose the probabilities of the ratio, its bounds, the mean over tokens, and the
 divergence from a reference policy. The advantages contain everything that depends on rewards only.
@@ -33,8 +33,8 @@ class PolicyLoss:
     - `reference_log_probs`, if `kl` is set.
 
     Attributes:
-        clip: How far the ratio of new to old probability may fall below 1 and rise above it before
-            a token has no gradient. None for no bound.
+        clip: Distances below and above 1 at which the ratio of new to old probability is clipped,
+            so that the token has no gradient. None for no bound.
         ratio_of: "token", or "sample" for the geometric mean over the tokens of a response (GSPO).
         aggregation: "token-mean" averages over all trained tokens of the batch, "sample-mean" over
             the tokens of each response and then over responses, and "sample-sum" divides the sum
@@ -42,10 +42,10 @@ class PolicyLoss:
         max_tokens: Constant that "sample-sum" divides by.
         kl: Weight of the divergence from the reference policy.
         divergence: Estimator of that divergence.
-        entropy: Weight of the entropy, which the loss increases.
+        entropy: Weight of the entropy bonus.
         rollout_bound: Largest weight of old over rollout probability, and the inverse of the
-            smallest. The weight is that of a token or of a sample, as `ratio_of` says. None leaves
-            the weights out.
+            smallest. The weight is that of a token or of a sample, according to `ratio_of`. None
+            leaves the weights out.
         rollout_rule: Whether to "truncate" weights beyond the bound to the largest one, or to
             "mask" their tokens or samples.
     """
@@ -130,23 +130,23 @@ class PolicyLoss:
         loss = -gain
         if self.kl:
             # On prompt tokens the divergence may be infinite, and 0 times its gradient is NaN.
-            own, other = (
+            policy, other = (
                 torch.where(mask, values, 0)
                 for values in (log_probs, extras["reference_log_probs"])
             )
-            divergence = kl(own, other, self.divergence)
+            divergence = kl(policy, other, self.divergence)
             metrics["kl_from_reference"] = _metric(divergence, mask)
             loss = loss + self.kl * divergence
         if scores.entropy is not None:
             metrics["entropy"] = _metric(scores.entropy, mask)
             loss = loss - self.entropy * scores.entropy
         elif self.entropy:
-            raise ValueError("The loss has an entropy, and the engine did not compute it.")
+            raise ValueError("The loss uses the entropy, but the engine did not compute it.")
         sums = self._aggregate(torch.where(mask, loss, 0), mask, sample)
         return replace(sums, metrics=metrics, maxima=maxima)
 
     def _ratio(self, log_probs: Tensor, other: Tensor, mask: Tensor, sample: Tensor) -> Tensor:
-        """Return the ratio of two probabilities at each trained token, its own or its sample's."""
+        """Return the ratio of two probabilities at each trained token, by token or by sample."""
         change = torch.where(mask, log_probs - other, 0)
         if self.ratio_of == "sample":
             mean = _sums(change, sample) / _sums(mask.to(change.dtype), sample).clamp(min=1)
@@ -188,7 +188,7 @@ def _sample_index(batch: TokenBatch) -> Tensor:
 
 
 def _sums(values: Tensor, sample: Tensor) -> Tensor:
-    """Return sums over the tokens of each sample, at the places of the samples' numbers."""
+    """Return sums over the tokens of each sample, indexed by the samples' numbers."""
     rows, length = sample.shape
     zeros = values.new_zeros(rows * (length + 1))
     return zeros.index_add(0, sample.flatten(), values.flatten())

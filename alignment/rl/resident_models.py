@@ -17,7 +17,7 @@ class ResidentModel:
     Attributes:
         name: Role of the model, for messages.
         model: Folder of the model. Models with the same folder share one copy.
-        generation_batch_size: Answers that a rank generates at a time. 0 if it generates none.
+        generation_batch_size: Answers that a rank generates in one batch. 0 if it generates none.
         length: Largest length of a question with its answer, in tokens. 0 if it generates none.
     """
 
@@ -52,7 +52,7 @@ def resident_models(reference: str | None, judges: Sequence[str]) -> list[Reside
 
 
 def _local_judges(judge: JudgeConfig) -> Iterator[LocalJudgeConfig]:
-    """Yield a judge, or those that it combines, as far as they are models on the ranks."""
+    """Yield a judge, or the judges that it combines, if they are models on the ranks."""
     if isinstance(judge, LocalJudgeConfig):
         yield judge
     elif isinstance(judge, CombinedConfig):

@@ -1,4 +1,4 @@
-"""Monitor of the responses of every step: detectors, alarms, routing, and responses to keep."""
+"""Monitor of the responses of every step: detectors, alarms, routing and stored responses."""
 
 import json
 import time
@@ -30,8 +30,8 @@ class RoutingCheck:
 
     Attributes:
         interval: Steps between comparisons. 0 for none.
-        responses: Responses that are compared, on all ranks together.
-        seq_length: Length of the rows that responses are packed into, in tokens.
+        responses: Number of responses to compare, on all ranks together.
+        seq_length: Length in tokens of the rows into which responses are packed.
         temperature: Temperature of sampling.
     """
 
@@ -56,27 +56,27 @@ class ResponseMonitor:
         routing: RoutingCheck | None = None,
         keep_responses: int = 0,
     ) -> None:
-        """Make a monitor.
+        """Create the monitor.
 
         Args:
-            run: Run whose directory alarms and responses are written to.
+            run: Run to whose directory alarms and responses are written.
             monitor: Detectors with their limits.
-            routing: When to compare how generation and training route. None for never.
-            keep_responses: Responses of each step that are written to `RUN/responses`.
+            routing: Comparison of the routing of generation and training. None for none.
+            keep_responses: Number of responses of each step to write to `RUN/responses`.
         """
         self.run, self.monitor = run, monitor
         self._routing, self._keep_responses = routing, keep_responses
         self._active: set[str] = set()
 
     def set_typical_lengths(self, texts: Sequence[str]) -> None:
-        """Take the lengths of these responses, those of the first evaluation, as typical."""
+        """Set the typical lengths to those of these responses of the first evaluation."""
         lengths = ReferenceLengths.from_words([len(words_of(text)) for text in texts])
         self.monitor = replace(self.monitor, reference_lengths=lengths)
 
     def findings(
         self, responses: Sequence[Response], scores: Sequence[float | None]
     ) -> BatchFindings:
-        """Return what the detectors find in responses, such as those of an evaluation."""
+        """Return the findings of the detectors in responses, such as those of an evaluation."""
         return self.monitor.check_batch(responses, scores)
 
     def check_step(self, step: int, groups: Sequence[RolloutGroup]) -> dict[str, Any]:
@@ -92,7 +92,7 @@ class ResponseMonitor:
             begin = time.perf_counter()
             if gap := routing_metrics(self.run.engine, groups, routing):
                 metrics |= {**gap, "time/routing": time.perf_counter() - begin}
-        own = [
+        local_rows = [
             (
                 rollout.sample,
                 task.id,
@@ -102,7 +102,7 @@ class ResponseMonitor:
             for task, rollouts, rewards in groups
             for rollout, reward in zip(rollouts, rewards)
         ]
-        shares = gather_by_data_rank(self.run.engine, own)
+        shares = gather_by_data_rank(self.run.engine, local_rows)
         # One response of every prompt before a second one of any; the same on every layout.
         rows = sorted((row for share in shares for row in share), key=lambda row: row[:2])
         if self.run.writes and rows:
@@ -121,10 +121,10 @@ class ResponseMonitor:
             examples = [
                 printable(example.evidence[0]) for example in findings.examples.get(name, ())
             ]
-            listed = f": {', '.join(examples)}" if examples else ""
+            example_list = f": {', '.join(examples)}" if examples else ""
             console.alarm(
                 f"ALARM at step {step}: monitor {name} is at {alarm.value:.2f}, above its limit "
-                f"{alarm.limit:g}{listed}"
+                f"{alarm.limit:g}{example_list}"
             )
         self._active = set(findings.alarms)
         if findings.alarms:
@@ -167,7 +167,7 @@ def append_rollouts(
 
 
 def write_responses(folder: Path, step: int, responses: Sequence[Response]) -> None:
-    """Write some of a step's responses, for a gold judge to label and a judge to be trained on."""
+    """Write some responses of a step, for labeling by a gold judge and retraining of a judge."""
     with RecordWriter(folder / "responses" / f"step_{step:06d}.jsonl", overwrite=True) as writer:
         for response in responses:
             name = f"step-{step}-{response.id}"
@@ -177,7 +177,7 @@ def write_responses(folder: Path, step: int, responses: Sequence[Response]) -> N
 def routing_metrics(
     engine: AlignmentEngine, groups: Sequence[RolloutGroup], routing: RoutingCheck
 ) -> Mapping[str, float]:
-    """Return how far apart generation and training route some of a step's responses; a collective.
+    """Compare the routing of some responses of a step in generation and training; a collective.
 
     Args:
         engine: Engine of the policy.
@@ -185,14 +185,14 @@ def routing_metrics(
             prompt before a second one of any.
         routing: Number of the responses, and how they are sampled and packed.
     """
-    own = [
+    local_rows = [
         (rollout.sample, task.id, TokenSample([*task.prompt, *rollout.tokens], len(task.prompt)))
         for task, rollouts, _ in groups
         for rollout in rollouts
         if rollout.tokens
     ]
     # The first responses of all ranks together are among the first ones of each rank.
-    first = sorted(own, key=lambda row: row[:2])[: routing.responses]
+    first = sorted(local_rows, key=lambda row: row[:2])[: routing.responses]
     shares = all_gather_by_data_rank(engine, first)
     rows = sorted((row for share in shares for row in share), key=lambda row: row[:2])
     samples = [sample for _, _, sample in rows[: routing.responses]]

@@ -1,4 +1,4 @@
-"""Sampled responses with their rewards, and the store that writes them to disk as they arrive.
+"""Sampled responses with their rewards, and the store that writes them to disk on arrival.
 
 The rollouts of a step are in a separate folder, with one file per share of the data. A line counts
 once it is synced to the disk. A resumed run reads the lines again, on any number of ranks, so that
@@ -35,7 +35,7 @@ class Rollout:
         log_probs: Log-probability of each token when it was sampled, in nats, over the whole
             vocabulary at the temperature of sampling; see `alignment.rl.served_log_probs`.
         ended: Whether the model ended the response, and not the limit of its length.
-        version: Optimizer steps of the weights that sampled it.
+        version: Number of optimizer steps of the weights from which it was sampled.
     """
 
     task: str
@@ -56,7 +56,7 @@ class RewardResult:
     """Result of rewarding a response.
 
     Attributes:
-        reward: Reward of the response. None if there is no verdict; 0 never stands for that.
+        reward: Reward of the response. None if there is no verdict; a missing reward is never 0.
         outcome: "score", "preference", "unparseable" or "failed".
         text: Text of the response.
         details: JSON values for readers, such as the scores of each judge and failure `reasons`.
@@ -83,7 +83,7 @@ class RolloutStore:
     """Rollouts and rewards of one step. All ranks make the same calls, each for its share."""
 
     def __init__(self, folder: Path, engine: AlignmentEngine) -> None:
-        """Read the share of this rank; a collective."""
+        """Read the rollouts of this rank's share; a collective."""
         folder.mkdir(parents=True, exist_ok=True)
         self._records: dict[str, Any] = read_share(folder, engine)
         self._file: AnswerStore | None = None
@@ -123,7 +123,7 @@ class RolloutStore:
         self._add([record for record in records if record[1]["outcome"] != Outcome.FAILED])
 
     def settle(self, groups: Sequence[RolloutGroup]) -> None:
-        """Make the failures of a step final; a collective.
+        """Store the failures of a step as final; a collective.
 
         The step is trained without these responses, and later steps are sampled with the resulting
         weights. A resumed run must therefore not request their rewards again.
@@ -168,7 +168,7 @@ def step_folder(root: Path, step: int) -> Path:
 
 
 def rollout_record(rollout: Rollout) -> tuple[str, dict[str, Any]]:
-    """Return the key and the content under which a store keeps a rollout."""
+    """Return the key and the content of the record of a rollout."""
     return f"rollout:{rollout.key}", asdict(rollout)
 
 
@@ -189,22 +189,22 @@ def read_share(folder: Path, engine: AlignmentEngine) -> dict[str, Any]:
     """Return the rollouts and rewards of this rank's share in the folder of a step, by key.
 
     Files of the other shares of the same number of ranks contain other prompts and are not read.
-    Files that another number of ranks left are read whole.
+    All lines of files from another number of ranks are read.
     """
-    others = {
+    other_shares = {
         f"_{rank:05d}_of_{engine.data_size:05d}.jsonl"
         for rank in range(engine.data_size)
         if rank != engine.data_rank
     }
     records: dict[str, Any] = {}
     for file in sorted(folder.glob("*.jsonl")):
-        if file.name[file.name.index("_") :] not in others:
+        if file.name[file.name.index("_") :] not in other_shares:
             records |= _complete_records(file)
     return records
 
 
 def _complete_records(file: Path) -> dict[str, Any]:
-    """Return the complete lines of a file whose last line a kill may have cut off."""
+    """Return the complete lines of a file whose last line may be cut off by a kill."""
     records = {}
     for line in file.read_bytes().splitlines(keepends=True):
         if not line.endswith(b"\n"):

@@ -24,7 +24,7 @@ _ADVICE = (
 
 
 def refuse_truncation(top_k: int, top_p: float) -> None:
-    """Refuse to let servers sample from a part of the vocabulary.
+    """Refuse sampling by servers from a part of the vocabulary.
 
     Raises:
         UserError: A limit is set.
@@ -47,14 +47,14 @@ def check_served_log_probs(
     fresh: bool,
     thorough: bool,
 ) -> None:
-    """Refuse log-probabilities of servers that clearly have another distribution; a collective.
+    """Refuse log-probabilities of servers that clearly are of another distribution; a collective.
 
     Args:
         engine: Engine whose weights the servers have.
         batches: Batches with `old_log_probs` at the temperature, and `rollout_log_probs`.
         temperature: Temperature of sampling.
         fresh: Whether the servers had the weights of `old_log_probs`.
-        thorough: Whether to compare with temperature 1 too, which takes a forward pass.
+        thorough: Whether to compare with temperature 1 as well, which takes a forward pass.
 
     Raises:
         UserError: They have temperature 1, or differ from those of training.

@@ -39,7 +39,7 @@ class RolloutRequest(NamedTuple):
 
 
 class RewardFunction(Protocol):
-    """Function that rewards responses: a collective of all ranks, each with its own groups."""
+    """Function that rewards responses; a collective of all ranks, each with its own groups."""
 
     def __call__(
         self, groups: Sequence[tuple[PromptTask, Sequence[Rollout]]], check: Callable[[], None]
@@ -65,16 +65,16 @@ class RLSettings:
         groups: Prompts per step, on all ranks together.
         group_size: Responses to each prompt.
         mini_batches: Optimizer steps per step.
-        seq_length: Length of the rows that responses are packed into, in tokens. A prompt with its
+        seq_length: Length in tokens of the rows into which responses are packed. A prompt with its
             response must fit.
-        sampling: How responses are sampled.
-        generation_batch_size: Responses that a rank samples at a time.
+        sampling: Settings of sampling.
+        generation_batch_size: Responses that a rank samples in one batch.
         overlong_margin: Tokens before the limit in which a response is penalized, for an algorithm
             with that penalty.
         max_unrewarded: Largest share of a step's responses that may lack a reward.
-        rollout_filter: Function that returns, for a group of responses with their rewards, which
-            of them to train on. The others leave the statistics of the group and the loss.
-            Default: all.
+        rollout_filter: Function that selects the responses of a group, with their rewards, on which
+            to train. The others are excluded from the statistics of the group and from the loss.
+            Default: all are selected.
         draws: Largest number of draws of prompts per step, for an algorithm with dynamic sampling.
     """
 
@@ -98,7 +98,7 @@ class RLSettings:
         """
         if self.group_size < 2 and self.algorithm.advantages is not None:
             raise UserError(
-                f"--group-size {self.group_size} leaves a response nothing to be compared with. "
+                f"--group-size {self.group_size} leaves no other response to compare with. "
                 "Choose at least 2."
             )
         if not 0 < self.mini_batches <= self.groups * self.group_size:
@@ -141,7 +141,7 @@ class PromptOrder:
             )
 
     def draw(self, step: int, draw: int = 0) -> list[PromptTask]:
-        """Return the prompts of a step, which all differ.
+        """Return the prompts of a step, all of them different.
 
         Args:
             step: Number of the step, from 0.
@@ -151,11 +151,11 @@ class PromptOrder:
         count, size = len(self.tasks), self._groups
         if draw:
             earlier_ids = {task.id for earlier in range(draw) for task in self.draw(step, earlier)}
-            others = [task for task in self.tasks if task.id not in earlier_ids]
+            undrawn = [task for task in self.tasks if task.id not in earlier_ids]
             chosen = np.random.default_rng((self._seed, step, draw)).choice(
-                len(others), min(size, len(others)), replace=False
+                len(undrawn), min(size, len(undrawn)), replace=False
             )
-            return [others[i] for i in chosen]
+            return [undrawn[i] for i in chosen]
         # A step lies within one epoch, so that its prompts differ. The rest of the epoch's order,
         # which is too short for a step, is not used.
         epoch, part = divmod(step, count // size)

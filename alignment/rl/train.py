@@ -70,13 +70,13 @@ class RLComponents:
         tasks: All prompts, the same on every rank. Prompts that leave no room for a response are
             left out of `prompts`.
         reward: Function that rewards responses.
-        settings: Settings of the learning.
+        settings: Settings of reinforcement learning.
         seed: Seed of the order of the prompts and of the responses.
-        reference: Function that returns the log-probabilities of the policy that the loss keeps the
-            model near. Required if the loss has a divergence.
+        reference: Function that returns the log-probabilities of the reference policy. Required if
+            the loss has a divergence.
         critic: Model that computes the advantages, for an algorithm that requires one.
-        generate: Function that samples responses with the weights of the engine. Default: the
-            engine's own.
+        generate: Function that samples responses with the weights of the engine. Default: that of
+            the engine.
         async_rollouts: Sampler of the next step's responses, which works during this step.
         monitor: Monitor of the responses of every step.
         costs: Usage of the judges at endpoints, for the metrics of every step.
@@ -107,11 +107,13 @@ class RLComponents:
         if self.generate is not None:
             refuse_truncation(sampling.top_k, sampling.top_p)
         if algorithm.uses_reference and self.reference is None:
-            raise ValueError("The loss has a divergence, and there is no reference policy.")
+            raise ValueError("The loss has a divergence, but there is no reference policy.")
         if (algorithm.advantages is None) != (self.critic is not None):
             raise ValueError("A critic is for an algorithm whose advantages it computes.")
         if self.async_rollouts is not None:
-            assert not algorithm.dynamic, "a step that may sample again cannot be sampled ahead"
+            assert not algorithm.dynamic, (
+                "a step that may draw more prompts cannot be sampled in advance"
+            )
             self.run.at_exit(self.async_rollouts.cancel)
         object.__setattr__(self, "prompts", PromptOrder(self.tasks, self.settings, self.seed))
 
@@ -236,7 +238,7 @@ def collect_groups(
     """Sample and score responses to the prompts of a step.
 
     An algorithm with dynamic sampling draws further prompts while too few groups have rewards that
-    differ. After the last draw, groups with equal rewards fill what is missing.
+    differ. After the last draw, groups with equal rewards complete the step.
 
     Returns:
         This rank's groups of the step, all groups that were sampled for it, and the number of
@@ -302,7 +304,7 @@ def sample_responses(
 def rollout_requests(
     rl: RLComponents, step: int, tasks: Sequence[PromptTask]
 ) -> list[RolloutRequest]:
-    """Return the responses that a step requires to some tasks."""
+    """Return the requests for the responses of a step to some tasks."""
     return [
         RolloutRequest(task.id, sample, task.prompt, derive_seed(rl.seed, step, task.id, sample))
         for task in tasks
@@ -311,7 +313,7 @@ def rollout_requests(
 
 
 def start_next_step(rl: RLComponents, step: int, async_rollouts: AsyncRollouts) -> None:
-    """Let the servers sample the responses of the next step."""
+    """Start the sampling of the next step's responses by the servers."""
     tasks = rl.prompts.draw(step, 0)[rl.engine.data_rank :: rl.engine.data_size]
     folder = step_folder(rl.run.folder / "rollouts", step)
     async_rollouts.start(step, folder, rollout_requests(rl, step, tasks), rl.settings.sampling)
@@ -324,11 +326,11 @@ def refuse_stale(rl: RLComponents, step: int, rollouts: Sequence[Sequence[Rollou
         UserError: The responses belong to another run, or to an earlier state of this one.
     """
     behind = [abs(rl.engine.step - r.version) for group in rollouts for r in group]
-    most = all_reduce_max(max(behind, default=0))
-    if most > (0 if rl.async_rollouts is None else rl.settings.mini_batches):
+    oldest = all_reduce_max(max(behind, default=0))
+    if oldest > (0 if rl.async_rollouts is None else rl.settings.mini_batches):
         raise UserError(
-            f"Responses in {step_folder(rl.run.folder / 'rollouts', step)} were sampled {most} "
-            "optimizer steps before the present policy. Remove that folder to sample them again."
+            f"Responses in {step_folder(rl.run.folder / 'rollouts', step)} were sampled {oldest} "
+            "optimizer steps before the current policy. Remove that folder to sample them again."
         )
 
 
@@ -346,7 +348,7 @@ def score_responses(
         rl.run.check_signals()
         part = missing[begin : begin + size]
         rewards = rl.reward(part, rl.run.check_signals)
-        # A group may be scored again for one response. The others keep their rewards.
+        # A group may be scored again because of one response. The other rewards stay unchanged.
         store.add_rewards(
             [
                 (rollout, reward)
@@ -364,7 +366,7 @@ def score_responses(
 def refuse_failures(
     settings: RLSettings, failures: Mapping[str, float], reasons: Counter[str]
 ) -> None:
-    """Refuse to train where too many responses have no reward.
+    """Refuse to train if too many responses have no reward.
 
     Raises:
         UserError: More than `settings.max_unrewarded` have none.

@@ -1,4 +1,4 @@
-"""Common parts of all training loops: resuming, evaluation, checkpoints, signals, the console."""
+"""Common parts of all training loops: resuming, evaluation, checkpoints, signals and console."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -28,7 +28,7 @@ class TrainingSchedule:
         evaluate_every: Steps between evaluations. There is also one after the last step.
         best: Metric of an evaluation whose highest value marks the best model.
         sound: Function that returns whether an evaluation covers enough items to mark a model.
-        stop_when: Function that returns why an evaluation is the last one, or None.
+        stop_when: Function that returns the reason for ending the run after an evaluation, or None.
         report_every: Steps between two lines on the console.
     """
 
@@ -90,7 +90,7 @@ def resume(
     lines: RunConsole,
     evaluate: Callable[[int], Metrics] | None,
 ) -> None:
-    """Load the newest checkpoint if there is one, and run an evaluation that is still due."""
+    """Load the newest checkpoint if there is one, and run a pending evaluation."""
     run.resume()
     run.note(steps=schedule.steps)
     lines.resume(run.step)
@@ -138,7 +138,7 @@ class StopSignal:
 
 @contextmanager
 def stop_on_signal(run: TrainingRun) -> Iterator[StopSignal]:
-    """Save the model and leave the block after a signal; report why the training ended."""
+    """Save the model and leave the block after a signal; report why training ended."""
     stop = StopSignal()
     try:
         yield stop

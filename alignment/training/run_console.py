@@ -1,4 +1,4 @@
-"""Output of a command that trains: its start, one line for every report, and its end.
+"""Console output of a command that trains: start, one line for every report, and end.
 
 All other output of every rank is in `train.log` of the run directory.
 """
@@ -29,19 +29,19 @@ _SHOWN = {
 }
 """Metrics of a line in their order. KL from a reference replaces that of the step."""
 
-_UNREWARDED = 0.05  # share of the responses from which a report calls attention to them
+_UNREWARDED = 0.05  # share of the responses above which a report raises an alarm
 _MOST_EVALUATED = 6  # metrics in the line of an evaluation
 _NOT_SHOWN = ("step", "_unjudged", "_error", "/prompts", "/alarm")  # ends of their names
 
 
 class RunConsole:
-    """Console of a training, and the context in which it trains: nothing on other ranks than 0."""
+    """Console of a training run, used as a context manager; only rank 0 prints."""
 
     def __init__(self, run: TrainingRun, steps: int, report_every: int) -> None:
-        """Describe the training.
+        """Create the console.
 
         Args:
-            run: Run, which has been opened.
+            run: Open run.
             steps: Number of the last step.
             report_every: Steps between two lines. There is also one after the first and the last.
         """
@@ -70,7 +70,7 @@ class RunConsole:
             console.line(f"{'Finished':9}{self._run.step:,} steps, {seconds}")
 
     def resume(self, step: int) -> None:
-        """Note the step from which the training starts, and print it if it is not the first."""
+        """Record the step from which training starts, and print it if it is not the first."""
         self._first = step
         self._left.finish_step(step)
         if step and self._run.writes:
@@ -88,7 +88,7 @@ class RunConsole:
         names = [name for name in _SHOWN if isinstance(metrics.get(name), int | float)]
         if "kl_from_reference" in names and "kl_from_old" in names:
             names.remove("kl_from_old")
-        if "reward" in names and "loss" in names:  # it is 0 except for rounding, and means little
+        if "reward" in names and "loss" in names:  # it is 0 except for rounding
             names.remove("loss")
         parts = [
             step_of(step, self._steps),
@@ -131,5 +131,5 @@ class RunConsole:
 
 
 def _words(name: str) -> str:
-    """Return the name of an evaluated metric as it is read in a line."""
+    """Return the name of an evaluation metric for a line of text."""
     return name.removeprefix("grade/").removeprefix("validation/").replace("_", " ")

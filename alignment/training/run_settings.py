@@ -33,7 +33,7 @@ def lasting_settings(config: Any, files: Sequence[str] = ()) -> dict[str, Any]:
         config: Configuration of the command, a dataclass of flags.
         files: Names of flags whose files are represented by their digests, not by their names.
     """
-    marks = {each.name: each.resume for each in flags_of(type(config))}
+    marks = {flag.name: flag.resume for flag in flags_of(type(config))}
     settings = {
         name: value for name, value in flag_values(config).items() if marks[name] != "may change"
     }
@@ -62,7 +62,7 @@ def model_content(path: Path) -> str:
     digest = hashlib.sha256()
     try:
         folder = locate_model(path).folder
-    except UserError:  # loading the model reports what is wrong with it
+    except UserError:  # loading the model reports the error
         return ""
     for name in _SETTINGS:
         if (folder / name).is_file():

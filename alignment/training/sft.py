@@ -31,13 +31,13 @@ class SupervisedStep:
         length: int,
         seed: int,
     ) -> None:
-        """Make a step.
+        """Create the step.
 
         Args:
             engine: Engine that is trained.
             samples: All samples, the same on every rank.
             batch_size: Samples per step, on all ranks together.
-            length: Length of the rows that samples are packed into, in tokens.
+            length: Length in tokens of the rows into which samples are packed.
             seed: Seed of the order of the samples.
         """
         self.engine, self.samples, self.length = engine, samples, length

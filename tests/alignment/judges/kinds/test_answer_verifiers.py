@@ -105,7 +105,7 @@ def test_pattern_that_backtracks_too_long_is_a_failed_call(tmp_path):
         ({"kind": "numeric-answer"}, {"reference": True}, "True, which is not a number"),
         ({"kind": "numeric-answer"}, {"reference": float("nan")}, "'nan', which is not a number"),
         ({"kind": "numeric-answer"}, {"reference": []}, "which is not an answer"),
-        ({"kind": "exact-answer"}, {"reference": " ."}, "' .': no answer"),
+        ({"kind": "exact-answer"}, {"reference": " ."}, "' .', which is not an answer"),
         ({"kind": "exact-answer"}, {"reference": {"a": 1}}, "which is not an answer"),
         (
             {"kind": "pattern", "column": "form"},
@@ -114,7 +114,7 @@ def test_pattern_that_backtracks_too_long_is_a_failed_call(tmp_path):
         ),
         ({"kind": "pattern", "column": "form"}, {"form": 5}, "contains 5, which is not text"),
         ({"kind": "pattern"}, {}, "needs either pattern or column"),
-        ({"kind": "pattern", "pattern": "("}, {}, "is no regular expression"),
+        ({"kind": "pattern", "pattern": "("}, {}, "is not a regular expression"),
         ({"kind": "numeric-answer", "extract": "box"}, {}, "extract is one of 'auto', 'boxed'"),
         ({"kind": "numeric-answer", "absolute": -1}, {}, "absolute must not be negative"),
     ],

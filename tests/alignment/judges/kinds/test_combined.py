@@ -233,7 +233,10 @@ def test_models_of_components_are_resident(tmp_path):
         ({"kind": "sum", "components": {"a": 5}}, "a must be a mapping with kind or file, not 5"),
         ({"kind": "sum", "components": {"a": {}}}, "a needs kind or file"),
         (components(a={"kind": "numeric-anser"}), "Did you mean numeric-answer?"),
-        (components(a={"wieght": 1}), "a: wieght is no key of a component. Did you mean weight?"),
+        (
+            components(a={"wieght": 1}),
+            "a: wieght is not a key of a component. Did you mean weight?",
+        ),
         (components(a={"colour": 1}), "colour is not a key of a judge of kind word"),
         (components(a={"weight": "2"}), "a: weight must be a number, not '2'"),
         (components(a={"weight": float("nan")}), "a: weight must be a number, not nan"),
