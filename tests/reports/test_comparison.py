@@ -48,7 +48,7 @@ def make_run(
 
 def figure(name: str) -> Any:
     [result] = [f for f in METRICS if f.label.startswith(name)]
-    return result.of
+    return result.value
 
 
 def table_of(paths: list[str]) -> dict[str, list[str]]:

@@ -173,7 +173,7 @@ def test_load_detector_refuses_what_is_none(name: str, message: str, detector_fi
     with pytest.raises(UserError, match=r"the file .* does not exist"):
         load_detector(f"{detector_file}.gone:{name}")
     detector_file.write_text(DETECTOR_FILE.replace('"moss", measures', '"refusal", measures'))
-    with pytest.raises(UserError, match="a detector named 'refusal' exists already"):
+    with pytest.raises(UserError, match="a detector named 'refusal' already exists"):
         load_detector(f"{detector_file}:find_moss")
 
 
