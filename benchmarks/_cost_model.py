@@ -1,7 +1,8 @@
-"""What a collective costs: latency and bytes over bandwidth, for rings and for trees.
+"""Cost model of collectives: latency plus bytes over bandwidth, for rings and for trees.
 
 After Thakur, Rabenseifner and Gropp, "Optimization of Collective Communication Operations in
-MPICH" (2005). Of a ring and a tree the faster counts, as communication libraries choose.
+MPICH" (2005). The faster of a ring and a tree counts, because
+communication libraries choose it.
 """
 
 from collections.abc import Sequence
@@ -11,11 +12,11 @@ from math import ceil, log2
 
 @dataclass(frozen=True)
 class NetworkLink:
-    """A way between two ranks.
+    """Link between two ranks.
 
     Attributes:
-        latency: of a message, seconds.
-        bandwidth: of one rank, one way, bytes a second.
+        latency: Latency of a message, in seconds.
+        bandwidth: Bandwidth of one rank in one direction, in bytes per second.
     """
 
     latency: float
@@ -24,44 +25,45 @@ class NetworkLink:
 
 @dataclass(frozen=True)
 class Place:
-    """Where the ranks of a group stand.
+    """Distribution of the ranks of a group over nodes.
 
     Attributes:
-        ranks: in the group.
-        in_a_node: the most of them that share a node.
+        ranks: Number of ranks in the group.
+        max_per_node: Largest number of them on one node.
     """
 
     ranks: int
-    in_a_node: int
+    max_per_node: int
 
     @staticmethod
-    def of(ranks: Sequence[int], ranks_a_node: int) -> "Place":
-        """The place of a group of these ranks, which fill one node after the other."""
-        nodes = [rank // ranks_a_node for rank in ranks]
+    def of(ranks: Sequence[int], ranks_per_node: int) -> "Place":
+        """Return the distribution of a group of ranks, which fill one node after the other."""
+        nodes = [rank // ranks_per_node for rank in ranks]
         return Place(len(nodes), max(nodes.count(node) for node in set(nodes)))
 
 
 @dataclass(frozen=True)
 class Network:
-    """Nodes of ranks that are close to each other, each rank with a separate adapter.
+    """Network of nodes in which each rank has a separate adapter.
 
     Attributes:
-        within, between: the link inside a node, and that of one adapter.
-        ranks_a_node: ranks in a node.
+        within: Link inside a node.
+        between: Link of one adapter.
+        ranks_per_node: Number of ranks per node.
     """
 
     within: NetworkLink
     between: NetworkLink
-    ranks_a_node: int
+    ranks_per_node: int
 
     def seconds(self, operation: str, size: float, place: Place) -> float:
-        """Time of one call.
+        """Return the seconds of one call.
 
         Args:
-            operation: all-reduce, all-gather, reduce-scatter, all-to-all, broadcast, send or
+            operation: Name: all-reduce, all-gather, reduce-scatter, all-to-all, broadcast, send or
                 receive.
-            size: bytes of the whole tensor: what a rank hands in, or gets when that is more.
-            place: of its group.
+            size: Bytes of the input of a rank or of its output, whichever are more.
+            place: Distribution of its group.
         """
         p = place.ranks
         if p == 1:
@@ -71,7 +73,7 @@ class Network:
         part = size / p
         if operation in ("send", "receive"):
             return own.latency + size / own.bandwidth
-        if operation == "all-to-all":  # each rank to each other, in turn
+        if operation == "all-to-all":  # each rank sends to every other rank in turn
             return (p - 1) * (own.latency + part / own.bandwidth)
         around = (p - 1) * (ring.latency + part / ring.bandwidth)
         doubling = steps * own.latency + (p - 1) * part / own.bandwidth
@@ -82,15 +84,15 @@ class Network:
             return min(2 * around, 2 * doubling, 2 * down)
         if operation == "broadcast":  # down a tree; or scatter and all-gather
             return min(down, doubling + around)
-        raise ValueError(f"no cost is known of {operation}")
+        raise ValueError(f"the cost of {operation} is not known")
 
     def _links(self, place: Place) -> tuple[NetworkLink, NetworkLink]:
-        """The slowest link that a rank uses, and that of a ring.
+        """Return the slowest link that a rank uses, and that of a ring.
 
-        Libraries lay one ring through each adapter of a node, so that a group has the bandwidth
-        of as many adapters as it has ranks in a node.
+        Libraries use one ring per adapter of a node, so that a group has the bandwidth of as many
+        adapters as it has ranks on a node.
         """
-        if place.in_a_node == place.ranks:
+        if place.max_per_node == place.ranks:
             return self.within, self.within
-        bandwidth = min(self.within.bandwidth, place.in_a_node * self.between.bandwidth)
+        bandwidth = min(self.within.bandwidth, place.max_per_node * self.between.bandwidth)
         return self.between, NetworkLink(self.between.latency, bandwidth)

@@ -1,14 +1,14 @@
-"""Where the time of a training step goes, by phase, on this rank.
+"""Duration of a training step by phase, on this rank.
 
-Hooks around Megatron's modules, forward and backward, and around a few functions keep a stack of
-phases; time counts for the innermost. Autograd runs on the CPU in the caller's thread, and in the
-exact reverse of the forward pass, so that phases nest there too.
+Hooks around Megatron's modules, forward and backward, and around a few functions maintain a stack
+of phases; time is attributed to the innermost. On the CPU, autograd runs in the caller's thread and
+in the exact reverse order of the forward pass, so that phases are nested there as well.
 
     attention   with its projections
     experts     routed and shared, and the feed-forward of dense layers
     dispatch    the rest of an MoE layer: permutation, all-to-all, sum
     router      gating, selection, gates
-    cutoffs     searches for them, and the routing figures at the step's end
+    cutoffs     searches for them, and the routing metrics at the end of the step
     gradients   their reduction
     optimizer   with the gathering of parameters
     data        the next batch
@@ -35,10 +35,10 @@ from megatron_ext.training import step
 
 
 class Phases:
-    """A stopwatch with a stack.
+    """Stopwatch with a stack of phases.
 
     Attributes:
-        seconds: by phase; `other` while none is entered.
+        seconds: Seconds by phase; `other` outside of all phases.
     """
 
     def __init__(self) -> None:
@@ -52,8 +52,8 @@ class Phases:
 
     def leave(self, phase: str) -> None:
         self._lap()
-        left = self._stack.pop()
-        assert left == phase, f"left {phase} inside {left}"
+        innermost = self._stack.pop()
+        assert innermost == phase, f"phase {phase} ended inside {innermost}"
 
     def _lap(self) -> None:
         now = time.perf_counter()
@@ -61,8 +61,8 @@ class Phases:
         self._since = now
 
     @contextmanager
-    def watching(self, model: Sequence[torch.nn.Module], optimizer: Any) -> Iterator[None]:
-        """Keep the time of what `model` and `optimizer` do inside."""
+    def measuring(self, model: Sequence[torch.nn.Module], optimizer: Any) -> Iterator[None]:
+        """Measure the phases of `model` and `optimizer` in this block."""
         functions = [
             (data, "_get_batch", "data"),
             (step_cutoffs, "kth_largest", "cutoffs"),

@@ -1,6 +1,6 @@
 """Steps of TRL's GRPOTrainer and SFTTrainer, one JSON object per step; see rl_step.py.
 
-It runs in TRL's own Python environment, and imports nothing of this project.
+It runs in a separate Python environment of TRL, and imports nothing from this project.
 """
 
 import json
@@ -13,7 +13,7 @@ import torch
 
 
 class Clock:
-    """Seconds of calls by name, taken out once per step."""
+    """Seconds of calls by name, read once per step."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}

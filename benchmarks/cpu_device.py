@@ -1,8 +1,8 @@
-"""What the CPU device costs in a training step.
+"""Measure the cost of the CPU device in a training step.
 
-Runs Megatron's trainer on one rank (4 MoE layers, width 256, 8 sequences of 256 tokens), counts in
-one step how often its wrappers are entered, and multiplies by what each adds to a call. In the
-steps between it also runs the alternative it was chosen over, a global `TorchFunctionMode`.
+Runs Megatron's trainer on one rank (4 MoE layers, width 256, 8 sequences of 256 tokens), counts the
+entries into its wrappers in one step, and multiplies them by the time that each adds to a call. In
+the steps between, it also runs the alternative, a global `TorchFunctionMode`.
 
     python benchmarks/cpu_device.py [--pairs 10]
 """
@@ -45,7 +45,7 @@ from megatron_ext.devices import placement, randomness  # noqa: E402
 from megatron_ext.training.data_loading import forward_step, train_valid_test_datasets  # noqa: E402
 
 FOLDER = os.fspath(Path(devices.__file__).parent)
-WARMUP = 3  # the last of them is profiled
+WARMUP = 3  # the last step is profiled
 
 FLAGS = [
     *("--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "4095"),
@@ -62,7 +62,7 @@ FLAGS = [
 
 
 class PlacingMode(TorchFunctionMode):
-    """The alternative: see every torch call and correct its device."""
+    """Alternative to the wrappers: a mode that corrects the device of every torch call."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -74,7 +74,7 @@ class PlacingMode(TorchFunctionMode):
 
 
 class Measured:
-    """Megatron's `train_step` with a clock: one step as it is, one under the mode, in turns."""
+    """Timed `train_step` of Megatron, alternately without and with the mode."""
 
     def __init__(self, train_step: Callable[..., Any]) -> None:
         self._train_step = train_step
@@ -97,7 +97,7 @@ class Measured:
 
 
 def entries(profile: cProfile.Profile) -> tuple[Counter[str], dict[str, float]]:
-    """Calls that enter the CPU device from outside, by function, and profiled seconds a call."""
+    """Return calls that enter the CPU device from outside, by function, and seconds per call."""
     profile.create_stats()
     calls: Counter[str] = Counter()
     seconds: dict[str, float] = {}
@@ -121,7 +121,7 @@ def seconds_per_call(function: Callable[[], Any], repeats: int = 21, calls: int 
 
 
 def added_seconds() -> dict[str, float]:
-    """What a wrapper adds to a call, by function; answers of `torch.cuda` count in full."""
+    """Return the added seconds per call, by function; functions of `torch.cuda` count in full."""
     x, host = torch.ones(()), torch.device("cpu")
     loop = seconds_per_call(lambda: None)
 
@@ -170,14 +170,15 @@ def train(pairs: int) -> Measured:
 
 def report(measured: Measured) -> list[dict[str, Any]]:
     step, mode_step = (median(measured.seconds[name]) for name in ("wrappers", "mode"))
-    # Neighbours in time share the machine's mood, so their ratio is steadier than that of medians.
+    # The speed of a machine drifts, so that ratios of neighboring steps vary less than ratios of
+    # medians.
     mode_ratio = median(
         mode / plain for plain, mode in zip(measured.seconds["wrappers"], measured.seconds["mode"])
     )
     added, (calls, profiled) = added_seconds(), entries(measured.profile)
     rows: list[dict[str, Any]] = []
     for name, count in calls.most_common():
-        cost = added.get(name, profiled[name])  # profiled: an upper bound, for the rare ones
+        cost = added.get(name, profiled[name])  # profiled: an upper bound, used for rare calls
         rows.append(
             {
                 "case": name,
@@ -209,11 +210,14 @@ def report(measured: Measured) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--pairs", type=int, default=10, help="Timed steps of each kind. Default: %(default)s."
+        "--pairs",
+        type=int,
+        default=10,
+        help="Number of timed steps of each kind. Default: %(default)s.",
     )
     pairs = parser.parse_args().pairs
     if DEVICE != "cpu":
-        print("CUDA is available: the CPU device is not in use and costs nothing")
+        print("CUDA is available: the CPU device is not used and costs nothing")
         return
     environment = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     os.environ.update(environment, MASTER_PORT="0")

@@ -1,19 +1,19 @@
-"""Training speed by router, and where the time of a step goes.
+"""Compare the training speed of routers, and the phases of a step.
 
 Trains with `pretrain_et.py` on mock data: expert threshold, expert choice, token choice balanced
 by auxiliary loss and by bias, and a dense model with as many active parameters. Real ranks of all
-five wait side by side and take a step in turn, there and back, so that what else the machine does
-meets all alike. Half of the steps are timed as they are, for tokens a second; in the other half
-each rank keeps the time of every phase (`_phases.py`), and what that costs is reported too.
+five take steps in turn, forth and back, so that other load on the machine affects all of them
+equally. Half of the steps are timed without further measurement, for tokens per second; in the
+other half each rank measures every phase (`_phases.py`), and the overhead is reported.
 
     step ms         median over steps of the slowest rank
-    spread %        of the steps: distance of the quartiles over the median
+    spread %        interquartile range of the steps over the median
     speed           against token choice with auxiliary loss, median over turns
-    experts         routed experts a token, mean over layers and steps
-    watching %      that keeping the phases' time adds to a step
+    experts         routed experts per token, mean over layers and steps
+    overhead %      time that the measurement of phases adds to a step
 
-On several ranks the experts are spread over all of them. Expert threshold trains by expert choice
-for two steps of the warm-up, and then by thresholds.
+On several ranks the experts are distributed over all of them. Expert threshold trains by expert
+choice for two steps of the warm-up, and then by thresholds.
 
     python benchmarks/end_to_end.py [--ranks 1 2] [--hidden-size 256] [--layers 4]
         [--seq-length 256] [--rounds 2]
@@ -44,9 +44,9 @@ import torch.distributed as dist
 from tests.distributed import run_ranks
 
 WARMUP = 4  # steps that are not timed
-TURNS = 4  # steps of a round: there and back, without and with phases
+TURNS = 4  # steps of a round: forth and back, without and with phases
 TIMEOUT = 600
-SEQUENCES = 8  # a rank in a step
+SEQUENCES = 8  # of a rank in a step
 MIXTURE = (
     *("--num-experts", "16", "--moe-router-topk", "1", "--moe-token-dispatcher-type", "alltoall"),
     *("--moe-router-score-function", "sigmoid"),
@@ -73,8 +73,7 @@ ROUTERS: dict[str, tuple[str, ...]] = {
 
 @dataclass
 class TimedStep:
-    """A step on one rank: seconds, those of each phase if they were kept, and routed experts a
-    token."""
+    """Step on one rank: seconds, seconds of each measured phase, and routed experts per token."""
 
     seconds: float
     phases: Counter[str] = field(default_factory=Counter)
@@ -82,7 +81,7 @@ class TimedStep:
 
 
 def model_flags(hidden: int, layers: int, sequence: int) -> list[str]:
-    """A model in the paper's style: granularity 2, one shared expert, the first layer dense."""
+    """Return flags of the paper's model: granularity 2, a shared expert, a dense first layer."""
     sizes = {
         "num-layers": layers,
         "hidden-size": hidden,
@@ -120,7 +119,7 @@ def keeps_phases(number: int) -> bool:
 
 
 def train(flags: list[str], port: int, name: str) -> list[TimedStep]:
-    """Train on this rank, each step when the store on `port` says that it is `name`'s turn."""
+    """Train on this rank, with each step in the turn of `name` according to the store on `port`."""
     import pretrain_et
     from benchmarks._phases import Phases
     from megatron_ext.training import trainer
@@ -141,7 +140,7 @@ def train(flags: list[str], port: int, name: str) -> list[TimedStep]:
             dist.barrier()
             with contextlib.ExitStack() as stack:
                 if keeps_phases(number):
-                    stack.enter_context(phases.watching(model, optimizer))
+                    stack.enter_context(phases.measuring(model, optimizer))
                 start = time.perf_counter()
                 result = inner(*args, **kwargs)
                 seconds = time.perf_counter() - start
@@ -173,7 +172,7 @@ def take_turns(
             time.sleep(2e-3)
             for future in started.values():
                 if future.done():
-                    future.result()  # raises what a rank raised
+                    future.result()  # raises the error of a rank
 
     with ThreadPoolExecutor(len(flags)) as threads:
         for name, words in flags.items():
@@ -187,7 +186,9 @@ def take_turns(
             started[name] = threads.submit(
                 run_ranks, train, ranks, words, turns.port, name, timeout=TIMEOUT
             )
-            wait(f"{name}/here/0")  # one after the other: starting ranks changes the environment
+            wait(
+                f"{name}/here/0"
+            )  # one after the other, because starting ranks changes the environment
         for number in range(steps):
             for name in list(flags) if number % 2 else reversed(flags):
                 turns.set(f"{name}/{number}", "")
@@ -198,11 +199,12 @@ def take_turns(
 def summary(
     steps: dict[str, list[list[TimedStep]]], ranks: int, tokens: int
 ) -> list[dict[str, Any]]:
-    """One row a model.
+    """Return one row per model.
 
     Args:
-        steps: of every model, by rank.
-        tokens: of all ranks in a step.
+        steps: Steps of every model, by rank.
+        ranks: Number of ranks.
+        tokens: Tokens of all ranks in a step.
     """
     timed = range(WARMUP, len(steps[REFERENCE][0]))
     slowest = {
@@ -233,7 +235,7 @@ def summary(
                 "speed_least": round(min(ratios), 4),
                 "speed_most": round(max(ratios), 4),
                 "experts": round(mean(rank[n].experts for rank in of_ranks for n in timed), 3),
-                "watching_percent": round(100 * cost, 1),
+                "overhead_percent": round(100 * cost, 1),
                 "phases_percent": {name: round(100 * s / whole, 2) for name, s in phases.items()},
             }
         )
@@ -243,7 +245,7 @@ def summary(
 def print_table(rows: list[dict[str, Any]], phases: Sequence[str]) -> None:
     print(f"\n{rows[0]['ranks']} rank(s); phases in % of the step")
     heads = ["router", "tokens/s", "step ms", "spread %", "speed", "(least", "most)", "experts"]
-    heads += ["watching %", "|", *phases]
+    heads += ["overhead %", "|", *phases]
     widths = [24, *(max(8, len(head)) for head in heads[1 : -len(phases) - 1]), 1]
     widths += [max(6, len(phase)) for phase in phases]
     print("  ".join(head.rjust(width) for head, width in zip(heads, widths)))
@@ -251,7 +253,7 @@ def print_table(rows: list[dict[str, Any]], phases: Sequence[str]) -> None:
         cells = [row["router"], f"{row['tokens_per_s']:,.0f}", f"{row['step_ms']:,.0f}"]
         cells += [f"{row['spread_percent']:.1f}", f"{row['speed']:.3f}"]
         cells += [f"{row['speed_least']:.3f}", f"{row['speed_most']:.3f}"]
-        cells += [f"{row['experts']:.2f}", f"{row['watching_percent']:.1f}", "|"]
+        cells += [f"{row['experts']:.2f}", f"{row['overhead_percent']:.1f}", "|"]
         cells += [f"{row['phases_percent'].get(phase, 0.0):.2f}" for phase in phases]
         print("  ".join(cell.rjust(width) for cell, width in zip(cells, widths)), flush=True)
 
@@ -259,11 +261,29 @@ def print_table(rows: list[dict[str, Any]], phases: Sequence[str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
-    add("--ranks", nargs="+", type=int, default=[1, 2], help="Numbers of ranks. Default: 1 2.")
-    add("--hidden-size", type=int, default=256, help="Hidden size. Default: %(default)s.")
-    add("--layers", type=int, default=4, help="Number of layers. Default: %(default)s.")
-    add("--seq-length", type=int, default=256, help="Tokens per sequence. Default: %(default)s.")
-    rounds = f"Rounds of {TURNS} timed steps each. Default: %(default)s."
+    add(
+        "--ranks",
+        nargs="+",
+        type=int,
+        default=[1, 2],
+        help="Numbers of ranks to measure. Default: 1 2.",
+    )
+    add(
+        "--hidden-size",
+        type=int,
+        default=256,
+        help="Hidden size of the model. Default: %(default)s.",
+    )
+    add(
+        "--layers", type=int, default=4, help="Number of layers of the model. Default: %(default)s."
+    )
+    add(
+        "--seq-length",
+        type=int,
+        default=256,
+        help="Length of a sequence in tokens. Default: %(default)s.",
+    )
+    rounds = f"Number of rounds of {TURNS} timed steps each. Default: %(default)s."
     add("--rounds", type=int, default=2, help=rounds)
     options = parser.parse_args()
     hidden, layers, sequence = options.hidden_size, options.layers, options.seq_length

@@ -6,7 +6,8 @@ lengths greedily, in fp32 on the CPU, with `generate` of `megatron_ext.inference
 one process. Times are those of whole calls, including the prompts.
 
     tokens/s      new tokens of all rows divided by the median time
-    ratio         our tokens per second divided by theirs: median, minimum and maximum over turns
+    ratio         tokens per second of this project over those of transformers: median, minimum and
+              maximum over turns
     same tokens   share of rows whose tokens are all equal
 
     python benchmarks/generation.py [--batch 1 8 32] [--new-tokens 32] [--rounds 5] [--threads 1]
@@ -170,13 +171,13 @@ def main() -> None:
     add = parser.add_argument
     # fmt: off
     add("--batch", nargs="+", type=int, default=[1, 8, 32], metavar="N",
-        help="Numbers of prompts that are continued together. Default: 1 8 32.")
+        help="Numbers of prompts per batch to measure. Default: 1 8 32.")
     add("--new-tokens", type=int, default=32, metavar="N",
         help="Number of new tokens per prompt. Default: %(default)s.")
     add("--prompt", nargs=2, type=int, default=[16, 128], metavar="TOKENS",
         help="Minimum and maximum length of a prompt, in tokens. Default: 16 128.")
     add("--rounds", type=int, default=5, metavar="N",
-        help="Number of measured turns. Default: %(default)s.")
+        help="Number of measured turns of each library. Default: %(default)s.")
     add("--threads", type=int, default=1, metavar="N",
         help="Number of threads of torch. Default: %(default)s.")
     add("--hidden-size", type=int, default=512, metavar="N",

@@ -1,12 +1,13 @@
-"""One MoE layer, forward and backward: threshold routing against token choice and plain matmuls.
+"""Compare one MoE layer under threshold routing with token choice and with plain matrix products.
 
 8,192 tokens, 16 routed experts and a shared one of twice the model's width each, squared ReLU, and
 one routed expert per token on average in every row. `of_matmul_rate` is the time of the layer's
-matrix products alone, with each expert's rows together and all experts alike, over the row's own.
-Every step is timed next to its products, because a machine's speed drifts by more than rows
-differ; `of_token_choice` compares rows by that rate. The last row has squared ReLU as Megatron
-writes it. Each rank has one thread, and times are of its processor, which other load on the machine
-disturbs less than the clock. Thresholds are computed by two steps of expert choice first.
+matrix products alone, with the rows of each expert adjacent and equal loads, over the time of the
+layer. Every step is timed next to its products, because the speed of a machine drifts by more than
+rows differ; `of_token_choice` compares rows by that rate. The last row has squared ReLU as Megatron
+writes it. Each rank has one thread, and times are processor time, on which other load on the
+machine has less effect than on wall-clock time. Thresholds are computed by two steps of expert
+choice first.
 
     python benchmarks/moe_layer.py [--d-model 256 768] [--ranks 1] [--steps 5]
 """
@@ -58,7 +59,7 @@ def flags(d_model: int, dispatcher: str) -> list[str]:
 
 
 def timed(function: Callable[[], Any]) -> tuple[float, float]:
-    """Seconds of the slowest rank, by the clock and of its processor."""
+    """Return the wall-clock and processor seconds of the slowest rank."""
     dist.barrier()
     start, start_busy = time.perf_counter(), time.process_time()
     function()
@@ -69,7 +70,7 @@ def timed(function: Callable[[], Any]) -> tuple[float, float]:
 
 
 def matmuls(tokens: int, d_model: int) -> Callable[[], None]:
-    """The products of forward and backward, of a shared expert and the local routed ones."""
+    """Return the matrix products of a step, of a shared expert and of the local routed experts."""
     local = EXPERTS // dist.get_world_size()
     width = 2 * d_model
     sizes = [tokens] + [tokens // local] * local
@@ -87,7 +88,7 @@ def matmuls(tokens: int, d_model: int) -> Callable[[], None]:
 
 
 def measure(router: str, dispatcher: str, d_model: int, steps: int) -> dict[str, float]:
-    """Medians of a step's seconds, of its share of the matmul rate, and experts a token."""
+    """Return medians of a step's seconds and share of the matmul rate, and experts per token."""
     from megatron.core import activations
 
     from megatron_ext.model import gpt
@@ -130,10 +131,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--d-model", type=int, nargs="+", default=[256, 768],
-        help="Widths of the model. Default: 256 768.",
+        help="Hidden sizes to measure. Default: 256 768.",
     )  # fmt: skip
-    parser.add_argument("--ranks", type=int, default=1, help="Number of ranks. Default: 1.")
-    parser.add_argument("--steps", type=int, default=5, help="Timed steps per case. Default: 5.")
+    parser.add_argument(
+        "--ranks", type=int, default=1, help="Number of ranks of the layer. Default: 1."
+    )
+    parser.add_argument(
+        "--steps", type=int, default=5, help="Number of timed steps per case. Default: 5."
+    )
     args = parser.parse_args()
     rows = []
     for d_model in args.d_model:

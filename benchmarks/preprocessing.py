@@ -3,19 +3,20 @@
 Both run as commands on the same JSON lines, with the same tokenizer (a SentencePiece model, and a
 Hugging Face tokenizer), number of workers and end-of-document tokens, in turn and repeatedly. Then
 their datasets are compared byte by byte. Each also runs on a single document, to measure the
-start-up time, which is subtracted. The library of the tokenizer alone encodes the same texts, held
-in memory, with as many threads.
+start-up time, which is subtracted. The library of the tokenizer alone encodes the same texts from
+memory, with as many threads.
 
     seconds       time of the whole command, median over turns
     start         time of the command with one document
     MB/s per core megabytes of text per second and worker, without the start-up time
     MB/CPU s      megabytes of text per second of CPU time of all processes, without the start-up
-                  time; it counts other processes than workers, too
+                  time; processes other than workers are included
     tokens/s      tokens per second of all workers, without the start-up time
     library       tokens per second of the library alone, with as many threads, best of the turns
-    ratio         our MB/s divided by theirs: median, minimum and maximum over turns
+    ratio         MB/s of this project over those of Megatron-LM: median, minimum and maximum over
+              turns
 
-Megatron-LM's tool is not part of megatron-core's package. Clone the repository and give its file:
+Megatron-LM's tool is not part of megatron-core's package. Clone the repository and pass its file:
 
     git clone https://github.com/NVIDIA/Megatron-LM && git -C Megatron-LM checkout d98e8a64ddf3
     python benchmarks/preprocessing.py --megatron-tool Megatron-LM/tools/preprocess_data.py
@@ -266,7 +267,7 @@ def main() -> None:
                     rows.append(measure(sides, options, kind, text, model, workers))
     if THEM not in sides:
         print(
-            "Megatron-LM's tool is not measured. Give its file with --megatron-tool (see --help)."
+            "Megatron-LM's tool is not measured. Pass its file with --megatron-tool (see --help)."
         )
     print_table(rows)
     print()

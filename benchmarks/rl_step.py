@@ -1,16 +1,18 @@
-"""Time of a step of reinforcement learning and of supervised fine-tuning, next to TRL.
+"""Compare a step of reinforcement learning and of supervised fine-tuning with TRL.
 
 A Llama of 28 million parameters with random weights, in fp32 on CPU cores, samples 64 responses of
 64 tokens to prompts of 32 tokens, rewards them by a function, and takes one optimizer step of GRPO.
 TRL does the same with the same weights, prompts, group size, micro-batches and clipping. The two
-run in turn, `--pairs` times, so that other load on the machine strikes both. Every pair also times
+run in turn, `--pairs` times, so that other load on the machine affects both. Every pair also times
 a step of supervised fine-tuning on 64 samples of the same lengths.
 
     rollout, judging, training   seconds of a step, median over the steps of all pairs
     step                         seconds of the whole step, median
     cpu                          processor seconds of the step on rank 0, median; other load on the
-                                 machine changes them much less than seconds
-    ratio                        TRL's step over ours, median over pairs; above 1 ours is faster
+                             machine affects them much less than seconds
+    ratio                        step of TRL over that of this project, median over pairs; above 1
+    this
+                             project is faster
     cpu ratio                    the same ratio of processor seconds
 
 TRL requires a separate Python environment:
@@ -199,7 +201,7 @@ def main() -> None:
         folder = Path(place)
         make_inputs(folder, options)
         settings = {**vars(options), "folder": place, "steps": options.steps + 1, "lr": 1e-5}
-        # On two ranks the responses are divided among them, and so is the micro-batch of neither.
+        # The responses are divided among the ranks; the micro-batch is per rank on both sides.
         for kind in options.kinds:
             times: dict[str, list[list[dict[str, float]]]] = {"ours": [], "trl": []}
             for _ in range(options.pairs):
@@ -246,23 +248,52 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--trl-python", metavar="FILE", help="Python of an environment with TRL. Default: none.")
+    add(
+        "--trl-python",
+        metavar="FILE",
+        help="Python interpreter of an environment with TRL. Default: none.",
+    )
     add("--engine", choices=["megatron", "deepspeed"], default="megatron",
         help="Engine of this project. Default: %(default)s.")  # fmt: skip
     add("--ranks", type=int, default=1, help="Number of processes. Default: %(default)s.")
     add("--threads", type=int, default=1, help="Threads per process. Default: %(default)s.")
     add("--kinds", nargs="+", choices=["rl", "sft"], default=["rl", "sft"],
-        help="Kinds of step to time. Default: both.")  # fmt: skip
-    add("--pairs", type=int, default=1, help="Runs of each side, in turn. Default: %(default)s.")
-    add("--steps", type=int, default=2, help="Timed steps per run. Default: %(default)s.")
-    add("--responses", type=int, default=64, help="Responses per step. Default: %(default)s.")
-    add("--group-size", type=int, default=8, help="Responses per prompt. Default: %(default)s.")
-    add("--prompt-tokens", type=int, default=32, help="Tokens of a prompt. Default: %(default)s.")
-    add("--new-tokens", type=int, default=64, help="Tokens of a response. Default: %(default)s.")
+        help="Kinds of steps to time. Default: both.")  # fmt: skip
+    add(
+        "--pairs",
+        type=int,
+        default=1,
+        help="Number of runs of each library, in turn. Default: %(default)s.",
+    )
+    add("--steps", type=int, default=2, help="Number of timed steps per run. Default: %(default)s.")
+    add(
+        "--responses",
+        type=int,
+        default=64,
+        help="Number of responses per step. Default: %(default)s.",
+    )
+    add(
+        "--group-size",
+        type=int,
+        default=8,
+        help="Number of responses per prompt. Default: %(default)s.",
+    )
+    add(
+        "--prompt-tokens",
+        type=int,
+        default=32,
+        help="Length of a prompt in tokens. Default: %(default)s.",
+    )
+    add(
+        "--new-tokens",
+        type=int,
+        default=64,
+        help="Length of a response in tokens. Default: %(default)s.",
+    )
     add("--seq-length", type=int, default=96,
-        help="Tokens of the rows we pack samples into. Default: %(default)s.")  # fmt: skip
+        help="Length in tokens of packed rows of this project. Default: %(default)s.")  # fmt: skip
     add("--micro-batch", type=int, default=8,
-        help="Rows that go through the model at a time. Default: %(default)s.")  # fmt: skip
+        help="Rows of a micro-batch. Default: %(default)s.")  # fmt: skip
     return parser.parse_args()
 
 

@@ -1,24 +1,24 @@
-"""Cost of the cutoffs of a step: the exact search against gathering and against estimates.
+"""Compare the exact search for the cutoffs of a step with gathering and with estimates.
 
 Every method finds, for each expert, the k-th largest router logit over the tokens of all ranks (k
 is 1/16 of them), on real gloo ranks and in the same run:
 
-    ours, expert choice      in each layer's forward pass, with the mask of what each expert takes
-    ours, expert threshold   at the end of the step, all layers in one search, with the counts that
-                             the figures are made of
+    ours, expert choice      in each layer's forward pass, with the routing map
+    ours, expert threshold   at the end of the step, all layers in one search, with the counts for
+                         the routing metrics
     gather and top-k         all logits on every rank, as the paper's code does
     mean of rank quantiles   as megatron-core 0.19.2's quantile balancing does
     histogram of 1,000 bins  from one below the least to one above the greatest threshold,
                              interpolated, as its proposed successor does
 
-Logits are new in every step. `equal` ranks draw them from one distribution, `skewed` ranks each
-from its own. Times are the median and the least over steps of the slowest rank; bytes are what a
-rank sends where collectives go around a ring, counted at the calls; syncs are operations that would
+Logits are new in every step. `equal` ranks draw them from one distribution, `skewed` ranks from
+different ones. Times are the median and the minimum over steps of the slowest rank; bytes are those
+that a rank sends if collectives use rings, counted at the calls; syncs are operations that would
 wait for a GPU; memory is the peak of new tensors.
 
     python benchmarks/router_stage.py [--ranks 4] [--tokens 524288] [--experts 16] [--layers 1]
 
-Each takes several values; then all combinations are run.
+Each flag takes several values, of which all combinations are measured.
 """
 
 import argparse
@@ -57,7 +57,7 @@ DEFAULT_CASES = [
     (2, 4096, 128, 48),
     (8, 65536, 16, 1),
 ]
-FORECAST_STEPS = 3  # before the first one that is timed
+FORECAST_STEPS = 3  # steps before the first timed one
 BINS = 1000
 
 
@@ -66,7 +66,7 @@ def rank_of(tokens: int) -> int:
 
 
 class Ours:
-    """The library's search, with its forecasts from step to step."""
+    """Search of the library, with its forecasts from step to step."""
 
     def __init__(self, layers: int) -> None:
         self.forecasts = [Forecast() for _ in range(layers)]
@@ -137,7 +137,7 @@ def histogram(logits: list[Tensor], thresholds: list[Tensor]) -> list[Tensor]:
 
 
 class OperationCounter(TorchDispatchMode):
-    """Counter of operations that the host of a GPU would wait for, and of memory.
+    """Counter of operations for which the host of a GPU would wait, and of memory.
 
     `syncs` are operations whose result, or its size, the host needs. `peak` is the greatest number
     of bytes of new tensors at a time.
@@ -211,7 +211,7 @@ def load_error(logits: list[Tensor], cutoffs: list[Tensor]) -> float:
 def measure(
     tokens: int, experts: int, layers: int, skewed: bool, steps: int
 ) -> list[dict[str, Any]]:
-    """On every rank: measure one case and return its rows."""
+    """Measure one case, on every rank, and return its rows."""
     ranks = dist.get_world_size()
     thresholds: list[Tensor] = []
     methods: dict[str, Callable[[list[Tensor]], list[Tensor]]] = {
@@ -228,7 +228,7 @@ def measure(
     for step in range(FORECAST_STEPS + steps):
         logits = draw(step, tokens // ranks, experts, layers, skewed)
         exact: list[Tensor] = []
-        # The gathered answer first: the others are compared with it.
+        # The gathered answer is the first, because the others are compared with it.
         for name in sorted(methods, key=lambda name: name != "gather and top-k"):
             if step < FORECAST_STEPS and not name.startswith("ours"):
                 continue
@@ -246,7 +246,7 @@ def measure(
             calls[name].append(len(collectives.calls))
             volume[name].append(collectives.sent)
         thresholds[:] = exact or cutoffs
-    for layer, cutoff in zip(logits, exact):  # by yet another way
+    for layer, cutoff in zip(logits, exact):  # by a third method
         whole = gathered(layer)
         k = rank_of(len(whole))
         assert torch.equal(whole.kthvalue(len(whole) - k + 1, dim=0).values, cutoff)
@@ -290,20 +290,23 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in (("ranks", 4), ("tokens", 524288), ("experts", 16), ("layers", 1)):
-        parser.add_argument(
-            f"--{name}",
-            type=int,
-            nargs="+",
-            help=f"Values of {name}. Default: {default} next to another flag, else several.",
-        )
+    for name, default, text in (
+        ("ranks", 4, "Numbers of ranks to measure."),
+        ("tokens", 524288, "Numbers of tokens on all ranks to measure."),
+        ("experts", 16, "Numbers of experts to measure."),
+        ("layers", 1, "Numbers of layers to measure."),
+    ):
+        text += f" Default: {default}, or a list of cases without any of these flags."
+        parser.add_argument(f"--{name}", type=int, nargs="+", help=text)
     parser.add_argument(
         "--data",
         choices=("equal", "skewed"),
         nargs="+",
-        help="Distributions of the logits over ranks. Default: both.",
+        help="Distributions of the logits over ranks to measure. Default: both.",
     )
-    parser.add_argument("--steps", type=int, default=5, help="Timed steps per case. Default: 5.")
+    parser.add_argument(
+        "--steps", type=int, default=5, help="Number of timed steps per case. Default: 5."
+    )
     args = parser.parse_args()
     grid = (args.ranks, args.tokens, args.experts, args.layers)
     cases = DEFAULT_CASES

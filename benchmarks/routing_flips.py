@@ -1,20 +1,20 @@
-"""Routing in generation against routing in training, of one small model under several routers.
+"""Compare the routing of generation with that of training, for a small model and several routers.
 
 A model with random weights answers prompts. The same responses then go through it as generation
 takes them (a prompt, then one token at a time, with a cache) and as a training step does (rows
 packed with several responses, micro-batches, padding), with the same weights:
 
-    expert threshold    as alignment trains it: thresholds and nothing else
+    expert threshold    as alignment trains it: thresholds alone
     with capacity       expert threshold as in pre-training: an expert's share of a batch is bounded
     expert choice       an expert takes the top k of the batch; generation goes by thresholds
     token choice        a token's top k experts
 
 Thresholds are those at which each expert takes its share of the responses, so that routers differ
-in how they choose and not in how much.
+in their selection and not in the number of experts.
 
-    usage         experts of a token in generation, over what is aimed at
+    usage         experts per token in generation, over the intended number
     flips         share of all decisions (token, layer, expert) that differ
-    of selected   share of those that either pass selected
+    of selected   share of the decisions in which either pass selected the expert
     tokens        share of tokens with a decision that differs
     log-prob gap  mean over response tokens of the absolute difference, nats; and the largest
 
@@ -90,7 +90,7 @@ def answers(engine: Any, options: argparse.Namespace) -> list[Any]:
 
 
 def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """On a rank: compare the routers and return the rows of the table."""
+    """Compare the routers on a rank, and return the rows of the table."""
     from alignment.engines.megatron import MegatronEngine, MegatronLayout
     from megatron_ext.inference.calibration import calibrate
     from megatron_ext.moe.router import routers_of
@@ -116,7 +116,8 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
                 routers = routers_of(engine._model)
                 for router in routers:
                     router.freeze(frozen)
-                # The second time with thresholds of the text that such thresholds give.
+                # The second time, calibrate on the text that the model with these thresholds
+                # generates.
                 for _ in range(2 if threshold_routers(routers) else 0):
                     responses = [torch.tensor(s.tokens) for s in answers(engine, options)]
                     length = min(map(len, responses))
@@ -149,12 +150,14 @@ def main() -> None:
         nargs="+",
         choices=["fp32", "bf16"],
         default=["fp32", "bf16"],
-        help="Precisions of the model. Default: fp32 bf16.",
+        help="Data types of the weights to compare. Default: fp32 bf16.",
     )
     parser.add_argument(
-        "--hidden-size", type=int, default=64, help="Width of the model. Default: 64."
+        "--hidden-size", type=int, default=64, help="Hidden size of the model. Default: 64."
     )
-    parser.add_argument("--layers", type=int, default=4, help="Number of layers. Default: 4.")
+    parser.add_argument(
+        "--layers", type=int, default=4, help="Number of layers of the model. Default: 4."
+    )
     parser.add_argument(
         "--experts", type=int, default=16, help="Number of experts per layer. Default: 16."
     )
@@ -162,10 +165,10 @@ def main() -> None:
         "--topk", type=int, default=2, help="Mean number of experts per token. Default: 2."
     )
     parser.add_argument(
-        "--responses", type=int, default=32, help="Number of responses. Default: 32."
+        "--responses", type=int, default=32, help="Number of responses to compare. Default: 32."
     )
     parser.add_argument(
-        "--new-tokens", type=int, default=48, help="Tokens per response. Default: 48."
+        "--new-tokens", type=int, default=48, help="Length of a response in tokens. Default: 48."
     )
     parser.add_argument(
         "--seq-length",

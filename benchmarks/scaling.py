@@ -1,19 +1,20 @@
-"""Communication in a step from 8 to 8,192 ranks: exact cutoffs against gathering the logits.
+"""Model the communication of a step on 8 to 8,192 ranks: exact cutoffs or gathered logits.
 
 The traffic is that of the code that trains: `--dry-run` traces one rank of each pipeline stage
-under torch's fake process group, by expert choice and by thresholds. Work of a rank that does not
-change with the number of ranks is traced once, and the groups of every other number, as Megatron
-makes them, stand in for its own; only the padding of gradient buffers is then off, by less than
-the group's ranks times 128 elements. A cost model of latency and bandwidth (`_cost_model.py`) turns
-calls and bytes into time; nothing overlaps in it. Per model, batch and number of ranks:
+under torch's fake process group, by expert choice and by thresholds. If the work of a rank does
+not depend on the number of ranks, it is traced once, and the groups that Megatron creates for
+every other number are substituted; only the padding of gradient buffers is then wrong, by less
+than the number of ranks of the group times 128 elements. A cost model of latency and bandwidth
+(`_cost_model.py`) converts calls and bytes into time, without overlap. Per model, batch and number
+of ranks:
 
     thresholds       cutoffs at the end of the step, all layers in one search
     expert choice    cutoffs in every layer's forward pass
     gather logits    in every layer's forward pass all logits on every rank, 4 bytes times tokens
                      times experts, as the paper's code does, instead of either
 
-`weak` keeps 16,384 tokens a rank in one micro-batch; `fixed` keeps the recipe's global batch, for
-as many ranks as it divides over. How many rounds the search takes is what random logits show.
+`weak` has 16,384 tokens per rank in one micro-batch; `fixed` has the global batch of the recipe, on
+numbers of ranks that divide it. The number of rounds of the search is that of random logits.
 
     python benchmarks/scaling.py [--models d20 48x128] [--ranks 8 64 512] [--batches weak fixed]
         [--output runs/scaling] [--intra-latency-us 2 ...] [flags of pretrain_et.py: the layout]
@@ -55,12 +56,12 @@ from megatron_ext.planning.dry_run.traffic import Amount, Collective  # noqa: E4
 
 @dataclass(frozen=True)
 class Model:
-    """A model and its batches, in sequences.
+    """Model with the sizes of its batches, in sequences.
 
     Attributes:
-        flags: of `pretrain_et.py`, without batch and layout.
-        micro_batch: that weak scaling gives each rank.
-        batch: of all ranks, or None where the model has no recipe that says so.
+        flags: Flags of `pretrain_et.py`, without batch and layout.
+        micro_batch: Micro-batch of each rank for weak scaling.
+        batch: Global batch of the recipe, or None without one.
     """
 
     flags: tuple[str, ...]
@@ -87,13 +88,13 @@ MODELS = {
     ),
 }
 LAYOUT = ("--expert-model-parallel-size", "8")
-POOL = "TENSOR_AND_DATA_PARALLEL_GROUP_WITH_CP"  # whose tokens a cutoff is taken over
+POOL = "TENSOR_AND_DATA_PARALLEL_GROUP_WITH_CP"  # ranks over whose tokens a cutoff is taken
 METHODS = ("thresholds", "expert choice", "gather logits")
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What each data-parallel rank has of a step, in sequences."""
+    """Batch of each data-parallel rank in a step, in sequences."""
 
     micro_batch: int
     micro_batches: int
@@ -103,10 +104,10 @@ class Batch:
 def _ranks(
     flags: Sequence[str], ranks: int, batch: Batch
 ) -> Iterator[tuple[argparse.Namespace, Any]]:
-    """Megatron's global state of a run on so many ranks."""
-    apart = data_parallel(flags, ranks)
-    whole = batch.micro_batch * batch.micro_batches * apart
-    sizes = ("--micro-batch-size", str(batch.micro_batch), "--global-batch-size", str(whole))
+    """Set Megatron's global state to that of a run on some ranks, for the duration of a block."""
+    data_size = data_parallel(flags, ranks)
+    global_batch = batch.micro_batch * batch.micro_batches * data_size
+    sizes = ("--micro-batch-size", str(batch.micro_batch), "--global-batch-size", str(global_batch))
     words = [*flags, "--dry-run", str(ranks), *sizes]
     logging.disable(logging.WARNING)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
@@ -118,7 +119,7 @@ def _ranks(
 
 
 def data_parallel(flags: Sequence[str], ranks: int) -> int:
-    """How many ranks have samples of their own."""
+    """Return the data-parallel size."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
     names = [f"--{kind}-parallel-size" for kind in ("tensor-model", "pipeline-model", "context")]
     for name in names:
@@ -129,7 +130,7 @@ def data_parallel(flags: Sequence[str], ranks: int) -> int:
 
 
 def trace(flags: Sequence[str], ranks: int, batch: Batch) -> list[dict[str, Any]]:
-    """The traffic of each stage's first rank by method, and what gathers of logits depend on."""
+    """Return the traffic of each stage's first rank by method, and the sizes of gathered logits."""
     stages = []
     with _ranks(flags, ranks, batch) as (args, config):
         for number in stage_ranks(args):
@@ -148,27 +149,29 @@ def trace(flags: Sequence[str], ranks: int, batch: Batch) -> list[dict[str, Any]
 
 
 def group_places(
-    flags: Sequence[str], ranks: int, batch: Batch, ranks_a_node: int
+    flags: Sequence[str], ranks: int, batch: Batch, ranks_per_node: int
 ) -> list[dict[str, Place]]:
-    """The groups that Megatron makes for the first rank of each stage, by its names of them."""
+    """Return the groups that Megatron creates for the first rank of each stage, by name."""
     stages = []
     with _ranks(flags, ranks, batch) as (args, _):
         for number in stage_ranks(args):
             with fake_rank(args, number):
                 groups = list(dist.distributed_c10d._world.pg_map)
                 members = {g.group_desc: dist.get_process_group_ranks(g) for g in groups}
-            stages.append({name: Place.of(m, ranks_a_node) for name, m in members.items()})
+            stages.append({name: Place.of(m, ranks_per_node) for name, m in members.items()})
     return stages
 
 
 def extend(
     traced: dict[str, Any], places: dict[str, Place], ranks: int, batch: Batch
 ) -> dict[str, dict[Collective, Amount]]:
-    """The traffic by method of a stage whose groups are `places`, for the same work of a rank.
+    """Return the traffic by method of a stage with other groups and the same work of a rank.
 
     Args:
-        traced: of :func:`trace`, with groups of any size.
-        ranks: that have samples of their own.
+        traced: Result of :func:`trace`, with groups of any size.
+        places: Groups of the stage.
+        ranks: Data-parallel size.
+        batch: Batch of each rank.
     """
     amounts: dict[str, dict[Collective, Amount]] = {}
     for method in ("thresholds", "expert choice"):
@@ -189,7 +192,7 @@ def extend(
 def priced(
     traffic: dict[Collective, Amount], places: dict[str, Place], network: Network
 ) -> dict[str, Any]:
-    """Calls, bytes and milliseconds of a stage's step by purpose."""
+    """Return calls, bytes and milliseconds of a stage's step by purpose."""
     calls: Counter[str] = Counter()
     size: Counter[str] = Counter()
     ms: dict[str, float] = {"routing": 0.0}
@@ -215,7 +218,7 @@ def priced(
 def batches_of(
     model: Model, kind: str, ranks: Sequence[int], flags: Sequence[str]
 ) -> dict[int, Batch]:
-    """Each rank's work by number of ranks; those that a fixed batch does not divide over lack."""
+    """Return the work of a rank by number of ranks, for numbers that divide the batch."""
     if kind == "weak":
         return {n: Batch(model.micro_batch, 1) for n in ranks}
     batches = {}
@@ -231,17 +234,19 @@ def measure(
     name: str, model: Model, kind: str, ranks: Sequence[int], layout: Sequence[str],
     network: Network,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """The rows of a model and a kind of batch; of the stages the one that takes longest."""
+    """Return the rows of a model and a kind of batch, for the slowest stage."""
     flags = [*model.flags, *layout]
     batches = batches_of(model, kind, ranks, flags)
     traced: dict[Batch, list[dict[str, Any]]] = {}
-    for n, batch in sorted(batches.items(), reverse=True):  # the most ranks: no group is alone
+    for n, batch in sorted(
+        batches.items(), reverse=True
+    ):  # the largest number of ranks, so that no group has one rank
         if batch not in traced:
             traced[batch] = trace(flags, n, batch)
     rows = []
     for n, batch in batches.items():
         apart = data_parallel(flags, n)
-        stages = group_places(flags, n, batch, network.ranks_a_node)
+        stages = group_places(flags, n, batch, network.ranks_per_node)
         traffic = [extend(t, p, apart, batch) for t, p in zip(traced[batch], stages)]
         sequence = traced[batch][0]["sequence"]
         for method in METHODS:
@@ -279,7 +284,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Time of the routing statistics by method, and of all other traffic, over ranks."""
+    """Draw the time of the routing statistics by method, and of all other traffic, over ranks."""
     matplotlib.use("agg")
     panels = sorted({(row["model"], row["batch"]) for row in rows})
     figure = Figure(figsize=(5.5 * len(panels), 4.2), layout="constrained")
@@ -305,16 +310,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     models, counts = list(MODELS), [8, 32, 128, 512, 2048, 8192]
-    text = f"Models to calculate. Default: {' '.join(models)}."
+    text = f"Models to compute. Default: {' '.join(models)}."
     add("--models", nargs="+", choices=MODELS, default=models, help=text)
-    text = f"Numbers of ranks. Default: {' '.join(map(str, counts))}."
+    text = f"Numbers of ranks to compute. Default: {' '.join(map(str, counts))}."
     add("--ranks", nargs="+", type=int, default=counts, help=text)
     text = "Batch that grows with the ranks, or that is the same on all of them. Default: both."
     add("--batches", nargs="+", choices=("weak", "fixed"), help=text)
-    text = "Folder of the picture. Default: %(default)s."
+    text = "Folder to write the picture to. Default: %(default)s."
     add("--output", type=Path, default=Path("runs/scaling"), help=text)
     for name, default, text in (
-        ("ranks-a-node", 8, "GPUs per node."),
+        ("ranks-per-node", 8, "Number of GPUs per node."),
         ("intra-latency-us", 2.0, "Latency between GPUs of a node in microseconds."),
         ("intra-gb-s", 450.0, "Bandwidth of a GPU within a node, one way, in GB/s (NVLink 4)."),
         ("inter-latency-us", 5.0, "Latency between nodes in microseconds."),
@@ -326,7 +331,7 @@ def main() -> None:
     network = Network(
         NetworkLink(1e-6 * options.intra_latency_us, 1e9 * options.intra_gb_s),
         NetworkLink(1e-6 * options.inter_latency_us, 1e9 * options.inter_gb_s),
-        options.ranks_a_node,
+        options.ranks_per_node,
     )
     rows: list[dict[str, Any]] = []
     for name in options.models:

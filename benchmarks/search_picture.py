@@ -1,8 +1,8 @@
 """Draw the search for a cutoff, round by round, for `docs/reference/order-statistics.md`.
 
 Two ranks search the 1,250th largest of 20,000 logits, which they draw from different distributions.
-The search is the library's own; it has far fewer words per round than usual, so that there are
-several rounds and their bins can be seen.
+The search is that of the library, with far fewer words per round than usual, so that there are
+several rounds with visible bins.
 
     python benchmarks/search_picture.py [--output docs/pictures/cutoff_search.png]
 """
@@ -26,11 +26,11 @@ from megatron_ext.moe.order_statistics import kth_largest
 from tests.distributed import run_ranks
 
 RANKS, TOKENS, K, WORDS = 2, 20000, 1250, 5
-FIRST_BRACKET = 0.9, 1.9  # as a forecast would be
+FIRST_BRACKET = 0.9, 1.9  # similar to a forecast
 
 
 def search() -> dict[str, Any]:
-    """On a rank: its logits, and the ends and division of the bracket in each round."""
+    """Return the logits of a rank, and the ends and division of the bracket in each round."""
     rank = dist.get_rank()
     generator = torch.Generator().manual_seed(rank)
     logits = torch.randn(TOKENS // RANKS, 1, generator=generator) * (1 - 0.3 * rank) - 0.4 * rank

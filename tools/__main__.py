@@ -2,7 +2,7 @@
 
 `et NAME` is `python -m tools.NAME`, `et pretrain` is `pretrain_et.py`, and `et align NAME` is
 `et-align NAME`. On several ranks, start it as `torchrun --no-python et NAME ...`: unlike
-`torchrun -m`, this finds the installed packages even where the working directory has a package
+`torchrun -m`, this finds the installed packages even if the working directory has a package
 called `tools` or `alignment`.
 """
 
@@ -21,7 +21,7 @@ COMMANDS = {
     "train-tokenizer": "Train a lossless tokenizer, SentencePiece or Hugging Face.",
     "preprocess-data": "Tokenize text into indexed datasets for training and validation.",
     "report": "Draw the report of a run, or compare several runs.",
-    "inspect-routing": "Show which experts a trained model sends a text to.",
+    "inspect-routing": "Show to which experts a trained model routes a text.",
     "generate": "Continue prompts with a trained model.",
     "serve": "Serve a trained model over an OpenAI-compatible HTTP API.",
     "convert-checkpoint": "Convert a checkpoint to and from the Hugging Face format.",

@@ -1,4 +1,4 @@
-r"""Show where a trained model sends texts, and in which domains its experts specialize.
+r"""Show how a trained model routes texts, and in which domains its experts specialize.
 
     python -m tools.inspect_routing --load RUN_DIR --output DIR \
         --text-file story.txt --domain news=news.jsonl --domain code=code.jsonl
@@ -109,16 +109,16 @@ def inspect(
     routed = {name: _routed(trained, name, text) for name, text in texts.items()}
     names = [domain.name for domain in domains] or [_DEFAULT_DOMAIN]
     sums: RoutingSums | None = None
-    for at, tokens in _counted(trained, texts, domains, max_tokens):
+    for index, tokens in _counted(trained, texts, domains, max_tokens):
         routing = route_text(trained, tokens)
         if sums is None:
             layers, (_, _, experts) = routing.layers, routing.maps.shape
             sums = RoutingSums(len(names), len(layers), experts)
-        if not texts and sums.tokens[at] == 0:
-            routed[f"{names[at]} (its first {len(tokens):,} tokens)"] = route(trained, tokens)
-        sums.add(at, routing)
-    for at, name in enumerate(names):
-        if sums is None or sums.tokens[at] == 0:
+        if not texts and sums.tokens[index] == 0:
+            routed[f"{names[index]} (its first {len(tokens):,} tokens)"] = route(trained, tokens)
+        sums.add(index, routing)
+    for index, name in enumerate(names):
+        if sums is None or sums.tokens[index] == 0:
             raise UserError(f"--domain {name} contains no text. Add text, or leave it out.")
     assert sums is not None
     if is_first_rank():
@@ -142,11 +142,11 @@ def _counted(
     first = is_first_rank()
     total, before = sum(domain.size for domain in domains), 0
     with Progress("routing", total) if first else nullcontext() as progress:
-        for at, domain in enumerate(domains):
+        for domain_index, domain in enumerate(domains):
             counted = 0
             for window in domain.windows(trained.tokenizer, length):
                 tokens = window.tokens[: max_tokens and max_tokens - counted]
-                yield at, tokens
+                yield domain_index, tokens
                 counted += len(tokens)
                 done = window.bytes_read
                 if max_tokens is not None:
@@ -172,7 +172,7 @@ def _write(
     from megatron_ext.inspection.routing_statistics import routing_statistics
 
     router = trained.args.router_type
-    figures: dict[str, Any] = {
+    statistics: dict[str, Any] = {
         "checkpoint": str(trained.checkpoint),
         "iteration": trained.iteration,
         "router": router,
@@ -181,20 +181,20 @@ def _write(
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".routing-", dir=output) as temporary:
         folder = Path(temporary)
-        captions = draw_pictures(figures, folder)
+        captions = draw_pictures(statistics, folder)
         pictures = {
             name: ((folder / f"{name}.png").read_bytes(), caption)
             for name, caption in captions.items()
         }
         run = trained.checkpoint.parent.parent.name
         about = (
-            f"{router}, step {trained.iteration:,}; {figures['experts']} experts in "
-            f"{len(layers)} layers; {figures['tokens']:,} tokens counted"
+            f"{router}, step {trained.iteration:,}; {statistics['experts']} experts in "
+            f"{len(layers)} layers; {statistics['tokens']:,} tokens counted"
         )
         title = f"Where {run or trained.checkpoint.name} sends tokens"
-        html = reading_page(title, about, routed, figures, pictures)
+        html = reading_page(title, about, routed, statistics, pictures)
         (folder / "routing.html").write_text(html, encoding="utf-8")
-        encoded = json.dumps(figures, ensure_ascii=False, allow_nan=False)
+        encoded = json.dumps(statistics, ensure_ascii=False, allow_nan=False)
         (folder / "routing.json").write_text(encoded + "\n", encoding="utf-8")
         for file in folder.iterdir():
             shutil.move(file, output / file.name)

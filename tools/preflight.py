@@ -3,7 +3,7 @@
     python -m tools.preflight --ranks 64 --device-memory 80 --recipe FILE.yaml [flags]
     torchrun --nproc-per-node 8 -m tools.preflight --recipe FILE.yaml [flags]
 
-The flags are those of pretrain_et.py. A single process checks what does not need other ranks.
+The flags are those of pretrain_et.py. A single process runs the checks that need no other ranks.
 Under torchrun, started like the run itself, the command also compares the ranks, their clocks and
 speed, and tests collectives over every group of the layout. It trains nothing and leaves no files.
 The exit status is 0 if no check failed, and 2 otherwise.
@@ -217,7 +217,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--json",
         metavar="FILE",
-        help="File for the table with figures, as JSON. Default: print only.",
+        help="File for the table with all values, as JSON. Default: print only.",
     )
     return parser
 

@@ -87,12 +87,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         if is_first_rank() and model.trained.args.tokenizer_type != "NullTokenizer":
             text_bytes = windows.text_bytes(model.codec)
     rows = {True: pool, False: max(1, flags.batch_tokens // length)}
-    figures, base = [], None
+    metrics, base = [], None
     for routing in routings:
         with quiet_warnings(), _Progress(routing.name, windows) as done:
             losses = window_losses(model, windows, routing, rows[routing.pooled], done)
         base = base or losses
-        figures.append(summary(losses, base, routing, text_bytes))
+        metrics.append(summary(losses, base, routing, text_bytes))
     result = {
         **model.description,
         "data": flags.data,
@@ -101,10 +101,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "seq_length": length,
         "bytes": text_bytes,
         "pool_tokens": pool * length if any(r.pooled for r in routings) else None,
-        "routings": figures,
+        "routings": metrics,
     }
     if is_first_rank():
-        print(_table(figures), end="", flush=True)
+        print(_table(metrics), end="", flush=True)
         text = json.dumps(result)
         if flags.out is None:
             print(text, flush=True)
@@ -160,9 +160,9 @@ class _Progress:
             self._progress.update(self._done)
 
 
-def _table(figures: list[dict[str, Any]]) -> str:
+def _table(metrics: list[dict[str, Any]]) -> str:
     lines = [f"| routing | {' | '.join(_COLUMNS)} |", "|---|" + "---:|" * len(_COLUMNS)]
-    for row in figures:
+    for row in metrics:
         cells = [
             "" if row[name] is None else format(row[name], form) for name, form in _COLUMNS.values()
         ]

@@ -173,7 +173,7 @@ def _write(
     if differences:
         content["differences"] = {
             "third": {"file": names[2]},
-            "measures": {name: asdict(result) for name, result in differences.items()},
+            "figures": {name: asdict(result) for name, result in differences.items()},
         }
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "agreement.json"

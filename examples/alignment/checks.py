@@ -1,10 +1,10 @@
-"""Checks of IFBench's constraints that give a level, for a judge of `kind: function`.
+"""Graded checks of IFBench's constraints, for a judge of `kind: function`.
 
     function: examples/alignment/checks.py:score
 
 A prompt's constraints are in its rubric, as `et-align data import --package ifbench` writes it.
-IFBench itself only tells whether a constraint is met; a level from 0 to 1 lets a small model learn.
-The wordings are IFBench's, the checks ours: its results are not to be compared with these.
+IFBench only determines whether a constraint is met; a level from 0 to 1 lets a small model learn.
+The checks are written anew, so that results cannot be compared with those of IFBench.
 """
 
 import re
@@ -15,7 +15,9 @@ from itertools import pairwise
 from alignment.records import Response
 
 _RULE = re.compile(r"^- ([\w:-]+)(?: \((.*)\))?$", re.MULTILINE)
-_EMOJI = r"[\U0001F300-\U0001FAFF\u2600-\u27BF\u200D\uFE0F]"  # with what joins and varies them
+_EMOJI = (
+    r"[\U0001F300-\U0001FAFF\u2600-\u27BF\u200D\uFE0F]"  # with characters that join and vary them
+)
 
 
 def words_of(text: str) -> list[str]:
@@ -44,7 +46,7 @@ _PRIMES = frozenset((2, 3, 5, 7, 11, 13, 17, 19, 23))
 
 
 def sentences_of(text: str) -> list[str]:
-    """Sentences with the emoji that follow them, which come before the mark here."""
+    """Return the sentences, with an emoji after a sentence moved before its end mark."""
     marked = re.sub(rf"([.!?]+)((?:\s*{_EMOJI})+)", r"\2\1 ", text)
     return [part for part in re.split(r"(?<=[.!?])\s+", marked.strip()) if part]
 
@@ -58,7 +60,7 @@ def _enough(count: int, least: float) -> float:
 
 
 def _near(count: float, low: float, high: float) -> float:
-    """1 within the range, falling to 0 at twice the distance from 0."""
+    """Return 1 within the range, falling to 0 at twice the distance from 0."""
     off = max(low - count, count - high, 0.0)
     return max(0.0, 1 - off / max(1.0, high))
 
@@ -77,21 +79,21 @@ def _alphabet(words: Sequence[str]) -> float:
 
 
 def _types(text: str) -> float:
-    """Two declarative sentences to an interrogative one."""
+    """Return the level of two declarative sentences per interrogative one."""
     ends = [sentence[-1] for sentence in sentences_of(text)]
     questions = ends.count("?")
     return 1 - abs(questions / len(ends) - 1 / 3) * 1.5 if questions and ends else 0.0
 
 
 def _keywords(words: Sequence[str], arguments: Mapping[str, str]) -> float:
-    """As often as each is asked for: the prompts say once, twice, three, five and seven times."""
+    """Return the level of keywords that must occur once, twice, three, five and seven times."""
     named = [arguments[name].lower() for name in sorted(arguments) if name.startswith("keyword")]
     levels = [_near(words.count(word), n, n) for word, n in zip(named, (1, 2, 3, 5, 7))]
     return sum(levels) / max(1, len(levels))
 
 
 def _chosen(text: str, options: str) -> float:
-    """Whether it is one of them; the bracket of `a)` may be missing."""
+    """Return whether a text is one of the options; the bracket of `a)` may be missing."""
     answer, *names = (x.strip(" .)").lower() for x in (text, *re.split("/|, | or ", options)))
     return float(answer in names)
 
@@ -134,7 +136,7 @@ CHECKS: Mapping[str, Check] = {
 
 
 def constraints_of(rubric: str | None) -> list[tuple[str, dict[str, str]]]:
-    """Names and settings of the constraints of a rubric that are checked here."""
+    """Return the names and settings of the constraints of a rubric that have a check."""
     constraints = []
     for name, settings in _RULE.findall(rubric or ""):
         if name in CHECKS:
@@ -144,7 +146,7 @@ def constraints_of(rubric: str | None) -> list[tuple[str, dict[str, str]]]:
 
 
 def form(text: str) -> float:
-    """Of any answer: it ends as a sentence, and says little twice."""
+    """Return the level of form of any answer: it ends as a sentence and repeats little."""
     words = words_of(text)
     runs = list(zip(words, words[1:], words[2:]))
     variety = max(0.0, 2 * len(set(runs)) / len(runs) - 1) if runs else 0.0
@@ -153,7 +155,7 @@ def form(text: str) -> float:
 
 
 def score(response: Response) -> float:
-    """From 0 to 9: the mean level of the prompt's constraints counts twice, form once."""
+    """Return a score from 0 to 9: the mean level of the constraints counts twice, form once."""
     text, words = response.text.strip(), words_of(response.text)
     if not words:
         return 0.0

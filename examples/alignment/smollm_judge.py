@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _claim(run: Path, options: SmolLMJudgeConfig) -> None:
-    """Let a run have one set of settings: what is there was made with them."""
+    """Store the settings of a run, or check that they are those of its existing files."""
     file = run / "settings.json"
     source = Path(options.archive or options.pairs or "")
     with source.open("rb") as stream:
@@ -107,7 +107,7 @@ def _claim(run: Path, options: SmolLMJudgeConfig) -> None:
     free = ("archive", "pairs", "run_dir")
     settings = {k: v for k, v in vars(options).items() if k not in free} | {"source": digest}
     if file.is_file() and json.loads(file.read_text()) != settings:
-        raise UserError(f"--run-dir {run} was made with other settings: give another --run-dir")
+        raise UserError(f"--run-dir {run} was made with other settings: choose another --run-dir")
     file.write_text(json.dumps(settings, indent=1) + "\n")
 
 
@@ -127,7 +127,7 @@ def _convert(run: Path) -> None:
 
 
 def _split(run: Path, options: SmolLMJudgeConfig) -> None:
-    """Pairs, split by question; near-duplicates of test questions are not trained on."""
+    """Split pairs by question, without near-duplicates of test questions."""
     if (run / "splits").is_dir():
         return
     pairs = Path(options.pairs or run / "pairs.jsonl")
@@ -142,8 +142,8 @@ def _split(run: Path, options: SmolLMJudgeConfig) -> None:
     )  # fmt: skip
 
 
-def _write_answers(run: Path, name: str, most: int | None) -> None:
-    """Each answer once, in an order that mixes questions, and gold's scores."""
+def _write_answers(run: Path, name: str, max_answers: int | None) -> None:
+    """Write each answer once, in a random order, and the scores of gold."""
     pairs = read_all(run / "splits" / f"{name}.jsonl", Pair)
     rows: dict[str, tuple[Response, Verdict]] = {}
     for pair in pairs:
@@ -152,7 +152,7 @@ def _write_answers(run: Path, name: str, most: int | None) -> None:
             score = TRUE if side is pair.preferred else FALSE
             gold = Verdict(response.id, Outcome.SCORE, score, judge="truthfulqa")
             rows[response.id] = (response, gold)
-    chosen = [rows[key] for key in sorted(rows)][:most]
+    chosen = [rows[key] for key in sorted(rows)][:max_answers]
     _write(run / f"{name}.answers.jsonl", [response for response, _ in chosen])
     _write(run / f"{name}.gold.jsonl", [gold for _, gold in chosen])
     sides = [
@@ -166,13 +166,13 @@ def _id(pair: Pair, text: str) -> str:
 
 
 def _judge(run: Path, name: str, model: Path, form: Sequence[object]) -> None:
-    """Scores of the test's answers, and which of each pair they prefer."""
+    """Score the answers of the test, and write the preference in each pair."""
     scores = run / f"{name}.scores.jsonl"
     if not scores.is_file():
         _align(
             "judge", "--model", model, "--input", run / "test.answers.jsonl",
             "--output", scores, *form, "--generation-batch-size", 16, "--micro-batch-size", 8,
-            "--max-failed", 1,  # how many fail is among the figures
+            "--max-failed", 1,  # the number of failures is a result
         )  # fmt: skip
     score = {verdict.item: verdict.score for verdict in read_all(scores, Verdict)}
     _write(run / f"{name}.pairs.jsonl", [_preference(p, score) for p in _test_pairs(run)])
@@ -189,7 +189,7 @@ def _preference(pair: Pair, score: Mapping[str, float | None]) -> Verdict:
 
 
 def _majority(run: Path) -> None:
-    """Always the side that is more often right in training."""
+    """Write preferences for the side that is more often right in training."""
     trained = [pair.preferred for pair in read_all(run / "splits" / "train.jsonl", Pair)]
     side = max((Side.FIRST, Side.SECOND), key=trained.count)
     rows = [Verdict(p.id, Outcome.PREFERENCE, preferred=side) for p in _test_pairs(run)]
@@ -201,7 +201,7 @@ def _test_pairs(run: Path) -> list[Pair]:
 
 
 def _agreement(run: Path, name: str) -> None:
-    """All figures of `et-align agreement`, over the pairs that have a verdict."""
+    """Return all statistics of `et-align agreement`, over the pairs that have a verdict."""
     _align(
         "agreement", run / "test.pairs.gold.jsonl", run / f"{name}.pairs.jsonl",
         "--items", run / "splits" / "test.jsonl", "--resample", "prompt",
@@ -210,7 +210,7 @@ def _agreement(run: Path, name: str) -> None:
 
 
 def _result_lines(run: Path) -> list[str]:
-    """How often each prefers the true answer of all pairs, and differences on the same pairs.
+    """Return lines on how often each judge prefers the true answer, and on the differences.
 
     A pair without a verdict counts as wrong. Intervals resample questions.
     """
@@ -248,7 +248,7 @@ def _align(*words: object, quiet: bool = False) -> None:
 
 
 def _call(module: str, *words: object, quiet: bool = False) -> None:
-    """Run one of the project's commands; its failure is this one's."""
+    """Run a command of the project, and exit with its status if it fails."""
     command = [sys.executable, "-m", module, *map(str, words)]
     if not quiet:
         tool = "et-align" if module == "alignment" else f"python -m {module}"

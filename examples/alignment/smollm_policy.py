@@ -48,7 +48,7 @@ MOST_WORDS = 60  # of a prompt
 SHORT = "Answer in one short sentence."  # so that answers can end within --max-new-tokens
 TEMPERATURE = ("--temperature", "0.7")
 PACKAGES = ("ifbench", "mtbench")
-HELD_OUT, TEST = 30, 20  # prompts for grading, and for the judge's agreement
+HELD_OUT, TEST = 30, 20  # numbers of prompts for grading and for the agreement of the judge
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for phase in (_judge, _policy) if options.against == "judge" else (_policy,):
             run_steps(phase(run, options), run / "steps")
     except Stopped as stopped:
-        say("stopped; the same command goes on from here")
+        say("stopped; run the same command to resume")
         return 128 + stopped.number
     say((_place(run, options) / "report.txt").read_text().strip())
     say(f"all after {duration(time.monotonic() - begin)}")
@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _sources(run: Path) -> list[Step]:
-    """The model as a Hugging Face folder, and prompts of packages."""
+    """Yield the steps that write the model as a Hugging Face folder, and prompts of packages."""
     try:
         files = distribution(PACKAGE).files or []
     except PackageNotFoundError:
@@ -126,12 +126,14 @@ def _sources(run: Path) -> list[Step]:
 
 
 def _choose(run: Path) -> None:
-    """Short prompts that gold can score, in an order at random."""
+    """Choose short prompts that gold can score, in a random order."""
     ifbench, mtbench = (read_all(run / f"{name}.jsonl", Prompt) for name in PACKAGES)
     usable = [p for p in ifbench if constraints_of(p.rubric)]
     usable += [p for p in mtbench if len(p.messages) == 1]
     short = [p for p in usable if len(p.messages[-1].content.split()) <= MOST_WORDS]
-    short.sort(key=lambda prompt: sha256(prompt.id.encode()).digest())  # of all kinds in all parts
+    short.sort(
+        key=lambda prompt: sha256(prompt.id.encode()).digest()
+    )  # so that every part has prompts of all kinds
     parts = {
         "held_out": short[:HELD_OUT],
         "test": short[HELD_OUT : HELD_OUT + TEST],
@@ -146,7 +148,7 @@ def _choose(run: Path) -> None:
 
 
 def _judge(run: Path, options: SmolLMPolicyConfig) -> list[Step]:
-    """Responses of the start policy, gold's scores, a judge that learns them, its agreement."""
+    """Yield the steps from responses and gold scores to the judge and its agreement."""
     sampled = [
         "--max-new-tokens",
         options.max_new_tokens,
@@ -160,7 +162,7 @@ def _judge(run: Path, options: SmolLMPolicyConfig) -> list[Step]:
         gold = run / f"{name}.gold.jsonl"
         steps += [
             _step(
-                f"generate-{name}", "what the start policy answers",
+                f"generate-{name}", "responses of the start policy",
                 align(
                     "generate", "--model", run / "model", "--input", prompts, "--output", output,
                     "--samples", samples, "--source", "start", "--overwrite", *sampled,
@@ -199,12 +201,12 @@ def _judge(run: Path, options: SmolLMPolicyConfig) -> list[Step]:
                 "judge", "--model", judge / "best", "--input", responses,
                 "--output", run / "verdicts.jsonl", "--overwrite",
                 "--generation-batch-size", "16", *form,
-                "--seq-length", options.seq_length, "--max-failed", "1",  # a figure
+                "--seq-length", options.seq_length, "--max-failed", "1",  # a metric
             ),
             run, [run / "verdicts.jsonl"], [responses, judge / "metrics.jsonl"],
         ),
         _step(
-            "agreement", "how far it agrees with gold",
+            "agreement", "agreement of the judge with gold",
             align(
                 "agreement", gold, run / "verdicts.jsonl", "--items", responses,
                 "--resample", "prompt", "--output", agreement,
@@ -215,7 +217,7 @@ def _judge(run: Path, options: SmolLMPolicyConfig) -> list[Step]:
 
 
 def _policy(run: Path, options: SmolLMPolicyConfig) -> list[Step]:
-    """The policy against the judge, or gold, and the page."""
+    """Yield the steps of the policy and of the report."""
     gold = {"kind": "function", "function": f"{CHECKS}:score"}
     judge = {
         "kind": "local", "model": str(run / "judge" / "best"), "template": str(TEMPLATE),
@@ -244,7 +246,7 @@ def _policy(run: Path, options: SmolLMPolicyConfig) -> list[Step]:
             ),
             policy, "final",
             [*prompts, by, run / "gold.yaml", CHECKS, *trained],
-            threads=CORES, figure="reward",
+            threads=CORES, metric="reward",
         ),
         _step(
             f"report-{policy.name}", "drawing", align("report", policy), run,

@@ -24,11 +24,11 @@ def step(
     on_gpus: bool = False,
     output: Path | None = None,
 ) -> Step:
-    """A command that is done at once.
+    """Return the step of a command that is not interrupted.
 
     Args:
-        threads: of a process.
-        output, others: see `Step`.
+        threads: Number of threads of a process.
+        output: See `Step`, also for the other arguments.
     """
     return Step(
         name, about, command, log, makes, depends,
@@ -47,14 +47,14 @@ def training(
     ranks: int = 1,
     threads: int = 1,
     on_gpus: bool = False,
-    figure: str = "loss",
+    metric: str = "loss",
 ) -> Step:
-    """A command that trains in a run's folder, and goes on there.
+    """Return the step of a command that trains in the folder of a run and resumes there.
 
     Args:
-        command: without its `--run-dir`.
-        makes: what is in the folder at the end.
-        figure: of its metrics, that is told meanwhile.
+        command: Command without `--run-dir`.
+        makes: File in the folder that a finished training has written.
+        metric: Metric to report during training.
     """
     run.mkdir(parents=True, exist_ok=True)
     command = [*command, "--run-dir", str(run)]
@@ -70,7 +70,7 @@ def training(
         name, about, command, run / "console.log", [run / makes], depends,
         [run / part for part in (*folders, *files)],
         environment=_environment(threads, on_gpus),
-        watch=TrainingProgress(run / "metrics.jsonl", None, name, figure=figure),
+        watch=TrainingProgress(run / "metrics.jsonl", None, name, metric=metric),
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""What separates the rows: their losses on the same batches, less one row's."""
+"""Picture of the differences between rows: losses on the same batches minus those of one row."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,18 +10,18 @@ from matplotlib.figure import Figure
 from megatron_ext.reports.comparison.compared_runs import ComparedRun, deviation
 from megatron_ext.reports.plotting import CYCLE, GREY, STYLE, smoothed, write_picture
 
-_PARTS = 12  # a running mean is over such a part of the training
+_PARTS = 12  # share of the training that a running mean covers
 
 
 def draw_differences(runs: Mapping[str, Sequence[ComparedRun]], reference: str, path: Path) -> None:
-    """Training loss of each row less that of another, batch by batch, over tokens.
+    """Draw the training loss of each row minus that of another, batch by batch, over tokens.
 
-    All rows of a seed see the same batches, so what is left of their noise is little.
+    All rows of a seed train on the same batches, so that most of the noise cancels.
 
     Args:
-        runs: of each row by its label, a run a seed, seeds in the same order.
-        reference: label of the row that is subtracted.
-        path: of the PNG.
+        runs: Runs of each row by its label, one per seed, with seeds in the same order.
+        reference: Label of the row that is subtracted.
+        path: PNG file to write.
     """
     matplotlib.use("agg")
     with matplotlib.rc_context(STYLE):
@@ -43,7 +43,7 @@ def draw_differences(runs: Mapping[str, Sequence[ComparedRun]], reference: str, 
             mean, spread = values.mean(axis=0), deviation(values)
             axes.plot(at / 1e6, mean, color=color, label=label)
             axes.fill_between(at / 1e6, mean - spread, mean + spread, color=color, alpha=0.15, lw=0)
-        axes.set_title(f"Training loss less that of {reference}")
+        axes.set_title(f"Training loss minus that of {reference}")
         axes.set_xlabel(f"training tokens (M); running mean over 1/{_PARTS} of them")
         axes.set_ylabel("nats per token")
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))

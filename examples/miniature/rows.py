@@ -8,13 +8,14 @@ from examples.quickstart.training import RECIPES
 
 @dataclass(frozen=True)
 class Row:
-    """One way to route.
+    """Way to route.
 
     Attributes:
-        name: of its folder.
-        label: in the table.
-        router: a file of examples/recipes/routers, without its ending; none for the recipe's own.
-        pools: for expert choice, how many a step's tokens make; else 0.
+        name: Name of its folder.
+        label: Name in the table.
+        router: File of examples/recipes/routers without its suffix; None for the router of the
+            recipe.
+        pools: Number of pools of a step for expert choice; 0 for other routers.
     """
 
     name: str
@@ -24,8 +25,7 @@ class Row:
 
     @property
     def trained_as(self) -> str | None:
-        """What the routing of its training is called by tools.validation_loss, if it is not that
-        of the model itself."""
+        """Name in tools.validation_loss of the routing in training, None if it is the model's."""
         if self.pools:
             return "ec"
         return "et-capacity" if self.name.startswith("et") else None
@@ -35,7 +35,7 @@ class Row:
         return [] if self.router is None else [RECIPES / "routers" / f"{self.router}.yaml"]
 
     def run(self, seed: int) -> str:
-        """The name of a run's folder."""
+        """Return the name of the folder of a run."""
         return f"{self.name}-seed{seed}"
 
 
@@ -51,5 +51,5 @@ _ROWS = (
     Row("et", "expert threshold, warm-up"),
 )
 ROWS = {row.name: row for row in _ROWS}
-# What others are compared with, seed by seed.
+# Rows with which others are compared, seed by seed.
 REFERENCES = ("tc", "tc-aux", "tc-loss-free")

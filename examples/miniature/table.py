@@ -19,11 +19,12 @@ from megatron_ext.reports.comparison.final_metrics import (
 
 
 def write_table(output: Path, rows: Sequence[Row], seeds: Sequence[int]) -> str:
-    """Write table.md, results.json, pictures and the comparison of all runs; returns the table.
+    """Write table.md, results.json, pictures and the comparison of all runs; return the table.
 
     Args:
-        output: the folder of the runs.
-        rows, seeds: what has been trained.
+        output: Folder of the runs.
+        rows: Trained rows.
+        seeds: Trained seeds.
     """
     names = [row.run(seed) for seed in seeds for row in rows]
     runs = dict(zip(names, read_runs([str(output / name) for name in names])))
@@ -83,7 +84,7 @@ def _losses(rows: Sequence[dict[str, Any]]) -> np.ndarray:
 
 
 def _paired(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float | None]:
-    """Mean difference over seeds and its standard error, none of a single seed."""
+    """Return the mean difference over seeds and its standard error, None for a single seed."""
     differences = ours - theirs
     count = len(differences)
     error = float(differences.std(ddof=1) / count**0.5) if count > 1 else None

@@ -1,6 +1,8 @@
-"""Everything once, on one machine: real text, a tokenizer, indexed data, a small Expert Threshold
-model trained on two ranks that share its experts out, its validation loss against two models that
-count, a continued text, and a report.
+"""Run the whole procedure of pretraining once, on one machine.
+
+The steps are real text, a tokenizer, indexed data, a small Expert Threshold model trained on two
+ranks with expert parallelism, its validation loss next to those of a unigram and a bigram model, a
+continued text, and a report.
 
     python -m examples.quickstart            # or: make quickstart
 
@@ -57,14 +59,14 @@ def plan(run: Path, ranks: int, train_iters: int | None, on_gpus: bool) -> list[
         ),
         Step(
             "validation",
-            "every validation token, predicted by the model and by counting",
+            "every validation token, predicted by the model and by n-grams",
             module(
                 "examples.quickstart.validate", "--run-dir", run,
                 "--train-data", corpus.train, "--valid-data", corpus.valid,
             ),
             log,
             makes=[run / "validation.json", run / "text.txt"],
-            # Seconds are in the metrics: another training has others, be its losses the same.
+            # Metrics contain seconds, which differ between trainings with equal losses.
             depends=[metrics, *corpus.files[:2], Path(__file__).with_name("validate.py")],
             environment=environment,
         ),

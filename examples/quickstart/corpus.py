@@ -1,4 +1,4 @@
-"""Indexed dataset of real text, made in steps."""
+"""Indexed dataset of real text, and the steps that create it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from pathlib import Path
 from examples.quickstart.steps import Step, module
 
 VOCABULARY = 2048
-# Of the documents. Its 90,000 or so tokens fix the loss to about 0.01 nats.
+# Share of the documents. Its about 90,000 tokens determine the loss to about 0.01 nats.
 _VALID_FRACTION = 0.03
 
 
@@ -16,7 +16,7 @@ class Corpus:
     """News and encyclopedia articles, 2.9 million tokens for training.
 
     Attributes:
-        folder: where everything is.
+        folder: Folder of all files.
     """
 
     folder: Path
@@ -41,7 +41,7 @@ class Corpus:
 
     @property
     def files(self) -> list[Path]:
-        """Files that a training depends on."""
+        """Files on which training depends."""
         return [Path(f"{self.train}.bin"), Path(f"{self.valid}.bin"), self.tokenizer]
 
     @property
@@ -54,7 +54,7 @@ class Corpus:
         ]
 
     def steps(self, log: Path) -> list[Step]:
-        """Return the steps that make the dataset."""
+        """Return the steps that create the dataset."""
         prepare = Path(__file__).with_name("prepare_text.py")
         return [
             Step(

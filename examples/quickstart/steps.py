@@ -1,4 +1,4 @@
-"""Steps that are done once: each is a command with a stamp of everything its result depends on."""
+"""Steps of a procedure: commands with a stamp of everything on which their results depend."""
 
 import hashlib
 import os
@@ -20,25 +20,25 @@ import psutil
 
 from megatron_ext.errors import UserError
 
-_GRACE_S = 40.0  # for a stopped training to save its checkpoint
+_GRACE_S = 40.0  # seconds for a stopped training to save its checkpoint
 _POLL_S = 0.1
-_REAPED_S = 10.0  # for killed descendants, which another process has to reap
+_REAPED_S = 10.0  # seconds for killed descendants, which another process must reap
 
 
 @dataclass(frozen=True)
 class Step:
-    """One command of a procedure.
+    """Command of a procedure.
 
     Attributes:
-        name: a word; also names the stamp.
-        about: what it does, for the console.
-        command: arguments after the Python interpreter.
-        makes: files that are there when it is done.
-        depends: files whose content decides the result, with those of earlier steps.
-        resumes: what an interrupted run goes on from; removed when the inputs have changed.
-        output: file for the command's standard output, instead of the log.
-        environment: variables to add.
-        watch: called while the command runs; says on the console how far it is.
+        name: Name in one word, also of the stamp.
+        about: Description for the console.
+        command: Arguments after the Python interpreter.
+        makes: Files that exist when the step is finished.
+        depends: Files that determine the result, including those of earlier steps.
+        resumes: Files from which an interrupted run resumes; removed if the inputs have changed.
+        output: File for the standard output of the command, instead of the log.
+        environment: Environment variables to add.
+        watch: Function that is called while the command runs, to report its progress.
     """
 
     name: str
@@ -59,17 +59,17 @@ def module(name: str, *arguments: str | Path) -> list[str]:
 
 
 class Stopped(BaseException):
-    """A signal asked this process to stop."""
+    """Signal that requests this process to stop."""
 
     def __init__(self, number: int) -> None:
         self.number = number
 
 
-_pending_signals: list[int] | None = None  # signals that came while none may raise
+_pending_signals: list[int] | None = None  # signals that arrived while they were deferred
 
 
 def stop_on_signals() -> None:
-    """Let SIGINT and SIGTERM raise `Stopped`, so that children are stopped on the way out."""
+    """Let SIGINT and SIGTERM raise `Stopped`, so that child processes are stopped."""
 
     def stop(number: int, _: FrameType | None) -> None:
         if _pending_signals is None:
@@ -82,7 +82,7 @@ def stop_on_signals() -> None:
 
 @contextmanager
 def _deferred_signals() -> Iterator[None]:
-    """Let a signal that comes meanwhile raise `Stopped` at the end."""
+    """Defer signals during a block, after which the first of them raises `Stopped`."""
     global _pending_signals
     came: list[int] = []
     _pending_signals = came
@@ -95,16 +95,15 @@ def _deferred_signals() -> Iterator[None]:
 
 
 def run_steps(steps: Sequence[Step], folder: Path, jobs: int = 1) -> None:
-    """Run what is not done yet, in order.
+    """Run the unfinished steps, in order.
 
     Args:
-        folder: for the stamps. A step whose inputs are the same bytes again is not run again,
-            whatever happened before it.
-        jobs: how many steps run at once; more than one only for steps that do not use each
-            other's results.
+        steps: Steps of the procedure.
+        folder: Folder of the stamps. A finished step with the same inputs is not run again.
+        jobs: Number of concurrent steps; more than 1 requires independent steps.
 
     Raises:
-        UserError: a step failed; the message is the tool's own. Those beside it are stopped.
+        UserError: A step failed, with the message of its command; concurrent steps are stopped.
     """
     folder.mkdir(parents=True, exist_ok=True)
     running: list[_Running] = []
@@ -143,7 +142,7 @@ def duration(seconds: float) -> str:
 
 
 def stamp_of(step: Step) -> str:
-    """Return a digest of everything that the result of the step depends on."""
+    """Return a digest of everything on which the result of the step depends."""
     inputs = ["\0".join(step.command).encode(), *(path.read_bytes() for path in step.depends)]
     return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in inputs)).hexdigest()
 

@@ -24,8 +24,8 @@ class TrainingProgress:
     Args:
         last_step: Last step of the training. None to read it from run.json.
         name: Name of the training, if there are several.
-        to_follow: Duration of the trainings after this one, in multiples of this one's.
-        figure: Metric to report.
+        to_follow: Duration of later trainings, in multiples of the duration of this one.
+        metric: Metric to report.
     """
 
     def __init__(
@@ -34,13 +34,13 @@ class TrainingProgress:
         last_step: int | None,
         name: str = "",
         to_follow: float = 0,
-        figure: str = "loss",
+        metric: str = "loss",
     ) -> None:
         self.metrics, self.last, self.to_follow = metrics, last_step, to_follow
-        self.figure = figure
+        self.metric = metric
         self.title = f"{name}: " if name else ""
-        self.origin: tuple[int, float] | None = None  # the first step seen, and when
-        self.reported = 0, 0.0  # the last step said, and when
+        self.origin: tuple[int, float] | None = None  # first observed step and its time
+        self.reported = 0, 0.0  # last reported step and its time
 
     def __call__(self) -> None:
         now = time.monotonic()
@@ -58,7 +58,7 @@ class TrainingProgress:
         all_left = left + self.to_follow * self.last_step * seconds
         say(
             f"      {self.title}step {step:,} of {self.last_step:,}: "
-            f"{self.figure} {row[self.figure]:.2f}, "
+            f"{self.metric} {row[self.metric]:.2f}, "
             + (f"{row['tokens_per_s']:,.0f} tokens/s, " if "tokens_per_s" in row else "")
             + f"{duration(left)} left"
             + (f", {duration(all_left)} for all" if self.to_follow else "")
@@ -80,9 +80,9 @@ class TrainingProgress:
         for line in reversed(lines):
             try:
                 row = json.loads(line)
-            except ValueError:  # the cut beginning
+            except ValueError:  # incomplete first line
                 return None
-            if row.get(self.figure) is not None:
+            if row.get(self.metric) is not None:
                 return row
         return None
 
@@ -112,7 +112,7 @@ def training(
         flags: Flags of pretrain_et.py after those of the dataset and the recipes.
         recipes: Recipes in order.
     """
-    # Neither Transformer Engine nor Apex has to be there; on the CPU these are set anyway.
+    # These flags need neither Transformer Engine nor Apex; on the CPU they are the defaults.
     plain = ["--transformer-impl", "local", "--no-gradient-accumulation-fusion"]
     plain += ["--no-persist-layer-norm", "--no-masked-softmax-fusion"]
     network = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}

@@ -1,9 +1,9 @@
-"""The loss of a trained model on every validation token, against a unigram and a bigram.
+"""Compare the loss of a trained model on every validation token with a unigram and a bigram.
 
-All three predict the same tokens, those of the validation data laid end to end but for the first.
-The bigram knows the token before; the model knows what precedes in windows of its sequence length,
-which follow each other without overlap, so that the first token of a window has one token before it
-too. The model routes by its thresholds.
+All three predict the same tokens: those of the concatenated validation data except for the first.
+The context of the bigram is the preceding token; that of the model are the preceding tokens in
+consecutive windows of its sequence length, so that the first token of a window has one token of
+context. The model routes by its thresholds.
 
 Writes validation.json into the run directory, and text.txt, the beginning of the validation text.
 """
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
 
 @torch.no_grad()
 def token_losses(trained: "TrainedModel", stream: Tensor) -> Tensor:
-    """Loss of `stream[1:]` in nats, `[tokens - 1]`, in windows of the model's length."""
+    """Return the loss of `stream[1:]` in nats, `[tokens - 1]`, in windows of the model's length."""
     from megatron_ext.inference.forward import full_logits
 
     length = trained.max_length

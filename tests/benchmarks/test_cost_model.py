@@ -5,7 +5,7 @@ import pytest
 from benchmarks._cost_model import Network, NetworkLink, Place
 
 # Inside a node 1 s a message and 8 bytes a second; between nodes 10 s and 2 bytes a second.
-NETWORK = Network(NetworkLink(1.0, 8.0), NetworkLink(10.0, 2.0), ranks_a_node=4)
+NETWORK = Network(NetworkLink(1.0, 8.0), NetworkLink(10.0, 2.0), ranks_per_node=4)
 NODE, WORLD, RAIL = Place(4, 4), Place(8, 4), Place(2, 1)
 
 
@@ -49,5 +49,5 @@ def test_a_rank_alone_sends_nothing_and_unknown_operations_are_refused() -> None
 
 
 def test_a_ring_is_no_faster_than_the_links_inside_a_node() -> None:
-    wide = Network(NetworkLink(1.0, 3.0), NetworkLink(1.0, 2.0), ranks_a_node=4)
+    wide = Network(NetworkLink(1.0, 3.0), NetworkLink(1.0, 2.0), ranks_per_node=4)
     assert wide.seconds("all-gather", 8e6, WORLD) == pytest.approx(7e6 / 3, rel=1e-4)

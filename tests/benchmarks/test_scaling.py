@@ -23,7 +23,7 @@ def _told_and_traced() -> list[tuple[Any, Any]]:
     flags = [*TINY, *EP2, "--pipeline-model-parallel-size", "2", "--moe-layer-freq", "[1,1]"]
     batch = Batch(micro_batch=2, micro_batches=2)
     far, near = trace(flags, 16, batch), trace(flags, 4, batch)
-    places = group_places(flags, 4, batch, ranks_a_node=2)
+    places = group_places(flags, 4, batch, ranks_per_node=2)
     return [(extend(f, p, 2, batch), n) for f, p, n in zip(far, places, near)]
 
 

@@ -16,7 +16,7 @@ from megatron_ext.errors import UserError, run_tool
 from megatron_ext.typed_flags import flag, parse_config
 
 _BETWEEN = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
-PROMPT_WORDS, RESPONSE_WORDS = (6, 16), (8, 24)  # the fewest and the most
+PROMPT_WORDS, RESPONSE_WORDS = (6, 16), (8, 24)  # minimum and maximum
 
 
 def passages(text: str) -> Iterator[tuple[str, str]]:

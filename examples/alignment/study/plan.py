@@ -111,7 +111,7 @@ class StudyPlan:
         return [
             *([] if self.quickstart else [*self.corpus.steps(log), self._pretraining()]),
             self._step(
-                "passages", "sentences, and those that follow them",
+                "passages", "pairs of adjacent sentences",
                 module(
                     "examples.alignment.study.passages", "--text", self.corpus.text,
                     "--output", self.output / "passages.jsonl",
@@ -186,7 +186,7 @@ class StudyPlan:
     def _sampling(self, seed: int) -> Step:
         file = self._folder(seed) / "start_responses.jsonl"
         return self._step(
-            f"generate-seed{seed}", "what the start policy answers",
+            f"generate-seed{seed}", "responses of the start policy",
             align(
                 "generate", "--model", self.start, "--input", self.prompts / "judge.jsonl",
                 "--output", file, "--overwrite", "--source", "start", "--seed", seed,
@@ -201,7 +201,7 @@ class StudyPlan:
         start = self._folder(seed) / "start_responses.jsonl"
         responses = self._folder(seed) / "responses"
         return self._step(
-            f"labels-seed{seed}", "responses for gold to label",
+            f"labels-seed{seed}", "selecting responses for gold",
             module(
                 "examples.alignment.study.labels", "--real", real, "--start-responses", start,
                 "--save", responses, "--seed", str(seed), *_flags(self.settings["labels"]),
@@ -261,7 +261,7 @@ class StudyPlan:
             align(
                 "judge", "--model", model, "--template", TEMPLATE, "--chat-template", self.chat,
                 "--input", responses, "--output", file, "--overwrite", *words,
-                "--max-failed", "1",  # how many fail is among the figures of the agreement
+                "--max-failed", "1",  # the agreement reports the number of failures
             ),
             self._folder(seed) / "study.log", [file], [responses, *_weights(model), TEMPLATE],
         )  # fmt: skip
@@ -273,7 +273,7 @@ class StudyPlan:
             self._folder(seed) / f"{name}.agreement",
         )
         return self._step(
-            f"{name}-agreement-seed{seed}", "how far it agrees with gold",
+            f"{name}-agreement-seed{seed}", "agreement of the judge with gold",
             align(
                 "agreement", gold, file, "--items", responses, "--resample", "prompt",
                 "--slice", "source", "--output", folder,
@@ -309,7 +309,7 @@ class StudyPlan:
                 "--second-gold", files / "no-copying.yaml", "--seed", seed,
                 *self._flags_of("policy"),
             ),
-            "final", [*depends, *_weights(self.start)], figure="reward",
+            "final", [*depends, *_weights(self.start)], metric="reward",
         )  # fmt: skip
 
     def _folder(self, seed: int) -> Path:
@@ -350,11 +350,11 @@ class StudyPlan:
         makes: str,
         depends: Sequence[Path],
         ranks: int = 1,
-        figure: str = "loss",
+        metric: str = "loss",
     ) -> Step:
         return training(
             name, about, command, run, makes, depends,
-            ranks=ranks, on_gpus=self.on_gpus, figure=figure,
+            ranks=ranks, on_gpus=self.on_gpus, metric=metric,
         )  # fmt: skip
 
 

@@ -116,7 +116,7 @@ def test_constant_judge_has_undefined_statistics_with_reasons(
 ) -> None:
     result = measured(tmp_path, scores([1, 2, 3]), scores([5, 5, 5]))["all"]["agreement"]
     assert result["spearman"]["value"] is None
-    assert "nothing but 5" in result["spearman"]["reason"]
+    assert "only the label 5" in result["spearman"]["reason"]
     assert result["quadratic_kappa"]["value"] == pytest.approx(0)
     assert "undefined: the second gives only the label 5" in capsys.readouterr().out
     result = measured(tmp_path, scores([5, 5]), scores([5, 5]))["all"]["agreement"]
