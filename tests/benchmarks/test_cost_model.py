@@ -44,7 +44,7 @@ def test_operations(operation: str, size: int, place: Place, seconds: float) -> 
 
 def test_a_rank_alone_sends_nothing_and_unknown_operations_are_refused() -> None:
     assert NETWORK.seconds("all-reduce", 64, Place(1, 1)) == 0
-    with pytest.raises(ValueError, match="no cost is known of scan"):
+    with pytest.raises(ValueError, match="the cost of scan is not known"):
         NETWORK.seconds("scan", 64, NODE)
 
 

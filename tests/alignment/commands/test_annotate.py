@@ -286,7 +286,7 @@ def test_dead_endpoint_is_detected_before_many_requests_have_failed(
     with Endpoint(faults) as server:
         flags = ("--max-failed", 1, "--tries", 2, "--concurrency", 4)
         done = annotate(responses(tmp_path, texts), server, *flags)
-        assert done.returncode == 3 and "20 calls in a row" in done.stderr, done.stderr
+        assert done.returncode == 3 and "20 consecutive calls" in done.stderr, done.stderr
         assert sum(server.answered.values()) == 30
         assert 2 * 20 <= sum(server.calls.values()) - 30 <= 2 * 24
 

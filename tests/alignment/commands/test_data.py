@@ -152,7 +152,7 @@ def test_malformed_rows_are_counted_and_too_many_stop(
             ["import", "--output", "x.jsonl", "--input", "a", "--archive", "b"],
             "--archive requires --package",
         ),
-        (["import", "--output", "x.csv", "--package", "hhh"], "written by its suffix"),
+        (["import", "--output", "x.csv", "--package", "hhh"], "must end with .jsonl or .parquet"),
         (["import", "--output", "x.jsonl", "--input", "none.jsonl"], "none.jsonl does not exist"),
         (
             ["count", "--input", "x", "--max-malformed", "-1"],
