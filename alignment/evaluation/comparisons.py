@@ -52,9 +52,9 @@ def read_comparison(
             prompts, or two responses have the same id.
     """
     if baseline not in files:
-        raise UserError(f"--baseline {baseline} must be one of the files of --responses")
+        raise UserError(f"--baseline {baseline} must be one of the files of --responses.")
     if len(set(files)) < len(files):
-        raise UserError("--responses names a file twice: give each policy's once")
+        raise UserError("--responses names a file twice. Name the file of each policy once.")
     answers: dict[str, Answers] = {}
     for file in [baseline, *(file for file in files if file != baseline)]:
         name, by_prompt = _read_responses(Path(file), options)
@@ -87,7 +87,8 @@ def _read_responses(file: Path, options: ReadOptions | None) -> tuple[str, Answe
     sources = sorted({row.source for row in rows})
     if len(sources) > 1:
         raise UserError(
-            f"{file} has responses of {sources[0]!r} and of {sources[1]!r}: give a file a policy"
+            f"{file} has responses of {sources[0]!r} and of {sources[1]!r}. Write the responses of "
+            "each policy to a file."
         )
     name = sources[0] or file.name.partition(".")[0]
     by_prompt: Answers = {}
@@ -101,13 +102,15 @@ def _shared(answers: Mapping[str, Answers], common: bool) -> list[str]:
     first, *others = answers
     shared = [prompt for prompt in answers[first] if all(prompt in answers[o] for o in others)]
     if not shared:
-        raise UserError("the files of --responses have no prompt in common")
+        raise UserError(
+            "The files of --responses have no prompt in common. Use answers to the same prompts."
+        )
     for name, by_prompt in answers.items():
         if len(by_prompt) > len(shared) and not common:
             raise UserError(
                 f"{name} answered {len(by_prompt) - len(shared)} prompts that another policy did "
-                f"not: answer the same ones, or give --common to compare on the {len(shared)} of "
-                f"all"
+                f"not. Answer the same prompts, or use --common to compare on the {len(shared)} "
+                "that all answered."
             )
     return shared
 
@@ -116,23 +119,23 @@ def _check(responses: Sequence[Response]) -> None:
     """Check that ids are unique and that a prompt is the same in all files.
 
     Raises:
-        UserError: They are not.
+        UserError: An id occurs twice, or a prompt differs between files.
     """
     ids: set[str] = set()
     prompts: dict[str, Prompt] = {}
     for response in responses:
         if response.id in ids:
             raise UserError(
-                f"two responses of --responses have the id {response.id!r}, which verdicts could "
-                "not tell apart: give them ids of their own"
+                f"two responses of --responses have the id {response.id!r}, so that verdicts could "
+                "not distinguish them. Give them different ids."
             )
         ids.add(response.id)
         prompt = prompts.setdefault(response.prompt.id, response.prompt)
         other = response.prompt
         if (prompt.messages, prompt.rubric) != (other.messages, other.rubric):
             raise UserError(
-                f"prompt {prompt.id!r} is not the same in all files of --responses: its messages "
-                "and its rubric must be"
+                f"prompt {prompt.id!r} differs between files of --responses. Its messages and its "
+                "rubric must be the same in all of them."
             )
 
 

@@ -54,8 +54,8 @@ def _cells(estimate: Estimate | None) -> list[str]:
 
 
 def _judged(counts: VerdictCounts) -> str:
-    each = (("malformed answer", counts.malformed), ("failed call", counts.failed))
-    lost = [f"{n:,} {what}{'' if n == 1 else 's'}" for what, n in each if n]
+    kinds = (("malformed answer", counts.malformed), ("failed call", counts.failed))
+    lost = [f"{n:,} {kind}{'' if n == 1 else 's'}" for kind, n in kinds if n]
     share = f"{counts.judged:,} of {counts.items:,}"
     return f"{share} ({', '.join(lost)})" if lost else share
 

@@ -19,7 +19,7 @@ from alignment.statistics.verdict_alignment import AlignedVerdicts, align_verdic
 from megatron_ext.errors import UserError
 
 Verdicts = Mapping[str, Sequence[Verdict]]  # by item
-Figure = Callable[[Indices], float]
+Metric = Callable[[Indices], float]
 Advance = Callable[[], None]
 
 
@@ -29,7 +29,7 @@ class VerdictCounts:
 
     Attributes:
         items: Number of items.
-        judged: Number of items that enter the figures.
+        judged: Number of items that enter the metrics.
         malformed: Number of unparseable verdicts.
         failed: Number of failed verdicts.
     """
@@ -95,11 +95,11 @@ def check_items(verdicts: Verdicts, items: Sequence[str], name: str, common: boo
     """
     missing = [item for item in items if item not in verdicts]
     if len(missing) == len(items):
-        raise UserError(f"{name} has no verdict on what is compared here: annotate these items")
+        raise UserError(f"{name} has no verdict on the items of this comparison. Annotate them.")
     if missing and not common:
         raise UserError(
-            f"{name} lacks {len(missing)} of {len(items)} items, {missing[0]!r} for one: annotate "
-            "them, or give --common to take them as not judged"
+            f"{name} lacks {len(missing)} of {len(items)} items, for example {missing[0]!r}. "
+            "Annotate them, or use --common to count them as not judged."
         )
 
 
@@ -131,17 +131,19 @@ def score(
     places = {prompt: place for place, prompt in enumerate(comparison.prompts)}
     prompts = np.array([places[r.prompt.id] for r in comparison.responses])
     table = _by_prompt(aligned.mean, policies, prompts, (len(comparison.policies), len(places)))
-    figures: dict[tuple[str, str], Figure] = {}
+    metrics: dict[tuple[str, str], Metric] = {}
     for row, policy in enumerate(comparison.policies):
-        figures["mean", policy] = partial(_mean, table[row])
+        metrics["mean", policy] = partial(_mean, table[row])
         if row:
-            figures["gain", policy] = partial(_mean, table[row] - table[0])
-    every = estimates(figures, list(np.arange(len(places))[:, None]), resamples, seed, advance)
+            metrics["gain", policy] = partial(_mean, table[row] - table[0])
+    results = estimates(metrics, list(np.arange(len(places))[:, None]), resamples, seed, advance)
     counts = {
         policy: _counts(aligned, ~np.isnan(aligned.mean), policies == row)
         for row, policy in enumerate(comparison.policies)
     }
-    return PolicyScores(aligned.identities, _named(every, "mean"), _named(every, "gain"), counts)
+    return PolicyScores(
+        aligned.identities, _named(results, "mean"), _named(results, "gain"), counts
+    )
 
 
 def _by_prompt(labels: Floats, rows: Indices, columns: Indices, shape: tuple[int, int]) -> Floats:
@@ -157,7 +159,7 @@ def _mean(values: Floats, places: Indices) -> float:
     sample = values[places]
     sample = sample[~np.isnan(sample)]
     if not sample.size:
-        raise Undefined("no prompt that was judged")
+        raise Undefined("no prompt was judged")
     return float(sample.mean())
 
 
@@ -187,7 +189,7 @@ def prefer(
     aligned = align_verdicts({item: verdicts.get(item, []) for item in ids}, ids, name)
     outcomes = outcomes_of(aligned)
     if np.isnan(outcomes).all():
-        raise UserError(f"{name} judged no pair in both orders: annotate with --orders both")
+        raise UserError(f"{name} judged no pair in both orders. Annotate with --orders both.")
     others = comparison.policies[1:]
     policies = np.array([others.index(p.source) for p in comparison.pairs])
     style, columns = covariates(comparison.pairs)
@@ -196,17 +198,17 @@ def prefer(
         "controlled": _Fits(policies, outcomes, len(others), style),
     }
     flips = judge_measures(aligned)["flip_rate"]
-    figures: dict[tuple[str, str], Figure] = {}
+    metrics: dict[tuple[str, str], Metric] = {}
     for row, policy in enumerate(others):
-        own = policies == row
-        figures["win_rate", policy] = partial(_mean, np.where(own, outcomes, np.nan))
-        figures["flips", policy] = partial(_of, flips, own)
+        rows = policies == row
+        metrics["win_rate", policy] = partial(_mean, np.where(rows, outcomes, np.nan))
+        metrics["flips", policy] = partial(_on_rows, flips, rows)
         for kind, fit in fits.items():
-            figures[kind, policy] = partial(fit, row)
+            metrics[kind, policy] = partial(fit, row)
     for place, column in enumerate(columns):
-        figures["style", column] = partial(fits["controlled"], len(others) + place)
+        metrics["style", column] = partial(fits["controlled"], len(others) + place)
     groups = groups_of([p.prompt.id for p in comparison.pairs])
-    every = estimates(figures, groups, resamples, seed, advance)
+    results = estimates(metrics, groups, resamples, seed, advance)
     counts = {
         policy: _counts(aligned, ~np.isnan(outcomes), policies == row)
         for row, policy in enumerate(others)
@@ -216,9 +218,9 @@ def prefer(
                      if p.source == policy and not np.isnan(y)})
         for policy in others
     }  # fmt: skip
-    kinds = {kind: _named(every, kind) for kind in ("win_rate", "flips", "style", *fits)}
+    kinds = {kind: _named(results, kind) for kind in ("win_rate", "flips", "style", *fits)}
     for kind in fits:
-        # The binomial limit is one of win rates, which ignore style.
+        # The binomial limit applies to win rates, which ignore style.
         limits = kind == "strength"
         kinds[kind] = {p: finite(e, prompts[p], limits) for p, e in kinds[kind].items()}
     return PolicyPreferences(
@@ -259,11 +261,12 @@ class _Fits:
         if isinstance(self._last, Undefined):
             raise self._last
         if np.isnan(self._last[number]):
-            own = places[self._policies[places] == number]
-            if number < self._count and np.isnan(self._outcomes[own]).all():
-                raise Undefined("no comparison that was judged")
+            rows = places[self._policies[places] == number]
+            if number < self._count and np.isnan(self._outcomes[rows]).all():
+                raise Undefined("no comparison was judged")
             raise Undefined(
-                "style does not vary, goes with the policy, or separates wins from losses"
+                "style does not vary, is the same for all pairs of a policy, or separates wins "
+                "from losses"
             )
         return float(self._last[number])
 
@@ -282,7 +285,7 @@ def finite(estimate: Estimate, prompts: int, limits: bool) -> Estimate:
     Args:
         estimate: Estimate of a strength, in logits.
         prompts: Number of prompts of the policy.
-        limits: Whether to give a policy that won, or lost, on all of its prompts the exact binomial
+        limits: Whether a policy that won, or lost, on all of its prompts gets the exact binomial
             limit of its win rate, in logits.
     """
     if estimate.value is None:
@@ -291,37 +294,37 @@ def finite(estimate: Estimate, prompts: int, limits: bool) -> Estimate:
         won = estimate.value > 0
         why = f"{'won' if won else 'lost'} on all {prompts} prompts"
         if not limits:
-            return Estimate(None, reason=f"{why}, so without end")
+            return Estimate(None, reason=f"{why}, so that the strength is infinite")
         end = float(logit(((1 - LEVEL) / 2) ** (1 / prompts)))
         if won:
             return Estimate(None, low=end, reason=f"{why}: above {end:.2f} at 97.5 %")
         return Estimate(None, high=-end, reason=f"{why}: below {-end:.2f} at 97.5 %")
     low, high = (e if e is None or np.isfinite(e) else None for e in (estimate.low, estimate.high))
-    endless = [side for side, end, original in (("lower", low, estimate.low),
+    infinite = [side for side, end, original in (("lower", low, estimate.low),
                ("upper", high, estimate.high)) if end != original]  # fmt: skip
-    if not endless:
+    if not infinite:
         return estimate
-    why = f"no {' and '.join(endless)} limit: infinite in more than 2.5 % of resamples"
+    why = f"no {' and '.join(infinite)} limit: infinite in more than 2.5 % of resamples"
     return replace(estimate, low=low, high=high, reason=why)
 
 
-def _of(figure: Figure, own: Floats, places: Indices) -> float:
-    return figure(places[own[places]])
+def _on_rows(metric: Metric, rows: Floats, places: Indices) -> float:
+    return metric(places[rows[places]])
 
 
-def _named(every: Mapping[tuple[str, str], Estimate], kind: str) -> dict[str, Estimate]:
-    return {name: estimate for (of, name), estimate in every.items() if of == kind}
+def _named(results: Mapping[tuple[str, str], Estimate], kind: str) -> dict[str, Estimate]:
+    return {name: estimate for (group, name), estimate in results.items() if group == kind}
 
 
-def _counts(verdicts: AlignedVerdicts, judged: Floats, own: Floats) -> VerdictCounts:
+def _counts(verdicts: AlignedVerdicts, judged: Floats, rows: Floats) -> VerdictCounts:
     """Count the items of a policy.
 
     Args:
         verdicts: Verdicts on the items of all policies.
-        judged: Whether each item enters the figures, `[items]` bool.
-        own: Whether each item is of the policy, `[items]` bool.
+        judged: Whether each item enters the metrics, `[items]` bool.
+        rows: Whether each item is of the policy, `[items]` bool.
     """
     return VerdictCounts(
-        int(own.sum()), int(judged[own].sum()), int(verdicts.malformed[own].sum()),
-        int(verdicts.failed[own].sum()),
+        int(rows.sum()), int(judged[rows].sum()), int(verdicts.malformed[rows].sum()),
+        int(verdicts.failed[rows].sum()),
     )  # fmt: skip

@@ -174,7 +174,7 @@ def test_damaged_checkpoint_is_refused_or_replaced_by_an_older_one(
     ended = run_ranks(start, 2, flags)
     assert [code for code, _ in ended] == [2, 2]
     message = "".join(stderr for _, stderr in ended)
-    assert "iter_0000004 is damaged: its file __1_0.distcp differs from " in message
+    assert "iter_0000004 is damaged: its file __1_0.distcp " in message
     assert "--allow-older-checkpoint" in message
 
     flags += ["--allow-older-checkpoint", "--exit-interval", "6"]

@@ -62,7 +62,7 @@ def grade_panel(
     limits: tuple[float, float],
     axes: Axes,
 ) -> None:
-    """Draw the grades of a group, with a legend, as a picture by itself."""
+    """Draw the grades of a group, with a legend, as a separate picture."""
     _group(axes, group, names)
     axes.set_title(_panel_title(study, group), fontsize=10)
     axes.set_xlabel("step")
@@ -141,7 +141,7 @@ def _coinciding(group: SeedGroup, names: Sequence[str]) -> str:
                 for step in values.keys() & others.keys()
             ]
             if pairs and all(abs(a - b) <= SINGLE * max(abs(a), abs(b)) for a, b in pairs):
-                labels = [GRADES[each][0].partition(":")[0] for each in (name, other)]
+                labels = [GRADES[grade][0].partition(":")[0] for grade in (name, other)]
                 notes.append(f"{labels[0]} = {labels[1]}")
     return "; ".join(notes)
 
@@ -155,17 +155,19 @@ def _mean_curve(
 ) -> None:
     """Draw the mean with its interval: bold where it includes all seeds, faint elsewhere."""
     color, line, marker, width = style
-    at, values = np.array(steps), np.array([mean.value for mean in means], dtype=float)
+    positions, values = np.array(steps), np.array([mean.value for mean in means], dtype=float)
     full = np.array([mean.n == seeds for mean in means])
-    axes.plot(at, np.where(full, values, np.nan), color=color, lw=width, ls=line)
+    axes.plot(positions, np.where(full, values, np.nan), color=color, lw=width, ls=line)
     if not full.all():
-        axes.plot(at, values, color=color, lw=width / 2, ls=line, alpha=0.5)
+        axes.plot(positions, values, color=color, lw=width / 2, ls=line, alpha=0.5)
     size = 3.0 + 1.2 * (width - 1.6)
-    axes.plot(at, values, marker, color=color, ms=size, markevery=max(1, len(at) // 15))
+    axes.plot(
+        positions, values, marker, color=color, ms=size, markevery=max(1, len(positions) // 15)
+    )
     low, high = (
         np.array([getattr(mean, end) for mean in means], dtype=float) for end in ("low", "high")
     )
-    axes.fill_between(at, low, high, color=color, alpha=0.15, lw=0)
+    axes.fill_between(positions, low, high, color=color, alpha=0.15, lw=0)
 
 
 def _annotate_fewer(axes: Axes, steps: Sequence[int], means: Sequence[SeedMean]) -> None:

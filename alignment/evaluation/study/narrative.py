@@ -1,4 +1,4 @@
-"""Headline and sentences of a study, derived from its figures."""
+"""Headline and sentences of a study, derived from its metrics."""
 
 import itertools
 from collections.abc import Sequence
@@ -104,25 +104,25 @@ _HEADLINES = {
 
 
 def _headline(study: PolicyStudy) -> str:
-    """Return the result for the only group of a study, with its figures and their intervals."""
+    """Return the result for the only group of a study, with its metrics and their intervals."""
     [group] = study.groups
     finding = group_finding(group)
     story = f"{_HEADLINES[finding]} ({study.label(group)})"
-    figures = []
+    metrics = []
     if finding is Finding.NOT_GRADED:
         ends = [tenths(run, "reward") for run in group.runs]
         first, last = (mean_of(pair[end] for pair in ends) for end in (0, 1))
         if first.value is not None and last.value is not None:
-            figures.append(f"the reward went from {first.value:.2f} to {last.value:.2f}")
+            metrics.append(f"the reward went from {first.value:.2f} to {last.value:.2f}")
     for name, grade in (("proxy", PROXY), ("gold", GOLD)):
         change = trend_of(group, grade).change
         if change.value is not None:
-            level = "95 % interval " if not any("interval" in text for text in figures) else ""
-            figures.append(f"{name} {change.value:+.2f}{_interval(change, level)}")
+            level = "95 % interval " if not any("interval" in text for text in metrics) else ""
+            metrics.append(f"{name} {change.value:+.2f}{_interval(change, level)}")
     if alarmed := [run.alarms[0] for run in group.runs if run.alarms]:
         runs = f" in {len(alarmed)} of {len(group.runs)} runs" if len(group.runs) > 1 else ""
-        figures.append(f"alarm at step {min(alarmed):,}{runs}")
-    return f"{story}: {', '.join(figures)}." if figures else f"{story}."
+        metrics.append(f"alarm at step {min(alarmed):,}{runs}")
+    return f"{story}: {', '.join(metrics)}." if metrics else f"{story}."
 
 
 def _interval(mean: SeedMean | PromptMean, level: str) -> str:
@@ -139,7 +139,7 @@ def _unfinished(study: PolicyStudy) -> str:
 
 
 def sentences(study: PolicyStudy) -> list[str]:
-    """Return the result for each group, with its figures, and the differences between groups."""
+    """Return the result for each group, with its metrics, and the differences between groups."""
     findings = [_sentence(study.label(group), group) for group in study.groups]
     detected = [
         f"{study.label(group)}: detectors fire more often at the end: {', '.join(grown)}."
@@ -269,8 +269,8 @@ def _change(change: SeedMean, sign: str = "+") -> str:
     return f"{value} (95 % interval {low} to {high})"
 
 
-def _count(n: int, what: str) -> str:
-    return f"{n} {what}{'' if n == 1 else 's'}"
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun}{'' if n == 1 else 's'}"
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -46,10 +46,12 @@ def agreement_panel(study: PolicyStudy, points: Sequence[AgreementPoint], axes: 
         axes.plot(alpha, change.value, "o", color=color, ms=6)
     # Name each judge once, above all of its points. Policies differ by color.
     for judge in {group.judge: None for group, *_ in points}:
-        own = [(alpha, c.high or c.value) for group, alpha, c in points if group.judge == judge]
-        at = max(own, key=lambda point: point[1] or 0.0)
-        axes.annotate(short_name(judge, 24), at, (0, 5), textcoords="offset points", ha="center",
-                      fontsize=8)  # fmt: skip
+        points_of_judge = [
+            (alpha, c.high or c.value) for group, alpha, c in points if group.judge == judge
+        ]
+        highest = max(points_of_judge, key=lambda point: point[1] or 0.0)
+        axes.annotate(short_name(judge, 24), highest, (0, 5), textcoords="offset points",
+                      ha="center", fontsize=8)  # fmt: skip
     if len(study.policies) > 1:
         for number, policy in enumerate(study.policies):
             axes.plot([], [], "o", color=CYCLE[number % len(CYCLE)], label=short_name(policy))

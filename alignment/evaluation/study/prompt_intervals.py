@@ -94,7 +94,7 @@ def difference(one: SeedGroup, other: SeedGroup, name: str) -> tuple[int, Prompt
     if min(map(len, groups)) > 1:
         values = [np.array([run.graded(name)[step] for run in runs]) for runs in groups]
         value = float(values[1].mean() - values[0].mean())
-        if max(float(np.ptp(each)) for each in values) == 0.0:
+        if max(float(np.ptp(scores)) for scores in values) == 0.0:
             return step, PromptMean(0, value, value, value)
         interval = stats.ttest_ind(*reversed(values), equal_var=False).confidence_interval(LEVEL)
         return step, PromptMean(0, value, float(interval.low), float(interval.high))
@@ -107,8 +107,8 @@ def difference(one: SeedGroup, other: SeedGroup, name: str) -> tuple[int, Prompt
 
 
 def _mean_over_seeds(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    shared = set.intersection(*(set(each) for each in scores))
-    return {prompt: float(np.mean([each[prompt] for each in scores])) for prompt in shared}
+    shared = set.intersection(*(set(of_seed) for of_seed in scores))
+    return {prompt: float(np.mean([of_seed[prompt] for of_seed in scores])) for prompt in shared}
 
 
 def _values(scores: Scores, name: str) -> dict[str, float]:

@@ -41,11 +41,15 @@ def _sides(
     for run in group.runs:
         steps = sorted({sample.step for sample in run.samples})
         if len(steps) > 1:
-            at = [
+            by_step = [
                 {s.prompt: s for s in run.samples if s.step == step}
                 for step in (steps[0], steps[-1])
             ]
-            pairs = [(at[0][prompt], end) for prompt, end in at[1].items() if prompt in at[0]]
+            pairs = [
+                (by_step[0][prompt], end)
+                for prompt, end in by_step[1].items()
+                if prompt in by_step[0]
+            ]
             return run, sorted(pairs, key=lambda pair: -_gap(pair[1]))
     return None, []
 

@@ -1,4 +1,4 @@
-"""Figures over seeds: means with Student's t-intervals, and changes since the first grading."""
+"""Metrics over seeds: means with Student's t-intervals, and changes since the first grading."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -69,10 +69,10 @@ def _reach(error: float, n: int) -> float:
 
 
 def curve(group: SeedGroup, name: str) -> tuple[list[int], list[SeedMean]]:
-    """Return the curve of a figure over gradings.
+    """Return the curve of a metric over gradings.
 
     Returns:
-        The steps of the gradings, and the mean at each over the seeds that have the figure there.
+        The steps of the gradings, and the mean at each over the seeds that have the metric there.
         The interval of a single run is that of its change since the first grading.
     """
     series = [run.graded(name) for run in group.graded]
@@ -93,7 +93,7 @@ def _around(run: StudyRun, name: str, step: int, mean: SeedMean) -> SeedMean:
 
 
 def first_and_last(run: StudyRun, name: str) -> tuple[float, float] | None:
-    """Return a figure at the first and last grading that have it.
+    """Return a metric at the first and last grading that have it.
 
     Proxy, gold and their gap are taken at gradings that have both proxy and gold, the proxy of a
     run without gold at all of them.
@@ -114,7 +114,7 @@ def first_and_last(run: StudyRun, name: str) -> tuple[float, float] | None:
 
 @dataclass(frozen=True)
 class Trend:
-    """Figure at the first and last grading, and its change."""
+    """Metric at the first and last grading, and its change."""
 
     first: SeedMean
     last: SeedMean
@@ -122,7 +122,7 @@ class Trend:
 
 
 def trend_of(group: SeedGroup, name: str) -> Trend:
-    """Return first, last and change of a figure, over the seeds that have two gradings of it."""
+    """Return first, last and change of a metric, over the seeds that have two gradings of it."""
     ends = [(run, values) for run in group.runs if (values := first_and_last(run, name))]
     change = mean_of(last - first for _, (first, last) in ends)
     if len(ends) == 1:
@@ -153,7 +153,7 @@ def trends_of(group: SeedGroup) -> dict[str, Trend]:
 
 
 def last(group: SeedGroup, name: str) -> SeedMean:
-    """Return the mean of a figure at the last grading of each run that has it."""
+    """Return the mean of a metric at the last grading of each run that has it."""
     return mean_of(next(reversed(run.graded(name).values()), None) for run in group.runs)
 
 

@@ -41,7 +41,7 @@ def read_study(folder: Path) -> PolicyStudy:
     for run in runs:
         groups.setdefault((run.policy, run.judge), []).append(run)
     name = clean(folder.resolve().name)
-    study = PolicyStudy(name, [SeedGroup(*names, of) for names, of in groups.items()])
+    study = PolicyStudy(name, [SeedGroup(*names, runs) for names, runs in groups.items()])
     for group in study.groups:
         _check_seeds(group)
     return study
@@ -50,15 +50,15 @@ def read_study(folder: Path) -> PolicyStudy:
 def read_compared_runs(folders: Sequence[Path]) -> PolicyStudy:
     """Read runs that are compared with each other.
 
-    Runs with equal settings and different seeds form a group, which is named by what the names of
-    its folders have in common; every other run is a group by itself.
+    Runs with equal settings and different seeds form a group, which is named by the common
+    part of the names of its folders; every other run forms a group alone.
 
     Args:
         folders: Folders of runs.
 
     Raises:
-        UserError: A folder occurs twice or has no graded run, or two runs were graded on other
-            prompts, by other gold judges, or by scores and by win rates.
+        UserError: A folder occurs twice or has no graded run, or two runs were graded on different
+            prompts, by different gold judges, or one by scores and the other by win rates.
     """
     runs = []
     for folder, name in zip(folders, unique_names(folders)):
@@ -85,13 +85,13 @@ def read_compared_runs(folders: Sequence[Path]) -> PolicyStudy:
                 break
         else:
             groups.append([(name, run)])
-    named = []
+    seed_groups = []
     for group in groups:
         names = [name for name, _ in group]
         label = names[0] if len(names) == 1 else seeds_name(names)
-        named.append(SeedGroup("policy", label, [run for _, run in group]))
-    title = "Comparison of " + ", ".join(group.judge for group in named)
-    return PolicyStudy(title, named, named_by_folder=True)
+        seed_groups.append(SeedGroup("policy", label, [run for _, run in group]))
+    title = "Comparison of " + ", ".join(group.judge for group in seed_groups)
+    return PolicyStudy(title, seed_groups, named_by_folder=True)
 
 
 def is_ungraded(run: StudyRun) -> bool:
@@ -101,7 +101,7 @@ def is_ungraded(run: StudyRun) -> bool:
 
 
 def _arm(run: StudyRun) -> str:
-    """Return what the runs of a group have in common: everything but the seed."""
+    """Return the identity of a group of runs: their settings and judges without the seed."""
     settings = {name: v for name, v in settings_of(run.about).items() if name != "seed"}
     if not settings or run.seed is None:
         return str(run.folder.resolve())
@@ -109,7 +109,7 @@ def _arm(run: StudyRun) -> str:
 
 
 def incomparable(one: StudyRun, other: StudyRun) -> str:
-    """Return why the grades of two runs do not mean the same; an empty string if they do."""
+    """Return why the grades of two runs are incomparable; an empty string otherwise."""
     runs = f"{one.folder} and {other.folder}"
     prompts = one.held_out, other.held_out
     marked = [identity is not None and identity[:1] == ["ids"] for identity in prompts]
@@ -128,25 +128,25 @@ def _check_seeds(group: SeedGroup) -> None:
     Raises:
         UserError: Two runs have the same seed, different measures or different gold judges.
     """
-    of = f"of {group.judge!r} on {group.policy!r}"
+    arm = f"of {group.judge!r} on {group.policy!r}"
     seeds = [run.seed for run in group.runs if run.seed is not None]
-    if twice := [seed for seed in seeds if seeds.count(seed) > 1]:
+    if duplicates := [seed for seed in seeds if seeds.count(seed) > 1]:
         raise UserError(
-            f"study.json has seed {twice[0]} {of} twice, which are no two seeds: take one out"
+            f"study.json lists seed {duplicates[0]} {arm} twice. Remove one of these runs."
         )
-    advice = "give one another judge or policy in study.json"
+    advice = "Name another judge or policy for one of them in study.json."
     started = [run for run in group.runs if run.about]
     for one, other in itertools.pairwise(started):
         if one.measure != other.measure:
             raise UserError(
-                f"{one.folder} and {other.folder} are no two seeds {of}, as one has the "
-                f"{one.measure} and the other the {other.measure}: {advice}"
+                f"{one.folder} and {other.folder} cannot be seeds {arm}: one has the "
+                f"{one.measure}, and the other the {other.measure}. {advice}"
             )
     for one, other in itertools.pairwise(run for run in started if run.gold):
         if one.gold != other.gold:
             raise UserError(
-                f"{one.folder} and {other.folder} are no two seeds {of}, as their gold judges "
-                f"differ: {advice}"
+                f"{one.folder} and {other.folder} cannot be seeds {arm}: their gold judges differ. "
+                f"{advice}"
             )
 
 
@@ -154,15 +154,19 @@ def _entries(file: Path) -> list[Mapping[str, Any]]:
     entries = _object(file).get("runs")
     names = ("folder", "policy", "judge")
     if not isinstance(entries, list) or not entries:
-        raise UserError(f"{file} must have a list of runs")
+        raise UserError(f"{file} must have a list of runs under the key runs.")
     for entry in entries:
         if not isinstance(entry, Mapping) or not all(isinstance(entry.get(n), str) for n in names):
-            raise UserError(f"{file}: a run has a folder, a policy and a judge, not {entry!r:.80}")
+            raise UserError(
+                f"{file}: a run needs the keys folder, policy and judge, not {entry!r:.80}."
+            )
     folders: set[Path] = set()
     for entry in entries:
         folder = (file.parent / entry["folder"]).resolve()
         if folder in folders:
-            raise UserError(f"{file} has the folder {entry['folder']!r} twice: take one out")
+            raise UserError(
+                f"{file} has the folder {entry['folder']!r} twice. Remove one of the two."
+            )
         folders.add(folder)
     return entries
 
@@ -171,13 +175,13 @@ def _of_study(study: Path, entry: Mapping[str, Any]) -> StudyRun:
     folder, seed = study / entry["folder"], entry.get("seed")
     file = folder / "run.json"  # written after the models of the run are loaded
     about = _object(file) if file.exists() else {}
-    own = about.get("seed")
-    if None not in (seed, own) and seed != own:
+    recorded = about.get("seed")
+    if None not in (seed, recorded) and seed != recorded:
         raise UserError(
-            f"{study / 'study.json'} has seed {seed} for {folder}, whose run.json has seed {own}. "
-            "Correct the seed in study.json."
+            f"{study / 'study.json'} has seed {seed} for {folder}, whose run.json has seed "
+            f"{recorded}. Correct the seed in study.json."
         )
-    seed = own if seed is None else seed
+    seed = recorded if seed is None else seed
     names = (folder, clean(entry["policy"]), clean(entry["judge"]), seed)
     return _with_files(StudyRun(*names, about))
 
@@ -213,7 +217,7 @@ def _rows(folder: Path) -> tuple[dict[int, Row], dict[int, Row]]:
     rows = read_rows(file, "") if file.exists() else []
     for row in rows:
         if not isinstance(row.get("step"), int):
-            raise UserError(f"{file} has a row without a whole number as its step")
+            raise UserError(f"{file} has a row whose step is not a whole number.")
     gradings = {row["step"]: row for row in rows if any(n.startswith("grade/") for n in row)}
     training = {row["step"]: row for row in rows if "reward" in row or "loss" in row}
     return dict(sorted(gradings.items())), dict(sorted(training.items()))
@@ -253,7 +257,7 @@ def _texts(
 
 
 def _samples(file: Path) -> list[ResponseSample]:
-    """Return the responses in a file. The last row of a response to a step counts."""
+    """Return the responses in a file. Of several rows of a response and step the last counts."""
     rows = read_rows(file, "") if file.exists() else []
     last = {(row.get("step"), str(row.get("id", row.get("prompt")))): row for row in rows}
     return [_sample(row, file) for row in last.values()]
@@ -271,7 +275,7 @@ def _sample(row: Row, file: Path) -> ResponseSample:
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{where}: not a sample of a policy run: {error!r}") from error
     if not isinstance(step, int):
-        raise UserError(f"{where}: not a sample of a policy run: its step is no whole number")
+        raise UserError(f"{where}: not a sample of a policy run: its step is not a whole number.")
     return ResponseSample(step, prompt, messages, response, scores, flags)
 
 
@@ -279,16 +283,18 @@ def _object(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(file.read_bytes())
     except OSError as error:
-        raise UserError(f"{file}: {error.strerror}: give the folder of a study or a run") from error
+        raise UserError(
+            f"{file}: {error.strerror}. Name the folder of a study or a run."
+        ) from error
     except ValueError as error:
-        raise UserError(f"{file} is not JSON: {error}") from error
+        raise UserError(f"{file} is not JSON: {error}.") from error
     if not isinstance(value, dict):
-        raise UserError(f"{file} must hold one JSON object")
+        raise UserError(f"{file} must contain one JSON object.")
     return value
 
 
 def _no_run(folder: Path) -> str:
-    """Return the sentence on a folder without study.json and run.json."""
+    """Return the message about a folder without study.json and run.json."""
     inside = sorted(file.parent for file in folder.glob("*/run.json")) if folder.is_dir() else []
     if inside:
         names = " ".join(map(str, inside[:4])) + (" ..." if len(inside) > 4 else "")

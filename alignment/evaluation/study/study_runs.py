@@ -73,8 +73,8 @@ class StudyRun:
         return clean(self.folder.resolve().name)
 
     def graded(self, name: str) -> dict[int, float]:
-        """Return a figure of the gradings that have it, by step."""
-        return self._figure(self.gradings, name)
+        """Return a metric of the gradings that have it, by step."""
+        return self._series(self.gradings, name)
 
     def error(self, name: str) -> tuple[float, int] | None:
         """Return the standard error of a grade's change since the first grading, over prompts.
@@ -93,8 +93,8 @@ class StudyRun:
         return errors[last], int(prompts[last])
 
     def trained(self, name: str) -> dict[int, float]:
-        """Return a figure of the training steps that have it, by step."""
-        return self._figure(self.training, name)
+        """Return a metric of the training steps that have it, by step."""
+        return self._series(self.training, name)
 
     @cached_property
     def both(self) -> dict[int, tuple[float, float]]:
@@ -104,7 +104,7 @@ class StudyRun:
 
     @property
     def has_gold(self) -> bool:
-        """Whether a gold judge grades the run, as far as it is known."""
+        """Whether a gold judge grades the run; true before the first grading."""
         return bool(self.graded(GOLD) or self.about.get("gold") or not self.graded(PROXY))
 
     @property
@@ -115,7 +115,10 @@ class StudyRun:
         """
         if self.prompt_scores:
             step = min(self.prompt_scores)
-            return ["ids", *sorted({p for of in self.prompt_scores[step].values() for p in of})]
+            return [
+                "ids",
+                *sorted({p for scores in self.prompt_scores[step].values() for p in scores}),
+            ]
         digests = settings_of(self.about).get("held_out")
         return list(digests) if isinstance(digests, list) and digests else None
 
@@ -137,16 +140,20 @@ class StudyRun:
 
     @property
     def measure(self) -> str:
-        """Name of the quantity that the grades are."""
+        """Name of the quantity that the grades measure."""
         return "win rate" if settings_of(self.about).get("reward") == "pairwise" else "mean score"
 
     @property
     def gold(self) -> list[Any]:
         """Identities of the gold judges; empty where run.json does not have them."""
         gold = self.about.get("gold")
-        each = gold.get("ensemble") if isinstance(gold, Mapping) else None
-        each = each if isinstance(each, list) else [gold]
-        return [one["identity"] for one in each if isinstance(one, Mapping) and "identity" in one]
+        judges = gold.get("ensemble") if isinstance(gold, Mapping) else None
+        judges = judges if isinstance(judges, list) else [gold]
+        return [
+            judge["identity"]
+            for judge in judges
+            if isinstance(judge, Mapping) and "identity" in judge
+        ]
 
     @property
     def agreement(self) -> float | None:
@@ -160,7 +167,7 @@ class StudyRun:
         judge = self.about.get("judge")
         return judge if isinstance(judge, Mapping) else {}
 
-    def _figure(self, rows: Mapping[int, Row], name: str) -> dict[int, float]:
+    def _series(self, rows: Mapping[int, Row], name: str) -> dict[int, float]:
         where = f"{self.folder / 'metrics.jsonl'}: {name}"
         values = {
             step: number(row.get(name), f"{where} at step {step}") for step, row in rows.items()
@@ -194,8 +201,8 @@ class PolicyStudy:
     Attributes:
         name: Name of the study's folder, or a title.
         groups: Groups of runs in the order of the study.
-        named_by_folder: Whether the runs were named one by one. Each group is then called by its
-            folders, and not by its judge.
+        named_by_folder: Whether the runs were named one by one. Each group is then named after its
+            folders, and not after its judge.
     """
 
     name: str
@@ -227,7 +234,7 @@ class PolicyStudy:
         return f"{group.judge} on {group.policy}" if len(self.policies) > 1 else group.judge
 
     def has(self, name: str) -> bool:
-        """Return whether any run has a figure of gradings."""
+        """Return whether any run has a metric of gradings."""
         return any(run.graded(name) for run in self.runs)
 
 
@@ -241,12 +248,12 @@ def number(value: Any, where: str) -> float | None:
     """Return a number; None if it is null or not finite.
 
     Raises:
-        UserError: The value is no number.
+        UserError: The value is not a number.
     """
     if value is None:
         return None
     if not isinstance(value, int | float):
-        raise UserError(f"{where} is no number: {value!r:.40}")
+        raise UserError(f"{where} is not a number: {value!r:.40}.")
     return float(value) if math.isfinite(value) else None
 
 

@@ -16,7 +16,7 @@ _MOST_POINTS = 120  # of a curve, before it is averaged
 
 
 # Name of the metric, title and unit. Metrics of gradings begin with "grade/".
-_FIGURES = (
+_METRICS = (
     ("reward", "Reward in training", "mean of the step"),
     ("length", "Length of responses in training", "tokens"),
     ("grade/length", "Length of responses to held-out prompts", "tokens"),
@@ -30,9 +30,9 @@ _SHARES = ("cut_off", "unrewarded")
 
 
 def training_panels(study: PolicyStudy) -> list[Panel]:
-    """Return the panels of the figures that any run has, without those that are always 0."""
+    """Return the panels of the metrics that any run has, without those that are always 0."""
     panels = []
-    for name, title, unit in _FIGURES:
+    for name, title, unit in _METRICS:
         curves = [(study.label(group), *_curve(group, name)) for group in study.groups]
         curves = [curve for curve in curves if len(curve[1])]
         if curves and any(np.any(values) for _, _, values in curves):
@@ -64,7 +64,7 @@ def _component_panels(study: PolicyStudy) -> list[Panel]:
 
 
 def _curve(group: SeedGroup, name: str) -> tuple[Floats, Floats]:
-    """Return steps and means over the seeds that have the figure, `[points]` each."""
+    """Return steps and means over the seeds that have the metric, `[points]` each."""
     series = [
         run.graded(name) if name.startswith(("grade/", COMPONENT_HELD_OUT)) else run.trained(name)
         for run in group.runs
@@ -98,8 +98,8 @@ def _averaged(steps: Floats, values: Floats) -> tuple[Floats, Floats]:
     """Return means of neighboring points of a long curve."""
     if len(steps) <= _MOST_POINTS:
         return steps, values
-    parts = np.array_split(np.arange(len(steps)), _MOST_POINTS)
+    chunks = np.array_split(np.arange(len(steps)), _MOST_POINTS)
     return (
-        np.array([steps[part].mean() for part in parts]),
-        np.array([values[part].mean() for part in parts]),
+        np.array([steps[chunk].mean() for chunk in chunks]),
+        np.array([values[chunk].mean() for chunk in chunks]),
     )

@@ -257,10 +257,10 @@ def test_policies_that_cannot_be_compared_are_refused(tmp_path: Path, files: lis
     refused(write(tmp_path / "same.jsonl", same), "have the id 'base-p0'")
     other = [Response(f"o{i}", Prompt(f"p{i}", [Message("user", "else")]), "x", "o")
              for i in range(N)]  # fmt: skip
-    refused(write(tmp_path / "other.jsonl", other), "'p0' is not the same")
+    refused(write(tmp_path / "other.jsonl", other), "'p0' differs between")
     rubric = [Response(f"r{i}", Prompt(f"p{i}", [Message("user", f"Say {i}")], rubric="Be brief."),
                        "x", "r") for i in range(N)]  # fmt: skip
-    refused(write(tmp_path / "rubric.jsonl", rubric), "'p0' is not the same .* rubric")
+    refused(write(tmp_path / "rubric.jsonl", rubric), "'p0' differs between .* rubric")
 
 
 def test_an_output_that_is_a_file_is_refused_before_any_work(tmp_path: Path) -> None:

@@ -262,7 +262,7 @@ def test_a_seed_twice_is_refused(tmp_path: Path) -> None:
         write_run(tmp_path / name, "label", 3)
     entries = [entry("label", 3) | {"folder": name} for name in ("a", "b")]
     write_index(tmp_path, entries)
-    with pytest.raises(UserError, match=r"has seed 3 of 'label' on 'start' twice"):
+    with pytest.raises(UserError, match=r"lists seed 3 of 'label' on 'start' twice"):
         main([str(tmp_path)])
     write_index(tmp_path, [one | {"seed": seed} for seed, one in enumerate(entries, 1)])
     with pytest.raises(UserError, match=r"seed 1 for .*/a, whose run\.json has seed 3"):
@@ -270,7 +270,7 @@ def test_a_seed_twice_is_refused(tmp_path: Path) -> None:
     for one in entries:
         del one["seed"]  # then run.json tells
     write_index(tmp_path, entries)
-    with pytest.raises(UserError, match=r"has seed 3 of 'label' on 'start' twice"):
+    with pytest.raises(UserError, match=r"lists seed 3 of 'label' on 'start' twice"):
         main([str(tmp_path)])
     tell(tmp_path / "b", seed=4)
     main([str(tmp_path)])
@@ -407,11 +407,15 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     [
         ("study.json", "{}", "study.json must have a list of runs"),
         ("study.json", "[1", "study.json is not JSON"),
-        ("study.json", '{"runs": [{"folder": "x"}]}', "a run has a folder, a policy and a judge"),
-        ("start-label-seed0/run.json", "[]", "run.json must hold one JSON object"),
+        (
+            "study.json",
+            '{"runs": [{"folder": "x"}]}',
+            "a run needs the keys folder, policy and judge",
+        ),
+        ("start-label-seed0/run.json", "[]", "run.json must contain one JSON object"),
         ("start-label-seed0/metrics.jsonl", "x\n{}\n", "line 1 is not JSON"),
-        ("start-label-seed0/metrics.jsonl", '{"step": "a"}\n', "without a whole number"),
-        ("start-label-seed0/metrics.jsonl", '{"step": 0, "grade/proxy": "9"}\n', "is no number"),
+        ("start-label-seed0/metrics.jsonl", '{"step": "a"}\n', "whose step is not a whole number"),
+        ("start-label-seed0/metrics.jsonl", '{"step": 0, "grade/proxy": "9"}\n', "is not a number"),
         ("start-label-seed0/metrics.jsonl", '{"step": 1, "loss": 2}\n', "has a grading yet"),
         ("start-label-seed0/samples.jsonl", '{"step": 0}\n', "not a sample of a policy run"),
         (
