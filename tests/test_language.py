@@ -1,11 +1,11 @@
-"""The language of help texts and error messages, by the rules of CONTRIBUTING.md."""
+"""The language of help texts, error messages and docstrings, by the rules of CONTRIBUTING.md."""
 
 import argparse
 import ast
 import importlib
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -141,12 +141,20 @@ def messages(file: Path) -> Iterator[str]:
                         yield part.value
 
 
-def test_error_messages_have_no_banned_word() -> None:
+def first_lines(file: Path) -> Iterator[str]:
+    """Yield the first lines of the docstrings of a file."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield (ast.get_docstring(node) or "").partition("\n")[0]
+
+
+@pytest.mark.parametrize("texts", [messages, first_lines])
+def test_texts_of_the_code_have_no_banned_word(texts: Callable[[Path], Iterator[str]]) -> None:
     roots = ("megatron_ext", "alignment", "tools", "examples", "benchmarks")
     files = [ROOT / "pretrain_et.py", *(f for root in roots for f in (ROOT / root).rglob("*.py"))]
     assert [
         (str(file.relative_to(ROOT)), text)
         for file in sorted(files)
-        for text in messages(file)
+        for text in texts(file)
         if BANNED.search(text)
     ] == []

@@ -79,7 +79,7 @@ def documents(paths: list[str], layout: TextFormat) -> Iterator[str]:
 
 
 def _joined_lines(reader: ShardReader) -> Iterator[str | MalformedRecord]:
-    """Join the lines of plain text, so that blank lines are known; malformed ones are kept."""
+    """Join the lines of plain text, so that blank lines are known; malformed ones remain."""
     lines: list[str] = []
     size = 0
     for line in reader:

@@ -35,7 +35,7 @@ class CancelToken:
         return self._event.is_set()
 
     def cancel(self, error: Exception | None = None, signal_number: int = 0) -> None:
-        """Cancel the run, unless it is already cancelled; the first cause is kept."""
+        """Cancel the run, unless it is already cancelled; only the first cause counts."""
         if not self.cancelled:
             self.error, self.signal = error, signal_number
             self._event.set()

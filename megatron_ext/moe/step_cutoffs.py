@@ -1,4 +1,4 @@
-"""Cutoffs of one optimizer step, found in the forward pass or at its end."""
+"""Cutoffs of one optimizer step, computed in the forward pass or at its end."""
 
 from collections.abc import Sequence
 
@@ -59,7 +59,7 @@ class StepCutoffs:
         self.buffered_logits.append(logits)
 
     def has_room(self, nbytes: int) -> bool:
-        """Return whether another micro-batch's logits can be kept within the bound.
+        """Return whether another micro-batch's logits fit within the bound.
 
         Pools of whole steps cannot be resolved early; their size is checked before training.
         """

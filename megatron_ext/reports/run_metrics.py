@@ -228,7 +228,7 @@ class RunMetrics:
 
 
 def refuse_policy_run(run_dir: Path) -> None:
-    """Refuse the folder of a run that trained a policy, which has a report of its own kind.
+    """Refuse the folder of a run that trained a policy, which et-align report shows.
 
     Raises:
         UserError: The run is one of et-align train-policy.

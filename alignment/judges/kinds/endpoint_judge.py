@@ -1,4 +1,4 @@
-"""Judge at an endpoint, asked by the ranks of a training run."""
+"""Judge at an endpoint, which the ranks of a training run call."""
 
 import asyncio
 import json
@@ -221,7 +221,7 @@ class EndpointJudge:
         ]
 
     def _report(self, message: str) -> None:
-        """Print a message only once, however often the judge is asked."""
+        """Print a message only once, however often the judge is called."""
         if message not in self._reported:
             self._reported.add(message)
             console.warn(f"the judge {self._config.name}: {message}")

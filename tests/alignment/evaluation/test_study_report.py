@@ -292,7 +292,10 @@ def test_a_folder_twice_is_refused_however_it_is_written(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     "facts, message",
     [
-        ({"settings": {"reward": "pairwise"}}, "one has the mean score and the other the win rate"),
+        (
+            {"settings": {"reward": "pairwise"}},
+            "one has the mean score, and the other the win rate",
+        ),
         ({"gold": {"name": "rule", "identity": "1a"}}, "their gold judges differ"),
         (
             {"gold": {"identity": "0a", "ensemble": [{"identity": "0a"}, {"identity": "1a"}]}},
