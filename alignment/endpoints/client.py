@@ -179,8 +179,8 @@ class EndpointClient:
             ) from None
         except (httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
             raise UserError(
-                f"{self.flag} {self.url} is not the address of an endpoint: {error}. Pass "
-                "http://HOST:PORT/v1."
+                f"{self.flag} {self.url} is not the address of an endpoint "
+                f"({str(error).rstrip('.')}). Pass http://HOST:PORT/v1."
             ) from None
         except httpx.HTTPError as error:
             reason = f"no connection: {str(error) or type(error).__name__}"
