@@ -75,7 +75,7 @@ def test_refusing_endpoint_ends_all_ranks_with_one_sentence(tmp_path):
         first[1].startswith("the judge address: ")
         and "is not the address of an endpoint" in first[1]
     )
-    assert first[2] == first[3] and "write expected_score: false" in first[2]
+    assert first[2] == first[3] and "expected_score: false" in first[2]
     assert calls <= len(ITEMS)  # the completed calls show it too
 
 
