@@ -10,6 +10,8 @@ is 1/16 of them), on real gloo ranks and in the same run:
     mean of rank quantiles   as megatron-core 0.19.2's quantile balancing does
     histogram of 1,000 bins  from one below the least to one above the greatest threshold,
                              interpolated, as its proposed successor does
+    thresholds, ema          update of the thresholds by cutoffs that are known: without a search,
+    thresholds, adaptive     by either estimator
 
 Logits are new in every step. `equal` ranks draw them from one distribution, `skewed` ranks from
 different ones. Times are the median and the minimum over steps of the slowest rank; bytes are those
@@ -43,6 +45,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_ext.moe.forecast import Forecast
 from megatron_ext.moe.order_statistics import kth_largest, top_k_mask
+from megatron_ext.moe.threshold_estimators import StepCounts
+from megatron_ext.moe.thresholds import Thresholds
 from tests.collectives import counted_collectives
 from tests.distributed import run_ranks
 
@@ -89,6 +93,20 @@ class Ours:
         cutoffs = list(values.view(len(logits), -1))
         for forecast, cutoff in zip(self.forecasts, cutoffs):
             forecast.observe(cutoff)
+        return cutoffs
+
+
+class Estimates:
+    """Thresholds of every layer, updated by known cutoffs as at the end of a step."""
+
+    def __init__(self, experts: int, layers: int, adaptive: bool) -> None:
+        self.layers = [Thresholds(experts, 0.99, adaptive=adaptive) for _ in range(layers)]
+
+    def update(self, cutoffs: list[Tensor], tokens: int) -> list[Tensor]:
+        counts = StepCounts(torch.full_like(cutoffs[0], rank_of(tokens) + 9).long(),
+                            rank_of(tokens), tokens)  # fmt: skip
+        for thresholds, cutoff in zip(self.layers, cutoffs):
+            thresholds.update(cutoff, counts)
         return cutoffs
 
 
@@ -213,13 +231,17 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Measure one case, on every rank, and return its rows."""
     ranks = dist.get_world_size()
-    thresholds: list[Tensor] = []
+    thresholds: list[Tensor] = []  # exact cutoffs of the last step
+    known: list[Tensor] = []  # and of this one
+    estimates = [Estimates(experts, layers, adaptive) for adaptive in (False, True)]
     methods: dict[str, Callable[[list[Tensor]], list[Tensor]]] = {
         "ours, expert choice": Ours(layers).expert_choice,
         "ours, expert threshold": Ours(layers).expert_threshold,
         "gather and top-k": gather_and_top_k,
         "mean of rank quantiles": mean_of_rank_quantiles,
         "histogram of 1,000 bins": lambda logits: histogram(logits, thresholds),
+        "thresholds, ema": lambda _: estimates[0].update(known, tokens),
+        "thresholds, adaptive": lambda _: estimates[1].update(known, tokens),
     }
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     calls: dict[str, list[int]] = {name: [] for name in methods}
@@ -230,16 +252,17 @@ def measure(
         exact: list[Tensor] = []
         # The gathered answer is the first, because the others are compared with it.
         for name in sorted(methods, key=lambda name: name != "gather and top-k"):
-            if step < FORECAST_STEPS and not name.startswith("ours"):
+            if step < FORECAST_STEPS and not name.startswith(("ours", "gather")):
                 continue
             dist.barrier()
             with counted_collectives() as collectives:
                 start = time.perf_counter()
                 cutoffs = methods[name](logits)
                 elapsed = time.perf_counter() - start
+            exact = exact or cutoffs
+            known[:] = exact
             if step < FORECAST_STEPS:
                 continue
-            exact = exact or cutoffs
             difference = (torch.stack(cutoffs) - torch.stack(exact)).abs().max()
             errors[name] = max(errors[name], float(difference))
             seconds[name].append(greatest(elapsed))

@@ -31,6 +31,11 @@ class ETConfig(TransformerConfig):
     et_mean_experts: float | None = None
     """Mean number of routed experts per token; may be fractional. Default: --moe-router-topk."""
 
+    et_threshold_estimator: Literal["ema", "adaptive"] = "ema"
+    """Estimate of an expert's next cutoff that is its threshold. ema: a moving average of the
+    cutoffs so far (the paper). adaptive: Kalman filters, which follow cutoffs that move and average
+    cutoffs that do not, without a decay. Default: ema."""
+
     et_ema_decay: float = 0.999
     """Decay of the moving average that turns an expert's cutoffs into its threshold, in [0, 1).
     Default: 0.999."""

@@ -167,6 +167,9 @@ def _without_effect(args: Namespace, explicit: Set[str]) -> list[str]:
         unused = dict.fromkeys(ignored, f"--router-type {args.router_type}")
         if args.et_capacity is None:
             unused = {"et_capacity_pool": "--et-capacity none"} | unused
+        if args.et_threshold_estimator != "ema":
+            estimator = f"--et-threshold-estimator {args.et_threshold_estimator}"
+            unused = {"et_ema_decay": estimator} | unused
     if args.optimizer != "muon":
         unused |= dict.fromkeys(_MUON_FLAGS, f"--optimizer {args.optimizer}")
     elif not args.num_experts:

@@ -49,6 +49,8 @@ _ROWS = (
     Row("ec-step", "expert choice, pools of a step", "ec-2k", pools=1),
     Row("et-cold", "expert threshold", "et-cold"),
     Row("et", "expert threshold, warm-up"),
+    Row("et-adaptive-cold", "expert threshold, filters", "et-adaptive-cold"),
+    Row("et-adaptive", "expert threshold, filters, warm-up", "et-adaptive"),
 )
 ROWS = {row.name: row for row in _ROWS}
 # Rows with which others are compared, seed by seed.

@@ -5,7 +5,7 @@ from dataclasses import MISSING, dataclass
 from typing import Any
 
 from megatron_ext.errors import UserError
-from megatron_ext.model.identity import default_value, read_settings
+from megatron_ext.model.identity import default_value, read_settings, setting_value
 from megatron_ext.moe.registry import ROUTERS, router_type
 
 # Megatron's RoPE scaling has Llama 3's constants built in; only the factor can be set.
@@ -25,7 +25,7 @@ _TRANSLATED = {
     *("et_norm_scale", "et_embedding_norm", "et_logit_softcap"),
     *("num_experts", "router_type", "moe_layer_freq", "moe_ffn_hidden_size"),
     *("moe_shared_expert_intermediate_size", "moe_router_topk", "moe_router_pre_softmax"),
-    *("et_mean_experts", "et_ema_decay", "et_gate"),
+    *("et_mean_experts", "et_threshold_estimator", "et_ema_decay", "et_gate"),
 }
 # Required values of other arguments that affect the model, where these are not their defaults.
 _FIXED: dict[str, Any] = {
@@ -76,7 +76,9 @@ class Architecture:
         normalize_topk: Whether the weights of a token's experts sum to 1 (token choice).
         aux_loss: Coefficient of the load-balancing loss (token choice).
         gate: Function from router logits to weights (thresholds).
-        ema_decay: Decay of the thresholds' moving average.
+        estimator: Estimator of the thresholds, for training.
+        ema_decay: Decay of the thresholds' moving average; 0 with another estimator, whose state is
+            not converted: training goes on from the thresholds.
         mean_experts: Mean fan-out, if it is not `topk`.
     """
 
@@ -107,6 +109,7 @@ class Architecture:
     normalize_topk: bool = True
     aux_loss: float = 0.0
     gate: str = "sigmoid"
+    estimator: str = "ema"
     ema_decay: float = 0.0
     mean_experts: float | None = None
 
@@ -242,9 +245,11 @@ def _expert_settings(args: Namespace, router: str | None) -> dict[str, Any]:
             "normalize_topk": not args.moe_router_pre_softmax,
             "aux_loss": aux_loss,
         }
+    estimator = setting_value(args, "et_threshold_estimator")
     return settings | {
         "gate": args.et_gate,
-        "ema_decay": args.et_ema_decay,
+        "estimator": estimator,
+        "ema_decay": args.et_ema_decay if estimator == "ema" else 0.0,
         "mean_experts": args.et_mean_experts,
     }
 
@@ -307,7 +312,9 @@ def to_settings(model: Architecture) -> dict[str, Any]:
         if model.shared_ffn:
             values["moe_shared_expert_intermediate_size"] = model.shared_ffn
         if model.thresholds:
-            values |= {"et_gate": model.gate, "et_ema_decay": model.ema_decay}
+            values |= {"et_gate": model.gate, "et_threshold_estimator": model.estimator}
+            if model.estimator == "ema":
+                values["et_ema_decay"] = model.ema_decay
             if model.mean_experts is not None:
                 values["et_mean_experts"] = model.mean_experts
         else:

@@ -166,6 +166,7 @@ FAMILIES = (
             "router_gate": "gate",
             "num_experts_per_tok": "topk",
             "mean_experts": "mean_experts",
+            "threshold_estimator": "estimator",
             "threshold_ema_decay": "ema_decay",
         },
         {},

@@ -129,6 +129,7 @@ class LiveTensors:
         for module in chain.from_iterable(stage.modules() for stage in self._stages):
             if isinstance(module, Thresholds):
                 module.forget_count()
+                module.restart_filter()
 
     @torch.no_grad()
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:

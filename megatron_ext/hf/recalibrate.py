@@ -17,6 +17,7 @@ from megatron_ext.hf.sources import with_rows
 from megatron_ext.hf.starting_recipe import write_recipe
 from megatron_ext.hf.tokenizer_export import carry_tokenizer
 from megatron_ext.hf.torch_dist import TensorChunk, TorchDistReader
+from megatron_ext.model.identity import setting_value
 from megatron_ext.moe.thresholds import Thresholds
 
 _ROUTER, _THRESHOLDS = ".mlp.router.weight", ".mlp.router.thresholds."
@@ -115,7 +116,8 @@ def _chunks(
         if name.endswith(_ROUTER):
             prefix = name.removesuffix(_ROUTER)
             values = cutoffs[int(prefix.rpartition(".")[2])]
-            state = Thresholds(len(values), args.et_ema_decay, device="cpu")
+            adaptive = setting_value(args, "et_threshold_estimator") == "adaptive"
+            state = Thresholds(len(values), args.et_ema_decay, device="cpu", adaptive=adaptive)
             state.start_at(values)
             for key, tensor in state.state_dict().items():
                 key, shape = f"{prefix}{_THRESHOLDS}{key}", tuple(tensor.shape)

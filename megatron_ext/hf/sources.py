@@ -27,7 +27,7 @@ from megatron_ext.hf.safetensors_folder import SafetensorsReader
 from megatron_ext.hf.tokenizer_export import carry_tokenizer, import_tokenizer
 from megatron_ext.hf.torch_dist import TorchDistReader
 from megatron_ext.model_location import locate_model
-from megatron_ext.moe.thresholds import Thresholds
+from megatron_ext.moe.thresholds import FILTER, Thresholds
 
 # Older folders contain the frequencies of each layer. transformers computes them from the
 # configuration and ignores tensors with this pattern, whatever their values.
@@ -300,7 +300,7 @@ def _check_megatron_tensors(
         stacked = () if link.expert is None else (model.experts,)
         expected[link.key] = (*stacked, *link.shape)
     vocabulary = {link.key for link in links if link.layout is TensorLayout.VOCABULARY}
-    present = dict(reader.shapes)
+    present = {key: shape for key, shape in reader.shapes.items() if not key.endswith(FILTER)}
     for key in vocabulary & present.keys():
         if present[key][0] >= model.vocab:
             present[key] = (model.vocab, *present[key][1:])  # the rest is padding

@@ -33,6 +33,7 @@ from megatron_ext.hf.end_tokens import record_end_tokens
 from megatron_ext.inference.plain_linear import simplify_linear_layers
 from megatron_ext.model.gpt import gpt_model_config
 from megatron_ext.model_location import locate_model
+from megatron_ext.moe.thresholds import FILTER
 
 # Temporary folders with tokenizers of Hugging Face folders, which exist until the process ends.
 _TOKENIZERS: list[tempfile.TemporaryDirectory[str]] = []
@@ -184,6 +185,7 @@ def _load_weights(
 ) -> None:
     metadata = dist_checkpointing.load_content_metadata(preloaded_state_dict=state)
     weights: dict[str, Any] = module.sharded_state_dict(metadata=metadata)  # type: ignore[operator]
+    weights = {name: part for name, part in weights.items() if not name.endswith(FILTER)}
     if not thresholds:
         weights = {name: part for name, part in weights.items() if ".thresholds." not in name}
     sharded = {"model": weights}

@@ -64,6 +64,14 @@ def check_same_model(checkpoint: Path, saved: Namespace, current: Namespace) -> 
                 f"{checkpoint} was trained with {float(saved_value):g} experts per token on "
                 f"average, but the flags say {float(current_value):g}. Make them equal."
             )
+        if name == "et_threshold_estimator":
+            if current_value == "adaptive":  # its filters start at the moving average
+                continue
+            raise UserError(
+                f"{checkpoint} was trained with --et-threshold-estimator {saved_value}, whose "
+                f"filters do not have the moving average that {current_value} continues. Use "
+                f"{saved_value}."
+            )
         raise UserError(
             f"{checkpoint} was trained with {_display_name(name)} = {saved_value}, but the flags "
             f"say {current_value}. Make them equal, or choose another --run-dir or --load."
@@ -167,6 +175,8 @@ _EQUIVALENTS: dict[str, Callable[[Namespace], Any]] = {
 
 def _is_read(args: Namespace, name: str) -> bool:
     """Return whether the model of these arguments depends on a setting."""
+    if name == "et_ema_decay" and setting_value(args, "et_threshold_estimator") != "ema":
+        return False
     if name.startswith("moe_") or name == "router_type" or name in routing_flags():
         return bool(args.num_experts) and router_type(args.router_type).reads(name)
     if name == "max_position_embeddings":

@@ -69,7 +69,7 @@ MARKS: dict[str, Mark] = {
     **_marked(
         "same",
         """
-        router_type et_mean_experts et_ema_decay et_gate moe_router_topk
+        router_type et_mean_experts et_threshold_estimator et_ema_decay et_gate moe_router_topk
         moe_router_topk_limited_devices moe_router_num_groups moe_router_group_topk
         moe_router_pre_softmax moe_router_topk_scaling_factor moe_router_score_function
         moe_router_enable_expert_bias moe_apply_probs_on_input moe_router_force_load_balancing

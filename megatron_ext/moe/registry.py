@@ -118,7 +118,9 @@ class RouterType:
         return {**(_NEEDS_FIXED_FAN_OUT if self.variable_fan_out else {}), **self.unsupported}
 
 
-_THRESHOLD_FLAGS = frozenset({"et_mean_experts", "et_ema_decay", "et_gate", "et_cutoff_pool"})
+_THRESHOLD_FLAGS = frozenset(
+    {"et_mean_experts", "et_threshold_estimator", "et_ema_decay", "et_gate", "et_cutoff_pool"}
+)
 _THRESHOLD_ROUTER: dict[str, Any] = {
     "router": "megatron_ext.moe.threshold_router:ThresholdRouter",
     "variable_fan_out": True,

@@ -57,6 +57,21 @@ class RoutingCounts(torch.nn.Module):
         self.fan_out.zero_()
 
 
+def _expert_count(packed: Tensor) -> int:
+    return (packed.numel() - 1) // 5
+
+
+def above_threshold(packed: Tensor) -> Tensor:
+    """Return the number of logits above each threshold, int64 `[experts]`, from packed counts."""
+    experts = _expert_count(packed)
+    return packed[experts : 2 * experts]
+
+
+def token_count(packed: Tensor) -> int:
+    """Return the number of tokens from packed counts."""
+    return int(packed[4 * _expert_count(packed) :].sum())
+
+
 def layer_metrics(
     packed: Tensor, threshold: Tensor | None, cutoff: Tensor | None, k_min_rate: float
 ) -> dict[str, Any]:
@@ -72,7 +87,7 @@ def layer_metrics(
         Scalars by name, and lists by expert under `experts/`. Shares are in [0, 1].
     """
     packed = packed.cpu()
-    experts = (packed.numel() - 1) // 5
+    experts = _expert_count(packed)
     selected, above, dropped, forced = packed[: 4 * experts].view(4, experts).double()
     fan_out = packed[4 * experts :].double()
     tokens = max(1.0, float(fan_out.sum()))

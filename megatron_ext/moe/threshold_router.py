@@ -12,8 +12,9 @@ from torch import Tensor
 from megatron_ext.config import ETConfig
 from megatron_ext.moe.order_statistics import kth_largest, top_k_mask
 from megatron_ext.moe.router import ETRouter
-from megatron_ext.moe.routing_metrics import layer_metrics
+from megatron_ext.moe.routing_metrics import above_threshold, layer_metrics, token_count
 from megatron_ext.moe.step_cutoffs import StepCutoffs, resolve_buffered_logits
+from megatron_ext.moe.threshold_estimators import StepCounts
 from megatron_ext.moe.thresholds import Thresholds, select_by_threshold
 from megatron_ext.sequence import sequence_positions
 
@@ -51,11 +52,15 @@ class ThresholdRouter(ETRouter):
         self.ranks = tuple(g.rank() for g in (pg_collection.dp, pg_collection.cp, pg_collection.tp))
         self.cp_size, self.tp_size = pg_collection.cp.size(), pg_collection.tp.size()
         self.thresholds = Thresholds(
-            config.num_moe_experts, config.et_ema_decay, device=torch.cuda.current_device()
+            config.num_moe_experts,
+            config.et_ema_decay,
+            device=torch.cuda.current_device(),
+            adaptive=config.et_threshold_estimator == "adaptive",
         )
         whole_step = config.et_cutoff_pool == "step"
         self.cutoffs = StepCutoffs(self.rate.k, whole_step, config.logit_buffer_bytes)
-        self._step_cutoff: Tensor | None = None  # fp32 [experts], until commit or discard
+        # Cutoffs, fp32 [experts], and counts of the step, until commit or discard.
+        self._step: tuple[Tensor, StepCounts] | None = None
 
     @property
     def expert_choice_phase(self) -> bool:
@@ -130,22 +135,26 @@ class ThresholdRouter(ETRouter):
 
     def resolve(self, counts: Tensor) -> dict[str, Any]:
         """End the collection of a step's cutoffs and counts; see :meth:`ETRouter.resolve`."""
-        self._step_cutoff = self.cutoffs.take()
+        pools = len(self.cutoffs.values)
+        cutoff = self.cutoffs.take()
+        above, packed = above_threshold(counts), counts.cpu()
+        tokens = token_count(packed)
+        self._step = cutoff, StepCounts(above, pools * self.rate.k(tokens // pools), tokens)
         threshold = self.thresholds.value() if self.thresholds.update_count else None
         rate = self.rate
         k_min_rate = 0.0 if rate.capacity is None else float(rate.rate * (1 - rate.capacity))
         self.counts.reset()
-        return layer_metrics(counts, threshold, self._step_cutoff, k_min_rate)
+        return layer_metrics(packed, threshold, cutoff, k_min_rate)
 
     def commit(self) -> None:
         """Move the thresholds by the cutoffs of the step."""
-        if self._step_cutoff is not None:
-            self.thresholds.update(self._step_cutoff)
-        self._step_cutoff = None
+        if self._step is not None:
+            self.thresholds.update(*self._step)
+        self._step = None
 
     def discard(self) -> None:
         """Drop the cutoffs of the step: the thresholds stay where they are."""
-        self._step_cutoff = None
+        self._step = None
 
     def _positions(self, sequence: int, batch: int, device: torch.device) -> Tensor:
         """Return the positions of this rank's tokens in the micro-batch, int64 `[tokens]`.

@@ -1,11 +1,11 @@
 """Rates, thresholds and selection: the routing rule of Expert Threshold (arXiv 2603.11535).
 
-An expert takes the tokens whose router logit exceeds its threshold, the bias-corrected moving
-average of its cutoffs; a cutoff is the k-th largest logit of the expert over the routing pool.
-This module does not depend on Megatron.
+An expert takes the tokens whose router logit exceeds its threshold, an estimate of its next cutoff
+from those so far; a cutoff is the k-th largest logit of the expert over the routing pool. This
+module does not depend on Megatron.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from math import floor
@@ -15,8 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_ext.moe import threshold_estimators
 from megatron_ext.moe.candidates import column_counts
 from megatron_ext.moe.order_statistics import Group, kth_largest, top_k_mask
+from megatron_ext.moe.threshold_estimators import StepCounts
 
 
 @dataclass(frozen=True)
@@ -46,26 +48,43 @@ class RoutingRate:
         return min(tokens, floor(self.k(tokens) * (1 + self.capacity)))
 
 
-class Thresholds(torch.nn.Module):
-    """One threshold per expert: `average / (1 - decay ** updates)` of the cutoffs so far.
+FILTER = ".thresholds.filter"
+"""End of the name of the state of filters in a checkpoint, which inference does not need."""
 
-    The state is fp32 whatever the dtype of the model, is saved in its checkpoint, and changes only
-    in :meth:`update` and :meth:`start_at`.
+
+class Thresholds(torch.nn.Module):
+    """One threshold per expert, estimated from the cutoffs so far.
+
+    The estimate is their bias-corrected moving average, `average / (1 - decay ** updates)`, or that
+    of :mod:`threshold_estimators`, which `average` then contains. The state is fp32 whatever the
+    dtype of the model, is saved in its checkpoint, and changes only in :meth:`update`,
+    :meth:`start_at` and :meth:`restart_filter`.
 
     Args:
         experts: Number of routed experts.
         decay: Decay of the moving average, in [0, 1).
         device: Device of the state.
+        adaptive: Whether filters estimate the cutoffs, without a decay.
     """
 
     average: Tensor  # fp32 [experts]
     updates: Tensor  # int64 []
+    filter: Tensor | None  # fp32 [threshold_estimators.ROWS, experts]
 
-    def __init__(self, experts: int, decay: float, device: torch.device | int | str | None = None):
+    def __init__(
+        self,
+        experts: int,
+        decay: float,
+        device: torch.device | int | str | None = None,
+        adaptive: bool = False,
+    ):
         super().__init__()
-        self.decay = decay
+        self.decay = 0.0 if adaptive else decay
         self.register_buffer("average", torch.zeros(experts, dtype=torch.float32, device=device))
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64, device=device))
+        shape = (threshold_estimators.ROWS, experts)
+        zeros = torch.zeros(shape, dtype=torch.float32, device=device) if adaptive else None
+        self.register_buffer("filter", zeros)
         self._updates_on_host: int | None = 0
 
     @property
@@ -89,14 +108,23 @@ class Thresholds(torch.nn.Module):
         return (self.average.double() / (1.0 - self.decay**self.update_count)).float()
 
     @torch.no_grad()
-    def update(self, cutoffs: Tensor) -> None:
-        """Fold one step's cutoffs, fp32 `[experts]`, into the average.
+    def update(self, cutoffs: Tensor, counts: StepCounts | None = None) -> None:
+        """Update the estimate by the cutoffs of one step.
 
         An expert without a finite cutoff (every logit -inf or NaN) keeps its threshold.
+
+        Args:
+            cutoffs: fp32 `[experts]`.
+            counts: Counts of the step, for the filters; None if thresholds had no value.
         """
-        previous = self.value() if self.update_count else torch.zeros_like(self.average)
-        cutoffs = torch.where(cutoffs.isfinite(), cutoffs, previous)
-        self.average.mul_(self.decay).add_(cutoffs, alpha=1.0 - self.decay)
+        if self.filter is None:
+            previous = self.value() if self.update_count else torch.zeros_like(self.average)
+            cutoffs = torch.where(cutoffs.isfinite(), cutoffs, previous)
+            self.average.mul_(self.decay).add_(cutoffs, alpha=1.0 - self.decay)
+        else:
+            counts = counts if self.update_count else None
+            self.filter.copy_(threshold_estimators.update(self.filter, cutoffs, counts))
+            self.average.copy_(threshold_estimators.predict(self.filter))
         self.updates.add_(1)
         self._updates_on_host = self.update_count + 1
 
@@ -116,6 +144,19 @@ class Thresholds(torch.nn.Module):
         for _ in range(3):
             lower = torch.nextafter(self.average, torch.full_like(self.average, -torch.inf))
             self.average.copy_(torch.where(self.value() < values, self.average, lower))
+        self.restart_filter()
+
+    @torch.no_grad()
+    def restart_filter(self) -> None:
+        """Begin new filters at the thresholds, if there are any.
+
+        The filters count the thresholds as a single cutoff, so that they soon depend on new ones.
+        """
+        if self.filter is None:
+            return
+        self.filter.zero_()
+        if self.update_count:
+            self.filter.copy_(threshold_estimators.start(self.value()))
 
     def forget_count(self) -> None:
         """Read the number of updates from the device again, after the buffers were written to."""
@@ -123,18 +164,38 @@ class Thresholds(torch.nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Thresholds":
         """Follow the model to its device but not to its dtype: rounding would move thresholds."""
-        average = self.average
+        before = {"average": self.average, "filter": self.filter}
         super()._apply(fn, recurse)
-        if self.average.dtype != torch.float32:
-            device = self.average.device
-            self.average = average.float() if average.is_meta else average.to(device)
-            if average.is_meta and device.type != "meta":
-                self.average = torch.zeros_like(average, device=device)
+        for name, tensor in before.items():
+            now = getattr(self, name)
+            if now is None or now.dtype == torch.float32:
+                continue
+            assert tensor is not None
+            moved = tensor.float() if tensor.is_meta else tensor.to(now.device)
+            if tensor.is_meta and not now.is_meta:
+                moved = torch.zeros_like(tensor, device=now.device, dtype=torch.float32)
+            setattr(self, name, moved)
         return self
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        *rest: Any,
+    ) -> None:
+        """Load the state; one without filters begins them at its thresholds."""
+        missing: list[str] = []
+        super()._load_from_state_dict(  # type: ignore[no-untyped-call]
+            state_dict, prefix, local_metadata, strict, missing, *rest
+        )
         self.forget_count()
+        if f"{prefix}filter" in missing:
+            missing.remove(f"{prefix}filter")
+            self.restart_filter()
+        missing_keys += missing
 
 
 @torch.no_grad()

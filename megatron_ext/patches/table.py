@@ -275,6 +275,14 @@ _TRAINING = (
         removable="When `--verify-integrity` shares the work among the ranks.",
     ),
     Patch(
+        group="checkpoints",
+        targets=("megatron.core.dist_checkpointing.load",),
+        source="megatron_ext.training.estimator_change:replacements",
+        reason="A run with filters cannot load a checkpoint that has thresholds alone.",
+        removable="When Megatron lets a module load a state dict without some of its tensors.",
+        upstream="Not a bug: the tensors are this project's.",
+    ),
+    Patch(
         group="trainer",
         targets=_in(
             "megatron.training.training",

@@ -59,7 +59,8 @@ def route(kinds: list[str], flags: list[str]) -> list[dict[str, Any]]:
     for kind in kinds:
         router.thresholds.average.zero_()
         router.thresholds.updates.zero_()
-        router.thresholds._updates_on_host = None
+        router.thresholds.forget_count()
+        router.thresholds.restart_filter()
         maps = torch.zeros((STEPS, MICRO_BATCHES, BATCH, SEQUENCE, EXPERTS), dtype=torch.int32)
         figures, thresholds = [], []
         for number, micro_batches in enumerate(make_logits(kind)):
@@ -90,6 +91,7 @@ LAYOUTS = {
 POOLS = {
     "cutoffs of micro-batches": ["--et-cutoff-pool", "microbatch"],
     "cutoffs of steps": ["--et-cutoff-pool", "step"],
+    "filters": ["--et-threshold-estimator", "adaptive", "--et-cutoff-pool", "microbatch"],
 }
 
 

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_ext.moe.routing_metrics import RoutingCounts
+from megatron_ext.moe.threshold_estimators import StepCounts
 from megatron_ext.moe.thresholds import (
     RoutingRate,
     Thresholds,
@@ -89,6 +90,66 @@ def test_thresholds_keep_their_bits_in_every_dtype_of_the_model() -> None:
     assert Thresholds(2, 0.9, device="meta").bfloat16().average.dtype == torch.float32
 
 
+def adaptive_after(steps: int, seed: int = 1) -> Thresholds:
+    """Filters of three experts after some steps of noise, with counts."""
+    thresholds = Thresholds(3, 0.9, adaptive=True)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        cutoffs = torch.randn(3, generator=generator)
+        above = torch.randint(0, 64, (3,), generator=generator)
+        thresholds.update(cutoffs, StepCounts(above, 32, 128))
+    return thresholds
+
+
+def test_adaptive_thresholds_continue_from_their_state() -> None:
+    whole, first = adaptive_after(5), adaptive_after(3)
+    model: Any = torch.nn.Sequential(torch.nn.Linear(2, 2), Thresholds(3, 0.0, adaptive=True))
+    model.bfloat16()[1].load_state_dict(first.state_dict())
+    generator = torch.Generator().manual_seed(1)
+    for step in range(5):
+        cutoffs = torch.randn(3, generator=generator)
+        above = torch.randint(0, 64, (3,), generator=generator)
+        if step >= 3:
+            model[1].update(cutoffs, StepCounts(above, 32, 128))
+    assert model[1].filter.dtype == torch.float32
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(model[1].state_dict()[name], tensor), name
+    assert Thresholds(2, 0.9, device="meta", adaptive=True).half().filter.dtype == torch.float32  # type: ignore[union-attr]
+
+
+def test_adaptive_thresholds_begin_at_those_of_a_state_without_filters() -> None:
+    state = adaptive_after(4).state_dict()
+    del state["filter"]
+    thresholds = Thresholds(3, 0.9, adaptive=True)
+    thresholds.load_state_dict(state)
+    value = thresholds.value()
+    assert torch.equal(value, state["average"]) and thresholds.update_count == 4
+    cutoffs = value + torch.tensor([1.0, -1.0, 0.5])
+    thresholds.update(cutoffs, StepCounts(torch.tensor([40, 20, 36]), 32, 128))
+    # They count as one cutoff of the past: most of the next one is followed.
+    share = (thresholds.value() - value) / (cutoffs - value)
+    assert ((share > 0.5) & (share < 1.0)).all()
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*filter"):
+        Thresholds(3, 0.9).load_state_dict(adaptive_after(4).state_dict())
+
+
+def test_adaptive_thresholds_start_below_logits_and_ignore_what_is_not_finite() -> None:
+    thresholds = adaptive_after(10)
+    values = torch.tensor([0.1, -3.0, 200.0])
+    thresholds.start_at(values)
+    below = values - thresholds.value()
+    assert (below > 0).all() and (below <= 4e-7 * values.abs()).all()
+    counts = StepCounts(torch.tensor([0, 40, 20]), 32, 128)
+    thresholds.update(torch.tensor([-torch.inf, torch.nan, 201.0]), counts)
+    assert torch.equal(thresholds.value()[:2] < values[:2], torch.tensor([True, True]))
+    assert thresholds.value()[2] > 200.4
+    untouched = Thresholds(2, 0.0, adaptive=True)
+    untouched.update(torch.tensor([-torch.inf, 1.0]))
+    assert untouched.value().tolist() == [0.0, 1.0]
+    untouched.update(torch.tensor([2.0, 1.0]), StepCounts(torch.tensor([3, 3]), 2, 8))
+    assert untouched.value()[0] == 2.0
+
+
 def reference_selection(x: torch.Tensor, c: torch.Tensor, rate: RoutingRate) -> torch.Tensor:
     """Token by token: above the threshold, cut to the k_max largest or filled to the k_min."""
     tokens, experts = x.shape
@@ -157,8 +218,10 @@ def test_select_by_sorting_counts_nan_as_absent() -> None:
 def test_select_by_threshold_does_not_wait_for_the_device(capacity: Fraction | None) -> None:
     # The meta device has no values: whatever asks for one fails.
     logits = torch.empty(64, 4, device="meta")
-    thresholds = Thresholds(4, 0.9, device="meta")
+    thresholds = Thresholds(4, 0.9, device="meta", adaptive=True)
     thresholds.update(logits[0])
+    above = torch.zeros(4, dtype=torch.int64, device="meta")
+    thresholds.update(logits[1], StepCounts(above, 16, 64))
     positions = torch.empty(64, dtype=torch.int64, device="meta")
     rate = RoutingRate(Fraction(1, 4), capacity)
     routing_map = select_by_threshold(logits, thresholds.value(), rate, positions, None)

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from tests.distributed import torchrun
+from tests.distributed import run_ranks, torchrun
 from tests.megatron import TINY
-from tests.pretraining import train
+from tests.pretraining import start, train
 
 SPEED = ("seconds", "tokens_per_s", "flops_per_s_per_device", "mfu")
 
@@ -41,6 +41,35 @@ def test_a_resumed_run_equals_an_undisturbed_one_bit_for_bit(tmp_path: Path) -> 
     assert resumed == undisturbed
     record = json.loads((tmp_path / "parts" / "run.json").read_text())
     assert len(record["commands"]) == 3
+
+
+ADAPTIVE = ("--et-threshold-estimator", "adaptive")
+
+
+@pytest.mark.slow
+def test_filters_of_thresholds_resume_bit_for_bit(tmp_path: Path) -> None:
+    whole = pretrain(tmp_path / "whole", *EP2, *ADAPTIVE)
+    assert whole != pretrain(tmp_path / "ema", *EP2)
+    for step in ("1", "3"):
+        pretrain(tmp_path / "parts", *EP2, *ADAPTIVE, "--exit-interval", step)
+    assert pretrain(tmp_path / "parts", *EP2, *ADAPTIVE) == whole
+
+
+@pytest.mark.slow
+def test_filters_start_at_the_moving_average_of_a_run(tmp_path: Path) -> None:
+    folder, thresholds = tmp_path / "run", "moe/layer_01/experts/threshold"
+    ema = pretrain(tmp_path / "whole", nproc=1)
+    pretrain(folder, "--exit-interval", "3", nproc=1)
+    command = ["--num-workers", "0", *TINY, "--run-dir", folder]
+    [(code, printed)] = run_ranks(start, 1, [*command, *ADAPTIVE], timeout=240)
+    assert code == 0, printed
+    assert "the filters of adaptive start at its thresholds" in printed
+    rows = rows_of(folder)
+    assert rows[3][thresholds] == ema[3][thresholds]  # the step routes by the average
+    assert rows[4][thresholds] != ema[4][thresholds]
+    [(code, printed)] = run_ranks(start, 1, command, timeout=240)
+    assert code == 2
+    assert "do not have the moving average that ema continues. Use adaptive." in printed
 
 
 @pytest.mark.slow

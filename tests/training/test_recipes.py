@@ -95,8 +95,9 @@ def test_recipe_parameter_counts_equal_the_paper(read: dict[Run, dict[str, Any]]
 
 @pytest.mark.slow
 def test_recipe_has_the_settings_of_its_name(read: dict[Run, dict[str, Any]]) -> None:
+    cold = {"et-cold", "et-adaptive-cold"}
     token_choice = {"token-choice", "token-choice-aux", "token-choice-loss-free"}
-    assert {*ROUTERS} == {*POOL_RANKS, "dense", "et-cold", *token_choice}
+    assert {*ROUTERS} == {*POOL_RANKS, "dense", *cold, "et-adaptive", *token_choice}
     for run, args in read.items():
         size, router = run[0], run[-1]
         assert args["thresholds"] == (not router.startswith(("dense", "token"))), run
@@ -116,7 +117,11 @@ def test_recipe_has_the_settings_of_its_name(read: dict[Run, dict[str, Any]]) ->
         assert args["et_warmup_iters"] == 4000
         assert args["global_batch_size"] * args["seq_length"] == 524_288
         assert args["lr_wsd_decay_iters"] == round(args["train_iters"] / 5)
-    assert read["d12", "et-cold"]["et_warmup_iters"] == 0
+    for router in ROUTERS:
+        args = read["d12", router]
+        assert args["et_warmup_iters"] == (0 if router in cold else 4000)
+        adaptive = args["et_threshold_estimator"] == "adaptive"
+        assert adaptive == router.startswith("et-adaptive")
     names = ("load_balancing_type", "enable_expert_bias")
     balance = {
         router: (

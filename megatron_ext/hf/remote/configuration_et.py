@@ -19,6 +19,7 @@ class ExpertThresholdConfig(PreTrainedConfig):
         router_gate: Function from router logits to weights: "sigmoid", "softmax" or "relu".
         num_experts_per_tok: Mean fan-out, unless `mean_experts` is set.
         mean_experts: Mean fan-out if it is not an integer.
+        threshold_estimator: Estimator of the thresholds, "ema" or "adaptive", for training.
         threshold_ema_decay: Decay of the moving average of the thresholds, for training.
         max_fan_out: Largest mean fan-out of a batch for which a server reserves memory; None for
             the number of experts. A server refuses batches above it.
@@ -53,6 +54,7 @@ class ExpertThresholdConfig(PreTrainedConfig):
         router_gate: str = "sigmoid",
         num_experts_per_tok: int = 1,
         mean_experts: float | None = None,
+        threshold_estimator: str = "ema",
         threshold_ema_decay: float = 0.999,
         max_fan_out: int | None = None,
         tie_word_embeddings: bool = False,
@@ -84,6 +86,7 @@ class ExpertThresholdConfig(PreTrainedConfig):
         self.router_gate = router_gate
         self.num_experts_per_tok = num_experts_per_tok
         self.mean_experts = mean_experts
+        self.threshold_estimator = threshold_estimator
         self.threshold_ema_decay = threshold_ema_decay
         self.max_fan_out = max_fan_out
         self.use_cache = use_cache

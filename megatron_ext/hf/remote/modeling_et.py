@@ -118,7 +118,7 @@ class Router(nn.Module):
     """Router by thresholds.
 
     Routing depends on `thresholds`. `threshold_average` and `threshold_updates` are the state of
-    the moving average from which they are computed and with which training resumes. All are fp32
+    the estimate from which they are computed and with which training resumes. All are fp32
     or int64, whatever the data type of the model.
     """
 
