@@ -5,7 +5,7 @@ The references are written in NumPy, in fp64, one expert at a time.
 
 from collections.abc import Callable, Iterator
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -34,7 +34,7 @@ def random_walk(variance: float) -> Floats:
     return np.cumsum(steps, axis=0) * DEVIATION * variance**0.5
 
 
-def in_steps(level: Callable[[Floats], Floats]) -> Floats:
+def in_steps(level: Callable[[Floats], Any]) -> Floats:
     return np.repeat(level(np.arange(STEPS, dtype=float))[:, None], EXPERTS, axis=1)
 
 
