@@ -174,7 +174,7 @@ def test_tokens_that_are_not_independent_are_not_taken_for_drift() -> None:
     assert error(ours.estimates, means) < 1.5 * 2 * independent < 0.5
     weight = threshold_estimators._unpack(ours.state).weight
     factors = weight.view(len(threshold_estimators._FACTORS), -1, EXPERTS).sum(dim=1)
-    assert (factors[0] < 0.01).all()  # of 1: independence is ruled out
+    assert (factors[0] < 0.05).all()  # of 1, which had 0.25: independence is unlikely
 
 
 def bank(data: Run, expert: int) -> Floats:
