@@ -9,14 +9,18 @@ from pathlib import Path
 from megatron_ext.errors import UserError
 
 
-def check_new(save: Path) -> None:
-    """Check that --save names a new or an empty folder.
+def check_new(save: Path, flag: str = "--save") -> None:
+    """Check that a flag names a new or an empty folder.
+
+    Args:
+        save: The folder.
+        flag: The flag, for messages.
 
     Raises:
         UserError: It is a file, or a folder that is not empty.
     """
     if save.exists() and (not save.is_dir() or any(save.iterdir())):
-        raise UserError(f"--save {save} already exists. Choose a new folder.")
+        raise UserError(f"{flag} {save} already exists. Choose a new folder.")
 
 
 def check_output_folder(output: str | Path) -> None:

@@ -25,6 +25,7 @@ COMMANDS = {
     "generate": "Continue prompts with a trained model.",
     "serve": "Serve a trained model over an OpenAI-compatible HTTP API.",
     "convert-checkpoint": "Convert a checkpoint to and from the Hugging Face format.",
+    "publish": "Make a folder of a trained model that is ready for a model hub.",
     "upcycle": "Convert a dense model into an Expert Threshold model.",
     "calibrate-thresholds": "Set the thresholds at which each expert takes its share of a text.",
     "validation-loss": "Measure the loss of a checkpoint under one routing or several.",

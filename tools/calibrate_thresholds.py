@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from megatron_ext.inference.calibration import RoutingQuality
 
 _HOLD_OUT = 8
-REPORT = "calibration.json"
 
 
 class CalibrateFlags(LoadingFlags):
@@ -63,11 +62,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     out = sys.stdout if first else open(os.devnull, "w")  # noqa: SIM115
     with quiet_megatron():
         activate()  # before anything of Megatron is imported
-        before, after, cutoffs, notes = _calibrate(options, checkpoint, out)
+        before, after, cutoffs, tokens, notes = _calibrate(options, checkpoint, out)
     print(_table(before, after), *notes, sep="\n", file=out)
     if not first:
         return
-    from megatron_ext.hf.recalibrate import with_thresholds
+    from megatron_ext.hf.recalibrate import CALIBRATION, with_thresholds
     from megatron_ext.hf.starting_recipe import how_to_continue
 
     with new_folder(save) as folder:
@@ -75,8 +74,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             conversion = with_thresholds(checkpoint, folder, save, cutoffs, options.tokenizer_model)
         write_with_progress("writing", conversion.bytes, conversion.write)
         qualities = {"before": before, "after": after}
-        report = {name: _plain(m) for name, m in qualities.items() if m is not None}
-        (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n")
+        report: dict[str, Any] = {
+            "data": [Path(path).name for path in options.data],
+            "calibrated_tokens": tokens,
+            **{name: _plain(m) for name, m in qualities.items() if m is not None},
+        }
+        (folder / CALIBRATION).write_text(json.dumps(report, indent=1) + "\n")
     print(f"wrote {save}")
     print(how_to_continue(save))
 
@@ -86,7 +89,7 @@ def _calibrate(options: CalibrateFlags, checkpoint: Path, out: Any) -> Any:
 
     Returns:
         Routing quality on held-out text before (None without thresholds) and after, cutoffs by
-        layer, and notes to print.
+        layer, number of tokens calibrated on, and notes to print.
     """
     from megatron_ext.data.token_stream import sequences_of
     from megatron_ext.hf.recalibrate import use_thresholds
@@ -129,7 +132,7 @@ def _calibrate(options: CalibrateFlags, checkpoint: Path, out: Any) -> Any:
         )
     after = measure_routing(trained, held_out, options.batch_size)
     notes.append(f"calibrated on {text.numel():,} tokens, measured on {held_out.numel():,}")
-    return before, after, cutoffs, notes
+    return before, after, cutoffs, text.numel(), notes
 
 
 def _held_out(sequences: "Tensor") -> "tuple[Tensor, Tensor]":

@@ -26,7 +26,7 @@ from megatron_ext.hf.sources import (
     thresholds_of,
 )
 from megatron_ext.hf.starting_recipe import write_recipe
-from megatron_ext.hf.tokenizer_export import export_tokenizer
+from megatron_ext.hf.tokenizer_export import copy_exported_tokenizer, export_tokenizer
 
 SHARD_BYTES = 5 * 10**9
 
@@ -58,14 +58,20 @@ def to_hf(checkpoint: Path, folder: Path, tokenizer_model: str | None = None) ->
     Raises:
         UserError: The checkpoint is damaged, or the model belongs to no supported family.
     """
-    source = open_megatron(checkpoint, tokenizer_model)
-    assert source.args is not None
+    return as_hf(open_megatron(checkpoint, tokenizer_model), folder)
+
+
+def as_hf(source: Source, folder: Path) -> Conversion:
+    """Write any model as a Hugging Face folder; see `to_hf`."""
     model, tensors = source.model, source.tensors
-    special = export_tokenizer(source.args, folder, checkpoint)
+    if source.args is None:
+        special = copy_exported_tokenizer(source.place, folder)
+    else:
+        special = export_tokenizer(source.args, folder, source.place)
     save_config(folder, model, source.family, source.dtype, special)
     plan: list[PlannedTensor] = []
     derived_tensors: dict[str, Callable[[], Tensor]] = {}
-    for name, shape in tensors.shapes.items():
+    for name, shape in (part for link in source.family.links(model) for part in link.parts):
         plan.append(PlannedTensor(name, shape, tensors.dtypes[name]))
         if name.endswith(AVERAGE):
             derived = PlannedTensor(name.replace(AVERAGE, THRESHOLDS), shape, torch.float32)

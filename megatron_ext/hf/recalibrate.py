@@ -20,6 +20,9 @@ from megatron_ext.hf.torch_dist import TensorChunk, TorchDistReader
 from megatron_ext.model.identity import setting_value
 from megatron_ext.moe.thresholds import Thresholds
 
+CALIBRATION = "calibration.json"
+"""File next to a checkpoint in which tools.calibrate_thresholds describes its thresholds."""
+
 _ROUTER, _THRESHOLDS = ".mlp.router.weight", ".mlp.router.thresholds."
 _EXPERTS = ".mlp.experts.experts."
 

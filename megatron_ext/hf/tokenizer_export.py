@@ -191,6 +191,33 @@ def copy_tokenizer_files(source: Path, target: Path) -> None:
             shutil.copy(file, target)
 
 
+def copy_exported_tokenizer(source: Path, folder: Path) -> dict[str, Any]:
+    """Copy tokenizer and generation configuration from one Hugging Face folder to another.
+
+    Args:
+        source: Hugging Face folder.
+        folder: An existing folder.
+
+    Returns:
+        The ids of special tokens, for the configuration; a list if there are several end tokens.
+
+    Raises:
+        UserError: The generation configuration is damaged or contains an invalid id.
+    """
+    copy_tokenizer_files(source, folder)
+    if _settings(folder).get("tokenizer_class") == _OWN_CLASS:
+        shutil.copy(_REMOTE / "tokenization_et.py", folder)
+    carry_generation_config(source, folder, same_model=True)
+    return special_ids(source)
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """Return the settings of the tokenizer in a Hugging Face folder; empty without one."""
+    config = folder / "tokenizer_config.json"
+    settings: dict[str, Any] = json.loads(config.read_text()) if config.is_file() else {}
+    return settings
+
+
 def import_tokenizer(source: Path, vocab: int, folder: Path) -> list[str]:
     """Copy tokenizer and generation configuration of a Hugging Face folder next to a checkpoint.
 
@@ -207,9 +234,7 @@ def import_tokenizer(source: Path, vocab: int, folder: Path) -> list[str]:
         UserError: The tokenizer has more entries than the model, or the generation configuration is
             damaged.
     """
-    config = source / "tokenizer_config.json"
-    settings = json.loads(config.read_text()) if config.is_file() else {}
-    if settings.get("tokenizer_class") == _OWN_CLASS:
+    if _settings(source).get("tokenizer_class") == _OWN_CLASS:
         size = _sentencepiece(source / _SENTENCEPIECE).get_piece_size()
         kind, target = "SentencePieceTokenizer", folder / _SENTENCEPIECE
         shutil.copy(source / _SENTENCEPIECE, target)

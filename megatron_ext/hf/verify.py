@@ -41,24 +41,44 @@ def largest_difference(megatron: Path, hf: Path, tokenizer_model: str | None = N
         candidates = (megatron / name for name in ("tokenizer.model", "tokenizer"))
         tokenizer_model = next((str(path) for path in candidates if path.exists()), None)
     trained = load_model(megatron, dtype=torch.float32, tokenizer_model=tokenizer_model)
-    tokens = _tokens(trained)
+    tokens = verification_tokens(trained)
+    ours = logits_of(trained, tokens)
+    del trained
+    gc.collect()
+    return compare_logits(ours, hf, tokens, str(megatron))
+
+
+def logits_of(trained: Any, tokens: Tensor) -> Tensor:
+    """Return the logits of a loaded model, `[batch, sequence, vocabulary]` without padding."""
     logits = full_logits(trained, tokens)
     assert logits is not None
-    ours = logits[..., : trained.vocab_size].clone()
-    del trained, logits
-    gc.collect()
+    return logits[..., : trained.vocab_size].clone()
+
+
+def compare_logits(ours: Tensor, hf: Path, tokens: Tensor, place: str) -> float:
+    """Return the largest difference from the logits of a folder, as a share of the largest logit.
+
+    Args:
+        ours: Logits of the model before its conversion, fp32 `[batch, sequence, vocabulary]`.
+        hf: Hugging Face folder.
+        tokens: Token ids, int64 `[batch, sequence]`.
+        place: Path of the model before its conversion, for the error message.
+
+    Raises:
+        UserError: The models differ.
+    """
     theirs = hf_logits(hf, tokens)[..., : ours.shape[-1]]
     difference, largest = float((ours - theirs).abs().max()), float(theirs.abs().max())
     if not difference <= TOLERANCE * largest:
         raise UserError(
-            f"The logits of {megatron} and of its conversion differ by up to {difference:.3g}, "
+            f"The logits of {place} and of its conversion differ by up to {difference:.3g}, "
             f"where the largest logit is {largest:.3g}. The conversion was removed; please report "
             "this."
         )
     return difference / largest if largest else 0.0
 
 
-def _tokens(trained: Any) -> Tensor:
+def verification_tokens(trained: Any) -> Tensor:
     """Return the token ids of the text, or other ids without a text tokenizer, `[1, tokens]`."""
     if trained.args.tokenizer_type == "NullTokenizer":
         ids = [(7919 * i) % trained.vocab_size for i in range(LENGTH)]
