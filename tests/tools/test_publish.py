@@ -42,6 +42,7 @@ def as_a_user(run, folder):
     sequences = sequences_of([str(corpus)], trained, MAX_LENGTH, 2000)
     routed = [route_text(trained, sequence.tolist()) for sequence in sequences]
     logits = full_logits(trained, tokens)
+    assert logits is not None
     return SimpleNamespace(
         logits=logits[..., : trained.vocab_size],
         fan_out=torch.cat([routing.fan_out for routing in routed], dim=1),
