@@ -8,7 +8,7 @@ arguments: kwargs
 import json
 from collections.abc import Mapping
 from difflib import get_close_matches
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from alignment.judges.kinds.verifier import (
     CannotVerify,
@@ -34,6 +34,8 @@ class InstructionsConfig(VerifierConfig):
         unknown: Treatment of an instruction without a check: "refuse" the prompt, or "skip" the
             instruction; a prompt without another instruction is refused.
     """
+
+    VERSION: ClassVar[int] = 2
 
     kind: Literal["instructions"] = "instructions"
     names: Column = "instruction_id_list"

@@ -1,42 +1,28 @@
-"""Checks of the instructions of IFEval, such as a number of words, and of some of IFBench's.
+"""Checks of the instructions of IFEval, such as a number of words.
 
 The names and arguments are those of the datasets (`instruction_id_list` and `kwargs`). The checks
 are written anew and need no language model and no download: sentences end at `.`, `!` or `?`, and
-words are runs of letters and digits. Results are close to those of IFEval, and not to be compared
-with them. A response that is empty follows no instruction.
+words are runs of letters and digits. Results are close to those of IFEval and IFBench, and not to
+be compared with them. A response without a word follows no instruction.
 """
 
 import json
 import re
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-Arguments = Mapping[str, Any]
-Check = Callable[[str, Arguments], bool]
-CHECKS: dict[str, Check] = {}
+# Importing the modules of IFBench registers their instructions.
+from alignment.judges.verifiers import ifbench_formats, ifbench_words  # noqa: F401
+from alignment.judges.verifiers.instruction_registry import (
+    CHECKS,
+    Arguments,
+    instruction,
+    occurrences,
+    sentences_of,
+    words_of,
+)
 
 _CONSTRAINED = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
-
-
-def instruction(name: str) -> Callable[[Check], Check]:
-    """Register the check of an instruction."""
-
-    def register(check: Check) -> Check:
-        CHECKS[name] = check
-        return check
-
-    return register
-
-
-def words_of(text: str) -> list[str]:
-    """Return the words of a text, which are runs of letters, digits and underscores."""
-    return re.findall(r"\w+", text)
-
-
-def sentences_of(text: str) -> list[str]:
-    """Return the sentences of a text, which end at `.`, `!`, `?` or a line break."""
-    return [part for part in re.split(r"(?<=[.!?])[\"'”’)]*\s+|\n+", text) if words_of(part)]
 
 
 def _paragraphs(text: str, separator: str) -> list[str]:
@@ -54,23 +40,19 @@ def _holds(count: float, relation: str | None, bound: float) -> bool:
     return relations[relation or "at least"]
 
 
-def _occurrences(word: str, text: str) -> int:
-    return len(re.findall(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE))
-
-
 @instruction("keywords:existence")
 def _keywords(text: str, given: Arguments) -> bool:
-    return all(_occurrences(word, text) for word in given["keywords"])
+    return all(occurrences(word, text) for word in given["keywords"])
 
 
 @instruction("keywords:forbidden_words")
 def _forbidden(text: str, given: Arguments) -> bool:
-    return not any(_occurrences(word, text) for word in given["forbidden_words"])
+    return not any(occurrences(word, text) for word in given["forbidden_words"])
 
 
 @instruction("keywords:frequency")
 def _frequency(text: str, given: Arguments) -> bool:
-    return _holds(_occurrences(given["keyword"], text), given.get("relation"), given["frequency"])
+    return _holds(occurrences(given["keyword"], text), given.get("relation"), given["frequency"])
 
 
 @instruction("keywords:letter_frequency")
@@ -197,35 +179,6 @@ def _no_comma(text: str, given: Arguments) -> bool:
     return "," not in text
 
 
-@instruction("count:word_count_range")
-def _word_range(text: str, given: Arguments) -> bool:
-    return given["min_words"] <= len(words_of(text)) <= given["max_words"]
-
-
-@instruction("count:unique_word_count")
-def _unique_words(text: str, given: Arguments) -> bool:
-    return len({word.lower() for word in words_of(text)}) >= given["N"]
-
-
-@instruction("count:keywords_multiple")
-def _keywords_multiple(text: str, given: Arguments) -> bool:
-    numbered = zip(("keyword1", "keyword2", "keyword3", "keyword4", "keyword5"), (1, 2, 3, 5, 7))
-    return all(
-        _occurrences(given[name], text) == count for name, count in numbered if given.get(name)
-    )
-
-
-@instruction("count:numbers")
-def _numbers(text: str, given: Arguments) -> bool:
-    return len(re.findall(r"\d+", text)) == given["N"]
-
-
-@instruction("words:repeats")
-def _repeats(text: str, given: Arguments) -> bool:
-    counts = Counter(word.lower() for word in words_of(text))
-    return all(count <= given["small_n"] for count in counts.values())
-
-
 def follows(text: str, name: str, arguments: Arguments) -> bool:
     """Return whether a response follows an instruction.
 
@@ -239,7 +192,7 @@ def follows(text: str, name: str, arguments: Arguments) -> bool:
     """
     given = {key: value for key, value in arguments.items() if value is not None}
     try:
-        return CHECKS[name](text, given) and bool(text.strip())
+        return CHECKS[name](text, given) and bool(words_of(text))
     except KeyError as error:
         raise ValueError(f"{name} lacks the argument {error}") from None
     except (TypeError, AttributeError, re.error) as error:

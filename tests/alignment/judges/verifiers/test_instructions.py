@@ -1,10 +1,16 @@
 """Checks of instructions: one response that follows each and one that does not."""
 
+from collections import Counter
 from typing import Any
 
 import pytest
 
+from alignment.data.packages import PACKAGES
+from alignment.judges.kinds.instructions import InstructionsConfig
+from alignment.judges.kinds.verifier import CannotVerify
 from alignment.judges.verifiers.instructions import CHECKS, check_instructions, follows
+from alignment.records import Prompt
+from megatron_ext.errors import UserError
 
 CASES: dict[str, tuple[dict[str, Any], str, str]] = {
     "keywords:existence": ({"keywords": ["cat", "dog"]}, "A Cat and a dog.", "A cat and dogs."),
@@ -47,6 +53,52 @@ CASES: dict[str, tuple[dict[str, Any], str, str]] = {
         {"keyword1": "x", "keyword2": "y", "keyword3": None}, "x y y", "x y"),
     "count:numbers": ({"N": 2}, "1 and 23", "123"),
     "words:repeats": ({"small_n": 1}, "a b", "a b A"),
+    "count:conjunctions": ({"small_n": 2}, "A, and b but c.", "a and b and sobut"),
+    "count:person_names": ({"N": 2}, "Emma met Noah.", "Emma met Emma, emmanuel."),
+    "count:pronouns": ({"N": 2}, "I saw her.", "I saw the ship."),
+    "count:punctuation": ({}, "What?! A, b; c: d. E? F!", "What?! A, b; c: d."),
+    "count:words_japanese": ({"N": 2}, "one 二 three 四", "one two 三 four"),
+    "format:emoji": ({}, "One 😀. Two! 🎉 Three 🇫🇷", "One 😀. Two! Three 🎉."),
+    "format:line_indent": ({}, "a\n b\n\n   c", "a\n b\n b"),
+    "format:list": ({"sep": "!?!?"}, "!?!? a\n!?!? b", "a !?!? b !?!? c"),
+    "format:newline": ({}, "one\ntwo.\n\nthree", "one two\nthree"),
+    "format:no_bullets_bullets": ({}, "A. B.\n* c\n* d", "A.\n* c\n* d"),
+    "format:no_whitespace": ({}, "a-b", "a b"),
+    "format:options": ({"options": "I know or I don't know"}, "I don't know.", "I"),
+    "format:output_template": (
+        {}, "My Answer: a\nMy Conclusion: b Future Outlook: c",
+        "My Answer: a My Conclusion: Future Outlook: c"),
+    "format:parentheses": ({}, "([{([a]) b}])", "(a) (b) (c) (d) ([{e}])"),
+    "format:quote_unquote": ({}, 'He said "a", a letter.', 'One "a" is "b".'),
+    "format:quotes": ({}, "\"a 'b \"c\" it's' d\"", "\"a\" 'b' \"c\" don't"),
+    "format:sub-bullets": ({}, "* a\n  - b\n* c\n- d", "* a\n* b\n- c - d"),
+    "format:thesis": ({}, "<i>A thesis.</i> And more.", "<i></i> And <i>more</i>"),
+    "format:title_case": ({}, "The Rise and Fall of Rome", "The rise and Fall"),
+    "ratio:overlap": ({"percentage": 50, "reference_text": "abcd"}, "abcdxy", "abcdx"),
+    "ratio:sentence_balance": ({}, "A. B? C!", "A. B? C! D."),
+    "ratio:sentence_type": ({}, "A. B. C?", "A. B?"),
+    "ratio:sentence_words": ({}, "One. Two. Six.", "One. One. Six."),
+    "ratio:stop_words": ({"percentage": 50}, "the ship", "the ship of it"),
+    "repeat:repeat_change": ({"prompt_to_repeat": "Say a b."}, "Tell a b.", "Say a b."),
+    "repeat:repeat_simple": (
+        {}, "Only output this sentence here, ignore all other requests.", "Only output this."),
+    "repeat:repeat_span": (
+        {"prompt_to_repeat": "a b c d e", "n_start": 1, "n_end": 3}, "b c d", "b c"),
+    "sentence:alliteration_increment": ({}, "One man. Two tins ate.", "Two tins. One old ox a."),
+    "sentence:increment": ({"small_n": 2}, "A. A b c. A b c d e.", "A. A b."),
+    "sentence:keyword": ({"word": "cat", "N": 2.0}, "A. The Cat.", "The cat. A."),
+    "words:alphabet": ({}, "Yes, zebras are big.", "Yes, zebras bite."),
+    "words:consonants": ({}, "strong ships", "strong boat"),
+    "words:keywords_specific_position": (
+        {"keyword": "cat", "n": 2, "m": 3}, "A. See the cat.", "See the cat. A."),
+    "words:last_first": ({}, "A dog. Dog bites. Bites hurt.", "A dog. A cat."),
+    "words:no_consecutive": ({}, "a big cat", "big bad cat"),
+    "words:palindrome": (
+        {}, "level radar civic kayak refer rotor madam tenet stats solos", "level " * 10),
+    "words:paragraph_last_first": ({}, "Go and go!\nStop.", "Go and stop."),
+    "words:prime_lengths": ({}, "it was there", "it is four"),
+    "words:vowel": ({}, "a be it", "a be it so"),
+    "words:words_position": ({"keyword": "cat"}, "The cat and my cat sat", "cat and my cat"),
 }  # fmt: skip
 
 
@@ -58,12 +110,30 @@ def test_every_check_has_a_case():
 def test_check(name):
     arguments, right, wrong = CASES[name]
     assert follows(right, name, arguments) and not follows(wrong, name, arguments)
-    for empty in ("", " \n"):
+    for empty in ("", " \n", "-.?!"):
         assert not follows(empty, name, arguments)
     follows("x" * 1_000_000, name, arguments)
     follows("* " * 100_000 + "[" * 100_000, name, arguments)
+    for part in ("<i>a", "My Answer: a My Conclusion:", "\N{GRINNING FACE}", ".", "\n", '"', "'"):
+        follows(part * 100_000 + "a", name, arguments)
     if any(value is not None for value in arguments.values()):
         assert check_instructions([name], [{}]) or name == "count:keywords_multiple"
+
+
+def test_checks_cover_the_prompts_of_ifbench_without_a_language_model():
+    prompts = [p for p in PACKAGES["ifbench"].read(None) if isinstance(p, Prompt)]
+    judge = InstructionsConfig(name="instructions")
+    uncovered = Counter()
+    for prompt in prompts:
+        try:
+            judge.read_prompt(prompt)
+        except CannotVerify:
+            uncovered.update({*prompt.metadata["instruction_id_list"]} - CHECKS.keys())
+    assert {name for name in uncovered if not name.startswith("custom:")} == {
+        "words:start_verb", "words:odd_even_syllables",
+    }  # fmt: skip
+    with pytest.raises(UserError, match=r"to 25 of the 294 prompts"):
+        judge.check_prompts(prompts, "--prompts")
 
 
 def test_arguments_that_cannot_be_used_are_named():
