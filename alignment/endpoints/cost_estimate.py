@@ -131,7 +131,10 @@ class CostEstimate:
         }
         dollars, maximum = self.dollars, self.most_dollars
         if dollars is None:
-            rows["cost"] = "unknown: add --price-in and --price-out in dollars per million tokens"
+            rows["cost"] = (
+                "unknown: add --price-in and --price-out (price_in and price_out in a judge's "
+                "file) in dollars per million tokens"
+            )
         else:
             rows["cost"] = (
                 f"{format_dollars(dollars)} expected, at most {format_dollars(maximum or 0.0)}"
@@ -146,7 +149,10 @@ class CostEstimate:
     def _time(self) -> str:
         seconds = self._seconds
         if not seconds:
-            return "unknown until answers arrive: --tokens-per-second states the speed of a replica"
+            return (
+                "unknown until answers arrive: --tokens-per-second (tokens_per_second in a judge's "
+                "file) states the speed of a replica"
+            )
         reason = max(seconds, key=lambda name: seconds[name])
         about = "about" if self.speed.tokens_per_second else "at least"
         return f"{about} {format_hours(seconds[reason])} ({reason})"

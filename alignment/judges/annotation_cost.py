@@ -1,6 +1,6 @@
 """Cost of an annotation: earlier costs, and the estimate for the remaining calls."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,17 @@ from alignment.endpoints.cost_estimate import (
     THINKING_TOKENS,
     CostEstimate,
     count_prompt_tokens,
+    format_dollars,
 )
 from alignment.endpoints.token_counter import TokenCounter
 from alignment.endpoints.usage import TokenUsage
 from alignment.judges.formats.answers import Answer
+from alignment.judges.kinds.combined import CombinedConfig
 from alignment.judges.kinds.command_settings import AnnotationSettings
 from alignment.judges.kinds.endpoint import EndpointJudgeConfig
+from alignment.judges.kinds.judge_kind import JudgeConfig
+from alignment.judges.kinds.score_pairs import questions_about_responses
+from alignment.judges.questions import Question
 from alignment.records import Message
 
 
@@ -80,6 +85,66 @@ def estimate_cost(
     )
 
 
+def print_costs(config: JudgeConfig, questions: Sequence[Question], folder: Path) -> None:
+    """Print what the judges at endpoints that a judge combines will cost, without asking them.
+
+    Args:
+        config: The judge.
+        questions: Questions about responses or pairs.
+        folder: Folder in which the answers of the endpoints are stored.
+
+    Raises:
+        BudgetSpent: The budget of a judge allows no further call; all costs are printed.
+    """
+    from alignment.judges.kinds.endpoint_judge import EndpointJudge
+
+    about_responses = questions_about_responses(questions)
+    parts = list(_endpoint_parts(config, about_responses))
+    if not parts:
+        print(
+            f"{len(questions):,} questions; a judge of kind {config.kind} makes no calls and "
+            "costs no tokens"
+        )
+    estimates, budgets, gated = [], [], False
+    for name, part, own, is_gated in parts:
+        judge = EndpointJudge(part, False, None, folder / f"{part.name}.answers")
+        cost, budget, answered = judge.estimate(own)
+        most = ", at most: a gate decides which of them are asked" if is_gated else ""
+        print(f"{name}: {len(own):,} questions, {answered:,} answered before{most}")
+        if cost.calls:
+            print("\n".join(cost.lines(budget)), flush=True)
+            budgets.append(budget)
+        estimates.append(cost)
+        gated = gated or is_gated
+    if len(estimates) > 1:
+        dollars = [cost.dollars for cost in estimates if cost.dollars is not None]
+        sums = (
+            f", {format_dollars(sum(dollars))} expected" if len(dollars) == len(estimates) else ""
+        )
+        most = "at most " if gated else ""
+        print(f"together: {most}{sum(cost.calls for cost in estimates):,} calls{sums}")
+    for budget in budgets:
+        budget.check()
+
+
+def _endpoint_parts(
+    config: JudgeConfig, questions: Sequence[Question], name: str = "", gated: bool = False
+) -> Iterator[tuple[str, EndpointJudgeConfig, Sequence[Question], bool]]:
+    """Yield the judges at endpoints within a judge.
+
+    Yields:
+        The name of the judge within the others, its description, its questions, and whether a gate
+        may leave some of them out.
+    """
+    if isinstance(config, EndpointJudgeConfig):
+        yield name or config.name, config, questions, gated
+    elif isinstance(config, CombinedConfig):
+        for part, judge in config.parts.items():
+            own = config.questions_of(part, questions)
+            below = f"{name}/{part}" if name else part
+            yield from _endpoint_parts(judge, own, below, gated or config.is_gated(part))
+
+
 def _expected_tokens(
     config: EndpointJudgeConfig, settings: AnnotationSettings, answers: Sequence[Answer]
 ) -> tuple[float, str]:
@@ -93,4 +158,6 @@ def _expected_tokens(
         settings.task == "judge" and config.thinking == "none" and not config.reasoning_effort
     )
     tokens = LABEL_TOKENS if label_alone else THINKING_TOKENS
-    return min(tokens, config.max_new_tokens), "assumed (--answer-tokens states another number)"
+    return min(tokens, config.max_new_tokens), (
+        "assumed (--answer-tokens, answer_tokens in a judge's file, states another number)"
+    )

@@ -46,10 +46,14 @@ def make_questions(items: Sequence[Item], orders: str, samples: int) -> Iterator
                 yield Question(item, swapped, sample)
 
 
+def prompt_of(question: Question) -> Prompt:
+    """Return the prompt of a question's item, which may be the item itself."""
+    return question.item if isinstance(question.item, Prompt) else question.item.prompt
+
+
 def prompts_of(questions: Sequence[Question]) -> list[Prompt]:
     """Return the prompts of the items of questions, each object once."""
-    items = [question.item for question in questions]
-    prompts = [item if isinstance(item, Prompt) else item.prompt for item in items]
+    prompts = [prompt_of(question) for question in questions]
     return list({id(prompt): prompt for prompt in prompts}.values())
 
 

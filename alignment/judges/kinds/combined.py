@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validat
 
 from alignment.judges.formats.scale import HIGH
 from alignment.judges.kinds.judge_kind import Judge, JudgeConfig, JudgeContext
+from alignment.judges.questions import Question, prompt_of
 from alignment.records import Prompt
 from megatron_ext.errors import UserError
 
@@ -32,6 +33,14 @@ class CombinedConfig(JudgeConfig):
     def parts(self) -> Mapping[str, JudgeConfig]:
         """Return the judges that this one asks, by name."""
         raise NotImplementedError
+
+    def questions_of(self, part: str, questions: Sequence[Question]) -> list[Question]:
+        """Return which of some questions about responses a judge is asked, at most."""
+        return list(questions)
+
+    def is_gated(self, part: str) -> bool:
+        """Return whether the scores of other judges decide how often a judge is asked."""
+        return False
 
     def open_parts(self, context: JudgeContext) -> dict[str, Judge]:
         """Return the judges, opened for scores: pairs are compared by their scores."""
@@ -143,6 +152,10 @@ class SumConfig(CombinedConfig):
         """Return the judges of the components."""
         return {name: component.judge for name, component in self.components.items()}
 
+    def is_gated(self, part: str) -> bool:
+        """Return whether a component is asked only where another one has a high score."""
+        return self.components[part].only_if is not None
+
     def check_prompts(self, prompts: Sequence[Prompt], source: str) -> None:
         """Check the prompts by every component; see `JudgeConfig`."""
         for part in self.parts.values():
@@ -200,6 +213,10 @@ class RouteConfig(CombinedConfig):
         """Return the judges of the routes, and the default one as "default"."""
         default = {} if self.default is None else {"default": self.default}
         return self.routes | default
+
+    def questions_of(self, part: str, questions: Sequence[Question]) -> list[Question]:
+        """Return the questions about the rows of a route."""
+        return [question for question in questions if self.route_of(prompt_of(question)) == part]
 
     def route_of(self, prompt: Prompt) -> str | None:
         """Return the name of the judge for a prompt, or None if no route leads to one."""

@@ -7,9 +7,9 @@ from hashlib import sha256
 from alignment.judges.formats.scale import HIGH
 from alignment.judges.kinds.combined import CombinedConfig, RouteConfig, SumConfig
 from alignment.judges.kinds.judge_kind import Judge, component_scores, rounding_error
-from alignment.judges.kinds.score_pairs import prefer_higher, responses_of
-from alignment.judges.questions import Question
-from alignment.records import Outcome, Pair, Prompt, Verdict
+from alignment.judges.kinds.score_pairs import prefer_higher, questions_about_responses
+from alignment.judges.questions import Question, prompt_of
+from alignment.records import Outcome, Pair, Verdict
 
 Scores = dict[str, float]
 
@@ -50,19 +50,12 @@ class CombinedJudge:
             not pairs
         ):  # from the kind of items, because ranks without questions must make the same calls
             return self.score(questions, check)
-        verdicts = self.score(
-            [
-                Question(response, sample=question.sample)
-                for pair, question in zip(pairs, questions, strict=True)
-                for response in responses_of(pair)
-            ],
-            check,
-        )
+        verdicts = self.score(questions_about_responses(questions), check)
         return [
             prefer_higher(
                 pair, verdicts[2 * i], verdicts[2 * i + 1], q.swapped, q.sample, self.rounding_error
             )
-            for i, (pair, q) in enumerate(zip(pairs, questions))
+            for i, (pair, q) in enumerate(zip(pairs, questions, strict=True))
         ]
 
     def score(self, questions: Sequence[Question], check: Callable[[], None]) -> list[Verdict]:
@@ -182,7 +175,7 @@ class RouteJudge(CombinedJudge):
 
     def score(self, questions: Sequence[Question], check: Callable[[], None]) -> list[Verdict]:
         """Return the verdicts on responses."""
-        routes = [self._config.route_of(_prompt_of(question)) for question in questions]
+        routes = [self._config.route_of(prompt_of(question)) for question in questions]
         answers: dict[int, Verdict] = {}
         for name in self.judges:
             chosen = [place for place, route in enumerate(routes) if route == name]
@@ -205,7 +198,3 @@ class RouteJudge(CombinedJudge):
         if verdict.score is None:
             return self._lacking(question, scores, {route: verdict})
         return self._score(question, verdict.score, scores)
-
-
-def _prompt_of(question: Question) -> Prompt:
-    return question.item if isinstance(question.item, Prompt) else question.item.prompt

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import cache, cached_property, partial
 from hashlib import sha256
@@ -15,13 +15,16 @@ from alignment.endpoints.api_key import read_api_key
 from alignment.endpoints.budget import Budget, BudgetSpent
 from alignment.endpoints.chat_client import ChatClient, ChatRequest
 from alignment.endpoints.client import CallFailed, connect
+from alignment.endpoints.cost_estimate import CostEstimate
 from alignment.endpoints.pool import EndpointPool
 from alignment.endpoints.rate_limits import RateLimiter
 from alignment.endpoints.usage import TokenUsage
 from alignment.engines.protocol import AlignmentEngine
+from alignment.judges.annotation_cost import estimate_cost
 from alignment.judges.formats.answers import Answer
 from alignment.judges.formats.judge_format import JudgeFormat
 from alignment.judges.kinds.endpoint import EndpointJudgeConfig
+from alignment.judges.kinds.command_settings import AnnotationSettings
 from alignment.judges.questions import JudgingTask, Question
 from alignment.polling import run_async_while_polling
 from alignment.ranks import all_gather_by_data_rank, is_share_leader
@@ -126,6 +129,29 @@ class EndpointJudge:
         verdict_rows = shares[self._engine.data_rank if self._engine else 0][0]
         return [Verdict.from_row(row) for row in verdict_rows]
 
+    def estimate(self, questions: Sequence[Question]) -> tuple[CostEstimate, Budget, int]:
+        """Return what questions will cost, without asking them.
+
+        Returns:
+            The estimate of the questions without a stored answer, the budget with what the stored
+            answers cost, and the number of the questions that have one.
+        """
+        requests = {request.key: request for request in map(self._request, questions)}
+        budget = Budget(
+            self._config.prices, self._config.max_cost, f"The judge {self.name}: max_cost"
+        )
+        answers: dict[str, Answer] = {}
+        for key, row in _stored_answers(self._store):
+            answer = Answer.from_row(row)
+            budget.count(TokenUsage.of(answer))
+            if key in requests:
+                answers[key] = answer
+        missing = [request.messages for key, request in requests.items() if key not in answers]
+        cost = estimate_cost(
+            self._config, AnnotationSettings(), missing, len(missing), list(answers.values())
+        )
+        return cost, budget, len(answers)
+
     def usage(self) -> dict[str, float]:
         """Gather the usage and cost of the answers of all ranks and of earlier runs.
 
@@ -147,6 +173,16 @@ class EndpointJudge:
         """Return whether the prices of the endpoint are known."""
         return self._config.prices.cost(0, 0) is not None
 
+    def _request(self, question: Question) -> ChatRequest:
+        return ChatRequest(
+            self._config.model,
+            self._task.messages(question),
+            self._config.sampling,
+            self._config.revision,
+            question.sample,
+            self._expected,
+        )
+
     def _gather(self, value: Any) -> list[Any]:
         return [value] if self._engine is None else all_gather_by_data_rank(self._engine, value)
 
@@ -160,17 +196,7 @@ class EndpointJudge:
         return run_async_while_polling(work, check)
 
     async def _ask(self, questions: Sequence[Question], spent: float) -> list[Verdict]:
-        requests = [
-            ChatRequest(
-                self._config.model,
-                self._task.messages(question),
-                self._config.sampling,
-                self._config.revision,
-                question.sample,
-                self._expected,
-            )
-            for question in questions
-        ]
+        requests = [self._request(question) for question in questions]
         keys = [request.key for request in requests]
         store = _open_store(self._file)
         missing = {key: r for key, r in zip(keys, requests) if key not in store}
@@ -257,17 +283,24 @@ class EndpointJudge:
 
 
 def _dollars_of(config: EndpointJudgeConfig, store: Path) -> float:
-    """Return the dollars of the answers in a folder, each counted once; 0 without prices.
+    """Return the dollars of the answers in a folder; 0 without prices."""
+    budget = Budget(config.prices)
+    for _, row in _stored_answers(store):
+        budget.count(TokenUsage.of(Answer.from_row(row)))
+    return budget.spent
+
+
+def _stored_answers(store: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the key and the row of each answer in a folder once.
 
     A run that resumes on another number of ranks has copies of an answer in several files.
     """
-    budget, counted_keys = Budget(config.prices), set()
+    counted_keys = set()
     for file in sorted(store.glob("share_*.jsonl")):
         for key, row in read_answers(file):
             if key not in counted_keys:
                 counted_keys.add(key)
-                budget.count(TokenUsage.of(Answer.from_row(row)))
-    return budget.spent
+                yield key, row
 
 
 def _to_record(key: str, answer: Answer) -> tuple[str, Mapping[str, Any]]:

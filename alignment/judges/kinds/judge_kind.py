@@ -162,20 +162,13 @@ class JudgeConfig(BaseModel):
                 f"--{name.replace('_', '-')} requires a judge at an endpoint, and {self.name} is a "
                 f"judge of kind {self.kind}, {why}. Leave the flag out."
             )
-        if settings.dry_run and self.asks_endpoints:
-            raise UserError(
-                f"--dry-run estimates one endpoint, and {self.name} of kind {self.kind} combines "
-                "judges. Pass the file of its endpoint as --judge; a component behind a gate "
-                "makes fewer calls."
-            )
+        self.check_prompts(prompts_of(questions), "--input")
         if settings.dry_run:
-            print(
-                f"{len(questions):,} questions; a judge of kind {self.kind} makes no calls and "
-                "costs no tokens"
-            )
+            from alignment.judges.annotation_cost import print_costs
+
+            print_costs(self, questions, output.path.parent)
             return 0
         pairwise = isinstance(questions[0].item, Pair)
-        self.check_prompts(prompts_of(questions), "--input")
         judge = self.open(JudgeContext(pairwise, output.path.parent))
         try:
             output.check_or_create(judge.identity)

@@ -1,7 +1,9 @@
 """Preferences of judges that score responses: the response with the higher score is preferred."""
 
 import json
+from collections.abc import Sequence
 
+from alignment.judges.questions import Question
 from alignment.records import Outcome, Pair, Response, Side, Verdict
 from alignment.rounding import is_constant
 
@@ -12,6 +14,19 @@ def responses_of(pair: Pair) -> tuple[Response, Response]:
         Response(f"{pair.id}/first", pair.prompt, pair.first, pair.source),
         Response(f"{pair.id}/second", pair.prompt, pair.second, pair.source),
     )
+
+
+def questions_about_responses(questions: Sequence[Question]) -> list[Question]:
+    """Return questions about the responses of pairs, two for each, and the others as they are."""
+    return [
+        about
+        for question in questions
+        for about in (
+            [Question(r, sample=question.sample) for r in responses_of(question.item)]
+            if isinstance(question.item, Pair)
+            else [question]
+        )
+    ]
 
 
 def prefer_higher(

@@ -319,16 +319,20 @@ def test_annotate_asks_the_endpoints_of_a_sum_where_their_gates_are_open(tmp_pat
         server.answer = lambda text: chat("6")
         parts: dict[str, Any] = {"right": NUMBER, "grader": endpoint | {"url": server.url}}
         read(tmp_path, {"kind": "sum", "components": parts})
-        for flags, message in (
-            (["--dry-run"], "--dry-run estimates one endpoint"),
-            (["--max-cost", "1"], "whose files state it"),
-        ):
-            with pytest.raises(UserError, match=message):
-                annotate([*command, *flags])
+        with pytest.raises(UserError, match="whose files state it"):
+            annotate([*command, "--max-cost", "1"])
+        before = set(tmp_path.iterdir())
+        assert annotate([*command, "--dry-run"]) == 0
+        assert not server.calls and set(tmp_path.iterdir()) == before
+        planned = capsys.readouterr().out
+        assert "grader: 6 questions, 0 answered before, at most: a gate decides" in planned
+        assert "calls          6\n" in planned and "$1.00 left" in planned
         assert annotate(command) == 0
         assert sum(server.answered.values()) == 3
         assert annotate([*command, "--overwrite"]) == 0
         assert sum(server.answered.values()) == 3  # answers are stored
+        assert annotate([*command, "--dry-run"]) == 0
+        assert "grader: 6 questions, 3 answered before, at most" in capsys.readouterr().out
         parts["grader"]["max_cost"] = 0.31
         read(tmp_path, {"kind": "sum", "components": parts})
         write_rows(tmp_path / "items.jsonl", [*rows, Response("n", prompts[1], "new 1")])
@@ -336,6 +340,36 @@ def test_annotate_asks_the_endpoints_of_a_sum_where_their_gates_are_open(tmp_pat
             annotate([*command, "--overwrite"])
     verdicts = read_all(tmp_path / "out.jsonl", Verdict)
     assert [v.score for v in verdicts] == [7.5, 7.5, 7.5, 0, 0, 0]
+
+
+def test_dry_run_counts_the_calls_of_each_endpoint(tmp_path, capsys):
+    grader = {
+        "kind": "endpoint", "url": "http://127.0.0.1:9/v1", "model": "m", "expected_score": False,
+        "answer_tokens": 8.0, "price_in": 0.0, "price_out": 1e6 / 8,
+    }  # fmt: skip
+    tree = {
+        "kind": "sum",
+        "components": {
+            "all": grader,
+            "chosen": {
+                "kind": "route", "column": "task", "routes": {"math": NUMBER, "chat": grader},
+            },
+        },
+    }  # fmt: skip
+    prompts = [
+        Prompt(str(i), [Message("user", f"{i}?")], metadata={"answer": 1, "task": task})
+        for i, task in enumerate(["math", "chat", "math", "chat", "chat"])
+    ]
+    pairs = write_rows(tmp_path / "pairs.jsonl", [Pair(p.id, p, "1", "2") for p in prompts])
+    command = ["--judge", str(tmp_path / "judge.yaml"), "--output", str(tmp_path / "out.jsonl")]
+    read(tmp_path, tree)
+    assert annotate([*command, "--input", str(pairs), "--dry-run"]) == 0
+    planned = capsys.readouterr().out
+    # Each pair is two responses; both orders of a pair ask about the same ones.
+    assert "all: 20 questions, 0 answered before\n" in planned and "calls          10\n" in planned
+    assert "chosen/chat: 12 questions, 0 answered before\n" in planned
+    assert "calls          6\n" in planned and planned.count("at most: a gate") == 0
+    assert "together: 16 calls, $16.00 expected\n" in planned
 
 
 def test_pair_of_equal_scores_is_a_tie_and_one_without_a_score_fails(tmp_path):
