@@ -51,6 +51,9 @@ JUDGE_KINDS: dict[str, type[JudgeConfig]] = {
 
 _OPEN_FILES: ContextVar[tuple[str, ...]] = ContextVar("files of judges being read", default=())
 
+_RECORDS = {".jsonl", ".csv", ".tsv", ".parquet"}
+"""Endings of files of records, which may be given in the place of a judge."""
+
 _EXPECTED = {
     "string_type": "text",
     "int_type": "a whole number",
@@ -69,6 +72,12 @@ def read_judge(file: str) -> JudgeConfig:
     Raises:
         UserError: If the file cannot be read, or a key or value is invalid.
     """
+    if _RECORDS & {*Path(file).suffixes}:
+        raise UserError(
+            f"The judge {file} holds verdicts or labels of people, which are on given responses, "
+            "and not on those that a policy will write. Train a judge on them with et-align "
+            "train-judge --gold, and name a YAML file that describes it."
+        )
     try:
         values = yaml.safe_load(Path(file).read_text())
     except OSError as error:

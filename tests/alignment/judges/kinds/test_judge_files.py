@@ -32,3 +32,10 @@ def test_resume_settings_ignore_the_server_but_not_the_judge(tmp_path):
 
     assert lasting() == lasting(url="http://b/v1", concurrency=3, tries=1)
     assert lasting() != lasting(temperature=0.5) and lasting() != lasting(model="n")
+
+
+@pytest.mark.parametrize("name", ["people.jsonl", "people.csv", "people.parquet", "a.jsonl.gz"])
+def test_labels_of_people_are_no_judge(tmp_path, name):
+    (tmp_path / name).write_text("")
+    with pytest.raises(UserError, match=r"labels of people, .* Train a judge on them"):
+        read_judge(str(tmp_path / name))
