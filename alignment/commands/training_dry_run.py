@@ -1,10 +1,9 @@
-"""Requirements of a training, from the model's config.json alone."""
+"""Requirements of a training, from the shapes of its models alone."""
 
 import argparse
 import os
 import shlex
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +20,8 @@ from megatron_ext.errors import UserError
 from megatron_ext.hf.architecture import Architecture, to_flags
 from megatron_ext.hf.configs import load_config
 from megatron_ext.hf.families import read_config
+from megatron_ext.hf.sources import open_megatron
+from megatron_ext.model_location import locate_model
 from megatron_ext.planning.devices import Device, device_of
 from megatron_ext.planning.dry_run import dry_run as pretraining_dry_run
 from megatron_ext.planning.dry_run import parameters_per_stage
@@ -146,10 +147,11 @@ def _exported_bytes(args: argparse.Namespace, facts: Mapping[str, Any], device: 
     return int(tensor + min(facts["parameters"]["total"] * size, SHARD_BYTES))
 
 
-def _read_architecture(folder: str, name: str) -> Architecture:
-    if not (Path(folder) / "config.json").is_file():
-        raise UserError(f"{name} {folder} has no config.json, which --dry-run reads.")
-    return read_config(load_config(Path(folder)))
+def _read_architecture(path: str, name: str) -> Architecture:
+    location = locate_model(path, name)
+    if location.kind == "megatron":
+        return open_megatron(location.folder).model
+    return read_config(load_config(location.folder))  # the weights may be missing
 
 
 def _pretraining_args(

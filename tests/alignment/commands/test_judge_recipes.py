@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from alignment.commands.train_sft_config import parse as parse_sft
 from megatron_ext.planning.dry_run.dry_run_report import STEP_ALONE
 from megatron_ext.typed_flags import flag_values
 from tests.distributed import ROOT, run_ranks
+from tests.inference.checkpoint import run_dir  # noqa: F401
 
 RECIPES = ROOT / "examples" / "alignment" / "judges"
 SHAPES = ROOT / "examples" / "alignment" / "shapes"
@@ -58,6 +60,21 @@ def dry_runs(cases: list[list[str]]) -> list[dict[str, Any]]:
         )
         results.append({**json.loads(lines[-1]), "cache": mebibytes * 2**20})
     return results
+
+
+@pytest.mark.slow
+def test_dry_run_takes_the_model_of_a_run_of_either_kind(
+    run_dir: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    final = tmp_path / "run/final"
+    final.mkdir(parents=True)
+    shutil.copy(SHAPES / "Qwen3-1.7B/config.json", final)
+    models = [str(SHAPES / "Qwen3-1.7B"), str(tmp_path / "run"), str(run_dir)]
+    shape, run, checkpoint = run_ranks(dry_runs, 1, [words("base", model=m) for m in models])[0]
+    assert run["parameters"] == shape["parameters"] and run["stages"] == shape["stages"]
+    # Two layers of eight experts, each of which has two matrices of 64 x 64.
+    assert checkpoint["parameters"]["experts"] == 2 * 8 * 2 * 64 * 64
 
 
 @pytest.mark.slow
