@@ -4,8 +4,11 @@ import argparse
 import errno
 import os
 import platform
+import select
+import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from difflib import get_close_matches
 from pathlib import Path
@@ -143,14 +146,14 @@ def run_tool(main: Callable[[], int | None]) -> NoReturn:
     """Run the `main` of a tool and exit with its code.
 
     The code is 0 on success, the status of a `UserError` (2; 3 for too few results; 4 for a limit
-    that would be exceeded), or 130 on Ctrl-C. Error messages begin with the name of the tool on the
-    command line.
+    that would be exceeded), 130 on Ctrl-C, or 141 where the reader of the output has ended, as in
+    `| head`. Error messages begin with the name of the tool on the command line.
 
     Args:
         main: Function that returns an exit code, or None for 0.
     """
     try:
-        code = main() or 0
+        code = _unless_nobody_reads(main)
     except UserError as error:
         console.error(f"{_program()}: {' '.join(str(error).split())}")
         code = error.status
@@ -181,7 +184,7 @@ def run_on_ranks(main: Callable[[], int | None]) -> None:
         main: Function that returns an exit code, or None for 0.
     """
     try:
-        if code := main():
+        if code := _unless_nobody_reads(main):
             sys.exit(code)
     except UserError as error:
         if _first_on_node():
@@ -196,6 +199,36 @@ def run_tool_or_ranks(main: Callable[[], int | None]) -> None:
         run_on_ranks(main)
     else:
         run_tool(main)
+
+
+def _unless_nobody_reads(main: Callable[[], int | None]) -> int:
+    """Return the exit code of `main`, or that of a process that SIGPIPE ends.
+
+    Python ignores SIGPIPE, so that printing into a pipe whose reader has ended raises an error.
+    """
+    try:
+        try:
+            code = main() or 0
+        except SystemExit:  # after --help
+            sys.stdout.flush()
+            raise
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        if not _reader_has_ended():  # another pipe or a socket
+            raise
+        # Python flushes once more when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+
+
+def _reader_has_ended() -> bool:
+    """Return whether standard output is a pipe that nobody reads any more."""
+    with suppress(OSError, ValueError):  # not a file descriptor
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        return any(event & select.POLLERR for _, event in poll.poll(0))
+    return False
 
 
 def _first_on_node() -> bool:

@@ -77,3 +77,51 @@ for tool in {TOOLS.split()}:
     assert not {{"torch", "megatron"}} & {{*sys.modules}}, tool
 """
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("words", [["--list"], ["--help"], []])
+@pytest.mark.parametrize("run", ["run_tool", "run_on_ranks"])
+def test_reader_that_ends_early_ends_the_command_without_a_trace(
+    run: str, words: list[str]
+) -> None:
+    """`--list` prints more than a pipe takes, the others less than Python buffers."""
+    program = f"""
+import sys
+from megatron_ext.errors import ToolParser, {run}
+
+def main():
+    parser = ToolParser(prog="tool")
+    parser.add_argument("--list", action="store_true")
+    for _ in range(100_000 if parser.parse_args().list else 1):
+        print("x" * 99)
+
+sys.stdin.read()
+{run}(main)
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, *words],
+        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None and process.stdin is not None and process.stderr is not None
+    process.stdout.close()  # the program writes only after this
+    process.stdin.close()
+    message = process.stderr.read()
+    assert (process.wait(60), message) == (141, "")
+
+
+def test_broken_pipe_of_another_file_is_not_hidden() -> None:
+    program = """
+import os
+from megatron_ext.errors import run_tool
+
+def main():
+    reading, writing = os.pipe()
+    os.close(reading)
+    os.write(writing, b"x")
+
+run_tool(main)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1 and "BrokenPipeError" in done.stderr
