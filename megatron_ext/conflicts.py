@@ -35,10 +35,10 @@ _NOT_WITH_MUON = {
 
 
 def check_conflicts(args: Namespace, explicit: Set[str]) -> list[str]:
-    """Refuse flags that contradict each other.
+    """Refuse flags that contradict each other, and turn off a fusion without a kernel.
 
     Args:
-        args: Arguments as parsed, before Megatron's validation.
+        args: Arguments as parsed, before Megatron's validation. `bias_gelu_fusion` may change.
         explicit: Names of the arguments that the command line or a recipe sets.
 
     Returns:
@@ -82,7 +82,26 @@ def check_conflicts(args: Namespace, explicit: Set[str]) -> list[str]:
         )
     if args.optimizer == "muon":
         _check_muon(args)
-    return _without_effect(args, explicit)
+    return _without_effect(args, explicit) + _turn_off_gelu_fusion(args)
+
+
+def _turn_off_gelu_fusion(args: Namespace) -> list[str]:
+    """Turn off Megatron's default fusion of bias and GELU where it fails, and return a warning."""
+    if not args.bias_gelu_fusion or args.swiglu or args.quick_geglu:  # which have other fusions
+        return []
+    reasons = {
+        "--squared-relu": args.squared_relu,
+        "--disable-bias-linear": not args.add_bias_linear,
+        "--num-experts": args.num_experts,
+    }
+    for flag, reason in reasons.items():
+        if reason:
+            args.bias_gelu_fusion = False
+            return [
+                f"{flag} turns the fusion of bias and GELU off; --no-bias-gelu-fusion says so "
+                "without this warning"
+            ]
+    return []
 
 
 def _check_steps(args: Namespace) -> None:

@@ -23,7 +23,8 @@ DEFAULTS = {
     "muon_embedding_lr": 0.2, "muon_head_lr": 0.004, "muon_reference_width": 768,
     "muon_momentum": 0.95, "muon_momentum_warmup_iters": 300, "add_bias_linear": True,
     "use_distributed_optimizer": False, "expert_model_parallel_size": 1,
-    "eval_interval": 1000, "et_threshold_estimator": "ema",
+    "eval_interval": 1000, "et_threshold_estimator": "ema", "bias_gelu_fusion": False, "swiglu": False, "quick_geglu": False,
+    "squared_relu": False,
 }  # fmt: skip
 
 
@@ -189,3 +190,22 @@ def test_check_conflicts_ignores_defaults() -> None:
         assert warnings(router_type=router_type) == []
     harmless = {"moe_aux_loss_coeff": 0, "moe_router_load_balancing_type": "none"}
     assert warnings(**harmless, moe_router_dtype="fp32") == []
+
+
+@pytest.mark.parametrize(
+    "values, flag",
+    [
+        ({"squared_relu": True}, "--squared-relu"),
+        ({"add_bias_linear": False, "num_experts": None}, "--disable-bias-linear"),
+        ({}, "--num-experts"),
+        ({"num_experts": None}, None),
+        ({"swiglu": True}, None),
+    ],
+)
+def test_fusion_of_bias_and_gelu_is_turned_off_where_it_fails(
+    values: dict[str, Any], flag: str | None
+) -> None:
+    args = Namespace(**{**DEFAULTS, "bias_gelu_fusion": True, "et_warmup_iters": 0, **values})
+    warned = check_conflicts(args, set())
+    assert args.bias_gelu_fusion == (flag is None)
+    assert [w.split()[0] for w in warned] == ([flag] if flag else [])
