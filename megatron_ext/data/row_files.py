@@ -149,7 +149,7 @@ def _read_json(path: str | Path, report_progress: Callable[[int], None]) -> Iter
             first = b""
             for number, line in enumerate(stream, start=1):
                 if not line.isspace():
-                    if not first and _begins_document(line):
+                    if not first and begins_document(line):
                         yield from _document(path, line + stream.read(), number)
                         return
                     first = line
@@ -160,7 +160,7 @@ def _read_json(path: str | Path, report_progress: Callable[[int], None]) -> Iter
             raise _broken(path, error) from error
 
 
-def _begins_document(line: bytes) -> bool:
+def begins_document(line: bytes) -> bool:
     """Return whether the first line of a file begins a JSON text of several lines or an array."""
     text = line.strip()
     if text.startswith(b"["):

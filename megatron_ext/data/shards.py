@@ -27,7 +27,7 @@ _SUFFIXES = {
 }  # fmt: skip
 # SentencePiece needs about fifty bytes of memory per byte of one document.
 MAX_PLAIN_DOCUMENT = 256 << 20
-_FIRST_OBJECTS = 16  # of a JSONL file, which must not all lack the text
+_FIRST_OBJECTS = 16  # of a JSON file, which must not all lack the text
 
 
 @dataclass(frozen=True)
@@ -144,9 +144,9 @@ def plan_shards(paths: list[str], layout: TextFormat, shard_bytes: int) -> list[
         if kind == "parquet":
             shards += _parquet_shards(path, layout.text_key, size, shard_bytes)
             continue
-        if kind == "jsonl" and ".json" in Path(path.lower()).suffixes and _is_array(path):
+        if kind == "jsonl" and ".json" in Path(path.lower()).suffixes and _is_document(path):
             kind = "array"
-        elif kind in ("jsonl", "csv"):
+        if kind in ("jsonl", "csv", "array"):
             _check_text_key(path, kind, layout.text_key)
         # A newline within the quotes of a CSV file does not end a row.
         if is_compressed(path) or kind in ("csv", "array"):
@@ -192,17 +192,20 @@ def _format_of(path: str, layout: TextFormat) -> str:
     return kind
 
 
-def _is_array(path: str) -> bool:
-    """Return whether a JSON file is one array of objects, and not JSON lines."""
+def _is_document(path: str) -> bool:
+    """Return whether a JSON file is an array of objects, or has one, and not JSON lines."""
+    from megatron_ext.data.row_files import begins_document  # which imports this module
+
     with open(path, "rb") as raw:
         try:
-            return decompressed(raw).read(1 << 10).lstrip().startswith(b"[")
+            lines = (line for line in decompressed(raw) if not line.isspace())
+            return begins_document(next(lines, b""))
         except BROKEN:
             return False  # reported where it is read
 
 
 def _check_text_key(path: str, kind: str, text_key: str) -> None:
-    """Check that a CSV file, or the first objects of a JSONL file, have the text column.
+    """Check that a CSV file, or the first objects of a JSON file, have the text column.
 
     Other objects without it are malformed; a file whose first ones all lack it has another schema.
     """
@@ -214,11 +217,9 @@ def _check_text_key(path: str, kind: str, text_key: str) -> None:
                     raise missing_column(path, text_key, columns, "--text-key")
                 return
             keys: dict[str, None] = {}
-            for line in itertools.islice(stream, _FIRST_OBJECTS):
-                try:
-                    record = json.loads(line)
-                except (ValueError, RecursionError):
-                    return  # malformed lines are counted and reported where they are read
+            records = _array_rows(path) if kind == "array" else map(_json_row, stream)
+            for record in itertools.islice(records, _FIRST_OBJECTS):
+                # Malformed lines are counted and reported where they are read.
                 if not isinstance(record, dict) or text_key in record:
                     return
                 keys |= dict.fromkeys(record)
@@ -226,6 +227,19 @@ def _check_text_key(path: str, kind: str, text_key: str) -> None:
             raise UserError(f"{path} is truncated or broken: {error}. Copy it again.") from error
     if keys:
         raise missing_column(path, text_key, keys, "--text-key")
+
+
+def _array_rows(path: str) -> Iterator[Any]:
+    from megatron_ext.data.row_files import read_rows
+
+    return (row for _, row in read_rows(path))
+
+
+def _json_row(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
 
 
 def open_parquet(path: str) -> Any:

@@ -238,3 +238,11 @@ def test_json_arrays_are_read_whole(tmp_path):
         assert texts == ["a\nb", "ü"]
         assert isinstance(missing, MalformedRecord) and missing.line == 3
         assert isinstance(other, MalformedRecord) and "not" in other.reason
+    (tmp_path / "a.json").write_text(json.dumps({"version": 1, "data": objects[:2]}, indent=1))
+    assert read_all(tmp_path / "a.json") == ["a\nb", "ü"]
+
+
+def test_json_array_without_the_text_is_refused_with_the_nearest_key(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([{"Text": "a"}, {"n": 1}], indent=1))
+    with pytest.raises(UserError, match=r"no column 'text'\. Did you mean 'Text'\?"):
+        read_all(tmp_path / "a.json")
