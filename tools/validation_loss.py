@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         routings = [RoutingMode(model.trained, name) for name in dict.fromkeys(names)]
         length = _sequence_length(flags.seq_length, model)
         windows = Windows(flags.data, length, flags.max_sequences)
-        check_dataset_tokenizer(flags.data, model.trained.args, "the model's")
+        check_dataset_tokenizer(flags.data, model.trained.args)
         pool = _pool_rows(flags.pool_tokens, length, model)
         text_bytes = None
         if is_first_rank() and model.trained.args.tokenizer_type != "NullTokenizer":

@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
 
         trained = load_model(run_dir)
         for prefix in (options.train_data, options.valid_data):
-            check_dataset_tokenizer(prefix, trained.args, "the model's")
+            check_dataset_tokenizer(prefix, trained.args)
         train, valid = read_stream(options.train_data), read_stream(options.valid_data)
         losses = token_losses(trained, torch.from_numpy(valid))
     result = {

@@ -39,7 +39,7 @@ def sequences_of(
         UserError: The data does not exist or has fewer tokens than one sequence.
     """
     if len(inputs) == 1 and Path(inputs[0] + ".idx").is_file():
-        check_dataset_tokenizer(inputs[0], trained.args, "the model's")
+        check_dataset_tokenizer(inputs[0], trained.args)
         documents = _indexed(inputs[0])
     else:
         documents = _texts(inputs, trained.tokenizer, flag)

@@ -109,21 +109,21 @@ def tokenizer_digest(args: Namespace) -> str | None:
         ) from error
 
 
-def check_dataset_tokenizer(prefix: str, args: Namespace, tokenizer_name: str) -> None:
+def check_dataset_tokenizer(prefix: str, args: Namespace, flag: str | None = None) -> None:
     """Check that an indexed dataset was made with the tokenizer of a run or model.
 
     Args:
         prefix: Prefix of a complete dataset.
         args: Megatron's arguments, with `vocab_size` without padding and `tokenizer_sha256`.
-        tokenizer_name: Description of the tokenizer for error messages, such as
-            "--tokenizer-model FILE".
+        flag: Flag that gives the tokenizer, with its value, for error messages. None for the
+            tokenizer of a trained model, which works with no other one.
 
     Raises:
         UserError: The dataset's manifest names another tokenizer, or a token id is outside the
             vocabulary.
     """
     if made_with := manifest_tokenizer(prefix):
-        _check_manifest(prefix, made_with, args, tokenizer_name)
+        _check_manifest(prefix, made_with, args, flag)
     largest = largest_id(prefix)
     if largest >= args.vocab_size:
         raise UserError(
@@ -218,7 +218,7 @@ def check_tokenizer_content(checkpoint: Path, args: Namespace) -> None:
 
 
 def _check_manifest(
-    prefix: str, made_with: dict[str, Any], args: Namespace, tokenizer_name: str
+    prefix: str, made_with: dict[str, Any], args: Namespace, flag: str | None
 ) -> None:
     if args.tokenizer_type == "NullTokenizer":  # only a number of ids
         size = made_with.get("vocab_size")
@@ -231,10 +231,11 @@ def _check_manifest(
         return
     digest = made_with.get("sha256")
     if digest is not None and digest not in set(_digests(args)):
-        raise UserError(
-            f"Dataset {prefix} was made with another tokenizer than {tokenizer_name}. Give "
-            f"{made_with.get('path', 'that one')}, or preprocess the dataset again."
-        )
+        fix = f"Give {made_with.get('path', 'that one')}, or preprocess the dataset again."
+        if flag is None:
+            fix = f"Preprocess the text again with --tokenizer-model {args.tokenizer_model}."
+        tokenizer = flag or "the model's"
+        raise UserError(f"Dataset {prefix} was made with another tokenizer than {tokenizer}. {fix}")
 
 
 def _digests(args: Namespace) -> Iterator[str | None]:

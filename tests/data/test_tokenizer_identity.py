@@ -142,10 +142,14 @@ def test_data_of_another_tokenizer_is_refused_for_every_kind(
     runs.append(folder(tmp_path / "hf"))
     for run in map(run_with, runs):
         manifest(sha256=run.tokenizer_sha256, path="its.model")
-        check_dataset_tokenizer(str(dataset), run, "the model's")
+        check_dataset_tokenizer(str(dataset), run)
         manifest(sha256="0" * 64, path="its.model")
-        with pytest.raises(UserError, match=r"tokenizer than the model's\. Give its\.model"):
-            check_dataset_tokenizer(str(dataset), run, "the model's")
+        with pytest.raises(UserError, match=r"tokenizer than the model's\. Preprocess the text"):
+            check_dataset_tokenizer(str(dataset), run)
+        with pytest.raises(
+            UserError, match=r"tokenizer than --tokenizer-model t\. Give its\.model"
+        ):
+            check_dataset_tokenizer(str(dataset), run, "--tokenizer-model t")
 
 
 def test_a_folder_takes_data_of_the_sentencepiece_file_in_it(
@@ -154,7 +158,7 @@ def test_a_folder_takes_data_of_the_sentencepiece_file_in_it(
     run = run_with(folder(tmp_path / "llama"))
     (tmp_path / "llama" / "tokenizer.model").write_bytes(b"pieces")
     manifest(sha256=sha256(b"pieces").hexdigest())
-    check_dataset_tokenizer(str(dataset), run, "the model's")
+    check_dataset_tokenizer(str(dataset), run)
 
 
 def test_without_a_tokenizer_the_number_of_ids_must_fit(
@@ -162,18 +166,18 @@ def test_without_a_tokenizer_the_number_of_ids_must_fit(
 ) -> None:
     run = run_with(Namespace(tokenizer_type="NullTokenizer", tokenizer_model=None))
     manifest(sha256="0" * 64, vocab_size=127)
-    check_dataset_tokenizer(str(dataset), run, "the model's")
+    check_dataset_tokenizer(str(dataset), run)
     manifest(sha256="0" * 64, vocab_size=120)
     with pytest.raises(UserError, match=r"120 entries where --vocab-size says 127\. Set it to 120"):
-        check_dataset_tokenizer(str(dataset), run, "the model's")
+        check_dataset_tokenizer(str(dataset), run)
 
 
 def test_ids_are_compared_with_the_vocabulary_and_not_with_its_padding(dataset: Path) -> None:
     null = Namespace(tokenizer_type="NullTokenizer", tokenizer_model=None, padded_vocab_size=128)
     assert largest_id(str(dataset)) == 98
-    check_dataset_tokenizer(str(dataset), run_with(null, 99), "the model's")
+    check_dataset_tokenizer(str(dataset), run_with(null, 99))
     with pytest.raises(UserError, match="contains token id 98, outside the vocabulary of 98"):
-        check_dataset_tokenizer(str(dataset), run_with(null, 98), "the model's")
+        check_dataset_tokenizer(str(dataset), run_with(null, 98))
 
 
 def test_ids_of_a_large_dataset_are_read_at_its_end_too(
