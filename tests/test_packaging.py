@@ -134,6 +134,47 @@ def test_wheel_has_no_program_of_the_examples_and_imports_no_folder_of_the_check
             assert not roots & {name.partition(".")[0] for name in names}, file
 
 
+def test_installed_scripts_start_the_console_script(site_packages, tmp_path):
+    """torchrun is replaced by a program that prints its arguments after the options."""
+    python = tmp_path / "bin/python"
+    python.parent.mkdir()
+    python.write_text("#!/usr/bin/env bash\nprintf '%s\\n' \"$@\"\n")
+    (tmp_path / "bin/et").write_text('#!/usr/bin/env bash\nprintf \'%s\\n\' "$0" "$@"\n')
+    for file in python, tmp_path / "bin/et":
+        file.chmod(0o755)
+    (tmp_path / "tools").mkdir()  # of the user
+    examples = site_packages / "megatron_ext/examples"
+    variables = {**os.environ, "PYTHON": os.fspath(python), "NPROC_PER_NODE": "1"}
+
+    def run(script: Path, *words: str, **more: str):
+        done = subprocess.run(
+            ["bash", script, *words], cwd=tmp_path, env=variables | more, capture_output=True,
+            text=True, timeout=60,
+        )  # fmt: skip
+        return done.returncode, done.stdout.splitlines(), done.stderr
+
+    et = os.fspath(tmp_path / "bin/et")
+    for words, expected in (
+        (("-m", "tools.eval_core", "--out", "x"), ["eval_core", "--out", "x"]),
+        (("-m", "alignment", "judge", "--help"), ["align", "judge", "--help"]),
+        (("pretrain_et.py", "--recipe", "a b"), ["pretrain", "--recipe", "a b"]),
+    ):
+        status, lines, _ = run(examples / "torchrun/one_node.sh", *words)
+        assert status == 0 and lines[-len(expected) - 2 :] == ["--no-python", et, *expected]
+    status, _, message = run(examples / "torchrun/one_node.sh", "train.py")
+    assert status == 2 and "train.py is no program here. Give pretrain_et.py" in message
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards/a.jsonl").touch()
+    status, lines, _ = run(
+        examples / "slurm/preprocess.sbatch", "shards", "out", "--text-key", "t",
+        SLURM_SUBMIT_DIR=os.fspath(tmp_path), SLURM_ARRAY_TASK_ID="0",
+    )  # fmt: skip
+    assert status == 0 and lines[:4] == [et, "preprocess-data", "--input", "shards/a.jsonl"]
+    (tmp_path / "bin/et").unlink()
+    status, _, message = run(examples / "torchrun/one_node.sh", "-m", "tools.serve")
+    assert status == 2 and "install the project for" in message
+
+
 def test_installed_commands_work_in_a_folder_with_packages_of_the_same_names(
     site_packages, tmp_path
 ):

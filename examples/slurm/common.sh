@@ -1,6 +1,7 @@
 # shellcheck shell=bash
 # Functions shared by the Slurm job scripts. The scripts source this file from the directory in
-# which sbatch was called, which must be the root of the repository.
+# which sbatch was called: the root of the repository or, after `pip install`, a folder with a copy
+# of the installed megatron_ext/examples.
 #
 # Environment variables, in addition to those of examples/torchrun/several_nodes.sh:
 #   CONTAINER     Container image. A file that ends in .sif runs with apptainer, any other image
@@ -18,7 +19,8 @@ fail() {
     exit 2
 }
 
-[[ -f pretrain_et.py ]] || fail "call sbatch in the root of the repository, not in $PWD"
+[[ -f examples/torchrun/several_nodes.sh ]] ||
+    fail "call sbatch in the root of the repository or next to a copy of examples, not in $PWD"
 
 # prepare RUN_DIR: create the run directory, export the address of the rendezvous and the folder of
 # the logs, and record the environment of the job.

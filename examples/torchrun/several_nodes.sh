@@ -3,7 +3,9 @@
 #
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=node1 examples/torchrun/several_nodes.sh PROGRAM [flags]
 #
-# PROGRAM is pretrain_et.py, -m tools.NAME or -m alignment NAME. Environment variables:
+# PROGRAM is pretrain_et.py, -m tools.NAME or -m alignment NAME. In a checkout the program is run in
+# its root. After `pip install` the same names start the console script `et`, in the present folder.
+# Environment variables:
 #   NNODES, NODE_RANK     Number of nodes, and the number of this node, from 0. Required.
 #   MASTER_ADDR           Host name or address of node 0. Required.
 #   MASTER_PORT           Port of node 0; runs on the same machine need different ports.
@@ -19,7 +21,8 @@
 #   LOG_DIR               Folder for the output of every rank, by node and rank. Default: none.
 #   PYTHON                Python interpreter. Default: that of .venv if it exists, else python3.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+root=$(dirname "${BASH_SOURCE[0]}")/../..
+[[ ! -f $root/pretrain_et.py ]] || cd "$root"
 
 if (($# == 0)); then
     echo "several_nodes.sh: the program is missing: give its name, such as pretrain_et.py, and its flags" >&2
@@ -45,6 +48,23 @@ if [[ -z $python ]]; then
     [[ -x .venv/bin/python ]] && python=.venv/bin/python || python=python3
 fi
 [[ $1 == -m ]] && restarts=0 || restarts=3
+if [[ ! -f pretrain_et.py ]]; then  # not a checkout, which has a folder for each -m
+    case $1-${2:-} in
+        pretrain_et.py-*) command=(pretrain "${@:2}") ;;
+        -m-tools.*) command=("${2#tools.}" "${@:3}") ;;
+        -m-alignment) command=(align "${@:3}") ;;
+        *)
+            echo "several_nodes.sh: $1 is no program here. Give pretrain_et.py, -m tools.NAME or -m alignment NAME" >&2
+            exit 2
+            ;;
+    esac
+    et=$(dirname "$(type -P "$python" || echo "$python")")/et
+    if [[ ! -x $et ]]; then
+        echo "several_nodes.sh: there is no $et: install the project for $python, or set PYTHON" >&2
+        exit 2
+    fi
+    set -- --no-python "$et" "${command[@]}"
+fi
 ranks=${NPROC_PER_NODE:-$(gpus)}
 ((ranks > 0)) || ranks=1
 

@@ -13,14 +13,16 @@
 # examples/alignment/judges/rubric.yaml or pairwise.yaml.
 # Repeat the command to resume; a finished stage ends at once.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
+examples=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+[[ ! -f $examples/../pretrain_et.py ]] || cd "$examples/.."
 if (($# < 4)); then
     echo "reasoning_judge.sh: give MODEL SIZE DATA RUNS (see the top of this file)" >&2
     exit 2
 fi
-model=$1 size=examples/alignment/judges/sizes/$2.yaml data=$3 runs=$4
+judges=$examples/alignment/judges
+model=$1 size=$judges/sizes/$2.yaml data=$3 runs=$4
 shift 4
-judges=examples/alignment/judges form=()
+form=()
 [[ -z ${FORM:-} ]] || form=(--recipe "$FORM")
 for file in "$size" "$data"/{train,validation,test}{,.gold}.jsonl; do
     if [[ ! -f $file ]]; then
@@ -32,7 +34,7 @@ done
 train() {
     local recipe=$1 from=$2 run=$3
     shift 3
-    bash examples/torchrun/one_node.sh -m alignment train-judge \
+    bash "$examples/torchrun/one_node.sh" -m alignment train-judge \
         --recipe "$judges/$recipe.yaml" --recipe "$size" "${form[@]}" \
         --model "$from" --run-dir "$run" \
         --input "$data/train.jsonl" --gold "$data/train.gold.jsonl" \
@@ -42,9 +44,9 @@ train() {
 
 train reasoning "$model" "$runs/distilled" "$@"
 train rl "$runs/distilled/best" "$runs/reinforced" "$@"
-bash examples/torchrun/one_node.sh -m alignment judge --recipe "$size" \
+bash "$examples/torchrun/one_node.sh" -m alignment judge --recipe "$size" \
     --model "$runs/reinforced/best" --thinking asked --seq-length 8192 "${form[@]}" \
     --input "$data/test.jsonl" --output "$runs/verdicts.jsonl" --overwrite
-NPROC_PER_NODE=1 bash examples/torchrun/one_node.sh -m alignment agreement \
+NPROC_PER_NODE=1 bash "$examples/torchrun/one_node.sh" -m alignment agreement \
     "$data/test.gold.jsonl" "$runs/verdicts.jsonl" --items "$data/test.jsonl" \
     --output "$runs/agreement"
