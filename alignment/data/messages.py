@@ -102,9 +102,9 @@ def message_list(value: Any, column: str, omissions: list[str] | None = None) ->
     """Return the messages of a column.
 
     Args:
-        value: A list of mappings with role and content (OpenAI) or from and value (ShareGPT), also
-            as JSON text. Parquet files also have mappings of lists, one list for all roles and one
-            for all contents.
+        value: A list of mappings with role and content (OpenAI) or from and value (ShareGPT), or
+            one such mapping, also as JSON text. Parquet files also have mappings of lists, one list
+            for all roles and one for all contents.
         column: Name of the column, for error messages.
         omissions: List to which the names of fields that are left out are added.
 
@@ -173,7 +173,10 @@ def check_order(messages: Sequence[Message], column: str) -> None:
 
 
 def _from_lists(value: Mapping[str, Any], column: str) -> list[dict[str, Any]]:
+    """Return the messages of a mapping: of its lists, or the one message that it is."""
     lists = {name: items for name, items in value.items() if items is not None}
+    if isinstance(value.get("role", value.get("from")), str):
+        return [dict(value)]
     if not lists or not all(isinstance(items, list) for items in lists.values()):
         raise UserError(f"{column} must be a list of messages, not a single mapping")
     if len({len(items) for items in lists.values()}) > 1:

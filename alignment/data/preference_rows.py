@@ -109,7 +109,12 @@ def _ends(columns: Sequence[str]) -> tuple[str, str]:
 
 
 def opening_of(row: SourceRow) -> list[Message] | None:
-    """Return the messages of the prompt's column, or None if a row has none."""
+    """Return the messages of the prompt's column, or None if a row has none.
+
+    In a row without a prompt, a conversation that the user ends is the prompt.
+    """
+    if row.peek("prompt") in (None, "", []) and _is_open(row.peek("messages")):
+        row.assign("prompt", row.column("messages"))
     prompt = row.get("prompt")
     if isinstance(prompt, Mapping) and isinstance(prompt.get("messages"), list):
         prompt = prompt["messages"]  # OpenAI's preferences have them in the column input
@@ -118,6 +123,14 @@ def opening_of(row: SourceRow) -> list[Message] | None:
     if not isinstance(prompt, str) or is_json_messages(prompt):
         return message_list(prompt, row.column("prompt"), row.omissions)
     return transcript_prompt(prompt) if is_transcript(prompt) else [Message("user", prompt)]
+
+
+def _is_open(conversation: object) -> bool:
+    """Return whether a value is a conversation that the user ends."""
+    try:
+        return message_list(conversation, "")[-1].role != "assistant"
+    except UserError:
+        return False
 
 
 def conversation(row: SourceRow, role: str, opening: Sequence[Message] | None) -> list[Message]:

@@ -111,6 +111,10 @@ class SourceRow:
         """Return the value of the column that plays a role, or None, without counting it."""
         return self._values.get(self.column(role))
 
+    def assign(self, role: str, column: str) -> None:
+        """Let a column play a role."""
+        self._roles = {**self._roles, role: column}
+
     def column(self, role: str) -> str:
         """Return the name of the column that plays a role, or else the name of the role."""
         if role in self._roles:

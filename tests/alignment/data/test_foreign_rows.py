@@ -179,6 +179,30 @@ def test_several_annotators_of_an_item_are_labels_of_one_record(tmp_path: Path) 
     assert isinstance(rated.record, Response) and rated.record.prompt.metadata == {}
 
 
+@pytest.mark.parametrize("name", ["mine.json", "mine.jsonl", "mine.parquet"])
+@pytest.mark.parametrize("column", ["conversations", "messages", "prompt"])
+def test_preferences_of_sharegpt_have_one_message_each(
+    name: str, column: str, tmp_path: Path
+) -> None:
+    row = {
+        column: SHAREGPT[:2], "chosen": shared("gpt", "x"), "rejected": shared("gpt", "y"),
+        "topic": "t",
+    }  # fmt: skip
+    [item] = read(written(tmp_path, [row], name))
+    pair = item.record
+    assert [(m.role, m.content) for m in pair.prompt.messages] == S[:2]
+    assert (pair.first, pair.second, pair.preferred) == ("x", "y", Side.FIRST)
+    assert pair.prompt.metadata == {"topic": "t"}
+    # A conversation that ends with an answer is no prompt.
+    whole = {
+        "messages": SHAREGPT,
+        "chosen": SHAREGPT,
+        "rejected": [*SHAREGPT[:2], shared("gpt", "y")],
+    }
+    [item] = read(written(tmp_path, [whole], name))
+    assert [m.content for m in item.record.prompt.messages] == ["S", "Q"]
+
+
 def test_chosen_and_rejected_by_annotators_who_disagree_are_one_pair(tmp_path: Path) -> None:
     rows = [
         {"prompt": "Q", "chosen": a, "rejected": b, "annotator": name}
