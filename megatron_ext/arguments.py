@@ -77,6 +77,7 @@ def parse_args(
     if args.step_batch_size_schedule is not None:  # checks and plans use the largest batch
         args.global_batch_size = batch_schedule(args)[-1][1]
     args.vocab_size = get_tokenizer().vocab_size  # without padding
+    _check_end_token(args)
     if "padded_vocab_size" in explicit:
         _use_rows(args)
     if args.stall_timeout is None:
@@ -85,6 +86,24 @@ def parse_args(
     for name in ("moe_router_load_balancing_type", "moe_aux_loss_coeff", "moe_router_dtype"):
         setattr(args, name, getattr(config, name))  # the trainer logs the values of the arguments
     return args, config
+
+
+def _check_end_token(args: Namespace) -> None:
+    """Refuse a tokenizer without a token that ends documents.
+
+    Raises:
+        UserError: There is none, which Megatron notices while it builds its datasets.
+    """
+    try:
+        end = get_tokenizer().eod
+    except (AttributeError, KeyError, TypeError, ValueError):  # of the different tokenizers
+        end = None
+    if end is None or end < 0:
+        raise UserError(
+            f"--tokenizer-model {args.tokenizer_model} has no end token, which ends documents. Name "
+            'one in its tokenizer_config.json as "eos_token": "TOKEN", or train a tokenizer with '
+            "tools.train_tokenizer."
+        )
 
 
 def _use_rows(args: Namespace) -> None:
