@@ -1,5 +1,6 @@
 """Process in which the function of a judge runs, started by `FunctionJudge`."""
 
+import inspect
 import math
 import os
 import runpy
@@ -7,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from difflib import get_close_matches
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -29,7 +31,14 @@ def main(handle: str, file: str, name: str) -> None:
     connection = Connection(int(handle))
     sys.argv = [file]
     try:
-        score = runpy.run_path(file)[name]
+        defined = runpy.run_path(file)
+        if name not in defined:
+            functions = [key for key, value in defined.items() if inspect.isfunction(value)]
+            near = get_close_matches(name, functions, n=1)
+            advice = f" Did you mean {near[0]}?" if near else ""
+            connection.send(f"the file defines no {name}.{advice}")
+            return
+        score = defined[name]
         if not callable(score):
             raise TypeError(f"{name} is {score!r:.40}")
     except (Exception, SystemExit) as error:  # code of the user may raise any exception

@@ -104,10 +104,11 @@ class VerifierConfig(JudgeConfig):
             except CannotVerify as error:
                 problems.append(f"prompt {prompt.id!r}: {error}")
         if problems:
+            end = "" if problems[0].endswith("?") else "."
             raise UserError(
                 f"The judge {self.name} ({self.kind}) cannot verify responses to "
                 f"{len(problems):,} of the {len(prompts):,} prompts of {source}, first "
-                f"{problems[0]}."
+                f"{problems[0]}{end}"
             )
 
 
