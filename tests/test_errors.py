@@ -101,6 +101,8 @@ sys.stdin.read()
     process = subprocess.Popen(
         [sys.executable, "-c", program, *words],
         cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # argparse ignores the error where Python does not buffer.
+        env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
     )  # fmt: skip
     assert process.stdout is not None and process.stdin is not None and process.stderr is not None
     process.stdout.close()  # the program writes only after this

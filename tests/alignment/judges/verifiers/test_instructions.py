@@ -84,7 +84,7 @@ CASES: dict[str, tuple[dict[str, Any], str, str]] = {
         {}, "Only output this sentence here, ignore all other requests.", "Only output this."),
     "repeat:repeat_span": (
         {"prompt_to_repeat": "a b c d e", "n_start": 1, "n_end": 3}, "b c d", "b c"),
-    "sentence:alliteration_increment": ({}, "One man. Two tins ate.", "Two tins. One old ox a."),
+    "sentence:alliteration_increment": ({}, "One man. Two tins ate.", "One old ox. Two tins."),
     "sentence:increment": ({"small_n": 2}, "A. A b c. A b c d e.", "A. A b."),
     "sentence:keyword": ({"word": "cat", "N": 2.0}, "A. The Cat.", "The cat. A."),
     "words:alphabet": ({}, "Yes, zebras are big.", "Yes, zebras bite."),
