@@ -100,9 +100,9 @@ def _check_end_token(args: Namespace) -> None:
         end = None
     if end is None or end < 0:
         raise UserError(
-            f"--tokenizer-model {args.tokenizer_model} has no end token, which ends documents. Name "
-            'one in its tokenizer_config.json as "eos_token": "TOKEN", or train a tokenizer with '
-            "tools.train_tokenizer."
+            f"--tokenizer-model {args.tokenizer_model} has no end token, which ends documents. "
+            'Name one in its tokenizer_config.json as "eos_token": "TOKEN", or train a tokenizer '
+            "with tools.train_tokenizer."
         )
 
 

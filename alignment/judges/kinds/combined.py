@@ -35,11 +35,11 @@ class CombinedConfig(JudgeConfig):
         raise NotImplementedError
 
     def questions_of(self, part: str, questions: Sequence[Question]) -> list[Question]:
-        """Return which of some questions about responses a judge is asked, at most."""
+        """Return the questions about responses that a judge may receive."""
         return list(questions)
 
     def is_gated(self, part: str) -> bool:
-        """Return whether the scores of other judges decide how often a judge is asked."""
+        """Return whether the scores of other judges decide how often a judge is called."""
         return False
 
     def open_parts(self, context: JudgeContext) -> dict[str, Judge]:

@@ -23,8 +23,8 @@ from alignment.engines.protocol import AlignmentEngine
 from alignment.judges.annotation_cost import estimate_cost
 from alignment.judges.formats.answers import Answer
 from alignment.judges.formats.judge_format import JudgeFormat
-from alignment.judges.kinds.endpoint import EndpointJudgeConfig
 from alignment.judges.kinds.command_settings import AnnotationSettings
+from alignment.judges.kinds.endpoint import EndpointJudgeConfig
 from alignment.judges.questions import JudgingTask, Question
 from alignment.polling import run_async_while_polling
 from alignment.ranks import all_gather_by_data_rank, is_share_leader

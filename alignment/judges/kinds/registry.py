@@ -74,8 +74,8 @@ def read_judge(file: str) -> JudgeConfig:
     """
     if _RECORDS & {*Path(file).suffixes}:
         raise UserError(
-            f"The judge {file} holds verdicts or labels of people, which are on given responses, "
-            "and not on those that a policy will write. Train a judge on them with et-align "
+            f"The judge {file} holds verdicts or labels of people on existing responses, and "
+            "a policy will write other ones. Train a judge on them with et-align "
             "train-judge --gold, and name a YAML file that describes it."
         )
     try:

@@ -71,7 +71,9 @@ def test_dry_run_takes_the_model_of_a_run_of_either_kind(
     final.mkdir(parents=True)
     shutil.copy(SHAPES / "Qwen3-1.7B/config.json", final)
     models = [str(SHAPES / "Qwen3-1.7B"), str(tmp_path / "run"), str(run_dir)]
-    shape, run, checkpoint = run_ranks(dry_runs, 1, [words("base", model=m) for m in models])[0]
+    cases = [words("base", model=model) for model in models]
+    cases[-1] += ["--seq-length", "64"]  # the longest context of the model
+    shape, run, checkpoint = run_ranks(dry_runs, 1, cases)[0]
     assert run["parameters"] == shape["parameters"] and run["stages"] == shape["stages"]
     # Two layers of eight experts, each of which has two matrices of 64 x 64.
     assert checkpoint["parameters"]["experts"] == 2 * 8 * 2 * 64 * 64

@@ -123,7 +123,7 @@ def test_check(name):
 def test_checks_cover_the_prompts_of_ifbench_without_a_language_model():
     prompts = [p for p in PACKAGES["ifbench"].read(None) if isinstance(p, Prompt)]
     judge = InstructionsConfig(name="instructions")
-    uncovered = Counter()
+    uncovered: Counter[str] = Counter()
     for prompt in prompts:
         try:
             judge.read_prompt(prompt)
