@@ -153,7 +153,7 @@ class SumConfig(CombinedConfig):
         return {name: component.judge for name, component in self.components.items()}
 
     def is_gated(self, part: str) -> bool:
-        """Return whether a component is asked only where another one has a high score."""
+        """Return whether a component is called only where another one has a high score."""
         return self.components[part].only_if is not None
 
     def check_prompts(self, prompts: Sequence[Prompt], source: str) -> None:
