@@ -23,8 +23,8 @@ DEFAULTS = {
     "muon_embedding_lr": 0.2, "muon_head_lr": 0.004, "muon_reference_width": 768,
     "muon_momentum": 0.95, "muon_momentum_warmup_iters": 300, "add_bias_linear": True,
     "use_distributed_optimizer": False, "expert_model_parallel_size": 1,
-    "eval_interval": 1000, "et_threshold_estimator": "ema", "bias_gelu_fusion": False, "swiglu": False, "quick_geglu": False,
-    "squared_relu": False,
+    "eval_interval": 1000, "et_threshold_estimator": "ema", "bias_gelu_fusion": False,
+    "swiglu": False, "quick_geglu": False, "squared_relu": False,
 }  # fmt: skip
 
 
