@@ -37,5 +37,6 @@ def test_resume_settings_ignore_the_server_but_not_the_judge(tmp_path):
 @pytest.mark.parametrize("name", ["people.jsonl", "people.csv", "people.parquet", "a.jsonl.gz"])
 def test_labels_of_people_are_no_judge(tmp_path, name):
     (tmp_path / name).write_text("")
-    with pytest.raises(UserError, match=r"labels of people on existing responses, .* Train a judge on them"):
+    message = r"labels of people on existing responses, .* Train a judge on them"
+    with pytest.raises(UserError, match=message):
         read_judge(str(tmp_path / name))
