@@ -45,7 +45,7 @@ test-slow: environment  ## the tests that `make test` leaves out
 test-all: test test-slow  ## every test
 
 vllm-test: environment  ## the tests with real vLLM servers, in an environment of Python 3.11
-	python=$$(bash tests/vllm/environment.sh) && VLLM_PYTHON=$$python $(pytest) -m vllm
+	python=$$(bash tests/vllm/environment.sh) && VLLM_PYTHON=$$python $(pytest) $(workers) -m vllm --durations=20
 
 gpu-test: environment  ## the tests that need a CUDA device; skipped where there is none
 	$(pytest) -m gpu

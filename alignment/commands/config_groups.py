@@ -262,8 +262,8 @@ class RolloutConfig:
     """Rollouts from servers."""
 
     rollout_url: tuple[str, ...] = may_change((), metavar="URL")
-    """Addresses, http://HOST:PORT/v1, of vLLM servers started on RUN/served, which sample the
-    responses. Default: the engine samples them."""
+    """Addresses, http://HOST:PORT/v1, of vLLM servers, which load the policy's weights from
+    RUN/served before each step and sample the responses. Default: the engine samples them."""
     rollout_model: str = may_change("policy", metavar="NAME")
     """Name under which the servers serve the policy."""
     rollouts_ahead: Literal[0, 1] = must_match(0)

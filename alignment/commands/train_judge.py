@@ -57,7 +57,7 @@ def run(config: TrainJudgeConfig) -> int:
         UserError: The data or the model cannot be used.
         TooFewResults: More of the data is left out than --max-left-out allows.
     """
-    check_algorithm(config)
+    check_algorithm(config, config.temperature)
     thinks = config.format.thinking != "none"
     if config.run.dry_run is not None:
         dry_run(config, config.run.dry_run, config.answers.generation_batch_size * thinks)

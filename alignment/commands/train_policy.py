@@ -132,7 +132,8 @@ def run(config: TrainPolicyConfig) -> int:
 
 def _check(config: TrainPolicyConfig) -> None:
     """Check what depends on the algorithm, before anything is loaded."""
-    check_algorithm(config, config.sampling.top_k, config.sampling.top_p)
+    sampling = config.sampling
+    check_algorithm(config, sampling.temperature, sampling.top_k, sampling.top_p)
     margin, longest = config.overlong_margin, config.sampling.max_new_tokens
     if ALGORITHMS[config.reinforcement.algorithm].overlong and not 0 < margin <= longest:
         raise UserError(

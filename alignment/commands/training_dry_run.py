@@ -135,16 +135,16 @@ def _spelled(flags: Sequence[str]) -> str:
 
 
 def _exported_bytes(args: argparse.Namespace, facts: Mapping[str, Any], device: Device) -> int:
-    """Return the bytes that the first rank copies when it exports the model.
+    """Return the bytes that a rank copies when the model is exported.
 
-    Every rank gathers one whole tensor at a time, of which embeddings are the largest. The first
-    copies the tensors of a file into the memory of the host.
+    Every rank gathers one whole tensor at a time, of which embeddings are the largest. In the
+    memory of the host it has the tensors of a file that it writes and of the next.
     """
     size = args.params_dtype.itemsize
     tensor = args.padded_vocab_size * args.hidden_size * size
     if device.is_card:
         return int(tensor)
-    return int(tensor + min(facts["parameters"]["total"] * size, SHARD_BYTES))
+    return int(tensor + min(facts["parameters"]["total"] * size, 2 * SHARD_BYTES))
 
 
 def _read_architecture(path: str, name: str) -> Architecture:

@@ -161,12 +161,13 @@ def _critic_settings(config: CriticConfig) -> CriticSettings:
 
 
 def check_algorithm(
-    config: ReinforcementTrainingConfig, top_k: int = 0, top_p: float = 1.0
+    config: ReinforcementTrainingConfig, temperature: float, top_k: int = 0, top_p: float = 1.0
 ) -> None:
     """Check the flags that depend on the algorithm.
 
     Args:
         config: Flags of the command.
+        temperature: Temperature that responses are sampled at.
         top_k: Number of likeliest tokens that responses are sampled from; 0 for all.
         top_p: Probability of the likeliest tokens that responses are sampled from.
 
@@ -187,9 +188,9 @@ def check_algorithm(
             )
     _critic_settings(config.critic)
     if config.rollouts.rollout_url:
-        from alignment.rl.served_log_probs import refuse_truncation
+        from alignment.rl.served_log_probs import refuse_sampling
 
-        refuse_truncation(top_k, top_p)
+        refuse_sampling(temperature, top_k, top_p)
     if config.rollouts.rollouts_ahead and algorithm.dynamic:
         raise UserError(
             f"--algorithm {name} may sample several times per step, which asynchronous rollouts "
@@ -273,7 +274,8 @@ def rollout_sources(
 
     folder = Path(config.run.run_dir) / "served"
     served = VLLMRollouts(
-        engine, rollouts.rollout_url, rollouts.rollout_model, folder, end_tokens, check=check
-    )
+        engine, rollouts.rollout_url, rollouts.rollout_model, folder, end_tokens, check=check,
+        context=config.batch.seq_length,
+    )  # fmt: skip
     ahead = AsyncRollouts(served, steps) if rollouts.rollouts_ahead else None
     return {"generate": served.generate, "async_rollouts": ahead}

@@ -9,11 +9,13 @@ from hashlib import sha256
 from typing import Any
 
 from alignment.endpoints.budget import Budget
-from alignment.endpoints.client import EndpointClient
+from alignment.endpoints.client import CallFailed, EndpointClient
+from alignment.endpoints.endpoint_errors import EndpointError, load_json
 from alignment.endpoints.token_counter import CHARACTERS_PER_TOKEN
 from alignment.endpoints.usage import Prices, TokenUsage
 from alignment.judges.formats.answers import Answer, read_answer
 from alignment.records import Message
+from megatron_ext.errors import UserError
 
 # Names of snapshots: gpt-4o-2024-08-06, claude-sonnet-4-20250514, gemini-1.5-pro-002.
 _SNAPSHOT = re.compile(r"[-@:](\d{4}-\d{2}-\d{2}|\d{8}|\d{6}|\d{4}|\d{3}|latest)$")
@@ -79,13 +81,33 @@ class ChatClient(EndpointClient):
 
     budget: Budget = field(default_factory=lambda: Budget(Prices()))
     models: Counter[str] = field(default_factory=Counter, init=False)
+    _context: int | None = field(default=None, init=False)  # 0: the endpoint does not state it
+    _reported_context: bool = field(default=False, init=False)
 
     async def ask(self, request: ChatRequest) -> Answer:
         """Return the answer to a request; see `EndpointClient.post` for further errors.
 
+        An answer is limited to what its prompt leaves of the model's context, if the endpoint
+        states the context, as vLLM does.
+
         Raises:
             BudgetSpent: The call does not fit into the budget.
         """
+        limit = request.sampling.max_tokens
+        if not self._context or limit < self._context:
+            try:
+                return await self._ask(request, {})
+            except CallFailed as error:
+                if not error.refused or not await self._find_context(request):
+                    raise
+                changes = await self._fitting_limit(request)
+                if changes == {"max_tokens": limit}:
+                    raise
+        else:
+            changes = await self._fitting_limit(request)
+        return await self._ask(request, changes)
+
+    async def _ask(self, request: ChatRequest, changes: dict[str, int | None]) -> Answer:
         reservation = self.budget.reserve(request.messages, request.sampling.max_tokens)
 
         def read(content: bytes, seconds: float | None) -> Answer:
@@ -94,10 +116,61 @@ class ChatClient(EndpointClient):
             return answer
 
         url = f"{self.url}/chat/completions"
-        answer = await self.post(url, request.body(), read, reservation)
+        body = {k: v for k, v in (request.body() | changes).items() if v is not None}
+        answer = await self.post(url, body, read, reservation)
         self.limiter.count_tokens(_tokens(request, answer))
         self._count_model(request.model, answer.model)
         return answer
+
+    async def _find_context(self, request: ChatRequest) -> bool:
+        """Return whether the endpoint states a context that an answer may exceed."""
+        if self._context is None:
+            answer = await self._control("GET", f"{self.url}/models", None)
+            models = answer.get("data") if isinstance(answer, dict) else None
+            lengths = {
+                str(model.get("id")): model.get("max_model_len")
+                for model in (models if isinstance(models, list) else [])
+                if isinstance(model, dict)
+            }
+            length = lengths.get(request.model)
+            self._context = length if isinstance(length, int) else 0
+        return self._context > 0
+
+    async def _fitting_limit(self, request: ChatRequest) -> dict[str, int | None]:
+        """Return the limit of an answer that fits into the context, for the body of the request.
+
+        Raises:
+            CallFailed: The prompt leaves no room for an answer.
+        """
+        limit, context = request.sampling.max_tokens, self._context
+        assert context
+        messages = [asdict(message) for message in request.messages]
+        body = {"model": request.model, "messages": messages}
+        answer = await self._control("POST", f"{self.url.removesuffix('/v1')}/tokenize", body)
+        count = answer.get("count") if isinstance(answer, dict) else None
+        if isinstance(count, int) and count >= context:
+            raise CallFailed(
+                f"the prompt has {count:,} tokens, and the context of {request.model} has "
+                f"{context:,}",
+                refused=True,
+            )
+        if isinstance(count, int) and count + limit <= context:
+            return {"max_tokens": limit}
+        if not self._reported_context:
+            self._reported_context = True
+            self.report(
+                f"{self.url} serves {context:,} tokens of a prompt with its answer: answers are "
+                f"limited to what prompts leave, not to {limit:,} tokens."
+            )
+        # A server without /tokenize gives an answer without a limit what the prompt leaves.
+        return {"max_tokens": context - count if isinstance(count, int) else None}
+
+    async def _control(self, method: str, url: str, body: Any) -> Any:
+        """Return the JSON value at a route that not every endpoint has, or None."""
+        try:
+            return await self._try(method, url, body, lambda content, _: load_json(content))
+        except (EndpointError, UserError, ValueError):
+            return None
 
     def _count_model(self, requested: str, answered: str) -> None:
         if not answered:

@@ -60,6 +60,8 @@ class EndpointClient:
         advice: Sentence on the fix if the endpoint refuses every request.
         is_permanent: Function that returns whether an error that looks temporary will recur in
             every further attempt.
+        before_try: Function that is called before each attempt; an error that it raises ends the
+            call.
         retried: Number of failed attempts that were repeated.
         last_fault: Reason of the last of these failures.
     """
@@ -73,6 +75,7 @@ class EndpointClient:
     flag: str = "--judge"
     advice: str = "Check the address, the name of the model and the key."
     is_permanent: Callable[[EndpointError], Awaitable[bool]] | None = None
+    before_try: Callable[[], Awaitable[None]] | None = None
     retried: int = field(default=0, init=False)
     last_fault: str = field(default="", init=False)
     _waits_until: float = field(default=0.0, init=False)
@@ -102,13 +105,29 @@ class EndpointClient:
             TooFewResults: If the endpoint requests a longer wait than the policy allows.
             RunCancelled: If `sleep` raises it.
         """
+        return await self._repeat("POST", url, body, read, reservation)
+
+    async def get[T](self, url: str, read: Callable[[bytes, float | None], T]) -> T:
+        """Return what is at an address; see `post`."""
+        return await self._repeat("GET", url, None, read, None)
+
+    async def _repeat[T](
+        self,
+        method: str,
+        url: str,
+        body: Any,
+        read: Callable[[bytes, float | None], T],
+        reservation: AbstractAsyncContextManager[Any] | None,
+    ) -> T:
         begin, damaged = time.monotonic(), 0
         for attempt in itertools.count():
             await self.limiter.acquire()
+            if self.before_try is not None:
+                await self.before_try()
             try:
                 async with reservation or nullcontext():
                     await self.sleep(0)  # The run may have been cancelled meanwhile.
-                    return await self._try(url, body, read)
+                    return await self._try(method, url, body, read)
             except EndpointError as error:
                 permanent = self.is_permanent is not None and await self.is_permanent(error)
                 if error.kind is ErrorKind.FATAL or permanent:
@@ -167,10 +186,12 @@ class EndpointClient:
             self._waits_until = now + _REPORT_INTERVAL
             self.report(f"waiting for {url} until {until(seconds)} at most: {reason}")
 
-    async def _try[T](self, url: str, body: Any, read: Callable[[bytes, float | None], T]) -> T:
+    async def _try[T](
+        self, method: str, url: str, body: Any, read: Callable[[bytes, float | None], T]
+    ) -> T:
         try:
             async with asyncio.timeout(self.policy.timeout):
-                status, headers, content = await self._post(url, body)
+                status, headers, content = await self._send(method, url, body)
         except TimeoutError:
             raise EndpointError(
                 f"no answer within {self.policy.timeout:g} seconds",
@@ -194,9 +215,9 @@ class EndpointClient:
             raise EndpointError(f"status {status}, which redirects to {place}", ErrorKind.FATAL)
         raise error_of_status(status, content, seconds)
 
-    async def _post(self, url: str, body: Any) -> tuple[int, httpx.Headers, bytes]:
+    async def _send(self, method: str, url: str, body: Any) -> tuple[int, httpx.Headers, bytes]:
         content = bytearray()
-        async with self.http.stream("POST", url, json=body) as response:
+        async with self.http.stream(method, url, json=body) as response:
             async for piece in response.aiter_bytes():
                 content += piece
                 if len(content) > _LARGEST:

@@ -229,9 +229,9 @@ class DeepSpeedEngine:
         if self.optimization is not None:
             self._optimizer.refresh_fp32_params()
 
-    def export(self, folder: str | os.PathLike[str]) -> None:
+    def export(self, folder: str | os.PathLike[str], *, untie_head: bool = False) -> None:
         """Write the model as a Hugging Face folder; see `AlignmentEngine.export`."""
-        export(Path(folder), self._path, self.parameters())
+        export(Path(folder), self._path, self.parameters(), untie_head)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write a checkpoint in DeepSpeed's format, which the same number of ranks can load."""

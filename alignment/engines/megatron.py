@@ -257,9 +257,9 @@ class MegatronEngine:
             with torch.no_grad():
                 self._optimizer.reload_model_params()
 
-    def export(self, folder: str | os.PathLike[str]) -> None:
+    def export(self, folder: str | os.PathLike[str], *, untie_head: bool = False) -> None:
         """Write the model as a Hugging Face folder; see `AlignmentEngine.export`."""
-        export(Path(folder), self._source, self.parameters())
+        export(Path(folder), self._source, self.parameters(), untie_head)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write a checkpoint of this step, which `pretrain_et.py` and the tools can also load."""

@@ -319,10 +319,17 @@ class AlignmentEngine(Protocol):
             UserError: A tensor is missing or has another shape.
         """
 
-    def export(self, folder: str | os.PathLike[str]) -> None:
+    def export(self, folder: str | os.PathLike[str], *, untie_head: bool = False) -> None:
         """Write the model as a Hugging Face folder, and replace a folder of that name.
 
-        The folder is replaced only when the new one is complete.
+        The folder is replaced only when the new one is complete. All ranks write parts of it.
+
+        Args:
+            folder: Folder to write.
+            untie_head: Write an output layer that is tied to the embeddings as a separate tensor.
+
+        Raises:
+            UserError: The folder cannot be written, on all ranks.
         """
 
     def save(self, folder: str | os.PathLike[str]) -> None:

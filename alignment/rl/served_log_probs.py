@@ -10,25 +10,34 @@ log-probabilities at temperature 1.
 from collections.abc import Sequence
 from dataclasses import replace
 
-from alignment.engines.batch import TokenBatch
+from alignment.engines.batch import TokenBatch, TokenSample
 from alignment.engines.protocol import AlignmentEngine
+from alignment.ranks import all_reduce_max, raise_on_all_ranks
 from alignment.rl.metrics import rollout_gap
 from megatron_ext.errors import UserError
 
 # Nats per token. Rounding in bf16, with the routing that it flips, stays well below `_TOO_FAR`.
 _COMPARABLE, _TOO_FAR = 1e-3, 0.1
+_ANOTHER_MODEL = 0.3
+_LEAST_TEMPERATURE = 0.01  # vLLM replaces lower ones by it, with a warning in its log
 _ADVICE = (
-    "Start the servers with --logprobs-mode processed_logprobs on the folder that the training "
-    "writes, and run the same command again."
+    "Start the servers with --logprobs-mode processed_logprobs on --model or on RUN/served/latest, "
+    "which the training writes, and run the same command again."
 )
 
 
-def refuse_truncation(top_k: int, top_p: float) -> None:
-    """Refuse sampling by servers from a part of the vocabulary.
+def refuse_sampling(temperature: float, top_k: int, top_p: float) -> None:
+    """Refuse settings with which servers sample from another distribution than training scores.
 
     Raises:
-        UserError: A limit is set.
+        UserError: The vocabulary is limited, or vLLM would raise the temperature.
     """
+    if temperature < _LEAST_TEMPERATURE:
+        raise UserError(
+            f"--temperature {temperature:g} is incompatible with --rollout-url: vLLM samples at "
+            f"temperatures of at least {_LEAST_TEMPERATURE:g}. Raise --temperature, or leave out "
+            "--rollout-url."
+        )
     if top_k or top_p < 1:
         flag = f"--top-k {top_k}" if top_k else f"--top-p {top_p}"
         raise UserError(
@@ -37,6 +46,48 @@ def refuse_truncation(top_k: int, top_p: float) -> None:
             "two is wrong. Leave out --top-k and --top-p, or leave out --rollout-url to let the "
             "engine sample."
         )
+
+
+def refuse_another_model(
+    engine: AlignmentEngine,
+    prompts: Sequence[Sequence[int]],
+    served: Sequence[Sequence[Sequence[float]]],
+    urls: Sequence[str],
+) -> None:
+    """Refuse servers that have another model, by the log-probabilities of prompts; a collective.
+
+    Args:
+        engine: Engine whose weights the servers have loaded.
+        prompts: Prompts of this share, each of at least two tokens.
+        served: Log-probabilities of the prompts' tokens after the first, at temperature 1, in
+            nats, from each server of this share.
+        urls: Addresses of these servers.
+
+    Raises:
+        UserError: The log-probabilities of a server are not those of the engine, on all ranks.
+    """
+    length = all_reduce_max(max(map(len, prompts), default=0))
+    if not length:
+        return
+    batch = TokenBatch.of([TokenSample(prompt) for prompt in prompts], length)
+    scores = engine.log_probs(batch).log_probs.cpu()
+
+    def check() -> None:
+        for url, values in zip(urls, served, strict=True):
+            gaps = [
+                abs(float(scores[row, place]) - value)
+                for row, of_prompt in enumerate(values)
+                for place, value in enumerate(of_prompt, 1)
+            ]
+            mean = sum(gaps) / max(1, len(gaps))
+            if mean > _ANOTHER_MODEL:
+                raise UserError(
+                    f"{url} serves another model than the policy: with the policy's weights its "
+                    f"log-probabilities of the prompts differ by {mean:.3g} nats per token from "
+                    f"those of training. {_ADVICE}"
+                )
+
+    raise_on_all_ranks(check)
 
 
 def check_served_log_probs(

@@ -37,7 +37,7 @@ from alignment.rl.rollouts import (
 from alignment.rl.served_log_probs import (
     check_served_log_probs,
     refuse_distant,
-    refuse_truncation,
+    refuse_sampling,
 )
 from alignment.rl.tasks import (
     PromptOrder,
@@ -105,7 +105,7 @@ class RLComponents:
         """
         sampling, algorithm = self.settings.sampling, self.settings.algorithm
         if self.generate is not None:
-            refuse_truncation(sampling.top_k, sampling.top_p)
+            refuse_sampling(sampling.temperature, sampling.top_k, sampling.top_p)
         if algorithm.uses_reference and self.reference is None:
             raise ValueError("The loss has a divergence, but there is no reference policy.")
         if (algorithm.advantages is None) != (self.critic is not None):

@@ -1,42 +1,43 @@
-r"""Rollouts by vLLM servers, which receive the weights of the policy as files.
+"""Rollouts by vLLM servers, which receive the weights of the policy before each step.
 
-Start each server on a folder that the training writes,
-
-    VLLM_SERVER_DEV_MODE=1 vllm serve RUN/served --served-model-name policy \
-        --logprobs-mode processed_logprobs
-
-on a file system that both can read. The training requests a reload of the folder after each step.
-Prompts and responses are token ids, so that no text is tokenized twice. Requests override all
-settings of generation_config.json, and send the key in MEGATRON_ET_JUDGE_API_KEY, if it is set.
+docs/how-to/vllm.md describes how to start the servers. Prompts and responses are token ids, so that
+no text is tokenized twice. Requests override all settings of generation_config.json.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from alignment.endpoints.answer_store import AnswerStore
-from alignment.endpoints.endpoint_errors import error_in, message_of
 from alignment.endpoints.pool import EndpointPool
 from alignment.engines.protocol import AlignmentEngine, GeneratedResponse
 from alignment.polling import run_async_while_polling
-from alignment.ranks import all_gather_by_data_rank, is_share_leader
-from alignment.rl.vllm_servers import ADVICE, VLLMServer, VLLMServers, read_json
+from alignment.ranks import all_gather_by_data_rank, is_share_leader, on_first_rank
+from alignment.rl.served_log_probs import refuse_another_model
+from alignment.rl.vllm_completions import completion_body, read_completion
+from alignment.rl.vllm_servers import (
+    ADVICE,
+    RESUME_SECONDS,
+    VLLMServer,
+    VLLMServers,
+    read_json,
+    warn_of_public_address,
+)
 from alignment.rl.weight_transfer import FolderTransfer, WeightTransfer
 from megatron_ext.errors import UserError
 from megatron_ext.inference.sampling import Sampling
 
-_NEUTRAL = {
-    "repetition_penalty": 1.0,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-    "min_p": 0.0,
-}
+_PROBES, _PROBE_LENGTH = 4, 64  # prompts of a rank that are compared at first, and their tokens
 
 
 class VLLMRollouts:
     """Source of rollouts with the interface of an engine.
 
-    All ranks make the same calls, and one rank of each share of the data calls its server.
+    All ranks make the same calls, and one rank of each share of the data calls its servers.
     """
 
     def __init__(
@@ -50,27 +51,33 @@ class VLLMRollouts:
         concurrency: int = 256,
         check: Callable[[], None] = lambda: None,
         transfer: WeightTransfer | None = None,
+        context: int = 0,
     ) -> None:
         """Prepare the rollouts; a collective.
 
         Args:
             engine: Engine whose weights are served.
-            urls: Addresses of the servers, up to and including /v1. Shares of the data are
-                assigned to them in turn.
+            urls: Addresses of the servers, up to and including /v1. They are divided among the
+                shares of the data; a server has several shares if there are fewer servers.
             model: Model name of the servers.
-            folder: Folder from which the servers were started.
+            folder: Folder of the versions of the weights; see `FolderTransfer`.
             ends: Tokens that end a response.
             patience: Seconds to wait for a server that does not answer.
             concurrency: Largest number of concurrent calls of a rank.
             check: Function that all ranks call while they wait. It may raise on all of them.
             transfer: Way in which the servers get the weights. Default: as files in the folder.
+            context: Most tokens of a prompt with its response, for which servers must have room.
         """
         self.engine, self.model, self.ends = engine, model, ends
         self.servers = VLLMServers(urls, patience, check)
         self.transfer = transfer or FolderTransfer(engine, folder)
         self.concurrency, self.check = concurrency, check
         self.calls_server = is_share_leader(engine)
+        self.context = context
         self._served: int | None = None
+        self._compared = False
+        if dist.get_rank() == 0:
+            warn_of_public_address(self.servers.urls)
 
     def generate(
         self,
@@ -92,37 +99,114 @@ class VLLMRollouts:
             UserError: A server does not answer within the patience, or refuses.
         """
         self.refresh()
+        if not self._compared:
+            self._compare(prompts)
+            self._compared = True
         seeds = list(range(len(prompts)) if seeds is None else seeds)
-        responses = problem = None
+        return self._from_leaders(lambda: self.ask(prompts, sampling, seeds))
+
+    def _from_leaders[T](self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Return on all ranks of a share what the rank that calls its servers gets; a collective.
+
+        Raises:
+            UserError: The first error of a rank, on all ranks.
+        """
+        result = problem = None
         try:
-            work = (lambda: self.ask(prompts, sampling, seeds)) if self.calls_server else None
-            responses = run_async_while_polling(work, self.check)
+            result = run_async_while_polling(work if self.calls_server else None, self.check)
         except UserError as error:
             problem = str(error)
-        shares = all_gather_by_data_rank(self.engine, (responses, problem))
+        shares = all_gather_by_data_rank(self.engine, (result, problem))
         if message := next((problem for _, problem in shares if problem), None):
             raise UserError(message)
-        return shares[self.engine.data_rank][0]
+        value: T = shares[self.engine.data_rank][0]
+        return value
 
     def refresh(self) -> None:
         """Let the servers load the present weights; a collective.
 
         Raises:
-            UserError: A server does not answer within the patience, or refuses.
+            UserError: A server does not answer within the patience, refuses, or has another model.
         """
         version = self.engine.step
         if self._served == version:
             return
+        first = self._served is None
         self.transfer.prepare(version)
-        self.servers.call(VLLMServer.pause)
-        try:
-            self.transfer.update_weights(version, self.servers)
-            self.servers.call(VLLMServer.reset_prefix_cache)
-        except BaseException:
-            self.servers.resume_after_failure()
-            raise
-        self.servers.call(VLLMServer.resume)
+        if first:
+            self.servers.call(self._check_server)
+        while True:
+            self.servers.call(VLLMServer.pause)
+            self.servers.lost.clear()
+            try:
+                self.transfer.update_weights(version, self.servers)
+                self.servers.call(VLLMServer.reset_prefix_cache)
+            except BaseException:
+                self.servers.resume_after_failure()
+                raise
+            self.servers.call(VLLMServer.resume)
+            # A server that was restarted meanwhile may have other weights.
+            if not on_first_rank(lambda: bool(self.servers.lost)):
+                break
         self._served = version
+
+    async def _check_server(self, server: VLLMServer) -> None:
+        """Refuse a server that does not have the model or room for its prompts and responses."""
+        answer = await server.while_healthy(server.get("/v1/models"))
+        try:
+            lengths = {model["id"]: model.get("max_model_len") for model in answer["data"]}
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f"{server.url}/models is not that of a vLLM server. {ADVICE}"
+            ) from error
+        if self.model not in lengths:
+            raise UserError(
+                f"{server.url} does not serve --rollout-model {self.model}, but "
+                f"{', '.join(map(str, lengths))}. Start it with --served-model-name {self.model}."
+            )
+        length = lengths[self.model]
+        if length is not None and length < self.context:
+            raise UserError(
+                f"{server.url} serves {length} tokens of a prompt with its response, and "
+                f"--seq-length is {self.context}. Start it with --max-model-len {self.context}, or "
+                "lower --seq-length."
+            )
+
+    def _compare(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Refuse servers whose log-probabilities of prompts are not the engine's; a collective."""
+        probes = [list(p[:_PROBE_LENGTH]) for p in prompts if len(p) > 1][:_PROBES]
+        log_probs = self._from_leaders(lambda: self._prompt_log_probs(probes))
+        refuse_another_model(self.engine, probes, log_probs, self.urls_of_share)
+
+    async def _prompt_log_probs(self, prompts: Sequence[Sequence[int]]) -> list[list[list[float]]]:
+        """Return the log-probabilities of the tokens of prompts after the first, per server."""
+
+        async def ask(server: VLLMServer, prompt: Sequence[int]) -> list[float]:
+            body = {
+                "model": self.model, "prompt": list(prompt), "max_tokens": 1, "prompt_logprobs": 0
+            }  # fmt: skip
+            answer = await server.while_healthy(server.post("/v1/completions", body))
+            try:
+                places = answer["choices"][0]["prompt_logprobs"][1:]
+                pairs = zip(places, prompt[1:], strict=True)
+                return [float(place[str(token)]["logprob"]) for place, token in pairs]
+            except (KeyError, TypeError, ValueError, IndexError) as error:
+                raise UserError(
+                    f"{server.url} returns no log-probabilities of prompts. Use vLLM 0.10.2 or "
+                    "later."
+                ) from error
+
+        results: list[list[list[float]]] = []
+        for url in self.urls_of_share:
+            async with self.servers.connect(url) as server:
+                results.append([await ask(server, prompt) for prompt in prompts])
+        return results
+
+    @property
+    def urls_of_share(self) -> list[str]:
+        """Servers of this rank's share of the data."""
+        urls, rank = self.servers.urls, self.engine.data_rank
+        return urls[rank :: self.engine.data_size] or [urls[rank % len(urls)]]
 
     async def ask(
         self,
@@ -132,7 +216,7 @@ class VLLMRollouts:
         store: AnswerStore | None = None,
         to_record: Callable[[int, GeneratedResponse], tuple[str, Mapping[str, Any]]] | None = None,
     ) -> list[GeneratedResponse]:
-        """Return continuations of prompts from the server of this rank's share; no collective.
+        """Return continuations of prompts from the servers of this rank's share; no collective.
 
         Args:
             prompts: Token ids of each prompt.
@@ -145,67 +229,60 @@ class VLLMRollouts:
         Raises:
             UserError: The server refuses, or does not answer within the patience.
         """
-        url = self.servers.urls[self.engine.data_rank % len(self.servers.urls)]
         responses: dict[int, GeneratedResponse] = {}
-        async with self.servers.connect(url, self.concurrency) as server:
+        async with AsyncExitStack() as stack:
+            servers = [await self._connect(stack, url) for url in self.urls_of_share]
+            # All samples of a prompt go to one server, whose prefix cache then has the prompt.
+            numbers = {key: n for n, key in enumerate(dict.fromkeys(map(tuple, prompts)))}
 
             async def call(place: int) -> GeneratedResponse:
-                body = self._body(prompts[place], sampling, seeds[place])
+                server = servers[numbers[tuple(prompts[place])] % len(servers)]
+                body = completion_body(
+                    self.model, prompts[place], sampling, seeds[place], self.ends
+                )
 
                 def read(content: bytes, _: float | None) -> GeneratedResponse:
-                    return self._read(read_json(content), url)
+                    return read_completion(read_json(content), server.url, self.ends)
 
-                return await server.post("/v1/completions", body, read)
+                response: GeneratedResponse = await server.post("/v1/completions", body, read)
+                return response
 
-            pool = EndpointPool(call, to_record or _no_record, self.concurrency, await_calls=False)
-            work = pool.ask_many(range(len(prompts)), store, responses.__setitem__)
-            await server.while_healthy(work)
+            concurrency = self.concurrency * len(servers)
+            pool = EndpointPool(call, to_record or _no_record, concurrency, await_calls=False)
+            work: Awaitable[None] = pool.ask_many(range(len(prompts)), store, responses.__setitem__)
+            for server in servers:
+                work = server.while_healthy(
+                    work, lambda: f"has sampled {len(responses):,} of {len(prompts):,} responses"
+                )
+            await work
         return [responses[place] for place in range(len(prompts))]
 
-    def _body(self, prompt: Sequence[int], sampling: Sampling, seed: int) -> dict[str, Any]:
-        return {
-            "model": self.model,
-            "prompt": list(prompt),
-            "max_tokens": sampling.max_new_tokens,
-            "temperature": 0.0 if sampling.greedy else sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k or -1,
-            # vLLM reads missing settings from generation_config.json. Some of these files penalize
-            # repetition, which would change the distribution.
-            **_NEUTRAL,
-            "seed": seed % (1 << 31),
-            "logprobs": 0,
-            "return_token_ids": True,
-            "skip_special_tokens": False,
-            # vLLM would also end responses at the end tokens of its files. It must use those of
-            # the policy only.
-            "ignore_eos": True,
-            "stop_token_ids": sorted(self.ends) if sampling.stop_at_eod else [],
-        }
+    async def _connect(self, stack: AsyncExitStack, url: str) -> VLLMServer:
+        """Connect to a server, which gets the weights again if it is restarted."""
+        lock = asyncio.Lock()
 
-    def _read(self, answer: Any, url: str) -> GeneratedResponse:
-        if error := error_in(answer):
-            raise UserError(f"{url} answers with an error: {message_of(error)}. {ADVICE}")
-        try:
-            [choice] = answer["choices"]
-            tokens = [int(token) for token in choice["token_ids"]]
-            log_probs = [float(value) for value in choice["logprobs"]["token_logprobs"]]
-            ended = choice["finish_reason"] == "stop"
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(
-                f"{url} returns no token ids with log-probabilities. Use vLLM 0.10.2 or later."
-            ) from error
-        if len(tokens) != len(log_probs):
-            raise UserError(
-                f"{url} returned {len(tokens)} tokens with {len(log_probs)} log-probabilities. "
-                f"{ADVICE}"
-            )
-        if ended and not self.ends.intersection(tokens[-1:]):
-            raise UserError(
-                f"{url} ended a response at {tokens[-1:]}, not at one of the policy's end tokens "
-                f"{sorted(self.ends)}. Serve the folder that the training writes."
-            )
-        return GeneratedResponse(tokens, log_probs, ended)
+        async def reload_if_lost() -> None:
+            async with lock:
+                while url in self.servers.lost:
+                    await self._reload_lost(url)
+
+        connection = self.servers.connect(url, self.concurrency, reload_if_lost)
+        return await stack.enter_async_context(connection)
+
+    async def _reload_lost(self, url: str) -> None:
+        assert self._served is not None
+        async with self.servers.connect(url) as server:
+            await server.pause()  # waits for the server, which is lost until then
+            self.servers.lost.discard(url)
+            try:
+                await self.transfer.reload_lost_server(self._served, server)
+                await server.pause()  # another rank may have resumed it, and sent it requests
+                await server.reset_prefix_cache()
+            except BaseException:
+                with suppress(UserError, TimeoutError):  # requests to a paused server hang
+                    await asyncio.wait_for(server.resume(), RESUME_SECONDS)
+                raise
+            await server.resume()
 
 
 def _no_record(place: int, response: GeneratedResponse) -> tuple[str, Mapping[str, Any]]:

@@ -1,10 +1,13 @@
 """Calls of the vLLM servers that sample rollouts, and the patience with them."""
 
 import asyncio
+import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
+from ipaddress import ip_address
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import torch.distributed as dist
@@ -18,7 +21,12 @@ from megatron_ext.console import console
 from megatron_ext.errors import UserError
 
 ADVICE = "Start vLLM as docs/how-to/vllm.md describes."
+API_KEY_VARIABLE = "MEGATRON_ET_ROLLOUT_API_KEY"
+"""Environment variable that holds the key of the servers."""
 _WAIT = 2.0  # seconds between tries
+RESUME_SECONDS = 2.0
+"""Seconds in which a server must resume after a failure, before the failure is reported."""
+_REPORT_INTERVAL = 60.0  # seconds between reports of a slow call
 
 
 class VLLMServer:
@@ -27,19 +35,27 @@ class VLLMServer:
     Attributes:
         url: Address up to and including /v1.
         root: Address without /v1, where the routes are that control the server.
-        lost: Whether a call found no server: the one that comes back may have other weights.
     """
 
-    def __init__(self, url: str, http: httpx.AsyncClient, patience: float) -> None:
+    def __init__(
+        self,
+        url: str,
+        http: httpx.AsyncClient,
+        patience: float,
+        lost: set[str],
+        before_try: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
         """Make a connection.
 
         Args:
             url: Address up to and including /v1.
             http: Connections that carry the key.
             patience: Seconds to wait for a server that does not answer.
+            lost: Addresses of servers that did not exist at a call; this one is added if so.
+            before_try: Function that is called before each try of a call.
         """
         self.url, self.root, self.patience = url, url.removesuffix("/v1"), patience
-        self.lost = False
+        self._lost = lost
         wait = min(_WAIT, patience / 4)
         self._client = EndpointClient(
             url,
@@ -49,6 +65,7 @@ class VLLMServer:
             flag="--rollout-url",
             advice=ADVICE,
             is_permanent=self._is_permanent,
+            before_try=before_try,
         )
 
     async def post[T](
@@ -68,18 +85,35 @@ class VLLMServer:
         Raises:
             UserError: The server refuses, or does not answer within the patience.
         """
-        url = f"{self.root}{path}"
+        return await self._call(
+            path, self._client.post(f"{self.root}{path}", body, read or read_json)
+        )
+
+    async def get(self, path: str) -> Any:
+        """Return the JSON value at a path; see `post`."""
+        return await self._call(path, self._client.get(f"{self.root}{path}", read_json))
+
+    async def _call[T](self, path: str, call: Awaitable[T]) -> T:
         try:
-            return await self._client.post(url, body, read or read_json)
+            return await call
         except CallFailed as error:
             if error.refused:
-                raise UserError(f"The endpoint {url} refuses with {error}. {ADVICE}") from None
+                raise UserError(
+                    f"The endpoint {self.root}{path} refuses with {error}. {ADVICE}"
+                ) from None
             raise self._no_answer(str(error)) from None
 
-    async def while_healthy[T](self, work: Awaitable[T]) -> T:
-        """Return the result of a call, however slow, while the server passes health checks."""
+    async def while_healthy[T](self, work: Awaitable[T], doing: Callable[[], str] = str) -> T:
+        """Return the result of a call, however slow, while the server passes health checks.
+
+        Args:
+            work: The call.
+            doing: Function that returns what the server is doing, which is shown once a minute.
+                Default: nothing is shown.
+        """
         task = asyncio.ensure_future(work)
-        last_sign, interval = time.monotonic(), self.patience / 10
+        last_sign, interval = time.monotonic(), min(self.patience / 10, _REPORT_INTERVAL)
+        next_report = last_sign + _REPORT_INTERVAL
         try:
             async with httpx.AsyncClient(timeout=interval) as http:
                 while not (await asyncio.wait([task], timeout=interval))[0]:
@@ -92,6 +126,9 @@ class VLLMServer:
                         reason = str(error) or type(error).__name__
                     if time.monotonic() - last_sign > self.patience:
                         raise self._no_answer(reason)
+                    if (now := time.monotonic()) >= next_report and (text := doing()):
+                        next_report = now + _REPORT_INTERVAL
+                        console.line(f"{self.url} {text}")
             return await task
         finally:
             task.cancel()
@@ -102,7 +139,7 @@ class VLLMServer:
 
         A request during a change of weights would mix old keys and values with new weights.
         """
-        await self.while_healthy(self.post("/pause?mode=abort", {}))
+        await self.while_healthy(self.post("/pause?mode=abort", {}), lambda: "pauses")
 
     async def resume(self) -> None:
         """Let the server answer requests again."""
@@ -131,8 +168,8 @@ class VLLMServer:
         # A server whose engine has died fails its health checks; one that passes them will answer
         # the same request with the same error.
         healthy = error.status == 500 and await self._is_healthy()
-        if error.kind is ErrorKind.PASSING and error.status in (None, 500) and not healthy:
-            self.lost = True
+        if error.status in (None, 500) and not healthy:
+            self._lost.add(self.url)
         return healthy
 
     async def _is_healthy(self) -> bool:
@@ -150,7 +187,12 @@ class VLLMServer:
 
 
 class VLLMServers:
-    """Addresses of all servers."""
+    """Addresses of all servers.
+
+    Attributes:
+        lost: Addresses of servers that did not exist at a call of this rank: a server that comes
+            back there may have other weights.
+    """
 
     def __init__(self, urls: Sequence[str], patience: float, check: Callable[[], None]) -> None:
         """Name the servers.
@@ -162,12 +204,24 @@ class VLLMServers:
         """
         self.urls = [url.rstrip("/") for url in urls]
         self.patience, self.check = patience, check
+        self.lost: set[str] = set()
 
     @asynccontextmanager
-    async def connect(self, url: str, connections: int = 1) -> AsyncIterator[VLLMServer]:
-        """Connect to a server with the key in MEGATRON_ET_JUDGE_API_KEY, if it is set."""
-        async with connect(read_api_key(), connections) as http:
-            yield VLLMServer(url, http, self.patience)
+    async def connect(
+        self,
+        url: str,
+        connections: int = 1,
+        before_try: Callable[[], Awaitable[None]] | None = None,
+    ) -> AsyncIterator[VLLMServer]:
+        """Connect to a server with the key in MEGATRON_ET_ROLLOUT_API_KEY, if it is set.
+
+        Args:
+            url: Address of the server.
+            connections: Most calls at a time.
+            before_try: Function that is called before each try of a call.
+        """
+        async with connect(read_api_key(API_KEY_VARIABLE), connections) as http:
+            yield VLLMServer(url, http, self.patience, self.lost, before_try)
 
     def call(
         self,
@@ -202,7 +256,7 @@ class VLLMServers:
         if dist.get_rank() == 0:
             resume = self._call_all(lambda server: server.resume())
             with suppress(UserError, TimeoutError):
-                asyncio.run(asyncio.wait_for(resume, _WAIT))
+                asyncio.run(asyncio.wait_for(resume, RESUME_SECONDS))
 
     async def _call_all(self, work: Callable[[VLLMServer], Awaitable[None]]) -> None:
         async def call(url: str) -> None:
@@ -216,6 +270,25 @@ class VLLMServers:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def warn_of_public_address(urls: Sequence[str]) -> None:
+    """Warn of addresses that may be reached from other networks; see `VLLMServers` for them.
+
+    vLLM does not protect the routes that load weights by its key.
+    """
+    for url in urls:
+        try:
+            parts = urlsplit(url)
+            places = socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_STREAM)
+        except (ValueError, OSError):
+            continue  # the first call reports it
+        if any(ip_address(str(place[4][0]).partition("%")[0]).is_global for place in places):
+            console.warn(
+                f"--rollout-url {url} is no address of a private network. The routes by which a "
+                "server loads weights require no key: let only this machine and its cluster reach "
+                "them."
+            )
 
 
 def read_json(content: bytes, _: float | None = None) -> Any:

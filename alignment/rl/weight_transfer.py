@@ -12,11 +12,17 @@ updates the servers in this order, on all ranks:
 pauses it, calls this, empties its prefix cache and resumes it.
 """
 
+import os
+import shutil
 from pathlib import Path
 from typing import Protocol
 
+import torch.distributed as dist
+
 from alignment.engines.protocol import AlignmentEngine
+from alignment.ranks import on_first_rank
 from alignment.rl.vllm_servers import VLLMServer, VLLMServers
+from megatron_ext.errors import UserError
 
 
 class WeightTransfer(Protocol):
@@ -55,26 +61,56 @@ class WeightTransfer(Protocol):
 
 
 class FolderTransfer:
-    """Transfer by Hugging Face folders on a file system that the servers can read."""
+    """Transfer by Hugging Face folders on a file system that the servers can read.
 
-    def __init__(self, engine: AlignmentEngine, folder: Path) -> None:
+    Every version has a folder of its own, ROOT/v000012. The link ROOT/latest names the newest, from
+    which servers can be started. The one before it stays, because a server may be reading it.
+    """
+
+    def __init__(self, engine: AlignmentEngine, root: Path) -> None:
         """Make a transfer.
 
         Args:
             engine: Engine whose weights are served.
-            folder: Folder to write.
+            root: Folder of all versions.
         """
-        self.engine, self.folder = engine, folder.absolute()
+        self.engine, self.root = engine, root.absolute()
 
     def prepare(self, version: int) -> None:
-        """Write the folder; see `WeightTransfer.prepare`."""
-        self.engine.export(self.folder)
+        """Write the folder of a version; see `WeightTransfer.prepare`.
+
+        Raises:
+            UserError: It cannot be written, on all ranks.
+        """
+        # vLLM on CPUs does not load a tied output layer again. It does so with an untied one.
+        untie_head = dist.get_backend() != "nccl"
+        self.engine.export(self._folder(version), untie_head=untie_head)
+        on_first_rank(lambda: self._make_latest(version))
 
     def update_weights(self, version: int, servers: VLLMServers) -> None:
-        """Let the servers read the folder; see `WeightTransfer.update_weights`."""
+        """Let the servers read a version; see `WeightTransfer.update_weights`."""
         servers.call(lambda server: self.reload_lost_server(version, server))
 
     async def reload_lost_server(self, version: int, server: VLLMServer) -> None:
-        """Let one server read the folder; see `WeightTransfer.reload_lost_server`."""
-        body = {"method": "reload_weights", "kwargs": {"weights_path": str(self.folder)}}
-        await server.while_healthy(server.post("/collective_rpc", body))
+        """Let one server read a version; see `WeightTransfer.reload_lost_server`."""
+        folder = str(self._folder(version))
+        body = {"method": "reload_weights", "kwargs": {"weights_path": folder}}
+        call = server.post("/collective_rpc", body)
+        await server.while_healthy(call, lambda: f"loads {folder}")
+
+    def _folder(self, version: int) -> Path:
+        return self.root / f"v{version:06d}"
+
+    def _make_latest(self, version: int) -> None:
+        """Let the link name a version, and remove the versions before the one that it named."""
+        link, new = self.root / "latest", self.root / ".latest.tmp"
+        try:
+            previous = os.readlink(link) if link.is_symlink() else ""
+            new.unlink(missing_ok=True)
+            new.symlink_to(self._folder(version).name)
+            os.replace(new, link)
+        except OSError as error:
+            raise UserError(f"{link} cannot be written: {error}") from error
+        for folder in self.root.glob("v[0-9]*"):
+            if folder.name not in (previous, self._folder(version).name):
+                shutil.rmtree(folder, ignore_errors=True)

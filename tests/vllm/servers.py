@@ -89,12 +89,20 @@ def vllm_python() -> str:
     return python
 
 
-def start(folder: Path, *flags: str, log: Path, **env: str) -> tuple[Process, str]:
-    """Start a server, and return its process and its address."""
-    python = vllm_python()
+def free_port() -> int:
+    """Return a port that nothing uses."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        port: int = free.getsockname()[1]
+        return port
+
+
+def start(
+    folder: Path, *flags: str, log: Path, port: int | None = None, **env: str
+) -> tuple[Process, str]:
+    """Start a server, and return its process and its address."""
+    python = vllm_python()
+    port = port or free_port()
     settings = {
         "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_SERVER_DEV_MODE": "1", "OMP_NUM_THREADS": "1",
@@ -133,20 +141,25 @@ def stop(process: Process) -> None:
     process.wait()
 
 
+def wait_until_ready(process: Process, url: str, log: Path) -> None:
+    """Wait until a server is healthy."""
+    deadline = time.monotonic() + 280
+    while True:
+        assert process.poll() is None, log.read_text()[-6000:]
+        assert time.monotonic() < deadline, log.read_text()[-6000:]
+        try:
+            if httpx.get(f"{url}/health", timeout=5).status_code == 200:
+                return
+        except httpx.HTTPError:
+            time.sleep(0.5)
+
+
 @contextmanager
 def serve(folder: Path, *flags: str, log: Path, **env: str) -> Iterator[str]:
     """Run a server while the context lasts, and give its address."""
-    process, url = start(folder, *flags, log=log, **env)
+    process, url = start(folder, *flags, log=log, port=None, **env)
     try:
-        deadline = time.monotonic() + 280
-        while True:
-            assert process.poll() is None, log.read_text()[-6000:]
-            assert time.monotonic() < deadline, log.read_text()[-6000:]
-            try:
-                if httpx.get(f"{url}/health", timeout=5).status_code == 200:
-                    break
-            except httpx.HTTPError:
-                time.sleep(0.5)
+        wait_until_ready(process, url, log)
         yield url
     finally:
         stop(process)

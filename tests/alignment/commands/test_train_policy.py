@@ -194,6 +194,7 @@ def test_a_policy_is_trained_graded_and_reported_on_any_ranks(place, tmp_path):
         (("--rollouts-ahead", 1), "--rollouts-ahead 1 requires servers"),
         (("--rollout-url", "http://a/v1", "--top-k", 20), "--top-k 20 is incompatible with"),
         (("--rollout-url", "http://a/v1", "--top-p", 0.9), "--top-p 0.9 is incompatible with"),
+        (("--rollout-url", "http://a/v1", "--temperature", 0.001), "--temperature 0.001 is incomp"),
         (("--algorithm", "dapo", "--overlong-margin", 0), "--overlong-margin 0 must be above 0"),
         (("--alarm-gap", "nan"), "--alarm-gap nan must be at least 0"),
         (

@@ -8,7 +8,7 @@ import torch
 
 from alignment.engines.batch import TokenBatch, TokenSample
 from alignment.rl.algorithms import algorithm_by_name
-from alignment.rl.served_log_probs import check_served_log_probs, refuse_truncation
+from alignment.rl.served_log_probs import check_served_log_probs, refuse_sampling
 from megatron_ext.errors import UserError
 from megatron_ext.inference.sampling import Sampling
 from tests.alignment.engines.engine_runs import error_message_of
@@ -124,8 +124,10 @@ def test_served_log_probs_of_another_distribution_are_refused():
     assert "nats per token on average" in result["truncated"]
 
 
-def test_truncated_sampling_by_servers_is_refused():
-    refuse_truncation(0, 1.0)
+def test_sampling_by_servers_that_training_cannot_score_is_refused():
+    refuse_sampling(0.01, 0, 1.0)
     for top_k, top_p, flag in ((20, 1.0, "--top-k 20"), (0, 0.9, "--top-p 0.9")):
         with pytest.raises(UserError, match=f"{flag} is incompatible with --rollout-url"):
-            refuse_truncation(top_k, top_p)
+            refuse_sampling(1.0, top_k, top_p)
+    with pytest.raises(UserError, match=r"--temperature 0.005 is incompatible .* at least 0.01"):
+        refuse_sampling(0.005, 0, 1.0)

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,12 +22,16 @@ pytestmark = pytest.mark.slow
 
 
 class Server(ThreadingHTTPServer):
-    """Serves the model of a folder by transformers, as vLLM does: token ids in and out.
+    """Serves the model that it was last told to load, as vLLM does: token ids in and out.
 
     What a body does not say is as in the folder's generation_config.json.
 
     Attributes:
         loads: how often the weights were read.
+        context: most tokens of a prompt with its response.
+        shift: added to the log-probabilities of prompts, as another model would.
+        lose: calls for completions whose connection ends without an answer, from now on.
+        abort: completions that end with the reason "abort", from now on.
         bodies: of completions.
         away: calls to be answered with an error of the server's.
         busy: resets of the prefix cache that are answered with a failure.
@@ -40,13 +45,14 @@ class Server(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, folder):
+    def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.model: Any = None
-        self.folder, self.loads, self.away, self.most = folder, 0, 2, 10**6
+        self.loads, self.away, self.most = 0, 2, 10**6
         self.begun, self.deaf, self.freed = 0, False, threading.Event()
         self.busy, self.raw = 0, False
         self.paused = self.broken = False
+        self.context, self.shift, self.lose, self.abort = 64, 0.0, 0, 0
         self.lock = threading.Lock()
         self.calls: list[str] = []
         self.keys: set[str | None] = set()
@@ -55,13 +61,24 @@ class Server(ThreadingHTTPServer):
     def completions(self):
         return self.calls.count("/v1/completions")
 
-    def reload(self):
+    def reload(self, folder):
         import torch
         from transformers import AutoModelForCausalLM
 
-        self.model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
-        self.defaults = json.loads((self.folder / "generation_config.json").read_text())
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        self.defaults = json.loads((folder / "generation_config.json").read_text())
         self.loads += 1
+
+    def score(self, prompt):
+        import torch
+
+        with torch.no_grad():
+            table = self.model(torch.tensor([prompt])).logits[0].log_softmax(-1)
+        values = [
+            {str(token): {"logprob": float(table[place, token]) + self.shift}}
+            for place, token in enumerate(prompt[1:])
+        ]
+        return {"choices": [{"prompt_logprobs": [None, *values]}]}
 
     def complete(self, body):
         import torch
@@ -97,13 +114,20 @@ class Handler(BaseHTTPRequestHandler):
         server: Any = self.server
         if server.deaf:
             server.freed.wait()
-        self.reply(200, None)
+        models = {"data": [{"id": "policy", "max_model_len": server.context}]}
+        self.reply(200, models if self.path == "/v1/models" else None)
 
     def do_POST(self):
         server: Any = self.server
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if "prompt_logprobs" in body:
+            return self.reply(200, server.score(body["prompt"]))
         if self.path == "/v1/completions":
             with server.lock:
+                server.lose -= 1
+                if server.lose >= 0:
+                    self.close_connection = True
+                    return None
                 server.begun += 1
                 late = server.begun > server.most
             if late:
@@ -120,12 +144,10 @@ class Handler(BaseHTTPRequestHandler):
                 server.paused = self.path != "/resume"
                 return self.reply(200, {"status": "paused" if server.paused else "resumed"})
             if self.path == "/collective_rpc":
-                assert body["method"] == "reload_weights"
-                assert body["kwargs"] == {"weights_path": str(server.folder)}
-                assert server.paused
+                assert body["method"] == "reload_weights" and server.paused
                 if server.broken:
                     return self.reply(500, {"error": {"message": "no such weights"}})
-                server.reload()
+                server.reload(Path(body["kwargs"]["weights_path"]))
                 return self.reply(200, {"results": [None]})
             if self.path == "/reset_prefix_cache":
                 server.busy -= 1
@@ -133,7 +155,11 @@ class Handler(BaseHTTPRequestHandler):
             assert self.path == "/v1/completions" and body["model"] == "policy"
             assert body["return_token_ids"] and body["logprobs"] == 0
             server.bodies.append(body)
-            return self.reply(200, server.complete(body))
+            answer = server.complete(body)
+            server.abort -= 1
+            if server.abort >= 0:
+                answer["choices"][0] |= {"finish_reason": "abort"}
+            return self.reply(200, answer)
 
     def reply(self, status, value):
         content = b"" if value is None else json.dumps(value).encode()
@@ -152,7 +178,7 @@ def drawn(place, step):
     return sum(file.read_bytes().count(b"\n") for file in files)
 
 
-def learn(folder, place, url, patience, ahead=False, waits=16, stops=False):
+def learn(folder, place, url, patience, ahead=False, waits=16, stops=False, context=64):
     """Rows of three steps with rollouts of the server, and the signal that ended the run.
 
     Args:
@@ -177,8 +203,9 @@ def learn(folder, place, url, patience, ahead=False, waits=16, stops=False):
     vllm_servers._WAIT = 0.05
     engine = MegatronEngine(folder, Optimization(lr=1e-2, steps=9), MegatronLayout(micro_batch=4))
     rollouts = served.VLLMRollouts(
-        engine, [url], "policy", place / "served", frozenset([0]), patience
-    )
+        engine, url.split(), "policy", place / "served", frozenset([0]), patience,
+        context=context,
+    )  # fmt: skip
     tasks = [PromptTask(str(n), [5, n, 7], None) for n in range(12)]
 
     def reward(groups, check):
@@ -215,7 +242,7 @@ def server(tmp_path):
     (tmp_path / "model" / "generation_config.json").write_text(
         json.dumps({"eos_token_id": list(range(40)), "repetition_penalty": 1.5})
     )
-    server = Server(tmp_path / "run" / "served")
+    server = Server()
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     yield server
     server.freed.set()
@@ -229,7 +256,7 @@ def url_of(server):
 
 def test_vllm_rollouts_use_the_weights_of_every_step(tmp_path, server):
     url = url_of(server)
-    key = {"MEGATRON_ET_JUDGE_API_KEY": "a key"}
+    key = {"MEGATRON_ET_ROLLOUT_API_KEY": "a key", "MEGATRON_ET_JUDGE_API_KEY": "x"}
     server.busy = 2
     (rows, _), _ = run_ranks(learn, 2, tmp_path / "model", tmp_path / "run", url, 60.0, env=key)
     assert server.keys == {"Bearer a key"}
@@ -260,6 +287,49 @@ def test_vllm_rollouts_with_log_probs_of_temperature_1_end_the_run(tmp_path, ser
     server.away, server.raw = 0, True
     with pytest.raises(Exception, match=r"those of temperature 1, and .* --temperature 0\.8"):
         run_ranks(learn, 1, tmp_path / "model", tmp_path / "run", url_of(server), 60.0)
+
+
+def test_vllm_rollouts_refuse_servers_of_other_models(tmp_path, server):
+    server.away, model, url = 0, tmp_path / "model", url_of(server)
+    server.shift = -1.0
+    with pytest.raises(Exception, match=r"another model than the policy: .* differ by 1 nats"):
+        run_ranks(learn, 2, model, tmp_path / "a", url, 60.0)
+    with pytest.raises(Exception, match=r"serves 64 tokens .* --seq-length is 65\. Start it with"):
+        run_ranks(learn, 1, model, tmp_path / "b", url, 60.0, False, 16, False, 65)
+    assert server.calls.count("/collective_rpc") == 1  # the second one was refused before
+
+
+def test_vllm_rollouts_load_weights_into_a_server_that_was_lost(tmp_path, server):
+    server.away, server.lose, server.abort = 0, 3, 5
+    [(rows, _)] = run_ranks(learn, 1, tmp_path / "model", tmp_path / "run", url_of(server), 60.0)
+    assert server.loads > 3  # once more, or more often if calls were lost after that
+    assert server.completions() == 48 + 5
+    assert all(row["rollout_gap_max"] < 1e-4 for row in rows)
+    served = tmp_path / "run" / "served"
+    assert sorted(path.name for path in served.iterdir()) == ["latest", "v000001", "v000002"]
+    assert (served / "latest").resolve() == served / "v000002"
+
+
+def test_vllm_rollouts_divide_prompts_among_servers(tmp_path, server):
+    other = Server()
+    threading.Thread(target=other.serve_forever, args=(0.05,), daemon=True).start()
+    server.away = other.away = 0
+    urls = f"{url_of(server)} {url_of(other)}"
+    [(rows, _)] = run_ranks(learn, 1, tmp_path / "model", tmp_path / "run", urls, 60.0)
+    other.shutdown()
+    other.server_close()
+    assert server.completions() == other.completions() == 24
+    prompts = [{tuple(body["prompt"]) for body in each.bodies} for each in (server, other)]
+    assert len(prompts[0]) == len(prompts[1]) == 6 and not prompts[0] & prompts[1]
+    assert all(row["rollout_gap_max"] < 1e-4 for row in rows)
+
+
+@pytest.mark.parametrize("host, warns", [("127.0.0.1", 0), ("10.1.2.3", 0), ("8.8.8.8", 1)])
+def test_public_addresses_get_a_warning(host, warns, capsys):
+    from alignment.rl.vllm_servers import warn_of_public_address
+
+    warn_of_public_address([f"http://{host}:8000/v1"])
+    assert capsys.readouterr().err.count("is no address of a private network") == warns
 
 
 def log_probs(model, prompt, tokens):
@@ -327,7 +397,7 @@ def generate_without_server(folder, url):
     from alignment.rl.vllm_rollouts import VLLMRollouts
     from megatron_ext.inference.sampling import Sampling
 
-    engine: Any = SimpleNamespace(data_rank=0, data_size=1, step=0, export=lambda folder: None)
+    engine: Any = SimpleNamespace(data_rank=0, data_size=1, step=0, export=lambda folder, **_: None)
     rollouts = VLLMRollouts(engine, [url], "policy", folder, frozenset([0]), patience=3)
     rollouts._served = 0 if "127.0.0.1" in url else None
     begin = time.monotonic()
@@ -353,7 +423,7 @@ def test_vllm_rollouts_abandon_a_hanging_but_not_a_busy_server(tmp_path, server)
 class Slow(Server):
     """Takes longer to read weights and to answer than ranks wait for each other."""
 
-    def reload(self):
+    def reload(self, folder):
         time.sleep(5)
 
     def complete(self, body):
@@ -372,7 +442,7 @@ def draw(folder, url):
     wait_at_most(3)
     rank, checks = dist.get_rank(), []
     engine: Any = SimpleNamespace(
-        data_rank=rank, data_size=dist.get_world_size(), step=0, export=lambda folder: None
+        data_rank=rank, data_size=dist.get_world_size(), step=0, export=lambda folder, **_: None
     )
     rollouts = VLLMRollouts(
         engine, [url], "policy", folder, frozenset([0]), check=lambda: checks.append(rank)
@@ -382,7 +452,7 @@ def draw(folder, url):
 
 
 def test_vllm_rollouts_may_take_longer_than_the_collective_timeout(tmp_path):
-    server = Slow(tmp_path)
+    server = Slow()
     server.away = 0
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     assert run_ranks(draw, 2, tmp_path, url_of(server)) == [([7], True)] * 2
