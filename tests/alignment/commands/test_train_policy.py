@@ -110,7 +110,7 @@ def check_monitors(run, responses_of_steps, limits, held_out):
         entries.pop("reward_length_correlation", None)  # the rewards are not in the files
         assert entries.keys() == findings.alarms.keys()
         for name, alarm in entries.items():
-            assert alarm["figure"] == findings.shares[name] and alarm["examples"]
+            assert alarm["value"] == findings.shares[name] and alarm["examples"]
         alarms += len(entries)
         assert row["monitor_alarms"] >= len(entries)
     assert alarms, "nothing was tested"

@@ -387,7 +387,7 @@ def test_async_rollouts_stop_with_the_run(tmp_path, server):
     # A server that is lost while it draws ahead: the next step tells.
     server.freed.set()
     server.most = server.begun + 16
-    with pytest.raises(Exception, match=r"completions has not answered for 5 s"):
+    with pytest.raises(Exception, match=r"has not answered for 5 s"):
         run_ranks(learn, 1, tmp_path / "model", tmp_path / "other", url, 5.0, True, 0)
     assert (tmp_path / "other" / "rollouts" / "step_000001").is_dir()
 
