@@ -163,14 +163,14 @@ def test_function_judge_annotates_and_rewards(checks, tmp_path):
     opened = config.open(JudgeContext(False, tmp_path))
     assert opened.judge([Question(item) for item in ITEMS]) == message
     engine: Any = object()
-    with pytest.raises(UserError, match="no pairwise reward"):
+    with pytest.raises(UserError, match="cannot give a pairwise reward"):
         config.open(JudgeContext(True, tmp_path, engine))
 
 
 def test_read_agreement_returns_measures_or_refuses_file(tmp_path):
     spec = tmp_path / "judge.yaml"
     spec.write_text("kind: rule\nrule_text: x\nagreement: " + str(tmp_path / "agreement.json"))
-    with pytest.raises(UserError, match=r"is no agreement\.json"):
+    with pytest.raises(UserError, match=r"is not an agreement\.json"):
         read_judge(str(spec)).read_agreement()
     figures = {"alpha_interval": {"value": 0.5, "low": 0.4}}
     (tmp_path / "agreement.json").write_text(json.dumps({"all": {"agreement": figures}}))
