@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from megatron_ext.hf.remote.modeling_et import ExpertThresholdForCausalLM
+from tests.alignment.chat_model import BRIEF, gold, responses, write_rows
 from tests.alignment.chat_model import make_model as make_dense
 from tests.alignment.rl.test_vllm_rollouts import drawn, learn
 from tests.distributed import run_ranks
@@ -30,7 +31,7 @@ def dense(tmp_path_factory):
     vllm_python()  # skips here, as the server is started in a thread
     place = tmp_path_factory.mktemp("dense")
     make_dense(
-        place / "model", num_hidden_layers=1, max_position_embeddings=256, head_dim=32,
+        place / "model", num_hidden_layers=1, max_position_embeddings=512, head_dim=32,
         tie_word_embeddings=True,
     )  # fmt: skip
     latest, port, servers = place / "run" / "served" / "latest", free_port(), []
@@ -38,7 +39,7 @@ def dense(tmp_path_factory):
     def start_on_latest():
         while not latest.exists():
             time.sleep(0.2)
-        servers.append(start(latest, log=place / "log", port=port)[0])
+        servers.append(start(latest, "--max-model-len", "512", log=place / "log", port=port)[0])
 
     thread = threading.Thread(target=start_on_latest, daemon=True)
     thread.start()
@@ -167,3 +168,64 @@ def test_a_server_that_is_killed_in_a_step_and_restarted_gets_its_weights(expert
 def test_a_server_of_another_model_is_refused(experts, dense, tmp_path):
     with pytest.raises(Exception, match=r"/collective_rpc refuses|another model than the policy"):
         run_ranks(learn, 1, dense.place / "model", tmp_path / "run", experts.url, 60.0, timeout=300)
+
+
+def train_judge(place, url):
+    from alignment.commands.train_judge import main
+
+    words = [
+        *("--stage", "rl", "--thinking", "asked", "--model", place / "model"),
+        *("--run-dir", place / "judge", "--input", place / "train.jsonl"),
+        *("--gold", place / "train.gold.jsonl", "--template", place / "pointwise-brief.txt"),
+        *("--steps", 2, "--batch-size", 8, "--group-size", 4, "--mini-batches", 1),
+        *("--seq-length", 512, "--max-new-tokens", 24, "--lr", 1e-3, "--micro-batch-size", 4),
+        *("--rollout-url", url),
+    ]
+    code = main([str(word) for word in words])
+    rows = (place / "judge" / "metrics.jsonl").read_text().splitlines()
+    return code, [json.loads(row) for row in rows]
+
+
+def test_train_judge_with_rollouts_of_the_server(dense):
+    items = responses(16, 1)
+    write_rows(dense.place / "train.jsonl", items)
+    write_rows(dense.place / "train.gold.jsonl", gold(items))
+    (dense.place / "pointwise-brief.txt").write_text(BRIEF)
+    [(code, rows)] = run_ranks(train_judge, 1, dense.place, dense.url, timeout=300)
+    assert code == 0 and len(rows) == 2
+    assert rows[0]["rollout_gap_max"] < FP32
+
+
+def annotate(*words):
+    from alignment.commands.annotate import main
+
+    return main([str(word) for word in words])
+
+
+def test_annotate_fits_answers_into_the_context_of_the_server(dense, capfd):
+    """By default it requests answers of 8,192 tokens, and the server serves 512."""
+    place = dense.place
+    items = responses(6, 3)
+    write_rows(place / "items.jsonl", items)
+    (place / "pointwise-brief.txt").write_text(BRIEF)
+    server = ("--judge", dense.url, "--model", "policy")
+    code = annotate(
+        *server, "--input", place / "items.jsonl", "--output", place / "verdicts.jsonl",
+        "--template", place / "pointwise-brief.txt", "--max-failed", 1,
+    )  # fmt: skip
+    assert code == 0
+    verdicts = [json.loads(line) for line in (place / "verdicts.jsonl").read_text().splitlines()]
+    assert len(verdicts) == 6
+    # Random weights write no label; without the limit the server would refuse every call.
+    output = capfd.readouterr().out
+    assert "6 new answers" in output and "calls failed" not in output
+    assert "serves 512 tokens of a prompt with its answer" in output
+
+    write_rows(place / "prompts.jsonl", [item.prompt for item in items])
+    code = annotate(
+        *server, "--generate", "--input", place / "prompts.jsonl", "--output",
+        place / "answers.jsonl", "--temperature", 1, "--seed", 0,
+    )  # fmt: skip
+    assert code == 0
+    answers = [json.loads(line) for line in (place / "answers.jsonl").read_text().splitlines()]
+    assert len(answers) == 6 and all(answer["text"] for answer in answers)
