@@ -148,7 +148,7 @@ def exported_model(root: Path) -> ModelLocation | None:
 
 def _exported(folder: Path) -> ModelLocation:
     """Return the location of a Hugging Face folder, with the recorded step and metrics."""
-    note = _json(folder / "best.json")
+    note = read_json_object(folder / "best.json")
     step = note.get("step")
     metrics = [
         (name, float(value))
@@ -223,7 +223,8 @@ def _losses(checkpoint: Path, step: int | None) -> tuple[tuple[str, float], ...]
     return tuple(losses.items())
 
 
-def _json(file: Path) -> dict[str, Any]:
+def read_json_object(file: Path) -> dict[str, Any]:
+    """Return the object in a JSON file, or an empty one if there is none."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,6 +1,5 @@
 """Model card of a published folder: README.md with the front matter that model hubs read."""
 
-import json
 from argparse import Namespace
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from megatron_ext.errors import UserError
 from megatron_ext.hf.architecture import to_settings
 from megatron_ext.hf.recalibrate import CALIBRATION
 from megatron_ext.hf.sources import UPDATES, Source
+from megatron_ext.model_location import read_json_object
 
 CARD = "README.md"
 
@@ -228,10 +228,10 @@ def _routing(facts: CardFacts, fan_out: FanOut) -> str:
                 ("layer, from 0", "mean fan-out", "tokens without an expert", "largest"), layers
             ),
             "",
-            f"`max_fan_out` in config.json is {facts.max_fan_out}. A server with the plug-in "
-            "reserves memory for this mean fan-out of a batch and ends with an error on a batch "
-            "above it. Without the entry it reserves memory for every expert, which is always "
-            "enough.",
+            f"`max_fan_out` in config.json is {facts.max_fan_out}. On a GPU, a vLLM server with "
+            "the plug-in is written to reserve memory for this mean fan-out of a batch and to end "
+            "with an error on a batch above it, which has not been run. On a CPU the entry has no "
+            "effect. Without it, memory for every expert is reserved, which is always enough.",
         ]
     )
 
@@ -239,7 +239,7 @@ def _routing(facts: CardFacts, fan_out: FanOut) -> str:
 def calibration_of(source: Source) -> str:
     """Return a sentence on how the thresholds of a model were set."""
     file = source.place.parent / CALIBRATION
-    report = _json(file) if source.args is not None else {}
+    report = read_json_object(file) if source.args is not None else {}
     if after := report.get("after"):
         tokens, names = report.get("calibrated_tokens"), report.get("data")
         text = "a text" if not names else ", ".join(names)
@@ -281,7 +281,7 @@ def read_core(file: Path, source: Source) -> dict[str, Any]:
     Raises:
         UserError: The file is missing or damaged, or has the results of another model.
     """
-    core = _json(file)
+    core = read_json_object(file)
     if not core.get("tasks"):
         raise UserError(
             f"--core {file} has no results. Give the core.json that tools.eval_core wrote."
@@ -335,11 +335,3 @@ def _is_number(word: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
