@@ -63,8 +63,20 @@ def test_site_is_built_without_warnings(tmp_path: Path) -> None:
 
 def test_links_have_targets() -> None:
     for page in PAGES:
-        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
-            assert target.startswith("http") or (page.parent / target).exists(), (page, target)
+        for target, _, anchor in re.findall(r"\]\(([^)#]*)(#([^)]+))?\)", page.read_text()):
+            if target.startswith("http"):
+                continue
+            file = (page.parent / target) if target else page
+            assert file.exists(), (page, target)
+            assert not anchor or anchor in anchors_of(file), (page, target, anchor)
+
+
+def anchors_of(page: Path) -> set[str]:
+    """Return the anchors of the headings of a page, as Markdown names them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), flags=re.MULTILINE)
+    texts = [re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading) for heading in headings]
+    words = [re.sub(r"[^\w\s-]", "", text).strip().lower() for text in texts]
+    return {re.sub(r"[-\s]+", "-", word) for word in words}
 
 
 def test_targets_and_flags_that_the_pages_name_exist() -> None:
