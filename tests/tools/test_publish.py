@@ -68,7 +68,8 @@ def test_published_run_has_the_logits_of_training_in_transformers(facts, folder)
     model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True, dtype="float32")
     with torch.no_grad():
         logits = model(torch.arange(10, 40)[None]).logits
-    torch.testing.assert_close(logits, facts.logits, atol=1e-4, rtol=0)
+    difference = (logits - facts.logits).abs().max()
+    assert difference < 1e-5 * facts.logits.abs().max()
     tokenizer = AutoTokenizer.from_pretrained(out, trust_remote_code=True)
     assert tokenizer.decode(tokenizer("ba kélo").input_ids) == "ba kélo"
     assert (out / "generation_config.json").is_file() and (out / "modeling_et.py").is_file()
