@@ -39,7 +39,7 @@ def export(
         origin: Source from which the model was loaded, which has the configuration and tokenizer.
         tensors: Whole tensors under their Hugging Face names, on every rank. Besides one tensor, a
             rank has at most two files of `SHARD_BYTES` in memory.
-        untie_head: Write an output layer that is tied to the embeddings as a tensor of its own.
+        untie_head: Write an output layer that is tied to the embeddings as a separate tensor.
 
     Raises:
         UserError: The folder cannot be written, on all ranks.

@@ -63,7 +63,7 @@ class WeightTransfer(Protocol):
 class FolderTransfer:
     """Transfer by Hugging Face folders on a file system that the servers can read.
 
-    Every version has a folder of its own, ROOT/v000012. The link ROOT/latest names the newest, from
+    Every version has a separate folder, ROOT/v000012. The link ROOT/latest names the newest, from
     which servers can be started. The one before it stays, because a server may be reading it.
     """
 

@@ -78,7 +78,7 @@ class Architecture:
         gate: Function from router logits to weights (thresholds).
         estimator: Estimator of the thresholds, for training.
         ema_decay: Decay of the thresholds' moving average; 0 with another estimator, whose state is
-            not converted: training goes on from the thresholds.
+            not converted: training continues from the thresholds.
         mean_experts: Mean fan-out, if it is not `topk`.
     """
 

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 
 class Server(ThreadingHTTPServer):
-    """Serves the model that it was last told to load, as vLLM does: token ids in and out.
+    """Server of the model that it loaded last, as vLLM does: token ids in and out.
 
     What a body does not say is as in the folder's generation_config.json.
 

@@ -30,7 +30,7 @@ def blocks(text: str) -> list[tuple[str, str]]:
     match = re.search(r"^The mark is ([g-v]{16})\.$", text, flags=re.MULTILINE)
     assert match
     mark = match[1]
-    assert mark not in text[: match.start()]  # it is told before anything is fenced
+    assert mark not in text[: match.start()]  # it is defined before the first fence
     result, label, lines = [], None, []  # type: ignore[var-annotated]
     for line in text.split("\n"):
         opening = re.fullmatch(rf"<<< (.*) {mark}", line)
