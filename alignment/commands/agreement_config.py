@@ -27,16 +27,16 @@ class AgreementConfig:
     """Flags of `et-align agreement`."""
 
     first: str = flag(positional=True, metavar="FIRST")
-    """Verdicts that count as right: those of the gold judge, or a file with labels of people."""
+    """Reference verdicts: those of the gold judge, or a file with labels of people."""
     second: str = flag(positional=True, metavar="SECOND")
-    """Verdicts to compare with them."""
+    """Verdicts to compare with the reference."""
     third: str | None = flag(None, positional=True, metavar="THIRD")
-    """Verdicts of another judge, to compare its agreement with that of the second."""
+    """Verdicts of another judge, whose agreement is compared with that of the second."""
     items: str | None = flag(None, metavar="FILE")
     """Responses or pairs that were judged; required for --slice and for --resample prompt. Default:
     none."""
     common: bool = flag(False)
-    """Compare the items that both files have, where the files differ."""
+    """Compare only the items that occur in both files, if the files differ."""
     first_scale: tuple[float, float] | None = flag(None, metavar="LOW HIGH")
     """Lowest and highest score of the first file, whose scores are mapped to 0 to 9. Default: 0
     9."""
@@ -51,8 +51,8 @@ class AgreementConfig:
     resample: Literal["item", "prompt"] = flag("item")
     """Unit of the bootstrap; choose prompt where prompts have several items."""
     slice: tuple[Literal["gold", "length", "prompt-source", "source"], ...] = flag((), repeat=True)
-    """Property of the items by which to report the statistics of parts of them as well. Can be
-    repeated. Default: none."""
+    """Property of the items. The statistics are also reported for the items of each of its values.
+    Can be repeated. Default: none."""
     resamples: int = flag(1000, metavar="N", at_least=1)
     """Number of resamples of the bootstrap, and largest number of permutations of the test."""
     seed: int = flag(0)
@@ -67,16 +67,20 @@ class AgreementConfig:
             if scale:
                 check_scale(scale, f"--{name}-scale")
         if self.third_scale and self.third is None:
-            raise UserError("--third-scale is for a third file. Name the file, or leave it out.")
+            raise UserError(
+                "--third-scale requires a third file. Add the file, or remove the flag."
+            )
         files = [self.first, self.second, *([self.third] if self.third else [])]
         for file in files:
             if files.count(file) > 1:
                 raise UserError(f"{file} occurs twice. Name the verdicts of different judges.")
         if self.items is None and self.resample == "prompt":
-            raise UserError("--resample prompt needs --items, which has the prompt of each item.")
+            raise UserError(
+                "--resample prompt requires --items, which has the prompt of each item."
+            )
         for name in self.slice:
             if self.items is None and name != "gold":
-                raise UserError(f"--slice {name} needs --items, which has this property.")
+                raise UserError(f"--slice {name} requires --items, which has this property.")
         if self.output:
             check_output_folder(self.output)
 

@@ -5,10 +5,10 @@
     et-align annotate --input FILE --output FILE --judge function:CHECKS.py:score
     et-align annotate --input FILE --output FILE --judge JUDGE.yaml
 
-Repeat the command to resume a run that was stopped or killed. --output is written when all
-questions have been asked; until then the answers are in --cache. The exit status is 3 if more of
-the questions than --max-failed have no result, and 4 if --max-cost allows no further call.
---dry-run prints what a run will take before anything is spent.
+Repeat the command to resume a run that was stopped or killed. --output is written when every
+question has an answer or has failed; until then the answers are in --cache. The exit status is 3 if
+a larger share of the questions than --max-failed has no result, and 4 if --max-cost allows no
+further call. --dry-run estimates the cost of a run before anything is spent.
 """
 
 from collections.abc import Sequence
@@ -33,13 +33,13 @@ class AnnotateConfig:
     generate: bool = flag(False)
     """Answer prompts instead of judging responses or pairs."""
     rubrics: bool = flag(False)
-    """Write a rubric for each prompt, which states what a good answer contains, for judges whose
-    template shows rubrics."""
+    """Write a rubric for each prompt, which states what a good answer contains. Judges whose
+    template shows a rubric require them."""
     orders: Orders = flag("both")
-    """Orders in which the responses of a pair are shown to the judge."""
+    """Orders in which the two responses of a pair are shown to the judge."""
     dry_run: bool = flag(False)
-    """Print what the run will take, in calls, tokens, hours and dollars, and write no file and make
-    no call."""
+    """Estimate the calls, tokens, hours and dollars of the run, without making a call or writing a
+    file."""
     judge: AnnotationJudgeConfig = group()
 
     def __post_init__(self) -> None:

@@ -21,60 +21,64 @@ class AnnotationJudgeConfig:
     function:FILE.py:NAME, a function from a Response to a score; numeric-answer:COLUMN or another
     verifier; or FILE.yaml, which describes a judge of any kind."""
     model: str = flag("", metavar="NAME")
-    """Name of the model at the endpoint; required for an endpoint."""
+    """Name under which the endpoint serves the model; required for an endpoint."""
     revision: str = flag("", metavar="TEXT")
     """Revision of the model, which distinguishes the answers of models served under one name."""
     api_key_variable: str = flag(API_KEY_VARIABLE, metavar="NAME")
     """Environment variable with the key of the endpoint."""
     rule_text: str | None = flag(None, metavar="FILE")
-    """Text that --judge rule regards as fluent: JSONL, Parquet or plain text; required for a
+    """Text that --judge rule regards as fluent, as JSONL, Parquet or plain text; required for a
     rule. Default: none."""
     scale: tuple[float, float] | None = flag(None, metavar="LOW HIGH")
     """Lowest and highest score of a function, whose scores are mapped to 0 to 9. Default: 0 9."""
     samples: int = flag(1, metavar="N", at_least=1)
-    """Answers to each question."""
+    """Number of answers to each question."""
     template: str | None = flag(None, metavar="NAME")
-    """Template of the judge's prompt: pointwise, pairwise, each with -rubric or -reference, or a
-    file. Default: pointwise for responses, pairwise for pairs."""
+    """Template of the judge's prompt: pointwise or pairwise, optionally with the suffix -rubric or
+    -reference, or a file. Default: pointwise for responses, pairwise for pairs."""
     thinking: Thinking = flag("none")
-    """Whether the judge thinks in <think> before its label: not at all, because its prompt asks it
-    to, or because the model's chat template has opened <think>."""
+    """Whether the judge thinks in <think> before its label: none, it does not think; asked, its
+    prompt asks it to think; opened, the model's chat template has opened <think>."""
     expected_score: bool = flag(False)
-    """Score by the mean of the labels 0 to 9, weighted by their probabilities at the place of the
-    label."""
+    """Take as score the mean of the labels 0 to 9, weighted by their probabilities at the place of
+    the label. Without the flag the score is the label that the judge writes."""
     temperature: float = flag(0.0, at_least=0)
-    """Sampling temperature of the answers; 0 takes the likeliest tokens."""
+    """Sampling temperature of the answers; 0 always takes the likeliest token."""
     top_p: float | None = flag(None, metavar="P")
-    """Probability of the likeliest tokens to sample from. Default: that of the endpoint."""
+    """Sample only from the likeliest tokens that together have this probability. Default: that of
+    the endpoint."""
     top_k: int | None = flag(None, metavar="N")
-    """Number of likeliest tokens to sample from. Default: that of the endpoint."""
+    """Sample from this number of likeliest tokens only. Default: that of the endpoint."""
     max_tokens: int = flag(8192, metavar="TOKENS", at_least=1)
-    """Longest answer in tokens, with its thinking."""
+    """Maximum length of an answer, with its thinking, in tokens."""
     reasoning_effort: str | None = flag(None, metavar="LEVEL")
     """Reasoning effort for models that support it, such as low, medium or high. Default: that of
     the endpoint."""
     seed: int | None = flag(None)
-    """Seed of the first answer to a question; each further answer has the next one. Default:
-    none."""
+    """Seed of the first answer to a question; each further answer uses the next seed. Default: no
+    seed is sent."""
     concurrency: int | None = flag(None, metavar="N", at_least=1)
-    """Calls at a time. Default: 64 for each of --replicas."""
+    """Maximum number of calls that are in progress at a time. Default: 64 for each of
+    --replicas."""
     replicas: int | None = flag(None, metavar="N", at_least=1)
-    """Replicas of the model behind the address. Default: 1."""
+    """Number of replicas of the model behind the address. Default: 1."""
     tokens_per_second: float | None = flag(None, metavar="N", above=0)
-    """Answer tokens per second of one replica with 64 calls at a time, for the estimate of the
-    time. Default: unknown."""
+    """Number of answer tokens that one replica generates per second with 64 calls at a time, from
+    which the duration is estimated. Default: unknown."""
     requests_per_minute: float | None = flag(None, metavar="N", above=0)
-    """Limit of the calls per minute. Default: no limit."""
+    """Maximum number of calls per minute. Default: no limit."""
     tokens_per_minute: float | None = flag(None, metavar="N", above=0)
-    """Limit of the tokens of prompts and answers per minute. Default: no limit."""
+    """Maximum number of tokens, of prompts and answers together, per minute. Default: no limit."""
     timeout: float | None = flag(None, metavar="SECONDS", above=0)
     """Time limit of one call in seconds. Default: 600 for an endpoint, 60 for a function."""
     tries: int = flag(7, metavar="N", at_least=1)
-    """Tries of a call before it counts as failed."""
+    """Maximum number of attempts at a call; after the last one the call counts as failed."""
     first_wait: float = flag(1.0, metavar="SECONDS", at_least=0)
-    """Longest wait in seconds after the first failed try; it doubles with each further one."""
+    """Maximum wait after the first failed attempt at a call, in seconds. It doubles with each
+    further attempt."""
     max_wait: float = flag(MAX_WAIT, metavar="SECONDS", at_least=0)
-    """Longest wait in seconds that the endpoint may request; a longer one ends the run."""
+    """Maximum wait that the endpoint may request, in seconds. If it requests a longer one, the run
+    ends."""
     max_failed: float = flag(0.05, metavar="SHARE", at_least=0, at_most=1)
     """Share of the questions that may end without a result, from 0 to 1. If more do, the command
     ends with status 3."""
@@ -86,18 +90,18 @@ class AnnotationJudgeConfig:
     """Price in dollars of a million prompt tokens that the endpoint had cached. Default: that of
     --price-in."""
     max_cost: float | None = flag(None, metavar="DOLLARS", above=0)
-    """Most dollars that all answers may cost, with those of earlier runs in the same --cache. The
-    run ends with status 4 before it would exceed them, and resumes with a higher limit. Default:
-    no limit."""
+    """Maximum cost of all answers in dollars, including those of earlier runs in the same --cache.
+    The run ends with status 4 before it would exceed this limit. To resume it, raise the limit.
+    Default: no limit."""
     answer_tokens: float | None = flag(None, metavar="TOKENS", above=0)
-    """Expected tokens of an answer, for the estimate of the cost. Default: the mean of the answers
-    in --cache; without any, 8 for a label alone and 1500 otherwise."""
+    """Expected number of tokens of an answer, from which the cost is estimated. Default: the mean
+    of the answers in --cache. If there are none: 8 for a label alone, otherwise 1500."""
     tokenizer: str | None = flag(None, metavar="DIR")
     """Folder of the tokenizer of the judge's model, which counts the tokens of prompts. Default:
     that of --model, if it is a folder or in the cache of Hugging Face; otherwise tokens are
     estimated from characters."""
     cache: str | None = flag(None, metavar="FILE")
-    """File that stores the answers; runs may share it one after the other. Default:
+    """File that stores the answers. Several runs can use it, but not at the same time. Default:
     OUTPUT.answers.jsonl."""
 
     @property
@@ -113,7 +117,7 @@ class AnnotationJudgeConfig:
             rubrics: Whether rubrics are written.
 
         Raises:
-            UserError: Flags do not fit each other.
+            UserError: Flags are incompatible.
         """
         if self.scale:
             if not self.judge.startswith("function:"):

@@ -71,9 +71,9 @@ class EngineConfig:
     engine: Literal["megatron", "deepspeed"] = must_match("megatron")
     """Library that runs the model on the ranks."""
     micro_batch_size: int = may_change(1, metavar="ROWS", at_least=1)
-    """Rows of tokens that a rank processes at a time."""
+    """Number of rows of tokens that a rank processes at a time."""
     dtype: Literal["fp32", "bf16"] | None = may_change(None)
-    """Type of the weights. Default: fp32 on a CPU; otherwise the model's own, but bf16 where a
+    """Data type of the weights. Default: fp32 on a CPU. On a GPU: that of the model, or bf16 if a
     model in fp16 is trained."""
     tensor_model_parallel_size: int = may_change(1, metavar="RANKS", at_least=1)
     """Number of ranks over which each layer is split (Megatron)."""
@@ -112,7 +112,7 @@ class RunConfig:
 
     run_dir: str = may_change(metavar="DIR")
     """Folder of the run: checkpoints/, best/ (a Hugging Face folder), metrics.jsonl, tensorboard/,
-    train.log and run.json. A run that it already holds is resumed."""
+    train.log and run.json. If the folder already contains a run, the run is resumed."""
     seed: int = must_match(0)
     """Seed of the order of the data and of sampling."""
     save_interval: int = may_change(50, metavar="STEPS", at_least=1)
@@ -136,8 +136,8 @@ class RunConfig:
         None, metavar="RANKS", value_if_bare=lambda: int(os.environ.get("WORLD_SIZE", "1"))
     )
     """Print the parameters, the memory of a rank and the collectives of a step for a world of this
-    many ranks, and end. Reads the model's config.json and no data. Default: train; without a number
-    the present world."""
+    many ranks, and end. Only the model's config.json is read, no data. Without a number: the
+    present world. Default: train."""
     device: str | None = may_change(None, metavar="CARD")
     """Device whose memory --dry-run compares with what a rank needs: a card such as h100-80gb, or a
     number of GiB. The exit status is 4 if the layout does not fit it. Default: the GPU of this
@@ -167,12 +167,12 @@ class BatchConfig:
     """Batches."""
 
     batch_size: int = must_match(128, metavar="SAMPLES", at_least=1)
-    """Samples of a step, on all ranks together."""
+    """Number of samples in a step, over all ranks."""
     seq_length: int = must_match(4096, metavar="TOKENS", at_least=1)
     """Length in tokens of the rows into which samples are packed, and of the longest sample."""
     max_left_out: float = may_change(0.2, metavar="SHARE", at_least=0, at_most=1)
-    """Share of the data that may be left out, for example as too long, from 0 to 1. The command
-    ends with status 3 if more is left out."""
+    """Share of the data that may be left out, for example because it is too long, from 0 to 1. The
+    command ends with status 3 if more is left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,16 +184,16 @@ class OptimizationConfig:
     lr_warmup_fraction: float = must_match(0.03, metavar="SHARE", at_least=0, below=1)
     """Share of the optimizer steps in which the learning rate rises, from 0 to 1."""
     lr_schedule: str | None = must_match(None, metavar="PATH")
-    """Function path, FILE.py:NAME or MODULE:NAME, of the learning rate of each optimizer step.
-    Default: linear warm-up and linear decay to 0."""
+    """Function path, FILE.py:NAME or MODULE:NAME, of a function that returns the learning rate of
+    each optimizer step. Default: linear warm-up and linear decay to 0."""
     weight_decay: float = must_match(0.0)
-    """Weight decay of AdamW per step, times the learning rate."""
+    """Weight decay of AdamW, which is multiplied by the learning rate in each step."""
     clip_grad: float = must_match(1.0)
-    """Norm to which larger gradients are scaled down; 0 leaves them as they are."""
+    """Norm to which larger gradients are scaled down; 0 for no clipping."""
     adam_beta1: float = must_match(0.9)
-    """Decay of Adam's mean of gradients per step."""
+    """Decay per step of Adam's moving average of gradients."""
     adam_beta2: float = must_match(0.999)
-    """Decay of Adam's mean of squared gradients per step."""
+    """Decay per step of Adam's moving average of squared gradients."""
     use_distributed_optimizer: bool = may_change(False)
     """Divide the optimizer's state among data-parallel ranks (Megatron)."""
     offload_optimizer: bool = may_change(False)
@@ -225,9 +225,9 @@ class ReinforcementConfig:
     """Algorithm, which defines the advantages and the loss: grpo, dr-grpo, dapo, gspo, rloo or
     ppo."""
     group_size: int = must_match(8, metavar="N", at_least=1)
-    """Responses to each prompt of a step, which are compared with each other."""
+    """Number of responses to each prompt of a step, which are compared with each other."""
     mini_batches: int = must_match(4, metavar="N", at_least=1)
-    """Optimizer steps on the --batch-size responses of a step."""
+    """Number of optimizer steps on the --batch-size responses of a step."""
     loss: str | None = must_match(None, metavar="PATH")
     """Function path, FILE.py:NAME or MODULE:NAME, of a loss that replaces the algorithm's. Default:
     the algorithm's loss."""
@@ -246,9 +246,10 @@ class CriticConfig:
     """Peak learning rate of the critic, which follows the schedule of --lr. Default: 10 times
     --lr."""
     critic_warmup: int = must_match(0, metavar="STEPS")
-    """Number of steps at the beginning in which the critic alone is trained."""
+    """Number of steps at the beginning in which only the critic is trained."""
     value_clip: float | None = must_match(None, metavar="RANGE")
-    """Largest change of a value in a step before its loss is clipped. Default: not clipped."""
+    """Change of a predicted value in a step from which its loss is clipped. Default: no
+    clipping."""
     gae_lambda: float = must_match(0.95)
     """Lambda of generalized advantage estimation, from 0 to 1."""
     gae_discount: float = must_match(1.0)
@@ -271,15 +272,15 @@ class RolloutConfig:
     rollouts) they sample the next step's responses while this step is judged and trained on, with
     the weights from before it."""
     rollout_bound: float | None = must_match(None, metavar="RATIO")
-    """Bound of the importance weights, the ratio of training to sampling probability. Default: no
-    bound, but 2 for asynchronous rollouts."""
+    """Upper bound of the importance weights, which are the ratios of training to sampling
+    probability. Default: 2 for asynchronous rollouts, otherwise no bound."""
     rollout_rule: Literal["truncate", "mask"] = must_match("truncate")
     """Treatment of tokens whose weight exceeds the bound: truncate the weight, or mask the
     token."""
 
     def __post_init__(self) -> None:
         if self.rollouts_ahead and not self.rollout_url:
-            raise UserError("--rollouts-ahead 1 requires servers: give their --rollout-url.")
+            raise UserError("--rollouts-ahead 1 requires servers: add --rollout-url.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,15 +312,16 @@ class SamplingConfig:
     """Responses."""
 
     max_new_tokens: int = must_match(2048, metavar="TOKENS", at_least=1)
-    """Longest response in tokens."""
+    """Maximum length of a response, in tokens."""
     temperature: float = must_match(0.7, at_least=0)
-    """Sampling temperature; 0 takes the likeliest tokens."""
+    """Sampling temperature; 0 always takes the likeliest token."""
     top_k: int = must_match(0, metavar="N", at_least=0)
-    """Number of likeliest tokens to sample from; 0 for all."""
+    """Sample from this number of likeliest tokens only; 0 for all tokens."""
     top_p: float = must_match(1.0, metavar="P")
-    """Probability of the likeliest tokens to sample from; 1 for all."""
+    """Sample only from the likeliest tokens that together have this probability; 1 for all
+    tokens."""
     generation_batch_size: int = may_change(64, metavar="N", at_least=1)
-    """Responses that a rank generates at a time."""
+    """Number of responses that a rank generates at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -327,11 +329,11 @@ class JudgeFormatConfig:
     """Judge format."""
 
     template: str | None = must_match(None, metavar="NAME")
-    """Template of the judge's prompt: pointwise, pairwise, each with -rubric or -reference, or a
-    file. Default: pointwise for responses, pairwise for pairs."""
+    """Template of the judge's prompt: pointwise or pairwise, optionally with the suffix -rubric or
+    -reference, or a file. Default: pointwise for responses, pairwise for pairs."""
     thinking: Thinking = must_match("none")
-    """Whether the judge thinks in <think> before its label: not at all, because its prompt asks it
-    to, or because the model's chat template has opened <think>."""
+    """Whether the judge thinks in <think> before its label: none, it does not think; asked, its
+    prompt asks it to think; opened, the model's chat template has opened <think>."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -339,15 +341,16 @@ class JudgeAnswerConfig:
     """Answers of the judge."""
 
     max_new_tokens: int = must_match(4096, metavar="TOKENS", at_least=1)
-    """Longest answer in tokens, with its thinking."""
+    """Maximum length of an answer, with its thinking, in tokens."""
     generation_batch_size: int = may_change(64, metavar="N", at_least=1)
-    """Questions that a rank answers at a time."""
+    """Number of questions that a rank answers at a time."""
     judging_temperature: float = must_match(0.7, at_least=0)
-    """Sampling temperature of the thinking; 0 takes the likeliest tokens."""
+    """Sampling temperature of the thinking; 0 always takes the likeliest token."""
     judging_top_k: int = must_match(20, metavar="N", at_least=0)
-    """Number of likeliest tokens to sample the thinking from; 0 for all."""
+    """Sample the thinking from this number of likeliest tokens only; 0 for all tokens."""
     judging_top_p: float = must_match(0.95, metavar="P")
-    """Probability of the likeliest tokens to sample the thinking from; 1 for all."""
+    """Sample the thinking only from the likeliest tokens that together have this probability; 1 for
+    all tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,19 +24,20 @@ from megatron_ext.typed_flags import flag, group, parse_config
 
 @dataclass(frozen=True, kw_only=True)
 class CountConfig:
-    """Flags of `et-align data count`, which counts records by source."""
+    """Flags of `et-align data count`: count records by source."""
 
     input: tuple[str, ...] = flag(metavar="FILE")
-    """Files, globs or folders of .jsonl, .json, .csv, .tsv (also compressed) or .parquet."""
+    """Files, glob patterns or folders of .jsonl, .json, .csv, .tsv (also compressed) or
+    .parquet."""
     max_malformed: int = flag(100, metavar="N", at_least=0)
-    """Number of rows that may be unusable. They are left out and reported; the command stops if
-    there are more."""
+    """Maximum number of unusable rows, which are left out and reported. If there are more, the
+    command stops."""
     rows: RowsConfig = group()
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImportConfig:
-    """Flags of `et-align data import`, which converts rows of files or of a package to records."""
+    """Flags of `et-align data import`: convert rows of files or of a package to records."""
 
     input: tuple[str, ...] = flag((), metavar="FILE")
     """Files, glob patterns or folders of .jsonl, .json, .csv, .tsv (also compressed) or .parquet.
@@ -49,25 +50,26 @@ class ImportConfig:
     output: str = flag(metavar="FILE")
     """File to write, .jsonl or .parquet."""
     kind: Literal["pairs", "prompts", "responses", "chosen"] | None = flag(None, name="as")
-    """Kind of records to write: of pairs only the prompts, each response by itself, or the response
-    that is preferred (chosen); of responses only the prompts. Default: the kind of the input."""
+    """Kind of records to write. From pairs: their prompts, each of their responses, or the
+    preferred responses only (chosen). From responses: their prompts. Default: the kind of the
+    input."""
     verdicts: str | None = flag(None, metavar="FILE")
     """File to write the labels of people into, as verdicts, .jsonl or .parquet. Default: none."""
     scale: tuple[float, float] | None = flag(None, metavar="LOW HIGH")
     """Lowest and highest rating that people could give, which are mapped to 0 and 9. Default: none;
     required for --verdicts of ratings."""
     source: str = flag("", metavar="NAME")
-    """Source of rows that name none. Default: the file's name."""
+    """Source of rows that have none. Default: the name of the file."""
     overwrite: bool = flag(False)
     """Replace --output."""
     max_malformed: int = flag(100, metavar="N", at_least=0)
-    """Number of rows that may be unusable. They are left out and reported; the command stops if
-    there are more."""
+    """Maximum number of unusable rows, which are left out and reported. If there are more, the
+    command stops."""
     rows: RowsConfig = group()
 
     def __post_init__(self) -> None:
         if bool(self.input) == bool(self.package):
-            raise UserError("Give either files as --input or a --package.")
+            raise UserError("Pass either files as --input or a --package.")
         if self.archive and not self.package:
             raise UserError("--archive requires --package, which defines how to read it.")
         if self.verdicts and self.kind in ("prompts", "chosen"):
@@ -81,27 +83,28 @@ class ImportConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SplitConfig:
-    """Flags of `et-align data split`, which splits records by prompt without near-duplicates."""
+    """Flags of `et-align data split`: split records by prompt, without near-duplicates."""
 
     input: tuple[str, ...] = flag(metavar="FILE")
-    """Files, globs or folders of .jsonl, .json, .csv, .tsv (also compressed) or .parquet."""
+    """Files, glob patterns or folders of .jsonl, .json, .csv, .tsv (also compressed) or
+    .parquet."""
     split: tuple[str, ...] = flag(metavar="NAME=SIZE")
     """Splits in order of precedence. A size is a number of prompts, a share below 1, or, for the
     last split, rest."""
     save: str = flag(metavar="DIR")
-    """New folder for NAME.jsonl of each split and split.json."""
+    """Folder to create, with NAME.jsonl for each split and split.json."""
     overwrite: bool = flag(False)
     """Replace --save."""
     format: Literal["jsonl", "parquet"] = flag("jsonl")
     """Format of the files."""
     near: float = flag(0.7, metavar="SIMILARITY")
-    """Similarity from which prompts are near-duplicates: the Jaccard similarity, from 0 to 1, of
-    their sequences of three words."""
+    """Jaccard similarity, from 0 to 1, of the three-word sequences of two prompts, from which they
+    are near-duplicates."""
     seed: int = flag(0)
     """Seed of the assignment of prompts to splits."""
     max_malformed: int = flag(100, metavar="N", at_least=0)
-    """Number of rows that may be unusable. They are left out and reported; the command stops if
-    there are more."""
+    """Maximum number of unusable rows, which are left out and reported. If there are more, the
+    command stops."""
     rows: RowsConfig = group()
 
 
@@ -124,9 +127,8 @@ def parse(argv: Sequence[str] | None) -> ImportConfig | SplitConfig | CountConfi
         near = get_close_matches(name, SUBCOMMANDS, n=1)
         advice = f"Did you mean {near[0]}?" if near else f"Choose one of {', '.join(SUBCOMMANDS)}."
         raise UserError(f"{name} is not a subcommand of data. {advice}")
-    purpose = (SUBCOMMANDS[name].__doc__ or "").partition("`, which ")[2]
-    description = purpose[:1].upper() + purpose[1:].replace("counts", "count", 1)
-    description = description.replace("prints", "print", 1)
+    purpose = (SUBCOMMANDS[name].__doc__ or "").partition("`: ")[2]
+    description = purpose[:1].upper() + purpose[1:]
     config: ImportConfig | SplitConfig | CountConfig | ShowConfig
     config = parse_config(SUBCOMMANDS[name], rest, f"et-align data {name}", description)
     return config

@@ -33,16 +33,16 @@ class EvaluateConfig:
     """Flags of `et-align evaluate`."""
 
     responses: tuple[str, ...] = flag((), metavar="FILE")
-    """Responses of the policies, one file for each; required, with the baseline among them."""
+    """Responses of the policies, one file for each policy, including the baseline; required."""
     baseline: str | None = flag(None, metavar="FILE")
-    """File of --responses whose policy the others are compared with; required."""
+    """File of --responses whose policy is the baseline of all comparisons; required."""
     verdicts: tuple[str, ...] = flag((), metavar="NAME=FILE")
     """Verdicts of a judge on these responses, or on the pairs in --output. Several files of one
     judge are joined. Default: none."""
     verdicts_scale: tuple[float, float] | None = flag(None, metavar="LOW HIGH")
     """Lowest and highest score in --verdicts, whose scores are mapped to 0 to 9. Default: 0 9."""
     common: bool = flag(False)
-    """Compare on the prompts that all policies answered and that were judged."""
+    """Compare only on the prompts that all policies answered and that were judged."""
     output: str | None = flag(None, metavar="DIR")
     """Folder for the judged records, the verdicts and evaluation.json; required with --judge.
     Default: none."""
@@ -53,7 +53,7 @@ class EvaluateConfig:
     resample_seed: int = flag(0, metavar="N")
     """Seed of the bootstrap."""
     name: str | None = flag(None, metavar="NAME")
-    """Name of the judge in tables. Default: --model, or else --judge."""
+    """Name of the judge in tables. Default: that of --model, or otherwise of --judge."""
     ask: Literal["both", "scores", "preferences"] = flag("both")
     """Kind of verdicts to collect from the judge."""
     rows: RowsConfig = group()

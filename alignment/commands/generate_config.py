@@ -27,9 +27,9 @@ class GenerateConfig:
     files: OutputConfig = group()
     rows: RowsConfig = group()
     samples: int = flag(1, metavar="N", at_least=1)
-    """Responses to each prompt."""
+    """Number of responses to each prompt."""
     source: str | None = flag(None, metavar="NAME")
-    """Source of the responses, as recorded in each. Default: --model."""
+    """Name that is recorded in each response as its source. Default: --model."""
     seed: int = flag(0)
     """Seed of the sampling."""
     sampling: SamplingConfig = group()
@@ -40,7 +40,7 @@ class GenerateConfig:
         if self.samples > 1 and self.sampling.temperature == 0:
             raise UserError(
                 f"--samples {self.samples} at --temperature 0 would repeat the same responses: "
-                "give a temperature above 0."
+                "choose a temperature above 0."
             )
 
 

@@ -30,11 +30,11 @@ class JudgeCommandConfig:
     files: OutputConfig = group()
     rows: RowsConfig = group()
     orders: Literal["both", "given", "swapped"] = flag("both")
-    """Orders in which the responses of a pair are shown to the judge."""
+    """Orders in which the two responses of a pair are shown to the judge."""
     samples: int = flag(1, metavar="N", at_least=1)
-    """Verdicts on each question."""
+    """Number of verdicts on each question."""
     seq_length: int = flag(4096, metavar="TOKENS", at_least=1)
-    """Longest question with its answer, in tokens."""
+    """Maximum length of a question with its answer, in tokens."""
     max_failed: float = flag(0.2, metavar="SHARE", at_least=0, at_most=1)
     """Share of the questions that may end without a verdict, from 0 to 1. If more do, the command
     ends with status 3."""

@@ -5,8 +5,8 @@ r"""Detect responses that game a judge, or measure how reliable the detectors ar
         --judge-verdicts GAMING.jsonl
     et-align monitor --fixtures [FILE ...] [--folds N]
 
-Prints the share of the responses on which each detector fires, its limit, and an example; with
---fixtures, precision and recall with 95 % intervals.
+The command prints the share of the responses on which each detector fires, its limit, and an
+example. With --fixtures it prints precision and recall with 95 % intervals.
 """
 
 from collections.abc import Sequence
@@ -34,33 +34,34 @@ class MonitorConfig:
     verdicts: str | None = flag(None, metavar="FILE")
     """Scores of the responses, to correlate with their lengths. Default: none."""
     reference_lengths: str | None = flag(None, metavar="FILE")
-    """Responses that are not suspected, such as the start policy's, whose lengths in words decide
-    which responses are verbose. Default: those of --input."""
+    """Responses that are known to be sound, such as those of the start policy. Their lengths in
+    words determine which responses are verbose. Default: those of --input."""
     limits: str | None = flag(None, metavar="FILE")
     """YAML file of the shares, from 0 to 1, above which detectors raise an alarm. Default: the
     limits of the detectors."""
     output: str | None = flag(None, metavar="FILE")
-    """File to write, .jsonl: which detectors fire on each response, and on which words. Default:
-    none."""
+    """File to write, .jsonl, with the detectors that fire on each response, and the words on which
+    they fire. Default: none."""
     overwrite: bool = flag(False)
     """Replace --output and --judge-verdicts."""
     fail_on_alarm: bool = flag(False)
     """Exit with status 3 when there is an alarm."""
     fixtures: tuple[str, ...] | None = flag(None, metavar="FILE", value_if_bare=tuple)
-    """Measure the detectors on labeled texts. Default: none; without files those of the
-    package."""
+    """Measure the detectors on labeled texts. Without a file: on those of the package. Default:
+    monitor --input."""
     folds: int = flag(0, metavar="N")
-    """Measure --fixtures by cross-validation over wordings with this many folds; texts of the
-    package that have other wordings are trained on too. Default: 0, no cross-validation."""
+    """Number of folds of a cross-validation over wordings, by which --fixtures is measured. Texts
+    of the package with other wordings are always in the training folds. Default: 0, no
+    cross-validation."""
     judge_verdicts: str | None = flag(None, metavar="FILE")
-    """Verdicts of a judge on whether responses game their judge, 0 to 9; written by --judge.
-    Default: none."""
+    """File of a judge's verdicts, from 0 to 9, on whether responses game their judge. With --judge
+    it is written, otherwise read. Default: none."""
     rows: RowsConfig = group()
     judge: AnnotationJudgeConfig = group()
 
     def __post_init__(self) -> None:
         if (self.fixtures is None) == (self.input is None):
-            raise UserError("Give responses as --input, or --fixtures to measure the detectors.")
+            raise UserError("Pass responses as --input, or --fixtures to measure the detectors.")
         if self.fixtures is not None:
             self._check_fixtures()
         elif self.folds:

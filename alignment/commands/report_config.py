@@ -7,7 +7,7 @@
 The report is report.html, a page that needs no other file, and its pictures as PNG and SVG. Several
 runs are compared under the names of their folders; runs whose settings differ in the seed only are
 seeds of one arm. STUDY is a folder with study.json, which names the runs, and one folder per run.
-Runs that have not ended are reported as far as they are.
+Unfinished runs are reported up to their last step.
 """
 
 from collections.abc import Sequence

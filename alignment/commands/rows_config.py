@@ -11,13 +11,12 @@ class RowsConfig:
     """Rows."""
 
     columns: tuple[str, ...] = must_match((), metavar="OURS=THEIRS", repeat=True, several=True)
-    """Columns of files of other projects by the role that they play: prompt, response, chosen,
-    rejected, messages, system, first, second, label, score, annotator, rubric, id or source, such
-    as prompt=question. Further columns become metadata of the prompt. Default: the names that
-    are known."""
+    """Names of columns in files of other projects, such as prompt=question. OURS is prompt,
+    response, chosen, rejected, messages, system, first, second, label, score, annotator, rubric, id
+    or source. Further columns become metadata of the prompt. Default: the known names."""
     labels: tuple[str, ...] = must_match((), metavar="LABEL=VALUE", repeat=True, several=True)
-    """Values of labels by people: first, second, tie or a score, and the values that mean it, such
-    as first=model_a tie=both,neither. Default: the values that are known."""
+    """Meaning of the values of labels by people, such as first=model_a tie=both,neither. LABEL is
+    first, second, tie or a score. Default: the known values."""
     limit: int | None = must_match(None, short="-n", metavar="N", at_least=1)
     """Read only the first N records of each flag that names files, in the order of the files.
     Default: all."""

@@ -43,14 +43,15 @@ class TrainJudgeConfig(ReinforcementTrainingConfig):
     validation_gold: tuple[str, ...] = must_match((), metavar="FILE")
     """Verdicts of the gold judge, one file for each file of --validation-input. Default: none."""
     epochs: float = must_match(2.0, metavar="N", above=0)
-    """Passes over the items in stage sft."""
+    """Number of passes over the items in stage sft."""
     max_thinking_tokens: int | None = must_match(None, metavar="TOKENS")
-    """Longest answer of the gold judge, in tokens, that stage sft imitates, for less effort.
-    Default: no limit."""
+    """Maximum length of an answer of the gold judge that stage sft imitates, in tokens; a lower
+    limit trains a judge that thinks less. Default: no limit."""
     steps: int | None = must_match(None, metavar="N", at_least=1)
-    """Steps of the training; required in stage rl. Default in stage sft: those of --epochs."""
+    """Number of training steps; required in stage rl. Default: in stage sft, as many as --epochs
+    takes."""
     temperature: float = must_match(1.0)
-    """Sampling temperature of answers in stage rl; above 0."""
+    """Sampling temperature of answers in stage rl, above 0."""
     rows: RowsConfig = group()
     format: JudgeFormatConfig = group()
     answers: JudgeAnswerConfig = group()

@@ -3,12 +3,13 @@ r"""Train a policy on the rewards of judges, and grade it by a gold judge that i
     torchrun --nproc-per-node 8 -m alignment train-policy --model DIR --run-dir DIR --steps 200 \
         --prompts PROMPTS.jsonl --judge JUDGE.yaml --held-out PROMPTS.jsonl --gold GOLD.yaml
 
-Each judge is described by a YAML file; one of kind sum or route combines judges, verifiers and
-functions. --judge can be repeated; rewards are then means. Every --eval-interval steps the policy
-answers held-out prompts, which the judges (proxy) and the gold judge grade. An alarm is raised when
-the proxy score rises and the gold score does not. --gold and --held-out may be left out for a smoke
-test, which cannot show that a policy games its judge. Repeat the command to resume a run that was
-stopped or killed; no finished response or verdict is lost or used twice.
+A YAML file describes each judge. A judge of kind sum or route combines other judges, verifiers and
+functions. If --judge is repeated, the reward is the mean over the judges. Every --eval-interval
+steps the policy answers held-out prompts, and the proxy judges and the gold judge grade the
+answers. An alarm is raised when the proxy score rises and the gold score does not. --gold and
+--held-out can be omitted in a smoke test, which then cannot show that a policy games its judge.
+Repeat the command to resume a run that was stopped or killed; no finished response or verdict is
+lost or used twice.
 """
 
 from collections.abc import Sequence
@@ -33,13 +34,13 @@ class TrainPolicyConfig(ReinforcementTrainingConfig):
     prompts: tuple[str, ...] = must_match((), metavar="FILE")
     """Prompts to train on; required for training."""
     data_transform: str | None = must_match(None, metavar="PATH")
-    """Function path, FILE.py:NAME or MODULE:NAME, of a function that returns each prompt of
-    --prompts changed, or None to leave it out. Default: none."""
+    """Function path, FILE.py:NAME or MODULE:NAME, of a function that changes each prompt of
+    --prompts, or returns None to leave it out. Default: none."""
     judge: tuple[str, ...] = must_match((), metavar="FILE.yaml", repeat=True)
     """Proxy judge, whose scores are the rewards; required for training. Can be repeated."""
     reward: Literal["pointwise", "pairwise"] = must_match("pointwise")
-    """Reward: the judge's score, or the win rate against the other responses to the prompt, each
-    pair judged in both orders."""
+    """Kind of reward. pointwise: the judge's score. pairwise: the win rate against the other
+    responses to the prompt, where each pair is judged in both orders."""
     held_out: tuple[str, ...] = must_match((), metavar="FILE")
     """Prompts for grading, none of them in --prompts. Default: none, so that nothing is graded."""
     gold: tuple[str, ...] = must_match((), metavar="FILE.yaml", repeat=True)
@@ -52,23 +53,25 @@ class TrainPolicyConfig(ReinforcementTrainingConfig):
     """Raise an alarm when the proxy score minus the gold score exceeds its initial value by more
     than this. Default: 0.5 for scores, 0.1 for win rates."""
     alarm_window: int = must_match(3, metavar="N", at_least=1)
-    """Gradings in which the gold score does not rise while the proxy score does, before an alarm is
-    raised."""
+    """Number of gradings over which the gold score does not rise while the proxy score does, before
+    an alarm is raised."""
     stop_on_alarm: bool = must_match(False)
     """Stop the run when an alarm is raised."""
     steps: int = must_match(metavar="N", at_least=1)
-    """Steps of the training."""
+    """Number of training steps."""
     kl: float = must_match(0.0, metavar="WEIGHT", at_least=0)
-    """Weight of the divergence from the start policy in the loss."""
+    """Weight of the KL divergence from the start policy in the loss."""
     kl_estimator: Literal["k2", "k3"] = must_match("k3")
-    """Estimator of the divergence."""
+    """Estimator of the KL divergence."""
     overlong_margin: int = must_match(1, metavar="TOKENS")
-    """Tokens before --max-new-tokens from which DAPO penalizes the length of a response."""
+    """Number of tokens before --max-new-tokens at which DAPO starts to penalize the length of a
+    response."""
     max_unrewarded: float = must_match(0.2, metavar="SHARE", at_least=0, at_most=1)
     """Share of the responses of a step that may have no verdict, from 0 to 1. The run ends if more
     have none."""
     keep_responses: int = may_change(0, metavar="N", at_least=0)
-    """Responses of each step to keep in RUN/responses, to retrain the judge on."""
+    """Number of responses of each step to store in RUN/responses, on which the judge can be
+    retrained."""
     monitor_limits: str | None = may_change(None, metavar="FILE.yaml")
     """YAML file of the shares, from 0 to 1, of the responses of a step above which detectors raise
     an alarm. Default: the limits of the detectors."""
@@ -76,9 +79,9 @@ class TrainPolicyConfig(ReinforcementTrainingConfig):
     """Number of steps between two comparisons of how rollouts and training route tokens to experts;
     0 for none."""
     routing_samples: int = may_change(8, metavar="N", at_least=1)
-    """Responses to compare the routing of, on all ranks together."""
+    """Number of responses whose routing is compared, over all ranks."""
     reference: bool = must_match(True)
-    """Do not load the start policy, from which the divergence is measured."""
+    """Do not load the start policy, from which the KL divergence is measured."""
     rows: RowsConfig = group()
     sampling: SamplingConfig = group()
     batch: BatchConfig = group(batch_size=1024)
@@ -97,10 +100,10 @@ class TrainPolicyConfig(ReinforcementTrainingConfig):
                 "cannot be compared."
             )
         if self.reward == "pairwise" and self.reinforcement.group_size < 2:
-            raise UserError("--reward pairwise compares responses: give --group-size 2 or more.")
+            raise UserError("--reward pairwise compares responses: set --group-size to at least 2.")
 
     def _check_grading(self) -> None:
-        """Check that what grades has something to grade, and an alarm something to compare."""
+        """Check that gold judges have prompts to grade, and that an alarm has a gold judge."""
         if self.gold and not self.held_out:
             raise UserError(
                 "--gold grades the responses to --held-out prompts. Give both, or leave both out."

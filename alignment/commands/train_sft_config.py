@@ -24,12 +24,12 @@ class TrainSFTConfig(TrainingConfig):
     input: tuple[str, ...] = must_match((), metavar="FILE")
     """Responses to train on; required for training."""
     data_transform: str | None = must_match(None, metavar="PATH")
-    """Function path, FILE.py:NAME or MODULE:NAME, of a function that returns each response of
-    --input and --validation-input changed, or None to leave it out. Default: none."""
+    """Function path, FILE.py:NAME or MODULE:NAME, of a function that changes each response of
+    --input and --validation-input, or returns None to leave it out. Default: none."""
     validation_input: tuple[str, ...] = must_match((), metavar="FILE")
     """Responses for validation. Default: none; the last model is exported."""
     epochs: float = must_match(2.0, metavar="N", above=0)
-    """Passes over the responses."""
+    """Number of passes over the responses."""
     rows: RowsConfig = group()
 
     def __post_init__(self) -> None:

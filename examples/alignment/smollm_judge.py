@@ -2,10 +2,10 @@
 
     python -m examples.alignment.smollm_judge --archive bigbench-1.0.0.tar.gz [--run-dir DIR]
 
-TruthfulQA has pairs of a true and a false answer to questions on common misbeliefs. The model is
-trained to score answers 9 or 0 by `et-align train-judge`. Before and after the training, pairs of
-held-out questions show how often the true answer has the higher score. Repeat the command to resume
-the example; finished steps are not repeated.
+TruthfulQA has pairs of a true and a false answer to questions on common misconceptions. The model
+is trained to score answers 9 or 0 by `et-align train-judge`. Before and after the training, pairs
+of held-out questions show how often the true answer has the higher score. Repeat the command to
+resume the example; finished steps are not repeated.
 """
 
 import hashlib

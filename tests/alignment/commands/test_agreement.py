@@ -135,7 +135,7 @@ def test_constant_judge_has_undefined_statistics_with_reasons(
         (scores([1]) * 2, scores([1]), [], "two verdicts on item 'r0'"),
         ([*scores([1, 2])[:1], preference("r1", "A")], scores([1, 2]), [], "both scores and pref"),
         (scores([1, 2]), scores([1, 2]), ["--slice", "source"], "--slice source needs --items"),
-        (scores([1, 2]), scores([1, 2]), ["--resample", "prompt"], "prompt needs --items"),
+        (scores([1, 2]), scores([1, 2]), ["--resample", "prompt"], "prompt requires --items"),
         ([], scores([1]), [], r"a\.jsonl is empty"),
     ],
 )
@@ -229,5 +229,5 @@ def test_a_file_twice_and_a_scale_without_a_file_are_refused(tmp_path: Path) -> 
     file = write(tmp_path / "a.jsonl", scores([1.0, 2.0]))
     with pytest.raises(UserError, match=r"occurs twice\. Name the verdicts of different judges"):
         main([file, file])
-    with pytest.raises(UserError, match="--third-scale is for a third file"):
+    with pytest.raises(UserError, match="--third-scale requires a third file"):
         main([file, str(tmp_path / "b.jsonl"), "--third-scale", "0", "1"])

@@ -188,8 +188,8 @@ def test_errors_are_a_sentence(responses: str, verdicts: str, tmp_path: Path) ->
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text("refusal: 7\n")
     for flags, message in (
-        ([], "Give responses as --input, or --fixtures"),
-        (["--input", responses, "--fixtures"], "Give responses as --input, or --fixtures"),
+        ([], "Pass responses as --input, or --fixtures"),
+        (["--input", responses, "--fixtures"], "Pass responses as --input, or --fixtures"),
         (["--fixtures", "--output", "x.jsonl"], "--output requires --input"),
         (["--input", verdicts], "must hold responses"),
         (["--input", responses, "--folds", "3"], "--folds requires --fixtures"),
@@ -210,4 +210,4 @@ def test_errors_are_a_sentence(responses: str, verdicts: str, tmp_path: Path) ->
             main(flags)
     done = run()
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("et-align: Give responses as --input")
+    assert done.stderr.startswith("et-align: Pass responses as --input")
