@@ -37,8 +37,8 @@ class AnnotationJudgeConfig:
     """Template of the judge's prompt: pointwise or pairwise, optionally with the suffix -rubric or
     -reference, or a file. Default: pointwise for responses, pairwise for pairs."""
     thinking: Thinking = flag("none")
-    """Whether the judge thinks in <think> before its label: none, it does not think; asked, its
-    prompt asks it to think; opened, the model's chat template has opened <think>."""
+    """Whether the judge thinks in <think> before its label. By choice: it does not think, its
+    prompt asks it to think, or the model's chat template has opened <think>."""
     expected_score: bool = flag(False)
     """Take as score the mean of the labels 0 to 9, weighted by their probabilities at the place of
     the label. Without the flag the score is the label that the judge writes."""

@@ -332,8 +332,8 @@ class JudgeFormatConfig:
     """Template of the judge's prompt: pointwise or pairwise, optionally with the suffix -rubric or
     -reference, or a file. Default: pointwise for responses, pairwise for pairs."""
     thinking: Thinking = must_match("none")
-    """Whether the judge thinks in <think> before its label: none, it does not think; asked, its
-    prompt asks it to think; opened, the model's chat template has opened <think>."""
+    """Whether the judge thinks in <think> before its label. By choice: it does not think, its
+    prompt asks it to think, or the model's chat template has opened <think>."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -134,7 +134,7 @@ def test_constant_judge_has_undefined_statistics_with_reasons(
         (scores([1]), [preference("r0", "A")], [], "one has scores and the other has preferences"),
         (scores([1]) * 2, scores([1]), [], "two verdicts on item 'r0'"),
         ([*scores([1, 2])[:1], preference("r1", "A")], scores([1, 2]), [], "both scores and pref"),
-        (scores([1, 2]), scores([1, 2]), ["--slice", "source"], "--slice source needs --items"),
+        (scores([1, 2]), scores([1, 2]), ["--slice", "source"], "--slice source requires --items"),
         (scores([1, 2]), scores([1, 2]), ["--resample", "prompt"], "prompt requires --items"),
         ([], scores([1]), [], r"a\.jsonl is empty"),
     ],
