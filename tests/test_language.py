@@ -5,7 +5,8 @@ import ast
 import importlib
 import inspect
 import re
-from collections.abc import Callable, Iterator
+import tokenize
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -141,20 +142,57 @@ def messages(file: Path) -> Iterator[str]:
                         yield part.value
 
 
-def first_lines(file: Path) -> Iterator[str]:
-    """Yield the first lines of the docstrings of a file."""
+def docstrings(file: Path) -> Iterator[str]:
+    """Yield the sentences of the docstrings of a file: their lines without examples and code."""
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            yield (ast.get_docstring(node) or "").partition("\n")[0]
+            text = re.sub(
+                r"^    .*--.*|^    \w+: \w+$", "", ast.get_docstring(node) or "", flags=re.M
+            )
+            yield from re.sub(r"`[^`]*`|\"[^\"]*\"", "", text).split("\n")
 
 
-@pytest.mark.parametrize("texts", [messages, first_lines])
-def test_texts_of_the_code_have_no_banned_word(texts: Callable[[Path], Iterator[str]]) -> None:
-    roots = ("megatron_ext", "alignment", "tools", "examples", "benchmarks")
-    files = [ROOT / "pretrain_et.py", *(f for root in roots for f in (ROOT / root).rglob("*.py"))]
-    assert [
+def comments(file: Path) -> Iterator[str]:
+    """Yield the comments of a file."""
+    with file.open() as source:
+        for token in tokenize.generate_tokens(source.readline):
+            if token.type == tokenize.COMMENT:
+                yield re.sub(r"`[^`]*`|\"[^\"]*\"", "", token.string)
+
+
+def prose(page: Path) -> Iterator[str]:
+    """Yield the lines of a Markdown page without its blocks and spans of code."""
+    text = re.sub(r"^ *```.*?^ *```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    yield from re.sub(r"`[^`]*`", "", text).split("\n")
+
+
+def with_banned_words(
+    files: Iterable[Path], texts: Callable[[Path], Iterator[str]]
+) -> list[tuple[str, str]]:
+    """Return the texts of files that have a banned word, with the names of the files."""
+    return [
         (str(file.relative_to(ROOT)), text)
         for file in sorted(files)
         for text in texts(file)
         if BANNED.search(text)
-    ] == []
+    ]
+
+
+@pytest.mark.parametrize("texts", [messages, docstrings, comments])
+def test_texts_of_the_code_have_no_banned_word(texts: Callable[[Path], Iterator[str]]) -> None:
+    roots = ("megatron_ext", "alignment", "tools", "examples", "benchmarks")
+    files = [ROOT / "pretrain_et.py", *(f for root in roots for f in (ROOT / root).rglob("*.py"))]
+    assert with_banned_words(files, texts) == []
+
+
+def test_pages_have_no_banned_word() -> None:
+    assert with_banned_words([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")], prose) == []
+
+
+def test_banned_words_count_outside_of_code_only(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("Nobody\nwants it. `found`\n```\nmine\n```\nThe log tells why.\n")
+    assert [line for line in prose(page) if BANNED.search(line)] == [
+        "wants it. ",
+        "The log tells why.",
+    ]

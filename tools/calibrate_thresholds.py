@@ -5,7 +5,7 @@
 Use it for a model trained by expert choice or token choice, for an upcycled one, or for text of
 another kind than the training text. The new checkpoint evaluates, generates and trains with the
 thresholds; its weights are unchanged. Thresholds are exact cutoffs over the whole text, layer after
-layer, each computed from the output of calibrated layers. Every eighth sequence is held out, and
+layer, each computed from the output of calibrated layers. Every eighth sequence is reserved, and
 the mean fan-out, the loads of the experts and the loss on these are printed before and after.
 Larger models run under torchrun, with the flags of tools.generate.
 """

@@ -53,7 +53,7 @@ def annotate_by_endpoint(
     Raises:
         UserError: If the run ended early for a reason that the user can fix; answers are stored.
         TooFewResults: If more questions have no result than allowed. The rows are still written if
-            all questions have been asked.
+            every question has an answer or has failed.
         BudgetSpent: If the budget allows no further call; answers are stored.
     """
     judge, task = _judge(config, settings, pairwise=isinstance(questions[0].item, Pair))

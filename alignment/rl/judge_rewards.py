@@ -156,7 +156,7 @@ def scores_by_component(
     """Return the scores of which a mean over judges consists, by name.
 
     These are the scores of the judges, if there are several, and of the components of each judge
-    that combines others. A component that was not asked, or failed, has no score.
+    that combines others. A component that was not called, or failed, has no score.
 
     Args:
         judges: The judges.

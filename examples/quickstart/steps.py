@@ -231,7 +231,7 @@ def _stop(process: "subprocess.Popen[bytes]") -> None:
     try:
         process.terminate()
         process.wait(_GRACE_S)
-    except (subprocess.TimeoutExpired, Stopped):  # too slow, or asked a second time
+    except (subprocess.TimeoutExpired, Stopped):  # too slow, or stopped a second time
         pass
     finally:
         for member in family:

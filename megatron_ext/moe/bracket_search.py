@@ -76,7 +76,7 @@ def search(
     """Find the k-th largest value of each column over all ranks.
 
     Args:
-        extract: Counts above and collects inside given brackets, skipping empty ones.
+        extract: Counts the values above brackets and collects those inside. Skips empty brackets.
         low: int64 `[columns]`, lower ends of the first brackets, included.
         high: int64 `[columns]`, upper ends of the first brackets, included.
         inside: int64 `[columns]`, bounds on the number of values in them over all ranks.

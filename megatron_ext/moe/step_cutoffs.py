@@ -18,9 +18,9 @@ class StepCutoffs:
     forward pass.
 
     Args:
-        rank_of: Number of tokens that an expert takes from a pool of the given size.
+        rank_of: Number of tokens that an expert takes from a pool of a size.
         whole_step: Whether a pool is the whole step rather than a micro-batch.
-        max_bytes: Bound on the logits of several micro-batches that are kept.
+        max_bytes: Bound on the bytes of stored logits of several micro-batches.
     """
 
     def __init__(self, rank_of: RankOf, whole_step: bool, max_bytes: int) -> None:

@@ -39,7 +39,7 @@ class JudgePrompt:
     Attributes:
         kind: "pointwise" (for a response), "pairwise" (for a pair) or "rubric" (for a prompt whose
             rubric the judge is to write).
-        thinks: Whether the judge is asked to think before its label.
+        thinks: Whether the prompt requests thinking before the label.
         with_rubric: Whether the judge sees the rubric of the prompt.
         columns: Placeholders of columns of the prompt's metadata.
         sections: Role and text of each message, with the placeholders of the item.

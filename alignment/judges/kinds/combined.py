@@ -69,7 +69,7 @@ class Component(BaseModel):
     Attributes:
         judge: The judge.
         weight: Weight of its score; a component of negative weight lowers the sum.
-        only_if: Earlier component whose score must reach `at_least` for this one to be asked.
+        only_if: Earlier component whose score must reach `at_least` for this one to be called.
         at_least: Least score, from 0 to 9, that opens the gate.
         otherwise: Score of this component, from 0 to 9, if the gate is closed.
     """

@@ -18,7 +18,7 @@ class CombinedJudge:
     """Base of the judges that ask other judges.
 
     Attributes:
-        judges: The judges by name, always asked in this order on all ranks.
+        judges: The judges by name. All ranks call them in this order.
         identity: A hash of the settings and of the identities of the judges.
         rounding_error: The largest relative error of their scores.
         batch_size: The largest number of questions that one of them asks together.
@@ -125,7 +125,7 @@ class SumJudge(CombinedJudge):
     def score(self, questions: Sequence[Question], check: Callable[[], None]) -> list[Verdict]:
         """Return the verdicts on responses.
 
-        A component behind a gate is asked only about the questions for which the gate is open.
+        A component behind a gate judges only the questions for which the gate is open.
         """
         verdicts: dict[str, dict[int, Verdict]] = {}
         for name, component in self._config.components.items():

@@ -74,7 +74,7 @@ class EndpointJudge:
             self._expected,
         ]
         self.identity = sha256(json.dumps(depends).encode()).hexdigest()
-        # The dtype of the server is not known. Equal responses are one question, asked once.
+        # The dtype of the server is not known. Equal responses are one question and one call.
         self.rounding_error = SINGLE if self._expected else EXACT
         self._task = JudgingTask(judge_format, self.identity, self._expected)
         self._reported: set[str] = set()

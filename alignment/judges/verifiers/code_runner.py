@@ -2,7 +2,7 @@
 
 It reads a JSON object from the standard input: `program`; `tests`, a list of Python code, or
 `input`, the standard input of the program; `memory` and `cpu_seconds`; and `key`, a secret that
-marks the lines of its own, so that what the program prints cannot be mistaken for a result. It
+marks its own lines, so that what the program prints cannot be mistaken for a result. It
 never imports the project: what it runs must not find it.
 """
 
