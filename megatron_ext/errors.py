@@ -2,16 +2,19 @@
 
 import argparse
 import errno
+import json
 import os
 import platform
 import select
 import signal
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from difflib import get_close_matches
 from pathlib import Path
+from traceback import format_exception_only
 from typing import Any, NoReturn
 
 from megatron_ext.console import console
@@ -178,7 +181,8 @@ def run_on_ranks(main: Callable[[], int | None]) -> None:
 
     The process ends with a nonzero code of `main`, or with the status of a `UserError`. All ranks
     raise the same error at about the same time, and torchrun kills the others when the first one
-    ends, so the first rank on each node prints the message.
+    ends, so the first rank on each node prints the message. torchrun then prints a stack trace of
+    its own, which ends in the message again, as the cause.
 
     Args:
         main: Function that returns an exit code, or None for 0.
@@ -187,10 +191,26 @@ def run_on_ranks(main: Callable[[], int | None]) -> None:
         if code := _unless_nobody_reads(main):
             sys.exit(code)
     except UserError as error:
+        name = typed_command or Path(sys.argv[0]).name
+        message = f"{name}: {' '.join(str(error).split())}"
+        _tell_torchrun(message)
         if _first_on_node():
-            name = typed_command or Path(sys.argv[0]).name
-            console.error(f"{name}: {' '.join(str(error).split())}")
+            console.error(message)
         sys.exit(error.status)
+    except Exception as error:
+        _tell_torchrun(f"{''.join(format_exception_only(error)).strip()} (stack trace above)")
+        raise
+
+
+def _tell_torchrun(cause: str) -> None:
+    """Write why this rank fails into the file from which torchrun reads the cause.
+
+    Without the file, torchrun ends with a link to its documentation in place of the cause.
+    """
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        more = {"py_callstack": cause, "timestamp": str(int(time.time()))}
+        with suppress(OSError):
+            Path(file).write_text(json.dumps({"message": {"message": cause, "extraInfo": more}}))
 
 
 def run_tool_or_ranks(main: Callable[[], int | None]) -> None:

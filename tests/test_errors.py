@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -87,6 +88,7 @@ def test_reader_that_ends_early_ends_the_command_without_a_trace(
     """`--list` prints more than a pipe takes, the others less than Python buffers."""
     program = f"""
 import sys
+from pathlib import Path
 from megatron_ext.errors import ToolParser, {run}
 
 def main():
@@ -109,6 +111,31 @@ sys.stdin.read()
     process.stdin.close()
     message = process.stderr.read()
     assert (process.wait(60), message) == (141, "")
+
+
+@pytest.mark.parametrize(
+    "error, cause",
+    [
+        ("UserError('--lr is missing')", "-c: --lr is missing"),
+        ("KeyError('lr')", "KeyError: 'lr' (stack trace above)"),
+    ],
+)
+def test_torchrun_receives_the_cause_of_a_failure(error: str, cause: str, tmp_path: Path) -> None:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+    program = f"""
+from megatron_ext.errors import UserError, run_on_ranks
+
+def main():
+    raise {error}
+
+run_on_ranks(main)
+"""
+    file = tmp_path / "error.json"
+    environment = {**os.environ, "TORCHELASTIC_ERROR_FILE": str(file)}
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment)
+    failure = ProcessFailure(0, 1, done.returncode, str(file))
+    assert done.returncode != 0 and failure.message["extraInfo"]["py_callstack"] == cause  # type: ignore[index]
 
 
 def test_broken_pipe_of_another_file_is_not_hidden() -> None:

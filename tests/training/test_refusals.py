@@ -196,6 +196,8 @@ def test_refusal_under_torchrun_is_printed_by_one_rank() -> None:
     assert len(messages) == 1
     assert "--et-capacity 2.0" in messages[0]
     assert result.returncode != 0
+    *_, cause, _ = result.stderr.splitlines()  # torchrun's report ends with a rule
+    assert cause.split(": ", 1) == ["  traceback ", messages[0]]
 
 
 def _help() -> tuple[str, set[str]]:
