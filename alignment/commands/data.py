@@ -60,6 +60,7 @@ def import_rows(config: ImportConfig) -> None:
         if not writer.count:
             reasons = [
                 *reader.reasons,
+                *reader.missing,
                 *[f"{equal:,} pairs of a response with itself"] * (equal > 0),
             ]
             if reasons:
@@ -79,7 +80,7 @@ def import_rows(config: ImportConfig) -> None:
         if count:
             print(f"Left out {count:,} {kind}.")
     print(f"Wrote {writer.count:,} rows to {output}.")
-    if verdicts is None and reader.annotators > 1:
+    if verdicts is None and reader.annotators > 1 and config.kind in (None, "pairs"):
         print("The labels of several people are left out. Write them with --verdicts FILE.")
     if verdicts is not None:
         print(f"Wrote {verdicts.count:,} labels of people to {config.verdicts}.")
@@ -119,7 +120,7 @@ def _verdicts(
 
 
 def split_rows(config: SplitConfig) -> None:
-    """Assign records to splits by their prompts and write one file for each split.
+    """Assign records to splits by their prompts and write a file for each split and kind.
 
     Raises:
         UserError: The input has verdicts, or too many rows that are unusable.
@@ -132,30 +133,41 @@ def split_rows(config: SplitConfig) -> None:
     reader = RecordReader(
         expand_row_files(list(config.input)), config.max_malformed, options=config.rows.options
     )
+    kinds: dict[type[Record], None] = {}
     for item in reader.read("finding prompts"):
         splitter.add(_prompt(item.record))
+        kinds[type(item.record)] = None
     splitter.assign()
     rows: Counter[str] = Counter()
     repeated, seen_ids = 0, set[int]()
     with new_folder(save, config.overwrite) as folder, ExitStack() as stack:
         writers = {
-            split.name: stack.enter_context(RecordWriter(folder / f"{split.name}.{config.format}"))
+            (split.name, kind): stack.enter_context(
+                RecordWriter(folder / f"{split.name}{ending}.{config.format}")
+            )
             for split in splits
+            for kind in kinds
+            for ending in [f"-{kind.__name__.lower()}s" if len(kinds) > 1 else ""]
         }
         for item in reader.read("writing splits"):
             record = item.record
             assert not isinstance(record, Verdict)
             if (name := splitter.split_of(_prompt(record))) is None:
                 continue
-            if (mark := number_of(record.id)) in seen_ids:
+            kind = type(record)
+            if (mark := number_of([kind.__name__, record.id])) in seen_ids:
                 repeated += 1
                 continue
             seen_ids.add(mark)
-            writers[name].write(record)
+            writers[name, kind].write(record)
             rows[name] += 1
         about = {
-            name: {"prompts": splitter.sizes[name], "rows": rows[name], "near": splitter.near[name]}
-            for name in writers
+            split.name: {
+                "prompts": splitter.sizes[split.name],
+                "rows": rows[split.name],
+                "near": splitter.near[split.name],
+            }
+            for split in splits
         }
         settings = {"input": config.input, "split": config.split, "seed": config.seed,
                     "near": config.near}  # fmt: skip

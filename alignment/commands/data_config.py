@@ -92,7 +92,8 @@ class SplitConfig:
     """Splits in order of precedence. A size is a number of prompts, a share below 1, or, for the
     last split, rest."""
     save: str = flag(metavar="DIR")
-    """Folder to create, with NAME.jsonl for each split and split.json."""
+    """Folder to create, with NAME.jsonl for each split and split.json. If the input has records of
+    several kinds, the files are NAME-pairs.jsonl, NAME-responses.jsonl and NAME-prompts.jsonl."""
     overwrite: bool = flag(False)
     """Replace --save."""
     format: Literal["jsonl", "parquet"] = flag("jsonl")

@@ -103,6 +103,7 @@ class RecordReader:
         self._files: dict[str, tuple[RecordFile, int]] = {}  # with the number of records
         self._reasons: Counter[str] = Counter()
         self._examples: dict[str, str] = {}  # first row of each reason
+        self._without: Counter[str] = Counter()  # intact rows without a record of the kind
 
     def read(self, label: str, kind: str | None = None) -> Iterator[LabeledRecord]:
         """Yield the usable records of all files, with progress under a label.
@@ -131,7 +132,9 @@ class RecordReader:
                     try:
                         records = as_kind(item, kind, file)
                     except LookupError as error:
-                        self._count(path, MalformedRow(item.number, str(error)))
+                        row = MalformedRow(item.number, str(error))
+                        self._without[row.reason] += 1
+                        self._examples.setdefault(row.reason, f"{path}, {row}")
                         continue
                     total, count = total + 1, count + 1
                     self._files[path] = file, count
@@ -145,7 +148,7 @@ class RecordReader:
         if self.malformed > self.max_malformed:
             raise UserError(
                 f"{self.malformed} rows cannot be used, the first being "
-                f"{next(iter(self._examples.values()))}. Fix them, or raise --max-malformed."
+                f"{self._examples[next(iter(self._reasons))]}. Fix them, or raise --max-malformed."
             )
 
     @property
@@ -156,6 +159,11 @@ class RecordReader:
         if remainder := self.malformed - sum(count for _, count in commonest):
             lines.append(f"{remainder:,} for other reasons")
         return lines
+
+    @property
+    def missing(self) -> list[str]:
+        """Reasons for which intact rows gave no record, each with its first row."""
+        return [f"{n:,} as in {self._examples[reason]}" for reason, n in self._without.items()]
 
     @property
     def annotators(self) -> int:
@@ -169,6 +177,8 @@ class RecordReader:
                 print(describe(file, count))
         if self.malformed:
             print(f"Left out {self.malformed:,} malformed rows: {'; '.join(self.reasons)}.")
+        if self._without:
+            print(f"Left out {self._without.total():,} rows: {'; '.join(self.missing)}.")
 
 
 class Repeats:

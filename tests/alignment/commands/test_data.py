@@ -63,6 +63,28 @@ def test_from_preferences_to_splits(tmp_path: Path, capsys: pytest.CaptureFixtur
         main(["split", "--input", pairs, "--save", str(save), "--split", "train=rest"])
 
 
+def test_records_of_several_kinds_share_one_split(tmp_path: Path) -> None:
+    raw, files = written(tmp_path / "raw.jsonl", preferences(60)), []
+    for kind in ("pairs", "chosen", "prompts"):
+        files.append(str(tmp_path / f"{kind}.jsonl"))
+        main(["import", "--input", raw, "--output", files[-1], "--as", kind])
+    save = tmp_path / "splits"
+    main(["split", "--input", *files, "--save", str(save), "--split", "test=20", "train=rest"])
+    questions: dict[str, set[str]] = {}
+    for name in ("test", "train"):
+        texts = []
+        for kind in ("pairs", "responses", "prompts"):
+            lines = (save / f"{name}-{kind}.jsonl").read_text().splitlines()
+            rows = [json.loads(line) for line in lines]
+            texts.append({row.get("prompt", row)["messages"][-1]["content"] for row in rows})
+        assert texts[0] == texts[1] == texts[2]
+        questions[name] = texts[0]
+    assert len(questions["test"]) == 20
+    assert questions["train"] and questions["test"].isdisjoint(questions["train"])
+    about = json.loads((save / "split.json").read_text())["splits"]
+    assert about["test"] == {"prompts": 20, "rows": 60, "near": 0}
+
+
 def test_pairs_as_responses_and_as_prompts(tmp_path: Path) -> None:
     raw = written(tmp_path / "raw.jsonl", preferences(5))
     for kind, record, count in (("responses", Response, 10), ("prompts", Prompt, 5)):
@@ -126,6 +148,22 @@ def test_left_out_rows_and_columns_are_reported_with_their_reasons(
     none = written(tmp_path / "none.jsonl", iter(rows[:3]))
     with pytest.raises(UserError, match=r"no rows in the input: left out 2 as in .*'tool_calls'"):
         main(["import", "--input", none, "--output", str(file), "--overwrite"])
+
+
+def test_ties_give_no_preferred_answer_and_are_not_malformed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table, file = tmp_path / "table.csv", tmp_path / "out.jsonl"
+    rows = [f"q{number},x{number},y{number},tie,ann" for number in range(150)]
+    table.write_text(
+        "\n".join(["question,answer_a,answer_b,winner,annotator", *rows, "q,a,b,b,bob"])
+    )
+    main(["import", "--input", str(table), "--output", str(file), "--as", "chosen"])
+    printed = capsys.readouterr().out
+    assert "Left out 150 rows: 150 as in " in printed and "no side of the pair is" in printed
+    assert "malformed" not in printed and "--verdicts" not in printed
+    [response] = read_records(file)
+    assert isinstance(response, Response) and response.text == "b"
 
 
 def test_malformed_rows_are_counted_and_too_many_stop(
