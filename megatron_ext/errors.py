@@ -181,8 +181,8 @@ def run_on_ranks(main: Callable[[], int | None]) -> None:
 
     The process ends with a nonzero code of `main`, or with the status of a `UserError`. All ranks
     raise the same error at about the same time, and torchrun kills the others when the first one
-    ends, so the first rank on each node prints the message. torchrun then prints a stack trace of
-    its own, which ends in the message again, as the cause.
+    ends, so the first rank on each node prints the message. torchrun then prints a second stack
+    trace, which ends in the message again, as the cause.
 
     Args:
         main: Function that returns an exit code, or None for 0.
@@ -193,16 +193,16 @@ def run_on_ranks(main: Callable[[], int | None]) -> None:
     except UserError as error:
         name = typed_command or Path(sys.argv[0]).name
         message = f"{name}: {' '.join(str(error).split())}"
-        _tell_torchrun(message)
+        _report_cause(message)
         if _first_on_node():
             console.error(message)
         sys.exit(error.status)
     except Exception as error:
-        _tell_torchrun(f"{''.join(format_exception_only(error)).strip()} (stack trace above)")
+        _report_cause(f"{''.join(format_exception_only(error)).strip()} (stack trace above)")
         raise
 
 
-def _tell_torchrun(cause: str) -> None:
+def _report_cause(cause: str) -> None:
     """Write why this rank fails into the file from which torchrun reads the cause.
 
     Without the file, torchrun ends with a link to its documentation in place of the cause.
