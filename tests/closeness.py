@@ -1,4 +1,4 @@
-"""Tolerances for results that two computations reach by different orders of the same sums."""
+"""Tolerances for results of two computations that add the same terms in different orders."""
 
 from collections.abc import Iterable
 

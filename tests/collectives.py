@@ -1,4 +1,4 @@
-"""Counts what a rank hands to `torch.distributed`, for tests and benchmarks of communication."""
+"""Counter of the tensors that a rank passes to `torch.distributed`, for tests and benchmarks."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -42,7 +42,7 @@ _NOT_COUNTED = ("broadcast", "reduce", "reduce_scatter_tensor", "all_to_all_sing
 
 @contextmanager
 def counted_collectives() -> Iterator[Collectives]:
-    """Count calls of `torch.distributed` while the context lasts; unknown ones are errors."""
+    """Count calls of `torch.distributed` in the context; unknown functions are errors."""
     counted = Collectives()
 
     def counting(name: str, position: int) -> Any:

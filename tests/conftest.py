@@ -1,4 +1,4 @@
-"""What holds for every test: nothing is downloaded, and a GPU is used only where there is one."""
+"""Fixtures of all tests: nothing is downloaded, and a GPU is used only if there is one."""
 
 import os
 import subprocess
@@ -27,14 +27,14 @@ settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Set for every test, so that a test that clears the environment cannot undo it for others."""
+    """Forbid downloads for every test, also for tests that clear the environment."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("TRANSFORMERS_OFFLINE", "1")
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The prefix of a small indexed dataset."""
+    """Return the prefix of a small indexed dataset."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     prefix = tmp_path_factory.mktemp("data") / "text_train_text_document"
@@ -47,7 +47,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system with room for a run and one checkpoint."""
+    """Return a file system with room for a run and one checkpoint."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1200k", "tmpfs", str(folder)]

@@ -1,4 +1,4 @@
-"""Many ranks in one test: real processes, real gloo collectives, no launcher.
+"""Many ranks in one test: real processes and real gloo collectives, without a launcher.
 
 `run_ranks` runs a function on every rank and hands back what each returned; `torchrun` runs a
 script the way a user does. Both leave no process behind, whatever happens.
@@ -29,7 +29,7 @@ import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Asked before a test can activate the CPU device, which answers for CUDA.
+# Read before a test can activate the CPU device, which stands for CUDA.
 HAS_GPU = torch.cuda.is_available()
 
 # Ranks are forked from one server that has imported these. Importing torch and Megatron costs each
@@ -51,7 +51,7 @@ def run_ranks(
 
     `fn` is a function at the top level of a module; it, its arguments and its results must
     pickle. The default process group exists when it is called, so `torch.distributed.get_rank()`
-    tells ranks apart, and the variables that torchrun sets are set; Megatron has been imported,
+    distinguishes ranks, and the variables that torchrun sets are set; Megatron has been imported,
     with the CPU device where there is no CUDA. `env` is added to the ranks' environment.
 
     The first exception of any rank is raised here with the rank and its traceback as a note,
@@ -151,7 +151,7 @@ def torchrun(
 
 
 def _network() -> dict[str, str]:
-    """Keep gloo on the loopback interface: a container's host name may not resolve."""
+    """Restrict gloo to the loopback interface, as a container's host name may not resolve."""
     return {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
 
 
@@ -173,7 +173,7 @@ def _rank_main(
     os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
     try:
-        # Longer than the parent waits, so that it is the parent who tells of a hang.
+        # Longer than the parent waits, so that the parent reports a hang.
         dist.init_process_group("gloo", timeout=timedelta(seconds=2 * timeout + 60))
         fn, args = pickle.loads(call)
         message = pickle.dumps((True, fn(*args)))
@@ -215,8 +215,8 @@ def _collect(
                 _raise_if_dead(ranks, 5)
                 raise RuntimeError(f"rank {rank} of {len(ranks)} closed its pipe") from None
             if not succeeded:
-                # A rank that dies says nothing; its peers may report their broken connections
-                # to it before its end is seen. Ranks that have reported are still alive.
+                # A rank that dies reports nothing; its peers may report their broken connections
+                # to it before its end is noticed. Ranks that have reported are still alive.
                 _raise_if_dead(ranks, 0.2)
                 error, trace = outcome
                 error.add_note(f"on rank {rank} of {len(ranks)}:\n{trace}")

@@ -17,7 +17,7 @@ def documented_names() -> list[str]:
 
 
 def undocumented(rows: Iterable[Mapping[str, object]]) -> set[str]:
-    """Return the names in rows of metrics that the page does not have."""
+    """Return the names in rows of metrics that the page does not list."""
     patterns = []
     for name in documented_names():
         literal = _PLACEHOLDER.sub("\0", name)

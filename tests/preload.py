@@ -1,4 +1,4 @@
-"""Imported once, by the server that ranks are forked from: what costs each of them seconds.
+"""Slow imports, made once by the server that ranks are forked from.
 
 Only on machines without CUDA. Asking for CUDA would initialise it, and it does not survive a fork.
 """

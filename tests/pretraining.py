@@ -1,4 +1,4 @@
-"""`pretrain_et.py` as torchrun starts it, but on ranks that have imported Megatron already.
+"""Runs of `pretrain_et.py` on ranks that have imported Megatron already.
 
 Starting Python anew on two ranks costs twenty seconds; tests of launchers do it all the same.
 """
@@ -20,7 +20,7 @@ def start(
     of_rank: Mapping[int, Sequence[object]] | None = None,
     delay: Mapping[int, float] | None = None,
 ) -> tuple[int, str]:
-    """On a rank: run the script; its exit code and stderr.
+    """Run the script on a rank, and return its exit code and stderr.
 
     `of_rank` are further flags of some ranks, `delay` the seconds that some ranks start late.
     """
@@ -39,7 +39,7 @@ def start(
 
 
 def train(flags: Sequence[object], ranks: int = 2) -> None:
-    """Run the script on that many ranks to its end.
+    """Run the script on a number of ranks until it ends.
 
     Data are read in the ranks themselves: from a forked one no loader's worker can be started.
     """

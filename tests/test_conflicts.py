@@ -1,4 +1,4 @@
-"""Flags that contradict each other are refused, and flags without effect cause a warning."""
+"""Tests that contradictory flags are refused, and that flags without effect cause a warning."""
 
 from argparse import Namespace
 from importlib.util import find_spec

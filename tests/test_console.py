@@ -1,4 +1,4 @@
-"""Console of a process that trains: what reaches the terminal, and what the log."""
+"""Tests of the console of a training process: the output of the terminal and of the log."""
 
 import os
 import pty

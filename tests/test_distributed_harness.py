@@ -1,4 +1,4 @@
-"""The harness that other tests stand on: results, failures, hangs, and nothing left behind."""
+"""Tests of the harness of other tests: results, failures, hangs, and leftovers."""
 
 import os
 import subprocess

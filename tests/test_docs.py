@@ -1,4 +1,4 @@
-"""The commands of the documentation, run as they stand."""
+"""Tests that run the commands of the documentation unchanged."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""Arguments that no command can use end in one sentence."""
+"""Tests that unusable arguments of any command end in one sentence."""
 
 import os
 import subprocess
@@ -85,7 +85,7 @@ for tool in {TOOLS.split()}:
 def test_reader_that_ends_early_ends_the_command_without_a_trace(
     run: str, words: list[str]
 ) -> None:
-    """`--list` prints more than a pipe takes, the others less than Python buffers."""
+    """`--list` prints more than a pipe holds, the others less than Python buffers."""
     program = f"""
 import sys
 from pathlib import Path

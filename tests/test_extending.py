@@ -1,4 +1,4 @@
-"""The examples of docs/how-to/extending.md, run as they stand."""
+"""Tests that run the examples of docs/how-to/extending.md unchanged."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""The list of flags that is checked before Megatron is imported, against the real parser.
+"""Tests of the list of flags that is checked before Megatron is imported.
 
 `python -m tests.test_flag_names` writes the list of the installed version.
 """

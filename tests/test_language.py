@@ -1,4 +1,7 @@
-"""The language of help texts, error messages and docstrings, by the rules of CONTRIBUTING.md."""
+"""Tests of the language of help texts, messages, docstrings, comments and pages.
+
+The rules are those of CONTRIBUTING.md.
+"""
 
 import argparse
 import ast
@@ -53,7 +56,7 @@ def modules_with_parsers() -> list[str]:
 
 
 class _Parsed(BaseException):
-    """Interrupts a command at the parsing of its arguments."""
+    """Exception that interrupts a command at the parsing of its arguments."""
 
 
 def parser_of(module: str, monkeypatch: pytest.MonkeyPatch) -> argparse.ArgumentParser:
@@ -93,7 +96,7 @@ def actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
 
 
 def complaints(action: argparse.Action, parser: argparse.ArgumentParser) -> list[str]:
-    """Return what the help text of an argument lacks."""
+    """Return the faults of the help text of an argument."""
     name = "/".join(action.option_strings) or str(action.metavar or action.dest)
     if action.help == argparse.SUPPRESS:
         return []
@@ -180,7 +183,7 @@ def with_banned_words(
 
 @pytest.mark.parametrize("texts", [messages, docstrings, comments])
 def test_texts_of_the_code_have_no_banned_word(texts: Callable[[Path], Iterator[str]]) -> None:
-    roots = ("megatron_ext", "alignment", "tools", "examples", "benchmarks")
+    roots = ("megatron_ext", "alignment", "tools", "examples", "benchmarks", "tests")
     files = [ROOT / "pretrain_et.py", *(f for root in roots for f in (ROOT / root).rglob("*.py"))]
     assert with_banned_words(files, texts) == []
 

@@ -1,4 +1,4 @@
-"""The page of metrics and the metrics that the code writes."""
+"""Tests that the page of metrics lists the metrics that the code writes."""
 
 import ast
 import re
@@ -23,7 +23,7 @@ SOURCES = [
 
 @pytest.fixture(scope="module")
 def literals() -> set[str]:
-    """Strings in the sources, also those in formatted strings."""
+    """Return the strings of the sources, also those in formatted strings."""
     trees = [ast.parse(path.read_text()) for path in SOURCES]
     return {
         node.value

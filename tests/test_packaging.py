@@ -1,4 +1,4 @@
-"""Installing: metadata, tested versions, the Makefile's targets, and which Python is chosen."""
+"""Tests of the installation: metadata, tested versions, make targets, and the choice of Python."""
 
 import ast
 import importlib.metadata
@@ -36,7 +36,7 @@ def metadata(tmp_path_factory) -> Metadata:
 
 @pytest.fixture(scope="module")
 def direct(metadata) -> dict[str, Requirement]:
-    """Direct dependencies of `.[dev]` by name."""
+    """Return the direct dependencies of `.[dev]` by name."""
     requirements = metadata.requires_dist
     return {
         canonicalize_name(requirement.name): requirement
@@ -69,7 +69,7 @@ def test_the_tested_versions_cover_the_direct_dependencies_within_their_ranges(d
 
 
 def tracked(*patterns: str) -> set[str]:
-    """Return the tracked files below the given folders, without Python modules."""
+    """Return the tracked files in some folders, without Python modules."""
     done = subprocess.run(["git", "ls-files", *patterns], cwd=ROOT, capture_output=True, text=True)
     files = done.stdout.splitlines()
     if not files:
@@ -79,7 +79,7 @@ def tracked(*patterns: str) -> set[str]:
 
 @pytest.fixture(scope="module")
 def site_packages(tmp_path_factory) -> Path:
-    """The folder of a wheel's installation, made from a copy of the sources without network."""
+    """Return the folder of a wheel's installation, made from a copy of the sources offline."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     source.mkdir()
@@ -135,7 +135,7 @@ def test_wheel_has_no_program_of_the_examples_and_imports_no_folder_of_the_check
 
 
 def test_installed_scripts_start_the_console_script(site_packages, tmp_path):
-    """torchrun is replaced by a program that prints its arguments after the options."""
+    """A program that prints its arguments after the options replaces torchrun."""
     python = tmp_path / "bin/python"
     python.parent.mkdir()
     python.write_text("#!/usr/bin/env bash\nprintf '%s\\n' \"$@\"\n")
@@ -298,7 +298,7 @@ SHIM = 'echo "pyenv: $0: command not found" >&2; exit 127'  # pyenv's, for an in
 
 
 class Machine:
-    """A checkout on a machine with only the interpreters that a test puts there."""
+    """Checkout on a machine with only the interpreters that a test adds."""
 
     def __init__(self, folder: Path):
         self.home, self.bin, self.project = folder / "home", folder / "bin", folder / "project"
@@ -377,7 +377,7 @@ def test_bootstrap_uses_or_refuses_the_python_of_the_user(machine):
 
 
 # A Python whose `-m venv DIR` makes an environment with a stand-in for pip, which writes down
-# what it was asked for and fails when the file `offline` is there.
+# its arguments and fails when the file `offline` is there.
 FAKE_VENV = """
 case "$*" in
 *"-m venv"*)

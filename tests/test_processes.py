@@ -1,4 +1,4 @@
-"""One run in a folder at a time, and ranks that end with their launcher."""
+"""Tests that one run at a time uses a folder, and that ranks end with their launcher."""
 
 import multiprocessing
 import os

@@ -1,4 +1,4 @@
-"""Values that would end a run late are refused before it starts."""
+"""Tests that values that would end a run late are refused before it starts."""
 
 from argparse import Namespace
 from functools import cache

@@ -1,4 +1,4 @@
-"""What recipes, their bases and the command line make of each other."""
+"""Tests of the precedence of recipes, their bases and the command line."""
 
 from argparse import ArgumentParser
 from pathlib import Path
@@ -30,7 +30,7 @@ def parser() -> ArgumentParser:
 def values(
     folder: Path, recipe: str, *after: str, before: tuple[str, ...] = ()
 ) -> dict[str, object]:
-    """The arguments that differ from their defaults."""
+    """Return the arguments that differ from their defaults."""
     (folder / "recipe.yaml").write_text(recipe)
     words = expand_recipes([*before, "--recipe", str(folder / "recipe.yaml"), *after], parser())
     usual = vars(parser().parse_args([]))

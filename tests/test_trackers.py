@@ -1,4 +1,4 @@
-"""Experiment trackers: what they receive, and that a resumed run sends nothing twice."""
+"""Tests of experiment trackers: their metrics, and that a resumed run sends nothing twice."""
 
 import json
 from collections import Counter

@@ -1,4 +1,4 @@
-"""What the troubleshooting page quotes is what the programs say."""
+"""Tests that the programs print the messages that the troubleshooting page quotes."""
 
 import ast
 import contextlib
@@ -20,7 +20,7 @@ DIFFERS = "\0"  # stands in a message for what differs from case to case
 
 
 def messages() -> Iterator[str]:
-    """Every text in the code, with `DIFFERS` where a value is put in; shell scripts as a whole."""
+    """Return every text in the code, with `DIFFERS` for values, and whole shell scripts."""
     folders = [ROOT / name for name in ("megatron_ext", "alignment", "tools", "examples")]
     for path in [file for folder in folders for file in folder.rglob("*") if file.is_file()]:
         if path.suffix in (".sh", ".sbatch"):
@@ -54,13 +54,13 @@ def test_troubleshooting_quotes_frequent_messages() -> None:
 
 
 def commands() -> list[tuple[str, str]]:
-    """Commands of the page and the line that each prints."""
+    """Return the commands of the page and the line that each prints."""
     [block] = re.findall(r"^```console\n(.*?)^```$", PAGE, flags=re.DOTALL | re.MULTILINE)
     return re.findall(r"^\$ python (.+)\n(.+)$", block.replace("\\\n", " "), re.MULTILINE)
 
 
 def quotable(line: str) -> str:
-    """On a rank: what a command ends with on stderr."""
+    """Return, on a rank, the end of a command's stderr."""
     sys.argv = shlex.split(line)
     with contextlib.redirect_stderr(io.StringIO()) as stderr, pytest.raises(SystemExit) as end:
         runpy.run_path(sys.argv[0], run_name="__main__")
@@ -75,5 +75,5 @@ def test_commands_print_the_messages_of_the_page(
     pairs = commands()
     assert len(pairs) >= 5
     monkeypatch.chdir(ROOT)
-    for command, line in pairs:  # each on a rank of its own: Megatron takes flags once
+    for command, line in pairs:  # each on a separate rank: Megatron parses flags once
         assert run_ranks(quotable, 1, command) == [line]

@@ -1,4 +1,4 @@
-"""Command lines described by dataclasses: help, values, groups, errors, recipes."""
+"""Tests of command lines described by dataclasses: help, values, groups, errors, recipes."""
 
 import subprocess
 import sys

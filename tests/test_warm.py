@@ -1,4 +1,4 @@
-"""Tests of the warm interpreter: what a command sees and returns is as with the real one."""
+"""Tests that a command behaves in the warm interpreter as in the real one."""
 
 import os
 import signal

@@ -114,7 +114,7 @@ def _ifbench(prompts: str) -> Iterator[Prompt]:
         rubric = "It meets every one of these constraints:\n" + "\n".join(rules)
         messages = [Message("user", row["prompt"])]
         prompt = prompt_of(messages, "ifbench", f"ifbench-{row['key']}", rubric)
-        arguments = [{k: v for k, v in given.items() if v is not None} for given in row["kwargs"]]
+        arguments = [{k: v for k, v in args.items() if v is not None} for args in row["kwargs"]]
         columns = {"instruction_id_list": row["instruction_id_list"], "kwargs": arguments}
         yield replace(prompt, metadata=columns)
 

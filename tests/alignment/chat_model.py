@@ -1,4 +1,4 @@
-"""A small model with a chat template and a tokenizer of its own, and items to judge with it."""
+"""A small model with a chat template and a separate tokenizer, and items to judge with it."""
 
 import json
 import random
@@ -21,7 +21,7 @@ BRIEF = """=== user ===
 
 
 def make_tokenizer(folder: Path) -> int:
-    """Bytes and the words above, each a token; how many there are."""
+    """Write a tokenizer of bytes and the words above, and return its number of tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -45,7 +45,7 @@ def make_tokenizer(folder: Path) -> int:
 
 
 def make_model(folder: Path, **changes) -> None:
-    """A Llama model of random weights, with the tokenizer."""
+    """Write a Llama model of random weights, with the tokenizer."""
     import torch
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
@@ -68,7 +68,7 @@ def make_model(folder: Path, **changes) -> None:
 
 
 def responses(count: int, seed: int = 0) -> list[Response]:
-    """Answers whose score is easy to see: the number of times a word is said."""
+    """Return responses whose score is easy to see: the number of times that they contain a word."""
     draw = random.Random(seed)
     made = []
     for number in range(count):
@@ -81,7 +81,7 @@ def responses(count: int, seed: int = 0) -> list[Response]:
 
 
 def gold(items: list[Response]) -> list[Verdict]:
-    """The number of good words, told in words and as a digit."""
+    """Return the number of good words, in words and as a digit."""
     verdicts = []
     for item in items:
         score = item.text.split().count("good")

@@ -1,4 +1,4 @@
-"""Function paths: loading, and what a training does with a loss and a schedule of its own."""
+"""Tests of function paths: loading, and training with a custom loss and schedule."""
 
 import pytest
 import torch

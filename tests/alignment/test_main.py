@@ -1,4 +1,4 @@
-"""The command line of alignment."""
+"""Tests of the command line of alignment."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Rows of alignment's files."""
+"""Tests of the records of alignment."""
 
 import json
 from typing import Any

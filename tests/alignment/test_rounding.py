@@ -1,4 +1,4 @@
-"""What counts as equal: values that differ by their rounding error, and nothing more."""
+"""Tests of equality within the rounding error of values."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The cost model against cases worked out by hand, on two nodes of four ranks."""
+"""Tests of the cost model against cases computed by hand, on two nodes of four ranks."""
 
 import pytest
 

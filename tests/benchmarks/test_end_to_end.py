@@ -1,4 +1,4 @@
-"""The benchmark of training on a tiny model: every model trains, rows and phases are whole."""
+"""Tests of the training benchmark with a tiny model: all models train, and rows are complete."""
 
 import contextlib
 import io

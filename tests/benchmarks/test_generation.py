@@ -1,4 +1,4 @@
-"""The generation benchmark at a small size."""
+"""Tests of the generation benchmark at a small size."""
 
 from benchmarks.generation import GenerationBenchmarkFlags, compare
 from tests.distributed import run_ranks

@@ -1,4 +1,4 @@
-"""The benchmark of preprocessing, small and without the peer; its text."""
+"""Tests of the preprocessing benchmark at a small size, without Megatron-LM, and of its text."""
 
 import json
 from pathlib import Path

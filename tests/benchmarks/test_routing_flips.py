@@ -1,4 +1,4 @@
-"""The benchmark of routing on a tiny model: thresholds do not flip, expert choice does."""
+"""Tests of the routing benchmark with a tiny model: only expert choice changes decisions."""
 
 import argparse
 

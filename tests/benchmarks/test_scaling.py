@@ -1,4 +1,4 @@
-"""Modelled communication of a tiny model: traffic told from another world, gathers, rows."""
+"""Tests of the modeled communication of a tiny model: traffic, gathering, and rows."""
 
 import contextlib
 import io
@@ -16,7 +16,7 @@ EP2 = ("--expert-model-parallel-size", "2", "--use-distributed-optimizer")
 
 
 def _told_and_traced() -> list[tuple[Any, Any]]:
-    """Traffic of 4 ranks, told from the trace of 16, and traced on 4 itself, of both stages."""
+    """Return the traffic of 4 ranks in both stages, predicted from 16 ranks and traced on 4."""
     from benchmarks.scaling import Batch, extend, group_places, trace
 
     dist.destroy_process_group()

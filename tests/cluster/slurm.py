@@ -1,4 +1,4 @@
-"""A Slurm cluster of two nodes on this machine, gone without a trace when it is no longer used.
+"""A Slurm cluster of two nodes on this machine, which is removed completely after use.
 
 munged, slurmctld and two slurmd run as root on free ports, and everything they write is under one
 temporary folder.
@@ -24,7 +24,7 @@ _SEARCHED = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 
 
 def missing() -> str | None:
-    """Why no cluster can be made here, if so."""
+    """Return why no cluster can be made here, or an empty text."""
     absent = [name for name in COMMANDS if shutil.which(name, path=_SEARCHED) is None]
     if absent:
         return f"Slurm and munge are not installed (make system-deps): no {', '.join(absent)}"
@@ -40,7 +40,7 @@ class Cluster:
     """
 
     def __init__(self, folder: Path, environment: dict[str, str]) -> None:
-        """Use :func:`cluster`."""
+        """Store the settings; use :func:`cluster` to make a cluster."""
         self.folder = folder
         self.conf = folder / "slurm.conf"
         self.environment = {
@@ -65,7 +65,7 @@ class Cluster:
         return done.stdout.strip()
 
     def job(self, job: str) -> dict[str, str]:
-        """What `scontrol show job` says of a job, by its names."""
+        """Return the fields of `scontrol show job` by their names."""
         words = self.run("scontrol", "show", "job", "--oneliner", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
@@ -78,7 +78,7 @@ class Cluster:
         return status
 
     def logs(self) -> str:
-        """The end of every daemon's log."""
+        """Return the end of every daemon's log."""
         files = sorted(self.folder.glob("*.log"))
         return "".join(f"\n== {file.name}\n{file.read_text()[-1500:]}" for file in files)
 
@@ -137,7 +137,7 @@ class Cluster:
             daemon.wait()
 
     def processes(self) -> list[psutil.Process]:
-        """All that runs in this cluster."""
+        """Return all processes of this cluster."""
         running = []
         for process in psutil.process_iter():
             try:
@@ -148,8 +148,11 @@ class Cluster:
         return running
 
     def _owns(self, process: psutil.Process) -> bool:
-        """Jobs and daemons have the configuration in their environment, slurmstepd clears its own
-        but writes its node's log."""
+        """Return whether a process belongs to the cluster.
+
+        Jobs and daemons have the configuration in their environment. slurmstepd clears its
+        environment, but writes the log of its node.
+        """
         if process.name() == "slurmstepd":
             return any(Path(file.path).parent == self.folder for file in process.open_files())
         return process.environ().get("SLURM_CONF") == str(self.conf)
@@ -157,7 +160,7 @@ class Cluster:
 
 @contextmanager
 def cluster(**environment: str) -> Iterator[Cluster]:
-    """A cluster that runs while the context is open; `environment` is that of its commands."""
+    """Run a cluster while the context is open, with the environment of its commands."""
     # Not a test's own folder, whose name is too long for the socket's.
     with tempfile.TemporaryDirectory(prefix="slurm-") as folder:
         made = Cluster(Path(folder), environment)

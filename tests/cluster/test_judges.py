@@ -1,4 +1,4 @@
-"""Job scripts of judges on a real Slurm: training that is cut short, a served judge that labels."""
+"""Tests of the job scripts of judges on a real Slurm: an interrupted training, a served judge."""
 
 import json
 import sys
@@ -24,11 +24,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.answer({{}} if self.path == "/health" else None)
     def do_POST(self):
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with open({log!r}, "a") as file:
-            print(json.dumps([asked, self.headers["Authorization"]]), file=file)
-        said = asked["messages"][-1]["content"]
-        score = min(9, said.split("<item>")[-1].split("</item>")[0].split().count("good"))
+            print(json.dumps([request, self.headers["Authorization"]]), file=file)
+        question = request["messages"][-1]["content"]
+        score = min(9, question.split("<item>")[-1].split("</item>")[0].split().count("good"))
         message = {{"role": "assistant", "content": str(score), "reasoning": "counted"}}
         self.answer({{"choices": [{{"index": 0, "finish_reason": "stop", "message": message}}]}})
     def answer(self, body):
@@ -85,9 +85,9 @@ def test_training_that_is_cut_short_resumes(slurm: Cluster, tmp_path: Path) -> N
 
 @pytest.fixture
 def served(slurm: Cluster, tmp_path: Path) -> Iterator[tuple[str, Path]]:
-    """A judge's job and the file of its address."""
+    """Return a judge's job and the file of its address."""
     vllm = tmp_path / "vllm"
-    vllm.write_text(SERVER.format(python=sys.executable, log=str(tmp_path / "asked.jsonl")))
+    vllm.write_text(SERVER.format(python=sys.executable, log=str(tmp_path / "requests.jsonl")))
     vllm.chmod(0o755)
     exported = f"--export=ALL,VLLM={vllm},MEGATRON_ET_JUDGE_API_KEY=secret"
     address = tmp_path / "gold.url"
@@ -115,7 +115,7 @@ def test_served_judge_labels_and_is_released(
     verdict_rows = [json.loads(line) for line in verdicts.read_text().splitlines()]
     assert [row["score"] for row in verdict_rows] == [v.score for v in gold(items)]
     assert {row["thinking"] for row in verdict_rows} == {"counted"}
-    for line in (tmp_path / "asked.jsonl").read_text().splitlines():
+    for line in (tmp_path / "requests.jsonl").read_text().splitlines():
         body, key = json.loads(line)
         assert (body["model"], key) == ("openai/gpt-oss-120b", "Bearer secret")
         expected = ("high", 0.0, 8192)

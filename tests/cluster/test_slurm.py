@@ -1,4 +1,4 @@
-"""The job scripts on a real Slurm: two nodes, preemption, warnings, the way back."""
+"""Tests of the job scripts on a real Slurm: two nodes, preemption, warnings, requeuing."""
 
 import json
 import sys
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
 @pytest.fixture(scope="module")
 def slurm() -> Iterator[Cluster]:
-    """Two nodes whose jobs meet on the loopback interface, a rank on each."""
+    """Make two nodes whose jobs meet on the loopback interface, with one rank on each."""
     variables = {
         **SINGLE_THREADED,
         "MASTER_ADDR": "127.0.0.1",
@@ -54,19 +54,19 @@ def slurm() -> Iterator[Cluster]:
 
 
 def submit(slurm: Cluster, folder: Path, *words: str) -> str:
-    """Submit a job from the repository's root; its number."""
+    """Submit a job from the root of the repository, and return its number."""
     output = f"--output={folder}/%x-%j-%N.log"
     return slurm.run("sbatch", "--parsable", output, *words)
 
 
 def steps(run: Path) -> int:
-    """How many a run has done so far."""
+    """Return the number of finished steps of a run."""
     metrics = run / "metrics.jsonl"
     return metrics.read_text().count('"loss"') if metrics.exists() else 0
 
 
 def wait_until(condition: Callable[[], Any]) -> None:
-    """Wait, at most three minutes."""
+    """Wait for at most three minutes."""
     deadline = time.monotonic() + 180
     while not condition():
         assert time.monotonic() < deadline, "it did not come to pass"
@@ -106,7 +106,7 @@ def test_a_job_that_is_preempted_ends_like_an_undisturbed_run(
 def test_every_script_starts_its_tool_on_every_node_and_requeues_only_itself(
     slurm: Cluster, tmp_path: Path
 ) -> None:
-    """A stand-in for Python says how torchrun is started, and ends when it is warned."""
+    """A substitute for Python reports how torchrun is started, and ends at the warning."""
     python, apptainer = tmp_path / "python", tmp_path / "apptainer"
     python.write_text(STAND_IN.format(python=sys.executable))
     apptainer.write_text(

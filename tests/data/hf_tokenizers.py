@@ -1,4 +1,4 @@
-"""Hugging Face tokenizers of the shapes that users bring, small, made here."""
+"""Small Hugging Face tokenizers with the properties of those that users have."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Rows of CSV files against Python's own writer, and malformed rows with their lines."""
+"""Tests of rows of CSV files against Python's writer, and of malformed rows."""
 
 import csv
 import io

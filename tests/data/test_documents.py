@@ -1,4 +1,4 @@
-"""Documents read a shard at a time."""
+"""Tests of documents that are read one shard at a time."""
 
 import bz2
 import codecs
@@ -29,7 +29,7 @@ from megatron_ext.errors import UserError
     st.sampled_from(["jsonl", "groups", "lines"]),
 )
 def test_shards_of_any_size_hold_every_document_once_in_order(tmp_path, lines, size, kind):
-    """The reader against the plain definition: json.loads of each line, or str.split."""
+    """The reference is json.loads of each line, or str.split."""
     lines = [line.replace("\r", "") for line in lines]
     path = tmp_path / "file"
     if kind == "jsonl":
@@ -85,7 +85,7 @@ LINES = b"".join(
 
 
 def long_window(content):
-    """A frame of an unknown size whose window is the largest that zstd writes."""
+    """Return a frame of unknown size with the largest window that zstd writes."""
     parameters = zstandard.ZstdCompressionParameters(window_log=31, enable_ldm=False)
     compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
     return compressor.compress(content) + compressor.flush()
@@ -95,7 +95,7 @@ SKIPPABLE = b"\x50\x2a\x4d\x18" + (3).to_bytes(4, "little") + b"abc"
 
 
 def file_name(value):
-    """Name a case by its file alone: gzip writes the time into the content."""
+    """Return the file as the name of a case, because gzip content depends on the time."""
     return value if isinstance(value, str) else ""
 
 

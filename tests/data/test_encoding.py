@@ -1,4 +1,4 @@
-"""Encoding word by word against SentencePiece on the whole text."""
+"""Tests of encoding word by word against SentencePiece on the whole text."""
 
 import io
 import random
@@ -24,7 +24,7 @@ def encoded(encoder, text):
 
 
 def trained(path, texts=None, **flags):
-    """Train a BPE model with byte tokens that takes text as it is, but for `flags`."""
+    """Train a BPE model with byte tokens and without normalization, except for `flags`."""
     model = io.BytesIO()
     asis = {
         "normalization_rule_name": "identity", "remove_extra_whitespaces": False,

@@ -1,4 +1,4 @@
-"""Files of rows: formats, encodings, folders, and files that are broken."""
+"""Tests of files of rows: formats, encodings, folders, and broken files."""
 
 import bz2
 import csv

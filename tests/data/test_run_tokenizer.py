@@ -1,4 +1,4 @@
-"""Copies of tokenizers in run directories: made once, used when the original is gone or changed."""
+"""Tests of the copies of tokenizers in run directories."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ from tests.data import hf_tokenizers
 
 @pytest.fixture(params=["HuggingFaceTokenizer", "SentencePieceTokenizer"])
 def args(request: pytest.FixtureRequest, model: Path, tmp_path: Path) -> Namespace:
-    """The arguments of a run with a tokenizer of its own, which may be changed."""
+    """Return the arguments of a run with a separate tokenizer, which a test may change."""
     if request.param == "HuggingFaceTokenizer":
         original = hf_tokenizers.byte_level(tmp_path / "original")
     else:
@@ -41,7 +41,7 @@ def args(request: pytest.FixtureRequest, model: Path, tmp_path: Path) -> Namespa
 
 
 def keep(args: Namespace) -> tuple[Path, Path]:
-    """Keep the tokenizer of a run with a checkpoint; its copy and the folder of the iteration."""
+    """Store the tokenizer of a run with a checkpoint; return its copy and its folder."""
     run = Path(args.run_dir)
     iteration = run / "checkpoints/iter_0000001"
     iteration.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ def keep(args: Namespace) -> tuple[Path, Path]:
 
 
 def change(args: Namespace) -> None:
-    """Write another tokenizer in the place of the run's."""
+    """Replace the tokenizer of the run by another one."""
     original = Path(args.tokenizer_model)
     if original.is_dir():
         shutil.rmtree(original)

@@ -1,4 +1,4 @@
-"""Datasets and checkpoints belong to a tokenizer by its content, for every kind of tokenizer."""
+"""Tests that datasets and checkpoints are bound to a tokenizer by its content."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ def with_file(kind: str, file: Path, content: str = "pieces", **settings: Any) -
 
 
 def folder(path: Path, **changes: Any) -> Namespace:
-    """A Hugging Face folder with a fast tokenizer."""
+    """Return a Hugging Face folder with a fast tokenizer."""
     path.mkdir()
     encoder = {"model": {"vocab": {"a": 0, "b": 1}}, "truncation": None, "padding": None}
     settings = {"eos_token": "</s>", "chat_template": "{{ messages }}", "name_or_path": "here"}
@@ -124,7 +124,7 @@ def test_manifest_is_next_to_the_dataset(tmp_path: Path, prefix: str, manifest: 
 
 @pytest.fixture
 def manifest(dataset: Path) -> Any:
-    """Writes the manifest of `dataset`, whose ids are below 99."""
+    """Return a function that writes the manifest of `dataset`, whose ids are below 99."""
     file = dataset.with_name("text.json")
     yield lambda **tokenizer: file.write_text(json.dumps({"tokenizer": tokenizer}))
     file.unlink(missing_ok=True)
@@ -213,4 +213,4 @@ def test_inference_with_another_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"another tokenizer than .*t.model, whose content differs"):
         check_tokenizer_content(tmp_path, saved)
     (tmp_path / "t.model").unlink()
-    check_tokenizer_content(tmp_path, saved)  # that it is not there is said when it is opened
+    check_tokenizer_content(tmp_path, saved)  # a missing file is reported when it is opened

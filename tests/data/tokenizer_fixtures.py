@@ -6,7 +6,7 @@ import pytest
 # Megatron takes seconds to import: only where a test asks for one of these.
 @pytest.fixture(scope="session")
 def model(tmp_path_factory):
-    """A tokenizer of 360 entries."""
+    """Return a tokenizer with 360 entries."""
     from tests.tools.preprocessed import make_texts
     from tools import train_tokenizer
 

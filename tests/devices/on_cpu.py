@@ -1,4 +1,4 @@
-"""A mark of the tests of the CPU device."""
+"""Mark of the tests of the CPU device."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The CPU device: what it answers, and where it puts tensors."""
+"""Tests of the CPU device: its answers, and the placement of tensors."""
 
 import contextlib
 import importlib
@@ -43,7 +43,7 @@ def test_activate_leaves_torch_untouched_with_cuda():
 
 
 def _importable(folder: str) -> list[str]:
-    """Which packages that need a GPU a rank can import, those in the folder included."""
+    """Return the packages that need a GPU and that a rank can import, including a folder's."""
     sys.path.insert(0, folder)
     results = []
     for name in ("transformer_engine", "apex"):

@@ -1,4 +1,4 @@
-"""Peaks of GPUs by the names that the driver reports."""
+"""Tests of the peak speeds of GPUs by the names that the driver reports."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What is random on the CPU device."""
+"""Tests of random numbers on the CPU device."""
 
 import logging
 from contextlib import nullcontext
@@ -83,7 +83,7 @@ def test_device_seed_leaves_the_host_random_state():
 
 
 def _tracker(rank):
-    """What a rank draws in Megatron's parallel region and outside it, and what was logged."""
+    """Return a rank's draws inside and outside Megatron's parallel region, and the log."""
     from megatron.core.tensor_parallel import random as megatron_random
 
     records: list[str] = []

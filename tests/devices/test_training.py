@@ -1,4 +1,4 @@
-"""Megatron trains on the CPU device."""
+"""Tests of training with Megatron on the CPU device."""
 
 import sys
 from unittest import mock
@@ -59,7 +59,7 @@ RESHARDABLE = ["--dist-ckpt-optim-fully-reshardable", "--ckpt-fully-parallel-sav
 
 
 def _different(left, right):
-    """By rank, the parameters that are not the same bits."""
+    """Return, by rank, the parameters that are not equal in every bit."""
     return [
         [name for name in ours if not torch.equal(ours[name], theirs[name])]
         for ours, theirs in zip(left, right)
@@ -68,7 +68,7 @@ def _different(left, right):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Every rank's parameters after a run with dropout, and the folder with its checkpoints."""
+    """Return every rank's parameters after a run with dropout, and the checkpoints' folder."""
     folder = tmp_path_factory.mktemp("trained")
     return run_ranks(_pretrain, 2, *RESHARDABLE, "--save", str(folder)), folder
 

@@ -1,4 +1,4 @@
-"""A trained model, the same as a Hugging Face folder, and what both are asked."""
+"""A trained model, the same model as a Hugging Face folder, and benchmark questions for both."""
 
 import csv
 import json
@@ -29,7 +29,7 @@ def texts(choose: random.Random, most: int) -> str:
 def question(kind: str, choose: random.Random, predict) -> dict[str, object]:
     if kind == "multiple_choice":
         choices = [texts(choose, 3) for _ in range(4)]
-        # One option begins as another does, so that nothing but its end tells them apart.
+        # One option begins with another one, so that only its end distinguishes them.
         choices[3] = choices[0] + " lo"
         return {"query": texts(choose, 5), "choices": choices, "gold": choose.randrange(4)}
     if kind == "schema":
@@ -41,7 +41,7 @@ def question(kind: str, choose: random.Random, predict) -> dict[str, object]:
 
 
 def write_bundle(folder: Path, predict) -> Path:
-    """A small bundle in the exact format; `predict` continues some contexts as the model would."""
+    """Write a bundle in the exact format; `predict` continues some contexts as the model would."""
     choose = random.Random(3)
     (folder / "eval_data" / "some").mkdir(parents=True)
     entries = []
@@ -67,7 +67,7 @@ def write_bundle(folder: Path, predict) -> Path:
 
 
 def convert(run: Path, folder: Path) -> None:
-    """On a rank: the run's checkpoint as a Hugging Face folder."""
+    """Convert, on a rank, the run's checkpoint to a Hugging Face folder."""
     from tools import convert_checkpoint
 
     flags = ["--from", "megatron", "--to", "hf", "--load", str(run), "--save", str(folder)]
@@ -83,7 +83,7 @@ def hf_folder(run_dir, tmp_path_factory):  # noqa: F811
 
 @pytest.fixture(scope="session")
 def hf_model(hf_folder):
-    """The folder's model, by transformers."""
+    """Return the folder's model, loaded by transformers."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -101,8 +101,11 @@ def hf_tokenizer(hf_folder):
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory) -> Path:
-    """The prefix of an indexed dataset: counting upwards, as the model learnt, with mistakes, and a
-    stretch of a few words, which overload some experts."""
+    """Return the prefix of an indexed dataset.
+
+    It counts upwards, as in training, with mistakes and a stretch of a few words, which overload
+    some experts.
+    """
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     choose = np.random.default_rng(0)

@@ -1,5 +1,7 @@
-"""The CORE benchmark against a plain loop over transformers, one prompt at a time, and against
-other layouts, batches, restarts and kinds of model."""
+"""Tests of the CORE benchmark against a plain loop over transformers, and between layouts.
+
+The results are also compared between batches, restarts and kinds of models.
+"""
 
 import csv
 import json
@@ -22,7 +24,7 @@ from tests.inference.checkpoint import MAX_LENGTH
 @pytest.fixture(scope="session")
 def bundle(tmp_path_factory, hf_model, hf_tokenizer):
     def predict(context, choose):
-        """Now and then what the model would say, so that it is right sometimes."""
+        """Return the model's prediction for some contexts, so that some answers are right."""
         if choose.random() < 0.4:
             return "ba"
         ids = [2, *hf_tokenizer(context.strip()).input_ids]
@@ -83,7 +85,7 @@ def one_rank(run_dir, hf_folder, bundle, tmp_path_factory):
 
 
 def plain_answers(label, kind, shots, delimiter, bundle, model, tokenizer, most=None):
-    """The rules written down once more: no batch, no shared code, fp64 means."""
+    """Return answers by the rules written again: no batches, no shared code, fp64 means."""
     lines = (bundle / "eval_data" / "some" / f"{label}.jsonl").read_text().splitlines()
     items = [json.loads(line) for line in lines]
     random.Random(1337).shuffle(items)
@@ -161,7 +163,7 @@ def test_choices_and_accuracy_are_those_of_a_plain_loop(
     answers, accuracy, cropped = plain_answers(
         label, kind, shots, delimiter, bundle, hf_model, hf_tokenizer
     )
-    assert len(set(answers)) > 1  # a model that always says the same could not be told apart
+    assert len(set(answers)) > 1  # constant answers would hide differences
     assert one_rank.whole.answers[label] == answers
     assert one_rank.whole.cropped[label] == cropped and (cropped > 0) == (label == "long")
     [row] = [row for row in one_rank.whole.table["tasks"] if row["task"] == label]

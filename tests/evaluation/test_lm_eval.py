@@ -1,5 +1,7 @@
-"""The adapter inside lm-evaluation-harness against transformers: by a plain loop, and by the
-harness's own model where accelerate, which that needs, is installed."""
+"""Tests of the adapter of lm-evaluation-harness against transformers.
+
+The references are a plain loop and, if accelerate is installed, the harness's own model.
+"""
 
 import json
 import random
@@ -22,7 +24,7 @@ TASKS = ["pick", "read", "say"]
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory):
-    """Local tasks of each kind of request, with local data."""
+    """Write local tasks of each kind of request, with local data."""
     folder = tmp_path_factory.mktemp("tasks")
     choose = random.Random(5)
     rows = [
@@ -71,7 +73,7 @@ def tasks(tmp_path_factory):
 
 
 def by_command(run, tasks, out, *model_args):
-    """Run the harness's command line."""
+    """Run the command line of the harness."""
     import lm_eval.tasks
 
     from tools import eval_harness
@@ -125,7 +127,7 @@ def plain_lm(model, tokenizer):
             answers = []
             for request in requests:
                 ids = [tokenizer.eos_token_id, *tokenizer(request.args[0]).input_ids]
-                # A token is seen with at most the model's length before it; windows do not
+                # A token has at most the model's length as context; windows do not
                 # overlap but for the last, which reaches back to be whole.
                 total, done = 0.0, 1
                 while done < len(ids):
@@ -209,7 +211,7 @@ def test_harness_log_likelihoods_equal_those_of_transformers(ours, transformers)
 
 
 def test_harness_continuations_equal_those_of_transformers(ours, transformers):
-    """But for a space at the beginning, which the harness's model loses with the context."""
+    """A space at the beginning may differ: the harness's model loses it with the context."""
     texts = {doc: answer[0].strip() for doc, answer in ours.samples["say"].items()}
     assert texts == {doc: a[0].strip() for doc, a in transformers.samples["say"].items()}
     assert len(set(texts.values())) > 3
@@ -240,7 +242,7 @@ CHAT = (
 
 
 def adapter_and_harness(folder):
-    """On a rank: answers of the adapter and of the harness's own model to the same requests."""
+    """Return, on a rank, answers of the adapter and of the harness's model to the same requests."""
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 

@@ -1,5 +1,7 @@
-"""Losses by routing against transformers' forward with the routing written down once more, against
-training's own validation, and over layouts."""
+"""Tests of losses by routing against transformers, training's validation, and other layouts.
+
+The reference routing is written again on top of transformers' forward pass.
+"""
 
 import json
 import math
@@ -47,7 +49,7 @@ def read(files):
 
 @pytest.fixture(scope="module")
 def stream(tmp_path_factory):
-    """The prefix of a dataset of one document, whose windows training's shuffling leaves whole."""
+    """Return the prefix of a dataset of one document, whose windows shuffling leaves unchanged."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     prefix = tmp_path_factory.mktemp("stream") / "text"
@@ -76,7 +78,7 @@ def capped(logits, thresholds, pool):
 
 
 def by_hand(name, logits, thresholds):
-    """Where tokens go, by numpy on all logits of a pool, `[tokens, experts]`."""
+    """Return the routing by numpy on all logits of a pool, `[tokens, experts]`."""
     if name == "et":
         return logits > thresholds
     if name == "et-capacity":
@@ -163,7 +165,7 @@ def test_validation_loss_on_two_ranks_equals_one_rank(sizes, one_rank, run_dir, 
 
 
 def of_other_families(folder, data, name):
-    """The loss of a converted model, and again as if it had been trained to drop tokens."""
+    """Return the loss of a converted model, and with the flags of dropping tokens."""
     from megatron_ext.inference import loading
     from tools import convert_checkpoint, validation_loss
 

@@ -1,4 +1,4 @@
-"""The arithmetic of the page on annotating, from the numbers of the job scripts."""
+"""Tests of the arithmetic of the page on annotating, with the numbers of the job scripts."""
 
 import re
 

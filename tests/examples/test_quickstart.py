@@ -26,7 +26,7 @@ def has_texts() -> bool:
 
 
 def writing(folder: Path, name: str, code: str = "", depends: tuple[Path, ...] = ()) -> Step:
-    """A step that notes in its file each time it runs."""
+    """Return a step that writes a line to its file each time it runs."""
     path = folder / name
     code = f"{code}\nopen({str(path)!r}, 'a').write('x')"
     return Step(name, "writing", ["-c", code], folder / "log", makes=[path], depends=depends)
@@ -54,7 +54,7 @@ def test_step_runs_again_only_after_a_change_of_its_inputs(
 
 
 def test_step_keeps_its_output_for_the_same_inputs_only(tmp_path: Path) -> None:
-    output, source = tmp_path / "kept", tmp_path / "source"
+    output, source = tmp_path / "output", tmp_path / "source"
     source.write_text("1")
     code = (
         f"import pathlib; k = pathlib.Path({str(output)!r}); k.mkdir(exist_ok=True)\n"

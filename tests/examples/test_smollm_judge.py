@@ -1,4 +1,4 @@
-"""The real judge on two cores, with a few pairs of the test's own in the place of TruthfulQA's."""
+"""Tests of the real judge on two cores, with a few pairs instead of those of TruthfulQA."""
 
 import json
 import subprocess

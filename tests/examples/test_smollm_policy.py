@@ -1,4 +1,4 @@
-"""Prompts and commands of the SmolLM policy example; docs/experiments/study.md has its result."""
+"""Tests of the prompts and commands of the SmolLM policy example."""
 
 from alignment.commands.generate_config import parse as generate
 from alignment.commands.train_judge import parse as train_judge

@@ -1,4 +1,4 @@
-"""Steps: nothing that was begun is left behind."""
+"""Tests of steps, which leave nothing unfinished behind."""
 
 import os
 import signal
@@ -58,7 +58,7 @@ def test_step_shows_the_sentence_of_et_align_alone_and_on_ranks(tmp_path: Path) 
 
 
 def test_training_step_that_starts_again_keeps_no_earlier_file(tmp_path: Path) -> None:
-    """All that a run's folder may hold, but the log of the step."""
+    """A new start removes all files of the run's folder except for the log of the step."""
     step = training("policy", "", [], tmp_path / "run", "final", [])
     left = {place.name for place in step.resumes}
     written = ("alarms", "responses", "rollouts", "verdicts", "served", "validation", "first.json")

@@ -1,4 +1,4 @@
-"""The study in miniature: its data by hand, and the whole of it with a model that knows nothing."""
+"""Tests of the study in miniature: its data by hand, and all of it with an untrained model."""
 
 import json
 import random
@@ -155,7 +155,7 @@ def test_study_commands_parse(tmp_path):
 
 
 def make_quickstart(folder):
-    """What a study takes from one: text, and a model."""
+    """Write the parts of a quickstart that a study uses: a text and a model."""
     (folder / "data").mkdir(parents=True)
     write_text(folder / "data" / "text.jsonl")
     make_model(folder, num_hidden_layers=1, max_position_embeddings=512)

@@ -1,4 +1,4 @@
-"""Training on CUDA devices against the CPU and against itself without the faster kernels.
+"""Tests of training on CUDA devices against the CPU, and with and without faster kernels.
 
 Every test is listed and run by `make gpu-test`, and skipped with its reason elsewhere.
 """
@@ -41,7 +41,7 @@ EP2 = ("--expert-model-parallel-size", "2", "--micro-batch-size", "1")
 def train(
     run_dir: Path, *flags: str, ranks: int = 1, env: dict[str, str] | None = None
 ) -> list[dict[str, Any]]:
-    """The training rows of a short run."""
+    """Return the training rows of a short run."""
     command = ["pretrain_et.py", *MODEL, "--run-dir", str(run_dir), *flags]
     done = torchrun(command, ranks, env=env, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -51,7 +51,7 @@ def train(
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """On one CUDA device, in fp32, with layers in plain torch."""
+    """Train on one CUDA device in fp32 with layers in plain torch."""
     return train(tmp_path_factory.mktemp("plain") / "run", "--transformer-impl", "local")
 
 

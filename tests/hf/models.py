@@ -51,7 +51,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def add_tokenizer(folder: Path, size: int) -> None:
-    """Put a tokenizer of transformers beside a model; its words are w0, w1 and so on."""
+    """Write a tokenizer of transformers into a model's folder; its words are w0, w1 and so on."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Whitespace
@@ -64,7 +64,7 @@ def add_tokenizer(folder: Path, size: int) -> None:
 
 
 def make(name: str, folder: Path, **changes: Any) -> Any:
-    """Save a model with nothing left at 0 or 1, and return it."""
+    """Save a model with no parameter at 0 or 1, and return it."""
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     kind = CONFIG_MAPPING[name.partition("-")[0]]

@@ -13,7 +13,7 @@ QUESTION = "What is the capital of France?"
 
 
 def gguf_file() -> Path:
-    """Return the package's GGUF file, or skip the test where the package is not installed."""
+    """Return the package's GGUF file, or skip the test if the package is not installed."""
     pytest.importorskip("gguf")
     try:
         files = distribution(PACKAGE).files or []

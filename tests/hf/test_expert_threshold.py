@@ -1,4 +1,4 @@
-"""A trained Expert Threshold model as a Hugging Face folder: same logits, tokens, tensors, text."""
+"""Tests of a trained Expert Threshold model as a Hugging Face folder: logits, tokens, tensors."""
 
 import json
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""Every family of transformers: converted to a checkpoint, run by Megatron, and converted back."""
+"""Tests of every family: converted to a checkpoint, run by Megatron, and converted back."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ TOKENS = torch.arange(60).reshape(2, 30) * 7919 % 450
 
 
 def test_a_plain_family_is_one_entry(monkeypatch):
-    """Mistral without a window: the entry alone maps its configuration and all of its tensors."""
+    """The entry of Mistral without a window maps its configuration and all of its tensors."""
     from transformers import MistralConfig, MistralForCausalLM
 
     from megatron_ext.hf import families, names
@@ -45,7 +45,7 @@ def test_a_plain_family_is_one_entry(monkeypatch):
 
 
 def there_and_back(folder):
-    """On a rank, whose global state it may fill: convert both ways and run both models."""
+    """Convert both ways and run both models, on a rank whose global state may change."""
     from megatron_ext.hf.verify import hf_logits
     from megatron_ext.inference.forward import full_logits
     from megatron_ext.inference.generation import generate
@@ -74,7 +74,7 @@ def there_and_back(folder):
 
 
 def generate_alone(model, prompt):
-    """Greedy tokens of transformers and their log-probabilities."""
+    """Return greedy tokens of transformers and their log-probabilities."""
     result = model.generate(
         torch.tensor([prompt]),
         max_new_tokens=NEW,
@@ -136,7 +136,7 @@ def test_rows_beyond_the_tokenizer_and_its_files_survive_a_round_trip(tmp_path):
 
 
 def test_verify_is_relative_to_the_largest_logit(tmp_path):
-    """A model with small logits that differ by a small amount is a different model, too."""
+    """A model with small logits and small differences is a different model, too."""
     make("llama", tmp_path / "hf")
     _scale(tmp_path / "hf", "lm_head.weight", 1e-5)
     changed = shutil.copytree(tmp_path / "hf", tmp_path / "changed")
@@ -154,7 +154,7 @@ def _scale(folder, name, factor):
 
 
 def verify_both(folder):
-    """On a rank: compare a conversion with the folder it was made of, and with a changed one."""
+    """Compare, on a rank, a conversion with its source folder and with a changed one."""
     from megatron_ext.hf.verify import largest_difference
     from tools import convert_checkpoint
 

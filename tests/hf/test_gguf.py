@@ -1,4 +1,4 @@
-"""A real quantized model in a GGUF file, converted to transformers and to Megatron."""
+"""Tests of a real quantized model in a GGUF file, converted to transformers and to Megatron."""
 
 import itertools
 import json
@@ -33,7 +33,7 @@ def convert(source, target, load, save, *more):
 
 
 def there_and_back(folder, file):
-    """On a rank, convert GGUF to Hugging Face, to Megatron, and back; return Megatron's results."""
+    """Convert, on a rank, GGUF to Hugging Face, to Megatron and back; return Megatron's results."""
     from transformers import AutoTokenizer
 
     from megatron_ext.inference.forward import full_logits
@@ -90,7 +90,7 @@ def test_gguf_round_trip_through_megatron_is_identical(megatron, folder):
 
 
 def test_gguf_tensors_equal_an_independent_dequantization(model, reader):
-    """The reference: transformers' dequantization, rows permuted as llama.cpp's converter does."""
+    """The reference is transformers' dequantization, permuted as by llama.cpp's converter."""
     from transformers.integrations.gguf.dequant import dequantize
 
     ours = model.state_dict()
@@ -147,7 +147,7 @@ def test_gguf_model_answers_a_question_and_stops(megatron, model, folder):
 
 
 def generate(checkpoint, prompt):
-    """On a rank, return the tokens and the text that tools.generate prints."""
+    """Return, on a rank, the tokens and the text that tools.generate prints."""
     import contextlib
     import io
 
@@ -162,7 +162,7 @@ def generate(checkpoint, prompt):
 
 
 def test_gguf_tokenizer_merges_by_rank_within_words_and_single_digits(megatron, reader):
-    """The reference: byte pair encoding written out, on llama.cpp's rules for splitting a text."""
+    """The reference is byte pair encoding with llama.cpp's rules for splitting a text."""
     fields = reader.fields
     tokens = {t: i for i, t in enumerate(fields["tokenizer.ggml.tokens"].contents())}
     merges = fields["tokenizer.ggml.merges"].contents()
@@ -194,7 +194,7 @@ def merged(word, ranks):
 
 
 def write_gguf(file, architecture="llama", **extra):
-    """Write a file of one tensor that says what it is."""
+    """Write a file with one tensor and some metadata."""
     import numpy as np
     from gguf import GGUFWriter
 
@@ -270,7 +270,7 @@ def test_gguf_with_verify_is_refused(tmp_path):
 
 
 class _WithTurns(GGUFModel):
-    """The model of the file with metadata entries that other chat models have."""
+    """Model of the file with metadata entries that other chat models have."""
 
     def get(self, key, default=None):
         ends = {"tokenizer.ggml.eot_token_id": 1, "tokenizer.ggml.eom_token_id": 2}

@@ -1,4 +1,4 @@
-"""Converting holds a few tensors at a time, never the model."""
+"""Tests that conversion holds a few tensors at a time, and never the model."""
 
 import gc
 from pathlib import Path
@@ -12,13 +12,13 @@ LARGEST = 40_000 * 128 * 4  # bytes of the embedding; ten layers weigh six times
 
 
 def private_memory():
-    """Bytes of this process that are its own, without files mapped into it."""
+    """Return the bytes of this process without files that are mapped into it."""
     [line] = [x for x in Path("/proc/self/status").read_text().splitlines() if "RssAnon" in x]
     return int(line.split()[1]) * 1024
 
 
 def growth(conversion):
-    """By how much memory grows at most while tensors are written, in bytes."""
+    """Return the peak growth of memory, in bytes, while tensors are written."""
     gc.collect()
     before, most = private_memory(), 0
 

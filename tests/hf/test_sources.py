@@ -1,4 +1,4 @@
-"""Hugging Face folders: tensors that repeat others, and folders that are no plain model."""
+"""Tests of Hugging Face folders with repeated tensors, and of folders that are refused."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ FREQUENCIES = "model.layers.{}.self_attn.rotary_emb.inv_freq"
 
 @pytest.fixture
 def save(tmp_path: Path) -> Any:
-    """Save a model with further tensors in one file; its folder and its tensors."""
+    """Save a model with further tensors in one file; return its folder and its tensors."""
 
     def save(name: str, further: dict[str, torch.Tensor], **changes: Any) -> Path:
         make(name, tmp_path, num_hidden_layers=2, **changes)
@@ -33,7 +33,7 @@ def save(tmp_path: Path) -> Any:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_open_hf_ignores_rotary_frequencies(dtype: torch.dtype, save: Any) -> None:
-    """Whatever their values: transformers computes them from the configuration."""
+    """Their values do not matter, because transformers computes them from the configuration."""
     further = {FREQUENCIES.format(i): torch.ones(16, dtype=dtype) for i in range(2)}
     folder = save("llama-tied", further)
     source = open_hf(folder)

@@ -1,4 +1,4 @@
-"""recipe.yaml next to a converted checkpoint: the model of transformers at step 0, and training."""
+"""Tests of recipe.yaml of a converted checkpoint: the same model at step 0, and training."""
 
 import io
 import json
@@ -32,7 +32,7 @@ def write_dataset(prefix):
 
 
 def convert(folder):
-    """On a rank: convert the model and write a dataset."""
+    """Convert, on a rank, the model and write a dataset."""
     from tools import convert_checkpoint
 
     flags = ["--from", "hf", "--to", "megatron", "--load", str(folder / "hf")]
@@ -41,7 +41,7 @@ def convert(folder):
 
 
 def convert_with_thresholds(folder):
-    """On a rank: add experts to the model, calibrate it, and bring it to Hugging Face and back."""
+    """Upcycle and calibrate the model on a rank, and convert it to Hugging Face and back."""
     from megatron_ext.checkpoint import find_checkpoint
     from megatron_ext.hf.recalibrate import use_thresholds, with_thresholds
     from megatron_ext.inference.calibration import calibrate
@@ -60,7 +60,7 @@ def convert_with_thresholds(folder):
 
 
 def export(folder):
-    """On a rank: convert the checkpoint to a Hugging Face folder."""
+    """Convert, on a rank, the checkpoint to a Hugging Face folder."""
     from tools import convert_checkpoint
 
     flags = ["--from", "megatron", "--to", "hf", "--load", str(folder / "moved")]
@@ -91,7 +91,7 @@ def rows(run):
 
 
 def upcycle(folder):
-    """On a rank: add experts without thresholds to the model, and write a dataset."""
+    """Upcycle, on a rank, the model without thresholds, and write a dataset."""
     from tools import upcycle as tool
 
     flags = ["--load", str(folder / "hf"), "--num-experts", "8", "--granularity", "4"]
@@ -102,7 +102,7 @@ def upcycle(folder):
 
 
 def test_upcycled_model_without_a_tokenizer_trains_and_resumes_from_its_recipe(tmp_path):
-    """Flags override the recipe; a new optimizer starts at step 0, and the same run goes on."""
+    """Flags override the recipe, a new optimizer starts at step 0, and the same run resumes."""
     make("llama-tied", tmp_path / "hf")
     [output] = run_ranks(upcycle, 1, tmp_path, timeout=240)
     assert "the source has no tokenizer" in output
@@ -117,7 +117,7 @@ def test_upcycled_model_without_a_tokenizer_trains_and_resumes_from_its_recipe(t
 
 
 def refused(folder, *more):
-    """Return the message that a run from the recipe is refused with."""
+    """Return the error message of a run with the recipe."""
     words = flags(folder, "refused", "--train-iters", "2", *more)
     [(code, message)] = run_ranks(start, 1, words, timeout=240)
     assert code == 2

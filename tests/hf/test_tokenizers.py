@@ -1,4 +1,4 @@
-"""One text has the same ids wherever it is encoded."""
+"""Tests that a text has the same ids wherever it is encoded."""
 
 import random
 from argparse import Namespace
@@ -44,7 +44,7 @@ def texts() -> list[str]:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A SentencePiece model whose runs of spaces are pieces."""
+    """Return a SentencePiece model whose runs of spaces are pieces."""
     file = tmp_path_factory.mktemp("sentencepiece") / "tokenizer.model"
     indented = [text.replace(" ", "   ") for text in make_texts(200)]
     file.write_bytes(train_tokenizer.train_sentencepiece([*make_texts(200), *indented], 380, 1.0))
@@ -102,7 +102,7 @@ def test_sentencepiece_control_tokens_come_from_the_template_only(
 
 
 def byte_level(folder: Path, bos: bool = True, chat_template: str | None = None) -> Any:
-    """A tokenizer of transformers that begins a text with <s>, and pads with its end token."""
+    """Return a tokenizer of transformers that adds <s> to a text and pads with its end token."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -170,7 +170,7 @@ def test_end_tokens_travel_with_the_tokenizer(tmp_path: Path) -> None:
 
 
 def test_export_of_another_models_tokenizer_copies_end_tokens_only(tmp_path: Path) -> None:
-    """A run whose --tokenizer-model is the folder of another model."""
+    """The --tokenizer-model of the run is the folder of another model."""
     byte_level(tmp_path / "hf")
     (tmp_path / "hf" / "config.json").write_text('{"eos_token_id": 1}')
     settings = '{"eos_token_id": [1, 2], "temperature": 0.6}'

@@ -1,4 +1,4 @@
-"""Checkpoints as runs on several ranks leave them: layers stacked, tensors in parts, bf16."""
+"""Tests of checkpoints of runs on several ranks: stacked layers, divided tensors, bf16."""
 
 import json
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ GQA = ["--group-query-attention", "--num-query-groups", "2", "--num-attention-he
 
 
 def tiny(without=()):
-    """The tiny model's flags without some, and without the values these had."""
+    """Return the flags of the tiny model without some flags and their values."""
     retained, skipping = [], False
     for word in TINY:
         skipping = word in without or (skipping and not word.startswith("--"))

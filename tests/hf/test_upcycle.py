@@ -1,4 +1,4 @@
-"""Dense models made into Expert Threshold models: the same function at the start, and trainable."""
+"""Tests of upcycled dense models: the same function at the start, and trainable."""
 
 import json
 from types import SimpleNamespace
@@ -30,7 +30,7 @@ CASES = {
 
 
 def to_checkpoint(folder):
-    """On a rank: a dense checkpoint of this project."""
+    """Write, on a rank, a dense checkpoint of this project."""
     from tools import convert_checkpoint
 
     flags = ["--from", "hf", "--to", "megatron", "--load", str(folder / "hf")]
@@ -38,7 +38,7 @@ def to_checkpoint(folder):
 
 
 def upcycle(folder, load, flags):
-    """On a rank: upcycle, calibrate and convert a model, and run it through Megatron."""
+    """Upcycle, calibrate and convert a model on a rank, and run it through Megatron."""
     from megatron_ext.checkpoint import find_checkpoint
     from megatron_ext.hf.recalibrate import use_thresholds, with_thresholds
     from megatron_ext.hf.verify import hf_logits, largest_difference
@@ -87,7 +87,7 @@ def test_upcycled_model_has_the_logits_of_the_dense_model(name, tmp_path):
 
 
 def tensors_of(folder, **options):
-    """The dense tensors and those of the model made of them."""
+    """Return the tensors of the dense model and of the upcycled one."""
     from megatron_ext.hf.sources import open_dense
     from megatron_ext.hf.upcycling import Upcycling, upcycled
 
@@ -102,7 +102,7 @@ def block(tensors, prefix, x):
 
 @pytest.mark.parametrize("shared", range(4))
 def test_upcycled_slices_sum_to_the_dense_block(shared, tmp_path):
-    """Whichever copies a token gets; with all slices shared, routed experts give nothing."""
+    """Any copies of the slices do; if all slices are shared, routed experts return 0."""
     make("llama-tied", tmp_path)
     slices = 3 - shared or 3
     options = {"experts": slices * 4, "granularity": 3, "shared_slices": shared}
@@ -124,7 +124,7 @@ def blocks(folder, options, slices):
 
 
 def routers(folder):
-    """Router rows of several seeds and plans, as `[groups, group, slices, hidden]`."""
+    """Return router rows of several seeds and plans, as `[groups, group, slices, hidden]`."""
     name = "model.layers.2.mlp.gate.weight"
     pairs = {"experts": 8, "granularity": 4}
     same = [tensors_of(folder, **pairs, seed=seed)[1].read(name) for seed in (1, 1, 2)]
@@ -186,7 +186,7 @@ def test_training_continues_from_an_upcycled_model(tmp_path):
 
 
 def refusals(folder):
-    """On a rank: what plans and models are refused with."""
+    """Return, on a rank, the error messages of plans and models."""
     from tools import upcycle as tool
 
     plain = ["--num-experts", "8", "--granularity", "4"]

@@ -1,4 +1,4 @@
-"""A small model really trained, for tests that load one; trained once a session."""
+"""A small trained model for tests that load one; it is trained once per session."""
 
 import json
 import random
@@ -27,7 +27,7 @@ MODEL = [
 
 @pytest.fixture(scope="session")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run directory with its checkpoint, and the tokenizer's file next to it."""
+    """Return a run directory with its checkpoint, and the tokenizer's file next to it."""
     return train(tmp_path_factory.getbasetemp())
 
 

@@ -1,4 +1,4 @@
-"""Thresholds calibrated on a text: against sorting, on every layout, and as a user runs it."""
+"""Tests of calibrated thresholds: against sorting, on every layout, and with the command."""
 
 import json
 from types import SimpleNamespace
@@ -105,7 +105,7 @@ def test_calibration_is_equal_on_every_layout_and_rank(alone, run_dir, layout): 
 
 
 def as_a_user(run, save):
-    """On a rank: run the tool on the text that the model's tokenizer was made of."""
+    """Run the tool, on a rank, on the text that the model's tokenizer was trained on."""
     import contextlib
     import io
 
@@ -142,13 +142,13 @@ def test_calibrate_thresholds_writes_a_checkpoint_with_other_thresholds_only(run
     assert abs(after["fan_out"] - 2) < 0.2 < abs(before["fan_out"] - 2)
     assert f"{before['fan_out']:.3f} > {after['fan_out']:.3f}" in printed
     assert f"loss {report['before']['loss']:.4f} > {report['after']['loss']:.4f}" in printed
-    # 62 sequences of 64 tokens; every eighth is held out.
+    # 62 sequences of 64 tokens; every eighth is reserved.
     assert report["after"]["tokens"] == 7 * 64
     assert "calibrated on 3,520 tokens, measured on 448" in printed
 
 
 def from_token_choice(folder):
-    """On a rank: a token-choice model whose weights are a softmax, routed by threshold."""
+    """Route, on a rank, a token-choice model with softmax weights by thresholds."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     from megatron_ext.inference.calibration import measure_routing

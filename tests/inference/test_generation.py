@@ -1,8 +1,7 @@
-"""Generation with a cache against full forward passes, alone against in a batch, one rank against
-several, and what it tells of routing.
+"""Tests of generation: with a cache, in batches, on several ranks, and its routing metrics.
 
-Starting ranks and loading a model costs more than these checks do, so each layout starts once and
-brings back all that tests look at.
+Starting ranks and loading a model takes longer than these checks. Each layout therefore starts once
+and returns everything that tests check.
 """
 
 import dataclasses
@@ -29,7 +28,7 @@ TEXT = list(range(100, 130))
 
 
 def plain(records):
-    """Without their classes, whose module would bring Megatron into the process of the tests."""
+    """Convert results to plain types, because their classes would import Megatron here."""
     return [SimpleNamespace(**vars(record)) for record in records]
 
 
@@ -77,7 +76,7 @@ def on_one_rank(path):
 
 
 def logits_with_cache_and_in_full(trained):
-    """Two rows of unequal length that begin, grow and meet other rows at different times."""
+    """Compare two rows of unequal length that begin, grow and meet others at different times."""
     from megatron_ext.inference.cache import RaggedCache, TokenChunk
     from megatron_ext.inference.forward import full_logits, next_logits
 
@@ -117,7 +116,7 @@ def greedy_by_full_forwards(trained, prompt):
 
 
 def streamed(trained, prompts, sampling):
-    """The pieces of a stream, its completions, and their texts decoded at once."""
+    """Return the pieces of a stream, its completions, and their texts decoded at once."""
     from megatron_ext.inference.generation import stream
 
     decode = trained.tokenizer.detokenize
@@ -131,7 +130,7 @@ def streamed(trained, prompts, sampling):
 
 
 def stopped(trained):
-    """A continuation, a part of its text, and the continuation and stream stopped by that part."""
+    """Return a continuation, a part of its text, and the results that this part stops."""
     from megatron_ext.inference.generation import generate
 
     prompt = [300, 301]
@@ -143,7 +142,7 @@ def stopped(trained):
 
 
 def ended(trained):
-    """A continuation by itself, and where its fourth token is the end of the document."""
+    """Return a continuation, and the one whose fourth token is the end of the document."""
     from megatron_ext.inference.generation import generate
 
     class OtherEnd:

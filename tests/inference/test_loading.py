@@ -1,4 +1,4 @@
-"""Finding and loading models that are Hugging Face folders."""
+"""Tests of finding and loading models in Hugging Face folders."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from tests.distributed import run_ranks
 
 
 def logits(run):
-    """On a rank: what this project and transformers compute of the same folder."""
+    """Return, on a rank, the logits of this project and of transformers for the same folder."""
     from transformers import AutoModelForCausalLM
 
     from megatron_ext.inference.forward import full_logits
@@ -38,7 +38,7 @@ def test_loaded_alignment_model_has_the_logits_of_transformers(tmp_path):
 
 
 def export(folder, **note):
-    """Make what stands for a Hugging Face folder."""
+    """Write a minimal Hugging Face folder."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
     if note:
@@ -46,7 +46,7 @@ def export(folder, **note):
 
 
 def checkpoint(folder, *steps):
-    """Make what stands for a folder of checkpoints of Megatron."""
+    """Write a minimal folder of checkpoints of Megatron."""
     for step in steps:
         (folder / f"iter_{step:07d}").mkdir(parents=True)
         for name in ("metadata.json", ".metadata"):

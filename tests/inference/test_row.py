@@ -1,4 +1,4 @@
-"""Text, stop strings and parts of tokens of a row, against decoding all its tokens at once."""
+"""Tests of text, stop strings and parts of tokens of a row, against decoding all tokens."""
 
 import random
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ BYTES = [0x41, 0x80, 0x86, 0x92, 0xA9, 0xC3, 0xE2, 0xEF, 0xF0, 0x9F, 0xFF]
 
 
 def build(kind, folder):
-    """A tokenizer of Megatron's with byte pieces or byte-level BPE, and ids of some bytes."""
+    """Return a tokenizer of Megatron with byte pieces or byte-level BPE, and ids of some bytes."""
     from megatron.core.tokenizers import MegatronTokenizer
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -72,7 +72,7 @@ def build(kind, folder):
 
 
 class Oracle:
-    """Texts by decoding whole sequences, and nothing of what is tested."""
+    """Reference that decodes whole sequences and uses no code under test."""
 
     def __init__(self, kind, tokenizer, of_byte):
         self._inner = tokenizer._tokenizer.tokenizer
@@ -102,7 +102,7 @@ class Oracle:
         return texts[0][:size]
 
     def text(self, prompt, ids, stops, min_tokens):
-        """How many tokens are taken, and the text."""
+        """Return the number of tokens that are used, and the text."""
         start = len(self.certain(prompt))
         exempt = start
         for count in range(1, len(ids) + 1):
@@ -110,7 +110,7 @@ class Oracle:
             text = self.decode(so_far) if count == len(ids) else self.certain(so_far)
             if count <= min_tokens:
                 exempt = len(text)
-            # Every place at which a stop string is found, one character after the other.
+            # Every place of a stop string, one character after the other.
             result = [
                 place
                 for place in range(start, len(text))
@@ -123,7 +123,7 @@ class Oracle:
 
 
 def draw(choose, oracle, of_byte, special):
-    """Token ids of words, single bytes and special tokens."""
+    """Draw token ids of words, single bytes and special tokens."""
     ids = []
     for _ in range(choose.randint(1, 8)):
         kind = choose.random()
@@ -137,7 +137,7 @@ def draw(choose, oracle, of_byte, special):
 
 
 def differences(kind, folder):
-    """On a rank: where a row differs from the oracle, and how many of its texts were cut."""
+    """Return, on a rank, the differences of a row from the reference, and the number of stops."""
     from megatron_ext.inference.row import GenerationRow, TokenScore
     from megatron_ext.inference.sampling import Sampling
 
@@ -198,7 +198,7 @@ def test_row_text_equals_the_decoding_of_all_tokens(kind, tmp_path):
 
 
 def special_tokens(folder):
-    """On a rank: text, parts and reason of end of rows with special tokens."""
+    """Return, on a rank, text, parts and reasons of end of rows with special tokens."""
     from megatron_ext.inference.row import GenerationRow, TokenScore
     from megatron_ext.inference.sampling import Sampling
 

@@ -1,4 +1,4 @@
-"""Logits as sampling changes them, against the logits processors of transformers."""
+"""Tests of the changes of logits in sampling against the logits processors of transformers."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Page of tools.inspect_routing in a browser: colors, layers, keys, themes, escaping."""
+"""Tests of the page of tools.inspect_routing in a browser: colors, layers, keys, escaping."""
 
 import html
 import json

@@ -1,4 +1,4 @@
-"""Statistics of routing against loops over single tokens and against known results."""
+"""Tests of routing statistics against loops over single tokens and known results."""
 
 import math
 from itertools import pairwise, product
@@ -15,7 +15,7 @@ DOMAINS, LAYERS, EXPERTS = 3, 2, 5
 
 
 def routing(maps, margins=None, losses=None):
-    """Like a Routing, whose class needs Megatron."""
+    """Return a substitute for a Routing, whose class needs Megatron."""
     tokens = maps.shape[1]
     return SimpleNamespace(
         maps=maps,
@@ -51,7 +51,7 @@ def figures(windows):
 
 
 def tokens_of(windows, layer):
-    """(domain, experts that took it) of every token of a layer."""
+    """Return (domain, experts that took it) of every token of a layer."""
     return [
         (domain, set(token.nonzero().flatten().tolist()))
         for domain, window in windows
@@ -161,7 +161,7 @@ def test_specialization_matches_its_definitions(windows, figures):
 
 
 def sums_of_shares(shares, tokens=4000):
-    """Sums of tokens that each expert takes with probability `shares [domains][experts]`."""
+    """Return sums of tokens that experts take with probability `shares [domains][experts]`."""
     shares = torch.tensor(shares)
     sums = RoutingSums(len(shares), 1, shares.shape[1])
     generator = torch.Generator().manual_seed(1)

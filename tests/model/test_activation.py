@@ -1,4 +1,4 @@
-"""Squared ReLU against its definition in torch."""
+"""Tests of squared ReLU against its definition in torch."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The decoder and its initial weights against what the paper's model is."""
+"""Tests of the decoder and its initial weights against the paper's model."""
 
 import hashlib
 from typing import Any
@@ -13,7 +13,7 @@ PAPER = ("--et-init", "paper", "--num-query-groups", "1", "--group-query-attenti
 
 
 def whole_weights(*flags: str) -> dict[str, str]:
-    """A digest of every weight by its global name, tensor-parallel shards put together."""
+    """Return a digest of every weight by its global name, with tensor-parallel shards joined."""
     _, _, stages = megatron.start(*flags)
     import torch.distributed as dist
 
@@ -97,7 +97,7 @@ def test_initial_weights_have_the_scales_of_the_paper() -> None:
 
 
 def reference_decoder(model: Any, tokens: torch.Tensor) -> torch.Tensor:
-    """The paper's decoder, plainly, with the MoE layers of `model`: logits `[batch, s, vocab]`."""
+    """Return logits `[batch, s, vocab]` of the paper's decoder, with the MoE layers of `model`."""
     heads, head_dim = 2, 16
 
     def norm(x: torch.Tensor) -> torch.Tensor:
@@ -155,7 +155,7 @@ def test_decoder_equals_a_plain_implementation_of_the_paper() -> None:
 
 
 def rotary_frequencies(factor: float) -> torch.Tensor:
-    """On a rank: what the model turns queries and keys by."""
+    """Return, on a rank, the frequencies that rotate queries and keys."""
     flags = ("--use-rope-scaling", "--rope-scaling-factor", str(factor))
     _, _, [model] = megatron.start(*flags, "--kv-channels", "64")
     return model.rotary_pos_emb.inv_freq.cpu()

@@ -1,4 +1,4 @@
-"""Identity of models: every setting has a mark, which decides whether it may change."""
+"""Tests of the marks of all settings, which decide whether a setting may change on resume."""
 
 import contextlib
 from argparse import ArgumentParser, Namespace
@@ -92,7 +92,7 @@ OTHER_TRAININGS: list[tuple[Flags, Flags, str]] = [
 
 @cache
 def parser() -> ArgumentParser:
-    """On a rank: the parser of `pretrain_et.py`."""
+    """Return, on a rank, the parser of `pretrain_et.py`."""
     from megatron.training.arguments import add_megatron_arguments
 
     from megatron_ext.run_flags import add_arguments
@@ -101,12 +101,12 @@ def parser() -> ArgumentParser:
 
 
 def arguments(*flags: str) -> Namespace:
-    """On a rank: the arguments of `TINY` and more flags, as parsed."""
+    """Return, on a rank, the parsed arguments of `TINY` and more flags."""
     return parser().parse_args([*TINY, *flags])
 
 
 class Recording(Namespace):
-    """Arguments that note which of them are read."""
+    """Arguments that record which of them are read."""
 
     def __init__(self, args: Namespace) -> None:
         super().__init__(**vars(args))
@@ -119,7 +119,7 @@ class Recording(Namespace):
 
 
 def names_of_the_configuration() -> set[str]:
-    """On a rank: fields of the configuration, and arguments that Megatron makes it from."""
+    """Return, on a rank, fields of the configuration and the arguments they are made from."""
     args, *_ = megatron.start()
     from megatron.training.argument_utils import (
         core_transformer_config_from_args,
@@ -153,7 +153,7 @@ def test_every_setting_of_the_configuration_has_a_mark() -> None:
 
 
 def refusals_of(cases: list[tuple[Flags, Flags]]) -> list[tuple[str, str]]:
-    """On a rank: why each pair's model and its training are refused; empty where they are not."""
+    """Return, on a rank, the refusals of each pair's model and of its training."""
     refusals = []
     for base, flags in cases:
         saved, here = arguments(*base), arguments(*base, *flags)
@@ -213,7 +213,7 @@ def changed(value: Any) -> Any:
 
 
 def marks_by_comparison() -> dict[str, set[str]]:
-    """On a rank: for each argument, the marks by which a change of it is a difference."""
+    """Return, on a rank, the marks by which a change of each argument is a difference."""
     bases = [arguments(*flags) for flags in (GROUPED + ROTATED, TOP_K, ABSOLUTE, YARN)]
     marks_by_name: dict[str, set[str]] = {name: set() for name in MARKS if hasattr(bases[0], name)}
     for name, marks in marks_by_name.items():
@@ -242,7 +242,7 @@ def test_setting_value_of_an_older_checkpoint_is_the_default() -> None:
 
 
 def what_conversion_and_inference_change() -> tuple[list[str], list[str]]:
-    """On a rank: settings that a conversion loses without a word, and that loading changes."""
+    """Return, on a rank, settings that conversion loses silently and that loading changes."""
     from megatron_ext.hf.architecture import from_args
     from megatron_ext.inference.loading import ParallelLayout, for_inference
 

@@ -1,4 +1,4 @@
-"""Forecasts of cutoffs: where they look, and that a bad one changes nothing."""
+"""Tests of forecasts of cutoffs: their brackets, and that a wrong one changes no result."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The distributed order statistic against a sort of the gathered logits."""
+"""Tests of the distributed order statistic against a sort of the gathered logits."""
 
 from typing import Any
 
@@ -43,7 +43,7 @@ def make_logits(kind: str, tokens: int, experts: int, seed: int) -> torch.Tensor
 
 
 def brute_force(x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cutoffs and mask of the k largest of each column by a stable sort of everything."""
+    """Return cutoffs and mask of the k largest of each column by a stable sort."""
     present = x.nan_to_num(-torch.inf, torch.inf, -torch.inf) + 0.0
     order = present.sort(dim=0, descending=True, stable=True)
     mask = torch.zeros_like(x, dtype=torch.bool).scatter_(0, order.indices[:k], True)
@@ -51,7 +51,7 @@ def brute_force(x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def make_bracket(kind: str, answer: torch.Tensor, seed: int) -> Bracket | None:
-    """A bracket that is right, wrong in some way, or none."""
+    """Return a bracket that is right, wrong in some way, or None."""
     generator = torch.Generator().manual_seed(seed)
     width = torch.rand(len(answer), generator=generator) * 10 ** (seed % 9 - 6)
     anywhere = 3 * torch.randn(2, len(answer), generator=generator)
@@ -132,7 +132,7 @@ def test_kth_largest_and_mask_equal_a_sort_of_all_ranks(
 
 
 def many_pools_on_a_rank() -> None:
-    """Pools of several layers and ranks resolved together equal one at a time."""
+    """Check that pools of several layers and ranks have the same results together and alone."""
     rank = dist.get_rank()
     pools = [make_logits(kind, 700 + 100 * rank, 4, rank) for kind in KINDS]
     rank_of = [lambda n, i=i: max(1, n // (i + 2)) for i in range(len(pools))]
@@ -170,7 +170,7 @@ def test_kth_largest_counts_nan_as_absent_and_missing_as_minus_infinity() -> Non
 
 
 def wide_search() -> list[Collectives]:
-    """48 layers of 128 experts, with forecasts that some experts' logits leave."""
+    """Search 48 layers of 128 experts, with wrong forecasts for some experts."""
     generator = torch.Generator().manual_seed(dist.get_rank())
     forecasts = [Forecast() for _ in range(48)]
     used = []

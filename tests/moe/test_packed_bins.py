@@ -1,4 +1,4 @@
-"""Packed histograms of a search round against counting every value."""
+"""Tests of the packed histograms of a search round against counting every value."""
 
 import doctest
 
@@ -23,7 +23,7 @@ columns = st.lists(
 
 
 def draw_offsets(width: torch.Tensor, inside: torch.Tensor, seed: int) -> tuple[torch.Tensor, ...]:
-    """Column and offset of as many values as each bracket has."""
+    """Draw column and offset of as many values as each bracket has."""
     generator = torch.Generator().manual_seed(seed)
     column = torch.arange(len(width)).repeat_interleave(inside)
     share = torch.rand(len(column), generator=generator, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Registry of routers: its facts, and a router that only a test knows, in real training."""
+"""Tests of the registry of routers, and of a router that only a test registers, in training."""
 
 import dataclasses
 import json
@@ -44,7 +44,7 @@ def test_router_reads_its_own_flags_and_those_of_megatron() -> None:
 
 
 def train_top_p(run_dir: Path, flags: Sequence[str]) -> tuple[int, str]:
-    """On a rank: register the router, train, and return code and messages, also of a conversion."""
+    """Register the router on a rank, train, and return code and messages, also of a conversion."""
     from megatron_ext.checkpoint import find_checkpoint, read_common_state
     from megatron_ext.hf.architecture import from_args
     from tests import pretraining

@@ -1,4 +1,4 @@
-"""Routers and MoE layer on real ranks against brute force, another dispatcher, other tokens."""
+"""Tests of routers and of the MoE layer on real ranks against brute force."""
 
 import copy
 
@@ -66,7 +66,7 @@ def test_expert_choice_takes_exactly_the_k_largest_of_all_ranks(kind: str) -> No
 
 
 def dense_reference(layer, x: torch.Tensor, logits: torch.Tensor, chosen: torch.Tensor):
-    """Every expert on every token, weighted by gate and mask, plus the shared expert."""
+    """Return every expert on every token, weighted by gate and mask, plus the shared expert."""
     gates = {
         "sigmoid": torch.sigmoid,
         "softmax": lambda r: torch.softmax(r, dim=-1),
@@ -247,7 +247,7 @@ def test_commit_moves_thresholds_once_by_the_cutoffs_of_all_ranks(pool: str) -> 
 
 
 def communication(pool: str) -> list[tuple[int, int, int]]:
-    """Collectives in forward and at the end of each of six steps, and the most logits kept."""
+    """Return collectives of the forward pass and the end of six steps, and the stored logits."""
     _, _, model = megatron.start(
         "--num-layers", "5", "--moe-layer-freq", "[0,1,1,1,1]", "--et-cutoff-pool", pool
     )  # fmt: skip
@@ -304,7 +304,7 @@ def test_bound_on_buffered_logits_holds_and_changes_no_threshold() -> None:
     micro_batch = 32 * 2 * 4 * 4  # bytes
     whole = run_ranks(thresholds_with_bound, 2, "1")
     assert [(most, calls) for _, most, calls in whole] == [(5 * micro_batch, 0)] * 2
-    for pools in (2, 1, 0):  # one is kept even where none fits
+    for pools in (2, 1, 0):  # one is stored even if none fits
         bounded = run_ranks(thresholds_with_bound, 2, str(pools * micro_batch / 2**20))
         for (expected, _, _), (value, most, calls) in zip(whole, bounded):
             assert torch.equal(value, expected)

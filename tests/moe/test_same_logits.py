@@ -1,4 +1,4 @@
-"""The same logits give the same bits on every layout: cutoffs, counts, thresholds, routing maps."""
+"""Tests that the same logits give the same bits on every layout."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ KINDS = ["normal", "tied", "skewed", "constant"]
 
 
 def make_logits(kind: str) -> torch.Tensor:
-    """Logits of every step, fp32 `[steps, micro_batches, batch, sequence, experts]`."""
+    """Return logits of every step, fp32 `[steps, micro_batches, batch, sequence, experts]`."""
     shape = (STEPS, MICRO_BATCHES, BATCH, SEQUENCE, EXPERTS)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     match kind:
@@ -29,7 +29,7 @@ def make_logits(kind: str) -> torch.Tensor:
 
 
 def my_tokens(router: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Samples and positions of this rank's tokens, written out from Megatron's documentation.
+    """Return samples and positions of this rank's tokens, by Megatron's documentation.
 
     Samples are dealt out to data-parallel ranks in order; context-parallel rank r of n has the
     chunks r and 2n - 1 - r of 2n; sequence parallelism cuts what is left in order.
@@ -46,7 +46,7 @@ def my_tokens(router: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def route(kinds: list[str], flags: list[str]) -> list[dict[str, Any]]:
-    """Route and step with each kind of logits; what every rank saw, its maps put in place."""
+    """Route and step with each kind of logits; return every rank's results, with maps joined."""
     _, _, model = megatron.start("--et-warmup-iters", str(WARMUP), *flags)
     from megatron_ext.moe.router import routers_of
     from megatron_ext.training.step import RoutingStep
@@ -118,7 +118,7 @@ def test_routing_of_the_same_logits_is_equal_on_every_layout(pool: list[str]) ->
 
 
 def check_against_definition(kind: str, result: dict[str, Any], pool: str) -> None:
-    """Cutoffs by sorting, expert choice by a stable sort, counts within the capacity."""
+    """Check cutoffs by sorting, expert choice by a stable sort, and counts within the capacity."""
     logits, maps = make_logits(kind), result["maps"]
     tokens = BATCH * SEQUENCE
     k = tokens // EXPERTS

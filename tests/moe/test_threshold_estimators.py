@@ -1,4 +1,4 @@
-"""Filters of thresholds on synthetic drift, against the optimal filter and the best fixed decay.
+"""Tests of threshold filters on synthetic drift, against the optimal filter and the best decay.
 
 The references are written in NumPy, in fp64, one expert at a time.
 """
@@ -29,7 +29,7 @@ DECAYS = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
 
 
 def random_walk(variance: float) -> Floats:
-    """A level whose steps have a variance in units of the cutoff's."""
+    """Return a level whose steps have a variance in units of the cutoff's variance."""
     steps = np.random.default_rng(7).normal(size=(STEPS, EXPERTS))
     return np.cumsum(steps, axis=0) * DEVIATION * variance**0.5
 
@@ -51,7 +51,7 @@ DRIFTS: dict[str, Floats] = {
 
 
 def logits(means: Floats, seed: int, copies: int = 1) -> Iterator[torch.Tensor]:
-    """The logits of each step, normal around the means, fp32 `[tokens, experts]`.
+    """Return the logits of each step, normal around the means, fp32 `[tokens, experts]`.
 
     With copies, each value is that of several tokens, so that they are not independent.
     """
@@ -62,7 +62,7 @@ def logits(means: Floats, seed: int, copies: int = 1) -> Iterator[torch.Tensor]:
 
 
 class Run(NamedTuple):
-    """Estimates of a run, with what they were made from.
+    """Estimates of a run, with their inputs.
 
     Attributes:
         estimates: fp64 `[steps - 1, experts]`, before each step but the first.
@@ -95,7 +95,7 @@ def run(means: Floats, copies: int = 1, seed: int = 1) -> Run:
 
 
 def average(cutoffs: Floats, decay: float) -> Floats:
-    """Bias-corrected moving average before each step but the first."""
+    """Return the bias-corrected moving average before each step but the first."""
     raw, values = np.zeros(cutoffs.shape[1]), []
     for count, cutoff in enumerate(cutoffs[:-1], start=1):
         raw = decay * raw + (1 - decay) * cutoff
@@ -104,7 +104,7 @@ def average(cutoffs: Floats, decay: float) -> Floats:
 
 
 def kalman(cutoffs: Floats, level_variance: float, slope_variance: float) -> Floats:
-    """Filter of a local linear trend with known variances, in units of the measurement's."""
+    """Return the filter of a linear trend with known variances, in units of the measurement's."""
     transition = np.array([[1.0, 1.0], [0.0, 1.0]])
     noise = np.diag([level_variance, slope_variance])
     observe = np.array([1.0, 0.0])
@@ -123,7 +123,7 @@ def kalman(cutoffs: Floats, level_variance: float, slope_variance: float) -> Flo
 
 
 def error(values: Floats, means: Floats) -> float:
-    """Root mean square error of estimates, in deviations of a cutoff."""
+    """Return the root mean square error of estimates, in standard deviations of a cutoff."""
     exact = means[1:] + CUTOFF
     return float(((values - exact)[FIRST:] ** 2).mean() ** 0.5) / DEVIATION
 
@@ -143,7 +143,7 @@ GRID = [
 
 @cache
 def errors(name: str) -> tuple[float, float, float]:
-    """Errors of the adaptive estimate, the best decay and the optimal filter for a drift."""
+    """Return the errors of the adaptive estimate, the best decay and the optimal filter."""
     means = DRIFTS[name]
     ours = run(means)
     best = min(error(average(ours.cutoffs, decay), means) for decay in DECAYS)
@@ -178,7 +178,7 @@ def test_tokens_that_are_not_independent_are_not_taken_for_drift() -> None:
 
 
 def bank(data: Run, expert: int) -> Floats:
-    """The estimates of one expert by filters and factors one at a time, in matrices."""
+    """Return the estimates of one expert by filters and factors one at a time, in matrices."""
     pairs = [(level, 0.0) for level in threshold_estimators._LEVEL]
     pairs += [(0.0, slope) for slope in threshold_estimators._SLOPE]
     transition, observe = np.array([[1.0, 1.0], [0.0, 1.0]]), np.array([1.0, 0.0])

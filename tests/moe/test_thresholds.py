@@ -1,4 +1,4 @@
-"""Rates, thresholds and selection against the formulas of the paper, written out."""
+"""Tests of rates, thresholds and selection against the formulas of the paper."""
 
 from fractions import Fraction
 from math import floor
@@ -55,7 +55,7 @@ def test_thresholds_started_at_logits_are_just_below_them(
     below = values - thresholds.value()
     assert (values > thresholds.value()).all() and thresholds.update_count == 1
     assert (below <= 4e-7 * values.abs() + 1e-40).all()
-    # Training goes on from there as after one step.
+    # Training continues from there as after one step.
     thresholds.update(torch.ones(len(logits)))
     expected = (decay * values.double() + 1) / (1 + decay)
     torch.testing.assert_close(thresholds.value().double(), expected, atol=1e-4, rtol=1e-5)
@@ -91,7 +91,7 @@ def test_thresholds_keep_their_bits_in_every_dtype_of_the_model() -> None:
 
 
 def adaptive_after(steps: int, seed: int = 1) -> Thresholds:
-    """Filters of three experts after some steps of noise, with counts."""
+    """Return filters of three experts after some steps of noise, with counts."""
     thresholds = Thresholds(3, 0.9, adaptive=True)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
@@ -151,7 +151,7 @@ def test_adaptive_thresholds_start_below_logits_and_ignore_what_is_not_finite() 
 
 
 def reference_selection(x: torch.Tensor, c: torch.Tensor, rate: RoutingRate) -> torch.Tensor:
-    """Token by token: above the threshold, cut to the k_max largest or filled to the k_min."""
+    """Select token by token above the threshold, cut to k_max or filled to k_min by logit."""
     tokens, experts = x.shape
     chosen = torch.zeros(tokens, experts, dtype=torch.bool)
     k = floor(rate.rate * tokens)

@@ -1,4 +1,4 @@
-"""The table of patches against the installed versions, the code and its page."""
+"""Tests of the table of patches against the installed versions, the code and its page."""
 
 import ast
 from collections import Counter
@@ -139,7 +139,7 @@ def test_no_library_module_uses_mock():
 
 
 def _page_tables() -> str:
-    """Return the part of the page that shows the table, one section a group."""
+    """Return the part of the page that shows the table, with one section for each group."""
     lines = []
     for group, when in GROUPS.items():
         lines += ["", f"## {group.capitalize()}", "", when, ""]

@@ -1,4 +1,4 @@
-"""`--dry-run` against the paper's totals, real ranks, and bytes counted on them."""
+"""Tests of `--dry-run` against the paper's totals, real ranks, and bytes counted on them."""
 
 import contextlib
 import io
@@ -44,8 +44,10 @@ DISPATCH = ("all-to-all", "EXPERT_MODEL_PARALLEL_GROUP")
 
 
 def _really(flags: list[str]) -> dict[str, Any]:
-    """Train on this rank as a user does and count in the second step, which routes by expert
-    choice, and in the fourth, which routes by thresholds."""
+    """Train on this rank with the command, and count in two steps.
+
+    The second step routes by expert choice, and the fourth by thresholds.
+    """
     from megatron.training import training
 
     from megatron_ext.planning.dry_run.memory import SavedTensors
@@ -77,7 +79,7 @@ def _really(flags: list[str]) -> dict[str, Any]:
 
 
 def _predicted(layouts: list[list[str]]) -> list[list[dict[str, Any]]]:
-    """What `--dry-run` finds for every rank of every layout, in this one process."""
+    """Return the results of `--dry-run` for every rank of every layout, in this one process."""
     from megatron.training.training import destroy_global_state
 
     from megatron_ext.arguments import parse_args
@@ -155,7 +157,7 @@ def test_totals_do_not_depend_on_the_layout_and_traffic_follows_from_them(
         assert predicted[name][0]["parameters"] == plain["parameters"]
     stages = predicted["PP2-DP2"]
     assert stages[0]["parameters"].total + stages[2]["parameters"].total == total
-    # One fp32 gradient for each parameter held, which includes the vocabulary's padding row.
+    # One fp32 gradient for each parameter of the rank, which includes the vocabulary's padding row.
     group = ("all-reduce", "DATA_PARALLEL_GROUP_WITH_CP")
     reduced = next(
         amount.bytes
@@ -170,7 +172,7 @@ def test_totals_do_not_depend_on_the_layout_and_traffic_follows_from_them(
 
 
 def _short_and_whole(flags: list[str]) -> list[tuple[Any, Any]]:
-    """A step of every stage, told from few micro-batches and run with all of them."""
+    """Return a step of every stage, extrapolated from few micro-batches and run with all."""
     from megatron_ext.arguments import parse_args
     from megatron_ext.planning.dry_run.simulated_rank import Rank, fake_rank
 

@@ -1,4 +1,4 @@
-"""What the report of a dry run says of devices."""
+"""Tests of the lines about devices in the report of a dry run."""
 
 from typing import Any
 

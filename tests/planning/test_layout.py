@@ -1,4 +1,4 @@
-"""Layouts that cannot work are refused with the nearest that can."""
+"""Tests that impossible layouts are refused with the nearest possible ones."""
 
 import re
 from argparse import Namespace
@@ -228,10 +228,10 @@ def test_advice_is_the_nearest_setting_that_works(sizes: dict[str, int], ranks: 
             sizes["expert_tensor"] = value
         return replace(layout, **sizes)
 
-    mends = {(n, v): sound(changed(n, v)) for n, values in advised.items() for v in values}
+    is_fixed = {(n, v): sound(changed(n, v)) for n, values in advised.items() for v in values}
     # One change may not be enough; then it is right for the rule that was named.
-    assert all(mends.values()) or not any(mends.values())
-    if all(mends.values()):
+    assert all(is_fixed.values()) or not any(is_fixed.values())
+    if all(is_fixed.values()):
         for name, values in advised.items():
             here = getattr(layout, name)
             for value in values:

@@ -1,4 +1,4 @@
-"""Bytes of all tensors of a step, against sums by hand and torch's own count of allocations."""
+"""Tests of the bytes of all tensors of a step, against sums by hand and torch's allocator."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from megatron_ext.planning.dry_run.traffic import Traffic
 
 
 def loss_of(hidden: Tensor, weight: Tensor) -> Tensor:
-    """Cross-entropy of logits in fp32, as a language model computes it."""
+    """Return the cross-entropy of logits in fp32, as a language model computes it."""
     logits = (hidden @ weight.T).float()
     return -torch.log_softmax(logits, -1)[..., 0].sum()
 
@@ -52,7 +52,7 @@ def test_logits_are_tensors_with_a_row_for_the_vocabulary() -> None:
 
 
 def test_peak_is_that_of_torchs_allocator_on_real_tensors() -> None:
-    """The CPU allocator's own record of the same step is the independent count."""
+    """The reference is the CPU allocator's record of the same step."""
     sizes = (64, 32, 1000)
 
     def step(device: str) -> None:

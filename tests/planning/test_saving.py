@@ -1,4 +1,4 @@
-"""Host memory that a save takes, as the dry run states it."""
+"""Tests of the host memory that a save takes, as the dry run states it."""
 
 from argparse import Namespace
 

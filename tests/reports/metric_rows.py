@@ -9,7 +9,7 @@ EXPERTS = 4
 
 
 def training_row(step: int, warmup: int = 5, layers: tuple[int, ...] = (1, 2)) -> dict[str, Any]:
-    """A row as the trainer writes it; lists come with every tenth step."""
+    """Return a row as the trainer writes it; every tenth step also has lists."""
     row: dict[str, Any] = {"step": step, "loss": 7 - math.log(step), "lr": 1e-3, "grad_norm": 1.0}
     row |= {"skipped": False, "tokens_per_s": 1000.0 + step, "mfu": 0.3}
     even = step <= warmup

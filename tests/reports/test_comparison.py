@@ -1,4 +1,4 @@
-"""Comparison of runs: metrics, lengths, seeds, missing columns, refusals."""
+"""Tests of the comparison of runs: metrics, lengths, seeds, missing columns, refusals."""
 
 import json
 import math
@@ -29,7 +29,7 @@ def make_run(
     rows: list[dict[str, Any]] | None = None,
     **settings: Any,
 ) -> str:
-    """A run as the trainer leaves it, evaluated every ten steps to a loss of 5 - step / 100."""
+    """Write a run of the trainer, evaluated every ten steps to a loss of 5 - step / 100."""
     if rows is None:
         rows = []
         for step in range(1, steps + 1):
@@ -81,7 +81,7 @@ def test_threshold_drift_is_measured_over_the_last_tenth(tmp_path: Path) -> None
 
 
 def test_device_hours_with_a_changing_number_of_devices(tmp_path: Path) -> None:
-    """Half of the steps ran on twice the devices that run.json names, as fast a device."""
+    """Half of the steps ran on twice as many devices as run.json states, each as fast."""
     rows = [training_row(step) for step in range(1, 41)]
     seconds = 0.0
     for row in rows:
@@ -94,7 +94,7 @@ def test_device_hours_with_a_changing_number_of_devices(tmp_path: Path) -> None:
 
 
 def recorded_row(step: int, tokens: int, **sizes: Any) -> dict[str, Any]:
-    """A row that records what its step was trained on."""
+    """Return a row that records what its step was trained on."""
     usual = {"seconds": 2.0, "world_size": 4, "batch_size": 8, "seq_length": 16}
     row = training_row(step) | usual | {"flops_per_token": 100.0} | sizes
     seconds = row["seconds"] * row["world_size"]
@@ -127,7 +127,7 @@ def test_work_completes_rows_of_older_versions(tmp_path: Path) -> None:
 
 
 def test_device_time_is_not_negative_if_older_rows_lose_tokens(tmp_path: Path) -> None:
-    """Older rows held samples times the sequence length of their start."""
+    """Older rows contain samples times the sequence length at the start."""
     rows = [training_row(step) | {"tokens": 256 * step} for step in range(1, 7)]
     rows += [training_row(step) | {"tokens": 128 * step} for step in (7, 8)]
     for row in rows:

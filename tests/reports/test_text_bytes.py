@@ -1,4 +1,4 @@
-"""Losses of runs with different tokenizers, in bits per byte."""
+"""Tests of the losses of runs with different tokenizers, in bits per byte."""
 
 import json
 import math

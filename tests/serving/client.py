@@ -1,4 +1,4 @@
-"""A served model as its users meet it: a process of its own, and clients over HTTP."""
+"""A model that is served by a separate process, and its HTTP clients."""
 
 import os
 import re
@@ -24,7 +24,7 @@ TEMPLATE = (
 
 
 class Server:
-    """`tools.serve` in a process; its stderr is read all the time."""
+    """Process of `tools.serve`, whose stderr is read continuously."""
 
     def __init__(self, *flags: object, key: str | None = KEY) -> None:
         environment = {**os.environ, **SINGLE_THREADED}
@@ -81,7 +81,7 @@ def write_template(folder: Path) -> Path:
 
 
 def settled(server):
-    """The server's counts once nothing runs."""
+    """Return the server's counts when nothing runs."""
     for _ in range(200):
         health = server.health()
         if health["running"] == health["waiting"] == 0:

@@ -1,4 +1,4 @@
-"""A trained model served by a process, and clients of it."""
+"""A trained model that a process serves, and its clients."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from tests.serving.client import Server, write_template
 
 @pytest.fixture(scope="package")
 def start_server(run_dir, tmp_path_factory):  # noqa: F811
-    """Function that starts a server of the model."""
+    """Return a function that starts a server of the model."""
     template = write_template(tmp_path_factory.mktemp("template"))
     flags = ["--load", run_dir, "--max-batch-size", 8, "--max-waiting", 250, "--max-tokens", 48]
     flags += ["--max-choices", 128, "--chat-template", template, "--model-name", "tiny"]

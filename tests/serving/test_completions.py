@@ -1,4 +1,4 @@
-"""Completions and chat of a served model, asked by OpenAI's client."""
+"""Tests of completions and chats of a served model with OpenAI's client."""
 
 import math
 from typing import Any
@@ -17,7 +17,7 @@ def test_server_lists_the_model_and_is_healthy(server, client):
 
 
 def generated(path, seeds):
-    """On a rank, without a server: what the seeds give."""
+    """Return, on a rank without a server, the continuations of the seeds."""
     from megatron_ext.inference.generation import generate
     from megatron_ext.inference.loading import load_model
     from megatron_ext.inference.sampling import Sampling

@@ -1,4 +1,4 @@
-"""The scheduler with copies of a model on several ranks: what one rank generates, they serve."""
+"""Tests of the scheduler with replicas of a model on several ranks, against one rank."""
 
 from functools import partial
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ SAMPLINGS = [
 
 
 def serve(path, sizes):
-    """On rank 0, what each job got: job 1 is given up while it waits, job 4 at its second token."""
+    """Return each job's result on rank 0; job 1 is canceled in the queue, job 4 at token 2."""
     import torch.distributed as dist
 
     from megatron_ext.inference.generation import generate

@@ -1,4 +1,4 @@
-"""Requests that a server refuses, and those whose time is over."""
+"""Tests of requests that a server refuses, and of requests that exceed their time limit."""
 
 import asyncio
 import socket
@@ -162,7 +162,7 @@ def test_server_refuses_a_wrong_key(server):
 
 
 def answers_without_time_or_template(path):
-    """On a rank, the application alone: statuses and messages of some requests."""
+    """Return, on a rank, statuses and messages of the application for some requests."""
     from megatron_ext.inference.loading import load_model
     from megatron_ext.serving.app import Api, make_app
     from megatron_ext.serving.openai_protocol import RequestLimits, RequestParser

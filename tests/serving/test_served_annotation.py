@@ -1,4 +1,4 @@
-"""`et-align annotate` against this project's own server."""
+"""Tests of `et-align annotate` against this project's server."""
 
 import json
 
@@ -11,7 +11,7 @@ from tests.serving.client import KEY, PROMPT
 def test_annotate_receives_responses_and_log_probs_from_the_server(
     server, client, tmp_path, monkeypatch
 ):
-    """`et-align annotate` against this project's own server."""
+    """The server is a separate process."""
     monkeypatch.setenv("MEGATRON_ET_JUDGE_API_KEY", KEY)
     prompt = Prompt("p", [Message("user", PROMPT)], "here")
     prompts, made = tmp_path / "prompts.jsonl", tmp_path / "responses.jsonl"

@@ -1,4 +1,4 @@
-"""A server with many clients, some of whom leave, and its end."""
+"""Tests of a server with many clients, some of which leave, and of its end."""
 
 import asyncio
 import signal
@@ -11,7 +11,7 @@ from tests.serving.client import KEY, settled
 
 
 def test_server_answers_two_hundred_concurrent_requests_independently(server):
-    """A tenth leave before they are answered; no tokens change, and nothing stays behind.
+    """A tenth of the clients leave before the answer; no tokens change, and nothing remains.
 
     180 + 20 x 3 continuations fit into eight rows and 250 places, however fast they come.
     """
@@ -82,7 +82,7 @@ def test_client_disconnect_frees_its_slots(server, http):
 
 
 def test_full_queue_returns_retry_after(server, http):
-    """Eight rows and 250 places: two requests of 128 continuations fit, a third does not."""
+    """Two requests of 128 continuations fit in eight rows and 250 places, a third does not."""
     long_request = LONG | {"n": 128}
     with (
         server.http() as one,
@@ -100,7 +100,7 @@ def test_full_queue_returns_retry_after(server, http):
 
 @pytest.fixture
 def second_server(start_server):
-    """A server that a test may end."""
+    """Return a server that a test may end."""
     server = start_server()
     yield server
     server.stop()

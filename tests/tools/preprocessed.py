@@ -35,7 +35,7 @@ def command(model, inputs, prefix, *more):
 
 
 def preprocess(model, inputs, prefix, *more):
-    """Run the tool in this process; its manifest."""
+    """Run the tool in this process, and return its manifest."""
     preprocess_data.main(command(model, inputs, prefix, *more))
     assert not Path(f"{prefix}.parts").exists()
     return json.loads(Path(f"{prefix}.json").read_text())
@@ -49,7 +49,7 @@ def start(model, inputs, prefix, *more):
 
 
 def refusal(capsys, model, inputs, prefix, *more):
-    """The one line on stderr of a run that must exit with 2 and leave no data."""
+    """Return the one line on stderr of a run that must exit with 2 and leave no data."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as exit_:
         run_tool(functools.partial(preprocess_data.main, command(model, inputs, prefix, *more)))
@@ -59,12 +59,12 @@ def refusal(capsys, model, inputs, prefix, *more):
 
 
 def stored(prefix, split="train"):
-    """The documents of a split as lists of ids."""
+    """Return the documents of a split as lists of ids."""
     dataset = IndexedDataset(f"{prefix}_{split}_text_document")
     return [dataset[i].tolist() for i in range(len(dataset))]
 
 
 def output_bytes(prefix):
-    """What the data files of a prefix hold."""
+    """Return the content of the data files of a prefix."""
     folder, name = Path(prefix).parent, Path(prefix).name
     return {p.name.removeprefix(name): p.read_bytes() for p in folder.glob(f"{name}_*")}

@@ -1,4 +1,4 @@
-"""tools.convert_checkpoint: output, refusals and memory."""
+"""Tests of tools.convert_checkpoint: output, refusals and memory."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def convert(source, target, load, save):
 
 
 def refusals(cases):
-    """On a rank: what each conversion is refused with."""
+    """Return, on a rank, the error message of each conversion."""
     messages = []
     for case in cases:
         with pytest.raises(UserError) as refused:

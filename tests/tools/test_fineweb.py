@@ -1,4 +1,4 @@
-"""Shards in the format of FineWeb-Edu: streaming, blending, and array tasks."""
+"""Tests of shards in the format of FineWeb-Edu: streaming, blending, and array tasks."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ from tests.warm import warm_python
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    """The folder of two shards of different articles."""
+    """Return the folder of two shards of different articles."""
     folder = tmp_path_factory.mktemp("shards")
     for number, skip in enumerate((0, 20)):
         name = str(folder / f"{number:03}_00000.parquet")

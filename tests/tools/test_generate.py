@@ -1,4 +1,4 @@
-"""tools.generate: output, streaming, and refusals."""
+"""Tests of tools.generate: output, streaming, and refusals."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def loading_message(run):
 
 @pytest.fixture(scope="module")
 def rows(run_dir):  # noqa: F811
-    """The tool's JSON, of two prompts with two samples each."""
+    """Return the tool's JSON for two prompts with two samples each."""
     flags = ["--load", run_dir, "--json", "--logprobs", "--num-samples", 2, "--seed", 3]
     flags += ["--prompt", PROMPTS[0], "--max-new-tokens", 8, "--batch-size", 3]
     file = run_dir.parent / "prompts.txt"

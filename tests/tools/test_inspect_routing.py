@@ -1,4 +1,4 @@
-"""tools.inspect_routing on trained models: thresholds, token choice, dense; and refusals."""
+"""Tests of tools.inspect_routing on trained models of several routers, and of refusals."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ WORDS = {"first": "ba kélo müni rasu", "second": "vozi téba zizi su"}
 
 
 def write_domains(folder: Path) -> list[str]:
-    """Flags of a JSONL domain and one of two plain files."""
+    """Return the flags of a JSONL domain and of a domain of two plain files."""
     rows = [json.dumps({"text": f"{WORDS['first']} " * n}) for n in (3, 40, 1)]
     (folder / "first.jsonl").write_text("\n".join(rows) + "\n")
     for number in (1, 2):
@@ -86,7 +86,7 @@ def flat(windows: list[list[int]]) -> list[int]:
 
 
 def by_hand(trained, tokens, routing) -> tuple[float, float]:
-    """Largest difference of margins from those that gates tell, and of losses from log-softmax."""
+    """Return the largest differences of margins from the gates and of losses from log-softmax."""
     from megatron_ext.inference.forward import full_logits
     from megatron_ext.moe.router import routers_of
 

@@ -22,7 +22,7 @@ STREAMS = st.lists(st.integers(0, VOCABULARY - 1), min_size=2, max_size=200)
 
 
 def brute_force_bigram(train: list[int], context: int, token: int) -> float:
-    """Interpolated modified Kneser-Ney from its definition, one pair at a time."""
+    """Return interpolated modified Kneser-Ney from its definition, one pair at a time."""
     counts = Counter(pairwise(train))
     times = Counter(counts.values())
     discount = {1: 0.5, 2: 0.5, 3: 0.5}

@@ -1,4 +1,4 @@
-"""Preflight reports what would stop a run, and the rank that would delay it."""
+"""Tests that preflight reports problems that would stop a run, and ranks that would delay it."""
 
 import contextlib
 import io
@@ -29,7 +29,7 @@ while [[ -e $1 ]]; do kill -STOP $0; sleep 0.1; kill -CONT $0; sleep 0.005; done
 
 
 def start(argv: list[str], port: int, trouble: dict[int, str], mark: str) -> tuple[int, str, str]:
-    """Run the tool on this rank, with trouble if it is to have any; exit code, stdout, stderr.
+    """Run the tool on this rank, with a fault if there is one; return exit code, stdout, stderr.
 
     A preflight begins without process groups, and its ranks meet at the store of `port`.
     """
@@ -52,8 +52,7 @@ def start(argv: list[str], port: int, trouble: dict[int, str], mark: str) -> tup
 
 
 def slow_and_with_a_wrong_clock(mark: Path) -> Any:
-    """While ranks work, stop this process most of the time, from outside; its clock is five seconds
-    ahead."""
+    """Stop this process most of the time while ranks work; its clock is five seconds ahead."""
     from megatron_ext.planning.preflight import rank_checks as ranks
 
     right, work = time.time, ranks.own_work
@@ -77,7 +76,7 @@ def slow_and_with_a_wrong_clock(mark: Path) -> Any:
 
 
 def stopped_in_a_collective(mark: Path) -> Any:
-    """Stop this process for good, as far as the others can see, in its first all-to-all."""
+    """Stop this process, as far as other ranks can observe, in its first all-to-all."""
     all_to_all = dist.all_to_all_single
 
     def stop(*args: Any, **kwargs: Any) -> Any:
@@ -97,7 +96,7 @@ def preflight(
     trouble: Mapping[int, str] = MappingProxyType({}),
     **env: str,
 ) -> tuple[int, dict[str, dict[str, Any]], str]:
-    """Exit code, the table by name of the check, and what rank 0 printed."""
+    """Return the exit code, the table by name of the check, and rank 0's output."""
     file = tmp_path / "table.json"
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     mark = str(tmp_path / "slow")
@@ -106,7 +105,7 @@ def preflight(
     assert len({code for code, _, _ in ended}) == 1, ended
     output = "".join(out + err for _, out, err in ended)
     assert "Traceback" not in output, output
-    assert all(out == "" for _, out, _ in ended[1:])  # one rank tells
+    assert all(out == "" for _, out, _ in ended[1:])  # one rank reports
     table = {row["check"]: row for row in json.loads(file.read_text())["checks"]}
     for row in table.values():
         assert row["text"] in ended[0][1]

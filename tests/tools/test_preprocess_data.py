@@ -1,4 +1,4 @@
-"""tools.preprocess_data: equal tokens for every format and number of workers."""
+"""Tests of tools.preprocess_data: equal tokens for every format and number of workers."""
 
 import gzip
 import hashlib
@@ -83,7 +83,7 @@ def test_plain_text_file_is_one_document(model, tokenizer, tmp_path):
 
 
 def test_dataset_decodes_to_the_source_texts(model, tokenizer, tmp_path):
-    """decode(read(write(encode(text)))) over texts of every kind, in one run for many texts."""
+    """One run writes, reads and decodes texts of every kind."""
     texts = []
     character = st.characters(exclude_categories=["Cs"], exclude_characters="\u2581")
 

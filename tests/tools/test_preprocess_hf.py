@@ -1,4 +1,4 @@
-"""tools.preprocess_data with Hugging Face tokenizers, against transformers.AutoTokenizer."""
+"""Tests of tools.preprocess_data with Hugging Face tokenizers, against transformers."""
 
 import gzip
 import json
@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
 
 
 def expected_ids(folder, texts, **options):
-    """The ids of each document: those of transformers, and one end-of-document id."""
+    """Return the ids of each document: those of transformers, and one end-of-document id."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     end = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     rows = [tokenizer(text, **options).input_ids for text in texts]

@@ -1,4 +1,4 @@
-"""tools.preprocess_data with bad input: skipped lines and refusals."""
+"""Tests of tools.preprocess_data with bad input: skipped lines and refusals."""
 
 import functools
 import gzip

@@ -1,4 +1,4 @@
-"""tools.preprocess_data after interruptions, damage and repetitions."""
+"""Tests of tools.preprocess_data after interruptions, damage and repetitions."""
 
 import os
 import signal
@@ -30,14 +30,14 @@ def wait_for_parts(prefix, process, count):
 
 
 def children_of(pid):
-    """The ids of a process's children."""
+    """Return the ids of a process's children."""
     tasks = Path(f"/proc/{pid}/task").glob("*/children")
     return [int(child) for task in tasks for child in task.read_text().split()]
 
 
 @pytest.fixture(scope="module")
 def uncut(model, tmp_path_factory):
-    """The source, options and bytes of a run that nobody cuts off."""
+    """Return the source, options and bytes of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("uncut")
     source = write_jsonl(folder / "text.jsonl", make_texts(12_000))
     options = ["--workers", 2, "--valid-fraction", 0.1]

@@ -1,4 +1,4 @@
-"""Folders for a model hub: they load elsewhere, and their cards state what was measured."""
+"""Tests of folders for a model hub: they load elsewhere, and their cards state measurements."""
 
 import json
 import re

@@ -155,7 +155,7 @@ def test_picture_of_a_text_with_line_ends_and_markup(tmp_path: Path) -> None:
 def test_report_of_a_real_run_routes_a_text(run_dir: Path, tmp_path: Path) -> None:  # noqa: F811
     text = tmp_path / "text.txt"
     text.write_text("ba kélo müni rasuté vozi ba")
-    # In a process of its own: this one may have Megatron without the device.
+    # In a separate process: this one may have Megatron without the device.
     run_ranks(report.main, 1, ["--run-dir", str(run_dir), "--text-file", str(text)])
     assert is_png(run_dir / "report.png")
     page = (run_dir / "report.html").read_text()

@@ -1,4 +1,4 @@
-"""Command line of tools.serve; tests/serving has the tests of the server."""
+"""Tests of the command line of tools.serve; tests/serving has the tests of the server."""
 
 import socket
 

@@ -1,4 +1,4 @@
-"""tools.train_tokenizer: properties of the tokenizer, its sample, and refusals."""
+"""Tests of tools.train_tokenizer: properties of the tokenizer, its sample, and refusals."""
 
 import functools
 import gzip
@@ -128,7 +128,7 @@ def test_sample_of_all_lines_keeps_their_order():
 
 
 def refusal(capsys, *arguments):
-    """The one line on stderr of a run that must exit with 2."""
+    """Return the one line on stderr of a run that must exit with 2."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as exit_:
         run_tool(functools.partial(train_tokenizer.main, list(map(str, arguments))))

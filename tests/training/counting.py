@@ -1,4 +1,4 @@
-"""What a real rank holds and sends, counted apart from the code that predicts it."""
+"""Counts of what a real rank holds and sends, independent of the code that predicts them."""
 
 from collections import Counter
 from typing import Any
@@ -44,12 +44,12 @@ class Counted(TorchDispatchMode):
 
 
 class Saved(torch.autograd.graph.saved_tensors_hooks):
-    """Bytes of the distinct storages that autograd saves, parameters apart."""
+    """Bytes of the distinct storages that autograd saves, without parameters."""
 
     def __init__(self, parameters: list[torch.Tensor]) -> None:
         super().__init__(self._pack, lambda tensor: tensor)
         self._own = {p.untyped_storage().data_ptr() for p in parameters}
-        self._alive: dict[int, torch.Tensor] = {}  # kept alive, so that no address returns
+        self._alive: dict[int, torch.Tensor] = {}  # references, so that no address is reused
 
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
         detached = tensor.detach()
@@ -67,14 +67,14 @@ def nbytes(tensors: list[torch.Tensor], apart_from: frozenset[int] = frozenset()
 
 
 def _parts(optimizer: Any) -> list[Any]:
-    """The optimizers of a chain, and of chains in it."""
+    """Return the optimizers of a chain, and of chains in it."""
     if not hasattr(optimizer, "chained_optimizers"):
         return [optimizer]
     return [part for link in optimizer.chained_optimizers for part in _parts(link)]
 
 
 def owned(model: Any, optimizer: Any) -> dict[str, int]:
-    """What a rank owns after a step, in bytes, and how many parameters it holds."""
+    """Return the bytes that a rank holds after a step, and its number of parameters."""
     from megatron.core.parallel_state import get_global_memory_buffer
 
     weights = [p for chunk in model for p in chunk.parameters()]

@@ -1,4 +1,4 @@
-"""`pretrain_et.py` with things going wrong, for tests of what becomes of the run.
+"""`pretrain_et.py` with faults, for tests of how a run reacts.
 
 The environment variable FAULTS says what: `name:rank:step` for each attempt of torchrun, separated
 by commas. A name is that of a function below; the fault befalls that rank in that training step.
@@ -77,7 +77,7 @@ def killed_while_saving(at: int) -> None:
 
 
 def killed_before_tracker(at: int) -> None:
-    """The files are whole, but nothing names them the newest yet."""
+    """Kill the rank when the files are complete but not yet named as the newest."""
     when_saving(at, lambda: setattr(checkpointing, "get_checkpoint_tracker_filename", kill))
 
 
@@ -90,7 +90,7 @@ def nan_in_gradient(at: int) -> None:
 
 
 def slow(at: int) -> None:
-    """Every step takes long enough for a test to act."""
+    """Make every step long enough for a test to act."""
     train_step = training.train_step
 
     def slowed(*args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Saving asynchronously: as exact as saving at once, and no process outlives its rank."""
+"""Tests of asynchronous saves: as exact as synchronous ones, and no process outlives its rank."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ from tests.warm import warm_python
 
 
 def of_run(mark: str) -> list[psutil.Process]:
-    """Every process with that mark in its environment."""
+    """Return every process with that mark in its environment."""
     results = []
     for process in psutil.process_iter():
         try:
@@ -52,7 +52,7 @@ def test_async_save_resumes_bit_for_bit_from_every_checkpoint(
 
 
 def later_changes() -> tuple[list[float], list[float]]:
-    """What a checkpoint would hold if training changed a tensor while it is written."""
+    """Return what a checkpoint contains if training changes a tensor while it is written."""
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
     from megatron_ext.devices import async_save
@@ -116,7 +116,7 @@ def test_async_save_completes_after_signals_to_all_processes(tmp_path: Path) -> 
 
 
 def signals_to_all() -> None:
-    """What Slurm and torchrun do to every process of a rank."""
+    """Send signals, as Slurm and torchrun do, to every process of a rank."""
     os.killpg(0, signal.SIGUSR1)
     os.killpg(0, signal.SIGTERM)
 

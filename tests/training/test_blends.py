@@ -1,4 +1,4 @@
-"""Blends, weights, splits and lengths of data are checked before anything is built."""
+"""Tests that blends, weights, splits and lengths of data are checked before anything is built."""
 
 from argparse import Namespace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The list of digests that ends a checkpoint."""
+"""Tests of the list of digests that completes a checkpoint."""
 
 import json
 from functools import partial
@@ -16,7 +16,7 @@ def write_files(folder: str, rank: int) -> None:
 
 
 def save_asynchronously(folder: Path) -> list[str]:
-    """On a rank: the files that `_write_digests` reads after an asynchronous save."""
+    """Return, on a rank, the files that `_write_digests` reads after an asynchronous save."""
     from megatron_ext.training import saving as checkpoints
 
     rank = dist.get_rank()

@@ -1,4 +1,4 @@
-"""What becomes of a run when something breaks: nothing is lost, and who or what it was is told."""
+"""Tests of runs with faults: nothing is lost, and the cause is reported."""
 
 import itertools
 import json
@@ -29,7 +29,7 @@ SPEED = ("seconds", "tokens_per_s", "flops_per_s_per_device", "mfu")
 
 
 def start_and_do(flags: list[str], step: int, deeds: dict[int, partial[Any]]) -> Any:
-    """As `start`; before the `step`-th step of this start each rank of `deeds` does its deed."""
+    """Run like `start`; before step `step` of this start, each rank of `deeds` does its deed."""
     from megatron.training import training
 
     train_step, steps = training.train_step, 0
@@ -49,14 +49,14 @@ def start_and_do(flags: list[str], step: int, deeds: dict[int, partial[Any]]) ->
 
 
 def rows(run_dir: Path) -> list[dict[str, Any]]:
-    """The training rows of a run without what depends on the clock."""
+    """Return the training rows of a run without the values that depend on the clock."""
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     results = [json.loads(line) for line in lines]
     return [{k: v for k, v in row.items() if k not in SPEED} for row in results if "loss" in row]
 
 
 def whole_checkpoints(run_dir: Path) -> list[str]:
-    """Iterations under a run directory; all must be whole."""
+    """Return the iterations in a run directory, all of which must be complete."""
     folders = sorted((run_dir / "checkpoints").glob("iter_*"))
     assert [damage(folder) for folder in folders] == [None] * len(folders)
     return [folder.name for folder in folders]
@@ -64,7 +64,7 @@ def whole_checkpoints(run_dir: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """The rows of a run on two ranks that nothing happened to."""
+    """Return the rows of an undisturbed run on two ranks."""
     folder = tmp_path_factory.mktemp("undisturbed")
     train([*SAME, "--run-dir", str(folder)])
     result = rows(folder)
@@ -185,7 +185,7 @@ def test_damaged_checkpoint_is_refused_or_replaced_by_an_older_one(
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run stopped after four steps."""
+    """Return a run that was stopped after four steps."""
     folder = tmp_path_factory.mktemp("trained")
     flags = [*SAME, "--run-dir", str(folder), "--exit-interval", "4"]
     train(flags)
@@ -199,7 +199,7 @@ def test_resume_without_a_whole_checkpoint_is_refused(trained: Path, tmp_path: P
     flags = [*SAME, "--run-dir", str(run), "--allow-older-checkpoint"]
     ended = run_ranks(start, 2, flags)
     assert [code for code, _ in ended] == [2, 2]
-    message = "".join(stderr for _, stderr in ended)  # either rank may be the one that tells
+    message = "".join(stderr for _, stderr in ended)  # either rank may report it
     assert "it was not saved completely" in message
     assert "no older checkpoint in that folder is intact" in message
 
@@ -236,7 +236,7 @@ def test_skipped_step_leaves_the_thresholds(tmp_path: Path) -> None:
 
 
 def vanish(file: str | None) -> None:
-    """Remove the file, if any; reads are tried again at once, not after 10, 20 and 40 s."""
+    """Remove the file, if any; reads are repeated at once, not after 10, 20 and 40 s."""
     from megatron.core.datasets import indexed_dataset
 
     indexed_dataset.time = SimpleNamespace(time=time.time, sleep=lambda seconds: None)

@@ -1,4 +1,4 @@
-"""State of the distributed optimizer, gathered for a checkpoint one tensor at a time."""
+"""Tests of the distributed optimizer's state, gathered for a checkpoint one tensor at a time."""
 
 from types import SimpleNamespace
 from unittest import mock
@@ -14,7 +14,7 @@ KEYS = ("param", "exp_avg", "exp_avg_sq")
 
 
 def optimizer():
-    """Return what Megatron's function reads of a distributed optimizer, with distinct values."""
+    """Return the parts of a distributed optimizer that Megatron reads, with distinct values."""
     size, rank = dist.get_world_size(), dist.get_rank()
     params = [torch.nn.Parameter(torch.empty(length)) for length in SIZES]
     index, ranges, state, start = {}, {}, {}, 0
@@ -43,7 +43,7 @@ def optimizer():
 
 
 def gather(asynchronous):
-    """On a rank: state as Megatron and this project gather it, and whether storage is shared."""
+    """Return, on a rank, the state that Megatron and this project gather, and shared storage."""
     from megatron_ext.training import gathering
 
     own_optimizer = optimizer()

@@ -1,4 +1,4 @@
-"""A run with a Hugging Face tokenizer, from text to a converted model, moved in between."""
+"""Tests of a run with a Hugging Face tokenizer, from text to a converted model, with a move."""
 
 import json
 import math
@@ -30,7 +30,7 @@ SMALL = [
 
 
 def use(run: Path, prefix: str, out: Path) -> dict[str, object]:
-    """On a rank: what the tools make of a run."""
+    """Return, on a rank, the results of the tools for a run."""
     from megatron_ext.evaluation.losses import Windows
     from megatron_ext.evaluation.models import MegatronModel
     from megatron_ext.inference.loading import load_model

@@ -1,4 +1,4 @@
-"""The same seed and data give the same losses, cutoffs and thresholds on every layout.
+"""Tests that the same seed and data give the same losses and thresholds on every layout.
 
 Each layout trains with `pretrain_et.py` on real ranks, and is compared with one rank; runs also go
 from one layout to another in the middle.
@@ -44,9 +44,9 @@ Trained = Callable[[Layout], tuple[Path, list[Any]]]
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """The folder and the rows of an undisturbed run; each layout is trained once.
+    """Return the folder and the rows of an undisturbed run; each layout is trained once.
 
-    Runs that others go on from have checkpoints of steps WARMUP and SAVED.
+    Runs that other runs resume have checkpoints of steps WARMUP and SAVED.
     """
     sources = [replace(layout, name="") for layout, _ in GOING_ON]
 
@@ -127,7 +127,7 @@ GOING_ON = [
 
 
 def saved_thresholds(run: Path) -> dict[str, list[float]]:
-    """The thresholds of each layer in a run's checkpoint, by the name they have in a row."""
+    """Return the thresholds of each layer in a run's checkpoint, by their names in a row."""
     folder = run / "checkpoints" / f"iter_{SAVED:07d}"
     metadata = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
     names = [name for name in metadata if ".thresholds." in name]

@@ -1,4 +1,4 @@
-"""Muon and AdamW on real ranks against both written out for one process; their checkpoints."""
+"""Tests of Muon and AdamW on real ranks against both in one process, and of their checkpoints."""
 
 from collections.abc import Callable
 from functools import cache
@@ -46,7 +46,7 @@ LAYOUTS = [
 
 
 class Reference:
-    """Muon and AdamW on whole parameters, as their papers have them, in fp64.
+    """Muon and AdamW on whole parameters, as in their papers, in fp64.
 
     `step` takes the place of a Megatron optimizer's in a run on one rank.
     """
@@ -92,7 +92,7 @@ class Reference:
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """Five steps of the quintic iteration, scaled by the shape; `[d_out, d_in]`."""
+    """Return five steps of the quintic iteration, scaled by the shape, `[d_out, d_in]`."""
     x = matrix / max(float(matrix.norm()), 1e-7)
     for _ in range(5):
         gram = x @ x.T
@@ -115,7 +115,7 @@ def _pretrain_by_reference(flags: list[str]) -> None:
 
 
 def weights(run: Path, step: int = STEPS, prefix: str = "") -> dict[str, Tensor]:
-    """Whole tensors of a run's checkpoint by their global names: the model's, or others'."""
+    """Return whole tensors of a run's checkpoint by their global names."""
     folder = run / "checkpoints" / f"iter_{step:07d}"
     metadata = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
     state = {
@@ -131,7 +131,7 @@ def weights(run: Path, step: int = STEPS, prefix: str = "") -> dict[str, Tensor]
 
 
 def furthest(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
-    """The largest difference of a weight, and of which."""
+    """Return the largest difference of a weight, and the weight's name."""
     assert tensors.keys() == expected.keys() and len(tensors) > 5
     return max((float((tensors[n] - expected[n]).abs().max()), n) for n in expected)
 
@@ -146,7 +146,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Layout], Path]:
-    """The folder of an undisturbed run on a layout, with checkpoints of two steps."""
+    """Return the folder of an undisturbed run on a layout, with checkpoints of two steps."""
 
     @cache
     def run(layout: Layout) -> Path:

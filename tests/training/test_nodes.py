@@ -1,4 +1,4 @@
-"""Two torchrun agents as two nodes, each in a network of its own."""
+"""Tests of two torchrun agents as two nodes, each in a separate network."""
 
 import os
 import subprocess
@@ -26,7 +26,7 @@ def ip(*words: str) -> None:
 
 
 class Nodes:
-    """Two network namespaces joined by one cable."""
+    """Two network namespaces connected by one cable."""
 
     def __init__(self) -> None:
         self.names = [f"node{i}-{os.getpid()}" for i in range(2)]
@@ -91,7 +91,7 @@ def nodes() -> Iterator[Nodes]:
 
 
 def wait_until(condition: Callable[[], bool], agents: list[subprocess.Popen[bytes]]) -> None:
-    """Wait, at most two minutes; then, or at an error, leave no agent behind."""
+    """Wait for at most two minutes; then, or after an error, stop all agents."""
     deadline = time.monotonic() + 120
     try:
         while not condition():
@@ -103,7 +103,7 @@ def wait_until(condition: Callable[[], bool], agents: list[subprocess.Popen[byte
 
 
 def kill(agents: list[subprocess.Popen[bytes]]) -> None:
-    """Kill what still runs, ranks too."""
+    """Kill all processes that still run, including ranks."""
     for agent in agents:
         if agent.poll() is None:
             agent_process = psutil.Process(agent.pid)

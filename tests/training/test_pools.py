@@ -1,4 +1,4 @@
-"""Whether an expert's share of a pool is at least one token."""
+"""Tests that an expert's share of a pool is at least one token."""
 
 from argparse import Namespace
 from fractions import Fraction

@@ -1,4 +1,4 @@
-"""`pretrain_et.py` as a user runs it: resuming, recomputing, evaluating."""
+"""Tests of `pretrain_et.py` as a command: resuming, recomputing, evaluating."""
 
 import json
 from pathlib import Path
@@ -14,13 +14,13 @@ SPEED = ("seconds", "tokens_per_s", "flops_per_s_per_device", "mfu")
 
 
 def pretrain(run_dir: Path, *flags: str, nproc: int = 2) -> list[dict[str, Any]]:
-    """Train and return the rows of it."""
+    """Train, and return the rows of metrics."""
     train([*TINY, "--run-dir", run_dir, *flags], nproc)
     return rows_of(run_dir)
 
 
 def rows_of(run_dir: Path) -> list[dict[str, Any]]:
-    """The training rows of metrics.jsonl, without what depends on the clock."""
+    """Return the training rows of metrics.jsonl without the values that depend on the clock."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
         assert row.get("val_loss", 1) > 0

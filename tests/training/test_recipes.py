@@ -1,4 +1,4 @@
-"""Every recipe is one that trains, and the models of the paper have its parameters."""
+"""Tests that every recipe trains, and that the paper's models have their parameters."""
 
 import contextlib
 import io
@@ -28,7 +28,7 @@ Run = tuple[str, ...]
 
 
 def _read(runs: list[Run]) -> dict[Run, dict[str, Any]]:
-    """The arguments of every run as the trainer has them, of some with the model's parameters."""
+    """Return the arguments of every run as the trainer has them, some with parameter counts."""
     from megatron.training.training import destroy_global_state
 
     from megatron_ext.arguments import parse_args
@@ -51,7 +51,7 @@ def _read(runs: list[Run]) -> dict[Run, dict[str, Any]]:
 
 
 def _count(args: Any, config: Any) -> tuple[int, int]:
-    """Parameters of the model, and of those the ones active, built on one of its ranks."""
+    """Return the numbers of parameters and of active ones, of a model built on one of its ranks."""
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     from megatron_ext.model.gpt import gpt_model_config

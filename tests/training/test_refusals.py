@@ -1,4 +1,4 @@
-"""Each mistake of a user ends in one sentence that names the flag or file, and exit code 2."""
+"""Tests that each mistake of a user ends in one sentence that names the fix, and exit code 2."""
 
 import contextlib
 import io
@@ -22,7 +22,7 @@ REAL_DATA = [flag for flag in TINY if flag != "--mock-data"]
 
 
 def refusal(flags: list[str]) -> str:
-    """The one sentence that a run with these flags ends in."""
+    """Return the one error message of a run with these flags."""
     [(code, stderr)] = run_ranks(start, 1, flags)
     messages = [line for line in stderr.splitlines() if line.startswith("pretrain_et.py:")]
     lines = [line for line in messages if not line.startswith("pretrain_et.py: warning:")]
@@ -153,7 +153,7 @@ def test_pretrain_refuses_a_tokenizer_that_does_not_match_the_data(
 
     run = [*flags, str(tokenizers[0]), "--run-dir", str(tmp_path / "run"), "--exit-interval", "1"]
     train(run, ranks=1)
-    (tmp_path / "text.json").unlink()  # without it nothing but the checkpoint tells
+    (tmp_path / "text.json").unlink()  # without it only the checkpoint names the tokenizer
     run[run.index(str(tokenizers[0]))] = str(tokenizers[1])
     assert "was trained with another tokenizer" in refusal(run)
 
@@ -201,7 +201,7 @@ def test_refusal_under_torchrun_is_printed_by_one_rank() -> None:
 
 
 def _help() -> tuple[str, set[str]]:
-    """What --help prints, and the names of our own options."""
+    """Return the output of --help, and the names of this project's options."""
     from dataclasses import fields
 
     from megatron.core.transformer import TransformerConfig

@@ -1,4 +1,4 @@
-"""Checks of a run against the checkpoint that it resumes from."""
+"""Tests of the checks of a run against the checkpoint that it resumes from."""
 
 from argparse import Namespace
 

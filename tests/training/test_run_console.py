@@ -1,4 +1,4 @@
-"""What `pretrain_et.py` prints and logs, and what its trackers receive."""
+"""Tests of the console and the logs of `pretrain_et.py`, and of the metrics of its trackers."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def tags(run: Path) -> dict[str, list[int]]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
-    """A run of six steps with a checkpoint after four: its folder and its two streams."""
+    """Return the folder and both streams of a run of six steps with a checkpoint after four."""
     run = tmp_path_factory.mktemp("console") / "run"
     flags = ("--save-interval", 4, "--eval-interval", 3, "--eval-iters", 1)
     done = pretrain("--run-dir", run, *flags)

@@ -1,4 +1,4 @@
-"""Schedules follow the samples that were trained, against ones computed step by step."""
+"""Tests of schedules that follow the trained samples, against step-by-step computation."""
 
 from argparse import Namespace
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ def _without_calculator() -> Iterator[None]:
 
 
 def run(monkeypatch: pytest.MonkeyPatch, **flags: Any) -> Namespace:
-    """Arguments of a run, and Megatron's calculator of its batch size."""
+    """Return the arguments of a run, and Megatron's calculator of its batch size."""
     usual: dict[str, Any] = {
         "train_iters": 8, "train_samples": None, "global_batch_size": 4, "micro_batch_size": 2,
         "step_batch_size_schedule": None, "seq_length": 16, "lr": PEAK, "min_lr": 0.0,
@@ -53,7 +53,7 @@ def run(monkeypatch: pytest.MonkeyPatch, **flags: Any) -> Namespace:
 
 
 def scheduler(args: Namespace, progress: RunProgress) -> tuple[Any, Any]:
-    """The schedule that a run starts with, advanced to where it resumes."""
+    """Return the schedule that a run starts with, advanced to the step where it resumes."""
     args.progress = progress
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.0)
     built = schedule._wrap_scheduler(training.get_optimizer_param_scheduler, progress)(optimizer)
@@ -62,7 +62,7 @@ def scheduler(args: Namespace, progress: RunProgress) -> tuple[Any, Any]:
 
 
 def rates(args: Namespace, progress: RunProgress) -> list[float]:
-    """The learning rate after each further step, as rows record it."""
+    """Return the learning rate after each further step, as rows record it."""
     built, group = scheduler(args, progress)
     result, samples = [], progress.samples
     for _ in range(progress.iteration, args.train_iters):

@@ -1,4 +1,4 @@
-"""What further starts of one run do: finish, refuse, resume with other sizes."""
+"""Tests of further starts of one run: they finish, are refused, or resume with other sizes."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ def rows(run_dir: Path, name: str = "loss") -> list[dict[str, Any]]:
 
 
 def refusal(*flags: object) -> tuple[int, str]:
-    """Exit code and stderr of a start on one rank."""
+    """Return the exit code and stderr of a start on one rank."""
     [ended] = run_ranks(start, 1, [*SMALL, *flags])
     return ended
 

@@ -1,4 +1,4 @@
-"""Tests of the observer of stalled ranks apart from a training run."""
+"""Tests of the watchdog of stalled ranks without a training run."""
 
 import subprocess
 import sys
@@ -19,7 +19,7 @@ def test_watchdog_threads_end_with_the_context():
 
 
 def test_a_process_exits_cleanly_while_its_watchdog_asks_the_store():
-    """A daemon thread that returns from the store while Python ends aborts the process."""
+    """A daemon thread that returns from the store while Python ends would abort the process."""
     program = """
         import torch.distributed as dist
         from megatron_ext.training.launch import Launch

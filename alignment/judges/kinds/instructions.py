@@ -55,7 +55,7 @@ class InstructionsConfig(VerifierConfig):
             arguments = _list(prompt.metadata[self.arguments], self.arguments)
         else:
             arguments = [{}] * len(names)
-        arguments = [{} if given is None else given for given in arguments]
+        arguments = [{} if settings is None else settings for settings in arguments]
         if problem := check_instructions(names, arguments):
             raise CannotVerify(problem)
         unknown = [name for name in names if name not in CHECKS]
@@ -68,11 +68,11 @@ class InstructionsConfig(VerifierConfig):
             )
         if not names:
             raise CannotVerify(f"the column {self.names!r} names no instruction")
-        return [(n, given) for n, given in zip(names, arguments) if n in CHECKS]
+        return [(n, settings) for n, settings in zip(names, arguments) if n in CHECKS]
 
     def verify(self, expected: list[Instruction], text: str) -> Verification:
         """Return the share of the instructions that a text follows, or whether it follows all."""
-        results = [follows(text, name, given) for name, given in expected]
+        results = [follows(text, name, settings) for name, settings in expected]
         missed = [name for (name, _), followed in zip(expected, results) if not followed]
         note = f"{sum(results)} of {len(results)} instructions followed" + (
             f"; not {', '.join(missed)}" if missed else ""

@@ -1,4 +1,4 @@
-"""The tool that compares two files of verdicts, and the arrays that it makes of them."""
+"""Tests of the command that compares two files of verdicts, and of the arrays that it computes."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ def scores(labels: list[float | None], sample: int = 0) -> list[Verdict]:
 
 
 def preference(item: str, label: str, swapped: bool = False) -> Verdict:
-    """What a judge said: A or B, in the order shown, or tie."""
+    """Return a verdict on a pair: A or B, in the order shown, or tie."""
     if label == "tie":
         return Verdict(item, Outcome.TIE, swapped=swapped)
     side = Side.FIRST if (label == "A") != swapped else Side.SECOND

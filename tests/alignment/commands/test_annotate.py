@@ -1,4 +1,4 @@
-"""Annotation against a real HTTP server that fails in every way, and through kills."""
+"""Tests of annotation against a real HTTP server that fails in every way, and with kills."""
 
 import io
 import json
@@ -65,7 +65,7 @@ class Done(NamedTuple):
 
 
 def annotate(input_file: Path, server: Endpoint, *flags: object) -> Done:
-    """The tool in this process; the test of kills starts real ones."""
+    """Run the command in this process; the test of kills starts real processes."""
     out = io.StringIO()
     with redirect_stdout(out):
         try:
@@ -166,7 +166,7 @@ def test_failures_are_failures_and_too_many_stop_the_run(tmp_path: Path) -> None
         assert 5 < sum(before.values()) < 30 and not (tmp_path / "verdicts.jsonl").exists()
         done = annotate(file, server, "--max-failed", 0.3, "--concurrency", 2)
         assert done.returncode == 0, done.stderr
-        assert max(server.answered.values()) == 1  # what had been paid for was kept
+        assert max(server.answered.values()) == 1  # answers that were paid for were stored
         outcomes = Counter(v["outcome"] for v in rows(tmp_path / "verdicts.jsonl"))
         assert outcomes == {"score": 30, "failed": 10}
         failed = [v for v in rows(tmp_path / "verdicts.jsonl") if v["outcome"] == "failed"]

@@ -1,4 +1,4 @@
-"""Cost of an annotation before, while and after it is spent."""
+"""Tests of the cost of an annotation before, during and after the run."""
 
 import json
 from pathlib import Path

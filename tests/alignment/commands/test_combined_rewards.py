@@ -1,4 +1,4 @@
-"""Policies trained on sums of judges, without gold, and on judges whose calls have a price."""
+"""Tests of policies trained on sums of judges, without gold, and on judges with prices."""
 
 import contextlib
 import io
@@ -41,7 +41,7 @@ components:
 
 
 def train(folder, run, judge, *more):
-    """The exit code of two steps of `train-policy` without gold, or the sentence it ends with."""
+    """Return the exit code of two steps of `train-policy` without gold, or its error message."""
     words = [
         *("--model", folder / "model", "--run-dir", run, "--steps", 2, "--judge", judge),
         *("--prompts", folder / "prompts.jsonl", "--batch-size", 16, "--group-size", 4),
@@ -56,7 +56,7 @@ def train(folder, run, judge, *more):
 
 
 def run_all(place, runs, url):
-    """The outcome of each run, and what it printed and warned."""
+    """Return the outcome of each run, with its output and its warnings."""
     results = {}
     (place / "sum.yaml").write_text(SUM.replace("FOLDER", str(place)))
     priced = PRICED.replace("FOLDER", str(place)).replace("URL", url)

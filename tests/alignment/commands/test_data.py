@@ -1,4 +1,4 @@
-"""`et-align data`: import, split, count."""
+"""Tests of `et-align data`: import, split, count."""
 
 import json
 import random
@@ -19,7 +19,7 @@ WORDS = [f"word{n}" for n in range(500)]
 
 
 def preferences(count: int, seed: int = 0) -> Iterator[dict[str, Any]]:
-    """Rows in the columns of Tulu 3; every tenth prompt is near to the one before."""
+    """Return rows in the columns of Tulu 3; every tenth prompt is a near-duplicate."""
     rng, questions = random.Random(seed), [""]
     for number in range(count):
         questions = [*questions[:-1], "more"] if number % 10 == 9 else rng.choices(WORDS, k=20)
@@ -205,7 +205,7 @@ def test_impossible_requests_are_refused(words: list[str], message: str) -> None
 
 
 def peak(*words: str) -> int:
-    """Bytes that a command holds at most."""
+    """Return the peak memory of a command in bytes."""
     tracemalloc.start()
     main(words)
     most = tracemalloc.get_traced_memory()[1]

@@ -1,4 +1,4 @@
-"""Policies compared: by an endpoint, by a rule, and from files of verdicts."""
+"""Tests of the comparison of policies by an endpoint, by a rule, and from files of verdicts."""
 
 import json
 from pathlib import Path
@@ -34,7 +34,7 @@ def policy(folder: Path, name: str, texts: list[str]) -> str:
 
 @pytest.fixture
 def files(tmp_path: Path) -> list[str]:
-    """Texts begin with the digit that the endpoint gives them."""
+    """Write responses that begin with the digit that the endpoint gives them as their score."""
     draw = np.random.default_rng(0)
     return [
         policy(tmp_path, name, [f"<{draw.integers(low, high)}, {name} {i}>" for i in range(N)])

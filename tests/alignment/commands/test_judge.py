@@ -1,4 +1,4 @@
-"""A judge at hand says what transformers says its labels' probabilities are; errors are told."""
+"""Tests of local judges, whose label probabilities equal those of transformers, and of messages."""
 
 import math
 from dataclasses import replace
@@ -33,7 +33,7 @@ def place(tmp_path_factory):
 
 
 def judged(folder, sizes, thinks):
-    """Verdicts of this rank's questions; the room for an answer that thinks is small."""
+    """Return the verdicts on this rank's questions; a thinking answer has little room."""
     from alignment.data.model_tokenizer import load_tokenizer
     from alignment.engines.megatron import MegatronEngine, MegatronLayout
     from alignment.engines.protocol import GeneratedResponse
@@ -91,7 +91,7 @@ def test_labels_without_probability_are_no_judgement():
 
 
 def refusals(folder):
-    """The sentence that each wrong command gives."""
+    """Return the error message of each wrong command."""
     from alignment.commands.train_judge import main
     from megatron_ext.errors import UserError
 

@@ -1,4 +1,4 @@
-"""Recipes of judges: the paper's settings, real models' sizes, and layouts that fit their ranks."""
+"""Tests of the recipes of judges: the paper's settings, and layouts that fit real models."""
 
 import contextlib
 import io
@@ -34,13 +34,13 @@ def shape_of(size: str) -> str:
 
 
 def words(*recipes: str, model: str = "Qwen3-8B") -> list[str]:
-    """Of a command line with these recipes."""
+    """Return a command line with these recipes."""
     files = [word for name in recipes for word in ("--recipe", str(RECIPES / f"{name}.yaml"))]
     return [*files, "--model", str(SHAPES / model), "--run-dir", "none"]
 
 
 def dry_runs(cases: list[list[str]]) -> list[dict[str, Any]]:
-    """What a user's dry runs print, one after the other in this process."""
+    """Return the output of several dry runs, one after the other in this process."""
     import torch.distributed as dist
     from megatron.training.training import destroy_global_state
 
@@ -81,7 +81,7 @@ def test_dry_run_takes_the_model_of_a_run_of_either_kind(
 
 @pytest.mark.slow
 def test_models_have_their_published_sizes_and_fit_their_ranks() -> None:
-    """Of what a size is trained for, the most that its ranks hold."""
+    """The memory is the largest of all kinds of training that a recipe of a size is for."""
     # The largest judge gives labels alone, and policies here only have their layouts.
     kinds = {size: "base" if size == "qwen3-14b" else "rl" for size in SIZES}
     cases = [words(kind, f"sizes/{size}", model=shape_of(size)) for size, kind in kinds.items()]
@@ -130,7 +130,7 @@ def test_settings_are_the_papers() -> None:
         options = flag_values(parse([*words(*recipes, "sizes/qwen3-8b"), "--dry-run", "8"]))
         assert settings == {name: options[name] for name in settings}, recipes
         assert options["megatron_flags"].startswith("--recompute")
-    for size in SIZES:  # a trained judge is asked on the same layout
+    for size in SIZES:  # a trained judge judges on the same layout
         file = str(RECIPES / "sizes" / f"{size}.yaml")
         files = ["--input", "a.jsonl", "--output", "b.jsonl"]
         judging = parse_judge(["--recipe", file, "--model", str(SHAPES / shape_of(size)), *files])

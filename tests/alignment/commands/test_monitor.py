@@ -1,4 +1,4 @@
-"""The command, as a user runs it."""
+"""Tests of `et-align monitor` as a command."""
 
 import json
 import subprocess
@@ -29,7 +29,7 @@ def responses(tmp_path: Path) -> str:
 
 @pytest.fixture
 def verdicts(tmp_path: Path) -> str:
-    """Longer is better; the last response has no score, and one has two."""
+    """Write verdicts that prefer length; the last response has no score, and one has two."""
     content: list[dict[str, Any]] = [
         {"item": f"r{n}", "outcome": "score", "score": n} for n in range(8)
     ]

@@ -1,4 +1,4 @@
-"""A policy on DeepSpeed: a killed run goes on as if nothing had been, and begins as on Megatron."""
+"""Tests of `train-policy` with DeepSpeed: exact resumption, and the same start as with Megatron."""
 
 import json
 import os
@@ -16,7 +16,7 @@ TIMES = ("seconds", "time/", "share/", "tokens_per_s")  # differ from run to run
 
 
 def train(folder, run, steps, engine, dies_after=None):
-    """The exit code of `train-policy`; or nothing, of a process that kills itself after a step."""
+    """Return the exit code of `train-policy`, or None if the process kills itself after a step."""
     from alignment.commands.train_policy import main
     from alignment.training.training_run import TrainingRun
 
@@ -42,7 +42,7 @@ def train(folder, run, steps, engine, dies_after=None):
 
 
 def rows_of(run):
-    """Rows of metrics without what depends on the clock."""
+    """Return the rows of metrics without the values that depend on the clock."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{n: v for n, v in row.items() if not n.startswith(TIMES)} for row in rows]
 

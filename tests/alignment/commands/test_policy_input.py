@@ -1,4 +1,4 @@
-"""What a policy may be given and may do: silence, equal rewards, long prompts, other tokenizers."""
+"""Tests of unusual policies: empty responses, equal rewards, long prompts, other tokenizers."""
 
 import contextlib
 import io
@@ -20,7 +20,7 @@ LATENCY = 0.05
 
 
 def make_silent(folder):
-    """A model that ends at once, whatever it is asked."""
+    """Write a model that ends every response at once."""
     from transformers import LlamaForCausalLM
 
     make_model(folder, num_hidden_layers=1, max_position_embeddings=128)
@@ -33,7 +33,7 @@ def make_silent(folder):
 
 
 def make_other_tokenizer(folder):
-    """A judge with other tokens, and fewer: bytes and nothing else."""
+    """Write a judge with other and fewer tokens: only bytes."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -57,7 +57,7 @@ def make_other_tokenizer(folder):
 
 
 def make_routed(folder, model):
-    """A policy with thresholds, and the tokenizer of another model."""
+    """Write a policy with thresholds and the tokenizer of another model."""
     size = json.loads((model / "config.json").read_text())["vocab_size"]
     make_expert_threshold(folder, moe_layers=[1, 1], vocab_size=size, max_position_embeddings=128)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
@@ -66,7 +66,7 @@ def make_routed(folder, model):
 
 
 def cases(folder, runs, url):
-    """Of each case: the exit code or the sentence, and what was printed and warned."""
+    """Return the exit code or message of each case, with its output and its warnings."""
     results = {}
     (folder / "slow.yaml").write_text(
         f"kind: endpoint\nmodel: judge\nurl: {url}\nexpected_score: false\nconcurrency: 1\n"

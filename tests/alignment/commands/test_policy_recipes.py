@@ -1,4 +1,4 @@
-"""Recipes of policies: the paper's settings, and layouts that the parser and the dry run know."""
+"""Tests of the recipes of policies: the paper's settings, and layouts that the dry run accepts."""
 
 import contextlib
 import io
@@ -28,7 +28,7 @@ def words(recipe, model):
 
 
 def judges(folder):
-    """The files of local judges, with shapes in the place of trained ones; one of them twice."""
+    """Write files of local judges that name shapes instead of trained models, one of them twice."""
     flags = []
     for file, name, shape in (
         ("label", "label", "Qwen3-4B"),
@@ -43,7 +43,7 @@ def judges(folder):
 
 
 def parameters(shape, tensor):
-    """That a rank holds, from the shape alone."""
+    """Return the number of parameters of a rank, computed from the shape alone."""
     sizes = json.loads((SHAPES / shape / "config.json").read_text())
     hidden, head = sizes["hidden_size"], sizes["head_dim"]
     width = (2 * sizes["num_attention_heads"] + 2 * sizes["num_key_value_heads"]) * head
@@ -55,7 +55,7 @@ def parameters(shape, tensor):
 
 
 def keys_and_values(shape, tensor, rows, length):
-    """Bytes in bf16; the cache's length doubles when it is full."""
+    """Return the bytes of the cache in bf16; its length doubles when it is full."""
     sizes = json.loads((SHAPES / shape / "config.json").read_text())
     room = 64
     while room < length:
@@ -65,7 +65,7 @@ def keys_and_values(shape, tensor, rows, length):
 
 
 def settings(folder):
-    """Of every recipe with every size; and what the dry run of one of them tells."""
+    """Return the settings of every recipe with every size, and the output of one dry run."""
     import torch.distributed as dist
 
     from alignment.commands.train_policy import main, parse

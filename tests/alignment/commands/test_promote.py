@@ -1,4 +1,4 @@
-"""A retrained judge is promoted only past the regression gate."""
+"""Tests of the regression test that a retrained judge must pass before it is promoted."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from tests.alignment.chat_model import write_rows
 
 
 def scores(noise, seed, count=300):
-    """Scores of a judge that is so far from gold's."""
+    """Return scores at a distance from gold's scores."""
     draw = random.Random(seed)
     gold = [random.Random(i).randrange(10) for i in range(count)]
     values = [min(9.0, max(0.0, g + draw.gauss(0, noise))) for g in gold]
@@ -66,7 +66,7 @@ def test_on_new_items_it_must_be_better(files, capsys):
 
 
 def test_rounding_is_no_improvement_and_a_loss_of_the_margin_may_be(files, capsys):
-    """The current judge's scores, nearer to gold by 1e-7: another batch, not another judge."""
+    """The candidate has the current judge's scores, nearer to gold by 1e-7, as in another batch."""
     gold, good = scores(0.0, "gold"), scores(1.0, "good")
     near = [
         replace(b, score=b.score + 1e-7 * np.sign(a.score - b.score)) for a, b in zip(gold, good)
@@ -136,7 +136,7 @@ def silent_where(verdicts, hard):
 
 
 def test_judge_does_not_gain_by_failing_on_hard_items(files, capsys):
-    """A judge that is as good as the current one, and says nothing where that is far off."""
+    """The candidate equals the current judge but fails where that judge is far from gold."""
     gold = {v.item: v.score for v in scores(0.0, "gold")}
     current = scores(1.0, "good")
     evasive = silent_where(current, lambda v: abs(v.score - gold[v.item]) > 0.5)
@@ -149,7 +149,7 @@ def test_judge_does_not_gain_by_failing_on_hard_items(files, capsys):
     output = capsys.readouterr().out
     assert f"leaves {lost / len(gold):.1%} unjudged" in output and "no better" in output
     assert in_use(files) == "current"
-    # As little said as before is no ground to refuse; nor is more.
+    # The same or a larger share of judged items is no reason to refuse.
     write_rows(files / "quiet.jsonl", silent_where(current, lambda v: v.item == "7"))
     assert promote(files, ("evasive", "quiet")) == 0
 
@@ -195,7 +195,7 @@ def test_promotion_killed_between_the_renames_is_repaired(files, link):
 
 
 def test_several_responses_to_a_prompt_are_no_independent_items(files):
-    """The same verdicts four times over tell no more than once, if prompts are resampled."""
+    """Four copies of each verdict have the same interval if prompts are resampled."""
     responses = []
     for name in ("gold", "good", "same"):
         rows = scores(0.0 if name == "gold" else 1.0, name, count=60)

@@ -1,4 +1,4 @@
-"""Retraining a judge on its policy's responses, as docs/how-to/training-policies.md shows it."""
+"""Tests of retraining a judge on its policy's responses, as in docs/how-to/training-policies.md."""
 
 import json
 import random
@@ -17,7 +17,7 @@ def score(response):
 
 
 def old_items(count, seed):
-    """Of one to twelve words; gold tells their length."""
+    """Write items of one to twelve words; their gold score is their length."""
     draw = random.Random(seed)
     return [
         Response(
@@ -30,7 +30,7 @@ def old_items(count, seed):
 
 
 def refresh(place):
-    """Exit codes of the commands, on one rank."""
+    """Return the exit codes of the commands on one rank."""
     from alignment.commands.annotate import main as annotate
     from alignment.commands.judge import main as judge
     from alignment.commands.promote import main as promote

@@ -1,4 +1,4 @@
-"""Training of judges: the same on every split of ranks, exact after any interruption, and right."""
+"""Tests of `train-judge`: equal on every layout, exact after interruptions, and correct."""
 
 import json
 import os
@@ -17,7 +17,7 @@ LENGTH = 192
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    """A model, and items with gold's verdicts."""
+    """Return a model, and items with gold verdicts."""
     folder = tmp_path_factory.mktemp("judge")
     make_model(folder / "model", num_hidden_layers=1, max_position_embeddings=LENGTH)
     for name, count, seed in (("train", 160, 1), ("held_out", 40, 2)):
@@ -97,7 +97,7 @@ def reinforcement(folder, engine, run, critic=None, before=lambda groups: None, 
 
 
 def a_few_steps(folder, place, kind, layout):
-    """Figures of supervised steps, of reinforcement, of it with a critic; of all weights then."""
+    """Return metrics and weights of supervised steps and of reinforcement, also with a critic."""
     from alignment.judges.training_examples import encode
     from alignment.rl.critic import Critic
     from alignment.rl.train import train
@@ -121,7 +121,7 @@ def a_few_steps(folder, place, kind, layout):
 
 
 def negative_log_likelihood(folder):
-    """Of the first step's completions, by transformers, a sample at a time."""
+    """Return the loss of the first step's completions, by transformers, sample by sample."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -173,7 +173,7 @@ def test_a_step_is_the_same_on_every_split_and_engine(study, tmp_path):
 
 
 def interrupted(folder, place, how, at):
-    """Four steps of reinforcement; `how` happens while the rewards of the step `at` are given."""
+    """Run four steps of reinforcement; `how` happens while step `at` computes its rewards."""
     from alignment.rl.train import train
     from alignment.training.loop import TrainingSchedule
     from alignment.training.training_run import TrainingRun
@@ -208,7 +208,7 @@ def stop():
 
 
 def rows_of(place: Path) -> list[dict]:
-    """What was logged, without times."""
+    """Return the logged rows without times."""
     timed = ("time/", "share/", "seconds", "tokens_per_s")
     rows = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows]
@@ -237,7 +237,7 @@ def test_run_resumes_exactly_in_the_middle_of_a_step(study, tmp_path, how):
 
 
 def judged_by_a_poor_server(folder, place, dies):
-    """Three steps; calls fail in the first process alone, which dies in the third step."""
+    """Run three steps; calls fail in the first process alone, which dies in the third step."""
     from alignment.rl.train import train
     from alignment.training.loop import TrainingSchedule
     from alignment.training.training_run import TrainingRun
@@ -255,7 +255,7 @@ def judged_by_a_poor_server(folder, place, dies):
 
 
 def test_failures_of_a_trained_step_are_final(study, tmp_path):
-    """The responses of the steps after it are of the weights that came of it."""
+    """Later responses were sampled with weights that result from the step."""
     with pytest.raises(Exception, match=r"9|died|exit"):
         run_ranks(judged_by_a_poor_server, 1, study, tmp_path, True)
     before = rows_of(tmp_path)

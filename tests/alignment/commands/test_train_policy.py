@@ -1,4 +1,4 @@
-"""A policy in training: rewards by judges, grades by gold, alarms; failures are no rewards."""
+"""Tests of `train-policy`: rewards by judges, grades by gold, alarms; failures are not rewards."""
 
 import itertools
 import json
@@ -31,7 +31,7 @@ NO_RUN: Any = ResponseMonitor(SimpleNamespace(), Monitor())  # type: ignore[arg-
 
 
 def test_the_divergence_is_that_of_what_is_sampled(place, tmp_path):
-    """Of single-token responses, each once: weighted by their probabilities they give it."""
+    """The reference is the mean over all single-token responses, weighted by probability."""
     logits = {"policy": np.log([0.8, 0.2]), "start": np.log([0.9, 0.1])}
 
     def table(name, temperature):
@@ -74,7 +74,7 @@ def place(tmp_path_factory):
 
 
 def train(folder, run, judge, steps, *more):
-    """The exit code of `train-policy`, or the sentence it ends with."""
+    """Return the exit code of `train-policy`, or its error message."""
     from alignment.commands.train_policy import main
 
     words = [
@@ -96,7 +96,7 @@ def rows_of(run):
 
 
 def check_monitors(run, responses_of_steps, limits, held_out):
-    """Figures and alarms are those of the responses, beside lengths of the first grading."""
+    """Check metrics and alarms against the responses and the lengths of the first grading."""
     first = json.loads((run / "first.json").read_text())
     lengths = ReferenceLengths.from_words([len(words_of(row["text"])) for row in first.values()])
     monitor = Monitor(MonitorLimits.read(str(limits)), lengths)
@@ -122,7 +122,7 @@ def check_monitors(run, responses_of_steps, limits, held_out):
         monitor=ResponseMonitor(nobody, Monitor()), alarm=GamingAlarm(),
         check=lambda: None, writes=True,
     )  # fmt: skip
-    graded.restore(3)  # as a run does that goes on there
+    graded.restore(3)  # as a run that resumes there does
     assert graded.monitor.monitor.reference_lengths == lengths
     assert [row["step"] for row in graded.history] == [
         0,
@@ -131,7 +131,7 @@ def check_monitors(run, responses_of_steps, limits, held_out):
 
 
 def check_errors_over_prompts(run, row):
-    """Standard errors of the changes are those of the samples, which hold all of six prompts."""
+    """Check the standard errors of the changes against the samples of all six prompts."""
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     scores = {(s["step"], s["prompt"]): s["scores"] for s in samples}
     pairs = [(scores[0, p], scores[row["step"], p]) for step, p in scores if step == 0]
@@ -250,7 +250,7 @@ def test_failing_judges_end_the_run_and_are_called_again_on_resume(place, tmp_pa
         assert (run / "checkpoints" / "iter_0000002").is_dir()  # the step before is not lost
         broken[0] = "\0"  # in no prompt
         assert run_ranks(train, 1, place, run, spec, 2) == [0]
-        # Each response was asked about once: of equal ones the answer was there.
+        # There was one call for each different response; equal ones share the answer.
         assert sum(server.calls.values()) >= 32 and sum(server.answered.values()) <= 32 + 18
     assert [row["step"] for row in rows_of(run) if "reward" in row] == [1, 2]
     assert [row["step"] for row in rows_of(run) if "grade/gold" in row] == [0, 2]

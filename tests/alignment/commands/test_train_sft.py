@@ -1,4 +1,4 @@
-"""A model learns to answer, and answers: the same on any ranks, and as transformers has it."""
+"""Tests of `train-sft` and `generate`: equal on any number of ranks, and to transformers."""
 
 import json
 from pathlib import Path
@@ -166,7 +166,7 @@ def test_unusable_training_data_is_refused(place, tmp_path):
 
 
 def learn_late(folder, run):
-    """Ranks but the first see what rank 0 has begun to export."""
+    """Train such that all ranks but the first see a partial export of rank 0."""
     from alignment.commands.train_sft import main
 
     is_dir = Path.is_dir

@@ -1,4 +1,4 @@
-"""Conversations as token ids."""
+"""Tests of conversations as token ids."""
 
 import random
 from pathlib import Path
@@ -53,14 +53,14 @@ STRIPPED = TURNS.replace("m.content }}", "m.content.split('</think>')[-1] }}")
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """SmolLM2-135M-Instruct's own, with its chat template."""
+    """Return the tokenizer of SmolLM2-135M-Instruct with its chat template."""
     folder = tmp_path_factory.mktemp("smollm")
     save_tokenizer(GGUFModel(gguf_file()), folder)
     return AutoTokenizer.from_pretrained(folder)
 
 
 def byte_level(template: str = TURNS, **tokens: str) -> Any:
-    """A small tokenizer with Qwen's control tokens; only some are marked as special."""
+    """Return a small tokenizer with Qwen's control tokens, of which only some are special."""
     backend = ByteLevelBPETokenizer()
     text = ["the judge thinks that 9 is good and 3 is not"] * 9
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -117,7 +117,7 @@ def test_names_of_added_tokens_in_a_message_stay_text(role: str) -> None:
 
 
 def test_text_next_to_names_of_tokens_is_encoded_as_alone() -> None:
-    """The copy of the tokenizer that such texts need gives the ids of the tokenizer itself."""
+    """The copy of the tokenizer that encodes such texts gives the ids of the tokenizer."""
     tokenizer = byte_level()
     draw = random.Random(0)
     alphabet = [

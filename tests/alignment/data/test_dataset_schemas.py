@@ -1,4 +1,4 @@
-"""Files of preferences and conversations, as their authors write them."""
+"""Tests of files of preferences and conversations in the schemas of known datasets."""
 
 import json
 from pathlib import Path
@@ -47,7 +47,7 @@ def written(folder: Path, rows: list[Any], suffix: str = "jsonl") -> Path:
 
 
 def chosen(pair: Any) -> tuple[str, str]:
-    """(preferred, other)"""
+    """Return the preferred and the other response."""
     assert isinstance(pair, Pair)
     texts = pair.first, pair.second
     return texts if pair.preferred is Side.FIRST else texts[::-1]
@@ -120,7 +120,7 @@ TURNS = (
 
 
 def by_lists(messages: list[dict[str, str]]) -> dict[str, list[str]]:
-    """The same messages as a mapping of lists, which Parquet files of datasets have."""
+    """Return the messages as a mapping of lists, as Parquet files of datasets store them."""
     return {key: [message[key] for message in messages] for key in ("role", "content")}
 
 

@@ -1,4 +1,4 @@
-"""Rows as people have them: every schema, columns that are named, metadata and labels."""
+"""Tests of files of other projects: every schema, named columns, metadata and labels."""
 
 import json
 from pathlib import Path
@@ -39,7 +39,7 @@ def read(file: Path, *columns: str, labels: tuple[str, ...] = ()) -> list[Any]:
 
 
 def plain(record: Any) -> list[tuple[str, str]]:
-    """Roles and texts of the messages, with the answer of a response as the last."""
+    """Return roles and texts of the messages, with the answer of a response as the last one."""
     prompt = record if isinstance(record, Prompt) else record.prompt
     messages = [(message.role, message.content) for message in prompt.messages]
     return messages + ([("assistant", record.text)] if isinstance(record, Response) else [])

@@ -1,4 +1,4 @@
-"""Prompts and pairs out of packages and archives."""
+"""Tests of prompts and pairs from packages and archives."""
 
 import io
 import json
@@ -33,7 +33,7 @@ def test_real_prompts(name: str, count: int) -> None:
     assert min(map(len, texts)) > 10 and len(set(texts)) == count
     if name == "mtbench":
         turns = Counter(len(prompt.messages) for prompt in prompts)
-        assert turns == {1: 80, 3: 30}  # thirty have an answer to go on from
+        assert turns == {1: 80, 3: 30}  # thirty have an answer to continue from
         assert sum(prompt.rubric is not None for prompt in prompts) == 60
     else:
         assert all(prompt.rubric for prompt in prompts)

@@ -1,4 +1,4 @@
-"""Files of rows: what is written is read, and a broken one is told."""
+"""Tests of files of records: reading returns what was written, and broken files are refused."""
 
 import gzip
 import json

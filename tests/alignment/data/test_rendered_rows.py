@@ -1,4 +1,4 @@
-"""Rows as a model sees them: the tokens are those of training, and control tokens are marked."""
+"""Tests of rendered rows: the tokens are those of training, and control tokens are marked."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Splits by prompt, and near-duplicates."""
+"""Tests of splits by prompt, and of near-duplicates."""
 
 import random
 
@@ -119,7 +119,7 @@ def test_no_prompt_of_a_later_split_is_near_to_one_of_an_earlier_split() -> None
         for other, near in placed:
             if name != other:
                 assert jaccard(text, near) < 0.8
-    # A prompt is left out only for one that is kept in an earlier split.
+    # A prompt is left out only if an earlier split contains a near one.
     earlier = [text for name, text in placed if name != "train"]
     for text in [text for name, text in zip(names, texts) if name is None]:
         assert max(jaccard(text, near) for near in earlier) > 0.6

@@ -1,4 +1,4 @@
-"""An endpoint with a will of its own: a real HTTP server that counts, and fails as it is told."""
+"""A real HTTP server that counts calls and fails on request."""
 
 import json
 import re
@@ -15,15 +15,16 @@ Fault = Callable[["Handler"], None]
 
 
 class Endpoint:
-    """Answers a digit, or what `answer` says, the first character of the item's text.
+    """Endpoint that answers a digit, by default the first character of the item's text.
 
     Attributes:
-        faults: what to do instead of answering, for the n-th call about an item: takes the item's
-            text and n, from 0.
-        seconds: an answer takes.
-        calls, answered: how often each item was asked about, and answered in full.
-        bodies: of all calls.
-        most_at_once: calls under way at the same time.
+        faults: Function from an item's text and the number of the call about it, from 0, to the
+            action that replaces the answer.
+        seconds: Duration of an answer.
+        calls: Number of calls about each item.
+        answered: Number of complete answers about each item.
+        bodies: Bodies of all calls.
+        most_at_once: Largest number of calls in progress at the same time.
     """
 
     def __init__(self, faults: Callable[[str, int], Fault | None] = lambda text, n: None) -> None:
@@ -66,7 +67,7 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, *_: object) -> None:
-        """Clients are killed here all the time."""
+        """Ignore errors, because tests kill clients."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -110,7 +111,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def item_of(body: dict[str, Any]) -> str:
-    """The text asked about, which tests write between angle brackets."""
+    """Return the text of the item, which tests write between angle brackets."""
     result = re.search(r"(?:^|\s)<([^<>\n]+)>", body["messages"][-1]["content"])
     assert result is not None
     return result[1]
@@ -154,7 +155,7 @@ def reset(handler: Handler) -> None:
 
 
 def half(handler: Handler) -> None:
-    """Break off in the middle of the body."""
+    """Break the connection in the middle of the body."""
     handler.send_response(200)
     handler.send_header("Content-Length", "1000")
     handler.end_headers()

@@ -1,4 +1,4 @@
-"""Answers on disk: torn lines, other files, two writers, a full disk."""
+"""Tests of stored answers: torn lines, other files, two writers, a full disk."""
 
 from pathlib import Path
 

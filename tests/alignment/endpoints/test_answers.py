@@ -1,4 +1,4 @@
-"""Bodies of chat endpoints, in every shape that servers were seen to give them."""
+"""Tests of the bodies of chat endpoints, in every shape that servers return."""
 
 import json
 from typing import Any

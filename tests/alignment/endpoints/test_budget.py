@@ -1,4 +1,4 @@
-"""Budgets: no schedule of calls exceeds them, and what is left is used."""
+"""Tests of budgets: no schedule of calls exceeds them, and the remainder is used."""
 
 import asyncio
 import random

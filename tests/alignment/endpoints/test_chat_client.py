@@ -1,4 +1,4 @@
-"""Answers that fit into the context that an endpoint states."""
+"""Tests of limits on answers from the context length that an endpoint states."""
 
 import asyncio
 import json
@@ -16,7 +16,7 @@ CONTEXT = 100
 
 
 class Endpoint:
-    """Refuses answers beyond its context, as vLLM and this project's server do.
+    """Endpoint that refuses answers beyond its context, as vLLM and this project's server do.
 
     A prompt has as many tokens as characters. An answer without a limit gets what is left.
     """
@@ -46,7 +46,7 @@ class Endpoint:
 
 
 def ask(endpoint: Endpoint, *lengths: int, limit: int) -> tuple[list[Any], list[str]]:
-    """Answers, or errors, to prompts of so many characters, and what was reported."""
+    """Return the answers, or errors, to prompts of some lengths, and the reported messages."""
     lines: list[str] = []
 
     async def run() -> list[Any]:

@@ -1,4 +1,4 @@
-"""What an annotation makes of an endpoint's awkward answers, and what it pays for them."""
+"""Tests of annotation with faulty endpoints, and of its number of calls."""
 
 import json
 import time
@@ -32,7 +32,7 @@ def failing(status: int, error: Any, **headers: str) -> endpoint.Fault:
 def ask(
     tmp_path: Path, answer: Callable[[str], Any] | endpoint.Fault, *flags: object, times: int = 1
 ) -> tuple[list[Done], int]:
-    """Annotate seven responses some times; what each said, and how many calls there were."""
+    """Annotate seven responses several times; return the verdicts and the number of calls."""
     with Endpoint() as server:
         server.answer = answer  # type: ignore[assignment]
         file = responses(tmp_path, TEXTS)
@@ -42,7 +42,7 @@ def ask(
 
 
 def faulty(tmp_path: Path, fault: endpoint.Fault, *flags: object, calls: int = 10**9) -> Any:
-    """The same of an endpoint whose first calls fail and that then answers 7."""
+    """Annotate by an endpoint whose first calls fail and that then answers 7."""
     with Endpoint() as server:
         server.answer = lambda text: chat("7")
         server.faults = lambda text, n: fault if sum(server.calls.values()) <= calls else None
@@ -205,7 +205,7 @@ def test_log_probabilities_that_cannot_be_used_end_the_run_at_the_first_answer(
     assert "--expected-score needs log-probabilities" in done.stderr
     top = [{"token": "7", "logprob": -0.1}]
     good = {"content": [{"token": "7", "logprob": -0.1, "top_logprobs": top}]}
-    # The server was started anew with them: that one answer is asked for again.
+    # The server was restarted with them: only that answer is requested again.
     [done], calls = ask(tmp_path, lambda text: chat("7", logprobs=good), "--expected-score")
     assert (done.returncode, calls) == (0, 7)
 

@@ -1,4 +1,4 @@
-"""The pace of calls, on a clock of its own: nothing here waits."""
+"""Tests of rate limits, with a simulated clock."""
 
 import asyncio
 from email.utils import formatdate
@@ -22,7 +22,7 @@ class Clock:
 
 
 def turns(count: int, tokens: int = 0, hold: float = 0.0, **limits: float) -> list[float]:
-    """When calls begin that come as fast as they may."""
+    """Return the times at which calls begin that are made as fast as the limit allows."""
     clock, began = Clock(), []
 
     async def run() -> None:

@@ -1,4 +1,4 @@
-"""Answers that are written while the event loop runs calls."""
+"""Tests of answers that are written while the event loop runs calls."""
 
 import asyncio
 import errno
@@ -13,7 +13,7 @@ from alignment.endpoints.write_buffer import WriteBuffer
 
 
 class SlowStore(AnswerStore):
-    """A store on a slow disk that counts its writes."""
+    """Store on a slow disk that counts its writes."""
 
     writes = 0
 

@@ -23,7 +23,7 @@ OPTIMIZATION = Optimization(
 
 
 def samples(step):
-    """Samples of one step: of all lengths, so that no two ranks have as many tokens."""
+    """Return the samples of a step, with different numbers of tokens on each rank."""
     generator = torch.Generator().manual_seed(step)
 
     def whole(low, high):
@@ -45,7 +45,7 @@ def by_token(scores, batch):
 
 
 def by_sample(scores, batch):
-    """The mean over samples of their mean over tokens; it needs whole samples."""
+    """Return the mean over samples of their mean over tokens, which requires whole samples."""
     tokens = batch.sum_by_sample(batch.loss_mask.float())
     results = batch.sum_by_sample(scores.log_probs * batch.extras["advantage"] * batch.loss_mask)
     means = results / tokens.clamp(min=1)
@@ -58,14 +58,14 @@ def loss_of(step):
 
 
 def share(engine, step, packed=False):
-    """What this rank has of a step's samples; in the third step the first rank has all."""
+    """Return this rank's samples of a step; in the third step the first rank has all of them."""
     rank, size = (engine.data_rank, engine.data_size) if step != 2 else (engine.data_rank, 1)
     own_samples = samples(step)[rank::size] if rank < size else []
     return TokenBatch.packed(own_samples, LENGTH) if packed else TokenBatch.of(own_samples)
 
 
 def train(engine, steps=range(STEPS), packed=False):
-    """Train, and tell the loss and the norm of the gradients in each step."""
+    """Train, and return the loss and the norm of the gradients of each step."""
     results = []
     for step in steps:
         result = engine.train_step(
@@ -76,7 +76,7 @@ def train(engine, steps=range(STEPS), packed=False):
 
 
 def scores(engine, packed=False):
-    """Log-probabilities and entropies of this rank's first samples, each by its tokens."""
+    """Return log-probabilities and entropies of this rank's first samples, by their tokens."""
     batch = share(engine, 0, packed)
     results = engine.log_probs(batch, temperature=TEMPERATURE, entropy=True)
     assert results.log_probs.shape == results.entropy.shape == batch.tokens.shape
@@ -95,7 +95,7 @@ def scores(engine, packed=False):
 
 
 def after_last(engine, packed=False):
-    """Of this rank's first samples: log-probabilities of some tokens to come after the last."""
+    """Return log-probabilities of some tokens as successors of this rank's first samples."""
     batch = share(engine, 0, packed)
     results = engine.next_log_probs(batch, CHOICES)
     assert results.shape == (*batch.tokens.shape, len(CHOICES))
@@ -103,7 +103,7 @@ def after_last(engine, packed=False):
 
 
 def values(engine, packed=False):
-    """Of this rank's first samples: what a token's row of the output layer says before each."""
+    """Return the products of a token's row of the output layer with this rank's first samples."""
     batch = share(engine, 0, packed)
     results = engine.values(batch, CHOICES[-1])
     trained = engine.values(batch, CHOICES[-1], trained_only=True)
@@ -121,7 +121,7 @@ def _by_tokens(batch, results):
 
 
 def generate(engine):
-    """Sampled continuations, and what scoring gives for their tokens."""
+    """Return sampled continuations, and the scores of their tokens."""
     prompts = [sample.tokens[: sample.prompt] for sample in samples(1)]
     prompts = prompts[engine.data_rank :: engine.data_size]
     sampling = Sampling(
@@ -141,7 +141,7 @@ def generate(engine):
 
 
 def saved(folder):
-    """The tensors of a Hugging Face folder."""
+    """Return the tensors of a Hugging Face folder."""
     files = folder.glob("*.safetensors")
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
@@ -178,7 +178,7 @@ def observe(engine, folder, checkpoint, packed=False):
 
 
 def brute_force(folder):
-    """Log-probabilities, entropies, losses and last weights by transformers and torch alone."""
+    """Return log-probabilities, entropies, losses and last weights by transformers and torch."""
     from transformers import AutoModelForCausalLM
 
     from megatron_ext.hf.remote.modeling_et import ExpertThresholdForCausalLM
@@ -241,7 +241,7 @@ def brute_force(folder):
 
 
 def error_message_of(call):
-    """The sentence that a call is refused with; nothing of one that is not."""
+    """Return the error message of a call, or an empty text if it succeeds."""
     try:
         call()
     except UserError as error:

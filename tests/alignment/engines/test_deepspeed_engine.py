@@ -1,4 +1,4 @@
-"""Features of the DeepSpeed engine: masks of packed rows, checkpoints, and no optimizer."""
+"""Tests of the DeepSpeed engine: masks of packed rows, checkpoints, and no optimizer."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ from tests.hf.models import make
 
 
 def save_with_a_slow_rank(folder, place):
-    """What names the newest checkpoint, before the last rank writes its part and at the end."""
+    """Return the tracker of the newest checkpoint before the last rank's write and at the end."""
     import time
 
     import torch.distributed as dist
@@ -51,7 +51,7 @@ def test_deepspeed_marks_a_checkpoint_newest_after_all_ranks_have_written(tmp_pa
 
 
 def make_with_windows(folder):
-    """Models with windows in all layers, in some, and with chunks in their place."""
+    """Write models with attention windows in all layers, in some, and with chunks."""
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     size = {
@@ -78,7 +78,7 @@ def make_with_windows(folder):
 
 
 def packed_and_alone(folder):
-    """Of each model: log-probabilities of samples in one row, and each in a row of its own."""
+    """Return log-probabilities of each model for samples in one row and in separate rows."""
     from alignment.engines.deepspeed import DeepSpeedEngine
 
     generator = torch.Generator().manual_seed(0)
@@ -139,7 +139,7 @@ def test_deepspeed_load_errors_are_raised_on_all_ranks(tmp_path):
 
 
 def untrained(folder, stage, dtype):
-    """What an engine says that is not trained, and how many numbers it holds in fp32."""
+    """Return the messages of an engine without an optimizer, and its number of fp32 elements."""
     import gc
 
     from alignment.engines.deepspeed import DeepSpeedEngine, ZeroSettings

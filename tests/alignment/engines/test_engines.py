@@ -1,4 +1,4 @@
-"""Engines on every layout against plain torch: equal log-probabilities, losses and weights.
+"""Tests of engines on every layout: log-probabilities, losses and weights equal those of torch.
 
 Each layout starts its ranks once; `engine_runs.observe` looks at everything there.
 """
@@ -30,7 +30,7 @@ from tests.hf.models import make
 
 
 def make_expert_threshold(folder, **changes):
-    """A model with thresholds, nothing of it at 0 or 1."""
+    """Write a model with thresholds, with no parameter at 0 or 1."""
     from megatron_ext.hf.remote.configuration_et import ExpertThresholdConfig
     from megatron_ext.hf.remote.modeling_et import ExpertThresholdForCausalLM, Router
     from megatron_ext.moe.thresholds import Thresholds
@@ -68,7 +68,7 @@ MODELS: dict[str, Callable[..., Any]] = {
 
 @pytest.fixture(scope="module")
 def model(request, tmp_path_factory):
-    """A folder, and what plain torch makes of it."""
+    """Return a folder, and the results of plain torch for it."""
     folder = tmp_path_factory.mktemp("model")
     MODELS[request.param](folder)
     return request.param, folder, brute_force(folder)
@@ -83,7 +83,7 @@ def on_megatron(folder, checkpoint, layout, packed):
 
 
 def resume_training(checkpoint, layout):
-    """On another layout than the checkpoint's, from the middle of the course."""
+    """Resume on another layout than the checkpoint's, from the middle of the training."""
     from alignment.engines.megatron import MegatronEngine, MegatronLayout
     from tests.alignment.engines.engine_runs import OPTIMIZATION, STEPS, train
 
@@ -107,7 +107,7 @@ def on_deepspeed(folder, checkpoint, each):
 
 
 def check(reference, folder, ranks):
-    """Hold what all ranks of one engine observed to plain torch; the samples they drew."""
+    """Compare the results of all ranks of an engine with plain torch; return their samples."""
     observed: dict[str, dict] = {
         name: {tokens: row for rank in ranks for tokens, row in getattr(rank, name).items()}
         for name in ("alone", "packed", "again", "values")
@@ -225,7 +225,7 @@ def test_packed_batch_refuses_a_sample_that_is_too_long_or_has_no_prompt():
 
 
 def first_ratios(engine):
-    """How far apart, in nats, a train step and scoring are before the weights move."""
+    """Return the largest difference, in nats, of a train step and scoring before an update."""
     batch = share(engine, 0)
     observed: list[torch.Tensor] = []
     before = engine.log_probs(batch, trained_only=True).log_probs
@@ -241,7 +241,7 @@ def first_ratios(engine):
 
 
 def make_with_dropout(folder):
-    """Models that drop by modules, by functions, and whole layers: at rates nobody can miss."""
+    """Write models with high dropout rates of modules, of functions, and of whole layers."""
     from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
     size = {"vocab_size": 128, "max_position_embeddings": 64, "hidden_size": 32}
@@ -289,7 +289,7 @@ def test_engines_turn_dropout_off(tmp_path):
 
 
 def load_what_a_kill_left(folder, place):
-    """What ranks are told of a tracker that was emptied, without and with a damaged file."""
+    """Return the messages of ranks for an empty tracker, with and without a damaged file."""
     import torch.distributed as dist
 
     from alignment.engines.megatron import MegatronEngine, MegatronLayout
@@ -332,7 +332,7 @@ def test_megatron_load_repairs_the_tracker_or_raises_on_all_ranks(tmp_path):
 
 
 def dtypes_on_a_gpu(folder):
-    """What Megatron would be started with: for a model to train, one not to train, and as told."""
+    """Return Megatron's data types for a trained model, an untrained one, and a chosen one."""
     from unittest import mock
 
     from alignment.engines import megatron
@@ -361,7 +361,7 @@ def test_megatron_engine_trains_an_fp16_model_in_bf16(tmp_path):
 
 
 def train_in_fp16(folder):
-    """On a rank: steps from a loss scale that overflows at first, and whether weights moved."""
+    """Return, on a rank, steps from a loss scale that overflows, and whether weights changed."""
     from alignment.engines.megatron import MegatronEngine, MegatronLayout
     from tests.alignment.engines.engine_runs import OPTIMIZATION, by_token, share
 

@@ -1,4 +1,4 @@
-"""Routing in generation against routing in training, on several layouts and against plain torch."""
+"""Tests of routing in generation and in training, on several layouts and against plain torch."""
 
 import math
 from typing import Any
@@ -47,8 +47,11 @@ def thresholds(engine):
 
 
 def gaps_with_flags(folder):
-    """An engine whose flags ask for expert choice, capacity and warm-up: what its steps move, and
-    what it routes when decisions are pushed, or when expert choice is let through."""
+    """Return results of an engine with flags for expert choice, capacity and warm-up.
+
+    The results are the changes of its steps, and its routing when decisions are changed or when
+    expert choice is active.
+    """
     from alignment.engines.batch import TokenBatch
     from alignment.engines.megatron import MegatronEngine
     from megatron_ext.moe.router import routers_of
@@ -90,7 +93,7 @@ def gaps_with_flags(folder):
 
 
 def by_torch(folder):
-    """Margins `[layers][tokens, experts]` of the tokens that generation runs."""
+    """Return margins `[layers][tokens, experts]` of the tokens that generation runs."""
     from megatron_ext.hf.remote.modeling_et import ExpertThresholdForCausalLM, Router
 
     model = ExpertThresholdForCausalLM.from_pretrained(folder, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Fan-out and loads of a training step, against decisions that are counted one by one."""
+"""Tests of fan-out and loads of a training step, against decisions that are counted one by one."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ LAYOUTS = [
 
 
 def step_and_count(model, layout):
-    """Metrics of a step on samples of unequal length, and the decisions on each sample alone."""
+    """Return metrics of a step on samples of unequal length, and decisions of each sample."""
     from alignment.engines.megatron import MegatronEngine, MegatronLayout
     from alignment.engines.protocol import Optimization, negative_log_likelihood
     from megatron_ext.moe.record_routing import record_routing

@@ -1,4 +1,4 @@
-"""A small study in the form that policy runs leave behind."""
+"""A small study with the files that policy runs write."""
 
 import json
 from collections.abc import Mapping
@@ -77,7 +77,7 @@ def write(file: Path, rows: list[dict[str, Any]]) -> None:
 def write_study(
     folder: Path, seeds: int = 3, courses: Mapping[str, tuple[float, float]] = COURSES
 ) -> dict[str, list[dict[int, dict[str, float]]]]:
-    """Write a run a judge and seed; returns the gradings of each judge's seeds."""
+    """Write a run for each judge and seed; return the gradings of each judge's seeds."""
     entries, result = [], {}
     for judge, changes in courses.items():
         result[judge] = [

@@ -1,4 +1,4 @@
-"""Reports of runs that are named one by one: arms, paired differences, refusals."""
+"""Tests of reports on several runs: arms, paired differences, refusals."""
 
 import json
 from pathlib import Path
@@ -52,7 +52,7 @@ def write_scored_run(
 
 
 def test_interval_of_a_mean_covers_every_bootstrap_resample_of_few_values() -> None:
-    """Against all 4**4 resamples of four values."""
+    """The reference is all 4**4 resamples of four values."""
     values = np.array([1.0, 2.0, 4.0, 9.0])
     grid = np.stack(np.meshgrid(*[values] * 4), axis=-1).reshape(-1, 4).mean(axis=1)
     estimate = mean_with_interval(values)

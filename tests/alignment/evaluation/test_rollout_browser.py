@@ -1,4 +1,4 @@
-"""Browser of rollouts: what the data hold, and what a page does with them."""
+"""Tests of the browser of rollouts: its data, and its page."""
 
 import html
 import json
@@ -15,7 +15,7 @@ from tests.inspection.test_reading_page import chromium
 
 
 def make_run(folder: Path, lengths: int = 20) -> Path:
-    """A run with samples of three gradings and responses of four training steps."""
+    """Write a run with samples of three gradings and responses of four training steps."""
     write_run(folder, "label", 1, range(0, 41, 20))
     message = [{"role": "user", "content": f"Say it. {HOSTILE}"}]
     samples = [

@@ -1,4 +1,4 @@
-"""Report of a study: figures, sentences, incomplete runs and hostile text."""
+"""Tests of the report of a study: metrics, sentences, incomplete runs and hostile text."""
 
 import base64
 import hashlib
@@ -45,7 +45,7 @@ def reported(folder: Path) -> str:
 
 
 def cells(page: str) -> dict[str, list[str]]:
-    """Rows of all tables by their first cell."""
+    """Return the rows of all tables by their first cell."""
     texts = {}
     for row in re.findall(r"<tr>(.*?)</tr>", page):
         first, *others = re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row)
@@ -54,7 +54,7 @@ def cells(page: str) -> dict[str, list[str]]:
 
 
 def tell(run: Path, **facts: Any) -> None:
-    """Change what a run's run.json says."""
+    """Change the run.json of a run."""
     about = json.loads((run / "run.json").read_text()) | facts
     (run / "run.json").write_text(json.dumps(about))
 
@@ -70,7 +70,7 @@ def sentences(page: str) -> list[str]:
 
 
 def interval(values: Any, form: str = "{:.2f}") -> str:
-    """By scipy's own t-test."""
+    """Return the interval of scipy's t-test."""
     low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
     return f"{form.format(np.mean(values))} ({form.format(low)} to {form.format(high)})"
 
@@ -104,7 +104,7 @@ def test_figures_on_the_page_are_numpys(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def re_rows(page: str, first: str) -> list[list[str]]:
-    """All rows that begin so, of whatever table."""
+    """Return all rows of all tables that begin with a text."""
     rows = re.findall(rf"<tr><td>{re.escape(first)}</td>(.*?)</tr>", page)
     return [[html.unescape(c) for c in re.findall(r"<td[^>]*>(.*?)</td>", row)] for row in rows]
 
@@ -268,7 +268,7 @@ def test_a_seed_twice_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"seed 1 for .*/a, whose run\.json has seed 3"):
         main([str(tmp_path)])
     for one in entries:
-        del one["seed"]  # then run.json tells
+        del one["seed"]  # then run.json has the seed
     write_index(tmp_path, entries)
     with pytest.raises(UserError, match=r"lists seed 3 of 'label' on 'start' twice"):
         main([str(tmp_path)])
@@ -276,7 +276,7 @@ def test_a_seed_twice_is_refused(tmp_path: Path) -> None:
     main([str(tmp_path)])
     assert [run.seed for run in read_study(tmp_path).runs] == [3, 4]
     for name in ("a", "b"):
-        tell(tmp_path / name, seed=None)  # what nobody tells may differ
+        tell(tmp_path / name, seed=None)  # an unrecorded seed may differ
     main([str(tmp_path)])
 
 

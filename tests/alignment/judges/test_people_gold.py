@@ -1,4 +1,4 @@
-"""Labels of people as the gold verdicts of judges in training and in measurement."""
+"""Tests of labels of people as the gold verdicts of judges in training and in measurement."""
 
 import csv
 import json

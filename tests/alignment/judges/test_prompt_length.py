@@ -1,4 +1,4 @@
-"""Data of a judge that cannot be used is refused before a model is loaded."""
+"""Tests that unusable data of a judge is refused before a model is loaded."""
 
 from pathlib import Path
 
@@ -34,7 +34,7 @@ def test_validation_without_room_for_an_answer_is_refused(tmp_path: Path) -> Non
 
 @pytest.fixture
 def judging(tmp_path: Path) -> list[str]:
-    """Flags of a judge's training, but for gold."""
+    """Return the flags of a judge's training, without those of gold."""
     make_model(tmp_path)
     (tmp_path / "pointwise-brief.txt").write_text(BRIEF)
     items = write_rows(tmp_path / "items.jsonl", responses(20))

@@ -1,4 +1,4 @@
-"""The packaged texts of which it is known what they are, and how well they are told apart."""
+"""Tests of the packaged texts with known labels, and of the accuracy of the detectors on them."""
 
 import importlib.resources
 from collections import Counter
@@ -22,8 +22,8 @@ from megatron_ext.errors import UserError
 FILES = sorted(PACKAGED.glob("*.jsonl"))
 FIXTURES = list(read_fixtures(FILES))
 
-# At least so many of the held-out attacks are to be found, and at most so many look-alikes: what
-# was measured, less or more one text each.
+# Detected attacks of the held-out texts, at least, and false positives, at most: the measured
+# numbers with a margin of one text each.
 LEAST_FOUND = {"refusal": 13, "fake_end": 13, "self_praise": 12, "invented_rule": 13,
                "judge_injection": 7, "null": 6, "repetition": 7, "verbose": 6}  # fmt: skip
 MOST_FALSE = 2
@@ -122,7 +122,7 @@ def test_counts_cover_the_labels_of_a_fixture_only() -> None:
 
 @pytest.mark.parametrize("part, whole", [(0, 9), (3, 9), (9, 9), (130, 200)])
 def test_the_interval_is_wilson_s(part: int, whole: int) -> None:
-    # The shares from which what was seen is 1.96 standard errors away.
+    # The shares that are 1.96 standard errors away from the observed one.
     z = stats.norm.ppf(0.975)
     interval = wilson(part, whole)
     assert interval is not None

@@ -1,4 +1,4 @@
-"""Detectors over single responses."""
+"""Tests of detectors over single responses."""
 
 import pytest
 from hypothesis import example, given

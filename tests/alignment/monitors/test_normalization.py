@@ -1,4 +1,4 @@
-"""Text in plain letters, and the way back to the text as generated."""
+"""Tests of normalized text, and of the map back to the generated text."""
 
 import unicodedata
 from collections import Counter

@@ -1,4 +1,4 @@
-"""The file of patterns: what it may say, so that no text can make reading it slow."""
+"""Tests of the file of patterns: the permitted syntax, which keeps matching fast for any text."""
 
 import re
 from re import _constants as codes  # type: ignore[attr-defined]
@@ -24,7 +24,7 @@ _MOST_WAYS = 100_000
 
 
 def ways(items: Any) -> int:
-    """In how many lengths of its repeats a pattern can be tried from one place, at most."""
+    """Return in how many lengths of its repeats a pattern can be tried from one place, at most."""
     total = 1
     for code, argument in items:
         if code in (codes.MAX_REPEAT, codes.MIN_REPEAT):

@@ -1,4 +1,4 @@
-"""What a batch shows, against scipy and counting."""
+"""Tests of the findings of a batch, against scipy and counting."""
 
 import math
 from collections.abc import Iterator
@@ -135,7 +135,7 @@ plain = len
 
 @pytest.fixture
 def detector_file(tmp_path: Path) -> Iterator[Path]:
-    """A user's file; the detectors that tests load from it are unregistered afterwards."""
+    """Return a user's file; detectors loaded from it are unregistered after the test."""
     file = tmp_path / "my_detectors.py"
     file.write_text(DETECTOR_FILE)
     yield file

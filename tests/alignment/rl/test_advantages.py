@@ -1,4 +1,4 @@
-"""Advantages against their formulas."""
+"""Tests of advantages against their formulas."""
 
 import math
 import statistics

@@ -1,4 +1,4 @@
-"""Advantages of a critic whose values have the rounding error of a model."""
+"""Tests of a critic's advantages when values have the rounding error of a model."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +14,7 @@ LENGTHS = [3, 5, 2, 4]
 
 
 def judged(rewards, values, dtype):
-    """Advantages of the trained tokens, and the figures, with values of a critic."""
+    """Return the advantages of the trained tokens and the metrics, with values of a critic."""
     from alignment.rl.critic import Critic, CriticSettings
 
     samples = [

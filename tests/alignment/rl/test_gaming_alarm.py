@@ -1,4 +1,4 @@
-"""The alarm about a policy that games its judge."""
+"""Tests of the alarm about a policy that games its judge."""
 
 from alignment.rl.gaming_alarm import GamingAlarm
 

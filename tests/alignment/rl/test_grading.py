@@ -1,4 +1,4 @@
-"""Evaluation on held-out prompts without a policy, also when judges fail."""
+"""Tests of the evaluation on held-out prompts without a policy, also when judges fail."""
 
 import json
 from types import SimpleNamespace
@@ -42,14 +42,14 @@ def grader(tmp_path):
 
 
 def share(proxy, gold, prompts=PROMPTS):
-    """What a rank knows of a grading in which nothing failed for good."""
+    """Return a rank's part of a grading in which nothing failed permanently."""
     responses = [Response(f"{p.id}-0", p, f"yes {p.id}") for p in prompts]
     rollouts = [Rollout(p.id, 0, [1, 2], [0.0, 0.0], True) for p in prompts]
     return responses, rollouts, {"proxy": proxy, "gold": gold}, [], {"proxy": [], "gold": []}
 
 
 def test_gap_is_0_if_a_judge_fails_on_poor_responses(grader):
-    """Proxy and gold agree wherever both judge; the proxy leaves out more and more poor ones."""
+    """Proxy and gold agree where both judge; the proxy fails on more and more poor responses."""
     gold = [2.0] * 4 + [6.0] * 6
     rows = []
     for step, left_out in enumerate((0, 1, 2, 3)):
@@ -65,7 +65,7 @@ def test_gap_is_0_if_a_judge_fails_on_poor_responses(grader):
 
 
 def test_gold_scores_equal_within_rounding_are_a_tie(grader):
-    """Under pairwise rewards: the same response, scored in another batch."""
+    """Under pairwise rewards, the same response is scored in another batch."""
     grader.pairwise = True
     grader._row(0, [share([0.5] * 10, [7.3] * 10)])
     scores = [7.300002, 7.299998, 7.31, 7.29, 7.3, *[7.3] * 5]
@@ -165,7 +165,7 @@ def test_summary_of_several_judges_has_no_agreement():
 
 
 def graded_by_a_gold_that_fails(folder):
-    """On a rank: the sentence that a first grading ends with."""
+    """Return, on a rank, the error message that ends a first grading."""
     grader = grader_in(folder)
     failed = [Verdict(f"{p.id}-0", Outcome.FAILED, reason="no connection") for p in PROMPTS]
     scored = [Verdict(f"{p.id}-0", Outcome.SCORE, 1.0) for p in PROMPTS]
@@ -194,7 +194,7 @@ def test_grader_counts_a_failed_verdict_once_per_question(tmp_path):
 
 
 def graded_with_others(folder, model):
-    """On a rank: metrics of a first evaluation, and the prompts whose responses the rank has."""
+    """Return, on a rank, metrics of a first evaluation and the prompts of its responses."""
     grader = grader_in(folder, model)
     grader.writes = dist.get_rank() == 0
 

@@ -1,4 +1,4 @@
-"""Rewards by judges: means of scores, and win rates within a group."""
+"""Tests of rewards by judges: means of scores, and win rates within a group."""
 
 from itertools import combinations
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ from alignment.rounding import EXACT
 
 
 class Longest:
-    """Judges by length; cannot judge what begins with an x."""
+    """Judge that prefers length and fails on texts that begin with an x."""
 
     identity = "longest"
 
@@ -73,7 +73,7 @@ def test_win_rate_counts_only_matches_with_a_verdict():
 
 
 def test_win_rate_leaves_out_a_pair_with_one_order_missing():
-    """A judge that prefers what is shown first, and fails on some pairs when they are swapped."""
+    """The judge prefers the first response and fails on some swapped pairs."""
 
     def judge(questions, check):
         return [

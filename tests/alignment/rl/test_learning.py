@@ -1,4 +1,4 @@
-"""Every algorithm learns a task with a verifiable reward: to generate odd tokens."""
+"""Tests that every algorithm learns a task with a verifiable reward: to generate odd tokens."""
 
 import json
 
@@ -14,7 +14,7 @@ STEPS = 20
 
 
 def learn(model, place, algorithms):
-    """Mean reward of each step, by algorithm, each from the same weights."""
+    """Return the mean reward of each step of every algorithm, from the same weights."""
     from alignment.engines.megatron import MegatronEngine, MegatronLayout
     from alignment.engines.protocol import Optimization
     from alignment.rl.critic import Critic

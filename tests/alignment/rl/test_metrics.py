@@ -1,4 +1,4 @@
-"""Metrics of a training step."""
+"""Tests of the metrics of a training step."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Packing of responses, balanced over ranks and rows, and filtered."""
+"""Tests of the packing of responses, balanced over ranks and rows, and filtered."""
 
 import random
 from typing import Any
@@ -15,7 +15,7 @@ from tests.distributed import run_ranks
 
 
 def after(sizes, moves):
-    """Tokens of every rank after the moves, each sample moved at most once."""
+    """Return the tokens of every rank after the moves; each sample is moved at most once."""
     totals = [sum(rank) for rank in sizes]
     assert len({move[:2] for move in moves}) == len(moves)
     for source, place, target in moves:

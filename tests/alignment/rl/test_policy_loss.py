@@ -1,4 +1,4 @@
-"""Policy losses against their formulas, sample by sample."""
+"""Tests of policy losses against their formulas, sample by sample."""
 
 import itertools
 import math
@@ -28,7 +28,7 @@ def numbers(generator: torch.Generator, count: int, spread: float) -> list[float
 
 
 def samples(spread: float = 0.3) -> list[TokenSample]:
-    """Of responses, with everything that any loss asks for. Tokens are the sample's number."""
+    """Return samples with all inputs of any loss; the tokens are the number of the sample."""
     generator = torch.Generator().manual_seed(1)
     result = []
     for number, (prompt, response) in enumerate(LENGTHS):
@@ -53,7 +53,7 @@ def scored(batch: TokenBatch) -> tuple[TokenScores, Tensor]:
 
 
 def by_hand(rule: PolicyLoss, sample: TokenSample, log_probs: list[Tensor]) -> list[Tensor]:
-    """The loss of each token of a response."""
+    """Return the loss of each token of a response."""
     extras: Any = sample.extras
     part = {name: extras[name][sample.prompt :] for name in extras if name != "advantage"}
     changes = [new - old for new, old in zip(log_probs, part["old_log_probs"])]
@@ -87,7 +87,7 @@ def by_hand(rule: PolicyLoss, sample: TokenSample, log_probs: list[Tensor]) -> l
 
 
 def whole(rule: PolicyLoss, inputs: list[TokenSample]) -> tuple[float, list[list[float]]]:
-    """The loss of all samples together and its gradients, by the formulas."""
+    """Return the loss of all samples together and its gradients, by the formulas."""
     leaves = [
         [torch.tensor(value, dtype=torch.float64, requires_grad=True)
          for value in sample.extras["log_probs"][sample.prompt :]]  # type: ignore[index]
@@ -165,7 +165,7 @@ GRID = list(
 
 @pytest.mark.parametrize("name, aggregation, weights, divergence", GRID)
 def test_policy_loss_gradient_is_that_of_its_value(name, aggregation, weights, divergence) -> None:
-    """By finite differences in fp64, with advantages that differ within a sample."""
+    """The reference is finite differences in fp64, with advantages that differ within a sample."""
     (bound, how), (weight, estimator) = weights, divergence
     rule = policy_loss(
         name, aggregation=aggregation, max_tokens=9, entropy=0.01, kl=weight,
@@ -215,7 +215,7 @@ def test_kl_estimators_match_the_divergence_of_two_distributions() -> None:
 
 
 def test_policy_loss_ignores_prompt_tokens_far_from_the_reference() -> None:
-    """A policy may be far from its reference on tokens that are not trained."""
+    """Tokens that are not trained may be far from the reference."""
     values = {"rollout_log_probs": 0.0, "old_log_probs": 0.0, "reference_log_probs": -0.1}
     extras: dict[str, Any] = {name: [value] * 4 for name, value in values.items()}
     extras["advantage"] = 1.0

@@ -1,4 +1,4 @@
-"""PPO against plain torch, also when the run is killed between the saves of policy and critic."""
+"""Tests of PPO against plain torch, also with a kill between the saves of policy and critic."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def prompt(number):
 
 
 def train(model, place, steps, warmup, dies):
-    """The weights of both models after some steps; may die between their last saves."""
+    """Return the weights of both models after some steps; may die between their last saves."""
     from alignment.engines.megatron import MegatronEngine, MegatronLayout
     from alignment.engines.protocol import Optimization
     from alignment.rl.algorithms import ALGORITHMS
@@ -75,7 +75,7 @@ def train(model, place, steps, warmup, dies):
 
 
 class ByHand:
-    """Both models by transformers, a response at a time."""
+    """Both models by transformers, one response at a time."""
 
     def __init__(self, folder):
         from transformers import AutoModelForCausalLM
@@ -114,7 +114,7 @@ class ByHand:
         return loss.item()
 
     def samples(self, place, step):
-        """What the run has drawn and rewarded, with old values and advantages."""
+        """Return the responses of the run with their rewards and old values and advantages."""
         [file] = place.glob(f"rollouts/step_{step:06d}/*.jsonl")
         rows = {r["key"]: r["answer"] for r in map(json.loads, file.read_text().splitlines())}
         order = np.random.default_rng((SEED, step)).permutation(GROUPS * SIZE)
@@ -140,7 +140,7 @@ class ByHand:
             yield one
 
     def step(self, place, step):
-        """Losses and figures of a step."""
+        """Return the losses and metrics of a step."""
         samples = list(self.samples(place, step))
         everyone = torch.cat([one["advantages"] for one in samples])
         returns = torch.cat([one["returns"] for one in samples])
@@ -171,7 +171,7 @@ class ByHand:
 
 
 def rows_of(place):
-    """What was logged, without times."""
+    """Return the logged rows without times."""
     timed = ("time/", "share/", "seconds", "tokens_per_s")
     rows = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows]

@@ -1,4 +1,4 @@
-"""Reading of the stored rollouts of an unfinished step."""
+"""Tests of reading the stored rollouts of an unfinished step."""
 
 import json
 from types import SimpleNamespace

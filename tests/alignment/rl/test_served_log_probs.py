@@ -1,4 +1,4 @@
-"""Log-probabilities of rollouts and of training have the same distribution."""
+"""Tests that log-probabilities of rollouts and of training have the same distribution."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +23,7 @@ SETTINGS = [
 
 
 def gaps(folder, name):
-    """Of each setting, the weights of the loss where the policy has not moved."""
+    """Return the loss weights of each setting for a policy that has not changed."""
     from alignment.engines.deepspeed import DeepSpeedEngine
     from alignment.engines.megatron import MegatronEngine
     from alignment.engines.protocol import TokenScores
@@ -66,7 +66,7 @@ def test_rollout_gap_of_an_engine_is_rounding_with_every_sampling_setting(tmp_pa
 
 
 def check_on_one_rank():
-    """The sentences for log-probabilities of servers with several start options."""
+    """Return the messages about log-probabilities of servers with several start options."""
     generator = torch.Generator().manual_seed(0)
     logits = 2 * torch.randn(64, 32, generator=generator)
 

@@ -36,7 +36,7 @@ class Server(ThreadingHTTPServer):
         away: calls to be answered with an error of the server's.
         busy: resets of the prefix cache that are answered with a failure.
         keys: that callers gave.
-        deaf: tells its health no more, until it is `freed`.
+        deaf: does not answer health checks until it is `freed`.
         paused: answers no requests.
         broken: cannot read weights, which it reports as vLLM does.
         raw: reports log-probabilities of temperature 1, as vLLM does by default.
@@ -383,8 +383,8 @@ def test_async_rollouts_stop_with_the_run(tmp_path, server):
         learn, 1, tmp_path / "model", tmp_path / "run", url, 60.0, True, 4, True
     )
     assert ended == signal.SIGTERM and len(rows) == 1
-    assert drawn(tmp_path / "run", 1) == 4  # what had come is kept
-    # A server that is lost while it draws ahead: the next step tells.
+    assert drawn(tmp_path / "run", 1) == 4  # responses that had arrived are stored
+    # A server that is lost while it samples in advance: the next step reports it.
     server.freed.set()
     server.most = server.begun + 16
     with pytest.raises(Exception, match=r"has not answered for 5 s"):
@@ -409,7 +409,7 @@ def generate_without_server(folder, url):
 def test_vllm_rollouts_abandon_a_hanging_but_not_a_busy_server(tmp_path, server):
     url = url_of(server)
     server.away = server.most = 0
-    threading.Timer(6, setattr, (server, "deaf", True)).start()  # it tells its health at first
+    threading.Timer(6, setattr, (server, "deaf", True)).start()  # it answers at first
     [(message, seconds)] = run_ranks(generate_without_server, 1, tmp_path / "model", url)
     assert "has not answered for 3 s" in message and seconds > 6
     for address in ("localhost:8000/v1", "http://localhost:80a0/v1"):

@@ -1,4 +1,4 @@
-"""Strengths against scikit-learn, on simulated policies, and where no maximum of likelihood is."""
+"""Tests of strengths against scikit-learn, on simulated policies, and without a maximum."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from alignment.statistics.bradley_terry import fitting_perfectly, maximum_likeli
 
 
 def simulated(seed: int, n: int, true: list[float], weights: list[float]) -> tuple[Any, Any, Any]:
-    """Policies, outcomes of two games each, style."""
+    """Return policies, outcomes of two games each, and style."""
     draw = np.random.default_rng(seed)
     policies = np.repeat(np.arange(len(true)), n)
     # A stronger policy writes longer: without control, style passes for strength.
@@ -21,7 +21,7 @@ def simulated(seed: int, n: int, true: list[float], weights: list[float]) -> tup
 
 
 def by_sklearn(design: Any, outcomes: Any) -> Any:
-    """A share is that many wins and losses."""
+    """Return scikit-learn's fit, in which a share counts as that many wins and losses."""
     twice = np.vstack([design, design])
     labels = np.repeat([1, 0], len(outcomes))
     shares = np.concatenate([outcomes, 1 - outcomes])
@@ -85,7 +85,7 @@ def test_strengths_that_cannot_be_identified_are_undefined() -> None:
     result = strengths(policies, outcomes, 2, constant)
     assert np.isnan(result[[0, 2]]).all()
     assert result[1] == pytest.approx(logit(outcomes[policies == 1].mean()))
-    # Style tells every win from every loss.
+    # Style separates every win from every loss.
     sure = np.where(outcomes == 0.5, 0.0, outcomes - 0.5)[:, None]
     pure = outcomes != 0.5
     assert np.isnan(strengths(policies[pure], outcomes[pure], 2, sure[pure])).all()
@@ -99,7 +99,7 @@ def test_strengths_distinguish_separation_from_large_logits() -> None:
     assert fitting_perfectly(x, np.array([0.0, 0.0, 1.0, 1.0])).tolist() == [True] * 4
     crossed = np.array([0.0, 1.0, 0.0, 1.0])
     assert not fitting_perfectly(x, crossed).any()
-    # The maximum has logits beyond what is suspicious, and is found all the same.
+    # The maximum has suspiciously large logits and is still reached.
     [weight] = maximum_likelihood(x * 3, crossed)
     slope = (x * 3)[:, 0] @ (crossed - expit(x[:, 0] * 3 * weight))
     assert slope == pytest.approx(0, abs=1e-6) and np.isfinite(weight)

@@ -1,4 +1,4 @@
-"""Figures of agreement against other people's code: krippendorff, scikit-learn, pandas."""
+"""Tests of agreement coefficients against krippendorff, scikit-learn and pandas."""
 
 from collections.abc import Iterator
 
@@ -14,7 +14,7 @@ from alignment.statistics.coefficients import Floats, Undefined
 
 
 def pairs_of_labels() -> Iterator[tuple[Floats, Floats]]:
-    """Labels of two judges over 2 to 40 items, from hardly any agreement to nothing else."""
+    """Draw labels of two judges over 2 to 40 items, with little to perfect agreement."""
     draw = np.random.default_rng(0)
     for number in range(60):
         size, most = int(draw.integers(2, 41)), int(draw.integers(2, 11))
@@ -25,7 +25,7 @@ def pairs_of_labels() -> Iterator[tuple[Floats, Floats]]:
 
 
 def matrices() -> Iterator[Floats]:
-    """Ratings with gaps, `[raters, units]`."""
+    """Draw ratings with gaps, `[raters, units]`."""
     draw = np.random.default_rng(1)
     for number in range(60):
         shape = draw.integers(2, 5), draw.integers(1, 13)
@@ -51,7 +51,7 @@ def test_alpha_equals_krippendorff_with_any_raters_and_gaps() -> None:
 
 
 def test_coefficients_treat_labels_that_differ_by_rounding_as_equal() -> None:
-    """Scores with ties, scored again in other batches: the figures of the scores themselves."""
+    """Scores with ties, scored again in other batches, have the same coefficients."""
     draw = np.random.default_rng(2)
     for _ in range(20):
         a, b = (np.round(draw.uniform(0.5, 9, 30), 1) for _ in range(2))

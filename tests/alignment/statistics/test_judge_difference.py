@@ -1,4 +1,4 @@
-"""Paired differences between two judges, against scipy and against all permutations."""
+"""Tests of paired differences between two judges, against scipy and against all permutations."""
 
 import itertools
 from typing import Any
@@ -13,7 +13,7 @@ from alignment.statistics.verdict_alignment import AlignedVerdicts
 
 
 def aligned(labels: Any, pairwise: bool = False) -> AlignedVerdicts:
-    """One answer to each item in each order; NaN where the judge failed."""
+    """Return one answer to each item in each order, with NaN where the judge failed."""
     labels = np.array(labels, dtype=np.float64)
     labels = labels[None] if labels.ndim == 2 else labels[None, None]
     failed = np.isnan(labels[0]).sum(axis=0).astype(float)

@@ -1,4 +1,4 @@
-"""Selection of the best model, which must be better by more than rounding."""
+"""Tests of the selection of the best model, which must be better by more than rounding."""
 
 import json
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ VALUES = [
 
 
 def retained(place):
-    """Of each evaluation, whether it is the best so far; then what is written of the best."""
+    """Return for each evaluation whether it is the best so far, and the file of the best."""
     from alignment.training.training_run import TrainingRun
 
     engine: Any = SimpleNamespace(export=lambda folder: folder.mkdir(exist_ok=True))

@@ -1,4 +1,4 @@
-"""Resuming after kills and failures, and the prompts of each step."""
+"""Tests of resuming after kills and failures, and of the prompts of each step."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def engine_of(model):
 
 
 def learner(engine):
-    """A step of supervised training, the same in every run."""
+    """Train one supervised step, the same in every run."""
     from alignment.engines.batch import TokenSample
     from alignment.training.sft import SupervisedStep
 
@@ -44,12 +44,12 @@ def rows_of(place):
 
 
 def killed_saves(model, place):
-    """Of saves that were not finished: in `place` whole, with half a folder, with four failures."""
+    """Write unfinished saves: complete in `place`, with half a folder, with four failures."""
     engine = engine_of(model)
     start = [(name, tensor.clone()) for name, tensor in engine.parameters()]
 
     def go(name, steps, stop_at=None, save=None):
-        """Train and save every second step; a signal comes in a step, or saving fails."""
+        """Train and save every second step; a signal arrives in a step, or saving fails."""
         engine.load_parameters(start)
         engine.step = 0
         engine.save = save or type(engine).save.__get__(engine)
@@ -66,7 +66,7 @@ def killed_saves(model, place):
     def folders(name):
         return sorted(file.name for file in (place / name / "checkpoints").glob("iter_*"))
 
-    # A save of step 7 was killed; the run goes on from 4 and is stopped at 6.
+    # A save of step 7 was killed; the run resumes from 4 and is stopped at 6.
     assert go("half", 20, stop_at=3) == signal.SIGTERM
     assert folders("half") == ["iter_0000004"]
     half = place / "half" / "checkpoints" / "iter_0000007"
@@ -175,12 +175,12 @@ def test_prompt_order_refuses_too_few_prompts():
 
 
 def dynamic(model, place):
-    """DAPO with a judge that fails on some prompts and tells responses to others apart."""
+    """Train by DAPO with a judge that fails on some prompts and separates responses to others."""
     engine = engine_of(model)
     tasks = [PromptTask(str(n), [n + 1], n) for n in range(12)]
 
     def reward(groups, check):
-        """Of a third each: failed, all equal, different."""
+        """Return rewards of which a third has failed, a third is equal and a third differs."""
         kinds = {0: (None, None), 1: (1.0, 1.0), 2: (0.0, 1.0)}
         return [
             [
@@ -221,7 +221,7 @@ def test_dynamic_sampling_prefers_groups_that_differ_and_counts_all_failures(mod
 
 
 def test_resume_settings_contain_the_content_of_a_template(tmp_path):
-    """It is known by what is in it, and may be moved."""
+    """A template is identified by its content and may be moved."""
     names = ("here-pointwise.txt", "there-pointwise.txt")
     for name, text in zip(names, ("{mark} {response}", "{mark} {response}")):
         (tmp_path / name).write_text(text)

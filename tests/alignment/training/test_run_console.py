@@ -1,4 +1,4 @@
-"""Lines of a training of a judge or policy."""
+"""Tests of the console lines of a training of a judge or policy."""
 
 from types import SimpleNamespace
 from typing import Any

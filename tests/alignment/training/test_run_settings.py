@@ -1,4 +1,4 @@
-"""Settings that must be the same when a run resumes, and fingerprints of models."""
+"""Tests of settings that must match when a run resumes, and of fingerprints of models."""
 
 import shutil
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Log-probabilities of labels as servers give them, and expectations under them."""
+"""Tests of log-probabilities of labels as servers return them, and of expectations under them."""
 
 import itertools
 import math

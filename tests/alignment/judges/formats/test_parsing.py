@@ -1,4 +1,4 @@
-"""Judges' answers are read strictly."""
+"""Tests of the strict parser of judges' answers."""
 
 import re
 from typing import Any
@@ -15,7 +15,7 @@ PAIR = Parser(pairwise=True)
 
 
 def outcome(parser: Parser, text: str) -> Any:
-    """The score, side, TIE, or the reason; every answer makes a sound verdict."""
+    """Return the score, the side, TIE, or the reason; every answer makes a valid verdict."""
     fields = parser.read(text)
     verdict = Verdict.from_row({"item": "x", "answer": text, **fields})
     if verdict.outcome is Outcome.TIE:

@@ -1,4 +1,4 @@
-"""What judges are asked, and fences that no text can close."""
+"""Tests of judge prompts, and of fences that no text can close."""
 
 import re
 from pathlib import Path
@@ -26,7 +26,7 @@ NAMES = [
 
 
 def blocks(text: str) -> list[tuple[str, str]]:
-    """What a reader who goes by the lines with the mark takes for material: (label, text)."""
+    """Return (label, text) of the material between the lines with the mark."""
     match = re.search(r"^The mark is ([g-v]{16})\.$", text, flags=re.MULTILINE)
     assert match
     mark = match[1]
@@ -98,7 +98,7 @@ def test_text_with_an_earlier_mark_cannot_close_its_fence(
             assert [material for _, material in blocks(text)] == texts_of_item
             if turn == 0 and number == 1:
                 mark = re.findall(r"The mark is ([g-v]{16})\.", text)[0]
-        # Now with the mark that these very texts were given.
+        # Now with the mark of these very texts.
         texts = [t.replace("MARK", mark).replace("MA", mark[:8]).replace("RK", mark[8:])
                  for t in texts]  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Scores of files, which are on the scale of 0 to 9 or refused."""
+"""Tests of scores of files, which are on the scale of 0 to 9 or refused."""
 
 import json
 

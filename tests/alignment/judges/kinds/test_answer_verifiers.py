@@ -1,4 +1,4 @@
-"""Verifiers of answers: what is right, what is wrong, and what is not scored."""
+"""Tests of answer verifiers: right, wrong and unscored answers."""
 
 import json
 import time

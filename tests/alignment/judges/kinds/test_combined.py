@@ -1,4 +1,4 @@
-"""Sums, gates and routes of judges, compared with the sum written out; failures have no score."""
+"""Tests of sums, gates and routes of judges against plain sums; failures have no score."""
 
 import itertools
 import json
@@ -26,15 +26,15 @@ NUMBER = {"kind": "numeric-answer", "reference": "answer"}
 
 
 class Word:
-    """Scores by the number after a letter in the text: "a3 b9"; "b?" fails, "b!" is unparseable."""
+    """Judge that scores by the number after a letter: "a3 b9"; "b?" fails, "b!" is unparseable."""
 
-    asked: list[str] = []
+    calls: list[str] = []
 
     def __init__(self, letter):
         self.letter, self.identity = letter, letter
 
     def verdict(self, item, swapped=False, sample=0):
-        self.asked.append(f"{self.letter}:{item.id}")
+        self.calls.append(f"{self.letter}:{item.id}")
         value = {word[0]: word[1:] for word in item.text.split()}[self.letter]
         if value in ("?", "!"):
             outcome = Outcome.FAILED if value == "?" else Outcome.UNPARSEABLE
@@ -43,7 +43,7 @@ class Word:
 
 
 class WordConfig(JudgeConfig):
-    """Judge of the test."""
+    """Configuration of the judge."""
 
     kind: str = "word"
 
@@ -54,7 +54,7 @@ class WordConfig(JudgeConfig):
 @pytest.fixture(autouse=True)
 def _word_judge(monkeypatch):
     monkeypatch.setitem(JUDGE_KINDS, "word", WordConfig)
-    Word.asked.clear()
+    Word.calls.clear()
 
 
 def read(folder, content, name="judge"):
@@ -112,7 +112,7 @@ def test_component_behind_a_gate_is_called_only_where_it_is_open(tmp_path):
     assert [v.score for v in verdicts] == [(5 + 27) / 4, (4 + 6) / 4, (4 + 6) / 4, None]
     assert parts == [{"a": 5, "b": 9}, {"a": 4}, {"a": 4}, {}]
     assert verdicts[3].outcome is Outcome.FAILED and verdicts[3].reason == "a: ? occurs"
-    assert [one for one in Word.asked if one[0] == "b"] == ["b:0"]
+    assert [one for one in Word.calls if one[0] == "b"] == ["b:0"]
 
 
 def test_gate_of_a_gate_has_its_stated_score_where_the_first_is_closed(tmp_path):

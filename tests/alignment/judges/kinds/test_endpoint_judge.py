@@ -1,5 +1,4 @@
-"""A judge at an address, asked by ranks: what is hopeless ends all of them with one sentence, and
-what was paid for is not asked again."""
+"""Tests of endpoint judges on several ranks: fatal errors, and stored answers."""
 
 import errno
 import json
@@ -37,7 +36,7 @@ def write_spec(folder, name, **changes):
 
 
 def judged(folder, names, room=True):
-    """Of each judge: this rank's scores, or the sentence that ends it."""
+    """Return this rank's scores of each judge, or its error message."""
     import torch.distributed as dist
 
     rank, size = dist.get_rank(), dist.get_world_size()
@@ -123,7 +122,7 @@ def test_endpoint_request_omits_null_settings(tmp_path):
 
 
 def wait_at_most(seconds):
-    """Let ranks wait so long for each other in a collective."""
+    """Set the time that ranks wait for each other in a collective."""
     from datetime import timedelta
 
     import torch.distributed as dist
@@ -149,11 +148,11 @@ def test_slow_endpoint_does_not_time_out_collectives(tmp_path):
 
 
 class Stop(Exception):
-    """What a signal makes of a run."""
+    """Exception that stands for a signal."""
 
 
 def stopped(folder):
-    """Judge until all answers but one are there; the threads that are left."""
+    """Judge until all answers but one have arrived; return the remaining threads."""
     import torch.distributed as dist
 
     from alignment.ranks import all_reduce_max

@@ -1,4 +1,4 @@
-"""A program as a judge: its scores, its silence and its errors."""
+"""Tests of function judges: scores, missing scores and errors."""
 
 import json
 import time
@@ -178,7 +178,7 @@ def test_read_agreement_returns_measures_or_refuses_file(tmp_path):
 
 
 def asked_on_two_ranks_of_one_share(file: Path) -> float | None:
-    """On a rank: the score of a function that says something else to every process."""
+    """Return, on a rank, the score of a function that differs between processes."""
     policy: Any = SimpleNamespace(data_rank=0, data_size=1)
     spec = FunctionJudgeConfig(name="f", function=f"{file}:score", scale=[0, 1])
     judge = spec.open(JudgeContext(False, file.parent, policy))

@@ -1,4 +1,4 @@
-"""Files that describe judges of a training."""
+"""Tests of the files that describe the judges of a training."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Where a judge that thinks has its label, and what is made of one that is not there."""
+"""Tests of local judges: the place of the label in a thinking answer, and missing labels."""
 
 import math
 from dataclasses import replace
@@ -25,15 +25,15 @@ LIKELY = [math.log(p) for p in (0.0001, 0.0001, 0.0001, 0.2, *[0.0001] * 3, 0.6,
 
 @pytest.fixture
 def judge(tmp_path, monkeypatch):
-    """Its answers are `said`, its labels have the log-probabilities `likely`."""
+    """Return a judge with the answers `answers` and the label log-probabilities `likely`."""
     monkeypatch.setattr(local, "all_reduce_max", lambda count: count)
     make_tokenizer(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     tokenizer.add_tokens([" 7"])
-    engine: Any = SimpleNamespace(said=[], likely=LIKELY, after=[])
+    engine: Any = SimpleNamespace(answers=[], likely=LIKELY, after=[])
 
     def generate(prompts, *_):
-        ids = [tokenizer(t, add_special_tokens=False)["input_ids"] for t in engine.said]
+        ids = [tokenizer(t, add_special_tokens=False)["input_ids"] for t in engine.answers]
         return [GeneratedResponse([*row, tokenizer.eos_token_id], [], True) for row in ids]
 
     def next_log_probs(batch, labels):
@@ -51,7 +51,7 @@ def judge(tmp_path, monkeypatch):
 
 
 def ask(judge, *message):
-    judge.engine.said = message
+    judge.engine.answers = message
     prompt = Prompt("p", (Message("user", "say"),))
     return judge.judge(
         [Question(Response(str(n), prompt, f"good {n}")) for n in range(len(message))]
@@ -67,7 +67,7 @@ def test_local_judge_reads_label_only_after_thinking(judge):
 
 
 def test_local_judge_asks_equal_questions_once(judge, monkeypatch):
-    """Whatever their names are: a model that is asked twice answers differently by rounding."""
+    """Ids do not matter: a model that answers twice differs by rounding."""
     prompt = Prompt("p", (Message("user", "say"),))
     questions = [
         Question(Response(str(n), prompt, text), sample=sample)
@@ -77,7 +77,7 @@ def test_local_judge_asks_equal_questions_once(judge, monkeypatch):
 
     def generate(prompts, sampling, seeds):
         calls.extend(zip(map(tuple, prompts), seeds))
-        judge.engine.said = [f"<think>{seed % 10}</think>\n7" for seed in seeds]
+        judge.engine.answers = [f"<think>{seed % 10}</think>\n7" for seed in seeds]
         return ask_all(prompts)
 
     ask_all = judge.engine.generate
@@ -96,7 +96,7 @@ def test_local_judge_asks_equal_questions_once(judge, monkeypatch):
 
 
 def test_local_judge_scores_equal_responses_equally_in_any_batch(judge):
-    """Padding moves the log-probabilities of an engine in their last digits."""
+    """Padding changes the last digits of an engine's log-probabilities."""
     judge.format = replace(judge.format, parser=Parser(thinks=False))
     judge.labels, judge.generation_batch_size = judge.format.label_tokens, 3
 
@@ -112,7 +112,7 @@ def test_local_judge_scores_equal_responses_equally_in_any_batch(judge):
     results = [v.score for v in judge.judge([*same[:4], *others, *same[4:]])]
     scores = [*results[:4], *results[-4:]]
     assert len(set(scores)) == 1 and len(set(results)) > 1
-    # Asked in two calls, as a run that goes on may, they differ by rounding alone.
+    # In two calls, as in a resumed run, they differ by rounding alone.
     apart = [judge.judge([question, *others[:n]])[0].score for n, question in enumerate(same[:4])]
     assert len(set(apart)) > 1
     assert not group_advantages(apart, [0] * 4).any() and not informative(apart, [0] * 4).any()

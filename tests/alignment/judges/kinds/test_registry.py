@@ -1,4 +1,4 @@
-"""Registry of judge kinds: keys of their files, and what must not change on resume."""
+"""Tests of the registry of judge kinds: keys of files, and settings that must match on resume."""
 
 import json
 import os
@@ -24,9 +24,9 @@ LOCAL = {"kind": "local", "model": "m"}
 ENDPOINT = {"kind": "endpoint", "model": "m", "url": "http://a/v1"}
 
 
-def read(folder, name="judge", **given):
+def read(folder, name="judge", **settings):
     file = folder / f"{name}.yaml"
-    file.write_text(json.dumps(given))
+    file.write_text(json.dumps(settings))
     return read_judge(str(file))
 
 
@@ -149,7 +149,7 @@ def test_key_of_another_kind_is_refused(tmp_path, kind, settings):
 
 @pytest.fixture
 def files(tmp_path):
-    """Of each kind of judge, its file and the files that it names."""
+    """Return a file of each kind of judge, and the files that it names."""
     model = tmp_path / "model"
     model.mkdir()
     (model / "model.safetensors").write_text("weights")
@@ -239,7 +239,7 @@ def test_fingerprint_ignores_the_template(files):
 
 
 class WordCount:
-    """Program that scores the number of words."""
+    """Judge that scores the number of words."""
 
     def __init__(self, target: int) -> None:
         self.target, self.identity = target, f"words-{target}"
@@ -250,7 +250,7 @@ class WordCount:
 
 
 class WordCountConfig(JudgeConfig):
-    """Judge kind of this test."""
+    """Configuration of this test's judge kind."""
 
     kind: Literal["words"] = "words"
     target: int = 20

@@ -1,4 +1,4 @@
-"""The gold judge that is a rule: what it likes, what follows from its thinking, and its bias."""
+"""Tests of the rule that serves as gold judge: its preferences, thinking and bias."""
 
 import random
 import re

@@ -1,4 +1,4 @@
-"""Tests of programs that nobody has read: what passes, and what programs cannot do to others."""
+"""Tests of programs in responses: results, and actions that the confinement denies."""
 
 import json
 import os

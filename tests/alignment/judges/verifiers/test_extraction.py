@@ -1,4 +1,4 @@
-"""Where the answer of a response is: one rule decides, and no other is tried after it."""
+"""Tests of the extraction of answers, where the first rule that applies decides."""
 
 import pytest
 

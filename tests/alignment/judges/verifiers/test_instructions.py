@@ -1,4 +1,4 @@
-"""Checks of instructions: one response that follows each and one that does not."""
+"""Tests of instruction checks: one response that follows each and one that does not."""
 
 from collections import Counter
 from typing import Any

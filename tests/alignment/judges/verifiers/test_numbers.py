@@ -1,4 +1,4 @@
-"""Numbers in text: every notation that is read, and every one that must not be guessed at."""
+"""Tests of numbers in text: every notation that is read, and those that are refused."""
 
 from fractions import Fraction
 
