@@ -31,7 +31,7 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args  #
 from megatron_ext import patches  # noqa: E402
 from megatron_ext.arguments import parse_args  # noqa: E402
 from megatron_ext.devices.peak_flops import peak_flops  # noqa: E402
-from megatron_ext.model.gpt import gpt_model_config  # noqa: E402
+from megatron_ext.model.language_model import language_model_config  # noqa: E402
 from megatron_ext.processes import stop_with_launcher  # noqa: E402
 from megatron_ext.tracker_flags import open_trackers  # noqa: E402
 from megatron_ext.training.checks import check_run  # noqa: E402
@@ -84,7 +84,7 @@ def main() -> None:
 
     with log, lines, watchdog:
         training.pretrain(
-            pretrain_cfg_container_from_args(args, gpt_model_config(args, config)),
+            pretrain_cfg_container_from_args(args, language_model_config(args, config)),
             train_valid_test_datasets,
             ModelType.encoder_or_decoder,
             watchdog.progress(log.time_data(forward_step)),

@@ -100,7 +100,7 @@ def measure(router: str, dispatcher: str, d_model: int, steps: int) -> dict[str,
     from megatron_ext.moe.router import routers_of
     from megatron_ext.training.step import RoutingStep
 
-    layer, end = model[0].decoder.layers[1].mlp, RoutingStep()
+    layer, end = model[0].decoder.layers[-1].mlp, RoutingStep()
     generator = torch.Generator().manual_seed(dist.get_rank())
     batch = BATCH // dist.get_world_size()
     hidden = torch.randn(SEQUENCE, batch, d_model, generator=generator)

@@ -35,11 +35,11 @@ def start(*flags: str) -> tuple[Namespace, Any, list[Any]]:
     from megatron.training.initialize import initialize_megatron
 
     from megatron_ext.arguments import parse_args
-    from megatron_ext.model.gpt import gpt_model_config
+    from megatron_ext.model.language_model import language_model_config
 
     args, config = parse_args([*TINY, *flags])
     initialize_megatron()
-    model_config = gpt_model_config(args, config)
+    model_config = language_model_config(args, config)
     builder = model_config.get_builder_cls()(model_config)
     model = builder.build_distributed_models(
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False

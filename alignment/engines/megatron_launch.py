@@ -26,7 +26,7 @@ from megatron_ext.devices import is_cpu_device
 from megatron_ext.errors import UserError
 from megatron_ext.hf.architecture import Architecture, from_args, to_flags
 from megatron_ext.hf.sources import Source
-from megatron_ext.model.gpt import gpt_model_config
+from megatron_ext.model.language_model import language_model_config
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def build(args: Namespace, config: ETConfig) -> tuple[list[Any], Any, Any]:
     """Return the model, in a data-parallel wrapper if it is trained, its optimizer and schedule."""
     model, optimizer, _ = training.setup_model_and_optimizer(
         ModelType.encoder_or_decoder,
-        cfg_container=pretrain_cfg_container_from_args(args, gpt_model_config(args, config)),
+        cfg_container=pretrain_cfg_container_from_args(args, language_model_config(args, config)),
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
     )
     if optimizer is None:

@@ -23,7 +23,7 @@ from megatron_ext.inference.generation import generate
 from megatron_ext.inference.loading import ParallelLayout, TrainedModel, for_inference
 from megatron_ext.inference.plain_linear import simplify_linear_layers
 from megatron_ext.inference.sampling import Sampling
-from megatron_ext.model.gpt import gpt_model_config
+from megatron_ext.model.language_model import language_model_config
 
 
 class Sampler:
@@ -50,7 +50,7 @@ class Sampler:
         if groups.cp.size() > 1:
             groups.cp, _ = dist.new_subgroups(group_size=1)
         config: ETConfig = core_transformer_config_from_args(args, ETConfig)
-        model_config = gpt_model_config(args, config)
+        model_config = language_model_config(args, config)
         builder = model_config.get_builder_cls()(model_config)
         [module] = builder.build_distributed_models(
             groups, wrap_with_ddp=False, data_parallel_random_init=False

@@ -44,7 +44,7 @@ class TokenChunk:
 class RaggedCache(BaseInferenceContext):
     """Cache of one pipeline stage, whose memory grows with the rows up to its bounds."""
 
-    # An attribute that Megatron's GPTModel reads.
+    # An attribute that Megatron's model reads.
     num_speculative_tokens = 0
 
     def __init__(self, max_slots: int, max_length: int) -> None:

@@ -6,8 +6,8 @@ its logits come from layers that route by their final thresholds. On the same te
 model gives each expert exactly its share. Logits collected under expert choice would come from
 layers that route by another rule, batch by batch, and would have to be averaged.
 
-A layer with experts runs twice, first with thresholds that nothing exceeds. This costs only
-attention and the shared expert, and no router has to be called separately.
+A layer with experts runs twice, first with thresholds that nothing exceeds. This costs only the
+shared expert, and no router has to be called separately.
 """
 
 from collections.abc import Callable
@@ -23,6 +23,7 @@ from torch import Tensor
 from megatron_ext.errors import UserError
 from megatron_ext.inference.forward import full_logits
 from megatron_ext.inference.loading import TrainedModel
+from megatron_ext.model.cached_layer import FeedForwardLayer
 from megatron_ext.moe.order_statistics import RankOf, kth_largest
 from megatron_ext.moe.router import routers_of
 from megatron_ext.moe.threshold_router import ThresholdRouter, threshold_routers
@@ -88,7 +89,8 @@ def calibrate(
             router.thresholds.start_at((cutoff + following) / 2)
             cutoffs[layer.layer_number - 1] = cutoff.cpu()
         hidden = [layer(h, attention_mask=None, rotary_pos_emb=rotary)[0] for h in hidden]
-        layer_done(layer.layer_number - 1)
+        if isinstance(layer, FeedForwardLayer):  # the second half of a transformer layer
+            layer_done(layer.layer_number - 1)
     if pipeline.rank() + 1 < pipeline.size():
         for h in hidden:
             dist.send(h.contiguous(), group=pipeline, group_dst=pipeline.rank() + 1)

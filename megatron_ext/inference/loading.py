@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.models.gpt import GPTModel
+from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
@@ -31,7 +31,7 @@ from megatron_ext.devices import cpu_default_args, is_cpu_device
 from megatron_ext.errors import UserError
 from megatron_ext.hf.end_tokens import record_end_tokens
 from megatron_ext.inference.plain_linear import simplify_linear_layers
-from megatron_ext.model.gpt import gpt_model_config
+from megatron_ext.model.language_model import language_model_config
 from megatron_ext.model_location import locate_model
 from megatron_ext.moe.thresholds import FILTER
 
@@ -77,7 +77,7 @@ class TrainedModel:
     iteration: int
 
     @property
-    def model(self) -> GPTModel:
+    def model(self) -> HybridModel:
         """Pipeline stage without its wrapper."""
         return unwrap_model(self.module)
 
@@ -147,7 +147,7 @@ def load_model(
     config: ETConfig = explained(lambda: core_transformer_config_from_args(args, ETConfig))
     explained(lambda: _start_ranks(args))
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    model_config = gpt_model_config(args, config)
+    model_config = language_model_config(args, config)
     builder = model_config.get_builder_cls()(model_config)
     [module] = explained(
         lambda: builder.build_distributed_models(

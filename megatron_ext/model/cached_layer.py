@@ -1,4 +1,4 @@
-"""Transformer layer that also runs with this project's key-value cache."""
+"""Halves of a transformer layer that also run with this project's key-value cache."""
 
 from typing import Any
 
@@ -41,8 +41,8 @@ class CachedSelfAttention(SelfAttention):
         return self.linear_proj(context.unsqueeze(1))
 
 
-class CachedTransformerLayer(TransformerLayer):
-    """Megatron's layer, without its overhead in inference.
+class _CachedLayer(TransformerLayer):
+    """Half of Megatron's layer, without its overhead in inference.
 
     What Megatron adds for training (dropout, recomputation, offloading, tensors that are not views)
     takes a third of a millisecond, as long as the matrix products of one token.
@@ -53,16 +53,28 @@ class CachedTransformerLayer(TransformerLayer):
         cache = kwargs.get("inference_context")
         if not isinstance(cache, RaggedCache):
             return super().forward(*args, **kwargs)
-        hidden = kwargs["hidden_states"]
-        attended = self.self_attention(
-            self.input_layernorm(hidden),
-            inference_context=cache,
-            rotary_pos_emb=kwargs.get("rotary_pos_emb"),
-        )
-        hidden = self._sum(hidden, *attended)
-        return self._sum(hidden, *self.mlp(self.pre_mlp_layernorm(hidden))), None
-
-    def _sum(self, residual: Tensor, output: Tensor, bias: Tensor | None) -> Tensor:
+        residual = kwargs["hidden_states"]
+        output, bias = self._infer(residual, cache, kwargs.get("rotary_pos_emb"))
         if self.config.fp32_residual_connection:
             residual = residual.float()
-        return residual + (output if bias is None else output + bias)
+        return residual + (output if bias is None else output + bias), None
+
+    def _infer(self, hidden: Tensor, cache: RaggedCache, rotary: Tensor | None) -> Any:
+        """Return the output that is added to `hidden`, and its bias or None."""
+        raise NotImplementedError
+
+
+class AttentionLayer(_CachedLayer):
+    """Attention half of a transformer layer."""
+
+    def _infer(self, hidden: Tensor, cache: RaggedCache, rotary: Tensor | None) -> Any:
+        return self.self_attention(
+            self.input_layernorm(hidden), inference_context=cache, rotary_pos_emb=rotary
+        )
+
+
+class FeedForwardLayer(_CachedLayer):
+    """Half of a transformer layer that has an MLP or experts."""
+
+    def _infer(self, hidden: Tensor, cache: RaggedCache, rotary: Tensor | None) -> Any:
+        return self.mlp(self.pre_mlp_layernorm(hidden))

@@ -192,12 +192,11 @@ def _is_read(args: Namespace, name: str) -> bool:
 
 @cache
 def _defaults() -> dict[str, Any]:
-    from megatron.training.models import GPTModelConfig
-
     from megatron_ext.config import ETConfig
+    from megatron_ext.model.hybrid import LanguageModelConfig
 
     defaults: dict[str, Any] = {}
-    for field in (*fields(GPTModelConfig), *fields(ETConfig)):
+    for field in (*fields(LanguageModelConfig), *fields(ETConfig)):
         if field.default is not MISSING:
             defaults[field.name] = field.default
         elif field.default_factory is not MISSING:

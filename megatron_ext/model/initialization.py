@@ -10,13 +10,13 @@ import re
 from typing import Any
 
 import torch
-from megatron.core.models.gpt import GPTModel
+from megatron.core.models.hybrid.hybrid_model import HybridModel
 from torch import Tensor
 
 from megatron_ext.config import ETConfig
 
 
-def initialize_parameters(model: GPTModel, seed: int, vocab_size: int) -> None:
+def initialize_parameters(model: HybridModel, seed: int, vocab_size: int) -> None:
     """Set every parameter of one pipeline stage.
 
     Args:
@@ -38,15 +38,18 @@ def initialize_parameters(model: GPTModel, seed: int, vocab_size: int) -> None:
             parameter.copy_(value)
 
 
-def global_parameter_name(model: GPTModel, name: str) -> str:
+def global_parameter_name(model: HybridModel, name: str) -> str:
     """Return a parameter's name in every layout, with global numbers of layers and experts.
 
-    >>> 'decoder.layers.0.mlp.experts.local_experts.1.linear_fc1.weight'  # stage 2, EP rank 1
+    These are the names in checkpoints, in which a layer is a transformer layer, not a position of
+    the model's stack.
+
+    >>> 'decoder.layers.1.mlp.experts.local_experts.1.linear_fc1.weight'  # stage 2, EP rank 1
     'decoder.layers.2.mlp.experts.3.linear_fc1.weight'
     """
     layer_match = re.match(r"decoder\.layers\.(\d+)\.", name)
     if layer_match is None:
-        return name
+        return name.replace("decoder.final_norm.", "decoder.final_layernorm.")
     layer = model.decoder.layers[int(layer_match[1])]
     name = f"decoder.layers.{layer.layer_number - 1}.{name[layer_match.end() :]}"
 
@@ -61,7 +64,7 @@ def global_parameter_name(model: GPTModel, name: str) -> str:
     )
 
 
-def _value(name: str, parameter: Any, model: GPTModel, seed: int, vocab_size: int) -> Tensor:
+def _value(name: str, parameter: Any, model: HybridModel, seed: int, vocab_size: int) -> Tensor:
     config = model.config
     if name.endswith("norm.weight"):
         return torch.ones_like(parameter)

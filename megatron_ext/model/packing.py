@@ -7,11 +7,11 @@ Megatron reads for learned positions only.
 
 from typing import Any
 
-from megatron.core.models.gpt import GPTModel
+from megatron.core.models.hybrid.hybrid_model import HybridModel
 from torch import Tensor
 
 
-def rotate_by_position_ids(model: GPTModel) -> None:
+def rotate_by_position_ids(model: HybridModel) -> None:
     """Rotate queries and keys by the model's argument `position_ids`, int64 `[batch, length]`.
 
     Positions must be below the length of a row.

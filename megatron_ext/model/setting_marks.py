@@ -1,6 +1,6 @@
 """Marks of all settings: which of them two models must share.
 
-Every field of ETConfig and of Megatron's GPTModelConfig, and every argument that Megatron makes
+Every field of ETConfig and LanguageModelConfig, and every argument that Megatron makes
 them from, has a mark:
 
 - "same": it changes what the model computes from its weights, or which tensors are saved. A
@@ -30,7 +30,8 @@ MARKS: dict[str, Mark] = {
         kv_channels ffn_hidden_size vocab_size num_experts num_moe_experts moe_layer_freq
         moe_ffn_hidden_size moe_shared_expert_intermediate_size moe_shared_expert_gate
         moe_latent_size multi_latent_attention heterogeneous_layers_config_path
-        heterogeneous_block_specs hybrid_layer_pattern is_hybrid_model mtp_num_layers
+        heterogeneous_block_specs hybrid_layer_pattern hybrid_override_pattern
+        hybrid_attention_ratio hybrid_mlp_ratio is_hybrid_model mtp_num_layers
         mtp_use_repeated_layer mtp_hybrid_override_pattern mamba_state_dim mamba_head_dim
         mamba_num_groups mamba_num_heads linear_conv_kernel_dim linear_key_head_dim
         linear_value_head_dim linear_num_key_heads linear_num_value_heads
@@ -109,11 +110,11 @@ MARKS: dict[str, Mark] = {
         wgrad_deferral_limit tp_comm_overlap tp_comm_bulk_wgrad tp_comm_bulk_dgrad
         tp_comm_overlap_ag tp_comm_overlap_rs tp_comm_overlap_rs_dgrad tp_comm_split_ag
         tp_comm_atomic_ag tp_comm_split_rs tp_comm_atomic_rs tp_comm_overlap_disable_qkv
-        tp_comm_overlap_disable_fc1 tp_comm_bootstrap_backend tp_comm_overlap_cfg
+        tp_comm_overlap_disable_fc1 tp_comm_bootstrap_backend 
         overlap_moe_expert_parallel_comm delay_wgrad_compute
         overlap_dispatch_backward_with_experts_wgrad ep_overlap_early_attn_memory_release
         cp_comm_type symmetric_ar_type nccl_all_reduce_for_prefill high_priority_a2a_comm_stream
-        parallel_output scatter_embedding_sequence_parallel make_vocab_size_divisible_by
+        parallel_output make_vocab_size_divisible_by
         should_pad_vocab padded_vocab_size
         """,
     ),
@@ -196,8 +197,8 @@ MARKS: dict[str, Mark] = {
         moe_per_layer_logging config_logger_dir test_mode finalize_model_grads_func
         grad_scale_func moe_grad_scale_func mtp_grad_scale_func no_sync_func grad_sync_func
         param_sync_func hetereogenous_dist_checkpoint seq_length transformer
-        transformer_layer_spec spec use_arbitrary_attention_mask
-        restore_modelopt_state extra_checkpoint_metadata pre_wrap_hooks post_wrap_hooks
+        hybrid_stack_spec spec restore_modelopt_state extra_checkpoint_metadata pre_wrap_hooks
+        post_wrap_hooks
         """,
     ),
 }

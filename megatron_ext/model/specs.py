@@ -8,67 +8,42 @@ from megatron.core.extensions.transformer_engine_spec_provider import TESpecProv
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
+from megatron.core.models.hybrid.hybrid_block import HybridStackSubmodules
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import (
-    TransformerBlockSubmodules,
-    get_num_layers_to_build,
-)
-from megatron.core.transformer.transformer_layer import (
-    TransformerLayerSubmodules,
-    get_transformer_layer_offset,
-)
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
-from megatron_ext.config import ETConfig, moe_layer_pattern
+from megatron_ext.config import ETConfig
 from megatron_ext.model.attention import SDPAttention
-from megatron_ext.model.cached_layer import CachedSelfAttention, CachedTransformerLayer
+from megatron_ext.model.cached_layer import AttentionLayer, CachedSelfAttention, FeedForwardLayer
+from megatron_ext.model.layer_stack import LayerStack
 from megatron_ext.model.norm import RMSNorm
 from megatron_ext.moe.layer import VariableFanOutMoELayer
 
 
-def decoder_block_spec(config: ETConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """Return the layers of this pipeline stage, on Transformer Engine or torch."""
+def layer_stack_spec(config: ETConfig) -> ModuleSpec:
+    """Return the specification of the decoder, on Transformer Engine or torch."""
     use_te = config.transformer_impl == "transformer_engine"
     assert not use_te or HAVE_TE
     backend: BackendSpecProvider = TESpecProvider() if use_te else LocalSpecProvider()
-    core_attention = backend.core_attention() if use_te else SDPAttention
-    kinds = {
-        moe: _layer_spec(config, backend, core_attention, _mlp(config, backend, moe))
-        for moe in set(moe_layer_pattern(config))
-    }
-    layers = [kinds[moe] for moe in moe_layer_pattern(config)]
-    offset = get_transformer_layer_offset(config, vp_stage=vp_stage)
-    count = get_num_layers_to_build(config, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(
-        layer_specs=layers[offset : offset + count], layer_norm=RMSNorm
+    submodules = HybridStackSubmodules(
+        attention_layer=_attention(config, backend, use_te),
+        mlp_layer=_feed_forward(_mlp(backend)),
     )
+    if config.num_moe_experts is not None:
+        submodules.moe_layer = _feed_forward(_experts(config, backend))
+    return ModuleSpec(module=LayerStack, submodules=submodules)
 
 
-def _mlp(config: ETConfig, backend: BackendSpecProvider, moe: bool) -> Any:
-    if not moe:
-        submodules = MLPSubmodules(
-            linear_fc1=backend.column_parallel_linear(), linear_fc2=backend.row_parallel_linear()
-        )
-        return partial(MLP.as_mlp_submodule, submodules=submodules)
-    spec = get_moe_module_spec_for_backend(backend, config.num_moe_experts, config.moe_grouped_gemm)
-    experts: MoESubmodules = spec.keywords["submodules"]
-    experts.router = config.router.load()
-    if config.router.variable_fan_out:
-        return partial(VariableFanOutMoELayer, submodules=experts)
-    return spec
-
-
-def _layer_spec(
-    config: ETConfig, backend: BackendSpecProvider, core_attention: type, mlp: Any
-) -> ModuleSpec:
+def _attention(config: ETConfig, backend: BackendSpecProvider, use_te: bool) -> ModuleSpec:
     # Without a scale, normalizing queries and keys before the rotation is the same as after it.
     qk_norm = RMSNorm if config.qk_layernorm else IdentityOp
     return ModuleSpec(
-        module=CachedTransformerLayer,
+        module=AttentionLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
             self_attention=ModuleSpec(
@@ -76,15 +51,37 @@ def _layer_spec(
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=backend.column_parallel_linear(),
-                    core_attention=core_attention,
+                    core_attention=backend.core_attention() if use_te else SDPAttention,
                     linear_proj=backend.row_parallel_linear(),
                     q_layernorm=qk_norm,
                     k_layernorm=qk_norm,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
-            mlp=mlp,
-            mlp_bda=get_bias_dropout_add,
         ),
     )
+
+
+def _feed_forward(mlp: Any) -> ModuleSpec:
+    return ModuleSpec(
+        module=FeedForwardLayer,
+        submodules=TransformerLayerSubmodules(
+            pre_mlp_layernorm=RMSNorm, mlp=mlp, mlp_bda=get_bias_dropout_add
+        ),
+    )
+
+
+def _mlp(backend: BackendSpecProvider) -> Any:
+    submodules = MLPSubmodules(
+        linear_fc1=backend.column_parallel_linear(), linear_fc2=backend.row_parallel_linear()
+    )
+    return partial(MLP.as_mlp_submodule, submodules=submodules)
+
+
+def _experts(config: ETConfig, backend: BackendSpecProvider) -> Any:
+    spec = get_moe_module_spec_for_backend(backend, config.num_moe_experts, config.moe_grouped_gemm)
+    experts: MoESubmodules = spec.keywords["submodules"]
+    experts.router = config.router.load()
+    if config.router.variable_fan_out:
+        return partial(VariableFanOutMoELayer, submodules=experts)
+    return spec

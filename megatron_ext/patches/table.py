@@ -269,6 +269,15 @@ _TRAINING = (
     ),
     Patch(
         group="checkpoints",
+        targets=("megatron.training.checkpointing._maybe_setup_gpt_to_hybrid_load",),
+        source="megatron_ext.model.hybrid:load_replacements",
+        reason="Loading into a `HybridModel` translates tensor names of `GPTModel`, which are also "
+        "this project's.",
+        removable="When checkpoints have the names of `HybridModel`.",
+        upstream="Not a bug: the names are this project's.",
+    ),
+    Patch(
+        group="checkpoints",
         targets=("megatron.core.dist_checkpointing.save",),
         source="megatron_ext.training.saving:replacements",
         reason="Megatron hashes every file of a checkpoint on rank 0, if at all.",

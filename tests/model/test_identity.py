@@ -121,16 +121,13 @@ class Recording(Namespace):
 def names_of_the_configuration() -> set[str]:
     """Return, on a rank, fields of the configuration and the arguments they are made from."""
     args, *_ = megatron.start()
-    from megatron.training.argument_utils import (
-        core_transformer_config_from_args,
-        gpt_config_from_args,
-    )
-    from megatron.training.models import GPTModelConfig
+    from megatron.training.argument_utils import core_transformer_config_from_args
 
     from megatron_ext.config import ETConfig
-    from megatron_ext.model.gpt import gpt_model_config
+    from megatron_ext.model.hybrid import LanguageModelConfig
+    from megatron_ext.model.language_model import language_model_config
 
-    names = {field.name for config in (ETConfig, GPTModelConfig) for field in fields(config)}
+    names = {field.name for config in (ETConfig, LanguageModelConfig) for field in fields(config)}
     for settings in (
         {},
         {"squared_relu": False, "swiglu": True},
@@ -139,8 +136,7 @@ def names_of_the_configuration() -> set[str]:
     ):
         recording = Recording(Namespace(**{**vars(args), **settings}))
         config = core_transformer_config_from_args(recording, ETConfig)
-        gpt_config_from_args(recording, config=config)
-        gpt_model_config(recording, config)
+        language_model_config(recording, config)
         # Megatron asks for every field; what is no argument is in the configuration alone.
         names |= {name for name in recording.read_names if hasattr(args, name)}
     return names

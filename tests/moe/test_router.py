@@ -12,7 +12,7 @@ from tests.distributed import run_ranks
 
 
 def _router_and_layer(model):
-    layer = model[0].decoder.layers[1].mlp
+    layer = model[0].decoder.layers[-1].mlp
     return layer.router, layer
 
 
@@ -372,7 +372,7 @@ def bias_counts() -> None:
         "--router-type", "token-choice", "--moe-router-load-balancing-type", "none", "--bf16",
         "--moe-router-score-function", "sigmoid", "--moe-router-enable-expert-bias",
     )  # fmt: skip
-    router = model[0].module.decoder.layers[1].mlp.router
+    router = model[0].module.decoder.layers[-1].mlp.router
     hidden = torch.randn(32, 40, 32, generator=torch.Generator().manual_seed(8)).bfloat16()
     mask = torch.zeros(32, 40, dtype=torch.bool)
     mask[30:, ::2] = True

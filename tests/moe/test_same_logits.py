@@ -51,7 +51,7 @@ def route(kinds: list[str], flags: list[str]) -> list[dict[str, Any]]:
     from megatron_ext.moe.router import routers_of
     from megatron_ext.training.step import RoutingStep
 
-    router = model[0].decoder.layers[1].mlp.router
+    router = model[0].decoder.layers[-1].mlp.router
     samples, positions = my_tokens(router)
     here = (samples.view(-1, 1), positions)
     step = RoutingStep()

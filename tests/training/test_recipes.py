@@ -54,13 +54,13 @@ def _count(args: Any, config: Any) -> tuple[int, int]:
     """Return the numbers of parameters and of active ones, of a model built on one of its ranks."""
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    from megatron_ext.model.gpt import gpt_model_config
+    from megatron_ext.model.language_model import language_model_config
     from megatron_ext.planning.dry_run.fakes import expert_rate
     from megatron_ext.planning.dry_run.parameters import count_parameters
     from megatron_ext.planning.dry_run.simulated_rank import fake_rank
 
     with contextlib.redirect_stdout(io.StringIO()), fake_rank(args, 0), torch.device("meta"):
-        model_config = gpt_model_config(args, config)
+        model_config = language_model_config(args, config)
         model = model_config.get_builder_cls()(model_config).build_distributed_models(
             pg_collection=ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False
         )

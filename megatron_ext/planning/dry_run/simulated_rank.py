@@ -29,7 +29,7 @@ from megatron_ext import patches
 from megatron_ext.arguments import explained
 from megatron_ext.config import ETConfig
 from megatron_ext.devices.placement import without_data
-from megatron_ext.model.gpt import gpt_model_config
+from megatron_ext.model.language_model import language_model_config
 from megatron_ext.moe.router import routers_of
 from megatron_ext.moe.threshold_router import ThresholdRouter, threshold_routers
 from megatron_ext.planning.dry_run.fakes import EvenLoad, prepare_router
@@ -86,7 +86,7 @@ class Rank:
             self.model, self.optimizer, self.scheduler = training.setup_model_and_optimizer(
                 ModelType.encoder_or_decoder,
                 cfg_container=pretrain_cfg_container_from_args(
-                    args, gpt_model_config(args, self.config)
+                    args, language_model_config(args, self.config)
                 ),
                 pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
             )

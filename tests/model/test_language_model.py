@@ -1,6 +1,7 @@
 """Tests of the decoder and its initial weights against the paper's model."""
 
 import hashlib
+from itertools import batched
 from typing import Any
 
 import pytest
@@ -70,7 +71,12 @@ def whole_weights_of(base: list[str], flags: tuple[str, ...]) -> dict[str, str]:
 def statistics() -> dict[str, tuple[float, list[int]]]:
     wide = ("--hidden-size", "256", "--ffn-hidden-size", "1024", "--moe-ffn-hidden-size", "128")
     _, _, [model] = megatron.start(*PAPER, *wide, "--num-attention-heads", "4")
-    return {name: (float(p.std()), list(p.shape)) for name, p in model.named_parameters()}
+    from megatron_ext.model.initialization import global_parameter_name
+
+    return {
+        global_parameter_name(model, name): (float(p.detach().std()), list(p.shape))
+        for name, p in model.named_parameters()
+    }
 
 
 def test_initial_weights_have_the_scales_of_the_paper() -> None:
@@ -80,12 +86,12 @@ def test_initial_weights_have_the_scales_of_the_paper() -> None:
         "embedding.word_embeddings.weight": 1.0,
         "output_layer.weight": 0.0,
         layer + "self_attention.linear_proj.weight": 0.0,
-        layer + "mlp.experts.local_experts.2.linear_fc2.weight": 0.0,
+        layer + "mlp.experts.2.linear_fc2.weight": 0.0,
         layer + "mlp.shared_experts.linear_fc2.weight": 0.0,
         "decoder.layers.0.mlp.linear_fc2.weight": 0.0,
         layer + "mlp.router.weight": 256**-0.5,
         "decoder.layers.0.mlp.linear_fc1.weight": 256**-0.5,  # wider out than in
-        layer + "mlp.experts.local_experts.2.linear_fc1.weight": 256**-0.5 * (128 / 256) ** 0.5,
+        layer + "mlp.experts.2.linear_fc1.weight": 256**-0.5 * (128 / 256) ** 0.5,
     }.items():
         assert stds[name][0] == pytest.approx(std, rel=0.06), name
     # 4 query heads of 64 rows, then a key and a value head, which have fewer outputs than inputs.
@@ -114,16 +120,17 @@ def reference_decoder(model: Any, tokens: torch.Tensor) -> torch.Tensor:
 
     batch, length = tokens.shape
     x = norm(model.embedding.word_embeddings.weight[tokens])
-    for layer in model.decoder.layers:
-        qkv = norm(x) @ layer.self_attention.linear_qkv.weight.T
+    for attention_layer, layer in batched(model.decoder.layers, 2):
+        attention = attention_layer.self_attention
+        qkv = norm(x) @ attention.linear_qkv.weight.T
         qkv = qkv.view(batch, length, heads, 3, head_dim)
         q, k, v = (part.squeeze(3) for part in qkv.split(1, dim=3))
         q, k = norm(rotate(q)), norm(rotate(k))  # after the rotation, as the paper says
         scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / head_dim**0.5
         future = torch.ones(length, length, dtype=torch.bool).triu(1)
-        attention = scores.masked_fill(future, -torch.inf).softmax(-1)
-        context = torch.einsum("bhqk,bkhd->bqhd", attention, v).flatten(2)
-        x = x + context @ layer.self_attention.linear_proj.weight.T
+        weights = scores.masked_fill(future, -torch.inf).softmax(-1)
+        context = torch.einsum("bhqk,bkhd->bqhd", weights, v).flatten(2)
+        x = x + context @ attention.linear_proj.weight.T
         hidden = norm(x)
         if hasattr(layer.mlp, "router"):
             x = x + layer.mlp(hidden.transpose(0, 1).contiguous())[0].transpose(0, 1)
@@ -136,7 +143,7 @@ def reference_decoder(model: Any, tokens: torch.Tensor) -> torch.Tensor:
 
 def decoder() -> None:
     _, _, [model] = megatron.start("--init-method-std", "1.0")
-    router = model.decoder.layers[1].mlp.router
+    router = model.decoder.layers[-1].mlp.router
     for _ in range(2):
         router.thresholds.update(torch.tensor([0.5, 0.0, -0.5, 1.0]))
     model.eval()

@@ -1,4 +1,4 @@
-"""The GPT model: Megatron's, with our layers, embedding norm, softcap and initial weights."""
+"""The language model: Megatron's, with our layers, embedding norm, softcap and initial weights."""
 
 from argparse import Namespace
 from functools import partial
@@ -7,42 +7,35 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core import activations
-from megatron.core.models.gpt import GPTModel
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.training.argument_utils import gpt_config_from_args
-from megatron.training.models import GPTModelConfig
+from megatron.training.argument_utils import hybrid_config_from_args
 from torch import Tensor
 
 from megatron_ext.config import ETConfig
 from megatron_ext.devices import is_cpu_device
 from megatron_ext.model.activation import squared_relu
+from megatron_ext.model.hybrid import LanguageModel, LanguageModelConfig
 from megatron_ext.model.initialization import initialize_parameters
-from megatron_ext.model.specs import decoder_block_spec
+from megatron_ext.model.layer_stack import hybrid_layer_pattern
+from megatron_ext.model.specs import layer_stack_spec
 
 
-def gpt_model_config(args: Namespace, config: ETConfig) -> GPTModelConfig:
+def language_model_config(args: Namespace, config: ETConfig) -> LanguageModelConfig:
     """Return the configuration from which Megatron's trainer builds the model."""
-    model_config = gpt_config_from_args(args, config=config)
-    model_config.transformer_layer_spec = _layer_spec
-    # Megatron 0.19 leaves it at 8, whatever the flag says.
-    model_config.rope_scaling_factor = args.rope_scaling_factor
+    settings = hybrid_config_from_args(args, config, LanguageModelConfig)
+    settings.hybrid_stack_spec = layer_stack_spec(config)
+    settings.hybrid_layer_pattern = hybrid_layer_pattern(config)
+    settings.rope_scaling = args.use_rope_scaling
+    settings.rope_scaling_factor = args.rope_scaling_factor
     config.perform_initialization = False  # the hook below sets every parameter
     if config.activation_func is activations.squared_relu and is_cpu_device():
         config.activation_func = squared_relu  # on CUDA Megatron's own is compiled into one kernel
     # A model from Hugging Face may have more rows than its tokenizer has entries.
     rows = getattr(args, "hf_vocab_size", None) or args.vocab_size
-    model_config.pre_wrap_hooks = [partial(_finish_stages, seed=args.seed, vocab_size=rows)]
-    return model_config
+    settings.pre_wrap_hooks = [partial(_finish_stages, seed=args.seed, vocab_size=rows)]
+    return settings
 
 
-def _layer_spec(
-    model_config: GPTModelConfig, vp_stage: int | None = None
-) -> TransformerBlockSubmodules:
-    assert isinstance(model_config.transformer, ETConfig)
-    return decoder_block_spec(model_config.transformer, vp_stage)
-
-
-def _finish_stages(stages: list[GPTModel], seed: int, vocab_size: int) -> list[GPTModel]:
+def _finish_stages(stages: list[LanguageModel], seed: int, vocab_size: int) -> list[LanguageModel]:
     for model in stages:
         initialize_parameters(model, seed, vocab_size)
         config = model.config
