@@ -144,7 +144,8 @@ class LayerStack(HybridStack):
     ) -> dict[str, Any]:
         """Return the tensors under the names that Megatron's `TransformerBlock` gives them."""
         assert not sharded_offsets
-        stacked, state = self._saves_stacked_layers(metadata or {}), {}
+        stacked = self._saves_stacked_layers(metadata or {})
+        state: dict[str, Any] = {}
         for position, layer in enumerate(self.layers):
             local, number = f"{prefix}layers.{position}.", layer.layer_number - 1
             offsets = [(0, number, self.config.num_layers)] if stacked else []

@@ -1,7 +1,7 @@
 """Marks of all settings: which of them two models must share.
 
-Every field of ETConfig and LanguageModelConfig, and every argument that Megatron makes
-them from, has a mark:
+Every field of ETConfig and LanguageModelConfig, and every argument that Megatron makes them from,
+has a mark:
 
 - "same": it changes what the model computes from its weights, or which tensors are saved. A
   checkpoint can only be used with the value that it was trained with.
@@ -110,7 +110,7 @@ MARKS: dict[str, Mark] = {
         wgrad_deferral_limit tp_comm_overlap tp_comm_bulk_wgrad tp_comm_bulk_dgrad
         tp_comm_overlap_ag tp_comm_overlap_rs tp_comm_overlap_rs_dgrad tp_comm_split_ag
         tp_comm_atomic_ag tp_comm_split_rs tp_comm_atomic_rs tp_comm_overlap_disable_qkv
-        tp_comm_overlap_disable_fc1 tp_comm_bootstrap_backend 
+        tp_comm_overlap_disable_fc1 tp_comm_bootstrap_backend
         overlap_moe_expert_parallel_comm delay_wgrad_compute
         overlap_dispatch_backward_with_experts_wgrad ep_overlap_early_attn_memory_release
         cp_comm_type symmetric_ar_type nccl_all_reduce_for_prefill high_priority_a2a_comm_stream

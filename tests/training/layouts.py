@@ -4,7 +4,7 @@ import contextlib
 import io
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -159,7 +159,13 @@ def _pretrain(flags: list[str]) -> None:
                 raise
 
 
-def train(run_dir: Path, layout: Layout, *flags: str, save: bool = False) -> list[Any]:
+def train(
+    run_dir: Path,
+    layout: Layout,
+    *flags: str,
+    save: bool = False,
+    pretrain: Callable[[list[str]], None] = _pretrain,
+) -> list[Any]:
     """Train on real ranks and return the training rows.
 
     Args:
@@ -167,10 +173,11 @@ def train(run_dir: Path, layout: Layout, *flags: str, save: bool = False) -> lis
         layout: Parallel layout.
         flags: Flags in addition to those of the layout.
         save: Whether the run saves checkpoints, which take a third of its time.
+        pretrain: Function that trains on a rank.
     """
     unsaved = () if save else ("--save", "")
     argv = [*MODEL, "--run-dir", str(run_dir), *layout.all_flags, *unsaved, *flags]
-    run_ranks(_pretrain, layout.ranks, argv, timeout=200)
+    run_ranks(pretrain, layout.ranks, argv, timeout=200)
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [row for row in rows if "loss" in row]
 
