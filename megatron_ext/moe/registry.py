@@ -131,7 +131,6 @@ _THRESHOLD_ROUTER: dict[str, Any] = {
         "moe_router_num_groups": "experts choose on their own, not in groups",
         "moe_input_jitter_eps": "noise would make the cutoffs random",
         "moe_latent_size": "it needs a separate dispatcher",
-        "mtp_num_layers": "thresholds of repeated prediction layers are not defined",
     },
     "replaced": {
         "moe_aux_loss_coeff": (

@@ -103,10 +103,6 @@ def test_capacity_off_and_on_route_as_on_the_cpu(tmp_path: Path, router: str) ->
     "flags",
     [
         pytest.param((*EP2, "--use-distributed-optimizer"), id="EP 2"),
-        pytest.param(
-            (*EP2, "--overlap-moe-expert-parallel-comm", "--bf16"),
-            id="expert communication overlapped",
-        ),
         pytest.param(("--tensor-model-parallel-size", "2", "--sequence-parallel"), id="TP 2"),
     ],
 )

@@ -89,6 +89,18 @@ STACKED: dict[str, Any] = {"non_homogeneous_layers": False}
         (1, ("--moe-layer-freq", "1"), {"singleton_local_shards": True}),
         (2, (*LAYERS, *PP2, *INTERLEAVED), {}),
         (2, (*PP2, "--num-layers", "2", "--moe-layer-freq", "1"), STACKED),
+        (2, (*LAYERS, *PP2, "--decoder-first-pipeline-num-layers", "1"), {}),
+        (2, (*LAYERS, *PP2, "--pipeline-model-parallel-layout", "Et|ttt|L|"), {}),
+        (
+            2,
+            (
+                *LAYERS,
+                *PP2,
+                "--account-for-embedding-in-pipeline-split",
+                "--account-for-loss-in-pipeline-split",
+            ),
+            {},
+        ),
         (2, (*LAYERS, *TP2, *EP2, *WHOLE_EXPERTS, "--et-norm-scale"), {}),
     ],
 )
