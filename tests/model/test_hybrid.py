@@ -1,5 +1,6 @@
 """The model against Megatron's deprecated `GPTModel` of the same layers, bit for bit."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -181,3 +182,19 @@ def test_run_of_gpt_model_resumes_as_it_would_have_continued(
     assert difference(train(tmp_path / "new", layout), rows) == EQUAL
     load = ("--load", str(tmp_path / "checkpoints"), "--ckpt-step", "10")
     assert difference(train(tmp_path / "resumed", layout, *load), rows[10:]) == EQUAL
+
+
+def warnings_of_megatron(flags: tuple[str, ...]) -> list[str]:
+    """On a rank: what Megatron warns of while the model is built and used."""
+    messages: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("megatron").addHandler(handler)
+    megatron.start(*flags)
+    return messages
+
+
+@pytest.mark.parametrize("ranks, flags", [(1, ()), (2, PP2)])
+def test_no_part_of_the_model_is_deprecated(ranks: int, flags: tuple[str, ...]) -> None:
+    for messages in run_ranks(warnings_of_megatron, ranks, flags):
+        assert not [message for message in messages if "deprecat" in message.lower()]
