@@ -211,6 +211,8 @@ def changed(value: Any) -> Any:
 def marks_by_comparison() -> dict[str, set[str]]:
     """Return, on a rank, the marks by which a change of each argument is a difference."""
     bases = [arguments(*flags) for flags in (GROUPED + ROTATED, TOP_K, ABSOLUTE, YARN)]
+    # Each router reads other flags.
+    bases += [Namespace(**{**vars(bases[0]), "router_type": name}) for name in ROUTERS]
     marks_by_name: dict[str, set[str]] = {name: set() for name in MARKS if hasattr(bases[0], name)}
     for name, marks in marks_by_name.items():
         for base in bases:
