@@ -267,6 +267,10 @@ class RolloutConfig:
     RUN/served before each step and sample the responses. Default: the engine samples them."""
     rollout_model: str = may_change("policy", metavar="NAME")
     """Name under which the servers serve the policy."""
+    weight_transfer: Literal["folder", "gloo", "nccl", "ipc"] = may_change("folder")
+    """Way in which the servers get the weights: as files in RUN/served (folder), over the network
+    (gloo, nccl), or through memory of the same machine (ipc). All but folder require the plug-in
+    in the servers."""
     rollouts_ahead: Literal[0, 1] = must_match(0)
     """Number of steps, 0 or 1, by which servers sample responses in advance. With 1 (asynchronous
     rollouts) they sample the next step's responses while this step is judged and trained on, with

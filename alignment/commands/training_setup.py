@@ -272,10 +272,14 @@ def rollout_sources(
     from alignment.rl.async_rollouts import AsyncRollouts
     from alignment.rl.vllm_rollouts import VLLMRollouts
 
-    folder = Path(config.run.run_dir) / "served"
+    folder, transfer = Path(config.run.run_dir) / "served", None
+    if rollouts.weight_transfer != "folder":
+        from alignment.rl.stream_transfer import StreamTransfer
+
+        transfer = StreamTransfer(engine, rollouts.weight_transfer)
     served = VLLMRollouts(
         engine, rollouts.rollout_url, rollouts.rollout_model, folder, end_tokens, check=check,
-        context=config.batch.seq_length,
+        transfer=transfer, context=config.batch.seq_length,
     )  # fmt: skip
     ahead = AsyncRollouts(served, steps) if rollouts.rollouts_ahead else None
     return {"generate": served.generate, "async_rollouts": ahead}

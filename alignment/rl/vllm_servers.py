@@ -29,12 +29,17 @@ RESUME_SECONDS = 2.0
 _REPORT_INTERVAL = 60.0  # seconds between reports of a slow call
 
 
+class ServerRefused(UserError):
+    """Answer of a server that a repetition of the request would get again."""
+
+
 class VLLMServer:
     """Connection to one server, for one event loop.
 
     Attributes:
         url: Address up to and including /v1.
         root: Address without /v1, where the routes are that control the server.
+        lost: Whether the server did not exist at a call of this connection.
     """
 
     def __init__(
@@ -55,7 +60,7 @@ class VLLMServer:
             before_try: Function that is called before each try of a call.
         """
         self.url, self.root, self.patience = url, url.removesuffix("/v1"), patience
-        self._lost = lost
+        self.lost, self._all_lost = False, lost
         wait = min(_WAIT, patience / 4)
         self._client = EndpointClient(
             url,
@@ -83,7 +88,8 @@ class VLLMServer:
                 Default: the JSON value, or None for an empty body.
 
         Raises:
-            UserError: The server refuses, or does not answer within the patience.
+            ServerRefused: The server refuses.
+            UserError: It does not answer within the patience.
         """
         return await self._call(
             path, self._client.post(f"{self.root}{path}", body, read or read_json)
@@ -98,7 +104,7 @@ class VLLMServer:
             return await call
         except CallFailed as error:
             if error.refused:
-                raise UserError(
+                raise ServerRefused(
                     f"The endpoint {self.root}{path} refuses with {error}. {ADVICE}"
                 ) from None
             raise self._no_answer(str(error)) from None
@@ -169,7 +175,8 @@ class VLLMServer:
         # the same request with the same error.
         healthy = error.status == 500 and await self._is_healthy()
         if error.status in (None, 500) and not healthy:
-            self._lost.add(self.url)
+            self.lost = True
+            self._all_lost.add(self.url)
         return healthy
 
     async def _is_healthy(self) -> bool:

@@ -8,10 +8,12 @@ import logging
 
 TESTED = ("0.32",)
 """Versions of vLLM that this plug-in has been tested with."""
+TRANSFER_BACK_END = "megatron_et"
+"""Name of the back end of vLLM's weight transfer that receives streams."""
 
 
 def register() -> None:
-    """Register the model, its configuration and its tokenizer with vLLM.
+    """Register the model, its configuration, its tokenizer and the transfer of weights with vLLM.
 
     With another version of vLLM than :data:`TESTED` an error is logged and nothing is registered,
     so that vLLM refuses the model, and other models are not affected.
@@ -29,6 +31,7 @@ def register() -> None:
         return
     from transformers import AutoConfig, AutoTokenizer
     from vllm import ModelRegistry
+    from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 
     from megatron_ext.hf.remote.configuration_et import ExpertThresholdConfig
     from megatron_ext.hf.remote.tokenization_et import ExpertThresholdTokenizer
@@ -40,4 +43,7 @@ def register() -> None:
     # A name and not the class, which would initialize CUDA in vLLM's main process.
     ModelRegistry.register_model(
         "ExpertThresholdForCausalLM", "megatron_ext.vllm.model:ExpertThresholdForCausalLM"
+    )
+    WeightTransferEngineFactory.register_engine(
+        TRANSFER_BACK_END, "megatron_ext.vllm.weight_transfer", "StreamEngine"
     )

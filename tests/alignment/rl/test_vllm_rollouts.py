@@ -178,13 +178,16 @@ def drawn(place, step):
     return sum(file.read_bytes().count(b"\n") for file in files)
 
 
-def learn(folder, place, url, patience, ahead=False, waits=16, stops=False, context=64):
+def learn(
+    folder, place, url, patience, ahead=False, waits=16, stops=False, context=64, make_transfer=None
+):
     """Rows of three steps with rollouts of the server, and the signal that ended the run.
 
     Args:
         ahead: whether the next step is drawn meanwhile.
         waits: rewards come when so many responses of the next step are there.
         stops: a signal comes with them.
+        make_transfer: function from the engine to the transfer of weights. Default: by folders.
     """
     from alignment.engines.megatron import MegatronEngine, MegatronLayout
     from alignment.engines.protocol import Optimization
@@ -204,7 +207,7 @@ def learn(folder, place, url, patience, ahead=False, waits=16, stops=False, cont
     engine = MegatronEngine(folder, Optimization(lr=1e-2, steps=9), MegatronLayout(micro_batch=4))
     rollouts = served.VLLMRollouts(
         engine, url.split(), "policy", place / "served", frozenset([0]), patience,
-        context=context,
+        context=context, transfer=make_transfer and make_transfer(engine),
     )  # fmt: skip
     tasks = [PromptTask(str(n), [5, n, 7], None) for n in range(12)]
 

@@ -46,6 +46,7 @@ MAY_CHANGE = {
     "routing_samples",
     "rollout_url",
     "rollout_model",
+    "weight_transfer",
 }
 
 

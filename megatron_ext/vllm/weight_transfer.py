@@ -1,0 +1,98 @@
+"""Back end of vLLM's weight transfer that receives streams from a training run."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.model_executor.model_loader.reload import (
+    finalize_layerwise_reload,
+    initialize_layerwise_reload,
+)
+from vllm.platforms import current_platform
+
+from megatron_ext.vllm.weight_stream import Stream, TensorPlace, receive
+
+
+@dataclass
+class StreamInitInfo(WeightTransferInitInfo):
+    """Body of /init_weight_transfer_engine.
+
+    Attributes:
+        stream: The next stream, as a dictionary.
+    """
+
+    stream: dict[str, str | int | float]
+
+
+@dataclass
+class StreamUpdateInfo(WeightTransferUpdateInfo):
+    """Body of /update_weights.
+
+    Attributes:
+        buckets: Descriptions of all buckets; see `Bucket.describe`.
+    """
+
+    buckets: Sequence[tuple[int, Sequence[TensorPlace]]]
+
+
+class StreamEngine(WeightTransferEngine[StreamInitInfo, StreamUpdateInfo]):
+    """Receiver of one stream for each update. The weights have the format of a checkpoint."""
+
+    init_info_cls = StreamInitInfo
+    update_info_cls = StreamUpdateInfo
+
+    def init_transfer_engine(self, init_info: StreamInitInfo) -> None:
+        """Remember the next stream, which `receive_weights` requests.
+
+        Raises:
+            ValueError: The model has a layer that vLLM does not update.
+        """
+        tied = getattr(self.model_config.hf_text_config, "tie_word_embeddings", False)
+        if current_platform.is_cpu() and getattr(self.model, "tied", tied):
+            raise ValueError(
+                "On CPUs vLLM does not load an output layer again that is tied to the embeddings. "
+                "Use --weight-transfer folder."
+            )
+        self.stream = Stream(**init_info.stream)  # type: ignore[arg-type]
+
+    def start_weight_update(self) -> None:
+        """Let every layer process its weights when all of them have arrived."""
+        initialize_layerwise_reload(self.model)
+
+    def finish_weight_update(self) -> None:
+        """End the loading of layers by their parts."""
+        finalize_layerwise_reload(self.model, self.model_config)
+
+    def update_weights(self, update_info: dict[str, object]) -> None:
+        """Receive a stream and load it.
+
+        Raises:
+            ValueError: A tensor is unknown or missing, or has another shape.
+        """
+        try:
+            self.receive_weights(self.parse_update_info(update_info))
+        except BaseException:
+            # Else the next update would load what this one has left behind.
+            self.finish_weight_update()
+            raise
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
+
+    def receive_weights(self, update_info: StreamUpdateInfo) -> None:
+        """See `update_weights`."""
+        parallel = self.parallel_config
+        rank = parallel.data_parallel_index * parallel.world_size + parallel.rank
+        size = parallel.world_size_across_dp
+        missing = {name for name, _ in self.model.named_parameters()}
+        for tensors in receive(self.stream, update_info.buckets, 1 + rank, 1 + size, self.device):
+            missing -= self.model.load_weights(tensors) or set()
+        if missing and self.vllm_config.quant_config is None:
+            raise ValueError(f"The stream has no weights for {min(missing)} of the model.")
+
+    def shutdown(self) -> None:
+        """Do nothing, as no connection lasts longer than an update."""
