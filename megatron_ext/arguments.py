@@ -22,6 +22,7 @@ from megatron.training.arguments import (
 )
 from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.global_vars import set_global_variables
+from megatron.training.training import get_megatron_ddp_config, get_megatron_optimizer_config
 
 from megatron_ext.config import ETConfig
 from megatron_ext.conflicts import check_conflicts
@@ -35,6 +36,7 @@ from megatron_ext.ranges import batch_schedule, check_ranges
 from megatron_ext.recipes import expand_recipes
 from megatron_ext.run_flags import add_arguments
 from megatron_ext.tracker_flags import tracker_settings
+from megatron_ext.unsupported_flags import check_unsupported
 
 _DEFAULTS = [
     # Megatron's mask is a square matrix for each sample; attention is causal without it.
@@ -83,6 +85,9 @@ def parse_args(
     if args.stall_timeout is None:
         args.stall_timeout = 0.9 * 60 * args.distributed_timeout_minutes
     config: ETConfig = explained(lambda: core_transformer_config_from_args(args, ETConfig))
+    # Megatron builds these after the process groups, and refuses some flags only there.
+    explained(lambda: get_megatron_optimizer_config(args))
+    explained(lambda: get_megatron_ddp_config(args))
     for name in ("moe_router_load_balancing_type", "moe_aux_loss_coeff", "moe_router_dtype"):
         setattr(args, name, getattr(config, name))  # the trainer logs the values of the arguments
     return args, config
@@ -258,6 +263,7 @@ def _check_before_megatron(args: Namespace, explicit: set[str]) -> None:
         tracker_settings(args).check()
     if args.yaml_cfg is not None:
         raise UserError("--yaml-cfg is not supported: use --recipe")
+    check_unsupported(args)
     for warning in check_conflicts(args, explicit):
         if os.environ.get("RANK", "0") == "0":
             name = Path(sys.argv[0]).name

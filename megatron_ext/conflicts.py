@@ -15,17 +15,6 @@ _MUON_FLAGS = (
     "muon_reference_width",
 )
 
-# Settings of Megatron that its HybridModel or this project's layers do not implement.
-_UNSUPPORTED = (
-    "multi_latent_attention",
-    "heterogeneous_layers_config_path",
-    "mtp_num_layers",
-    "cpu_offloading_num_layers",
-    "defer_embedding_wgrad_compute",
-    "fp8_output_proj",
-    "overlap_moe_expert_parallel_comm",
-)
-
 # Settings that Megatron's Muon fails on or ignores: a harmless value and the advice.
 _NOT_WITH_MUON = {
     "fp16": (False, "use --bf16"),
@@ -75,15 +64,6 @@ def check_conflicts(args: Namespace, explicit: Set[str]) -> list[str]:
             f"--moe-layer-freq is a list of {len(pattern)}, but --num-layers is {layers}: use one "
             "number for each layer"
         )
-    for name in _UNSUPPORTED:
-        if getattr(args, name, None):
-            raise UserError(f"{_flag(name)} is not supported by this project: leave it out")
-    for name in ("hybrid_layer_pattern", "hybrid_override_pattern", "mtp_hybrid_override_pattern"):
-        if getattr(args, name, None):
-            raise UserError(
-                f"{_flag(name)} is not supported by this project: use --num-layers and "
-                "--moe-layer-freq, which determine the pattern"
-            )
     if find_spec("transformer_engine") is None:
         _check_without_transformer_engine(args)
     if args.ckpt_format != "torch_dist":

@@ -39,7 +39,8 @@ _RANGES: dict[str, _Range] = {
         ("lr_decay_iters", "lr_decay_samples", "lr_wsd_decay_iters", "lr_wsd_decay_samples",
          "eval_global_batch_size", "eval_micro_batch_size", "make_vocab_size_divisible_by",
          "vocab_size", "recompute_num_layers", "num_dataset_builder_threads", "loss_scale_window",
-         "hysteresis", "kv_channels", "tensorboard_queue_size", "dist_ckpt_workers"),
+         "hysteresis", "kv_channels", "tensorboard_queue_size", "dist_ckpt_workers",
+         "moe_layer_freq", "hidden_size", "rotary_seq_len_interpolation_factor"),
         _AT_LEAST_1,
     ),
     **dict.fromkeys(

@@ -51,16 +51,6 @@ def warnings(**changes: Any) -> list[str]:
         ),
         ({"moe_layer_freq": [0, 1]}, "--moe-layer-freq is a list of 2, but --num-layers is 4"),
         ({"ckpt_format": "torch"}, "--ckpt-format torch is not supported"),
-        ({"mtp_num_layers": 1}, "--mtp-num-layers is not supported by this project: leave it out"),
-        (
-            {"overlap_moe_expert_parallel_comm": True},
-            "--overlap-moe-expert-parallel-comm is not supported by this project",
-        ),
-        (
-            {"hybrid_layer_pattern": "*-*E"},
-            "--hybrid-layer-pattern is not supported by this project: use --num-layers and "
-            "--moe-layer-freq",
-        ),
         ({"moe_aux_loss_coeff": 0.01}, "--moe-aux-loss-coeff is incompatible with --router-type"),
         ({"moe_router_load_balancing_type": "sinkhorn"}, "without an auxiliary loss; leave it out"),
         (

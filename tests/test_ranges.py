@@ -40,6 +40,11 @@ def parsed(*flags: str) -> Namespace:
         (["--weight-decay", "-1"], "--weight-decay -1 must not be negative"),
         (["--lr", "nan"], "--lr nan is not a finite number"),
         (["--norm-epsilon", "0"], "--norm-epsilon 0 must be above 0"),
+        (["--hidden-size", "0"], "--hidden-size 0 must be at least 1"),
+        (
+            ["--rotary-seq-len-interpolation-factor", "0"],
+            "--rotary-seq-len-interpolation-factor 0 must be at least 1",
+        ),
         (["--kv-channels", "0"], "--kv-channels 0 must be at least 1"),
         (["--seed", "0"], "--seed 0 must be at least 1"),
         (["--num-workers", "-1"], "--num-workers -1"),

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_ext.errors import UserError
 from megatron_ext.moe import threshold_estimators
 from megatron_ext.moe.candidates import column_counts
 from megatron_ext.moe.order_statistics import Group, kth_largest, top_k_mask
@@ -98,12 +99,13 @@ class Thresholds(torch.nn.Module):
         """Return the thresholds, fp32 `[experts]`.
 
         Raises:
-            RuntimeError: No step has updated them yet.
+            UserError: No step has updated them yet.
         """
         if self.update_count == 0:
-            raise RuntimeError(
+            raise UserError(
                 "The thresholds have no value yet. Train for at least one step, or calibrate them "
-                "on text, before evaluating or generating."
+                "on text, before evaluating or generating. (With --fp16 the first steps are "
+                "skipped until the loss scale fits: lower --initial-loss-scale, or use --bf16.)"
             )
         return (self.average.double() / (1.0 - self.decay**self.update_count)).float()
 

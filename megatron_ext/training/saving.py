@@ -207,7 +207,8 @@ def explain_failure(save_checkpoint: Callable[..., None], args: Namespace) -> Ca
             save_checkpoint(iteration, *rest, **kwargs)
         except (Exception, CheckpointException) as error:
             folder = Path(args.save, f"iter_{iteration:07d}")
-            free = shutil.disk_usage(args.save).free / 1e6
+            existing = next(path for path in folder.absolute().parents if path.exists())
+            free = shutil.disk_usage(existing).free / 1e6
             if not (folder / INTEGRITY_FILE).exists():  # otherwise it is complete
                 shutil.rmtree(folder, ignore_errors=True)
             reason = (str(error).strip() or repr(error)).splitlines()[-1]

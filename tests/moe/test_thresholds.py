@@ -10,6 +10,7 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_ext.errors import UserError
 from megatron_ext.moe.routing_metrics import RoutingCounts
 from megatron_ext.moe.threshold_estimators import StepCounts
 from megatron_ext.moe.thresholds import (
@@ -62,7 +63,7 @@ def test_thresholds_started_at_logits_are_just_below_them(
 
 
 def test_thresholds_without_an_update_have_no_value() -> None:
-    with pytest.raises(RuntimeError, match="no value yet"):
+    with pytest.raises(UserError, match="no value yet"):
         Thresholds(2, 0.9).value()
 
 

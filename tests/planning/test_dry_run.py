@@ -293,6 +293,12 @@ def test_layouts_that_cannot_work_are_refused_in_one_sentence() -> None:
         "--device h10-80gb is not a known card": [*TINY, "--dry-run", "2", "--device", "h10-80gb"],
         "--device requires --dry-run": [*TINY, "--device", "h100"],
         "--device: the layout does not fit": [*TINY, "--dry-run", "2", "--device", "0.001"],
+        "is incompatible with biases": [
+            *(flag for flag in TINY if flag not in ("--disable-bias-linear", "--squared-relu")),
+            *("--dry-run", "2"),
+        ],
+        "--moe-layer-freq 0 must be": [*TINY, "--dry-run", "2", "--moe-layer-freq", "0"],
+        "heads of 15, which is odd": [*TINY, "--dry-run", "2", "--hidden-size", "30"],
         "less than one of the": [*TINY, "--dry-run", "2", "--et-mean-experts", "0.01"],
     }
     messages = run_ranks(_refusals, 1, list(cases.values()))[0]

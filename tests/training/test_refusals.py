@@ -68,6 +68,13 @@ def changed(dataset: Path, folder: Path) -> Path:
         (["--moe-aux-loss-coeff", "0.01"], "without an auxiliary loss"),
         (["--ckpt-format", "torch"], "use torch_dist"),
         (["--run-dir", "/dev/null/run"], "--run-dir /dev/null/run cannot be written"),
+        (["--moe-layer-freq", "0"], "--moe-layer-freq 0 must be at least 1"),
+        (["--kv-channels", "15"], "--kv-channels 15 is odd"),
+        (["--main-params-dtype", "fp16"], "needs --use-precision-aware-optimizer"),
+        (["--transformer-impl", "inference_optimized"], "it is not for training; use local"),
+        (["--reuse-grad-buf-for-mxfp8-param-ag"], "keeping params in MXFP8"),
+        (["--fp16", "--et-warmup-iters", "0"], "lower --initial-loss-scale, or use --bf16"),
+        (["--skip-train"], "Train for at least one step"),
     ],
 )
 def test_pretrain_refuses_wrong_flags_in_one_sentence(flags: list[str], message: str) -> None:
@@ -80,6 +87,14 @@ def test_pretrain_refuses_wrong_flags_in_one_sentence(flags: list[str], message:
 def test_async_strategy_without_its_package() -> None:
     flags = ["--async-save", "--async-strategy", "nvrx"]
     assert "needs the package nvidia-resiliency-ext" in refusal([*TINY, *flags])
+
+
+def test_pretrain_refuses_experts_with_biases() -> None:
+    biased = [flag for flag in TINY if flag != "--disable-bias-linear"]
+    assert "add --disable-bias-linear" in refusal(biased)
+    shared = biased.index("--moe-shared-expert-intermediate-size")
+    del biased[shared : shared + 2]
+    assert "--num-experts is incompatible with biases" in refusal(biased)
 
 
 def test_pretrain_refuses_wrong_recipes_in_one_sentence(tmp_path: Path) -> None:

@@ -1,0 +1,101 @@
+"""Flags of Megatron that would end a run in a stack trace are refused with the fix."""
+
+from argparse import ArgumentParser
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+
+from megatron_ext.devices import activate, is_cpu_device
+
+activate()
+
+from megatron.training.arguments import add_megatron_arguments  # noqa: E402
+
+from megatron_ext.errors import UserError  # noqa: E402
+from megatron_ext.run_flags import add_arguments  # noqa: E402
+from megatron_ext.unsupported_flags import check_unsupported  # noqa: E402
+
+FINE = [
+    *("--num-layers", "2", "--hidden-size", "32", "--num-attention-heads", "2"),
+    *("--transformer-impl", "local", "--distributed-backend", "gloo", "--num-experts", "4"),
+    *("--disable-bias-linear", "--position-embedding-type", "rope"),
+]
+ON_CPU = pytest.mark.skipif(not is_cpu_device(), reason="the device is a GPU")
+
+
+def check(*flags: str) -> None:
+    parser = add_arguments(add_megatron_arguments(ArgumentParser(allow_abbrev=False)))
+    args = parser.parse_args([*FINE, *flags])
+    check_unsupported(args)
+
+
+def test_supported_flags_pass() -> None:
+    check()
+    check("--kv-channels", "6", "--rotary-percent", "0.5", "--rerun-mode", "disabled")
+    check("--kv-channels", "15", "--position-embedding-type", "learned_absolute")
+    check("--main-params-dtype", "fp32", "--dataloader-type", "cyclic", "--optimizer", "muon")
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (
+            "--multi-latent-attention",
+            "--multi-latent-attention is not supported by this project: leave it out",
+        ),
+        ("--heterogeneous-layers-config-path x", "is not supported by this project: leave it out"),
+        ("--mtp-num-layers 1", "--mtp-num-layers is not supported by this project: leave it out"),
+        ("--overlap-moe-expert-parallel-comm", "is not supported by this project: leave it out"),
+        ("--hybrid-layer-pattern M-", "use --num-layers and --moe-layer-freq, which determine"),
+        ("--moe-use-upcycling", "is not supported by this project: use python -m tools.upcycle"),
+        ("--init-method-xavier-uniform", "use --init-method-std"),
+        (
+            "--no-pad-vocab-size",
+            "--disable-pad-vocab-size is not supported by this project: use --make-vocab",
+        ),
+        (
+            "--dataloader-type external",
+            "--dataloader-type external is not supported by this project: use single",
+        ),
+        ("--rerun-mode report_stats", "use disabled or validate_results"),
+        ("--optimizer soap", "--optimizer soap is not supported by this project: use adam or muon"),
+        (
+            "--tokenizer-type MultimodalTokenizer",
+            "use HuggingFaceTokenizer or SentencePieceTokenizer",
+        ),
+        ("--sharp-enabled-group dp", "--sharp-enabled-group dp needs --use-sharp: add it"),
+        ("--dataloader-fast-cache-load", "needs --data-cache-path: add it"),
+        ("--exp-avg-dtype bf16", "needs --use-precision-aware-optimizer"),
+        ("--hidden-size 30", "makes heads of 15, which is odd"),
+        ("--kv-channels 15", "--kv-channels 15 is odd, and --position-embedding-type rope rotates"),
+        pytest.param("--use-nccl-ub", "--use-nccl-ub needs a GPU: leave it out", marks=ON_CPU),
+        pytest.param(
+            "--distributed-backend nccl", "--distributed-backend nccl needs a GPU", marks=ON_CPU
+        ),
+    ],
+)
+def test_unsupported_flags_are_refused(flags: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        check(*flags.split())
+    assert message in str(caught.value)
+
+
+@pytest.mark.skipif(
+    find_spec("nvidia_resiliency_ext") is not None, reason="nvidia-resiliency-ext is installed"
+)
+def test_flag_without_its_package_is_refused() -> None:
+    with pytest.raises(UserError, match="needs the package nvidia-resiliency-ext: install it"):
+        check("--enable-ft-package")
+
+
+def test_biases_of_experts_are_refused() -> None:
+    parser = add_arguments(add_megatron_arguments(ArgumentParser(allow_abbrev=False)))
+    args: Any = parser.parse_args([flag for flag in FINE if flag != "--disable-bias-linear"])
+    with pytest.raises(UserError, match="--num-experts is incompatible with biases"):
+        check_unsupported(args)
+    args.moe_shared_expert_intermediate_size = 8
+    with pytest.raises(UserError, match="--moe-shared-expert-intermediate-size is incompatible"):
+        check_unsupported(args)
+    args.num_experts = None
+    check_unsupported(args)
