@@ -33,7 +33,7 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 32,  # vLLM's attention on CPUs has no smaller heads
-    "max_position_embeddings": 512,
+    "max_position_embeddings": 2048,
     "num_experts": 8,
     "moe_intermediate_size": 64,
     "moe_layers": [0, 1, 1, 1],
@@ -50,6 +50,27 @@ KINDS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def set_thresholds(
+    router: Router, levels: torch.Tensor, config: ExpertThresholdConfig, updates: int = 5
+) -> None:
+    """Set the thresholds of a router as the average of some updates; without any they are biased.
+
+    Args:
+        router: The router.
+        levels: Thresholds, `[experts]`.
+        config: Configuration of the model.
+        updates: Number of updates.
+    """
+    decay = config.threshold_ema_decay
+    router.threshold_average.copy_(levels * (1 - decay ** max(updates, 1)))
+    router.threshold_updates.fill_(updates)
+    state = Thresholds(config.num_experts, decay, device="cpu")
+    state.load_state_dict(
+        {"average": router.threshold_average, "updates": router.threshold_updates}
+    )
+    router.thresholds.copy_(state.value() if updates else router.threshold_average)
+
+
 def make_model(folder: Path, kind: str, seed: int = 0, updates: int = 5, **sizes: Any) -> Any:
     """Write a random Expert Threshold model with a fan-out of about two, and return it."""
     config = ExpertThresholdConfig(**SIZES | KINDS[kind] | sizes)
@@ -64,18 +85,17 @@ def make_model(folder: Path, kind: str, seed: int = 0, updates: int = 5, **sizes
                 parameter.uniform_(0.5, 1.5)
         for router in model.modules():
             if isinstance(router, Router):
-                correction = 1 - config.threshold_ema_decay ** max(updates, 1)
-                router.threshold_average.normal_(1.0, 0.5).mul_(correction)
-                router.threshold_updates.fill_(updates)
-                state = Thresholds(config.num_experts, config.threshold_ema_decay, device="cpu")
-                state.load_state_dict(
-                    {"average": router.threshold_average, "updates": router.threshold_updates}
-                )
-                router.thresholds.copy_(state.value() if updates else router.threshold_average)
-    model.save_pretrained(folder)
-    save_config(folder, read_config(config), OWN, torch.float32, {"eos_token_id": 1})
-    add_tokenizer(folder, VOCAB)
+                experts = config.num_experts
+                set_thresholds(router, torch.normal(1.0, 0.5, (experts,)), config, updates)
+    save_model(model, folder)
+    add_tokenizer(folder, config.vocab_size)
     return model
+
+
+def save_model(model: Any, folder: Path) -> None:
+    """Write a model with its code, as tools.convert_checkpoint does."""
+    model.save_pretrained(folder)
+    save_config(folder, read_config(model.config), OWN, torch.float32, {"eos_token_id": 1})
 
 
 Process = subprocess.Popen[bytes]
@@ -111,7 +131,7 @@ def start(
     command = [
         python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder),
         "--served-model-name", "policy", "--host", "127.0.0.1", "--port", str(port),
-        "--enforce-eager", "--dtype", "float32", "--max-model-len", "256",
+        "--enforce-eager", "--dtype", "float32", "--max-model-len", "2048",
         "--max-num-seqs", "16", "--logprobs-mode", "processed_logprobs", *flags,
     ]  # fmt: skip
     base = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
