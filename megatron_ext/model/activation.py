@@ -48,4 +48,8 @@ def squared_relu(x: Tensor) -> Tensor:
 
     Values and gradients are those of `F.relu(x).pow(2)` in every bit.
     """
+    if not torch.is_grad_enabled() and x.numel() <= _BLOCK:
+        # A token at a time, as in generation, the function itself takes longer than its operations.
+        y = x.clamp_min(0)
+        return y.mul_(y)
     return _SquaredReLU.apply(x)

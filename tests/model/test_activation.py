@@ -17,6 +17,8 @@ def test_squared_relu_and_its_gradient_equal_torch_in_every_bit(
     grad = torch.randn(shape, generator=generator).to(dtype)
     y, expected = squared_relu(x), F.relu(x).pow(2)
     assert torch.equal(y, expected)
+    with torch.no_grad():
+        assert torch.equal(squared_relu(x), expected)
     assert torch.equal(*(torch.autograd.grad(out, x, grad)[0] for out in (y, expected)))
 
 
