@@ -95,3 +95,9 @@ def entry(judge: str, seed: int) -> dict[str, Any]:
 
 def write_index(folder: Path, entries: list[dict[str, Any]]) -> None:
     (folder / "study.json").write_text(json.dumps({"runs": entries}))
+
+
+def update_run(run: Path, **facts: Any) -> None:
+    """Change entries of the run.json of a run."""
+    about = json.loads((run / "run.json").read_text()) | facts
+    (run / "run.json").write_text(json.dumps(about))
