@@ -57,7 +57,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-# Files that take minutes, longest first: a worker that begins one of them last works alone.
+# Files that take minutes, longest first, so that no worker begins one of them last.
 LONGEST = (
     "test_layouts", "test_docs", "test_faults", "test_slurm", "test_pretrain", "test_quickstart",
     "test_smollm_judge", "test_miniature", "test_study", "test_nodes", "test_training",

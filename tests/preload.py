@@ -16,7 +16,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     activate()
     for name in (
-        "megatron.core.tokenizers.text",  # brings transformers
+        "megatron.core.tokenizers.text",  # imports transformers
         "megatron.training",
         "torch.distributed.checkpoint",
         "torch.utils.tensorboard",
@@ -27,10 +27,10 @@ with warnings.catch_warnings():
     ):
         importlib.import_module(name)
 
-# A fork has none of its parent's threads, but their locks.
+# A fork has the locks of its parent's threads, but not the threads.
 assert threading.active_count() == len(os.listdir("/proc/self/task")) == 1
 gc.collect()
-gc.freeze()  # what is here stays shared: no rank has to go through it
+gc.freeze()  # excluded from garbage collection, so that memory stays shared
 
 # What activation set; ranks take the rest of their environment from the test.
 ENVIRONMENT = {key: value for key, value in os.environ.items() if _before.get(key) != value}

@@ -73,7 +73,7 @@ def test_check_conflicts_refuses_contradictions(values: dict[str, Any], message:
         warnings(**values)
     assert message in str(caught.value)
     if all(name.startswith("moe_router") or name == "moe_aux_loss_coeff" for name in values):
-        # these are for the other routers
+        # other routers read these flags
         assert warnings(**values, router_type="token-choice") == []
         assert warnings(**values, num_experts=None) == []
 

@@ -9,7 +9,7 @@ from tests.distributed import ROOT, run_ranks
 PAGE = (ROOT / "docs/how-to/extending.md").read_text()
 SECTIONS = re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PAGE, flags=re.DOTALL | re.MULTILINE)
 
-# What each example must have achieved.
+# Checks of the results of each example.
 CHECKS = {
     "Router": """
 from tests.moe import top_p_router

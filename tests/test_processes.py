@@ -46,7 +46,7 @@ def test_claim_of_a_killed_process_does_not_outlive_it_in_a_forked_helper(tmp_pa
     process.kill()
     process.join()
     try:
-        os.kill(helper, 0)  # it is still there
+        os.kill(helper, 0)  # it still exists
         lock_folder(tmp_path).close()
     finally:
         os.kill(helper, signal.SIGKILL)

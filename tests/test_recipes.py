@@ -77,7 +77,7 @@ def test_null_removes_a_key_of_the_base(tmp_path: Path) -> None:
     recipe = "base: base.yaml\nlr: null\nlr_warmup_fraction: null\nmock_data: false\n"
     left = {"train_iters": "8", "lr_decay_iters": "7", "global_batch_size": "4"}
     assert values(tmp_path, recipe) == left | {"et_capacity": 0.25}
-    # A flag that itself knows the value none gets it.
+    # A flag that accepts the value none receives it.
     assert values(tmp_path, recipe + "et_capacity: null\n") == left | {"et_capacity": None}
 
 

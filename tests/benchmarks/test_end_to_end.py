@@ -43,7 +43,7 @@ def test_a_table_and_a_json_object_a_row() -> None:
 
 def test_speed_is_the_median_ratio_of_the_slowest_ranks() -> None:
     def steps(*seconds: float) -> list[end_to_end.TimedStep]:
-        # Watched steps, of 100 s, and those of the warm-up do not count.
+        # Steps with timed phases, of 100 s, and warm-up steps do not count.
         times = iter(seconds)
         numbers = range(end_to_end.WARMUP + end_to_end.TURNS)
         timed = [n >= end_to_end.WARMUP and not end_to_end.keeps_phases(n) for n in numbers]

@@ -15,7 +15,7 @@ from tests.cluster.test_slurm import steps, submit, wait_until
 STEPS = 60
 SCRIPTS = "examples/alignment/slurm"
 
-# Serves as vLLM does, and knows the score of everything: the number of times it says "good".
+# A server like vLLM, whose score is the number of times that a text contains "good".
 SERVER = """#!{python}
 import http.server, json, os, sys
 command, model, _, port = sys.argv[1:5]

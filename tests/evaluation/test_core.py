@@ -119,7 +119,7 @@ def plain_answers(label, kind, shots, delimiter, bundle, model, tokenizer, most=
             start = prompt + item["context"].strip() + delimiter
             before = tokenizer(start.strip()).input_ids
             ids, _, likeliest, lost = losses(start + item["continuation"])
-            first = 1 + len(before) - lost  # the end-of-document token stands in front
+            first = 1 + len(before) - lost  # the end-of-document token is first
             assert lost or ids[1:first] == before
             met = all(likeliest[max(first, 1) - 1 :])
             answers.append(0 if met else -1)
@@ -238,7 +238,7 @@ def test_core_on_two_ranks_equals_one_rank_and_resumes_after_a_kill(
     bundle,
     tmp_path,
 ):
-    if "expert" in sizes:  # and the checkpoint's other half of the run is done on one rank
+    if "expert" in sizes:  # the other half of the run is computed on one rank
         with pytest.raises(RuntimeError, match="died"):
             run_ranks(killed_in_the_third_task, 1, run_dir, bundle, tmp_path / "megatron")
         _, *rows = (tmp_path / "megatron" / "results.jsonl").read_text().splitlines()

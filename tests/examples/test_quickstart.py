@@ -124,7 +124,7 @@ def wait_until(condition: Callable[[], bool], timeout: float = 60) -> None:
 @pytest.mark.skipif(not has_texts(), reason="the packages with the quickstart's text are missing")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_quickstart_signal_stops_the_children(tmp_path: Path, number: signal.Signals) -> None:
-    process = quickstart(tmp_path, python=sys.executable)  # whose children are its own
+    process = quickstart(tmp_path, python=sys.executable)  # a process with children
     family = psutil.Process(process.pid)
     wait_until(lambda: bool(family.children()))
     children = family.children(recursive=True)

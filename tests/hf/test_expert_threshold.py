@@ -171,4 +171,4 @@ def test_training_resumes_from_a_converted_checkpoint(megatron, folder, run_dir,
     )
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows if "loss" in row]
-    assert len(losses) == 3 and losses[0] < 1  # ln 500 = 6.2 is that of a new model
+    assert len(losses) == 3 and losses[0] < 1  # the loss of a new model is ln 500 = 6.2

@@ -143,7 +143,7 @@ def test_upcycled_router_rows_sum_to_zero_and_depend_on_the_seed(tmp_path):
     make("qwen3", tmp_path)
     [(same, fours, twos, noisy)] = run_ranks(routers, 1, tmp_path)
     assert torch.equal(same[0], same[1]) and not torch.equal(same[0], same[2])
-    assert torch.equal(same[0][:4], -same[0][4:])  # opposite to the bit: nobody is left over
+    assert torch.equal(same[0][:4], -same[0][4:])  # exactly opposite: every token has an expert
     copies = fours.view(4, 2, 64)
     torch.testing.assert_close(copies.sum(0), torch.zeros(2, 64), atol=1e-6, rtol=0)
     assert not torch.allclose(copies[:2].sum(0), torch.zeros(2, 64), atol=1e-3)

@@ -23,7 +23,7 @@ def make_logits(kind: str, tokens: int, experts: int, seed: int) -> torch.Tensor
     x = torch.randn(tokens, experts, generator=generator)
     coin = torch.rand(tokens, experts, generator=generator) < 0.5
     match kind:
-        case "skewed":  # the parts that ranks hold have nothing in common
+        case "skewed":  # the parts of the ranks have different distributions
             x += 10 * torch.arange(tokens).unsqueeze(1) / max(tokens, 1)
         case "tied":
             x = (2 * x).round() / 2

@@ -149,7 +149,7 @@ def test_allgather_dispatcher_equals_alltoall(router_type: str) -> None:
             torch.testing.assert_close(one[name], other[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
-# Selection does not look at the batch
+# Selection does not depend on the batch
 
 
 def causality() -> None:
@@ -214,7 +214,7 @@ def step_on_ranks(pool: str) -> tuple[torch.Tensor, dict]:
         part = whole[:, :, 2 * rank : 2 * rank + 2]
         for micro_batch in part:
             router.routing(micro_batch)
-            with torch.no_grad():  # what recomputation and evaluation do must not count
+            with torch.no_grad():  # recomputation and evaluation must not count
                 router.routing(micro_batch + 5)
             router.eval()
             if router.thresholds.update_count:
@@ -223,7 +223,7 @@ def step_on_ranks(pool: str) -> tuple[torch.Tensor, dict]:
         before = router.thresholds.average.clone()
         step.resolve(routers_of(model))
         assert torch.equal(router.thresholds.average, before)  # not before the optimizer's step
-        if update == 1:  # the optimizer skipped it: nothing moves, nothing lingers
+        if update == 1:  # the optimizer skipped the step: no state changes
             step.discard()
             step.commit()
             assert torch.equal(router.thresholds.average, before)
@@ -364,7 +364,7 @@ def test_router_neither_routes_nor_counts_padding() -> None:
     run_ranks(padding, 1)
 
 
-# Token choice without a loss, where Megatron 0.19.2 slips
+# Token choice without a loss, where Megatron 0.19.2 has an error
 
 
 def bias_counts() -> None:
@@ -377,7 +377,7 @@ def bias_counts() -> None:
     mask = torch.zeros(32, 40, dtype=torch.bool)
     mask[30:, ::2] = True
     expected = torch.zeros(4)
-    for _ in range(3):  # counts past 256, where bf16 knows even numbers only
+    for _ in range(3):  # counts above 256, where bf16 has even numbers only
         _, routing_map = router(hidden, mask)
         expected += routing_map[~mask.reshape(-1)].sum(dim=0)
     assert router.local_tokens_per_expert.dtype == torch.float32

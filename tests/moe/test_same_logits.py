@@ -21,7 +21,7 @@ def make_logits(kind: str) -> torch.Tensor:
     match kind:
         case "tied":
             x = x.round()
-        case "skewed":  # samples and ends of sequences, hence ranks, have nothing in common
+        case "skewed":  # samples and ends of sequences, hence ranks, have different distributions
             x += 10 * torch.arange(BATCH).view(-1, 1, 1) + 3 * torch.arange(SEQUENCE).view(-1, 1)
         case "constant":
             x[:] = 0.25

@@ -171,7 +171,7 @@ selection_case = st.tuples(
     st.integers(0, 2**31),  # seed
     st.sampled_from([0.0, 1.0, 4.0]),  # rounding: ties or none
     st.sampled_from([None, "0", "0.25", "0.5", "0.99"]),  # capacity
-    st.floats(-2, 2),  # where the thresholds lie
+    st.floats(-2, 2),  # range of the thresholds
 )
 
 
@@ -187,7 +187,7 @@ def check_selection(case: tuple, world: int, rank: int, group: object) -> None:
     places = torch.arange(tokens)[rank::world]
     chosen = select_by_threshold(x[places], c, rate, places, group)  # type: ignore[arg-type]
     assert torch.equal(chosen, expected[places])
-    if group is None:  # what a GPU does
+    if group is None:  # as on a GPU
         shuffled = torch.randperm(tokens, generator=generator)
         by_sorting = _largest_by_sorting(x[shuffled], expected.sum(dim=0), shuffled)
         assert torch.equal(by_sorting, expected[shuffled])

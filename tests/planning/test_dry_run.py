@@ -166,7 +166,7 @@ def test_totals_do_not_depend_on_the_layout_and_traffic_follows_from_them(
     )
     assert reduced == 4 * plain["held"]
     assert plain["held"] == total + 2 * 32  # embedding and head, hidden size 32
-    # Recomputing a layer leaves less to keep than saving it.
+    # A recomputed layer stores less than a saved one.
     least = plain["thresholds"].memory.activations
     assert least < predicted["DP4-sharded"][0]["thresholds"].memory.activations / 1.5
 

@@ -66,7 +66,7 @@ def test_terminal_shows_the_streamed_text(run_dir, rows):  # noqa: F811
     try:
         while piece := os.read(ours, 4096):
             observed += piece
-    except OSError:  # Linux's way to say that the other side is closed
+    except OSError:  # Linux's report that the other side is closed
         pass
     os.close(ours)
     assert (done.returncode, done.stderr) == (0, loading_message(run_dir))

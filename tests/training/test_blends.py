@@ -148,10 +148,10 @@ def test_blend_without_weights_must_hold_all_that_is_read(
     args.eval_iters = 2
     with pytest.raises(UserError, match=r"their 4 samples are fewer than the 8 of validation"):
         check_enough_samples(args, RunProgress())
-    args.valid_data_path = ["1", valid[0], "1", valid[1]]  # read as often as it takes
+    args.valid_data_path = ["1", valid[0], "1", valid[1]]  # read as often as necessary
     check_enough_samples(args, RunProgress())
     args.train_iters = 7
     with pytest.raises(UserError, match=r"their 24 samples are fewer than the 28 of training"):
         check_enough_samples(args, RunProgress())
-    # A resumed run counts what it has read at the batch sizes of then.
+    # A resumed run counts its samples with the batch sizes of their steps.
     check_enough_samples(args, RunProgress(iteration=6, samples=12, history=[[0, 0], [6, 12]]))

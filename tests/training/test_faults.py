@@ -41,7 +41,7 @@ def start_and_do(flags: list[str], step: int, deeds: dict[int, partial[Any]]) ->
         if steps == step:
             if deed is not None:
                 deed()
-            dist.barrier()  # no rank begins the step before it is done
+            dist.barrier()  # no rank begins the step before the fault
         return train_step(*args, **kwargs)
 
     training.train_step = disturbed
@@ -223,7 +223,7 @@ def test_skipped_step_leaves_the_thresholds(tmp_path: Path) -> None:
     skipped = [row["step"] for row in result if row["skipped"]]
     assert skipped[0] == 1 and 3 <= len(skipped) < STEPS / 2
     name = "moe/layer_01/experts/threshold"
-    # The first two steps had no thresholds to go by.
+    # The first two steps had no thresholds.
     for row, following in itertools.pairwise(result[2:]):
         assert (row[name] == following[name]) == row["skipped"]
     updates = torch.zeros((), dtype=torch.int64)
@@ -253,7 +253,7 @@ def test_missing_data_on_resume_are_named(dataset: Path, tmp_path: Path) -> None
     flags += ["--data-path", str(prefix), "--run-dir", str(run)]
     vanish_now = {0: partial(vanish, f"{prefix}.bin"), 1: partial(vanish, None)}
 
-    # A mapped file is there as long as it is used; the next start misses it.
+    # A mapped file remains while it is in use; the next start reports that it is missing.
     ended = run_ranks(start_and_do, 2, [*flags, "--exit-interval", "4"], 3, vanish_now)
     assert [code for code, _ in ended] == [0, 0], ended
     ended = run_ranks(start, 2, flags)

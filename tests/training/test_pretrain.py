@@ -96,7 +96,7 @@ def test_pretrain_with_every_router_resumes_expert_choice_by_thresholds(tmp_path
         )
         assert rows[-1]["loss"] < rows[0]["loss"]
         fan_out = rows[-1]["moe/layer_01/fan_out"]
-        assert fan_out == pytest.approx(1.0)  # the experts' places are all taken
+        assert fan_out == pytest.approx(1.0)  # all places of the experts are used
     rows = pretrain(tmp_path / "expert-choice", "--router-type", "expert-threshold", nproc=1)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     # The thresholds of the first three steps route the fourth: the fan-out is no longer exact.

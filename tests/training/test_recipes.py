@@ -14,7 +14,7 @@ from tests.distributed import ROOT, run_ranks
 
 RECIPES = ROOT / "examples" / "recipes"
 ROUTERS = sorted(path.stem for path in (RECIPES / "routers").glob("*.yaml"))
-# Data-parallel ranks: those that a recipe speaks of.
+# Number of data-parallel ranks that a recipe states.
 RANKS = {"d12": 16, "d20": 8, "modern": 64, "quickstart": 2}
 POOL_RANKS = {"ec-2k": 1, "ec-8k": 4, "ec-64k": 8, "ec-256k": 8, "ec-512k": 16}
 RUNS = [

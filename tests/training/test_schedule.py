@@ -85,7 +85,7 @@ def test_rate_of_a_resumed_run_follows_its_samples(monkeypatch: pytest.MonkeyPat
 def test_warmup_before_the_resumption_keeps_its_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     args = run(monkeypatch, global_batch_size=8, lr_warmup_iters=2)
     progress = RunProgress(iteration=6, samples=24, history=[[0, 0], [6, 24]])
-    # The warm-up had 8 samples, at the batch size of then.
+    # The warm-up had 8 samples, with the batch size of its steps.
     assert rates(args, progress) == pytest.approx([1 - (32 - 8) / (40 - 8), 0], abs=1e-12)
 
 

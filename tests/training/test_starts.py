@@ -38,7 +38,7 @@ def test_resuming_with_other_sizes_and_intervals(dataset: Path, tmp_path: Path) 
     assert first[-1]["lr"] == pytest.approx(0, abs=1e-12)
     record = (tmp_path / "run" / "run.json").read_text()
 
-    # The same command again has nothing to do, and leaves no trace.
+    # The same command again changes nothing.
     train(run, ranks=1)
     assert rows(tmp_path / "run") == first
     assert (tmp_path / "run" / "run.json").read_text() == record

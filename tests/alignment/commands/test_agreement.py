@@ -54,7 +54,7 @@ def test_scores_are_compared_on_items_that_both_judged_and_by_slice(
     items = [Response(f"r{i}", prompts[i], "word", f"model {i % 2}") for i in range(80)]
     flags = ["--items", write(tmp_path / "items.jsonl", items), "--resample", "prompt",
              "--slice", "source"]  # fmt: skip
-    # The second sample of some: equal to the first in half of them.
+    # Second samples of some items, half of which equal the first.
     again = scores([x if i % 2 else 0.0 for i, x in enumerate(labels)], 1)[60:]
     result = measured(tmp_path, scores([float(x) for x in a]), scores(labels) + again, *flags)
     there = [i for i in range(80) if i not in (3, 70)]
@@ -89,7 +89,7 @@ def test_scores_are_compared_on_items_that_both_judged_and_by_slice(
 
 def test_pairs_have_flips_ties_and_the_side_that_both_orders_prefer(tmp_path: Path) -> None:
     gold = [preference(f"x{i}", "AB"[i % 2]) for i in range(8)] + [preference("x8", "tie")]
-    # x0, x1 right both ways; x2, x3 always the one shown first; x4 to x7 wrong both ways.
+    # x0, x1: right in both orders; x2, x3: always the first one; x4 to x7: wrong in both orders.
     second = []
     for i in range(8):
         right = "AB"[i % 2]

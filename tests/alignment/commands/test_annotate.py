@@ -89,7 +89,7 @@ def test_every_item_is_answered_once_under_random_endpoint_faults(
     def faults(text: str, call: int) -> endpoint.Fault | None:
         if text in hang:
             return hang[text] if call == 0 else None
-        # Every fault meets some items at their first call, and others at their second.
+        # Every fault affects some items at their first call, and others at their second.
         number = texts.index(text)
         if number < 2 * len(GARBAGE) and call == number // len(GARBAGE):
             return GARBAGE[number % len(GARBAGE)]
@@ -102,13 +102,13 @@ def test_every_item_is_answered_once_under_random_endpoint_faults(
                         "--price-out", 10)  # fmt: skip
         assert done.returncode == 0, done.stderr
         assert server.answered == Counter(texts)
-        assert server.most_at_once <= 6 + 2  # those that hang stay after their client left
+        assert server.most_at_once <= 6 + 2  # hanging calls remain after their client has left
         assert server.keys == {"Bearer a key"}
         verdicts = rows(tmp_path / "verdicts.jsonl")
         assert [v["item"] for v in verdicts] == [f"r-{t}" for t in texts]
         assert [v["score"] for v in verdicts] == [float(t[0]) for t in texts]
         calls = sum(server.calls.values())
-        # 100 tokens in and 10 out an answer.
+        # An answer has 100 prompt tokens and 10 answer tokens.
         dollars = len(texts) * (100 * 2 + 10 * 10) / 1e6
         assert f"${dollars:,.4f}" in done.stdout
         again = annotate(file, server, "--concurrency", 6)
@@ -143,7 +143,7 @@ def test_killed_run_resumes_without_losing_or_repeating_a_label(tmp_path: Path) 
         # A torn last line, as a crash of the machine leaves it.
         whole = cache.read_bytes()
         cache.write_bytes(whole + whole.splitlines()[-1][:40])
-        asked_again = answers - len(stored)  # under way when a run was killed
+        asked_again = answers - len(stored)  # calls in progress when a run was killed
         assert 0 <= asked_again <= workers
         done = annotate(file, server, *flags)
         assert done.returncode == 0, done.stderr
@@ -194,7 +194,7 @@ def test_pairs_are_shown_in_both_orders_and_samples_are_calls_of_their_own(tmp_p
              for i in range(3)]  # fmt: skip
     file = write(tmp_path / "pairs.jsonl", pairs)
     with Endpoint() as server:
-        # It always prefers what is shown first.
+        # The judge always prefers the first response.
         server.answer = lambda text: chat("<think>I like A.</think>A")
         done = annotate(file, server, "--samples", 2, "--temperature", 0.7, "--seed", 5,
                         "--thinking", "asked")  # fmt: skip
@@ -298,7 +298,7 @@ def test_gold_writes_rubrics_which_judges_are_then_shown(tmp_path):
         server.answer = lambda text: (
             chat("- half of", finish_reason="length") if text == "cut" else chat(f"- says {text}\n")
         )
-        assert annotate(prompts, server, "--rubrics").returncode == 3  # one of three is cut off
+        assert annotate(prompts, server, "--rubrics").returncode == 3  # one of three is truncated
         made = [json.loads(line) for line in (tmp_path / "verdicts.jsonl").open()]
         assert {row["id"]: row["rubric"] for row in made} == {
             "p-<one>": "- says one",

@@ -15,7 +15,7 @@ from tests.alignment.commands.test_annotate import Done, annotate, responses, ro
 from tests.alignment.endpoints import endpoint
 from tests.alignment.endpoints.endpoint import Endpoint
 
-# The server reports 100 tokens in and 10 out an answer.
+# The server reports 100 prompt tokens and 10 answer tokens per answer.
 PRICES = ("--price-in", 2, "--price-out", 10)
 DOLLARS = (100 * 2 + 10 * 10) / 1e6
 
@@ -66,7 +66,7 @@ def test_run_ends_before_its_budget_is_exceeded_and_resumes(tmp_path: Path) -> N
         assert 0 < spent * DOLLARS <= limit
         assert not (tmp_path / "verdicts.jsonl").exists()
 
-        # What was spent before counts, so that the same limit allows no further call.
+        # Earlier costs count, so that the same limit allows no further call.
         same = annotate(file, server, *flags, "--max-cost", limit)
         assert same.returncode == 4 and total(server) == spent
         least = annotate(file, server, *flags, "--max-cost", spent * DOLLARS)

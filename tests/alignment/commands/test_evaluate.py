@@ -52,7 +52,7 @@ def test_two_judges_are_called_once_and_their_statistics_equal_numpy(
     tmp_path: Path, files: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with Endpoint() as scorer, Endpoint() as biased:
-        biased.answer = lambda text: chat("A")  # the one shown first, always
+        biased.answer = lambda text: chat("A")  # always the first response
         flags = ["--first-wait", 0.01, "--name", "digits", "--judge", scorer.url, "--model", "m",
                  "--ask", "scores", "--judge", biased.url, "--model", "m", "--name", "position",
                  "--ask", "preferences"]  # fmt: skip
@@ -134,7 +134,7 @@ def test_verdicts_of_files_need_no_judge_and_bad_ones_leave_the_figures(
     with pytest.raises(TooFewResults, match=r"6 of 96 preferences .* timed out \(6 times\)"):
         main([*begin, "--verdicts", f"j={verdict_files[0]}"])
     tolerant = ["--verdicts", f"j={verdict_files[0]}", "--max-failed", "0.1"]
-    assert main([*begin, *tolerant]) == 0  # nothing to keep, nothing written
+    assert main([*begin, *tolerant]) == 0  # no verdicts and no files
     with pytest.raises(UserError, match="lacks 42 of 72 items"):
         main([*begin, "--verdicts", f"j={verdict_files[1]}"])
     main([*begin, "--verdicts", f"j={verdict_files[1]}", "--common", "--resamples", "5"])

@@ -47,7 +47,7 @@ def judged(folder, sizes, thinks):
     form = TokenizedJudgeFormat(prompt, Parser(thinks=thinks), tokenizer)
     engine = MegatronEngine(folder / "model", layout=MegatronLayout(micro_batch=2, **sizes))
     if thinks:
-        # An untrained model does not answer in the form: it is put into its mouth.
+        # An untrained model does not follow the format, so the test sets its answers.
         ids = tokenizer("<think>\nthree good\n</think>\n3", add_special_tokens=False)["input_ids"]
         written = [*ids, tokenizer.eos_token_id]
         response = GeneratedResponse(written, [], True)

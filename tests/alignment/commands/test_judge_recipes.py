@@ -21,7 +21,7 @@ from tests.inference.checkpoint import run_dir  # noqa: F401
 RECIPES = ROOT / "examples" / "alignment" / "judges"
 SHAPES = ROOT / "examples" / "alignment" / "shapes"
 SIZES = sorted(file.stem for file in (RECIPES / "sizes").glob("*.yaml"))
-# Of the models' cards; both of the 4 B models have the same shape.
+# From the models' cards; both of the 4 B models have the same shape.
 BILLIONS = {
     "Qwen3-1.7B": 1.72, "Qwen3-4B": 4.02, "Qwen3-8B": 8.19, "Qwen3-14B": 14.77,
     "Qwen3-4B-Instruct-2507": 4.02, "Llama-3.1-8B": 8.03, "Qwen2.5-7B": 7.62,
@@ -82,7 +82,7 @@ def test_dry_run_takes_the_model_of_a_run_of_either_kind(
 @pytest.mark.slow
 def test_models_have_their_published_sizes_and_fit_their_ranks() -> None:
     """The memory is the largest of all kinds of training that a recipe of a size is for."""
-    # The largest judge gives labels alone, and policies here only have their layouts.
+    # The largest judge only returns labels; for policies only the layouts are used.
     kinds = {size: "base" if size == "qwen3-14b" else "rl" for size in SIZES}
     cases = [words(kind, f"sizes/{size}", model=shape_of(size)) for size, kind in kinds.items()]
     figures = dict(zip(kinds, run_ranks(dry_runs, 1, cases, timeout=200)[0]))

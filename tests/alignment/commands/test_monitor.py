@@ -143,7 +143,7 @@ def test_a_judge_s_findings_are_a_share_of_what_it_judged(
     assert any(line.startswith("1 responses have no verdict of the judge") for line in report)
     flags = [json.loads(line)["flags"] for line in Path(output).read_text().splitlines()]
     assert ["judge" in names for names in flags] == [False] * 8 + [True] * 2
-    # The file of verdicts, of any judge, serves without asking again.
+    # A file of verdicts of any judge is used without further calls.
     main(["--input", responses, "--judge-verdicts", verdicts])
     assert judge in capsys.readouterr().out.splitlines()
 

@@ -26,7 +26,7 @@ def train(folder, run, steps, engine, dies_after=None):
         log(self, row)
         if row["step"] == dies_after:
             if not self.writes:
-                time.sleep(3600)  # killed with rank 0, not before that has written its row
+                time.sleep(3600)  # killed together with rank 0, after that rank has written its row
             os.kill(os.getpid(), signal.SIGKILL)
 
     words = [
@@ -68,7 +68,7 @@ def test_policy_on_deepspeed_resumes_after_a_kill_and_starts_as_on_megatron(tmp_
     assert run_ranks(train, 2, tmp_path, cut, 3, "deepspeed") == [0, 0]
     rows = rows_of(whole)
     assert [row["step"] for row in rows] == [0, 1, 2, 2, 3, 3]
-    assert rows_of(cut) == rows  # to the bit
+    assert rows_of(cut) == rows  # equal in every bit
 
     assert run_ranks(train, 1, tmp_path, tmp_path / "megatron", 1, "megatron") == [0]
     graded, first = rows[:2]

@@ -26,7 +26,7 @@ def make_silent(folder):
     make_model(folder, num_hidden_layers=1, max_position_embeddings=128)
     model = LlamaForCausalLM.from_pretrained(folder)
     with torch.no_grad():
-        model.model.embed_tokens.weight[:, 0] = 5.0  # after the last norm it is the largest by far
+        model.model.embed_tokens.weight[:, 0] = 5.0  # this logit is by far the largest
         model.lm_head.weight[:, 0] = 0.0
         model.lm_head.weight[0, 0] = 8.0
     model.save_pretrained(folder)
@@ -136,7 +136,7 @@ def test_policy_accepts_unusual_prompts(place, tmp_path):
     assert result["slow"][0] == 0, result["slow"]
     [row] = [row for row in rows_of(tmp_path / "slow") if "reward" in row]
     assert row["failed"] == 0 and answered > 1
-    # One call at a time: of the step's responses and of two gradings.
+    # One call at a time, for the step's responses and for two gradings.
     seconds = row["time/judging"]
     assert seconds >= LATENCY and row["share/judging"] == pytest.approx(
         seconds * row["tokens_per_s"] / row["tokens"]

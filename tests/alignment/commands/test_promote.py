@@ -188,7 +188,7 @@ def test_promotion_killed_between_the_renames_is_repaired(files, link):
     current.rename(old)
     assert promote(files, ("good", "poor")) == REFUSED
     assert in_use(files) == "current" and not old.exists()
-    (old).mkdir()  # of one that was killed after both
+    (old).mkdir()  # a promotion that was killed after both renames
     (old / "config.json").write_text("{}")
     assert promote(files, ("good", "same"), None, "--margin", 0.06) == 0
     assert in_use(files) == "candidate" and not old.exists() and not old.is_symlink()
@@ -220,7 +220,7 @@ def test_several_responses_to_a_prompt_are_no_independent_items(files):
 
 def test_a_copy_that_fails_leaves_nothing(files):
     (files / "candidate" / "weights").symlink_to("nowhere")
-    (files / f".current.{os.getpid() + 1}.tmp").mkdir()  # of a promotion that was killed
+    (files / f".current.{os.getpid() + 1}.tmp").mkdir()  # a promotion that was killed
     with pytest.raises(UserError, match="cannot be copied next to --current"):
         promote(files, ("good", "same"), None, "--margin", 0.06)
     assert in_use(files) == "current"

@@ -78,7 +78,7 @@ def reinforcement(folder, engine, run, critic=None, before=lambda groups: None, 
         assert all(r.task == task.id and len(rs) == 4 for task, rs in groups for r in rs)
         return [
             [
-                # Of some there is no judgement; odd tokens are good.
+                # Some items have no judgment; odd tokens are good.
                 RewardResult(None, "failed")
                 if fails(rollout)
                 else RewardResult(sum(token % 2 for token in rollout.tokens) / 8, "score")
@@ -162,11 +162,11 @@ def test_a_step_is_the_same_on_every_split_and_engine(study, tmp_path):
             [*([row.get(name, 0) for name in names] for row in rows), totals]
             for rows, totals in ranked
         ]
-        assert all(rank == each[0] for rank in each)  # all ranks tell the same
+        assert all(rank == each[0] for rank in each)  # all ranks report the same
         results.append(each[0])
     assert results[0][0][0] == pytest.approx(negative_log_likelihood(study), abs=1e-5)
     assert results[0][2][3] > 1 and 0 < results[0][2][4] < 0.9  # samples, some without a reward
-    assert results[0][5][6] != 0 and results[0][5][9] != 0  # the critic has learnt something
+    assert results[0][5][6] != 0 and results[0][5][9] != 0  # the critic has learned
     for other in results[1:]:
         for row, expected in zip(other, results[0]):
             assert row == pytest.approx(expected, rel=1e-4, abs=1e-5)

@@ -107,7 +107,7 @@ def check_monitors(run, responses_of_steps, limits, held_out):
         assert {name: row[f"monitor/{name}"] for name in findings.shares} == findings.shares
         file = run / "alarms" / f"step_{row['step']:06d}.json"
         entries = json.loads(file.read_text()) if file.is_file() else {}
-        entries.pop("reward_length_correlation", None)  # the rewards are not in the files
+        entries.pop("reward_length_correlation", None)  # the files do not contain the rewards
         assert entries.keys() == findings.alarms.keys()
         for name, alarm in entries.items():
             assert alarm["value"] == findings.shares[name] and alarm["examples"]
@@ -226,7 +226,7 @@ def test_failing_judges_end_the_run_and_are_called_again_on_resume(place, tmp_pa
     broken, digits = ["good prompts"], itertools.count()
     run, spec = tmp_path / "run", tmp_path / "http.yaml"
 
-    def faults(text, number):  # gradings and rewards do not ask at the same time
+    def faults(text, number):  # gradings and rewards do not make calls at the same time
         content = server.bodies[-1]["messages"][-1]["content"]
         return status(503) if broken[0] in content else None
 

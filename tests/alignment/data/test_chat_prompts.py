@@ -37,7 +37,7 @@ TURNS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# As Qwen3's: thinking is taken apart, and left out of all answers but the last.
+# As in Qwen3's template, only the last answer keeps its thinking.
 THINKING = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
     "{% if m.role == 'assistant' and '</think>' in m.content %}"
@@ -87,7 +87,7 @@ def test_prompt_and_completion_together_are_the_whole_conversation(tokenizer: An
     assert result.prompt == prompt == prompt_ids(tokenizer, TALK)
     assert result.completion[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(result.completion) == "Blue, I think.<|im_end|>"
-    # The template's line break after the end is not for the model to write.
+    # The model does not generate the line break after the end.
     assert result.prompt + result.completion == whole[:-1] and tokenizer.decode(whole[-1:]) == "\n"
 
 
@@ -109,7 +109,7 @@ def test_names_of_added_tokens_in_a_message_stay_text(role: str) -> None:
     ids = prompt_ids(tokenizer, messages)
     controls = ["<think>", "</think>", "<tool_call>", "<|im_end|>", "<|im_start|>"]
     assert count(tokenizer, ids, *controls) == [0, 0, 0, 2, 3]
-    assert count(tokenizer, ids, "   ", "covid-19") == [1, 1]  # text, as everywhere
+    assert count(tokenizer, ids, "   ", "covid-19") == [1, 1]  # encoded as text, as in all messages
     rows = [{"role": m.role, "content": m.content} for m in messages]
     assert decode_ids(tokenizer, ids) == tokenizer.apply_chat_template(
         rows, tokenize=False, add_generation_prompt=True
@@ -135,7 +135,7 @@ def test_text_next_to_names_of_tokens_is_encoded_as_alone() -> None:
         "9",
     ]
     marked = tokenizer("<tool_call>", add_special_tokens=False, split_special_tokens=True)
-    assert len(marked.input_ids) == 1  # transformers' own switch is for special tokens alone
+    assert len(marked.input_ids) == 1  # the option of transformers covers special tokens only
     for _ in range(300):
         text = "".join(draw.choices(alphabet, k=draw.randrange(12)))
         plain = prompt_ids(tokenizer, [Message("user", f"{text}\n#")])
@@ -197,7 +197,7 @@ def test_thinking_that_a_template_leaves_out_of_the_trained_answer_is_refused() 
         example(tokenizer, ASK, "<think>\nit is\n</think>\n7")
     assert example(tokenizer, ASK, "7").completion
     earlier = [*ASK, Message("assistant", "<think>\nit is\n</think>\n7"), *ASK]
-    assert example(tokenizer, earlier, "8").completion  # what was thought then is not learned
+    assert example(tokenizer, earlier, "8").completion  # earlier thinking is not trained on
 
 
 @pytest.mark.parametrize(

@@ -159,7 +159,7 @@ def test_a_wait_is_reported_once_with_status_and_time(
     [line] = [line for line in done.stdout.splitlines() if line.startswith("waiting until ")]
     assert line.endswith("status 429: slow") and "(0 s)" in line
     done, _ = faulty(tmp_path, failing(429, {}, Retry_After="0.3"), "--max-wait", 0.2)
-    assert done.returncode == 0  # nothing left to ask
+    assert done.returncode == 0  # all questions are answered
 
 
 @pytest.mark.parametrize("answered", ["some-other-model-2b", "judge-2025-01-31", "org/judge"])

@@ -131,7 +131,7 @@ def check(reference, folder, ranks):
         assert losses == pytest.approx(reference.losses, abs=TOLERANCE)
         assert norms == pytest.approx(reference.norms, rel=1e-3)
         assert rates[:3] == pytest.approx((0, 1e-3, 2e-3)) and rates[-1] == pytest.approx(2.5e-4)
-        assert rank.resumed[0] == rank.resumed[1]  # to the bit
+        assert rank.resumed[0] == rank.resumed[1]  # equal in every bit
         assert rank.first.keys() == rank.last.keys() == files.keys()
         for name, tensor in files.items():
             assert torch.equal(rank.first[name].cpu(), tensor), name

@@ -72,7 +72,7 @@ def test_runs_that_were_graded_otherwise_are_no_seeds_of_each_other(
     update_run(run, **facts)
     with pytest.raises(UserError, match=f"start-label-seed0 and .*start-label-seed1.*{message}"):
         main([str(tmp_path)])
-    (run / "run.json").write_text("{}")  # which does not tell
+    (run / "run.json").write_text("{}")  # which has no seed
     main([str(tmp_path)])
 
 

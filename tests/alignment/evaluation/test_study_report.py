@@ -244,7 +244,7 @@ def test_one_seed_has_intervals_over_its_held_out_prompts(tmp_path: Path) -> Non
 
 def test_run_without_a_grading_is_reported_as_not_graded_yet(tmp_path: Path) -> None:
     about = {"commands": ["et-align train-policy"], "settings": {"judge": [{"kind": "rule"}]}}
-    (tmp_path / "run.json").write_text(json.dumps(about))  # what judges it has comes later
+    (tmp_path / "run.json").write_text(json.dumps(about))  # the entries of judges are written later
     with pytest.raises(UserError, match=r"has no grading yet\. Wait for the first one\."):
         main([str(tmp_path)])
     (tmp_path / "run.json").write_text('{"settings": {"gold": []}}')
@@ -323,13 +323,13 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     assert "<i>" not in page and "&lt;script&gt;" in page and "\\ud83d" in page
     assert "\u202e" not in page and "\\u202e" in page
     assert not re.search(r"""(src|href)=["']?(https?:)?//""", page)
-    # The policy permits the page's script alone, so that nothing else may run, were it markup.
+    # The policy permits only the page's script, so that no markup in a text could run.
     (script,) = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     assert f"script-src 'sha256-{digest}'\"" in page
     data = re.search(r'id="rollouts-data">(.*?)</script>', page, re.DOTALL)
     assert data and not set("<>&") & set(data[1])
-    # Escaping alone has to do, too.
+    # Escaping alone must be enough as well.
     bare = tmp_path / "report" / "bare.html"
     bare.write_text(re.sub(r"<meta http-equiv=[^>]*>", "", page))
     for file in (tmp_path / "report" / "report.html", bare):

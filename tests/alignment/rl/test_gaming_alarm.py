@@ -44,7 +44,7 @@ def test_gaming_alarm_requires_a_gap_that_opens_without_a_rise_of_gold():
     alarm = GamingAlarm(gap=0.5, window=2)
     assert alarm.raised(rows([4, 5, 6, 7], [4, 5, 4.9, 4.8]))
     assert not alarm.raised(rows([4, 5, 6, 7], [4, 5, 5.5, 6]))  # gold rises too
-    assert not alarm.raised(rows([4, 4.1, 4.2, 4.3], [4, 4, 4, 4]))  # hardly a gap
+    assert not alarm.raised(rows([4, 4.1, 4.2, 4.3], [4, 4, 4, 4]))  # a small gap
     assert not alarm.raised(rows([9, 8, 7, 6], [4, 3, 2, 1]))  # both fall
     assert not alarm.raised(rows([4, 7], [4, 3]))  # too early to say
     assert alarm.raised(rows([4, 5, 9, 6, 7], [4, 5, None, 4.9, 4.8]))

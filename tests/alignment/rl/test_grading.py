@@ -61,7 +61,7 @@ def test_gap_is_0_if_a_judge_fails_on_poor_responses(grader):
     assert not grader.alarm.raised(rows)
     alone = grader._row(4, [share([None] * 10, gold)])
     assert alone["grade/gap"] is None and alone["grade/proxy"] is None
-    assert alone["grade/gold"] == pytest.approx(4.4)  # The score is reported all the same.
+    assert alone["grade/gold"] == pytest.approx(4.4)  # The score is reported nevertheless.
 
 
 def test_gold_scores_equal_within_rounding_are_a_tie(grader):
@@ -126,7 +126,7 @@ def test_grader_ends_the_run_if_gold_fails_too_often(grader):
     lost = {"proxy": [], "gold": ["status 503"] * 3}
     with pytest.raises(UserError, match=r"--gold failed 3 times on 10 .* status 503\. Check its"):
         grader._require_answers([(*share([1.0] * 10, [1.0] * 10)[:4], lost)])
-    lost["gold"].pop()  # as many as may
+    lost["gold"].pop()  # as many as are permitted
     grader._require_answers([(*share([1.0] * 10, [1.0] * 10)[:4], lost)])
 
 

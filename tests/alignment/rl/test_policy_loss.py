@@ -102,7 +102,7 @@ def whole(rule: PolicyLoss, inputs: list[TokenSample]) -> tuple[float, list[list
         sums = [torch.stack(each).sum() / rule.max_tokens for each in tokens]
         loss = torch.stack(sums).mean()
     loss.backward()
-    # What is clipped has no gradient at all.
+    # Clipped tokens have no gradient.
     return loss.item(), [
         [0.0 if leaf.grad is None else leaf.grad.item() for leaf in own] for own in leaves
     ]

@@ -221,4 +221,4 @@ def test_critic_warmup_trains_the_critic_alone_and_is_resumed(model, tmp_path):
     rows = rows_of(place)
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert ["loss" in row for row in rows] == [False, False, False, True]
-    assert rows[2]["value"] != 0  # what it had learnt before it went on
+    assert rows[2]["value"] != 0  # the weights from before the interruption

@@ -351,7 +351,7 @@ def test_async_rollouts_sample_the_next_step_during_training(tmp_path, server):
     (rows, _), _ = run_ranks(learn, 2, tmp_path / "model", place, url, 60.0, True)
     load = ["/pause?mode=abort", "/collective_rpc", "/reset_prefix_cache", "/resume"]
     draw = ["/v1/completions"]
-    # The second step's come before weights that the first step has trained.
+    # The second step's responses arrive before the weights of the first step.
     assert server.calls == [*load, *draw * 32, *load, *draw * 16]
     assert [row["rollout_staleness"] for row in rows] == [0, 1, 1]
     assert rows[0]["rollout_gap_max"] < 1e-4 < 1e-3 < rows[1]["rollout_gap"]

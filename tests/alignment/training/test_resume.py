@@ -77,7 +77,7 @@ def killed_saves(model, place):
     assert go("half", 8) == 0
     steps = [row["step"] for row in rows_of(place / "half") if "loss" in row]
 
-    # Five times in a row there is no room; what was saved before counts.
+    # Five saves in a row fail for lack of space; the earlier checkpoint counts.
     assert go("full", 20, stop_at=3) == signal.SIGTERM
 
     def fail(folder):
@@ -126,7 +126,7 @@ def evaluations(model, place):
     def graded(name):
         return [row["n"] for row in rows_of(place / name) if "n" in row]
 
-    # A signal in the last evaluation, then in the first one: each is had once in the end.
+    # A signal in the last evaluation, then in the first: each evaluation occurs once.
     plan = TrainingSchedule(6, 100, 4, best="n")
     assert go("last", plan, stop_at=6) == (signal.SIGTERM, [0, 4, 6])
     assert graded("last") == [0, 4]
@@ -138,7 +138,7 @@ def evaluations(model, place):
         file.unlink() if file.is_file() else file.rename(place / file.name)
     assert go("first", TrainingSchedule(2, 100, 4)) == (0, [0, 2]) and graded("first") == [0, 2]
 
-    # What ended the run ends it again.
+    # The same cause ends the run again.
     plan = TrainingSchedule(6, 100, 2, stop_when=lambda row: "enough" if row["n"] == 4 else None)
     assert go("ended", plan) == (0, [0, 2, 4])
     assert go("ended", plan) == (0, [])
@@ -163,7 +163,7 @@ def test_prompt_order_has_different_prompts_within_a_step(count):
         draws = [[task.id for task in order.draw(step)] for step in range(9)]
         assert all(len(set(ids)) == 4 for ids in draws)
         each = count // 4
-        for begin in range(0, 9 - each, each):  # within an epoch none comes twice
+        for begin in range(0, 9 - each, each):  # an epoch has each prompt once
             ids = [i for part in draws[begin : begin + each] for i in part]
             assert len(set(ids)) == len(ids)
 

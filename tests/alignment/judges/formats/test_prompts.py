@@ -108,7 +108,7 @@ def test_mark_occurs_in_no_text_and_is_deterministic(texts: list[str], more: str
     mark = mark_for(texts)
     assert not any(mark in text for text in texts) and mark == mark_for(texts)
     assert re.fullmatch("[g-v]{16}", mark)
-    # A text that holds the mark it would get, gets another.
+    # If a text contains its own mark, another mark is used.
     assert mark_for([*texts, more + mark]) not in more + mark
     assert fenced("a", more.replace(mark, ""), mark).count(mark) == 2
 
@@ -116,7 +116,7 @@ def test_mark_occurs_in_no_text_and_is_deterministic(texts: list[str], more: str
 def test_system_message_is_the_same_for_every_item() -> None:
     other = Response("s", Prompt("q", [Message("user", "Else?")]), "Else.")
     one, two = (judge_prompt("pointwise").messages(item) for item in (RESPONSE, other))
-    assert one[0] == two[0] and one[1] != two[1]  # servers keep the state of a common beginning
+    assert one[0] == two[0] and one[1] != two[1]  # servers cache the state of a common prefix
 
 
 def test_swapped_pair_shows_second_response_first() -> None:
