@@ -11,8 +11,7 @@ a step of supervised fine-tuning on 64 samples of the same lengths.
     cpu                          processor seconds of the step on rank 0, median; other load on the
                              machine affects them much less than seconds
     ratio                        step of TRL over that of this project, median over pairs; above 1
-    this
-                             project is faster
+                             this project is faster
     cpu ratio                    the same ratio of processor seconds
 
 TRL requires a separate Python environment:
