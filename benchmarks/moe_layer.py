@@ -91,10 +91,10 @@ def measure(router: str, dispatcher: str, d_model: int, steps: int) -> dict[str,
     """Return medians of a step's seconds and share of the matmul rate, and experts per token."""
     from megatron.core import activations
 
-    from megatron_ext.model import gpt
+    from megatron_ext.model import language_model
 
     if router.endswith("plain ReLU²"):
-        gpt.squared_relu = activations.squared_relu
+        language_model.squared_relu = activations.squared_relu
     with contextlib.redirect_stdout(io.StringIO()):
         _, _, model = megatron.start(*flags(d_model, dispatcher), *ROUTERS[router])
     from megatron_ext.moe.router import routers_of
