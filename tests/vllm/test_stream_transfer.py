@@ -1,6 +1,10 @@
 """Streams of weights to a real vLLM: it computes what the training does, or refuses."""
 
 import json
+import os
+import signal
+import threading
+import time
 from functools import partial
 from itertools import chain
 from types import SimpleNamespace
@@ -8,10 +12,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from megatron_ext.hf.remote.modeling_et import ExpertThresholdForCausalLM
 from megatron_ext.vllm import TRANSFER_BACK_END
-from tests.alignment.rl.test_vllm_rollouts import learn
+from tests.alignment.rl.test_vllm_rollouts import drawn, learn
 from tests.distributed import run_ranks
-from tests.vllm.servers import free_port, make_model, start, stop, wait_until_ready
+from tests.vllm.servers import free_port, make_model, serve, start, stop, wait_until_ready
 
 pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.timeout(900)]
 FP32 = 1e-5
@@ -66,3 +71,55 @@ def test_log_probs_are_those_of_the_training_at_every_step(experts, ranks, trans
         assert row["rollout_gap_max"] < FP32
         assert row["grad_norm"] > 0.01
     assert not (tmp_path / "run" / "served").exists()
+
+
+@pytest.fixture(scope="module")
+def second_url(experts, tmp_path_factory):
+    """Address of another server, of two ranks."""
+    flags = ["--tensor-parallel-size", "2", *BACK_END]
+    with serve(experts.model, *flags, log=tmp_path_factory.mktemp("second") / "log") as url:
+        yield f"{url}/v1"
+
+
+def test_two_servers_receive_the_weights_of_two_ranks(experts, second_url, tmp_path):
+    results = run_ranks(
+        learn, 2, experts.model, tmp_path / "run", f"{experts.url} {second_url}", 60.0, False,
+        16, False, 64, partial(recording_transfer, tmp_path, "gloo"), timeout=500,
+    )  # fmt: skip
+    for row in results[0][0]:
+        assert row["rollout_gap_max"] < FP32
+
+
+def test_a_server_that_is_killed_in_a_step_and_restarted_gets_its_weights(experts, tmp_path):
+    run = tmp_path / "run"
+
+    def restart():
+        while not drawn(run, 2):
+            time.sleep(0.005)
+        os.killpg(experts.process.pid, signal.SIGKILL)
+        stop(experts.process)
+        experts.process = experts.begin("second.log")  # with the weights from before the training
+
+    thread = threading.Thread(target=restart, daemon=True)
+    thread.start()
+    [(rows, _)] = run_ranks(
+        learn, 1, experts.model, run, experts.url, 300.0, True, 16, False, 64,
+        partial(recording_transfer, tmp_path, "gloo"), timeout=800,
+    )  # fmt: skip
+    thread.join(10)
+    assert len(rows) == 3
+    # The responses of the third step are of the weights after the first.
+    policy = ExpertThresholdForCausalLM.from_pretrained(experts.model)
+    policy.load_state_dict(torch.load(tmp_path / "v1.pt"))
+    lines = []
+    for file in run.glob("rollouts/step_000002/ahead_*.jsonl"):
+        lines += [json.loads(line)["answer"] for line in file.read_text().splitlines()]
+    assert len(lines) == 16
+    for line in lines:
+        prompt = [5, int(line["task"]), 7]
+        with torch.no_grad():
+            logits = policy(torch.tensor([prompt + line["tokens"]])).logits[0]
+        table = (logits.float() / 0.8).log_softmax(-1)
+        for place, token in enumerate(line["tokens"], len(prompt) - 1):
+            value = line["log_probs"][place - len(prompt) + 1]
+            assert value == pytest.approx(float(table[place, token]), abs=FP32)
