@@ -91,11 +91,21 @@ class WeightsAndBiases:
 
     def image(self, step: int, tag: str, pixels: np.ndarray) -> None:
         """Send an image."""
+        self._restore_staging_folder()
         self._run.log({"step": step, tag: self._wandb.Image(pixels)})
 
     def text(self, step: int, tag: str, text: str) -> None:
         """Send a text."""
+        self._restore_staging_folder()
         self._run.log({"step": step, tag: self._wandb.Html(f"<pre>{html.escape(text)}</pre>")})
+
+    @staticmethod
+    def _restore_staging_folder() -> None:
+        """Create the temporary folder of media again, which a cleaner of /tmp may have deleted."""
+        with suppress(ImportError):
+            from wandb.sdk.data_types._private import MEDIA_TMP
+
+            os.makedirs(MEDIA_TMP.name, exist_ok=True)
 
     def close(self) -> None:
         """Send the remaining values."""

@@ -1,7 +1,10 @@
 """Tests of experiment trackers: their metrics, and that a resumed run sends nothing twice."""
 
 import json
+import shutil
+import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,25 +68,71 @@ def test_mlflow_continues_its_run_in_a_folder(tmp_path: Path) -> None:
     assert len(client.list_artifacts(run.info.run_id, "samples")) == 6
 
 
+def wandb_records(file: Path) -> Iterator[bytes]:
+    """Yield the records of an offline file of Weights & Biases, which is a log of LevelDB."""
+    content, block, record = file.read_bytes(), 32768, b""
+    assert content[:4] == b":W&B"
+    position = 7  # after the identifier and the version
+    while position + 7 <= len(content):
+        if (left := block - position % block) < 7:  # no room for a header
+            position += left
+            continue
+        length = int.from_bytes(content[position + 4 : position + 6], "little")
+        kind = content[position + 6]  # 1: whole, 2: first part, 3: middle, 4: last part
+        record += content[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):
+            yield record
+            record = b""
+
+
+def wandb_rows(folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows that offline runs in a folder have logged, in their order."""
+    from wandb.proto import wandb_internal_pb2 as records
+
+    for file in sorted(folder.glob("offline-run-*/run-*.wandb")):
+        for data in wandb_records(file):
+            items = records.Record.FromString(data).history.item
+            row = {
+                "/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items
+            }
+            if row:
+                yield row
+
+
 def test_wandb_continues_its_run_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb", reason="the extra megatron-et[wandb] is not installed")
-    from wandb.proto import wandb_internal_pb2 as records
-    from wandb.sdk.internal.datastore import DataStore
-
     monkeypatch.setenv("WANDB_MODE", "offline")
     interrupted(TrackerSettings(run_dir=tmp_path / "run", wandb_project="mine"))
     files = sorted((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
     assert len(files) == 2 and len({file.name for file in files}) == 1
-    points: Counter[tuple[str, float]] = Counter()
-    for file in files:
-        store = DataStore()
-        store.open_for_scan(str(file))
-        while (data := store.scan_data()) is not None:
-            record = records.Record.FromString(data)
-            row = {i.key or i.nested_key[0]: json.loads(i.value_json) for i in record.history.item}
-            points.update((name, row["step"]) for name in row if name in ("loss", "val_loss"))
     steps = {"loss": [1, 2, 3, 4, 5, 6], "val_loss": [2, 4, 6]}
-    assert points == Counter((name, step) for name in steps for step in steps[name])
+    expected = Counter((name, step) for name in steps for step in steps[name])
+    deadline = time.monotonic() + 30  # its process may still be writing
+    points: Counter[tuple[str, float]] = Counter()
+    while points != expected and time.monotonic() < deadline:
+        points = Counter()
+        for row in wandb_rows(tmp_path / "run" / "wandb"):
+            points.update((name, row["step"]) for name in row if name in steps)
+    assert points == expected
+
+
+def test_wandb_survives_the_loss_of_its_temporary_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb", reason="the extra megatron-et[wandb] is not installed")
+    from wandb.sdk.data_types._private import MEDIA_TMP
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    trackers = Trackers(TrackerSettings(run_dir=tmp_path, wandb_project="mine"), {})
+    for step in (1, 2):
+        trackers.image(step, "moe/expert_load", PIXELS)
+        trackers.text(step, "samples", "prompt")
+        shutil.rmtree(MEDIA_TMP.name)  # as a cleaner of /tmp does during a long run
+    trackers.close()
+    media = tmp_path / "wandb"
+    assert len([*media.glob("offline-run-*/files/media/images/moe/*.png")]) == 2
+    assert len([*media.glob("offline-run-*/files/media/html/*.html")]) == 2
 
 
 @pytest.mark.parametrize("flag", ["wandb_project", "mlflow_experiment"])
