@@ -108,6 +108,8 @@ class VLLMServer:
                     f"The endpoint {self.root}{path} refuses with {error}. {ADVICE}"
                 ) from None
             raise self._no_answer(str(error)) from None
+        except UserError as error:  # an error that every repetition would get
+            raise ServerRefused(str(error)) from None
 
     async def while_healthy[T](self, work: Awaitable[T], doing: Callable[[], str] = str) -> T:
         """Return the result of a call, however slow, while the server passes health checks.
