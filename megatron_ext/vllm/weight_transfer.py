@@ -9,8 +9,9 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
-from vllm.model_executor.model_loader.reload import (
+from vllm.model_executor.model_loader.reload.layerwise import (
     finalize_layerwise_reload,
+    get_layerwise_info,
     initialize_layerwise_reload,
 )
 from vllm.platforms import current_platform
@@ -77,8 +78,12 @@ class StreamEngine(WeightTransferEngine[StreamInitInfo, StreamUpdateInfo]):
         try:
             self.receive_weights(self.parse_update_info(update_info))
         except BaseException:
-            # Else the next update would load what this one has left behind.
-            self.finish_weight_update()
+            # The next update would load what this one has left behind.
+            for layer in self.model.modules():
+                if (info := get_layerwise_info(layer)).can_load():
+                    info.loaded_weights.clear()
+                    info.load_numel = 0
+            self.finish_weight_update()  # restores the old weights of these layers
             raise
         if self.device.type != "cpu":
             torch.accelerator.synchronize()

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from megatron_ext.errors import UserError
 from megatron_ext.hf.remote.modeling_et import ExpertThresholdForCausalLM
 from megatron_ext.vllm import TRANSFER_BACK_END
 from tests.alignment.rl.test_vllm_rollouts import drawn, learn
@@ -123,3 +124,38 @@ def test_a_server_that_is_killed_in_a_step_and_restarted_gets_its_weights(expert
         for place, token in enumerate(line["tokens"], len(prompt) - 1):
             value = line["log_probs"][place - len(prompt) + 1]
             assert value == pytest.approx(float(table[place, token]), abs=FP32)
+
+
+def update_wrongly(folder, url):
+    """Return the errors of wrong updates, which a right one follows."""
+    from alignment.rl.stream_transfer import StreamTransfer
+    from alignment.rl.vllm_servers import VLLMServer, VLLMServers
+
+    tensors = dict(ExpertThresholdForCausalLM.from_pretrained(folder).state_dict())
+    name = "model.layers.1.self_attn.k_proj.weight"
+    rest = {other: tensor for other, tensor in tensors.items() if other != name}
+    wrong = {
+        "shape": rest | {name: tensors[name][:-1].clone()},
+        "name": rest | {name.replace("k_proj", "x_proj"): tensors[name]},
+        "nothing": {},
+    }
+    servers, errors = VLLMServers([url], 60.0, lambda: None), {}
+    for case, stream in (wrong | {"right": tensors}).items():
+        engine = SimpleNamespace(parameters=stream.items)
+        transfer = StreamTransfer(engine, "gloo", 60.0, 50_000)
+        transfer.prepare(0)
+        servers.call(VLLMServer.pause)
+        try:
+            transfer.update_weights(0, servers)
+        except UserError as error:
+            errors[case] = str(error)
+        servers.call(VLLMServer.resume)
+    return errors
+
+
+def test_wrong_tensors_are_refused_and_others_accepted_after_them(experts, tmp_path):
+    make_model(tmp_path / "other", "paper", seed=1)  # other weights and thresholds
+    [errors] = run_ranks(update_wrongly, 1, tmp_path / "other", experts.url, timeout=300)
+    assert errors.keys() == {"shape", "name", "nothing"}
+    for message in errors.values():
+        assert "/update_weights refuses" in message
