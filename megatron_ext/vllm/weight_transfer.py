@@ -9,6 +9,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload.layerwise import (
     finalize_layerwise_reload,
     get_layerwise_info,
@@ -17,6 +18,15 @@ from vllm.model_executor.model_loader.reload.layerwise import (
 from vllm.platforms import current_platform
 
 from megatron_ext.vllm.weight_stream import Stream, TensorPlace, receive
+
+
+def _is_partial(layer: torch.nn.Module) -> bool:
+    """Return whether a layer waits for more of its weights, such as one of packed projections."""
+    info = get_layerwise_info(layer)
+    # Embeddings are padded with rows that are in no checkpoint.
+    if not info.can_load() or isinstance(layer, VocabParallelEmbedding):
+        return False
+    return 0 < info.load_numel < (info.load_numel_total or 0)
 
 
 @dataclass
@@ -96,8 +106,10 @@ class StreamEngine(WeightTransferEngine[StreamInitInfo, StreamUpdateInfo]):
         missing = {name for name, _ in self.model.named_parameters()}
         for tensors in receive(self.stream, update_info.buckets, 1 + rank, 1 + size, self.device):
             missing -= self.model.load_weights(tensors) or set()
-        if missing and self.vllm_config.quant_config is None:
-            raise ValueError(f"The stream has no weights for {min(missing)} of the model.")
+        if self.vllm_config.quant_config is None:
+            missing |= {name for name, layer in self.model.named_modules() if _is_partial(layer)}
+            if missing:
+                raise ValueError(f"The stream has no weights for {min(missing)} of the model.")
 
     def shutdown(self) -> None:
         """Do nothing, as no connection lasts longer than an update."""

@@ -137,6 +137,8 @@ def update_wrongly(folder, url):
     wrong = {
         "shape": rest | {name: tensors[name][:-1].clone()},
         "name": rest | {name.replace("k_proj", "x_proj"): tensors[name]},
+        "part": rest,  # of the packed projections
+        "expert": {other: t for other, t in tensors.items() if ".experts.3." not in other},
         "nothing": {},
     }
     servers, errors = VLLMServers([url], 60.0, lambda: None), {}
@@ -156,6 +158,6 @@ def update_wrongly(folder, url):
 def test_wrong_tensors_are_refused_and_others_accepted_after_them(experts, tmp_path):
     make_model(tmp_path / "other", "paper", seed=1)  # other weights and thresholds
     [errors] = run_ranks(update_wrongly, 1, tmp_path / "other", experts.url, timeout=300)
-    assert errors.keys() == {"shape", "name", "nothing"}
+    assert errors.keys() == {"shape", "name", "part", "expert", "nothing"}
     for message in errors.values():
         assert "/update_weights refuses" in message
