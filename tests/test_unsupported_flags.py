@@ -5,23 +5,19 @@ from importlib.util import find_spec
 from typing import Any
 
 import pytest
+import torch
+from megatron.training.arguments import add_megatron_arguments
 
-from megatron_ext.devices import activate, is_cpu_device
-
-activate()
-
-from megatron.training.arguments import add_megatron_arguments  # noqa: E402
-
-from megatron_ext.errors import UserError  # noqa: E402
-from megatron_ext.run_flags import add_arguments  # noqa: E402
-from megatron_ext.unsupported_flags import check_unsupported  # noqa: E402
+from megatron_ext.errors import UserError
+from megatron_ext.run_flags import add_arguments
+from megatron_ext.unsupported_flags import check_unsupported
+from tests.distributed import run_ranks
 
 FINE = [
     *("--num-layers", "2", "--hidden-size", "32", "--num-attention-heads", "2"),
     *("--transformer-impl", "local", "--distributed-backend", "gloo", "--num-experts", "4"),
     *("--disable-bias-linear", "--position-embedding-type", "rope"),
 ]
-ON_CPU = pytest.mark.skipif(not is_cpu_device(), reason="the device is a GPU")
 
 
 def check(*flags: str) -> None:
@@ -69,16 +65,31 @@ def test_supported_flags_pass() -> None:
         ("--exp-avg-dtype bf16", "needs --use-precision-aware-optimizer"),
         ("--hidden-size 30", "makes heads of 15, which is odd"),
         ("--kv-channels 15", "--kv-channels 15 is odd, and --position-embedding-type rope rotates"),
-        pytest.param("--use-nccl-ub", "--use-nccl-ub needs a GPU: leave it out", marks=ON_CPU),
-        pytest.param(
-            "--distributed-backend nccl", "--distributed-backend nccl needs a GPU", marks=ON_CPU
-        ),
     ],
 )
 def test_unsupported_flags_are_refused(flags: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
         check(*flags.split())
     assert message in str(caught.value)
+
+
+def refusals(*cases: str) -> list[str]:
+    """Return the messages for some flags on a rank, which has the CPU device."""
+    messages = []
+    for flags in cases:
+        with pytest.raises(UserError) as caught:
+            check(*flags.split())
+        messages.append(str(caught.value))
+    return messages
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the device is a GPU")
+def test_flags_that_need_a_gpu_are_refused_without_one() -> None:
+    [messages] = run_ranks(refusals, 1, "--use-nccl-ub", "--distributed-backend nccl")
+    assert messages == [
+        "--use-nccl-ub needs a GPU: leave it out",
+        "--distributed-backend nccl needs a GPU: leave it out",
+    ]
 
 
 @pytest.mark.skipif(
