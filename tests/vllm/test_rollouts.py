@@ -13,7 +13,7 @@ import torch
 from megatron_ext.hf.remote.modeling_et import ExpertThresholdForCausalLM
 from tests.alignment.chat_model import BRIEF, gold, responses, write_rows
 from tests.alignment.chat_model import make_model as make_dense
-from tests.alignment.rl.test_vllm_rollouts import drawn, learn
+from tests.alignment.rl.vllm_training import drawn, learn
 from tests.distributed import run_ranks
 from tests.vllm.servers import free_port, make_model, start, stop, vllm_python, wait_until_ready
 

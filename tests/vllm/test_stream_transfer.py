@@ -15,7 +15,7 @@ import torch
 from megatron_ext.errors import UserError
 from megatron_ext.hf.remote.modeling_et import ExpertThresholdForCausalLM
 from megatron_ext.vllm import TRANSFER_BACK_END
-from tests.alignment.rl.test_vllm_rollouts import drawn, learn
+from tests.alignment.rl.vllm_training import drawn, learn
 from tests.distributed import run_ranks
 from tests.vllm.servers import free_port, make_model, serve, start, stop, wait_until_ready
 
