@@ -18,6 +18,8 @@ class RMSNorm(torch.nn.Module):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.shape, self.eps = (hidden_size,), eps
+        # The layer behind the norm has weights of this type, also if the residual stream is fp32.
+        self.dtype = config.params_dtype if config.fp32_residual_connection else None
         self.weight: torch.nn.Parameter | None = None
         if isinstance(config, ETConfig) and config.et_norm_scale:
             self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
@@ -25,4 +27,6 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize `x [..., hidden_size]` in its dtype."""
-        return F.rms_norm(x, self.shape, self.weight, self.eps)
+        weight = self.weight if self.weight is None else self.weight.to(x.dtype)
+        y = F.rms_norm(x, self.shape, weight, self.eps)
+        return y if self.dtype is None else y.to(self.dtype)

@@ -188,3 +188,22 @@ def test_rope_scaling_equals_llama_3_for_every_factor(factor: float) -> None:
     expected, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     [frequencies] = run_ranks(rotary_frequencies, 1, factor)
     torch.testing.assert_close(frequencies, expected, rtol=1e-6, atol=0)
+
+
+def mean_loss(*flags: str) -> float:
+    """Return the loss of the untrained model on some tokens."""
+    _, _, [model] = megatron.start(*flags)
+    tokens = torch.randint(127, (2, 16), generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(16).expand(2, 16)
+    with torch.no_grad():
+        return float(model(tokens, positions, None, labels=tokens.roll(-1, 1)).float().mean())
+
+
+@pytest.mark.parametrize("norm", [(), ("--et-norm-scale",)])
+def test_residual_stream_may_be_fp32_with_weights_in_bf16(norm: tuple[str, ...]) -> None:
+    flags = ("--init-method-std", "0.2", *norm)  # large enough that rounding is visible
+    [exact] = run_ranks(mean_loss, 1, *flags)
+    [rounded] = run_ranks(mean_loss, 1, *flags, "--bf16")
+    [residual] = run_ranks(mean_loss, 1, *flags, "--bf16", "--fp32-residual-connection")
+    assert residual == pytest.approx(exact, rel=0.01)
+    assert residual != rounded
