@@ -18,6 +18,7 @@ from megatron_ext.vllm import TRANSFER_BACK_END
 from tests.alignment.rl.vllm_training import drawn, learn
 from tests.distributed import run_ranks
 from tests.vllm.servers import free_port, make_model, serve, start, stop, wait_until_ready
+from tests.vllm.test_served_models import assert_equal
 
 pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.timeout(900)]
 FP32 = 1e-5
@@ -161,3 +162,5 @@ def test_wrong_tensors_are_refused_and_others_accepted_after_them(experts, tmp_p
     assert errors.keys() == {"shape", "name", "part", "expert", "nothing"}
     for message in errors.values():
         assert "/update_weights refuses" in message
+    other = ExpertThresholdForCausalLM.from_pretrained(tmp_path / "other")
+    assert_equal(other, experts.url.removesuffix("/v1"))
