@@ -36,11 +36,12 @@ def test_async_save_resumes_bit_for_bit_from_every_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mark = uuid.uuid4().hex
+    python = warm_python()  # its server lives on, so it must not have the mark
     monkeypatch.setenv("TEST_RUN", mark)
     flags = [*EP2, "--async-save", "--save-interval", "1"]
     # By torchrun: the environment of a forked rank, as the system shows it, is its server's.
     done = torchrun(
-        ["pretrain_et.py", *TINY, "--run-dir", tmp_path / "run", *flags], 2, python=warm_python()
+        ["pretrain_et.py", *TINY, "--run-dir", tmp_path / "run", *flags], 2, python=python
     )
     assert done.returncode == 0, done.stderr[-3000:]
     _wait(lambda: of_run(mark) == [], 30)
