@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -183,6 +184,33 @@ def serve(folder: Path, *flags: str, log: Path, **env: str) -> Iterator[str]:
         yield url
     finally:
         stop(process)
+
+
+@contextmanager
+def serve_policy(place: Path, *flags: str) -> Iterator[Any]:
+    """Serve an Expert Threshold policy while the context lasts.
+
+    Args:
+        place: Folder of the model and the logs.
+        flags: Further flags of the server.
+
+    Yields:
+        Namespace with the `model`, the `url` with /v1, the `process`, and the function `begin` that
+        starts the server again on the same port.
+    """
+    make_model(place / "model", "paper")
+    port = free_port()
+
+    def begin(log: str = "log") -> Process:
+        return start(place / "model", *flags, log=place / log, port=port)[0]
+
+    url = f"http://127.0.0.1:{port}"
+    served = SimpleNamespace(model=place / "model", url=f"{url}/v1", begin=begin, process=begin())
+    try:
+        wait_until_ready(served.process, url, place / "log")
+        yield served
+    finally:
+        stop(served.process)
 
 
 def complete(url: str, prompts: Sequence[Sequence[int]], **settings: Any) -> list[Any]:

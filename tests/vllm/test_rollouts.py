@@ -15,7 +15,13 @@ from tests.alignment.chat_model import BRIEF, gold, responses, write_rows
 from tests.alignment.chat_model import make_model as make_dense
 from tests.alignment.rl.vllm_training import drawn, learn
 from tests.distributed import run_ranks
-from tests.vllm.servers import free_port, make_model, start, stop, vllm_python, wait_until_ready
+from tests.vllm.servers import (
+    free_port,
+    serve_policy,
+    start,
+    stop,
+    vllm_python,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.timeout(600)]
 FP32 = 1e-5
@@ -56,22 +62,9 @@ def dense(tmp_path_factory):
 @pytest.fixture(scope="module")
 def experts(tmp_path_factory):
     """An Expert Threshold policy, and a server that was started from it; a test restarts it."""
-    place = tmp_path_factory.mktemp("experts")
-    make_model(place / "model", "paper")
     flags = ["--max-model-len", "64", "--max-num-seqs", "4"]
-    port = free_port()
-
-    def begin(log="log"):
-        return start(place / "model", *flags, log=place / log, port=port)[0]
-
-    served = SimpleNamespace(
-        model=place / "model", url=f"http://127.0.0.1:{port}/v1", begin=begin, process=begin()
-    )
-    try:
-        wait_until_ready(served.process, served.url.removesuffix("/v1"), place / "log")
+    with serve_policy(tmp_path_factory.mktemp("experts"), *flags) as served:
         yield served
-    finally:
-        stop(served.process)
 
 
 def test_log_probs_of_a_tied_dense_model_are_those_of_the_training(dense):

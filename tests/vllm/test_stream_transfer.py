@@ -17,7 +17,12 @@ from megatron_ext.hf.remote.modeling_et import ExpertThresholdForCausalLM
 from megatron_ext.vllm import TRANSFER_BACK_END
 from tests.alignment.rl.vllm_training import drawn, learn
 from tests.distributed import run_ranks
-from tests.vllm.servers import free_port, make_model, serve, start, stop, wait_until_ready
+from tests.vllm.servers import (
+    make_model,
+    serve,
+    serve_policy,
+    stop,
+)
 from tests.vllm.test_served_models import assert_equal
 
 pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.timeout(900)]
@@ -28,21 +33,8 @@ BACK_END = ["--weight-transfer-config", json.dumps({"backend": TRANSFER_BACK_END
 @pytest.fixture(scope="module")
 def experts(tmp_path_factory):
     """An Expert Threshold policy, and a server that was started from it; a test restarts it."""
-    place = tmp_path_factory.mktemp("experts")
-    make_model(place / "model", "paper")
-    port = free_port()
-
-    def begin(log="log"):
-        return start(place / "model", *BACK_END, log=place / log, port=port)[0]
-
-    served = SimpleNamespace(
-        model=place / "model", url=f"http://127.0.0.1:{port}/v1", begin=begin, process=begin()
-    )
-    try:
-        wait_until_ready(served.process, served.url.removesuffix("/v1"), place / "log")
+    with serve_policy(tmp_path_factory.mktemp("experts"), *BACK_END) as served:
         yield served
-    finally:
-        stop(served.process)
 
 
 def recording_transfer(place, transport, engine):
