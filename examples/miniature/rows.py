@@ -44,14 +44,18 @@ _ROWS = (
     DENSE,
     Row("tc", "token choice, unbalanced", "token-choice"),
     Row("tc-aux", "token choice, auxiliary loss", "token-choice-aux"),
+    Row("tc-aux-strong", "token choice, strong auxiliary loss", "token-choice-aux-strong"),
     Row("tc-loss-free", "token choice, loss-free", "token-choice-loss-free"),
+    Row("tc-quantile", "token choice, quantile balancing", "token-choice-quantile"),
     Row("ec-quarter", "expert choice, pools of a quarter step", "ec-2k", pools=4),
     Row("ec-step", "expert choice, pools of a step", "ec-2k", pools=1),
     Row("et-cold", "expert threshold", "et-cold"),
     Row("et", "expert threshold, warm-up"),
     Row("et-adaptive-cold", "expert threshold, filters", "et-adaptive-cold"),
     Row("et-adaptive", "expert threshold, filters, warm-up", "et-adaptive"),
+    Row("ec-no-shared", "expert choice, no shared expert", "ec-no-shared", pools=1),
+    Row("et-no-shared", "expert threshold, warm-up, no shared expert", "et-no-shared"),
 )
 ROWS = {row.name: row for row in _ROWS}
 # Rows with which others are compared, seed by seed.
-REFERENCES = ("tc", "tc-aux", "tc-loss-free")
+REFERENCES = ("tc-aux", "tc-aux-strong", "tc-loss-free", "tc-quantile")

@@ -35,7 +35,7 @@ def write_table(output: Path, rows: Sequence[Row], seeds: Sequence[int]) -> str:
     if len(names) > 1:
         in_rows = [str(output / row.run(seed)) for row in rows for seed in seeds]
         compare(in_rows, output, None)
-    reference = next((name for name in ("tc-aux", *REFERENCES) if name in losses), None)
+    reference = next((name for name in REFERENCES if name in losses), None)
     if reference and len(rows) > 1:
         by_row = {row.label: [runs[row.run(seed)] for seed in seeds] for row in rows}
         draw_differences(by_row, ROWS[reference].label, output / "differences.png")

@@ -19,7 +19,7 @@ from tests.examples.test_quickstart import has_texts
 from tests.reports.metric_rows import training_row, write_run
 from tests.warm import warm_python
 
-LOSSES = {"dense": [5.0, 5.2, 5.1], "tc": [4.9, 5.0, 4.7], "et": [4.8, 4.7, 4.75]}
+LOSSES = {"dense": [5.0, 5.2, 5.1], "tc-aux": [4.9, 5.0, 4.7], "et": [4.8, 4.7, 4.75]}
 
 
 def make_runs(output: Path, seeds: list[int]) -> None:
@@ -39,13 +39,13 @@ def test_table_differences_are_paired_by_seed(tmp_path: Path) -> None:
     make_runs(tmp_path, seeds)
     table = write_table(tmp_path, [ROWS[name] for name in LOSSES], seeds)
     results = json.loads((tmp_path / "results.json").read_text())
-    differences = [ours - theirs for ours, theirs in zip(LOSSES["et"], LOSSES["tc"])]
-    result = results["et"]["difference"]["tc"]
+    differences = [ours - theirs for ours, theirs in zip(LOSSES["et"], LOSSES["tc-aux"])]
+    result = results["et"]["difference"]["tc-aux"]
     assert result["mean"] == pytest.approx(statistics.mean(differences))
     assert result["standard_error"] == pytest.approx(statistics.stdev(differences) / 3**0.5)
-    assert list(results["tc"]["difference"]) == []
+    assert list(results["tc-aux"]["difference"]) == []
     assert results["et"]["seeds"]["5"]["loss"] == 4.7
-    assert table.splitlines()[0].startswith("|  | validation loss | − token choice, unbalanced |")
+    assert table.splitlines()[0].startswith("|  | validation loss | − token choice, auxiliary loss |")
     [row] = [line for line in table.splitlines() if "warm-up" in line]
     assert row.startswith(
         "| expert threshold, warm-up | 4.7500 ± 0.0500 | -0.1167 ± 0.1014 | +0.0100 | 1.20"

@@ -96,8 +96,10 @@ def test_recipe_parameter_counts_equal_the_paper(read: dict[Run, dict[str, Any]]
 @pytest.mark.slow
 def test_recipe_has_the_settings_of_its_name(read: dict[Run, dict[str, Any]]) -> None:
     cold = {"et-cold", "et-adaptive-cold"}
-    token_choice = {"token-choice", "token-choice-aux", "token-choice-loss-free"}
-    assert {*ROUTERS} == {*POOL_RANKS, "dense", *cold, "et-adaptive", *token_choice}
+    token_choice = {"token-choice", "token-choice-aux", "token-choice-aux-strong"}
+    token_choice |= {"token-choice-loss-free", "token-choice-quantile"}
+    unshared = {"et-no-shared", "ec-no-shared"}
+    assert {*ROUTERS} == {*POOL_RANKS, "dense", *cold, "et-adaptive", *token_choice, *unshared}
     for run, args in read.items():
         size, router = run[0], run[-1]
         assert args["thresholds"] == (not router.startswith(("dense", "token"))), run
@@ -133,8 +135,16 @@ def test_recipe_has_the_settings_of_its_name(read: dict[Run, dict[str, Any]]) ->
     assert balance == {
         "token-choice": ("none", False, 0.0),
         "token-choice-aux": ("aux_loss", False, 1e-3),
+        "token-choice-aux-strong": ("aux_loss", False, 1e-2),
         "token-choice-loss-free": ("none", True, 0.0),
+        "token-choice-quantile": ("quantile_balancing", False, 0.0),
     }
+    for router in unshared:
+        args = read["d12", router]
+        assert args["moe_shared_expert_intermediate_size"] is None
+        assert args["moe_router_topk"] == read["d12",]["moe_router_topk"] + 1 == 2
+        kind = "expert-choice" if router == "ec-no-shared" else "expert-threshold"
+        assert args["router_type"] == kind
 
 
 def test_the_documentation_names_every_recipe() -> None:
