@@ -95,6 +95,7 @@ setup(
             "hypothesis>=6.100",
             "krippendorff>=0.8",
             "lm-eval>=0.4.9,<0.5",
+            "mlflow-skinny>=3",  # the client of mlflow, without its server
             "mypy>=2.0,<3",
             "openai>=2",
             "pytest>=9,<10",
@@ -104,6 +105,7 @@ setup(
             "setuptools>=77",
             "types-psutil",
             "types-PyYAML",
+            "wandb>=0.31",
         ],
     },
 )

@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -51,7 +52,9 @@ class WeightsAndBiases:
     """Run of Weights & Biases, which stays in its folder with WANDB_MODE=offline.
 
     The step is a value of each row and the axis of all charts, because the step counter of
-    Weights & Biases cannot return to the checkpoint from which a run resumes.
+    Weights & Biases cannot return to the checkpoint from which a run resumes. Images and texts are
+    passed as files, which `log` copies: given as data, they go through one temporary folder of the
+    whole process, which a cleaner of /tmp deletes during a long run.
     """
 
     def __init__(
@@ -91,21 +94,19 @@ class WeightsAndBiases:
 
     def image(self, step: int, tag: str, pixels: np.ndarray) -> None:
         """Send an image."""
-        self._restore_staging_folder()
-        self._run.log({"step": step, tag: self._wandb.Image(pixels)})
+        from PIL import Image
+
+        with TemporaryDirectory() as folder:
+            file = Path(folder, "image.png")
+            Image.fromarray(pixels).save(file)
+            self._run.log({"step": step, tag: self._wandb.Image(os.fspath(file))})
 
     def text(self, step: int, tag: str, text: str) -> None:
         """Send a text."""
-        self._restore_staging_folder()
-        self._run.log({"step": step, tag: self._wandb.Html(f"<pre>{html.escape(text)}</pre>")})
-
-    @staticmethod
-    def _restore_staging_folder() -> None:
-        """Create the temporary folder of media again, which a cleaner of /tmp may have deleted."""
-        with suppress(ImportError):
-            from wandb.sdk.data_types._private import MEDIA_TMP
-
-            os.makedirs(MEDIA_TMP.name, exist_ok=True)
+        with TemporaryDirectory() as folder:
+            file = Path(folder, "text.html")
+            file.write_text(f'<meta charset="utf-8"><pre>{html.escape(text)}</pre>', "utf-8")
+            self._run.log({"step": step, tag: self._wandb.Html(os.fspath(file), inject=False)})
 
     def close(self) -> None:
         """Send the remaining values."""

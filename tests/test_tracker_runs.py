@@ -1,4 +1,4 @@
-"""A run of pretraining sends to real offline trackers what metrics.jsonl has."""
+"""Runs of pretraining and of et-align send to real offline trackers what metrics.jsonl has."""
 
 import json
 import os
@@ -8,11 +8,19 @@ from typing import Any
 
 import pytest
 
+from alignment.records import Message, Prompt, Response
+from tests.alignment.chat_model import make_model, write_rows
 from tests.distributed import ROOT
+from tests.documented_metrics import undocumented
 from tests.megatron import TINY
 from tests.test_trackers import wandb_rows
 from tests.warm import warm_python
 
+# The metrics of supervised training on the page of metrics.
+SUPERVISED = {
+    *("loss", "lr", "seconds", "grad_norm", "tokens", "trained_tokens", "epoch"),
+    "validation/log_prob",
+}
 TRACKERS = ["--wandb-project", "mine", "--mlflow-experiment", "mine"]
 
 
@@ -64,3 +72,22 @@ def test_pretraining_sends_its_metrics_and_pictures(tmp_path: Path) -> None:
     for path in pictures:
         [file] = tmp_path.glob(f"wandb/offline-run-*/files/{path}")
         assert file.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_fine_tuning_sends_the_metrics_of_the_page(tmp_path: Path) -> None:
+    make_model(tmp_path / "model", num_hidden_layers=1, max_position_embeddings=128)
+    prompts = [Prompt(f"p{n}", (Message("user", f"count to {n}"),)) for n in range(8)]
+    rows = [Response(prompt.id, prompt, "one two three") for prompt in prompts]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    words = [
+        *("-m", "alignment", "train-sft", "--model", str(tmp_path / "model")),
+        *("--input", str(data), "--validation-input", str(data), "--epochs", "2"),
+        *("--batch-size", "4", "--seq-length", "64", "--eval-interval", "2"),
+    ]
+    run_dir = tmp_path / "run"
+    metrics = run(words, run_dir)
+    assert {name for row in metrics for name in row} == {"step", *SUPERVISED}
+    assert undocumented(metrics) == set()
+    for tag in SUPERVISED:
+        check_trackers(metrics, run_dir, tag)
