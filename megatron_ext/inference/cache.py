@@ -1,4 +1,6 @@
-"""Key-value cache for rows of different lengths, and attention of new tokens to it.
+"""Cache for rows of different lengths, and attention of new tokens to it.
+
+Layers with attention have keys and values in it, Gated DeltaNet layers a state of fixed size.
 
 One forward pass processes some tokens of some rows, concatenated to one sequence `[tokens, 1]`, so
 that rows that begin, rows inside a long prompt and rows that continue run together. Only attention
@@ -42,7 +44,13 @@ class TokenChunk:
 
 
 class RaggedCache(BaseInferenceContext):
-    """Cache of one pipeline stage, whose memory grows with the rows up to its bounds."""
+    """Cache of one pipeline stage, whose memory grows with the rows up to its bounds.
+
+    Attributes:
+        single_tokens: Number of rows with one token in the current pass, which come first.
+        single_slots: Slots of these rows.
+        long_chunks: Chunks of the other rows.
+    """
 
     # An attribute that Megatron's model reads.
     num_speculative_tokens = 0
@@ -53,6 +61,8 @@ class RaggedCache(BaseInferenceContext):
         self._size = (1, min(_FIRST_LENGTH, max_length))
         # Keys (rotated) and values of each layer, `[slots, kv_heads, length, head_dim]`.
         self._memory: dict[int, tuple[Tensor, Tensor]] = {}
+        # States of each Gated DeltaNet layer, `[slots, ...]`.
+        self._states: dict[int, tuple[Tensor, ...]] = {}
         # State of the current pass: cosines and sines, and the positions of new keys.
         self._rotation: tuple[Tensor, Tensor] | None = None
         self._places: Tensor | None = None
@@ -67,8 +77,9 @@ class RaggedCache(BaseInferenceContext):
 
     def move(self, source: int, target: int) -> None:
         """Copy the content of a slot to another."""
-        for keys, values in self._memory.values():
-            keys[target], values[target] = keys[source], values[source]
+        for pair in (*self._memory.values(), *self._states.values()):
+            for memory in pair:
+                memory[target] = memory[source]
 
     def lay_out(self, chunks: Sequence[TokenChunk], device: torch.device | int) -> Tensor:
         """Prepare a pass.
@@ -85,7 +96,13 @@ class RaggedCache(BaseInferenceContext):
         positions = [p for c in chunks for p in range(c.start, c.end)]
         slots = [c.slot for c in chunks for _ in c.tokens]
         single = [c for c in chunks if len(c.tokens) == 1]
-        self._long = chunks[len(single) :]
+        self.single_tokens = len(single)
+        self.long_chunks = chunks[len(single) :]
+        for chunk in chunks:
+            if chunk.start == 0:  # another row may have had the slot
+                for pair in self._states.values():
+                    for memory in pair:
+                        memory[chunk.slot : chunk.slot + 1] = 0
         first = 0
         self._scored: list[int] = []
         for chunk in chunks:
@@ -100,15 +117,15 @@ class RaggedCache(BaseInferenceContext):
     def _lay_out_single(
         self, slots: list[int], ends: list[int], device: torch.device | int
     ) -> None:
-        self._slots: slice | Tensor = slice(0, len(slots))
+        self.single_slots: slice | Tensor = slice(0, len(slots))
         self._mask: Tensor | None = None
         self._longest = max(ends, default=0)
         if not slots:
             return
         if slots == list(range(slots[0], slots[0] + len(slots))):
-            self._slots = slice(slots[0], slots[0] + len(slots))  # no copy
+            self.single_slots = slice(slots[0], slots[0] + len(slots))  # no copy
         else:
-            self._slots = torch.tensor(slots, device=device)
+            self.single_slots = torch.tensor(slots, device=device)
         if min(ends) < self._longest:
             visible = torch.arange(self._longest, device=device) < torch.tensor(
                 ends, device=device
@@ -173,15 +190,35 @@ class RaggedCache(BaseInferenceContext):
             self._places = (place * length + self.positions.T).flatten()
         keys.flatten(0, 2).index_copy_(0, self._places, key.flatten(0, 1))
         values.flatten(0, 2).index_copy_(0, self._places, value.flatten(0, 1))
-        parts, first = [], len(query) - sum(len(chunk.tokens) for chunk in self._long)
+        parts, first = [], self.single_tokens
         if first:
             parts.append(self._attend_single(query[:first], keys, values, scale))
-        for chunk in self._long:
+        for chunk in self.long_chunks:
             last = first + len(chunk.tokens)
             row = (chunk.slot, slice(None), slice(0, chunk.end))
             parts.append(_attend_long(query[first:last], keys[row], values[row], scale))
             first = last
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def recurrent_states(self, layer: int, *empty: Tensor) -> tuple[Tensor, ...]:
+        """Return the states of all slots of a layer, for the layer to change in place.
+
+        Args:
+            layer: Number of the layer.
+            empty: States of a row before its first token, `[1, ...]` each.
+
+        Returns:
+            A tensor `[slots, ...]` for each of them.
+        """
+        current = self._states.get(layer)
+        slots = self._size[0]
+        if current is None or len(current[0]) < slots:
+            states = tuple(state.repeat(slots, *[1] * (state.dim() - 1)) for state in empty)
+            if current is not None:
+                for new, old in zip(states, current):
+                    new[: len(old)] = old
+            self._states[layer] = states
+        return self._states[layer]
 
     def _attend_single(
         self, query: Tensor, keys: Tensor, values: Tensor, scale: float | None
@@ -192,8 +229,8 @@ class RaggedCache(BaseInferenceContext):
         mask = None if self._mask is None else self._mask.to(query.dtype)
         output = F.scaled_dot_product_attention(
             grouped,
-            keys[self._slots, :, : self._longest],
-            values[self._slots, :, : self._longest],
+            keys[self.single_slots, :, : self._longest],
+            values[self.single_slots, :, : self._longest],
             attn_mask=mask,
             scale=scale,
         )
