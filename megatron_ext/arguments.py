@@ -30,6 +30,7 @@ from megatron_ext.console import console
 from megatron_ext.data.run_tokenizer import tokenizer_flags
 from megatron_ext.devices import cpu_default_args, is_cpu_device
 from megatron_ext.errors import ToolParser, UserError
+from megatron_ext.layer_pattern import expand_layer_pattern
 from megatron_ext.optimizer import paper_flags
 from megatron_ext.planning.layout import check_layout
 from megatron_ext.ranges import batch_schedule, check_ranges
@@ -257,6 +258,7 @@ def _check_before_megatron(args: Namespace, explicit: set[str]) -> None:
         raise UserError(f"--stall-timeout {args.stall_timeout:g} must be above 0 seconds")
     if args.device is not None and args.dry_run is None:
         raise UserError("--device requires --dry-run: add it, or leave --device out.")
+    expand_layer_pattern(args, explicit)
     check_layout(args, args.world_size)
     check_ranges(args, args.world_size)
     if args.dry_run is None:

@@ -85,6 +85,8 @@ class ETConfig(TransformerConfig):
     the seed and the parameter, not on the parallel layout. Default: paper."""
 
     def __post_init__(self) -> None:
+        if self.experimental_attention_variant is not None:
+            self._check_linear_attention()
         if self.num_moe_experts is None:
             # Unused; Megatron refuses others with --moe-router-topk 1.
             self.moe_router_score_function = "sigmoid"
@@ -124,6 +126,40 @@ class ETConfig(TransformerConfig):
         """Part of `et_logit_buffer_mb` for each MoE layer of a pipeline stage, in bytes."""
         layers = -(-sum(moe_layer_pattern(self)) // self.pipeline_model_parallel_size)
         return int(self.et_logit_buffer_mb * 2**20) // max(layers, 1)
+
+    def _check_linear_attention(self) -> None:
+        """Refuse sizes of Gated DeltaNet layers that do not fit each other or the layout."""
+        for name in (
+            *("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim"),
+            *("linear_value_head_dim", "linear_conv_kernel_dim"),
+        ):
+            if getattr(self, name) < 1:
+                raise UserError(
+                    f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1. "
+                    "Choose another value."
+                )
+        keys, values = self.linear_num_key_heads, self.linear_num_value_heads
+        if values % keys:
+            raise UserError(
+                f"--linear-num-value-heads {values} is not divisible by --linear-num-key-heads "
+                f"{keys}. Choose a multiple of {keys}."
+            )
+        tensor, context = self.tensor_model_parallel_size, self.context_parallel_size
+        if keys % (tensor * context):
+            flags = f"--tensor-model-parallel-size {tensor}"
+            if context > 1:
+                flags += f" times --context-parallel-size {context}"
+            raise UserError(
+                f"--linear-num-key-heads {keys} is not divisible by {flags}: the ranks share the "
+                f"heads of a Gated DeltaNet layer. Choose a multiple of {tensor * context}, or "
+                "another layout."
+            )
+        if tensor > 1 and not self.sequence_parallel and self.et_norm_scale:
+            raise UserError(
+                "--et-norm-scale with Gated DeltaNet layers and --tensor-model-parallel-size "
+                f"{tensor} requires --sequence-parallel, without which the gradients of a norm's "
+                "scale are not summed. Add --sequence-parallel."
+            )
 
     def _check_thresholds(self) -> None:
         """Refuse values with which thresholds cannot work, naming the flag and the fix."""
@@ -190,3 +226,17 @@ def moe_layer_pattern(config: ETConfig) -> list[bool]:
     if isinstance(config.moe_layer_freq, int):
         return [i % config.moe_layer_freq == 0 for i in range(config.num_layers)]
     return [bool(flag) for flag in config.moe_layer_freq]
+
+
+def linear_attention_pattern(config: ETConfig) -> list[bool]:
+    """Return which layers are Gated DeltaNet layers, the others having attention.
+
+    `--linear-attention-freq` n makes every n-th layer one with attention; a list has 1 for Gated
+    DeltaNet layers.
+    """
+    frequency = config.linear_attention_freq
+    if config.experimental_attention_variant is None or frequency is None:
+        return [False] * config.num_layers
+    if isinstance(frequency, int):
+        return [(i + 1) % frequency != 0 for i in range(config.num_layers)]
+    return [bool(flag) for flag in frequency]

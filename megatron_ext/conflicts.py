@@ -64,6 +64,7 @@ def check_conflicts(args: Namespace, explicit: Set[str]) -> list[str]:
             f"--moe-layer-freq is a list of {len(pattern)}, but --num-layers is {layers}: use one "
             "number for each layer"
         )
+    _check_linear_attention(args)
     if find_spec("transformer_engine") is None:
         _check_without_transformer_engine(args)
     if args.ckpt_format != "torch_dist":
@@ -80,6 +81,23 @@ def check_conflicts(args: Namespace, explicit: Set[str]) -> list[str]:
     if args.optimizer == "muon":
         _check_muon(args)
     return _without_effect(args, explicit) + _turn_off_gelu_fusion(args)
+
+
+def _check_linear_attention(args: Namespace) -> None:
+    """Refuse flags that do not say which layers are Gated DeltaNet layers."""
+    variant, pattern = args.experimental_attention_variant, args.linear_attention_freq
+    if (variant is None) != (pattern is None):
+        flags = ("--linear-attention-freq", "--experimental-attention-variant gated_delta_net")
+        present, missing = flags if variant is None else flags[::-1]
+        raise UserError(
+            f"{present} requires {missing}: add it, or use --hybrid-layer-pattern in place of both"
+        )
+    layers = args.num_layers
+    if isinstance(pattern, list) and layers is not None and len(pattern) != layers:
+        raise UserError(
+            f"--linear-attention-freq is a list of {len(pattern)}, but --num-layers is {layers}: "
+            "use one number for each layer"
+        )
 
 
 def _turn_off_gelu_fusion(args: Namespace) -> list[str]:
@@ -133,6 +151,11 @@ def _check_without_transformer_engine(args: Namespace) -> None:
         raise UserError(
             "--use-precision-aware-optimizer needs the package transformer-engine and a GPU: "
             "install it, or leave the flag out"
+        )
+    if "gdn_norm_out" in (args.recompute_modules or ()):
+        raise UserError(
+            "--recompute-modules gdn_norm_out needs the package transformer-engine and a GPU: "
+            "install it, or leave gdn_norm_out out"
         )
 
 

@@ -12,7 +12,7 @@ from megatron_ext.devices import is_cpu_device
 from megatron_ext.errors import UserError
 
 _LEAVE_OUT = "leave it out"
-_PATTERN = "use --num-layers and --moe-layer-freq, which determine the pattern"
+_PATTERN = "use --hybrid-layer-pattern"
 
 # Values that are not supported, and the advice. None stands for any value that is not 0 or empty.
 _UNSUPPORTED: dict[str, tuple[Any, str]] = {
@@ -23,9 +23,10 @@ _UNSUPPORTED: dict[str, tuple[Any, str]] = {
         (None, _LEAVE_OUT),
     ),
     **dict.fromkeys(
-        ("hybrid_layer_pattern", "hybrid_override_pattern", "mtp_hybrid_override_pattern"),
+        ("hybrid_override_pattern", "mtp_hybrid_override_pattern"),
         (None, _PATTERN),
     ),
+    "experimental_attention_variant": ("dsa", "use gated_delta_net, or leave it out"),
     "rl_profile": (None, "use et-align train-policy for reinforcement learning"),
     "moe_use_upcycling": (None, "use python -m tools.upcycle"),
     "init_method_xavier_uniform": (None, "use --init-method-std or --et-init"),

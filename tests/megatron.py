@@ -23,6 +23,13 @@ TINY = [
 """A decoder with one dense and one MoE layer; weights of both kinds of projections are not 0."""
 
 
+DELTA_NET = (
+    *("--linear-num-key-heads", "4", "--linear-num-value-heads", "8", "--linear-key-head-dim", "6"),
+    *("--linear-value-head-dim", "5", "--linear-conv-kernel-dim", "3"),
+)
+"""Sizes of Gated DeltaNet layers that 4 ranks can share; all of them differ."""
+
+
 def start(*flags: str) -> tuple[Namespace, Any, list[Any]]:
     """Parse the flags, start Megatron on this rank and build the model, in training mode.
 

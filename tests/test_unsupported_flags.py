@@ -43,7 +43,8 @@ def test_supported_flags_pass() -> None:
         ("--heterogeneous-layers-config-path x", "is not supported by this project: leave it out"),
         ("--mtp-num-layers 1", "--mtp-num-layers is not supported by this project: leave it out"),
         ("--overlap-moe-expert-parallel-comm", "is not supported by this project: leave it out"),
-        ("--hybrid-layer-pattern M-", "use --num-layers and --moe-layer-freq, which determine"),
+        ("--hybrid-override-pattern M-", "use --hybrid-layer-pattern"),
+        ("--experimental-attention-variant dsa", "is not supported by this project: use gated_d"),
         ("--moe-use-upcycling", "is not supported by this project: use python -m tools.upcycle"),
         ("--init-method-xavier-uniform", "use --init-method-std"),
         (

@@ -150,6 +150,15 @@ def _layers_with_experts(args: Namespace) -> list[int]:
     return [int(flag) for flag in pattern]
 
 
+def _gated_delta_net_layers(args: Namespace) -> list[int]:
+    frequency = getattr(args, "linear_attention_freq", None)
+    if frequency is None or getattr(args, "experimental_attention_variant", None) is None:
+        return [0] * args.num_layers
+    if isinstance(frequency, int):
+        return [int((layer + 1) % frequency != 0) for layer in range(args.num_layers)]
+    return [int(flag) for flag in frequency]
+
+
 def _mean_experts(args: Namespace) -> Fraction:
     mean = args.moe_router_topk if args.et_mean_experts is None else args.et_mean_experts
     return Fraction(str(mean))
@@ -164,6 +173,8 @@ _EQUIVALENTS: dict[str, Callable[[Namespace], Any]] = {
     "group_query_attention": lambda args: True,  # implied by num_query_groups
     "num_query_groups": _query_groups,
     "moe_layer_freq": _layers_with_experts,
+    "linear_attention_freq": _gated_delta_net_layers,
+    "experimental_attention_variant": lambda args: True,  # implied by linear_attention_freq
     "moe_ffn_hidden_size": lambda args: args.moe_ffn_hidden_size or args.ffn_hidden_size,
     "moe_shared_expert_intermediate_size": (
         lambda args: args.moe_shared_expert_intermediate_size or None
@@ -177,6 +188,8 @@ def _is_read(args: Namespace, name: str) -> bool:
     """Return whether the model of these arguments depends on a setting."""
     if name == "et_ema_decay" and setting_value(args, "et_threshold_estimator") != "ema":
         return False
+    if name.startswith("linear_") and name != "linear_attention_freq":
+        return any(_gated_delta_net_layers(args))
     if name.startswith("moe_") or name == "router_type" or name in routing_flags():
         return bool(args.num_experts) and router_type(args.router_type).reads(name)
     if name == "max_position_embeddings":

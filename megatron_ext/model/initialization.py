@@ -66,7 +66,7 @@ def global_parameter_name(model: HybridModel, name: str) -> str:
 
 def _value(name: str, parameter: Any, model: HybridModel, seed: int, vocab_size: int) -> Tensor:
     config = model.config
-    if name.endswith("norm.weight"):
+    if name.endswith(("norm.weight", "dt_bias")):
         return torch.ones_like(parameter)
     if name.endswith("bias"):
         return torch.zeros_like(parameter)
@@ -85,16 +85,26 @@ def _value(name: str, parameter: Any, model: HybridModel, seed: int, vocab_size:
         full = torch.cat([full, full.new_zeros(rows - shape[0], shape[1])])
     if not sharded:
         return full
+    if name.endswith(("in_proj.weight", "conv1d.weight")):  # a part of each block of rows
+        blocks = full.split(list(delta_net_rows(config).values())[: 6 if "in_proj" in name else 3])
+        return torch.cat([block.chunk(group.size())[group.rank()] for block in blocks])
     # A gated fc1 keeps its rank's part of both halves: the stride counts them.
-    dim, stride = parameter.partition_dim, parameter.partition_stride
+    dim, stride = parameter.partition_dim, getattr(parameter, "partition_stride", 1)
     shards = full.chunk(group.size() * stride, dim=dim)
     return torch.cat(shards[group.rank() :: group.size()], dim=dim)
 
 
 def _draw(name: str, shape: list[int], config: ETConfig, seed: int) -> Tensor:
-    """Return the whole matrix of a name, fp32 `[d_out, d_in]`."""
+    """Return the whole tensor of a name in fp32: a matrix `[d_out, d_in]`, except where noted."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    if name.endswith("A_log"):  # [heads]; this and the next as Megatron draws them
+        return torch.empty(shape).uniform_(1, 16, generator=generator).log()
+    if name.endswith("conv1d.weight"):  # [channels, 1, kernel]
+        bound = shape[-1] ** -0.5
+        return torch.empty(shape).uniform_(-bound, bound, generator=generator)
     d_out, d_in = shape
-    residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
+    residual = name.endswith(("linear_proj.weight", "linear_fc2.weight", "out_proj.weight"))
     std: float | Tensor
     if config.et_init == "normal":
         std = config.init_method_std
@@ -108,13 +118,13 @@ def _draw(name: str, shape: list[int], config: ETConfig, seed: int) -> Tensor:
         std = d_in**-0.5
     elif name.endswith("linear_qkv.weight"):
         std = _qkv_std(d_in, config)
+    elif name.endswith("in_proj.weight"):
+        std = _delta_net_std(d_in, config)
     elif name.endswith("linear_fc1.weight"):
         d_out //= 2 if config.gated_linear_unit else 1
         std = _fan_std(d_out, d_in)
     else:
         raise ValueError(f"No rule initializes {name} {shape}. Add one to {__name__}.")
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     return torch.randn(shape, generator=generator) * std
 
 
@@ -136,3 +146,23 @@ def _qkv_std(d_in: int, config: ETConfig) -> Tensor:
     q = torch.full((heads // kv_heads * head_dim,), _fan_std(heads * head_dim, d_in))
     kv = torch.full((2 * head_dim,), _fan_std(kv_heads * head_dim, d_in))
     return torch.cat([q, kv]).repeat(kv_heads).unsqueeze(1)
+
+
+def delta_net_rows(config: ETConfig) -> dict[str, int]:
+    """Return the blocks of rows of a Gated DeltaNet layer's input projection, in their order.
+
+    The channels of its convolution are the first three.
+    """
+    keys = config.linear_num_key_heads * config.linear_key_head_dim
+    heads = config.linear_num_value_heads
+    values = heads * config.linear_value_head_dim
+    return {"query": keys, "key": keys, "value": values, "z": values, "beta": heads, "alpha": heads}
+
+
+def _delta_net_std(d_in: int, config: ETConfig) -> Tensor:
+    """Return the standard deviation by row, `[d_out, 1]`: of gates as of a router."""
+    stds = [
+        torch.full((rows,), d_in**-0.5 if name in ("beta", "alpha") else _fan_std(rows, d_in))
+        for name, rows in delta_net_rows(config).items()
+    ]
+    return torch.cat(stds).unsqueeze(1)

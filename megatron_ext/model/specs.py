@@ -9,6 +9,7 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
 from megatron.core.models.hybrid.hybrid_block import HybridStackSubmodules
+from megatron.core.ssm.gated_delta_net import GatedDeltaNetSubmodules
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -17,9 +18,11 @@ from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
-from megatron_ext.config import ETConfig
+from megatron_ext import patches
+from megatron_ext.config import ETConfig, linear_attention_pattern
 from megatron_ext.model.attention import SDPAttention
 from megatron_ext.model.cached_layer import AttentionLayer, CachedSelfAttention, FeedForwardLayer
+from megatron_ext.model.gated_delta_net import CachedGatedDeltaNet
 from megatron_ext.model.layer_stack import LayerStack
 from megatron_ext.model.norm import RMSNorm
 from megatron_ext.moe.layer import VariableFanOutMoELayer
@@ -34,6 +37,9 @@ def layer_stack_spec(config: ETConfig) -> ModuleSpec:
         attention_layer=_attention(config, backend, use_te),
         mlp_layer=_feed_forward(_mlp(backend)),
     )
+    if any(linear_attention_pattern(config)):
+        patches.apply("gated delta net")
+        submodules.gdn_layer = _gated_delta_net(backend)
     if config.num_moe_experts is not None:
         submodules.moe_layer = _feed_forward(_experts(config, backend))
     return ModuleSpec(module=LayerStack, submodules=submodules)
@@ -55,6 +61,24 @@ def _attention(config: ETConfig, backend: BackendSpecProvider, use_te: bool) -> 
                     linear_proj=backend.row_parallel_linear(),
                     q_layernorm=qk_norm,
                     k_layernorm=qk_norm,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def _gated_delta_net(backend: BackendSpecProvider) -> ModuleSpec:
+    return ModuleSpec(
+        module=AttentionLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=ModuleSpec(
+                module=CachedGatedDeltaNet,
+                submodules=GatedDeltaNetSubmodules(
+                    in_proj=backend.column_parallel_linear(),
+                    out_norm=RMSNorm,
+                    out_proj=backend.row_parallel_linear(),
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,

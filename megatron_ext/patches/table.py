@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 Group = Literal[
-    "cpu device", "megatron", "optimizer", "matrix gradients", "checkpoints", "trainer",
-    "schedule", "fake rank", "dry run", "dry-run traffic", "micro-batches",
+    "cpu device", "megatron", "gated delta net", "optimizer", "matrix gradients", "checkpoints",
+    "trainer", "schedule", "fake rank", "dry run", "dry-run traffic", "micro-batches",
 ]  # fmt: skip
 
 GROUPS: dict[Group, str] = {
     "cpu device": "Applied by `megatron_ext.devices.activate` on a machine without CUDA.",
     "megatron": "Applied by `megatron_ext.devices.activate` on every device.",
+    "gated delta net": "Applied before a model with Gated DeltaNet layers is built.",
     "optimizer": "Applied before an optimizer is built: by training and by the dry run.",
     "matrix gradients": "Applied while a model is wrapped for Muon's distributed optimizer.",
     "checkpoints": "Applied before a checkpoint is loaded or saved by training.",
@@ -212,6 +213,14 @@ _EVERYWHERE = (
         "CPU it shares its tensors with training.",
         removable="When that process ends with its rank and copies tensors in host memory.",
         upstream="Related to NVIDIA/Megatron-LM#6970 (open): failures of that process are lost.",
+    ),
+    Patch(
+        group="gated delta net",
+        targets=_in("megatron.core.ssm.gated_delta_net.common", "HAVE_FLA l2norm"),
+        source="megatron_ext.model.gated_delta_net:replacements",
+        reason="The layer requires flash-linear-attention, and normalizes keys by its Triton "
+        "kernel, in deterministic mode too.",
+        removable="When the layer runs without that package in deterministic mode.",
     ),
 )
 

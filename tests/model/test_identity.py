@@ -16,12 +16,16 @@ from megatron_ext.model.setting_marks import MARKS
 from megatron_ext.moe.registry import ROUTERS
 from tests import megatron
 from tests.distributed import run_ranks
-from tests.megatron import TINY
+from tests.megatron import DELTA_NET, TINY
 
 ROTATED = ("--use-rope-scaling",)
 TOP_K = ("--router-type", "token-choice", "--moe-router-topk", "2")
 YARN = ("--position-embedding-type", "yarn")
 ABSOLUTE = ("--position-embedding-type", "learned_absolute")
+LINEAR = (
+    *("--experimental-attention-variant", "gated_delta_net", "--linear-attention-freq", "2"),
+    *DELTA_NET,
+)
 GROUPED = ("--group-query-attention", "--num-query-groups", "2")
 
 
@@ -44,6 +48,9 @@ OTHER_MODELS: list[tuple[Flags, Flags, str]] = [
     ((), ("--activation-func-clamp-value", "7"), "activation_func_clamp_value"),
     ((), ("--add-qkv-bias",), "add_qkv_bias"),
     (GROUPED, ("--num-query-groups", "1"), "num_query_groups"),
+    ((), LINEAR, "linear_attention_freq"),
+    (LINEAR, ("--linear-attention-freq", "[0,1]"), "linear_attention_freq"),
+    (LINEAR, ("--linear-conv-kernel-dim", "2"), "linear_conv_kernel_dim"),
     ((), ("--group-query-attention", "--num-query-groups", "1"), "num_query_groups"),
     ((), ("--moe-layer-freq", "[1,0]"), "moe_layer_freq"),
     ((), ("--moe-shared-expert-gate",), "moe_shared_expert_gate"),
@@ -78,6 +85,8 @@ SAME_MODELS: list[tuple[Flags, Flags]] = [
     ((), ("--rope-scaling-factor", "32")),
     ((), ("--moe-router-pre-softmax", "--moe-router-topk-scaling-factor", "2")),
     ((), ("--group-query-attention", "--num-query-groups", "2")),
+    ((), ("--linear-num-key-heads", "2")),
+    (LINEAR, ("--linear-attention-freq", "[1,0]")),
     (TOP_K, ("--et-gate", "relu", "--et-ema-decay", "0.9")),
     (TOP_K, ("--moe-layer-freq", "[0]+[1]")),
 ]
@@ -210,7 +219,7 @@ def changed(value: Any) -> Any:
 
 def marks_by_comparison() -> dict[str, set[str]]:
     """Return, on a rank, the marks by which a change of each argument is a difference."""
-    bases = [arguments(*flags) for flags in (GROUPED + ROTATED, TOP_K, ABSOLUTE, YARN)]
+    bases = [arguments(*flags) for flags in (GROUPED + ROTATED, TOP_K, ABSOLUTE, YARN, LINEAR)]
     # Each router reads other flags.
     bases += [Namespace(**{**vars(bases[0]), "router_type": name}) for name in ROUTERS]
     marks_by_name: dict[str, set[str]] = {name: set() for name in MARKS if hasattr(bases[0], name)}
@@ -225,7 +234,8 @@ def marks_by_comparison() -> dict[str, set[str]]:
 def test_differences_compare_each_argument_by_its_mark() -> None:
     [marks_by_name] = run_ranks(marks_by_comparison, 1)
     assert len(marks_by_name) > 200
-    del marks_by_name["group_query_attention"]  # the number of groups is compared
+    for implied in ("group_query_attention", "experimental_attention_variant"):
+        del marks_by_name[implied]  # the number of groups, or which layers, is compared
     assert {name: {MARKS[name]} for name in marks_by_name} == marks_by_name
 
 
@@ -245,7 +255,7 @@ def what_conversion_and_inference_change() -> tuple[list[str], list[str]]:
     from megatron_ext.inference.loading import ParallelLayout, for_inference
 
     lost, overridden = [], []
-    for base in (arguments(*GROUPED, *ROTATED), arguments(*TOP_K)):
+    for base in (arguments(*GROUPED, *ROTATED), arguments(*TOP_K), arguments(*LINEAR)):
         architecture = from_args(base)
         for name in MARKS.keys() & vars(base).keys():
             other = Namespace(**{**vars(base), name: changed(getattr(base, name))})

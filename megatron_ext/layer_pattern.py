@@ -1,0 +1,84 @@
+"""Layers of a model as Megatron's `--hybrid-layer-pattern`.
+
+A transformer layer is a pair of symbols: attention `*` or a Gated DeltaNet layer `G`, then an MLP
+`-` or experts `E`. Megatron counts each symbol as a layer; here a pair is one, as in every other
+flag, so the pattern is replaced by the flags of GPT models that say the same.
+"""
+
+from argparse import Namespace
+from itertools import batched
+
+from megatron_ext.errors import UserError
+
+_PAIRS = 'pairs of * (attention) or G (Gated DeltaNet), then - (MLP) or E (experts), like "*-GE"'
+
+
+def expand_layer_pattern(args: Namespace, explicit: set[str]) -> None:
+    """Replace a pattern by the number of layers and by which of them have experts and attention.
+
+    Args:
+        args: Arguments as parsed, which this function changes.
+        explicit: Names of the arguments that the command line or a recipe sets.
+
+    Raises:
+        UserError: The pattern has other layers, or other flags contradict it.
+    """
+    pattern = args.hybrid_layer_pattern
+    if pattern is None:
+        return
+    name = f"--hybrid-layer-pattern {pattern}"
+    for symbol, reason in _REFUSED.items():
+        if symbol in pattern:
+            raise UserError(f"{name} has {symbol}: {reason}")
+    layers = list(batched(pattern, 2))
+    if not layers or any(
+        len(pair) < 2 or pair[0] not in "*G" or pair[1] not in "-E" for pair in layers
+    ):
+        raise UserError(f"{name} does not describe transformer layers. Use {_PAIRS}.")
+    experts = [int(second == "E") for _, second in layers]
+    linear = [int(first == "G") for first, _ in layers]
+    if "num_layers" in explicit and args.num_layers != len(layers):
+        raise UserError(
+            f"{name} has {len(layers)} pairs, which are transformer layers, but --num-layers is "
+            f"{args.num_layers}. Leave --num-layers out."
+        )
+    if any(experts) and not args.num_experts:
+        raise UserError(f"{name} has layers of experts, E. Add --num-experts.")
+    if args.num_experts and not any(experts):
+        raise UserError(
+            f"{name} has no layer of experts, E, but --num-experts is {args.num_experts}. Leave "
+            "--num-experts out, or add E."
+        )
+    for flag, text, values, default in (
+        ("moe_layer_freq", "experts, E", experts, 1),
+        ("linear_attention_freq", "Gated DeltaNet, G", linear, None),
+    ):
+        other = getattr(args, flag)
+        if flag in explicit and other != default and _expanded(other, flag, len(layers)) != values:
+            raise UserError(
+                f"{name} has {text}, in other layers than --{flag.replace('_', '-')} {other}. "
+                "Leave one of them out."
+            )
+    args.num_layers = len(layers)
+    if args.num_experts:
+        args.moe_layer_freq = experts
+    if any(linear):
+        args.experimental_attention_variant = "gated_delta_net"
+        args.linear_attention_freq = linear
+    args.hybrid_layer_pattern = None
+
+
+_REFUSED = {
+    "M": "Mamba layers are not supported by this project. Use G, Gated DeltaNet.",
+    "/": "multi-token prediction is not supported by this project. Leave that part out.",
+    "|": "pipeline stages follow from --pipeline-model-parallel-size. Leave | out.",
+}
+
+
+def _expanded(frequency: int | list[int], flag: str, layers: int) -> list[int]:
+    """Return the list that a frequency of Megatron stands for."""
+    if not isinstance(frequency, int):
+        return list(frequency)
+    if flag == "linear_attention_freq":
+        return [int((layer + 1) % frequency != 0) for layer in range(layers)]
+    return [int(layer % frequency == 0) for layer in range(layers)]
