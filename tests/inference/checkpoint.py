@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests import pretraining
+from tests.megatron import DELTA_NET
 from tools import train_tokenizer
 
 MAX_LENGTH = 64
@@ -23,6 +24,7 @@ MODEL = [
     *("--position-embedding-type", "rope", "--normalization", "RMSNorm"),
     *("--hidden-dropout", "0", "--attention-dropout", "0"),
 ]
+HYBRID = ("--hybrid-layer-pattern", "G-GE*-GE", *DELTA_NET, "--et-norm-scale")
 
 
 @pytest.fixture(scope="session")
@@ -31,8 +33,16 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(tmp_path_factory.getbasetemp())
 
 
+@pytest.fixture(scope="session")
+def hybrid_run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the run directory of a model with Gated DeltaNet layers; see `run_dir`."""
+    folder = tmp_path_factory.getbasetemp() / "hybrid"
+    folder.mkdir(exist_ok=True)
+    return train(folder, *HYBRID)
+
+
 @cache
-def train(folder: Path) -> Path:
+def train(folder: Path, *flags: str) -> Path:
     """Train two dense and two ET layers for a few steps on Megatron's mock data.
 
     Mock documents count upwards through the vocabulary, so a model soon continues them.
@@ -51,6 +61,7 @@ def train(folder: Path) -> Path:
             *("--run-dir", run, "--mock-data", "--split", "90,5,5"),
             *("--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", tokenizer),
             *MODEL,
+            *flags,
             *("--micro-batch-size", "8", "--global-batch-size", "8", "--train-iters", "40"),
             *("--lr", "1e-2", "--min-lr", "1e-2", "--lr-decay-style", "constant"),
             *("--et-warmup-iters", "10", "--et-ema-decay", "0.9"),
