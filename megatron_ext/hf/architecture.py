@@ -24,6 +24,9 @@ _TRANSLATED = {
     *("use_rope_scaling", "rope_scaling_factor"),
     *("et_norm_scale", "et_embedding_norm", "et_logit_softcap"),
     *("num_experts", "router_type", "moe_layer_freq", "moe_ffn_hidden_size"),
+    *("experimental_attention_variant", "linear_attention_freq", "linear_num_key_heads"),
+    *("linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim"),
+    "linear_conv_kernel_dim",
     *("moe_shared_expert_intermediate_size", "moe_router_topk", "moe_router_pre_softmax"),
     *("et_mean_experts", "et_threshold_estimator", "et_ema_decay", "et_gate"),
 }
@@ -80,6 +83,13 @@ class Architecture:
         ema_decay: Decay of the thresholds' moving average; 0 with another estimator, whose state is
             not converted: training continues from the thresholds.
         mean_experts: Mean fan-out, if it is not `topk`.
+        delta_layers: For each layer, whether it is a Gated DeltaNet layer and has no attention.
+            Empty if all layers have attention, and the next five are 0 then.
+        delta_key_heads: Number of query and key heads of Gated DeltaNet layers.
+        delta_value_heads: Number of their value heads.
+        delta_key_dim: Size of their query and key heads.
+        delta_value_dim: Size of their value heads.
+        delta_kernel: Length of their convolution.
     """
 
     layers: int
@@ -112,14 +122,24 @@ class Architecture:
     estimator: str = "ema"
     ema_decay: float = 0.0
     mean_experts: float | None = None
+    delta_layers: tuple[bool, ...] = ()
+    delta_key_heads: int = 0
+    delta_value_heads: int = 0
+    delta_key_dim: int = 0
+    delta_value_dim: int = 0
+    delta_kernel: int = 0
 
     @property
     def dims(self) -> dict[str, int]:
         """Sizes, by the names of dimensions in `megatron_ext.hf.names`."""
-        sizes = ("hidden", "head_dim", "ffn", "vocab", "experts", "moe_ffn", "shared_ffn")
+        sizes = ("hidden", "head_dim", "ffn", "vocab", "experts", "moe_ffn", "shared_ffn",
+                 "delta_value_heads", "delta_value_dim", "delta_kernel")  # fmt: skip
         return {
             "q": self.heads * self.head_dim,
             "kv": self.kv_heads * self.head_dim,
+            "delta_keys": self.delta_key_heads * self.delta_key_dim,
+            "delta_values": self.delta_value_heads * self.delta_value_dim,
+            "one": 1,
             **{name: getattr(self, name) for name in sizes},
         }
 
@@ -132,6 +152,11 @@ class Architecture:
     def moe_everywhere(self) -> bool:
         """Whether every layer has experts."""
         return all(self.moe_layers)
+
+    @property
+    def hybrid(self) -> bool:
+        """Whether some layers are Gated DeltaNet layers."""
+        return bool(self.delta_layers)
 
     @property
     def thresholds(self) -> bool:
@@ -210,7 +235,31 @@ def from_args(args: Namespace) -> Architecture:
         embedding_norm=args.et_embedding_norm,
         softcap=args.et_logit_softcap,
         **(has_experts | _expert_settings(args, router) if experts else {}),
+        **_delta_net_settings(args),
     )
+
+
+# Sizes of Gated DeltaNet layers in Megatron, with the fields of `Architecture`.
+_DELTA_SIZES = {
+    "linear_num_key_heads": "delta_key_heads",
+    "linear_num_value_heads": "delta_value_heads",
+    "linear_key_head_dim": "delta_key_dim",
+    "linear_value_head_dim": "delta_value_dim",
+    "linear_conv_kernel_dim": "delta_kernel",
+}
+
+
+def _delta_net_settings(args: Namespace) -> dict[str, Any]:
+    layers = tuple(map(bool, setting_value(args, "linear_attention_freq")))
+    if not any(layers):
+        return {}
+    if all(layers):
+        raise UserError(
+            "The model has Gated DeltaNet layers only, and the cache of transformers takes its "
+            "length from a layer with attention. Only models with such a layer can be converted."
+        )
+    sizes = {ours: setting_value(args, theirs) for theirs, ours in _DELTA_SIZES.items()}
+    return {"delta_layers": layers, **sizes}
 
 
 def _moe_layers(args: Namespace) -> tuple[bool, ...]:
@@ -300,6 +349,13 @@ def to_settings(model: Architecture) -> dict[str, Any]:
     }
     if model.rope_factor is not None:
         values["rope_scaling_factor"] = model.rope_factor
+    if model.hybrid:
+        experts = model.moe_layers or (False,) * model.layers
+        values["hybrid_layer_pattern"] = "".join(
+            ("G" if delta else "*") + ("E" if moe else "-")
+            for delta, moe in zip(model.delta_layers, experts)
+        )
+        values |= {theirs: getattr(model, ours) for theirs, ours in _DELTA_SIZES.items()}
     if model.router is not None:
         pattern = ",".join(str(int(moe)) for moe in model.moe_layers)
         values |= {

@@ -26,7 +26,14 @@ COMMON = {
     "tie_word_embeddings": "tied",
 }
 # Properties of every architecture outside this project's own family.
-PLAIN = {"gated": True, "norm_scale": True, "embedding_norm": False, "softcap": 0.0}
+PLAIN = {
+    "gated": True,
+    "norm_scale": True,
+    "embedding_norm": False,
+    "softcap": 0.0,
+    "hybrid": False,
+}
+FULL, LINEAR = "full_attention", "linear_attention"
 TOKEN_CHOICE = {"router": "token-choice", "shared": False}
 TOP_K = {"num_experts_per_tok": "topk", "router_aux_loss_coef": "aux_loss"}
 # Configuration values that are required, if the configuration has them.
@@ -168,12 +175,21 @@ FAMILIES = (
             "mean_experts": "mean_experts",
             "threshold_estimator": "estimator",
             "threshold_ema_decay": "ema_decay",
+            "linear_num_key_heads": "delta_key_heads",
+            "linear_num_value_heads": "delta_value_heads",
+            "linear_key_head_dim": "delta_key_dim",
+            "linear_value_head_dim": "delta_value_dim",
+            "linear_conv_kernel_dim": "delta_kernel",
         },
         {},
         _own_rules,
-        read=lambda config: {"moe_layers": tuple(map(bool, config.moe_layers))},
+        read=lambda config: {
+            "moe_layers": tuple(map(bool, config.moe_layers)),
+            "delta_layers": tuple(kind == LINEAR for kind in config.layer_types or ()),
+        },
         write=lambda model: {
             "moe_layers": [int(moe) for moe in model.moe_layers],
+            "layer_types": [LINEAR if delta else FULL for delta in model.delta_layers] or None,
             "hidden_act": "silu" if model.gated else "relu2",
         },
     ),

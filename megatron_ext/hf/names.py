@@ -47,7 +47,7 @@ class NameRule:
     key: str
     parts: tuple[HFTensor, ...]
     layout: TensorLayout = TensorLayout.SAME
-    where: Literal["model", "layer", "dense", "moe", "expert"] = "model"
+    where: Literal["model", "layer", "attention", "delta", "dense", "moe", "expert"] = "model"
     when: str | None = None
 
 
@@ -82,7 +82,8 @@ def expand(rules: tuple[NameRule, ...], model: Architecture) -> list[TensorLink]
     per_layer = [rule for rule in rules if rule.where != "model"]
     for layer in range(model.layers):
         moe = model.router is not None and model.moe_layers[layer]
-        kinds = {"layer", "moe", "expert"} if moe else {"layer", "dense"}
+        mixer = "delta" if model.hybrid and model.delta_layers[layer] else "attention"
+        kinds = {"layer", mixer, *(("moe", "expert") if moe else ("dense",))}
         for rule in per_layer:
             if rule.where in kinds:
                 links += _links(rule, model, layer)
@@ -161,18 +162,41 @@ def _attention() -> tuple[NameRule, ...]:
     biases = tuple(HFTensor(f"{hf}{x}_proj.bias", (size,)) for x, size in sizes.items())
     output = HFTensor(f"{hf}o_proj.weight", ("hidden", "q"))
     return (
-        NameRule(megatron + "linear_qkv.weight", weights, TensorLayout.QKV, "layer"),
-        NameRule(megatron + "linear_qkv.bias", biases, TensorLayout.QKV, "layer", "qkv_bias"),
-        NameRule(megatron + "linear_proj.weight", (output,), where="layer"),
+        NameRule(megatron + "linear_qkv.weight", weights, TensorLayout.QKV, "attention"),
+        NameRule(megatron + "linear_qkv.bias", biases, TensorLayout.QKV, "attention", "qkv_bias"),
+        NameRule(megatron + "linear_proj.weight", (output,), where="attention"),
         *(
             NameRule(
                 f"{megatron}{x}_layernorm.weight",
                 (HFTensor(f"{hf}{x}_norm.weight", ("head_dim",)),),
-                where="layer",
+                where="attention",
                 when="qk_norm_scale",
             )
             for x in "qk"
         ),
+    )
+
+
+def _delta_net() -> tuple[NameRule, ...]:
+    """Return the rules of a Gated DeltaNet layer, whose fused matrices Megatron saves in parts."""
+    megatron, hf = _LAYER + "self_attention.", _HF_LAYER + "self_attn."
+    keys, values, heads = "delta_keys", "delta_values", "delta_value_heads"
+    parts = {"query": ("q", keys), "key": ("k", keys), "value": ("v", values)}
+    gates = {"z": ("z", values), "beta": ("b", heads), "alpha": ("a", heads)}
+    tensors = {
+        f"in_proj.weight.{part}": HFTensor(f"{hf}{name}_proj.weight", (size, "hidden"))
+        for part, (name, size) in (parts | gates).items()
+    }
+    tensors |= {
+        f"conv1d.weight.{part}": HFTensor(f"{hf}{name}_conv.weight", (size, "one", "delta_kernel"))
+        for part, (name, size) in parts.items()
+    }
+    tensors |= {name: HFTensor(hf + name, (heads,)) for name in ("A_log", "dt_bias")}
+    tensors["out_proj.weight"] = HFTensor(hf + "o_proj.weight", ("hidden", values))
+    norm = HFTensor(hf + "norm.weight", ("delta_value_dim",))
+    return (
+        *(NameRule(megatron + key, (tensor,), where="delta") for key, tensor in tensors.items()),
+        NameRule(megatron + "out_norm.weight", (norm,), where="delta", when="norm_scale"),
     )
 
 
@@ -251,6 +275,7 @@ def expert_threshold(gated: bool) -> tuple[NameRule, ...]:
     return (
         *_ENDS,
         *_BLOCK,
+        *_delta_net(),
         *_mlp(_MLP, _HF_MLP, "ffn", "dense", gated=gated),
         _router(_HF_MLP),
         *(

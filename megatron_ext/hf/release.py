@@ -1,5 +1,6 @@
 """Megatron checkpoints from converted models: weights and thresholds without an optimizer."""
 
+import re
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -42,6 +43,10 @@ def release_arguments(
     args.hf_vocab_size = args.padded_vocab_size = model.vocab
     settle(args, final)
     return args
+
+
+# Weight of a linear layer, or a part of one that Megatron saves in parts.
+_LINEAR_WEIGHT = re.compile(r"(.+\.(?:linear_\w+|in_proj|out_proj))\.weight(?:\.\w+)?")
 
 
 def settle(args: Namespace, final: Path) -> None:
@@ -98,10 +103,9 @@ def _objects(chunks: list[TensorChunk], args: Namespace) -> dict[str, Any]:
     """Return what Megatron saves besides tensors: extra states of linear layers, common state."""
     objects: dict[str, Any] = {}
     for chunk in chunks:
-        module, _, kind = chunk.key.rpartition(".")
-        if kind == "weight" and module.rpartition(".")[2].startswith("linear_"):
+        if linear := _LINEAR_WEIGHT.fullmatch(chunk.key):
             place = "0_1" if chunk.place is None else f"{chunk.place}_{chunk.shape[0]}"
-            objects[f"{module}._extra_state/shard_{place}"] = None
+            objects[f"{linear[1]}._extra_state/shard_{place}"] = None
     common = {
         "args": args,
         "checkpoint_version": 3.0,

@@ -48,6 +48,11 @@ class ExpertThresholdModel(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         config: ExpertThresholdConfig = vllm_config.model_config.hf_config
+        if config.layer_types is not None:
+            raise ValueError(
+                "This model has Gated DeltaNet layers (layer_types in config.json), which the "
+                "plug-in of megatron-et does not serve. Use transformers, or tools.serve."
+            )
         first, last = get_pp_group().is_first_rank, get_pp_group().is_last_rank
         self.embed_tokens: nn.Module = PPMissingLayer()
         self.embedding_norm: RMSNorm | None = None

@@ -23,6 +23,13 @@ class ExpertThresholdConfig(PreTrainedConfig):
         threshold_ema_decay: Decay of the moving average of the thresholds, for training.
         max_fan_out: Largest mean fan-out of a batch for which a server reserves memory; None for
             the number of experts. A server refuses batches above it.
+        layer_types: For each layer, "full_attention", or "linear_attention" for a Gated DeltaNet
+            layer; None if all layers have attention.
+        linear_num_key_heads: Number of query and key heads of Gated DeltaNet layers.
+        linear_num_value_heads: Number of their value heads.
+        linear_key_head_dim: Size of their query and key heads.
+        linear_value_head_dim: Size of their value heads.
+        linear_conv_kernel_dim: Length of their convolution.
     """
 
     model_type = "expert_threshold"
@@ -57,6 +64,12 @@ class ExpertThresholdConfig(PreTrainedConfig):
         threshold_estimator: str = "ema",
         threshold_ema_decay: float = 0.999,
         max_fan_out: int | None = None,
+        layer_types: list[str] | None = None,
+        linear_num_key_heads: int = 0,
+        linear_num_value_heads: int = 0,
+        linear_key_head_dim: int = 0,
+        linear_value_head_dim: int = 0,
+        linear_conv_kernel_dim: int = 0,
         tie_word_embeddings: bool = False,
         use_cache: bool = True,
         attention_dropout: float = 0.0,
@@ -89,6 +102,12 @@ class ExpertThresholdConfig(PreTrainedConfig):
         self.threshold_estimator = threshold_estimator
         self.threshold_ema_decay = threshold_ema_decay
         self.max_fan_out = max_fan_out
+        self.layer_types = layer_types
+        self.linear_num_key_heads = linear_num_key_heads
+        self.linear_num_value_heads = linear_num_value_heads
+        self.linear_key_head_dim = linear_key_head_dim
+        self.linear_value_head_dim = linear_value_head_dim
+        self.linear_conv_kernel_dim = linear_conv_kernel_dim
         self.use_cache = use_cache
         self.attention_dropout = attention_dropout
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)

@@ -21,8 +21,14 @@ from transformers.models.llama.modeling_llama import (
     apply_rotary_pos_emb,
     eager_attention_forward,
 )
+from transformers.models.qwen3_next.modeling_qwen3_next import (
+    torch_chunk_gated_delta_rule,
+    torch_recurrent_gated_delta_rule,
+)
 
 from .configuration_et import ExpertThresholdConfig
+
+LINEAR = "linear_attention"
 
 GATES = {
     "sigmoid": torch.sigmoid,
@@ -73,6 +79,7 @@ class Attention(nn.Module):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None,
         past_key_values: Cache | None,
+        padding_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """Return the output of the block for `x` `[batch, length, hidden]`."""
@@ -92,6 +99,76 @@ class Attention(nn.Module):
             self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )
         return self.o_proj(context.reshape(batch, length, -1))
+
+
+class GatedDeltaNet(nn.Module):
+    """Gated DeltaNet (arXiv 2412.06464): a layer whose state does not grow with the sequence."""
+
+    def __init__(self, config: ExpertThresholdConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx, self.kernel = layer_idx, config.linear_conv_kernel_dim
+        self.key_dim, self.value_dim = config.linear_key_head_dim, config.linear_value_head_dim
+        heads, hidden = config.linear_num_value_heads, config.hidden_size
+        self.group = heads // config.linear_num_key_heads
+        keys, values = config.linear_num_key_heads * self.key_dim, heads * self.value_dim
+        self.sizes = [keys, keys, values]
+        self.q_proj, self.k_proj, self.v_proj = (
+            nn.Linear(hidden, size, bias=False) for size in self.sizes
+        )
+        self.q_conv, self.k_conv, self.v_conv = (
+            nn.Conv1d(size, size, self.kernel, groups=size, bias=False) for size in self.sizes
+        )
+        self.z_proj = nn.Linear(hidden, values, bias=False)
+        self.b_proj = nn.Linear(hidden, heads, bias=False)
+        self.a_proj = nn.Linear(hidden, heads, bias=False)
+        self.A_log = nn.Parameter(torch.zeros(heads))
+        self.dt_bias = nn.Parameter(torch.ones(heads))
+        self.norm = ExpertThresholdRMSNorm(config, self.value_dim)
+        self.o_proj = nn.Linear(values, hidden, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        past_key_values: Cache | None,
+        padding_mask: Tensor | None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Return the output of the block for `x` `[batch, length, hidden]`.
+
+        Tokens whose `padding_mask` `[batch, length]` is 0 do not change the state.
+        """
+        length = x.shape[1]
+        if padding_mask is not None:
+            x = x * padding_mask.unsqueeze(-1).to(x.dtype)
+        mixed = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1).transpose(1, 2)
+        state = None
+        if past_key_values is not None:
+            memory = past_key_values.layers[self.layer_idx]
+            state = memory.recurrent_states[0] if memory.has_previous_state[0] else None
+            mixed = past_key_values.update_conv_state(
+                mixed, self.layer_idx, conv_kernel_size=self.kernel
+            )
+        weight = torch.cat([self.q_conv.weight, self.k_conv.weight, self.v_conv.weight])
+        mixed = F.conv1d(F.pad(mixed, (self.kernel - 1, 0)), weight, groups=len(weight))
+        mixed = F.silu(mixed[..., -length:]).transpose(1, 2)
+        q, k, v = (part.unflatten(-1, (-1, size)) for part, size in zip(
+            mixed.split(self.sizes, dim=-1), (self.key_dim, self.key_dim, self.value_dim)
+        ))  # fmt: skip
+        q, k = (part.repeat_interleave(self.group, dim=2) for part in (q, k))
+        decay = -self.A_log.float().exp() * F.softplus(self.a_proj(x).float() + self.dt_bias)
+        rule = torch_recurrent_gated_delta_rule if length == 1 else torch_chunk_gated_delta_rule
+        output, state = rule(
+            *(q, k, v),
+            g=decay,
+            beta=self.b_proj(x).sigmoid(),
+            initial_state=state,
+            output_final_state=past_key_values is not None,
+            use_qk_l2norm_in_kernel=True,
+        )
+        if past_key_values is not None:
+            past_key_values.update_recurrent_state(state, self.layer_idx)
+        gate = F.silu(self.z_proj(x).float()).unflatten(-1, (-1, self.value_dim))
+        return self.o_proj((self.norm(output) * gate).to(x.dtype).flatten(2))
 
 
 class MLP(nn.Module):
@@ -180,18 +257,21 @@ class MoE(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Decoder layer: attention, then a dense or mixture-of-experts block."""
+    """Decoder layer: attention or Gated DeltaNet, then a dense or mixture-of-experts block."""
 
     def __init__(self, config: ExpertThresholdConfig, layer_idx: int) -> None:
         super().__init__()
         self.input_layernorm = ExpertThresholdRMSNorm(config, config.hidden_size)
-        self.self_attn = Attention(config, layer_idx)
+        linear = config.layer_types is not None and config.layer_types[layer_idx] == LINEAR
+        self.self_attn = (
+            GatedDeltaNet(config, layer_idx) if linear else Attention(config, layer_idx)
+        )
         self.post_attention_layernorm = ExpertThresholdRMSNorm(config, config.hidden_size)
         moe = config.moe_layers[layer_idx]
         self.mlp = MoE(config) if moe else MLP(config, config.intermediate_size)
 
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
-        """Return the output of the layer; `kwargs` are those of `Attention`."""
+        """Return the output of the layer; `kwargs` are those of its first block."""
         x = x + self.self_attn(self.input_layernorm(x), **kwargs)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -247,6 +327,9 @@ class ExpertThresholdModel(ExpertThresholdPreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
+        padding_mask = None
+        if attention_mask is not None and attention_mask.dim() == 2:
+            padding_mask = attention_mask[:, -x.shape[1] :]
         rotary = self.rotary_emb(x, position_ids)
         if self.config.embedding_norm:
             x = F.rms_norm(x, x.shape[-1:], eps=self.config.rms_norm_eps)
@@ -255,6 +338,7 @@ class ExpertThresholdModel(ExpertThresholdPreTrainedModel):
                 x,
                 position_embeddings=rotary,
                 attention_mask=mask,
+                padding_mask=padding_mask,
                 past_key_values=past_key_values,
                 **kwargs,
             )
