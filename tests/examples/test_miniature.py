@@ -45,7 +45,9 @@ def test_table_differences_are_paired_by_seed(tmp_path: Path) -> None:
     assert result["standard_error"] == pytest.approx(statistics.stdev(differences) / 3**0.5)
     assert list(results["tc-aux"]["difference"]) == []
     assert results["et"]["seeds"]["5"]["loss"] == 4.7
-    assert table.splitlines()[0].startswith("|  | validation loss | − token choice, auxiliary loss |")
+    assert table.splitlines()[0].startswith(
+        "|  | validation loss | − token choice, auxiliary loss |"
+    )
     [row] = [line for line in table.splitlines() if "warm-up" in line]
     assert row.startswith(
         "| expert threshold, warm-up | 4.7500 ± 0.0500 | -0.1167 ± 0.1014 | +0.0100 | 1.20"
