@@ -105,12 +105,12 @@ def _keep_freed_memory() -> None:
 
     By default glibc returns blocks of megabytes to the system, which clears every page of them
     before the next tensor uses them: 10,000 page faults and some percent of the time of an MoE
-    layer's step. Blocks of 32 MiB and more are always returned. Other C libraries are not changed.
+    layer's step. Other C libraries are not changed.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        trim_threshold, mmap_threshold = -1, -3  # constants of malloc.h
-        mallopt(mmap_threshold, 32 << 20)
+        trim_threshold, mmap_max = -1, -4  # constants of malloc.h
+        mallopt(mmap_max, 0)  # large blocks come from the heap, too
         mallopt(trim_threshold, (1 << 31) - 1)
 
 

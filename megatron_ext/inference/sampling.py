@@ -161,9 +161,9 @@ def choose(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Genera
     logits -= logits.amax(dim=-1, keepdim=True)  # finite at any temperature
     if sampling.temperature != 1:
         logits /= sampling.temperature
-    probs = torch.softmax(logits, dim=-1)
+    probs = logits.exp_()  # relative to the most likely token; their sum is not needed
     if sampling.min_p:
-        probs[probs < sampling.min_p * probs.amax(dim=-1, keepdim=True)] = 0
+        probs[probs < sampling.min_p] = 0
     ids = None
     if sampling.top_k or sampling.top_p < 1:
         probs, ids = probs.sort(dim=-1, descending=True, stable=True)

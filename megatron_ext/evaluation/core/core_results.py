@@ -56,7 +56,7 @@ class CoreResults:
     def finished(self, task: CoreTask) -> bool:
         """Return whether there is a row for the same questions in the same format."""
         row = self.rows.get(task.label)
-        return row is not None and row["asked"] == _question_format(task)
+        return row is not None and row["question_format"] == _question_format(task)
 
     def add(self, task: CoreTask, judged: "ScoredItem") -> None:
         """Add the row of a finished task and write the file."""
@@ -69,7 +69,7 @@ class CoreResults:
             "cropped": judged.cropped,
             "accuracy": judged.right / len(judged.answers),
             "answers": judged.answers,
-            "asked": _question_format(task),
+            "question_format": _question_format(task),
         }
         lines = [json.dumps(entry) for entry in (self.settings, *self.rows.values())]
         _write(self.file, "\n".join(lines) + "\n")
