@@ -19,7 +19,7 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_ext.errors import UserError
-from megatron_ext.training.schedule import RunProgress
+from megatron_ext.training.run_progress import RunProgress
 
 _KINDS = ("training", "validation", "test")
 _PER_SPLIT = ("train_data_path", "valid_data_path", "test_data_path")

@@ -29,8 +29,8 @@ from megatron_ext.training.run_folder import (
     recorder,
     why_finished,
 )
+from megatron_ext.training.run_progress import RunProgress
 from megatron_ext.training.saving import choose_checkpoint
-from megatron_ext.training.schedule import RunProgress
 
 
 def check_run(args: Namespace, config: ETConfig, launch: Launch) -> Start:

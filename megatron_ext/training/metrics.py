@@ -21,7 +21,7 @@ from megatron.training.training import num_floating_point_operations
 from megatron_ext.trackers import Trackers
 from megatron_ext.training.layer_summary import load_picture, summarize_layers
 from megatron_ext.training.run_console import RunConsole
-from megatron_ext.training.schedule import record_step
+from megatron_ext.training.run_progress import record_step
 from megatron_ext.training.step import RoutingStep
 
 

@@ -21,7 +21,7 @@ from megatron_ext.devices import is_cpu_device
 from megatron_ext.planning.dry_run.parameters import Parameters, count_parameters
 from megatron_ext.report_lines import RemainingTime, clock, report_line, short, step_of
 from megatron_ext.training.blends import blends
-from megatron_ext.training.schedule import RunProgress
+from megatron_ext.training.run_progress import RunProgress
 
 # Shares above which a report raises an alarm.
 _STARVED = 0.5  # of the guaranteed minimum of the experts, filled with tokens below the threshold

@@ -11,7 +11,7 @@ from typing import IO, Any
 
 from megatron_ext.checkpoint import TRACKER, iterations
 from megatron_ext.errors import UserError
-from megatron_ext.training.schedule import RunProgress
+from megatron_ext.training.run_progress import RunProgress
 
 
 @dataclass

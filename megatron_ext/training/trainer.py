@@ -12,8 +12,8 @@ from typing import Any
 from megatron_ext import patches
 from megatron_ext.optimizer import warm_momentum
 from megatron_ext.training.metrics import MetricLog
+from megatron_ext.training.run_progress import RunProgress
 from megatron_ext.training.saving import explain_failure
-from megatron_ext.training.schedule import RunProgress
 from megatron_ext.training.step import RoutingStep, commit_after
 from megatron_ext.training.watchdog import Watchdog
 

@@ -9,7 +9,7 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_ext.errors import UserError
-from megatron_ext.training import schedule
+from megatron_ext.training import run_progress
 from megatron_ext.training.blends import (
     blends,
     check_documents,
@@ -17,7 +17,7 @@ from megatron_ext.training.blends import (
     check_mock_split,
     parse_blend,
 )
-from megatron_ext.training.schedule import RunProgress
+from megatron_ext.training.run_progress import RunProgress
 
 
 def run(**changes: Any) -> Namespace:
@@ -138,11 +138,11 @@ def test_split_without_documents_is_refused(tmp_path: Path) -> None:
 def test_blend_without_weights_must_hold_all_that_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(schedule, "_batch_size", lambda samples: 4)
+    monkeypatch.setattr(run_progress, "next_batch_size", lambda samples: 4)
     train = [dataset(tmp_path / name, 20) for name in "AB"]  # of 199 tokens, 12 samples each
     valid = [dataset(tmp_path / name, 4) for name in "CD"]  # 2 samples each
     args = run(train_data_path=train, valid_data_path=valid)
-    monkeypatch.setattr(schedule, "get_args", lambda: args)
+    monkeypatch.setattr(run_progress, "get_args", lambda: args)
     check_documents(blends(args), args)
     check_enough_samples(args, RunProgress())  # 24 and 4 samples
     args.eval_iters = 2

@@ -9,8 +9,8 @@ import torch
 from megatron.core import num_microbatches_calculator as calculator
 from megatron.training import training
 
-from megatron_ext.training import schedule
-from megatron_ext.training.schedule import RunProgress, record_step
+from megatron_ext.training import run_progress, schedule
+from megatron_ext.training.run_progress import RunProgress, record_step
 
 PEAK = 1.0
 
@@ -46,6 +46,7 @@ def run(monkeypatch: pytest.MonkeyPatch, **flags: Any) -> Namespace:
         seq_length=args.seq_length,
     )
     monkeypatch.setattr(schedule, "get_args", lambda: args)
+    monkeypatch.setattr(run_progress, "get_args", lambda: args)
     monkeypatch.setattr(training, "get_args", lambda: args)
     update = lambda args: schedule._set_train_iters(args, args.progress)  # noqa: E731
     monkeypatch.setattr(training, "update_train_iters", update)
@@ -66,7 +67,7 @@ def rates(args: Namespace, progress: RunProgress) -> list[float]:
     built, group = scheduler(args, progress)
     result, samples = [], progress.samples
     for _ in range(progress.iteration, args.train_iters):
-        size = schedule._batch_size(samples)
+        size = run_progress.next_batch_size(samples)
         samples += size
         built.step(size)
         result.append(group["lr"])
