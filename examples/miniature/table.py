@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
+from examples.miniature.compute_table import NOTE, compute_figures, compute_table
 from examples.miniature.picture import draw_differences
 from examples.miniature.rows import REFERENCES, ROWS, Row
 from megatron_ext.reports.comparison.compare import compare
@@ -39,7 +41,7 @@ def write_table(output: Path, rows: Sequence[Row], seeds: Sequence[int]) -> str:
     if reference and len(rows) > 1:
         by_row = {row.label: [runs[row.run(seed)] for seed in seeds] for row in rows}
         draw_differences(by_row, ROWS[reference].label, output / "differences.png")
-    results = {
+    results: dict[str, Any] = {
         row.name: {
             "label": row.label,
             "seeds": dict(zip(map(str, seeds), losses[row.name])),
@@ -52,21 +54,30 @@ def write_table(output: Path, rows: Sequence[Row], seeds: Sequence[int]) -> str:
         for row in rows
     }
     table = "\n".join(_table(results))
+    computed: dict[str, Sequence[dict[str, Any]]] = {
+        str(row["label"]): [seed["compute"] for seed in row["seeds"].values()]
+        for row in results.values()
+        if all(seed["compute"] for seed in row["seeds"].values())
+    }
+    parts = [table, _NOTE]
+    if computed:
+        parts += ["\n".join(compute_table(computed)), NOTE]
     _write(output / "results.json", json.dumps(results, indent=1) + "\n")
-    _write(output / "table.md", f"{table}\n\n{_NOTE}\n")
+    _write(output / "table.md", "\n\n".join(parts) + "\n")
     return table
 
 
 _NOTE = (
     "Loss in nats per token on all held-out tokens, routed causally, after training: mean ± "
     "standard deviation over seeds. Differences are from each token-choice row, seed by seed: mean "
-    "± standard error. Gap: by how much the loss falls when held-out tokens are routed as in "
-    "training, by pools or within capacity. Load is the busiest expert's tokens over the mean, in "
-    "the last tenth of the steps: mean of the layers, and the worst layer."
+    "± half the width of the 95 % interval (Student's t). Gap: by how much the loss falls when "
+    "held-out tokens are routed as in training, by pools or within capacity. Load is the busiest "
+    "expert's tokens over the mean, in the last tenth of the steps: mean of the layers, and the "
+    "worst layer."
 )
 
 
-def _figures(run: ComparedRun, folder: Path) -> dict[str, float | None]:
+def _figures(run: ComparedRun, folder: Path) -> dict[str, Any]:
     validated = json.loads((folder / "validation.json").read_text())["routings"]
     causal, *as_trained = [routing["loss"] for routing in validated]
     return {
@@ -76,6 +87,7 @@ def _figures(run: ComparedRun, folder: Path) -> dict[str, float | None]:
         "worst_load": worst_load_ratio(run),
         "tokens": run.tokens,
         "tokens_per_s": tokens_per_second(run),
+        "compute": compute_figures(run, validated[0]),
     }
 
 
@@ -84,11 +96,14 @@ def _losses(rows: Sequence[dict[str, Any]]) -> np.ndarray:
 
 
 def _paired(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float | None]:
-    """Return the mean difference over seeds and its standard error, None for a single seed."""
+    """Return the mean difference over seeds and half its 95 % interval, None for a single seed."""
     differences = ours - theirs
     count = len(differences)
-    error = float(differences.std(ddof=1) / count**0.5) if count > 1 else None
-    return {"mean": float(differences.mean()), "standard_error": error}
+    half_width = None
+    if count > 1:
+        error = differences.std(ddof=1) / count**0.5
+        half_width = float(error * stats.t.ppf(0.975, count - 1))
+    return {"mean": float(differences.mean()), "half_width": half_width}
 
 
 def _table(results: dict[str, Any]) -> list[str]:
@@ -111,8 +126,8 @@ def _table(results: dict[str, Any]) -> list[str]:
 
 
 def _difference(pair: dict[str, float | None]) -> str:
-    error = pair["standard_error"]
-    return f"{pair['mean']:+.4f}" + ("" if error is None else f" ± {error:.4f}")
+    half_width = pair["half_width"]
+    return f"{pair['mean']:+.4f}" + ("" if half_width is None else f" ± {half_width:.4f}")
 
 
 def _has(seeds: Sequence[dict[str, Any]], key: str) -> bool:

@@ -42,7 +42,8 @@ def test_table_differences_are_paired_by_seed(tmp_path: Path) -> None:
     differences = [ours - theirs for ours, theirs in zip(LOSSES["et"], LOSSES["tc-aux"])]
     result = results["et"]["difference"]["tc-aux"]
     assert result["mean"] == pytest.approx(statistics.mean(differences))
-    assert result["standard_error"] == pytest.approx(statistics.stdev(differences) / 3**0.5)
+    error = statistics.stdev(differences) / 3**0.5
+    assert result["half_width"] == pytest.approx(4.302653 * error)  # of the t distribution, 2 free
     assert list(results["tc-aux"]["difference"]) == []
     assert results["et"]["seeds"]["5"]["loss"] == 4.7
     assert table.splitlines()[0].startswith(
@@ -50,7 +51,7 @@ def test_table_differences_are_paired_by_seed(tmp_path: Path) -> None:
     )
     [row] = [line for line in table.splitlines() if "warm-up" in line]
     assert row.startswith(
-        "| expert threshold, warm-up | 4.7500 ± 0.0500 | -0.1167 ± 0.1014 | +0.0100 | 1.20"
+        "| expert threshold, warm-up | 4.7500 ± 0.0500 | -0.1167 ± 0.4362 | +0.0100 | 1.20"
     )
     [dense] = [line for line in table.splitlines() if line.startswith("| dense")]
     assert [cell.strip() for cell in dense.split("|")[4:6]] == ["", ""]  # no gap, no load
@@ -63,6 +64,33 @@ def test_table_of_one_seed_has_no_spread(tmp_path: Path) -> None:
     table = write_table(tmp_path, [ROWS[name] for name in LOSSES], [1])
     assert "±" not in table
     assert "| -0.1000 |" in table
+
+
+def test_fan_out_and_forced_tokens_by_hand(tmp_path: Path) -> None:
+    run_folder = tmp_path / "et-seed1"
+    rows = []
+    for step in range(1, 91):  # thresholds from step 11 on: windows of 1.0, 0.9, 1.2 and 1.02
+        row = training_row(step)
+        window = (step - 11) // 20
+        for layer, part in ((1, 0.5), (2, 1.5)):  # of which the mean is 1
+            fan_out = 5 if step <= 10 else 2 * (1.0, 0.9, 1.2, 1.02)[window]
+            row[f"moe/layer_{layer:02d}/fan_out"] = part * fan_out
+            row[f"moe/layer_{layer:02d}/starvation"] = 0.9 if step <= 50 else 0.002 * (step > 70)
+        rows.append(row)
+    write_run(run_folder, [*rows, {"step": 90, "val_loss": 4.0}])
+    settings = {"router_type": "expert-threshold", "num_experts": 4, "et_warmup_iters": 10}
+    settings |= {"moe_router_topk": 2, "seed": 1, "global_batch_size": 8, "seq_length": 16}
+    (run_folder / "run.json").write_text(json.dumps({"settings": settings}))
+    layers = {"1": {"fan_out": 1.9}, "2": {"fan_out": 2.02}}
+    routings = [{"loss": 4.0, "layers": layers}, {"loss": 4.0}]
+    (run_folder / "validation.json").write_text(json.dumps({"routings": routings}))
+    write_table(tmp_path, [ROWS["et"]], [1])
+    compute = json.loads((tmp_path / "results.json").read_text())["et"]["seeds"]["1"]["compute"]
+    assert compute["windows"] == pytest.approx([1.0, 0.9, 1.2, 1.02])
+    assert compute["held_out"] == pytest.approx([0.95, 1.01])
+    assert len(compute["forced"]) == 40
+    line = "| expert threshold, warm-up | 0.90, 1.20 | 2 of 4 | 0.10%, 0.2% | 0.980, 0.950 |"
+    assert line in (tmp_path / "table.md").read_text().splitlines()
 
 
 def miniature(*words: str) -> "subprocess.CompletedProcess[str]":
